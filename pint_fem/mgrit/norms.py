@@ -1,0 +1,36 @@
+"""Norms over time whose bits do not depend on the number of time ranks.
+
+Squared norms of the points are gathered over the time communicator in point order and summed in that order on every rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from mpi4py import MPI
+
+__all__ = ["PointNorms", "euclidean", "gather_in_order"]
+
+PointNorms = Callable[[np.ndarray], np.ndarray]
+
+
+def euclidean(block: np.ndarray) -> np.ndarray:
+    """Squared Euclidean norm of each state of a block, shape ``(k,)``."""
+    flat = block.reshape(len(block), -1)
+    return np.array([row @ row for row in flat])
+
+
+def gather_in_order(values: np.ndarray, comm) -> np.ndarray:
+    """Concatenate the ranks' ``(k_r, c)`` or ``(k_r,)`` arrays in rank order, on every rank.
+
+    For few numbers a point (norms, misfits): never for states.
+    """
+    values = np.ascontiguousarray(values, dtype=float)
+    if comm.size == 1:
+        return values
+    width = int(np.prod(values.shape[1:], dtype=int))
+    counts = np.array(comm.allgather(len(values))) * width
+    out = np.empty((counts.sum() // width, *values.shape[1:]))
+    comm.Allgatherv(values, [out, counts, np.concatenate([[0], np.cumsum(counts)[:-1]]), MPI.DOUBLE])
+    return out

@@ -1,0 +1,143 @@
+"""The process grid: space x time.
+
+``P = P_space * P_time`` ranks form ``P_time`` groups (ensemble members). A group shares one state in space over ``space_comm``; the ranks
+with the same place in their groups share the time axis over ``time_comm``. The grid is that of ``firedrake.Ensemble``; without Firedrake
+(plain numpy, torch) the same communicators are split off here.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from mpi4py import MPI
+
+from pint_fem.errors import InputError
+from pint_fem.mgrit.levels import split_steps
+
+__all__ = ["Slab", "SpaceTime", "parse_grid"]
+
+
+def parse_grid(text: str, size: int) -> tuple[int, int]:
+    """Read ``"2x4"`` (space x time) for ``size`` ranks; ``"auto"`` puts all ranks in time.
+
+    Raises
+    ------
+    InputError
+        If the text is no grid or its product is not ``size``.
+    """
+    if text == "auto":
+        return 1, size
+    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text.strip())
+    if not match:
+        raise InputError(f"grid {text!r} is not of the form SPACExTIME, such as 1x{size}")
+    space, time = int(match[1]), int(match[2])
+    if space * time != size:
+        raise InputError(f"grid {space}x{time} wants {space * time} ranks, started were {size}: mpiexec -n {space * time}")
+    return space, time
+
+
+@dataclass(frozen=True)
+class Slab:
+    """The steps ``lo -> lo+1, ..., hi-1 -> hi`` of one time rank; its arrays hold the points ``lo..hi``."""
+
+    nsteps: int
+    lo: int
+    hi: int
+    bounds: tuple[int, ...]
+
+    @property
+    def k(self) -> int:
+        """Own steps."""
+        return self.hi - self.lo
+
+    @property
+    def is_first(self) -> bool:
+        """Whether row 0 is the initial value."""
+        return self.lo == 0
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the last row is the final state."""
+        return self.hi == self.nsteps
+
+
+class SpaceTime:
+    """A space x time grid of processes.
+
+    Parameters
+    ----------
+    grid
+        ``(P_space, P_time)``, a string such as ``"2x4"``, or ``None`` for all ranks in time.
+    comm
+        The communicator to split; default the world.
+
+    Attributes
+    ----------
+    space_comm, time_comm, reversed_time_comm : mpi4py communicators
+        A state's degrees of freedom; the slabs; the slabs from the last to the first, for adjoint sweeps.
+
+    Raises
+    ------
+    InputError
+        On every rank, if the grid does not match the ranks.
+    """
+
+    def __init__(self, grid: tuple[int, int] | str | None = None, comm=MPI.COMM_WORLD):
+        self.comm = comm
+        if grid is None:
+            grid = "auto"
+        text = grid if isinstance(grid, str) else "x".join(map(str, grid))
+        self.space_size, self.time_size = parse_grid(text, comm.size)
+        if importlib.util.find_spec("firedrake") is not None:
+            self.space_comm, self.time_comm = self.ensemble.comm, self.ensemble.ensemble_comm
+        else:
+            self.space_comm = comm.Split(comm.rank // self.space_size, comm.rank)
+            self.time_comm = comm.Split(comm.rank % self.space_size, comm.rank)
+        self.reversed_time_comm = self.time_comm.Split(0, -self.time_comm.rank)
+
+    @cached_property
+    def ensemble(self):
+        """The ``firedrake.Ensemble`` of this grid."""
+        from firedrake import Ensemble
+
+        return Ensemble(self.comm, self.space_size)
+
+    @property
+    def is_root(self) -> bool:
+        """Whether this rank speaks for all (monitors, files of the whole run)."""
+        return self.comm.rank == 0
+
+    def slab(self, nsteps: int) -> Slab:
+        """Share ``nsteps`` steps among the time ranks.
+
+        Raises
+        ------
+        InputError
+            On every rank, if there are more time ranks than steps.
+        """
+        if nsteps < self.time_size:
+            raise InputError(f"{self.time_size} time ranks for {nsteps} time steps: use at most one rank a step")
+        bounds = split_steps(nsteps, self.time_size)
+        return Slab(nsteps, bounds[self.time_comm.rank], bounds[self.time_comm.rank + 1], tuple(bounds))
+
+    def sum_over_time(self, array: np.ndarray) -> np.ndarray:
+        """Sum an array over the time ranks; the same bits on every rank."""
+        if self.time_comm.size == 1:
+            return array
+        total = np.empty_like(array)
+        self.time_comm.Reduce(np.ascontiguousarray(array), total, op=MPI.SUM, root=0)
+        self.time_comm.Bcast(total, root=0)
+        return total
+
+    def point_norms(self, block: np.ndarray) -> np.ndarray:
+        """Squared Euclidean norm of each state of ``block`` ``(k, local_dofs)`` over space, summed in rank order."""
+        local = np.array([row @ row for row in block.reshape(len(block), -1)])
+        if self.space_comm.size == 1 or not len(local):
+            return local
+        parts = np.empty((self.space_comm.size, len(local)))
+        self.space_comm.Allgather(local, parts)
+        return np.add.reduce(parts, axis=0)

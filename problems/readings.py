@@ -1,0 +1,160 @@
+"""Sensor readings from a CSV file, checked.
+
+The file is in long format: one reading a line, below a line of column names; blank lines and lines that start with
+``#`` are skipped::
+
+    # where this comes from
+    sensor,x,y,time,temperature
+    0,0.25,0.12,0.015625,0.0374
+
+Every sensor has one reading at every time, so that the readings fill a (times x sensors) array. Reading needs no
+finite elements and no communication: each rank reads the file for itself and comes to the same answer or error.
+"""
+
+import csv
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from pint_fem.errors import InputError
+
+__all__ = ["COLUMNS", "Readings", "read_readings"]
+
+COLUMNS = ("sensor", "x", "y", "time", "temperature")
+
+
+@dataclass(frozen=True)
+class Readings:
+    """Readings of ns sensors at nt times.
+
+    Attributes
+    ----------
+    points : numpy.ndarray, shape (ns, 2)
+        Coordinates of the sensors, in the order in which the file first names them.
+    times : numpy.ndarray, shape (nt,)
+        Reading times, ascending.
+    values : numpy.ndarray, shape (nt, ns)
+        ``values[k, s]`` is the temperature at ``points[s]`` and ``times[k]``.
+    path : pathlib.Path
+        The file they come from.
+    sensors : tuple of str
+        The names of the sensors in the file, ns of them.
+    """
+
+    points: np.ndarray
+    times: np.ndarray
+    values: np.ndarray
+    path: Path
+    sensors: tuple[str, ...]
+
+
+def read_readings(path, final_time) -> Readings:
+    """Read and check a file of readings.
+
+    Parameters
+    ----------
+    path : str or pathlib.Path
+        A CSV file as described in the module's docstring.
+    final_time : float
+        End of the simulated interval (0, final_time]; later readings are refused.
+
+    Returns
+    -------
+    Readings
+        With arrays of shapes (ns, 2), (nt,) and (nt, ns).
+
+    Raises
+    ------
+    InputError
+        If the file cannot be read, or a line of it cannot be used; the message names the file and the line.
+    """
+    path = Path(path)
+    rows = _rows(path)
+    line, header = next(rows, (None, None))
+    expected = ",".join(COLUMNS)
+    if header is None:
+        raise InputError(f"{path}:1: the file is empty (no lines but comments; it should start with '{expected}')")
+    if header != list(COLUMNS):
+        raise InputError(f"{path}:{line}: wrong columns (got '{','.join(header)}'; the first line that is not a "
+                         f"comment should be '{expected}')")
+
+    points, first_line, values, seen = {}, {}, {}, {}
+    for line, row in rows:
+        name, point, time, value = _reading(f"{path}:{line}", row, final_time)
+        if points.setdefault(name, point) != point:
+            raise InputError(f"{path}:{line}: sensor {name} has moved (got {point}, but {points[name]} on line "
+                             f"{first_line[name]}; give another place another sensor name)")
+        first_line.setdefault(name, line)
+        if (name, time) in seen:
+            raise InputError(f"{path}:{line}: duplicate reading (sensor {name} at time {time:g} is already on line "
+                             f"{seen[name, time]}; remove one of them)")
+        seen[name, time] = line
+        values[name, time] = value
+    if not values:
+        raise InputError(f"{path}:{line}: no readings (the file ends after the line of column names; it should go on "
+                         f"with lines '{expected}')")
+
+    times = sorted({time for _, time in values})
+    for name in points:
+        for time in times:
+            if (name, time) not in values:
+                raise InputError(f"{path}:{first_line[name]}: missing reading (sensor {name}, first named on this "
+                                 f"line, has none at time {time:g}; every sensor should have one at all "
+                                 f"{len(times)} times)")
+    return Readings(points=np.array(list(points.values())),
+                    times=np.array(times),
+                    values=np.array([[values[name, time] for name in points] for time in times]),
+                    path=path,
+                    sensors=tuple(points))
+
+
+def _rows(path):
+    """Yield (line number, fields) of each line that is neither blank nor a comment."""
+    if path.is_dir():
+        raise InputError(f"{path}: is a directory (give the CSV file of readings in it)")
+    try:
+        # utf-8-sig: spreadsheets put a byte order mark in front of the first column name
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file (give a CSV file with columns '{','.join(COLUMNS)}')") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}; give a readable CSV file)") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: not a text file (it is not UTF-8; give a CSV file)") from None
+    for line, text in enumerate(lines, start=1):
+        if not text.strip() or text.lstrip().startswith("#"):
+            continue
+        try:
+            fields = next(csv.reader([text]))
+        except csv.Error as error:
+            raise InputError(f"{path}:{line}: not a line of CSV ({error}; give '{','.join(COLUMNS)}')") from None
+        yield line, [field.strip() for field in fields]
+
+
+def _reading(where, row, final_time):
+    """Turn the fields of one line into (sensor, (x, y), time, temperature)."""
+    if len(row) != len(COLUMNS):
+        raise InputError(f"{where}: wrong number of fields (got {len(row)}; should be {len(COLUMNS)}: "
+                         f"{','.join(COLUMNS)})")
+    name, *fields = row
+    if not name:
+        raise InputError(f"{where}: sensor has no name (got an empty field; give it a number or a name)")
+    x, y, time, value = (_number(where, *item) for item in zip(COLUMNS[1:], fields, strict=True))
+    if time <= 0:
+        raise InputError(f"{where}: time is not positive (got {time:g}; readings start after time 0, where the "
+                         f"temperature is known)")
+    if time > final_time:
+        raise InputError(f"{where}: time is beyond the final time (got {time:g}; should be at most {final_time:g})")
+    return name, (x, y), time, value
+
+
+def _number(where, column, text):
+    try:
+        number = float(text)
+    except ValueError:
+        raise InputError(f"{where}: {column} is not a number (got '{text}'; give a decimal number such as 0.25)") from None
+    if not math.isfinite(number):
+        raise InputError(f"{where}: {column} is not finite (got '{text}'; leave the sensor out or repair the reading)")
+    return number
