@@ -12,8 +12,10 @@ class Smooth:
     """J on R^n from its plain derivatives, with inner product ``a @ M @ b`` (Euclidean without M)."""
 
     def __init__(self, f, df, d2f, M=None, n=None):
+        """Take J, its gradient vector and its Hessian matrix, and M or the dimension n."""
         self.f, self.df, self.d2f = f, df, d2f
         self.M = np.eye(n) if M is None else M
+        self.M_inverse = np.linalg.inv(self.M)
 
     def value(self, x):
         """J."""
@@ -21,11 +23,11 @@ class Smooth:
 
     def gradient(self, x):
         """Solve M g = J'."""
-        return np.linalg.solve(self.M, self.df(x))
+        return self.M_inverse @ self.df(x)
 
     def hessian_action(self, x, v):
         """Solve M h = J'' v."""
-        return np.linalg.solve(self.M, self.d2f(x) @ v)
+        return self.M_inverse @ (self.d2f(x) @ v)
 
     def inner(self, a, b):
         """The M inner product."""
@@ -35,6 +37,11 @@ class Smooth:
 def norm(problem, v):
     """The problem's norm."""
     return math.sqrt(problem.inner(v, v))
+
+
+def pairs(items):
+    """Neighbours in a list."""
+    return [(items[i], items[i + 1]) for i in range(len(items) - 1)]
 
 
 def random_spd(n, rng, low=1.0, high=50.0):
@@ -192,7 +199,7 @@ def test_default_forcing_bounds_the_residual():
     norms = [r.gradient_norm for r in
              minimize_trust_region(problem, np.zeros(30), initial_radius=1e4, gtol_rel=1e-10).history]
     assert len(norms) > 4
-    for before, after in zip(norms, norms[1:], strict=False):
+    for before, after in pairs(norms):
         assert after <= min(0.5, math.sqrt(before / norms[0])) * before * (1 + 1e-8)
 
 
@@ -206,7 +213,7 @@ def test_rosenbrock(n, x0):
     assert result.converged
     np.testing.assert_allclose(result.x, np.ones(n), atol=1e-10)
     values = [r.value for r in result.history]
-    assert all(after <= before for before, after in zip(values, values[1:], strict=False))
+    assert all(after <= before for before, after in pairs(values))
 
 
 def test_negative_curvature_leaves_the_saddle():
@@ -236,7 +243,10 @@ def test_last_iterates_converge_quadratically():
 
 
 def graded_control_problem(n, euclidean):
-    """``|Ku - d|^2/2 + u^2/200 + integral u^4/4``, K = (A + M)^-1 M, on a mesh graded towards one end."""
+    """``|Ku - d|^2/2 + |u|^2/200 + integral (Ku)^4`` and a first guess; K = (A/20 + M)^-1 M, graded mesh.
+
+    K smooths, so J is smooth on L2 and its Hessian a bounded operator there.
+    """
     t = np.linspace(0, 1, n + 1) ** 3
     h = np.diff(t)
     M, A = mass_matrix(t), np.zeros((n + 1, n + 1))
@@ -246,25 +256,25 @@ def graded_control_problem(n, euclidean):
     w, d = M.sum(axis=1), np.sin(5 * t) + t
     KMK = K.T @ M @ K + 0.01 * M
     return Smooth(
-        lambda u: 0.5 * (K @ u - d) @ M @ (K @ u - d) + 0.005 * u @ M @ u + 0.25 * w @ u**4,
-        lambda u: KMK @ u - K.T @ M @ d + w * u**3,
-        lambda u: KMK + 3 * np.diag(w * u**2), np.eye(n + 1) if euclidean else M,
+        lambda u: 0.5 * (K @ u - d) @ M @ (K @ u - d) + 0.005 * u @ M @ u + w @ (K @ u) ** 4,
+        lambda u: KMK @ u - K.T @ M @ d + 4 * K.T @ (w * (K @ u) ** 3),
+        lambda u: KMK + 12 * K.T @ ((w * (K @ u) ** 2)[:, None] * K), np.eye(n + 1) if euclidean else M,
     ), np.cos(3 * t)
 
 
 def test_iteration_counts_do_not_depend_on_the_mesh():
     """In the L2 inner product; in the Euclidean one they grow with the refinement."""
-    counts = {}
-    for euclidean in (False, True):
-        runs = [minimize_trust_region(*graded_control_problem(n, euclidean), gtol_rel=1e-8, max_it=300)
-                for n in (20, 80, 320)]
-        assert euclidean or all(run.converged for run in runs)
-        counts[euclidean] = [(run.iterations, run.hessian_calls) for run in runs]
-    iterations, hessians = zip(*counts[False], strict=True)
-    assert max(iterations) - min(iterations) <= 2
-    assert max(hessians) - min(hessians) <= 0.2 * max(hessians)
-    assert counts[True][2][1] > 2 * counts[True][0][1]
-    assert counts[True][2][1] > 3 * hessians[2]
+    def costs(euclidean, *sizes):
+        runs = [minimize_trust_region(*graded_control_problem(n, euclidean), gtol_rel=1e-8, max_it=100) for n in sizes]
+        assert all(run.converged for run in runs)
+        return zip(*[(run.iterations, run.hessian_calls) for run in runs], strict=True)
+
+    iterations, hessians = costs(False, 20, 80, 320)
+    assert max(iterations) - min(iterations) <= 1
+    assert max(hessians) - min(hessians) <= 4
+    _, euclidean_hessians = costs(True, 20, 80)
+    assert euclidean_hessians[0] > 1.5 * hessians[0]
+    assert euclidean_hessians[1] > 5 * euclidean_hessians[0]
 
 
 def test_the_unit_of_the_objective_does_not_matter():
@@ -307,6 +317,7 @@ class Counting:
     """A problem that notes its calls, and refuses modified or aliased arguments by reusing its own memory."""
 
     def __init__(self, problem):
+        """Count from zero."""
         self.problem, self.calls = problem, {"value": 0, "gradient": 0, "hessian": 0}
         self.memory = None
 
@@ -337,7 +348,7 @@ class Counting:
 
 def test_costs_are_as_documented():
     """One value a step, one gradient an accepted step, no Hessian action after a rejected step."""
-    problem, seen = Counting(bowl()), []
+    problem, seen = Counting(bowl(tilt=0.01)), []
     result = minimize_trust_region(problem, np.full(6, 5.0), initial_radius=1e3,
                                    callback=lambda x, entry: seen.append(dict(problem.calls)))
     history = result.history
@@ -348,20 +359,20 @@ def test_costs_are_as_documented():
     assert result.value_calls == 1 + result.iterations
     assert result.gradient_calls == 1 + result.iterations - len(rejected)
     assert result.hessian_calls == sum(
-        now.cg_iterations for before, now in zip(history, history[1:], strict=False) if before.accepted)
+        now.cg_iterations for before, now in pairs(history) if before.accepted)
     for k in range(1, result.iterations):
         if not history[k].accepted:
             assert seen[k]["hessian"] == seen[k - 1]["hessian"]
             assert history[k + 1].radius == 0.25 * history[k].step_norm
-    assert np.array_equal(result.x, minimize_trust_region(bowl(), np.full(6, 5.0), initial_radius=1e3).x)
+    assert np.array_equal(result.x, minimize_trust_region(bowl(tilt=0.01), np.full(6, 5.0), initial_radius=1e3).x)
 
 
 def test_a_retried_step_is_the_step_of_the_smaller_radius():
     """Cutting the kept path gives, bit for bit, what a start with the smaller radius gives."""
-    result = minimize_trust_region(bowl(), np.full(6, 5.0), initial_radius=1e3)
+    result = minimize_trust_region(bowl(tilt=0.01), np.full(6, 5.0), initial_radius=1e3)
     first = next(r for r in result.history[1:] if r.accepted)
     assert first.iteration > 1
-    again = minimize_trust_region(bowl(), np.full(6, 5.0), initial_radius=first.radius)
+    again = minimize_trust_region(bowl(tilt=0.01), np.full(6, 5.0), initial_radius=first.radius)
     assert np.array_equal(again.x, result.x)
     assert again.iterations == result.iterations - first.iteration + 1
 
@@ -384,7 +395,7 @@ def test_radius_rules():
 def test_monitor_gets_a_header_and_a_line_a_record():
     """And says nothing by default."""
     lines = []
-    result = minimize_trust_region(bowl(), np.full(6, 5.0), initial_radius=1e3, monitor=lines.append)
+    result = minimize_trust_region(bowl(tilt=0.01), np.full(6, 5.0), initial_radius=1e3, monitor=lines.append)
     assert len(lines) == 1 + len(result.history)
     assert lines[0].split()[:3] == ["it", "J", "|g|"]
     for line, entry in zip(lines[1:], result.history, strict=True):
@@ -438,7 +449,7 @@ def test_callback_stops_and_cannot_spoil_the_iterate():
 def test_wrong_gradient_ends_with_a_small_radius():
     """No step against the descent direction is ever good: the radius shrinks, x stays."""
     problem = Smooth(lambda x: -x.sum(), lambda x: np.ones(3), lambda x: np.eye(3), n=3)
-    result = minimize_trust_region(problem, np.ones(3), max_it=200)
+    result = minimize_trust_region(problem, np.ones(3), max_it=200, value_rtol=0)
     assert result.reason == "radius too small"
     assert np.array_equal(result.x, np.ones(3))
     assert not any(r.accepted for r in result.history[1:])
@@ -540,7 +551,7 @@ def test_radii_that_contradict_each_other_are_refused():
     """The initial radius lies between the smallest and the largest."""
     for options in ({"initial_radius": 2.0, "max_radius": 1.0}, {"initial_radius": 1.0, "min_radius": 1.0},
                     {"min_radius": 1.0, "max_radius": 1.0}):
-        with pytest.raises(ValueError, match="_radius = .* is refused"):
+        with pytest.raises(ValueError, match=r"_radius = .* is refused"):
             minimize_trust_region(rosenbrock(2), np.ones(2), **options)
 
 
@@ -559,7 +570,9 @@ def test_bad_first_guess_is_refused(x0):
 
 
 def test_first_guess_is_not_modified():
-    """Not even if it is a list or an integer array."""
+    """Nor shared with the result; integers become float64."""
+    start = np.ones(2)
+    assert not np.shares_memory(minimize_trust_region(rosenbrock(2), start).x, start)
     x0 = np.array([-1, 1])
     result = minimize_trust_region(rosenbrock(2), x0)
     assert np.array_equal(x0, [-1, 1])

@@ -22,9 +22,9 @@ The model is minimised by conjugate gradients from :math:`p_0 = 0, r_0 = g, d_0 
 until the residual is small, :math:`|r_j| \le \min(1/2, \sqrt{|g|/|g_0|})\,|g|` (superlinear convergence, [3]), or the
 path :math:`p_0, p_1, \dots` leaves the ball, or :math:`(d_j, H d_j) \le 0`; in the last two cases it is followed to the
 boundary. A part :math:`\tau d_j` of the path lowers the model by
-:math:`\tau (r_j, r_j) - \tfrac12 \tau^2 (d_j, H d_j)`, so the prediction costs no Hessian action. As :math:`|p_j|` grows
-with :math:`j` [2, Thm 2.1], the step for a smaller radius is the same path cut earlier: the directions are kept, and
-the retry after a rejected step costs one value of J and nothing else.
+:math:`\tau (r_j, r_j) - \tfrac12 \tau^2 (d_j, H d_j)`, so the prediction costs no Hessian action. As :math:`|p_j|`
+grows with :math:`j` [2, Thm 2.1], the step for a smaller radius is the same path cut earlier: the directions are
+kept, and the retry after a rejected step needs no Hessian action.
 
 Differences of J below its own accuracy say nothing: if promise and outcome both are below
 :math:`\varepsilon \max(|J(x)|, |J(x+s)|)`, :math:`\rho = 1` is used [4, Sec. 17.4.2], and the run ends if such a step
@@ -87,7 +87,11 @@ class Problem(Protocol):
 
 
 class StopReason(str, Enum):
-    """Why a minimisation ended; compares equal to its text."""
+    """Why a minimisation ended; compares equal to its text.
+
+    "round-off" and "radius too small" far from a small gradient point to a derivative that is not that of J, or to a
+    J less accurate than `value_rtol` says.
+    """
 
     GRADIENT = "gradient tolerance"
     MAX_IT = "maximum iterations"
@@ -116,6 +120,7 @@ class NonFiniteError(FloatingPointError):
     """
 
     def __init__(self, message: str, x: np.ndarray):
+        """Say what broke in which iteration, and keep `x`."""
         super().__init__(message)
         self.x = x
 
@@ -245,14 +250,15 @@ class _Segment:
     curvature: float  # (d_j, H d_j)
     rr: float  # (r_j, r_j)
     pp: float  # (p_j, p_j)
-    pd: float  # (p_j, d_j), not negative
+    pd: float  # (p_j, d_j), negative by round-off only
     dd: float  # (d_j, d_j)
     reduction: float  # J - m(p_j)
 
     def exit_length(self, radius: float) -> float:
         """The tau >= 0 with |p_j + tau d_j| = radius, free of cancellation."""
         gap = max(radius**2 - self.pp, 0.0)
-        return gap / (self.pd + math.sqrt(self.pd**2 + self.dd * gap))
+        root = math.sqrt(self.pd**2 + self.dd * gap)
+        return gap / (root + self.pd) if self.pd >= 0 else (root - self.pd) / self.dd
 
     def reduction_at(self, tau: float) -> float:
         return self.reduction + tau * self.rr - 0.5 * tau**2 * self.curvature
@@ -283,7 +289,7 @@ class _SteihaugPath:
         inner, p, d, rr = self.evaluator.inner, self._p, self._d, self._rr
         hd, curvature = self.evaluator.curvature(self.x, d, self.iteration)
         alpha = rr / curvature if curvature > 0 else math.inf
-        pd = max(inner(p, d), 0.0) if self.segments else 0.0
+        pd = inner(p, d) if self.segments else 0.0
         segment = _Segment(d, alpha, curvature, rr, self._pp, pd, inner(d, d), self._reduction)
         self.segments.append(segment)
         if math.isfinite(alpha):
@@ -349,9 +355,9 @@ def minimize_trust_region(
 ) -> TrustRegionResult:
     """Minimise a function by trust-region Newton-CG in the problem's inner product.
 
-    An accepted iteration costs one value, one gradient and a Hessian action for each CG iteration, a rejected one
-    a value less the gradient; an iteration after a rejected one needs no Hessian action. Lengths are in the problem's
-    norm. With several processes call it on all of them with the same options; `callback` must agree on all of them.
+    An iteration costs one value, a Hessian action for each CG iteration (none after a rejected step) and, if its step
+    is accepted, one gradient. Lengths are in the problem's norm. With several processes call it on all of them with
+    the same options; `callback` must return the same on all of them.
 
     Parameters
     ----------
