@@ -1,4 +1,4 @@
-"""The exceptions that this package raises on purpose."""
+"""Errors a user meets."""
 
 __all__ = ["InputError"]
 

@@ -12,7 +12,7 @@ The source q does not depend on time; it is what the inverse problem recovers fr
 
 Units. Lengths are in 10 cm and conductivities in 100 W/(m K). Heat capacities are relative to aluminium's, which
 makes the unit of time 4 min (aluminium's diffusivity, 8e-5 m^2/s, becomes 2). The slowest mode then decays at a rate
-of about 5, so readings up to `FINAL_TIME` see the transient and, at the end, almost the steady state.
+of about 6, so readings up to `FINAL_TIME` see the transient and, at the end, almost the steady state.
 
 The mesh is `meshes/plate.msh`; `meshes/plate.geo` draws it.
 """
@@ -45,7 +45,7 @@ CONVECTION = 2.0
 AMBIENT = 0.0
 FINAL_TIME = 1.0
 
-#: Places of the 24 sensors, at least 0.03 away from every boundary, in holes or in the notch none.
+#: Places of the 24 sensors, well inside the plate: every one is 0.03 or more away from all boundaries.
 SENSORS = np.array([
     (0.25, 0.12), (0.60, 0.12), (0.95, 0.12), (1.25, 0.12), (1.55, 0.12), (1.88, 0.12),
     (0.48, 0.38), (0.74, 0.38), (1.00, 0.38), (1.27, 0.38), (1.77, 0.38),

@@ -154,7 +154,7 @@ def _number(where, column, text):
     try:
         number = float(text)
     except ValueError:
-        raise InputError(f"{where}: {column} is not a number (got '{text}'; give a decimal number such as 0.25)") from None
+        raise InputError(f"{where}: {column} is not a number (got '{text}'; give one such as 0.25)") from None
     if not math.isfinite(number):
         raise InputError(f"{where}: {column} is not finite (got '{text}'; leave the sensor out or repair the reading)")
     return number

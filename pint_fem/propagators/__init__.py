@@ -1,0 +1,31 @@
+"""Time steps of a finite element evolution and their derivatives."""
+
+from pint_fem.propagators.base import FEPropagator, StepData
+from pint_fem.propagators.evolution import Evolution, time_function
+from pint_fem.propagators.form import FormPropagator
+from pint_fem.propagators.linear import LinearPropagator
+from pint_fem.propagators.tableaux import SDIRK2, BackwardEuler, ImplicitMidpoint, named_tableau
+from pint_fem.propagators.tape import TapePropagator
+
+__all__ = [
+    "SDIRK2",
+    "BackwardEuler",
+    "Evolution",
+    "FEPropagator",
+    "FormPropagator",
+    "ImplicitMidpoint",
+    "LinearPropagator",
+    "StepData",
+    "TapePropagator",
+    "make_propagator",
+    "named_tableau",
+    "time_function",
+]
+
+
+def make_propagator(evolution: Evolution, *, stride: int = 1, tableau=None) -> FEPropagator:
+    """The fastest propagator that is exact for the evolution: linear where it applies, else form."""
+    linear = evolution.linear_operators() is not None
+    if evolution.control is not None and evolution.control.function_space().ufl_element().family() == "Real":
+        linear = False
+    return (LinearPropagator if linear else FormPropagator)(evolution, stride=stride, tableau=tableau)

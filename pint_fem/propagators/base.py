@@ -1,0 +1,107 @@
+r"""What a propagator is: one time step ``Phi`` on one level and its derivatives, on blocks of steps.
+
+All arrays have a leading axis of steps, ``(k, dofs)``, with a rank's own degrees of freedom. For a step ``u_1 = Phi(u_0, z)``
+with an adjoint variable ``lam`` belonging to ``u_1``:
+
+===================  ===========================================================================================
+``step``             :math:`\Phi(u_0, z)`
+``tangent``          :math:`\Phi_u\, du + \Phi_z\, dz`
+``adjoint``          :math:`\Phi_u^T \lambda`
+``control_adjoint``  :math:`\Phi_z^T \lambda`
+``second_order``     the derivative of the last two in the direction ``(du, dz)`` at fixed ``lam``
+===================  ===========================================================================================
+
+Adjoint quantities are coefficient vectors of the dual space: transposes are plain transposes.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+import numpy as np
+
+from pint_fem.propagators.evolution import Evolution
+
+__all__ = ["FEPropagator", "StepData"]
+
+
+class StepData(NamedTuple):
+    """Where a block of steps is taken: start times, control and linearisation states.
+
+    Attributes
+    ----------
+    t : ndarray, shape (k,)
+        Start times.
+    z : ndarray, shape (nz,) or (k, nz), or None
+        The static control, or the control of each step.
+    u : ndarray, shape (k, n), or None
+        States at the start of the steps, where derivatives are taken.
+    """
+
+    t: np.ndarray
+    z: np.ndarray | None
+    u: np.ndarray | None = None
+
+    def part(self, rows: slice) -> StepData:
+        """The data of some of the steps."""
+        z = self.z if self.z is None or self.z.ndim == 1 else self.z[rows]
+        return StepData(self.t[rows], z, None if self.u is None else self.u[rows])
+
+    def control(self, i: int) -> np.ndarray | None:
+        """Control of step ``i`` of the block."""
+        return self.z if self.z is None or self.z.ndim == 1 else self.z[i]
+
+
+class FEPropagator(ABC):
+    """A propagator of an :class:`~pint_fem.propagators.evolution.Evolution` with step size ``stride * dt``.
+
+    Parameters
+    ----------
+    evolution
+        The problem.
+    stride
+        Step size of the level in fine steps.
+    tableau
+        Butcher tableau of the level; default: the evolution's.
+    """
+
+    #: Whether derivatives do not depend on the state and the control.
+    is_linear = False
+
+    def __init__(self, evolution: Evolution, *, stride: int = 1, tableau=None):
+        self.evolution, self.stride = evolution, stride
+        self.dt = evolution.dt * stride
+        self.tableau = evolution.tableau if tableau is None else tableau
+
+    @abstractmethod
+    def step(self, data: StepData, u: np.ndarray, out: np.ndarray, lane: int = 0) -> None:
+        """Write ``Phi(u)`` to ``out``; ``lane`` is the number of the block's first state among its like (see ``blocks``)."""
+
+    @abstractmethod
+    def tangent(self, data: StepData, du: np.ndarray, dz, out: np.ndarray, lane: int = 0) -> None:
+        """Write ``Phi_u du + Phi_z dz`` to ``out``; ``dz`` is ``None``, ``(nz,)`` or ``(k, nz)``."""
+
+    @abstractmethod
+    def adjoint(self, data: StepData, lam: np.ndarray, out: np.ndarray, lane: int = 0) -> None:
+        """Write ``Phi_u^T lam`` to ``out``."""
+
+    @abstractmethod
+    def control_adjoint(self, data: StepData, lam: np.ndarray, lane: int = 0) -> np.ndarray:
+        """``Phi_z^T lam``: ``(k, nz)`` for a control a step, else summed over the block, ``(nz,)``."""
+
+    @abstractmethod
+    def second_order(self, data: StepData, du: np.ndarray, dz, lam: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Derivatives of ``adjoint`` ``(k, n)`` and ``control_adjoint`` in the direction ``(du, dz)`` at fixed ``lam``."""
+
+    def _collect(self, rows: list[np.ndarray]) -> np.ndarray:
+        """Control derivatives of the steps of a block, stacked or summed as the control's kind wants."""
+        nz = self.evolution.control_size
+        if self.evolution.per_step:
+            return np.stack(rows) if rows else np.zeros((0, nz))
+        return np.add.reduce(rows, axis=0) if rows else np.zeros(nz)
+
+
+def direction(dz, i: int):
+    """Direction of the control in step ``i`` of a block."""
+    return dz if dz is None or dz.ndim == 1 else dz[i]

@@ -1,0 +1,305 @@
+r"""The linear propagator: operators assembled once, one factorisation per stage coefficient, blocks of states.
+
+For :math:`M \dot u + K u = f(t, z)` with constant :math:`M, K` and :math:`f` affine in the control. With :math:`h_i = a_{ii} \Delta t`,
+
+.. math::  S_i U_i = M W_i + b_i , \quad S_i = M + h_i K, \quad b_i = h_i f(t_i, z),
+
+on the free degrees of freedom, and the boundary values of time :math:`t_i` on the others (``S`` has unit rows and columns there, ``M`` zero
+rows, and ``b`` carries the lifting). ``W`` and the step follow from :class:`~pint_fem.propagators.tableaux.DIRK`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import ufl
+from firedrake import Constant, Function, assemble, derivative
+from firedrake.petsc import PETSc
+
+from pint_fem.errors import InputError
+from pint_fem.propagators.arrays import boundary_rows, get, own_size
+from pint_fem.propagators.base import FEPropagator, StepData
+from pint_fem.propagators.blocks import Factor, Workspace, lanes
+from pint_fem.propagators.evolution import Evolution
+from pint_fem.propagators.tableaux import DIRK
+
+__all__ = ["LinearPropagator"]
+
+
+class LinearPropagator(FEPropagator):
+    """See the module.
+
+    Raises
+    ------
+    InputError
+        If the evolution is not linear with constant operators, or its control is in the space of reals.
+    """
+
+    is_linear = True
+
+    def __init__(self, evolution: Evolution, *, stride: int = 1, tableau=None):
+        super().__init__(evolution, stride=stride, tableau=tableau)
+        operators = evolution.linear_operators()
+        if operators is None:
+            raise InputError("the evolution is not linear with constant operators: use the form propagator")
+        self.dirk = DIRK(self.tableau)
+        V, self.bc_rows = evolution.V, boundary_rows(evolution.bcs, evolution.V)
+        mass = assemble(operators[0], mat_type="aij").petscmat
+        start = mass.getOwnershipRange()[0]
+        self._zero_rows = (self.bc_rows + start).astype(PETSc.IntType)
+        self.M = mass.copy()
+        self.M.zeroRows(self._zero_rows, diag=0.0)
+        self.steps_of_stage = self.dirk.diagonal * self.dt
+        self.factors = {}
+        for h in dict.fromkeys(self.steps_of_stage):
+            S = assemble(operators[0] + Constant(h) * operators[1], bcs=evolution.bcs, mat_type="aij").petscmat
+            self.factors[h] = Factor(S, evolution.solver_parameters, name=f"stage h = {h:g}")
+        self.symmetric_mass = bool(mass.isSymmetric(0.0)) and not len(self.bc_rows)
+        self.MT = self.M if self.symmetric_mass else self.M.transpose(PETSc.Mat())
+        sizes = self.M.getSizes()[0]
+        self.w = Workspace.zeros(sizes, self.M.comm)
+        # products keep their data in the result: one for each operator
+        self.y = Workspace(self.M.matMult(self.w.matrix))
+        self.yT = self.y if self.MT is self.M else Workspace(self.MT.matMult(self.w.matrix))
+        self.x = Workspace.zeros(sizes, self.M.comm)
+        self._wv, self._xv = self.M.createVecs()
+        self._yv = self._wv.duplicate()
+        self._V = V
+        self._loads = None
+
+    # -- the recursion over stages, on anything that has a mass product and a solve -----------------------------------
+    def _forward(self, u, mass, solve, load):
+        """``u_1``; ``load(i)`` is added to the right-hand side of stage ``i`` (``None``: nothing)."""
+        dirk, d, U = self.dirk, [], None
+        for i, h in enumerate(self.steps_of_stage):
+            W = u
+            for j in range(i):
+                if dirk.alpha[i, j]:
+                    W = W + dirk.alpha[i, j] * d[j]
+            rhs = mass(W)
+            b = load(i)
+            if b is not None:
+                rhs += b
+            U = solve(h, rhs)
+            if i < dirk.stages - 1 or not dirk.stiffly_accurate:
+                d.append(U - W)
+        if dirk.stiffly_accurate:
+            return U
+        out = u.copy()
+        for beta, di in zip(dirk.beta, d, strict=True):
+            out += beta * di
+        return out
+
+    def _backward(self, lam, mass_transposed, solve_transposed, on_stage=None):
+        """The transpose of :meth:`_forward`; ``on_stage(i, y)`` sees the adjoint of stage ``i``'s right-hand side."""
+        dirk = self.dirk
+        out = np.zeros_like(lam) if dirk.stiffly_accurate else lam.copy()
+        bar = [None if dirk.stiffly_accurate else beta * lam for beta in dirk.beta]
+        for i in reversed(range(dirk.stages)):
+            if i == dirk.stages - 1 and dirk.stiffly_accurate:
+                U_bar, W_bar = lam, 0.0
+            else:
+                U_bar, W_bar = bar[i], -bar[i]
+            y = solve_transposed(self.steps_of_stage[i], U_bar)
+            if on_stage is not None:
+                on_stage(i, y)
+            W_bar = mass_transposed(y) + W_bar
+            out += W_bar
+            for j in range(i):
+                if dirk.alpha[i, j]:
+                    share = dirk.alpha[i, j] * W_bar
+                    bar[j] = share if bar[j] is None else bar[j] + share
+        return out
+
+    # -- on blocks -----------------------------------------------------------------------------------------------------
+    def _block_mass(self, W, transposed=False):
+        y = self.yT if transposed else self.y
+        if W is not self.w.array:
+            self.w.array[...] = W
+        (self.MT if transposed else self.M).matMult(self.w.matrix, y.matrix)
+        return y.array
+
+    def _block_solve(self, h, rhs, transposed=False):
+        factor = self.factors[h].transposed if transposed else self.factors[h]
+        y = self.yT if transposed else self.y
+        if rhs is not y.array:
+            y.array[...] = rhs
+        if transposed:
+            y.array[:, self.bc_rows] = 0
+        factor.solve_block(y, self.x)
+        return self.x.array.copy() if self.dirk.stages > 1 else self.x.array
+
+    def apply(self, u: np.ndarray, out: np.ndarray, lane: int, load=None) -> None:
+        """The step without forcing, or with ``load(rows, i)``, the stage loads of some rows of the block."""
+        for rows, where in lanes(len(u), lane):
+            self.w.load(u[rows], where)
+
+            def block_load(i, rows=rows, where=where):
+                if load is None:
+                    return None
+                b = np.zeros_like(self.w.array)
+                b[where] = load(rows, i)
+                return b
+
+            start = self.w.array if self.dirk.stages == 1 and self.dirk.stiffly_accurate else self.w.array.copy()
+            out[rows] = self._forward(start, self._block_mass, self._block_solve, block_load)[where]
+
+    def apply_transposed(self, lam: np.ndarray, out: np.ndarray, lane: int, on_stage=None) -> None:
+        """Its transpose; ``on_stage(rows, i, y)`` sees the stage adjoints."""
+        for rows, where in lanes(len(lam), lane):
+            self.w.load(lam[rows], where)
+            see = None if on_stage is None else lambda i, y, rows=rows, where=where: on_stage(rows, i, y[where])
+            result = self._backward(
+                self.w.array.copy(),
+                lambda W: self._block_mass(W, transposed=True),
+                lambda h, r: self._block_solve(h, r, transposed=True),
+                see,
+            )
+            out[rows] = result[where]
+
+    # -- one state after another ---------------------------------------------------------------------------------------
+    def _single_mass(self, W, transposed=False):
+        self._wv.placeArray(W)
+        (self.MT if transposed else self.M).mult(self._wv, self._yv)
+        self._wv.resetArray()
+        return self._yv.array
+
+    def _single_solve(self, h, rhs, transposed=False):
+        factor = self.factors[h].transposed if transposed else self.factors[h]
+        if transposed:
+            self._yv.array[...] = rhs
+            self._yv.array[self.bc_rows] = 0
+        factor.solve(self._yv, self._xv)
+        return self._xv.array_r if self.dirk.stages == 1 else self._xv.array_r.copy()
+
+    def sweep(self, U: np.ndarray, G: np.ndarray | None, *, transposed: bool = False) -> None:
+        """Homogeneous steps one after another in place, ``U[i+1] = Phi_u U[i] + G[i]``, or with the transpose."""
+        for i in range(len(U) - 1):
+            u = np.ascontiguousarray(U[i])
+            if transposed:
+                U[i + 1] = self._backward(
+                    u, lambda W: self._single_mass(W, True), lambda h, r: self._single_solve(h, r, True)
+                )
+            else:
+                U[i + 1] = self._forward(u, self._single_mass, self._single_solve, _nothing)
+            if G is not None:
+                U[i + 1] += G[i]
+
+    # -- forcing -------------------------------------------------------------------------------------------------------
+    def _prepare_loads(self) -> None:
+        """Compile and assemble what the forcing needs: the affine part at ``z = 0`` and the control's operator."""
+        ev = self.evolution
+        form, rate = ev.parts()
+        self._lift = Function(self._V, name="lift")
+        self._zero_control = None if ev.control is None else Function(ev.control.function_space())
+        repl = {ev.u: self._lift, rate: self._lift / (h := Constant(1.0))}
+        if ev.control is not None:
+            repl[ev.control] = self._zero_control
+        self._load_form, self._load_h = ufl.replace(form, repl), h
+        self._loads = {}
+        self.B = self.BT = None
+        if ev.control is not None:
+            if ev.control.function_space().ufl_element().family() == "Real":
+                raise InputError("a control in the space of reals needs the form propagator")
+            B = assemble(-derivative(form, ev.control), mat_type="aij").petscmat.copy()
+            B.zeroRows(self._zero_rows, diag=0.0)
+            self.B, self.BT = B, B.transpose(PETSc.Mat())
+            self._bz, self._bn = B.createVecs()
+
+    def _affine_load(self, t: float, i: int) -> np.ndarray:
+        """``h f(t_i, 0)`` with lifting, for the step that starts at ``t``; assembled once where nothing depends on time."""
+        key = (float(t), i) if self.evolution.depends_on_time else i
+        if key not in self._loads:
+            ev, h = self.evolution, self.steps_of_stage[i]
+            if ev.t is not None:
+                ev.t.assign(t + self.dirk.c[i] * self.dt)
+            self._lift.zero()
+            for bc in ev.bcs:
+                bc.apply(self._lift)
+            self._load_h.assign(h)
+            load = -h * get(assemble(self._load_form))
+            load[self.bc_rows] = get(self._lift)[self.bc_rows]
+            self._loads[key] = load
+        return self._loads[key]
+
+    def _control_load(self, z: np.ndarray) -> np.ndarray:
+        """``df/dz z`` for one control ``(nz,)`` or one a step ``(k, nz)``."""
+        rows = np.atleast_2d(z)
+        out = np.empty((len(rows), self._bn.local_size))
+        for zi, oi in zip(rows, out, strict=True):
+            self._bz.array[:] = zi
+            self.B.mult(self._bz, self._bn)
+            oi[:] = self._bn.array_r
+        return out[0] if z.ndim == 1 else out
+
+    def forcing(self, data: StepData, lane: int = 0) -> np.ndarray:
+        """The affine part of ``step``: ``Phi(0, z)`` of each step, ``(k, n)``; a broadcast row where all are the same."""
+        return self._forced(data, data.z, self._affine_load, lane)
+
+    def control_forcing(self, data: StepData, dz: np.ndarray, lane: int = 0) -> np.ndarray:
+        """``Phi_z dz`` of each step, ``(k, n)``."""
+        return self._forced(data, dz, None, lane)
+
+    def _forced(self, data: StepData, z, affine, lane: int) -> np.ndarray:
+        if self._loads is None:
+            self._prepare_loads()
+        k, n = len(data.t), self._xv.local_size
+        same = not (affine and self.evolution.depends_on_time) and (z is None or z.ndim == 1)
+        rows = min(k, 1) if same else k
+        control = None if z is None else self._control_load(z)
+
+        def load(part, i):
+            b = np.zeros((part.stop - part.start, n))
+            if affine is not None:
+                b += [affine(t, i) for t in data.t[part]]
+            if control is not None:
+                b += self.steps_of_stage[i] * (control if control.ndim == 1 else control[part])
+            return b
+
+        out = np.empty((rows, n))
+        self.apply(np.zeros((rows, n)), out, 0 if same else lane, load)
+        return np.broadcast_to(out, (k, n)) if same and k else out
+
+    # -- the interface -------------------------------------------------------------------------------------------------
+    def step(self, data, u, out, lane=0):
+        """See :class:`FEPropagator`."""
+        self.apply(u, out, lane)
+        out += self.forcing(data, lane)
+
+    def tangent(self, data, du, dz, out, lane=0):
+        """See :class:`FEPropagator`."""
+        self.apply(du, out, lane)
+        if dz is not None:
+            out += self.control_forcing(data, dz, lane)
+
+    def adjoint(self, data, lam, out, lane=0):
+        """See :class:`FEPropagator`."""
+        self.apply_transposed(lam, out, lane)
+
+    def control_adjoint(self, data, lam, lane=0):
+        """See :class:`FEPropagator`; for a static control the adjoints are summed before the one solve."""
+        if self._loads is None:
+            self._prepare_loads()
+        if not self.evolution.per_step:
+            lam, lane = np.add.reduce(lam, axis=0, keepdims=True) if len(lam) else np.zeros((1, self._xv.local_size)), 0
+        loads = np.zeros_like(lam)
+
+        def on_stage(rows, i, y):
+            loads[rows] += self.steps_of_stage[i] * y
+
+        self.apply_transposed(lam, np.empty_like(lam), lane, on_stage)
+        out = np.empty((len(lam), own_size(self.evolution.control.function_space())))
+        for y, gz in zip(loads, out, strict=True):
+            self._bn.array[:] = y
+            self.BT.mult(self._bn, self._bz)
+            gz[:] = self._bz.array_r
+        return out if self.evolution.per_step else out[0]
+
+    def second_order(self, data, du, dz, lam):
+        """Zero: the step is affine."""
+        return np.zeros_like(lam), self._collect([np.zeros(self.evolution.control_size)] * len(lam))
+
+
+def _nothing(_):
+    return None
+
+

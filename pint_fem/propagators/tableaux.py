@@ -1,0 +1,83 @@
+"""Diagonally implicit Runge-Kutta methods by Irksome's Butcher tableaux."""
+
+from __future__ import annotations
+
+import numpy as np
+from irksome import BackwardEuler, GaussLegendre
+from irksome.tableaux.ButcherTableaux import ButcherTableau
+
+from pint_fem.errors import InputError
+
+__all__ = ["DIRK", "SDIRK2", "BackwardEuler", "ImplicitMidpoint", "named_tableau"]
+
+
+class SDIRK2(ButcherTableau):
+    """The stiffly accurate, L-stable SDIRK method of order 2, ``gamma = 1 - 1/sqrt 2`` (Alexander, SINUM 14, 1977)."""
+
+    def __init__(self):
+        g = 1 - 1 / np.sqrt(2)
+        super().__init__(np.array([[g, 0], [1 - g, g]]), np.array([1 - g, g]), None, np.array([g, 1.0]), 2, None, None)
+
+    def __str__(self):
+        return "SDIRK2()"
+
+
+def ImplicitMidpoint() -> ButcherTableau:  # noqa: N802 (a tableau's name, as Irksome writes them)
+    """The implicit midpoint rule: one Gauss-Legendre stage."""
+    return GaussLegendre(1)
+
+
+_NAMES = {"BackwardEuler": BackwardEuler, "ImplicitMidpoint": ImplicitMidpoint, "SDIRK2": SDIRK2}
+
+
+def named_tableau(name: str) -> ButcherTableau:
+    """A tableau by its name on a command line.
+
+    Raises
+    ------
+    InputError
+        On an unknown name.
+    """
+    if name not in _NAMES:
+        raise InputError(f"unknown integrator {name!r}: give one of {', '.join(_NAMES)}")
+    return _NAMES[name]()
+
+
+class DIRK:
+    r"""Coefficients for stepping by stage values.
+
+    With :math:`d_i = U_i - W_i = \Delta t\, a_{ii} k_i` the stages and the step are
+
+    .. math::
+        W_i = u_0 + \sum_{j<i} \alpha_{ij} d_j, \quad \alpha_{ij} = a_{ij}/a_{jj}, \qquad
+        F\big((U_i - W_i)/(a_{ii}\Delta t),\, U_i,\, t + c_i \Delta t\big) = 0, \qquad
+        u_1 = u_0 + \sum_i \beta_i d_i, \quad \beta_i = b_i/a_{ii},
+
+    and ``u_1 = U_s`` for a stiffly accurate method. Boundary values are those of the stage's time.
+
+    Parameters
+    ----------
+    tableau
+        An Irksome tableau: lower triangular with a nonzero diagonal.
+
+    Raises
+    ------
+    InputError
+        If it is explicit or fully implicit.
+    """
+
+    def __init__(self, tableau: ButcherTableau):
+        A = np.asarray(getattr(tableau, "A", np.nan), dtype=float)
+        if A.ndim != 2 or not tableau.is_diagonally_implicit or (np.diag(A) == 0).any():
+            raise InputError(
+                f"tableau {tableau}: stages must be diagonally implicit with nonzero diagonal; "
+                "give BackwardEuler(), ImplicitMidpoint(), SDIRK2() or another such Irksome tableau"
+            )
+        self.name = str(tableau)
+        self.diagonal = np.diag(A).copy()
+        self.stages = len(self.diagonal)
+        self.c = np.asarray(tableau.c, dtype=float)
+        self.alpha = np.tril(A, -1) / self.diagonal
+        self.beta = np.asarray(tableau.b, dtype=float) / self.diagonal
+        self.stiffly_accurate = bool(tableau.is_stiffly_accurate)
+        self.A, self.b = A, np.asarray(tableau.b, dtype=float)

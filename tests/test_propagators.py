@@ -1,0 +1,169 @@
+"""The three propagators agree in step, tangent, adjoint and second order; derivatives pass dot-product and Taylor tests."""
+
+import numpy as np
+import pytest
+from firedrake import (
+    DirichletBC,
+    Function,
+    FunctionSpace,
+    TestFunction,
+    UnitSquareMesh,
+    dot,
+    ds,
+    dx,
+    grad,
+    sin,
+    SpatialCoordinate,
+    VectorFunctionSpace,
+    inner,
+)
+from irksome import Dt
+
+from pint_fem.propagators import (
+    SDIRK2,
+    BackwardEuler,
+    Evolution,
+    FormPropagator,
+    ImplicitMidpoint,
+    LinearPropagator,
+    StepData,
+    TapePropagator,
+    make_propagator,
+    time_function,
+)
+
+TABLEAUX = {"BE": BackwardEuler, "midpoint": ImplicitMidpoint, "SDIRK2": SDIRK2}
+
+
+def heat(tableau, *, linear=True, per_step=False, comm=None, n=5):
+    mesh = UnitSquareMesh(n, n, distribution_parameters={"partitioner_type": "simple"}, **({"comm": comm} if comm else {}))
+    V, Q = FunctionSpace(mesh, "CG", 1), FunctionSpace(mesh, "DG", 0)
+    u, v, q, t = Function(V), TestFunction(V), Function(Q), time_function(mesh)
+    x, y = SpatialCoordinate(mesh)
+    kappa = 1 + x if linear else 1 + u**2 + 0.1 * q**2
+    F = Dt(u) * v * dx + kappa * dot(grad(u), grad(v)) * dx + 0.5 * u * v * ds(1) - (q + sin(3 * t) * y) * v * dx
+    bcs = [DirichletBC(V, 0.1 + t * y, 2)]
+    u.interpolate(sin(x) * y)
+    return Evolution(F, u, tableau=TABLEAUX[tableau](), dt=0.05, nsteps=12, control=q, per_step=per_step, t=t, bcs=bcs)
+
+
+def block(ev, k, seed=0):
+    rng = np.random.default_rng(seed)
+    n, nz = ev.state_size, ev.control_size
+    fixed = LinearPropagator(ev).bc_rows if ev.linear_operators() else FormPropagator(ev).bc_rows
+    zshape = (k, nz) if ev.per_step else (nz,)
+    data = StepData(ev.time(np.arange(k)), rng.standard_normal(zshape), rng.standard_normal((k, n)))
+    return data, rng.standard_normal((k, n)), rng.standard_normal(zshape), rng.standard_normal((k, n)), fixed
+
+
+def all_results(propagator, data, du, dz, lam):
+    """Everything a propagator computes."""
+    out = [np.empty_like(du) for _ in range(4)]
+    propagator.step(data, data.u, out[0])
+    propagator.tangent(data, du, dz, out[1])
+    propagator.tangent(data, du, None, out[2])
+    propagator.adjoint(data, lam, out[3])
+    return [*out, propagator.control_adjoint(data, lam), *propagator.second_order(data, du, dz, lam)]
+
+
+def assert_close(a, b, tolerance):
+    for x, y in zip(a, b, strict=True):
+        assert np.abs(x - y).max() <= tolerance * max(1.0, np.abs(y).max())
+
+
+@pytest.mark.parametrize("per_step", [False, True])
+@pytest.mark.parametrize("tableau", TABLEAUX)
+def test_linear_form_and_tape_agree(tableau, per_step):
+    ev = heat(tableau, per_step=per_step)
+    data, du, dz, lam, _ = block(ev, 3)
+    reference = all_results(TapePropagator(ev), data, du, dz, lam)
+    assert_close(all_results(FormPropagator(ev), data, du, dz, lam), reference, 1e-10)
+    assert_close(all_results(LinearPropagator(ev), data, du, dz, lam), reference, 1e-10)
+    assert isinstance(make_propagator(ev), LinearPropagator)
+
+
+@pytest.mark.parametrize("tableau", TABLEAUX)
+def test_form_and_tape_agree_nonlinear(tableau):
+    ev = heat(tableau, linear=False)
+    data, du, dz, lam, _ = block(ev, 2)
+    reference = all_results(TapePropagator(ev), data, du, dz, lam)
+    assert_close(all_results(FormPropagator(ev), data, du, dz, lam), reference, 1e-10)
+    assert isinstance(make_propagator(ev), FormPropagator)
+
+
+@pytest.mark.parametrize("linear", [True, False])
+@pytest.mark.parametrize("tableau", TABLEAUX)
+def test_taylor_and_transpose(tableau, linear):
+    ev = heat(tableau, linear=linear)
+    p = make_propagator(ev, stride=2)
+    data, du, dz, lam, _ = block(ev, 2)
+    base, tangent, adjoint = (np.empty_like(du) for _ in range(3))
+    p.step(data, data.u, base)
+    p.tangent(data, du, dz, tangent)
+    p.adjoint(data, lam, adjoint)
+    forward = np.vdot(lam, tangent)
+    assert abs(forward - np.vdot(adjoint, du) - np.vdot(p.control_adjoint(data, lam), dz)) <= 1e-11 * abs(forward)
+    remainders = []
+    for eps in (1e-2, 5e-3, 2.5e-3):
+        shifted = np.empty_like(base)
+        p.step(StepData(data.t, data.z + eps * dz), data.u + eps * du, shifted)
+        remainders.append(np.abs(shifted - base - eps * tangent).max())
+    if linear:
+        assert max(remainders) < 1e-11
+    else:
+        assert np.log2(np.divide(remainders[:-1], remainders[1:])).min() > 1.95
+
+
+def test_second_order_is_the_derivative_of_the_adjoint():
+    ev = heat("SDIRK2", linear=False)
+    p = make_propagator(ev)
+    data, du, dz, lam, _ = block(ev, 2)
+    su, sz = p.second_order(data, du, dz, lam)
+    eps, ends = 1e-5, []
+    for sign in (1, -1):
+        moved = StepData(data.t, data.z + sign * eps * dz, data.u + sign * eps * du)
+        out = np.empty_like(lam)
+        p.adjoint(moved, lam, out)
+        ends.append((out, p.control_adjoint(moved, lam)))
+    assert np.abs((ends[0][0] - ends[1][0]) / (2 * eps) - su).max() < 1e-7 * np.abs(su).max()
+    assert np.abs((ends[0][1] - ends[1][1]) / (2 * eps) - sz).max() < 1e-7 * np.abs(sz).max()
+
+
+def test_lanes_make_bits_independent_of_the_block():
+    ev = heat("SDIRK2", n=24)
+    p = LinearPropagator(ev)
+    u = np.random.default_rng(1).standard_normal((21, ev.state_size))
+    whole, parts = np.empty_like(u), np.empty_like(u)
+    p.apply(u, whole, 3)
+    for a, b in ((0, 2), (2, 3), (3, 11), (11, 21)):
+        p.apply(u[a:b], parts[a:b], 3 + a)
+    assert np.array_equal(whole, parts)
+
+
+@pytest.mark.parametrize(("tableau", "order"), [("BE", 1), ("midpoint", 2), ("SDIRK2", 2)])
+def test_order_in_time(tableau, order):
+    """u' = -A u from a smooth state: end values for N, 2N, 4N steps give the order by Richardson's ratio."""
+    mesh = UnitSquareMesh(6, 6)
+    V = FunctionSpace(mesh, "CG", 1)
+    x, y = SpatialCoordinate(mesh)
+    ends = []
+    for steps in (8, 16, 32):
+        u, v = Function(V).interpolate(x * (1 - x) * y * (1 - y)), TestFunction(V)
+        F = Dt(u) * v * dx + 0.1 * dot(grad(u), grad(v)) * dx
+        ev = Evolution(F, u, tableau=TABLEAUX[tableau](), dt=0.4 / steps, nsteps=steps)
+        U = np.empty((steps + 1, ev.state_size))
+        U[0] = u.dat.data_ro
+        LinearPropagator(ev).sweep(U, None)
+        ends.append(U[-1].copy())
+    rate = np.log2(np.linalg.norm(ends[0] - ends[1]) / np.linalg.norm(ends[1] - ends[2]))
+    assert abs(rate - order) < 0.15
+
+
+def test_vector_valued_state():
+    mesh = UnitSquareMesh(4, 4)
+    V = VectorFunctionSpace(mesh, "CG", 1)
+    u, v, q = Function(V), TestFunction(V), Function(V)
+    F = inner(Dt(u), v) * dx + inner(grad(u), grad(v)) * dx - inner(q, v) * dx
+    ev = Evolution(F, u, tableau=SDIRK2(), dt=0.1, nsteps=3, control=q, bcs=DirichletBC(V, (0, 0), "on_boundary"))
+    data, du, dz, lam, _ = block(ev, 2)
+    assert_close(all_results(LinearPropagator(ev), data, du, dz, lam), all_results(TapePropagator(ev), data, du, dz, lam), 1e-10)
