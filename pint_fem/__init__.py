@@ -1,1 +1,28 @@
+"""Optimisation constrained by time, parallel in time, on Firedrake.
+
+The names below load Firedrake when they are first used; ``pint_fem.mgrit`` and ``pint_fem.spacetime`` never do.
+"""
+
+import importlib
+
 __version__ = "0.1.0"
+
+_NAMES = {
+    "InputError": "pint_fem.errors",
+    "SpaceTime": "pint_fem.spacetime",
+    "MGRIT": "pint_fem.mgrit",
+    "MGRITOptions": "pint_fem.mgrit",
+    "minimize_trust_region": "pint_fem.optimize",
+}
+_NAMES |= dict.fromkeys(("BackwardEuler", "Evolution", "ImplicitMidpoint", "SDIRK2", "time_function"), "pint_fem.propagators")
+_NAMES |= dict.fromkeys(
+    ("PointSensors", "RunningMisfit", "TerminalMisfit", "TimeParallelReducedFunctional"), "pint_fem.adjoint"
+)
+
+__all__ = sorted(_NAMES)
+
+
+def __getattr__(name):
+    if name in _NAMES:
+        return getattr(importlib.import_module(_NAMES[name]), name)
+    raise AttributeError(f"module 'pint_fem' has no attribute {name!r}")

@@ -17,6 +17,7 @@ from mpi4py import MPI
 
 from pint_fem.errors import InputError
 from pint_fem.mgrit.levels import split_steps
+from pint_fem.mgrit.norms import euclidean
 
 __all__ = ["Slab", "SpaceTime", "parse_grid"]
 
@@ -128,16 +129,23 @@ class SpaceTime:
         """Sum an array over the time ranks; the same bits on every rank."""
         if self.time_comm.size == 1:
             return array
-        total = np.empty_like(array)
+        total = np.empty(array.shape, array.dtype)  # C order, as what is sent
         self.time_comm.Reduce(np.ascontiguousarray(array), total, op=MPI.SUM, root=0)
         self.time_comm.Bcast(total, root=0)
         return total
 
-    def point_norms(self, block: np.ndarray) -> np.ndarray:
-        """Squared Euclidean norm of each state of ``block`` ``(k, local_dofs)`` over space, summed in rank order."""
-        local = np.array([row @ row for row in block.reshape(len(block), -1)])
-        if self.space_comm.size == 1 or not len(local):
-            return local
-        parts = np.empty((self.space_comm.size, len(local)))
-        self.space_comm.Allgather(local, parts)
+    def sum_over_space(self, values: np.ndarray) -> np.ndarray:
+        """Sum a small array over the space ranks in rank order; the same bits on every rank and for every length."""
+        if self.space_comm.size == 1 or not values.size:
+            return values
+        parts = np.empty((self.space_comm.size, *values.shape))
+        self.space_comm.Allgather(np.ascontiguousarray(values, dtype=float), parts)
         return np.add.reduce(parts, axis=0)
+
+    def sum_over_grid(self, values: np.ndarray) -> np.ndarray:
+        """Sum a small array over all ranks."""
+        return self.sum_over_time(self.sum_over_space(values))
+
+    def point_norms(self, block: np.ndarray) -> np.ndarray:
+        """Squared Euclidean norm of each state of ``block`` ``(k, local_dofs)`` over space."""
+        return self.sum_over_space(euclidean(block))

@@ -16,7 +16,7 @@ from typing import Protocol
 
 import numpy as np
 
-__all__ = ["Level", "Propagator", "build_levels", "split_steps"]
+__all__ = ["Level", "Propagator", "build_levels", "inject", "split_steps"]
 
 
 class Propagator(Protocol):
@@ -104,39 +104,55 @@ class Level:
         try:
             self.propagator.step(steps, u, out)
         except Exception as error:
-            self._failed(steps, error)
             out[...] = np.nan
+            self._failed(steps, u, out, error)
+        else:
+            if not np.isfinite(out).all():
+                self._failed(steps, u, out)
 
     def sweep(self) -> None:
         """Take all own steps one after another, from row 0."""
         U, G, k = self.U, self.G, self.k
-        self.phi_calls += k
+        if not k:
+            return
         steps = range(self.lo, self.hi)
-        try:
-            if hasattr(self.propagator, "sweep"):
-                self.propagator.sweep(self.lo, U, G)
-                return
+        if not hasattr(self.propagator, "sweep"):
             for i, n in enumerate(steps):
-                steps = range(n, n + 1)
-                self.propagator.step(steps, U[i : i + 1], U[i + 1 : i + 2])
+                self.phi(range(n, n + 1), U[i : i + 1], U[i + 1 : i + 2])
                 if G is not None:
                     U[i + 1] += G[i]
+            return
+        self.phi_calls += k
+        try:
+            self.propagator.sweep(self.lo, U, G)
         except Exception as error:
-            self._failed(steps, error)
             U[1:] = np.nan
+            self._failed(steps, U[:1], U[1:], error)
+        else:
+            if not np.isfinite(U).all():
+                self._failed(steps, U[:-1], U[1:])
 
-    def _failed(self, steps: range, error: Exception) -> None:
-        if self.failure is None:
-            self.failure = f"level {self.index}, steps {steps[0]}..{steps[-1]}: {type(error).__name__}: {error}"
+    def _failed(self, steps: range, u: np.ndarray, out: np.ndarray, error: Exception | None = None) -> None:
+        """Remember the first failure that comes of finite data; what follows from it is not its cause."""
+        good = np.isfinite(u).reshape(len(u), -1).all(axis=1)
+        if self.failure is not None or (error is not None and not good.all()):
+            return
+        where, what = f"{steps[0]}..{steps[-1]}", f"{type(error).__name__}: {error}"
+        if error is None:
+            bad = np.flatnonzero(good & ~np.isfinite(out).reshape(len(out), -1).all(axis=1))
+            if not len(bad):
+                return
+            where, what = ", ".join(str(steps[i]) for i in bad[:5]), "value not finite"
+        self.failure = f"level {self.index}, steps {where}: {what}"
 
     # -- messages: one row to the right, one from the left; the tag is the level -----------------------------------
     def post_receive(self, array: np.ndarray):
         """Start receiving row 0 of ``array`` from the left; ``None`` where there is nobody."""
-        return None if self.left is None else self.comm.Irecv(array[0], source=self.left, tag=self.index)
+        return None if self.left is None else self.comm.Irecv(array[:1], source=self.left, tag=self.index)
 
     def post_send(self, array: np.ndarray):
         """Start sending the last row of ``array`` to the right; ``None`` where there is nobody."""
-        return None if self.right is None else self.comm.Isend(array[self.k], dest=self.right, tag=self.index)
+        return None if self.right is None else self.comm.Isend(array[self.k :], dest=self.right, tag=self.index)
 
     def exchange(self, array: np.ndarray) -> None:
         """Fill row 0 of ``array`` from the left neighbour's last row."""
@@ -171,3 +187,30 @@ def build_levels(propagators: Sequence[Propagator], coarsening: Sequence[int], b
         if m is not None:
             bounds, stride = [b // m for b in bounds], stride * m
     return levels
+
+
+def inject(levels: Sequence[Level], U: np.ndarray) -> list[np.ndarray]:
+    """Values of a trajectory at the points of every level, ghost rows included.
+
+    Parameters
+    ----------
+    levels
+        A hierarchy.
+    U
+        ``(k + 1, *state)`` on the finest level, with a current ghost row.
+
+    Returns
+    -------
+    list of ndarray
+        One array a level; the first is ``U`` itself.
+    """
+    arrays = [U]
+    for fine, coarse in zip(levels[:-1], levels[1:], strict=True):
+        out = np.zeros((coarse.k + 1, *U.shape[1:]))
+        if coarse.active:
+            out[1:] = arrays[-1][fine.first_c_row :: fine.m]
+            if coarse.left is None:
+                out[0] = arrays[-1][0]
+            coarse.exchange(out)
+        arrays.append(out)
+    return arrays

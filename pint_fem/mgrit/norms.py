@@ -17,8 +17,7 @@ PointNorms = Callable[[np.ndarray], np.ndarray]
 
 def euclidean(block: np.ndarray) -> np.ndarray:
     """Squared Euclidean norm of each state of a block, shape ``(k,)``."""
-    flat = block.reshape(len(block), -1)
-    return np.array([row @ row for row in flat])
+    return np.array([row @ row for row in map(np.ravel, block)], dtype=float)
 
 
 def gather_in_order(values: np.ndarray, comm) -> np.ndarray:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 
 __all__ = ["MGRITOptions"]
@@ -50,11 +50,11 @@ class MGRITOptions:
 
     def __post_init__(self):
         set_ = lambda name, value: object.__setattr__(self, name, value)
-        factors = (self.coarsening,) if isinstance(self.coarsening, int) else tuple(self.coarsening)
+        factors = _as_tuple(self.coarsening)
         if not factors or any(not _is_int(m) or m < 2 for m in factors):
             raise ValueError(f"mgrit coarsening {self.coarsening!r}: give whole numbers of at least 2, such as (8, 4)")
         set_("coarsening", tuple(int(m) for m in factors))
-        relax = (self.relax,) if isinstance(self.relax, str) else tuple(self.relax)
+        relax = _as_tuple(self.relax)
         if not relax or any(r not in ("F", "FCF", "FCFCF") for r in relax):
             raise ValueError(f"mgrit relax {self.relax!r}: give 'F', 'FCF' or 'FCFCF', or one of them a level")
         set_("relax", relax)
@@ -70,6 +70,8 @@ class MGRITOptions:
             raise ValueError(f"mgrit max_it {self.max_it!r}: give a whole number of at least 1")
         if not _is_number(self.dtol) or self.dtol <= 1:
             raise ValueError(f"mgrit dtol {self.dtol!r}: give a number above 1")
+        if self.monitor not in (False, True):
+            raise ValueError(f"mgrit monitor {self.monitor!r}: give True or False")
 
     @classmethod
     def make(cls, options: MGRITOptions | Mapping | None = None, **changes) -> MGRITOptions:
@@ -113,6 +115,10 @@ class MGRITOptions:
     def scheme(self, index: int) -> str:
         """Relaxation of level ``index``."""
         return self.relax[min(index, len(self.relax) - 1)]
+
+
+def _as_tuple(value) -> tuple:
+    return tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else (value,)
 
 
 def _is_int(value) -> bool:

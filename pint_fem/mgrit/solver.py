@@ -107,7 +107,8 @@ class MGRIT:
         self.options = MGRITOptions.make(options, levels=len(propagators))
         factors = self.options.factors(nsteps)
         bounds = split_steps(nsteps, comm.size) if bounds is None else list(bounds)
-        if len(bounds) != comm.size + 1 or bounds[0] != 0 or bounds[-1] != nsteps or sorted(bounds) != bounds:
+        whole = all(hasattr(b, "__index__") for b in bounds)
+        if not whole or len(bounds) != comm.size + 1 or sorted(bounds) != bounds or bounds[0] or bounds[-1] != nsteps:
             raise ValueError(f"bounds {bounds} do not split {nsteps} steps over {comm.size} ranks")
         self.levels = build_levels(propagators, factors, bounds, comm)
         self.comm, self.nsteps, self.point_norms, self.name, self.printer = comm, nsteps, point_norms, name, printer
@@ -139,13 +140,32 @@ class MGRIT:
             On every rank, if a step failed or a value is not finite on any.
         """
         fine = self.levels[0]
-        if U.shape[0] != fine.k + 1 or (G is not None and G.shape != (fine.k, *U.shape[1:])):
-            raise ValueError(f"{self.name}: U {U.shape} and G {None if G is None else G.shape} for {fine.k} own steps")
+        self._check_arrays(U, G)
         for level in self.levels:
             level.failure = None
         fine.U, fine.G = U, G
-        if len(self.levels) == 1:
-            return self._solve_sequentially(fine)
+        with np.errstate(over="ignore", invalid="ignore"):  # a solve that blows up says so itself, once
+            result = self._solve_sequentially(fine) if len(self.levels) == 1 else self._iterate(U)
+            self._check_finite(not fine.active or bool(np.isfinite(self._squares(U)).all()))
+        return result
+
+    def _check_arrays(self, U: np.ndarray, G: np.ndarray | None) -> None:
+        """Raise on every rank when the arrays of any do not fit."""
+        k, problem = self.levels[0].k, None
+        if not U.ndim or len(U) != k + 1 or (G is not None and G.shape != (k, *U.shape[1:])):
+            problem = f"U {U.shape} and G {None if G is None else G.shape} for {k} own steps"
+        elif U.dtype != float:
+            problem = f"U of type {U.dtype}: give {np.dtype(float)}"
+        elif not U[:1].flags.c_contiguous:
+            problem = "the states in U are not contiguous: only the time axis may be strided"
+        reports = self.comm.allgather((problem, U.shape[1:]))
+        problems = [p for p, _ in reports if p]
+        if len({shape for _, shape in reports}) > 1:
+            problems.append(f"states of different shapes on the ranks: {[shape for _, shape in reports]}")
+        if problems:
+            raise ValueError(f"{self.name}: {problems[0]}")
+
+    def _iterate(self, U: np.ndarray) -> SolveResult:
         if self._cycle is None or self._cycle.levels[1].U.shape[1:] != U.shape[1:]:
             schemes = [self.options.scheme(i) for i in range(len(self.levels) - 1)]
             self._cycle = Cycle(self.levels, schemes, U.shape[1:])
@@ -169,30 +189,47 @@ class MGRIT:
 
     def _solve_sequentially(self, fine) -> SolveResult:
         solve_sequentially(fine)
-        self._check_finite(bool(np.isfinite(fine.U).all()), 0)
         return SolveResult(True, "exact", [0.0], 0)
 
     def _norms(self, r: np.ndarray, V: np.ndarray) -> tuple[float, float]:
-        local = np.stack([self.point_norms(r), self.point_norms(V)], axis=1) if len(r) else np.zeros((0, 2))
-        with np.errstate(invalid="ignore", over="ignore"):
-            sums = np.sqrt(gather_in_order(local, self.comm).sum(axis=0))
+        local = np.stack([self._squares(r), self._squares(V)], axis=1)
+        sums = np.sqrt(gather_in_order(local, self.comm).sum(axis=0))
         if not np.isfinite(sums).all():
-            self._check_finite(False, None)
+            self._check_finite(False)
         return float(sums[0]), float(sums[1])
 
-    def _check_finite(self, finite: bool, level) -> None:
-        """Raise on every rank when any has a failure or (``finite`` false) a value that is not finite."""
-        failure = next((lev.failure for lev in self.levels if lev.failure), None)
-        if failure is None and not finite:
-            U = self.levels[0].U.reshape(self.levels[0].k + 1, -1)
-            bad = np.flatnonzero(~np.isfinite(U).all(axis=1))
-            if len(bad):
-                failure = f"level 0, step {max(self.levels[0].lo + int(bad[0]) - 1, 0)}: value not finite"
-        failures = [f for f in self.comm.allgather((failure, finite)) if f[0] or not f[1]]
-        if failures:
-            texts = [f[0] for f in failures if f[0]] or ["value not finite"]
-            causes = [t for t in texts if not t.endswith("not finite")] or texts
-            raise SolverFailure(f"{self.name}: {causes[0]}")
+    def _squares(self, block: np.ndarray) -> np.ndarray:
+        """Squared norms of some states; NaN where the user's function fails (no hang), and once a step has failed.
+
+        A failed step's NaN may be gone by now, as relaxation replaces points. Handing NaN to the norm rather than returning
+        it tells the ranks that share the states in space as well.
+        """
+        if not len(block):
+            return np.zeros(0)
+        if any(level.failure for level in self.levels):
+            block = np.full_like(block, np.nan)
+        try:
+            return np.asarray(self.point_norms(block), dtype=float).reshape(len(block))
+        except Exception as error:
+            self.levels[0].failure = self.levels[0].failure or f"point_norms: {type(error).__name__}: {error}"
+            return np.full(len(block), np.nan)
+
+    def _check_finite(self, finite: bool) -> None:
+        """Raise on every rank if ``finite`` is false on any.
+
+        ``finite`` comes from ``point_norms``, so it is the same on all ranks that share a state in space.
+        """
+        failure = None
+        if not finite:
+            failure = next((level.failure for level in self.levels if level.failure), None)
+            bad = np.flatnonzero([not np.isfinite(row).all() for row in self.levels[0].U])
+            if failure is None and len(bad):
+                failure = f"level 0, steps {max(self.levels[0].lo + int(bad[0]) - 1, 0)}: value not finite"
+        reports = self.comm.allgather((finite, failure))
+        if not all(finite for finite, _ in reports):
+            # values travel from left to right only: the first rank that has something to say has the cause
+            cause = next((text for _, text in reports if text), "values too large: their norm is not finite")
+            raise SolverFailure(f"{self.name}: {cause}")
 
     def _monitor(self, result: SolveResult, scale: float) -> None:
         if self.options.monitor and self.comm.rank == 0:

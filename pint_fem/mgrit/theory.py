@@ -65,7 +65,8 @@ def two_level_bound(fine, coarse, m: int, coarse_steps: float = np.inf, relax: s
     count = coarse_steps if relax == "F" else coarse_steps - 1
     with np.errstate(divide="ignore", invalid="ignore"):
         geometric = np.where(mu == 1, count, (1 - mu**count) / (1 - mu))
-    bound = np.abs(fine**m - np.asarray(coarse)) * geometric
+        gap = np.abs(fine**m - np.asarray(coarse))
+        bound = np.where(gap == 0, 0, gap * geometric)  # a mode that both keep (lam = mu = 1) has no error
     if relax == "FCF":
         bound = bound * np.abs(fine) ** m
     return float(np.max(bound))

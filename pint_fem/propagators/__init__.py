@@ -1,5 +1,8 @@
 """Time steps of a finite element evolution and their derivatives."""
 
+# Firedrake before Irksome: it initialises PETSc with the command line's options
+import firedrake  # noqa: F401, I001  isort: skip
+
 from pint_fem.propagators.base import FEPropagator, StepData
 from pint_fem.propagators.evolution import Evolution, time_function
 from pint_fem.propagators.form import FormPropagator

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import irksome  # noqa: F401  (before any form is processed: it adds a UFL type)
 import numpy as np
 import ufl
 from firedrake import DirichletBC, Function, FunctionSpace, derivative
@@ -95,7 +94,7 @@ class Evolution:
             raise InputError("the residual has no Dt(u): import Dt from irksome and write the semi-discrete form")
         if t is not None and (not isinstance(t, Function) or t.function_space().ufl_element().family() != "Real"):
             raise InputError("t is not a function in the space R: make it by pint_fem.time_function(mesh), not Constant")
-        boundary_data = [c for bc in self.bcs for c in extract_coefficients(ufl.as_tensor(bc._original_arg))]
+        boundary_data = [c for bc in self.bcs for c in extract_coefficients(_boundary_value(bc))]
         if control is not None:
             if not isinstance(control, Function):
                 raise InputError(f"control is a {type(control).__name__}: give a firedrake Function")
@@ -156,3 +155,9 @@ class Evolution:
         if M.empty() or any(not form.empty() and moving & set(extract_coefficients(form)) for form in (M, K)):
             return None
         return M, K
+
+
+def _boundary_value(bc: DirichletBC) -> ufl.core.expr.Expr:
+    """The value of a condition as UFL, as the user gave it."""
+    value = bc._original_arg
+    return ufl.as_tensor(value) if isinstance(value, (list, tuple)) else ufl.as_ufl(value)

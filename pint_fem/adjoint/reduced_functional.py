@@ -1,0 +1,252 @@
+"""The reduced functional as pyadjoint knows it, and its trust-region minimisation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+from firedrake import Cofunction, EnsembleFunction, EnsembleFunctionSpace, Function
+from firedrake.petsc import PETSc
+from pyadjoint import AdjFloat, Control
+from pyadjoint.enlisting import Enlist
+from pyadjoint.reduced_functional import AbstractReducedFunctional
+from pyadjoint.tape import stop_annotating
+
+from pint_fem.adjoint.problem import ReducedProblem
+from pint_fem.adjoint.riesz import RieszMap
+from pint_fem.adjoint.sweeps import Sweeps
+from pint_fem.errors import InputError
+from pint_fem.mgrit import MGRITOptions
+from pint_fem.optimize import TrustRegionResult, minimize_trust_region
+from pint_fem.propagators import Evolution, make_propagator
+from pint_fem.propagators.arrays import get, put
+from pint_fem.spacetime import SpaceTime
+
+__all__ = ["TimeParallelReducedFunctional", "mgrit_options"]
+
+
+def mgrit_options(parameters: Mapping | MGRITOptions | None, prefix: str = "mgrit_") -> MGRITOptions:
+    """MGRIT options from a dictionary, with those of PETSc's options database (``-mgrit_levels 3 -mgrit_coarsening 8,4``) on top.
+
+    Raises
+    ------
+    InputError
+        On an unknown option or a bad value.
+    """
+    database, given = PETSc.Options(prefix), {}
+    known = MGRITOptions.__dataclass_fields__
+    read = {
+        "levels": database.getInt,
+        "max_it": database.getInt,
+        "coarsening": lambda name: [int(m) for m in database.getString(name).split(",")],
+        "relax": lambda name: database.getString(name).split(","),
+        "monitor": lambda name: database.getBool(name, True),
+    }
+    try:
+        for name in database.getAll():
+            given[name] = read.get(name, database.getReal)(name) if name in known else None
+        return MGRITOptions.make(parameters, **given)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+
+
+class TimeParallelReducedFunctional(AbstractReducedFunctional):
+    r"""``J(z)`` of an evolution's control, its derivative and Hessian action, parallel in time.
+
+    Converged, it is the functional that a serial pyadjoint tape of the same steps differentiates; use it with ``taylor_test``,
+    ``minimize`` and ``TAOSolver``, or :meth:`minimize_trust_region`.
+
+    Parameters
+    ----------
+    evolution
+        The problem, with a ``control``.
+    misfits
+        One or several of :mod:`pint_fem.adjoint.misfits`.
+    regularisation
+        UFL functional of the control; for one control a step it is summed with weight ``dt``.
+    spacetime
+        Process grid; the evolution's mesh lives on its ``space_comm``. Default: all ranks of the mesh's communicator in space.
+    solver_parameters
+        ``{"mgrit": {...}, "time_solver": "mgrit" | "serial"}``; MGRIT options also from the command line (``-mgrit_rtol 1e-8``).
+    riesz_map
+        ``"L2"``, ``"H1"`` or ``"l2"``, of the trust region and of ``apply_riesz``.
+    coarse_tableau
+        Integrator of the coarse levels; default: the evolution's.
+    propagator
+        Class or factory of the propagators; default: the fastest exact one.
+
+    Raises
+    ------
+    InputError
+        On every rank, when something does not fit.
+    """
+
+    def __init__(
+        self,
+        evolution: Evolution,
+        misfits,
+        *,
+        regularisation=None,
+        spacetime: SpaceTime | None = None,
+        solver_parameters: Mapping | None = None,
+        riesz_map: str = "L2",
+        coarse_tableau=None,
+        propagator: Callable = make_propagator,
+        printer: Callable[[str], None] = print,
+    ):
+        space_comm = evolution.V.mesh().comm
+        if spacetime is None:
+            spacetime = SpaceTime((space_comm.size, 1), comm=space_comm)
+        if spacetime.space_comm.size != space_comm.size:
+            raise InputError(
+                f"the mesh lives on {space_comm.size} ranks, the grid has {spacetime.space_size} space ranks: "
+                "build the mesh with comm=spacetime.space_comm"
+            )
+        parameters = dict(solver_parameters or {})
+        options = mgrit_options(parameters.pop("mgrit", None))
+        solver = parameters.pop("time_solver", "mgrit")
+        if solver not in ("mgrit", "serial"):
+            raise InputError(f"time_solver {solver!r}: give 'mgrit' or 'serial'")
+        if parameters:
+            raise InputError(f"unknown solver parameters {sorted(parameters)}: known are 'mgrit' and 'time_solver'")
+        if solver == "serial":
+            options = MGRITOptions.make(options, levels=1)
+        self.evolution, self.spacetime = evolution, spacetime
+        try:
+            sweeps = Sweeps(
+                evolution, spacetime, options=options, coarse_tableau=coarse_tableau, propagator=propagator, printer=printer
+            )
+        except ValueError as error:
+            raise InputError(str(error)) from error
+        self.problem = ReducedProblem(sweeps, misfits, regularisation)
+        space, per_step = evolution.control.function_space(), evolution.per_step
+        self.riesz = RieszMap(space, riesz_map, spacetime, step_weight=evolution.dt if per_step else None)
+        with stop_annotating():
+            if per_step:
+                self._space = EnsembleFunctionSpace([space] * sweeps.slab.k, spacetime.ensemble)
+                value = EnsembleFunction(self._space)
+                for f in value.subfunctions:
+                    f.assign(evolution.control)
+            else:
+                self._space = space
+                value = Function(space, name=evolution.control.name()).assign(evolution.control)
+        self._controls = Enlist(Control(value))
+        self._z: np.ndarray | None = None
+
+    # -- between pyadjoint's values and arrays --------------------------------------------------------------------------
+    def array(self, value) -> np.ndarray:
+        """Own values of a control or a derivative: ``(nz,)`` or ``(k, nz)``.
+
+        Raises
+        ------
+        InputError
+            If it is not in the control's space.
+        """
+        value = Enlist(value)
+        if len(value) != 1:
+            raise InputError(f"{len(value)} controls given, the functional has one")
+        f = value[0]
+        if self.evolution.per_step:
+            if not isinstance(f, EnsembleFunction) or f.function_space() != self._space:
+                raise InputError("control: give an EnsembleFunction with one function a step (see rf.controls[0].control)")
+            return np.array([get(part) for part in f.subfunctions])
+        if not isinstance(f, Function) or f.function_space() != self._space:
+            what = f"a function of {f.function_space()}" if isinstance(f, Function) else f"a {type(f).__name__}"
+            raise InputError(f"control: given is {what}, the control lives in {self._space}")
+        return get(f)
+
+    def function(self, array: np.ndarray, *, dual: bool = False):
+        """A control (or with ``dual`` a derivative) from own values."""
+        with stop_annotating():
+            space = self._space.dual() if dual else self._space
+            if self.evolution.per_step:
+                from firedrake import EnsembleCofunction
+
+                f = (EnsembleCofunction if dual else EnsembleFunction)(space)
+                for part, row in zip(f.subfunctions, array, strict=True):
+                    put(part, row)
+                return f
+            f = Cofunction(space) if dual else Function(space)
+            put(f, array)
+            return f
+
+    # -- pyadjoint's interface -------------------------------------------------------------------------------------------
+    @property
+    def controls(self):
+        """The control, as pyadjoint wraps it."""
+        return self._controls
+
+    def _current(self) -> np.ndarray:
+        return self.array(self.controls[0].control) if self._z is None else self._z
+
+    def __call__(self, values) -> AdjFloat:
+        """``J`` at a control value."""
+        self._z = self.array(values)
+        with stop_annotating():
+            self.controls[0].update(Enlist(values)[0])
+            return AdjFloat(self.problem.value(self._z))
+
+    def derivative(self, adj_input=1.0, apply_riesz=False):
+        """``J'`` at the last control value, a dual function; with ``apply_riesz`` its representative."""
+        with stop_annotating():
+            g = float(adj_input) * self.problem.derivative(self._current())
+            return self.function(self.riesz.primal(g)) if apply_riesz else self.function(g, dual=True)
+
+    def hessian(self, m_dot, hessian_input=None, evaluate_tlm=True, apply_riesz=False):
+        """``J''`` at the last control value in a direction; ``hessian_input`` is not supported, as ``J`` is a number."""
+        if hessian_input not in (None, 0, 0.0):
+            raise InputError("hessian_input is not supported: the functional is the end of the computation")
+        with stop_annotating():
+            h = self.problem.hessian_action(self._current(), self.array(m_dot))
+            return self.function(self.riesz.primal(h)) if apply_riesz else self.function(h, dual=True)
+
+    def tlm(self, m_dot):
+        """``J' m_dot`` by a tangent sweep."""
+        with stop_annotating():
+            return AdjFloat(self.problem.tangent_value(self._current(), self.array(m_dot)))
+
+    # -- optimisation -----------------------------------------------------------------------------------------------------
+    def minimize_trust_region(self, start=None, *, monitor: Callable[[str], None] | None = None, **options) -> TrustRegionResult:
+        """Minimise by :func:`pint_fem.optimize.minimize_trust_region` in the control's inner product.
+
+        Parameters
+        ----------
+        start
+            First control; default: the control's value at construction.
+        monitor
+            Gets a line an iteration, on the first rank only.
+        **options
+            Of :func:`~pint_fem.optimize.minimize_trust_region`.
+
+        Returns
+        -------
+        TrustRegionResult
+            With an attribute ``control``: the minimiser as a function.
+        """
+        z = self._current() if start is None else self.array(start)
+        if monitor is not None and not self.spacetime.is_root:
+            monitor = None
+        shape = z.shape
+        options.setdefault("value_rtol", 10 * self.problem.sweeps._state.options.rtol)
+        result = minimize_trust_region(_Arrays(self.problem, self.riesz, shape), z.ravel(), monitor=monitor, **options)
+        self._z = result.x.reshape(shape)
+        return result
+
+
+class _Arrays:
+    """The reduced problem in its Riesz inner product, on flat arrays: what the trust region asks for."""
+
+    def __init__(self, problem: ReducedProblem, riesz: RieszMap, shape: tuple[int, ...]):
+        self.problem, self.riesz, self.shape = problem, riesz, shape
+
+    def value(self, x):
+        return self.problem.value(x.reshape(self.shape))
+
+    def gradient(self, x):
+        return self.riesz.primal(self.problem.derivative(x.reshape(self.shape))).ravel()
+
+    def hessian_action(self, x, v):
+        return self.riesz.primal(self.problem.hessian_action(x.reshape(self.shape), v.reshape(self.shape))).ravel()
+
+    def inner(self, a, b):
+        return self.riesz.inner(a.reshape(self.shape), b.reshape(self.shape))

@@ -1,0 +1,238 @@
+r"""The four sweeps over all steps, each solved by MGRIT: state, adjoint, tangent and second-order adjoint.
+
+.. math::
+    u_{n+1} &= \Phi_n(u_n, z), \\
+    \lambda_n &= \Phi_{n,u}^T \lambda_{n+1} + g_n \quad\text{(backwards in time)}, \\
+    \delta u_{n+1} &= \Phi_{n,u}\, \delta u_n + g_n,
+
+the second-order adjoint being the adjoint with another right-hand side. The adjoint runs on the reversed communicator with reversed views
+of the slab's arrays: point ``n`` is point ``N - n`` there, and to MGRIT it is one more forward evolution. Where ``Phi`` is affine, the state sweep is the
+homogeneous one with the forcing as right-hand side, and all levels use the fast block propagators.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from pint_fem.mgrit import MGRIT, MGRITOptions, SolveResult
+from pint_fem.mgrit.levels import inject
+from pint_fem.mgrit.solver import DivergedError
+from pint_fem.propagators import Evolution, StepData, make_propagator
+from pint_fem.propagators.arrays import get
+from pint_fem.propagators.base import FEPropagator
+from pint_fem.spacetime import SpaceTime
+
+__all__ = ["Sweeps"]
+
+
+class _Bound:
+    """A propagator bound to the own steps of one level: what MGRIT calls."""
+
+    def __init__(self, propagator: FEPropagator):
+        self.propagator = propagator
+        self.lo = 0
+        self.data: StepData | None = None
+
+    def part(self, steps: range) -> StepData:
+        """Data of some steps, given by their numbers in the sweep's direction."""
+        return self.data.part(slice(steps.start - self.lo, steps.stop - self.lo, steps.step))
+
+
+class _StateStep(_Bound):
+    """``Phi`` with forcing."""
+
+    def step(self, steps, u, out):
+        """See :class:`pint_fem.mgrit.levels.Propagator`."""
+        self.propagator.step(self.part(steps), u, out, steps.start // steps.step)
+
+
+class _TangentStep(_Bound):
+    """``Phi_u`` at the linearisation states."""
+
+    def step(self, steps, u, out):
+        """See :class:`pint_fem.mgrit.levels.Propagator`."""
+        self.propagator.tangent(self.part(steps), u, None, out, steps.start // steps.step)
+
+
+class _AdjointStep(_Bound):
+    """``Phi_u^T``, numbered backwards in time."""
+
+    def step(self, steps, u, out):
+        """See :class:`pint_fem.mgrit.levels.Propagator`."""
+        self.propagator.adjoint(self.part(steps), u, out, steps.start // steps.step)
+
+
+class _LinearStep(_Bound):
+    """``Phi_u`` of a linear propagator, or its transpose: no data."""
+
+    def __init__(self, propagator, *, transposed: bool):
+        super().__init__(propagator)
+        self.transposed = transposed
+        self._apply = propagator.apply_transposed if transposed else propagator.apply
+
+    def step(self, steps, u, out):
+        """See :class:`pint_fem.mgrit.levels.Propagator`."""
+        self._apply(u, out, steps.start // steps.step)
+
+    def sweep(self, first, U, G):
+        """See :class:`pint_fem.mgrit.levels.Propagator`."""
+        self.propagator.sweep(U, G, transposed=self.transposed)
+
+
+class Sweeps:
+    """Time-parallel sweeps of one evolution on one process grid.
+
+    Parameters
+    ----------
+    evolution, spacetime
+        The problem and the grid.
+    options
+        MGRIT options; ``levels=1`` steps sequentially.
+    coarse_tableau
+        Integrator of the coarse levels; default: the evolution's.
+    propagator
+        ``propagator(evolution, stride=, tableau=)``; default: the fastest exact one.
+    printer
+        For monitor lines.
+
+    Raises
+    ------
+    InputError, ValueError
+        If the grid has more time ranks than steps, or the options do not fit the steps.
+    """
+
+    def __init__(
+        self,
+        evolution: Evolution,
+        spacetime: SpaceTime,
+        *,
+        options: MGRITOptions | Mapping | None = None,
+        coarse_tableau=None,
+        propagator: Callable[..., FEPropagator] = make_propagator,
+        printer: Callable[[str], None] = print,
+    ):
+        self.evolution, self.spacetime = evolution, spacetime
+        N = evolution.nsteps
+        self.slab = slab = spacetime.slab(N)
+        options = MGRITOptions.make(options)
+        factors = options.factors(N)
+        options = MGRITOptions.make(options, levels=len(factors) + 1)
+        strides = [1]
+        for m in factors:
+            strides.append(strides[-1] * m)
+        tableaux = [evolution.tableau] + [coarse_tableau or evolution.tableau] * len(factors)
+        self.propagators = [propagator(evolution, stride=s, tableau=tab) for s, tab in zip(strides, tableaux, strict=True)]
+        self.is_linear = all(p.is_linear for p in self.propagators)
+        kinds = (
+            (lambda p: _LinearStep(p, transposed=False), lambda p: _LinearStep(p, transposed=True))
+            if self.is_linear
+            else (_TangentStep, _AdjointStep)
+        )
+        forward = dict(comm=spacetime.time_comm, bounds=slab.bounds)
+        backward = dict(comm=spacetime.reversed_time_comm, bounds=[N - b for b in reversed(slab.bounds)])
+        common = dict(options=options, point_norms=spacetime.point_norms, printer=printer)
+        self._tangent = MGRIT([kinds[0](p) for p in self.propagators], N, name="tangent", **forward, **common)
+        self._adjoint = MGRIT([kinds[1](p) for p in self.propagators], N, name="adjoint", **backward, **common)
+        self._state = self._tangent
+        if not self.is_linear:
+            self._state = MGRIT([_StateStep(p) for p in self.propagators], N, name="state", **forward, **common)
+        for solver in {id(s): s for s in (self._state, self._tangent, self._adjoint)}.values():
+            for level in solver.levels:
+                level.propagator.lo = level.lo
+        self.initial = get(evolution.initial)
+        self.counts = {"state": 0, "adjoint": 0, "tangent": 0, "cycles": 0}
+        self.results: list[tuple[str, SolveResult]] = []
+
+    @property
+    def times(self) -> np.ndarray:
+        """Start times of the own steps."""
+        return self.evolution.time(np.arange(self.slab.lo, self.slab.hi))
+
+    def new_slab(self) -> np.ndarray:
+        """Zero states for the local points, ``(k + 1, n)``."""
+        return np.zeros((self.slab.k + 1, self.evolution.state_size))
+
+    def data(self, z, U: np.ndarray | None = None) -> StepData:
+        """Data of the own fine steps; ``U`` are states of the local points."""
+        return StepData(self.times, z, None if U is None else U[:-1])
+
+    def _bind(self, solver: MGRIT, z, U: np.ndarray | None, *, backwards: bool) -> None:
+        """Give each level of a nonlinear solver its steps' times, controls and linearisation states."""
+        states = [None] * len(solver.levels)
+        if U is not None:
+            states = inject(solver.levels, U[::-1] if backwards else U)
+        for level, u in zip(solver.levels, states, strict=True):
+            # fine step that lends its control to the level's step: the last one forwards, the first one in time backwards
+            steps = np.arange(level.lo, level.hi)
+            if backwards:
+                start = self.evolution.nsteps - (steps + 1) * level.stride
+                lender = start - self.slab.lo
+                u = None if u is None else u[1:]
+            else:
+                start = steps * level.stride
+                lender = start + level.stride - 1 - self.slab.lo
+                u = None if u is None else u[:-1]
+            own = z if z is None or z.ndim == 1 else z[lender]
+            level.propagator.data = StepData(self.evolution.time(start), own, u)
+
+    def _run(self, solver: MGRIT, kind: str, U: np.ndarray, G) -> SolveResult:
+        name, solver.name = solver.name, kind
+        result = solver.solve(U, G)
+        solver.name = name
+        self.counts[kind] += 1
+        self.counts["cycles"] += result.cycles
+        self.results.append((kind, result))
+        del self.results[:-200]
+        if not result.converged:
+            last, options = result.residuals[-1], solver.options
+            advice = "a bound above one? see coarse_tableau, relax='FCF', smaller coarsening, or levels=1 (sequential)"
+            raise DivergedError(
+                f"{kind} sweep: MGRIT {result.reason} after {result.cycles} cycles, residual {last:.3e} "
+                f"(first {result.residuals[0]:.3e}, rtol {options.rtol:g}); {advice}"
+            )
+        return result
+
+    def state(self, z, U: np.ndarray) -> SolveResult:
+        """Solve for the state in place, from the first guess ``U`` ``(k + 1, n)``; ``z`` is ``(nz,)``, ``(k, nz)`` or ``None``."""
+        if self.slab.is_first:
+            U[0] = self.initial
+        if self.is_linear:
+            G = self.propagators[0].forcing(self.data(z), self.slab.lo)
+            return self._run(self._state, "state", U, G)
+        self._bind(self._state, z, None, backwards=False)
+        return self._run(self._state, "state", U, None)
+
+    def tangent(self, z, U: np.ndarray, dz, dU: np.ndarray) -> SolveResult:
+        """Solve for the derivative of the state in the direction ``dz`` of the control, in place."""
+        data, fine = self.data(z, U), self.propagators[0]
+        if self.slab.is_first:
+            dU[0] = 0
+        if self.is_linear:
+            G = fine.control_forcing(data, dz, self.slab.lo)
+        else:
+            self._bind(self._tangent, z, U, backwards=False)
+            G = np.empty((self.slab.k, self.evolution.state_size))
+            fine.tangent(data, np.zeros_like(G), dz, G, self.slab.lo)
+        return self._run(self._tangent, "tangent", dU, G)
+
+    def adjoint(self, z, U: np.ndarray, gradient: np.ndarray, L: np.ndarray) -> SolveResult:
+        """Solve for adjoints ``L`` ``(k + 1, n)`` in place; ``gradient`` rows ``0..k-1`` (``k`` on the last rank) are the right-hand side."""
+        if self.slab.is_last:
+            L[-1] = gradient[-1]
+        if not self.is_linear:
+            self._bind(self._adjoint, z, U, backwards=True)
+        return self._run(self._adjoint, "adjoint", L[::-1], gradient[:-1][::-1])
+
+    def control_gradient(self, z, U: np.ndarray, L: np.ndarray) -> np.ndarray:
+        """``sum_n Phi_z^T lam_{n+1}``: ``(nz,)`` summed over all ranks, or ``(k, nz)`` a step."""
+        g = self.propagators[0].control_adjoint(self.data(z, U), L[1:], self.slab.lo)
+        return g if self.evolution.per_step else self.spacetime.sum_over_time(g)
+
+    def second_order(self, z, U, dz, dU, L) -> tuple[np.ndarray, np.ndarray] | None:
+        """Second derivatives of the steps: rows ``0..k-1`` for the states, and the control's part; ``None`` where they vanish."""
+        if self.is_linear:
+            return None
+        su, sz = self.propagators[0].second_order(self.data(z, U), dU[:-1], dz, L[1:])
+        return su, sz if self.evolution.per_step else self.spacetime.sum_over_time(sz)
