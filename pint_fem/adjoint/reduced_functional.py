@@ -16,7 +16,7 @@ from pint_fem.adjoint.problem import ReducedProblem
 from pint_fem.adjoint.riesz import RieszMap
 from pint_fem.adjoint.sweeps import Sweeps
 from pint_fem.errors import InputError
-from pint_fem.mgrit import MGRITOptions
+from pint_fem.mgrit import MGRITOptions, SolverFailure
 from pint_fem.optimize import TrustRegionResult, minimize_trust_region
 from pint_fem.propagators import Evolution, make_propagator
 from pint_fem.propagators.arrays import get, put
@@ -69,7 +69,7 @@ class TimeParallelReducedFunctional(AbstractReducedFunctional):
     solver_parameters
         ``{"mgrit": {...}, "time_solver": "mgrit" | "serial"}``; MGRIT options also from the command line (``-mgrit_rtol 1e-8``).
     riesz_map
-        ``"L2"``, ``"H1"`` or ``"l2"``, of the trust region and of ``apply_riesz``.
+        ``"L2"``, ``"H1"``, ``"l2"`` or a bilinear form on the control's space, of the trust region and of ``apply_riesz``.
     coarse_tableau
         Integrator of the coarse levels; default: the evolution's.
     propagator
@@ -89,7 +89,7 @@ class TimeParallelReducedFunctional(AbstractReducedFunctional):
         regularisation=None,
         spacetime: SpaceTime | None = None,
         solver_parameters: Mapping | None = None,
-        riesz_map: str = "L2",
+        riesz_map="L2",
         coarse_tableau=None,
         propagator: Callable = make_propagator,
         printer: Callable[[str], None] = print,
@@ -240,7 +240,10 @@ class _Arrays:
         self.problem, self.riesz, self.shape = problem, riesz, shape
 
     def value(self, x):
-        return self.problem.value(x.reshape(self.shape))
+        try:
+            return self.problem.value(x.reshape(self.shape))
+        except SolverFailure:  # on every rank alike; the trial step is shortened
+            return np.inf
 
     def gradient(self, x):
         return self.riesz.primal(self.problem.derivative(x.reshape(self.shape))).ravel()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import ufl
 from firedrake import FunctionSpace, TestFunction, TrialFunction, assemble, dx, grad, inner
 
 from pint_fem.errors import InputError
@@ -23,7 +24,7 @@ class RieszMap:
     space
         The control's space.
     kind
-        ``"L2"``, ``"H1"`` or ``"l2"``.
+        ``"L2"``, ``"H1"``, ``"l2"`` or a symmetric positive definite bilinear form on the space (a prior's, say).
     spacetime
         Process grid.
     step_weight
@@ -32,19 +33,23 @@ class RieszMap:
     Raises
     ------
     InputError
-        On another kind.
+        On anything else.
     """
 
-    def __init__(self, space: FunctionSpace, kind: str, spacetime: SpaceTime, *, step_weight: float | None = None):
+    def __init__(self, space: FunctionSpace, kind, spacetime: SpaceTime, *, step_weight: float | None = None):
         a, b = TrialFunction(space), TestFunction(space)
         forms = {"L2": inner(a, b) * dx, "H1": (inner(a, b) + inner(grad(a), grad(b))) * dx, "l2": None}
-        if kind not in forms:
-            raise InputError(f"riesz map {kind!r}: give one of {', '.join(forms)}")
+        given = isinstance(kind, ufl.Form)
+        if given and [arg.function_space() for arg in kind.arguments()] != [space, space]:
+            raise InputError("riesz map: the form is not bilinear on the control's space")
+        if not given and kind not in forms:
+            raise InputError(f"riesz map {kind!r}: give one of {', '.join(forms)}, or a bilinear form on the control's space")
         self.spacetime, self.step_weight = spacetime, step_weight
         self._factor = None
-        if forms[kind] is not None:
-            self._matrix = assemble(forms[kind], mat_type="aij").petscmat
-            self._factor = Factor(self._matrix, {}, name=f"{kind} Riesz map", prefix="pint_riesz_")
+        form = kind if given else forms[kind]
+        if form is not None:
+            self._matrix = assemble(form, mat_type="aij").petscmat
+            self._factor = Factor(self._matrix, {}, name="Riesz map", prefix="pint_riesz_")
             self._x, self._y = self._matrix.createVecs()
 
     def _rows(self, operation, array: np.ndarray) -> np.ndarray:

@@ -42,8 +42,8 @@ from pint_fem.propagators.tableaux import DIRK
 __all__ = ["NEWTON", "FormPropagator"]
 
 DIRECT = {"ksp_type": "preonly", "pc_type": "lu", "pc_factor_mat_solver_type": "mumps"}
-NEWTON = {"snes_rtol": 1e-13, "snes_atol": 1e-13, "snes_stol": 0.0, "snes_max_it": 25, "snes_linesearch_type": "basic", **DIRECT}
-"""Newton to round-off: derivatives are those of the exact stage equations."""
+NEWTON = {"snes_rtol": 1e-13, "snes_atol": 1e-13, "snes_stol": 1e-10, "snes_max_it": 25, "snes_linesearch_type": "basic", **DIRECT}
+"""Newton to round-off, as derivatives are those of the exact stage equations: after a last step of relative size 1e-10 the error is its square."""
 
 
 class _Assembled:

@@ -1,0 +1,128 @@
+r"""Find the heat source in a plate from readings of 24 sensors: the inverse problem, posed in UFL.
+
+The state is the temperature rise of :mod:`problems.plate`; the control is the static source q in P1; and
+
+.. math::
+    J(q) = \frac{1}{2 n \sigma^2} \sum_r \sum_s (u(x_s, t_r) - d_{rs})^2
+           + \frac{1}{2} \int \alpha |\nabla q|^2 + \beta q^2 ,
+
+for n readings with noise of standard deviation sigma: the misfit is 1/2 where a source explains the readings up to their noise.
+The regularisation's own inner product is the trust region's: conjugate gradients then see one eigenvalue for all that the sensors do not see.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from firedrake import Function, FunctionSpace, SpatialCoordinate, TestFunction, TrialFunction, dx, grad, inner
+
+from pint_fem.adjoint import PointSensors, TimeParallelReducedFunctional
+from pint_fem.errors import InputError
+from pint_fem.propagators import Evolution, named_tableau
+from pint_fem.spacetime import SpaceTime
+from problems.heat_readings import NOISE, READINGS
+from problems.meshfile import locate, read_mesh
+from problems.plate import BOUNDARIES, FINAL_TIME, MESH, REGIONS, boundary_conditions, residual, true_source
+from problems.readings import Readings, read_readings
+
+__all__ = ["HeatSource", "heat_source"]
+
+ALPHA = 1e-4
+BETA = 1e-5
+
+
+@dataclass
+class HeatSource:
+    """The posed problem.
+
+    Attributes
+    ----------
+    spacetime : SpaceTime
+    readings : Readings
+    evolution : Evolution
+    sensors : PointSensors
+    rf : TimeParallelReducedFunctional
+    regularisation : ufl.Form
+        Of ``evolution.control``.
+    true_source : Function
+        What made the shipped readings.
+    """
+
+    spacetime: SpaceTime
+    readings: Readings
+    evolution: Evolution
+    sensors: PointSensors
+    rf: TimeParallelReducedFunctional
+    regularisation: object
+    true_source: Function
+
+
+def heat_source(
+    spacetime: SpaceTime,
+    *,
+    mesh: str | Path = MESH,
+    readings: str | Path = READINGS,
+    steps: int = 512,
+    integrator: str = "SDIRK2",
+    alpha: float = ALPHA,
+    beta: float = BETA,
+    noise: float = NOISE,
+    solver_parameters: dict | None = None,
+    printer=print,
+) -> HeatSource:
+    """Pose the problem on a process grid.
+
+    Parameters
+    ----------
+    spacetime
+        Process grid.
+    mesh, readings
+        A gmsh file with the tags of :mod:`problems.plate`, and a CSV as :mod:`problems.readings` reads it.
+    steps, integrator
+        Time steps and a name of :func:`pint_fem.propagators.named_tableau`.
+    alpha, beta
+        Regularisation of the gradient and the size of q; not negative, beta positive.
+    noise
+        Standard deviation of the readings' noise, relative to the largest reading.
+    solver_parameters
+        Of :class:`~pint_fem.adjoint.TimeParallelReducedFunctional`.
+
+    Raises
+    ------
+    InputError
+        On every rank, on a bad file or value.
+    """
+    for name, value in (("alpha", alpha), ("beta", beta), ("noise", noise)):
+        if not np.isfinite(value) or value < 0 or (value == 0 and name != "alpha"):
+            raise InputError(f"{name} = {value:g}: give a {'non-negative' if name == 'alpha' else 'positive'} number")
+    tableau = named_tableau(integrator)
+    data = read_readings(readings, FINAL_TIME)
+    plate = read_mesh(mesh, spacetime.space_comm, REGIONS, BOUNDARIES)
+    locate(data.points, plate, data.sensors)
+    V = FunctionSpace(plate, "CG", 1)
+    u, q, v = Function(V, name="temperature"), Function(V, name="source"), TestFunction(V)
+    evolution = Evolution(
+        residual(u, v, q),
+        u,
+        tableau=tableau,
+        dt=FINAL_TIME / steps if steps else 0.0,
+        nsteps=steps,
+        control=q,
+        bcs=boundary_conditions(V),
+    )
+    sigma = noise * np.abs(data.values).max()
+    sensors = PointSensors(data.points, data.times, data.values, weight=1 / (sigma**2 * data.values.size))
+    a = TrialFunction(V)
+    prior = (alpha * inner(grad(a), grad(v)) + beta * a * v) * dx
+    regularisation = 0.5 * (alpha * inner(grad(q), grad(q)) + beta * q * q) * dx
+    rf = TimeParallelReducedFunctional(
+        evolution,
+        sensors,
+        regularisation=regularisation,
+        spacetime=spacetime,
+        solver_parameters=solver_parameters,
+        riesz_map=prior,
+        printer=printer,
+    )
+    truth = Function(V, name="true source").interpolate(true_source(SpatialCoordinate(plate)))
+    return HeatSource(spacetime, data, evolution, sensors, rf, regularisation, truth)
