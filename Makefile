@@ -58,6 +58,9 @@ export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
 export OMPI_MCA_rmaps_base_oversubscribe := 1
 # ranks share the cores on one machine: do not spin them all on the same one
 export OMPI_MCA_hwloc_base_binding_policy := none
+export OMPI_MCA_mpi_yield_when_idle := 1
+# one line of ours on bad input, none of mpiexec's
+export OMPI_MCA_orte_execute_quiet := 1
 RUN = PETSC_DIR='$(PETSC_DIR)' PETSC_ARCH='$(PETSC_ARCH)' $(PY)
 
 # $(call step,NAME,COMMAND): run quietly into a log; on failure say which step and where the log is
@@ -106,3 +109,28 @@ $(STEPS)/package: $(STEPS)/firedrake pyproject.toml
 	$(call step,package,export PETSC_DIR='$(PETSC_DIR)' PETSC_ARCH='$(PETSC_ARCH)' && $(PIP) 'firedrake[check]==$(FIREDRAKE_VERSION)' \
 	    irksome==$(IRKSOME_VERSION) -e '.[$(EXTRAS)]' && .ci/activate_petsc .venv)
 endif
+
+# ---- what to run ------------------------------------------------------------------------------------------------
+# as many time ranks as cores, at most 8
+RANKS ?= $(shell n=$$(nproc); echo $$((n < 8 ? n : 8)))
+GRID  ?= 1x$(RANKS)
+TEST_RANKS := 2 3 4
+
+demo: env
+	@PETSC_DIR='$(PETSC_DIR)' PETSC_ARCH='$(PETSC_ARCH)' mpiexec -n $(RANKS) $(PY) demos/heat_source_inversion.py --grid $(GRID) --out $(OUT) $(ARGS)
+
+test: env
+	@PETSC_DIR='$(PETSC_DIR)' PETSC_ARCH='$(PETSC_ARCH)' PY='$(PY)' bash .ci/run_tests $(TEST_RANKS)
+
+bench: env
+	@$(RUN) -m tests.benchmarks.bench --out results/bench $(ARGS)
+
+lint: env
+	@$(RUN) -m ruff check . && $(RUN) -m ruff format --check pint_fem
+
+clean:
+	rm -rf .venv results build *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+help:
+	@sed -n '1,8p' Makefile

@@ -12,6 +12,7 @@ homogeneous one with the forcing as right-hand side, and all levels use the fast
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -143,7 +144,10 @@ class Sweeps:
                 level.propagator.lo = level.lo
         self.initial = get(evolution.initial)
         self.counts = {"state": 0, "adjoint": 0, "tangent": 0, "cycles": 0}
-        self.results: list[tuple[str, SolveResult]] = []
+        #: The last solves, for reports.
+        self.results: deque[tuple[str, SolveResult]] = deque(maxlen=500)
+        #: Called after each solve with its kind and result (progress).
+        self.on_sweep: Callable[[str, SolveResult], None] | None = None
 
     @property
     def times(self) -> np.ndarray:
@@ -184,7 +188,8 @@ class Sweeps:
         self.counts[kind] += 1
         self.counts["cycles"] += result.cycles
         self.results.append((kind, result))
-        del self.results[:-200]
+        if self.on_sweep is not None:
+            self.on_sweep(kind, result)
         if not result.converged:
             last, options = result.residuals[-1], solver.options
             advice = "a bound above one? see coarse_tableau, relax='FCF', smaller coarsening, or levels=1 (sequential)"

@@ -1,0 +1,106 @@
+"""Recover an unknown heat source in a plate from 24 sensors, parallel in time.
+
+    mpiexec -n 4 python demos/heat_source_inversion.py --grid 2x2            (2 ranks in space x 2 in time)
+
+Writes to --out: source.png, sensors.png, convergence.png, fields/*.pvd for ParaView and summary.json.
+MGRIT options of PETSc's kind follow with one dash: -mgrit_levels 3 -mgrit_coarsening 8,4 -mgrit_relax FCF -mgrit_monitor
+"""
+
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from pint_fem.cli import ProgramParser, Progress, positive, run  # noqa: E402  (before Firedrake)
+
+from mpi4py import MPI  # noqa: E402, I001
+
+
+def arguments():
+    """Options of the program."""
+    parser = ProgramParser(prog="heat_source_inversion.py", description=__doc__)
+    add = parser.add_argument
+    add("--grid", default="auto", metavar="SxT", help="ranks in space x ranks in time (default: all in time)")
+    add("--mesh", metavar="FILE.msh", help="gmsh mesh with the tags of problems/plate.py (default: the shipped plate)")
+    add("--sensors", metavar="FILE.csv", help="readings: sensor,x,y,time,temperature (default: the shipped ones)")
+    add("--steps", type=positive(int), default=512, help="time steps (512)")
+    add("--integrator", default="SDIRK2", help="BackwardEuler, SDIRK2 or ImplicitMidpoint (SDIRK2)")
+    add("--alpha", type=positive(float, zero=True), help="weight of the source's gradient in the regularisation")
+    add("--beta", type=positive(float), help="weight of the source's size in the regularisation")
+    add("--noise", type=positive(float), help="noise of the readings relative to the largest")
+    add("--rtol", type=positive(float), default=1e-9, help="relative tolerance of the time-parallel solves (1e-9)")
+    add("--gtol", type=positive(float), default=1e-6, help="relative tolerance of the gradient (1e-6)")
+    add("--max-iterations", type=positive(int), default=30, help="trust-region iterations (30)")
+    add("--time-solver", default="mgrit", help="mgrit, or serial for sequential stepping on one time rank (mgrit)")
+    add("--out", type=Path, default=Path("results/heat_source"), help="folder of the results (results/heat_source)")
+    add("--no-fields", action="store_true", help="write no ParaView files")
+    add("--compare-serial", action="store_true", help="solve with plain serial Firedrake + pyadjoint too (tens of minutes)")
+    return parser.read()
+
+
+def main():
+    """Run the inversion."""
+    opts = arguments()
+    from pint_fem.errors import InputError
+    from pint_fem.spacetime import SpaceTime
+
+    spacetime = SpaceTime(opts.grid)
+    try:
+        opts.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out {opts.out}: {error.strerror or error}; give a folder that can be written") from None
+    from problems import heat_source as posed
+    from problems.heat_readings import NOISE, READINGS
+    from problems.plate import MESH
+
+    def say(text=""):
+        if spacetime.is_root:
+            print(text, flush=True)
+
+    settings = {
+        "mesh": str(opts.mesh or MESH),
+        "readings": str(opts.sensors or READINGS),
+        "steps": opts.steps,
+        "integrator": opts.integrator,
+        "alpha": posed.ALPHA if opts.alpha is None else opts.alpha,
+        "beta": opts.beta or posed.BETA,
+        "noise": opts.noise or NOISE,
+    }
+    say(f"heat source inversion on {spacetime.space_size} x {spacetime.time_size} ranks (space x time)")
+    start = time.perf_counter()
+    solver = {"time_solver": opts.time_solver, "mgrit": {"rtol": opts.rtol}}
+    problem = posed.heat_source(spacetime, **settings, solver_parameters=solver, printer=say)
+    sweeps, rf = problem.rf.problem.sweeps, problem.rf
+    times = {"set-up": time.perf_counter() - start}
+    dofs = problem.evolution.V.dim()
+    say(f"{dofs} unknowns in space, {opts.steps} steps of {opts.integrator}, {problem.readings.values.size} readings")
+    say(sweeps._adjoint.view())
+
+    start = time.perf_counter()
+    with Progress(spacetime.is_root) as progress:
+        sweeps.on_sweep = lambda kind, result: progress(
+            f"{kind} sweep: {result.cycles} cycles; so far " + ", ".join(f"{n} {k}" for k, n in sweeps.counts.items())
+        )
+        result = rf.minimize_trust_region(monitor=say, gtol_rel=opts.gtol, max_it=opts.max_iterations)
+    times["inversion"] = time.perf_counter() - start
+    rf.problem.value(rf.array(rf.function(result.x)))
+    say(f"{result.reason.value} after {result.iterations} iterations, {times['inversion']:.1f} s")
+
+    from demos.heat_source_report import report
+
+    summary = {
+        "problem": "heat source inversion",
+        "settings": settings,
+        "grid": {"space": spacetime.space_size, "time": spacetime.time_size},
+        "unknowns": dofs,
+        "seconds": times,
+        "versions": {name: version(name) for name in ("pint_fem", "firedrake", "petsc4py", "irksome", "pyadjoint-ad")},
+        "mpi": MPI.Get_library_version().split(",")[0],
+    }
+    report(problem, result, opts, summary, say)
+
+
+if __name__ == "__main__":
+    run(main)

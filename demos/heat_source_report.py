@@ -1,0 +1,109 @@
+"""Pictures, files and summary of the heat source inversion."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+from firedrake import Function, assemble, dx, inner
+
+from pint_fem.mgrit import dirk_stability, two_level_bound
+from pint_fem.propagators.tableaux import DIRK
+from pint_fem.report import Raster, plot_convergence, plot_fields, plot_sensors, write_fields, write_json
+from problems.heat_readings import READINGS
+
+__all__ = ["heat_bound", "report"]
+
+
+def heat_bound(tableau, m: int, relax: str) -> float:
+    """Worst two-level factor over all heat problems (real spectra, any number of steps)."""
+    dirk, z = DIRK(tableau), -np.logspace(-6, 6, 4001)
+    return two_level_bound(dirk_stability(dirk.A, dirk.b, z), dirk_stability(dirk.A, dirk.b, m * z), m, relax=relax)
+
+
+def report(problem, result, opts, summary: dict, say) -> None:
+    """Write everything; ``summary`` is completed and written last."""
+    rf, spacetime, slab = problem.rf, problem.spacetime, problem.rf.problem.sweeps.slab
+    sweeps, root = rf.problem.sweeps, spacetime.is_root
+    q, truth, out = rf.function(result.x), problem.true_source, opts.out
+    shipped = summary["settings"]["readings"] == str(READINGS)
+    U = rf.problem.U
+    predicted = problem.sensors.predict_all(U)
+    misfit = rf.problem.parts
+
+    summary["result"] = {
+        "J": result.value,
+        **misfit,
+        "gradient_norm": result.gradient_norm,
+        "iterations": result.iterations,
+        "converged": result.converged,
+        "reason": result.reason.value,
+        "rms_residual": float(np.sqrt(np.mean((predicted - problem.readings.values) ** 2))),
+        "history": [{"iteration": r.iteration, "J": r.value, "gradient_norm": r.gradient_norm, "cg": r.cg_iterations} for r in result.history],
+    }
+    if shipped:  # the true source is known
+        error = np.sqrt(assemble(inner(q - truth, q - truth) * dx) / assemble(inner(truth, truth) * dx))
+        summary["result"]["relative_source_error"] = float(error)
+        say(f"relative L2 error of the recovered source {error:.3f}; misfit {misfit['misfit']:.4f} (0.5 is the noise)")
+    _mgrit_summary(problem, summary, say)
+
+    raster = Raster(problem.evolution.V.mesh())
+    if spacetime.time_comm.rank == 0:
+        images = [("true source", raster(truth))] if shipped else []
+        images += [("recovered source", raster(q))]
+        if shipped:
+            images.append(("recovered - true", raster(Function(truth.function_space()).assign(q - truth))))
+        if root:
+            plot_fields(out / "source.png", images, raster.extent, points=problem.readings.points)
+    if root:
+        names = [str(name) for name in problem.readings.sensors]
+        plot_sensors(out / "sensors.png", problem.readings.times, problem.readings.values, predicted, names=names)
+        wanted = {}
+        for kind, r in sweeps.results:
+            if r.cycles and kind not in wanted:
+                wanted[kind] = r.residuals
+        bound = summary.get("mgrit", {}).get("two_level_bound")
+        plot_convergence(out / "convergence.png", result.history, wanted, bound=bound)
+    if not opts.no_fields:
+        write_fields(out / "fields", "temperature", U, problem.evolution.V, slab, spacetime, problem.evolution.time(np.arange(opts.steps + 1)))
+        if spacetime.time_comm.rank == 0:
+            from firedrake import VTKFile
+
+            q.rename("recovered_source")
+            truth.rename("true_source")
+            VTKFile(str(out / "fields" / "source.pvd"), comm=spacetime.space_comm).write(*([q, truth] if shipped else [q]))
+    if opts.compare_serial:
+        from problems.compare_serial import compare
+
+        start = time.perf_counter()
+        summary["compare_serial"] = compare(problem, result, summary["settings"], summary["seconds"], say)
+        summary["seconds"]["comparison"] = time.perf_counter() - start
+    if root:
+        write_json(out / "summary.json", summary)
+    say(f"pictures, ParaView files and summary.json are in {out.resolve()}")
+
+
+def _mgrit_summary(problem, summary: dict, say) -> None:
+    """Cycles and observed factors, beside the theory's bound for heat."""
+    sweeps = problem.rf.problem.sweeps
+    summary["sweeps"] = dict(sweeps.counts)
+    levels, options = sweeps._adjoint.levels, sweeps._adjoint.options
+    if len(levels) == 1:
+        return
+    m, relax = levels[0].m, options.scheme(0)
+    bound = heat_bound(problem.evolution.tableau, m, relax)
+    factors = [r.factor for _, r in sweeps.results if r.cycles > 1 and np.isfinite(r.factor)]
+    solves = sum(n for kind, n in sweeps.counts.items() if kind != "cycles")
+    summary["mgrit"] = {
+        "levels": len(levels),
+        "coarsening": [level.m for level in levels[:-1]],
+        "relax": relax,
+        "rtol": options.rtol,
+        "cycles_per_solve": sweeps.counts["cycles"] / solves,
+        "largest_observed_factor": max(factors, default=None),
+        "two_level_bound": bound,
+    }
+    say(
+        f"MGRIT: {solves} solves, {sweeps.counts['cycles'] / solves:.1f} cycles each; "
+        f"observed factor at most {max(factors, default=float('nan')):.4f}, two-level bound for heat {bound:.4f}"
+    )

@@ -1,0 +1,155 @@
+"""Running a program on many ranks: arguments, errors as one line, progress, quiet waiting.
+
+Bad input raises :class:`~pint_fem.errors.InputError`, on every rank alike; :func:`run` prints it once and every rank exits with status 2.
+Import this before Firedrake.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+
+from mpi4py import MPI
+from rich.console import Console
+
+from pint_fem.errors import InputError
+
+__all__ = ["Progress", "ProgramParser", "positive", "run", "wait_quietly"]
+
+# the program's own options are in PETSc's database too: they are not left over
+os.environ.setdefault("PETSC_OPTIONS", "-options_left no")
+
+
+class ProgramParser(argparse.ArgumentParser):
+    """``argparse`` that raises :class:`InputError` instead of printing and exiting on every rank.
+
+    Options with one dash (``-mgrit_rtol 1e-6``, ``-pint_ksp_view``) are PETSc's and stay in its database.
+    """
+
+    def __init__(self, **kwargs):
+        super().__init__(allow_abbrev=False, add_help=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+        self.add_argument("-h", "--help", action="store_true", help="show this and exit")
+
+    def error(self, message: str):
+        """Raise instead of exiting."""
+        raise InputError(message)
+
+    def read(self, arguments: Sequence[str] | None = None) -> argparse.Namespace:
+        """Parse.
+
+        Raises
+        ------
+        InputError
+            On an unknown option or a bad value.
+        SystemExit
+            After ``--help``.
+        """
+        options, rest = self.parse_known_args(arguments)
+        if options.help:
+            if MPI.COMM_WORLD.rank == 0:
+                self.print_help()
+            raise SystemExit(0)
+        known, previous_is_petsc = list(self._option_string_actions), False
+        for word in rest:
+            is_petsc = word.startswith("-") and not word.startswith("--") and word[1:2].isalpha()
+            if not is_petsc and not (previous_is_petsc and not word.startswith("--")):
+                near = difflib.get_close_matches(word.split("=")[0], known, n=1)
+                hint = f"did you mean {near[0]}?" if near else "see --help"
+                raise InputError(f"unknown argument {word!r}: {hint}")
+            previous_is_petsc = is_petsc
+        return options
+
+
+def positive(kind: type, *, zero: bool = False) -> Callable[[str], float]:
+    """An ``argparse`` type for positive numbers (``zero``: or zero)."""
+
+    def convert(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' if kind is int else ''}number") from None
+        if not (value > 0 or (zero and value == 0)) or value == float("inf"):
+            raise argparse.ArgumentTypeError(f"{text} is not {'zero or ' if zero else ''}positive")
+        return value
+
+    return convert
+
+
+def run(main: Callable[[], None], comm=MPI.COMM_WORLD) -> None:
+    """Call ``main`` on every rank and exit: status 0, 2 after bad input (one line on stderr), 1 after a failure.
+
+    An error that not every rank meets ends the others too: no rank is left waiting.
+    """
+    try:
+        main()
+        code = 0
+    except InputError as error:
+        code = _leave(comm, 2, f"error: {' '.join(str(error).split())}\n")
+    except SystemExit as stop:
+        code = stop.code or 0
+    except KeyboardInterrupt:
+        comm.Abort(130)
+    except BaseException as error:
+        lines = traceback.format_exc() if os.environ.get("PINT_FEM_TRACEBACK") or not _expected(error) else ""
+        code = _leave(comm, 1, f"{lines}error: {type(error).__name__}: {' '.join(str(error).split())}\n")
+    sys.stdout.flush()
+    sys.exit(code)
+
+
+def _expected(error: BaseException) -> bool:
+    """Whether the message alone says what happened."""
+    from pint_fem.mgrit import SolverFailure
+    from pint_fem.optimize.trust_region import NonFiniteError
+
+    return isinstance(error, (SolverFailure, NonFiniteError))
+
+
+def _leave(comm, code: int, text: str) -> int:
+    """Print once if all ranks have come here; abort the run if some have not after 20 s."""
+    request, start = comm.Ibarrier(), time.monotonic()
+    while not request.Test():
+        if time.monotonic() - start > 20:
+            sys.stderr.write(text)
+            sys.stderr.flush()
+            comm.Abort(code)
+        time.sleep(0.01)
+    if comm.rank == 0:
+        sys.stderr.write(text)
+        sys.stderr.flush()
+    return code
+
+
+def wait_quietly(comm) -> None:
+    """A barrier that sleeps: ranks that wait for another's long serial work leave it the cores."""
+    request = comm.Ibarrier()
+    while not request.Test():
+        time.sleep(0.02)
+
+
+class Progress:
+    """A status line on the first rank's terminal; nothing when that is no terminal."""
+
+    def __init__(self, is_root: bool):
+        self.console = Console(stderr=True)
+        self._status = self.console.status("starting") if is_root and self.console.is_terminal else None
+
+    def __enter__(self):
+        """Start."""
+        if self._status:
+            self._status.start()
+        return self
+
+    def __exit__(self, *exc):
+        """Stop."""
+        if self._status:
+            self._status.stop()
+
+    def __call__(self, text: str) -> None:
+        """Show ``text``."""
+        if self._status:
+            self._status.update(text)

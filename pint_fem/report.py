@@ -1,0 +1,171 @@
+"""Pictures and files of a result. No field is gathered: pictures are rasters of bounded size, ParaView files are written by their owners."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from xml.sax.saxutils import quoteattr
+
+import matplotlib as mpl
+import numpy as np
+from firedrake import Function, FunctionSpace, VertexOnlyMesh, VTKFile
+from firedrake import interpolate as interpolate_
+from firedrake.assemble import assemble
+from mpi4py import MPI
+
+from pint_fem.propagators.arrays import put
+from pint_fem.spacetime import Slab, SpaceTime
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+__all__ = ["Raster", "plot_convergence", "plot_fields", "plot_sensors", "write_fields", "write_json"]
+
+
+class Raster:
+    """Pixels over a plane mesh; fields are sampled at the pixels inside it.
+
+    Parameters
+    ----------
+    mesh
+        Distributed over ``comm = mesh.comm``.
+    width
+        Pixels along the longer side.
+    """
+
+    def __init__(self, mesh, width: int = 280):
+        self.comm = mesh.comm
+        x = np.asarray(mesh.coordinates.dat.data_ro)
+        low, high = np.full(2, np.inf), np.full(2, -np.inf)
+        self.comm.Allreduce(x.min(axis=0), low, op=MPI.MIN)
+        self.comm.Allreduce(x.max(axis=0), high, op=MPI.MAX)
+        self.extent, pixel = (low[0], high[0], low[1], high[1]), (high - low).max() / width
+        self.shape = tuple(np.maximum(1, np.ceil((high - low) / pixel - 1e-9).astype(int))[::-1])
+        jy, jx = np.divmod(np.arange(self.shape[0] * self.shape[1]), self.shape[1])
+        points = low + (np.stack([jx, jy], axis=1) + 0.5) * pixel
+        self._mesh = VertexOnlyMesh(mesh, points, missing_points_behaviour="ignore")
+        self._space = FunctionSpace(self._mesh, "DG", 0)
+        here = np.asarray(self._mesh.coordinates.dat.data_ro).reshape(-1, 2)
+        place = np.rint((here - low) / pixel - 0.5).astype(int)
+        self._index = place[:, 1] * self.shape[1] + place[:, 0]
+
+    def __call__(self, f: Function) -> np.ndarray | None:
+        """Sample ``f``: the image on the first rank (NaN outside), ``None`` on the others."""
+        local = np.full(self.shape[0] * self.shape[1], -np.inf)
+        local[self._index] = assemble(interpolate_(f, self._space)).dat.data_ro
+        image = np.empty_like(local) if self.comm.rank == 0 else None
+        self.comm.Reduce(local, image, op=MPI.MAX, root=0)
+        if image is None:
+            return None
+        image[np.isinf(image)] = np.nan
+        return image.reshape(self.shape)
+
+
+def plot_fields(path: Path, images: Sequence[tuple[str, np.ndarray]], extent, *, points=None, title: str = "") -> None:
+    """Images side by side on one colour scale, symmetric about zero."""
+    limit = max(np.nanmax(np.abs(image)) for _, image in images)
+    fig, axes = plt.subplots(1, len(images), figsize=(5.2 * len(images), 3.9), layout="constrained", sharey=True, squeeze=False)
+    axes = axes[0]
+    for (name, image), ax in zip(images, axes, strict=True):
+        shown = ax.imshow(image, origin="lower", extent=extent, cmap="RdBu_r", vmin=-limit, vmax=limit)
+        ax.set(title=name, xlabel="x", aspect="equal")
+        if points is not None:
+            ax.plot(*points.T, "k.", ms=4, label="sensors")
+    axes[0].set_ylabel("y")
+    if points is not None:
+        fig.legend(*axes[0].get_legend_handles_labels(), loc="outside upper right", fontsize=8)
+    fig.colorbar(shown, ax=axes, shrink=0.85)
+    fig.suptitle(title)
+    fig.savefig(path, dpi=110)
+    plt.close(fig)
+
+
+def plot_sensors(path: Path, times, measured, predicted, *, names: Sequence[str], show: int = 6, title: str = "") -> None:
+    """Readings against prediction for some sensors, and all residuals."""
+    chosen = np.unique(np.linspace(0, measured.shape[1] - 1, min(show, measured.shape[1])).astype(int))
+    fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    for colour, s in enumerate(chosen):
+        left.plot(times, measured[:, s], ".", ms=4, color=f"C{colour}")
+        left.plot(times, predicted[:, s], "-", color=f"C{colour}", label=f"sensor {names[s]}")
+    left.set(xlabel="t", ylabel="temperature rise", title="readings (dots) and fit (lines)")
+    left.legend(fontsize=8, ncols=2)
+    right.hist((predicted - measured).ravel(), bins=40, color="0.6")
+    right.set(xlabel="fit - reading", ylabel="readings", title="residuals of all sensors")
+    fig.suptitle(title)
+    fig.savefig(path, dpi=110)
+    plt.close(fig)
+
+
+def plot_convergence(path: Path, history, residuals: dict[str, Sequence[float]], *, bound: float | None = None) -> None:
+    """J and gradient over trust-region iterations; MGRIT residuals over cycles with the theory's rate."""
+    fig, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 4), layout="constrained")
+    iterations = [r.iteration for r in history]
+    left.semilogy(iterations, [r.value for r in history], "o-")
+    left.set(xlabel="trust-region iteration", title="objective J")
+    middle.semilogy(iterations, [max(r.gradient_norm, 1e-300) for r in history], "s-", color="C1")
+    middle.set(xlabel="trust-region iteration", title="norm of the gradient")
+    for name, values in residuals.items():
+        relative = [v / values[0] for v in values if v > 0]
+        right.semilogy(range(len(relative)), relative, ".-", label=f"first {name} sweep")
+    if bound and residuals:
+        cycles = np.arange(max(map(len, residuals.values())))
+        right.semilogy(cycles, bound**cycles, "k--", lw=1, label=f"two-level bound {bound:.3g} a cycle")
+    if residuals:
+        right.legend(fontsize=8)
+    right.set(xlabel="MGRIT cycle", title="C-point residual, relative to the first")
+    for ax in (left, middle, right):
+        ax.xaxis.get_major_locator().set_params(integer=True)
+    fig.savefig(path, dpi=110)
+    plt.close(fig)
+
+
+def write_fields(folder: Path, name: str, U: np.ndarray, space, slab: Slab, spacetime: SpaceTime, times, *, count: int = 17) -> Path:
+    """Write about ``count`` states for ParaView: each time rank its own, and one ``NAME.pvd`` that lists them all.
+
+    Parameters
+    ----------
+    U
+        ``(k + 1, n)`` states of the local points.
+    times
+        Times of all points, ``(N + 1,)``.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    rank = spacetime.time_comm.rank
+    wanted = np.unique(np.linspace(0, slab.nsteps, count).round().astype(int))
+    own = [n for n in wanted if slab.lo < n <= slab.hi or (n == 0 and slab.is_first)]
+    part = f"{name}_part{rank}"
+    f, sheet = Function(space, name=name), VTKFile(str(folder / f"{part}.pvd"), comm=spacetime.space_comm)
+    for n in own:
+        put(f, U[n - slab.lo])
+        sheet.write(f, time=times[n])
+    extension = "vtu" if spacetime.space_comm.size == 1 else "pvtu"
+    entries = spacetime.time_comm.gather([(float(times[n]), f"{part}/{part}_{i}.{extension}") for i, n in enumerate(own)])
+    path = folder / f"{name}.pvd"
+    if spacetime.is_root:
+        rows = [f'<DataSet timestep="{t}" part="0" file={quoteattr(file)}/>' for rank_rows in entries for t, file in rank_rows]
+        head = '<?xml version="1.0"?>\n<VTKFile type="Collection" version="0.1" byte_order="LittleEndian">\n<Collection>\n'
+        path.write_text(head + "\n".join(rows) + "\n</Collection>\n</VTKFile>\n")
+    spacetime.comm.barrier()
+    if spacetime.space_comm.rank == 0:
+        (folder / f"{part}.pvd").unlink(missing_ok=True)
+    return path
+
+
+def write_json(path: Path, data: dict) -> None:
+    """Write a summary whole or not at all; numbers that are not finite become ``null``."""
+
+    def plain(x):
+        if isinstance(x, dict):
+            return {str(k): plain(v) for k, v in x.items()}
+        if isinstance(x, (list, tuple, np.ndarray)):
+            return [plain(v) for v in x]
+        if isinstance(x, np.generic):
+            x = x.item()
+        if isinstance(x, float) and not np.isfinite(x):
+            return None
+        return x if x is None or isinstance(x, (str, int, float, bool)) else str(x)
+
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(plain(data), indent=2) + "\n")
+    part.replace(path)
