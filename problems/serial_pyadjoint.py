@@ -117,17 +117,22 @@ def _trajectory(mass, stiffness, load, V: FunctionSpace, bcs, *, dt: float, step
         raise InputError(f"unknown integrator {integrator!r}: give one of {', '.join(_SCHEMES)}")
     length, weights = _SCHEMES[integrator]
     h, w, v = Constant(length * dt), TrialFunction(V), TestFunction(V)
-    U, W = Function(V), Function(V, name="state")
-    equation = LinearVariationalProblem(
-        mass(w, v) + h * stiffness(w, v), mass(W, v) + h * load(v), U, bcs=bcs, constant_jacobian=True
-    )
-    solver = LinearVariationalSolver(equation, solver_parameters=_DIRECT)
-    yield 0, W
+    u, solvers = Function(V, name="state"), []
+    W = u
+    for c in weights:
+        # combinations of stages go into the right-hand side's form: on the tape that is cheaper than an assignment
+        U = Function(V)
+        equation = LinearVariationalProblem(
+            mass(w, v) + h * stiffness(w, v), mass(W, v) + h * load(v), U, bcs=bcs, constant_jacobian=True
+        )
+        solvers.append(LinearVariationalSolver(equation, solver_parameters=_DIRECT))
+        W = U if c == 1 else (1 - c) * W + c * U
+    yield 0, u
     for n in range(1, steps + 1):
-        for c in weights:
+        for solver in solvers:
             solver.solve()
-            W.assign(U if c == 1 else (1 - c) * W + c * U)
-        yield n, W
+        u.assign(W)
+        yield n, u
 
 
 def _control(q: Function, prior) -> Control:
@@ -274,7 +279,7 @@ class SerialResult:
 
 
 _METHODS = {
-    "lmvm": {"tao_type": "lmvm", "tao_lmvm_mat_lmvm_hist_size": 100},
+    "lmvm": {"tao_type": "lmvm"},
     "nls": {
         "tao_type": "nls",
         "tao_nls_ksp_type": "cg",
@@ -337,33 +342,36 @@ def minimise(
     comm = serial.q.function_space().mesh().comm
     solver = TAOSolver(MinimizationProblem(rf), options, comm=comm)
 
-    def monitor(tao, *_):
+    def monitor(tao):
         if printer is not None:
             if not counts.history:
                 printer(f"{'it':>4} {'J':>16} {'|g|':>10} {'J calls':>8} {'seconds':>8}")
-            counts.history.append(tao.getIterationNumber())
-            value, norm = tao.getObjectiveValue(), tao.getGradientNorm()
-            printer(f"{counts.history[-1]:4d} {value:16.9e} {norm:10.3e} {counts.evaluations:8d} {time.perf_counter() - start:8.1f}")
+            iteration, value, norm, *_ = tao.getSolutionStatus()
+            counts.history.append(iteration)
+            printer(f"{iteration:4d} {value:16.9e} {norm:10.3e} {counts.evaluations:8d} {time.perf_counter() - start:8.1f}")
         if callback is not None:
             q = Function(serial.q.function_space())
             q._ad_from_petsc(tao.getSolution())
             callback(q)
 
     solver.tao.setMonitor(monitor)
+    rf.controls[0].update(serial.q.copy(deepcopy=True))  # start there, wherever the tape was evaluated last
     converged = True
     try:
         with stop_annotating():
             solver.solve()
-    except TAOConvergenceError as error:
+    except (TAOConvergenceError, AttributeError) as error:  # AttributeError: this pyadjoint does not find this petsc4py's names of reasons
+        if solver.tao.getConvergedReason() > 0:
+            raise
         converged = False
         if printer is not None:
-            printer(f"  {error}")
+            printer(f"  not converged, TAO's reason {solver.tao.getConvergedReason()} ({error})")
     finally:
         rf.eval_cb_post, rf.derivative_cb_post, rf.hessian_cb_post = before
     q = Function(serial.q.function_space(), name="source")
     q._ad_from_petsc(solver.x)
-    tao = solver.tao
+    iterations, value, norm, *_ = solver.tao.getSolutionStatus()
     return SerialResult(
-        q, tao.getObjectiveValue(), tao.getGradientNorm(), tao.getIterationNumber(),
+        q, value, norm, iterations,
         counts.evaluations, counts.gradients, counts.hessians, time.perf_counter() - start, converged,
     )

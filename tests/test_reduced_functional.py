@@ -50,7 +50,7 @@ def functional(st, *, linear=True, per_step=False, steps=22, tableau="SDIRK2", n
     misfits = [
         pf.RunningMisfit((inner(u - target, u - target) + (0 if linear else u**4)) * dx),
         pf.TerminalMisfit(5 * u**2 * dx),
-        pf.PointSensors([[0.3, 0.3], [0.7, 0.6]], [0.004, 0.053, 0.1, 0.22], np.ones((4, 2))),
+        pf.PointSensors([[0.3, 0.3], [0.7, 0.6]], np.array([0.004, 0.053, 0.1, 0.22]) * steps / 22, np.ones((4, 2))),
     ]
     regularisation = 1e-3 * (inner(grad(q), grad(q)) + (0 if linear else q**4) + q**2) * dx
     mgrit = {"coarsening": (4, 2), "levels": 3, "rtol": 1e-13} | options

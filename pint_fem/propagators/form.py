@@ -36,13 +36,13 @@ from ufl.algorithms import expand_derivatives, extract_coefficients
 
 from pint_fem.propagators.arrays import boundary_rows, get, put
 from pint_fem.propagators.base import FEPropagator, direction
+from pint_fem.propagators.blocks import default_solver
 from pint_fem.propagators.evolution import Evolution
 from pint_fem.propagators.tableaux import DIRK
 
 __all__ = ["NEWTON", "FormPropagator"]
 
-DIRECT = {"ksp_type": "preonly", "pc_type": "lu", "pc_factor_mat_solver_type": "mumps"}
-NEWTON = {"snes_rtol": 1e-13, "snes_atol": 1e-13, "snes_stol": 1e-10, "snes_max_it": 25, "snes_linesearch_type": "basic", **DIRECT}
+NEWTON = {"snes_rtol": 1e-13, "snes_atol": 1e-13, "snes_stol": 1e-10, "snes_max_it": 25, "snes_linesearch_type": "basic"}
 """Newton to round-off, as derivatives are those of the exact stage equations: after a last step of relative size 1e-10 the error is its square."""
 
 
@@ -73,7 +73,8 @@ class FormPropagator(FEPropagator):
         self.F = evolution.stage_form(self.U, self.W, self.h)
         J = derivative(self.F, self.U, TrialFunction(V))
         linear = self.U not in extract_coefficients(expand_derivatives(J))
-        parameters = {**(({"snes_type": "ksponly"} | DIRECT) if linear else NEWTON), **evolution.solver_parameters}
+        solver = default_solver(V.mesh().comm)
+        parameters = {**({"snes_type": "ksponly"} if linear else NEWTON), **solver, **evolution.solver_parameters}
         problem = NonlinearVariationalProblem(self.F, self.U, bcs=evolution.bcs, J=J)
         self.newton = NonlinearVariationalSolver(problem, solver_parameters=parameters)
         homogeneous = [bc.reconstruct(g=0) for bc in evolution.bcs]
@@ -81,7 +82,7 @@ class FormPropagator(FEPropagator):
         self.J = self.J_assembler.allocate()
         self.ksp = PETSc.KSP().create(V.mesh().comm)
         self.ksp.setOperators(self.J.petscmat)
-        OptionsManager({**DIRECT, **evolution.solver_parameters}, "pint_form_").set_from_options(self.ksp)
+        OptionsManager({**solver, **evolution.solver_parameters}, "pint_form_").set_from_options(self.ksp)
         self.ksp.setErrorIfNotConverged(True)
         self._b, self._x = self.J.petscmat.createVecs()
         self._prepare_derivatives(V, z)

@@ -22,6 +22,7 @@ from pyadjoint.tape import annotate_tape
 
 from pint_fem.propagators.arrays import get, put
 from pint_fem.propagators.base import FEPropagator, direction
+from pint_fem.propagators.blocks import default_solver
 from pint_fem.propagators.evolution import Evolution
 from pint_fem.propagators.form import NEWTON
 from pint_fem.propagators.tableaux import DIRK
@@ -68,6 +69,7 @@ class TapePropagator(FEPropagator):
     def _one_step(self, u0: Function) -> Function:
         """The stages of the tableau, taped; time-dependent data takes the value of each stage's time from ``t``."""
         ev, dirk = self.evolution, DIRK(self.tableau)
+        parameters = {**NEWTON, **default_solver(ev.V.mesh().comm), **ev.solver_parameters}
         d, U = [], None
         for i, h in enumerate(dirk.diagonal * self.dt):
             W = Function(ev.V).assign(u0)
@@ -78,7 +80,7 @@ class TapePropagator(FEPropagator):
                 ev.t.assign(ev.t + float((dirk.c[i] - (dirk.c[i - 1] if i else 0)) * self.dt))
             U = Function(ev.V).assign(W)
             # firedrake.solve replays time-dependent boundary values; NonlinearVariationalSolver keeps the recorded ones
-            solve(ev.stage_form(U, W, float(h)) == 0, U, bcs=self._taped_bcs(), solver_parameters={**NEWTON, **ev.solver_parameters})
+            solve(ev.stage_form(U, W, float(h)) == 0, U, bcs=self._taped_bcs(), solver_parameters=parameters)
             d.append(Function(ev.V).assign(U - W))
         if dirk.stiffly_accurate:
             return U
