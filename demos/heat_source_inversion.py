@@ -13,9 +13,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from pint_fem.cli import ProgramParser, Progress, positive, run  # noqa: E402  (before Firedrake)
+from mpi4py import MPI
 
-from mpi4py import MPI  # noqa: E402, I001
+from pint_fem.cli import ProgramParser, Progress, positive, run
 
 
 def arguments():

@@ -19,7 +19,7 @@ from rich.console import Console
 
 from pint_fem.errors import InputError
 
-__all__ = ["Progress", "ProgramParser", "positive", "run", "wait_quietly"]
+__all__ = ["ProgramParser", "Progress", "positive", "run", "wait_quietly"]
 
 # the program's own options are in PETSc's database too: they are not left over
 os.environ.setdefault("PETSC_OPTIONS", "-options_left no")

@@ -18,7 +18,7 @@ from pint_fem.propagators.arrays import put
 from pint_fem.spacetime import Slab, SpaceTime
 
 mpl.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
 __all__ = ["Raster", "plot_convergence", "plot_fields", "plot_sensors", "write_fields", "write_json"]
 

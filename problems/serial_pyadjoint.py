@@ -49,6 +49,7 @@ from firedrake import (
     sin,
 )
 from firedrake.adjoint import Control, ReducedFunctional, continue_annotation, pause_annotation
+from firedrake.petsc import PETSc
 from pyadjoint import MinimizationProblem, TAOSolver, Tape, get_working_tape, set_working_tape
 from pyadjoint.optimization.tao_solver import TAOConvergenceError
 from pyadjoint.tape import annotate_tape, stop_annotating
@@ -56,7 +57,18 @@ from pyadjoint.tape import annotate_tape, stop_annotating
 from pint_fem.errors import InputError
 from problems.heat_readings import NOISE, READINGS
 from problems.meshfile import locate, read_mesh
-from problems.plate import BOUNDARIES, CONVECTION, FINAL_TIME, HOLE_1, KAPPA, MESH, OUTER_EDGE, REGIONS, RHO_C, boundary_conditions
+from problems.plate import (
+    BOUNDARIES,
+    CONVECTION,
+    FINAL_TIME,
+    HOLE_1,
+    KAPPA,
+    MESH,
+    OUTER_EDGE,
+    REGIONS,
+    RHO_C,
+    boundary_conditions,
+)
 from problems.readings import read_readings
 
 __all__ = ["SQUARE_TIME", "SerialHeatSource", "SerialResult", "minimise", "serial_heat_source", "serial_square", "square_functionals"]
@@ -340,7 +352,16 @@ def minimise(
     rf.hessian_cb_post = lambda *_: count("hessians")
     options = {**_METHODS[method], "tao_gatol": 0.0, "tao_grtol": 0.0, "tao_gttol": gttol, "tao_max_it": max_it, **(parameters or {})}
     comm = serial.q.function_space().mesh().comm
-    solver = TAOSolver(MinimizationProblem(rf), options, comm=comm)
+    # TAO's quasi-Newton matrix keeps 5 pairs by default, which costs 10 times the iterations here; it ignores the solver's options prefix
+    database, pairs = PETSc.Options(), "tao_lmvm_mat_lmvm_hist_size"
+    given = database.hasName(pairs)
+    if not given:
+        database[pairs] = max_it
+    try:
+        solver = TAOSolver(MinimizationProblem(rf), options, comm=comm)
+    finally:
+        if not given:
+            database.delValue(pairs)
 
     def monitor(tao):
         if printer is not None:

@@ -6,16 +6,16 @@ from firedrake import (
     DirichletBC,
     Function,
     FunctionSpace,
+    SpatialCoordinate,
     TestFunction,
     UnitSquareMesh,
+    VectorFunctionSpace,
     dot,
     ds,
     dx,
     grad,
-    sin,
-    SpatialCoordinate,
-    VectorFunctionSpace,
     inner,
+    sin,
 )
 from irksome import Dt
 

@@ -1,7 +1,7 @@
 """Time steps of a finite element evolution and their derivatives."""
 
 # Firedrake before Irksome: it initialises PETSc with the command line's options
-import firedrake  # noqa: F401, I001  isort: skip
+import firedrake  # noqa: F401  isort: skip
 
 from pint_fem.propagators.base import FEPropagator, StepData
 from pint_fem.propagators.evolution import Evolution, time_function

@@ -22,7 +22,7 @@ class SDIRK2(ButcherTableau):
         return "SDIRK2()"
 
 
-def ImplicitMidpoint() -> ButcherTableau:  # noqa: N802 (a tableau's name, as Irksome writes them)
+def ImplicitMidpoint() -> ButcherTableau:
     """The implicit midpoint rule: one Gauss-Legendre stage."""
     return GaussLegendre(1)
 

@@ -180,13 +180,21 @@ class Derivatives:
         cold(self.rf)
 
     def value(self):
+        """``J``, with the state."""
         self.J = self.rf.problem.value(self.scale * self.z)
 
     def gradient(self):
+        """``J'``, with the adjoint."""
         self.g = self.rf.problem.derivative(self.scale * self.z)
 
     def hessian(self):
+        """``J'' dz``, with a tangent and an adjoint."""
         self.h = self.rf.problem.hessian_action(self.scale * self.z, self.dz)
+
+    def state(self):
+        """A state sweep at a new control."""
+        self.move()
+        self.rf.problem.sweeps.state(self.scale * self.z, self.rf.problem.U)
 
     def times(self, repeats: int) -> tuple[float, float, float]:
         """Seconds of value, derivative and Hessian action."""
@@ -214,7 +222,8 @@ def against_pyadjoint(steps: int, repeats: int, hessians: int, say: Callable[[st
     for i in range(repeats + 1):
         control.dat.data_wo[:] = (1 + i) * z
         results = {}
-        for name, action in (("value", lambda: tape.rf(control)), ("gradient", tape.rf.derivative), ("hessian", lambda: tape.rf.hessian(direction))):
+        actions = {"value": lambda: tape.rf(control), "gradient": tape.rf.derivative, "hessian": lambda: tape.rf.hessian(direction)}
+        for name, action in actions.items():
             if name == "hessian" and i >= hessians:
                 continue
             start = time.perf_counter()
@@ -253,9 +262,9 @@ def cycle(steps: int, integrator: str, repeats: int) -> list[Row]:
         solver = parallel.rf.problem.sweeps._state
         for it in (serial, parallel):
             it.move(), it.value()
-        run = lambda it: (it.move(), it.rf.problem.sweeps.state(it.scale * it.z, it.rf.problem.U))
-        sequential, mgrit = timed(lambda: run(serial), lambda run=run, it=parallel: run(it), repeats=repeats)
-        difference = np.abs(parallel.rf.problem.U * (serial.scale / parallel.scale) - serial.rf.problem.U).max() / np.abs(serial.rf.problem.U).max()
+        sequential, mgrit = timed(serial.state, parallel.state, repeats=repeats)
+        U, exact = parallel.rf.problem.U * (serial.scale / parallel.scale), serial.rf.problem.U
+        difference = np.abs(U - exact).max() / np.abs(exact).max()
         result = parallel.rf.problem.sweeps.results[-1][1]
         note = f"{result.cycles} cycles, factor {result.factor:.3f}, error {difference:.0e}"
         target = {"BackwardEuler": 8.0, "SDIRK2": 4.5}[integrator] if rtol == 1e-6 else None
@@ -314,7 +323,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help=f"{QUICK_STEPS} steps and fewer repeats")
     parser.add_argument("--out", type=Path, default=Path("results/bench"), help="folder for bench.json")
     args = parser.parse_args(argv)
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 150)
     steps = QUICK_STEPS if args.quick else STEPS
     repeats, hessians = (3, 1) if args.quick else (5, 2)
     start, rows = time.perf_counter(), []

@@ -1,0 +1,145 @@
+"""The heat source inversion beside plain serial Firedrake + pyadjoint: same numbers? how much faster?
+
+The serial opponent runs on the first rank, whole and alone, while the others sleep. Fields are compared there by their nodes' coordinates, so
+in this comparison (and nowhere else) fields are brought together: the opponent holds them whole anyway.
+"""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+from firedrake import COMM_SELF, Cofunction, Function, SpatialCoordinate, VectorFunctionSpace, cos, sin
+
+from pint_fem.cli import wait_quietly
+from pint_fem.propagators.arrays import get
+from problems.heat_source import HeatSource
+from problems.plate import true_source
+
+__all__ = ["compare"]
+
+
+def compare(problem: HeatSource, result, settings: dict, seconds: dict, say) -> dict:
+    """Solve serially and compare.
+
+    Parameters
+    ----------
+    problem, result
+        The posed problem and its minimisation.
+    settings
+        Arguments of :func:`problems.heat_source.heat_source`.
+    seconds
+        Of our parts: ``"inversion"``.
+    say
+        Prints a line on the first rank.
+
+    Returns
+    -------
+    dict
+        Values, relative differences, seconds of both and ratios; empty but on the first rank.
+    """
+    rf, spacetime = problem.rf, problem.spacetime
+    V = problem.evolution.V
+    ours = _ours(rf, V)
+    fields = {name: _together(spacetime, V, field) for name, field in {**ours.pop("fields"), "source": result.x}.items()}
+    table = {}
+    if spacetime.is_root:
+        table = _serial(fields, ours, result, settings, seconds, say)
+    wait_quietly(spacetime.comm)
+    return table
+
+
+def _points(V) -> tuple[Function, Function]:
+    """A control and a direction given by formulas, the same on every mesh."""
+    x = SpatialCoordinate(V.mesh())
+    return Function(V).interpolate(0.5 * true_source(x) + cos(3 * x[0])), Function(V).interpolate(5 * sin(3 * x[0]) * cos(2 * x[1]))
+
+
+def _timed(call):
+    start = time.perf_counter()
+    return call(), time.perf_counter() - start
+
+
+def _ours(rf, V) -> dict:
+    """``J``, ``J'``, ``J'' h`` at a formula's control, each timed (from a cold start) over all ranks."""
+    m, h = _points(V)
+    z, dz, barrier = get(m), get(h), rf.spacetime.comm.barrier
+    rf.problem.U[:] = rf.problem.sweeps.initial
+    out, fields, timings = {}, {}, {}
+    for name, call in (
+        ("J", lambda: rf.problem.value(z)),
+        ("gradient", lambda: rf.problem.derivative(z)),
+        ("Hessian action", lambda: rf.problem.hessian_action(z, dz)),
+    ):
+        barrier()
+        value, timings[name] = _timed(lambda call=call: (call(), barrier())[0])
+        (out if name == "J" else fields)[name] = value
+    return out | {"fields": fields, "seconds": timings}
+
+
+def _together(spacetime, V, own: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+    """Coordinates and values of a P1 field, sorted, on the first rank."""
+    parts = spacetime.space_comm.gather((_nodes(V), own))
+    if parts is None:
+        return None
+    return _sorted(np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts]))
+
+
+def _nodes(V) -> np.ndarray:
+    """Coordinates of the own nodes of a P1 space."""
+    mesh = V.mesh()
+    nodes = Function(VectorFunctionSpace(mesh, "CG", 1)).interpolate(SpatialCoordinate(mesh))
+    return get(nodes).reshape(-1, mesh.geometric_dimension)
+
+
+def _sorted(coordinates: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    order = np.lexsort(np.round(coordinates, 10).T)
+    return coordinates[order], values[order]
+
+
+def _difference(ours: tuple[np.ndarray, np.ndarray], theirs: Function | Cofunction) -> float:
+    """Relative difference of nodal values."""
+    V = theirs.function_space() if isinstance(theirs, Function) else theirs.function_space().dual()
+    where, values = _sorted(_nodes(V), get(theirs))
+    if np.abs(where - ours[0]).max() > 1e-8:
+        raise RuntimeError("the meshes of the two solvers differ")
+    return float(np.linalg.norm(values - ours[1]) / np.linalg.norm(values))
+
+
+def _serial(fields, ours, result, settings, seconds, say) -> dict:
+    from problems.serial_pyadjoint import minimise, serial_heat_source
+
+    say("plain serial Firedrake + pyadjoint: recording the tape ...")
+    serial = serial_heat_source(**settings, comm=COMM_SELF)
+    say(f"  recorded in {serial.seconds:.1f} s")
+    m, h = _points(serial.q.function_space())
+    J, t_value = _timed(lambda: float(serial.rf(m)))
+    gradient, t_gradient = _timed(serial.rf.derivative)
+    say("  one Hessian action ...")
+    hessian, t_hessian = _timed(lambda: serial.rf.hessian(h))
+    say("  recovering the source by TAO's LMVM in the prior's inner product ...")
+    optimum = minimise(serial, gttol=1e-7, printer=lambda line: say("  " + line))
+    rows = {
+        "J": (ours["J"], J, abs(ours["J"] - J) / abs(J), ours["seconds"]["J"], t_value),
+        "gradient": (None, None, _difference(fields["gradient"], gradient), ours["seconds"]["gradient"], t_gradient),
+        "Hessian action": (None, None, _difference(fields["Hessian action"], hessian), ours["seconds"]["Hessian action"], t_hessian),
+        "recovered source": (
+            result.value,
+            optimum.value,
+            _difference(fields["source"], optimum.control),
+            seconds["inversion"],
+            optimum.seconds + serial.seconds,
+        ),
+    }
+    say("")
+    say(f"{'':18} {'ours':>16} {'serial':>16} {'difference':>11} {'ours s':>9} {'serial s':>9} {'ratio':>7}")
+    table = {}
+    for name, (a, b, difference, mine, theirs) in rows.items():
+        numbers = [f"{x:16.9e}" if x is not None else f"{'':16}" for x in (a, b)]
+        say(f"{name:18} {numbers[0]} {numbers[1]} {difference:11.2e} {mine:9.3f} {theirs:9.3f} {theirs / mine:7.1f}")
+        table[name] = {"ours": a, "serial": b, "relative_difference": difference, "seconds": mine, "serial_seconds": theirs, "ratio": theirs / mine}
+    say(f"serial: {optimum.iterations} iterations, {optimum.evaluations} evaluations; ours: {result.iterations} iterations, {result.hessian_calls} Hessian actions")
+    table["serial_iterations"] = optimum.iterations
+    table["serial_evaluations"] = optimum.evaluations
+    return table
+
