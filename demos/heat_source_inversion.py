@@ -3,7 +3,8 @@
     mpiexec -n 4 python demos/heat_source_inversion.py --grid 2x2            (2 ranks in space x 2 in time)
 
 Writes to --out: source.png, sensors.png, convergence.png, fields/*.pvd for ParaView and summary.json.
-MGRIT options of PETSc's kind follow with one dash: -mgrit_levels 3 -mgrit_coarsening 8,4 -mgrit_relax FCF -mgrit_monitor
+MGRIT options of PETSc's kind follow with one dash: -mgrit_levels 3 -mgrit_coarsening 8,4 -mgrit_relax FCF
+-mgrit_monitor
 """
 
 import sys
@@ -31,12 +32,16 @@ def arguments():
     add("--beta", type=positive(float), help="weight of the source's size in the regularisation")
     add("--noise", type=positive(float), help="noise of the readings relative to the largest")
     add("--rtol", type=positive(float), default=1e-9, help="relative tolerance of the time-parallel solves (1e-9)")
-    add("--gtol", type=positive(float), default=1e-6, help="relative tolerance of the gradient (1e-6)")
+    add("--gtol", type=positive(float), default=1e-8, help="relative tolerance of the gradient (1e-8)")
     add("--max-iterations", type=positive(int), default=30, help="trust-region iterations (30)")
     add("--time-solver", default="mgrit", help="mgrit, or serial for sequential stepping on one time rank (mgrit)")
     add("--out", type=Path, default=Path("results/heat_source"), help="folder of the results (results/heat_source)")
     add("--no-fields", action="store_true", help="write no ParaView files")
-    add("--compare-serial", action="store_true", help="solve with plain serial Firedrake + pyadjoint too (tens of minutes)")
+    add(
+        "--compare-serial",
+        action="store_true",
+        help="solve with plain serial Firedrake + pyadjoint too (tens of minutes)",
+    )
     return parser.read()
 
 

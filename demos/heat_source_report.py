@@ -39,7 +39,10 @@ def report(problem, result, opts, summary: dict, say) -> None:
         "converged": result.converged,
         "reason": result.reason.value,
         "rms_residual": float(np.sqrt(np.mean((predicted - problem.readings.values) ** 2))),
-        "history": [{"iteration": r.iteration, "J": r.value, "gradient_norm": r.gradient_norm, "cg": r.cg_iterations} for r in result.history],
+        "history": [
+            {"iteration": r.iteration, "J": r.value, "gradient_norm": r.gradient_norm, "cg": r.cg_iterations}
+            for r in result.history
+        ],
     }
     if shipped:  # the true source is known
         error = np.sqrt(assemble(inner(q - truth, q - truth) * dx) / assemble(inner(truth, truth) * dx))
@@ -65,13 +68,23 @@ def report(problem, result, opts, summary: dict, say) -> None:
         bound = summary.get("mgrit", {}).get("two_level_bound")
         plot_convergence(out / "convergence.png", result.history, wanted, bound=bound)
     if not opts.no_fields:
-        write_fields(out / "fields", "temperature", U, problem.evolution.V, slab, spacetime, problem.evolution.time(np.arange(opts.steps + 1)))
+        write_fields(
+            out / "fields",
+            "temperature",
+            U,
+            problem.evolution.V,
+            slab,
+            spacetime,
+            problem.evolution.time(np.arange(opts.steps + 1)),
+        )
         if spacetime.time_comm.rank == 0:
             from firedrake import VTKFile
 
             q.rename("recovered_source")
             truth.rename("true_source")
-            VTKFile(str(out / "fields" / "source.pvd"), comm=spacetime.space_comm).write(*([q, truth] if shipped else [q]))
+            VTKFile(str(out / "fields" / "source.pvd"), comm=spacetime.space_comm).write(
+                *([q, truth] if shipped else [q])
+            )
     if opts.compare_serial:
         from problems.compare_serial import compare
 

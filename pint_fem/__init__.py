@@ -14,7 +14,9 @@ _NAMES = {
     "MGRITOptions": "pint_fem.mgrit",
     "minimize_trust_region": "pint_fem.optimize",
 }
-_NAMES |= dict.fromkeys(("BackwardEuler", "Evolution", "ImplicitMidpoint", "SDIRK2", "time_function"), "pint_fem.propagators")
+_NAMES |= dict.fromkeys(
+    ("BackwardEuler", "Evolution", "ImplicitMidpoint", "SDIRK2", "time_function"), "pint_fem.propagators"
+)
 _NAMES |= dict.fromkeys(
     ("PointSensors", "RunningMisfit", "TerminalMisfit", "TimeParallelReducedFunctional"), "pint_fem.adjoint"
 )

@@ -1,7 +1,7 @@
 """Running a program on many ranks: arguments, errors as one line, progress, quiet waiting.
 
-Bad input raises :class:`~pint_fem.errors.InputError`, on every rank alike; :func:`run` prints it once and every rank exits with status 2.
-Import this before Firedrake.
+Bad input raises :class:`~pint_fem.errors.InputError`, on every rank alike; :func:`run` prints it once and every rank
+exits with status 2. Import this before Firedrake.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ class ProgramParser(argparse.ArgumentParser):
     """
 
     def __init__(self, **kwargs):
-        super().__init__(allow_abbrev=False, add_help=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+        super().__init__(
+            allow_abbrev=False, add_help=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs
+        )
         self.add_argument("-h", "--help", action="store_true", help="show this and exit")
 
     def error(self, message: str):

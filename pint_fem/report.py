@@ -1,4 +1,6 @@
-"""Pictures and files of a result. No field is gathered: pictures are rasters of bounded size, ParaView files are written by their owners."""
+"""Pictures and files of a result. No field is gathered: pictures are rasters of bounded size, ParaView files are
+written by their owners.
+"""
 
 from __future__ import annotations
 
@@ -65,7 +67,9 @@ class Raster:
 def plot_fields(path: Path, images: Sequence[tuple[str, np.ndarray]], extent, *, points=None, title: str = "") -> None:
     """Images side by side on one colour scale, symmetric about zero."""
     limit = max(np.nanmax(np.abs(image)) for _, image in images)
-    fig, axes = plt.subplots(1, len(images), figsize=(5.2 * len(images), 3.9), layout="constrained", sharey=True, squeeze=False)
+    fig, axes = plt.subplots(
+        1, len(images), figsize=(5.2 * len(images), 3.9), layout="constrained", sharey=True, squeeze=False
+    )
     axes = axes[0]
     for (name, image), ax in zip(images, axes, strict=True):
         shown = ax.imshow(image, origin="lower", extent=extent, cmap="RdBu_r", vmin=-limit, vmax=limit)
@@ -81,7 +85,9 @@ def plot_fields(path: Path, images: Sequence[tuple[str, np.ndarray]], extent, *,
     plt.close(fig)
 
 
-def plot_sensors(path: Path, times, measured, predicted, *, names: Sequence[str], show: int = 6, title: str = "") -> None:
+def plot_sensors(
+    path: Path, times, measured, predicted, *, names: Sequence[str], show: int = 6, title: str = ""
+) -> None:
     """Readings against prediction for some sensors, and all residuals."""
     chosen = np.unique(np.linspace(0, measured.shape[1] - 1, min(show, measured.shape[1])).astype(int))
     fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
@@ -120,7 +126,9 @@ def plot_convergence(path: Path, history, residuals: dict[str, Sequence[float]],
     plt.close(fig)
 
 
-def write_fields(folder: Path, name: str, U: np.ndarray, space, slab: Slab, spacetime: SpaceTime, times, *, count: int = 17) -> Path:
+def write_fields(
+    folder: Path, name: str, U: np.ndarray, space, slab: Slab, spacetime: SpaceTime, times, *, count: int = 17
+) -> Path:
     """Write about ``count`` states for ParaView: each time rank its own, and one ``NAME.pvd`` that lists them all.
 
     Parameters
@@ -140,11 +148,19 @@ def write_fields(folder: Path, name: str, U: np.ndarray, space, slab: Slab, spac
         put(f, U[n - slab.lo])
         sheet.write(f, time=times[n])
     extension = "vtu" if spacetime.space_comm.size == 1 else "pvtu"
-    entries = spacetime.time_comm.gather([(float(times[n]), f"{part}/{part}_{i}.{extension}") for i, n in enumerate(own)])
+    entries = spacetime.time_comm.gather(
+        [(float(times[n]), f"{part}/{part}_{i}.{extension}") for i, n in enumerate(own)]
+    )
     path = folder / f"{name}.pvd"
     if spacetime.is_root:
-        rows = [f'<DataSet timestep="{t}" part="0" file={quoteattr(file)}/>' for rank_rows in entries for t, file in rank_rows]
-        head = '<?xml version="1.0"?>\n<VTKFile type="Collection" version="0.1" byte_order="LittleEndian">\n<Collection>\n'
+        rows = [
+            f'<DataSet timestep="{t}" part="0" file={quoteattr(file)}/>'
+            for rank_rows in entries
+            for t, file in rank_rows
+        ]
+        head = (
+            '<?xml version="1.0"?>\n<VTKFile type="Collection" version="0.1" byte_order="LittleEndian">\n<Collection>\n'
+        )
         path.write_text(head + "\n".join(rows) + "\n</Collection>\n</VTKFile>\n")
     spacetime.comm.barrier()
     if spacetime.space_comm.rank == 0:

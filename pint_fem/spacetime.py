@@ -1,8 +1,8 @@
 """The process grid: space x time.
 
-``P = P_space * P_time`` ranks form ``P_time`` groups (ensemble members). A group shares one state in space over ``space_comm``; the ranks
-with the same place in their groups share the time axis over ``time_comm``. The grid is that of ``firedrake.Ensemble``; without Firedrake
-(plain numpy, torch) the same communicators are split off here.
+``P = P_space * P_time`` ranks form ``P_time`` groups (ensemble members). A group shares one state in space over
+``space_comm``; the ranks with the same place in their groups share the time axis over ``time_comm``. The grid is that
+of ``firedrake.Ensemble``; without Firedrake (plain numpy, torch) the same communicators are split off here.
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ def parse_grid(text: str, size: int) -> tuple[int, int]:
         raise InputError(f"grid {text!r} is not of the form SPACExTIME, such as 1x{size}")
     space, time = int(match[1]), int(match[2])
     if space * time != size:
-        raise InputError(f"grid {space}x{time} wants {space * time} ranks, started were {size}: mpiexec -n {space * time}")
+        raise InputError(
+            f"grid {space}x{time} wants {space * time} ranks, started were {size}: mpiexec -n {space * time}"
+        )
     return space, time
 
 

@@ -6,8 +6,9 @@ The state is the temperature rise of :mod:`problems.plate`; the control is the s
     J(q) = \frac{1}{2 n \sigma^2} \sum_r \sum_s (u(x_s, t_r) - d_{rs})^2
            + \frac{1}{2} \int \alpha |\nabla q|^2 + \beta q^2 ,
 
-for n readings with noise of standard deviation sigma: the misfit is 1/2 where a source explains the readings up to their noise.
-The regularisation's own inner product is the trust region's: conjugate gradients then see one eigenvalue for all that the sensors do not see.
+for n readings with noise of standard deviation sigma: the misfit is 1/2 where a source explains the readings up to
+their noise. The regularisation's own inner product is the trust region's: conjugate gradients then see one eigenvalue
+for all that the sensors do not see.
 """
 
 from dataclasses import dataclass

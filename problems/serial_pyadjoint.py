@@ -1,10 +1,13 @@
-r"""The heat source problem the ordinary way: plain Firedrake, a loop over the steps on one pyadjoint tape, serial in time.
+r"""The heat source problem the ordinary way: plain Firedrake, a loop over the steps on one pyadjoint tape, serial in
+time.
 
-The opponent of :mod:`problems.heat_source`: the same discrete problem, value for value, with none of ``pint_fem``'s solvers. What a careful user
-does is done here: the operator is factorised once (``constant_jacobian``, CHOLMOD), a step is one solve a stage, the inner product of the controls
-is the prior's, with a factor of its own, and the optimiser uses it.
+The opponent of :mod:`problems.heat_source`: the same discrete problem, value for value, with none of ``pint_fem``'s
+solvers. What a careful user does is done here: the operator is factorised once (``constant_jacobian``, CHOLMOD), a
+step is one solve a stage, the inner product of the controls is the prior's, with a factor of its own, and the
+optimiser uses it.
 
-Stages by their values: :math:`(M + h K) U = M W + h q`, then :math:`W \leftarrow (1 - c) W + c U`, which after the last stage is the new state:
+Stages by their values: :math:`(M + h K) U = M W + h q`, then :math:`W \leftarrow (1 - c) W + c U`, which after the
+last stage is the new state:
 
 =================  =============================================  ===========================
 integrator         h                                              c after each stage
@@ -71,7 +74,15 @@ from problems.plate import (
 )
 from problems.readings import read_readings
 
-__all__ = ["SQUARE_TIME", "SerialHeatSource", "SerialResult", "minimise", "serial_heat_source", "serial_square", "square_functionals"]
+__all__ = [
+    "SQUARE_TIME",
+    "SerialHeatSource",
+    "SerialResult",
+    "minimise",
+    "serial_heat_source",
+    "serial_square",
+    "square_functionals",
+]
 
 _GAMMA = 1 - 1 / np.sqrt(2)
 #: Stage length over dt, and c after each stage.
@@ -109,7 +120,9 @@ class SerialHeatSource:
 
 @contextmanager
 def _recording() -> Iterator[Tape]:
-    """A tape of its own, on which everything inside is recorded; what was the working tape before is so again afterwards."""
+    """A tape of its own, on which everything inside is recorded; what was the working tape before is so again
+    afterwards.
+    """
     before, annotating, tape = get_working_tape(), annotate_tape(), Tape()
     set_working_tape(tape)
     continue_annotation()
@@ -120,7 +133,9 @@ def _recording() -> Iterator[Tape]:
         (continue_annotation if annotating else pause_annotation)()
 
 
-def _trajectory(mass, stiffness, load, V: FunctionSpace, bcs, *, dt: float, steps: int, integrator: str) -> Iterator[tuple[int, Function]]:
+def _trajectory(
+    mass, stiffness, load, V: FunctionSpace, bcs, *, dt: float, steps: int, integrator: str
+) -> Iterator[tuple[int, Function]]:
     """Step from zero; yield ``(0, u), (1, u), ..., (steps, u)``.
 
     ``mass(w, v)``, ``stiffness(w, v)`` and ``load(v)`` make UFL forms.
@@ -182,7 +197,11 @@ def serial_heat_source(
     data = read_readings(readings, FINAL_TIME)
     plate = read_mesh(mesh, comm, REGIONS, BOUNDARIES)
     sensors = locate(data.points, plate, data.sensors)
-    V, at_sensors, as_given = FunctionSpace(plate, "CG", 1), FunctionSpace(sensors, "DG", 0), FunctionSpace(sensors.input_ordering, "DG", 0)
+    V, at_sensors, as_given = (
+        FunctionSpace(plate, "CG", 1),
+        FunctionSpace(sensors, "DG", 0),
+        FunctionSpace(sensors.input_ordering, "DG", 0),
+    )
     q, d = Function(V, name="source"), Function(as_given)
     sigma = noise * np.abs(data.values).max()
     weight = 1 / (sigma**2 * data.values.size)
@@ -198,7 +217,10 @@ def serial_heat_source(
     with _recording() as tape:
         trajectory = _trajectory(
             lambda w, v: sum(RHO_C[r] * w * v * dx(r) for r in REGIONS),
-            lambda w, v: sum(KAPPA[r] * inner(grad(w), grad(v)) * dx(r) for r in REGIONS) + CONVECTION * w * v * ds((OUTER_EDGE, HOLE_1)),
+            lambda w, v: (
+                sum(KAPPA[r] * inner(grad(w), grad(v)) * dx(r) for r in REGIONS)
+                + CONVECTION * w * v * ds((OUTER_EDGE, HOLE_1))
+            ),
             lambda v: q * v * dx,
             V,
             boundary_conditions(V),
@@ -221,16 +243,18 @@ def serial_heat_source(
     return SerialHeatSource(rf, q, steps, time.perf_counter() - start)
 
 
-def square_functionals(mesh):
-    """What :func:`serial_square` and its time-parallel twin are made of: functions from fields to UFL forms.
+def square_functionals(V: FunctionSpace) -> dict[str, Callable]:
+    """What :func:`serial_square` and its time-parallel twin are made of.
 
     Returns
     -------
     dict
-        ``misfit(u)`` per time, ``regularisation(q)``; the state is heat conduction with a source q, zero on the boundary.
+        UFL functionals ``misfit(u)`` (at one time) and ``regularisation(q)``; expressions ``control()`` and
+        ``direction()``.
     """
-    x, y = SpatialCoordinate(mesh)
-    target = sin(pi * x) * sin(pi * y) * exp(x - y)
+    x, y = SpatialCoordinate(V.mesh())
+    # in the space of the state: the target's own quadrature degree would be 18, and the tape assembles it at every step
+    target = Function(V, name="target").interpolate(sin(pi * x) * sin(pi * y) * exp(x - y))
     return {
         "misfit": lambda u: 0.5 * (u - target) ** 2 * dx,
         "regularisation": lambda q: 0.5e-3 * q**2 * dx,
@@ -239,11 +263,16 @@ def square_functionals(mesh):
     }
 
 
-def serial_square(*, n: int = 64, steps: int = 256, integrator: str = "BackwardEuler", comm=COMM_SELF) -> SerialHeatSource:
-    """Record a plain problem for timing: P1 on an ``n x n`` unit square, ``sum_n dt misfit(u_n) + regularisation(q)``."""
+def serial_square(
+    *, n: int = 64, steps: int = 256, integrator: str = "BackwardEuler", comm=COMM_SELF
+) -> SerialHeatSource:
+    """Record a plain problem for timing: P1 on an ``n x n`` unit square, ``sum_n dt misfit(u_n) +
+    regularisation(q)``.
+    """
     start = time.perf_counter()
     mesh = UnitSquareMesh(n, n, comm=comm)
-    V, forms, dt = FunctionSpace(mesh, "CG", 1), square_functionals(mesh), SQUARE_TIME / steps
+    V, dt = FunctionSpace(mesh, "CG", 1), SQUARE_TIME / steps
+    forms = square_functionals(V)
     q = Function(V, name="source")
     with _recording() as tape:
         trajectory = _trajectory(
@@ -314,7 +343,7 @@ def minimise(
     serial: SerialHeatSource,
     *,
     method: str = "lmvm",
-    gttol: float = 1e-5,
+    gttol: float = 1e-8,
     max_it: int = 200,
     printer: Callable[[str], object] | None = print,
     callback: Callable[[Function], object] | None = None,
@@ -327,7 +356,8 @@ def minimise(
     serial
         A recorded problem.
     method
-        ``"lmvm"``: limited-memory BFGS that starts from the prior's inverse. ``"nls"``: Newton-CG, preconditioned by it.
+        ``"lmvm"``: limited-memory BFGS that starts from the prior's inverse. ``"nls"``: Newton-CG, preconditioned by
+        it.
     gttol
         Stop when the gradient's norm has fallen by this factor.
     max_it
@@ -350,9 +380,17 @@ def minimise(
     rf.eval_cb_post = lambda *_: count("evaluations")
     rf.derivative_cb_post = lambda checkpoint, derivatives, controls: count("gradients", derivatives)
     rf.hessian_cb_post = lambda *_: count("hessians")
-    options = {**_METHODS[method], "tao_gatol": 0.0, "tao_grtol": 0.0, "tao_gttol": gttol, "tao_max_it": max_it, **(parameters or {})}
+    options = {
+        **_METHODS[method],
+        "tao_gatol": 0.0,
+        "tao_grtol": 0.0,
+        "tao_gttol": gttol,
+        "tao_max_it": max_it,
+        **(parameters or {}),
+    }
     comm = serial.q.function_space().mesh().comm
-    # TAO's quasi-Newton matrix keeps 5 pairs by default, which costs 10 times the iterations here; it ignores the solver's options prefix
+    # TAO's quasi-Newton matrix keeps 5 pairs by default, which costs 10 times the iterations here; it ignores the
+    # solver's options prefix
     database, pairs = PETSc.Options(), "tao_lmvm_mat_lmvm_hist_size"
     given = database.hasName(pairs)
     if not given:
@@ -369,7 +407,9 @@ def minimise(
                 printer(f"{'it':>4} {'J':>16} {'|g|':>10} {'J calls':>8} {'seconds':>8}")
             iteration, value, norm, *_ = tao.getSolutionStatus()
             counts.history.append(iteration)
-            printer(f"{iteration:4d} {value:16.9e} {norm:10.3e} {counts.evaluations:8d} {time.perf_counter() - start:8.1f}")
+            printer(
+                f"{iteration:4d} {value:16.9e} {norm:10.3e} {counts.evaluations:8d} {time.perf_counter() - start:8.1f}"
+            )
         if callback is not None:
             q = Function(serial.q.function_space())
             q._ad_from_petsc(tao.getSolution())
@@ -381,7 +421,10 @@ def minimise(
     try:
         with stop_annotating():
             solver.solve()
-    except (TAOConvergenceError, AttributeError) as error:  # AttributeError: this pyadjoint does not find this petsc4py's names of reasons
+    except (
+        TAOConvergenceError,
+        AttributeError,
+    ) as error:  # AttributeError: this pyadjoint does not find this petsc4py's names of reasons
         if solver.tao.getConvergedReason() > 0:
             raise
         converged = False
@@ -393,6 +436,13 @@ def minimise(
     q._ad_from_petsc(solver.x)
     iterations, value, norm, *_ = solver.tao.getSolutionStatus()
     return SerialResult(
-        q, value, norm, iterations,
-        counts.evaluations, counts.gradients, counts.hessians, time.perf_counter() - start, converged,
+        q,
+        value,
+        norm,
+        iterations,
+        counts.evaluations,
+        counts.gradients,
+        counts.hessians,
+        time.perf_counter() - start,
+        converged,
     )

@@ -1,4 +1,6 @@
-"""Converged, the time-parallel functional is the discrete problem that a serial pyadjoint tape of the same steps differentiates."""
+"""Converged, the time-parallel functional is the discrete problem that a serial pyadjoint tape of the same steps
+differentiates.
+"""
 
 from contextlib import contextmanager
 
@@ -137,7 +139,14 @@ def test_nonlinear():
     with recording() as tape:
         U, W = Function(V), start.copy(deepcopy=True)
         problem = NonlinearVariationalProblem((U - W) / Constant(DT) * v * dx + flux(U), U, bcs=bcs)
-        newton = {"snes_rtol": 1e-13, "snes_atol": 1e-14, "snes_stol": 0, "snes_max_it": 8, "ksp_type": "preonly", "pc_type": "lu"}
+        newton = {
+            "snes_rtol": 1e-13,
+            "snes_atol": 1e-14,
+            "snes_stol": 0,
+            "snes_max_it": 8,
+            "ksp_type": "preonly",
+            "pc_type": "lu",
+        }
         newton |= {"snes_convergence_test": "skip", "snes_linesearch_type": "basic"}
         solver = NonlinearVariationalSolver(problem, solver_parameters=newton)
         J = assemble(regularisation(q))
@@ -177,7 +186,11 @@ def test_one_control_a_step():
     with recording() as tape:
         U, W, qn, J = Function(V), Function(V), Function(Q), 0.0
         problem = LinearVariationalProblem(
-            w * v * dx + DT * inner(grad(w), grad(v)) * dx, W * v * dx + DT * qn * v * dx, U, bcs=bcs, constant_jacobian=True
+            w * v * dx + DT * inner(grad(w), grad(v)) * dx,
+            W * v * dx + DT * qn * v * dx,
+            U,
+            bcs=bcs,
+            constant_jacobian=True,
         )
         solver = LinearVariationalSolver(problem)
         for control in controls:

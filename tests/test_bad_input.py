@@ -1,8 +1,11 @@
-"""Bad input of every kind, on 1 and 4 ranks: one line on the first rank's stderr, exit status 2 on every rank, no hang."""
+"""Bad input of every kind, on 1 and 4 ranks: one line on the first rank's stderr, exit status 2 on every rank, no
+hang.
+"""
 
 import os
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import firedrake as fd
@@ -115,7 +118,7 @@ def mgrit_database():
 
     def insert(arguments):
         database = fd.PETSc.Options()
-        for name, value in zip(arguments, arguments[1:], strict=False):
+        for name, value in pairwise(arguments):
             if name.startswith("-mgrit_"):
                 database[name[1:]] = value
                 put.append(name[1:])
@@ -145,10 +148,14 @@ class Pieces:
 
     def __init__(self):
         self.st = pf.SpaceTime()
-        self.mesh = fd.UnitSquareMesh(3, 3, comm=self.st.space_comm, distribution_parameters={"partitioner_type": "simple"})
+        self.mesh = fd.UnitSquareMesh(
+            3, 3, comm=self.st.space_comm, distribution_parameters={"partitioner_type": "simple"}
+        )
         self.V = fd.FunctionSpace(self.mesh, "CG", 1)
         self.u, self.v, self.q = fd.Function(self.V), fd.TestFunction(self.V), fd.Function(self.V)
-        self.F = Dt(self.u) * self.v * fd.dx + fd.inner(fd.grad(self.u), fd.grad(self.v)) * fd.dx - self.q * self.v * fd.dx
+        self.F = (
+            Dt(self.u) * self.v * fd.dx + fd.inner(fd.grad(self.u), fd.grad(self.v)) * fd.dx - self.q * self.v * fd.dx
+        )
         self.options = dict(tableau=pf.BackwardEuler(), dt=0.1, nsteps=8, control=self.q)
 
     def evolution(self, residual=None, **changes):
@@ -175,7 +182,10 @@ API = {
     "control not in the residual": (lambda p: p.evolution(control=fd.Function(p.V)), ["control"]),
     "control a number": (lambda p: p.evolution(control=1.0), ["float"]),
     "control in a condition": (lambda p: p.evolution(bcs=fd.DirichletBC(p.V, p.q, 1)), ["control", "boundary"]),
-    "condition on another space": (lambda p: p.evolution(bcs=fd.DirichletBC(fd.FunctionSpace(p.mesh, "CG", 2), 0, 1)), ["space"]),
+    "condition on another space": (
+        lambda p: p.evolution(bcs=fd.DirichletBC(fd.FunctionSpace(p.mesh, "CG", 2), 0, 1)),
+        ["space"],
+    ),
     "no control": (lambda p: p.functional(evolution=p.evolution(control=None)), ["control"]),
     "control value in another space": (lambda p: p.functional()(other_space(p)), ["control"]),
     "direction in another space": (lambda p: p.functional().hessian(other_space(p)), ["control"]),
@@ -189,8 +199,14 @@ API = {
     "sensor nan": (lambda p: p.functional(pf.PointSensors([[0.2, 0.5]], [0.1], [[np.nan]])), ["finite"]),
     "riesz map": (lambda p: p.functional(riesz_map="H7"), ["H7", "H1"]),
     "solver parameter": (lambda p: p.functional(solver_parameters={"mgritt": {}}), ["mgritt"]),
-    "mgrit option": (lambda p: p.functional(solver_parameters={"mgrit": {"coarsning": 4}}), ["coarsning", "coarsening"]),
-    "coarsening beyond the steps": (lambda p: p.functional(solver_parameters={"mgrit": {"coarsening": 16, "levels": 2}}), ["16", "8"]),
+    "mgrit option": (
+        lambda p: p.functional(solver_parameters={"mgrit": {"coarsning": 4}}),
+        ["coarsning", "coarsening"],
+    ),
+    "coarsening beyond the steps": (
+        lambda p: p.functional(solver_parameters={"mgrit": {"coarsening": 16, "levels": 2}}),
+        ["16", "8"],
+    ),
     "grid of another size": (lambda p: pf.SpaceTime((3, 5)), ["15"]),
 }
 

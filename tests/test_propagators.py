@@ -1,4 +1,6 @@
-"""The three propagators agree in step, tangent, adjoint and second order; derivatives pass dot-product and Taylor tests."""
+"""The three propagators agree in step, tangent, adjoint and second order; derivatives pass dot-product and Taylor
+tests.
+"""
 
 import numpy as np
 import pytest
@@ -36,7 +38,9 @@ TABLEAUX = {"BE": BackwardEuler, "midpoint": ImplicitMidpoint, "SDIRK2": SDIRK2}
 
 
 def heat(tableau, *, linear=True, per_step=False, comm=None, n=5):
-    mesh = UnitSquareMesh(n, n, distribution_parameters={"partitioner_type": "simple"}, **({"comm": comm} if comm else {}))
+    mesh = UnitSquareMesh(
+        n, n, distribution_parameters={"partitioner_type": "simple"}, **({"comm": comm} if comm else {})
+    )
     V, Q = FunctionSpace(mesh, "CG", 1), FunctionSpace(mesh, "DG", 0)
     u, v, q, t = Function(V), TestFunction(V), Function(Q), time_function(mesh)
     x, y = SpatialCoordinate(mesh)
@@ -166,4 +170,6 @@ def test_vector_valued_state():
     F = inner(Dt(u), v) * dx + inner(grad(u), grad(v)) * dx - inner(q, v) * dx
     ev = Evolution(F, u, tableau=SDIRK2(), dt=0.1, nsteps=3, control=q, bcs=DirichletBC(V, (0, 0), "on_boundary"))
     data, du, dz, lam, _ = block(ev, 2)
-    assert_close(all_results(LinearPropagator(ev), data, du, dz, lam), all_results(TapePropagator(ev), data, du, dz, lam), 1e-10)
+    assert_close(
+        all_results(LinearPropagator(ev), data, du, dz, lam), all_results(TapePropagator(ev), data, du, dz, lam), 1e-10
+    )

@@ -1,5 +1,7 @@
 """The time-parallel reduced functional: derivatives, invariance under the process grid, theory bounds, warm starts."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import scipy.linalg
@@ -97,7 +99,11 @@ def test_derivatives_of_other_integrators(tableau):
 def test_derivatives(linear, per_step):
     """Taylor remainders of order 2 and 3, and the tangent against the adjoint, on 1x1, 1x2 and 2x2 ranks."""
     grid = {1: "1x1", 2: "1x2", 4: "2x2"}[MPI.COMM_WORLD.size]
-    check_derivatives(functional(pf.SpaceTime(grid), linear=linear, per_step=per_step, steps=22 if linear else 10, n=6 if linear else 3))
+    check_derivatives(
+        functional(
+            pf.SpaceTime(grid), linear=linear, per_step=per_step, steps=22 if linear else 10, n=6 if linear else 3
+        )
+    )
 
 
 @pytest.mark.parallel([1, 2, 3, 4])
@@ -143,8 +149,9 @@ def test_all_grids_find_the_same_minimum():
 @pytest.mark.parametrize("m", [2, 4, 8])
 @pytest.mark.parametrize("tableau", ["BE", "SDIRK2"])
 def test_observed_factors_lie_under_the_bound(tableau, m, relax):
-    """Error of each iterate at the C-points in the mass norm, state and adjoint, against the two-level bound (ORACLES)."""
-    st = pf.SpaceTime("1x1", comm=MPI.COMM_SELF)
+    """Error of each iterate at the C-points in the mass norm, state and adjoint, against the two-level bound
+    (ORACLES).
+    """
     mesh = UnitSquareMesh(8, 8, comm=MPI.COMM_SELF)
     V = FunctionSpace(mesh, "CG", 1)
     u, v, q = Function(V), TestFunction(V), Function(V)
@@ -180,7 +187,7 @@ def test_observed_factors_lie_under_the_bound(tableau, m, relax):
             pf.MGRIT([Step(forward, transposed), Step(coarse, transposed)], N, options=options).solve(U)
             e = (U - exact)[::m]
             errors.append(np.sqrt(np.einsum("ki,ij,kj->", e, weight, e)))
-        observed = [b / a for a, b in zip(errors, errors[1:], strict=False) if b > 1e-10 * size]
+        observed = [b / a for a, b in pairwise(errors) if b > 1e-10 * size]
         assert observed
         assert max(observed) <= bound * (1 + 1e-8)
 
@@ -206,7 +213,9 @@ def test_pyadjoint_taylor_test():
 
 
 def test_sensors_reproduce_a_linear_trajectory():
-    """u = a t + b x: linear in time and space, so readings between steps are exact, and the misfit of exact data is zero."""
+    """u = a t + b x: linear in time and space, so readings between steps are exact, and the misfit of exact data is
+    zero.
+    """
     mesh = UnitSquareMesh(4, 4, comm=MPI.COMM_SELF)
     V = FunctionSpace(mesh, "CG", 1)
     x, _ = SpatialCoordinate(mesh)

@@ -2,8 +2,10 @@ r"""Misfits: what of the trajectory is compared with data. ``J = sum of misfits 
 
 A misfit is bound to a slab. It sees all local points, the ghost in row 0 included, and returns
 
-* ``values``: its share at each own point (rows ``1..k``), summed over space, so that the sum over time is in point order;
-* ``gradient``: :math:`dJ/dU_n` in rows ``0..k-1`` (and ``k`` on the last rank), which is what the adjoint of the slab needs;
+* ``values``: its share at each own point (rows ``1..k``), summed over space, so that the sum over time is in point
+  order;
+* ``gradient``: :math:`dJ/dU_n` in rows ``0..k-1`` (and ``k`` on the last rank), which is what the adjoint of the slab
+  needs;
 * ``hessian``: the directional derivative of that.
 """
 
@@ -30,6 +32,9 @@ __all__ = ["Misfit", "PointSensors", "RunningMisfit", "TerminalMisfit"]
 class Misfit(ABC):
     """See the module."""
 
+    #: Whether it is a quadratic function of the trajectory.
+    quadratic = False
+
     def bind(self, evolution: Evolution, spacetime: SpaceTime, slab: Slab) -> None:
         """Prepare for the points of a slab; called once, on every rank."""
         self.evolution, self.spacetime, self.slab = evolution, spacetime, slab
@@ -54,13 +59,16 @@ class Misfit(ABC):
 class _FormMisfit(Misfit):
     r"""A UFL functional ``j(u, t)`` at some points with weights.
 
-    Where its second derivative is constant it is :math:`\tfrac12 u^T Q u + g^T u + c`, and slabs are products with one matrix; ``g`` and ``c`` are
-    assembled for each point once (once in all if ``j`` does not depend on time). Otherwise forms compiled once are assembled for each point.
+    Where its second derivative is constant it is :math:`\tfrac12 u^T Q u + g^T u + c`, and slabs are products with
+    one matrix; ``g`` and ``c`` are assembled for each point once (once in all if ``j`` does not depend on time).
+    Otherwise forms compiled once are assembled for each point.
     """
 
     def __init__(self, form: ufl.Form):
         if not isinstance(form, ufl.Form) or form.arguments():
-            raise InputError(f"{type(self).__name__}: give a functional such as inner(u - d, u - d)*dx, without test functions")
+            raise InputError(
+                f"{type(self).__name__}: give a functional such as inner(u - d, u - d)*dx, without test functions"
+            )
         self.form = form
 
     @abstractmethod
@@ -89,7 +97,9 @@ class _FormMisfit(Misfit):
             self._g = self._at_points(ufl.replace(expand_derivatives(gradient), at_zero), t in coefficients)
             self._c = self._at_points(ufl.replace(self.form, at_zero), t in coefficients)
         else:
-            self._assemble = [get_assembler(expand_derivatives(f)) for f in (self.form, gradient, action(second, self._du))]
+            self._assemble = [
+                get_assembler(expand_derivatives(f)) for f in (self.form, gradient, action(second, self._du))
+            ]
 
     def _at_points(self, form, depends_on_time: bool) -> np.ndarray:
         """Assembled values of a form without ``u``, one a local point or one row for all."""
@@ -141,7 +151,11 @@ class _FormMisfit(Misfit):
 
     def gradient(self, U):
         """See :class:`Misfit`."""
-        return self.weight[:, None] * (self._Qu(U) + self._g) if self.quadratic else self.weight[:, None] * self._each(1, U)
+        return (
+            self.weight[:, None] * (self._Qu(U) + self._g)
+            if self.quadratic
+            else self.weight[:, None] * self._each(1, U)
+        )
 
     def hessian(self, U, dU):
         """See :class:`Misfit`."""
@@ -177,7 +191,8 @@ class TerminalMisfit(_FormMisfit):
 
 
 class PointSensors(Misfit):
-    r"""Sensors at points: :math:`\frac{w}{2} \sum_r \sum_s (u(x_s, t_r) - d_{rs})^2`, ``u`` linear in time between steps.
+    r"""Sensors at points: :math:`\frac{w}{2} \sum_r \sum_s (u(x_s, t_r) - d_{rs})^2`, ``u`` linear in time between
+    steps.
 
     Parameters
     ----------
@@ -195,6 +210,8 @@ class PointSensors(Misfit):
     InputError
         On shapes that do not match, values that are not finite, times out of range, a sensor outside the mesh.
     """
+
+    quadratic = True
 
     def __init__(self, points, times, values, *, weight: float = 1.0):
         self.points, self.times = np.atleast_2d(np.asarray(points, float)), np.atleast_1d(np.asarray(times, float))
@@ -217,7 +234,9 @@ class PointSensors(Misfit):
         if V.value_shape != ():
             raise InputError("PointSensors wants a scalar state")
         if self.points.shape[1] != mesh.geometric_dimension:
-            raise InputError(f"sensors have {self.points.shape[1]} coordinates on a {mesh.geometric_dimension}-dimensional mesh")
+            raise InputError(
+                f"sensors have {self.points.shape[1]} coordinates on a {mesh.geometric_dimension}-dimensional mesh"
+            )
         N, slack = evolution.nsteps, 1e-9 * evolution.dt
         first, last = evolution.time(0), evolution.time(N)
         if self.times[0] < first - slack or self.times[-1] > last + slack:

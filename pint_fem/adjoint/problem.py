@@ -1,11 +1,13 @@
-r"""The reduced problem on arrays: ``J(z)``, ``J'(z)``, ``J''(z) dz`` by time-parallel sweeps, each computed once for a ``z``.
+r"""The reduced problem on arrays: ``J(z)``, ``J'(z)``, ``J''(z) dz`` by time-parallel sweeps, each computed once for
+a ``z``.
 
 .. math::
     J(z) = \sum_n j_n(u_n) + R(z), \qquad
     J'(z) = \sum_n \Phi_{n,z}^T \lambda_{n+1} + R'(z), \qquad
     J''(z)\,dz = \sum_n \Phi_{n,z}^T \mu_{n+1} + \text{second-order terms of the steps} + R''(z)\,dz,
 
-with the adjoint :math:`\lambda` driven by :math:`j_n'(u_n)` and the second-order adjoint :math:`\mu` by :math:`j_n''(u_n)\,\delta u_n`.
+with the adjoint :math:`\lambda` driven by :math:`j_n'(u_n)` and the second-order adjoint :math:`\mu` by
+:math:`j_n''(u_n)\,\delta u_n`.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ __all__ = ["ReducedProblem"]
 
 
 class ReducedProblem:
-    """See the module. A control is ``(nz,)``, or ``(k, nz)`` for the own steps; derivatives are dual vectors of that shape.
+    """See the module. A control is ``(nz,)``, or ``(k, nz)`` for the own steps; derivatives are dual vectors of that
+    shape.
 
     Parameters
     ----------
@@ -59,6 +62,12 @@ class ReducedProblem:
         self._value = self._gradient = None
         self._parts: dict[str, float] = {}
 
+    @property
+    def is_quadratic(self) -> bool:
+        """Whether ``J`` is a quadratic function of the control: affine steps, quadratic misfits and regularisation."""
+        regularisation = self.regularisation is None or self.regularisation.quadratic
+        return self.sweeps.is_linear and all(m.quadratic for m in self.misfits) and regularisation
+
     # -- caches --------------------------------------------------------------------------------------------------------
     def _is_current(self, z: np.ndarray) -> bool:
         """Whether the state of ``z`` is at hand, on all ranks alike."""
@@ -67,7 +76,11 @@ class ReducedProblem:
 
     def _solve_state(self, z: np.ndarray) -> None:
         z = np.asarray(z, dtype=float)
-        shape = (self.sweeps.slab.k, self.evolution.control_size) if self.evolution.per_step else (self.evolution.control_size,)
+        shape = (
+            (self.sweeps.slab.k, self.evolution.control_size)
+            if self.evolution.per_step
+            else (self.evolution.control_size,)
+        )
         if z.shape != shape:
             raise InputError(f"control of shape {z.shape}: give {shape}")
         if self._is_current(z):

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 from firedrake import Cofunction, EnsembleFunction, EnsembleFunctionSpace, Function
 from firedrake.petsc import PETSc
+from mpi4py import MPI
 from pyadjoint import AdjFloat, Control
 from pyadjoint.enlisting import Enlist
 from pyadjoint.reduced_functional import AbstractReducedFunctional
@@ -26,7 +27,8 @@ __all__ = ["TimeParallelReducedFunctional", "mgrit_options"]
 
 
 def mgrit_options(parameters: Mapping | MGRITOptions | None, prefix: str = "mgrit_") -> MGRITOptions:
-    """MGRIT options from a dictionary, with those of PETSc's options database (``-mgrit_levels 3 -mgrit_coarsening 8,4``) on top.
+    """MGRIT options from a dictionary, with those of PETSc's options database (``-mgrit_levels 3 -mgrit_coarsening
+    8,4``) on top.
 
     Raises
     ------
@@ -53,8 +55,8 @@ def mgrit_options(parameters: Mapping | MGRITOptions | None, prefix: str = "mgri
 class TimeParallelReducedFunctional(AbstractReducedFunctional):
     r"""``J(z)`` of an evolution's control, its derivative and Hessian action, parallel in time.
 
-    Converged, it is the functional that a serial pyadjoint tape of the same steps differentiates; use it with ``taylor_test``,
-    ``minimize`` and ``TAOSolver``, or :meth:`minimize_trust_region`.
+    Converged, it is the functional that a serial pyadjoint tape of the same steps differentiates; use it with
+    ``taylor_test``, ``minimize`` and ``TAOSolver``, or :meth:`minimize_trust_region`.
 
     Parameters
     ----------
@@ -65,11 +67,14 @@ class TimeParallelReducedFunctional(AbstractReducedFunctional):
     regularisation
         UFL functional of the control; for one control a step it is summed with weight ``dt``.
     spacetime
-        Process grid; the evolution's mesh lives on its ``space_comm``. Default: all ranks of the mesh's communicator in space.
+        Process grid; the evolution's mesh lives on its ``space_comm``. Default: all ranks of the mesh's communicator
+        in space.
     solver_parameters
-        ``{"mgrit": {...}, "time_solver": "mgrit" | "serial"}``; MGRIT options also from the command line (``-mgrit_rtol 1e-8``).
+        ``{"mgrit": {...}, "time_solver": "mgrit" | "serial"}``; MGRIT options also from the command line
+        (``-mgrit_rtol 1e-8``).
     riesz_map
-        ``"L2"``, ``"H1"``, ``"l2"`` or a bilinear form on the control's space, of the trust region and of ``apply_riesz``.
+        ``"L2"``, ``"H1"``, ``"l2"`` or a bilinear form on the control's space, of the trust region and of
+        ``apply_riesz``.
     coarse_tableau
         Integrator of the coarse levels; default: the evolution's.
     propagator
@@ -97,7 +102,7 @@ class TimeParallelReducedFunctional(AbstractReducedFunctional):
         space_comm = evolution.V.mesh().comm
         if spacetime is None:
             spacetime = SpaceTime((space_comm.size, 1), comm=space_comm)
-        if spacetime.space_comm.size != space_comm.size:
+        if MPI.Comm.Compare(spacetime.space_comm, space_comm) not in (MPI.IDENT, MPI.CONGRUENT):
             raise InputError(
                 f"the mesh lives on {space_comm.size} ranks, the grid has {spacetime.space_size} space ranks: "
                 "build the mesh with comm=spacetime.space_comm"
@@ -114,7 +119,12 @@ class TimeParallelReducedFunctional(AbstractReducedFunctional):
         self.evolution, self.spacetime = evolution, spacetime
         try:
             sweeps = Sweeps(
-                evolution, spacetime, options=options, coarse_tableau=coarse_tableau, propagator=propagator, printer=printer
+                evolution,
+                spacetime,
+                options=options,
+                coarse_tableau=coarse_tableau,
+                propagator=propagator,
+                printer=printer,
             )
         except ValueError as error:
             raise InputError(str(error)) from error
@@ -123,7 +133,10 @@ class TimeParallelReducedFunctional(AbstractReducedFunctional):
         self.riesz = RieszMap(space, riesz_map, spacetime, step_weight=evolution.dt if per_step else None)
         with stop_annotating():
             if per_step:
-                self._space = EnsembleFunctionSpace([space] * sweeps.slab.k, spacetime.ensemble)
+                try:
+                    self._space = EnsembleFunctionSpace([space] * sweeps.slab.k, spacetime.ensemble)
+                except ValueError as error:
+                    raise InputError(f"{error}: build the mesh with comm=spacetime.space_comm") from error
                 value = EnsembleFunction(self._space)
                 for f in value.subfunctions:
                     f.assign(evolution.control)
@@ -133,7 +146,7 @@ class TimeParallelReducedFunctional(AbstractReducedFunctional):
         self._controls = Enlist(Control(value))
         self._z: np.ndarray | None = None
 
-    # -- between pyadjoint's values and arrays --------------------------------------------------------------------------
+    # -- between pyadjoint's values and arrays ------------------------------------------------------------------------
     def array(self, value) -> np.ndarray:
         """Own values of a control or a derivative: ``(nz,)`` or ``(k, nz)``.
 
@@ -148,7 +161,9 @@ class TimeParallelReducedFunctional(AbstractReducedFunctional):
         f = value[0]
         if self.evolution.per_step:
             if not isinstance(f, EnsembleFunction) or f.function_space() != self._space:
-                raise InputError("control: give an EnsembleFunction with one function a step (see rf.controls[0].control)")
+                raise InputError(
+                    "control: give an EnsembleFunction with one function a step (see rf.controls[0].control)"
+                )
             return np.array([get(part) for part in f.subfunctions])
         if not isinstance(f, Function) or f.function_space() != self._space:
             what = f"a function of {f.function_space()}" if isinstance(f, Function) else f"a {type(f).__name__}"
@@ -170,7 +185,7 @@ class TimeParallelReducedFunctional(AbstractReducedFunctional):
             put(f, array)
             return f
 
-    # -- pyadjoint's interface -------------------------------------------------------------------------------------------
+    # -- pyadjoint's interface ----------------------------------------------------------------------------------------
     @property
     def controls(self):
         """The control, as pyadjoint wraps it."""
@@ -205,8 +220,10 @@ class TimeParallelReducedFunctional(AbstractReducedFunctional):
         with stop_annotating():
             return AdjFloat(self.problem.tangent_value(self._current(), self.array(m_dot)))
 
-    # -- optimisation -----------------------------------------------------------------------------------------------------
-    def minimize_trust_region(self, start=None, *, monitor: Callable[[str], None] | None = None, **options) -> TrustRegionResult:
+    # -- optimisation -------------------------------------------------------------------------------------------------
+    def minimize_trust_region(
+        self, start=None, *, monitor: Callable[[str], None] | None = None, **options
+    ) -> TrustRegionResult:
         """Minimise by :func:`pint_fem.optimize.minimize_trust_region` in the control's inner product.
 
         Parameters
@@ -216,17 +233,20 @@ class TimeParallelReducedFunctional(AbstractReducedFunctional):
         monitor
             Gets a line an iteration, on the first rank only.
         **options
-            Of :func:`~pint_fem.optimize.minimize_trust_region`.
+            Of :func:`~pint_fem.optimize.minimize_trust_region`. For a quadratic ``J`` the first radius is unlimited by
+            default.
 
         Returns
         -------
         TrustRegionResult
-            With an attribute ``control``: the minimiser as a function.
+            ``x`` holds the own values of the minimiser; :meth:`function` makes a function of them.
         """
         z = self._current() if start is None else self.array(start)
         if monitor is not None and not self.spacetime.is_root:
             monitor = None
         shape = z.shape
+        if self.problem.is_quadratic:
+            options.setdefault("initial_radius", 1e99)  # the model is J itself: a bound would only cut steps short
         options.setdefault("value_rtol", 10 * self.problem.sweeps._state.options.rtol)
         result = minimize_trust_region(_Arrays(self.problem, self.riesz, shape), z.ravel(), monitor=monitor, **options)
         self._z = result.x.reshape(shape)

@@ -1,4 +1,6 @@
-"""A functional of the control alone, in UFL, with its derivative and Hessian action; constant operators are assembled once."""
+"""A functional of the control alone, in UFL, with its derivative and Hessian action; constant operators are assembled
+once.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ class Regularisation:
 
     def __init__(self, form: ufl.Form, control: Function, space_sum):
         if not isinstance(form, ufl.Form) or form.arguments() or control not in extract_coefficients(form):
-            raise InputError("regularisation: give a functional of the control, such as alpha/2*inner(grad(q), grad(q))*dx")
+            raise InputError(
+                "regularisation: give a functional of the control, such as alpha/2*inner(grad(q), grad(q))*dx"
+            )
         self.control, self._space_sum = control, space_sum
         space = control.function_space()
         self._dz = Function(space)

@@ -16,8 +16,8 @@ __all__ = ["RieszMap"]
 class RieszMap:
     r""":math:`(a, b)` and the map from dual vectors to their representatives.
 
-    ``"L2"``: :math:`\int a b`; ``"H1"``: :math:`\int a b + \nabla a \cdot \nabla b`; ``"l2"``: coefficients. For one control a step
-    the product is :math:`\sum_n \Delta t\,(a_n, b_n)`.
+    ``"L2"``: :math:`\int a b`; ``"H1"``: :math:`\int a b + \nabla a \cdot \nabla b`; ``"l2"``: coefficients. For one
+    control a step the product is :math:`\sum_n \Delta t\,(a_n, b_n)`.
 
     Parameters
     ----------
@@ -43,7 +43,9 @@ class RieszMap:
         if given and [arg.function_space() for arg in kind.arguments()] != [space, space]:
             raise InputError("riesz map: the form is not bilinear on the control's space")
         if not given and kind not in forms:
-            raise InputError(f"riesz map {kind!r}: give one of {', '.join(forms)}, or a bilinear form on the control's space")
+            raise InputError(
+                f"riesz map {kind!r}: give one of {', '.join(forms)}, or a bilinear form on the control's space"
+            )
         self.spacetime, self.step_weight = spacetime, step_weight
         self._factor = None
         form = kind if given else forms[kind]

@@ -5,9 +5,10 @@ r"""The four sweeps over all steps, each solved by MGRIT: state, adjoint, tangen
     \lambda_n &= \Phi_{n,u}^T \lambda_{n+1} + g_n \quad\text{(backwards in time)}, \\
     \delta u_{n+1} &= \Phi_{n,u}\, \delta u_n + g_n,
 
-the second-order adjoint being the adjoint with another right-hand side. The adjoint runs on the reversed communicator with reversed views
-of the slab's arrays: point ``n`` is point ``N - n`` there, and to MGRIT it is one more forward evolution. Where ``Phi`` is affine, the state sweep is the
-homogeneous one with the forcing as right-hand side, and all levels use the fast block propagators.
+the second-order adjoint being the adjoint with another right-hand side. The adjoint runs on the reversed communicator
+with reversed views of the slab's arrays: point ``n`` is point ``N - n`` there, and to MGRIT it is one more forward
+evolution. Where ``Phi`` is affine, the state sweep is the homogeneous one with the forcing as right-hand side, and
+all levels use the fast block propagators.
 """
 
 from __future__ import annotations
@@ -124,7 +125,9 @@ class Sweeps:
         for m in factors:
             strides.append(strides[-1] * m)
         tableaux = [evolution.tableau] + [coarse_tableau or evolution.tableau] * len(factors)
-        self.propagators = [propagator(evolution, stride=s, tableau=tab) for s, tab in zip(strides, tableaux, strict=True)]
+        self.propagators = [
+            propagator(evolution, stride=s, tableau=tab) for s, tab in zip(strides, tableaux, strict=True)
+        ]
         self.is_linear = all(p.is_linear for p in self.propagators)
         kinds = (
             (lambda p: _LinearStep(p, transposed=False), lambda p: _LinearStep(p, transposed=True))
@@ -168,7 +171,8 @@ class Sweeps:
         if U is not None:
             states = inject(solver.levels, U[::-1] if backwards else U)
         for level, u in zip(solver.levels, states, strict=True):
-            # fine step that lends its control to the level's step: the last one forwards, the first one in time backwards
+            # fine step that lends its control to the level's step: the last one forwards, the first one in time
+            # backwards
             steps = np.arange(level.lo, level.hi)
             if backwards:
                 start = self.evolution.nsteps - (steps + 1) * level.stride
@@ -200,7 +204,9 @@ class Sweeps:
         return result
 
     def state(self, z, U: np.ndarray) -> SolveResult:
-        """Solve for the state in place, from the first guess ``U`` ``(k + 1, n)``; ``z`` is ``(nz,)``, ``(k, nz)`` or ``None``."""
+        """Solve for the state in place, from the first guess ``U`` ``(k + 1, n)``; ``z`` is ``(nz,)``, ``(k, nz)`` or
+        ``None``.
+        """
         if self.slab.is_first:
             U[0] = self.initial
         if self.is_linear:
@@ -223,7 +229,9 @@ class Sweeps:
         return self._run(self._tangent, "tangent", dU, G)
 
     def adjoint(self, z, U: np.ndarray, gradient: np.ndarray, L: np.ndarray) -> SolveResult:
-        """Solve for adjoints ``L`` ``(k + 1, n)`` in place; ``gradient`` rows ``0..k-1`` (``k`` on the last rank) are the right-hand side."""
+        """Solve for adjoints ``L`` ``(k + 1, n)`` in place; ``gradient`` rows ``0..k-1`` (``k`` on the last rank) are
+        the right-hand side.
+        """
         if self.slab.is_last:
             L[-1] = gradient[-1]
         if not self.is_linear:
@@ -236,7 +244,9 @@ class Sweeps:
         return g if self.evolution.per_step else self.spacetime.sum_over_time(g)
 
     def second_order(self, z, U, dz, dU, L) -> tuple[np.ndarray, np.ndarray] | None:
-        """Second derivatives of the steps: rows ``0..k-1`` for the states, and the control's part; ``None`` where they vanish."""
+        """Second derivatives of the steps: rows ``0..k-1`` for the states, and the control's part; ``None`` where
+        they vanish.
+        """
         if self.is_linear:
             return None
         su, sz = self.propagators[0].second_order(self.data(z, U), dU[:-1], dz, L[1:])

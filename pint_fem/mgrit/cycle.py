@@ -4,8 +4,9 @@ On a level, after relaxation, with ``V`` the C-points' values and ``r`` the resi
 
 .. math::  U^c_j - \Phi^c_j(U^c_{j-1}) = V_j - \Phi^c_j(V_{j-1}) + r_j ,\qquad U^c_0 = V_0,
 
-from the first guess ``V``, and the C-points take its solution. The exact solution has ``r = 0``, then ``U^c = V`` solves the coarse
-problem: it is a fixed point, whatever the coarse propagator. (Falgout, Friedhoff, Kolev, MacLachlan, Schroder, SISC 36(6), 2014.)
+from the first guess ``V``, and the C-points take its solution. The exact solution has ``r = 0``, then ``U^c = V``
+solves the coarse problem: it is a fixed point, whatever the coarse propagator. (Falgout, Friedhoff, Kolev,
+MacLachlan, Schroder, SISC 36(6), 2014.)
 """
 
 from __future__ import annotations

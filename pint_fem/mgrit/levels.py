@@ -1,17 +1,19 @@
 """Time grids of the MGRIT hierarchy and who owns which steps.
 
 A level with ``N`` steps has the points ``0..N``. Rank ``r`` owns the steps ``lo[r] -> lo[r]+1, ..., hi[r]-1 -> hi[r]``
-and the points ``lo[r]+1 .. hi[r]``; it also holds point ``lo[r]`` as the *ghost* row 0 of its array (on the first rank that
-is the initial value). A local array therefore has ``k + 1`` rows, ``k = hi - lo``, and row ``i`` is point ``lo + i``.
+and the points ``lo[r]+1 .. hi[r]``; it also holds point ``lo[r]`` as the *ghost* row 0 of its array (on the first
+rank that is the initial value). A local array therefore has ``k + 1`` rows, ``k = hi - lo``, and row ``i`` is point
+``lo + i``.
 
-Every ``m``-th point of a level is a C-point and a point of the next level: point ``j`` there is point ``j m`` here. So the
-ranges of a coarse level are ``lo // m`` and ``hi // m``. A rank without a C-point has no step there and stays out of the
-levels below, but for the first one, which keeps the initial value.
+Every ``m``-th point of a level is a C-point and a point of the next level: point ``j`` there is point ``j m`` here.
+So the ranges of a coarse level are ``lo // m`` and ``hi // m``. A rank without a C-point has no step there and stays
+out of the levels below, but for the first one, which keeps the initial value.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Protocol
 
 import numpy as np
@@ -22,9 +24,9 @@ __all__ = ["Level", "Propagator", "build_levels", "inject", "split_steps"]
 class Propagator(Protocol):
     """What MGRIT asks of a user: one time step, on a block of states at once.
 
-    An optional second method ``sweep(first, U, G)`` takes the steps ``first, first + 1, ...`` one after another in place, from
-    ``U[0]`` (``U`` has one row more than there are steps; ``G`` is ``None`` or one row a step). The sequential solves
-    use it when it is there.
+    An optional second method ``sweep(first, U, G)`` takes the steps ``first, first + 1, ...`` one after another in
+    place, from ``U[0]`` (``U`` has one row more than there are steps; ``G`` is ``None`` or one row a step). The
+    sequential solves use it when it is there.
     """
 
     def step(self, steps: range, u: np.ndarray, out: np.ndarray) -> None:
@@ -58,8 +60,8 @@ def split_steps(nsteps: int, parts: int) -> list[int]:
 class Level:
     """One time grid, the local part of its unknown ``U`` and right-hand side ``G``, and its messages.
 
-    The equations of a level are ``U[n+1] - Phi_n(U[n]) = G[n]`` for ``n = 0..N-1`` with ``U[0]`` given. Row ``i`` of the
-    local ``G`` belongs to row ``i + 1`` of the local ``U``. ``G = None`` stands for zero.
+    The equations of a level are ``U[n+1] - Phi_n(U[n]) = G[n]`` for ``n = 0..N-1`` with ``U[0]`` given. Row ``i`` of
+    the local ``G`` belongs to row ``i + 1`` of the local ``U``. ``G = None`` stands for zero.
 
     Attributes
     ----------
@@ -166,7 +168,9 @@ def wait(*requests) -> None:
             request.Wait()
 
 
-def build_levels(propagators: Sequence[Propagator], coarsening: Sequence[int], bounds: Sequence[int], comm) -> list[Level]:
+def build_levels(
+    propagators: Sequence[Propagator], coarsening: Sequence[int], bounds: Sequence[int], comm
+) -> list[Level]:
     """Build the hierarchy from the finest bounds.
 
     Parameters
@@ -205,7 +209,7 @@ def inject(levels: Sequence[Level], U: np.ndarray) -> list[np.ndarray]:
         One array a level; the first is ``U`` itself.
     """
     arrays = [U]
-    for fine, coarse in zip(levels[:-1], levels[1:], strict=True):
+    for fine, coarse in pairwise(levels):
         out = np.zeros((coarse.k + 1, *U.shape[1:]))
         if coarse.active:
             out[1:] = arrays[-1][fine.first_c_row :: fine.m]

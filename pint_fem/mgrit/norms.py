@@ -1,6 +1,7 @@
 """Norms over time whose bits do not depend on the number of time ranks.
 
-Squared norms of the points are gathered over the time communicator in point order and summed in that order on every rank.
+Squared norms of the points are gathered over the time communicator in point order and summed in that order on every
+rank.
 """
 
 from __future__ import annotations

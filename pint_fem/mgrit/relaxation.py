@@ -1,10 +1,11 @@
 """Relaxation on blocks: the intervals of a slab advance in lock-step.
 
-F-relaxation takes each interval's C-point through the F-points behind it; intervals are independent, so step ``j`` of all of
-them is one call of the propagator on a block of states. C-relaxation updates the C-points from the F-points before them.
+F-relaxation takes each interval's C-point through the F-points behind it; intervals are independent, so step ``j`` of
+all of them is one call of the propagator on a block of states. C-relaxation updates the C-points from the F-points
+before them.
 
-Slabs may begin anywhere. Where one begins at a C-point the ghost row is a C-point, and all intervals go together. Where it begins inside
-an interval, the part in front waits for the left neighbour; it is relaxed last.
+Slabs may begin anywhere. Where one begins at a C-point the ghost row is a C-point, and all intervals go together.
+Where it begins inside an interval, the part in front waits for the left neighbour; it is relaxed last.
 """
 
 from __future__ import annotations

@@ -125,8 +125,8 @@ class MGRIT:
         Parameters
         ----------
         U
-            ``(local_rows, *state)``: first guess in, solution out. Row 0 is the initial value on the first rank and a ghost of the
-            left neighbour's last row on the others.
+            ``(local_rows, *state)``: first guess in, solution out. Row 0 is the initial value on the first rank and a
+            ghost of the left neighbour's last row on the others.
         G
             Right-hand side of the own steps, ``(local_rows - 1, *state)``, or ``None`` for zero.
 
@@ -201,8 +201,8 @@ class MGRIT:
     def _squares(self, block: np.ndarray) -> np.ndarray:
         """Squared norms of some states; NaN where the user's function fails (no hang), and once a step has failed.
 
-        A failed step's NaN may be gone by now, as relaxation replaces points. Handing NaN to the norm rather than returning
-        it tells the ranks that share the states in space as well.
+        A failed step's NaN may be gone by now, as relaxation replaces points. Handing NaN to the norm rather than
+        returning it tells the ranks that share the states in space as well.
         """
         if not len(block):
             return np.zeros(0)

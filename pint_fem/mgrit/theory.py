@@ -1,7 +1,8 @@
 r"""Two-level convergence bounds for linear problems.
 
-With eigenvalues :math:`\lambda` of the fine and :math:`\mu` of the coarse propagator, coarsening ``m`` and :math:`N_c` coarse steps,
-the error at the C-points contracts at least by (Dobrev, Kolev, Petersson, Schroder, SISC 39(5), 2017)
+With eigenvalues :math:`\lambda` of the fine and :math:`\mu` of the coarse propagator, coarsening ``m`` and
+:math:`N_c` coarse steps, the error at the C-points contracts at least by (Dobrev, Kolev, Petersson, Schroder, SISC
+39(5), 2017)
 
 .. math::
    \text{F:}\quad |\lambda^m - \mu| \frac{1 - |\mu|^{N_c}}{1 - |\mu|}, \qquad

@@ -276,8 +276,17 @@ class _Step:
 class _SteihaugPath:
     """The conjugate gradient path at one iterate, computed as far as the radii asked for need it."""
 
-    def __init__(self, evaluator: _Evaluator, x: np.ndarray, g: np.ndarray, g_norm: float, *,
-                 tolerance: float, max_it: int, iteration: int):
+    def __init__(
+        self,
+        evaluator: _Evaluator,
+        x: np.ndarray,
+        g: np.ndarray,
+        g_norm: float,
+        *,
+        tolerance: float,
+        max_it: int,
+        iteration: int,
+    ):
         self.evaluator, self.x, self.iteration = evaluator, x, iteration
         self.tolerance, self.max_it = tolerance, max_it
         self.segments: list[_Segment] = []
@@ -406,9 +415,12 @@ def minimize_trust_region(
     _check("max_radius", max_radius, "a number > 0, infinity included", lambda v: v > 0)
     _check("min_radius", min_radius, f"a number in [0, max_radius = {max_radius})", lambda v: 0 <= v < max_radius)
     if initial_radius is not None:
-        _check("initial_radius", initial_radius,
-               f"a finite number above min_radius = {min_radius} and up to max_radius = {max_radius}, or None",
-               lambda v: min_radius < v <= max_radius and v < math.inf)
+        _check(
+            "initial_radius",
+            initial_radius,
+            f"a finite number above min_radius = {min_radius} and up to max_radius = {max_radius}, or None",
+            lambda v: min_radius < v <= max_radius and v < math.inf,
+        )
     _check("eta", eta, "a number in [0, 0.25)", lambda v: 0 <= v < 0.25)
     _check("cg_max_it", cg_max_it, "an integer >= 1", lambda v: isinstance(v, Integral) and v >= 1)
     if cg_rtol is not None:
@@ -447,8 +459,9 @@ def minimize_trust_region(
             break
         if path is None:
             forcing = min(0.5, math.sqrt(g_norm / g_norm_first)) if cg_rtol is None else cg_rtol
-            path = _SteihaugPath(evaluator, x, g, g_norm, tolerance=forcing * g_norm, max_it=cg_max_it,
-                                 iteration=iteration)
+            path = _SteihaugPath(
+                evaluator, x, g, g_norm, tolerance=forcing * g_norm, max_it=cg_max_it, iteration=iteration
+            )
         if radius is None:
             radius = min(path.first_radius(), max_radius)
         step = path.step(radius)
@@ -477,8 +490,16 @@ def minimize_trust_region(
 
     reason = reason or StopReason.MAX_IT
     return TrustRegionResult(
-        x, value, g_norm, len(history) - 1, reason is StopReason.GRADIENT, reason, history,
-        evaluator.values, evaluator.gradients, evaluator.hessians,
+        x,
+        value,
+        g_norm,
+        len(history) - 1,
+        reason is StopReason.GRADIENT,
+        reason,
+        history,
+        evaluator.values,
+        evaluator.gradients,
+        evaluator.hessians,
     )
 
 

@@ -1,7 +1,7 @@
 r"""What a propagator is: one time step ``Phi`` on one level and its derivatives, on blocks of steps.
 
-All arrays have a leading axis of steps, ``(k, dofs)``, with a rank's own degrees of freedom. For a step ``u_1 = Phi(u_0, z)``
-with an adjoint variable ``lam`` belonging to ``u_1``:
+All arrays have a leading axis of steps, ``(k, dofs)``, with a rank's own degrees of freedom. For a step ``u_1 =
+Phi(u_0, z)`` with an adjoint variable ``lam`` belonging to ``u_1``:
 
 ===================  ===========================================================================================
 ``step``             :math:`\Phi(u_0, z)`
@@ -76,7 +76,9 @@ class FEPropagator(ABC):
 
     @abstractmethod
     def step(self, data: StepData, u: np.ndarray, out: np.ndarray, lane: int = 0) -> None:
-        """Write ``Phi(u)`` to ``out``; ``lane`` is the number of the block's first state among its like (see ``blocks``)."""
+        """Write ``Phi(u)`` to ``out``; ``lane`` is the number of the block's first state among its like (see
+        ``blocks``).
+        """
 
     @abstractmethod
     def tangent(self, data: StepData, du: np.ndarray, dz, out: np.ndarray, lane: int = 0) -> None:
@@ -92,7 +94,9 @@ class FEPropagator(ABC):
 
     @abstractmethod
     def second_order(self, data: StepData, du: np.ndarray, dz, lam: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Derivatives of ``adjoint`` ``(k, n)`` and ``control_adjoint`` in the direction ``(du, dz)`` at fixed ``lam``."""
+        """Derivatives of ``adjoint`` ``(k, n)`` and ``control_adjoint`` in the direction ``(du, dz)`` at fixed
+        ``lam``.
+        """
 
     def _collect(self, rows: list[np.ndarray]) -> np.ndarray:
         """Control derivatives of the steps of a block, stacked or summed as the control's kind wants."""

@@ -1,8 +1,9 @@
 """Sparse products and solves on blocks of states, with bits that do not depend on how steps are shared out.
 
-A C-ordered ``(width, n)`` array is a column-major ``n x width`` PETSc dense matrix, so a block of states is one multi-right-hand-side solve.
-BLAS kernels may round a column differently with the number of columns and its place among them. Here all blocks have the same width and a state
-sits in the *lane* ``number % WIDTH`` that follows from its place on the time axis, never from its rank: P_time ranks compute the same bits as one.
+A C-ordered ``(width, n)`` array is a column-major ``n x width`` PETSc dense matrix, so a block of states is one
+multi-right-hand-side solve. BLAS kernels may round a column differently with the number of columns and its place
+among them. Here all blocks have the same width and a state sits in the *lane* ``number % WIDTH`` that follows from
+its place on the time axis, never from its rank: P_time ranks compute the same bits as one.
 """
 
 from __future__ import annotations
@@ -114,9 +115,9 @@ class _Plain(Factor):
 def default_solver(comm, *, spd: bool = False) -> dict:
     """PETSc options of a solve to round-off whose bits are reproducible.
 
-    On one rank a sparse factorisation. On several, Krylov iteration with overlapping subdomains that are factored: MUMPS adds up
-    contributions in the order in which messages arrive, so its last bits change from run to run (and it is slower: heat, 64x64 P1, 2 ranks, one state
-    4.5 ms against 0.74, a block of 8 states 1.1 against 0.76 ms a state).
+    On one rank a sparse factorisation. On several, Krylov iteration with overlapping subdomains that are factored:
+    MUMPS adds up contributions in the order in which messages arrive, so its last bits change from run to run (and it
+    is slower: heat, 64x64 P1, 2 ranks, one state 4.5 ms against 0.74, a block of 8 states 1.1 against 0.76 ms a state).
     """
     if comm.size == 1:
         kind, package = ("cholesky", "cholmod") if spd else ("lu", "umfpack")
@@ -155,7 +156,9 @@ class BlockOperator:
         self._out = Workspace(matrix.matMult(self._in.matrix))
 
     def __call__(self, states: np.ndarray) -> np.ndarray:
-        """Apply to ``(k, columns)``, giving ``(k, rows)``; every rank of the matrix's communicator with the same ``k``."""
+        """Apply to ``(k, columns)``, giving ``(k, rows)``; every rank of the matrix's communicator with the same
+        ``k``.
+        """
         out = np.empty((len(states), self.rows))
         for rows, where in lanes(len(states), 0):
             self._in.load(states[rows], where)

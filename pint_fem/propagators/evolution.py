@@ -71,7 +71,9 @@ class Evolution:
         solver_parameters: dict | None = None,
     ):
         if complex_mode:
-            raise InputError("PETSc is built for complex numbers: pint_fem needs a real build (--with-scalar-type=real)")
+            raise InputError(
+                "PETSc is built for complex numbers: pint_fem needs a real build (--with-scalar-type=real)"
+            )
         if not isinstance(u, Function):
             raise InputError(f"state u is a {type(u).__name__}: give a firedrake Function")
         if not isinstance(dt, (int, float)) or not 0 < dt < np.inf:
@@ -79,27 +81,37 @@ class Evolution:
         if not hasattr(nsteps, "__index__") or isinstance(nsteps, bool) or nsteps < 1:
             raise InputError(f"nsteps = {nsteps!r}: give a whole number of at least 1")
         if not isinstance(residual, ufl.Form) or len(residual.arguments()) != 1:
-            raise InputError("residual is not a linear form: write F(Dt(u), u; v) with one TestFunction v, and no '== 0'")
+            raise InputError(
+                "residual is not a linear form: write F(Dt(u), u; v) with one TestFunction v, and no '== 0'"
+            )
         V = u.function_space()
         if residual.arguments()[0].function_space() != V:
-            raise InputError("the residual's test function is not in the state's space: use TestFunction(u.function_space())")
+            raise InputError(
+                "the residual's test function is not in the state's space: use TestFunction(u.function_space())"
+            )
         self.bcs = tuple(bcs) if isinstance(bcs, (list, tuple)) else (bcs,)
         if any(not isinstance(bc, DirichletBC) for bc in self.bcs):
             raise InputError("bcs: give DirichletBC objects")
         if any(bc.function_space() != V for bc in self.bcs):
-            raise InputError("a boundary condition is not on the state's space (sub-space conditions are not supported)")
+            raise InputError(
+                "a boundary condition is not on the state's space (sub-space conditions are not supported)"
+            )
         residual = expand_time_derivatives(residual, t=t, timedep_coeffs=(u,))
         coefficients = extract_coefficients(residual)
         if u not in coefficients or not extract_type(residual, TimeDerivative):
             raise InputError("the residual has no Dt(u): import Dt from irksome and write the semi-discrete form")
         if t is not None and (not isinstance(t, Function) or t.function_space().ufl_element().family() != "Real"):
-            raise InputError("t is not a function in the space R: make it by pint_fem.time_function(mesh), not Constant")
+            raise InputError(
+                "t is not a function in the space R: make it by pint_fem.time_function(mesh), not Constant"
+            )
         boundary_data = [c for bc in self.bcs for c in extract_coefficients(_boundary_value(bc))]
         if control is not None:
             if not isinstance(control, Function):
                 raise InputError(f"control is a {type(control).__name__}: give a firedrake Function")
             if control in boundary_data:
-                raise InputError("the control is in a boundary condition's value: put it into the residual (weakly) instead")
+                raise InputError(
+                    "the control is in a boundary condition's value: put it into the residual (weakly) instead"
+                )
             if control not in coefficients:
                 raise InputError("the control does not appear in the residual: use the same Function in both")
             if control.function_space().mesh() is not V.mesh():

@@ -1,15 +1,18 @@
 r"""The form propagator: steps and derivatives from the UFL residual by UFL's own calculus, compiled once per level.
 
-Stage ``i`` solves :math:`F(U, W, z) = 0` for ``U`` by Newton's method from ``W`` (so the result depends on nothing but the input).
-With an adjoint :math:`y` of the stage, :math:`L = F(U, W, z; y)`, all derivatives are those of ``F`` and ``L``:
+Stage ``i`` solves :math:`F(U, W, z) = 0` for ``U`` by Newton's method from ``W`` (so the result depends on nothing
+but the input). With an adjoint :math:`y` of the stage, :math:`L = F(U, W, z; y)`, all derivatives are those of ``F``
+and ``L``:
 
 .. math::
-    F_U\, dU = -(F_W\, dW + F_z\, dz), \qquad  F_U^T y = \bar U, \quad \bar W \mathrel{-}= F_W^T y, \quad \bar z \mathrel{-}= F_z^T y,
+    F_U\, dU = -(F_W\, dW + F_z\, dz), \qquad  F_U^T y = \bar U, \quad \bar W \mathrel{-}= F_W^T y, \quad \bar z
+    \mathrel{-}= F_z^T y,
 
 and at second order, in the direction :math:`(dU, dW, dz)` with :math:`D` the derivative of a gradient of ``L`` in it,
 
 .. math::
-    F_U^T dy = d\bar U - D L_U, \qquad d\bar W \mathrel{-}= D L_W + F_W^T dy, \qquad d\bar z \mathrel{-}= D L_z + F_z^T dy.
+    F_U^T dy = d\bar U - D L_U, \qquad d\bar W \mathrel{-}= D L_W + F_W^T dy, \qquad d\bar z \mathrel{-}= D L_z +
+    F_z^T dy.
 
 The bars of ``u_0`` follow from the stages' recursion (:class:`~pint_fem.propagators.tableaux.DIRK`) in reverse.
 """
@@ -42,8 +45,16 @@ from pint_fem.propagators.tableaux import DIRK
 
 __all__ = ["NEWTON", "FormPropagator"]
 
-NEWTON = {"snes_rtol": 1e-13, "snes_atol": 1e-13, "snes_stol": 1e-10, "snes_max_it": 25, "snes_linesearch_type": "basic"}
-"""Newton to round-off, as derivatives are those of the exact stage equations: after a last step of relative size 1e-10 the error is its square."""
+NEWTON = {
+    "snes_rtol": 1e-13,
+    "snes_atol": 1e-13,
+    "snes_stol": 1e-10,
+    "snes_max_it": 25,
+    "snes_linesearch_type": "basic",
+}
+"""Newton to round-off, as derivatives are those of the exact stage equations: after a last step of relative size
+1e-10 the error is its square.
+"""
 
 
 class _Assembled:
@@ -215,7 +226,9 @@ class FormPropagator(FEPropagator):
     def control_adjoint(self, data, lam, lane=0):
         """See :class:`FEPropagator`."""
         steps = range(len(lam))
-        return self._collect([self._adjoint_step(data, i, lam[i], self._stages(data, i, data.u[i])[1])[1] for i in steps])
+        return self._collect(
+            [self._adjoint_step(data, i, lam[i], self._stages(data, i, data.u[i])[1])[1] for i in steps]
+        )
 
     def second_order(self, data, du, dz, lam):
         """See :class:`FEPropagator`."""
@@ -244,5 +257,3 @@ class FormPropagator(FEPropagator):
 def _zero(form):
     """A zero form with the arguments of ``form``, to start sums with."""
     return 0 * form
-
-

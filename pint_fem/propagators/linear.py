@@ -1,11 +1,13 @@
 r"""The linear propagator: operators assembled once, one factorisation per stage coefficient, blocks of states.
 
-For :math:`M \dot u + K u = f(t, z)` with constant :math:`M, K` and :math:`f` affine in the control. With :math:`h_i = a_{ii} \Delta t`,
+For :math:`M \dot u + K u = f(t, z)` with constant :math:`M, K` and :math:`f` affine in the control. With :math:`h_i =
+a_{ii} \Delta t`,
 
 .. math::  S_i U_i = M W_i + b_i , \quad S_i = M + h_i K, \quad b_i = h_i f(t_i, z),
 
-on the free degrees of freedom, and the boundary values of time :math:`t_i` on the others (``S`` has unit rows and columns there, ``M`` zero
-rows, and ``b`` carries the lifting). ``W`` and the step follow from :class:`~pint_fem.propagators.tableaux.DIRK`.
+on the free degrees of freedom, and the boundary values of time :math:`t_i` on the others (``S`` has unit rows and
+columns there, ``M`` zero rows, and ``b`` carries the lifting). ``W`` and the step follow from
+:class:`~pint_fem.propagators.tableaux.DIRK`.
 """
 
 from __future__ import annotations
@@ -206,7 +208,9 @@ class LinearPropagator(FEPropagator):
             self._bz, self._bn = B.createVecs()
 
     def _affine_load(self, t: float, i: int) -> np.ndarray:
-        """``h f(t_i, 0)`` with lifting, for the step that starts at ``t``; assembled once where nothing depends on time."""
+        """``h f(t_i, 0)`` with lifting, for the step that starts at ``t``; assembled once where nothing depends on
+        time.
+        """
         key = (float(t), i) if self.evolution.depends_on_time else i
         if key not in self._loads:
             ev, h = self.evolution, self.steps_of_stage[i]
@@ -232,7 +236,9 @@ class LinearPropagator(FEPropagator):
         return out[0] if z.ndim == 1 else out
 
     def forcing(self, data: StepData, lane: int = 0) -> np.ndarray:
-        """The affine part of ``step``: ``Phi(0, z)`` of each step, ``(k, n)``; a broadcast row where all are the same."""
+        """The affine part of ``step``: ``Phi(0, z)`` of each step, ``(k, n)``; a broadcast row where all are the
+        same.
+        """
         return self._forced(data, data.z, self._affine_load, lane)
 
     def control_forcing(self, data: StepData, dz: np.ndarray, lane: int = 0) -> np.ndarray:
@@ -301,5 +307,3 @@ class LinearPropagator(FEPropagator):
 
 def _nothing(_):
     return None
-
-
