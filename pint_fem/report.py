@@ -68,18 +68,16 @@ def plot_fields(path: Path, images: Sequence[tuple[str, np.ndarray]], extent, *,
     """Images side by side on one colour scale, symmetric about zero."""
     limit = max(np.nanmax(np.abs(image)) for _, image in images)
     fig, axes = plt.subplots(
-        1, len(images), figsize=(5.2 * len(images), 3.9), layout="constrained", sharey=True, squeeze=False
+        1, len(images), figsize=(5.0 * len(images) + 0.8, 3.5), layout="constrained", sharey=True, squeeze=False
     )
     axes = axes[0]
     for (name, image), ax in zip(images, axes, strict=True):
         shown = ax.imshow(image, origin="lower", extent=extent, cmap="RdBu_r", vmin=-limit, vmax=limit)
         ax.set(title=name, xlabel="x", aspect="equal")
         if points is not None:
-            ax.plot(*points.T, "k.", ms=4, label="sensors")
+            ax.plot(*points.T, "k.", ms=4)
     axes[0].set_ylabel("y")
-    if points is not None:
-        fig.legend(*axes[0].get_legend_handles_labels(), loc="outside upper right", fontsize=8)
-    fig.colorbar(shown, ax=axes, shrink=0.85)
+    fig.colorbar(shown, ax=axes, shrink=0.9, label="dots: sensors" if points is not None else None)
     fig.suptitle(title)
     fig.savefig(path, dpi=110)
     plt.close(fig)

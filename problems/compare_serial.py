@@ -157,7 +157,8 @@ def _serial(fields, ours, result, settings, seconds, say) -> dict:
             "ratio": theirs / mine,
         }
     say(
-        f"serial: {optimum.iterations} iterations, {optimum.evaluations} evaluations; ours: {result.iterations} iterations, {result.hessian_calls} Hessian actions"
+        f"serial: {optimum.iterations} iterations, {optimum.evaluations} evaluations; "
+        f"ours: {result.iterations} iterations, {result.hessian_calls} Hessian actions"
     )
     table["serial_iterations"] = optimum.iterations
     table["serial_evaluations"] = optimum.evaluations

@@ -136,7 +136,12 @@ class _FormMisfit(Misfit):
         return self.spacetime.sum_over_space(np.array([x @ y for x, y in zip(a[1:], b[1:], strict=True)]))
 
     def _Qu(self, U):
-        return np.zeros_like(U) if self._Q is None else self._Q(U)
+        """``Q u`` at the points that have a weight."""
+        out = np.zeros_like(U)
+        if self._Q is not None and self.weight.any():
+            rows = np.flatnonzero(self.weight)
+            out[rows] = self._Q(U[rows])
+        return out
 
     def values(self, U):
         """See :class:`Misfit`."""

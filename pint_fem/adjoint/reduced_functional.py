@@ -208,7 +208,7 @@ class TimeParallelReducedFunctional(AbstractReducedFunctional):
             return self.function(self.riesz.primal(g)) if apply_riesz else self.function(g, dual=True)
 
     def hessian(self, m_dot, hessian_input=None, evaluate_tlm=True, apply_riesz=False):
-        """``J''`` at the last control value in a direction; ``hessian_input`` is not supported, as ``J`` is a number."""
+        """``J''`` at the last control value in a direction; no ``hessian_input``, as ``J`` is a number."""
         if hessian_input not in (None, 0, 0.0):
             raise InputError("hessian_input is not supported: the functional is the end of the computation")
         with stop_annotating():

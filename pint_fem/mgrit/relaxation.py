@@ -72,7 +72,7 @@ def c_residual(level: Level, out: np.ndarray) -> None:
 
 
 def relax(level: Level, scheme: str, *, f_is_done: bool = False) -> None:
-    """Relax by ``scheme``, ``"F"`` or ``"FCF"``; ``f_is_done`` says that the first F-relaxation would change nothing."""
+    """Relax by ``scheme``, ``"F"`` or ``"FCF"``; ``f_is_done``: the first F-relaxation would change nothing."""
     if not f_is_done:
         f_relax(level)
     for _ in range(scheme.count("C")):

@@ -90,7 +90,7 @@ class TapePropagator(FEPropagator):
         return out
 
     def _taped_bcs(self):
-        """The conditions with their values as functions: an expression of ``t`` in a condition would not be replayed."""
+        """The conditions with their values as functions: expressions of ``t`` in them are not replayed."""
         ev = self.evolution
         if not ev.depends_on_time:
             return ev.bcs

@@ -1,0 +1,48 @@
+"""The demo as a user starts it, small: it converges, writes what it says, and grids agree."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+MPI_ENV = {
+    "OMPI_ALLOW_RUN_AS_ROOT": "1",
+    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+    "OMPI_MCA_rmaps_base_oversubscribe": "1",
+    "OMPI_MCA_mpi_yield_when_idle": "1",
+}
+
+
+def run(ranks, *arguments):
+    """Start the demo on some ranks, away from this process's own MPI."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("OMPI_", "PMIX", "ORTE"))} | MPI_ENV
+    command = ["mpiexec", "-n", str(ranks), sys.executable, "demos/heat_source_inversion.py", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600, check=True)
+
+
+@pytest.mark.parametrize("grid", ["1x1", "1x2", "2x1"])
+def test_demo(grid, tmp_path):
+    space, time = map(int, grid.split("x"))
+    steps = ["--steps", 24, "--gtol", 1e-5, "-mgrit_coarsening", "4"]
+    done = run(space * time, "--grid", grid, "--out", tmp_path, *steps)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["grid"] == {"space": space, "time": time}
+    assert summary["result"]["converged"]
+    assert 0.4 < summary["result"]["misfit"] < 0.5  # the readings are explained up to their noise, which gives 1/2
+    assert summary["result"]["relative_source_error"] < 0.45
+    assert summary["mgrit"]["largest_observed_factor"] <= summary["mgrit"]["two_level_bound"]
+    assert "recovered source" in done.stdout
+    for name in ("source.png", "sensors.png", "convergence.png"):
+        assert (tmp_path / name).stat().st_size > 10000
+    listed = (tmp_path / "fields" / "temperature.pvd").read_text()
+    files = [part.split('"')[0] for part in listed.split('file="')[1:]]
+    times = [float(part.split('"')[0]) for part in listed.split('timestep="')[1:]]
+    assert all((tmp_path / "fields" / name).exists() for name in files)
+    assert times == sorted(times)
+    assert np.isclose(times[-1], 1.0)
+    assert not list(tmp_path.rglob("*.part"))
