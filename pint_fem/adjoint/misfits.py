@@ -235,7 +235,7 @@ class PointSensors(Misfit):
     def bind(self, evolution, spacetime, slab):
         """See :class:`Misfit`."""
         super().bind(evolution, spacetime, slab)
-        V, mesh = evolution.V, evolution.V.mesh()
+        V, mesh = evolution.V, evolution.V.mesh().unique()
         if V.value_shape != ():
             raise InputError("PointSensors wants a scalar state")
         if self.points.shape[1] != mesh.geometric_dimension:

@@ -29,6 +29,9 @@ def put(f: Function | Cofunction, values: np.ndarray) -> None:
 
 def boundary_rows(bcs: Iterable[DirichletBC], V) -> np.ndarray:
     """Sorted local rows of the own degrees of freedom that the conditions fix."""
-    nodes = np.unique(np.concatenate([np.asarray(bc.nodes) for bc in bcs] or [np.zeros(0, int)]))
+    bcs = list(bcs)
+    if not bcs:
+        return np.zeros(0, dtype=np.int32)
+    nodes = np.unique(np.concatenate([np.asarray(bc.nodes) for bc in bcs]))
     nodes = nodes[nodes < V.dof_dset.size]
     return (nodes[:, None] * V.block_size + np.arange(V.block_size)).ravel().astype(np.int32)

@@ -114,7 +114,7 @@ class Evolution:
                 )
             if control not in coefficients:
                 raise InputError("the control does not appear in the residual: use the same Function in both")
-            if control.function_space().mesh() is not V.mesh():
+            if control.function_space().mesh().unique() is not V.mesh().unique():
                 raise InputError("the control lives on another mesh than the state")
         if initial is not None and (not isinstance(initial, Function) or initial.function_space() != V):
             raise InputError("initial: give a Function in the state's space")
