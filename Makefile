@@ -41,16 +41,14 @@ STEPS := .venv/steps
 endif
 LOGS  := $(STEPS)/logs
 
-# PETSc: the caller's, or the one that pip put into .venv
-ifneq ($(HAS_FIREDRAKE),True)
-ifndef PETSC_DIR
-PETSC_DIR = $(shell $(PY) -c 'import importlib.util as u; print(u.find_spec("petsc").submodule_search_locations[0])' 2>/dev/null)
-PETSC_ARCH =
-PETSC_STEP := petsc
-else
+# PETSc: the caller's, or the `petsc` package of $(PY) (the one that gets built, or an existing Firedrake's)
+ifdef PETSC_DIR
 PETSC_STEP := petsc-existing
+else
+PETSC_STEP := petsc
+PETSC_DIR = $(shell $(PY) -c 'import importlib.util as u; print(u.find_spec("petsc").submodule_search_locations[0])' 2>/dev/null)
 endif
-endif
+PETSC_ENV = $(if $(PETSC_DIR),PETSC_DIR='$(PETSC_DIR)' PETSC_ARCH='$(PETSC_ARCH)')
 
 export OMP_NUM_THREADS := 1
 export OMPI_ALLOW_RUN_AS_ROOT := 1
@@ -61,7 +59,7 @@ export OMPI_MCA_hwloc_base_binding_policy := none
 export OMPI_MCA_mpi_yield_when_idle := 1
 # one line of ours on bad input, none of mpiexec's
 export OMPI_MCA_orte_execute_quiet := 1
-RUN = PETSC_DIR='$(PETSC_DIR)' PETSC_ARCH='$(PETSC_ARCH)' $(PY)
+RUN = $(PETSC_ENV) $(PY)
 
 # $(call step,NAME,COMMAND): run quietly into a log; on failure say which step and where the log is
 define step
@@ -117,10 +115,10 @@ GRID  ?= 1x$(RANKS)
 TEST_RANKS := 2 3 4
 
 demo: env
-	@PETSC_DIR='$(PETSC_DIR)' PETSC_ARCH='$(PETSC_ARCH)' mpiexec -n $(RANKS) $(PY) demos/heat_source_inversion.py --grid $(GRID) --out $(OUT) $(ARGS)
+	@$(PETSC_ENV) mpiexec -n $(RANKS) $(PY) demos/heat_source_inversion.py --grid $(GRID) --out $(OUT) $(ARGS)
 
 test: env
-	@PETSC_DIR='$(PETSC_DIR)' PETSC_ARCH='$(PETSC_ARCH)' PY='$(PY)' bash .ci/run_tests $(TEST_RANKS)
+	@$(PETSC_ENV) PY='$(PY)' bash .ci/run_tests $(TEST_RANKS)
 
 bench: env
 	@$(RUN) -m tests.benchmarks.bench --out results/bench $(ARGS)

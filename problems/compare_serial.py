@@ -112,7 +112,8 @@ def _difference(ours: tuple[np.ndarray, np.ndarray], theirs: Function | Cofuncti
 
 
 def _serial(fields, ours, result, settings, seconds, say) -> dict:
-    from problems.serial_pyadjoint import minimise, serial_heat_source
+    from problems.serial_minimise import minimise
+    from problems.serial_pyadjoint import serial_heat_source
 
     say("plain serial Firedrake + pyadjoint: recording the tape ...")
     serial = serial_heat_source(**settings, comm=COMM_SELF)

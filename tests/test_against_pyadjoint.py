@@ -36,7 +36,8 @@ from pint_fem.propagators import FormPropagator
 from problems.heat_readings import READINGS
 from problems.heat_source import heat_source
 from problems.readings import COLUMNS
-from problems.serial_pyadjoint import minimise, serial_heat_source
+from problems.serial_minimise import minimise
+from problems.serial_pyadjoint import serial_heat_source
 
 STEPS, DT = 9, 0.02
 
