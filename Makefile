@@ -42,7 +42,8 @@ endif
 LOGS  := $(STEPS)/logs
 
 # PETSc: the caller's, or the `petsc` package of $(PY) (the one that gets built, or an existing Firedrake's)
-ifdef PETSC_DIR
+# (one inside .venv is ours, named by an activated shell)
+ifneq ($(filter-out $(CURDIR)/.venv/%,$(PETSC_DIR)),)
 PETSC_STEP := petsc-existing
 else
 PETSC_STEP := petsc
