@@ -71,9 +71,11 @@ endef
 CLEANENV := env -u MAKEFLAGS -u MFLAGS -u MAKELEVEL PATH='$(CURDIR)/.venv/bin:'"$$PATH"
 PIP := $(CLEANENV) $(PY) -m pip install --disable-pip-version-check
 
-.PHONY: env demo test bench lint clean help
+.PHONY: env ready demo test bench lint clean help
 env:  ## the graph below runs two steps at a time (one PETSc configure and the h5py build use one core each)
 	@$(MAKE) --no-print-directory -j2 $(STEPS)/package PYTHON='$(PYTHON)'
+	@$(MAKE) --no-print-directory ready PYTHON='$(PYTHON)'
+ready:  # a make of its own: the environment's paths are known only now
 	@$(RUN) -c 'import firedrake, pint_fem; from importlib.metadata import version as v; print("[env] ready: Firedrake", v("firedrake"), "pint_fem", v("pint_fem"))'
 
 ifeq ($(HAS_FIREDRAKE),True)
