@@ -80,7 +80,7 @@ ready:  # a make of its own: the environment's paths are known only now
 
 ifeq ($(HAS_FIREDRAKE),True)
 $(STEPS)/package: pyproject.toml
-	$(call step,package,$(PIP) -e '.[$(EXTRAS)]')
+	$(call step,package,$(PIP) irksome -e '.[$(EXTRAS)]')
 else
 $(STEPS)/system:
 	$(call step,system-packages,.ci/system_packages $(APT_PACKAGES))
