@@ -69,6 +69,8 @@ if ( $(2) ) >$(LOGS)/$(1).log 2>&1; then echo "[env] $(1) done in $$((SECONDS-st
 else tail -n 15 $(LOGS)/$(1).log >&2; echo "[env] FAILED in step '$(1)': full log in $(LOGS)/$(1).log" >&2; exit 1; fi
 endef
 CLEANENV := env -u MAKEFLAGS -u MFLAGS -u MAKELEVEL PATH='$(CURDIR)/.venv/bin:'"$$PATH"
+# what is built against this PETSc names its path: pip's cache must not hand on what another clone built
+FRESH := --no-build-isolation --no-deps --no-cache-dir
 PIP := $(CLEANENV) $(PY) -m pip install --disable-pip-version-check
 
 .PHONY: env ready demo test bench lint clean help
@@ -100,12 +102,12 @@ $(STEPS)/h5py: $(STEPS)/tools
 	    CFLAGS='-O1 -g0' $(PIP) --no-build-isolation --no-deps --no-binary h5py '$(H5PY)')
 $(STEPS)/petsc4py: $(STEPS)/$(PETSC_STEP)
 	$(call step,petsc4py,PETSC_DIR='$(PETSC_DIR)' PETSC_ARCH='$(PETSC_ARCH)' CFLAGS='-O1 -g0' \
-	    $(PIP) --no-build-isolation --no-deps petsc4py==$(PETSC_VERSION))
+	    $(PIP) $(FRESH) petsc4py==$(PETSC_VERSION))
 $(STEPS)/libraries: $(STEPS)/tools
 	$(call step,libraries,$(PIP) firedrake-rtree libsupermesh rtree)
 $(STEPS)/firedrake: $(STEPS)/petsc4py $(STEPS)/h5py $(STEPS)/libraries
 	$(call step,firedrake,PETSC_DIR='$(PETSC_DIR)' PETSC_ARCH='$(PETSC_ARCH)' CFLAGS='-O1 -g0' CC=mpicc CXX=mpicxx \
-	    $(PIP) --no-build-isolation --no-deps firedrake==$(FIREDRAKE_VERSION))
+	    $(PIP) $(FRESH) firedrake==$(FIREDRAKE_VERSION))
 $(STEPS)/package: $(STEPS)/firedrake pyproject.toml
 	$(call step,package,export PETSC_DIR='$(PETSC_DIR)' PETSC_ARCH='$(PETSC_ARCH)' && $(PIP) 'firedrake[check]==$(FIREDRAKE_VERSION)' \
 	    irksome==$(IRKSOME_VERSION) -e '.[$(EXTRAS)]' && .ci/activate_petsc .venv)
