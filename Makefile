@@ -10,6 +10,10 @@ SHELL      := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
 
+ifneq ($(words $(CURDIR)),1)
+$(error the folder's path '$(CURDIR)' has a space in it: PETSc does not build there, move the clone)
+endif
+
 PYTHON     ?= python3
 EXTRAS     ?= test,bench
 OUT        ?= results/heat_source

@@ -81,7 +81,15 @@ def main():
     times = {"set-up": time.perf_counter() - start}
     dofs = problem.evolution.V.dim()
     say(f"{dofs} unknowns in space, {opts.steps} steps of {opts.integrator}, {problem.readings.values.size} readings")
-    say(sweeps._adjoint.view())
+    say(sweeps.view())
+    from demos.heat_source_report import heat_bound, report
+
+    if (heat_bound(sweeps) or 0) > 1:
+        say(
+            f"warning: the two-level bound for heat is {heat_bound(sweeps):.3g}: {opts.integrator} does not damp stiff "
+            "modes, "
+            "so MGRIT may not converge; use SDIRK2 or BackwardEuler, or --time-solver serial"
+        )
 
     start = time.perf_counter()
     with Progress(spacetime.is_root) as progress:
@@ -92,8 +100,6 @@ def main():
     times["inversion"] = time.perf_counter() - start
     rf.problem.value(rf.array(rf.function(result.x)))
     say(f"{result.reason.value} after {result.iterations} iterations, {times['inversion']:.1f} s")
-
-    from demos.heat_source_report import report
 
     summary = {
         "problem": "heat source inversion",

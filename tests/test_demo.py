@@ -25,6 +25,16 @@ def run(ranks, *arguments):
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600, check=True)
 
 
+def test_beside_serial_pyadjoint(tmp_path):
+    """Acceptance: J and gradient to 1e-8, a Hessian action to 1e-7, the recovered sources to 1e-4."""
+    run(
+        2, "--grid", "1x2", "--out", tmp_path, "--steps", 8, "--no-fields", "--compare-serial", "-mgrit_coarsening", "2"
+    )
+    table = json.loads((tmp_path / "summary.json").read_text())["compare_serial"]
+    for name, limit in {"J": 1e-8, "gradient": 1e-8, "Hessian action": 1e-7, "recovered source": 1e-4}.items():
+        assert table[name]["relative_difference"] < limit, name
+
+
 @pytest.mark.parametrize("grid", ["1x1", "1x2", "2x1"])
 def test_demo(grid, tmp_path):
     space, time = map(int, grid.split("x"))

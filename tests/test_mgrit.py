@@ -184,8 +184,9 @@ def test_bound_of_undamped_modes():
     assert two_level_bound([1j], [1.0], 2, 16, "FCF") == pytest.approx(2 * 15)
     assert two_level_bound([1.0, 0.5], [1.0, 0.3], 2) == pytest.approx(0.05 / 0.7)
     assert two_level_bound([0.5], [1.5], 2) == math.inf
-    with pytest.raises(ValueError, match="FCFCF"):
-        two_level_bound([0.5], [0.5], 2, relax="FCFCF")
+    assert two_level_bound([0.5], [0.3], 2, 9, "FCFCF") == pytest.approx(0.05 * 0.25**2 * (1 - 0.3**7) / 0.7)
+    with pytest.raises(ValueError, match="CFC"):
+        two_level_bound([0.5], [0.5], 2, relax="CFC")
 
 
 # -- linear theory on runs -------------------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import ufl
 from firedrake import (
-    Constant,
     DirichletBC,
     Function,
     FunctionSpace,
@@ -184,35 +183,41 @@ def test_vector_valued_state():
     )
 
 
-def advection(tableau, comm=None):
-    """Not symmetric, with inhomogeneous Dirichlet values on a part of the boundary."""
-    mesh = UnitSquareMesh(
-        5, 4, distribution_parameters={"partitioner_type": "simple"}, **({"comm": comm} if comm else {})
-    )
+def advection(tableau, *, size=1.0, linear=True):
+    """Not symmetric, inhomogeneous Dirichlet values on a part of the boundary; the same on a domain of any size."""
+    mesh = UnitSquareMesh(5, 4, distribution_parameters={"partitioner_type": "simple"})
+    mesh.coordinates.dat.data[:] *= size
     V, Q = FunctionSpace(mesh, "CG", 2), FunctionSpace(mesh, "CG", 1)
     u, v, q, t = Function(V), TestFunction(V), Function(Q), time_function(mesh)
-    x, y = SpatialCoordinate(mesh)
-    flow = as_vector((1 + y, -2 * x))
-    F = ((1 + x) * Dt(u) * v + dot(flow, grad(u)) * v + 0.1 * dot(grad(u), grad(v)) - q * exp(-t) * v) * dx
+    x, y = SpatialCoordinate(mesh) / size
+    flow = size * as_vector((1 + y, -2 * x))
+    diffusion = 0.1 * size**2 * (1 if linear else 1 + u**2)
+    F = ((1 + x) * Dt(u) * v + dot(flow, grad(u)) * v + diffusion * dot(grad(u), grad(v)) - q * v) * dx
     u.interpolate(x * y)
     bcs = [DirichletBC(V, y + sin(t), 1), DirichletBC(V, 1, 4)]
-    return Evolution(F, u, tableau=TABLEAUX[tableau](), dt=0.05, nsteps=12, control=q, t=t, bcs=bcs), mesh
+    return Evolution(F, u, tableau=TABLEAUX[tableau](), dt=0.05, nsteps=12, control=q, t=t, bcs=bcs)
+
+
+@pytest.mark.parametrize("linear", [True, False])
+def test_units_do_not_matter(linear):
+    """A micrometre-sized domain in metres: small entries beside unit boundary rows, small residuals."""
+    results = []
+    for size in (1.0, 1e-6):
+        ev = advection("BE", size=size, linear=linear)
+        data, du, dz, lam, _ = block(ev, 2)
+        results.append(all_results(make_propagator(ev), data, du, dz, lam))
+    assert_close(*results, 1e-9)
 
 
 @pytest.mark.parametrize("tableau", TABLEAUX)
 def test_nonsymmetric_operators(tableau):
-    """The control's operator depends on time here, so the form propagator is chosen; without that factor, the linear
-    one.
-    """
-    ev, _ = advection(tableau)
-    assert isinstance(make_propagator(ev), FormPropagator)
-    F = ufl.replace(ev.residual, {ev.t: Constant(0.0)})
-    steady = Evolution(F, ev.u, tableau=ev.tableau, dt=ev.dt, nsteps=12, control=ev.control, t=ev.t, bcs=ev.bcs)
+    steady = advection(tableau)
+    assert isinstance(make_propagator(steady), LinearPropagator)
     data, du, dz, lam, _ = block(steady, 3)
     reference = all_results(TapePropagator(steady), data, du, dz, lam)
     assert_close(all_results(LinearPropagator(steady), data, du, dz, lam), reference, 1e-10)
     assert_close(all_results(FormPropagator(steady), data, du, dz, lam), reference, 1e-10)
-    p, U = LinearPropagator(steady), np.zeros((4, ev.state_size))
+    p, U = LinearPropagator(steady), np.zeros((4, steady.state_size))
     U[0] = lam[0]
     blocks = U.copy()
     p.sweep(U, None, transposed=True)
@@ -224,14 +229,34 @@ def test_nonsymmetric_operators(tableau):
 @pytest.mark.parallel(2)
 @pytest.mark.parametrize("tableau", ["BE", "SDIRK2"])
 def test_agreement_in_space_parallel(tableau):
-    ev, _ = advection(tableau)
-    F = ufl.replace(ev.residual, {ev.t: Constant(0.0)})
-    steady = Evolution(F, ev.u, tableau=ev.tableau, dt=ev.dt, nsteps=12, control=ev.control, t=ev.t, bcs=ev.bcs)
-    for problem in (steady, heat(tableau)):
+    for problem in (advection(tableau), heat(tableau)):
         data, du, dz, lam, _ = block(problem, 2)
         reference = all_results(TapePropagator(problem), data, du, dz, lam)
         assert_close(all_results(LinearPropagator(problem), data, du, dz, lam), reference, 1e-10)
         assert_close(all_results(FormPropagator(problem), data, du, dz, lam), reference, 1e-10)
+
+
+@pytest.mark.parallel([1, 2])
+def test_indefinite_operator():
+    """M - c dt I with c dt > 1 on the constants: symmetric, not definite, in one and two space ranks."""
+    mesh = UnitSquareMesh(4, 4, distribution_parameters={"partitioner_type": "simple"})
+    V = FunctionSpace(mesh, "CG", 1)
+    u, v, q = Function(V), TestFunction(V), Function(V)
+    F = (Dt(u) * v - 50 * u * v + inner(grad(u), grad(v)) - q * v) * dx
+    ev = Evolution(F, u, tableau=BackwardEuler(), dt=0.1, nsteps=4, control=q)
+    data, du, dz, lam, _ = block(ev, 2)
+    linear, form = (all_results(kind(ev), data, du, dz, lam) for kind in (LinearPropagator, FormPropagator))
+    assert_close(linear, form, 1e-10)
+
+
+def test_time_dependent_control_operator_needs_the_form_propagator():
+    ev = advection("BE")
+    F = ufl.replace(ev.residual, {ev.control: ev.control * exp(-ev.t)})
+    moving = Evolution(F, ev.u, tableau=ev.tableau, dt=ev.dt, nsteps=12, control=ev.control, t=ev.t, bcs=ev.bcs)
+    assert isinstance(make_propagator(moving), FormPropagator)
+    data, du, dz, lam, _ = block(moving, 2)
+    reference = all_results(TapePropagator(moving), data, du, dz, lam)
+    assert_close(all_results(FormPropagator(moving), data, du, dz, lam), reference, 1e-10)
 
 
 def test_mixed_state():

@@ -21,12 +21,20 @@ from firedrake import (
     inner,
     sin,
 )
-from firedrake.adjoint import taylor_test, taylor_to_dict
+from firedrake.adjoint import (
+    MinimizationProblem,
+    TAOSolver,
+    continue_annotation,
+    get_working_tape,
+    pause_annotation,
+    taylor_test,
+    taylor_to_dict,
+)
 from irksome import Dt
 from mpi4py import MPI
 
 import pint_fem as pf
-from pint_fem.mgrit import dirk_stability, two_level_bound
+from pint_fem.mgrit import SolverFailure, dirk_stability, two_level_bound
 from pint_fem.propagators import LinearPropagator
 from pint_fem.propagators.tableaux import DIRK
 
@@ -233,3 +241,42 @@ def test_sensors_reproduce_a_linear_trajectory():
         ev, pf.PointSensors(points, times, data + 0.5, weight=3.0), spacetime=pf.SpaceTime("1x1", comm=MPI.COMM_SELF)
     )
     assert abs(shifted(q) - 1.5 * 12 * 0.25) < 1e-8
+
+
+@pytest.mark.parallel([1, 2])
+def test_tao(capsys):
+    """pyadjoint's TAOSolver on the space communicator finds the trust region's minimum."""
+    st = pf.SpaceTime()
+    rf = functional(st, rtol=1e-11, n=4)
+    best = rf.minimize_trust_region(gtol_rel=1e-9).value
+    rf = functional(st, rtol=1e-11, n=4)
+    options = {"tao_type": "lmvm", "tao_gatol": 1e-9, "tao_grtol": 0.0, "tao_gttol": 0.0, "tao_max_it": 200}
+    solution = TAOSolver(MinimizationProblem(rf), options, comm=st.space_comm).solve()
+    assert abs(rf(solution) - best) < 1e-8 * best
+
+
+def test_minimum_is_put_into_the_control_and_annotation_is_off():
+    rf = functional(pf.SpaceTime("1x1", comm=MPI.COMM_SELF), linear=False, steps=4, n=3, levels=1)
+    continue_annotation()
+    try:
+        result = rf.minimize_trust_region(max_radius=10.0)
+    finally:
+        pause_annotation()
+    assert not get_working_tape().get_blocks()
+    assert rf(rf.controls[0].control) == result.value
+
+
+def test_a_failed_sweep_leaves_nothing_behind():
+    rf = functional(pf.SpaceTime("1x1", comm=MPI.COMM_SELF))
+    m = point_and_direction(rf)[0]
+    rf(m)
+    reference = rf.derivative().dat.data_ro.copy()
+    again = functional(pf.SpaceTime("1x1", comm=MPI.COMM_SELF))
+    again(point_and_direction(again)[0])
+    step = again.problem.sweeps.levels[0].propagator
+    healthy = step._apply
+    step._apply = lambda *args: 1 / 0
+    with pytest.raises(SolverFailure, match=r"adjoint: level 0.*ZeroDivisionError"):
+        again.derivative()
+    step._apply = healthy
+    assert np.allclose(again.derivative().dat.data_ro, reference, rtol=1e-10)

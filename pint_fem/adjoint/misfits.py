@@ -7,6 +7,8 @@ A misfit is bound to a slab. It sees all local points, the ghost in row 0 includ
 * ``gradient``: :math:`dJ/dU_n` in rows ``0..k-1`` (and ``k`` on the last rank), which is what the adjoint of the slab
   needs;
 * ``hessian``: the directional derivative of that.
+
+Data in a functional are read when it is bound; later changes of their values are not seen.
 """
 
 from __future__ import annotations

@@ -55,7 +55,9 @@ class ReducedProblem:
             misfit.bind(self.evolution, self.spacetime, sweeps.slab)
         self.regularisation = None
         if regularisation is not None:
-            self.regularisation = Regularisation(regularisation, self.evolution.control, self.spacetime.sum_over_space)
+            self.regularisation = Regularisation(
+                regularisation, self.evolution.control, self.evolution.u, self.spacetime.sum_over_space
+            )
         self.U, self.L = sweeps.new_slab(), sweeps.new_slab()
         self.U[:] = sweeps.initial
         self._z: np.ndarray | None = None
@@ -67,6 +69,12 @@ class ReducedProblem:
         """Whether ``J`` is a quadratic function of the control: affine steps, quadratic misfits and regularisation."""
         regularisation = self.regularisation is None or self.regularisation.quadratic
         return self.sweeps.is_linear and all(m.quadratic for m in self.misfits) and regularisation
+
+    def forget(self) -> None:
+        """Forget what was solved: the next solves start cold."""
+        self._z = self._value = self._gradient = None
+        self.U[:] = self.sweeps.initial
+        self.L[:] = 0
 
     # -- caches --------------------------------------------------------------------------------------------------------
     def _is_current(self, z: np.ndarray) -> bool:
@@ -140,7 +148,11 @@ class ReducedProblem:
         self._solve_state(z)
         if self._gradient is None:
             g = sum(m.gradient(self.U) for m in self.misfits)
-            self.sweeps.adjoint(z, self.U, g, self.L)
+            try:
+                self.sweeps.adjoint(z, self.U, g, self.L)
+            except Exception:
+                self.L[:] = 0  # a failed trajectory is no first guess
+                raise
             self._gradient = self.sweeps.control_gradient(z, self.U, self.L)
             if self.regularisation is not None:
                 self._gradient = self._gradient + self._over_steps(self.regularisation.gradient, z)

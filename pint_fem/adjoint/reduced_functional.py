@@ -239,18 +239,34 @@ class TimeParallelReducedFunctional(AbstractReducedFunctional):
         Returns
         -------
         TrustRegionResult
-            ``x`` holds the own values of the minimiser; :meth:`function` makes a function of them.
+            The control takes the value found; ``x`` holds the own values of the minimiser; :meth:`function` makes a
+            function of them.
         """
         z = self._current() if start is None else self.array(start)
         if monitor is not None and not self.spacetime.is_root:
             monitor = None
         shape = z.shape
         if self.problem.is_quadratic:
-            options.setdefault("initial_radius", 1e99)  # the model is J itself: a bound would only cut steps short
-        options.setdefault("value_rtol", 10 * self.problem.sweeps._state.options.rtol)
-        result = minimize_trust_region(_Arrays(self.problem, self.riesz, shape), z.ravel(), monitor=monitor, **options)
-        self._z = result.x.reshape(shape)
+            options.setdefault(
+                "initial_radius", min(1e99, options.get("max_radius", np.inf))
+            )  # the model is J itself: a bound would only cut steps short
+        options.setdefault("value_rtol", 10 * self.problem.sweeps.options.rtol)
+        with stop_annotating():
+            arrays = _Arrays(self.problem, self.riesz, shape)
+            result = minimize_trust_region(arrays, z.ravel(), monitor=monitor, **options)
+            self._z = result.x.reshape(shape)
+            self.controls[0].update(self.function(self._z))
+            self._assign_control(self._z)
         return result
+
+    def _assign_control(self, z: np.ndarray) -> None:
+        """Put a value into the control itself."""
+        control = self.controls[0].control
+        if self.evolution.per_step:
+            for part, row in zip(control.subfunctions, z, strict=True):
+                put(part, row)
+        else:
+            put(control, z)
 
 
 class _Arrays:

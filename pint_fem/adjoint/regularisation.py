@@ -25,20 +25,24 @@ class Regularisation:
         UFL functional of ``control`` and fixed data.
     control
         The evolution's control function.
+    state
+        The evolution's state, which must not appear.
     space_sum
         Sums a small array over the space ranks.
 
     Raises
     ------
     InputError
-        If the form is no functional of the control.
+        If the form is no functional of the control alone.
     """
 
-    def __init__(self, form: ufl.Form, control: Function, space_sum):
+    def __init__(self, form: ufl.Form, control: Function, state: Function, space_sum):
         if not isinstance(form, ufl.Form) or form.arguments() or control not in extract_coefficients(form):
             raise InputError(
                 "regularisation: give a functional of the control, such as alpha/2*inner(grad(q), grad(q))*dx"
             )
+        if state in extract_coefficients(form):
+            raise InputError("regularisation: the functional contains the state u; use a misfit for it")
         self.control, self._space_sum = control, space_sum
         space = control.function_space()
         self._dz = Function(space)

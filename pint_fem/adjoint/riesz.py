@@ -7,7 +7,7 @@ import ufl
 from firedrake import FunctionSpace, TestFunction, TrialFunction, assemble, dx, grad, inner
 
 from pint_fem.errors import InputError
-from pint_fem.propagators.blocks import Factor
+from pint_fem.propagators.blocks import Factor, is_symmetric
 from pint_fem.spacetime import SpaceTime
 
 __all__ = ["RieszMap"]
@@ -51,7 +51,9 @@ class RieszMap:
         form = kind if given else forms[kind]
         if form is not None:
             self._matrix = assemble(form, mat_type="aij").petscmat
-            self._factor = Factor(self._matrix, {}, name="Riesz map", prefix="pint_riesz_")
+            if not is_symmetric(self._matrix):
+                raise InputError("riesz map: the bilinear form is not symmetric")
+            self._factor = Factor(self._matrix, {}, symmetric=True, name="Riesz map", prefix="pint_riesz_")
             self._x, self._y = self._matrix.createVecs()
 
     def _rows(self, operation, array: np.ndarray) -> np.ndarray:

@@ -153,6 +153,20 @@ class Sweeps:
         self.on_sweep: Callable[[str, SolveResult], None] | None = None
 
     @property
+    def levels(self):
+        """The MGRIT levels of the adjoint sweep."""
+        return self._adjoint.levels
+
+    @property
+    def options(self) -> MGRITOptions:
+        """The MGRIT options of all sweeps."""
+        return self._adjoint.options
+
+    def view(self) -> str:
+        """Describe the hierarchy in a few lines."""
+        return self._state.view()
+
+    @property
     def times(self) -> np.ndarray:
         """Start times of the own steps."""
         return self.evolution.time(np.arange(self.slab.lo, self.slab.hi))

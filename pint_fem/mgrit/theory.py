@@ -49,7 +49,8 @@ def two_level_bound(fine, coarse, m: int, coarse_steps: float = np.inf, relax: s
     coarse_steps
         ``Nc``; may be infinite where ``|coarse| < 1``.
     relax
-        ``"F"`` or ``"FCF"``.
+        ``"F"``, ``"FCF"`` or ``F(CF)^nu`` written out: each C-relaxation is a factor ``|fine|^m`` and one coarse step
+        less.
 
     Returns
     -------
@@ -60,14 +61,14 @@ def two_level_bound(fine, coarse, m: int, coarse_steps: float = np.inf, relax: s
     ValueError
         On another relaxation.
     """
-    if relax not in ("F", "FCF"):
-        raise ValueError(f"no bound for relaxation {relax!r}: give 'F' or 'FCF'")
+    sweeps = str(relax).count("C")
+    if relax != "F" + sweeps * "CF":
+        raise ValueError(f"no bound for relaxation {relax!r}: give 'F', 'FCF', 'FCFCF' ...")
     fine, mu = np.asarray(fine), np.abs(np.asarray(coarse))
-    count = coarse_steps if relax == "F" else coarse_steps - 1
+    count = max(coarse_steps - sweeps, 0)
     with np.errstate(divide="ignore", invalid="ignore"):
         geometric = np.where(mu == 1, count, (1 - mu**count) / (1 - mu))
         gap = np.abs(fine**m - np.asarray(coarse))
         bound = np.where(gap == 0, 0, gap * geometric)  # a mode that both keep (lam = mu = 1) has no error
-    if relax == "FCF":
-        bound = bound * np.abs(fine) ** m
+    bound = bound * np.abs(fine) ** (sweeps * m)
     return float(np.max(bound))

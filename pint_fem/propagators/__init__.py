@@ -28,7 +28,5 @@ __all__ = [
 
 def make_propagator(evolution: Evolution, *, stride: int = 1, tableau=None) -> FEPropagator:
     """The fastest propagator that is exact for the evolution: linear where it applies, else form."""
-    linear = evolution.linear_operators() is not None
-    if evolution.control is not None and evolution.control.function_space().ufl_element().family() == "Real":
-        linear = False
-    return (LinearPropagator if linear else FormPropagator)(evolution, stride=stride, tableau=tableau)
+    kind = FormPropagator if evolution.linear_operators() is None else LinearPropagator
+    return kind(evolution, stride=stride, tableau=tableau)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from numbers import Real
+
 import numpy as np
 import ufl
 from firedrake import DirichletBC, Function, FunctionSpace, derivative
@@ -24,6 +26,9 @@ def time_function(mesh, value: float = 0.0) -> Function:
 
 class Evolution:
     """``F(Dt(u), u, t, z; v) = 0`` on ``t0 < t <= t0 + nsteps dt`` with ``u(t0)`` given, stepped by a DIRK tableau.
+
+    Coefficients of the residual and the conditions other than ``u``, ``t`` and the control are data: they are read
+    when propagators are built, and later changes of their values are not seen.
 
     Parameters
     ----------
@@ -76,7 +81,7 @@ class Evolution:
             )
         if not isinstance(u, Function):
             raise InputError(f"state u is a {type(u).__name__}: give a firedrake Function")
-        if not isinstance(dt, (int, float)) or not 0 < dt < np.inf:
+        if not isinstance(dt, Real) or not 0 < dt < np.inf:
             raise InputError(f"time step dt = {dt!r}: give a positive number")
         if not hasattr(nsteps, "__index__") or isinstance(nsteps, bool) or nsteps < 1:
             raise InputError(f"nsteps = {nsteps!r}: give a whole number of at least 1")
@@ -108,6 +113,8 @@ class Evolution:
         if control is not None:
             if not isinstance(control, Function):
                 raise InputError(f"control is a {type(control).__name__}: give a firedrake Function")
+            if control.function_space().ufl_element().family() == "Real":
+                raise InputError("a control in the space of reals is not supported: use a field, such as one in DG0")
             if control in boundary_data:
                 raise InputError(
                     "the control is in a boundary condition's value: put it into the residual (weakly) instead"

@@ -47,7 +47,7 @@ __all__ = ["NEWTON", "FormPropagator"]
 
 NEWTON = {
     "snes_rtol": 1e-13,
-    "snes_atol": 1e-13,
+    "snes_atol": 1e-50,
     "snes_stol": 1e-10,
     "snes_max_it": 25,
     "snes_linesearch_type": "basic",

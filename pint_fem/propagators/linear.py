@@ -20,7 +20,7 @@ from firedrake.petsc import PETSc
 from pint_fem.errors import InputError
 from pint_fem.propagators.arrays import boundary_rows, get, own_size
 from pint_fem.propagators.base import FEPropagator, StepData
-from pint_fem.propagators.blocks import Factor, Workspace, lanes
+from pint_fem.propagators.blocks import Factor, Workspace, is_symmetric, lanes
 from pint_fem.propagators.evolution import Evolution
 from pint_fem.propagators.tableaux import DIRK
 
@@ -33,7 +33,7 @@ class LinearPropagator(FEPropagator):
     Raises
     ------
     InputError
-        If the evolution is not linear with constant operators, or its control is in the space of reals.
+        If the evolution is not linear with constant operators.
     """
 
     is_linear = True
@@ -45,7 +45,8 @@ class LinearPropagator(FEPropagator):
             raise InputError("the evolution is not linear with constant operators: use the form propagator")
         self.dirk = DIRK(self.tableau)
         V, self.bc_rows = evolution.V, boundary_rows(evolution.bcs, evolution.V)
-        mass = assemble(operators[0], mat_type="aij").petscmat
+        parts = [assemble(form, mat_type="aij").petscmat for form in operators if not form.empty()]
+        mass, symmetric = parts[0], all(is_symmetric(part) for part in parts)
         start = mass.getOwnershipRange()[0]
         self._zero_rows = (self.bc_rows + start).astype(PETSc.IntType)
         self.M = mass.copy()
@@ -54,7 +55,7 @@ class LinearPropagator(FEPropagator):
         self.factors = {}
         for h in dict.fromkeys(self.steps_of_stage):
             S = assemble(operators[0] + Constant(h) * operators[1], bcs=evolution.bcs, mat_type="aij").petscmat
-            self.factors[h] = Factor(S, evolution.solver_parameters, name=f"stage h = {h:g}")
+            self.factors[h] = Factor(S, evolution.solver_parameters, symmetric=symmetric, name=f"stage h = {h:g}")
         self.symmetric_mass = bool(mass.isSymmetric(0.0)) and not len(self.bc_rows)
         self.MT = self.M if self.symmetric_mass else self.M.transpose(PETSc.Mat())
         sizes = self.M.getSizes()[0]
@@ -200,8 +201,6 @@ class LinearPropagator(FEPropagator):
         self._loads = {}
         self.B = self.BT = None
         if ev.control is not None:
-            if ev.control.function_space().ufl_element().family() == "Real":
-                raise InputError("a control in the space of reals needs the form propagator")
             B = assemble(-derivative(form, ev.control), mat_type="aij").petscmat.copy()
             B.zeroRows(self._zero_rows, diag=0.0)
             self.B, self.BT = B, B.transpose(PETSc.Mat())
