@@ -127,7 +127,7 @@ def _serial(fields, ours, result, settings, seconds, say) -> dict:
     say("  one Hessian action ...")
     hessian, t_hessian = _timed(lambda: serial.rf.hessian(h))
     say("  recovering the source by TAO's LMVM in the prior's inner product ...")
-    optimum = minimise(serial, printer=lambda line: say("  " + line))
+    optimum = minimise(serial, gttol=1e-9, printer=lambda line: say("  " + line))
     rows = {
         "J": (ours["J"], J, abs(ours["J"] - J) / abs(J), ours["seconds"]["J"], t_value),
         "gradient": (None, None, _difference(fields["gradient"], gradient), ours["seconds"]["gradient"], t_gradient),
