@@ -14,7 +14,8 @@ ifneq ($(words $(CURDIR)),1)
 $(error the folder's path '$(CURDIR)' has a space in it: PETSc does not build there, move the clone)
 endif
 
-PYTHON     ?= python3
+# an existing Firedrake's Python is remembered from one call to the next
+PYTHON     ?= $(shell cat .venv/existing-python 2>/dev/null || echo python3)
 EXTRAS     ?= test,bench
 OUT        ?= results/heat_source
 
@@ -86,7 +87,8 @@ ready:  # a make of its own: the environment's paths are known only now
 
 ifeq ($(HAS_FIREDRAKE),True)
 $(STEPS)/package: pyproject.toml
-	$(call step,package,$(PIP) irksome -e '.[$(EXTRAS)]')
+	$(call step,package,$(PIP) irksome -e '.[$(EXTRAS)]' && \
+	    $(PYTHON) -c 'import sys; print(sys.executable)' >.venv/existing-python)
 else
 $(STEPS)/system:
 	$(call step,system-packages,.ci/system_packages $(APT_PACKAGES))
