@@ -57,6 +57,9 @@ endif
 PETSC_ENV = $(if $(PETSC_DIR),PETSC_DIR='$(PETSC_DIR)' PETSC_ARCH='$(PETSC_ARCH)')
 
 export OMP_NUM_THREADS := 1
+# our own options are in PETSc's database too: they are not left over
+PETSC_OPTIONS ?= -options_left no
+export PETSC_OPTIONS
 export OMPI_ALLOW_RUN_AS_ROOT := 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
 export OMPI_MCA_rmaps_base_oversubscribe := 1
