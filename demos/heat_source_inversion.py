@@ -98,7 +98,7 @@ def main():
         )
         result = rf.minimize_trust_region(monitor=say, gtol_rel=opts.gtol, max_it=opts.max_iterations)
     times["inversion"] = time.perf_counter() - start
-    rf.problem.value(rf.array(rf.function(result.x)))
+    rf.problem.value(result.x)
     say(f"{result.reason.value} after {result.iterations} iterations, {times['inversion']:.1f} s")
 
     summary = {

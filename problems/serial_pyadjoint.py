@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,11 +50,11 @@ from firedrake import (
     pi,
     sin,
 )
-from firedrake.adjoint import Control, ReducedFunctional, continue_annotation, pause_annotation
-from pyadjoint import Tape, get_working_tape, set_working_tape
-from pyadjoint.tape import annotate_tape, stop_annotating
+from firedrake.adjoint import Control, ReducedFunctional
+from pyadjoint.tape import stop_annotating
 
 from pint_fem.errors import InputError
+from pint_fem.propagators.tape import recording
 from problems.heat_readings import NOISE, READINGS
 from problems.meshfile import locate, read_mesh
 from problems.plate import (
@@ -112,21 +111,6 @@ class SerialHeatSource:
     q: Function
     steps: int
     seconds: float
-
-
-@contextmanager
-def _recording() -> Iterator[Tape]:
-    """A tape of its own, on which everything inside is recorded; what was the working tape before is so again
-    afterwards.
-    """
-    before, annotating, tape = get_working_tape(), annotate_tape(), Tape()
-    set_working_tape(tape)
-    continue_annotation()
-    try:
-        yield tape
-    finally:
-        set_working_tape(before)
-        (continue_annotation if annotating else pause_annotation)()
 
 
 def _trajectory(
@@ -210,7 +194,7 @@ def serial_heat_source(
     theta[np.abs(theta - 1) < 1e-9] = 1.0
     wanted = set(before + 1) | set(before[theta < 1])
 
-    with _recording() as tape:
+    with recording() as tape:
         trajectory = _trajectory(
             lambda w, v: sum(RHO_C[r] * w * v * dx(r) for r in REGIONS),
             lambda w, v: (
@@ -270,7 +254,7 @@ def serial_square(
     V, dt = FunctionSpace(mesh, "CG", 1), SQUARE_TIME / steps
     forms = square_functionals(V)
     q = Function(V, name="source")
-    with _recording() as tape:
+    with recording() as tape:
         trajectory = _trajectory(
             lambda w, v: w * v * dx,
             lambda w, v: inner(grad(w), grad(v)) * dx,

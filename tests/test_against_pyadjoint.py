@@ -2,7 +2,6 @@
 differentiates.
 """
 
-from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -26,13 +25,12 @@ from firedrake import (
     grad,
     inner,
 )
-from firedrake.adjoint import Control, ReducedFunctional, continue_annotation, pause_annotation
+from firedrake.adjoint import Control, ReducedFunctional
 from irksome import Dt
-from pyadjoint import Tape, get_working_tape, set_working_tape
-from pyadjoint.tape import annotate_tape
 
 import pint_fem as pf
 from pint_fem.propagators import FormPropagator
+from pint_fem.propagators.tape import recording
 from problems.heat_readings import READINGS
 from problems.heat_source import heat_source
 from problems.readings import COLUMNS
@@ -40,18 +38,6 @@ from problems.serial_minimise import minimise
 from problems.serial_pyadjoint import serial_heat_source
 
 STEPS, DT = 9, 0.02
-
-
-@contextmanager
-def recording():
-    before, annotating, tape = get_working_tape(), annotate_tape(), Tape()
-    set_working_tape(tape)
-    continue_annotation()
-    try:
-        yield tape
-    finally:
-        set_working_tape(before)
-        (continue_annotation if annotating else pause_annotation)()
 
 
 def relative(a, b):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 import numpy as np
-from firedrake import Cofunction, EnsembleFunction, EnsembleFunctionSpace, Function
+from firedrake import Cofunction, EnsembleCofunction, EnsembleFunction, EnsembleFunctionSpace, Function
 from firedrake.petsc import PETSc
 from mpi4py import MPI
 from pyadjoint import AdjFloat, Control
@@ -175,15 +175,17 @@ class TimeParallelReducedFunctional(AbstractReducedFunctional):
         with stop_annotating():
             space = self._space.dual() if dual else self._space
             if self.evolution.per_step:
-                from firedrake import EnsembleCofunction
-
                 f = (EnsembleCofunction if dual else EnsembleFunction)(space)
-                for part, row in zip(f.subfunctions, array, strict=True):
-                    put(part, row)
-                return f
-            f = Cofunction(space) if dual else Function(space)
-            put(f, array)
+            else:
+                f = (Cofunction if dual else Function)(space)
+            self._fill(f, array)
             return f
+
+    def _fill(self, f, array: np.ndarray) -> None:
+        """Put own values into a control or a derivative."""
+        parts, rows = (f.subfunctions, array) if self.evolution.per_step else ([f], [array])
+        for part, row in zip(parts, rows, strict=True):
+            put(part, row)
 
     # -- pyadjoint's interface ----------------------------------------------------------------------------------------
     @property
@@ -256,17 +258,8 @@ class TimeParallelReducedFunctional(AbstractReducedFunctional):
             result = minimize_trust_region(arrays, z.ravel(), monitor=monitor, **options)
             self._z = result.x.reshape(shape)
             self.controls[0].update(self.function(self._z))
-            self._assign_control(self._z)
+            self._fill(self.controls[0].control, self._z)
         return result
-
-    def _assign_control(self, z: np.ndarray) -> None:
-        """Put a value into the control itself."""
-        control = self.controls[0].control
-        if self.evolution.per_step:
-            for part, row in zip(control.subfunctions, z, strict=True):
-                put(part, row)
-        else:
-            put(control, z)
 
 
 class _Arrays:

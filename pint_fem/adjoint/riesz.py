@@ -53,7 +53,7 @@ class RieszMap:
             self._matrix = assemble(form, mat_type="aij").petscmat
             if not is_symmetric(self._matrix):
                 raise InputError("riesz map: the bilinear form is not symmetric")
-            self._factor = Factor(self._matrix, {}, symmetric=True, name="Riesz map", prefix="pint_riesz_")
+            self._factor = Factor(self._matrix, {}, symmetric=True, prefix="pint_riesz_")
             self._x, self._y = self._matrix.createVecs()
 
     def _rows(self, operation, array: np.ndarray) -> np.ndarray:

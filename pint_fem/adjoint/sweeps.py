@@ -200,9 +200,8 @@ class Sweeps:
             level.propagator.data = StepData(self.evolution.time(start), own, u)
 
     def _run(self, solver: MGRIT, kind: str, U: np.ndarray, G) -> SolveResult:
-        name, solver.name = solver.name, kind
+        solver.name = kind  # one solver serves both the state and the tangent of a linear evolution
         result = solver.solve(U, G)
-        solver.name = name
         self.counts[kind] += 1
         self.counts["cycles"] += result.cycles
         self.results.append((kind, result))

@@ -66,17 +66,13 @@ class Factor:
         Whether the matrix is (see :func:`is_symmetric`).
     prefix
         Options prefix.
-    name
-        Named in errors.
     """
 
-    def __init__(
-        self, matrix: PETSc.Mat, parameters: dict, *, symmetric: bool, prefix: str = "pint_", name: str = "step"
-    ):
-        self.name, self.symmetric = name, symmetric
+    def __init__(self, matrix: PETSc.Mat, parameters: dict, *, symmetric: bool, prefix: str = "pint_"):
+        self.symmetric = symmetric
         self.ksp = self._build(matrix, parameters, prefix)
         # a transposed block solve is missing in most packages: the transpose has a factor of its own
-        self.transposed = self if self.symmetric else _Plain(self._build(_transpose(matrix), parameters, prefix))
+        self.ksp_T = self.ksp if symmetric else self._build(matrix.transpose(PETSc.Mat()), parameters, prefix)
 
     def _build(self, matrix: PETSc.Mat, parameters: dict, prefix: str) -> PETSc.KSP:
         if parameters:
@@ -105,20 +101,13 @@ class Factor:
             ksp.setUp()
         return ksp
 
-    def solve(self, b: PETSc.Vec, x: PETSc.Vec) -> None:
+    def solve(self, b: PETSc.Vec, x: PETSc.Vec, *, transposed: bool = False) -> None:
         """One vector."""
-        self.ksp.solve(b, x)
+        (self.ksp_T if transposed else self.ksp).solve(b, x)
 
-    def solve_block(self, B: Workspace, X: Workspace) -> None:
+    def solve_block(self, B: Workspace, X: Workspace, *, transposed: bool = False) -> None:
         """A block."""
-        self.ksp.matSolve(B.matrix, X.matrix)
-
-
-class _Plain(Factor):
-    """The factor of a transposed matrix."""
-
-    def __init__(self, ksp: PETSc.KSP):
-        self.ksp = ksp
+        (self.ksp_T if transposed else self.ksp).matSolve(B.matrix, X.matrix)
 
 
 def is_symmetric(matrix: PETSc.Mat) -> bool:
@@ -148,12 +137,6 @@ def default_solver(comm, *, spd: bool = False) -> dict:
         "pc_asm_overlap": 3,
         "sub_pc_type": "cholesky" if spd else "lu",
     }
-
-
-def _transpose(matrix: PETSc.Mat) -> PETSc.Mat:
-    out = PETSc.Mat()
-    matrix.transpose(out)
-    return out
 
 
 class BlockOperator:

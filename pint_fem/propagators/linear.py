@@ -44,7 +44,7 @@ class LinearPropagator(FEPropagator):
         if operators is None:
             raise InputError("the evolution is not linear with constant operators: use the form propagator")
         self.dirk = DIRK(self.tableau)
-        V, self.bc_rows = evolution.V, boundary_rows(evolution.bcs, evolution.V)
+        self.bc_rows = boundary_rows(evolution.bcs, evolution.V)
         parts = [assemble(form, mat_type="aij").petscmat for form in operators if not form.empty()]
         mass, symmetric = parts[0], all(is_symmetric(part) for part in parts)
         start = mass.getOwnershipRange()[0]
@@ -55,9 +55,9 @@ class LinearPropagator(FEPropagator):
         self.factors = {}
         for h in dict.fromkeys(self.steps_of_stage):
             S = assemble(operators[0] + Constant(h) * operators[1], bcs=evolution.bcs, mat_type="aij").petscmat
-            self.factors[h] = Factor(S, evolution.solver_parameters, symmetric=symmetric, name=f"stage h = {h:g}")
-        self.symmetric_mass = bool(mass.isSymmetric(0.0)) and not len(self.bc_rows)
-        self.MT = self.M if self.symmetric_mass else self.M.transpose(PETSc.Mat())
+            self.factors[h] = Factor(S, evolution.solver_parameters, symmetric=symmetric)
+        symmetric_mass = mass.isSymmetric(0.0) and not len(self.bc_rows)
+        self.MT = self.M if symmetric_mass else self.M.transpose(PETSc.Mat())
         sizes = self.M.getSizes()[0]
         self.w = Workspace.zeros(sizes, self.M.comm)
         # products keep their data in the result: one for each operator
@@ -66,7 +66,6 @@ class LinearPropagator(FEPropagator):
         self.x = Workspace.zeros(sizes, self.M.comm)
         self._wv, self._xv = self.M.createVecs()
         self._yv = self._wv.duplicate()
-        self._V = V
         self._loads = None
 
     # -- the recursion over stages, on anything that has a mass product and a solve -----------------------------------
@@ -122,13 +121,12 @@ class LinearPropagator(FEPropagator):
         return y.array
 
     def _block_solve(self, h, rhs, transposed=False):
-        factor = self.factors[h].transposed if transposed else self.factors[h]
         y = self.yT if transposed else self.y
         if rhs is not y.array:
             y.array[...] = rhs
         if transposed:
             y.array[:, self.bc_rows] = 0
-        factor.solve_block(y, self.x)
+        self.factors[h].solve_block(y, self.x, transposed=transposed)
         return self.x.array.copy() if self.dirk.stages > 1 else self.x.array
 
     def apply(self, u: np.ndarray, out: np.ndarray, lane: int, load=None) -> None:
@@ -167,11 +165,10 @@ class LinearPropagator(FEPropagator):
         return self._yv.array
 
     def _single_solve(self, h, rhs, transposed=False):
-        factor = self.factors[h].transposed if transposed else self.factors[h]
         if transposed:
             self._yv.array[...] = rhs
             self._yv.array[self.bc_rows] = 0
-        factor.solve(self._yv, self._xv)
+        self.factors[h].solve(self._yv, self._xv, transposed=transposed)
         return self._xv.array_r if self.dirk.stages == 1 else self._xv.array_r.copy()
 
     def sweep(self, U: np.ndarray, G: np.ndarray | None, *, transposed: bool = False) -> None:
@@ -192,11 +189,10 @@ class LinearPropagator(FEPropagator):
         """Compile and assemble what the forcing needs: the affine part at ``z = 0`` and the control's operator."""
         ev = self.evolution
         form, rate = ev.parts()
-        self._lift = Function(self._V, name="lift")
-        self._zero_control = None if ev.control is None else Function(ev.control.function_space())
+        self._lift = Function(ev.V, name="lift")
         repl = {ev.u: self._lift, rate: self._lift / (h := Constant(1.0))}
         if ev.control is not None:
-            repl[ev.control] = self._zero_control
+            repl[ev.control] = Function(ev.control.function_space())
         self._load_form, self._load_h = ufl.replace(form, repl), h
         self._loads = {}
         self.B = self.BT = None

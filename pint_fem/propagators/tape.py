@@ -5,7 +5,8 @@ Always available and one state at a time: the reference. Costs 5-130 ms a step w
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 from firedrake import Cofunction, Function, solve
@@ -14,7 +15,6 @@ from firedrake.adjoint import (
     ReducedFunctional,
     Tape,
     continue_annotation,
-    get_working_tape,
     pause_annotation,
     set_working_tape,
 )
@@ -27,7 +27,21 @@ from pint_fem.propagators.evolution import Evolution
 from pint_fem.propagators.form import NEWTON
 from pint_fem.propagators.tableaux import DIRK
 
-__all__ = ["TapePropagator"]
+__all__ = ["TapePropagator", "recording"]
+
+
+@contextmanager
+def recording() -> Iterator[Tape]:
+    """A tape of its own, on which everything inside is recorded; afterwards the working tape and whether it records are
+    what they were.
+    """
+    annotating = annotate_tape()
+    with set_working_tape() as tape:
+        continue_annotation()
+        try:
+            yield tape
+        finally:
+            (continue_annotation if annotating else pause_annotation)()
 
 
 class TapePropagator(FEPropagator):
@@ -46,21 +60,14 @@ class TapePropagator(FEPropagator):
         self, evolution: Evolution, *, stride=1, tableau=None, one_step: Callable[[Function], Function] | None = None
     ):
         super().__init__(evolution, stride=stride, tableau=tableau)
-        before, annotating = get_working_tape(), annotate_tape()
-        self.tape = Tape()
         self._u0 = Function(evolution.V, name="u0").assign(evolution.initial)
-        set_working_tape(self.tape)
-        continue_annotation()
-        try:
+        with recording() as self.tape:
             inputs = [f for f in (self._u0, evolution.control, evolution.t) if f is not None]
             controls = [Control(f) for f in inputs]
             # u1 = u0 must be a new node on the tape even where the step returns a function that it solved in place
             u1 = Function(evolution.V, name="u1")
             u1.assign((one_step or self._one_step)(self._u0))
             self.rf = ReducedFunctional(u1, controls, tape=self.tape)
-        finally:
-            set_working_tape(before)
-            (continue_annotation if annotating else pause_annotation)()
         self._inputs = [Function(f.function_space()) for f in inputs]
         self._directions = [Function(f.function_space()) for f in inputs]
         self._lam = Cofunction(evolution.V.dual())
