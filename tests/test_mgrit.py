@@ -694,7 +694,7 @@ def test_factor_is_the_geometric_mean():
         (dict(xyzzy=1), "unknown mgrit option 'xyzzy': known are levels, coarsening"),
         *[(dict(coarsening=c), "coarsening") for c in (1, 0, -2, 2.5, (8, 1), (), None, "8", True, (2, 2.0))],
         *[(dict(levels=v), "levels") for v in (0, -1, 2.0, "2", True)],
-        *[(dict(relax=v), "relax") for v in ("X", "CF", "", (), ("F", "X"), None, 3)],
+        *[(dict(relax=v), "relax") for v in ("X", "CF", "", (), ("F", "X"), None, -1, 2.5)],
         *[(dict(rtol=v), "rtol") for v in (-1e-8, math.nan, math.inf, "1e-8", None, True)],
         *[(dict(atol=v), "atol") for v in (-1.0, math.nan, math.inf, "0", None)],
         *[(dict(dtol=v), "dtol") for v in (1, 0.5, -3, math.nan, "big", None)],

@@ -20,7 +20,7 @@ import numpy as np
 
 from pint_fem.mgrit import MGRIT, MGRITOptions, SolveResult
 from pint_fem.mgrit.levels import inject
-from pint_fem.mgrit.solver import DivergedError
+from pint_fem.mgrit.stopping import DivergedError
 from pint_fem.propagators import Evolution, StepData, make_propagator
 from pint_fem.propagators.arrays import get
 from pint_fem.propagators.base import FEPropagator

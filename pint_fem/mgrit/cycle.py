@@ -1,4 +1,4 @@
-r"""The V-cycle in full approximation form.
+r"""Cycles in full approximation form.
 
 On a level, after relaxation, with ``V`` the C-points' values and ``r`` the residual there, the next level solves
 
@@ -7,6 +7,10 @@ On a level, after relaxation, with ``V`` the C-points' values and ``r`` the resi
 from the first guess ``V``, and the C-points take its solution. The exact solution has ``r = 0``, then ``U^c = V``
 solves the coarse problem: it is a fixed point, whatever the coarse propagator. (Falgout, Friedhoff, Kolev,
 MacLachlan, Schroder, SISC 36(6), 2014.)
+
+A V-cycle solves the coarse problem by one V-cycle, an F-cycle by an F-cycle followed by a V-cycle. The transposed
+cycle corrects first and relaxes afterwards: with the transposed propagators and transfers, on the reversed time grid,
+its linear map is exactly the transpose of the forward cycle's.
 """
 
 from __future__ import annotations
@@ -15,64 +19,189 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from pint_fem.mgrit.coarsest import coarsest_solver
 from pint_fem.mgrit.levels import Level
-from pint_fem.mgrit.relaxation import c_residual, f_relax, relax, solve_sequentially
+from pint_fem.mgrit.options import MGRITOptions
+from pint_fem.mgrit.relaxation import Relaxation
+from pint_fem.mgrit.rhs import coarse_rhs
+from pint_fem.mgrit.storage import CPointRelaxation
+from pint_fem.mgrit.transfer import Transfer
 
 __all__ = ["Cycle"]
 
 
 class Cycle:
-    """Work arrays of a hierarchy and one V-cycle on it.
+    """Work arrays of a hierarchy and the cycles on it.
 
     Parameters
     ----------
     levels
         Finest first; the finest level's ``U`` and ``G`` are set by the caller.
-    schemes
-        Relaxation of each level but the coarsest.
+    options
+        Relaxation, weights, coarsest solve, storage.
     state_shape
-        Shape of one state.
+        Shape of one state on the finest level.
+    transfers
+        One for each level but the coarsest: spatial coarsening to the next, or ``None``.
+    transposed
+        Correct first, then relax.
+    linear
+        Whether the propagators are linear.
     """
 
-    def __init__(self, levels: Sequence[Level], schemes: Sequence[str], state_shape: tuple[int, ...]):
-        self.levels, self.schemes = list(levels), list(schemes)
-        self.residuals, self.restricted = [], []
-        for coarse in self.levels[1:]:
-            coarse.U = np.zeros((coarse.k + 1, *state_shape))
-            coarse.G = np.zeros((coarse.k, *state_shape))
-            self.residuals.append(np.zeros((coarse.k, *state_shape)))
-            self.restricted.append(np.zeros((coarse.k + 1, *state_shape)))
+    def __init__(
+        self,
+        levels: Sequence[Level],
+        options: MGRITOptions,
+        state_shape: tuple[int, ...],
+        transfers: Sequence[Transfer | None],
+        *,
+        transposed: bool = False,
+        linear: bool = False,
+    ):
+        self.levels, self.options, self.transfers = list(levels), options, list(transfers)
+        self.transposed, self.linear, self.state_shape = transposed, linear, tuple(state_shape)
+        self.relaxations: list[Relaxation] = []
+        #: Residual at the own C-points, in fine space; C-points' values and residual in coarse space.
+        self.residuals, self.restricted, self.coarse_residuals = [], [], []
+        shape = self.state_shape
+        for index, (level, coarse) in enumerate(zip(self.levels, self.levels[1:], strict=False)):
+            kind = CPointRelaxation if index == 0 and options.storage == "C" else Relaxation
+            self.relaxations.append(kind(level, options.weight(index)))
+            self.residuals.append(np.zeros((coarse.k, *shape)))
+            if self.transfers[index] is not None:
+                shape = self.transfers[index].restrict(np.zeros((1, *shape))).shape[1:]
+            coarse.U = np.zeros((coarse.k + 1, *shape))
+            coarse.G = np.zeros((coarse.k, *shape))
+            self.restricted.append(np.zeros((coarse.k + 1, *shape)))
+        last = len(self.levels) - 1
+        self._solve_coarsest = coarsest_solver(
+            self.levels[-1], options.coarse_solver, options.coarse_sweeps, options.weight(last)
+        )
 
-    def relax_and_restrict(self, index: int, *, f_is_done: bool = False) -> tuple[np.ndarray, np.ndarray]:
-        """Relax a level; return the residual and the values at its own C-points."""
-        level, coarse = self.levels[index], self.levels[index + 1]
-        relax(level, self.schemes[index], f_is_done=f_is_done)
-        r, V = self.residuals[index], self.restricted[index]
-        c_residual(level, r)
-        if coarse.active:
-            V[1:] = level.U[level.first_c_row :: level.m]
-            if coarse.left is None:
-                V[0] = level.U[0]
-        return r, V[1:]
+    @property
+    def nbytes(self) -> int:
+        """Memory of the work arrays on this rank, the finest unknown not counted."""
+        arrays = [*self.residuals, *self.restricted]
+        return sum(a.nbytes for a in arrays) + sum(level.U.nbytes + level.G.nbytes for level in self.levels[1:])
 
-    def correct(self, index: int) -> None:
-        """Solve the next level for the C-points of ``index`` and interpolate by F-relaxation."""
-        level, coarse = self.levels[index], self.levels[index + 1]
+    def relax(self, index: int, *, f_is_done: bool = False, residual_is_known: bool = False) -> None:
+        """Relax by the level's scheme ``(FC)^nu F``.
+
+        Parameters
+        ----------
+        index
+            The level.
+        f_is_done
+            The first F-relaxation would change nothing.
+        residual_is_known
+            ``residuals[index]`` is that of the current values: the first C-relaxation takes it from there.
+        """
+        relaxation = self.relaxations[index]
+        if not f_is_done:
+            relaxation.f_relax()
+        for i in range(self.options.sweeps(index)):
+            if i == 0 and residual_is_known:
+                relaxation.c_relax_by(self.residuals[index])
+            else:
+                relaxation.c_relax()
+            relaxation.f_relax()
+
+    def residual(self, index: int) -> np.ndarray:
+        """Compute the residual at the own C-points of an F-relaxed level."""
+        self.relaxations[index].c_residual(self.residuals[index])
+        return self.residuals[index]
+
+    def relax_and_restrict(self, index: int, *, f_is_done: bool = False, residual_is_known: bool = False) -> None:
+        """Relax a level before its correction and compute its residual."""
+        sweeps = 0 if self.transposed else self.options.sweeps(index)
+        if sweeps:
+            self.relax(index, f_is_done=f_is_done, residual_is_known=residual_is_known)
+        elif not f_is_done:
+            self.relaxations[index].f_relax()
+        if sweeps or not residual_is_known:
+            self.residual(index)
+
+    def _restrict_values(self, index: int) -> np.ndarray:
+        """Values at the C-points and the initial one, in coarse space, without the ghost."""
+        level, coarse, V = self.levels[index], self.levels[index + 1], self.restricted[index]
+        transfer = self.transfers[index] or _IDENTITY
+        V[1:] = transfer.restrict(self.relaxations[index].c_values(level.U))
+        if coarse.left is None:
+            V[0] = transfer.restrict(level.U[:1])[0]
+        return V
+
+    def _interpolate(self, index: int) -> None:
+        """C-points take the coarse solution, or its change prolonged; F-points follow."""
+        level, coarse, relaxation = self.levels[index], self.levels[index + 1], self.relaxations[index]
+        transfer = self.transfers[index]
         if coarse.active:
-            V = self.restricted[index]
-            coarse.exchange(V)
-            coarse.phi(range(coarse.lo, coarse.hi), V[:-1], coarse.G)
+            new = coarse.U[1:]
+            if transfer is not None:
+                new = relaxation.c_values(level.U) + transfer.prolong(new - self.restricted[index][1:])
+            relaxation.set_c_values(level.U, new)
+        relaxation.f_relax()
+
+    def correct(self, index: int, kind: str = "V") -> None:
+        """Solve the next level for the C-points of ``index`` by a cycle and interpolate by F-relaxation."""
+        coarse = self.levels[index + 1]
+        if coarse.active:
+            V = self._restrict_values(index)
+            coarse.phi_of_all(V, coarse.G)
             np.subtract(V[1:], coarse.G, out=coarse.G)
-            coarse.G += self.residuals[index]
+            r = self.residuals[index]
+            coarse.G += r if self.transfers[index] is None else self.transfers[index].restrict(r)
             coarse.U[...] = V
-            self.solve(index + 1)
-            level.U[level.first_c_row :: level.m] = coarse.U[1:]
-        f_relax(level)
+        self.solve(index + 1, kind)
+        self._interpolate(index)
+        if self.transposed:
+            self.relax(index, f_is_done=True)
 
-    def solve(self, index: int) -> None:
-        """One V-cycle on ``index`` and the levels below it."""
+    def solve(self, index: int, kind: str = "V") -> None:
+        """One cycle on ``index`` and the levels below it."""
         if index == len(self.levels) - 1:
-            solve_sequentially(self.levels[index])
+            self._solve_coarsest()
             return
         self.relax_and_restrict(index)
-        self.correct(index)
+        self.correct(index, kind)
+        if kind == "F":
+            self.relax_and_restrict(index, f_is_done=True)
+            self.correct(index)
+
+    def first_guess(self, *, nested: bool, coarse_rhs_given: Sequence[np.ndarray | None] | None = None) -> None:
+        """Replace the finest level's guess: solve the coarsest level's own problem and interpolate.
+
+        Parameters
+        ----------
+        nested
+            Nested iteration: V-cycles on every level on the way up. Else a skipped first down-cycle (as in XBraid):
+            F-relaxation only.
+        coarse_rhs_given
+            Right-hand sides of the own steps of the levels below the finest; default: restricted from the finest one's.
+        """
+        for index in range(len(self.levels) - 1):
+            fine, coarse = self.levels[index], self.levels[index + 1]
+            if coarse.active:
+                V = self._restrict_values(index)
+                coarse.exchange(V)
+                coarse.U[...] = V
+            given = coarse_rhs_given[index] if coarse_rhs_given is not None else None
+            if given is not None:
+                coarse.G[...] = given
+            else:
+                coarse_rhs(fine, coarse, self.relaxations[index], self.transfers[index], linear=self.linear)
+        self._solve_coarsest()
+        for index in reversed(range(len(self.levels) - 1)):
+            self._interpolate(index)
+            for _ in range(self.options.nested_cycles if nested and index > 0 else 0):
+                self.relax_and_restrict(index, f_is_done=True)
+                self.correct(index)
+
+
+class _Identity:
+    @staticmethod
+    def restrict(block: np.ndarray) -> np.ndarray:
+        return block
+
+
+_IDENTITY = _Identity()

@@ -5,9 +5,9 @@ and the points ``lo[r]+1 .. hi[r]``; it also holds point ``lo[r]`` as the *ghost
 rank that is the initial value). A local array therefore has ``k + 1`` rows, ``k = hi - lo``, and row ``i`` is point
 ``lo + i``.
 
-Every ``m``-th point of a level is a C-point and a point of the next level: point ``j`` there is point ``j m`` here.
-So the ranges of a coarse level are ``lo // m`` and ``hi // m``. A rank without a C-point has no step there and stays
-out of the levels below, but for the first one, which keeps the initial value.
+The C-points of a level are the points of the next one: every ``m``-th point, or any subset that starts with point 0.
+A rank without a C-point has no step on the next level and stays out of the levels below, but for the first one, which
+keeps the initial value.
 """
 
 from __future__ import annotations
@@ -18,15 +18,25 @@ from typing import Protocol
 
 import numpy as np
 
-__all__ = ["Level", "Propagator", "build_levels", "inject", "split_steps"]
+from pint_fem.mgrit.trace import Trace
+
+__all__ = ["Level", "Propagator", "build_levels", "coarse_points", "inject", "split_steps"]
+
+Coarsening = int | Sequence[int]
+"""A factor ``m``, or the C-points by their numbers on the level."""
 
 
 class Propagator(Protocol):
     """What MGRIT asks of a user: one time step, on a block of states at once.
 
-    An optional second method ``sweep(first, U, G)`` takes the steps ``first, first + 1, ...`` one after another in
-    place, from ``U[0]`` (``U`` has one row more than there are steps; ``G`` is ``None`` or one row a step). The
-    sequential solves use it when it is there.
+    Optional: a method ``sweep(first, U, G)`` takes the steps ``first, first + 1, ...`` one after another in place, from
+    ``U[0]`` (``U`` has one row more than there are steps; ``G`` is ``None`` or one row a step); sequential solves use
+    it. An attribute ``block`` is the number of states that makes a full block (relaxation then goes through the
+    intervals in groups of that many). With an attribute ``uses_guess`` that is true, ``out`` holds a first guess of
+    the result when ``step`` is called: the iterate that is there. It follows from the iterate alone, never from
+    the order of calls, and it is the same on both sides of the coarse equation, so the exact solution stays a fixed
+    point however loosely an implicit step is solved (the header of XBraid's ``restrict.c``). For
+    :func:`pint_fem.mgrit.check`: ``tangent(steps, u, du, out)`` and ``adjoint(steps, u, lam, out)``.
     """
 
     def step(self, steps: range, u: np.ndarray, out: np.ndarray) -> None:
@@ -57,6 +67,47 @@ def split_steps(nsteps: int, parts: int) -> list[int]:
     return [(nsteps * r) // parts for r in range(parts + 1)]
 
 
+def coarse_points(nsteps: int, coarsening: Sequence[Coarsening]) -> list[range | np.ndarray]:
+    """Points of every level, by their numbers on the finest: what propagators on a non-uniform time grid are made of.
+
+    Parameters
+    ----------
+    nsteps
+        Steps of the finest level.
+    coarsening
+        Factor or C-points of each level but the coarsest.
+
+    Returns
+    -------
+    list of range or ndarray
+        ``t[points[l]]`` are the times of level ``l`` for an array ``t`` of the finest level's times.
+
+    Raises
+    ------
+    ValueError
+        If C-points do not start at 0, do not increase or are no points of their level.
+    """
+    points: list[range | np.ndarray] = [range(nsteps + 1)]
+    for index, m in enumerate(coarsening):
+        last = len(points[-1]) - 1
+        if isinstance(m, int):
+            points.append(points[-1][::m])
+            continue
+        c = np.asarray(m, dtype=int)
+        if c[0] != 0 or (np.diff(c) < 1).any() or c[-1] > last or len(c) < 2:
+            raise ValueError(
+                f"C-points {_short(c)} of level {index}: give increasing numbers of its points 0..{last}, from 0 on, "
+                "at least two"
+            )
+        points.append(np.asarray(points[-1])[c])
+    return points
+
+
+def _short(values) -> str:
+    text = ", ".join(map(str, values[:4]))
+    return f"[{text}, ...]" if len(values) > 4 else f"[{text}]"
+
+
 class Level:
     """One time grid, the local part of its unknown ``U`` and right-hand side ``G``, and its messages.
 
@@ -67,18 +118,24 @@ class Level:
     ----------
     index : int
         0 is the finest level.
+    c_points : range, ndarray or None
+        The level's points that the next one has; ``None`` on the coarsest.
     m : int or None
-        Coarsening factor to the next level; ``None`` on the coarsest.
-    stride : int
-        A step of this level in steps of the finest.
+        Their distance where it is the same everywhere.
+    points : range or ndarray
+        The level's points by their numbers on the finest.
     left, right : int or None
         Ranks that own the neighbouring points.
     """
 
-    def __init__(self, index: int, bounds: Sequence[int], m: int | None, stride: int, propagator: Propagator, comm):
-        self.index, self.bounds, self.m, self.stride = index, list(bounds), m, stride
+    def __init__(self, index: int, bounds: Sequence[int], coarsening: Coarsening | None, points, propagator, comm):
+        self.index, self.bounds, self.points = index, list(bounds), points
         self.propagator, self.comm = propagator, comm
         self.nsteps = self.bounds[-1]
+        self.m = coarsening if isinstance(coarsening, int) else None
+        self.c_points = None
+        if coarsening is not None:
+            self.c_points = range(0, self.nsteps + 1, self.m) if self.m else np.asarray(coarsening, dtype=int)
         self.lo, self.hi = self.bounds[comm.rank], self.bounds[comm.rank + 1]
         self.k = self.hi - self.lo
         holds = [r for r in range(comm.size) if r == 0 or self.bounds[r + 1] > self.bounds[r]]
@@ -88,21 +145,31 @@ class Level:
             here = holds.index(comm.rank)
             self.left = holds[here - 1] if here > 0 else None
             self.right = holds[here + 1] if here + 1 < len(holds) else None
+        self.block = max(int(getattr(propagator, "block", 0)), 0)
+        self.uses_guess = bool(getattr(propagator, "uses_guess", False))
         self.U: np.ndarray | None = None
         self.G: np.ndarray | None = None
         self.failure: str | None = None
         self.phi_calls = 0  # states stepped, for reports
+        self.trace: Trace | None = None
 
     @property
-    def first_c_row(self) -> int:
-        """Row of the first C-point owned (beyond ``k`` if there is none)."""
-        return (self.lo // self.m + 1) * self.m - self.lo
+    def stride(self) -> int:
+        """A step of this level in steps of the finest (of the first, where they differ)."""
+        return int(self.points[1] - self.points[0])
+
+    def coarse_bounds(self) -> list[int]:
+        """Step bounds of the ranks on the next level."""
+        if self.m:
+            return [b // self.m for b in self.bounds]
+        return [int(np.searchsorted(self.c_points, b, side="right")) - 1 for b in self.bounds]
 
     def phi(self, steps: range, u: np.ndarray, out: np.ndarray) -> None:
         """Call the propagator; a failure becomes NaN, which the collective norm carries to every rank (no hang)."""
         if not len(steps):
             return
         self.phi_calls += len(steps)
+        begin = self.trace.now() if self.trace else 0.0
         try:
             self.propagator.step(steps, u, out)
         except Exception as error:
@@ -111,28 +178,35 @@ class Level:
         else:
             if not np.isfinite(out).all():
                 self._failed(steps, u, out)
+        if self.trace:
+            self.trace.work("phi", self.index, begin, first=steps[0], states=len(steps))
 
     def sweep(self) -> None:
         """Take all own steps one after another, from row 0."""
-        U, G, k = self.U, self.G, self.k
-        if not k:
+        self.sweep_steps(range(self.lo, self.hi), self.U, self.G)
+
+    def sweep_steps(self, steps: range, U: np.ndarray, G: np.ndarray | None) -> None:
+        """Take some steps one after another in place, ``U[0]`` being the state before the first."""
+        if not len(steps):
             return
-        steps = range(self.lo, self.hi)
         if not hasattr(self.propagator, "sweep"):
             for i, n in enumerate(steps):
                 self.phi(range(n, n + 1), U[i : i + 1], U[i + 1 : i + 2])
                 if G is not None:
                     U[i + 1] += G[i]
             return
-        self.phi_calls += k
+        self.phi_calls += len(steps)
+        begin = self.trace.now() if self.trace else 0.0
         try:
-            self.propagator.sweep(self.lo, U, G)
+            self.propagator.sweep(steps[0], U, G)
         except Exception as error:
             U[1:] = np.nan
             self._failed(steps, U[:1], U[1:], error)
         else:
             if not np.isfinite(U).all():
                 self._failed(steps, U[:-1], U[1:])
+        if self.trace:
+            self.trace.work("sweep", self.index, begin, first=steps[0], states=len(steps))
 
     def _failed(self, steps: range, u: np.ndarray, out: np.ndarray, error: Exception | None = None) -> None:
         """Remember the first failure that comes of finite data; what follows from it is not its cause."""
@@ -150,27 +224,49 @@ class Level:
     # -- messages: one row to the right, one from the left; the tag is the level -----------------------------------
     def post_receive(self, array: np.ndarray):
         """Start receiving row 0 of ``array`` from the left; ``None`` where there is nobody."""
-        return None if self.left is None else self.comm.Irecv(array[:1], source=self.left, tag=self.index)
+        if self.left is None:
+            return None
+        if self.trace:
+            self.trace.message("receive posted", self.index, self.left, array[:1].nbytes)
+        return self.comm.Irecv(array[:1], source=self.left, tag=self.index)
 
     def post_send(self, array: np.ndarray):
         """Start sending the last row of ``array`` to the right; ``None`` where there is nobody."""
-        return None if self.right is None else self.comm.Isend(array[self.k :], dest=self.right, tag=self.index)
+        if self.right is None:
+            return None
+        if self.trace:
+            self.trace.message("send", self.index, self.right, array[-1:].nbytes)
+        return self.comm.Isend(array[-1:], dest=self.right, tag=self.index)
+
+    def wait(self, *requests) -> None:
+        """Wait for those of the requests that are not ``None``."""
+        for request in requests:
+            if request is not None:
+                begin = self.trace.now() if self.trace else 0.0
+                request.Wait()
+                if self.trace:
+                    self.trace.work("wait", self.index, begin)
 
     def exchange(self, array: np.ndarray) -> None:
         """Fill row 0 of ``array`` from the left neighbour's last row."""
-        wait(self.post_receive(array), self.post_send(array))
+        self.wait(self.post_receive(array), self.post_send(array))
+
+    def phi_of_all(self, V: np.ndarray, out: np.ndarray) -> None:
+        """``Phi`` of all own steps from the points ``V`` ``(k + 1, ...)``; fetches row 0 while the others are stepped."""
+        if not self.active:
+            return
+        receive, send = self.post_receive(V), self.post_send(V)
+        block = self.block or 1
+        first = 0 if receive is None else min(block - self.lo % block, self.k)  # a group that needs row 0
+        if self.uses_guess:
+            out[...] = V[1:]
+        self.phi(range(self.lo + first, self.hi), V[first:-1], out[first:])
+        self.wait(receive)
+        self.phi(range(self.lo, self.lo + first), V[:first], out[:first])
+        self.wait(send)
 
 
-def wait(*requests) -> None:
-    """Wait for those of the requests that are not ``None``."""
-    for request in requests:
-        if request is not None:
-            request.Wait()
-
-
-def build_levels(
-    propagators: Sequence[Propagator], coarsening: Sequence[int], bounds: Sequence[int], comm
-) -> list[Level]:
+def build_levels(propagators: Sequence[Propagator], coarsening: Sequence[Coarsening], bounds: Sequence[int], comm):
     """Build the hierarchy from the finest bounds.
 
     Parameters
@@ -178,18 +274,22 @@ def build_levels(
     propagators
         One a level, finest first.
     coarsening
-        ``len(propagators) - 1`` factors of at least 2.
+        ``len(propagators) - 1`` factors of at least 2, or C-points.
     bounds
         ``comm.size + 1`` step bounds on the finest level.
     comm
         Time communicator (mpi4py).
+
+    Returns
+    -------
+    list of Level
     """
-    levels, stride = [], 1
+    points, levels = coarse_points(bounds[-1], coarsening), []
     for index, propagator in enumerate(propagators):
         m = coarsening[index] if index < len(coarsening) else None
-        levels.append(Level(index, bounds, m, stride, propagator, comm))
+        levels.append(Level(index, bounds, m, points[index], propagator, comm))
         if m is not None:
-            bounds, stride = [b // m for b in bounds], stride * m
+            bounds = levels[-1].coarse_bounds()
     return levels
 
 
@@ -212,7 +312,9 @@ def inject(levels: Sequence[Level], U: np.ndarray) -> list[np.ndarray]:
     for fine, coarse in pairwise(levels):
         out = np.zeros((coarse.k + 1, *U.shape[1:]))
         if coarse.active:
-            out[1:] = arrays[-1][fine.first_c_row :: fine.m]
+            first = coarse.lo + 1
+            rows = np.asarray(fine.c_points[first : coarse.hi + 1], dtype=int) - fine.lo
+            out[1:] = arrays[-1][rows]
             if coarse.left is None:
                 out[0] = arrays[-1][0]
             coarse.exchange(out)

@@ -1,6 +1,6 @@
 """Norms over time whose bits do not depend on the number of time ranks.
 
-Squared norms of the points are gathered over the time communicator in point order and summed in that order on every
+Squared norms of the points are gathered over the time communicator in point order and added in that order on every
 rank.
 """
 
@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 from mpi4py import MPI
 
-__all__ = ["PointNorms", "euclidean", "gather_in_order"]
+__all__ = ["PointNorms", "euclidean", "gather_in_order", "norm_over_time"]
 
 PointNorms = Callable[[np.ndarray], np.ndarray]
 
@@ -19,6 +19,16 @@ PointNorms = Callable[[np.ndarray], np.ndarray]
 def euclidean(block: np.ndarray) -> np.ndarray:
     """Squared Euclidean norm of each state of a block, shape ``(k,)``."""
     return np.array([row @ row for row in map(np.ravel, block)], dtype=float)
+
+
+def norm_over_time(squares: np.ndarray, kind: int | str) -> np.ndarray:
+    """Combine the points' squared norms ``(points, c)``, in point order, by a 1, 2 or ``"inf"`` norm: shape ``(c,)``."""
+    if not len(squares):
+        return np.zeros(squares.shape[1:])
+    if kind == 2:
+        return np.sqrt(squares.sum(axis=0))
+    norms = np.sqrt(squares)
+    return norms.sum(axis=0) if kind == 1 else norms.max(axis=0)
 
 
 def gather_in_order(values: np.ndarray, comm) -> np.ndarray:

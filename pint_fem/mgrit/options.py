@@ -5,8 +5,26 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from math import inf
 
 __all__ = ["MGRITOptions"]
+
+_PER_LEVEL = ("relax", "c_weight", "coarsening")
+_CHOICES = {
+    "cycle": ("V", "F"),
+    "start": ("guess", "skip", "nested"),
+    "coarse_solver": ("sequential", "gathered", "relax"),
+    "storage": ("all", "C"),
+    "residual": ("C", "full", "none"),
+    "check": ("relaxed", "cycle"),
+    "rtol_of": ("trajectory", "first"),
+    "time_norm": (1, 2, "inf"),
+    "on_divergence": ("report", "serial"),
+    "monitor": (False, True),
+    "view": (False, True),
+}
+_COUNTS = {"levels": 1, "f_cycles": 0, "nested_cycles": 1, "coarse_sweeps": 1, "max_it": 1}
+_MAY_BE_NONE = ("levels", "f_cycles", "stagnation")
 
 
 @dataclass(frozen=True)
@@ -19,19 +37,57 @@ class MGRITOptions:
         Number of levels; ``None``: as many as ``coarsening`` allows with at least 4 steps on the coarsest, at most 3.
         1 is sequential time stepping.
     coarsening
-        Factor from each level to the next; the last one repeats.
+        Factor from each level to the next, or the C-points by their numbers on the level (from 0 on); the last one
+        repeats.
+    cycle
+        ``"V"`` or ``"F"``.
+    f_cycles
+        With ``cycle="F"``: only that many cycles are F-cycles, then V; ``None``: all (XBraid's FMG with ``nfmg = -1``).
+    start
+        First guess: ``"guess"`` takes the one given, ``"skip"`` solves the coarsest level and interpolates (XBraid's
+        skip of the first down-cycle), ``"nested"`` does nested iteration: a V-cycle on each level on the way up.
+    nested_cycles
+        V-cycles on each level of nested iteration.
     relax
-        ``"F"`` or ``"FCF"`` for each level but the coarsest; the last one repeats. One string is used on all levels.
-    rtol
-        Stop when the C-point residual is at most ``rtol`` times the norm of the trajectory's C-points.
+        ``"F"``, ``"FCF"``, ``"FCFCF"`` ..., or the number of FC-sweeps before the last F, for each level but the
+        coarsest; the last one repeats. One string is used on all levels.
+    c_weight
+        Weight of C-relaxation, for each level; the last one repeats.
+    coarse_solver
+        ``"sequential"``, ``"gathered"`` (on the first rank) or ``"relax"``, which needs a coarsening factor for the
+        coarsest level too.
+    coarse_sweeps
+        FC-sweeps of ``coarse_solver="relax"``.
+    storage
+        ``"all"`` points of the finest level, or ``"C"``-points only: then ``U`` has a row for each own C-point.
+    residual
+        Norm over the ``"C"``-points, where the residual is after relaxation, or the ``"full"`` one of all points
+        computed anew; ``"none"``: do ``max_it`` cycles without looking.
+    check
+        Look at the residual after the relaxation that begins a cycle (``"relaxed"``, as XBraid) or before it
+        (``"cycle"``, as PyMGRIT). Then its propagator calls are those of the next C-relaxation.
+    time_norm
+        1, 2 or ``"inf"`` over the points.
+    rtol, rtol_of
+        Stop when the residual is at most ``rtol`` times the norm of the ``"trajectory"`` at the C-points, or of the
+        ``"first"`` residual.
     atol
-        Stop when the C-point residual is at most ``atol``.
+        Stop when the residual is at most ``atol``.
     max_it
         Largest number of cycles.
     dtol
         A residual ``dtol`` times the first one is divergence.
+    stagnation
+        A reduction slower than this factor a cycle, over the last five, is stagnation where at that rate the tolerance
+        is out of reach; ``None``: go on.
+    on_divergence
+        ``"report"``, or ``"serial"``: step sequentially where cycles diverge, stagnate, fail or run out, and say so.
     monitor
         Print a line a cycle on the first rank.
+    view
+        Print the hierarchy before the first solve.
+    trace
+        File for a Chrome trace of all solves, written by ``MGRIT.write_trace``; empty: none.
 
     Raises
     ------
@@ -40,71 +96,110 @@ class MGRITOptions:
     """
 
     levels: int | None = None
-    coarsening: Sequence[int] = (8, 4)
-    relax: str | Sequence[str] = "FCF"
+    coarsening: int | Sequence = (8, 4)
+    cycle: str = "V"
+    f_cycles: int | None = None
+    start: str = "guess"
+    nested_cycles: int = 1
+    relax: str | int | Sequence = "FCF"
+    c_weight: float | Sequence[float] = 1.0
+    coarse_solver: str = "sequential"
+    coarse_sweeps: int = 1
+    storage: str = "all"
+    residual: str = "C"
+    check: str = "relaxed"
+    time_norm: int | str = 2
     rtol: float = 1e-8
+    rtol_of: str = "trajectory"
     atol: float = 0.0
     max_it: int = 50
     dtol: float = 1e4
+    stagnation: float | None = 0.97
+    on_divergence: str = "report"
     monitor: bool = False
+    view: bool = False
+    trace: str = ""
 
     def __post_init__(self):
         set_ = lambda name, value: object.__setattr__(self, name, value)
-        factors = _as_tuple(self.coarsening)
-        if not factors or any(not _is_int(m) or m < 2 for m in factors):
-            raise ValueError(f"mgrit coarsening {self.coarsening!r}: give whole numbers of at least 2, such as (8, 4)")
-        set_("coarsening", tuple(int(m) for m in factors))
-        relax = _as_tuple(self.relax)
-        if not relax or any(r not in ("F", "FCF", "FCFCF") for r in relax):
-            raise ValueError(f"mgrit relax {self.relax!r}: give 'F', 'FCF' or 'FCFCF', or one of them a level")
-        set_("relax", relax)
-        if self.levels is not None and (not _is_int(self.levels) or self.levels < 1):
-            raise ValueError(f"mgrit levels {self.levels!r}: give a whole number of at least 1")
+        set_("coarsening", _coarsening(self.coarsening))
+        set_("relax", tuple(_scheme(r, self.relax) for r in _as_tuple(self.relax, "relax", self.relax)))
+        weights = _as_tuple(self.c_weight, "c_weight", self.c_weight)
+        if any(not _is_number(w) or not 0 < w < inf for w in weights):
+            raise ValueError(f"mgrit c_weight {self.c_weight!r}: give positive numbers, such as 1.0")
+        set_("c_weight", tuple(float(w) for w in weights))
+        for name, choices in _CHOICES.items():
+            value = getattr(self, name)
+            if not any(value == c and isinstance(value, str) == isinstance(c, str) for c in choices):
+                raise ValueError(f"mgrit {name} {value!r}: give one of {', '.join(map(repr, choices))}")
+        for name, least in _COUNTS.items():
+            value = getattr(self, name)
+            if value is None and name in _MAY_BE_NONE:
+                continue
+            if not _is_int(value) or value < least:
+                raise ValueError(f"mgrit {name} {value!r}: give a whole number of at least {least}")
         for name in ("rtol", "atol"):
             value = getattr(self, name)
-            if not _is_number(value) or not 0 <= value < float("inf"):
+            if not _is_number(value) or not 0 <= value < inf:
                 raise ValueError(f"mgrit {name} {value!r}: give a number of at least 0")
-        if self.rtol == self.atol == 0 and not _is_int(self.max_it):
-            raise ValueError("mgrit rtol and atol are both 0: give one of them, or a whole number max_it")
-        if not _is_int(self.max_it) or self.max_it < 1:
-            raise ValueError(f"mgrit max_it {self.max_it!r}: give a whole number of at least 1")
         if not _is_number(self.dtol) or self.dtol <= 1:
             raise ValueError(f"mgrit dtol {self.dtol!r}: give a number above 1")
-        if self.monitor not in (False, True):
-            raise ValueError(f"mgrit monitor {self.monitor!r}: give True or False")
+        if self.stagnation is not None and (not _is_number(self.stagnation) or not 0 < self.stagnation < inf):
+            raise ValueError(f"mgrit stagnation {self.stagnation!r}: give a positive factor, such as 0.97, or None")
+        if not isinstance(self.trace, str):
+            raise ValueError(f"mgrit trace {self.trace!r}: give the name of a file")
 
     @classmethod
     def make(cls, options: MGRITOptions | Mapping | None = None, **changes) -> MGRITOptions:
-        """From options, a dictionary of them or nothing; an unknown name is refused with the nearest known one."""
+        """From options, a dictionary of them or nothing; an unknown name is refused with the nearest known one.
+
+        Dictionaries may be nested: ``{"coarse": {"solver": "relax"}}`` is ``{"coarse_solver": "relax"}``, and
+        ``{"level_1": {"relax": "F"}}`` (also ``level_1_relax``) changes an option of one level.
+        """
         base = options if isinstance(options, cls) else cls()
-        given = dict(changes) if isinstance(options, cls) or options is None else {**options, **changes}
+        given = dict(changes) if isinstance(options, cls) or options is None else {**_flat(options), **changes}
         known = [f.name for f in fields(cls)]
-        for name in given:
-            if name not in known:
+        levels: dict[str, dict[int, object]] = {}
+        for name in list(given):
+            level, rest = _level_of(name)
+            if rest in _PER_LEVEL:
+                levels.setdefault(rest, {})[level] = given.pop(name)
+            elif name not in known:
                 near = difflib.get_close_matches(str(name), known, n=1)
                 hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
                 raise ValueError(f"unknown mgrit option {name!r}: {hint}")
-        return replace(base, **given)
+        made = replace(base, **given)
+        for name, changed in levels.items():
+            values = list(getattr(made, name))
+            values += [values[-1]] * (max(changed) + 2 - len(values))  # what the last one stood for goes on
+            for level, value in changed.items():
+                values[level] = value
+            made = replace(made, **{name: values})
+        return made
 
-    def factors(self, nsteps: int) -> tuple[int, ...]:
-        """Coarsening factors used for ``nsteps`` steps.
+    @property
+    def is_fixed(self) -> bool:
+        """Whether the number of cycles is given rather than a tolerance."""
+        return self.residual == "none" or self.rtol == self.atol == 0
+
+    def factors(self, nsteps: int) -> tuple:
+        """Coarsening (factors, or tuples of C-points) used for ``nsteps`` steps, for each level but the coarsest.
 
         Raises
         ------
         ValueError
             If the levels asked for leave a level without a step.
         """
-        factor = lambda i: self.coarsening[min(i, len(self.coarsening) - 1)]
         chosen, n = [], nsteps
         if self.levels is None:
-            while len(chosen) < 2 and n // factor(len(chosen)) >= 4:
-                n //= factor(len(chosen))
-                chosen.append(factor(len(chosen)))
+            while len(chosen) < 2 and _coarser(n, self.coarsen(len(chosen))) >= 4:
+                n = _coarser(n, self.coarsen(len(chosen)))
+                chosen.append(self.coarsen(len(chosen)))
             if chosen:
                 return tuple(chosen)
         for i in range((self.levels or 2) - 1):
-            n //= factor(i)
-            chosen.append(factor(i))
+            n = _coarser(n, self.coarsen(i))
+            chosen.append(self.coarsen(i))
             if n < 1:
                 raise ValueError(
                     f"mgrit coarsening {'x'.join(map(str, chosen))} exceeds the {nsteps} time steps: "
@@ -112,13 +207,82 @@ class MGRITOptions:
                 )
         return tuple(chosen)
 
+    def coarsen(self, index: int):
+        """Coarsening from level ``index`` to the next."""
+        return self.coarsening[min(index, len(self.coarsening) - 1)]
+
     def scheme(self, index: int) -> str:
         """Relaxation of level ``index``."""
         return self.relax[min(index, len(self.relax) - 1)]
 
+    def sweeps(self, index: int) -> int:
+        """Its number of FC-sweeps."""
+        return self.scheme(index).count("C")
 
-def _as_tuple(value) -> tuple:
-    return tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else (value,)
+    def weight(self, index: int) -> float:
+        """Weight of C-relaxation on level ``index``."""
+        return self.c_weight[min(index, len(self.c_weight) - 1)]
+
+
+def _coarser(n: int, m) -> int:
+    return n // m if _is_int(m) else len(m) - 1
+
+
+def _coarsening(given) -> tuple:
+    """Factors and tuples of C-points."""
+    bad = ValueError(
+        f"mgrit coarsening {given!r}: give whole numbers of at least 2, such as (8, 4), or a level's C-points [0, ...]"
+    )
+    items = tuple(given) if isinstance(given, Iterable) and not isinstance(given, str) else (given,)
+    out = []
+    for m in items:
+        if isinstance(m, Iterable) and not isinstance(m, str):
+            m = tuple(m)
+            if len(m) < 2 or any(not _is_int(c) for c in m) or m[0] != 0 or sorted(set(m)) != list(m):
+                raise bad
+            out.append(tuple(int(c) for c in m))
+        elif not _is_int(m) or m < 2:
+            raise bad
+        else:
+            out.append(int(m))
+    if not out:
+        raise bad
+    return tuple(out)
+
+
+def _scheme(r, given) -> str:
+    if _is_int(r) and r >= 0:
+        return "F" + "CF" * int(r)
+    if not isinstance(r, str) or r != "F" + "CF" * r.count("C"):
+        raise ValueError(
+            f"mgrit relax {given!r}: give 'F', 'FCF', 'FCFCF' ... or a number of FC-sweeps, or one of them a level"
+        )
+    return r
+
+
+def _flat(options: Mapping, prefix: str = "") -> dict:
+    flat = {}
+    for name, value in options.items():
+        if isinstance(value, Mapping):
+            flat.update(_flat(value, f"{prefix}{name}_"))
+        else:
+            flat[f"{prefix}{name}" if prefix else name] = value
+    return flat
+
+
+def _level_of(name) -> tuple[int, str]:
+    """``level_1_relax`` as ``(1, "relax")``."""
+    parts = str(name).split("_", 2)
+    if len(parts) == 3 and parts[0] == "level" and parts[1].isdigit():
+        return int(parts[1]), parts[2]
+    return -1, ""
+
+
+def _as_tuple(value, name: str, given) -> tuple:
+    items = tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else (value,)
+    if not items:
+        raise ValueError(f"mgrit {name} {given!r}: give at least one")
+    return items
 
 
 def _is_int(value) -> bool:

@@ -1,89 +1,200 @@
 """Relaxation on blocks: the intervals of a slab advance in lock-step.
 
 F-relaxation takes each interval's C-point through the F-points behind it; intervals are independent, so step ``j`` of
-all of them is one call of the propagator on a block of states. C-relaxation updates the C-points from the F-points
+many of them is one call of the propagator on a block of states. C-relaxation updates the C-points from the F-points
 before them.
 
-Slabs may begin anywhere. Where one begins at a C-point the ghost row is a C-point, and all intervals go together.
-Where it begins inside an interval, the part in front waits for the left neighbour; it is relaxed last.
+Slabs may begin anywhere. Intervals go in groups, from the last to the first: what the right neighbour waits for is
+sent as soon as it is there, and what comes from the left is waited for only by the group that begins with it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import groupby
+from typing import NamedTuple
+
 import numpy as np
 
-from pint_fem.mgrit.levels import Level, wait
+from pint_fem.mgrit.levels import Level
 
-__all__ = ["c_relax", "c_residual", "f_relax", "relax", "solve_sequentially"]
-
-
-def f_relax(level: Level) -> None:
-    """Update the F-points: ``U[n+1] = Phi_n(U[n]) + G[n]`` from each C-point on."""
-    if not level.active:
-        return
-    m, k, lo, U = level.m, level.k, level.lo, level.U
-    inside = lo % m  # 0: the ghost row is a C-point
-    receive, send = level.post_receive(U), None
-    if level.hi % m == 0:  # the last row is a C-point: the neighbour needs it as it is
-        send = level.post_send(U)
-    if inside == 0:
-        wait(receive)
-    first = (m - inside) % m
-    for row in range(first, first + m - 1):
-        _advance(level, row, m)
-    has_c_point = first <= k
-    if level.hi % m and has_c_point:
-        send = level.post_send(U)
-    if inside:
-        wait(receive)
-        for row in range(min(m - inside - 1, k)):
-            _advance(level, row, m, count=1)
-    if level.hi % m and not has_c_point:
-        send = level.post_send(U)
-    wait(send)
+__all__ = ["Relaxation", "Run", "runs"]
 
 
-def _advance(level: Level, row: int, m: int, count: int | None = None) -> None:
-    """Step the rows ``row, row + m, ...`` (the first ``count`` of them) into the rows behind them."""
-    stop = level.k if count is None else row + count
-    if row >= stop:
-        return
-    target = level.U[row + 1 : stop + 1 : m]
-    level.phi(range(level.lo + row, level.lo + stop, m), level.U[row:stop:m], target)
-    if level.G is not None:
-        target += level.G[row:stop:m]
+class Run(NamedTuple):
+    """Steps of equal stride that are taken together: numbers, rows they start from, their rows among the C-points."""
+
+    steps: range
+    rows: slice
+    places: slice
+
+    @property
+    def targets(self) -> slice:
+        """Rows behind."""
+        return slice(self.rows.start + 1, self.rows.stop + 1, self.rows.step)
 
 
-def c_relax(level: Level) -> None:
-    """Update the C-points from the F-points before them."""
-    if level.active:
-        _advance(level, level.first_c_row - 1, level.m)
+class Interval(NamedTuple):
+    """From a C-point to the next: its number, first step, and length (the trailing one may be cut short)."""
+
+    number: int
+    start: int
+    length: int
 
 
-def c_residual(level: Level, out: np.ndarray) -> None:
-    """Write ``G + Phi(U) - U`` at the own C-points to ``out``; after F-relaxation that is the whole residual."""
-    if not level.active or not len(out):
-        return
-    row, m, k = level.first_c_row - 1, level.m, level.k
-    level.phi(range(level.lo + row, level.lo + k, m), level.U[row:k:m], out)
-    if level.G is not None:
-        out += level.G[row:k:m]
-    out -= level.U[row + 1 : k + 1 : m]
+def runs(intervals: list[Interval], j: int, lo: int, hi: int, first_number: int) -> Iterator[Run]:
+    """Step ``j`` of some intervals where it is in ``lo..hi-1``: neighbours of equal length together."""
+    some = [i for i in intervals if j < i.length and lo <= i.start + j < hi]
+    for _, pairs in groupby(enumerate(some), key=lambda pair: (pair[1].length, pair[1].number - pair[0])):
+        part = [i for _, i in pairs]
+        length, start, stop = part[0].length, part[0].start + j, part[-1].start + j + 1
+        place = part[0].number - first_number
+        yield Run(range(start, stop, length), slice(start - lo, stop - lo, length), slice(place, place + len(part)))
 
 
-def relax(level: Level, scheme: str, *, f_is_done: bool = False) -> None:
-    """Relax by ``scheme``, ``"F"`` or ``"FCF"``; ``f_is_done``: the first F-relaxation would change nothing."""
-    if not f_is_done:
-        f_relax(level)
-    for _ in range(scheme.count("C")):
-        c_relax(level)
-        f_relax(level)
+class Group(NamedTuple):
+    """Intervals that go through relaxation together."""
+
+    intervals: list[Interval]
+    f_runs: list[Run]
+    waits: bool  # for row 0
+    ends: bool  # with the last row
 
 
-def solve_sequentially(level: Level) -> None:
-    """Take all steps of a level in turn, rank after rank; row 0 of the first rank is the initial value."""
-    if not level.active:
-        return
-    wait(level.post_receive(level.U))
-    level.sweep()
-    wait(level.post_send(level.U))
+class Relaxation:
+    """Relaxation of one level that stores all its points.
+
+    Parameters
+    ----------
+    level
+        With C-points.
+    weight
+        Of C-relaxation: ``U <- weight (Phi(U) + G) + (1 - weight) U``.
+    """
+
+    def __init__(self, level: Level, weight: float = 1.0):
+        self.level, self.weight = level, weight
+        lo, hi, c = level.lo, level.hi, level.c_points
+        bounds = level.coarse_bounds()
+        rank = level.comm.rank
+        self.first_number, last_number = bounds[rank], bounds[rank + 1]  # of the intervals that end at own C-points
+        self.count = last_number - self.first_number
+        numbers = range(self.first_number, last_number + 1) if level.k else range(0)
+        self.intervals = [Interval(i, int(c[i]), self._length(i)) for i in numbers if c[i] < hi]
+        self.c_rows = self._rows(c, self.first_number + 1, last_number + 1)
+        self.c_runs = [
+            run
+            for length in sorted({i.length for i in self.intervals})
+            for run in runs([i for i in self.intervals if i.length == length], length - 1, lo, hi, self.first_number)
+        ]
+        self.groups = list(self._groups())
+        self.last_is_c = int(c[last_number]) == hi
+        self._work: np.ndarray | None = None
+
+    def _length(self, i: int) -> int:
+        c, level = self.level.c_points, self.level
+        if level.m:
+            return level.m
+        return int(c[i + 1] - c[i]) if i + 1 < len(c) else level.nsteps - int(c[i]) + 1
+
+    def _rows(self, c, first: int, stop: int):
+        """Rows of some C-points: a slice where they are evenly spaced."""
+        if self.level.m:
+            row = first * self.level.m - self.level.lo
+            return slice(row, row + (stop - first) * self.level.m, self.level.m) if stop > first else slice(0, 0)
+        return np.asarray(c[first:stop], dtype=int) - self.level.lo
+
+    def _groups(self) -> Iterator[Group]:
+        """Last to first. The one that needs row 0 from the left is as small as whole blocks allow."""
+        level, lo, hi = self.level, self.level.lo, self.level.hi
+        partial = [i for i in self.intervals if i.start < lo]
+        whole = [i for i in self.intervals if i.start >= lo]
+        if level.block:
+            parts = [list(g) for _, g in groupby(whole, key=lambda i: i.number // level.block)]
+        elif level.left is not None and whole and whole[0].start == lo and len(whole) > 1:
+            parts = [whole[:1], whole[1:]]
+        else:
+            parts = [whole] if whole else []
+        for part in reversed(parts):
+            steps = range(max(i.length for i in part) - 1)
+            f = [run for j in steps for run in runs(self._f_steps(part, j), j, lo, hi, self.first_number)]
+            yield Group(part, f, part[0].start == lo, part[-1] is self.intervals[-1])
+        for i in partial:  # one state after another, in the lanes of the whole interval
+            f = [run for j in range(i.length - 1) for run in runs([i], j, lo, hi, self.first_number)]
+            yield Group(partial, f, True, i is self.intervals[-1])
+
+    @staticmethod
+    def _f_steps(part: list[Interval], j: int) -> list[Interval]:
+        """Those in which step ``j`` leads to an F-point."""
+        return [i for i in part if j + 1 < i.length]
+
+    def c_values(self, U: np.ndarray) -> np.ndarray:
+        """Values at the own C-points, a view where they are evenly spaced."""
+        return U[self.c_rows]
+
+    def set_c_values(self, U: np.ndarray, values: np.ndarray) -> None:
+        """Replace them."""
+        U[self.c_rows] = values
+
+    def _phi(self, run: Run, out: np.ndarray) -> None:
+        """``Phi + G`` of some rows; ``out`` holds the points' values where the propagator wants a guess."""
+        level = self.level
+        G = None if level.G is None else level.G[run.rows]
+        if G is not None and level.uses_guess and level.index == 0:
+            out -= G
+        level.phi(run.steps, level.U[run.rows], out)
+        if G is not None:
+            out += G
+
+    def f_relax(self) -> None:
+        """Update the F-points: ``U[n+1] = Phi_n(U[n]) + G[n]`` from each C-point on."""
+        level = self.level
+        if not level.active:
+            return
+        U = level.U
+        receive, send = level.post_receive(U), None
+        if self.last_is_c:  # the neighbour needs it as it is
+            send = level.post_send(U)
+        for group in self.groups:
+            if group.waits:
+                level.wait(receive)
+                receive = None
+            for run in group.f_runs:
+                self._phi(run, U[run.targets])
+            if group.ends and not self.last_is_c:
+                send = level.post_send(U)
+        level.wait(receive, send)
+
+    def c_relax(self) -> None:
+        """Update the C-points from the F-points before them."""
+        if self.weight != 1:
+            if self._work is None or self._work.shape[1:] != self.level.U.shape[1:]:
+                self._work = np.empty((self.count, *self.level.U.shape[1:]))
+            self.c_residual(self._work)
+            self.c_relax_by(self._work)
+            return
+        for run in self.c_runs:
+            self._phi(run, self.level.U[run.targets])
+
+    def c_relax_by(self, residual: np.ndarray) -> None:
+        """C-relaxation where the residual at the C-points is at hand: no propagator call."""
+        for run in self.c_runs:
+            self.level.U[run.targets] += self.weight * residual[run.places]
+
+    def c_residual(self, out: np.ndarray) -> None:
+        """Write ``G + Phi(U) - U`` at the own C-points to ``out``; after F-relaxation that is the whole residual."""
+        U, guess = self.level.U, self.level.uses_guess
+        for run in self.c_runs:
+            part = out[run.places]
+            if guess:
+                part[...] = U[run.targets]
+            self._phi(run, part)
+            part -= U[run.targets]
+
+    def solve_sequentially(self) -> None:
+        """Take all steps of the level in turn, rank after rank; row 0 of the first rank is the initial value."""
+        level = self.level
+        if level.active:
+            level.wait(level.post_receive(level.U))
+            level.sweep()
+            level.wait(level.post_send(level.U))

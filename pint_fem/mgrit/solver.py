@@ -13,54 +13,20 @@ Needs numpy and mpi4py only. A scalar ODE::
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 from mpi4py import MPI
 
 from pint_fem.mgrit.cycle import Cycle
 from pint_fem.mgrit.levels import Propagator, build_levels, split_steps
-from pint_fem.mgrit.norms import PointNorms, euclidean, gather_in_order
+from pint_fem.mgrit.norms import PointNorms, euclidean, gather_in_order, norm_over_time
 from pint_fem.mgrit.options import MGRITOptions
-from pint_fem.mgrit.relaxation import solve_sequentially
+from pint_fem.mgrit.stopping import SolveResult, SolverFailure, Stopping
+from pint_fem.mgrit.trace import Trace
+from pint_fem.mgrit.transfer import Transfer
 
-__all__ = ["MGRIT", "DivergedError", "SolveResult", "SolverFailure"]
-
-
-class SolverFailure(RuntimeError):
-    """A step failed or gave NaN; the message names the sweep, level and steps."""
-
-
-class DivergedError(SolverFailure):
-    """The residual grew, or the tolerance was not reached in ``max_it`` cycles."""
-
-
-@dataclass
-class SolveResult:
-    """What a solve did.
-
-    Attributes
-    ----------
-    converged : bool
-    reason : str
-        ``"rtol"``, ``"atol"``, ``"exact"`` (sequential), ``"max_it"`` or ``"diverged"``.
-    residuals : list of float
-        C-point residual norm before each correction (after relaxation), the last one included.
-    cycles : int
-        Coarse-grid corrections done.
-    """
-
-    converged: bool = False
-    reason: str = ""
-    residuals: list[float] = field(default_factory=list)
-    cycles: int = 0
-
-    @property
-    def factor(self) -> float:
-        """Geometric mean of the residual reduction a cycle; NaN without two positive residuals."""
-        r = [x for x in self.residuals if x > 0]
-        return (r[-1] / r[0]) ** (1 / (len(r) - 1)) if len(r) > 1 else math.nan
+__all__ = ["MGRIT"]
 
 
 class MGRIT:
@@ -69,7 +35,8 @@ class MGRIT:
     Parameters
     ----------
     propagators
-        One a level, finest first (the number of levels). A coarse one steps as far as ``m`` steps of the finer.
+        One a level, finest first (the number of levels). A coarse one steps from one of its level's points to the
+        next (:func:`~pint_fem.mgrit.levels.coarse_points`): as far as ``m`` steps of the finer.
     nsteps
         Steps on the finest level.
     options
@@ -80,6 +47,13 @@ class MGRIT:
         ``comm.size + 1`` step bounds of the ranks; default: nearly equal.
     point_norms
         Squared norm of each state of a block (global over space); default: Euclidean.
+    transfers
+        Spatial coarsening from each level to the next: :class:`Transfer`, a pair of maps on blocks or of matrices
+        ``(R, P)``, or ``None``.
+    linear
+        Whether ``Phi`` is linear; nested iteration then restricts right-hand sides more accurately.
+    transposed
+        Cycles that are the transposes of those of the forward problem (see :mod:`~pint_fem.mgrit.cycle`).
     name
         Named in monitor lines and errors.
 
@@ -98,28 +72,66 @@ class MGRIT:
         comm=MPI.COMM_SELF,
         bounds: Sequence[int] | None = None,
         point_norms: PointNorms = euclidean,
+        transfers: Sequence | None = None,
+        linear: bool = False,
+        transposed: bool = False,
         name: str = "mgrit",
         printer: Callable[[str], None] = print,
     ):
         options = MGRITOptions.make(options)
         if options.levels not in (None, len(propagators)):
             raise ValueError(f"{len(propagators)} propagators for {options.levels} mgrit levels: give one a level")
-        self.options = MGRITOptions.make(options, levels=len(propagators))
-        factors = self.options.factors(nsteps)
-        bounds = split_steps(nsteps, comm.size) if bounds is None else list(bounds)
+        self.options = options = MGRITOptions.make(options, levels=len(propagators))
+        factors = options.factors(nsteps)
+        if not factors and options.storage == "C":
+            raise ValueError("mgrit storage 'C' with one level: there are no C-points; give levels or storage='all'")
+        self.transfers = [Transfer.make(t) for t in (transfers or [None] * len(factors))]
+        if len(self.transfers) != len(factors):
+            raise ValueError(
+                f"{len(self.transfers)} transfers for {len(factors) + 1} levels: give one to each coarse level"
+            )
+        bounds = self._bounds(nsteps, factors, comm.size) if bounds is None else list(bounds)
         whole = all(hasattr(b, "__index__") for b in bounds)
         if not whole or len(bounds) != comm.size + 1 or sorted(bounds) != bounds or bounds[0] or bounds[-1] != nsteps:
             raise ValueError(f"bounds {bounds} do not split {nsteps} steps over {comm.size} ranks")
+        if options.coarse_solver == "relax":
+            factors = (*factors, options.coarsen(len(factors)))
         self.levels = build_levels(propagators, factors, bounds, comm)
         self.comm, self.nsteps, self.point_norms, self.name, self.printer = comm, nsteps, point_norms, name, printer
+        self.linear, self.transposed = linear, transposed
+        self.trace: Trace | None = Trace(comm) if options.trace else None
+        for level in self.levels:
+            level.trace = self.trace
+        exact = math.inf
+        if len(self.levels) == 2 and options.coarse_solver != "relax" and self.transfers == [None]:
+            exact = math.ceil(self.levels[1].nsteps / (1 + options.sweeps(0)))
+        self._stop = Stopping(options, exact)
         self._cycle: Cycle | None = None
+        self._all_work: np.ndarray | None = None
+        self._viewed = not options.view
+        fine = self.levels[0]
+        #: Rows of the local arrays: own steps (own C-points with ``storage="C"``) plus one.
+        self.local_rows = fine.k + 1
+        if options.storage == "C":
+            coarse = fine.coarse_bounds()
+            self.local_rows = coarse[comm.rank + 1] - coarse[comm.rank] + 1
 
-    @property
-    def local_rows(self) -> int:
-        """Rows of the local arrays: own steps plus one."""
-        return self.levels[0].k + 1
+    def _bounds(self, nsteps: int, factors: tuple, size: int) -> list[int]:
+        """Nearly equal shares; of whole intervals where only C-points are stored."""
+        if self.options.storage == "all":
+            return split_steps(nsteps, size)
+        m = factors[0]
+        c = range(0, nsteps + 1, m) if isinstance(m, int) else m
+        return [*(int(c[j]) for j in split_steps(len(c) - 1, size)[:-1]), nsteps]
 
-    def solve(self, U: np.ndarray, G: np.ndarray | None = None) -> SolveResult:
+    def solve(
+        self,
+        U: np.ndarray,
+        G: np.ndarray | None = None,
+        *,
+        start: str | None = None,
+        coarse_rhs: Sequence[np.ndarray | None] | None = None,
+    ) -> SolveResult:
         """Solve in place.
 
         Parameters
@@ -128,7 +140,12 @@ class MGRIT:
             ``(local_rows, *state)``: first guess in, solution out. Row 0 is the initial value on the first rank and a
             ghost of the left neighbour's last row on the others.
         G
-            Right-hand side of the own steps, ``(local_rows - 1, *state)``, or ``None`` for zero.
+            Right-hand side of the own steps, ``(own steps, *state)``, or ``None`` for zero.
+        start
+            ``"guess"``, ``"skip"`` or ``"nested"``; default: the option.
+        coarse_rhs
+            Right-hand sides of the own steps of each level below the finest, for a first guess by ``"skip"`` or
+            ``"nested"``; ``None``: restricted from ``G``.
 
         Returns
         -------
@@ -139,21 +156,120 @@ class MGRIT:
         SolverFailure
             On every rank, if a step failed or a value is not finite on any.
         """
-        fine = self.levels[0]
+        fine, start = self.levels[0], self.options.start if start is None else start
         self._check_arrays(U, G)
+        if not self._viewed:
+            self._viewed = True
+            self._say(self.view(U[:1].nbytes))
         for level in self.levels:
             level.failure = None
         fine.U, fine.G = U, G
         with np.errstate(over="ignore", invalid="ignore"):  # a solve that blows up says so itself, once
-            result = self._solve_sequentially(fine) if len(self.levels) == 1 else self._iterate(U)
+            if len(self.levels) == 1:
+                fine.wait(fine.post_receive(U))
+                fine.sweep()
+                fine.wait(fine.post_send(U))
+                result = SolveResult(True, "exact", [0.0], 0)
+            else:
+                result = self._cycle_or_step(U, start, coarse_rhs)
             self._check_finite(not fine.active or bool(np.isfinite(self._squares(U)).all()))
         return result
+
+    def _cycle_or_step(self, U: np.ndarray, start: str, coarse_rhs) -> SolveResult:
+        """Cycle; step sequentially where that does not work out and the options want it."""
+        result, serial = SolveResult(), self.options.on_divergence == "serial"
+        try:
+            self._iterate(U, start, coarse_rhs, result)
+        except SolverFailure as failure:
+            if not serial:
+                raise
+            result.message = str(failure)
+        if result.converged or not serial:
+            return result
+        self._say(f"  {self.name}: {result.message}; stepping sequentially instead")
+        for level in self.levels:
+            level.failure = None
+        self._cycle.relaxations[0].solve_sequentially()
+        result.converged, result.reason = True, "serial"
+        return result
+
+    def _iterate(self, U: np.ndarray, start: str, coarse_rhs, result: SolveResult) -> None:
+        options, cycle = self.options, self._cycle
+        if cycle is None or cycle.state_shape != U.shape[1:]:
+            flags = dict(linear=self.linear, transposed=self.transposed)
+            cycle = self._cycle = Cycle(self.levels, options, U.shape[1:], self.transfers, **flags)
+        f_is_done = start != "guess"
+        if f_is_done:
+            cycle.first_guess(nested=start == "nested", coarse_rhs_given=coarse_rhs)
+        early = options.check == "cycle"
+        while True:
+            if options.residual == "none" and result.cycles == options.max_it:
+                result.converged, result.reason = True, "its"
+                return
+            if early and options.residual != "none":
+                if not f_is_done:
+                    cycle.relaxations[0].f_relax()
+                cycle.residual(0)
+            else:
+                cycle.relax_and_restrict(0, f_is_done=f_is_done)
+            if options.residual != "none":
+                norm, result.scale = self._norms(U)
+                result.residuals.append(norm)
+                self._monitor(result)
+                if self._stop(result):
+                    return
+                if early:
+                    cycle.relax_and_restrict(0, f_is_done=True, residual_is_known=True)
+            is_f = options.cycle == "F" and (options.f_cycles is None or result.cycles < options.f_cycles)
+            cycle.correct(0, "F" if is_f else "V")
+            f_is_done = True
+            result.cycles += 1
+            if self.trace:
+                self.trace.mark("cycle", sweep=self.name, number=result.cycles)
+
+    def _norms(self, U: np.ndarray) -> tuple[float, float]:
+        """Norms of the residual and of the trajectory at the C-points."""
+        cycle, kind = self._cycle, self.options.time_norm
+        V = cycle.relaxations[0].c_values(U)
+        r = self._full_residual(U) if self.options.residual == "full" and self.options.storage == "all" else None
+        if r is None:
+            local = np.stack([self._squares(cycle.residuals[0]), self._squares(V)], axis=1)
+            norms = norm_over_time(gather_in_order(local, self.comm), kind)
+        else:
+            norms = np.array([norm_over_time(gather_in_order(self._squares(x), self.comm), kind) for x in (r, V)])
+        if not np.isfinite(norms).all():
+            self._check_finite(False)
+        return float(norms[0]), float(norms[1])
+
+    def _full_residual(self, U: np.ndarray) -> np.ndarray:
+        """``Phi(U) + G - U`` at all own points, computed anew."""
+        fine = self.levels[0]
+        if self._all_work is None or self._all_work.shape[1:] != U.shape[1:]:
+            self._all_work = np.empty((fine.k, *U.shape[1:]))
+        fine.phi_of_all(U, self._all_work)
+        if fine.G is not None:
+            self._all_work += fine.G
+        self._all_work -= U[1:]
+        return self._all_work
+
+    def states(self, U: np.ndarray, G: np.ndarray | None = None) -> Iterator[tuple[int, np.ndarray]]:
+        """The own part of a solved trajectory in order: the number of a point and the states from there on.
+
+        With ``storage="C"`` interval by interval, F-points being computed again (one propagator call each) in an
+        array that the next interval uses.
+        """
+        fine = self.levels[0]
+        if self.options.storage == "all":
+            yield fine.lo + 1, U[1:]
+        else:
+            yield from self._cycle.relaxations[0].states(U, G)
 
     def _check_arrays(self, U: np.ndarray, G: np.ndarray | None) -> None:
         """Raise on every rank when the arrays of any do not fit."""
         k, problem = self.levels[0].k, None
-        if not U.ndim or len(U) != k + 1 or (G is not None and G.shape != (k, *U.shape[1:])):
-            problem = f"U {U.shape} and G {None if G is None else G.shape} for {k} own steps"
+        if not U.ndim or len(U) != self.local_rows or (G is not None and G.shape != (k, *U.shape[1:])):
+            what = f"{k} own steps" + ("" if self.local_rows == k + 1 else f" with {self.local_rows - 1} C-points")
+            problem = f"U {U.shape} and G {None if G is None else G.shape} for {what}"
         elif U.dtype != float:
             problem = f"U of type {U.dtype}: give {np.dtype(float)}"
         elif not U[:1].flags.c_contiguous:
@@ -164,39 +280,6 @@ class MGRIT:
             problems.append(f"states of different shapes on the ranks: {[shape for _, shape in reports]}")
         if problems:
             raise ValueError(f"{self.name}: {problems[0]}")
-
-    def _iterate(self, U: np.ndarray) -> SolveResult:
-        if self._cycle is None or self._cycle.levels[1].U.shape[1:] != U.shape[1:]:
-            schemes = [self.options.scheme(i) for i in range(len(self.levels) - 1)]
-            self._cycle = Cycle(self.levels, schemes, U.shape[1:])
-        cycle, options, result = self._cycle, self.options, SolveResult()
-        while True:
-            r, V = cycle.relax_and_restrict(0, f_is_done=result.cycles > 0)
-            norm, scale = self._norms(r, V)
-            result.residuals.append(norm)
-            self._monitor(result, scale)
-            if norm <= options.atol or norm <= options.rtol * scale:
-                result.converged, result.reason = True, "atol" if norm <= options.atol else "rtol"
-                return result
-            if norm > options.dtol * result.residuals[0]:
-                result.reason = "diverged"
-                return result
-            if result.cycles == options.max_it:
-                result.reason = "max_it"
-                return result
-            cycle.correct(0)
-            result.cycles += 1
-
-    def _solve_sequentially(self, fine) -> SolveResult:
-        solve_sequentially(fine)
-        return SolveResult(True, "exact", [0.0], 0)
-
-    def _norms(self, r: np.ndarray, V: np.ndarray) -> tuple[float, float]:
-        local = np.stack([self._squares(r), self._squares(V)], axis=1)
-        sums = np.sqrt(gather_in_order(local, self.comm).sum(axis=0))
-        if not np.isfinite(sums).all():
-            self._check_finite(False)
-        return float(sums[0]), float(sums[1])
 
     def _squares(self, block: np.ndarray) -> np.ndarray:
         """Squared norms of some states; NaN where the user's function fails (no hang), and once a step has failed.
@@ -223,7 +306,7 @@ class MGRIT:
         if not finite:
             failure = next((level.failure for level in self.levels if level.failure), None)
             bad = np.flatnonzero([not np.isfinite(row).all() for row in self.levels[0].U])
-            if failure is None and len(bad):
+            if failure is None and len(bad) and self.options.storage == "all":
                 failure = f"level 0, steps {max(self.levels[0].lo + int(bad[0]) - 1, 0)}: value not finite"
         reports = self.comm.allgather((finite, failure))
         if not all(finite for finite, _ in reports):
@@ -231,17 +314,56 @@ class MGRIT:
             cause = next((text for _, text in reports if text), "values too large: their norm is not finite")
             raise SolverFailure(f"{self.name}: {cause}")
 
-    def _monitor(self, result: SolveResult, scale: float) -> None:
-        if self.options.monitor and self.comm.rank == 0:
+    def _say(self, text: str) -> None:
+        if self.comm.rank == 0:
+            self.printer(text)
+
+    def _monitor(self, result: SolveResult) -> None:
+        if self.options.monitor:
             r = result.residuals
             ratio = f"  factor {r[-1] / r[-2]:.3f}" if len(r) > 1 and r[-2] > 0 else ""
-            relative = f" relative {r[-1] / scale:.3e}" if scale > 0 else ""
-            self.printer(f"  {self.name} {result.cycles:3d} residual {r[-1]:.6e}{relative}{ratio}")
+            relative = f" relative {r[-1] / result.scale:.3e}" if result.scale > 0 else ""
+            self._say(f"  {self.name} {result.cycles:3d} residual {r[-1]:.6e}{relative}{ratio}")
 
-    def view(self) -> str:
-        """Describe the hierarchy in a few lines."""
-        lines = [f"MGRIT '{self.name}': {self.nsteps} steps on {self.comm.size} time ranks, rtol {self.options.rtol:g}"]
+    def write_trace(self, path: str | None = None) -> None:
+        """Write the trace of all solves so far (collective), to the option's file unless another is given.
+
+        Raises
+        ------
+        ValueError
+            Without the option ``trace``.
+        """
+        if self.trace is None:
+            raise ValueError("no trace was taken: give the option trace='file.json'")
+        self.trace.write(path or self.options.trace)
+
+    def view(self, state_nbytes: int | None = None) -> str:
+        """Describe the hierarchy in a few lines, with the memory of this rank where a state's size is known."""
+        o = self.options
+        tolerance = f"rtol {o.rtol:g}" + (f", atol {o.atol:g}" if o.atol else "")
+        if o.is_fixed:
+            tolerance = f"{o.max_it} cycles"
+        first = {"guess": "", "skip": ", first down-cycle skipped", "nested": ", nested iteration"}[o.start]
+        lines = [
+            f"MGRIT '{self.name}': {self.nsteps} steps on {self.comm.size} time ranks, {o.cycle}-cycles{first}, {tolerance}"
+        ]
         for level in self.levels:
-            kind = f"m = {level.m}, {self.options.scheme(level.index)}-relaxation" if level.m else "sequential"
+            kind = {"sequential": "sequential", "gathered": "gathered on one rank"}.get(o.coarse_solver, "")
+            if level.index < len(self.levels) - 1:
+                m = f"m = {level.m}" if level.m else f"{len(level.c_points)} C-points"
+                weight = o.weight(level.index)
+                kind = f"{m}, {o.scheme(level.index)}-relaxation" + (f", C-weight {weight:g}" if weight != 1 else "")
+            elif o.coarse_solver == "relax":
+                kind = f"{o.coarse_sweeps} FC-sweeps"
             lines.append(f"  level {level.index}: {level.nsteps} steps, {kind}")
+        if state_nbytes is not None:
+            stored, work = self.local_rows * state_nbytes, self._work_nbytes(state_nbytes)
+            what = "all points" if o.storage == "all" else "C-points"
+            lines.append(f"  memory of a rank: {what} {stored / 2**20:.3g} MB, coarse levels {work / 2**20:.3g} MB")
         return "\n".join(lines)
+
+    def _work_nbytes(self, state_nbytes: int) -> int:
+        """Memory of the cycle's work arrays: as allocated, or as it will be without spatial coarsening."""
+        if self._cycle is not None:
+            return self._cycle.nbytes
+        return sum((4 * level.k + 2) * state_nbytes for level in self.levels[1:])

@@ -1,0 +1,124 @@
+"""When to stop cycling, and what a solve reports."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from pint_fem.mgrit.options import MGRITOptions
+
+__all__ = ["DivergedError", "SolveResult", "SolverFailure", "Stopping"]
+
+WINDOW = 5
+"""Cycles over which stagnation is judged."""
+
+_PETSC_REASONS = {
+    "rtol": 2,  # KSP_CONVERGED_RTOL
+    "atol": 3,
+    "its": 4,
+    "exact": 4,
+    "serial": 4,
+    "max_it": -3,  # KSP_DIVERGED_ITS
+    "diverged": -4,  # KSP_DIVERGED_DTOL
+    "stagnated": -5,  # KSP_DIVERGED_BREAKDOWN
+    "": 0,
+}
+
+
+class SolverFailure(RuntimeError):
+    """A step failed or gave NaN; the message names the sweep, level and steps."""
+
+
+class DivergedError(SolverFailure):
+    """The residual grew or stagnated, or the tolerance was not reached in ``max_it`` cycles."""
+
+
+@dataclass
+class SolveResult:
+    """What a solve did.
+
+    Attributes
+    ----------
+    converged : bool
+    reason : str
+        ``"rtol"``, ``"atol"``, ``"its"`` (a fixed number of cycles), ``"exact"`` (sequential), ``"serial"`` (cycles
+        failed, stepped sequentially instead), ``"max_it"``, ``"diverged"`` or ``"stagnated"``.
+    residuals : list of float
+        Residual norm before each correction, the last one included.
+    cycles : int
+        Coarse-grid corrections done.
+    scale : float
+        Norm of the trajectory at the C-points when the last residual was computed.
+    message : str
+        What happened, in words, where it did not converge by cycles.
+    """
+
+    converged: bool = False
+    reason: str = ""
+    residuals: list[float] = field(default_factory=list)
+    cycles: int = 0
+    scale: float = math.nan
+    message: str = ""
+
+    @property
+    def factor(self) -> float:
+        """Geometric mean of the residual reduction a cycle; NaN without two positive residuals."""
+        r = [x for x in self.residuals if x > 0]
+        return (r[-1] / r[0]) ** (1 / (len(r) - 1)) if len(r) > 1 else math.nan
+
+    @property
+    def last_factor(self) -> float:
+        """Geometric mean over the last cycles (up to five): the rate at which it would go on."""
+        r = [x for x in self.residuals if x > 0][-WINDOW - 1 :]
+        return (r[-1] / r[0]) ** (1 / (len(r) - 1)) if len(r) > 1 else math.nan
+
+    @property
+    def converged_reason(self) -> int:
+        """The reason as PETSc's ``KSPConvergedReason``: positive where converged."""
+        return _PETSC_REASONS[self.reason]
+
+
+class Stopping:
+    """The stopping test.
+
+    Parameters
+    ----------
+    options
+        Tolerances.
+    exact_after
+        Cycles after which the iteration is exact whatever the propagators, or infinity.
+    """
+
+    def __init__(self, options: MGRITOptions, exact_after: float):
+        self.options, self.exact_after = options, exact_after
+
+    def __call__(self, result: SolveResult) -> bool:
+        """Set ``reason``, ``converged`` and ``message`` of the result and say whether to stop."""
+        options, r, norm = self.options, result.residuals, result.residuals[-1]
+        relative = options.rtol * (result.scale if options.rtol_of == "trajectory" else r[0])
+        if norm <= options.atol or norm <= relative:
+            result.converged, result.reason = True, "atol" if norm <= options.atol else "rtol"
+            return True
+        if norm > options.dtol * r[0]:
+            result.reason = "diverged"
+            result.message = f"the residual grew by {norm / r[0]:.2g} in {result.cycles} cycles"
+        elif self._stagnates(result, max(options.atol, relative)):
+            result.reason = "stagnated"
+            result.message = (
+                f"the residual shrinks by {result.last_factor:.3f} a cycle only: the tolerance is out of reach in "
+                f"max_it = {options.max_it} cycles"
+            )
+        elif result.cycles >= options.max_it:
+            result.reason = "max_it"
+            result.message = f"tolerance not reached in {result.cycles} cycles, last factor {result.last_factor:.3f}"
+        return bool(result.reason)
+
+    def _stagnates(self, result: SolveResult, tolerance: float) -> bool:
+        options, left = self.options, self.options.max_it - result.cycles
+        if options.stagnation is None or options.is_fixed or len(result.residuals) <= WINDOW or left < 1:
+            return False
+        if self.exact_after <= options.max_it or result.last_factor <= options.stagnation:
+            return False
+        if result.last_factor >= 1 or tolerance == 0:
+            return True
+        return math.log(tolerance / result.residuals[-1]) / math.log(result.last_factor) > left

@@ -1,0 +1,65 @@
+"""A record of which work and which message happened when, on which rank and level, in Chrome's trace format.
+
+Open the file in ``chrome://tracing`` or https://ui.perfetto.dev: a process is a time rank, a thread is a level. With
+no trace the solver pays one comparison with ``None`` for a propagator call or message.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+__all__ = ["Trace"]
+
+
+class Trace:
+    """Events of one rank.
+
+    Parameters
+    ----------
+    comm
+        Time communicator; clocks start together.
+    """
+
+    def __init__(self, comm):
+        self.comm, self.events = comm, []
+        comm.Barrier()
+        self._start = time.perf_counter()
+
+    def now(self) -> float:
+        """Microseconds since the start."""
+        return 1e6 * (time.perf_counter() - self._start)
+
+    def work(self, name: str, level: int, begin: float, **args) -> None:
+        """Something that took from ``begin`` until now."""
+        event = {"name": name, "cat": "work", "ph": "X", "ts": begin, "dur": self.now() - begin}
+        self.events.append(event | {"pid": self.comm.rank, "tid": level, "args": args})
+
+    def message(self, name: str, level: int, peer: int, nbytes: int) -> None:
+        """A message to or from ``peer``."""
+        event = {"name": name, "cat": "message", "ph": "i", "s": "t", "ts": self.now()}
+        self.events.append(event | {"pid": self.comm.rank, "tid": level, "args": {"peer": peer, "bytes": nbytes}})
+
+    def mark(self, name: str, **args) -> None:
+        """A point in the algorithm, such as the end of a cycle."""
+        event = {"name": name, "cat": "cycle", "ph": "i", "s": "p", "ts": self.now()}
+        self.events.append(event | {"pid": self.comm.rank, "tid": 0, "args": args})
+
+    def write(self, path: str | Path) -> None:
+        """Write the events of all ranks to one JSON file (collective)."""
+        parts = self.comm.gather(self.events)
+        if self.comm.rank != 0:
+            return
+        names = [
+            {"name": "process_name", "ph": "M", "pid": r, "args": {"name": f"time rank {r}"}}
+            for r in range(self.comm.size)
+        ]
+        used = sorted({(e["pid"], e["tid"]) for part in parts for e in part})
+        names += [
+            {"name": "thread_name", "ph": "M", "pid": r, "tid": level, "args": {"name": f"level {level}"}}
+            for r, level in used
+        ]
+        events = sorted((e for part in parts for e in part), key=lambda e: e["ts"])
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(json.dumps({"traceEvents": names + events, "displayTimeUnit": "ms"}), encoding="utf-8")

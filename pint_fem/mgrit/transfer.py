@@ -1,0 +1,80 @@
+r"""Spatial coarsening between levels: a pair of linear maps on blocks of states.
+
+With :math:`R` and :math:`P` the coarse equation is that of :mod:`~pint_fem.mgrit.cycle` for :math:`V = R u`, with
+:math:`R r` for the residual, and the correction is :math:`u \leftarrow u + P (U^c - V)`. Transposing a cycle swaps and
+transposes them, :math:`R \to P^T, P \to R^T`: then the adjoint's cycle is the exact transpose of the forward one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+__all__ = ["Transfer"]
+
+BlockMap = Callable[[np.ndarray], np.ndarray]
+
+
+class Transfer:
+    """Restriction and prolongation between a level and the next.
+
+    Parameters
+    ----------
+    restrict, prolong
+        ``(k, *fine) -> (k, *coarse)`` and back; a state's result must not depend on the others in the block.
+    restrict_transposed, prolong_transposed
+        Their transposes, for :attr:`transposed`.
+    """
+
+    def __init__(
+        self,
+        restrict: BlockMap,
+        prolong: BlockMap,
+        restrict_transposed: BlockMap | None = None,
+        prolong_transposed: BlockMap | None = None,
+    ):
+        self.restrict, self.prolong = restrict, prolong
+        self.restrict_transposed, self.prolong_transposed = restrict_transposed, prolong_transposed
+
+    @classmethod
+    def from_matrices(cls, R, P) -> Transfer:
+        """From matrices ``(n_coarse, n_fine)`` and ``(n_fine, n_coarse)``: anything with ``@`` and ``.T``."""
+        if R.shape != P.shape[::-1]:
+            raise ValueError(f"restriction {R.shape} and prolongation {P.shape} do not fit each other")
+        return cls(*(_by_rows(A) for A in (R, P, R.T, P.T)))
+
+    @classmethod
+    def make(cls, given: Transfer | Sequence | None) -> Transfer | None:
+        """From a transfer, a pair of maps, a pair of matrices, or nothing (same space)."""
+        if given is None or isinstance(given, Transfer):
+            return given
+        pair = tuple(given)
+        if len(pair) != 2:
+            raise ValueError(f"transfer {given!r}: give a pair (restriction, prolongation)")
+        return cls(*pair) if all(map(callable, pair)) else cls.from_matrices(*pair)
+
+    @property
+    def transposed(self) -> Transfer:
+        """That of the adjoint.
+
+        Raises
+        ------
+        ValueError
+            If the transposed maps were not given.
+        """
+        if self.restrict_transposed is None or self.prolong_transposed is None:
+            raise ValueError("the transfer has no transposed maps: give restrict_transposed and prolong_transposed")
+        return Transfer(self.prolong_transposed, self.restrict_transposed, self.prolong, self.restrict)
+
+
+def _by_rows(A) -> BlockMap:
+    """One product a state: its bits do not depend on the size of the block."""
+
+    def apply(block: np.ndarray) -> np.ndarray:
+        out = np.empty((len(block), A.shape[0]))
+        for row, result in zip(block, out, strict=True):
+            result[:] = A @ row
+        return out
+
+    return apply
