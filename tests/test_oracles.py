@@ -96,7 +96,7 @@ class Heat:
 
 
 def xbraid_guess(U, ranks):
-    """Fill the C-points (m = 2) by ``braid_Rand() / braid_RAND_MAX``; each of XBraid's ranks starts its own sequence."""
+    """Fill the C-points (m = 2) by ``braid_Rand() / braid_RAND_MAX``, which starts anew on each of XBraid's ranks."""
     share, rest = divmod(len(U), ranks)
     for rank in range(ranks):
         state, first = 1, rank * share + min(rank, rest)
@@ -178,7 +178,7 @@ SIZES = [(32, 17), (128, 33), (512, 65), (2048, 129)]
     ],
 )
 def test_xbraid_ex02_iterations(options, iterations):
-    """The scaling table (``diffusion1D_scaling.saved``, run on 8 ranks, so with their random numbers)."""
+    """The scaling table (``diffusion1D_scaling.saved``), which was run on 8 ranks."""
     counts = [len(heat(ntime, nspace, ranks=8, **options)) for ntime, nspace in SIZES]
     assert counts == iterations
 

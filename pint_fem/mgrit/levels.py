@@ -227,7 +227,7 @@ class Level:
         if self.left is None:
             return None
         if self.trace:
-            self.trace.message("receive posted", self.index, self.left, array[:1].nbytes)
+            self.trace.message("receive posted", self.index, self.comm, self.left, array[:1].nbytes)
         return self.comm.Irecv(array[:1], source=self.left, tag=self.index)
 
     def post_send(self, array: np.ndarray):
@@ -235,7 +235,7 @@ class Level:
         if self.right is None:
             return None
         if self.trace:
-            self.trace.message("send", self.index, self.right, array[-1:].nbytes)
+            self.trace.message("send", self.index, self.comm, self.right, array[-1:].nbytes)
         return self.comm.Isend(array[-1:], dest=self.right, tag=self.index)
 
     def wait(self, *requests) -> None:

@@ -12,11 +12,11 @@ __all__ = ["MGRITOptions"]
 _PER_LEVEL = ("relax", "c_weight", "coarsening")
 _CHOICES = {
     "cycle": ("V", "F"),
-    "start": ("guess", "skip", "nested"),
+    "start": ("auto", "guess", "skip", "nested"),
     "coarse_solver": ("sequential", "gathered", "relax"),
     "storage": ("all", "C"),
     "residual": ("C", "full", "none"),
-    "check": ("relaxed", "cycle"),
+    "check": ("auto", "relaxed", "cycle"),
     "rtol_of": ("trajectory", "first"),
     "time_norm": (1, 2, "inf"),
     "on_divergence": ("report", "serial"),
@@ -46,6 +46,7 @@ class MGRITOptions:
     start
         First guess: ``"guess"`` takes the one given, ``"skip"`` solves the coarsest level and interpolates (XBraid's
         skip of the first down-cycle), ``"nested"`` does nested iteration: a V-cycle on each level on the way up.
+        ``"auto"`` is ``"guess"`` here; finite element sweeps take it as ``"nested"`` where they have no earlier solution.
     nested_cycles
         V-cycles on each level of nested iteration.
     relax
@@ -65,7 +66,8 @@ class MGRITOptions:
         computed anew; ``"none"``: do ``max_it`` cycles without looking.
     check
         Look at the residual after the relaxation that begins a cycle (``"relaxed"``, as XBraid) or before it
-        (``"cycle"``, as PyMGRIT). Then its propagator calls are those of the next C-relaxation.
+        (``"cycle"``, as PyMGRIT). Then its propagator calls are those of the next C-relaxation. ``"auto"`` is
+        ``"relaxed"`` here; finite element sweeps take it as ``"cycle"``, which ends sooner where few cycles do.
     time_norm
         1, 2 or ``"inf"`` over the points.
     rtol, rtol_of
@@ -99,7 +101,7 @@ class MGRITOptions:
     coarsening: int | Sequence = (8, 4)
     cycle: str = "V"
     f_cycles: int | None = None
-    start: str = "guess"
+    start: str = "auto"
     nested_cycles: int = 1
     relax: str | int | Sequence = "FCF"
     c_weight: float | Sequence[float] = 1.0
@@ -107,7 +109,7 @@ class MGRITOptions:
     coarse_sweeps: int = 1
     storage: str = "all"
     residual: str = "C"
-    check: str = "relaxed"
+    check: str = "auto"
     time_norm: int | str = 2
     rtol: float = 1e-8
     rtol_of: str = "trajectory"

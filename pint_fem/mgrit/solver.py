@@ -56,6 +56,8 @@ class MGRIT:
         Cycles that are the transposes of those of the forward problem (see :mod:`~pint_fem.mgrit.cycle`).
     name
         Named in monitor lines and errors.
+    trace
+        Shared by several solvers; default: one of its own where the option asks for it.
 
     Raises
     ------
@@ -77,6 +79,7 @@ class MGRIT:
         transposed: bool = False,
         name: str = "mgrit",
         printer: Callable[[str], None] = print,
+        trace: Trace | None = None,
     ):
         options = MGRITOptions.make(options)
         if options.levels not in (None, len(propagators)):
@@ -99,7 +102,7 @@ class MGRIT:
         self.levels = build_levels(propagators, factors, bounds, comm)
         self.comm, self.nsteps, self.point_norms, self.name, self.printer = comm, nsteps, point_norms, name, printer
         self.linear, self.transposed = linear, transposed
-        self.trace: Trace | None = Trace(comm) if options.trace else None
+        self.trace = Trace(comm) if options.trace and trace is None else trace
         for level in self.levels:
             level.trace = self.trace
         exact = math.inf
@@ -198,7 +201,7 @@ class MGRIT:
         if cycle is None or cycle.state_shape != U.shape[1:]:
             flags = dict(linear=self.linear, transposed=self.transposed)
             cycle = self._cycle = Cycle(self.levels, options, U.shape[1:], self.transfers, **flags)
-        f_is_done = start != "guess"
+        f_is_done = start in ("skip", "nested")
         if f_is_done:
             cycle.first_guess(nested=start == "nested", coarse_rhs_given=coarse_rhs)
         early = options.check == "cycle"
@@ -343,10 +346,9 @@ class MGRIT:
         tolerance = f"rtol {o.rtol:g}" + (f", atol {o.atol:g}" if o.atol else "")
         if o.is_fixed:
             tolerance = f"{o.max_it} cycles"
-        first = {"guess": "", "skip": ", first down-cycle skipped", "nested": ", nested iteration"}[o.start]
-        lines = [
-            f"MGRIT '{self.name}': {self.nsteps} steps on {self.comm.size} time ranks, {o.cycle}-cycles{first}, {tolerance}"
-        ]
+        first = {"auto": "", "guess": "", "skip": ", first down-cycle skipped", "nested": ", nested iteration"}[o.start]
+        ranks = f"{self.comm.size} time rank" + "s" * (self.comm.size > 1)
+        lines = [f"MGRIT '{self.name}': {self.nsteps} steps on {ranks}, {o.cycle}-cycles{first}, {tolerance}"]
         for level in self.levels:
             kind = {"sequential": "sequential", "gathered": "gathered on one rank"}.get(o.coarse_solver, "")
             if level.index < len(self.levels) - 1:

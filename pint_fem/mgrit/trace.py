@@ -19,7 +19,8 @@ class Trace:
     Parameters
     ----------
     comm
-        Time communicator; clocks start together.
+        Time communicator; clocks start together. Solvers on communicators of the same ranks in another order (adjoint
+        sweeps) may share the trace.
     """
 
     def __init__(self, comm):
@@ -36,8 +37,10 @@ class Trace:
         event = {"name": name, "cat": "work", "ph": "X", "ts": begin, "dur": self.now() - begin}
         self.events.append(event | {"pid": self.comm.rank, "tid": level, "args": args})
 
-    def message(self, name: str, level: int, peer: int, nbytes: int) -> None:
-        """A message to or from ``peer``."""
+    def message(self, name: str, level: int, comm, peer: int, nbytes: int) -> None:
+        """A message to or from rank ``peer`` of ``comm``."""
+        if comm is not self.comm:
+            peer = comm.group.Translate_ranks([peer], self.comm.group)[0]
         event = {"name": name, "cat": "message", "ph": "i", "s": "t", "ts": self.now()}
         self.events.append(event | {"pid": self.comm.rank, "tid": level, "args": {"peer": peer, "bytes": nbytes}})
 

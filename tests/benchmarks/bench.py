@@ -8,109 +8,29 @@ is reported and is no error.
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-from firedrake import COMM_SELF, DirichletBC, Function, FunctionSpace, TestFunction, UnitSquareMesh, dx, grad, inner
-from irksome import Dt
+from firedrake import Function
 from rich.console import Console
 from rich.table import Table
 
-from pint_fem.adjoint import RunningMisfit, TimeParallelReducedFunctional
-from pint_fem.propagators import Evolution, LinearPropagator, named_tableau
-from pint_fem.spacetime import SpaceTime
-from problems.serial_pyadjoint import SQUARE_TIME, serial_square, square_functionals
+from pint_fem.adjoint import TimeParallelReducedFunctional
+from pint_fem.propagators import LinearPropagator
+from problems.serial_pyadjoint import serial_square, square_functionals
+from tests.benchmarks.rows import SIZE, Row, field, row, square, timed
+from tests.benchmarks.time_parallel import on_ranks
 
-__all__ = ["Row", "main"]
+__all__ = ["main"]
 
-SIZE, STEPS, QUICK_STEPS = 64, 256, 64
-
-
-@dataclass
-class Row:
-    """One ratio.
-
-    Attributes
-    ----------
-    section, what : str
-    ours, theirs : float
-        Milliseconds a step (of the fine time grid).
-    ratio : float
-    target : float or None
-    at_most : bool
-        Whether the target is an upper bound.
-    note : str
-    """
-
-    section: str
-    what: str
-    ours: float
-    theirs: float
-    ratio: float
-    target: float | None
-    at_most: bool
-    note: str = ""
-
-    @property
-    def met(self) -> bool | None:
-        """Whether the ratio meets the target; ``None`` without one."""
-        if self.target is None:
-            return None
-        return self.ratio <= self.target if self.at_most else self.ratio >= self.target
-
-
-def timed(*actions: Callable[[], object], repeats: int) -> list[float]:
-    """Median seconds of each action; they take turns."""
-    seconds = [[] for _ in actions]
-    gc.collect()
-    gc.disable()
-    try:
-        for _ in range(repeats):
-            for action, row in zip(actions, seconds, strict=True):
-                start = time.perf_counter()
-                action()
-                row.append(time.perf_counter() - start)
-    finally:
-        gc.enable()
-    return [statistics.median(row) for row in seconds]
-
-
-def square(steps: int, integrator: str = "BackwardEuler", **solver_parameters) -> TimeParallelReducedFunctional:
-    """The time-parallel twin of :func:`problems.serial_pyadjoint.serial_square`."""
-    mesh = UnitSquareMesh(SIZE, SIZE, comm=COMM_SELF)
-    V = FunctionSpace(mesh, "CG", 1)
-    forms = square_functionals(V)
-    u, q, v = Function(V), Function(V), TestFunction(V)
-    evolution = Evolution(
-        Dt(u) * v * dx + inner(grad(u), grad(v)) * dx - q * v * dx,
-        u,
-        tableau=named_tableau(integrator),
-        dt=SQUARE_TIME / steps,
-        nsteps=steps,
-        control=q,
-        bcs=DirichletBC(V, 0, "on_boundary"),
-    )
-    return TimeParallelReducedFunctional(
-        evolution,
-        RunningMisfit(forms["misfit"](u)),
-        regularisation=forms["regularisation"](q),
-        spacetime=SpaceTime("1x1", comm=COMM_SELF),
-        solver_parameters=solver_parameters,
-    )
-
-
-def field(rf, name: str, scale: float = 1.0) -> np.ndarray:
-    """Coefficients of the control or the direction of :func:`~problems.serial_pyadjoint.square_functionals`."""
-    V = rf.controls[0].control.function_space()
-    return scale * Function(V).interpolate(square_functionals(V)[name]()).dat.data_ro
+STEPS, QUICK_STEPS = 256, 64
 
 
 def per_step(steps: int, integrator: str, repeats: int) -> list[Row]:
@@ -164,7 +84,7 @@ def per_step(steps: int, integrator: str, repeats: int) -> list[Row]:
                 1e3 * seconds / steps,
                 1e3 * sweep / steps,
                 sweep / seconds,
-                None,
+                1.8,
                 False,
             )
         )
@@ -177,16 +97,9 @@ def p_last(p: LinearPropagator, U: np.ndarray) -> np.ndarray:
     return U[-1]
 
 
-def row(section, what, ours, theirs, steps, target, at_most, note="") -> Row:
-    """A row of ours over theirs (``at_most``), or theirs over ours; times are in seconds for all steps."""
-    ratio = ours / theirs if at_most else theirs / ours
-    return Row(section, what, 1e3 * ours / steps, 1e3 * theirs / steps, ratio, target, at_most, note)
-
-
 def cold(rf: TimeParallelReducedFunctional) -> None:
     """Forget trajectories: MGRIT would start from the last ones."""
-    rf.problem.U[:] = rf.problem.sweeps.initial
-    rf.problem.L[:] = 0
+    rf.problem.forget()
 
 
 class Derivatives:
@@ -283,70 +196,6 @@ def against_pyadjoint(steps: int, repeats: int, hessians: int, say: Callable[[st
     return out
 
 
-def cycle(steps: int, integrator: str, repeats: int) -> list[Row]:
-    """(c) Bookkeeping of a cycle, and (d) MGRIT against sequential stepping."""
-    serial, rows = Derivatives(square(steps, integrator, time_solver="serial")), []
-    for rtol in (1e-6, 1e-10):
-        parallel = Derivatives(square(steps, integrator, mgrit={"rtol": rtol}))
-        solver = parallel.rf.problem.sweeps._state
-        for it in (serial, parallel):
-            it.move(), it.value()
-        sequential, mgrit = timed(serial.state, parallel.state, repeats=repeats)
-        U, exact = parallel.rf.problem.U * (serial.scale / parallel.scale), serial.rf.problem.U
-        difference = np.abs(U - exact).max() / np.abs(exact).max()
-        result = parallel.rf.problem.sweeps.results[-1][1]
-        note = f"{result.cycles} cycles, factor {result.factor:.3f}, error {difference:.0e}"
-        rows.append(
-            row(
-                "d",
-                f"{integrator}: MGRIT rtol {rtol:g} / sequential, from zero",
-                mgrit,
-                sequential,
-                steps,
-                None,
-                True,
-                note,
-            )
-        )
-    inside = Stopwatch()
-    for level in solver.levels:
-        level.propagator.step = inside.wrap(level.propagator.step)
-        level.propagator.sweep = inside.wrap(level.propagator.sweep)
-    G = parallel.rf.problem.sweeps.propagators[0].forcing(parallel.rf.problem.sweeps.data(parallel.z), 0)
-    parts = []
-    for _ in range(repeats):
-        cold(parallel.rf)
-        inside.seconds = 0.0
-        start = time.perf_counter()
-        solver.solve(parallel.rf.problem.U, G)
-        total = time.perf_counter() - start
-        parts.append((total - inside.seconds, total))
-    outside, total = (statistics.median(part) for part in zip(*parts, strict=True))
-    return [
-        row("c", f"{integrator}: time of MGRIT outside the propagators / all of it", outside, total, steps, 0.15, True),
-        *rows,
-    ]
-
-
-class Stopwatch:
-    """Seconds spent in the functions it wraps."""
-
-    def __init__(self):
-        self.seconds = 0.0
-
-    def wrap(self, function: Callable) -> Callable:
-        """The function, timed."""
-
-        def wrapped(*args, **kwargs):
-            start = time.perf_counter()
-            try:
-                return function(*args, **kwargs)
-            finally:
-                self.seconds += time.perf_counter() - start
-
-        return wrapped
-
-
 def table(rows: list[Row]) -> Table:
     """What is printed."""
     out = Table(title="ratios, one rank; ms are per time step", expand=False)
@@ -376,7 +225,7 @@ def main(argv: list[str] | None = None) -> int:
             "single steps and blocks",
             lambda: per_step(steps, "BackwardEuler", 2 * repeats) + per_step(steps, "SDIRK2", 2 * repeats),
         ),
-        ("cycles", lambda: cycle(steps, "BackwardEuler", repeats) + cycle(steps, "SDIRK2", repeats)),
+        ("MGRIT on one time rank and on two", lambda: on_ranks(1, repeats) + on_ranks(2, repeats)),
         (
             "against pyadjoint",
             lambda: against_pyadjoint(steps, repeats, hessians, lambda text: console.print(f"  {text}")),
