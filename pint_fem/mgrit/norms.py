@@ -6,6 +6,7 @@ rank.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -18,11 +19,12 @@ PointNorms = Callable[[np.ndarray], np.ndarray]
 
 def euclidean(block: np.ndarray) -> np.ndarray:
     """Squared Euclidean norm of each state of a block, shape ``(k,)``."""
-    return np.array([row @ row for row in map(np.ravel, block)], dtype=float)
+    rows = block.reshape(len(block), math.prod(block.shape[1:]))
+    return np.matmul(rows[:, None, :], rows[:, :, None])[:, 0, 0]  # a dot product each: its bits are the state's own
 
 
 def norm_over_time(squares: np.ndarray, kind: int | str) -> np.ndarray:
-    """Combine the points' squared norms ``(points, c)``, in point order, by a 1, 2 or ``"inf"`` norm: shape ``(c,)``."""
+    """Combine the points' squared norms ``(points, c)`` in point order by a 1, 2 or ``"inf"`` norm, shape ``(c,)``."""
     if not len(squares):
         return np.zeros(squares.shape[1:])
     if kind == 2:

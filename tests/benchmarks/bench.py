@@ -1,4 +1,4 @@
-"""Ratios measured side by side, on one rank: ``python -m tests.benchmarks.bench [--quick] [--out results/bench]``.
+"""Ratios measured side by side: ``python -m tests.benchmarks.bench [--quick] [--out results/bench]``.
 
 Heat conduction, P1 on a 64 x 64 unit square, 256 backward Euler steps. Two things that make up a ratio are timed in
 turn in the same process, so that a busy machine slows both; each time is the median of its repeats. A missed target
@@ -20,12 +20,13 @@ from pathlib import Path
 import numpy as np
 from firedrake import Function
 from rich.console import Console
-from rich.table import Table
 
 from pint_fem.adjoint import TimeParallelReducedFunctional
 from pint_fem.propagators import LinearPropagator
 from problems.serial_pyadjoint import serial_square, square_functionals
-from tests.benchmarks.rows import SIZE, Row, field, row, square, timed
+from tests.benchmarks.compare import compare_rows
+from tests.benchmarks.rows import Row, row, table, timed
+from tests.benchmarks.square import SIZE, field, square
 from tests.benchmarks.time_parallel import on_ranks
 
 __all__ = ["main"]
@@ -196,20 +197,6 @@ def against_pyadjoint(steps: int, repeats: int, hessians: int, say: Callable[[st
     return out
 
 
-def table(rows: list[Row]) -> Table:
-    """What is printed."""
-    out = Table(title="ratios, one rank; ms are per time step", expand=False)
-    for name in ("", "what", "ours ms", "other ms", "ratio", "target", "met", ""):
-        out.add_column(
-            name, justify="right" if name in ("ours ms", "other ms", "ratio", "target") else "left", overflow="fold"
-        )
-    for r in rows:
-        target = "" if r.target is None else f"{'<=' if r.at_most else '>='} {r.target:g}"
-        met = {None: "", True: "[green]yes[/]", False: "[red]no[/]"}[r.met]
-        out.add_row(r.section, r.what, f"{r.ours:.3g}", f"{r.theirs:.3g}", f"{r.ratio:.3g}", target, met, r.note)
-    return out
-
-
 def main(argv: list[str] | None = None) -> int:
     """Measure, print, write ``bench.json``; 0 whatever the ratios are."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.bench", description=__doc__.splitlines()[0])
@@ -233,6 +220,8 @@ def main(argv: list[str] | None = None) -> int:
     ):
         console.print(f"{what} ...")
         rows += part()
+    console.print("PyMGRIT and XBraid's ex-02 ...")
+    rows += compare_rows(args.quick, lambda text: console.print(f"  {text}"))
     rows.sort(key=lambda r: r.section)
     console.print(table(rows))
     missed = sum(r.met is False for r in rows)

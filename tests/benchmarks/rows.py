@@ -1,4 +1,4 @@
-"""A ratio measured side by side, the benchmark problem, and a stopwatch: what the benchmarks share."""
+"""A ratio measured side by side, how it is timed and shown: what the benchmarks share."""
 
 from __future__ import annotations
 
@@ -8,18 +8,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
-from firedrake import COMM_SELF, DirichletBC, Function, FunctionSpace, TestFunction, UnitSquareMesh, dx, grad, inner
-from irksome import Dt
+from rich.table import Table
 
-from pint_fem.adjoint import RunningMisfit, TimeParallelReducedFunctional
-from pint_fem.propagators import Evolution, named_tableau
-from pint_fem.spacetime import SpaceTime
-from problems.serial_pyadjoint import SQUARE_TIME, square_functionals
-
-__all__ = ["SIZE", "Row", "Stopwatch", "field", "row", "square", "timed"]
-
-SIZE = 64
+__all__ = ["Row", "Stopwatch", "row", "table", "timed"]
 
 
 @dataclass
@@ -71,39 +62,6 @@ def timed(*actions: Callable[[], object], repeats: int) -> list[float]:
     return [statistics.median(row) for row in seconds]
 
 
-def square(
-    steps: int, integrator: str = "BackwardEuler", *, spacetime: SpaceTime | None = None, **solver_parameters
-) -> TimeParallelReducedFunctional:
-    """The time-parallel twin of :func:`problems.serial_pyadjoint.serial_square`; default: on this rank alone."""
-    spacetime = spacetime or SpaceTime("1x1", comm=COMM_SELF)
-    mesh = UnitSquareMesh(SIZE, SIZE, comm=spacetime.space_comm)
-    V = FunctionSpace(mesh, "CG", 1)
-    forms = square_functionals(V)
-    u, q, v = Function(V), Function(V), TestFunction(V)
-    evolution = Evolution(
-        Dt(u) * v * dx + inner(grad(u), grad(v)) * dx - q * v * dx,
-        u,
-        tableau=named_tableau(integrator),
-        dt=SQUARE_TIME / steps,
-        nsteps=steps,
-        control=q,
-        bcs=DirichletBC(V, 0, "on_boundary"),
-    )
-    return TimeParallelReducedFunctional(
-        evolution,
-        RunningMisfit(forms["misfit"](u)),
-        regularisation=forms["regularisation"](q),
-        spacetime=spacetime,
-        solver_parameters=solver_parameters,
-    )
-
-
-def field(rf, name: str, scale: float = 1.0) -> np.ndarray:
-    """Coefficients of the control or the direction of :func:`~problems.serial_pyadjoint.square_functionals`."""
-    V = rf.controls[0].control.function_space()
-    return scale * Function(V).interpolate(square_functionals(V)[name]()).dat.data_ro
-
-
 def row(section, what, ours, theirs, steps, target, at_most, note="") -> Row:
     """A row of ours over theirs (``at_most``), or theirs over ours; times are in seconds for all steps."""
     ratio = ours / theirs if at_most else theirs / ours
@@ -127,3 +85,17 @@ class Stopwatch:
                 self.seconds += time.perf_counter() - start
 
         return wrapped
+
+
+def table(rows: list[Row]) -> Table:
+    """What is printed."""
+    out = Table(title="ratios; ms are per time step", expand=False)
+    for name in ("", "what", "ours ms", "other ms", "ratio", "target", "met", ""):
+        out.add_column(
+            name, justify="right" if name in ("ours ms", "other ms", "ratio", "target") else "left", overflow="fold"
+        )
+    for r in rows:
+        target = "" if r.target is None else f"{'<=' if r.at_most else '>='} {r.target:g}"
+        met = {None: "", True: "[green]yes[/]", False: "[red]no[/]"}[r.met]
+        out.add_row(r.section, r.what, f"{r.ours:.3g}", f"{r.theirs:.3g}", f"{r.ratio:.3g}", target, met, r.note)
+    return out

@@ -1,0 +1,198 @@
+"""Options of the time-parallel solver on finite element sweeps: each way to the same solution."""
+
+import json
+
+import numpy as np
+import pytest
+from firedrake import Function, assemble, dx, inner
+from firedrake.petsc import PETSc
+from mpi4py import MPI
+
+import pint_fem as pf
+from pint_fem.adjoint.reduced_functional import mgrit_options
+from pint_fem.adjoint.sweeps import Sweeps
+from pint_fem.errors import InputError
+from pint_fem.mgrit.stopping import DivergedError
+from pint_fem.propagators.arrays import put
+from pint_fem.propagators.norms import MassNorm
+from tests.test_reduced_functional import functional, point_and_direction
+
+
+def solved(st, **options):
+    """A functional with its state and adjoint at the test's point, and the residual histories."""
+    rf = functional(st, **options)
+    rf(point_and_direction(rf)[0])
+    rf.derivative()
+    return rf
+
+
+def swept(rf, **options):
+    """State and adjoint of the functional's evolution with other options, cold, and the sweeps."""
+    z, start = rf.array(point_and_direction(rf)[0]), rf.problem.sweeps
+    options = {"coarsening": (4, 2), "levels": 3, "rtol": 1e-13} | options
+    sweeps = Sweeps(rf.evolution, start.spacetime, options=options)
+    U, L = sweeps.new_slab(), sweeps.new_slab()
+    sweeps.state(z, U, cold=True)
+    gradient = sum(m.gradient(U) for m in rf.problem.misfits)
+    sweeps.adjoint(z, U, gradient, L, cold=True)
+    return U, L, sweeps
+
+
+@pytest.fixture(scope="module")
+def problem():
+    """The functional, and its trajectories by sequential stepping."""
+    rf = functional(pf.SpaceTime())
+    return rf, swept(rf, levels=1)[:2]
+
+
+@pytest.mark.parallel([1, 3])
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(start="guess"),
+        dict(start="skip"),
+        dict(start="nested", nested_cycles=2),
+        dict(cycle="F"),
+        dict(cycle="F", f_cycles=1, check="relaxed"),
+        dict(relax="F"),
+        dict(relax=[1, 2]),
+        dict(c_weight=[1.2, 1.0]),
+        dict(coarse_solver="gathered"),
+        dict(coarse_solver="relax", coarse_sweeps=3),
+        dict(residual="full", time_norm="inf"),
+        dict(residual="none", max_it=8),
+        dict(time_norm=1, rtol_of="first"),
+        {"level_1": {"relax": "F"}, "coarse": {"solver": "gathered"}},
+    ],
+)
+def test_every_option_leads_to_the_sequential_solution(options, problem):
+    """State and adjoint to 1e-9; every solve says why it stopped."""
+    rf, exact = problem
+    *mine, sweeps = swept(rf, **({"max_it": 40} | options))
+    for a, b in zip(mine, exact, strict=True):
+        assert np.abs(a - b).max(initial=0) <= 1e-9
+    reasons = {result.reason for _, result in sweeps.results}
+    assert reasons <= ({"its"} if options.get("residual") == "none" else {"rtol", "atol"})
+
+
+@pytest.mark.parallel([1, 2])
+def test_nested_iteration_only_where_cold():
+    """A second control starts from the last trajectory; Hessian actions start cold; the residual says so."""
+    rf = functional(pf.SpaceTime(), rtol=1e-6)
+    m, h = point_and_direction(rf)
+    rf(m)
+    first = rf.problem.sweeps.results[-1][1].residuals[0]
+    zero = functional(pf.SpaceTime(), rtol=1e-6, start="guess")
+    zero(point_and_direction(zero)[0])
+    assert first < 0.3 * zero.problem.sweeps.results[-1][1].residuals[0]
+    rf(m._ad_add(h._ad_mul(1e-4)))
+    assert rf.problem.sweeps.results[-1][1].residuals[0] < 0.3 * first
+    rf.hessian(h)
+    assert [kind for kind, _ in rf.problem.sweeps.results][-2:] == ["tangent", "adjoint"]
+
+
+@pytest.mark.parallel([1, 2])
+def test_residuals_in_the_inner_product_of_functions():
+    """The mass matrix's norm, and its dual for adjoints; the same factor, another scale."""
+    st = pf.SpaceTime()
+    rf = functional(st)
+    V, rng = rf.evolution.V, np.random.default_rng(MPI.COMM_WORLD.rank)
+    block = rng.standard_normal((3, rf.evolution.state_size))
+    primal, dual = MassNorm(V, st), MassNorm(V, st, dual=True)
+    g = Function(V)
+    put(g, block[1])
+    assert primal(block)[1] == pytest.approx(assemble(inner(g, g) * dx), rel=1e-12)
+    x, y = primal.M.createVecs()
+    images = []
+    for row in block:
+        x.array[:] = row
+        primal.M.mult(x, y)
+        images.append(y.array_r.copy())
+    np.testing.assert_allclose(dual(np.array(images)), primal(block), rtol=1e-10)
+    rf = pf.TimeParallelReducedFunctional(
+        rf.evolution,
+        pf.TerminalMisfit(rf.evolution.u**2 * dx),
+        spacetime=st,
+        solver_parameters={"mgrit": {"rtol": 1e-8, "levels": 2, "coarsening": 4}, "norm": "L2"},
+    )
+    rf(point_and_direction(rf)[0])
+    rf.derivative()
+    assert all(result.converged for _, result in rf.problem.sweeps.results)
+    with pytest.raises(InputError, match="norm 'H1'"):
+        pf.TimeParallelReducedFunctional(
+            rf.evolution, pf.TerminalMisfit(rf.evolution.u**2 * dx), spacetime=st, solver_parameters={"norm": "H1"}
+        )
+
+
+@pytest.mark.parallel([1, 2])
+def test_trace_of_all_sweeps(tmp_path_factory):
+    """One file; the states of its propagator calls add up to those counted; the sweeps run both ways."""
+    comm = MPI.COMM_WORLD
+    path = comm.bcast(str(tmp_path_factory.mktemp("trace") / "t.json") if comm.rank == 0 else None)
+    rf = solved(pf.SpaceTime(), trace=path, rtol=1e-6)
+    sweeps = rf.problem.sweeps
+    sweeps.write_trace()
+    comm.Barrier()
+    events = json.load(open(path))["traceEvents"]
+    states = sum(e["args"]["states"] for e in events if e["name"] in ("phi", "sweep"))
+    solvers = {id(s): s for s in (sweeps._state, sweeps._tangent, sweeps._adjoint)}.values()
+    assert states == comm.allreduce(sum(level.phi_calls for s in solvers for level in s.levels))
+    assert {e["args"]["sweep"] for e in events if e["name"] == "cycle"} == {"state", "adjoint"}
+    sends = [(e["pid"], e["args"]["peer"]) for e in events if e["name"] == "send"]
+    receives = [(e["args"]["peer"], e["pid"]) for e in events if e["name"] == "receive posted"]
+    assert sorted(sends) == sorted(receives)
+    assert set(sends) == (set() if comm.size == 1 else {(0, 1), (1, 0)})
+
+
+@pytest.mark.parallel([1, 2])
+def test_stepping_instead_where_cycles_do_not_converge():
+    """A coarse midpoint rule does not damp: an error by default, the sequential solution with the option."""
+    lines = []
+    st, common = pf.SpaceTime(), dict(tableau="midpoint", coarsening=2, relax="F", levels=2, max_it=3, rtol=1e-13)
+    rf = functional(st, **common)
+    m = point_and_direction(rf)[0]
+    with pytest.raises(DivergedError, match=r"state sweep: MGRIT (max_it|diverged|stagnated): .*serial"):
+        rf(m)
+    rf = functional(st, on_divergence="serial", **common)
+    for solver in (rf.problem.sweeps._state, rf.problem.sweeps._adjoint):
+        solver.printer = lines.append
+    alone = functional(pf.SpaceTime("1x1", comm=MPI.COMM_SELF), tableau="midpoint", levels=1)
+    assert rf(point_and_direction(rf)[0]) == pytest.approx(alone(point_and_direction(alone)[0]), rel=1e-13)
+    assert rf.problem.sweeps.results[-1][1].reason == "serial"
+    if MPI.COMM_WORLD.rank == 0:
+        assert "stepping sequentially instead" in "".join(lines)
+
+
+def test_options_from_the_database():
+    """PETSc's, with those of single levels, on top of the dictionary's; Krylov's own are left to it."""
+    given = {"mgrit_level_0_relax": "F", "mgrit_rtol": "1e-5", "mgrit_coarse_solver": "gathered", "mgrit_view": ""}
+    database = PETSc.Options()
+    for name, value in (given | {"mgrit_ksp_type": "gcr"}).items():
+        database[name] = value
+    try:
+        options = mgrit_options({"rtol": 1e-3, "max_it": 9, "level_1": {"relax": 2}})
+    finally:
+        for name in [*given, "mgrit_ksp_type"]:
+            database.delValue(name)
+    assert (options.rtol, options.max_it, options.coarse_solver, options.view) == (1e-5, 9, "gathered", True)
+    assert [options.scheme(i) for i in range(3)] == ["F", "FCFCF", "FCF"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(coarsening=[[0, 3, 8, 22]], levels=2), "equal steps"),
+        (dict(storage="C"), "storage 'C'"),
+        (dict(coarse_solver="gathered", linear=False), "not linear"),
+    ],
+)
+def test_what_sweeps_cannot_do_is_refused(options, message):
+    with pytest.raises(InputError, match=message):
+        functional(pf.SpaceTime("1x1", comm=MPI.COMM_SELF), **options)
+
+
+def test_view_says_memory():
+    rf = functional(pf.SpaceTime("1x1", comm=MPI.COMM_SELF))
+    text = rf.problem.sweeps.view()
+    assert f"all points {23 * 49 * 8 / 2**20:.3g} MB" in text
+    assert "level 1: 5 steps, m = 2, FCF-relaxation" in text
