@@ -7,24 +7,10 @@ import time
 import numpy as np
 from firedrake import Function, assemble, dx, inner
 
-from pint_fem.mgrit import dirk_stability, two_level_bound
-from pint_fem.propagators.tableaux import DIRK
 from pint_fem.report import Raster, plot_convergence, plot_fields, plot_sensors, write_fields, write_json
 from problems.heat_readings import READINGS
 
-__all__ = ["heat_bound", "report"]
-
-
-def heat_bound(sweeps) -> float | None:
-    """Worst two-level factor over all heat problems (real spectra, any number of steps); ``None`` for sequential
-    steps.
-    """
-    fine, coarse = sweeps.propagators[0], sweeps.propagators[1:2]
-    if not coarse:
-        return None
-    z, m = -np.logspace(-6, 6, 4001), coarse[0].stride
-    R = [dirk_stability(d.A, d.b, s * z) for d, s in ((DIRK(fine.tableau), 1), (DIRK(coarse[0].tableau), m))]
-    return two_level_bound(*R, m, relax=sweeps.options.scheme(0))
+__all__ = ["report"]
 
 
 def report(problem, result, opts, summary: dict, say) -> None:
@@ -106,25 +92,26 @@ def report(problem, result, opts, summary: dict, say) -> None:
 
 
 def _mgrit_summary(problem, summary: dict, say) -> None:
-    """Cycles and observed factors, beside the theory's bound for heat."""
+    """Cycles and observed factors, beside the theory's bound over the problem's spectrum."""
     sweeps = problem.rf.problem.sweeps
     summary["sweeps"] = dict(sweeps.counts)
     levels, options = sweeps.levels, sweeps.options
     if len(levels) == 1:
         return
-    relax, bound = options.scheme(0), heat_bound(sweeps)
+    verdict = (sweeps.verdicts or [None])[0]
     factors = [r.factor for _, r in sweeps.results if r.cycles > 1 and np.isfinite(r.factor)]
     solves = sum(n for kind, n in sweeps.counts.items() if kind != "cycles")
     summary["mgrit"] = {
         "levels": len(levels),
         "coarsening": [level.m for level in levels[:-1]],
-        "relax": relax,
+        "relax": options.scheme(0),
         "rtol": options.rtol,
         "cycles_per_solve": sweeps.counts["cycles"] / solves,
         "largest_observed_factor": max(factors, default=None),
-        "two_level_bound": bound,
+        "two_level_bound": None if verdict is None else verdict.factor,
     }
     say(
         f"MGRIT: {solves} solves, {sweeps.counts['cycles'] / solves:.1f} cycles each; "
-        f"observed factor at most {max(factors, default=float('nan')):.4f}, two-level bound for heat {bound:.4g}"
+        f"observed factor at most {max(factors, default=float('nan')):.4f}"
+        + (f", two-level bound over the spectrum {verdict.factor:.4g}" if verdict else "")
     )

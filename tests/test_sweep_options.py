@@ -9,6 +9,7 @@ from firedrake.petsc import PETSc
 from mpi4py import MPI
 
 import pint_fem as pf
+from pint_fem.adjoint.checking import check_sweeps
 from pint_fem.adjoint.reduced_functional import mgrit_options
 from pint_fem.adjoint.sweeps import Sweeps
 from pint_fem.errors import InputError
@@ -73,6 +74,29 @@ def test_every_option_leads_to_the_sequential_solution(options, problem):
         assert np.abs(a - b).max(initial=0) <= 1e-9
     reasons = {result.reason for _, result in sweeps.results}
     assert reasons <= ({"its"} if options.get("residual") == "none" else {"rtol", "atol"})
+
+
+@pytest.mark.parallel([1, 2])
+@pytest.mark.parametrize("linear", [True, False])
+def test_krylov_acceleration(linear):
+    """Gradients and Hessian actions are those of plain cycles; of a nonlinear evolution the derivatives' sweeps."""
+    results = []
+    for krylov in ({"ksp_type": "fgmres"}, {"ksp_type": "gcr"}, None):
+        rf = functional(pf.SpaceTime(), linear=linear, steps=22 if linear else 10, n=6 if linear else 3)
+        parameters = {"mgrit": {"coarsening": (4, 2), "levels": 3, "rtol": 1e-12}}
+        if krylov:
+            parameters["krylov"] = krylov
+        misfit = pf.RunningMisfit(rf.evolution.u**2 * dx)
+        rf = pf.TimeParallelReducedFunctional(
+            rf.evolution, misfit, spacetime=rf.spacetime, solver_parameters=parameters
+        )
+        m, h = point_and_direction(rf)
+        J = rf(m)
+        results.append((J, rf.derivative().dat.data_ro.copy(), rf.hessian(h).dat.data_ro.copy()))
+    for J, g, H in results[:2]:
+        assert J == pytest.approx(results[2][0], rel=1e-10)
+        np.testing.assert_allclose(g, results[2][1], rtol=0, atol=1e-9 * np.abs(g).max())
+        np.testing.assert_allclose(H, results[2][2], rtol=0, atol=1e-9 * np.abs(H).max())
 
 
 @pytest.mark.parallel([1, 2])
@@ -196,3 +220,37 @@ def test_view_says_memory():
     text = rf.problem.sweeps.view()
     assert f"all points {23 * 49 * 8 / 2**20:.3g} MB" in text
     assert "level 1: 5 steps, m = 2, FCF-relaxation" in text
+
+
+@pytest.mark.parallel([1, 2])
+@pytest.mark.parametrize("linear", [True, False])
+def test_propagators_pass_the_check(linear):
+    """The solver's own check of user code, on all levels; a wrong adjoint fails it."""
+    lines = []
+    rf = functional(pf.SpaceTime(), linear=linear, steps=10, n=3, levels=2, coarsening=2, tableau="BE")
+    rf.problem.sweeps.printer = lines.append
+    report = check_sweeps(rf.problem.sweeps)
+    report.raise_if_failed()
+    assert any("adjoint against tangent" in line and "passed" in line for line in report.lines)
+    propagator = rf.problem.sweeps.propagators[1]
+    right = propagator.adjoint
+    propagator.adjoint = lambda data, lam, out, lane=0: right(data, 1.01 * lam, out, lane)
+    report = check_sweeps(rf.problem.sweeps)
+    assert not report.passed
+    assert all("level 1" in line and "adjoint" in line for line in report.failures)
+
+
+@pytest.mark.parallel([1, 2])
+def test_theory_is_printed_before_the_first_solve():
+    """With a monitor; a coarse level that does not damp warns in any case."""
+    for options, words in ((dict(view=True), "theory, levels 0 and 1"), (dict(tableau="midpoint"), "warning, levels 0")):
+        lines = []
+        rf = functional(pf.SpaceTime(), rtol=1e-2, max_it=60, dtol=1e30, on_divergence="serial", **options)
+        rf.problem.sweeps.printer = lines.append
+        for solver in (rf.problem.sweeps._state, rf.problem.sweeps._adjoint):
+            solver.printer = lines.append
+        rf(point_and_direction(rf)[0])
+        text = "".join(lines)
+        assert (words in text) == (MPI.COMM_WORLD.rank == 0)
+        if "tableau" in options and MPI.COMM_WORLD.rank == 0:
+            assert "SDIRK2" in text

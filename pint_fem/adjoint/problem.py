@@ -60,6 +60,7 @@ class ReducedProblem:
             )
         self.U, self.L = sweeps.new_slab(), sweeps.new_slab()
         self.U[:] = sweeps.initial
+        self._cold = {"state": True, "adjoint": True}  # no solution yet to start from
         self._z: np.ndarray | None = None
         self._value = self._gradient = None
         self._parts: dict[str, float] = {}
@@ -75,6 +76,7 @@ class ReducedProblem:
         self._z = self._value = self._gradient = None
         self.U[:] = self.sweeps.initial
         self.L[:] = 0
+        self._cold = dict.fromkeys(self._cold, True)
 
     # -- caches --------------------------------------------------------------------------------------------------------
     def _is_current(self, z: np.ndarray) -> bool:
@@ -95,10 +97,12 @@ class ReducedProblem:
             return
         self._z = self._value = self._gradient = None
         try:
-            self.sweeps.state(z, self.U)
+            self.sweeps.state(z, self.U, cold=self._cold["state"])
         except Exception:
             self.U[:] = self.sweeps.initial  # a failed trajectory is no first guess
+            self._cold["state"] = True
             raise
+        self._cold["state"] = False
         self._z = z.copy()
 
     def _over_steps(self, method, z, *args):
@@ -149,10 +153,12 @@ class ReducedProblem:
         if self._gradient is None:
             g = sum(m.gradient(self.U) for m in self.misfits)
             try:
-                self.sweeps.adjoint(z, self.U, g, self.L)
+                self.sweeps.adjoint(z, self.U, g, self.L, cold=self._cold["adjoint"])
             except Exception:
                 self.L[:] = 0  # a failed trajectory is no first guess
+                self._cold["adjoint"] = True
                 raise
+            self._cold["adjoint"] = False
             self._gradient = self.sweeps.control_gradient(z, self.U, self.L)
             if self.regularisation is not None:
                 self._gradient = self._gradient + self._over_steps(self.regularisation.gradient, z)
@@ -170,7 +176,7 @@ class ReducedProblem:
         second = sweeps.second_order(z, self.U, dz, dU, self.L)
         if second is not None:
             g[:-1] += second[0]
-        sweeps.adjoint(z, self.U, g, M)
+        sweeps.adjoint(z, self.U, g, M, cold=True)
         out = sweeps.control_gradient(z, self.U, M)
         if second is not None:
             out = out + second[1]

@@ -18,6 +18,7 @@ from pint_fem.adjoint.riesz import RieszMap
 from pint_fem.adjoint.sweeps import Sweeps
 from pint_fem.errors import InputError
 from pint_fem.mgrit import MGRITOptions, SolverFailure
+from pint_fem.mgrit.option_strings import parse_options
 from pint_fem.optimize import TrustRegionResult, minimize_trust_region
 from pint_fem.propagators import Evolution, make_propagator
 from pint_fem.propagators.arrays import get, put
@@ -35,19 +36,11 @@ def mgrit_options(parameters: Mapping | MGRITOptions | None, prefix: str = "mgri
     InputError
         On an unknown option or a bad value.
     """
-    database, given = PETSc.Options(prefix), {}
-    known = MGRITOptions.__dataclass_fields__
-    read = {
-        "levels": database.getInt,
-        "max_it": database.getInt,
-        "coarsening": lambda name: [int(m) for m in database.getString(name).split(",")],
-        "relax": lambda name: database.getString(name).split(","),
-        "monitor": lambda name: database.getBool(name, True),
+    database = {
+        name: value for name, value in PETSc.Options(prefix).getAll().items() if not name.startswith(("ksp_", "pc_"))
     }
     try:
-        for name in database.getAll():
-            given[name] = read.get(name, database.getReal)(name) if name in known else None
-        return MGRITOptions.make(parameters, **given)
+        return MGRITOptions.make(parameters, **parse_options(database))
     except ValueError as error:
         raise InputError(str(error)) from None
 
@@ -70,8 +63,12 @@ class TimeParallelReducedFunctional(AbstractReducedFunctional):
         Process grid; the evolution's mesh lives on its ``space_comm``. Default: all ranks of the mesh's communicator
         in space.
     solver_parameters
-        ``{"mgrit": {...}, "time_solver": "mgrit" | "serial"}``; MGRIT options also from the command line
-        (``-mgrit_rtol 1e-8``).
+        ``{"mgrit": {...}, "time_solver": "mgrit" | "serial", "spatial_coarsening": [0, 1]}``; MGRIT options also from
+        the command line (``-mgrit_rtol 1e-8``). ``spatial_coarsening`` steps on coarser meshes of the evolution's
+        ``MeshHierarchy`` on coarse levels: for each how many meshes coarser than the finest it is, the last number
+        going on, or ``True`` for one more on each (:class:`~pint_fem.propagators.spatial.SpatialLevels`). It changes
+        the iterates, not what they converge to. ``"norm"``: residuals in ``"l2"`` of coefficients or ``"L2"``.
+        ``"krylov": {"ksp_type": "fgmres"}`` accelerates linear sweeps (also ``-mgrit_ksp_type``...).
     riesz_map
         ``"L2"``, ``"H1"``, ``"l2"`` or a bilinear form on the control's space, of the trust region and of
         ``apply_riesz``.
@@ -79,6 +76,8 @@ class TimeParallelReducedFunctional(AbstractReducedFunctional):
         Integrator of the coarse levels; default: the evolution's.
     propagator
         Class or factory of the propagators; default: the fastest exact one.
+    coarse_evolutions
+        Instead of ``spatial_coarsening``: an evolution for each coarse level, on meshes of the same hierarchy.
 
     Raises
     ------
@@ -97,6 +96,7 @@ class TimeParallelReducedFunctional(AbstractReducedFunctional):
         riesz_map="L2",
         coarse_tableau=None,
         propagator: Callable = make_propagator,
+        coarse_evolutions=None,
         printer: Callable[[str], None] = print,
     ):
         space_comm = evolution.V.mesh().comm
@@ -112,8 +112,15 @@ class TimeParallelReducedFunctional(AbstractReducedFunctional):
         solver = parameters.pop("time_solver", "mgrit")
         if solver not in ("mgrit", "serial"):
             raise InputError(f"time_solver {solver!r}: give 'mgrit' or 'serial'")
+        spatial_coarsening = parameters.pop("spatial_coarsening", None)
+        norm, krylov = parameters.pop("norm", "l2"), parameters.pop("krylov", None)
+        if krylov is not None and not isinstance(krylov, Mapping):
+            raise InputError(f"krylov {krylov!r}: give PETSc options, such as {{'ksp_type': 'fgmres'}}")
         if parameters:
-            raise InputError(f"unknown solver parameters {sorted(parameters)}: known are 'mgrit' and 'time_solver'")
+            raise InputError(
+                f"unknown solver parameters {sorted(parameters)}: known are 'mgrit', 'time_solver', "
+                "'spatial_coarsening', 'krylov' and 'norm'"
+            )
         if solver == "serial":
             options = MGRITOptions.make(options, levels=1)
         self.evolution, self.spacetime = evolution, spacetime
@@ -124,6 +131,10 @@ class TimeParallelReducedFunctional(AbstractReducedFunctional):
                 options=options,
                 coarse_tableau=coarse_tableau,
                 propagator=propagator,
+                spatial_coarsening=spatial_coarsening,
+                coarse_evolutions=coarse_evolutions,
+                krylov=krylov,
+                norm=norm,
                 printer=printer,
             )
         except ValueError as error:

@@ -15,15 +15,24 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping
+from functools import cached_property, partial
 
 import numpy as np
 
+from pint_fem.adjoint.acceleration import AcceleratedSweep
 from pint_fem.mgrit import MGRIT, MGRITOptions, SolveResult
 from pint_fem.mgrit.levels import inject
 from pint_fem.mgrit.stopping import DivergedError
+from pint_fem.mgrit.theory import Verdict
+from pint_fem.mgrit.trace import Trace
 from pint_fem.propagators import Evolution, StepData, make_propagator
 from pint_fem.propagators.arrays import get
 from pint_fem.propagators.base import FEPropagator
+from pint_fem.propagators.blocks import WIDTH
+from pint_fem.propagators.linear import LinearPropagator
+from pint_fem.propagators.norms import MassNorm
+from pint_fem.propagators.spatial import SpatialLevels
+from pint_fem.propagators.spectrum import mgrit_verdict
 from pint_fem.spacetime import SpaceTime
 
 __all__ = ["Sweeps"]
@@ -31,6 +40,8 @@ __all__ = ["Sweeps"]
 
 class _Bound:
     """A propagator bound to the own steps of one level: what MGRIT calls."""
+
+    block = WIDTH  # states in a block of the propagators
 
     def __init__(self, propagator: FEPropagator):
         self.propagator = propagator
@@ -91,11 +102,19 @@ class Sweeps:
     evolution, spacetime
         The problem and the grid.
     options
-        MGRIT options; ``levels=1`` steps sequentially.
+        MGRIT options; ``levels=1`` steps sequentially. ``check="auto"`` is ``"cycle"``; with ``start="auto"`` solves
+        without an earlier solution (``cold``) begin with nested iteration.
     coarse_tableau
         Integrator of the coarse levels; default: the evolution's.
     propagator
         ``propagator(evolution, stride=, tableau=)``; default: the fastest exact one.
+    spatial_coarsening, coarse_evolutions
+        Coarser meshes on the coarse levels, see :class:`~pint_fem.propagators.spatial.SpatialLevels`.
+    krylov
+        PETSc options of a Krylov method that accelerates the linear sweeps, such as ``{"ksp_type": "fgmres"}``; see
+        :mod:`pint_fem.mgrit.krylov`. Tolerances are then relative to the right-hand side.
+    norm
+        Of residuals and trajectories: ``"l2"`` of coefficients, or ``"L2"`` of functions (its dual for adjoints).
     printer
         For monitor lines.
 
@@ -113,32 +132,61 @@ class Sweeps:
         options: MGRITOptions | Mapping | None = None,
         coarse_tableau=None,
         propagator: Callable[..., FEPropagator] = make_propagator,
+        spatial_coarsening=None,
+        coarse_evolutions=None,
+        krylov: Mapping | None = None,
+        norm: str = "l2",
         printer: Callable[[str], None] = print,
     ):
-        self.evolution, self.spacetime = evolution, spacetime
+        self.evolution, self.spacetime, self.printer = evolution, spacetime, printer
+        self._coarse_tableau, self._judged = coarse_tableau, False
         N = evolution.nsteps
         self.slab = slab = spacetime.slab(N)
         options = MGRITOptions.make(options)
+        if options.check == "auto":
+            options = MGRITOptions.make(options, check="cycle")
         factors = options.factors(N)
+        _refuse_unsupported(options, factors)
         options = MGRITOptions.make(options, levels=len(factors) + 1)
         strides = [1]
         for m in factors:
             strides.append(strides[-1] * m)
-        tableaux = [evolution.tableau] + [coarse_tableau or evolution.tableau] * len(factors)
+        schemes = [options.scheme(level) for level in range(len(factors))]
+        self.space = space = SpatialLevels(evolution, schemes, spatial_coarsening, coarse_evolutions)
+        tableaux = [evolution.tableau] + [coarse_tableau or ev.tableau for ev in space.evolutions[1:]]
         self.propagators = [
-            propagator(evolution, stride=s, tableau=tab) for s, tab in zip(strides, tableaux, strict=True)
+            propagator(ev, stride=s, tableau=tab)
+            for ev, s, tab in zip(space.evolutions, strides, tableaux, strict=True)
         ]
         self.is_linear = all(p.is_linear for p in self.propagators)
+        if options.coarse_solver == "gathered" and factors and not self.is_linear:
+            raise ValueError(
+                "mgrit coarse_solver 'gathered': the first rank has the data of its own steps only; "
+                "give 'sequential' for an evolution that is not linear"
+            )
         kinds = (
             (lambda p: _LinearStep(p, transposed=False), lambda p: _LinearStep(p, transposed=True))
             if self.is_linear
             else (_TangentStep, _AdjointStep)
         )
-        forward = dict(comm=spacetime.time_comm, bounds=slab.bounds)
+        forward = dict(comm=spacetime.time_comm, bounds=slab.bounds, transfers=space.transfers)
         backward = dict(comm=spacetime.reversed_time_comm, bounds=[N - b for b in reversed(slab.bounds)])
-        common = dict(options=options, point_norms=spacetime.point_norms, printer=printer)
-        self._tangent = MGRIT([kinds[0](p) for p in self.propagators], N, name="tangent", **forward, **common)
-        self._adjoint = MGRIT([kinds[1](p) for p in self.propagators], N, name="adjoint", **backward, **common)
+        backward["transfers"] = space.transposed_transfers
+        #: Shared by the sweeps; written by :meth:`write_trace`.
+        self.trace = Trace(spacetime.time_comm) if options.trace else None
+        if norm not in ("l2", "L2"):
+            raise ValueError(f"norm {norm!r}: give 'l2' (of coefficients) or 'L2' (of functions)")
+        if norm == "L2":
+            forward["point_norms"] = MassNorm(evolution.V, spacetime)
+            backward["point_norms"] = MassNorm(evolution.V, spacetime, dual=True)
+        else:
+            forward["point_norms"] = backward["point_norms"] = spacetime.point_norms
+        common = dict(options=options, printer=printer, linear=True, trace=self.trace)
+        linear = MGRIT
+        if krylov is not None and factors:
+            linear = partial(AcceleratedSweep, solver_parameters=krylov, petsc_comm=spacetime.comm)
+        self._tangent = linear([kinds[0](p) for p in self.propagators], N, name="tangent", **forward, **common)
+        self._adjoint = linear([kinds[1](p) for p in self.propagators], N, name="adjoint", **backward, **common)
         self._state = self._tangent
         if not self.is_linear:
             self._state = MGRIT([_StateStep(p) for p in self.propagators], N, name="state", **forward, **common)
@@ -164,7 +212,40 @@ class Sweeps:
 
     def view(self) -> str:
         """Describe the hierarchy in a few lines."""
-        return self._state.view()
+        return self._state.view(8 * self.evolution.state_size)
+
+    @cached_property
+    def verdicts(self) -> list[Verdict] | None:
+        """Theory's verdict on each pair of levels, computed when first asked for, by all ranks; empty for one level.
+
+        ``None`` where there is no theory: evolutions that are not linear, propagators of the user's own, coarser meshes
+        on coarse levels (see :func:`~pint_fem.propagators.spectrum.mgrit_verdict`).
+        """
+        if len(self.propagators) == 1:
+            return []
+        known = all(type(p) is LinearPropagator and p.evolution is self.evolution for p in self.propagators)
+        return mgrit_verdict(self.evolution, self.options, self._coarse_tableau) if known else None
+
+    def _judge(self) -> None:
+        """Before the first solve: print the verdicts where asked to, and warnings always."""
+        if self._judged:
+            return
+        self._judged = True
+        for level, verdict in enumerate(self.verdicts or []):
+            where = f"levels {level} and {level + 1}"
+            if not self.spacetime.is_root:
+                continue
+            if self.options.monitor or self.options.view:
+                self.printer(f"theory, {where}: {verdict}")
+            elif not verdict.converges:
+                self.printer(f"warning, {where}: {verdict.warning}")
+
+    def write_trace(self) -> None:
+        """Write the work and messages of all sweeps so far to the option ``trace``'s file (collective); nothing
+        without it.
+        """
+        if self.trace is not None and self.spacetime.space_comm.rank == 0:
+            self.trace.write(self.options.trace)
 
     @property
     def times(self) -> np.ndarray:
@@ -196,52 +277,69 @@ class Sweeps:
                 start = steps * level.stride
                 lender = start + level.stride - 1 - self.slab.lo
                 u = None if u is None else u[:-1]
-            own = z if z is None or z.ndim == 1 else z[lender]
+            own = self.space.controls(level.index, z if z is None or z.ndim == 1 else z[lender])
+            u = self.space.states(level.index, u)
             level.propagator.data = StepData(self.evolution.time(start), own, u)
 
-    def _run(self, solver: MGRIT, kind: str, U: np.ndarray, G) -> SolveResult:
+    def _run(self, solver: MGRIT, kind: str, U: np.ndarray, G, *, cold: bool, coarse_rhs=None) -> SolveResult:
+        self._judge()
         solver.name = kind  # one solver serves both the state and the tangent of a linear evolution
-        result = solver.solve(U, G)
+        start = "nested" if cold and self.options.start == "auto" else None
+        result = solver.solve(U, G, start=start, coarse_rhs=coarse_rhs() if coarse_rhs and start else None)
         self.counts[kind] += 1
         self.counts["cycles"] += result.cycles
         self.results.append((kind, result))
         if self.on_sweep is not None:
             self.on_sweep(kind, result)
         if not result.converged:
-            last, options = result.residuals[-1], solver.options
-            advice = "a bound above one? see coarse_tableau, relax='FCF', smaller coarsening, or levels=1 (sequential)"
+            advice = "a bound above one? see coarse_tableau, relax='FCF', smaller coarsening, on_divergence='serial'"
+            history = f"residual {result.residuals[-1]:.3e}, first {result.residuals[0]:.3e}"
             raise DivergedError(
-                f"{kind} sweep: MGRIT {result.reason} after {result.cycles} cycles, residual {last:.3e} "
-                f"(first {result.residuals[0]:.3e}, rtol {options.rtol:g}); {advice}"
+                f"{kind} sweep: MGRIT {result.reason}: {result.message} ({history}, rtol {solver.options.rtol:g}); "
+                f"{advice}, or levels=1 (sequential)"
             )
         return result
 
-    def state(self, z, U: np.ndarray) -> SolveResult:
+    def _coarse_forcing(self, method: str, z) -> list[np.ndarray]:
+        """Forcing of the own steps of the coarse levels, for nested iteration of a linear evolution."""
+        out = []
+        for level, propagator in zip(self._tangent.levels[1:], self.propagators[1:], strict=True):
+            start = np.arange(level.lo, level.hi) * level.stride
+            own = z if z is None or z.ndim == 1 else z[start + level.stride - 1 - self.slab.lo]
+            own = self.space.controls(level.index, own)
+            data = StepData(self.evolution.time(start), own)
+            args = (data, level.lo) if method == "forcing" else (data, own, level.lo)
+            out.append(getattr(propagator, method)(*args))
+        return out
+
+    def state(self, z, U: np.ndarray, *, cold: bool = False) -> SolveResult:
         """Solve for the state in place, from the first guess ``U`` ``(k + 1, n)``; ``z`` is ``(nz,)``, ``(k, nz)`` or
-        ``None``.
+        ``None``. ``cold``: the guess is no solution of a nearby problem.
         """
         if self.slab.is_first:
             U[0] = self.initial
         if self.is_linear:
             G = self.propagators[0].forcing(self.data(z), self.slab.lo)
-            return self._run(self._state, "state", U, G)
+            rhs = lambda: self._coarse_forcing("forcing", z)
+            return self._run(self._state, "state", U, G, cold=cold, coarse_rhs=rhs)
         self._bind(self._state, z, None, backwards=False)
-        return self._run(self._state, "state", U, None)
+        return self._run(self._state, "state", U, None, cold=cold)
 
-    def tangent(self, z, U: np.ndarray, dz, dU: np.ndarray) -> SolveResult:
+    def tangent(self, z, U: np.ndarray, dz, dU: np.ndarray, *, cold: bool = True) -> SolveResult:
         """Solve for the derivative of the state in the direction ``dz`` of the control, in place."""
-        data, fine = self.data(z, U), self.propagators[0]
+        data, fine, rhs = self.data(z, U), self.propagators[0], None
         if self.slab.is_first:
             dU[0] = 0
         if self.is_linear:
             G = fine.control_forcing(data, dz, self.slab.lo)
+            rhs = lambda: self._coarse_forcing("control_forcing", dz)
         else:
             self._bind(self._tangent, z, U, backwards=False)
             G = np.empty((self.slab.k, self.evolution.state_size))
             fine.tangent(data, np.zeros_like(G), dz, G, self.slab.lo)
-        return self._run(self._tangent, "tangent", dU, G)
+        return self._run(self._tangent, "tangent", dU, G, cold=cold, coarse_rhs=rhs)
 
-    def adjoint(self, z, U: np.ndarray, gradient: np.ndarray, L: np.ndarray) -> SolveResult:
+    def adjoint(self, z, U: np.ndarray, gradient: np.ndarray, L: np.ndarray, *, cold: bool = False) -> SolveResult:
         """Solve for adjoints ``L`` ``(k + 1, n)`` in place; ``gradient`` rows ``0..k-1`` (``k`` on the last rank) are
         the right-hand side.
         """
@@ -249,7 +347,7 @@ class Sweeps:
             L[-1] = gradient[-1]
         if not self.is_linear:
             self._bind(self._adjoint, z, U, backwards=True)
-        return self._run(self._adjoint, "adjoint", L[::-1], gradient[:-1][::-1])
+        return self._run(self._adjoint, "adjoint", L[::-1], gradient[:-1][::-1], cold=cold)
 
     def control_gradient(self, z, U: np.ndarray, L: np.ndarray) -> np.ndarray:
         """``sum_n Phi_z^T lam_{n+1}``: ``(nz,)`` summed over all ranks, or ``(k, nz)`` a step."""
@@ -264,3 +362,17 @@ class Sweeps:
             return None
         su, sz = self.propagators[0].second_order(self.data(z, U), dU[:-1], dz, L[1:])
         return su, sz if self.evolution.per_step else self.spacetime.sum_over_time(sz)
+
+
+def _refuse_unsupported(options: MGRITOptions, factors: tuple) -> None:
+    """Raise on options of the solver that sweeps of an evolution with equal steps have no use for."""
+    uneven = [m for m in factors if not isinstance(m, int)]
+    if uneven:
+        raise ValueError(
+            f"mgrit coarsening {uneven[0]}: an evolution has equal steps on each level; give factors such as (8, 4)"
+        )
+    if options.storage == "C":
+        raise ValueError(
+            "mgrit storage 'C': adjoints and misfits want the state at all points; give storage='all' "
+            "(pint_fem.mgrit.MGRIT itself can store C-points only)"
+        )

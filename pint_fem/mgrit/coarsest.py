@@ -49,8 +49,9 @@ def coarsest_solver(level: Level, kind: str, sweeps: int, weight: float) -> Call
 
 
 def _solve_gathered(level: Level) -> None:
-    """Gather the right-hand sides on the first rank, step there, send each rank its points (two messages a rank
-    instead of a chain of ranks). For coarsest levels that are small, as they are: nothing else is gathered.
+    """Gather the right-hand sides (first guesses too, where steps use them) on the first rank, step there, send each
+    rank its points: two or three messages a rank instead of a chain of ranks. For coarsest levels that are small, as
+    they are: nothing else is gathered.
     """
     comm, shape = level.comm, level.U.shape[1:]
     size = int(np.prod(shape, dtype=int))
@@ -63,6 +64,8 @@ def _solve_gathered(level: Level) -> None:
     G = np.empty((level.nsteps, *shape)) if first else None
     U = np.empty((level.nsteps + 1, *shape)) if first else None
     comm.Gatherv(np.ascontiguousarray(level.G), [G, counts, starts, _double()] if first else None)
+    if level.uses_guess:
+        comm.Gatherv(np.ascontiguousarray(level.U[1:]), [U[1:], counts, starts, _double()] if first else None)
     if first:
         U[0] = level.U[0]
         level.sweep_steps(range(level.nsteps), U, G)

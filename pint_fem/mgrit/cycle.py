@@ -9,8 +9,8 @@ solves the coarse problem: it is a fixed point, whatever the coarse propagator. 
 MacLachlan, Schroder, SISC 36(6), 2014.)
 
 A V-cycle solves the coarse problem by one V-cycle, an F-cycle by an F-cycle followed by a V-cycle. The transposed
-cycle corrects first and relaxes afterwards: with the transposed propagators and transfers, on the reversed time grid,
-its linear map is exactly the transpose of the forward cycle's.
+cycle corrects first and relaxes afterwards, and does the V-cycle before the F-cycle: with the transposed propagators
+and transfers, on the reversed time grid, its linear map is exactly the transpose of the forward cycle's.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Cycle:
     transfers
         One for each level but the coarsest: spatial coarsening to the next, or ``None``.
     transposed
-        Correct first, then relax.
+        Correct first, then relax; in an F-cycle the V-cycle first.
     linear
         Whether the propagators are linear.
     """
@@ -162,11 +162,10 @@ class Cycle:
         if index == len(self.levels) - 1:
             self._solve_coarsest()
             return
-        self.relax_and_restrict(index)
-        self.correct(index, kind)
-        if kind == "F":
-            self.relax_and_restrict(index, f_is_done=True)
-            self.correct(index)
+        kinds = ("F", "V") if kind == "F" else ("V",)
+        for place, each in enumerate(reversed(kinds) if self.transposed else kinds):
+            self.relax_and_restrict(index, f_is_done=place > 0)
+            self.correct(index, each)
 
     def first_guess(self, *, nested: bool, coarse_rhs_given: Sequence[np.ndarray | None] | None = None) -> None:
         """Replace the finest level's guess: solve the coarsest level's own problem and interpolate.
@@ -179,6 +178,7 @@ class Cycle:
         coarse_rhs_given
             Right-hand sides of the own steps of the levels below the finest; default: restricted from the finest one's.
         """
+        zero = self.levels[0].G is None
         for index in range(len(self.levels) - 1):
             fine, coarse = self.levels[index], self.levels[index + 1]
             if coarse.active:
@@ -188,6 +188,9 @@ class Cycle:
             given = coarse_rhs_given[index] if coarse_rhs_given is not None else None
             if given is not None:
                 coarse.G[...] = given
+                zero = False
+            elif zero:
+                coarse.G[...] = 0
             else:
                 coarse_rhs(fine, coarse, self.relaxations[index], self.transfers[index], linear=self.linear)
         self._solve_coarsest()

@@ -185,12 +185,17 @@ class Level:
         """Take all own steps one after another, from row 0."""
         self.sweep_steps(range(self.lo, self.hi), self.U, self.G)
 
-    def sweep_steps(self, steps: range, U: np.ndarray, G: np.ndarray | None) -> None:
-        """Take some steps one after another in place, ``U[0]`` being the state before the first."""
+    def sweep_steps(self, steps: range, U: np.ndarray, G: np.ndarray | None, *, fresh: bool = False) -> None:
+        """Take some steps one after another in place, ``U[0]`` being the state before the first.
+
+        ``fresh``: what ``U`` holds behind it is no iterate; a step's first guess is then the state before it.
+        """
         if not len(steps):
             return
         if not hasattr(self.propagator, "sweep"):
             for i, n in enumerate(steps):
+                if fresh and self.uses_guess:
+                    U[i + 1] = U[i]
                 self.phi(range(n, n + 1), U[i : i + 1], U[i + 1 : i + 2])
                 if G is not None:
                     U[i + 1] += G[i]
@@ -252,7 +257,7 @@ class Level:
         self.wait(self.post_receive(array), self.post_send(array))
 
     def phi_of_all(self, V: np.ndarray, out: np.ndarray) -> None:
-        """``Phi`` of all own steps from the points ``V`` ``(k + 1, ...)``; fetches row 0 while the others are stepped."""
+        """``Phi`` of all own steps from the points ``V``, ``(k + 1, ...)``; the others go on while row 0 arrives."""
         if not self.active:
             return
         receive, send = self.post_receive(V), self.post_send(V)
@@ -260,6 +265,8 @@ class Level:
         first = 0 if receive is None else min(block - self.lo % block, self.k)  # a group that needs row 0
         if self.uses_guess:
             out[...] = V[1:]
+            if self.index == 0 and self.G is not None:
+                out -= self.G
         self.phi(range(self.lo + first, self.hi), V[first:-1], out[first:])
         self.wait(receive)
         self.phi(range(self.lo, self.lo + first), V[:first], out[:first])

@@ -46,7 +46,7 @@ class MGRITOptions:
     start
         First guess: ``"guess"`` takes the one given, ``"skip"`` solves the coarsest level and interpolates (XBraid's
         skip of the first down-cycle), ``"nested"`` does nested iteration: a V-cycle on each level on the way up.
-        ``"auto"`` is ``"guess"`` here; finite element sweeps take it as ``"nested"`` where they have no earlier solution.
+        ``"auto"`` is ``"guess"`` here; finite element sweeps without an earlier solution take it as ``"nested"``.
     nested_cycles
         V-cycles on each level of nested iteration.
     relax
@@ -167,8 +167,11 @@ class MGRITOptions:
             if rest in _PER_LEVEL:
                 levels.setdefault(rest, {})[level] = given.pop(name)
             elif name not in known:
-                near = difflib.get_close_matches(str(name), known, n=1)
-                hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
+                prefix, choices = ("", known) if level < 0 else (f"level_{level}_", _PER_LEVEL)
+                near = difflib.get_close_matches(str(name if level < 0 else rest), choices, n=1)
+                hint = f"{'known' if level < 0 else 'those of one level'} are {', '.join(choices)}"
+                if near:
+                    hint = f"did you mean {prefix + near[0]!r}?"
                 raise ValueError(f"unknown mgrit option {name!r}: {hint}")
         made = replace(base, **given)
         for name, changed in levels.items():

@@ -87,6 +87,8 @@ class Relaxation:
             for length in sorted({i.length for i in self.intervals})
             for run in runs([i for i in self.intervals if i.length == length], length - 1, lo, hi, self.first_number)
         ]
+        #: A step from a C-point to the next reads what C-relaxation replaces.
+        self.c_points_touch = any(i.length == 1 for i in self.intervals)
         self.groups = list(self._groups())
         self.last_is_c = int(c[last_number]) == hi
         self._work: np.ndarray | None = None
@@ -166,15 +168,25 @@ class Relaxation:
         level.wait(receive, send)
 
     def c_relax(self) -> None:
-        """Update the C-points from the F-points before them."""
+        """Update the C-points from the points before them as these are."""
+        U = self.level.U
+        if self.weight == 1 and not self.c_points_touch:
+            for run in self.c_runs:
+                self._phi(run, U[run.targets])
+            return
+        if self._work is None or self._work.shape[1:] != U.shape[1:]:
+            self._work = np.empty((self.count, *U.shape[1:]))
         if self.weight != 1:
-            if self._work is None or self._work.shape[1:] != self.level.U.shape[1:]:
-                self._work = np.empty((self.count, *self.level.U.shape[1:]))
             self.c_residual(self._work)
             self.c_relax_by(self._work)
             return
         for run in self.c_runs:
-            self._phi(run, self.level.U[run.targets])
+            part = self._work[run.places]
+            if self.level.uses_guess:
+                part[...] = U[run.targets]
+            self._phi(run, part)
+        for run in self.c_runs:
+            U[run.targets] = self._work[run.places]
 
     def c_relax_by(self, residual: np.ndarray) -> None:
         """C-relaxation where the residual at the C-points is at hand: no propagator call."""
@@ -196,5 +208,5 @@ class Relaxation:
         level = self.level
         if level.active:
             level.wait(level.post_receive(level.U))
-            level.sweep()
+            level.sweep_steps(range(level.lo, level.hi), level.U, level.G, fresh=True)
             level.wait(level.post_send(level.U))

@@ -1,7 +1,7 @@
 r"""Right-hand sides of coarse levels for a first guess by nested iteration.
 
-A right-hand side that enters ``c - i`` fine steps before the C-point ``c`` reaches it as :math:`\Phi^{c-i} g_i`. Between
-no step and a whole coarse step that is interpolated linearly,
+A right-hand side that enters ``c - i`` fine steps before the C-point ``c`` reaches it as :math:`\Phi^{c-i} g_i`.
+Between no step and a whole coarse step that is interpolated linearly,
 
 .. math::  g^c = \sum_i (1 - \theta_i) g_i + \Phi^c \sum_i \theta_i g_i , \qquad \theta_i = (c - i)/m ,
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 import numpy as np
 
 from pint_fem.mgrit.levels import Level
-from pint_fem.mgrit.relaxation import Relaxation
+from pint_fem.mgrit.relaxation import Relaxation, runs
 from pint_fem.mgrit.transfer import Transfer
 
 __all__ = ["coarse_rhs"]
@@ -21,15 +21,14 @@ __all__ = ["coarse_rhs"]
 
 def coarse_rhs(fine: Level, coarse: Level, relaxation: Relaxation, transfer: Transfer | None, *, linear: bool) -> None:
     """Set the right-hand side ``coarse.G`` from ``fine.G`` (collective over the ranks with steps on ``fine``)."""
-    if fine.G is None:
-        coarse.G[...] = 0
-        return
     if not fine.active:
         return
     early, late = _sums(fine, relaxation)
     if transfer is not None:
         early, late = transfer.restrict(early), transfer.restrict(late)
     if linear:
+        if coarse.uses_guess:
+            coarse.G[...] = early
         coarse.phi(range(coarse.lo, coarse.hi), early, coarse.G)
         coarse.G += late
     else:
@@ -48,11 +47,11 @@ def _sums(fine: Level, relaxation: Relaxation) -> tuple[np.ndarray, np.ndarray]:
     if inside:
         fine.wait(fine.post_receive(begun))
         sums[:, 0] = begun[0]
-    for place, interval in enumerate(relaxation.intervals):
-        for n in range(max(interval.start, lo), min(interval.start + interval.length, fine.hi)):
-            theta = (interval.start + interval.length - 1 - n) / interval.length
-            sums[0, place] += theta * G[n - lo]
-            sums[1, place] += (1 - theta) * G[n - lo]
+    for j in range(max((i.length for i in relaxation.intervals), default=0)):
+        for run in runs(relaxation.intervals, j, lo, fine.hi, relaxation.first_number):
+            length = run.steps.step
+            sums[0, run.places] += (length - 1 - j) / length * G[run.rows]
+            sums[1, run.places] += (1 + j) / length * G[run.rows]
     if unfinished and fine.right is not None:
         fine.wait(fine.post_send(np.ascontiguousarray(sums[:, -1])[None]))
     return sums[0, : relaxation.count], sums[1, : relaxation.count]

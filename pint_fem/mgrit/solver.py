@@ -107,7 +107,8 @@ class MGRIT:
             level.trace = self.trace
         exact = math.inf
         if len(self.levels) == 2 and options.coarse_solver != "relax" and self.transfers == [None]:
-            exact = math.ceil(self.levels[1].nsteps / (1 + options.sweeps(0)))
+            shifts = 1 + options.sweeps(0) if options.weight(0) == 1 else 1
+            exact = math.ceil(self.levels[1].nsteps / shifts)
         self._stop = Stopping(options, exact)
         self._cycle: Cycle | None = None
         self._all_work: np.ndarray | None = None
@@ -159,7 +160,8 @@ class MGRIT:
         SolverFailure
             On every rank, if a step failed or a value is not finite on any.
         """
-        fine, start = self.levels[0], self.options.start if start is None else start
+        fine = self.levels[0]
+        start = (self.options if start is None else MGRITOptions.make(start=start)).start
         self._check_arrays(U, G)
         if not self._viewed:
             self._viewed = True

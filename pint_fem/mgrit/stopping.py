@@ -105,8 +105,8 @@ class Stopping:
         elif self._stagnates(result, max(options.atol, relative)):
             result.reason = "stagnated"
             result.message = (
-                f"the residual shrinks by {result.last_factor:.3f} a cycle only: the tolerance is out of reach in "
-                f"max_it = {options.max_it} cycles"
+                f"the residual changes by a factor {result.last_factor:.3f} a cycle only: the tolerance is out of "
+                f"reach in max_it = {options.max_it} cycles"
             )
         elif result.cycles >= options.max_it:
             result.reason = "max_it"

@@ -63,8 +63,10 @@ class CPointRelaxation(Relaxation):
             for j in range(max(i.length for i in whole)):
                 for run in runs(whole, j, level.lo, level.hi, first):
                     if level.uses_guess:  # before the last step: the state at the step's start
-                        ends = [i.length == j + 1 for i in whole[run.places]]
-                        b[run.places] = U[place + 1 :][run.places] if all(ends) else a[run.places]
+                        ends = all(i.length == j + 1 for i in whole[run.places])
+                        b[run.places] = U[place + 1 :][run.places] if ends else a[run.places]
+                        if ends and level.G is not None:
+                            b[run.places] -= level.G[run.rows]
                     level.phi(run.steps, a[run.places], b[run.places])
                     if level.G is not None:
                         b[run.places] += level.G[run.rows]
@@ -124,10 +126,13 @@ class CPointRelaxation(Relaxation):
             steps = range(i.start, min(i.start + i.length, level.hi))
             rows = work[: len(steps) + 1]
             rows[0] = U[i.number - self.first_number]
-            level.sweep_steps(steps, rows, None if G is None else G[steps.start - level.lo : steps.stop - level.lo])
-            if i.start + i.length <= level.hi and i.number < len(level.c_points) - 1:
-                if store:
-                    U[i.number - self.first_number + 1] = rows[-1]
-                else:
-                    rows[-1] = U[i.number - self.first_number + 1]
+            whole = i.number < len(level.c_points) - 1
+            taken = steps[:-1] if whole and not store else steps
+            own_G = None if G is None else G[steps.start - level.lo : taken.stop - level.lo]
+            level.sweep_steps(taken, rows[: len(taken) + 1], own_G, fresh=True)
+            place = i.number - self.first_number + 1
+            if whole and store:
+                U[place] = rows[-1]
+            elif whole:
+                rows[-1] = U[place]
             yield i.start + 1, rows[1:]

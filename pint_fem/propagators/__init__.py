@@ -7,6 +7,7 @@ from pint_fem.propagators.base import FEPropagator, StepData
 from pint_fem.propagators.evolution import Evolution, time_function
 from pint_fem.propagators.form import FormPropagator
 from pint_fem.propagators.linear import LinearPropagator
+from pint_fem.propagators.spatial import coarse_evolution, mesh_transfer
 from pint_fem.propagators.tableaux import SDIRK2, BackwardEuler, ImplicitMidpoint, named_tableau
 from pint_fem.propagators.tape import TapePropagator
 
@@ -20,7 +21,9 @@ __all__ = [
     "LinearPropagator",
     "StepData",
     "TapePropagator",
+    "coarse_evolution",
     "make_propagator",
+    "mesh_transfer",
     "named_tableau",
     "time_function",
 ]

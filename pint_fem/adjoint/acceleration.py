@@ -1,0 +1,59 @@
+"""Krylov-accelerated sweeps behind the interface of plain ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from pint_fem.mgrit import SolveResult
+from pint_fem.mgrit.krylov import KrylovMGRIT
+
+__all__ = ["AcceleratedSweep"]
+
+
+class AcceleratedSweep:
+    """A linear sweep in either direction, solved by :class:`~pint_fem.mgrit.krylov.KrylovMGRIT`.
+
+    Slabs of adjoint sweeps run backwards in memory, PETSc's vectors do not: such a slab is copied, once a solve.
+
+    Parameters
+    ----------
+    propagators, nsteps
+        As for MGRIT.
+    solver_parameters
+        PETSc options of the ``KSP``.
+    name, **options
+        As for MGRIT; ``trace``, ``linear`` and ``point_norms`` are left out: the norm is PETSc's.
+    """
+
+    def __init__(self, propagators: Sequence, nsteps: int, *, solver_parameters: Mapping, name: str, **options):
+        for unused in ("trace", "linear", "point_norms"):
+            options.pop(unused, None)
+        self.name = name
+        self._solver = KrylovMGRIT(propagators, nsteps, solver_parameters=solver_parameters, name=name, **options)
+
+    @property
+    def levels(self):
+        """Levels of the hierarchy."""
+        return self._solver.hierarchies.solver.levels
+
+    @property
+    def options(self):
+        """MGRIT options."""
+        return self._solver.options
+
+    def solve(self, U: np.ndarray, G: np.ndarray | None = None, *, start=None, coarse_rhs=None) -> SolveResult:
+        """See :meth:`pint_fem.mgrit.MGRIT.solve`; right-hand sides of a first guess are restricted from ``G``."""
+        self._solver.name = self.name
+        slab = np.ascontiguousarray(U)
+        try:
+            return self._solver.solve(slab, G, start=start)
+        finally:
+            if slab is not U:
+                U[...] = slab
+
+    def view(self, state_nbytes: int | None = None) -> str:
+        """Describe the hierarchy and what accelerates it."""
+        text = self._solver.hierarchies.solver.view(state_nbytes)
+        return text.replace("MGRIT '", "Krylov-accelerated MGRIT '", 1)

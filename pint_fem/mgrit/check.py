@@ -1,0 +1,281 @@
+r"""Checks of a user's propagators and transfers, before MGRIT runs with them (XBraid: ``braid_TestAll``).
+
+On each level: what a method writes and what it leaves alone, whether results depend on earlier calls, on the block
+or on strides, ``sweep`` against ``step``, and derivatives. With :math:`T` the tangent and :math:`A` the adjoint,
+
+.. math::
+    \|\Phi(u + h\,d) - \Phi(u) - h\,T d\| = O(h^2), \qquad \langle T d, \lambda\rangle = \langle d, A \lambda\rangle .
+
+Then transfers, messages, and that a cycle keeps the sequential solution. A check that rests on a failed one is not
+run, so the failures name causes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from mpi4py import MPI
+
+from pint_fem.mgrit.checks.calls import LevelCalls, TransferCalls, has_method
+from pint_fem.mgrit.checks.derivatives import check_adjoint, check_tangent
+from pint_fem.mgrit.checks.methods import check_method, check_sweep, fixed_point, in_turn
+from pint_fem.mgrit.checks.report import CheckReport, Found, Runner, Space, UserError
+from pint_fem.mgrit.checks.transfers import MAPS, check_transfer
+from pint_fem.mgrit.levels import Propagator, coarse_points
+from pint_fem.mgrit.options import MGRITOptions
+from pint_fem.mgrit.solver import MGRIT
+from pint_fem.mgrit.transfer import Transfer
+
+__all__ = ["CheckReport", "check"]
+
+IN_TURN = "step and derivatives in turn, same bits"
+
+
+def check(
+    propagators: Propagator | Sequence[Propagator],
+    nsteps: int,
+    state: np.ndarray,
+    *,
+    coarsening=(8, 4),
+    transfers: Sequence | None = None,
+    comm=MPI.COMM_SELF,
+    space_comm=MPI.COMM_SELF,
+    seed: int = 0,
+    rtol: float = 1e-12,
+    printer: Callable[[str], None] = print,
+) -> CheckReport:
+    """Check propagators and transfers (collective over ``comm`` and ``space_comm``).
+
+    Parameters
+    ----------
+    propagators
+        One, or one a level, finest first.
+    nsteps
+        Steps on the finest level.
+    state
+        A typical state on the finest level: its shape, and values around which steps make sense. Steps are taken from
+        states that differ from it by up to a tenth of its root mean square (or 0.1, where it is zero).
+    coarsening, transfers
+        As for :class:`~pint_fem.mgrit.solver.MGRIT`.
+    comm
+        Time communicator. Every rank checks all steps, and all get the same report.
+    space_comm
+        The ranks that share a state, each with its part.
+    seed
+        Of the states and directions.
+    rtol
+        Relative accuracy of the steps and their derivatives.
+    printer
+        Takes the lines, on the first rank.
+
+    Returns
+    -------
+    CheckReport
+        What a user's method raises is a failure in it. A line says ``passed`` or ``failed`` with the number and its
+        limit, ``reported`` (a number without a limit), ``not there`` (an optional method), or ``not run``.
+
+    Raises
+    ------
+    ValueError
+        On every rank, if the arguments do not fit each other, or differ between ranks.
+    """
+    problem, setup = None, None
+    try:
+        setup = _Setup(propagators, nsteps, state, coarsening, transfers, rtol, seed)
+    except ValueError as error:
+        problem = str(error)
+    except Exception as error:  # of a user's property or array
+        problem = f"{type(error).__name__}: {error}"
+    reports = comm.allgather((problem, setup and setup.key))
+    reports = [r for part in space_comm.allgather(reports) for r in part]
+    problem = next((p for p, _ in reports if p), None)
+    if problem is None and len({key for _, key in reports}) > 1:
+        problem = "the ranks' arguments differ: give all the same steps, levels, transfers and kinds of propagators"
+    if problem:
+        raise ValueError(f"check: {problem}")
+    run = Runner(comm, speaks=comm.rank == 0 and space_comm.rank == 0, printer=printer)
+    space = Space(space_comm)
+    levels, here, sound = [], setup.state, True
+    for index, propagator in enumerate(setup.propagators):
+        transfer = setup.transfers[index - 1] if index else None
+        if transfer is not None and here is not None:
+            here, right = check_transfer(run, transfer, levels[-1], seed)
+            sound &= right
+        if here is None:
+            run.say(f"level {index}", "step runs", "not run", "(the restriction gives no state)")
+            continue
+        level = LevelCalls(propagator, index, setup.nsteps[index], setup.strides[index], here, space, seed, rtol)
+        sound &= _check_level(run, level)
+        if index:
+            _compare(run, levels[-1], level, setup, after=sound)
+        levels.append(level)
+    messages = run("all", "messages: a state to the next rank and back", lambda: _round_trip(setup.state, comm))
+    after = sound and messages
+    run("all", "MGRIT keeps the sequential solution", lambda: _whole(setup, levels, comm), at_most=rtol, after=after)
+    return run.finish()
+
+
+class _Setup:
+    """The arguments, as they fit each other."""
+
+    def __init__(self, propagators, nsteps, state, coarsening, transfers, rtol, seed):
+        if hasattr(propagators, "step") or not isinstance(propagators, Sequence):
+            propagators = [propagators]
+        self.propagators = list(propagators)
+        if not self.propagators:
+            raise ValueError("no propagators: give one, or one a level")
+        if not hasattr(nsteps, "__index__") or isinstance(nsteps, bool) or nsteps < 1:
+            raise ValueError(f"nsteps = {nsteps!r}: give a whole number of at least 1")
+        if not isinstance(rtol, (int, float)) or not 0 < rtol < 1:
+            raise ValueError(f"rtol {rtol!r}: give a number between 0 and 1, such as 1e-12")
+        if not hasattr(seed, "__index__") or seed < 0:
+            raise ValueError(f"seed {seed!r}: give a whole number of at least 0")
+        if np.iscomplexobj(state):
+            raise ValueError(f"state of type {np.asarray(state).dtype}: give {np.dtype(float)}")
+        self.state = np.array(state, dtype=float)
+        if not np.isfinite(self.state).all():
+            raise ValueError("state has values that are not finite")
+        options = MGRITOptions.make(coarsening=coarsening, levels=len(self.propagators))
+        self.factors = options.factors(int(nsteps))
+        self.nsteps = [len(p) - 1 for p in coarse_points(int(nsteps), self.factors)]
+        self.strides = [_strides(options.coarsen(i)) for i in range(len(self.propagators))]
+        transfers = [None] * len(self.factors) if transfers is None else list(transfers)
+        if len(transfers) != len(self.factors):
+            raise ValueError(f"{len(transfers)} transfers for {len(self.factors)} coarse levels: give one to each")
+        self.transfers = [Transfer.make(t) for t in transfers]
+        methods = [
+            [has_method(p, name) for name in ("step", "sweep", "tangent", "adjoint")]
+            + [bool(getattr(p, "uses_guess", False)), int(getattr(p, "block", 0) or 0)]
+            for p in self.propagators
+        ]
+        maps = [t and [getattr(t, f"{name}_transposed") is not None for name in MAPS] for t in self.transfers]
+        self.key = repr((self.nsteps, self.factors, methods, maps, self.state.ndim, rtol, seed))
+
+    def short(self) -> tuple[int, list]:
+        """A horizon of two steps on the coarsest level, in fine steps, and its coarsening."""
+        n, factors = min(2 if self.factors else 8, self.nsteps[-1]), []
+        for m in reversed(self.factors):
+            factors.insert(0, m if isinstance(m, int) else m[: n + 1])
+            n = m * n if isinstance(m, int) else m[n]
+        return n, factors
+
+
+def _strides(m) -> list[int]:
+    return [m] if isinstance(m, int) else [int(np.diff(m).min()), int(np.diff(m).max())]
+
+
+# -- one level ---------------------------------------------------------------------------------------------------------
+def _check_level(run: Runner, level: LevelCalls) -> bool:
+    """All checks of a level's methods; whether those that MGRIT needs are right."""
+    if not level.has("step"):
+        run.say(level.where, "step runs", "failed", "there is no method step(steps, u, out)")
+        return False
+    sound, alone = check_method(run, level, "step", ["step"])
+    good = sound
+    if level.uses_guess:
+        good &= run(
+            level.where,
+            "guess: the exact result is a fixed point",
+            lambda: fixed_point(level),
+            at_most=level.rtol,
+            after=sound,
+        )
+    if level.has("sweep"):
+        good &= check_sweep(run, level, after=good)
+    else:
+        run.say(level.where, "sweep", "not there", "steps are taken one by one")
+    present, right = ["step"] if sound else [], {}
+    for method in ("tangent", "adjoint"):
+        if level.has(method):
+            right[method], _ = check_method(run, level, method, [*present, method])
+            present += [method] if right[method] else []
+        else:
+            run.say(level.where, method, "not there")
+    in_turn_ok = good
+    if right:
+        measure = lambda: in_turn(level, present)
+        in_turn_ok = run(level.where, IN_TURN, measure, at_most=0, unit="changed", after=good and len(present) > 1)
+        good &= in_turn_ok or len(present) == 1
+    is_derivative = "tangent" in right and check_tangent(run, level, after=right["tangent"] and in_turn_ok)
+    if "adjoint" in right:
+        check_adjoint(run, level, tangent=is_derivative, after=right["adjoint"] and in_turn_ok)
+    return good and alone
+
+
+# -- between levels ----------------------------------------------------------------------------------------------------
+def _compare(run: Runner, fine: LevelCalls, coarse: LevelCalls, setup: _Setup, *, after: bool) -> None:
+    """The first coarse step against the fine ones that it stands for."""
+    m = setup.factors[fine.index]
+    transfer = setup.transfers[fine.index]
+
+    def measure():
+        U = fine.trajectory(m if isinstance(m, int) else m[1])[-1:]
+        U = U if transfer is None else TransferCalls(transfer, fine.space)("restrict", U)
+        return Found(fine.space.difference(coarse.phi(range(1), coarse.state[None]), U), "relative difference")
+
+    run(coarse.where, f"coarse step against those of level {fine.index}", measure, after=after)
+
+
+# -- all together ------------------------------------------------------------------------------------------------------
+def _round_trip(state: np.ndarray, comm) -> Found:
+    """Send a state to the next rank and get it back, bit by bit."""
+    shapes = comm.allgather(state.shape)
+    if len(set(shapes)) > 1:
+        raise UserError(f"states of different shapes on the ranks: {shapes}")
+    right, left = (comm.rank + 1) % comm.size, (comm.rank - 1) % comm.size
+    sent = state[None] + comm.rank
+    there, back = np.empty_like(sent), np.empty_like(sent)
+    comm.Sendrecv(sent, right, 0, there, left, 0)
+    comm.Sendrecv(there, left, 1, back, right, 1)
+    if not np.array_equal(sent, back):
+        raise UserError("a state came back changed")
+    return Found()
+
+
+def _whole(setup: _Setup, levels: list[LevelCalls], comm) -> Found:
+    """Residual of the sequential solution of a short horizon, and of what a cycle makes of it, over its norm."""
+    n, factors = setup.short()
+    fine = levels[0]
+    exact, error = None, None
+    try:
+        exact = fine.trajectory(n)
+    except UserError as failure:
+        error = str(failure)
+    error = next((e for e in comm.allgather(error) if e), None)  # before the solver, which needs all ranks
+    if error:
+        raise UserError(error)
+    shape = lambda level: level.state.shape
+    transfers = [
+        t and Transfer(_guarded(t.restrict, shape(c)), _guarded(t.prolong, shape(f)))
+        for t, f, c in zip(setup.transfers, levels, levels[1:], strict=False)
+    ]
+
+    def solver(**options):
+        options |= dict(start="guess", levels=len(levels)) | (dict(coarsening=factors) if factors else {})
+        norms = lambda block: fine.space.dots(block, block)
+        return MGRIT(
+            setup.propagators, n, options=options, comm=comm, point_norms=norms, transfers=transfers, name="check"
+        )
+
+    cycle = solver(residual="none", max_it=1)
+    rows = exact[cycle.levels[0].lo : cycle.levels[0].hi + 1]
+    U = rows.copy()
+    cycle.solve(U)
+    if not factors:
+        return Found(fine.space.difference(U, rows))
+    look = solver(residual="full", check="cycle", rtol=1.0, max_it=1)
+    results = [look.solve(V) for V in (rows.copy(), U)]
+    return Found(max(r.residuals[0] / r.scale if r.scale else r.residuals[0] for r in results))
+
+
+def _guarded(apply: Callable, shape: tuple[int, ...]) -> Callable:
+    """What raises on one rank gives NaN, which the solver's norm carries to all."""
+
+    def guarded(block):
+        try:
+            return np.asarray(apply(block), dtype=float).reshape((len(block), *shape))
+        except Exception:
+            return np.full((len(block), *shape), np.nan)
+
+    return guarded

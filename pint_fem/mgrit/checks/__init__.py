@@ -1,0 +1,1 @@
+"""Parts of :func:`pint_fem.mgrit.check`: calls on copies, what is measured with them, and the report."""

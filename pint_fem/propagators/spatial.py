@@ -1,0 +1,359 @@
+r"""Spatial coarsening between time levels: coarse levels step on coarser meshes of Firedrake's ``MeshHierarchy``.
+
+With :math:`P_0` the interpolation from the coarser mesh, ``I`` the degrees of freedom without and ``B`` those with a
+Dirichlet condition,
+
+.. math::
+    P = \begin{pmatrix} P_{0,II} & 0 \\ 0 & 0 \end{pmatrix}, \qquad
+    R = \begin{pmatrix} D^{-1} P_{0,II}^T & 0 \\ 0 & J \end{pmatrix},
+
+``D`` makes the rows of ``R`` sum to one (full weighting: states and their residuals are nodal values) and ``J`` injects
+boundary values. Corrections vanish on ``B``; a residual that is zero there stays zero. The adjoint takes
+:math:`P^T` and :math:`R^T`, which suit dual vectors.
+
+The coarse solve does not see all of a state at the C-points. What the coarser mesh cannot represent is damped by
+C-relaxation only, a fine mode with eigenvalue :math:`\lambda` by :math:`|\lambda|^m`: with F-relaxation alone the error
+propagation :math:`I - P A_c^{-1} R A` has the eigenvalue one, and with steps that are small for the fine mesh
+(:math:`m\,\Delta t / \Delta x^2` far below one for the heat equation) cycles converge slowly. For P1 on a uniform
+mesh of width h the slowest such mode of the Laplacian has the eigenvalue :math:`3/h^2`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fractions import Fraction
+from itertools import pairwise
+from numbers import Number
+
+import numpy as np
+from firedrake import DirichletBC, Function, TransferManager
+from firedrake.mg.interface import assemble_prolongation_aij
+from firedrake.mg.ufl_utils import ReconstructionError, coarsen
+from firedrake.mg.utils import get_level
+from firedrake.petsc import PETSc
+from mpi4py import MPI
+from pyadjoint.tape import stop_annotating
+from ufl.algorithms import extract_coefficients
+
+from pint_fem.errors import InputError
+from pint_fem.mgrit.transfer import Transfer
+from pint_fem.propagators.arrays import boundary_rows, get, own_size, put
+from pint_fem.propagators.blocks import BlockOperator
+from pint_fem.propagators.evolution import Evolution, _boundary_value
+
+__all__ = ["SpatialLevels", "coarse_evolution", "mesh_transfer"]
+
+
+# -- between two meshes --------------------------------------------------------------------------------------------
+def mesh_transfer(V_fine, V_coarse, bcs: Sequence[DirichletBC] = (), coarse_bcs=None) -> Transfer:
+    """Restriction and prolongation between the same space on two meshes of a hierarchy.
+
+    Parameters
+    ----------
+    V_fine, V_coarse
+        Spaces of nodal values: CG, DG, vectors of them, mixtures of them.
+    bcs
+        Dirichlet conditions on ``V_fine``.
+    coarse_bcs
+        Those on ``V_coarse``; default: on the same parts of the boundary.
+
+    Returns
+    -------
+    Transfer
+        Of blocks ``(k, own_size(V_fine))`` and ``(k, own_size(V_coarse))``. The bits of a state's result do not depend
+        on the others in its block or on its place there: PETSc's product of an AIJ matrix takes four columns at a time
+        through one loop that adds in the matrix's order, and ``blocks.WIDTH`` is a multiple of four.
+
+    Raises
+    ------
+    InputError
+        On every rank, if the spaces do not fit each other or are no spaces of nodal values.
+    """
+    bcs = list(bcs)
+    if coarse_bcs is None:
+        coarse_bcs = [DirichletBC(V_coarse, 0, bc.sub_domain) for bc in bcs]
+    with stop_annotating():
+        P0 = _interpolation(V_fine, V_coarse)
+    coarse, fine = P0.createVecs()
+    free, free_coarse = _free(fine, boundary_rows(bcs, V_fine)), _free(coarse, boundary_rows(coarse_bcs, V_coarse))
+    P = P0.copy()
+    P.diagonalScale(free, free_coarse)
+    R = P.transpose(PETSc.Mat())
+    sums = _row_sums(R)
+    R.diagonalScale(_vector(coarse, 1 / np.where(sums == 0, 1, sums)))
+    for vec in (free, free_coarse):
+        vec.array[:] = 1 - vec.array_r
+    P0.diagonalScale(free, free_coarse)
+    R.axpy(1.0, _injection(P0.transpose(PETSc.Mat())), structure=PETSc.Mat.Structure.DIFFERENT_NONZERO_PATTERN)
+    matrices = (R, P, R.transpose(PETSc.Mat()), P.transpose(PETSc.Mat()))
+    return Transfer(*(BlockOperator(matrix) for matrix in matrices))
+
+
+def _interpolation(V_fine, V_coarse) -> PETSc.Mat:
+    """The matrix of the interpolation to the finer mesh, through all meshes between them."""
+    what = f"spatial coarsening from {V_fine.ufl_element()} to {V_coarse.ufl_element()}"
+    if V_fine.ufl_element() != V_coarse.ufl_element():
+        raise InputError(f"{what}: give the same element on both meshes")
+    if len(V_fine) > 1:
+        pairs = zip(V_fine.subspaces, V_coarse.subspaces, strict=True)
+        blocks = [_interpolation(f.collapse(), c.collapse()) for f, c in pairs]
+        rows = [[A if i == j else None for j in range(len(blocks))] for i, A in enumerate(blocks)]
+        return PETSc.Mat().createNest(rows, comm=V_fine.comm).convert("aij")
+    (hierarchy, fine), (other, coarse) = (get_level(V.mesh().unique()) for V in (V_fine, V_coarse))
+    if hierarchy is None or hierarchy is not other or not coarse < fine:
+        raise InputError(f"{what}: give spaces on a mesh of a MeshHierarchy and on a coarser one of it")
+    if V_fine.ufl_element().family() == "Real":
+        raise InputError(f"{what}: not for states in the space of reals")
+    count = hierarchy.refinements_per_level
+    between = [V_fine.reconstruct(mesh=hierarchy._meshes[i]) for i in range(int(coarse * count) + 1, int(fine * count))]
+    P = None
+    try:
+        for c, f in pairwise([V_coarse, *between, V_fine]):
+            step = assemble_prolongation_aij(c, f).petscmat
+            P = step if P is None else step.matMult(P)
+    except (NotImplementedError, ValueError) as error:
+        raise InputError(f"{what}: Firedrake cannot assemble the interpolation: {error}") from error
+    worst = float(np.abs(_row_sums(P) - 1).max(initial=0))
+    if V_fine.comm.allreduce(worst, op=MPI.MAX) > 1e-8:
+        raise InputError(
+            f"{what}: averages of degrees of freedom want nodal values (CG or DG elements and vectors of them); "
+            "coarsen in time only"
+        )
+    return P
+
+
+def _vector(like: PETSc.Vec, values: np.ndarray) -> PETSc.Vec:
+    vec = like.duplicate()
+    vec.array[:] = values
+    return vec
+
+
+def _free(like: PETSc.Vec, fixed: np.ndarray) -> PETSc.Vec:
+    """One, but zero in the rows with a condition."""
+    vec = _vector(like, 1.0)
+    vec.array[fixed] = 0
+    return vec
+
+
+def _row_sums(matrix: PETSc.Mat) -> np.ndarray:
+    """Sums of the own rows."""
+    ones, sums = matrix.createVecs()
+    ones.set(1.0)
+    matrix.mult(ones, sums)
+    return sums.array_r.copy()
+
+
+def _injection(BT: PETSc.Mat) -> PETSc.Mat:
+    """From the transposed interpolation between boundary nodes: the value of the fine node at the coarse one's place.
+
+    Where the fine mesh has no node there (unevenly spaced nodes), the average over those that the coarse one
+    contributes to.
+    """
+    start, stop = BT.getOwnershipRange()
+    pointers, columns, values = [0], [], []
+    for row in range(start, stop):
+        where, weights = BT.getRow(row)
+        where, weights = where[weights != 0], weights[weights != 0]
+        here = np.flatnonzero(np.abs(weights - 1) < 1e-9)
+        if len(here):
+            where, weights = where[here[:1]], np.ones(1)
+        columns.extend(where)
+        values.extend(weights / weights.sum() if len(weights) else weights)
+        pointers.append(len(columns))
+    csr = (np.array(pointers, PETSc.IntType), np.array(columns, PETSc.IntType), np.array(values, PETSc.ScalarType))
+    return PETSc.Mat().createAIJ(BT.getSizes(), csr=csr, comm=BT.comm)
+
+
+# -- the evolution on a coarser mesh ---------------------------------------------------------------------------------
+def coarse_evolution(evolution: Evolution, meshes: int = 1) -> Evolution:
+    """The evolution posed again on a coarser mesh of its hierarchy, by Firedrake's own symbolic coarsening.
+
+    It has a state, a control and a time function of its own. Coefficients of the residual and the conditions are
+    injected now (data: see :class:`Evolution`), ``Constant`` objects are shared.
+
+    Parameters
+    ----------
+    evolution
+        On a mesh of a ``MeshHierarchy`` that is not the coarsest.
+    meshes
+        How many meshes coarser.
+
+    Raises
+    ------
+    InputError
+        On every rank, if there is no such mesh, or something in the residual cannot be coarsened.
+    """
+    _check_hierarchy(evolution, meshes)
+    with stop_annotating():
+        for _ in range(meshes):
+            try:
+                evolution = _next_coarser(evolution)
+            except (ReconstructionError, NotImplementedError, AttributeError, TypeError) as error:
+                raise InputError(
+                    f"the evolution cannot be posed on the coarser mesh by itself ({type(error).__name__}: {error}): "
+                    "pose it there yourself and give it in coarse_evolutions"
+                ) from error
+    return evolution
+
+
+def _next_coarser(ev: Evolution) -> Evolution:
+    manager, mapping = TransferManager(), {}
+    values = [_boundary_value(bc) for bc in ev.bcs]
+    found = dict.fromkeys(c for part in (ev.residual, *values) for c in extract_coefficients(part))
+    for c in [f for f in (ev.u, ev.control, ev.t) if f is not None] + list(found):
+        if c not in mapping:
+            mapping[c] = Function(coarsen(c.function_space(), coarsen), name=c.name())
+            manager.inject(c, mapping[c])
+    V = mapping[ev.u].function_space()
+    bcs = []
+    for bc, value in zip(ev.bcs, values, strict=True):
+        given = bc._original_arg
+        value = given if isinstance(given, Number) else coarsen(value, coarsen, coefficient_mapping=mapping)
+        bcs.append(type(bc)(V, value, bc.sub_domain))
+    initial = Function(V)
+    manager.inject(ev.initial, initial)
+    return Evolution(
+        coarsen(ev.residual, coarsen, coefficient_mapping=mapping), mapping[ev.u], tableau=ev.tableau, dt=ev.dt,
+        nsteps=ev.nsteps, control=mapping.get(ev.control), per_step=ev.per_step, t=mapping.get(ev.t), t0=ev.t0,
+        initial=initial, bcs=bcs, solver_parameters=ev.solver_parameters,
+    )  # fmt: skip
+
+
+def _check_hierarchy(evolution: Evolution, meshes: int) -> int:
+    """Number of coarser meshes there are; at least ``meshes``."""
+    hierarchy, level = get_level(evolution.V.mesh().unique())
+    if hierarchy is None:
+        raise InputError(
+            "spatial coarsening: the mesh has no hierarchy; build MeshHierarchy(coarse_mesh, refinements) and pose the "
+            "evolution on its finest mesh, hierarchy[-1]"
+        )
+    if Fraction(level).denominator != 1 or level < meshes:
+        raise InputError(
+            f"spatial coarsening by {meshes} meshes: the hierarchy has {int(level)} below the evolution's; "
+            "build MeshHierarchy with more refinements or coarsen less"
+        )
+    return int(level)
+
+
+# -- all levels --------------------------------------------------------------------------------------------------------
+class SpatialLevels:
+    """The evolution and the space of every time level.
+
+    Parameters
+    ----------
+    evolution
+        On the finest level.
+    relax
+        Relaxation scheme of each level but the coarsest (``"FCF"``), hence the number of coarse levels.
+    coarsening
+        How many meshes coarser than the finest each coarse level is: whole numbers that do not decrease, the last one
+        going on (``[0, 1]``: the same mesh on level 1, the next coarser from level 2 on); ``True``: one more on each
+        level as far as the hierarchy goes; ``None`` or ``False``: the same mesh everywhere.
+    coarse_evolutions
+        Instead: the evolution of each coarse level, posed by the user with the fine step size.
+
+    Attributes
+    ----------
+    evolutions : list of Evolution
+        One a level; levels on the same mesh share it.
+    transfers : list
+        :class:`Transfer` from each level to the next, ``None`` on the same mesh.
+
+    Raises
+    ------
+    InputError
+        On every rank, if the hierarchy is missing or too short, a level with spatial coarsening below it has
+        F-relaxation only, or an evolution handed in does not fit.
+    """
+
+    def __init__(self, evolution: Evolution, relax: Sequence[str], coarsening=None, coarse_evolutions=None):
+        self.evolutions = [evolution]
+        if coarse_evolutions is not None:
+            if coarsening not in (None, False):
+                raise InputError("give spatial_coarsening or coarse_evolutions, not both")
+            self.evolutions += _checked(evolution, coarse_evolutions, len(relax))
+        else:
+            made = {0: evolution}
+            for meshes in _meshes(evolution, coarsening, len(relax)):
+                if meshes not in made:
+                    nearest = max(made)
+                    made[meshes] = coarse_evolution(made[nearest], meshes - nearest)
+                self.evolutions.append(made[meshes])
+        self.transfers: list[Transfer | None] = []
+        for index, (fine, coarse) in enumerate(pairwise(self.evolutions)):
+            if fine.V == coarse.V:
+                self.transfers.append(None)
+                continue
+            if "C" not in relax[index]:
+                raise InputError(
+                    f"mgrit relax {relax[index]!r} on level {index} with spatial coarsening to the next: what the "
+                    "coarser mesh does not see is never corrected; give 'FCF'"
+                )
+            self.transfers.append(mesh_transfer(fine.V, coarse.V, fine.bcs, coarse.bcs))
+        self._manager = TransferManager()
+
+    @property
+    def transposed_transfers(self) -> list[Transfer | None]:
+        """Those of the adjoint sweep."""
+        return [t if t is None else t.transposed for t in self.transfers]
+
+    def states(self, index: int, u: np.ndarray | None) -> np.ndarray | None:
+        """States ``(k, n)`` of the finest level in the space of level ``index``."""
+        for transfer in self.transfers[:index] if u is not None else ():
+            u = u if transfer is None else transfer.restrict(u)
+        return u
+
+    def controls(self, index: int, z: np.ndarray | None) -> np.ndarray | None:
+        """Controls ``(nz,)`` or ``(k, nz)`` of the finest level injected to the mesh of level ``index``."""
+        fine, coarse = self.evolutions[0].control, self.evolutions[index].control
+        if z is None or coarse is None or coarse is fine or fine.function_space() == coarse.function_space():
+            return None if coarse is None else z
+        rows = np.atleast_2d(z)
+        out = np.empty((len(rows), own_size(coarse.function_space())))
+        with stop_annotating():
+            f, c = Function(fine.function_space()), Function(coarse.function_space())
+            for given, injected in zip(rows, out, strict=True):
+                put(f, given)
+                self._manager.inject(f, c)
+                injected[:] = get(c)
+        return out if z.ndim == 2 else out[0]
+
+
+def _meshes(evolution: Evolution, coarsening, count: int) -> list[int]:
+    """How many meshes coarser each of the ``count`` coarse levels is."""
+    if coarsening is None or coarsening is False:
+        return [0] * count
+    if coarsening is True:
+        available = _check_hierarchy(evolution, 1)
+        return [min(level + 1, available) for level in range(count)]
+    given = list(coarsening) if isinstance(coarsening, (list, tuple)) else [coarsening]
+    whole = all(hasattr(k, "__index__") and not isinstance(k, bool) and k >= 0 for k in given)
+    if not given or not whole or sorted(given) != given:
+        raise InputError(
+            f"spatial_coarsening {coarsening!r}: give True, or for each coarse level how many meshes coarser than the "
+            "finest it is, such as [0, 1] (whole numbers that do not decrease)"
+        )
+    meshes = [int(given[min(level, len(given) - 1)]) for level in range(count)]
+    if any(meshes):
+        _check_hierarchy(evolution, meshes[-1])
+    return meshes
+
+
+def _checked(evolution: Evolution, given, count: int) -> list[Evolution]:
+    """The user's coarse evolutions."""
+    given = list(given) if isinstance(given, (list, tuple)) else [given]
+    if len(given) != count or not all(isinstance(ev, Evolution) for ev in given):
+        what = [type(ev).__name__ for ev in given]
+        raise InputError(f"coarse_evolutions {what} for {count} coarse levels: give one Evolution to each")
+    for ev in given:
+        if (ev.dt, ev.t0, ev.nsteps) != (evolution.dt, evolution.t0, evolution.nsteps):
+            raise InputError(
+                f"a coarse evolution has dt = {ev.dt:g}, t0 = {ev.t0:g}, nsteps = {ev.nsteps}: give those of the "
+                f"finest level ({evolution.dt:g}, {evolution.t0:g}, {evolution.nsteps}); steps are lengthened here"
+            )
+        if ev.control is not None and (
+            evolution.control is None
+            or ev.control.function_space().ufl_element() != evolution.control.function_space().ufl_element()
+        ):
+            raise InputError("a coarse evolution's control is in another element than the finest one's")
+    return given

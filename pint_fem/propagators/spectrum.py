@@ -1,0 +1,400 @@
+r"""The spectrum of a linear evolution, and what theory says of MGRIT on it before it runs.
+
+For :math:`M \dot u + K u = f` a step maps an eigenvector of :math:`K x = \kappa M x` (free degrees of freedom only) to
+:math:`R(-\Delta t\, \kappa)` times itself. Symmetric ``K`` has real, skew-symmetric imaginary :math:`\kappa`, and their
+range is all that the two-level bound wants: it is a maximum over a curve. For another ``K`` it wants the boundary of a
+region, as the bound (a sum of moduli of analytic functions, where ``R`` has no pole) is subharmonic in :math:`\kappa`.
+
+Nothing is gathered: on several ranks in space the ends come from Lanczos iteration with distributed products.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import numpy as np
+from firedrake import assemble
+from firedrake.petsc import PETSc
+
+from pint_fem.mgrit.options import MGRITOptions
+from pint_fem.mgrit.theory import Verdict, dirk_stability, two_level_bound, verdict
+from pint_fem.propagators.arrays import boundary_rows
+from pint_fem.propagators.blocks import is_symmetric
+from pint_fem.propagators.evolution import Evolution
+from pint_fem.propagators.tableaux import DIRK, SDIRK2, BackwardEuler
+
+__all__ = ["Spectrum", "mgrit_verdict", "spectrum"]
+
+FACTORED = 20_000
+"""Unknowns up to which the smallest eigenvalue is worth a factorisation; above it 0 is taken, which is safe."""
+
+DENSE = 800
+"""Unknowns up to which all eigenvalues of a general ``K`` are computed (900: 0.35 s)."""
+
+ACCURACY = 1e-2
+"""Of the ends of the spectrum; the largest is rounded up by it."""
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    r"""Where the :math:`\kappa` of :math:`K x = \kappa M x` lie.
+
+    Attributes
+    ----------
+    kind : str
+        ``"parabolic"`` (real), ``"wave"`` (imaginary) or ``"general"``.
+    low, high : float
+        Ends of the range: of :math:`\kappa`, of :math:`|\kappa|` for waves, of the real part in general. 1/time.
+    region : ndarray or None
+        ``"general"``: the eigenvalues above the real axis, or corners of a convex region that holds them.
+    estimate : str
+        How the region was made where it is not known to be right; empty where it is.
+    """
+
+    kind: str
+    low: float
+    high: float
+    region: np.ndarray | None = None
+    estimate: str = ""
+
+    def sample(self, dt: float, per_decade: int = 128) -> np.ndarray:
+        r"""Values of :math:`\Delta t\, \kappa` that cover the spectrum.
+
+        Parameters
+        ----------
+        dt
+            Step size, > 0.
+        per_decade
+            Values per factor of ten. With ``128`` and ``12 m``, whichever is more, the bound is within 1 percent of
+            its supremum for coarsening ``m``: between steps it turns by ``m``.
+
+        Returns
+        -------
+        ndarray
+            Real for ``"parabolic"``, else complex.
+        """
+        if self.kind == "general":
+            return dt * (_boundary(self.region, per_decade) if self.estimate else self.region)
+        parts = []
+        for sign, low, high in ((-1, -self.high, -self.low), (1, self.low, self.high)):
+            if high > 0:
+                parts.append(sign * _logarithmic(max(low, 0.0) * dt, high * dt, per_decade))
+        values = np.concatenate(parts) if parts else np.zeros(1)
+        return 1j * values if self.kind == "wave" else values
+
+
+def _logarithmic(low: float, high: float, per_decade: int) -> np.ndarray:
+    """Log-spaced values with both ends; from ``1e-6`` on (slower modes make no error) where ``low`` is less."""
+    low = max(low, min(1e-6, 1e-6 * high))
+    return np.geomspace(low, high, 2 + int(per_decade * np.log10(high / low))) if low < high else np.array([high])
+
+
+def _boundary(corners: np.ndarray, per_decade: int) -> np.ndarray:
+    """Points on the upper boundary of the convex hull of some numbers and their conjugates, dense at its corners."""
+    corners = np.concatenate([corners, corners.real.min(keepdims=True), corners.real.max(keepdims=True)])
+    chain: list[complex] = []
+    for p in sorted(set(corners.tolist()), key=lambda z: (z.real, z.imag)):
+        while len(chain) > 1 and ((chain[-1] - chain[-2]).conjugate() * (p - chain[-2])).imag >= 0:
+            chain.pop()
+        chain.append(p)
+    t = np.geomspace(1e-8, 0.5, 8 * per_decade)
+    t = np.concatenate([[0.0], t, 1 - t, [1.0]])
+    chain.append(complex(chain[-1].real))
+    return np.concatenate([a + t * (b - a) for a, b in pairwise(chain)])
+
+
+class _NotPositive(ArithmeticError):
+    """The mass matrix is not symmetric positive definite."""
+
+
+class _Operators:
+    """``M`` and ``K`` on the free degrees of freedom; fixed ones are decoupled, with the eigenvalue 0."""
+
+    def __init__(self, evolution: Evolution):
+        mass, stiffness = evolution.linear_operators()
+        M = assemble(mass, mat_type="aij").petscmat
+        K = M.duplicate() if stiffness.empty() else assemble(stiffness, mat_type="aij").petscmat
+        if not is_symmetric(M) or M.getDiagonal().min()[1] <= 0:
+            raise _NotPositive
+        self.fixed = boundary_rows(evolution.bcs, evolution.V)
+        rows = (self.fixed + M.getOwnershipRange()[0]).astype(PETSc.IntType)
+        M.zeroRowsColumns(rows, diag=1.0)
+        K.zeroRowsColumns(rows, diag=0.0)
+        self.M, self.K, self.comm, self.size = M, K, M.comm, M.getSize()[0]
+        self._b, self._x = M.createVecs()
+        # the mass matrix is well conditioned: this takes fewer than 20 products and no factorisation
+        self.ksp = PETSc.KSP().create(M.comm)
+        self.ksp.setOperators(M)
+        self.ksp.setType("cg")
+        self.ksp.getPC().setType("jacobi")
+        self.ksp.setTolerances(rtol=1e-8, max_it=1000)
+
+    def solve_mass(self, b: np.ndarray) -> np.ndarray:
+        """``M^{-1} b``, own degrees of freedom."""
+        self._b.array[:] = b
+        self.ksp.solve(self._b, self._x)
+        if self.ksp.getConvergedReason() < 0:
+            raise _NotPositive
+        return self._x.array_r.copy()
+
+    def product(self, A: PETSc.Mat) -> Callable[[np.ndarray], np.ndarray]:
+        """``x -> A x``, own degrees of freedom."""
+
+        def apply(x):
+            self._x.array[:] = x
+            A.mult(self._x, self._b)
+            return self._b.array_r.copy()
+
+        return apply
+
+    def ends(self, apply: Callable[[np.ndarray], np.ndarray], steps: int = 100) -> tuple[float, float]:
+        """Ends of the spectrum of ``apply(x) = kappa M x``, symmetric; the upper one moved outwards by its residual.
+
+        Lanczos iteration in the mass inner product, without a basis: copies of ends that have converged do no harm.
+        """
+        comm = self.comm.tompi4py()
+        dot = lambda x, y: comm.allreduce(float(x @ y))
+        w, alphas, betas = self._start(), [], []
+        q_dual = np.zeros_like(w)
+        while True:
+            v = self.solve_mass(w)
+            square = dot(v, w)
+            if square < 0:
+                raise _NotPositive
+            beta = square**0.5
+            if alphas:
+                T = np.diag(alphas) + np.diag(betas[1:], 1) + np.diag(betas[1:], -1)
+                done = beta <= 1e-10 * np.abs(T).max()
+                if done or len(alphas) % 5 == 0 or len(alphas) == steps:
+                    values, vectors = np.linalg.eigh(T)
+                    residuals = beta * np.abs(vectors[-1, [0, -1]])
+                    if done or len(alphas) == steps or residuals.max() <= ACCURACY * np.abs(values).max():
+                        return float(values[0]), float(values[-1] + residuals[1])
+            elif beta == 0:
+                return 0.0, 0.0
+            betas.append(beta)
+            q_before, q_dual, q = q_dual, w / beta, v / beta
+            w = apply(q)
+            alphas.append(dot(q, w))
+            w = w - alphas[-1] * q_dual - (beta * q_before if len(alphas) > 1 else 0)
+
+    def ritz(self, apply: Callable[[np.ndarray], np.ndarray], steps: int = 40) -> tuple[np.ndarray, np.ndarray]:
+        """Ritz values of a map and their residuals, by Arnoldi iteration in the mass inner product."""
+        comm, mass = self.comm.tompi4py(), self.product(self.M)
+        n = self.M.getLocalSize()[0]
+        Q, H, w = np.zeros((steps + 1, n)), np.zeros((steps + 1, steps)), self._start()
+        Q[0] = w / comm.allreduce(float(w @ mass(w))) ** 0.5
+        for k in range(steps):
+            w = apply(Q[k])
+            for _ in range(2):  # the second pass restores what the first loses to cancellation
+                h = comm.allreduce(Q[: k + 1] @ mass(w))
+                w = w - h @ Q[: k + 1]
+                H[: k + 1, k] += h
+            H[k + 1, k] = max(comm.allreduce(float(w @ mass(w))), 0.0) ** 0.5
+            if H[k + 1, k] <= 1e-10 * np.abs(H).max():
+                break
+            Q[k + 1] = w / H[k + 1, k]
+        values, vectors = np.linalg.eig(H[: k + 1, : k + 1])
+        return values.astype(complex), H[k + 1, k] * np.abs(vectors[-1])
+
+    def _start(self) -> np.ndarray:
+        start = np.random.default_rng(self.comm.rank).standard_normal(self.M.getLocalSize()[0])
+        start[self.fixed] = 0
+        return start
+
+    def matrix(self, A: PETSc.Mat, *, free: bool = False):
+        """As a scipy matrix, or its rows and columns of the free degrees of freedom (one rank)."""
+        from scipy.sparse import csr_matrix
+
+        indptr, indices, data = A.getValuesCSR()
+        S = csr_matrix((data, indices, indptr), shape=A.getSize())
+        if free:
+            kept = np.setdiff1d(np.arange(self.size), self.fixed)
+            S = S[kept][:, kept]
+        return S.tocsc()
+
+
+def spectrum(evolution: Evolution) -> Spectrum | None:
+    """Where the eigenvalues of a linear evolution lie; every rank of its ``space_comm`` calls it.
+
+    Symmetric and skew-symmetric ``K``: the largest by Lanczos iteration, at most 1 percent too large. The smallest by
+    shift and invert on one rank with up to ``FACTORED`` unknowns, else 0, which is safe. Waves: from 0. General ``K``:
+    all eigenvalues on one rank with up to ``DENSE`` unknowns, else the convex hull of Ritz values, an estimate.
+
+    Returns
+    -------
+    Spectrum or None
+        ``None`` where the evolution is not linear with constant operators, or ``M`` not symmetric positive definite.
+    """
+    if evolution.linear_operators() is None:
+        return None
+    try:
+        return _spectrum(_Operators(evolution))
+    except _NotPositive:
+        return None
+
+
+def _spectrum(ops: _Operators) -> Spectrum:
+    K, alone = ops.K, ops.comm.size == 1
+    if is_symmetric(K):
+        low, high = ops.ends(ops.product(K))
+        smallest = _smallest(ops, max(abs(low), abs(high))) if alone and ops.size <= FACTORED else None
+        return Spectrum("parabolic", min(low, 0.0) if smallest is None else smallest, max(high, 0.0))
+    KT = K.transpose(PETSc.Mat())
+    symmetric = KT.copy()
+    symmetric.axpy(1.0, K)
+    if symmetric.norm(PETSc.NormType.INFINITY) <= 1e-13 * K.norm(PETSc.NormType.INFINITY):
+        forward, back = ops.product(K), ops.product(KT)
+        return Spectrum("wave", 0.0, max(ops.ends(lambda x: back(ops.solve_mass(forward(x))))[1], 0.0) ** 0.5)
+    few = alone and ops.size <= DENSE
+    values = _all(ops) if few else _hull(ops)
+    estimate = "" if few else "an estimate from Ritz values of an operator that is not normal"
+    values = values[values.imag >= 0]
+    return Spectrum("general", float(values.real.min()), float(values.real.max()), values, estimate)
+
+
+def _smallest(ops: _Operators, scale: float) -> float | None:
+    """Smallest eigenvalue of symmetric ``K`` by shift and invert; ``None`` where that does not work out."""
+    from scipy.linalg import eigh
+    from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh, splu
+
+    K, M = ops.matrix(ops.K, free=True), ops.matrix(ops.M, free=True)
+    n, sigma = K.shape[0], -1e-6 * scale
+    if n <= 100:
+        return float(eigh(K.toarray(), M.toarray(), eigvals_only=True, subset_by_index=[0, 0])[0]) if n else 0.0
+    symmetric = dict(permc_spec="MMD_AT_PLUS_A", diag_pivot_thresh=0.0, options={"SymmetricMode": True})
+    try:
+        while sigma > -10 * scale:
+            factor = splu((K - sigma * M).tocsc(), **symmetric)
+            if (factor.U.diagonal() > 0).all():  # Sylvester: no eigenvalue is left of the shift
+                inverse = LinearOperator((n, n), matvec=factor.solve, dtype=float)
+                start = 1 + 0.5 * np.cos(np.arange(n) ** 2)
+                nearest = eigsh(
+                    K, 1, M, sigma, "LM", start, OPinv=inverse, tol=0.1 * ACCURACY, return_eigenvectors=False
+                )
+                return float(nearest[0])
+            sigma *= 10
+    except (ArpackError, RuntimeError):
+        pass
+    return None
+
+
+def _all(ops: _Operators) -> np.ndarray:
+    """All eigenvalues, dense."""
+    from scipy.linalg import cho_factor, cho_solve, eigvals
+
+    M, K = (ops.matrix(A, free=True).toarray() for A in (ops.M, ops.K))
+    return eigvals(cho_solve(cho_factor(M), K)).astype(complex)
+
+
+def _hull(ops: _Operators) -> np.ndarray:
+    """Ritz values: of the map, which fill its numerical range, and the converged ones of its inverse (one rank), as
+    slow modes are out of its sight.
+    """
+    product = ops.product(ops.K)
+    values, _ = ops.ritz(lambda x: ops.solve_mass(product(x)))
+    slow = np.zeros(1)
+    if ops.comm.size == 1 and ops.size <= FACTORED:
+        from scipy.sparse.linalg import splu
+
+        K, M = ops.matrix(ops.K), ops.matrix(ops.M)
+        sigma = -1e-6 * np.abs(values).max()
+        try:
+            factor = splu((K - sigma * M).tocsc())
+        except RuntimeError:  # singular
+            pass
+        else:
+            inverse, residuals = ops.ritz(lambda x: factor.solve(M @ x))
+            slow = sigma + 1 / inverse[residuals <= 0.1 * np.abs(inverse)]
+    return np.concatenate([values, slow])
+
+
+def mgrit_verdict(
+    evolution: Evolution, options: MGRITOptions | Mapping | None = None, coarse_tableau=None
+) -> list[Verdict] | None:
+    """Theory's verdict on each pair of consecutive levels; every rank of the evolution's ``space_comm`` calls it.
+
+    Costs a spectrum (heat, 64x64 P1: 0.05 s) and nothing for one level.
+
+    Parameters
+    ----------
+    evolution, options
+        The problem; levels, coarsening, relaxation, weights, tolerance.
+    coarse_tableau
+        Integrator of the coarse levels; default: the evolution's.
+
+    Returns
+    -------
+    list of Verdict, or None
+        ``None`` where there is no theory: see :func:`spectrum`, and unevenly spaced C-points.
+
+    Raises
+    ------
+    ValueError
+        If the options do not fit the steps.
+    """
+    options = MGRITOptions.make(options)
+    factors = options.factors(evolution.nsteps)
+    if not factors:
+        return []
+    if any(isinstance(m, tuple) for m in factors) or (found := spectrum(evolution)) is None:
+        return None
+    coarse_tableau = coarse_tableau or evolution.tableau
+    verdicts, stride, steps = [], 1, evolution.nsteps
+    for index, m in enumerate(factors):
+        pair = _Pair(found, evolution, stride, steps, options.scheme(index), options.weight(index), is_first=not index)
+        given = dict(tolerance=options.rtol if 0 < options.rtol < 1 else 1e-8)
+        judged = pair.verdict(coarse_tableau, m, **given)
+        if not judged.converges:
+            judged = pair.verdict(coarse_tableau, m, alternatives=pair.alternatives(coarse_tableau, m), **given)
+        if found.kind == "general":
+            judged = replace(judged, note=found.estimate or "mode by mode, of an operator that is not normal")
+        verdicts.append(judged)
+        stride, steps = stride * m, steps // m
+    return verdicts
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """A level of ``steps`` steps, each ``stride`` fine ones, and the next."""
+
+    spectrum: Spectrum
+    evolution: Evolution
+    stride: int
+    steps: int
+    relax: str
+    weight: float
+    is_first: bool
+
+    def _eigenvalues(self, coarse_tableau, m: int):
+        modes = self.spectrum.sample(self.evolution.dt, max(128, 12 * m))
+        tableaux = (self.evolution.tableau if self.is_first else coarse_tableau, coarse_tableau)
+        lam, mu = (
+            dirk_stability(d.A, d.b, -s * modes)
+            for d, s in zip(map(DIRK, tableaux), (self.stride, m * self.stride), strict=True)
+        )
+        return modes, lam, mu
+
+    def verdict(self, coarse_tableau, m: int, **given) -> Verdict:
+        modes, lam, mu = self._eigenvalues(coarse_tableau, m)
+        return verdict(lam, mu, m, self.steps // m, self.relax, weight=self.weight, modes=modes, **given)
+
+    def alternatives(self, coarse_tableau, m: int) -> dict[str, float]:
+        """Bounds of other choices, by what to write for them."""
+
+        def bound(tableau, m=m, relax=self.relax, weight=self.weight):
+            _, lam, mu = self._eigenvalues(tableau, m)
+            return two_level_bound(lam, mu, m, self.steps // m, relax, weight)
+
+        out = {"relax='FCF'": bound(coarse_tableau, relax="FCF")} if self.relax == "F" else {}
+        for tableau in (SDIRK2(), BackwardEuler()):
+            out[what := f"coarse_tableau={type(tableau).__name__}()"] = bound(tableau)
+            if self.relax == "F":
+                out[f"{what} with relax='FCF'"] = bound(tableau, relax="FCF")
+        if self.weight != 1:
+            out["c_weight=1"] = bound(coarse_tableau, weight=1.0)
+        if m > 2:
+            out["coarsening 2"] = bound(coarse_tableau, m=2)
+        return out
