@@ -1,6 +1,6 @@
 # make env    everything the package needs, from system packages to Firedrake (about 15 min cold on 2 cores)
 # make demo   recover a heat source from sensor readings; pictures in results/heat_source/
-# make test   all tests, serial and on 1-4 MPI ranks        make bench  ratios measured side by side
+# make test   all tests, serial and on 2-7 MPI ranks        make bench  ratios measured side by side
 # make lint   ruff                                          make clean  remove what the above made
 #
 # An existing Firedrake is used instead of building one:   make env PYTHON=/path/to/python
@@ -126,7 +126,7 @@ endif
 # as many time ranks as cores, at most 8
 RANKS ?= $(shell n=$$(nproc); echo $$((n < 8 ? n : 8)))
 GRID  ?= 1x$(RANKS)
-TEST_RANKS := 2 3 4
+TEST_RANKS := 2 3 4 5 7
 
 demo: env
 	@$(PETSC_ENV) mpiexec -n $(RANKS) $(PY) demos/heat_source_inversion.py --grid $(GRID) --out $(OUT) $(ARGS)

@@ -106,7 +106,7 @@ class MGRIT:
         for level in self.levels:
             level.trace = self.trace
         exact = math.inf
-        if len(self.levels) == 2 and options.coarse_solver != "relax" and self.transfers == [None]:
+        if len(self.levels) > 1 and options.coarse_solver != "relax" and not any(self.transfers):
             shifts = 1 + options.sweeps(0) if options.weight(0) == 1 else 1
             exact = math.ceil(self.levels[1].nsteps / shifts)
         self._stop = Stopping(options, exact)
@@ -209,6 +209,8 @@ class MGRIT:
         early = options.check == "cycle"
         while True:
             if options.residual == "none" and result.cycles == options.max_it:
+                if options.storage == "C":
+                    self.levels[0].exchange(U)  # relaxation fetches row 0 only before it steps
                 result.converged, result.reason = True, "its"
                 return
             if early and options.residual != "none":
