@@ -64,24 +64,24 @@ class LinearPropagator(FEPropagator):
         self.y = Workspace(self.M.matMult(self.w.matrix))
         self.yT = self.y if self.MT is self.M else Workspace(self.MT.matMult(self.w.matrix))
         self.x = Workspace.zeros(sizes, self.M.comm)
+        # stage increments that later stages or the end need, for the recursion on blocks
+        kept = self.dirk.stages - self.dirk.stiffly_accurate
+        self._stages = [np.zeros_like(self.w.array) for _ in range(kept)]
+        self._start, self._term = np.zeros_like(self.w.array), np.zeros_like(self.w.array)
         self._wv, self._xv = self.M.createVecs()
         self._yv = self._wv.duplicate()
         self._loads = None
 
-    # -- the recursion over stages, on anything that has a mass product and a solve -----------------------------------
-    def _forward(self, u, mass, solve, load):
-        """``u_1``; ``load(i)`` is added to the right-hand side of stage ``i`` (``None``: nothing)."""
+    # -- the recursion over stages, on vectors -----------------------------------
+    def _forward(self, u, mass, solve):
+        """``u_1`` without forcing."""
         dirk, d, U = self.dirk, [], None
         for i, h in enumerate(self.steps_of_stage):
             W = u
             for j in range(i):
                 if dirk.alpha[i, j]:
                     W = W + dirk.alpha[i, j] * d[j]
-            rhs = mass(W)
-            b = load(i)
-            if b is not None:
-                rhs += b
-            U = solve(h, rhs)
+            U = solve(h, mass(W))
             if i < dirk.stages - 1 or not dirk.stiffly_accurate:
                 d.append(U - W)
         if dirk.stiffly_accurate:
@@ -91,8 +91,8 @@ class LinearPropagator(FEPropagator):
             out += beta * di
         return out
 
-    def _backward(self, lam, mass_transposed, solve_transposed, on_stage=None):
-        """The transpose of :meth:`_forward`; ``on_stage(i, y)`` sees the adjoint of stage ``i``'s right-hand side."""
+    def _backward(self, lam, mass_transposed, solve_transposed):
+        """The transpose of :meth:`_forward`."""
         dirk = self.dirk
         out = np.zeros_like(lam) if dirk.stiffly_accurate else lam.copy()
         bar = [None if dirk.stiffly_accurate else beta * lam for beta in dirk.beta]
@@ -102,8 +102,6 @@ class LinearPropagator(FEPropagator):
             else:
                 U_bar, W_bar = bar[i], -bar[i]
             y = solve_transposed(self.steps_of_stage[i], U_bar)
-            if on_stage is not None:
-                on_stage(i, y)
             W_bar = mass_transposed(y) + W_bar
             out += W_bar
             for j in range(i):
@@ -112,50 +110,91 @@ class LinearPropagator(FEPropagator):
                     bar[j] = share if bar[j] is None else bar[j] + share
         return out
 
-    # -- on blocks -----------------------------------------------------------------------------------------------------
-    def _block_mass(self, W, transposed=False):
+    # -- on blocks: the same recursion in place, in arrays that are there --------------------------------------------
+    def _block_mass(self, transposed: bool = False) -> np.ndarray:
+        """Mass product of what is in ``w``."""
         y = self.yT if transposed else self.y
-        if W is not self.w.array:
-            self.w.array[...] = W
         (self.MT if transposed else self.M).matMult(self.w.matrix, y.matrix)
         return y.array
 
-    def _block_solve(self, h, rhs, transposed=False):
-        y = self.yT if transposed else self.y
-        if rhs is not y.array:
-            y.array[...] = rhs
-        if transposed:
-            y.array[:, self.bc_rows] = 0
-        self.factors[h].solve_block(y, self.x, transposed=transposed)
-        return self.x.array.copy() if self.dirk.stages > 1 else self.x.array
+    def _block_forward(self, load) -> np.ndarray:
+        """:meth:`_forward` of what is in ``w``; ``load(rhs, i)`` adds to the right-hand side of stage ``i``."""
+        dirk, w, x = self.dirk, self.w.array, self.x.array
+        start, d = self._start, self._stages
+        if len(d):
+            start[...] = w
+        for i, h in enumerate(self.steps_of_stage):
+            if i:
+                w[...] = start
+                for j in range(i):
+                    if dirk.alpha[i, j]:
+                        w += np.multiply(d[j], dirk.alpha[i, j], out=self._term)
+            rhs = self._block_mass()
+            if load is not None:
+                load(rhs, i)
+            self.factors[h].solve_block(self.y, self.x)
+            if i < len(d):
+                np.subtract(x, w, out=d[i])
+        if dirk.stiffly_accurate:
+            return x
+        for beta, di in zip(dirk.beta, d, strict=True):
+            start += np.multiply(di, beta, out=self._term)
+        return start
+
+    def _block_backward(self, on_stage) -> np.ndarray:
+        """:meth:`_backward` of what is in ``w``; ``on_stage(i, y)`` sees the adjoint of a stage's right-hand side."""
+        dirk, w, x = self.dirk, self.w.array, self.x.array
+        out, bar, accurate = self._start, self._stages, self.dirk.stiffly_accurate
+        rhs = self.yT.array
+        for di, beta in zip(bar, dirk.beta, strict=False):
+            if accurate:
+                di[...] = 0
+            else:
+                np.multiply(w, beta, out=di)
+        if accurate:
+            rhs[...] = w
+        else:
+            out[...] = w
+        for i in reversed(range(dirk.stages)):
+            last = accurate and i == dirk.stages - 1
+            if not last:
+                rhs[...] = bar[i]
+            rhs[:, self.bc_rows] = 0
+            self.factors[self.steps_of_stage[i]].solve_block(self.yT, self.x, transposed=True)
+            if on_stage is not None:
+                on_stage(i, x)
+            w[...] = x
+            W_bar = self._block_mass(transposed=True)
+            if last and not len(bar):
+                return W_bar
+            if last:
+                out[...] = W_bar
+            else:
+                W_bar -= bar[i]
+                out += W_bar
+            for j in range(i):
+                if dirk.alpha[i, j]:
+                    bar[j] += np.multiply(W_bar, dirk.alpha[i, j], out=self._term)
+        return out
 
     def apply(self, u: np.ndarray, out: np.ndarray, lane: int, load=None) -> None:
         """The step without forcing, or with ``load(rows, i)``, the stage loads of some rows of the block."""
         for rows, where in lanes(len(u), lane):
             self.w.load(u[rows], where)
+            add = None
+            if load is not None:
 
-            def block_load(i, rows=rows, where=where):
-                if load is None:
-                    return None
-                b = np.zeros_like(self.w.array)
-                b[where] = load(rows, i)
-                return b
+                def add(rhs, i, rows=rows, where=where):
+                    rhs[where] += load(rows, i)
 
-            start = self.w.array if self.dirk.stages == 1 and self.dirk.stiffly_accurate else self.w.array.copy()
-            out[rows] = self._forward(start, self._block_mass, self._block_solve, block_load)[where]
+            out[rows] = self._block_forward(add)[where]
 
     def apply_transposed(self, lam: np.ndarray, out: np.ndarray, lane: int, on_stage=None) -> None:
         """Its transpose; ``on_stage(rows, i, y)`` sees the stage adjoints."""
         for rows, where in lanes(len(lam), lane):
             self.w.load(lam[rows], where)
             see = None if on_stage is None else lambda i, y, rows=rows, where=where: on_stage(rows, i, y[where])
-            result = self._backward(
-                self.w.array.copy(),
-                lambda W: self._block_mass(W, transposed=True),
-                lambda h, r: self._block_solve(h, r, transposed=True),
-                see,
-            )
-            out[rows] = result[where]
+            out[rows] = self._block_backward(see)[where]
 
     # -- one state after another ---------------------------------------------------------------------------------------
     def _single_mass(self, W, transposed=False):
@@ -180,7 +219,7 @@ class LinearPropagator(FEPropagator):
                     u, lambda W: self._single_mass(W, True), lambda h, r: self._single_solve(h, r, True)
                 )
             else:
-                U[i + 1] = self._forward(u, self._single_mass, self._single_solve, _nothing)
+                U[i + 1] = self._forward(u, self._single_mass, self._single_solve)
             if G is not None:
                 U[i + 1] += G[i]
 
@@ -298,7 +337,3 @@ class LinearPropagator(FEPropagator):
     def second_order(self, data, du, dz, lam):
         """Zero: the step is affine."""
         return np.zeros_like(lam), self._collect([np.zeros(self.evolution.control_size)] * len(lam))
-
-
-def _nothing(_):
-    return None

@@ -36,7 +36,8 @@ STEPS, QUICK_STEPS = 256, 64
 
 def per_step(steps: int, integrator: str, repeats: int) -> list[Row]:
     """(a) Our sequential step against PETSc alone, and (d) blocks against one state at a time."""
-    evolution = square(steps, integrator, time_solver="serial").evolution
+    rf = square(steps, integrator, time_solver="serial")  # its communicators live as long as it does
+    evolution = rf.evolution
     p = LinearPropagator(evolution)
     U = np.empty((steps + 1, evolution.state_size))
     U[0] = np.random.default_rng(0).standard_normal(evolution.state_size)
@@ -212,7 +213,7 @@ def main(argv: list[str] | None = None) -> int:
             "single steps and blocks",
             lambda: per_step(steps, "BackwardEuler", 2 * repeats) + per_step(steps, "SDIRK2", 2 * repeats),
         ),
-        ("MGRIT on one time rank and on two", lambda: on_ranks(1, repeats) + on_ranks(2, repeats)),
+        ("MGRIT on one time rank and on two", lambda: on_ranks(1, 2 * repeats) + on_ranks(2, 2 * repeats)),
         (
             "against pyadjoint",
             lambda: against_pyadjoint(steps, repeats, hessians, lambda text: console.print(f"  {text}")),
