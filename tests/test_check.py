@@ -5,7 +5,7 @@ import pytest
 from mpi4py import MPI
 
 from pint_fem.mgrit import Transfer
-from pint_fem.mgrit.check import check
+from pint_fem.mgrit.checks.check import check
 
 N, SIZE, FACTORS = 24, 6, (3, 2)
 STATE = np.sin(np.arange(SIZE) + 1.0)

@@ -6,7 +6,7 @@ import numpy as np
 
 from pint_fem.adjoint.sweeps import Sweeps
 from pint_fem.errors import InputError
-from pint_fem.mgrit.check import CheckReport, check
+from pint_fem.mgrit.checks.check import CheckReport, check
 from pint_fem.propagators import StepData
 from pint_fem.propagators.arrays import get
 from pint_fem.propagators.base import FEPropagator
