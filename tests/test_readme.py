@@ -156,15 +156,16 @@ def test_costs_of_the_page(factors, relax):
 
 
 def test_sums_of_the_page():
-    """Calls per fine step of ``(8, 4)``, nested, and the break-even for four cycles."""
+    """Calls per fine step of ``(8, 4)``, nested, and the break-even for one cycle and for four."""
     per_step = np.array([1, 1 / 8, 1 / 32])
     for relax, each, start in ((1, "2.53 K", "1.44"), (0, "1.41 K", "1.31")):
         assert f"${each} + {start}$" in PAGE.read_text()
         one, two = (per_step @ calls((8, 4), k, relax=relax, start="nested") for k in (1, 2))
         assert f"{two - one:.2f}" == each.split()[0]
         assert f"{2 * one - two:.2f}" == start
-    time = lambda ranks, gain=1.8, K=4: (2.5 * K + 1.38) / (gain * ranks) + (K + 2) / 32
-    assert time(7) > 1 > time(8)
+    time = lambda ranks, K, gain=2.1: (2.5 * K + 1.38) / (gain * ranks) + (K + 2) / 32
+    assert time(2, 1) > 1 > time(3, 1)
+    assert time(6, 4) > 1 > time(7, 4)
 
 
 def test_figure(tmp_path):

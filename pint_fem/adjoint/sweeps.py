@@ -284,8 +284,9 @@ class Sweeps:
     def _run(self, solver: MGRIT, kind: str, U: np.ndarray, G, *, cold: bool, coarse_rhs=None) -> SolveResult:
         self._judge()
         solver.name = kind  # one solver serves both the state and the tangent of a linear evolution
-        start = "nested" if cold and self.options.start == "auto" else None
-        result = solver.solve(U, G, start=start, coarse_rhs=coarse_rhs() if coarse_rhs and start else None)
+        start = "nested" if cold and self.options.start == "auto" else self.options.start
+        given = coarse_rhs() if coarse_rhs is not None and start in ("skip", "nested") else None
+        result = solver.solve(U, G, start=start, coarse_rhs=given)
         self.counts[kind] += 1
         self.counts["cycles"] += result.cycles
         self.results.append((kind, result))
@@ -293,7 +294,8 @@ class Sweeps:
             self.on_sweep(kind, result)
         if not result.converged:
             advice = "a bound above one? see coarse_tableau, relax='FCF', smaller coarsening, on_divergence='serial'"
-            history = f"residual {result.residuals[-1]:.3e}, first {result.residuals[0]:.3e}"
+            first, last = (result.residuals or [np.nan])[0], (result.residuals or [np.nan])[-1]
+            history = f"residual {last:.3e}, first {first:.3e}"
             raise DivergedError(
                 f"{kind} sweep: MGRIT {result.reason}: {result.message} ({history}, rtol {solver.options.rtol:g}); "
                 f"{advice}, or levels=1 (sequential)"
