@@ -97,8 +97,8 @@ def seeds():
 @st.composite
 def disk(draw, count, largest=1.0):
     """Complex numbers in a disk, its centre and edge included."""
-    radius = draw(st.lists(st.floats(0, largest), min_size=count, max_size=count))
-    angle = draw(st.lists(st.floats(0, 2 * math.pi), min_size=count, max_size=count))
+    radius = draw(st.lists(st.floats(0, largest, allow_subnormal=False), min_size=count, max_size=count))
+    angle = draw(st.lists(st.floats(0, 2 * math.pi, allow_subnormal=False), min_size=count, max_size=count))
     return np.array(radius) * np.exp(1j * np.array(angle))
 
 
@@ -311,7 +311,7 @@ def test_more_levels_converge(data):
     nsteps, coarsening = data.draw(time_grids((2, 5), 60))
     planes, rng = data.draw(st.integers(1, 3)), np.random.default_rng(data.draw(seeds()))
     lam = data.draw(disk(planes, 0.95))
-    defects = [0.0, *data.draw(st.lists(st.floats(-0.05, 0.05), min_size=4, max_size=4))]
+    defects = [0.0, *data.draw(st.lists(st.floats(-0.05, 0.05, allow_subnormal=False), min_size=4, max_size=4))]
     propagators = [Powers(lam, p, d) for p, d in zip(coarse_points(nsteps, coarsening), defects, strict=False)]
     options = dict(
         relax=data.draw(st.sampled_from(SCHEMES)),
@@ -442,7 +442,7 @@ def test_fas_reaches_the_serial_solution(data):
     rng = np.random.default_rng(data.draw(seeds()))
     t = np.concatenate([[0.0], np.cumsum(rng.uniform(0.01, 0.1, nsteps))])
     propagators = [Euler(t[points], f) for points in coarse_points(nsteps, coarsening)]
-    weight = data.draw(st.floats(0.7, 1.3))
+    weight = data.draw(st.floats(0.7, 1.3, allow_subnormal=False))
     options = dict(
         relax="FCF",
         c_weight=weight,

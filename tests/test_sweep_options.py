@@ -9,11 +9,12 @@ from firedrake.petsc import PETSc
 from mpi4py import MPI
 
 import pint_fem as pf
+from pint_fem.adjoint.acceleration import AcceleratedSweep
 from pint_fem.adjoint.checking import check_sweeps
 from pint_fem.adjoint.reduced_functional import mgrit_options
 from pint_fem.adjoint.sweeps import Sweeps
 from pint_fem.errors import InputError
-from pint_fem.mgrit.stopping import DivergedError
+from pint_fem.mgrit.stopping import DivergedError, SolverFailure
 from pint_fem.propagators.arrays import put
 from pint_fem.propagators.norms import MassNorm
 from tests.test_reduced_functional import functional, point_and_direction
@@ -90,6 +91,7 @@ def test_krylov_acceleration(linear):
         rf = pf.TimeParallelReducedFunctional(
             rf.evolution, misfit, spacetime=rf.spacetime, solver_parameters=parameters
         )
+        assert isinstance(rf.problem.sweeps._adjoint, AcceleratedSweep) == bool(krylov)
         m, h = point_and_direction(rf)
         J = rf(m)
         results.append((J, rf.derivative().dat.data_ro.copy(), rf.hessian(h).dat.data_ro.copy()))
@@ -111,8 +113,11 @@ def test_nested_iteration_only_where_cold():
     assert first < 0.3 * zero.problem.sweeps.results[-1][1].residuals[0]
     rf(m._ad_add(h._ad_mul(1e-4)))
     assert rf.problem.sweeps.results[-1][1].residuals[0] < 0.3 * first
-    rf.hessian(h)
-    assert [kind for kind, _ in rf.problem.sweeps.results][-2:] == ["tangent", "adjoint"]
+    for _ in range(2):  # both start cold: the same histories
+        rf.hessian(h)
+    kinds, histories = zip(*((kind, r.residuals) for kind, r in rf.problem.sweeps.results), strict=True)
+    assert kinds[-4:] == ("tangent", "adjoint") * 2
+    assert histories[-4:-2] == histories[-2:]
 
 
 @pytest.mark.parallel([1, 2])
@@ -141,7 +146,13 @@ def test_residuals_in_the_inner_product_of_functions():
     )
     rf(point_and_direction(rf)[0])
     rf.derivative()
-    assert all(result.converged for _, result in rf.problem.sweeps.results)
+    (_, state), (_, adjoint) = rf.problem.sweeps.results
+    assert state.converged
+    assert adjoint.converged
+    slab = rf.problem.sweeps.slab
+    c = [i for i in range(1, slab.k + 1) if (slab.lo + i) % 4 == 0]
+    squares = primal(rf.problem.U[c]) if c else np.zeros(0)
+    assert state.scale == pytest.approx(np.sqrt(MPI.COMM_WORLD.allreduce(squares.sum())), rel=1e-6)
     with pytest.raises(InputError, match="norm 'H1'"):
         pf.TimeParallelReducedFunctional(
             rf.evolution, pf.TerminalMisfit(rf.evolution.u**2 * dx), spacetime=st, solver_parameters={"norm": "H1"}
@@ -254,3 +265,50 @@ def test_theory_is_printed_before_the_first_solve():
         assert (words in text) == (MPI.COMM_WORLD.rank == 0)
         if "tableau" in options and MPI.COMM_WORLD.rank == 0:
             assert "SDIRK2" in text
+
+
+@pytest.mark.parallel([1, 2])
+def test_failing_right_hand_side_is_a_failure_everywhere():
+    """NaN in the control of one rank's steps, with a solver that raises on it; afterwards all is well again."""
+    st = pf.SpaceTime()
+    rf = functional(st, per_step=True, rtol=1e-8)
+    ev = rf.evolution
+    ev.solver_parameters = {"ksp_type": "cg", "ksp_rtol": 1e-13, "pc_type": "jacobi"}
+    misfit = pf.RunningMisfit(ev.u**2 * dx)
+    rf = pf.TimeParallelReducedFunctional(
+        ev, misfit, spacetime=st, solver_parameters={"mgrit": {"coarsening": (4, 2), "levels": 3, "rtol": 1e-8}}
+    )
+    z = rf.array(point_and_direction(rf)[0])
+    value = rf.problem.value(z)
+    bad = z.copy()
+    if MPI.COMM_WORLD.rank == MPI.COMM_WORLD.size - 1:
+        bad[-1] = np.nan
+    with pytest.raises(SolverFailure):
+        rf.problem.value(bad)
+    assert rf.problem.value(z) == pytest.approx(value, rel=1e-7)
+
+
+@pytest.mark.parallel([2])
+def test_a_failed_solve_in_space_does_not_spoil_the_next():
+    """P_space = 2: after NaN in the control, values are those of a new functional."""
+    rf, fresh = (functional(pf.SpaceTime("2x1"), rtol=1e-8) for _ in range(2))
+    z = rf.array(point_and_direction(rf)[0])
+    with pytest.raises(SolverFailure):
+        rf.problem.value(np.where(np.arange(len(z)) == 3, np.nan, z))
+    assert rf.problem.value(z) == pytest.approx(fresh.problem.value(z), rel=1e-12)
+    np.testing.assert_allclose(rf.problem.derivative(z), fresh.problem.derivative(z), rtol=1e-8, atol=1e-14)
+
+
+@pytest.mark.parallel([1, 2])
+def test_the_first_rank_of_all_speaks():
+    """Monitor lines of state and adjoint, which runs on the reversed communicator; also with two ranks in space."""
+    size = MPI.COMM_WORLD.size
+    for grid in {1: ["1x1"], 2: ["1x2", "2x1"]}[size]:
+        lines = []
+        rf = functional(pf.SpaceTime(grid), rtol=1e-2, monitor=True)
+        for solver in (rf.problem.sweeps._state, rf.problem.sweeps._adjoint):
+            solver.printer = lines.append
+        rf(point_and_direction(rf)[0])
+        rf.derivative()
+        spoken = {line.split()[0] for line in lines if "residual" in line}
+        assert spoken == ({"state", "adjoint"} if MPI.COMM_WORLD.rank == 0 else set())

@@ -114,6 +114,8 @@ class TimeParallelReducedFunctional(AbstractReducedFunctional):
             raise InputError(f"time_solver {solver!r}: give 'mgrit' or 'serial'")
         spatial_coarsening = parameters.pop("spatial_coarsening", None)
         norm, krylov = parameters.pop("norm", "l2"), parameters.pop("krylov", None)
+        if krylov is None and any(name.startswith("ksp_") for name in PETSc.Options("mgrit_").getAll()):
+            krylov = {}
         if krylov is not None and not isinstance(krylov, Mapping):
             raise InputError(f"krylov {krylov!r}: give PETSc options, such as {{'ksp_type': 'fgmres'}}")
         if parameters:

@@ -22,7 +22,7 @@ import numpy as np
 from pint_fem.adjoint.acceleration import AcceleratedSweep
 from pint_fem.mgrit import MGRIT, MGRITOptions, SolveResult
 from pint_fem.mgrit.levels import inject
-from pint_fem.mgrit.stopping import DivergedError
+from pint_fem.mgrit.stopping import DivergedError, SolverFailure
 from pint_fem.mgrit.theory import Verdict
 from pint_fem.mgrit.trace import Trace
 from pint_fem.propagators import Evolution, StepData, make_propagator
@@ -140,6 +140,7 @@ class Sweeps:
     ):
         self.evolution, self.spacetime, self.printer = evolution, spacetime, printer
         self._coarse_tableau, self._judged = coarse_tableau, False
+        self._cause: Exception | None = None  # why a right-hand side could not be computed
         N = evolution.nsteps
         self.slab = slab = spacetime.slab(N)
         options = MGRITOptions.make(options)
@@ -176,17 +177,22 @@ class Sweeps:
         self.trace = Trace(spacetime.time_comm) if options.trace else None
         if norm not in ("l2", "L2"):
             raise ValueError(f"norm {norm!r}: give 'l2' (of coefficients) or 'L2' (of functions)")
+        if norm == "L2" and krylov is not None:
+            raise ValueError("norm 'L2' with krylov: PETSc's norms are those of coefficients; leave one of them out")
         if norm == "L2":
             forward["point_norms"] = MassNorm(evolution.V, spacetime)
             backward["point_norms"] = MassNorm(evolution.V, spacetime, dual=True)
         else:
             forward["point_norms"] = backward["point_norms"] = spacetime.point_norms
-        common = dict(options=options, printer=printer, linear=True, trace=self.trace)
+        if krylov is not None and options.residual == "full":
+            raise ValueError("mgrit residual 'full' with krylov: PETSc's residual is that of all points; leave it out")
+        common = dict(options=options, printer=printer, trace=self.trace, speaks=spacetime.is_root)
+        linear_sweep = common | dict(linear=True)
         linear = MGRIT
         if krylov is not None and factors:
             linear = partial(AcceleratedSweep, solver_parameters=krylov, petsc_comm=spacetime.comm)
-        self._tangent = linear([kinds[0](p) for p in self.propagators], N, name="tangent", **forward, **common)
-        self._adjoint = linear([kinds[1](p) for p in self.propagators], N, name="adjoint", **backward, **common)
+        self._tangent = linear([kinds[0](p) for p in self.propagators], N, name="tangent", **forward, **linear_sweep)
+        self._adjoint = linear([kinds[1](p) for p in self.propagators], N, name="adjoint", **backward, **linear_sweep)
         self._state = self._tangent
         if not self.is_linear:
             self._state = MGRIT([_StateStep(p) for p in self.propagators], N, name="state", **forward, **common)
@@ -285,8 +291,14 @@ class Sweeps:
         self._judge()
         solver.name = kind  # one solver serves both the state and the tangent of a linear evolution
         start = "nested" if cold and self.options.start == "auto" else self.options.start
-        given = coarse_rhs() if coarse_rhs is not None and start in ("skip", "nested") else None
-        result = solver.solve(U, G, start=start, coarse_rhs=given)
+        given = None
+        if coarse_rhs is not None and start in ("skip", "nested") and isinstance(solver, MGRIT):
+            given = coarse_rhs()
+        try:
+            result = solver.solve(U, G, start=start, coarse_rhs=given)
+        except SolverFailure as failure:
+            cause, self._cause = self._cause, None
+            raise failure from cause
         self.counts[kind] += 1
         self.counts["cycles"] += result.cycles
         self.results.append((kind, result))
@@ -311,8 +323,18 @@ class Sweeps:
             own = self.space.controls(level.index, own)
             data = StepData(self.evolution.time(start), own)
             args = (data, level.lo) if method == "forcing" else (data, own, level.lo)
-            out.append(getattr(propagator, method)(*args))
+            out.append(
+                self._safe(partial(getattr(propagator, method), *args), (level.k, propagator.evolution.state_size))
+            )
         return out
+
+    def _safe(self, make: Callable[[], np.ndarray], shape: tuple[int, int]) -> np.ndarray:
+        """A right-hand side; NaN where it fails on this rank, which the solver carries to every rank (no hang)."""
+        try:
+            return make()
+        except Exception as error:
+            self._cause = error
+            return np.full(shape, np.nan)
 
     def state(self, z, U: np.ndarray, *, cold: bool = False) -> SolveResult:
         """Solve for the state in place, from the first guess ``U`` ``(k + 1, n)``; ``z`` is ``(nz,)``, ``(k, nz)`` or
@@ -321,7 +343,8 @@ class Sweeps:
         if self.slab.is_first:
             U[0] = self.initial
         if self.is_linear:
-            G = self.propagators[0].forcing(self.data(z), self.slab.lo)
+            fine = self.propagators[0]
+            G = self._safe(lambda: fine.forcing(self.data(z), self.slab.lo), self._shape)
             rhs = lambda: self._coarse_forcing("forcing", z)
             return self._run(self._state, "state", U, G, cold=cold, coarse_rhs=rhs)
         self._bind(self._state, z, None, backwards=False)
@@ -333,13 +356,23 @@ class Sweeps:
         if self.slab.is_first:
             dU[0] = 0
         if self.is_linear:
-            G = fine.control_forcing(data, dz, self.slab.lo)
+            G = self._safe(lambda: fine.control_forcing(data, dz, self.slab.lo), self._shape)
             rhs = lambda: self._coarse_forcing("control_forcing", dz)
         else:
             self._bind(self._tangent, z, U, backwards=False)
-            G = np.empty((self.slab.k, self.evolution.state_size))
-            fine.tangent(data, np.zeros_like(G), dz, G, self.slab.lo)
+            G = self._safe(lambda: self._control_tangent(data, dz), self._shape)
         return self._run(self._tangent, "tangent", dU, G, cold=cold, coarse_rhs=rhs)
+
+    @property
+    def _shape(self) -> tuple[int, int]:
+        """Of right-hand sides of the own steps."""
+        return self.slab.k, self.evolution.state_size
+
+    def _control_tangent(self, data: StepData, dz) -> np.ndarray:
+        """``Phi_z dz`` of the own steps of a nonlinear evolution."""
+        G = np.empty(self._shape)
+        self.propagators[0].tangent(data, np.zeros_like(G), dz, G, self.slab.lo)
+        return G
 
     def adjoint(self, z, U: np.ndarray, gradient: np.ndarray, L: np.ndarray, *, cold: bool = False) -> SolveResult:
         """Solve for adjoints ``L`` ``(k + 1, n)`` in place; ``gradient`` rows ``0..k-1`` (``k`` on the last rank) are

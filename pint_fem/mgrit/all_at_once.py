@@ -33,6 +33,7 @@ from pint_fem.mgrit.cycle import Cycle
 from pint_fem.mgrit.levels import Propagator
 from pint_fem.mgrit.options import MGRITOptions
 from pint_fem.mgrit.solver import MGRIT
+from pint_fem.mgrit.trace import Trace
 
 __all__ = ["AllAtOnceMatrix", "Direction", "Hierarchies", "MGRITPreconditioner", "Reversed"]
 
@@ -144,11 +145,7 @@ class Direction:
     def step(self, x: np.ndarray, y: np.ndarray) -> None:
         """``y = A^-1 x`` by stepping sequentially."""
         self._load(x)
-        level = self.level
-        if level.active:
-            level.wait(level.post_receive(self.U))
-            level.sweep()
-            level.wait(level.post_send(self.U))
+        self.level.solve_sequentially()
         self._store(y)
 
     def guess(self, x: np.ndarray, y: np.ndarray, *, initial: np.ndarray, nested: bool) -> None:
@@ -197,6 +194,8 @@ class Hierarchies:
     petsc_comm
         Communicator of vectors and operators: all ranks that share the space-time unknowns (space x time). Default:
         ``comm``.
+    trace
+        Gets the work and messages; default: none.
     reversed_comm
         ``comm`` with its ranks in reverse order; default: split off here and freed by :meth:`destroy`.
 
@@ -218,21 +217,22 @@ class Hierarchies:
         transfers: Sequence | None = None,
         petsc_comm=None,
         reversed_comm=None,
+        trace: Trace | None = None,
         name: str = "mgrit",
     ):
         if np.dtype(PETSc.ScalarType) != float:
             raise ValueError(f"{name}: PETSc was built for {np.dtype(PETSc.ScalarType)}, the slabs are float64")
         options = MGRITOptions.make(options)
-        for option, given in (("storage", options.storage == "C"), ("f_cycles", options.f_cycles is not None)):
-            if given:
+        for option, usual in (("storage", "all"), ("f_cycles", None), ("time_norm", 2), ("rtol_of", "trajectory")):
+            if getattr(options, option) != usual:
                 raise ValueError(
                     f"{name}: mgrit {option} {getattr(options, option)!r} is for plain iterations: a preconditioner "
-                    "works on all points and does the same cycle each time; leave it out"
+                    "works on all points and does the same cycle each time, and the norm is PETSc's; leave it out"
                 )
         if transposed is not None and len(transposed) != len(propagators):
             raise ValueError(f"{name}: {len(transposed)} transposed propagators for {len(propagators)} levels")
         one_cycle = MGRITOptions.make(options, residual="none", max_it=1, rtol=0.0, atol=0.0, view=False, trace="")
-        common = dict(name=name, linear=True)
+        common = dict(name=name, linear=True, trace=trace)
         fit = dict(options=one_cycle, comm=comm, bounds=bounds, transfers=transfers)
         self.solver = MGRIT(propagators, nsteps, **fit, **common)
         self.comm, self.petsc_comm, self.name = comm, comm if petsc_comm is None else petsc_comm, name

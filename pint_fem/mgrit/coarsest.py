@@ -39,13 +39,7 @@ def coarsest_solver(level: Level, kind: str, sweeps: int, weight: float) -> Call
 
         return relax
 
-    def step():
-        if level.active:
-            level.wait(level.post_receive(level.U))
-            level.sweep()
-            level.wait(level.post_send(level.U))
-
-    return step
+    return level.solve_sequentially
 
 
 def _solve_gathered(level: Level) -> None:
@@ -58,20 +52,26 @@ def _solve_gathered(level: Level) -> None:
     counts = [(b - a) * size for a, b in zip(level.bounds[:-1], level.bounds[1:], strict=True)]
     starts = [a * size for a in level.bounds[:-1]]
     if comm.size == 1:
-        level.sweep()
+        level.solve_sequentially()
         return
     first = comm.rank == 0
+    begin = level.trace.now() if level.trace else 0.0
     G = np.empty((level.nsteps, *shape)) if first else None
     U = np.empty((level.nsteps + 1, *shape)) if first else None
     comm.Gatherv(np.ascontiguousarray(level.G), [G, counts, starts, _double()] if first else None)
     if level.uses_guess:
         comm.Gatherv(np.ascontiguousarray(level.U[1:]), [U[1:], counts, starts, _double()] if first else None)
+    if level.trace:
+        level.trace.work("gather", level.index, begin, bytes=level.G.nbytes)
     if first:
         U[0] = level.U[0]
         level.sweep_steps(range(level.nsteps), U, G)
     rows = np.empty((level.k, *shape))
+    begin = level.trace.now() if level.trace else 0.0
     comm.Scatterv([U[1:], counts, starts, _double()] if first else None, rows)
     level.U[1:] = rows
+    if level.trace:
+        level.trace.work("scatter", level.index, begin, bytes=rows.nbytes)
     level.exchange(level.U)
 
 

@@ -70,20 +70,16 @@ class Cycle:
             self.relaxations.append(kind(level, options.weight(index)))
             self.residuals.append(np.zeros((coarse.k, *shape)))
             if self.transfers[index] is not None:
-                shape = self.transfers[index].restrict(np.zeros((1, *shape))).shape[1:]
+                fine_shape, shape = shape, self.transfers[index].restrict(np.zeros((1, *shape))).shape[1:]
+                self.transfers[index] = _Guarded(self.transfers[index], level, fine_shape, shape)
             coarse.U = np.zeros((coarse.k + 1, *shape))
             coarse.G = np.zeros((coarse.k, *shape))
             self.restricted.append(np.zeros((coarse.k + 1, *shape)))
         last = len(self.levels) - 1
+        self.extra_states = [relaxation.extra_states for relaxation in self.relaxations]
         self._solve_coarsest = coarsest_solver(
             self.levels[-1], options.coarse_solver, options.coarse_sweeps, options.weight(last)
         )
-
-    @property
-    def nbytes(self) -> int:
-        """Memory of the work arrays on this rank, the finest unknown not counted."""
-        arrays = [*self.residuals, *self.restricted]
-        return sum(a.nbytes for a in arrays) + sum(level.U.nbytes + level.G.nbytes for level in self.levels[1:])
 
     def relax(self, index: int, *, f_is_done: bool = False, residual_is_known: bool = False) -> None:
         """Relax by the level's scheme ``(FC)^nu F``.
@@ -125,10 +121,10 @@ class Cycle:
     def _restrict_values(self, index: int) -> np.ndarray:
         """Values at the C-points and the initial one, in coarse space, without the ghost."""
         level, coarse, V = self.levels[index], self.levels[index + 1], self.restricted[index]
-        transfer = self.transfers[index] or _IDENTITY
-        V[1:] = transfer.restrict(self.relaxations[index].c_values(level.U))
+        transfer, values, initial = self.transfers[index], self.relaxations[index].c_values(level.U), level.U[:1]
+        V[1:] = values if transfer is None else transfer.restrict(values)
         if coarse.left is None:
-            V[0] = transfer.restrict(level.U[:1])[0]
+            V[:1] = initial if transfer is None else transfer.restrict(initial)
         return V
 
     def _interpolate(self, index: int) -> None:
@@ -201,10 +197,29 @@ class Cycle:
                 self.correct(index)
 
 
-class _Identity:
-    @staticmethod
-    def restrict(block: np.ndarray) -> np.ndarray:
-        return block
+class _Guarded:
+    """A transfer whose failures become NaN, which the collective norm carries to every rank (no hang)."""
 
+    def __init__(self, transfer: Transfer, level: Level, fine_shape: tuple[int, ...], coarse_shape: tuple[int, ...]):
+        self._transfer, self._level, self._shapes = transfer, level, (fine_shape, coarse_shape)
 
-_IDENTITY = _Identity()
+    def restrict(self, block: np.ndarray) -> np.ndarray:
+        """See :class:`Transfer`."""
+        return self._apply("restrict", block, self._shapes[1])
+
+    def prolong(self, block: np.ndarray) -> np.ndarray:
+        """See :class:`Transfer`."""
+        return self._apply("prolong", block, self._shapes[0])
+
+    def _apply(self, name: str, block: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        problem = None
+        try:
+            out = np.asarray(getattr(self._transfer, name)(block))
+            if out.shape != (len(block), *shape):
+                problem = f"shape {out.shape} instead of {(len(block), *shape)}"
+        except Exception as error:
+            problem = f"{type(error).__name__}: {error}"
+        if problem is None:
+            return out
+        self._level.failure = self._level.failure or f"level {self._level.index}, {name}: {problem}"
+        return np.full((len(block), *shape), np.nan)

@@ -18,6 +18,7 @@ from typing import Protocol
 
 import numpy as np
 
+from pint_fem.mgrit.options import check_coarsening
 from pint_fem.mgrit.trace import Trace
 
 __all__ = ["Level", "Propagator", "build_levels", "coarse_points", "inject", "split_steps"]
@@ -30,10 +31,10 @@ class Propagator(Protocol):
     """What MGRIT asks of a user: one time step, on a block of states at once.
 
     Optional: a method ``sweep(first, U, G)`` takes the steps ``first, first + 1, ...`` one after another in place, from
-    ``U[0]`` (``U`` has one row more than there are steps; ``G`` is ``None`` or one row a step); sequential solves use
-    it. An attribute ``block`` is the number of states that makes a full block (relaxation then goes through the
-    intervals in groups of that many). With an attribute ``uses_guess`` that is true, ``out`` holds a first guess of
-    the result when ``step`` is called: the iterate that is there. It follows from the iterate alone, never from
+    ``U[0]`` (``U`` has one row more than there are steps, which holds iterates; ``G`` is ``None`` or one row a step);
+    sequential solves use it. An attribute ``block`` is the number of states that makes a full block (relaxation then
+    goes through the intervals in groups of that many). With an attribute ``uses_guess`` that is true, ``out`` holds a
+    first guess of the result when ``step`` is called: the iterate that is there. It follows from the iterate alone, never from
     the order of calls, and it is the same on both sides of the coarse equation, so the exact solution stays a fixed
     point however loosely an implicit step is solved (the header of XBraid's ``restrict.c``). For
     :func:`pint_fem.mgrit.check`: ``tangent(steps, u, du, out)`` and ``adjoint(steps, u, lam, out)``.
@@ -88,7 +89,7 @@ def coarse_points(nsteps: int, coarsening: Sequence[Coarsening]) -> list[range |
         If C-points do not start at 0, do not increase or are no points of their level.
     """
     points: list[range | np.ndarray] = [range(nsteps + 1)]
-    for index, m in enumerate(coarsening):
+    for index, m in enumerate(check_coarsening(coarsening) if len(coarsening) else ()):
         last = len(points[-1]) - 1
         if isinstance(m, int):
             points.append(points[-1][::m])
@@ -181,9 +182,12 @@ class Level:
         if self.trace:
             self.trace.work("phi", self.index, begin, first=steps[0], states=len(steps))
 
-    def sweep(self) -> None:
-        """Take all own steps one after another, from row 0."""
-        self.sweep_steps(range(self.lo, self.hi), self.U, self.G)
+    def solve_sequentially(self, *, fresh: bool = False) -> None:
+        """Take all steps of the level in turn, rank after rank; row 0 of the first rank is the initial value."""
+        if self.active:
+            self.wait(self.post_receive(self.U))
+            self.sweep_steps(range(self.lo, self.hi), self.U, self.G, fresh=fresh)
+            self.wait(self.post_send(self.U))
 
     def sweep_steps(self, steps: range, U: np.ndarray, G: np.ndarray | None, *, fresh: bool = False) -> None:
         """Take some steps one after another in place, ``U[0]`` being the state before the first.
@@ -192,10 +196,12 @@ class Level:
         """
         if not len(steps):
             return
-        if not hasattr(self.propagator, "sweep"):
+        if not hasattr(self.propagator, "sweep") or (fresh and self.uses_guess):
             for i, n in enumerate(steps):
                 if fresh and self.uses_guess:
                     U[i + 1] = U[i]
+                elif self.uses_guess and self.index == 0 and G is not None:
+                    U[i + 1] -= G[i]
                 self.phi(range(n, n + 1), U[i : i + 1], U[i + 1 : i + 2])
                 if G is not None:
                     U[i + 1] += G[i]

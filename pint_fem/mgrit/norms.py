@@ -19,7 +19,7 @@ PointNorms = Callable[[np.ndarray], np.ndarray]
 
 def euclidean(block: np.ndarray) -> np.ndarray:
     """Squared Euclidean norm of each state of a block, shape ``(k,)``."""
-    rows = block.reshape(len(block), math.prod(block.shape[1:]))
+    rows = np.asarray(block, dtype=float).reshape(len(block), math.prod(block.shape[1:]))
     return np.matmul(rows[:, None, :], rows[:, :, None])[:, 0, 0]  # a dot product each: its bits are the state's own
 
 

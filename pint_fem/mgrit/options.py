@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from math import inf
 
-__all__ = ["MGRITOptions"]
+__all__ = ["MGRITOptions", "check_coarsening"]
 
 _PER_LEVEL = ("relax", "c_weight", "coarsening")
 _CHOICES = {
@@ -124,7 +124,7 @@ class MGRITOptions:
 
     def __post_init__(self):
         set_ = lambda name, value: object.__setattr__(self, name, value)
-        set_("coarsening", _coarsening(self.coarsening))
+        set_("coarsening", check_coarsening(self.coarsening))
         set_("relax", tuple(_scheme(r, self.relax) for r in _as_tuple(self.relax, "relax", self.relax)))
         weights = _as_tuple(self.c_weight, "c_weight", self.c_weight)
         if any(not _is_number(w) or not 0 < w < inf for w in weights):
@@ -233,8 +233,14 @@ def _coarser(n: int, m) -> int:
     return n // m if _is_int(m) else len(m) - 1
 
 
-def _coarsening(given) -> tuple:
-    """Factors and tuples of C-points."""
+def check_coarsening(given) -> tuple:
+    """Factors and tuples of C-points.
+
+    Raises
+    ------
+    ValueError
+        On what is neither.
+    """
     bad = ValueError(
         f"mgrit coarsening {given!r}: give whole numbers of at least 2, such as (8, 4), or a level's C-points [0, ...]"
     )

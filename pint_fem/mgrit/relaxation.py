@@ -203,10 +203,11 @@ class Relaxation:
             self._phi(run, part)
             part -= U[run.targets]
 
+    @property
+    def extra_states(self) -> int:
+        """States of work arrays on this rank."""
+        return self.count if self.weight != 1 or self.c_points_touch else 0
+
     def solve_sequentially(self) -> None:
-        """Take all steps of the level in turn, rank after rank; row 0 of the first rank is the initial value."""
-        level = self.level
-        if level.active:
-            level.wait(level.post_receive(level.U))
-            level.sweep_steps(range(level.lo, level.hi), level.U, level.G, fresh=True)
-            level.wait(level.post_send(level.U))
+        """Step through the level, not minding the iterate that is there."""
+        self.level.solve_sequentially(fresh=True)

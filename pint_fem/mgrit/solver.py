@@ -46,7 +46,8 @@ class MGRIT:
     bounds
         ``comm.size + 1`` step bounds of the ranks; default: nearly equal.
     point_norms
-        Squared norm of each state of a block (global over space); default: Euclidean.
+        Squared norm of each state of a block (global over space); default: Euclidean. Where it is expensive it may have
+        a cheaper method ``finite(block)``, which is asked whether all points are finite.
     transfers
         Spatial coarsening from each level to the next: :class:`Transfer`, a pair of maps on blocks or of matrices
         ``(R, P)``, or ``None``.
@@ -56,6 +57,8 @@ class MGRIT:
         Cycles that are the transposes of those of the forward problem (see :mod:`~pint_fem.mgrit.cycle`).
     name
         Named in monitor lines and errors.
+    speaks
+        Whether this rank prints; default: the first of ``comm``.
     trace
         Shared by several solvers; default: one of its own where the option asks for it.
 
@@ -80,6 +83,7 @@ class MGRIT:
         name: str = "mgrit",
         printer: Callable[[str], None] = print,
         trace: Trace | None = None,
+        speaks: bool | None = None,
     ):
         options = MGRITOptions.make(options)
         if options.levels not in (None, len(propagators)):
@@ -88,6 +92,8 @@ class MGRIT:
         factors = options.factors(nsteps)
         if not factors and options.storage == "C":
             raise ValueError("mgrit storage 'C' with one level: there are no C-points; give levels or storage='all'")
+        if options.residual == "full" and options.storage == "C":
+            raise ValueError("mgrit residual 'full' with storage 'C': F-points are exact there; give residual='C'")
         self.transfers = [Transfer.make(t) for t in (transfers or [None] * len(factors))]
         if len(self.transfers) != len(factors):
             raise ValueError(
@@ -102,6 +108,7 @@ class MGRIT:
         self.levels = build_levels(propagators, factors, bounds, comm)
         self.comm, self.nsteps, self.point_norms, self.name, self.printer = comm, nsteps, point_norms, name, printer
         self.linear, self.transposed = linear, transposed
+        self._speaks = comm.rank == 0 if speaks is None else speaks
         self.trace = Trace(comm) if options.trace and trace is None else trace
         for level in self.levels:
             level.trace = self.trace
@@ -162,22 +169,22 @@ class MGRIT:
         """
         fine = self.levels[0]
         start = (self.options if start is None else MGRITOptions.make(start=start)).start
-        self._check_arrays(U, G)
+        self._check_arrays(U, G, coarse_rhs)
         if not self._viewed:
             self._viewed = True
+            if self._cycle is None and len(self.levels) > 1:
+                self._cycle = self._make_cycle(U.shape[1:])
             self._say(self.view(U[:1].nbytes))
         for level in self.levels:
             level.failure = None
         fine.U, fine.G = U, G
         with np.errstate(over="ignore", invalid="ignore"):  # a solve that blows up says so itself, once
             if len(self.levels) == 1:
-                fine.wait(fine.post_receive(U))
-                fine.sweep()
-                fine.wait(fine.post_send(U))
+                fine.solve_sequentially()
+                self._check_points(U)
                 result = SolveResult(True, "exact", [0.0], 0)
             else:
                 result = self._cycle_or_step(U, start, coarse_rhs)
-            self._check_finite(not fine.active or bool(np.isfinite(self._squares(U)).all()))
         return result
 
     def _cycle_or_step(self, U: np.ndarray, start: str, coarse_rhs) -> SolveResult:
@@ -185,24 +192,38 @@ class MGRIT:
         result, serial = SolveResult(), self.options.on_divergence == "serial"
         try:
             self._iterate(U, start, coarse_rhs, result)
+            self._check_points(U)  # failures that no C-point or no norm has seen
         except SolverFailure as failure:
             if not serial:
                 raise
-            result.message = str(failure)
+            result.converged, result.message = False, str(failure)
         if result.converged or not serial:
             return result
         self._say(f"  {self.name}: {result.message}; stepping sequentially instead")
         for level in self.levels:
             level.failure = None
         self._cycle.relaxations[0].solve_sequentially()
+        self._check_points(U)
         result.converged, result.reason = True, "serial"
         return result
+
+    def _make_cycle(self, shape: tuple[int, ...]) -> Cycle:
+        """Work arrays for states of a shape; a transfer or storage that does not fit is an error on every rank."""
+        problem, cycle = None, None
+        try:
+            flags = dict(linear=self.linear, transposed=self.transposed)
+            cycle = Cycle(self.levels, self.options, shape, self.transfers, **flags)
+        except Exception as error:
+            problem = str(error) if isinstance(error, ValueError) else f"transfer: {type(error).__name__}: {error}"
+        problem = next((p for p in self.comm.allgather(problem) if p), None)
+        if problem:
+            raise ValueError(f"{self.name}: {problem}")
+        return cycle
 
     def _iterate(self, U: np.ndarray, start: str, coarse_rhs, result: SolveResult) -> None:
         options, cycle = self.options, self._cycle
         if cycle is None or cycle.state_shape != U.shape[1:]:
-            flags = dict(linear=self.linear, transposed=self.transposed)
-            cycle = self._cycle = Cycle(self.levels, options, U.shape[1:], self.transfers, **flags)
+            cycle = self._cycle = self._make_cycle(U.shape[1:])
         f_is_done = start in ("skip", "nested")
         if f_is_done:
             cycle.first_guess(nested=start == "nested", coarse_rhs_given=coarse_rhs)
@@ -238,7 +259,7 @@ class MGRIT:
         """Norms of the residual and of the trajectory at the C-points."""
         cycle, kind = self._cycle, self.options.time_norm
         V = cycle.relaxations[0].c_values(U)
-        r = self._full_residual(U) if self.options.residual == "full" and self.options.storage == "all" else None
+        r = self._full_residual(U) if self.options.residual == "full" else None
         if r is None:
             local = np.stack([self._squares(cycle.residuals[0]), self._squares(V)], axis=1)
             norms = norm_over_time(gather_in_order(local, self.comm), kind)
@@ -269,11 +290,18 @@ class MGRIT:
         if self.options.storage == "all":
             yield fine.lo + 1, U[1:]
         else:
+            if self._cycle is None:
+                self._cycle = self._make_cycle(U.shape[1:])
             yield from self._cycle.relaxations[0].states(U, G)
 
-    def _check_arrays(self, U: np.ndarray, G: np.ndarray | None) -> None:
+    def _check_arrays(self, U: np.ndarray, G: np.ndarray | None, coarse_rhs) -> None:
         """Raise on every rank when the arrays of any do not fit."""
         k, problem = self.levels[0].k, None
+        given = [None] * (len(self.levels) - 1) if coarse_rhs is None else list(coarse_rhs)
+        rows = [level.k for level in self.levels[1:]]
+        if len(given) != len(rows) or any(g is not None and len(g) != n for g, n in zip(given, rows, strict=False)):
+            sizes = [None if g is None else len(g) for g in given]
+            problem = f"coarse_rhs of {sizes} rows for the own steps {rows} of the coarse levels"
         if not U.ndim or len(U) != self.local_rows or (G is not None and G.shape != (k, *U.shape[1:])):
             what = f"{k} own steps" + ("" if self.local_rows == k + 1 else f" with {self.local_rows - 1} C-points")
             problem = f"U {U.shape} and G {None if G is None else G.shape} for {what}"
@@ -281,14 +309,17 @@ class MGRIT:
             problem = f"U of type {U.dtype}: give {np.dtype(float)}"
         elif not U[:1].flags.c_contiguous:
             problem = "the states in U are not contiguous: only the time axis may be strided"
-        reports = self.comm.allgather((problem, U.shape[1:]))
-        problems = [p for p, _ in reports if p]
-        if len({shape for _, shape in reports}) > 1:
-            problems.append(f"states of different shapes on the ranks: {[shape for _, shape in reports]}")
+        absent = tuple(x is None for x in (G, *given)) if k else None
+        reports = self.comm.allgather((problem, U.shape[1:], absent))
+        problems = [p for p, *_ in reports if p]
+        if len({shape for _, shape, _ in reports}) > 1:
+            problems.append(f"states of different shapes on the ranks: {[shape for _, shape, _ in reports]}")
+        if len({absent for *_, absent in reports if absent}) > 1:
+            problems.append("G or coarse_rhs is None on some ranks only: give zeros there")
         if problems:
             raise ValueError(f"{self.name}: {problems[0]}")
 
-    def _squares(self, block: np.ndarray) -> np.ndarray:
+    def _squares(self, block: np.ndarray, norms: PointNorms | None = None) -> np.ndarray:
         """Squared norms of some states; NaN where the user's function fails (no hang), and once a step has failed.
 
         A failed step's NaN may be gone by now, as relaxation replaces points. Handing NaN to the norm rather than
@@ -299,7 +330,7 @@ class MGRIT:
         if any(level.failure for level in self.levels):
             block = np.full_like(block, np.nan)
         try:
-            return np.asarray(self.point_norms(block), dtype=float).reshape(len(block))
+            return np.asarray((norms or self.point_norms)(block), dtype=float).reshape(len(block))
         except Exception as error:
             self.levels[0].failure = self.levels[0].failure or f"point_norms: {type(error).__name__}: {error}"
             return np.full(len(block), np.nan)
@@ -321,8 +352,13 @@ class MGRIT:
             cause = next((text for _, text in reports if text), "values too large: their norm is not finite")
             raise SolverFailure(f"{self.name}: {cause}")
 
+    def _check_points(self, U: np.ndarray) -> None:
+        """Raise on every rank if a step has failed or an own point is not finite on any."""
+        norms = getattr(self.point_norms, "finite", self.point_norms)
+        self._check_finite(not self.levels[0].active or bool(np.isfinite(self._squares(U, norms)).all()))
+
     def _say(self, text: str) -> None:
-        if self.comm.rank == 0:
+        if self._speaks:
             self.printer(text)
 
     def _monitor(self, result: SolveResult) -> None:
@@ -363,13 +399,26 @@ class MGRIT:
                 kind = f"{o.coarse_sweeps} FC-sweeps"
             lines.append(f"  level {level.index}: {level.nsteps} steps, {kind}")
         if state_nbytes is not None:
-            stored, work = self.local_rows * state_nbytes, self._work_nbytes(state_nbytes)
+            finest, coarse = self._memory(state_nbytes)
             what = "all points" if o.storage == "all" else "C-points"
-            lines.append(f"  memory of a rank: {what} {stored / 2**20:.3g} MB, coarse levels {work / 2**20:.3g} MB")
+            lines.append(f"  memory of a rank: {what} {finest / 2**20:.3g} MB, coarse levels {coarse / 2**20:.3g} MB")
         return "\n".join(lines)
 
-    def _work_nbytes(self, state_nbytes: int) -> int:
-        """Memory of the cycle's work arrays: as allocated, or as it will be without spatial coarsening."""
+    def _memory(self, state_nbytes: int) -> tuple[int, int]:
+        """Bytes of this rank's arrays for the finest level (work arrays included) and for the coarse ones.
+
+        Before the first solve as if states were the same size on all levels.
+        """
+        o, sizes = self.options, [state_nbytes] * len(self.levels)
+        extra = [0] * len(self.levels)
         if self._cycle is not None:
-            return self._cycle.nbytes
-        return sum((4 * level.k + 2) * state_nbytes for level in self.levels[1:])
+            extra = [*self._cycle.extra_states, 0]
+            sizes[1:] = [level.U[:1].nbytes for level in self.levels[1:]]
+        finest = self.local_rows + extra[0] + (self.levels[0].k if o.residual == "full" else 0)
+        coarse = sum(
+            (4 * level.k + 2 + more) * size
+            for level, more, size in zip(self.levels[1:], extra[1:], sizes[1:], strict=True)
+        )
+        if o.coarse_solver == "gathered" and self.comm.rank == 0 and len(self.levels) > 1:
+            coarse += (2 * self.levels[-1].nsteps + 1) * sizes[-1]
+        return finest * state_nbytes, coarse

@@ -108,6 +108,8 @@ class Stopping:
                 f"the residual changes by a factor {result.last_factor:.3f} a cycle only: the tolerance is out of "
                 f"reach in max_it = {options.max_it} cycles"
             )
+        elif result.cycles >= options.max_it and options.is_fixed:
+            result.converged, result.reason = True, "its"
         elif result.cycles >= options.max_it:
             result.reason = "max_it"
             result.message = f"tolerance not reached in {result.cycles} cycles, last factor {result.last_factor:.3f}"

@@ -7,6 +7,7 @@ all points stored: what is saved after the correction is paid before the residua
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -35,6 +36,20 @@ class CPointRelaxation(Relaxation):
                 "give bounds on C-points (see split_steps) or storage='all'"
             )
         self.c_rows = slice(1, self.count + 1)
+        #: Groups of whole intervals: number, place of the first, whether they wait for row 0, and their runs, each with
+        #: whether it leads to C-points.
+        self._whole = []
+        for group in self.groups:
+            whole = [i for i in group.intervals if i.number < len(level.c_points) - 1]
+            if whole:
+                first = whole[0].number
+                steps = [
+                    (run, all(i.length == j + 1 for i in whole[run.places]))
+                    for j in range(max(i.length for i in whole))
+                    for run in runs(whole, j, level.lo, level.hi, first)
+                ]
+                self._whole.append((len(whole), first - self.first_number, group.waits, steps))
+        self._largest = max((count for count, *_ in self._whole), default=0)
         self._send: np.ndarray | None = None
         self._buffers: tuple[np.ndarray, np.ndarray] | None = None
 
@@ -43,36 +58,33 @@ class CPointRelaxation(Relaxation):
         level, U = self.level, self.level.U
         if not level.active:
             return
-        largest = max((len(g.intervals) for g in self.groups), default=0)
         if self._buffers is None or self._buffers[0].shape[1:] != U.shape[1:]:
-            self._buffers = tuple(np.empty((largest, *U.shape[1:])) for _ in range(2))
+            self._buffers = tuple(np.empty((self._largest, *U.shape[1:])) for _ in range(2))
             self._send = np.empty((1, *U.shape[1:]))
         self._send[...] = U[-1:]  # the row may be replaced before it has left
         receive, send = level.post_receive(U), level.post_send(self._send)
-        for group in self.groups:
-            whole = [i for i in group.intervals if i.number < len(level.c_points) - 1]
-            if not whole:
-                continue
-            if group.waits:
+        for count, place, waits, steps in self._whole:
+            if waits:
                 level.wait(receive)
                 receive = None
-            first = whole[0].number
-            a, b = (buffer[: len(whole)] for buffer in self._buffers)
-            place = first - self.first_number
-            a[...] = U[place : place + len(whole)]
-            for j in range(max(i.length for i in whole)):
-                for run in runs(whole, j, level.lo, level.hi, first):
-                    if level.uses_guess:  # before the last step: the state at the step's start
-                        ends = all(i.length == j + 1 for i in whole[run.places])
-                        b[run.places] = U[place + 1 :][run.places] if ends else a[run.places]
-                        if ends and level.G is not None:
-                            b[run.places] -= level.G[run.rows]
-                    level.phi(run.steps, a[run.places], b[run.places])
-                    if level.G is not None:
-                        b[run.places] += level.G[run.rows]
-                    a[run.places] = b[run.places]
-            emit(slice(place, place + len(whole)), a)
+            a, b = (buffer[:count] for buffer in self._buffers)
+            a[...] = U[place : place + count]
+            for run, ends in steps:
+                if level.uses_guess:  # before the last step: the state at the step's start
+                    b[run.places] = U[place + 1 :][run.places] if ends else a[run.places]
+                    if ends and level.G is not None:
+                        b[run.places] -= level.G[run.rows]
+                level.phi(run.steps, a[run.places], b[run.places])
+                if level.G is not None:
+                    b[run.places] += level.G[run.rows]
+                a[run.places] = b[run.places]
+            emit(slice(place, place + count), a)
         level.wait(receive, send)
+
+    @property
+    def extra_states(self) -> int:
+        """See :class:`~pint_fem.mgrit.relaxation.Relaxation`."""
+        return 2 * self._largest + 1
 
     def f_relax(self) -> None:
         """Nothing: F-points are not kept."""
@@ -107,8 +119,7 @@ class CPointRelaxation(Relaxation):
         if not level.active:
             return
         level.wait(level.post_receive(level.U))
-        for states in self._walk(level.U, level.G, store=True):
-            del states
+        deque(self._walk(level.U, level.G, store=True), maxlen=0)
         level.wait(level.post_send(level.U))
 
     def states(self, U: np.ndarray, G: np.ndarray | None) -> Iterator[tuple[int, np.ndarray]]:

@@ -70,6 +70,7 @@ class Factor:
 
     def __init__(self, matrix: PETSc.Mat, parameters: dict, *, symmetric: bool, prefix: str = "pint_"):
         self.symmetric = symmetric
+        self._worst = 0  # reason of the worst solve since the last look
         self.ksp = self._build(matrix, parameters, prefix)
         # a transposed block solve is missing in most packages: the transpose has a factor of its own
         self.ksp_T = self.ksp if symmetric else self._build(matrix.transpose(PETSc.Mat()), parameters, prefix)
@@ -86,8 +87,9 @@ class Factor:
                     start, stop = b.getOwnershipRange()
                     b.array[:] = np.cos(np.arange(start, stop) ** 2)
                     ksp.solve(b, x)
+                    self._check()
                 return ksp
-            except PETSc.Error:  # not positive definite
+            except (PETSc.Error, ArithmeticError):  # not positive definite
                 matrix.setOption(PETSc.Mat.Option.SPD, False)
         return self._set_up(matrix, default_solver(matrix.comm), prefix)
 
@@ -99,15 +101,30 @@ class Factor:
         ksp.setErrorIfNotConverged(True)
         with options.inserted_options():
             ksp.setUp()
+        if matrix.comm.size > 1 or ksp.getType() != PETSc.KSP.Type.PREONLY:
+            # PETSc cannot go on with a block that it has raised in the middle of: remember, and raise afterwards
+            ksp.setErrorIfNotConverged(False)
+            ksp.setPostSolve(self._note)
         return ksp
+
+    def _note(self, ksp: PETSc.KSP, b: PETSc.Vec, x: PETSc.Vec) -> None:
+        self._worst = min(self._worst, int(ksp.getConvergedReason()))
+
+    def _check(self) -> None:
+        """Raise if a solve since the last call has failed; the solver can be used again."""
+        worst, self._worst = self._worst, 0
+        if worst < 0:
+            raise ArithmeticError(f"PETSc's linear solver failed (KSPConvergedReason {worst})")
 
     def solve(self, b: PETSc.Vec, x: PETSc.Vec, *, transposed: bool = False) -> None:
         """One vector."""
         (self.ksp_T if transposed else self.ksp).solve(b, x)
+        self._check()
 
     def solve_block(self, B: Workspace, X: Workspace, *, transposed: bool = False) -> None:
         """A block."""
         (self.ksp_T if transposed else self.ksp).matSolve(B.matrix, X.matrix)
+        self._check()
 
 
 def is_symmetric(matrix: PETSc.Mat) -> bool:

@@ -32,6 +32,10 @@ class MassNorm:
         self._x, self._y = self.M.createVecs()
         self._factor = Factor(self.M, {}, symmetric=True) if dual else None
 
+    def finite(self, block: np.ndarray) -> np.ndarray:
+        """Cheap squared norms, to find states that are not finite."""
+        return self.spacetime.point_norms(block)
+
     def __call__(self, block: np.ndarray) -> np.ndarray:
         """Squared norms of the states ``(k, own dofs)``, shape ``(k,)`` (collective over space)."""
         out = np.empty(len(block))

@@ -27,7 +27,7 @@ from pint_fem.propagators.tableaux import DIRK, SDIRK2, BackwardEuler
 
 __all__ = ["Spectrum", "mgrit_verdict", "spectrum"]
 
-FACTORED = 20_000
+FACTORED = 6_000
 """Unknowns up to which the smallest eigenvalue is worth a factorisation; above it 0 is taken, which is safe."""
 
 DENSE = 800
@@ -232,7 +232,7 @@ def spectrum(evolution: Evolution) -> Spectrum | None:
         return None
     try:
         return _spectrum(_Operators(evolution))
-    except _NotPositive:
+    except (_NotPositive, np.linalg.LinAlgError):
         return None
 
 

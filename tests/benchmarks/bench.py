@@ -1,8 +1,9 @@
 """Ratios measured side by side: ``python -m tests.benchmarks.bench [--quick] [--out results/bench]``.
 
-Heat conduction, P1 on a 64 x 64 unit square, 256 backward Euler steps. Two things that make up a ratio are timed in
-turn in the same process, so that a busy machine slows both; each time is the median of its repeats. A missed target
-is reported and is no error.
+Heat conduction, P1 on a 64 x 64 unit square: (a, b, d) 256 steps, medians of the repeats; (c, e) 512 steps, on one
+rank and on two, see ``time_parallel``; then PyMGRIT and XBraid's ex-02, see ``compare``. Two things that make up a
+ratio are timed in turn, so that a busy machine slows both. ``--quick`` shortens all but (c, e). A missed target is
+reported and is no error.
 """
 
 from __future__ import annotations
