@@ -34,9 +34,9 @@ class Propagator(Protocol):
     ``U[0]`` (``U`` has one row more than there are steps, which holds iterates; ``G`` is ``None`` or one row a step);
     sequential solves use it. An attribute ``block`` is the number of states that makes a full block (relaxation then
     goes through the intervals in groups of that many). With an attribute ``uses_guess`` that is true, ``out`` holds a
-    first guess of the result when ``step`` is called: the iterate that is there. It follows from the iterate alone, never from
-    the order of calls, and it is the same on both sides of the coarse equation, so the exact solution stays a fixed
-    point however loosely an implicit step is solved (the header of XBraid's ``restrict.c``). For
+    first guess of the result when ``step`` is called: the iterate that is there. It follows from the iterate alone,
+    never from the order of calls, and it is the same on both sides of the coarse equation, so the exact solution stays
+    a fixed point however loosely an implicit step is solved (the header of XBraid's ``restrict.c``). For
     :func:`pint_fem.mgrit.check`: ``tangent(steps, u, du, out)`` and ``adjoint(steps, u, lam, out)``.
     """
 
