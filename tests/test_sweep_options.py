@@ -312,3 +312,26 @@ def test_the_first_rank_of_all_speaks():
         rf.derivative()
         spoken = {line.split()[0] for line in lines if "residual" in line}
         assert spoken == ({"state", "adjoint"} if MPI.COMM_WORLD.rank == 0 else set())
+
+
+@pytest.mark.parallel([1, 2])
+@pytest.mark.parametrize("relax", ["F", "FCF"])
+def test_krylov_is_never_behind_plain_cycles(relax):
+    """Heat by finite elements: FGMRES's residual after each cycle is at most that of the plain iteration."""
+    histories = []
+    for krylov in (None, {"ksp_type": "fgmres"}):
+        rf = functional(pf.SpaceTime(), n=8, steps=32, tableau="BE")
+        parameters = {"mgrit": {"levels": 2, "coarsening": 4, "relax": relax, "rtol": 1e-9, "start": "guess"}}
+        rf = pf.TimeParallelReducedFunctional(
+            rf.evolution,
+            pf.RunningMisfit(rf.evolution.u**2 * dx),
+            spacetime=rf.spacetime,
+            solver_parameters=parameters | ({"krylov": krylov} if krylov else {}),
+        )
+        rf(point_and_direction(rf)[0])
+        rf.derivative()
+        histories.append([result.residuals for _, result in rf.problem.sweeps.results])
+    for plain, accelerated in zip(*histories, strict=True):
+        both = list(zip(plain[1:], accelerated[1:], strict=False))
+        assert len(both) >= 3
+        assert all(a <= p * (1 + 1e-6) + 1e-14 * plain[0] for p, a in both)
