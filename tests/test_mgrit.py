@@ -10,6 +10,7 @@ import pytest
 from mpi4py import MPI
 
 from pint_fem.mgrit import MGRIT, MGRITOptions, SolverFailure, dirk_stability, split_steps, two_level_bound
+from tests.stepping import sequential
 
 GAMMA = 1 - 1 / math.sqrt(2)
 TABLEAUX = {
@@ -93,17 +94,6 @@ class Picky(Failing):
 def strides(factors):
     """Fine steps in a step of each level."""
     return [math.prod(factors[:i]) for i in range(len(factors) + 1)]
-
-
-def sequential(propagator, u0, nsteps, G=None):
-    """Step by step."""
-    U = np.zeros((nsteps + 1, *np.shape(u0)))
-    U[0] = u0
-    for n in range(nsteps):
-        propagator.step(range(n, n + 1), U[n : n + 1], U[n + 1 : n + 2])
-        if G is not None:
-            U[n + 1] += G[n]
-    return U
 
 
 def guess(u0, nsteps, seed=0):

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from mpi4py import MPI
 
 from pint_fem.mgrit import MGRIT, Transfer, coarse_points, two_level_bound
+from tests.stepping import sequential
 
 COMM = MPI.COMM_WORLD
 ENDLESS = dict(rtol=0, dtol=1e300, stagnation=None)
@@ -186,17 +187,6 @@ def logistic(u, t):
 
 
 # -- running -----------------------------------------------------------------------------------------------------------
-def sequential(propagator, u0, nsteps, G=None):
-    """Step by step."""
-    U = np.zeros((nsteps + 1, *np.shape(u0)))
-    U[0] = u0
-    for n in range(nsteps):
-        propagator.step(range(n, n + 1), U[n : n + 1], U[n + 1 : n + 2])
-        if G is not None:
-            U[n + 1] += G[n]
-    return U
-
-
 def noise(rng, u0, nsteps):
     """A first guess: random behind the initial value."""
     U = rng.uniform(-1, 1, (nsteps + 1, *np.shape(u0)))

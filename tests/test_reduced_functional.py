@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import scipy.linalg
 from firedrake import (
-    DirichletBC,
     Function,
     FunctionSpace,
     SpatialCoordinate,
@@ -37,25 +36,14 @@ import pint_fem as pf
 from pint_fem.mgrit import SolverFailure, dirk_stability, two_level_bound
 from pint_fem.propagators import LinearPropagator
 from pint_fem.propagators.tableaux import DIRK
-
-TABLEAUX = {"BE": pf.BackwardEuler, "midpoint": pf.ImplicitMidpoint, "SDIRK2": pf.SDIRK2}
+from tests.heat import TABLEAUX, heat, point_and_direction
 
 
 def functional(st, *, linear=True, per_step=False, steps=22, tableau="SDIRK2", n=6, **options):
     """A heat problem with every kind of term; 22 steps and m = 4, 2 make uneven intervals and slabs."""
     mesh = UnitSquareMesh(n, n, comm=st.space_comm, distribution_parameters={"partitioner_type": "simple"})
-    V = FunctionSpace(mesh, "CG", 1)
-    u, v, q, t = Function(V), TestFunction(V), Function(V), pf.time_function(mesh)
-    x, y = SpatialCoordinate(mesh)
-    kappa = 1 if linear else 1 + u**2 + 0.3 * q**2
-    source = q if linear else q * (1 + u)
-    F = Dt(u) * v * dx + kappa * dot(grad(u), grad(v)) * dx + u * v * ds(3) - (source + sin(5 * t) * x) * v * dx
-    u.interpolate(x * y)
-    q.interpolate(1 + x)
-    ev = pf.Evolution(
-        F, u, tableau=TABLEAUX[tableau](), dt=0.01, nsteps=steps, control=q, per_step=per_step, t=t,
-        bcs=[DirichletBC(V, y * cos(t), 1)],
-    )  # fmt: skip
+    ev = heat(mesh, linear=linear, per_step=per_step, steps=steps, dt=0.01, tableau=tableau)
+    u, q, t, x = ev.u, ev.control, ev.t, SpatialCoordinate(mesh)[0]
     target = sin(x) * cos(t)
     misfits = [
         pf.RunningMisfit((inner(u - target, u - target) + (0 if linear else u**4)) * dx),
@@ -67,22 +55,6 @@ def functional(st, *, linear=True, per_step=False, steps=22, tableau="SDIRK2", n
     return pf.TimeParallelReducedFunctional(
         ev, misfits, regularisation=regularisation, spacetime=st, solver_parameters={"mgrit": mgrit}
     )
-
-
-def point_and_direction(rf):
-    """A control and a direction that do not depend on the grid."""
-    space = rf.evolution.control.function_space()
-    x, y = SpatialCoordinate(space.mesh())
-    pair = []
-    for expression in (lambda n: 1 + x * np.cos(n), lambda n: 3 * cos(3 * x * y + 0.1 * n)):
-        if rf.evolution.per_step:
-            f = rf.controls[0].control.copy()
-            for i, part in enumerate(f.subfunctions):
-                part.interpolate(expression(rf.problem.sweeps.slab.lo + i))
-        else:
-            f = Function(space).interpolate(expression(0))
-        pair.append(f)
-    return pair
 
 
 def check_derivatives(rf):
