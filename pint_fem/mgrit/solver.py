@@ -25,6 +25,7 @@ from pint_fem.mgrit.options import MGRITOptions
 from pint_fem.mgrit.stopping import SolveResult, SolverFailure, Stopping
 from pint_fem.mgrit.trace import Trace
 from pint_fem.mgrit.transfer import Transfer
+from pint_fem.mgrit.view import describe
 
 __all__ = ["MGRIT"]
 
@@ -259,12 +260,15 @@ class MGRIT:
         """Norms of the residual and of the trajectory at the C-points."""
         cycle, kind = self._cycle, self.options.time_norm
         V = cycle.relaxations[0].c_values(U)
+        begin = self.trace.now() if self.trace else 0.0
         r = self._full_residual(U) if self.options.residual == "full" else None
         if r is None:
             local = np.stack([self._squares(cycle.residuals[0]), self._squares(V)], axis=1)
             norms = norm_over_time(gather_in_order(local, self.comm), kind)
         else:
             norms = np.array([norm_over_time(gather_in_order(self._squares(x), self.comm), kind) for x in (r, V)])
+        if self.trace:
+            self.trace.work("norm", 0, begin, sweep=self.name)
         if not np.isfinite(norms).all():
             self._check_finite(False)
         return float(norms[0]), float(norms[1])
@@ -382,43 +386,9 @@ class MGRIT:
 
     def view(self, state_nbytes: int | None = None) -> str:
         """Describe the hierarchy in a few lines, with the memory of this rank where a state's size is known."""
-        o = self.options
-        tolerance = f"rtol {o.rtol:g}" + (f", atol {o.atol:g}" if o.atol else "")
-        if o.is_fixed:
-            tolerance = f"{o.max_it} cycles"
-        first = {"auto": "", "guess": "", "skip": ", first down-cycle skipped", "nested": ", nested iteration"}[o.start]
-        ranks = f"{self.comm.size} time rank" + "s" * (self.comm.size > 1)
-        lines = [f"MGRIT '{self.name}': {self.nsteps} steps on {ranks}, {o.cycle}-cycles{first}, {tolerance}"]
-        for level in self.levels:
-            kind = {"sequential": "sequential", "gathered": "gathered on one rank"}.get(o.coarse_solver, "")
-            if level.index < len(self.levels) - 1:
-                m = f"m = {level.m}" if level.m else f"{len(level.c_points)} C-points"
-                weight = o.weight(level.index)
-                kind = f"{m}, {o.scheme(level.index)}-relaxation" + (f", C-weight {weight:g}" if weight != 1 else "")
-            elif o.coarse_solver == "relax":
-                kind = f"{o.coarse_sweeps} FC-sweeps"
-            lines.append(f"  level {level.index}: {level.nsteps} steps, {kind}")
-        if state_nbytes is not None:
-            finest, coarse = self._memory(state_nbytes)
-            what = "all points" if o.storage == "all" else "C-points"
-            lines.append(f"  memory of a rank: {what} {finest / 2**20:.3g} MB, coarse levels {coarse / 2**20:.3g} MB")
-        return "\n".join(lines)
+        return describe(self, state_nbytes)
 
-    def _memory(self, state_nbytes: int) -> tuple[int, int]:
-        """Bytes of this rank's arrays for the finest level (work arrays included) and for the coarse ones.
-
-        Before the first solve as if states were the same size on all levels.
-        """
-        o, sizes = self.options, [state_nbytes] * len(self.levels)
-        extra = [0] * len(self.levels)
-        if self._cycle is not None:
-            extra = [*self._cycle.extra_states, 0]
-            sizes[1:] = [level.U[:1].nbytes for level in self.levels[1:]]
-        finest = self.local_rows + extra[0] + (self.levels[0].k if o.residual == "full" else 0)
-        coarse = sum(
-            (4 * level.k + 2 + more) * size
-            for level, more, size in zip(self.levels[1:], extra[1:], sizes[1:], strict=True)
-        )
-        if o.coarse_solver == "gathered" and self.comm.rank == 0 and len(self.levels) > 1:
-            coarse += (2 * self.levels[-1].nsteps + 1) * sizes[-1]
-        return finest * state_nbytes, coarse
+    @property
+    def extra_states(self) -> list[int]:
+        """States of relaxation's work arrays, for each level; zeros before the first solve."""
+        return [0] * len(self.levels) if self._cycle is None else [*self._cycle.extra_states, 0]
