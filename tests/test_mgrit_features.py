@@ -5,6 +5,8 @@ import itertools
 import json
 import math
 import os
+import subprocess
+import sys
 import tracemalloc
 
 import numpy as np
@@ -696,3 +698,28 @@ def test_c_points_that_are_none_are_refused(points, storage):
     coarsening = [4, points] if level else [points, 2]
     with pytest.raises(ValueError, match=rf"C-points .* of level {level}: .* 0\.\.{8 if level else 32}"):
         MGRIT([Decay(range(33))] * 3, 32, options=dict(coarsening=coarsening, storage=storage))
+
+
+def test_core_needs_numpy_and_mpi4py_only():
+    """A solve, the theory and the check where nothing else can be imported."""
+    program = """
+import sys
+for name in ("firedrake", "petsc4py", "petsctools", "scipy", "torch", "irksome", "rich", "matplotlib", "h5py"):
+    sys.modules[name] = None
+import numpy as np
+from pint_fem.mgrit import MGRIT, check, verdict
+class Euler:
+    def __init__(self, dt):
+        self.dt = dt
+    def step(self, steps, u, out):
+        out[...] = u / (1 + self.dt)
+propagators, U = [Euler(1 / 64), Euler(4 / 64)], np.zeros((65, 1))
+U[0] = 1
+assert MGRIT(propagators, 64, options={"coarsening": 4, "rtol": 1e-12}).solve(U).converged
+assert abs(U[-1, 0] - (1 + 1 / 64) ** -64) < 1e-12
+assert verdict([64 / 65], [64 / 68], 4, 16, "FCF", tolerance=1e-8).converges
+assert check(propagators, 64, np.ones(1), coarsening=4, printer=lambda line: None).passed
+"""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("OMPI_", "PMIX", "ORTE", "PMI"))}
+    environment |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    subprocess.run([sys.executable, "-c", program], check=True, env=environment, timeout=60)
