@@ -24,14 +24,13 @@ class AcceleratedSweep:
     solver_parameters
         PETSc options of the ``KSP``.
     name, **options
-        As for MGRIT; ``linear`` and ``point_norms`` are left out: the norm is PETSc's.
+        As for MGRIT; ``linear``, ``point_norms`` and ``speaks`` are left out: the norm is PETSc's, and the first rank
+        of ``petsc_comm`` speaks.
     """
 
     def __init__(self, propagators: Sequence, nsteps: int, *, solver_parameters: Mapping, name: str, **options):
-        for unused in ("linear", "point_norms"):
+        for unused in ("linear", "point_norms", "speaks"):
             options.pop(unused, None)
-        speaks, printer = options.pop("speaks", True), options.pop("printer", print)
-        options["printer"] = printer if speaks else _silent
         self.name = name
         self._solver = KrylovMGRIT(propagators, nsteps, solver_parameters=solver_parameters, name=name, **options)
 
@@ -57,10 +56,4 @@ class AcceleratedSweep:
 
     def view(self, state_nbytes: int | None = None) -> str:
         """Describe the hierarchy and what accelerates it."""
-        text, o = self._solver.hierarchies.solver.view(state_nbytes), self._solver.options
-        tolerance = f"rtol {o.rtol:g} of the right-hand side, at most {o.max_it} iterations"
-        return text.replace("MGRIT '", "Krylov-accelerated MGRIT '", 1).replace("1 cycles", tolerance, 1)
-
-
-def _silent(text: str) -> None:
-    """For ranks that do not speak."""
+        return self._solver.view(state_nbytes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+from mpi4py import MPI
 
 from pint_fem.mgrit.levels import Level
 from pint_fem.mgrit.relaxation import Relaxation
@@ -26,56 +27,54 @@ def coarsest_solver(level: Level, kind: str, sweeps: int, weight: float) -> Call
     weight
         Of its C-relaxation.
     """
-    if kind == "gathered":
-        return lambda: _solve_gathered(level)
+    if kind == "gathered" and level.comm.size > 1:
+        return _Gathered(level)
     if kind == "relax":
         relaxation = Relaxation(level, weight)
-
-        def relax():
-            for _ in range(sweeps):
-                relaxation.f_relax()
-                relaxation.c_relax()
-            relaxation.f_relax()
-
-        return relax
-
+        return lambda: relaxation.relax(sweeps)
     return level.solve_sequentially
 
 
-def _solve_gathered(level: Level) -> None:
+class _Gathered:
     """Gather the right-hand sides (first guesses too, where steps use them) on the first rank, step there, send each
     rank its points: two or three messages a rank instead of a chain of ranks. For coarsest levels that are small, as
     they are: nothing else is gathered.
+
+    Parameters
+    ----------
+    level
+        With its array ``U``.
     """
-    comm, shape = level.comm, level.U.shape[1:]
-    size = int(np.prod(shape, dtype=int))
-    counts = [(b - a) * size for a, b in zip(level.bounds[:-1], level.bounds[1:], strict=True)]
-    starts = [a * size for a in level.bounds[:-1]]
-    if comm.size == 1:
-        level.solve_sequentially()
-        return
-    first = comm.rank == 0
-    begin = level.trace.now() if level.trace else 0.0
-    G = np.empty((level.nsteps, *shape)) if first else None
-    U = np.empty((level.nsteps + 1, *shape)) if first else None
-    comm.Gatherv(np.ascontiguousarray(level.G), [G, counts, starts, _double()] if first else None)
-    if level.uses_guess:
-        comm.Gatherv(np.ascontiguousarray(level.U[1:]), [U[1:], counts, starts, _double()] if first else None)
-    if level.trace:
-        level.trace.work("gather", level.index, begin, bytes=level.G.nbytes)
-    if first:
-        U[0] = level.U[0]
-        level.sweep_steps(range(level.nsteps), U, G)
-    rows = np.empty((level.k, *shape))
-    begin = level.trace.now() if level.trace else 0.0
-    comm.Scatterv([U[1:], counts, starts, _double()] if first else None, rows)
-    level.U[1:] = rows
-    if level.trace:
-        level.trace.work("scatter", level.index, begin, bytes=rows.nbytes)
-    level.exchange(level.U)
 
+    def __init__(self, level: Level):
+        self.level, shape = level, level.U.shape[1:]
+        size = int(np.prod(shape, dtype=int))
+        counts = [(b - a) * size for a, b in zip(level.bounds[:-1], level.bounds[1:], strict=True)]
+        self._layout = [counts, [a * size for a in level.bounds[:-1]], MPI.DOUBLE]
+        first = level.comm.rank == 0
+        self._G = np.empty((level.nsteps, *shape)) if first else None
+        self._U = np.empty((level.nsteps + 1, *shape)) if first else None
+        self._rows = np.empty((level.k, *shape))
 
-def _double():
-    from mpi4py import MPI
+    def _whole(self, array: np.ndarray | None):
+        """MPI's description of an array of all steps on the first rank."""
+        return None if array is None else [array, *self._layout]
 
-    return MPI.DOUBLE
+    def __call__(self) -> None:
+        level, comm, trace = self.level, self.level.comm, self.level.trace
+        points = None if self._U is None else self._U[1:]
+        begin = trace.now() if trace else 0.0
+        comm.Gatherv(np.ascontiguousarray(level.G), self._whole(self._G))
+        if level.uses_guess:
+            comm.Gatherv(np.ascontiguousarray(level.U[1:]), self._whole(points))
+        if trace:
+            trace.work("gather", level.index, begin, bytes=level.G.nbytes)
+        if self._U is not None:
+            self._U[0] = level.U[0]
+            level.sweep_steps(range(level.nsteps), self._U, self._G)
+        begin = trace.now() if trace else 0.0
+        comm.Scatterv(self._whole(points), self._rows)
+        level.U[1:] = self._rows
+        if trace:
+            trace.work("scatter", level.index, begin, bytes=self._rows.nbytes)
+        level.exchange(level.U)

@@ -62,8 +62,8 @@ class Cycle:
         self.levels, self.options, self.transfers = list(levels), options, list(transfers)
         self.transposed, self.linear, self.state_shape = transposed, linear, tuple(state_shape)
         self.relaxations: list[Relaxation] = []
-        #: Residual at the own C-points, in fine space; C-points' values and residual in coarse space.
-        self.residuals, self.restricted, self.coarse_residuals = [], [], []
+        #: Residual at the own C-points, in fine space; C-points' values in coarse space.
+        self.residuals, self.restricted = [], []
         shape = self.state_shape
         for index, (level, coarse) in enumerate(zip(self.levels, self.levels[1:], strict=False)):
             kind = CPointRelaxation if index == 0 and options.storage == "C" else Relaxation
@@ -81,8 +81,13 @@ class Cycle:
             self.levels[-1], options.coarse_solver, options.coarse_sweeps, options.weight(last)
         )
 
-    def relax(self, index: int, *, f_is_done: bool = False, residual_is_known: bool = False) -> None:
-        """Relax by the level's scheme ``(FC)^nu F``.
+    def residual(self, index: int) -> np.ndarray:
+        """Compute the residual at the own C-points of an F-relaxed level."""
+        self.relaxations[index].c_residual(self.residuals[index])
+        return self.residuals[index]
+
+    def relax_and_restrict(self, index: int, *, f_is_done: bool = False, residual_is_known: bool = False) -> None:
+        """Relax a level before its correction by its scheme and compute its residual.
 
         Parameters
         ----------
@@ -91,30 +96,11 @@ class Cycle:
         f_is_done
             The first F-relaxation would change nothing.
         residual_is_known
-            ``residuals[index]`` is that of the current values: the first C-relaxation takes it from there.
+            ``residuals[index]`` is that of the current values.
         """
-        relaxation = self.relaxations[index]
-        if not f_is_done:
-            relaxation.f_relax()
-        for i in range(self.options.sweeps(index)):
-            if i == 0 and residual_is_known:
-                relaxation.c_relax_by(self.residuals[index])
-            else:
-                relaxation.c_relax()
-            relaxation.f_relax()
-
-    def residual(self, index: int) -> np.ndarray:
-        """Compute the residual at the own C-points of an F-relaxed level."""
-        self.relaxations[index].c_residual(self.residuals[index])
-        return self.residuals[index]
-
-    def relax_and_restrict(self, index: int, *, f_is_done: bool = False, residual_is_known: bool = False) -> None:
-        """Relax a level before its correction and compute its residual."""
         sweeps = 0 if self.transposed else self.options.sweeps(index)
-        if sweeps:
-            self.relax(index, f_is_done=f_is_done, residual_is_known=residual_is_known)
-        elif not f_is_done:
-            self.relaxations[index].f_relax()
+        residual = self.residuals[index] if residual_is_known else None
+        self.relaxations[index].relax(sweeps, f_is_done=f_is_done, residual=residual)
         if sweeps or not residual_is_known:
             self.residual(index)
 
@@ -151,7 +137,7 @@ class Cycle:
         self.solve(index + 1, kind)
         self._interpolate(index)
         if self.transposed:
-            self.relax(index, f_is_done=True)
+            self.relaxations[index].relax(self.options.sweeps(index), f_is_done=True)
 
     def solve(self, index: int, kind: str = "V") -> None:
         """One cycle on ``index`` and the levels below it."""

@@ -37,6 +37,7 @@ from pint_fem.mgrit.all_at_once import Direction, Hierarchies, MGRITPrecondition
 from pint_fem.mgrit.levels import Level, Propagator
 from pint_fem.mgrit.options import MGRITOptions
 from pint_fem.mgrit.stopping import DivergedError, SolveResult, SolverFailure
+from pint_fem.mgrit.view import describe
 
 __all__ = ["KrylovMGRIT"]
 
@@ -289,9 +290,12 @@ class KrylovMGRIT:
         if self.hierarchies.petsc_comm.rank == 0:
             self.printer(text)
 
-    def view(self) -> str:
-        """Describe the hierarchy in a few lines; PETSc's ``ksp_view`` prints it too."""
-        return self.hierarchies.solver.view()
+    def view(self, state_nbytes: int | None = None) -> str:
+        """Describe the hierarchy in a few lines; PETSc's ``ksp_view`` prints it as that of the preconditioner."""
+        o = self.options
+        tolerance = f"rtol {o.rtol:g} of the right-hand side, at most {o.max_it} iterations"
+        solver = self.hierarchies.solver
+        return describe(solver, state_nbytes, kind="Krylov-accelerated MGRIT", tolerance=tolerance)
 
     def _destroy_petsc(self) -> None:
         for thing in (self.ksp, self._matrix):

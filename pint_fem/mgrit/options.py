@@ -125,8 +125,8 @@ class MGRITOptions:
     def __post_init__(self):
         set_ = lambda name, value: object.__setattr__(self, name, value)
         set_("coarsening", check_coarsening(self.coarsening))
-        set_("relax", tuple(_scheme(r, self.relax) for r in _as_tuple(self.relax, "relax", self.relax)))
-        weights = _as_tuple(self.c_weight, "c_weight", self.c_weight)
+        set_("relax", tuple(_scheme(r, self.relax) for r in _as_tuple(self.relax, "relax")))
+        weights = _as_tuple(self.c_weight, "c_weight")
         if any(not _is_number(w) or not 0 < w < inf for w in weights):
             raise ValueError(f"mgrit c_weight {self.c_weight!r}: give positive numbers, such as 1.0")
         set_("c_weight", tuple(float(w) for w in weights))
@@ -289,10 +289,10 @@ def _level_of(name) -> tuple[int, str]:
     return -1, ""
 
 
-def _as_tuple(value, name: str, given) -> tuple:
+def _as_tuple(value, name: str) -> tuple:
     items = tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else (value,)
     if not items:
-        raise ValueError(f"mgrit {name} {given!r}: give at least one")
+        raise ValueError(f"mgrit {name} {value!r}: give at least one")
     return items
 
 

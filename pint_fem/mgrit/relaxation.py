@@ -203,6 +203,27 @@ class Relaxation:
             self._phi(run, part)
             part -= U[run.targets]
 
+    def relax(self, sweeps: int, *, f_is_done: bool = False, residual: np.ndarray | None = None) -> None:
+        """Relax by ``F(CF)^sweeps``.
+
+        Parameters
+        ----------
+        sweeps
+            C-relaxations, each with the F-relaxation behind it.
+        f_is_done
+            The first F-relaxation would change nothing.
+        residual
+            That of the current values, if at hand: the first C-relaxation takes it from there.
+        """
+        if not f_is_done:
+            self.f_relax()
+        for i in range(sweeps):
+            if i == 0 and residual is not None:
+                self.c_relax_by(residual)
+            else:
+                self.c_relax()
+            self.f_relax()
+
     @property
     def extra_states(self) -> int:
         """States of work arrays on this rank."""

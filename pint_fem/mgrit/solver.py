@@ -23,6 +23,7 @@ from pint_fem.mgrit.levels import Propagator, build_levels, split_steps
 from pint_fem.mgrit.norms import PointNorms, euclidean, gather_in_order, norm_over_time
 from pint_fem.mgrit.options import MGRITOptions
 from pint_fem.mgrit.stopping import SolveResult, SolverFailure, Stopping
+from pint_fem.mgrit.theory import exact_termination
 from pint_fem.mgrit.trace import Trace
 from pint_fem.mgrit.transfer import Transfer
 from pint_fem.mgrit.view import describe
@@ -115,8 +116,7 @@ class MGRIT:
             level.trace = self.trace
         exact = math.inf
         if len(self.levels) > 1 and options.coarse_solver != "relax" and not any(self.transfers):
-            shifts = 1 + options.sweeps(0) if options.weight(0) == 1 else 1
-            exact = math.ceil(self.levels[1].nsteps / shifts)
+            exact = exact_termination(self.levels[1].nsteps, options.sweeps(0), options.weight(0))
         self._stop = Stopping(options, exact)
         self._cycle: Cycle | None = None
         self._all_work: np.ndarray | None = None

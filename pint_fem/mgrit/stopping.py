@@ -63,13 +63,15 @@ class SolveResult:
     @property
     def factor(self) -> float:
         """Geometric mean of the residual reduction a cycle; NaN without two positive residuals."""
-        r = [x for x in self.residuals if x > 0]
-        return (r[-1] / r[0]) ** (1 / (len(r) - 1)) if len(r) > 1 else math.nan
+        return self._mean_factor(len(self.residuals))
 
     @property
     def last_factor(self) -> float:
         """Geometric mean over the last cycles (up to five): the rate at which it would go on."""
-        r = [x for x in self.residuals if x > 0][-WINDOW - 1 :]
+        return self._mean_factor(WINDOW)
+
+    def _mean_factor(self, cycles: int) -> float:
+        r = [x for x in self.residuals if x > 0][-cycles - 1 :]
         return (r[-1] / r[0]) ** (1 / (len(r) - 1)) if len(r) > 1 else math.nan
 
     @property

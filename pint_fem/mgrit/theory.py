@@ -276,8 +276,7 @@ def verdict(
     factors = two_level_factors(fine, coarse, m, coarse_steps, relax, weight)
     worst = int(np.argmax(factors))
     factor, nu = float(factors.flat[worst]), _sweeps(relax)
-    shifts = 1 + nu if weight == 1 else 1  # powers of the shift that a cycle contains
-    exact_after = math.ceil(coarse_steps / shifts) if math.isfinite(coarse_steps) else math.inf
+    exact_after = exact_termination(coarse_steps, nu, weight)
     where = (fine if modes is None else np.atleast_1d(modes)).flat[worst].item()
     expected_iterations(factor, tolerance)  # refuses a bad tolerance
     warning = ""
@@ -323,6 +322,23 @@ def _geometric(x: np.ndarray, count: float) -> np.ndarray:
         return np.zeros_like(x)
     log = np.log(x)
     return np.where(x == 1, count, np.expm1(count * log) / np.expm1(log))
+
+
+def exact_termination(coarse_steps: float, nu: int, weight: float = 1.0) -> float:
+    """Cycles after which the iteration is exact whatever the propagators: each makes ``1 + nu`` more C-points exact,
+    and one more where weighted C-relaxation keeps part of the old values.
+
+    Parameters
+    ----------
+    coarse_steps
+        Steps of the second level; may be infinite.
+    nu
+        C-relaxations a cycle on the finest level.
+    weight
+        Of C-relaxation.
+    """
+    shifts = 1 + nu if weight == 1 else 1  # powers of the shift that a cycle contains
+    return math.ceil(coarse_steps / shifts) if math.isfinite(coarse_steps) else math.inf
 
 
 def _sweeps(relax: str) -> int:

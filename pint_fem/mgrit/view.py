@@ -5,7 +5,7 @@ from __future__ import annotations
 __all__ = ["describe"]
 
 
-def describe(solver, state_nbytes: int | None = None) -> str:
+def describe(solver, state_nbytes: int | None = None, *, kind: str = "MGRIT", tolerance: str = "") -> str:
     """Describe a :class:`~pint_fem.mgrit.solver.MGRIT`.
 
     Parameters
@@ -14,18 +14,21 @@ def describe(solver, state_nbytes: int | None = None) -> str:
         The solver.
     state_nbytes
         Bytes of a state on the finest level: for the memory of this rank.
+    kind, tolerance
+        What it is called and when it stops, where that is not for the solver to say.
 
     Returns
     -------
     str
     """
     o = solver.options
-    tolerance = f"rtol {o.rtol:g}" + (f", atol {o.atol:g}" if o.atol else "")
-    if o.is_fixed:
-        tolerance = f"{o.max_it} cycles"
+    if not tolerance:
+        tolerance = f"rtol {o.rtol:g}" + (f", atol {o.atol:g}" if o.atol else "")
+        if o.is_fixed:
+            tolerance = f"{o.max_it} cycles"
     first = {"auto": "", "guess": "", "skip": ", first down-cycle skipped", "nested": ", nested iteration"}[o.start]
     ranks = f"{solver.comm.size} time rank" + "s" * (solver.comm.size > 1)
-    lines = [f"MGRIT '{solver.name}': {solver.nsteps} steps on {ranks}, {o.cycle}-cycles{first}, {tolerance}"]
+    lines = [f"{kind} '{solver.name}': {solver.nsteps} steps on {ranks}, {o.cycle}-cycles{first}, {tolerance}"]
     for level in solver.levels:
         kind = {"sequential": "sequential", "gathered": "gathered on one rank"}.get(o.coarse_solver, "")
         if level.index < len(solver.levels) - 1:

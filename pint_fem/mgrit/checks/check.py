@@ -245,17 +245,12 @@ def _whole(setup: _Setup, levels: list[LevelCalls], comm) -> Found:
     error = next((e for e in comm.allgather(error) if e), None)  # before the solver, which needs all ranks
     if error:
         raise UserError(error)
-    shape = lambda level: level.state.shape
-    transfers = [
-        t and Transfer(_guarded(t.restrict, shape(c)), _guarded(t.prolong, shape(f)))
-        for t, f, c in zip(setup.transfers, levels, levels[1:], strict=False)
-    ]
 
     def solver(**options):
         options |= dict(start="guess", levels=len(levels)) | (dict(coarsening=factors) if factors else {})
         norms = lambda block: fine.space.dots(block, block)
         return MGRIT(
-            setup.propagators, n, options=options, comm=comm, point_norms=norms, transfers=transfers, name="check"
+            setup.propagators, n, options=options, comm=comm, point_norms=norms, transfers=setup.transfers, name="check"
         )
 
     cycle = solver(residual="none", max_it=1)
@@ -267,15 +262,3 @@ def _whole(setup: _Setup, levels: list[LevelCalls], comm) -> Found:
     look = solver(residual="full", check="cycle", rtol=1.0, max_it=1)
     results = [look.solve(V) for V in (rows.copy(), U)]
     return Found(max(r.residuals[0] / r.scale if r.scale else r.residuals[0] for r in results))
-
-
-def _guarded(apply: Callable, shape: tuple[int, ...]) -> Callable:
-    """What raises on one rank gives NaN, which the solver's norm carries to all."""
-
-    def guarded(block):
-        try:
-            return np.asarray(apply(block), dtype=float).reshape((len(block), *shape))
-        except Exception:
-            return np.full((len(block), *shape), np.nan)
-
-    return guarded
