@@ -20,8 +20,9 @@ from firedrake.petsc import PETSc
 from pint_fem.errors import InputError
 from pint_fem.propagators.arrays import boundary_rows, get, own_size
 from pint_fem.propagators.base import FEPropagator, StepData
-from pint_fem.propagators.blocks import Factor, Workspace, is_symmetric, lanes
+from pint_fem.propagators.blocks import Factor, is_symmetric, lanes
 from pint_fem.propagators.evolution import Evolution
+from pint_fem.propagators.recursion import BlockRecursion, StateRecursion
 from pint_fem.propagators.tableaux import DIRK
 
 __all__ = ["LinearPropagator"]
@@ -58,168 +59,37 @@ class LinearPropagator(FEPropagator):
             self.factors[h] = Factor(S, evolution.solver_parameters, symmetric=symmetric)
         symmetric_mass = mass.isSymmetric(0.0) and not len(self.bc_rows)
         self.MT = self.M if symmetric_mass else self.M.transpose(PETSc.Mat())
-        sizes = self.M.getSizes()[0]
-        self.w = Workspace.zeros(sizes, self.M.comm)
-        # products keep their data in the result: one for each operator
-        self.y = Workspace(self.M.matMult(self.w.matrix))
-        self.yT = self.y if self.MT is self.M else Workspace(self.MT.matMult(self.w.matrix))
-        self.x = Workspace.zeros(sizes, self.M.comm)
-        # stage increments that later stages or the end need, for the recursion on blocks
-        kept = self.dirk.stages - self.dirk.stiffly_accurate
-        self._stages = [np.zeros_like(self.w.array) for _ in range(kept)]
-        self._start, self._term = np.zeros_like(self.w.array), np.zeros_like(self.w.array)
-        self._wv, self._xv = self.M.createVecs()
-        self._yv = self._wv.duplicate()
+        given = (self.M, self.MT, self.dirk, self.steps_of_stage, self.factors, self.bc_rows)
+        self._block, self._single = BlockRecursion(*given), StateRecursion(*given)
         self._loads = None
 
-    # -- the recursion over stages, on vectors -----------------------------------
-    def _forward(self, u, mass, solve):
-        """``u_1`` without forcing."""
-        dirk, d, U = self.dirk, [], None
-        for i, h in enumerate(self.steps_of_stage):
-            W = u
-            for j in range(i):
-                if dirk.alpha[i, j]:
-                    W = W + dirk.alpha[i, j] * d[j]
-            U = solve(h, mass(W))
-            if i < dirk.stages - 1 or not dirk.stiffly_accurate:
-                d.append(U - W)
-        if dirk.stiffly_accurate:
-            return U
-        out = u.copy()
-        for beta, di in zip(dirk.beta, d, strict=True):
-            out += beta * di
-        return out
-
-    def _backward(self, lam, mass_transposed, solve_transposed):
-        """The transpose of :meth:`_forward`."""
-        dirk = self.dirk
-        out = np.zeros_like(lam) if dirk.stiffly_accurate else lam.copy()
-        bar = [None if dirk.stiffly_accurate else beta * lam for beta in dirk.beta]
-        for i in reversed(range(dirk.stages)):
-            if i == dirk.stages - 1 and dirk.stiffly_accurate:
-                U_bar, W_bar = lam, 0.0
-            else:
-                U_bar, W_bar = bar[i], -bar[i]
-            y = solve_transposed(self.steps_of_stage[i], U_bar)
-            W_bar = mass_transposed(y) + W_bar
-            out += W_bar
-            for j in range(i):
-                if dirk.alpha[i, j]:
-                    share = dirk.alpha[i, j] * W_bar
-                    bar[j] = share if bar[j] is None else bar[j] + share
-        return out
-
-    # -- on blocks: the same recursion in place, in arrays that are there --------------------------------------------
-    def _block_mass(self, transposed: bool = False) -> np.ndarray:
-        """Mass product of what is in ``w``."""
-        y = self.yT if transposed else self.y
-        (self.MT if transposed else self.M).matMult(self.w.matrix, y.matrix)
-        return y.array
-
-    def _block_forward(self, load) -> np.ndarray:
-        """:meth:`_forward` of what is in ``w``; ``load(rhs, i)`` adds to the right-hand side of stage ``i``."""
-        dirk, w, x = self.dirk, self.w.array, self.x.array
-        start, d = self._start, self._stages
-        if len(d):
-            start[...] = w
-        for i, h in enumerate(self.steps_of_stage):
-            if i:
-                w[...] = start
-                for j in range(i):
-                    if dirk.alpha[i, j]:
-                        w += np.multiply(d[j], dirk.alpha[i, j], out=self._term)
-            rhs = self._block_mass()
-            if load is not None:
-                load(rhs, i)
-            self.factors[h].solve_block(self.y, self.x)
-            if i < len(d):
-                np.subtract(x, w, out=d[i])
-        if dirk.stiffly_accurate:
-            return x
-        for beta, di in zip(dirk.beta, d, strict=True):
-            start += np.multiply(di, beta, out=self._term)
-        return start
-
-    def _block_backward(self, on_stage) -> np.ndarray:
-        """:meth:`_backward` of what is in ``w``; ``on_stage(i, y)`` sees the adjoint of a stage's right-hand side."""
-        dirk, w, x = self.dirk, self.w.array, self.x.array
-        out, bar, accurate = self._start, self._stages, self.dirk.stiffly_accurate
-        rhs = self.yT.array
-        for di, beta in zip(bar, dirk.beta, strict=False):
-            if accurate:
-                di[...] = 0
-            else:
-                np.multiply(w, beta, out=di)
-        if accurate:
-            rhs[...] = w
-        else:
-            out[...] = w
-        for i in reversed(range(dirk.stages)):
-            last = accurate and i == dirk.stages - 1
-            if not last:
-                rhs[...] = bar[i]
-            rhs[:, self.bc_rows] = 0
-            self.factors[self.steps_of_stage[i]].solve_block(self.yT, self.x, transposed=True)
-            if on_stage is not None:
-                on_stage(i, x)
-            w[...] = x
-            W_bar = self._block_mass(transposed=True)
-            if last and not len(bar):
-                return W_bar
-            if last:
-                out[...] = W_bar
-            else:
-                W_bar -= bar[i]
-                out += W_bar
-            for j in range(i):
-                if dirk.alpha[i, j]:
-                    bar[j] += np.multiply(W_bar, dirk.alpha[i, j], out=self._term)
-        return out
-
+    # -- on blocks -----------------------------------------------------------------------------------------------------
     def apply(self, u: np.ndarray, out: np.ndarray, lane: int, load=None) -> None:
         """The step without forcing, or with ``load(rows, i)``, the stage loads of some rows of the block."""
         for rows, where in lanes(len(u), lane):
-            self.w.load(u[rows], where)
+            self._block.workspace.load(u[rows], where)
             add = None
             if load is not None:
 
                 def add(rhs, i, rows=rows, where=where):
                     rhs[where] += load(rows, i)
 
-            out[rows] = self._block_forward(add)[where]
+            out[rows] = self._block.forward(add)[where]
 
     def apply_transposed(self, lam: np.ndarray, out: np.ndarray, lane: int, on_stage=None) -> None:
         """Its transpose; ``on_stage(rows, i, y)`` sees the stage adjoints."""
         for rows, where in lanes(len(lam), lane):
-            self.w.load(lam[rows], where)
+            self._block.workspace.load(lam[rows], where)
             see = None if on_stage is None else lambda i, y, rows=rows, where=where: on_stage(rows, i, y[where])
-            out[rows] = self._block_backward(see)[where]
+            out[rows] = self._block.backward(see)[where]
 
     # -- one state after another ---------------------------------------------------------------------------------------
-    def _single_mass(self, W, transposed=False):
-        self._wv.placeArray(W)
-        (self.MT if transposed else self.M).mult(self._wv, self._yv)
-        self._wv.resetArray()
-        return self._yv.array
-
-    def _single_solve(self, h, rhs, transposed=False):
-        if transposed:
-            self._yv.array[...] = rhs
-            self._yv.array[self.bc_rows] = 0
-        self.factors[h].solve(self._yv, self._xv, transposed=transposed)
-        return self._xv.array_r if self.dirk.stages == 1 else self._xv.array_r.copy()
-
     def sweep(self, U: np.ndarray, G: np.ndarray | None, *, transposed: bool = False) -> None:
         """Homogeneous steps one after another in place, ``U[i+1] = Phi_u U[i] + G[i]``, or with the transpose."""
+        single = self._single
         for i in range(len(U) - 1):
-            u = np.ascontiguousarray(U[i])
-            if transposed:
-                U[i + 1] = self._backward(
-                    u, lambda W: self._single_mass(W, True), lambda h, r: self._single_solve(h, r, True)
-                )
-            else:
-                U[i + 1] = self._forward(u, self._single_mass, self._single_solve)
+            single.w[...] = U[i]
+            U[i + 1] = single.backward() if transposed else single.forward()
             if G is not None:
                 U[i + 1] += G[i]
 
@@ -282,7 +152,7 @@ class LinearPropagator(FEPropagator):
     def _forced(self, data: StepData, z, affine, lane: int) -> np.ndarray:
         if self._loads is None:
             self._prepare_loads()
-        k, n = len(data.t), self._xv.local_size
+        k, n = len(data.t), self.evolution.state_size
         same = not (affine and self.evolution.depends_on_time) and (z is None or z.ndim == 1)
         rows = min(k, 1) if same else k
         control = None if z is None else self._control_load(z)
@@ -320,7 +190,10 @@ class LinearPropagator(FEPropagator):
         if self._loads is None:
             self._prepare_loads()
         if not self.evolution.per_step:
-            lam, lane = np.add.reduce(lam, axis=0, keepdims=True) if len(lam) else np.zeros((1, self._xv.local_size)), 0
+            lam, lane = (
+                np.add.reduce(lam, axis=0, keepdims=True) if len(lam) else np.zeros((1, self.evolution.state_size)),
+                0,
+            )
         loads = np.zeros_like(lam)
 
         def on_stage(rows, i, y):
