@@ -44,8 +44,18 @@ class AcceleratedSweep:
         """MGRIT options."""
         return self._solver.options
 
-    def solve(self, U: np.ndarray, G: np.ndarray | None = None, *, start=None, coarse_rhs=None) -> SolveResult:
-        """See :meth:`pint_fem.mgrit.MGRIT.solve`; right-hand sides of a first guess are restricted from ``G``."""
+    def solve(
+        self, U: np.ndarray, G: np.ndarray | None = None, *, start=None, coarse_rhs=None, rtol=None, cycles=None
+    ) -> SolveResult:
+        """See :meth:`pint_fem.mgrit.MGRIT.solve`; right-hand sides of a first guess are restricted from ``G``.
+
+        Raises
+        ------
+        ValueError
+            On a tolerance or a number of cycles for this solve alone.
+        """
+        if rtol is not None or cycles is not None:
+            raise ValueError("krylov: its tolerance is PETSc's (ksp_rtol), for all solves; leave krylov out")
         self._solver.name = self.name
         slab = np.ascontiguousarray(U)
         try:

@@ -8,7 +8,6 @@ from pint_fem.adjoint.sweeps import Sweeps
 from pint_fem.errors import InputError
 from pint_fem.mgrit.checks.check import CheckReport, check
 from pint_fem.propagators import StepData
-from pint_fem.propagators.arrays import get
 from pint_fem.propagators.base import FEPropagator
 from pint_fem.propagators.blocks import WIDTH
 
@@ -71,8 +70,8 @@ def check_sweeps(sweeps: Sweeps, z: np.ndarray | None = None, *, seed: int = 0, 
         On every rank, if the arguments do not fit.
     """
     evolution, spacetime = sweeps.evolution, sweeps.spacetime
-    if z is None and evolution.control is not None:
-        z = get(evolution.control)
+    if z is None and evolution.parameters:
+        z = evolution.get_controls()
     elif z is not None and z.ndim == 2:
         z = np.concatenate(spacetime.time_comm.allgather(z))
     try:

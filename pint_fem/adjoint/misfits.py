@@ -84,8 +84,8 @@ class _FormMisfit(Misfit):
         coefficients = extract_coefficients(self.form)
         if u not in coefficients:
             raise InputError(f"{type(self).__name__}: the functional does not contain the evolution's state u")
-        if evolution.control is not None and evolution.control in coefficients:
-            raise InputError(f"{type(self).__name__}: the functional contains the control; use regularisation= for it")
+        if set(evolution.controls) & set(coefficients):
+            raise InputError(f"{type(self).__name__}: the functional contains a control; use regularisation= for it")
         self.weight = self.weights()
         self.times = evolution.time(np.arange(slab.lo, slab.hi + 1))
         self._du = Function(evolution.V)

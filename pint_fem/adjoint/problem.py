@@ -7,7 +7,11 @@ a ``z``.
     J''(z)\,dz = \sum_n \Phi_{n,z}^T \mu_{n+1} + \text{second-order terms of the steps} + R''(z)\,dz,
 
 with the adjoint :math:`\lambda` driven by :math:`j_n'(u_n)` and the second-order adjoint :math:`\mu` by
-:math:`j_n''(u_n)\,\delta u_n`.
+:math:`j_n''(u_n)\,\delta u_n`. The derivative by the initial condition is :math:`\lambda_0`. The Gauss-Newton action
+leaves out the second-order terms of the steps.
+
+Solves may be asked for a tolerance of their own (``rtol``): what is known to it or better is not solved again, and
+what is known less well is the first guess.
 """
 
 from __future__ import annotations
@@ -16,18 +20,70 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from pint_fem.adjoint.layout import ControlLayout
 from pint_fem.adjoint.misfits import Misfit
 from pint_fem.adjoint.regularisation import Regularisation
 from pint_fem.adjoint.sweeps import Sweeps
 from pint_fem.errors import InputError
+from pint_fem.mgrit import SolveResult
 from pint_fem.mgrit.norms import gather_in_order
 
-__all__ = ["ReducedProblem"]
+__all__ = ["Point", "ReducedProblem", "relative_residual"]
+
+
+class Point:
+    """What is known at a control.
+
+    Attributes
+    ----------
+    z : ndarray or None
+        The control.
+    U, L : ndarray, shape (k + 1, n)
+        State and adjoint, or first guesses of them.
+    state, adjoint : SolveResult or None
+        How they were solved for this control; the adjoint for this state.
+    """
+
+    def __init__(self, sweeps: Sweeps):
+        self.U, self.L = sweeps.new_slab(), sweeps.new_slab()
+        self.reset(sweeps.initial)
+
+    def reset(self, initial: np.ndarray) -> None:
+        """Forget everything: solves start cold."""
+        self.U[:], self.L[:] = initial, 0
+        self.cold = {"state": True, "adjoint": True}  # no solution yet to start from
+        self.move_to(None)
+
+    def move_to(self, z: np.ndarray | None) -> None:
+        """Another control; the trajectories are first guesses."""
+        self.z = None if z is None else z.copy()
+        self.state: SolveResult | None = None
+        self.rtol = {"state": np.inf, "adjoint": np.inf}  # tolerances reached
+        self.state_changed()
+
+    def state_changed(self) -> None:
+        """What follows from the state is not known any more."""
+        self.adjoint: SolveResult | None = None
+        self.rtol["adjoint"] = np.inf
+        self.value = self.gradient = None
+        self.parts: dict[str, float] = {}
+
+    def start_from(self, other: Point) -> None:
+        """Take another point's trajectories as first guesses."""
+        self.U[:], self.L[:] = other.U, other.L
+        self.cold = dict(other.cold)
+
+
+def relative_residual(result: SolveResult) -> float:
+    """Last residual of a solve relative to the trajectory; 0 for sequential ones."""
+    if result.reason in ("exact", "serial"):
+        return 0.0
+    return result.residuals[-1] / result.scale if result.scale > 0 else np.inf
 
 
 class ReducedProblem:
-    """See the module. A control is ``(nz,)``, or ``(k, nz)`` for the own steps; derivatives are dual vectors of that
-    shape.
+    """See the module. A control is a flat array (see :mod:`~pint_fem.adjoint.layout`); derivatives are dual vectors of
+    that shape.
 
     Parameters
     ----------
@@ -36,12 +92,11 @@ class ReducedProblem:
     misfits
         At least one.
     regularisation
-        UFL functional of the control, or ``None``.
+        UFL functional of the controls, several, or ``None``.
 
     Attributes
     ----------
-    U : ndarray, shape (k + 1, n)
-        State of the control evaluated last; the first guess of the next solve.
+    layout : ControlLayout
     """
 
     def __init__(self, sweeps: Sweeps, misfits: Sequence[Misfit], regularisation=None):
@@ -49,21 +104,23 @@ class ReducedProblem:
         self.misfits = [misfits] if isinstance(misfits, Misfit) else list(misfits)
         if not self.misfits or not all(isinstance(m, Misfit) for m in self.misfits):
             raise InputError("misfits: give RunningMisfit, TerminalMisfit or PointSensors objects")
-        if self.evolution.control is None:
+        if not self.evolution.controls:
             raise InputError("the evolution has no control=: there is nothing to optimise")
+        self.layout = ControlLayout(self.evolution, self.spacetime, sweeps.slab)
         for misfit in self.misfits:
             misfit.bind(self.evolution, self.spacetime, sweeps.slab)
-        self.regularisation = None
-        if regularisation is not None:
-            self.regularisation = Regularisation(
-                regularisation, self.evolution.control, self.evolution.u, self.spacetime.sum_over_space
-            )
-        self.U, self.L = sweeps.new_slab(), sweeps.new_slab()
-        self.U[:] = sweeps.initial
-        self._cold = {"state": True, "adjoint": True}  # no solution yet to start from
-        self._z: np.ndarray | None = None
-        self._value = self._gradient = None
-        self._parts: dict[str, float] = {}
+        self.regularisation = None if regularisation is None else Regularisation(regularisation, self.layout)
+        self._points = [Point(sweeps)]
+
+    @property
+    def U(self) -> np.ndarray:
+        """State of the control asked for last, ``(k + 1, n)``."""
+        return self._points[0].U
+
+    @property
+    def L(self) -> np.ndarray:
+        """Its adjoint."""
+        return self._points[0].L
 
     @property
     def is_quadratic(self) -> bool:
@@ -73,113 +130,157 @@ class ReducedProblem:
 
     def forget(self) -> None:
         """Forget what was solved: the next solves start cold."""
-        self._z = self._value = self._gradient = None
-        self.U[:] = self.sweeps.initial
-        self.L[:] = 0
-        self._cold = dict.fromkeys(self._cold, True)
+        for point in self._points:
+            point.reset(self.sweeps.initial)
+
+    def keep_points(self, count: int) -> None:
+        """Remember the last ``count`` controls and their trajectories, two slabs each."""
+        del self._points[count:]
+        while len(self._points) < count:
+            self._points.append(Point(self.sweeps))
 
     # -- caches --------------------------------------------------------------------------------------------------------
-    def _is_current(self, z: np.ndarray) -> bool:
-        """Whether the state of ``z`` is at hand, on all ranks alike."""
-        same = self._z is not None and np.array_equal(self._z, z)
-        return bool(min(self.spacetime.comm.allgather(same)))
+    def _find(self, z: np.ndarray) -> Point | None:
+        """The point of a control, on all ranks alike."""
+        same = np.array([p.z is not None and np.array_equal(p.z, z) for p in self._points])
+        known = np.logical_and.reduce(self.spacetime.comm.allgather(same))
+        return self._points[int(np.argmax(known))] if known.any() else None
 
-    def _solve_state(self, z: np.ndarray) -> None:
+    def at(self, z: np.ndarray) -> Point:
+        """The point of a control, the state maybe not solved yet; it comes first."""
         z = np.asarray(z, dtype=float)
-        shape = (
-            (self.sweeps.slab.k, self.evolution.control_size)
-            if self.evolution.per_step
-            else (self.evolution.control_size,)
-        )
-        if z.shape != shape:
-            raise InputError(f"control of shape {z.shape}: give {shape}")
-        if self._is_current(z):
-            return
-        self._z = self._value = self._gradient = None
-        try:
-            self.sweeps.state(z, self.U, cold=self._cold["state"])
-        except Exception:
-            self.U[:] = self.sweeps.initial  # a failed trajectory is no first guess
-            self._cold["state"] = True
-            raise
-        self._cold["state"] = False
-        self._z = z.copy()
+        if z.size != self.layout.size:
+            raise InputError(f"control of shape {z.shape}: give {self.layout.size} values")
+        z = z.ravel()
+        point = self._find(z)
+        if point is None:
+            point = self._points[-1]
+            if point is not self._points[0]:
+                point.start_from(self._points[0])
+            point.move_to(z)
+        self._points.remove(point)
+        self._points.insert(0, point)
+        return point
 
-    def _over_steps(self, method, z, *args):
-        """Apply a regularisation method to the control, or to that of each own step with weight ``dt``."""
-        if not self.evolution.per_step:
-            return method(z, *args)
-        rows = [self.evolution.dt * method(zi, *(a[i] for a in args)) for i, zi in enumerate(z)]
-        return np.array(rows)
+    def _solve(self, point: Point, kind: str, wanted: dict, solve) -> None:
+        """Solve for the state or the adjoint of a point, unless it is known to the tolerance wanted."""
+        rtol = wanted.get("rtol", self.sweeps.options.rtol)
+        if "cycles" not in wanted and point.rtol[kind] <= rtol:
+            return
+        trajectory = point.U if kind == "state" else point.L
+        point.rtol[kind] = np.inf
+        try:
+            result = solve(trajectory, cold=point.cold[kind])
+        except Exception:
+            trajectory[:] = self.sweeps.initial if kind == "state" else 0  # a failed trajectory is no first guess
+            point.cold[kind] = True
+            point.move_to(None) if kind == "state" else point.state_changed()
+            raise
+        point.cold[kind] = False
+        if kind == "state":
+            point.state_changed()
+            point.state = result
+        else:
+            point.gradient, point.adjoint = None, result
+        point.rtol[kind] = 0.0 if result.reason in ("exact", "serial") else np.inf if "cycles" in wanted else rtol
+
+    def _solve_state(self, z: np.ndarray, **wanted) -> Point:
+        point = self.at(z)
+        steps, initial = self.layout.steps(point.z), self.layout.initial(point.z)
+        solve = lambda U, cold: self.sweeps.state(steps, U, initial=initial, cold=cold, **wanted)
+        self._solve(point, "state", wanted, solve)
+        return point
+
+    def _solve_adjoint(self, z: np.ndarray, **wanted) -> Point:
+        point = self._solve_state(z, **{k: v for k, v in wanted.items() if k == "rtol"})
+        if "cycles" in wanted or point.rtol["adjoint"] > wanted.get("rtol", self.sweeps.options.rtol):
+            g, steps = sum(m.gradient(point.U) for m in self.misfits), self.layout.steps(point.z)
+            solve = lambda L, cold: self.sweeps.adjoint(steps, point.U, g, L, cold=cold, **wanted)
+            self._solve(point, "adjoint", wanted, solve)
+        return point
 
     # -- values --------------------------------------------------------------------------------------------------------
-    def value(self, z: np.ndarray) -> float:
-        """``J(z)``; the same bits on every rank."""
-        self._solve_state(z)
-        if self._value is None:
-            points = np.stack([m.values(self.U) for m in self.misfits], axis=1)
+    def value(self, z: np.ndarray, **wanted) -> float:
+        """``J(z)``; the same bits on every rank. ``rtol``: tolerance of the state if not the options'."""
+        return self._value(self._solve_state(z, **wanted))
+
+    def _value(self, point: Point) -> float:
+        if point.value is None:
+            points = np.stack([m.values(point.U) for m in self.misfits], axis=1)
             sums = gather_in_order(points, self.spacetime.time_comm).sum(axis=0)
-            regularisation = 0.0
-            if self.regularisation is not None:
-                terms = self._over_steps(self.regularisation.value, z)
-                if self.evolution.per_step:
-                    terms = gather_in_order(terms, self.spacetime.time_comm).sum()
-                regularisation = float(terms)
-            self._parts = {"misfit": float(sums.sum()), "regularisation": regularisation}
-            self._value = self._parts["misfit"] + regularisation
-        return self._value
+            regularisation = 0.0 if self.regularisation is None else self.regularisation.value(point.z)
+            point.parts = {"misfit": float(sums.sum()), "regularisation": regularisation}
+            point.value = point.parts["misfit"] + regularisation
+        return point.value
 
     @property
     def parts(self) -> dict[str, float]:
-        """Misfit and regularisation of the value computed last."""
-        return dict(self._parts)
+        """Misfit and regularisation of the control asked for last."""
+        return dict(self._points[0].parts)
 
     def tangent_value(self, z: np.ndarray, dz: np.ndarray) -> float:
         """``J'(z) dz`` by a tangent sweep."""
-        self._solve_state(z)
-        dU = self.sweeps.new_slab()
-        self.sweeps.tangent(z, self.U, dz, dU)
-        points = sum(m.directional(self.U, dU) for m in self.misfits)
+        point = self._solve_state(z)
+        dU = self._tangent(point, dz)
+        points = sum(m.directional(point.U, dU) for m in self.misfits)
         total = float(gather_in_order(points, self.spacetime.time_comm).sum())
         if self.regularisation is not None:
-            terms = self._over_steps(self.regularisation.gradient, z)
-            local = self.spacetime.sum_over_space(np.array([np.vdot(terms, dz)]))
-            total += float((self.spacetime.sum_over_time(local) if self.evolution.per_step else local)[0])
+            total += self.layout.pairing(self.regularisation.gradient(point.z), np.ravel(dz))
         return total
 
-    def derivative(self, z: np.ndarray) -> np.ndarray:
-        """``J'(z)`` as a dual vector."""
-        self._solve_state(z)
-        if self._gradient is None:
-            g = sum(m.gradient(self.U) for m in self.misfits)
-            try:
-                self.sweeps.adjoint(z, self.U, g, self.L, cold=self._cold["adjoint"])
-            except Exception:
-                self.L[:] = 0  # a failed trajectory is no first guess
-                self._cold["adjoint"] = True
-                raise
-            self._cold["adjoint"] = False
-            self._gradient = self.sweeps.control_gradient(z, self.U, self.L)
-            if self.regularisation is not None:
-                self._gradient = self._gradient + self._over_steps(self.regularisation.gradient, z)
-        return self._gradient.copy()
+    def _tangent(self, point: Point, dz: np.ndarray, **wanted) -> np.ndarray:
+        dz, dU = np.asarray(dz, dtype=float).ravel(), self.sweeps.new_slab()
+        steps, direction = self.layout.steps(point.z), self.layout.steps(dz)
+        self.sweeps.tangent(steps, point.U, direction, dU, initial=self.layout.initial(dz), **wanted)
+        return dU
 
-    def hessian_action(self, z: np.ndarray, dz: np.ndarray) -> np.ndarray:
-        """``J''(z) dz`` as a dual vector."""
-        self._solve_state(z)
-        sweeps = self.sweeps
-        if not sweeps.is_linear:
-            self.derivative(z)  # the second-order terms want the adjoint
-        dU, M = sweeps.new_slab(), sweeps.new_slab()
-        sweeps.tangent(z, self.U, dz, dU)
-        g = sum(m.hessian(self.U, dU) for m in self.misfits)
-        second = sweeps.second_order(z, self.U, dz, dU, self.L)
-        if second is not None:
+    def derivative(self, z: np.ndarray, **wanted) -> np.ndarray:
+        """``J'(z)`` as a dual vector. ``rtol``: tolerance of state and adjoint if not the options'."""
+        return self.gradient_of(self._solve_adjoint(z, **wanted))
+
+    def gradient_of(self, point: Point) -> np.ndarray:
+        """``J'`` from a point's trajectories as they are."""
+        if point.gradient is None:
+            point.gradient = self._pull_back(point, point.L)
+            if self.regularisation is not None:
+                point.gradient += self.regularisation.gradient(point.z)
+        return point.gradient.copy()
+
+    def _pull_back(self, point: Point, L: np.ndarray, more: np.ndarray | None = None) -> np.ndarray:
+        """Derivatives by the controls that an adjoint gives, with something more on each step's."""
+        rows = self.sweeps.control_gradient(self.layout.steps(point.z), point.U, L)
+        return self.layout.gradient(rows if rows is None or more is None else rows + more, L[0])
+
+    def advance(self, z: np.ndarray) -> tuple[float, np.ndarray, float]:
+        """``J`` and ``J'`` after one MGRIT cycle for the state and one for the adjoint, from what is there, and the
+        larger of their residuals after them, relative to the trajectories.
+
+        Source: S. Guenther, N. R. Gauger, J. B. Schroder, arXiv:1801.06356.
+        """
+        point = self._solve_state(z, cycles=1)
+        value = self._value(point)
+        g, steps = sum(m.gradient(point.U) for m in self.misfits), self.layout.steps(point.z)
+        solve = lambda L, cold: self.sweeps.adjoint(steps, point.U, g, L, cold=cold, cycles=1)
+        self._solve(point, "adjoint", {"cycles": 1}, solve)
+        return value, self.gradient_of(point), max(relative_residual(r) for r in (point.state, point.adjoint))
+
+    def hessian_action(self, z: np.ndarray, dz: np.ndarray, *, gauss_newton: bool = False, **wanted) -> np.ndarray:
+        """``J''(z) dz`` as a dual vector. ``rtol``: tolerance of the two sweeps if not the options'."""
+        sweeps, dz = self.sweeps, np.asarray(dz, dtype=float).ravel()
+        point = self._find(np.ravel(z)) if "rtol" in wanted else None
+        if point is None or point.state is None:
+            point = self._solve_state(z)
+        full = not gauss_newton and not sweeps.is_linear
+        if full and point.adjoint is None:
+            point = self._solve_adjoint(z)  # the second-order terms want the adjoint
+        dU, M = self._tangent(point, dz, **wanted), sweeps.new_slab()
+        g = sum(m.hessian(point.U, dU) for m in self.misfits)
+        steps, second = self.layout.steps(point.z), None
+        if full:
+            second = sweeps.second_order(steps, point.U, self.layout.steps(dz), dU, point.L)
             g[:-1] += second[0]
-        sweeps.adjoint(z, self.U, g, M, cold=True)
-        out = sweeps.control_gradient(z, self.U, M)
-        if second is not None:
-            out = out + second[1]
+        sweeps.adjoint(steps, point.U, g, M, cold=True, **wanted)
+        out = self._pull_back(point, M, None if second is None else second[1])
         if self.regularisation is not None:
-            out = out + self._over_steps(self.regularisation.hessian, z, dz)
+            out = out + self.regularisation.hessian(point.z, dz)
         return out

@@ -6,18 +6,20 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 from firedrake import Cofunction, EnsembleCofunction, EnsembleFunction, EnsembleFunctionSpace, Function
+from firedrake.ensemble.ensemble_functionspace import EnsembleFunctionSpaceBase
 from firedrake.petsc import PETSc
 from mpi4py import MPI
-from pyadjoint import AdjFloat, Control
+from pyadjoint import AdjFloat, Control, ReducedFunctional
 from pyadjoint.enlisting import Enlist
 from pyadjoint.reduced_functional import AbstractReducedFunctional
 from pyadjoint.tape import stop_annotating
 
+from pint_fem.adjoint.objective import Objective
 from pint_fem.adjoint.problem import ReducedProblem
-from pint_fem.adjoint.riesz import RieszMap
+from pint_fem.adjoint.riesz import ControlInner
 from pint_fem.adjoint.sweeps import Sweeps
 from pint_fem.errors import InputError
-from pint_fem.mgrit import MGRITOptions, SolverFailure
+from pint_fem.mgrit import MGRITOptions
 from pint_fem.mgrit.option_strings import parse_options
 from pint_fem.optimize import TrustRegionResult, minimize_trust_region
 from pint_fem.propagators import Evolution, make_propagator
@@ -54,11 +56,11 @@ class TimeParallelReducedFunctional(AbstractReducedFunctional):
     Parameters
     ----------
     evolution
-        The problem, with a ``control``.
+        The problem, with a ``control`` or several.
     misfits
         One or several of :mod:`pint_fem.adjoint.misfits`.
     regularisation
-        UFL functional of the control; for one control a step it is summed with weight ``dt``.
+        UFL functional of the controls, or several; of controls with a value a step it is summed with weight ``dt``.
     spacetime
         Process grid; the evolution's mesh lives on its ``space_comm``. Default: all ranks of the mesh's communicator
         in space.
@@ -70,8 +72,8 @@ class TimeParallelReducedFunctional(AbstractReducedFunctional):
         the iterates, not what they converge to. ``"norm"``: residuals in ``"l2"`` of coefficients or ``"L2"``.
         ``"krylov": {"ksp_type": "fgmres"}`` accelerates linear sweeps (also ``-mgrit_ksp_type``...).
     riesz_map
-        ``"L2"``, ``"H1"``, ``"l2"`` or a bilinear form on the control's space, of the trust region and of
-        ``apply_riesz``.
+        Of the trust region and of ``apply_riesz``: a kind of :class:`~pint_fem.adjoint.riesz.RieszMap` (``"L2"``,
+        ``"H1"``, ``"l2"``, ``"lumped"``, a bilinear form or a ``firedrake.RieszMap``), or a list with one a control.
     coarse_tableau
         Integrator of the coarse levels; default: the evolution's.
     propagator
@@ -142,63 +144,73 @@ class TimeParallelReducedFunctional(AbstractReducedFunctional):
         except ValueError as error:
             raise InputError(str(error)) from error
         self.problem = ReducedProblem(sweeps, misfits, regularisation)
-        space, per_step = evolution.control.function_space(), evolution.per_step
-        self.riesz = RieszMap(space, riesz_map, spacetime, step_weight=evolution.dt if per_step else None)
+        self.layout = self.problem.layout
+        self.inner = ControlInner(self.layout, riesz_map)
         with stop_annotating():
-            if per_step:
-                try:
-                    self._space = EnsembleFunctionSpace([space] * sweeps.slab.k, spacetime.ensemble)
-                except ValueError as error:
-                    raise InputError(f"{error}: build the mesh with comm=spacetime.space_comm") from error
-                value = EnsembleFunction(self._space)
-                for f in value.subfunctions:
-                    f.assign(evolution.control)
-            else:
-                self._space = space
-                value = Function(space, name=evolution.control.name()).assign(evolution.control)
-        self._controls = Enlist(Control(value))
+            self._spaces = [self._space(control) for control in evolution.controls]
+            values = [self._new(space) for space in self._spaces]
+            for value, control in zip(values, evolution.controls, strict=True):
+                for part in _parts(value):
+                    part.assign(control)
+                if isinstance(value, Function):
+                    value.rename(control.name())
+        self._controls = Enlist([Control(value) for value in values])
+        if len(values) == 1:
+            self._controls = Enlist(self._controls[0])
         self._z: np.ndarray | None = None
 
+    def _space(self, control: Function):
+        """Where pyadjoint's values of a control live."""
+        space = control.function_space()
+        if control not in self.evolution.stepwise:
+            return space
+        try:
+            return EnsembleFunctionSpace([space] * self.layout.slab.k, self.spacetime.ensemble)
+        except ValueError as error:
+            raise InputError(f"{error}: build the mesh with comm=spacetime.space_comm") from error
+
+    def _new(self, space, *, dual: bool = False):
+        if isinstance(space, EnsembleFunctionSpaceBase):
+            return EnsembleCofunction(space.dual()) if dual else EnsembleFunction(space)
+        return Cofunction(space.dual()) if dual else Function(space)
+
     # -- between pyadjoint's values and arrays ------------------------------------------------------------------------
-    def array(self, value) -> np.ndarray:
-        """Own values of a control or a derivative: ``(nz,)`` or ``(k, nz)``.
+    def array(self, values) -> np.ndarray:
+        """Flat own values of the controls, or of a direction, ``(layout.size,)``.
 
         Raises
         ------
         InputError
-            If it is not in the control's space.
+            If they are not in the controls' spaces.
         """
-        value = Enlist(value)
-        if len(value) != 1:
-            raise InputError(f"{len(value)} controls given, the functional has one")
-        f = value[0]
-        if self.evolution.per_step:
-            if not isinstance(f, EnsembleFunction) or f.function_space() != self._space:
-                raise InputError(
-                    "control: give an EnsembleFunction with one function a step (see rf.controls[0].control)"
-                )
-            return np.array([get(part) for part in f.subfunctions])
-        if not isinstance(f, Function) or f.function_space() != self._space:
-            what = f"a function of {f.function_space()}" if isinstance(f, Function) else f"a {type(f).__name__}"
-            raise InputError(f"control: given is {what}, the control lives in {self._space}")
-        return get(f)
+        values = Enlist(values)
+        if len(values) != len(self._spaces):
+            raise InputError(f"{len(values)} controls given, the functional has {len(self._spaces)}")
+        arrays = []
+        for f, space in zip(values, self._spaces, strict=True):
+            stepwise = isinstance(space, EnsembleFunctionSpaceBase)
+            kind = EnsembleFunction if stepwise else Function
+            if not isinstance(f, kind) or f.function_space() != space:
+                if stepwise:
+                    what = "an EnsembleFunction with one function a step (see rf.controls[i].control)"
+                    raise InputError(f"control: given is a {type(f).__name__}; give {what}")
+                what = f"a function of {f.function_space()}" if isinstance(f, Function) else f"a {type(f).__name__}"
+                raise InputError(f"control: given is {what}, the control lives in {space}")
+            arrays.append(np.array([get(part) for part in f.subfunctions]) if stepwise else get(f))
+        return self.layout.join(arrays)
 
     def function(self, array: np.ndarray, *, dual: bool = False):
-        """A control (or with ``dual`` a derivative) from own values."""
+        """Controls (or with ``dual`` derivatives) from flat own values: a function, or a list of several."""
         with stop_annotating():
-            space = self._space.dual() if dual else self._space
-            if self.evolution.per_step:
-                f = (EnsembleCofunction if dual else EnsembleFunction)(space)
-            else:
-                f = (Cofunction if dual else Function)(space)
-            self._fill(f, array)
-            return f
+            made = [self._new(space, dual=dual) for space in self._spaces]
+            self._fill(made, array)
+        return self._controls.delist(made)
 
-    def _fill(self, f, array: np.ndarray) -> None:
-        """Put own values into a control or a derivative."""
-        parts, rows = (f.subfunctions, array) if self.evolution.per_step else ([f], [array])
-        for part, row in zip(parts, rows, strict=True):
-            put(part, row)
+    def _fill(self, functions, array: np.ndarray) -> None:
+        """Put own values into controls or derivatives."""
+        for f, values in zip(functions, self.layout.parts(np.ravel(array)), strict=True):
+            for part, row in zip(_parts(f), np.atleast_2d(values), strict=True):
+                put(part, row)
 
     # -- pyadjoint's interface ----------------------------------------------------------------------------------------
     @property
@@ -207,20 +219,21 @@ class TimeParallelReducedFunctional(AbstractReducedFunctional):
         return self._controls
 
     def _current(self) -> np.ndarray:
-        return self.array(self.controls[0].control) if self._z is None else self._z
+        return self.array([c.control for c in self.controls]) if self._z is None else self._z
 
     def __call__(self, values) -> AdjFloat:
-        """``J`` at a control value."""
+        """``J`` at values of the controls."""
         self._z = self.array(values)
         with stop_annotating():
-            self.controls[0].update(Enlist(values)[0])
+            for control, value in zip(self.controls, Enlist(values), strict=True):
+                control.update(value)
             return AdjFloat(self.problem.value(self._z))
 
     def derivative(self, adj_input=1.0, apply_riesz=False):
         """``J'`` at the last control value, a dual function; with ``apply_riesz`` its representative."""
         with stop_annotating():
             g = float(adj_input) * self.problem.derivative(self._current())
-            return self.function(self.riesz.primal(g)) if apply_riesz else self.function(g, dual=True)
+            return self.function(self.inner.primal(g)) if apply_riesz else self.function(g, dual=True)
 
     def hessian(self, m_dot, hessian_input=None, evaluate_tlm=True, apply_riesz=False):
         """``J''`` at the last control value in a direction; no ``hessian_input``, as ``J`` is a number."""
@@ -228,7 +241,7 @@ class TimeParallelReducedFunctional(AbstractReducedFunctional):
             raise InputError("hessian_input is not supported: the functional is the end of the computation")
         with stop_annotating():
             h = self.problem.hessian_action(self._current(), self.array(m_dot))
-            return self.function(self.riesz.primal(h)) if apply_riesz else self.function(h, dual=True)
+            return self.function(self.inner.primal(h)) if apply_riesz else self.function(h, dual=True)
 
     def tlm(self, m_dot):
         """``J' m_dot`` by a tangent sweep."""
@@ -260,38 +273,28 @@ class TimeParallelReducedFunctional(AbstractReducedFunctional):
         z = self._current() if start is None else self.array(start)
         if monitor is not None and not self.spacetime.is_root:
             monitor = None
-        shape = z.shape
         if self.problem.is_quadratic:
             options.setdefault(
                 "initial_radius", min(1e99, options.get("max_radius", np.inf))
             )  # the model is J itself: a bound would only cut steps short
         options.setdefault("value_rtol", 10 * self.problem.sweeps.options.rtol)
         with stop_annotating():
-            arrays = _Arrays(self.problem, self.riesz, shape)
-            result = minimize_trust_region(arrays, z.ravel(), monitor=monitor, **options)
-            self._z = result.x.reshape(shape)
-            self.controls[0].update(self.function(self._z))
-            self._fill(self.controls[0].control, self._z)
+            result = minimize_trust_region(Objective(self.problem, self.inner), z, monitor=monitor, **options)
+            self._take(result.x)
         return result
 
+    def _take(self, z: np.ndarray) -> None:
+        """Make an array the controls' value."""
+        self._z = z
+        for control, value in zip(self.controls, Enlist(self.function(z)), strict=True):
+            control.update(value)
+        self._fill([control.control for control in self.controls], z)
 
-class _Arrays:
-    """The reduced problem in its Riesz inner product, on flat arrays: what the trust region asks for."""
 
-    def __init__(self, problem: ReducedProblem, riesz: RieszMap, shape: tuple[int, ...]):
-        self.problem, self.riesz, self.shape = problem, riesz, shape
+def _parts(f) -> list:
+    """Functions of the own steps, or the one."""
+    return list(f.subfunctions) if isinstance(f, (EnsembleFunction, EnsembleCofunction)) else [f]
 
-    def value(self, x):
-        try:
-            return self.problem.value(x.reshape(self.shape))
-        except SolverFailure:  # on every rank alike; the trial step is shortened
-            return np.inf
 
-    def gradient(self, x):
-        return self.riesz.primal(self.problem.derivative(x.reshape(self.shape))).ravel()
-
-    def hessian_action(self, x, v):
-        return self.riesz.primal(self.problem.hessian_action(x.reshape(self.shape), v.reshape(self.shape))).ravel()
-
-    def inner(self, a, b):
-        return self.riesz.inner(a.reshape(self.shape), b.reshape(self.shape))
+# pyadjoint's ``minimize`` puts its own functionals, and what counts as one, behind numpy arrays
+ReducedFunctional.register(TimeParallelReducedFunctional)

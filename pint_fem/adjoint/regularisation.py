@@ -1,90 +1,179 @@
-"""A functional of the control alone, in UFL, with its derivative and Hessian action; constant operators are assembled
+r"""Functionals of the controls alone, in UFL, with derivatives and Hessian actions; constant operators are assembled
 once.
+
+A functional of static controls (the initial condition and real parameters among them) is :math:`R(z)`; one of controls
+with a value a step is :math:`\sum_n \Delta t\, R(z_n)`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import ufl
-from firedrake import Function, TestFunction, TrialFunction, action, assemble, derivative
+from firedrake import Function, TestFunction, assemble, derivative
 from firedrake.assemble import get_assembler
 from ufl.algorithms import expand_derivatives, extract_coefficients
 
+from pint_fem.adjoint.layout import ControlLayout
 from pint_fem.errors import InputError
-from pint_fem.propagators.arrays import get, put
+from pint_fem.mgrit.norms import gather_in_order
+from pint_fem.propagators.arrays import get, is_real, own_size, put
+from pint_fem.propagators.operators import ControlOperator, control_operator
 
 __all__ = ["Regularisation"]
 
 
-class Regularisation:
-    r"""``R(z)`` for a static control, :math:`\sum_n \Delta t R(z_n)` for one a step.
+class _Functional:
+    """A functional of some functions, on the vector of their own values."""
 
-    Parameters
-    ----------
-    form
-        UFL functional of ``control`` and fixed data.
-    control
-        The evolution's control function.
-    state
-        The evolution's state, which must not appear.
-    space_sum
-        Sums a small array over the space ranks.
-
-    Raises
-    ------
-    InputError
-        If the form is no functional of the control alone.
-    """
-
-    def __init__(self, form: ufl.Form, control: Function, state: Function, space_sum):
-        if not isinstance(form, ufl.Form) or form.arguments() or control not in extract_coefficients(form):
-            raise InputError(
-                "regularisation: give a functional of the control, such as alpha/2*inner(grad(q), grad(q))*dx"
-            )
-        if state in extract_coefficients(form):
-            raise InputError("regularisation: the functional contains the state u; use a misfit for it")
-        self.control, self._space_sum = control, space_sum
-        space = control.function_space()
-        self._dz = Function(space)
-        gradient = expand_derivatives(derivative(form, control, TestFunction(space)))
-        second = expand_derivatives(derivative(gradient, control, TrialFunction(space)))
-        self.quadratic = not second.empty() and control not in extract_coefficients(second)
-        self._value = get_assembler(form)
-        self._gradient = get_assembler(gradient)
+    def __init__(self, form: ufl.Form, functions: Sequence[Function], space_sum):
+        self.functions, self._space_sum = functions, space_sum
+        self._sizes = [own_size(f.function_space()) for f in functions]
+        self._directions = [Function(f.function_space()) for f in functions]
+        gradients = [expand_derivatives(derivative(form, f, TestFunction(f.function_space()))) for f in functions]
+        along = [[expand_derivatives(derivative(g, f, df)) for f, df in self._pairs()] for g in gradients]
+        seconds = [h for row in along for h in row if not h.empty()]
+        self.quadratic = not any(set(functions) & set(extract_coefficients(h)) for h in seconds)
         if self.quadratic:
-            self._matrix = assemble(second, mat_type="aij").petscmat
-            self._x, self._y = self._matrix.createVecs()
-            zero = Function(space)
-            self._linear = get(assemble(ufl.replace(gradient, {control: zero})))
-            self._constant = float(assemble(ufl.replace(form, {control: zero})))
+            self._operators = self._constant_operators(gradients)
+            zero = {f: Function(f.function_space()) for f in functions}
+            self._linear = np.concatenate([get(assemble(ufl.replace(g, zero))) for g in gradients])
+            self._constant = float(assemble(ufl.replace(form, zero)))
         else:
-            self._hessian = None if second.empty() else get_assembler(expand_derivatives(action(second, self._dz)))
+            self._value = get_assembler(form)
+            self._gradients = [get_assembler(g) for g in gradients]
+            sums = [sum((h for h in row if not h.empty()), start=ufl.Form([])) for row in along]
+            self._hessians = [None if h.empty() else get_assembler(h) for h in sums]
+
+    def _pairs(self):
+        return zip(self.functions, self._directions, strict=True)
+
+    def split(self, vector: np.ndarray) -> list[np.ndarray]:
+        """Views of the functions' parts of a vector ``(nz,)``."""
+        return np.split(vector, np.cumsum(self._sizes)[:-1])
+
+    def _constant_operators(self, gradients) -> dict[tuple[int, int], tuple[ControlOperator, bool]]:
+        """Second derivatives by each pair, and whether the transpose is meant (real rows are columns)."""
+        made, none = {}, np.zeros(0, dtype=int)
+        for i, f in enumerate(self.functions):
+            for j, other in enumerate(self.functions):
+                turned = is_real(f.function_space()) and not is_real(other.function_space())
+                form, by = (gradients[j], f) if turned else (gradients[i], other)
+                operator = control_operator(form, by, none)
+                if operator is not None:
+                    made[i, j] = operator, turned
+        return made
 
     def _product(self, z: np.ndarray) -> np.ndarray:
-        self._x.array[:] = z
-        self._matrix.mult(self._x, self._y)
-        return self._y.array_r.copy()
+        out = np.zeros_like(z)
+        targets, sources = self.split(out), self.split(z)
+        for (i, j), (operator, turned) in self._operators.items():
+            targets[i] += (operator.transposed if turned else operator)(sources[j])
+        return out
+
+    def _put(self, functions, vector: np.ndarray) -> None:
+        for f, part in zip(functions, self.split(vector), strict=True):
+            put(f, part)
 
     def value(self, z: np.ndarray) -> float:
         """``R(z)`` for ``z`` ``(nz,)``."""
         if self.quadratic:
             return float(self._space_sum(np.array([z @ (0.5 * self._product(z) + self._linear)]))[0]) + self._constant
-        put(self.control, z)
+        self._put(self.functions, z)
         return float(self._value.assemble())
 
     def gradient(self, z: np.ndarray) -> np.ndarray:
         """``R'(z)``, a dual vector ``(nz,)``."""
         if self.quadratic:
             return self._product(z) + self._linear
-        put(self.control, z)
-        return get(self._gradient.assemble())
+        self._put(self.functions, z)
+        return np.concatenate([get(g.assemble()) for g in self._gradients])
 
     def hessian(self, z: np.ndarray, dz: np.ndarray) -> np.ndarray:
         """``R''(z) dz``, a dual vector ``(nz,)``."""
         if self.quadratic:
             return self._product(dz)
-        if self._hessian is None:
-            return np.zeros_like(dz)
-        put(self.control, z)
-        put(self._dz, dz)
-        return get(self._hessian.assemble())
+        self._put(self.functions, z)
+        self._put(self._directions, dz)
+        rows = zip(self._hessians, self.split(np.zeros_like(dz)), strict=True)
+        return np.concatenate([zero if h is None else get(h.assemble()) for h, zero in rows])
+
+
+class Regularisation:
+    """The sum of some functionals of the controls, on flat vectors (see ``layout``).
+
+    Parameters
+    ----------
+    forms
+        A UFL functional, or several; each of static controls or of controls with a value a step, not of both.
+    layout
+        The controls.
+
+    Raises
+    ------
+    InputError
+        If a form is no such functional.
+    """
+
+    def __init__(self, forms, layout: ControlLayout):
+        self.layout, ev, spacetime = layout, layout.evolution, layout.spacetime
+        self._terms: list[tuple[_Functional, tuple[Function, ...]]] = []
+        for form in forms if isinstance(forms, (list, tuple)) else [forms]:
+            found = set(extract_coefficients(form)) if isinstance(form, ufl.Form) and not form.arguments() else set()
+            controls = tuple(c for c in ev.controls if c in found)
+            if not controls:
+                raise InputError(
+                    "regularisation: give a functional of the control, such as alpha/2*inner(grad(q), grad(q))*dx"
+                )
+            if ev.u in found:
+                raise InputError("regularisation: the functional contains the state u; use a misfit for it")
+            if len({c in ev.stepwise for c in controls}) > 1:
+                raise InputError(
+                    "regularisation: a functional contains static controls and some with a value a step: give a list "
+                    "with a functional of each kind"
+                )
+            self._terms.append((_Functional(form, controls, spacetime.sum_over_space), controls))
+
+    @property
+    def quadratic(self) -> bool:
+        """Whether it is a quadratic function of the controls."""
+        return all(functional.quadratic for functional, _ in self._terms)
+
+    def _rows(self, z: np.ndarray, controls) -> np.ndarray:
+        """The vectors of some controls, one a step or one in all, ``(rows, nz)``."""
+        parts = [self.layout.part(z, c) for c in controls]
+        return np.atleast_2d(np.concatenate(parts, axis=-1))
+
+    def _is_stepwise(self, controls) -> bool:
+        return controls[0] in self.layout.evolution.stepwise
+
+    def value(self, z: np.ndarray) -> float:
+        """``R(z)``; the same bits on every rank."""
+        total = 0.0
+        for functional, controls in self._terms:
+            rows = np.array([functional.value(row) for row in self._rows(z, controls)])
+            if self._is_stepwise(controls):
+                rows = self.layout.evolution.dt * gather_in_order(rows, self.layout.spacetime.time_comm)
+            total += float(rows.sum())
+        return total
+
+    def _collect(self, apply, z: np.ndarray, *directions: np.ndarray) -> np.ndarray:
+        """Dual vectors of the terms, put together."""
+        out = np.zeros_like(z)
+        for functional, controls in self._terms:
+            weight = self.layout.evolution.dt if self._is_stepwise(controls) else 1.0
+            for i, arguments in enumerate(zip(*(self._rows(v, controls) for v in (z, *directions)), strict=True)):
+                parts = functional.split(weight * apply(functional, *arguments))
+                for control, part in zip(controls, parts, strict=True):
+                    target = self.layout.part(out, control)
+                    (target[i] if target.ndim == 2 else target)[...] += part
+        return out
+
+    def gradient(self, z: np.ndarray) -> np.ndarray:
+        """``R'(z)``, a dual vector."""
+        return self._collect(_Functional.gradient, z)
+
+    def hessian(self, z: np.ndarray, dz: np.ndarray) -> np.ndarray:
+        """``R''(z) dz``, a dual vector."""
+        return self._collect(_Functional.hessian, z, dz)

@@ -1,34 +1,38 @@
-"""Inner products of the control and their Riesz maps, on arrays."""
+"""Inner products of controls and their Riesz maps, on arrays."""
 
 from __future__ import annotations
 
+from functools import cached_property
+
+import firedrake
 import numpy as np
 import ufl
-from firedrake import FunctionSpace, TestFunction, TrialFunction, assemble, dx, grad, inner
+from firedrake import Cofunction, Function, TestFunction, TrialFunction, assemble, dx, grad, inner
 
+from pint_fem.adjoint.layout import ControlLayout
 from pint_fem.errors import InputError
+from pint_fem.propagators.arrays import get, is_real, own_size, put
 from pint_fem.propagators.blocks import Factor, is_symmetric
-from pint_fem.spacetime import SpaceTime
 
-__all__ = ["RieszMap"]
+__all__ = ["ControlInner", "RieszMap"]
+
+_KINDS = ("L2", "H1", "l2", "lumped")
 
 
 class RieszMap:
-    r""":math:`(a, b)` and the map from dual vectors to their representatives.
+    r"""The map between a space and its dual for an inner product :math:`(a, b)`.
 
-    ``"L2"``: :math:`\int a b`; ``"H1"``: :math:`\int a b + \nabla a \cdot \nabla b`; ``"l2"``: coefficients. For one
-    control a step the product is :math:`\sum_n \Delta t\,(a_n, b_n)`.
+    ``"L2"``: :math:`\int a b`; ``"H1"``: :math:`\int a b + \nabla a \cdot \nabla b`; ``"l2"``: coefficients;
+    ``"lumped"``: ``L2`` with a diagonal matrix, the mass matrix's diagonal scaled to the domain's measure (Hinton, Rock
+    and Zienkiewicz, Earthquake Eng. Struct. Dyn. 4, 1976), which is positive for every element.
 
     Parameters
     ----------
     space
         The control's space.
     kind
-        ``"L2"``, ``"H1"``, ``"l2"`` or a symmetric positive definite bilinear form on the space (a prior's, say).
-    spacetime
-        Process grid.
-    step_weight
-        ``dt`` for one control a step, ``None`` for a static one.
+        One of the above, a symmetric positive definite bilinear form on the space (a prior's, say), or a
+        ``firedrake.RieszMap``.
 
     Raises
     ------
@@ -36,47 +40,131 @@ class RieszMap:
         On anything else.
     """
 
-    def __init__(self, space: FunctionSpace, kind, spacetime: SpaceTime, *, step_weight: float | None = None):
+    def __init__(self, space, kind):
         a, b = TrialFunction(space), TestFunction(space)
-        forms = {"L2": inner(a, b) * dx, "H1": (inner(a, b) + inner(grad(a), grad(b))) * dx, "l2": None}
         given = isinstance(kind, ufl.Form)
         if given and [arg.function_space() for arg in kind.arguments()] != [space, space]:
             raise InputError("riesz map: the form is not bilinear on the control's space")
-        if not given and kind not in forms:
+        if isinstance(kind, firedrake.RieszMap):
+            if kind._function_space != space:
+                raise InputError("riesz map: the firedrake.RieszMap is not on the control's space")
+        elif not given and kind not in _KINDS:
             raise InputError(
-                f"riesz map {kind!r}: give one of {', '.join(forms)}, or a bilinear form on the control's space"
+                f"riesz map {kind!r}: give one of {', '.join(_KINDS)}, a bilinear form on the control's space or a "
+                "firedrake.RieszMap on it"
             )
-        self.spacetime, self.step_weight = spacetime, step_weight
-        self._factor = None
-        form = kind if given else forms[kind]
-        if form is not None:
+        self.space = space
+        self._factor = self._diagonal = self._given = None
+        mass, stiffness = inner(a, b) * dx, inner(grad(a), grad(b)) * dx
+        if isinstance(kind, firedrake.RieszMap):
+            self._given, self._f, self._c = kind, Function(space), Cofunction(space.dual())
+        elif kind == "l2":
+            self._diagonal = np.ones(own_size(space))
+        elif is_real(space):
+            one = Function(space).assign(1.0)
+            square = assemble((kind if given else {"H1": mass + stiffness}.get(kind, mass))(one, one))
+            self._diagonal = np.full(own_size(space), square)
+        elif kind == "lumped":
+            self._diagonal = _lumped(space, mass)
+        else:
+            form = kind if given else {"L2": mass, "H1": mass + stiffness}[kind]
             self._matrix = assemble(form, mat_type="aij").petscmat
             if not is_symmetric(self._matrix):
                 raise InputError("riesz map: the bilinear form is not symmetric")
             self._factor = Factor(self._matrix, {}, symmetric=True, prefix="pint_riesz_")
             self._x, self._y = self._matrix.createVecs()
 
-    def _rows(self, operation, array: np.ndarray) -> np.ndarray:
-        if self._factor is None:
-            return array.copy()
-        out = np.empty_like(array)
-        for row, target in zip(np.atleast_2d(array), out.reshape(-1, array.shape[-1]), strict=True):
-            self._x.array[:] = row
-            operation(self._x, self._y)
-            target[:] = self._y.array_r
+    @property
+    def diagonal(self) -> np.ndarray | None:
+        """The matrix of the product where it is diagonal, ``(n,)``."""
+        return self._diagonal
+
+    def primal(self, dual: np.ndarray) -> np.ndarray:
+        """Representative of a dual vector ``(n,)``."""
+        if self._diagonal is not None:
+            return dual / self._diagonal
+        if self._given is not None:
+            put(self._c, dual)
+            return get(self._given(self._c))
+        self._x.array[:] = dual
+        self._factor.solve(self._x, self._y)
+        return self._y.array_r.copy()
+
+    def dual(self, primal: np.ndarray) -> np.ndarray:
+        """The dual vector ``(primal, .)``."""
+        if self._diagonal is not None:
+            return primal * self._diagonal
+        if self._given is not None:
+            put(self._f, primal)
+            return get(self._given(self._f))
+        self._x.array[:] = primal
+        self._matrix.mult(self._x, self._y)
+        return self._y.array_r.copy()
+
+
+def _lumped(space, mass: ufl.Form) -> np.ndarray:
+    """Diagonal of the mass matrix, scaled to keep its sum over a constant's components."""
+    matrix = assemble(mass, mat_type="aij").petscmat
+    diagonal = matrix.getDiagonal()
+    one, product = matrix.createVecs()
+    ones = Function(space).interpolate(ufl.as_tensor(np.ones(space.value_shape)) if space.value_shape else 1.0)
+    one.array[:] = get(ones)
+    matrix.mult(one, product)
+    return diagonal.array_r * (one.dot(product) / diagonal.sum())
+
+
+class ControlInner:
+    """The product of all controls of a problem and its Riesz map, on flat vectors (see ``layout``).
+
+    For a control with a value a step the product is :math:`\\sum_n \\Delta t (a_n, b_n)`.
+
+    Parameters
+    ----------
+    layout
+        The controls.
+    kinds
+        A kind of :class:`RieszMap` for all of them, or one for each.
+
+    Raises
+    ------
+    InputError
+        On a kind that does not fit.
+    """
+
+    def __init__(self, layout: ControlLayout, kinds):
+        self.layout, self._dt = layout, layout.evolution.dt
+        controls = layout.evolution.controls
+        kinds = list(kinds) if isinstance(kinds, (list, tuple)) else [kinds] * len(controls)
+        if len(kinds) != len(controls):
+            raise InputError(f"riesz_map: {len(kinds)} kinds for {len(controls)} controls; give one, or one for each")
+        self.maps = {c: RieszMap(c.function_space(), kind) for c, kind in zip(controls, kinds, strict=True)}
+
+    def _apply(self, name: str, z: np.ndarray, weight: float) -> np.ndarray:
+        out, part = np.empty_like(z), self.layout.part
+        for control, riesz in self.maps.items():
+            source, target, method = part(z, control), part(out, control), getattr(riesz, name)
+            if source.ndim == 1:
+                target[:] = method(source)
+            else:
+                for row, result in zip(source, target, strict=True):
+                    result[:] = weight * method(row)
         return out
 
     def primal(self, dual: np.ndarray) -> np.ndarray:
         """Representative of a dual vector."""
-        out = self._rows(lambda x, y: self._factor.solve(x, y), dual)
-        return out if self.step_weight is None else out / self.step_weight
+        return self._apply("primal", dual, 1 / self._dt)
 
     def dual(self, primal: np.ndarray) -> np.ndarray:
         """The dual vector ``(primal, .)``."""
-        out = self._rows(lambda x, y: self._matrix.mult(x, y), primal)
-        return out if self.step_weight is None else self.step_weight * out
+        return self._apply("dual", primal, self._dt)
 
     def inner(self, a: np.ndarray, b: np.ndarray) -> float:
         """``(a, b)``; the same bits on every rank."""
-        local = self.spacetime.sum_over_space(np.array([np.vdot(self.dual(a), b)]))
-        return float((local if self.step_weight is None else self.spacetime.sum_over_time(local))[0])
+        return self.layout.pairing(self.dual(a), b)
+
+    @cached_property
+    def weights(self) -> np.ndarray | None:
+        """The product's matrix where it is diagonal, else ``None``."""
+        if any(riesz.diagonal is None for riesz in self.maps.values()):
+            return None
+        return self._apply("dual", np.ones(self.layout.size), self._dt)

@@ -287,7 +287,7 @@ class Sweeps:
             u = self.space.states(level.index, u)
             level.propagator.data = StepData(self.evolution.time(start), own, u)
 
-    def _run(self, solver: MGRIT, kind: str, U: np.ndarray, G, *, cold: bool, coarse_rhs=None) -> SolveResult:
+    def _run(self, solver: MGRIT, kind: str, U: np.ndarray, G, *, cold: bool, coarse_rhs=None, **accuracy):
         self._judge()
         solver.name = kind  # one solver serves both the state and the tangent of a linear evolution
         start = "nested" if cold and self.options.start == "auto" else self.options.start
@@ -295,7 +295,7 @@ class Sweeps:
         if coarse_rhs is not None and start in ("skip", "nested") and isinstance(solver, MGRIT):
             given = coarse_rhs()
         try:
-            result = solver.solve(U, G, start=start, coarse_rhs=given)
+            result = solver.solve(U, G, start=start, coarse_rhs=given, **accuracy)
         except SolverFailure as failure:
             cause, self._cause = self._cause, None
             raise failure from cause
@@ -336,32 +336,39 @@ class Sweeps:
             self._cause = error
             return np.full(shape, np.nan)
 
-    def state(self, z, U: np.ndarray, *, cold: bool = False) -> SolveResult:
+    def state(self, z, U: np.ndarray, *, initial=None, cold: bool = False, **accuracy) -> SolveResult:
         """Solve for the state in place, from the first guess ``U`` ``(k + 1, n)``; ``z`` is ``(nz,)``, ``(k, nz)`` or
-        ``None``. ``cold``: the guess is no solution of a nearby problem.
+        ``None``, ``initial`` the initial condition ``(n,)`` (default: the evolution's). ``cold``: the guess is no
+        solution of a nearby problem. ``accuracy``: ``rtol`` or ``cycles`` of this solve.
         """
         if self.slab.is_first:
-            U[0] = self.initial
+            U[0] = self.initial if initial is None else initial
         if self.is_linear:
             fine = self.propagators[0]
             G = self._safe(lambda: fine.forcing(self.data(z), self.slab.lo), self._shape)
             rhs = lambda: self._coarse_forcing("forcing", z)
-            return self._run(self._state, "state", U, G, cold=cold, coarse_rhs=rhs)
+            return self._run(self._state, "state", U, G, cold=cold, coarse_rhs=rhs, **accuracy)
         self._bind(self._state, z, None, backwards=False)
-        return self._run(self._state, "state", U, None, cold=cold)
+        return self._run(self._state, "state", U, None, cold=cold, **accuracy)
 
-    def tangent(self, z, U: np.ndarray, dz, dU: np.ndarray, *, cold: bool = True) -> SolveResult:
-        """Solve for the derivative of the state in the direction ``dz`` of the control, in place."""
-        data, fine, rhs = self.data(z, U), self.propagators[0], None
+    def tangent(
+        self, z, U: np.ndarray, dz, dU: np.ndarray, *, initial=None, cold: bool = True, **accuracy
+    ) -> SolveResult:
+        """Solve for the derivative of the state in the direction ``dz`` of the controls and ``initial`` of the initial
+        condition (``None``: zero), in place.
+        """
+        data, fine, rhs, G = self.data(z, U), self.propagators[0], None, None
         if self.slab.is_first:
-            dU[0] = 0
+            dU[0] = 0 if initial is None else initial
         if self.is_linear:
-            G = self._safe(lambda: fine.control_forcing(data, dz, self.slab.lo), self._shape)
-            rhs = lambda: self._coarse_forcing("control_forcing", dz)
+            if dz is not None:
+                G = self._safe(lambda: fine.control_forcing(data, dz, self.slab.lo), self._shape)
+                rhs = lambda: self._coarse_forcing("control_forcing", dz)
         else:
             self._bind(self._tangent, z, U, backwards=False)
-            G = self._safe(lambda: self._control_tangent(data, dz), self._shape)
-        return self._run(self._tangent, "tangent", dU, G, cold=cold, coarse_rhs=rhs)
+            if dz is not None:
+                G = self._safe(lambda: self._control_tangent(data, dz), self._shape)
+        return self._run(self._tangent, "tangent", dU, G, cold=cold, coarse_rhs=rhs, **accuracy)
 
     @property
     def _shape(self) -> tuple[int, int]:
@@ -374,7 +381,9 @@ class Sweeps:
         self.propagators[0].tangent(data, np.zeros_like(G), dz, G, self.slab.lo)
         return G
 
-    def adjoint(self, z, U: np.ndarray, gradient: np.ndarray, L: np.ndarray, *, cold: bool = False) -> SolveResult:
+    def adjoint(
+        self, z, U: np.ndarray, gradient: np.ndarray, L: np.ndarray, *, cold: bool = False, **accuracy
+    ) -> SolveResult:
         """Solve for adjoints ``L`` ``(k + 1, n)`` in place; ``gradient`` rows ``0..k-1`` (``k`` on the last rank) are
         the right-hand side.
         """
@@ -382,21 +391,23 @@ class Sweeps:
             L[-1] = gradient[-1]
         if not self.is_linear:
             self._bind(self._adjoint, z, U, backwards=True)
-        return self._run(self._adjoint, "adjoint", L[::-1], gradient[:-1][::-1], cold=cold)
+        return self._run(self._adjoint, "adjoint", L[::-1], gradient[:-1][::-1], cold=cold, **accuracy)
 
-    def control_gradient(self, z, U: np.ndarray, L: np.ndarray) -> np.ndarray:
-        """``sum_n Phi_z^T lam_{n+1}``: ``(nz,)`` summed over all ranks, or ``(k, nz)`` a step."""
-        g = self.propagators[0].control_adjoint(self.data(z, U), L[1:], self.slab.lo)
-        return g if self.evolution.per_step else self.spacetime.sum_over_time(g)
+    def control_gradient(self, z, U: np.ndarray, L: np.ndarray) -> np.ndarray | None:
+        """``Phi_z^T lam_{n+1}`` of the own steps: their sum ``(nz,)``, or ``(k, nz)`` a step; ``None`` without
+        parameters.
+        """
+        if not self.evolution.parameters:
+            return None
+        return self.propagators[0].control_adjoint(self.data(z, U), L[1:], self.slab.lo)
 
     def second_order(self, z, U, dz, dU, L) -> tuple[np.ndarray, np.ndarray] | None:
-        """Second derivatives of the steps: rows ``0..k-1`` for the states, and the control's part; ``None`` where
-        they vanish.
+        """Second derivatives of the steps: rows ``0..k-1`` for the states, and the controls' part as in
+        :meth:`control_gradient`; ``None`` where they vanish.
         """
         if self.is_linear:
             return None
-        su, sz = self.propagators[0].second_order(self.data(z, U), dU[:-1], dz, L[1:])
-        return su, sz if self.evolution.per_step else self.spacetime.sum_over_time(sz)
+        return self.propagators[0].second_order(self.data(z, U), dU[:-1], dz, L[1:])
 
 
 def _refuse_unsupported(options: MGRITOptions, factors: tuple) -> None:

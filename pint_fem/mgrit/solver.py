@@ -143,6 +143,8 @@ class MGRIT:
         *,
         start: str | None = None,
         coarse_rhs: Sequence[np.ndarray | None] | None = None,
+        rtol: float | None = None,
+        cycles: int | None = None,
     ) -> SolveResult:
         """Solve in place.
 
@@ -158,6 +160,10 @@ class MGRIT:
         coarse_rhs
             Right-hand sides of the own steps of each level below the finest, for a first guess by ``"skip"`` or
             ``"nested"``; ``None``: restricted from ``G``.
+        rtol
+            Tolerance of this solve instead of the options' (an ``atol`` of theirs goes on to count).
+        cycles
+            Take this many cycles, whatever the residual, and report it.
 
         Returns
         -------
@@ -170,6 +176,7 @@ class MGRIT:
         """
         fine = self.levels[0]
         start = (self.options if start is None else MGRITOptions.make(start=start)).start
+        self._stop.set(rtol=rtol, cycles=cycles)
         self._check_arrays(U, G, coarse_rhs)
         if not self._viewed:
             self._viewed = True
@@ -229,8 +236,9 @@ class MGRIT:
         if f_is_done:
             cycle.first_guess(nested=start == "nested", coarse_rhs_given=coarse_rhs)
         early = options.check == "cycle"
+        unseen = options.max_it if self._stop.cycles is None else self._stop.cycles
         while True:
-            if options.residual == "none" and result.cycles == options.max_it:
+            if options.residual == "none" and result.cycles == unseen:
                 if options.storage == "C":
                     self.levels[0].exchange(U)  # relaxation fetches row 0 only before it steps
                 result.converged, result.reason = True, "its"

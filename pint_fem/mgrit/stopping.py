@@ -93,11 +93,34 @@ class Stopping:
 
     def __init__(self, options: MGRITOptions, exact_after: float):
         self.options, self.exact_after = options, exact_after
+        self._rtol = options.rtol
+        #: Cycles to take whatever the residual, or ``None``.
+        self.cycles: int | None = None
+
+    def set(self, *, rtol: float | None, cycles: int | None) -> None:
+        """Tolerance or number of cycles of the next solve; ``None``: as the options say.
+
+        Raises
+        ------
+        ValueError
+            On both, or a value out of range.
+        """
+        if rtol is not None and cycles is not None:
+            raise ValueError("give rtol or cycles for a solve, not both")
+        if rtol is not None and not 0 <= rtol < math.inf:
+            raise ValueError(f"rtol = {rtol!r}: give a finite number that is not negative")
+        if cycles is not None and (not hasattr(cycles, "__index__") or cycles < 0):
+            raise ValueError(f"cycles = {cycles!r}: give a whole number that is not negative")
+        self._rtol, self.cycles = self.options.rtol if rtol is None else rtol, cycles
 
     def __call__(self, result: SolveResult) -> bool:
         """Set ``reason``, ``converged`` and ``message`` of the result and say whether to stop."""
         options, r, norm = self.options, result.residuals, result.residuals[-1]
-        relative = options.rtol * (result.scale if options.rtol_of == "trajectory" else r[0])
+        if self.cycles is not None:
+            result.converged = result.cycles >= self.cycles
+            result.reason = "its" if result.converged else ""
+            return result.converged
+        relative = self._rtol * (result.scale if options.rtol_of == "trajectory" else r[0])
         if norm <= options.atol or norm <= relative:
             result.converged, result.reason = True, "atol" if norm <= options.atol else "rtol"
             return True

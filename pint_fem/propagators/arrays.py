@@ -7,12 +7,17 @@ from collections.abc import Iterable
 import numpy as np
 from firedrake import Cofunction, DirichletBC, Function
 
-__all__ = ["boundary_rows", "get", "own_size", "put"]
+__all__ = ["boundary_rows", "get", "is_real", "own_size", "put"]
 
 
 def own_size(V) -> int:
     """Own degrees of freedom of a space on this rank."""
     return V.dof_dset.layout_vec.local_size
+
+
+def is_real(V) -> bool:
+    """Whether a space is one of real numbers, ``R``; the first rank owns them."""
+    return V.ufl_element().family() == "Real"
 
 
 def get(f: Function | Cofunction) -> np.ndarray:

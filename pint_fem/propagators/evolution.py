@@ -1,7 +1,8 @@
-"""The evolution a user poses: a semi-discrete residual in UFL, an integrator, a control."""
+"""The evolution a user poses: a semi-discrete residual in UFL, an integrator, controls."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from numbers import Real
 
 import numpy as np
@@ -13,7 +14,8 @@ from ufl.algorithms import expand_derivatives, extract_coefficients
 from ufl.algorithms.analysis import extract_type
 
 from pint_fem.errors import InputError
-from pint_fem.propagators.arrays import own_size
+from pint_fem.propagators.arrays import get, is_real, own_size, put
+from pint_fem.propagators.boundary import boundary_value, control_values
 from pint_fem.propagators.tableaux import DIRK
 
 __all__ = ["Evolution", "time_function"]
@@ -41,9 +43,12 @@ class Evolution:
     dt, nsteps
         Step size (> 0) and number of steps.
     control
-        Function in the residual that is sought, or ``None``.
+        What is sought: a function or several, or ``None``. Each is a field or a real number (space ``R``) in the
+        residual, in operators too, or in a boundary value (which must be affine in it), or the function given as
+        ``initial``.
     per_step
-        Whether the control has a value of its own in each step.
+        Whether the controls have a value of their own in each step (``True`` is all but the initial condition), or
+        those of them that do.
     t
         :func:`time_function` in the residual and boundary data, or ``None`` where neither depends on time.
     t0
@@ -67,8 +72,8 @@ class Evolution:
         tableau,
         dt: float,
         nsteps: int,
-        control: Function | None = None,
-        per_step: bool = False,
+        control: Function | Sequence[Function] | None = None,
+        per_step: bool | Sequence[Function] = False,
         t: Function | None = None,
         t0: float = 0.0,
         initial: Function | None = None,
@@ -109,27 +114,26 @@ class Evolution:
             raise InputError(
                 "t is not a function in the space R: make it by pint_fem.time_function(mesh), not Constant"
             )
-        boundary_data = [c for bc in self.bcs for c in extract_coefficients(_boundary_value(bc))]
-        if control is not None:
-            if not isinstance(control, Function):
-                raise InputError(f"control is a {type(control).__name__}: give a firedrake Function")
-            if control.function_space().ufl_element().family() == "Real":
-                raise InputError("a control in the space of reals is not supported: use a field, such as one in DG0")
-            if control in boundary_data:
-                raise InputError(
-                    "the control is in a boundary condition's value: put it into the residual (weakly) instead"
-                )
-            if control not in coefficients:
-                raise InputError("the control does not appear in the residual: use the same Function in both")
-            if control.function_space().mesh().unique() is not V.mesh().unique():
-                raise InputError("the control lives on another mesh than the state")
+        values = [boundary_value(bc) for bc in self.bcs]
+        boundary_data = [c for value in values for c in extract_coefficients(value)]
         if initial is not None and (not isinstance(initial, Function) or initial.function_space() != V):
             raise InputError("initial: give a Function in the state's space")
         self.residual, self.u, self.V = residual, u, V
         self.tableau, self.dt, self.nsteps = tableau, float(dt), int(nsteps)
         self.dirk = DIRK(tableau)
-        self.control, self.per_step, self.t, self.t0 = control, bool(per_step), t, float(t0)
+        self.t, self.t0 = t, float(t0)
         self.initial = Function(V).assign(u if initial is None else initial)
+        #: All controls, in the order given.
+        self.controls = _checked_controls(control, u, {*coefficients, *boundary_data}, initial)
+        #: Those with a value in each step.
+        self.stepwise = _checked_per_step(per_step, self.controls, initial)
+        #: The control that is the initial condition, or ``None``.
+        self.initial_control = next((c for c in self.controls if c is initial), None)
+        parameters = [c for c in self.controls if c is not initial]
+        #: Controls of a step, the static ones first; a step's vector of them has their own values in this order.
+        self.parameters = tuple(sorted(parameters, key=lambda c: c in self.stepwise))
+        #: Their boundary values, as operators.
+        self.boundary_controls = control_values(self)
         self.solver_parameters = dict(solver_parameters or {})
         self.test = residual.arguments()[0]
         self.depends_on_time = t is not None and (t in coefficients or t in boundary_data)
@@ -140,9 +144,39 @@ class Evolution:
         return own_size(self.V)
 
     @property
+    def control(self) -> Function | None:
+        """The control, or ``None``, where there are not several."""
+        if len(self.controls) > 1:
+            raise InputError(f"the evolution has {len(self.controls)} controls: see Evolution.controls")
+        return self.controls[0] if self.controls else None
+
+    @property
+    def per_step(self) -> bool:
+        """Whether a control has a value of its own in each step."""
+        return bool(self.stepwise)
+
+    @property
+    def control_sizes(self) -> list[int]:
+        """Own degrees of freedom of each of the parameters (of one step) on this rank."""
+        return [own_size(c.function_space()) for c in self.parameters]
+
+    @property
     def control_size(self) -> int:
-        """Own degrees of freedom of the control (of one step) on this rank; 0 without one."""
-        return 0 if self.control is None else own_size(self.control.function_space())
+        """Their sum: the length of a step's vector of controls."""
+        return sum(self.control_sizes)
+
+    def split_controls(self, vector: np.ndarray) -> list[np.ndarray]:
+        """Views of the parameters' parts of vectors ``(..., control_size)``."""
+        return np.split(vector, np.cumsum(self.control_sizes)[:-1], axis=-1) if self.parameters else []
+
+    def put_controls(self, vector: np.ndarray) -> None:
+        """Set the parameters' functions to a step's vector."""
+        for function, values in zip(self.parameters, self.split_controls(vector), strict=True):
+            put(function, values)
+
+    def get_controls(self) -> np.ndarray:
+        """The step's vector of the parameters' functions."""
+        return np.concatenate([np.zeros(0), *(get(c) for c in self.parameters)])
 
     def time(self, point):
         """Time of a point or an array of points."""
@@ -160,23 +194,51 @@ class Evolution:
     def linear_operators(self):
         r"""``(M, K)`` as bilinear forms where the residual is ``M Dt(u) + K u - f(t, z)``, else ``None``.
 
-        Required: affine in ``u`` and in the control, with neither, nor time, in ``M``, ``K`` or the control's operator.
+        Required: affine in ``u`` and in the controls, with none of them, nor time, in ``M``, ``K`` or the controls'
+        operators.
         """
         form, rate = self.parts()
         M = expand_derivatives(derivative(form, rate))
         K = expand_derivatives(derivative(form, self.u))
-        moving = {self.u, rate} | ({self.t} if self.t is not None else set())
-        if self.control is not None:
-            moving.add(self.control)
-            B = expand_derivatives(derivative(form, self.control))
-            if not B.empty() and moving & set(extract_coefficients(B)):
-                return None
-        if M.empty() or any(not form.empty() and moving & set(extract_coefficients(form)) for form in (M, K)):
+        moving = {self.u, rate, *self.parameters} | ({self.t} if self.t is not None else set())
+        operators = [expand_derivatives(derivative(form, control)) for control in self.parameters]
+        if M.empty() or any(not f.empty() and moving & set(extract_coefficients(f)) for f in (M, K, *operators)):
             return None
-        return M, K
+        return None if self.boundary_controls is not None and self.boundary_controls.depends_on_time else (M, K)
 
 
-def _boundary_value(bc: DirichletBC) -> ufl.core.expr.Expr:
-    """The value of a condition as UFL, as the user gave it."""
-    value = bc._original_arg
-    return ufl.as_tensor(value) if isinstance(value, (list, tuple)) else ufl.as_ufl(value)
+def _checked_controls(given, u: Function, found: set, initial: Function | None) -> tuple[Function, ...]:
+    """The controls as a tuple; ``found``: the functions in the residual and the boundary values."""
+    controls = tuple(given) if isinstance(given, (list, tuple)) else () if given is None else (given,)
+    for control in controls:
+        if not isinstance(control, Function):
+            raise InputError(f"control is a {type(control).__name__}: give a firedrake Function")
+        name = control.name()
+        if control is u:
+            raise InputError("the state u is no control: give its initial value as a function of its own, initial=")
+        if control is initial and control in found:
+            raise InputError(f"control {name!r} is the initial condition and in the residual: give two functions")
+        if control is not initial and control not in found:
+            raise InputError(
+                f"the control {name!r} does not appear in the residual, in a boundary value or as initial=: use the "
+                "same Function in both"
+            )
+        if is_real(control.function_space()) and control.ufl_shape:
+            raise InputError(f"control {name!r} is a vector of real numbers: give a function in R for each of them")
+        if control.function_space().mesh().unique() is not u.function_space().mesh().unique():
+            raise InputError("the control lives on another mesh than the state")
+    if len(set(controls)) < len(controls):
+        raise InputError("a control is given twice")
+    return controls
+
+
+def _checked_per_step(given, controls: tuple[Function, ...], initial: Function | None) -> tuple[Function, ...]:
+    """Controls with a value in each step."""
+    if isinstance(given, (bool, np.bool_)):
+        return tuple(c for c in controls if given and c is not initial)
+    chosen = tuple(given) if isinstance(given, (list, tuple)) else (given,)
+    if any(c not in controls or c is initial for c in chosen):
+        raise InputError(
+            "per_step: give True, or those of the controls (not the initial condition) with a value a step"
+        )
+    return chosen

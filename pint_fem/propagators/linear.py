@@ -6,22 +6,23 @@ a_{ii} \Delta t`,
 .. math::  S_i U_i = M W_i + b_i , \quad S_i = M + h_i K, \quad b_i = h_i f(t_i, z),
 
 on the free degrees of freedom, and the boundary values of time :math:`t_i` on the others (``S`` has unit rows and
-columns there, ``M`` zero rows, and ``b`` carries the lifting). ``W`` and the step follow from
-:class:`~pint_fem.propagators.tableaux.DIRK`.
+columns there, ``M`` zero rows, and ``b`` carries the lifting; the rows' adjoints are those of the boundary values). ``W``
+and the step follow from :class:`~pint_fem.propagators.tableaux.DIRK`.
 """
 
 from __future__ import annotations
 
 import numpy as np
 import ufl
-from firedrake import Constant, Function, assemble, derivative
+from firedrake import Constant, Function, assemble
 from firedrake.petsc import PETSc
 
 from pint_fem.errors import InputError
-from pint_fem.propagators.arrays import boundary_rows, get, own_size
+from pint_fem.propagators.arrays import boundary_rows, get
 from pint_fem.propagators.base import FEPropagator, StepData
 from pint_fem.propagators.blocks import Factor, is_symmetric, lanes
 from pint_fem.propagators.evolution import Evolution
+from pint_fem.propagators.operators import ControlOperator, MatrixOperator, control_operator
 from pint_fem.propagators.recursion import BlockRecursion, StateRecursion
 from pint_fem.propagators.tableaux import DIRK
 
@@ -60,8 +61,11 @@ class LinearPropagator(FEPropagator):
         symmetric_mass = mass.isSymmetric(0.0) and not len(self.bc_rows)
         self.MT = self.M if symmetric_mass else self.M.transpose(PETSc.Mat())
         given = (self.M, self.MT, self.dirk, self.steps_of_stage, self.factors, self.bc_rows)
+        given += (evolution.boundary_controls is None,)
         self._block, self._single = BlockRecursion(*given), StateRecursion(*given)
         self._loads = None
+        self._operators: list[ControlOperator | None] = []
+        self._lifting: dict[float, MatrixOperator] = {}
 
     # -- on blocks -----------------------------------------------------------------------------------------------------
     def apply(self, u: np.ndarray, out: np.ndarray, lane: int, load=None) -> None:
@@ -95,21 +99,19 @@ class LinearPropagator(FEPropagator):
 
     # -- forcing -------------------------------------------------------------------------------------------------------
     def _prepare_loads(self) -> None:
-        """Compile and assemble what the forcing needs: the affine part at ``z = 0`` and the control's operator."""
+        """Compile and assemble what the forcing needs: the affine part at ``z = 0`` and the controls' operators."""
         ev = self.evolution
         form, rate = ev.parts()
         self._lift = Function(ev.V, name="lift")
         repl = {ev.u: self._lift, rate: self._lift / (h := Constant(1.0))}
-        if ev.control is not None:
-            repl[ev.control] = Function(ev.control.function_space())
+        repl |= {control: Function(control.function_space()) for control in ev.parameters}
         self._load_form, self._load_h = ufl.replace(form, repl), h
         self._loads = {}
-        self.B = self.BT = None
-        if ev.control is not None:
-            B = assemble(-derivative(form, ev.control), mat_type="aij").petscmat.copy()
-            B.zeroRows(self._zero_rows, diag=0.0)
-            self.B, self.BT = B, B.transpose(PETSc.Mat())
-            self._bz, self._bn = B.createVecs()
+        self._operators = [control_operator(-form, control, self.bc_rows) for control in ev.parameters]
+        if ev.boundary_controls is not None:
+            M, K = ev.linear_operators()
+            for h in self.factors:
+                self._lifting[h] = MatrixOperator(assemble(M + Constant(h) * K, mat_type="aij").petscmat, self.bc_rows)
 
     def _affine_load(self, t: float, i: int) -> np.ndarray:
         """``h f(t_i, 0)`` with lifting, for the step that starts at ``t``; assembled once where nothing depends on
@@ -121,6 +123,8 @@ class LinearPropagator(FEPropagator):
             if ev.t is not None:
                 ev.t.assign(t + self.dirk.c[i] * self.dt)
             self._lift.zero()
+            if ev.boundary_controls is not None:
+                ev.put_controls(np.zeros(ev.control_size))
             for bc in ev.bcs:
                 bc.apply(self._lift)
             self._load_h.assign(h)
@@ -129,15 +133,26 @@ class LinearPropagator(FEPropagator):
             self._loads[key] = load
         return self._loads[key]
 
-    def _control_load(self, z: np.ndarray) -> np.ndarray:
-        """``df/dz z`` for one control ``(nz,)`` or one a step ``(k, nz)``."""
-        rows = np.atleast_2d(z)
-        out = np.empty((len(rows), self._bn.local_size))
-        for zi, oi in zip(rows, out, strict=True):
-            self._bz.array[:] = zi
-            self.B.mult(self._bz, self._bn)
-            oi[:] = self._bn.array_r
-        return out[0] if z.ndim == 1 else out
+    def _control_load(self, z: np.ndarray, h: float) -> np.ndarray:
+        """``db/dz z`` of a stage for a step's vector of controls, ``(n,)``."""
+        load = np.zeros(self.evolution.state_size)
+        for operator, part in zip(self._operators, self.evolution.split_controls(z), strict=True):
+            if operator is not None:
+                load += h * operator(part)
+        if self.evolution.boundary_controls is not None:
+            lift = self.evolution.boundary_controls.lift(z)
+            load += lift - self._lifting[h](lift)
+        return load
+
+    def _control_pull_back(self, y: np.ndarray, h: float) -> np.ndarray:
+        """Its transpose, of the adjoint of a stage's right-hand side."""
+        out = np.zeros(self.evolution.control_size)
+        for operator, part in zip(self._operators, self.evolution.split_controls(out), strict=True):
+            if operator is not None:
+                part += h * operator.transposed(y)
+        if self.evolution.boundary_controls is not None:
+            out += self.evolution.boundary_controls.pull_back(y - self._lifting[h].transposed(y))
+        return out
 
     def forcing(self, data: StepData, lane: int = 0) -> np.ndarray:
         """The affine part of ``step``: ``Phi(0, z)`` of each step, ``(k, n)``; a broadcast row where all are the
@@ -155,14 +170,17 @@ class LinearPropagator(FEPropagator):
         k, n = len(data.t), self.evolution.state_size
         same = not (affine and self.evolution.depends_on_time) and (z is None or z.ndim == 1)
         rows = min(k, 1) if same else k
-        control = None if z is None else self._control_load(z)
+        control = {}
+        if z is not None and self.evolution.parameters:
+            control = {h: np.array([self._control_load(zi, h) for zi in np.atleast_2d(z)]) for h in self.factors}
 
         def load(part, i):
             b = np.zeros((part.stop - part.start, n))
             if affine is not None:
                 b += [affine(t, i) for t in data.t[part]]
-            if control is not None:
-                b += self.steps_of_stage[i] * (control if control.ndim == 1 else control[part])
+            if control:
+                given = control[self.steps_of_stage[i]]
+                b += given if z.ndim == 1 else given[part]
             return b
 
         out = np.empty((rows, n))
@@ -194,17 +212,16 @@ class LinearPropagator(FEPropagator):
                 np.add.reduce(lam, axis=0, keepdims=True) if len(lam) else np.zeros((1, self.evolution.state_size)),
                 0,
             )
-        loads = np.zeros_like(lam)
+        loads = {h: np.zeros_like(lam) for h in self.factors}
 
         def on_stage(rows, i, y):
-            loads[rows] += self.steps_of_stage[i] * y
+            loads[self.steps_of_stage[i]][rows] += y
 
         self.apply_transposed(lam, np.empty_like(lam), lane, on_stage)
-        out = np.empty((len(lam), own_size(self.evolution.control.function_space())))
-        for y, gz in zip(loads, out, strict=True):
-            self._bn.array[:] = y
-            self.BT.mult(self._bn, self._bz)
-            gz[:] = self._bz.array_r
+        out = np.zeros((len(lam), self.evolution.control_size))
+        for h, adjoints in loads.items():
+            for y, gz in zip(adjoints, out, strict=True):
+                gz += self._control_pull_back(y, h)
         return out if self.evolution.per_step else out[0]
 
     def second_order(self, data, du, dz, lam):

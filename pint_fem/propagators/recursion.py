@@ -31,6 +31,8 @@ class _Recursion:
         Of :math:`S` by step.
     bc_rows
         Rows with a condition.
+    drop_rows
+        Whether nobody wants their adjoints; ``M^T`` does not see them.
     """
 
     w: np.ndarray
@@ -38,8 +40,16 @@ class _Recursion:
     y: np.ndarray
     yT: np.ndarray
 
-    def __init__(self, dirk: DIRK, steps: Sequence[float], factors: Mapping[float, Factor], bc_rows: np.ndarray):
-        self.dirk, self.steps, self.factors, self.bc_rows = dirk, steps, factors, bc_rows
+    def __init__(
+        self,
+        dirk: DIRK,
+        steps: Sequence[float],
+        factors: Mapping[float, Factor],
+        bc_rows: np.ndarray,
+        drop_rows: bool,
+    ):
+        self.dirk, self.steps, self.factors = dirk, steps, factors
+        self.bc_rows, self.drop_rows = bc_rows, drop_rows
         # stage increments that later stages or the end need
         kept = dirk.stages - dirk.stiffly_accurate
         self._stages = [np.zeros_like(self.w) for _ in range(kept)]
@@ -92,7 +102,8 @@ class _Recursion:
             last = accurate and i == dirk.stages - 1
             rhs = self.yT
             rhs[...] = self.w if last else bar[i]
-            rhs[..., self.bc_rows] = 0
+            if self.drop_rows:
+                rhs[..., self.bc_rows] = 0
             del rhs
             self.solve(self.steps[i], transposed=True)
             if on_stage is not None:

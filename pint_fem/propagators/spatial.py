@@ -37,9 +37,10 @@ from ufl.algorithms import extract_coefficients
 
 from pint_fem.errors import InputError
 from pint_fem.mgrit.transfer import Transfer
-from pint_fem.propagators.arrays import boundary_rows, get, own_size, put
+from pint_fem.propagators.arrays import boundary_rows, get, put
 from pint_fem.propagators.blocks import BlockOperator
-from pint_fem.propagators.evolution import Evolution, _boundary_value
+from pint_fem.propagators.boundary import boundary_value
+from pint_fem.propagators.evolution import Evolution
 
 __all__ = ["SpatialLevels", "coarse_evolution", "mesh_transfer"]
 
@@ -198,9 +199,9 @@ def coarse_evolution(evolution: Evolution, meshes: int = 1) -> Evolution:
 
 def _next_coarser(ev: Evolution) -> Evolution:
     manager, mapping = TransferManager(), {}
-    values = [_boundary_value(bc) for bc in ev.bcs]
+    values = [boundary_value(bc) for bc in ev.bcs]
     found = dict.fromkeys(c for part in (ev.residual, *values) for c in extract_coefficients(part))
-    for c in [f for f in (ev.u, ev.control, ev.t) if f is not None] + list(found):
+    for c in [f for f in (ev.u, *ev.parameters, ev.t) if f is not None] + list(found):
         if c not in mapping:
             mapping[c] = Function(coarsen(c.function_space(), coarsen), name=c.name())
             manager.inject(c, mapping[c])
@@ -214,7 +215,8 @@ def _next_coarser(ev: Evolution) -> Evolution:
     manager.inject(ev.initial, initial)
     return Evolution(
         coarsen(ev.residual, coarsen, coefficient_mapping=mapping), mapping[ev.u], tableau=ev.tableau, dt=ev.dt,
-        nsteps=ev.nsteps, control=mapping.get(ev.control), per_step=ev.per_step, t=mapping.get(ev.t), t0=ev.t0,
+        nsteps=ev.nsteps, control=[mapping[c] for c in ev.parameters], per_step=[mapping[c] for c in ev.stepwise],
+        t=mapping.get(ev.t), t0=ev.t0,
         initial=initial, bcs=bcs, solver_parameters=ev.solver_parameters,
     )  # fmt: skip
 
@@ -304,18 +306,22 @@ class SpatialLevels:
         return u
 
     def controls(self, index: int, z: np.ndarray | None) -> np.ndarray | None:
-        """Controls ``(nz,)`` or ``(k, nz)`` of the finest level injected to the mesh of level ``index``."""
-        fine, coarse = self.evolutions[0].control, self.evolutions[index].control
-        if z is None or coarse is None or coarse is fine or fine.function_space() == coarse.function_space():
-            return None if coarse is None else z
+        """Vectors of controls ``(nz,)`` or ``(k, nz)`` of the finest level, injected to the mesh of level ``index``."""
+        fine, coarse = self.evolutions[0], self.evolutions[index]
+        if z is None or not coarse.parameters:
+            return None
+        if coarse.V == fine.V:
+            return z
         rows = np.atleast_2d(z)
-        out = np.empty((len(rows), own_size(coarse.function_space())))
+        out = np.empty((len(rows), coarse.control_size))
         with stop_annotating():
-            f, c = Function(fine.function_space()), Function(coarse.function_space())
-            for given, injected in zip(rows, out, strict=True):
-                put(f, given)
-                self._manager.inject(f, c)
-                injected[:] = get(c)
+            given, wanted = fine.split_controls(rows), coarse.split_controls(out)
+            for f, c, source, target in zip(fine.parameters, coarse.parameters, given, wanted, strict=True):
+                f, c = Function(f.function_space()), Function(c.function_space())
+                for value, injected in zip(source, target, strict=True):
+                    put(f, value)
+                    self._manager.inject(f, c)
+                    injected[:] = get(c)
         return out if z.ndim == 2 else out[0]
 
 
@@ -351,9 +357,7 @@ def _checked(evolution: Evolution, given, count: int) -> list[Evolution]:
                 f"a coarse evolution has dt = {ev.dt:g}, t0 = {ev.t0:g}, nsteps = {ev.nsteps}: give those of the "
                 f"finest level ({evolution.dt:g}, {evolution.t0:g}, {evolution.nsteps}); steps are lengthened here"
             )
-        if ev.control is not None and (
-            evolution.control is None
-            or ev.control.function_space().ufl_element() != evolution.control.function_space().ufl_element()
-        ):
-            raise InputError("a coarse evolution's control is in another element than the finest one's")
+        elements = [[c.function_space().ufl_element() for c in e.parameters] for e in (ev, evolution)]
+        if ev.parameters and elements[0] != elements[1]:
+            raise InputError("a coarse evolution's controls are in other elements than the finest one's")
     return given

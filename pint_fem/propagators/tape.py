@@ -62,7 +62,7 @@ class TapePropagator(FEPropagator):
         super().__init__(evolution, stride=stride, tableau=tableau)
         self._u0 = Function(evolution.V, name="u0").assign(evolution.initial)
         with recording() as self.tape:
-            inputs = [f for f in (self._u0, evolution.control, evolution.t) if f is not None]
+            inputs = [self._u0, *evolution.parameters, *([] if evolution.t is None else [evolution.t])]
             controls = [Control(f) for f in inputs]
             # u1 = u0 must be a new node on the tape even where the step returns a function that it solved in place
             u1 = Function(evolution.V, name="u1")
@@ -99,15 +99,17 @@ class TapePropagator(FEPropagator):
     def _taped_bcs(self):
         """The conditions with their values as functions: expressions of ``t`` in them are not replayed."""
         ev = self.evolution
-        if not ev.depends_on_time:
+        if not ev.depends_on_time and ev.boundary_controls is None:
             return ev.bcs
         return [bc.reconstruct(g=Function(ev.V).interpolate(bc._original_arg)) for bc in ev.bcs]
 
     def _at(self, data, i: int, u: np.ndarray) -> Function:
-        values = [u, data.control(i), data.t[i]]
-        present = [True, self.evolution.control is not None, self.evolution.t is not None]
-        for f, value in zip(self._inputs, [v for v, p in zip(values, present, strict=True) if p], strict=True):
-            f.assign(float(value)) if np.ndim(value) == 0 else put(f, value)
+        ev = self.evolution
+        values = [u] if data.z is None else [u, *ev.split_controls(data.control(i))]
+        for f, value in zip(self._inputs, values, strict=False):
+            put(f, value)
+        if ev.t is not None:
+            self._inputs[-1].assign(float(data.t[i]))
         return self.rf(self._inputs)
 
     def _in_direction(self, du, dz) -> list[Function]:
@@ -115,8 +117,14 @@ class TapePropagator(FEPropagator):
             f.zero()
         put(self._directions[0], du)
         if dz is not None:
-            put(self._directions[1], dz)
+            for f, value in zip(self._directions[1:], self.evolution.split_controls(dz), strict=False):
+                put(f, value)
         return self._directions
+
+    def _control_part(self, derivatives) -> np.ndarray:
+        """A step's vector of derivatives by the controls."""
+        count = len(self.evolution.parameters)
+        return np.concatenate([np.zeros(0), *(get(d) for d in derivatives[1 : 1 + count])])
 
     def step(self, data, u, out, lane=0):
         """See :class:`FEPropagator`."""
@@ -141,7 +149,7 @@ class TapePropagator(FEPropagator):
 
     def control_adjoint(self, data, lam, lane=0):
         """See :class:`FEPropagator`."""
-        return self._collect([get(self._derivative(data, i, lam[i])[1]) for i in range(len(lam))])
+        return self._collect([self._control_part(self._derivative(data, i, lam[i])) for i in range(len(lam))])
 
     def second_order(self, data, du, dz, lam):
         """See :class:`FEPropagator`."""
@@ -150,5 +158,5 @@ class TapePropagator(FEPropagator):
             self._derivative(data, i, lam[i])
             result = self.rf.hessian(self._in_direction(du[i], direction(dz, i)), hessian_input=self._zero)
             out[i] = get(result[0])
-            rows.append(get(result[1]) if self.evolution.control is not None else np.zeros(0))
+            rows.append(self._control_part(result))
         return out, self._collect(rows)

@@ -1,0 +1,131 @@
+r"""The objective to a tolerance: as few cycles as the accuracy asked for needs.
+
+With the state's residual :math:`r = \Phi(u) - u` the value is off by :math:`\lambda^T r` to first order (dual weighted
+residual: R. Becker, R. Rannacher, Acta Numerica 10, 2001), hence
+
+.. math::  |J_h - J| \approx |\lambda^T r| \le \|\lambda\|\,\|r\| ,
+
+with the adjoint at hand (that of the iterate, while a trial point has none) and norms over the C-points, where the
+residual is. A gradient's error is linear in the residuals of state and adjoint: :math:`c\,(\rho_u + \rho_\lambda)` for
+relative residuals :math:`\rho`, with :math:`c` measured whenever a gradient is computed again more accurately,
+
+.. math::  c = \|g_{\text{new}} - g_{\text{old}}\| / (\rho_u + \rho_\lambda)_{\text{old}} .
+
+The theory of inexact trust regions asks for errors up to a constant that may be unknown
+(:mod:`pint_fem.optimize.trust_region`).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pint_fem.adjoint.objective import Objective
+from pint_fem.adjoint.problem import Point, ReducedProblem, relative_residual
+from pint_fem.adjoint.riesz import ControlInner
+from pint_fem.mgrit import SolverFailure
+
+__all__ = ["InexactObjective"]
+
+_TRIES = 3  # solves for one tolerance
+_SAFETY = 0.5  # of what a tolerance allows
+
+
+class InexactObjective(Objective):
+    """An :class:`~pint_fem.adjoint.objective.Objective` whose accuracy can be chosen; two points stay warm.
+
+    Parameters
+    ----------
+    problem, inner
+        As for an objective. The ``rtol`` of the problem's sweeps is the most that is asked of them.
+    loosest
+        Relative residual that solves start with, and never exceed.
+    """
+
+    def __init__(self, problem: ReducedProblem, inner: ControlInner, *, loosest: float = 1e-2):
+        super().__init__(problem, inner)
+        self.tightest = problem.sweeps.options.rtol
+        self.loosest = max(loosest, self.tightest)
+        self._constant: float | None = None  # c
+        self._weight: float | None = None  # norm of the last adjoint
+        problem.keep_points(2)
+
+    def _clip(self, rtol: float) -> float:
+        return min(max(rtol, self.tightest), self.loosest)
+
+    # -- value ---------------------------------------------------------------------------------------------------------
+    def value_within(self, x: np.ndarray, tolerance: float) -> tuple[float, float]:
+        """``J(x)`` and an estimate of its error, at most ``tolerance`` where the sweeps' ``rtol`` allows."""
+        try:
+            return self._value_within(x, tolerance)
+        except SolverFailure:
+            return np.inf, 0.0
+
+    def _value_within(self, x: np.ndarray, tolerance: float) -> tuple[float, float]:
+        problem, rtol = self.problem, self.loosest
+        for _ in range(_TRIES):
+            value, point = problem.value(x, rtol=rtol), problem.at(x)
+            if self._weight is None:
+                problem.derivative(x, rtol=rtol)
+                self._see_adjoint(point)
+            relative = relative_residual(point.state)
+            error = self._weight * relative * _scale(point)
+            if error <= tolerance or relative <= self.tightest:
+                break
+            rtol = self._clip(_SAFETY * relative * tolerance / error)
+        return value, error
+
+    def _see_adjoint(self, point: Point) -> None:
+        """Remember the adjoint's norm; sequential solves have no residuals to weigh."""
+        scale = point.adjoint.scale
+        self._weight = scale if np.isfinite(scale) else 0.0
+
+    # -- derivatives ---------------------------------------------------------------------------------------------------
+    def gradient_within(self, x: np.ndarray, tolerance: float) -> tuple[np.ndarray, float]:
+        """The gradient and an estimate of the norm of its error, at most ``tolerance`` where the sweeps allow."""
+        if self._constant is None:
+            self._gradient(x, self.loosest)
+            self._gradient(x, self._clip(1e-2 * self._residual(x)))  # measures the constant
+        constant = self._constant or 0.0
+        rtol = self._clip(_SAFETY * tolerance / (2 * constant)) if constant > 0 else self.loosest
+        for _ in range(_TRIES):
+            g = self._gradient(x, rtol)
+            error = (self._constant or 0.0) * self._residual(x)
+            if error <= tolerance or rtol <= self.tightest:
+                break
+            rtol = self._clip(_SAFETY * rtol * tolerance / error)
+        return g, error
+
+    def _residual(self, x: np.ndarray) -> float:
+        """Sum of the relative residuals of state and adjoint."""
+        point = self.problem.at(x)
+        return relative_residual(point.state) + relative_residual(point.adjoint)
+
+    def _gradient(self, x: np.ndarray, rtol: float) -> np.ndarray:
+        """The gradient with both residuals at most ``rtol``; measures the constant if another was there."""
+        point = self.problem.at(x)
+        before = None
+        if point.adjoint is not None and point.state is not None:
+            before = self.gradient_here(point), self._residual(x)
+        g = self._inner.primal(self.problem.derivative(x, rtol=rtol))
+        self._see_adjoint(point)
+        if before is not None and self._residual(x) <= 0.1 * before[1]:
+            change = g - before[0]
+            self._constant = float(np.sqrt(max(self.inner(change, change), 0.0))) / before[1]
+        return g
+
+    def gradient_here(self, point: Point) -> np.ndarray:
+        """Representative of the gradient that a point's trajectories give as they are."""
+        return self._inner.primal(self.problem.gradient_of(point))
+
+    def hessian_action_within(self, x: np.ndarray, v: np.ndarray, rtol: float) -> np.ndarray:
+        """Hessian action with relative residuals of its two sweeps at most ``rtol``."""
+        return self._inner.primal(self.problem.hessian_action(x, v, rtol=self._clip(rtol)))
+
+    def gauss_newton_action_within(self, x: np.ndarray, v: np.ndarray, rtol: float) -> np.ndarray:
+        """The same without the second derivatives of the steps."""
+        return self._inner.primal(self.problem.hessian_action(x, v, gauss_newton=True, rtol=self._clip(rtol)))
+
+
+def _scale(point: Point) -> float:
+    """Norm of the state, zero where it was solved sequentially and has no residual."""
+    return point.state.scale if np.isfinite(point.state.scale) else 0.0
