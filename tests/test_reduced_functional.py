@@ -39,7 +39,7 @@ from pint_fem.propagators.tableaux import DIRK
 from tests.heat import TABLEAUX, heat, point_and_direction
 
 
-def functional(st, *, linear=True, per_step=False, steps=22, tableau="SDIRK2", n=6, **options):
+def functional(st, *, linear=True, per_step=False, steps=22, tableau="SDIRK2", n=6, riesz_map="L2", **options):
     """A heat problem with every kind of term; 22 steps and m = 4, 2 make uneven intervals and slabs."""
     mesh = UnitSquareMesh(n, n, comm=st.space_comm, distribution_parameters={"partitioner_type": "simple"})
     ev = heat(mesh, linear=linear, per_step=per_step, steps=steps, dt=0.01, tableau=tableau)
@@ -53,7 +53,12 @@ def functional(st, *, linear=True, per_step=False, steps=22, tableau="SDIRK2", n
     regularisation = 1e-3 * (inner(grad(q), grad(q)) + (0 if linear else q**4) + q**2) * dx
     mgrit = {"coarsening": (4, 2), "levels": 3, "rtol": 1e-13} | options
     return pf.TimeParallelReducedFunctional(
-        ev, misfits, regularisation=regularisation, spacetime=st, solver_parameters={"mgrit": mgrit}
+        ev,
+        misfits,
+        regularisation=regularisation,
+        spacetime=st,
+        solver_parameters={"mgrit": mgrit},
+        riesz_map=riesz_map,
     )
 
 

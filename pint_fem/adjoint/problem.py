@@ -76,7 +76,7 @@ class Point:
 
 def relative_residual(result: SolveResult) -> float:
     """Last residual of a solve relative to the trajectory; 0 for sequential ones."""
-    if result.reason in ("exact", "serial"):
+    if result.reason in ("exact", "serial") or result.residuals[-1] == 0:
         return 0.0
     return result.residuals[-1] / result.scale if result.scale > 0 else np.inf
 
