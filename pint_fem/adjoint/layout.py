@@ -114,6 +114,14 @@ class ControlLayout:
         local = self.spacetime.sum_over_space(local)
         return float(local[0] + (self.spacetime.sum_over_time(local[1:])[0] if self.evolution.per_step else 0.0))
 
+    def share(self, z: np.ndarray) -> None:
+        """Give what is static to all ranks in time from the first."""
+        split = self.size - sum(self.part(z, c).size for c in self.evolution.stepwise)
+        if self.spacetime.time_comm.size > 1:
+            static = np.ascontiguousarray(z[:split])
+            self.spacetime.time_comm.Bcast(static, root=0)
+            z[:split] = static
+
     @property
     def owned(self) -> np.ndarray:
         """Which entries this rank contributes; the others are copies of those of the first rank in time."""

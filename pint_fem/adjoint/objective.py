@@ -20,10 +20,12 @@ class Objective:
         Value and derivatives.
     inner
         The inner product; gradients and Hessian actions are representatives in it.
+    scaling
+        What ``weights`` says instead of the inner product's diagonal.
     """
 
-    def __init__(self, problem: ReducedProblem, inner: ControlInner):
-        self.problem, self._inner = problem, inner
+    def __init__(self, problem: ReducedProblem, inner: ControlInner, *, scaling: np.ndarray | None = None):
+        self.problem, self._inner, self._scaling = problem, inner, scaling
 
     def value(self, x: np.ndarray) -> float:
         """``J(x)``; infinite where a sweep fails (on every rank alike): trial steps are then shortened."""
@@ -54,8 +56,21 @@ class Objective:
 
     @property
     def weights(self) -> np.ndarray | None:
-        """The product's matrix where it is diagonal, else ``None``."""
-        return self._inner.weights
+        """The product's matrix where it is diagonal, else ``None``; or the scaling of the variables."""
+        return self._inner.weights if self._scaling is None else self._scaling
+
+    def representative(self, dual: np.ndarray) -> np.ndarray:
+        """Of a functional given by its coefficients."""
+        return self._inner.primal(dual)
+
+    def advance(self, x: np.ndarray) -> tuple[float, np.ndarray, float]:
+        """``J`` and its gradient after one MGRIT cycle for each sweep, and their relative residual."""
+        value, g, residual = self.problem.advance(x)
+        return value, self._inner.primal(g), residual
+
+    def update_copies(self, x: np.ndarray) -> None:
+        """Set the entries that are copies from the rank that owns them."""
+        self.problem.layout.share(x)
 
     @property
     def owned(self) -> np.ndarray:

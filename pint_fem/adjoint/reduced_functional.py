@@ -14,14 +14,14 @@ from pyadjoint.enlisting import Enlist
 from pyadjoint.reduced_functional import AbstractReducedFunctional
 from pyadjoint.tape import stop_annotating
 
-from pint_fem.adjoint.objective import Objective
+from pint_fem.adjoint.minimisation import one_shot, scipy_method, trust_region
 from pint_fem.adjoint.problem import ReducedProblem
 from pint_fem.adjoint.riesz import ControlInner
 from pint_fem.adjoint.sweeps import Sweeps
 from pint_fem.errors import InputError
 from pint_fem.mgrit import MGRITOptions
 from pint_fem.mgrit.option_strings import parse_options
-from pint_fem.optimize import TrustRegionResult, minimize_trust_region
+from pint_fem.optimize import TrustRegionResult
 from pint_fem.propagators import Evolution, make_propagator
 from pint_fem.propagators.arrays import get, put
 from pint_fem.spacetime import SpaceTime
@@ -144,6 +144,9 @@ class TimeParallelReducedFunctional(AbstractReducedFunctional):
         except ValueError as error:
             raise InputError(str(error)) from error
         self.problem = ReducedProblem(sweeps, misfits, regularisation)
+        forms = regularisation if isinstance(regularisation, (list, tuple)) else [regularisation]
+        #: The functionals of the regularisation.
+        self.regularisation = [form for form in forms if form is not None]
         self.layout = self.problem.layout
         self.inner = ControlInner(self.layout, riesz_map)
         with stop_annotating():
@@ -250,45 +253,91 @@ class TimeParallelReducedFunctional(AbstractReducedFunctional):
 
     # -- optimisation -------------------------------------------------------------------------------------------------
     def minimize_trust_region(
-        self, start=None, *, monitor: Callable[[str], None] | None = None, **options
+        self,
+        start=None,
+        *,
+        monitor: Callable[[str], None] | None = None,
+        inexact=None,
+        bounds=None,
+        constraints=None,
+        preconditioner=None,
+        **options,
     ) -> TrustRegionResult:
-        """Minimise by :func:`pint_fem.optimize.minimize_trust_region` in the control's inner product.
+        """Minimise by :func:`pint_fem.optimize.minimize_trust_region` in the controls' inner product.
 
         Parameters
         ----------
         start
-            First control; default: the control's value at construction.
+            First controls; default: their values at construction.
         monitor
             Gets a line an iteration, on the first rank only.
+        inexact
+            ``True``, :class:`~pint_fem.optimize.InexactOptions` or a dictionary of them: sweeps are solved as
+            accurately as convergence needs and no more, at best to their ``rtol``.
+        bounds
+            ``(lower, upper)``, numbers or controls: by :func:`pint_fem.optimize.bounded.minimize_bounded`. The inner
+            product has to be diagonal; where it is not, ``"lumped"`` is used.
+        constraints
+            Pairs of a UFL functional that is linear in the controls and its value, such as ``(q*dx, 1.0)``.
+        preconditioner
+            Of conjugate gradients: ``"regularisation"`` (the inverse of its second derivative), a bilinear form or a
+            list with one a control, ``"limited-memory"``, or a callable on flat representatives.
         **options
-            Of :func:`~pint_fem.optimize.minimize_trust_region`. For a quadratic ``J`` the first radius is unlimited by
-            default.
+            Of the minimiser. For a quadratic ``J`` the first radius is unlimited by default.
 
         Returns
         -------
         TrustRegionResult
-            The control takes the value found; ``x`` holds the own values of the minimiser; :meth:`function` makes a
-            function of them.
+            The controls take the values found; ``x`` holds the own values of the minimiser; :meth:`function` makes
+            functions of them.
+
+        Raises
+        ------
+        InputError, ValueError
+            On options that do not fit, before anything is solved.
         """
-        z = self._current() if start is None else self.array(start)
-        if monitor is not None and not self.spacetime.is_root:
-            monitor = None
-        if self.problem.is_quadratic:
-            options.setdefault(
-                "initial_radius", min(1e99, options.get("max_radius", np.inf))
-            )  # the model is J itself: a bound would only cut steps short
-        options.setdefault("value_rtol", 10 * self.problem.sweeps.options.rtol)
-        with stop_annotating():
-            result = minimize_trust_region(Objective(self.problem, self.inner), z, monitor=monitor, **options)
-            self._take(result.x)
+        result = trust_region(
+            self, self._start(start), monitor=self._monitor(monitor), inexact=inexact, bounds=bounds,
+            constraints=constraints, preconditioner=preconditioner, **options,
+        )  # fmt: skip
+        self._take(result.x)
         return result
+
+    def minimize_one_shot(self, start=None, *, monitor=None, constraints=None, **options):
+        """Minimise while solving: one MGRIT cycle for state and adjoint between two updates of the controls.
+
+        See :func:`pint_fem.optimize.one_shot.minimize_one_shot` for options and result, and
+        :meth:`minimize_trust_region` for the arguments.
+        """
+        result = one_shot(self, self._start(start), monitor=self._monitor(monitor), constraints=constraints, **options)
+        self._take(result.x)
+        return result
+
+    def minimize_scipy(self, start=None, method: str = "trust-krylov", *, bounds=None, **options):
+        """Minimise by scipy, whose vectors are whole on each rank: for controls of moderate size.
+
+        See :func:`pint_fem.optimize.scipy_adapter.scipy_minimize` for methods, options and result. The variables are
+        scaled by the root of the lumped mass matrix, and derivatives are exact in these coordinates (pyadjoint's
+        ``minimize`` hands scipy Riesz representatives).
+        """
+        result = scipy_method(self, self._start(start), method, bounds=bounds, **options)
+        self._take(result.x)
+        return result
+
+    def _start(self, start) -> np.ndarray:
+        return self._current() if start is None else self.array(start)
+
+    def _monitor(self, monitor):
+        """On the first rank only."""
+        return monitor if self.spacetime.is_root else None
 
     def _take(self, z: np.ndarray) -> None:
         """Make an array the controls' value."""
         self._z = z
-        for control, value in zip(self.controls, Enlist(self.function(z)), strict=True):
-            control.update(value)
-        self._fill([control.control for control in self.controls], z)
+        with stop_annotating():
+            for control, value in zip(self.controls, Enlist(self.function(z)), strict=True):
+                control.update(value)
+            self._fill([control.control for control in self.controls], z)
 
 
 def _parts(f) -> list:

@@ -207,6 +207,11 @@ class Sweeps:
         self.on_sweep: Callable[[str, SolveResult], None] | None = None
 
     @property
+    def accelerated(self) -> bool:
+        """Whether linear sweeps are a Krylov method's."""
+        return isinstance(self._adjoint, AcceleratedSweep)
+
+    @property
     def levels(self):
         """The MGRIT levels of the adjoint sweep."""
         return self._adjoint.levels

@@ -1,0 +1,158 @@
+"""Optimisers on the time-parallel functional: what of it they see, and in which inner product."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import ufl
+from firedrake import TestFunction, TrialFunction, assemble, derivative
+from pyadjoint.tape import stop_annotating
+from ufl.algorithms import expand_derivatives, extract_coefficients
+
+from pint_fem.adjoint.inexact import InexactObjective
+from pint_fem.adjoint.objective import Objective
+from pint_fem.adjoint.riesz import ControlInner
+from pint_fem.errors import InputError
+from pint_fem.optimize import InexactOptions, minimize_trust_region
+from pint_fem.optimize.bounded import minimize_bounded
+from pint_fem.optimize.constraints import AffineConstraints
+from pint_fem.optimize.one_shot import minimize_one_shot
+from pint_fem.optimize.scipy_adapter import scipy_minimize
+from pint_fem.propagators.arrays import get
+
+__all__ = ["one_shot", "scipy_method", "trust_region"]
+
+
+def trust_region(rf, start: np.ndarray, *, monitor, inexact, bounds, constraints, preconditioner, **options):
+    """See :meth:`~pint_fem.adjoint.TimeParallelReducedFunctional.minimize_trust_region`."""
+    problem, inner = rf.problem, rf.inner
+    options.setdefault("value_rtol", 10 * problem.sweeps.options.rtol)
+    if problem.is_quadratic and bounds is None:
+        # the model is J itself: a bound would only cut steps short
+        options.setdefault("initial_radius", min(1e99, options.get("max_radius", np.inf)))
+    if isinstance(inexact, Mapping):
+        inexact = InexactOptions(**inexact)
+    inexact = InexactOptions() if inexact is True else inexact or None
+    if bounds is not None:
+        if inexact is not None or constraints:
+            raise InputError("bounds go with exact solves and without integral constraints: leave the others out")
+        if inner.weights is None:
+            inner = ControlInner(rf.layout, "lumped")
+    options["preconditioner"] = _preconditioner(rf, inner, preconditioner)
+    with stop_annotating():
+        if bounds is not None:
+            lower, upper = (_side(rf, side) for side in bounds)
+            return minimize_bounded(Objective(problem, inner), start, lower, upper, monitor=monitor, **options)
+        if inexact is None:
+            objective = Objective(problem, inner)
+        else:
+            objective = InexactObjective(problem, inner)
+        objective, start = constrained(rf, objective, start, constraints)
+        try:
+            return minimize_trust_region(objective, start, monitor=monitor, inexact=inexact, **options)
+        finally:
+            problem.keep_points(1)
+
+
+def one_shot(rf, start: np.ndarray, *, monitor, constraints, **options):
+    """See :meth:`~pint_fem.adjoint.TimeParallelReducedFunctional.minimize_one_shot`."""
+    options.setdefault("value_rtol", 10 * rf.problem.sweeps.options.rtol)
+    if rf.problem.sweeps.accelerated:
+        raise InputError("one-shot takes single MGRIT cycles: leave krylov out")
+    with stop_annotating():
+        objective, start = constrained(rf, Objective(rf.problem, rf.inner), start, constraints)
+        return minimize_one_shot(objective, start, monitor=monitor, **options)
+
+
+def scipy_method(rf, start: np.ndarray, method: str, *, bounds, **options):
+    """See :meth:`~pint_fem.adjoint.TimeParallelReducedFunctional.minimize_scipy`."""
+    scaling = rf.inner.weights
+    if scaling is None:
+        scaling = ControlInner(rf.layout, "lumped").weights
+    lower, upper = (None, None) if bounds is None else (_side(rf, side) for side in bounds)
+    with stop_annotating():
+        objective = Objective(rf.problem, rf.inner, scaling=scaling)
+        return scipy_minimize(objective, start, method, comm=rf.spacetime.comm, lower=lower, upper=upper, **options)
+
+
+def _side(rf, side):
+    """A bound as a number or an array of own values."""
+    return float(side) if np.ndim(side) == 0 and not hasattr(side, "function_space") else rf.array(side)
+
+
+def constrained(rf, objective: Objective, start: np.ndarray, constraints):
+    """The objective on the controls that meet the constraints, and the nearest such control to the start.
+
+    Parameters
+    ----------
+    rf
+        The functional.
+    objective
+        Of the controls.
+    start
+        First control.
+    constraints
+        Pairs ``(form, value)``: UFL functionals that are linear in the controls, and what they have to be; for controls
+        with a value a step the functional is summed with weight ``dt``. ``None``: no constraints.
+
+    Raises
+    ------
+    InputError
+        If a form is not linear in the controls, or has none.
+    """
+    if not constraints:
+        return objective, start
+    normals, values = [], []
+    for form, value in constraints:
+        normals.append(objective.representative(_normal(rf, form)))
+        values.append(float(value))
+    try:
+        limited = AffineConstraints(objective, normals, values)
+    except ValueError as error:
+        raise InputError(f"constraints: {error}") from error
+    return limited, limited.feasible(start)
+
+
+def _normal(rf, form) -> np.ndarray:
+    """A constraint's derivative, a dual vector."""
+    controls = [c for c in rf.evolution.controls if isinstance(form, ufl.Form) and c in extract_coefficients(form)]
+    if not controls:
+        raise InputError("constraints: give pairs of a functional of the controls, such as q*dx, and its value")
+    dual = np.zeros(rf.layout.size)
+    for control in controls:
+        space = control.function_space()
+        slope = expand_derivatives(derivative(form, control, TestFunction(space)))
+        if set(controls) & set(extract_coefficients(slope)):
+            raise InputError("constraints: a functional is not linear in the controls")
+        stepwise = control in rf.evolution.stepwise
+        rf.layout.part(dual, control)[...] = get(assemble(slope)) * (rf.evolution.dt if stepwise else 1.0)
+    return dual
+
+
+def _preconditioner(rf, inner: ControlInner, given):
+    """An approximate inverse Hessian on representatives."""
+    if given is None or given == "limited-memory" or (callable(given) and not isinstance(given, ufl.Form)):
+        return given
+    if isinstance(given, str) and given == "regularisation":
+        given = [_second_derivative(rf, control) for control in rf.evolution.controls]
+    elif isinstance(given, str):
+        raise InputError(
+            f"preconditioner {given!r}: give 'regularisation', 'limited-memory', a bilinear form or a callable"
+        )
+    prior = ControlInner(rf.layout, given)
+    return lambda r: prior.primal(inner.dual(r))
+
+
+def _second_derivative(rf, control) -> ufl.Form:
+    """The regularisation's second derivative by a control, as a bilinear form."""
+    space, found = control.function_space(), []
+    for form in rf.regularisation:
+        if control in extract_coefficients(form):
+            second = derivative(derivative(form, control, TestFunction(space)), control, TrialFunction(space))
+            found.append(expand_derivatives(second))
+    if not found or any(control in extract_coefficients(second) for second in found):
+        raise InputError(
+            f"preconditioner 'regularisation': the regularisation is not quadratic in control {control.name()!r}"
+        )
+    return sum(found[1:], start=found[0])

@@ -1,0 +1,194 @@
+r"""Linear equality constraints on integrals of the control.
+
+Minimise :math:`J(x)` subject to :math:`(c_i, x) = b_i`, :math:`i = 1 \dots k`, in the problem's inner product: the mean
+of a source, the total dose of a control. Gram-Schmidt gives an orthonormal basis :math:`q_1, \dots, q_k` of the
+normals, :math:`c_j = \sum_i R_{ij} q_i`, so with :math:`R^T \beta = b` the constraints read :math:`(q_i, x) = \beta_i`
+and the orthogonal projection on their null space is
+
+.. math:: P v = v - \sum_i (q_i, v) q_i.
+
+Every feasible x is :math:`x_0 + z`, z in that null space, a Hilbert space with the same inner product. There the Riesz
+gradient of J is :math:`P g` and its Hessian is :math:`P H P` [1, Sec. 15.3]: a smaller unconstrained problem, which a
+minimiser started from a feasible point solves without knowing: all its steps are combinations of projected vectors. At
+a minimiser :math:`P g = 0`, that is :math:`g = \sum_i \lambda_i c_i`: the multiplier is the price of the constraint,
+:math:`\lambda_i = \partial J_{\min} / \partial b_i` [1, Sec. 12.3].
+
+References
+----------
+[1] J. Nocedal, S. J. Wright, Numerical Optimization, 2nd ed., Springer 2006.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import partial
+
+import numpy as np
+
+__all__ = ["AffineConstraints"]
+
+_OPTIONAL = (
+    "advance",
+    "gauss_newton_action",
+    "gauss_newton_action_within",
+    "gradient_within",
+    "hessian_action_within",
+    "value_within",
+)
+
+# A normal is dependent on those before it if less than this part of it is left outside their span.
+_DEPENDENT = 1e-10
+
+# (q_i, x) may differ from beta_i by this much of |x| + |beta|: far above round-off, far below anything meant.
+_FEASIBLE = 1e-8
+
+
+class AffineConstraints:
+    """A problem on the null space of linear constraints; a problem itself.
+
+    Hand it to a minimiser with a feasible first guess:
+    ``minimize_trust_region(constrained, constrained.feasible(x0))``. Beside the methods below it has those of
+    `advance`, `gauss_newton_action`, `value_within`, `gradient_within`, `hessian_action_within` and
+    `gauss_newton_action_within` that the problem has.
+
+    Parameters
+    ----------
+    problem : Problem
+    normals : sequence of ndarray, shape (n,)
+        The Riesz representers c_i, this process's parts: for the integral of x in L2 the function 1.
+    values : sequence of float
+        The b_i, one for each normal and the same on every process.
+
+    Attributes
+    ----------
+    problem : Problem
+        The one given.
+
+    Raises
+    ------
+    ValueError
+        No normals, a normal that is zero, not finite, of another shape or dependent on those before it, values that
+        are not finite or not as many; ``value``, ``gradient`` and ``advance`` if x does not meet the constraints.
+    """
+
+    def __init__(self, problem, normals: Sequence[np.ndarray], values: Sequence[float]):
+        self.problem = problem
+        self._Q, self._R = _orthonormal(problem.inner, [np.array(c, dtype=np.float64) for c in normals])
+        b = np.atleast_1d(np.asarray(values, dtype=np.float64))
+        if b.shape != (len(self._Q),) or not np.isfinite(b).all():
+            raise ValueError(f"values = {values!r} is refused: give {len(self._Q)} finite numbers, one for each normal")
+        self._beta = np.linalg.solve(self._R.T, b)
+
+    # -- the problem on the null space --------------------------------------------------------------------------------
+    def value(self, x: np.ndarray) -> float:
+        """J(x)."""
+        self._insist(x)
+        return self.problem.value(x)
+
+    def gradient(self, x: np.ndarray) -> np.ndarray:
+        """P g, the Riesz representative of J'(x) on the null space."""
+        self._insist(x)
+        return self.project(self.problem.gradient(x))
+
+    def hessian_action(self, x: np.ndarray, v: np.ndarray) -> np.ndarray:
+        """P H P v."""
+        return self.project(self.problem.hessian_action(x, self.project(v)))
+
+    def inner(self, a: np.ndarray, b: np.ndarray) -> float:
+        """The problem's inner product."""
+        return self.problem.inner(a, b)
+
+    def __getattr__(self, name: str):
+        """An optional method of the problem, its vectors projected; absent where the problem lacks it."""
+        if name not in _OPTIONAL:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return partial(getattr(self, f"_{name}"), getattr(self.problem, name))
+
+    def _value_within(self, method, x, tolerance):
+        self._insist(x)
+        return method(x, tolerance)
+
+    def _gradient_within(self, method, x, tolerance):
+        self._insist(x)
+        g, error = method(x, tolerance)
+        return self.project(g), error  # |P e| <= |e|
+
+    def _gauss_newton_action(self, method, x, v):
+        return self.project(method(x, self.project(v)))
+
+    def _hessian_action_within(self, method, x, v, rtol):
+        return self.project(method(x, self.project(v), rtol))
+
+    _gauss_newton_action_within = _hessian_action_within
+
+    def _advance(self, method, x):
+        self._insist(x)
+        value, g, residual = method(x)
+        return value, self.project(g), residual
+
+    # -- the constraints ----------------------------------------------------------------------------------------------
+    def project(self, v: np.ndarray) -> np.ndarray:
+        """P v, the part of v that the constraints do not see; a new array."""
+        return self._minus(v, self._components(v))
+
+    def feasible(self, x: np.ndarray) -> np.ndarray:
+        """The point nearest to x, in the problem's norm, that meets the constraints; a new array."""
+        for _ in range(2):  # the second pass removes the round-off of a far x
+            x = self._minus(x, self._components(x) - self._beta)
+        return x
+
+    def violation(self, x: np.ndarray) -> np.ndarray:
+        """``(c_i, x) - b_i``, shape (k,)."""
+        return self._R.T @ (self._components(x) - self._beta)
+
+    def multipliers(self, x: np.ndarray) -> np.ndarray:
+        """The lambda, shape (k,), that make ``|g(x) - sum lambda_i c_i|`` least: one gradient of the problem.
+
+        At a minimiser ``lambda_i`` is the derivative of the least J with respect to ``b_i``.
+        """
+        return np.linalg.solve(self._R, self._components(self.problem.gradient(x)))
+
+    def _components(self, v: np.ndarray) -> np.ndarray:
+        return np.array([float(self.problem.inner(q, v)) for q in self._Q])
+
+    def _minus(self, v: np.ndarray, components: np.ndarray) -> np.ndarray:
+        out = np.array(v, dtype=np.float64)
+        for q, component in zip(self._Q, components, strict=True):
+            out -= component * q
+        return out
+
+    def _insist(self, x: np.ndarray) -> None:
+        """Refuse x off the constraints: a minimiser started there would keep (c_i, x) at the wrong value, silently."""
+        gap = np.linalg.norm(self._components(x) - self._beta)
+        allowed = _FEASIBLE * (math.sqrt(float(self.problem.inner(x, x))) + np.linalg.norm(self._beta))
+        if gap > allowed:  # false for an x that is not finite, which is for J to judge
+            raise ValueError(
+                f"x misses the constraints: (c, x) - b = {self.violation(x)}; start from feasible(x), not from x"
+            )
+
+
+def _orthonormal(inner, normals: list[np.ndarray]) -> tuple[list[np.ndarray], np.ndarray]:
+    """Gram-Schmidt, every vector orthogonalised twice: orthonormal to round-off however close to dependent."""
+    if not normals:
+        raise ValueError("normals is empty: give at least one representer, or minimise the problem itself")
+    Q: list[np.ndarray] = []
+    R = np.zeros((len(normals), len(normals)))
+    for j, c in enumerate(normals):
+        if c.ndim != 1 or c.shape != normals[0].shape:
+            raise ValueError(f"normal {j} has shape {c.shape}: give 1-D arrays, all of the shape of x")
+        length = math.sqrt(float(inner(c, c)))
+        if not 0 < length < math.inf:
+            raise ValueError(f"normal {j} has norm {length}: give a representer that is finite and not zero")
+        for _ in range(2):
+            for i, q in enumerate(Q):
+                component = float(inner(q, c))
+                R[i, j] += component
+                c = c - component * q
+        R[j, j] = math.sqrt(float(inner(c, c)))
+        if R[j, j] <= _DEPENDENT * length:
+            raise ValueError(
+                f"normal {j} is a combination of those before it (all but {R[j, j] / length:.1e} of it): leave it out"
+            )
+        Q.append(c / R[j, j])
+    return Q, R

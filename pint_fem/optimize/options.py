@@ -1,0 +1,59 @@
+"""Refusal of options out of range, before any work starts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from numbers import Integral, Real
+
+import numpy as np
+
+__all__ = ["check", "check_callable", "check_choice", "check_first_guess", "check_radii", "is_count"]
+
+
+def check(name: str, value: object, allowed: str, accepts: Callable[[Real], bool]) -> None:
+    """Refuse an option that is no real number or out of range.
+
+    Raises
+    ------
+    ValueError
+        With what was given and what would do.
+    """
+    if isinstance(value, bool) or not isinstance(value, Real) or not accepts(value):
+        raise ValueError(f"{name} = {value!r} is refused: give {allowed}")
+
+
+def is_count(low: int) -> Callable[[Real], bool]:
+    """Whether a number is an integer from `low` on."""
+    return lambda v: isinstance(v, Integral) and v >= low
+
+
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """Refuse what is none of the names."""
+    if value not in choices:
+        raise ValueError(f"{name} = {value!r} is refused: give {' or '.join(map(repr, choices))}")
+
+
+def check_callable(name: str, value: object) -> None:
+    """Refuse what is neither None nor callable."""
+    if value is not None and not callable(value):
+        raise ValueError(f"{name} = {value!r} is refused: give a callable or None")
+
+
+def check_radii(initial_radius: float | None, max_radius: float, min_radius: float) -> None:
+    """Refuse radii out of range or order."""
+    check("max_radius", max_radius, "a number > 0, infinity included", lambda v: v > 0)
+    check("min_radius", min_radius, f"a number in [0, max_radius = {max_radius})", lambda v: 0 <= v < max_radius)
+    if initial_radius is not None:
+        check(
+            "initial_radius",
+            initial_radius,
+            f"a finite number above min_radius = {min_radius} and up to max_radius = {max_radius}, or None",
+            lambda v: min_radius < v <= max_radius and v < math.inf,
+        )
+
+
+def check_first_guess(x0: np.ndarray) -> None:
+    """Refuse what is no vector."""
+    if np.ndim(x0) != 1 or np.iscomplexobj(x0):
+        raise ValueError(f"x0 of shape {np.shape(x0)} and type {np.asarray(x0).dtype} is refused: give 1-D real array")
