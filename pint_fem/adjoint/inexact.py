@@ -6,10 +6,12 @@ residual: R. Becker, R. Rannacher, Acta Numerica 10, 2001), hence
 .. math::  |J_h - J| \approx |\lambda^T r| \le \|\lambda\|\,\|r\| ,
 
 with the adjoint at hand (that of the iterate, while a trial point has none) and norms over the C-points, where the
-residual is. A gradient's error is linear in the residuals of state and adjoint: :math:`c\,(\rho_u + \rho_\lambda)` for
-relative residuals :math:`\rho`, with :math:`c` measured whenever a gradient is computed again more accurately,
+residual is. A gradient's error is linear in the residuals of state and adjoint:
+:math:`c_u\,\rho_u + c_\lambda\,\rho_\lambda` for relative residuals :math:`\rho`. For :math:`c_\lambda` the norm of the
+adjoint's part of the gradient is taken, which is linear in :math:`\lambda`; :math:`c_u` is measured whenever a gradient
+is computed again more accurately,
 
-.. math::  c = \|g_{\text{new}} - g_{\text{old}}\| / (\rho_u + \rho_\lambda)_{\text{old}} .
+.. math::  c_u = \|g_{\text{new}} - g_{\text{old}}\| / \rho_{u,\text{old}} .
 
 The theory of inexact trust regions asks for errors up to a constant that may be unknown
 (:mod:`pint_fem.optimize.trust_region`).
@@ -45,7 +47,8 @@ class InexactObjective(Objective):
         super().__init__(problem, inner)
         self.tightest = problem.sweeps.options.rtol
         self.loosest = max(loosest, self.tightest)
-        self._constant: float | None = None  # c
+        self._state_factor: float | None = None  # c_u
+        self._adjoint_factor = 0.0  # c_lambda
         self._weight: float | None = None  # norm of the last adjoint
         problem.keep_points(2)
 
@@ -75,42 +78,52 @@ class InexactObjective(Objective):
         return value, error
 
     def _see_adjoint(self, point: Point) -> None:
-        """Remember the adjoint's norm; sequential solves have no residuals to weigh."""
+        """Remember the adjoint's norm, and its part of the gradient's; sequential solves have no residuals to weigh."""
         scale = point.adjoint.scale
         self._weight = scale if np.isfinite(scale) else 0.0
+        self._adjoint_factor = self._norm(self._inner.primal(self.problem.adjoint_part(point)))
+
+    def _norm(self, v: np.ndarray) -> float:
+        return float(np.sqrt(max(self.inner(v, v), 0.0)))
 
     # -- derivatives ---------------------------------------------------------------------------------------------------
     def gradient_within(self, x: np.ndarray, tolerance: float) -> tuple[np.ndarray, float]:
         """The gradient and an estimate of the norm of its error, at most ``tolerance`` where the sweeps allow."""
-        if self._constant is None:
+        if self._state_factor is None:
             self._gradient(x, self.loosest)
-            self._gradient(x, self._clip(1e-2 * self._residual(x)))  # measures the constant
-        constant = self._constant or 0.0
-        rtol = self._clip(_SAFETY * tolerance / (2 * constant)) if constant > 0 else self.loosest
+            self._gradient(x, self._clip(1e-2 * max(self._residuals(x))))  # measures the state's factor
+        factors = self._factors()
+        rtol = self._clip(_SAFETY * tolerance / sum(factors)) if sum(factors) > 0 else self.loosest
         for _ in range(_TRIES):
             g = self._gradient(x, rtol)
-            error = (self._constant or 0.0) * self._residual(x)
+            error = float(np.dot(self._factors(), self._residuals(x)))
             if error <= tolerance or rtol <= self.tightest:
                 break
             rtol = self._clip(_SAFETY * rtol * tolerance / error)
         return g, error
 
-    def _residual(self, x: np.ndarray) -> float:
-        """Sum of the relative residuals of state and adjoint."""
+    def _factors(self) -> tuple[float, float]:
+        """``c_u`` and ``c_lambda``; the first is taken for the second until it is measured."""
+        state = self._adjoint_factor if self._state_factor is None else self._state_factor
+        return state, self._adjoint_factor
+
+    def _residuals(self, x: np.ndarray) -> tuple[float, float]:
+        """Relative residuals of state and adjoint."""
         point = self.problem.at(x)
-        return relative_residual(point.state) + relative_residual(point.adjoint)
+        return relative_residual(point.state), relative_residual(point.adjoint)
 
     def _gradient(self, x: np.ndarray, rtol: float) -> np.ndarray:
-        """The gradient with both residuals at most ``rtol``; measures the constant if another was there."""
+        """The gradient with both residuals at most ``rtol``; measures the factors."""
         point = self.problem.at(x)
         before = None
         if point.adjoint is not None and point.state is not None:
-            before = self.gradient_here(point), self._residual(x)
+            before = self.gradient_here(point), self._residuals(x)
         g = self._inner.primal(self.problem.derivative(x, rtol=rtol))
         self._see_adjoint(point)
-        if before is not None and self._residual(x) <= 0.1 * before[1]:
-            change = g - before[0]
-            self._constant = float(np.sqrt(max(self.inner(change, change), 0.0))) / before[1]
+        if before is not None:
+            old, (state, adjoint) = before
+            if state >= adjoint and state > 0 and max(self._residuals(x)) <= 0.1 * state:
+                self._state_factor = self._norm(g - old) / state
         return g
 
     def gradient_here(self, point: Point) -> np.ndarray:

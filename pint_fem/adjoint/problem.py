@@ -246,6 +246,11 @@ class ReducedProblem:
                 point.gradient += self.regularisation.gradient(point.z)
         return point.gradient.copy()
 
+    def adjoint_part(self, point: Point) -> np.ndarray:
+        """What the regularisation leaves of ``J'``."""
+        g = self.gradient_of(point)
+        return g if self.regularisation is None else g - self.regularisation.gradient(point.z)
+
     def _pull_back(self, point: Point, L: np.ndarray, more: np.ndarray | None = None) -> np.ndarray:
         """Derivatives by the controls that an adjoint gives, with something more on each step's."""
         rows = self.sweeps.control_gradient(self.layout.steps(point.z), point.U, L)

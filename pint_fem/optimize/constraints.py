@@ -8,10 +8,15 @@ and the orthogonal projection on their null space is
 .. math:: P v = v - \sum_i (q_i, v) q_i.
 
 Every feasible x is :math:`x_0 + z`, z in that null space, a Hilbert space with the same inner product. There the Riesz
-gradient of J is :math:`P g` and its Hessian is :math:`P H P` [1, Sec. 15.3]: a smaller unconstrained problem, which a
-minimiser started from a feasible point solves without knowing: all its steps are combinations of projected vectors. At
-a minimiser :math:`P g = 0`, that is :math:`g = \sum_i \lambda_i c_i`: the multiplier is the price of the constraint,
-:math:`\lambda_i = \partial J_{\min} / \partial b_i` [1, Sec. 12.3].
+gradient of J is :math:`P g` and its Hessian is :math:`P H P` [1, Ch. 15]: a smaller unconstrained problem, which a
+minimiser started from a feasible point solves without knowing: all its steps are combinations of projected vectors.
+Round-off leaves in them a part off the null space. There :math:`P H P` is zero, so conjugate gradients run long enough
+would take it for a direction without curvature, along which to go far. With :math:`\mu\,(v - P v)` added,
+:math:`\mu = |(Pv, H Pv)|/|Pv|^2`, every CG step shortens the residual's part there instead, as
+:math:`0 \le \alpha_j \mu \le 1`.
+
+At a minimiser :math:`P g = 0`, that is :math:`g = \sum_i \lambda_i c_i`: the multiplier is the price of the constraint,
+:math:`\lambda_i = \partial J_{\min} / \partial b_i` [1, Ch. 12].
 
 References
 ----------
@@ -92,8 +97,8 @@ class AffineConstraints:
         return self.project(self.problem.gradient(x))
 
     def hessian_action(self, x: np.ndarray, v: np.ndarray) -> np.ndarray:
-        """P H P v."""
-        return self.project(self.problem.hessian_action(x, self.project(v)))
+        """P H P v, and a multiple of v - P v."""
+        return self._on_null_space(v, lambda pv: self.problem.hessian_action(x, pv))
 
     def inner(self, a: np.ndarray, b: np.ndarray) -> float:
         """The problem's inner product."""
@@ -115,12 +120,20 @@ class AffineConstraints:
         return self.project(g), error  # |P e| <= |e|
 
     def _gauss_newton_action(self, method, x, v):
-        return self.project(method(x, self.project(v)))
+        return self._on_null_space(v, lambda pv: method(x, pv))
 
     def _hessian_action_within(self, method, x, v, rtol):
-        return self.project(method(x, self.project(v), rtol))
+        return self._on_null_space(v, lambda pv: method(x, pv, rtol))
 
     _gauss_newton_action_within = _hessian_action_within
+
+    def _on_null_space(self, v: np.ndarray, action) -> np.ndarray:
+        """P H P v, with the Rayleigh quotient of P v for all that is off the null space."""
+        pv = self.project(v)
+        h = self.project(action(pv))
+        square = float(self.problem.inner(pv, pv))
+        quotient = abs(float(self.problem.inner(pv, h))) / square if square > 0 else 1.0
+        return h + quotient * (v - pv)
 
     def _advance(self, method, x):
         self._insist(x)

@@ -22,14 +22,14 @@ the coupled iteration diverge; so this method measures and checks:
   :math:`\tfrac12 [(g, s) + (g^+, s)] \le \delta (g, s)`. This is the approximate Wolfe condition [3]: the same for a
   quadratic J, in terms of gradients only. Otherwise x is looked at again, as its reading may be what is wrong, with
   :math:`\theta` halved, and the step from there is shortened towards the zero of the slope. For short steps both
-  conditions hold as J is differentiable, and the solvers are disturbed less: this ends.
+  conditions hold as J is differentiable, and the solvers are disturbed less: this ends. The third rejection has x solved accurately.
 * **Learn.** A pair is used for B only if its curvature is at least twice what the errors of both gradients can make of
   it (:mod:`pint_fem.optimize.lbfgs`). A gradient that lags behind the design shows less curvature than there is, and
   would make the next step too long. A pair that is dropped halves :math:`\theta`; kept ones let it grow back.
 
 So, as far as :math:`\kappa` is right, every step is one of a descent method with an inexact gradient of relative error
 below one half, which converges as the exact one does [4]. The end is checked by an accurate J and g; if they say no,
-:math:`\kappa` is enlarged and the run goes on from the accurate gradient.
+they are a measurement of :math:`\kappa`, and the run goes on from there.
 
 References
 ----------
@@ -73,6 +73,12 @@ _SHORTEST, _LONGEST = 0.1, 0.5
 
 # The relative error asked of g is not halved below this part of `accuracy`.
 _FINEST = 1e-2
+
+# After so many rejected steps in succession x is solved accurately.
+_PATIENCE = 3
+
+# Accepted steps that lower neither J by more than its accuracy nor the smallest |g|, before the run ends.
+_IDLE = 10
 
 # Below this the square of a length is no normal number any more.
 _SMALLEST_LENGTH = math.sqrt(np.finfo(float).tiny)
@@ -241,6 +247,8 @@ class _Run:
         self._count, self._measure = 0, True  # readings of z; whether one is not enough
         self._mark, self._since_mark = math.inf, 0  # residual of z when it last halved, readings since
         self._exact: Reading | None = None  # of x
+        self._rejections = 0  # in succession
+        self._smallest, self._idle = math.inf, 0  # |g| so far, steps below the accuracy of J without a smaller one
 
     def iterate(self, iteration: int) -> OneShotRecord:
         """One iteration of the solvers at z and what follows from it."""
@@ -280,7 +288,7 @@ class _Run:
         else:
             return DesignUpdate.HELD
         if factor < 1:
-            self._reject(factor)
+            self._reject(factor, iteration)
             return DesignUpdate.REJECTED
         self._accept(reading)
         self._depart(iteration, stalls)
@@ -315,15 +323,26 @@ class _Run:
         zero = slope / (slope - slope_end) if slope_end > slope else math.inf
         return min(max(zero, _SHORTEST), _LONGEST)
 
-    def _reject(self, factor: float) -> None:
+    def _reject(self, factor: float, iteration: int) -> None:
         """Try a part of the step: from a better reading of x, as the one it was judged by may be what is wrong."""
+        self._rejections += 1
         if self.base.residual == 0:
             self._go(factor * self._s, factor * self._slope, factor * self._tau)
             return
-        self._s, self._slope = np.zeros_like(self.x), 0.0
         self._measure, self._tau = True, factor * self._tau
         self.theta = max(0.5 * self.theta, _FINEST * self.accuracy)
-        self._look_at(self.x)
+        self._s, self._slope = np.zeros_like(self.x), 0.0
+        if self._rejections < _PATIENCE:
+            self._look_at(self.x)
+        else:
+            self._take_exactly(iteration)
+            self._depart(iteration, stalls=False)
+
+    def _take_exactly(self, iteration: int) -> None:
+        """Replace the reading of x by an accurate one, and learn from the difference."""
+        exact = self.end(iteration)
+        self.solvers.compare(self.base, exact)
+        self.base = exact
 
     def _accept(self, reading: Reading) -> None:
         """Make z the design, and learn from the step."""
@@ -336,7 +355,12 @@ class _Run:
             steep = self.inner(reading.g, self._s) < 0.5 * self._slope
             self.B.gamma *= self._tau * (2 if steep else 1)
         self.x, self.base, self.residual, self._exact = self.z, reading, reading.residual, None
-        self._measure, self._tau = False, 1.0
+        self._measure, self._tau, self._rejections = False, 1.0, 0
+        below = abs(self._slope) <= self.value_rtol * abs(reading.value)
+        self._idle = self._idle + 1 if below and reading.norm >= self._smallest else 0
+        self._smallest = min(self._smallest, reading.norm)
+        if self._idle == _IDLE:
+            self.reason = StopReason.ROUND_OFF
 
     def _depart(self, iteration: int, stalls: bool) -> None:
         """Leave x for a new design, hold it for a smaller residual or a better direction, or end."""
@@ -351,8 +375,7 @@ class _Run:
             if self.base.residual == 0:  # nothing to be measured, and nothing more to be had
                 self.reason = StopReason.ACCURACY
                 return
-            self.solvers.contradicted(self.base, exact)
-            self.base = exact
+            self._take_exactly(iteration)
         d = -self.B.apply(self.base.g)
         slope = self.inner(self.base.g, d)
         if self.base.error * math.sqrt(self.inner(d, d)) > _DESCENT * abs(slope):

@@ -20,9 +20,6 @@ __all__ = ["OneShotProblem", "Reading", "RunningSolvers"]
 # Measurements of kappa that count, and the slowest contraction assumed in one.
 _MEASUREMENTS, _SLOWEST = 5, 0.95
 
-# Where verification contradicts kappa, it is enlarged at least this much.
-_ENLARGE = 10.0
-
 
 class OneShotProblem(Problem, Protocol):
     """A problem whose solvers can be advanced one iteration at a time; the method is optional."""
@@ -117,9 +114,8 @@ class RunningSolvers:
         kappa, kappa_value = (max(factors) for factors in zip(*self._factors, strict=True))
         return replace(reading, error=kappa * reading.residual, value_error=kappa_value * reading.residual)
 
-    def contradicted(self, reading: Reading, exact: Reading) -> None:
-        """Learn from an accurate gradient that the estimate was too small."""
+    def compare(self, reading: Reading, exact: Reading) -> None:
+        """Measure by an accurate reading of the same design."""
         gap = exact.g - reading.g
-        kappa, kappa_value = (max(factors) for factors in zip(*self._factors, strict=True))
-        kappa = max(_ENLARGE * kappa, math.sqrt(self.inner(gap, gap)) / reading.residual)
-        self._factors.append((kappa, _ENLARGE * kappa_value))
+        gaps = math.sqrt(self.inner(gap, gap)), abs(exact.value - reading.value)
+        self._factors.append((gaps[0] / reading.residual, gaps[1] / reading.residual))

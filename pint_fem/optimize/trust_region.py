@@ -289,7 +289,8 @@ def minimize_trust_region(
         if accepted:
             before = point.gradient.norm
             g = oracle.gradient(trial, iteration, point.x, guess=before, radius=state.radius)
-            if below_accuracy and trial_value.value + trial_value.error >= point.value.value and g.norm >= before:
+            errors = point.value.error + trial_value.error
+            if below_accuracy and trial_value.value + errors >= point.value.value and g.norm >= before:
                 accepted, state.reason = False, StopReason.ROUND_OFF
             else:
                 state.point = Point(trial, trial_value, g)

@@ -1,0 +1,168 @@
+"""The package's optimisers on time-parallel functionals: the same minimum by all of them, and what each costs."""
+
+import numpy as np
+import pytest
+from firedrake import assemble, dx
+from mpi4py import MPI
+
+import pint_fem as pf
+from tests.test_controls import functional as several
+from tests.test_reduced_functional import functional
+
+
+@pytest.fixture(scope="module")
+def best():
+    """Minimum of the quadratic problem, and where it is."""
+    rf = functional(pf.SpaceTime("1x1", comm=MPI.COMM_SELF), levels=1, n=4)
+    result = rf.minimize_trust_region(gtol_rel=1e-10)
+    assert result.converged
+    return result.value, rf.function(result.x).dat.data_ro.copy()
+
+
+@pytest.mark.parallel([1, 2])
+@pytest.mark.parametrize("method", ["trust-krylov", "trust-ncg", "L-BFGS-B", "Newton-CG"])
+def test_scipy(method, best):
+    rf = functional(pf.SpaceTime(), rtol=1e-12, n=4)
+    options = {"ftol": 1e-15, "gtol": 1e-9} if method == "L-BFGS-B" else {}
+    result = rf.minimize_scipy(method=method, tol=1e-9 if not options else None, options=options)
+    assert abs(rf(rf.function(result.x)) - best[0]) < 1e-9 * best[0]
+
+
+@pytest.mark.parallel([1, 2, 4])
+def test_inexact_finds_the_same_minimum_with_fewer_cycles(best):
+    grid = {1: "1x1", 2: "1x2", 4: "2x2"}[MPI.COMM_WORLD.size]
+    exact = functional(pf.SpaceTime(grid), rtol=1e-11, n=4)
+    exact.minimize_trust_region(gtol_rel=1e-6)
+    cycles = exact.problem.sweeps.counts["cycles"]
+    rf = functional(pf.SpaceTime(grid), rtol=1e-11, n=4)
+    result = rf.minimize_trust_region(gtol_rel=1e-6, inexact=True)
+    assert result.converged
+    used = rf.problem.sweeps.counts["cycles"]
+    assert abs(rf.problem.value(result.x) - best[0]) < 1e-6 * best[0]
+    assert used < 0.7 * cycles
+    for record in result.history[1:]:  # what was asked for was got
+        assert record.gradient_error <= record.gradient_asked
+    assert len(rf.problem._points) == 1
+
+
+def test_error_estimates():
+    """Of value and gradient, against the exact ones, over eight orders of magnitude."""
+    from pint_fem.adjoint.inexact import InexactObjective
+
+    st = pf.SpaceTime("1x1", comm=MPI.COMM_SELF)
+    rf = functional(st, rtol=1e-12, steps=64)
+    exact = functional(st, levels=1, steps=64)
+    objective = InexactObjective(rf.problem, rf.inner)
+    z = rf.array(rf.controls[0].control) + np.sin(np.arange(rf.layout.size))
+    J, g = exact.problem.value(z), exact.inner.primal(exact.problem.derivative(z))
+    norm = lambda v: np.sqrt(rf.inner.inner(v, v))
+    for tolerance in (1e-1, 1e-3, 1e-5, 1e-7):
+        value, error = objective.value_within(z, tolerance * J)
+        assert abs(value - J) <= 2 * error
+        assert error <= tolerance * J
+        gradient, error = objective.gradient_within(z, tolerance * norm(g))
+        assert error <= tolerance * norm(g)
+        assert norm(gradient - g) <= 10 * error
+        v = np.cos(np.arange(rf.layout.size))
+        h = exact.inner.primal(exact.problem.hessian_action(z, v))
+        assert norm(objective.hessian_action_within(z, v, tolerance) - h) <= 10 * tolerance * norm(h)
+
+
+@pytest.mark.parallel([1, 2])
+def test_one_shot(best):
+    rf = functional(pf.SpaceTime(), rtol=1e-11, n=4)
+    result = rf.minimize_one_shot(gtol_rel=1e-5, max_it=500)
+    assert result.converged
+    assert abs(rf.problem.value(result.x) - best[0]) < 1e-6 * best[0]
+
+
+@pytest.mark.parallel([1, 2])
+def test_bounds(best):
+    """First-order conditions: no slope where free, the right sign where bound."""
+    upper = float(np.median(best[1]))
+    rf = functional(pf.SpaceTime(), rtol=1e-12, n=4)
+    result = rf.minimize_trust_region(bounds=(-np.inf, upper), gtol_rel=1e-9)
+    assert result.converged
+    g, bound = rf.problem.derivative(result.x), result.x >= upper
+    assert bound.any()
+    scale = np.abs(g).max()
+    assert np.abs(g[~bound]).max() < 1e-6 * scale
+    assert g[bound].max() <= 1e-6 * scale
+    assert result.x.max() <= upper
+    with pytest.raises(pf.InputError, match="exact solves"):
+        rf.minimize_trust_region(bounds=(0, 1), inexact=True)
+
+
+@pytest.mark.parallel([1, 2])
+def test_integral_constraint():
+    """The integral is kept, and the gradient is a multiple of the constraint's."""
+    for kind in ("trust region", "one-shot"):
+        rf = functional(pf.SpaceTime(), rtol=1e-12, n=4)
+        q = rf.evolution.control
+        constraints = [(q * dx, 0.3)]
+        if kind == "one-shot":
+            result = rf.minimize_one_shot(constraints=constraints, gtol_rel=1e-6, max_it=500)
+        else:
+            result = rf.minimize_trust_region(constraints=constraints, gtol_rel=1e-9)
+        assert result.converged
+        assert abs(assemble(rf.function(result.x) * dx) - 0.3) < 1e-10
+        g = rf.inner.primal(rf.problem.derivative(result.x))  # a constant
+        assert np.ptp(g) < 1e-4 * np.abs(g).max()
+    with pytest.raises(pf.InputError, match="not linear"):
+        rf.minimize_trust_region(constraints=[(q**2 * dx, 1.0)])
+    with pytest.raises(pf.InputError, match="functional of the controls"):
+        rf.minimize_trust_region(constraints=[(rf.evolution.u * dx, 1.0)])
+
+
+@pytest.mark.parallel([1, 2])
+def test_constraint_on_controls_with_a_value_a_step():
+    rf = several(pf.SpaceTime(), ("strength", "source"), n=2, steps=6)
+    strength, source = rf.evolution.controls
+    dt, st = rf.evolution.dt, rf.spacetime
+    constraints = [(strength * dx, 0.2), (source * dx, 0.5)]
+    result = rf.minimize_trust_region(constraints=constraints, gtol_rel=1e-6, max_it=200)
+    assert result.converged
+    steps, field = rf.function(result.x)
+    total = st.sum_over_time(np.array([sum(dt * assemble(f * dx) for f in steps.subfunctions)]))
+    assert np.allclose([total[0], assemble(field * dx)], [0.2, 0.5], atol=1e-10)
+
+
+def test_preconditioners(best):
+    """The regularisation's inverse and learned pairs: the same minimum; in L2 the inverse makes CG shorter."""
+    counts = {}
+    for name in (None, "regularisation", "limited-memory"):
+        rf = functional(pf.SpaceTime("1x1", comm=MPI.COMM_SELF), levels=1, n=4)
+        result = rf.minimize_trust_region(gtol_rel=1e-9, preconditioner=name, cg_max_it=400)
+        assert abs(result.value - best[0]) < 1e-9 * best[0]
+        counts[name] = sum(r.cg_iterations for r in result.history)
+    assert counts["regularisation"] < counts[None]
+    with pytest.raises(pf.InputError, match="preconditioner"):
+        rf.minimize_trust_region(preconditioner="jacobi")
+    other = functional(pf.SpaceTime("1x1", comm=MPI.COMM_SELF), linear=False, steps=8, n=2)
+    with pytest.raises(pf.InputError, match="not quadratic"):
+        other.minimize_trust_region(preconditioner="regularisation")
+
+
+def test_work_of_an_iteration():
+    """An accepted iteration is one state and one adjoint solve and two sweeps a CG step."""
+    rf = functional(pf.SpaceTime("1x1", comm=MPI.COMM_SELF), n=4)
+    result = rf.minimize_trust_region(gtol_rel=1e-6)
+    cg, counts = sum(r.cg_iterations for r in result.history), rf.problem.sweeps.counts
+    assert all(r.accepted for r in result.history)
+    assert counts["state"] == 1 + result.iterations
+    assert counts["adjoint"] == 1 + result.iterations + cg
+    assert counts["tangent"] == cg
+
+
+def test_gauss_newton():
+    """On a nonlinear evolution: the model has no negative curvature, the minimum is the same."""
+    found = []
+    for hessian in ("newton", "gauss-newton"):
+        rf = functional(pf.SpaceTime("1x1", comm=MPI.COMM_SELF), linear=False, steps=8, n=3, levels=1)
+        result = rf.minimize_trust_region(gtol_rel=1e-5, hessian=hessian, max_it=100)
+        assert result.converged, result.reason
+        found.append(result.value)
+        z, v = result.x, np.cos(np.arange(rf.layout.size))
+        h = rf.inner.primal(rf.problem.hessian_action(z, v, gauss_newton=True))
+        assert rf.inner.inner(h, v) > 0
+    assert np.isclose(*found, rtol=1e-7)
