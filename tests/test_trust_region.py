@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from pint_fem.optimize import CGStop, NonFiniteError, StopReason, minimize_trust_region
+from pint_fem.optimize.forcing import next_forcing_term
 
 
 class Smooth:
@@ -55,7 +56,7 @@ def mass_matrix(t):
     h, n = np.diff(t), t.size
     M = np.zeros((n, n))
     for i in range(n - 1):
-        M[i:i + 2, i:i + 2] += h[i] / 6 * np.array([[2, 1], [1, 2]])
+        M[i : i + 2, i : i + 2] += h[i] / 6 * np.array([[2, 1], [1, 2]])
     return M
 
 
@@ -73,6 +74,7 @@ def random_quadratic(n=12, seed=0, shift=0.0):
 
 def rosenbrock(n):
     """The chained Rosenbrock function, minimum 0 at (1, ..., 1)."""
+
     def f(x):
         return np.sum(100 * (x[1:] - x[:-1] ** 2) ** 2 + (1 - x[:-1]) ** 2)
 
@@ -98,7 +100,8 @@ def bowl(n=6, seed=1, tilt=0.3, offset=0.0):
     return Smooth(
         lambda x: np.sum(w * np.sqrt(1 + (x - target) ** 2)) + 0.5 * tilt * x @ x + offset,
         lambda x: w * (x - target) / np.sqrt(1 + (x - target) ** 2) + tilt * x,
-        lambda x: np.diag(w * (1 + (x - target) ** 2) ** -1.5 + tilt), n=n,
+        lambda x: np.diag(w * (1 + (x - target) ** 2) ** -1.5 + tilt),
+        n=n,
     )
 
 
@@ -145,8 +148,9 @@ def test_cg_ends_after_as_many_iterations_as_distinct_eigenvalues(eigenvalues):
     L = np.linalg.cholesky(M)
     Q = np.linalg.qr(rng.standard_normal((n, n)))[0]
     H = L @ Q @ np.diag(np.resize(eigenvalues, n)) @ Q.T @ L.T
-    result = minimize_trust_region(quadratic(H, rng.standard_normal(n), M), np.zeros(n), cg_rtol=1e-9,
-                                   gtol_rel=1e-8, initial_radius=1e4)
+    result = minimize_trust_region(
+        quadratic(H, rng.standard_normal(n), M), np.zeros(n), cg_rtol=1e-9, gtol_rel=1e-8, initial_radius=1e4
+    )
     assert [r.cg_iterations for r in result.history] == [0, len(eigenvalues)]
     assert result.hessian_calls == len(eigenvalues)
 
@@ -196,11 +200,185 @@ def test_the_stops_of_cg_are_all_reached():
 def test_default_forcing_bounds_the_residual():
     """A full step s leaves |g + Hs| <= min(1/2, sqrt(|g|/|g0|)) |g|; on a quadratic that is the next gradient."""
     problem, _ = random_quadratic(n=30)
-    norms = [r.gradient_norm for r in
-             minimize_trust_region(problem, np.zeros(30), initial_radius=1e4, gtol_rel=1e-10).history]
+    norms = [
+        r.gradient_norm
+        for r in minimize_trust_region(problem, np.zeros(30), initial_radius=1e4, gtol_rel=1e-10).history
+    ]
     assert len(norms) > 4
     for before, after in pairs(norms):
         assert after <= min(0.5, math.sqrt(before / norms[0])) * before * (1 + 1e-8)
+
+
+def forcing_problem(n=40):
+    """``x H x / 2 + sum w sqrt(1 + (x - t)^2)``: eigenvalues from 1 to 50, Lipschitz constant of the Hessian 0.86."""
+    rng = np.random.default_rng(2)
+    H, w, t = random_spd(n, rng), rng.uniform(0.5, 1, n), np.linspace(-1, 1, n)
+    root = lambda x: np.sqrt(1 + (x - t) ** 2)
+    return Smooth(
+        lambda x: 0.5 * x @ H @ x + w @ root(x),
+        lambda x: H @ x + w * (x - t) / root(x),
+        lambda x: H + np.diag(w / root(x) ** 3),
+        n=n,
+    )
+
+
+def full_steps(**options):
+    """Norms of gradients and steps of a run of full steps only."""
+    result = minimize_trust_region(forcing_problem(), np.full(40, 2.0), initial_radius=1e3, max_it=60, **options)
+    assert result.converged
+    assert all(r.accepted and r.cg_stop == "residual" for r in result.history[1:])
+    return [r.gradient_norm for r in result.history], [r.step_norm for r in result.history]
+
+
+def test_eisenstat_walker_2_forcing_bounds_the_next_gradient():
+    """|g_k+1| <= eta_k |g_k| + L/2 |s|^2 with eta_k = max(0.9 (|g_k| / |g_k-1|)^2, safeguard), and superlinearly."""
+    norms, steps = full_steps(cg_forcing="eisenstat-walker-2", gtol_rel=1e-12)
+    eta = 0.5
+    for k in range(len(norms) - 1):
+        assert norms[k + 1] <= eta * norms[k] + 0.43 * steps[k + 1] ** 2 + 1e-13
+        safeguard = 0.9 * eta**2
+        eta = max(0.9 * (norms[k + 1] / norms[k]) ** 2, safeguard if safeguard > 0.1 else 0, 1e-6)
+        eta = min(0.5, max(eta, 0.5e-12 * norms[0] / norms[k + 1]))
+    rates = [after / before for before, after in pairs(norms)]
+    # The last step is not taken further than the end of the run needs.
+    assert all(after < 0.6 * before for before, after in pairs(rates[:-1]))
+    assert rates[-2] < 1e-3
+
+
+def test_eisenstat_walker_1_converges_superlinearly():
+    """|g_k+1| <= C |g_k| |g_k-1| near the end, so the rate goes to zero; with a number for eta it does not."""
+    norms, _ = full_steps(cg_forcing="eisenstat-walker-1", gtol_rel=1e-11)
+    rates = [after / before for before, after in pairs(norms)]
+    assert rates[-1] < 1e-3
+    assert len(rates) <= 12
+    linear, _ = full_steps(cg_forcing=0.3, gtol_rel=1e-11)
+    for before, after in pairs(linear[3:]):
+        assert 1e-3 < after / before < 0.4
+    assert len(linear) > len(norms)
+
+
+def test_eisenstat_walker_1_takes_the_models_word():
+    """For a quadratic the model foretells the gradient exactly: only safeguards and the end keep eta from zero.
+
+    Cut short by the trust region as well, the norm of the model's gradient is that of the gradient.
+    """
+    problem, _ = random_quadratic(n=30, seed=3)
+    result = minimize_trust_region(
+        problem, np.zeros(30), cg_forcing="eisenstat-walker-1", initial_radius=1e-2, gtol_rel=1e-5, max_it=60
+    )
+    assert result.converged
+    boundary = [r.iteration for r in result.history if r.cg_stop == "boundary"]
+    assert boundary
+    # 0.5 -> 0.5^1.62 = 0.33 -> 0.16 -> 0.05 < 0.1: from the fourth gradient on eta is half of what ends the run.
+    full = [r for r in result.history[5:] if r.cg_stop == "residual"]
+    assert len(full) == 1
+    assert full[0].gradient_norm <= 0.5001 * 1e-5 * result.history[0].gradient_norm
+
+
+def test_forcing_terms():
+    """The formulas of Eisenstat and Walker, their safeguards, and no more than the end of the run needs."""
+
+    def term(choice, **numbers):
+        given = {"last": 0.1, "norm": 1.0, "norm_before": 10.0, "model_norm": 0.7, "first_norm": 100.0}
+        return next_forcing_term(choice, **(given | {"final_norm": 1e-9} | numbers))
+
+    golden = (1 + math.sqrt(5)) / 2
+    assert term("eisenstat-walker-1") == pytest.approx(0.03)
+    assert term("eisenstat-walker-1", model_norm=1.3) == pytest.approx(0.03)
+    assert term("eisenstat-walker-1", last=0.4) == pytest.approx(0.4**golden)
+    assert term("eisenstat-walker-1", last=0.2) == pytest.approx(0.03)  # 0.2^1.6 < 0.1
+    assert term("eisenstat-walker-1", model_norm=1.0, final_norm=0.02) == pytest.approx(0.01)
+    assert term("eisenstat-walker-1", model_norm=1.0) == pytest.approx(1e-6)
+    assert term("eisenstat-walker-1", norm=100.0) == 0.5
+    assert term("eisenstat-walker-2") == pytest.approx(0.009)
+    assert term("eisenstat-walker-2", last=0.4) == pytest.approx(0.9 * 0.16)
+    assert term("eisenstat-walker-2", last=0.3) == pytest.approx(0.009)  # 0.9 * 0.09 < 0.1
+    assert term("superlinear") == pytest.approx(0.1)
+    assert term(0.2) == 0.2
+    assert term("eisenstat-walker-1", norm=0.0) <= 0.5  # a zero gradient ends the run, whatever is said
+
+
+def test_forcing_options():
+    """A number is what cg_rtol is; two of them, or an unknown name, are refused."""
+    x0 = np.array([-1.2, 1.0])
+    a, b = (minimize_trust_region(rosenbrock(2), x0, **{name: 0.1}) for name in ("cg_rtol", "cg_forcing"))
+    assert np.array_equal(a.x, b.x)
+    for options in (
+        {"cg_rtol": 0.1, "cg_forcing": 0.1},
+        {"cg_forcing": "tight"},
+        {"cg_forcing": 0.0},
+        {"cg_forcing": 1.0},
+        {"cg_forcing": None},
+        {"cg_rtol": 0.1, "cg_forcing": "eisenstat-walker-1"},
+    ):
+        with pytest.raises(ValueError, match=r"cg_forcing = .* (is|are) refused: give"):
+            minimize_trust_region(rosenbrock(2), x0, **options)
+
+
+# --- Gauss-Newton ----------------------------------------------------------------------------------------------------
+
+
+class LeastSquares(Smooth):
+    """``|r(x)|^2 / 2`` for the fit of ``a exp(-b t)`` to data, in a weighted inner product."""
+
+    def __init__(self, noise=0.0):
+        """Data of a = 2, b = 1 and noise."""
+        t = np.linspace(0, 3, 12)
+        data = 2 * np.exp(-t) + noise * np.cos(7 * t)
+        r = lambda x: x[0] * np.exp(-x[1] * t) - data
+        self.jacobian = lambda x: np.array([np.exp(-x[1] * t), -x[0] * t * np.exp(-x[1] * t)]).T
+        J, e = self.jacobian, lambda x: np.exp(-x[1] * t)
+
+        def second(x):
+            cross = r(x) @ (-t * e(x))
+            return J(x).T @ J(x) + np.array([[0, cross], [cross, r(x) @ (x[0] * t**2 * e(x))]])
+
+        super().__init__(lambda x: 0.5 * r(x) @ r(x), lambda x: J(x).T @ r(x), second, np.array([[2.0, 0.5], [0.5, 1]]))
+        self.actions = 0
+
+    def gauss_newton_action(self, x, v):
+        """Solve M h = J^T J v."""
+        self.actions += 1
+        return self.M_inverse @ (self.jacobian(x).T @ (self.jacobian(x) @ v))
+
+
+@pytest.mark.parametrize("hessian", ["newton", "gauss-newton"])
+def test_exact_data_is_fitted(hessian):
+    """With a residual of zero Gauss-Newton converges quadratically like Newton, and never finds negative curvature."""
+    problem = LeastSquares()
+    result = minimize_trust_region(problem, np.array([0.5, 3.0]), hessian=hessian, cg_rtol=1e-12, gtol_rel=1e-13)
+    assert result.converged
+    np.testing.assert_allclose(result.x, [2, 1], atol=1e-10)
+    assert (problem.actions > 0) == (hessian == "gauss-newton")
+    assert result.hessian_calls >= problem.actions
+    a, b, c = [r.gradient_norm for r in result.history if r.gradient_norm > 1e-14][-3:]
+    assert math.log(c / b) / math.log(b / a) > 1.6
+    if hessian == "gauss-newton":
+        assert problem.actions == result.hessian_calls
+        assert not any(r.cg_stop == "negative curvature" for r in result.history)
+
+
+def test_gauss_newton_converges_linearly_where_the_residual_is_not_zero():
+    """At the rate of the eigenvalues of (J^T J)^-1 sum r_i r_i'', to the minimiser of Newton's method."""
+    problem = LeastSquares(noise=0.3)
+    newton = minimize_trust_region(problem, np.array([1.0, 1.0]), gtol_rel=1e-12)
+    result = minimize_trust_region(problem, np.array([1.0, 1.0]), hessian="gauss-newton", cg_rtol=1e-12, gtol_rel=1e-10)
+    assert result.converged
+    np.testing.assert_allclose(result.x, newton.x, atol=1e-8)
+    B = problem.jacobian(newton.x).T @ problem.jacobian(newton.x)
+    rate = np.abs(np.linalg.eigvals(np.linalg.solve(B, problem.d2f(newton.x) - B))).max()
+    last = [after / before for before, after in pairs([r.gradient_norm for r in result.history])][-3:]
+    assert last[-1] == pytest.approx(rate, rel=0.1)
+
+
+def test_gauss_newton_needs_the_action():
+    """A problem without it is refused before anything is evaluated; so is another name."""
+    problem = Counting(rosenbrock(2))
+    with pytest.raises(ValueError, match=r"hessian = 'gauss-newton' is refused: Counting has no gauss_newton_action"):
+        minimize_trust_region(problem, np.ones(2), hessian="gauss-newton")
+    with pytest.raises(ValueError, match=r"hessian = 'bfgs' is refused: give 'newton' or 'gauss-newton'"):
+        minimize_trust_region(problem, np.ones(2), hessian="bfgs")
+    assert not any(problem.calls.values())
 
 
 # --- convergence -----------------------------------------------------------------------------------------------------
@@ -221,7 +399,8 @@ def test_negative_curvature_leaves_the_saddle():
     problem = Smooth(
         lambda z: z[0] ** 4 / 4 - z[0] ** 2 / 2 + z[1] ** 2,
         lambda z: np.array([z[0] ** 3 - z[0], 2 * z[1]]),
-        lambda z: np.diag([3 * z[0] ** 2 - 1, 2.0]), n=2,
+        lambda z: np.diag([3 * z[0] ** 2 - 1, 2.0]),
+        n=2,
     )
     result = minimize_trust_region(problem, np.array([1e-3, 1e-4]), gtol_rel=0, gtol_abs=1e-12)
     assert any(r.cg_stop == "negative curvature" for r in result.history)
@@ -251,19 +430,21 @@ def graded_control_problem(n, euclidean):
     h = np.diff(t)
     M, A = mass_matrix(t), np.zeros((n + 1, n + 1))
     for i in range(n):
-        A[i:i + 2, i:i + 2] += np.array([[1, -1], [-1, 1]]) / h[i]
+        A[i : i + 2, i : i + 2] += np.array([[1, -1], [-1, 1]]) / h[i]
     K = np.linalg.solve(0.05 * A + M, M)
     w, d = M.sum(axis=1), np.sin(5 * t) + t
     KMK = K.T @ M @ K + 0.01 * M
     return Smooth(
         lambda u: 0.5 * (K @ u - d) @ M @ (K @ u - d) + 0.005 * u @ M @ u + w @ (K @ u) ** 4,
         lambda u: KMK @ u - K.T @ M @ d + 4 * K.T @ (w * (K @ u) ** 3),
-        lambda u: KMK + 12 * K.T @ ((w * (K @ u) ** 2)[:, None] * K), np.eye(n + 1) if euclidean else M,
+        lambda u: KMK + 12 * K.T @ ((w * (K @ u) ** 2)[:, None] * K),
+        np.eye(n + 1) if euclidean else M,
     ), np.cos(3 * t)
 
 
 def test_iteration_counts_do_not_depend_on_the_mesh():
     """In the L2 inner product; in the Euclidean one they grow with the refinement."""
+
     def costs(euclidean, *sizes):
         runs = [minimize_trust_region(*graded_control_problem(n, euclidean), gtol_rel=1e-8, max_it=100) for n in sizes]
         assert all(run.converged for run in runs)
@@ -349,8 +530,9 @@ class Counting:
 def test_costs_are_as_documented():
     """One value a step, one gradient an accepted step, no Hessian action after a rejected step."""
     problem, seen = Counting(bowl(tilt=0.01)), []
-    result = minimize_trust_region(problem, np.full(6, 5.0), initial_radius=1e3,
-                                   callback=lambda x, entry: seen.append(dict(problem.calls)))
+    result = minimize_trust_region(
+        problem, np.full(6, 5.0), initial_radius=1e3, callback=lambda x, entry: seen.append(dict(problem.calls))
+    )
     history = result.history
     assert [r.iteration for r in history] == list(range(result.iterations + 1))
     rejected = [r for r in history if not r.accepted]
@@ -358,8 +540,7 @@ def test_costs_are_as_documented():
     assert (result.value_calls, result.gradient_calls, result.hessian_calls) == tuple(problem.calls.values())
     assert result.value_calls == 1 + result.iterations
     assert result.gradient_calls == 1 + result.iterations - len(rejected)
-    assert result.hessian_calls == sum(
-        now.cg_iterations for before, now in pairs(history) if before.accepted)
+    assert result.hessian_calls == sum(now.cg_iterations for before, now in pairs(history) if before.accepted)
     for k in range(1, result.iterations):
         if not history[k].accepted:
             assert seen[k]["hessian"] == seen[k - 1]["hessian"]
@@ -436,6 +617,7 @@ def test_iteration_limit_returns_the_best_iterate(max_it):
 
 def test_callback_stops_and_cannot_spoil_the_iterate():
     """A true result ends the run; what it does to its copy has no effect."""
+
     def callback(x, entry):
         x[:] = np.nan
         return entry.iteration == 2
@@ -484,8 +666,9 @@ def test_relative_tolerance_is_reached_with_a_noisy_objective():
 @pytest.mark.parametrize("outside", [np.nan, np.inf, -np.inf])
 def test_objective_not_finite_at_a_trial_point_is_a_rejected_step(outside):
     """J = x - log x beyond its domain: the radius shrinks and the minimum at 1 is found."""
-    problem = Smooth(lambda x: x[0] - math.log(x[0]) if x[0] > 0 else outside,
-                     lambda x: 1 - 1 / x, lambda x: np.diag(x**-2), n=1)
+    problem = Smooth(
+        lambda x: x[0] - math.log(x[0]) if x[0] > 0 else outside, lambda x: 1 - 1 / x, lambda x: np.diag(x**-2), n=1
+    )
     result = minimize_trust_region(problem, np.array([10.0]), initial_radius=1e3, gtol_rel=0, gtol_abs=1e-12)
     assert not result.history[1].accepted
     assert math.isnan(result.history[1].ratio)
@@ -496,8 +679,11 @@ def test_objective_not_finite_at_a_trial_point_is_a_rejected_step(outside):
 def test_not_finite_at_the_start():
     """J, gradient and Hessian action that are not finite are refused, with the iteration in the message."""
     x0 = np.array([-1.2, 1.0])
-    for name, message in (("f", "iteration 0: J = nan"), ("df", "iteration 0: the gradient"),
-                          ("d2f", "iteration 1: the Hessian")):
+    for name, message in (
+        ("f", "iteration 0: J = nan"),
+        ("df", "iteration 0: the gradient"),
+        ("d2f", "iteration 1: the Hessian"),
+    ):
         problem = rosenbrock(2)
         good = getattr(problem, name)
         setattr(problem, name, lambda x, good=good: good(x) * np.nan)
@@ -517,8 +703,9 @@ def test_the_last_good_iterate_survives_a_broken_gradient():
 
     problem.df = broken
     with pytest.raises(FloatingPointError, match="iteration 4") as caught:
-        minimize_trust_region(problem, np.array([-1.2, 1.0]), initial_radius=0.01,
-                              callback=lambda x, entry: seen.append(x))
+        minimize_trust_region(
+            problem, np.array([-1.2, 1.0]), initial_radius=0.01, callback=lambda x, entry: seen.append(x)
+        )
     assert np.array_equal(caught.value.x, seen[-1])
 
 
@@ -549,8 +736,11 @@ def test_bad_options_are_refused(name, value):
 
 def test_radii_that_contradict_each_other_are_refused():
     """The initial radius lies between the smallest and the largest."""
-    for options in ({"initial_radius": 2.0, "max_radius": 1.0}, {"initial_radius": 1.0, "min_radius": 1.0},
-                    {"min_radius": 1.0, "max_radius": 1.0}):
+    for options in (
+        {"initial_radius": 2.0, "max_radius": 1.0},
+        {"initial_radius": 1.0, "min_radius": 1.0},
+        {"min_radius": 1.0, "max_radius": 1.0},
+    ):
         with pytest.raises(ValueError, match=r"_radius = .* is refused"):
             minimize_trust_region(rosenbrock(2), np.ones(2), **options)
 

@@ -283,7 +283,7 @@ class ReducedProblem:
         steps, second = self.layout.steps(point.z), None
         if full:
             second = sweeps.second_order(steps, point.U, self.layout.steps(dz), dU, point.L)
-            g[:-1] += second[0]
+            g += second[0]
         sweeps.adjoint(steps, point.U, g, M, cold=True, **wanted)
         out = self._pull_back(point, M, None if second is None else second[1])
         if self.regularisation is not None:

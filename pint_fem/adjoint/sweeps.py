@@ -30,6 +30,7 @@ from pint_fem.propagators.arrays import get
 from pint_fem.propagators.base import FEPropagator
 from pint_fem.propagators.blocks import WIDTH
 from pint_fem.propagators.linear import LinearPropagator
+from pint_fem.propagators.linearisation import Memories
 from pint_fem.propagators.norms import MassNorm
 from pint_fem.propagators.spatial import SpatialLevels
 from pint_fem.propagators.spectrum import mgrit_verdict
@@ -56,17 +57,22 @@ class _Bound:
 class _StateStep(_Bound):
     """``Phi`` with forcing."""
 
+    def __init__(self, propagator: FEPropagator):
+        super().__init__(propagator)
+        self.uses_guess = propagator.uses_guess
+
     def step(self, steps, u, out):
         """See :class:`pint_fem.mgrit.levels.Propagator`."""
         self.propagator.step(self.part(steps), u, out, steps.start // steps.step)
 
 
 class _TangentStep(_Bound):
-    """``Phi_u`` at the linearisation states."""
+    """``Phi_u`` at the linearisation states, with ``Phi_z dz`` where the data has a direction."""
 
     def step(self, steps, u, out):
         """See :class:`pint_fem.mgrit.levels.Propagator`."""
-        self.propagator.tangent(self.part(steps), u, None, out, steps.start // steps.step)
+        data = self.part(steps)
+        self.propagator.tangent(data, u, data.dz, out, steps.start // steps.step)
 
 
 class _AdjointStep(_Bound):
@@ -199,6 +205,8 @@ class Sweeps:
         for solver in {id(s): s for s in (self._state, self._tangent, self._adjoint)}.values():
             for level in solver.levels:
                 level.propagator.lo = level.lo
+        own = [[level.k for level in solver.levels] for solver in (self._state, self._adjoint)]
+        self._memories = Memories(self.propagators, *own, spacetime.comm)
         self.initial = get(evolution.initial)
         self.counts = {"state": 0, "adjoint": 0, "tangent": 0, "cycles": 0}
         #: The last solves, for reports.
@@ -268,13 +276,18 @@ class Sweeps:
         return np.zeros((self.slab.k + 1, self.evolution.state_size))
 
     def data(self, z, U: np.ndarray | None = None) -> StepData:
-        """Data of the own fine steps; ``U`` are states of the local points."""
-        return StepData(self.times, z, None if U is None else U[:-1])
+        """Data of the own fine steps; ``U`` are states of the local points (then collective)."""
+        if U is None:
+            return StepData(self.times, z)
+        self._memories.linearise(z, U)
+        return StepData(self.times, z, U[:-1], kept=self._memories.fine)
 
-    def _bind(self, solver: MGRIT, z, U: np.ndarray | None, *, backwards: bool) -> None:
+    def _bind(self, solver: MGRIT, z, U: np.ndarray | None, *, backwards: bool, dz=None) -> None:
         """Give each level of a nonlinear solver its steps' times, controls and linearisation states."""
         states = [None] * len(solver.levels)
+        memories = self._memories.backward if backwards else self._memories.forward
         if U is not None:
+            self._memories.linearise(z, U)
             states = inject(solver.levels, U[::-1] if backwards else U)
         for level, u in zip(solver.levels, states, strict=True):
             # fine step that lends its control to the level's step: the last one forwards, the first one in time
@@ -288,9 +301,13 @@ class Sweeps:
                 start = steps * level.stride
                 lender = start + level.stride - 1 - self.slab.lo
                 u = None if u is None else u[:-1]
-            own = self.space.controls(level.index, z if z is None or z.ndim == 1 else z[lender])
+            own, along = (
+                self.space.controls(level.index, x if x is None or x.ndim == 1 else x[lender]) for x in (z, dz)
+            )
             u = self.space.states(level.index, u)
-            level.propagator.data = StepData(self.evolution.time(start), own, u)
+            guess = level.propagator.propagator.uses_guess
+            kept = memories[level.index]
+            level.propagator.data = StepData(self.evolution.time(start), own, u, along, kept, guess)
 
     def _run(self, solver: MGRIT, kind: str, U: np.ndarray, G, *, cold: bool, coarse_rhs=None, **accuracy):
         self._judge()
@@ -369,6 +386,8 @@ class Sweeps:
             if dz is not None:
                 G = self._safe(lambda: fine.control_forcing(data, dz, self.slab.lo), self._shape)
                 rhs = lambda: self._coarse_forcing("control_forcing", dz)
+        elif isinstance(self._tangent, MGRIT):  # the steps are affine: no solves for a right-hand side
+            self._bind(self._tangent, z, U, backwards=False, dz=dz)
         else:
             self._bind(self._tangent, z, U, backwards=False)
             if dz is not None:
@@ -406,13 +425,33 @@ class Sweeps:
             return None
         return self.propagators[0].control_adjoint(self.data(z, U), L[1:], self.slab.lo)
 
+    def _give_to_right(self, rows: np.ndarray) -> None:
+        """Add the last row of each slab to the first row of the next one, which is the same point."""
+        comm, send = self.spacetime.time_comm, None
+        if not self.slab.is_last:
+            send = comm.Isend(rows[-1].copy(), dest=comm.rank + 1, tag=2)
+        if not self.slab.is_first:
+            from_left = np.empty_like(rows[0])
+            comm.Recv(from_left, source=comm.rank - 1, tag=2)
+            rows[0] += from_left
+        if send is not None:
+            send.Wait()
+
     def second_order(self, z, U, dz, dU, L) -> tuple[np.ndarray, np.ndarray] | None:
-        """Second derivatives of the steps: rows ``0..k-1`` for the states, and the controls' part as in
-        :meth:`control_gradient`; ``None`` where they vanish.
+        """Second derivatives of the steps as right-hand side of an adjoint sweep, ``(k + 1, n)``, and the controls'
+        part as in :meth:`control_gradient`; ``None`` where they vanish.
         """
         if self.is_linear:
             return None
-        return self.propagators[0].second_order(self.data(z, U), dU[:-1], dz, L[1:])
+        end, su, data = np.zeros(self._shape), self.new_slab(), self.data(z, U)
+        try:
+            su[:-1], sz = self.propagators[0].second_order(data, dU[:-1], dz, L[1:], end)
+        except Exception as error:  # the sweep that takes it fails on every rank (no hang)
+            self._cause, su[...] = error, np.nan
+            sz = np.zeros((self.slab.k, self.evolution.control_size)[0 if self.evolution.per_step else 1 :])
+        su[1:] += end
+        self._give_to_right(su)
+        return su, sz
 
 
 def _refuse_unsupported(options: MGRITOptions, factors: tuple) -> None:

@@ -119,7 +119,8 @@ def minimize_bounded(
     hessian : {"newton", "gauss-newton"}
         Whose action: ``problem.hessian_action`` or ``problem.gauss_newton_action``.
     cg_max_it : int
-        Most Hessian actions an iterate; twice as many vectors are kept.
+        Most Hessian actions an iterate, but for those of a Cauchy step that meets bounds; twice as many vectors are
+        kept.
     cg_rtol : float, optional
         Residual of CG relative to |pg|; by default ``min(0.5, sqrt(|pg| / |pg at the start|))``.
     preconditioner : callable or "limited-memory", optional

@@ -22,7 +22,8 @@ the coupled iteration diverge; so this method measures and checks:
   :math:`\tfrac12 [(g, s) + (g^+, s)] \le \delta (g, s)`. This is the approximate Wolfe condition [3]: the same for a
   quadratic J, in terms of gradients only. Otherwise x is looked at again, as its reading may be what is wrong, with
   :math:`\theta` halved, and the step from there is shortened towards the zero of the slope. For short steps both
-  conditions hold as J is differentiable, and the solvers are disturbed less: this ends. The third rejection has x solved accurately.
+  conditions hold as J is differentiable, and the solvers are disturbed less: this ends. At the third rejection in
+  succession x is solved accurately. Ten steps that lower neither J by more than its accuracy nor |g| end the run.
 * **Learn.** A pair is used for B only if its curvature is at least twice what the errors of both gradients can make of
   it (:mod:`pint_fem.optimize.lbfgs`). A gradient that lags behind the design shows less curvature than there is, and
   would make the next step too long. A pair that is dropped halves :math:`\theta`; kept ones let it grow back.

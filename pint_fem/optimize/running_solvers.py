@@ -20,6 +20,9 @@ __all__ = ["OneShotProblem", "Reading", "RunningSolvers"]
 # Measurements of kappa that count, and the slowest contraction assumed in one.
 _MEASUREMENTS, _SLOWEST = 5, 0.95
 
+# A reading is kept to compare later ones with if its residual is below this part of that of the last one kept.
+_NEXT_HELD = 0.8
+
 
 class OneShotProblem(Problem, Protocol):
     """A problem whose solvers can be advanced one iteration at a time; the method is optional."""
@@ -77,7 +80,7 @@ class RunningSolvers:
         return self.estimated(reading)
 
     def _measure(self, reading: Reading) -> None:
-        """Compare with the latest reading of the same design that has twice the residual, or with the first."""
+        """Compare with a late reading of the same design that has twice the residual, or with the first."""
         if self._held and self._held[0].x is not reading.x:
             self._held = []
         while len(self._held) > 1 and self._held[1].residual >= 2 * reading.residual:
@@ -88,7 +91,8 @@ class RunningSolvers:
             fall = max(before.residual - reading.residual, (1 - _SLOWEST) * before.residual)
             changes = math.sqrt(self.inner(change, change)), abs(reading.value - before.value)
             self._factors.append((changes[0] / fall, changes[1] / fall))
-        self._held.append(reading)
+        if not self._held or reading.residual <= _NEXT_HELD * self._held[-1].residual:
+            self._held.append(reading)
 
     def read_exactly(self, x: np.ndarray, iteration: int, last_good: np.ndarray) -> Reading | None:
         """Accurate J and gradient."""

@@ -8,9 +8,10 @@ derivative, :math:`(g, v) = \sum_i \mathrm{dual}(g)_i v_i`,
 .. math:: \nabla_y J = W^{-1/2}\, \mathrm{dual}(g), \qquad
           \nabla_y^2 J\, p = W^{-1/2}\, \mathrm{dual}(H W^{-1/2} p).
 
-Every process runs scipy on the same global vector: the local parts are gathered in rank order whenever a derivative
-is asked for. That suits a control of up to some million values, and no trajectory: for large distributed controls use
-this package's own minimisers, which never gather.
+The first process runs scipy on the global vector, the local parts gathered in rank order, and tells the others what
+is asked for: all evaluate together, only one decides. (If all ran scipy they would have to decide alike to the last
+bit, which its trust-krylov, for one, does not.) That suits a control of up to some million values, and no trajectory:
+for large distributed controls use this package's own minimisers, which never gather.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def scipy_minimize(
 ) -> OptimizeResult:
     """Minimise by :func:`scipy.optimize.minimize` in the problem's inner product.
 
-    With several processes call it on all of them with the same options; all take the same path.
+    With several processes call it on all of them with the same options.
 
     Parameters
     ----------
@@ -81,7 +82,8 @@ def scipy_minimize(
     hessian : {"newton", "gauss-newton"}
         Whose action: ``problem.hessian_action`` or ``problem.gauss_newton_action``.
     callback : callable, optional
-        ``callback(x)`` after each iteration with a copy of the local part of the iterate; a true result stops.
+        ``callback(x)`` after each iteration, on all processes, with a copy of the local part of the iterate; a true
+        result, on the first process, stops.
     **options
         Of :func:`scipy.optimize.minimize`: ``tol``, ``options``. Tolerances are in the coordinates y.
 
@@ -89,7 +91,9 @@ def scipy_minimize(
     -------
     OptimizeResult
         scipy's, with ``x`` this process's part of the minimiser and ``jac`` that of the Riesz gradient there.
-        Entries in scipy's own coordinates (``hess``, ``hess_inv``, ``grad``, ``v`` ...) are left out.
+        Entries in scipy's own coordinates (``hess``, ``hess_inv``, ``grad``, ``v`` ...) are left out. Where a method
+        breaks down, asking for something at a point or in a direction that is not finite, it is the best point so far,
+        with ``success`` false.
 
     Raises
     ------
@@ -114,39 +118,114 @@ def scipy_minimize(
     check_first_guess(x0)
 
     x0 = np.array(x0, dtype=np.float64)
-    view = _EuclideanView(problem, x0, comm, hessian)
+    view = _EuclideanView(problem, x0, comm, hessian, callback)
     if lower is not None or upper is not None:
         options["bounds"] = view.bounds(lower, upper)
-    if method in _HESSIAN_METHODS:
-        options["hessp"] = view.hessian_action
-
-    def after_iteration(y, *_):
-        view.last_iterate = np.array(y)
-        if callback(view.point(y)):
-            raise StopIteration
-
-    try:
-        result = minimize(
-            view.value,
-            view.coordinates(x0),
-            method=method,
-            jac=view.gradient,
-            callback=None if callback is None else after_iteration,
-            **options,
-        )
-    except StopIteration:  # most methods return a result instead, TNC does not
-        y = view.last_iterate
-        result = OptimizeResult(x=y, fun=view.value(y), success=False, status=99, message="stopped by callback")
-    y = np.asarray(result.x)
-    own = {name: result[name] for name in _KEPT if name in result}
+    y0 = view.coordinates(x0)
+    processes = _Processes(view)
+    if processes.first:
+        own = processes.lead(lambda: _run(processes.ask, y0, method, callback is not None, options))
+    else:
+        own = processes.follow()
+    y = own.pop("y")
     return OptimizeResult(x=view.point(y), jac=view.riesz_gradient(y), **own)
 
 
-class _EuclideanView:
-    """J as a function of the global y, remembering what it computed at the last y."""
+class _BreakdownError(Exception):
+    """scipy asked for something that is not finite."""
 
-    def __init__(self, problem, x0: np.ndarray, comm, hessian: str):
-        self.problem = problem
+
+def _run(ask: Callable, y0: np.ndarray, method: str, calls_back: bool, options: dict) -> dict[str, object]:
+    """scipy on the first process; what of its result does not depend on its coordinates, and the point ``y``."""
+    best = math.inf, y0
+    iterate = y0
+
+    def value(y):
+        nonlocal best
+        if not np.isfinite(y).all():
+            return math.inf
+        J = ask("value", y)
+        if best[0] > J:
+            best = J, np.array(y)
+        return J
+
+    def gradient(y):
+        if not np.isfinite(y).all():
+            raise _BreakdownError(f"{method} asked for a gradient at a point that is not finite")
+        return ask("gradient", y)
+
+    def hessian_action(y, p):
+        if not np.isfinite(p).all():
+            raise _BreakdownError(f"{method} asked for a Hessian action in a direction that is not finite")
+        return ask("hessian_action", y, p)
+
+    def after_iteration(y, *_):
+        nonlocal iterate
+        iterate = np.array(y)
+        if ask("call_back", y):
+            raise StopIteration
+
+    if method in _HESSIAN_METHODS:
+        options["hessp"] = hessian_action
+    try:
+        result = minimize(
+            value, y0, method=method, jac=gradient, callback=after_iteration if calls_back else None, **options
+        )
+    except StopIteration:  # most methods return a result instead, TNC does not
+        result = OptimizeResult(x=iterate, fun=value(iterate), success=False, status=99, message="stopped by callback")
+    except _BreakdownError as breakdown:
+        result = OptimizeResult(x=best[1], fun=best[0], success=False, status=98, message=str(breakdown))
+    return {"y": np.array(result.x), **{name: result[name] for name in _KEPT if name in result}}
+
+
+class _Processes:
+    """The first process asks, all answer."""
+
+    def __init__(self, view: _EuclideanView):
+        self.view, self.comm = view, view.layout.comm
+        self.first = self.comm is None or self.comm.rank == 0
+        self._asked = False  # something, and no answer yet
+
+    def ask(self, name: str, *arguments):
+        """The first process's call of a method of the view, made on all."""
+        self._asked = True
+        self._send(name, arguments)
+        answer = getattr(self.view, name)(*arguments)
+        self._asked = False
+        return answer
+
+    def lead(self, run: Callable[[], dict]) -> dict:
+        """Run on the first process; the others get the result, or raise what was raised."""
+        try:
+            result = run()
+        except BaseException as error:
+            if not self._asked:  # else it was raised on all processes
+                builtin = type(error).__module__ == "builtins"
+                self._send("raise", (error if builtin else RuntimeError(repr(error)),))
+            raise
+        self._send("end", (result,))
+        return dict(result)
+
+    def follow(self) -> dict:
+        """Serve the first process."""
+        while True:
+            name, arguments = self.comm.bcast(None)
+            if name == "end":
+                return arguments[0]
+            if name == "raise":
+                raise arguments[0]
+            getattr(self.view, name)(*arguments)
+
+    def _send(self, name: str, arguments: tuple) -> None:
+        if self.comm is not None:
+            self.comm.bcast((name, arguments))
+
+
+class _EuclideanView:
+    """J as a function of the global y, remembering what it computed at the last y; called on all processes alike."""
+
+    def __init__(self, problem, x0: np.ndarray, comm, hessian: str, callback: Callable | None):
+        self.problem, self.callback = problem, callback
         self.layout = _Layout(problem, x0, comm)
         weights = getattr(problem, "weights", None)
         w = np.array(weights() if callable(weights) else np.ones_like(x0) if weights is None else weights, dtype=float)
@@ -160,7 +239,6 @@ class _EuclideanView:
         self._y = np.full(0, math.nan)
         self._known: dict[str, object] = {}
         self._actions: dict[bytes, np.ndarray] = {}
-        self.last_iterate = self._y
         self._checked = False
 
     # -- coordinates --------------------------------------------------------------------------------------------------
@@ -231,6 +309,10 @@ class _EuclideanView:
             action = np.array(self._action(x, self.direction(p)), dtype=float)
             self._actions[key] = self._global_functional(x, action, "Hessian action")
         return self._actions[key]
+
+    def call_back(self, y: np.ndarray) -> bool:
+        """Whether the callback wants to stop."""
+        return bool(self.callback(self.point(y)))
 
     def _global_functional(self, x: np.ndarray, v: np.ndarray, name: str) -> np.ndarray:
         """W^{-1/2} dual(v), global."""

@@ -37,16 +37,26 @@ class StepData(NamedTuple):
         The static control, or the control of each step.
     u : ndarray, shape (k, n), or None
         States at the start of the steps, where derivatives are taken.
+    dz : ndarray or None
+        Direction of the control for a tangent sweep, shaped as ``z``.
+    kept : list or None
+        A memory of each step (:meth:`FEPropagator.memory`) of this linearisation.
+    guess : bool
+        Whether ``out`` of :meth:`FEPropagator.step` holds first guesses.
     """
 
     t: np.ndarray
     z: np.ndarray | None
     u: np.ndarray | None = None
+    dz: np.ndarray | None = None
+    kept: list | None = None
+    guess: bool = False
 
     def part(self, rows: slice) -> StepData:
         """The data of some of the steps."""
-        z = self.z if self.z is None or self.z.ndim == 1 else self.z[rows]
-        return StepData(self.t[rows], z, None if self.u is None else self.u[rows])
+        z, dz = (x if x is None or x.ndim == 1 else x[rows] for x in (self.z, self.dz))
+        u, kept = (None if x is None else x[rows] for x in (self.u, self.kept))
+        return StepData(self.t[rows], z, u, dz, kept, self.guess)
 
     def control(self, i: int) -> np.ndarray | None:
         """Control of step ``i`` of the block."""
@@ -68,11 +78,20 @@ class FEPropagator(ABC):
 
     #: Whether derivatives do not depend on the state and the control.
     is_linear = False
+    #: Whether :meth:`step` makes use of first guesses in ``out`` (see ``StepData.guess``).
+    uses_guess = False
 
     def __init__(self, evolution: Evolution, *, stride: int = 1, tableau=None):
         self.evolution, self.stride = evolution, stride
         self.dt = evolution.dt * stride
         self.tableau = evolution.tableau if tableau is None else tableau
+
+    def memory(self, count: int, *, often: bool = True) -> list | None:
+        """Memories of ``count`` steps for ``StepData.kept``, each to be taken once or ``often`` in a sweep, each with
+        methods ``renew`` (the control or the trajectory is another one now), ``forget`` (first guesses, too) and
+        ``release`` (of PETSc's memory); ``None`` where there is nothing to remember.
+        """
+        return None
 
     @abstractmethod
     def step(self, data: StepData, u: np.ndarray, out: np.ndarray, lane: int = 0) -> None:
@@ -93,9 +112,14 @@ class FEPropagator(ABC):
         """``Phi_z^T lam``: ``(k, nz)`` for a control a step, else summed over the block, ``(nz,)``."""
 
     @abstractmethod
-    def second_order(self, data: StepData, du: np.ndarray, dz, lam: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Derivatives of ``adjoint`` ``(k, n)`` and ``control_adjoint`` in the direction ``(du, dz)`` at fixed
-        ``lam``.
+    def second_order(
+        self, data: StepData, du: np.ndarray, dz, lam: np.ndarray, end: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Derivatives of ``adjoint`` ``(k, n)`` and ``control_adjoint`` in the direction ``(du, dz)`` at fixed ``lam``.
+
+        With ``end`` ``(k, n)``, zeros, a propagator may put a part of the sources of that derivative there: the
+        results then lack ``adjoint`` and ``control_adjoint`` of ``end``, which the caller leaves to a sweep that it
+        does anyway.
         """
 
     def _collect(self, rows: list[np.ndarray]) -> np.ndarray:

@@ -1,8 +1,8 @@
 r"""The form propagator: steps and derivatives from the UFL residual by UFL's own calculus, compiled once per level.
 
-Stage ``i`` solves :math:`F(U, W, z) = 0` for ``U`` by Newton's method from ``W`` (so the result depends on nothing
-but the input). With an adjoint :math:`y` of the stage, :math:`L = F(U, W, z; y)`, all derivatives are those of ``F``
-and ``L``:
+Stage ``i`` solves :math:`F(U, W, z) = 0` for ``U`` by Newton's method to round-off
+(:mod:`~pint_fem.propagators.newton`). With an adjoint :math:`y` of the stage, :math:`L = F(U, W, z; y)`, all
+derivatives are those of ``F`` and ``L``:
 
 .. math::
     F_U\, dU = -(F_W\, dW + F_z\, dz), \qquad  F_U^T y = \bar U, \quad \bar W \mathrel{-}= F_W^T y, \quad \bar z
@@ -15,116 +15,90 @@ and at second order, in the direction :math:`(dU, dW, dz)` with :math:`D` the de
     F_z^T dy.
 
 The bars of ``u_0`` follow from the stages' recursion (:class:`~pint_fem.propagators.tableaux.DIRK`) in reverse.
+
+Where the data of a block has memories of its steps (``StepData.kept``), stage values and matrices are computed once
+for a linearisation, and derivatives are products and triangular solves
+(:mod:`~pint_fem.propagators.linearisation`); else everything is computed in each call.
 """
 
 from __future__ import annotations
 
 import numpy as np
-from firedrake import (
-    Cofunction,
-    Constant,
-    Function,
-    NonlinearVariationalProblem,
-    NonlinearVariationalSolver,
-    TestFunction,
-    TrialFunction,
-    derivative,
-    replace,
-)
-from firedrake.assemble import get_assembler
-from firedrake.petsc import PETSc
-from petsctools import OptionsManager
-from pyadjoint.tape import stop_annotating
-from ufl.algorithms import expand_derivatives, extract_coefficients
+from mpi4py import MPI
 
-from pint_fem.propagators.arrays import boundary_rows, get, put
-from pint_fem.propagators.base import FEPropagator, direction
+from pint_fem.errors import InputError
+from pint_fem.propagators.base import FEPropagator, StepData, direction
 from pint_fem.propagators.blocks import default_solver
 from pint_fem.propagators.evolution import Evolution
+from pint_fem.propagators.factors import FACTOR_MEMORY, Factors
+from pint_fem.propagators.linearisation import StageMemory, StepMemory
+from pint_fem.propagators.newton import NEWTON, StageNewton
+from pint_fem.propagators.stage import StageForms
 from pint_fem.propagators.tableaux import DIRK
 
 __all__ = ["NEWTON", "FormPropagator"]
 
-NEWTON = {
-    "snes_rtol": 1e-13,
-    "snes_atol": 1e-50,
-    "snes_stol": 1e-10,
-    "snes_max_it": 25,
-    "snes_linesearch_type": "basic",
-}
-"""Newton to round-off, as derivatives are those of the exact stage equations: after a last step of relative size
-1e-10 the error is its square.
-"""
-
-
-class _Assembled:
-    """A 1-form compiled once; nothing where the derivative vanished."""
-
-    def __init__(self, form, space, bcs=()):
-        form = expand_derivatives(form)
-        self.empty = form.empty()
-        self.tensor = Cofunction(space.dual())
-        self.assembler = None if self.empty else get_assembler(form, bcs=bcs)
-
-    def __call__(self) -> np.ndarray | float:
-        return 0.0 if self.empty else get(self.assembler.assemble(tensor=self.tensor))
-
 
 class FormPropagator(FEPropagator):
-    """See the module."""
+    """See the module.
 
-    def __init__(self, evolution: Evolution, *, stride: int = 1, tableau=None):
+    Parameters
+    ----------
+    evolution, stride, tableau
+        As for every propagator.
+    factor_memory
+        Bytes of factors that are kept on a rank for this level; default 1 GB; see
+        :mod:`~pint_fem.propagators.factors`. Without room a stage is factored again
+        whenever another one was between, with the same result to round-off.
+
+    Attributes
+    ----------
+    counts : Counter
+        Of ``"newton"`` solves, ``"residual"``, ``"jacobian"`` and ``"derivative"`` assemblies, ``"factorisation"`` and
+        ``"solve"``; ``"petsc newton"``: stages that PETSc's Newton solved.
+
+    Raises
+    ------
+    InputError
+        If ``factor_memory`` is negative.
+    """
+
+    uses_guess = True
+
+    def __init__(self, evolution: Evolution, *, stride: int = 1, tableau=None, factor_memory: int = FACTOR_MEMORY):
         super().__init__(evolution, stride=stride, tableau=tableau)
+        if not factor_memory >= 0:
+            raise InputError(f"factor_memory = {factor_memory!r}: give a number of bytes, 0 keeps no factor")
         self.dirk = DIRK(self.tableau)
-        V, z = evolution.V, evolution.control
-        self.bc_rows = boundary_rows(evolution.bcs, V)
-        self.U, self.W, self.y = Function(V, name="U"), Function(V, name="W"), Function(V, name="y")
-        self.dU, self.dW, self.dy = Function(V), Function(V), Function(V)
-        self.h = Constant(1.0)
-        self.F = evolution.stage_form(self.U, self.W, self.h)
-        J = derivative(self.F, self.U, TrialFunction(V))
-        linear = self.U not in extract_coefficients(expand_derivatives(J))
-        solver = default_solver(V.mesh().comm)
-        parameters = {**({"snes_type": "ksponly"} if linear else NEWTON), **solver, **evolution.solver_parameters}
-        problem = NonlinearVariationalProblem(self.F, self.U, bcs=evolution.bcs, J=J)
-        self.newton = NonlinearVariationalSolver(problem, solver_parameters=parameters)
-        homogeneous = [bc.reconstruct(g=0) for bc in evolution.bcs]
-        self.J_assembler = get_assembler(expand_derivatives(J), bcs=homogeneous, mat_type="aij")
-        self.J = self.J_assembler.allocate()
-        self.ksp = PETSc.KSP().create(V.mesh().comm)
-        self.ksp.setOperators(self.J.petscmat)
-        OptionsManager({**solver, **evolution.solver_parameters}, "pint_form_").set_from_options(self.ksp)
-        self.ksp.setErrorIfNotConverged(True)
-        self._b, self._x = self.J.petscmat.createVecs()
-        self._prepare_derivatives(V, z)
+        self.forms = StageForms(evolution, self.dirk, self.dt)
+        self.bc_rows, self.counts = self.forms.bc_rows, self.forms.counts
+        parameters = {**default_solver(evolution.V.mesh().comm), **evolution.solver_parameters}
+        self.factors = Factors(parameters, factor_memory, self.counts)
+        self.newton = StageNewton(self.forms, self.factors, parameters)
+        with self.forms.U.dat.vec_ro as vec:
+            self._w, self._b, self._x = vec.duplicate(), vec.duplicate(), vec.duplicate()
+        self._scratch = StepMemory(self.forms, self.factors, keep=False)
 
-    def _prepare_derivatives(self, V, z) -> None:
-        self.dz = None if z is None else Function(z.function_space())
-        pairs = [(self.U, self.dU), (self.W, self.dW)] + ([] if z is None else [(z, self.dz)])
-        self.tangent_rhs = _Assembled(sum((derivative(self.F, x, dx) for x, dx in pairs[1:]), start=_zero(self.F)), V)
-        L = replace(self.F, {self.F.arguments()[0]: self.y})
-        Ldy = replace(self.F, {self.F.arguments()[0]: self.dy})
-        gradient = lambda functional, x: derivative(functional, x, TestFunction(x.function_space()))
-        along = lambda form: sum((derivative(form, x, dx) for x, dx in pairs), start=_zero(form))
-        self.L_W = _Assembled(gradient(L, self.W), V)
-        self.second_U = _Assembled(along(gradient(L, self.U)), V)
-        self.second_W = _Assembled(along(gradient(L, self.W)), V)
-        self.Ldy_W = _Assembled(gradient(Ldy, self.W), V)
-        if z is not None:
-            Z = z.function_space()
-            self.L_z = _Assembled(gradient(L, z), Z)
-            self.second_z = _Assembled(along(gradient(L, z)), Z)
-            self.Ldy_z = _Assembled(gradient(Ldy, z), Z)
+    # -- memory --------------------------------------------------------------------------------------------------------
+    def memory(self, count, *, often=True) -> list[StepMemory]:
+        """See :class:`FEPropagator`."""
+        return [StepMemory(self.forms, self.factors, refine=not often) for _ in range(count)]
 
-    # -- one step: stages, tangents, adjoints --------------------------------------------------------------------------
-    def _set(self, data, i: int, stage: int) -> None:
-        ev = self.evolution
-        if ev.control is not None:
-            put(ev.control, data.control(i))
-        if ev.t is not None:
-            ev.t.assign(data.t[i] + self.dirk.c[stage] * self.dt)
-        self.h.assign(self.dirk.diagonal[stage] * self.dt)
+    def _memory(self, data: StepData, i: int) -> StepMemory:
+        if data.kept is not None:
+            return data.kept[i]
+        self._scratch.forget()
+        return self._scratch
 
+    def _linearised(self, data: StepData, i: int) -> StepMemory:
+        """The memory of a step, with the stages and matrices of the linearisation."""
+        memory = self._memory(data, i)
+        if not memory.current:
+            self._solve_stages(memory, data, i, data.u[i], linearise=True)
+            memory.current = True
+        return memory
+
+    # -- stages --------------------------------------------------------------------------------------------------------
     def _base(self, stage: int, u: np.ndarray, d: list) -> np.ndarray:
         W = u.copy()
         for j in range(stage):
@@ -137,123 +111,217 @@ class FormPropagator(FEPropagator):
             return U
         return u + sum(beta * di for beta, di in zip(self.dirk.beta, d, strict=True))
 
-    def _stages(self, data, i: int, u: np.ndarray) -> tuple[np.ndarray, list[tuple[np.ndarray, np.ndarray]]]:
-        """``u_1`` and the pairs ``(W, U)`` of the stages."""
-        d, pairs = [], []
-        with stop_annotating():
-            for stage in range(self.dirk.stages):
-                self._set(data, i, stage)
-                W = self._base(stage, u, d)
-                put(self.W, W)
-                put(self.U, W)
-                self.newton.solve()
-                pairs.append((W, get(self.U)))
-                d.append(pairs[-1][1] - W)
-        return self._finish(u, pairs[-1][1], d), pairs
+    def _solve_stages(self, memory: StepMemory, data, i: int, u: np.ndarray, end=None, *, linearise=False):
+        """``u_1``; the stage values are remembered. ``end`` is a first guess of ``u_1``."""
+        d = []
+        for stage in memory.stages:
+            self.forms.set(data.t[i], data.control(i), stage.index)
+            W = self._base(stage.index, u, d)
+            U = self.newton.solve(stage, W, self._guess(stage, u, W, end), data.t[i])
+            stage.W, stage.U = W, U
+            if linearise:
+                stage.linearise(self.forms)
+            d.append(U - W)
+        return self._finish(u, U, d)
 
-    def _linearise(self, data, i: int, stage: int, pair) -> None:
-        """Set the functions of a stage and factor its Jacobian."""
-        self._set(data, i, stage)
-        put(self.W, pair[0])
-        put(self.U, pair[1])
-        self.J_assembler.assemble(tensor=self.J)
-        self.ksp.setOperators(self.J.petscmat)
+    def _guess(self, stage: StageMemory, u, W, end) -> np.ndarray | None:
+        """First guess of a stage: what it was, moved along with its base; else between the ends of the step."""
+        if stage.U is not None:
+            return stage.U + (W - stage.W)
+        if end is None:
+            return None
+        c = self.dirk.c[stage.index]
+        return end if c == 1 else u + c * (end - u)
 
-    def _solve(self, rhs: np.ndarray, transposed: bool = False) -> np.ndarray:
+    # -- products and solves -------------------------------------------------------------------------------------------
+    def _solve(self, stage: StageMemory, rhs: np.ndarray, *, transposed: bool = False) -> np.ndarray:
         self._b.array[:] = rhs
         self._b.array[self.bc_rows] = 0
-        (self.ksp.solveTranspose if transposed else self.ksp.solve)(self._b, self._x)
+        self.factors.solve(stage, self._b, self._x, transposed=transposed)
         return self._x.array_r.copy()
 
-    def _tangent_stages(self, data, i, pairs, du, dz):
-        """``du_1`` and the pairs ``(dW, dU)``."""
-        d, out = [], []
-        if self.dz is not None:
-            put(self.dz, 0.0 if dz is None else dz)
-        for stage, pair in enumerate(pairs):
-            self._linearise(data, i, stage, pair)
-            dW = self._base(stage, du, d)
-            put(self.dW, dW)
-            dU = self._solve(-self.tangent_rhs() + np.zeros_like(du))
-            out.append((dW, dU))
-            d.append(dU - dW)
-        return self._finish(du, out[-1][1], d), out
+    def _base_tangent(self, stage: StageMemory, dW: np.ndarray, load: np.ndarray | float) -> np.ndarray:
+        """``-F_W dW - load``."""
+        if stage.F_W is None:
+            return np.zeros_like(dW) - load
+        self._w.array[:] = dW
+        stage.F_W.mult(self._w, self._b)
+        return -self._b.array_r - load
 
-    def _reverse(self, lam, stage_adjoint):
+    def _base_adjoint(self, stage: StageMemory, y: np.ndarray) -> np.ndarray:
+        """``F_W^T y``."""
+        if stage.F_W is None:
+            return np.zeros_like(y)
+        self._w.array[:] = y
+        stage.F_W.multTranspose(self._w, self._b)
+        return self._b.array_r.copy()
+
+    def _control_tangent(self, stage: StageMemory, dz: np.ndarray | None) -> np.ndarray | float:
+        """``F_z dz``."""
+        if dz is None:
+            return 0.0
+        total = np.zeros(self.evolution.state_size)
+        for F_z, part in zip(stage.F_z, self.forms.parts(dz), strict=True):
+            if F_z is not None:
+                x, b = F_z.createVecs()
+                x.array[:] = part
+                F_z.mult(x, b)
+                total += b.array_r
+        return total
+
+    def _lift(self, stage: StageMemory, dz: np.ndarray | None, t: float) -> np.ndarray | None:
+        """Change of the boundary values in a direction of the controls; ``None`` where none is in them."""
+        if dz is None or stage.F_U is None:
+            return None
+        self._at(t, stage)
+        return self.evolution.boundary_controls.lift(dz)
+
+    def _at(self, t: float, stage: StageMemory) -> None:
+        """Take the time of a stage of the step from ``t``."""
+        if self.evolution.t is not None:
+            self.evolution.t.assign(t + self.dirk.c[stage.index] * self.dt)
+
+    def _control_adjoint(self, stage: StageMemory, y: np.ndarray, edge: np.ndarray, t: float) -> np.ndarray:
+        """``F_z^T y``, less what the adjoints ``edge`` of the rows with conditions and ``F_U^T y`` make of boundary
+        values.
+        """
+        out = self._residual_adjoint(stage, y)
+        if stage.F_U is not None:
+            self._w.array[:] = y
+            stage.F_U.multTranspose(self._w, self._b)
+            r = np.zeros_like(y)
+            r[self.bc_rows] = edge - self._b.array_r[self.bc_rows]
+            self._at(t, stage)
+            out -= self.evolution.boundary_controls.pull_back(r)
+        return out
+
+    def _residual_adjoint(self, stage: StageMemory, y: np.ndarray) -> np.ndarray:
+        """``F_z^T y``."""
+        parts = []
+        for F_z in stage.F_z:
+            if F_z is None:
+                parts.append(0.0)
+                continue
+            x, b = F_z.createVecs()
+            b.array[:] = y
+            F_z.multTranspose(b, x)
+            parts.append(x.array_r)
+        return self.forms.control_vector(parts)
+
+    # -- a step's derivatives ------------------------------------------------------------------------------------------
+    def _tangent_step(self, memory: StepMemory, du: np.ndarray, dz, t: float) -> tuple[np.ndarray, list]:
+        """``du_1`` and the pairs ``(dW, dU)`` of the stages; those of the last direction are remembered."""
+        if memory.tangent is not None:
+            known, known_dz, *result = memory.tangent
+            if (known_dz is None) == (dz is None) and self._same((known, du), (known_dz, dz)):
+                return tuple(result)
+        d, pairs = [], []
+        for stage in memory.stages:
+            dW = self._base(stage.index, du, d)
+            rhs = self._base_tangent(stage, dW, self._control_tangent(stage, dz))
+            lift = self._lift(stage, dz, t)
+            if lift is not None:
+                self._w.array[:] = lift
+                stage.F_U.mult(self._w, self._b)
+                rhs -= self._b.array_r
+            dU = self._solve(stage, rhs)
+            if lift is not None:
+                dU[self.bc_rows] = lift[self.bc_rows]
+            pairs.append((dW, dU))
+            d.append(dU - dW)
+        out = self._finish(du, dU, d)
+        memory.tangent = (du.copy(), None if dz is None else dz.copy(), out, pairs)
+        return out, pairs
+
+    def _reverse(self, memory: StepMemory, lam: np.ndarray, stage_adjoint) -> np.ndarray:
         """Transpose of the stages' recursion; ``stage_adjoint(stage, U_bar) -> W_bar``."""
         dirk = self.dirk
         out = np.zeros_like(lam) if dirk.stiffly_accurate else lam.copy()
         bar = [np.zeros_like(lam) if dirk.stiffly_accurate else beta * lam for beta in dirk.beta]
-        for stage in reversed(range(dirk.stages)):
-            last = stage == dirk.stages - 1 and dirk.stiffly_accurate
-            W_bar = stage_adjoint(stage, bar[stage] + lam if last else bar[stage]) - bar[stage]
+        for stage in reversed(memory.stages):
+            i = stage.index
+            last = i == dirk.stages - 1 and dirk.stiffly_accurate
+            W_bar = stage_adjoint(stage, bar[i] + lam if last else bar[i]) - bar[i]
             out += W_bar
-            for j in range(stage):
-                bar[j] = bar[j] + dirk.alpha[stage, j] * W_bar
+            for j in range(i):
+                bar[j] = bar[j] + dirk.alpha[i, j] * W_bar
         return out
 
-    def _adjoint_step(self, data, i, lam, pairs):
-        """``(lam_0, z_bar, stage adjoints)``."""
-        ys, z_bar = [None] * len(pairs), np.zeros(self.evolution.control_size)
+    def _adjoint_step(self, memory: StepMemory, lam: np.ndarray, use: str) -> tuple[np.ndarray, list]:
+        """``lam_0`` and the stage adjoints, with those of the rows with conditions; those of the last ``lam`` of each
+        use are remembered.
+        """
+        for known, *result in memory.adjoints.values():
+            if self._same((known, lam)):
+                memory.adjoints[use] = (known, *result)
+                return tuple(result)
+        ys = [None] * len(memory.stages)
 
         def stage_adjoint(stage, U_bar):
-            self._linearise(data, i, stage, pairs[stage])
-            ys[stage] = self._solve(U_bar, transposed=True)
-            put(self.y, ys[stage])
-            if self.dz is not None:
-                z_bar[:] -= self.L_z()
-            return -self.L_W()
+            y = self._solve(stage, U_bar, transposed=True)
+            ys[stage.index] = y, U_bar[self.bc_rows]
+            return -self._base_adjoint(stage, y)
 
-        return self._reverse(lam, stage_adjoint), z_bar, ys
+        out = self._reverse(memory, lam, stage_adjoint)
+        memory.adjoints[use] = (lam.copy(), out, ys)
+        return out, ys
+
+    def _same(self, *pairs: tuple) -> bool:
+        """Whether the arrays of each pair are the same on all ranks in space."""
+        same, comm = all(a is b or np.array_equal(a, b) for a, b in pairs), self.forms.comm
+        return bool(same if comm.size == 1 else comm.allreduce(same, op=MPI.LAND))
 
     # -- the interface -------------------------------------------------------------------------------------------------
     def step(self, data, u, out, lane=0):
         """See :class:`FEPropagator`."""
         for i in range(len(u)):
-            out[i] = self._stages(data, i, u[i])[0]
+            memory = self._memory(data, i)
+            memory.renew()
+            out[i] = self._solve_stages(memory, data, i, u[i], out[i] if data.guess else None)
 
     def tangent(self, data, du, dz, out, lane=0):
         """See :class:`FEPropagator`."""
         for i in range(len(du)):
-            pairs = self._stages(data, i, data.u[i])[1]
-            out[i] = self._tangent_stages(data, i, pairs, du[i], direction(dz, i))[0]
+            out[i] = self._tangent_step(self._linearised(data, i), du[i], direction(dz, i), data.t[i])[0]
 
     def adjoint(self, data, lam, out, lane=0):
         """See :class:`FEPropagator`."""
         for i in range(len(lam)):
-            out[i] = self._adjoint_step(data, i, lam[i], self._stages(data, i, data.u[i])[1])[0]
+            out[i] = self._adjoint_step(self._linearised(data, i), lam[i], "sweep")[0]
 
     def control_adjoint(self, data, lam, lane=0):
         """See :class:`FEPropagator`."""
-        steps = range(len(lam))
-        return self._collect(
-            [self._adjoint_step(data, i, lam[i], self._stages(data, i, data.u[i])[1])[1] for i in steps]
-        )
+        rows = []
+        for i in range(len(lam)):
+            memory = self._linearised(data, i)
+            ys = self._adjoint_step(memory, lam[i], "sweep")[1]
+            pairs = zip(memory.stages, ys, strict=True)
+            rows.append(-sum(self._control_adjoint(stage, *pair, data.t[i]) for stage, pair in pairs))
+        return self._collect(rows)
 
-    def second_order(self, data, du, dz, lam):
+    def second_order(self, data, du, dz, lam, end=None):
         """See :class:`FEPropagator`."""
+        deferred = self.dirk.stages - 1 if end is not None and self.dirk.stiffly_accurate else None
         out, rows = np.empty_like(lam), []
         for i in range(len(lam)):
-            pairs = self._stages(data, i, data.u[i])[1]
-            tangents = self._tangent_stages(data, i, pairs, du[i], direction(dz, i))[1]
-            ys = self._adjoint_step(data, i, lam[i], pairs)[2]
+            memory, dzi = self._linearised(data, i), direction(dz, i)
+            pairs = self._tangent_step(memory, du[i], dzi, data.t[i])[1]
+            ys = self._adjoint_step(memory, lam[i], "second order")[1]
             z_bar = np.zeros(self.evolution.control_size)
 
-            def stage_adjoint(stage, U_bar, i=i, pairs=pairs, tangents=tangents, ys=ys, z_bar=z_bar):
-                self._linearise(data, i, stage, pairs[stage])
-                put(self.dW, tangents[stage][0])
-                put(self.dU, tangents[stage][1])
-                put(self.y, ys[stage])
-                put(self.dy, self._solve(U_bar - self.second_U(), transposed=True))
-                if self.dz is not None:
-                    z_bar -= self.second_z() + self.Ldy_z()
-                return -(self.second_W() + self.Ldy_W())
+            def stage_adjoint(stage, U_bar, i=i, dz=dzi, pairs=pairs, ys=ys, z_bar=z_bar):
+                j = stage.index
+                self.forms.set(data.t[i], data.control(i), j)
+                of_U, of_W, of_z = self.forms.second_order((stage.W, stage.U), pairs[j], ys[j][0], dz)
+                if j == deferred:  # the stage is the end state: what acts on it goes through the step's adjoint
+                    end[i] = -of_U
+                    z_bar -= of_z
+                    return np.zeros_like(U_bar) - of_W
+                rhs = U_bar - of_U
+                dy = self._solve(stage, rhs, transposed=True)
+                z_bar -= of_z + self._control_adjoint(stage, dy, rhs[self.bc_rows], data.t[i])
+                return -(of_W + self._base_adjoint(stage, dy))
 
-            out[i] = self._reverse(np.zeros_like(lam[i]), stage_adjoint)
+            out[i] = self._reverse(memory, np.zeros_like(lam[i]), stage_adjoint)
             rows.append(z_bar)
         return out, self._collect(rows)
-
-
-def _zero(form):
-    """A zero form with the arguments of ``form``, to start sums with."""
-    return 0 * form

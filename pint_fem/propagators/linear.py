@@ -6,8 +6,8 @@ a_{ii} \Delta t`,
 .. math::  S_i U_i = M W_i + b_i , \quad S_i = M + h_i K, \quad b_i = h_i f(t_i, z),
 
 on the free degrees of freedom, and the boundary values of time :math:`t_i` on the others (``S`` has unit rows and
-columns there, ``M`` zero rows, and ``b`` carries the lifting; the rows' adjoints are those of the boundary values). ``W``
-and the step follow from :class:`~pint_fem.propagators.tableaux.DIRK`.
+columns there, ``M`` zero rows, and ``b`` carries the lifting; the rows' adjoints are those of the boundary values).
+``W`` and the step follow from :class:`~pint_fem.propagators.tableaux.DIRK`.
 """
 
 from __future__ import annotations
@@ -224,6 +224,6 @@ class LinearPropagator(FEPropagator):
                 gz += self._control_pull_back(y, h)
         return out if self.evolution.per_step else out[0]
 
-    def second_order(self, data, du, dz, lam):
+    def second_order(self, data, du, dz, lam, end=None):
         """Zero: the step is affine."""
         return np.zeros_like(lam), self._collect([np.zeros(self.evolution.control_size)] * len(lam))

@@ -151,7 +151,7 @@ class TapePropagator(FEPropagator):
         """See :class:`FEPropagator`."""
         return self._collect([self._control_part(self._derivative(data, i, lam[i])) for i in range(len(lam))])
 
-    def second_order(self, data, du, dz, lam):
+    def second_order(self, data, du, dz, lam, end=None):
         """See :class:`FEPropagator`."""
         out, rows = np.empty_like(lam), []
         for i in range(len(lam)):

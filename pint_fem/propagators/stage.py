@@ -1,0 +1,235 @@
+r"""The forms of a stage, compiled once: residual, matrices of its first derivatives, vectors of its second ones.
+
+Stage ``i`` solves :math:`F(U, W, z) = 0` for ``U``. With an adjoint :math:`y` of the stage and :math:`L = F(U, W, z;
+y)`, first derivatives are the matrices :math:`F_U, F_W, F_z`, and second ones, in the direction :math:`(dU, dW, dz)`,
+the vectors :math:`D L_U, D L_W, D L_z` with :math:`D` the derivative in it. A matrix that depends on none of ``U``,
+``W``, ``z`` and the time is assembled once for each stage coefficient and shared.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from functools import cached_property
+from itertools import pairwise
+
+import numpy as np
+from firedrake import Cofunction, Constant, Function, TestFunction, TrialFunction, derivative, replace
+from firedrake.assemble import get_assembler
+from firedrake.petsc import PETSc
+from ufl.algorithms import expand_derivatives, extract_coefficients
+
+from pint_fem.propagators.arrays import boundary_rows, get, is_real, own_size, put
+from pint_fem.propagators.evolution import Evolution
+from pint_fem.propagators.tableaux import DIRK
+
+__all__ = ["MatrixForm", "StageForms"]
+
+
+class MatrixForm:
+    """A bilinear form compiled once; ``empty`` where the derivative vanished, ``constant`` where nothing in it moves.
+
+    Parameters
+    ----------
+    form
+        Bilinear.
+    moving
+        Functions whose values change.
+    bcs
+        Conditions whose rows and columns become those of the identity.
+    counts, name
+        Assemblies are counted under the name.
+    """
+
+    def __init__(self, form, moving: set, *, bcs=(), counts: Counter, name: str, mat_type: str | None = "aij"):
+        form = expand_derivatives(form)
+        self.empty = form.empty()
+        coefficients = set() if self.empty else set(extract_coefficients(form))
+        self.constant = not moving & coefficients
+        self.coefficients, self._counts, self._name = coefficients, counts, name
+        options = {} if mat_type is None else {"mat_type": mat_type}
+        self._assembler = None if self.empty else get_assembler(form, bcs=bcs, **options)
+        self._work = None
+        self._shared: dict[float, PETSc.Mat] = {}
+
+    def assemble(self) -> PETSc.Mat:
+        """The matrix at the present values; the next call overwrites it."""
+        if self._work is None:
+            self._work = self._assembler.allocate()
+        self._assembler.assemble(tensor=self._work)
+        self._counts[self._name] += 1
+        return self._work.petscmat
+
+    def matrix(self, h: float, into: PETSc.Mat | None) -> PETSc.Mat | None:
+        """The matrix at the present values, in the memory of ``into`` where there is one; shared if constant."""
+        if self.empty:
+            return None
+        if self.constant:
+            if h not in self._shared:
+                self._shared[h] = self.assemble().copy()
+            return self._shared[h]
+        matrix = self.assemble()
+        if into is None:
+            return matrix.copy()
+        matrix.copy(into, structure=PETSc.Mat.Structure.SAME_NONZERO_PATTERN)
+        return into
+
+
+class RealColumn(MatrixForm):
+    """The derivative by a real number as a matrix of one column; the first rank in space owns the number."""
+
+    def __init__(self, F, control: Function, moving: set, *, counts: Counter):
+        one = Function(control.function_space()).assign(1.0)
+        super().__init__(derivative(F, control, one), moving, counts=counts, name="derivative", mat_type=None)
+        self._space, self._owned = F.arguments()[0].function_space(), own_size(control.function_space())
+
+    def assemble(self) -> PETSc.Mat:
+        """See :class:`MatrixForm`."""
+        if self._work is None:
+            self._vector = Cofunction(self._space.dual())
+            sizes = ((own_size(self._space), None), (self._owned, 1))
+            self._work = PETSc.Mat().createDense(sizes, comm=self._space.mesh().comm)
+            self._work.setUp()
+        self._work.getDenseArray()[:, 0] = get(self._assembler.assemble(tensor=self._vector))
+        self._work.assemble()
+        self._counts[self._name] += 1
+        return self._work
+
+
+class _VectorForm:
+    """A 1-form compiled once; zero where the derivative vanished."""
+
+    def __init__(self, form, space):
+        form = expand_derivatives(form)
+        self.empty = form.empty()
+        self._tensor = Cofunction(space.dual())
+        self._assembler = None if self.empty else get_assembler(form)
+
+    def __call__(self) -> np.ndarray | float:
+        return 0.0 if self.empty else get(self._assembler.assemble(tensor=self._tensor))
+
+
+class StageForms:
+    """See the module.
+
+    Parameters
+    ----------
+    evolution
+        The problem.
+    dirk
+        Coefficients of the integrator.
+    dt
+        Step size of the level.
+
+    Attributes
+    ----------
+    counts : Counter
+        Assemblies of ``"residual"``, ``"jacobian"`` and ``"derivative"`` matrices.
+    linear : bool
+        Whether the residual is affine in ``U``.
+    """
+
+    def __init__(self, evolution: Evolution, dirk: DIRK, dt: float):
+        self.evolution, self.dirk, self.dt = evolution, dirk, dt
+        V = evolution.V
+        self.comm = V.mesh().comm
+        self.counts: Counter = Counter()
+        self.controls = list(evolution.parameters)
+        self.bc_rows = boundary_rows(evolution.bcs, V)
+        self.U, self.W, self.y = Function(V, name="U"), Function(V, name="W"), Function(V, name="y")
+        self.dU, self.dW = Function(V), Function(V)
+        self.dz = [Function(z.function_space()) for z in self.controls]
+        self.h, self.step_sizes = Constant(1.0), dirk.diagonal * dt
+        self.F = evolution.stage_form(self.U, self.W, self.h)
+        moving = {self.U, self.W, *self.controls} | ({evolution.t} if evolution.t is not None else set())
+        homogeneous = [bc.reconstruct(g=0) for bc in evolution.bcs]
+        matrix = lambda x, **given: MatrixForm(
+            derivative(self.F, x, TrialFunction(x.function_space())), moving, counts=self.counts, **given
+        )
+        self.J = matrix(self.U, bcs=homogeneous, name="jacobian")
+        self.linear = self.U not in self.J.coefficients
+        self.F_W = matrix(self.W, name="derivative")
+        self.F_z = [
+            RealColumn(self.F, z, moving, counts=self.counts)
+            if is_real(z.function_space())
+            else matrix(z, name="derivative")
+            for z in self.controls
+        ]
+        #: ``F_U`` without conditions, for controls in boundary values.
+        self.F_U = None if evolution.boundary_controls is None else matrix(self.U, name="derivative")
+        self._residual, self._tensor = get_assembler(self.F), Cofunction(V.dual())
+        self._sizes = np.cumsum([0, *(own_size(z.function_space()) for z in self.controls)])
+        self._boundary: dict = {}
+
+    @cached_property
+    def second(self) -> tuple[_VectorForm, _VectorForm, list[_VectorForm]]:
+        """``D L_U``, ``D L_W`` and ``D L_z`` of each control; compiled when first asked for."""
+        L = replace(self.F, {self.F.arguments()[0]: self.y})
+        pairs = [(self.U, self.dU), (self.W, self.dW), *zip(self.controls, self.dz, strict=True)]
+
+        def along(x):
+            gradient = derivative(L, x, TestFunction(x.function_space()))
+            return _VectorForm(sum((derivative(gradient, w, dw) for w, dw in pairs), 0 * gradient), x.function_space())
+
+        return along(self.U), along(self.W), [along(z) for z in self.controls]
+
+    # -- values --------------------------------------------------------------------------------------------------------
+    def set(self, t: float, control: np.ndarray | None, stage: int) -> None:
+        """Take the start time and the control of a step, and a stage's coefficient."""
+        ev = self.evolution
+        self._put_control(control)
+        if ev.t is not None:
+            ev.t.assign(t + self.dirk.c[stage] * self.dt)
+        self.h.assign(self.step_sizes[stage])
+
+    def _put_control(self, vector: np.ndarray | None) -> None:
+        """Values of a step's control."""
+        for z, part in zip(self.controls, self.parts(vector), strict=True):
+            put(z, part)
+
+    def _put_direction(self, vector: np.ndarray | None) -> None:
+        """Direction of a step's control; ``None`` is zero."""
+        for dz, part in zip(self.dz, self.parts(vector), strict=True):
+            put(dz, 0.0 if part is None else part)
+
+    def parts(self, vector: np.ndarray | None) -> list:
+        """A step's control vector cut into those of the control's functions."""
+        ends = self._sizes
+        return [None if vector is None else vector[a:b] for a, b in pairwise(ends)]
+
+    def boundary(self, t: float, stage: int) -> np.ndarray:
+        """Values on the rows with a condition at the time of a stage of the step from ``t``, for the control set."""
+        key, moving = (float(t), stage) if self.evolution.depends_on_time else None, self.F_U is not None
+        if moving or key not in self._boundary:
+            lift = Function(self.evolution.V)
+            if self.evolution.t is not None:
+                self.evolution.t.assign(t + self.dirk.c[stage] * self.dt)
+            for bc in self.evolution.bcs:
+                bc.apply(lift)
+            self._boundary[key] = get(lift)[self.bc_rows]
+        return self._boundary[key]
+
+    # -- assembled -----------------------------------------------------------------------------------------------------
+    def residual(self, U: np.ndarray, out: PETSc.Vec) -> None:
+        """``F`` at ``U`` and the other values that are set; zero on rows with a condition."""
+        put(self.U, U)
+        self.counts["residual"] += 1
+        with self._residual.assemble(tensor=self._tensor).dat.vec_ro as vec:
+            vec.copy(out)
+        out.array[self.bc_rows] = 0
+
+    def second_order(self, pair, tangent, y: np.ndarray, dz) -> tuple:
+        """``D L_U``, ``D L_W`` and ``D L_z`` (of the control vector) at a stage's values ``(W, U)``, with
+        ``tangent = (dW, dU)``.
+        """
+        for function, values in zip((self.W, self.U, self.dW, self.dU, self.y), (*pair, *tangent, y), strict=True):
+            put(function, values)
+        self._put_direction(dz)
+        of_U, of_W, of_z = self.second
+        return of_U(), of_W(), self.control_vector([form() for form in of_z])
+
+    def control_vector(self, parts: list) -> np.ndarray:
+        """A step's control vector of the parts of the control's functions."""
+        out = np.zeros(self._sizes[-1])
+        for place, part in zip(self.parts(out), parts, strict=True):
+            place[:] = part
+        return out

@@ -1,0 +1,57 @@
+"""Nonlinear evolutions by the form propagator: against a serial pyadjoint tape, and what a linearisation saves."""
+
+import numpy as np
+import pytest
+from firedrake import Function, SpatialCoordinate, as_vector, cos, sin
+from firedrake.adjoint import taylor_to_dict
+from mpi4py import MPI
+
+import pint_fem as pf
+from tests.nonlinear import burgers, conductivity, functional, tape_functional
+
+
+def direction(V):
+    x, y = SpatialCoordinate(V.mesh())
+    value = sin(3 * x) * cos(2 * y)
+    return Function(V).interpolate(as_vector([value, x - y]) if V.value_shape else value)
+
+
+@pytest.mark.parametrize("tableau", ["BackwardEuler", "SDIRK2"])
+@pytest.mark.parametrize("make", [burgers, conductivity])
+def test_against_the_tape(make, tableau):
+    posed = make(4, 6, tableau=tableau)
+    mgrit = {"mgrit": {"rtol": 1e-12, "coarsening": (3,)}}
+    results = []
+    for rf in (functional(posed, **mgrit), functional(posed, time_solver="serial"), tape_functional(posed)):
+        V = rf.controls[0].control.function_space()
+        z, dz = direction(V), direction(V)
+        z.assign(0.5 * z)
+        results.append((float(rf(z)), rf.derivative().dat.data_ro.copy(), rf.hessian(dz).dat.data_ro.copy()))
+    for ours in results[:2]:
+        for a, b in zip(ours, results[2], strict=True):
+            assert np.linalg.norm(a - b) <= 1e-8 * np.linalg.norm(b)
+
+
+@pytest.mark.parallel([1, 2, 4])
+@pytest.mark.parametrize("make", [burgers, conductivity])
+def test_taylor(make):
+    st = pf.SpaceTime({1: "1x1", 2: "1x2", 4: "2x2"}[MPI.COMM_WORLD.size])
+    rf = functional(make(3, 6, comm=st.space_comm), st, mgrit={"rtol": 1e-13, "coarsening": (3,)})
+    V = rf.controls[0].control.function_space()
+    rates = taylor_to_dict(rf, rf.controls[0].control, direction(V))
+    assert max(abs(rate - 2.0) for rate in rates["R1"]["Rate"]) <= 0.05
+    assert max(abs(rate - 3.0) for rate in rates["R2"]["Rate"]) <= 0.1
+
+
+def test_a_linearisation_is_computed_once():
+    """After a gradient, Hessian actions solve no stage, assemble no Jacobian and factor nothing."""
+    rf = functional(burgers(4, 8, tableau="SDIRK2"), time_solver="serial")
+    z, v = rf.array(rf.controls[0].control), np.cos(np.arange(rf.layout.size))
+    rf.problem.derivative(z)
+    first = rf.problem.hessian_action(z, v)
+    counts = rf.problem.sweeps.propagators[0].counts
+    before = dict(counts)
+    assert np.allclose(rf.problem.hessian_action(z, v), first, rtol=1e-12)
+    rf.problem.hessian_action(z, 1 - v)
+    for name in ("newton", "jacobian", "derivative", "factorisation"):
+        assert counts[name] == before.get(name, 0)
