@@ -52,6 +52,15 @@ class InexactObjective(Objective):
         self._weight: float | None = None  # norm of the last adjoint
         problem.keep_points(2)
 
+    def memory(self) -> dict[str, float | None]:
+        """What estimates rest on, for a checkpoint."""
+        return {"weight": self._weight, "state": self._state_factor, "adjoint": self._adjoint_factor}
+
+    def recall(self, memory: dict[str, float | None]) -> None:
+        """Take what :meth:`memory` gave."""
+        self._weight, self._state_factor = memory["weight"], memory["state"]
+        self._adjoint_factor = memory["adjoint"]
+
     def _clip(self, rtol: float) -> float:
         return min(max(rtol, self.tightest), self.loosest)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 import ufl
@@ -10,6 +11,7 @@ from firedrake import TestFunction, TrialFunction, assemble, derivative
 from pyadjoint.tape import stop_annotating
 from ufl.algorithms import expand_derivatives, extract_coefficients
 
+from pint_fem.adjoint.checkpoint import HDF5Checkpoint
 from pint_fem.adjoint.inexact import InexactObjective
 from pint_fem.adjoint.objective import Objective
 from pint_fem.adjoint.riesz import ControlInner
@@ -24,7 +26,9 @@ from pint_fem.propagators.arrays import get
 __all__ = ["one_shot", "scipy_method", "trust_region"]
 
 
-def trust_region(rf, start: np.ndarray, *, monitor, inexact, bounds, constraints, preconditioner, **options):
+def trust_region(
+    rf, start: np.ndarray, *, monitor, inexact, bounds, constraints, preconditioner, checkpoint, **options
+):
     """See :meth:`~pint_fem.adjoint.TimeParallelReducedFunctional.minimize_trust_region`."""
     problem, inner = rf.problem, rf.inner
     options.setdefault("value_rtol", 10 * problem.sweeps.options.rtol)
@@ -43,16 +47,24 @@ def trust_region(rf, start: np.ndarray, *, monitor, inexact, bounds, constraints
     with stop_annotating():
         if bounds is not None:
             lower, upper = (_side(rf, side) for side in bounds)
-            return minimize_bounded(Objective(problem, inner), start, lower, upper, monitor=monitor, **options)
+            objective = Objective(problem, inner)
+            options["checkpoint"] = _checkpoint(checkpoint, objective)
+            return minimize_bounded(objective, start, lower, upper, monitor=monitor, **options)
         if inexact is None:
             objective = Objective(problem, inner)
         else:
             objective = InexactObjective(problem, inner)
+        options["checkpoint"] = _checkpoint(checkpoint, objective)
         objective, start = constrained(rf, objective, start, constraints)
         try:
             return minimize_trust_region(objective, start, monitor=monitor, inexact=inexact, **options)
         finally:
             problem.keep_points(1)
+
+
+def _checkpoint(given, objective: Objective):
+    """A file as a checkpoint of an objective."""
+    return HDF5Checkpoint(given, objective) if isinstance(given, (str, Path)) else given
 
 
 def one_shot(rf, start: np.ndarray, *, monitor, constraints, **options):

@@ -123,6 +123,11 @@ class ReducedProblem:
         return self._points[0].L
 
     @property
+    def points(self) -> tuple[Point, ...]:
+        """What is known, the control asked for last first."""
+        return tuple(self._points)
+
+    @property
     def is_quadratic(self) -> bool:
         """Whether ``J`` is a quadratic function of the control: affine steps, quadratic misfits and regularisation."""
         regularisation = self.regularisation is None or self.regularisation.quadratic

@@ -261,6 +261,7 @@ class TimeParallelReducedFunctional(AbstractReducedFunctional):
         bounds=None,
         constraints=None,
         preconditioner=None,
+        checkpoint=None,
         **options,
     ) -> TrustRegionResult:
         """Minimise by :func:`pint_fem.optimize.minimize_trust_region` in the controls' inner product.
@@ -282,6 +283,9 @@ class TimeParallelReducedFunctional(AbstractReducedFunctional):
         preconditioner
             Of conjugate gradients: ``"regularisation"`` (the inverse of its second derivative), a bilinear form or a
             list with one a control, ``"limited-memory"``, or a callable on flat representatives.
+        checkpoint
+            A file (HDF5) that keeps the run after each iteration; if it is there, the run goes on from it. See
+            :mod:`pint_fem.adjoint.checkpoint`.
         **options
             Of the minimiser. For a quadratic ``J`` the first radius is unlimited by default.
 
@@ -298,7 +302,7 @@ class TimeParallelReducedFunctional(AbstractReducedFunctional):
         """
         result = trust_region(
             self, self._start(start), monitor=self._monitor(monitor), inexact=inexact, bounds=bounds,
-            constraints=constraints, preconditioner=preconditioner, **options,
+            constraints=constraints, preconditioner=preconditioner, checkpoint=checkpoint, **options,
         )  # fmt: skip
         self._take(result.x)
         return result

@@ -114,11 +114,14 @@ def scipy_minimize(
     if (lower is not None or upper is not None) and method not in _BOUND_METHODS:
         raise ValueError(f"method {method} knows no bounds: give one of {', '.join(_BOUND_METHODS)}")
     check_choice("hessian", hessian, ("newton", "gauss-newton"))
+    action = "hessian_action" if hessian == "newton" else "gauss_newton_action"
+    if method in _HESSIAN_METHODS and not callable(getattr(problem, action, None)):
+        raise ValueError(f"{method} needs {action}: give the problem one, or one of {', '.join(_GRADIENT_METHODS)}")
     check_callable("callback", callback)
     check_first_guess(x0)
 
     x0 = np.array(x0, dtype=np.float64)
-    view = _EuclideanView(problem, x0, comm, hessian, callback)
+    view = _EuclideanView(problem, x0, comm, action, callback)
     if lower is not None or upper is not None:
         options["bounds"] = view.bounds(lower, upper)
     y0 = view.coordinates(x0)
@@ -224,7 +227,7 @@ class _Processes:
 class _EuclideanView:
     """J as a function of the global y, remembering what it computed at the last y; called on all processes alike."""
 
-    def __init__(self, problem, x0: np.ndarray, comm, hessian: str, callback: Callable | None):
+    def __init__(self, problem, x0: np.ndarray, comm, action: str, callback: Callable | None):
         self.problem, self.callback = problem, callback
         self.layout = _Layout(problem, x0, comm)
         weights = getattr(problem, "weights", None)
@@ -235,7 +238,7 @@ class _EuclideanView:
         self.root = np.sqrt(w)
         self.box = -math.inf, math.inf
         self._dual = getattr(problem, "dual", lambda g: w * g)
-        self._action = problem.hessian_action if hessian == "newton" else problem.gauss_newton_action
+        self._action = getattr(problem, action, None)
         self._y = np.full(0, math.nan)
         self._known: dict[str, object] = {}
         self._actions: dict[bytes, np.ndarray] = {}

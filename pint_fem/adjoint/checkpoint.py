@@ -1,0 +1,188 @@
+"""Checkpoints of optimisations: one HDF5 file, written by all ranks together, replaced as a whole.
+
+Each rank writes its own part; nothing is gathered. The file holds the optimiser's state, its vectors by control, and
+the trajectories that the next solves start from, so that a run that was killed goes on with the same bits where the
+evolution is linear (nonlinear ones: to round-off, as Newton's first guesses are not kept), on any number of time ranks
+and the same number of space ranks. It is written under another name, forced to disk and then renamed: whenever the
+process is killed, the last complete file is there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+from pint_fem.adjoint.objective import Objective
+from pint_fem.adjoint.problem import Point
+from pint_fem.errors import InputError
+from pint_fem.mgrit import SolveResult
+from pint_fem.propagators.arrays import own_size
+
+__all__ = ["HDF5Checkpoint"]
+
+
+class HDF5Checkpoint:
+    """What :class:`pint_fem.optimize.Checkpoint` asks for.
+
+    Parameters
+    ----------
+    path
+        The file; its folder has to exist.
+    objective
+        What is minimised: its controls, trajectories and error estimates are kept.
+
+    Raises
+    ------
+    InputError
+        On every rank: no such folder; in ``load``, a file that cannot be read or is of another problem; in ``save``, a
+        file that cannot be written (the last one is left as it is).
+    """
+
+    def __init__(self, path: str | Path, objective: Objective):
+        self.path, self.objective, self._problem = Path(path), objective, objective.problem
+        self._layout, self._spacetime = self._problem.layout, self._problem.spacetime
+        self._comm = self._spacetime.comm
+        self._agree(None if self.path.parent.is_dir() else f"checkpoint {self.path}: there is no such folder")
+        slab, ev = self._layout.slab, self._problem.evolution
+        rows = (slice(slab.lo, slab.hi), ev.nsteps)
+        self._controls = [self._place(c.function_space(), rows if c in ev.stepwise else None) for c in ev.controls]
+        self._states = self._place(ev.V, (slice(slab.lo, slab.hi + 1), ev.nsteps + 1))
+
+    @staticmethod
+    def _place(space, rows: tuple[slice, int] | None) -> tuple[tuple[int, ...], tuple[slice, ...]]:
+        """Shape of an array of all ranks and what this rank has of it."""
+        first, _ = space.dof_dset.layout_vec.getOwnershipRange()
+        own, size = slice(first, first + own_size(space)), space.dof_dset.layout_vec.getSize()
+        return ((size,), (own,)) if rows is None else ((rows[1], size), (rows[0], own))
+
+    def _agree(self, problem: str | None) -> None:
+        """Raise on every rank what one of them has to say."""
+        problem = next((p for p in self._comm.allgather(problem) if p), None)
+        if problem:
+            raise InputError(problem)
+
+    @property
+    def _fingerprint(self) -> dict:
+        """What has to be the same in a run that goes on."""
+        ev = self._problem.evolution
+        return {
+            "space ranks": self._spacetime.space_size,
+            "controls": [f"{c.name()}{list(shape)}" for c, (shape, _) in zip(ev.controls, self._controls, strict=True)],
+            "states": list(self._states[0]),
+            "dt": ev.dt,
+            "t0": ev.t0,
+        }
+
+    # -- writing -------------------------------------------------------------------------------------------------------
+    def save(self, scalars: dict, vectors: dict[str, np.ndarray]) -> None:
+        """Write a state; the file of the last one is replaced when this one is complete and on disk."""
+        new, problem = self.path.with_name(self.path.name + ".new"), None
+        try:
+            with h5py.File(new, "w", driver="mpio", comm=self._comm) as file:
+                self._write(file, scalars, vectors)
+        except Exception as error:
+            problem = f"checkpoint {new} cannot be written: {error}"
+        self._agree(problem)
+        if self._comm.rank == 0:
+            try:
+                _to_disk(new)
+                os.replace(new, self.path)
+                _to_disk(self.path.parent)
+            except OSError as error:
+                problem = f"checkpoint {self.path} cannot be written: {error}"
+        self._agree(problem)
+
+    def _write(self, file, scalars: dict, vectors: dict[str, np.ndarray]) -> None:
+        memory = getattr(self.objective, "memory", dict)()
+        points = [_described(point) for point in self._problem.points]
+        head = {"problem": self._fingerprint, "scalars": scalars, "vectors": list(vectors)}
+        file.attrs["head"] = np.void(json.dumps(head | {"objective": memory, "points": points}).encode())
+        for name, vector in vectors.items():
+            self._put_vector(file, f"vectors/{name}", vector)
+        for i, point in enumerate(self._problem.points):
+            if point.z is not None:
+                self._put_vector(file, f"points/{i}/z", point.z)
+            for name, slab in (("U", point.U), ("L", point.L)):
+                own = slice(0 if self._layout.slab.is_first else 1, None)  # the ghost row is the left neighbour's
+                (rows, columns), shape = self._states[1], self._states[0]
+                file.create_dataset(f"points/{i}/{name}", shape, "f8")[
+                    slice(rows.start + own.start, rows.stop), columns
+                ] = slab[own]
+
+    def _put_vector(self, file, name: str, vector: np.ndarray) -> None:
+        """Write the controls of a vector, static ones by the first rank in time."""
+        for i, (part, (shape, where)) in enumerate(zip(self._layout.parts(vector), self._controls, strict=True)):
+            data = file.create_dataset(f"{name}/{i}", shape, "f8")
+            if part.ndim == 2 or self._spacetime.time_comm.rank == 0:
+                data[where] = part
+
+    # -- reading -------------------------------------------------------------------------------------------------------
+    def load(self) -> tuple[dict, dict[str, np.ndarray]] | None:
+        """The last state, ``None`` if there is no file; the problem's trajectories and estimates are set."""
+        if not self._comm.bcast(self.path.exists() if self._comm.rank == 0 else None, root=0):
+            return None
+        problem, found = None, None
+        try:
+            with h5py.File(self.path, "r") as file:
+                head = json.loads(bytes(file.attrs["head"]))
+                if head["problem"] != self._fingerprint:
+                    problem = (
+                        f"checkpoint {self.path} is of another problem or grid: it has {head['problem']}, this run "
+                        f"{self._fingerprint}; give another file or remove it"
+                    )
+                else:
+                    vectors = {name: self._get_vector(file, f"vectors/{name}") for name in head["vectors"]}
+                    self._restore_points(file, head["points"])
+                    found = head["scalars"], vectors
+        except Exception as error:
+            problem = (
+                f"checkpoint {self.path} cannot be read ({type(error).__name__}: {error}); remove it to start anew"
+            )
+        self._agree(problem)
+        if hasattr(self.objective, "recall"):
+            self.objective.recall(head["objective"])
+        return found
+
+    def _get_vector(self, file, name: str) -> np.ndarray:
+        return self._layout.join([file[f"{name}/{i}"][where] for i, (_, where) in enumerate(self._controls)])
+
+    def _restore_points(self, file, described: list[dict]) -> None:
+        for i, (point, given) in enumerate(zip(self._problem.points, described, strict=False)):
+            z = self._get_vector(file, f"points/{i}/z") if given["solved"] else None
+            point.move_to(z)
+            point.U[:], point.L[:] = (file[f"points/{i}/{name}"][self._states[1]] for name in ("U", "L"))
+            point.cold = given["cold"]
+            point.rtol = {kind: np.inf if rtol is None else rtol for kind, rtol in given["rtol"].items()}
+            point.state, point.adjoint = (_result(given[kind]) for kind in ("state", "adjoint"))
+
+
+def _to_disk(path: Path) -> None:
+    """Force a file or a folder to disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _described(point: Point) -> dict:
+    """What is known of a point's solves, for JSON."""
+    results = {
+        kind: None
+        if r is None
+        else [r.converged, r.reason, r.residuals[-1], r.cycles, None if np.isnan(r.scale) else r.scale]
+        for kind, r in (("state", point.state), ("adjoint", point.adjoint))
+    }
+    rtol = {kind: float(value) if np.isfinite(value) else None for kind, value in point.rtol.items()}
+    return {"solved": point.z is not None, "cold": point.cold, "rtol": rtol, **results}
+
+
+def _result(given: list | None) -> SolveResult | None:
+    if given is None:
+        return None
+    converged, reason, residual, cycles, scale = given
+    return SolveResult(converged, reason, [residual], cycles, np.nan if scale is None else scale)

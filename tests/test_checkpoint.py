@@ -1,0 +1,114 @@
+"""Optimisations that are killed go on where they were."""
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from mpi4py import MPI
+
+import pint_fem as pf
+from pint_fem.adjoint.checkpoint import HDF5Checkpoint
+from pint_fem.adjoint.objective import Objective
+from tests.test_controls import functional as several
+from tests.test_reduced_functional import functional
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def shared_folder(tmp_path):
+    return Path(MPI.COMM_WORLD.bcast(str(tmp_path), root=0))
+
+
+def test_kill_nine_at_ten_random_moments(tmp_path):
+    """The same bits as without: J, the minimiser and the history; nothing saved is corrupt."""
+
+    def start(name, kills):
+        command = [sys.executable, "-m", "tests.kill_run", str(tmp_path / name), *map(str, kills)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
+        assert done.returncode == 0, done.stderr + done.stdout
+        return json.loads(done.stdout.splitlines()[-1])
+
+    whole = start("whole.h5", [])
+    assert whole["reason"] == "gradient tolerance"
+    assert whole["events"] > 60
+    rng = random.Random(1)
+    kills = [rng.randrange(1, whole["events"] // 8) for _ in range(10)]
+    killed = start("killed.h5", kills)
+    assert {k: killed[k] for k in ("J", "x", "history")} == {k: whole[k] for k in ("J", "x", "history")}
+
+
+@pytest.mark.parallel([1, 2, 4])
+@pytest.mark.parametrize("inexact", [False, True])
+def test_restart(tmp_path, inexact):
+    """Stopped by the callback after three iterations; the same end as without, on 1x1, 1x2 and 2x2."""
+    grid = {1: "1x1", 2: "1x2", 4: "2x2"}[MPI.COMM_WORLD.size]
+    options = {"gtol_rel": 1e-7, "cg_max_it": 4, "max_it": 60, "inexact": inexact}
+    make = lambda: functional(pf.SpaceTime(grid), n=4, steps=16, rtol=1e-11)
+    whole = make().minimize_trust_region(**options)
+    path = shared_folder(tmp_path) / "run.h5"
+    stopped = make().minimize_trust_region(checkpoint=path, callback=lambda x, r: r.iteration == 3, **options)
+    assert stopped.iterations == 3
+    resumed = make().minimize_trust_region(checkpoint=path, **options)
+    assert resumed.converged
+    assert resumed.iterations == whole.iterations
+    assert np.array_equal(resumed.x, whole.x)
+    assert resumed.value == whole.value
+
+
+@pytest.mark.parallel([1, 2, 4])
+def test_round_trip_of_all_kinds_of_controls(tmp_path):
+    """Vectors and trajectories come back to the last bit; onto one rank in time, too."""
+    size, folder = MPI.COMM_WORLD.size, shared_folder(tmp_path)
+    st = pf.SpaceTime({1: "1x1", 2: "1x2", 4: "2x2"}[size])
+    rf = several(st, steps=6, n=3)
+    z = np.random.default_rng(3).standard_normal(rf.layout.size)
+    rf.layout.share(z)
+    rf.problem.derivative(z)
+    keep = HDF5Checkpoint(folder / "run.h5", Objective(rf.problem, rf.inner))
+    assert keep.load() is None
+    keep.save({"a": 1.5}, {"x": z, "y": 2 * z})
+    again = several(st, steps=6, n=3)
+    scalars, vectors = HDF5Checkpoint(folder / "run.h5", Objective(again.problem, again.inner)).load()
+    assert scalars == {"a": 1.5}
+    assert np.array_equal(vectors["x"], z)
+    assert np.array_equal(vectors["y"], 2 * z)
+    assert np.array_equal(again.problem.U, rf.problem.U)
+    assert np.array_equal(again.problem.L, rf.problem.L)
+    assert np.array_equal(again.problem.derivative(z), rf.problem.derivative(z))
+    counts = again.problem.sweeps.counts
+    assert counts["state"] == counts["adjoint"] == 0
+    fewer = several(pf.SpaceTime((st.space_size, 1), comm=st.space_comm), steps=6, n=3)
+    _, vectors = HDF5Checkpoint(folder / "run.h5", Objective(fewer.problem, fewer.inner)).load()
+    if st.time_comm.rank == 0:
+        part = fewer.layout.part(vectors["x"], fewer.evolution.controls[0])
+        assert np.array_equal(part, rf.layout.part(z, rf.evolution.controls[0]))
+
+
+@pytest.mark.parallel([1, 2])
+def test_bad_files(tmp_path, monkeypatch):
+    folder = shared_folder(tmp_path)
+    rf = functional(pf.SpaceTime(), n=3, steps=16)
+    objective = Objective(rf.problem, rf.inner)
+    x = np.zeros(rf.layout.size)
+    with pytest.raises(pf.InputError, match="no such folder"):
+        HDF5Checkpoint(folder / "missing" / "run.h5", objective)
+    keep = HDF5Checkpoint(folder / "run.h5", objective)
+    keep.save({"number": 1}, {"x": x})
+    other = functional(pf.SpaceTime(), n=2, steps=16)
+    with pytest.raises(pf.InputError, match="of another problem"):
+        HDF5Checkpoint(folder / "run.h5", Objective(other.problem, other.inner)).load()
+    with monkeypatch.context() as patched:
+        patched.setattr(HDF5Checkpoint, "_put_vector", lambda *_: 1 / 0)
+        with pytest.raises(pf.InputError, match="cannot be written"):
+            keep.save({"number": 2}, {"x": x})
+    assert keep.load()[0] == {"number": 1}
+    MPI.COMM_WORLD.barrier()
+    if MPI.COMM_WORLD.rank == 0:
+        (folder / "run.h5").write_bytes((folder / "run.h5").read_bytes()[:300])
+    MPI.COMM_WORLD.barrier()
+    with pytest.raises(pf.InputError, match=r"run\.h5 cannot be read"):
+        keep.load()
