@@ -181,7 +181,10 @@ API = {
     "time a constant": (lambda p: p.evolution(t=fd.Constant(0.0)), ["time_function"]),
     "control not in the residual": (lambda p: p.evolution(control=fd.Function(p.V)), ["control"]),
     "control a number": (lambda p: p.evolution(control=1.0), ["float"]),
-    "control in a condition": (lambda p: p.evolution(bcs=fd.DirichletBC(p.V, p.q, 1)), ["control", "boundary"]),
+    "control squared in a condition": (
+        lambda p: p.evolution(bcs=fd.DirichletBC(p.V, p.q**2, 1)),
+        ["boundary", "not affine"],
+    ),
     "condition on another space": (
         lambda p: p.evolution(bcs=fd.DirichletBC(fd.FunctionSpace(p.mesh, "CG", 2), 0, 1)),
         ["space"],

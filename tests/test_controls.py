@@ -106,7 +106,9 @@ def check_taylor(rf):
     m, h = point_and_direction(rf)
     rates = taylor_to_dict(rf, m, h)
     assert max(abs(rate - 2.0) for rate in rates["R1"]["Rate"]) <= 0.05
-    assert max(abs(rate - 3.0) for rate in rates["R2"]["Rate"]) <= 0.1
+    # a remainder below 1e-13 is round-off
+    third = [rate for rate, left in zip(rates["R2"]["Rate"], rates["R2"]["Residual"][1:], strict=True) if left > 1e-13]
+    assert max((abs(rate - 3.0) for rate in third), default=0.0) <= 0.1
     rf(m)
     gradient, directions = rf.derivative(), h if isinstance(h, list) else [h]
     gradient = gradient if isinstance(gradient, list) else [gradient]

@@ -1,6 +1,10 @@
 """Optimisers that see a reduced functional only through its value, derivatives and inner product."""
 
+from pint_fem.optimize.bounded import minimize_bounded
+from pint_fem.optimize.constraints import AffineConstraints
 from pint_fem.optimize.inexact import InexactOptions
+from pint_fem.optimize.lbfgs import InverseLBFGS
+from pint_fem.optimize.one_shot import minimize_one_shot
 from pint_fem.optimize.preconditioners import LimitedMemoryPreconditioner
 from pint_fem.optimize.protocol import (
     Checkpoint,
@@ -11,15 +15,18 @@ from pint_fem.optimize.protocol import (
     Problem,
 )
 from pint_fem.optimize.records import IterationRecord, StopReason, TrustRegionResult
+from pint_fem.optimize.scipy_adapter import scipy_minimize
 from pint_fem.optimize.steihaug import CGStop
 from pint_fem.optimize.trust_region import minimize_trust_region
 
 __all__ = [
+    "AffineConstraints",
     "CGStop",
     "Checkpoint",
     "GaussNewtonProblem",
     "InexactOptions",
     "InexactProblem",
+    "InverseLBFGS",
     "IterationRecord",
     "LimitedMemoryPreconditioner",
     "NonFiniteError",
@@ -27,5 +34,8 @@ __all__ = [
     "Problem",
     "StopReason",
     "TrustRegionResult",
+    "minimize_bounded",
+    "minimize_one_shot",
     "minimize_trust_region",
+    "scipy_minimize",
 ]
