@@ -106,13 +106,11 @@ class HDF5Checkpoint:
         for i, point in enumerate(self._problem.points):
             if point.z is not None:
                 self._put_vector(file, f"points/{i}/z", point.z)
-            mine, k = self._layout.slab, self._layout.slab.k
-            # ghost rows are the neighbours': the first of the state, the last of the adjoint
-            owned = (slice(0 if mine.is_first else 1, k + 1), slice(0, k + 1 if mine.is_last else k))
-            (shape, (_, columns)), slabs = self._states, (("U", point.U), ("L", point.L))
-            for (name, slab), own in zip(slabs, owned, strict=True):
+            own = slice(0 if self._layout.slab.is_first else 1, None)  # row 0 is the left neighbour's last
+            shape, (rows, columns) = self._states
+            for name, slab in (("U", point.U), ("L", point.L)):
                 data = file.create_dataset(f"points/{i}/{name}", shape, "f8")
-                data[mine.lo + own.start : mine.lo + own.stop, columns] = slab[own]
+                data[rows.start + own.start : rows.stop, columns] = slab[own]
 
     def _put_vector(self, file, name: str, vector: np.ndarray) -> None:
         """Write the controls of a vector, static ones by the first rank in time."""
