@@ -34,6 +34,8 @@ def arguments():
     add("--rtol", type=positive(float), default=1e-9, help="relative tolerance of the time-parallel solves (1e-9)")
     add("--gtol", type=positive(float), default=1e-8, help="relative tolerance of the gradient (1e-8)")
     add("--max-iterations", type=positive(int), default=30, help="trust-region iterations (30)")
+    add("--exact", action="store_true", help="solve every sweep to --rtol, not only as accurately as convergence needs")
+    add("--checkpoint", metavar="FILE.h5", help="keep each iterate there, and go on from there if the file exists")
     add("--time-solver", default="mgrit", help="mgrit, or serial for sequential stepping on one time rank (mgrit)")
     add("--out", type=Path, default=Path("results/heat_source"), help="folder of the results (results/heat_source)")
     add("--no-fields", action="store_true", help="write no ParaView files")
@@ -89,7 +91,15 @@ def main():
         sweeps.on_sweep = lambda kind, result: progress(
             f"{kind} sweep: {result.cycles} cycles; so far " + ", ".join(f"{n} {k}" for k, n in sweeps.counts.items())
         )
-        result = rf.minimize_trust_region(monitor=say, gtol_rel=opts.gtol, max_it=opts.max_iterations)
+        result = rf.minimize_trust_region(
+            monitor=say,
+            gtol_rel=opts.gtol,
+            max_it=opts.max_iterations,
+            inexact=not opts.exact,
+            checkpoint=opts.checkpoint,
+            preconditioner="limited-memory",
+            preconditioner_memory=40,
+        )
     times["inversion"] = time.perf_counter() - start
     sweeps.write_trace()
     rf.problem.value(result.x)

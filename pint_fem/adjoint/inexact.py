@@ -13,11 +13,17 @@ is computed again more accurately,
 
 .. math::  c_u = \|g_{\text{new}} - g_{\text{old}}\| / \rho_{u,\text{old}} .
 
+Hessian products are those of a symmetric operator near the Hessian, a fixed number of cycles and their transposes
+(:mod:`~pint_fem.adjoint.transposed`), where there is one, and otherwise solves to a tolerance of their own.
+
 The theory of inexact trust regions asks for errors up to a constant that may be unknown
 (:mod:`pint_fem.optimize.trust_region`).
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 
@@ -50,16 +56,18 @@ class InexactObjective(Objective):
         self._state_factor: float | None = None  # c_u
         self._adjoint_factor = 0.0  # c_lambda
         self._weight: float | None = None  # norm of the last adjoint
+        self._cycles = 1  # of a product of the model
         problem.keep_points(2)
 
     def memory(self) -> dict[str, float | None]:
         """What estimates rest on, for a checkpoint."""
-        return {"weight": self._weight, "state": self._state_factor, "adjoint": self._adjoint_factor}
+        factors = {"weight": self._weight, "state": self._state_factor, "adjoint": self._adjoint_factor}
+        return factors | {"cycles": self._cycles}
 
     def recall(self, memory: dict[str, float | None]) -> None:
         """Take what :meth:`memory` gave."""
         self._weight, self._state_factor = memory["weight"], memory["state"]
-        self._adjoint_factor = memory["adjoint"]
+        self._adjoint_factor, self._cycles = memory["adjoint"], memory["cycles"]
 
     def _clip(self, rtol: float) -> float:
         return min(max(rtol, self.tightest), self.loosest)
@@ -138,6 +146,43 @@ class InexactObjective(Objective):
     def gradient_here(self, point: Point) -> np.ndarray:
         """Representative of the gradient that a point's trajectories give as they are."""
         return self._inner.primal(self.problem.gradient_of(point))
+
+    @property
+    def hessian_model(self) -> Callable[[np.ndarray, float], Callable[[np.ndarray], np.ndarray]]:
+        """``hessian_model(x, rtol)``: the action of a self-adjoint operator near the Hessian at ``x``. Its sweeps are
+        as many cycles as the first product needs for relative residuals of at most ``rtol``, and no fewer than an
+        earlier model's.
+
+        Raises
+        ------
+        AttributeError
+            Where there are no transposed cycles (:mod:`~pint_fem.adjoint.transposed`): the method is absent.
+        """
+        return self._models(gauss_newton=False)
+
+    @property
+    def gauss_newton_model(self) -> Callable[[np.ndarray, float], Callable[[np.ndarray], np.ndarray]]:
+        """The same of the Gauss-Newton form."""
+        return self._models(gauss_newton=True)
+
+    def _models(self, *, gauss_newton: bool):
+        if self.problem.sweeps.transposed_adjoint is None:
+            raise AttributeError("no model: the sweeps have no transposed cycles")
+        return partial(self._model, gauss_newton=gauss_newton)
+
+    def _model(self, x: np.ndarray, rtol: float, *, gauss_newton: bool) -> Callable[[np.ndarray], np.ndarray]:
+        rtol, most, settled = self._clip(rtol), self.problem.sweeps.options.max_it, False
+
+        def action(v: np.ndarray) -> np.ndarray:
+            nonlocal settled
+            while True:
+                h, residual = self.problem.symmetric_action(x, v, self._cycles, gauss_newton=gauss_newton)
+                settled = settled or residual <= rtol or self._cycles >= most
+                if settled:
+                    return self._inner.primal(h)
+                self._cycles += 1
+
+        return action
 
     def hessian_action_within(self, x: np.ndarray, v: np.ndarray, rtol: float) -> np.ndarray:
         """Hessian action with relative residuals of its two sweeps at most ``rtol``."""

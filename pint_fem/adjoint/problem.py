@@ -234,6 +234,7 @@ class ReducedProblem:
         return total
 
     def _tangent(self, point: Point, dz: np.ndarray, **wanted) -> np.ndarray:
+        """Tangent of the state, from zero."""
         dz, dU = np.asarray(dz, dtype=float).ravel(), self.sweeps.new_slab()
         steps, direction = self.layout.steps(point.z), self.layout.steps(dz)
         self.sweeps.tangent(steps, point.U, direction, dU, initial=self.layout.initial(dz), **wanted)
@@ -284,13 +285,40 @@ class ReducedProblem:
         if full and point.adjoint is None:
             point = self._solve_adjoint(z)  # the second-order terms want the adjoint
         dU, M = self._tangent(point, dz, **wanted), sweeps.new_slab()
+        g, second = self._second(point, dz, dU, full=full)
+        sweeps.adjoint(self.layout.steps(point.z), point.U, g, M, cold=True, **wanted)
+        return self._second_derivative(point, dz, M, second)
+
+    def symmetric_action(
+        self, z: np.ndarray, dz: np.ndarray, cycles: int, *, gauss_newton: bool = False
+    ) -> tuple[np.ndarray, float]:
+        """``H dz`` as a dual vector for a symmetric ``H`` near the Hessian: its two sweeps are ``cycles`` cycles from
+        zero and their transposes (:mod:`~pint_fem.adjoint.transposed`); and the larger of their relative residuals.
+        State and adjoint are taken as well as they are known.
+        """
+        sweeps, dz = self.sweeps, np.asarray(dz, dtype=float).ravel()
+        point = self._find(np.ravel(z))
+        if point is None or point.state is None:
+            point = self._solve_state(z)
+        full = not gauss_newton and not sweeps.is_linear
+        if full and point.adjoint is None:
+            point = self._solve_adjoint(z)
+        dU = self._tangent(point, dz, cold=False, cycles=cycles)
+        residual = relative_residual(sweeps.results[-1][1])
+        g, second = self._second(point, dz, dU, full=full, symmetric=True)
+        M, result = sweeps.adjoint_by_transposed_cycles(self.layout.steps(point.z), point.U, g, cycles=cycles)
+        return self._second_derivative(point, dz, M, second), max(residual, relative_residual(result))
+
+    def _second(self, point: Point, dz: np.ndarray, dU: np.ndarray, *, full: bool, symmetric: bool = False):
+        """Right-hand side of the second-order adjoint, and the second derivatives of the steps by the controls."""
         g = sum(m.hessian(point.U, dU) for m in self.misfits)
-        steps, second = self.layout.steps(point.z), None
-        if full:
-            second = sweeps.second_order(steps, point.U, self.layout.steps(dz), dU, point.L)
-            g += second[0]
-        sweeps.adjoint(steps, point.U, g, M, cold=True, **wanted)
-        out = self._pull_back(point, M, None if second is None else second[1])
-        if self.regularisation is not None:
-            out = out + self.regularisation.hessian(point.z, dz)
-        return out
+        if not full:
+            return g, None
+        steps, direction = self.layout.steps(point.z), self.layout.steps(dz)
+        more, of_controls = self.sweeps.second_order(steps, point.U, direction, dU, point.L, symmetric=symmetric)
+        return g + more, of_controls
+
+    def _second_derivative(self, point: Point, dz: np.ndarray, M: np.ndarray, of_controls) -> np.ndarray:
+        """``J'' dz`` of a second-order adjoint."""
+        out = self._pull_back(point, M, of_controls)
+        return out if self.regularisation is None else out + self.regularisation.hessian(point.z, dz)

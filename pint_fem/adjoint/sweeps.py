@@ -20,6 +20,7 @@ from functools import cached_property, partial
 import numpy as np
 
 from pint_fem.adjoint.acceleration import AcceleratedSweep
+from pint_fem.adjoint.transposed import TransposedAdjoint
 from pint_fem.mgrit import MGRIT, MGRITOptions, SolveResult
 from pint_fem.mgrit.levels import inject
 from pint_fem.mgrit.stopping import DivergedError, SolverFailure
@@ -53,6 +54,10 @@ class _Bound:
         """Data of some steps, given by their numbers in the sweep's direction."""
         return self.data.part(slice(steps.start - self.lo, steps.stop - self.lo, steps.step))
 
+    def step(self, steps, u, out):
+        """See :class:`pint_fem.mgrit.levels.Propagator`."""
+        self.take(steps, u, out, steps.start // steps.step)
+
 
 class _StateStep(_Bound):
     """``Phi`` with forcing."""
@@ -61,26 +66,26 @@ class _StateStep(_Bound):
         super().__init__(propagator)
         self.uses_guess = propagator.uses_guess
 
-    def step(self, steps, u, out):
-        """See :class:`pint_fem.mgrit.levels.Propagator`."""
-        self.propagator.step(self.part(steps), u, out, steps.start // steps.step)
+    def take(self, steps, u, out, lane):
+        """Take a block of steps whose first has a place among its like."""
+        self.propagator.step(self.part(steps), u, out, lane)
 
 
 class _TangentStep(_Bound):
     """``Phi_u`` at the linearisation states, with ``Phi_z dz`` where the data has a direction."""
 
-    def step(self, steps, u, out):
-        """See :class:`pint_fem.mgrit.levels.Propagator`."""
+    def take(self, steps, u, out, lane):
+        """See :meth:`_StateStep.take`."""
         data = self.part(steps)
-        self.propagator.tangent(data, u, data.dz, out, steps.start // steps.step)
+        self.propagator.tangent(data, u, data.dz, out, lane)
 
 
 class _AdjointStep(_Bound):
     """``Phi_u^T``, numbered backwards in time."""
 
-    def step(self, steps, u, out):
-        """See :class:`pint_fem.mgrit.levels.Propagator`."""
-        self.propagator.adjoint(self.part(steps), u, out, steps.start // steps.step)
+    def take(self, steps, u, out, lane):
+        """See :meth:`_StateStep.take`."""
+        self.propagator.adjoint(self.part(steps), u, out, lane)
 
 
 class _LinearStep(_Bound):
@@ -91,9 +96,9 @@ class _LinearStep(_Bound):
         self.transposed = transposed
         self._apply = propagator.apply_transposed if transposed else propagator.apply
 
-    def step(self, steps, u, out):
-        """See :class:`pint_fem.mgrit.levels.Propagator`."""
-        self._apply(u, out, steps.start // steps.step)
+    def take(self, steps, u, out, lane):
+        """See :meth:`_StateStep.take`."""
+        self._apply(u, out, lane)
 
     def sweep(self, first, U, G):
         """See :class:`pint_fem.mgrit.levels.Propagator`."""
@@ -193,6 +198,7 @@ class Sweeps:
         if krylov is not None and options.residual == "full":
             raise ValueError("mgrit residual 'full' with krylov: PETSc's residual is that of all points; leave it out")
         common = dict(options=options, printer=printer, trace=self.trace, speaks=spacetime.is_root)
+        self._backward = backward | common | dict(linear=True)
         linear_sweep = common | dict(linear=True)
         linear = MGRIT
         if krylov is not None and factors:
@@ -417,6 +423,25 @@ class Sweeps:
             self._bind(self._adjoint, z, U, backwards=True)
         return self._run(self._adjoint, "adjoint", L[::-1], gradient[:-1][::-1], cold=cold, **accuracy)
 
+    @cached_property
+    def transposed_adjoint(self) -> TransposedAdjoint | None:
+        """Adjoint sweeps that are exactly the transposes of tangent ones of as many cycles from zero; ``None`` where
+        there are none.
+        """
+        if not TransposedAdjoint.exists(self._adjoint, self.evolution, linear=self.is_linear):
+            return None
+        return TransposedAdjoint(self._adjoint, self.slab, **self._backward)
+
+    def adjoint_by_transposed_cycles(self, z, U: np.ndarray, gradient: np.ndarray, *, cycles: int):
+        """Adjoints ``(k + 1, n)`` by ``cycles`` transposed cycles from zero, in an array that the next call uses
+        again, and how they were solved; for :attr:`transposed_adjoint`.
+        """
+        if not self.is_linear:
+            self._bind(self._adjoint, z, U, backwards=True)
+        sweep = self.transposed_adjoint
+        result = self._run(sweep.solver, "adjoint", *sweep.arrays(gradient), cold=False, cycles=cycles)
+        return sweep.adjoints, result
+
     def control_gradient(self, z, U: np.ndarray, L: np.ndarray) -> np.ndarray | None:
         """``Phi_z^T lam_{n+1}`` of the own steps: their sum ``(nz,)``, or ``(k, nz)`` a step; ``None`` without
         parameters.
@@ -437,20 +462,22 @@ class Sweeps:
         if send is not None:
             send.Wait()
 
-    def second_order(self, z, U, dz, dU, L) -> tuple[np.ndarray, np.ndarray] | None:
+    def second_order(self, z, U, dz, dU, L, *, symmetric: bool = False) -> tuple[np.ndarray, np.ndarray] | None:
         """Second derivatives of the steps as right-hand side of an adjoint sweep, ``(k + 1, n)``, and the controls'
-        part as in :meth:`control_gradient`; ``None`` where they vanish.
+        part as in :meth:`control_gradient`; ``None`` where they vanish. ``symmetric``: as a symmetric form of
+        ``(dU, dz)`` also where ``dU`` is no exact tangent, for one more adjoint a step.
         """
         if self.is_linear:
             return None
-        end, su, data = np.zeros(self._shape), self.new_slab(), self.data(z, U)
+        end, su, data = None if symmetric else np.zeros(self._shape), self.new_slab(), self.data(z, U)
         try:
             su[:-1], sz = self.propagators[0].second_order(data, dU[:-1], dz, L[1:], end)
         except Exception as error:  # the sweep that takes it fails on every rank (no hang)
             self._cause, su[...] = error, np.nan
             sz = np.zeros((self.slab.k, self.evolution.control_size)[0 if self.evolution.per_step else 1 :])
-        su[1:] += end
-        self._give_to_right(su)
+        if end is not None:
+            su[1:] += end
+            self._give_to_right(su)
         return su, sz
 
 

@@ -37,8 +37,10 @@ _OPTIONAL = (
     "advance",
     "gauss_newton_action",
     "gauss_newton_action_within",
+    "gauss_newton_model",
     "gradient_within",
     "hessian_action_within",
+    "hessian_model",
     "value_within",
 )
 
@@ -54,8 +56,8 @@ class AffineConstraints:
 
     Hand it to a minimiser with a feasible first guess:
     ``minimize_trust_region(constrained, constrained.feasible(x0))``. Beside the methods below it has those of
-    `advance`, `gauss_newton_action`, `value_within`, `gradient_within`, `hessian_action_within` and
-    `gauss_newton_action_within` that the problem has.
+    `advance`, `gauss_newton_action`, `value_within`, `gradient_within`, `hessian_action_within`,
+    `gauss_newton_action_within`, `hessian_model` and `gauss_newton_model` that the problem has.
 
     Parameters
     ----------
@@ -126,6 +128,12 @@ class AffineConstraints:
         return self._on_null_space(v, lambda pv: method(x, pv, rtol))
 
     _gauss_newton_action_within = _hessian_action_within
+
+    def _hessian_model(self, method, x, rtol):
+        model = method(x, rtol)
+        return lambda v: self._on_null_space(v, model)
+
+    _gauss_newton_model = _hessian_model
 
     def _on_null_space(self, v: np.ndarray, action) -> np.ndarray:
         """P H P v, with the Rayleigh quotient of P v for all that is off the null space."""

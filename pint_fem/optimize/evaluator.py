@@ -7,6 +7,7 @@ An *oracle* says how accurate they are asked for. The exact one is here; the one
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -63,7 +64,8 @@ class Evaluator:
 
     def __init__(self, problem: Problem, hessian: str = "newton"):
         self.problem = problem
-        self.action_name = {"newton": "hessian_action", "gauss-newton": "gauss_newton_action"}[hessian]
+        kind = {"newton": "hessian", "gauss-newton": "gauss_newton"}[hessian]
+        self.action_name, self.model_name = f"{kind}_action", f"{kind}_model"
         if hessian == "gauss-newton" and not callable(getattr(problem, self.action_name, None)):
             raise ValueError(
                 f"hessian = 'gauss-newton' is refused: {type(problem).__name__} has no gauss_newton_action(x, v); "
@@ -115,6 +117,16 @@ class Evaluator:
         else:
             name = f"{self.action_name}_within"
             h = like(x, getattr(self.problem, name)(x, d, rtol), name)
+        return self._with_curvature(h, x, d, iteration)
+
+    def model_curvature(
+        self, model: Callable[[np.ndarray], np.ndarray], x: np.ndarray, d: np.ndarray, iteration: int
+    ) -> tuple[np.ndarray, float]:
+        """H d and (d, H d) of a model of the Hessian."""
+        self.hessians += 1
+        return self._with_curvature(like(x, model(d), self.model_name), x, d, iteration)
+
+    def _with_curvature(self, h: np.ndarray, x: np.ndarray, d: np.ndarray, iteration: int) -> tuple[np.ndarray, float]:
         curvature = self.inner(d, h)
         if not math.isfinite(curvature):
             raise NonFiniteError(f"iteration {iteration}: the Hessian action is not finite, (d, Hd) = {curvature}", x)
@@ -145,6 +157,8 @@ class ExactOracle:
     """All the accuracy the problem has, at every call."""
 
     inexact = False
+    #: Relative error the Hessian's model was asked for.
+    model_rtol = 0.0
 
     def __init__(self, evaluator: Evaluator):
         self.evaluator, self.inner = evaluator, evaluator.inner
@@ -183,6 +197,9 @@ class ExactOracle:
     def compare(self, point: Point, trial: np.ndarray, predicted: float, iteration: int) -> tuple[Point, Estimate]:
         """J at the iterate and at the trial point, accurate enough to judge the predicted reduction."""
         return point, Estimate(self.evaluator.value(trial))
+
+    def start_path(self, x: np.ndarray, target: float) -> None:
+        """Products at x are wanted next; CG will stop at the residual `target` relative to |g|."""
 
     def curvature(
         self, x: np.ndarray, d: np.ndarray, dd: float, iteration: int, target: float

@@ -27,6 +27,12 @@ no more than about :math:`\kappa_H \tau (1 + |r_{j+1}|/|r_j|)` an iteration. If 
 :math:`(d_j, H d_j)`, the product is asked for again, tighter. The error of a product spoils the symmetry the usual
 formula for the prediction rests on: see :mod:`pint_fem.optimize.steihaug` for the one used instead.
 
+A problem may offer instead a *model*: a self-adjoint operator within a given relative error of the Hessian, the same
+one for all products of an iterate. Conjugate gradients then need no more iterations than with exact products, and the
+prediction needs no correction. Its error is to be at most :math:`\kappa_M` times the tolerance of conjugate gradients
+relative to :math:`|g_k|`, so that it spoils the Newton step no more than their early end does. Any bounded self-adjoint
+model leads to a minimum [1, 2]; an error that is larger than estimated costs iterations.
+
 **The end.** The run has converged when :math:`|g_k| + e^g_k` is within the gradient tolerance :math:`\epsilon`. No
 gradient is asked for below :math:`0.1\,\epsilon`, and no J below :math:`\eta` times the reduction the model promises
 where the gradient has the norm :math:`\epsilon`, :math:`\mathrm{pred}_k\,(\epsilon/|g_k|)^2`, or below `value_rtol`.
@@ -51,6 +57,7 @@ References
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -96,6 +103,8 @@ class InexactOptions:
     kappa_hess : float
         Share of CG's residual tolerance left to the error of a Hessian product; in (0, 1). Larger ones make products
         cheaper, but cost CG iterations where the Hessian is ill-conditioned.
+    kappa_model : float
+        Error of a model of the Hessian relative to CG's tolerance over |g|; in (0, 1].
     max_tightenings : int
         How often a gradient is asked for again at most.
 
@@ -110,6 +119,7 @@ class InexactOptions:
     omega: float = 0.9
     forcing: float = 0.8
     kappa_hess: float = 0.01
+    kappa_model: float = 0.5
     max_tightenings: int = 8
 
     def __post_init__(self):
@@ -117,6 +127,7 @@ class InexactOptions:
         for name in ("kappa_grad", "omega", "forcing", "kappa_hess"):
             check(name, getattr(self, name), "a number in (0, 1)", lambda v: 0 < v < 1)
         check("eta", self.eta, "a number in (0, 0.25)", lambda v: 0 < v < 0.25)
+        check("kappa_model", self.kappa_model, "a number in (0, 1]", lambda v: 0 < v <= 1)
         check("max_tightenings", self.max_tightenings, "an integer >= 1", is_count(1))
 
 
@@ -137,6 +148,8 @@ class InexactOracle(ExactOracle):
 
         self.chooses_value, self.chooses_gradient = offers("value"), offers("gradient")
         self.chooses_hessian = offers(evaluator.action_name)
+        self._make_model = getattr(evaluator.problem, evaluator.model_name, None)
+        self._model: Callable[[np.ndarray], np.ndarray] | None = None
         self.final = 0.0  # gradient norm the run ends at
         self.unit = 0.0  # sigma_k
         self.stiffness = math.inf  # gamma, not known before the first Hessian product
@@ -230,11 +243,20 @@ class InexactOracle(ExactOracle):
         return point, self._value(trial, asked, abs(point.value.value))
 
     # -- the Hessian --------------------------------------------------------------------------------------------------
+    def start_path(self, x: np.ndarray, target: float) -> None:
+        """Products at x are wanted next; CG will stop at the residual `target` relative to |g|."""
+        if callable(self._make_model):
+            self.model_rtol = max(self.options.kappa_model * target, 4 * _EPS)
+            self._model = self._make_model(x, self.model_rtol)
+
     def curvature(
         self, x: np.ndarray, d: np.ndarray, dd: float, iteration: int, target: float
     ) -> tuple[np.ndarray, float, float]:
         """H d, (d, H d) and the relative error asked for; `dd` is (d, d), `target` the CG tolerance over |r_j|."""
-        if not self.chooses_hessian:
+        if self._model is not None:
+            h, curvature = self.evaluator.model_curvature(self._model, x, d, iteration)
+            rtol = 0.0  # exact for the model
+        elif not self.chooses_hessian:
             h, curvature, rtol = super().curvature(x, d, dd, iteration, target)
         else:
             rtol = max(self.options.kappa_hess * target, 4 * _EPS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
@@ -49,6 +50,12 @@ class InexactProblem(Problem, Protocol):
     def hessian_action_within(self, x: np.ndarray, v: np.ndarray, rtol: float) -> np.ndarray:
         """The h of `hessian_action` up to an error of norm `rtol` times its own."""
 
+    def hessian_model(self, x: np.ndarray, rtol: float) -> Callable[[np.ndarray], np.ndarray]:
+        """The action ``v -> H v`` of a self-adjoint operator within a relative error of about `rtol` of the Hessian.
+
+        It is used for all products at `x`, instead of `hessian_action_within`.
+        """
+
 
 class GaussNewtonProblem(Problem, Protocol):
     """A problem with a positive semidefinite approximation of its Hessian; used with ``hessian="gauss-newton"``."""
@@ -58,6 +65,9 @@ class GaussNewtonProblem(Problem, Protocol):
 
     def gauss_newton_action_within(self, x: np.ndarray, v: np.ndarray, rtol: float) -> np.ndarray:
         """The same up to an error of norm `rtol` times its own; optional."""
+
+    def gauss_newton_model(self, x: np.ndarray, rtol: float) -> Callable[[np.ndarray], np.ndarray]:
+        """A self-adjoint operator within about `rtol` of it, as `hessian_model`; optional."""
 
 
 class Preconditioner(Protocol):

@@ -148,6 +148,7 @@ class SteihaugPath:
         self.segments: list[_Segment] = []
         self._p, self._r, self._d = np.zeros_like(self.x), self.g, None
         self._rr, self._rz, self._pp, self._reduction = point.gradient.norm**2, math.nan, 0.0, 0.0
+        oracle.start_path(self.x, tolerance / point.gradient.norm)
 
     def _turn(self) -> None:
         """The direction d_j from r_j."""

@@ -234,7 +234,7 @@ def minimize_trust_region(
         state.history.append(
             IterationRecord(
                 len(state.history), value.value, gradient.norm, radius, step.norm, ratio, accepted, step.cg_iterations,
-                step.stop, value.asked, value.error, gradient.asked, gradient.error, step.rtol,
+                step.stop, value.asked, value.error, gradient.asked, gradient.error, step.rtol or oracle.model_rtol,
             )
         )  # fmt: skip
         if checkpoint is not None:

@@ -1,0 +1,105 @@
+r"""Adjoint sweeps by a fixed number of transposed cycles: what makes an inexact Hessian symmetric.
+
+``K`` cycles from zero are a linear map :math:`M_K \approx A^{-1}` of right-hand sides. A Hessian action with
+:math:`M_K` for the tangent and :math:`M_K^T` for the adjoint,
+
+.. math:: H_K = B^T M_K^T\, C\, M_K B + R'' ,
+
+is symmetric, and positive definite where the exact one is: conjugate gradients on :math:`H_K` are those of an exact
+problem, however few cycles there are. (``B`` is the derivative of the steps by the control, ``C`` that of the misfits.)
+With tolerances instead of cycles the products are not even those of one linear operator.
+
+The exact transpose has the reversed grid of :mod:`pint_fem.mgrit.all_at_once`: point ``i`` is
+:math:`\lambda_{N+1-i}`, from :math:`\lambda_{N+1} = 0`, where the adjoint sweep begins with :math:`\lambda_N`. That
+makes a step in front, which gives zero, and C-points ``0, 1, 1 + m, ...``; point ``N + 1`` is :math:`\lambda_0`, an
+F-point.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+
+from pint_fem.mgrit import MGRIT, MGRITOptions
+from pint_fem.propagators.evolution import Evolution
+
+__all__ = ["TransposedAdjoint"]
+
+
+class _Shifted:
+    """Steps of an adjoint level behind an empty one: step ``i`` is step ``i - 1`` there, and step 0 gives zero."""
+
+    def __init__(self, adjoint):
+        self.adjoint, self.block = adjoint, adjoint.block
+        if hasattr(adjoint, "sweep"):
+            self.sweep = self._sweep
+
+    def step(self, steps, u, out):
+        """See :class:`pint_fem.mgrit.levels.Propagator`."""
+        lane = (steps.start - 1) // steps.step + 1  # of the interval on this grid
+        if steps.start == 0:
+            out[:1] = 0
+            steps, u, out, lane = steps[1:], u[1:], out[1:], lane + 1
+        if len(steps):
+            self.adjoint.take(range(steps.start - 1, steps.stop - 1, steps.step), u, out, lane)
+
+    def _sweep(self, first, U, G):
+        if first == 0:
+            U[1] = 0 if G is None else G[0]
+            first, U, G = 1, U[1:], None if G is None else G[1:]
+        if len(U) > 1:
+            self.adjoint.sweep(first - 1, U, G)
+
+
+class TransposedAdjoint:
+    """The solver and its arrays.
+
+    Parameters
+    ----------
+    adjoint
+        The adjoint sweep, whose levels' steps (and their data) are used.
+    slab
+        Own steps.
+    options, bounds, **given
+        Those of the adjoint sweep.
+
+    Attributes
+    ----------
+    solver : MGRIT
+    adjoints : ndarray, shape (k + 1, n)
+        Of the own points, after a solve.
+    """
+
+    def __init__(self, adjoint: MGRIT, slab, *, options: MGRITOptions, bounds, **given):
+        self._slab, (N, *coarse) = slab, [level.nsteps for level in adjoint.levels]
+        points = [(0, *range(1, n + 1, n // below)) for n, below in pairwise((N, *coarse))]
+        options = MGRITOptions.make(options, coarsening=tuple(points), rtol=0.0, atol=0.0, view=False)
+        bounds = [0, *(b + 1 for b in bounds[1:])]
+        steps = [_Shifted(level.propagator) for level in adjoint.levels]
+        self.solver = MGRIT(steps, N + 1, options=options, bounds=bounds, transposed=True, **given)
+        self._rows: np.ndarray | None = None
+
+    @staticmethod
+    def exists(adjoint, evolution: Evolution, *, linear: bool) -> bool:
+        """Whether an adjoint sweep has one: a plain MGRIT sweep whose C-points are those of the forward sweep, and
+        steps that are the forward ones', controls included; with any first guess where there is none to take.
+        """
+        if not isinstance(adjoint, MGRIT) or len(adjoint.levels) == 1 or adjoint.options.coarse_solver == "relax":
+            return False
+        fits = all(fine.m and fine.nsteps % fine.m == 0 for fine in adjoint.levels[:-1])
+        same = linear or not evolution.per_step
+        return fits and same and adjoint.options.start in ("auto", "guess")
+
+    @property
+    def adjoints(self) -> np.ndarray:
+        """See the class."""
+        return self._rows[: self._slab.k + 1]
+
+    def arrays(self, gradient: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Unknowns, zero, and right-hand side of the own steps, for misfit gradients ``(k + 1, n)``."""
+        extra = int(self._slab.is_last)
+        if self._rows is None:
+            self._rows = np.empty((self._slab.k + 1 + extra, gradient.shape[1]))
+        self._rows[...] = 0
+        return self._rows[::-1], gradient[: self._slab.k + extra][::-1]

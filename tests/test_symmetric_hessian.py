@@ -1,0 +1,100 @@
+"""Hessian actions by a fixed number of cycles and their transposes: symmetric, however few there are."""
+
+import numpy as np
+import pytest
+from mpi4py import MPI
+
+import pint_fem as pf
+from pint_fem.adjoint.inexact import InexactObjective
+from tests.nonlinear import burgers
+from tests.nonlinear import functional as nonlinear_functional
+from tests.test_controls import functional as controls
+from tests.test_reduced_functional import functional
+
+GRIDS = {1: "1x1", 2: "1x2", 3: "1x3", 4: "2x2"}
+
+
+def grid():
+    return pf.SpaceTime(GRIDS[MPI.COMM_WORLD.size])
+
+
+def two_directions(rf):
+    """The same on every grid, for static controls on one space rank; copies are the owner's."""
+    n = rf.layout.size
+    pair = [np.cos(np.arange(n)), np.sin(2.0 + np.arange(n) ** 1.1)]
+    for v in pair:
+        rf.layout.share(v)
+    return pair
+
+
+def all_kinds(st, **options):
+    return controls(st, n=2, steps=12, **options)
+
+
+def linear(st, **options):
+    return functional(st, steps=24, n=3, **options)
+
+
+def nonlinear(st):
+    posed = burgers(3, 12, tableau="SDIRK2", degree=1, comm=st.space_comm)
+    return nonlinear_functional(posed, st, mgrit={"coarsening": (2,), "rtol": 1e-12})
+
+
+@pytest.mark.parallel([1, 2, 3, 4])
+@pytest.mark.parametrize("make", [linear, all_kinds, nonlinear])
+def test_symmetric_and_near_the_hessian(make):
+    """To round-off for one cycle and for two, with every kind of control; the error falls with the residual."""
+    rf = make(grid())
+    z, (v, w) = rf.array([c.control for c in rf.controls]), two_directions(rf)
+    pair = rf.layout.pairing
+    rf.problem.derivative(z)
+    exact, errors = rf.problem.hessian_action(z, v), []
+    for cycles in (1, 2):
+        hv, residual = rf.problem.symmetric_action(z, v, cycles)
+        hw, _ = rf.problem.symmetric_action(z, w, cycles)
+        scale = np.sqrt(abs(pair(hv, v) * pair(hw, w)))
+        assert abs(pair(hv, w) - pair(hw, v)) <= 1e-12 * scale
+        errors.append(np.sqrt(rf.spacetime.comm.allreduce(np.sum((hv - exact) ** 2))))
+        assert errors[-1] <= 10 * residual * np.sqrt(rf.spacetime.comm.allreduce(np.sum(exact**2)))
+    assert errors[1] < 0.3 * errors[0]
+    assert errors[0] > 1e-9 * scale  # few cycles are not exact: the symmetry is no accident
+
+
+@pytest.mark.parallel([2, 3])
+def test_same_bits_for_every_number_of_time_ranks():
+    """Of the adjoints; a static control's derivative is a sum over the ranks."""
+    one, many = linear(pf.SpaceTime("1x1", comm=MPI.COMM_SELF)), linear(grid())
+    z, (v, _) = one.array(one.controls[0].control), two_directions(one)
+    slab = many.problem.sweeps.slab
+    for cycles in (1, 3):
+        for rf in (one, many):
+            rf.problem.symmetric_action(z, v, cycles)
+        a, b = (rf.problem.sweeps.transposed_adjoint.adjoints for rf in (one, many))
+        assert np.array_equal(a[slab.lo : slab.hi + 1], b)
+
+
+def test_a_model_is_one_operator():
+    """Its first product sets the cycles, and later ones take as many."""
+    rf = linear(pf.SpaceTime("1x1", comm=MPI.COMM_SELF))
+    objective = InexactObjective(rf.problem, rf.inner)
+    z, (v, w) = rf.array(rf.controls[0].control), two_directions(rf)
+    exact = objective.hessian_action(z, v)
+    norm = lambda x: np.sqrt(rf.inner.inner(x, x))
+    for rtol in (1e-2, 1e-4, 1e-8):
+        model = objective.hessian_model(z, rtol)
+        h = model(v)
+        assert norm(h - exact) <= 10 * rtol * norm(exact)
+        before = rf.problem.sweeps.counts["cycles"]
+        model(w)
+        assert rf.problem.sweeps.counts["cycles"] - before == 2 * objective.memory()["cycles"]
+        assert abs(rf.inner.inner(model(w), v) - rf.inner.inner(h, w)) <= 1e-12 * norm(h) * norm(w)
+        assert np.array_equal(model(v), h)
+
+
+def test_where_there_is_none():
+    """C-points that are not the same in both directions: products to a tolerance, as before."""
+    rf = functional(pf.SpaceTime("1x1", comm=MPI.COMM_SELF), steps=22, n=3)
+    assert rf.problem.sweeps.transposed_adjoint is None
+    objective = InexactObjective(rf.problem, rf.inner)
+    assert not hasattr(objective, "hessian_model")
+    assert rf.minimize_trust_region(gtol_rel=1e-4, inexact=True).converged
