@@ -6,6 +6,7 @@ from firedrake import assemble, dx
 from mpi4py import MPI
 
 import pint_fem as pf
+from problems.heat_source import heat_source
 from tests.test_controls import functional as several
 from tests.test_reduced_functional import functional
 
@@ -39,10 +40,29 @@ def test_inexact_finds_the_same_minimum_with_fewer_cycles(best):
     assert result.converged
     used = rf.problem.sweeps.counts["cycles"]
     assert abs(rf.problem.value(result.x) - best[0]) < 1e-6 * best[0]
-    assert used < 0.7 * cycles
+    assert used < 0.7 * cycles  # products are solved to a tolerance: 22 steps have no transposed cycles
     for record in result.history[1:]:  # what was asked for was got
         assert record.gradient_error <= record.gradient_asked
     assert len(rf.problem._points) == 1
+
+
+@pytest.mark.parallel([1, 2])
+def test_a_third_of_the_cycles_on_the_plate():
+    """The heat source inversion: the minimum of exact sweeps by at least three times fewer cycles, as the demo does
+    it; twice fewer with the same conjugate gradients.
+    """
+    learned = {"inexact": True, "preconditioner": "limited-memory", "preconditioner_memory": 40}
+    found = {}
+    for name, options in (("exact", {}), ("inexact", {"inexact": True}), ("learned", learned)):
+        rf = heat_source(pf.SpaceTime(), steps=32, solver_parameters={"mgrit": {"rtol": 1e-9}}).rf
+        result = rf.minimize_trust_region(gtol_rel=1e-7, **options)
+        assert result.converged
+        cycles = rf.problem.sweeps.counts["cycles"]
+        found[name] = cycles, rf.problem.value(result.x)
+    cycles, J = found["exact"]
+    for name, factor in (("inexact", 2), ("learned", 3)):
+        assert factor * found[name][0] <= cycles
+        assert abs(found[name][1] - J) < 1e-6 * J
 
 
 def test_error_estimates():

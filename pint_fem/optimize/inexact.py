@@ -119,7 +119,7 @@ class InexactOptions:
     omega: float = 0.9
     forcing: float = 0.8
     kappa_hess: float = 0.01
-    kappa_model: float = 0.5
+    kappa_model: float = 1.0
     max_tightenings: int = 8
 
     def __post_init__(self):
