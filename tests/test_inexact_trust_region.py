@@ -87,6 +87,41 @@ def run(problem, x0, **options):
     return minimize_trust_region(problem, x0, **options)
 
 
+class Modelled:
+    """A convex quadratic whose Hessian products come from a symmetric operator near the Hessian."""
+
+    def __init__(self, size=40):
+        self.problem, rng = random_quadratic(size)[0], np.random.default_rng(3)
+        self.inner, self.value, self.gradient = self.problem.inner, self.problem.value, self.problem.gradient
+        self.asked, self.noise, n = [], rng.standard_normal((size, size)), size
+        self.H = np.array([self.problem.hessian_action(np.zeros(n), e) for e in np.eye(n)]).T
+
+    def hessian_action(self, x, v):
+        return self.H @ v
+
+    def hessian_model(self, x, rtol):
+        self.asked.append(rtol)
+        # C^T E C / 2 with H = M^-1 C^T C: |(d, (H_model - H) d)| <= rtol (d, H d), self-adjoint as H is
+        C = np.linalg.cholesky(self.problem.M @ self.H).T
+        E = self.noise + self.noise.T
+        H = self.H + np.linalg.solve(self.problem.M, C.T @ (rtol / np.linalg.norm(E, 2) * E) @ C)
+        return lambda v: H @ v
+
+
+@pytest.mark.parametrize("forcing", [0.3, 0.02, 1e-4])
+def test_a_symmetric_model_costs_no_more_cg_iterations_than_the_hessian(forcing):
+    """Each Newton iteration gains what conjugate gradients were asked for: their end and the model's error add up."""
+    problem, x0 = Modelled(), np.ones(40)
+    result = run(problem, x0, cg_forcing=forcing, gtol_rel=1e-8, initial_radius=1e9)
+    exact = minimize_trust_region(problem, x0, cg_forcing=forcing, gtol_rel=1e-8, initial_radius=1e9)
+    assert result.converged
+    assert problem.asked
+    assert all(rtol == pytest.approx(forcing) for rtol in problem.asked)
+    used, needed = (sum(r.cg_iterations for r in found.history) for found in (result, exact))
+    assert used <= 1.5 * needed + 2
+    assert result.history[1].hessian_rtol == pytest.approx(forcing)
+
+
 # --- convergence under the worst admissible errors -------------------------------------------------------------------
 
 
