@@ -2,6 +2,8 @@
 coefficients in the operator.
 """
 
+from functools import cache
+
 import firedrake as fd
 import numpy as np
 import pytest
@@ -22,15 +24,17 @@ from firedrake import (
     sin,
 )
 from firedrake import RieszMap as FiredrakeRieszMap
-from firedrake.adjoint import taylor_to_dict
 from irksome import Dt
 from mpi4py import MPI
 
 import pint_fem as pf
 from pint_fem.adjoint.riesz import RieszMap
 from pint_fem.propagators import FormPropagator, LinearPropagator, StepData, TapePropagator
+from tests.taylor import check_orders
 
 KINDS = ("source", "strength", "amplitude", "wind", "initial", "wall", "level")
+NONLINEAR = (*KINDS, "conductivity", "exchange")
+LENGTH = dict.fromkeys(NONLINEAR, 10.0)
 GRIDS = {1: "1x1", 2: "1x2", 4: "2x2"}
 
 
@@ -102,39 +106,56 @@ def point_and_direction(rf, seed=0):
     return pair
 
 
-def check_taylor(rf):
+def check_taylor(rf, only=None):
+    """Orders of the remainders along a direction of all controls, or of one of them by its name; tangent and adjoint."""
     m, h = point_and_direction(rf)
-    rates = taylor_to_dict(rf, m, h)
-    assert max(abs(rate - 2.0) for rate in rates["R1"]["Rate"]) <= 0.05
-    # a remainder below 1e-13 is round-off
-    third = [rate for rate, left in zip(rates["R2"]["Rate"], rates["R2"]["Residual"][1:], strict=True) if left > 1e-13]
-    assert max((abs(rate - 3.0) for rate in third), default=0.0) <= 0.1
-    rf(m)
-    gradient, directions = rf.derivative(), h if isinstance(h, list) else [h]
+    directions = h if isinstance(h, list) else [h]
+    for control, part in zip(rf.evolution.controls, directions, strict=True):
+        scale = LENGTH[control.name()] if only in (None, control.name()) else 0.0
+        for f in part.subfunctions if control in rf.evolution.stepwise else [part]:
+            f.assign(scale * f)
+    check_orders(rf, m, h)
+    gradient = rf.derivative()
     gradient = gradient if isinstance(gradient, list) else [gradient]
     product = sum(hi._ad_dot(gi) for hi, gi in zip(directions, gradient, strict=True))
     assert abs(product - rf.tlm(h)) <= 1e-9 * abs(product)
 
 
-@pytest.mark.parametrize("name", KINDS)
-def test_each_kind_linear(name):
-    rf = functional(pf.SpaceTime("1x1", comm=MPI.COMM_SELF), (name,))
-    assert all(isinstance(p, LinearPropagator) for p in rf.problem.sweeps.propagators)
-    check_taylor(rf)
+@pytest.fixture(scope="module")
+def all_controls():
+    """``all_controls(linear)``: a functional of all kinds of controls on the grid of the run, made once."""
 
+    @cache
+    def make(linear):
+        st = pf.SpaceTime(GRIDS[MPI.COMM_WORLD.size])
+        rf = functional(st) if linear else functional(st, NONLINEAR, linear=False, steps=6)
+        kind = LinearPropagator if linear else FormPropagator
+        assert all(isinstance(p, kind) for p in rf.problem.sweeps.propagators)
+        return rf
 
-@pytest.mark.parametrize("name", [*KINDS, "conductivity", "exchange"])
-def test_each_kind_nonlinear(name):
-    rf = functional(pf.SpaceTime("1x1", comm=MPI.COMM_SELF), (name,), linear=False, steps=5, n=2, tableau="BE")
-    assert all(isinstance(p, FormPropagator) for p in rf.problem.sweeps.propagators)
-    check_taylor(rf)
+    return make
 
 
 @pytest.mark.parallel([1, 2, 4])
+@pytest.mark.parametrize("name", [*KINDS, None])
+def test_orders_linear(all_controls, name):
+    """Of each kind, and of all at once."""
+    check_taylor(all_controls(True), name)
+
+
+@pytest.mark.parallel([1, 2, 4])
+@pytest.mark.parametrize("name", [*NONLINEAR, None])
+def test_orders_nonlinear(all_controls, name):
+    """Of each kind, and of all at once."""
+    check_taylor(all_controls(False), name)
+
+
 @pytest.mark.parametrize("linear", [True, False])
-def test_all_at_once(linear):
-    wanted = KINDS if linear else (*KINDS, "conductivity", "exchange")
-    check_taylor(functional(pf.SpaceTime(GRIDS[MPI.COMM_WORLD.size]), wanted, linear=linear, steps=10 if linear else 6))
+@pytest.mark.parametrize("name", ["source", "strength", "initial"])
+def test_the_only_control(name, linear):
+    """A field, a field a step and the initial condition, without any other control."""
+    rf = functional(pf.SpaceTime("1x1", comm=MPI.COMM_SELF), (name,), linear=linear, steps=5, n=2, tableau="BE")
+    check_taylor(rf)
 
 
 @pytest.mark.parallel([2, 4])
