@@ -10,7 +10,7 @@ from tests.nonlinear import burgers, conductivity, functional, tape_functional
 from tests.taylor import check_orders
 
 
-LENGTH = {burgers: 10.0, conductivity: 10.0}  # third-order remainders stay above round-off
+LENGTH = {burgers: 10.0, conductivity: 40.0}  # third-order remainders stay above round-off
 
 
 def direction(V, scale=1.0):
@@ -22,8 +22,8 @@ def direction(V, scale=1.0):
 @pytest.mark.parametrize("tableau", ["BackwardEuler", "SDIRK2"])
 @pytest.mark.parametrize("make", [burgers, conductivity])
 def test_against_the_tape(make, tableau):
-    posed = make(4, 6, tableau=tableau)
-    mgrit = {"mgrit": {"rtol": 1e-12, "coarsening": (3,)}}
+    posed = make(4, 4, tableau=tableau)
+    mgrit = {"mgrit": {"rtol": 1e-12, "coarsening": (2,)}}
     results = []
     for rf in (functional(posed, **mgrit), functional(posed, time_solver="serial"), tape_functional(posed)):
         V = rf.controls[0].control.function_space()

@@ -159,6 +159,7 @@ class StageForms:
         self._residual, self._tensor = get_assembler(self.F), Cofunction(V.dual())
         self._sizes = np.cumsum([0, *(own_size(z.function_space()) for z in self.controls)])
         self._boundary: dict = {}
+        self._control: np.ndarray | None = None
 
     @cached_property
     def second(self) -> tuple[_VectorForm, _VectorForm, list[_VectorForm]]:
@@ -176,6 +177,7 @@ class StageForms:
     def set(self, t: float, control: np.ndarray | None, stage: int) -> None:
         """Take the start time and the control of a step, and a stage's coefficient."""
         ev = self.evolution
+        self._control = control
         self._put_control(control)
         if ev.t is not None:
             ev.t.assign(t + self.dirk.c[stage] * self.dt)
@@ -197,16 +199,31 @@ class StageForms:
         return [None if vector is None else vector[a:b] for a, b in pairwise(ends)]
 
     def boundary(self, t: float, stage: int) -> np.ndarray:
-        """Values on the rows with a condition at the time of a stage of the step from ``t``, for the control set."""
-        key, moving = (float(t), stage) if self.evolution.depends_on_time else None, self.F_U is not None
-        if moving or key not in self._boundary:
-            lift = Function(self.evolution.V)
-            if self.evolution.t is not None:
-                self.evolution.t.assign(t + self.dirk.c[stage] * self.dt)
-            for bc in self.evolution.bcs:
-                bc.apply(lift)
-            self._boundary[key] = get(lift)[self.bc_rows]
-        return self._boundary[key]
+        """Values on the rows with a condition at the time of a stage of the step from ``t``, for the control set.
+
+        They are affine in the controls: interpolated once for each time where the slope stays.
+        """
+        controls = self.evolution.boundary_controls
+        key = (float(t), stage) if self.evolution.depends_on_time else None
+        if controls is not None and controls.depends_on_time:
+            return self._interpolated(t, stage)
+        if key not in self._boundary:
+            if controls is None:
+                self._boundary[key] = self._interpolated(t, stage)
+            else:
+                self._put_control(np.zeros(self._sizes[-1]))
+                self._boundary[key] = self._interpolated(t, stage)
+                self._put_control(self._control)
+        values = self._boundary[key]
+        return values if controls is None else values + controls.lift(self._control)[self.bc_rows]
+
+    def _interpolated(self, t: float, stage: int) -> np.ndarray:
+        lift = Function(self.evolution.V)
+        if self.evolution.t is not None:
+            self.evolution.t.assign(t + self.dirk.c[stage] * self.dt)
+        for bc in self.evolution.bcs:
+            bc.apply(lift)
+        return get(lift)[self.bc_rows]
 
     # -- assembled -----------------------------------------------------------------------------------------------------
     def residual(self, U: np.ndarray, out: PETSc.Vec) -> None:
