@@ -230,7 +230,10 @@ class StageForms:
         """``F`` at ``U`` and the other values that are set; zero on rows with a condition."""
         put(self.U, U)
         self.counts["residual"] += 1
-        with self._residual.assemble(tensor=self._tensor).dat.vec_ro as vec:
+        # what assemble() adds is checks of the tensor, which take a fifth of the time
+        self._tensor.dat.zero()
+        self._residual.execute_parloops(self._tensor)
+        with self._tensor.dat.vec_ro as vec:
             vec.copy(out)
         out.array[self.bc_rows] = 0
 

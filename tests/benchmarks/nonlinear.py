@@ -48,7 +48,7 @@ def nonlinear_rows(
     where = f"{name}, {tableau}"
     posed, z, dz = pose()
     tape = on_tape(
-        tape_functional(posed, TAPE), z, dz, repeats=repeats, hessians=1, say=lambda text: say(f"{where}, tape: {text}")
+        tape_functional(posed, TAPE), z, dz, repeats=repeats, hessians=2, say=lambda text: say(f"{where}, tape: {text}")
     )
     out = []
     for solver, parameters in SOLVERS.items():
