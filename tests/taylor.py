@@ -5,8 +5,8 @@ from firedrake.adjoint import taylor_to_dict
 __all__ = ["FLOOR", "check_orders"]
 
 FLOOR = 1e-12
-"""Remainders have to be above this part of J. Round-off, of Newton's method and of exactly terminated cycles too, leaves
-about 1e-15 of J (rates get lost at remainders of 3e-15). An error e of the remainders R and R/8 is one of up to
+"""Remainders have to be above this part of J. Round-off, of Newton's method and of exactly terminated cycles too,
+leaves about 1e-15 of J (rates get lost at remainders of 3e-15). An error e of the remainders R and R/8 is one of up to
 (8 + 1) e / (R ln 2) of the rate: 0.013 at e = 1e-15 and R = 1e-12.
 """
 

@@ -35,8 +35,8 @@ from tests.taylor import check_orders
 KINDS = ("source", "strength", "amplitude", "wind", "initial", "wall", "level")
 NONLINEAR = (*KINDS, "conductivity", "exchange")
 # of directions, so that remainders of order 3 are above round-off and those of order 4 are far below them
-LENGTH = {"source": 40, "strength": 6, "amplitude": 6, "wind": 14, "initial": 10, "wall": 2, "level": 1, "conductivity": 4,
-          "exchange": 16}  # fmt: skip
+LENGTH = {"source": 40, "strength": 6, "amplitude": 6, "wind": 14, "initial": 10, "wall": 2, "level": 1,
+          "conductivity": 4, "exchange": 16}  # fmt: skip
 GRIDS = {1: "1x1", 2: "1x2", 4: "2x2"}
 
 
@@ -109,7 +109,7 @@ def point_and_direction(rf, seed=0):
 
 
 def check_taylor(rf, only=None):
-    """Orders of the remainders along a direction of all controls, or of one of them by its name; tangent and adjoint."""
+    """Orders of the remainders along a direction of all controls or of one of them; tangent and adjoint."""
     # other seeds make terms of some kinds, or kinds of all, cancel
     m, h = point_and_direction(rf, seed=0 if only is None else 5)
     directions = h if isinstance(h, list) else [h]

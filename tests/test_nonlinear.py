@@ -9,7 +9,6 @@ import pint_fem as pf
 from tests.nonlinear import burgers, conductivity, functional, tape_functional
 from tests.taylor import check_orders
 
-
 LENGTH = {burgers: 10.0, conductivity: 40.0}  # third-order remainders stay above round-off
 
 

@@ -14,7 +14,7 @@ from itertools import pairwise
 
 import numpy as np
 from firedrake import Cofunction, Constant, Function, TestFunction, TrialFunction, derivative, replace
-from firedrake.assemble import get_assembler
+from firedrake.assemble import ParloopFormAssembler, get_assembler
 from firedrake.petsc import PETSc
 from ufl.algorithms import expand_derivatives, extract_coefficients
 
@@ -226,13 +226,21 @@ class StageForms:
         return get(lift)[self.bc_rows]
 
     # -- assembled -----------------------------------------------------------------------------------------------------
+    def put_state(self, W: np.ndarray, U: np.ndarray) -> None:
+        """Take a stage's values."""
+        put(self.W, W)
+        put(self.U, U)
+
     def residual(self, U: np.ndarray, out: PETSc.Vec) -> None:
         """``F`` at ``U`` and the other values that are set; zero on rows with a condition."""
         put(self.U, U)
         self.counts["residual"] += 1
-        # what assemble() adds is checks of the tensor, which take a fifth of the time
-        self._tensor.dat.zero()
-        self._residual.execute_parloops(self._tensor)
+        if isinstance(self._residual, ParloopFormAssembler):
+            # what assemble() adds is checks of the tensor, which take a fifth of the time
+            self._tensor.dat.zero()
+            self._residual.execute_parloops(self._tensor)
+        else:  # of forms with interpolations in them
+            self._residual.assemble(tensor=self._tensor)
         with self._tensor.dat.vec_ro as vec:
             vec.copy(out)
         out.array[self.bc_rows] = 0
