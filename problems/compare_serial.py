@@ -17,7 +17,7 @@ from pint_fem.propagators.arrays import get
 from problems.heat_source import HeatSource
 from problems.plate import true_source
 
-__all__ = ["LIMITS", "compare"]
+__all__ = ["LIMITS", "compare", "difference", "together"]
 
 #: Relative differences that tight tolerances allow.
 LIMITS = {"J": 1e-8, "gradient": 1e-8, "Hessian action": 1e-7, "recovered source": 1e-4}
@@ -46,7 +46,7 @@ def compare(problem: HeatSource, result, settings: dict, seconds: dict, say) -> 
     V = problem.evolution.V
     ours = _ours(rf, V)
     fields = {
-        name: _together(spacetime, V, field) for name, field in {**ours.pop("fields"), "source": result.x}.items()
+        name: together(spacetime, V, field) for name, field in {**ours.pop("fields"), "source": result.x}.items()
     }
     table = {}
     if spacetime.is_root:
@@ -85,7 +85,7 @@ def _ours(rf, V) -> dict:
     return out | {"fields": fields, "seconds": timings}
 
 
-def _together(spacetime, V, own: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+def together(spacetime, V, own: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
     """Coordinates and values of a P1 field, sorted, on the first rank."""
     parts = spacetime.space_comm.gather((_nodes(V), own))
     if parts is None:
@@ -105,7 +105,7 @@ def _sorted(coordinates: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np
     return coordinates[order], values[order]
 
 
-def _difference(ours: tuple[np.ndarray, np.ndarray], theirs: Function | Cofunction) -> float:
+def difference(ours: tuple[np.ndarray, np.ndarray], theirs: Function | Cofunction) -> float:
     """Relative difference of nodal values."""
     V = theirs.function_space() if isinstance(theirs, Function) else theirs.function_space().dual()
     where, values = _sorted(_nodes(V), get(theirs))
@@ -130,18 +130,18 @@ def _serial(fields, ours, result, settings, seconds, say) -> dict:
     optimum = minimise(serial, gttol=1e-9, printer=lambda line: say("  " + line))
     rows = {
         "J": (ours["J"], J, abs(ours["J"] - J) / abs(J), ours["seconds"]["J"], t_value),
-        "gradient": (None, None, _difference(fields["gradient"], gradient), ours["seconds"]["gradient"], t_gradient),
+        "gradient": (None, None, difference(fields["gradient"], gradient), ours["seconds"]["gradient"], t_gradient),
         "Hessian action": (
             None,
             None,
-            _difference(fields["Hessian action"], hessian),
+            difference(fields["Hessian action"], hessian),
             ours["seconds"]["Hessian action"],
             t_hessian,
         ),
         "recovered source": (
             result.value,
             optimum.value,
-            _difference(fields["source"], optimum.control),
+            difference(fields["source"], optimum.control),
             seconds["inversion"],
             optimum.seconds + serial.seconds,
         ),
@@ -152,16 +152,16 @@ def _serial(fields, ours, result, settings, seconds, say) -> dict:
         f"{'ours s':>9} {'serial s':>9} {'ratio':>7}"
     )
     table = {}
-    for name, (a, b, difference, mine, theirs) in rows.items():
+    for name, (a, b, apart, mine, theirs) in rows.items():
         numbers = [f"{x:16.9e}" if x is not None else f"{'':16}" for x in (a, b)]
         say(
-            f"{name:18} {numbers[0]} {numbers[1]} {difference:11.2e} {LIMITS[name]:8.0e} "
+            f"{name:18} {numbers[0]} {numbers[1]} {apart:11.2e} {LIMITS[name]:8.0e} "
             f"{mine:9.3f} {theirs:9.3f} {theirs / mine:7.1f}"
         )
         table[name] = {
             "ours": a,
             "serial": b,
-            "relative_difference": difference,
+            "relative_difference": apart,
             "allowed": LIMITS[name],
             "seconds": mine,
             "serial_seconds": theirs,

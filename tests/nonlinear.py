@@ -33,6 +33,7 @@ from firedrake.adjoint import Control, ReducedFunctional
 from irksome import Dt
 
 import pint_fem as pf
+from pint_fem.propagators import make_propagator
 from pint_fem.propagators.tableaux import DIRK, named_tableau
 from pint_fem.propagators.tape import recording
 
@@ -121,7 +122,9 @@ def conductivity(n, steps, *, tableau="BackwardEuler", degree=1, comm=COMM_SELF,
 PROBLEMS = {"burgers": burgers, "conductivity": conductivity}
 
 
-def functional(posed: Posed, spacetime=None, **parameters) -> pf.TimeParallelReducedFunctional:
+def functional(
+    posed: Posed, spacetime=None, propagator=make_propagator, **parameters
+) -> pf.TimeParallelReducedFunctional:
     """The time-parallel functional; default: on this rank alone."""
     spacetime = spacetime or pf.SpaceTime("1x1", comm=COMM_SELF)
     ev = posed.evolution
@@ -131,6 +134,7 @@ def functional(posed: Posed, spacetime=None, **parameters) -> pf.TimeParallelRed
         regularisation=posed.regularisation(ev.control),
         spacetime=spacetime,
         solver_parameters=parameters,
+        propagator=propagator,
     )
 
 

@@ -1,12 +1,10 @@
 r"""Solves with the Jacobians of many stages, by as few factorisations as pay, within a memory budget.
 
 A factorisation costs as much as some dozens of solves. A stage whose Jacobian :math:`J` has moved is first solved with
-the factor :math:`P` that is there, by iterative refinement to round-off,
-
-.. math::  x \leftarrow x + P^{-1} (b - J x),
-
-and is factored anew once refinement has cost about as much as that, or contracts slowly, or many solves are sure to
-come (time-parallel sweeps). So a gradient by sequential stepping, one solve a stage, gets by without a factorisation,
+the factor :math:`P` that is there, by GMRES on :math:`P^{-1} J x = P^{-1} b` to round-off: :math:`P^{-1} J` is the
+identity and something small and smooth, so this is faster than refinement, :math:`x \leftarrow x + P^{-1} (b - J x)`.
+The stage is factored anew once that has cost about as much as a factorisation, or many solves are sure to come
+(time-parallel sweeps). So a gradient by sequential stepping, one solve a stage, gets by without a factorisation,
 and no past is regretted by more than a factor of two (the rent-or-buy rule). What is done follows from the step's own
 past only, never from other steps', so bits do not depend on how steps are shared out (as long as the budget lasts).
 
@@ -29,12 +27,10 @@ __all__ = ["FACTOR_MEMORY", "Factors", "Solver"]
 FACTOR_MEMORY = 1 << 30
 """Bytes of factors that a level keeps on a rank, unless told otherwise."""
 PATIENCE = 24
-"""Corrections by refinement before a stage is factored: a factorisation costs 20 to 40 of them (1,000 to 8,450
+"""Iterations with an old factor before a stage is factored: a factorisation costs 20 to 40 of them (1,000 to 8,450
 unknowns)."""
-ROUND_OFF = 1e-15
-"""Refinement stops when the next correction would be smaller, relative to the solution."""
-SLOW = 0.3
-"""Contraction factor above which refinement gives up."""
+ROUND_OFF = 1e-14
+"""Reduction of the preconditioned residual."""
 _BYTES = 12  # an entry of a factor with its index
 
 
@@ -107,7 +103,7 @@ class Factors:
         self.refines = self.parameters.get("ksp_type") == "preonly"
         self._spare: dict[int, Solver] = {}
         self._constant: dict[float, Solver] = {}
-        self._vectors: tuple[PETSc.Vec, ...] | None = None
+        self._old: _OldFactor | None = None
 
     # -- who has a factor ----------------------------------------------------------------------------------------------
     def at_hand(self, stage) -> Solver | None:
@@ -161,35 +157,47 @@ class Factors:
         solver.solve(b, x, transposed=transposed)
 
     def _refine(self, stage, b, x, transposed: bool) -> bool:
-        """Refine with a factor of another matrix; whether that reached round-off."""
+        """Solve with a factor of another matrix; whether that reached round-off."""
         solver = self.at_hand(stage)
         left = PATIENCE - stage.spent if stage.may_refine and self.refines else 0
         if solver is None or stage.needed > left:
             return False
-        if self._vectors is None:
-            self._vectors = b.duplicate(), b.duplicate()
-        r, d = self._vectors
-        multiply = stage.J.multTranspose if transposed else stage.J.mult
-        solver.solve(b, x, transposed=transposed)
-        old = x.norm()
-        for stage.needed in range(1, left + 1):
-            self.counts["solve"] += 1
-            stage.spent += 1
-            multiply(x, r)
-            r.aypx(-1.0, b)
-            solver.solve(r, d, transposed=transposed)
-            x.axpy(1.0, d)
-            size, scale = d.norm(), x.norm()
-            if size <= 10 * ROUND_OFF * scale:
-                return True
-            rate = size / old
-            if not rate <= SLOW:
-                break
-            if rate / (1 - rate) * size <= ROUND_OFF * scale:
-                return True
-            old = size
-        stage.needed = PATIENCE + 1  # not again in this linearisation
-        return False
+        if self._old is None:
+            self._old = _OldFactor(b.comm)
+        count, converged = self._old.solve(solver, stage.J, b, x, transposed=transposed, most=left)
+        self.counts["solve"] += 1 + count
+        stage.spent += count
+        stage.needed = max(1, count) if converged else PATIENCE + 1  # not again in this linearisation
+        return converged
+
+
+class _OldFactor:
+    """GMRES preconditioned by a solver of another matrix: PETSc's, and the context of its preconditioner."""
+
+    def __init__(self, comm):
+        self.solver: Solver | None = None
+        self.ksp = PETSc.KSP().create(comm)
+        self.ksp.setType(PETSc.KSP.Type.GMRES)
+        self.ksp.setGMRESRestart(PATIENCE)
+        pc = self.ksp.getPC()
+        pc.setType(PETSc.PC.Type.PYTHON)
+        pc.setPythonContext(self)
+
+    def solve(self, solver, matrix, b, x, *, transposed: bool, most: int) -> tuple[int, bool]:
+        """Iterations, and whether they were enough."""
+        self.solver = solver
+        self.ksp.setOperators(matrix)
+        self.ksp.setTolerances(rtol=ROUND_OFF, atol=0.0, max_it=most)
+        (self.ksp.solveTranspose if transposed else self.ksp.solve)(b, x)
+        return self.ksp.getIterationNumber(), self.ksp.getConvergedReason() > 0
+
+    def apply(self, pc, x, y):
+        """PETSc's PCApply."""
+        self.solver.solve(x, y)
+
+    def applyTranspose(self, pc, x, y):
+        """PETSc's PCApplyTranspose."""
+        self.solver.solve(x, y, transposed=True)
 
 
 def factor_bytes(solver: Solver) -> int:

@@ -38,6 +38,8 @@ from pint_fem.propagators.tableaux import DIRK
 
 __all__ = ["NEWTON", "FormPropagator"]
 
+_NONE = np.zeros(0)  # the control of a step without one
+
 
 class FormPropagator(FEPropagator):
     """See the module.
@@ -78,6 +80,7 @@ class FormPropagator(FEPropagator):
         with self.forms.U.dat.vec_ro as vec:
             self._w, self._b, self._x = vec.duplicate(), vec.duplicate(), vec.duplicate()
         self._scratch = StepMemory(self.forms, self.factors, keep=False)
+        self._control = _NONE
 
     # -- memory --------------------------------------------------------------------------------------------------------
     def memory(self, count, *, often=True) -> list[StepMemory]:
@@ -113,16 +116,28 @@ class FormPropagator(FEPropagator):
 
     def _solve_stages(self, memory: StepMemory, data, i: int, u: np.ndarray, end=None, *, linearise=False):
         """``u_1``; the stage values are remembered. ``end`` is a first guess of ``u_1``."""
-        d = []
+        d, control = [], data.control(i)
+        given = _NONE if control is None else control
+        solved = linearise and memory.control is not None  # by the state sweep's last call of the step, mostly
+        solved = solved and self._same((memory.stages[0].W, u), (memory.control, given))
+        memory.control = None
         for stage in memory.stages:
-            self.forms.set(data.t[i], data.control(i), stage.index)
-            W = self._base(stage.index, u, d)
-            U = self.newton.solve(stage, W, self._guess(stage, u, W, end), data.t[i])
-            stage.W, stage.U = W, U
+            self.forms.set(data.t[i], control, stage.index)
+            if not solved:
+                W = self._base(stage.index, u, d)
+                stage.W, stage.U = W, self.newton.solve(stage, W, self._guess(stage, u, W, end), data.t[i])
             if linearise:
+                self.forms.put_state(stage.W, stage.U)
                 stage.linearise(self.forms)
-            d.append(U - W)
-        return self._finish(u, U, d)
+            d.append(stage.U - stage.W)
+        memory.control = self._kept(given)
+        return self._finish(u, stage.U, d)
+
+    def _kept(self, control: np.ndarray) -> np.ndarray:
+        """A copy of a step's control; one for all steps where it is static."""
+        if self.evolution.per_step or not np.array_equal(control, self._control):
+            self._control = control.copy()
+        return self._control
 
     def _guess(self, stage: StageMemory, u, W, end) -> np.ndarray | None:
         """First guess of a stage: what it was, moved along with its base; else between the ends of the step."""

@@ -83,6 +83,8 @@ class StepMemory:
     Attributes
     ----------
     stages : list of StageMemory
+    control : ndarray or None
+        Of the step at which the stages were solved; not to be changed.
     current : bool
         Whether the matrices are those of the present linearisation.
     adjoints : dict
@@ -97,6 +99,7 @@ class StepMemory:
         for index, h in enumerate(forms.step_sizes):
             lender = next((stage for stage in self.stages if stage.h == h), None)
             self.stages.append(StageMemory(index, h, lender, constant=forms.J.constant, keep=keep, refine=refine))
+        self.control: np.ndarray | None = None
         self.current = False
         self.adjoints: dict[str, tuple] = {}
         self.tangent: tuple | None = None
@@ -110,6 +113,7 @@ class StepMemory:
     def forget(self) -> None:
         """First guesses too."""
         self.renew()
+        self.control = None
         for stage in self.stages:
             stage.W = stage.U = stage.rate = None
 

@@ -14,7 +14,7 @@ from itertools import pairwise
 
 import numpy as np
 from firedrake import Cofunction, Constant, Function, TestFunction, TrialFunction, derivative, replace
-from firedrake.assemble import get_assembler
+from firedrake.assemble import ParloopFormAssembler, get_assembler
 from firedrake.petsc import PETSc
 from ufl.algorithms import expand_derivatives, extract_coefficients
 
@@ -159,6 +159,7 @@ class StageForms:
         self._residual, self._tensor = get_assembler(self.F), Cofunction(V.dual())
         self._sizes = np.cumsum([0, *(own_size(z.function_space()) for z in self.controls)])
         self._boundary: dict = {}
+        self._control: np.ndarray | None = None
 
     @cached_property
     def second(self) -> tuple[_VectorForm, _VectorForm, list[_VectorForm]]:
@@ -176,6 +177,7 @@ class StageForms:
     def set(self, t: float, control: np.ndarray | None, stage: int) -> None:
         """Take the start time and the control of a step, and a stage's coefficient."""
         ev = self.evolution
+        self._control = control
         self._put_control(control)
         if ev.t is not None:
             ev.t.assign(t + self.dirk.c[stage] * self.dt)
@@ -197,23 +199,49 @@ class StageForms:
         return [None if vector is None else vector[a:b] for a, b in pairwise(ends)]
 
     def boundary(self, t: float, stage: int) -> np.ndarray:
-        """Values on the rows with a condition at the time of a stage of the step from ``t``, for the control set."""
-        key, moving = (float(t), stage) if self.evolution.depends_on_time else None, self.F_U is not None
-        if moving or key not in self._boundary:
-            lift = Function(self.evolution.V)
-            if self.evolution.t is not None:
-                self.evolution.t.assign(t + self.dirk.c[stage] * self.dt)
-            for bc in self.evolution.bcs:
-                bc.apply(lift)
-            self._boundary[key] = get(lift)[self.bc_rows]
-        return self._boundary[key]
+        """Values on the rows with a condition at the time of a stage of the step from ``t``, for the control set.
+
+        They are affine in the controls: interpolated once for each time where the slope stays.
+        """
+        controls = self.evolution.boundary_controls
+        key = (float(t), stage) if self.evolution.depends_on_time else None
+        if controls is not None and controls.depends_on_time:
+            return self._interpolated(t, stage)
+        if key not in self._boundary:
+            if controls is None:
+                self._boundary[key] = self._interpolated(t, stage)
+            else:
+                self._put_control(np.zeros(self._sizes[-1]))
+                self._boundary[key] = self._interpolated(t, stage)
+                self._put_control(self._control)
+        values = self._boundary[key]
+        return values if controls is None else values + controls.lift(self._control)[self.bc_rows]
+
+    def _interpolated(self, t: float, stage: int) -> np.ndarray:
+        lift = Function(self.evolution.V)
+        if self.evolution.t is not None:
+            self.evolution.t.assign(t + self.dirk.c[stage] * self.dt)
+        for bc in self.evolution.bcs:
+            bc.apply(lift)
+        return get(lift)[self.bc_rows]
 
     # -- assembled -----------------------------------------------------------------------------------------------------
+    def put_state(self, W: np.ndarray, U: np.ndarray) -> None:
+        """Take a stage's values."""
+        put(self.W, W)
+        put(self.U, U)
+
     def residual(self, U: np.ndarray, out: PETSc.Vec) -> None:
         """``F`` at ``U`` and the other values that are set; zero on rows with a condition."""
         put(self.U, U)
         self.counts["residual"] += 1
-        with self._residual.assemble(tensor=self._tensor).dat.vec_ro as vec:
+        if isinstance(self._residual, ParloopFormAssembler):
+            # what assemble() adds is checks of the tensor, which take a fifth of the time
+            self._tensor.dat.zero()
+            self._residual.execute_parloops(self._tensor)
+        else:  # of forms with interpolations in them
+            self._residual.assemble(tensor=self._tensor)
+        with self._tensor.dat.vec_ro as vec:
             vec.copy(out)
         out.array[self.bc_rows] = 0
 

@@ -1,9 +1,9 @@
 """Ratios measured side by side: ``python -m tests.benchmarks.bench [--quick] [--out results/bench]``.
 
 Heat conduction, P1 on a 64 x 64 unit square: (a, b, d) 256 steps, medians of the repeats; (c, e) 512 steps, on one
-rank and on two, see ``time_parallel``; then PyMGRIT and XBraid's ex-02, see ``compare``. Two things that make up a
-ratio are timed in turn, so that a busy machine slows both. ``--quick`` shortens all but (c, e). A missed target is
-reported and is no error.
+rank and on two, see ``time_parallel``; (f) nonlinear evolutions, see ``nonlinear``; then PyMGRIT and XBraid's ex-02,
+see ``compare``, and the table of optimisers, see ``optimisers``. Two things that make up a ratio are timed in turn, so
+that a busy machine slows both. ``--quick`` shortens all but (c, e). A missed target is reported and is no error.
 """
 
 from __future__ import annotations
@@ -11,28 +11,34 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import statistics
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 
 import numpy as np
-from firedrake import Function
+from firedrake import COMM_SELF, Function
 from rich.console import Console
 
-from pint_fem.adjoint import TimeParallelReducedFunctional
 from pint_fem.propagators import LinearPropagator
+from pint_fem.propagators.arrays import get
+from pint_fem.spacetime import SpaceTime
 from problems.serial_pyadjoint import serial_square, square_functionals
 from tests.benchmarks.compare import compare_rows
+from tests.benchmarks.derivatives import Derivatives, difference, on_tape
+from tests.benchmarks.nonlinear import TABLEAUX, nonlinear_rows
+from tests.benchmarks.optimisers import outcomes, outcomes_table
 from tests.benchmarks.rows import Row, row, table, timed
 from tests.benchmarks.square import SIZE, field, square
 from tests.benchmarks.time_parallel import on_ranks
+from tests.nonlinear import PROBLEMS
 
 __all__ = ["main"]
 
 STEPS, QUICK_STEPS = 256, 64
+NONLINEAR_STEPS, OPTIMISER_STEPS = 64, 64
 
 
 def per_step(steps: int, integrator: str, repeats: int) -> list[Row]:
@@ -100,97 +106,29 @@ def p_last(p: LinearPropagator, U: np.ndarray) -> np.ndarray:
     return U[-1]
 
 
-def cold(rf: TimeParallelReducedFunctional) -> None:
-    """Forget trajectories: MGRIT would start from the last ones."""
-    rf.problem.forget()
-
-
-class Derivatives:
-    """Times and values of ours: each repeat at a new control, from cold."""
-
-    def __init__(self, rf: TimeParallelReducedFunctional):
-        self.rf, self.scale = rf, 1.0
-        self.z, self.dz = field(rf, "control"), field(rf, "direction")
-
-    def move(self) -> None:
-        """Go to a new control with its state; not timed."""
-        self.scale *= 1.01
-        cold(self.rf)
-
-    def value(self):
-        """``J``, with the state."""
-        self.J = self.rf.problem.value(self.scale * self.z)
-
-    def gradient(self):
-        """``J'``, with the adjoint."""
-        self.g = self.rf.problem.derivative(self.scale * self.z)
-
-    def hessian(self):
-        """``J'' dz``, with a tangent and an adjoint."""
-        self.h = self.rf.problem.hessian_action(self.scale * self.z, self.dz)
-
-    def state(self):
-        """A state sweep at a new control."""
-        self.move()
-        self.rf.problem.sweeps.state(self.scale * self.z, self.rf.problem.U)
-
-    def times(self, repeats: int) -> tuple[float, float, float]:
-        """Seconds of value, derivative and Hessian action."""
-        parts = []
-        for _ in range(repeats + 1):  # the first one warms up
-            self.move()
-            parts.append([timed(f, repeats=1)[0] for f in (self.value, self.gradient, self.hessian)])
-        return tuple(statistics.median(part) for part in zip(*parts[1:], strict=True))
-
-    def at(self, scale: float) -> tuple[float, np.ndarray, np.ndarray]:
-        """Value, derivative and Hessian action at a multiple of the control."""
-        self.scale = scale
-        cold(self.rf)
-        self.value(), self.gradient(), self.hessian()
-        return self.J, self.g, self.h
-
-
 def against_pyadjoint(steps: int, repeats: int, hessians: int, say: Callable[[str], None]) -> list[Row]:
     """(b) Value, gradient and Hessian action against the tape."""
     tape = serial_square(n=SIZE, steps=steps)
     say(f"pyadjoint: recorded in {tape.seconds:.1f} s")
     V = tape.q.function_space()
-    control, direction = (Function(V).interpolate(square_functionals(V)[name]()) for name in ("control", "direction"))
-    z, values, times = control.dat.data_ro.copy(), {}, {"value": [], "gradient": [], "hessian": []}
-    for i in range(repeats + 1):
-        control.dat.data_wo[:] = (1 + i) * z
-        results = {}
-        actions = {
-            "value": lambda: tape.rf(control),
-            "gradient": tape.rf.derivative,
-            "hessian": lambda: tape.rf.hessian(direction),
-        }
-        for name, action in actions.items():
-            if name == "hessian" and i >= hessians:
-                continue
-            start = time.perf_counter()
-            result = action()
-            times[name].append(time.perf_counter() - start)
-            results[name] = float(result) if name == "value" else result.dat.data_ro.copy()
-        if i == 0:
-            values = results
-        say("pyadjoint: " + ", ".join(f"{name} {1e3 * times[name][-1] / steps:.1f}" for name in results) + " ms/step")
-    theirs = {name: statistics.median(t[1:] or t) for name, t in times.items()}
+    z, dz = (get(Function(V).interpolate(square_functionals(V)[name]())) for name in ("control", "direction"))
+    theirs = on_tape(tape.rf, z, dz, repeats=repeats, hessians=hessians, say=lambda text: say(f"pyadjoint: {text}"))
     out = []
     for name, parameters in (
         ("serial", {"time_solver": "serial"}),
         ("mgrit rtol 1e-10", {"mgrit": {"rtol": 1e-10}}),
         ("mgrit rtol 1e-6", {"mgrit": {"rtol": 1e-6}}),
     ):
-        ours = Derivatives(square(steps, **parameters))
-        value, gradient, hessian = ours.times(repeats)
-        J, g, h = ours.at(1.0)
-        differ = lambda a, b: f"{np.linalg.norm(a - b) / np.linalg.norm(b):.0e}"
+        rf = square(steps, **parameters)
+        ours = Derivatives(rf, field(rf, "control"), field(rf, "direction")).measure(repeats)
+        seconds = [(m.seconds["value"], m.seconds["gradient"], m.seconds["hessian"]) for m in (ours, theirs)]
+        differ = {key: f"differs by {difference(ours.values[key], theirs.values[key]):.0e}" for key in ours.values}
+        (value, gradient, hessian), (their_value, their_gradient, their_hessian) = seconds
         pairs = (
-            ("value", value, theirs["value"], None, f"J differs by {abs(J / values['value'] - 1):.0e}"),
-            ("gradient alone", gradient, theirs["gradient"], 15, f"differs by {differ(g, values['gradient'])}"),
-            ("value + gradient", value + gradient, theirs["value"] + theirs["gradient"], 15, ""),
-            ("Hessian action", hessian, theirs["hessian"], 60, f"differs by {differ(h, values['hessian'])}"),
+            ("value", value, their_value, None, differ["value"]),
+            ("gradient alone", gradient, their_gradient, 15, differ["gradient"]),
+            ("value + gradient", value + gradient, their_value + their_gradient, 15, ""),
+            ("Hessian action", hessian, their_hessian, 60, differ["hessian"]),
         )
         out += [
             row("b", f"pyadjoint / {name}: {what}", a, b, steps, target, False, note)
@@ -208,24 +146,33 @@ def main(argv: list[str] | None = None) -> int:
     console = Console(width=None if sys.stdout.isatty() else 150)
     steps = QUICK_STEPS if args.quick else STEPS
     repeats, hessians = (3, 1) if args.quick else (5, 2)
-    start, rows = time.perf_counter(), []
+    say = lambda text: console.print(f"  {text}")
+    start, rows, shorter = time.perf_counter(), [], 4 if args.quick else 1
     for what, part in (
         (
             "single steps and blocks",
             lambda: per_step(steps, "BackwardEuler", 2 * repeats) + per_step(steps, "SDIRK2", 2 * repeats),
         ),
         ("MGRIT on one time rank and on two", lambda: on_ranks(1, 2 * repeats) + on_ranks(2, 2 * repeats)),
+        ("against pyadjoint", lambda: against_pyadjoint(steps, repeats, hessians, say)),
         (
-            "against pyadjoint",
-            lambda: against_pyadjoint(steps, repeats, hessians, lambda text: console.print(f"  {text}")),
+            "nonlinear evolutions",
+            lambda: [
+                r
+                for case in product(PROBLEMS, TABLEAUX)
+                for r in nonlinear_rows(*case, NONLINEAR_STEPS // shorter, say)
+            ],
         ),
+        ("PyMGRIT and XBraid's ex-02", lambda: compare_rows(args.quick, say)),
     ):
         console.print(f"{what} ...")
         rows += part()
-    console.print("PyMGRIT and XBraid's ex-02 ...")
-    rows += compare_rows(args.quick, lambda text: console.print(f"  {text}"))
     rows.sort(key=lambda r: r.section)
     console.print(table(rows))
+    console.print("optimisers ...")
+    count = OPTIMISER_STEPS // shorter
+    found = outcomes(SpaceTime("1x1", comm=COMM_SELF), count, tape=True, say=say)
+    console.print(outcomes_table(found, f"heat source inversion, {count} SDIRK2 steps, one rank"))
     missed = sum(r.met is False for r in rows)
     console.print(
         f"{missed} of {sum(r.target is not None for r in rows)} targets missed, {time.perf_counter() - start:.0f} s"
@@ -233,6 +180,7 @@ def main(argv: list[str] | None = None) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     machine = {"machine": platform.processor() or platform.machine(), "python": platform.python_version()}
     summary = {"steps": steps, "cells": SIZE**2 * 2, **machine, "rows": [{**asdict(r), "met": r.met} for r in rows]}
+    summary["optimisers"] = {"steps": count, "rows": [asdict(o) for o in found]}
     (args.out / "bench.json").write_text(json.dumps(summary, indent=1, default=float) + "\n", encoding="utf-8")
     return 0
 

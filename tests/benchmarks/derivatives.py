@@ -1,0 +1,105 @@
+"""Value, gradient and Hessian action, timed: of the time-parallel functional and of pyadjoint's."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import dataclass
+
+import numpy as np
+from firedrake import Function
+
+from pint_fem.adjoint import TimeParallelReducedFunctional
+from pint_fem.propagators.arrays import get
+from tests.benchmarks.rows import timed
+
+__all__ = ["Derivatives", "Measured", "difference", "on_tape"]
+
+NAMES = ("value", "gradient", "hessian")
+
+
+@dataclass
+class Measured:
+    """Median seconds of each of :data:`NAMES`, and their values at the control given: a number and two dual vectors."""
+
+    seconds: dict[str, float]
+    values: dict[str, object]
+
+
+def difference(a, b) -> float:
+    """Relative, of numbers or vectors."""
+    return float(np.linalg.norm(np.asarray(a) - b) / np.linalg.norm(b))
+
+
+class Derivatives:
+    """Of ours: each repeat at a new control, from cold.
+
+    Parameters
+    ----------
+    rf
+        The functional.
+    z, dz
+        A control and a direction, own values.
+    """
+
+    def __init__(self, rf: TimeParallelReducedFunctional, z: np.ndarray, dz: np.ndarray):
+        self.rf, self.z, self.dz, self.scale = rf, z, dz, 1.0
+
+    def move(self, scale: float | None = None) -> None:
+        """Go to a new control and forget trajectories, from which MGRIT would start; not timed."""
+        self.scale = 1.01 * self.scale if scale is None else scale
+        self.rf.problem.forget()
+
+    def value(self) -> float:
+        """``J``, with the state."""
+        return self.rf.problem.value(self.scale * self.z)
+
+    def gradient(self) -> np.ndarray:
+        """``J'``, with the adjoint."""
+        return self.rf.problem.derivative(self.scale * self.z)
+
+    def hessian(self) -> np.ndarray:
+        """``J'' dz``, with a tangent and an adjoint."""
+        return self.rf.problem.hessian_action(self.scale * self.z, self.dz)
+
+    def state(self) -> None:
+        """A state sweep at a new control."""
+        self.move()
+        self.rf.problem.sweeps.state(self.scale * self.z, self.rf.problem.U)
+
+    def measure(self, repeats: int) -> Measured:
+        """Times of ``repeats`` new controls; one more before them warms up, and gives the values."""
+        self.move(1.0)
+        values = {name: getattr(self, name)() for name in NAMES}
+        parts = {name: [] for name in NAMES}
+        for _ in range(repeats):
+            self.move()
+            for name in NAMES:
+                parts[name] += timed(getattr(self, name), repeats=1)
+        return Measured({name: statistics.median(part) for name, part in parts.items()}, values)
+
+
+def on_tape(rf, z: np.ndarray, dz: np.ndarray, *, repeats: int, hessians: int, say=lambda text: None) -> Measured:
+    """The same of a pyadjoint ``ReducedFunctional`` of one field; fewer of the Hessian's, which are slow.
+
+    The first evaluation warms up, unless it is the only one.
+    """
+    V = rf.controls[0].control.function_space()
+    control, direction = Function(V), Function(V)
+    direction.dat.data_wo[:] = dz.reshape(direction.dat.data_ro.shape)
+    times, values = {name: [] for name in NAMES}, {}
+    for i in range(repeats + 1):
+        control.dat.data_wo[:] = 1.01**i * z.reshape(control.dat.data_ro.shape)
+        for name, action in (
+            ("value", lambda: rf(control)),
+            ("gradient", rf.derivative),
+            ("hessian", lambda: rf.hessian(direction)),
+        ):
+            if name == "hessian" and i >= hessians:
+                continue
+            start = time.perf_counter()
+            result = action()
+            times[name].append(time.perf_counter() - start)
+            values.setdefault(name, float(result) if name == "value" else get(result))
+        say(", ".join(f"{name} {times[name][-1]:.2f}" for name in NAMES if len(times[name]) > i) + " s")
+    return Measured({name: statistics.median(t[1:] or t) for name, t in times.items()}, values)
