@@ -29,12 +29,11 @@ from collections.abc import Callable
 
 import numpy as np
 
+from pint_fem.optimize.lbfgs import InverseLBFGS
+
 __all__ = ["LimitedMemoryPreconditioner", "merged_pairs"]
 
 Pair = tuple[np.ndarray, np.ndarray]
-
-# A pair with (s, y) below this share of |s||y| says more of round-off than of the Hessian.
-_SMALLEST_COSINE = 1e-8
 
 
 class LimitedMemoryPreconditioner:
@@ -47,36 +46,20 @@ class LimitedMemoryPreconditioner:
     """
 
     def __init__(self, inner: Callable[[np.ndarray, np.ndarray], float]):
-        self.inner = inner
-        self._pairs: list[tuple[np.ndarray, np.ndarray, float]] = []
-        self._scale = 1.0
+        self._operator = InverseLBFGS(inner, memory=None)
 
     def update(self, pairs: list[Pair]) -> None:
         """Use these pairs instead of the last ones, the latest last; those without clear positive curvature count not.
 
         The arrays are kept without a copy.
         """
-        self._pairs = []
-        for s, y in pairs:
-            sy, yy = self.inner(s, y), self.inner(y, y)
-            if sy > 0 and sy * sy > _SMALLEST_COSINE**2 * self.inner(s, s) * yy:
-                self._pairs.append((s, y, 1 / sy))
-                self._scale = sy / yy
-        if not self._pairs:
-            self._scale = 1.0
+        self._operator.restore([], 1.0)
+        for direction, product in pairs:
+            self._operator.update(direction, product)
 
     def __call__(self, r: np.ndarray) -> np.ndarray:
         """P r by the two-loop recursion."""
-        if not self._pairs:
-            return r
-        z, weights = np.array(r, dtype=np.float64), []
-        for s, y, rho in reversed(self._pairs):
-            weights.append(rho * self.inner(s, z))
-            z -= weights[-1] * y
-        z *= self._scale
-        for (s, y, rho), weight in zip(self._pairs, reversed(weights), strict=True):
-            z += (weight - rho * self.inner(y, z)) * s
-        return z
+        return self._operator.apply(r)
 
 
 def merged_pairs(old: list[Pair], new: list[Pair], memory: int) -> list[Pair]:
