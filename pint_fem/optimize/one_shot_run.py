@@ -120,7 +120,8 @@ class Run:
         else:
             return DesignUpdate.HELD
         if factor < 1:
-            self._reject(factor, iteration)
+            if reading is None or not self._believed(reading) or not self._retry(reading):
+                self._reject(factor, iteration)
             return DesignUpdate.REJECTED
         self._accept(reading)
         self._depart(iteration, stalls)
@@ -155,6 +156,25 @@ class Run:
         zero = slope / (slope - slope_end) if slope_end > slope else math.inf
         return min(max(zero, _SHORTEST), _LONGEST)
 
+    def _retry(self, reading: Reading) -> bool:
+        """Learn from a rejected step, which says more of the Hessian than an accepted one, and step from x again."""
+        base, longest = self.base, math.sqrt(self.inner(self._s, self._s))
+        if self._rejections + 1 >= _PATIENCE or not self._learn(reading):
+            return False
+        d = -self.B.apply(base.g)
+        slope, length = self.inner(base.g, d), math.sqrt(self.inner(d, d))
+        tau = min(1.0, longest * (_LONGEST if self._rejections else 1.0) / length) if length > 0 else 0.0
+        if not 0 < length < math.inf or base.error * length > _DESCENT * abs(slope):
+            return False
+        self._rejections += 1
+        self._go(tau * d, tau * slope, tau)
+        return True
+
+    def _learn(self, reading: Reading) -> bool:
+        """Use the step to the reading's design as a pair; whether its curvature is known well enough."""
+        noise = self.base.error + reading.error
+        return self.B.update(self._s, reading.g - self.base.g, noise=noise)
+
     def _reject(self, factor: float, iteration: int) -> None:
         """Try a part of the step: from a better reading of x, as the one it was judged by may be what is wrong."""
         self._rejections += 1
@@ -178,8 +198,8 @@ class Run:
 
     def _accept(self, reading: Reading) -> None:
         """Make z the design, and learn from the step."""
-        base, noise = self.base, self.base.error + reading.error
-        if self.B.update(self._s, reading.g - base.g, noise=noise):
+        noise = self.base.error + reading.error
+        if self._learn(reading):
             self.theta = min(self.accuracy, 2 * self.theta)
         elif noise > 0:
             self.theta = max(0.5 * self.theta, _FINEST * self.accuracy)
