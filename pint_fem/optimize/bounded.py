@@ -48,7 +48,15 @@ import numpy as np
 
 from pint_fem.optimize.acceptance import GOOD, POOR, SMALLEST_LENGTH, judge
 from pint_fem.optimize.evaluator import Estimate, Evaluator, ExactOracle, Gradient, Point
-from pint_fem.optimize.options import check, check_callable, check_choice, check_first_guess, check_radii, is_count
+from pint_fem.optimize.options import (
+    check,
+    check_callable,
+    check_checkpoint,
+    check_choice,
+    check_first_guess,
+    check_radii,
+    is_count,
+)
 from pint_fem.optimize.preconditioners import LimitedMemoryPreconditioner, merged_pairs
 from pint_fem.optimize.projected_step import Box, BoxStep, ProjectedSteps
 from pint_fem.optimize.protocol import Checkpoint, NonFiniteError, Preconditioner, Problem
@@ -167,9 +175,7 @@ def minimize_bounded(
     else:
         check_callable("preconditioner", preconditioner)
     check("preconditioner_memory", preconditioner_memory, "an integer >= 1", is_count(1))
-    for name in ("save", "load"):
-        if checkpoint is not None and not callable(getattr(checkpoint, name, None)):
-            raise ValueError(f"checkpoint = {checkpoint!r} is refused: give an object with save and load, or None")
+    check_checkpoint(checkpoint)
     check_callable("monitor", monitor)
     check_callable("callback", callback)
     check_first_guess(x0)

@@ -130,22 +130,23 @@ class InverseLBFGS:
         self._pairs.extend(pairs)
         self.gamma = gamma
 
-    def update(self, s: np.ndarray, y: np.ndarray, *, noise: float = 0.0) -> bool:
+    def update(self, s: np.ndarray, y: np.ndarray, *, noise: float = 0.0, copy: bool = True) -> bool:
         """Learn that the Hessian maps s to y, unless the curvature along s is not known to be positive.
 
         Parameters
         ----------
         s, y : ndarray, shape (n,)
-            Kept without a copy where they need not be made conjugate.
         noise : float
             Bound of the error of `y` in the norm of the inner product.
+        copy : bool
+            Whether the arrays may be modified afterwards, so that copies of them have to be kept.
 
         Returns
         -------
         bool
             Whether the pair was kept; the oldest one makes room.
         """
-        pair = self._measured(s, y, noise)
+        given, pair = s, self._measured(s, y, noise)
         if self.conjugate and 0 < pair.sy < math.inf:
             pair = self._conjugate(pair)
         s, y, noise, sy, ss = pair
@@ -160,7 +161,7 @@ class InverseLBFGS:
             return False
         if self._pairs.maxlen == 0:
             return False
-        self._pairs.append(pair)
+        self._pairs.append(pair._replace(s=s.copy(), y=y.copy()) if copy and s is given else pair)
         self.gamma = sy / (yy if self.preconditioner is None else float(self.inner(y, self.preconditioner(y))))
         return True
 

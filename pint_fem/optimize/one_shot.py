@@ -53,9 +53,10 @@ import numpy as np
 
 from pint_fem.optimize.lbfgs import InverseLBFGS
 from pint_fem.optimize.one_shot_records import OneShotRecord, OneShotResult, header
+from pint_fem.optimize.one_shot_restart import restore, save
 from pint_fem.optimize.one_shot_run import Run
-from pint_fem.optimize.options import check, check_callable, check_first_guess, is_count
-from pint_fem.optimize.protocol import Problem
+from pint_fem.optimize.options import check, check_callable, check_checkpoint, check_first_guess, is_count
+from pint_fem.optimize.protocol import Checkpoint, Problem
 from pint_fem.optimize.records import StopReason
 from pint_fem.optimize.running_solvers import OneShotProblem, RunningSolvers
 
@@ -74,6 +75,8 @@ def minimize_one_shot(
     initial_step: float | None = None,
     memory: int = 10,
     value_rtol: float = 1e-12,
+    preconditioner: Callable[[np.ndarray], np.ndarray] | None = None,
+    checkpoint: Checkpoint | None = None,
     monitor: Callable[[str], object] | None = None,
     callback: Callable[[np.ndarray, OneShotRecord], object] | None = None,
 ) -> OneShotResult:
@@ -108,6 +111,13 @@ def minimize_one_shot(
         Pairs in the L-BFGS operator, two vectors each.
     value_rtol : float
         Relative accuracy of an accurate J.
+    preconditioner : callable, optional
+        An approximate inverse Hessian, self-adjoint and positive definite in the inner product, that B is an update of
+        a multiple of: the inverse of the regularisation's Hessian, say. By default the identity, which is that already
+        where the regularisation's is the inner product.
+    checkpoint : Checkpoint, optional
+        ``checkpoint.save`` keeps the state after each iteration; if ``checkpoint.load()`` returns one, the run goes on
+        from there as if it had not stopped, given the same problem and options and solvers where they were.
     monitor : callable, optional
         Called with a header and a line for each iteration; ``print``, on one process.
     callback : callable, optional
@@ -135,6 +145,8 @@ def minimize_one_shot(
         check("initial_step", initial_step, "a finite number > 0, or None", lambda v: 0 < v < math.inf)
     check("memory", memory, "an integer >= 0", is_count(0))
     check("value_rtol", value_rtol, "a number in [0, 1)", lambda v: 0 <= v < 1)
+    check_callable("preconditioner", preconditioner)
+    check_checkpoint(checkpoint)
     check_callable("monitor", monitor)
     check_callable("callback", callback)
     check_first_guess(x0)
@@ -143,7 +155,7 @@ def minimize_one_shot(
     run = Run(
         solvers,
         np.array(x0, dtype=np.float64),
-        InverseLBFGS(solvers.inner, memory=memory, conjugate=True),
+        InverseLBFGS(solvers.inner, memory=memory, conjugate=True, preconditioner=preconditioner),
         gtol_rel=gtol_rel,
         gtol_abs=gtol_abs,
         residual_tol=residual_tol,
@@ -152,20 +164,22 @@ def minimize_one_shot(
         initial_step=initial_step,
         value_rtol=value_rtol,
     )
-    history: list[OneShotRecord] = []
-    reason = None
     if monitor is not None:
         monitor(header())
-    for iteration in range(max_it + 1):
+    history = (None if checkpoint is None else restore(checkpoint, run)) or []
+    reason, iteration = run.reason, len(history) - 1
+    for iteration in range(len(history), max_it + 1):
+        if reason is not None:
+            break
         history.append(run.iterate(iteration))
         reason = run.reason
+        if checkpoint is not None:
+            save(checkpoint, run, history)
         if monitor is not None:
             monitor(str(history[-1]))
         stopped = callback is not None and callback(run.x.copy(), history[-1])
         if stopped and reason is not StopReason.GRADIENT:
             reason = StopReason.CALLBACK
-        if reason is not None:
-            break
 
     end = run.end(iteration)
     if reason is not StopReason.GRADIENT and run.within(end):

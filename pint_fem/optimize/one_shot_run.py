@@ -68,27 +68,39 @@ class Run:
         value_rtol: float,
     ):
         self.solvers, self.inner, self.B = solvers, solvers.inner, B
-        self.gtol_rel, self.tolerance, self.residual_tol = gtol_rel, gtol_abs, residual_tol
+        self.gtol_rel, self.gtol_abs, self.residual_tol = gtol_rel, gtol_abs, residual_tol
+        self.first_norm: float | None = None
         self.accuracy, self.theta, self.hold_max_it = accuracy, accuracy, hold_max_it
         self.initial_step, self.value_rtol = initial_step, value_rtol
         self.x = self.z = x
         self.base: Reading | None = None
         self.residual = math.inf
         self.reason: StopReason | None = None
-        self._s, self._slope, self._tau = np.zeros_like(x), 0.0, 1.0  # z - x, (g, s), s as part of -B g
-        self._count, self._measure = 0, True  # readings of z; whether one is not enough
-        self._mark, self._since_mark = math.inf, 0  # residual of z when it last halved, readings since
-        self._exact: Reading | None = None  # of x
-        self._rejections = 0  # in succession
-        self._smallest, self._idle = math.inf, 0  # |g| so far, steps below the accuracy of J without a smaller one
+        self.s, self.slope, self.tau = np.zeros_like(x), 0.0, 1.0  # z - x, (g, s), s as part of -B g
+        self.count, self.measure = 0, True  # readings of z; whether one is not enough
+        self.mark, self.since_mark = math.inf, 0  # residual of z when it last halved, readings since
+        self.exact: Reading | None = None  # of x
+        self.rejections = 0  # in succession
+        self.smallest, self.idle = math.inf, 0  # |g| so far, steps below the accuracy of J without a smaller one
+
+    @property
+    def tolerance(self) -> float:
+        """The norm of the gradient that ends the run."""
+        return max(self.gtol_abs, self.gtol_rel * (self.first_norm or 0.0))
+
+    def resume(self, reason: StopReason | None) -> None:
+        """Go on from a restored state, unless it was the end and still is."""
+        if reason is StopReason.GRADIENT and self.exact.norm > self.tolerance:
+            reason = None
+        self.reason = reason
 
     def iterate(self, iteration: int) -> OneShotRecord:
         """One iteration of the solvers at z and what follows from it."""
-        step_norm, pairs = math.sqrt(self.inner(self._s, self._s)), len(self.B)
+        step_norm, pairs = math.sqrt(self.inner(self.s, self.s)), len(self.B)
         reading = self.solvers.read(self.z, iteration, self.x)
         if reading is None and self.z is self.x:
             raise NonFiniteError(f"iteration {iteration}: J is not finite at the first or an accepted design", self.x)
-        self._count += 1
+        self.count += 1
         update = self._decide(reading, iteration)
         if iteration == 0:
             update = DesignUpdate.FIRST
@@ -99,10 +111,10 @@ class Run:
         )
 
     def _decide(self, reading: Reading | None, iteration: int) -> DesignUpdate:
-        if reading is not None and reading.residual <= 0.5 * self._mark:
-            self._mark, self._since_mark = reading.residual, 0
-        self._since_mark += 1
-        stalls = self._since_mark >= self.hold_max_it
+        if reading is not None and reading.residual <= 0.5 * self.mark:
+            self.mark, self.since_mark = reading.residual, 0
+        self.since_mark += 1
+        stalls = self.since_mark >= self.hold_max_it
         if self.z is self.x:
             self.residual = reading.residual
             if self._believed(reading):
@@ -129,21 +141,21 @@ class Run:
 
     def _believed(self, reading: Reading) -> bool:
         """Whether a reading is accurate enough to judge a step by and to take the next one from."""
-        if self._measure and self._count == 1 and reading.residual > 0:
+        if self.measure and self.count == 1 and reading.residual > 0:
             return False
         return reading.error <= self.theta * max(reading.norm, self.tolerance)
 
     def _start(self, reading: Reading) -> None:
         """Take over a reading of x; the first one scales tolerance and step."""
         if self.base is None:
-            self.tolerance = max(self.tolerance, self.gtol_rel * reading.norm)
+            self.first_norm = reading.norm
             if reading.norm > 0:
                 self.B.gamma = (self.initial_step or abs(reading.value) / reading.norm or 1.0) / reading.norm
         self.base = reading
 
     def _judge(self, reading: Reading) -> float:
         """1 if the step is accepted, else the part of it to try next."""
-        base, slope, slope_end = self.base, self._slope, self.inner(reading.g, self._s)
+        base, slope, slope_end = self.base, self.slope, self.inner(reading.g, self.s)
         noise = base.value_error + reading.value_error
         noise += self.value_rtol * max(abs(base.value), abs(reading.value))
         rise = reading.value - base.value
@@ -158,33 +170,33 @@ class Run:
 
     def _retry(self, reading: Reading) -> bool:
         """Learn from a rejected step, which says more of the Hessian than an accepted one, and step from x again."""
-        base, longest = self.base, math.sqrt(self.inner(self._s, self._s))
-        if self._rejections + 1 >= _PATIENCE or not self._learn(reading):
+        base, longest = self.base, math.sqrt(self.inner(self.s, self.s))
+        if self.rejections + 1 >= _PATIENCE or not self._learn(reading):
             return False
         d = -self.B.apply(base.g)
         slope, length = self.inner(base.g, d), math.sqrt(self.inner(d, d))
-        tau = min(1.0, longest * (_LONGEST if self._rejections else 1.0) / length) if length > 0 else 0.0
+        tau = min(1.0, longest * (_LONGEST if self.rejections else 1.0) / length) if length > 0 else 0.0
         if not 0 < length < math.inf or base.error * length > _DESCENT * abs(slope):
             return False
-        self._rejections += 1
+        self.rejections += 1
         self._go(tau * d, tau * slope, tau)
         return True
 
     def _learn(self, reading: Reading) -> bool:
         """Use the step to the reading's design as a pair; whether its curvature is known well enough."""
         noise = self.base.error + reading.error
-        return self.B.update(self._s, reading.g - self.base.g, noise=noise)
+        return self.B.update(self.s, reading.g - self.base.g, noise=noise)
 
     def _reject(self, factor: float, iteration: int) -> None:
         """Try a part of the step: from a better reading of x, as the one it was judged by may be what is wrong."""
-        self._rejections += 1
+        self.rejections += 1
         if self.base.residual == 0:
-            self._go(factor * self._s, factor * self._slope, factor * self._tau)
+            self._go(factor * self.s, factor * self.slope, factor * self.tau)
             return
-        self._measure, self._tau = True, factor * self._tau
+        self.measure, self.tau = True, factor * self.tau
         self.theta = max(0.5 * self.theta, _FINEST * self.accuracy)
-        self._s, self._slope = np.zeros_like(self.x), 0.0
-        if self._rejections < _PATIENCE:
+        self.s, self.slope = np.zeros_like(self.x), 0.0
+        if self.rejections < _PATIENCE:
             self._look_at(self.x)
         else:
             self._take_exactly(iteration)
@@ -204,19 +216,19 @@ class Run:
         elif noise > 0:
             self.theta = max(0.5 * self.theta, _FINEST * self.accuracy)
         if not len(self.B):  # the scale is all that is known: follow the steps, longer where J still falls at the end
-            steep = self.inner(reading.g, self._s) < 0.5 * self._slope
-            self.B.gamma *= self._tau * (2 if steep else 1)
-        self.x, self.base, self.residual, self._exact = self.z, reading, reading.residual, None
-        self._measure, self._tau, self._rejections = False, 1.0, 0
-        below = abs(self._slope) <= self.value_rtol * abs(reading.value)
-        self._idle = self._idle + 1 if below and reading.norm >= self._smallest else 0
-        self._smallest = min(self._smallest, reading.norm)
-        if self._idle == _IDLE:
+            steep = self.inner(reading.g, self.s) < 0.5 * self.slope
+            self.B.gamma *= self.tau * (2 if steep else 1)
+        self.x, self.base, self.residual, self.exact = self.z, reading, reading.residual, None
+        self.measure, self.tau, self.rejections = False, 1.0, 0
+        below = abs(self.slope) <= self.value_rtol * abs(reading.value)
+        self.idle = self.idle + 1 if below and reading.norm >= self.smallest else 0
+        self.smallest = min(self.smallest, reading.norm)
+        if self.idle == _IDLE:
             self.reason = StopReason.ROUND_OFF
 
     def _depart(self, iteration: int, stalls: bool) -> None:
         """Leave x for a new design, hold it for a smaller residual or a better direction, or end."""
-        self._s, self._slope = np.zeros_like(self.x), 0.0
+        self.s, self.slope = np.zeros_like(self.x), 0.0
         if self.base.norm <= self.tolerance:
             if self.base.residual > self.residual_tol:
                 return
@@ -236,30 +248,31 @@ class Run:
             self.B.forget()  # the error of g is small enough for -g
             d = -self.B.apply(self.base.g)
             slope = self.inner(self.base.g, d)
-        self._go(self._tau * d, self._tau * slope, self._tau)
+        self._go(self.tau * d, self.tau * slope, self.tau)
 
     def _go(self, s: np.ndarray, slope: float, tau: float) -> None:
-        self._s, self._slope, self._tau = s, slope, tau
+        self.s, self.slope, self.tau = s, slope, tau
         self._look_at(self.x + s)
         smallest = np.finfo(float).eps * math.sqrt(self.inner(self.x, self.x))
         if math.sqrt(self.inner(s, s)) <= max(smallest, SMALLEST_LENGTH):
             self.reason = StopReason.RADIUS
 
     def _look_at(self, z: np.ndarray) -> None:
-        self.z, self._count = z, 0
-        self._mark, self._since_mark = math.inf, 0
+        self.z, self.count = z, 0
+        self.mark, self.since_mark = math.inf, 0
 
     def end(self, iteration: int) -> Reading:
         """The accurate J and gradient at x."""
-        if self._exact is None and self.solvers.advance is None and self.base is not None:
-            self._exact = self.base
-        if self._exact is None:
-            self._exact = self.solvers.read_exactly(self.x, iteration, self.x)
-        if self._exact is None:
+        if self.exact is None and self.solvers.advance is None and self.base is not None:
+            self.exact = self.base
+        if self.exact is None:
+            self.exact = self.solvers.read_exactly(self.x, iteration, self.x)
+        if self.exact is None:
             raise NonFiniteError(f"iteration {iteration}: the accurate J is not finite at an accepted design", self.x)
-        return self._exact
+        return self.exact
 
     def within(self, end: Reading) -> bool:
         """Whether this is an end that was asked for, however the run came to it."""
-        tolerance = self.tolerance if self.base is not None else max(self.tolerance, self.gtol_rel * end.norm)
-        return end.norm <= tolerance and self.residual <= self.residual_tol
+        if self.first_norm is None:
+            self.first_norm = end.norm
+        return end.norm <= self.tolerance and self.residual <= self.residual_tol

@@ -55,7 +55,7 @@ class LimitedMemoryPreconditioner:
         """
         self._operator.restore([], 1.0)
         for direction, product in pairs:
-            self._operator.update(direction, product)
+            self._operator.update(direction, product, copy=False)
 
     def __call__(self, r: np.ndarray) -> np.ndarray:
         """P r by the two-loop recursion."""

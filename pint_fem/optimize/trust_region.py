@@ -55,7 +55,15 @@ from pint_fem.optimize.acceptance import GOOD, POOR, SMALLEST_LENGTH, judge
 from pint_fem.optimize.evaluator import Evaluator, ExactOracle, Point
 from pint_fem.optimize.forcing import CHOICES, first_forcing_term, next_forcing_term
 from pint_fem.optimize.inexact import InexactOptions, InexactOracle
-from pint_fem.optimize.options import check, check_callable, check_choice, check_first_guess, check_radii, is_count
+from pint_fem.optimize.options import (
+    check,
+    check_callable,
+    check_checkpoint,
+    check_choice,
+    check_first_guess,
+    check_radii,
+    is_count,
+)
 from pint_fem.optimize.preconditioners import LimitedMemoryPreconditioner, merged_pairs
 from pint_fem.optimize.protocol import Checkpoint, NonFiniteError, Preconditioner, Problem
 from pint_fem.optimize.records import IterationRecord, StopReason, TrustRegionResult, header
@@ -194,9 +202,7 @@ def minimize_trust_region(
     check("value_rtol", value_rtol, "a number in [0, 1)", lambda v: 0 <= v < 1)
     if not isinstance(inexact, InexactOptions | None):
         raise ValueError(f"inexact = {inexact!r} is refused: give InexactOptions(...) or None")
-    for name in ("save", "load"):
-        if checkpoint is not None and not callable(getattr(checkpoint, name, None)):
-            raise ValueError(f"checkpoint = {checkpoint!r} is refused: give an object with save and load, or None")
+    check_checkpoint(checkpoint)
     check_callable("monitor", monitor)
     check_callable("callback", callback)
     check_first_guess(x0)
