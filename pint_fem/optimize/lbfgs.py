@@ -11,30 +11,33 @@ started from :math:`\gamma P`, :math:`\gamma = (s, y) / (y, P y)` of the newest 
 preconditioner, and applied by the two-loop recursion [1, Alg. 7.4]. All products are the problem's, so :math:`B` is
 self-adjoint there, and on the same pairs it does the same whatever the mesh.
 
+**Noise.** A pair is used only if its curvature is known: :math:`(s, y) \ge 10^{-8} |s| |y|` keeps :math:`B` bounded and
+positive definite, and if :math:`e` bounds the error of :math:`y`,
+
+.. math:: (s, y) \ge 2 e |s|                                                                              \tag{2}
+
+makes sure that the curvature of the exact pair is positive too, at least half of, at most one and a half times, the one
+used. A pair that fails (2) still bounds the curvature along its direction: where :math:`\gamma` is below
+:math:`(s, s) / ((s, y) + e |s|)` it is raised to that, the next step is longer and its curvature easier to see.
+
 **Conjugate pairs.** (1) obeys the newest secant equation :math:`B y = s` and spoils those before it, unless the
 directions are conjugate. For a Hessian that does not change they can be made so [2]: with
 
 .. math::
-    s \leftarrow s - \sum_i c_i s_i, \qquad y \leftarrow y - \sum_i c_i y_i, \qquad c_i = \rho_i (s, y_i), \tag{2}
+    s' = s - \sum_i c_i s_i, \qquad y' = y - \sum_i c_i y_i, \qquad c_i = \rho_i (s, y_i),           \tag{3}
 
-the new pair is one of the same Hessian, :math:`(s, y_i) = (y, s_i) = 0`, and :math:`B y_i = s_i` for all of them: the
+the new pair is one of the same Hessian, :math:`(s', y_i) = (y', s_i) = 0`, and :math:`B y_i = s_i` for all of them: the
 quasi-Newton step from any point is the exact minimiser over all directions seen so far, without a line search, as that
-of conjugate gradients with one. Whether the Hessian has changed shows in the pairs, as one that has not is symmetric.
-Those with
+of conjugate gradients with one. The error of :math:`y'` is at most :math:`e + \sum |c_i| e_i`, to which comes what the
+Hessian has changed by since the older pairs. That shows in their symmetry: :math:`(s, H s_i) = (s_i, H s)`, so what the
+errors do not explain of :math:`(s, y_i) - (y, s_i)` is the component along s of the change of :math:`y_i`. The sum
 
-.. math:: |(s, y_i) - (y, s_i)| > \tfrac1{10} \sqrt{(s, y)(s_i, y_i)} + |s|\,e_i + |s_i|\,e             \tag{3}
+.. math::
+    30 \sum_i |c_i| \max(|(s, y_i) - (y, s_i)| - |s| e_i - |s_i| e,\ 0) / |s|                            \tag{4}
 
-are left out of (2), so that the newest equation holds and the others as far as they can.
-
-**Noise.** A pair is kept only if its curvature is known: :math:`(s, y) \ge 10^{-8} |s| |y|` keeps :math:`B` bounded and
-positive definite, and if :math:`e` bounds the error of :math:`y`, that of the sum (2) is at most
-:math:`e + \sum |c_i| e_i`, and
-
-.. math:: (s, y) \ge 2 e |s|                                                                              \tag{4}
-
-makes sure that the curvature of the exact pair is positive too, at least half of, at most one and a half times, the one
-used. A pair that fails (4) still bounds the curvature along its direction: where :math:`\gamma` is below
-:math:`(s, s) / ((s, y) + e |s|)`, the next step may be that much longer and its curvature easier to see.
+is taken for all of it, the factor for the components that do not show. If :math:`(s', y')` passes (2) with both, it is
+used; if (4) is what it fails by, :math:`(s, y)` is, as in L-BFGS; if the noise is, the step was one in directions
+known already, and nothing is learned.
 
 References
 ----------
@@ -55,21 +58,32 @@ import numpy as np
 
 __all__ = ["InverseLBFGS", "SecantPair"]
 
+Inner = Callable[[np.ndarray, np.ndarray], float]
+
 # Smallest cosine of the angle between s and y: bounds the norm of B times that of the curvature along s.
 _MIN_COSINE = 1e-8
 
-# Asymmetry, in terms of the curvatures, that shows a Hessian that has changed.
-_ASYMMETRY = 0.1
+# How often its error the curvature has to be.
+_CERTAIN = 2.0
+
+# The change of the Hessian in terms of its component that the asymmetry shows.
+_UNSEEN = 30.0
 
 
 class SecantPair(NamedTuple):
-    """A direction, what the Hessian makes of it, and the bound of the latter's error."""
+    """A direction, what the Hessian makes of it, the bound of the latter's error, and their inner products."""
 
     s: np.ndarray
     y: np.ndarray
     noise: float
     sy: float
     ss: float
+    yy: float
+
+    @classmethod
+    def of(cls, inner: Inner, s: np.ndarray, y: np.ndarray, noise: float = 0.0) -> SecantPair:
+        """The pair with its products; no copies."""
+        return cls(s, y, float(noise), float(inner(s, y)), float(inner(s, s)), float(inner(y, y)))
 
 
 class InverseLBFGS:
@@ -101,7 +115,7 @@ class InverseLBFGS:
 
     def __init__(
         self,
-        inner: Callable[[np.ndarray, np.ndarray], float],
+        inner: Inner,
         *,
         memory: int | None = 10,
         scale: float = 1.0,
@@ -146,38 +160,40 @@ class InverseLBFGS:
         bool
             Whether the pair was kept; the oldest one makes room.
         """
-        given, pair = s, self._measured(s, y, noise)
-        if self.conjugate and 0 < pair.sy < math.inf:
-            pair = self._conjugate(pair)
-        s, y, noise, sy, ss = pair
-        yy = float(self.inner(y, y))
-        # Written so that a number that is not finite, or zero by underflow, drops the pair.
-        if not (0 < ss < math.inf and 0 < yy < math.inf and math.isfinite(sy)):
-            return False
-        length = math.sqrt(ss)
-        if not (sy > 0 and sy >= max(_MIN_COSINE * math.sqrt(yy), 2 * noise) * length):
-            if 0 < sy + noise * length < math.inf and noise > 0 and self._pairs:
-                self.gamma = max(self.gamma, ss / (sy + noise * length))
+        raw = pair = SecantPair.of(self.inner, s, y, noise)
+        if self.conjugate and self._pairs and self._known(raw):
+            pair, change = self._conjugate(raw)
+            if change > pair.noise and not self._known(pair._replace(noise=pair.noise + change)):
+                pair = raw
+        if not self._known(pair):
+            bound = pair.sy + pair.noise * math.sqrt(max(pair.ss, 0.0))
+            if noise > 0 and self._pairs and 0 < bound < math.inf:
+                self.gamma = max(self.gamma, pair.ss / bound)
             return False
         if self._pairs.maxlen == 0:
             return False
-        self._pairs.append(pair._replace(s=s.copy(), y=y.copy()) if copy and s is given else pair)
-        self.gamma = sy / (yy if self.preconditioner is None else float(self.inner(y, self.preconditioner(y))))
+        self._pairs.append(pair._replace(s=s.copy(), y=y.copy()) if copy and pair is raw else pair)
+        Py = pair.y if self.preconditioner is None else self.preconditioner(pair.y)
+        self.gamma = pair.sy / float(self.inner(pair.y, Py))
         return True
 
-    def _measured(self, s: np.ndarray, y: np.ndarray, noise: float) -> SecantPair:
-        return SecantPair(s, y, noise, float(self.inner(s, y)), float(self.inner(s, s)))
+    @staticmethod
+    def _known(pair: SecantPair) -> bool:
+        """Whether the curvature along s is known to be positive, (2); false for what is not finite or zero."""
+        if not all(0 < square < math.inf for square in (pair.sy, pair.ss, pair.yy)):
+            return False
+        return pair.sy >= max(_MIN_COSINE * math.sqrt(pair.yy), _CERTAIN * pair.noise) * math.sqrt(pair.ss)
 
-    def _conjugate(self, pair: SecantPair) -> SecantPair:
-        """(2), pair by pair, where (3) does not forbid it."""
-        s, y, noise, sy, ss = pair
+    def _conjugate(self, raw: SecantPair) -> tuple[SecantPair, float]:
+        """The pair after (3), and (4)."""
+        s, y, noise, change, length = raw.s, raw.y, raw.noise, 0.0, math.sqrt(raw.ss)
         for old in self._pairs:
             cross, mirrored = float(self.inner(s, old.y)), float(self.inner(y, old.s))
-            errors = math.sqrt(ss) * old.noise + math.sqrt(old.ss) * noise
-            if abs(cross - mirrored) <= _ASYMMETRY * math.sqrt(sy * old.sy) + errors:
-                c = cross / old.sy
-                s, y, noise = s - c * old.s, y - c * old.y, noise + abs(c) * old.noise
-        return self._measured(s, y, noise)
+            explained = length * old.noise + math.sqrt(old.ss) * raw.noise
+            c = cross / old.sy
+            s, y, noise = s - c * old.s, y - c * old.y, noise + abs(c) * old.noise
+            change += _UNSEEN * abs(c) * max(abs(cross - mirrored) - explained, 0.0) / length
+        return SecantPair.of(self.inner, s, y, noise), change
 
     def apply(self, v: np.ndarray) -> np.ndarray:
         """Return B v: two inner products a pair and direction of the recursion."""

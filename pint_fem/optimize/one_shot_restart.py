@@ -51,7 +51,7 @@ def save(checkpoint: Checkpoint, run: Run, history: list[OneShotRecord]) -> None
         "readings": readings,
         "factors": [[write(v) for v in pair] for pair in solvers.factors],
         "gamma": write(run.B.gamma),
-        "pairs": [[write(v) for v in (pair.noise, pair.sy, pair.ss)] for pair in pairs],
+        "pairs": [[write(v) for v in (pair.noise, pair.sy, pair.ss, pair.yy)] for pair in pairs],
         "calls": [solvers.advances, solvers.exact.values, solvers.exact.gradients],
         "history": write_history(history),
     }
