@@ -62,6 +62,7 @@ from pint_fem.optimize.running_solvers import OneShotProblem, RunningSolvers
 
 __all__ = ["minimize_one_shot"]
 
+
 def minimize_one_shot(
     problem: OneShotProblem | Problem,
     x0: np.ndarray,
@@ -197,5 +198,3 @@ def minimize_one_shot(
         solvers.exact.values,
         solvers.exact.gradients,
     )
-
-

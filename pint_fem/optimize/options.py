@@ -8,7 +8,15 @@ from numbers import Integral, Real
 
 import numpy as np
 
-__all__ = ["check", "check_callable", "check_checkpoint", "check_choice", "check_first_guess", "check_radii", "is_count"]
+__all__ = [
+    "check",
+    "check_callable",
+    "check_checkpoint",
+    "check_choice",
+    "check_first_guess",
+    "check_radii",
+    "is_count",
+]
 
 
 def check(name: str, value: object, allowed: str, accepts: Callable[[Real], bool]) -> None:

@@ -80,6 +80,7 @@ __all__ = [
     "minimize_trust_region",
 ]
 
+
 def _forcing_choice(cg_rtol: float | None, cg_forcing: str | float) -> str | float:
     """The one of the two options that is given."""
     if cg_rtol is not None:
