@@ -1,5 +1,5 @@
-"""An inversion that kills itself: ``python -m tests.kill_run FILE METHOD KILLS...`` runs it with a checkpoint, each time
-until the given number of sweeps and writes (``kill -9``), then to the end, and prints what it found as JSON.
+"""An inversion that kills itself: ``python -m tests.kill_run FILE METHOD KILLS...`` runs it with a checkpoint, each
+time until the given number of sweeps and writes (``kill -9``), then to the end, and prints what it found as JSON.
 
 Runs are forked from one process that has posed the problem. With several processes, which cannot be forked, a call is
 one life: ``mpiexec -n 2 python -m tests.kill_run FILE METHOD [KILL]``; the last process kills itself, and mpiexec the
@@ -16,7 +16,6 @@ from mpi4py import MPI
 
 import pint_fem as pf
 from tests.test_reduced_functional import functional
-
 
 METHODS = {
     "trust-region": lambda rf, path: rf.minimize_trust_region(gtol_rel=1e-9, cg_max_it=4, checkpoint=path, max_it=60),

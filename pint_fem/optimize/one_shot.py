@@ -1,32 +1,64 @@
 r"""Simultaneous optimisation: the design moves while state and adjoint are still being solved for.
 
 One iteration is one iteration of the state solver and of the adjoint solver (one MGRIT cycle each) at the current
-design, from where the last one left them, and mostly a preconditioned design update :math:`x \leftarrow x - \tau B g`,
-B an L-BFGS approximation of the inverse Hessian: the One-shot method [1, 2]. State and adjoint are solved to the end
-only once, together with the optimisation.
+design, from where the last one left them, and mostly a preconditioned design update: the One-shot method [1]
 
-Let :math:`J, g` be the objective and the Riesz gradient at the solvers' iterates and r their relative residual. With
-contracting solvers the error of g is at most :math:`\kappa r`. Nobody knows :math:`\kappa`, and too long a step makes
-the coupled iteration diverge; so this method measures and checks:
+.. math::
+    u \leftarrow G(u, x), \qquad \lambda \leftarrow G_u^T \lambda + J_u^T, \qquad x \leftarrow x - \tau B g, \quad
+    g = J_x + G_x^T \lambda,                                                                             \tag{1}
+
+B an approximation of the inverse Hessian from limited-memory pairs (:mod:`pint_fem.optimize.lbfgs`) upon a
+preconditioner or the identity, which is the inverse of the regularisation's Hessian where that is the inner product.
+State and adjoint are solved to the end only once, together with the optimisation.
+
+**What the step must not do.** With solvers that contract by :math:`\varrho` a cycle, a step s leaves an error of
+:math:`\varrho\,|S s|` in the state, S its derivative by the design, and the adjoint follows with one more:
+
+.. math::
+    \delta u_{k+1} = \varrho\,(\delta u_k + S s_k), \quad
+    \delta \lambda_{k+1} = \varrho\,(\delta \lambda_k + S_\lambda s_k) + c\,\delta u_{k+1}, \quad
+    |\delta g| \le \kappa r,                                                                             \tag{2}
+
+r the relative residual of both. The coupled iteration (1) descends on the doubly augmented Lagrangian
+:math:`\tfrac\alpha2 |G - u|^2 + \tfrac\beta2 |L_u|^2 + L` if :math:`B^{-1}` dominates
+:math:`\alpha G_x^T G_x + \beta L_{ux}^T L_{ux} + L_{xx}`, where
+:math:`\sqrt{\alpha\beta}(1 - \varrho) > 1 + \tfrac\beta2 |L_{uu}|` [2]: for precise sensors :math:`|L_{uu}| \gg 1`, and
+that is a step as short in all directions as the stiffest one allows. The same descent is to be had for a few cycles, as
+(2) says: each one more at a design divides :math:`\delta g` by :math:`1/\varrho`, and how many make it harmless is
+logarithmic in the condition of the Hessian. So B here is the Newton-like operator of the reduced problem, and the error
+is measured and held below what direction, judgement and pairs can bear:
 
 * **Hold.** While the design stands still, :math:`g, r` become :math:`g', r'`. An error proportional to the residual
-  has :math:`\kappa \le |g' - g| / (r - r')`, whatever the signs in which the solvers' errors fall; :math:`r' \le r/2`
-  where the design is held long enough. The largest of the last few quotients is taken for :math:`\kappa`. The design
-  is held until :math:`e = \kappa r \le \theta |g|` and, with :math:`d = -B g`, :math:`e |d| \le \tfrac12 |(g, d)|`.
-  The first makes :math:`-g`, the second d a direction of descent of the true J. At the first design and after a
-  rejected step it is held at least once, so that too small a :math:`\kappa` is found out. The error of J is measured
-  alike.
+  has, whatever the signs in which the solvers' errors fall,
+
+  .. math:: \kappa \le |g' - g| / (r - r') .                                                             \tag{3}
+
+  The largest of the last few quotients with :math:`r' \le r/2` where the design is held long enough is taken. The
+  design is held until, with :math:`d = -B g`,
+
+  .. math:: e = \kappa r \le \theta |g| \quad\text{and}\quad e |d| \le \tfrac12 |(g, d)| .               \tag{4}
+
+  The first makes :math:`-g`, the second d a direction of descent of the true J. At the first design and after a step
+  that was rejected and taught nothing it is held at least once, so that too small a :math:`\kappa` is found out. The
+  error of J is measured alike.
 * **Judge.** The step s from x is accepted if J falls, :math:`J^+ \le J + \delta (g, s)` up to the errors of both.
   Where these exceed a tenth of :math:`|(g, s)|`, as they do near the optimum, the error being linear and the reduction
   quadratic in small quantities, the reduction is that of the trapezoidal rule,
-  :math:`\tfrac12 [(g, s) + (g^+, s)] \le \delta (g, s)`. This is the approximate Wolfe condition [3]: the same for a
-  quadratic J, in terms of gradients only. Otherwise x is looked at again, as its reading may be what is wrong, with
-  :math:`\theta` halved, and the step from there is shortened towards the zero of the slope. For short steps both
-  conditions hold as J is differentiable, and the solvers are disturbed less: this ends. At the third rejection in
-  succession x is solved accurately. Ten steps that lower neither J by more than its accuracy nor |g| end the run.
-* **Learn.** A pair is used for B only if its curvature is at least twice what the errors of both gradients can make of
-  it (:mod:`pint_fem.optimize.lbfgs`). A gradient that lags behind the design shows less curvature than there is, and
-  would make the next step too long. A pair that is dropped halves :math:`\theta`; kept ones let it grow back.
+
+  .. math:: \tfrac12 [(g, s) + (g^+, s)] \le \delta (g, s) .                                             \tag{5}
+
+  This is the approximate Wolfe condition [3]: the same for a quadratic J, in terms of gradients only.
+* **Learn.** Both accepted and rejected steps are pairs for B, if their curvature is at least twice what the errors of
+  both gradients can make of it. A gradient that lags behind the design shows less curvature than there is, and would
+  make the next step too long. The pairs are made conjugate: for a quadratic J each new step is then the minimiser over
+  all directions seen so far, without a line search, and with accurate gradients the run ends after as many designs as
+  conjugate gradients take iterations, and one. A pair that is dropped halves :math:`\theta`; kept ones let it grow.
+* **Try again.** After a rejected step that was learned from, the next one starts from x with the better B, no longer
+  than the last: the solvers need not go back to x. If nothing was learned, x is looked at again, as its reading may be
+  what is wrong, with :math:`\theta` halved, and the step from there is shortened towards the zero of the slope. For
+  short steps the conditions hold as J is differentiable, and the solvers are disturbed less: this ends. At the third
+  rejection in succession x is solved accurately. Ten steps that lower neither J by more than its accuracy nor |g| end
+  the run.
 
 So, as far as :math:`\kappa` is right, every step is one of a descent method with an inexact gradient of relative error
 below one half, which converges as the exact one does [4]. The end is checked by an accurate J and g; if they say no,

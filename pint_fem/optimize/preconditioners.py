@@ -1,17 +1,10 @@
 r"""Preconditioning conjugate gradients by what the last Newton iterations learned about the Hessian.
 
 Conjugate gradients at one iterate produce directions :math:`d_j` and products :math:`H d_j`. At the next iterate, where
-the Hessian is similar, they make an approximation of its inverse at no further product [1]: with
-:math:`s_i = d_i,\ y_i = H d_i,\ \rho_i = 1/(s_i, y_i)`, and
-
-.. math::
-    P_0 = \frac{(s_m, y_m)}{(y_m, y_m)} I, \qquad
-    P_i = (I - \rho_i\, s_i \otimes y_i)\, P_{i-1}\, (I - \rho_i\, y_i \otimes s_i) + \rho_i\, s_i \otimes s_i,
-
-:math:`(a \otimes b)\,r = (b, r)\,a`, the L-BFGS formula in the problem's inner product. :math:`P_m` is self-adjoint,
-and positive definite since all :math:`(s_i, y_i) > 0`. Directions of one run are conjugate, so :math:`P_m y_i = s_i`
-for all of them: were the Hessian the same, :math:`P_m H` would be the identity on their span. Applying :math:`P_m`
-takes :math:`2m + 1` inner products and no PDE.
+the Hessian is similar, they make an approximation of its inverse at no further product [1]: the operator of
+:mod:`pint_fem.optimize.lbfgs` with :math:`s_i = d_i,\ y_i = H d_i`. Directions of one run are conjugate, so it maps
+:math:`y_i` to :math:`s_i` for all of them: were the Hessian the same, operator times Hessian would be the identity on
+their span. Applying it takes :math:`2m + 1` inner products and no PDE.
 
 Of the directions of a run those to keep are spread uniformly over it [1], as the late ones carry the small eigenvalues.
 Here a run too short to fill the memory, as preconditioning makes it, leaves the latest older pairs in their place, so
