@@ -43,12 +43,30 @@ _IDLE = 10
 class Run:
     """The state between two iterations: the accepted design x, and the design z whose solution is under way.
 
+    All attributes but the options are in a checkpoint (:mod:`pint_fem.optimize.one_shot_restart`).
+
     Attributes
     ----------
     x, z : ndarray
         The same array where the accepted design is held.
-    base : Reading or None
-        The last reading of x that was accurate enough; None before the first.
+    s, slope, tau : ndarray, float, float
+        z - x, (g, s), and s as part of the step -B g.
+    base, exact : Reading or None
+        The last reading of x that was accurate enough, None before the first; an accurate one, if there was any.
+    first_norm : float or None
+        Norm of the first such gradient.
+    theta : float
+        Relative error that is allowed at present.
+    residual : float
+        Of the last reading of x.
+    count, measure : int, bool
+        Readings of z, and whether one is not enough.
+    mark, since_mark : float, int
+        The residual of z when it last halved, and readings since.
+    rejections : int
+        In succession.
+    smallest, idle : float, int
+        The smallest norm of a gradient so far, and steps below the accuracy of J without a smaller one.
     reason : StopReason or None
         Why the run has ended, if so.
     """
@@ -76,12 +94,12 @@ class Run:
         self.base: Reading | None = None
         self.residual = math.inf
         self.reason: StopReason | None = None
-        self.s, self.slope, self.tau = np.zeros_like(x), 0.0, 1.0  # z - x, (g, s), s as part of -B g
-        self.count, self.measure = 0, True  # readings of z; whether one is not enough
-        self.mark, self.since_mark = math.inf, 0  # residual of z when it last halved, readings since
-        self.exact: Reading | None = None  # of x
-        self.rejections = 0  # in succession
-        self.smallest, self.idle = math.inf, 0  # |g| so far, steps below the accuracy of J without a smaller one
+        self.s, self.slope, self.tau = np.zeros_like(x), 0.0, 1.0
+        self.count, self.measure = 0, True
+        self.mark, self.since_mark = math.inf, 0
+        self.exact: Reading | None = None
+        self.rejections = 0
+        self.smallest, self.idle = math.inf, 0
 
     @property
     def tolerance(self) -> float:
