@@ -1,6 +1,7 @@
 """Optimisations that are killed go on where they were."""
 
 import json
+import os
 import random
 import subprocess
 import sys
@@ -23,36 +24,67 @@ def shared_folder(tmp_path):
     return Path(MPI.COMM_WORLD.bcast(str(tmp_path), root=0))
 
 
-def test_kill_nine_at_ten_random_moments(tmp_path):
+def lives(*arguments, ranks=1):
+    """Run :mod:`tests.kill_run`; the processes of mpiexec do not inherit this one's as their parent in MPI."""
+    launcher = [] if ranks == 1 else ["mpiexec", "-n", str(ranks)]
+    return subprocess.run(
+        [*launcher, sys.executable, "-m", "tests.kill_run", *map(str, arguments)], cwd=ROOT, env=dict(os.environ),
+        capture_output=True, text=True, timeout=280, check=False,
+    )  # fmt: skip
+
+
+def found(done):
+    """What a run that came to its end printed."""
+    assert done.returncode == 0, done.stderr + done.stdout
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def the_same(killed, whole):
+    """J, the minimiser and the history, to the last bit."""
+    for name in ("J", "x", "history", "reason"):
+        assert killed[name] == whole[name]
+
+
+@pytest.mark.parametrize("method", ["trust-region", "one-shot"])
+def test_kill_nine_at_ten_random_moments(tmp_path, method):
     """The same bits as without: J, the minimiser and the history; nothing saved is corrupt."""
-
-    def start(name, kills):
-        command = [sys.executable, "-m", "tests.kill_run", str(tmp_path / name), *map(str, kills)]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
-        assert done.returncode == 0, done.stderr + done.stdout
-        return json.loads(done.stdout.splitlines()[-1])
-
-    whole = start("whole.h5", [])
+    whole = found(lives(tmp_path / "whole.h5", method))
     assert whole["reason"] == "gradient tolerance"
     assert whole["events"] > 60
     rng = random.Random(1)
     kills = [rng.randrange(1, whole["events"] // 8) for _ in range(10)]
-    killed = start("killed.h5", kills)
-    assert {k: killed[k] for k in ("J", "x", "history")} == {k: whole[k] for k in ("J", "x", "history")}
+    the_same(found(lives(tmp_path / "killed.h5", method, *kills)), whole)
+
+
+@pytest.mark.parametrize("method", ["trust-region", "one-shot"])
+def test_kill_nine_on_two_ranks(tmp_path, method):
+    """One of two processes is killed at two random moments, the other by mpiexec; the third life ends as one would."""
+    path, whole = tmp_path / "killed.h5", found(lives(tmp_path / "whole.h5", method))
+    rng = random.Random(2)
+    for _ in range(2):
+        assert lives(path, method, rng.randrange(5, whole["events"] // 3), ranks=2).returncode != 0
+        assert path.exists()
+    the_same(found(lives(path, method, ranks=2)), whole)
 
 
 @pytest.mark.parallel([1, 2, 4])
-@pytest.mark.parametrize("inexact", [False, True])
-def test_restart(tmp_path, inexact):
+@pytest.mark.parametrize("kind", ["exact", "inexact", "one-shot"])
+def test_restart(tmp_path, kind):
     """Stopped by the callback after three iterations; the same end as without, on 1x1, 1x2 and 2x2."""
     grid = {1: "1x1", 2: "1x2", 4: "2x2"}[MPI.COMM_WORLD.size]
-    options = {"gtol_rel": 1e-7, "cg_max_it": 4, "max_it": 60, "inexact": inexact}
-    make = lambda: functional(pf.SpaceTime(grid), n=4, steps=16, rtol=1e-11)
-    whole = make().minimize_trust_region(**options)
+    options = {"gtol_rel": 1e-5, "max_it": 100}
+    if kind != "one-shot":
+        options |= {"cg_max_it": 4, "inexact": kind == "inexact"}
+
+    def minimize(**more):
+        rf = functional(pf.SpaceTime(grid), n=4, steps=16, rtol=1e-11)
+        return (rf.minimize_one_shot if kind == "one-shot" else rf.minimize_trust_region)(**options, **more)
+
+    whole = minimize()
     path = shared_folder(tmp_path) / "run.h5"
-    stopped = make().minimize_trust_region(checkpoint=path, callback=lambda x, r: r.iteration == 3, **options)
+    stopped = minimize(checkpoint=path, callback=lambda x, r: r.iteration == 3)
     assert stopped.iterations == 3
-    resumed = make().minimize_trust_region(checkpoint=path, **options)
+    resumed = minimize(checkpoint=path)
     assert resumed.converged
     assert resumed.iterations == whole.iterations
     assert np.array_equal(resumed.x, whole.x)

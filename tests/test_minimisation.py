@@ -6,6 +6,7 @@ from firedrake import assemble, dx
 from mpi4py import MPI
 
 import pint_fem as pf
+from pint_fem.mgrit import SolverFailure
 from problems.heat_source import heat_source
 from tests.test_controls import functional as several
 from tests.test_reduced_functional import functional
@@ -90,10 +91,47 @@ def test_error_estimates():
 
 @pytest.mark.parallel([1, 2])
 def test_one_shot(best):
+    """The optimum, with fewer cycles than the inexact trust region, and the bits of one rank in time."""
+    results, cycles = [], []
+    for st in (pf.SpaceTime(), pf.SpaceTime("1x1", comm=MPI.COMM_SELF)):
+        rf = functional(st, rtol=1e-11, n=4)
+        results.append(rf.minimize_one_shot(gtol_rel=1e-6, max_it=500, memory=30, preconditioner="regularisation"))
+        cycles.append(rf.problem.sweeps.counts["cycles"])
+    assert results[0].converged
+    assert abs(results[0].value - best[0]) < 1e-6 * best[0]
+    assert cycles[0] == cycles[1]
+    assert np.array_equal(results[0].x, results[1].x)
+    assert repr(results[0].history) == repr(results[1].history)
     rf = functional(pf.SpaceTime(), rtol=1e-11, n=4)
-    result = rf.minimize_one_shot(gtol_rel=1e-5, max_it=500)
+    rf.minimize_trust_region(gtol_rel=1e-6)
+    assert cycles[0] < 0.7 * rf.problem.sweeps.counts["cycles"]
+
+
+@pytest.mark.parallel([1, 2])
+def test_one_shot_not_linear():
+    """The trust region's optimum of a nonlinear evolution."""
+    make = lambda: functional(pf.SpaceTime(), linear=False, n=2, steps=8, rtol=1e-9)
+    exact = make().minimize_trust_region(gtol_rel=1e-5)
+    result = make().minimize_one_shot(gtol_rel=1e-5, max_it=200, memory=20)
     assert result.converged
-    assert abs(rf.problem.value(result.x) - best[0]) < 1e-6 * best[0]
+    assert abs(result.value - exact.value) < 1e-6 * exact.value
+
+
+def test_a_failing_sweep_shortens_the_step(monkeypatch):
+    """J is infinite there, and the sweeps start anew at the next design."""
+    rf = functional(pf.SpaceTime("1x1", comm=MPI.COMM_SELF), rtol=1e-11, n=3, steps=16)
+    advance, seen = rf.problem.advance, []
+
+    def failing(z):
+        seen.append(z)
+        if len(seen) in (4, 9):
+            raise SolverFailure("made up")
+        return advance(z)
+
+    monkeypatch.setattr(rf.problem, "advance", failing)
+    result = rf.minimize_one_shot(gtol_rel=1e-4, max_it=300)
+    assert result.converged
+    assert sum(np.isnan(r.value) for r in result.history) >= 1
 
 
 @pytest.mark.parallel([1, 2])

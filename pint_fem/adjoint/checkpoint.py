@@ -2,8 +2,9 @@
 
 Each rank writes its own part; nothing is gathered. The file holds the optimiser's state, its vectors by control, and
 the trajectories that the next solves start from, so that a run that was killed goes on with the same bits where the
-evolution is linear (nonlinear ones: to round-off, as Newton's first guesses are not kept), on any number of time ranks
-and the same number of space ranks. It is written under another name, forced to disk and then renamed: whenever the
+evolution is linear, on any number of time ranks and the same number of space ranks. Nonlinear ones go on to round-off:
+the stage values that Newton starts from and the factors of earlier linearisations that it uses are not kept, as they
+are several times the trajectory. It is written under another name, forced to disk and then renamed: whenever the
 process is killed, the last complete file is there.
 """
 

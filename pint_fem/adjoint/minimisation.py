@@ -74,13 +74,18 @@ def _checkpoint(given, objective: Objective):
     return HDF5Checkpoint(given, objective) if isinstance(given, (str, Path)) else given
 
 
-def one_shot(rf, start: np.ndarray, *, monitor, constraints, **options):
+def one_shot(rf, start: np.ndarray, *, monitor, constraints, preconditioner, checkpoint, **options):
     """See :meth:`~pint_fem.adjoint.TimeParallelReducedFunctional.minimize_one_shot`."""
     options.setdefault("value_rtol", 10 * rf.problem.sweeps.options.rtol)
     if rf.problem.sweeps.accelerated:
         raise InputError("one-shot takes single MGRIT cycles: leave krylov out")
+    if preconditioner == "limited-memory":
+        raise InputError("one-shot learns its own pairs: leave preconditioner='limited-memory' out, see memory=")
+    options["preconditioner"] = _preconditioner(rf, rf.inner, preconditioner)
     with stop_annotating():
-        objective, start = constrained(rf, Objective(rf.problem, rf.inner), start, constraints)
+        objective = Objective(rf.problem, rf.inner)
+        options["checkpoint"] = _checkpoint(checkpoint, objective)
+        objective, start = constrained(rf, objective, start, constraints)
         return minimize_one_shot(objective, start, monitor=monitor, **options)
 
 

@@ -64,8 +64,13 @@ class Objective:
         return self._inner.primal(dual)
 
     def advance(self, x: np.ndarray) -> tuple[float, np.ndarray, float]:
-        """``J`` and its gradient after one MGRIT cycle for each sweep, and their relative residual."""
-        value, g, residual = self.problem.advance(x)
+        """``J`` and its gradient after one MGRIT cycle for each sweep, and their relative residual; infinite where a
+        sweep fails (on every rank alike): it starts anew at the next design.
+        """
+        try:
+            value, g, residual = self.problem.advance(x)
+        except SolverFailure:
+            return np.inf, np.zeros_like(x), np.inf
         return value, self._inner.primal(g), residual
 
     def update_copies(self, x: np.ndarray) -> None:

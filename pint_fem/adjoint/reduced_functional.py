@@ -21,7 +21,7 @@ from pint_fem.adjoint.sweeps import Sweeps
 from pint_fem.errors import InputError
 from pint_fem.mgrit import MGRITOptions
 from pint_fem.mgrit.option_strings import parse_options
-from pint_fem.optimize import TrustRegionResult
+from pint_fem.optimize import OneShotResult, TrustRegionResult
 from pint_fem.propagators import Evolution, make_propagator
 from pint_fem.propagators.arrays import get, put
 from pint_fem.spacetime import SpaceTime
@@ -307,13 +307,18 @@ class TimeParallelReducedFunctional(AbstractReducedFunctional):
         self._take(result.x)
         return result
 
-    def minimize_one_shot(self, start=None, *, monitor=None, constraints=None, **options):
+    def minimize_one_shot(
+        self, start=None, *, monitor=None, constraints=None, preconditioner=None, checkpoint=None, **options
+    ) -> OneShotResult:
         """Minimise while solving: one MGRIT cycle for state and adjoint between two updates of the controls.
 
         See :func:`pint_fem.optimize.one_shot.minimize_one_shot` for options and result, and
         :meth:`minimize_trust_region` for the arguments.
         """
-        result = one_shot(self, self._start(start), monitor=self._monitor(monitor), constraints=constraints, **options)
+        result = one_shot(
+            self, self._start(start), monitor=self._monitor(monitor), constraints=constraints,
+            preconditioner=preconditioner, checkpoint=checkpoint, **options,
+        )  # fmt: skip
         self._take(result.x)
         return result
 

@@ -5,6 +5,7 @@ from pint_fem.optimize.constraints import AffineConstraints
 from pint_fem.optimize.inexact import InexactOptions
 from pint_fem.optimize.lbfgs import InverseLBFGS
 from pint_fem.optimize.one_shot import minimize_one_shot
+from pint_fem.optimize.one_shot_records import OneShotRecord, OneShotResult
 from pint_fem.optimize.preconditioners import LimitedMemoryPreconditioner
 from pint_fem.optimize.protocol import (
     Checkpoint,
@@ -30,6 +31,8 @@ __all__ = [
     "IterationRecord",
     "LimitedMemoryPreconditioner",
     "NonFiniteError",
+    "OneShotRecord",
+    "OneShotResult",
     "Preconditioner",
     "Problem",
     "StopReason",

@@ -46,15 +46,23 @@ from collections.abc import Callable
 
 import numpy as np
 
+from pint_fem.optimize.acceptance import GOOD, POOR, SMALLEST_LENGTH, judge
 from pint_fem.optimize.evaluator import Estimate, Evaluator, ExactOracle, Gradient, Point
-from pint_fem.optimize.options import check, check_callable, check_choice, check_first_guess, check_radii, is_count
+from pint_fem.optimize.options import (
+    check,
+    check_callable,
+    check_checkpoint,
+    check_choice,
+    check_first_guess,
+    check_radii,
+    is_count,
+)
 from pint_fem.optimize.preconditioners import LimitedMemoryPreconditioner, merged_pairs
 from pint_fem.optimize.projected_step import Box, BoxStep, ProjectedSteps
 from pint_fem.optimize.protocol import Checkpoint, NonFiniteError, Preconditioner, Problem
 from pint_fem.optimize.records import IterationRecord, StopReason, TrustRegionResult, header
 from pint_fem.optimize.restart import State, restore, save
 from pint_fem.optimize.steihaug import CGStop
-from pint_fem.optimize.trust_region import _GOOD, _POOR, _SMALLEST_LENGTH, _judge
 
 __all__ = ["minimize_bounded"]
 
@@ -167,9 +175,7 @@ def minimize_bounded(
     else:
         check_callable("preconditioner", preconditioner)
     check("preconditioner_memory", preconditioner_memory, "an integer >= 1", is_count(1))
-    for name in ("save", "load"):
-        if checkpoint is not None and not callable(getattr(checkpoint, name, None)):
-            raise ValueError(f"checkpoint = {checkpoint!r} is refused: give an object with save and load, or None")
+    check_checkpoint(checkpoint)
     check_callable("monitor", monitor)
     check_callable("callback", callback)
     check_first_guess(x0)
@@ -243,13 +249,13 @@ def minimize_bounded(
             state.radius = min(steps.first_radius(), float(max_radius))
         radius, step = state.radius, steps.step(state.radius)
         trial_value = Estimate(evaluator.value(step.point))
-        ratio, below_accuracy, accepted = _judge(point.value, trial_value, step.reduction, value_rtol, eta)
-        if not (accepted and ratio >= _POOR):
+        ratio, below_accuracy, accepted = judge(point.value, trial_value, step.reduction, value_rtol, eta)
+        if not (accepted and ratio >= POOR):
             state.radius = 0.25 * step.norm
             eps = np.finfo(float).eps * math.sqrt(evaluator.inner(point.x, point.x))
-            if state.radius <= max(min_radius, eps, _SMALLEST_LENGTH):
+            if state.radius <= max(min_radius, eps, SMALLEST_LENGTH):
                 state.reason = StopReason.RADIUS
-        elif ratio > _GOOD and step.stop in (CGStop.BOUNDARY, CGStop.NEGATIVE_CURVATURE):
+        elif ratio > GOOD and step.stop in (CGStop.BOUNDARY, CGStop.NEGATIVE_CURVATURE):
             state.radius = min(2 * radius, float(max_radius))
         if accepted:
             g = gradient(step.point, iteration, point.x)

@@ -1,39 +1,89 @@
 r"""Limited-memory BFGS approximation of an inverse Hessian in a Hilbert space.
 
-From pairs :math:`s_i = x_{i+1} - x_i`, :math:`y_i = g_{i+1} - g_i` of designs and Riesz gradients, the operator
-:math:`B` obeys the newest secant equation :math:`B y = s` and is the BFGS update of its predecessor,
+From pairs :math:`s_i, y_i` of directions and what the Hessian makes of them (differences of designs and of Riesz
+gradients, say), the operator :math:`B` is the BFGS update of its predecessor by one pair after another,
 
 .. math::
     B_{i+1} v = V_i^* B_i V_i v + \rho_i (s_i, v) s_i, \qquad V_i v = v - \rho_i (s_i, v) y_i, \qquad
-    \rho_i = 1 / (s_i, y_i),
+    \rho_i = 1 / (s_i, y_i),                                                                            \tag{1}
 
-started from :math:`\gamma I`, :math:`\gamma = (s, y) / (y, y)` of the newest pair, and applied by the two-loop
-recursion [1, Alg. 7.4]. All products are the problem's, so :math:`B` is self-adjoint there, and on the same pairs it
-does the same whatever the mesh.
+started from :math:`\gamma P`, :math:`\gamma = (s, y) / (y, P y)` of the newest pair and :math:`P` the identity or a
+preconditioner, and applied by the two-loop recursion [1, Alg. 7.4]. All products are the problem's, so :math:`B` is
+self-adjoint there, and on the same pairs it does the same whatever the mesh.
 
-A pair is kept only if its curvature is known: :math:`(s, y) \ge 10^{-8} |s| |y|` keeps :math:`B` bounded and positive
-definite, and if :math:`|e|` bounds the error of :math:`y`, the curvature of the exact pair is
-:math:`(s, y) + (s, e)`; :math:`(s, y) \ge 2 |e| |s|` makes sure that it is positive too, and at least half of, at most
-one and a half times, the one used.
+**Noise.** A pair is used only if its curvature is known: :math:`(s, y) \ge 10^{-8} |s| |y|` keeps :math:`B` bounded and
+positive definite, and if :math:`e` bounds the error of :math:`y`,
+
+.. math:: (s, y) \ge 2 e |s|                                                                              \tag{2}
+
+makes sure that the curvature of the exact pair is positive too, at least half of, at most one and a half times, the one
+used. A pair that fails (2) still bounds the curvature along its direction: where :math:`\gamma` is below
+:math:`(s, s) / ((s, y) + e |s|)` it is raised to that, the next step is longer and its curvature easier to see.
+
+**Conjugate pairs.** (1) obeys the newest secant equation :math:`B y = s` and spoils those before it, unless the
+directions are conjugate. For a Hessian that does not change they can be made so [2]: with
+
+.. math::
+    s' = s - \sum_i c_i s_i, \qquad y' = y - \sum_i c_i y_i, \qquad c_i = \rho_i (s, y_i),           \tag{3}
+
+the new pair is one of the same Hessian, :math:`(s', y_i) = (y', s_i) = 0`, and :math:`B y_i = s_i` for all of them: the
+quasi-Newton step from any point is the exact minimiser over all directions seen so far, without a line search, as that
+of conjugate gradients with one. The error of :math:`y'` is at most :math:`e + \sum |c_i| e_i`, to which comes what the
+Hessian has changed by since the older pairs. That shows in their symmetry: :math:`(s, H s_i) = (s_i, H s)`, so what the
+errors do not explain of :math:`(s, y_i) - (y, s_i)` is the component along s of the change of :math:`y_i`. The sum
+
+.. math::
+    30 \sum_i |c_i| \max(|(s, y_i) - (y, s_i)| - |s| e_i - |s_i| e,\ 0) / |s|                            \tag{4}
+
+is taken for all of it, the factor for the components that do not show. If :math:`(s', y')` passes (2) with both, it is
+used; if (4) is what it fails by, :math:`(s, y)` is, as in L-BFGS; if the noise is, the step was one in directions
+known already, and nothing is learned.
 
 References
 ----------
 [1] J. Nocedal, S. J. Wright, Numerical Optimization, 2nd ed., Springer 2006.
+[2] R. B. Schnabel, Quasi-Newton methods using multiple secant equations, Report CU-CS-247-83, University of Colorado
+    1983.
 """
 
 from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from numbers import Integral, Real
+from typing import NamedTuple
 
 import numpy as np
 
-__all__ = ["InverseLBFGS"]
+__all__ = ["InverseLBFGS", "SecantPair"]
+
+Inner = Callable[[np.ndarray, np.ndarray], float]
 
 # Smallest cosine of the angle between s and y: bounds the norm of B times that of the curvature along s.
 _MIN_COSINE = 1e-8
+
+# How often its error the curvature has to be.
+_CERTAIN = 2.0
+
+# The change of the Hessian in terms of its component that the asymmetry shows.
+_UNSEEN = 30.0
+
+
+class SecantPair(NamedTuple):
+    """A direction, what the Hessian makes of it, the bound of the latter's error, and their inner products."""
+
+    s: np.ndarray
+    y: np.ndarray
+    noise: float
+    sy: float
+    ss: float
+    yy: float
+
+    @classmethod
+    def of(cls, inner: Inner, s: np.ndarray, y: np.ndarray, noise: float = 0.0) -> SecantPair:
+        """The pair with its products; no copies."""
+        return cls(s, y, float(noise), float(inner(s, y)), float(inner(s, s)), float(inner(y, y)))
 
 
 class InverseLBFGS:
@@ -43,15 +93,19 @@ class InverseLBFGS:
     ----------
     inner : callable
         ``inner(a, b)``, the inner product of two vectors, reduced over all processes.
-    memory : int
-        Most pairs kept; 0 leaves ``scale`` times the identity. Each costs two vectors.
+    memory : int or None
+        Most pairs kept; 0 leaves ``scale`` times P, None keeps all. Each costs two vectors.
     scale : float
-        B is ``scale`` times the identity until there is a pair; positive.
+        B is ``scale`` times P until there is a pair; positive.
+    conjugate : bool
+        Make the pairs conjugate.
+    preconditioner : callable, optional
+        P, self-adjoint and positive definite; by default the identity.
 
     Attributes
     ----------
     gamma : float
-        The multiple of the identity that B is an update of.
+        The multiple of P that B is an update of.
 
     Raises
     ------
@@ -59,54 +113,98 @@ class InverseLBFGS:
         A negative or fractional memory, a scale that is not finite and positive.
     """
 
-    def __init__(self, inner: Callable[[np.ndarray, np.ndarray], float], *, memory: int = 10, scale: float = 1.0):
-        if isinstance(memory, bool) or not isinstance(memory, Integral) or memory < 0:
+    def __init__(
+        self,
+        inner: Inner,
+        *,
+        memory: int | None = 10,
+        scale: float = 1.0,
+        conjugate: bool = False,
+        preconditioner: Callable[[np.ndarray], np.ndarray] | None = None,
+    ):
+        if memory is not None and (isinstance(memory, bool) or not isinstance(memory, Integral) or memory < 0):
             raise ValueError(f"memory = {memory!r} is refused: give an integer >= 0")
         if not isinstance(scale, Real) or not 0 < scale < math.inf:
             raise ValueError(f"scale = {scale!r} is refused: give a finite number > 0")
-        self.inner = inner
+        self.inner, self.conjugate, self.preconditioner = inner, conjugate, preconditioner
         self.gamma = float(scale)
-        self._pairs: deque[tuple[np.ndarray, np.ndarray, float]] = deque(maxlen=memory)
+        self._pairs: deque[SecantPair] = deque(maxlen=memory)
 
     def __len__(self) -> int:
         return len(self._pairs)
 
-    def update(self, s: np.ndarray, y: np.ndarray, *, noise: float = 0.0) -> bool:
+    @property
+    def pairs(self) -> list[SecantPair]:
+        """The pairs, the newest last."""
+        return list(self._pairs)
+
+    def restore(self, pairs: Iterable[SecantPair], gamma: float) -> None:
+        """Take pairs and scale of an operator as they are."""
+        self._pairs.clear()
+        self._pairs.extend(pairs)
+        self.gamma = gamma
+
+    def update(self, s: np.ndarray, y: np.ndarray, *, noise: float = 0.0, copy: bool = True) -> bool:
         """Learn that the Hessian maps s to y, unless the curvature along s is not known to be positive.
 
         Parameters
         ----------
         s, y : ndarray, shape (n,)
-            Differences of two designs and of their gradients; copied.
         noise : float
             Bound of the error of `y` in the norm of the inner product.
+        copy : bool
+            Whether the arrays may be modified afterwards, so that copies of them have to be kept.
 
         Returns
         -------
         bool
             Whether the pair was kept; the oldest one makes room.
         """
-        sy, ss, yy = float(self.inner(s, y)), float(self.inner(s, s)), float(self.inner(y, y))
-        # Written so that a number that is not finite, or zero by underflow, drops the pair.
-        if not (0 < sy < math.inf and 0 < ss < math.inf and 0 < yy < math.inf):
+        raw = pair = SecantPair.of(self.inner, s, y, noise)
+        if self.conjugate and self._pairs and self._known(raw):
+            pair, change = self._conjugate(raw)
+            if change > pair.noise and not self._known(pair._replace(noise=pair.noise + change)):
+                pair = raw
+        if not self._known(pair):
+            bound = pair.sy + pair.noise * math.sqrt(max(pair.ss, 0.0))
+            if noise > 0 and self._pairs and 0 < bound < math.inf:
+                self.gamma = max(self.gamma, pair.ss / bound)
             return False
-        if not sy >= max(_MIN_COSINE * math.sqrt(yy), 2 * noise) * math.sqrt(ss):
+        if self._pairs.maxlen == 0:
             return False
-        if self._pairs.maxlen:
-            self._pairs.append((s.copy(), y.copy(), 1 / sy))
-            self.gamma = sy / yy
-        return bool(self._pairs.maxlen)
+        self._pairs.append(pair._replace(s=s.copy(), y=y.copy()) if copy and pair is raw else pair)
+        Py = pair.y if self.preconditioner is None else self.preconditioner(pair.y)
+        self.gamma = pair.sy / float(self.inner(pair.y, Py))
+        return True
+
+    @staticmethod
+    def _known(pair: SecantPair) -> bool:
+        """Whether the curvature along s is known to be positive, (2); false for what is not finite or zero."""
+        if not all(0 < square < math.inf for square in (pair.sy, pair.ss, pair.yy)):
+            return False
+        return pair.sy >= max(_MIN_COSINE * math.sqrt(pair.yy), _CERTAIN * pair.noise) * math.sqrt(pair.ss)
+
+    def _conjugate(self, raw: SecantPair) -> tuple[SecantPair, float]:
+        """The pair after (3), and (4)."""
+        s, y, noise, change, length = raw.s, raw.y, raw.noise, 0.0, math.sqrt(raw.ss)
+        for old in self._pairs:
+            cross, mirrored = float(self.inner(s, old.y)), float(self.inner(y, old.s))
+            explained = length * old.noise + math.sqrt(old.ss) * raw.noise
+            c = cross / old.sy
+            s, y, noise = s - c * old.s, y - c * old.y, noise + abs(c) * old.noise
+            change += _UNSEEN * abs(c) * max(abs(cross - mirrored) - explained, 0.0) / length
+        return SecantPair.of(self.inner, s, y, noise), change
 
     def apply(self, v: np.ndarray) -> np.ndarray:
         """Return B v: two inner products a pair and direction of the recursion."""
         r = v.copy()
         alphas = []
-        for s, y, rho in reversed(self._pairs):
-            alphas.append(rho * float(self.inner(s, r)))
-            r -= alphas[-1] * y
-        r *= self.gamma
-        for (s, y, rho), alpha in zip(self._pairs, reversed(alphas), strict=True):
-            r += (alpha - rho * float(self.inner(y, r))) * s
+        for pair in reversed(self._pairs):
+            alphas.append(float(self.inner(pair.s, r)) / pair.sy)
+            r -= alphas[-1] * pair.y
+        r = self.gamma * (r if self.preconditioner is None else self.preconditioner(r))
+        for pair, alpha in zip(self._pairs, reversed(alphas), strict=True):
+            r += (alpha - float(self.inner(pair.y, r)) / pair.sy) * pair.s
         return r
 
     def forget(self) -> None:

@@ -1,32 +1,64 @@
 r"""Simultaneous optimisation: the design moves while state and adjoint are still being solved for.
 
 One iteration is one iteration of the state solver and of the adjoint solver (one MGRIT cycle each) at the current
-design, from where the last one left them, and mostly a preconditioned design update :math:`x \leftarrow x - \tau B g`,
-B an L-BFGS approximation of the inverse Hessian: the One-shot method [1, 2]. State and adjoint are solved to the end
-only once, together with the optimisation.
+design, from where the last one left them, and mostly a preconditioned design update: the One-shot method [1]
 
-Let :math:`J, g` be the objective and the Riesz gradient at the solvers' iterates and r their relative residual. With
-contracting solvers the error of g is at most :math:`\kappa r`. Nobody knows :math:`\kappa`, and too long a step makes
-the coupled iteration diverge; so this method measures and checks:
+.. math::
+    u \leftarrow G(u, x), \qquad \lambda \leftarrow G_u^T \lambda + J_u^T, \qquad x \leftarrow x - \tau B g, \quad
+    g = J_x + G_x^T \lambda,                                                                             \tag{1}
+
+B an approximation of the inverse Hessian from limited-memory pairs (:mod:`pint_fem.optimize.lbfgs`) upon a
+preconditioner or the identity, which is the inverse of the regularisation's Hessian where that is the inner product.
+State and adjoint are solved to the end only once, together with the optimisation.
+
+**What the step must not do.** With solvers that contract by :math:`\varrho` a cycle, a step s leaves an error of
+:math:`\varrho\,|S s|` in the state, S its derivative by the design, and the adjoint follows with one more:
+
+.. math::
+    \delta u_{k+1} = \varrho\,(\delta u_k + S s_k), \quad
+    \delta \lambda_{k+1} = \varrho\,(\delta \lambda_k + S_\lambda s_k) + c\,\delta u_{k+1}, \quad
+    |\delta g| \le \kappa r,                                                                             \tag{2}
+
+r the relative residual of both. The coupled iteration (1) descends on the doubly augmented Lagrangian
+:math:`\tfrac\alpha2 |G - u|^2 + \tfrac\beta2 |L_u|^2 + L` if :math:`B^{-1}` dominates
+:math:`\alpha G_x^T G_x + \beta L_{ux}^T L_{ux} + L_{xx}`, where
+:math:`\sqrt{\alpha\beta}(1 - \varrho) > 1 + \tfrac\beta2 |L_{uu}|` [2]: for precise sensors :math:`|L_{uu}| \gg 1`, and
+that is a step as short in all directions as the stiffest one allows. The same descent is to be had for a few cycles, as
+(2) says: each one more at a design divides :math:`\delta g` by :math:`1/\varrho`, and how many make it harmless is
+logarithmic in the condition of the Hessian. So B here is the Newton-like operator of the reduced problem, and the error
+is measured and held below what direction, judgement and pairs can bear:
 
 * **Hold.** While the design stands still, :math:`g, r` become :math:`g', r'`. An error proportional to the residual
-  has :math:`\kappa \le |g' - g| / (r - r')`, whatever the signs in which the solvers' errors fall; :math:`r' \le r/2`
-  where the design is held long enough. The largest of the last few quotients is taken for :math:`\kappa`. The design
-  is held until :math:`e = \kappa r \le \theta |g|` and, with :math:`d = -B g`, :math:`e |d| \le \tfrac12 |(g, d)|`.
-  The first makes :math:`-g`, the second d a direction of descent of the true J. At the first design and after a
-  rejected step it is held at least once, so that too small a :math:`\kappa` is found out. The error of J is measured
-  alike.
+  has, whatever the signs in which the solvers' errors fall,
+
+  .. math:: \kappa \le |g' - g| / (r - r') .                                                             \tag{3}
+
+  The largest of the last few quotients with :math:`r' \le r/2` where the design is held long enough is taken. The
+  design is held until, with :math:`d = -B g`,
+
+  .. math:: e = \kappa r \le \theta |g| \quad\text{and}\quad e |d| \le \tfrac12 |(g, d)| .               \tag{4}
+
+  The first makes :math:`-g`, the second d a direction of descent of the true J. At the first design and after a step
+  that was rejected and taught nothing it is held at least once, so that too small a :math:`\kappa` is found out. The
+  error of J is measured alike.
 * **Judge.** The step s from x is accepted if J falls, :math:`J^+ \le J + \delta (g, s)` up to the errors of both.
   Where these exceed a tenth of :math:`|(g, s)|`, as they do near the optimum, the error being linear and the reduction
   quadratic in small quantities, the reduction is that of the trapezoidal rule,
-  :math:`\tfrac12 [(g, s) + (g^+, s)] \le \delta (g, s)`. This is the approximate Wolfe condition [3]: the same for a
-  quadratic J, in terms of gradients only. Otherwise x is looked at again, as its reading may be what is wrong, with
-  :math:`\theta` halved, and the step from there is shortened towards the zero of the slope. For short steps both
-  conditions hold as J is differentiable, and the solvers are disturbed less: this ends. At the third rejection in
-  succession x is solved accurately. Ten steps that lower neither J by more than its accuracy nor |g| end the run.
-* **Learn.** A pair is used for B only if its curvature is at least twice what the errors of both gradients can make of
-  it (:mod:`pint_fem.optimize.lbfgs`). A gradient that lags behind the design shows less curvature than there is, and
-  would make the next step too long. A pair that is dropped halves :math:`\theta`; kept ones let it grow back.
+
+  .. math:: \tfrac12 [(g, s) + (g^+, s)] \le \delta (g, s) .                                             \tag{5}
+
+  This is the approximate Wolfe condition [3]: the same for a quadratic J, in terms of gradients only.
+* **Learn.** Both accepted and rejected steps are pairs for B, if their curvature is at least twice what the errors of
+  both gradients can make of it. A gradient that lags behind the design shows less curvature than there is, and would
+  make the next step too long. The pairs are made conjugate: for a quadratic J each new step is then the minimiser over
+  all directions seen so far, without a line search, and with accurate gradients the run ends after as many designs as
+  conjugate gradients take iterations, and one. A pair that is dropped halves :math:`\theta`; kept ones let it grow.
+* **Try again.** After a rejected step that was learned from, the next one starts from x with the better B, no longer
+  than the last: the solvers need not go back to x. If nothing was learned, x is looked at again, as its reading may be
+  what is wrong, with :math:`\theta` halved, and the step from there is shortened towards the zero of the slope. For
+  short steps the conditions hold as J is differentiable, and the solvers are disturbed less: this ends. At the third
+  rejection in succession x is solved accurately. Ten steps that lower neither J by more than its accuracy nor |g| end
+  the run.
 
 So, as far as :math:`\kappa` is right, every step is one of a descent method with an inexact gradient of relative error
 below one half, which converges as the exact one does [4]. The end is checked by an accurate J and g; if they say no,
@@ -52,37 +84,15 @@ from collections.abc import Callable
 import numpy as np
 
 from pint_fem.optimize.lbfgs import InverseLBFGS
-from pint_fem.optimize.one_shot_records import DesignUpdate, OneShotRecord, OneShotResult, header
-from pint_fem.optimize.options import check, check_callable, check_first_guess, is_count
-from pint_fem.optimize.protocol import NonFiniteError, Problem
+from pint_fem.optimize.one_shot_records import OneShotRecord, OneShotResult, header
+from pint_fem.optimize.one_shot_restart import restore, save
+from pint_fem.optimize.one_shot_run import Run
+from pint_fem.optimize.options import check, check_callable, check_checkpoint, check_first_guess, is_count
+from pint_fem.optimize.protocol import Checkpoint, Problem
 from pint_fem.optimize.records import StopReason
-from pint_fem.optimize.running_solvers import OneShotProblem, Reading, RunningSolvers
+from pint_fem.optimize.running_solvers import OneShotProblem, RunningSolvers
 
 __all__ = ["minimize_one_shot"]
-
-# delta: part of the linear model's reduction that a step must achieve.
-_DECREASE = 1e-4
-
-# Share of |(g, s)| the errors of J may have for values of J to judge a step.
-_VALUES_COUNT = 0.1
-
-# e |d| may be this part of |(g, d)|.
-_DESCENT = 0.5
-
-# A shortened step keeps between these parts of its length.
-_SHORTEST, _LONGEST = 0.1, 0.5
-
-# The relative error asked of g is not halved below this part of `accuracy`.
-_FINEST = 1e-2
-
-# After so many rejected steps in succession x is solved accurately.
-_PATIENCE = 3
-
-# Accepted steps that lower neither J by more than its accuracy nor the smallest |g|, before the run ends.
-_IDLE = 10
-
-# Below this the square of a length is no normal number any more.
-_SMALLEST_LENGTH = math.sqrt(np.finfo(float).tiny)
 
 
 def minimize_one_shot(
@@ -98,6 +108,8 @@ def minimize_one_shot(
     initial_step: float | None = None,
     memory: int = 10,
     value_rtol: float = 1e-12,
+    preconditioner: Callable[[np.ndarray], np.ndarray] | None = None,
+    checkpoint: Checkpoint | None = None,
     monitor: Callable[[str], object] | None = None,
     callback: Callable[[np.ndarray, OneShotRecord], object] | None = None,
 ) -> OneShotResult:
@@ -132,6 +144,13 @@ def minimize_one_shot(
         Pairs in the L-BFGS operator, two vectors each.
     value_rtol : float
         Relative accuracy of an accurate J.
+    preconditioner : callable, optional
+        An approximate inverse Hessian, self-adjoint and positive definite in the inner product, that B is an update of
+        a multiple of: the inverse of the regularisation's Hessian, say. By default the identity, which is that already
+        where the regularisation's is the inner product.
+    checkpoint : Checkpoint, optional
+        ``checkpoint.save`` keeps the state after each iteration; if ``checkpoint.load()`` returns one, the run goes on
+        from there as if it had not stopped, given the same problem and options and solvers where they were.
     monitor : callable, optional
         Called with a header and a line for each iteration; ``print``, on one process.
     callback : callable, optional
@@ -159,15 +178,17 @@ def minimize_one_shot(
         check("initial_step", initial_step, "a finite number > 0, or None", lambda v: 0 < v < math.inf)
     check("memory", memory, "an integer >= 0", is_count(0))
     check("value_rtol", value_rtol, "a number in [0, 1)", lambda v: 0 <= v < 1)
+    check_callable("preconditioner", preconditioner)
+    check_checkpoint(checkpoint)
     check_callable("monitor", monitor)
     check_callable("callback", callback)
     check_first_guess(x0)
 
     solvers = RunningSolvers(problem)
-    run = _Run(
+    run = Run(
         solvers,
         np.array(x0, dtype=np.float64),
-        InverseLBFGS(solvers.inner, memory=memory),
+        InverseLBFGS(solvers.inner, memory=memory, conjugate=True, preconditioner=preconditioner),
         gtol_rel=gtol_rel,
         gtol_abs=gtol_abs,
         residual_tol=residual_tol,
@@ -176,20 +197,22 @@ def minimize_one_shot(
         initial_step=initial_step,
         value_rtol=value_rtol,
     )
-    history: list[OneShotRecord] = []
-    reason = None
     if monitor is not None:
         monitor(header())
-    for iteration in range(max_it + 1):
+    history = (None if checkpoint is None else restore(checkpoint, run)) or []
+    reason, iteration = run.reason, len(history) - 1
+    for iteration in range(len(history), max_it + 1):
+        if reason is not None:
+            break
         history.append(run.iterate(iteration))
         reason = run.reason
+        if checkpoint is not None:
+            save(checkpoint, run, history)
         if monitor is not None:
             monitor(str(history[-1]))
         stopped = callback is not None and callback(run.x.copy(), history[-1])
         if stopped and reason is not StopReason.GRADIENT:
             reason = StopReason.CALLBACK
-        if reason is not None:
-            break
 
     end = run.end(iteration)
     if reason is not StopReason.GRADIENT and run.within(end):
@@ -207,208 +230,3 @@ def minimize_one_shot(
         solvers.exact.values,
         solvers.exact.gradients,
     )
-
-
-class _Run:
-    """The state between two iterations: the accepted design x, and the design z whose solution is under way.
-
-    Attributes
-    ----------
-    x, z : ndarray
-        The same array where the accepted design is held.
-    base : Reading or None
-        The last reading of x that was accurate enough; None before the first.
-    reason : StopReason or None
-        Why the run has ended, if so.
-    """
-
-    def __init__(
-        self,
-        solvers: RunningSolvers,
-        x: np.ndarray,
-        B: InverseLBFGS,
-        *,
-        gtol_rel: float,
-        gtol_abs: float,
-        residual_tol: float,
-        accuracy: float,
-        hold_max_it: int,
-        initial_step: float | None,
-        value_rtol: float,
-    ):
-        self.solvers, self.inner, self.B = solvers, solvers.inner, B
-        self.gtol_rel, self.tolerance, self.residual_tol = gtol_rel, gtol_abs, residual_tol
-        self.accuracy, self.theta, self.hold_max_it = accuracy, accuracy, hold_max_it
-        self.initial_step, self.value_rtol = initial_step, value_rtol
-        self.x = self.z = x
-        self.base: Reading | None = None
-        self.residual = math.inf
-        self.reason: StopReason | None = None
-        self._s, self._slope, self._tau = np.zeros_like(x), 0.0, 1.0  # z - x, (g, s), s as part of -B g
-        self._count, self._measure = 0, True  # readings of z; whether one is not enough
-        self._mark, self._since_mark = math.inf, 0  # residual of z when it last halved, readings since
-        self._exact: Reading | None = None  # of x
-        self._rejections = 0  # in succession
-        self._smallest, self._idle = math.inf, 0  # |g| so far, steps below the accuracy of J without a smaller one
-
-    def iterate(self, iteration: int) -> OneShotRecord:
-        """One iteration of the solvers at z and what follows from it."""
-        step_norm, pairs = math.sqrt(self.inner(self._s, self._s)), len(self.B)
-        reading = self.solvers.read(self.z, iteration, self.x)
-        if reading is None and self.z is self.x:
-            raise NonFiniteError(f"iteration {iteration}: J is not finite at the first or an accepted design", self.x)
-        self._count += 1
-        update = self._decide(reading, iteration)
-        if iteration == 0:
-            update = DesignUpdate.FIRST
-        if reading is None:
-            reading = Reading(self.z, math.nan, self.z, math.nan, math.nan, math.nan)
-        return OneShotRecord(
-            iteration, reading.value, reading.norm, reading.error, reading.residual, step_norm, pairs, update
-        )
-
-    def _decide(self, reading: Reading | None, iteration: int) -> DesignUpdate:
-        if reading is not None and reading.residual <= 0.5 * self._mark:
-            self._mark, self._since_mark = reading.residual, 0
-        self._since_mark += 1
-        stalls = self._since_mark >= self.hold_max_it
-        if self.z is self.x:
-            self.residual = reading.residual
-            if self._believed(reading):
-                self._start(reading)
-                self._depart(iteration, stalls)
-            if stalls and self.z is self.x and self.reason is None:
-                self.reason = StopReason.ACCURACY
-            return DesignUpdate.HELD
-        if reading is None:
-            factor = _SHORTEST
-        elif self._believed(reading):
-            factor = self._judge(reading)
-        elif stalls:
-            factor = _LONGEST
-        else:
-            return DesignUpdate.HELD
-        if factor < 1:
-            self._reject(factor, iteration)
-            return DesignUpdate.REJECTED
-        self._accept(reading)
-        self._depart(iteration, stalls)
-        return DesignUpdate.ACCEPTED
-
-    def _believed(self, reading: Reading) -> bool:
-        """Whether a reading is accurate enough to judge a step by and to take the next one from."""
-        if self._measure and self._count == 1 and reading.residual > 0:
-            return False
-        return reading.error <= self.theta * max(reading.norm, self.tolerance)
-
-    def _start(self, reading: Reading) -> None:
-        """Take over a reading of x; the first one scales tolerance and step."""
-        if self.base is None:
-            self.tolerance = max(self.tolerance, self.gtol_rel * reading.norm)
-            if reading.norm > 0:
-                self.B.gamma = (self.initial_step or abs(reading.value) / reading.norm or 1.0) / reading.norm
-        self.base = reading
-
-    def _judge(self, reading: Reading) -> float:
-        """1 if the step is accepted, else the part of it to try next."""
-        base, slope, slope_end = self.base, self._slope, self.inner(reading.g, self._s)
-        noise = base.value_error + reading.value_error
-        noise += self.value_rtol * max(abs(base.value), abs(reading.value))
-        rise = reading.value - base.value
-        if noise <= _VALUES_COUNT * abs(slope):
-            fine = rise <= _DECREASE * slope + noise
-        else:
-            fine = rise <= noise and 0.5 * (slope + slope_end) <= _DECREASE * slope
-        if fine:
-            return 1.0
-        zero = slope / (slope - slope_end) if slope_end > slope else math.inf
-        return min(max(zero, _SHORTEST), _LONGEST)
-
-    def _reject(self, factor: float, iteration: int) -> None:
-        """Try a part of the step: from a better reading of x, as the one it was judged by may be what is wrong."""
-        self._rejections += 1
-        if self.base.residual == 0:
-            self._go(factor * self._s, factor * self._slope, factor * self._tau)
-            return
-        self._measure, self._tau = True, factor * self._tau
-        self.theta = max(0.5 * self.theta, _FINEST * self.accuracy)
-        self._s, self._slope = np.zeros_like(self.x), 0.0
-        if self._rejections < _PATIENCE:
-            self._look_at(self.x)
-        else:
-            self._take_exactly(iteration)
-            self._depart(iteration, stalls=False)
-
-    def _take_exactly(self, iteration: int) -> None:
-        """Replace the reading of x by an accurate one, and learn from the difference."""
-        exact = self.end(iteration)
-        self.solvers.compare(self.base, exact)
-        self.base = exact
-
-    def _accept(self, reading: Reading) -> None:
-        """Make z the design, and learn from the step."""
-        base, noise = self.base, self.base.error + reading.error
-        if self.B.update(self._s, reading.g - base.g, noise=noise):
-            self.theta = min(self.accuracy, 2 * self.theta)
-        elif noise > 0:
-            self.theta = max(0.5 * self.theta, _FINEST * self.accuracy)
-        if not len(self.B):  # the scale is all that is known: follow the steps, longer where J still falls at the end
-            steep = self.inner(reading.g, self._s) < 0.5 * self._slope
-            self.B.gamma *= self._tau * (2 if steep else 1)
-        self.x, self.base, self.residual, self._exact = self.z, reading, reading.residual, None
-        self._measure, self._tau, self._rejections = False, 1.0, 0
-        below = abs(self._slope) <= self.value_rtol * abs(reading.value)
-        self._idle = self._idle + 1 if below and reading.norm >= self._smallest else 0
-        self._smallest = min(self._smallest, reading.norm)
-        if self._idle == _IDLE:
-            self.reason = StopReason.ROUND_OFF
-
-    def _depart(self, iteration: int, stalls: bool) -> None:
-        """Leave x for a new design, hold it for a smaller residual or a better direction, or end."""
-        self._s, self._slope = np.zeros_like(self.x), 0.0
-        if self.base.norm <= self.tolerance:
-            if self.base.residual > self.residual_tol:
-                return
-            exact = self.end(iteration)
-            if exact.norm <= self.tolerance:
-                self.reason = StopReason.GRADIENT
-                return
-            if self.base.residual == 0:  # nothing to be measured, and nothing more to be had
-                self.reason = StopReason.ACCURACY
-                return
-            self._take_exactly(iteration)
-        d = -self.B.apply(self.base.g)
-        slope = self.inner(self.base.g, d)
-        if self.base.error * math.sqrt(self.inner(d, d)) > _DESCENT * abs(slope):
-            if not stalls:
-                return
-            self.B.forget()  # the error of g is small enough for -g
-            d = -self.B.apply(self.base.g)
-            slope = self.inner(self.base.g, d)
-        self._go(self._tau * d, self._tau * slope, self._tau)
-
-    def _go(self, s: np.ndarray, slope: float, tau: float) -> None:
-        self._s, self._slope, self._tau = s, slope, tau
-        self._look_at(self.x + s)
-        smallest = np.finfo(float).eps * math.sqrt(self.inner(self.x, self.x))
-        if math.sqrt(self.inner(s, s)) <= max(smallest, _SMALLEST_LENGTH):
-            self.reason = StopReason.RADIUS
-
-    def _look_at(self, z: np.ndarray) -> None:
-        self.z, self._count = z, 0
-        self._mark, self._since_mark = math.inf, 0
-
-    def end(self, iteration: int) -> Reading:
-        """The accurate J and gradient at x."""
-        if self._exact is None and self.solvers.advance is None and self.base is not None:
-            self._exact = self.base
-        if self._exact is None:
-            self._exact = self.solvers.read_exactly(self.x, iteration, self.x)
-        if self._exact is None:
-            raise NonFiniteError(f"iteration {iteration}: the accurate J is not finite at an accepted design", self.x)
-        return self._exact
-
-    def within(self, end: Reading) -> bool:
-        """Whether this is an end that was asked for, however the run came to it."""
-        tolerance = self.tolerance if self.base is not None else max(self.tolerance, self.gtol_rel * end.norm)
-        return end.norm <= tolerance and self.residual <= self.residual_tol

@@ -8,7 +8,15 @@ from numbers import Integral, Real
 
 import numpy as np
 
-__all__ = ["check", "check_callable", "check_choice", "check_first_guess", "check_radii", "is_count"]
+__all__ = [
+    "check",
+    "check_callable",
+    "check_checkpoint",
+    "check_choice",
+    "check_first_guess",
+    "check_radii",
+    "is_count",
+]
 
 
 def check(name: str, value: object, allowed: str, accepts: Callable[[Real], bool]) -> None:
@@ -38,6 +46,12 @@ def check_callable(name: str, value: object) -> None:
     """Refuse what is neither None nor callable."""
     if value is not None and not callable(value):
         raise ValueError(f"{name} = {value!r} is refused: give a callable or None")
+
+
+def check_checkpoint(value: object) -> None:
+    """Refuse what can neither save nor load."""
+    if value is not None and not all(callable(getattr(value, name, None)) for name in ("save", "load")):
+        raise ValueError(f"checkpoint = {value!r} is refused: give an object with save and load, or None")
 
 
 def check_radii(initial_radius: float | None, max_radius: float, min_radius: float) -> None:

@@ -1,17 +1,10 @@
 r"""Preconditioning conjugate gradients by what the last Newton iterations learned about the Hessian.
 
 Conjugate gradients at one iterate produce directions :math:`d_j` and products :math:`H d_j`. At the next iterate, where
-the Hessian is similar, they make an approximation of its inverse at no further product [1]: with
-:math:`s_i = d_i,\ y_i = H d_i,\ \rho_i = 1/(s_i, y_i)`, and
-
-.. math::
-    P_0 = \frac{(s_m, y_m)}{(y_m, y_m)} I, \qquad
-    P_i = (I - \rho_i\, s_i \otimes y_i)\, P_{i-1}\, (I - \rho_i\, y_i \otimes s_i) + \rho_i\, s_i \otimes s_i,
-
-:math:`(a \otimes b)\,r = (b, r)\,a`, the L-BFGS formula in the problem's inner product. :math:`P_m` is self-adjoint,
-and positive definite since all :math:`(s_i, y_i) > 0`. Directions of one run are conjugate, so :math:`P_m y_i = s_i`
-for all of them: were the Hessian the same, :math:`P_m H` would be the identity on their span. Applying :math:`P_m`
-takes :math:`2m + 1` inner products and no PDE.
+the Hessian is similar, they make an approximation of its inverse at no further product [1]: the operator of
+:mod:`pint_fem.optimize.lbfgs` with :math:`s_i = d_i,\ y_i = H d_i`. Directions of one run are conjugate, so it maps
+:math:`y_i` to :math:`s_i` for all of them: were the Hessian the same, operator times Hessian would be the identity on
+their span. Applying it takes :math:`2m + 1` inner products and no PDE.
 
 Of the directions of a run those to keep are spread uniformly over it [1], as the late ones carry the small eigenvalues.
 Here a run too short to fill the memory, as preconditioning makes it, leaves the latest older pairs in their place, so
@@ -29,12 +22,11 @@ from collections.abc import Callable
 
 import numpy as np
 
+from pint_fem.optimize.lbfgs import InverseLBFGS
+
 __all__ = ["LimitedMemoryPreconditioner", "merged_pairs"]
 
 Pair = tuple[np.ndarray, np.ndarray]
-
-# A pair with (s, y) below this share of |s||y| says more of round-off than of the Hessian.
-_SMALLEST_COSINE = 1e-8
 
 
 class LimitedMemoryPreconditioner:
@@ -47,36 +39,20 @@ class LimitedMemoryPreconditioner:
     """
 
     def __init__(self, inner: Callable[[np.ndarray, np.ndarray], float]):
-        self.inner = inner
-        self._pairs: list[tuple[np.ndarray, np.ndarray, float]] = []
-        self._scale = 1.0
+        self._operator = InverseLBFGS(inner, memory=None)
 
     def update(self, pairs: list[Pair]) -> None:
         """Use these pairs instead of the last ones, the latest last; those without clear positive curvature count not.
 
         The arrays are kept without a copy.
         """
-        self._pairs = []
-        for s, y in pairs:
-            sy, yy = self.inner(s, y), self.inner(y, y)
-            if sy > 0 and sy * sy > _SMALLEST_COSINE**2 * self.inner(s, s) * yy:
-                self._pairs.append((s, y, 1 / sy))
-                self._scale = sy / yy
-        if not self._pairs:
-            self._scale = 1.0
+        self._operator.restore([], 1.0)
+        for direction, product in pairs:
+            self._operator.update(direction, product, copy=False)
 
     def __call__(self, r: np.ndarray) -> np.ndarray:
         """P r by the two-loop recursion."""
-        if not self._pairs:
-            return r
-        z, weights = np.array(r, dtype=np.float64), []
-        for s, y, rho in reversed(self._pairs):
-            weights.append(rho * self.inner(s, z))
-            z -= weights[-1] * y
-        z *= self._scale
-        for (s, y, rho), weight in zip(self._pairs, reversed(weights), strict=True):
-            z += (weight - rho * self.inner(y, z)) * s
-        return z
+        return self._operator.apply(r)
 
 
 def merged_pairs(old: list[Pair], new: list[Pair], memory: int) -> list[Pair]:

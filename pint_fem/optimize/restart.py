@@ -1,4 +1,4 @@
-"""The state of a minimisation between two iterations, and its way to a checkpoint and back.
+"""The state of a trust-region run between two iterations, its way to a checkpoint and back, and what other runs share.
 
 Numbers that JSON does not know (infinities and nan) are written as text; all others come back to the last bit.
 """
@@ -6,7 +6,9 @@ Numbers that JSON does not know (infinities and nan) are written as text; all ot
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
+from enum import Enum
 
 import numpy as np
 
@@ -15,7 +17,9 @@ from pint_fem.optimize.protocol import Checkpoint
 from pint_fem.optimize.records import IterationRecord, StopReason
 from pint_fem.optimize.steihaug import CGStop
 
-__all__ = ["State", "restore", "save"]
+__all__ = ["State", "load", "read", "read_history", "restore", "save", "write", "write_history"]
+
+Inner = Callable[[np.ndarray, np.ndarray], float]
 
 _KIND = "trust region 1"
 
@@ -50,37 +54,72 @@ class State:
     reason: StopReason | None = None
 
 
-def _write(number: float | None) -> float | str | None:
+def write(number: float | None) -> float | str | None:
+    """A number as JSON takes it."""
     if number is None:
         return None
     return float(number) if math.isfinite(number) else repr(float(number))
 
 
-def _read(number: float | str | None) -> float | None:
+def read(number: float | str | None) -> float | None:
+    """What `write` was given."""
     return None if number is None else float(number)
+
+
+def write_history(history: list) -> dict[str, list]:
+    """Records of one dataclass as a column for each field; enumerations by their values."""
+    names = [f.name for f in fields(history[0])] if history else []
+    columns = {name: [getattr(record, name) for record in history] for name in names}
+    return {
+        name: [write(v) if isinstance(v, float) else getattr(v, "value", v) for v in column]
+        for name, column in columns.items()
+    }
+
+
+def read_history(columns: dict[str, list], record: type, **enumerations: type[Enum]) -> list:
+    """The records again; `enumerations` are the types of the fields that have one."""
+    kinds = {f.name: f.type for f in fields(record)}
+    convert = {name: enumerations.get(name, read if kinds[name] == "float" else lambda v: v) for name in columns}
+    rows = zip(*([convert[name](v) for v in column] for name, column in columns.items()), strict=True)
+    return [record(**dict(zip(columns, row, strict=True))) for row in rows]
+
+
+def load(checkpoint: Checkpoint, kind: str, x0: np.ndarray, inner: Inner) -> tuple[dict, dict[str, np.ndarray]] | None:
+    """The last state of a run of this kind in the space of `x0`; None if there is none.
+
+    Raises
+    ------
+    ValueError
+        On every process, if it is of another kind or space.
+    """
+    loaded = checkpoint.load()
+    if loaded is None:
+        return None
+    scalars, vectors = loaded
+    if scalars.get("kind") != kind:
+        raise ValueError(f"the checkpoint holds a run of kind {scalars.get('kind')!r}: give one of {kind!r}")
+    misfit = [np.shape(v) for v in vectors.values() if np.shape(v) != x0.shape]
+    if inner(*2 * (np.full_like(x0, bool(misfit)),)) > 0:
+        given = f"vectors of shape {misfit[0]}" if misfit else "vectors of another shape on another process"
+        raise ValueError(f"the checkpoint holds {given}, x0 has shape {x0.shape}: give the space and processes it had")
+    return scalars, {name: np.array(v, dtype=np.float64) for name, v in vectors.items()}
 
 
 def save(checkpoint: Checkpoint, state: State, evaluator: Evaluator, oracle: ExactOracle) -> None:
     """Hand a state to the checkpoint."""
     point = state.point
-    names = [f.name for f in fields(IterationRecord)]
-    columns = {name: [getattr(record, name) for record in state.history] for name in names}
-    history = {
-        name: [_write(v) if isinstance(v, float) else getattr(v, "value", v) for v in column]
-        for name, column in columns.items()
-    }
     scalars = {
         "kind": _KIND,
-        "value": [_write(v) for v in (point.value.value, point.value.asked, point.value.error)],
-        "gradient": [_write(v) for v in (point.gradient.norm, point.gradient.asked, point.gradient.error)],
-        "first_norm": _write(state.first_norm),
-        "forcing": _write(state.forcing),
-        "radius": _write(state.radius),
+        "value": [write(v) for v in (point.value.value, point.value.asked, point.value.error)],
+        "gradient": [write(v) for v in (point.gradient.norm, point.gradient.asked, point.gradient.error)],
+        "first_norm": write(state.first_norm),
+        "forcing": write(state.forcing),
+        "radius": write(state.radius),
         "reason": None if state.reason is None else state.reason.value,
         "calls": [evaluator.values, evaluator.gradients, evaluator.hessians],
-        "oracle": {name: _write(v) for name, v in oracle.memory().items()},
+        "oracle": {name: write(v) for name, v in oracle.memory().items()},
         "pairs": len(state.pairs),
-        "history": history,
+        "history": write_history(state.history),
     }
     vectors = {"x": point.x, "gradient": point.gradient.vector}
     for i, (direction, product) in enumerate(state.pairs):
@@ -97,37 +136,24 @@ def restore(checkpoint: Checkpoint, x0: np.ndarray, evaluator: Evaluator, oracle
         On every process, if the state is not that of a trust-region run in the space of `x0` with as much control of
         the accuracy.
     """
-    loaded = checkpoint.load()
+    loaded = load(checkpoint, _KIND, x0, evaluator.inner)
     if loaded is None:
         return None
     scalars, vectors = loaded
-    if scalars.get("kind") != _KIND:
-        raise ValueError(f"the checkpoint holds a run of kind {scalars.get('kind')!r}: give one of {_KIND!r}")
     if set(scalars["oracle"]) != set(oracle.memory()):
         raise ValueError(
             f"the checkpoint holds a run {'with' if scalars['oracle'] else 'without'} inexact=InexactOptions(...): "
             "continue it likewise"
         )
-    misfit = [np.shape(v) for v in vectors.values() if np.shape(v) != x0.shape]
-    if evaluator.inner(*2 * (np.full_like(x0, bool(misfit)),)) > 0:
-        given = f"vectors of shape {misfit[0]}" if misfit else "vectors of another shape on another process"
-        raise ValueError(f"the checkpoint holds {given}, x0 has shape {x0.shape}: give the space and processes it had")
-    vectors = {name: np.array(v, dtype=np.float64) for name, v in vectors.items()}
-    value, gradient = ([_read(v) for v in scalars[name]] for name in ("value", "gradient"))
-    history = scalars["history"]
-    kinds = {f.name: f.type for f in fields(IterationRecord)}
-    columns = {
-        name: [CGStop(v) if name == "cg_stop" else _read(v) if kinds[name] == "float" else v for v in column]
-        for name, column in history.items()
-    }
+    value, gradient = ([read(v) for v in scalars[name]] for name in ("value", "gradient"))
     evaluator.values, evaluator.gradients, evaluator.hessians = scalars["calls"]
-    oracle.recall({name: _read(v) for name, v in scalars["oracle"].items()})
+    oracle.recall({name: read(v) for name, v in scalars["oracle"].items()})
     return State(
         Point(vectors["x"], Estimate(*value), Gradient(vectors["gradient"], *gradient)),
-        _read(scalars["first_norm"]),
-        _read(scalars["forcing"]),
-        _read(scalars["radius"]),
-        [IterationRecord(**dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True)],
+        read(scalars["first_norm"]),
+        read(scalars["forcing"]),
+        read(scalars["radius"]),
+        read_history(scalars["history"], IterationRecord, cg_stop=CGStop),
         [(vectors[f"direction_{i}"], vectors[f"product_{i}"]) for i in range(scalars["pairs"])],
         None if scalars["reason"] is None else StopReason(scalars["reason"]),
     )

@@ -60,9 +60,16 @@ class RunningSolvers:
         self.inner = self.exact.inner
         self.advance = getattr(problem, "advance", None)
         self.advances = 0
-        # (gradient, value) error per residual.
-        self._factors: deque[tuple[float, float]] = deque(maxlen=_MEASUREMENTS)
-        self._held: list[Reading] = []
+        #: (gradient, value) error per residual, as last measured.
+        self.factors: deque[tuple[float, float]] = deque(maxlen=_MEASUREMENTS)
+        #: Readings that later ones of the same design are compared with.
+        self.held: list[Reading] = []
+
+    def restore(self, held: list[Reading], factors: list[tuple[float, float]]) -> None:
+        """Take what another run had measured."""
+        self.held = held
+        self.factors.clear()
+        self.factors.extend(factors)
 
     def read(self, x: np.ndarray, iteration: int, last_good: np.ndarray) -> Reading | None:
         """One iteration at x; None if J is not finite."""
@@ -81,18 +88,18 @@ class RunningSolvers:
 
     def _measure(self, reading: Reading) -> None:
         """Compare with a late reading of the same design that has twice the residual, or with the first."""
-        if self._held and self._held[0].x is not reading.x:
-            self._held = []
-        while len(self._held) > 1 and self._held[1].residual >= 2 * reading.residual:
-            del self._held[0]
-        if self._held and self._held[0].residual > 0:
-            before = self._held[0]
+        if self.held and self.held[0].x is not reading.x:
+            self.held = []
+        while len(self.held) > 1 and self.held[1].residual >= 2 * reading.residual:
+            del self.held[0]
+        if self.held and self.held[0].residual > 0:
+            before = self.held[0]
             change = reading.g - before.g
             fall = max(before.residual - reading.residual, (1 - _SLOWEST) * before.residual)
             changes = math.sqrt(self.inner(change, change)), abs(reading.value - before.value)
-            self._factors.append((changes[0] / fall, changes[1] / fall))
-        if not self._held or reading.residual <= _NEXT_HELD * self._held[-1].residual:
-            self._held.append(reading)
+            self.factors.append((changes[0] / fall, changes[1] / fall))
+        if not self.held or reading.residual <= _NEXT_HELD * self.held[-1].residual:
+            self.held.append(reading)
 
     def read_exactly(self, x: np.ndarray, iteration: int, last_good: np.ndarray) -> Reading | None:
         """Accurate J and gradient."""
@@ -113,13 +120,13 @@ class RunningSolvers:
         """The reading with the errors that its residual means."""
         if reading.residual == 0:
             return reading
-        if not self._factors:
+        if not self.factors:
             return replace(reading, error=math.inf, value_error=math.inf)
-        kappa, kappa_value = (max(factors) for factors in zip(*self._factors, strict=True))
+        kappa, kappa_value = (max(factors) for factors in zip(*self.factors, strict=True))
         return replace(reading, error=kappa * reading.residual, value_error=kappa_value * reading.residual)
 
     def compare(self, reading: Reading, exact: Reading) -> None:
         """Measure by an accurate reading of the same design."""
         gap = exact.g - reading.g
         gaps = math.sqrt(self.inner(gap, gap)), abs(exact.value - reading.value)
-        self._factors.append((gaps[0] / reading.residual, gaps[1] / reading.residual))
+        self.factors.append((gaps[0] / reading.residual, gaps[1] / reading.residual))

@@ -51,10 +51,19 @@ from collections.abc import Callable
 
 import numpy as np
 
-from pint_fem.optimize.evaluator import Estimate, Evaluator, ExactOracle, Point
+from pint_fem.optimize.acceptance import GOOD, POOR, SMALLEST_LENGTH, judge
+from pint_fem.optimize.evaluator import Evaluator, ExactOracle, Point
 from pint_fem.optimize.forcing import CHOICES, first_forcing_term, next_forcing_term
 from pint_fem.optimize.inexact import InexactOptions, InexactOracle
-from pint_fem.optimize.options import check, check_callable, check_choice, check_first_guess, check_radii, is_count
+from pint_fem.optimize.options import (
+    check,
+    check_callable,
+    check_checkpoint,
+    check_choice,
+    check_first_guess,
+    check_radii,
+    is_count,
+)
 from pint_fem.optimize.preconditioners import LimitedMemoryPreconditioner, merged_pairs
 from pint_fem.optimize.protocol import Checkpoint, NonFiniteError, Preconditioner, Problem
 from pint_fem.optimize.records import IterationRecord, StopReason, TrustRegionResult, header
@@ -70,28 +79,6 @@ __all__ = [
     "TrustRegionResult",
     "minimize_trust_region",
 ]
-
-# Below this the square of a length is no normal number any more.
-_SMALLEST_LENGTH = math.sqrt(np.finfo(float).tiny)
-
-# Ratios below which the radius is reduced and above which it is enlarged.
-_POOR, _GOOD = 0.25, 0.75
-
-
-def _judge(
-    value: Estimate, trial: Estimate, predicted: float, value_rtol: float, eta: float
-) -> tuple[float, bool, bool]:
-    """Actual over predicted reduction, whether both are below the accuracy of J, and whether the step is acceptable."""
-    if not math.isfinite(trial.value):
-        return math.nan, False, False
-    reduction, error = value.value - trial.value, value.error + trial.error
-    noise = value_rtol * max(abs(value.value), abs(trial.value)) + error
-    if abs(reduction) <= noise and predicted <= noise:
-        return 1.0, True, True
-    if not predicted > 0:
-        return math.nan, False, False
-    ratio = reduction / predicted
-    return ratio, False, ratio - error / predicted > eta
 
 
 def _forcing_choice(cg_rtol: float | None, cg_forcing: str | float) -> str | float:
@@ -204,7 +191,7 @@ def minimize_trust_region(
     check("gtol_abs", gtol_abs, "a finite number >= 0", lambda v: 0 <= v < math.inf)
     check("max_it", max_it, "an integer >= 0", is_count(0))
     check_radii(initial_radius, max_radius, min_radius)
-    check("eta", eta, "a number in [0, 0.25)", lambda v: 0 <= v < _POOR)
+    check("eta", eta, "a number in [0, 0.25)", lambda v: 0 <= v < POOR)
     check_choice("hessian", hessian, ("newton", "gauss-newton"))
     check("cg_max_it", cg_max_it, "an integer >= 1", is_count(1))
     cg_forcing = _forcing_choice(cg_rtol, cg_forcing)
@@ -216,9 +203,7 @@ def minimize_trust_region(
     check("value_rtol", value_rtol, "a number in [0, 1)", lambda v: 0 <= v < 1)
     if not isinstance(inexact, InexactOptions | None):
         raise ValueError(f"inexact = {inexact!r} is refused: give InexactOptions(...) or None")
-    for name in ("save", "load"):
-        if checkpoint is not None and not callable(getattr(checkpoint, name, None)):
-            raise ValueError(f"checkpoint = {checkpoint!r} is refused: give an object with save and load, or None")
+    check_checkpoint(checkpoint)
     check_callable("monitor", monitor)
     check_callable("callback", callback)
     check_first_guess(x0)
@@ -279,11 +264,11 @@ def minimize_trust_region(
         trial = state.point.x + step.p
         state.point, trial_value = oracle.compare(state.point, trial, step.reduction, iteration)
         point = state.point
-        ratio, below_accuracy, accepted = _judge(point.value, trial_value, step.reduction, value_rtol, eta)
-        shrunk = not (accepted and ratio >= _POOR)
+        ratio, below_accuracy, accepted = judge(point.value, trial_value, step.reduction, value_rtol, eta)
+        shrunk = not (accepted and ratio >= POOR)
         if shrunk:
             state.radius = 0.25 * step.norm
-        elif ratio > _GOOD and step.stop in (CGStop.BOUNDARY, CGStop.NEGATIVE_CURVATURE):
+        elif ratio > GOOD and step.stop in (CGStop.BOUNDARY, CGStop.NEGATIVE_CURVATURE):
             state.radius = min(2 * radius, float(max_radius))
 
         if accepted:
@@ -313,7 +298,7 @@ def minimize_trust_region(
             path = path if state.point is point else None
         if shrunk:
             x = state.point.x
-            smallest = max(min_radius, np.finfo(float).eps * math.sqrt(evaluator.inner(x, x)), _SMALLEST_LENGTH)
+            smallest = max(min_radius, np.finfo(float).eps * math.sqrt(evaluator.inner(x, x)), SMALLEST_LENGTH)
             if state.radius <= smallest:
                 state.reason = StopReason.RADIUS
         record(radius, ratio, accepted, step)
