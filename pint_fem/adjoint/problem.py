@@ -21,9 +21,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from pint_fem.adjoint.layout import ControlLayout
-from pint_fem.adjoint.misfits import Misfit
+from pint_fem.adjoint.misfit import Misfit
 from pint_fem.adjoint.regularisation import Regularisation
 from pint_fem.adjoint.sweeps import Sweeps
+from pint_fem.adjoint.trajectory import trajectories
 from pint_fem.errors import InputError
 from pint_fem.mgrit import SolveResult
 from pint_fem.mgrit.norms import gather_in_order
@@ -39,9 +40,13 @@ class Point:
     z : ndarray or None
         The control.
     U, L : ndarray, shape (k + 1, n)
-        State and adjoint, or first guesses of them.
+        State and adjoint, or first guesses of them; at the C-points with ``storage="C"``.
     state, adjoint : SolveResult or None
         How they were solved for this control; the adjoint for this state.
+    controls : ndarray or None
+        What of the gradient came with the adjoint's right-hand side.
+    readings : list of ndarray or None
+        What misfits have observed of the state, where it is not stored at all points.
     """
 
     def __init__(self, sweeps: Sweeps):
@@ -65,7 +70,7 @@ class Point:
         """What follows from the state is not known any more."""
         self.adjoint: SolveResult | None = None
         self.rtol["adjoint"] = np.inf
-        self.value = self.gradient = None
+        self.value = self.gradient = self.controls = self.readings = None
         self.parts: dict[str, float] = {}
 
     def start_from(self, other: Point) -> None:
@@ -107,8 +112,7 @@ class ReducedProblem:
         if not self.evolution.controls:
             raise InputError("the evolution has no control=: there is nothing to optimise")
         self.layout = ControlLayout(self.evolution, self.spacetime, sweeps.slab)
-        for misfit in self.misfits:
-            misfit.bind(self.evolution, self.spacetime, sweeps.slab)
+        self._trajectories = trajectories(sweeps, self.misfits)
         self.regularisation = None if regularisation is None else Regularisation(regularisation, self.layout)
         self._points = [Point(sweeps)]
 
@@ -199,10 +203,16 @@ class ReducedProblem:
     def _solve_adjoint(self, z: np.ndarray, **wanted) -> Point:
         point = self._solve_state(z, **{k: v for k, v in wanted.items() if k == "rtol"})
         if "cycles" in wanted or point.rtol["adjoint"] > wanted.get("rtol", self.sweeps.options.rtol):
-            g, steps = sum(m.gradient(point.U) for m in self.misfits), self.layout.steps(point.z)
-            solve = lambda L, cold: self.sweeps.adjoint(steps, point.U, g, L, cold=cold, **wanted)
-            self._solve(point, "adjoint", wanted, solve)
+            self._solve_adjoint_of(point, **wanted)
         return point
+
+    def _solve_adjoint_of(self, point: Point, **wanted) -> None:
+        """For a point's state as it is."""
+        steps = self.layout.steps(point.z)
+        source = self._trajectories.gradient(point, steps)
+        solve = lambda L, cold: self.sweeps.adjoint(steps, point.U, source.rows, L, cold=cold, **wanted)
+        self._solve(point, "adjoint", wanted, solve)
+        point.controls = source.controls
 
     # -- values --------------------------------------------------------------------------------------------------------
     def value(self, z: np.ndarray, **wanted) -> float:
@@ -211,7 +221,7 @@ class ReducedProblem:
 
     def _value(self, point: Point) -> float:
         if point.value is None:
-            points = np.stack([m.values(point.U) for m in self.misfits], axis=1)
+            points = self._trajectories.values(point, self.layout.steps(point.z))
             sums = gather_in_order(points, self.spacetime.time_comm).sum(axis=0)
             regularisation = 0.0 if self.regularisation is None else self.regularisation.value(point.z)
             point.parts = {"misfit": float(sums.sum()), "regularisation": regularisation}
@@ -227,7 +237,8 @@ class ReducedProblem:
         """``J'(z) dz`` by a tangent sweep."""
         point = self._solve_state(z)
         dU = self._tangent(point, dz)
-        points = sum(m.directional(point.U, dU) for m in self.misfits)
+        steps, direction = self.layout.steps(point.z), self.layout.steps(np.ravel(dz))
+        points = self._trajectories.directional(point, steps, direction, dU)
         total = float(gather_in_order(points, self.spacetime.time_comm).sum())
         if self.regularisation is not None:
             total += self.layout.pairing(self.regularisation.gradient(point.z), np.ravel(dz))
@@ -246,7 +257,9 @@ class ReducedProblem:
     def gradient_of(self, point: Point) -> np.ndarray:
         """``J'`` from a point's trajectories as they are."""
         if point.gradient is None:
-            point.gradient = self._pull_back(point, point.L)
+            if point.controls is None:
+                point.controls = self._trajectories.direct_controls(point, self.layout.steps(point.z))
+            point.gradient = self._pull_back(point, point.L, point.controls)
             if self.regularisation is not None:
                 point.gradient += self.regularisation.gradient(point.z)
         return point.gradient.copy()
@@ -256,10 +269,10 @@ class ReducedProblem:
         g = self.gradient_of(point)
         return g if self.regularisation is None else g - self.regularisation.gradient(point.z)
 
-    def _pull_back(self, point: Point, L: np.ndarray, more: np.ndarray | None = None) -> np.ndarray:
-        """Derivatives by the controls that an adjoint gives, with something more on each step's."""
-        rows = self.sweeps.control_gradient(self.layout.steps(point.z), point.U, L)
-        return self.layout.gradient(rows if rows is None or more is None else rows + more, L[0])
+    def _pull_back(self, point: Point, L: np.ndarray, controls: np.ndarray | None) -> np.ndarray:
+        """Derivatives by the controls that an adjoint gives, with what came with its right-hand side."""
+        rows = self._trajectories.control_gradient(point, self.layout.steps(point.z), L, controls)
+        return self.layout.gradient(rows, L[0])
 
     def advance(self, z: np.ndarray) -> tuple[float, np.ndarray, float]:
         """``J`` and ``J'`` after one MGRIT cycle for the state and one for the adjoint, from what is there, and the
@@ -269,9 +282,7 @@ class ReducedProblem:
         """
         point = self._solve_state(z, cycles=1)
         value = self._value(point)
-        g, steps = sum(m.gradient(point.U) for m in self.misfits), self.layout.steps(point.z)
-        solve = lambda L, cold: self.sweeps.adjoint(steps, point.U, g, L, cold=cold, cycles=1)
-        self._solve(point, "adjoint", {"cycles": 1}, solve)
+        self._solve_adjoint_of(point, cycles=1)
         return value, self.gradient_of(point), max(relative_residual(r) for r in (point.state, point.adjoint))
 
     def hessian_action(self, z: np.ndarray, dz: np.ndarray, *, gauss_newton: bool = False, **wanted) -> np.ndarray:
@@ -283,14 +294,13 @@ class ReducedProblem:
         full = not gauss_newton and not sweeps.is_linear
         if full and point.adjoint is None:
             point = self._solve_adjoint(z)  # the second-order terms want the adjoint
-        dU, M = self._tangent(point, dz, **wanted), sweeps.new_slab()
-        g = sum(m.hessian(point.U, dU) for m in self.misfits)
-        steps, second = self.layout.steps(point.z), None
-        if full:
-            second = sweeps.second_order(steps, point.U, self.layout.steps(dz), dU, point.L)
-            g += second[0]
-        sweeps.adjoint(steps, point.U, g, M, cold=True, **wanted)
-        out = self._pull_back(point, M, None if second is None else second[1])
+        dU = self._tangent(point, dz, **wanted)
+        steps, direction = self.layout.steps(point.z), self.layout.steps(dz)
+        source = self._trajectories.hessian(point, steps, direction, dU, second=full)
+        del dU  # its memory is the second-order adjoint's
+        M = sweeps.new_slab()
+        sweeps.adjoint(steps, point.U, source.rows, M, cold=True, **wanted)
+        out = self._pull_back(point, M, source.controls)
         if self.regularisation is not None:
             out = out + self.regularisation.hessian(point.z, dz)
         return out

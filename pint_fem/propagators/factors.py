@@ -114,7 +114,8 @@ class Factors:
         """A solver of a nearby Jacobian of the same step, that stays: the stage's own one or an earlier stage's."""
         if stage.constant:
             return self._constant.get(stage.h)
-        return stage.lender.solver if stage.solver is None and stage.lender is not None else stage.solver
+        solver = stage.lender.solver if stage.solver is None and stage.lender is not None else stage.solver
+        return None if solver is None or solver.holds is None else solver
 
     def exact(self, stage) -> Solver | None:
         """The solver that holds the stage's Jacobian as it is."""
