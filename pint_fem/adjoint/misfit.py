@@ -57,6 +57,10 @@ class Misfit(ABC):
         """Bytes that it keeps for the points of the slab."""
         return 0
 
+    def petsc_bytes(self) -> dict[str, int]:
+        """Bytes in PETSc's hands, by part."""
+        return {}
+
 
 class BlockMisfit(Misfit):
     """On blocks of points; see the module.

@@ -200,6 +200,10 @@ class _FormMisfit(BlockMisfit):
         """See :class:`~pint_fem.adjoint.misfit.Misfit`."""
         return self._g.nbytes if self.quadratic else 0
 
+    def petsc_bytes(self):
+        """See :class:`~pint_fem.adjoint.misfit.Misfit`."""
+        return self._Q.nbytes if self.quadratic and self._Q is not None else {}
+
 
 def _dots(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Dot product of each row on this rank, ``(b, 1)``."""

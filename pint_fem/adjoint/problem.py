@@ -21,6 +21,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from pint_fem.adjoint.layout import ControlLayout
+from pint_fem.adjoint.memory import Memory, memory
 from pint_fem.adjoint.misfit import Misfit
 from pint_fem.adjoint.regularisation import Regularisation
 from pint_fem.adjoint.sweeps import Sweeps
@@ -115,6 +116,7 @@ class ReducedProblem:
         self._trajectories = trajectories(sweeps, self.misfits)
         self.regularisation = None if regularisation is None else Regularisation(regularisation, self.layout)
         self._points = [Point(sweeps)]
+        self._viewed = not sweeps.options.view
 
     @property
     def U(self) -> np.ndarray:
@@ -148,6 +150,13 @@ class ReducedProblem:
         while len(self._points) < count:
             self._points.append(Point(self.sweeps))
 
+    def memory(self) -> Memory:
+        """Memory of this rank by part, known before a run; see :mod:`~pint_fem.adjoint.memory` for the formula.
+
+        Collective.
+        """
+        return memory(self)
+
     # -- caches --------------------------------------------------------------------------------------------------------
     def _find(self, z: np.ndarray) -> Point | None:
         """The point of a control, on all ranks alike."""
@@ -176,6 +185,10 @@ class ReducedProblem:
         rtol = wanted.get("rtol", self.sweeps.options.rtol)
         if "cycles" not in wanted and point.rtol[kind] <= rtol:
             return
+        if not self._viewed:
+            self._viewed, text = True, str(self.memory())
+            if self.spacetime.is_root:
+                self.sweeps.printer(text)
         trajectory = point.U if kind == "state" else point.L
         point.rtol[kind] = np.inf
         try:

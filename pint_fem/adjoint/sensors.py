@@ -110,6 +110,11 @@ class PointSensors(BlockMisfit):
         own[first : first + len(self._row), self.local] = self._readings(Y)
         return self.spacetime.sum_over_grid(own)
 
+    def petsc_bytes(self):
+        """See :class:`~pint_fem.adjoint.misfit.Misfit`."""
+        there, back = self._observe.nbytes, self._observe_T.nbytes
+        return {part: there[part] + back[part] for part in there}
+
     # -- see BlockMisfit -----------------------------------------------------------------------------------------------
     def observe(self, rows, u):
         """The state at the sensors."""

@@ -248,6 +248,20 @@ class Sweeps:
         return self._adjoint.levels
 
     @property
+    def solvers(self) -> list:
+        """The MGRIT solvers; one for both the state and the tangent of a linear evolution."""
+        found = {id(s): s for s in (self._state, self._tangent, self._adjoint)}.values()
+        return [s.mgrit if isinstance(s, AcceleratedSweep) else s for s in found]
+
+    @property
+    def steps_kept(self) -> list[tuple[FEPropagator, int, int]]:
+        """Of each level: propagator, own steps, and those that memories of linearisations are of."""
+        fine = self.slab.k if self.intervals is None else self.intervals.m
+        out = [(self.propagators[0], self.slab.k, fine)]
+        levels = zip(self.propagators[1:], self._state.levels[1:], self._adjoint.levels[1:], strict=False)
+        return out + [(p, forward.k, forward.k + backward.k) for p, forward, backward in levels]
+
+    @property
     def options(self) -> MGRITOptions:
         """The MGRIT options of all sweeps."""
         return self._adjoint.options

@@ -181,8 +181,7 @@ class MGRIT:
         self._check_arrays(U, G, coarse_rhs)
         if not self._viewed:
             self._viewed = True
-            if self._cycle is None and len(self.levels) > 1:
-                self._cycle = self._make_cycle(U.shape[1:])
+            self.prepare(U.shape[1:])
             self._say(self.view(U[:1].nbytes))
         for level in self.levels:
             level.failure = None
@@ -216,6 +215,11 @@ class MGRIT:
         result.converged, result.reason = True, "serial"
         return result
 
+    def prepare(self, shape: tuple[int, ...]) -> None:
+        """Make the work arrays for states of a shape now rather than in the first solve; collective."""
+        if len(self.levels) > 1 and (self._cycle is None or self._cycle.state_shape != tuple(shape)):
+            self._cycle = self._make_cycle(tuple(shape))
+
     def _make_cycle(self, shape: tuple[int, ...]) -> Cycle:
         """Work arrays for states of a shape; a transfer or storage that does not fit is an error on every rank."""
         problem, cycle = None, None
@@ -230,9 +234,8 @@ class MGRIT:
         return cycle
 
     def _iterate(self, U: np.ndarray, start: str, coarse_rhs, result: SolveResult) -> None:
+        self.prepare(U.shape[1:])
         options, cycle = self.options, self._cycle
-        if cycle is None or cycle.state_shape != U.shape[1:]:
-            cycle = self._cycle = self._make_cycle(U.shape[1:])
         f_is_done = start in ("skip", "nested")
         if f_is_done:
             cycle.first_guess(nested=start == "nested", coarse_rhs_given=coarse_rhs)
@@ -310,8 +313,7 @@ class MGRIT:
         if self.options.storage == "all":
             yield fine.lo + 1, U[1:]
         else:
-            if self._cycle is None:
-                self._cycle = self._make_cycle(U.shape[1:])
+            self.prepare(U.shape[1:])
             yield from self._cycle.relaxations[0].states(U, G)
 
     def _check_arrays(self, U: np.ndarray, G: np.ndarray | None, coarse_rhs) -> None:

@@ -94,6 +94,18 @@ class FEPropagator(ABC):
         """
         return None
 
+    def kept_bytes(self, count: int) -> int:
+        """Bytes of arrays that it keeps for ``count`` steps, memories left out."""
+        return 0
+
+    def memory_bytes(self) -> int:
+        """Bytes of arrays in the memory of a step."""
+        return 0
+
+    def petsc_bytes(self, memories: int) -> dict[str, int]:
+        """Bytes on this rank in PETSc's hands by part, with ``memories`` of steps; collective over space."""
+        return {}
+
     @abstractmethod
     def step(self, data: StepData, u: np.ndarray, out: np.ndarray, lane: int = 0) -> None:
         """Write ``Phi(u)`` to ``out``; ``lane`` is the number of the block's first state among its like (see

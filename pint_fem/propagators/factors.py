@@ -137,11 +137,18 @@ class Factors:
         self.counts["factorisation"] += 1
         solver.factor(matrix, holds)
         if self.bytes is None:
-            self.bytes = max(1, matrix.comm.tompi4py().allreduce(factor_bytes(solver), op=MPI.MAX))
+            self.bytes = max(1, matrix.comm.tompi4py().allreduce(factor_bytes(solver.ksp), op=MPI.MAX))
             if solver is stage.solver and self.bytes > self.memory:
                 self._spare[stage.index], stage.solver = solver, None
                 self.kept -= 1
         return solver
+
+    def measure(self, matrix: PETSc.Mat) -> None:
+        """Find out what a factor takes, from a matrix that is like the others (collective over space)."""
+        solver = Solver(self.parameters)
+        solver.factor(matrix, None)
+        self.bytes = max(1, matrix.comm.tompi4py().allreduce(factor_bytes(solver.ksp), op=MPI.MAX))
+        solver.destroy()
 
     def release(self, stage) -> None:
         """Take a stage's own solver away."""
@@ -193,9 +200,9 @@ class Factors:
         return False
 
 
-def factor_bytes(solver: Solver) -> int:
+def factor_bytes(ksp: PETSc.KSP) -> int:
     """Memory of a factorisation on this rank, from the number of its nonzeros."""
-    pc = solver.ksp.getPC()
+    pc = ksp.getPC()
     kind = pc.getType()
     if kind in ("asm", "bjacobi"):
         parts = pc.getASMSubKSP() if kind == "asm" else pc.getBJacobiSubKSP()
@@ -222,4 +229,4 @@ def _nonzeros(pc: PETSc.PC) -> int:
     other.setUp()
     known = int(other.getFactorMatrix().getInfo(here)["nz_used"])
     other.destroy()
-    return known
+    return known // 2 if pc.getType() == "cholesky" else known

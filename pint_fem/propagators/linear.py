@@ -21,7 +21,7 @@ from firedrake.petsc import PETSc
 from pint_fem.errors import InputError
 from pint_fem.propagators.arrays import boundary_rows, get
 from pint_fem.propagators.base import FEPropagator, StepData
-from pint_fem.propagators.blocks import Factor, is_symmetric, lanes
+from pint_fem.propagators.blocks import Factor, is_symmetric, lanes, matrix_bytes
 from pint_fem.propagators.evolution import Evolution
 from pint_fem.propagators.operators import ControlOperator, MatrixOperator, control_operator
 from pint_fem.propagators.recursion import BlockRecursion, StateRecursion
@@ -235,6 +235,22 @@ class LinearPropagator(FEPropagator):
             for y, gz in zip(adjoints, out, strict=True):
                 gz += self._control_pull_back(y, h)
         return out if self.evolution.per_step else out[0]
+
+    # -- memory --------------------------------------------------------------------------------------------------------
+    def kept_bytes(self, count):
+        """Loads and the stages' own arrays."""
+        rows = count if self.evolution.depends_on_time and self.keeps_loads else 1
+        return 8 * self.evolution.state_size * self.dirk.stages * rows + self._block.nbytes + self._single.nbytes
+
+    def petsc_bytes(self, memories):
+        """See :class:`FEPropagator`."""
+        matrices = [self.M] if self.MT is self.M else [self.M, self.MT]
+        parts = [factor.nbytes for factor in self.factors.values()]
+        return {
+            "blocks": self._block.petsc_bytes,
+            "matrices": sum(map(matrix_bytes, matrices)) + sum(part["matrices"] for part in parts),
+            "factors": sum(part["factors"] for part in parts),
+        }
 
     def second_order(self, data, du, dz, lam, end=None):
         """Zero: the step is affine."""
