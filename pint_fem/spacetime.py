@@ -114,17 +114,22 @@ class SpaceTime:
         """Whether this rank speaks for all (monitors, files of the whole run)."""
         return self.comm.rank == 0
 
-    def slab(self, nsteps: int) -> Slab:
-        """Share ``nsteps`` steps among the time ranks.
+    def slab(self, nsteps: int, whole: int = 1) -> Slab:
+        """Share ``nsteps`` steps among the time ranks, in groups of ``whole`` steps.
 
         Raises
         ------
         InputError
-            On every rank, if there are more time ranks than steps.
+            On every rank, if there are more time ranks than groups, or steps do not go in groups.
         """
-        if nsteps < self.time_size:
-            raise InputError(f"{self.time_size} time ranks for {nsteps} time steps: use at most one rank a step")
-        bounds = split_steps(nsteps, self.time_size)
+        groups, rest = divmod(nsteps, whole)
+        if rest:
+            raise InputError(f"{nsteps} time steps do not go in groups of {whole}")
+        if groups < self.time_size:
+            what = "time steps" if whole == 1 else f"groups of {whole} time steps"
+            each = "step" if whole == 1 else "group"
+            raise InputError(f"{self.time_size} time ranks for {groups} {what}: use at most one rank a {each}")
+        bounds = [whole * b for b in split_steps(groups, self.time_size)]
         return Slab(nsteps, bounds[self.time_comm.rank], bounds[self.time_comm.rank + 1], tuple(bounds))
 
     def sum_over_time(self, array: np.ndarray) -> np.ndarray:

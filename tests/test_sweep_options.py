@@ -217,7 +217,7 @@ def test_options_from_the_database():
     ("options", "message"),
     [
         (dict(coarsening=[[0, 3, 8, 22]], levels=2), "equal steps"),
-        (dict(storage="C"), "storage 'C'"),
+        (dict(storage="C"), "storage 'C' with 22 steps and coarsening 4"),
         (dict(coarse_solver="gathered", linear=False), "not linear"),
     ],
 )

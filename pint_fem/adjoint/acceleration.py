@@ -35,9 +35,14 @@ class AcceleratedSweep:
         self._solver = KrylovMGRIT(propagators, nsteps, solver_parameters=solver_parameters, name=name, **options)
 
     @property
+    def mgrit(self):
+        """The hierarchy's solver."""
+        return self._solver.hierarchies.solver
+
+    @property
     def levels(self):
         """Levels of the hierarchy."""
-        return self._solver.hierarchies.solver.levels
+        return self.mgrit.levels
 
     @property
     def options(self):

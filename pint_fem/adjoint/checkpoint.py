@@ -51,7 +51,7 @@ class HDF5Checkpoint:
         slab, ev = self._layout.slab, self._problem.evolution
         rows = (slice(slab.lo, slab.hi), ev.nsteps)
         self._controls = [self._place(c.function_space(), rows if c in ev.stepwise else None) for c in ev.controls]
-        self._states = self._place(ev.V, (slice(slab.lo, slab.hi + 1), ev.nsteps + 1))
+        self._states = self._place(ev.V, self._problem.sweeps.stored)
 
     @staticmethod
     def _place(space, rows: tuple[slice, int] | None) -> tuple[tuple[int, ...], tuple[slice, ...]]:

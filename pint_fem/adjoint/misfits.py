@@ -1,70 +1,92 @@
-r"""Misfits: what of the trajectory is compared with data. ``J = sum of misfits + regularisation``.
+"""Misfits: what of the trajectory is compared with data. ``J = sum of misfits + regularisation``.
 
-A misfit is bound to a slab. It sees all local points, the ghost in row 0 included, and returns
-
-* ``values``: its share at each own point (rows ``1..k``), summed over space, so that the sum over time is in point
-  order;
-* ``gradient``: :math:`dJ/dU_n` in rows ``0..k-1`` (and ``k`` on the last rank), which is what the adjoint of the slab
-  needs;
-* ``hessian``: the directional derivative of that.
-
-Data in a functional are read when it is bound; later changes of their values are not seen.
+What a misfit has to offer is in :mod:`~pint_fem.adjoint.misfit`. Data in a functional are read when it is bound; later
+changes of their values are not seen.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 
 import numpy as np
 import ufl
-from firedrake import Function, FunctionSpace, TestFunction, TrialFunction, VertexOnlyMesh, action, assemble, derivative
-from firedrake import interpolate as interpolate_
+from firedrake import Function, TestFunction, TrialFunction, action, assemble, derivative
 from firedrake.assemble import get_assembler
 from ufl.algorithms import expand_derivatives, extract_coefficients
 
+from pint_fem.adjoint.misfit import BlockMisfit, Misfit
+from pint_fem.adjoint.sensors import PointSensors
 from pint_fem.errors import InputError
 from pint_fem.propagators.arrays import get, put
 from pint_fem.propagators.blocks import BlockOperator
-from pint_fem.propagators.evolution import Evolution
-from pint_fem.spacetime import Slab, SpaceTime
 
 __all__ = ["Misfit", "PointSensors", "RunningMisfit", "TerminalMisfit"]
 
 
-class Misfit(ABC):
-    """See the module."""
+class _PointForm:
+    """A form without ``u``, assembled at points: the rows are kept or computed again when asked for.
 
-    #: Whether it is a quadratic function of the trajectory.
-    quadratic = False
+    Parameters
+    ----------
+    form
+        A functional or a 1-form.
+    t, times
+        The evolution's time function (or ``None``) and the points' times; ``t`` does not matter where the form does not
+        contain it: one row is all there is.
+    wanted
+        Points whose rows are not zero, ``(k + 1,)``.
+    size
+        Length of a row, ``None`` for a functional.
+    keep
+        Whether rows are kept.
+    """
 
-    def bind(self, evolution: Evolution, spacetime: SpaceTime, slab: Slab) -> None:
-        """Prepare for the points of a slab; called once, on every rank."""
-        self.evolution, self.spacetime, self.slab = evolution, spacetime, slab
+    def __init__(self, form, t, times: np.ndarray, wanted: np.ndarray, size: int | None, *, keep: bool):
+        form = expand_derivatives(form)
+        self._shape = () if size is None else (size,)
+        self._t, self._times, self._wanted = t, times, wanted
+        self._place = np.cumsum(wanted) - 1  # among the kept rows
+        self._moves = not form.empty() and t in extract_coefficients(form)
+        self._rows = np.zeros((1, *self._shape)) if form.empty() else None
+        if self._rows is None:
+            self._assembler = get_assembler(form)
+            if keep or not self._moves:
+                self._rows = self._assemble(times[wanted] if self._moves else times[:1])
 
-    @abstractmethod
-    def values(self, U: np.ndarray) -> np.ndarray:
-        """Share of each own point, ``(k,)``, from states ``(k + 1, n)``."""
+    def _assemble(self, times) -> np.ndarray:
+        rows = np.empty((len(times), *self._shape))
+        for row, time in enumerate(times):
+            if self._moves:
+                self._t.assign(time)
+            result = self._assembler.assemble()
+            rows[row] = get(result) if self._shape else result
+        return rows
 
-    @abstractmethod
-    def directional(self, U: np.ndarray, dU: np.ndarray) -> np.ndarray:
-        """Derivative of :meth:`values` in the direction ``dU``, ``(k,)``."""
+    def __getitem__(self, where) -> np.ndarray:
+        """Rows of some points, zero where they are not wanted; one row where all are the same."""
+        if not self._moves:
+            return self._rows
+        wanted = self._wanted[where]
+        out = np.zeros((len(wanted), *self._shape))
+        kept = self._rows is not None
+        out[wanted] = self._rows[self._place[where][wanted]] if kept else self._assemble(self._times[where][wanted])
+        return out
 
-    @abstractmethod
-    def gradient(self, U: np.ndarray) -> np.ndarray:
-        """``dJ/dU_n``, ``(k + 1, n)``."""
-
-    @abstractmethod
-    def hessian(self, U: np.ndarray, dU: np.ndarray) -> np.ndarray:
-        """Derivative of :meth:`gradient` in the direction ``dU``, ``(k + 1, n)``."""
+    @property
+    def nbytes(self) -> int:
+        """Of what is kept."""
+        return 0 if self._rows is None else self._rows.nbytes
 
 
-class _FormMisfit(Misfit):
+class _FormMisfit(BlockMisfit):
     r"""A UFL functional ``j(u, t)`` at some points with weights.
 
     Where its second derivative is constant it is :math:`\tfrac12 u^T Q u + g^T u + c`, and slabs are products with
     one matrix; ``g`` and ``c`` are assembled for each point once (once in all if ``j`` does not depend on time).
     Otherwise forms compiled once are assembled for each point.
     """
+
+    width, looks_back = 1, False
 
     def __init__(self, form: ufl.Form):
         if not isinstance(form, ufl.Form) or form.arguments():
@@ -95,78 +117,97 @@ class _FormMisfit(Misfit):
         self.quadratic = second.empty() or not moving & set(extract_coefficients(second))
         if self.quadratic:
             self._Q = None if second.empty() else BlockOperator(assemble(second, mat_type="aij").petscmat)
-            at_zero = {u: Function(evolution.V)}
-            self._g = self._at_points(ufl.replace(expand_derivatives(gradient), at_zero), t in coefficients)
-            self._c = self._at_points(ufl.replace(self.form, at_zero), t in coefficients)
+            data = {c: c.copy(deepcopy=True) for c in coefficients if c not in moving}
+            at_zero = {u: Function(evolution.V), **data}
+            place = (t, self.times, self.weight != 0)
+            gradient, value = ufl.replace(expand_derivatives(gradient), at_zero), ufl.replace(self.form, at_zero)
+            self._g = _PointForm(gradient, *place, evolution.state_size, keep=self.keeps_data)
+            self._c = _PointForm(value, *place, None, keep=True)
         else:
             self._assemble = [
                 get_assembler(expand_derivatives(f)) for f in (self.form, gradient, action(second, self._du))
             ]
+        self.acts = self.weight != 0
+        self.forces = self.acts if not self.quadratic or self._Q is not None else np.zeros_like(self.acts)
+        self.observes = self.acts & (np.arange(slab.k + 1) > 0)  # row 0 is the left neighbour's
 
-    def _at_points(self, form, depends_on_time: bool) -> np.ndarray:
-        """Assembled values of a form without ``u``, one a local point or one row for all."""
-        form = expand_derivatives(form)
-        scalar = not form.arguments()
-        if form.empty():
-            return np.zeros((1,) if scalar else (1, self.evolution.state_size))
-        rows = []
-        for time in self.times if depends_on_time else self.times[:1]:
-            if depends_on_time:
-                self.evolution.t.assign(time)
-            result = assemble(form)
-            rows.append(result if scalar else get(result))
-        return np.array(rows)
-
-    def _each(self, which: int, U, dU=None):
-        """Assemble form ``which`` at each local point with a weight."""
-        rows = []
-        for i, weight in enumerate(self.weight):
+    def _each(self, which: int, rows, u: np.ndarray, du: np.ndarray | None = None) -> np.ndarray:
+        """Assemble form ``which`` at each point with a weight."""
+        out = np.zeros(len(u) if which == 0 else u.shape)
+        for i, (weight, time) in enumerate(zip(self.weight[rows], self.times[rows], strict=True)):
             if not weight:
-                rows.append(0.0 if which == 0 else np.zeros(self.evolution.state_size))
                 continue
-            put(self.evolution.u, U[i])
-            if dU is not None:
-                put(self._du, dU[i])
+            put(self.evolution.u, u[i])
+            if du is not None:
+                put(self._du, du[i])
             if self.evolution.t is not None:
-                self.evolution.t.assign(self.times[i])
+                self.evolution.t.assign(time)
             result = self._assemble[which].assemble()
-            rows.append(result if which == 0 else get(result))
-        return np.array(rows)
-
-    def _dots(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        """Dot product of each row over space, ``(k,)`` for rows ``1..k``."""
-        return self.spacetime.sum_over_space(np.array([x @ y for x, y in zip(a[1:], b[1:], strict=True)]))
-
-    def _Qu(self, U):
-        """``Q u`` at the points that have a weight."""
-        out = np.zeros_like(U)
-        if self._Q is not None and self.weight.any():
-            rows = np.flatnonzero(self.weight)
-            out[rows] = self._Q(U[rows])
+            out[i] = result if which == 0 else get(result)
         return out
 
-    def values(self, U):
-        """See :class:`Misfit`."""
+    def _Qu(self, rows, u: np.ndarray) -> np.ndarray:
+        """``Q u`` at the points that have a weight."""
+        some = np.flatnonzero(self.weight[rows])
+        if self._Q is not None and len(some) == len(u):
+            return self._Q(u)
+        out = np.zeros(u.shape)
+        if self._Q is not None and len(some):
+            out[some] = self._Q(u[some])
+        return out
+
+    def observe(self, rows, u):
+        """The functional, or its part with ``u`` on this rank in space."""
         if not self.quadratic:
-            return self.weight[1:] * self._each(0, U)[1:]
-        c = np.broadcast_to(self._c, len(U))[1:]
-        return self.weight[1:] * (self._dots(0.5 * self._Qu(U) + self._g, U) + c)
+            return self._each(0, rows, u)[:, None]
+        Qu = self._Qu(rows, u)
+        Qu *= 0.5
+        Qu += self._g[rows]
+        return _dots(Qu, u)
 
-    def directional(self, U, dU):
-        """See :class:`Misfit`."""
-        return self._dots(self.gradient(U), dU)
+    def observe_tangent(self, rows, u, du):
+        """See :class:`~pint_fem.adjoint.misfit.BlockMisfit`."""
+        return _dots(self.force(rows, u, None), du)
 
-    def gradient(self, U):
-        """See :class:`Misfit`."""
-        return (
-            self.weight[:, None] * (self._Qu(U) + self._g)
-            if self.quadratic
-            else self.weight[:, None] * self._each(1, U)
-        )
+    def point_values(self, Y):
+        """See :class:`~pint_fem.adjoint.misfit.BlockMisfit`."""
+        values = Y[1:, 0]
+        if self.quadratic:
+            values = self.spacetime.sum_over_space(values) + np.broadcast_to(self._c[:], len(Y))[1:]
+        return self.weight[1:] * values
 
-    def hessian(self, U, dU):
-        """See :class:`Misfit`."""
-        return self.weight[:, None] * (self._Qu(dU) if self.quadratic else self._each(2, U, dU))
+    def point_derivatives(self, Y, dY):
+        """See :class:`~pint_fem.adjoint.misfit.BlockMisfit`."""
+        return self.spacetime.sum_over_space(dY[1:, 0])
+
+    def force(self, rows, u, S):
+        """See :class:`~pint_fem.adjoint.misfit.BlockMisfit`."""
+        if self.quadratic:
+            out = self._Qu(rows, u)
+            out += self._g[rows]
+        else:
+            out = self._each(1, rows, u)
+        out *= self.weight[rows, None]
+        return out
+
+    def force_tangent(self, rows, u, du, dS):
+        """See :class:`~pint_fem.adjoint.misfit.BlockMisfit`."""
+        out = self._Qu(rows, du) if self.quadratic else self._each(2, rows, u, du)
+        out *= self.weight[rows, None]
+        return out
+
+    def nbytes(self):
+        """See :class:`~pint_fem.adjoint.misfit.Misfit`."""
+        return self._g.nbytes if self.quadratic else 0
+
+    def petsc_bytes(self):
+        """See :class:`~pint_fem.adjoint.misfit.Misfit`."""
+        return self._Q.nbytes if self.quadratic and self._Q is not None else {}
+
+
+def _dots(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Dot product of each row on this rank, ``(b, 1)``."""
+    return np.array([x @ y for x, y in zip(a, b, strict=True)]).reshape(-1, 1)
 
 
 class RunningMisfit(_FormMisfit):
@@ -195,120 +236,3 @@ class TerminalMisfit(_FormMisfit):
         if self.slab.is_last:
             weight[-1] = 1
         return weight
-
-
-class PointSensors(Misfit):
-    r"""Sensors at points: :math:`\frac{w}{2} \sum_r \sum_s (u(x_s, t_r) - d_{rs})^2`, ``u`` linear in time between
-    steps.
-
-    Parameters
-    ----------
-    points
-        ``(sensors, dim)`` coordinates, distinct.
-    times
-        ``(readings,)``, increasing, within the evolution's interval.
-    values
-        ``(readings, sensors)``.
-    weight
-        ``w``, for instance one over (variance times number of values).
-
-    Raises
-    ------
-    InputError
-        On shapes that do not match, values that are not finite, times out of range, a sensor outside the mesh.
-    """
-
-    quadratic = True
-
-    def __init__(self, points, times, values, *, weight: float = 1.0):
-        self.points, self.times = np.atleast_2d(np.asarray(points, float)), np.atleast_1d(np.asarray(times, float))
-        self.data, self.weight = np.asarray(values, dtype=float), float(weight)
-        if self.data.shape != (len(self.times), len(self.points)):
-            raise InputError(
-                f"readings have shape {self.data.shape}: give (times, sensors) = {(len(self.times), len(self.points))}"
-            )
-        if not all(np.isfinite(a).all() for a in (self.points, self.times, self.data)):
-            raise InputError("sensor points, times and readings must be finite numbers")
-        if len(self.times) == 0 or (np.diff(self.times) <= 0).any():
-            raise InputError("sensor times must increase")
-        if len(np.unique(self.points, axis=0)) < len(self.points):
-            raise InputError("two sensors are at the same point: merge their readings")
-
-    def bind(self, evolution, spacetime, slab):
-        """See :class:`Misfit`."""
-        super().bind(evolution, spacetime, slab)
-        V, mesh = evolution.V, evolution.V.mesh().unique()
-        if V.value_shape != ():
-            raise InputError("PointSensors wants a scalar state")
-        if self.points.shape[1] != mesh.geometric_dimension:
-            raise InputError(
-                f"sensors have {self.points.shape[1]} coordinates on a {mesh.geometric_dimension}-dimensional mesh"
-            )
-        N, slack = evolution.nsteps, 1e-9 * evolution.dt
-        first, last = evolution.time(0), evolution.time(N)
-        if self.times[0] < first - slack or self.times[-1] > last + slack:
-            raise InputError(f"sensor times {self.times[0]:g}..{self.times[-1]:g} are not within {first:g}..{last:g}")
-        try:
-            sensors = VertexOnlyMesh(mesh, self.points, missing_points_behaviour="error")
-        except Exception as error:  # Firedrake raises it on every rank
-            raise InputError(f"a sensor is outside the mesh: {str(error).splitlines()[0]}") from error
-        H = assemble(interpolate_(TrialFunction(V), FunctionSpace(sensors, "DG", 0))).petscmat
-        self._observe, self._observe_T = BlockOperator(H), BlockOperator(H.transpose(type(H)()))
-        here = np.asarray(sensors.coordinates.dat.data_ro).reshape(-1, self.points.shape[1])
-        #: Numbers of the sensors that this space rank holds.
-        self.local = np.array([int(np.argmin(((self.points - x) ** 2).sum(axis=1))) for x in here], dtype=int)
-        # a reading at t in (t_{n-1}, t_n] belongs to point n: theta u_n + (1 - theta) u_{n-1}
-        place = (self.times - evolution.t0) / evolution.dt
-        point = np.clip(np.ceil(place - 1e-9), 1, N).astype(int)
-        own = np.flatnonzero((point > slab.lo) & (point <= slab.hi))
-        self._row, self._theta = point[own] - slab.lo, np.minimum(place[own] - (point[own] - 1), 1.0)
-        self._theta[np.abs(self._theta - 1) < 1e-9] = 1.0
-        self._own_data = self.data[own][:, self.local]
-
-    def predict(self, U: np.ndarray) -> np.ndarray:
-        """Readings of the own times and own sensors, ``(own readings, own sensors)``."""
-        Y, theta = self._observe(U), self._theta[:, None]
-        return theta * Y[self._row] + (1 - theta) * Y[self._row - 1]
-
-    def predict_all(self, U: np.ndarray) -> np.ndarray:
-        """All readings ``(times, sensors)`` on every rank (data, not fields)."""
-        own = np.zeros(self.data.shape)
-        first = int(self.spacetime.time_comm.exscan(len(self._row)) or 0)
-        own[first : first + len(self._row), self.local] = self.predict(U)
-        return self.spacetime.sum_over_grid(own)
-
-    def _per_point(self, terms: np.ndarray) -> np.ndarray:
-        out = np.zeros(self.slab.k)
-        np.add.at(out, self._row - 1, terms.sum(axis=1))
-        return self.spacetime.sum_over_space(self.weight * out)
-
-    def _pull_back(self, r: np.ndarray) -> np.ndarray:
-        """Transpose of :meth:`predict`, with what the left neighbour's readings put on the ghost."""
-        S, theta = np.zeros((self.slab.k + 1, len(self.local))), self.weight * self._theta[:, None]
-        np.add.at(S, self._row, theta * r)
-        np.add.at(S, self._row - 1, (self.weight - theta) * r)
-        comm = self.spacetime.time_comm
-        send = None if self.slab.is_last else comm.Isend(S[-1].copy(), dest=comm.rank + 1, tag=1)
-        if not self.slab.is_first:
-            from_left = np.empty(len(self.local))
-            comm.Recv(from_left, source=comm.rank - 1, tag=1)
-            S[0] += from_left
-        if send is not None:
-            send.Wait()
-        return self._observe_T(S)
-
-    def values(self, U):
-        """See :class:`Misfit`."""
-        return self._per_point(0.5 * (self.predict(U) - self._own_data) ** 2)
-
-    def directional(self, U, dU):
-        """See :class:`Misfit`."""
-        return self._per_point((self.predict(U) - self._own_data) * self.predict(dU))
-
-    def gradient(self, U):
-        """See :class:`Misfit`."""
-        return self._pull_back(self.predict(U) - self._own_data)
-
-    def hessian(self, U, dU):
-        """See :class:`Misfit`."""
-        return self._pull_back(self.predict(dU))

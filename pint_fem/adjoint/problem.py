@@ -21,9 +21,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from pint_fem.adjoint.layout import ControlLayout
-from pint_fem.adjoint.misfits import Misfit
+from pint_fem.adjoint.memory import Memory, memory
+from pint_fem.adjoint.misfit import Misfit
 from pint_fem.adjoint.regularisation import Regularisation
 from pint_fem.adjoint.sweeps import Sweeps
+from pint_fem.adjoint.trajectory import Source, trajectories
 from pint_fem.errors import InputError
 from pint_fem.mgrit import SolveResult
 from pint_fem.mgrit.norms import gather_in_order
@@ -39,9 +41,13 @@ class Point:
     z : ndarray or None
         The control.
     U, L : ndarray, shape (k + 1, n)
-        State and adjoint, or first guesses of them.
+        State and adjoint, or first guesses of them; at the C-points with ``storage="C"``.
     state, adjoint : SolveResult or None
         How they were solved for this control; the adjoint for this state.
+    controls : ndarray or None
+        What of the gradient came with the adjoint's right-hand side.
+    readings : list of ndarray or None
+        What misfits have observed of the state, where it is not stored at all points.
     """
 
     def __init__(self, sweeps: Sweeps):
@@ -65,7 +71,7 @@ class Point:
         """What follows from the state is not known any more."""
         self.adjoint: SolveResult | None = None
         self.rtol["adjoint"] = np.inf
-        self.value = self.gradient = None
+        self.value = self.gradient = self.controls = self.readings = None
         self.parts: dict[str, float] = {}
 
     def start_from(self, other: Point) -> None:
@@ -107,10 +113,10 @@ class ReducedProblem:
         if not self.evolution.controls:
             raise InputError("the evolution has no control=: there is nothing to optimise")
         self.layout = ControlLayout(self.evolution, self.spacetime, sweeps.slab)
-        for misfit in self.misfits:
-            misfit.bind(self.evolution, self.spacetime, sweeps.slab)
+        self._trajectories = trajectories(sweeps, self.misfits)
         self.regularisation = None if regularisation is None else Regularisation(regularisation, self.layout)
         self._points = [Point(sweeps)]
+        self._viewed = not sweeps.options.view
 
     @property
     def U(self) -> np.ndarray:
@@ -144,6 +150,13 @@ class ReducedProblem:
         while len(self._points) < count:
             self._points.append(Point(self.sweeps))
 
+    def memory(self) -> Memory:
+        """Memory of this rank by part, known before a run; see :mod:`~pint_fem.adjoint.memory` for the formula.
+
+        Collective.
+        """
+        return memory(self)
+
     # -- caches --------------------------------------------------------------------------------------------------------
     def _find(self, z: np.ndarray) -> Point | None:
         """The point of a control, on all ranks alike."""
@@ -172,6 +185,10 @@ class ReducedProblem:
         rtol = wanted.get("rtol", self.sweeps.options.rtol)
         if "cycles" not in wanted and point.rtol[kind] <= rtol:
             return
+        if not self._viewed:
+            self._viewed, text = True, str(self.memory())
+            if self.spacetime.is_root:
+                self.sweeps.printer(text)
         trajectory = point.U if kind == "state" else point.L
         point.rtol[kind] = np.inf
         try:
@@ -199,10 +216,16 @@ class ReducedProblem:
     def _solve_adjoint(self, z: np.ndarray, **wanted) -> Point:
         point = self._solve_state(z, **{k: v for k, v in wanted.items() if k == "rtol"})
         if "cycles" in wanted or point.rtol["adjoint"] > wanted.get("rtol", self.sweeps.options.rtol):
-            g, steps = sum(m.gradient(point.U) for m in self.misfits), self.layout.steps(point.z)
-            solve = lambda L, cold: self.sweeps.adjoint(steps, point.U, g, L, cold=cold, **wanted)
-            self._solve(point, "adjoint", wanted, solve)
+            self._solve_adjoint_of(point, **wanted)
         return point
+
+    def _solve_adjoint_of(self, point: Point, **wanted) -> None:
+        """For a point's state as it is."""
+        steps = self.layout.steps(point.z)
+        source = self._trajectories.gradient(point, steps)
+        solve = lambda L, cold: self.sweeps.adjoint(steps, point.U, source.rows, L, cold=cold, **wanted)
+        self._solve(point, "adjoint", wanted, solve)
+        point.controls = source.controls
 
     # -- values --------------------------------------------------------------------------------------------------------
     def value(self, z: np.ndarray, **wanted) -> float:
@@ -211,7 +234,7 @@ class ReducedProblem:
 
     def _value(self, point: Point) -> float:
         if point.value is None:
-            points = np.stack([m.values(point.U) for m in self.misfits], axis=1)
+            points = self._trajectories.values(point, self.layout.steps(point.z))
             sums = gather_in_order(points, self.spacetime.time_comm).sum(axis=0)
             regularisation = 0.0 if self.regularisation is None else self.regularisation.value(point.z)
             point.parts = {"misfit": float(sums.sum()), "regularisation": regularisation}
@@ -227,7 +250,8 @@ class ReducedProblem:
         """``J'(z) dz`` by a tangent sweep."""
         point = self._solve_state(z)
         dU = self._tangent(point, dz)
-        points = sum(m.directional(point.U, dU) for m in self.misfits)
+        steps, direction = self.layout.steps(point.z), self.layout.steps(np.ravel(dz))
+        points = self._trajectories.directional(point, steps, direction, dU)
         total = float(gather_in_order(points, self.spacetime.time_comm).sum())
         if self.regularisation is not None:
             total += self.layout.pairing(self.regularisation.gradient(point.z), np.ravel(dz))
@@ -247,7 +271,9 @@ class ReducedProblem:
     def gradient_of(self, point: Point) -> np.ndarray:
         """``J'`` from a point's trajectories as they are."""
         if point.gradient is None:
-            point.gradient = self._pull_back(point, point.L)
+            if point.controls is None:
+                point.controls = self._trajectories.direct_controls(point, self.layout.steps(point.z))
+            point.gradient = self._pull_back(point, point.L, point.controls)
             if self.regularisation is not None:
                 point.gradient += self.regularisation.gradient(point.z)
         return point.gradient.copy()
@@ -257,10 +283,10 @@ class ReducedProblem:
         g = self.gradient_of(point)
         return g if self.regularisation is None else g - self.regularisation.gradient(point.z)
 
-    def _pull_back(self, point: Point, L: np.ndarray, more: np.ndarray | None = None) -> np.ndarray:
-        """Derivatives by the controls that an adjoint gives, with something more on each step's."""
-        rows = self.sweeps.control_gradient(self.layout.steps(point.z), point.U, L)
-        return self.layout.gradient(rows if rows is None or more is None else rows + more, L[0])
+    def _pull_back(self, point: Point, L: np.ndarray, controls: np.ndarray | None) -> np.ndarray:
+        """Derivatives by the controls that an adjoint gives, with what came with its right-hand side."""
+        rows = self._trajectories.control_gradient(point, self.layout.steps(point.z), L, controls)
+        return self.layout.gradient(rows, L[0])
 
     def advance(self, z: np.ndarray) -> tuple[float, np.ndarray, float]:
         """``J`` and ``J'`` after one MGRIT cycle for the state and one for the adjoint, from what is there, and the
@@ -270,9 +296,7 @@ class ReducedProblem:
         """
         point = self._solve_state(z, cycles=1)
         value = self._value(point)
-        g, steps = sum(m.gradient(point.U) for m in self.misfits), self.layout.steps(point.z)
-        solve = lambda L, cold: self.sweeps.adjoint(steps, point.U, g, L, cold=cold, cycles=1)
-        self._solve(point, "adjoint", {"cycles": 1}, solve)
+        self._solve_adjoint_of(point, cycles=1)
         return value, self.gradient_of(point), max(relative_residual(r) for r in (point.state, point.adjoint))
 
     def hessian_action(self, z: np.ndarray, dz: np.ndarray, *, gauss_newton: bool = False, **wanted) -> np.ndarray:
@@ -284,10 +308,12 @@ class ReducedProblem:
         full = not gauss_newton and not sweeps.is_linear
         if full and point.adjoint is None:
             point = self._solve_adjoint(z)  # the second-order terms want the adjoint
-        dU, M = self._tangent(point, dz, **wanted), sweeps.new_slab()
-        g, second = self._second(point, dz, dU, full=full)
-        sweeps.adjoint(self.layout.steps(point.z), point.U, g, M, cold=True, **wanted)
-        return self._second_derivative(point, dz, M, second)
+        dU = self._tangent(point, dz, **wanted)
+        source = self._second_source(point, dz, dU, full=full)
+        del dU  # its memory is the second-order adjoint's
+        M = sweeps.new_slab()
+        sweeps.adjoint(self.layout.steps(point.z), point.U, source.rows, M, cold=True, **wanted)
+        return self._second_derivative(point, dz, M, source)
 
     def symmetric_action(
         self, z: np.ndarray, dz: np.ndarray, cycles: int, *, gauss_newton: bool = False
@@ -305,20 +331,17 @@ class ReducedProblem:
             point = self._solve_adjoint(z)
         dU = self._tangent(point, dz, cold=False, cycles=cycles)
         residual = relative_residual(sweeps.results[-1][1])
-        g, second = self._second(point, dz, dU, full=full, symmetric=True)
-        M, result = sweeps.adjoint_by_transposed_cycles(self.layout.steps(point.z), point.U, g, cycles=cycles)
-        return self._second_derivative(point, dz, M, second), max(residual, relative_residual(result))
+        source = self._second_source(point, dz, dU, full=full, symmetric=True)
+        steps = self.layout.steps(point.z)
+        M, result = sweeps.adjoint_by_transposed_cycles(steps, point.U, source.rows, cycles=cycles)
+        return self._second_derivative(point, dz, M, source), max(residual, relative_residual(result))
 
-    def _second(self, point: Point, dz: np.ndarray, dU: np.ndarray, *, full: bool, symmetric: bool = False):
-        """Right-hand side of the second-order adjoint, and the second derivatives of the steps by the controls."""
-        g = sum(m.hessian(point.U, dU) for m in self.misfits)
-        if not full:
-            return g, None
+    def _second_source(self, point: Point, dz: np.ndarray, dU: np.ndarray, *, full: bool, symmetric: bool = False):
+        """Of the second-order adjoint."""
         steps, direction = self.layout.steps(point.z), self.layout.steps(dz)
-        more, of_controls = self.sweeps.second_order(steps, point.U, direction, dU, point.L, symmetric=symmetric)
-        return g + more, of_controls
+        return self._trajectories.hessian(point, steps, direction, dU, second=full, symmetric=symmetric)
 
-    def _second_derivative(self, point: Point, dz: np.ndarray, M: np.ndarray, of_controls) -> np.ndarray:
+    def _second_derivative(self, point: Point, dz: np.ndarray, M: np.ndarray, source: Source) -> np.ndarray:
         """``J'' dz`` of a second-order adjoint."""
-        out = self._pull_back(point, M, of_controls)
+        out = self._pull_back(point, M, source.controls)
         return out if self.regularisation is None else out + self.regularisation.hessian(point.z, dz)

@@ -14,6 +14,7 @@ from pyadjoint.enlisting import Enlist
 from pyadjoint.reduced_functional import AbstractReducedFunctional
 from pyadjoint.tape import stop_annotating
 
+from pint_fem.adjoint.memory import Memory
 from pint_fem.adjoint.minimisation import one_shot, scipy_method, trust_region
 from pint_fem.adjoint.problem import ReducedProblem
 from pint_fem.adjoint.riesz import ControlInner
@@ -250,6 +251,15 @@ class TimeParallelReducedFunctional(AbstractReducedFunctional):
         """``J' m_dot`` by a tangent sweep."""
         with stop_annotating():
             return AdjFloat(self.problem.tangent_value(self._current(), self.array(m_dot)))
+
+    def memory(self) -> Memory:
+        """Memory of this rank by part and at the peak of an evaluation, in bytes; known before a run.
+
+        Collective; see :mod:`pint_fem.adjoint.memory` for the formula. ``print(rf.memory())`` shows it, as
+        ``-mgrit_view`` does before the first solve.
+        """
+        with stop_annotating():
+            return self.problem.memory()
 
     # -- optimisation -------------------------------------------------------------------------------------------------
     def minimize_trust_region(

@@ -20,6 +20,7 @@ from functools import cached_property, partial
 import numpy as np
 
 from pint_fem.adjoint.acceleration import AcceleratedSweep
+from pint_fem.adjoint.intervals import Intervals
 from pint_fem.adjoint.transposed import TransposedAdjoint
 from pint_fem.mgrit import MGRIT, MGRITOptions, SolveResult
 from pint_fem.mgrit.levels import inject
@@ -49,10 +50,15 @@ class _Bound:
         self.propagator = propagator
         self.lo = 0
         self.data: StepData | None = None
+        self.linearised: Callable[[range], StepData] | None = None  # states at F-points that are not stored
 
     def part(self, steps: range) -> StepData:
         """Data of some steps, given by their numbers in the sweep's direction."""
-        return self.data.part(slice(steps.start - self.lo, steps.stop - self.lo, steps.step))
+        data = self.data.part(slice(steps.start - self.lo, steps.stop - self.lo, steps.step))
+        if self.linearised is not None:
+            known = self.linearised(steps)
+            data = data._replace(u=known.u, kept=known.kept)
+        return data
 
     def step(self, steps, u, out):
         """See :class:`pint_fem.mgrit.levels.Propagator`."""
@@ -153,12 +159,13 @@ class Sweeps:
         self._coarse_tableau, self._judged = coarse_tableau, False
         self._cause: Exception | None = None  # why a right-hand side could not be computed
         N = evolution.nsteps
-        self.slab = slab = spacetime.slab(N)
         options = MGRITOptions.make(options)
         if options.check == "auto":
             options = MGRITOptions.make(options, check="cycle")
         factors = options.factors(N)
-        _refuse_unsupported(options, factors)
+        _refuse_unsupported(options, factors, N)
+        compact = options.storage == "C" and bool(factors)
+        self.slab = slab = spacetime.slab(N, factors[0] if compact else 1)
         options = MGRITOptions.make(options, levels=len(factors) + 1)
         strides = [1]
         for m in factors:
@@ -211,14 +218,30 @@ class Sweeps:
         for solver in {id(s): s for s in (self._state, self._tangent, self._adjoint)}.values():
             for level in solver.levels:
                 level.propagator.lo = level.lo
+        #: What is computed again where only C-points are stored, else ``None``.
+        self.intervals = self._store_c_points(factors[0]) if compact else None
         own = [[level.k for level in solver.levels] for solver in (self._state, self._adjoint)]
-        self._memories = Memories(self.propagators, *own, spacetime.comm)
+        self._memories = Memories(self.propagators, *own, spacetime.comm, finest=not compact)
         self.initial = get(evolution.initial)
         self.counts = {"state": 0, "adjoint": 0, "tangent": 0, "cycles": 0}
         #: The last solves, for reports.
         self.results: deque[tuple[str, SolveResult]] = deque(maxlen=500)
         #: Called after each solve with its kind and result (progress).
         self.on_sweep: Callable[[str, SolveResult], None] | None = None
+
+    def _store_c_points(self, m: int) -> Intervals:
+        """Set the finest level up for storage of its C-points."""
+        fine = self.propagators[0]
+        fine.keeps_loads = False
+        intervals = Intervals(fine, self.slab, m)
+        if not self.is_linear:
+            for solver in (self._state, self._tangent, self._adjoint):
+                solver.levels[0].block = 1  # an interval after the other: a step is linearised where it is taken
+            for solver in (self._tangent, self._adjoint):
+                solver.levels[0].propagator.linearised = partial(
+                    intervals.linearised, backwards=solver is self._adjoint
+                )
+        return intervals
 
     @property
     def accelerated(self) -> bool:
@@ -229,6 +252,20 @@ class Sweeps:
     def levels(self):
         """The MGRIT levels of the adjoint sweep."""
         return self._adjoint.levels
+
+    @property
+    def solvers(self) -> list:
+        """The MGRIT solvers; one for both the state and the tangent of a linear evolution."""
+        found = {id(s): s for s in (self._state, self._tangent, self._adjoint)}.values()
+        return [s.mgrit if isinstance(s, AcceleratedSweep) else s for s in found]
+
+    @property
+    def steps_kept(self) -> list[tuple[FEPropagator, int, int]]:
+        """Of each level: propagator, own steps, and those that memories of linearisations are of."""
+        fine = self.slab.k if self.intervals is None else self.intervals.m
+        out = [(self.propagators[0], self.slab.k, fine)]
+        levels = zip(self.propagators[1:], self._state.levels[1:], self._adjoint.levels[1:], strict=False)
+        return out + [(p, forward.k, forward.k + backward.k) for p, forward, backward in levels]
 
     @property
     def options(self) -> MGRITOptions:
@@ -277,9 +314,16 @@ class Sweeps:
         """Start times of the own steps."""
         return self.evolution.time(np.arange(self.slab.lo, self.slab.hi))
 
+    @property
+    def stored(self) -> tuple[slice, int]:
+        """Numbers of the local points that are stored among all that are, and how many these are."""
+        m = 1 if self.intervals is None else self.intervals.m
+        return slice(self.slab.lo // m, self.slab.hi // m + 1), self.evolution.nsteps // m + 1
+
     def new_slab(self) -> np.ndarray:
-        """Zero states for the local points, ``(k + 1, n)``."""
-        return np.zeros((self.slab.k + 1, self.evolution.state_size))
+        """Zero states for the local points, ``(k + 1, n)``; for the C-points with ``storage="C"``."""
+        own, _ = self.stored
+        return np.zeros((own.stop - own.start, self.evolution.state_size))
 
     def data(self, z, U: np.ndarray | None = None) -> StepData:
         """Data of the own fine steps; ``U`` are states of the local points (then collective)."""
@@ -294,7 +338,12 @@ class Sweeps:
         memories = self._memories.backward if backwards else self._memories.forward
         if U is not None:
             self._memories.linearise(z, U)
-            states = inject(solver.levels, U[::-1] if backwards else U)
+            along = U[::-1] if backwards else U
+            if self.intervals is None:
+                states = inject(solver.levels, along)
+            else:  # what is stored is level 1
+                self.intervals.bind(z, U)
+                states = [None, *inject(solver.levels[1:], along)]
         for level, u in zip(solver.levels, states, strict=True):
             # fine step that lends its control to the level's step: the last one forwards, the first one in time
             # backwards
@@ -372,8 +421,10 @@ class Sweeps:
         if self.slab.is_first:
             U[0] = self.initial if initial is None else initial
         if self.is_linear:
-            fine = self.propagators[0]
-            G = self._safe(lambda: fine.forcing(self.data(z), self.slab.lo), self._shape)
+            make = lambda: self.propagators[0].forcing(self.data(z), self.slab.lo)
+            if self.intervals is not None:
+                make = lambda: self.intervals.forcing(z)
+            G = self._safe(make, self._shape)
             rhs = lambda: self._coarse_forcing("forcing", z)
             return self._run(self._state, "state", U, G, cold=cold, coarse_rhs=rhs, **accuracy)
         self._bind(self._state, z, None, backwards=False)
@@ -385,25 +436,30 @@ class Sweeps:
         """Solve for the derivative of the state in the direction ``dz`` of the controls and ``initial`` of the initial
         condition (``None``: zero), in place.
         """
-        data, fine, rhs, G = self.data(z, U), self.propagators[0], None, None
+        fine, rhs, G = self.propagators[0], None, None
         if self.slab.is_first:
             dU[0] = 0 if initial is None else initial
         if self.is_linear:
             if dz is not None:
-                G = self._safe(lambda: fine.control_forcing(data, dz, self.slab.lo), self._shape)
+                make = lambda: fine.control_forcing(self.data(z), dz, self.slab.lo)
+                if self.intervals is not None:
+                    make = lambda: self.intervals.control_forcing(dz)
+                G = self._safe(make, self._shape)
                 rhs = lambda: self._coarse_forcing("control_forcing", dz)
         elif isinstance(self._tangent, MGRIT):  # the steps are affine: no solves for a right-hand side
             self._bind(self._tangent, z, U, backwards=False, dz=dz)
         else:
             self._bind(self._tangent, z, U, backwards=False)
             if dz is not None:
+                data = self.data(z, U)
                 G = self._safe(lambda: self._control_tangent(data, dz), self._shape)
         return self._run(self._tangent, "tangent", dU, G, cold=cold, coarse_rhs=rhs, **accuracy)
 
     @property
     def _shape(self) -> tuple[int, int]:
-        """Of right-hand sides of the own steps."""
-        return self.slab.k, self.evolution.state_size
+        """Of right-hand sides of the own steps, or condensed to the stored C-points."""
+        own, _ = self.stored
+        return own.stop - own.start - 1, self.evolution.state_size
 
     def _control_tangent(self, data: StepData, dz) -> np.ndarray:
         """``Phi_z dz`` of the own steps of a nonlinear evolution."""
@@ -415,7 +471,7 @@ class Sweeps:
         self, z, U: np.ndarray, gradient: np.ndarray, L: np.ndarray, *, cold: bool = False, **accuracy
     ) -> SolveResult:
         """Solve for adjoints ``L`` ``(k + 1, n)`` in place; ``gradient`` rows ``0..k-1`` (``k`` on the last rank) are
-        the right-hand side.
+        the right-hand side. With ``storage="C"`` both are for the C-points, the right-hand side condensed.
         """
         if self.slab.is_last:
             L[-1] = gradient[-1]
@@ -481,15 +537,17 @@ class Sweeps:
         return su, sz
 
 
-def _refuse_unsupported(options: MGRITOptions, factors: tuple) -> None:
+def _refuse_unsupported(options: MGRITOptions, factors: tuple, nsteps: int) -> None:
     """Raise on options of the solver that sweeps of an evolution with equal steps have no use for."""
     uneven = [m for m in factors if not isinstance(m, int)]
     if uneven:
         raise ValueError(
             f"mgrit coarsening {uneven[0]}: an evolution has equal steps on each level; give factors such as (8, 4)"
         )
-    if options.storage == "C":
+    if options.storage == "C" and factors and nsteps % factors[0]:
+        m = factors[0]
         raise ValueError(
-            "mgrit storage 'C': adjoints and misfits want the state at all points; give storage='all' "
-            "(pint_fem.mgrit.MGRIT itself can store C-points only)"
+            f"mgrit storage 'C' with {nsteps} steps and coarsening {m}: state and adjoint have the same C-points only "
+            f"where the steps are a multiple of it; give {nsteps - nsteps % m} or {nsteps - nsteps % m + m} steps, "
+            "another coarsening or storage='all'"
         )

@@ -83,9 +83,11 @@ class TransposedAdjoint:
     @staticmethod
     def exists(adjoint, evolution: Evolution, *, linear: bool) -> bool:
         """Whether an adjoint sweep has one: a plain MGRIT sweep whose C-points are those of the forward sweep, and
-        steps that are the forward ones', controls included; with any first guess where there is none to take.
+        steps that are the forward ones', controls included. All points have to be stored, and cycles begin from zero.
         """
         if not isinstance(adjoint, MGRIT) or len(adjoint.levels) == 1 or adjoint.options.coarse_solver == "relax":
+            return False
+        if adjoint.options.storage == "C":
             return False
         fits = all(fine.m and fine.nsteps % fine.m == 0 for fine in adjoint.levels[:-1])
         same = linear or not evolution.per_step

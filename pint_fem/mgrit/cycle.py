@@ -173,6 +173,9 @@ class Cycle:
                 zero = False
             elif zero:
                 coarse.G[...] = 0
+            elif index == 0 and self.relaxations[0].is_condensed(fine.G):
+                transfer = self.transfers[0]
+                coarse.G[...] = fine.G if transfer is None else transfer.restrict(fine.G)
             else:
                 coarse_rhs(fine, coarse, self.relaxations[index], self.transfers[index], linear=self.linear)
         self._solve_coarsest()

@@ -229,6 +229,10 @@ class Relaxation:
         """States of work arrays on this rank."""
         return self.count if self.weight != 1 or self.c_points_touch else 0
 
+    def is_condensed(self, G: np.ndarray | None) -> bool:
+        """Whether a right-hand side has a row an interval: never where all points are stored."""
+        return False
+
     def solve_sequentially(self) -> None:
         """Step through the level, not minding the iterate that is there."""
         self.level.solve_sequentially(fresh=True)

@@ -154,7 +154,8 @@ class MGRIT:
             ``(local_rows, *state)``: first guess in, solution out. Row 0 is the initial value on the first rank and a
             ghost of the left neighbour's last row on the others.
         G
-            Right-hand side of the own steps, ``(own steps, *state)``, or ``None`` for zero.
+            Right-hand side of the own steps, ``(own steps, *state)``, or ``None`` for zero. With ``storage="C"`` it may
+            be condensed to the own C-points (see :mod:`~pint_fem.mgrit.storage`; the last point has to be one).
         start
             ``"guess"``, ``"skip"`` or ``"nested"``; default: the option.
         coarse_rhs
@@ -180,8 +181,7 @@ class MGRIT:
         self._check_arrays(U, G, coarse_rhs)
         if not self._viewed:
             self._viewed = True
-            if self._cycle is None and len(self.levels) > 1:
-                self._cycle = self._make_cycle(U.shape[1:])
+            self.prepare(U.shape[1:])
             self._say(self.view(U[:1].nbytes))
         for level in self.levels:
             level.failure = None
@@ -215,6 +215,11 @@ class MGRIT:
         result.converged, result.reason = True, "serial"
         return result
 
+    def prepare(self, shape: tuple[int, ...]) -> None:
+        """Make the work arrays for states of a shape now rather than in the first solve; collective."""
+        if len(self.levels) > 1 and (self._cycle is None or self._cycle.state_shape != tuple(shape)):
+            self._cycle = self._make_cycle(tuple(shape))
+
     def _make_cycle(self, shape: tuple[int, ...]) -> Cycle:
         """Work arrays for states of a shape; a transfer or storage that does not fit is an error on every rank."""
         problem, cycle = None, None
@@ -229,9 +234,8 @@ class MGRIT:
         return cycle
 
     def _iterate(self, U: np.ndarray, start: str, coarse_rhs, result: SolveResult) -> None:
+        self.prepare(U.shape[1:])
         options, cycle = self.options, self._cycle
-        if cycle is None or cycle.state_shape != U.shape[1:]:
-            cycle = self._cycle = self._make_cycle(U.shape[1:])
         f_is_done = start in ("skip", "nested")
         if f_is_done:
             cycle.first_guess(nested=start == "nested", coarse_rhs_given=coarse_rhs)
@@ -297,13 +301,19 @@ class MGRIT:
 
         With ``storage="C"`` interval by interval, F-points being computed again (one propagator call each) in an
         array that the next interval uses.
+
+        Raises
+        ------
+        ValueError
+            If ``G`` is condensed: what F-points need of it is lost.
         """
         fine = self.levels[0]
+        if G is not None and len(G) != fine.k:
+            raise ValueError(f"G {G.shape} for {fine.k} own steps: give a row for each")
         if self.options.storage == "all":
             yield fine.lo + 1, U[1:]
         else:
-            if self._cycle is None:
-                self._cycle = self._make_cycle(U.shape[1:])
+            self.prepare(U.shape[1:])
             yield from self._cycle.relaxations[0].states(U, G)
 
     def _check_arrays(self, U: np.ndarray, G: np.ndarray | None, coarse_rhs) -> None:
@@ -314,7 +324,7 @@ class MGRIT:
         if len(given) != len(rows) or any(g is not None and len(g) != n for g, n in zip(given, rows, strict=False)):
             sizes = [None if g is None else len(g) for g in given]
             problem = f"coarse_rhs of {sizes} rows for the own steps {rows} of the coarse levels"
-        if not U.ndim or len(U) != self.local_rows or (G is not None and G.shape != (k, *U.shape[1:])):
+        if not U.ndim or len(U) != self.local_rows or (G is not None and G.shape not in self._rhs_shapes(U)):
             what = f"{k} own steps" + ("" if self.local_rows == k + 1 else f" with {self.local_rows - 1} C-points")
             problem = f"U {U.shape} and G {None if G is None else G.shape} for {what}"
         elif U.dtype != float:
@@ -330,6 +340,14 @@ class MGRIT:
             problems.append("G or coarse_rhs is None on some ranks only: give zeros there")
         if problems:
             raise ValueError(f"{self.name}: {problems[0]}")
+
+    def _rhs_shapes(self, U: np.ndarray) -> list[tuple[int, ...]]:
+        """Shapes that a right-hand side may have."""
+        fine = self.levels[0]
+        rows = [fine.k]
+        if self.options.storage == "C" and int(fine.c_points[-1]) == fine.nsteps:
+            rows.append(self.local_rows - 1)
+        return [(count, *U.shape[1:]) for count in rows]
 
     def _squares(self, block: np.ndarray, norms: PointNorms | None = None) -> np.ndarray:
         """Squared norms of some states; NaN where the user's function fails (no hang), and once a step has failed.

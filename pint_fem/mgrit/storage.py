@@ -1,8 +1,11 @@
-"""Relaxation of a level that stores its C-points only: F-points are computed again where they are needed.
+r"""Relaxation of a level that stores its C-points only: F-points are computed again where they are needed.
 
 An F-relaxation followed by a C-step runs through each interval with a working block of one state an interval (of a
 group of intervals), so a slab of ``k`` steps keeps ``k / m`` states and does the same propagator calls a cycle as with
 all points stored: what is saved after the correction is paid before the residual.
+
+The right-hand side may be *condensed*: a row for each own C-point, what enters in the interval before it taken to its
+end, :math:`\hat g_j = \sum_i \Phi^{c_j - i} g_i` for linear ``Phi``. Then no array has a row for each step.
 """
 
 from __future__ import annotations
@@ -53,6 +56,10 @@ class CPointRelaxation(Relaxation):
         self._send: np.ndarray | None = None
         self._buffers: tuple[np.ndarray, np.ndarray] | None = None
 
+    def is_condensed(self, G: np.ndarray | None) -> bool:
+        """Whether a right-hand side has a row an interval."""
+        return G is not None and len(G) == self.count != self.level.k
+
     def _ends(self, emit: Callable[[slice, np.ndarray], None]) -> None:
         """Run through all own whole intervals; ``emit`` gets the C-points' places and ``Phi + G`` there."""
         level, U = self.level, self.level.U
@@ -63,6 +70,7 @@ class CPointRelaxation(Relaxation):
             self._send = np.empty((1, *U.shape[1:]))
         self._send[...] = U[-1:]  # the row may be replaced before it has left
         receive, send = level.post_receive(U), level.post_send(self._send)
+        condensed = self.is_condensed(level.G)
         for count, place, waits, steps in self._whole:
             if waits:
                 level.wait(receive)
@@ -70,13 +78,18 @@ class CPointRelaxation(Relaxation):
             a, b = (buffer[:count] for buffer in self._buffers)
             a[...] = U[place : place + count]
             for run, ends in steps:
+                G = None
+                if level.G is not None and not condensed:
+                    G = level.G[run.rows]
+                elif condensed and ends:
+                    G = level.G[place:][run.places]
                 if level.uses_guess:  # before the last step: the state at the step's start
                     b[run.places] = U[place + 1 :][run.places] if ends else a[run.places]
-                    if ends and level.G is not None:
-                        b[run.places] -= level.G[run.rows]
+                    if ends and G is not None:
+                        b[run.places] -= G
                 level.phi(run.steps, a[run.places], b[run.places])
-                if level.G is not None:
-                    b[run.places] += level.G[run.rows]
+                if G is not None:
+                    b[run.places] += G
                 a[run.places] = b[run.places]
             emit(slice(place, place + count), a)
         level.wait(receive, send)
@@ -139,9 +152,12 @@ class CPointRelaxation(Relaxation):
             rows[0] = U[i.number - self.first_number]
             whole = i.number < len(level.c_points) - 1
             taken = steps[:-1] if whole and not store else steps
-            own_G = None if G is None else G[steps.start - level.lo : taken.stop - level.lo]
-            level.sweep_steps(taken, rows[: len(taken) + 1], own_G, fresh=True)
             place = i.number - self.first_number + 1
+            condensed = self.is_condensed(G)
+            own_G = None if G is None or condensed else G[steps.start - level.lo : taken.stop - level.lo]
+            level.sweep_steps(taken, rows[: len(taken) + 1], own_G, fresh=True)
+            if condensed and store:
+                rows[-1] += G[place - 1]
             if whole and store:
                 U[place] = rows[-1]
             elif whole:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["describe"]
+__all__ = ["describe", "memory"]
 
 
 def describe(solver, state_nbytes: int | None = None, *, kind: str = "MGRIT", tolerance: str = "") -> str:
@@ -39,13 +39,13 @@ def describe(solver, state_nbytes: int | None = None, *, kind: str = "MGRIT", to
             kind = f"{o.coarse_sweeps} FC-sweeps"
         lines.append(f"  level {level.index}: {level.nsteps} steps, {kind}")
     if state_nbytes is not None:
-        finest, coarse = _memory(solver, state_nbytes)
+        finest, coarse = memory(solver, state_nbytes)
         what = "all points" if o.storage == "all" else "C-points"
         lines.append(f"  memory of a rank: {what} {finest / 2**20:.3g} MB, coarse levels {coarse / 2**20:.3g} MB")
     return "\n".join(lines)
 
 
-def _memory(solver, state_nbytes: int) -> tuple[int, int]:
+def memory(solver, state_nbytes: int) -> tuple[int, int]:
     """Bytes of this rank's arrays for the finest level (work arrays included) and for the coarse ones.
 
     Before the first solve as if states were the same size on all levels.

@@ -88,10 +88,23 @@ class FEPropagator(ABC):
 
     def memory(self, count: int, *, often: bool = True) -> list | None:
         """Memories of ``count`` steps for ``StepData.kept``, each to be taken once or ``often`` in a sweep, each with
-        methods ``renew`` (the control or the trajectory is another one now), ``forget`` (first guesses, too) and
-        ``release`` (of PETSc's memory); ``None`` where there is nothing to remember.
+        methods ``renew`` (the control or the trajectory is another one now), ``forget`` (first guesses, too),
+        ``restart`` (another step takes its place) and ``release`` (of PETSc's memory); ``None`` where there is nothing
+        to remember.
         """
         return None
+
+    def kept_bytes(self, count: int) -> int:
+        """Bytes of arrays that it keeps for ``count`` steps, memories left out."""
+        return 0
+
+    def memory_bytes(self) -> int:
+        """Bytes of arrays in the memory of a step."""
+        return 0
+
+    def petsc_bytes(self, memories: int) -> dict[str, int]:
+        """Bytes on this rank in PETSc's hands by part, with ``memories`` of steps; collective over space."""
+        return {}
 
     @abstractmethod
     def step(self, data: StepData, u: np.ndarray, out: np.ndarray, lane: int = 0) -> None:

@@ -14,7 +14,18 @@ import numpy as np
 from firedrake.petsc import PETSc
 from petsctools import OptionsManager
 
-__all__ = ["WIDTH", "BlockOperator", "Factor", "Workspace", "default_solver", "is_symmetric", "lanes"]
+from pint_fem.propagators.factors import factor_bytes
+
+__all__ = [
+    "WIDTH",
+    "BlockOperator",
+    "Factor",
+    "Workspace",
+    "default_solver",
+    "is_symmetric",
+    "lanes",
+    "matrix_bytes",
+]
 
 WIDTH = 8
 """States a block. 8 takes 0.098 ms a state, 16 takes 0.091, one alone 0.29 (heat, 64x64 P1, CHOLMOD)."""
@@ -28,6 +39,11 @@ def lanes(count: int, lane: int) -> Iterator[tuple[slice, slice]]:
         take = min(WIDTH - first, count - row)
         yield slice(row, row + take), slice(first, first + take)
         row += take
+
+
+def matrix_bytes(matrix: PETSc.Mat) -> int:
+    """Memory of a matrix on this rank, as PETSc counts it."""
+    return int(matrix.getInfo(PETSc.Mat.InfoType.LOCAL)["memory"])
 
 
 class Workspace:
@@ -116,6 +132,15 @@ class Factor:
         if worst < 0:
             raise ArithmeticError(f"PETSc's linear solver failed (KSPConvergedReason {worst})")
 
+    @property
+    def nbytes(self) -> dict[str, int]:
+        """Bytes on this rank of the matrices and of the factors (a few of iterative solvers' own are not counted)."""
+        ksps = [self.ksp] if self.ksp_T is self.ksp else [self.ksp, self.ksp_T]
+        return {
+            "matrices": sum(matrix_bytes(ksp.getOperators()[0]) for ksp in ksps),
+            "factors": sum(factor_bytes(ksp) for ksp in ksps),
+        }
+
     def solve(self, b: PETSc.Vec, x: PETSc.Vec, *, transposed: bool = False) -> None:
         """One vector."""
         (self.ksp_T if transposed else self.ksp).solve(b, x)
@@ -171,6 +196,11 @@ class BlockOperator:
         self.rows = rows[0]
         self._in = Workspace.zeros(columns, matrix.comm)
         self._out = Workspace(matrix.matMult(self._in.matrix))
+
+    @property
+    def nbytes(self) -> dict[str, int]:
+        """Bytes on this rank."""
+        return {"matrices": matrix_bytes(self.matrix), "blocks": self._in.array.nbytes + self._out.array.nbytes}
 
     def __call__(self, states: np.ndarray) -> np.ndarray:
         """Apply to ``(k, columns)``, giving ``(k, rows)``; every rank of the matrix's communicator with the same

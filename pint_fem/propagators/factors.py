@@ -110,7 +110,8 @@ class Factors:
         """A solver of a nearby Jacobian of the same step, that stays: the stage's own one or an earlier stage's."""
         if stage.constant:
             return self._constant.get(stage.h)
-        return stage.lender.solver if stage.solver is None and stage.lender is not None else stage.solver
+        solver = stage.lender.solver if stage.solver is None and stage.lender is not None else stage.solver
+        return None if solver is None or solver.holds is None else solver
 
     def exact(self, stage) -> Solver | None:
         """The solver that holds the stage's Jacobian as it is."""
@@ -132,11 +133,18 @@ class Factors:
         self.counts["factorisation"] += 1
         solver.factor(matrix, holds)
         if self.bytes is None:
-            self.bytes = max(1, matrix.comm.tompi4py().allreduce(factor_bytes(solver), op=MPI.MAX))
+            self.bytes = max(1, matrix.comm.tompi4py().allreduce(factor_bytes(solver.ksp), op=MPI.MAX))
             if solver is stage.solver and self.bytes > self.memory:
                 self._spare[stage.index], stage.solver = solver, None
                 self.kept -= 1
         return solver
+
+    def measure(self, matrix: PETSc.Mat) -> None:
+        """Find out what a factor takes, from a matrix that is like the others (collective over space)."""
+        solver = Solver(self.parameters)
+        solver.factor(matrix, None)
+        self.bytes = max(1, matrix.comm.tompi4py().allreduce(factor_bytes(solver.ksp), op=MPI.MAX))
+        solver.destroy()
 
     def release(self, stage) -> None:
         """Take a stage's own solver away."""
@@ -200,9 +208,9 @@ class _OldFactor:
         self.solver.solve(x, y, transposed=True)
 
 
-def factor_bytes(solver: Solver) -> int:
+def factor_bytes(ksp: PETSc.KSP) -> int:
     """Memory of a factorisation on this rank, from the number of its nonzeros."""
-    pc = solver.ksp.getPC()
+    pc = ksp.getPC()
     kind = pc.getType()
     if kind in ("asm", "bjacobi"):
         parts = pc.getASMSubKSP() if kind == "asm" else pc.getBJacobiSubKSP()
@@ -229,4 +237,4 @@ def _nonzeros(pc: PETSc.PC) -> int:
     other.setUp()
     known = int(other.getFactorMatrix().getInfo(here)["nz_used"])
     other.destroy()
-    return known
+    return known // 2 if pc.getType() == "cholesky" else known

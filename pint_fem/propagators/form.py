@@ -28,7 +28,7 @@ from mpi4py import MPI
 
 from pint_fem.errors import InputError
 from pint_fem.propagators.base import FEPropagator, StepData, direction
-from pint_fem.propagators.blocks import default_solver
+from pint_fem.propagators.blocks import default_solver, matrix_bytes
 from pint_fem.propagators.evolution import Evolution
 from pint_fem.propagators.factors import FACTOR_MEMORY, Factors
 from pint_fem.propagators.linearisation import StageMemory, StepMemory
@@ -86,6 +86,24 @@ class FormPropagator(FEPropagator):
     def memory(self, count, *, often=True) -> list[StepMemory]:
         """See :class:`FEPropagator`."""
         return [StepMemory(self.forms, self.factors, refine=not often) for _ in range(count)]
+
+    def memory_bytes(self):
+        """See the module :mod:`~pint_fem.propagators.linearisation`."""
+        return 8 * ((7 * self.dirk.stages + 3) * self.evolution.state_size + self.evolution.control_size)
+
+    def petsc_bytes(self, memories):
+        """Matrices of the stages that move, and factors as far as the budget goes: from a factorisation of a Jacobian
+        at the values that the functions have, if there was none yet.
+        """
+        forms, stages = self.forms, memories * self.dirk.stages
+        J = forms.J.assemble()
+        if self.factors.bytes is None:
+            self.factors.measure(J)
+        moving = [form for form in (forms.J, forms.F_W, forms.F_U, *forms.F_z) if form is not None]
+        count = sum(not form.empty and not form.constant for form in moving)
+        each = max(self.factors.bytes, 1)
+        kept = self.dirk.stages if forms.J.constant else min(stages, self.factors.memory // each)
+        return {"matrices": (stages * count + kept) * matrix_bytes(J), "factors": kept * each}
 
     def _memory(self, data: StepData, i: int) -> StepMemory:
         if data.kept is not None:

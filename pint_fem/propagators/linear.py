@@ -15,12 +15,13 @@ from __future__ import annotations
 import numpy as np
 import ufl
 from firedrake import Constant, Function, assemble
+from firedrake.assemble import get_assembler
 from firedrake.petsc import PETSc
 
 from pint_fem.errors import InputError
 from pint_fem.propagators.arrays import boundary_rows, get
 from pint_fem.propagators.base import FEPropagator, StepData
-from pint_fem.propagators.blocks import Factor, is_symmetric, lanes
+from pint_fem.propagators.blocks import Factor, is_symmetric, lanes, matrix_bytes
 from pint_fem.propagators.evolution import Evolution
 from pint_fem.propagators.operators import ControlOperator, MatrixOperator, control_operator
 from pint_fem.propagators.recursion import BlockRecursion, StateRecursion
@@ -39,6 +40,8 @@ class LinearPropagator(FEPropagator):
     """
 
     is_linear = True
+    #: Whether loads that depend on time are kept, one a step and stage, or assembled again in each sweep.
+    keeps_loads = True
 
     def __init__(self, evolution: Evolution, *, stride: int = 1, tableau=None):
         super().__init__(evolution, stride=stride, tableau=tableau)
@@ -105,7 +108,7 @@ class LinearPropagator(FEPropagator):
         self._lift = Function(ev.V, name="lift")
         repl = {ev.u: self._lift, rate: self._lift / (h := Constant(1.0))}
         repl |= {control: Function(control.function_space()) for control in ev.parameters}
-        self._load_form, self._load_h = ufl.replace(form, repl), h
+        self._load_assembler, self._load_h = get_assembler(ufl.replace(form, repl)), h
         self._loads = {}
         self._operators = [control_operator(-form, control, self.bc_rows) for control in ev.parameters]
         if ev.boundary_controls is not None:
@@ -118,20 +121,22 @@ class LinearPropagator(FEPropagator):
         time.
         """
         key = (float(t), i) if self.evolution.depends_on_time else i
-        if key not in self._loads:
-            ev, h = self.evolution, self.steps_of_stage[i]
-            if ev.t is not None:
-                ev.t.assign(t + self.dirk.c[i] * self.dt)
-            self._lift.zero()
-            if ev.boundary_controls is not None:
-                ev.put_controls(np.zeros(ev.control_size))
-            for bc in ev.bcs:
-                bc.apply(self._lift)
-            self._load_h.assign(h)
-            load = -h * get(assemble(self._load_form))
-            load[self.bc_rows] = get(self._lift)[self.bc_rows]
+        if key in self._loads:
+            return self._loads[key]
+        ev, h = self.evolution, self.steps_of_stage[i]
+        if ev.t is not None:
+            ev.t.assign(t + self.dirk.c[i] * self.dt)
+        self._lift.zero()
+        if ev.boundary_controls is not None:
+            ev.put_controls(np.zeros(ev.control_size))
+        for bc in ev.bcs:
+            bc.apply(self._lift)
+        self._load_h.assign(h)
+        load = -h * get(self._load_assembler.assemble())
+        load[self.bc_rows] = get(self._lift)[self.bc_rows]
+        if self.keeps_loads or not ev.depends_on_time:
             self._loads[key] = load
-        return self._loads[key]
+        return load
 
     def _control_load(self, z: np.ndarray, h: float) -> np.ndarray:
         """``db/dz z`` of a stage for a step's vector of controls, ``(n,)``."""
@@ -158,46 +163,53 @@ class LinearPropagator(FEPropagator):
         """The affine part of ``step``: ``Phi(0, z)`` of each step, ``(k, n)``; a broadcast row where all are the
         same.
         """
-        return self._forced(data, data.z, self._affine_load, lane)
+        return self._forced(data, data.z, True, lane)
 
     def control_forcing(self, data: StepData, dz: np.ndarray, lane: int = 0) -> np.ndarray:
         """``Phi_z dz`` of each step, ``(k, n)``."""
-        return self._forced(data, dz, None, lane)
+        return self._forced(data, dz, False, lane)
 
-    def _forced(self, data: StepData, z, affine, lane: int) -> np.ndarray:
-        if self._loads is None:
-            self._prepare_loads()
+    def _forced(self, data: StepData, z, affine: bool, lane: int) -> np.ndarray:
         k, n = len(data.t), self.evolution.state_size
         same = not (affine and self.evolution.depends_on_time) and (z is None or z.ndim == 1)
         rows = min(k, 1) if same else k
-        control = {}
-        if z is not None and self.evolution.parameters:
-            control = {h: np.array([self._control_load(zi, h) for zi in np.atleast_2d(z)]) for h in self.factors}
+        out = np.empty((rows, n))
+        self.apply(np.broadcast_to(np.zeros(n), out.shape), out, 0 if same else lane, self._load(data, z, affine))
+        return np.broadcast_to(out, (k, n)) if same and k else out
+
+    def _load(self, data: StepData, z: np.ndarray | None, affine: bool):
+        """``load(rows, i)`` of a stage, for :meth:`apply`: of the controls ``z``, and the affine part where asked."""
+        if self._loads is None:
+            self._prepare_loads()
+        z = z if self.evolution.parameters else None
+        known = {}  # of the controls, by coefficient: stages share it
+
+        def control(part, h):
+            if z is not None and z.ndim == 2 and known.get("part") != part:
+                known.clear()
+                known["part"] = part
+            if h not in known:
+                known[h] = np.array([self._control_load(zi, h) for zi in np.atleast_2d(z if z.ndim == 1 else z[part])])
+            return known[h]
 
         def load(part, i):
-            b = np.zeros((part.stop - part.start, n))
-            if affine is not None:
-                b += [affine(t, i) for t in data.t[part]]
-            if control:
-                given = control[self.steps_of_stage[i]]
-                b += given if z.ndim == 1 else given[part]
+            b = np.zeros((part.stop - part.start, self.evolution.state_size))
+            if affine:
+                b += [self._affine_load(t, i) for t in data.t[part]]
+            if z is not None:
+                b += control(part, self.steps_of_stage[i])
             return b
 
-        out = np.empty((rows, n))
-        self.apply(np.zeros((rows, n)), out, 0 if same else lane, load)
-        return np.broadcast_to(out, (k, n)) if same and k else out
+        return load
 
     # -- the interface -------------------------------------------------------------------------------------------------
     def step(self, data, u, out, lane=0):
         """See :class:`FEPropagator`."""
-        self.apply(u, out, lane)
-        out += self.forcing(data, lane)
+        self.apply(u, out, lane, self._load(data, data.z, True))
 
     def tangent(self, data, du, dz, out, lane=0):
         """See :class:`FEPropagator`."""
-        self.apply(du, out, lane)
-        if dz is not None:
-            out += self.control_forcing(data, dz, lane)
+        self.apply(du, out, lane, None if dz is None else self._load(data, dz, False))
 
     def adjoint(self, data, lam, out, lane=0):
         """See :class:`FEPropagator`."""
@@ -223,6 +235,22 @@ class LinearPropagator(FEPropagator):
             for y, gz in zip(adjoints, out, strict=True):
                 gz += self._control_pull_back(y, h)
         return out if self.evolution.per_step else out[0]
+
+    # -- memory --------------------------------------------------------------------------------------------------------
+    def kept_bytes(self, count):
+        """Loads and the stages' own arrays."""
+        rows = count if self.evolution.depends_on_time and self.keeps_loads else 1
+        return 8 * self.evolution.state_size * self.dirk.stages * rows + self._block.nbytes + self._single.nbytes
+
+    def petsc_bytes(self, memories):
+        """See :class:`FEPropagator`."""
+        matrices = [self.M] if self.MT is self.M else [self.M, self.MT]
+        parts = [factor.nbytes for factor in self.factors.values()]
+        return {
+            "blocks": self._block.petsc_bytes,
+            "matrices": sum(map(matrix_bytes, matrices)) + sum(part["matrices"] for part in parts),
+            "factors": sum(part["factors"] for part in parts),
+        }
 
     def second_order(self, data, du, dz, lam, end=None):
         """Zero: the step is affine."""

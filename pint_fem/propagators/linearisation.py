@@ -117,6 +117,13 @@ class StepMemory:
         for stage in self.stages:
             stage.W = stage.U = stage.rate = None
 
+    def restart(self) -> None:
+        """Go to another step: factors, too, are of no use but for their structure."""
+        self.forget()
+        for stage in self.stages:
+            if stage.solver is not None:
+                stage.solver.holds = None
+
     def release(self) -> None:
         """Give back the memory of factors and matrices (collective over space)."""
         self.forget()
@@ -147,12 +154,18 @@ class Memories:
         Own steps of each level.
     comm
         All ranks.
+    finest
+        Whether the finest level's steps are remembered.
     """
 
-    def __init__(self, propagators: Sequence, forward: Sequence[int], backward: Sequence[int], comm):
+    def __init__(
+        self, propagators: Sequence, forward: Sequence[int], backward: Sequence[int], comm, *, finest: bool = True
+    ):
         self._comm, often = comm, len(propagators) > 1
-        self.forward = [p.memory(count, often=often) for p, count in zip(propagators, forward, strict=True)]
-        self.backward = [p.memory(count, often=often) for p, count in zip(propagators, backward, strict=True)]
+        make = lambda counts: [p.memory(count, often=often) for p, count in zip(propagators, counts, strict=True)]
+        self.forward, self.backward = make([forward[0] if finest else 0, *forward[1:]]), make([0, *backward[1:]])
+        if not finest:
+            self.forward[0] = None
         self.fine = self.forward[0]
         self.backward[0] = None if self.fine is None else self.fine[::-1]
         self._at: tuple[np.ndarray, np.ndarray] | None = None

@@ -55,6 +55,11 @@ class _Recursion:
         self._stages = [np.zeros_like(self.w) for _ in range(kept)]
         self._start, self._term = np.zeros_like(self.w), np.zeros_like(self.w)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the arrays that are not PETSc's."""
+        return (len(self._stages) + 2) * self._start.nbytes
+
     def mass(self, *, transposed: bool = False) -> None:
         """``y = M w``, or ``yT = M^T w``."""
         raise NotImplementedError
@@ -137,6 +142,11 @@ class BlockRecursion(_Recursion):
         self._yT = self._y if MT is M else Workspace(MT.matMult(self.workspace.matrix))
         self.w, self.x, self.y, self.yT = self.workspace.array, self._x.array, self._y.array, self._yT.array
         super().__init__(*args)
+
+    @property
+    def petsc_bytes(self) -> int:
+        """Bytes of the blocks."""
+        return (3 if self._yT is self._y else 4) * self.w.nbytes
 
     def mass(self, *, transposed=False):
         """See the base class."""

@@ -1,0 +1,169 @@
+"""Sensors at points: the state there at some times is compared with readings."""
+
+from __future__ import annotations
+
+import numpy as np
+from firedrake import FunctionSpace, TrialFunction, VertexOnlyMesh, assemble
+from firedrake import interpolate as interpolate_
+
+from pint_fem.adjoint.misfit import BlockMisfit
+from pint_fem.errors import InputError
+from pint_fem.propagators.blocks import BlockOperator
+
+__all__ = ["PointSensors"]
+
+
+class PointSensors(BlockMisfit):
+    r"""Sensors at points: :math:`\frac{w}{2} \sum_r \sum_s (u(x_s, t_r) - d_{rs})^2`, ``u`` linear in time between
+    steps.
+
+    Parameters
+    ----------
+    points
+        ``(sensors, dim)`` coordinates, distinct.
+    times
+        ``(readings,)``, increasing, within the evolution's interval.
+    values
+        ``(readings, sensors)``.
+    weight
+        ``w``, for instance one over (variance times number of values).
+
+    Raises
+    ------
+    InputError
+        On shapes that do not match, values that are not finite, times out of range, a sensor outside the mesh.
+    """
+
+    quadratic = True
+
+    def __init__(self, points, times, values, *, weight: float = 1.0):
+        self.points, self.times = np.atleast_2d(np.asarray(points, float)), np.atleast_1d(np.asarray(times, float))
+        self.data, self.weight = np.asarray(values, dtype=float), float(weight)
+        if self.data.shape != (len(self.times), len(self.points)):
+            raise InputError(
+                f"readings have shape {self.data.shape}: give (times, sensors) = {(len(self.times), len(self.points))}"
+            )
+        if not all(np.isfinite(a).all() for a in (self.points, self.times, self.data)):
+            raise InputError("sensor points, times and readings must be finite numbers")
+        if len(self.times) == 0 or (np.diff(self.times) <= 0).any():
+            raise InputError("sensor times must increase")
+        if len(np.unique(self.points, axis=0)) < len(self.points):
+            raise InputError("two sensors are at the same point: merge their readings")
+
+    def bind(self, evolution, spacetime, slab):
+        """See :class:`Misfit`."""
+        super().bind(evolution, spacetime, slab)
+        V, mesh = evolution.V, evolution.V.mesh().unique()
+        if V.value_shape != ():
+            raise InputError("PointSensors wants a scalar state")
+        if self.points.shape[1] != mesh.geometric_dimension:
+            raise InputError(
+                f"sensors have {self.points.shape[1]} coordinates on a {mesh.geometric_dimension}-dimensional mesh"
+            )
+        N, slack = evolution.nsteps, 1e-9 * evolution.dt
+        first, last = evolution.time(0), evolution.time(N)
+        if self.times[0] < first - slack or self.times[-1] > last + slack:
+            raise InputError(f"sensor times {self.times[0]:g}..{self.times[-1]:g} are not within {first:g}..{last:g}")
+        try:
+            sensors = VertexOnlyMesh(mesh, self.points, missing_points_behaviour="error")
+        except Exception as error:  # Firedrake raises it on every rank
+            raise InputError(f"a sensor is outside the mesh: {str(error).splitlines()[0]}") from error
+        H = assemble(interpolate_(TrialFunction(V), FunctionSpace(sensors, "DG", 0))).petscmat
+        self._observe, self._observe_T = BlockOperator(H), BlockOperator(H.transpose(type(H)()))
+        here = np.asarray(sensors.coordinates.dat.data_ro).reshape(-1, self.points.shape[1])
+        #: Numbers of the sensors that this space rank holds.
+        self.local = np.array([int(np.argmin(((self.points - x) ** 2).sum(axis=1))) for x in here], dtype=int)
+        # a reading at t in (t_{n-1}, t_n] belongs to point n: theta u_n + (1 - theta) u_{n-1}
+        place = (self.times - evolution.t0) / evolution.dt
+        point = np.clip(np.ceil(place - 1e-9), 1, N).astype(int)
+        own = np.flatnonzero((point > slab.lo) & (point <= slab.hi))
+        self._row, self._theta = point[own] - slab.lo, np.minimum(place[own] - (point[own] - 1), 1.0)
+        self._theta[np.abs(self._theta - 1) < 1e-9] = 1.0
+        self._own_data = self.data[own][:, self.local]
+        self.observes, self.forces = np.zeros(slab.k + 1, dtype=bool), np.zeros(slab.k + 1, dtype=bool)
+        self.observes[self._row] = True
+        self.observes[self._row[self._theta != 1] - 1] = True
+        self.acts = self.observes.copy()
+        self.acts[0] = True  # by the left neighbour's readings
+
+    @property
+    def width(self):
+        """Own sensors."""
+        return len(self.local)
+
+    def predict(self, U: np.ndarray) -> np.ndarray:
+        """Readings of the own times and own sensors, ``(own readings, own sensors)``, from states ``(k + 1, n)``."""
+        return self._readings(self.read(U))
+
+    def _readings(self, Y: np.ndarray) -> np.ndarray:
+        theta = self._theta[:, None]
+        return theta * Y[self._row] + (1 - theta) * Y[self._row - 1]
+
+    def predict_all(self, U: np.ndarray) -> np.ndarray:
+        """All readings ``(times, sensors)`` on every rank (data, not fields), from states ``(k + 1, n)``."""
+        return self.readings(self.read(U))
+
+    def readings(self, Y: np.ndarray) -> np.ndarray:
+        """The same from what was observed."""
+        own = np.zeros(self.data.shape)
+        first = int(self.spacetime.time_comm.exscan(len(self._row)) or 0)
+        own[first : first + len(self._row), self.local] = self._readings(Y)
+        return self.spacetime.sum_over_grid(own)
+
+    def petsc_bytes(self):
+        """See :class:`~pint_fem.adjoint.misfit.Misfit`."""
+        there, back = self._observe.nbytes, self._observe_T.nbytes
+        return {part: there[part] + back[part] for part in there}
+
+    # -- see BlockMisfit -----------------------------------------------------------------------------------------------
+    def observe(self, rows, u):
+        """The state at the sensors."""
+        return self._observe(u)
+
+    def observe_tangent(self, rows, u, du):
+        """See :class:`~pint_fem.adjoint.misfit.BlockMisfit`."""
+        return self._observe(du)
+
+    def _per_point(self, terms: np.ndarray) -> np.ndarray:
+        out = np.zeros(self.slab.k)
+        np.add.at(out, self._row - 1, terms.sum(axis=1))
+        return self.spacetime.sum_over_space(self.weight * out)
+
+    def point_values(self, Y):
+        """See :class:`~pint_fem.adjoint.misfit.BlockMisfit`."""
+        return self._per_point(0.5 * (self._readings(Y) - self._own_data) ** 2)
+
+    def point_derivatives(self, Y, dY):
+        """See :class:`~pint_fem.adjoint.misfit.BlockMisfit`."""
+        return self._per_point((self._readings(Y) - self._own_data) * self._readings(dY))
+
+    def pull_back(self, Y):
+        """See :class:`~pint_fem.adjoint.misfit.BlockMisfit`."""
+        return self._on_points(self._readings(Y) - self._own_data)
+
+    def pull_back_tangent(self, dY):
+        """See :class:`~pint_fem.adjoint.misfit.BlockMisfit`."""
+        return self._on_points(self._readings(dY))
+
+    def _on_points(self, r: np.ndarray) -> np.ndarray:
+        """Transpose of reading, with what the left neighbour's readings put on the ghost."""
+        S, theta = np.zeros((self.slab.k + 1, len(self.local))), self.weight * self._theta[:, None]
+        np.add.at(S, self._row, theta * r)
+        np.add.at(S, self._row - 1, (self.weight - theta) * r)
+        comm = self.spacetime.time_comm
+        send = None if self.slab.is_last else comm.Isend(S[-1].copy(), dest=comm.rank + 1, tag=1)
+        if not self.slab.is_first:
+            from_left = np.empty(len(self.local))
+            comm.Recv(from_left, source=comm.rank - 1, tag=1)
+            S[0] += from_left
+        if send is not None:
+            send.Wait()
+        return S
+
+    def force(self, rows, u, S):
+        """See :class:`~pint_fem.adjoint.misfit.BlockMisfit`."""
+        return self._observe_T(S[rows])
+
+    def force_tangent(self, rows, u, du, dS):
+        """See :class:`~pint_fem.adjoint.misfit.BlockMisfit`."""
+        return self._observe_T(dS[rows])

@@ -1,0 +1,186 @@
+"""Sweeps that store C-points only: the same numbers as with all points, on any grid, and what that costs."""
+
+import numpy as np
+import pytest
+from firedrake import Function, FunctionSpace, UnitSquareMesh, dx, inner, sin
+
+from mpi4py import MPI
+
+import pint_fem as pf
+from pint_fem.adjoint.misfit import Misfit
+from pint_fem.errors import InputError
+from tests.heat import heat, point_and_direction
+
+M, STEPS = 4, 16
+
+
+def misfits(ev, kinds):
+    u, t, dt = ev.u, ev.t, ev.dt
+    times = dt * np.array([1, 2.5, 7, 8.2, 11.5])  # readings at points, between them, across slabs
+    made = {
+        "running": lambda: pf.RunningMisfit(inner(u - sin(30 * t), u - sin(30 * t)) * dx),
+        "sensors": lambda: pf.PointSensors([(0.3, 0.4), (0.7, 0.6)], times, np.ones((5, 2)), weight=3.0),
+        "terminal": lambda: pf.TerminalMisfit((u - t) ** 2 * dx),
+        "quartic": lambda: pf.RunningMisfit((u**4 + t * u**2) * dx),
+    }
+    return [made[kind]() for kind in kinds.split("+")]
+
+
+def functional(st, storage, kinds="running+sensors", *, parameters=None, steps=STEPS, **problem):
+    mesh = UnitSquareMesh(4, 4, comm=st.space_comm, distribution_parameters={"partitioner_type": "simple"})
+    ev = heat(mesh, steps=steps, **problem)
+    mgrit = dict(storage=storage, coarsening=(M, 2), levels=3, rtol=1e-13)
+    return pf.TimeParallelReducedFunctional(
+        ev,
+        misfits(ev, kinds),
+        regularisation=0.1 * ev.control**2 * dx,
+        spacetime=st,
+        solver_parameters={"mgrit": mgrit, **(parameters or {})},
+        printer=lambda line: None,
+    )
+
+
+def numbers(rf):
+    """J, its derivatives along a direction, by tangents and by adjoints, and J'' along it."""
+    z, dz = point_and_direction(rf)
+    z, dz = (rf.layout.join([np.array([f.dat.data_ro for f in part.subfunctions]) if rf.evolution.per_step else
+             part.dat.data_ro]) for part in (z, dz))  # fmt: skip
+    p = rf.problem
+    along = lambda dual: rf.layout.pairing(dual, dz)
+    return np.array(
+        [p.value(z), p.tangent_value(z, dz), along(p.derivative(z)), along(p.hessian_action(z, dz))]
+        + [along(p.hessian_action(z, dz, gauss_newton=True))]
+    )
+
+
+def compare(st, rtol, **problem):
+    a, b = (numbers(functional(st, storage, **problem)) for storage in ("all", "C"))
+    np.testing.assert_allclose(b, a, rtol=rtol, atol=0)
+    assert b[1] == pytest.approx(b[2], rel=1e-12)
+
+
+@pytest.mark.parametrize("kinds", ["running+sensors", "terminal", "quartic"])
+@pytest.mark.parametrize("per_step", [False, True])
+def test_linear(kinds, per_step):
+    compare(pf.SpaceTime(), 1e-13, kinds=kinds, per_step=per_step)
+
+
+@pytest.mark.parametrize("kinds", ["running+sensors", "quartic"])
+@pytest.mark.parametrize("per_step", [False, True])
+def test_nonlinear(kinds, per_step):
+    """To what Newton leaves of the stages, 1e-14 of a state."""
+    compare(pf.SpaceTime(), 1e-11, kinds=kinds, per_step=per_step, linear=False)
+
+
+@pytest.mark.parallel([2, 4])
+def test_on_time_ranks():
+    for per_step in (False, True):
+        compare(pf.SpaceTime(), 1e-12, per_step=per_step)
+    if MPI.COMM_WORLD.size == 2:
+        compare(pf.SpaceTime(), 1e-11, linear=False)
+
+
+@pytest.mark.parallel(4)
+def test_on_a_grid():
+    compare(pf.SpaceTime("2x2"), 1e-11)
+
+
+@pytest.mark.parallel([2, 3])
+@pytest.mark.parametrize("linear", [True, False])
+def test_bits_do_not_depend_on_time_ranks(linear):
+    """Slabs of whole intervals, also uneven ones."""
+    runs = [functional(st, "C", linear=linear) for st in (pf.SpaceTime(), pf.SpaceTime("1x1", comm=MPI.COMM_SELF))]
+    for rf in runs:
+        z = np.asarray(rf.array(rf.controls[0].control))
+        rf.problem.derivative(z)
+    own, _ = runs[0].problem.sweeps.stored
+    assert len(runs[0].problem.U) == own.stop - own.start == runs[0].problem.sweeps.slab.k // M + 1
+    assert np.array_equal(runs[0].problem.U, runs[1].problem.U[own])
+    assert np.array_equal(runs[0].problem.L, runs[1].problem.L[own])
+    assert runs[0].problem.value(z) == runs[1].problem.value(z)
+
+
+def test_other_controls():
+    """The initial condition besides a static one; nothing moves in time."""
+    out = []
+    for storage in ("all", "C"):
+        mesh = UnitSquareMesh(3, 3, comm=MPI.COMM_SELF)
+        base = heat(mesh, steps=8)
+        u0 = Function(base.V).interpolate(sin(3 * base.u))
+        ev = pf.Evolution(base.residual, base.u, tableau=pf.SDIRK2(), dt=base.dt, nsteps=8, t=base.t, bcs=base.bcs,
+                          control=[base.control, u0], initial=u0)  # fmt: skip
+        rf = pf.TimeParallelReducedFunctional(
+            ev, pf.RunningMisfit(ev.u**2 * dx), spacetime=pf.SpaceTime("1x1", comm=MPI.COMM_SELF),
+            solver_parameters={"mgrit": dict(storage=storage, coarsening=(4, 2), rtol=1e-13)},
+        )  # fmt: skip
+        z, dz = np.random.default_rng(0).standard_normal((2, rf.layout.size))
+        out.append(np.concatenate([rf.problem.derivative(z), rf.problem.hessian_action(z, dz)]))
+    np.testing.assert_allclose(out[1], out[0], rtol=0, atol=1e-12 * np.abs(out[0]).max())
+
+
+def test_what_it_costs():
+    """Steps of the finest level in units of all steps, besides the cycles' own: a pass over the states for a value;
+    one, and two of the adjoint, for a gradient.
+    """
+    rf = functional(pf.SpaceTime(), "C", "running")
+    sweeps, p = rf.problem.sweeps, rf.problem.sweeps.propagators[0]
+    z = np.asarray(rf.array(rf.controls[0].control))
+    calls = {"forward": 0, "backward": 0}
+
+    def counted(name, method):
+        def call(u, out, lane, more=None):
+            calls[name] += len(u)
+            return method(u, out, lane, more)
+
+        return call
+
+    p.apply, p.apply_transposed = counted("forward", p.apply), counted("backward", p.apply_transposed)
+    for solver in (sweeps._state, sweeps._adjoint):
+        step = solver.levels[0].propagator
+        step._apply = p.apply_transposed if step.transposed else p.apply
+    rf.problem.value(z)
+    inside = (M - 1) * STEPS // M
+    assert calls["forward"] == sweeps._state.levels[0].phi_calls + inside + STEPS + M  # condensed: affine, and controls
+    calls.update(forward=0, backward=0)
+    rf.problem.derivative(z)
+    assert calls["forward"] == inside
+    assert calls["backward"] == sweeps._adjoint.levels[0].phi_calls + 2 * inside + 1
+
+
+@pytest.mark.parallel([1, 2])
+def test_refused():
+    """On every rank."""
+    st = pf.SpaceTime()
+    for problem, message in (
+        (dict(steps=18), "18 steps and coarsening 4.*give 16 or 20"),
+        (dict(parameters={"krylov": {"ksp_type": "fgmres"}}), "storage"),
+        (dict(parameters={"time_solver": "serial"}), "one level"),
+    ):
+        with pytest.raises(InputError, match=message):
+            functional(st, "C", **problem)
+    if st.time_size == 2:
+        with pytest.raises(InputError, match="2 time ranks for 1 groups of 4"):
+            functional(st, "C", steps=4, parameters={})
+
+    class Whole(Misfit):
+        values = directional = gradient = hessian = None
+
+    rf = functional(st, "C")
+    with pytest.raises(InputError, match="Whole wants the state at all points"):
+        pf.TimeParallelReducedFunctional(
+            rf.evolution, Whole(), spacetime=st,
+            solver_parameters={"mgrit": dict(storage="C", coarsening=4)},
+        )  # fmt: skip
+
+
+def test_minimises_from_a_checkpoint(tmp_path):
+    """The same iterates as with all points; a run that goes on from a file ends where one run does."""
+    results = []
+    for storage, stops in (("all", [2]), ("C", [2]), ("C", [1, 2])):
+        for most in stops:
+            rf = functional(pf.SpaceTime(), storage, steps=8)
+            path = tmp_path / f"{storage}{len(stops)}.h5"
+            result = rf.minimize_trust_region(max_it=most, gtol_rel=1e-9, checkpoint=path)
+        results.append(result)
+    np.testing.assert_allclose(results[1].x, results[0].x, rtol=1e-9)
+    assert np.array_equal(results[2].x, results[1].x)
