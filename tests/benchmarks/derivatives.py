@@ -1,4 +1,7 @@
-"""Value, gradient and Hessian action, timed: of the time-parallel functional and of pyadjoint's."""
+"""Value, gradient and Hessian action, timed: of the time-parallel functional and of pyadjoint's.
+
+Times are the processor's, of this one process: on a core of its own what a clock shows, on a busy machine still that.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +14,10 @@ from firedrake import Function
 
 from pint_fem.adjoint import TimeParallelReducedFunctional
 from pint_fem.propagators.arrays import get
-from tests.benchmarks.rows import timed
 
-__all__ = ["Derivatives", "Measured", "difference", "on_tape"]
+__all__ = ["MORE", "Derivatives", "Measured", "difference", "on_tape"]
 
-NAMES = ("value", "gradient", "hessian")
+NAMES, MORE = ("value", "gradient", "hessian"), 8
 
 
 @dataclass
@@ -62,20 +64,33 @@ class Derivatives:
         """``J'' dz``, with a tangent and an adjoint."""
         return self.rf.problem.hessian_action(self.scale * self.z, self.dz)
 
+    def more_hessians(self) -> float:
+        """Mean seconds of :data:`MORE` further actions at the control, in other directions."""
+        z, places, start = self.scale * self.z, np.arange(self.dz.size), time.process_time()
+        for k in range(1, MORE + 1):
+            self.rf.problem.hessian_action(z, np.cos(k * places) * self.dz)
+        return (time.process_time() - start) / MORE
+
     def state(self) -> None:
         """A state sweep at a new control."""
         self.move()
         self.rf.problem.sweeps.state(self.scale * self.z, self.rf.problem.U)
 
-    def measure(self, repeats: int) -> Measured:
-        """Times of ``repeats`` new controls; one more before them warms up, and gives the values."""
+    def measure(self, repeats: int, *, more: bool = False) -> Measured:
+        """Times of ``repeats`` new controls; one more before them warms up, and gives the values. With ``more`` that of
+        ``"more"`` Hessian actions, too.
+        """
         self.move(1.0)
         values = {name: getattr(self, name)() for name in NAMES}
-        parts = {name: [] for name in NAMES}
+        parts = {name: [] for name in (*NAMES, *(["more"] if more else []))}
         for _ in range(repeats):
             self.move()
             for name in NAMES:
-                parts[name] += timed(getattr(self, name), repeats=1)
+                start = time.process_time()
+                getattr(self, name)()
+                parts[name].append(time.process_time() - start)
+            if more:
+                parts["more"].append(self.more_hessians())
         return Measured({name: statistics.median(part) for name, part in parts.items()}, values)
 
 
@@ -97,9 +112,9 @@ def on_tape(rf, z: np.ndarray, dz: np.ndarray, *, repeats: int, hessians: int, s
         ):
             if name == "hessian" and i >= hessians:
                 continue
-            start = time.perf_counter()
+            start = time.process_time()
             result = action()
-            times[name].append(time.perf_counter() - start)
+            times[name].append(time.process_time() - start)
             values.setdefault(name, float(result) if name == "value" else get(result))
         say(", ".join(f"{name} {times[name][-1]:.2f}" for name in NAMES if len(times[name]) > i) + " s")
     return Measured({name: statistics.median(t[1:] or t) for name, t in times.items()}, values)
