@@ -62,7 +62,7 @@ def test_kill_nine_on_two_ranks(tmp_path, method):
     path, whole = tmp_path / "killed.h5", found(lives(tmp_path / "whole.h5", method))
     rng = random.Random(2)
     for _ in range(2):
-        assert lives(path, method, rng.randrange(5, whole["events"] // 3), ranks=2).returncode != 0
+        assert lives(path, method, rng.randrange(5, whole["events"] // 6), ranks=2).returncode != 0
         assert path.exists()
     the_same(found(lives(path, method, ranks=2)), whole)
 
