@@ -3,7 +3,7 @@ time until the given number of sweeps and writes (``kill -9``), then to the end,
 
 Runs are forked from one process that has posed the problem. With several processes, which cannot be forked, a call is
 one life: ``mpiexec -n 2 python -m tests.kill_run FILE METHOD [KILL]``; the last process kills itself, and mpiexec the
-others.
+others. A life without KILL is followed by a run without a checkpoint, printed as ``whole``.
 """
 
 import json
@@ -60,9 +60,11 @@ def run(rf, path, method: str, kill: int | None) -> dict:
 def main(path: str, method: str, kills: list[int]) -> None:
     """Fork, kill, and run to the end; or live once."""
     comm = MPI.COMM_WORLD
-    rf = functional(pf.SpaceTime((1, comm.size)), n=3, steps=16, rtol=1e-11)
+    make = lambda: functional(pf.SpaceTime((1, comm.size)), n=3, steps=16, rtol=1e-11)
+    rf = make()
     if comm.size > 1:
         found = run(rf, path, method, kills[0] if kills else None)
+        found["whole"] = run(make(), None, method, None)
         if comm.rank == 0:
             print(json.dumps(found), flush=True)
         return

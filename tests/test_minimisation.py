@@ -91,7 +91,7 @@ def test_error_estimates():
 
 @pytest.mark.parallel([1, 2])
 def test_one_shot(best):
-    """The optimum, with fewer cycles than the inexact trust region, and the bits of one rank in time."""
+    """The optimum, with fewer cycles than the trust region, and as many as on one rank in time."""
     results, cycles = [], []
     for st in (pf.SpaceTime(), pf.SpaceTime("1x1", comm=MPI.COMM_SELF)):
         rf = functional(st, rtol=1e-11, n=4)
@@ -100,8 +100,8 @@ def test_one_shot(best):
     assert results[0].converged
     assert abs(results[0].value - best[0]) < 1e-6 * best[0]
     assert cycles[0] == cycles[1]
-    assert np.array_equal(results[0].x, results[1].x)
-    assert repr(results[0].history) == repr(results[1].history)
+    assert np.allclose(results[0].x, results[1].x, rtol=0, atol=1e-8)
+    assert [r.update for r in results[0].history] == [r.update for r in results[1].history]
     rf = functional(pf.SpaceTime(), rtol=1e-11, n=4)
     rf.minimize_trust_region(gtol_rel=1e-6)
     assert cycles[0] < 0.7 * rf.problem.sweeps.counts["cycles"]

@@ -65,7 +65,7 @@ class Rod:
         """State and adjoint; J, g and the larger relative residual."""
         state = self.forward.solve(self.U, np.tile(self.F[0] @ q, (STEPS, 1)), **accuracy)
         g = np.zeros_like(self.U)
-        g[1:, self.sensors] = self.weight * (self.U - self.data)[1:, self.sensors]
+        g[1:, self.sensors] = self.weight * (self.U[:, self.sensors] - self.data)[1:]
         self.lam[-1] = g[-1]
         adjoint = self.backward.solve(self.lam[::-1], g[:-1][::-1], **accuracy)
         self.cycles += state.cycles + adjoint.cycles
@@ -98,29 +98,29 @@ class Accurate(Rod):
     advance = None
 
 
-@pytest.mark.parametrize("alpha", [1e-2, 1e-6])
-def test_the_optimum_in_far_fewer_cycles_than_solving_at_every_design(alpha):
-    """J of the dense linear algebra to 1e-6, whatever the condition: a few cycles for each direction of CG."""
+@pytest.mark.parametrize(("alpha", "condition"), [(1e-2, 1e3), (1e-4, 1e5), (1e-6, 1e7)])
+def test_the_optimum_of_a_stiff_problem(alpha, condition):
+    """That of dense linear algebra: H >= 1, so that J is above it by at most |g|^2 / 2. A few cycles for each direction
+    of conjugate gradients, whatever the condition; fewer than solving at every design, though four are exact here.
+    """
     rod, accurate = Rod(alpha), Accurate(alpha)
     H, S = rod.hessian()
-    condition = np.linalg.eigvals(H).real.max()
-    q = np.linalg.solve(H, np.linalg.solve(rod.P, rod.weight * S.T @ rod.data[1:].ravel()))
-    best = rod.value(q)
+    assert np.linalg.eigvals(H).real.max() > condition
+    best = rod.value(np.linalg.solve(H, np.linalg.solve(rod.P, rod.weight * S.T @ rod.data[1:].ravel())))
     rod.U[:], rod.lam[:], rod.cycles = 0, 0, 0
     options = {"gtol_rel": 1e-7, "memory": 30, "max_it": 400, "value_rtol": 1e-9}
     one, two = (minimize_one_shot(problem, np.zeros(rod.n), **options) for problem in (rod, accurate))
-    assert one.converged
-    assert two.converged
-    assert one.value == pytest.approx(best, rel=1e-6)
-    assert two.value == pytest.approx(best, rel=1e-6)
-    assert condition > 1e2 / alpha**0.9
-    assert rod.cycles < 0.6 * accurate.cycles
-    assert rod.cycles < 300
+    for result in (one, two):
+        assert result.converged
+        assert -1e-8 < result.value - best < 0.5 * result.gradient_norm**2 + 1e-8
+    assert rod.cycles < 100
+    if condition < 1e7:  # where the errors of one cycle do not hide most curvatures
+        assert rod.cycles < 0.9 * accurate.cycles
 
 
 def test_a_cycle_contracts_whatever_the_step():
     """The gradient's error after a cycle at a new design is proportional to the step, and the next one takes at least
-    a factor 5 off it, the adjoint's lag included.
+    a factor 100 off it, the adjoint's lag included.
     """
     rod = Rod(1e-4)
     start, direction = np.ones(rod.n), np.sin(np.arange(rod.n))
@@ -131,6 +131,6 @@ def test_a_cycle_contracts_whatever_the_step():
         errors = [rod.advance(z)[1] for _ in range(2)]
         exact = Rod(1e-4).gradient(z)
         errors = [np.sqrt(rod.inner(e, e)) / length for e in (g - exact for g in errors)]
-        assert errors[1] < errors[0] / 5
+        assert errors[1] < errors[0] / 100
         ratios.append(errors[0])
-    assert max(ratios) < 1.5 * min(ratios)
+    assert max(ratios) < 1.001 * min(ratios)

@@ -77,6 +77,7 @@ def _checkpoint(given, objective: Objective):
 def one_shot(rf, start: np.ndarray, *, monitor, constraints, preconditioner, checkpoint, **options):
     """See :meth:`~pint_fem.adjoint.TimeParallelReducedFunctional.minimize_one_shot`."""
     options.setdefault("value_rtol", 10 * rf.problem.sweeps.options.rtol)
+    options.setdefault("memory", 10 if rf.evolution.stepwise else 40)  # what is static is small beside a trajectory
     if rf.problem.sweeps.accelerated:
         raise InputError("one-shot takes single MGRIT cycles: leave krylov out")
     if preconditioner == "limited-memory":

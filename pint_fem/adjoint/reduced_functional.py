@@ -323,7 +323,8 @@ class TimeParallelReducedFunctional(AbstractReducedFunctional):
         """Minimise while solving: one MGRIT cycle for state and adjoint between two updates of the controls.
 
         See :func:`pint_fem.optimize.one_shot.minimize_one_shot` for options and result, and
-        :meth:`minimize_trust_region` for the arguments.
+        :meth:`minimize_trust_region` for the arguments. ``memory``: 40 pairs by default, 10 where a control has a value
+        a step; as many as there are directions that the data determine make the run short.
         """
         result = one_shot(
             self, self._start(start), monitor=self._monitor(monitor), constraints=constraints,

@@ -141,7 +141,8 @@ def minimize_one_shot(
         Length of the first step in the problem's norm. By default ``|J| / |g|``, with which the linear model loses all
         of J, or 1 if J is zero.
     memory : int
-        Pairs in the L-BFGS operator, two vectors each.
+        Pairs in the L-BFGS operator, two vectors each. As many as conjugate gradients would take iterations make
+        about as many designs; fewer make several times as many.
     value_rtol : float
         Relative accuracy of an accurate J.
     preconditioner : callable, optional
