@@ -10,7 +10,7 @@ from functools import partial
 import numpy as np
 import pytest
 from firedrake import UnitSquareMesh, dx, inner, sin
-from mpi4py import MPI
+from firedrake.petsc import PETSc
 
 import pint_fem as pf
 from tests.heat import heat
@@ -74,3 +74,75 @@ def test_arrays_are_those_of_the_formula(per_step):
         assert peak == pytest.approx(formula.arrays(), rel=0.1), (str(formula), storage)
     controls = peaks["C"] if per_step else 2 * peaks["C"]  # a control a step is itself as large as a state
     assert controls <= peaks["all"]
+
+
+@pytest.mark.parallel([1, 2])
+@pytest.mark.parametrize("storage", ["all", "C"])
+def test_nothing_grows(storage):
+    """Bytes of arrays and of everything Python allocates, the resident set, and PETSc's objects that Python holds, over
+    200 evaluations of value, gradient and Hessian action.
+    """
+    rf = functional(pf.SpaceTime(), storage, n=2, steps=8, coarsening=(2, 2), sensors=False, moving=False)
+    z = np.asarray(rf.array(rf.controls[0].control))
+    rng, seen = np.random.default_rng(0), []
+    tracemalloc.start()
+    try:
+        for i in range(201):
+            evaluate(rf, z + 0.01 * rng.standard_normal(z.size))
+            if i in (100, 200):
+                gc.collect()
+                seen.append((bytes_of_arrays(), tracemalloc.get_traced_memory()[0], resident(), petsc_objects()))
+    finally:
+        tracemalloc.stop()
+    (arrays, python, rss, objects), last = seen
+    assert last[0] <= arrays
+    assert last[1] - python <= 100_000  # 500 results are remembered, with their residuals
+    assert last[2] - rss <= 2 << 20
+    assert last[3] <= objects
+
+
+def alone() -> dict:
+    """The environment of a process that is no rank of this run."""
+    return {k: v for k, v in os.environ.items() if not k.startswith(("OMPI_", "PMIX_", "PMI_"))} | {"PYTHONPATH": "."}
+
+
+def resident() -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def petsc_objects() -> int:
+    """That are alive in Python's hands."""
+    return sum(isinstance(thing, PETSc.Object) for thing in gc.get_objects())
+
+
+RUN = """
+import sys
+import numpy as np
+from tests.test_memory import evaluate, functional, resident
+import pint_fem as pf
+
+storage = sys.argv[1]
+make = lambda steps: functional(pf.SpaceTime(), storage, n=32, steps=steps, sensors=False, moving=False, rtol=1e-3)
+evaluate(small := make(32), np.zeros(small.layout.size))  # compiled code is there
+del small
+open("/proc/self/clear_refs", "w").write("5")  # the peak is the present from now on
+before = resident()
+rf = make(2048)
+formula = rf.memory().peak()
+evaluate(rf, np.ones(rf.layout.size))
+peak = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) * 1024
+print("peak", formula, peak - before)
+"""
+
+
+def test_resident_set_is_that_of_the_formula():
+    """All that a process takes, PETSc's part included, within 25%, of some 50 MB; C-points take less than half."""
+    peaks = {}
+    for storage in ("all", "C"):
+        out = subprocess.run([sys.executable, "-c", RUN, storage], env=alone(), capture_output=True, text=True, timeout=300)
+        assert out.returncode == 0, out.stderr
+        formula, peak = map(int, next(x for x in out.stdout.splitlines() if x.startswith("peak")).split()[1:])
+        peaks[storage] = peak
+        assert peak == pytest.approx(formula, rel=0.25, abs=4 << 20), storage
+    assert 2 * peaks["C"] <= peaks["all"]
