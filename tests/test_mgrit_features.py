@@ -33,6 +33,14 @@ class Decay:
         out[...] = u / (1 + dt + dt * u * u)
 
 
+class LinearDecay(Decay):
+    """``u' = -u``."""
+
+    def step(self, steps, u, out):
+        n = np.asarray(steps)
+        out[...] = u / (1 + (self.t[n + 1] - self.t[n]).reshape(-1, *[1] * (u.ndim - 1)))
+
+
 class Modes:
     """``u -> lam u`` on pairs of components, complex eigenvalues."""
 
@@ -150,6 +158,36 @@ def test_states_gives_the_trajectory(fixed):
     exact = sequential(Decay(t), [1.0, 2.0], N, G)
     for n, block in parts:
         np.testing.assert_allclose(block, exact[n : n + len(block)], rtol=0, atol=1e-13)
+
+
+@pytest.mark.parallel([1, 2, 3])
+@pytest.mark.parametrize("options", [dict(), dict(start="nested"), dict(max_it=1, on_divergence="serial")])
+def test_condensed_right_hand_side(options):
+    """A row an interval does as a row a step does; where F-points want theirs, or there are steps behind the last
+    C-point, it is refused.
+    """
+    N, m = 40, 5
+    t, G = np.arange(N + 1) / 10, np.random.default_rng(1).standard_normal((N, 2))
+    phi, condensed = LinearDecay(t), []
+    exact = sequential(phi, [1.0, 2.0], N, G)
+    for c in range(0, N, m):
+        g = np.zeros((1, 2))
+        for n in range(c, c + m):
+            out = np.empty_like(g)
+            phi.step(range(n, n + 1), g, out)
+            g = out + G[n]
+        condensed.append(g[0])
+    given = dict(coarsening=m, storage="C", rtol=1e-14, **options)
+    solver = MGRIT([phi, LinearDecay(t[::m])], N, options=given, comm=COMM, linear=True)
+    own = solver.levels[1]
+    U, rows = guess([1.0, 2.0], N)[m * own.lo : m * own.hi + 1 : m], np.array(condensed)[own.lo : own.hi]
+    assert solver.solve(U, rows).converged
+    np.testing.assert_allclose(U, exact[m * own.lo : m * own.hi + 1 : m], rtol=0, atol=1e-13)
+    with pytest.raises(ValueError, match="give a row for each"):
+        next(solver.states(U, rows))
+    solver = MGRIT(decays(np.arange(N + 2) / 10, [m]), N + 1, options=given, comm=COMM)
+    with pytest.raises(ValueError, match="for .* own steps"):
+        solver.solve(np.zeros((solver.local_rows, 2)), np.zeros((solver.local_rows - 1, 2)))
 
 
 @pytest.mark.parallel([1, 2, 3])

@@ -87,10 +87,12 @@ def memory(problem) -> Memory:
         forcing += sum(level.k for level in sweeps.levels[1:]) * n
     guess = 0 if intervals is not None or len(sweeps.levels) == 1 else 2 * (sweeps.levels[1].k + 1) * n
     stepwise = slab.k * ev.control_size * 8 if ev.per_step else 0
+    direct = 0 if intervals is None else stepwise  # what comes with a condensed right-hand side
+    kept["controls"] += len(problem.points) * direct
     blocks = 3 * few if intervals is None else 6 * intervals.width * n
     passing = {
         "value": {"right-hand side": forcing, "blocks": blocks},
-        "gradient": {"right-hand side": sources + guess, "blocks": blocks, "controls": 2 * stepwise},
+        "gradient": {"right-hand side": sources + guess, "blocks": blocks, "controls": 2 * (stepwise + direct)},
     }
     several = sources if intervals is None and len(problem.misfits) > 1 else 0
     if second and intervals is None:
@@ -100,7 +102,7 @@ def memory(problem) -> Memory:
         "sweep": sources,
         "right-hand side": max(sources + max(several, guess), along),
         "blocks": blocks,
-        "controls": (3 if second else 2) * stepwise + 2 * layout,
+        "controls": (3 if second else 2) * stepwise + 2 * (direct + layout),
     }
     held = [p.petsc_bytes(count) for p, _, count in sweeps.steps_kept] + [m.petsc_bytes() for m in problem.misfits]
     petsc = {part: sum(h.get(part, 0) for h in held) for part in ("blocks", "matrices", "factors")}

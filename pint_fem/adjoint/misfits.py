@@ -7,6 +7,7 @@ changes of their values are not seen.
 from __future__ import annotations
 
 from abc import abstractmethod
+from functools import partial
 
 import numpy as np
 import ufl
@@ -19,12 +20,14 @@ from pint_fem.adjoint.sensors import PointSensors
 from pint_fem.errors import InputError
 from pint_fem.propagators.arrays import get, put
 from pint_fem.propagators.blocks import BlockOperator
+from pint_fem.propagators.rows import MOST, RowSpace
 
 __all__ = ["Misfit", "PointSensors", "RunningMisfit", "TerminalMisfit"]
 
 
 class _PointForm:
-    """A form without ``u``, assembled at points: the rows are kept or computed again when asked for.
+    """A form without ``u``, assembled at points: the rows are kept, or kept in a small space if they are in one, else
+    computed again when asked for.
 
     Parameters
     ----------
@@ -48,6 +51,7 @@ class _PointForm:
         self._place = np.cumsum(wanted) - 1  # among the kept rows
         self._moves = not form.empty() and t in extract_coefficients(form)
         self._rows = np.zeros((1, *self._shape)) if form.empty() else None
+        self._space = None if keep or not self._moves else RowSpace(form.ufl_domain().comm)
         if self._rows is None:
             self._assembler = get_assembler(form)
             if keep or not self._moves:
@@ -56,11 +60,15 @@ class _PointForm:
     def _assemble(self, times) -> np.ndarray:
         rows = np.empty((len(times), *self._shape))
         for row, time in enumerate(times):
-            if self._moves:
-                self._t.assign(time)
-            result = self._assembler.assemble()
-            rows[row] = get(result) if self._shape else result
+            make = partial(self._row, time)
+            rows[row] = make() if self._space is None else self._space.get(float(time), make)
         return rows
+
+    def _row(self, time) -> np.ndarray | float:
+        if self._moves:
+            self._t.assign(time)
+        result = self._assembler.assemble()
+        return get(result) if self._shape else result
 
     def __getitem__(self, where) -> np.ndarray:
         """Rows of some points, zero where they are not wanted; one row where all are the same."""
@@ -74,8 +82,8 @@ class _PointForm:
 
     @property
     def nbytes(self) -> int:
-        """Of what is kept."""
-        return 0 if self._rows is None else self._rows.nbytes
+        """Of what is kept, at most."""
+        return 8 * self._shape[0] * MOST if self._rows is None else self._rows.nbytes
 
 
 class _FormMisfit(BlockMisfit):

@@ -376,6 +376,8 @@ class Sweeps:
         except SolverFailure as failure:
             cause, self._cause = self._cause, None
             raise failure from cause
+        finally:  # the slabs are the caller's: nobody else holds on to them
+            solver.levels[0].U = solver.levels[0].G = None
         self.counts[kind] += 1
         self.counts["cycles"] += result.cycles
         self.results.append((kind, result))

@@ -25,6 +25,7 @@ from pint_fem.propagators.blocks import Factor, is_symmetric, lanes, matrix_byte
 from pint_fem.propagators.evolution import Evolution
 from pint_fem.propagators.operators import ControlOperator, MatrixOperator, control_operator
 from pint_fem.propagators.recursion import BlockRecursion, StateRecursion
+from pint_fem.propagators.rows import MOST, RowSpace
 from pint_fem.propagators.tableaux import DIRK
 
 __all__ = ["LinearPropagator"]
@@ -40,7 +41,7 @@ class LinearPropagator(FEPropagator):
     """
 
     is_linear = True
-    #: Whether loads that depend on time are kept, one a step and stage, or assembled again in each sweep.
+    #: Whether loads that depend on time are kept, one a step and stage, or in a small space if they are in one.
     keeps_loads = True
 
     def __init__(self, evolution: Evolution, *, stride: int = 1, tableau=None):
@@ -109,7 +110,7 @@ class LinearPropagator(FEPropagator):
         repl = {ev.u: self._lift, rate: self._lift / (h := Constant(1.0))}
         repl |= {control: Function(control.function_space()) for control in ev.parameters}
         self._load_assembler, self._load_h = get_assembler(ufl.replace(form, repl)), h
-        self._loads = {}
+        self._loads, self._row_space = {}, RowSpace(ev.V.mesh().comm)
         self._operators = [control_operator(-form, control, self.bc_rows) for control in ev.parameters]
         if ev.boundary_controls is not None:
             M, K = ev.linear_operators()
@@ -121,8 +122,13 @@ class LinearPropagator(FEPropagator):
         time.
         """
         key = (float(t), i) if self.evolution.depends_on_time else i
-        if key in self._loads:
-            return self._loads[key]
+        if not self.keeps_loads:
+            return self._row_space.get(key, lambda: self._assemble_load(t, i))
+        if key not in self._loads:
+            self._loads[key] = self._assemble_load(t, i)
+        return self._loads[key]
+
+    def _assemble_load(self, t: float, i: int) -> np.ndarray:
         ev, h = self.evolution, self.steps_of_stage[i]
         if ev.t is not None:
             ev.t.assign(t + self.dirk.c[i] * self.dt)
@@ -134,8 +140,6 @@ class LinearPropagator(FEPropagator):
         self._load_h.assign(h)
         load = -h * get(self._load_assembler.assemble())
         load[self.bc_rows] = get(self._lift)[self.bc_rows]
-        if self.keeps_loads or not ev.depends_on_time:
-            self._loads[key] = load
         return load
 
     def _control_load(self, z: np.ndarray, h: float) -> np.ndarray:
@@ -239,8 +243,11 @@ class LinearPropagator(FEPropagator):
     # -- memory --------------------------------------------------------------------------------------------------------
     def kept_bytes(self, count):
         """Loads and the stages' own arrays."""
-        rows = count if self.evolution.depends_on_time and self.keeps_loads else 1
-        return 8 * self.evolution.state_size * self.dirk.stages * rows + self._block.nbytes + self._single.nbytes
+        stages = self.dirk.stages
+        rows = stages * count if self.evolution.depends_on_time and self.keeps_loads else stages
+        if self.evolution.depends_on_time and not self.keeps_loads:
+            rows = min(MOST, stages * count)
+        return 8 * self.evolution.state_size * rows + self._block.nbytes + self._single.nbytes
 
     def petsc_bytes(self, memories):
         """See :class:`FEPropagator`."""
