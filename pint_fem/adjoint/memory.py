@@ -60,7 +60,9 @@ class Memory(NamedTuple):
         text = lambda parts: ", ".join(f"{name} {size / 2**20:.3g}" for name, size in parts.items() if size)
         lines = [f"memory of a rank in MB: {text(self.kept)}; PETSc: {text(self.petsc)}"]
         for name, parts in self.passing.items():
-            lines.append(f"  peak of a {name} {self.peak(name) / 2**20:.3g}" + (f" (with {text(parts)})" if parts else ""))
+            lines.append(
+                f"  peak of a {name} {self.peak(name) / 2**20:.3g}" + (f" (with {text(parts)})" if parts else "")
+            )
         return "\n".join(lines)
 
 
