@@ -141,7 +141,8 @@ def test_resident_set_is_that_of_the_formula():
     """All that a process takes, PETSc's part included, within 25%, of some 50 MB; C-points take less than half."""
     peaks = {}
     for storage in ("all", "C"):
-        out = subprocess.run([sys.executable, "-c", RUN, storage], env=alone(), capture_output=True, text=True, timeout=300)
+        command = [sys.executable, "-c", RUN, storage]
+        out = subprocess.run(command, env=alone(), capture_output=True, text=True, timeout=300)
         assert out.returncode == 0, out.stderr
         formula, peak = map(int, next(x for x in out.stdout.splitlines() if x.startswith("peak")).split()[1:])
         peaks[storage] = peak
