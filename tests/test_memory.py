@@ -124,12 +124,12 @@ from tests.test_memory import evaluate, functional, resident
 import pint_fem as pf
 
 storage = sys.argv[1]
-make = lambda steps: functional(pf.SpaceTime(), storage, n=32, steps=steps, sensors=False, moving=False, rtol=1e-3)
+make = lambda steps: functional(pf.SpaceTime(), storage, n=48, steps=steps, sensors=False, moving=False, rtol=1e-3)
 evaluate(small := make(32), np.zeros(small.layout.size))  # compiled code is there
 del small
 open("/proc/self/clear_refs", "w").write("5")  # the peak is the present from now on
 before = resident()
-rf = make(2048)
+rf = make(512)
 formula = rf.memory().peak()
 evaluate(rf, np.ones(rf.layout.size))
 peak = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) * 1024
@@ -141,7 +141,8 @@ def test_resident_set_is_that_of_the_formula():
     """All that a process takes, PETSc's part included, within 25%, of some 50 MB; C-points take less than half."""
     peaks = {}
     for storage in ("all", "C"):
-        out = subprocess.run([sys.executable, "-c", RUN, storage], env=alone(), capture_output=True, text=True, timeout=300)
+        command = [sys.executable, "-c", RUN, storage]
+        out = subprocess.run(command, env=alone(), capture_output=True, text=True, timeout=300)
         assert out.returncode == 0, out.stderr
         formula, peak = map(int, next(x for x in out.stdout.splitlines() if x.startswith("peak")).split()[1:])
         peaks[storage] = peak

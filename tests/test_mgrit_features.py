@@ -186,7 +186,7 @@ def test_condensed_right_hand_side(options):
     with pytest.raises(ValueError, match="give a row for each"):
         next(solver.states(U, rows))
     solver = MGRIT(decays(np.arange(N + 2) / 10, [m]), N + 1, options=given, comm=COMM)
-    with pytest.raises(ValueError, match="for .* own steps"):
+    with pytest.raises(ValueError, match=r"for .* own steps"):
         solver.solve(np.zeros((solver.local_rows, 2)), np.zeros((solver.local_rows - 1, 2)))
 
 

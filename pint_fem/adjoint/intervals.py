@@ -1,12 +1,12 @@
 r"""Trajectories of which the C-points are stored: F-points are computed again, a few intervals at a time.
 
-The own intervals go in *windows*, some neighbours that advance in lock-step. From the stored state at the start of each,
+The own intervals go in *windows*, neighbours that advance in lock-step. From the stored state at the start of each,
 
 .. math::  u_{c+j+1} = \Phi_{c+j}(u_{c+j}, z), \qquad j = 0..m-2 ,
 
 gives the states ``(m, width, n)`` that derivatives, misfits and controls want; nothing has a row for each own step.
-What enters a linear sweep in an interval is *condensed*: taken to the C-point at the interval's end once before a solve,
-so that its cycles are homogeneous but for one row an interval (see :mod:`pint_fem.mgrit.storage`).
+What enters a linear sweep in an interval is *condensed*: taken to the C-point at the interval's end once before a
+solve, so that its cycles are homogeneous but for one row an interval (see :mod:`pint_fem.mgrit.storage`).
 """
 
 from __future__ import annotations

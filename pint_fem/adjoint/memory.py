@@ -7,11 +7,11 @@ With :math:`n` bytes a state on this rank, :math:`k` own steps and :math:`c` sto
 state, adjoint         :math:`c\,n` each, and as much again for each further control that is remembered
 right-hand side        :math:`c\,n` of the adjoint; as much of the state where forcing is not the same in all steps
 sweep                  :math:`c\,n` of the tangent, then of the second-order adjoint
-coarse levels          :math:`(4 k_l + 2)\,n` for each coarse level of :math:`k_l \approx k/(m_0 \dots m_{l-1})` own steps
+coarse levels          :math:`(4 k_l + 2)\,n` for each coarse level of :math:`k_l \approx k/(m_0 \dots m_{l-1})` steps
                        and each solver: two (state and tangent share one), three for a nonlinear evolution
 windows                with ``storage="C"``: :math:`3 m w\,n` at most, of ``w`` intervals that are computed again together
 data                   states that data depending on time take: loads (one a stage and step), linear parts of misfits
-linearisation          of a nonlinear evolution :math:`7 s + 3` states for each step remembered: own steps of all levels,
+linearisation          of a nonlinear evolution :math:`7 s + 3` states for each step remembered: own ones of all levels,
                        with ``storage="C"`` those of coarse levels and of one interval
 PETSc                  blocks of ``WIDTH`` states, matrices, factors as PETSc counts or estimates them
 =====================  =================================================================================================
@@ -60,7 +60,9 @@ class Memory(NamedTuple):
         text = lambda parts: ", ".join(f"{name} {size / 2**20:.3g}" for name, size in parts.items() if size)
         lines = [f"memory of a rank in MB: {text(self.kept)}; PETSc: {text(self.petsc)}"]
         for name, parts in self.passing.items():
-            lines.append(f"  peak of a {name} {self.peak(name) / 2**20:.3g}" + (f" (with {text(parts)})" if parts else ""))
+            lines.append(
+                f"  peak of a {name} {self.peak(name) / 2**20:.3g}" + (f" (with {text(parts)})" if parts else "")
+            )
         return "\n".join(lines)
 
 

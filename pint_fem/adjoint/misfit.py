@@ -4,8 +4,8 @@ A misfit is bound to a slab and written for blocks of points, so that no array w
 exist. ``rows`` are numbers of local points: row 0 is the slab's first point, the left neighbour's last; a rank's own
 points are rows ``1..k``.
 
-* ``observe`` takes states to a few numbers a point, :math:`y_n`; ``point_values`` makes of those of all local points the
-  share of each own point, summed over space, so that the sum over time is in point order;
+* ``observe`` takes states to a few numbers a point, :math:`y_n`; ``point_values`` makes of those of all local points
+  the share of each own point, summed over space, so that the sum over time is in point order;
 * ``pull_back`` takes what was observed to :math:`s_n`, and ``force`` these and states to :math:`dJ/du_n`, in rows
   ``0..k-1`` (and ``k`` on the last rank), which is what the adjoint of the slab needs;
 * each has its derivative in a direction.

@@ -20,7 +20,7 @@ from pint_fem.adjoint.sensors import PointSensors
 from pint_fem.errors import InputError
 from pint_fem.propagators.arrays import get, put
 from pint_fem.propagators.blocks import BlockOperator
-from pint_fem.propagators.rows import MOST, RowSpace
+from pint_fem.propagators.rows import MOST, RowSpace, sample_times
 
 __all__ = ["Misfit", "PointSensors", "RunningMisfit", "TerminalMisfit"]
 
@@ -40,18 +40,22 @@ class _PointForm:
         Points whose rows are not zero, ``(k + 1,)``.
     size
         Length of a row, ``None`` for a functional.
+    span
+        First and last time of all ranks.
     keep
         Whether rows are kept.
     """
 
-    def __init__(self, form, t, times: np.ndarray, wanted: np.ndarray, size: int | None, *, keep: bool):
+    def __init__(self, form, t, times: np.ndarray, wanted: np.ndarray, size: int | None, *, span, keep: bool):
         form = expand_derivatives(form)
         self._shape = () if size is None else (size,)
         self._t, self._times, self._wanted = t, times, wanted
         self._place = np.cumsum(wanted) - 1  # among the kept rows
         self._moves = not form.empty() and t in extract_coefficients(form)
         self._rows = np.zeros((1, *self._shape)) if form.empty() else None
-        self._space = None if keep or not self._moves else RowSpace(form.ufl_domain().comm)
+        self._space = None
+        if self._moves and not keep:
+            self._space = RowSpace(form.ufl_domain().comm, [partial(self._row, time) for time in sample_times(*span)])
         if self._rows is None:
             self._assembler = get_assembler(form)
             if keep or not self._moves:
@@ -127,10 +131,11 @@ class _FormMisfit(BlockMisfit):
             self._Q = None if second.empty() else BlockOperator(assemble(second, mat_type="aij").petscmat)
             data = {c: c.copy(deepcopy=True) for c in coefficients if c not in moving}
             at_zero = {u: Function(evolution.V), **data}
+            span = evolution.time(0), evolution.time(evolution.nsteps)
             place = (t, self.times, self.weight != 0)
             gradient, value = ufl.replace(expand_derivatives(gradient), at_zero), ufl.replace(self.form, at_zero)
-            self._g = _PointForm(gradient, *place, evolution.state_size, keep=self.keeps_data)
-            self._c = _PointForm(value, *place, None, keep=True)
+            self._g = _PointForm(gradient, *place, evolution.state_size, span=span, keep=self.keeps_data)
+            self._c = _PointForm(value, *place, None, span=span, keep=True)
         else:
             self._assemble = [
                 get_assembler(expand_derivatives(f)) for f in (self.form, gradient, action(second, self._du))

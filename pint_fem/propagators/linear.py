@@ -12,6 +12,8 @@ columns there, ``M`` zero rows, and ``b`` carries the lifting; the rows' adjoint
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import ufl
 from firedrake import Constant, Function, assemble
@@ -25,7 +27,7 @@ from pint_fem.propagators.blocks import Factor, is_symmetric, lanes, matrix_byte
 from pint_fem.propagators.evolution import Evolution
 from pint_fem.propagators.operators import ControlOperator, MatrixOperator, control_operator
 from pint_fem.propagators.recursion import BlockRecursion, StateRecursion
-from pint_fem.propagators.rows import MOST, RowSpace
+from pint_fem.propagators.rows import MOST, RowSpace, sample_times
 from pint_fem.propagators.tableaux import DIRK
 
 __all__ = ["LinearPropagator"]
@@ -110,7 +112,11 @@ class LinearPropagator(FEPropagator):
         repl = {ev.u: self._lift, rate: self._lift / (h := Constant(1.0))}
         repl |= {control: Function(control.function_space()) for control in ev.parameters}
         self._load_assembler, self._load_h = get_assembler(ufl.replace(form, repl)), h
-        self._loads, self._row_space = {}, RowSpace(ev.V.mesh().comm)
+        self._loads = {}
+        samples = enumerate(sample_times(ev.time(0), ev.time(ev.nsteps)))
+        self._row_space = RowSpace(
+            ev.V.mesh().comm, [partial(self._assemble_load, t, i % self.dirk.stages) for i, t in samples]
+        )
         self._operators = [control_operator(-form, control, self.bc_rows) for control in ev.parameters]
         if ev.boundary_controls is not None:
             M, K = ev.linear_operators()

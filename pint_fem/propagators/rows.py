@@ -1,20 +1,21 @@
 r"""Vectors that depend on time, in little memory: in most problems they are sums of a few fields with factors in time.
 
-Rows :math:`v(t)` are kept as coefficients in an orthonormal basis of this rank's part of them, which grows as rows come
-(Gram-Schmidt, twice). Rows that would make it larger than its bound are not kept.
+Rows :math:`v(t)` are kept as coefficients in an orthonormal basis of this rank's part of them, made (by Gram-Schmidt,
+twice) of rows at some times of the whole interval: so it is the same on all ranks in time, and so are the rows' bits.
+Rows that are not in its span are not kept.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 
 import numpy as np
 from mpi4py import MPI
 
-__all__ = ["RowSpace"]
+__all__ = ["MOST", "RowSpace", "sample_times"]
 
 MOST = 16
-"""Vectors of a basis."""
+"""Vectors of a basis, at most."""
 ROUND_OFF = 4e-15
 """What may be left of a row, relative to it."""
 
@@ -26,32 +27,37 @@ class RowSpace:
     ----------
     comm
         Of the ranks that share a row (mpi4py): they keep a row all or none, as making it again is collective.
-    most
-        Vectors of the basis.
+    samples
+        What makes the rows that the basis is of, at most ``MOST``.
     """
 
-    def __init__(self, comm, most: int = MOST):
-        self._comm, self.most = comm, most
-        self._basis: list[np.ndarray] = []
+    def __init__(self, comm, samples: Iterable[Callable[[], np.ndarray]]):
+        self._comm, self._samples = comm, list(samples)
+        self._basis: np.ndarray | None = None  # (vectors, n)
         self._coefficients: dict[Hashable, np.ndarray] = {}
 
     def get(self, key: Hashable, make: Callable[[], np.ndarray]) -> np.ndarray:
         """A row, made if it is not kept."""
-        if key in self._coefficients:
-            c = self._coefficients[key]
-            return np.array(self._basis[: len(c)]).T @ c if len(c) else np.zeros(self._size)
-        row = make()
-        self._size = len(row)
-        c, rest = self._split(row)
-        norm, fits = np.linalg.norm(rest), True
-        if norm > ROUND_OFF * np.linalg.norm(row):
-            fits = len(self._basis) < self.most
-        if self._comm.allreduce(fits, op=MPI.LAND):
-            if norm > ROUND_OFF * np.linalg.norm(row):
-                self._basis.append(rest / norm)
-                c = np.append(c, norm)
+        if self._basis is None:
+            self._begin()
+        if key not in self._coefficients:
+            row = make()
+            c, rest = self._split(row)
+            fits = bool(np.linalg.norm(rest) <= ROUND_OFF * np.linalg.norm(row))
+            if not self._comm.allreduce(fits, op=MPI.LAND):
+                return row
             self._coefficients[key] = c
-        return row
+        return self._basis.T @ self._coefficients[key]
+
+    def _begin(self) -> None:
+        for make in self._samples:
+            row = make()
+            if self._basis is None:
+                self._basis = np.zeros((0, len(row)))
+            rest = self._split(row)[1]
+            norm = np.linalg.norm(rest)
+            if norm > ROUND_OFF * np.linalg.norm(row):
+                self._basis = np.vstack([self._basis, rest / norm])
 
     def _split(self, row: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Coefficients of a row, and what is orthogonal to the basis."""
@@ -63,7 +69,7 @@ class RowSpace:
                 rest -= d * b
         return c, rest
 
-    @property
-    def nbytes(self) -> int:
-        """Of the largest basis; coefficients are a few numbers a row."""
-        return sum(b.nbytes for b in self._basis)
+
+def sample_times(first: float, last: float) -> np.ndarray:
+    """``MOST`` times of an interval."""
+    return first + (last - first) * (np.arange(MOST) + 0.5) / MOST
