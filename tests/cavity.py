@@ -22,8 +22,8 @@ import pint_fem as pf
 
 
 def cavity(comm, *, n=6, steps=32, dt=None, tableau=None, t=None):
-    """Transverse electric: ``E`` in N1curl, ``B`` in DG0, all units one; the control is the current, ``cos(2 t)`` with a
-    time ``t`` and constant without. CFL number one by default."""
+    """Transverse electric: ``E`` in N1curl, ``B`` in DG0, all units one; the control is the current's shape, its course
+    is ``cos(2 t)`` with ``t`` and constant without. CFL number one by default."""
     mesh = UnitSquareMesh(n, n, comm=comm, distribution_parameters={"partitioner_type": "simple"})
     N = FunctionSpace(mesh, FiniteElement("N1curl", triangle, 1))
     V = N * FunctionSpace(mesh, "DG", 0)

@@ -43,7 +43,7 @@ def values(rf, per_step=False):
     return rf.problem.value(z), rf.problem.derivative(z), rf.problem.hessian_action(z, np.cos(np.arange(z.size)))
 
 
-# -- rates ---------------------------------------------------------------------------------------------------------------
+# -- rates -------------------------------------------------------------------------------------------------------------
 @pytest.mark.parallel([1, 2])
 @pytest.mark.parametrize("alpha", [0.1, 0.01])
 def test_rates_without_losses_and_of_heat(alpha):
@@ -92,7 +92,7 @@ def test_heat_in_one_and_in_two_iterations(tableau):
         assert np.linalg.norm(W - L) <= error * np.linalg.norm(L)
 
 
-# -- derivatives ---------------------------------------------------------------------------------------------------------
+# -- derivatives -------------------------------------------------------------------------------------------------------
 @pytest.mark.parallel([1, 2, 3])
 @pytest.mark.parametrize("kind", ["heat", "heat, a control a step", "cavity"])
 def test_derivatives(kind):
@@ -138,7 +138,7 @@ def test_adjoint_identity():
         assert systems.factorisations == systems.kept == own * ev.dirk.stages
 
 
-# -- grids ---------------------------------------------------------------------------------------------------------------
+# -- grids -------------------------------------------------------------------------------------------------------------
 @pytest.mark.parallel([2, 3, 4])
 def test_same_bits_for_every_number_of_time_ranks():
     """States, adjoints, residuals and J; on two ranks in space, where MUMPS adds in the order of arrival, to 1e-12."""
@@ -193,7 +193,7 @@ def test_memory_of_factors():
     assert all(np.array_equal(a, b) for a, b in zip(*results, strict=True))
 
 
-# -- other uses ----------------------------------------------------------------------------------------------------------
+# -- other uses --------------------------------------------------------------------------------------------------------
 @pytest.mark.parallel([1, 3])
 def test_coarsest_level_of_mgrit():
     """One alpha-circulant iteration there: as many cycles as with sequential stepping, the same solution."""

@@ -1,6 +1,8 @@
 """ParaDiag on small matrices: rates, exactness, transposes, bits, options. No finite elements."""
 
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -294,3 +296,11 @@ def test_options_from_strings():
         parse_paradiag_options({"alpha": "x"})
     with pytest.raises(ValueError, match="paradiag rtol 'x'"):
         parse_paradiag_options({"rtol": "x"})
+
+
+def test_block_of_the_page():
+    """The example of the package's page gives the sequential solution."""
+    page = Path(__file__).resolve().parent.parent / "pint_fem" / "paradiag" / "README.md"
+    (block,), names = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL), {}
+    exec(compile(block, "page of ParaDiag", "exec"), names)
+    np.testing.assert_allclose(names["U"][:, 0], names["phi"] ** np.arange(65.0), rtol=0, atol=1e-8)

@@ -1,9 +1,9 @@
 """Ratios measured side by side: ``python -m tests.benchmarks.bench [--quick] [--out results/bench]``.
 
 Heat conduction, P1 on a 64 x 64 unit square: (a, b, d) 256 steps, medians of the repeats; (c, e) 512 steps, on one
-rank and on two, see ``time_parallel``; then PyMGRIT and XBraid's ex-02, see ``compare``. Two things that make up a
-ratio are timed in turn, so that a busy machine slows both. ``--quick`` shortens all but (c, e). A missed target is
-reported and is no error.
+rank and on two, see ``time_parallel``; (f) ParaDiag on heat and waves, see ``paradiag``; then PyMGRIT and XBraid's
+ex-02, see ``compare``. Two things that make up a ratio are timed in turn, so that a busy machine slows both.
+``--quick`` shortens all but (c, e, f). A missed target is reported and is no error.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from pint_fem.adjoint import TimeParallelReducedFunctional
 from pint_fem.propagators import LinearPropagator
 from problems.serial_pyadjoint import serial_square, square_functionals
 from tests.benchmarks.compare import compare_rows
+from tests.benchmarks.paradiag import on_ranks as paradiag_on_ranks
 from tests.benchmarks.rows import Row, row, table, timed
 from tests.benchmarks.square import SIZE, field, square
 from tests.benchmarks.time_parallel import on_ranks
@@ -215,6 +216,7 @@ def main(argv: list[str] | None = None) -> int:
             lambda: per_step(steps, "BackwardEuler", 2 * repeats) + per_step(steps, "SDIRK2", 2 * repeats),
         ),
         ("MGRIT on one time rank and on two", lambda: on_ranks(1, 2 * repeats) + on_ranks(2, 2 * repeats)),
+        ("ParaDiag on one time rank and on two", lambda: paradiag_on_ranks(1, repeats) + paradiag_on_ranks(2, repeats)),
         (
             "against pyadjoint",
             lambda: against_pyadjoint(steps, repeats, hessians, lambda text: console.print(f"  {text}")),
