@@ -1,4 +1,4 @@
-"""ParaDiag behind the interface of the other sweeps: solvers of a linear propagator that share their factors."""
+"""ParaDiag behind the interface of the other sweeps: solvers that share their factors."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from pint_fem.adjoint.averaged import AveragedSystems
 from pint_fem.mgrit.levels import Level
 from pint_fem.paradiag import ParaDiag, ParaDiagOptions
 from pint_fem.paradiag.circulant import AlphaCirculant
@@ -36,8 +37,8 @@ def frequency_systems(propagator: FEPropagator, options: ParaDiagOptions, parame
     """
     if not isinstance(propagator, LinearPropagator):
         raise ValueError(
-            "time_solver 'paradiag' wants an evolution that is linear with constant operators and the linear "
-            "propagator; give 'mgrit' or 'serial'"
+            "mgrit coarse_solver 'paradiag' wants an evolution that is linear with constant operators; "
+            "give 'sequential'"
         )
     stages = {a: propagator.stage_matrix(a * propagator.dt) for a in propagator.dirk.diagonal}
     dirk = propagator.dirk
@@ -48,7 +49,7 @@ def judgement(evolution: Evolution, options: ParaDiagOptions) -> tuple[str, bool
     """What theory says of ParaDiag before it runs, and whether that is a warning; every rank in space calls it."""
     rate = paradiag_contraction(evolution, options.alpha)
     if rate is None:
-        return "theory: no spectrum is known of this evolution, ParaDiag contracts by what it shows", False
+        return "theory: none for this evolution; ParaDiag uses operators averaged in time and reports its factor", False
     text = f"theory: an iteration of ParaDiag contracts by {rate:.3g} (alpha {options.alpha:g})"
     if rate < 0.5:
         return text, False
@@ -60,21 +61,14 @@ class ParaDiagSweeps:
 
     Parameters
     ----------
-    propagator
-        Of the finest level.
     options
         Of ParaDiag.
-    parameters
-        PETSc options of the shifted systems.
-
-    Attributes
-    ----------
-    systems : ShiftedSteps
+    systems
         What the solvers share.
     """
 
-    def __init__(self, propagator: FEPropagator, options: ParaDiagOptions, parameters: Mapping):
-        self.options, self.systems = options, frequency_systems(propagator, options, parameters)
+    def __init__(self, options: ParaDiagOptions, systems: ShiftedSteps | AveragedSystems):
+        self.options, self.systems = options, systems
 
     def __call__(self, steps: Sequence, nsteps: int, **given) -> ParaDiag:
         """A solver for the bound steps ``steps[0]``; ``given`` as for MGRIT, whose hierarchy is left out."""

@@ -20,13 +20,14 @@ from functools import cached_property, partial
 import numpy as np
 
 from pint_fem.adjoint.acceleration import AcceleratedSweep
+from pint_fem.adjoint.averaged import AveragedSystems
 from pint_fem.adjoint.diagonalised import CoarsestParaDiag, ParaDiagSweeps, frequency_systems, judgement
 from pint_fem.mgrit import MGRIT, MGRITOptions, SolveResult
 from pint_fem.mgrit.levels import inject
 from pint_fem.mgrit.stopping import DivergedError, SolverFailure
 from pint_fem.mgrit.theory import Verdict
 from pint_fem.mgrit.trace import Trace
-from pint_fem.paradiag import ParaDiagOptions
+from pint_fem.paradiag import ParaDiag, ParaDiagOptions
 from pint_fem.propagators import Evolution, StepData, make_propagator
 from pint_fem.propagators.arrays import get
 from pint_fem.propagators.base import FEPropagator
@@ -45,6 +46,7 @@ class _Bound:
     """A propagator bound to the own steps of one level: what MGRIT calls."""
 
     block = WIDTH  # states in a block of the propagators
+    transposed = False
 
     def __init__(self, propagator: FEPropagator):
         self.propagator = propagator
@@ -79,6 +81,8 @@ class _TangentStep(_Bound):
 
 class _AdjointStep(_Bound):
     """``Phi_u^T``, numbered backwards in time."""
+
+    transposed = True
 
     def step(self, steps, u, out):
         """See :class:`pint_fem.mgrit.levels.Propagator`."""
@@ -204,7 +208,11 @@ class Sweeps:
         linear = MGRIT
         given = (ParaDiagOptions(), {}) if paradiag is None else paradiag
         if time_solver == "paradiag":
-            linear = ParaDiagSweeps(self.propagators[0], *given)
+            if self.is_linear:
+                systems = frequency_systems(self.propagators[0], *given)
+            else:
+                systems = self._averaged = AveragedSystems(evolution, spacetime, slab, *given)
+            linear = ParaDiagSweeps(given[0], systems)
             common["trace"] = self.trace = Trace(spacetime.time_comm) if given[0].trace else None
         elif krylov is not None and factors:
             linear = partial(AcceleratedSweep, solver_parameters=krylov, petsc_comm=spacetime.comm)
@@ -213,7 +221,8 @@ class Sweeps:
         self._adjoint = linear([kinds[1](p) for p in self.propagators], N, name="adjoint", **backward, **linear_sweep)
         self._state = self._tangent
         if not self.is_linear:
-            self._state = MGRIT([_StateStep(p) for p in self.propagators], N, name="state", **forward, **common)
+            nonlinear = linear if time_solver == "paradiag" else MGRIT
+            self._state = nonlinear([_StateStep(p) for p in self.propagators], N, name="state", **forward, **common)
         for solver in {id(s): s for s in (self._state, self._tangent, self._adjoint)}.values():
             for level in solver.levels:
                 level.propagator.lo = level.lo
@@ -305,6 +314,8 @@ class Sweeps:
 
     def _bind(self, solver: MGRIT, z, U: np.ndarray | None, *, backwards: bool, dz=None) -> None:
         """Give each level of a nonlinear solver its steps' times, controls and linearisation states."""
+        if isinstance(solver, ParaDiag):
+            solver.renew = self._averaged.renewer(z, U)
         states = [None] * len(solver.levels)
         memories = self._memories.backward if backwards else self._memories.forward
         if U is not None:

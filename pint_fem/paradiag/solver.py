@@ -40,8 +40,8 @@ class ParaDiag(MGRIT):
 
     The arrays of :meth:`solve` and what it returns are MGRIT's; residuals are ``Phi U + G - U`` at all points, and
     norms are relative to the trajectory's. ``start="skip"`` or ``"nested"`` begins at zero, ``"guess"`` with what is
-    there. Without convergence theory's assumptions (a ``Phi`` that grows, frequencies solved with other operators than
-    those of ``Phi``) it converges more slowly or not, and says so as MGRIT does.
+    there (always, with :attr:`renew`). Without the assumptions of convergence theory (a ``Phi`` that grows, frequencies
+    solved with other operators than those of ``Phi``) it converges more slowly or not, and says so as MGRIT does.
 
     Parameters
     ----------
@@ -87,6 +87,9 @@ class ParaDiag(MGRIT):
         self._frequency_solve, self._backwards = solve, backwards
         self._circulant: AlphaCirculant | None = None
         self._iterates = True
+        #: Where ``Phi`` is affine or not linear: called before each iteration with the iterate and the last
+        #: contraction (at first ``None``), to improve the solves of the frequencies.
+        self.renew: Callable[[np.ndarray, float | None], None] | None = None
 
     def circulant(self, size: int) -> AlphaCirculant:
         """The preconditioner for states of ``size`` local unknowns."""
@@ -120,13 +123,17 @@ class ParaDiag(MGRIT):
     def _iterate(self, U: np.ndarray, start: str, coarse_rhs, result: SolveResult) -> None:
         fine, shape = self.levels[0], U[1:].shape
         precondition = self.circulant(int(np.prod(U.shape[1:], dtype=int)))
-        r = self._first_residual(U) if start in ("skip", "nested") else self._full_residual(U)
+        from_zero = start in ("skip", "nested") and self.renew is None
+        r = self._first_residual(U) if from_zero else self._full_residual(U)
         while True:
             norm, result.scale = self._residual_norms(r, U[1:])
             result.residuals.append(norm)
             self._monitor(result)
             if self._stop(result):
                 break
+            if self.renew is not None:
+                before = result.residuals[-2:-1]
+                self.renew(U, norm / before[0] if before else None)
             U[1:] += precondition(r.reshape(fine.k, -1)).reshape(shape)
             result.cycles += 1
             if self.trace:
