@@ -68,11 +68,13 @@ def test_rates_without_losses_and_of_heat(alpha):
     values(rf)
     for _, result in rf.problem.sweeps.results:
         ratios = np.array(result.residuals[2:]) / result.residuals[1:-1]
-        assert (ratios <= 1.001 * alpha / (1 - alpha)).all()
-        assert ratios.max() >= 0.7 * alpha / (1 + alpha)
+        # modes are orthogonal in the mass norm, coefficients are not: up to a few percent in a single iteration
+        assert ratios.max() <= 1.1 * alpha / (1 - alpha)
+        assert np.exp(np.log(ratios).mean()) == pytest.approx(alpha / (1 - alpha), rel=0.1)
     rf = functional(posed_heat(st, steps=40, dt=0.1), st, **paradiag(alpha=alpha, rtol=1e-12))
     values(rf)
-    assert all(result.cycles <= 2 for _, result in rf.problem.sweeps.results)
+    for _, result in rf.problem.sweeps.results:
+        assert result.residuals[2] <= 1e-3 * alpha * result.residuals[1]
 
 
 @pytest.mark.parametrize(("n", "steps", "cfl"), [(4, 64, 1.0), (4, 256, 0.5), (8, 64, 4.0), (3, 1024, 2.0)])
@@ -210,13 +212,13 @@ def test_memory_of_factors():
 # -- other uses --------------------------------------------------------------------------------------------------------
 @pytest.mark.parallel([1, 3])
 def test_coarsest_level_of_mgrit():
-    """One alpha-circulant iteration there: as many cycles as with sequential stepping, the same solution."""
+    """One alpha-circulant iteration there instead of stepping: the same solution, at most one cycle more a sweep."""
     st, results = pf.SpaceTime(), []
     for options in ({}, {"coarse_solver": "paradiag"}):
         rf = functional(posed_heat(st), st, mgrit={"coarsening": (4,), "levels": 2, "rtol": 1e-12} | options)
         results.append((values(rf), rf.problem.sweeps.counts["cycles"]))
     (a, cycles), (b, same) = results
-    assert abs(same - cycles) <= 2
+    assert cycles <= same <= cycles + 4  # four sweeps
     for x, y in zip(a, b, strict=True):
         np.testing.assert_allclose(x, y, rtol=0, atol=1e-9 * np.abs(y).max(initial=1e-300))
     assert "1 alpha-circulant iteration" in rf.problem.sweeps.view()

@@ -133,9 +133,15 @@ def choose(
 
 
 def _choose(evolution: Evolution, mgrit: MGRITOptions, paradiag: ParaDiagOptions, coarse_tableau) -> tuple[str, str]:
-    verdicts = mgrit_verdict(evolution, mgrit, coarse_tableau)
+    too_few = "serial", f"{evolution.nsteps} steps are too few for a coarse level"
+    try:
+        verdicts = mgrit_verdict(evolution, mgrit, coarse_tableau)
+    except ValueError:
+        if mgrit.levels is not None:
+            raise
+        return too_few
     if verdicts == []:
-        return "serial", f"{evolution.nsteps} steps are too few for a coarse level"
+        return too_few
     if verdicts is None:
         return "mgrit", "as there is no theory for this evolution (it is not linear with constant operators)"
     worst = max(verdicts, key=lambda v: v.factor)
