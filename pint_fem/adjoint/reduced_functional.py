@@ -19,33 +19,14 @@ from pint_fem.adjoint.minimisation import one_shot, scipy_method, trust_region
 from pint_fem.adjoint.problem import ReducedProblem
 from pint_fem.adjoint.riesz import ControlInner
 from pint_fem.adjoint.sweeps import Sweeps
+from pint_fem.adjoint.time_solver import mgrit_options, read_time_solver
 from pint_fem.errors import InputError
-from pint_fem.mgrit import MGRITOptions
-from pint_fem.mgrit.option_strings import parse_options
 from pint_fem.optimize import OneShotResult, TrustRegionResult
 from pint_fem.propagators import Evolution, make_propagator
 from pint_fem.propagators.arrays import get, put
 from pint_fem.spacetime import SpaceTime
 
 __all__ = ["TimeParallelReducedFunctional", "mgrit_options"]
-
-
-def mgrit_options(parameters: Mapping | MGRITOptions | None, prefix: str = "mgrit_") -> MGRITOptions:
-    """MGRIT options from a dictionary, with those of PETSc's options database (``-mgrit_levels 3 -mgrit_coarsening
-    8,4``) on top.
-
-    Raises
-    ------
-    InputError
-        On an unknown option or a bad value.
-    """
-    database = {
-        name: value for name, value in PETSc.Options(prefix).getAll().items() if not name.startswith(("ksp_", "pc_"))
-    }
-    try:
-        return MGRITOptions.make(parameters, **parse_options(database))
-    except ValueError as error:
-        raise InputError(str(error)) from None
 
 
 class TimeParallelReducedFunctional(AbstractReducedFunctional):
@@ -66,11 +47,13 @@ class TimeParallelReducedFunctional(AbstractReducedFunctional):
         Process grid; the evolution's mesh lives on its ``space_comm``. Default: all ranks of the mesh's communicator
         in space.
     solver_parameters
-        ``{"mgrit": {...}, "time_solver": "mgrit" | "serial", "spatial_coarsening": [0, 1]}``; MGRIT options also from
-        the command line (``-mgrit_rtol 1e-8``). ``spatial_coarsening`` steps on coarser meshes of the evolution's
-        ``MeshHierarchy`` on coarse levels: for each how many meshes coarser than the finest it is, the last number
-        going on, or ``True`` for one more on each (:class:`~pint_fem.propagators.spatial.SpatialLevels`). It changes
-        the iterates, not what they converge to. ``"norm"``: residuals in ``"l2"`` of coefficients or ``"L2"``.
+        ``{"mgrit": {...}, "paradiag": {...}, "time_solver": "mgrit" | "paradiag" | "serial" | "auto",
+        "spatial_coarsening": [0, 1]}``; options of the time solvers also from the command line (``-mgrit_rtol 1e-8``,
+        ``-paradiag_alpha 1e-4``). ``"auto"`` asks theory and prints what it chose and why. ``spatial_coarsening``
+        steps on coarser meshes of the evolution's ``MeshHierarchy`` on coarse levels: for each how many meshes coarser
+        than the finest it is, the last number going on, or ``True`` for one more on each
+        (:class:`~pint_fem.propagators.spatial.SpatialLevels`). It changes the iterates, not what they converge to.
+        ``"norm"``: residuals in ``"l2"`` of coefficients or ``"L2"``.
         ``"krylov": {"ksp_type": "fgmres"}`` accelerates linear sweeps (also ``-mgrit_ksp_type``...).
     riesz_map
         Of the trust region and of ``apply_riesz``: a kind of :class:`~pint_fem.adjoint.riesz.RieszMap` (``"L2"``,
@@ -111,29 +94,30 @@ class TimeParallelReducedFunctional(AbstractReducedFunctional):
                 "build the mesh with comm=spacetime.space_comm"
             )
         parameters = dict(solver_parameters or {})
-        options = mgrit_options(parameters.pop("mgrit", None))
-        solver = parameters.pop("time_solver", "mgrit")
-        if solver not in ("mgrit", "serial"):
-            raise InputError(f"time_solver {solver!r}: give 'mgrit' or 'serial'")
+        solver = read_time_solver(parameters, evolution, spacetime, coarse_tableau)
+        if solver.why and spacetime.is_root:
+            printer(solver.why)
         spatial_coarsening = parameters.pop("spatial_coarsening", None)
         norm, krylov = parameters.pop("norm", "l2"), parameters.pop("krylov", None)
         if krylov is None and any(name.startswith("ksp_") for name in PETSc.Options("mgrit_").getAll()):
             krylov = {}
         if krylov is not None and not isinstance(krylov, Mapping):
             raise InputError(f"krylov {krylov!r}: give PETSc options, such as {{'ksp_type': 'fgmres'}}")
+        if krylov is not None and solver.kind == "paradiag":
+            raise InputError("krylov accelerates MGRIT's sweeps, not time_solver 'paradiag': leave one of them out")
         if parameters:
             raise InputError(
-                f"unknown solver parameters {sorted(parameters)}: known are 'mgrit', 'time_solver', "
-                "'spatial_coarsening', 'krylov' and 'norm'"
+                f"unknown solver parameters {sorted(parameters)}: known are 'mgrit', 'paradiag', "
+                "'time_solver', 'spatial_coarsening', 'krylov' and 'norm'"
             )
-        if solver == "serial":
-            options = MGRITOptions.make(options, levels=1)
         self.evolution, self.spacetime = evolution, spacetime
         try:
             sweeps = Sweeps(
                 evolution,
                 spacetime,
-                options=options,
+                options=solver.mgrit,
+                paradiag=(solver.paradiag, solver.systems),
+                time_solver=solver.kind,
                 coarse_tableau=coarse_tableau,
                 propagator=propagator,
                 spatial_coarsening=spatial_coarsening,

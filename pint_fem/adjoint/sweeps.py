@@ -20,6 +20,8 @@ from functools import cached_property, partial
 import numpy as np
 
 from pint_fem.adjoint.acceleration import AcceleratedSweep
+from pint_fem.adjoint.averaged import AveragedSystems
+from pint_fem.adjoint.diagonalised import CoarsestParaDiag, ParaDiagSweeps, frequency_systems, judgement
 from pint_fem.adjoint.intervals import Intervals
 from pint_fem.adjoint.transposed import TransposedAdjoint
 from pint_fem.mgrit import MGRIT, MGRITOptions, SolveResult
@@ -27,6 +29,7 @@ from pint_fem.mgrit.levels import inject
 from pint_fem.mgrit.stopping import DivergedError, SolverFailure
 from pint_fem.mgrit.theory import Verdict
 from pint_fem.mgrit.trace import Trace
+from pint_fem.paradiag import ParaDiag, ParaDiagOptions
 from pint_fem.propagators import Evolution, StepData, make_propagator
 from pint_fem.propagators.arrays import get
 from pint_fem.propagators.base import FEPropagator
@@ -45,6 +48,7 @@ class _Bound:
     """A propagator bound to the own steps of one level: what MGRIT calls."""
 
     block = WIDTH  # states in a block of the propagators
+    transposed = False
 
     def __init__(self, propagator: FEPropagator):
         self.propagator = propagator
@@ -88,6 +92,8 @@ class _TangentStep(_Bound):
 
 class _AdjointStep(_Bound):
     """``Phi_u^T``, numbered backwards in time."""
+
+    transposed = True
 
     def take(self, steps, u, out, lane):
         """See :meth:`_StateStep.take`."""
@@ -134,6 +140,10 @@ class Sweeps:
         Of residuals and trajectories: ``"l2"`` of coefficients, or ``"L2"`` of functions (its dual for adjoints).
     printer
         For monitor lines.
+    time_solver
+        ``"paradiag"`` for :class:`~pint_fem.paradiag.ParaDiag` on the finest level alone; the others are MGRIT.
+    paradiag
+        Its options and PETSc's for its systems; also those of MGRIT's ``coarse_solver="paradiag"``.
 
     Raises
     ------
@@ -154,12 +164,14 @@ class Sweeps:
         krylov: Mapping | None = None,
         norm: str = "l2",
         printer: Callable[[str], None] = print,
+        time_solver: str = "mgrit",
+        paradiag: tuple[ParaDiagOptions, Mapping] | None = None,
     ):
         self.evolution, self.spacetime, self.printer = evolution, spacetime, printer
         self._coarse_tableau, self._judged = coarse_tableau, False
         self._cause: Exception | None = None  # why a right-hand side could not be computed
         N = evolution.nsteps
-        options = MGRITOptions.make(options)
+        options = MGRITOptions.make(options, **({"levels": 1} if time_solver == "paradiag" else {}))
         if options.check == "auto":
             options = MGRITOptions.make(options, check="cycle")
         factors = options.factors(N)
@@ -206,20 +218,34 @@ class Sweeps:
             raise ValueError("mgrit residual 'full' with krylov: PETSc's residual is that of all points; leave it out")
         common = dict(options=options, printer=printer, trace=self.trace, speaks=spacetime.is_root)
         self._backward = backward | common | dict(linear=True)
-        linear_sweep = common | dict(linear=True)
         linear = MGRIT
-        if krylov is not None and factors:
+        given = (ParaDiagOptions(), {}) if paradiag is None else paradiag
+        if time_solver == "paradiag":
+            if self.is_linear:
+                systems = frequency_systems(self.propagators[0], *given)
+            else:
+                systems = self._averaged = AveragedSystems(evolution, spacetime, slab, *given)
+            linear = ParaDiagSweeps(given[0], systems)
+            common["trace"] = self.trace = Trace(spacetime.time_comm) if given[0].trace else None
+        elif krylov is not None and factors:
             linear = partial(AcceleratedSweep, solver_parameters=krylov, petsc_comm=spacetime.comm)
+        linear_sweep = common | dict(linear=True)
         self._tangent = linear([kinds[0](p) for p in self.propagators], N, name="tangent", **forward, **linear_sweep)
         self._adjoint = linear([kinds[1](p) for p in self.propagators], N, name="adjoint", **backward, **linear_sweep)
         self._state = self._tangent
         if not self.is_linear:
-            self._state = MGRIT([_StateStep(p) for p in self.propagators], N, name="state", **forward, **common)
+            nonlinear = linear if time_solver == "paradiag" else MGRIT
+            self._state = nonlinear([_StateStep(p) for p in self.propagators], N, name="state", **forward, **common)
         for solver in {id(s): s for s in (self._state, self._tangent, self._adjoint)}.values():
             for level in solver.levels:
                 level.propagator.lo = level.lo
         #: What is computed again where only C-points are stored, else ``None``.
         self.intervals = self._store_c_points(factors[0]) if compact else None
+        if options.coarse_solver == "paradiag" and factors:
+            systems = frequency_systems(self.propagators[-1], *given)
+            for solver in (self._tangent, self._adjoint):
+                step = solver.levels[-1].propagator
+                step.all_at_once = CoarsestParaDiag(systems, given[0].alpha, transposed=step.transposed)
         own = [[level.k for level in solver.levels] for solver in (self._state, self._adjoint)]
         self._memories = Memories(self.propagators, *own, spacetime.comm, finest=not compact)
         self.initial = get(evolution.initial)
@@ -293,6 +319,10 @@ class Sweeps:
         if self._judged:
             return
         self._judged = True
+        if isinstance(self.options, ParaDiagOptions):
+            text, warns = judgement(self.evolution, self.options)
+            if self.spacetime.is_root and (warns or self.options.monitor or self.options.view):
+                self.printer(text)
         for level, verdict in enumerate(self.verdicts or []):
             where = f"levels {level} and {level + 1}"
             if not self.spacetime.is_root:
@@ -334,6 +364,8 @@ class Sweeps:
 
     def _bind(self, solver: MGRIT, z, U: np.ndarray | None, *, backwards: bool, dz=None) -> None:
         """Give each level of a nonlinear solver its steps' times, controls and linearisation states."""
+        if isinstance(solver, ParaDiag):
+            solver.renew = self._averaged.renewer(z, U)
         states = [None] * len(solver.levels)
         memories = self._memories.backward if backwards else self._memories.forward
         if U is not None:
@@ -384,11 +416,14 @@ class Sweeps:
         if self.on_sweep is not None:
             self.on_sweep(kind, result)
         if not result.converged:
-            advice = "a bound above one? see coarse_tableau, relax='FCF', smaller coarsening, on_divergence='serial'"
+            advice, name = "modes that grow? a larger alpha against round-off, on_divergence='serial'", "ParaDiag"
+            if not isinstance(solver.options, ParaDiagOptions):
+                advice, name = "a bound above one? see coarse_tableau, relax='FCF', smaller coarsening, ", "MGRIT"
+                advice += "on_divergence='serial'"
             first, last = (result.residuals or [np.nan])[0], (result.residuals or [np.nan])[-1]
             history = f"residual {last:.3e}, first {first:.3e}"
             raise DivergedError(
-                f"{kind} sweep: MGRIT {result.reason}: {result.message} ({history}, rtol {solver.options.rtol:g}); "
+                f"{kind} sweep: {name} {result.reason}: {result.message} ({history}, rtol {solver.options.rtol:g}); "
                 f"{advice}, or levels=1 (sequential)"
             )
         return result

@@ -85,9 +85,9 @@ class TransposedAdjoint:
         """Whether an adjoint sweep has one: a plain MGRIT sweep whose C-points are those of the forward sweep, and
         steps that are the forward ones', controls included. All points have to be stored, and cycles begin from zero.
         """
-        if not isinstance(adjoint, MGRIT) or len(adjoint.levels) == 1 or adjoint.options.coarse_solver == "relax":
+        if not isinstance(adjoint, MGRIT) or len(adjoint.levels) == 1 or adjoint.options.storage == "C":
             return False
-        if adjoint.options.storage == "C":
+        if adjoint.options.coarse_solver not in ("sequential", "gathered"):
             return False
         fits = all(fine.m and fine.nsteps % fine.m == 0 for fine in adjoint.levels[:-1])
         same = linear or not evolution.per_step

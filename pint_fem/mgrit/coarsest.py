@@ -1,4 +1,6 @@
-"""The solve on the coarsest level: step through it, gather it on one rank and step there, or only relax."""
+"""The solve on the coarsest level: step through it, gather it on one rank and step there, relax, or solve all its steps
+at once by what the propagator brings along.
+"""
 
 from __future__ import annotations
 
@@ -21,17 +23,29 @@ def coarsest_solver(level: Level, kind: str, sweeps: int, weight: float) -> Call
     level
         The coarsest level; with C-points where ``kind`` is ``"relax"``.
     kind
-        ``"sequential"``, ``"gathered"`` or ``"relax"``.
+        ``"sequential"``, ``"gathered"``, ``"relax"`` or ``"paradiag"``.
     sweeps
-        FC-relaxations of ``"relax"``, which an F-relaxation ends.
+        FC-relaxations of ``"relax"``, which an F-relaxation ends; iterations of ``"paradiag"``.
     weight
         Of its C-relaxation.
+
+    Raises
+    ------
+    ValueError
+        For ``"paradiag"``, if the propagator has no ``all_at_once(level, iterations)``.
     """
     if kind == "gathered" and level.comm.size > 1:
         return _Gathered(level)
     if kind == "relax":
         relaxation = Relaxation(level, weight)
         return lambda: relaxation.relax(sweeps)
+    if kind == "paradiag":
+        if not hasattr(level.propagator, "all_at_once"):
+            raise ValueError(
+                "mgrit coarse_solver 'paradiag': the coarsest level's propagator has no all_at_once(level, "
+                "iterations); give 'sequential'"
+            )
+        return lambda: level.propagator.all_at_once(level, sweeps)
     return level.solve_sequentially
 
 

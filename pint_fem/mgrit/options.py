@@ -13,7 +13,7 @@ _PER_LEVEL = ("relax", "c_weight", "coarsening")
 _CHOICES = {
     "cycle": ("V", "F"),
     "start": ("auto", "guess", "skip", "nested"),
-    "coarse_solver": ("sequential", "gathered", "relax"),
+    "coarse_solver": ("sequential", "gathered", "relax", "paradiag"),
     "storage": ("all", "C"),
     "residual": ("C", "full", "none"),
     "check": ("auto", "relaxed", "cycle"),
@@ -55,10 +55,10 @@ class MGRITOptions:
     c_weight
         Weight of C-relaxation, for each level; the last one repeats.
     coarse_solver
-        ``"sequential"``, ``"gathered"`` (on the first rank) or ``"relax"``, which needs a coarsening factor for the
-        coarsest level too.
+        ``"sequential"``, ``"gathered"`` (on the first rank), ``"relax"``, which needs a coarsening factor for the
+        coarsest level too, or ``"paradiag"``: iterations of an alpha-circulant solve, for propagators that have one.
     coarse_sweeps
-        FC-sweeps of ``coarse_solver="relax"``.
+        FC-sweeps of ``coarse_solver="relax"``, iterations of ``"paradiag"``.
     storage
         ``"all"`` points of the finest level, or ``"C"``-points only: then ``U`` has a row for each own C-point.
     residual

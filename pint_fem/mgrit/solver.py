@@ -120,7 +120,7 @@ class MGRIT:
         self._stop = Stopping(options, exact)
         self._cycle: Cycle | None = None
         self._all_work: np.ndarray | None = None
-        self._viewed = not options.view
+        self._viewed, self._iterates = not options.view, len(self.levels) > 1
         fine = self.levels[0]
         #: Rows of the local arrays: own steps (own C-points with ``storage="C"``) plus one.
         self.local_rows = fine.k + 1
@@ -187,7 +187,7 @@ class MGRIT:
             level.failure = None
         fine.U, fine.G = U, G
         with np.errstate(over="ignore", invalid="ignore"):  # a solve that blows up says so itself, once
-            if len(self.levels) == 1:
+            if not self._iterates:
                 fine.solve_sequentially()
                 self._check_points(U)
                 result = SolveResult(True, "exact", [0.0], 0)
@@ -210,10 +210,14 @@ class MGRIT:
         self._say(f"  {self.name}: {result.message}; stepping sequentially instead")
         for level in self.levels:
             level.failure = None
-        self._cycle.relaxations[0].solve_sequentially()
+        self._step_through()
         self._check_points(U)
         result.converged, result.reason = True, "serial"
         return result
+
+    def _step_through(self) -> None:
+        """Step sequentially, whatever iterate is there."""
+        self._cycle.relaxations[0].solve_sequentially()
 
     def prepare(self, shape: tuple[int, ...]) -> None:
         """Make the work arrays for states of a shape now rather than in the first solve; collective."""

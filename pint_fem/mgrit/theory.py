@@ -311,6 +311,7 @@ def _warning(factor, lam, mu, m, relax, exact_after, alternatives) -> str:
         best = sorted((bound, what) for what, bound in alternatives.items() if bound < 1)[:3]
         better = [f"{what} (bound {bound:.2g})" for bound, what in best]
         better += [everywhere] if undamped else []
+    better += ["time_solver='paradiag' (alpha-circulant, for constant operators)"] if waves else []
     use = ", ".join([*better, "time_solver='serial' (sequential, as levels=1)"])
     finite = f" before cycle {exact_after:.0f}, where it is exact" if math.isfinite(exact_after) else ""
     return f"MGRIT need not converge{finite} (bound {factor:.3g}): {cause}; use {use}"

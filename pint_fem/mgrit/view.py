@@ -37,6 +37,8 @@ def describe(solver, state_nbytes: int | None = None, *, kind: str = "MGRIT", to
             kind = f"{m}, {o.scheme(level.index)}-relaxation" + (f", C-weight {weight:g}" if weight != 1 else "")
         elif o.coarse_solver == "relax":
             kind = f"{o.coarse_sweeps} FC-sweeps"
+        elif o.coarse_solver == "paradiag":
+            kind = f"{o.coarse_sweeps} alpha-circulant iteration" + "s" * (o.coarse_sweeps > 1)
         lines.append(f"  level {level.index}: {level.nsteps} steps, {kind}")
     if state_nbytes is not None:
         finest, coarse = memory(solver, state_nbytes)

@@ -73,6 +73,10 @@ class LinearPropagator(FEPropagator):
         self._operators: list[ControlOperator | None] = []
         self._lifting: dict[float, MatrixOperator] = {}
 
+    def stage_matrix(self, h: float) -> PETSc.Mat:
+        """``S`` of a stage with ``a_ii dt = h``."""
+        return self.factors[h].ksp.getOperators()[0]
+
     # -- on blocks -----------------------------------------------------------------------------------------------------
     def apply(self, u: np.ndarray, out: np.ndarray, lane: int, load=None) -> None:
         """The step without forcing, or with ``load(rows, i)``, the stage loads of some rows of the block."""

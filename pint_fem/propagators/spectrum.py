@@ -20,12 +20,13 @@ from firedrake.petsc import PETSc
 
 from pint_fem.mgrit.options import MGRITOptions
 from pint_fem.mgrit.theory import Verdict, dirk_stability, two_level_bound, verdict
+from pint_fem.paradiag.theory import contraction
 from pint_fem.propagators.arrays import boundary_rows
 from pint_fem.propagators.blocks import is_symmetric
 from pint_fem.propagators.evolution import Evolution
 from pint_fem.propagators.tableaux import DIRK, SDIRK2, BackwardEuler
 
-__all__ = ["Spectrum", "mgrit_verdict", "spectrum"]
+__all__ = ["Spectrum", "mgrit_verdict", "paradiag_contraction", "spectrum"]
 
 FACTORED = 6_000
 """Unknowns up to which the smallest eigenvalue is worth a factorisation; above it 0 is taken, which is safe."""
@@ -354,6 +355,26 @@ def mgrit_verdict(
         verdicts.append(judged)
         stride, steps = stride * m, steps // m
     return verdicts
+
+
+def paradiag_contraction(evolution: Evolution, alpha: float) -> float | None:
+    """Theory's factor for an iteration of ParaDiag; every rank of the evolution's ``space_comm`` calls it.
+
+    Parameters
+    ----------
+    evolution, alpha
+        The problem, and the circulant's parameter.
+
+    Returns
+    -------
+    float or None
+        ``None`` where there is no spectrum: see :func:`spectrum`.
+    """
+    found = spectrum(evolution)
+    if found is None:
+        return None
+    modes = -found.sample(evolution.dt)
+    return contraction(dirk_stability(evolution.dirk.A, evolution.dirk.b, modes), alpha, evolution.nsteps)
 
 
 @dataclass(frozen=True)

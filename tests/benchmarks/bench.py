@@ -1,9 +1,10 @@
 """Ratios measured side by side: ``python -m tests.benchmarks.bench [--quick] [--out results/bench]``.
 
 Heat conduction, P1 on a 64 x 64 unit square: (a, b, d) 256 steps, medians of the repeats; (c, e) 512 steps, on one
-rank and on two, see ``time_parallel``; (f) nonlinear evolutions, see ``nonlinear``; then PyMGRIT and XBraid's ex-02,
-see ``compare``, and the table of optimisers, see ``optimisers``. Two things that make up a ratio are timed in turn, so
-that a busy machine slows both. ``--quick`` shortens all but (c, e). A missed target is reported and is no error.
+rank and on two, see ``time_parallel``; (f) nonlinear evolutions, see ``nonlinear``; (g) ParaDiag on heat and waves, see
+``paradiag``; then PyMGRIT and XBraid's ex-02, see ``compare``, and the table of optimisers, see ``optimisers``. Two
+things that make up a ratio are timed in turn, so that a busy machine slows both. ``--quick`` shortens all but (c, e,
+g). A missed target is reported and is no error.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from tests.benchmarks.compare import compare_rows
 from tests.benchmarks.derivatives import Derivatives, difference, on_tape
 from tests.benchmarks.nonlinear import TABLEAUX, nonlinear_rows
 from tests.benchmarks.optimisers import outcomes, outcomes_table
+from tests.benchmarks.paradiag import on_ranks as paradiag_on_ranks
 from tests.benchmarks.rows import Row, row, table, timed
 from tests.benchmarks.square import SIZE, field, square
 from tests.benchmarks.time_parallel import on_ranks
@@ -155,6 +157,7 @@ def main(argv: list[str] | None = None) -> int:
         ),
         ("MGRIT on one time rank and on two", lambda: on_ranks(1, 2 * repeats) + on_ranks(2, 2 * repeats)),
         ("against pyadjoint", lambda: against_pyadjoint(steps, repeats, hessians, say)),
+        ("ParaDiag on one time rank and on two", lambda: paradiag_on_ranks(1, repeats) + paradiag_on_ranks(2, repeats)),
         (
             "nonlinear evolutions",
             lambda: [

@@ -150,11 +150,11 @@ def _bookkeeping(integrator: str, repeats: int) -> Row:
     return row("c", note, total, calls, STEPS, 1.10, True)
 
 
-def on_ranks(ranks: int, repeats: int) -> list[Row]:
+def on_ranks(ranks: int, repeats: int, module: str = "tests.benchmarks.time_parallel") -> list[Row]:
     """Measure on ``ranks`` processes of their own."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "rows.json"
-        command = [sys.executable, "-m", "tests.benchmarks.time_parallel", "--out", out, "--repeats", repeats]
+        command = [sys.executable, "-m", module, "--out", out, "--repeats", repeats]
         environment = os.environ | {"OMPI_MCA_mpi_yield_when_idle": "1"}
         environment = {k: v for k, v in environment.items() if not k.startswith(("OMPI_COMM_", "PMIX_", "PMI_"))}
         subprocess.run(["mpiexec", "-n", str(ranks), *map(str, command)], check=True, env=environment)

@@ -1,0 +1,157 @@
+r"""The solves of the frequencies for a finite element step: sparse factors, kept, one for a frequency and stage.
+
+:math:`(I - \mu \Phi)^{-1}` is a product of :math:`(S_j - y_j M)^{-1} S_j` (:mod:`~pint_fem.paradiag.stability`), with
+``S`` and ``M`` as the linear propagator steps with: ``S`` has unit rows and columns for boundary values and ``M`` zero
+rows, so that boundary values are right, too. (With *different* diagonal entries the factors do not commute where
+boundary values of a state reach its neighbours; one iteration more puts that right.) State, tangent and, transposed,
+adjoint use the same factors. Frequencies that the memory has no room for are factored at each solve.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import numpy as np
+from scipy.sparse import csc_matrix, csr_matrix
+from scipy.sparse.linalg import splu
+
+from pint_fem.paradiag.stability import shifted_factors
+
+__all__ = ["ShiftedSteps", "ShiftedSystem", "SparseSystem"]
+
+
+class ShiftedSystem(Protocol):
+    """``S - y M`` for many complex ``y``."""
+
+    def factor(self, y: complex):
+        """Something that :meth:`solve` takes, and its size in bytes."""
+
+    def solve(self, factor, r: np.ndarray, *, transposed: bool) -> np.ndarray:
+        """Solve for a complex vector with the matrix or its (not conjugate) transpose."""
+
+    def product(self, r: np.ndarray, *, transposed: bool) -> np.ndarray:
+        """``S r`` or ``S^T r``."""
+
+
+class ShiftedSteps:
+    r""":math:`(I - \mu \Phi)^{-1}` and its transpose.
+
+    Parameters
+    ----------
+    A, b
+        Butcher tableau, diagonally implicit.
+    systems
+        One for each different diagonal entry.
+    memory
+        Bytes of factors that are kept on this rank.
+
+    Attributes
+    ----------
+    bytes, kept, factorisations : int
+        Of the factors that are kept; their number; how often it was factored.
+    """
+
+    def __init__(self, A, b, systems: Mapping[float, ShiftedSystem], memory: float):
+        self.A, self.b = np.asarray(A, dtype=float), np.asarray(b, dtype=float)
+        self._systems = [systems[a] for a in np.diag(self.A)]
+        self._memory, self._factors, self._shifts = memory, {}, {}
+        self.bytes = self.kept = self.factorisations = 0
+        self._largest = 0
+
+    def solve(self, k: int, mu: complex, r: np.ndarray) -> np.ndarray:
+        """The solve of a frequency of a forward sweep."""
+        scale, shifts = self._at(k, mu)
+        for j, (system, y) in enumerate(zip(self._systems, shifts, strict=True)):
+            r = system.solve(self._factor(k, j, y), system.product(r, transposed=False), transposed=False)
+        return scale * r
+
+    def solve_transposed(self, k: int, mu: complex, r: np.ndarray) -> np.ndarray:
+        """The solve of a frequency of an adjoint sweep."""
+        scale, shifts = self._at(k, mu)
+        for j, (system, y) in reversed(list(enumerate(zip(self._systems, shifts, strict=True)))):
+            r = system.product(system.solve(self._factor(k, j, y), r, transposed=True), transposed=True)
+        return scale * r
+
+    def _at(self, k: int, mu: complex) -> tuple[complex, Sequence[complex]]:
+        if k not in self._shifts:
+            self._shifts[k] = mu, *shifted_factors(self.A, self.b, mu)
+        return self._shifts[k][1:]
+
+    def _factor(self, k: int, j: int, y: complex):
+        factor = self._factors.get((k, j))
+        if factor is None:
+            factor, size = self._systems[j].factor(y)
+            self.factorisations += 1
+            self._largest = max(self._largest, size)
+            if self.bytes + self._largest <= self._memory:
+                self._factors[k, j] = factor
+                self.bytes, self.kept = self.bytes + size, self.kept + 1
+        return factor
+
+
+class SparseSystem:
+    """On one rank: SuperLU for complex matrices, with one ordering for all shifts.
+
+    Parameters
+    ----------
+    S, M
+        Real matrices with structurally symmetric union.
+    """
+
+    def __init__(self, S: csr_matrix, M: csr_matrix):
+        self._S, self._ST = csr_matrix(S), csr_matrix(S.T)
+        n = S.shape[0]
+        pattern = _ones(S) + _ones(M) + _ones(S.T) + _ones(M.T)
+        # a complex shift of waves and heat alike
+        first = splu(
+            csc_matrix(pattern * 0.0 + S - (0.5 + 0.5j) * M),
+            permc_spec="MMD_AT_PLUS_A", diag_pivot_thresh=0.0, options={"SymmetricMode": True},
+        )  # fmt: skip
+        self._order = np.argsort(first.perm_c)
+        permuted = csc_matrix(pattern[self._order][:, self._order])
+        permuted.sort_indices()
+        self._indices, self._indptr, self._shape = permuted.indices, permuted.indptr, (n, n)
+        self._s, self._m = self._on_pattern(S), self._on_pattern(M)
+        self._trial = np.exp(1j * np.arange(n) ** 2)
+
+    def _on_pattern(self, X: csr_matrix) -> np.ndarray:
+        """Entries of a matrix on the permuted pattern."""
+        X = X.tocsr()[self._order][:, self._order].tocoo()
+        n = self._shape[0]
+        columns = np.repeat(np.arange(n), np.diff(self._indptr))
+        out = np.zeros(len(self._indices))
+        places = np.searchsorted(columns.astype(np.int64) * n + self._indices, X.col.astype(np.int64) * n + X.row)
+        out[places] = X.data
+        return out
+
+    def factor(self, y):
+        """See :class:`ShiftedSystem`."""
+        matrix = csc_matrix((self._s - y * self._m, self._indices, self._indptr), shape=self._shape)
+        # pivots off the diagonal would ruin the ordering, and are not needed: real parts of these matrices are positive
+        # definite for heat, and what is eliminated first in a wave's mixed system has the shift on its diagonal
+        lu = splu(matrix, permc_spec="NATURAL", diag_pivot_thresh=0.0, options={"SymmetricMode": True})
+        if not np.abs(matrix @ lu.solve(self._trial) - self._trial).max(initial=0) <= _WRONG:
+            lu = splu(matrix, permc_spec="COLAMD", diag_pivot_thresh=1.0)
+        return lu, 20 * lu.nnz  # a complex number and its row for each entry
+
+    def solve(self, factor, r, *, transposed):
+        """See :class:`ShiftedSystem`."""
+        out = np.empty_like(r)
+        out[self._order] = factor.solve(r[self._order], "T" if transposed else "N")
+        return out
+
+    def product(self, r, *, transposed):
+        """See :class:`ShiftedSystem`."""
+        S = self._ST if transposed else self._S
+        return (S @ np.ascontiguousarray(r).view(float).reshape(-1, 2)).reshape(-1).view(complex)
+
+
+_WRONG = 1e-9
+"""Relative residual of a trial solve above which a factor is made anew with pivoting."""
+
+
+def _ones(X) -> csr_matrix:
+    X = csr_matrix(X).copy()
+    X.data[:] = 1.0
+    return X

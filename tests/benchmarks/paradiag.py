@@ -1,0 +1,152 @@
+"""ParaDiag beside sequential stepping, MGRIT, and itself on another number of ranks: heat, and a cavity without losses.
+
+``mpiexec -n 2 python -m tests.benchmarks.paradiag --out FILE.json`` measures on the ranks it is given; ``make bench``
+calls that. Sequential stepping runs on the first rank alone, in turn with the parallel solves.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+from firedrake import COMM_SELF, dx, inner
+from mpi4py import MPI
+
+from pint_fem.adjoint import RunningMisfit, TimeParallelReducedFunctional
+from pint_fem.spacetime import SpaceTime
+from tests.benchmarks.rows import Row, row
+from tests.benchmarks.square import square
+from tests.benchmarks.time_parallel import on_ranks as run_on_ranks
+from tests.benchmarks.time_parallel import together
+from tests.cavity import cavity
+
+__all__ = ["on_ranks", "rows"]
+
+HEAT_STEPS, CAVITY_STEPS, CELLS = 512, 256, 32
+
+
+def heat(spacetime: SpaceTime, **parameters) -> TimeParallelReducedFunctional:
+    """Heat conduction, P1 on 64 x 64, backward Euler."""
+    return square(HEAT_STEPS, "BackwardEuler", spacetime=spacetime, **parameters)
+
+
+def waves(spacetime: SpaceTime, **parameters) -> TimeParallelReducedFunctional:
+    """The cavity on 32 x 32, implicit midpoint rule, CFL number one."""
+    ev = cavity(spacetime.space_comm, n=CELLS, steps=CAVITY_STEPS)
+    misfit = RunningMisfit(inner(ev.u, ev.u) * dx)
+    q = ev.control
+    return TimeParallelReducedFunctional(
+        ev, misfit, regularisation=1e-3 * inner(q, q) * dx, spacetime=spacetime, solver_parameters=parameters
+    )
+
+
+class Case:
+    """Sweeps of a functional at its control, from cold."""
+
+    def __init__(self, rf: TimeParallelReducedFunctional):
+        self.rf, self.problem, self.sweeps = rf, rf.problem, rf.problem.sweeps
+        self.z = rf.array(rf.controls[0].control)
+        self.scale = 1.0
+
+    def state(self, **accuracy) -> None:
+        """The state sweep."""
+        self.sweeps.state(self.z, self.problem.U, cold=True, **accuracy)
+
+    def invert(self) -> None:
+        """A trust-region minimisation from zero."""
+        self.problem.forget()
+        self.x = self.rf.minimize_trust_region(self.rf.function(0 * self.z), gtol_rel=1e-5).x
+
+    def gradient(self) -> None:
+        """State and adjoint at a new control."""
+        self.problem.forget()
+        self.scale *= 1.01
+        self.g = self.problem.derivative(self.scale * self.z)
+
+
+def rows(repeats: int, comm=MPI.COMM_WORLD) -> list[dict]:
+    """Ratios on the ranks of ``comm``, as dictionaries of :class:`Row` (of the first rank)."""
+    out, alone, grid = [], SpaceTime("1x1", comm=COMM_SELF), SpaceTime((1, comm.size), comm=comm)
+    ranks, plural = comm.size, "s" * (comm.size > 1)
+    for name, pose, steps, alpha in (("heat", heat, HEAT_STEPS, 1e-7), ("cavity", waves, CAVITY_STEPS, 1e-4)):
+        options = {"alpha": alpha, "rtol": 1e-8}
+        serial = Case(pose(alone, time_solver="serial"))
+        many = Case(pose(grid, time_solver="paradiag", paradiag=options))
+        comm.Barrier()
+        begin = time.perf_counter()
+        many.state(cycles=1)  # makes the factors
+        first = time.perf_counter() - begin
+        iteration, done = lambda: many.state(cycles=1), lambda: many.state()  # noqa: B023
+        actions = [(serial.state, True), (iteration, False), (done, False)]
+        if ranks > 1:
+            one = Case(pose(alone, time_solver="paradiag", paradiag=options))
+            if comm.rank == 0:
+                one.state(cycles=1)
+            actions += [(lambda: one.state(cycles=1), True)]  # noqa: B023
+        sequential, single, solved, *on_one = together(comm, *actions, repeats=repeats)
+        result = many.sweeps.results[-1][1]
+        systems = many.sweeps._tangent._frequency_solve.__self__
+        note = f"alpha {alpha:g}, residual after it {many_residual(many):.0e}; factors {systems.bytes / 1e6:.0f} MB"
+        what = f"ParaDiag, {name}, {steps} steps: an iteration on {ranks} rank{plural} / sequential"
+        out.append(row("f", what, single, sequential, steps, 3.0 if ranks == 1 else None, True, note))
+        note = f"{result.cycles} iterations"
+        what = f"ParaDiag, {name}, {steps} steps: to 1e-8 on {ranks} rank{plural} / sequential"
+        out.append(row("f", what, solved, sequential, steps, None, True, note))
+        what = f"ParaDiag, {name}, {steps} steps: factorisations (once) on {ranks} rank{plural} / sequential"
+        out.append(row("f", what, first - single, sequential, steps, None, True, f"{systems.factorisations} a rank"))
+        if ranks > 1:
+            what = f"ParaDiag, {name}, {steps} steps: an iteration on one rank / {ranks} ranks"
+            out.append(row("f", what, single, on_one[0], steps, 1.7 if ranks == 2 else None, False))
+            out += gradients(name, pose, grid, serial, many, steps, repeats)
+    return [vars(r) for r in out]
+
+
+def many_residual(case: Case) -> float:
+    """Relative residual after one iteration from zero."""
+    case.state(cycles=1)
+    result = case.sweeps.results[-1][1]
+    return result.residuals[-1] / result.scale
+
+
+def gradients(name, pose, grid, serial: Case, paradiag: Case, steps: int, repeats: int) -> list[Row]:
+    """Gradient and inversion by each time solver, beside sequential stepping on one rank."""
+    comm, cases = grid.comm, {"paradiag to 1e-8": paradiag}
+    if name == "heat":
+        cases["mgrit to 1e-8"] = Case(pose(grid, time_solver="mgrit", mgrit={"rtol": 1e-8}))
+    out = []
+    for task, of, count in (("gradient", "g", repeats), ("invert", "x", 1)):
+        actions = [(getattr(serial, task), True), *((getattr(case, task), False) for case in cases.values())]
+        sequential, *seconds = together(comm, *actions, repeats=count)
+        exact = comm.bcast(getattr(serial, of) if comm.rank == 0 else None)
+        title = {"gradient": "J and gradient", "invert": "inversion"}[task]
+        for (solver, case), each in zip(cases.items(), seconds, strict=True):
+            note = f"differs by {np.linalg.norm(getattr(case, of) - exact) / np.linalg.norm(exact):.0e}"
+            what = f"{name}, {steps} steps: {title}, {solver} on {comm.size} ranks / serial on one"
+            out.append(row("f", what, each, sequential, steps, None, True, note))
+    return out
+
+
+def on_ranks(ranks: int, repeats: int) -> list[Row]:
+    """Measure on ``ranks`` processes of their own."""
+    return run_on_ranks(ranks, repeats, module="tests.benchmarks.paradiag")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure on the ranks given and write JSON."""
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.paradiag")
+    parser.add_argument("--out", type=Path, help="JSON file (default: print)")
+    parser.add_argument("--repeats", type=int, default=5)
+    args = parser.parse_args(argv)
+    result = rows(args.repeats)
+    if MPI.COMM_WORLD.rank == 0:
+        text = json.dumps(result, indent=1)
+        args.out.write_text(text) if args.out else print(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
