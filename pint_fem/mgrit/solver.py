@@ -181,7 +181,7 @@ class MGRIT:
         if not self._viewed:
             self._viewed = True
             if self._cycle is None and len(self.levels) > 1:
-                self._cycle = self._make_cycle(U.shape[1:])
+                self._cycle = self._make_cycle(U)
             self._say(self.view(U[:1].nbytes))
         for level in self.levels:
             level.failure = None
@@ -215,12 +215,12 @@ class MGRIT:
         result.converged, result.reason = True, "serial"
         return result
 
-    def _make_cycle(self, shape: tuple[int, ...]) -> Cycle:
-        """Work arrays for states of a shape; a transfer or storage that does not fit is an error on every rank."""
+    def _make_cycle(self, U: np.ndarray) -> Cycle:
+        """Work arrays for states of a shape and type; a transfer or storage that does not fit is an error on every rank."""
         problem, cycle = None, None
         try:
-            flags = dict(linear=self.linear, transposed=self.transposed)
-            cycle = Cycle(self.levels, self.options, shape, self.transfers, **flags)
+            flags = dict(linear=self.linear, transposed=self.transposed, dtype=U.dtype)
+            cycle = Cycle(self.levels, self.options, U.shape[1:], self.transfers, **flags)
         except Exception as error:
             problem = str(error) if isinstance(error, ValueError) else f"transfer: {type(error).__name__}: {error}"
         problem = next((p for p in self.comm.allgather(problem) if p), None)
@@ -230,8 +230,8 @@ class MGRIT:
 
     def _iterate(self, U: np.ndarray, start: str, coarse_rhs, result: SolveResult) -> None:
         options, cycle = self.options, self._cycle
-        if cycle is None or cycle.state_shape != U.shape[1:]:
-            cycle = self._cycle = self._make_cycle(U.shape[1:])
+        if cycle is None or (cycle.state_shape, cycle.dtype) != (U.shape[1:], U.dtype):
+            cycle = self._cycle = self._make_cycle(U)
         f_is_done = start in ("skip", "nested")
         if f_is_done:
             cycle.first_guess(nested=start == "nested", coarse_rhs_given=coarse_rhs)
@@ -284,8 +284,8 @@ class MGRIT:
     def _full_residual(self, U: np.ndarray) -> np.ndarray:
         """``Phi(U) + G - U`` at all own points, computed anew."""
         fine = self.levels[0]
-        if self._all_work is None or self._all_work.shape[1:] != U.shape[1:]:
-            self._all_work = np.empty((fine.k, *U.shape[1:]))
+        if self._all_work is None or (self._all_work.shape[1:], self._all_work.dtype) != (U.shape[1:], U.dtype):
+            self._all_work = np.empty((fine.k, *U.shape[1:]), U.dtype)
         fine.phi_of_all(U, self._all_work)
         if fine.G is not None:
             self._all_work += fine.G
@@ -303,7 +303,7 @@ class MGRIT:
             yield fine.lo + 1, U[1:]
         else:
             if self._cycle is None:
-                self._cycle = self._make_cycle(U.shape[1:])
+                self._cycle = self._make_cycle(U)
             yield from self._cycle.relaxations[0].states(U, G)
 
     def _check_arrays(self, U: np.ndarray, G: np.ndarray | None, coarse_rhs) -> None:
@@ -317,8 +317,8 @@ class MGRIT:
         if not U.ndim or len(U) != self.local_rows or (G is not None and G.shape != (k, *U.shape[1:])):
             what = f"{k} own steps" + ("" if self.local_rows == k + 1 else f" with {self.local_rows - 1} C-points")
             problem = f"U {U.shape} and G {None if G is None else G.shape} for {what}"
-        elif U.dtype != float:
-            problem = f"U of type {U.dtype}: give {np.dtype(float)}"
+        elif U.dtype not in (np.float64, np.float32) or (G is not None and G.dtype != U.dtype):
+            problem = f"U of type {U.dtype}{'' if G is None else f', G of {G.dtype}'}: give float64 or float32, both alike"
         elif not U[:1].flags.c_contiguous:
             problem = "the states in U are not contiguous: only the time axis may be strided"
         absent = tuple(x is None for x in (G, *given)) if k else None

@@ -1,0 +1,26 @@
+"""Layer-parallel training of deep residual networks: layers are time steps. Needs torch and mpi4py."""
+
+try:
+    import torch  # noqa: F401
+except ImportError as error:
+    raise ImportError("pint_fem.resnet needs torch: pip install 'pint_fem[resnet]'") from error
+
+from pint_fem.resnet.activations import Activation, activation
+from pint_fem.resnet.grid import Grid
+from pint_fem.resnet.iterations import Adaptive, Iterations
+from pint_fem.resnet.layers import Convolution, Dense, Layer
+from pint_fem.resnet.network import LayerParallelResNet
+from pint_fem.resnet.serial import SerialResNet
+
+__all__ = [
+    "Activation",
+    "Adaptive",
+    "Convolution",
+    "Dense",
+    "Grid",
+    "Iterations",
+    "Layer",
+    "LayerParallelResNet",
+    "SerialResNet",
+    "activation",
+]
