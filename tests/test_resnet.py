@@ -89,3 +89,23 @@ def test_deep_networks(kind):
     """256 layers."""
     net, x, y = build(kind, 256, mgrit={"rtol": 1e-14, "coarsening": (8, 4), "levels": 3, "relax": "F"})
     same(net, step(net, x, y), step(serial_copy(kind, 256), x, y), 1e-12)
+
+
+@pytest.mark.parallel(RANKS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(("kind", "act"), [("dense", "tanh"), ("dense", "gelu"), ("conv", "relu")])
+def test_same_bits_for_every_number_of_ranks(kind, act, dtype):
+    """Logits, loss and gradients of inexact sweeps, warm starts included, beside the same on this rank alone."""
+    options = dict(act=act, dtype=dtype, forward_iterations=2, backward_iterations=1)
+    options["mgrit"] = {"coarsening": (3, 2), "levels": 3}
+    here, x, y = build(kind, 37, **options)
+    alone, *_ = build(kind, 37, grid=Grid(comm=MPI.COMM_SELF), **options)
+    for _ in range(2):
+        (out, loss, g), (out1, loss1, g1) = step(here, x, y, batch=0), step(alone, x, y, batch=0)
+        assert np.array_equal(out, out1)
+        assert loss == loss1
+        for name, value in g.items():
+            full = g1[name]
+            assert np.array_equal(value, full[here.lo : here.hi] if name.startswith("theta") else full), name
+        for kind_, result in here.results.items():
+            assert result.residuals == alone.results[kind_].residuals

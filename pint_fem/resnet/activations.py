@@ -49,7 +49,7 @@ class Activation:
 
     def output(self, kept: Tensor) -> Tensor:
         """``g`` of what is kept, which may become it in place."""
-        return self.function(kept) if self.apply_ is None else self.apply_(kept)
+        return self.function(kept.contiguous()) if self.apply_ is None else self.apply_(kept)
 
 
 def _derivative(f: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
