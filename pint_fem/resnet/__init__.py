@@ -7,6 +7,7 @@ except ImportError as error:
 
 from pint_fem.resnet.activations import Activation, activation
 from pint_fem.resnet.checkpoint import load_checkpoint, save_checkpoint
+from pint_fem.resnet.deterministic import TrainingProblem
 from pint_fem.resnet.grid import Grid
 from pint_fem.resnet.iterations import Adaptive, Iterations
 from pint_fem.resnet.layers import Convolution, Dense, Layer
@@ -26,6 +27,7 @@ __all__ = [
     "LayerParallelResNet",
     "Regularisation",
     "SerialResNet",
+    "TrainingProblem",
     "activation",
     "load_checkpoint",
     "refine",

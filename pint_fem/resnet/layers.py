@@ -110,6 +110,7 @@ class Dense(Layer):
         self.width = self.fan_in = width
         self.shapes = {"weight": (width, width), "bias": (width,)}
         self._multiple = _VALUES // math.gcd(_VALUES, width)
+        self._work: Tensor | None = None
 
     def check_input(self, x: Tensor) -> None:
         """See :class:`Layer`."""
@@ -131,7 +132,10 @@ class Dense(Layer):
 
     def adjoint(self, theta: Theta, t: Tensor, lam: Tensor, h: float, out: Tensor) -> Tensor:
         """See :class:`Layer`."""
-        return torch.baddbmm(lam, theta[0].transpose(1, 2), t, alpha=h, out=out)
+        if self._work is None or len(self._work) < len(t) or self._work.shape[1:] != t.shape[1:] or self._work.dtype != t.dtype:
+            self._work = torch.empty_like(t)
+        product = torch.bmm(theta[0].transpose(1, 2), t, out=self._work[: len(t)])
+        return torch.add(lam, product, alpha=h, out=out)
 
     def gradients(self, t: Tensor, u: Tensor) -> list[Tensor]:
         """See :class:`Layer`."""

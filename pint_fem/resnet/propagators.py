@@ -43,7 +43,7 @@ class _Step:
         return slice(steps.start - self.lo, steps.stop - self.lo, steps.step)
 
     def work(self, count: int, like: np.ndarray) -> torch.Tensor:
-        """Room for some states."""
+        """Room for some states, contiguous: matrix products that write to every ``m``-th state take twice as long."""
         w = self._work
         if w is None or len(w) < count or w.shape[1:] != like.shape[1:] or w.numpy().dtype != like.dtype:
             w = self._work = torch.from_numpy(np.empty((count, *like.shape[1:]), like.dtype))
@@ -60,12 +60,14 @@ class ForwardStep(_Step):
     def step(self, steps: range, u: np.ndarray, out: np.ndarray) -> None:
         """See :class:`pint_fem.mgrit.levels.Propagator`."""
         rows, act = self.rows(steps), self.layer.activation
-        z = self.work(len(steps), u) if self.kept is None else self.kept[rows]
-        old, new = torch.from_numpy(u), torch.from_numpy(out)
+        z, old, new = self.work(len(steps), u), torch.from_numpy(u), torch.from_numpy(out)
         self.layer.linear([p[rows] for p in self.theta], old, z, act.in_scale)
-        torch.add(old, act.output(z), alpha=self.h * act.out_scale, out=new)
+        y = act.output(z)
+        torch.add(old, y, alpha=self.h * act.out_scale, out=new)
         if act.shift:
             new += self.h * act.shift
+        if self.kept is not None:
+            self.kept[rows] = z
 
 
 class AdjointStep(_Step):
@@ -79,8 +81,7 @@ class AdjointStep(_Step):
         """See :class:`pint_fem.mgrit.levels.Propagator`."""
         rows, t = self.rows(steps), self.work(len(steps), u)
         np.multiply(self.slopes[rows], u, out=t.numpy())
-        theta = [p[rows] for p in self.theta]
-        self.layer.adjoint(theta, t, torch.from_numpy(u), self.h, torch.from_numpy(out))
+        self.layer.adjoint([p[rows] for p in self.theta], t, torch.from_numpy(u), self.h, torch.from_numpy(out))
 
 
 class TangentStep(_Step):

@@ -28,7 +28,7 @@ from tests.benchmarks.rows import Row, row
 __all__ = ["layer_rows", "rows"]
 
 WIDTH, BATCH, DEPTH, TARGET = 8, 200, 1024, 1.5
-SETTINGS = {"levels": 2, "coarsening": 16, "relax": "F"}
+SETTINGS = {"levels": 2, "coarsening": 32, "relax": "F"}
 
 
 def parts():
