@@ -121,9 +121,12 @@ class TrainingProblem:
 
     def _move(self, z: np.ndarray) -> None:
         z = np.asarray(z, dtype=float)
-        if self._z is None or not np.array_equal(z, self._z):
-            self._z, self._known = z.copy(), {}
-        self.set(z)
+        if not np.array_equal(z, self.x0):  # graphs kept for Hessian actions do not like parameters that are written
+            self.set(z)
+            self._known = {}
+        elif self._z is None or not np.array_equal(z, self._z):
+            self._known = {}
+        self._z = z.copy()
 
     def _parts(self, tensors: list) -> tuple[list, list, list]:
         """Those of the own layers in the layer's order, of the opening and of the classification layer."""
@@ -170,7 +173,8 @@ class TrainingProblem:
         finally:
             for s, cycles, adaptive in before:
                 s.cycles, s.adaptive = cycles, adaptive
-        self._known = {"value": value, "gradient": None if gradients is None else self._join(gradients) / self.weights}
+        found = None if gradients is None else self._join(gradients) / self.weights
+        self._known |= {"value": value, "gradient": found}
 
     def value(self, z: np.ndarray) -> float:
         """J; infinite where the propagation overflows."""
