@@ -1,5 +1,6 @@
 """What the demos of residual networks share: options, the training with its checkpoints, curves, the report."""
 
+import math
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -101,24 +102,22 @@ def train(opts, grid, opening, layer, closing, data, test, *, dtype=None, net=No
     say = print if grid.is_root else lambda *_: None
     net = net or make_network(opts, grid, opening, layer, closing, opts.layers, dtype)
     say(
-        f"{net.nlayers} residual layers on {grid.layer_size} ranks, {grid.data_size} groups of {grid.data_size and opts.batch}"
+        f"{net.nlayers} residual layers on {grid.layer_size} ranks, {grid.data_size} groups with batches of {opts.batch}"
         f" samples, {opts.mode} iterations" + (f" {opts.forward_iterations} + {opts.backward_iterations}" if opts.mode in ("fixed", "adaptive") else "")
     )
     optimizer = torch.optim.Adam(net.parameters(), lr=opts.lr)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, opts.epochs)
     regularisation = Regularisation(net, opts.tikhonov, opts.smoothness, opts.classifier)
     checkpoint, curve = opts.out / f"checkpoint{label}", []
     if not opts.fresh:
         progress = load_checkpoint(checkpoint, net, optimizer)
         if progress:
             curve = [Epoch(**e) for e in progress["curve"]]
-            for _ in curve:
-                schedule.step()
             say(f"going on after epoch {len(curve)} of {checkpoint}")
     loader = shared_loader(data, opts.batch, grid, shuffle=not opts.warm, seed=opts.seed)
     with Progress(grid.is_root) as status:
         for number in range(len(curve) + 1, opts.epochs + 1):
             loader.sampler.set_epoch(number)
+            _set_rate(optimizer, opts, number)
             told = train_epoch(
                 net,
                 loader,
@@ -128,7 +127,6 @@ def train(opts, grid, opening, layer, closing, data, test, *, dtype=None, net=No
                 warm=opts.warm,
                 on_batch=lambda i, loss, n=number: status(f"epoch {n}, batch {i + 1} of {len(loader)}: loss {loss:.4f}"),
             )
-            schedule.step()
             curve.append(Epoch(number, test_accuracy=accuracy(net, test, grid=grid), **told))
             say(f"  {curve[-1]}")
             save_checkpoint(checkpoint, net, optimizer, {"curve": [e.as_dict() for e in curve]})
@@ -136,6 +134,12 @@ def train(opts, grid, opening, layer, closing, data, test, *, dtype=None, net=No
     if opts.compare_serial:
         outcome["serial"] = compare(opts, grid, opening, layer, closing, data, test, dtype)
     return outcome
+
+
+def _set_rate(optimizer, opts, number):
+    """Adam's step in an epoch, the same for a run that goes on."""
+    for group in optimizer.param_groups:
+        group["lr"] = opts.lr * 0.5 * (1 + math.cos(math.pi * (number - 1) / opts.epochs))
 
 
 def compare(opts, grid, opening, layer, closing, data, test, dtype=None):
@@ -153,14 +157,13 @@ def compare(opts, grid, opening, layer, closing, data, test, dtype=None):
             opening, layer, opts.layers, closing, final_time=opts.final_time, seed=opts.seed, dtype=dtype or torch.float32
         )
         optimizer = torch.optim.Adam(net.parameters(), lr=opts.lr)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, opts.epochs)
         whole = opts.batch * grid.data_size
         loader = shared_loader(data, whole, Grid(comm=MPI.COMM_SELF), shuffle=not opts.warm, seed=opts.seed)
         print(f"  (fastest on {_fastest_threads(net, next(iter(loader)), grid.comm.size)} threads)")
         for number in range(1, opts.epochs + 1):
             loader.sampler.set_epoch(number)
+            _set_rate(optimizer, opts, number)
             told = train_epoch(net, loader, optimizer)
-            schedule.step()
             curve.append(Epoch(number, test_accuracy=accuracy(net, test), **told))
             print(f"  {curve[-1]}", flush=True)
         torch.set_num_threads(1)
@@ -253,4 +256,4 @@ def report(opts, grid, outcome, facts):
         summary["serial"] = {"curve": [e.as_dict() for e in serial], "gap_in_points": gap, "serial_over_parallel_time": ratio}
         print(f"serial torch {100 * serial[-1].test_accuracy:.2f}%: {gap:+.2f} points; its time over ours: {ratio:.2f}")
     write_json(opts.out / "summary.json", summary)
-    print(f"results in {opts.out}: {', '.join(sorted(p.name for p in opts.out.iterdir() if p.is_file()))} (+ summary.json), {time.strftime('%H:%M')}")
+    print(f"results in {opts.out}: {', '.join(sorted(p.name for p in opts.out.iterdir() if p.is_file()))}")

@@ -27,7 +27,7 @@ def arguments():
     add("--width", type=positive(int), default=8, help="width of the layers (8)")
     add("--optimizer", default="adam", choices=("adam", *FULL_BATCH), help="batches with Adam, or the full batch with the package's own (adam)")
     add("--max-iterations", type=positive(int), default=60, help="of the full-batch optimisers (60)")
-    add_options(parser, layers=64, epochs=30, batch=200, lr=5e-3, out="results/peaks", final_time=5.0, coarsening=8)
+    add_options(parser, layers=64, epochs=40, batch=200, lr=1e-2, out="results/peaks", final_time=5.0, coarsening=8)
     return parser.read()
 
 

@@ -109,3 +109,96 @@ def test_same_bits_for_every_number_of_ranks(kind, act, dtype):
             assert np.array_equal(value, full[here.lo : here.hi] if name.startswith("theta") else full), name
         for kind_, result in here.results.items():
             assert result.residuals == alone.results[kind_].residuals
+
+
+def finite_difference(f, z, e=1e-6):
+    """Central."""
+    return (f(z + e) - f(z - e)) / (2 * e)
+
+
+@pytest.mark.parametrize("name", ["tanh", "sigmoid", "relu", "leaky_relu", "linear", "gelu", "silu", "softplus", "elu", "sin"])
+def test_activations_and_their_derivatives(name):
+    """Value, slope and curvature from what a layer keeps."""
+    act = activation(name)
+    z = torch.linspace(-2.1, 2.2, 12, dtype=torch.float64)
+    kept = act.in_scale * z
+    y = act.out_scale * act.output(kept) + act.shift
+    assert torch.allclose(y, act.function(z), rtol=0, atol=1e-15)
+    slope = finite_difference(act.function, z)
+    assert torch.allclose(act.slope(kept), slope, atol=1e-8)
+    if name not in ("relu", "leaky_relu", "elu"):
+        curvature = finite_difference(lambda x: finite_difference(act.function, x, 1e-4), z, 1e-4)
+        assert torch.allclose(act.curvature(kept), curvature, atol=1e-6)
+
+
+@pytest.mark.parallel([1, 2])
+def test_activation_by_callable():
+    """Any elementwise function of torch; others are refused."""
+    act = lambda z: z / (1 + z * z)
+    net, x, y = build("dense", 12, act=act, mgrit={"rtol": 1e-14, "coarsening": 2, "levels": 2})
+    same(net, step(net, x, y), step(serial_copy("dense", 12, act), x, y), 1e-12)
+    with pytest.raises(InputError, match="not elementwise"):
+        Dense(3, lambda z: torch.softmax(z, -1))
+    with pytest.raises(InputError, match="did you mean 'relu'"):
+        Dense(3, "rlu")
+
+
+@pytest.mark.parallel([1, 3])
+def test_evaluation_is_exact_and_keeps_no_graph():
+    """Whatever the training's iterations; 'same' takes those."""
+    options = dict(forward_iterations=1, backward_iterations=1, mgrit={"coarsening": 6, "relax": "F", "levels": 2}, T=8.0)
+    net, x, _ = build("dense", 36, **options)
+    with torch.no_grad():
+        exact = net(x)
+        theirs = serial_copy("dense", 36, T=8.0)(x)
+        assert torch.allclose(exact, theirs, rtol=1e-12, atol=1e-13)
+        alike, *_ = build("dense", 36, evaluation="same", **options)
+        assert not torch.allclose(alike(x), theirs, rtol=1e-6)
+
+
+@pytest.mark.parallel([1, 2])
+def test_several_batches_before_one_backward():
+    """Graphs that live at the same time do not share memory."""
+    net, x, y = build("dense", 12, mgrit={"rtol": 1e-14, "coarsening": 2, "levels": 2})
+    copy = serial_copy("dense", 12)
+    results = []
+    for model in (net, copy):
+        outs = [model(s * x) for s in (1.0, -0.5, 2.0)]
+        sum(nn.functional.cross_entropy(out, y) for out in outs).backward()
+        results.append({n: p.grad.clone() for n, p in model.named_parameters()})
+    for name, g in results[0].items():
+        full = results[1][name]
+        assert torch.allclose(g, full[net.lo : net.hi] if name.startswith("theta") else full, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parallel([1, 2, 3])
+def test_bad_input_is_refused_on_every_rank():
+    """No hang: the same error everywhere, whichever rank finds it."""
+    opening, layer, closing, x, y = parts("dense")
+    with pytest.raises(InputError, match="width 4 want"):
+        LayerParallelResNet(opening, Dense(4), 9, closing, dtype=torch.float64)(x)
+    with pytest.raises(InputError, match="classification layer: RuntimeError"):
+        LayerParallelResNet(opening, layer, 9, nn.Linear(3, 4), dtype=torch.float64)(x)
+    with pytest.raises(InputError, match="opening layer: RuntimeError"):
+        LayerParallelResNet(nn.Linear(5, 5), layer, 9, closing, dtype=torch.float64)(x)
+    for bad, match in (
+        (dict(mgrit={"storage": "C"}), "storage"),
+        (dict(mgrit={"coarsenning": 2}), "coarsening"),
+        (dict(forward_iterations=0), "iterations"),
+        (dict(adaptive=Adaptive()), "number to begin with"),
+        (dict(dtype=torch.float16), "float64"),
+    ):
+        with pytest.raises(InputError, match=match):
+            LayerParallelResNet(opening, layer, 9, closing, **bad)
+    with pytest.raises(InputError, match="at most one rank a layer" if COMM.size > 1 else "positive"):
+        LayerParallelResNet(opening, layer, 1 if COMM.size > 1 else 0, closing)
+    net, *_ = build("dense", 9, mgrit={"levels": 2, "coarsening": 2})
+    if COMM.size > 1:
+        with pytest.raises(InputError, match="give all the same"):
+            net(x[: 3 + COMM.rank])
+        with pytest.raises(InputError, match="DATAxLAYERS"):
+            Grid("all")
+    with torch.no_grad():
+        net.stack[0][-1] = float("nan")
+    with pytest.raises(SolverFailure, match="not finite"):
+        net(x)

@@ -318,7 +318,9 @@ class MGRIT:
             what = f"{k} own steps" + ("" if self.local_rows == k + 1 else f" with {self.local_rows - 1} C-points")
             problem = f"U {U.shape} and G {None if G is None else G.shape} for {what}"
         elif U.dtype not in (np.float64, np.float32) or (G is not None and G.dtype != U.dtype):
-            problem = f"U of type {U.dtype}{'' if G is None else f', G of {G.dtype}'}: give float64 or float32, both alike"
+            problem = (
+                f"U of type {U.dtype}{'' if G is None else f', G of {G.dtype}'}: give float64 or float32, both alike"
+            )
         elif not U[:1].flags.c_contiguous:
             problem = "the states in U are not contiguous: only the time axis may be strided"
         absent = tuple(x is None for x in (G, *given)) if k else None

@@ -50,7 +50,9 @@ def _scalars(net: LayerParallelResNet, optimizer) -> dict:
     for name in net.layer.shapes if optimizer else ():
         state = optimizer.state.get(net.theta[name], {})
         out[name] = {
-            k: float(v) for k, v in state.items() if v is not None and (not torch.is_tensor(v) or v.numel() == 1 != net.theta[name].numel())
+            k: float(v)
+            for k, v in state.items()
+            if v is not None and (not torch.is_tensor(v) or v.numel() == 1 != net.theta[name].numel())
         }
     return out
 
@@ -60,7 +62,9 @@ def _end(module, optimizer) -> dict:
     return {"module": module.state_dict(), "optimizer": states}
 
 
-def save_checkpoint(path: str | Path, net: LayerParallelResNet, optimizer=None, progress: Mapping | None = None) -> None:
+def save_checkpoint(
+    path: str | Path, net: LayerParallelResNet, optimizer=None, progress: Mapping | None = None
+) -> None:
     """Write a checkpoint (collective); the last one is kept until this one is whole.
 
     Parameters
@@ -142,7 +146,9 @@ def load_checkpoint(path: str | Path, net: LayerParallelResNet, optimizer=None) 
     try:
         head = json.loads((folder / "head.json").read_text())
         if head["network"] != _fingerprint(net):
-            problem = f"checkpoint {path} is of another network: it has {head['network']}, this one is {_fingerprint(net)}"
+            problem = (
+                f"checkpoint {path} is of another network: it has {head['network']}, this one is {_fingerprint(net)}"
+            )
         else:
             _restore(folder, head, net, optimizer)
             progress = head["progress"]

@@ -52,7 +52,9 @@ def read_idx(path: str | Path) -> np.ndarray:
     kind, size = np.dtype(_TYPES[raw[2]]), int(np.prod(shape, dtype=object))
     if size > _LARGEST or len(raw) != 4 + 4 * ndim + size * kind.itemsize:
         wants = size * kind.itemsize
-        raise InputError(f"{path}: says {shape} values of {kind.itemsize} bytes ({wants}), has {len(raw) - 4 - 4 * ndim}")
+        raise InputError(
+            f"{path}: says {shape} values of {kind.itemsize} bytes ({wants}), has {len(raw) - 4 - 4 * ndim}"
+        )
     values = np.frombuffer(raw, kind, offset=4 + 4 * ndim).reshape(shape)
     return values.astype(kind.newbyteorder("="))
 
@@ -70,7 +72,9 @@ def _find(folder: Path, name: str) -> Path:
     for spelling in [s + end for s in spellings for end in ("", ".gz")]:
         if (folder / spelling).is_file():
             return folder / spelling
-    raise InputError(f"{folder}: no {name} or {name}.gz there; 'make mnist' fetches MNIST into data/mnist, or name its folder")
+    raise InputError(
+        f"{folder}: no {name} or {name}.gz there; 'make mnist' fetches MNIST into data/mnist, or name its folder"
+    )
 
 
 def mnist(folder: str | Path, part: str = "train", *, count: int | None = None) -> TensorDataset:

@@ -301,7 +301,9 @@ class TrainingProblem:
         values = [p.detach() for p in net.opening.parameters()]
 
         def state(*parameters):
-            opened = torch.func.functional_call(net.opening, dict(zip(names, parameters, strict=True)), (self.x.to(net.dtype),))
+            opened = torch.func.functional_call(
+                net.opening, dict(zip(names, parameters, strict=True)), (self.x.to(net.dtype),)
+            )
             return net.layer.pack(opened)
 
         if not values:

@@ -115,7 +115,9 @@ class Dense(Layer):
     def check_input(self, x: Tensor) -> None:
         """See :class:`Layer`."""
         if x.ndim != 2 or x.shape[1] != self.width:
-            raise InputError(f"the opening layer gives {tuple(x.shape)}, layers of width {self.width} want (batch, {self.width})")
+            raise InputError(
+                f"the opening layer gives {tuple(x.shape)}, layers of width {self.width} want (batch, {self.width})"
+            )
 
     def pack(self, x: Tensor) -> Tensor:
         """See :class:`Layer`."""
@@ -132,7 +134,12 @@ class Dense(Layer):
 
     def adjoint(self, theta: Theta, t: Tensor, lam: Tensor, h: float, out: Tensor) -> Tensor:
         """See :class:`Layer`."""
-        if self._work is None or len(self._work) < len(t) or self._work.shape[1:] != t.shape[1:] or self._work.dtype != t.dtype:
+        if (
+            self._work is None
+            or len(self._work) < len(t)
+            or self._work.shape[1:] != t.shape[1:]
+            or self._work.dtype != t.dtype
+        ):
             self._work = torch.empty_like(t)
         product = torch.bmm(theta[0].transpose(1, 2), t, out=self._work[: len(t)])
         return torch.add(lam, product, alpha=h, out=out)
@@ -169,7 +176,9 @@ class Convolution(Layer):
         if not _is_count(channels):
             raise InputError(f"Convolution channels {channels!r}: give a positive whole number")
         if not _is_count(kernel) or kernel % 2 == 0:
-            raise InputError(f"Convolution kernel {kernel!r}: give an odd positive whole number, so that images keep their size")
+            raise InputError(
+                f"Convolution kernel {kernel!r}: give an odd positive whole number, so that images keep their size"
+            )
         self.channels, self.kernel, self.padding = channels, kernel, kernel // 2
         self.fan_in = channels * kernel**2
         self.shapes = {"weight": (channels, channels, kernel, kernel), "bias": (channels,)}

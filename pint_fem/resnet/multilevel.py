@@ -42,7 +42,9 @@ def refine(coarse: LayerParallelResNet, fine: LayerParallelResNet, *, interpolat
             f"{fine.final_time}: refine from the same kind of layers and the same final time"
         )
     if coarse.grid.layer_size != fine.grid.layer_size:
-        raise InputError(f"grids of {coarse.grid.layer_size} and {fine.grid.layer_size} layer ranks: refine on the same grid")
+        raise InputError(
+            f"grids of {coarse.grid.layer_size} and {fine.grid.layer_size} layer ranks: refine on the same grid"
+        )
     bounds = fine.sweeps.bounds
     wanted = []
     for lo, hi in zip(bounds, bounds[1:], strict=False):

@@ -189,7 +189,7 @@ class LayerParallelResNet(nn.Module):
         shape = reports[0][1]
         if u0 is None:
             u0 = torch.empty(0, dtype=self.dtype)
-        last = _Propagate.apply(u0, self, shape, batch, *self.stack)
+        last = _Propagate.apply(u0, self, shape, batch, torch.is_grad_enabled(), *self.stack)
         out = last
         if self.grid.is_last:
             try:
@@ -266,9 +266,9 @@ class _Propagate(torch.autograd.Function):
     """From the first state to the last one, through the layers of all ranks."""
 
     @staticmethod
-    def forward(ctx, u0, network, shape, batch, *theta):
+    def forward(ctx, u0, network, shape, batch, grad_enabled, *theta):
         """The last state, on the last rank."""
-        training = any(ctx.needs_input_grad)
+        training = grad_enabled and any(ctx.needs_input_grad)
         trajectory = network._propagate(u0, shape, batch, theta, training)
         ctx.network, ctx.batch, ctx.trajectory = network, batch, trajectory
         last = torch.from_numpy(trajectory.U[-1].copy()) if network.grid.is_last else u0.new_zeros(())
@@ -289,7 +289,7 @@ class _Propagate(torch.autograd.Function):
         d_first = None
         if network.grid.is_first and ctx.needs_input_grad[0]:
             d_first = torch.from_numpy(first.copy())
-        return d_first, None, None, None, *gradients
+        return d_first, None, None, None, None, *gradients
 
 
 class _Hold:

@@ -1,7 +1,8 @@
 """Ratios measured side by side: ``python -m tests.benchmarks.bench [--quick] [--out results/bench]``.
 
 Heat conduction, P1 on a 64 x 64 unit square: (a, b, d) 256 steps, medians of the repeats; (c, e) 512 steps, on one
-rank and on two, see ``time_parallel``; then PyMGRIT and XBraid's ex-02, see ``compare``. Two things that make up a
+rank and on two, see ``time_parallel``; then PyMGRIT and XBraid's ex-02, see ``compare``; (l) training steps of residual
+networks, see ``layers``. Two things that make up a
 ratio are timed in turn, so that a busy machine slows both. ``--quick`` shortens all but (c, e). A missed target is
 reported and is no error.
 """
@@ -9,6 +10,7 @@ reported and is no error.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import platform
 import statistics
@@ -224,6 +226,11 @@ def main(argv: list[str] | None = None) -> int:
         rows += part()
     console.print("PyMGRIT and XBraid's ex-02 ...")
     rows += compare_rows(args.quick, lambda text: console.print(f"  {text}"))
+    if importlib.util.find_spec("torch"):
+        from tests.benchmarks.layers import layer_rows
+
+        console.print("layers of a residual network on two ranks ...")
+        rows += layer_rows(2, 2 * repeats, quick=args.quick)
     rows.sort(key=lambda r: r.section)
     console.print(table(rows))
     missed = sum(r.met is False for r in rows)
