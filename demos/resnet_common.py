@@ -13,28 +13,50 @@ from pint_fem.cli import Progress, positive, wait_quietly
 def add_options(parser, *, layers, epochs, batch, lr, out, final_time, coarsening):
     """Options of both demos."""
     add = parser.add_argument
-    add("--grid", default="auto", metavar="DxL", help="groups with a batch each x ranks in the layers (all in the layers)")
+    add(
+        "--grid",
+        default="auto",
+        metavar="DxL",
+        help="groups with a batch each x ranks in the layers (all in the layers)",
+    )
     add("--layers", type=positive(int), default=layers, help=f"residual layers ({layers})")
     add("--epochs", type=positive(int), default=epochs, help=f"passes over the data ({epochs})")
     add("--batch", type=positive(int), default=batch, help=f"batch of a group ({batch})")
     add("--lr", type=positive(float), default=lr, help=f"Adam's step ({lr:g}), decaying as a cosine")
-    add("--final-time", type=positive(float), default=final_time, help=f"T: a layer's step is T over layers ({final_time:g})")
+    add(
+        "--final-time",
+        type=positive(float),
+        default=final_time,
+        help=f"T: a layer's step is T over layers ({final_time:g})",
+    )
     add("--activation", help="of the residual layers")
     add("--mode", default="fixed", choices=("fixed", "adaptive", "exact", "serial"), help="cycles of a sweep (fixed)")
     add("--forward-iterations", type=positive(int), default=2, help="cycles forward (2)")
     add("--backward-iterations", type=positive(int), default=1, help="cycles backward (1)")
-    add("--coarsening", type=positive(int), default=coarsening, help=f"layers from a C-point to the next ({coarsening})")
+    add(
+        "--coarsening", type=positive(int), default=coarsening, help=f"layers from a C-point to the next ({coarsening})"
+    )
     add("--levels", type=positive(int), default=2, help="MGRIT levels (2)")
     add("--relax", default="F", help="relaxation: F, FCF ... (F)")
     add("--warm", action="store_true", help="batches start from their last visit; they are not shuffled then")
-    add("--multilevel", type=positive(int), default=1, metavar="K", help="train K networks, each twice as deep, one after another")
+    add(
+        "--multilevel",
+        type=positive(int),
+        default=1,
+        metavar="K",
+        help="train K networks, each twice as deep, one after another",
+    )
     add("--tikhonov", type=positive(float, zero=True), default=0.0, help="weight of |theta|^2 (0)")
     add("--smoothness", type=positive(float, zero=True), default=0.0, help="weight of |d theta/dt|^2 (0)")
     add("--classifier", type=positive(float, zero=True), default=0.0, help="weight of the classifier's |W|^2 (0)")
     add("--seed", type=positive(int, zero=True), default=0, help="of weights and batches (0)")
     add("--out", type=Path, default=Path(out), help=f"folder of the results ({out})")
     add("--fresh", action="store_true", help="do not go on from the checkpoint in --out")
-    add("--compare-serial", action="store_true", help="train a plain serial torch copy too, with the same seed and epochs")
+    add(
+        "--compare-serial",
+        action="store_true",
+        help="train a plain serial torch copy too, with the same seed and epochs",
+    )
 
 
 def build_grid(opts):
@@ -102,8 +124,9 @@ def train(opts, grid, opening, layer, closing, data, test, *, dtype=None, net=No
     say = print if grid.is_root else lambda *_: None
     net = net or make_network(opts, grid, opening, layer, closing, opts.layers, dtype)
     say(
-        f"{net.nlayers} residual layers on {grid.layer_size} ranks, {grid.data_size} groups with batches of {opts.batch}"
-        f" samples, {opts.mode} iterations" + (f" {opts.forward_iterations} + {opts.backward_iterations}" if opts.mode in ("fixed", "adaptive") else "")
+        f"{net.nlayers} residual layers on {grid.layer_size} ranks, {grid.data_size} groups, batches of {opts.batch}, "
+        f"{opts.mode} iterations"
+        + (f" {opts.forward_iterations} + {opts.backward_iterations}" if opts.mode in ("fixed", "adaptive") else "")
     )
     optimizer = torch.optim.Adam(net.parameters(), lr=opts.lr)
     regularisation = Regularisation(net, opts.tikhonov, opts.smoothness, opts.classifier)
@@ -125,7 +148,9 @@ def train(opts, grid, opening, layer, closing, data, test, *, dtype=None, net=No
                 regularisation=regularisation if regularisation else None,
                 data_comm=grid.data_comm,
                 warm=opts.warm,
-                on_batch=lambda i, loss, n=number: status(f"epoch {n}, batch {i + 1} of {len(loader)}: loss {loss:.4f}"),
+                on_batch=lambda i, loss, n=number: status(
+                    f"epoch {n}, batch {i + 1} of {len(loader)}: loss {loss:.4f}"
+                ),
             )
             curve.append(Epoch(number, test_accuracy=accuracy(net, test, grid=grid), **told))
             say(f"  {curve[-1]}")
@@ -154,7 +179,13 @@ def compare(opts, grid, opening, layer, closing, data, test, dtype=None):
     if grid.is_root:
         print("plain serial torch, same seed and epochs:")
         net = SerialResNet(
-            opening, layer, opts.layers, closing, final_time=opts.final_time, seed=opts.seed, dtype=dtype or torch.float32
+            opening,
+            layer,
+            opts.layers,
+            closing,
+            final_time=opts.final_time,
+            seed=opts.seed,
+            dtype=dtype or torch.float32,
         )
         optimizer = torch.optim.Adam(net.parameters(), lr=opts.lr)
         whole = opts.batch * grid.data_size
@@ -189,7 +220,7 @@ def _fastest_threads(net, batch, most):
 
 
 def nested_training(opts, grid, opening, layer, closing, data, test, *, dtype=None):
-    """Multilevel initialisation: train a coarse network, interpolate its weights in depth, go on with twice the layers."""
+    """Multilevel initialisation: train a shallow network, interpolate in depth, go on with twice the layers."""
     from pint_fem.resnet import refine
 
     depths = [max(grid.layer_size, opts.layers // 2**k) for k in reversed(range(opts.multilevel))]
@@ -243,7 +274,10 @@ def report(opts, grid, outcome, facts):
         "settings": settings,
         "grid": {"data": grid.data_size, "layers": grid.layer_size},
         "curve": [e.as_dict() for e in curve],
-        "result": {"test_accuracy": curve[-1].test_accuracy, "seconds_an_epoch": sum(e.seconds for e in curve) / len(curve)},
+        "result": {
+            "test_accuracy": curve[-1].test_accuracy,
+            "seconds_an_epoch": sum(e.seconds for e in curve) / len(curve),
+        },
         "adaptive": {"forward": net.forward_sweeps.history, "backward": net.backward_sweeps.history},
         "versions": {name: version(name) for name in ("torch", "numpy", "mpi4py")},
     }
@@ -253,7 +287,11 @@ def report(opts, grid, outcome, facts):
     if serial:
         gap = 100 * (curve[-1].test_accuracy - serial[-1].test_accuracy)
         ratio = sum(e.seconds for e in serial) / sum(e.seconds for e in curve)
-        summary["serial"] = {"curve": [e.as_dict() for e in serial], "gap_in_points": gap, "serial_over_parallel_time": ratio}
+        summary["serial"] = {
+            "curve": [e.as_dict() for e in serial],
+            "gap_in_points": gap,
+            "serial_over_parallel_time": ratio,
+        }
         print(f"serial torch {100 * serial[-1].test_accuracy:.2f}%: {gap:+.2f} points; its time over ours: {ratio:.2f}")
     write_json(opts.out / "summary.json", summary)
     print(f"results in {opts.out}: {', '.join(sorted(p.name for p in opts.out.iterdir() if p.is_file()))}")

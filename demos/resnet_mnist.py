@@ -21,7 +21,11 @@ def arguments():
     """Options of the program."""
     parser = ProgramParser(prog="resnet_mnist.py", description=__doc__)
     add = parser.add_argument
-    add("--data", default="data/mnist", help="folder with MNIST's four IDX files, raw or gzipped; or 'digits' (data/mnist)")
+    add(
+        "--data",
+        default="data/mnist",
+        help="folder with MNIST's four IDX files, raw or gzipped; or 'digits' (data/mnist)",
+    )
     add("--count", type=positive(int), help="so many training images only (all)")
     add("--channels", type=positive(int), default=8, help="channels of the residual layers (8)")
     add_options(parser, layers=64, epochs=2, batch=100, lr=1e-3, out="results/mnist", final_time=4.0, coarsening=4)
@@ -55,7 +59,8 @@ def main():
     else:
         data, test = mnist(opts.data, "train", count=opts.count), mnist(opts.data, "test")
     say = print if grid.is_root else lambda *_: None
-    say(f"{len(data)} training images of {tuple(data[0][0].shape[1:])}, {len(test)} for testing, {time.perf_counter() - start:.1f} s")
+    shape, seconds = tuple(data[0][0].shape[1:]), time.perf_counter() - start
+    say(f"{len(data)} training images of {shape}, {len(test)} for testing, read in {seconds:.1f} s")
     torch.manual_seed(opts.seed)
     opening, layer, closing = networks(opts, data[0][0].shape[-1])
     if opts.multilevel > 1:

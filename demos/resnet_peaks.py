@@ -25,7 +25,12 @@ def arguments():
     add("--classes", type=positive(int), default=5, help="2 or 5 (5)")
     add("--samples", type=positive(int), default=5000, help="training points; a fifth as many for testing (5000)")
     add("--width", type=positive(int), default=8, help="width of the layers (8)")
-    add("--optimizer", default="adam", choices=("adam", *FULL_BATCH), help="batches with Adam, or the full batch with the package's own (adam)")
+    add(
+        "--optimizer",
+        default="adam",
+        choices=("adam", *FULL_BATCH),
+        help="batches with Adam, or the full batch with the package's own (adam)",
+    )
     add("--max-iterations", type=positive(int), default=60, help="of the full-batch optimisers (60)")
     add_options(parser, layers=64, epochs=40, batch=200, lr=1e-2, out="results/peaks", final_time=5.0, coarsening=8)
     return parser.read()
@@ -56,7 +61,10 @@ def full_batch(opts, grid, opening, layer, closing, data, test):
     seconds = time.perf_counter() - start
     if say:
         factors = {name: result.factor for name, result in net.results.items()}
-        say(f"J = {value:.6e} after {problem.counts}; residual factors " + ", ".join(f"{n} {f:.3f}" for n, f in factors.items()))
+        say(
+            f"J = {value:.6e} after {problem.counts}; residual factors "
+            + ", ".join(f"{n} {f:.3f}" for n, f in factors.items())
+        )
     curve = [Epoch(1, value, accuracy(net, data), accuracy(net, test), seconds)]
     return {"network": net, "curve": curve, "serial": None}
 
@@ -81,9 +89,13 @@ def plot_classes(path, opts, net, test, pixels=160):
 
     fig, axes = plt.subplots(1, 2, figsize=(9.5, 4.4), layout="constrained", sharey=True)
     x = test.tensors[0].numpy()
-    for ax, name, label in zip(axes, ("true classes", "the network's"), (peaks_class(points, opts.classes), said), strict=True):
+    for ax, name, label in zip(
+        axes, ("true classes", "the network's"), (peaks_class(points, opts.classes), said), strict=True
+    ):
         image = label.reshape(pixels, pixels)
-        ax.imshow(image, origin="lower", extent=(-3, 3, -3, 3), cmap="viridis", vmin=0, vmax=opts.classes - 1, alpha=0.85)
+        ax.imshow(
+            image, origin="lower", extent=(-3, 3, -3, 3), cmap="viridis", vmin=0, vmax=opts.classes - 1, alpha=0.85
+        )
         ax.set(title=name, xlabel="x")
     wrong = said_of(test, said, pixels) != test.tensors[1].numpy()
     axes[1].plot(*x[wrong].T, "r.", ms=3, label=f"{wrong.sum()} of {len(x)} test points in a wrong pixel")
@@ -117,7 +129,11 @@ def main():
     data = peaks(opts.samples, opts.classes, seed=opts.seed, dtype=dtype)
     test = peaks(max(opts.classes, opts.samples // 5), opts.classes, seed=opts.seed + 1, dtype=dtype)
     torch.manual_seed(opts.seed)
-    parts = nn.Sequential(nn.Linear(2, opts.width), nn.Tanh()), Dense(opts.width, opts.activation or "tanh"), nn.Linear(opts.width, opts.classes)
+    parts = (
+        nn.Sequential(nn.Linear(2, opts.width), nn.Tanh()),
+        Dense(opts.width, opts.activation or "tanh"),
+        nn.Linear(opts.width, opts.classes),
+    )
     how = full_batch if full else nested_training if opts.multilevel > 1 else train
     outcome = how(opts, grid, *parts, data, test)
     outcome["network"].eval()

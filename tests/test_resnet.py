@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch", reason="pint_fem.resnet needs torch (pip install 'pint_fem[resnet]')")
+pytest.importorskip("torch", reason="pint_fem.resnet needs torch (pip install 'pint_fem[resnet]')")
 
+import torch
 from mpi4py import MPI
 from torch import nn
 
@@ -39,8 +40,8 @@ def parts(kind, activation="tanh"):
 def build(kind, nlayers, grid=None, act="tanh", dtype=torch.float64, T=2.0, **options):
     """A network, its batch and labels."""
     opening, layer, closing, x, y = parts(kind, act)
-    net = LayerParallelResNet(opening, layer, nlayers, closing, final_time=T, grid=grid or Grid(), dtype=dtype, **options)
-    return net, x, y
+    options = dict(final_time=T, grid=grid or Grid(), dtype=dtype) | options
+    return LayerParallelResNet(opening, layer, nlayers, closing, **options), x, y
 
 
 def serial_copy(kind, nlayers, act="tanh", dtype=torch.float64, T=2.0):
@@ -66,10 +67,12 @@ def same(net, ours, theirs, tolerance):
     assert ("opening.weight" in names) == net.grid.is_first
     for name, g in ours[2].items():
         full = theirs[2][name]
-        assert np.abs(g - (full[net.lo : net.hi] if name.startswith("theta") else full)).max() <= tolerance * np.abs(full).max()
+        own = full[net.lo : net.hi] if name.startswith("theta") else full
+        assert np.abs(g - own).max() <= tolerance * np.abs(full).max()
 
 
-LEVELS = {1: {"levels": 1}, 2: {"levels": 2, "coarsening": 4}, 3: {"coarsening": (3, 2), "levels": 3}, 4: {"coarsening": 2, "levels": 4}}
+LEVELS = {1: {"levels": 1}, 2: {"levels": 2, "coarsening": 4}, 3: {"levels": 3, "coarsening": (3, 2)}}
+LEVELS[4] = {"levels": 4, "coarsening": 2}
 
 
 @pytest.mark.parallel(RANKS)
@@ -116,7 +119,9 @@ def finite_difference(f, z, e=1e-6):
     return (f(z + e) - f(z - e)) / (2 * e)
 
 
-@pytest.mark.parametrize("name", ["tanh", "sigmoid", "relu", "leaky_relu", "linear", "gelu", "silu", "softplus", "elu", "sin"])
+@pytest.mark.parametrize(
+    "name", ["tanh", "sigmoid", "relu", "leaky_relu", "linear", "gelu", "silu", "softplus", "elu", "sin"]
+)
 def test_activations_and_their_derivatives(name):
     """Value, slope and curvature from what a layer keeps."""
     act = activation(name)
@@ -146,7 +151,8 @@ def test_activation_by_callable():
 @pytest.mark.parallel([1, 3])
 def test_evaluation_is_exact_and_keeps_no_graph():
     """Whatever the training's iterations; 'same' takes those."""
-    options = dict(forward_iterations=1, backward_iterations=1, mgrit={"coarsening": 6, "relax": "F", "levels": 2}, T=8.0)
+    options = dict(forward_iterations=1, backward_iterations=1, T=8.0)
+    options["mgrit"] = {"coarsening": 6, "relax": "F", "levels": 2}
     net, x, _ = build("dense", 36, **options)
     with torch.no_grad():
         exact = net(x)
@@ -174,7 +180,7 @@ def test_several_batches_before_one_backward():
 @pytest.mark.parallel([1, 2, 3])
 def test_bad_input_is_refused_on_every_rank():
     """No hang: the same error everywhere, whichever rank finds it."""
-    opening, layer, closing, x, y = parts("dense")
+    opening, layer, closing, x, _ = parts("dense")
     with pytest.raises(InputError, match="width 4 want"):
         LayerParallelResNet(opening, Dense(4), 9, closing, dtype=torch.float64)(x)
     with pytest.raises(InputError, match="classification layer: RuntimeError"):

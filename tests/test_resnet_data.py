@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch", reason="pint_fem.resnet needs torch (pip install 'pint_fem[resnet]')")
+pytest.importorskip("torch", reason="pint_fem.resnet needs torch (pip install 'pint_fem[resnet]')")
 
+import torch
 from mpi4py import MPI
 
 from demos import resnet_mnist, resnet_peaks
@@ -111,7 +112,7 @@ def test_groups_share_the_samples():
         loader.sampler.set_epoch(epoch)
         seen = [n for x, i in loader for n in x.tolist()]
         assert len(set(map(tuple, grid.layer_comm.allgather(seen)))) == 1
-        assert sorted(sum(grid.data_comm.allgather(seen), [])) == list(range(24))
+        assert sorted(n for part in grid.data_comm.allgather(seen) for n in part) == list(range(24))
 
 
 def demo(monkeypatch, main, *arguments):
@@ -148,7 +149,8 @@ def test_demo_of_mnist_goes_on_from_its_checkpoint(tmp_path, monkeypatch, capsys
     small = ["--data", folder, "--layers", 8, "--channels", 2, "--batch", 20, "--out", folder / "out"]
     demo(monkeypatch, resnet_mnist.main, *small, "--epochs", 1)
     demo(monkeypatch, resnet_mnist.main, *small, "--epochs", 2)
-    demo(monkeypatch, resnet_mnist.main, *small, "--epochs", 1, "--multilevel", 2, "--mode", "adaptive", "--smoothness", 1e-4)
+    how = ["--multilevel", 2, "--mode", "adaptive", "--smoothness", 1e-4]
+    demo(monkeypatch, resnet_mnist.main, *small, "--epochs", 1, *how)
     if MPI.COMM_WORLD.rank == 0:
         assert "going on after epoch 1" in capsys.readouterr().out
         assert [depth for depth, _ in json.loads((folder / "out" / "summary.json").read_text())["levels"]] == [4, 8]

@@ -1,10 +1,11 @@
-"""Training of layer-parallel networks: modes, warm starts, regularisation, grids, deterministic optimisers, restarts."""
+"""Training of layer-parallel networks: modes, warm starts, regularisation, grids, optimisers, restarts."""
 
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch", reason="pint_fem.resnet needs torch (pip install 'pint_fem[resnet]')")
+pytest.importorskip("torch", reason="pint_fem.resnet needs torch (pip install 'pint_fem[resnet]')")
 
+import torch
 from mpi4py import MPI
 from torch import nn
 
@@ -88,7 +89,8 @@ def test_lbfgs_reproduces_itself(capsys):
     p1, serial, J2 = run(Grid(comm=ALONE), 1)
     with capsys.disabled():
         if COMM.rank == 0:
-            print(f"\n  residual factors on {COMM.size} ranks: forward {factors['forward']:.3f}, backward {factors['backward']:.3f}")
+            text = ", ".join(f"{name} {factor:.3f}" for name, factor in factors.items())
+            print(f"\n  residual factors on {COMM.size} ranks: {text}")
     assert all(f < 0.3 for f in factors.values())
     assert J == pytest.approx(J1, rel=1e-12)
     assert pytest.approx(J2, rel=1e-8) == J
@@ -201,7 +203,7 @@ def test_warm_starts_remember():
 
 @pytest.mark.parallel([1, 2])
 def test_adaptive_iterations():
-    """Small weights: the number of cycles stays. Large ones, on which cycles diverge: serial, and exact from then on."""
+    """Small weights: the number of cycles stays. Large ones, on which cycles diverge: serial and exact from then on."""
     adaptive = Adaptive(every=3, enough=0.5, most=4)
     its = dict(forward_iterations=1, backward_iterations=1, adaptive=adaptive, mgrit={"coarsening": 4, "relax": "F"})
     net, x, y = peaks_network(32, levels=2, **its)

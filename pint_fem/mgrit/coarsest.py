@@ -51,7 +51,7 @@ class _Gathered:
         size = int(np.prod(shape, dtype=int))
         counts = [(b - a) * size for a, b in zip(level.bounds[:-1], level.bounds[1:], strict=True)]
         dtype = level.U.dtype
-        self._layout = [counts, [a * size for a in level.bounds[:-1]], MPI.DOUBLE if dtype == float else MPI.FLOAT]
+        self._layout = [counts, [a * size for a in level.bounds[:-1]], MPI.DOUBLE if dtype.itemsize == 8 else MPI.FLOAT]
         first = level.comm.rank == 0
         self._G = np.empty((level.nsteps, *shape), dtype) if first else None
         self._U = np.empty((level.nsteps + 1, *shape), dtype) if first else None

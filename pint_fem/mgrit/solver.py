@@ -216,7 +216,7 @@ class MGRIT:
         return result
 
     def _make_cycle(self, U: np.ndarray) -> Cycle:
-        """Work arrays for states of a shape and type; a transfer or storage that does not fit is an error on every rank."""
+        """Work arrays for states like ``U``'s; a transfer or storage that does not fit is an error on every rank."""
         problem, cycle = None, None
         try:
             flags = dict(linear=self.linear, transposed=self.transposed, dtype=U.dtype)

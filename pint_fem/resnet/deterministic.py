@@ -1,8 +1,9 @@
 r"""Full-batch training as an optimisation constrained by an evolution, for the optimisers of :mod:`pint_fem.optimize`.
 
-The control is all parameters, the state the batch in all layers; a vector is this rank's part: its layers', the opening
-layer's on the first rank, the classification layer's on the last. :math:`J(\theta) = \ell(u_N) + R(\theta)`. The Hessian
-takes a tangent and a second backward sweep. With :math:`\delta z_n = L_n \delta u_n + \delta L_n u_n + \delta b_n`,
+The control is all parameters, the state the batch in all layers; a vector is this rank's part: its layers', the
+opening layer's on the first rank, the classification layer's on the last. :math:`J(\theta) = \ell(u_N) + R(\theta)`.
+The Hessian takes a tangent and a second backward sweep. With
+:math:`\delta z_n = L_n \delta u_n + \delta L_n u_n + \delta b_n`,
 
 .. math::
     \delta u_{n+1} &= \delta u_n + h\, \sigma'(z_n)\, \delta z_n , \\
@@ -135,7 +136,7 @@ class TrainingProblem:
         ends = [[] if m is None else pick(m.parameters()) for m in (self.net.opening, self.net.closing)]
         return pick(self.net.stack), *ends
 
-    # -- what an optimiser asks for --------------------------------------------------------------------------------------
+    # -- what an optimiser asks for ------------------------------------------------------------------------------------
     def inner(self, a: np.ndarray, b: np.ndarray) -> float:
         """The inner product, its layers summed in order: the same bits for every number of ranks."""
         net, product = self.net, self.weights * a * b

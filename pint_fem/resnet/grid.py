@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 from mpi4py import MPI
 
@@ -80,7 +82,7 @@ class Grid:
             return
         flat = np.ascontiguousarray(values).reshape(-1)
         bounds = [(len(flat) * r) // size for r in range(size + 1)]
-        counts = [b - a for a, b in zip(bounds, bounds[1:], strict=False)]
+        counts = [b - a for a, b in pairwise(bounds)]
         mine = counts[comm.rank]
         kind = MPI.DOUBLE if flat.dtype == np.float64 else MPI.FLOAT
         parts = np.empty((size, mine), flat.dtype)

@@ -1,4 +1,4 @@
-r"""Multilevel initialisation: the weights of a shallow network, interpolated in depth, are the first guess of a deeper one.
+r"""Multilevel initialisation: a shallow network's weights, interpolated in depth, are the first guess of a deeper one.
 
 Weights are functions of time :math:`t_n = n h`. The deeper network's layer at :math:`t` takes the linear interpolant
 between the shallow one's layers around :math:`t` (its last layer's behind that), or the layer before it
@@ -9,6 +9,7 @@ arXiv:1912.08974). Rows travel only between ranks that hold neighbouring layers.
 from __future__ import annotations
 
 from fractions import Fraction
+from itertools import pairwise
 
 import torch
 
@@ -47,7 +48,7 @@ def refine(coarse: LayerParallelResNet, fine: LayerParallelResNet, *, interpolat
         )
     bounds = fine.sweeps.bounds
     wanted = []
-    for lo, hi in zip(bounds, bounds[1:], strict=False):
+    for lo, hi in pairwise(bounds):
         numbers = {n for i in range(lo, hi) for n in _around(i, coarse.nlayers, fine.nlayers, interpolation)[:2]}
         wanted.append(sorted(numbers))
     rows = RowExchange(coarse.grid.layer_comm, coarse.sweeps.bounds, wanted)(coarse.stack)

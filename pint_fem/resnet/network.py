@@ -206,7 +206,7 @@ class LayerParallelResNet(nn.Module):
         if problem:
             raise InputError(problem)
 
-    # -- the two sweeps, called by autograd ------------------------------------------------------------------------------
+    # -- the two sweeps, called by autograd ----------------------------------------------------------------------------
     def _count(self, kind: str, training: bool) -> tuple[Iterations, int | None, bool]:
         """Iterations of a kind, cycles of the next sweep, and whether it is serial."""
         its = self.forward_sweeps if kind == "forward" else self.backward_sweeps

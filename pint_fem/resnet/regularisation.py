@@ -11,6 +11,7 @@ one layer of each neighbour; sums over ranks are in the order of the layers.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -47,7 +48,7 @@ class Regularisation:
                 raise InputError(f"{name} = {value!r}: give a finite number that is not negative")
         self.net, self.tikhonov, self.smoothness, self.classifier = net, tikhonov, smoothness, classifier
         bounds, N = net.sweeps.bounds, net.nlayers
-        around = [[n for n in (a - 1, b) if 0 <= n < N] for a, b in zip(bounds, bounds[1:], strict=False)]
+        around = [[n for n in (a - 1, b) if 0 <= n < N] for a, b in pairwise(bounds)]
         self._neighbours = RowExchange(net.grid.layer_comm, bounds, around)
 
     def __bool__(self) -> bool:

@@ -78,7 +78,9 @@ def gradient_error(comm, net, serial) -> float:
     """Of all layers' parameters, relative, in the Euclidean norm."""
     exact = [comm.bcast(p.grad.numpy() if comm.rank == 0 else None) for p in serial.theta.values()]
     names = list(serial.theta)
-    wrong = sum(float(((net.theta[n].grad.numpy() - e[net.lo : net.hi]) ** 2).sum()) for n, e in zip(names, exact, strict=True))
+    wrong = sum(
+        float(((net.theta[n].grad.numpy() - e[net.lo : net.hi]) ** 2).sum()) for n, e in zip(names, exact, strict=True)
+    )
     return float(np.sqrt(comm.allreduce(wrong)) / np.sqrt(sum((e**2).sum() for e in exact)))
 
 
@@ -138,7 +140,8 @@ def main(argv: list[str] | None = None) -> int:
             args.out.write_text(json.dumps(result, indent=1))
         else:
             for r in result:
-                print(f"{r['what']}: {r['ratio']:.2f}; {r['ours'] * 1e3:.1f} and {r['theirs'] * 1e3:.1f} us a layer; {r['note']}")
+                times = f"{r['ours'] * 1e3:.1f} and {r['theirs'] * 1e3:.1f} us a layer"
+                print(f"{r['what']}: {r['ratio']:.2f}; {times}; {r['note']}")
     return 0
 
 
