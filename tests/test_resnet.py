@@ -86,7 +86,7 @@ def test_equals_the_serial_copy(kind, nlayers, levels):
     assert net.results["backward"].converged
 
 
-@pytest.mark.parallel(RANKS)
+@pytest.mark.parallel([1, 2, 4])
 @pytest.mark.parametrize("kind", ["dense", "conv"])
 def test_deep_networks(kind):
     """256 layers."""

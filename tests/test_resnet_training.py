@@ -110,7 +110,6 @@ class Lift(nn.Module):
         return nn.functional.pad(x, (0, 2))
 
 
-@pytest.mark.parallel([1, 3])
 def test_trust_region_and_one_shot_find_the_same_optimum():
     """Newton's method to a minimum; the one-shot method, with one cycle a design, comes back to it from nearby."""
     x, y = peaks(40, 2, seed=4).tensors
@@ -129,6 +128,22 @@ def test_trust_region_and_one_shot_find_the_same_optimum():
     assert q.counts["advance"] > 5
     assert shot.value == pytest.approx(newton.value, rel=1e-6)
     assert p.inner(newton.x - shot.x, newton.x - shot.x) < 1e-4 * p.inner(newton.x, newton.x)
+
+
+@pytest.mark.parallel([2, 3])
+def test_optimisers_do_not_depend_on_the_ranks():
+    """Two Newton steps and four one-shot iterations, beside the same on this rank alone."""
+    runs = [problem(8, grid, levels=2, inner_product="L2") for grid in (Grid(), Grid(comm=ALONE))]
+    for minimize in (
+        lambda p: minimize_trust_region(p, p.x0, max_it=2),
+        lambda p: minimize_one_shot(p, p.x0, max_it=4),
+    ):
+        ours, alone = (minimize(p) for p in runs)
+        assert ours.value == pytest.approx(alone.value, rel=1e-9)
+        for p, result in zip(runs, (ours, alone), strict=True):
+            p.set(result.x)
+        for a, b in zip(runs[0].net.stack, runs[1].net.stack, strict=True):
+            assert torch.allclose(a, b[runs[0].net.lo : runs[0].net.hi], rtol=1e-7, atol=1e-9)
 
 
 @pytest.mark.parallel([1, 2, 3])
