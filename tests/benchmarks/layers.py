@@ -28,6 +28,7 @@ from tests.benchmarks.rows import Row, row
 __all__ = ["layer_rows", "rows"]
 
 WIDTH, BATCH, DEPTH, TARGET = 8, 200, 1024, 1.5
+ITERATIONS = (1, 1), (2, 1), (2, 2), (4, 4)
 SETTINGS = {"levels": 2, "coarsening": 32, "relax": "F"}
 
 
@@ -84,24 +85,24 @@ def gradient_error(comm, net, serial) -> float:
     return float(np.sqrt(comm.allreduce(wrong)) / np.sqrt(sum((e**2).sum() for e in exact)))
 
 
-def rows(repeats: int, *, quick: bool = False, comm=MPI.COMM_WORLD) -> list[dict]:
+def rows(repeats: int, *, depths=(64, 256, DEPTH, 4096), iterations=ITERATIONS, comm=MPI.COMM_WORLD) -> list[dict]:
     """Ratios on the ranks of ``comm``, as dictionaries of :class:`Row` (of the first rank)."""
     torch.set_num_threads(1)
     out, grid = [], Grid(comm=comm)
-    for depth in (64, DEPTH) if quick else (64, 256, DEPTH, 4096):
+    for depth in depths:
         opening, layer, closing, x, y = parts()
         serial = Training(SerialResNet(opening, layer, depth, closing, dtype=torch.float64), x, y)
         if comm.rank == 0:
             serial.gradients()
         options = dict(grid=grid, dtype=torch.float64, mgrit=SETTINGS)
-        for its in ((2, 1),) if quick else ((1, 1), (2, 1), (2, 2), (4, 4)):
+        for its in iterations:
             net = LayerParallelResNet(
                 opening, layer, depth, closing, forward_iterations=its[0], backward_iterations=its[1], **options
             )
             ours = Training(net, x, y)
             ours.gradients()
             error = gradient_error(comm, net, serial.net)
-            few = max(3, repeats * 256 // depth) if depth > 256 else repeats
+            few = max(2, repeats * 1024 // depth) if depth > 1024 else repeats
             actions = [(ours.step, 1, False), (serial.step, 1, True)]
             two = torch.get_num_interop_threads() > 0 and os.cpu_count() > 1 and comm.size > 1
             if two:
@@ -132,9 +133,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.layers")
     parser.add_argument("--out", type=Path, help="JSON file (default: print)")
     parser.add_argument("--repeats", type=int, default=10)
-    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--quick", action="store_true", help=f"{DEPTH} layers, 2 + 1 iterations only")
     args = parser.parse_args(argv)
-    result = rows(args.repeats, quick=args.quick)
+    result = rows(args.repeats, **dict(depths=(DEPTH,), iterations=((2, 1),)) if args.quick else {})
     if MPI.COMM_WORLD.rank == 0:
         if args.out:
             args.out.write_text(json.dumps(result, indent=1))
