@@ -28,7 +28,7 @@ def arguments():
     )
     add("--count", type=positive(int), help="so many training images only (all)")
     add("--channels", type=positive(int), default=8, help="channels of the residual layers (8)")
-    add_options(parser, layers=64, epochs=2, batch=100, lr=1e-3, out="results/mnist", final_time=4.0, coarsening=4)
+    add_options(parser, layers=64, epochs=2, batch=100, lr=2e-3, out="results/mnist", final_time=4.0, coarsening=4)
     return parser.read()
 
 
