@@ -1,7 +1,8 @@
 # make env    everything the package needs, from system packages to Firedrake (about 15 min cold on 2 cores)
 # make demo   recover a heat source from sensor readings; pictures in results/heat_source/
 # make test   all tests, serial and on 2-7 MPI ranks        make bench  ratios measured side by side
-# make lint   ruff                                          make clean  remove what the above made
+# make mnist  a deep residual network, layers in parallel    make lint   ruff
+# make clean  remove what the above made
 #
 # An existing Firedrake is used instead of building one:   make env PYTHON=/path/to/python
 # An existing PETSc of the right version likewise:         PETSC_DIR=... PETSC_ARCH=... make env
@@ -16,7 +17,7 @@ endif
 
 # an existing Firedrake's Python is remembered from one call to the next
 PYTHON     ?= $(shell cat .venv/existing-python 2>/dev/null || echo python3)
-EXTRAS     ?= test,bench
+EXTRAS     ?= test,bench,resnet
 OUT        ?= results/heat_source
 
 # What has to match; everything else is a range in pyproject.toml.
@@ -25,6 +26,7 @@ FIREDRAKE_VERSION := 2026.10.0
 IRKSOME_VERSION   := 2026.0.0
 MPI4PY            := mpi4py>=4.1.2,<5
 H5PY              := h5py>=3.12,<4
+TORCH_VERSION     := 2.13.0
 
 APT_PACKAGES := make gcc g++ gfortran cmake pkg-config bison flex python3-dev python3-venv libopenmpi-dev openmpi-bin \
     libopenblas-dev libhdf5-mpi-dev libmumps-dev libptscotch-dev libscalapack-openmpi-dev libsuitesparse-dev \
@@ -81,7 +83,11 @@ CLEANENV := env -u MAKEFLAGS -u MFLAGS -u MAKELEVEL PATH='$(CURDIR)/.venv/bin:'"
 FRESH := --no-build-isolation --no-deps --no-cache-dir
 PIP := $(CLEANENV) $(PY) -m pip install --disable-pip-version-check
 
-.PHONY: env ready demo test bench lint clean help
+# torch's CPU build: from where pip looks, or PyTorch's own index; PyPI's, with its CUDA libraries, is several GB
+TORCH = { $(PIP) 'torch==$(TORCH_VERSION)+cpu' || $(PIP) --index-url https://download.pytorch.org/whl/cpu torch==$(TORCH_VERSION) || \
+    $(PIP) torch==$(TORCH_VERSION); }
+
+.PHONY: env ready demo mnist test bench lint clean help
 env:  ## the graph below runs two steps at a time (one PETSc configure and the h5py build use one core each)
 	@$(MAKE) --no-print-directory -j2 $(STEPS)/package PYTHON='$(PYTHON)'
 	@$(MAKE) --no-print-directory ready PYTHON='$(PYTHON)'
@@ -90,7 +96,7 @@ ready:  # a make of its own: the environment's paths are known only now
 
 ifeq ($(HAS_FIREDRAKE),True)
 $(STEPS)/package: pyproject.toml
-	$(call step,package,$(PIP) irksome -e '.[$(EXTRAS)]' && \
+	$(call step,package,$(PY) -c 'import torch' || $(TORCH) && $(PIP) irksome -e '.[$(EXTRAS)]' && \
 	    $(PYTHON) -c 'import sys; print(sys.executable)' >.venv/existing-python)
 else
 $(STEPS)/system:
@@ -114,10 +120,12 @@ $(STEPS)/petsc4py: $(STEPS)/$(PETSC_STEP)
 	    $(PIP) $(FRESH) petsc4py==$(PETSC_VERSION))
 $(STEPS)/libraries: $(STEPS)/tools
 	$(call step,libraries,$(PIP) firedrake-rtree libsupermesh rtree)
+$(STEPS)/torch: $(STEPS)/tools
+	$(call step,torch,$(TORCH))
 $(STEPS)/firedrake: $(STEPS)/petsc4py $(STEPS)/h5py $(STEPS)/libraries
 	$(call step,firedrake,PETSC_DIR='$(PETSC_DIR)' PETSC_ARCH='$(PETSC_ARCH)' CFLAGS='-O1 -g0' CC=mpicc CXX=mpicxx \
 	    $(PIP) $(FRESH) firedrake==$(FIREDRAKE_VERSION))
-$(STEPS)/package: $(STEPS)/firedrake pyproject.toml
+$(STEPS)/package: $(STEPS)/firedrake $(STEPS)/torch pyproject.toml
 	$(call step,package,export PETSC_DIR='$(PETSC_DIR)' PETSC_ARCH='$(PETSC_ARCH)' && $(PIP) 'firedrake[check]==$(FIREDRAKE_VERSION)' \
 	    irksome==$(IRKSOME_VERSION) -e '.[$(EXTRAS)]' && .ci/activate_petsc .venv)
 endif
@@ -131,6 +139,10 @@ TEST_RANKS := 2 3 4 5 7
 demo: env
 	@$(PETSC_ENV) mpiexec -n $(RANKS) $(PY) demos/heat_source_inversion.py --grid $(GRID) --out $(OUT) $(ARGS)
 
+mnist: env
+	@.ci/fetch_mnist data/mnist
+	@$(PETSC_ENV) mpiexec -n $(RANKS) $(PY) demos/resnet_mnist.py --data data/mnist --grid $(GRID) $(ARGS)
+
 test: env
 	@$(PETSC_ENV) PY='$(PY)' bash .ci/run_tests $(TEST_RANKS)
 
@@ -141,8 +153,8 @@ lint: env
 	@$(RUN) -m ruff check . && $(RUN) -m ruff format --check pint_fem
 
 clean:
-	rm -rf .venv results build *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv results data/mnist build *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 help:
-	@sed -n '1,8p' Makefile
+	@sed -n '1,9p' Makefile

@@ -1,6 +1,7 @@
 """Optimisation constrained by time, parallel in time, on Firedrake.
 
-The names below load Firedrake when they are first used; ``pint_fem.mgrit`` and ``pint_fem.spacetime`` never do.
+The names below load Firedrake when they are first used; ``pint_fem.mgrit``, ``pint_fem.resnet`` and
+``pint_fem.spacetime`` never do. Only ``pint_fem.resnet`` needs torch.
 """
 
 import importlib
@@ -13,6 +14,7 @@ _NAMES = {
     "MGRIT": "pint_fem.mgrit",
     "MGRITOptions": "pint_fem.mgrit",
     "minimize_trust_region": "pint_fem.optimize",
+    "LayerParallelResNet": "pint_fem.resnet",
 }
 _NAMES |= dict.fromkeys(
     ("BackwardEuler", "Evolution", "ImplicitMidpoint", "SDIRK2", "time_function"), "pint_fem.propagators"

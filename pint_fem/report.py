@@ -4,7 +4,6 @@ written by their owners.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from xml.sax.saxutils import quoteattr
@@ -18,6 +17,7 @@ from mpi4py import MPI
 
 from pint_fem.propagators.arrays import put
 from pint_fem.spacetime import Slab, SpaceTime
+from pint_fem.summary import write_json
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
@@ -164,22 +164,3 @@ def write_fields(
     if spacetime.space_comm.rank == 0:
         (folder / f"{part}.pvd").unlink(missing_ok=True)
     return path
-
-
-def write_json(path: Path, data: dict) -> None:
-    """Write a summary whole or not at all; numbers that are not finite become ``null``."""
-
-    def plain(x):
-        if isinstance(x, dict):
-            return {str(k): plain(v) for k, v in x.items()}
-        if isinstance(x, (list, tuple, np.ndarray)):
-            return [plain(v) for v in x]
-        if isinstance(x, np.generic):
-            x = x.item()
-        if isinstance(x, float) and not np.isfinite(x):
-            return None
-        return x if x is None or isinstance(x, (str, int, float, bool)) else str(x)
-
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(plain(data), indent=2) + "\n")
-    part.replace(path)

@@ -64,11 +64,12 @@ class _Gathered:
         self.level, shape = level, level.U.shape[1:]
         size = int(np.prod(shape, dtype=int))
         counts = [(b - a) * size for a, b in zip(level.bounds[:-1], level.bounds[1:], strict=True)]
-        self._layout = [counts, [a * size for a in level.bounds[:-1]], MPI.DOUBLE]
+        dtype = level.U.dtype
+        self._layout = [counts, [a * size for a in level.bounds[:-1]], MPI.DOUBLE if dtype.itemsize == 8 else MPI.FLOAT]
         first = level.comm.rank == 0
-        self._G = np.empty((level.nsteps, *shape)) if first else None
-        self._U = np.empty((level.nsteps + 1, *shape)) if first else None
-        self._rows = np.empty((level.k, *shape))
+        self._G = np.empty((level.nsteps, *shape), dtype) if first else None
+        self._U = np.empty((level.nsteps + 1, *shape), dtype) if first else None
+        self._rows = np.empty((level.k, *shape), dtype)
 
     def _whole(self, array: np.ndarray | None):
         """MPI's description of an array of all steps on the first rank."""

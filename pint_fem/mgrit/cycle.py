@@ -47,6 +47,8 @@ class Cycle:
         Correct first, then relax; in an F-cycle the V-cycle first.
     linear
         Whether the propagators are linear.
+    dtype
+        Of the states: float64 or float32.
     """
 
     def __init__(
@@ -58,9 +60,11 @@ class Cycle:
         *,
         transposed: bool = False,
         linear: bool = False,
+        dtype=float,
     ):
         self.levels, self.options, self.transfers = list(levels), options, list(transfers)
         self.transposed, self.linear, self.state_shape = transposed, linear, tuple(state_shape)
+        self.dtype = np.dtype(dtype)
         self.relaxations: list[Relaxation] = []
         #: Residual at the own C-points, in fine space; C-points' values in coarse space.
         self.residuals, self.restricted = [], []
@@ -68,13 +72,13 @@ class Cycle:
         for index, (level, coarse) in enumerate(zip(self.levels, self.levels[1:], strict=False)):
             kind = CPointRelaxation if index == 0 and options.storage == "C" else Relaxation
             self.relaxations.append(kind(level, options.weight(index)))
-            self.residuals.append(np.zeros((coarse.k, *shape)))
+            self.residuals.append(np.zeros((coarse.k, *shape), dtype))
             if self.transfers[index] is not None:
-                fine_shape, shape = shape, self.transfers[index].restrict(np.zeros((1, *shape))).shape[1:]
+                fine_shape, shape = shape, self.transfers[index].restrict(np.zeros((1, *shape), dtype)).shape[1:]
                 self.transfers[index] = _Guarded(self.transfers[index], level, fine_shape, shape)
-            coarse.U = np.zeros((coarse.k + 1, *shape))
-            coarse.G = np.zeros((coarse.k, *shape))
-            self.restricted.append(np.zeros((coarse.k + 1, *shape)))
+            coarse.U = np.zeros((coarse.k + 1, *shape), dtype)
+            coarse.G = np.zeros((coarse.k, *shape), dtype)
+            self.restricted.append(np.zeros((coarse.k + 1, *shape), dtype))
         last = len(self.levels) - 1
         self.extra_states = [relaxation.extra_states for relaxation in self.relaxations]
         self._solve_coarsest = coarsest_solver(

@@ -323,7 +323,7 @@ def inject(levels: Sequence[Level], U: np.ndarray) -> list[np.ndarray]:
     """
     arrays = [U]
     for fine, coarse in pairwise(levels):
-        out = np.zeros((coarse.k + 1, *U.shape[1:]))
+        out = np.zeros((coarse.k + 1, *U.shape[1:]), U.dtype)
         if coarse.active:
             first = coarse.lo + 1
             rows = np.asarray(fine.c_points[first : coarse.hi + 1], dtype=int) - fine.lo

@@ -175,7 +175,7 @@ class Relaxation:
                 self._phi(run, U[run.targets])
             return
         if self._work is None or self._work.shape[1:] != U.shape[1:]:
-            self._work = np.empty((self.count, *U.shape[1:]))
+            self._work = np.empty((self.count, *U.shape[1:]), U.dtype)
         if self.weight != 1:
             self.c_residual(self._work)
             self.c_relax_by(self._work)

@@ -40,8 +40,8 @@ def _sums(fine: Level, relaxation: Relaxation) -> tuple[np.ndarray, np.ndarray]:
     ranks are added from left to right.
     """
     G, lo, shape = fine.G, fine.lo, fine.G.shape[1:]
-    sums = np.zeros((2, len(relaxation.intervals), *shape))
-    begun = np.zeros((1, 2, *shape))  # of an interval that the left neighbour has begun
+    sums = np.zeros((2, len(relaxation.intervals), *shape), G.dtype)
+    begun = np.zeros((1, 2, *shape), G.dtype)  # of an interval that the left neighbour has begun
     inside = bool(relaxation.intervals) and relaxation.intervals[0].start < lo
     unfinished = fine.k > 0 and not relaxation.last_is_c
     if inside:

@@ -181,7 +181,7 @@ class MGRIT:
         self._check_arrays(U, G, coarse_rhs)
         if not self._viewed:
             self._viewed = True
-            self.prepare(U.shape[1:])
+            self.prepare(U.shape[1:], U.dtype)
             self._say(self.view(U[:1].nbytes))
         for level in self.levels:
             level.failure = None
@@ -219,16 +219,17 @@ class MGRIT:
         """Step sequentially, whatever iterate is there."""
         self._cycle.relaxations[0].solve_sequentially()
 
-    def prepare(self, shape: tuple[int, ...]) -> None:
-        """Make the work arrays for states of a shape now rather than in the first solve; collective."""
-        if len(self.levels) > 1 and (self._cycle is None or self._cycle.state_shape != tuple(shape)):
-            self._cycle = self._make_cycle(tuple(shape))
+    def prepare(self, shape: tuple[int, ...], dtype=float) -> None:
+        """Make the work arrays for states of a shape and type now rather than in the first solve; collective."""
+        wanted = tuple(shape), np.dtype(dtype)
+        if len(self.levels) > 1 and (self._cycle is None or (self._cycle.state_shape, self._cycle.dtype) != wanted):
+            self._cycle = self._make_cycle(*wanted)
 
-    def _make_cycle(self, shape: tuple[int, ...]) -> Cycle:
-        """Work arrays for states of a shape; a transfer or storage that does not fit is an error on every rank."""
+    def _make_cycle(self, shape: tuple[int, ...], dtype: np.dtype) -> Cycle:
+        """Work arrays for such states; a transfer or storage that does not fit is an error on every rank."""
         problem, cycle = None, None
         try:
-            flags = dict(linear=self.linear, transposed=self.transposed)
+            flags = dict(linear=self.linear, transposed=self.transposed, dtype=dtype)
             cycle = Cycle(self.levels, self.options, shape, self.transfers, **flags)
         except Exception as error:
             problem = str(error) if isinstance(error, ValueError) else f"transfer: {type(error).__name__}: {error}"
@@ -238,7 +239,7 @@ class MGRIT:
         return cycle
 
     def _iterate(self, U: np.ndarray, start: str, coarse_rhs, result: SolveResult) -> None:
-        self.prepare(U.shape[1:])
+        self.prepare(U.shape[1:], U.dtype)
         options, cycle = self.options, self._cycle
         f_is_done = start in ("skip", "nested")
         if f_is_done:
@@ -292,8 +293,8 @@ class MGRIT:
     def _full_residual(self, U: np.ndarray) -> np.ndarray:
         """``Phi(U) + G - U`` at all own points, computed anew."""
         fine = self.levels[0]
-        if self._all_work is None or self._all_work.shape[1:] != U.shape[1:]:
-            self._all_work = np.empty((fine.k, *U.shape[1:]))
+        if self._all_work is None or (self._all_work.shape[1:], self._all_work.dtype) != (U.shape[1:], U.dtype):
+            self._all_work = np.empty((fine.k, *U.shape[1:]), U.dtype)
         fine.phi_of_all(U, self._all_work)
         if fine.G is not None:
             self._all_work += fine.G
@@ -317,7 +318,7 @@ class MGRIT:
         if self.options.storage == "all":
             yield fine.lo + 1, U[1:]
         else:
-            self.prepare(U.shape[1:])
+            self.prepare(U.shape[1:], U.dtype)
             yield from self._cycle.relaxations[0].states(U, G)
 
     def _check_arrays(self, U: np.ndarray, G: np.ndarray | None, coarse_rhs) -> None:
@@ -331,8 +332,10 @@ class MGRIT:
         if not U.ndim or len(U) != self.local_rows or (G is not None and G.shape not in self._rhs_shapes(U)):
             what = f"{k} own steps" + ("" if self.local_rows == k + 1 else f" with {self.local_rows - 1} C-points")
             problem = f"U {U.shape} and G {None if G is None else G.shape} for {what}"
-        elif U.dtype != float:
-            problem = f"U of type {U.dtype}: give {np.dtype(float)}"
+        elif U.dtype not in (np.float64, np.float32) or (G is not None and G.dtype != U.dtype):
+            problem = (
+                f"U of type {U.dtype}{'' if G is None else f', G of {G.dtype}'}: give float64 or float32, both alike"
+            )
         elif not U[:1].flags.c_contiguous:
             problem = "the states in U are not contiguous: only the time axis may be strided"
         absent = tuple(x is None for x in (G, *given)) if k else None

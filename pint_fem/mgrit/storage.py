@@ -66,8 +66,8 @@ class CPointRelaxation(Relaxation):
         if not level.active:
             return
         if self._buffers is None or self._buffers[0].shape[1:] != U.shape[1:]:
-            self._buffers = tuple(np.empty((self._largest, *U.shape[1:])) for _ in range(2))
-            self._send = np.empty((1, *U.shape[1:]))
+            self._buffers = tuple(np.empty((self._largest, *U.shape[1:]), U.dtype) for _ in range(2))
+            self._send = np.empty((1, *U.shape[1:]), U.dtype)
         self._send[...] = U[-1:]  # the row may be replaced before it has left
         receive, send = level.post_receive(U), level.post_send(self._send)
         condensed = self.is_condensed(level.G)
@@ -145,7 +145,7 @@ class CPointRelaxation(Relaxation):
     def _walk(self, U, G, *, store: bool) -> Iterator[tuple[int, np.ndarray]]:
         level = self.level
         longest = max((i.length for i in self.intervals), default=0)
-        work = np.empty((longest + 1, *U.shape[1:]))
+        work = np.empty((longest + 1, *U.shape[1:]), U.dtype)
         for i in self.intervals:
             steps = range(i.start, min(i.start + i.length, level.hi))
             rows = work[: len(steps) + 1]

@@ -2,14 +2,15 @@
 
 Heat conduction, P1 on a 64 x 64 unit square: (a, b, d) 256 steps, medians of the repeats; (c, e) 512 steps, on one
 rank and on two, see ``time_parallel``; (f) nonlinear evolutions, see ``nonlinear``; (g) ParaDiag on heat and waves, see
-``paradiag``; then PyMGRIT and XBraid's ex-02, see ``compare``, and the table of optimisers, see ``optimisers``. Two
-things that make up a ratio are timed in turn, so that a busy machine slows both. ``--quick`` shortens all but (c, e,
-g). A missed target is reported and is no error.
+``paradiag``; then PyMGRIT and XBraid's ex-02, see ``compare``; (l) training steps of residual networks, see ``layers``;
+and the table of optimisers, see ``optimisers``. Two things that make up a ratio are timed in turn, so that a busy
+machine slows both. ``--quick`` shortens all but (c, e, g). A missed target is reported and is no error.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import platform
 import sys
@@ -170,6 +171,11 @@ def main(argv: list[str] | None = None) -> int:
     ):
         console.print(f"{what} ...")
         rows += part()
+    if importlib.util.find_spec("torch"):
+        from tests.benchmarks.layers import layer_rows
+
+        console.print("layers of a residual network on two ranks ...")
+        rows += layer_rows(2, 2 * repeats, quick=args.quick)
     rows.sort(key=lambda r: r.section)
     console.print(table(rows))
     console.print("optimisers ...")

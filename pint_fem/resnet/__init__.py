@@ -1,0 +1,35 @@
+"""Layer-parallel training of deep residual networks: layers are time steps. Needs torch and mpi4py."""
+
+try:
+    import torch  # noqa: F401
+except ImportError as error:
+    raise ImportError("pint_fem.resnet needs torch: pip install 'pint_fem[resnet]'") from error
+
+from pint_fem.resnet.activations import Activation, activation
+from pint_fem.resnet.checkpoint import load_checkpoint, save_checkpoint
+from pint_fem.resnet.deterministic import TrainingProblem
+from pint_fem.resnet.grid import Grid
+from pint_fem.resnet.iterations import Adaptive, Iterations
+from pint_fem.resnet.layers import Convolution, Dense, Layer
+from pint_fem.resnet.multilevel import refine
+from pint_fem.resnet.network import LayerParallelResNet
+from pint_fem.resnet.regularisation import Regularisation
+from pint_fem.resnet.serial import SerialResNet
+
+__all__ = [
+    "Activation",
+    "Adaptive",
+    "Convolution",
+    "Dense",
+    "Grid",
+    "Iterations",
+    "Layer",
+    "LayerParallelResNet",
+    "Regularisation",
+    "SerialResNet",
+    "TrainingProblem",
+    "activation",
+    "load_checkpoint",
+    "refine",
+    "save_checkpoint",
+]

@@ -1,0 +1,211 @@
+"""Data: MNIST from its IDX files, the "peaks" classification problem from its formula, scikit-learn's small digits."""
+
+from __future__ import annotations
+
+import gzip
+import struct
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, TensorDataset
+
+from pint_fem.errors import InputError
+from pint_fem.resnet.grid import Grid
+
+__all__ = ["digits", "mnist", "peaks", "peaks_function", "read_idx", "shared_loader", "write_idx"]
+
+_TYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
+_MNIST = {
+    "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
+    "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
+}
+_LARGEST = 2**31
+
+
+def read_idx(path: str | Path) -> np.ndarray:
+    """Read an IDX file (the format of MNIST), compressed by gzip or not.
+
+    The file begins with two zero bytes, a byte for the type and one for the number of dimensions, the dimensions as
+    big-endian 32-bit numbers, then the values (Y. LeCun, C. Cortes, C. J. C. Burges).
+
+    Raises
+    ------
+    InputError
+        Naming the file, where it cannot be read, is none, or does not have as many values as it says.
+    """
+    path = Path(path)
+    try:
+        raw = path.read_bytes()
+        if raw[:2] == b"\x1f\x8b":
+            raw = gzip.decompress(raw)
+    except (OSError, EOFError, gzip.BadGzipFile) as error:
+        raise InputError(f"{path}: cannot be read: {error}") from None
+    except Exception as error:  # zlib's own
+        raise InputError(f"{path}: damaged: {error}") from None
+    if len(raw) < 4 or raw[:2] != b"\x00\x00" or raw[2] not in _TYPES or not 1 <= raw[3] <= 8:
+        raise InputError(f"{path}: no IDX file: it begins with {raw[:4].hex(' ')}; give one of MNIST's, raw or gzipped")
+    ndim = raw[3]
+    if len(raw) < 4 + 4 * ndim:
+        raise InputError(f"{path}: ends within its header")
+    shape = struct.unpack(f">{ndim}I", raw[4 : 4 + 4 * ndim])
+    kind, size = np.dtype(_TYPES[raw[2]]), int(np.prod(shape, dtype=object))
+    if size > _LARGEST or len(raw) != 4 + 4 * ndim + size * kind.itemsize:
+        wants = size * kind.itemsize
+        raise InputError(
+            f"{path}: says {shape} values of {kind.itemsize} bytes ({wants}), has {len(raw) - 4 - 4 * ndim}"
+        )
+    values = np.frombuffer(raw, kind, offset=4 + 4 * ndim).reshape(shape)
+    return values.astype(kind.newbyteorder("="))
+
+
+def write_idx(path: str | Path, values: np.ndarray) -> None:
+    """Write unsigned bytes as an IDX file, compressed where the name ends with ``.gz``."""
+    values = np.ascontiguousarray(values, dtype="u1")
+    raw = struct.pack(f">HBB{values.ndim}I", 0, 8, values.ndim, *values.shape) + values.tobytes()
+    Path(path).write_bytes(gzip.compress(raw) if str(path).endswith(".gz") else raw)
+
+
+def _find(folder: Path, name: str) -> Path:
+    """A file of MNIST under the names that are in use."""
+    spellings = [name, name.replace("-idx", ".idx")]
+    for spelling in [s + end for s in spellings for end in ("", ".gz")]:
+        if (folder / spelling).is_file():
+            return folder / spelling
+    raise InputError(
+        f"{folder}: no {name} or {name}.gz there; 'make mnist' fetches MNIST into data/mnist, or name its folder"
+    )
+
+
+def mnist(folder: str | Path, part: str = "train", *, count: int | None = None) -> TensorDataset:
+    """MNIST: images ``(n, 1, 28, 28)``, float32, mean 0 and deviation 1 over the training set, and labels.
+
+    Parameters
+    ----------
+    folder
+        With the standard IDX files, raw or gzipped.
+    part
+        ``"train"`` (60,000) or ``"test"`` (10,000).
+    count
+        So many of the first only.
+
+    Raises
+    ------
+    InputError
+        Where a file is absent, damaged, or images and labels do not fit.
+    """
+    if part not in _MNIST:
+        raise InputError(f"part {part!r} of MNIST: give 'train' or 'test'")
+    paths = [_find(Path(folder), name) for name in _MNIST[part]]
+    images, labels = map(read_idx, paths)
+    if images.ndim != 3 or labels.ndim != 1 or len(images) != len(labels) or not len(images):
+        raise InputError(f"{paths[0]}: images {images.shape} and labels {labels.shape} do not fit each other")
+    if labels.max() > 9:
+        raise InputError(f"{paths[1]}: a label is {labels.max()}: MNIST's are 0 to 9")
+    images, labels = images[:count], labels[:count]
+    x = (torch.from_numpy(images.astype(np.float32)).unsqueeze(1) / 255 - 0.1307) / 0.3081
+    return TensorDataset(x, torch.from_numpy(labels.astype(np.int64)))
+
+
+def digits(part: str = "train") -> TensorDataset:
+    """scikit-learn's 1,797 digits ``(n, 1, 8, 8)`` with mean 0 and deviation about 1: every fifth is for testing.
+
+    Raises
+    ------
+    InputError
+        Where scikit-learn is not installed.
+    """
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise InputError("the small digits are scikit-learn's: pip install scikit-learn") from None
+    data = load_digits()
+    test = np.arange(len(data.target)) % 5 == 0
+    chosen = test if part == "test" else ~test
+    x = torch.from_numpy((data.images[chosen].astype(np.float32) - 4.88) / 6.02).unsqueeze(1)
+    return TensorDataset(x, torch.from_numpy(data.target[chosen].astype(np.int64)))
+
+
+def peaks_function(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    r"""MATLAB's peaks, :math:`3 (1-x)^2 e^{-x^2-(y+1)^2} - 10 (x/5 - x^3 - y^5) e^{-x^2-y^2} - e^{-(x+1)^2-y^2}/3`."""
+    return (
+        3 * (1 - x) ** 2 * np.exp(-(x**2) - (y + 1) ** 2)
+        - 10 * (x / 5 - x**3 - y**5) * np.exp(-(x**2) - y**2)
+        - np.exp(-((x + 1) ** 2) - y**2) / 3
+    )
+
+
+_THRESHOLDS = {2: (0.0,), 5: (-1.5, -0.3, 0.3, 1.5)}
+
+
+def peaks(count: int, classes: int = 5, *, seed: int = 0, dtype: torch.dtype = torch.float64) -> TensorDataset:
+    """Points in ``[-3, 3]^2`` and the class of :func:`peaks_function` there, as many of each class.
+
+    Five classes (Haber and Ruthotto, arXiv:1705.03341) are bounded by the values -1.5, -0.3, 0.3 and 1.5, two by 0.
+
+    Parameters
+    ----------
+    count
+        Points, at least one a class.
+    classes
+        2 or 5.
+
+    Raises
+    ------
+    InputError
+        On another number of classes, or too few points.
+    """
+    if classes not in _THRESHOLDS:
+        raise InputError(f"peaks with {classes!r} classes: give 2 or 5")
+    if not isinstance(count, int) or count < classes:
+        raise InputError(f"{count!r} points of peaks: give a whole number, at least {classes}")
+    rng = np.random.default_rng(seed)
+    wanted = np.bincount(np.arange(count) % classes, minlength=classes)
+    found = [np.empty((0, 2)) for _ in range(classes)]
+    while any(len(f) < w for f, w in zip(found, wanted, strict=True)):
+        points = rng.uniform(-3, 3, (4 * count, 2))
+        label = peaks_class(points, classes)
+        found = [np.concatenate([f, points[label == c]]) for c, f in enumerate(found)]
+    points = np.concatenate([f[:w] for f, w in zip(found, wanted, strict=True)])
+    order = rng.permutation(count)
+    labels = np.repeat(np.arange(classes), wanted)[order]
+    return TensorDataset(torch.from_numpy(points[order]).to(dtype), torch.from_numpy(labels))
+
+
+def peaks_class(points: np.ndarray, classes: int = 5) -> np.ndarray:
+    """The classes of points ``(n, 2)``."""
+    return np.digitize(peaks_function(points[:, 0], points[:, 1]), _THRESHOLDS[classes])
+
+
+def shared_loader(
+    data: Dataset, batch_size: int, grid: Grid, *, shuffle: bool = True, seed: int = 0, numbered: bool = False
+) -> DataLoader:
+    """A ``DataLoader`` that gives ranks which share the layers the same batches, and groups their own shares.
+
+    Parameters
+    ----------
+    data
+        The whole set, on every rank.
+    batch_size
+        Of a group.
+    shuffle
+        Anew in each epoch: call ``loader.sampler.set_epoch(epoch)``.
+    numbered
+        Give the samples' numbers in the set as a last entry of a batch.
+    """
+    comm = grid.data_comm
+    sampler = DistributedSampler(data, comm.size, comm.rank, shuffle=shuffle, seed=seed, drop_last=False)
+    return DataLoader(_Numbered(data) if numbered else data, batch_size=batch_size, sampler=sampler)
+
+
+class _Numbered(Dataset):
+    """A set whose samples end with their numbers."""
+
+    def __init__(self, data: Dataset):
+        self.data = data
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitem__(self, i):
+        return (*self.data[i], i)

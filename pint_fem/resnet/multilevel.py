@@ -1,0 +1,73 @@
+r"""Multilevel initialisation: a shallow network's weights, interpolated in depth, are the first guess of a deeper one.
+
+Weights are functions of time :math:`t_n = n h`. The deeper network's layer at :math:`t` takes the linear interpolant
+between the shallow one's layers around :math:`t` (its last layer's behind that), or the layer before it
+(``"constant"``: each is repeated); the first and the last layer of the network are copied (Cyr, Günther, Schroder,
+arXiv:1912.08974). Rows travel only between ranks that hold neighbouring layers.
+"""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from itertools import pairwise
+
+import torch
+
+from pint_fem.errors import InputError
+from pint_fem.resnet.network import LayerParallelResNet
+from pint_fem.resnet.rows import RowExchange
+
+__all__ = ["refine"]
+
+
+def refine(coarse: LayerParallelResNet, fine: LayerParallelResNet, *, interpolation: str = "linear") -> None:
+    """Set a network's parameters from those of a shallower one on the same ranks (collective).
+
+    Parameters
+    ----------
+    coarse, fine
+        Of the same kind of layers and final time, on the same grid.
+    interpolation
+        ``"linear"`` or ``"constant"``.
+
+    Raises
+    ------
+    InputError
+        Where the networks do not fit each other.
+    """
+    if interpolation not in ("linear", "constant"):
+        raise InputError(f"interpolation {interpolation!r}: give 'linear' or 'constant'")
+    if coarse.layer.shapes != fine.layer.shapes or coarse.final_time != fine.final_time:
+        raise InputError(
+            f"networks of layers {coarse.layer.shapes} to T = {coarse.final_time} and {fine.layer.shapes} to T = "
+            f"{fine.final_time}: refine from the same kind of layers and the same final time"
+        )
+    if coarse.grid.layer_size != fine.grid.layer_size:
+        raise InputError(
+            f"grids of {coarse.grid.layer_size} and {fine.grid.layer_size} layer ranks: refine on the same grid"
+        )
+    bounds = fine.sweeps.bounds
+    wanted = []
+    for lo, hi in pairwise(bounds):
+        numbers = {n for i in range(lo, hi) for n in _around(i, coarse.nlayers, fine.nlayers, interpolation)[:2]}
+        wanted.append(sorted(numbers))
+    rows = RowExchange(coarse.grid.layer_comm, coarse.sweeps.bounds, wanted)(coarse.stack)
+    place = {n: i for i, n in enumerate(wanted[coarse.grid.layer_comm.rank])}
+    around = [_around(i, coarse.nlayers, fine.nlayers, interpolation) for i in range(fine.lo, fine.hi)]
+    a, b = ([place[x[side]] for x in around] for side in (0, 1))
+    with torch.no_grad():
+        for p, values in zip(fine.stack, rows, strict=True):
+            weight = torch.tensor([x[2] for x in around], dtype=p.dtype).reshape(-1, *[1] * (p.ndim - 1))
+            p.copy_(torch.lerp(values[a], values[b], weight))
+        for name in ("opening", "closing"):
+            if getattr(fine, name) is not None:
+                getattr(fine, name).load_state_dict(getattr(coarse, name).state_dict())
+
+
+def _around(i: int, coarse: int, fine: int, interpolation: str) -> tuple[int, int, float]:
+    """The shallow network's layers around the deep one's layer ``i``, and the weight of the second."""
+    t = Fraction(i * coarse, fine)
+    n = int(t)
+    if interpolation == "constant":
+        return n, n, 0.0
+    return n, min(n + 1, coarse - 1), float(t - n)

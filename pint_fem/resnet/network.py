@@ -1,0 +1,327 @@
+"""A residual network as a ``torch.nn.Module`` whose layers are shared out over MPI ranks.
+
+Every rank runs the same ordinary training loop: it calls the network with its group's batch, gets the logits, computes
+the loss, calls ``backward`` and steps an optimiser over ``network.parameters()``, which are its own layers' only (with
+the opening layer on the first rank, the classification layer on the last). Forward and backward are MGRIT sweeps inside
+one ``autograd.Function``.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import torch
+from mpi4py import MPI
+from torch import nn
+
+from pint_fem.errors import InputError
+from pint_fem.mgrit import MGRITOptions, SolverFailure
+from pint_fem.resnet.grid import Grid
+from pint_fem.resnet.iterations import Adaptive, Iterations
+from pint_fem.resnet.layers import Layer
+from pint_fem.resnet.sweeps import LayerSweeps, Trajectory
+
+__all__ = ["LayerParallelResNet", "initial_parameters"]
+
+_SEED_STRIDE = 1_000_003
+
+
+def initial_parameters(layer: Layer, numbers: range, seed: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Parameters of some layers, stacked; a layer's depend on the seed and its number only."""
+    rows = []
+    for n in numbers:
+        rows.append(layer.initial(torch.Generator().manual_seed(seed * _SEED_STRIDE + n), dtype))
+    return {name: torch.stack([row[i] for row in rows]) for i, name in enumerate(layer.shapes)}
+
+
+class LayerParallelResNet(nn.Module):
+    r"""Opening layer, ``N`` residual layers :math:`u_{n+1} = u_n + h \sigma(L_n u_n + b_n)`, classification layer.
+
+    Parameters
+    ----------
+    opening, closing
+        Modules from a batch to the first state and from the last state to what the network gives. Give them on all
+        ranks: the first keeps one, the last the other. The state is ``(batch, width)`` for :class:`Dense` layers,
+        ``(batch, channels, height, width)`` for :class:`Convolution`.
+    layer
+        Kind of the residual layers.
+    nlayers
+        Their number, at least one a layer rank; no multiple of anything.
+    final_time
+        :math:`T`; :math:`h = T / N`.
+    grid
+        :class:`Grid` data x layers; default: all ranks in the layers.
+    forward_iterations, backward_iterations
+        Cycles of a training sweep; ``None``: to ``rtol``.
+    adaptive
+        :class:`Adaptive` number of cycles, from the given ones on.
+    evaluation
+        Sweeps without gradients: ``"exact"`` goes from layer to layer, ``"same"`` as in training.
+    mgrit
+        Options of the solver (:mod:`pint_fem.mgrit`): ``levels``, ``coarsening``, ``relax``, ``rtol`` ... Unless
+        given, ``rtol`` is 1e-12 (float64) or 1e-6 (float32), and sweeps to the tolerance that do not converge go from
+        layer to layer.
+    seed
+        Of the residual layers' initial parameters.
+    dtype
+        ``torch.float64`` or ``torch.float32``.
+
+    Attributes
+    ----------
+    theta : ParameterDict
+        Parameters of the own layers, stacked: ``weight (k, ...)`` and ``bias (k, ...)``.
+    lo, hi : int
+        Numbers of the own layers, ``lo .. hi - 1``.
+    results : dict
+        The last ``"forward"`` and ``"backward"`` :class:`~pint_fem.mgrit.SolveResult`.
+
+    Raises
+    ------
+    InputError
+        On every rank, on arguments that are of no use.
+    """
+
+    def __init__(
+        self,
+        opening: nn.Module,
+        layer: Layer,
+        nlayers: int,
+        closing: nn.Module,
+        *,
+        final_time: float = 1.0,
+        grid: Grid | None = None,
+        forward_iterations: int | None = None,
+        backward_iterations: int | None = None,
+        adaptive: Adaptive | None = None,
+        evaluation: str = "exact",
+        mgrit: MGRITOptions | Mapping | None = None,
+        seed: int = 0,
+        dtype: torch.dtype = torch.float32,
+        printer: Callable[[str], None] = print,
+    ):
+        super().__init__()
+        self.grid = grid = grid or Grid()
+        if not isinstance(nlayers, int) or nlayers < 1:
+            raise InputError(f"nlayers = {nlayers!r}: give a positive whole number")
+        if not final_time > 0:
+            raise InputError(f"final_time = {final_time!r}: give a positive number")
+        if evaluation not in ("exact", "same"):
+            raise InputError(f"evaluation {evaluation!r}: give 'exact' or 'same'")
+        if dtype not in (torch.float64, torch.float32):
+            raise InputError(f"dtype {dtype}: give torch.float64 or torch.float32")
+        self.layer, self.nlayers, self.h = layer, nlayers, final_time / nlayers
+        self.final_time, self.evaluation, self.dtype, self.seed = final_time, evaluation, dtype, seed
+        if not isinstance(mgrit, MGRITOptions):
+            tolerance = 1e-12 if dtype == torch.float64 else 1e-6
+            mgrit = {"rtol": tolerance, "on_divergence": "serial", **(mgrit or {})}
+        self.sweeps = LayerSweeps(layer, nlayers, self.h, grid, options=mgrit, printer=printer)
+        self.forward_sweeps = Iterations(forward_iterations, adaptive)
+        self.backward_sweeps = Iterations(backward_iterations, adaptive)
+        self.lo, self.hi = self.sweeps.lo, self.sweeps.hi
+        own = initial_parameters(layer, range(self.lo, self.hi), seed, dtype)
+        self.theta = nn.ParameterDict({name: nn.Parameter(p) for name, p in own.items()})
+        self.opening = copy.deepcopy(opening).to(dtype) if grid.is_first else None
+        self.closing = copy.deepcopy(closing).to(dtype) if grid.is_last else None
+        if grid.data_size > 1:
+            for p in self.parameters():
+                p.register_hook(self._mean)
+        self.results: dict = {}
+        self._warm: dict = {}
+
+    def _mean(self, gradient: torch.Tensor) -> torch.Tensor:
+        """A gradient's mean over the data groups."""
+        gradient = gradient.contiguous().clone()
+        self.grid.mean_over_data(gradient.numpy())
+        return gradient
+
+    @property
+    def stack(self) -> list[nn.Parameter]:
+        """Parameters of the own layers in the layer's order."""
+        return [self.theta[name] for name in self.layer.shapes]
+
+    @property
+    def serial(self) -> bool:
+        """Whether sweeps go from layer to layer."""
+        return self.forward_sweeps.serial and self.backward_sweeps.serial
+
+    @serial.setter
+    def serial(self, value: bool) -> None:
+        self.forward_sweeps.serial = self.backward_sweeps.serial = bool(value)
+
+    def forget(self) -> None:
+        """Drop what batches were left with: the next visits start cold."""
+        self._warm.clear()
+
+    def forward(self, x: torch.Tensor, batch=None) -> torch.Tensor:
+        """What the network gives for a batch, on every rank.
+
+        Parameters
+        ----------
+        x
+            The batch, the same on all ranks that share the layers.
+        batch
+            Anything that names it: sweeps then start from where its last visit left them (C-points are kept).
+
+        Raises
+        ------
+        InputError
+            On every rank, where the opening or the classification layer fails or does not fit.
+        SolverFailure
+            On every rank, where values are not finite.
+        """
+        u0, problem = None, None
+        if self.grid.is_first:
+            try:
+                x0 = self.opening(x.to(self.dtype) if x.is_floating_point() else x)
+                self.layer.check_input(x0)
+                u0 = self.layer.pack(x0)
+            except InputError as error:
+                problem = str(error)
+            except Exception as error:
+                problem = f"opening layer: {type(error).__name__}: {error}"
+        shape = None if u0 is None else tuple(u0.shape)
+        reports = [(problem, shape, len(x))]
+        if self.grid.layer_size > 1:
+            reports = self.grid.layer_comm.allgather(reports[0])
+        self._refuse(reports)
+        shape = reports[0][1]
+        if u0 is None:
+            u0 = torch.empty(0, dtype=self.dtype)
+        last = _Propagate.apply(u0, self, shape, batch, torch.is_grad_enabled(), *self.stack)
+        out = last
+        if self.grid.is_last:
+            try:
+                out = self.closing(self.layer.unpack(last, len(x)))
+            except Exception as error:
+                problem = f"classification layer: {type(error).__name__}: {error}"
+        return _FromLast.apply(out, self.grid, problem)
+
+    @staticmethod
+    def _refuse(reports) -> None:
+        problem = next((p for p, *_ in reports if p), None)
+        if problem is None and len({n for *_, n in reports}) > 1:
+            problem = f"batches of {[n for *_, n in reports]} on the ranks that share the layers: give all the same"
+        if problem:
+            raise InputError(problem)
+
+    # -- the two sweeps, called by autograd ----------------------------------------------------------------------------
+    def _count(self, kind: str, training: bool) -> tuple[Iterations, int | None, bool]:
+        """Iterations of a kind, cycles of the next sweep, and whether it is serial."""
+        its = self.forward_sweeps if kind == "forward" else self.backward_sweeps
+        if not training and self.evaluation == "exact":
+            return its, None, True
+        return its, its.begin() if training else its.cycles, its.serial
+
+    def _largest(self, value: float) -> float:
+        if self.grid.data_size == 1:
+            return value
+        return self.grid.data_comm.allreduce(value, op=MPI.MAX)
+
+    def _sweep(self, kind: str, batch, training: bool, solve: Callable):
+        """Solve with the right number of cycles from the right start, and remember."""
+        its, cycles, serial = self._count(kind, training)
+        warm = self._warm.get((kind, batch)) if batch is not None and training else None
+        try:
+            done = solve(cycles=cycles, serial=serial, warm=warm)
+        except SolverFailure:
+            if serial or not training or not its.fail():
+                raise
+            done = solve(cycles=None, serial=True, warm=None)
+        result, array = done[0], done[1]
+        self.results[kind] = result
+        if training:
+            if not its.serial:
+                its.end(result, self._largest)
+            if batch is not None:
+                self._warm[kind, batch] = self.sweeps.c_points(kind, array)
+        return done
+
+    def _propagate(self, u0, shape, batch, theta, training: bool) -> Trajectory:
+        first = u0.detach().numpy() if self.grid.is_first else None
+        if first is not None and not first.flags.c_contiguous:
+            first = np.ascontiguousarray(first)
+        trajectory = self.sweeps.trajectory(shape, np.float64 if self.dtype == torch.float64 else np.float32)
+
+        def solve(**how):
+            return self.sweeps.forward(theta, first, trajectory, **how), trajectory.U
+
+        self._sweep("forward", batch, training, solve)
+        return trajectory
+
+    def _propagate_back(self, trajectory: Trajectory, last: np.ndarray | None, batch):
+        found = {}
+
+        def solve(**how):
+            result, first, gradients = self.sweeps.backward(trajectory, last, **how)
+            found.update(first=first, gradients=gradients)
+            return result, self.sweeps._L
+
+        self._sweep("backward", batch, True, solve)
+        return found["first"], found["gradients"]
+
+
+class _Propagate(torch.autograd.Function):
+    """From the first state to the last one, through the layers of all ranks."""
+
+    @staticmethod
+    def forward(ctx, u0, network, shape, batch, grad_enabled, *theta):
+        """The last state, on the last rank."""
+        training = grad_enabled and any(ctx.needs_input_grad)
+        trajectory = network._propagate(u0, shape, batch, theta, training)
+        ctx.network, ctx.batch, ctx.trajectory = network, batch, trajectory
+        last = torch.from_numpy(trajectory.U[-1].copy()) if network.grid.is_last else u0.new_zeros(())
+        if not training:
+            network.sweeps.give_back(trajectory)
+            ctx.trajectory = None
+        else:
+            ctx.hold = _Hold(network.sweeps, trajectory)
+        return last
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        """Derivatives with respect to the first state, on the first rank, and the own parameters."""
+        network = ctx.network
+        last = gradient.contiguous().numpy() if network.grid.is_last else None
+        first, gradients = network._propagate_back(ctx.trajectory, last, ctx.batch)
+        d_first = None
+        if network.grid.is_first and ctx.needs_input_grad[0]:
+            d_first = torch.from_numpy(first.copy())
+        return d_first, None, None, None, None, *gradients
+
+
+class _Hold:
+    """Gives a trajectory's memory back when autograd has dropped its graph."""
+
+    def __init__(self, sweeps: LayerSweeps, trajectory: Trajectory):
+        self.sweeps, self.trajectory = sweeps, trajectory
+
+    def __del__(self):
+        self.sweeps.give_back(self.trajectory)
+
+
+class _FromLast(torch.autograd.Function):
+    """Hand what the last rank has to all; each rank's own derivative of the loss is that of all."""
+
+    @staticmethod
+    def forward(ctx, out, grid, problem):
+        """The last rank's tensor."""
+        ctx.grid, ctx.shape = grid, out.shape
+        if grid.layer_size > 1:
+            root = grid.layer_size - 1
+            mine = (problem, None if problem else out.detach().numpy()) if grid.is_last else None
+            problem, values = grid.layer_comm.bcast(mine, root=root)
+        else:
+            values = None if problem else out.detach().numpy()
+        if problem:
+            raise InputError(problem)
+        return torch.from_numpy(np.array(values))
+
+    @staticmethod
+    def backward(ctx, gradient):
+        """Passed on by the last rank."""
+        if ctx.grid.is_last:
+            return gradient, None, None
+        return gradient.new_zeros(ctx.shape), None, None

@@ -1,0 +1,29 @@
+"""The summary of a run for programs; needs numpy only."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+__all__ = ["write_json"]
+
+
+def write_json(path: Path, data: dict) -> None:
+    """Write a summary whole or not at all; numbers that are not finite become ``null``."""
+
+    def plain(x):
+        if isinstance(x, dict):
+            return {str(k): plain(v) for k, v in x.items()}
+        if isinstance(x, (list, tuple, np.ndarray)):
+            return [plain(v) for v in x]
+        if isinstance(x, np.generic):
+            x = x.item()
+        if isinstance(x, float) and not np.isfinite(x):
+            return None
+        return x if x is None or isinstance(x, (str, int, float, bool)) else str(x)
+
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(plain(data), indent=2) + "\n")
+    part.replace(path)

@@ -1,0 +1,150 @@
+"""A training step of a deep residual network, layers on two ranks, beside plain serial torch on the same two cores.
+
+``mpiexec -n 2 python -m tests.benchmarks.layers --out FILE.json`` measures on the ranks it is given; ``make bench``
+calls that. Width 8, batch 200, tanh, float64; a step is forward, backward and update (SGD). The opponent is the fastest
+of plain loops over one stacked parameter on one and on two threads, measured on the first rank alone in turn with the
+parallel steps. Its gradient is what the error of ours is relative to; sweeps start cold.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from mpi4py import MPI
+from torch import nn
+
+from pint_fem.resnet import Dense, Grid, LayerParallelResNet, SerialResNet
+from tests.benchmarks.rows import Row, row
+
+__all__ = ["layer_rows", "rows"]
+
+WIDTH, BATCH, DEPTH, TARGET = 8, 200, 1024, 1.5
+ITERATIONS = (1, 1), (2, 1), (2, 2), (4, 4)
+SETTINGS = {"levels": 2, "coarsening": 32, "relax": "F"}
+
+
+def parts():
+    """Opening, layer, closing, batch and labels: two-class peaks in the plane."""
+    torch.manual_seed(0)
+    x = torch.rand(BATCH, 2, dtype=torch.float64) * 6 - 3
+    y = (x[:, 0] * x[:, 1] > 0).long()
+    return nn.Sequential(nn.Linear(2, WIDTH), nn.Tanh()), Dense(WIDTH, "tanh"), nn.Linear(WIDTH, 2), x, y
+
+
+class Training:
+    """One training step of a network."""
+
+    def __init__(self, net, x, y):
+        self.net, self.x, self.y = net, x, y
+        self.optimizer = torch.optim.SGD(net.parameters(), lr=1e-3)
+
+    def gradients(self):
+        """Forward and backward."""
+        self.optimizer.zero_grad()
+        nn.functional.cross_entropy(self.net(self.x), self.y).backward()
+
+    def step(self):
+        """Forward, backward and update."""
+        self.gradients()
+        self.optimizer.step()
+
+
+def best(comm, *actions, repeats: int) -> list[float]:
+    """Least seconds of actions that take turns; ``(action, threads, alone)``."""
+    seconds = [[] for _ in actions]
+    for repeat in range(repeats + 2):
+        for (action, threads, alone), out in zip(actions, seconds, strict=True):
+            comm.Barrier()
+            torch.set_num_threads(threads)
+            start = time.perf_counter()
+            if comm.rank == 0 or not alone:
+                action()
+            comm.Barrier()
+            if repeat > 1:
+                out.append(time.perf_counter() - start)
+    torch.set_num_threads(1)
+    return [min(out) for out in seconds]
+
+
+def gradient_error(comm, net, serial) -> float:
+    """Of all layers' parameters, relative, in the Euclidean norm."""
+    exact = [comm.bcast(p.grad.numpy() if comm.rank == 0 else None) for p in serial.theta.values()]
+    names = list(serial.theta)
+    wrong = sum(
+        float(((net.theta[n].grad.numpy() - e[net.lo : net.hi]) ** 2).sum()) for n, e in zip(names, exact, strict=True)
+    )
+    return float(np.sqrt(comm.allreduce(wrong)) / np.sqrt(sum((e**2).sum() for e in exact)))
+
+
+def rows(repeats: int, *, depths=(64, 256, DEPTH, 4096), iterations=ITERATIONS, comm=MPI.COMM_WORLD) -> list[dict]:
+    """Ratios on the ranks of ``comm``, as dictionaries of :class:`Row` (of the first rank)."""
+    torch.set_num_threads(1)
+    out, grid = [], Grid(comm=comm)
+    for depth in depths:
+        opening, layer, closing, x, y = parts()
+        serial = Training(SerialResNet(opening, layer, depth, closing, dtype=torch.float64), x, y)
+        if comm.rank == 0:
+            serial.gradients()
+        options = dict(grid=grid, dtype=torch.float64, mgrit=SETTINGS)
+        for its in iterations:
+            net = LayerParallelResNet(
+                opening, layer, depth, closing, forward_iterations=its[0], backward_iterations=its[1], **options
+            )
+            ours = Training(net, x, y)
+            ours.gradients()
+            error = gradient_error(comm, net, serial.net)
+            few = max(2, repeats * 1024 // depth) if depth > 1024 else repeats
+            actions = [(ours.step, 1, False), (serial.step, 1, True)]
+            two = torch.get_num_interop_threads() > 0 and os.cpu_count() > 1 and comm.size > 1
+            if two:
+                actions.append((serial.step, 2, True))
+            parallel, *theirs = best(comm, *actions, repeats=few)
+            threads = 1 + int(np.argmin(theirs))
+            note = f"gradient error {error:.1e}; torch's best on {threads} thread{'s' * (threads > 1)}"
+            what = f"{depth} layers, {its[0]} + {its[1]} iterations on {comm.size} ranks: serial torch / layer-parallel"
+            target = TARGET if (depth, its, comm.size) == (DEPTH, (2, 1), 2) else None
+            out.append(vars(row("l", what, parallel, min(theirs), depth, target, False, note)))
+    return out
+
+
+def layer_rows(ranks: int = 2, repeats: int = 10, *, quick: bool = False) -> list[Row]:
+    """Measure on ``ranks`` processes of their own; times are per layer."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "rows.json"
+        command = [sys.executable, "-m", "tests.benchmarks.layers", "--out", out, "--repeats", repeats]
+        command += ["--quick"] * quick
+        environment = os.environ | {"OMPI_MCA_mpi_yield_when_idle": "1"}
+        environment = {k: v for k, v in environment.items() if not k.startswith(("OMPI_COMM_", "PMIX_", "PMI_"))}
+        subprocess.run(["mpiexec", "-n", str(ranks), *map(str, command)], check=True, env=environment)
+        return [Row(**r) for r in json.loads(out.read_text())]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure on the ranks given and write JSON."""
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.layers")
+    parser.add_argument("--out", type=Path, help="JSON file (default: print)")
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--quick", action="store_true", help=f"{DEPTH} layers, 2 + 1 iterations only")
+    args = parser.parse_args(argv)
+    result = rows(args.repeats, **dict(depths=(DEPTH,), iterations=((2, 1),)) if args.quick else {})
+    if MPI.COMM_WORLD.rank == 0:
+        if args.out:
+            args.out.write_text(json.dumps(result, indent=1))
+        else:
+            for r in result:
+                times = f"{r['ours'] * 1e3:.1f} and {r['theirs'] * 1e3:.1f} us a layer"
+                print(f"{r['what']}: {r['ratio']:.2f}; {times}; {r['note']}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
