@@ -175,7 +175,7 @@ class MGRIT:
             On every rank, if a step failed or a value is not finite on any.
         """
         fine = self.levels[0]
-        start = (self.options if start is None else MGRITOptions.make(start=start)).start
+        start = (self.options if start is None else MGRITOptions.make(self.options, start=start)).start
         self._stop.set(rtol=rtol, cycles=cycles)
         self._check_arrays(U, G, coarse_rhs)
         if not self._viewed:

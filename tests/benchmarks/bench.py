@@ -24,10 +24,10 @@ from rich.console import Console
 
 from pint_fem.adjoint import TimeParallelReducedFunctional
 from pint_fem.propagators import LinearPropagator
+from problems.heat_square import SIZE, field, square
 from problems.serial_pyadjoint import serial_square, square_functionals
 from tests.benchmarks.compare import compare_rows
 from tests.benchmarks.rows import Row, row, table, timed
-from tests.benchmarks.square import SIZE, field, square
 from tests.benchmarks.time_parallel import on_ranks
 
 __all__ = ["main"]
