@@ -37,7 +37,7 @@ class _Slot:
 
     def __init__(self, size: int, kind: str):
         self.values, self.kind, self.present, self.done = [None] * size, kind, 0, None
-        self.clocks = [0.0] * size
+        self.clocks, self.last = [0.0] * size, 0.0
 
 
 class _Request:
@@ -109,10 +109,12 @@ class VirtualComm:
     Get_rank = lambda self: self.rank
     Get_size = lambda self: self.size
 
+    def true_bytes(self, numbers: int, tag: int) -> float:
+        """What some numbers of a message stand for."""
+        return numbers * (8 if self._row_bytes is None else self._row_bytes[min(tag, len(self._row_bytes) - 1)])
+
     def _nbytes(self, array: np.ndarray, tag: int) -> float:
-        if self._row_bytes is None:
-            return array.nbytes
-        return array.size * self._row_bytes[min(tag, len(self._row_bytes) - 1)]
+        return array.nbytes if self._row_bytes is None else self.true_bytes(array.size, tag)
 
     # -- point to point --------------------------------------------------------------------------------------------
     def _key(self, source: int, dest: int, tag: int) -> tuple:
@@ -144,7 +146,7 @@ class VirtualComm:
         self.Recv(recvbuf, source, recvtag)
 
     # -- collectives -----------------------------------------------------------------------------------------------
-    def _together(self, kind: str, value, nbytes: float, finish: Callable[[list], object], root: int | None = None):
+    def _together(self, kind: str, value, nbytes: float | None, finish: Callable[[list], object], root: int | None = None):
         """Wait for all; ``finish`` makes one result of all values.
 
         ``root``: of operations in which the others only send (their clocks go on) or only receive.
@@ -168,12 +170,16 @@ class VirtualComm:
             for r, member in enumerate(context.members):
                 if r != me:
                     world.wake(member)
-        cost = world.network.collective(self.size, nbytes)
+        cost = 0.0 if nbytes is None else world.network.collective(self.size, nbytes)
         if kind in ("bcast", "scatter"):
             world.until(slot.clocks[root] + cost)
         elif kind not in ("reduce", "gather") or me == root:
             world.until(slot.last + cost)
         return slot.done
+
+    def meet(self) -> None:
+        """Wait for the last one, at no cost: where the model looks at the clocks."""
+        self._together("meeting", (None,), None, lambda values: None)
 
     def Barrier(self) -> None:
         """See mpi4py."""

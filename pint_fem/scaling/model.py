@@ -8,7 +8,7 @@ gradient and so on, are what :class:`~pint_fem.adjoint.problem.ReducedProblem` d
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -26,9 +26,7 @@ from pint_fem.scaling.space import kernels
 from pint_fem.scaling.virtual import VirtualNorms, VirtualTrace, hierarchy
 from pint_fem.scaling.world import World
 
-__all__ = ["Model", "Prediction", "Solve", "TASKS"]
-
-TASKS = ("state", "adjoint", "gradient", "hessian", "inversion")
+__all__ = ["Model", "Prediction", "Solve"]
 
 
 @dataclass(frozen=True)
@@ -50,6 +48,8 @@ class Prediction:
     ----------
     seconds : float
         From the first rank's start to the last one's end.
+    task_seconds : list of float
+        Of each task.
     busy : list of float
         Seconds of work on each time rank.
     clocks : list of float
@@ -63,6 +63,7 @@ class Prediction:
     """
 
     seconds: float
+    task_seconds: list[float]
     busy: list[float]
     clocks: list[float]
     counts: Counter
@@ -129,15 +130,18 @@ class Model:
 
     # -- what is run -------------------------------------------------------------------------------------------------
     def run(self, *solves: Solve, task: str = "solves", trace: bool = False) -> Prediction:
-        """Run solves one after another, as a task.
+        """Run solves one after another, as a task: see :meth:`run_all`."""
+        return self.run_all([(task, solves)], trace=trace)
+
+    def run_all(self, tasks: Sequence[tuple[str, Sequence[Solve]]], *, trace: bool = False) -> Prediction:
+        """Run tasks one after another; each begins when all ranks have ended the one before.
 
         Parameters
         ----------
-        solves
-            In order; ranks do not wait for each other between them but as the solves do.
-        task
-            ``"solves"`` alone, or ``"gradient"`` (state and adjoint, with what is between them and behind),
-            ``"value"``, ``"derivative"`` (adjoint, given the state), ``"hessian"`` (tangent and adjoint).
+        tasks
+            Each ``"solves"``: solves alone, ranks wait for each other between them but as the solves do;
+            ``"value"`` (state), ``"derivative"`` (adjoint, given the state), ``"gradient"`` (both), ``"hessian"``
+            (tangent and adjoint), with what is between and behind them; and its solves.
         trace
             Keep all events.
         """
@@ -145,15 +149,21 @@ class Model:
         comms = communicators(world, [self.calibration.state_bytes / self.grid[0]])
         shared = _Shared(self, world)
         ranks: list[_Rank] = []
+        ends: list[float] = []
 
         def program(rank: int):
             mine = _Rank(shared, comms[rank], trace)
             ranks.append(mine)
-            mine.perform(solves, task)
+            for task, solves in tasks:
+                mine.perform(solves, task)
+                comms[rank].meet()
+                if rank == 0:
+                    ends.append(world.clocks[0])
 
         world.run(program)
         return Prediction(
             max(world.clocks),
+            [end - start for start, end in zip([0.0, *ends[:-1]], ends, strict=True)],
             world.busy,
             world.clocks,
             world.counts,
@@ -292,7 +302,3 @@ class _Rank:
                 states += extra[0] + sum(4 * level.k + 2 + e for level, e in zip(solver.levels[1:], extra[1:], strict=True))
         return states * nbytes
 
-
-def repeated(run: Callable[[], float], times: int) -> float:
-    """``times`` times the seconds of something that begins and ends with all ranks together."""
-    return times * run() if times else 0.0

@@ -90,6 +90,17 @@ class VirtualTrace(Trace):
         return 1e6 * (self._clock() - self._start)
 
 
+    def work(self, name: str, level: int, begin: float, **args) -> None:
+        """See :class:`~pint_fem.mgrit.trace.Trace`; with the bytes that the stand-in's numbers stand for."""
+        if "bytes" in args:
+            args["bytes"] = round(self.comm.true_bytes(args["bytes"] // 8, level))
+        super().work(name, level, begin, **args)
+
+    def message(self, name: str, level: int, comm, peer: int, nbytes: int) -> None:
+        """See :class:`~pint_fem.mgrit.trace.Trace`; with the bytes that the stand-in's numbers stand for."""
+        super().message(name, level, comm, peer, round(comm.true_bytes(nbytes // 8, level)))
+
+
 def _clock(world: World) -> Callable[[], float]:
     return lambda: world.clocks[world.current]
 

@@ -7,6 +7,7 @@ its source, clocks do not depend on the order in which ranks are run: the result
 
 from __future__ import annotations
 
+import gc
 from collections import Counter, deque
 from collections.abc import Callable
 from functools import partial
@@ -69,6 +70,15 @@ class World:
         Exception
             What a rank raises, of the first one that does.
         """
+        collects = gc.isenabled()
+        gc.disable()  # many thousand objects that live to the end: looking through them again and again takes long
+        try:
+            return self._run(program)
+        finally:
+            if collects:
+                gc.enable()
+
+    def _run(self, program: Callable[[int], object]) -> list:
         self._hub, results = getcurrent(), [None] * self.size
         tasks = [greenlet(partial(self._one, program, rank, results)) for rank in range(self.size)]
         running = self.size
