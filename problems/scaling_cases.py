@@ -28,6 +28,8 @@ class Case:
         ``steps`` to the same problem on a pyadjoint tape, or ``None``.
     smaller
         Like ``pose``, on a coarser mesh with the same time grid, where cycles are counted, or ``None`` for ``pose``.
+    menu
+        MGRIT's options whose cycles are counted: what the planner chooses from.
     inversion_steps
         Steps of the inversion whose solves are counted.
     rtol
@@ -41,8 +43,18 @@ class Case:
     about: str
     serial: Callable[[int], SerialHeatSource] | None = None
     smaller: Callable[[SpaceTime, int, dict], TimeParallelReducedFunctional] | None = None
+    menu: tuple[dict, ...] = ()
     inversion_steps: int = 512
     rtol: tuple[float, ...] = (1e-6, 1e-9)
+
+
+def _menu(*coarsenings: tuple[int, ...]) -> tuple[dict, ...]:
+    """Each with F- and with FCF-relaxation."""
+    return tuple(
+        {"levels": len(factors) + 1, "coarsening": list(factors), "relax": relax}
+        for factors in coarsenings
+        for relax in ("FCF", "F")
+    )
 
 
 def _square(size: int):
@@ -59,7 +71,7 @@ CASES = {
         512,
         "the plate of demos/heat_source_inversion.py, P1, SDIRK2",
         serial=lambda steps: serial_heat_source(steps=steps),
-        rtol=(1e-6, 1e-9),
+        menu=_menu((8, 4), (8,), (16,), (8, 8), (4, 4, 4), (4, 4)),
     ),
     "heat-square": Case(
         _square(128),
@@ -67,6 +79,7 @@ CASES = {
         "heat on the unit square, 128 x 128 P1, SDIRK2, distributed control, running misfit",
         serial=lambda steps: serial_square(n=128, steps=steps, integrator="SDIRK2"),
         smaller=_square(32),
+        menu=_menu((8, 4, 4), (8, 4, 4, 4), (16, 8), (16, 8, 8), (4, 4, 4, 4, 4)),
         inversion_steps=1024,
     ),
 }

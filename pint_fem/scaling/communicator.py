@@ -146,7 +146,9 @@ class VirtualComm:
         self.Recv(recvbuf, source, recvtag)
 
     # -- collectives -----------------------------------------------------------------------------------------------
-    def _together(self, kind: str, value, nbytes: float | None, finish: Callable[[list], object], root: int | None = None):
+    def _together(
+        self, kind: str, value, nbytes: float | None, finish: Callable[[list], object], root: int | None = None
+    ):
         """Wait for all; ``finish`` makes one result of all values.
 
         ``root``: of operations in which the others only send (their clocks go on) or only receive.

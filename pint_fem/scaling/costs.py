@@ -40,7 +40,9 @@ class Kernel:
 
     def __post_init__(self):
         if len(self.sizes) != len(self.seconds) or not self.sizes or sorted(set(self.sizes)) != list(self.sizes):
-            raise InputError(f"kernel sizes {self.sizes} and seconds {self.seconds}: give increasing sizes, a time each")
+            raise InputError(
+                f"kernel sizes {self.sizes} and seconds {self.seconds}: give increasing sizes, a time each"
+            )
         if min(self.seconds) < 0:
             raise InputError(f"kernel seconds {self.seconds}: give no negative time")
 
@@ -71,7 +73,9 @@ class Kernel:
         first = min(width - lane, count)
         full, rest = divmod(count - first, width)
         block = self._piece(width)
-        again = (self._piece(self.sizes[-1]) - block) / (self.sizes[-1] / width - 1) if self.sizes[-1] > width else block
+        again = (
+            (self._piece(self.sizes[-1]) - block) / (self.sizes[-1] / width - 1) if self.sizes[-1] > width else block
+        )
         call = max(block - again, 0.0)  # what a call costs beside its blocks
         return self._piece(first) + full * again + (max(self._piece(rest) - call, 0.0) if rest else 0.0)
 

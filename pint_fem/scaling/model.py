@@ -121,7 +121,8 @@ class Model:
             self.options = MGRITOptions.make(options, levels=len(factors) + 1, trace="", view=False, monitor=False)
         except ValueError as error:
             raise InputError(str(error)) from None
-        self._work = kernels(calibration, self.grid[0], self.network)
+        #: Kernels on the grid's space ranks, by kind and level.
+        self.work = kernels(calibration, self.grid[0], self.network)
 
     @property
     def is_serial(self) -> bool:
@@ -181,7 +182,7 @@ class _Shared:
         N, (space, ranks) = model.nsteps, model.grid
         self.bounds = Bounds(split_steps(N, ranks))
         self.reversed_bounds = Bounds(N - b for b in reversed(self.bounds))
-        busy, work = model.busy, model._work
+        busy, work = model.busy, model.work
         self.busy = busy
         table = lambda kind: [k.scaled(busy) for k in work[kind]] if kind in work else None
         make = lambda kind: hierarchy(
@@ -299,6 +300,7 @@ class _Rank:
         for solver in (self.forward, self.backward):
             if solver._cycle is not None:
                 extra = solver.extra_states
-                states += extra[0] + sum(4 * level.k + 2 + e for level, e in zip(solver.levels[1:], extra[1:], strict=True))
+                states += extra[0] + sum(
+                    4 * level.k + 2 + e for level, e in zip(solver.levels[1:], extra[1:], strict=True)
+                )
         return states * nbytes
-

@@ -89,7 +89,6 @@ class VirtualTrace(Trace):
         """Microseconds since the start."""
         return 1e6 * (self._clock() - self._start)
 
-
     def work(self, name: str, level: int, begin: float, **args) -> None:
         """See :class:`~pint_fem.mgrit.trace.Trace`; with the bytes that the stand-in's numbers stand for."""
         if "bytes" in args:
