@@ -2,6 +2,7 @@
 # make demo   recover a heat source from sensor readings; pictures in results/heat_source/
 # make test   all tests, serial and on 2-7 MPI ranks        make bench  ratios measured side by side
 # make lint   ruff                                          make clean  remove what the above made
+# make scaling  what up to 16,384 ranks would do, by the performance model; tables and plots in results/scaling/
 #
 # An existing Firedrake is used instead of building one:   make env PYTHON=/path/to/python
 # An existing PETSc of the right version likewise:         PETSC_DIR=... PETSC_ARCH=... make env
@@ -16,7 +17,7 @@ endif
 
 # an existing Firedrake's Python is remembered from one call to the next
 PYTHON     ?= $(shell cat .venv/existing-python 2>/dev/null || echo python3)
-EXTRAS     ?= test,bench
+EXTRAS     ?= test,bench,scaling
 OUT        ?= results/heat_source
 
 # What has to match; everything else is a range in pyproject.toml.
@@ -81,7 +82,7 @@ CLEANENV := env -u MAKEFLAGS -u MFLAGS -u MAKELEVEL PATH='$(CURDIR)/.venv/bin:'"
 FRESH := --no-build-isolation --no-deps --no-cache-dir
 PIP := $(CLEANENV) $(PY) -m pip install --disable-pip-version-check
 
-.PHONY: env ready demo test bench lint clean help
+.PHONY: env ready demo test bench scaling lint clean help
 env:  ## the graph below runs two steps at a time (one PETSc configure and the h5py build use one core each)
 	@$(MAKE) --no-print-directory -j2 $(STEPS)/package PYTHON='$(PYTHON)'
 	@$(MAKE) --no-print-directory ready PYTHON='$(PYTHON)'
@@ -127,6 +128,7 @@ endif
 RANKS ?= $(shell n=$$(nproc); echo $$((n < 8 ? n : 8)))
 GRID  ?= 1x$(RANKS)
 TEST_RANKS := 2 3 4 5 7
+SCALING_RANKS ?= 16384
 
 demo: env
 	@$(PETSC_ENV) mpiexec -n $(RANKS) $(PY) demos/heat_source_inversion.py --grid $(GRID) --out $(OUT) $(ARGS)
@@ -137,6 +139,9 @@ test: env
 bench: env
 	@$(RUN) -m tests.benchmarks.bench --out results/bench $(ARGS)
 
+scaling: env
+	@$(RUN) -m pint_fem.scaling report --ranks $(SCALING_RANKS) --out results/scaling $(ARGS)
+
 lint: env
 	@$(RUN) -m ruff check . && $(RUN) -m ruff format --check pint_fem
 
@@ -145,4 +150,4 @@ clean:
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 help:
-	@sed -n '1,8p' Makefile
+	@sed -n '1,9p' Makefile

@@ -1,4 +1,4 @@
-"""The problems whose costs :mod:`pint_fem.scaling` knows: how each is posed for a process grid and a number of steps."""
+"""The problems whose costs :mod:`pint_fem.scaling` knows: how each is posed for a process grid and steps."""
 
 from __future__ import annotations
 

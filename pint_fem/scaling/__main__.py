@@ -70,13 +70,15 @@ def _plan(opts) -> None:
     made = plan(opts.problem, opts.ranks, nsteps=opts.steps, rtol=opts.rtol, network=opts.network, progress=say)
     say("")
     print(f"{made.problem} on {made.ranks} ranks, one gradient from cold to rtol {made.rtol:g} (all figures predicted)")
-    print(f"{'solver':8}{'space x time':>14}  {'levels, coarsening, relaxation':34}{'cycles':>7}{'seconds':>11}{'MB a rank':>11}{'busy':>6}")  # fmt: skip
+    head = f"{'cycles':>7}{'seconds':>11}{'MB a rank':>11}{'busy':>6}"
+    print(f"{'solver':8}{'space x time':>14}  {'levels, coarsening, relaxation':34}{head}")
     for choice in [made.best, *made.alternatives]:
         o = choice.options
         what = f"{o['levels']}, {'x'.join(map(str, o['coarsening']))}, {o['relax']}" if choice.solver == "mgrit" else ""
         cycles = f"{choice.cycles[0]}+{choice.cycles[1]}" if choice.solver == "mgrit" else ""
         grid = f"{choice.grid[0]} x {choice.grid[1]}"
-        print(f"{choice.solver:8}{grid:>14}  {what:34}{cycles:>7}{choice.seconds:>11.4g}{choice.bytes_a_rank / 1e6:>11.3g}{choice.efficiency:>6.0%}")  # fmt: skip
+        numbers = f"{choice.seconds:>11.4g}{choice.bytes_a_rank / 1e6:>11.3g}{choice.efficiency:>6.0%}"
+        print(f"{choice.solver:8}{grid:>14}  {what:34}{cycles:>7}{numbers}")
     print(f"run: {made.best.arguments}")
     for text in made.assumptions:
         print(f"assumed: {text}")
@@ -128,8 +130,8 @@ def _validate(opts) -> None:
     if comm.rank == 0:
         for row in rows:
             print(
-                f"{opts.problem}, {row.steps} steps, {row.ranks} time ranks, {row.task}: measured {row.measured:.4g} s, "
-                f"predicted {row.predicted:.4g} s, error {row.error:+.1%}"
+                f"{opts.problem}, {row.steps} steps, {row.ranks} time ranks, {row.task}: "
+                f"measured {row.measured:.4g} s, predicted {row.predicted:.4g} s, error {row.error:+.1%}"
             )
         if opts.out:
             opts.out.write_text(json.dumps([{**asdict(row), "error": row.error} for row in rows], indent=1))

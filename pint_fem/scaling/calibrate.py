@@ -174,16 +174,14 @@ def count_inversion(pose: Callable, steps: int, options: dict) -> dict:
     """Solves of a whole inversion, by a real run on this process: how many of which ``[kind, start, cycles]``."""
     rf = pose(SpaceTime("1x1", comm=MPI.COMM_SELF), steps, {"mgrit": options})
     solves: dict[tuple, int] = {}
-    before = ["", 0, 0]
+    seen: list[str] = []
 
     def see(kind, result):
-        first = kind == "state" and not before[1] or kind == "adjoint" and before[0] != "tangent" and not before[2]
-        cold = first or kind == "tangent" or (kind == "adjoint" and before[0] == "tangent")
+        of_hessian = kind == "tangent" or seen[-1:] == ["tangent"]
+        cold = of_hessian or kind not in seen  # the first state and the first gradient's adjoint
         key = kind, "nested" if cold else "guess", result.cycles
         solves[key] = solves.get(key, 0) + 1
-        before[1] += kind == "state"
-        before[2] += kind == "adjoint" and before[0] != "tangent"
-        before[0] = kind
+        seen.append(kind)
 
     rf.problem.sweeps.on_sweep = see
     start = time.perf_counter()

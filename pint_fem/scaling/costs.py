@@ -1,7 +1,7 @@
 """Measured costs of a problem's arithmetic, and how they are kept: a calibration is one JSON file.
 
-The keys of ``work`` are kinds of work, ``"step"``, ``"adjoint"`` (blocks of states), ``"sweep"`` and ``"adjoint sweep"``
-(one state after another), each with a table for each level, the last going on to coarser ones.
+The keys of ``work`` are kinds of work, ``"step"``, ``"adjoint"`` (blocks of states), ``"sweep"`` and ``"adjoint
+sweep"`` (one state after another), each with a table for each level, the last going on to coarser ones.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class Kernel:
     sizes, seconds
         Measured: states of a call, increasing, and its time. Linear in between, from the last two on beyond.
     width
-        Blocks of the propagator: with the first state in lane ``lane`` a call is cut at multiples of ``width``, and each
-        piece costs what one of its size does (see :mod:`pint_fem.propagators.blocks`). 0: a call is one piece.
+        Blocks of the propagator: with the first state in lane ``lane`` a call is cut at multiples of ``width``, and
+        each piece costs what one of its size does (see :mod:`pint_fem.propagators.blocks`). 0: a call is one piece.
     """
 
     sizes: tuple[int, ...]
@@ -194,7 +194,8 @@ class Calibration:
             return cls(**data)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(
-                f"not a calibration ({type(error).__name__}: {error}): write one by python -m pint_fem.scaling calibrate"
+                f"not a calibration ({type(error).__name__}: {error}): "
+                "write one by python -m pint_fem.scaling calibrate"
             ) from error
 
 

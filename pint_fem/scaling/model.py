@@ -79,8 +79,8 @@ class Model:
     calibration
         Costs.
     options
-        Of MGRIT, a dictionary; ``{"levels": 1}`` is serial stepping. ``check`` is ``"cycle"`` unless given, as for finite
-        element sweeps.
+        Of MGRIT, a dictionary; ``{"levels": 1}`` is serial stepping. ``check`` is ``"cycle"`` unless given, as for
+        finite element sweeps.
     grid
         Space and time ranks.
     nsteps
@@ -294,8 +294,8 @@ class _Rank:
         self.shared.extra("regularisation")
 
     def _memory(self) -> float:
-        """Bytes of the states on a process: the state's and the adjoint's slabs, and the work arrays of both solvers."""
-        model, nbytes = self.model, self.model.calibration.state_bytes / self.model.grid[0]
+        """Bytes of the states on a process: slabs of the state and the adjoint, and the work arrays of both solvers."""
+        nbytes = self.model.calibration.state_bytes / self.model.grid[0]
         states = 2 * (self.k + 1) + self.k
         for solver in (self.forward, self.backward):
             if solver._cycle is not None:

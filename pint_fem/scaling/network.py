@@ -2,12 +2,12 @@ r"""What messages and collectives cost.
 
 With latency :math:`\ell` and bandwidth :math:`\beta`, on ``P`` ranks:
 
-=====================================================  ==========================================================
-a message of ``b`` bytes                               :math:`\ell + b / \beta` after it was sent
-broadcast, scatter                                     :math:`\lceil\log_2 P\rceil\, \ell + b / \beta` after the root came
-reduce, gather (root), allreduce, allgather, barrier   :math:`\lceil\log_2 P\rceil\, \ell + b / \beta` after the last came
-all-to-all                                             the same, ``b`` bytes sent by a rank
-=====================================================  ==========================================================
+====================================================  ===================================================
+a message of ``b`` bytes                              :math:`\ell + b/\beta` after it was sent
+broadcast, scatter                                    :math:`\lceil\log_2 P\rceil \ell + b/\beta` after the root
+reduce, gather (root), allreduce, allgather, barrier  the same after the last rank
+all-to-all                                            the same, ``b`` bytes sent by a rank
+====================================================  ===================================================
 
 (Thakur, Rabenseifner, Gropp, Int. J. High Perform. Comput. Appl. 19(1), 2005: trees and recursive doubling.) Assumed:
 messages do not get in each other's way, and sending costs the sender no time.

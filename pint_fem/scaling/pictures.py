@@ -39,14 +39,16 @@ def gantt(path: Path, traces: Sequence[Sequence[dict]], title: str) -> None:
     fig, ax = plt.subplots(figsize=(11, 0.42 * len(traces) + 1.6), layout="constrained")
     seen = {}
     for rank, events in enumerate(traces):
+        bars: dict[tuple[str, int], list] = {}
         for event in events:
             if event["ph"] == "X" and event["dur"] > 0:
                 name = event["name"] if event["name"] in _COLOURS else "norm"
-                level = event["tid"]
-                shade = {"color": _COLOURS[name], "alpha": 1.0 if name == "wait" else max(1 - 0.25 * level, 0.25)}
-                label = name if name in ("wait", "norm") else f"{name}, level {level}"
-                bar = ax.barh(rank, event["dur"] / 1e3, left=event["ts"] / 1e3, height=0.8, **shade)
-                seen.setdefault(label, bar)
+                level = 0 if name in ("wait", "norm") else event["tid"]
+                bars.setdefault((name, level), []).append((event["ts"] / 1e3, event["dur"] / 1e3))
+        for (name, level), spans in sorted(bars.items()):
+            label = name if name in ("wait", "norm") else f"{name}, level {level}"
+            shade = {"facecolors": _COLOURS[name], "alpha": max(1 - 0.25 * level, 0.25)}
+            seen.setdefault(label, ax.broken_barh(spans, (rank - 0.4, 0.8), **shade))
     ax.set(xlabel="milliseconds (predicted)", ylabel="time rank", title=title)
     ax.invert_yaxis()
     ax.legend(seen.values(), seen.keys(), ncols=4, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16))

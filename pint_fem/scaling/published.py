@@ -1,9 +1,10 @@
 r"""XBraid's published experiment in the model, and ours in the same setting.
 
-Two-dimensional heat, 129 x 129 points and 16,192 steps, 16 processes in space, coarsening 16 and then 2, FCF-relaxation,
-10 to 15 V-cycles: a crossover with space-parallel sequential stepping near 256 processes and a best speed-up near 10
-(Falgout, Friedhoff, Kolev, MacLachlan, Schroder, SISC 36(6), 2014). All levels are entered with the same kernel cost; the
-opponent is sequential stepping on as many processes in space as are fastest, by the surface-to-volume model.
+Two-dimensional heat, 129 x 129 points and 16,192 steps, 16 processes in space, coarsening 16 and then 2,
+FCF-relaxation, 10 to 15 V-cycles: a crossover with space-parallel sequential stepping near 256 processes and a best
+speed-up near 10 (Falgout, Friedhoff, Kolev, MacLachlan, Schroder, SISC 36(6), 2014). All levels are entered with the
+same kernel cost; the opponent is sequential stepping on as many processes in space as are fastest, by the
+surface-to-volume model.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ __all__ = ["NSTEPS", "Setting", "count_on_modes", "settings", "speedups", "xbrai
 NSTEPS, POINTS, SPACE = 16192, 129, 16
 #: A step on one process and the network of that machine, as orders of magnitude: ratios hardly depend on them.
 STEP, NETWORK = 10e-3, Network(3e-6, 1.5e9, "an IBM Blue Gene/Q's, order of magnitude")
-#: Ten multigrid cycles a solve on seven grids, each grid with the messages of an iteration of the surface-to-volume model.
-#: With that the fastest number of space ranks is the published one.
+#: Ten multigrid cycles a solve on seven grids, each grid with the messages of an iteration of the surface-to-volume
+#: model. With that the fastest number of space ranks is the published one.
 SPACE_ITERATIONS = 70.0
 GAMMA = 1 - 1 / math.sqrt(2)
 TABLEAUX = {"backward Euler": ([[1.0]], [1.0]), "SDIRK2": ([[GAMMA, 0], [1 - GAMMA, GAMMA]], [1 - GAMMA, GAMMA])}
@@ -133,8 +134,8 @@ def xbraid(cycles: int) -> Setting:
 
 def settings(block: float = 0.35) -> list[Setting]:
     """From the published configuration to ours, one choice at a time, each on top of the ones before; cycles by real
-    solves to ``1e-9``, then ``1e-6``, then from the solution of a problem whose data differ by a thousandth, as those of
-    an optimiser's later iterations do.
+    solves to ``1e-9``, then ``1e-6``, then from the solution of a problem whose data differ by a thousandth, as those
+    of an optimiser's later iterations do.
 
     ``block``: measured cost of a state in a block.
     """

@@ -92,9 +92,8 @@ def _problem(c: Calibration, out: Path, say, largest: int, network: Network | No
     ranks = [p for p in _powers(largest) if p <= c.nsteps]
     chosen = cheapest(c, rtol, network=network)
     say(f"\n{c.problem}: {c.unknowns} unknowns, {c.nsteps} steps, cold solves to {rtol:g}")
-    say(
-        f"  network {network or c.network}; work factor with several processes at work {max(c.busy.values()):.2f} (measured)"
-    )
+    say(f"  network {network or c.network}")
+    say(f"  work with several processes at once takes {max(c.busy.values()):.2f} times as long as alone (measured)")
     say(f"  assumed: {assumption(c)}")
     ours = strong(c, chosen, (0, 0), ranks, network=network)
     others = opponents(c, ranks, network=network)
@@ -117,11 +116,10 @@ def _problem(c: Calibration, out: Path, say, largest: int, network: Network | No
                 f"best speed-up {gain:.3g} at {at} ranks"
                 + "".join(f"; {gains[p]:.3g} at {p}" for p in (64, 256, 1024, 4096) if p in gains and p != at)
             )
-    loglog(
-        out / f"strong_{c.problem}.png", {t: [ours, *others] for t in tasks}, f"{c.problem}: predicted strong scaling"
-    )
-    a_rank = 32
-    flat = weak(c, cheapest(c.with_changes(nsteps=a_rank * 64), rtol, network=network), a_rank, [p for p in ranks if 2 <= p <= 1024], network=network)  # fmt: skip
+    panels = {t: [ours, *others] for t in tasks}
+    loglog(out / f"strong_{c.problem}.png", panels, f"{c.problem}: predicted strong scaling")
+    a_rank, counts = 32, [p for p in ranks if 2 <= p <= 1024]
+    flat = weak(c, cheapest(c, rtol, network=network, nsteps=a_rank * 64), a_rank, counts, network=network)
     say(f"  {flat.name} (cycles as on the whole grid):")
     _table(say, ["ranks", "gradient", "busy"], [
         [str(p), f"{s:.4g}", f"{e:.0%}"]
@@ -169,7 +167,7 @@ def _summary(ups: Sequence[tuple[int, float, float]]) -> list[str]:
 
 def _table(say, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-    left = {i for i, row in enumerate(rows[0]) if not row[:1].isdigit()} if rows else set()
+    left = {i for i, cell in enumerate(rows[0]) if " " in cell} if rows else set()
     for row in [head, *rows]:
         say(
             "  "

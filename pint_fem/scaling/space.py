@@ -3,7 +3,8 @@ r"""Kernels on several space ranks: measured ones, and a surface-to-volume model
 Of a subdomain with :math:`n/p` unknowns in two dimensions the solver works on its own ones and ``o`` layers of its
 neighbours', :math:`V(p) = (\sqrt{n/p} + 2 o)^2`; a kernel then takes
 
-.. math::  T(p) = T(q) \frac{V(p)}{V(q)} + s\, i \left( 2 \lceil\log_2 p\rceil\, \ell + 2 (\ell + 8 w \sqrt{n/p} / \beta) \right)
+.. math::  T(p) = T(q) \frac{V(p)}{V(q)}
+           + s\, i \left( 2 \lceil\log_2 p\rceil\, \ell + 2 (\ell + 8 w \sqrt{n/p} / \beta) \right)
 
 with ``q`` the largest measured number of space ranks, ``s`` stages, ``i`` Krylov iterations (as many as on ``q``), each
 with two reductions and an exchange with the neighbours, of ``w`` states at once.
@@ -19,8 +20,8 @@ from pint_fem.scaling.network import Network
 __all__ = ["ASSUMPTION", "kernels"]
 
 ASSUMPTION = (
-    "space ranks beyond those measured: subdomains of n/p unknowns and {overlap} layers of overlap, work as their volume, "
-    "{iterations:g} Krylov iterations a stage as on {measured} ranks, each with two reductions and one exchange"
+    "space ranks beyond those measured: subdomains of n/p unknowns and {overlap} layers of overlap, work as their "
+    "volume, {iterations:g} Krylov iterations a stage as on {measured} ranks, each with two reductions and one exchange"
 )
 
 

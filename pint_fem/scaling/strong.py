@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
+from math import exp, log
 
 from pint_fem.scaling.costs import Calibration
 from pint_fem.scaling.model import Model, Solve
@@ -132,15 +134,13 @@ def opponents(calibration: Calibration, ranks: Sequence[int], **model) -> list[C
 
 def crossover(curve: Curve, other: Curve, task: str) -> float | None:
     """Number of ranks from which a curve is below another one, interpolated in the logarithms; ``None``: never."""
-    from math import exp, log
-
     pairs = [
         (p, a / b)
         for p, a in zip(curve.ranks, curve.seconds[task], strict=True)
         for q, b in zip(other.ranks, other.seconds[task], strict=True)
         if p == q
     ]
-    for (p, r), (q, s) in zip(pairs, pairs[1:], strict=False):
+    for (p, r), (q, s) in pairwise(pairs):
         if r > 1 >= s:
             return exp(log(p) + log(r) / (log(r) - log(s)) * (log(q) - log(p)))
     return float(pairs[0][0]) if pairs and pairs[0][1] <= 1 else None
