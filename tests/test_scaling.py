@@ -245,7 +245,8 @@ def test_bounds_share_what_follows_from_them():
     assert Bounds.make(bounds) is bounds
     assert bounds.coarsened(8) is bounds.coarsened(8)
     assert bounds.coarsened(8) == tuple(b // 8 for b in bounds)
-    assert bounds.counts.tolist() == np.diff(bounds).tolist()
+    assert bounds.layout(3) is bounds.layout(3)
+    assert [x.tolist() for x in bounds.layout(3)] == [(3 * np.diff(bounds)).tolist(), [3 * b for b in bounds[:-1]]]
     assert bounds.increase
     assert not any(Bounds(b).increase for b in ([0, 5, 3], [1, 4], [0, 1.5], [0]))
 

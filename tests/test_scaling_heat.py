@@ -17,7 +17,8 @@ OPTIONS = {"levels": 3, "coarsening": (4, 2), "relax": "FCF"}
 @pytest.mark.parallel([1, 2, 3])
 def test_gradient_and_hessian_are_those_of_a_real_trace():
     comm = MPI.COMM_WORLD
-    rf = square(40, "SDIRK2", size=5, spacetime=SpaceTime((1, comm.size)), mgrit={**OPTIONS, "trace": "t", "rtol": 1e-6})
+    options = {**OPTIONS, "trace": "t", "rtol": 1e-6}
+    rf = square(40, "SDIRK2", size=5, spacetime=SpaceTime((1, comm.size)), mgrit=options)
     problem, sweeps = rf.problem, rf.problem.sweeps
     z, dz = field(rf, "control"), field(rf, "direction")
     problem.derivative(z)

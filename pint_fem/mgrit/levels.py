@@ -127,19 +127,21 @@ class Bounds(tuple):
         return whole and len(self) > 1 and self[0] == 0 and sorted(self) == list(self)
 
     @cached_property
-    def counts(self) -> np.ndarray:
-        """Steps of each rank."""
-        return np.diff(np.array(self, dtype=int))
-
-    @cached_property
-    def _coarser(self) -> dict[int, Bounds]:
+    def _known(self) -> dict:
         return {}
+
+    def layout(self, width: int) -> tuple[np.ndarray, np.ndarray]:
+        """Counts and places of the ranks' parts of an array with ``width`` numbers a step, as MPI wants them."""
+        if ("layout", width) not in self._known:
+            places = width * np.array(self, dtype=int)
+            self._known["layout", width] = np.diff(places), places[:-1].copy()
+        return self._known["layout", width]
 
     def coarsened(self, m: int) -> Bounds:
         """Those of the level of every ``m``-th point."""
-        if m not in self._coarser:
-            self._coarser[m] = Bounds([b // m for b in self])
-        return self._coarser[m]
+        if m not in self._known:
+            self._known[m] = Bounds([b // m for b in self])
+        return self._known[m]
 
 
 class Level:

@@ -267,15 +267,15 @@ class MGRIT:
     def _norms(self, U: np.ndarray) -> tuple[float, float]:
         """Norms of the residual and of the trajectory at the C-points."""
         cycle, kind = self._cycle, self.options.time_norm
-        V, counts = cycle.relaxations[0].c_values(U), self.levels[1].bounds.counts
+        V, places = cycle.relaxations[0].c_values(U), self.levels[1].bounds
         begin = self.trace.now() if self.trace else 0.0
         r = self._full_residual(U) if self.options.residual == "full" else None
         if r is None:
             local = np.stack([self._squares(cycle.residuals[0]), self._squares(V)], axis=1)
-            norms = norm_over_time(gather_in_order(local, self.comm, counts), kind)
+            norms = norm_over_time(gather_in_order(local, self.comm, places), kind)
         else:
-            own = (self._squares(r), self.levels[0].bounds.counts), (self._squares(V), counts)
-            norms = np.array([norm_over_time(gather_in_order(x, self.comm, n), kind) for x, n in own])
+            own = (self._squares(r), self.levels[0].bounds), (self._squares(V), places)
+            norms = np.array([norm_over_time(gather_in_order(x, self.comm, at), kind) for x, at in own])
         if self.trace:
             self.trace.work("norm", 0, begin, sweep=self.name)
         if not np.isfinite(norms).all():

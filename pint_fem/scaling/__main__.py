@@ -104,7 +104,9 @@ def _calibrate(opts) -> None:
         raise InputError(f"--only {opts.only}: there is no {path} to complete; measure the costs first")
     made = old
     if opts.only in ("", "costs"):
-        made = measure.calibrate(opts.problem, posed.pose, posed.nsteps, comm=comm, serial=posed.serial)
+        say = lambda text: print(f"measuring: {text}", flush=True) if comm.rank == 0 else None
+        costs = dict(comm=comm, serial=posed.serial, progress=say)
+        made = measure.calibrate(opts.problem, posed.pose, posed.nsteps, **costs)
         if comm.rank == 0 and old is not None:
             made = made.with_changes(cycles=old.cycles, inversion=old.inversion)
     if comm.rank == 0:

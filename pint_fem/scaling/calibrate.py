@@ -212,7 +212,15 @@ def _opponent(serial: Callable, steps: int) -> dict[str, float]:
 
 
 def calibrate(
-    name: str, pose: Callable, nsteps: int, *, comm=MPI.COMM_WORLD, serial=None, repeats: int = 9, small: int = 128
+    name: str,
+    pose: Callable,
+    nsteps: int,
+    *,
+    comm=MPI.COMM_WORLD,
+    serial=None,
+    repeats: int = 9,
+    small: int = 128,
+    progress: Callable[[str], None] = lambda text: None,
 ) -> Calibration | None:
     """Measure a problem (collective).
 
@@ -224,6 +232,8 @@ def calibrate(
         Of each measurement; the least are kept.
     small
         Steps of the solve that bookkeeping is taken from.
+    progress
+        Gets a line a part.
 
     Returns
     -------
@@ -232,10 +242,12 @@ def calibrate(
     """
     alone = pose(SpaceTime("1x1", comm=MPI.COMM_SELF), small, {"mgrit": {"coarsening": (8, 4)}})
     made, notes = None, [f"kernels: least of {repeats}, one process at work"]
+    progress("kernels on one process")
     level = alone.problem.sweeps._tangent.levels[0]
     size = alone.evolution.state_size
     if comm.rank == 0:
         work = {1: kernels_of(alone, repeats)}
+        progress("what surrounds sweeps, pyadjoint")
         norms = alone.spacetime.point_norms
         slab = np.random.default_rng(0).standard_normal((64, size))
         made = Calibration(
@@ -245,16 +257,19 @@ def calibrate(
             control_bytes=8.0 * alone.layout.size,
             stages=alone.problem.sweeps.propagators[0].dirk.stages,
             sensor_bytes=8.0 * sum(len(getattr(m, "local", ())) for m in alone.problem.misfits),
-            opponent={} if serial is None else _opponent(serial, 16),
+            opponent={} if serial is None else _opponent(serial, 4),
         )  # fmt: skip
+        progress("a whole solve")
         made = made.with_changes(bookkeeping=_bookkeeping(alone, made, repeats))
     wait_quietly(comm)
     if comm.size > 1:
+        progress("all processes at once, network")
         # all at work at once, each on its own: what they take from each other
         together = block_kernel(level, size, (8, 64), repeats).seconds
         together = comm.gather(together)
         network = ping_pong(comm)
         pair = comm.Split(0 if comm.rank < 2 else 1, comm.rank)
+        progress("kernels on two space ranks")
         if comm.rank < 2:
             both = pose(SpaceTime((2, 1), comm=pair), small, {"mgrit": {"coarsening": (8, 4)}})
             spread = kernels_of(both, repeats)

@@ -17,7 +17,7 @@ from pint_fem.scaling.model import Model, Prediction, Solve
 from pint_fem.scaling.network import Network
 from pint_fem.scaling.space import assumption
 
-__all__ = ["Choice", "Plan", "cycles_of", "least_time", "plan", "predict"]
+__all__ = ["Choice", "Plan", "auto_grid", "cycles_of", "least_time", "plan", "predict"]
 
 
 @dataclass
@@ -205,3 +205,28 @@ def least_time(
         table = model.work.get(sweep) or model.work[kind]
         chain += (n + 1) * steps * table[min(model.options.levels, len(table)) - 1](1)
     return sum(said.busy), chain
+
+
+def auto_grid(problem: str, ranks: int, options: Mapping, nsteps: int) -> tuple[int, int]:
+    """The fastest split of all ranks for given options of MGRIT, or all in time where nothing better is known.
+
+    Parameters
+    ----------
+    problem
+        Name of a calibration.
+    ranks
+        All are used.
+    options, nsteps
+        As for :class:`~pint_fem.scaling.model.Model`.
+
+    Returns
+    -------
+    tuple of int
+        Space and time ranks.
+    """
+    try:
+        calibration = load(problem)
+        splits = [(space, ranks // space) for space in _divisors(ranks) if ranks // space <= nsteps]
+        return min(splits, key=lambda grid: predict(calibration, options, grid, (2, 2), nsteps=nsteps)[0].seconds)
+    except (InputError, ValueError):  # no calibration, options that the solver itself will refuse, too many ranks
+        return 1, ranks
