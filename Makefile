@@ -2,6 +2,7 @@
 # make demo   recover a heat source from sensor readings; pictures in results/heat_source/
 # make test   all tests, serial and on 2-7 MPI ranks        make bench  ratios measured side by side
 # make mnist  a deep residual network, layers in parallel    make lint   ruff
+# make scaling  what up to 16,384 ranks would do, by the performance model; tables and plots in results/scaling/
 # make clean  remove what the above made
 #
 # An existing Firedrake is used instead of building one:   make env PYTHON=/path/to/python
@@ -17,7 +18,7 @@ endif
 
 # an existing Firedrake's Python is remembered from one call to the next
 PYTHON     ?= $(shell cat .venv/existing-python 2>/dev/null || echo python3)
-EXTRAS     ?= test,bench,resnet
+EXTRAS     ?= test,bench,resnet,scaling
 OUT        ?= results/heat_source
 
 # What has to match; everything else is a range in pyproject.toml.
@@ -83,11 +84,10 @@ CLEANENV := env -u MAKEFLAGS -u MFLAGS -u MAKELEVEL PATH='$(CURDIR)/.venv/bin:'"
 FRESH := --no-build-isolation --no-deps --no-cache-dir
 PIP := $(CLEANENV) $(PY) -m pip install --disable-pip-version-check
 
-# torch's CPU build: from where pip looks, or PyTorch's own index; PyPI's, with its CUDA libraries, is several GB
-TORCH = { $(PIP) 'torch==$(TORCH_VERSION)+cpu' || $(PIP) --index-url https://download.pytorch.org/whl/cpu torch==$(TORCH_VERSION) || \
-    $(PIP) torch==$(TORCH_VERSION); }
+# torch's CPU build where pip finds one; PyPI's own comes with CUDA libraries, several GB: TORCH_INDEX=URL names another index
+TORCH = { $(PIP) 'torch==$(TORCH_VERSION)+cpu' || $(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==$(TORCH_VERSION); }
 
-.PHONY: env ready demo mnist test bench lint clean help
+.PHONY: env ready demo mnist test bench scaling lint clean help
 env:  ## the graph below runs two steps at a time (one PETSc configure and the h5py build use one core each)
 	@$(MAKE) --no-print-directory -j2 $(STEPS)/package PYTHON='$(PYTHON)'
 	@$(MAKE) --no-print-directory ready PYTHON='$(PYTHON)'
@@ -135,6 +135,7 @@ endif
 RANKS ?= $(shell n=$$(nproc); echo $$((n < 8 ? n : 8)))
 GRID  ?= 1x$(RANKS)
 TEST_RANKS := 2 3 4 5 7
+SCALING_RANKS ?= 16384
 
 demo: env
 	@$(PETSC_ENV) mpiexec -n $(RANKS) $(PY) demos/heat_source_inversion.py --grid $(GRID) --out $(OUT) $(ARGS)
@@ -148,6 +149,9 @@ test: env
 
 bench: env
 	@$(RUN) -m tests.benchmarks.bench --out results/bench $(ARGS)
+
+scaling: env
+	@$(RUN) -m pint_fem.scaling report --ranks $(SCALING_RANKS) --out results/scaling $(ARGS)
 
 lint: env
 	@$(RUN) -m ruff check . && $(RUN) -m ruff format --check pint_fem

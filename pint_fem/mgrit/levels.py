@@ -13,6 +13,7 @@ keeps the initial value.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from itertools import pairwise
 from typing import Protocol
 
@@ -21,7 +22,7 @@ import numpy as np
 from pint_fem.mgrit.options import check_coarsening
 from pint_fem.mgrit.trace import Trace
 
-__all__ = ["Level", "Propagator", "build_levels", "coarse_points", "inject", "split_steps"]
+__all__ = ["Bounds", "Level", "Propagator", "build_levels", "coarse_points", "inject", "split_steps"]
 
 Coarsening = int | Sequence[int]
 """A factor ``m``, or the C-points by their numbers on the level."""
@@ -109,6 +110,40 @@ def _short(values) -> str:
     return f"[{text}, ...]" if len(values) > 4 else f"[{text}]"
 
 
+class Bounds(tuple):
+    """Step bounds of the ranks on a level, ``size + 1`` numbers, and what follows from them: computed once, whoever
+    shares the object.
+    """
+
+    @classmethod
+    def make(cls, bounds: Sequence[int]) -> Bounds:
+        """From numbers; what is one already stays the same object."""
+        return bounds if isinstance(bounds, cls) else cls(bounds)
+
+    @cached_property
+    def increase(self) -> bool:
+        """Whether they are whole numbers from 0 on that do not decrease."""
+        whole = all(hasattr(b, "__index__") for b in self)
+        return whole and len(self) > 1 and self[0] == 0 and sorted(self) == list(self)
+
+    @cached_property
+    def _known(self) -> dict:
+        return {}
+
+    def layout(self, width: int) -> tuple[np.ndarray, np.ndarray]:
+        """Counts and places of the ranks' parts of an array with ``width`` numbers a step, as MPI wants them."""
+        if ("layout", width) not in self._known:
+            places = width * np.array(self, dtype=int)
+            self._known["layout", width] = np.diff(places), places[:-1].copy()
+        return self._known["layout", width]
+
+    def coarsened(self, m: int) -> Bounds:
+        """Those of the level of every ``m``-th point."""
+        if m not in self._known:
+            self._known[m] = Bounds([b // m for b in self])
+        return self._known[m]
+
+
 class Level:
     """One time grid, the local part of its unknown ``U`` and right-hand side ``G``, and its messages.
 
@@ -130,7 +165,7 @@ class Level:
     """
 
     def __init__(self, index: int, bounds: Sequence[int], coarsening: Coarsening | None, points, propagator, comm):
-        self.index, self.bounds, self.points = index, list(bounds), points
+        self.index, self.bounds, self.points = index, Bounds.make(bounds), points
         self.propagator, self.comm = propagator, comm
         self.nsteps = self.bounds[-1]
         self.m = coarsening if isinstance(coarsening, int) else None
@@ -139,13 +174,12 @@ class Level:
             self.c_points = range(0, self.nsteps + 1, self.m) if self.m else np.asarray(coarsening, dtype=int)
         self.lo, self.hi = self.bounds[comm.rank], self.bounds[comm.rank + 1]
         self.k = self.hi - self.lo
-        holds = [r for r in range(comm.size) if r == 0 or self.bounds[r + 1] > self.bounds[r]]
-        self.active = comm.rank in holds
+        holds = lambda rank: rank == 0 or self.bounds[rank + 1] > self.bounds[rank]
+        self.active = holds(comm.rank)
         self.left = self.right = None
         if self.active:
-            here = holds.index(comm.rank)
-            self.left = holds[here - 1] if here > 0 else None
-            self.right = holds[here + 1] if here + 1 < len(holds) else None
+            self.left = next(filter(holds, range(comm.rank - 1, -1, -1)), None)
+            self.right = next(filter(holds, range(comm.rank + 1, comm.size)), None)
         self.block = max(int(getattr(propagator, "block", 0)), 0)
         self.uses_guess = bool(getattr(propagator, "uses_guess", False))
         self.U: np.ndarray | None = None
@@ -159,11 +193,11 @@ class Level:
         """A step of this level in steps of the finest (of the first, where they differ)."""
         return int(self.points[1] - self.points[0])
 
-    def coarse_bounds(self) -> list[int]:
+    def coarse_bounds(self) -> Bounds:
         """Step bounds of the ranks on the next level."""
         if self.m:
-            return [b // self.m for b in self.bounds]
-        return [int(np.searchsorted(self.c_points, b, side="right")) - 1 for b in self.bounds]
+            return self.bounds.coarsened(self.m)
+        return Bounds(int(np.searchsorted(self.c_points, b, side="right")) - 1 for b in self.bounds)
 
     def phi(self, steps: range, u: np.ndarray, out: np.ndarray) -> None:
         """Call the propagator; a failure becomes NaN, which the collective norm carries to every rank (no hang)."""

@@ -33,16 +33,21 @@ def norm_over_time(squares: np.ndarray, kind: int | str) -> np.ndarray:
     return norms.sum(axis=0) if kind == 1 else norms.max(axis=0)
 
 
-def gather_in_order(values: np.ndarray, comm) -> np.ndarray:
+def gather_in_order(values: np.ndarray, comm, bounds=None) -> np.ndarray:
     """Concatenate the ranks' ``(k_r, c)`` or ``(k_r,)`` arrays in rank order, on every rank.
 
-    For few numbers a point (norms, misfits): never for states.
+    For few numbers a point (norms, misfits): never for states. ``bounds``: the
+    :class:`~pint_fem.mgrit.levels.Bounds` that say all ``k_r``, where they are known.
     """
     values = np.ascontiguousarray(values, dtype=float)
     if comm.size == 1:
         return values
     width = int(np.prod(values.shape[1:], dtype=int))
-    counts = np.array(comm.allgather(len(values))) * width
-    out = np.empty((counts.sum() // width, *values.shape[1:]))
-    comm.Allgatherv(values, [out, counts, np.concatenate([[0], np.cumsum(counts)[:-1]]), MPI.DOUBLE])
+    if bounds is None:
+        counts = np.array(comm.allgather(len(values))) * width
+        places = np.concatenate([[0], np.cumsum(counts)[:-1]])
+    else:
+        counts, places = bounds.layout(width)
+    out = np.empty(((places[-1] + counts[-1]) // width, *values.shape[1:]))
+    comm.Allgatherv(values, [out, counts, places, MPI.DOUBLE])
     return out

@@ -158,6 +158,10 @@ class MGRITOptions:
         Dictionaries may be nested: ``{"coarse": {"solver": "relax"}}`` is ``{"coarse_solver": "relax"}``, and
         ``{"level_1": {"relax": "F"}}`` (also ``level_1_relax``) changes an option of one level.
         """
+        if isinstance(options, cls) and all(
+            getattr(options, name, changes) == value for name, value in changes.items()
+        ):
+            return options
         base = options if isinstance(options, cls) else cls()
         given = dict(changes) if isinstance(options, cls) or options is None else {**_flat(options), **changes}
         known = [f.name for f in fields(cls)]

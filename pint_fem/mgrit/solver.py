@@ -18,8 +18,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import numpy as np
 from mpi4py import MPI
 
+from pint_fem.mgrit.agreement import all_alike
 from pint_fem.mgrit.cycle import Cycle
-from pint_fem.mgrit.levels import Propagator, build_levels, split_steps
+from pint_fem.mgrit.levels import Bounds, Propagator, build_levels, split_steps
 from pint_fem.mgrit.norms import PointNorms, euclidean, gather_in_order, norm_over_time
 from pint_fem.mgrit.options import MGRITOptions
 from pint_fem.mgrit.stopping import SolveResult, SolverFailure, Stopping
@@ -101,10 +102,9 @@ class MGRIT:
             raise ValueError(
                 f"{len(self.transfers)} transfers for {len(factors) + 1} levels: give one to each coarse level"
             )
-        bounds = self._bounds(nsteps, factors, comm.size) if bounds is None else list(bounds)
-        whole = all(hasattr(b, "__index__") for b in bounds)
-        if not whole or len(bounds) != comm.size + 1 or sorted(bounds) != bounds or bounds[0] or bounds[-1] != nsteps:
-            raise ValueError(f"bounds {bounds} do not split {nsteps} steps over {comm.size} ranks")
+        bounds = Bounds.make(self._bounds(nsteps, factors, comm.size) if bounds is None else bounds)
+        if not bounds.increase or len(bounds) != comm.size + 1 or bounds[-1] != nsteps:
+            raise ValueError(f"bounds {list(bounds)} do not split {nsteps} steps over {comm.size} ranks")
         if options.coarse_solver == "relax":
             factors = (*factors, options.coarsen(len(factors)))
         self.levels = build_levels(propagators, factors, bounds, comm)
@@ -176,7 +176,7 @@ class MGRIT:
             On every rank, if a step failed or a value is not finite on any.
         """
         fine = self.levels[0]
-        start = (self.options if start is None else MGRITOptions.make(start=start)).start
+        start = (self.options if start is None else MGRITOptions.make(self.options, start=start)).start
         self._stop.set(rtol=rtol, cycles=cycles)
         self._check_arrays(U, G, coarse_rhs)
         if not self._viewed:
@@ -233,8 +233,8 @@ class MGRIT:
             cycle = Cycle(self.levels, self.options, shape, self.transfers, **flags)
         except Exception as error:
             problem = str(error) if isinstance(error, ValueError) else f"transfer: {type(error).__name__}: {error}"
-        problem = next((p for p in self.comm.allgather(problem) if p), None)
-        if problem:
+        if not all_alike(self.comm, problem is None):
+            problem = next(p for p in self.comm.allgather(problem) if p)
             raise ValueError(f"{self.name}: {problem}")
         return cycle
 
@@ -276,14 +276,15 @@ class MGRIT:
     def _norms(self, U: np.ndarray) -> tuple[float, float]:
         """Norms of the residual and of the trajectory at the C-points."""
         cycle, kind = self._cycle, self.options.time_norm
-        V = cycle.relaxations[0].c_values(U)
+        V, places = cycle.relaxations[0].c_values(U), self.levels[1].bounds
         begin = self.trace.now() if self.trace else 0.0
         r = self._full_residual(U) if self.options.residual == "full" else None
         if r is None:
             local = np.stack([self._squares(cycle.residuals[0]), self._squares(V)], axis=1)
-            norms = norm_over_time(gather_in_order(local, self.comm), kind)
+            norms = norm_over_time(gather_in_order(local, self.comm, places), kind)
         else:
-            norms = np.array([norm_over_time(gather_in_order(self._squares(x), self.comm), kind) for x in (r, V)])
+            own = (self._squares(r), self.levels[0].bounds), (self._squares(V), places)
+            norms = np.array([norm_over_time(gather_in_order(x, self.comm, at), kind) for x, at in own])
         if self.trace:
             self.trace.work("norm", 0, begin, sweep=self.name)
         if not np.isfinite(norms).all():
@@ -339,6 +340,8 @@ class MGRIT:
         elif not U[:1].flags.c_contiguous:
             problem = "the states in U are not contiguous: only the time axis may be strided"
         absent = tuple(x is None for x in (G, *given)) if k else None
+        if all_alike(self.comm, problem is None, U.shape[1:], absent):
+            return
         reports = self.comm.allgather((problem, U.shape[1:], absent))
         problems = [p for p, *_ in reports if p]
         if len({shape for _, shape, _ in reports}) > 1:
@@ -377,17 +380,18 @@ class MGRIT:
 
         ``finite`` comes from ``point_norms``, so it is the same on all ranks that share a state in space.
         """
+        if all_alike(self.comm, finite):
+            return
         failure = None
         if not finite:
             failure = next((level.failure for level in self.levels if level.failure), None)
             bad = np.flatnonzero([not np.isfinite(row).all() for row in self.levels[0].U])
             if failure is None and len(bad) and self.options.storage == "all":
                 failure = f"level 0, steps {max(self.levels[0].lo + int(bad[0]) - 1, 0)}: value not finite"
-        reports = self.comm.allgather((finite, failure))
-        if not all(finite for finite, _ in reports):
-            # values travel from left to right only: the first rank that has something to say has the cause
-            cause = next((text for _, text in reports if text), "values too large: their norm is not finite")
-            raise SolverFailure(f"{self.name}: {cause}")
+        # values travel from left to right only: the first rank that has something to say has the cause
+        reports = self.comm.allgather(failure)
+        cause = next((text for text in reports if text), "values too large: their norm is not finite")
+        raise SolverFailure(f"{self.name}: {cause}")
 
     def _check_points(self, U: np.ndarray) -> None:
         """Raise on every rank if a step has failed or an own point is not finite on any."""

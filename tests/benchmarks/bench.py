@@ -27,6 +27,7 @@ from rich.console import Console
 from pint_fem.propagators import LinearPropagator
 from pint_fem.propagators.arrays import get
 from pint_fem.spacetime import SpaceTime
+from problems.heat_square import SIZE, field, square
 from problems.serial_pyadjoint import serial_square, square_functionals
 from tests.benchmarks.compare import compare_rows
 from tests.benchmarks.derivatives import Derivatives, difference, on_tape
@@ -34,7 +35,6 @@ from tests.benchmarks.nonlinear import TABLEAUX, nonlinear_rows
 from tests.benchmarks.optimisers import outcomes, outcomes_table
 from tests.benchmarks.paradiag import on_ranks as paradiag_on_ranks
 from tests.benchmarks.rows import Row, row, table, timed
-from tests.benchmarks.square import SIZE, field, square
 from tests.benchmarks.time_parallel import on_ranks
 from tests.nonlinear import PROBLEMS
 

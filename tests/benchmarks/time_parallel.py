@@ -26,8 +26,8 @@ from mpi4py import MPI
 
 from pint_fem.adjoint import TimeParallelReducedFunctional
 from pint_fem.spacetime import SpaceTime
+from problems.heat_square import field, square
 from tests.benchmarks.rows import Row, Stopwatch, row
-from tests.benchmarks.square import field, square
 
 __all__ = ["on_ranks", "rows"]
 

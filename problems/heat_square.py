@@ -1,4 +1,4 @@
-"""The benchmark problem: heat conduction on a square, and its control."""
+"""The benchmark problem: heat conduction on a square, posed for the time-parallel functional, and its control."""
 
 from __future__ import annotations
 
@@ -17,11 +17,19 @@ SIZE = 64
 
 
 def square(
-    steps: int, integrator: str = "BackwardEuler", *, spacetime: SpaceTime | None = None, **solver_parameters
+    steps: int,
+    integrator: str = "BackwardEuler",
+    *,
+    size: int = SIZE,
+    spacetime: SpaceTime | None = None,
+    **solver_parameters,
 ) -> TimeParallelReducedFunctional:
-    """The time-parallel twin of :func:`problems.serial_pyadjoint.serial_square`; default: on this rank alone."""
+    """The time-parallel twin of :func:`problems.serial_pyadjoint.serial_square`, P1, ``size x size`` squares; default:
+    on this rank alone.
+    """
     spacetime = spacetime or SpaceTime("1x1", comm=COMM_SELF)
-    mesh = UnitSquareMesh(SIZE, SIZE, comm=spacetime.space_comm)
+    simple = {"partitioner_type": "simple"}
+    mesh = UnitSquareMesh(size, size, comm=spacetime.space_comm, distribution_parameters=simple)
     V = FunctionSpace(mesh, "CG", 1)
     forms = square_functionals(V)
     u, q, v = Function(V), Function(V), TestFunction(V)

@@ -1,0 +1,143 @@
+"""What P ranks would do: ``python -m pint_fem.scaling plan heat-source --ranks 256``.
+
+plan PROBLEM --ranks P        the fastest grid, levels and solver by the model, and alternatives
+report                        strong and weak scaling, XBraid's experiment, a Gantt chart: tables and plots
+calibrate PROBLEM             measure the costs of a problem (mpiexec -n 2 for the network and space ranks)
+validate PROBLEM              time solves on the ranks there are beside the model (mpiexec -n 1, 2)
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from mpi4py import MPI
+
+from pint_fem.cli import ProgramParser, positive, run
+from pint_fem.errors import InputError
+
+COMMANDS = ("plan", "report", "calibrate", "validate")
+
+
+def arguments(argv=None):
+    """Options of the program."""
+    parser = ProgramParser(prog="python -m pint_fem.scaling", description=__doc__)
+    add = parser.add_argument
+    add("command", nargs="?", help=", ".join(COMMANDS))
+    add("problem", nargs="?", default="heat-square", help="heat-source, heat-square, or a calibration file")
+    add("--ranks", type=positive(int), default=256, help="plan: processes (256); report: the largest number")
+    add("--steps", type=positive(int), help="time steps (default: the problem's)")
+    add("--rtol", type=positive(float), help="relative tolerance of the solves (default: the smallest counted)")
+    add("--network", help="latency and bandwidth, such as 2us,12GB/s (default: as measured)")
+    add("--only", default="", help="calibrate: a part (costs, cycles, inversion), the others are kept")
+    add("--out", type=Path, help="file (calibrate, validate) or folder (report, default results/scaling)")
+    return parser.read(argv)
+
+
+def case(name: str):
+    """How a problem is posed."""
+    try:
+        cases = importlib.import_module("problems.scaling_cases").CASES
+    except ImportError as error:
+        raise InputError(f"{error}: start this in the project's folder, with Firedrake") from error
+    if name not in cases:
+        raise InputError(f"problem {name!r}: known are {', '.join(cases)}")
+    return cases[name]
+
+
+def main(argv=None) -> None:
+    """Run a command."""
+    opts = arguments(argv)
+    if opts.command not in COMMANDS:
+        raise InputError(f"command {opts.command!r}: give one of {', '.join(COMMANDS)}")
+    from pint_fem.scaling.network import Network
+
+    opts.network = None if opts.network is None else Network.parse(opts.network)
+    globals()[f"_{opts.command}"](opts)
+
+
+def _plan(opts) -> None:
+    if MPI.COMM_WORLD.rank:
+        return
+    from pint_fem.scaling.planner import plan
+
+    say = (
+        (lambda text: print(f"\r  {text:<76}", end="", file=sys.stderr)) if sys.stderr.isatty() else (lambda text: None)
+    )
+    made = plan(opts.problem, opts.ranks, nsteps=opts.steps, rtol=opts.rtol, network=opts.network, progress=say)
+    say("")
+    print(f"{made.problem} on {made.ranks} ranks, one gradient from cold to rtol {made.rtol:g} (all figures predicted)")
+    head = f"{'cycles':>7}{'seconds':>11}{'MB a rank':>11}{'busy':>6}"
+    print(f"{'solver':8}{'space x time':>14}  {'levels, coarsening, relaxation':34}{head}")
+    for choice in [made.best, *made.alternatives]:
+        o = choice.options
+        what = f"{o['levels']}, {'x'.join(map(str, o['coarsening']))}, {o['relax']}" if choice.solver == "mgrit" else ""
+        cycles = f"{choice.cycles[0]}+{choice.cycles[1]}" if choice.solver == "mgrit" else ""
+        grid = f"{choice.grid[0]} x {choice.grid[1]}"
+        numbers = f"{choice.seconds:>11.4g}{choice.bytes_a_rank / 1e6:>11.3g}{choice.efficiency:>6.0%}"
+        print(f"{choice.solver:8}{grid:>14}  {what:34}{cycles:>7}{numbers}")
+    print(f"run: {made.best.arguments}")
+    for text in made.assumptions:
+        print(f"assumed: {text}")
+
+
+def _report(opts) -> None:
+    if MPI.COMM_WORLD.rank == 0:
+        from pint_fem.scaling.report import report
+
+        report(opts.out or Path("results/scaling"), largest=opts.ranks, network=opts.network, rtol=opts.rtol)
+
+
+def _calibrate(opts) -> None:
+    from pint_fem.scaling import calibrate as measure
+    from pint_fem.scaling.costs import BUNDLED, Calibration
+
+    posed, comm = case(opts.problem), MPI.COMM_WORLD
+    path = opts.out or BUNDLED / f"{opts.problem}.json"
+    old = Calibration.from_json(path.read_text()) if path.is_file() else None
+    if opts.only not in ("", "costs", "cycles", "inversion"):
+        raise InputError(f"--only {opts.only}: give costs, cycles or inversion")
+    if opts.only not in ("", "costs") and old is None:
+        raise InputError(f"--only {opts.only}: there is no {path} to complete; measure the costs first")
+    made = old
+    if opts.only in ("", "costs"):
+        say = lambda text: print(f"measuring: {text}", flush=True) if comm.rank == 0 else None
+        costs = dict(comm=comm, serial=posed.serial, progress=say)
+        made = measure.calibrate(opts.problem, posed.pose, posed.nsteps, **costs)
+        if comm.rank == 0 and old is not None:
+            made = made.with_changes(cycles=old.cycles, inversion=old.inversion)
+    if comm.rank == 0:
+        smaller = posed.smaller or posed.pose
+        if opts.only in ("", "cycles"):
+            made = made.with_changes(cycles=measure.count_cycles(smaller, posed.nsteps, posed.menu, posed.rtol))
+        if opts.only in ("", "inversion"):
+            options = {"rtol": posed.rtol[0], "coarsening": (8, 4)}
+            made = made.with_changes(inversion=measure.count_inversion(smaller, posed.inversion_steps, options))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(made.to_json(), encoding="utf-8")
+        print(f"written: {path}")
+
+
+def _validate(opts) -> None:
+    from pint_fem.scaling.costs import load
+    from pint_fem.scaling.validation import compare
+
+    posed, comm = case(opts.problem), MPI.COMM_WORLD
+    calibration, steps = load(opts.problem), opts.steps or 256
+    options = {"levels": 3, "coarsening": (8, 4), "relax": "FCF"}
+    rows = compare(calibration, posed.pose, options, steps, rtol=opts.rtol or 1e-6)
+    if comm.rank == 0:
+        for row in rows:
+            print(
+                f"{opts.problem}, {row.steps} steps, {row.ranks} time ranks, {row.task}: "
+                f"measured {row.measured:.4g} s, predicted {row.predicted:.4g} s, error {row.error:+.1%}"
+            )
+        if opts.out:
+            opts.out.write_text(json.dumps([{**asdict(row), "error": row.error} for row in rows], indent=1))
+
+
+if __name__ == "__main__":
+    run(main)

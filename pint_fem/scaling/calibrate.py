@@ -1,0 +1,306 @@
+"""Measure what a problem's work costs, on this machine, for :class:`~pint_fem.scaling.costs.Calibration`.
+
+On one process all but the network and the space ranks; on two or more, all. Kernels are timed through the solver's own
+levels, as relaxation calls them: strided rows of a slab larger than the caches, with the right-hand side added.
+"""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from mpi4py import MPI
+
+from pint_fem.cli import wait_quietly
+from pint_fem.scaling.costs import Calibration, Kernel
+from pint_fem.scaling.model import Model, Solve
+from pint_fem.scaling.network import Network
+from pint_fem.spacetime import SpaceTime
+
+__all__ = ["calibrate", "count_cycles", "count_inversion", "ping_pong"]
+
+SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 16, 64)
+STRIDE = 8
+
+
+def best(action: Callable[[], object], repeats: int = 9) -> float:
+    """Least seconds: what else the machine does only adds to them. The first call warms up."""
+    action()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        action()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def block_kernel(level, state_size: int, sizes: Sequence[int] = SIZES, repeats: int = 9, calls: int = 7) -> Kernel:
+    """Time of ``level.phi`` on blocks, right-hand side included."""
+    rng = np.random.default_rng(0)
+    rows = STRIDE * max(sizes)
+    U, G = rng.standard_normal((rows + 1, state_size)), rng.standard_normal((rows, state_size))
+    seconds = []
+    for size in sizes:
+        span = STRIDE * size
+        parts = [slice(j, j + span - STRIDE + 1, STRIDE) for j in range(calls)]
+        if size < 8:  # at other places each time, as in a long slab
+            parts = [
+                slice(j * span + j % STRIDE, j * span + j % STRIDE + span - STRIDE + 1, STRIDE) for j in range(calls)
+            ]
+        parts = [p for p in parts if p.stop <= rows]
+
+        def run(parts=parts):
+            for p in parts:
+                target = slice(p.start + 1, p.stop + 1, STRIDE)
+                # the first lane is that of step 0: sizes up to a block's width are one piece
+                level.phi(range(0, span, STRIDE), U[p], U[target])  # noqa: B023
+                U[target] += G[p]
+
+        seconds.append(best(run, repeats) / len(parts))
+    return Kernel(tuple(sizes), tuple(seconds), int(level.block))
+
+
+def sweep_kernel(level, state_size: int, steps: int = 64, repeats: int = 9) -> Kernel:
+    """Time of ``level.sweep_steps``, a step."""
+    rng = np.random.default_rng(0)
+    U, G = rng.standard_normal((steps + 1, state_size)), rng.standard_normal((steps, state_size))
+    return Kernel.constant(best(lambda: level.sweep_steps(range(steps), U, G), repeats) / steps)
+
+
+def kernels_of(rf, repeats: int = 9) -> dict[str, list[Kernel]]:
+    """All kernels of a functional; one level stands for all that step states of the same size."""
+    sweeps = rf.problem.sweeps
+    work: dict[str, list[Kernel]] = {"step": [], "adjoint": [], "sweep": [], "adjoint sweep": []}
+    size = None
+    for forward, backward, propagator in zip(
+        sweeps._tangent.levels, sweeps._adjoint.levels, sweeps.propagators, strict=True
+    ):
+        if propagator.evolution.state_size == size:
+            break
+        size = propagator.evolution.state_size
+        work["step"].append(block_kernel(forward, size, repeats=repeats))
+        work["adjoint"].append(block_kernel(backward, size, repeats=repeats))
+        work["sweep"].append(sweep_kernel(forward, size, repeats=repeats))
+        work["adjoint sweep"].append(sweep_kernel(backward, size, repeats=repeats))
+    return work
+
+
+def ping_pong(comm, repeats: int = 200) -> Network:
+    """Latency and bandwidth between the first two ranks (collective): half a round trip of 8 bytes, and of 4 MB."""
+    times = []
+    for nbytes, n in ((8, repeats), (1 << 22, max(repeats // 10, 3))):
+        buffer, seconds = np.zeros(nbytes // 8), []
+        for _ in range(5):
+            comm.Barrier()
+            start = time.perf_counter()
+            for _ in range(n):
+                if comm.rank == 0:
+                    comm.Send(buffer, 1)
+                    comm.Recv(buffer, 1)
+                elif comm.rank == 1:
+                    comm.Recv(buffer, 0)
+                    comm.Send(buffer, 0)
+            seconds.append((time.perf_counter() - start) / (2 * n))
+        times.append(statistics.median(seconds))
+    latency, long = comm.bcast(times)
+    return Network(latency, (1 << 22) / max(long - latency, 1e-9), "measured: ping-pong on this machine")
+
+
+def _extras(rf, repeats: int) -> dict[str, float]:
+    """Seconds of what surrounds sweeps."""
+    problem, sweeps = rf.problem, rf.problem.sweeps
+    k, z = sweeps.slab.k, rf.array([c.control for c in rf.controls])
+    rng = np.random.default_rng(1)
+    U = rng.standard_normal((k + 1, sweeps.evolution.state_size))
+    steps, fine = problem.layout.steps(z), sweeps.propagators[0]
+    misfits = problem.misfits
+    pull = lambda count: best(lambda: fine.control_adjoint(sweeps.data(steps, U), U[1 : count + 1]), repeats)
+    few, many = pull(1), pull(k)
+    out = {
+        "misfit value": best(lambda: [m.values(U) for m in misfits], repeats) / k,
+        "misfit gradient": best(lambda: sum(m.gradient(U) for m in misfits), repeats) / k,
+        "forcing": best(lambda: fine.forcing(sweeps.data(steps), sweeps.slab.lo), repeats),
+        "adjoint sum": max(many - few, 0.0) / max(k - 1, 1),
+        "control gradient": few,
+        "optimiser": best(lambda: rf.inner.primal(rf.inner.dual(z)), repeats),
+    }
+    if problem.regularisation is not None:
+        out["regularisation"] = best(lambda: problem.regularisation.gradient(z), repeats)
+    return out
+
+
+def _solve(rf, kind: str, cycles: int) -> None:
+    """A cold sweep of the functional with a fixed number of cycles."""
+    problem, sweeps = rf.problem, rf.problem.sweeps
+    z = problem.layout.steps(rf.array([c.control for c in rf.controls]))
+    if kind == "state":
+        problem.U[:] = sweeps.initial
+        sweeps.state(z, problem.U, cold=True, **_accuracy(sweeps, cycles))
+    else:
+        problem.L[:] = 0
+        g = np.ones_like(problem.L)
+        sweeps.adjoint(z, problem.U, g, problem.L, cold=True, **_accuracy(sweeps, cycles))
+
+
+def _accuracy(sweeps, cycles: int) -> dict:
+    return {"cycles": cycles} if len(sweeps.propagators) > 1 else {}
+
+
+def count_cycles(pose: Callable, steps: int, menu: Sequence[dict], tolerances: Sequence[float]) -> list[dict]:
+    """Cycles of cold state and adjoint solves by real runs on this process: one solve to the smallest tolerance a
+    configuration, the residuals say when each other one was met.
+    """
+    out = []
+    for options in menu:
+        rf = pose(SpaceTime("1x1", comm=MPI.COMM_SELF), steps, {"mgrit": {**options, "rtol": min(tolerances)}})
+        problem = rf.problem
+        z = rf.array([c.control for c in rf.controls])
+        problem.forget()
+        z = z + 1.0
+        problem.derivative(z)
+        point = problem.points[0]
+        for kind, result in (("state", point.state), ("adjoint", point.adjoint)):
+            for rtol in tolerances:
+                met = next(i for i, r in enumerate(result.residuals) if r <= rtol * result.scale)
+                first = {"kind": kind, "start": "nested", "options": options, "rtol": rtol, "cycles": met}
+                out.append(first | {"steps": steps, "unknowns": rf.evolution.V.dim()})
+    return out
+
+
+def count_inversion(pose: Callable, steps: int, options: dict) -> dict:
+    """Solves of a whole inversion, by a real run on this process: how many of which ``[kind, start, cycles]``."""
+    rf = pose(SpaceTime("1x1", comm=MPI.COMM_SELF), steps, {"mgrit": options})
+    solves: dict[tuple, int] = {}
+    seen: list[str] = []
+
+    def see(kind, result):
+        of_hessian = kind == "tangent" or seen[-1:] == ["tangent"]
+        cold = of_hessian or kind not in seen  # the first state and the first gradient's adjoint
+        key = kind, "nested" if cold else "guess", result.cycles
+        solves[key] = solves.get(key, 0) + 1
+        seen.append(kind)
+
+    rf.problem.sweeps.on_sweep = see
+    start = time.perf_counter()
+    result = rf.minimize_trust_region(gtol_rel=1e-6)
+    counts = {"values": result.value_calls, "gradients": result.gradient_calls, "hessians": result.hessian_calls}
+    return {
+        "solves": [[*key, n] for key, n in solves.items()],
+        "counts": counts,
+        "steps": steps,
+        "unknowns": rf.evolution.V.dim(),
+        "reason": result.reason.value,
+        "seconds_one_rank": time.perf_counter() - start,
+        "options": options,
+    }
+
+
+def _opponent(serial: Callable, steps: int) -> dict[str, float]:
+    """Seconds a step of pyadjoint on the serial tape."""
+    tape = serial(steps)
+    value = lambda: tape.rf(tape.q)
+    direction = tape.q.copy(deepcopy=True).assign(1.0)
+    return {
+        "value": best(value, 3) / steps,
+        "gradient": best(tape.rf.derivative, 3) / steps,
+        "hessian": best(lambda: tape.rf.hessian(direction), 1) / steps,
+        "steps": steps,
+    }
+
+
+def calibrate(
+    name: str,
+    pose: Callable,
+    nsteps: int,
+    *,
+    comm=MPI.COMM_WORLD,
+    serial=None,
+    repeats: int = 9,
+    small: int = 128,
+    progress: Callable[[str], None] = lambda text: None,
+) -> Calibration | None:
+    """Measure a problem (collective).
+
+    Parameters
+    ----------
+    name, pose, nsteps, serial
+        See ``problems.scaling_cases.Case``.
+    repeats
+        Of each measurement; the least are kept.
+    small
+        Steps of the solve that bookkeeping is taken from.
+    progress
+        Gets a line a part.
+
+    Returns
+    -------
+    Calibration or None
+        ``None`` on all ranks but the first. Cycles and the inversion are not in it.
+    """
+    alone = pose(SpaceTime("1x1", comm=MPI.COMM_SELF), small, {"mgrit": {"coarsening": (8, 4)}})
+    made, notes = None, [f"kernels: least of {repeats}, one process at work"]
+    progress("kernels on one process")
+    level = alone.problem.sweeps._tangent.levels[0]
+    size = alone.evolution.state_size
+    if comm.rank == 0:
+        work = {1: kernels_of(alone, repeats)}
+        progress("what surrounds sweeps, pyadjoint")
+        norms = alone.spacetime.point_norms
+        slab = np.random.default_rng(0).standard_normal((64, size))
+        made = Calibration(
+            name, platform.processor() or platform.machine(), alone.evolution.V.dim(), nsteps, work,
+            norm=best(lambda: norms(slab), repeats) / 64,
+            extras=_extras(alone, repeats),
+            control_bytes=8.0 * alone.layout.size,
+            stages=alone.problem.sweeps.propagators[0].dirk.stages,
+            sensor_bytes=8.0 * sum(len(getattr(m, "local", ())) for m in alone.problem.misfits),
+            opponent={} if serial is None else _opponent(serial, 4),
+        )  # fmt: skip
+        progress("a whole solve")
+        made = made.with_changes(bookkeeping=_bookkeeping(alone, made, repeats))
+    wait_quietly(comm)
+    if comm.size > 1:
+        progress("all processes at once, network")
+        # all at work at once, each on its own: what they take from each other
+        together = block_kernel(level, size, (8, 64), repeats).seconds
+        together = comm.gather(together)
+        network = ping_pong(comm)
+        pair = comm.Split(0 if comm.rank < 2 else 1, comm.rank)
+        progress("kernels on two space ranks")
+        if comm.rank < 2:
+            both = pose(SpaceTime((2, 1), comm=pair), small, {"mgrit": {"coarsening": (8, 4)}})
+            spread = kernels_of(both, repeats)
+            factor = next(iter(both.problem.sweeps.propagators[0].factors.values()))
+            iterations = 0 if factor.ksp.getType() == "preonly" else factor.ksp.getIterationNumber()
+        if comm.rank == 0:
+            lone = made.work[1]["step"][0]
+            ratio = min(
+                max(t / lone.seconds[lone.sizes.index(n)] for t in times)
+                for n, times in zip((8, 64), zip(*together, strict=True), strict=True)
+            )
+            made = made.with_changes(
+                busy={1: 1.0, comm.size: max(ratio, 1.0)},
+                network=network,
+                work={**made.work, 2: spread},
+                space_iterations=float(iterations),
+            )
+            notes.append(f"busy: the same kernels on {comm.size} processes at once")
+            notes.append("space ranks: kernels on 2")
+    else:
+        notes.append("one process: network assumed, space ranks not measured")
+    return made.with_changes(notes=notes) if comm.rank == 0 else None
+
+
+def _bookkeeping(rf, calibration: Calibration, repeats: int) -> dict[str, float]:
+    """Seconds a state stepped of a real solve that kernels and norms do not explain."""
+    out = {}
+    model = Model(calibration, {"coarsening": (8, 4)}, nsteps=rf.evolution.nsteps)
+    for kind in ("state", "adjoint"):
+        seconds = best(lambda kind=kind: _solve(rf, kind, 2), repeats)
+        said = model.run(Solve(kind, "nested", 2))
+        states = sum(n for (what, _), n in said.counts.items() if what == {"state": "step"}.get(kind, kind))
+        out[kind] = max(seconds - said.seconds, 0.0) / states
+    return out

@@ -1,0 +1,73 @@
+r"""What messages and collectives cost.
+
+With latency :math:`\ell` and bandwidth :math:`\beta`, on ``P`` ranks:
+
+====================================================  ===================================================
+a message of ``b`` bytes                              :math:`\ell + b/\beta` after it was sent
+broadcast, scatter                                    :math:`\lceil\log_2 P\rceil \ell + b/\beta` after the root
+reduce, gather (root), allreduce, allgather, barrier  the same after the last rank
+all-to-all                                            the same, ``b`` bytes sent by a rank
+====================================================  ===================================================
+
+(Thakur, Rabenseifner, Gropp, Int. J. High Perform. Comput. Appl. 19(1), 2005: trees and recursive doubling.) Assumed:
+messages do not get in each other's way, and sending costs the sender no time.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+from pint_fem.errors import InputError
+
+__all__ = ["Network"]
+
+_TIME = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9}
+_SIZE = {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
+
+
+@dataclass(frozen=True)
+class Network:
+    """Latency in seconds and bandwidth in bytes a second.
+
+    Parameters
+    ----------
+    latency, bandwidth
+        At least zero; positive.
+    name
+        Where the numbers are from, for reports.
+    """
+
+    latency: float
+    bandwidth: float
+    name: str = "given"
+
+    @classmethod
+    def parse(cls, text: str) -> Network:
+        """From ``"2us,12GB/s"``.
+
+        Raises
+        ------
+        InputError
+            On anything else.
+        """
+        number = r"(\d+(?:\.\d*)?(?:e-?\d+)?)"
+        found = re.fullmatch(rf"\s*{number}\s*(ns|us|ms|s)\s*,\s*{number}\s*([KMGT]?)B/s\s*", text)
+        if not found or float(found[3]) <= 0:
+            raise InputError(f"network {text!r}: give latency and bandwidth, such as 2us,12GB/s")
+        return cls(float(found[1]) * _TIME[found[2]], float(found[3]) * _SIZE[found[4]])
+
+    def message(self, nbytes: float) -> float:
+        """Seconds from sending to arrival."""
+        return self.latency + nbytes / self.bandwidth
+
+    def collective(self, ranks: int, nbytes: float) -> float:
+        """Seconds of a collective operation in which ``nbytes`` pass a rank."""
+        if ranks <= 1:
+            return 0.0
+        return math.ceil(math.log2(ranks)) * self.latency + nbytes / self.bandwidth
+
+    def __str__(self) -> str:
+        """For reports."""
+        return f"{1e6 * self.latency:.3g} us, {self.bandwidth / 1e9:.3g} GB/s ({self.name})"

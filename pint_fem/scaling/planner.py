@@ -1,0 +1,232 @@
+"""Before a job is queued: which process grid, levels and solver, by the model.
+
+Candidates are serial stepping on each number of space ranks, and MGRIT on each split of the ranks with each
+configuration whose cycles the calibration has counted by real runs. A candidate is run on virtual ranks unless a lower
+bound of its time, its share of the work or its chain of coarse steps, is above the best time already.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from pint_fem.errors import InputError
+from pint_fem.scaling.costs import Calibration, load
+from pint_fem.scaling.model import Model, Prediction, Solve
+from pint_fem.scaling.network import Network
+from pint_fem.scaling.space import assumption
+
+__all__ = ["Choice", "Plan", "auto_grid", "cycles_of", "least_time", "plan", "predict"]
+
+
+@dataclass
+class Choice:
+    """One way to run a problem, and what the model predicts.
+
+    Attributes
+    ----------
+    solver : str
+        ``"serial"`` or ``"mgrit"``.
+    grid : tuple of int
+        Space and time ranks.
+    options : dict
+        Of MGRIT.
+    cycles : tuple of int
+        Of the state and the adjoint.
+    seconds, bytes_a_rank : float
+        Predicted, of one gradient from cold; of a rank's states.
+    efficiency : float
+        Work over ranks times seconds.
+    """
+
+    solver: str
+    grid: tuple[int, int]
+    options: dict
+    cycles: tuple[int, int]
+    seconds: float
+    bytes_a_rank: float
+    efficiency: float
+
+    @property
+    def arguments(self) -> str:
+        """Command-line arguments of the demos."""
+        if self.solver == "serial":
+            return f"--grid {self.grid[0]}x1 --time-solver serial"
+        words = [f"--grid {self.grid[0]}x{self.grid[1]}"]
+        words += [f"-mgrit_{name} {_word(value)}" for name, value in self.options.items()]
+        return " ".join(words)
+
+
+@dataclass
+class Plan:
+    """The best choice, and others from fast to slow.
+
+    Attributes
+    ----------
+    problem : str
+    ranks : int
+    rtol : float
+        Tolerance of the solves.
+    best : Choice
+    alternatives : list of Choice
+    assumptions : list of str
+    """
+
+    problem: str
+    ranks: int
+    rtol: float
+    best: Choice
+    alternatives: list[Choice] = field(default_factory=list)
+    assumptions: list[str] = field(default_factory=list)
+
+
+def _word(value) -> str:
+    return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+def cycles_of(calibration: Calibration, options: Mapping, rtol: float) -> tuple[int, int] | None:
+    """Cycles of a cold state and adjoint solve to ``rtol``, counted by real runs; ``None`` if they were not."""
+    found = {}
+    for entry in calibration.cycles:
+        if json.dumps(entry["options"]) == json.dumps(dict(options)) and entry["rtol"] == rtol:
+            found[entry["kind"]] = entry["cycles"]
+    return (found["state"], found["adjoint"]) if len(found) == 2 else None
+
+
+def predict(
+    calibration: Calibration, options: Mapping, grid: tuple[int, int], cycles: tuple[int, int], **model
+) -> tuple[Choice, Prediction]:
+    """A gradient from cold, by the model."""
+    made = Model(calibration, options, grid, **model)
+    solves = [Solve(kind, "nested", n) for kind, n in zip(("state", "adjoint"), cycles, strict=True)]
+    said = made.run(*solves, task="gradient")
+    solver = "serial" if made.is_serial else "mgrit"
+    used = max(said.seconds, 1e-300) * grid[1]
+    return Choice(solver, grid, dict(options), cycles, said.seconds, said.bytes_a_rank, sum(said.busy) / used), said
+
+
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+def plan(
+    problem: str | Calibration,
+    ranks: int,
+    *,
+    nsteps: int | None = None,
+    rtol: float | None = None,
+    network: Network | None = None,
+    keep: int = 6,
+    progress: Callable[[str], None] = lambda text: None,
+) -> Plan:
+    """Find the fastest way to a gradient.
+
+    Parameters
+    ----------
+    problem
+        A calibration, or the name of one.
+    ranks
+        Processes to use at most.
+    nsteps
+        Time steps; default: the problem's.
+    rtol
+        Tolerance; default: the smallest for which cycles were counted.
+    network
+        Default: the one measured.
+    keep
+        Alternatives to report.
+    progress
+        Gets a line a candidate.
+
+    Returns
+    -------
+    Plan
+
+    Raises
+    ------
+    InputError
+        If there is no such calibration, or it has no cycles for ``rtol``.
+    """
+    calibration = problem if isinstance(problem, Calibration) else load(problem)
+    if ranks < 1:
+        raise InputError(f"{ranks} ranks: give at least 1")
+    steps = nsteps or calibration.nsteps
+    tolerances = sorted({entry["rtol"] for entry in calibration.cycles})
+    rtol = rtol or (tolerances[0] if tolerances else 0.0)
+    if tolerances and rtol not in tolerances:
+        raise InputError(f"rtol {rtol:g}: cycles were counted for {', '.join(f'{t:g}' for t in tolerances)}")
+    common = dict(nsteps=steps, network=network)
+    done = [predict(calibration, {"levels": 1}, (space, 1), (0, 0), **common)[0] for space in _divisors(ranks)]
+    best = min(choice.seconds for choice in done)
+    menu = {json.dumps(e["options"]): e["options"] for e in calibration.cycles if e["rtol"] == rtol}
+    candidates = []
+    for options in menu.values():
+        cycles = cycles_of(calibration, options, rtol)
+        for space in _divisors(ranks):
+            time = ranks // space
+            if cycles is None or time == 1 or time > steps:
+                continue
+            try:
+                work, chain = least_time(calibration, options, space, cycles, **common)
+            except InputError:  # more levels than so few steps have
+                continue
+            candidates.append((max(work / time, chain), space, json.dumps(options), options, cycles))
+    for least, space, _, options, cycles in sorted(candidates, key=lambda c: c[:3]):
+        if least >= best:
+            break
+        progress(f"{space}x{ranks // space} {options}")
+        done.append(predict(calibration, options, (space, ranks // space), cycles, **common)[0])
+        best = min(best, done[-1].seconds)
+    done.sort(key=lambda choice: (choice.seconds, choice.grid[0] * choice.grid[1]))
+    return Plan(calibration.problem, ranks, rtol, done[0], done[1:][:keep], [assumption(calibration)])
+
+
+def least_time(
+    calibration: Calibration,
+    options: Mapping,
+    space: int,
+    cycles: tuple[int, int],
+    *,
+    nsteps: int | None = None,
+    network: Network | None = None,
+) -> tuple[float, float]:
+    """What bounds the time of a cold state and adjoint from below: the work on one time rank, which others may share,
+    and the chain of the coarsest level's steps, which they may not.
+
+    Source: counted by a run of the model on one time rank.
+    """
+    model = Model(calibration, options, (space, 1), nsteps=nsteps, network=network)
+    said = model.run(Solve("state", "nested", cycles[0]), Solve("adjoint", "nested", cycles[1]))
+    steps, chain = model.nsteps, 0.0
+    for m in model.options.factors(steps):
+        steps //= m
+    for kind, sweep, n in (("step", "sweep", cycles[0]), ("adjoint", "adjoint sweep", cycles[1])):
+        table = model.work.get(sweep) or model.work[kind]
+        chain += (n + 1) * steps * table[min(model.options.levels, len(table)) - 1](1)
+    return sum(said.busy), chain
+
+
+def auto_grid(problem: str, ranks: int, options: Mapping, nsteps: int) -> tuple[int, int]:
+    """The fastest split of all ranks for given options of MGRIT, or all in time where nothing better is known.
+
+    Parameters
+    ----------
+    problem
+        Name of a calibration.
+    ranks
+        All are used.
+    options, nsteps
+        As for :class:`~pint_fem.scaling.model.Model`.
+
+    Returns
+    -------
+    tuple of int
+        Space and time ranks.
+    """
+    try:
+        calibration = load(problem)
+        splits = [(space, ranks // space) for space in _divisors(ranks) if ranks // space <= nsteps]
+        return min(splits, key=lambda grid: predict(calibration, options, grid, (2, 2), nsteps=nsteps)[0].seconds)
+    except (InputError, ValueError):  # no calibration, options that the solver itself will refuse, too many ranks
+        return 1, ranks

@@ -1,0 +1,53 @@
+r"""Kernels on several space ranks: measured ones, and a surface-to-volume model beyond.
+
+Of a subdomain with :math:`n/p` unknowns in two dimensions the solver works on its own ones and ``o`` layers of its
+neighbours', :math:`V(p) = (\sqrt{n/p} + 2 o)^2`; a kernel then takes
+
+.. math::  T(p) = T(q) \frac{V(p)}{V(q)}
+           + s\, i \left( 2 \lceil\log_2 p\rceil\, \ell + 2 (\ell + 8 w \sqrt{n/p} / \beta) \right)
+
+with ``q`` the largest measured number of space ranks, ``s`` stages, ``i`` Krylov iterations (as many as on ``q``), each
+with two reductions and an exchange with the neighbours, of ``w`` states at once.
+"""
+
+from __future__ import annotations
+
+from math import ceil, log2, sqrt
+
+from pint_fem.scaling.costs import Calibration, Kernel
+from pint_fem.scaling.network import Network
+
+__all__ = ["ASSUMPTION", "kernels"]
+
+ASSUMPTION = (
+    "space ranks beyond those measured: subdomains of n/p unknowns and {overlap} layers of overlap, work as their "
+    "volume, {iterations:g} Krylov iterations a stage as on {measured} ranks, each with two reductions and one exchange"
+)
+
+
+def volume(unknowns: float, ranks: int, overlap: int) -> float:
+    """Unknowns of a subdomain with its overlap."""
+    return (sqrt(unknowns / ranks) + 2 * overlap) ** 2
+
+
+def kernels(calibration: Calibration, ranks: int, network: Network) -> dict[str, list[Kernel]]:
+    """Kernels, by kind and level, on ``ranks`` space ranks."""
+    c = calibration
+    if ranks in c.work:
+        return {kind: list(levels) for kind, levels in c.work[ranks].items()}
+    measured = max(c.work)
+    ratio = volume(c.unknowns, ranks, c.overlap) / volume(c.unknowns, measured, c.overlap)
+    iterations = max(c.space_iterations, 1)
+    out = {}
+    for kind, levels in c.work[measured].items():
+        states = max(levels[0].width, 1) if "sweep" not in kind else 1
+        halo = 8 * states * sqrt(c.unknowns / ranks)
+        message = 2 * ceil(log2(ranks)) * network.latency + 2 * network.message(halo)
+        out[kind] = [k.scaled(ratio, c.stages * iterations * message) for k in levels]
+    return out
+
+
+def assumption(calibration: Calibration) -> str:
+    """The model's assumption in words."""
+    c = calibration
+    return ASSUMPTION.format(overlap=c.overlap, iterations=max(c.space_iterations, 1), measured=max(c.work))

@@ -1,0 +1,165 @@
+"""Strong and weak scaling of a problem's tasks, and the times of its opponents."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from math import exp, log
+
+from pint_fem.scaling.costs import Calibration
+from pint_fem.scaling.model import Model, Solve
+from pint_fem.scaling.network import Network
+
+__all__ = ["Curve", "crossover", "opponents", "strong", "weak"]
+
+TASKS = ("state", "gradient", "hessian", "inversion")
+
+
+@dataclass
+class Curve:
+    """Seconds of each task for each number of ranks.
+
+    Attributes
+    ----------
+    name : str
+    ranks : list of int
+    seconds : dict
+        By task, as long as ``ranks``.
+    efficiency : list of float
+        Of one gradient: work over ranks times seconds.
+    """
+
+    name: str
+    ranks: list[int]
+    seconds: dict[str, list[float]]
+    efficiency: list[float] = field(default_factory=list)
+
+
+def task_seconds(
+    calibration: Calibration,
+    options: Mapping,
+    grid: tuple[int, int],
+    cycles: tuple[int, int],
+    *,
+    nsteps: int | None = None,
+    network: Network | None = None,
+) -> tuple[dict[str, float], float]:
+    """Seconds of all tasks on one grid, from one run of the virtual ranks, and a gradient's efficiency.
+
+    The inversion's solves and their cycles are those counted by a real run; solves that end with all ranks together
+    (they do: norms) take the same time wherever they stand.
+    """
+    model = Model(calibration, options, grid, nsteps=nsteps, network=network)
+    cold_state, cold_adjoint = (Solve(k, "nested", n) for k, n in zip(("state", "adjoint"), cycles, strict=True))
+    tasks = [
+        ("solves", [cold_state]),
+        ("value", [cold_state]),
+        ("derivative", [cold_adjoint]),
+        ("hessian", [Solve("tangent", "nested", cycles[0]), cold_adjoint]),
+    ]
+    solves = calibration.inversion.get("solves", ())
+    warm = [(kind, c) for kind, start, c, _ in solves if start == "guess" and not model.is_serial]
+    tasks += [("value" if kind == "state" else "derivative", [Solve(kind, "guess", c)]) for kind, c in warm]
+    said = model.run_all(tasks)
+    state, value, derivative, hessian, *rest = said.task_seconds
+    out = {"state": state, "gradient": value + derivative, "hessian": hessian}
+    if solves:
+        known = dict(zip(warm, rest, strict=True))
+        total, counts = 0.0, calibration.inversion["counts"]
+        for kind, start, c, n in solves:
+            if kind == "state":
+                total += n * known.get((kind, c), value)
+            elif kind == "tangent":
+                total += n * hessian
+            elif start == "guess":
+                total += n * known.get((kind, c), derivative)
+        total += derivative * (counts["gradients"] - sum(n for k, s, _, n in solves if (k, s) == ("adjoint", "guess")))
+        vectors = 4 * counts["hessians"] + 2 * counts["gradients"]  # inner products and Riesz maps of the optimiser
+        out["inversion"] = total + vectors * calibration.extras.get("optimiser", 0.0) / grid[0]
+    return out, sum(said.busy) / (grid[1] * said.seconds)
+
+
+def strong(
+    calibration: Calibration,
+    options: Mapping | Callable[[int], tuple[Mapping, tuple[int, int]]],
+    cycles: tuple[int, int],
+    ranks: Sequence[int],
+    *,
+    space: int = 1,
+    name: str = "MGRIT",
+    progress: Callable[[str], None] = lambda text: None,
+    **model,
+) -> Curve:
+    """All tasks on ``ranks`` processes, ``space`` of them in space; ``options`` may depend on the number of time ranks:
+    a function to options and cycles.
+    """
+    curve = Curve(name, [], {})
+    for count in ranks:
+        time = count // space
+        if time < 1 or count % space:
+            continue
+        chosen, n = options(time) if callable(options) else (options, cycles)
+        seconds, efficiency = task_seconds(calibration, chosen, (space, time), n, **model)
+        curve.ranks.append(count)
+        curve.efficiency.append(efficiency)
+        for task, value in seconds.items():
+            curve.seconds.setdefault(task, []).append(value)
+        progress(f"{name}, {count} ranks: gradient {seconds['gradient']:.3g} s")
+    return curve
+
+
+def opponents(calibration: Calibration, ranks: Sequence[int], **model) -> list[Curve]:
+    """Our serial stepping with the best number of space ranks up to each count, and serial pyadjoint."""
+    best: dict[str, float] = {}
+    ours, counts = Curve("our serial stepping, parallel in space", [], {}), sorted(ranks)
+    for count in counts:
+        seconds, _ = task_seconds(calibration, {"levels": 1}, (count, 1), (0, 0), **model)
+        for task, value in seconds.items():
+            best[task] = min(best.get(task, value), value)
+            ours.seconds.setdefault(task, []).append(best[task])
+        ours.ranks.append(count)
+    out = [ours]
+    if calibration.opponent:
+        o, n = calibration.opponent, model.get("nsteps") or calibration.nsteps
+        each = {"state": o["value"] * n, "gradient": (o["value"] + o["gradient"]) * n, "hessian": o["hessian"] * n}
+        if calibration.inversion:
+            c = calibration.inversion["counts"]
+            each["inversion"] = n * (
+                c["values"] * o["value"] + c["gradients"] * o["gradient"] + c["hessians"] * o["hessian"]
+            )
+        out.append(Curve("serial pyadjoint", counts, {task: [value] * len(counts) for task, value in each.items()}))
+    return out
+
+
+def crossover(curve: Curve, other: Curve, task: str) -> float | None:
+    """Number of ranks from which a curve is below another one, interpolated in the logarithms; ``None``: never."""
+    pairs = [
+        (p, a / b)
+        for p, a in zip(curve.ranks, curve.seconds[task], strict=True)
+        for q, b in zip(other.ranks, other.seconds[task], strict=True)
+        if p == q
+    ]
+    for (p, r), (q, s) in pairwise(pairs):
+        if r > 1 >= s:
+            return exp(log(p) + log(r) / (log(r) - log(s)) * (log(q) - log(p)))
+    return float(pairs[0][0]) if pairs and pairs[0][1] <= 1 else None
+
+
+def weak(
+    calibration: Calibration,
+    options: Callable[[int], tuple[Mapping, tuple[int, int]]],
+    steps_a_rank: int,
+    ranks: Sequence[int],
+    **model,
+) -> Curve:
+    """A gradient with a fixed number of steps a time rank."""
+    curve = Curve(f"weak scaling, {steps_a_rank} steps a rank", [], {"gradient": []})
+    for count in ranks:
+        chosen, n = options(count)
+        made = Model(calibration, chosen, (1, count), nsteps=steps_a_rank * count, **model)
+        said = made.run(Solve("state", "nested", n[0]), Solve("adjoint", "nested", n[1]), task="gradient")
+        curve.ranks.append(count)
+        curve.seconds["gradient"].append(said.seconds)
+        curve.efficiency.append(sum(said.busy) / (count * said.seconds))
+    return curve

@@ -1,0 +1,85 @@
+"""The problems whose costs :mod:`pint_fem.scaling` knows: how each is posed for a process grid and steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from pint_fem.adjoint import TimeParallelReducedFunctional
+from pint_fem.spacetime import SpaceTime
+from problems.heat_source import heat_source
+from problems.heat_square import square
+from problems.serial_pyadjoint import SerialHeatSource, serial_heat_source, serial_square
+
+__all__ = ["CASES", "Case"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A problem to calibrate.
+
+    Attributes
+    ----------
+    pose
+        ``(spacetime, steps, solver_parameters)`` to the reduced functional.
+    nsteps
+        Steps that the model has by default.
+    serial
+        ``steps`` to the same problem on a pyadjoint tape, or ``None``.
+    smaller
+        Like ``pose``, on a coarser mesh with the same time grid, where cycles are counted, or ``None`` for ``pose``.
+    menu
+        MGRIT's options whose cycles are counted: what the planner chooses from.
+    inversion_steps
+        Steps of the inversion whose solves are counted.
+    rtol
+        Tolerances of solves that are counted.
+    about
+        What it is.
+    """
+
+    pose: Callable[[SpaceTime, int, dict], TimeParallelReducedFunctional]
+    nsteps: int
+    about: str
+    serial: Callable[[int], SerialHeatSource] | None = None
+    smaller: Callable[[SpaceTime, int, dict], TimeParallelReducedFunctional] | None = None
+    menu: tuple[dict, ...] = ()
+    inversion_steps: int = 512
+    rtol: tuple[float, ...] = (1e-6, 1e-9)
+
+
+def _menu(*coarsenings: tuple[int, ...]) -> tuple[dict, ...]:
+    """Each with F- and with FCF-relaxation."""
+    return tuple(
+        {"levels": len(factors) + 1, "coarsening": list(factors), "relax": relax}
+        for factors in coarsenings
+        for relax in ("FCF", "F")
+    )
+
+
+def _square(size: int):
+    return lambda grid, steps, parameters: square(steps, "SDIRK2", size=size, spacetime=grid, **parameters)
+
+
+def _plate(grid: SpaceTime, steps: int, parameters: dict) -> TimeParallelReducedFunctional:
+    return heat_source(grid, steps=steps, solver_parameters=parameters, printer=lambda text: None).rf
+
+
+CASES = {
+    "heat-source": Case(
+        _plate,
+        512,
+        "the plate of demos/heat_source_inversion.py, P1, SDIRK2",
+        serial=lambda steps: serial_heat_source(steps=steps),
+        menu=_menu((8, 4), (8,), (16,), (8, 8), (4, 4, 4), (4, 4)),
+    ),
+    "heat-square": Case(
+        _square(128),
+        16384,
+        "heat on the unit square, 128 x 128 P1, SDIRK2, distributed control, running misfit",
+        serial=lambda steps: serial_square(n=128, steps=steps, integrator="SDIRK2"),
+        smaller=_square(32),
+        menu=_menu((8, 4, 4), (8, 4, 4, 4), (16, 8), (16, 8, 8), (4, 4, 4, 4, 4)),
+        inversion_steps=1024,
+    ),
+}

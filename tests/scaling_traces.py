@@ -1,0 +1,95 @@
+"""Traces of real solves beside the model's: ``mpiexec -n 8 python -m tests.scaling_traces``."""
+
+import collections
+
+import numpy as np
+from mpi4py import MPI
+
+from pint_fem.mgrit import MGRIT, split_steps
+from pint_fem.mgrit.trace import Trace
+from pint_fem.scaling.costs import Calibration, Kernel
+from pint_fem.scaling.model import Model, Solve
+from pint_fem.scaling.network import Network
+
+FREE = Network(0.0, 1e30, "free")
+
+
+def calibration(step=1.0, width=0, sweep=None, norm=0.0, **more):
+    """Of ``step`` seconds a state."""
+    work = {"step": [Kernel.constant(step, width)], "adjoint": [Kernel.constant(2 * step, width)]}
+    if sweep is not None:
+        work |= {"sweep": [Kernel.constant(sweep)], "adjoint sweep": [Kernel.constant(2 * sweep)]}
+    return Calibration("test", "none", 100, 64, {1: work}, norm=norm, network=FREE, **more)
+
+
+class Halve:
+    """``u -> u/2``."""
+
+    block = 0
+
+    def step(self, steps, u, out):
+        """Step."""
+        out[...] = u / 2
+
+
+class HalveBlocks(Halve):
+    """With blocks and a sweep."""
+
+    block = 4
+
+    def sweep(self, first, U, G):
+        """Sweep."""
+        for i in range(len(U) - 1):
+            U[i + 1] = U[i] / 2 + (0 if G is None else G[i])
+
+
+CONFIGS = [
+    ({"levels": 3, "coarsening": (4, 2), "relax": "FCF"}, "nested"),
+    ({"levels": 2, "coarsening": 3, "relax": "F", "cycle": "F"}, "skip"),
+    ({"levels": 4, "coarsening": (3, 2, 2), "relax": ("FCF", "F"), "coarse_solver": "gathered"}, "nested"),
+    ({"levels": 3, "coarsening": (2, 2), "coarse_solver": "relax", "cycle": "F"}, "guess"),
+    ({"levels": 1}, "guess"),
+]
+
+
+def events(trace):
+    """What happened on a rank: kinds of work by level with states, messages by level, peer and bytes, as counts."""
+    out = collections.Counter()
+    for event in trace:
+        what = {k: v for k, v in event["args"].items() if k in ("states", "peer", "bytes", "first")}
+        if event["cat"] in ("work", "message"):
+            out[event["cat"], event["name"], event["tid"], tuple(sorted(what.items()))] += 1
+    return out
+
+
+def real_and_predicted(config, kind):
+    """Events of this rank in a real state and adjoint solve on all ranks, and in the model."""
+    comm, nsteps = MPI.COMM_WORLD, 50
+    options, start = config
+    options = {**options, "residual": "C", "check": "cycle", "rtol": 0.0, "atol": 0.0}
+    backward = comm.Split(0, -comm.rank)
+    trace = Trace(comm)
+    for side, name in ((comm, "state"), (backward, "adjoint")):
+        bounds = split_steps(nsteps, comm.size)
+        if name == "adjoint":
+            bounds = [nsteps - b for b in reversed(bounds)]
+        solver = MGRIT([kind() for _ in range(options["levels"])], nsteps, options=options, comm=side, bounds=bounds,
+                       linear=True, name=name, trace=trace)  # fmt: skip
+        k = solver.levels[0].k
+        U = np.zeros((k + 1, 100))
+        U[0] = 1
+        given = [np.zeros((level.k, 100)) for level in solver.levels[1:]] if name == "state" else None
+        accuracy = {} if options["levels"] == 1 else {"cycles": 2}
+        solver.solve(U, np.ones((k, 100)), start=start, coarse_rhs=given if start != "guess" else None, **accuracy)
+    c = calibration(1.0, kind.block, sweep=None if kind is Halve else 0.5)
+    said = Model(c, options, (1, comm.size), nsteps=nsteps).run(
+        Solve("state", start, 2), Solve("adjoint", start, 2), trace=True
+    )
+    return events(trace.events), events(said.traces[comm.rank])
+
+
+if __name__ == "__main__":
+    pairs = [real_and_predicted(config, kind) for config in CONFIGS for kind in (Halve, HalveBlocks)]
+    alike = MPI.COMM_WORLD.allreduce(all(real == said for real, said in pairs), op=MPI.LAND)
+    if MPI.COMM_WORLD.rank == 0:
+        print(len(pairs), "alike" if alike else "different")

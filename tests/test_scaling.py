@@ -1,0 +1,345 @@
+"""Virtual ranks: their clocks against formulas, their schedule against real runs of the same solver on real ranks."""
+
+import itertools
+import math
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from mpi4py import MPI
+
+pytest.importorskip("greenlet")
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pint_fem.errors import InputError
+from pint_fem.mgrit import split_steps
+from pint_fem.mgrit.agreement import all_alike
+from pint_fem.mgrit.levels import Bounds
+from pint_fem.scaling.communicator import communicators
+from pint_fem.scaling.costs import Calibration, Kernel
+from pint_fem.scaling.model import Model, Solve
+from pint_fem.scaling.network import Network
+from pint_fem.scaling.world import DeadlockError, World
+from tests.scaling_traces import CONFIGS, Halve, HalveBlocks, calibration, real_and_predicted
+
+NETWORK = Network(1e-3, 1e6, "for tests")
+
+
+def on_ranks(size, program, network=NETWORK, row_bytes=None):
+    """Results and the world of ``program(comm)`` on virtual ranks."""
+    world = World(size, network)
+    comms = communicators(world, row_bytes)
+    return world.run(lambda rank: program(comms[rank])), world
+
+
+# -- the virtual machine -----------------------------------------------------------------------------------------------
+def test_message_arrives_after_latency_and_bytes():
+    def program(comm):
+        buffer = np.full(125, float(comm.rank))
+        if comm.rank == 0:
+            comm.world.charge(2.0)
+            comm.Send(buffer, 1, tag=3)
+        elif comm.rank == 1:
+            comm.world.charge(0.5)
+            comm.Recv(buffer, 0, tag=3)
+        return buffer[0]
+
+    results, world = on_ranks(2, program)
+    assert results == [0.0, 0.0]
+    assert world.clocks == [2.0, pytest.approx(2.0 + 1e-3 + 1000 / 1e6)]
+    assert world.busy == [2.0, 0.5]
+    assert world.counts["messages", 3] == 1
+    assert world.counts["bytes", 3] == 1000
+
+
+def test_rows_stand_for_states():
+    """A number of a message stands for a state's bytes, those of norms do not."""
+
+    def program(comm):
+        if comm.rank == 0:
+            comm.Send(np.zeros(2), 1, tag=1)
+        else:
+            comm.Recv(np.zeros(2), 0, tag=1)
+        before = comm.world.clocks[comm.rank]
+        comm.Allgatherv(np.zeros(1), [np.zeros(2), [1, 1], [0, 1], MPI.DOUBLE])
+        return comm.world.clocks[comm.rank] - before
+
+    results, world = on_ranks(2, program, row_bytes=[7e5, 5e5])
+    assert world.counts["bytes", 1] == 1e6
+    assert results[1] == pytest.approx(1e-3 + 16 / 1e6)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+def test_collectives_are_those_of_mpi(size):
+    def program(comm):
+        me, out = comm.rank, {}
+        out["allgather"] = comm.allgather(me) == list(range(size))
+        out["gather"] = comm.gather(me) == (list(range(size)) if me == 0 else None)
+        out["bcast"] = comm.bcast(me, root=size - 1) == size - 1
+        out["allreduce"] = comm.allreduce(me) == sum(range(size))
+        out["exscan"] = comm.exscan(1) == (me or None)
+        least = np.array([me, -me])
+        comm.Allreduce(MPI.IN_PLACE, least, op=MPI.MIN)
+        out["Allreduce"] = least.tolist() == [0, 1 - size]
+        counts = [r + 1 for r in range(size)]
+        places = [sum(counts[:r]) for r in range(size)]
+        whole = np.empty(sum(counts))
+        comm.Allgatherv(np.full(me + 1, float(me)), [whole, counts, places, MPI.DOUBLE])
+        expected = np.repeat(np.arange(size), counts)
+        out["Allgatherv"] = (whole == expected).all()
+        on_root = np.empty(sum(counts)) if me == 0 else None
+        comm.Gatherv(np.full(me + 1, float(me)), None if me else [on_root, counts, places, MPI.DOUBLE])
+        out["Gatherv"] = me > 0 or (on_root == expected).all()
+        part = np.empty(me + 1)
+        comm.Scatterv(None if me else [2 * on_root, counts, places, MPI.DOUBLE], part)
+        out["Scatterv"] = (part == 2 * me).all()
+        total = np.zeros(2)
+        comm.Reduce(np.array([me, 1.0]), total)
+        comm.Bcast(total)
+        out["Reduce"] = total.tolist() == [sum(range(size)), size]
+        back = comm.Split(0, -me)
+        out["Split"] = (back.rank, back.size) == (size - 1 - me, size) and back.allgather(me) == [*range(size)][::-1]
+        out["group"] = back.group.Translate_ranks([0], comm.group) == [size - 1]
+        halves = comm.Split(me % 2, me)
+        out["halves"] = halves.allgather(me) == list(range(me % 2, size, 2))
+        mine = np.array([10.0 * me + r for r in range(size)])
+        theirs = np.empty(size)
+        comm.Alltoallv([mine, [1] * size], [theirs, [1] * size])
+        out["Alltoallv"] = theirs.tolist() == [10.0 * r + me for r in range(size)]
+        return [name for name, right in out.items() if not right]
+
+    assert on_ranks(size, program)[0] == [[]] * size
+
+
+def test_collective_ends_after_the_last_and_a_broadcast_after_its_root():
+    def program(comm):
+        comm.world.charge(float(comm.rank))
+        comm.Barrier()
+        after = comm.world.clocks[comm.rank]
+        comm.world.charge(10.0 if comm.rank == 1 else 0.0)
+        comm.bcast(None, root=0)
+        return after, comm.world.clocks[comm.rank]
+
+    results, _ = on_ranks(4, program)
+    barrier = 3 + 2e-3
+    assert [a for a, _ in results] == [pytest.approx(barrier)] * 4
+    sent = barrier + 2e-3 + 64 / 1e6
+    assert [b for _, b in results] == [pytest.approx(x) for x in (sent, barrier + 10, sent, sent)]
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 6), st.randoms(use_true_random=False))
+def test_clocks_never_go_back_and_work_is_conserved(size, random):
+    """Random programs that do not deadlock: rounds of work, a ring of messages or a collective."""
+    rounds = [(random.choice(["ring", "allreduce", "bcast"]), [random.random() for _ in range(size)]) for _ in range(5)]
+
+    def program(comm):
+        seen = [comm.world.clocks[comm.rank]]
+        for what, work in rounds:
+            comm.world.charge(work[comm.rank])
+            seen.append(comm.world.clocks[comm.rank])
+            if what == "ring":
+                request = comm.Isend(np.zeros(1), (comm.rank + 1) % size, tag=0)
+                comm.Recv(np.zeros(1), (comm.rank - 1) % size, tag=0)
+                request.Wait()
+            else:
+                getattr(comm, what)(1)
+            seen.append(comm.world.clocks[comm.rank])
+        return seen
+
+    results, world = on_ranks(size, program)
+    assert all(a <= b for seen in results for a, b in itertools.pairwise(seen))
+    total = sum(sum(work) for _, work in rounds)
+    assert sum(world.busy) == pytest.approx(total)
+    assert max(world.clocks) >= max(world.busy)
+    assert max(world.clocks) <= total + 5 * (3e-3 + 1e-3)
+
+
+def test_deadlock_is_detected_and_named():
+    def crossed(comm):
+        comm.Recv(np.zeros(1), 1 - comm.rank, tag=4)
+        comm.Send(np.zeros(1), 1 - comm.rank, tag=4)
+
+    with pytest.raises(DeadlockError, match=r"2 of 2 ranks wait: rank 0 waits for a message from rank 1 with tag 4"):
+        on_ranks(2, crossed)
+
+    def absent(comm):
+        if comm.rank != 1:
+            comm.Barrier()
+
+    with pytest.raises(DeadlockError, match=r"2 of 3 .* wait: .* barrier, where 2 of 3 have come \(rank 1 have not\)"):
+        on_ranks(3, absent)
+
+    def different(comm):
+        comm.Barrier() if comm.rank else comm.allgather(0)
+
+    with pytest.raises(DeadlockError, match=r"rank 1 calls barrier where others .* call allgather"):
+        on_ranks(2, different)
+
+    def unheard(comm):
+        if comm.rank == 0:
+            comm.Send(np.zeros(1), 1, tag=2)
+
+    with pytest.raises(DeadlockError, match="rank 0 to rank 1 with tag 2 is never received"):
+        on_ranks(2, unheard)
+
+
+def test_error_of_a_rank_is_raised():
+    def program(comm):
+        if comm.rank == 2:
+            raise ValueError("on rank 2")
+        comm.Barrier()
+
+    with pytest.raises(ValueError, match="on rank 2"):
+        on_ranks(3, program)
+
+
+# -- costs -------------------------------------------------------------------------------------------------------------
+def test_kernel_counts_blocks_by_lanes():
+    kernel = Kernel((1, 4, 8, 16), (1.0, 2.0, 3.0, 5.0), width=8)  # a call 1, a full block 2
+    assert kernel(8) == 3
+    assert kernel(16) == 5
+    assert kernel(4) == 2
+    assert kernel(4, lane=4) == 2
+    assert kernel(8, lane=4) == 2 + (2 - 1)  # two halves
+    assert kernel(8, lane=12) == kernel(8, lane=4)
+    assert kernel(24) == 7
+    plain = Kernel((1, 4), (1.0, 2.5))
+    assert [plain(n) for n in (1, 2, 4, 6)] == [1.0, 1.5, 2.5, 3.5]
+    assert Kernel.constant(0.5)(6) == 3.0
+    assert Kernel.constant(0.5, 8)(5) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("text", "latency", "bandwidth"),
+    [("2us,12GB/s", 2e-6, 12e9), (" 1.5 ms , 100 MB/s", 1.5e-3, 1e8), ("0ns,1B/s", 0, 1)],
+)
+def test_network_is_read(text, latency, bandwidth):
+    network = Network.parse(text)
+    assert (network.latency, network.bandwidth) == (pytest.approx(latency), bandwidth)
+
+
+@pytest.mark.parametrize("text", ["", "2us", "2us,0GB/s", "fast", "2us;3GB/s", "-1us,3GB/s"])
+def test_bad_network_is_refused(text):
+    with pytest.raises(InputError, match="2us,12GB/s"):
+        Network.parse(text)
+
+
+def test_calibration_is_kept_as_json():
+    c = calibration(0.3, 8, 0.1, busy={1: 1.0, 2: 1.2}, extras={"forcing": 0.5})
+    again = Calibration.from_json(c.to_json())
+    assert (again.work, again.busy, again.network, again.extras) == (c.work, c.busy, c.network, c.extras)
+    assert again.to_json() == c.to_json()
+    for text in ("", "[]", '{"problem": "x"}', '{"work": {}}'):
+        with pytest.raises(InputError, match="not a calibration"):
+            Calibration.from_json(text)
+
+
+# -- the solver on virtual ranks ---------------------------------------------------------------------------------------
+def test_bounds_share_what_follows_from_them():
+    bounds = Bounds.make(split_steps(100, 7))
+    assert Bounds.make(bounds) is bounds
+    assert bounds.coarsened(8) is bounds.coarsened(8)
+    assert bounds.coarsened(8) == tuple(b // 8 for b in bounds)
+    assert bounds.layout(3) is bounds.layout(3)
+    assert [x.tolist() for x in bounds.layout(3)] == [(3 * np.diff(bounds)).tolist(), [3 * b for b in bounds[:-1]]]
+    assert bounds.increase
+    assert not any(Bounds(b).increase for b in ([0, 5, 3], [1, 4], [0, 1.5], [0]))
+
+
+@pytest.mark.parametrize("solves", [1, 3])
+def test_one_rank_takes_the_serial_sum(solves):
+    """P = 1: the sum of all kernels, norms and bookkeeping, whatever the network."""
+    c = calibration(0.5, sweep=0.25, norm=0.01, bookkeeping={"state": 0.125, "adjoint": 0.0625})
+    said = Model(c, {"coarsening": (4, 4), "levels": 3}, nsteps=64).run(
+        *[s for _ in range(solves) for s in (Solve("state", "nested", 2), Solve("adjoint", "guess", 1))]
+    )
+    n = said.counts
+    states = {kind: sum(m for (k, _), m in n.items() if k == kind) for kind in ("step", "adjoint", "step sweep")}
+    expected = states["step"] * 0.625 + states["adjoint"] * 1.0625 + states["step sweep"] * 0.25
+    expected += sum(m for (k, _), m in n.items() if k == "adjoint sweep") * 0.5 + n["norm", 0] * 0.01
+    assert said.seconds == pytest.approx(expected, rel=1e-12)
+    assert said.busy == [pytest.approx(said.seconds)]
+
+
+def test_serial_stepping_is_a_chain():
+    """Rank after rank: the time does not depend on the number of ranks, on a free network."""
+    c = calibration(1.0, sweep=0.5)
+    for ranks in (1, 2, 4):
+        said = Model(c, {"levels": 1}, (1, ranks), nsteps=64).run(Solve("state"))
+        assert said.seconds == pytest.approx(32.0)
+        assert said.counts["step sweep", 0] == 64
+
+
+def test_work_is_the_same_on_any_number_of_ranks():
+    """Conservation: as many states are stepped on all ranks together, and no rank is done before its work."""
+    c, options = calibration(1.0), {"coarsening": (4, 2), "levels": 3, "relax": "FCF"}
+    alone = Model(c, options, nsteps=64).run(Solve("state", "nested", 2), Solve("adjoint", "guess", 1))
+    for ranks in (2, 3, 8, 64):
+        said = Model(c, options, (1, ranks), nsteps=64).run(Solve("state", "nested", 2), Solve("adjoint", "guess", 1))
+        for kind, level in alone.counts:
+            if kind in ("step", "adjoint"):
+                assert said.counts[kind, level] == alone.counts[kind, level]
+        charged = sum(n * {"step": 1.0, "adjoint": 2.0}.get(kind, 0.0) for (kind, _), n in said.counts.items())
+        assert sum(said.busy) == pytest.approx(charged)
+        assert all(b <= t for b, t in zip(said.busy, said.clocks, strict=True))
+        assert said.seconds <= alone.seconds
+
+
+def test_two_level_cycle_by_hand():
+    """One V-cycle with F-relaxation, m = 4, a rank an interval, free messages: a chain of coarse steps between."""
+    ranks, m = 8, 4
+    options = {"levels": 2, "coarsening": m, "relax": "F", "residual": "none", "max_it": 1, "start": "guess"}
+    said = Model(calibration(1.0), options, (1, ranks), nsteps=ranks * m).run(Solve("state", "guess", 1))
+    # F-relaxation m - 1, residual 1, coarse right-hand side 1, the chain, F-relaxation m - 1
+    assert said.seconds == pytest.approx((m - 1) + 1 + 1 + ranks + (m - 1))
+
+
+@pytest.mark.parallel([1, 2, 3, 4])
+@pytest.mark.parametrize("kind", [Halve, HalveBlocks])
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_schedule_is_that_of_a_real_run(config, kind):
+    """Every call, message, peer and byte of a real trace, on every rank, forwards and backwards."""
+    real, said = real_and_predicted(config, kind)
+    assert said == real
+
+
+def test_schedule_is_that_of_a_real_run_on_eight_ranks():
+    """The same on ranks of their own."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("OMPI_COMM_", "PMIX_", "PMI_"))}
+    command = ["mpiexec", "-n", "8", sys.executable, "-m", "tests.scaling_traces"]
+    done = subprocess.run(command, env=clean, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [str(2 * len(CONFIGS)), "alike"]
+
+
+@pytest.mark.parallel([1, 2, 3])
+def test_all_alike():
+    comm = MPI.COMM_WORLD
+    assert all_alike(comm, True, (1, 2), (True, False))
+    assert not all_alike(comm, comm.rank != comm.size - 1)
+    assert all_alike(comm, True, None if comm.rank == 0 else (5,))
+    assert all_alike(comm, True, None)
+    for different in ((comm.rank,), tuple(range(comm.rank))):
+        assert all_alike(comm, True, different) == (comm.size == 1)
+
+
+def test_grid_and_options_are_checked():
+    with pytest.raises(InputError, match="grid 1x65 for 64 steps"):
+        Model(calibration(), grid=(1, 65))
+    with pytest.raises(InputError, match="coarsenin"):
+        Model(calibration(), {"coarsenin": 3})
+
+
+def test_memory_is_counted_in_states():
+    c = calibration()
+    alone = Model(c, {"coarsening": (4, 4), "levels": 3}).run(Solve("state"))
+    four = Model(c, {"coarsening": (4, 4), "levels": 3}, (1, 4)).run(Solve("state"))
+    assert alone.bytes_a_rank > 2 * 65 * c.state_bytes
+    assert 3 < alone.bytes_a_rank / four.bytes_a_rank < 4.5
+    two = Model(c.with_changes(work={1: c.work[1], 2: c.work[1]}), {"levels": 1}, (2, 1)).run(Solve("state"))
+    assert math.isclose(two.bytes_a_rank, Model(c, {"levels": 1}).run(Solve("state")).bytes_a_rank / 2)

@@ -1,0 +1,33 @@
+"""The model's tasks are those of the reduced functional: calls, messages and bytes of a real heat problem's trace."""
+
+import pytest
+from mpi4py import MPI
+
+pytest.importorskip("greenlet")
+
+from pint_fem.scaling.costs import Calibration, Kernel
+from pint_fem.scaling.model import Model, Solve
+from pint_fem.spacetime import SpaceTime
+from problems.heat_square import field, square
+from tests.scaling_traces import events
+
+OPTIONS = {"levels": 3, "coarsening": (4, 2), "relax": "FCF"}
+
+
+@pytest.mark.parallel([1, 2, 3])
+def test_gradient_and_hessian_are_those_of_a_real_trace():
+    comm = MPI.COMM_WORLD
+    options = {**OPTIONS, "trace": "t", "rtol": 1e-6}
+    rf = square(40, "SDIRK2", size=5, spacetime=SpaceTime((1, comm.size)), mgrit=options)
+    problem, sweeps = rf.problem, rf.problem.sweeps
+    z, dz = field(rf, "control"), field(rf, "direction")
+    problem.derivative(z)
+    problem.hessian_action(z, dz)
+    solves = [Solve(kind, "nested", result.cycles) for kind, result in sweeps.results]
+    assert [s.kind for s in solves] == ["state", "adjoint", "tangent", "adjoint"]
+    one = [Kernel.constant(1.0, 8)]
+    work = {"step": one, "adjoint": one, "sweep": [Kernel.constant(1.0)], "adjoint sweep": [Kernel.constant(1.0)]}
+    calibration = Calibration("square", "none", rf.evolution.V.dim(), 40, {1: work})
+    model = Model(calibration, OPTIONS, (1, comm.size))
+    said = model.run_all([("gradient", solves[:2]), ("hessian", solves[2:])], trace=True)
+    assert events(said.traces[comm.rank]) == events(sweeps.trace.events)

@@ -1,0 +1,178 @@
+"""The planner, scaling curves and the published experiment."""
+
+import numpy as np
+import pytest
+
+pytest.importorskip("greenlet")
+
+from pint_fem.errors import InputError
+from pint_fem.scaling import published
+from pint_fem.scaling.__main__ import arguments, main
+from pint_fem.scaling.costs import Calibration, Kernel, bundled, load
+from pint_fem.scaling.model import Model, Solve
+from pint_fem.scaling.network import Network
+from pint_fem.scaling.planner import cycles_of, least_time, plan, predict
+from pint_fem.scaling.report import report
+from pint_fem.scaling.space import kernels, volume
+from pint_fem.scaling.strong import Curve, crossover, opponents, strong, weak
+
+FAST = Network(1e-6, 1e10, "for tests")
+MENU = [{"levels": 2, "coarsening": [16], "relax": "FCF"}, {"levels": 3, "coarsening": [8, 4], "relax": "F"}]
+
+
+def calibration(**changes) -> Calibration:
+    """256 steps; blocks half as dear as single steps; cycles and an inversion as if counted."""
+    block, single = Kernel((1, 8, 16), (1e-2, 4e-2, 8e-2), 0), Kernel.constant(1e-2)
+    work = {"step": [block], "adjoint": [block], "sweep": [single], "adjoint sweep": [single]}
+    cycles = [
+        {"kind": kind, "start": "nested", "options": options, "rtol": 1e-6, "cycles": n, "steps": 256, "unknowns": 1000}
+        for options, n in zip(MENU, (2, 3), strict=True)
+        for kind in ("state", "adjoint")
+    ]
+    inversion = {
+        "solves": [["state", "nested", 2, 1], ["adjoint", "nested", 2, 4], ["tangent", "nested", 2, 3],
+                   ["state", "guess", 1, 2], ["adjoint", "guess", 1, 1]],
+        "counts": {"values": 3, "gradients": 2, "hessians": 3},
+    }  # fmt: skip
+    opponent = {"value": 0.1, "gradient": 0.2, "hessian": 1.0}
+    c = Calibration("test", "none", 10000, 256, {1: work}, network=FAST, cycles=cycles, inversion=inversion,
+                    opponent=opponent, space_iterations=5.0)  # fmt: skip
+    return c.with_changes(**changes)
+
+
+def test_plan_finds_the_fastest():
+    """As exhaustive search does; bounds only spare runs."""
+    c = calibration()
+    made = plan(c, 16)
+    every = [predict(c, {"levels": 1}, (s, 1), (0, 0))[0] for s in (1, 2, 4, 8, 16)]
+    for options in MENU:
+        every += [predict(c, options, (s, 16 // s), cycles_of(c, options, 1e-6))[0] for s in (1, 2, 4, 8)]
+    assert made.best.seconds == min(choice.seconds for choice in every)
+    assert [a.seconds for a in made.alternatives] == sorted(a.seconds for a in made.alternatives)
+    assert "--grid" in made.best.arguments
+
+
+def test_plan_takes_time_ranks_where_space_ranks_are_slow_and_serial_where_there_are_few():
+    slow = Network(1e-4, 1e10, "slow")
+    assert plan(calibration(), 1).best.solver == "serial"
+    many = plan(calibration(space_iterations=100.0), 32, network=slow).best
+    assert many.solver == "mgrit"
+    assert many.grid == (1, 32)
+    quick = plan(calibration(space_iterations=0.0), 32).best
+    assert quick.grid[0] > 1
+
+
+def test_least_time_is_a_bound():
+    c = calibration()
+    for options in MENU:
+        cycles = cycles_of(c, options, 1e-6)
+        work, chain = least_time(c, options, 1, cycles)
+        for ranks in (1, 2, 8, 32):
+            assert predict(c, options, (1, ranks), cycles)[0].seconds >= max(work / ranks, chain) * (1 - 1e-12)
+
+
+def test_plan_refuses_what_was_not_counted():
+    with pytest.raises(InputError, match=r"rtol 0\.5: cycles were counted for 1e-06"):
+        plan(calibration(), 4, rtol=0.5)
+    with pytest.raises(InputError, match="no calibration 'nothing'"):
+        plan("nothing", 4)
+    with pytest.raises(InputError, match="0 ranks"):
+        plan(calibration(), 0)
+
+
+def test_space_model_is_the_measured_one_where_it_was_measured():
+    c = calibration()
+    two = {kind: [k.scaled(0.6) for k in levels] for kind, levels in c.work[1].items()}
+    c = c.with_changes(work={1: c.work[1], 2: two})
+    assert kernels(c, 2, FAST)["step"] == two["step"]
+    free = Network(0.0, 1e30, "free")
+    ratio = volume(10000, 8, 3) / volume(10000, 2, 3)
+    assert kernels(c, 8, free)["sweep"][0](1) == pytest.approx(ratio * two["sweep"][0](1))
+    slow = Network(1.0, 1e30, "slow")
+    # five iterations a stage, two reductions over three doublings and an exchange
+    assert kernels(c, 8, slow)["sweep"][0](1) - kernels(c, 8, free)["sweep"][0](1) == pytest.approx(5 * (2 * 3 + 2))
+
+
+def test_curves_and_crossover():
+    c = calibration()
+    ranks = [1, 2, 4, 8, 16]
+    ours = strong(c, MENU[1], (3, 3), ranks)
+    serial, taped = opponents(c, ranks)
+    assert ours.ranks == ranks
+    assert set(ours.seconds) == {"state", "gradient", "hessian", "inversion"}
+    alone = Model(c, MENU[1]).run(Solve("state", "nested", 3))
+    assert ours.seconds["state"][0] == pytest.approx(alone.seconds)
+    assert serial.seconds["state"] == sorted(serial.seconds["state"], reverse=True)
+    assert taped.seconds["gradient"] == [pytest.approx(0.3 * 256)] * 5
+    assert taped.seconds["inversion"][0] == pytest.approx(256 * (3 * 0.1 + 2 * 0.2 + 3 * 1.0))
+    # serial inversion: 3 states, 2 gradients' adjoints, 3 Hessian actions of two sweeps each
+    assert serial.seconds["inversion"][0] == pytest.approx((3 + 2 + 6) * 2.56, rel=0.01)
+    line = lambda *seconds: Curve("", [1, 2, 4, 8], {"state": list(seconds)})
+    assert crossover(line(8, 4, 2, 1), line(3, 3, 3, 3), "state") == pytest.approx(8 / 3)
+    assert crossover(line(8, 8, 8, 8), line(3, 3, 3, 3), "state") is None
+    assert crossover(line(2, 1, 1, 1), line(3, 3, 3, 3), "state") == 1
+    flat = weak(c, lambda p: (MENU[1], (1, 1)), 32, [1, 2, 4])
+    assert len(flat.seconds["gradient"]) == 3
+    assert all(0 < e <= 1 for e in flat.efficiency)
+
+
+def test_published_experiment():
+    """XBraid's: crossover near 256 processes, 10 to 15 cycles; the counted cycles are among them."""
+    cycles = published.count_on_modes(
+        published.xbraid(10).options, "backward Euler", start="skip", rtol=1e-9, modes=8
+    )
+    assert 10 <= cycles <= 15
+    ups = published.speedups(published.xbraid(cycles), [16, 128, 256, 512])
+    ours = Curve("", [p for p, *_ in ups], {"state": [s for _, s, _ in ups]})
+    serial = Curve("", ours.ranks, {"state": [s * r for _, s, r in ups]})
+    assert 128 <= crossover(ours, serial, "state") <= 512
+    assert all(np.diff([r for *_, r in ups]) > 0)
+
+
+def test_modes_are_solved():
+    """Nested iteration and SDIRK2 need fewer cycles, a neighbouring solution fewer still."""
+    options, common = {"levels": 3, "coarsening": (8, 4), "relax": "FCF"}, dict(rtol=1e-8, nsteps=512, modes=8)
+    count = lambda tableau, start, **more: published.count_on_modes(options, tableau, start=start, **common, **more)
+    euler, sdirk = count("backward Euler", "skip"), count("SDIRK2", "skip")
+    assert sdirk < euler
+    assert count("SDIRK2", "nested") <= sdirk
+    assert count("SDIRK2", "guess", nearby=1e-4) < count("SDIRK2", "guess")
+
+
+@pytest.mark.parametrize("name", bundled())
+def test_bundled_calibrations_are_whole(name):
+    c = load(name)
+    assert c.problem == name
+    assert c.width == 8
+    assert {1, 2} <= set(c.work)
+    assert all(cycles_of(c, e["options"], e["rtol"]) for e in c.cycles)
+    assert {e["rtol"] for e in c.cycles} == {1e-6, 1e-9}
+    assert c.inversion["counts"]["values"] == sum(n for k, _, _, n in c.inversion["solves"] if k == "state")
+    assert c.opponent
+    made = plan(c, 2, nsteps=64)
+    assert made.best.seconds > 0
+
+
+def test_command_line(capsys):
+    main(["plan", "heat-source", "--ranks", "4", "--network", "2us,12GB/s", "--steps", "64"])
+    text = capsys.readouterr().out
+    assert "predicted" in text
+    assert "assumed" in text
+    assert "--grid" in text
+    for argv, message in ((["nothing"], "give one of plan"), (["plan", "--network", "fast"], "2us,12GB/s")):
+        with pytest.raises(InputError, match=message):
+            main(argv)
+    assert arguments(["report", "--ranks", "64"]).ranks == 64
+
+
+def test_report_is_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(published, "settings", lambda: [])
+    monkeypatch.setattr(published, "speedups", lambda setting, ranks: [(32, 2.0, 0.5), (64, 1.0, 1.2)])
+    monkeypatch.setattr("pint_fem.scaling.report.load", lambda name: calibration())
+    report(tmp_path, largest=16, names=["test"])
+    text = (tmp_path / "report.txt").read_text()
+    assert "PREDICTED" in text
+    assert "crossover" in text
+    for name in ("strong_test.png", "cycle_test.png", "report.json"):
+        assert (tmp_path / name).stat().st_size > 1000
+    capsys.readouterr()
