@@ -114,7 +114,8 @@ def opponents(calibration: Calibration, ranks: Sequence[int], **model) -> list[C
     best: dict[str, float] = {}
     ours, counts = Curve("our serial stepping, parallel in space", [], {}), sorted(ranks)
     for count in counts:
-        seconds, _ = task_seconds(calibration, {"levels": 1}, (count, 1), (0, 0), **model)
+        space = count if calibration.may_split(count) else 1
+        seconds, _ = task_seconds(calibration, {"levels": 1}, (space, 1), (0, 0), **model)
         for task, value in seconds.items():
             best[task] = min(best.get(task, value), value)
             ours.seconds.setdefault(task, []).append(best[task])
