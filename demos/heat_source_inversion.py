@@ -24,7 +24,7 @@ def arguments():
     """Options of the program."""
     parser = ProgramParser(prog="heat_source_inversion.py", description=__doc__)
     add = parser.add_argument
-    add("--grid", default="auto", metavar="SxT", help="ranks in space x in time (default: as the performance model says)")
+    add("--grid", default="auto", metavar="SxT", help="ranks in space x time (default: as the performance model says)")
     add("--mesh", metavar="FILE.msh", help="gmsh mesh with the tags of problems/plate.py (default: the shipped plate)")
     add("--sensors", metavar="FILE.csv", help="readings: sensor,x,y,time,temperature (default: the shipped ones)")
     add("--steps", type=positive(int), default=512, help="time steps (512)")

@@ -93,7 +93,8 @@ def _problem(c: Calibration, out: Path, say, largest: int, network: Network | No
     chosen = cheapest(c, rtol, network=network)
     say(f"\n{c.problem}: {c.unknowns} unknowns, {c.nsteps} steps, cold solves to {rtol:g}")
     say(f"  network {network or c.network}")
-    say(f"  work with several processes at once takes {max(c.busy.values()):.2f} times as long as alone (measured)")
+    if len(c.busy) > 1:
+        say(f"  work with several processes at once takes {max(c.busy.values()):.2f} times as long as alone (measured)")
     if c.may_split(2):
         say(f"  assumed: {assumption(c)}")
     for note in c.notes:
