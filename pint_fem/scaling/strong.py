@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from math import exp, log
+from math import exp, log, prod
 
 from pint_fem.scaling.costs import Calibration
 from pint_fem.scaling.model import Model, Solve
@@ -158,6 +158,8 @@ def weak(
     curve = Curve(f"weak scaling, {steps_a_rank} steps a rank", [], {"gradient": []})
     for count in ranks:
         chosen, n = options(count)
+        if prod(chosen.get("coarsening", ())) > steps_a_rank * count:  # too few steps for these levels
+            continue
         made = Model(calibration, chosen, (1, count), nsteps=steps_a_rank * count, **model)
         said = made.run(Solve("state", "nested", n[0]), Solve("adjoint", "nested", n[1]), task="gradient")
         curve.ranks.append(count)
