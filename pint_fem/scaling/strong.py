@@ -112,7 +112,8 @@ def strong(
 def opponents(calibration: Calibration, ranks: Sequence[int], **model) -> list[Curve]:
     """Our serial stepping with the best number of space ranks up to each count, and serial pyadjoint."""
     best: dict[str, float] = {}
-    ours, counts = Curve("our serial stepping, parallel in space", [], {}), sorted(ranks)
+    where = "parallel in space" if calibration.may_split(2) else "on one rank (space ranks were not measured)"
+    ours, counts = Curve(f"our serial stepping, {where}", [], {}), sorted(ranks)
     for count in counts:
         space = count if calibration.may_split(count) else 1
         seconds, _ = task_seconds(calibration, {"levels": 1}, (space, 1), (0, 0), **model)
