@@ -9,7 +9,7 @@ right-hand side        :math:`c\,n` of the adjoint; as much of the state where f
 sweep                  :math:`c\,n` of the tangent, then of the second-order adjoint
 coarse levels          :math:`(4 k_l + 2)\,n` for each coarse level of :math:`k_l \approx k/(m_0 \dots m_{l-1})` steps
                        and each solver: two (state and tangent share one), three for a nonlinear evolution
-windows                with ``storage="C"``: :math:`3 m w\,n` at most, of ``w`` intervals that are computed again together
+windows                with ``storage="C"``: :math:`3 m w\,n` at most, of ``w`` intervals computed again together
 data                   states that data depending on time take: loads (one a stage and step), linear parts of misfits
 linearisation          of a nonlinear evolution :math:`7 s + 3` states for each step remembered: own ones of all levels,
                        with ``storage="C"`` those of coarse levels and of one interval
