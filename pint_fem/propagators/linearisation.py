@@ -5,7 +5,7 @@ when it is first asked for; sweeps are then products and triangular solves. What
 stage values as first guesses, factors as approximate ones (see :mod:`~pint_fem.propagators.factors`), and the memory
 of matrices. So nothing grows from one linearisation to the next.
 
-Remembered of a step are ``2 s`` states for ``s`` stages, two adjoints with ``s + 1`` states each, a tangent with
+Remembered of a step are ``2 s`` states for ``s`` stages, two adjoints with ``s + 2`` states each, a tangent with
 ``2 s + 1`` states and a control vector, and for each stage the Jacobian and those of the matrices ``F_W`` and ``F_z``
 that move; and factors as far as their budget goes.
 """
@@ -123,21 +123,6 @@ class StepMemory:
         for stage in self.stages:
             if stage.solver is not None:
                 stage.solver.holds = None
-
-    def release(self) -> None:
-        """Give back the memory of factors and matrices (collective over space)."""
-        self.forget()
-        shared = self._forms
-        for stage in self.stages:
-            self._factors.release(stage)
-            own = [] if shared.J.constant else [stage.J]
-            own += [] if shared.F_W.constant else [stage.F_W]
-            own += [] if shared.F_U is None or shared.F_U.constant else [stage.F_U]
-            own += [m for form, m in zip(shared.F_z, stage.F_z or (), strict=False) if not form.constant]
-            for matrix in own:
-                if matrix is not None:
-                    matrix.destroy()
-            stage.J = stage.F_W = stage.F_z = stage.F_U = None
 
 
 class Memories:
