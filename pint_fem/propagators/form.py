@@ -79,13 +79,13 @@ class FormPropagator(FEPropagator):
         self.newton = StageNewton(self.forms, self.factors, parameters)
         with self.forms.U.dat.vec_ro as vec:
             self._w, self._b, self._x = vec.duplicate(), vec.duplicate(), vec.duplicate()
-        self._scratch = StepMemory(self.forms, self.factors, keep=False)
+        self._scratch = StepMemory(self.forms, keep=False)
         self._control = _NONE
 
     # -- memory --------------------------------------------------------------------------------------------------------
     def memory(self, count, *, often=True) -> list[StepMemory]:
         """See :class:`FEPropagator`."""
-        return [StepMemory(self.forms, self.factors, refine=not often) for _ in range(count)]
+        return [StepMemory(self.forms, refine=not often) for _ in range(count)]
 
     def memory_bytes(self):
         """See the module :mod:`~pint_fem.propagators.linearisation`."""

@@ -18,7 +18,7 @@ import numpy as np
 from firedrake.petsc import PETSc
 from mpi4py import MPI
 
-from pint_fem.propagators.factors import Factors, Solver
+from pint_fem.propagators.factors import Solver
 from pint_fem.propagators.stage import StageForms
 
 __all__ = ["Memories", "StageMemory", "StepMemory"]
@@ -73,7 +73,7 @@ class StepMemory:
 
     Parameters
     ----------
-    forms, factors
+    forms
         Of the level.
     keep
         Whether stages may have solvers of their own.
@@ -93,8 +93,7 @@ class StepMemory:
         The direction that was taken last, and what came of it.
     """
 
-    def __init__(self, forms: StageForms, factors: Factors, *, keep: bool = True, refine: bool = True):
-        self._forms, self._factors = forms, factors
+    def __init__(self, forms: StageForms, *, keep: bool = True, refine: bool = True):
         self.stages: list[StageMemory] = []
         for index, h in enumerate(forms.step_sizes):
             lender = next((stage for stage in self.stages if stage.h == h), None)
