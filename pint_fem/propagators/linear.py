@@ -7,10 +7,14 @@ a_{ii} \Delta t`,
 
 on the free degrees of freedom, and the boundary values of time :math:`t_i` on the others (``S`` has unit rows and
 columns there, ``M`` zero rows, and ``b`` carries the lifting; the rows' adjoints are those of the boundary values).
-``W`` and the step follow from :class:`~pint_fem.propagators.tableaux.DIRK`.
+``W`` and the step follow from :class:`~pint_fem.propagators.tableaux.DIRK`. Where the evolution eliminates a field,
+stages are solved as :mod:`~pint_fem.propagators.fields` says.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import ufl
@@ -20,13 +24,25 @@ from firedrake.petsc import PETSc
 from pint_fem.errors import InputError
 from pint_fem.propagators.arrays import boundary_rows, get
 from pint_fem.propagators.base import FEPropagator, StepData
-from pint_fem.propagators.blocks import Factor, is_symmetric, lanes
+from pint_fem.propagators.blocks import Factor, Workspace, is_symmetric, lanes
 from pint_fem.propagators.evolution import Evolution
-from pint_fem.propagators.operators import ControlOperator, MatrixOperator, control_operator
-from pint_fem.propagators.recursion import BlockRecursion, StateRecursion
+from pint_fem.propagators.fields import BlockFields, EliminatedRecursion, Fields, StateFields
+from pint_fem.propagators.operators import ControlOperator, MatrixOperator
+from pint_fem.propagators.recursion import BlockRecursion, Recursion, StateRecursion
 from pint_fem.propagators.tableaux import DIRK
 
 __all__ = ["LinearPropagator"]
+
+
+class _Term(NamedTuple):
+    """A part of the steps' loads: in some stages, the products of operators with the numbers of their controls, times
+    a weight of each step; the constant part, with weights one, has that of boundary values as well.
+    """
+
+    weights: np.ndarray
+    stages: Sequence[int]
+    operators: list[tuple[int, ControlOperator]]
+    boundary: bool
 
 
 class LinearPropagator(FEPropagator):
@@ -47,25 +63,37 @@ class LinearPropagator(FEPropagator):
             raise InputError("the evolution is not linear with constant operators: use the form propagator")
         self.dirk = DIRK(self.tableau)
         self.bc_rows = boundary_rows(evolution.bcs, evolution.V)
+        self.steps_of_stage = self.dirk.diagonal * self.dt
+        #: Blocks of the operators where a field is eliminated.
+        self.fields: Fields | None = evolution.fields
+        self.factors: dict[float, Factor] = {}
+        self._block, self._single = self._recursions(operators)
+        self._loads = None
+        self._lifting: dict[float, MatrixOperator] = {}
+
+    def _recursions(self, operators) -> tuple[Recursion, Recursion]:
+        """Factor, and make the recursions on a block and on one state."""
+        ev, given = self.evolution, (self.dirk, self.steps_of_stage, self.factors, self.bc_rows)
+        given += (ev.boundary_controls is None,)
+        if self.fields is not None:
+            for h in dict.fromkeys(self.steps_of_stage):
+                matrix = self.fields.complement(h)
+                self.factors[h] = Factor(matrix, ev.solver_parameters, symmetric=self.fields.symmetric)
+            sizes = (ev.state_size, None)
+            block = EliminatedRecursion(
+                BlockFields(self.fields, self.factors), Workspace.zeros(sizes, self.fields.M_b.comm), *given
+            )
+            return block, EliminatedRecursion(StateFields(self.fields, self.factors), np.zeros(ev.state_size), *given)
         parts = [assemble(form, mat_type="aij").petscmat for form in operators if not form.empty()]
         mass, symmetric = parts[0], all(is_symmetric(part) for part in parts)
-        start = mass.getOwnershipRange()[0]
-        self._zero_rows = (self.bc_rows + start).astype(PETSc.IntType)
-        self.M = mass.copy()
-        self.M.zeroRows(self._zero_rows, diag=0.0)
-        self.steps_of_stage = self.dirk.diagonal * self.dt
-        self.factors = {}
+        M, zero_rows = mass.copy(), (self.bc_rows + mass.getOwnershipRange()[0]).astype(PETSc.IntType)
+        M.zeroRows(zero_rows, diag=0.0)
         for h in dict.fromkeys(self.steps_of_stage):
-            S = assemble(operators[0] + Constant(h) * operators[1], bcs=evolution.bcs, mat_type="aij").petscmat
-            self.factors[h] = Factor(S, evolution.solver_parameters, symmetric=symmetric)
+            S = assemble(operators[0] + Constant(h) * operators[1], bcs=ev.bcs, mat_type="aij").petscmat
+            self.factors[h] = Factor(S, ev.solver_parameters, symmetric=symmetric)
         symmetric_mass = mass.isSymmetric(0.0) and not len(self.bc_rows)
-        self.MT = self.M if symmetric_mass else self.M.transpose(PETSc.Mat())
-        given = (self.M, self.MT, self.dirk, self.steps_of_stage, self.factors, self.bc_rows)
-        given += (evolution.boundary_controls is None,)
-        self._block, self._single = BlockRecursion(*given), StateRecursion(*given)
-        self._loads = None
-        self._operators: list[ControlOperator | None] = []
-        self._lifting: dict[float, MatrixOperator] = {}
+        self.M, self.MT = M, M if symmetric_mass else M.transpose(PETSc.Mat())
+        return BlockRecursion(self.M, self.MT, *given), StateRecursion(self.M, self.MT, *given)
 
     # -- on blocks -----------------------------------------------------------------------------------------------------
     def apply(self, u: np.ndarray, out: np.ndarray, lane: int, load=None) -> None:
@@ -107,7 +135,6 @@ class LinearPropagator(FEPropagator):
         repl |= {control: Function(control.function_space()) for control in ev.parameters}
         self._load_form, self._load_h = ufl.replace(form, repl), h
         self._loads = {}
-        self._operators = [control_operator(-form, control, self.bc_rows) for control in ev.parameters]
         if ev.boundary_controls is not None:
             M, K = ev.linear_operators()
             for h in self.factors:
@@ -130,29 +157,46 @@ class LinearPropagator(FEPropagator):
             self._load_h.assign(h)
             load = -h * get(assemble(self._load_form))
             load[self.bc_rows] = get(self._lift)[self.bc_rows]
-            self._loads[key] = load
+            self._loads[key] = self._scaled(load)
         return self._loads[key]
 
-    def _control_load(self, z: np.ndarray, h: float) -> np.ndarray:
-        """``db/dz z`` of a stage for a step's vector of controls, ``(n,)``."""
-        load = np.zeros(self.evolution.state_size)
-        for operator, part in zip(self._operators, self.evolution.split_controls(z), strict=True):
-            if operator is not None:
-                load += h * operator(part)
-        if self.evolution.boundary_controls is not None:
+    def _terms(self, times: np.ndarray) -> list[_Term]:
+        """What the loads of steps from ``times`` are made of, for static controls."""
+        operators = list(enumerate(self.evolution.control_operators))
+        constant = [(p, op.terms[0]) for p, op in operators if op is not None and op.constant]
+        terms = []
+        if constant or self.evolution.boundary_controls is not None:
+            terms.append(_Term(np.ones(len(times)), range(self.dirk.stages), constant, True))
+        for p, op in operators:
+            if op is not None and not op.constant:
+                for stage, c in enumerate(self.dirk.c):
+                    weights = op.coefficients(times + c * self.dt).T
+                    terms += [_Term(w, (stage,), [(p, term)], False) for w, term in zip(weights, op.terms, strict=True)]
+        return terms
+
+    def _term_load(self, term: _Term, z: np.ndarray, h: float) -> np.ndarray:
+        """A term's load of a stage for a step's vector of controls, ``(n,)``."""
+        load, parts = np.zeros(self.evolution.state_size), self.evolution.split_controls(z)
+        for p, operator in term.operators:
+            load += h * operator(parts[p])
+        if term.boundary and self.evolution.boundary_controls is not None:
             lift = self.evolution.boundary_controls.lift(z)
             load += lift - self._lifting[h](lift)
-        return load
+        return self._scaled(load)
 
-    def _control_pull_back(self, y: np.ndarray, h: float) -> np.ndarray:
+    def _term_pull_back(self, term: _Term, y: np.ndarray, h: float) -> np.ndarray:
         """Its transpose, of the adjoint of a stage's right-hand side."""
-        out = np.zeros(self.evolution.control_size)
-        for operator, part in zip(self._operators, self.evolution.split_controls(out), strict=True):
-            if operator is not None:
-                part += h * operator.transposed(y)
-        if self.evolution.boundary_controls is not None:
+        out, y = np.zeros(self.evolution.control_size), self._scaled(y.copy(), transposed=True)
+        parts = self.evolution.split_controls(out)
+        for p, operator in term.operators:
+            parts[p] += h * operator.transposed(y)
+        if term.boundary and self.evolution.boundary_controls is not None:
             out += self.evolution.boundary_controls.pull_back(y - self._lifting[h].transposed(y))
         return out
+
+    def _scaled(self, load: np.ndarray, *, transposed: bool = False) -> np.ndarray:
+        """A stage's load as the recursion takes it (see ``fields``)."""
+        return load if self.fields is None else self.fields.scale(load, transposed=transposed)
 
     def forcing(self, data: StepData, lane: int = 0) -> np.ndarray:
         """The affine part of ``step``: ``Phi(0, z)`` of each step, ``(k, n)``; a broadcast row where all are the
@@ -168,24 +212,44 @@ class LinearPropagator(FEPropagator):
         if self._loads is None:
             self._prepare_loads()
         k, n = len(data.t), self.evolution.state_size
-        same = not (affine and self.evolution.depends_on_time) and (z is None or z.ndim == 1)
-        rows = min(k, 1) if same else k
-        control = {}
-        if z is not None and self.evolution.parameters:
-            control = {h: np.array([self._control_load(zi, h) for zi in np.atleast_2d(z)]) for h in self.factors}
+        parts = [np.zeros((min(k, 1), n))]
+        if affine is not None and not self.evolution.is_homogeneous:
+            moving = self.evolution.depends_on_time
+            load = lambda rows, i: np.array([affine(t, i) for t in data.t[rows if moving else slice(1)]])
+            parts.append(self._responses(k if moving else min(k, 1), load, lane if moving else 0))
+        if z is not None and self.evolution.parameters and k:
+            parts += self._stepwise_forcing(data.t, z, lane) if z.ndim == 2 else self._static_forcing(data.t, z)
+        out = sum(parts[1:], parts[0])
+        return np.broadcast_to(out, (k, n)) if len(out) < k else out
 
-        def load(part, i):
-            b = np.zeros((part.stop - part.start, n))
-            if affine is not None:
-                b += [affine(t, i) for t in data.t[part]]
-            if control:
-                given = control[self.steps_of_stage[i]]
-                b += given if z.ndim == 1 else given[part]
-            return b
+    def _responses(self, count: int, load, lane: int) -> np.ndarray:
+        """Ends of steps from zero with ``load(rows, i)``, ``(count, n)``."""
+        out = np.empty((count, self.evolution.state_size))
+        self.apply(np.zeros_like(out), out, lane, load)
+        return out
 
-        out = np.empty((rows, n))
-        self.apply(np.zeros((rows, n)), out, 0 if same else lane, load)
-        return np.broadcast_to(out, (k, n)) if same and k else out
+    def _static_forcing(self, times: np.ndarray, z: np.ndarray) -> list[np.ndarray]:
+        """``Phi_z z`` of each step as a sum; one solve a term."""
+        terms = self._terms(times)
+        loads = [{i: self._term_load(term, z, self.steps_of_stage[i]) for i in term.stages} for term in terms]
+        nothing = np.zeros(self.evolution.state_size)
+        responses = self._responses(len(terms), lambda rows, i: np.array([l.get(i, nothing) for l in loads[rows]]), 0)
+        pairs = zip(terms, responses, strict=True)
+        # one after another: a product of matrices may round a row with the number of rows
+        return [row[None] if term.boundary else term.weights[:, None] * row for term, row in pairs]
+
+    def _stepwise_forcing(self, times: np.ndarray, z: np.ndarray, lane: int) -> list[np.ndarray]:
+        """``Phi_z z`` of each step for controls ``(k, nz)``."""
+        terms = self._terms(times)
+
+        def load(rows, i):
+            out, h = np.zeros((rows.stop - rows.start, self.evolution.state_size)), self.steps_of_stage[i]
+            for term in terms:
+                if i in term.stages:
+                    out += [w * self._term_load(term, zi, h) for w, zi in zip(term.weights[rows], z[rows], strict=True)]
+            return out
+
+        return [self._responses(len(times), load, lane)]
 
     # -- the interface -------------------------------------------------------------------------------------------------
     def step(self, data, u, out, lane=0):
@@ -204,25 +268,31 @@ class LinearPropagator(FEPropagator):
         self.apply_transposed(lam, out, lane)
 
     def control_adjoint(self, data, lam, lane=0):
-        """See :class:`FEPropagator`; for a static control the adjoints are summed before the one solve."""
+        """See :class:`FEPropagator`; for a static control the adjoints are summed before the one solve a term."""
         if self._loads is None:
             self._prepare_loads()
+        terms, stages = self._terms(data.t), range(self.dirk.stages)
         if not self.evolution.per_step:
-            lam, lane = (
-                np.add.reduce(lam, axis=0, keepdims=True) if len(lam) else np.zeros((1, self.evolution.state_size)),
-                0,
-            )
-        loads = {h: np.zeros_like(lam) for h in self.factors}
+            sums = [np.add.reduce(lam if term.boundary else term.weights[:, None] * lam, axis=0) for term in terms]
+            lam, lane = np.array(sums).reshape(len(terms), self.evolution.state_size), 0
+        adjoints = [np.zeros_like(lam) for _ in stages]
 
         def on_stage(rows, i, y):
-            loads[self.steps_of_stage[i]][rows] += y
+            adjoints[i][rows] = y
 
         self.apply_transposed(lam, np.empty_like(lam), lane, on_stage)
+        back = lambda term, i, row: self._term_pull_back(term, adjoints[i][row], self.steps_of_stage[i])
+        if not self.evolution.per_step:
+            return sum(
+                (back(term, i, row) for row, term in enumerate(terms) for i in term.stages),
+                np.zeros(self.evolution.control_size),
+            )
         out = np.zeros((len(lam), self.evolution.control_size))
-        for h, adjoints in loads.items():
-            for y, gz in zip(adjoints, out, strict=True):
-                gz += self._control_pull_back(y, h)
-        return out if self.evolution.per_step else out[0]
+        for row, gz in enumerate(out):
+            for term in terms:
+                for i in term.stages:
+                    gz += term.weights[row] * back(term, i, row)
+        return out
 
     def second_order(self, data, du, dz, lam, end=None):
         """Zero: the step is affine."""

@@ -10,7 +10,7 @@ Nothing is gathered: on several ranks in space the ends come from Lanczos iterat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -23,6 +23,7 @@ from pint_fem.mgrit.theory import Verdict, dirk_stability, two_level_bound, verd
 from pint_fem.propagators.arrays import boundary_rows
 from pint_fem.propagators.blocks import is_symmetric
 from pint_fem.propagators.evolution import Evolution
+from pint_fem.propagators.lanczos import ACCURACY, NotPositive, Pencil
 from pint_fem.propagators.tableaux import DIRK, SDIRK2, BackwardEuler
 
 __all__ = ["Spectrum", "mgrit_verdict", "spectrum"]
@@ -32,9 +33,6 @@ FACTORED = 6_000
 
 DENSE = 800
 """Unknowns up to which all eigenvalues of a general ``K`` are computed (900: 0.35 s)."""
-
-ACCURACY = 1e-2
-"""Of the ends of the spectrum; the largest is rounded up by it."""
 
 
 @dataclass(frozen=True)
@@ -105,104 +103,21 @@ def _boundary(corners: np.ndarray, per_decade: int) -> np.ndarray:
     return np.concatenate([a + t * (b - a) for a, b in pairwise(chain)])
 
 
-class _NotPositive(ArithmeticError):
-    """The mass matrix is not symmetric positive definite."""
-
-
-class _Operators:
-    """``M`` and ``K`` on the free degrees of freedom; fixed ones are decoupled, with the eigenvalue 0."""
+class _Operators(Pencil):
+    """``M`` and ``K`` on the free degrees of freedom; fixed ones have the eigenvalue 0."""
 
     def __init__(self, evolution: Evolution):
         mass, stiffness = evolution.linear_operators()
         M = assemble(mass, mat_type="aij").petscmat
         K = M.duplicate() if stiffness.empty() else assemble(stiffness, mat_type="aij").petscmat
         if not is_symmetric(M) or M.getDiagonal().min()[1] <= 0:
-            raise _NotPositive
-        self.fixed = boundary_rows(evolution.bcs, evolution.V)
-        rows = (self.fixed + M.getOwnershipRange()[0]).astype(PETSc.IntType)
+            raise NotPositive
+        fixed = boundary_rows(evolution.bcs, evolution.V)
+        rows = (fixed + M.getOwnershipRange()[0]).astype(PETSc.IntType)
         M.zeroRowsColumns(rows, diag=1.0)
         K.zeroRowsColumns(rows, diag=0.0)
-        self.M, self.K, self.comm, self.size = M, K, M.comm, M.getSize()[0]
-        self._b, self._x = M.createVecs()
-        # the mass matrix is well conditioned: this takes fewer than 20 products and no factorisation
-        self.ksp = PETSc.KSP().create(M.comm)
-        self.ksp.setOperators(M)
-        self.ksp.setType("cg")
-        self.ksp.getPC().setType("jacobi")
-        self.ksp.setTolerances(rtol=1e-8, max_it=1000)
-
-    def solve_mass(self, b: np.ndarray) -> np.ndarray:
-        """``M^{-1} b``, own degrees of freedom."""
-        self._b.array[:] = b
-        self.ksp.solve(self._b, self._x)
-        if self.ksp.getConvergedReason() < 0:
-            raise _NotPositive
-        return self._x.array_r.copy()
-
-    def product(self, A: PETSc.Mat) -> Callable[[np.ndarray], np.ndarray]:
-        """``x -> A x``, own degrees of freedom."""
-
-        def apply(x):
-            self._x.array[:] = x
-            A.mult(self._x, self._b)
-            return self._b.array_r.copy()
-
-        return apply
-
-    def ends(self, apply: Callable[[np.ndarray], np.ndarray], steps: int = 100) -> tuple[float, float]:
-        """Ends of the spectrum of ``apply(x) = kappa M x``, symmetric; the upper one moved outwards by its residual.
-
-        Lanczos iteration in the mass inner product, without a basis: copies of ends that have converged do no harm.
-        """
-        comm = self.comm.tompi4py()
-        dot = lambda x, y: comm.allreduce(float(x @ y))
-        w, alphas, betas = self._start(), [], []
-        q_dual = np.zeros_like(w)
-        while True:
-            v = self.solve_mass(w)
-            square = dot(v, w)
-            if square < 0:
-                raise _NotPositive
-            beta = square**0.5
-            if alphas:
-                T = np.diag(alphas) + np.diag(betas[1:], 1) + np.diag(betas[1:], -1)
-                done = beta <= 1e-10 * np.abs(T).max()
-                if done or len(alphas) % 5 == 0 or len(alphas) == steps:
-                    values, vectors = np.linalg.eigh(T)
-                    residuals = beta * np.abs(vectors[-1, [0, -1]])
-                    if done or len(alphas) == steps or residuals.max() <= ACCURACY * np.abs(values).max():
-                        return float(values[0]), float(values[-1] + residuals[1])
-            elif beta == 0:
-                return 0.0, 0.0
-            betas.append(beta)
-            q_before, q_dual, q = q_dual, w / beta, v / beta
-            w = apply(q)
-            alphas.append(dot(q, w))
-            w = w - alphas[-1] * q_dual - (beta * q_before if len(alphas) > 1 else 0)
-
-    def ritz(self, apply: Callable[[np.ndarray], np.ndarray], steps: int = 40) -> tuple[np.ndarray, np.ndarray]:
-        """Ritz values of a map and their residuals, by Arnoldi iteration in the mass inner product."""
-        comm, mass = self.comm.tompi4py(), self.product(self.M)
-        n = self.M.getLocalSize()[0]
-        Q, H, w = np.zeros((steps + 1, n)), np.zeros((steps + 1, steps)), self._start()
-        Q[0] = w / comm.allreduce(float(w @ mass(w))) ** 0.5
-        for k in range(steps):
-            w = apply(Q[k])
-            for _ in range(2):  # the second pass restores what the first loses to cancellation
-                h = comm.allreduce(Q[: k + 1] @ mass(w))
-                w = w - h @ Q[: k + 1]
-                H[: k + 1, k] += h
-            H[k + 1, k] = max(comm.allreduce(float(w @ mass(w))), 0.0) ** 0.5
-            if H[k + 1, k] <= 1e-10 * np.abs(H).max():
-                break
-            Q[k + 1] = w / H[k + 1, k]
-        values, vectors = np.linalg.eig(H[: k + 1, : k + 1])
-        return values.astype(complex), H[k + 1, k] * np.abs(vectors[-1])
-
-    def _start(self) -> np.ndarray:
-        start = np.random.default_rng(self.comm.rank).standard_normal(self.M.getLocalSize()[0])
-        start[self.fixed] = 0
-        return start
+        super().__init__(M, fixed)
+        self.K = K
 
     def matrix(self, A: PETSc.Mat, *, free: bool = False):
         """As a scipy matrix, or its rows and columns of the free degrees of freedom (one rank)."""
@@ -232,7 +147,7 @@ def spectrum(evolution: Evolution) -> Spectrum | None:
         return None
     try:
         return _spectrum(_Operators(evolution))
-    except (_NotPositive, np.linalg.LinAlgError):
+    except (NotPositive, np.linalg.LinAlgError):
         return None
 
 
