@@ -42,7 +42,7 @@ from irksome import Dt
 
 from pint_fem.errors import InputError
 
-__all__ = ["B", "E", "VACUUM", "Medium", "Region", "Walls", "energy", "perfect_conductor", "residual", "state_space"]
+__all__ = ["VACUUM", "B", "E", "Medium", "Region", "Walls", "energy", "perfect_conductor", "residual", "state_space"]
 
 #: Numbers of the fields in the mixed state.
 E, B = 0, 1
@@ -152,7 +152,7 @@ def residual(u: Function, medium: Medium, *, current=None, walls: Walls | None =
     Returns
     -------
     ufl.Form
-        Linear in the test function; contains ``Dt(u)``. Each row is weighted so that :math:`\\frac12 \\int \\epsilon E^2 +
+        Linear in the test function; contains ``Dt(u)``. Rows are weighted so that :math:`\\frac12 \\int \\epsilon E^2 +
         B^2/\\mu` is the energy.
     """
     electric, magnetic = split(u)

@@ -73,9 +73,7 @@ def simulate(mesh, given: Setting, *, steps=STEPS, times=TIMES, degree=2, points
         raise ValueError(f"steps must be a multiple of times (got {steps} and {times})")
     space, t = state_space(mesh, degree), Constant(0.0)
     u, dt = Function(space), given.final_time / steps
-    form = residual(
-        u, Medium(mesh, given.regions), current=signal(t) * true_current(mesh), walls=given.walls
-    )
+    form = residual(u, Medium(mesh, given.regions), current=signal(t, given) * true_current(mesh), walls=given.walls)
     stepper = TimeStepper(
         form,
         RadauIIA(2),
@@ -118,7 +116,7 @@ def write(path, values, given: Setting, *, how: str, noise=NOISE, seed=SEED, poi
     sigma = noise * np.abs(values).max()
     noisy = values + sigma * np.random.default_rng(seed).standard_normal(values.shape)
     lines = [
-        f"# Electric field at probes in the {given.name} box, simulated: made by 'python -m problems.maxwell_readings'.",
+        f"# Electric field at probes in the {given.name} box, made by 'python -m problems.maxwell_readings'.",
         f"# {how}; current: problems.maxwell_setting.true_current",
         f"# noise: Gaussian, standard deviation {noise:g} of the largest absolute reading ({sigma:.6g}); "
         f"numpy default_rng({seed})",

@@ -25,8 +25,6 @@ __all__ = ["CELLS", "PROBES", "SETTINGS", "Setting", "box_mesh", "setting", "sig
 
 #: Cells along a side; region borders are at multiples of 1/8.
 CELLS = 16
-#: Centre and width of the pulse.
-PULSE = (0.25, 0.07)
 
 _SPACING = np.linspace(1 / 14, 13 / 14, 7)
 #: Places of the 49 probes.
@@ -51,6 +49,8 @@ class Setting:
     regions, walls
         See :mod:`problems.maxwell`; walls are numbered as by ``UnitSquareMesh`` (left, right, bottom, top).
     final_time : float
+    pulse : (float, float)
+        Time of the current's change of sign, and width.
     steps, integrator
         Of the inverse problem by default.
     """
@@ -59,6 +59,7 @@ class Setting:
     regions: Sequence[Region]
     walls: Walls
     final_time: float
+    pulse: tuple[float, float]
     steps: int
     integrator: str
 
@@ -72,7 +73,8 @@ SETTINGS = {
             Region("conductor", _CONDUCTOR, mu=1.5, sigma=120.0),
         ),
         Walls(conductor=(1, 3), impedance=(2, 4)),
-        1.0,
+        0.5,
+        (0.15, 0.05),
         256,
         "SDIRK2",
     ),
@@ -84,7 +86,8 @@ SETTINGS = {
             Region("magnetic block", _CONDUCTOR, mu=1.5),
         ),
         Walls(conductor=(1, 2, 3, 4)),
-        2.0,
+        1.5,
+        (0.3, 0.1),
         256,
         "ImplicitMidpoint",
     ),
@@ -117,9 +120,9 @@ def box_mesh(cells: int, comm):
     return UnitSquareMesh(cells, cells, comm=comm, distribution_parameters={"partitioner_type": "simple"})
 
 
-def signal(t):
+def signal(t, given: Setting):
     """Time course of the current: the derivative of a bell, so that no charge stays; at most 1."""
-    x = (t - PULSE[0]) / PULSE[1]
+    x = (t - given.pulse[0]) / given.pulse[1]
     return -(np.e**0.5) * 2**0.5 * x * exp(-(x**2))
 
 

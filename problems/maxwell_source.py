@@ -86,7 +86,7 @@ def evolution_of(
     """
     space, t = state_space(mesh, degree), time_function(mesh)
     u, current = Function(space, name="field"), Function(VectorFunctionSpace(mesh, "CG", 1), name="current")
-    form = residual(u, Medium(mesh, given.regions), current=signal(t) * current, walls=given.walls)
+    form = residual(u, Medium(mesh, given.regions), current=signal(t, given) * current, walls=given.walls)
     return Evolution(
         form,
         u,

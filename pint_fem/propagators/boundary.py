@@ -17,7 +17,7 @@ from ufl.algorithms.apply_derivatives import apply_derivatives
 
 from pint_fem.errors import InputError
 from pint_fem.propagators.arrays import boundary_rows, condition_rows, is_real, own_size, rows_in_whole
-from pint_fem.propagators.operators import ControlOperator, MatrixOperator, RealOperator
+from pint_fem.propagators.operators import MatrixOperator, RealOperator
 
 if TYPE_CHECKING:
     from pint_fem.propagators.evolution import Evolution

@@ -142,6 +142,12 @@ class Fields:
         self.P = G.matMult(X)
         self.P.scale(-1.0)
         self.symmetric = all(is_symmetric(A) for A in (self._M_a, self._K_a, self.P))
+        both = D.transpose(PETSc.Mat())
+        scale = both.norm(PETSc.NormType.INFINITY)
+        both.axpy(1.0, G, structure=PETSc.Mat.Structure.DIFFERENT_NONZERO_PATTERN)
+        #: Whether the coupling is skew-symmetric, ``G = -D^T``, with symmetric ``M_a``, ``M_b``, ``K_a``: damped waves.
+        self.is_wave = self.symmetric and is_symmetric(self.M_b)
+        self.is_wave &= both.norm(PETSc.NormType.INFINITY) <= 1e-13 * scale
         self._rows = (self.fixed + self._M_a.getOwnershipRange()[0]).astype(PETSc.IntType)
         mass = self._M_a.copy()
         for A in (mass, G):
@@ -155,6 +161,14 @@ class Fields:
         for name in ("M", "G"):
             self.matrices[name + "T"] = self.matrices[name].transpose(PETSc.Mat())
 
+    def damping(self) -> PETSc.Mat:
+        """:math:`K_a`, rows and columns with a condition zero."""
+        return self._free(self._K_a)
+
+    def stiffness(self) -> PETSc.Mat:
+        """:math:`-G X`, likewise."""
+        return self._free(self.P)
+
     def part(self, h: float) -> PETSc.Mat:
         """:math:`M_a + h K_a`, rows and columns with a condition those of the identity."""
         return self._fix(self._sum(h, 0.0))
@@ -163,8 +177,7 @@ class Fields:
         """:math:`M_a + h K_a - h^2 G X`, likewise."""
         return self._fix(self._sum(h, h * h))
 
-    def free(self, A: PETSc.Mat) -> PETSc.Mat:
-        """A copy of a matrix of ``a``, rows and columns with a condition zero."""
+    def _free(self, A: PETSc.Mat) -> PETSc.Mat:
         A = A.copy()
         A.zeroRowsColumns(self._rows, diag=0.0)
         return A

@@ -40,7 +40,7 @@ def stable_step(evolution: Evolution) -> float:
     """
     fields = _fields(evolution)
     pencil = Pencil(fields.part(0.0), fields.fixed)
-    highest = pencil.ends(pencil.product(fields.free(fields.P)))[1]
+    highest = pencil.ends(pencil.product(fields.stiffness()))[1]
     return 2 / highest**0.5 if highest > 0 else np.inf
 
 
@@ -107,7 +107,8 @@ class _LeapfrogRecursion(Recursion):
 
     def forward(self, load=None):
         """See the base class."""
-        (h,), (a, b), multiply, end = self.steps, (self.blocks.fields.a, self.blocks.fields.b), self.blocks.multiply, self._end
+        (h,), multiply, end = self.steps, self.blocks.multiply, self._end
+        a, b = self.blocks.fields.a, self.blocks.fields.b
         given = self._load
         given[...] = 0
         if load is not None:
@@ -123,7 +124,8 @@ class _LeapfrogRecursion(Recursion):
 
     def backward(self, on_stage=None):
         """See the base class."""
-        (h,), (a, b), multiply, end = self.steps, (self.blocks.fields.a, self.blocks.fields.b), self.blocks.multiply, self._end
+        (h,), multiply, end = self.steps, self.blocks.multiply, self._end
+        a, b = self.blocks.fields.a, self.blocks.fields.b
         b1 = self.w[..., b]
         a1 = self.w[..., a] - h * multiply("XT", b1)
         y = self.blocks.solve(h, 2 * a1, transposed=True)

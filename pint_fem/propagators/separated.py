@@ -16,7 +16,7 @@ from ufl.algorithms import expand_derivatives, extract_coefficients
 
 from pint_fem.errors import InputError
 from pint_fem.propagators.arrays import get, is_real, own_size, put
-from pint_fem.propagators.operators import ControlOperator, control_operator
+from pint_fem.propagators.operators import control_operator
 
 __all__ = ["MOST", "SeparatedOperator", "separated_operator"]
 

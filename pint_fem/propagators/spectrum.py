@@ -5,6 +5,16 @@ For :math:`M \dot u + K u = f` a step maps an eigenvector of :math:`K x = \kappa
 range is all that the two-level bound wants: it is a maximum over a curve. For another ``K`` it wants the boundary of a
 region, as the bound (a sum of moduli of analytic functions, where ``R`` has no pole) is subharmonic in :math:`\kappa`.
 
+*Damped waves*, a symmetric positive part of ``K`` on some fields and a skew-symmetric coupling with the field that the
+evolution eliminates (:mod:`~pint_fem.propagators.fields`), are not normal. For an eigenvector with the part ``a`` there,
+:math:`s = a^* K_a a / a^* M_a a` and :math:`\omega^2 = -a^* G X a / a^* M_a a`,
+
+.. math::  \kappa^2 - s \kappa + \omega^2 = 0 ,
+
+so that the ranges of damping and frequency, those of two symmetric pencils, hold all eigenvalues. The bound is that of
+the pairs with damping ``s`` and frequency :math:`\omega` (:mod:`~pint_fem.mgrit.theory_blocks`), a bound of norms in the
+energy's inner product where the damping is uniform.
+
 Nothing is gathered: on several ranks in space the ends come from Lanczos iteration with distributed products.
 """
 
@@ -19,10 +29,12 @@ from firedrake import assemble
 from firedrake.petsc import PETSc
 
 from pint_fem.mgrit.options import MGRITOptions
-from pint_fem.mgrit.theory import Verdict, dirk_stability, two_level_bound, verdict
+from pint_fem.mgrit.theory import Verdict, dirk_stability, two_level_factors, verdict
+from pint_fem.mgrit.theory_blocks import block_factors, damped_wave, runge_kutta_matrix
 from pint_fem.propagators.arrays import boundary_rows
 from pint_fem.propagators.blocks import is_symmetric
 from pint_fem.propagators.evolution import Evolution
+from pint_fem.propagators.fields import Fields
 from pint_fem.propagators.lanczos import ACCURACY, NotPositive, Pencil
 from pint_fem.propagators.tableaux import DIRK, SDIRK2, BackwardEuler
 
@@ -42,13 +54,16 @@ class Spectrum:
     Attributes
     ----------
     kind : str
-        ``"parabolic"`` (real), ``"wave"`` (imaginary) or ``"general"``.
+        ``"parabolic"`` (real), ``"wave"`` (imaginary), ``"damped wave"`` or ``"general"``.
     low, high : float
-        Ends of the range: of :math:`\kappa`, of :math:`|\kappa|` for waves, of the real part in general. 1/time.
+        Ends of the range: of :math:`\kappa`, of :math:`|\kappa|` for waves, of the damping of damped ones, of the real
+        part in general. 1/time.
     region : ndarray or None
         ``"general"``: the eigenvalues above the real axis, or corners of a convex region that holds them.
     estimate : str
         How the region was made where it is not known to be right; empty where it is.
+    frequency : float
+        Largest :math:`\omega` of damped waves.
     """
 
     kind: str
@@ -56,6 +71,22 @@ class Spectrum:
     high: float
     region: np.ndarray | None = None
     estimate: str = ""
+    frequency: float = 0.0
+
+    @property
+    def note(self) -> str:
+        """What to know of bounds over it."""
+        if self.kind == "general":
+            return self.estimate or "mode by mode, of an operator that is not normal"
+        return self.estimate
+
+    def pairs(self, dt: float, per_decade: int = 48) -> tuple[np.ndarray, np.ndarray]:
+        r"""Values of :math:`\Delta t\, s` and :math:`\Delta t\, \omega` that cover those of damped waves."""
+        low, high = self.low * dt, self.high * dt
+        count = 1 if high <= low * (1 + 1e-6) else 2 + int(8 * np.log10(high / low))
+        s, w = np.geomspace(low, high, count), _logarithmic(0.0, max(self.frequency * dt, 1e-12), per_decade)
+        w = np.unique(np.concatenate([w, np.clip(s / 2, w[0], w[-1])]))  # there a pair is furthest from normal
+        return tuple(x.ravel() for x in np.meshgrid(s, w, indexing="ij"))
 
     def sample(self, dt: float, per_decade: int = 128) -> np.ndarray:
         r"""Values of :math:`\Delta t\, \kappa` that cover the spectrum.
@@ -73,6 +104,9 @@ class Spectrum:
         ndarray
             Real for ``"parabolic"``, else complex.
         """
+        if self.kind == "damped wave":
+            s, w = self.pairs(dt)
+            return s / 2 + np.sqrt((s**2 / 4 - w**2).astype(complex))
         if self.kind == "general":
             return dt * (_boundary(self.region, per_decade) if self.estimate else self.region)
         parts = []
@@ -135,8 +169,9 @@ def spectrum(evolution: Evolution) -> Spectrum | None:
     """Where the eigenvalues of a linear evolution lie; every rank of its ``space_comm`` calls it.
 
     Symmetric and skew-symmetric ``K``: the largest by Lanczos iteration, at most 1 percent too large. The smallest by
-    shift and invert on one rank with up to ``FACTORED`` unknowns, else 0, which is safe. Waves: from 0. General ``K``:
-    all eigenvalues on one rank with up to ``DENSE`` unknowns, else the convex hull of Ritz values, an estimate.
+    shift and invert on one rank with up to ``FACTORED`` unknowns, else 0, which is safe. Waves: from 0. Waves that are
+    damped everywhere: the ranges of damping and frequency. General ``K``: all eigenvalues on one rank with up to
+    ``DENSE`` unknowns, else the convex hull of Ritz values, an estimate.
 
     Returns
     -------
@@ -146,9 +181,23 @@ def spectrum(evolution: Evolution) -> Spectrum | None:
     if evolution.linear_operators() is None:
         return None
     try:
-        return _spectrum(_Operators(evolution))
+        return _damped_wave(evolution.fields) or _spectrum(_Operators(evolution))
     except (NotPositive, np.linalg.LinAlgError):
         return None
+
+
+def _damped_wave(fields: Fields | None) -> Spectrum | None:
+    """Ranges of damping and frequency; ``None`` where nothing damps somewhere, or the system is no such wave."""
+    if fields is None or not fields.is_wave:
+        return None
+    pencil = Pencil(fields.part(0.0), fields.fixed)
+    low, high = pencil.ends(pencil.product(fields.damping()))
+    if low <= ACCURACY * high:
+        return None
+    frequency = max(pencil.ends(pencil.product(fields.stiffness()))[1], 0.0) ** 0.5
+    uniform = high <= low * (1 + 1e-6)
+    note = "" if uniform else "an estimate from the ranges of damping and frequency of an operator that is not normal"
+    return Spectrum("damped wave", low if uniform else low * (1 - ACCURACY), high, estimate=note, frequency=frequency)
 
 
 def _spectrum(ops: _Operators) -> Spectrum:
@@ -264,8 +313,8 @@ def mgrit_verdict(
         judged = pair.verdict(coarse_tableau, m, **given)
         if not judged.converges:
             judged = pair.verdict(coarse_tableau, m, alternatives=pair.alternatives(coarse_tableau, m), **given)
-        if found.kind == "general":
-            judged = replace(judged, note=found.estimate or "mode by mode, of an operator that is not normal")
+        if found.note:
+            judged = replace(judged, note=found.note)
         verdicts.append(judged)
         stride, steps = stride * m, steps // m
     return verdicts
@@ -283,25 +332,35 @@ class _Pair:
     weight: float
     is_first: bool
 
+    def _tableaux(self, coarse_tableau) -> tuple[DIRK, DIRK]:
+        return DIRK(self.evolution.tableau if self.is_first else coarse_tableau), DIRK(coarse_tableau)
+
     def _eigenvalues(self, coarse_tableau, m: int):
-        modes = self.spectrum.sample(self.evolution.dt, max(128, 12 * m))
-        tableaux = (self.evolution.tableau if self.is_first else coarse_tableau, coarse_tableau)
-        lam, mu = (
-            dirk_stability(d.A, d.b, -s * modes)
-            for d, s in zip(map(DIRK, tableaux), (self.stride, m * self.stride), strict=True)
-        )
+        modes, strides = self.spectrum.sample(self.evolution.dt, max(128, 12 * m)), (self.stride, m * self.stride)
+        tableaux = self._tableaux(coarse_tableau)
+        lam, mu = (dirk_stability(d.A, d.b, -s * modes) for d, s in zip(tableaux, strides, strict=True))
         return modes, lam, mu
 
+    def _factors(self, eigenvalues, coarse_tableau, m: int, relax: str, weight: float) -> np.ndarray:
+        """Bound of each mode."""
+        if self.spectrum.kind != "damped wave":
+            return two_level_factors(*eigenvalues[1:], m, self.steps // m, relax, weight)
+        pairs, strides = damped_wave(*self.spectrum.pairs(self.evolution.dt)), (self.stride, m * self.stride)
+        tableaux = zip(self._tableaux(coarse_tableau), strides, strict=True)
+        fine, coarse = (runge_kutta_matrix(d.A, d.b, -s * pairs) for d, s in tableaux)
+        return block_factors(fine, coarse, m, self.steps // m, relax, weight)
+
     def verdict(self, coarse_tableau, m: int, **given) -> Verdict:
-        modes, lam, mu = self._eigenvalues(coarse_tableau, m)
-        return verdict(lam, mu, m, self.steps // m, self.relax, weight=self.weight, modes=modes, **given)
+        modes, lam, mu = found = self._eigenvalues(coarse_tableau, m)
+        factors = self._factors(found, coarse_tableau, m, self.relax, self.weight)
+        given |= dict(weight=self.weight, modes=modes, factors=factors)
+        return verdict(lam, mu, m, self.steps // m, self.relax, **given)
 
     def alternatives(self, coarse_tableau, m: int) -> dict[str, float]:
         """Bounds of other choices, by what to write for them."""
 
         def bound(tableau, m=m, relax=self.relax, weight=self.weight):
-            _, lam, mu = self._eigenvalues(tableau, m)
-            return two_level_bound(lam, mu, m, self.steps // m, relax, weight)
+            return float(np.max(self._factors(self._eigenvalues(tableau, m), tableau, m, relax, weight)))
 
         out = {"relax='FCF'": bound(coarse_tableau, relax="FCF")} if self.relax == "F" else {}
         for tableau in (SDIRK2(), BackwardEuler()):
