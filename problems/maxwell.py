@@ -4,7 +4,7 @@ r"""Maxwell's equations in a box with walls, for the fields E and B.
     \epsilon\, \partial_t E + \sigma E &= \nabla \times (\mu^{-1} B) - J , \\
     \partial_t B &= -\nabla \times E ,
 
-with :math:`\epsilon, \mu, \sigma` constant in each region. E is in N1curl of degree k. In space, B is in RT of degree k;
+with :math:`\epsilon, \mu, \sigma` constant in each region. E is in N1curl of degree k. In space B is in RT of degree k,
 in the plane (transverse electric: E in the plane, B across it) B is in DG of degree k - 1. Both hold the curls of
 N1curl, so that the second equation holds pointwise: div B stays what it was, to the last digits.
 

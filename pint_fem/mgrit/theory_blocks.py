@@ -58,7 +58,7 @@ def _norm(X: np.ndarray) -> np.ndarray:
 
 
 def block_factors(fine, coarse, m: int, coarse_steps: int, relax: str = "F", weight: float = 1.0, circle: int = 64):
-    """Bounds of the two-level factor of blocks, as :func:`~pint_fem.mgrit.theory.two_level_factors` has them of numbers.
+    """Bounds of the two-level factor of blocks, like those of :func:`~pint_fem.mgrit.theory.two_level_factors`.
 
     Parameters
     ----------

@@ -75,14 +75,14 @@ class BoundaryControls:
         self._operators: list[list[tuple]] | None = None
 
     def _assembled(self) -> list[list[tuple]]:
-        """Of each control: operators to the conditions' spaces, rows there and in the whole space, size of the first."""
+        """Of each control: operators to the conditions' spaces, rows there and in the whole space, its size."""
         if self._operators is None or self.depends_on_time:
             made = [[] for _ in self.evolution.parameters]
             for index, slope, V, local, rows in self._terms:
                 space = self.evolution.parameters[index].function_space()
                 drop = np.setdiff1d(np.arange(own_size(V)), local)
                 if is_real(space):
-                    columns = lambda one, slope=slope: Function(V).interpolate(slope(one))
+                    columns = lambda one, slope=slope, V=V: Function(V).interpolate(slope(one))
                     operator = RealOperator(space, columns, drop)
                 else:
                     matrix = assemble(interpolate(slope(TrialFunction(space)), V)).petscmat

@@ -6,14 +6,14 @@ range is all that the two-level bound wants: it is a maximum over a curve. For a
 region, as the bound (a sum of moduli of analytic functions, where ``R`` has no pole) is subharmonic in :math:`\kappa`.
 
 *Damped waves*, a symmetric positive part of ``K`` on some fields and a skew-symmetric coupling with the field that the
-evolution eliminates (:mod:`~pint_fem.propagators.fields`), are not normal. For an eigenvector with the part ``a`` there,
+evolution eliminates (:mod:`~pint_fem.propagators.fields`), are not normal. For an eigenvector's part ``a`` there, and
 :math:`s = a^* K_a a / a^* M_a a` and :math:`\omega^2 = -a^* G X a / a^* M_a a`,
 
 .. math::  \kappa^2 - s \kappa + \omega^2 = 0 ,
 
 so that the ranges of damping and frequency, those of two symmetric pencils, hold all eigenvalues. The bound is that of
-the pairs with damping ``s`` and frequency :math:`\omega` (:mod:`~pint_fem.mgrit.theory_blocks`), a bound of norms in the
-energy's inner product where the damping is uniform.
+the pairs with damping ``s`` and frequency :math:`\omega` (:mod:`~pint_fem.mgrit.theory_blocks`), a bound of norms in
+the energy's inner product where the damping is uniform.
 
 Nothing is gathered: on several ranks in space the ends come from Lanczos iteration with distributed products.
 """
