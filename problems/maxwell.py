@@ -42,7 +42,19 @@ from irksome import Dt
 
 from pint_fem.errors import InputError
 
-__all__ = ["VACUUM", "B", "E", "Medium", "Region", "Walls", "energy", "perfect_conductor", "residual", "state_space"]
+__all__ = [
+    "VACUUM",
+    "B",
+    "E",
+    "Medium",
+    "Region",
+    "Walls",
+    "energy",
+    "perfect_conductor",
+    "residual",
+    "state_space",
+    "tangential",
+]
 
 #: Numbers of the fields in the mixed state.
 E, B = 0, 1
@@ -130,7 +142,7 @@ def state_space(mesh, degree: int = 1):
     return FunctionSpace(mesh, "N1curl", degree) * magnetic
 
 
-def _tangential(n, v):
+def tangential(n, v):
     """``n x v``: a number in the plane, a vector in space."""
     return n[0] * v[1] - n[1] * v[0] if len(n) == 2 else cross(n, v)
 
@@ -167,7 +179,7 @@ def residual(u: Function, medium: Medium, *, current=None, walls: Walls | None =
         form += inner(current, v) * dx
     if walls is not None and len(walls.impedance):
         n = FacetNormal(u.function_space().mesh().unique())
-        loss = sqrt(epsilon / mu) * inner(_tangential(n, electric), _tangential(n, v))
+        loss = sqrt(epsilon / mu) * inner(tangential(n, electric), tangential(n, v))
         form += loss * ds(tuple(walls.impedance))
     return form
 

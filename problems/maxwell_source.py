@@ -32,8 +32,9 @@ from problems.readings import Readings, read_readings
 
 __all__ = ["ALPHA", "BETA", "MaxwellSource", "evolution_of", "maxwell_source"]
 
-ALPHA = 1e-4
-BETA = 1e-5
+#: Weights of the regularisation in each regime.
+ALPHA = {"lossy": 1e-3, "cavity": 1e-3}
+BETA = {"lossy": 1e-3, "cavity": 1e-3}
 DEGREE = 2
 
 
@@ -110,8 +111,8 @@ def maxwell_source(
     readings: str | Path | None = None,
     steps: int | None = None,
     integrator: str | None = None,
-    alpha: float = ALPHA,
-    beta: float = BETA,
+    alpha: float | None = None,
+    beta: float | None = None,
     noise: float = NOISE,
     solver_parameters: dict | None = None,
     step_parameters: dict | None = None,
@@ -133,7 +134,7 @@ def maxwell_source(
         Time steps and a name of :func:`pint_fem.propagators.named_tableau`, or ``"Leapfrog"`` with implicit midpoint
         steps on coarse levels; default: the regime's.
     alpha, beta
-        Regularisation of the gradient and the size of J; not negative, beta positive.
+        Regularisation of the gradient and the size of J; not negative, beta positive; default: the regime's.
     noise
         Standard deviation of the readings' noise, relative to the largest reading.
     solver_parameters
@@ -146,10 +147,12 @@ def maxwell_source(
     InputError
         On every rank, on a bad file or value.
     """
+    given = setting(regime)
+    alpha = ALPHA[regime] if alpha is None else alpha
+    beta = BETA[regime] if beta is None else beta
     for name, value in (("alpha", alpha), ("beta", beta), ("noise", noise)):
         if not np.isfinite(value) or value < 0 or (value == 0 and name != "alpha"):
             raise InputError(f"{name} = {value:g}: give a {'non-negative' if name == 'alpha' else 'positive'} number")
-    given = setting(regime)
     integrator, steps = integrator or given.integrator, given.steps if steps is None else steps
     explicit = integrator == "Leapfrog"
     data = read_readings(readings or readings_file(regime), given.final_time, COLUMNS)

@@ -224,7 +224,7 @@ def test_elimination_refused():
         cavity(2, 2, eliminate=E)
 
 
-# -- leapfrog -------------------------------------------------------------------------------------------------------------
+# -- leapfrog ---------------------------------------------------------------------------------------------------------
 def test_leapfrog_conserves_and_is_refused_beyond_cfl():
     """Its own energy is constant: E^2 + B^2 - |dt/2 curl E|^2 at whole steps; beyond the limit it is not taken."""
     ev, _ = cavity(2, 4, dt=0.02, steps=400)
@@ -271,7 +271,7 @@ def test_leapfrog_derivatives(per_step):
     assert abs(both[0] - both[1]) < 1e-11 * abs(both[0])
 
 
-# -- conditions on sub-spaces ---------------------------------------------------------------------------------------------
+# -- conditions on sub-spaces -----------------------------------------------------------------------------------------
 def test_conditions_on_components():
     """One component of a vector fixed, with a control in its boundary value; the tape is the reference."""
     mesh = UnitSquareMesh(3, 3)
@@ -334,7 +334,7 @@ def test_coarse_evolution_keeps_sub_space_conditions():
     assert not transfer.prolong(np.ones((1, coarse.state_size)))[0][fixed].any()
 
 
-# -- currents with a time course ------------------------------------------------------------------------------------------
+# -- currents with a time course --------------------------------------------------------------------------------------
 def test_time_courses_of_static_controls():
     """Two time courses in one operator, a moving one is not separable."""
     mesh = UnitSquareMesh(3, 3)
@@ -352,7 +352,7 @@ def test_time_courses_of_static_controls():
             assert_close(*both, 1e-10)
 
 
-# -- probes -----------------------------------------------------------------------------------------------------------------
+# -- probes -----------------------------------------------------------------------------------------------------------
 @pytest.mark.parallel([1, 2])
 def test_probes_of_components():
     """What probes read is the component's value there; gradients are transposes."""
