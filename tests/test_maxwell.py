@@ -378,3 +378,50 @@ def test_probes_of_components():
     for field, component in ((None, 0), (2, 0), (E, None), (E, 2), (B, 0)):
         with pytest.raises(InputError, match="PointSensors"):
             pf.PointSensors(points, times, np.zeros((3, 3)), field=field, component=component).bind(ev, st, slab)
+
+
+# -- multigrid --------------------------------------------------------------------------------------------------------
+STAR = {
+    "ksp_type": "cg",
+    "ksp_rtol": 1e-12,
+    "pc_type": "mg",
+    "mg_levels_ksp_type": "chebyshev",
+    "mg_levels_ksp_max_it": 2,
+    "mg_levels_pc_type": "python",
+    "mg_levels_pc_python_type": "firedrake.ASMStarPC",
+    "mg_coarse_pc_type": "cholesky",
+}
+
+
+def on_hierarchy(refinements, dt, parameters):
+    """A cavity with losses on the finest of some meshes."""
+    mesh = MeshHierarchy(UnitSquareMesh(4, 4), refinements)[-1]
+    V = state_space(mesh)
+    u = Function(V)
+    return pf.Evolution(
+        residual(u, Medium(mesh, LOSSY), walls=MIXED), u, tableau=pf.ImplicitMidpoint(), dt=dt, nsteps=2,
+        bcs=perfect_conductor(V, MIXED), eliminate=B, solver_parameters=parameters,
+    )  # fmt: skip
+
+
+def test_star_multigrid():
+    """Same states as by factorisation; iterations hardly grow with refinement and step."""
+    counts = []
+    for refinements, dt in ((1, 0.1), (2, 0.1), (2, 10.0)):
+        direct, iterative = (LinearPropagator(on_hierarchy(refinements, dt, p)) for p in (None, STAR))
+        u = np.random.default_rng(0).standard_normal((2, direct.evolution.state_size))
+        u[:, direct.bc_rows] = 0
+        out = np.zeros((2, *u.shape))
+        direct.apply(u, out[0], 0)
+        iterative.apply(u, out[1], 0)
+        assert_close([out[1]], [out[0]], 1e-9)
+        counts.append(next(iter(iterative.factors.values())).ksp.getIterationNumber())
+    assert max(counts) <= min(counts) + 4
+    assert max(counts) < 25
+
+
+def test_multigrid_without_hierarchy_is_refused():
+    ev = cavity(2, 4)[0]
+    ev.solver_parameters = STAR
+    with pytest.raises(InputError, match="MeshHierarchy"):
+        LinearPropagator(ev)

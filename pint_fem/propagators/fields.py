@@ -26,12 +26,13 @@ from collections.abc import Mapping
 from functools import cached_property
 
 import numpy as np
-from firedrake import assemble
+from firedrake import DirichletBC, assemble
 from firedrake.petsc import PETSc
 
 from pint_fem.errors import InputError
 from pint_fem.propagators.arrays import boundary_rows, rows_in_whole
 from pint_fem.propagators.blocks import Factor, Workspace, is_symmetric
+from pint_fem.propagators.multigrid import Geometry
 from pint_fem.propagators.recursion import Recursion
 
 __all__ = ["BlockFields", "EliminatedRecursion", "FieldBlocks", "Fields", "StateFields", "sparse_solution"]
@@ -116,6 +117,8 @@ class Fields:
         a = np.setdiff1d(np.arange(size), b)
         self.a, self.b = _slice(a), _slice(b)
         self.fixed = np.searchsorted(a, boundary_rows(bcs, V))
+        #: The space of ``a`` where that is one field.
+        self.geometry = self._geometry(V, eliminate, bcs)
         M, K = (assemble(form, mat_type="aij").petscmat for form in operators)
         start = M.getOwnershipRange()[0]
         is_a, is_b = (PETSc.IS().createGeneral((r + start).astype(PETSc.IntType), comm=M.comm) for r in (a, b))
@@ -160,6 +163,18 @@ class Fields:
         self.matrices = {"M": mass, "G": G, "X": X, "XT": XT}
         for name in ("M", "G"):
             self.matrices[name + "T"] = self.matrices[name].transpose(PETSc.Mat())
+
+    @staticmethod
+    def _geometry(V, eliminate: int, bcs) -> Geometry | None:
+        if len(V) != 2:
+            return None
+        space, made = V.sub(1 - eliminate).collapse(), []
+        for bc in bcs:
+            part = space
+            for index in bc._indices[1:]:
+                part = part.sub(index)
+            made.append(DirichletBC(part, 0, bc.sub_domain))
+        return Geometry(space, made)
 
     def damping(self) -> PETSc.Mat:
         """:math:`K_a`, rows and columns with a condition zero."""

@@ -88,7 +88,8 @@ class LeapfrogPropagator(LinearPropagator):
     def _recursions(self, operators):
         ev, given = self.evolution, (self.dirk, self.steps_of_stage, self.factors, self.bc_rows, False)
         (h,) = self.steps_of_stage
-        self.factors[h] = Factor(self.fields.part(h), ev.solver_parameters, symmetric=self.fields.symmetric)
+        known = dict(symmetric=self.fields.symmetric, geometry=self.fields.geometry)
+        self.factors[h] = Factor(self.fields.part(h), ev.solver_parameters, **known)
         workspace = Workspace.zeros((ev.state_size, None), self.fields.M_b.comm)
         return (
             _LeapfrogRecursion(BlockFields(self.fields, self.factors), workspace, *given),

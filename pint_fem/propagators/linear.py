@@ -27,6 +27,7 @@ from pint_fem.propagators.base import FEPropagator, StepData
 from pint_fem.propagators.blocks import Factor, Workspace, is_symmetric, lanes
 from pint_fem.propagators.evolution import Evolution
 from pint_fem.propagators.fields import BlockFields, EliminatedRecursion, Fields, StateFields
+from pint_fem.propagators.multigrid import Geometry
 from pint_fem.propagators.operators import ControlOperator, MatrixOperator
 from pint_fem.propagators.recursion import BlockRecursion, Recursion, StateRecursion
 from pint_fem.propagators.tableaux import DIRK
@@ -78,7 +79,8 @@ class LinearPropagator(FEPropagator):
         if self.fields is not None:
             for h in dict.fromkeys(self.steps_of_stage):
                 matrix = self.fields.complement(h)
-                self.factors[h] = Factor(matrix, ev.solver_parameters, symmetric=self.fields.symmetric)
+                known = dict(symmetric=self.fields.symmetric, geometry=self.fields.geometry)
+                self.factors[h] = Factor(matrix, ev.solver_parameters, **known)
             sizes = (ev.state_size, None)
             block = EliminatedRecursion(
                 BlockFields(self.fields, self.factors), Workspace.zeros(sizes, self.fields.M_b.comm), *given
@@ -90,7 +92,7 @@ class LinearPropagator(FEPropagator):
         M.zeroRows(zero_rows, diag=0.0)
         for h in dict.fromkeys(self.steps_of_stage):
             S = assemble(operators[0] + Constant(h) * operators[1], bcs=ev.bcs, mat_type="aij").petscmat
-            self.factors[h] = Factor(S, ev.solver_parameters, symmetric=symmetric)
+            self.factors[h] = Factor(S, ev.solver_parameters, symmetric=symmetric, geometry=Geometry(ev.V, ev.bcs))
         symmetric_mass = mass.isSymmetric(0.0) and not len(self.bc_rows)
         self.M, self.MT = M, M if symmetric_mass else M.transpose(PETSc.Mat())
         return BlockRecursion(self.M, self.MT, *given), StateRecursion(self.M, self.MT, *given)
