@@ -1,4 +1,4 @@
-"""Recover an unknown current in a box from 49 probes of the electric field, parallel in time.
+"""Recover an unknown current in a box from 64 probes of the electric field, parallel in time.
 
     mpiexec -n 4 python demos/maxwell_source_inversion.py --grid 2x2           (2 ranks in space x 2 in time)
     python demos/maxwell_source_inversion.py --regime cavity                   (no losses: fields ring)

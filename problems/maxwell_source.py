@@ -1,4 +1,4 @@
-r"""Find the current in a box from readings of the electric field at 49 probes: the inverse problem, posed in UFL.
+r"""Find the current in a box from readings of the electric field at 64 probes: the inverse problem, posed in UFL.
 
 The state is (E, B) of :mod:`problems.maxwell`; the control is the static vector J in P1, the current being J(x) s(t)
 with the time course s known; and

@@ -46,7 +46,7 @@ class Geometry:
             If multigrid is asked for on a mesh without hierarchy or in a mixed space.
         """
         ksp.setDM(self.space.dm)
-        ksp.setDMActive(False)
+        ksp.setDMActive(PETSc.KSP.DMActive.ALL, False)
         if parameters.get("pc_type") == "mg":
             self._multigrid(ksp)
 
@@ -79,6 +79,6 @@ class Geometry:
             matrix.zeroRowsColumns((np.asarray(fixed) + first).astype(PETSc.IntType), diag=1.0)
             smoother = pc.getMGCoarseSolve() if number == 1 else pc.getMGSmoother(number - 1)
             smoother.setDM(coarse.dm)
-            smoother.setDMActive(False)
+            smoother.setDMActive(PETSc.KSP.DMActive.ALL, False)
             smoother.setOperators(matrix)
             space, bcs = coarse, coarse_bcs
