@@ -321,7 +321,7 @@ def test_control_in_tangential_field():
     V, Q = state_space(mesh), VectorFunctionSpace(mesh, "CG", 1)
     u, q = Function(V), Function(Q)
     F = residual(u, Medium(mesh, LOSSY))
-    bcs = [DirichletBC(V.sub(E), as_vector((q[0], q[1])), 1), *perfect_conductor(V, Walls((2,)))]
+    bcs = [DirichletBC(V.sub(E), as_vector((q[0], 2 * q[1])), 1), *perfect_conductor(V, Walls((2,)))]
     evs = [
         pf.Evolution(F, u, tableau=pf.SDIRK2(), dt=0.1, nsteps=3, control=q, bcs=bcs, eliminate=e) for e in (B, None)
     ]

@@ -74,7 +74,7 @@ class Geometry:
                 vector.array[without] = 0
             P.diagonalScale(rows, columns)
             pc.setMGInterpolation(number, P)
-            matrix = matrix.PtAP(P)
+            matrix = matrix.ptap(P)
             first = matrix.getOwnershipRange()[0]
             matrix.zeroRowsColumns((np.asarray(fixed) + first).astype(PETSc.IntType), diag=1.0)
             smoother = pc.getMGCoarseSolve() if number == 1 else pc.getMGSmoother(number - 1)
