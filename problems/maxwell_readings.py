@@ -3,7 +3,7 @@
     python -m problems.maxwell_readings
 
 Little of the discretisation is shared with the inverse problem: the mesh has twice as many cells along a side, the
-integrator is Radau IIA with two stages (order 3), there are four times as many steps, and the current is not a
+integrator is Radau IIA with two stages (order 3), there are twice as many steps, and the current is not a
 function of a finite element space. Takes some minutes on one core, and runs on one process.
 """
 
@@ -31,7 +31,7 @@ __all__ = ["COLUMNS", "NOISE", "SEED", "STEPS", "TIMES", "readings_file", "simul
 
 COLUMNS = ("sensor", "x", "y", "time", "ex", "ey")
 FINER = 2
-STEPS = 1024
+STEPS = 512
 TIMES = 64
 NOISE = 0.02
 SEED = 20262
@@ -124,7 +124,7 @@ def write(path, values, given: Setting, *, how: str, noise=NOISE, seed=SEED, poi
     ]
     for s, (x, y) in enumerate(points):
         lines += [
-            f"{s},{x:.6f},{y:.6f},{t:.6f},{ex:.6g},{ey:.6g}" for t, (ex, ey) in zip(times, noisy[:, s], strict=True)
+            f"{s},{x:.6f},{y:.6f},{t:.10g},{ex:.6g},{ey:.6g}" for t, (ex, ey) in zip(times, noisy[:, s], strict=True)
         ]
     Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
 

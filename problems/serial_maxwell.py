@@ -100,9 +100,10 @@ def serial_maxwell_source(
                 with stop_annotating():
                     d.dat.data_wo[:] = data.values[r]
                     target = assemble(interpolate(d, at_probes))
-                predicted = seen[n] if theta[r] == 1 else theta[r] * seen[n] + (1 - theta[r]) * seen[n - 1]
+                w = float(theta[r])  # UFL does not take numpy's numbers before vectors
+                predicted = seen[n] if w == 1 else w * seen[n] + (1 - w) * seen[n - 1]
                 misfit = predicted - target
-                functional += assemble(0.5 * weight * inner(misfit, misfit) * dx)
+                functional += assemble(0.5 * float(weight) * inner(misfit, misfit) * dx)
     rf = ReducedFunctional(functional, control_with_prior(J, prior), tape=tape)
     return SerialSource(rf, J, steps, time.perf_counter() - start)
 
@@ -139,6 +140,7 @@ def _trajectory(V, medium: Medium, given, J: Function, *, dt: float, steps: int,
         )
         solvers.append(LinearVariationalSolver(equation, solver_parameters=_DIRECT))
         course.append(s)
+        c = float(c)
         old, new = split(W) if isinstance(W, Function) else W, split(U)
         W = U if c == 1 else tuple((1 - c) * a + c * b for a, b in zip(old, new, strict=True))
         last = (1 - c, c, U)
