@@ -33,8 +33,8 @@ from problems.readings import Readings, read_readings
 __all__ = ["ALPHA", "BETA", "MaxwellSource", "evolution_of", "maxwell_source"]
 
 #: Weights of the regularisation in each regime.
-ALPHA = {"lossy": 1e-3, "cavity": 1e-3}
-BETA = {"lossy": 1e-3, "cavity": 1e-3}
+ALPHA = {"lossy": 3e-3, "cavity": 1e-2}
+BETA = {"lossy": 1e-3, "cavity": 1e-2}
 DEGREE = 2
 
 
