@@ -207,7 +207,7 @@ def write_fields(
     f, sheet = Function(space, name=name), VTKFile(str(folder / f"{part}.pvd"), comm=spacetime.space_comm)
     for n in own:
         put(f, U[n - slab.lo])
-        sheet.write(f, time=times[n])
+        sheet.write(*f.subfunctions, time=times[n])  # a mixed state is its fields
     extension = "vtu" if spacetime.space_comm.size == 1 else "pvtu"
     entries = spacetime.time_comm.gather(
         [(float(times[n]), f"{part}/{part}_{i}.{extension}") for i, n in enumerate(own)]
