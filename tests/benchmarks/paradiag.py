@@ -18,8 +18,8 @@ from mpi4py import MPI
 
 from pint_fem.adjoint import RunningMisfit, TimeParallelReducedFunctional
 from pint_fem.spacetime import SpaceTime
-from tests.benchmarks.rows import Row, row
 from problems.heat_square import square
+from tests.benchmarks.rows import Row, row
 from tests.benchmarks.time_parallel import on_ranks as run_on_ranks
 from tests.benchmarks.time_parallel import together
 from tests.cavity import cavity
