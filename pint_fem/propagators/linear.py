@@ -325,25 +325,38 @@ class LinearPropagator(FEPropagator):
 
     def control_adjoint(self, data, lam, lane=0):
         """See :class:`FEPropagator`; for a static control the adjoints are summed before the one solve a term."""
-        self._prepare_loads()
-        terms = self._terms(data.t)
         if not self.evolution.per_step:
-            sums = [np.add.reduce(lam if term.boundary else term.weights[:, None] * lam, axis=0) for term in terms]
-            lam, lane = np.array(sums).reshape(len(terms), self.evolution.state_size), 0
+            return self.control_adjoint_of_sums(data, self.control_sums(data, lam))
+        self._prepare_loads()
+        terms, adjoints = self._terms(data.t), self._stage_adjoints(lam, lane)
+        out = np.zeros((len(lam), self.evolution.control_size))
+        for row, gz in enumerate(out):
+            for term in terms:
+                gz += term.weights[row] * self._term_pull_back(term, adjoints[:, row])
+        return out
+
+    def control_sums(self, data, lam):
+        """See :class:`FEPropagator`; a row for each term."""
+        terms = self._terms(data.t)
+        sums = [np.add.reduce(lam if term.boundary else term.weights[:, None] * lam, axis=0) for term in terms]
+        return np.array(sums).reshape(len(terms), self.evolution.state_size)
+
+    def control_adjoint_of_sums(self, data, sums):
+        """See :class:`FEPropagator`."""
+        self._prepare_loads()
+        adjoints = self._stage_adjoints(sums, 0)
+        parts = (self._term_pull_back(term, adjoints[:, row]) for row, term in enumerate(self._terms(data.t)))
+        return sum(parts, np.zeros(self.evolution.control_size))
+
+    def _stage_adjoints(self, lam: np.ndarray, lane: int) -> np.ndarray:
+        """Adjoints of the stages' right-hand sides, ``(stages, k, n)``."""
         adjoints = np.zeros((self.dirk.stages, *lam.shape))
 
         def on_stage(rows, i, y):
             adjoints[i][rows] = y
 
         self.apply_transposed(lam, np.empty_like(lam), lane, on_stage)
-        if not self.evolution.per_step:
-            parts = (self._term_pull_back(term, adjoints[:, row]) for row, term in enumerate(terms))
-            return sum(parts, np.zeros(self.evolution.control_size))
-        out = np.zeros((len(lam), self.evolution.control_size))
-        for row, gz in enumerate(out):
-            for term in terms:
-                gz += term.weights[row] * self._term_pull_back(term, adjoints[:, row])
-        return out
+        return adjoints
 
     # -- memory --------------------------------------------------------------------------------------------------------
     def kept_bytes(self, count):
