@@ -94,7 +94,7 @@ def test_matrices_of_the_whole_state():
 
 
 def test_contraction_of_damped_waves():
-    """ParaDiag on uniformly damped waves, normal in pairs only: under its bound, which is the norm of a pair's factor."""
+    """ParaDiag on uniformly damped waves, normal in pairs only: under its bound, the norm of a pair's factor."""
     st, alpha = pf.SpaceTime("1x1", **ALONE), 0.1
     rf = posed(st, regions=(Region("all", sigma=1.0),), time_solver="paradiag", paradiag=dict(alpha=alpha, rtol=1e-11))
     bound = paradiag_contraction(rf.evolution, alpha)
