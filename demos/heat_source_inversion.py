@@ -7,7 +7,6 @@ MGRIT options of PETSc's kind follow with one dash: -mgrit_levels 3 -mgrit_coars
 -mgrit_monitor
 """
 
-import importlib.util
 import sys
 import time
 from importlib.metadata import version
@@ -24,7 +23,7 @@ def arguments():
     """Options of the program."""
     parser = ProgramParser(prog="heat_source_inversion.py", description=__doc__)
     add = parser.add_argument
-    add("--grid", default="auto", metavar="SxT", help="ranks in space x ranks in time (default: as the model says)")
+    add("--grid", default="auto", metavar="SxT", help="ranks in space x ranks in time (default: all in time)")
     add("--mesh", metavar="FILE.msh", help="gmsh mesh with the tags of problems/plate.py (default: the shipped plate)")
     add("--sensors", metavar="FILE.csv", help="readings: sensor,x,y,time,temperature (default: the shipped ones)")
     add("--steps", type=positive(int), default=512, help="time steps (512)")
@@ -48,27 +47,13 @@ def arguments():
     return parser.read()
 
 
-def grid(opts) -> str:
-    """The process grid: for ``auto`` the model's choice for the shipped mesh, and all ranks in time for another one."""
-    comm = MPI.COMM_WORLD
-    if opts.grid != "auto" or opts.mesh or opts.time_solver != "mgrit" or not 2 < comm.size <= 256:
-        return opts.grid
-    best = None
-    if comm.rank == 0 and importlib.util.find_spec("greenlet") is not None:
-        from pint_fem.scaling.planner import auto_grid
-
-        best = auto_grid("heat-source", comm.size, {"coarsening": (8, 4)}, opts.steps)
-    best = comm.bcast(best)
-    return opts.grid if best is None else f"{best[0]}x{best[1]}"
-
-
 def main():
     """Run the inversion."""
     opts = arguments()
     from pint_fem.errors import InputError
     from pint_fem.spacetime import SpaceTime
 
-    spacetime = SpaceTime(grid(opts))
+    spacetime = SpaceTime(opts.grid)
     try:
         opts.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -181,7 +181,7 @@ def test_minimises_from_a_checkpoint(tmp_path):
     results = []
     for storage, stops in (("all", [2]), ("C", [2]), ("C", [1, 2])):
         for most in stops:
-            rf = functional(pf.SpaceTime(), storage, steps=8)
+            rf = functional(pf.SpaceTime(), storage, "running", steps=8)
             path = tmp_path / f"{storage}{len(stops)}.h5"
             result = rf.minimize_trust_region(max_it=most, gtol_rel=1e-9, checkpoint=path)
         results.append(result)

@@ -158,6 +158,12 @@ class Calibration:
         """States of a block."""
         return self.work[1]["step"][0].width
 
+    def may_split(self, ranks: int) -> bool:
+        """Whether the model may speak of so many space ranks: only where two were measured, as another solver than on
+        one rank is used there.
+        """
+        return ranks == 1 or max(self.work) > 1
+
     def with_changes(self, **changes) -> Calibration:
         """A copy with other values."""
         return replace(self, **changes)

@@ -106,8 +106,9 @@ def predict(
     return Choice(solver, grid, dict(options), cycles, said.seconds, said.bytes_a_rank, sum(said.busy) / used), said
 
 
-def _divisors(n: int) -> list[int]:
-    return [d for d in range(1, n + 1) if n % d == 0]
+def _spaces(calibration: Calibration, ranks: int) -> list[int]:
+    """Numbers of space ranks to look at."""
+    return [d for d in range(1, ranks + 1) if ranks % d == 0 and calibration.may_split(d)]
 
 
 def plan(
@@ -157,13 +158,15 @@ def plan(
     if tolerances and rtol not in tolerances:
         raise InputError(f"rtol {rtol:g}: cycles were counted for {', '.join(f'{t:g}' for t in tolerances)}")
     common = dict(nsteps=steps, network=network)
-    done = [predict(calibration, {"levels": 1}, (space, 1), (0, 0), **common)[0] for space in _divisors(ranks)]
+    done = [
+        predict(calibration, {"levels": 1}, (space, 1), (0, 0), **common)[0] for space in _spaces(calibration, ranks)
+    ]
     best = min(choice.seconds for choice in done)
     menu = {json.dumps(e["options"]): e["options"] for e in calibration.cycles if e["rtol"] == rtol}
     candidates = []
     for options in menu.values():
         cycles = cycles_of(calibration, options, rtol)
-        for space in _divisors(ranks):
+        for space in _spaces(calibration, ranks):
             time = ranks // space
             if cycles is None or time == 1 or time > steps:
                 continue
@@ -179,7 +182,11 @@ def plan(
         done.append(predict(calibration, options, (space, ranks // space), cycles, **common)[0])
         best = min(best, done[-1].seconds)
     done.sort(key=lambda choice: (choice.seconds, choice.grid[0] * choice.grid[1]))
-    return Plan(calibration.problem, ranks, rtol, done[0], done[1:][:keep], [assumption(calibration)])
+    if calibration.may_split(2):
+        said = [assumption(calibration)]
+    else:
+        said = ["one space rank: the calibration has not measured two; more are not looked at"]
+    return Plan(calibration.problem, ranks, rtol, done[0], done[1:][:keep], [*said, *calibration.notes])
 
 
 def least_time(
@@ -226,7 +233,7 @@ def auto_grid(problem: str, ranks: int, options: Mapping, nsteps: int) -> tuple[
     """
     try:
         calibration = load(problem)
-        splits = [(space, ranks // space) for space in _divisors(ranks) if ranks // space <= nsteps]
+        splits = [(space, ranks // space) for space in _spaces(calibration, ranks) if ranks // space <= nsteps]
         return min(splits, key=lambda grid: predict(calibration, options, grid, (2, 2), nsteps=nsteps)[0].seconds)
     except (InputError, ValueError):  # no calibration, options that the solver itself will refuse, too many ranks
         return 1, ranks

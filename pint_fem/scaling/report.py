@@ -93,8 +93,12 @@ def _problem(c: Calibration, out: Path, say, largest: int, network: Network | No
     chosen = cheapest(c, rtol, network=network)
     say(f"\n{c.problem}: {c.unknowns} unknowns, {c.nsteps} steps, cold solves to {rtol:g}")
     say(f"  network {network or c.network}")
-    say(f"  work with several processes at once takes {max(c.busy.values()):.2f} times as long as alone (measured)")
-    say(f"  assumed: {assumption(c)}")
+    if len(c.busy) > 1:
+        say(f"  work with several processes at once takes {max(c.busy.values()):.2f} times as long as alone (measured)")
+    if c.may_split(2):
+        say(f"  assumed: {assumption(c)}")
+    for note in c.notes:
+        say(f"  calibration: {note}")
     ours = strong(c, chosen, (0, 0), ranks, network=network)
     others = opponents(c, ranks, network=network)
     tasks = [t for t in TASKS if t in ours.seconds]

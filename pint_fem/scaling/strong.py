@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from math import exp, log
+from math import exp, log, prod
 
 from pint_fem.scaling.costs import Calibration
 from pint_fem.scaling.model import Model, Solve
@@ -112,9 +112,11 @@ def strong(
 def opponents(calibration: Calibration, ranks: Sequence[int], **model) -> list[Curve]:
     """Our serial stepping with the best number of space ranks up to each count, and serial pyadjoint."""
     best: dict[str, float] = {}
-    ours, counts = Curve("our serial stepping, parallel in space", [], {}), sorted(ranks)
+    where = "parallel in space" if calibration.may_split(2) else "on one rank (space ranks were not measured)"
+    ours, counts = Curve(f"our serial stepping, {where}", [], {}), sorted(ranks)
     for count in counts:
-        seconds, _ = task_seconds(calibration, {"levels": 1}, (count, 1), (0, 0), **model)
+        space = count if calibration.may_split(count) else 1
+        seconds, _ = task_seconds(calibration, {"levels": 1}, (space, 1), (0, 0), **model)
         for task, value in seconds.items():
             best[task] = min(best.get(task, value), value)
             ours.seconds.setdefault(task, []).append(best[task])
@@ -157,6 +159,8 @@ def weak(
     curve = Curve(f"weak scaling, {steps_a_rank} steps a rank", [], {"gradient": []})
     for count in ranks:
         chosen, n = options(count)
+        if prod(chosen.get("coarsening", ())) > steps_a_rank * count:  # too few steps for these levels
+            continue
         made = Model(calibration, chosen, (1, count), nsteps=steps_a_rank * count, **model)
         said = made.run(Solve("state", "nested", n[0]), Solve("adjoint", "nested", n[1]), task="gradient")
         curve.ranks.append(count)
