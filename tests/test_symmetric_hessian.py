@@ -60,6 +60,19 @@ def test_symmetric_and_near_the_hessian(make):
     assert errors[0] > 1e-9 * scale  # few cycles are not exact: the symmetry is no accident
 
 
+def test_other_cycles():
+    """Weights, more relaxation and F-cycles have exact transposes, too; what has none is not offered."""
+    one = lambda **options: linear(pf.SpaceTime("1x1", comm=MPI.COMM_SELF), **options)
+    for options in ({"c_weight": 0.8}, {"relax": "FCFCF"}, {"relax": "F"}, {"cycle": "F"}, {"residual": "full"}):
+        rf = one(**options)
+        z, (v, w) = rf.array(rf.controls[0].control), two_directions(rf)
+        hv, hw = (rf.problem.symmetric_action(z, x, 2)[0] for x in (v, w))
+        assert abs(hv @ w - hw @ v) <= 1e-12 * np.sqrt(abs((hv @ v) * (hw @ w)))
+    none = {"check": "relaxed"}, {"cycle": "F", "f_cycles": 1}, {"start": "nested"}, {"coarse_solver": "relax"}
+    for options in none:
+        assert one(**options).problem.sweeps.transposed_adjoint is None
+
+
 @pytest.mark.parallel([2, 3])
 def test_same_bits_for_every_number_of_time_ranks():
     """Of the adjoints; a static control's derivative is a sum over the ranks."""

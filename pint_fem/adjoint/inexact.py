@@ -171,16 +171,17 @@ class InexactObjective(Objective):
         return partial(self._model, gauss_newton=gauss_newton)
 
     def _model(self, x: np.ndarray, rtol: float, *, gauss_newton: bool) -> Callable[[np.ndarray], np.ndarray]:
-        rtol, most, settled = self._clip(rtol), self.problem.sweeps.options.max_it, False
+        rtol, most, cycles = self._clip(rtol), self.problem.sweeps.options.max_it, None
 
         def action(v: np.ndarray) -> np.ndarray:
-            nonlocal settled
+            nonlocal cycles
             while True:
-                h, residual = self.problem.symmetric_action(x, v, self._cycles, gauss_newton=gauss_newton)
-                settled = settled or residual <= rtol or self._cycles >= most
-                if settled:
+                taken = self._cycles if cycles is None else cycles
+                h, residual = self.problem.symmetric_action(x, v, taken, gauss_newton=gauss_newton)
+                if cycles is not None or residual <= rtol or taken >= most:
+                    cycles = taken
                     return self._inner.primal(h)
-                self._cycles += 1
+                self._cycles = taken + 1
 
         return action
 

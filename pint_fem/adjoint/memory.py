@@ -11,8 +11,9 @@ coarse levels          :math:`(4 k_l + 2)\,n` for each coarse level of :math:`k_
                        and each solver: two (state and tangent share one), three for a nonlinear evolution
 windows                with ``storage="C"``: :math:`3 m w\,n` at most, of ``w`` intervals computed again together
 data                   states that data depending on time take: loads (one a stage and step), linear parts of misfits
-linearisation          of a nonlinear evolution :math:`7 s + 3` states for each step remembered: own ones of all levels,
+linearisation          of a nonlinear evolution :math:`6 s + 5` states for each step remembered: own ones of all levels,
                        with ``storage="C"`` those of coarse levels and of one interval
+model                  once a model of the Hessian is made (inexact minimisation): a slab, and its coarse levels
 PETSc                  blocks of ``WIDTH`` states, matrices, factors as PETSc counts or estimates them
 =====================  =================================================================================================
 
@@ -76,6 +77,8 @@ def memory(problem) -> Memory:
     layout = problem.layout.size * 8
     kept = {name: len(problem.points) * rows * n for name in ("state", "adjoint")}
     kept["coarse levels"] = sum(_coarse(solver, n) for solver in sweeps.solvers)
+    if sweeps.has_model:
+        kept["model"] = (rows + int(slab.is_last)) * n + _coarse(sweeps.transposed_adjoint.solver, n)
     kept["data"] = sum(m.nbytes() for m in problem.misfits) + sum(p.kept_bytes(k) for p, k, _ in sweeps.steps_kept)
     linearised = sum(p.memory_bytes() * count for p, _, count in sweeps.steps_kept)
     kept["linearisation"] = linearised + (rows * n + layout if linearised else 0)

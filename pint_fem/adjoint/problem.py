@@ -141,6 +141,7 @@ class ReducedProblem:
 
     def forget(self) -> None:
         """Forget what was solved: the next solves start cold."""
+        self.sweeps.forget()
         for point in self._points:
             point.reset(self.sweeps.initial)
 

@@ -525,6 +525,15 @@ class Sweeps:
             return None
         return TransposedAdjoint(self._adjoint, self.slab, **self._backward)
 
+    @property
+    def has_model(self) -> bool:
+        """Whether :attr:`transposed_adjoint` has been made."""
+        return vars(self).get("transposed_adjoint") is not None
+
+    def forget(self) -> None:
+        """Forget first guesses of nonlinear steps and what a linearisation has made, but for factors."""
+        self._memories.forget()
+
     def adjoint_by_transposed_cycles(self, z, U: np.ndarray, gradient: np.ndarray, *, cycles: int):
         """Adjoints ``(k + 1, n)`` by ``cycles`` transposed cycles from zero, in an array that the next call uses
         again, and how they were solved; for :attr:`transposed_adjoint`.

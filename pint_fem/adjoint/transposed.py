@@ -5,9 +5,10 @@ r"""Adjoint sweeps by a fixed number of transposed cycles: what makes an inexact
 
 .. math:: H_K = B^T M_K^T\, C\, M_K B + R'' ,
 
-is symmetric, and positive definite where the exact one is: conjugate gradients on :math:`H_K` are those of an exact
-problem, however few cycles there are. (``B`` is the derivative of the steps by the control, ``C`` that of the misfits.)
-With tolerances instead of cycles the products are not even those of one linear operator.
+is symmetric however few cycles there are: conjugate gradients on it are those of one operator, positive definite where
+``C`` is semidefinite and ``R''`` definite. (``B`` is the derivative of the steps by the control, ``C`` that of the
+misfits, and of the steps where they are not affine.) With tolerances instead of cycles the products are not even those
+of one linear operator.
 
 The exact transpose has the reversed grid of :mod:`pint_fem.mgrit.all_at_once`: point ``i`` is
 :math:`\lambda_{N+1-i}`, from :math:`\lambda_{N+1} = 0`, where the adjoint sweep begins with :math:`\lambda_N`. That
@@ -83,15 +84,17 @@ class TransposedAdjoint:
     @staticmethod
     def exists(adjoint, evolution: Evolution, *, linear: bool) -> bool:
         """Whether an adjoint sweep has one: a plain MGRIT sweep whose C-points are those of the forward sweep, and
-        steps that are the forward ones', controls included. All points have to be stored, and cycles begin from zero.
+        steps that are the forward ones', controls included. All points have to be stored, cycles begin from zero, are
+        all alike, and the last one is followed by no relaxation.
         """
         if not isinstance(adjoint, MGRIT) or len(adjoint.levels) == 1 or adjoint.options.storage == "C":
             return False
-        if adjoint.options.coarse_solver not in ("sequential", "gathered"):
+        options = adjoint.options
+        if options.coarse_solver not in ("sequential", "gathered") or options.check != "cycle":
             return False
         fits = all(fine.m and fine.nsteps % fine.m == 0 for fine in adjoint.levels[:-1])
         same = linear or not evolution.per_step
-        return fits and same and adjoint.options.start in ("auto", "guess")
+        return fits and same and options.start in ("auto", "guess") and options.f_cycles is None
 
     @property
     def adjoints(self) -> np.ndarray:

@@ -88,9 +88,8 @@ class FEPropagator(ABC):
 
     def memory(self, count: int, *, often: bool = True) -> list | None:
         """Memories of ``count`` steps for ``StepData.kept``, each to be taken once or ``often`` in a sweep, each with
-        methods ``renew`` (the control or the trajectory is another one now), ``forget`` (first guesses, too),
-        ``restart`` (another step takes its place) and ``release`` (of PETSc's memory); ``None`` where there is nothing
-        to remember.
+        methods ``renew`` (the control or the trajectory is another one now), ``forget`` (first guesses, too) and
+        ``restart`` (another step takes its place); ``None`` where there is nothing to remember.
         """
         return None
 

@@ -146,13 +146,6 @@ class Factors:
         self.bytes = max(1, matrix.comm.tompi4py().allreduce(factor_bytes(solver.ksp), op=MPI.MAX))
         solver.destroy()
 
-    def release(self, stage) -> None:
-        """Take a stage's own solver away."""
-        if stage.solver is not None:
-            stage.solver.destroy()
-            stage.solver = None
-            self.kept -= 1
-
     # -- solves --------------------------------------------------------------------------------------------------------
     def solve(self, stage, b: PETSc.Vec, x: PETSc.Vec, *, transposed: bool = False) -> None:
         """``x = J^{-1} b`` for the stage's Jacobian, or with its transpose."""

@@ -79,17 +79,17 @@ class FormPropagator(FEPropagator):
         self.newton = StageNewton(self.forms, self.factors, parameters)
         with self.forms.U.dat.vec_ro as vec:
             self._w, self._b, self._x = vec.duplicate(), vec.duplicate(), vec.duplicate()
-        self._scratch = StepMemory(self.forms, self.factors, keep=False)
+        self._scratch = StepMemory(self.forms, keep=False)
         self._control = _NONE
 
     # -- memory --------------------------------------------------------------------------------------------------------
     def memory(self, count, *, often=True) -> list[StepMemory]:
         """See :class:`FEPropagator`."""
-        return [StepMemory(self.forms, self.factors, refine=not often) for _ in range(count)]
+        return [StepMemory(self.forms, refine=not often) for _ in range(count)]
 
     def memory_bytes(self):
         """See the module :mod:`~pint_fem.propagators.linearisation`."""
-        return 8 * ((7 * self.dirk.stages + 3) * self.evolution.state_size + self.evolution.control_size)
+        return 8 * ((6 * self.dirk.stages + 5) * self.evolution.state_size + self.evolution.control_size)
 
     def petsc_bytes(self, memories):
         """Matrices of the stages that move, and factors as far as the budget goes: from a factorisation of a Jacobian

@@ -5,7 +5,7 @@ when it is first asked for; sweeps are then products and triangular solves. What
 stage values as first guesses, factors as approximate ones (see :mod:`~pint_fem.propagators.factors`), and the memory
 of matrices. So nothing grows from one linearisation to the next.
 
-Remembered of a step are ``2 s`` states for ``s`` stages, two adjoints with ``s + 1`` states each, a tangent with
+Remembered of a step are ``2 s`` states for ``s`` stages, two adjoints with ``s + 2`` states each, a tangent with
 ``2 s + 1`` states and a control vector, and for each stage the Jacobian and those of the matrices ``F_W`` and ``F_z``
 that move; and factors as far as their budget goes.
 """
@@ -18,7 +18,7 @@ import numpy as np
 from firedrake.petsc import PETSc
 from mpi4py import MPI
 
-from pint_fem.propagators.factors import Factors, Solver
+from pint_fem.propagators.factors import Solver
 from pint_fem.propagators.stage import StageForms
 
 __all__ = ["Memories", "StageMemory", "StepMemory"]
@@ -73,7 +73,7 @@ class StepMemory:
 
     Parameters
     ----------
-    forms, factors
+    forms
         Of the level.
     keep
         Whether stages may have solvers of their own.
@@ -93,8 +93,7 @@ class StepMemory:
         The direction that was taken last, and what came of it.
     """
 
-    def __init__(self, forms: StageForms, factors: Factors, *, keep: bool = True, refine: bool = True):
-        self._forms, self._factors = forms, factors
+    def __init__(self, forms: StageForms, *, keep: bool = True, refine: bool = True):
         self.stages: list[StageMemory] = []
         for index, h in enumerate(forms.step_sizes):
             lender = next((stage for stage in self.stages if stage.h == h), None)
@@ -123,21 +122,6 @@ class StepMemory:
         for stage in self.stages:
             if stage.solver is not None:
                 stage.solver.holds = None
-
-    def release(self) -> None:
-        """Give back the memory of factors and matrices (collective over space)."""
-        self.forget()
-        shared = self._forms
-        for stage in self.stages:
-            self._factors.release(stage)
-            own = [] if shared.J.constant else [stage.J]
-            own += [] if shared.F_W.constant else [stage.F_W]
-            own += [] if shared.F_U is None or shared.F_U.constant else [stage.F_U]
-            own += [m for form, m in zip(shared.F_z, stage.F_z or (), strict=False) if not form.constant]
-            for matrix in own:
-                if matrix is not None:
-                    matrix.destroy()
-            stage.J = stage.F_W = stage.F_z = stage.F_U = None
 
 
 class Memories:

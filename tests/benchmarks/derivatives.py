@@ -34,7 +34,7 @@ def difference(a, b) -> float:
 
 
 class Derivatives:
-    """Of ours: each repeat at a new control, from cold.
+    """Of ours: each repeat at a new control, from cold but for the factors of the last one.
 
     Parameters
     ----------
@@ -48,7 +48,7 @@ class Derivatives:
         self.rf, self.z, self.dz, self.scale = rf, z, dz, 1.0
 
     def move(self, scale: float | None = None) -> None:
-        """Go to a new control and forget trajectories, from which MGRIT would start; not timed."""
+        """Go to a new control and forget trajectories and stages, from which sweeps and Newton would start."""
         self.scale = 1.01 * self.scale if scale is None else scale
         self.rf.problem.forget()
 

@@ -3,7 +3,7 @@
 Conductivity 1 + u^2 and viscous Burgers of :mod:`tests.nonlinear`, P1 on a 64 x 64 square, backward Euler and SDIRK2.
 The tape has one ``NonlinearVariationalSolver`` a stage, made once and replayed with the fastest of the direct solvers
 and Newton tolerances tried (see ``TAPE``). Ours: sequential stepping, MGRIT to two tolerances, and the tape propagator
-on a few steps. All are timed at new controls, one after the other, from cold.
+on a few steps. All are timed at new controls, one after the other, with the factors of the last one.
 """
 
 from __future__ import annotations
