@@ -10,7 +10,7 @@ from firedrake import Function, assemble, dx, inner
 from pint_fem.report import Raster, plot_convergence, plot_fields, plot_sensors, write_fields, write_json
 from problems.heat_readings import READINGS
 
-__all__ = ["report"]
+__all__ = ["convergence_picture", "mgrit_summary", "report", "result_summary"]
 
 
 def report(problem, result, opts, summary: dict, say) -> None:
@@ -22,25 +22,12 @@ def report(problem, result, opts, summary: dict, say) -> None:
     U = rf.problem.U
     predicted = problem.sensors.predict_all(U)
     misfit = rf.problem.parts
-
-    summary["result"] = {
-        "J": result.value,
-        **misfit,
-        "gradient_norm": result.gradient_norm,
-        "iterations": result.iterations,
-        "converged": result.converged,
-        "reason": result.reason.value,
-        "rms_residual": float(np.sqrt(np.mean((predicted - problem.readings.values) ** 2))),
-        "history": [
-            {"iteration": r.iteration, "J": r.value, "gradient_norm": r.gradient_norm, "cg": r.cg_iterations}
-            for r in result.history
-        ],
-    }
+    summary["result"] = result_summary(rf, result, predicted, problem.readings.values)
     if shipped:  # the true source is known
         error = np.sqrt(assemble(inner(q - truth, q - truth) * dx) / assemble(inner(truth, truth) * dx))
         summary["result"]["relative_source_error"] = float(error)
         say(f"relative L2 error of the recovered source {error:.3f}; misfit {misfit['misfit']:.4f} (0.5 is the noise)")
-    _mgrit_summary(problem, summary, say)
+    mgrit_summary(problem, summary, say)
 
     if root:
         write_json(out / "summary.json", summary)  # before anything else can fail
@@ -55,13 +42,7 @@ def report(problem, result, opts, summary: dict, say) -> None:
     if root:
         names = [str(name) for name in problem.readings.sensors]
         plot_sensors(out / "sensors.png", problem.readings.times, problem.readings.values, predicted, names=names)
-        wanted = {}
-        for kind, r in sweeps.results:
-            if r.cycles and kind not in wanted:
-                wanted[kind] = r.residuals
-        bound = summary.get("mgrit", {}).get("two_level_bound")
-        bound = bound if bound and bound < 1 else None
-        plot_convergence(out / "convergence.png", result.history, wanted, bound=bound)
+        convergence_picture(out / "convergence.png", sweeps, result, summary)
     if not opts.no_fields:
         write_fields(
             out / "fields",
@@ -91,7 +72,34 @@ def report(problem, result, opts, summary: dict, say) -> None:
     say(f"pictures, ParaView files and summary.json are in {out.resolve()}")
 
 
-def _mgrit_summary(problem, summary: dict, say) -> None:
+def result_summary(rf, result, predicted, measured) -> dict:
+    """The minimisation in plain values."""
+    return {
+        "J": result.value,
+        **rf.problem.parts,
+        "gradient_norm": result.gradient_norm,
+        "iterations": result.iterations,
+        "converged": result.converged,
+        "reason": result.reason.value,
+        "rms_residual": float(np.sqrt(np.mean((predicted - measured) ** 2))),
+        "history": [
+            {"iteration": r.iteration, "J": r.value, "gradient_norm": r.gradient_norm, "cg": r.cg_iterations}
+            for r in result.history
+        ],
+    }
+
+
+def convergence_picture(path, sweeps, result, summary: dict) -> None:
+    """Of the minimisation and the first sweep of each kind."""
+    wanted = {}
+    for kind, r in sweeps.results:
+        if r.cycles and kind not in wanted:
+            wanted[kind] = r.residuals
+    bound = summary.get("mgrit", {}).get("two_level_bound")
+    plot_convergence(path, result.history, wanted, bound=bound if bound and bound < 1 else None)
+
+
+def mgrit_summary(problem, summary: dict, say) -> None:
     """Cycles and observed factors, beside the theory's bound over the problem's spectrum."""
     sweeps = problem.rf.problem.sweeps
     summary["sweeps"] = dict(sweeps.counts)

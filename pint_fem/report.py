@@ -21,8 +21,19 @@ from pint_fem.summary import write_json
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.animation import FuncAnimation, PillowWriter
 
-__all__ = ["Raster", "plot_convergence", "plot_fields", "plot_sensors", "write_fields", "write_json"]
+__all__ = [
+    "Raster",
+    "animate",
+    "plot_convergence",
+    "plot_fields",
+    "plot_sensors",
+    "plot_snapshots",
+    "together_in_time",
+    "write_fields",
+    "write_json",
+]
 
 
 class Raster:
@@ -52,8 +63,10 @@ class Raster:
         place = np.rint((here - low) / pixel - 0.5).astype(int)
         self._index = place[:, 1] * self.shape[1] + place[:, 0]
 
-    def __call__(self, f: Function) -> np.ndarray | None:
-        """Sample ``f``: the image on the first rank (NaN outside), ``None`` on the others."""
+    def __call__(self, f) -> np.ndarray | None:
+        """Sample a function or a scalar expression of functions: the image on the first rank (NaN outside), ``None`` on
+        the others.
+        """
         local = np.full(self.shape[0] * self.shape[1], -np.inf)
         local[self._index] = assemble(interpolate_(f, self._space)).dat.data_ro
         image = np.empty_like(local) if self.comm.rank == 0 else None
@@ -84,7 +97,15 @@ def plot_fields(path: Path, images: Sequence[tuple[str, np.ndarray]], extent, *,
 
 
 def plot_sensors(
-    path: Path, times, measured, predicted, *, names: Sequence[str], show: int = 6, title: str = ""
+    path: Path,
+    times,
+    measured,
+    predicted,
+    *,
+    names: Sequence[str],
+    show: int = 6,
+    title: str = "",
+    quantity: str = "temperature rise",
 ) -> None:
     """Readings against prediction for some sensors, and all residuals."""
     chosen = np.unique(np.linspace(0, measured.shape[1] - 1, min(show, measured.shape[1])).astype(int))
@@ -92,7 +113,7 @@ def plot_sensors(
     for colour, s in enumerate(chosen):
         left.plot(times, measured[:, s], ".", ms=4, color=f"C{colour}")
         left.plot(times, predicted[:, s], "-", color=f"C{colour}", label=f"sensor {names[s]}")
-    left.set(xlabel="t", ylabel="temperature rise", title="readings (dots) and fit (lines)")
+    left.set(xlabel="t", ylabel=quantity, title="readings (dots) and fit (lines)")
     left.legend(fontsize=8, ncols=2)
     right.hist((predicted - measured).ravel(), bins=40, color="0.6")
     right.set(xlabel="fit - reading", ylabel="readings", title="residuals of all sensors")
@@ -124,6 +145,48 @@ def plot_convergence(path: Path, history, residuals: dict[str, Sequence[float]],
     plt.close(fig)
 
 
+def together_in_time(own: dict[int, np.ndarray | None], spacetime: SpaceTime) -> dict[int, np.ndarray]:
+    """Images by the number of their time point on the first rank, from the first rank in space of each time rank; empty
+    on the others.
+    """
+    parts = spacetime.time_comm.gather(own) if spacetime.space_comm.rank == 0 else None
+    return dict(sorted(pair for part in parts for pair in part.items())) if parts is not None else {}
+
+
+def plot_snapshots(
+    path: Path, images: Sequence[np.ndarray], titles: Sequence[str], extent, *, label: str = "", columns: int = 4
+) -> None:
+    """Images in rows on one colour scale, symmetric about zero."""
+    limit, rows = max(np.nanmax(np.abs(image)) for image in images), -(-len(images) // columns)
+    fig, axes = plt.subplots(
+        rows, columns, figsize=(2.6 * columns + 0.8, 2.7 * rows), layout="constrained", squeeze=False
+    )
+    for ax in axes.flat:
+        ax.set_axis_off()
+    for ax, image, title in zip(axes.flat, images, titles, strict=False):
+        shown = ax.imshow(image, origin="lower", extent=extent, cmap="RdBu_r", vmin=-limit, vmax=limit)
+        ax.set_title(title, fontsize=9)
+    fig.colorbar(shown, ax=axes, shrink=0.8, label=label)
+    fig.savefig(path, dpi=100)
+    plt.close(fig)
+
+
+def animate(path: Path, images: Sequence[np.ndarray], titles: Sequence[str], extent, *, label: str = "") -> None:
+    """An animated GIF on one colour scale, symmetric about zero."""
+    limit = max(np.nanmax(np.abs(image)) for image in images)
+    fig, ax = plt.subplots(figsize=(4.6, 4.0), layout="constrained")
+    shown = ax.imshow(images[0], origin="lower", extent=extent, cmap="RdBu_r", vmin=-limit, vmax=limit)
+    fig.colorbar(shown, ax=ax, label=label)
+    title = ax.set_title(titles[0])
+
+    def frame(i):
+        shown.set_data(images[i])
+        title.set_text(titles[i])
+
+    FuncAnimation(fig, frame, frames=len(images)).save(path, writer=PillowWriter(fps=10), dpi=80)
+    plt.close(fig)
+
+
 def write_fields(
     folder: Path, name: str, U: np.ndarray, space, slab: Slab, spacetime: SpaceTime, times, *, count: int = 17
 ) -> Path:
@@ -144,7 +207,7 @@ def write_fields(
     f, sheet = Function(space, name=name), VTKFile(str(folder / f"{part}.pvd"), comm=spacetime.space_comm)
     for n in own:
         put(f, U[n - slab.lo])
-        sheet.write(f, time=times[n])
+        sheet.write(*f.subfunctions, time=times[n])  # a mixed state is its fields
     extension = "vtu" if spacetime.space_comm.size == 1 else "pvtu"
     entries = spacetime.time_comm.gather(
         [(float(times[n]), f"{part}/{part}_{i}.{extension}") for i, n in enumerate(own)]

@@ -1,4 +1,4 @@
-"""The heat source inversion beside plain serial Firedrake + pyadjoint: same numbers? how much faster?
+"""A source inversion beside plain serial Firedrake + pyadjoint: same numbers? how much faster?
 
 The serial opponent runs on the first rank, whole and alone, while the others sleep. Fields are compared there by
 their nodes' coordinates, so in this comparison (and nowhere else) fields are brought together: the opponent holds
@@ -14,7 +14,6 @@ from firedrake import COMM_SELF, Cofunction, Function, SpatialCoordinate, Vector
 
 from pint_fem.cli import wait_quietly
 from pint_fem.propagators.arrays import get
-from problems.heat_source import HeatSource
 from problems.plate import true_source
 
 __all__ = ["LIMITS", "compare", "difference", "together"]
@@ -23,19 +22,24 @@ __all__ = ["LIMITS", "compare", "difference", "together"]
 LIMITS = {"J": 1e-8, "gradient": 1e-8, "Hessian action": 1e-7, "recovered source": 1e-4}
 
 
-def compare(problem: HeatSource, result, settings: dict, seconds: dict, say) -> dict:
+def compare(problem, result, settings: dict, seconds: dict, say, *, record=None, points=None) -> dict:
     """Solve serially and compare.
 
     Parameters
     ----------
     problem, result
-        The posed problem and its minimisation.
+        The posed problem (:class:`~problems.heat_source.HeatSource` or one with the same parts; its control is in P1, a
+        number or a vector) and its minimisation.
     settings
-        Arguments of :func:`problems.heat_source.heat_source`.
+        Arguments of what posed it.
     seconds
         Of our parts: ``"inversion"``.
     say
         Prints a line on the first rank.
+    record
+        Records the serial problem from the settings and ``comm``; default: that of the heat source.
+    points
+        A control and a direction in a space, the same on every mesh.
 
     Returns
     -------
@@ -43,14 +47,15 @@ def compare(problem: HeatSource, result, settings: dict, seconds: dict, say) -> 
         Values, relative differences, seconds of both and ratios; empty but on the first rank.
     """
     rf, spacetime = problem.rf, problem.spacetime
-    V = problem.evolution.V
-    ours = _ours(rf, V)
+    V = problem.evolution.control.function_space()
+    record, points = record or _heat_source, points or _points
+    ours = _ours(rf, V, points)
     fields = {
         name: together(spacetime, V, field) for name, field in {**ours.pop("fields"), "source": result.x}.items()
     }
     table = {}
     if spacetime.is_root:
-        table = _serial(fields, ours, result, settings, seconds, say)
+        table = _serial(fields, ours, result, lambda: record(**settings, comm=COMM_SELF), points, seconds, say)
     wait_quietly(spacetime.comm)
     return table
 
@@ -68,9 +73,15 @@ def _timed(call):
     return call(), time.perf_counter() - start
 
 
-def _ours(rf, V) -> dict:
+def _heat_source(**settings):
+    from problems.serial_pyadjoint import serial_heat_source
+
+    return serial_heat_source(**settings)
+
+
+def _ours(rf, V, points) -> dict:
     """``J``, ``J'``, ``J'' h`` at a formula's control, each timed (from a cold start) over all ranks."""
-    m, h = _points(V)
+    m, h = points(V)
     z, dz, barrier = get(m), get(h), rf.spacetime.comm.barrier
     rf.problem.forget()
     out, fields, timings = {}, {}, {}
@@ -87,7 +98,8 @@ def _ours(rf, V) -> dict:
 
 def together(spacetime, V, own: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
     """Coordinates and values of a P1 field, sorted, on the first rank."""
-    parts = spacetime.space_comm.gather((_nodes(V), own))
+    nodes = _nodes(V)
+    parts = spacetime.space_comm.gather((nodes, own.reshape(len(nodes), -1)))
     if parts is None:
         return None
     return _sorted(np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts]))
@@ -108,20 +120,20 @@ def _sorted(coordinates: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np
 def difference(ours: tuple[np.ndarray, np.ndarray], theirs: Function | Cofunction) -> float:
     """Relative difference of nodal values."""
     V = theirs.function_space() if isinstance(theirs, Function) else theirs.function_space().dual()
-    where, values = _sorted(_nodes(V), get(theirs))
+    nodes = _nodes(V)
+    where, values = _sorted(nodes, get(theirs).reshape(len(nodes), -1))
     if np.abs(where - ours[0]).max() > 1e-8:
         raise RuntimeError("the meshes of the two solvers differ")
     return float(np.linalg.norm(values - ours[1]) / np.linalg.norm(values))
 
 
-def _serial(fields, ours, result, settings, seconds, say) -> dict:
+def _serial(fields, ours, result, record, points, seconds, say) -> dict:
     from problems.serial_minimise import minimise
-    from problems.serial_pyadjoint import serial_heat_source
 
     say("plain serial Firedrake + pyadjoint: recording the tape ...")
-    serial = serial_heat_source(**settings, comm=COMM_SELF)
+    serial = record()
     say(f"  recorded in {serial.seconds:.1f} s")
-    m, h = _points(serial.q.function_space())
+    m, h = points(serial.q.function_space())
     J, t_value = _timed(lambda: float(serial.rf(m)))
     gradient, t_gradient = _timed(serial.rf.derivative)
     say("  one Hessian action ...")

@@ -7,6 +7,7 @@ The file is in long format: one reading a line, below a line of column names; bl
     sensor,x,y,time,temperature
     0,0.25,0.12,0.015625,0.0374
 
+A problem with several quantities has a column for each of them (``sensor,x,y,time,ex,ey``).
 Every sensor has one reading at every time, so that the readings fill a (times x sensors) array. Reading needs no
 finite elements and no communication: each rank reads the file for itself and comes to the same answer or error.
 """
@@ -35,8 +36,8 @@ class Readings:
         Coordinates of the sensors, in the order in which the file first names them.
     times : numpy.ndarray, shape (nt,)
         Reading times, ascending.
-    values : numpy.ndarray, shape (nt, ns)
-        ``values[k, s]`` is the temperature at ``points[s]`` and ``times[k]``.
+    values : numpy.ndarray, shape (nt, ns) or (nt, ns, nq)
+        ``values[k, s]`` is the temperature at ``points[s]`` and ``times[k]``, or what several columns say.
     path : pathlib.Path
         The file they come from.
     sensors : tuple of str
@@ -50,7 +51,7 @@ class Readings:
     sensors: tuple[str, ...]
 
 
-def read_readings(path, final_time) -> Readings:
+def read_readings(path, final_time, columns=COLUMNS) -> Readings:
     """Read and check a file of readings.
 
     Parameters
@@ -59,11 +60,13 @@ def read_readings(path, final_time) -> Readings:
         A CSV file as described in the module's docstring.
     final_time : float
         End of the simulated interval (0, final_time]; later readings are refused.
+    columns : tuple of str
+        The line of column names; all after the fourth are quantities.
 
     Returns
     -------
     Readings
-        With arrays of shapes (ns, 2), (nt,) and (nt, ns).
+        With arrays of shapes (ns, 2), (nt,) and (nt, ns), or (nt, ns, nq) for several quantities.
 
     Raises
     ------
@@ -71,18 +74,18 @@ def read_readings(path, final_time) -> Readings:
         If the file cannot be read, or a line of it cannot be used; the message names the file and the line.
     """
     path = Path(path)
-    rows = _rows(path)
+    expected = ",".join(columns)
+    rows = _rows(path, expected)
     line, header = next(rows, (None, None))
-    expected = ",".join(COLUMNS)
     if header is None:
         raise InputError(f"{path}:1: the file is empty (no lines but comments; it should start with '{expected}')")
-    if header != list(COLUMNS):
+    if header != list(columns):
         raise InputError(f"{path}:{line}: wrong columns (got '{','.join(header)}'; the first line that is not a "
                          f"comment should be '{expected}')")
 
     points, first_line, values, seen = {}, {}, {}, {}
     for line, row in rows:
-        name, point, time, value = _reading(f"{path}:{line}", row, final_time)
+        name, point, time, value = _reading(f"{path}:{line}", row, final_time, columns)
         if points.setdefault(name, point) != point:
             raise InputError(f"{path}:{line}: sensor {name} has moved (got {point}, but {points[name]} on line "
                              f"{first_line[name]}; give another place another sensor name)")
@@ -110,7 +113,7 @@ def read_readings(path, final_time) -> Readings:
                     sensors=tuple(points))
 
 
-def _rows(path):
+def _rows(path, expected):
     """Yield (line number, fields) of each line that is neither blank nor a comment."""
     if path.is_dir():
         raise InputError(f"{path}: is a directory (give the CSV file of readings in it)")
@@ -118,7 +121,7 @@ def _rows(path):
         # utf-8-sig: spreadsheets put a byte order mark in front of the first column name
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except FileNotFoundError:
-        raise InputError(f"{path}: no such file (give a CSV file with columns '{','.join(COLUMNS)}')") from None
+        raise InputError(f"{path}: no such file (give a CSV file with columns '{expected}')") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}; give a readable CSV file)") from None
     except UnicodeDecodeError:
@@ -129,25 +132,25 @@ def _rows(path):
         try:
             fields = next(csv.reader([text]))
         except csv.Error as error:
-            raise InputError(f"{path}:{line}: not a line of CSV ({error}; give '{','.join(COLUMNS)}')") from None
+            raise InputError(f"{path}:{line}: not a line of CSV ({error}; give '{expected}')") from None
         yield line, [field.strip() for field in fields]
 
 
-def _reading(where, row, final_time):
-    """Turn the fields of one line into (sensor, (x, y), time, temperature)."""
-    if len(row) != len(COLUMNS):
-        raise InputError(f"{where}: wrong number of fields (got {len(row)}; should be {len(COLUMNS)}: "
-                         f"{','.join(COLUMNS)})")
+def _reading(where, row, final_time, columns):
+    """Turn the fields of one line into (sensor, (x, y), time, temperature or several quantities)."""
+    if len(row) != len(columns):
+        raise InputError(f"{where}: wrong number of fields (got {len(row)}; should be {len(columns)}: "
+                         f"{','.join(columns)})")
     name, *fields = row
     if not name:
         raise InputError(f"{where}: sensor has no name (got an empty field; give it a number or a name)")
-    x, y, time, value = (_number(where, *item) for item in zip(COLUMNS[1:], fields, strict=True))
+    x, y, time, *value = (_number(where, *item) for item in zip(columns[1:], fields, strict=True))
     if time <= 0:
         raise InputError(f"{where}: time is not positive (got {time:g}; readings start after time 0, where the "
-                         f"temperature is known)")
+                         f"state is known)")
     if time > final_time:
         raise InputError(f"{where}: time is beyond the final time (got {time:g}; should be at most {final_time:g})")
-    return name, (x, y), time, value
+    return name, (x, y), time, value[0] if len(value) == 1 else tuple(value)
 
 
 def _number(where, column, text):

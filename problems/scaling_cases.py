@@ -9,7 +9,7 @@ from pint_fem.adjoint import TimeParallelReducedFunctional
 from pint_fem.spacetime import SpaceTime
 from problems.heat_source import heat_source
 from problems.heat_square import square
-from problems.serial_pyadjoint import SerialHeatSource, serial_heat_source, serial_square
+from problems.serial_pyadjoint import SerialSource, serial_heat_source, serial_square
 
 __all__ = ["CASES", "Case"]
 
@@ -41,7 +41,7 @@ class Case:
     pose: Callable[[SpaceTime, int, dict], TimeParallelReducedFunctional]
     nsteps: int
     about: str
-    serial: Callable[[int], SerialHeatSource] | None = None
+    serial: Callable[[int], SerialSource] | None = None
     smaller: Callable[[SpaceTime, int, dict], TimeParallelReducedFunctional] | None = None
     menu: tuple[dict, ...] = ()
     inversion_steps: int = 512

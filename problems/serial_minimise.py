@@ -12,7 +12,7 @@ from pyadjoint import MinimizationProblem, TAOSolver
 from pyadjoint.optimization.tao_solver import TAOConvergenceError
 from pyadjoint.tape import stop_annotating
 
-from problems.serial_pyadjoint import SerialHeatSource
+from problems.serial_pyadjoint import SerialSource
 
 __all__ = ["SerialResult", "minimise"]
 
@@ -64,7 +64,7 @@ class _Counts:
 
 
 def minimise(
-    serial: SerialHeatSource,
+    serial: SerialSource,
     *,
     method: str = "lmvm",
     gttol: float = 1e-8,

@@ -72,8 +72,10 @@ from problems.plate import (
 from problems.readings import read_readings
 
 __all__ = [
+    "SCHEMES",
     "SQUARE_TIME",
-    "SerialHeatSource",
+    "SerialSource",
+    "control_with_prior",
     "serial_heat_source",
     "serial_square",
     "square_functionals",
@@ -81,7 +83,7 @@ __all__ = [
 
 _GAMMA = 1 - 1 / np.sqrt(2)
 #: Stage length over dt, and c after each stage.
-_SCHEMES = {
+SCHEMES = {
     "BackwardEuler": (1.0, (1.0,)),
     "ImplicitMidpoint": (0.5, (2.0,)),
     "SDIRK2": (_GAMMA, ((1 - _GAMMA) / _GAMMA, 1.0)),
@@ -93,7 +95,7 @@ SQUARE_TIME = 0.2
 
 
 @dataclass
-class SerialHeatSource:
+class SerialSource:
     """A recorded tape.
 
     Attributes
@@ -120,9 +122,9 @@ def _trajectory(
 
     ``mass(w, v)``, ``stiffness(w, v)`` and ``load(v)`` make UFL forms.
     """
-    if integrator not in _SCHEMES:
-        raise InputError(f"unknown integrator {integrator!r}: give one of {', '.join(_SCHEMES)}")
-    length, weights = _SCHEMES[integrator]
+    if integrator not in SCHEMES:
+        raise InputError(f"unknown integrator {integrator!r}: give one of {', '.join(SCHEMES)}")
+    length, weights = SCHEMES[integrator]
     h, w, v = Constant(length * dt), TrialFunction(V), TestFunction(V)
     u, solvers = Function(V, name="state"), []
     W = u
@@ -142,7 +144,7 @@ def _trajectory(
         yield n, u
 
 
-def _control(q: Function, prior) -> Control:
+def control_with_prior(q: Function, prior) -> Control:
     """The control with the prior's inner product, factorised once."""
     a, b = TrialFunction(q.function_space()), TestFunction(q.function_space())
     return Control(q, riesz_map=RieszMap(prior(a, b), constant_jacobian=True, solver_parameters=_DIRECT))
@@ -158,7 +160,7 @@ def serial_heat_source(
     beta: float = 1e-5,
     noise: float = NOISE,
     comm=COMM_SELF,
-) -> SerialHeatSource:
+) -> SerialSource:
     """Record the problem of :func:`problems.heat_source.heat_source`, with the same arguments.
 
     Parameters
@@ -219,8 +221,8 @@ def serial_heat_source(
                     target = assemble(interpolate(d, at_sensors))
                 predicted = seen[n] if theta[r] == 1 else theta[r] * seen[n] + (1 - theta[r]) * seen[n - 1]
                 J += assemble(0.5 * weight * (predicted - target) ** 2 * dx)
-    rf = ReducedFunctional(J, _control(q, prior), tape=tape)
-    return SerialHeatSource(rf, q, steps, time.perf_counter() - start)
+    rf = ReducedFunctional(J, control_with_prior(q, prior), tape=tape)
+    return SerialSource(rf, q, steps, time.perf_counter() - start)
 
 
 def square_functionals(V: FunctionSpace) -> dict[str, Callable]:
@@ -245,7 +247,7 @@ def square_functionals(V: FunctionSpace) -> dict[str, Callable]:
 
 def serial_square(
     *, n: int = 64, steps: int = 256, integrator: str = "BackwardEuler", comm=COMM_SELF
-) -> SerialHeatSource:
+) -> SerialSource:
     """Record a plain problem for timing: P1 on an ``n x n`` unit square, ``sum_n dt misfit(u_n) +
     regularisation(q)``.
     """
@@ -269,5 +271,5 @@ def serial_square(
         for k, u in trajectory:
             if k:
                 J += assemble(dt * forms["misfit"](u))
-    rf = ReducedFunctional(J, _control(q, lambda a, b: a * b * dx), tape=tape)
-    return SerialHeatSource(rf, q, steps, time.perf_counter() - start)
+    rf = ReducedFunctional(J, control_with_prior(q, lambda a, b: a * b * dx), tape=tape)
+    return SerialSource(rf, q, steps, time.perf_counter() - start)

@@ -249,14 +249,19 @@ def test_indefinite_operator():
     assert_close(linear, form, 1e-10)
 
 
-def test_time_dependent_control_operator_needs_the_form_propagator():
+def test_moving_control_operator_needs_the_form_propagator():
+    """A scalar factor that depends on time does not (see test_maxwell)."""
     ev = advection("BE")
-    F = ufl.replace(ev.residual, {ev.control: ev.control * exp(-ev.t)})
+    x, _ = SpatialCoordinate(ev.V.mesh())
+    F = ufl.replace(ev.residual, {ev.control: ev.control * exp(-((8 * (x - 2 * ev.t)) ** 2))})
     moving = Evolution(F, ev.u, tableau=ev.tableau, dt=ev.dt, nsteps=12, control=ev.control, t=ev.t, bcs=ev.bcs)
     assert isinstance(make_propagator(moving), FormPropagator)
     data, du, dz, lam, _ = block(moving, 2)
     reference = all_results(TapePropagator(moving), data, du, dz, lam)
-    assert_close(all_results(FormPropagator(moving), data, du, dz, lam), reference, 1e-10)
+    results = all_results(FormPropagator(moving), data, du, dz, lam)
+    # quadrature of the bell: UFL estimates another degree for the tangent's form than for the residual's
+    assert_close(results[1:2], reference[1:2], 1e-4)
+    assert_close([*results[:1], *results[2:]], [*reference[:1], *reference[2:]], 1e-10)
 
 
 def test_mixed_state():

@@ -42,7 +42,7 @@ def frequency_systems(propagator: FEPropagator, options: ParaDiagOptions, parame
         )
     stages = {a: propagator.stage_matrix(a * propagator.dt) for a in propagator.dirk.diagonal}
     dirk = propagator.dirk
-    return shifted_steps(dirk.A, dirk.b, stages, propagator.M, 1e9 * options.memory, parameters)
+    return shifted_steps(dirk.A, dirk.b, stages, propagator.mass_matrix(), 1e9 * options.memory, parameters)
 
 
 def judgement(evolution: Evolution, options: ParaDiagOptions) -> tuple[str, bool]:

@@ -150,7 +150,7 @@ class Intervals:
             data = self.data(window, j, dz)
             self.propagator.tangent(data, u, data.dz, out, window.first)
 
-        return self._taken_along(tangent, moves=dz.ndim == 2)
+        return self._taken_along(tangent, moves=dz.ndim == 2 or self.evolution.controls_move)
 
     def _taken_along(self, step, *, moves: bool) -> np.ndarray:
         """Where steps lead from zero in each interval; in all alike where nothing ``moves``."""

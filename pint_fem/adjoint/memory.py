@@ -102,7 +102,7 @@ def memory(problem) -> Memory:
     several = sources if intervals is None and len(problem.misfits) > 1 else 0
     if second and intervals is None:
         several = 3 * sources
-    along = forcing if ev.per_step else n
+    along = forcing if ev.per_step or (sweeps.is_linear and ev.controls_move) else n
     passing["hessian"] = {
         "sweep": sources,
         "right-hand side": max(sources + max(several, guess), along),

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
-from firedrake import FunctionSpace, TrialFunction, VertexOnlyMesh, assemble
+from firedrake import FunctionSpace, TensorFunctionSpace, TrialFunction, VertexOnlyMesh, assemble
 from firedrake import interpolate as interpolate_
+from firedrake.petsc import PETSc
 
 from pint_fem.adjoint.misfit import BlockMisfit
 from pint_fem.errors import InputError
+from pint_fem.propagators.arrays import rows_in_whole
 from pint_fem.propagators.blocks import BlockOperator
 
 __all__ = ["PointSensors"]
@@ -16,6 +18,8 @@ __all__ = ["PointSensors"]
 class PointSensors(BlockMisfit):
     r"""Sensors at points: :math:`\frac{w}{2} \sum_r \sum_s (u(x_s, t_r) - d_{rs})^2`, ``u`` linear in time between
     steps.
+
+    ``u`` is the state, or a component of it or of one of its fields.
 
     Parameters
     ----------
@@ -27,16 +31,24 @@ class PointSensors(BlockMisfit):
         ``(readings, sensors)``.
     weight
         ``w``, for instance one over (variance times number of values).
+    field
+        Number of the field of a mixed state that is read.
+    component
+        Of a vector-valued state or field, counted from 0 (of a tensor row by row).
 
     Raises
     ------
     InputError
-        On shapes that do not match, values that are not finite, times out of range, a sensor outside the mesh.
+        On shapes that do not match, values that are not finite, times out of range, a sensor outside the mesh, a field
+        or component that is missing or not there.
     """
 
     quadratic = True
 
-    def __init__(self, points, times, values, *, weight: float = 1.0):
+    def __init__(
+        self, points, times, values, *, weight: float = 1.0, field: int | None = None, component: int | None = None
+    ):
+        self.field, self.component = field, component
         self.points, self.times = np.atleast_2d(np.asarray(points, float)), np.atleast_1d(np.asarray(times, float))
         self.data, self.weight = np.asarray(values, dtype=float), float(weight)
         if self.data.shape != (len(self.times), len(self.points)):
@@ -53,9 +65,7 @@ class PointSensors(BlockMisfit):
     def bind(self, evolution, spacetime, slab):
         """See :class:`Misfit`."""
         super().bind(evolution, spacetime, slab)
-        V, mesh = evolution.V, evolution.V.mesh().unique()
-        if V.value_shape != ():
-            raise InputError("PointSensors wants a scalar state")
+        mesh, space = evolution.V.mesh().unique(), self._read_space(evolution.V)
         if self.points.shape[1] != mesh.geometric_dimension:
             raise InputError(
                 f"sensors have {self.points.shape[1]} coordinates on a {mesh.geometric_dimension}-dimensional mesh"
@@ -68,8 +78,8 @@ class PointSensors(BlockMisfit):
             sensors = VertexOnlyMesh(mesh, self.points, missing_points_behaviour="error")
         except Exception as error:  # Firedrake raises it on every rank
             raise InputError(f"a sensor is outside the mesh: {str(error).splitlines()[0]}") from error
-        H = assemble(interpolate_(TrialFunction(V), FunctionSpace(sensors, "DG", 0))).petscmat
-        self._observe, self._observe_T = BlockOperator(H), BlockOperator(H.transpose(type(H)()))
+        H = self._matrix(space, sensors)
+        self._read, self._read_T = BlockOperator(H), BlockOperator(H.transpose(type(H)()))
         here = np.asarray(sensors.coordinates.dat.data_ro).reshape(-1, self.points.shape[1])
         #: Numbers of the sensors that this space rank holds.
         self.local = np.array([int(np.argmin(((self.points - x) ** 2).sum(axis=1))) for x in here], dtype=int)
@@ -85,6 +95,52 @@ class PointSensors(BlockMisfit):
         self.observes[self._row[self._theta != 1] - 1] = True
         self.acts = self.observes.copy()
         self.acts[0] = True  # by the left neighbour's readings
+
+    def _read_space(self, V):
+        """The space of what is read, by itself."""
+        if len(V) > 1:
+            if self.field is None or not 0 <= self.field < len(V):
+                raise InputError(
+                    f"PointSensors: the state has {len(V)} fields and field = {self.field}: give 0 to {len(V) - 1}"
+                )
+            self._rows = rows_in_whole(V.sub(self.field))
+            V = V.sub(self.field).collapse()
+        elif self.field is not None:
+            raise InputError(f"PointSensors: field = {self.field} for a state that is not mixed: leave it out")
+        else:
+            self._rows = None
+        size = int(np.prod(V.value_shape))
+        if V.value_shape and (self.component is None or not 0 <= self.component < size):
+            raise InputError(
+                f"PointSensors: what is read has {size} components and component = {self.component}: "
+                f"give 0 to {size - 1}"
+            )
+        if not V.value_shape and self.component is not None:
+            raise InputError(f"PointSensors: component = {self.component} of a scalar: leave it out")
+        return V
+
+    def _matrix(self, space, sensors):
+        """The matrix from the own values of what is read to the own sensors."""
+        if not space.value_shape:
+            return assemble(interpolate_(TrialFunction(space), FunctionSpace(sensors, "DG", 0))).petscmat
+        at_sensors = TensorFunctionSpace(sensors, "DG", 0, shape=space.value_shape)
+        H = assemble(interpolate_(TrialFunction(space), at_sensors)).petscmat
+        (first, last), size = H.getOwnershipRange(), int(np.prod(space.value_shape))
+        rows = PETSc.IS().createStride((last - first) // size, first + self.component, size, comm=H.comm)
+        (first, last) = H.getOwnershipRangeColumn()
+        return H.createSubMatrix(rows, PETSc.IS().createStride(last - first, first, 1, comm=H.comm))
+
+    def _observe(self, U: np.ndarray) -> np.ndarray:
+        """Readings of states ``(k, n)`` at the own sensors, ``(k, own sensors)``."""
+        return self._read(U if self._rows is None else U[:, self._rows])
+
+    def _observe_T(self, S: np.ndarray) -> np.ndarray:
+        """The transpose."""
+        if self._rows is None:
+            return self._read_T(S)
+        out = np.zeros((len(S), self.evolution.state_size))
+        out[:, self._rows] = self._read_T(S)
+        return out
 
     @property
     def width(self):
@@ -112,7 +168,7 @@ class PointSensors(BlockMisfit):
 
     def petsc_bytes(self):
         """See :class:`~pint_fem.adjoint.misfit.Misfit`."""
-        there, back = self._observe.nbytes, self._observe_T.nbytes
+        there, back = self._read.nbytes, self._read_T.nbytes
         return {part: there[part] + back[part] for part in there}
 
     # -- see BlockMisfit -----------------------------------------------------------------------------------------------

@@ -300,22 +300,31 @@ class ControlSum:
     Attributes
     ----------
     rows : ndarray or None
-        ``(k, nz)`` a step; for static controls the sum ``(nz,)``, or that of the adjoints ``(n,)`` where that is all
-        that counts: then one solve at the end does for all.
+        ``(k, nz)`` a step; for static controls the sum ``(nz,)``, or of a linear evolution the propagator's
+        ``control_sums`` of the adjoints: then solves at the end do for all.
     """
 
     def __init__(self, intervals: Intervals, begun: np.ndarray | None = None):
         self._intervals, ev = intervals, intervals.evolution
         self._adjoints = intervals.propagator.is_linear and not ev.per_step
+        self._first = Window(0, 0, 1, intervals.m)
         self.rows = None
-        if ev.parameters:
-            shape = (intervals.slab.k, ev.control_size) if ev.per_step else (ev.control_size,)
-            self.rows = np.zeros((ev.state_size,) if self._adjoints else shape) if begun is None else begun.copy()
+        if not ev.parameters:
+            return
+        if begun is not None:
+            self.rows = begun.copy()
+        elif self._adjoints:
+            self.rows = self._sums(self._first, 0, np.zeros((1, ev.state_size)))
+        else:
+            self.rows = np.zeros((intervals.slab.k, ev.control_size) if ev.per_step else (ev.control_size,))
+
+    def _sums(self, window: Window, j: int, lam: np.ndarray) -> np.ndarray:
+        return self._intervals.propagator.control_sums(self._intervals.data(window, j), lam)
 
     def add(self, window: Window, j: int, lam: np.ndarray) -> None:
         """Of adjoints at the ends of steps number ``j``."""
         if self._adjoints and self.rows is not None:
-            self.rows += np.add.reduce(lam, axis=0)
+            self.rows += self._sums(window, j, lam)
         elif self.rows is not None:
             self.add_rows(window, j, self._intervals.control_adjoint(window, j, lam))
 
@@ -330,5 +339,4 @@ class ControlSum:
         if self.rows is None or not self._adjoints:
             return self.rows
         intervals = self._intervals
-        data = intervals.data(Window(0, 0, 1, intervals.m), 0)
-        return intervals.propagator.control_adjoint(data, self.rows[None])
+        return intervals.propagator.control_adjoint_of_sums(intervals.data(self._first, 0), self.rows)

@@ -246,6 +246,7 @@ def verdict(
     weight: float = 1.0,
     modes=None,
     alternatives: Mapping[str, float] | None = None,
+    factors=None,
 ) -> Verdict:
     """Judge two levels by the eigenvalues of their propagators.
 
@@ -260,6 +261,9 @@ def verdict(
     alternatives
         Bounds of other choices by what to call them: a warning names those below one. ``None``: it names what often
         helps.
+    factors
+        Bounds of the modes where eigenvalues do not tell them (:mod:`~pint_fem.mgrit.theory_blocks`); default:
+        :func:`two_level_factors`.
 
     Returns
     -------
@@ -273,7 +277,8 @@ def verdict(
     fine, coarse = np.broadcast_arrays(np.atleast_1d(fine), np.atleast_1d(coarse))
     if not fine.size:
         raise ValueError("no eigenvalues: give at least one of each propagator")
-    factors = two_level_factors(fine, coarse, m, coarse_steps, relax, weight)
+    if factors is None:
+        factors = two_level_factors(fine, coarse, m, coarse_steps, relax, weight)
     worst = int(np.argmax(factors))
     factor, nu = float(factors.flat[worst]), _sweeps(relax)
     exact_after = exact_termination(coarse_steps, nu, weight)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import numpy as np
 
-__all__ = ["contraction"]
+__all__ = ["block_contraction", "contraction"]
 
 
 def contraction(lam, alpha: float, nsteps: int) -> float:
@@ -35,3 +35,25 @@ def contraction(lam, alpha: float, nsteps: int) -> float:
         last = alpha * np.atleast_1d(np.asarray(lam, dtype=complex)) ** nsteps
         factors = np.abs(last) / np.abs(1 - last)
     return float(np.max(np.where(np.isfinite(factors), factors, 1.0 if np.isinf(last).any() else np.inf)))
+
+
+def block_contraction(blocks, alpha: float, nsteps: int) -> float:
+    """The same for systems that are normal only in blocks, such as damped waves: the largest norm.
+
+    Parameters
+    ----------
+    blocks
+        Step of each block, ``(..., d, d)``.
+    alpha, nsteps
+        See :func:`contraction`.
+    """
+    blocks = np.asarray(blocks)
+    with np.errstate(over="ignore", invalid="ignore"):
+        last = alpha * np.linalg.matrix_power(blocks, nsteps)
+    if not np.isfinite(last).all():
+        return contraction(np.linalg.eigvals(blocks), alpha, nsteps)
+    eye = np.eye(blocks.shape[-1])
+    try:
+        return float(np.max(np.linalg.norm(np.linalg.solve(eye - last, last), 2, axis=(-2, -1))))
+    except np.linalg.LinAlgError:
+        return np.inf

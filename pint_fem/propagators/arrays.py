@@ -7,7 +7,17 @@ from collections.abc import Iterable
 import numpy as np
 from firedrake import Cofunction, DirichletBC, Function
 
-__all__ = ["boundary_rows", "get", "is_real", "own_size", "put"]
+__all__ = [
+    "boundary_rows",
+    "condition_rows",
+    "get",
+    "is_real",
+    "like_subspace",
+    "own_size",
+    "put",
+    "rows_in_whole",
+    "whole_space",
+]
 
 
 def own_size(V) -> int:
@@ -32,11 +42,44 @@ def put(f: Function | Cofunction, values: np.ndarray) -> None:
         vec.array[:] = values
 
 
+def whole_space(space):
+    """The space that a sub-space (``W.sub(0)``, ``V.sub(1)``, ``W.sub(0).sub(1)``) is taken from, or itself."""
+    while space.parent is not None:
+        space = space.parent
+    return space
+
+
+def rows_in_whole(space) -> np.ndarray:
+    """Rows of a sub-space's own degrees of freedom among those of the space that it is taken from."""
+    rows = np.arange(own_size(space))
+    while space.parent is not None:
+        parent = space.parent
+        if space.component is not None:
+            rows = rows * parent.block_size + space.component
+        elif len(parent) > 1:
+            rows = rows + sum(own_size(parent.sub(i)) for i in range(space.index))
+        space = parent
+    return rows
+
+
+def like_subspace(V, bc: DirichletBC):
+    """The part of ``V`` that corresponds to a condition's part of its own space."""
+    for index in bc._indices:
+        V = V.sub(index)
+    return V
+
+
+def condition_rows(bc: DirichletBC) -> np.ndarray:
+    """Sorted local rows of the own degrees of freedom that a condition fixes, among those of the condition's own
+    (sub-)space.
+    """
+    space = bc.function_space()
+    nodes = np.unique(np.asarray(bc.nodes))
+    nodes = nodes[nodes < space.dof_dset.size]
+    return (nodes[:, None] * space.block_size + np.arange(space.block_size)).ravel()
+
+
 def boundary_rows(bcs: Iterable[DirichletBC], V) -> np.ndarray:
-    """Sorted local rows of the own degrees of freedom that the conditions fix."""
-    bcs = list(bcs)
-    if not bcs:
-        return np.zeros(0, dtype=np.int32)
-    nodes = np.unique(np.concatenate([np.asarray(bc.nodes) for bc in bcs]))
-    nodes = nodes[nodes < V.dof_dset.size]
-    return (nodes[:, None] * V.block_size + np.arange(V.block_size)).ravel().astype(np.int32)
+    """Sorted local rows of the own degrees of freedom of ``V`` that the conditions, on it or on parts of it, fix."""
+    rows = [rows_in_whole(bc.function_space())[condition_rows(bc)] for bc in bcs]
+    return np.unique(np.concatenate([np.zeros(0, dtype=int), *rows])).astype(np.int32)

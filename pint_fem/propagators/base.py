@@ -123,6 +123,17 @@ class FEPropagator(ABC):
     def control_adjoint(self, data: StepData, lam: np.ndarray, lane: int = 0) -> np.ndarray:
         """``Phi_z^T lam``: ``(k, nz)`` for a control a step, else summed over the block, ``(nz,)``."""
 
+    def control_sums(self, data: StepData, lam: np.ndarray) -> np.ndarray:
+        """What static controls want of a linear propagator's adjoints, ``(rows, n)``: over all steps these are added.
+
+        Here ``Phi_z`` is the same in all steps.
+        """
+        return np.add.reduce(lam, axis=0)[None]
+
+    def control_adjoint_of_sums(self, data: StepData, sums: np.ndarray) -> np.ndarray:
+        """``control_adjoint`` of all steps, ``(nz,)``, from their ``control_sums``; ``data`` are a step's."""
+        return self.control_adjoint(data, sums)
+
     @abstractmethod
     def second_order(
         self, data: StepData, du: np.ndarray, dz, lam: np.ndarray, end: np.ndarray | None = None

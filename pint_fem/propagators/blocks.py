@@ -15,6 +15,7 @@ from firedrake.petsc import PETSc
 from petsctools import OptionsManager
 
 from pint_fem.propagators.factors import factor_bytes
+from pint_fem.propagators.multigrid import Geometry
 
 __all__ = [
     "WIDTH",
@@ -82,10 +83,20 @@ class Factor:
         Whether the matrix is (see :func:`is_symmetric`).
     prefix
         Options prefix.
+    geometry
+        Space of the unknowns, for preconditioners that want it.
     """
 
-    def __init__(self, matrix: PETSc.Mat, parameters: dict, *, symmetric: bool, prefix: str = "pint_"):
-        self.symmetric = symmetric
+    def __init__(
+        self,
+        matrix: PETSc.Mat,
+        parameters: dict,
+        *,
+        symmetric: bool,
+        prefix: str = "pint_",
+        geometry: Geometry | None = None,
+    ):
+        self.symmetric, self._geometry = symmetric, geometry
         self._worst = 0  # reason of the worst solve since the last look
         self.ksp = self._build(matrix, parameters, prefix)
         # a transposed block solve is missing in most packages: the transpose has a factor of its own
@@ -113,6 +124,8 @@ class Factor:
         ksp = PETSc.KSP().create(matrix.comm)
         ksp.setOperators(matrix)
         options = OptionsManager(parameters, prefix)
+        if self._geometry is not None and parameters.get("pc_type") in ("mg", "python"):
+            self._geometry.prepare(ksp, parameters)
         options.set_from_options(ksp)
         ksp.setErrorIfNotConverged(True)
         with options.inserted_options():

@@ -16,8 +16,8 @@ from ufl.algorithms.apply_algebra_lowering import apply_algebra_lowering
 from ufl.algorithms.apply_derivatives import apply_derivatives
 
 from pint_fem.errors import InputError
-from pint_fem.propagators.arrays import boundary_rows, is_real
-from pint_fem.propagators.operators import ControlOperator, MatrixOperator, RealOperator
+from pint_fem.propagators.arrays import boundary_rows, condition_rows, is_real, own_size, rows_in_whole
+from pint_fem.propagators.operators import MatrixOperator, RealOperator
 
 if TYPE_CHECKING:
     from pint_fem.propagators.evolution import Evolution
@@ -49,11 +49,16 @@ class BoundaryControls:
     def __init__(self, evolution: Evolution):
         self.evolution = evolution
         self.rows = boundary_rows(evolution.bcs, evolution.V)
-        self._terms = []  # (the control's number, derivative as an expression of a direction, the condition's own rows)
+        # the control's number, derivative as an expression of a direction, the condition's space, its rows there and in
+        # the whole space
+        self._terms = []
         self.depends_on_time = False
         taken = np.zeros(0, dtype=np.int32)
         for bc in reversed(evolution.bcs):  # where conditions overlap, the last one counts
-            rows = np.setdiff1d(boundary_rows([bc], evolution.V), taken)
+            local = condition_rows(bc)
+            rows = rows_in_whole(bc.function_space())[local]
+            first = ~np.isin(rows, taken)
+            local, rows = local[first], rows[first]
             taken = np.union1d(taken, rows)
             value = boundary_value(bc)
             for index, control in enumerate(evolution.parameters):
@@ -66,23 +71,23 @@ class BoundaryControls:
                 if moving & {*evolution.parameters, evolution.u}:
                     raise InputError(f"a boundary value is not affine in the control {control.name()!r}")
                 self.depends_on_time |= evolution.t in moving
-                self._terms.append((index, slope, rows))
-        self._operators: list[list[ControlOperator]] | None = None
+                self._terms.append((index, slope, bc.function_space(), local, rows))
+        self._operators: list[list[tuple]] | None = None
 
-    def _assembled(self) -> list[list[ControlOperator]]:
-        """Operators of each control."""
+    def _assembled(self) -> list[list[tuple]]:
+        """Of each control: operators to the conditions' spaces, rows there and in the whole space, its size."""
         if self._operators is None or self.depends_on_time:
-            V, made = self.evolution.V, [[] for _ in self.evolution.parameters]
-            for index, slope, rows in self._terms:
+            made = [[] for _ in self.evolution.parameters]
+            for index, slope, V, local, rows in self._terms:
                 space = self.evolution.parameters[index].function_space()
-                drop = np.setdiff1d(np.arange(self.evolution.state_size), rows)
+                drop = np.setdiff1d(np.arange(own_size(V)), local)
                 if is_real(space):
-                    columns = lambda one, slope=slope: Function(V).interpolate(slope(one))
+                    columns = lambda one, slope=slope, V=V: Function(V).interpolate(slope(one))
                     operator = RealOperator(space, columns, drop)
                 else:
                     matrix = assemble(interpolate(slope(TrialFunction(space)), V)).petscmat
                     operator = MatrixOperator(matrix, drop)
-                made[index].append(operator)
+                made[index].append((operator, local, rows, own_size(V)))
             self._operators = made
         return self._operators
 
@@ -90,14 +95,16 @@ class BoundaryControls:
         """``D dz`` on the Dirichlet rows, zero elsewhere, ``(n,)``, for a step's vector of controls."""
         out = np.zeros(self.evolution.state_size)
         for operators, part in zip(self._assembled(), self.evolution.split_controls(dz), strict=True):
-            for operator in operators:
-                out += operator(part)
+            for operator, local, rows, _ in operators:
+                out[rows] += operator(part)[local]
         return out
 
     def pull_back(self, r: np.ndarray) -> np.ndarray:
         """``D^T r`` of what is on the Dirichlet rows of ``r`` ``(n,)``, a step's vector of controls."""
         out = np.zeros(self.evolution.control_size)
         for operators, part in zip(self._assembled(), self.evolution.split_controls(out), strict=True):
-            for operator in operators:
-                part += operator.transposed(r)
+            for operator, local, rows, size in operators:
+                values = np.zeros(size)
+                values[local] = r[rows]
+                part += operator.transposed(values)
         return out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from numbers import Real
 
 import numpy as np
@@ -14,8 +15,10 @@ from ufl.algorithms import expand_derivatives, extract_coefficients
 from ufl.algorithms.analysis import extract_type
 
 from pint_fem.errors import InputError
-from pint_fem.propagators.arrays import get, is_real, own_size, put
+from pint_fem.propagators.arrays import boundary_rows, get, is_real, own_size, put, rows_in_whole, whole_space
 from pint_fem.propagators.boundary import boundary_value, control_values
+from pint_fem.propagators.fields import Fields
+from pint_fem.propagators.separated import SeparatedOperator, separated_operator
 from pint_fem.propagators.tableaux import DIRK
 
 __all__ = ["Evolution", "time_function"]
@@ -54,9 +57,13 @@ class Evolution:
     t0
         Initial time.
     bcs
-        ``DirichletBC`` on ``u``'s space. Their values may depend on ``t``.
+        ``DirichletBC`` on ``u``'s space or parts of it (``V.sub(0)``). Their values may depend on ``t``.
     solver_parameters
-        PETSc options for the stage systems; default is a direct solve.
+        PETSc options for the stage systems (with ``eliminate``: for what is left of them); default is a direct solve.
+    eliminate
+        Number of a field of a mixed state whose rate depends on the other fields only: steps of a linear evolution
+        with constant operators then solve for the others (:mod:`~pint_fem.propagators.fields`), such as one symmetric
+        positive definite system for the electric field. It changes how a step is computed, not its result.
 
     Raises
     ------
@@ -79,6 +86,7 @@ class Evolution:
         initial: Function | None = None,
         bcs=(),
         solver_parameters: dict | None = None,
+        eliminate: int | None = None,
     ):
         if complex_mode:
             raise InputError(
@@ -102,10 +110,8 @@ class Evolution:
         self.bcs = tuple(bcs) if isinstance(bcs, (list, tuple)) else (bcs,)
         if any(not isinstance(bc, DirichletBC) for bc in self.bcs):
             raise InputError("bcs: give DirichletBC objects")
-        if any(bc.function_space() != V for bc in self.bcs):
-            raise InputError(
-                "a boundary condition is not on the state's space (sub-space conditions are not supported)"
-            )
+        if any(whole_space(bc.function_space()) != V for bc in self.bcs):
+            raise InputError("a boundary condition is not on the state's space or a part of it such as V.sub(0)")
         residual = expand_time_derivatives(residual, t=t, timedep_coeffs=(u,))
         coefficients = extract_coefficients(residual)
         if u not in coefficients or not extract_type(residual, TimeDerivative):
@@ -135,6 +141,7 @@ class Evolution:
         #: Their boundary values, as operators.
         self.boundary_controls = control_values(self)
         self.solver_parameters = dict(solver_parameters or {})
+        self.eliminate = _checked_field(eliminate, V, self.bcs)
         self.test = residual.arguments()[0]
         self.depends_on_time = t is not None and (t in coefficients or t in boundary_data)
 
@@ -191,20 +198,75 @@ class Evolution:
         """Residual of a stage: ``Dt(u) -> (U - W)/h``, ``u -> U``."""
         return ufl.replace(self.residual, {TimeDerivative(self.u): (U - W) / h, self.u: U})
 
+    @cached_property
+    def fields(self) -> Fields | None:
+        """Blocks of the operators where a field is eliminated, shared by all levels (collective when first asked
+        for).
+        """
+        operators = None if self.eliminate is None else self.linear_operators()
+        return None if operators is None else Fields(self.V, self.eliminate, operators, self.bcs)
+
     def linear_operators(self):
         r"""``(M, K)`` as bilinear forms where the residual is ``M Dt(u) + K u - f(t, z)``, else ``None``.
 
-        Required: affine in ``u`` and in the controls, with none of them, nor time, in ``M``, ``K`` or the controls'
-        operators.
+        Required: affine in ``u`` and in the controls, with none of them, nor time, in ``M`` and ``K``, and none of them
+        in the controls' operators, which depend on time by some scalar factors only
+        (:mod:`~pint_fem.propagators.separated`).
         """
+        return self._linear
+
+    @cached_property
+    def _linear(self):
         form, rate = self.parts()
         M = expand_derivatives(derivative(form, rate))
         K = expand_derivatives(derivative(form, self.u))
-        moving = {self.u, rate, *self.parameters} | ({self.t} if self.t is not None else set())
+        moving = {self.u, rate, *self.parameters}
         operators = [expand_derivatives(derivative(form, control)) for control in self.parameters]
-        if M.empty() or any(not f.empty() and moving & set(extract_coefficients(f)) for f in (M, K, *operators)):
+        found = lambda f, what: not f.empty() and bool(what & set(extract_coefficients(f)))
+        with_time = moving | ({self.t} if self.t is not None else set())
+        if M.empty() or any(found(f, with_time) for f in (M, K)) or any(found(f, moving) for f in operators):
             return None
-        return None if self.boundary_controls is not None and self.boundary_controls.depends_on_time else (M, K)
+        if self.boundary_controls is not None and self.boundary_controls.depends_on_time:
+            return None
+        return (M, K) if all(op is None or op.separable for op in self.control_operators) else None
+
+    @cached_property
+    def control_operators(self) -> list[SeparatedOperator | None]:
+        """Derivatives of the load by each of the parameters, which it is affine in; shared by all levels."""
+        form, _ = self.parts()
+        rows, interval = boundary_rows(self.bcs, self.V), (self.t0, self.t0 + self.nsteps * self.dt)
+        return [separated_operator(-form, control, rows, self.t, interval) for control in self.parameters]
+
+    @property
+    def controls_move(self) -> bool:
+        """Whether what a control adds to a step is not the same in all steps, for controls that are: time courses of a
+        linear evolution.
+        """
+        return any(operator is not None and not operator.constant for operator in self.control_operators)
+
+    @cached_property
+    def is_homogeneous(self) -> bool:
+        """Whether the residual has no other load than the controls' and boundary values are zero."""
+        form, rate = self.parts()
+        nothing = {f: ufl.classes.Zero(f.ufl_shape) for f in (self.u, rate, *self.parameters)}
+        zero = all(isinstance(boundary_value(bc), ufl.classes.Zero) for bc in self.bcs)
+        return zero and expand_derivatives(ufl.replace(form, nothing)).empty()
+
+
+def _checked_field(given, V, bcs) -> int | None:
+    """Number of the field to eliminate."""
+    if given is None:
+        return None
+    if isinstance(given, bool) or not hasattr(given, "__index__") or not 0 <= given < len(V) or len(V) == 1:
+        raise InputError(
+            f"eliminate = {given!r}: give the number of a field of a mixed state, "
+            + (f"0 to {len(V) - 1}" if len(V) > 1 else "this state is not mixed")
+        )
+    rows = set(rows_in_whole(V.sub(given)).tolist())
+    fixed = [bc for bc in bcs if not rows.isdisjoint(rows_in_whole(bc.function_space()).tolist())]
+    if V.mesh().comm.allreduce(len(fixed)):
+        raise InputError(f"eliminate = {given}: the field has a boundary condition; eliminate one without")
+    return int(given)
 
 
 def _checked_controls(given, u: Function, found: set, initial: Function | None) -> tuple[Function, ...]:

@@ -7,12 +7,15 @@ a_{ii} \Delta t`,
 
 on the free degrees of freedom, and the boundary values of time :math:`t_i` on the others (``S`` has unit rows and
 columns there, ``M`` zero rows, and ``b`` carries the lifting; the rows' adjoints are those of the boundary values).
-``W`` and the step follow from :class:`~pint_fem.propagators.tableaux.DIRK`.
+``W`` and the step follow from :class:`~pint_fem.propagators.tableaux.DIRK`. Where the evolution eliminates a field,
+stages are solved as :mod:`~pint_fem.propagators.fields` says.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import ufl
@@ -23,14 +26,27 @@ from firedrake.petsc import PETSc
 from pint_fem.errors import InputError
 from pint_fem.propagators.arrays import boundary_rows, get
 from pint_fem.propagators.base import FEPropagator, StepData
-from pint_fem.propagators.blocks import Factor, is_symmetric, lanes, matrix_bytes
+from pint_fem.propagators.blocks import Factor, Workspace, is_symmetric, lanes, matrix_bytes
 from pint_fem.propagators.evolution import Evolution
-from pint_fem.propagators.operators import ControlOperator, MatrixOperator, control_operator
-from pint_fem.propagators.recursion import BlockRecursion, StateRecursion
+from pint_fem.propagators.fields import BlockFields, EliminatedRecursion, Fields, StateFields
+from pint_fem.propagators.multigrid import Geometry
+from pint_fem.propagators.operators import ControlOperator, MatrixOperator
+from pint_fem.propagators.recursion import BlockRecursion, Recursion, StateRecursion
 from pint_fem.propagators.rows import MOST, RowSpace, sample_times
 from pint_fem.propagators.tableaux import DIRK
 
 __all__ = ["LinearPropagator"]
+
+
+class _Term(NamedTuple):
+    """A part of the steps' loads: in some stages, the products of operators with the numbers of their controls, times
+    a weight of each step; the constant part, with weights one, has that of boundary values as well.
+    """
+
+    weights: np.ndarray
+    stages: Sequence[int]
+    operators: list[tuple[int, ControlOperator]]
+    boundary: bool
 
 
 class LinearPropagator(FEPropagator):
@@ -53,29 +69,56 @@ class LinearPropagator(FEPropagator):
             raise InputError("the evolution is not linear with constant operators: use the form propagator")
         self.dirk = DIRK(self.tableau)
         self.bc_rows = boundary_rows(evolution.bcs, evolution.V)
-        parts = [assemble(form, mat_type="aij").petscmat for form in operators if not form.empty()]
-        mass, symmetric = parts[0], all(is_symmetric(part) for part in parts)
-        start = mass.getOwnershipRange()[0]
-        self._zero_rows = (self.bc_rows + start).astype(PETSc.IntType)
-        self.M = mass.copy()
-        self.M.zeroRows(self._zero_rows, diag=0.0)
         self.steps_of_stage = self.dirk.diagonal * self.dt
-        self.factors = {}
-        for h in dict.fromkeys(self.steps_of_stage):
-            S = assemble(operators[0] + Constant(h) * operators[1], bcs=evolution.bcs, mat_type="aij").petscmat
-            self.factors[h] = Factor(S, evolution.solver_parameters, symmetric=symmetric)
-        symmetric_mass = mass.isSymmetric(0.0) and not len(self.bc_rows)
-        self.MT = self.M if symmetric_mass else self.M.transpose(PETSc.Mat())
-        given = (self.M, self.MT, self.dirk, self.steps_of_stage, self.factors, self.bc_rows)
-        given += (evolution.boundary_controls is None,)
-        self._block, self._single = BlockRecursion(*given), StateRecursion(*given)
+        #: Blocks of the operators where a field is eliminated.
+        self.fields: Fields | None = evolution.fields
+        self.factors: dict[float, Factor] = {}
+        self._block, self._single = self._recursions(operators)
         self._loads = None
-        self._operators: list[ControlOperator | None] = []
         self._lifting: dict[float, MatrixOperator] = {}
 
+    def _recursions(self, operators) -> tuple[Recursion, Recursion]:
+        """Factor, and make the recursions on a block and on one state."""
+        ev, given = self.evolution, (self.dirk, self.steps_of_stage, self.factors, self.bc_rows)
+        given += (ev.boundary_controls is None,)
+        if self.fields is not None:
+            for h in dict.fromkeys(self.steps_of_stage):
+                matrix = self.fields.complement(h)
+                known = dict(symmetric=self.fields.symmetric, geometry=self.fields.geometry)
+                self.factors[h] = Factor(matrix, ev.solver_parameters, **known)
+            sizes = (ev.state_size, None)
+            block = EliminatedRecursion(
+                BlockFields(self.fields, self.factors), Workspace.zeros(sizes, self.fields.M_b.comm), *given
+            )
+            return block, EliminatedRecursion(StateFields(self.fields, self.factors), np.zeros(ev.state_size), *given)
+        parts = [assemble(form, mat_type="aij").petscmat for form in operators if not form.empty()]
+        mass, symmetric = parts[0], all(is_symmetric(part) for part in parts)
+        known = dict(symmetric=symmetric, geometry=Geometry(ev.V, ev.bcs))
+        for h in dict.fromkeys(self.steps_of_stage):
+            self.factors[h] = Factor(self._stage_matrix(h), ev.solver_parameters, **known)
+        symmetric_mass = mass.isSymmetric(0.0) and not len(self.bc_rows)
+        self.M = self._mass_matrix()
+        self.MT = self.M if symmetric_mass else self.M.transpose(PETSc.Mat())
+        return BlockRecursion(self.M, self.MT, *given), StateRecursion(self.M, self.MT, *given)
+
     def stage_matrix(self, h: float) -> PETSc.Mat:
-        """``S`` of a stage with ``a_ii dt = h``."""
-        return self.factors[h].ksp.getOperators()[0]
+        """``S`` of a stage with ``a_ii dt = h``, of the whole state also where a field is eliminated."""
+        if self.fields is None:
+            return self.factors[h].ksp.getOperators()[0]
+        return self._stage_matrix(h)
+
+    def mass_matrix(self) -> PETSc.Mat:
+        """``M``, of the whole state also where a field is eliminated."""
+        return self.M if self.fields is None else self._mass_matrix()
+
+    def _stage_matrix(self, h: float) -> PETSc.Mat:
+        M, K = self.evolution.linear_operators()
+        return assemble(M + Constant(h) * K, bcs=self.evolution.bcs, mat_type="aij").petscmat
+
+    def _mass_matrix(self) -> PETSc.Mat:
+        M = assemble(self.evolution.linear_operators()[0], mat_type="aij").petscmat.copy()
+        M.zeroRows((self.bc_rows + M.getOwnershipRange()[0]).astype(PETSc.IntType), diag=0.0)
+        return M
 
     # -- on blocks -----------------------------------------------------------------------------------------------------
     def apply(self, u: np.ndarray, out: np.ndarray, lane: int, load=None) -> None:
@@ -109,7 +152,9 @@ class LinearPropagator(FEPropagator):
 
     # -- forcing -------------------------------------------------------------------------------------------------------
     def _prepare_loads(self) -> None:
-        """Compile and assemble what the forcing needs: the affine part at ``z = 0`` and the controls' operators."""
+        """Compile and assemble what the forcing needs, once: the affine part at ``z = 0``, the lifting."""
+        if self._loads is not None:
+            return
         ev = self.evolution
         form, rate = ev.parts()
         self._lift = Function(ev.V, name="lift")
@@ -121,7 +166,6 @@ class LinearPropagator(FEPropagator):
         self._row_space = RowSpace(
             ev.V.mesh().comm, [partial(self._assemble_load, t, i % self.dirk.stages) for i, t in samples]
         )
-        self._operators = [control_operator(-form, control, self.bc_rows) for control in ev.parameters]
         if ev.boundary_controls is not None:
             M, K = ev.linear_operators()
             for h in self.factors:
@@ -150,28 +194,48 @@ class LinearPropagator(FEPropagator):
         self._load_h.assign(h)
         load = -h * get(self._load_assembler.assemble())
         load[self.bc_rows] = get(self._lift)[self.bc_rows]
-        return load
+        return self._scaled(load)
 
-    def _control_load(self, z: np.ndarray, h: float) -> np.ndarray:
-        """``db/dz z`` of a stage for a step's vector of controls, ``(n,)``."""
-        load = np.zeros(self.evolution.state_size)
-        for operator, part in zip(self._operators, self.evolution.split_controls(z), strict=True):
-            if operator is not None:
-                load += h * operator(part)
-        if self.evolution.boundary_controls is not None:
+    def _terms(self, times: np.ndarray) -> list[_Term]:
+        """What the loads of steps from ``times`` are made of."""
+        operators = list(enumerate(self.evolution.control_operators))
+        constant = [(p, op.terms[0]) for p, op in operators if op is not None and op.constant]
+        terms = []
+        if constant or self.evolution.boundary_controls is not None:
+            terms.append(_Term(np.ones(len(times)), range(self.dirk.stages), constant, True))
+        for p, op in operators:
+            if op is not None and not op.constant:
+                for stage, c in enumerate(self.dirk.c):
+                    weights = op.coefficients(times + c * self.dt).T
+                    terms += [_Term(w, (stage,), [(p, term)], False) for w, term in zip(weights, op.terms, strict=True)]
+        return terms
+
+    def _term_load(self, term: _Term, z: np.ndarray, h: float) -> np.ndarray:
+        """A term's load of a stage for a step's vector of controls, ``(n,)``."""
+        load, parts = np.zeros(self.evolution.state_size), self.evolution.split_controls(z)
+        for p, operator in term.operators:
+            load += h * operator(parts[p])
+        if term.boundary and self.evolution.boundary_controls is not None:
             lift = self.evolution.boundary_controls.lift(z)
             load += lift - self._lifting[h](lift)
-        return load
+        return self._scaled(load)
 
-    def _control_pull_back(self, y: np.ndarray, h: float) -> np.ndarray:
-        """Its transpose, of the adjoint of a stage's right-hand side."""
-        out = np.zeros(self.evolution.control_size)
-        for operator, part in zip(self._operators, self.evolution.split_controls(out), strict=True):
-            if operator is not None:
-                part += h * operator.transposed(y)
-        if self.evolution.boundary_controls is not None:
-            out += self.evolution.boundary_controls.pull_back(y - self._lifting[h].transposed(y))
+    def _term_pull_back(self, term: _Term, adjoints: np.ndarray) -> np.ndarray:
+        """Its transpose, of the adjoints of the stages' right-hand sides ``(stages, n)``, ``(nz,)``."""
+        out, steps = np.zeros(self.evolution.control_size), self.steps_of_stage[list(term.stages)]
+        parts = self.evolution.split_controls(out)
+        for h in dict.fromkeys(steps):
+            some = [i for i, own in zip(term.stages, steps, strict=True) if own == h]
+            y = self._scaled(np.add.reduce(adjoints[some], axis=0), transposed=True)
+            for p, operator in term.operators:
+                parts[p] += h * operator.transposed(y)
+            if term.boundary and self.evolution.boundary_controls is not None:
+                out += self.evolution.boundary_controls.pull_back(y - self._lifting[h].transposed(y))
         return out
+
+    def _scaled(self, load: np.ndarray, *, transposed: bool = False) -> np.ndarray:
+        """A stage's load as the recursion takes it (see ``fields``)."""
+        return load if self.fields is None else self.fields.scale(load, transposed=transposed)
 
     def forcing(self, data: StepData, lane: int = 0) -> np.ndarray:
         """The affine part of ``step``: ``Phi(0, z)`` of each step, ``(k, n)``; a broadcast row where all are the
@@ -184,34 +248,64 @@ class LinearPropagator(FEPropagator):
         return self._forced(data, dz, False, lane)
 
     def _forced(self, data: StepData, z, affine: bool, lane: int) -> np.ndarray:
-        k, n = len(data.t), self.evolution.state_size
-        same = not (affine and self.evolution.depends_on_time) and (z is None or z.ndim == 1)
-        rows = min(k, 1) if same else k
-        out = np.empty((rows, n))
-        self.apply(np.broadcast_to(np.zeros(n), out.shape), out, 0 if same else lane, self._load(data, z, affine))
-        return np.broadcast_to(out, (k, n)) if same and k else out
+        k, n, ev = len(data.t), self.evolution.state_size, self.evolution
+        affine = affine and not ev.is_homogeneous
+        if (affine and ev.depends_on_time) or (z is not None and z.ndim == 2):
+            out = np.empty((k, n))
+            self.apply(np.broadcast_to(np.zeros(n), out.shape), out, lane, self._load(data, z, affine))
+            return out
+        rows, weights = self._responses(data, z, affine)
+        if not weights:
+            return np.broadcast_to(rows[0], (k, n))
+        out = np.tile(rows[0], (k, 1))
+        for w, row in zip(weights, rows[1:], strict=True):
+            for i in range(k):  # a product of matrices may round a row with the number of rows
+                out[i] += w[i] * row
+        return out
+
+    def _responses(self, data: StepData, z, affine: bool) -> tuple[np.ndarray, list[np.ndarray]]:
+        """Ends of steps from zero with what is the same in all of them, and of each term that is not with its weight 1,
+        ``(1 + terms, n)``; the weights of these in each step.
+        """
+        self._prepare_loads()
+        terms = self._terms(data.t) if z is not None else []
+        same, moving = ([t for t in terms if t.boundary == constant] for constant in (True, False))
+        loads = np.zeros((self.dirk.stages, 1 + len(moving), self.evolution.state_size))
+        for i, h in enumerate(self.steps_of_stage):
+            if affine and len(data.t):
+                loads[i, 0] += self._affine_load(data.t[0], i)
+            for row, some in enumerate([same, *([t] for t in moving)]):
+                for term in some:
+                    if i in term.stages:
+                        loads[i, row] += self._term_load(term, z, h)
+        out = np.empty(loads.shape[1:])
+        self.apply(np.zeros_like(out), out, 0, lambda rows, i: loads[i, rows])
+        return out, [term.weights for term in moving]
 
     def _load(self, data: StepData, z: np.ndarray | None, affine: bool):
         """``load(rows, i)`` of a stage, for :meth:`apply`: of the controls ``z``, and the affine part where asked."""
-        if self._loads is None:
-            self._prepare_loads()
-        z = z if self.evolution.parameters else None
-        known = {}  # of the controls, by coefficient: stages share it
+        self._prepare_loads()
+        terms = [] if z is None else self._terms(data.t)
+        affine = affine and not self.evolution.is_homogeneous
+        known = {}  # of the terms, by coefficient: stages share them
 
-        def control(part, h):
-            if z is not None and z.ndim == 2 and known.get("part") != part:
+        def control(part, number, h):
+            if z.ndim == 2 and known.get("part") != part:
                 known.clear()
                 known["part"] = part
-            if h not in known:
-                known[h] = np.array([self._control_load(zi, h) for zi in np.atleast_2d(z if z.ndim == 1 else z[part])])
-            return known[h]
+            if (number, h) not in known:
+                some = np.atleast_2d(z if z.ndim == 1 else z[part])
+                known[number, h] = np.array([self._term_load(terms[number], zi, h) for zi in some])
+            return known[number, h]
 
         def load(part, i):
             b = np.zeros((part.stop - part.start, self.evolution.state_size))
             if affine:
                 b += [self._affine_load(t, i) for t in data.t[part]]
-            if z is not None:
-                b += control(part, self.steps_of_stage[i])
+            for number, term in enumerate(terms):
+                if i in term.stages:
+                    of_z = control(part, number, self.steps_of_stage[i])
+                    b += of_z if term.boundary else term.weights[part, None] * of_z
             return b
 
         return load
@@ -230,38 +324,56 @@ class LinearPropagator(FEPropagator):
         self.apply_transposed(lam, out, lane)
 
     def control_adjoint(self, data, lam, lane=0):
-        """See :class:`FEPropagator`; for a static control the adjoints are summed before the one solve."""
-        if self._loads is None:
-            self._prepare_loads()
+        """See :class:`FEPropagator`; for a static control the adjoints are summed before the one solve a term."""
         if not self.evolution.per_step:
-            lam, lane = (
-                np.add.reduce(lam, axis=0, keepdims=True) if len(lam) else np.zeros((1, self.evolution.state_size)),
-                0,
-            )
-        loads = {h: np.zeros_like(lam) for h in self.factors}
+            return self.control_adjoint_of_sums(data, self.control_sums(data, lam))
+        self._prepare_loads()
+        terms, adjoints = self._terms(data.t), self._stage_adjoints(lam, lane)
+        out = np.zeros((len(lam), self.evolution.control_size))
+        for row, gz in enumerate(out):
+            for term in terms:
+                gz += term.weights[row] * self._term_pull_back(term, adjoints[:, row])
+        return out
+
+    def control_sums(self, data, lam):
+        """See :class:`FEPropagator`; a row for each term."""
+        terms = self._terms(data.t)
+        sums = [np.add.reduce(lam if term.boundary else term.weights[:, None] * lam, axis=0) for term in terms]
+        return np.array(sums).reshape(len(terms), self.evolution.state_size)
+
+    def control_adjoint_of_sums(self, data, sums):
+        """See :class:`FEPropagator`."""
+        self._prepare_loads()
+        adjoints = self._stage_adjoints(sums, 0)
+        parts = (self._term_pull_back(term, adjoints[:, row]) for row, term in enumerate(self._terms(data.t)))
+        return sum(parts, np.zeros(self.evolution.control_size))
+
+    def _stage_adjoints(self, lam: np.ndarray, lane: int) -> np.ndarray:
+        """Adjoints of the stages' right-hand sides, ``(stages, k, n)``."""
+        adjoints = np.zeros((self.dirk.stages, *lam.shape))
 
         def on_stage(rows, i, y):
-            loads[self.steps_of_stage[i]][rows] += y
+            adjoints[i][rows] = y
 
         self.apply_transposed(lam, np.empty_like(lam), lane, on_stage)
-        out = np.zeros((len(lam), self.evolution.control_size))
-        for h, adjoints in loads.items():
-            for y, gz in zip(adjoints, out, strict=True):
-                gz += self._control_pull_back(y, h)
-        return out if self.evolution.per_step else out[0]
+        return adjoints
 
     # -- memory --------------------------------------------------------------------------------------------------------
     def kept_bytes(self, count):
         """Loads and the stages' own arrays."""
-        stages = self.dirk.stages
-        rows = stages * count if self.evolution.depends_on_time and self.keeps_loads else stages
-        if self.evolution.depends_on_time and not self.keeps_loads:
-            rows = min(MOST, stages * count)
+        stages = rows = self.dirk.stages
+        if self.evolution.depends_on_time:
+            rows = stages * count if self.keeps_loads else min(MOST, stages * count)
+        if self.evolution.is_homogeneous:
+            rows = 0
         return 8 * self.evolution.state_size * rows + self._block.nbytes + self._single.nbytes
 
     def petsc_bytes(self, memories):
         """See :class:`FEPropagator`."""
-        matrices = [self.M] if self.MT is self.M else [self.M, self.MT]
+        if self.fields is not None:
+            matrices = self.fields.held if self.stride == 1 else []  # levels share them
+        else:
+            matrices = [self.M] if self.MT is self.M else [self.M, self.MT]
         parts = [factor.nbytes for factor in self.factors.values()]
         return {
             "blocks": self._block.petsc_bytes,

@@ -17,10 +17,10 @@ from firedrake.petsc import PETSc
 from pint_fem.propagators.blocks import Factor, Workspace
 from pint_fem.propagators.tableaux import DIRK
 
-__all__ = ["BlockRecursion", "StateRecursion"]
+__all__ = ["BlockRecursion", "Recursion", "StateRecursion"]
 
 
-class _Recursion:
+class Recursion:
     """The recursion on the arrays ``w`` (what a stage starts from), ``x`` (a solution), ``y`` and ``yT`` (products).
 
     Parameters
@@ -130,7 +130,7 @@ class _Recursion:
         return out
 
 
-class BlockRecursion(_Recursion):
+class BlockRecursion(Recursion):
     """On a block of ``WIDTH`` states, arrays ``(WIDTH, n)``."""
 
     def __init__(self, M: PETSc.Mat, MT: PETSc.Mat, *args):
@@ -158,7 +158,7 @@ class BlockRecursion(_Recursion):
         self.factors[h].solve_block(self._yT if transposed else self._y, self._x, transposed=transposed)
 
 
-class StateRecursion(_Recursion):
+class StateRecursion(Recursion):
     """On one state, arrays ``(n,)``; each is taken from its vector anew, so that PETSc knows of changes."""
 
     def __init__(self, M: PETSc.Mat, MT: PETSc.Mat, *args):

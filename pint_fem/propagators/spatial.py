@@ -37,7 +37,7 @@ from ufl.algorithms import extract_coefficients
 
 from pint_fem.errors import InputError
 from pint_fem.mgrit.transfer import Transfer
-from pint_fem.propagators.arrays import boundary_rows, get, put
+from pint_fem.propagators.arrays import boundary_rows, get, like_subspace, put
 from pint_fem.propagators.blocks import BlockOperator
 from pint_fem.propagators.boundary import boundary_value
 from pint_fem.propagators.evolution import Evolution
@@ -72,7 +72,7 @@ def mesh_transfer(V_fine, V_coarse, bcs: Sequence[DirichletBC] = (), coarse_bcs=
     """
     bcs = list(bcs)
     if coarse_bcs is None:
-        coarse_bcs = [DirichletBC(V_coarse, 0, bc.sub_domain) for bc in bcs]
+        coarse_bcs = [DirichletBC(like_subspace(V_coarse, bc), 0, bc.sub_domain) for bc in bcs]
     with stop_annotating():
         P0 = _interpolation(V_fine, V_coarse)
     coarse, fine = P0.createVecs()
@@ -210,14 +210,14 @@ def _next_coarser(ev: Evolution) -> Evolution:
     for bc, value in zip(ev.bcs, values, strict=True):
         given = bc._original_arg
         value = given if isinstance(given, Number) else coarsen(value, coarsen, coefficient_mapping=mapping)
-        bcs.append(type(bc)(V, value, bc.sub_domain))
+        bcs.append(type(bc)(like_subspace(V, bc), value, bc.sub_domain))
     initial = Function(V)
     manager.inject(ev.initial, initial)
     return Evolution(
         coarsen(ev.residual, coarsen, coefficient_mapping=mapping), mapping[ev.u], tableau=ev.tableau, dt=ev.dt,
         nsteps=ev.nsteps, control=[mapping[c] for c in ev.parameters], per_step=[mapping[c] for c in ev.stepwise],
         t=mapping.get(ev.t), t0=ev.t0,
-        initial=initial, bcs=bcs, solver_parameters=ev.solver_parameters,
+        initial=initial, bcs=bcs, solver_parameters=ev.solver_parameters, eliminate=ev.eliminate,
     )  # fmt: skip
 
 

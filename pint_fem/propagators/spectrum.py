@@ -5,12 +5,22 @@ For :math:`M \dot u + K u = f` a step maps an eigenvector of :math:`K x = \kappa
 range is all that the two-level bound wants: it is a maximum over a curve. For another ``K`` it wants the boundary of a
 region, as the bound (a sum of moduli of analytic functions, where ``R`` has no pole) is subharmonic in :math:`\kappa`.
 
+*Damped waves*, a symmetric positive part of ``K`` on some fields and a skew-symmetric coupling with the field that the
+evolution eliminates (:mod:`~pint_fem.propagators.fields`), are not normal. For an eigenvector's part ``a`` there, and
+:math:`s = a^* K_a a / a^* M_a a` and :math:`\omega^2 = -a^* G X a / a^* M_a a`,
+
+.. math::  \kappa^2 - s \kappa + \omega^2 = 0 ,
+
+so that the ranges of damping and frequency, those of two symmetric pencils, hold all eigenvalues. The bound is that of
+the pairs with damping ``s`` and frequency :math:`\omega` (:mod:`~pint_fem.mgrit.theory_blocks`), a bound of norms in
+the energy's inner product where the damping is uniform.
+
 Nothing is gathered: on several ranks in space the ends come from Lanczos iteration with distributed products.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -19,11 +29,14 @@ from firedrake import assemble
 from firedrake.petsc import PETSc
 
 from pint_fem.mgrit.options import MGRITOptions
-from pint_fem.mgrit.theory import Verdict, dirk_stability, two_level_bound, verdict
-from pint_fem.paradiag.theory import contraction
+from pint_fem.mgrit.theory import Verdict, dirk_stability, two_level_factors, verdict
+from pint_fem.mgrit.theory_blocks import block_factors, damped_wave, runge_kutta_matrix
+from pint_fem.paradiag.theory import block_contraction, contraction
 from pint_fem.propagators.arrays import boundary_rows
 from pint_fem.propagators.blocks import is_symmetric
 from pint_fem.propagators.evolution import Evolution
+from pint_fem.propagators.fields import Fields
+from pint_fem.propagators.lanczos import ACCURACY, NotPositive, Pencil
 from pint_fem.propagators.tableaux import DIRK, SDIRK2, BackwardEuler
 
 __all__ = ["Spectrum", "mgrit_verdict", "paradiag_contraction", "spectrum"]
@@ -34,9 +47,6 @@ FACTORED = 6_000
 DENSE = 800
 """Unknowns up to which all eigenvalues of a general ``K`` are computed (900: 0.35 s)."""
 
-ACCURACY = 1e-2
-"""Of the ends of the spectrum; the largest is rounded up by it."""
-
 
 @dataclass(frozen=True)
 class Spectrum:
@@ -45,13 +55,16 @@ class Spectrum:
     Attributes
     ----------
     kind : str
-        ``"parabolic"`` (real), ``"wave"`` (imaginary) or ``"general"``.
+        ``"parabolic"`` (real), ``"wave"`` (imaginary), ``"damped wave"`` or ``"general"``.
     low, high : float
-        Ends of the range: of :math:`\kappa`, of :math:`|\kappa|` for waves, of the real part in general. 1/time.
+        Ends of the range: of :math:`\kappa`, of :math:`|\kappa|` for waves, of the damping of damped ones, of the real
+        part in general. 1/time.
     region : ndarray or None
         ``"general"``: the eigenvalues above the real axis, or corners of a convex region that holds them.
     estimate : str
         How the region was made where it is not known to be right; empty where it is.
+    frequency : float
+        Largest :math:`\omega` of damped waves.
     """
 
     kind: str
@@ -59,6 +72,22 @@ class Spectrum:
     high: float
     region: np.ndarray | None = None
     estimate: str = ""
+    frequency: float = 0.0
+
+    @property
+    def note(self) -> str:
+        """What to know of bounds over it."""
+        if self.kind == "general":
+            return self.estimate or "mode by mode, of an operator that is not normal"
+        return self.estimate
+
+    def pairs(self, dt: float, per_decade: int = 48) -> tuple[np.ndarray, np.ndarray]:
+        r"""Values of :math:`\Delta t\, s` and :math:`\Delta t\, \omega` that cover those of damped waves."""
+        low, high = self.low * dt, self.high * dt
+        count = 1 if high <= low * (1 + 1e-6) else 2 + int(8 * np.log10(high / low))
+        s, w = np.geomspace(low, high, count), _logarithmic(0.0, max(self.frequency * dt, 1e-12), per_decade)
+        w = np.unique(np.concatenate([w, np.clip(s / 2, w[0], w[-1])]))  # there a pair is furthest from normal
+        return tuple(x.ravel() for x in np.meshgrid(s, w, indexing="ij"))
 
     def sample(self, dt: float, per_decade: int = 128) -> np.ndarray:
         r"""Values of :math:`\Delta t\, \kappa` that cover the spectrum.
@@ -76,6 +105,9 @@ class Spectrum:
         ndarray
             Real for ``"parabolic"``, else complex.
         """
+        if self.kind == "damped wave":
+            s, w = self.pairs(dt)
+            return s / 2 + np.sqrt((s**2 / 4 - w**2).astype(complex))
         if self.kind == "general":
             return dt * (_boundary(self.region, per_decade) if self.estimate else self.region)
         parts = []
@@ -106,104 +138,21 @@ def _boundary(corners: np.ndarray, per_decade: int) -> np.ndarray:
     return np.concatenate([a + t * (b - a) for a, b in pairwise(chain)])
 
 
-class _NotPositive(ArithmeticError):
-    """The mass matrix is not symmetric positive definite."""
-
-
-class _Operators:
-    """``M`` and ``K`` on the free degrees of freedom; fixed ones are decoupled, with the eigenvalue 0."""
+class _Operators(Pencil):
+    """``M`` and ``K`` on the free degrees of freedom; fixed ones have the eigenvalue 0."""
 
     def __init__(self, evolution: Evolution):
         mass, stiffness = evolution.linear_operators()
         M = assemble(mass, mat_type="aij").petscmat
         K = M.duplicate() if stiffness.empty() else assemble(stiffness, mat_type="aij").petscmat
         if not is_symmetric(M) or M.getDiagonal().min()[1] <= 0:
-            raise _NotPositive
-        self.fixed = boundary_rows(evolution.bcs, evolution.V)
-        rows = (self.fixed + M.getOwnershipRange()[0]).astype(PETSc.IntType)
+            raise NotPositive
+        fixed = boundary_rows(evolution.bcs, evolution.V)
+        rows = (fixed + M.getOwnershipRange()[0]).astype(PETSc.IntType)
         M.zeroRowsColumns(rows, diag=1.0)
         K.zeroRowsColumns(rows, diag=0.0)
-        self.M, self.K, self.comm, self.size = M, K, M.comm, M.getSize()[0]
-        self._b, self._x = M.createVecs()
-        # the mass matrix is well conditioned: this takes fewer than 20 products and no factorisation
-        self.ksp = PETSc.KSP().create(M.comm)
-        self.ksp.setOperators(M)
-        self.ksp.setType("cg")
-        self.ksp.getPC().setType("jacobi")
-        self.ksp.setTolerances(rtol=1e-8, max_it=1000)
-
-    def solve_mass(self, b: np.ndarray) -> np.ndarray:
-        """``M^{-1} b``, own degrees of freedom."""
-        self._b.array[:] = b
-        self.ksp.solve(self._b, self._x)
-        if self.ksp.getConvergedReason() < 0:
-            raise _NotPositive
-        return self._x.array_r.copy()
-
-    def product(self, A: PETSc.Mat) -> Callable[[np.ndarray], np.ndarray]:
-        """``x -> A x``, own degrees of freedom."""
-
-        def apply(x):
-            self._x.array[:] = x
-            A.mult(self._x, self._b)
-            return self._b.array_r.copy()
-
-        return apply
-
-    def ends(self, apply: Callable[[np.ndarray], np.ndarray], steps: int = 100) -> tuple[float, float]:
-        """Ends of the spectrum of ``apply(x) = kappa M x``, symmetric; the upper one moved outwards by its residual.
-
-        Lanczos iteration in the mass inner product, without a basis: copies of ends that have converged do no harm.
-        """
-        comm = self.comm.tompi4py()
-        dot = lambda x, y: comm.allreduce(float(x @ y))
-        w, alphas, betas = self._start(), [], []
-        q_dual = np.zeros_like(w)
-        while True:
-            v = self.solve_mass(w)
-            square = dot(v, w)
-            if square < 0:
-                raise _NotPositive
-            beta = square**0.5
-            if alphas:
-                T = np.diag(alphas) + np.diag(betas[1:], 1) + np.diag(betas[1:], -1)
-                done = beta <= 1e-10 * np.abs(T).max()
-                if done or len(alphas) % 5 == 0 or len(alphas) == steps:
-                    values, vectors = np.linalg.eigh(T)
-                    residuals = beta * np.abs(vectors[-1, [0, -1]])
-                    if done or len(alphas) == steps or residuals.max() <= ACCURACY * np.abs(values).max():
-                        return float(values[0]), float(values[-1] + residuals[1])
-            elif beta == 0:
-                return 0.0, 0.0
-            betas.append(beta)
-            q_before, q_dual, q = q_dual, w / beta, v / beta
-            w = apply(q)
-            alphas.append(dot(q, w))
-            w = w - alphas[-1] * q_dual - (beta * q_before if len(alphas) > 1 else 0)
-
-    def ritz(self, apply: Callable[[np.ndarray], np.ndarray], steps: int = 40) -> tuple[np.ndarray, np.ndarray]:
-        """Ritz values of a map and their residuals, by Arnoldi iteration in the mass inner product."""
-        comm, mass = self.comm.tompi4py(), self.product(self.M)
-        n = self.M.getLocalSize()[0]
-        Q, H, w = np.zeros((steps + 1, n)), np.zeros((steps + 1, steps)), self._start()
-        Q[0] = w / comm.allreduce(float(w @ mass(w))) ** 0.5
-        for k in range(steps):
-            w = apply(Q[k])
-            for _ in range(2):  # the second pass restores what the first loses to cancellation
-                h = comm.allreduce(Q[: k + 1] @ mass(w))
-                w = w - h @ Q[: k + 1]
-                H[: k + 1, k] += h
-            H[k + 1, k] = max(comm.allreduce(float(w @ mass(w))), 0.0) ** 0.5
-            if H[k + 1, k] <= 1e-10 * np.abs(H).max():
-                break
-            Q[k + 1] = w / H[k + 1, k]
-        values, vectors = np.linalg.eig(H[: k + 1, : k + 1])
-        return values.astype(complex), H[k + 1, k] * np.abs(vectors[-1])
-
-    def _start(self) -> np.ndarray:
-        start = np.random.default_rng(self.comm.rank).standard_normal(self.M.getLocalSize()[0])
-        start[self.fixed] = 0
-        return start
+        super().__init__(M, fixed)
+        self.K = K
 
     def matrix(self, A: PETSc.Mat, *, free: bool = False):
         """As a scipy matrix, or its rows and columns of the free degrees of freedom (one rank)."""
@@ -221,8 +170,9 @@ def spectrum(evolution: Evolution) -> Spectrum | None:
     """Where the eigenvalues of a linear evolution lie; every rank of its ``space_comm`` calls it.
 
     Symmetric and skew-symmetric ``K``: the largest by Lanczos iteration, at most 1 percent too large. The smallest by
-    shift and invert on one rank with up to ``FACTORED`` unknowns, else 0, which is safe. Waves: from 0. General ``K``:
-    all eigenvalues on one rank with up to ``DENSE`` unknowns, else the convex hull of Ritz values, an estimate.
+    shift and invert on one rank with up to ``FACTORED`` unknowns, else 0, which is safe. Waves: from 0. Waves that are
+    damped everywhere: the ranges of damping and frequency. General ``K``: all eigenvalues on one rank with up to
+    ``DENSE`` unknowns, else the convex hull of Ritz values, an estimate.
 
     Returns
     -------
@@ -232,9 +182,23 @@ def spectrum(evolution: Evolution) -> Spectrum | None:
     if evolution.linear_operators() is None:
         return None
     try:
-        return _spectrum(_Operators(evolution))
-    except (_NotPositive, np.linalg.LinAlgError):
+        return _damped_wave(evolution.fields) or _spectrum(_Operators(evolution))
+    except (NotPositive, np.linalg.LinAlgError):
         return None
+
+
+def _damped_wave(fields: Fields | None) -> Spectrum | None:
+    """Ranges of damping and frequency; ``None`` where nothing damps somewhere, or the system is no such wave."""
+    if fields is None or not fields.is_wave:
+        return None
+    pencil = Pencil(fields.part(0.0), fields.fixed)
+    low, high = pencil.ends(pencil.product(fields.damping()))
+    if low <= ACCURACY * high:
+        return None
+    frequency = max(pencil.ends(pencil.product(fields.stiffness()))[1], 0.0) ** 0.5
+    uniform = high <= low * (1 + 1e-6)
+    note = "" if uniform else "an estimate from the ranges of damping and frequency of an operator that is not normal"
+    return Spectrum("damped wave", low if uniform else low * (1 - ACCURACY), high, estimate=note, frequency=frequency)
 
 
 def _spectrum(ops: _Operators) -> Spectrum:
@@ -350,8 +314,8 @@ def mgrit_verdict(
         judged = pair.verdict(coarse_tableau, m, **given)
         if not judged.converges:
             judged = pair.verdict(coarse_tableau, m, alternatives=pair.alternatives(coarse_tableau, m), **given)
-        if found.kind == "general":
-            judged = replace(judged, note=found.estimate or "mode by mode, of an operator that is not normal")
+        if found.note:
+            judged = replace(judged, note=found.note)
         verdicts.append(judged)
         stride, steps = stride * m, steps // m
     return verdicts
@@ -373,8 +337,11 @@ def paradiag_contraction(evolution: Evolution, alpha: float) -> float | None:
     found = spectrum(evolution)
     if found is None:
         return None
-    modes = -found.sample(evolution.dt)
-    return contraction(dirk_stability(evolution.dirk.A, evolution.dirk.b, modes), alpha, evolution.nsteps)
+    A, b = evolution.dirk.A, evolution.dirk.b
+    if found.kind == "damped wave":
+        pairs = damped_wave(*found.pairs(evolution.dt))
+        return block_contraction(runge_kutta_matrix(A, b, -pairs), alpha, evolution.nsteps)
+    return contraction(dirk_stability(A, b, -found.sample(evolution.dt)), alpha, evolution.nsteps)
 
 
 @dataclass(frozen=True)
@@ -389,25 +356,35 @@ class _Pair:
     weight: float
     is_first: bool
 
+    def _tableaux(self, coarse_tableau) -> tuple[DIRK, DIRK]:
+        return DIRK(self.evolution.tableau if self.is_first else coarse_tableau), DIRK(coarse_tableau)
+
     def _eigenvalues(self, coarse_tableau, m: int):
-        modes = self.spectrum.sample(self.evolution.dt, max(128, 12 * m))
-        tableaux = (self.evolution.tableau if self.is_first else coarse_tableau, coarse_tableau)
-        lam, mu = (
-            dirk_stability(d.A, d.b, -s * modes)
-            for d, s in zip(map(DIRK, tableaux), (self.stride, m * self.stride), strict=True)
-        )
+        modes, strides = self.spectrum.sample(self.evolution.dt, max(128, 12 * m)), (self.stride, m * self.stride)
+        tableaux = self._tableaux(coarse_tableau)
+        lam, mu = (dirk_stability(d.A, d.b, -s * modes) for d, s in zip(tableaux, strides, strict=True))
         return modes, lam, mu
 
+    def _factors(self, eigenvalues, coarse_tableau, m: int, relax: str, weight: float) -> np.ndarray:
+        """Bound of each mode."""
+        if self.spectrum.kind != "damped wave":
+            return two_level_factors(*eigenvalues[1:], m, self.steps // m, relax, weight)
+        pairs, strides = damped_wave(*self.spectrum.pairs(self.evolution.dt)), (self.stride, m * self.stride)
+        tableaux = zip(self._tableaux(coarse_tableau), strides, strict=True)
+        fine, coarse = (runge_kutta_matrix(d.A, d.b, -s * pairs) for d, s in tableaux)
+        return block_factors(fine, coarse, m, self.steps // m, relax, weight)
+
     def verdict(self, coarse_tableau, m: int, **given) -> Verdict:
-        modes, lam, mu = self._eigenvalues(coarse_tableau, m)
-        return verdict(lam, mu, m, self.steps // m, self.relax, weight=self.weight, modes=modes, **given)
+        modes, lam, mu = found = self._eigenvalues(coarse_tableau, m)
+        factors = self._factors(found, coarse_tableau, m, self.relax, self.weight)
+        given |= dict(weight=self.weight, modes=modes, factors=factors)
+        return verdict(lam, mu, m, self.steps // m, self.relax, **given)
 
     def alternatives(self, coarse_tableau, m: int) -> dict[str, float]:
         """Bounds of other choices, by what to write for them."""
 
         def bound(tableau, m=m, relax=self.relax, weight=self.weight):
-            _, lam, mu = self._eigenvalues(tableau, m)
-            return two_level_bound(lam, mu, m, self.steps // m, relax, weight)
+            return float(np.max(self._factors(self._eigenvalues(tableau, m), tableau, m, relax, weight)))
 
         out = {"relax='FCF'": bound(coarse_tableau, relax="FCF")} if self.relax == "F" else {}
         for tableau in (SDIRK2(), BackwardEuler()):

@@ -19,10 +19,12 @@ from firedrake.adjoint import (
     set_working_tape,
 )
 from pyadjoint.tape import annotate_tape
+from ufl.algorithms import extract_coefficients
 
 from pint_fem.propagators.arrays import get, put
 from pint_fem.propagators.base import FEPropagator, direction
 from pint_fem.propagators.blocks import default_solver
+from pint_fem.propagators.boundary import boundary_value
 from pint_fem.propagators.evolution import Evolution
 from pint_fem.propagators.form import NEWTON
 from pint_fem.propagators.tableaux import DIRK
@@ -101,7 +103,9 @@ class TapePropagator(FEPropagator):
         ev = self.evolution
         if not ev.depends_on_time and ev.boundary_controls is None:
             return ev.bcs
-        return [bc.reconstruct(g=Function(ev.V).interpolate(bc._original_arg)) for bc in ev.bcs]
+        moving = {*ev.parameters} | ({ev.t} if ev.t is not None else set())
+        taped = lambda bc: bc.reconstruct(g=Function(bc.function_space()).interpolate(boundary_value(bc)))
+        return [taped(bc) if moving & set(extract_coefficients(boundary_value(bc))) else bc for bc in ev.bcs]
 
     def _at(self, data, i: int, u: np.ndarray) -> Function:
         ev = self.evolution

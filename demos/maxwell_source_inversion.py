@@ -1,0 +1,124 @@
+"""Recover an unknown current in a box from 64 probes of the electric field, parallel in time.
+
+    mpiexec -n 4 python demos/maxwell_source_inversion.py --grid 2x2           (2 ranks in space x 2 in time)
+    python demos/maxwell_source_inversion.py --regime cavity                   (no losses: fields ring)
+
+Writes to --out: current.png, snapshots.png, field.gif, sensors.png, convergence.png, fields/*.pvd for ParaView and
+summary.json. MGRIT options of PETSc's kind follow with one dash: -mgrit_levels 3 -mgrit_coarsening 4,4 -mgrit_monitor
+"""
+
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from mpi4py import MPI
+
+from pint_fem.cli import ProgramParser, Progress, positive, run
+
+#: Time solver of each regime, unless told otherwise: multigrid does not contract where nothing damps.
+TIME_SOLVERS = {"lossy": "mgrit", "cavity": "serial"}
+
+
+def arguments():
+    """Options of the program."""
+    parser = ProgramParser(prog="maxwell_source_inversion.py", description=__doc__)
+    add = parser.add_argument
+    add("--regime", default="lossy", choices=list(TIME_SOLVERS), help="lossy or cavity (lossy)")
+    add("--grid", default="auto", metavar="SxT", help="ranks in space x ranks in time (default: all in time)")
+    add("--cells", type=positive(int), default=16, help="cells along a side, a multiple of 8 (16)")
+    add("--degree", type=positive(int), default=2, help="degree of the elements (2)")
+    add("--sensors", metavar="FILE.csv", help="readings: sensor,x,y,time,ex,ey (default: the shipped ones)")
+    add("--steps", type=positive(int), help="time steps (256)")
+    add("--integrator", help="SDIRK2, BackwardEuler, ImplicitMidpoint or Leapfrog (lossy: SDIRK2, cavity: the third)")
+    add("--alpha", type=positive(float, zero=True), help="weight of the current's gradient in the regularisation")
+    add("--beta", type=positive(float), help="weight of the current's size in the regularisation")
+    add("--noise", type=positive(float), help="noise of the readings relative to the largest")
+    add("--rtol", type=positive(float), default=1e-9, help="relative tolerance of the time-parallel solves (1e-9)")
+    add("--gtol", type=positive(float), default=1e-7, help="relative tolerance of the gradient (1e-7)")
+    add("--max-iterations", type=positive(int), default=30, help="trust-region iterations (30)")
+    add(
+        "--time-solver",
+        choices=["mgrit", "paradiag", "serial", "auto"],
+        help="mgrit (lossy), paradiag, serial for sequential stepping, or auto",
+    )
+    add("--out", type=Path, help="folder of the results (results/maxwell_REGIME)")
+    add("--no-fields", action="store_true", help="write no ParaView files")
+    add("--compare-serial", action="store_true", help="solve with plain serial Firedrake + pyadjoint too (long)")
+    return parser.read()
+
+
+def main():
+    """Run the inversion."""
+    opts = arguments()
+    from pint_fem.errors import InputError
+    from pint_fem.spacetime import SpaceTime
+
+    spacetime = SpaceTime(opts.grid)
+    opts.out = opts.out or Path("results") / f"maxwell_{opts.regime}"
+    try:
+        opts.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out {opts.out}: {error.strerror or error}; give a folder that can be written") from None
+    from problems import maxwell_source as posed
+    from problems.maxwell_readings import NOISE, readings_file
+    from problems.maxwell_setting import setting
+
+    def say(text=""):
+        if spacetime.is_root:
+            print(text, flush=True)
+
+    given = setting(opts.regime)
+    settings = {
+        "regime": opts.regime,
+        "cells": opts.cells,
+        "degree": opts.degree,
+        "readings": str(opts.sensors or readings_file(opts.regime)),
+        "steps": opts.steps or given.steps,
+        "integrator": opts.integrator or given.integrator,
+        "alpha": posed.ALPHA[opts.regime] if opts.alpha is None else opts.alpha,
+        "beta": opts.beta or posed.BETA[opts.regime],
+        "noise": opts.noise or NOISE,
+    }
+    say(f"Maxwell source inversion, {opts.regime}, on {spacetime.space_size} x {spacetime.time_size} ranks")
+    start = time.perf_counter()
+    solver = {"time_solver": opts.time_solver or TIME_SOLVERS[opts.regime], "mgrit": {"rtol": opts.rtol}}
+    problem = posed.maxwell_source(spacetime, **settings, solver_parameters=solver, printer=say)
+    sweeps, rf = problem.rf.problem.sweeps, problem.rf
+    times = {"set-up": time.perf_counter() - start}
+    V = problem.evolution.V
+    say(
+        f"{V.sub(0).dim()} + {V.sub(1).dim()} unknowns of E and B, {settings['steps']} steps of "
+        f"{settings['integrator']}, {problem.readings.values.size} readings"
+    )
+    say(sweeps.view())
+    from demos.maxwell_source_report import report
+
+    start = time.perf_counter()
+    with Progress(spacetime.is_root) as progress:
+        sweeps.on_sweep = lambda kind, result: progress(
+            f"{kind} sweep: {result.cycles} cycles; so far " + ", ".join(f"{n} {k}" for k, n in sweeps.counts.items())
+        )
+        result = rf.minimize_trust_region(monitor=say, gtol_rel=opts.gtol, max_it=opts.max_iterations)
+    times["inversion"] = time.perf_counter() - start
+    sweeps.write_trace()
+    rf.problem.value(result.x)
+    say(f"{result.reason.value} after {result.iterations} iterations, {times['inversion']:.1f} s")
+
+    summary = {
+        "problem": "Maxwell source inversion",
+        "settings": settings,
+        "time_solver": solver["time_solver"],
+        "grid": {"space": spacetime.space_size, "time": spacetime.time_size},
+        "unknowns": V.dim(),
+        "seconds": times,
+        "versions": {name: version(name) for name in ("pint_fem", "firedrake", "petsc4py", "irksome", "pyadjoint-ad")},
+        "mpi": MPI.Get_library_version().split(",")[0],
+    }
+    report(problem, result, opts, summary, say)
+
+
+if __name__ == "__main__":
+    run(main)

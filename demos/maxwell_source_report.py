@@ -1,0 +1,138 @@
+"""Pictures, files and summary of the Maxwell source inversion."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+from firedrake import Function, as_vector, assemble, cos, dx, exp, inner, sin
+
+from demos.heat_source_report import convergence_picture, mgrit_summary, result_summary
+from pint_fem.propagators.arrays import put
+from pint_fem.report import (
+    Raster,
+    animate,
+    plot_fields,
+    plot_sensors,
+    plot_snapshots,
+    together_in_time,
+    write_fields,
+    write_json,
+)
+from problems.maxwell import B
+from problems.maxwell_readings import readings_file
+from problems.maxwell_setting import true_current
+
+__all__ = ["points", "report"]
+
+FRAMES = 48
+SNAPSHOTS = 8
+
+
+def report(problem, result, opts, summary: dict, say) -> None:
+    """Write everything; ``summary`` is completed and written last."""
+    rf, spacetime, sweeps = problem.rf, problem.spacetime, problem.rf.problem.sweeps
+    root, out, truth = spacetime.is_root, opts.out, problem.true_current
+    current, U, predicted = rf.function(result.x), problem.rf.problem.U, problem.predicted()
+    readings = problem.readings
+    shipped = summary["settings"]["readings"] == str(readings_file(summary["settings"]["regime"]))
+    summary["result"] = result_summary(rf, result, predicted, readings.values)
+    misfit = summary["result"]["misfit"]
+    if shipped:  # the true current is known
+        difference = Function(truth.function_space()).assign(current - truth)
+        square = lambda f: assemble(inner(f, f) * dx)
+        error = float(np.sqrt(square(difference) / square(truth)))
+        summary["result"]["relative_current_error"] = error
+        say(f"relative L2 error of the recovered current {error:.3f}; misfit {misfit:.4f} (0.5 is the noise)")
+    mgrit_summary(problem, summary, say)
+    if root:
+        write_json(out / "summary.json", summary)  # before anything else can fail
+
+    raster = Raster(problem.evolution.V.mesh().unique(), width=160)
+    if spacetime.time_comm.rank == 0:
+        images = []
+        for i, name in enumerate(("x", "y")):
+            images += [(f"true J_{name}", raster(truth[i]))] if shipped else []
+            images.append((f"recovered J_{name}", raster(current[i])))
+        if root:
+            plot_fields(out / "current.png", images, raster.extent, points=readings.points)
+    _moving_pictures(problem, U, raster, out)
+    if root:
+        flat = lambda values: values.reshape(len(values), -1)
+        names = [f"{name} E_{c}" for name in readings.sensors for c in "xy"]
+        plot_sensors(
+            out / "sensors.png",
+            readings.times,
+            flat(readings.values),
+            flat(predicted),
+            names=names,
+            quantity="electric field",
+        )
+        convergence_picture(out / "convergence.png", sweeps, result, summary)
+    if not opts.no_fields:
+        _paraview(problem, current, truth if shipped else None, U, out)
+    if opts.compare_serial:
+        from problems.compare_serial import compare
+        from problems.serial_maxwell import serial_maxwell_source
+
+        start = time.perf_counter()
+        summary["compare_serial"] = compare(
+            problem,
+            result,
+            summary["settings"],
+            summary["seconds"],
+            say,
+            record=serial_maxwell_source,
+            points=points,
+        )
+        summary["seconds"]["comparison"] = time.perf_counter() - start
+    if root:
+        write_json(out / "summary.json", summary)
+    say(f"pictures, ParaView files and summary.json are in {out.resolve()}")
+
+
+def points(V) -> tuple[Function, Function]:
+    """A current and a direction given by formulas, the same on every mesh."""
+    from firedrake import SpatialCoordinate
+
+    x, y = SpatialCoordinate(V.mesh())
+    return (
+        Function(V).interpolate(0.5 * true_current(V.mesh()) + as_vector((0.3 * cos(3 * x), y * x))),
+        Function(V).interpolate(as_vector((sin(3 * x) * cos(2 * y), exp(-x) * y))),
+    )
+
+
+def _moving_pictures(problem, U: np.ndarray, raster: Raster, out) -> None:
+    """The magnetic field at some times; each time rank makes pictures of its own states."""
+    spacetime, slab, ev = problem.spacetime, problem.rf.problem.sweeps.slab, problem.evolution
+    wanted = np.unique(np.linspace(1, ev.nsteps, min(FRAMES, ev.nsteps)).round().astype(int))
+    state, own = Function(ev.V), {}
+    for n in wanted[(wanted > slab.lo) & (wanted <= slab.hi)]:
+        put(state, U[n - slab.lo])
+        own[int(n)] = raster(state.subfunctions[B])
+    images = together_in_time(own, spacetime)
+    if not spacetime.is_root:
+        return
+    numbers, frames = list(images), list(images.values())
+    titles = [f"B at t = {float(ev.time(n)):.3f}" for n in numbers]
+    animate(out / "field.gif", frames, titles, raster.extent, label="B")
+    chosen = np.unique(np.linspace(0, len(frames) - 1, min(SNAPSHOTS, len(frames))).round().astype(int))
+    plot_snapshots(
+        out / "snapshots.png", [frames[i] for i in chosen], [titles[i] for i in chosen], raster.extent, label="B"
+    )
+
+
+def _paraview(problem, current, truth, U, out) -> None:
+    """Fields for ParaView, written by their owners."""
+    from firedrake import VTKFile
+
+    ev, spacetime = problem.evolution, problem.spacetime
+    times = ev.time(np.arange(ev.nsteps + 1))
+    write_fields(out / "fields", "field", U, ev.V, problem.rf.problem.sweeps.slab, spacetime, times)
+    if spacetime.time_comm.rank == 0:
+        current.rename("recovered_current")
+        shown = [current]
+        if truth is not None:
+            truth.rename("true_current")
+            shown.append(truth)
+        VTKFile(str(out / "fields" / "current.pvd"), comm=spacetime.space_comm).write(*shown)

@@ -1,0 +1,116 @@
+"""What Maxwell's evolutions bring (an eliminated field, a current with a time course, probes of components) in what
+sweeps can do: storage of C-points, ParaDiag, its theory.
+"""
+
+import numpy as np
+import pytest
+from firedrake import (
+    DirichletBC,
+    Function,
+    SpatialCoordinate,
+    UnitSquareMesh,
+    VectorFunctionSpace,
+    as_vector,
+    dx,
+    inner,
+    sin,
+)
+from mpi4py import MPI
+from scipy.linalg import expm
+
+import pint_fem as pf
+from pint_fem.errors import InputError
+from pint_fem.mgrit.theory_blocks import damped_wave
+from pint_fem.paradiag.theory import block_contraction, contraction
+from pint_fem.propagators import LinearPropagator
+from pint_fem.propagators.leapfrog import leapfrog
+from pint_fem.propagators.spectrum import paradiag_contraction
+from problems.maxwell import B, E, Medium, Region, Walls, perfect_conductor, residual, state_space
+
+LOSSY = (Region("host", sigma=3.0), Region("block", lambda x: x[0] < 0.5, epsilon=2.0, mu=1.5, sigma=7.0))
+ALONE = dict(comm=MPI.COMM_SELF)
+
+
+def posed(st, *, moving_walls=False, regions=LOSSY, eliminate=B, steps=16, dt=0.05, **given):
+    """A static current with a time course."""
+    mesh = UnitSquareMesh(3, 3, comm=st.space_comm, distribution_parameters={"partitioner_type": "simple"})
+    V, t, x = state_space(mesh), pf.time_function(mesh), SpatialCoordinate(mesh)
+    u, current = Function(V), Function(VectorFunctionSpace(mesh, "CG", 1))
+    current.interpolate(as_vector([1 + x[1], x[0] * x[1]]))
+    form = residual(u, Medium(mesh, regions), current=sin(3 * t) * current)
+    bcs = perfect_conductor(V, Walls((1, 3)))
+    if moving_walls:
+        bcs = [DirichletBC(V.sub(E), as_vector([sin(2 * t) * x[1], x[0]]), 3)]
+    ev = pf.Evolution(
+        form, u, tableau=pf.SDIRK2(), dt=dt, nsteps=steps, control=current, t=t, bcs=bcs, eliminate=eliminate
+    )
+    data = 0.1 * sin(t) * as_vector([1, 1, 1])
+    times = dt * np.array([1, 2.5, 7, 8.2, 11.5])
+    misfits = [
+        pf.RunningMisfit(inner(u - data, u - data) * dx),
+        pf.PointSensors([(0.3, 0.4), (0.7, 0.6)], times, np.ones((5, 2)), field=E, component=1),
+    ]
+    propagator = {"propagator": given.pop("propagator")} if "propagator" in given else {}
+    return pf.TimeParallelReducedFunctional(
+        ev, misfits, spacetime=st, solver_parameters=given, printer=lambda line: None, **propagator
+    )
+
+
+def numbers(rf):
+    z = rf.array([c.control for c in rf.controls])
+    dz, p = np.cos(np.arange(z.size)), rf.problem
+    return [p.value(z), p.derivative(z), p.hessian_action(z, dz), p.tangent_value(z, dz)]
+
+
+@pytest.mark.parallel([1, 2])
+@pytest.mark.parametrize("moving_walls", [False, True])
+def test_all_solvers_agree(moving_walls):
+    """Value, gradient, Hessian action and tangent as by sequential stepping without elimination."""
+    st, alone = pf.SpaceTime(), pf.SpaceTime("1x1", **ALONE)
+    reference = numbers(posed(alone, moving_walls=moving_walls, eliminate=None, mgrit=dict(levels=1)))
+    exact = dict(coarsening=(4, 2), levels=3, rtol=1e-13)
+    for solver in (
+        dict(mgrit=exact),
+        dict(mgrit=exact | dict(storage="C")),
+        dict(mgrit=dict(coarsening=4, levels=2, rtol=1e-13, coarse_solver="paradiag")),
+        dict(time_solver="paradiag", paradiag=dict(rtol=1e-13)),
+    ):
+        rf = posed(st, moving_walls=moving_walls, **solver)
+        assert rf.evolution.controls_move
+        assert rf.evolution.is_homogeneous != moving_walls
+        for found, expected in zip(numbers(rf), reference, strict=True):
+            assert np.abs(found - expected).max() <= 1e-11 * np.abs(expected).max(), solver
+
+
+def test_matrices_of_the_whole_state():
+    """Those that ParaDiag takes are the same with and without elimination."""
+    st = pf.SpaceTime("1x1", **ALONE)
+    whole, part = (LinearPropagator(posed(st, eliminate=e).evolution) for e in (None, B))
+    (h,) = whole.factors
+    for a, b in ((whole.stage_matrix(h), part.stage_matrix(h)), (whole.mass_matrix(), part.mass_matrix())):
+        a = a.copy()
+        a.axpy(-1.0, b)
+        assert a.norm() == 0
+
+
+def test_contraction_of_damped_waves():
+    """ParaDiag on uniformly damped waves, normal in pairs only: under its bound, the norm of a pair's factor."""
+    st, alpha = pf.SpaceTime("1x1", **ALONE), 0.1
+    rf = posed(st, regions=(Region("all", sigma=1.0),), time_solver="paradiag", paradiag=dict(alpha=alpha, rtol=1e-11))
+    bound = paradiag_contraction(rf.evolution, alpha)
+    assert bound < 1.0001 * alpha / (1 - alpha)  # slow modes hardly lose anything
+    numbers(rf)
+    for _, result in rf.problem.sweeps.results:
+        ratio = (result.residuals[-1] / result.residuals[1]) ** (1 / (len(result.residuals) - 2))
+        assert 0.5 * bound < ratio < 1.05 * bound
+    pair = expm(-0.3 * damped_wave(2.0, 1.05))
+    assert block_contraction([pair], alpha, 3) > 1.1 * contraction(np.linalg.eigvals(pair), alpha, 3)  # not normal
+    last = alpha * expm(-0.9 * damped_wave(2.0, 1.05))
+    expected = np.linalg.norm(last @ np.linalg.inv(np.eye(2) - last), 2)
+    assert block_contraction([pair, 0.1 * pair], alpha, 3) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parallel([1, 2])
+def test_leapfrog_is_refused_by_paradiag():
+    with pytest.raises(InputError, match="leapfrog is none"):
+        posed(pf.SpaceTime(), propagator=leapfrog, steps=64, dt=0.01, time_solver="paradiag")
