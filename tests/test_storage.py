@@ -8,6 +8,7 @@ from mpi4py import MPI
 import pint_fem as pf
 from pint_fem.adjoint.misfit import Misfit
 from pint_fem.errors import InputError
+from pint_fem.mgrit import SolverFailure
 from tests.heat import heat, point_and_direction
 
 M, STEPS = 4, 16
@@ -187,3 +188,36 @@ def test_minimises_from_a_checkpoint(tmp_path):
         results.append(result)
     np.testing.assert_allclose(results[1].x, results[0].x, rtol=1e-9)
     assert np.array_equal(results[2].x, results[1].x)
+
+
+@pytest.mark.parallel([1, 2])
+@pytest.mark.parametrize("storage", ["all", "C"])
+@pytest.mark.parametrize("method", ["observe", "force"])
+def test_failures_reach_every_rank(storage, method):
+    """Of a misfit on the last rank: mistakes as they are, where bad numbers give an infinite value."""
+    st = pf.SpaceTime()
+    last = st.time_comm.rank == st.time_size - 1
+    raised = [TypeError]
+
+    def fails(self, *args):
+        if last and raised:
+            raise raised[0]("wrong")
+        return getattr(pf.RunningMisfit, method)(self, *args)
+
+    good = functional(st, storage, "running")
+    Bad = type("Bad", (pf.RunningMisfit,), {method: fails})
+    rf = pf.TimeParallelReducedFunctional(
+        good.evolution, Bad(good.evolution.u**2 * dx), spacetime=st,
+        solver_parameters={"mgrit": dict(storage=storage, coarsening=M)},
+    )  # fmt: skip
+    z = np.asarray(rf.array(rf.controls[0].control))
+    ask = rf.problem.value if method == "observe" else rf.problem.derivative
+    with pytest.raises(TypeError if last else RuntimeError, match="wrong") as caught:
+        ask(z)
+    assert not isinstance(caught.value, SolverFailure)
+    assert last or "rank 1: TypeError" in str(caught.value)
+    raised[0] = FloatingPointError
+    with pytest.raises(SolverFailure, match="FloatingPointError: wrong"):
+        ask(1.1 * z)
+    raised.clear()
+    assert np.isfinite(ask(1.1 * z)).all()

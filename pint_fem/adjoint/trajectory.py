@@ -23,8 +23,8 @@ import numpy as np
 from pint_fem.adjoint.intervals import Intervals, Window
 from pint_fem.adjoint.misfit import BlockMisfit, Misfit
 from pint_fem.adjoint.sweeps import Sweeps
+from pint_fem.adjoint.together import together
 from pint_fem.errors import InputError
-from pint_fem.mgrit import SolverFailure
 
 __all__ = ["CPointTrajectories", "Source", "StoredTrajectories", "trajectories"]
 
@@ -57,23 +57,33 @@ def trajectories(sweeps: Sweeps, misfits: Sequence[Misfit]) -> StoredTrajectorie
     return (CPointTrajectories if compact else StoredTrajectories)(sweeps, misfits)
 
 
-class StoredTrajectories:
-    """Of states at all points."""
+class _Trajectories:
+    """Of one kind or the other."""
+
+    where = "misfits"
 
     def __init__(self, sweeps: Sweeps, misfits: Sequence[Misfit]):
         self.sweeps, self.misfits = sweeps, misfits
 
+    def _together(self, work: Callable, *args):
+        """See :func:`~pint_fem.adjoint.together.together`."""
+        return together(self.sweeps.spacetime.comm, self.where, work, *args)
+
+
+class StoredTrajectories(_Trajectories):
+    """Of states at all points."""
+
     def values(self, point, z) -> np.ndarray:
         """``(k, misfits)``; ``z`` are the controls of the own steps."""
-        return np.stack([m.values(point.U) for m in self.misfits], axis=1)
+        return np.stack([self._together(m.values, point.U) for m in self.misfits], axis=1)
 
     def directional(self, point, z, dz, dU: np.ndarray) -> np.ndarray:
         """``(k,)``."""
-        return sum(m.directional(point.U, dU) for m in self.misfits)
+        return sum(self._together(m.directional, point.U, dU) for m in self.misfits)
 
     def gradient(self, point, z) -> Source:
         """See the module."""
-        return Source(_sum(m.gradient(point.U) for m in self.misfits))
+        return Source(_sum(self._together(m.gradient, point.U) for m in self.misfits))
 
     def direct_controls(self, point, z) -> None:
         """``controls`` of :meth:`gradient`."""
@@ -81,7 +91,7 @@ class StoredTrajectories:
 
     def hessian(self, point, z, dz, dU: np.ndarray, *, second: bool, symmetric: bool = False) -> Source:
         """See the module; ``second``: with the second derivatives of the steps, ``symmetric`` for any ``dU``."""
-        g = _sum(m.hessian(point.U, dU) for m in self.misfits)
+        g = _sum(self._together(m.hessian, point.U, dU) for m in self.misfits)
         if not second:
             return Source(g)
         su, sz = self.sweeps.second_order(z, point.U, dz, dU, point.L, symmetric=symmetric)
@@ -101,27 +111,16 @@ def _sum(slabs) -> np.ndarray:
     return total
 
 
-class CPointTrajectories:
+class CPointTrajectories(_Trajectories):
     """Of states at the C-points."""
 
+    where = "states between C-points"
+
     def __init__(self, sweeps: Sweeps, misfits: Sequence[BlockMisfit]):
-        self.sweeps, self.misfits = sweeps, misfits
+        super().__init__(sweeps, misfits)
         self.intervals: Intervals = sweeps.intervals
 
     # -- passes --------------------------------------------------------------------------------------------------------
-    def _together(self, work: Callable, *args):
-        """Do something on all ranks; what goes wrong on one is raised on every one."""
-        out = failure = None
-        try:
-            out = work(*args)
-        except Exception as error:
-            failure = error
-        reports = self.sweeps.spacetime.comm.allgather(failure and f"{type(failure).__name__}: {failure}")
-        cause = next((report for report in reports if report), None)
-        if cause:
-            raise SolverFailure(f"states between C-points: {cause}") from failure
-        return out
-
     def _inside(self, window: Window, points: Sequence[np.ndarray]) -> bool:
         """Whether F-points of a window are among the points, given by masks ``(k + 1,)``."""
         return any(mask[window.rows(j)].any() for j in range(1, window.m) for mask in points)
@@ -164,18 +163,22 @@ class CPointTrajectories:
             point.readings = self._together(self._read, point, z)
         return point.readings
 
+    def _each(self, method: str, *observed) -> list[np.ndarray]:
+        """What the misfits make of what they observed."""
+        return [self._together(getattr(m, method), *Y) for m, *Y in zip(self.misfits, *observed, strict=True)]
+
     # -- see StoredTrajectories ----------------------------------------------------------------------------------------
     def values(self, point, z) -> np.ndarray:
         """See :class:`StoredTrajectories`."""
         readings = self._readings(point, z)
-        return np.stack([m.point_values(Y) for m, Y in zip(self.misfits, readings, strict=True)], axis=1)
+        return np.stack(self._each("point_values", readings), axis=1)
 
     def directional(self, point, z, dz, dU):
         """See :class:`StoredTrajectories`."""
         back = any(m.looks_back for m in self.misfits)
         readings = self._readings(point, z) if back else [None] * len(self.misfits)
         along = self._together(self._read, point, z, dz, dU)
-        return sum(m.point_derivatives(*pair) for m, *pair in zip(self.misfits, readings, along, strict=True))
+        return sum(self._each("point_derivatives", readings, along))
 
     def gradient(self, point, z) -> Source:
         """See :class:`StoredTrajectories`; condensed."""
@@ -183,14 +186,14 @@ class CPointTrajectories:
 
     def direct_controls(self, point, z) -> np.ndarray | None:
         """See :class:`StoredTrajectories`."""
-        return self.gradient(point, z).controls
+        return self.gradient(point, z).controls if self.sweeps.evolution.parameters else None
 
     def _force(self, point, z) -> Callable:
         """``force(rows, u)``: the adjoint's right-hand side at some points."""
         pulled = [None] * len(self.misfits)
         if any(m.looks_back for m in self.misfits):
             readings = self._readings(point, z)
-            pulled = [m.pull_back(Y) for m, Y in zip(self.misfits, readings, strict=True)]
+            pulled = self._each("pull_back", readings)
         return lambda rows, u: _sum(m.force(rows, u, S) for m, S in zip(self.misfits, pulled, strict=True))
 
     def hessian(self, point, z, dz, dU, *, second: bool, symmetric: bool = False) -> Source:
@@ -198,7 +201,7 @@ class CPointTrajectories:
         pulled = [None] * len(self.misfits)
         if any(m.looks_back for m in self.misfits):
             along = self._together(self._read, point, z, dz, dU)
-            pulled = [m.pull_back_tangent(dY) for m, dY in zip(self.misfits, along, strict=True)]
+            pulled = self._each("pull_back_tangent", along)
         terms = list(zip(self.misfits, pulled, strict=True))
         force = lambda rows, u, du: _sum(m.force_tangent(rows, u, du, dS) for m, dS in terms)
         states = [m.forces if not m.quadratic else np.zeros_like(m.forces) for m in self.misfits]
