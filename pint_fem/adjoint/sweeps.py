@@ -260,7 +260,7 @@ class Sweeps:
         """Set the finest level up for storage of its C-points."""
         fine = self.propagators[0]
         fine.keeps_loads = False
-        intervals = Intervals(fine, self.slab, m)
+        intervals = Intervals(fine, self.slab, m, is_linear=self.is_linear)
         if not self.is_linear:
             for solver in (self._state, self._tangent, self._adjoint):
                 solver.levels[0].block = 1  # an interval after the other: a step is linearised where it is taken

@@ -1,4 +1,4 @@
-"""Work that may fail on one rank only, between what all ranks do together: it fails on all, and nobody waits for ever."""
+"""Work that may fail on one rank only, between what all do together: it then fails on all, and none waits for ever."""
 
 from __future__ import annotations
 
