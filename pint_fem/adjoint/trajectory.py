@@ -1,12 +1,13 @@
 r"""What misfits and controls want of trajectories, whether these are stored at all points or at the C-points only.
 
-Both kinds do the same five things with the state :math:`u`, a tangent :math:`\delta u` and an adjoint
+Both kinds do the same things with the state :math:`u`, a tangent :math:`\delta u` and an adjoint
 :math:`\lambda` of the own steps:
 
 * ``values``: shares of the own points in the misfits, and ``directional``, their derivative along :math:`\delta u`;
 * ``gradient``: the adjoint's right-hand side :math:`j_n'(u_n)`;
 * ``hessian``: the second-order adjoint's, :math:`j_n''(u_n)\,\delta u_n` and the steps' second derivatives;
-* ``control_gradient``: :math:`\Phi_{n,z}^T \lambda_{n+1}`.
+* ``control_gradient``: :math:`\Phi_{n,z}^T \lambda_{n+1}`;
+* ``observations`` of misfits and ``states`` of all local points, for reports.
 
 With C-points only, right-hand sides are condensed (:mod:`~pint_fem.adjoint.intervals`). In an interval the adjoint is a
 particular solution that vanishes at its end, and a homogeneous one that the C-point there gives. The particular one is
@@ -15,7 +16,7 @@ at hand while its right-hand side is condensed: what controls want of it is coll
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -103,6 +104,16 @@ class StoredTrajectories(_Trajectories):
         rows = self.sweeps.control_gradient(z, point.U, L)
         return rows if rows is None or controls is None else rows + controls
 
+    def observations(self, point, z, index: int) -> np.ndarray:
+        """Of misfit number ``index``, ``(k + 1, width)``."""
+        return self.misfits[index].read(point.U)
+
+    def states(self, point, z) -> Iterator[tuple[int, np.ndarray]]:
+        """Number of the first one and states ``(b, n)`` of neighbouring local points, from left to right, valid until
+        the next are asked for.
+        """
+        yield 0, point.U
+
 
 def _sum(slabs) -> np.ndarray:
     total = None
@@ -187,6 +198,19 @@ class CPointTrajectories(_Trajectories):
     def direct_controls(self, point, z) -> np.ndarray | None:
         """See :class:`StoredTrajectories`."""
         return self.gradient(point, z).controls if self.sweeps.evolution.parameters else None
+
+    def observations(self, point, z, index: int) -> np.ndarray:
+        """See :class:`StoredTrajectories`."""
+        return self._readings(point, z)[index]
+
+    def states(self, point, z) -> Iterator[tuple[int, np.ndarray]]:
+        """See :class:`StoredTrajectories`; an interval at a time."""
+        self.intervals.bind(z, point.U)
+        for window in self.intervals.windows:
+            W = self.intervals.states(window)
+            for i in range(window.count):
+                yield (window.place + i) * window.m, W[:, i]
+        yield self.sweeps.slab.k, point.U[-1:]
 
     def _force(self, point, z) -> Callable:
         """``force(rows, u)``: the adjoint's right-hand side at some points."""
