@@ -19,8 +19,7 @@ def report(problem, result, opts, summary: dict, say) -> None:
     sweeps, root = rf.problem.sweeps, spacetime.is_root
     q, truth, out = rf.function(result.x), problem.true_source, opts.out
     shipped = summary["settings"]["readings"] == str(READINGS)
-    U = rf.problem.U
-    predicted = problem.sensors.predict_all(U)
+    predicted = problem.sensors.readings(rf.problem.observations(result.x, problem.sensors))
     misfit = rf.problem.parts
     summary["result"] = result_summary(rf, result, predicted, problem.readings.values)
     if shipped:  # the true source is known
@@ -47,7 +46,7 @@ def report(problem, result, opts, summary: dict, say) -> None:
         write_fields(
             out / "fields",
             "temperature",
-            U,
+            rf.problem.states(result.x),
             problem.evolution.V,
             slab,
             spacetime,

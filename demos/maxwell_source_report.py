@@ -33,7 +33,7 @@ def report(problem, result, opts, summary: dict, say) -> None:
     """Write everything; ``summary`` is completed and written last."""
     rf, spacetime, sweeps = problem.rf, problem.spacetime, problem.rf.problem.sweeps
     root, out, truth = spacetime.is_root, opts.out, problem.true_current
-    current, U, predicted = rf.function(result.x), problem.rf.problem.U, problem.predicted()
+    current, predicted = rf.function(result.x), problem.predicted(result.x)
     readings = problem.readings
     shipped = summary["settings"]["readings"] == str(readings_file(summary["settings"]["regime"]))
     summary["result"] = result_summary(rf, result, predicted, readings.values)
@@ -56,7 +56,7 @@ def report(problem, result, opts, summary: dict, say) -> None:
             images.append((f"recovered J_{name}", raster(current[i])))
         if root:
             plot_fields(out / "current.png", images, raster.extent, points=readings.points)
-    _moving_pictures(problem, U, raster, out)
+    _moving_pictures(problem, result.x, raster, out)
     if root:
         flat = lambda values: values.reshape(len(values), -1)
         names = [f"{name} E_{c}" for name in readings.sensors for c in "xy"]
@@ -70,7 +70,7 @@ def report(problem, result, opts, summary: dict, say) -> None:
         )
         convergence_picture(out / "convergence.png", sweeps, result, summary)
     if not opts.no_fields:
-        _paraview(problem, current, truth if shipped else None, U, out)
+        _paraview(problem, current, truth if shipped else None, result.x, out)
     if opts.compare_serial:
         from problems.compare_serial import compare
         from problems.serial_maxwell import serial_maxwell_source
@@ -102,14 +102,16 @@ def points(V) -> tuple[Function, Function]:
     )
 
 
-def _moving_pictures(problem, U: np.ndarray, raster: Raster, out) -> None:
+def _moving_pictures(problem, z: np.ndarray, raster: Raster, out) -> None:
     """The magnetic field at some times; each time rank makes pictures of its own states."""
     spacetime, slab, ev = problem.spacetime, problem.rf.problem.sweeps.slab, problem.evolution
     wanted = np.unique(np.linspace(1, ev.nsteps, min(FRAMES, ev.nsteps)).round().astype(int))
     state, own = Function(ev.V), {}
-    for n in wanted[(wanted > slab.lo) & (wanted <= slab.hi)]:
-        put(state, U[n - slab.lo])
-        own[int(n)] = raster(state.subfunctions[B])
+    mine = wanted[(wanted > slab.lo) & (wanted <= slab.hi)]
+    for first, block in problem.rf.problem.states(z):
+        for n in mine[(mine - slab.lo >= first) & (mine - slab.lo < first + len(block))]:
+            put(state, block[n - slab.lo - first])
+            own[int(n)] = raster(state.subfunctions[B])
     images = together_in_time(own, spacetime)
     if not spacetime.is_root:
         return
@@ -122,13 +124,13 @@ def _moving_pictures(problem, U: np.ndarray, raster: Raster, out) -> None:
     )
 
 
-def _paraview(problem, current, truth, U, out) -> None:
+def _paraview(problem, current, truth, z, out) -> None:
     """Fields for ParaView, written by their owners."""
     from firedrake import VTKFile
 
     ev, spacetime = problem.evolution, problem.spacetime
     times = ev.time(np.arange(ev.nsteps + 1))
-    write_fields(out / "fields", "field", U, ev.V, problem.rf.problem.sweeps.slab, spacetime, times)
+    write_fields(out / "fields", "field", problem.rf.problem.states(z), ev.V, problem.rf.problem.sweeps.slab, spacetime, times)
     if spacetime.time_comm.rank == 0:
         current.rename("recovered_current")
         shown = [current]

@@ -4,7 +4,7 @@ written by their owners.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from xml.sax.saxutils import quoteattr
 
@@ -188,14 +188,23 @@ def animate(path: Path, images: Sequence[np.ndarray], titles: Sequence[str], ext
 
 
 def write_fields(
-    folder: Path, name: str, U: np.ndarray, space, slab: Slab, spacetime: SpaceTime, times, *, count: int = 17
+    folder: Path,
+    name: str,
+    states: Iterable[tuple[int, np.ndarray]],
+    space,
+    slab: Slab,
+    spacetime: SpaceTime,
+    times,
+    *,
+    count: int = 17,
 ) -> Path:
     """Write about ``count`` states for ParaView: each time rank its own, and one ``NAME.pvd`` that lists them all.
 
     Parameters
     ----------
-    U
-        ``(k + 1, n)`` states of the local points.
+    states
+        Numbers of the first points and states ``(b, n)`` of blocks of local points, from left to right; see
+        :meth:`pint_fem.adjoint.problem.ReducedProblem.states`.
     times
         Times of all points, ``(N + 1,)``.
     """
@@ -205,9 +214,11 @@ def write_fields(
     own = [n for n in wanted if slab.lo < n <= slab.hi or (n == 0 and slab.is_first)]
     part = f"{name}_part{rank}"
     f, sheet = Function(space, name=name), VTKFile(str(folder / f"{part}.pvd"), comm=spacetime.space_comm)
-    for n in own:
-        put(f, U[n - slab.lo])
-        sheet.write(*f.subfunctions, time=times[n])  # a mixed state is its fields
+    for first, block in states:
+        for n in own:
+            if 0 <= n - slab.lo - first < len(block):
+                put(f, block[n - slab.lo - first])
+                sheet.write(*f.subfunctions, time=times[n])  # a mixed state is its fields
     extension = "vtu" if spacetime.space_comm.size == 1 else "pvtu"
     entries = spacetime.time_comm.gather(
         [(float(times[n]), f"{part}/{part}_{i}.{extension}") for i, n in enumerate(own)]

@@ -66,9 +66,9 @@ class MaxwellSource:
     regularisation: object
     true_current: Function
 
-    def predicted(self) -> np.ndarray:
-        """Readings ``(times, probes, components)`` of the state at hand, on every rank."""
-        return np.stack([s.predict_all(self.rf.problem.U) for s in self.sensors], axis=-1)
+    def predicted(self, z: np.ndarray) -> np.ndarray:
+        """Readings ``(times, probes, components)`` of a control's state, on every rank."""
+        return np.stack([s.readings(self.rf.problem.observations(z, s)) for s in self.sensors], axis=-1)
 
 
 def evolution_of(

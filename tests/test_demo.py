@@ -35,10 +35,10 @@ def test_beside_serial_pyadjoint(tmp_path):
         assert table[name]["relative_difference"] < limit, name
 
 
-@pytest.mark.parametrize("grid", ["1x2", "2x1"])
-def test_demo(grid, tmp_path):
+@pytest.mark.parametrize(("grid", "storage"), [("1x2", "all"), ("2x1", "C")])
+def test_demo(grid, storage, tmp_path):
     space, time = map(int, grid.split("x"))
-    steps = ["--steps", 24, "--gtol", 1e-5, "-mgrit_coarsening", "4"]
+    steps = ["--steps", 24, "--gtol", 1e-5, "-mgrit_coarsening", "4", "-mgrit_storage", storage]
     done = run(space * time, "--grid", grid, "--out", tmp_path, *steps)
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["grid"] == {"space": space, "time": time}

@@ -213,7 +213,8 @@ def test_sensors_reproduce_a_linear_trajectory():
         ev, pf.PointSensors(points, times, data), spacetime=pf.SpaceTime("1x1", comm=MPI.COMM_SELF)
     )
     assert rf(q) < 1e-15
-    assert np.allclose(rf.problem.misfits[0].predict_all(rf.problem.U), data, atol=1e-9)
+    (sensors,) = rf.problem.misfits
+    assert np.allclose(sensors.readings(rf.problem.observations(rf.array(q), sensors)), data, atol=1e-9)
     shifted = pf.TimeParallelReducedFunctional(
         ev, pf.PointSensors(points, times, data + 0.5, weight=3.0), spacetime=pf.SpaceTime("1x1", comm=MPI.COMM_SELF)
     )

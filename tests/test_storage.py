@@ -2,12 +2,14 @@
 
 import numpy as np
 import pytest
-from firedrake import Function, UnitSquareMesh, dx, inner, sin
+from firedrake import Function, TestFunction, UnitSquareMesh, dx, grad, inner, sin
+from irksome import Dt
 from mpi4py import MPI
 
 import pint_fem as pf
 from pint_fem.adjoint.misfit import Misfit
 from pint_fem.errors import InputError
+from pint_fem.mgrit import SolverFailure
 from tests.heat import heat, point_and_direction
 
 M, STEPS = 4, 16
@@ -121,6 +123,72 @@ def test_other_controls():
     np.testing.assert_allclose(out[1], out[0], rtol=0, atol=1e-12 * np.abs(out[0]).max())
 
 
+@pytest.mark.parallel([1, 2])
+@pytest.mark.parametrize("linear", [True, False])
+def test_reports_see_all_points(linear):
+    """States and readings are those of all points; slabs of C-points are refused where all are wanted."""
+    seen = []
+    for storage in ("all", "C"):
+        rf = functional(pf.SpaceTime(), storage, linear=linear)
+        z, sensors = np.asarray(rf.array(rf.controls[0].control)), rf.problem.misfits[1]
+        rows, states = [], []
+        for first, block in rf.problem.states(z):
+            rows += range(first, first + len(block))
+            states += [u.copy() for u in block]
+        assert rows == list(range(rf.problem.sweeps.slab.k + 1))
+        seen.append((np.array(states), sensors.readings(rf.problem.observations(z, sensors))))
+        with pytest.raises(InputError, match="a misfit of this problem"):
+            rf.problem.observations(z, pf.RunningMisfit(rf.evolution.u**2 * dx))
+    for a, b in zip(*seen, strict=True):
+        np.testing.assert_allclose(b, a, rtol=0, atol=1e-11 * np.abs(a).max())
+    for ask in (sensors.gradient, sensors.values, rf.problem.misfits[0].gradient):
+        with pytest.raises(InputError, match="storage 'C'"):
+            ask(rf.problem.U)
+
+
+def test_values_that_fail_are_no_first_guess():
+    """The next solve starts cold, as does the next step of a one-shot method."""
+    rf = functional(pf.SpaceTime("1x1", comm=MPI.COMM_SELF), "C", "running")
+    z, p = np.asarray(rf.array(rf.controls[0].control)), rf.problem
+    (misfit,) = p.misfits
+    for method, ask in (("observe", p.value), ("force", p.derivative), ("observe", p.advance)):
+        p.value(z)
+        point = p.points[0]
+        assert not point.cold["state"]
+
+        def fails(*args):
+            raise FloatingPointError("too large")
+
+        setattr(misfit, method, fails)
+        with pytest.raises(SolverFailure, match="too large"):
+            ask(1e3 * z)
+        delattr(misfit, method)
+        assert point.z is None
+        assert point.cold == {"state": True, "adjoint": True}
+        assert np.array_equal(point.U, np.broadcast_to(p.sweeps.initial, point.U.shape))
+
+
+def test_initial_condition_alone():
+    """No control of the steps: right-hand sides are condensed once for a gradient and once for a Hessian action."""
+    base = heat(UnitSquareMesh(2, 2, comm=MPI.COMM_SELF), steps=8)
+    u0 = Function(base.V).interpolate(sin(3 * base.u))
+    residual = inner(Dt(base.u), v := TestFunction(base.V)) * dx + inner(grad(base.u), grad(v)) * dx
+    ev = pf.Evolution(residual, base.u, tableau=pf.SDIRK2(), dt=base.dt, nsteps=8, control=u0, initial=u0)
+    rf = pf.TimeParallelReducedFunctional(
+        ev, pf.RunningMisfit(ev.u**2 * dx), spacetime=pf.SpaceTime("1x1", comm=MPI.COMM_SELF),
+        solver_parameters={"mgrit": dict(storage="C", coarsening=4)},
+    )  # fmt: skip
+    calls, kind = [], rf.problem._trajectories
+    condense = kind._condense
+    kind._condense = lambda *args: calls.append(args) or condense(*args)
+    z = np.asarray(rf.array(u0))
+    g = rf.problem.derivative(z)
+    assert len(calls) == 1
+    h = rf.problem.hessian_action(z, z)
+    assert len(calls) == 2
+    np.testing.assert_allclose(h, g, rtol=1e-9, atol=1e-12 * np.abs(g).max())  # J is quadratic and homogeneous
+
+
 def test_what_it_costs():
     """Steps of the finest level in units of all steps, besides the cycles' own: a pass over the states for a value;
     one, and two of the adjoint, for a gradient.
@@ -187,3 +255,36 @@ def test_minimises_from_a_checkpoint(tmp_path):
         results.append(result)
     np.testing.assert_allclose(results[1].x, results[0].x, rtol=1e-9)
     assert np.array_equal(results[2].x, results[1].x)
+
+
+@pytest.mark.parallel([1, 2])
+@pytest.mark.parametrize("storage", ["all", "C"])
+@pytest.mark.parametrize("method", ["observe", "force"])
+def test_failures_reach_every_rank(storage, method):
+    """Of a misfit on the last rank: mistakes as they are, where bad numbers give an infinite value."""
+    st = pf.SpaceTime()
+    last = st.time_comm.rank == st.time_size - 1
+    raised = [TypeError]
+
+    def fails(self, *args):
+        if last and raised:
+            raise raised[0]("wrong")
+        return getattr(pf.RunningMisfit, method)(self, *args)
+
+    good = functional(st, storage, "running")
+    Bad = type("Bad", (pf.RunningMisfit,), {method: fails})
+    rf = pf.TimeParallelReducedFunctional(
+        good.evolution, Bad(good.evolution.u**2 * dx), spacetime=st,
+        solver_parameters={"mgrit": dict(storage=storage, coarsening=M)},
+    )  # fmt: skip
+    z = np.asarray(rf.array(rf.controls[0].control))
+    ask = rf.problem.value if method == "observe" else rf.problem.derivative
+    with pytest.raises(TypeError if last else RuntimeError, match="wrong") as caught:
+        ask(z)
+    assert not isinstance(caught.value, SolverFailure)
+    assert last or "rank 1: TypeError" in str(caught.value)
+    raised[0] = FloatingPointError
+    with pytest.raises(SolverFailure, match="FloatingPointError: wrong"):
+        ask(1.1 * z)
+    raised.clear()
+    assert np.isfinite(ask(1.1 * z)).all()

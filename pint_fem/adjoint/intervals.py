@@ -57,21 +57,23 @@ class Intervals:
         Own steps; they begin and end at C-points.
     m
         Steps of an interval.
+    is_linear
+        Whether all levels are; else sweeps take one interval after the other.
 
     Attributes
     ----------
     width : int
         Intervals of a window: a block of the propagator's, or fewer, so that a window's states are no more than the
-        stored ones (one interval at least); one where the propagator takes one state after another.
+        stored ones (one interval at least); one where sweeps take one interval after the other.
     windows : list of Window
     """
 
-    def __init__(self, propagator: FEPropagator, slab: Slab, m: int):
+    def __init__(self, propagator: FEPropagator, slab: Slab, m: int, *, is_linear: bool):
         self.propagator, self.slab, self.m = propagator, slab, m
         self.evolution = propagator.evolution
         self.count, first = slab.k // m, slab.lo // m
         self.width = 1
-        while propagator.is_linear and 2 * self.width <= WIDTH and 2 * self.width * m <= self.count:
+        while is_linear and 2 * self.width <= WIDTH and 2 * self.width * m <= self.count:
             self.width *= 2
         cuts = [first, *range(first + self.width - first % self.width, first + self.count, self.width)]
         self.windows = [

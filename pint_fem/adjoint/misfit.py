@@ -17,6 +17,8 @@ from abc import ABC, abstractmethod
 
 import numpy as np
 
+from pint_fem.adjoint.together import together
+from pint_fem.errors import InputError
 from pint_fem.propagators.blocks import WIDTH
 from pint_fem.propagators.evolution import Evolution
 from pint_fem.spacetime import Slab, SpaceTime
@@ -121,8 +123,26 @@ class BlockMisfit(Misfit):
         """Its derivative."""
 
     # -- on slabs ------------------------------------------------------------------------------------------------------
+    def _check(self, *slabs: np.ndarray) -> None:
+        for slab in slabs:
+            if len(slab) != self.slab.k + 1:
+                raise InputError(
+                    f"{type(self).__name__}: {len(slab)} states, but the slab has {self.slab.k + 1} points; with mgrit "
+                    "storage 'C', whose slabs are of C-points only, ask ReducedProblem.observations and .states"
+                )
+
     def read(self, U: np.ndarray, dU: np.ndarray | None = None) -> np.ndarray:
-        """Observations of all local points, or their derivative."""
+        """Observations of all local points, or their derivative; collective, what fails on a rank fails on all.
+
+        Raises
+        ------
+        InputError
+            If there is not a state for each local point.
+        """
+        return together(self.spacetime.comm, f"{type(self).__name__}.observe", self._read, U, dU)
+
+    def _read(self, U, dU) -> np.ndarray:
+        self._check(U, *(() if dU is None else (dU,)))
         Y = np.zeros((len(U), self.width))
         for rows in _blocks(len(U)):
             Y[rows] = self.observe(rows, U[rows]) if dU is None else self.observe_tangent(rows, U[rows], dU[rows])
@@ -138,6 +158,7 @@ class BlockMisfit(Misfit):
 
     def gradient(self, U):
         """See :class:`Misfit`."""
+        self._check(U)
         S, out = self.pull_back(self.read(U)) if self.looks_back else None, np.empty_like(U)
         for rows in _blocks(len(U)):
             out[rows] = self.force(rows, U[rows], S)
@@ -145,6 +166,7 @@ class BlockMisfit(Misfit):
 
     def hessian(self, U, dU):
         """See :class:`Misfit`."""
+        self._check(U, dU)
         dS, out = self.pull_back_tangent(self.read(U, dU)) if self.looks_back else None, np.empty_like(U)
         for rows in _blocks(len(U)):
             out[rows] = self.force_tangent(rows, U[rows], dU[rows], dS)

@@ -16,18 +16,19 @@ what is known less well is the first guess.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 
 from pint_fem.adjoint.layout import ControlLayout
 from pint_fem.adjoint.memory import Memory, memory
-from pint_fem.adjoint.misfit import Misfit
+from pint_fem.adjoint.misfit import BlockMisfit, Misfit
 from pint_fem.adjoint.regularisation import Regularisation
 from pint_fem.adjoint.sweeps import Sweeps
 from pint_fem.adjoint.trajectory import Source, trajectories
 from pint_fem.errors import InputError
-from pint_fem.mgrit import SolveResult
+from pint_fem.mgrit import SolveResult, SolverFailure
 from pint_fem.mgrit.norms import gather_in_order
 
 __all__ = ["Point", "ReducedProblem", "relative_residual"]
@@ -223,10 +224,20 @@ class ReducedProblem:
     def _solve_adjoint_of(self, point: Point, **wanted) -> None:
         """For a point's state as it is."""
         steps = self.layout.steps(point.z)
-        source = self._trajectories.gradient(point, steps)
+        with self._judging(point):
+            source = self._trajectories.gradient(point, steps)
         solve = lambda L, cold: self.sweeps.adjoint(steps, point.U, source.rows, L, cold=cold, **wanted)
         self._solve(point, "adjoint", wanted, solve)
         point.controls = source.controls
+
+    @contextmanager
+    def _judging(self, point: Point) -> Iterator[None]:
+        """A trajectory of which no value or gradient can be computed is no first guess."""
+        try:
+            yield
+        except SolverFailure:
+            point.reset(self.sweeps.initial)
+            raise
 
     # -- values --------------------------------------------------------------------------------------------------------
     def value(self, z: np.ndarray, **wanted) -> float:
@@ -235,12 +246,36 @@ class ReducedProblem:
 
     def _value(self, point: Point) -> float:
         if point.value is None:
-            points = self._trajectories.values(point, self.layout.steps(point.z))
+            with self._judging(point):
+                points = self._trajectories.values(point, self.layout.steps(point.z))
             sums = gather_in_order(points, self.spacetime.time_comm).sum(axis=0)
             regularisation = 0.0 if self.regularisation is None else self.regularisation.value(point.z)
             point.parts = {"misfit": float(sums.sum()), "regularisation": regularisation}
             point.value = point.parts["misfit"] + regularisation
         return point.value
+
+    def observations(self, z: np.ndarray, misfit: BlockMisfit) -> np.ndarray:
+        """What a misfit observes of the state of a control at the local points, ``(k + 1, width)``, with either storage
+        (collective): ``sensors.readings(problem.observations(z, sensors))``.
+
+        Raises
+        ------
+        InputError
+            If the misfit is none of the problem's, or looks at whole slabs.
+        """
+        known = [i for i, m in enumerate(self.misfits) if m is misfit]
+        if not known or not isinstance(misfit, BlockMisfit):
+            raise InputError(f"observations of {misfit!r}: give a misfit of this problem that is a BlockMisfit")
+        point = self._solve_state(z)
+        return self._trajectories.observations(point, self.layout.steps(point.z), known[0])
+
+    def states(self, z: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+        """The state of a control at all local points, with either storage: number of the first point and states
+        ``(b, n)``, from left to right; a block is valid until the next one is asked for. The first is asked for by all
+        ranks; ask for no other control in between.
+        """
+        point = self._solve_state(z)
+        yield from self._trajectories.states(point, self.layout.steps(point.z))
 
     @property
     def parts(self) -> dict[str, float]:
@@ -272,9 +307,10 @@ class ReducedProblem:
     def gradient_of(self, point: Point) -> np.ndarray:
         """``J'`` from a point's trajectories as they are."""
         if point.gradient is None:
-            if point.controls is None:
-                point.controls = self._trajectories.direct_controls(point, self.layout.steps(point.z))
-            point.gradient = self._pull_back(point, point.L, point.controls)
+            with self._judging(point):
+                if point.controls is None:
+                    point.controls = self._trajectories.direct_controls(point, self.layout.steps(point.z))
+                point.gradient = self._pull_back(point, point.L, point.controls)
             if self.regularisation is not None:
                 point.gradient += self.regularisation.gradient(point.z)
         return point.gradient.copy()

@@ -147,20 +147,14 @@ class PointSensors(BlockMisfit):
         """Own sensors."""
         return len(self.local)
 
-    def predict(self, U: np.ndarray) -> np.ndarray:
-        """Readings of the own times and own sensors, ``(own readings, own sensors)``, from states ``(k + 1, n)``."""
-        return self._readings(self.read(U))
-
     def _readings(self, Y: np.ndarray) -> np.ndarray:
         theta = self._theta[:, None]
         return theta * Y[self._row] + (1 - theta) * Y[self._row - 1]
 
-    def predict_all(self, U: np.ndarray) -> np.ndarray:
-        """All readings ``(times, sensors)`` on every rank (data, not fields), from states ``(k + 1, n)``."""
-        return self.readings(self.read(U))
-
     def readings(self, Y: np.ndarray) -> np.ndarray:
-        """The same from what was observed."""
+        """All readings ``(times, sensors)`` on every rank (data, not fields), from what was observed of the local
+        points, ``(k + 1, own sensors)``; collective.
+        """
         own = np.zeros(self.data.shape)
         first = int(self.spacetime.time_comm.exscan(len(self._row)) or 0)
         own[first : first + len(self._row), self.local] = self._readings(Y)

@@ -23,6 +23,7 @@ from pint_fem.adjoint.acceleration import AcceleratedSweep
 from pint_fem.adjoint.averaged import AveragedSystems
 from pint_fem.adjoint.diagonalised import CoarsestParaDiag, ParaDiagSweeps, frequency_systems, judgement
 from pint_fem.adjoint.intervals import Intervals
+from pint_fem.adjoint.together import together
 from pint_fem.adjoint.transposed import TransposedAdjoint
 from pint_fem.mgrit import MGRIT, MGRITOptions, SolveResult
 from pint_fem.mgrit.levels import inject
@@ -259,7 +260,7 @@ class Sweeps:
         """Set the finest level up for storage of its C-points."""
         fine = self.propagators[0]
         fine.keeps_loads = False
-        intervals = Intervals(fine, self.slab, m)
+        intervals = Intervals(fine, self.slab, m, is_linear=self.is_linear)
         if not self.is_linear:
             for solver in (self._state, self._tangent, self._adjoint):
                 solver.levels[0].block = 1  # an interval after the other: a step is linearised where it is taken
@@ -550,7 +551,9 @@ class Sweeps:
         """
         if not self.evolution.parameters:
             return None
-        return self.propagators[0].control_adjoint(self.data(z, U), L[1:], self.slab.lo)
+        data = self.data(z, U)
+        work = partial(self.propagators[0].control_adjoint, data, L[1:], self.slab.lo)
+        return together(self.spacetime.comm, "derivative by the controls", work)
 
     def _give_to_right(self, rows: np.ndarray) -> None:
         """Add the last row of each slab to the first row of the next one, which is the same point."""

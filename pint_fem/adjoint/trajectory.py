@@ -1,12 +1,13 @@
 r"""What misfits and controls want of trajectories, whether these are stored at all points or at the C-points only.
 
-Both kinds do the same five things with the state :math:`u`, a tangent :math:`\delta u` and an adjoint
+Both kinds do the same things with the state :math:`u`, a tangent :math:`\delta u` and an adjoint
 :math:`\lambda` of the own steps:
 
 * ``values``: shares of the own points in the misfits, and ``directional``, their derivative along :math:`\delta u`;
 * ``gradient``: the adjoint's right-hand side :math:`j_n'(u_n)`;
 * ``hessian``: the second-order adjoint's, :math:`j_n''(u_n)\,\delta u_n` and the steps' second derivatives;
-* ``control_gradient``: :math:`\Phi_{n,z}^T \lambda_{n+1}`.
+* ``control_gradient``: :math:`\Phi_{n,z}^T \lambda_{n+1}`;
+* ``observations`` of misfits and ``states`` of all local points, for reports.
 
 With C-points only, right-hand sides are condensed (:mod:`~pint_fem.adjoint.intervals`). In an interval the adjoint is a
 particular solution that vanishes at its end, and a homogeneous one that the C-point there gives. The particular one is
@@ -15,7 +16,7 @@ at hand while its right-hand side is condensed: what controls want of it is coll
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -23,8 +24,8 @@ import numpy as np
 from pint_fem.adjoint.intervals import Intervals, Window
 from pint_fem.adjoint.misfit import BlockMisfit, Misfit
 from pint_fem.adjoint.sweeps import Sweeps
+from pint_fem.adjoint.together import together
 from pint_fem.errors import InputError
-from pint_fem.mgrit import SolverFailure
 
 __all__ = ["CPointTrajectories", "Source", "StoredTrajectories", "trajectories"]
 
@@ -57,23 +58,33 @@ def trajectories(sweeps: Sweeps, misfits: Sequence[Misfit]) -> StoredTrajectorie
     return (CPointTrajectories if compact else StoredTrajectories)(sweeps, misfits)
 
 
-class StoredTrajectories:
-    """Of states at all points."""
+class _Trajectories:
+    """Of one kind or the other."""
+
+    where = "misfits"
 
     def __init__(self, sweeps: Sweeps, misfits: Sequence[Misfit]):
         self.sweeps, self.misfits = sweeps, misfits
 
+    def _together(self, work: Callable, *args):
+        """See :func:`~pint_fem.adjoint.together.together`."""
+        return together(self.sweeps.spacetime.comm, self.where, work, *args)
+
+
+class StoredTrajectories(_Trajectories):
+    """Of states at all points."""
+
     def values(self, point, z) -> np.ndarray:
         """``(k, misfits)``; ``z`` are the controls of the own steps."""
-        return np.stack([m.values(point.U) for m in self.misfits], axis=1)
+        return np.stack([self._together(m.values, point.U) for m in self.misfits], axis=1)
 
     def directional(self, point, z, dz, dU: np.ndarray) -> np.ndarray:
         """``(k,)``."""
-        return sum(m.directional(point.U, dU) for m in self.misfits)
+        return sum(self._together(m.directional, point.U, dU) for m in self.misfits)
 
     def gradient(self, point, z) -> Source:
         """See the module."""
-        return Source(_sum(m.gradient(point.U) for m in self.misfits))
+        return Source(_sum(self._together(m.gradient, point.U) for m in self.misfits))
 
     def direct_controls(self, point, z) -> None:
         """``controls`` of :meth:`gradient`."""
@@ -81,7 +92,7 @@ class StoredTrajectories:
 
     def hessian(self, point, z, dz, dU: np.ndarray, *, second: bool, symmetric: bool = False) -> Source:
         """See the module; ``second``: with the second derivatives of the steps, ``symmetric`` for any ``dU``."""
-        g = _sum(m.hessian(point.U, dU) for m in self.misfits)
+        g = _sum(self._together(m.hessian, point.U, dU) for m in self.misfits)
         if not second:
             return Source(g)
         su, sz = self.sweeps.second_order(z, point.U, dz, dU, point.L, symmetric=symmetric)
@@ -93,6 +104,16 @@ class StoredTrajectories:
         rows = self.sweeps.control_gradient(z, point.U, L)
         return rows if rows is None or controls is None else rows + controls
 
+    def observations(self, point, z, index: int) -> np.ndarray:
+        """Of misfit number ``index``, ``(k + 1, width)``."""
+        return self.misfits[index].read(point.U)
+
+    def states(self, point, z) -> Iterator[tuple[int, np.ndarray]]:
+        """Number of the first one and states ``(b, n)`` of neighbouring local points, from left to right, valid until
+        the next are asked for.
+        """
+        yield 0, point.U
+
 
 def _sum(slabs) -> np.ndarray:
     total = None
@@ -101,27 +122,16 @@ def _sum(slabs) -> np.ndarray:
     return total
 
 
-class CPointTrajectories:
+class CPointTrajectories(_Trajectories):
     """Of states at the C-points."""
 
+    where = "states between C-points"
+
     def __init__(self, sweeps: Sweeps, misfits: Sequence[BlockMisfit]):
-        self.sweeps, self.misfits = sweeps, misfits
+        super().__init__(sweeps, misfits)
         self.intervals: Intervals = sweeps.intervals
 
     # -- passes --------------------------------------------------------------------------------------------------------
-    def _together(self, work: Callable, *args):
-        """Do something on all ranks; what goes wrong on one is raised on every one."""
-        out = failure = None
-        try:
-            out = work(*args)
-        except Exception as error:
-            failure = error
-        reports = self.sweeps.spacetime.comm.allgather(failure and f"{type(failure).__name__}: {failure}")
-        cause = next((report for report in reports if report), None)
-        if cause:
-            raise SolverFailure(f"states between C-points: {cause}") from failure
-        return out
-
     def _inside(self, window: Window, points: Sequence[np.ndarray]) -> bool:
         """Whether F-points of a window are among the points, given by masks ``(k + 1,)``."""
         return any(mask[window.rows(j)].any() for j in range(1, window.m) for mask in points)
@@ -164,18 +174,22 @@ class CPointTrajectories:
             point.readings = self._together(self._read, point, z)
         return point.readings
 
+    def _each(self, method: str, *observed) -> list[np.ndarray]:
+        """What the misfits make of what they observed."""
+        return [self._together(getattr(m, method), *Y) for m, *Y in zip(self.misfits, *observed, strict=True)]
+
     # -- see StoredTrajectories ----------------------------------------------------------------------------------------
     def values(self, point, z) -> np.ndarray:
         """See :class:`StoredTrajectories`."""
         readings = self._readings(point, z)
-        return np.stack([m.point_values(Y) for m, Y in zip(self.misfits, readings, strict=True)], axis=1)
+        return np.stack(self._each("point_values", readings), axis=1)
 
     def directional(self, point, z, dz, dU):
         """See :class:`StoredTrajectories`."""
         back = any(m.looks_back for m in self.misfits)
         readings = self._readings(point, z) if back else [None] * len(self.misfits)
         along = self._together(self._read, point, z, dz, dU)
-        return sum(m.point_derivatives(*pair) for m, *pair in zip(self.misfits, readings, along, strict=True))
+        return sum(self._each("point_derivatives", readings, along))
 
     def gradient(self, point, z) -> Source:
         """See :class:`StoredTrajectories`; condensed."""
@@ -183,14 +197,27 @@ class CPointTrajectories:
 
     def direct_controls(self, point, z) -> np.ndarray | None:
         """See :class:`StoredTrajectories`."""
-        return self.gradient(point, z).controls
+        return self.gradient(point, z).controls if self.sweeps.evolution.parameters else None
+
+    def observations(self, point, z, index: int) -> np.ndarray:
+        """See :class:`StoredTrajectories`."""
+        return self._readings(point, z)[index]
+
+    def states(self, point, z) -> Iterator[tuple[int, np.ndarray]]:
+        """See :class:`StoredTrajectories`; an interval at a time."""
+        self.intervals.bind(z, point.U)
+        for window in self.intervals.windows:
+            W = self.intervals.states(window)
+            for i in range(window.count):
+                yield (window.place + i) * window.m, W[:, i]
+        yield self.sweeps.slab.k, point.U[-1:]
 
     def _force(self, point, z) -> Callable:
         """``force(rows, u)``: the adjoint's right-hand side at some points."""
         pulled = [None] * len(self.misfits)
         if any(m.looks_back for m in self.misfits):
             readings = self._readings(point, z)
-            pulled = [m.pull_back(Y) for m, Y in zip(self.misfits, readings, strict=True)]
+            pulled = self._each("pull_back", readings)
         return lambda rows, u: _sum(m.force(rows, u, S) for m, S in zip(self.misfits, pulled, strict=True))
 
     def hessian(self, point, z, dz, dU, *, second: bool, symmetric: bool = False) -> Source:
@@ -198,7 +225,7 @@ class CPointTrajectories:
         pulled = [None] * len(self.misfits)
         if any(m.looks_back for m in self.misfits):
             along = self._together(self._read, point, z, dz, dU)
-            pulled = [m.pull_back_tangent(dY) for m, dY in zip(self.misfits, along, strict=True)]
+            pulled = self._each("pull_back_tangent", along)
         terms = list(zip(self.misfits, pulled, strict=True))
         force = lambda rows, u, du: _sum(m.force_tangent(rows, u, du, dS) for m, dS in terms)
         states = [m.forces if not m.quadratic else np.zeros_like(m.forces) for m in self.misfits]
