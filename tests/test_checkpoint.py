@@ -7,8 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
+from firedrake import SpatialCoordinate, dx
 from mpi4py import MPI
 
 import pint_fem as pf
@@ -146,3 +148,88 @@ def test_bad_files(tmp_path, monkeypatch):
     MPI.COMM_WORLD.barrier()
     with pytest.raises(pf.InputError, match=r"run\.h5 cannot be read"):
         keep.load()
+
+
+@pytest.fixture(scope="module")
+def small():
+    """Makes a functional; the same name of its control, or none."""
+
+    def make(name="q", riesz_map="L2", **mgrit):
+        rf = functional(pf.SpaceTime("1x1"), n=2, steps=16, riesz_map=riesz_map, **mgrit)
+        if name is not None:
+            rf.evolution.control.rename(name)
+        return rf
+
+    return make
+
+
+def test_another_run_is_refused(tmp_path, small):
+    """Method, inner product, bounds, constraints: what differs is said; the run that was kept goes on."""
+    rf, other = small(), small(riesz_map="H1")
+    q = rf.evolution.control
+    runs = {
+        "free": lambda **o: rf.minimize_trust_region(**o),
+        "H1": lambda **o: other.minimize_trust_region(**o),
+        "bounded": lambda **o: rf.minimize_trust_region(bounds=(-1.0, 0.05), **o),
+        "half-bounded": lambda **o: rf.minimize_trust_region(bounds=(-np.inf, 0.05), **o),
+        "constrained": lambda **o: rf.minimize_trust_region(constraints=[(q * dx, 0.3)], **o),
+        "other value": lambda **o: rf.minimize_trust_region(constraints=[(q * dx, 0.4)], **o),
+        "other normal": lambda **o: rf.minimize_trust_region(constraints=[((1 + x[0]) * q * dx, 0.3)], **o),
+        "one-shot": lambda **o: rf.minimize_one_shot(**o),
+    }
+    x = SpatialCoordinate(rf.evolution.V.mesh())
+    for name in ("free", "bounded", "constrained", "one-shot"):
+        runs[name](checkpoint=tmp_path / f"{name}.h5", max_it=1)
+        runs[name](checkpoint=tmp_path / f"{name}.h5", max_it=2)
+    for kept, name, what in (
+        ("free", "H1", "run: inner product: the file has"),
+        ("free", "constrained", r"run: constraints: the file has None, this run .*\[0.3\]"),
+        ("bounded", "free", "method: the file has trust region within bounds, this run trust region"),
+        ("bounded", "half-bounded", "run: bounds: the file has"),
+        ("constrained", "free", "run: constraints: .* this run None"),
+        ("constrained", "other value", r"run: constraints: .*\[0.3\].* this run .*\[0.4\]"),
+        ("constrained", "other normal", r"run: constraints: .*\[0.3\].* this run .*\[0.3\]"),
+        ("one-shot", "free", "method: the file has one-shot, this run trust region"),
+        ("free", "one-shot", "method: the file has trust region, this run one-shot"),
+    ):
+        with pytest.raises(pf.InputError, match=what):
+            runs[name](checkpoint=tmp_path / f"{kept}.h5", max_it=3)
+
+
+def test_another_control_of_the_accuracy_is_refused(tmp_path, small):
+    """Before trajectories are touched; an estimate that another version did not keep, too."""
+    rf = small()
+    for kept, says in ((False, "without"), (True, "with")):
+        path = tmp_path / f"{says}.h5"
+        rf.minimize_trust_region(checkpoint=path, max_it=1, inexact=kept)
+        before = rf.problem.U.copy()
+        with pytest.raises(pf.InputError, match=f"a run {says} inexact=: continue it likewise"):
+            rf.minimize_trust_region(checkpoint=path, max_it=2, inexact=not kept)
+        assert np.array_equal(rf.problem.U, before)
+    with h5py.File(path, "r+") as file:
+        head = json.loads(bytes(file.attrs["head"]))
+        del head["objective"]["cycles"]
+        file.attrs["head"] = np.void(json.dumps(head).encode())
+    with pytest.raises(pf.InputError, match="of another version"):
+        rf.minimize_trust_region(checkpoint=path, max_it=2, inexact=True)
+
+
+def test_only_names_that_were_given_count(tmp_path, small):
+    """Firedrake numbers the others by a counter that other functions move."""
+    small("function_7").minimize_trust_region(checkpoint=tmp_path / "run.h5", max_it=1)
+    small("function_821").minimize_trust_region(checkpoint=tmp_path / "run.h5", max_it=2)
+    with pytest.raises(pf.InputError, match=r"controls: the file has \['\[9\]'\], this run \['q\[9\]'\]"):
+        small("q").minimize_trust_region(checkpoint=tmp_path / "run.h5", max_it=3)
+
+
+def test_without_residuals(tmp_path, small):
+    """A fixed number of cycles has no accuracy to choose; its solves are kept and come back."""
+    rf = small(residual="none", max_it=6)
+    for run in (lambda: rf.minimize_trust_region(inexact=True), rf.minimize_one_shot):
+        with pytest.raises(pf.InputError, match="chooses accuracy by residuals: give mgrit residual='C' or 'full'"):
+            run()
+    rf.minimize_trust_region(checkpoint=tmp_path / "run.h5", max_it=1)
+    again = small(residual="none", max_it=6)
+    resumed = again.minimize_trust_region(checkpoint=tmp_path / "run.h5", max_it=2)
+    assert resumed.iterations == 2
+    assert np.array_equal(resumed.x, small(residual="none", max_it=6).minimize_trust_region(max_it=2).x)

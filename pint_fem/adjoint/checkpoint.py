@@ -1,11 +1,15 @@
 """Checkpoints of optimisations: one HDF5 file, written by all ranks together, replaced as a whole.
 
 Each rank writes its own part; nothing is gathered. The file holds the optimiser's state, its vectors by control, and
-the trajectories that the next solves start from, so that a run that was killed goes on with the same bits where the
-evolution is linear, on any number of time ranks and the same number of space ranks. Nonlinear ones go on to round-off:
-the stage values that Newton starts from and the factors of earlier linearisations that it uses are not kept, as they
-are several times the trajectory. It is written under another name, forced to disk and then renamed: whenever the
-process is killed, the last complete file is there.
+the trajectories that the next solves start from, so that a run that was killed goes on, on any number of time ranks
+and the same number of space ranks: with the same bits for a quadratic ``J`` on as many time ranks as before, and to
+round-off and the solvers' tolerance else. Sums over time have other round-off on another number of ranks. Where the
+evolution is nonlinear, the stage values that Newton starts from and the factors of earlier linearisations that it uses
+are not kept, as they are several times the trajectory. It is written under another name, forced to disk and then
+renamed: whenever the process is killed, the last complete file is there.
+
+A file goes on only with the method, inner product, bounds and constraints that it was written with
+(:mod:`~pint_fem.adjoint.fingerprint`).
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
+from pint_fem.adjoint.fingerprint import control_label, differences, inner_number
 from pint_fem.adjoint.objective import Objective
 from pint_fem.adjoint.problem import Point
 from pint_fem.errors import InputError
@@ -35,15 +40,17 @@ class HDF5Checkpoint:
         The file; its folder has to exist.
     objective
         What is minimised: its controls, trajectories and error estimates are kept.
+    run
+        What else has to be the same in a run that goes on, for JSON: method, bounds, constraints.
 
     Raises
     ------
     InputError
-        On every rank: no such folder; in ``load``, a file that cannot be read or is of another problem; in ``save``, a
-        file that cannot be written (the last one is left as it is).
+        On every rank: no such folder; in ``load``, a file that cannot be read or is of another problem or run; in
+        ``save``, a file that cannot be written (the last one is left as it is).
     """
 
-    def __init__(self, path: str | Path, objective: Objective):
+    def __init__(self, path: str | Path, objective: Objective, run: dict | None = None):
         self.path, self.objective, self._problem = Path(path), objective, objective.problem
         self._layout, self._spacetime = self._problem.layout, self._problem.spacetime
         self._comm = self._spacetime.comm
@@ -52,6 +59,7 @@ class HDF5Checkpoint:
         rows = (slice(slab.lo, slab.hi), ev.nsteps)
         self._controls = [self._place(c.function_space(), rows if c in ev.stepwise else None) for c in ev.controls]
         self._states = self._place(ev.V, self._problem.sweeps.stored)
+        self._fingerprint = self._describe() | (run or {})
 
     @staticmethod
     def _place(space, rows: tuple[slice, int] | None) -> tuple[tuple[int, ...], tuple[slice, ...]]:
@@ -66,16 +74,17 @@ class HDF5Checkpoint:
         if problem:
             raise InputError(problem)
 
-    @property
-    def _fingerprint(self) -> dict:
+    def _describe(self) -> dict:
         """What has to be the same in a run that goes on."""
         ev = self._problem.evolution
+        placed = zip(ev.controls, self._controls, strict=True)
         return {
             "space ranks": self._spacetime.space_size,
-            "controls": [f"{c.name()}{list(shape)}" for c, (shape, _) in zip(ev.controls, self._controls, strict=True)],
+            "controls": [control_label(c.name(), shape) for c, (shape, _) in placed],
             "states": list(self._states[0]),
             "dt": ev.dt,
             "t0": ev.t0,
+            "inner product": inner_number(self._layout, self.objective),
         }
 
     # -- writing -------------------------------------------------------------------------------------------------------
@@ -129,12 +138,8 @@ class HDF5Checkpoint:
         try:
             with h5py.File(self.path, "r") as file:
                 head = json.loads(bytes(file.attrs["head"]))
-                if head["problem"] != self._fingerprint:
-                    problem = (
-                        f"checkpoint {self.path} is of another problem or grid: it has {head['problem']}, this run "
-                        f"{self._fingerprint}; give another file or remove it"
-                    )
-                else:
+                problem = self._refusal(head)
+                if problem is None:
                     vectors = {name: self._get_vector(file, f"vectors/{name}") for name in head["vectors"]}
                     self._restore_points(file, head["points"])
                     found = head["scalars"], vectors
@@ -146,6 +151,19 @@ class HDF5Checkpoint:
         if hasattr(self.objective, "recall"):
             self.objective.recall(head["objective"])
         return found
+
+    def _refusal(self, head: dict) -> str | None:
+        """Why this run cannot go on from a file, if so."""
+        other = differences(head["problem"], self._fingerprint)
+        if other:
+            return f"checkpoint {self.path} is of another problem or run: {other}; give another file or remove it"
+        kept, own = head["objective"], getattr(self.objective, "memory", dict)()
+        if bool(kept) != bool(own):
+            has = "with" if kept else "without"
+            return f"checkpoint {self.path} holds a run {has} inexact=: continue it likewise, or give another file"
+        if set(kept) != set(own):
+            return f"checkpoint {self.path} is of another version: it has {sorted(kept)}, not {sorted(own)}; remove it"
+        return None
 
     def _get_vector(self, file, name: str) -> np.ndarray:
         return self._layout.join([file[f"{name}/{i}"][where] for i, (_, where) in enumerate(self._controls)])
@@ -171,12 +189,14 @@ def _to_disk(path: Path) -> None:
 
 def _described(point: Point) -> dict:
     """What is known of a point's solves, for JSON."""
-    results = {
-        kind: None
-        if r is None
-        else [r.converged, r.reason, r.residuals[-1], r.cycles, None if np.isnan(r.scale) else r.scale]
-        for kind, r in (("state", point.state), ("adjoint", point.adjoint))
-    }
+
+    def result(r: SolveResult | None) -> list | None:
+        if r is None:
+            return None
+        residual = r.residuals[-1] if r.residuals else None
+        return [r.converged, r.reason, residual, r.cycles, None if np.isnan(r.scale) else r.scale]
+
+    results = {"state": result(point.state), "adjoint": result(point.adjoint)}
     rtol = {kind: float(value) if np.isfinite(value) else None for kind, value in point.rtol.items()}
     return {"solved": point.z is not None, "cold": point.cold, "rtol": rtol, **results}
 
@@ -185,4 +205,5 @@ def _result(given: list | None) -> SolveResult | None:
     if given is None:
         return None
     converged, reason, residual, cycles, scale = given
-    return SolveResult(converged, reason, [residual], cycles, np.nan if scale is None else scale)
+    residuals = [] if residual is None else [residual]
+    return SolveResult(converged, reason, residuals, cycles, np.nan if scale is None else scale)

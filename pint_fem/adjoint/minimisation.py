@@ -12,6 +12,7 @@ from pyadjoint.tape import stop_annotating
 from ufl.algorithms import expand_derivatives, extract_coefficients
 
 from pint_fem.adjoint.checkpoint import HDF5Checkpoint
+from pint_fem.adjoint.fingerprint import bound_numbers, constraint_numbers
 from pint_fem.adjoint.inexact import InexactObjective
 from pint_fem.adjoint.objective import Objective
 from pint_fem.adjoint.riesz import ControlInner
@@ -42,6 +43,8 @@ def trust_region(
     if isinstance(inexact, Mapping):
         inexact = InexactOptions(**inexact)
     inexact = InexactOptions() if inexact is True else inexact or None
+    if inexact is not None:
+        _insist_on_residuals(rf, "inexact=")
     if inexact is not None and problem.is_quadratic and options.get("cg_rtol") is None:
         # what one cycle gives; nothing is nonlinear that looser first iterations could wait for
         options.setdefault("cg_forcing", _MODEL_FORCING)
@@ -55,29 +58,48 @@ def trust_region(
         if bounds is not None:
             lower, upper = (_side(rf, side) for side in bounds)
             objective = Objective(problem, inner)
-            options["checkpoint"] = _checkpoint(checkpoint, objective)
+            sides = {"lower": lower, "upper": upper}
+            options["checkpoint"] = _checkpoint(checkpoint, objective, "trust region within bounds", sides=sides)
             return minimize_bounded(objective, start, lower, upper, monitor=monitor, **options)
         if inexact is None:
             objective = Objective(problem, inner)
         else:
             objective = InexactObjective(problem, inner)
-        options["checkpoint"] = _checkpoint(checkpoint, objective)
-        objective, start = constrained(rf, objective, start, constraints)
+        limited, start = constrained(rf, objective, start, constraints)
+        options["checkpoint"] = _checkpoint(
+            checkpoint, objective, "trust region", limited=limited, constraints=constraints
+        )
         try:
-            return minimize_trust_region(objective, start, monitor=monitor, inexact=inexact, **options)
+            return minimize_trust_region(limited, start, monitor=monitor, inexact=inexact, **options)
         finally:
             problem.keep_points(1)
 
 
-def _checkpoint(given, objective: Objective):
-    """A file as a checkpoint of an objective."""
-    return HDF5Checkpoint(given, objective) if isinstance(given, (str, Path)) else given
+def _checkpoint(given, objective: Objective, method: str, *, sides=None, limited=None, constraints=None):
+    """A file as a checkpoint of an objective that goes on with this method, these bounds and these constraints only."""
+    if not isinstance(given, (str, Path)):
+        return given
+    layout = objective.problem.layout
+    run = {"method": method, "bounds": None, "constraints": None}
+    if sides is not None:
+        run["bounds"] = {name: bound_numbers(layout, side) for name, side in sides.items()}
+    if constraints:
+        run["constraints"] = constraint_numbers(layout, limited, [float(value) for _, value in constraints])
+    return HDF5Checkpoint(given, objective, run)
+
+
+def _insist_on_residuals(rf, what: str) -> None:
+    """Refuse MGRIT that looks at no residual where accuracy is chosen by it."""
+    options = rf.problem.sweeps.options
+    if options.residual == "none" and options.levels > 1:
+        raise InputError(f"{what} chooses accuracy by residuals: give mgrit residual='C' or 'full', not 'none'")
 
 
 def one_shot(rf, start: np.ndarray, *, monitor, constraints, preconditioner, checkpoint, **options):
     """See :meth:`~pint_fem.adjoint.TimeParallelReducedFunctional.minimize_one_shot`."""
     options.setdefault("value_rtol", 10 * rf.problem.sweeps.options.rtol)
     options.setdefault("memory", 10 if rf.evolution.stepwise else 40)  # what is static is small beside a trajectory
+    _insist_on_residuals(rf, "one-shot")
     if rf.problem.sweeps.accelerated:
         raise InputError("one-shot takes single MGRIT cycles: leave krylov out")
     if preconditioner == "limited-memory":
@@ -85,9 +107,9 @@ def one_shot(rf, start: np.ndarray, *, monitor, constraints, preconditioner, che
     options["preconditioner"] = _preconditioner(rf, rf.inner, preconditioner)
     with stop_annotating():
         objective = Objective(rf.problem, rf.inner)
-        options["checkpoint"] = _checkpoint(checkpoint, objective)
-        objective, start = constrained(rf, objective, start, constraints)
-        return minimize_one_shot(objective, start, monitor=monitor, **options)
+        limited, start = constrained(rf, objective, start, constraints)
+        options["checkpoint"] = _checkpoint(checkpoint, objective, "one-shot", limited=limited, constraints=constraints)
+        return minimize_one_shot(limited, start, monitor=monitor, **options)
 
 
 def scipy_method(rf, start: np.ndarray, method: str, *, bounds, **options):

@@ -69,6 +69,8 @@ __all__ = ["minimize_bounded"]
 # Round-off of a product of two vectors without a common component, relative to their lengths: none if it is diagonal.
 _DIAGONAL_RTOL = 1e-14
 
+_KIND = "bounded trust region 1"
+
 
 def minimize_bounded(
     problem: Problem,
@@ -201,11 +203,11 @@ def minimize_bounded(
             IterationRecord(len(state.history), value, g_norm, radius, norm, ratio, accepted, products, stop)
         )
         if checkpoint is not None:
-            save(checkpoint, state, evaluator, oracle)
+            save(checkpoint, state, evaluator, oracle, _KIND)
         if monitor is not None:
             monitor(str(state.history[-1]))
 
-    state = None if checkpoint is None else restore(checkpoint, x0, evaluator, oracle)
+    state = None if checkpoint is None else restore(checkpoint, x0, evaluator, oracle, _KIND)
     start = box.project(x0 if state is None else state.point.x)
     outside = start - (x0 if state is None else state.point.x)
     distance = math.sqrt(evaluator.inner(outside, outside))

@@ -105,11 +105,11 @@ def load(checkpoint: Checkpoint, kind: str, x0: np.ndarray, inner: Inner) -> tup
     return scalars, {name: np.array(v, dtype=np.float64) for name, v in vectors.items()}
 
 
-def save(checkpoint: Checkpoint, state: State, evaluator: Evaluator, oracle: ExactOracle) -> None:
-    """Hand a state to the checkpoint."""
+def save(checkpoint: Checkpoint, state: State, evaluator: Evaluator, oracle: ExactOracle, kind: str = _KIND) -> None:
+    """Hand a state of a run of this kind to the checkpoint."""
     point = state.point
     scalars = {
-        "kind": _KIND,
+        "kind": kind,
         "value": [write(v) for v in (point.value.value, point.value.asked, point.value.error)],
         "gradient": [write(v) for v in (point.gradient.norm, point.gradient.asked, point.gradient.error)],
         "first_norm": write(state.first_norm),
@@ -127,16 +127,18 @@ def save(checkpoint: Checkpoint, state: State, evaluator: Evaluator, oracle: Exa
     checkpoint.save(scalars, vectors)
 
 
-def restore(checkpoint: Checkpoint, x0: np.ndarray, evaluator: Evaluator, oracle: ExactOracle) -> State | None:
+def restore(
+    checkpoint: Checkpoint, x0: np.ndarray, evaluator: Evaluator, oracle: ExactOracle, kind: str = _KIND
+) -> State | None:
     """The last state of the checkpoint, if it has any; counts and what the oracle learned go where they belong.
 
     Raises
     ------
     ValueError
-        On every process, if the state is not that of a trust-region run in the space of `x0` with as much control of
+        On every process, if the state is not that of a run of this kind in the space of `x0` with as much control of
         the accuracy.
     """
-    loaded = load(checkpoint, _KIND, x0, evaluator.inner)
+    loaded = load(checkpoint, kind, x0, evaluator.inner)
     if loaded is None:
         return None
     scalars, vectors = loaded
