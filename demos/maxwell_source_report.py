@@ -130,7 +130,8 @@ def _paraview(problem, current, truth, z, out) -> None:
 
     ev, spacetime = problem.evolution, problem.spacetime
     times = ev.time(np.arange(ev.nsteps + 1))
-    write_fields(out / "fields", "field", problem.rf.problem.states(z), ev.V, problem.rf.problem.sweeps.slab, spacetime, times)
+    slab, states = problem.rf.problem.sweeps.slab, problem.rf.problem.states(z)
+    write_fields(out / "fields", "field", states, ev.V, slab, spacetime, times)
     if spacetime.time_comm.rank == 0:
         current.rename("recovered_current")
         shown = [current]

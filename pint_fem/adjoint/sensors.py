@@ -79,7 +79,7 @@ class PointSensors(BlockMisfit):
         except Exception as error:  # Firedrake raises it on every rank
             raise InputError(f"a sensor is outside the mesh: {str(error).splitlines()[0]}") from error
         H = self._matrix(space, sensors)
-        self._read, self._read_T = BlockOperator(H), BlockOperator(H.transpose(type(H)()))
+        self._at_sensors, self._at_sensors_T = BlockOperator(H), BlockOperator(H.transpose(type(H)()))
         here = np.asarray(sensors.coordinates.dat.data_ro).reshape(-1, self.points.shape[1])
         #: Numbers of the sensors that this space rank holds.
         self.local = np.array([int(np.argmin(((self.points - x) ** 2).sum(axis=1))) for x in here], dtype=int)
@@ -132,14 +132,14 @@ class PointSensors(BlockMisfit):
 
     def _observe(self, U: np.ndarray) -> np.ndarray:
         """Readings of states ``(k, n)`` at the own sensors, ``(k, own sensors)``."""
-        return self._read(U if self._rows is None else U[:, self._rows])
+        return self._at_sensors(U if self._rows is None else U[:, self._rows])
 
     def _observe_T(self, S: np.ndarray) -> np.ndarray:
         """The transpose."""
         if self._rows is None:
-            return self._read_T(S)
+            return self._at_sensors_T(S)
         out = np.zeros((len(S), self.evolution.state_size))
-        out[:, self._rows] = self._read_T(S)
+        out[:, self._rows] = self._at_sensors_T(S)
         return out
 
     @property
@@ -162,7 +162,7 @@ class PointSensors(BlockMisfit):
 
     def petsc_bytes(self):
         """See :class:`~pint_fem.adjoint.misfit.Misfit`."""
-        there, back = self._read.nbytes, self._read_T.nbytes
+        there, back = self._at_sensors.nbytes, self._at_sensors_T.nbytes
         return {part: there[part] + back[part] for part in there}
 
     # -- see BlockMisfit -----------------------------------------------------------------------------------------------
