@@ -132,7 +132,7 @@ endif
 
 # ---- what to run ------------------------------------------------------------------------------------------------
 # as many time ranks as cores, at most 8
-RANKS ?= $(shell n=$$(nproc); echo $$((n < 8 ? n : 8)))
+RANKS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n < 8 ? n : 8)))
 GRID  ?= 1x$(RANKS)
 TEST_RANKS := 2 3 4 5 7
 SCALING_RANKS ?= 16384
