@@ -152,12 +152,11 @@ def test_bad_files(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def small():
-    """Makes a functional; the same name of its control, or none."""
+    """Makes functionals that differ as asked."""
 
-    def make(name="q", riesz_map="L2", **mgrit):
-        rf = functional(pf.SpaceTime("1x1"), n=2, steps=16, riesz_map=riesz_map, **mgrit)
-        if name is not None:
-            rf.evolution.control.rename(name)
+    def make(name="q", **options):
+        rf = functional(pf.SpaceTime("1x1"), n=2, steps=16, **options)
+        rf.evolution.control.rename(name)
         return rf
 
     return make

@@ -36,9 +36,9 @@ def probe(layout: ControlLayout) -> np.ndarray:
 
 
 def inner_number(layout: ControlLayout, objective) -> float:
-    """Norm of the functional whose coefficients are the probe."""
+    """Squared norm of the functional whose coefficients are the probe."""
     dual = probe(layout)
-    return math.sqrt(layout.pairing(dual, objective.representative(dual)))
+    return layout.pairing(dual, objective.representative(dual))
 
 
 def bound_numbers(layout: ControlLayout, side: np.ndarray | float) -> dict[str, float]:
@@ -52,10 +52,12 @@ def bound_numbers(layout: ControlLayout, side: np.ndarray | float) -> dict[str, 
 
 
 def constraint_numbers(layout: ControlLayout, limited, values: list[float]) -> dict[str, float | list[float]]:
-    """Values of affine constraints, and what the projections on their set and null space make of the probe."""
+    """Values of affine constraints, and squared norms of what projections on their set and null space make of the
+    probe.
+    """
     p = probe(layout)
     ends = {"nearest": p + limited.feasible(p), "null space": p + limited.project(p)}  # with p: never mere round-off
-    return {"values": values} | {name: math.sqrt(limited.inner(v, v)) for name, v in ends.items()}
+    return {"values": values} | {name: limited.inner(v, v) for name, v in ends.items()}
 
 
 def differences(kept: dict, given: dict) -> str:
