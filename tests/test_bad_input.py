@@ -254,6 +254,7 @@ def test_error_that_only_one_rank_meets_ends_all(capfd, monkeypatch):
         assert err == ""
 
 
+@pytest.mark.starts_mpi
 @pytest.mark.parametrize("ranks", [1, 4])
 def test_whole_program(ranks, tmp_path):
     """As a user starts it: status and stderr of mpiexec itself."""

@@ -58,6 +58,7 @@ def test_kill_nine_at_ten_random_moments(tmp_path, method):
     the_same(found(lives(tmp_path / "killed.h5", method, *kills)), whole)
 
 
+@pytest.mark.starts_mpi
 @pytest.mark.parametrize("method", ["trust-region", "one-shot"])
 def test_kill_nine_on_two_ranks(tmp_path, method):
     """One of two processes is killed at a random moment, the other by mpiexec; the next life ends as one that is whole.

@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+pytestmark = pytest.mark.starts_mpi
+
 ROOT = Path(__file__).resolve().parent.parent
 MPI_ENV = {
     "OMPI_ALLOW_RUN_AS_ROOT": "1",

@@ -308,6 +308,7 @@ def test_schedule_is_that_of_a_real_run(config, kind):
     assert said == real
 
 
+@pytest.mark.starts_mpi
 def test_schedule_is_that_of_a_real_run_on_eight_ranks():
     """The same on ranks of their own."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("OMPI_COMM_", "PMIX_", "PMI_"))}
