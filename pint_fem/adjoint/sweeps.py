@@ -172,6 +172,7 @@ class Sweeps:
         self._coarse_tableau, self._judged = coarse_tableau, False
         self._cause: Exception | None = None  # why a right-hand side could not be computed
         N = evolution.nsteps
+        spacetime.slab(N)  # more ranks than steps: said before anything about levels
         options = MGRITOptions.make(options, **({"levels": 1} if time_solver == "paradiag" else {}))
         if options.check == "auto":
             options = MGRITOptions.make(options, check="cycle")
