@@ -122,7 +122,8 @@ class ParaDiag(MGRIT):
 
     def _iterate(self, U: np.ndarray, start: str, coarse_rhs, result: SolveResult) -> None:
         fine, shape = self.levels[0], U[1:].shape
-        precondition = self.circulant(int(np.prod(U.shape[1:], dtype=int)))
+        size = int(np.prod(U.shape[1:], dtype=int))
+        precondition = self.circulant(size)
         from_zero = start in ("skip", "nested") and self.renew is None
         r = self._first_residual(U) if from_zero else self._full_residual(U)
         while True:
@@ -134,7 +135,7 @@ class ParaDiag(MGRIT):
             if self.renew is not None:
                 before = result.residuals[-2:-1]
                 self.renew(U, norm / before[0] if before else None)
-            U[1:] += precondition(r.reshape(fine.k, -1)).reshape(shape)
+            U[1:] += precondition(r.reshape(fine.k, size)).reshape(shape)
             result.cycles += 1
             if self.trace:
                 self.trace.mark("cycle", sweep=self.name, number=result.cycles)
