@@ -19,6 +19,9 @@ from tests.test_reduced_functional import functional
 
 METHODS = {
     "trust-region": lambda rf, path: rf.minimize_trust_region(gtol_rel=1e-9, cg_max_it=4, checkpoint=path, max_it=60),
+    "inexact": lambda rf, path: rf.minimize_trust_region(
+        gtol_rel=1e-9, cg_max_it=4, inexact=True, preconditioner="limited-memory", checkpoint=path, max_it=60
+    ),
     "one-shot": lambda rf, path: rf.minimize_one_shot(gtol_rel=1e-7, checkpoint=path, max_it=200),
 }
 

@@ -10,12 +10,13 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from firedrake import SpatialCoordinate, dx
+from firedrake import SpatialCoordinate, UnitSquareMesh, dx
 from mpi4py import MPI
 
 import pint_fem as pf
 from pint_fem.adjoint.checkpoint import HDF5Checkpoint
 from pint_fem.adjoint.objective import Objective
+from tests.heat import heat
 from tests.test_controls import functional as several
 from tests.test_reduced_functional import functional
 
@@ -47,7 +48,7 @@ def the_same(killed, whole):
         assert killed[name] == whole[name]
 
 
-@pytest.mark.parametrize("method", ["trust-region", "one-shot"])
+@pytest.mark.parametrize("method", ["trust-region", "inexact", "one-shot"])
 def test_kill_nine_at_ten_random_moments(tmp_path, method):
     """The same bits as without: J, the minimiser and the history; nothing saved is corrupt."""
     whole = found(lives(tmp_path / "whole.h5", method))
@@ -194,6 +195,27 @@ def test_another_run_is_refused(tmp_path, small):
     ):
         with pytest.raises(pf.InputError, match=what):
             runs[name](checkpoint=tmp_path / f"{kept}.h5", max_it=3)
+
+
+@pytest.mark.parallel([1, 2])
+@pytest.mark.parametrize("storage", ["all", "C"])
+def test_another_objective_is_refused(tmp_path, storage):
+    """Data of the misfit or weight of the regularisation; and nothing of the file is left behind."""
+    path, steps, runs = shared_folder(tmp_path) / "run.h5", 16, {}
+    for name, data, weight in (("own", 1.0, 0.1), ("data", 1.1, 0.1), ("weight", 1.0, 0.11)):
+        st = pf.SpaceTime()
+        ev = heat(UnitSquareMesh(2, 2, comm=st.space_comm), steps=steps)
+        misfit = pf.RunningMisfit((ev.u - data) ** 2 * dx)
+        runs[name] = pf.TimeParallelReducedFunctional(
+            ev, misfit, regularisation=weight * ev.control**2 * dx, spacetime=st,
+            solver_parameters={"mgrit": {"storage": storage, "coarsening": 2}},
+        )  # fmt: skip
+    runs["own"].minimize_trust_region(checkpoint=path, max_it=1)
+    runs["own"].minimize_trust_region(checkpoint=path, max_it=2)
+    for name, what in (("data", "misfit: the file has"), ("weight", "regularisation: the file has")):
+        with pytest.raises(pf.InputError, match=f"of another misfit, data or regularisation: {what}"):
+            runs[name].minimize_trust_region(checkpoint=path, max_it=3)
+        assert all(point.z is None and not point.L.any() for point in runs[name].problem.points)
 
 
 def test_another_control_of_the_accuracy_is_refused(tmp_path, small):

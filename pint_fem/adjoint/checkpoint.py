@@ -9,7 +9,8 @@ are not kept, as they are several times the trajectory. It is written under anot
 renamed: whenever the process is killed, the last complete file is there.
 
 A file goes on only with the method, inner product, bounds and constraints that it was written with
-(:mod:`~pint_fem.adjoint.fingerprint`).
+(:mod:`~pint_fem.adjoint.fingerprint`), and with misfits and a regularisation that say the same of the trajectories in
+it. Coefficients of the evolution are not compared: solves that start from another one's trajectories still converge.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ from pint_fem.mgrit import SolveResult
 from pint_fem.propagators.arrays import own_size
 
 __all__ = ["HDF5Checkpoint"]
+
+_SAME = 1e-7  # of values of one trajectory: stages of a nonlinear step are computed again, to Newton's tolerance
 
 
 class HDF5Checkpoint:
@@ -148,9 +151,26 @@ class HDF5Checkpoint:
                 f"checkpoint {self.path} cannot be read ({type(error).__name__}: {error}); remove it to start anew"
             )
         self._agree(problem)
+        self._check_values(head["points"])
         if hasattr(self.objective, "recall"):
             self.objective.recall(head["objective"])
         return found
+
+    def _check_values(self, described: list[dict]) -> None:
+        """Misfit and regularisation of the trajectories are what they were, unless the problem is another one."""
+        for point, given in zip(self._problem.points, described, strict=False):
+            if not given["parts"]:
+                continue
+            now = self._problem.reassess(point)
+            slack = _SAME * max(map(abs, given["parts"].values()))
+            other = [name for name, value in given["parts"].items() if not abs(now[name] - value) <= slack]
+            if other:
+                self._problem.forget()
+                values = "; ".join(f"{name}: the file has {given['parts'][name]}, this run {now[name]}" for name in other)
+                raise InputError(
+                    f"checkpoint {self.path} is of another misfit, data or regularisation: {values}; give another file "
+                    "or remove it"
+                )
 
     def _refusal(self, head: dict) -> str | None:
         """Why this run cannot go on from a file, if so."""
@@ -198,7 +218,7 @@ def _described(point: Point) -> dict:
 
     results = {"state": result(point.state), "adjoint": result(point.adjoint)}
     rtol = {kind: float(value) if np.isfinite(value) else None for kind, value in point.rtol.items()}
-    return {"solved": point.z is not None, "cold": point.cold, "rtol": rtol, **results}
+    return {"solved": point.z is not None, "cold": point.cold, "rtol": rtol, "parts": point.parts, **results}
 
 
 def _result(given: list | None) -> SolveResult | None:

@@ -277,6 +277,11 @@ class ReducedProblem:
         point = self._solve_state(z)
         yield from self._trajectories.states(point, self.layout.steps(point.z))
 
+    def reassess(self, point: Point) -> dict[str, float]:
+        """Misfit and regularisation of a point from its trajectory as it is (collective)."""
+        self._value(point)
+        return dict(point.parts)
+
     @property
     def parts(self) -> dict[str, float]:
         """Misfit and regularisation of the control asked for last."""

@@ -43,8 +43,14 @@ def lanes(count: int, lane: int) -> Iterator[tuple[slice, slice]]:
 
 
 def matrix_bytes(matrix: PETSc.Mat) -> int:
-    """Memory of a matrix on this rank, as PETSc counts it."""
-    return int(matrix.getInfo(PETSc.Mat.InfoType.LOCAL)["memory"])
+    """Memory of a matrix on this rank: its entries, and the column of each and the start of each row if it is sparse.
+
+    PETSc's own count, ``MatInfo.memory``, is 0 for sparse matrices.
+    """
+    entries, index = int(matrix.getInfo(PETSc.Mat.InfoType.LOCAL)["nz_allocated"]), np.dtype(PETSc.IntType).itemsize
+    if "dense" in matrix.getType():
+        return np.dtype(PETSc.ScalarType).itemsize * entries
+    return (np.dtype(PETSc.ScalarType).itemsize + index) * entries + index * (matrix.getLocalSize()[0] + 1)
 
 
 class Workspace:
