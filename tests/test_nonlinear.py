@@ -56,3 +56,28 @@ def test_a_linearisation_is_computed_once():
     for name in ("newton", "jacobian", "derivative"):
         assert counts[name] == before[name]
     assert counts["factorisation"] - before["factorisation"] <= stages
+
+
+@pytest.mark.parametrize("entries", [[[0.0, 1.0], [1.0, 0.0]], [[1e-18, 1.0], [1.0, 1.0]]])
+def test_a_factor_without_pivoting_gives_way(entries):
+    """A zero pivot, and a small one that would cost all digits: UMFPACK takes over for good, plain and transposed."""
+    from firedrake.petsc import PETSc
+
+    from pint_fem.propagators.direct import default_solver
+    from pint_fem.propagators.factors import QUICK, Solver
+
+    dense = np.array(entries)
+    solver, (x, b) = Solver(default_solver(MPI.COMM_SELF), QUICK), (PETSc.Vec().createSeq(2) for _ in range(2))
+    b.array[:] = 1, 2
+
+    def factor(entries):
+        matrix = PETSc.Mat().createAIJ((2, 2), csr=([0, 2, 4], [0, 1, 0, 1], np.ravel(entries)), comm=MPI.COMM_SELF)
+        solver.factor(matrix, None)
+        return solver.ksp.getPC().getFactorSolverType()
+
+    assert factor([[3.0, 1.0], [1.0, 2.0]]) == "petsc"
+    for matrix in (dense, np.array([[3.0, 1.0], [1.0, 2.0]])):
+        assert factor(matrix) == "umfpack"
+        for transposed in (False, True):
+            solver.solve(b, x, transposed=transposed)
+            assert np.allclose(x.array, np.linalg.solve(matrix.T if transposed else matrix, [1, 2]), rtol=1e-14)
