@@ -19,7 +19,7 @@ from mpi4py import MPI
 from pint_fem.cli import ProgramParser, Progress, positive, run
 
 #: Time solver of each regime, unless told otherwise: multigrid does not contract where nothing damps.
-TIME_SOLVERS = {"lossy": "mgrit", "cavity": "serial"}
+TIME_SOLVERS = {"lossy": "mgrit", "cavity": "paradiag"}
 
 
 def arguments():
@@ -42,7 +42,7 @@ def arguments():
     add(
         "--time-solver",
         choices=["mgrit", "paradiag", "serial", "auto"],
-        help="mgrit (lossy), paradiag, serial for sequential stepping, or auto",
+        help="mgrit (lossy), paradiag (cavity), serial for sequential stepping, or auto",
     )
     add("--out", type=Path, help="folder of the results (results/maxwell_REGIME)")
     add("--no-fields", action="store_true", help="write no ParaView files")
@@ -84,7 +84,8 @@ def main():
     }
     say(f"Maxwell source inversion, {opts.regime}, on {spacetime.space_size} x {spacetime.time_size} ranks")
     start = time.perf_counter()
-    solver = {"time_solver": opts.time_solver or TIME_SOLVERS[opts.regime], "mgrit": {"rtol": opts.rtol}}
+    accuracy = {"rtol": opts.rtol}
+    solver = {"time_solver": opts.time_solver or TIME_SOLVERS[opts.regime], "mgrit": accuracy, "paradiag": accuracy}
     problem = posed.maxwell_source(spacetime, **settings, solver_parameters=solver, printer=say)
     sweeps, rf = problem.rf.problem.sweeps, problem.rf
     times = {"set-up": time.perf_counter() - start}
