@@ -13,9 +13,9 @@ own factor with nested dissection: 1.9 MB for 4,225 unknowns of P1, 7 to 8 MB fo
 itself: 0.3 to 2.3 MB). Stages that the budget has no room for are factored again whenever another one was between.
 
 Up to :data:`SMALL` unknowns on one rank, PETSc's own LU with nested dissection is used unless told otherwise: with
-8,450 unknowns of vector P1 a factorisation takes 29 ms and a solve 0.4 (transposed 1.3), UMFPACK's 42 and 2.7. As it
-does not pivot, each of its factors is tried on one right-hand side, and UMFPACK takes over where that fails. Beyond,
-UMFPACK's dense kernels pay: 116 ms against 480 with 40,000 unknowns.
+8,450 unknowns of vector P1 in the plane a factorisation takes 29 ms and a solve 0.4 (transposed 1.3), UMFPACK's 42 and
+2.7. As it does not pivot, each of its factors is tried on one right-hand side, and UMFPACK takes over for a matrix
+where that fails. Beyond, UMFPACK's dense kernels pay: 116 ms against 480 with 40,000 unknowns.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from collections.abc import Mapping
 
 from firedrake.petsc import PETSc
 from mpi4py import MPI
-from petsctools import OptionsManager
+from petsctools import OptionsManager, flatten_parameters
 
 from pint_fem.propagators.direct import default_solver, factor_bytes
 
@@ -38,10 +38,10 @@ PATIENCE = 24
 unknowns)."""
 ROUND_OFF = 1e-14
 """Reduction of the preconditioned residual."""
-SMALL = 12_000
-"""Unknowns up to which factors are PETSc's own."""
-ACCURATE = 1e-10
-"""Relative residual of a solve with a factor that is good for anything."""
+SMALL = {1: 12_000, 2: 12_000, 3: 3_000}
+"""Unknowns up to which factors are PETSc's own, by the mesh's dimension."""
+ACCURATE = 1e-13
+"""Largest residual of a solve for ones with a factor as good as a pivoted one, relative to the matrix's norm."""
 QUICK = {
     "ksp_type": "preonly",
     "pc_type": "lu",
@@ -49,6 +49,7 @@ QUICK = {
     "pc_factor_mat_ordering_type": "nd",
 }
 """Options of these."""
+_MAX = PETSc.NormType.NORM_INFINITY
 
 
 class Solver:
@@ -59,7 +60,7 @@ class Solver:
     parameters
         PETSc options.
     quick
-        Those of a solver that is tried first, and used as long as its residuals are small.
+        Those of a solver that is tried first, and used for a matrix where its residuals are at round-off.
 
     Attributes
     ----------
@@ -68,7 +69,8 @@ class Solver:
     """
 
     def __init__(self, parameters: Mapping, quick: Mapping | None = None):
-        self._parameters, self._quick = parameters, quick
+        self._options = [OptionsManager(p, "pint_form_") for p in (quick, parameters) if p is not None]
+        self._made: list[PETSc.KSP | None] = [None] * len(self._options)
         self.matrix: PETSc.Mat | None = None
         self.ksp: PETSc.KSP | None = None
         self.holds: object = None
@@ -80,37 +82,35 @@ class Solver:
             self.matrix = matrix.copy()
         else:
             matrix.copy(self.matrix, structure=PETSc.Mat.Structure.SAME_NONZERO_PATTERN)
-        if self._quick is not None and not self._set_up_quickly():
-            self.ksp.destroy()
-            self._quick = self.ksp = None
-        if self._quick is None:
-            self._set_up(self._parameters)
+        if len(self._options) == 1 or not self._is_accurate():
+            self.ksp = self._set_up(-1)
         self.holds = holds
 
-    def _set_up(self, parameters: Mapping) -> None:
-        if self.ksp is None:
-            self._options = OptionsManager(parameters, "pint_form_")
-            self.ksp = PETSc.KSP().create(self.matrix.comm)
-            self.ksp.setOperators(self.matrix)
-            self._options.set_from_options(self.ksp)
-            self.ksp.setErrorIfNotConverged(True)
-        with self._options.inserted_options():
-            self.ksp.setUp()
+    def _set_up(self, which: int) -> PETSc.KSP:
+        options, ksp = self._options[which], self._made[which]
+        if ksp is None:
+            ksp = self._made[which] = PETSc.KSP().create(self.matrix.comm)
+            options.set_from_options(ksp)
+            ksp.setErrorIfNotConverged(True)
+        ksp.setOperators(self.matrix)
+        with options.inserted_options():
+            ksp.setUp()
+        return ksp
 
-    def _set_up_quickly(self) -> bool:
-        """Whether the quick solver solves for the sum of the columns."""
+    def _is_accurate(self) -> bool:
+        """Set up the quick solver: whether it solves for ones."""
         x, b = self.matrix.createVecs()
         x.set(1)
         self.matrix.mult(x, b)
-        size, r = b.norm(), b.duplicate()
+        r = b.duplicate()
         try:
-            self._set_up(self._quick)
+            self.ksp = self._set_up(0)
             self.ksp.solve(b, x)
         except PETSc.Error:  # a pivot is zero
             return False
         self.matrix.mult(x, r)
         r.axpy(-1, b)
-        return r.norm() <= ACCURATE * size
+        return r.norm(_MAX) <= ACCURATE * self.matrix.norm(_MAX)
 
     def solve(self, b: PETSc.Vec, x: PETSc.Vec, *, transposed: bool = False) -> None:
         """One vector."""
@@ -118,9 +118,10 @@ class Solver:
 
     def destroy(self) -> None:
         """Give back PETSc's memory (collective)."""
-        for thing in (self.ksp, self.matrix):
+        for thing in (*self._made, self.matrix):
             if thing is not None:
                 thing.destroy()
+        self._made = [None] * len(self._made)
         self.ksp = self.matrix = self.holds = None
 
 
@@ -149,8 +150,9 @@ class Factors:
     def __init__(self, parameters: Mapping, space, memory: int, counts: Counter):
         comm = space.mesh().comm
         self.parameters = {**default_solver(comm), **parameters}
-        chosen = any(name.startswith(("ksp_", "pc_", "mat_")) for name in parameters)
-        self._quick = QUICK if comm.size == 1 and not chosen and space.dim() <= SMALL else None
+        chosen = any(name.startswith(("ksp_", "pc_", "mat_")) for name in flatten_parameters(parameters))
+        small = space.dim() <= SMALL[space.mesh().unique().topological_dimension]
+        self._quick = QUICK if comm.size == 1 and not chosen and small else None
         self.memory, self.counts = memory, counts
         self.kept, self.bytes = 0, None
         # refinement by an iterative solver would cost more than setting it up
