@@ -27,12 +27,13 @@ def arguments(argv=None):
     parser = ProgramParser(prog="python -m pint_fem.scaling", description=__doc__)
     add = parser.add_argument
     add("command", nargs="?", help=", ".join(COMMANDS))
-    add("problem", nargs="?", default="heat-square", help="heat-source, heat-square, or a calibration file")
+    add("problem", nargs="?", default="heat-square", help="heat-source, heat-square, maxwell-lossy, maxwell-cavity, or a file")
     add("--ranks", type=positive(int), default=256, help="plan: processes (256); report: the largest number")
     add("--steps", type=positive(int), help="time steps (default: the problem's)")
     add("--rtol", type=positive(float), help="relative tolerance of the solves (default: the smallest counted)")
     add("--network", help="latency and bandwidth, such as 2us,12GB/s (default: as measured)")
     add("--only", default="", help="calibrate: a part (costs, cycles, inversion), the others are kept")
+    add("--repeats", type=positive(int), default=9, help="calibrate: of each measurement; the least are kept (9)")
     add("--out", type=Path, help="file (calibrate, validate) or folder (report, default results/scaling)")
     return parser.read(argv)
 
@@ -71,11 +72,10 @@ def _plan(opts) -> None:
     say("")
     print(f"{made.problem} on {made.ranks} ranks, one gradient from cold to rtol {made.rtol:g} (all figures predicted)")
     head = f"{'cycles':>7}{'seconds':>11}{'MB a rank':>11}{'busy':>6}"
-    print(f"{'solver':8}{'space x time':>14}  {'levels, coarsening, relaxation':34}{head}")
+    print(f"{'solver':8}{'space x time':>14}  {'coarsening, relaxation':34}{head}")
     for choice in [made.best, *made.alternatives]:
-        o = choice.options
-        what = f"{o['levels']}, {'x'.join(map(str, o['coarsening']))}, {o['relax']}" if choice.solver == "mgrit" else ""
-        cycles = f"{choice.cycles[0]}+{choice.cycles[1]}" if choice.solver == "mgrit" else ""
+        what = "" if choice.solver == "serial" else choice.words
+        cycles = "" if choice.solver == "serial" else f"{choice.cycles[0]}+{choice.cycles[1]}"
         grid = f"{choice.grid[0]} x {choice.grid[1]}"
         numbers = f"{choice.seconds:>11.4g}{choice.bytes_a_rank / 1e6:>11.3g}{choice.efficiency:>6.0%}"
         print(f"{choice.solver:8}{grid:>14}  {what:34}{cycles:>7}{numbers}")
@@ -94,6 +94,7 @@ def _report(opts) -> None:
 def _calibrate(opts) -> None:
     from pint_fem.scaling import calibrate as measure
     from pint_fem.scaling.costs import BUNDLED, Calibration
+    from pint_fem.scaling.counting import count_cycles, count_inversion
 
     posed, comm = case(opts.problem), MPI.COMM_WORLD
     path = opts.out or BUNDLED / f"{opts.problem}.json"
@@ -105,17 +106,17 @@ def _calibrate(opts) -> None:
     made = old
     if opts.only in ("", "costs"):
         say = lambda text: print(f"measuring: {text}", flush=True) if comm.rank == 0 else None
-        costs = dict(comm=comm, serial=posed.serial, progress=say)
+        costs = dict(comm=comm, serial=posed.serial, paradiag=posed.paradiag, repeats=opts.repeats, progress=say)
         made = measure.calibrate(opts.problem, posed.pose, posed.nsteps, **costs)
         if comm.rank == 0 and old is not None:
             made = made.with_changes(cycles=old.cycles, inversion=old.inversion)
     if comm.rank == 0:
         smaller = posed.smaller or posed.pose
         if opts.only in ("", "cycles"):
-            made = made.with_changes(cycles=measure.count_cycles(smaller, posed.nsteps, posed.menu, posed.rtol))
+            made = made.with_changes(cycles=count_cycles(smaller, posed.nsteps, posed.menu, posed.rtol))
         if opts.only in ("", "inversion"):
-            options = {"rtol": posed.rtol[0], "coarsening": (8, 4)}
-            made = made.with_changes(inversion=measure.count_inversion(smaller, posed.inversion_steps, options))
+            options = {**posed.solver, "rtol": posed.rtol[0]}
+            made = made.with_changes(inversion=count_inversion(smaller, posed.inversion_steps, options))
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(made.to_json(), encoding="utf-8")
         print(f"written: {path}")
@@ -127,8 +128,7 @@ def _validate(opts) -> None:
 
     posed, comm = case(opts.problem), MPI.COMM_WORLD
     calibration, steps = load(opts.problem), opts.steps or 256
-    options = {"levels": 3, "coarsening": (8, 4), "relax": "FCF"}
-    rows = compare(calibration, posed.pose, options, steps, rtol=opts.rtol or 1e-6)
+    rows = compare(calibration, posed.pose, posed.solver, steps, rtol=opts.rtol or 1e-6)
     if comm.rank == 0:
         for row in rows:
             print(

@@ -112,6 +112,10 @@ class Calibration:
         Krylov iterations a stage on two space ranks; 0 for a direct solve.
     stages
         Of a step.
+    paradiag
+        Of ParaDiag on one space rank, empty where it was not measured: seconds of a frequency's ``"solve"`` and ``"solve
+        transposed"``, of making a ``"factor"`` (a frequency and stage) and its ``"factor bytes"``, of an unknown's
+        ``"fft"`` and ``"ifft"`` over ``"fft steps"``, of a byte's ``"pack"``; and bookkeeping by sweep.
     overlap
         Layers of cells that a space rank's subdomain has beside its own.
     busy
@@ -140,6 +144,7 @@ class Calibration:
     sensor_bytes: float = 0.0
     space_iterations: float = 0.0
     stages: int = 1
+    paradiag: Mapping[str, float] = field(default_factory=dict)
     overlap: int = 3
     busy: Mapping[int, float] = field(default_factory=lambda: {1: 1.0})
     network: Network = Network(1e-6, 1e10, "assumed")  # noqa: RUF009

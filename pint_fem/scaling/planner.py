@@ -1,7 +1,7 @@
 """Before a job is queued: which process grid, levels and solver, by the model.
 
 Candidates are serial stepping on each number of space ranks, and MGRIT on each split of the ranks with each
-configuration whose cycles the calibration has counted by real runs. A candidate is run on virtual ranks unless a lower
+configuration, or ParaDiag, whose cycles the calibration has counted by real runs. A candidate is run on virtual ranks unless a lower
 bound of its time, its share of the work or its chain of coarse steps, is above the best time already.
 """
 
@@ -17,7 +17,7 @@ from pint_fem.scaling.model import Model, Prediction, Solve
 from pint_fem.scaling.network import Network
 from pint_fem.scaling.space import assumption
 
-__all__ = ["Choice", "Plan", "auto_grid", "cycles_of", "least_time", "plan", "predict"]
+__all__ = ["Choice", "Plan", "auto_grid", "cycles_of", "describe", "least_time", "plan", "predict"]
 
 
 @dataclass
@@ -27,11 +27,11 @@ class Choice:
     Attributes
     ----------
     solver : str
-        ``"serial"`` or ``"mgrit"``.
+        ``"serial"``, ``"mgrit"`` or ``"paradiag"``.
     grid : tuple of int
         Space and time ranks.
     options : dict
-        Of MGRIT.
+        Of the solver.
     cycles : tuple of int
         Of the state and the adjoint.
     seconds, bytes_a_rank : float
@@ -53,9 +53,15 @@ class Choice:
         """Command-line arguments of the demos."""
         if self.solver == "serial":
             return f"--grid {self.grid[0]}x1 --time-solver serial"
-        words = [f"--grid {self.grid[0]}x{self.grid[1]}"]
-        words += [f"-mgrit_{name} {_word(value)}" for name, value in self.options.items()]
+        words = [f"--grid {self.grid[0]}x{self.grid[1]} --time-solver {self.solver}"]
+        own = {k: v for k, v in self.options.items() if k != "time_solver"}
+        words += [f"-{self.solver}_{name} {_word(value)}" for name, value in own.items()]
         return " ".join(words)
+
+    @property
+    def words(self) -> str:
+        """The options for people."""
+        return describe(self.options)
 
 
 @dataclass
@@ -81,6 +87,13 @@ class Plan:
     assumptions: list[str] = field(default_factory=list)
 
 
+def describe(options: Mapping) -> str:
+    """Options of the model for people: ``"8x4 FCF"``."""
+    if options.get("time_solver") == "paradiag":
+        return f"ParaDiag, alpha {options['alpha']:g}"
+    return f"{'x'.join(map(str, options['coarsening']))} {options['relax']}" if "coarsening" in options else "serial"
+
+
 def _word(value) -> str:
     return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
@@ -101,9 +114,8 @@ def predict(
     made = Model(calibration, options, grid, **model)
     solves = [Solve(kind, "nested", n) for kind, n in zip(("state", "adjoint"), cycles, strict=True)]
     said = made.run(*solves, task="gradient")
-    solver = "serial" if made.is_serial else "mgrit"
     used = max(said.seconds, 1e-300) * grid[1]
-    return Choice(solver, grid, dict(options), cycles, said.seconds, said.bytes_a_rank, sum(said.busy) / used), said
+    return Choice(made.solver, grid, dict(options), cycles, said.seconds, said.bytes_a_rank, sum(said.busy) / used), said
 
 
 def _spaces(calibration: Calibration, ranks: int) -> list[int]:
@@ -172,7 +184,7 @@ def plan(
                 continue
             try:
                 work, chain = least_time(calibration, options, space, cycles, **common)
-            except InputError:  # more levels than so few steps have
+            except InputError:  # more levels than so few steps have; no ParaDiag on several space ranks
                 continue
             candidates.append((max(work / time, chain), space, json.dumps(options), options, cycles))
     for least, space, _, options, cycles in sorted(candidates, key=lambda c: c[:3]):
@@ -206,6 +218,8 @@ def least_time(
     model = Model(calibration, options, (space, 1), nsteps=nsteps, network=network)
     said = model.run(Solve("state", "nested", cycles[0]), Solve("adjoint", "nested", cycles[1]))
     steps, chain = model.nsteps, 0.0
+    if model.solver == "paradiag":
+        return sum(said.busy), 0.0
     for m in model.options.factors(steps):
         steps //= m
     for kind, sweep, n in (("step", "sweep", cycles[0]), ("adjoint", "adjoint sweep", cycles[1])):

@@ -12,7 +12,7 @@ from pint_fem.scaling import published
 from pint_fem.scaling.costs import Calibration, bundled, load
 from pint_fem.scaling.model import Model, Solve
 from pint_fem.scaling.network import Network
-from pint_fem.scaling.planner import cycles_of, least_time
+from pint_fem.scaling.planner import cycles_of, describe, least_time
 from pint_fem.scaling.space import assumption
 from pint_fem.scaling.strong import Curve, crossover, opponents, strong, weak
 
@@ -105,9 +105,9 @@ def _problem(c: Calibration, out: Path, say, largest: int, network: Network | No
     rows = []
     for i, p in enumerate(ours.ranks):
         options, cycles = chosen(p)
-        what = f"{'x'.join(map(str, options['coarsening']))} {options['relax']} {cycles[0]}+{cycles[1]}"
+        what = f"{describe(options)}: {cycles[0]}+{cycles[1]}"
         rows.append([str(p), what, *(f"{ours.seconds[t][i]:.4g}" for t in tasks), f"{ours.efficiency[i]:.0%}"])
-    _table(say, ["ranks", "MGRIT, cycles", *tasks, "busy"], rows)
+    _table(say, ["ranks", "solver: cycles", *tasks, "busy"], rows)
     for other in others:
         say(f"  {other.name}: " + ", ".join(f"{t} {other.seconds[t][-1]:.4g} s" for t in tasks))
         for t in tasks:

@@ -52,21 +52,25 @@ def task_seconds(
     """
     model = Model(calibration, options, grid, nsteps=nsteps, network=network)
     cold_state, cold_adjoint = (Solve(k, "nested", n) for k, n in zip(("state", "adjoint"), cycles, strict=True))
+    diagonal = model.solver == "paradiag"
     tasks = [
-        ("solves", [cold_state]),
+        *[("solves", [cold_state])] * (2 if diagonal else 1),  # the first one makes ParaDiag's factors
         ("value", [cold_state]),
         ("derivative", [cold_adjoint]),
         ("hessian", [Solve("tangent", "nested", cycles[0]), cold_adjoint]),
     ]
     solves = calibration.inversion.get("solves", ())
-    warm = [(kind, c) for kind, start, c, _ in solves if start == "guess" and not model.is_serial]
+    counted = calibration.inversion.get("options", {}).get("time_solver", "mgrit")  # for others: all solves are cold
+    warm = [(kind, c) for kind, start, c, _ in solves if start == "guess" and model.solver == counted]
     tasks += [("value" if kind == "state" else "derivative", [Solve(kind, "guess", c)]) for kind, c in warm]
     said = model.run_all(tasks)
-    state, value, derivative, hessian, *rest = said.task_seconds
-    out = {"state": state, "gradient": value + derivative, "hessian": hessian}
+    state, *others = said.task_seconds
+    factors = state - others.pop(0) if diagonal else 0.0
+    value, derivative, hessian, *rest = others
+    out = {"state": state, "gradient": factors + value + derivative, "hessian": hessian}
     if solves:
         known = dict(zip(warm, rest, strict=True))
-        total, counts = 0.0, calibration.inversion["counts"]
+        total, counts = factors, calibration.inversion["counts"]
         for kind, start, c, n in solves:
             if kind == "state":
                 total += n * known.get((kind, c), value)
