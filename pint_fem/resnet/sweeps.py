@@ -87,6 +87,9 @@ class LayerSweeps:
         On every rank, on more layer ranks than layers, or options that layers cannot serve.
     """
 
+    #: What takes the steps of each sweep on a level.
+    steps: Mapping[str, type] = {"forward": ForwardStep, "backward": AdjointStep, "tangent": TangentStep}
+
     def __init__(
         self,
         layer: Layer,
@@ -121,12 +124,12 @@ class LayerSweeps:
         common = dict(printer=printer, point_norms=_Norms(), speaks=grid.is_root)
         forward = dict(comm=grid.layer_comm, bounds=self.bounds, **common)
         backward = dict(comm=grid.reversed_layer_comm, bounds=[nlayers - b for b in reversed(self.bounds)], **common)
-        kinds = (("forward", ForwardStep, forward, False), ("backward", AdjointStep, backward, True))
-        kinds += (("tangent", TangentStep, forward, True),)
+        kinds = [("forward", forward, False), ("backward", backward, True), ("tangent", forward, True)]
         #: The solvers, each with one that steps from layer to layer beside it.
         self.solvers: dict[str, MGRIT] = {}
         self._serial: dict[str, MGRIT] = {}
-        for name, kind, where, linear in kinds:
+        for name, where, linear in kinds:
+            kind = self.steps[name]
             steps = [kind(layer, s * h) for s in self.strides]
             self.solvers[name] = MGRIT(steps, nlayers, options=self.options, name=name, linear=linear, **where)
             one = dict(levels=1, monitor=False)

@@ -127,9 +127,13 @@ class Calibration:
     inversion
         Of a whole inversion, measured: how many ``solves`` of which ``[kind, start, cycles]``, and ``counts``.
     opponent
-        Seconds a time step of serial pyadjoint: ``value``, ``gradient``, ``hessian``.
+        Seconds a time step of serial pyadjoint: ``value``, ``gradient``, ``hessian``, and with ``fixed`` behind it what
+        does not depend on the steps.
     notes
         How things were measured.
+    kind
+        ``"evolution"``, or ``"layers"`` of a network: ``nsteps`` layers, ``unknowns`` values of a batch's state,
+        ``control_bytes`` of a layer's parameters, ``cycles`` with gradient errors, the opponent is a serial ``"step"``.
     """
 
     problem: str
@@ -152,6 +156,7 @@ class Calibration:
     inversion: Mapping = field(default_factory=dict)
     opponent: Mapping[str, float] = field(default_factory=dict)
     notes: Sequence[str] = ()
+    kind: str = "evolution"
 
     @property
     def state_bytes(self) -> float:
@@ -210,9 +215,10 @@ class Calibration:
             ) from error
 
 
-def bundled() -> list[str]:
-    """Names of the calibrations that come with the package."""
-    return sorted(path.stem for path in BUNDLED.glob("*.json"))
+def bundled(kind: str | None = None) -> list[str]:
+    """Names of the calibrations that come with the package, or of those of a kind."""
+    names = sorted(path.stem for path in BUNDLED.glob("*.json"))
+    return names if kind is None else [name for name in names if load(name).kind == kind]
 
 
 def load(name: str | Path) -> Calibration:

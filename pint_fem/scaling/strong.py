@@ -128,12 +128,11 @@ def opponents(calibration: Calibration, ranks: Sequence[int], **model) -> list[C
     out = [ours]
     if calibration.opponent:
         o, n = calibration.opponent, model.get("nsteps") or calibration.nsteps
-        each = {"state": o["value"] * n, "gradient": (o["value"] + o["gradient"]) * n, "hessian": o["hessian"] * n}
+        whole = {task: o[task] * n + o.get(f"{task} fixed", 0.0) for task in ("value", "gradient", "hessian")}
+        each = {"state": whole["value"], "gradient": whole["value"] + whole["gradient"], "hessian": whole["hessian"]}
         if calibration.inversion:
             c = calibration.inversion["counts"]
-            each["inversion"] = n * (
-                c["values"] * o["value"] + c["gradients"] * o["gradient"] + c["hessians"] * o["hessian"]
-            )
+            each["inversion"] = sum(c[f"{task}s"] * whole[task] for task in ("value", "gradient", "hessian"))
         out.append(Curve("serial pyadjoint", counts, {task: [value] * len(counts) for task, value in each.items()}))
     return out
 
