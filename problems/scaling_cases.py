@@ -7,13 +7,14 @@ from dataclasses import dataclass, field
 
 from pint_fem.adjoint import TimeParallelReducedFunctional
 from pint_fem.spacetime import SpaceTime
+from problems import layers
 from problems.heat_source import heat_source
 from problems.heat_square import square
 from problems.maxwell_source import maxwell_source
 from problems.serial_maxwell import serial_maxwell_source
 from problems.serial_pyadjoint import SerialSource, serial_heat_source, serial_square
 
-__all__ = ["CASES", "Case"]
+__all__ = ["CASES", "LAYERS", "Case", "LayersCase"]
 
 
 @dataclass(frozen=True)
@@ -118,5 +119,46 @@ CASES = {
         menu=PARADIAG,
         inversion_steps=256,
         solver=PARADIAG[0],
+    ),
+}
+
+
+@dataclass(frozen=True)
+class LayersCase:
+    """A network whose training steps are calibrated.
+
+    Attributes
+    ----------
+    nlayers
+        Residual layers.
+    about
+        What it is.
+    parts, training
+        To opening, layer, closing, batch and labels; ``(network, batch, labels)`` to a training step.
+    menu
+        Options of MGRIT whose gradient errors are counted.
+    solver
+        Those that are validated.
+    """
+
+    nlayers: int
+    about: str
+    parts: Callable = layers.parts
+    training: Callable = layers.Training
+    menu: tuple[dict, ...] = ()
+    solver: dict = field(default_factory=lambda: dict(layers.SETTINGS))
+
+
+def _depths(*coarsenings: tuple[int, ...]) -> tuple[dict, ...]:
+    return tuple({"levels": len(c) + 1, "coarsening": list(c), "relax": "F"} for c in coarsenings)
+
+
+_ABOUT = "{} dense layers, width 8, batches of 200, tanh, float64 (tests/benchmarks/layers.py)"
+LAYERS = {
+    "resnet-1024": LayersCase(
+        1024, _ABOUT.format(1024), menu=_depths((32,), (16,), (64,), (8, 8), (16, 8), (8, 4, 4), (4, 4, 4))
+    ),
+    "resnet-4096": LayersCase(
+        4096, _ABOUT.format(4096), menu=_depths((32,), (64,), (128,), (16, 16), (32, 8), (8, 8, 8), (4, 4, 4, 4))
     ),
 }

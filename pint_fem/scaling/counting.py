@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from mpi4py import MPI
 
+from pint_fem.mgrit import SolverFailure
 from pint_fem.spacetime import SpaceTime
 
 __all__ = ["count_cycles", "count_inversion", "solver_parameters"]
@@ -23,7 +24,8 @@ def solver_parameters(options: Mapping, **more) -> dict:
 
 def count_cycles(pose: Callable, steps: int, menu: Sequence[dict], tolerances: Sequence[float]) -> list[dict]:
     """Cycles of cold state and adjoint solves by real runs on this process: one solve to the smallest tolerance a
-    configuration, the residuals say when each other one was met. ParaDiag's do not depend on the number of steps: they
+    configuration, the residuals say when each other one was met; configurations that do not
+    converge are left out. ParaDiag's do not depend on the number of steps: they
     are counted with :data:`PARADIAG_STEPS` at most.
     """
     out = []
@@ -34,7 +36,10 @@ def count_cycles(pose: Callable, steps: int, menu: Sequence[dict], tolerances: S
         z = rf.array([c.control for c in rf.controls])
         problem.forget()
         z = z + 1.0
-        problem.derivative(z)
+        try:
+            problem.derivative(z)
+        except SolverFailure:  # nothing for the menu
+            continue
         point = problem.points[0]
         for kind, result in (("state", point.state), ("adjoint", point.adjoint)):
             for rtol in tolerances:

@@ -14,7 +14,7 @@ from pint_fem.scaling.counting import solver_parameters
 from pint_fem.scaling.model import Model, Solve
 from pint_fem.spacetime import SpaceTime
 
-__all__ = ["Comparison", "compare"]
+__all__ = ["Comparison", "compare", "median_seconds"]
 
 
 @dataclass
@@ -42,6 +42,20 @@ class Comparison:
     def error(self) -> float:
         """Relative, of the prediction."""
         return self.predicted / self.measured - 1
+
+
+def median_seconds(action: Callable, comm, repeats: int, before: Callable = lambda: None) -> float:
+    """Median over repeats of something that all ranks do; one more warms up."""
+    seconds = []
+    for repeat in range(repeats + 1):
+        before()
+        comm.Barrier()
+        start = time.perf_counter()
+        action()
+        comm.Barrier()
+        if repeat:
+            seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
 
 
 def compare(
@@ -86,22 +100,10 @@ def compare(
         scale[0] *= 1.001
         problem.derivative(scale[0] * (controls + 1.0))
 
-    def timed(action, before=lambda: None) -> float:
-        seconds = []
-        for repeat in range(repeats + 1):
-            before()
-            comm.Barrier()
-            start = time.perf_counter()
-            action()
-            comm.Barrier()
-            if repeat:  # the first one warms up
-                seconds.append(time.perf_counter() - start)
-        return statistics.median(seconds)
-
-    measured = {"state": timed(state)}
+    measured = {"state": median_seconds(state, comm, repeats)}
     g = sum(m.gradient(problem.U) for m in problem.misfits)
-    measured["adjoint"] = timed(adjoint)
-    measured["gradient"] = timed(gradient, problem.forget)
+    measured["adjoint"] = median_seconds(adjoint, comm, repeats)
+    measured["gradient"] = median_seconds(gradient, comm, repeats, problem.forget)
     model = Model(calibration, options, (1, comm.size), nsteps=steps)
     forward, backward = Solve("state", "nested", count["state"]), Solve("adjoint", "nested", count["adjoint"])
     # again each: the first solve makes factors
