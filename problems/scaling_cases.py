@@ -81,9 +81,9 @@ def _plate(grid: SpaceTime, steps: int, parameters: dict) -> TimeParallelReduced
 
 
 def _maxwell(regime: str):
-    return lambda grid, steps, parameters: maxwell_source(
-        grid, regime=regime, steps=steps, solver_parameters=parameters, printer=lambda text: None
-    ).rf
+    return lambda grid, steps, parameters: (
+        maxwell_source(grid, regime=regime, steps=steps, solver_parameters=parameters, printer=lambda text: None).rf
+    )
 
 
 CASES = {

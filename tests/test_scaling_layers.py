@@ -4,7 +4,9 @@ import pytest
 from mpi4py import MPI
 
 pytest.importorskip("greenlet")
-torch = pytest.importorskip("torch")
+pytest.importorskip("torch")
+
+import torch
 
 from pint_fem.errors import InputError
 from pint_fem.mgrit.trace import Trace

@@ -127,9 +127,7 @@ def test_curves_and_crossover():
 
 def test_published_experiment():
     """XBraid's: crossover near 256 processes, 10 to 15 cycles; the counted cycles are among them."""
-    cycles = published.count_on_modes(
-        published.xbraid(10).options, "backward Euler", start="skip", rtol=1e-9, modes=8
-    )
+    cycles = published.count_on_modes(published.xbraid(10).options, "backward Euler", start="skip", rtol=1e-9, modes=8)
     assert 10 <= cycles <= 15
     ups = published.speedups(published.xbraid(cycles), [16, 128, 256, 512])
     ours = Curve("", [p for p, *_ in ups], {"state": [s for _, s, _ in ups]})
@@ -175,7 +173,6 @@ def test_command_line(capsys):
 
 
 def test_report_is_written(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(published, "settings", lambda: [])
     monkeypatch.setattr(published, "speedups", lambda setting, ranks: [(32, 2.0, 0.5), (64, 1.0, 1.2)])
     monkeypatch.setattr("pint_fem.scaling.report.load", lambda name: calibration())
     report(tmp_path, largest=16, names=["test"])

@@ -166,7 +166,9 @@ class HDF5Checkpoint:
             other = [name for name, value in given["parts"].items() if not abs(now[name] - value) <= slack]
             if other:
                 self._problem.forget()
-                values = "; ".join(f"{name}: the file has {given['parts'][name]}, this run {now[name]}" for name in other)
+                values = "; ".join(
+                    f"{name}: the file has {given['parts'][name]}, this run {now[name]}" for name in other
+                )
                 raise InputError(
                     f"checkpoint {self.path} is of another misfit, data or regularisation: {values}; give another file "
                     "or remove it"

@@ -27,7 +27,12 @@ def arguments(argv=None):
     parser = ProgramParser(prog="python -m pint_fem.scaling", description=__doc__)
     add = parser.add_argument
     add("command", nargs="?", help=", ".join(COMMANDS))
-    add("problem", nargs="?", default="heat-square", help="heat-source, heat-square, maxwell-lossy, maxwell-cavity, resnet-1024, resnet-4096, or a file")
+    add(
+        "problem",
+        nargs="?",
+        default="heat-square",
+        help="heat-source, heat-square, maxwell-lossy, maxwell-cavity, resnet-1024, resnet-4096, or a file",
+    )
     add("--ranks", type=positive(int), default=256, help="plan: processes (256); report: the largest number")
     add("--steps", type=positive(int), help="time steps (default: the problem's)")
     add("--rtol", type=positive(float), help="relative tolerance of the solves (default: the smallest counted)")
@@ -101,7 +106,9 @@ def _plan_training(calibration, opts, say) -> None:
         f"{calibration.problem} on at most {opts.ranks} ranks, one training step (seconds predicted; serial torch "
         f"measured: {calibration.opponent['step']:.4g} s; gradient errors counted by real runs)"
     )
-    print(f"{'ranks':>6}  {'coarsening, relaxation':26}{'its':>5}{'seconds':>11}{'speed-up':>10}{'error':>9}{'busy':>6}")
+    print(
+        f"{'ranks':>6}  {'coarsening, relaxation':26}{'its':>5}{'seconds':>11}{'speed-up':>10}{'error':>9}{'busy':>6}"
+    )
     for x in found:
         its = f"{x.iterations[0]}+{x.iterations[1]}"
         numbers = f"{x.seconds:>11.4g}{x.speedup:>10.3g}{x.error:>9.1e}{x.efficiency:>6.0%}"

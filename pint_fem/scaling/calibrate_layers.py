@@ -49,7 +49,7 @@ def _block(level, shape, count: int, repeats: int, stride: int, kept=None) -> Ke
 
         def run(steps=steps):
             for s in steps:
-                rows = slice(s.start - lo, s.stop - lo, stride)  # noqa: B023
+                rows = slice(s.start - lo, s.stop - lo, stride)
                 level.phi(s, U[rows], U[slice(rows.start + 1, rows.stop + 1, stride)])
 
         seconds.append(best(run, repeats) / len(steps))
@@ -155,9 +155,7 @@ def count_errors(case, menu: Sequence[Mapping], iterations: Sequence[tuple[int, 
         for its in iterations:
             ours = _net(case, case.nlayers, options, MPI.COMM_SELF, its)
             ours.gradients()
-            wrong = sum(
-                ((p.grad.numpy() - g) ** 2).sum() for p, g in zip(ours.net.theta.values(), wanted, strict=True)
-            )
+            wrong = sum(((p.grad.numpy() - g) ** 2).sum() for p, g in zip(ours.net.theta.values(), wanted, strict=True))
             out.append({"options": dict(options), "iterations": list(its), "gradient error": float(wrong**0.5 / size)})
     return out
 

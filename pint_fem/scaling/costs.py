@@ -113,9 +113,9 @@ class Calibration:
     stages
         Of a step.
     paradiag
-        Of ParaDiag on one space rank, empty where it was not measured: seconds of a frequency's ``"solve"`` and ``"solve
-        transposed"``, of making a ``"factor"`` (a frequency and stage) and its ``"factor bytes"``, of an unknown's
-        ``"fft"`` and ``"ifft"`` over ``"fft steps"``, of a byte's ``"pack"``; and bookkeeping by sweep.
+        Of ParaDiag on one space rank, empty where it was not measured: seconds of a frequency's ``"solve"`` and
+        ``"solve transposed"``, of making a ``"factor"`` (a frequency and stage) and its ``"factor bytes"``, of an
+        unknown's ``"fft"`` and ``"ifft"`` over ``"fft steps"``, of a byte's ``"pack"``; and bookkeeping by sweep.
     overlap
         Layers of cells that a space rank's subdomain has beside its own.
     busy

@@ -2,7 +2,8 @@
 
 A :class:`Model` is a problem (its calibration) with a solver's options on a process grid. Its tasks, a state solve, a
 gradient and so on, are what :class:`~pint_fem.adjoint.problem.ReducedProblem` does for a linear evolution: solves by
-:class:`~pint_fem.mgrit.solver.MGRIT` or :class:`~pint_fem.paradiag.ParaDiag` itself, with the misfit's and the control's work and messages in between.
+:class:`~pint_fem.mgrit.solver.MGRIT` or :class:`~pint_fem.paradiag.ParaDiag` itself, with the misfit's and the
+control's work and messages in between.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Before a job is queued: which process grid, levels and solver, by the model.
 
 Candidates are serial stepping on each number of space ranks, and MGRIT on each split of the ranks with each
-configuration, or ParaDiag, whose cycles the calibration has counted by real runs. A candidate is run on virtual ranks unless a lower
-bound of its time, its share of the work or its chain of coarse steps, is above the best time already.
+configuration, or ParaDiag, whose cycles the calibration has counted by real runs. A candidate is run on virtual ranks
+unless a lower bound of its time, its share of the work or its chain of coarse steps, is above the best time already.
 """
 
 from __future__ import annotations
@@ -115,7 +115,9 @@ def predict(
     solves = [Solve(kind, "nested", n) for kind, n in zip(("state", "adjoint"), cycles, strict=True)]
     said = made.run(*solves, task="gradient")
     used = max(said.seconds, 1e-300) * grid[1]
-    return Choice(made.solver, grid, dict(options), cycles, said.seconds, said.bytes_a_rank, sum(said.busy) / used), said
+    return Choice(
+        made.solver, grid, dict(options), cycles, said.seconds, said.bytes_a_rank, sum(said.busy) / used
+    ), said
 
 
 def _spaces(calibration: Calibration, ranks: int) -> list[int]:

@@ -61,7 +61,9 @@ def count_on_modes(
     The right-hand side is smooth in time and the same for all modes relative to their size. ``nearby``: start from the
     solution of a problem whose right-hand side differs by so much. ``longer``: steps are so many times ``h^2``.
     """
-    kappa = longer * np.geomspace(2 * (np.pi / (POINTS - 1)) ** 2, 8.0, modes)  # dt times the eigenvalues of the five-point star
+    kappa = longer * np.geomspace(
+        2 * (np.pi / (POINTS - 1)) ** 2, 8.0, modes
+    )  # dt times the eigenvalues of the five-point star
     made = {k: v for k, v in options.items() if k != "levels"}
     factors = MGRIT([_Modes(kappa)] * options["levels"], nsteps, options=options).options.factors(nsteps)
     R = lambda z: dirk_stability(*TABLEAUX[tableau], z)
