@@ -127,7 +127,11 @@ def _row(name: str, settings: Sequence[Setting], counts: Sequence[int], spaces: 
 
 
 def study(
-    counts: Sequence[int], *, block: float | None = None, progress: Callable[[str], None] = lambda text: None
+    counts: Sequence[int],
+    *,
+    block: float | None = None,
+    menu: Sequence[tuple[int, ...]] = MENU,
+    progress: Callable[[str], None] = lambda text: None,
 ) -> dict[str, list[Row]]:
     """Rows ``"alone"`` (the published configuration, and with one choice more), ``"ours"`` and ``"without"`` (ours
     with one choice less), ``"equal"`` (ours with as many steps of SDIRK2 as backward Euler's accuracy needs).
@@ -140,13 +144,13 @@ def study(
         out["alone"].append(_row(name, family(choice, block, menu=(DEEP,)), counts, (SPACE,)))
     progress("ours")
     between = sorted({*counts, *(p for p in (8, 16, 32, 128, 512) if min(counts) // 8 <= p <= max(counts))})
-    out["ours"].append(_row("ours", family(CHOICES, block), between))
+    out["ours"].append(_row("ours", family(CHOICES, block, menu=menu), between))
     for missing in CHOICES:
         if missing == "nested iteration":  # a warm start has none
             continue
         progress(f"without {missing}")
         rest = [c for c in CHOICES if c != missing]
-        out["without"].append(_row(f"ours without {missing}", family(rest, block), counts))
+        out["without"].append(_row(f"ours without {missing}", family(rest, block, menu=menu), counts))
     steps, _ = equal_accuracy()
     few = family(CHOICES, block, menu=((4,), (4, 2), (8,), (2, 2, 2)), nsteps=steps)
     out["equal"].append(_row(f"ours, {steps} steps", few, [p for p in counts if p <= 4 * steps]))
