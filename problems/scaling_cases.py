@@ -53,6 +53,8 @@ class Case:
     rtol: tuple[float, ...] = (1e-6, 1e-9)
     solver: dict = field(default_factory=lambda: {"levels": 3, "coarsening": (8, 4), "relax": "FCF"})
 
+    inversion_solver: dict | None = None
+
     @property
     def paradiag(self) -> bool:
         """Whether ParaDiag is on the menu."""
@@ -68,6 +70,7 @@ def _menu(*coarsenings: tuple[int, ...]) -> tuple[dict, ...]:
     )
 
 
+SERIAL = {"time_solver": "serial"}
 #: An iteration contracts by ``alpha``; round-off is about 1e-16 over it.
 PARADIAG = tuple({"time_solver": "paradiag", "alpha": alpha} for alpha in (1e-4, 1e-6))
 
@@ -110,6 +113,7 @@ CASES = {
         serial=lambda steps: serial_maxwell_source(regime="lossy", steps=steps),
         menu=_menu((4, 4), (8, 4), (8,), (4,)) + PARADIAG,
         inversion_steps=256,
+        inversion_solver=SERIAL,
     ),
     "maxwell-cavity": Case(
         _maxwell("cavity"),
@@ -118,6 +122,7 @@ CASES = {
         serial=lambda steps: serial_maxwell_source(regime="cavity", steps=steps),
         menu=PARADIAG,
         inversion_steps=256,
+        inversion_solver=SERIAL,
         solver=PARADIAG[0],
     ),
 }

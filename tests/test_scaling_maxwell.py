@@ -39,7 +39,8 @@ def test_gradient_and_hessian_are_those_of_a_real_trace(regime):
     one, single = [Kernel.constant(1.0, 8)], [Kernel.constant(1.0)]
     work = {"step": one, "adjoint": one, "sweep": single, "adjoint sweep": single}
     stages = sweeps.propagators[0].dirk.stages
-    calibration = Calibration(regime, "none", rf.evolution.state_size, STEPS, {1: work}, paradiag=PARADIAG, stages=stages)
+    size = rf.evolution.state_size
+    calibration = Calibration(regime, "none", size, STEPS, {1: work}, paradiag=PARADIAG, stages=stages)
     model = Model(calibration, options, (1, comm.size))
     said = model.run_all([("gradient", solves[:2]), ("hessian", solves[2:])], trace=True)
     assert events(said.traces[comm.rank]) == events(sweeps.trace.events)

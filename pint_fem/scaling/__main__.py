@@ -157,7 +157,8 @@ def _calibrate(opts) -> None:
             smaller = posed.smaller or posed.pose
             made = made.with_changes(cycles=count_cycles(smaller, posed.nsteps, posed.menu, posed.rtol))
         if not layers and wants("inversion"):
-            options, smaller = {**posed.solver, "rtol": posed.rtol[0]}, posed.smaller or posed.pose
+            options = {**(posed.inversion_solver or posed.solver), "rtol": posed.rtol[0]}
+            smaller = posed.smaller or posed.pose
             made = made.with_changes(inversion=count_inversion(smaller, posed.inversion_steps, options))
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(made.to_json(), encoding="utf-8")

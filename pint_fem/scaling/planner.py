@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from pint_fem.errors import InputError
+from pint_fem.mgrit.options import MGRITOptions
 from pint_fem.scaling.costs import Calibration, load
 from pint_fem.scaling.model import Model, Prediction, Solve
 from pint_fem.scaling.network import Network
@@ -115,8 +116,9 @@ def predict(
     solves = [Solve(kind, "nested", n) for kind, n in zip(("state", "adjoint"), cycles, strict=True)]
     said = made.run(*solves, task="gradient")
     used = max(said.seconds, 1e-300) * grid[1]
+    plain = {} if isinstance(options, MGRITOptions) else dict(options)
     return Choice(
-        made.solver, grid, dict(options), cycles, said.seconds, said.bytes_a_rank, sum(said.busy) / used
+        made.solver, grid, plain, cycles, said.seconds, said.bytes_a_rank, sum(said.busy) / used
     ), said
 
 
@@ -230,17 +232,21 @@ def least_time(
     return sum(said.busy), chain
 
 
-def auto_grid(problem: str, ranks: int, options: Mapping, nsteps: int) -> tuple[int, int]:
-    """The fastest split of all ranks for given options of MGRIT, or all in time where nothing better is known.
+def auto_grid(
+    problem: str | Calibration, ranks: int, options: Mapping | MGRITOptions, nsteps: int, rtol: float = 0.0
+) -> tuple[int, int]:
+    """The fastest split of all ranks for given options, or all in time where nothing better is known.
 
     Parameters
     ----------
     problem
-        Name of a calibration.
+        A calibration, or the name of one.
     ranks
         All are used.
     options, nsteps
         As for :class:`~pint_fem.scaling.model.Model`.
+    rtol
+        Of the solves; cycles are those counted for it, or four.
 
     Returns
     -------
@@ -248,8 +254,10 @@ def auto_grid(problem: str, ranks: int, options: Mapping, nsteps: int) -> tuple[
         Space and time ranks.
     """
     try:
-        calibration = load(problem)
-        splits = [(space, ranks // space) for space in _spaces(calibration, ranks) if ranks // space <= nsteps]
-        return min(splits, key=lambda grid: predict(calibration, options, grid, (2, 2), nsteps=nsteps)[0].seconds)
+        c = problem if isinstance(problem, Calibration) else load(problem)
+        counted = None if isinstance(options, MGRITOptions) else cycles_of(c, options, rtol)
+        splits = [(space, ranks // space) for space in _spaces(c, ranks) if ranks // space <= nsteps]
+        found = [(predict(c, options, grid, counted or (4, 4), nsteps=nsteps)[0].seconds, grid) for grid in splits]
+        return min(found)[1]
     except (InputError, ValueError):  # no calibration, options that the solver itself will refuse, too many ranks
         return 1, ranks
