@@ -28,12 +28,16 @@ def planned_grid(grid, problem, *, time_solver, steps, rtol, known):
     given, found = mgrit_options(None), grid
     if comm.rank == 0:
         try:
+            from pint_fem.scaling.costs import bundled
             from pint_fem.scaling.planner import auto_grid
         except ImportError:  # no greenlet
             pass
         else:
             options = {"serial": {"levels": 1}, "paradiag": {"time_solver": "paradiag", "alpha": 1e-4}}
-            found = "x".join(map(str, auto_grid(problem, comm.size, options.get(time_solver, given), steps, rtol)))
+            if problem in bundled():
+                found = "x".join(
+                    map(str, auto_grid(problem, comm.size, options.get(time_solver, given), steps, rtol))
+                )
     found = comm.bcast(found, root=0)
     if found == grid:
         return grid, None

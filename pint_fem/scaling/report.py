@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from math import prod
 from pathlib import Path
 
 from pint_fem.scaling.costs import Calibration, bundled, load
@@ -135,7 +136,8 @@ def _problem(
     ])  # fmt: skip
     p = min(8, c.nsteps)
     options, _ = chosen(p)
-    said = Model(c, options, (1, p), nsteps=min(c.nsteps, 512), network=network).run(
+    steps = min(c.nsteps, max(512, 4 * prod(options.get("coarsening", ()))))
+    said = Model(c, options, (1, p), nsteps=steps, network=network).run(
         Solve("state", "guess", 1), trace=True
     )
     gantt(out / f"cycle_{c.problem}.png", said.traces, f"{c.problem}: one cycle on {p} time ranks")
