@@ -186,20 +186,23 @@ def _paradiag(pose: Callable, nsteps: int, small: int, repeats: int) -> dict[str
     return out
 
 
-def _opponent(serial: Callable, few: int = 4, many: int = 12) -> dict[str, float]:
-    """Seconds a step of pyadjoint on the serial tape, and those that do not depend on the steps (readings)."""
+def _opponent(serial: Callable, few: int = 8, many: int = 40) -> dict[str, float]:
+    """Seconds a step of pyadjoint on the serial tape, and those that do not depend on the steps (readings), from tapes
+    of two lengths.
+    """
 
     def times(steps: int) -> dict[str, float]:
         tape = serial(steps)
         direction = tape.q.copy(deepcopy=True).assign(1.0)
         return {
-            "value": best(lambda: tape.rf(tape.q), 3),
-            "gradient": best(tape.rf.derivative, 3),
+            "value": best(lambda: tape.rf(tape.q), 2),
+            "gradient": best(tape.rf.derivative, 2),
             "hessian": best(lambda: tape.rf.hessian(direction), 1),
         }
 
     short, long = times(few), times(many)
-    slope = {task: max(long[task] - short[task], 0.0) / (many - few) for task in short}
+    slope = {task: (long[task] - short[task]) / (many - few) for task in short}
+    slope = {task: s if s > 0 else long[task] / many for task, s in slope.items()}  # lost in the noise
     fixed = {f"{task} fixed": max(short[task] - few * slope[task], 0.0) for task in short}
     return {**slope, **fixed, "steps": many}
 
@@ -260,8 +263,9 @@ def calibrate(
         if paradiag:
             progress("ParaDiag")
             made = made.with_changes(paradiag=_paradiag(pose, nsteps, small, repeats))
-            diagonal = pose(SpaceTime("1x1", comm=MPI.COMM_SELF), small, solver_parameters(PARADIAG))
-            more = _bookkeeping(diagonal, made, PARADIAG, repeats)
+            little = {**PARADIAG, "memory": 1.0}
+            diagonal = pose(SpaceTime("1x1", comm=MPI.COMM_SELF), small, solver_parameters(little))
+            more = _bookkeeping(diagonal, made, little, min(repeats, 3))
             made = made.with_changes(paradiag={**made.paradiag, **more})
     wait_quietly(comm)
     if comm.size > 1:

@@ -117,9 +117,7 @@ def predict(
     said = made.run(*solves, task="gradient")
     used = max(said.seconds, 1e-300) * grid[1]
     plain = {} if isinstance(options, MGRITOptions) else dict(options)
-    return Choice(
-        made.solver, grid, plain, cycles, said.seconds, said.bytes_a_rank, sum(said.busy) / used
-    ), said
+    return Choice(made.solver, grid, plain, cycles, said.seconds, said.bytes_a_rank, sum(said.busy) / used), said
 
 
 def _spaces(calibration: Calibration, ranks: int) -> list[int]:
@@ -213,9 +211,11 @@ def least_time(
     *,
     nsteps: int | None = None,
     network: Network | None = None,
+    kept: bool = False,
 ) -> tuple[float, float]:
     """What bounds the time of a cold state and adjoint from below: the work on one time rank, which others may share,
-    and the chain of the coarsest level's steps, which they may not.
+    and the chain of the coarsest level's steps, which they may not. ``kept``: ParaDiag has its factors already, as in
+    all solves of an inversion but the first.
 
     Source: counted by a run of the model on one time rank.
     """
@@ -223,7 +223,8 @@ def least_time(
     said = model.run(Solve("state", "nested", cycles[0]), Solve("adjoint", "nested", cycles[1]))
     steps, chain = model.nsteps, 0.0
     if model.solver == "paradiag":
-        return sum(said.busy), 0.0
+        made = said.counts["factor", 0] * model.busy * calibration.paradiag["factor"]
+        return sum(said.busy) - (made if kept else 0.0), 0.0
     for m in model.options.factors(steps):
         steps //= m
     for kind, sweep, n in (("step", "sweep", cycles[0]), ("adjoint", "adjoint sweep", cycles[1])):

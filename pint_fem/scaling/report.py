@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import cache
 from math import prod
 from pathlib import Path
 
@@ -25,17 +26,27 @@ TASKS = ("state", "gradient", "hessian", "inversion")
 
 def cheapest(calibration: Calibration, rtol: float, **model) -> Callable[[int], tuple[Mapping, tuple[int, int]]]:
     """The configuration for a number of time ranks: that of the least sum of its share of the work and its chain of
-    coarse steps, among those whose cycles were counted.
+    coarse steps, among those whose cycles were counted; that of a gradient within an inversion.
     """
     menu = {json.dumps(e["options"]): e["options"] for e in calibration.cycles if e["rtol"] == rtol}
+    counted = {text: cycles_of(calibration, options, rtol) for text, options in menu.items()}
+    network = model.get("network") or calibration.network
+
+    @cache
+    def shares(text: str) -> tuple[float, float]:
+        return least_time(calibration, menu[text], 1, counted[text], kept=True, **model)
 
     def choose(ranks: int):
-        def time_of(options):
-            work, chain = least_time(calibration, options, 1, cycles_of(calibration, options, rtol), **model)
-            return work / ranks + chain
+        def time_of(text: str) -> float:
+            work, chain = shares(text)
+            all_to_all = 4 * sum(counted[text]) * network.alltoall(ranks, 0.0) if "time_solver" in menu[text] else 0.0
+            return work / ranks + chain + all_to_all
 
-        options = min(menu.values(), key=time_of)
-        return options, cycles_of(calibration, options, rtol)
+        best = min((text for text in menu if fits(text)), key=time_of)
+        return menu[best], counted[best]
+
+    def fits(text: str) -> bool:
+        return "time_solver" not in menu[text] or bool(calibration.paradiag)
 
     return choose
 
@@ -137,9 +148,7 @@ def _problem(
     p = min(8, c.nsteps)
     options, _ = chosen(p)
     steps = min(c.nsteps, max(512, 4 * prod(options.get("coarsening", ()))))
-    said = Model(c, options, (1, p), nsteps=steps, network=network).run(
-        Solve("state", "guess", 1), trace=True
-    )
+    said = Model(c, options, (1, p), nsteps=steps, network=network).run(Solve("state", "guess", 1), trace=True)
     gantt(out / f"cycle_{c.problem}.png", said.traces, f"{c.problem}: one cycle on {p} time ranks")
     data = {"ours": asdict(ours), "others": [asdict(o) for o in others], "weak": asdict(flat), "rtol": rtol}
     return data, _claim(c, ours, others, rtol)
