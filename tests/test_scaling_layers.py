@@ -11,6 +11,7 @@ import torch
 from pint_fem.errors import InputError
 from pint_fem.mgrit.trace import Trace
 from pint_fem.resnet import Dense, Grid, LayerParallelResNet
+from pint_fem.scaling import report_training, training
 from pint_fem.scaling.costs import Calibration, Kernel
 from pint_fem.scaling.layers import predict_training, set_trace
 from pint_fem.scaling.network import Network
@@ -74,3 +75,29 @@ def test_step_by_hand():
     assert sum(said.busy) == pytest.approx(work + 0.5 * m * ranks)
     with pytest.raises(InputError, match="at most one rank a layer"):
         predict_training(calibration(), {"levels": 1}, LAYERS + 1)
+
+
+def test_plan_and_curve_are_the_fastest(monkeypatch, tmp_path, capsys):
+    """As exhaustive search finds; on many ranks among the two that were fastest before."""
+    entries = [
+        {"options": {"levels": 2, "coarsening": [m], "relax": "F"}, "iterations": [2, 1], "gradient error": m / 1e3}
+        for m in (2, 5, 10)
+    ]
+    c = calibration(cycles=entries, opponent={"step": 3.5 * LAYERS, "threads": 1}, notes=["for tests"])
+    seconds = lambda entry, p: predict_training(c, entry["options"], p, iterations=(2, 1)).seconds
+    every = {p: min(seconds(entry, p) for entry in entries) for p in (1, 2, 4, 8, 16, 32)}
+    curve = training.strong_training(c, every)
+    assert [x.seconds for x in curve.best] == [pytest.approx(s) for s in every.values()]
+    assert all(x.speedup == pytest.approx(3.5 * LAYERS / x.seconds) for x in curve.best)
+    assert curve.first(1.5) is next(x for x in curve.best if x.speedup >= 1.5)
+    found = training.plan_training(c, 8)
+    assert len(found) == len(entries)
+    assert found[0].seconds == pytest.approx(min(every[p] for p in (1, 2, 4, 8)))
+    monkeypatch.setattr(training, "MANY", 4)
+    few = training.strong_training(c, every)
+    assert [x.seconds for x in few.best][:3] == [x.seconds for x in curve.best][:3]
+    assert all(x.seconds >= y.seconds for x, y in zip(few.best, curve.best, strict=True))
+    data, claim = report_training.training(c, tmp_path, print, 8, None)
+    assert len(data["best"]) == 4
+    assert "measured" in capsys.readouterr().out
+    assert "over serial torch" in claim

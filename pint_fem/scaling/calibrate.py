@@ -30,6 +30,8 @@ __all__ = ["best", "calibrate", "ping_pong"]
 PARADIAG = {"time_solver": "paradiag", "alpha": 1e-4}
 SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 16, 64)
 STRIDE = 8
+LARGE = 5000
+"""Unknowns beyond which ParaDiag's factors of many steps take gigabytes."""
 
 
 def best(action: Callable[[], object], repeats: int = 9) -> float:
@@ -263,9 +265,9 @@ def calibrate(
         if paradiag:
             progress("ParaDiag")
             made = made.with_changes(paradiag=_paradiag(pose, nsteps, small, repeats))
-            little = {**PARADIAG, "memory": 1.0}
-            diagonal = pose(SpaceTime("1x1", comm=MPI.COMM_SELF), small, solver_parameters(little))
-            more = _bookkeeping(diagonal, made, little, min(repeats, 3))
+            few = small if size < LARGE else min(small, 32)
+            diagonal = pose(SpaceTime("1x1", comm=MPI.COMM_SELF), few, solver_parameters(PARADIAG))
+            more = _bookkeeping(diagonal, made, PARADIAG, min(repeats, 3))
             made = made.with_changes(paradiag={**made.paradiag, **more})
     wait_quietly(comm)
     if comm.size > 1:

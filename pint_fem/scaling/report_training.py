@@ -15,8 +15,6 @@ from pint_fem.scaling.training import strong_training
 
 __all__ = ["training"]
 
-MOST = 1024  # ranks: beyond, configurations take minutes each, and none of them is faster
-
 
 def training(
     c: Calibration, out: Path, say: Callable[[str], None], largest: int, network: Network | None
@@ -30,7 +28,7 @@ def training(
     for note in c.notes:
         say(f"  calibration: {note}")
     say(f"  serial torch: {serial:.4g} s (measured). Gradient errors: cold, relative, counted by real runs")
-    curve = strong_training(c, [p for p in powers(largest) if p <= MOST], network=network)
+    curve = strong_training(c, powers(largest), network=network)
     rows = [
         [str(x.ranks), f"{describe(x.options)}: {x.iterations[0]}+{x.iterations[1]}", f"{x.seconds:.4g}",
          f"{x.speedup:.3g}", f"{x.error:.1e}", f"{x.efficiency:.0%}"]

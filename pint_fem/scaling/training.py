@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from pint_fem.scaling.costs import Calibration
 from pint_fem.scaling.layers import predict_training
 from pint_fem.scaling.network import Network
 from pint_fem.scaling.planner import describe
+from pint_fem.scaling.tables import powers
 
 __all__ = ["Candidate", "TrainingCurve", "plan_training", "strong_training"]
+
+MANY = 1024
+"""Ranks beyond which a configuration takes up to a minute."""
 
 
 @dataclass
@@ -40,16 +43,6 @@ class Candidate:
     efficiency: float
     error: float
 
-    @property
-    def arguments(self) -> str:
-        """Command-line arguments of the demos."""
-        o = self.options
-        return (
-            f"--grid 1x{self.ranks} --levels {o['levels']} --coarsening {','.join(map(str, o['coarsening']))} "
-            f"--relax {o['relax']} --forward-iterations {self.iterations[0]} "
-            f"--backward-iterations {self.iterations[1]}"
-        )
-
 
 def _candidate(c: Calibration, entry: Mapping, ranks: int, network: Network | None) -> Candidate:
     its = tuple(entry["iterations"])
@@ -57,13 +50,6 @@ def _candidate(c: Calibration, entry: Mapping, ranks: int, network: Network | No
     efficiency = sum(said.busy) / (ranks * said.seconds)
     speedup = c.opponent["step"] / said.seconds
     return Candidate(ranks, dict(entry["options"]), its, said.seconds, speedup, efficiency, entry["gradient error"])
-
-
-def _powers(largest: int) -> list[int]:
-    out = [1]
-    while 2 * out[-1] <= largest:
-        out.append(2 * out[-1])
-    return out
 
 
 def plan_training(
@@ -75,17 +61,16 @@ def plan_training(
     out = []
     for entry in c.cycles:
         progress(describe(entry["options"]))
-        found = [_candidate(c, entry, p, network) for p in _powers(min(ranks, c.nsteps))]
+        found = [_candidate(c, entry, p, network) for p in powers(min(ranks, c.nsteps))]
         out.append(min(found, key=lambda x: x.seconds))
     return sorted(out, key=lambda x: x.seconds)
 
 
 @dataclass
 class TrainingCurve:
-    """The fastest configuration on each number of ranks, and others by name."""
+    """The fastest configuration on each number of ranks."""
 
     best: list[Candidate]
-    each: dict[str, list[Candidate]] = field(default_factory=dict)
 
     def first(self, speedup: float) -> Candidate | None:
         """The one with the fewest ranks that is so much faster than serial torch."""
@@ -99,13 +84,15 @@ def strong_training(
     network: Network | None = None,
     progress: Callable[[str], None] = lambda text: None,
 ) -> TrainingCurve:
-    """All configurations on all numbers of ranks up to that of the layers."""
-    each: dict[str, list[Candidate]] = {}
-    counts = [p for p in ranks if p <= c.nsteps]
-    for entry in c.cycles:
-        name = json.dumps(entry["options"]) + json.dumps(entry["iterations"])
-        for p in counts:
-            progress(f"{describe(entry['options'])}, {p} ranks")
-            each.setdefault(name, []).append(_candidate(c, entry, p, network))
-    best = [min((found[i] for found in each.values()), key=lambda x: x.seconds) for i in range(len(counts))]
-    return TrainingCurve(best, each)
+    """On all numbers of ranks up to that of the layers; on more than :data:`MANY` only the two configurations that were
+    the fastest before are looked at.
+    """
+    entries, best = list(c.cycles), []
+    for p in sorted(p for p in ranks if p <= c.nsteps):
+        progress(f"{p} ranks")
+        found = [(_candidate(c, entry, p, network), entry) for entry in entries]
+        found.sort(key=lambda pair: pair[0].seconds)
+        best.append(found[0][0])
+        if 2 * p > MANY:
+            entries = [entry for _, entry in found[:2]]
+    return TrainingCurve(best)
