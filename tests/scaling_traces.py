@@ -90,7 +90,7 @@ def real_and_predicted(config, kind):
 
 
 PARADIAG = {"solve": 4.0, "solve transposed": 5.0, "factor": 7.0, "factor bytes": 1e3, "fft": 0.5, "ifft": 0.25,
-            "fft steps": 50, "pack": 1e-3}  # fmt: skip
+            "few fft": 0.5, "few ifft": 0.25, "fft steps": 50, "fft columns": 100, "pack": 1e-3}  # fmt: skip
 
 
 def paradiag_real_and_predicted(kind):

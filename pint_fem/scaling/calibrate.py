@@ -23,6 +23,7 @@ from pint_fem.scaling.costs import Calibration, Kernel
 from pint_fem.scaling.counting import solver_parameters
 from pint_fem.scaling.model import Model, Solve
 from pint_fem.scaling.network import Network
+from pint_fem.scaling.paradiag import FEW
 from pint_fem.spacetime import SpaceTime
 
 __all__ = ["best", "calibrate", "ping_pong"]
@@ -177,10 +178,14 @@ def _paradiag(pose: Callable, nsteps: int, small: int, repeats: int) -> dict[str
         "factor bytes": nbytes,
         "fft steps": nsteps,
     }
-    columns = rng.standard_normal((nsteps, 64))
-    spectrum = scipy.fft.rfft(columns, axis=0)
-    out["fft"] = best(lambda: scipy.fft.rfft(columns, axis=0), repeats) / 64
-    out["ifft"] = best(lambda: scipy.fft.irfft(spectrum, nsteps, axis=0), repeats) / 64
+    # of all unknowns of a rank at once, in memory, or of few, in the caches
+    for name, count in (("few ", FEW), ("", max(min(size, 2**23 // nsteps), FEW + 1))):
+        columns = rng.standard_normal((nsteps, count))
+        spectrum = scipy.fft.rfft(columns, axis=0)
+        back = lambda spectrum=spectrum: scipy.fft.irfft(spectrum, nsteps, axis=0)
+        out[f"{name}fft"] = best(lambda columns=columns: scipy.fft.rfft(columns, axis=0), repeats) / count
+        out[f"{name}ifft"] = best(back, repeats) / count
+        out["fft columns"] = count
     maps = TimeTransposes(MPI.COMM_SELF, [0, small], len(mu), size)
     slab = rng.standard_normal((small, size))
     both = lambda: maps._collect(maps._spread(slab, maps._rows), maps._rows)

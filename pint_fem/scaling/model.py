@@ -24,7 +24,7 @@ from pint_fem.paradiag.options import ParaDiagOptions
 from pint_fem.scaling.communicator import VirtualComm, communicators
 from pint_fem.scaling.costs import Calibration
 from pint_fem.scaling.network import Network
-from pint_fem.scaling.paradiag import VirtualParaDiag, fft_seconds, virtual_systems
+from pint_fem.scaling.paradiag import VirtualParaDiag, transforms, virtual_systems
 from pint_fem.scaling.space import kernels
 from pint_fem.scaling.virtual import VirtualNorms, VirtualTrace, hierarchy
 from pint_fem.scaling.world import World
@@ -212,7 +212,7 @@ class _Shared:
         if model.solver == "paradiag":
             #: ParaDiag's costs as these ranks have them.
             self.paradiag = {k: v if k == "factor bytes" else busy * v for k, v in c.paradiag.items()}
-            self.paradiag |= {k: busy * v for k, v in fft_seconds(c.paradiag, N).items()}
+            self.paradiag |= transforms(c.paradiag, N, busy)
         more = model.network.collective(space, 8 * 2)
         self.norms = VirtualNorms(world, busy * c.norm / space, more)
 

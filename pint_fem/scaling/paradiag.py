@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from math import log2
 
@@ -12,9 +12,12 @@ from pint_fem.paradiag import ParaDiag
 from pint_fem.paradiag.circulant import AlphaCirculant
 from pint_fem.paradiag.systems import ShiftedSteps
 from pint_fem.paradiag.transposes import TimeTransposes
+from pint_fem.scaling.costs import Kernel
 from pint_fem.scaling.world import World
 
-__all__ = ["VirtualParaDiag", "fft_seconds", "virtual_systems"]
+__all__ = ["VirtualParaDiag", "transforms", "virtual_systems"]
+
+FEW = 32  # unknowns of the smallest transform that is measured
 
 # of as many stages; times do not depend on the numbers
 _TABLEAUX = {1: ([[0.5]], [1.0]), 2: ([[0.25, 0.0], [0.75, 0.25]], [0.75, 0.25])}
@@ -50,9 +53,9 @@ class _Transposes(TimeTransposes):
 class _Circulant(AlphaCirculant):
     """Transforms let the clock run."""
 
-    def __init__(self, *args, world: World, fft: float, ifft: float, **kwargs):
+    def __init__(self, *args, world: World, fft: Kernel, ifft: Kernel, **kwargs):
         super().__init__(*args, **kwargs)
-        self._world, self._seconds = world, (fft, ifft)
+        self._world, self._kernels = world, (fft, ifft)
 
     def rfft(self, columns):
         """See :class:`~pint_fem.paradiag.circulant.AlphaCirculant`."""
@@ -65,7 +68,7 @@ class _Circulant(AlphaCirculant):
     def _transform(self, which: int, rows: int, dtype):
         transposes = self._transposes
         self._world.counts["fft", 0] += len(transposes._column)
-        self._world.charge(self._seconds[which] * len(transposes._column))
+        self._world.charge(self._kernels[which](len(transposes._column)))
         return np.zeros((rows if transposes.comm.size == 1 else 1, 1), dtype)
 
 
@@ -81,7 +84,7 @@ class VirtualParaDiag(ParaDiag):
     size
         Local unknowns of a state.
     costs
-        ``"fft"``, ``"ifft"`` (an unknown), ``"pack"`` (a byte): seconds.
+        ``"fft"``, ``"ifft"`` (kernels), ``"pack"`` (seconds a byte).
     """
 
     def __init__(self, propagator, nsteps: int, solve, *, world: World, size: int, costs: Mapping[str, float], **given):
@@ -141,8 +144,9 @@ def virtual_systems(world: World, costs: Mapping[str, float], stages: int, memor
     return ShiftedSteps(A, b, dict.fromkeys(np.diag(A), system), memory)
 
 
-def fft_seconds(costs: Mapping[str, float], nsteps: int, kinds: Sequence[str] = ("fft", "ifft")) -> dict[str, float]:
-    """Seconds of an unknown's transforms over another number of steps: as ``N log N``."""
+def transforms(costs: Mapping[str, float], nsteps: int, factor: float = 1.0) -> dict[str, Kernel]:
+    """Seconds of the transforms of some unknowns over another number of steps, as ``N log N``, times a factor."""
     measured = costs["fft steps"]
-    ratio = nsteps * log2(max(nsteps, 2)) / (measured * log2(measured))
-    return {kind: costs[kind] * ratio for kind in kinds}
+    ratio, many = factor * nsteps * log2(max(nsteps, 2)) / (measured * log2(measured)), int(costs["fft columns"])
+    each = lambda kind: (FEW * costs[f"few {kind}"], max(many * costs[kind], FEW * costs[f"few {kind}"]))
+    return {kind: Kernel((FEW, many), tuple(ratio * s for s in each(kind))) for kind in ("fft", "ifft")}
