@@ -115,8 +115,8 @@ class Calibration:
     paradiag
         Of ParaDiag on one space rank, empty where it was not measured: seconds of a frequency's ``"solve"`` and
         ``"solve transposed"``, of making a ``"factor"`` (a frequency and stage) and its ``"factor bytes"``, of an
-        unknown's ``"fft"`` and ``"ifft"`` over ``"fft steps"`` among ``"fft columns"`` unknowns (with ``few`` before it:
-        among 32), of a byte's ``"pack"``; and bookkeeping by sweep.
+        unknown's ``"fft"`` and ``"ifft"`` over ``"fft steps"`` among ``"fft columns"`` unknowns (with ``few`` before
+        it: among 32), of a byte's ``"pack"``; and bookkeeping by sweep.
     overlap
         Layers of cells that a space rank's subdomain has beside its own.
     busy
