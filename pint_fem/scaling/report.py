@@ -151,10 +151,10 @@ def _problem(
     said = Model(c, options, (1, p), nsteps=steps, network=network).run(Solve("state", "guess", 1), trace=True)
     gantt(out / f"cycle_{c.problem}.png", said.traces, f"{c.problem}: one cycle on {p} time ranks")
     data = {"ours": asdict(ours), "others": [asdict(o) for o in others], "weak": asdict(flat), "rtol": rtol}
-    return data, _claim(c, ours, others, rtol)
+    return data, _claim(c, ours, others, network)
 
 
-def _claim(c: Calibration, ours: Curve, others: Sequence[Curve], rtol: float) -> str:
+def _claim(c: Calibration, ours: Curve, others: Sequence[Curve], network: Network | None) -> str:
     """The whole inversion (or a gradient) against each opponent, with what is measured and what predicted."""
     task = "inversion" if "inversion" in ours.seconds else "gradient"
     what = f"{c.problem}, one gradient, {c.nsteps} steps"
@@ -171,9 +171,10 @@ def _claim(c: Calibration, ours: Curve, others: Sequence[Curve], rtol: float) ->
         best = max(gains, key=lambda x: x[1])
         ten = next((p for p, gain in gains if gain > 10), None)
         first = f"over 10 from {ten} ranks on, " if ten else "never over 10, "
-        parts.append(f"{first}at best {best[1]:.3g} at {best[0]} ranks over {other.name}")
+        parts.append(f"{first}at best {best[1]:.3g} at {best[0]} ranks ({gains[0][1]:.3g} at 1) over {other.name}")
     taped = "its seconds a step times counted calls, " if len(others) > 1 else ""
+    measured = "kernels, pyadjoint a step" if taped else "kernels"
     return (
-        f"{what}: " + "; ".join(parts) + f". Measured: kernels, network, {'pyadjoint a step' if taped else ''} "
-        f"(calibration). Predicted: all times of ours; {taped}our serial stepping's too."
+        f"{what}: " + "; ".join(parts) + f". Measured: {measured} (calibration); network: {network or c.network}. "
+        f"Predicted: all times of ours; {taped}our serial stepping's too."
     )

@@ -46,7 +46,7 @@ def training(
     claim = (
         f"{c.problem}, one training step of {c.nsteps} layers, {best.iterations[0]} + {best.iterations[1]} iterations: "
         f"{first}at best {best.speedup:.3g} at {best.ranks} ranks over serial torch, gradient error {best.error:.1e}. "
-        f"Measured: serial torch on {c.opponent.get('threads', 1)} threads, kernels, network, what surrounds the "
-        "sweeps, gradient error. Predicted: ours."
+        f"Measured: serial torch on {c.opponent.get('threads', 1)} threads, kernels, what surrounds the "
+        f"sweeps, gradient error; network: {network or c.network}. Predicted: ours."
     )
     return {"best": [asdict(x) for x in curve.best], "serial torch": serial}, claim

@@ -30,7 +30,7 @@ def powers(largest: int) -> list[int]:
 def table(say, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Columns as wide as they need; words to the left."""
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-    left = {i for i, cell in enumerate(rows[0]) if " " in cell} if rows else set()
+    left = {i for i in range(len(head)) if any(" " in row[i] for row in rows)}
     for row in [head, *rows]:
         say(
             "  "
