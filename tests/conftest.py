@@ -2,7 +2,9 @@
 
 import os
 import time
+from contextlib import nullcontext
 
+import numpy as np
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -17,30 +19,50 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 PATIENCE = 120.0
 """Seconds that a rank whose test failed waits for the others."""
+_failed = pytest.StashKey[str]()
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
-    """A test that fails on some ranks leaves the others waiting in it: tell what failed, and end all of them."""
+    """Remember what failed, in whatever phase."""
     report = yield
-    if call.when == "call":
-        from mpi4py import MPI
-
-        if MPI.COMM_WORLD.size > 1:
-            with item.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
-                _meet(MPI.COMM_WORLD, report)
+    if report.failed:
+        item.stash[_failed] = item.stash.get(_failed, "") + f"\n{report.when}: {report.longreprtext}"
     return report
 
 
-def _meet(world, report) -> None:
-    """All ranks are through with the test; who failed waits for ``PATIENCE`` only."""
-    request, end = world.Ibarrier(), time.monotonic() + PATIENCE
-    if not report.failed:
-        return request.Wait()
-    print(f"\nFAILED on rank {world.rank} of {world.size}: {report.nodeid}\n{report.longreprtext}", flush=True)
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item, nextitem):
+    """A test that fails on some ranks may leave the others waiting in it: tell what failed, and end all of them. With
+    ``-x`` all ranks stop where one does.
+    """
+    result = yield
+    from mpi4py import MPI
+
+    world = MPI.COMM_WORLD
+    if world.size > 1:
+        capture = item.config.pluginmanager.getplugin("capturemanager")
+        with capture.global_and_fixture_disabled() if capture else nullcontext():
+            failed = _meet(world, item)
+        if failed and item.config.getoption("maxfail"):
+            item.session.shouldfail = f"{item.nodeid} failed on a rank"
+    return result
+
+
+def _meet(world, item) -> bool:
+    """Whether the test failed on any rank: all are through with it then. One where it did waits for `PATIENCE` only."""
+    from mpi4py import MPI
+
+    text, anywhere = item.stash.get(_failed, None), np.zeros(1, dtype=bool)
+    request = world.Iallreduce(np.array([text is not None]), anywhere, op=MPI.LOR)
+    if text is None:
+        request.Wait()
+        return bool(anywhere[0])
+    print(f"\nFAILED on rank {world.rank} of {world.size}: {item.nodeid}{text}", flush=True)
+    end = time.monotonic() + PATIENCE
     while not request.Test():
         if time.monotonic() > end:
-            print(f"FAILED: other ranks are not through with {report.nodeid}, given up", flush=True)
+            print(f"FAILED: other ranks are not through with {item.nodeid}, given up", flush=True)
             world.Abort(1)
         time.sleep(0.01)
-    return None
+    return True

@@ -144,7 +144,8 @@ NEWTON = {
     "snes_linesearch_type": "basic",
     "ksp_type": "preonly",
     "pc_type": "lu",
-    "pc_factor_mat_solver_type": "umfpack",
+    "pc_factor_mat_solver_type": "petsc",
+    "pc_factor_mat_ordering_type": "nd",
 }
 
 

@@ -20,10 +20,10 @@ MPI_ENV = {
 }
 
 
-def run(ranks, *arguments):
-    """Start the demo on some ranks, away from this process's own MPI."""
+def run(ranks, *arguments, program="heat_source_inversion"):
+    """Start a demo on some ranks, away from this process's own MPI."""
     env = {k: v for k, v in os.environ.items() if not k.startswith(("OMPI_", "PMIX", "ORTE"))} | MPI_ENV
-    command = ["mpiexec", "-n", str(ranks), sys.executable, "demos/heat_source_inversion.py", *map(str, arguments)]
+    command = ["mpiexec", "-n", str(ranks), sys.executable, f"demos/{program}.py", *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600, check=True)
 
 
@@ -72,3 +72,22 @@ def test_storage_of_c_points(tmp_path):
         assert np.allclose(times, np.linspace(0, 1, 17))
     for name in ("J", "misfit", "rms_residual"):
         assert np.isclose(results[1][name], results[0][name], rtol=1e-5), name
+
+
+@pytest.mark.parametrize(("regime", "solver", "all_ranks"), [("lossy", "mgrit", (1, 2)), ("cavity", "paradiag", (2,))])
+def test_maxwell_demo(regime, solver, all_ranks, tmp_path):
+    """Coarse: 8 x 8 cells of degree 1 and 16 steps; the same current on one rank and on two in time."""
+    small = ["--regime", regime, "--cells", 8, "--degree", 1, "--steps", 16, "--no-fields"]
+    found = []
+    for ranks in all_ranks:
+        out = tmp_path / str(ranks)
+        done = run(ranks, *small, "--grid", f"1x{ranks}", "--out", out, program="maxwell_source_inversion")
+        summary = json.loads((out / "summary.json").read_text())
+        assert summary["time_solver"] == solver
+        assert summary["grid"] == {"space": 1, "time": ranks}
+        assert summary["result"]["converged"]
+        assert "recovered current" in done.stdout
+        for name in ("current.png", "snapshots.png", "field.gif", "sensors.png", "convergence.png"):
+            assert (out / name).stat().st_size > 10000
+        found.append([summary["result"][name] for name in ("J", "relative_current_error")])
+    assert np.allclose(found, found[0], rtol=1e-4)

@@ -79,7 +79,7 @@ def test_arrays_are_those_of_the_formula(per_step):
 
 
 def growth(storage) -> list[tuple]:
-    """After 100 and after 200 evaluations of value, gradient and Hessian action: bytes of arrays and of everything
+    """After 100, 150 and 200 evaluations of value, gradient and Hessian action: bytes of arrays and of everything
     Python allocates, the resident set, and PETSc's objects that Python holds.
     """
     rf = functional(pf.SpaceTime(), storage, n=2, steps=8, coarsening=(2, 2), sensors=False, moving=False)
@@ -89,7 +89,7 @@ def growth(storage) -> list[tuple]:
     try:
         for i in range(201):
             evaluate(rf, z + 0.01 * rng.standard_normal(z.size))
-            if i in (50, 100, 200):  # the first only for what looking itself allocates: snapshots take megabytes
+            if i in (50, 100, 150, 200):  # the first only for what looking itself allocates: snapshots take megabytes
                 gc.collect()
                 rss = resident()
                 seen.append((bytes_of_arrays(), tracemalloc.get_traced_memory()[0], rss, petsc_objects()))
@@ -105,11 +105,12 @@ def test_nothing_grows(storage):
     out = subprocess.run([sys.executable, "-c", code], env=alone(), capture_output=True, text=True, timeout=300)
     assert out.returncode == 0, out.stderr
     line = next(line for line in out.stdout.splitlines() if line.startswith("seen"))
-    (arrays, python, rss, objects), last = json.loads(line.removeprefix("seen"))
+    (arrays, python, rss, objects), between, last = json.loads(line.removeprefix("seen"))
     assert objects > 10  # Python's collector sees them
     assert last[0] <= arrays
     assert last[1] - python <= 100_000  # 500 results are remembered, with their residuals
-    assert last[2] - rss <= 4 << 20  # 40 kB an evaluation: allocators keep some pages
+    # 20 kB an evaluation; allocators take some pages once, what leaks does in either half
+    assert min(between[2] - rss, last[2] - between[2]) <= 1 << 20
     assert last[3] <= objects
 
 
@@ -117,7 +118,7 @@ def test_nothing_grows(storage):
 @pytest.mark.parametrize("storage", ["all", "C"])
 def test_nothing_grows_on_two_ranks(storage):
     """All but the resident set."""
-    (arrays, python, _, objects), last = growth(storage)
+    (arrays, python, _, objects), _, last = growth(storage)
     assert last[0] <= arrays
     assert last[1] - python <= 100_000
     assert last[3] <= objects

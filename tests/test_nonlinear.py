@@ -56,3 +56,32 @@ def test_a_linearisation_is_computed_once():
     for name in ("newton", "jacobian", "derivative"):
         assert counts[name] == before[name]
     assert counts["factorisation"] - before["factorisation"] <= stages
+
+
+@pytest.mark.parametrize("pivot", [0.0, 1e-18, 1e-6])
+def test_a_factor_without_pivoting_gives_way(pivot):
+    """A pivot that is zero, or would cost all or some digits: UMFPACK takes over for this matrix, plain and transposed,
+    and the next one has the same bits as without it.
+    """
+    from firedrake.petsc import PETSc
+
+    from pint_fem.propagators.direct import default_solver
+    from pint_fem.propagators.factors import QUICK, Solver
+
+    bad, good = np.array([[pivot, 1.0], [1.0, 1.0 if pivot else 0.0]]), np.array([[3.0, 1.0], [1.0, 2.0]])
+    solver, (x, b) = Solver(default_solver(MPI.COMM_SELF), QUICK), (PETSc.Vec().createSeq(2) for _ in range(2))
+    b.array[:] = 1, 2
+
+    def factor(entries):
+        matrix = PETSc.Mat().createAIJ((2, 2), csr=([0, 2, 4], [0, 1, 0, 1], np.ravel(entries)), comm=MPI.COMM_SELF)
+        solver.factor(matrix, None)
+        return solver.ksp.getPC().getFactorSolverType()
+
+    solutions = []
+    for matrix, package in ((good, "petsc"), (bad, "umfpack"), (good, "petsc")):
+        assert factor(matrix) == package
+        for transposed in (False, True):
+            solver.solve(b, x, transposed=transposed)
+            assert np.allclose(x.array, np.linalg.solve(matrix.T if transposed else matrix, [1, 2]), rtol=1e-14)
+            solutions.append(x.array.copy())
+    assert np.array_equal(solutions[:2], solutions[-2:])

@@ -9,13 +9,15 @@ are not kept, as they are several times the trajectory. It is written under anot
 renamed: whenever the process is killed, the last complete file is there.
 
 A file goes on only with the method, inner product, bounds and constraints that it was written with
-(:mod:`~pint_fem.adjoint.fingerprint`), and with misfits and a regularisation that say the same of the trajectories in
-it. Coefficients of the evolution are not compared: solves that start from another one's trajectories still converge.
+(:mod:`~pint_fem.adjoint.fingerprint`), and with misfits and a regularisation whose values on the trajectories in it
+are those that were written. Coefficients of the evolution are not compared, but where only C-points are stored the
+misfits see them.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 
@@ -26,12 +28,13 @@ from pint_fem.adjoint.fingerprint import control_label, differences, inner_numbe
 from pint_fem.adjoint.objective import Objective
 from pint_fem.adjoint.problem import Point
 from pint_fem.errors import InputError
-from pint_fem.mgrit import SolveResult
+from pint_fem.mgrit import SolveResult, SolverFailure
 from pint_fem.propagators.arrays import own_size
 
 __all__ = ["HDF5Checkpoint"]
 
 _SAME = 1e-7  # of values of one trajectory: stages of a nonlinear step are computed again, to Newton's tolerance
+_NOTHING = 1e-13  # round-off of the larger part
 
 
 class HDF5Checkpoint:
@@ -94,6 +97,9 @@ class HDF5Checkpoint:
     def save(self, scalars: dict, vectors: dict[str, np.ndarray]) -> None:
         """Write a state; the file of the last one is replaced when this one is complete and on disk."""
         new, problem = self.path.with_name(self.path.name + ".new"), None
+        for point in self._problem.points:
+            if point.state is not None:
+                self._problem.reassess(point)  # a gradient may have solved for the state once more
         try:
             with h5py.File(new, "w", driver="mpio", comm=self._comm) as file:
                 self._write(file, scalars, vectors)
@@ -158,21 +164,27 @@ class HDF5Checkpoint:
 
     def _check_values(self, described: list[dict]) -> None:
         """Misfit and regularisation of the trajectories are what they were, unless the problem is another one."""
+        other = []
         for point, given in zip(self._problem.points, described, strict=False):
-            if not given["parts"]:
+            kept = given.get("parts") or {}  # another version may not have them
+            finite = {name: value for name, value in kept.items() if math.isfinite(value)}
+            if not finite:
                 continue
-            now = self._problem.reassess(point)
-            slack = _SAME * max(map(abs, given["parts"].values()))
-            other = [name for name, value in given["parts"].items() if not abs(now[name] - value) <= slack]
-            if other:
-                self._problem.forget()
-                values = "; ".join(
-                    f"{name}: the file has {given['parts'][name]}, this run {now[name]}" for name in other
-                )
-                raise InputError(
-                    f"checkpoint {self.path} is of another misfit, data or regularisation: {values}; give another file "
-                    "or remove it"
-                )
+            try:
+                now = self._problem.reassess(point)
+            except SolverFailure as error:
+                other.append(str(error))
+                break
+            small = _NOTHING * max(map(abs, finite.values()))
+            for name, value in finite.items():
+                if not abs(now[name] - value) <= max(_SAME * abs(value), small):
+                    other.append(f"{name}: the file has {value}, this run {now[name]}")
+        if other:
+            self._problem.forget()
+            raise InputError(
+                f"checkpoint {self.path} is of another evolution, misfit, data or regularisation: {'; '.join(other)}; "
+                "give another file or remove it"
+            )
 
     def _refusal(self, head: dict) -> str | None:
         """Why this run cannot go on from a file, if so."""

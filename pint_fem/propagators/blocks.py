@@ -14,7 +14,7 @@ import numpy as np
 from firedrake.petsc import PETSc
 from petsctools import OptionsManager
 
-from pint_fem.propagators.factors import factor_bytes
+from pint_fem.propagators.direct import default_solver, factor_bytes, matrix_bytes
 from pint_fem.propagators.multigrid import Geometry
 
 __all__ = [
@@ -22,10 +22,8 @@ __all__ = [
     "BlockOperator",
     "Factor",
     "Workspace",
-    "default_solver",
     "is_symmetric",
     "lanes",
-    "matrix_bytes",
 ]
 
 WIDTH = 8
@@ -40,17 +38,6 @@ def lanes(count: int, lane: int) -> Iterator[tuple[slice, slice]]:
         take = min(WIDTH - first, count - row)
         yield slice(row, row + take), slice(first, first + take)
         row += take
-
-
-def matrix_bytes(matrix: PETSc.Mat) -> int:
-    """Memory of a matrix on this rank: its entries, and the column of each and the start of each row if it is sparse.
-
-    PETSc's own count, ``MatInfo.memory``, is 0 for sparse matrices.
-    """
-    entries, index = int(matrix.getInfo(PETSc.Mat.InfoType.LOCAL)["nz_allocated"]), np.dtype(PETSc.IntType).itemsize
-    if "dense" in matrix.getType():
-        return np.dtype(PETSc.ScalarType).itemsize * entries
-    return (np.dtype(PETSc.ScalarType).itemsize + index) * entries + index * (matrix.getLocalSize()[0] + 1)
 
 
 class Workspace:
@@ -177,27 +164,6 @@ def is_symmetric(matrix: PETSc.Mat) -> bool:
     Unit rows of boundary conditions would hide the scale of the others.
     """
     return bool(matrix.isSymmetric(1e-13 * matrix.norm(PETSc.NormType.INFINITY)))
-
-
-def default_solver(comm, *, spd: bool = False) -> dict:
-    """PETSc options of a solve to round-off whose bits are reproducible.
-
-    On one rank a sparse factorisation. On several, Krylov iteration with overlapping subdomains that are factored:
-    MUMPS adds up contributions in the order in which messages arrive, so its last bits change from run to run (and it
-    is slower: heat, 64x64 P1, 2 ranks, one state 4.5 ms against 0.74, a block of 8 states 1.1 against 0.76 ms a state).
-    """
-    if comm.size == 1:
-        kind, package = ("cholesky", "cholmod") if spd else ("lu", "umfpack")
-        return {"ksp_type": "preonly", "pc_type": kind, "pc_factor_mat_solver_type": package}
-    krylov = {"ksp_type": "cg"} if spd else {"ksp_type": "gmres", "ksp_gmres_restart": 60}
-    return krylov | {
-        "ksp_rtol": 1e-14,
-        "ksp_max_it": 2000,
-        "pc_type": "asm",
-        "pc_asm_type": "basic",
-        "pc_asm_overlap": 3,
-        "sub_pc_type": "cholesky" if spd else "lu",
-    }
 
 
 class BlockOperator:

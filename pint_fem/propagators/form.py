@@ -28,7 +28,7 @@ from mpi4py import MPI
 
 from pint_fem.errors import InputError
 from pint_fem.propagators.base import FEPropagator, StepData, direction
-from pint_fem.propagators.blocks import default_solver, matrix_bytes
+from pint_fem.propagators.direct import matrix_bytes
 from pint_fem.propagators.evolution import Evolution
 from pint_fem.propagators.factors import FACTOR_MEMORY, Factors
 from pint_fem.propagators.linearisation import StageMemory, StepMemory
@@ -74,9 +74,8 @@ class FormPropagator(FEPropagator):
         self.dirk = DIRK(self.tableau)
         self.forms = StageForms(evolution, self.dirk, self.dt)
         self.bc_rows, self.counts = self.forms.bc_rows, self.forms.counts
-        parameters = {**default_solver(evolution.V.mesh().comm), **evolution.solver_parameters}
-        self.factors = Factors(parameters, factor_memory, self.counts)
-        self.newton = StageNewton(self.forms, self.factors, parameters)
+        self.factors = Factors(evolution.solver_parameters, evolution.V, factor_memory, self.counts)
+        self.newton = StageNewton(self.forms, self.factors, self.factors.parameters)
         with self.forms.U.dat.vec_ro as vec:
             self._w, self._b, self._x = vec.duplicate(), vec.duplicate(), vec.duplicate()
         self._scratch = StepMemory(self.forms, keep=False)

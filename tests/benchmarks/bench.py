@@ -31,6 +31,8 @@ from problems.heat_square import SIZE, field, square
 from problems.serial_pyadjoint import serial_square, square_functionals
 from tests.benchmarks.compare import compare_rows
 from tests.benchmarks.derivatives import Derivatives, difference, on_tape
+from tests.benchmarks.maxwell import SOLVERS, maxwell_rows
+from tests.benchmarks.maxwell import STEPS as MAXWELL_STEPS
 from tests.benchmarks.nonlinear import TABLEAUX, nonlinear_rows
 from tests.benchmarks.optimisers import outcomes, outcomes_table
 from tests.benchmarks.paradiag import on_ranks as paradiag_on_ranks
@@ -166,6 +168,10 @@ def main(argv: list[str] | None = None) -> int:
                 for case in product(PROBLEMS, TABLEAUX)
                 for r in nonlinear_rows(*case, NONLINEAR_STEPS // shorter, say)
             ],
+        ),
+        (
+            "Maxwell",
+            lambda: [r for regime in SOLVERS for r in maxwell_rows(regime, MAXWELL_STEPS // shorter, say)],
         ),
         ("PyMGRIT and XBraid's ex-02", lambda: compare_rows(args.quick, say)),
     ):

@@ -1,4 +1,5 @@
-"""ParaDiag beside sequential stepping, MGRIT, and itself on another number of ranks: heat, and a cavity without losses.
+"""ParaDiag beside sequential stepping, MGRIT, and itself on another number of ranks: heat, a cavity without losses, and
+the lossy box of :mod:`problems.maxwell_source`.
 
 ``mpiexec -n 2 python -m tests.benchmarks.paradiag --out FILE.json`` measures on the ranks it is given; ``make bench``
 calls that. Sequential stepping runs on the first rank alone, in turn with the parallel solves.
@@ -18,7 +19,9 @@ from mpi4py import MPI
 
 from pint_fem.adjoint import RunningMisfit, TimeParallelReducedFunctional
 from pint_fem.spacetime import SpaceTime
-from problems.heat_square import square
+from problems.heat_square import field, square
+from problems.maxwell_source import maxwell_source
+from tests.benchmarks.maxwell import COARSENING, silent
 from tests.benchmarks.rows import Row, row
 from tests.benchmarks.time_parallel import on_ranks as run_on_ranks
 from tests.benchmarks.time_parallel import together
@@ -26,31 +29,14 @@ from tests.cavity import cavity
 
 __all__ = ["on_ranks", "rows"]
 
-HEAT_STEPS, CAVITY_STEPS, CELLS = 512, 256, 32
-
-
-def heat(spacetime: SpaceTime, **parameters) -> TimeParallelReducedFunctional:
-    """Heat conduction, P1 on 64 x 64, backward Euler."""
-    return square(HEAT_STEPS, "BackwardEuler", spacetime=spacetime, **parameters)
-
-
-def waves(spacetime: SpaceTime, **parameters) -> TimeParallelReducedFunctional:
-    """The cavity on 32 x 32, implicit midpoint rule, CFL number one."""
-    ev = cavity(spacetime.space_comm, n=CELLS, steps=CAVITY_STEPS)
-    misfit = RunningMisfit(inner(ev.u, ev.u) * dx)
-    q = ev.control
-    return TimeParallelReducedFunctional(
-        ev, misfit, regularisation=1e-3 * inner(q, q) * dx, spacetime=spacetime, solver_parameters=parameters
-    )
+HEAT_STEPS, CAVITY_STEPS, LOSSY_STEPS, CELLS = 512, 256, 128, 32
 
 
 class Case:
-    """Sweeps of a functional at its control, from cold."""
+    """Sweeps of a functional at a control's coefficients, from cold."""
 
-    def __init__(self, rf: TimeParallelReducedFunctional):
-        self.rf, self.problem, self.sweeps = rf, rf.problem, rf.problem.sweeps
-        self.z = rf.array(rf.controls[0].control)
-        self.scale = 1.0
+    def __init__(self, rf: TimeParallelReducedFunctional, z: np.ndarray):
+        self.rf, self.problem, self.sweeps, self.z, self.scale = rf, rf.problem, rf.problem.sweeps, z, 1.0
 
     def state(self, **accuracy) -> None:
         """The state sweep."""
@@ -59,7 +45,8 @@ class Case:
     def invert(self) -> None:
         """A trust-region minimisation from zero."""
         self.problem.forget()
-        self.x = self.rf.minimize_trust_region(self.rf.function(0 * self.z), gtol_rel=1e-5).x
+        start = self.rf.function(0 * self.z)
+        self.x = self.rf.minimize_trust_region(start, gtol_rel=1e-4, preconditioner="limited-memory").x
 
     def gradient(self) -> None:
         """State and adjoint at a new control."""
@@ -68,14 +55,47 @@ class Case:
         self.g = self.problem.derivative(self.scale * self.z)
 
 
+def heat(spacetime: SpaceTime, **parameters) -> Case:
+    """Heat conduction, P1 on 64 x 64, backward Euler."""
+    rf = square(HEAT_STEPS, "BackwardEuler", spacetime=spacetime, **parameters)
+    return Case(rf, field(rf, "control"))
+
+
+def waves(spacetime: SpaceTime, **parameters) -> Case:
+    """The cavity on 32 x 32, implicit midpoint rule, CFL number one."""
+    ev = cavity(spacetime.space_comm, n=CELLS, steps=CAVITY_STEPS)
+    misfit = RunningMisfit(inner(ev.u, ev.u) * dx)
+    q = ev.control
+    rf = TimeParallelReducedFunctional(
+        ev, misfit, regularisation=1e-3 * inner(q, q) * dx, spacetime=spacetime, solver_parameters=parameters
+    )
+    return Case(rf, rf.array(rf.controls[0].control))
+
+
+def lossy(spacetime: SpaceTime, **parameters) -> Case:
+    """The lossy box, at its true current."""
+    posed = maxwell_source(
+        spacetime, regime="lossy", steps=LOSSY_STEPS, solver_parameters=parameters, printer=silent
+    )
+    return Case(posed.rf, posed.rf.array(posed.true_current))
+
+
+#: Name, problem, steps, alpha, and options of MGRIT where it contracts.
+CASES = (
+    ("heat", heat, HEAT_STEPS, 1e-7, {}),
+    ("cavity", waves, CAVITY_STEPS, 1e-4, None),
+    ("lossy Maxwell", lossy, LOSSY_STEPS, 1e-7, COARSENING),
+)
+
+
 def rows(repeats: int, comm=MPI.COMM_WORLD) -> list[dict]:
     """Ratios on the ranks of ``comm``, as dictionaries of :class:`Row` (of the first rank)."""
     out, alone, grid = [], SpaceTime("1x1", comm=COMM_SELF), SpaceTime((1, comm.size), comm=comm)
     ranks, plural = comm.size, "s" * (comm.size > 1)
-    for name, pose, steps, alpha in (("heat", heat, HEAT_STEPS, 1e-7), ("cavity", waves, CAVITY_STEPS, 1e-4)):
+    for name, pose, steps, alpha, mgrit in CASES:
         options = {"alpha": alpha, "rtol": 1e-8}
-        serial = Case(pose(alone, time_solver="serial"))
-        many = Case(pose(grid, time_solver="paradiag", paradiag=options))
+        serial = pose(alone, time_solver="serial")
+        many = pose(grid, time_solver="paradiag", paradiag=options)
         comm.Barrier()
         begin = time.perf_counter()
         many.state(cycles=1)  # makes the factors
@@ -83,7 +103,7 @@ def rows(repeats: int, comm=MPI.COMM_WORLD) -> list[dict]:
         iteration, done = lambda: many.state(cycles=1), lambda: many.state()  # noqa: B023
         actions = [(serial.state, True), (iteration, False), (done, False)]
         if ranks > 1:
-            one = Case(pose(alone, time_solver="paradiag", paradiag=options))
+            one = pose(alone, time_solver="paradiag", paradiag=options)
             if comm.rank == 0:
                 one.state(cycles=1)
             actions += [(lambda: one.state(cycles=1), True)]  # noqa: B023
@@ -101,7 +121,10 @@ def rows(repeats: int, comm=MPI.COMM_WORLD) -> list[dict]:
         if ranks > 1:
             what = f"ParaDiag, {name}, {steps} steps: an iteration on one rank / {ranks} ranks"
             out.append(row("f", what, single, on_one[0], steps, 1.7 if ranks == 2 else None, False))
-            out += gradients(name, pose, grid, serial, many, steps, repeats)
+            cases = {"paradiag to 1e-8": many}
+            if mgrit is not None:
+                cases["mgrit to 1e-8"] = pose(grid, time_solver="mgrit", mgrit={"rtol": 1e-8, **mgrit})
+            out += gradients(name, comm, serial, cases, steps, repeats)
     return [vars(r) for r in out]
 
 
@@ -112,11 +135,8 @@ def many_residual(case: Case) -> float:
     return result.residuals[-1] / result.scale
 
 
-def gradients(name, pose, grid, serial: Case, paradiag: Case, steps: int, repeats: int) -> list[Row]:
+def gradients(name: str, comm, serial: Case, cases: dict[str, Case], steps: int, repeats: int) -> list[Row]:
     """Gradient and inversion by each time solver, beside sequential stepping on one rank."""
-    comm, cases = grid.comm, {"paradiag to 1e-8": paradiag}
-    if name == "heat":
-        cases["mgrit to 1e-8"] = Case(pose(grid, time_solver="mgrit", mgrit={"rtol": 1e-8}))
     out = []
     for task, of, count in (("gradient", "g", repeats), ("invert", "x", 1)):
         actions = [(getattr(serial, task), True), *((getattr(case, task), False) for case in cases.values())]
