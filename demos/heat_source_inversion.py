@@ -23,7 +23,7 @@ def arguments():
     """Options of the program."""
     parser = ProgramParser(prog="heat_source_inversion.py", description=__doc__)
     add = parser.add_argument
-    add("--grid", default="auto", metavar="SxT", help="ranks in space x ranks in time (default: all in time)")
+    add("--grid", default="auto", metavar="SxT", help="ranks in space x ranks in time (default: as is fastest)")
     add("--mesh", metavar="FILE.msh", help="gmsh mesh with the tags of problems/plate.py (default: the shipped plate)")
     add("--sensors", metavar="FILE.csv", help="readings: sensor,x,y,time,temperature (default: the shipped ones)")
     add("--steps", type=positive(int), default=512, help="time steps (512)")
@@ -50,10 +50,19 @@ def arguments():
 def main():
     """Run the inversion."""
     opts = arguments()
+    from demos.planned_grid import planned_grid
     from pint_fem.errors import InputError
     from pint_fem.spacetime import SpaceTime
 
-    spacetime = SpaceTime(opts.grid)
+    grid, about = planned_grid(
+        opts.grid,
+        "heat-source",
+        time_solver=opts.time_solver,
+        steps=opts.steps,
+        rtol=opts.rtol,
+        known=opts.mesh is None and opts.integrator == "SDIRK2",
+    )
+    spacetime = SpaceTime(grid)
     try:
         opts.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -75,6 +84,8 @@ def main():
         "beta": opts.beta or posed.BETA,
         "noise": opts.noise or NOISE,
     }
+    if about:
+        say(about)
     say(f"heat source inversion on {spacetime.space_size} x {spacetime.time_size} ranks (space x time)")
     start = time.perf_counter()
     solver = {"time_solver": opts.time_solver, "mgrit": {"rtol": opts.rtol}}

@@ -27,7 +27,7 @@ def arguments():
     parser = ProgramParser(prog="maxwell_source_inversion.py", description=__doc__)
     add = parser.add_argument
     add("--regime", default="lossy", choices=list(TIME_SOLVERS), help="lossy or cavity (lossy)")
-    add("--grid", default="auto", metavar="SxT", help="ranks in space x ranks in time (default: all in time)")
+    add("--grid", default="auto", metavar="SxT", help="ranks in space x ranks in time (default: as is fastest)")
     add("--cells", type=positive(int), default=16, help="cells along a side, a multiple of 8 (16)")
     add("--degree", type=positive(int), default=2, help="degree of the elements (2)")
     add("--sensors", metavar="FILE.csv", help="readings: sensor,x,y,time,ex,ey (default: the shipped ones)")
@@ -54,10 +54,19 @@ def arguments():
 def main():
     """Run the inversion."""
     opts = arguments()
+    from demos.planned_grid import planned_grid
     from pint_fem.errors import InputError
     from pint_fem.spacetime import SpaceTime
 
-    spacetime = SpaceTime(opts.grid)
+    grid, about = planned_grid(
+        opts.grid,
+        f"maxwell-{opts.regime}",
+        time_solver=opts.time_solver or TIME_SOLVERS[opts.regime],
+        steps=opts.steps or 256,
+        rtol=opts.rtol,
+        known=(opts.cells, opts.degree, opts.integrator) == (16, 2, None),
+    )
+    spacetime = SpaceTime(grid)
     opts.out = opts.out or Path("results") / f"maxwell_{opts.regime}"
     try:
         opts.out.mkdir(parents=True, exist_ok=True)
@@ -84,6 +93,8 @@ def main():
         "beta": opts.beta or posed.BETA[opts.regime],
         "noise": opts.noise or NOISE,
     }
+    if about:
+        say(about)
     say(f"Maxwell source inversion, {opts.regime}, on {spacetime.space_size} x {spacetime.time_size} ranks")
     start = time.perf_counter()
     by_default = TIME_SOLVERS[opts.regime]

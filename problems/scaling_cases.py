@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from pint_fem.adjoint import TimeParallelReducedFunctional
 from pint_fem.spacetime import SpaceTime
+from problems import layers
 from problems.heat_source import heat_source
 from problems.heat_square import square
+from problems.maxwell_source import maxwell_source
+from problems.serial_maxwell import serial_maxwell_source
 from problems.serial_pyadjoint import SerialSource, serial_heat_source, serial_square
 
-__all__ = ["CASES", "Case"]
+__all__ = ["CASES", "LAYERS", "Case", "LayersCase"]
 
 
 @dataclass(frozen=True)
@@ -29,11 +32,13 @@ class Case:
     smaller
         Like ``pose``, on a coarser mesh with the same time grid, where cycles are counted, or ``None`` for ``pose``.
     menu
-        MGRIT's options whose cycles are counted: what the planner chooses from.
+        Options of MGRIT and ParaDiag whose cycles are counted: what the planner chooses from.
     inversion_steps
         Steps of the inversion whose solves are counted.
     rtol
         Tolerances of solves that are counted.
+    solver
+        Options of the inversion's solves, and of those that are validated.
     about
         What it is.
     """
@@ -46,6 +51,14 @@ class Case:
     menu: tuple[dict, ...] = ()
     inversion_steps: int = 512
     rtol: tuple[float, ...] = (1e-6, 1e-9)
+    solver: dict = field(default_factory=lambda: {"levels": 3, "coarsening": (8, 4), "relax": "FCF"})
+
+    inversion_solver: dict | None = None
+
+    @property
+    def paradiag(self) -> bool:
+        """Whether ParaDiag is on the menu."""
+        return any("time_solver" in options for options in self.menu)
 
 
 def _menu(*coarsenings: tuple[int, ...]) -> tuple[dict, ...]:
@@ -57,6 +70,11 @@ def _menu(*coarsenings: tuple[int, ...]) -> tuple[dict, ...]:
     )
 
 
+SERIAL = {"time_solver": "serial"}
+#: An iteration contracts by ``alpha``; round-off is about 1e-16 over it.
+PARADIAG = tuple({"time_solver": "paradiag", "alpha": alpha} for alpha in (1e-4, 1e-6))
+
+
 def _square(size: int):
     return lambda grid, steps, parameters: square(steps, "SDIRK2", size=size, spacetime=grid, **parameters)
 
@@ -65,13 +83,19 @@ def _plate(grid: SpaceTime, steps: int, parameters: dict) -> TimeParallelReduced
     return heat_source(grid, steps=steps, solver_parameters=parameters, printer=lambda text: None).rf
 
 
+def _maxwell(regime: str):
+    return lambda grid, steps, parameters: (
+        maxwell_source(grid, regime=regime, steps=steps, solver_parameters=parameters, printer=lambda text: None).rf
+    )
+
+
 CASES = {
     "heat-source": Case(
         _plate,
         512,
         "the plate of demos/heat_source_inversion.py, P1, SDIRK2",
         serial=lambda steps: serial_heat_source(steps=steps),
-        menu=_menu((8, 4), (8,), (16,), (8, 8), (4, 4, 4), (4, 4)),
+        menu=_menu((8, 4), (8,), (16,), (8, 8), (4, 4, 4), (4, 4)) + PARADIAG,
     ),
     "heat-square": Case(
         _square(128),
@@ -79,7 +103,67 @@ CASES = {
         "heat on the unit square, 128 x 128 P1, SDIRK2, distributed control, running misfit",
         serial=lambda steps: serial_square(n=128, steps=steps, integrator="SDIRK2"),
         smaller=_square(32),
-        menu=_menu((8, 4, 4), (8, 4, 4, 4), (16, 8), (16, 8, 8), (4, 4, 4, 4, 4)),
+        menu=_menu((8, 4, 4), (8, 4, 4, 4), (16, 8), (16, 8, 8), (4, 4, 4, 4, 4)) + PARADIAG,
         inversion_steps=1024,
+    ),
+    "maxwell-lossy": Case(
+        _maxwell("lossy"),
+        256,
+        "the lossy box of demos/maxwell_source_inversion.py, degree 2, SDIRK2",
+        serial=lambda steps: serial_maxwell_source(regime="lossy", steps=steps),
+        menu=_menu((4, 4), (8, 4), (8,), (4,)) + PARADIAG,
+        inversion_steps=256,
+        inversion_solver=SERIAL,
+    ),
+    "maxwell-cavity": Case(
+        _maxwell("cavity"),
+        256,
+        "the cavity without losses of demos/maxwell_source_inversion.py, degree 2, implicit midpoint",
+        serial=lambda steps: serial_maxwell_source(regime="cavity", steps=steps),
+        menu=PARADIAG,
+        inversion_steps=256,
+        inversion_solver=SERIAL,
+        solver=PARADIAG[0],
+    ),
+}
+
+
+@dataclass(frozen=True)
+class LayersCase:
+    """A network whose training steps are calibrated.
+
+    Attributes
+    ----------
+    nlayers
+        Residual layers.
+    about
+        What it is.
+    parts, training
+        To opening, layer, closing, batch and labels; ``(network, batch, labels)`` to a training step.
+    menu
+        Options of MGRIT whose gradient errors are counted.
+    solver
+        Those that are validated.
+    """
+
+    nlayers: int
+    about: str
+    parts: Callable = layers.parts
+    training: Callable = layers.Training
+    menu: tuple[dict, ...] = ()
+    solver: dict = field(default_factory=lambda: dict(layers.SETTINGS))
+
+
+def _depths(*coarsenings: tuple[int, ...]) -> tuple[dict, ...]:
+    return tuple({"levels": len(c) + 1, "coarsening": list(c), "relax": "F"} for c in coarsenings)
+
+
+_ABOUT = "{} dense layers, width 8, batches of 200, tanh, float64 (tests/benchmarks/layers.py)"
+LAYERS = {
+    "resnet-1024": LayersCase(
+        1024, _ABOUT.format(1024), menu=_depths((32,), (16,), (64,), (8, 8), (16, 8), (8, 4, 4), (4, 4, 4))
+    ),
+    "resnet-4096": LayersCase(
+        4096, _ABOUT.format(4096), menu=_depths((32,), (64,), (128,), (16, 16), (32, 8), (8, 8, 8), (4, 4, 4, 4))
     ),
 }

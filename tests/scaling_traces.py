@@ -7,6 +7,7 @@ from mpi4py import MPI
 
 from pint_fem.mgrit import MGRIT, split_steps
 from pint_fem.mgrit.trace import Trace
+from pint_fem.paradiag import ParaDiag
 from pint_fem.scaling.costs import Calibration, Kernel
 from pint_fem.scaling.model import Model, Solve
 from pint_fem.scaling.network import Network
@@ -56,7 +57,7 @@ def events(trace):
     """What happened on a rank: kinds of work by level with states, messages by level, peer and bytes, as counts."""
     out = collections.Counter()
     for event in trace:
-        what = {k: v for k, v in event["args"].items() if k in ("states", "peer", "bytes", "first")}
+        what = {k: v for k, v in event["args"].items() if k in ("states", "peer", "bytes", "first", "sent")}
         if event["cat"] in ("work", "message"):
             out[event["cat"], event["name"], event["tid"], tuple(sorted(what.items()))] += 1
     return out
@@ -88,8 +89,44 @@ def real_and_predicted(config, kind):
     return events(trace.events), events(said.traces[comm.rank])
 
 
+PARADIAG = {"solve": 4.0, "solve transposed": 5.0, "factor": 7.0, "factor bytes": 1e3, "fft": 0.5, "ifft": 0.25,
+            "few fft": 0.5, "few ifft": 0.25, "fft steps": 50, "fft columns": 100, "pack": 1e-3}  # fmt: skip
+
+
+def paradiag_real_and_predicted(kind):
+    """The same of ParaDiag: a cold state solve, an adjoint one, and a warm one."""
+    comm, nsteps, size = MPI.COMM_WORLD, 50, 100
+    trace, solved = Trace(comm), []
+    options = {"alpha": 1e-3, "rtol": 0.0, "atol": 0.0}
+
+    def solve(k, mu, r):
+        solved.append(k)
+        return r / (1 - mu / 2)
+
+    for side, name in ((comm, "state"), (comm.Split(0, -comm.rank), "adjoint")):
+        bounds = split_steps(nsteps, comm.size)
+        if name == "adjoint":
+            bounds = [nsteps - b for b in reversed(bounds)]
+        solver = ParaDiag(kind(), nsteps, solve, options=options, comm=side, bounds=bounds, name=name, trace=trace,
+                          backwards=name == "adjoint")  # fmt: skip
+        k = solver.levels[0].k
+        U = np.zeros((k + 1, size))
+        U[0] = 1
+        solver.solve(U, np.ones((k, size)), start="nested", cycles=2, coarse_rhs=[] if name == "state" else None)
+        if name == "adjoint":
+            solver.solve(U, np.ones((k, size)), start="guess", cycles=1)
+    c = calibration(1.0, kind.block, sweep=None if kind is Halve else 0.5, paradiag=PARADIAG)
+    model = Model(c, {"time_solver": "paradiag", "alpha": 1e-3}, (1, comm.size), nsteps=nsteps)
+    said = model.run(
+        Solve("state", "nested", 2), Solve("adjoint", "nested", 2), Solve("adjoint", "guess", 1), trace=True
+    )
+    assert comm.allreduce(len(solved)) == said.counts["frequency solve", 0] == said.counts["factor", 0] * 5
+    return events(trace.events), events(said.traces[comm.rank])
+
+
 if __name__ == "__main__":
     pairs = [real_and_predicted(config, kind) for config in CONFIGS for kind in (Halve, HalveBlocks)]
+    pairs += [paradiag_real_and_predicted(kind) for kind in (Halve, HalveBlocks)]
     alike = MPI.COMM_WORLD.allreduce(all(real == said for real, said in pairs), op=MPI.LAND)
     if MPI.COMM_WORLD.rank == 0:
         print(len(pairs), "alike" if alike else "different")

@@ -24,7 +24,15 @@ from pint_fem.scaling.costs import Calibration, Kernel
 from pint_fem.scaling.model import Model, Solve
 from pint_fem.scaling.network import Network
 from pint_fem.scaling.world import DeadlockError, World
-from tests.scaling_traces import CONFIGS, Halve, HalveBlocks, calibration, real_and_predicted
+from tests.scaling_traces import (
+    CONFIGS,
+    PARADIAG,
+    Halve,
+    HalveBlocks,
+    calibration,
+    paradiag_real_and_predicted,
+    real_and_predicted,
+)
 
 NETWORK = Network(1e-3, 1e6, "for tests")
 
@@ -308,6 +316,39 @@ def test_schedule_is_that_of_a_real_run(config, kind):
     assert said == real
 
 
+@pytest.mark.parallel([1, 2, 3, 4])
+@pytest.mark.parametrize("kind", [Halve, HalveBlocks])
+def test_paradiag_is_that_of_a_real_run(kind):
+    """Calls, solves, transforms, transposes with what they send, and messages, on every rank."""
+    real, said = paradiag_real_and_predicted(kind)
+    assert said == real
+    assert any(name == "transpose" for _, name, *_ in said)
+
+
+def test_paradiag_by_hand():
+    """On ranks that divide everything, free messages: shares of transforms, solves and steps, factors once."""
+    c = calibration(1.0, paradiag=PARADIAG)  # 100 unknowns of 8 bytes, 64 steps
+    nsteps, size, its = 64, 100, 2
+    options = {"time_solver": "paradiag", "alpha": 1e-4}
+    stretch = nsteps * math.log2(nsteps) / (50 * math.log2(50))
+    alone = Model(c, options, nsteps=nsteps).run(Solve("state", "nested", its))
+    expected = its * (nsteps + size * 0.75 * stretch + 33 * 4.0) + 1 + 33 * 7.0
+    assert alone.seconds == pytest.approx(expected)
+    again = Model(c, options, nsteps=nsteps).run(Solve("state", "nested", its), Solve("state", "guess", 1))
+    assert again.seconds - alone.seconds == pytest.approx(2 * nsteps + size * 0.75 * stretch + 33 * 4.0)
+    four = Model(c, options, (1, 4), nsteps=nsteps).run(Solve("state", "nested", its))
+    assert sum(four.busy) > alone.busy[0]  # packing
+    columns, rows = 32, 9  # of the first three ranks; of the last
+    assert four.seconds >= its * (16 + columns * 0.75 * stretch + rows * 4.0) + rows * 7.0
+    assert four.bytes_a_rank < alone.bytes_a_rank / 3
+    little = Model(c, {**options, "memory": 1e-6}, nsteps=nsteps).run(Solve("state", "nested", its))
+    assert little.counts["factor", 0] == its * 33 - (its - 1)  # one is kept
+    with pytest.raises(InputError, match="2 space ranks"):
+        Model(c, options, (2, 1))
+    with pytest.raises(InputError, match="did you mean 'alpha'"):
+        Model(c, {"time_solver": "paradiag", "alhpa": 1.0})
+
+
 @pytest.mark.starts_mpi
 def test_schedule_is_that_of_a_real_run_on_eight_ranks():
     """The same on ranks of their own."""
@@ -315,7 +356,7 @@ def test_schedule_is_that_of_a_real_run_on_eight_ranks():
     command = ["mpiexec", "-n", "8", sys.executable, "-m", "tests.scaling_traces"]
     done = subprocess.run(command, env=clean, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == [str(2 * len(CONFIGS)), "alike"]
+    assert done.stdout.split() == [str(2 * len(CONFIGS) + 2), "alike"]
 
 
 @pytest.mark.parallel([1, 2, 3])

@@ -6,7 +6,7 @@ import pytest
 pytest.importorskip("greenlet")
 
 from pint_fem.errors import InputError
-from pint_fem.scaling import published
+from pint_fem.scaling import choices, published
 from pint_fem.scaling.__main__ import arguments, main
 from pint_fem.scaling.costs import Calibration, Kernel, bundled, load
 from pint_fem.scaling.model import Model, Solve
@@ -34,7 +34,7 @@ def calibration(**changes) -> Calibration:
     inversion = {
         "solves": [["state", "nested", 2, 1], ["adjoint", "nested", 2, 4], ["tangent", "nested", 2, 3],
                    ["state", "guess", 1, 2], ["adjoint", "guess", 1, 1]],
-        "counts": {"values": 3, "gradients": 2, "hessians": 3},
+        "counts": {"values": 3, "gradients": 2, "hessians": 3}, "steps": 256, "unknowns": 1000,
     }  # fmt: skip
     opponent = {"value": 0.1, "gradient": 0.2, "hessian": 1.0}
     c = Calibration("test", "none", 10000, 256, work, network=FAST, cycles=cycles, inversion=inversion,
@@ -127,15 +127,32 @@ def test_curves_and_crossover():
 
 def test_published_experiment():
     """XBraid's: crossover near 256 processes, 10 to 15 cycles; the counted cycles are among them."""
-    cycles = published.count_on_modes(
-        published.xbraid(10).options, "backward Euler", start="skip", rtol=1e-9, modes=8
-    )
+    cycles = published.count_on_modes(published.xbraid(10).options, "backward Euler", start="skip", rtol=1e-9, modes=8)
     assert 10 <= cycles <= 15
     ups = published.speedups(published.xbraid(cycles), [16, 128, 256, 512])
     ours = Curve("", [p for p, *_ in ups], {"state": [s for _, s, _ in ups]})
     serial = Curve("", ours.ranks, {"state": [s * r for _, s, r in ups]})
     assert 128 <= crossover(ours, serial, "state") <= 512
     assert all(np.diff([r for *_, r in ups]) > 0)
+
+
+def test_choices_are_compared():
+    """Each choice gains alone, and ours lose by each that is missing; splits are those that were run."""
+    rows = choices.study([64], block=0.4, menu=((16, 4, 4),))
+    (ours,), best = rows["ours"], rows["ours"][0].points[-1]
+    assert [p for p, *_ in ours.points] == [8, 16, 32, 64]
+    for row in rows["without"]:
+        assert row.points[0][2] <= best[2] * (1 + 1e-12), row.name
+    published_, *alone = rows["alone"]
+    assert all(row.points[0][2] > published_.points[0][2] for row in alone)
+    space, name = ours.where[64]
+    assert 64 % space == 0
+    assert name == "16x4x4"
+    steps, error = published.equal_accuracy()
+    assert published._error("SDIRK2", steps) <= error < published._error("SDIRK2", steps - 16)
+    # the first orders of accuracy are one and two
+    ratios = [published._error(t, 512) / published._error(t, 1024) for t in ("backward Euler", "SDIRK2")]
+    assert ratios == pytest.approx([2, 4], rel=0.05)
 
 
 def test_modes_are_solved():
@@ -148,7 +165,7 @@ def test_modes_are_solved():
     assert count("SDIRK2", "guess", nearby=1e-4) < count("SDIRK2", "guess")
 
 
-@pytest.mark.parametrize("name", bundled())
+@pytest.mark.parametrize("name", bundled("evolution"))
 def test_bundled_calibrations_are_whole(name):
     c = load(name)
     assert c.problem == name
@@ -160,6 +177,43 @@ def test_bundled_calibrations_are_whole(name):
     assert c.notes  # how it was measured
     made = plan(c, 2, nsteps=64)
     assert made.best.seconds > 0
+
+
+@pytest.mark.parametrize("name", bundled("layers"))
+def test_bundled_networks_are_whole(name):
+    pytest.importorskip("torch")
+    from pint_fem.scaling.layers import predict_training
+
+    c = load(name)
+    assert (c.problem, c.nsteps) == (name, int(name.split("-")[1]))
+    assert c.notes
+    assert c.opponent["step"] > 0
+    for entry in c.cycles:
+        assert 0 < entry["gradient error"] < 0.1
+        said = predict_training(c, entry["options"], 2, iterations=entry["iterations"])
+        assert 0 < said.seconds <= sum(said.busy) + 1
+
+
+def test_plan_takes_paradiag_where_it_is_fastest():
+    """Waves: the only one beside serial stepping; its factors are made once, in the first solve."""
+    costs = {"solve": 4e-2, "solve transposed": 4e-2, "factor": 1e-1, "factor bytes": 1e6, "fft": 1e-5, "ifft": 1e-5,
+             "few fft": 1e-5, "few ifft": 1e-5, "fft columns": 100, "fft steps": 256, "pack": 1e-10}  # fmt: skip
+    options = {"time_solver": "paradiag", "alpha": 1e-4}
+    cycles = [{"kind": k, "options": options, "rtol": 1e-6, "cycles": 2} for k in ("state", "adjoint")]
+    c = calibration(paradiag=costs, cycles=cycles)
+    c = c.with_changes(work={1: c.work[1]})
+    made = plan(c, 128)
+    assert made.best.solver == "paradiag"
+    assert made.best.grid == (1, 128)
+    assert "--time-solver paradiag -paradiag_alpha 0.0001" in made.best.arguments
+    assert least_time(c, options, 1, (2, 2))[1] == 0
+    assert plan(c.with_changes(paradiag={}), 128).best.solver == "serial"
+    assert plan(c, 2).best.solver == "serial"
+    ours = strong(c, options, (2, 2), [1, 4])
+    work = 256 / 4  # steps of the residual and frequencies of a rank
+    assert ours.seconds["hessian"][1] > 2 * 2 * (work / 2 * 4e-2 + work * 1e-2 / 2)
+    gap = ours.seconds["gradient"][0] - ours.seconds["hessian"][0]
+    assert gap == pytest.approx(129 * 0.1, rel=1e-2)  # factors
 
 
 def test_command_line(capsys):
@@ -175,10 +229,9 @@ def test_command_line(capsys):
 
 
 def test_report_is_written(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(published, "settings", lambda: [])
     monkeypatch.setattr(published, "speedups", lambda setting, ranks: [(32, 2.0, 0.5), (64, 1.0, 1.2)])
     monkeypatch.setattr("pint_fem.scaling.report.load", lambda name: calibration())
-    report(tmp_path, largest=16, names=["test"])
+    report(tmp_path, largest=16, names=["test"], choices=False)
     text = (tmp_path / "report.txt").read_text()
     assert "PREDICTED" in text
     assert "crossover" in text

@@ -16,6 +16,7 @@ frequency, and those of ``k`` and ``N - k`` are conjugate: ``N//2 + 1`` are solv
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 import numpy as np
 import scipy.fft
@@ -47,6 +48,13 @@ def shifts(nsteps: int, alpha: float) -> np.ndarray:
     return alpha ** (1 / nsteps) * np.exp(-2j * np.pi * k / nsteps)
 
 
+@lru_cache(maxsize=8)
+def _shared_shifts(nsteps: int, alpha: float) -> np.ndarray:
+    mu = shifts(nsteps, alpha)
+    mu.flags.writeable = False
+    return mu
+
+
 class AlphaCirculant:
     r"""Applies :math:`P_\alpha^{-1}`.
 
@@ -64,6 +72,8 @@ class AlphaCirculant:
         See :class:`~pint_fem.paradiag.transposes.TimeTransposes`.
     trace
         Takes the times of transforms, messages and solves.
+    transposes
+        What maps between the layouts.
     """
 
     def __init__(
@@ -77,10 +87,11 @@ class AlphaCirculant:
         bounds: Sequence[int],
         backwards: bool = False,
         trace: Trace | None = None,
+        transposes: Callable[..., TimeTransposes] = TimeTransposes,
     ):
         self.nsteps, self.alpha, self._solve, self._trace = nsteps, alpha, solve, trace
-        self.mu = shifts(nsteps, alpha)
-        self._transposes = TimeTransposes(comm, bounds, len(self.mu), size, backwards=backwards)
+        self.mu = _shared_shifts(nsteps, alpha)
+        self._transposes = transposes(comm, bounds, len(self.mu), size, backwards=backwards)
         lo, hi = bounds[comm.rank], bounds[comm.rank + 1]
         self._scale = alpha ** (np.arange(lo, hi) / nsteps)[:, None]
 
@@ -92,13 +103,13 @@ class AlphaCirculant:
     def __call__(self, r: np.ndarray) -> np.ndarray:
         r""":math:`P_\alpha^{-1} r` of the own steps, ``(k, n)`` (collective)."""
         transposes = self._transposes
-        columns = self._timed("transpose", transposes.to_columns, r * self._scale)
-        spectrum = self._timed("fft", _rfft, columns)
-        rows = self._timed("transpose", transposes.to_frequencies, spectrum)
-        rows = self._timed("frequencies", self._solve_all, rows)
-        spectrum = self._timed("transpose", transposes.from_frequencies, rows)
-        columns = self._timed("fft", _irfft, spectrum, self.nsteps)
-        w = self._timed("transpose", transposes.from_columns, columns)
+        columns = self._transposed(transposes.to_columns, r * self._scale)
+        spectrum = self._timed("fft", self.rfft, columns)
+        rows = self._transposed(transposes.to_frequencies, spectrum)
+        rows = self._timed("frequencies", self._solve_all, rows, states=len(rows))
+        spectrum = self._transposed(transposes.from_frequencies, rows)
+        columns = self._timed("fft", self.irfft, spectrum)
+        w = self._transposed(transposes.from_columns, columns)
         w /= self._scale
         return w
 
@@ -107,22 +118,30 @@ class AlphaCirculant:
             row[...] = self._solve(k, complex(self.mu[k]), row)
         return rows
 
-    def _timed(self, name: str, work: Callable, *args):
+    def _timed(self, name: str, work: Callable, *args, **facts):
         if self._trace is None:
             return work(*args)
         begin = self._trace.now()
         out = work(*args)
-        self._trace.work(name, 0, begin)
+        self._trace.work(name, 0, begin, **facts)
         return out
 
+    def _transposed(self, work: Callable, array: np.ndarray) -> np.ndarray:
+        if self._trace is None:
+            return work(array)
+        begin, self._transposes.sent = self._trace.now(), 0
+        out = work(array)
+        self._trace.work("transpose", 0, begin, sent=self._transposes.sent)
+        return out
 
-def _rfft(columns: np.ndarray) -> np.ndarray:
-    if not columns.shape[1]:
-        return np.empty((len(columns) // 2 + 1, 0), complex)
-    return scipy.fft.rfft(columns, axis=0)
+    def rfft(self, columns: np.ndarray) -> np.ndarray:
+        """Transform of all steps, ``(N, c) -> (N//2 + 1, c)``."""
+        if not columns.shape[1]:
+            return np.empty((len(columns) // 2 + 1, 0), complex)
+        return scipy.fft.rfft(columns, axis=0)
 
-
-def _irfft(spectrum: np.ndarray, count: int) -> np.ndarray:
-    if not spectrum.shape[1]:
-        return np.empty((count, 0))
-    return scipy.fft.irfft(spectrum, count, axis=0, overwrite_x=True)
+    def irfft(self, spectrum: np.ndarray) -> np.ndarray:
+        """Its inverse."""
+        if not spectrum.shape[1]:
+            return np.empty((self.nsteps, 0))
+        return scipy.fft.irfft(spectrum, self.nsteps, axis=0, overwrite_x=True)

@@ -95,11 +95,14 @@ class ParaDiag(MGRIT):
         """The preconditioner for states of ``size`` local unknowns."""
         if self._circulant is None or self._size != size:
             self._size = size
-            self._circulant = AlphaCirculant(
-                self.nsteps, self.options.alpha, self._guarded, size, comm=self.comm, bounds=self.levels[0].bounds,
-                backwards=self._backwards, trace=self.trace,
-            )  # fmt: skip
+            self._circulant = self._make_circulant(size)
         return self._circulant
+
+    def _make_circulant(self, size: int) -> AlphaCirculant:
+        return AlphaCirculant(
+            self.nsteps, self.options.alpha, self._guarded, size, comm=self.comm, bounds=self.levels[0].bounds,
+            backwards=self._backwards, trace=self.trace,
+        )  # fmt: skip
 
     def _guarded(self, k: int, mu: complex, r: np.ndarray) -> np.ndarray:
         """A failure becomes NaN, which transforms and the norm carry to every rank (no hang)."""

@@ -103,9 +103,10 @@ class SparseSystem:
         self._S, self._ST = csr_matrix(S), csr_matrix(S.T)
         n = S.shape[0]
         pattern = _ones(S) + _ones(M) + _ones(S.T) + _ones(M.T)
-        # a complex shift of waves and heat alike
+        # a complex shift of waves and heat alike; sums of sparse matrices drop zeros, but an ordering without the
+        # entries that couple boundary values has several times the fill when they are there
         first = splu(
-            csc_matrix(pattern * 0.0 + S - (0.5 + 0.5j) * M),
+            csc_matrix(pattern * 1e-300 + S - (0.5 + 0.5j) * M),
             permc_spec="MMD_AT_PLUS_A", diag_pivot_thresh=0.0, options={"SymmetricMode": True},
         )  # fmt: skip
         self._order = np.argsort(first.perm_c)

@@ -14,6 +14,7 @@ whatever the number of ranks, and transforms have the same bits.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import pairwise
 
 import numpy as np
@@ -47,13 +48,15 @@ class TimeTransposes:
     ----------
     own : range
         Frequencies of this rank.
+    sent : int
+        Bytes that the last exchange has sent to other ranks.
     """
 
     def __init__(self, comm, bounds: Sequence[int], frequencies: int, size: int, *, backwards: bool = False):
         self.comm, self.size, self.steps, self.frequencies = comm, size, bounds[-1], frequencies
-        self._rows = _ranges(bounds)
-        blocks = split_steps(-(-size // LANES), comm.size)
-        self._columns = _ranges([min(LANES * b, size) for b in blocks])
+        self._rows = _ranges(tuple(bounds))
+        self._columns = _chunks(size, comm.size)
+        self.sent = 0
         self._places = own_frequencies(frequencies, comm.size, backwards=backwards)
         self._row, self._column = self._rows[comm.rank], self._columns[comm.rank]
         self.own = self._places[comm.rank]
@@ -104,17 +107,27 @@ class TimeTransposes:
             send_places = _offsets(send_counts)
         if places is None:
             places = _offsets(counts)
+        self.sent = (sum(send_counts) - send_counts[self.comm.rank]) * send.itemsize
         self.comm.Alltoallv([send, send_counts, send_places, kind], [receive, counts, places, kind])
 
 
-def own_frequencies(frequencies: int, size: int, *, backwards: bool = False) -> list[range]:
+@lru_cache(maxsize=64)
+def own_frequencies(frequencies: int, size: int, *, backwards: bool = False) -> tuple[range, ...]:
     """The ranks' chunks of frequencies; ``backwards``: of a communicator in reverse order."""
-    chunks = _ranges(split_steps(frequencies, size))
+    chunks = _ranges(tuple(split_steps(frequencies, size)))
     return chunks[::-1] if backwards else chunks
 
 
-def _ranges(bounds: Sequence[int]) -> list[range]:
-    return [range(a, b) for a, b in pairwise(bounds)]
+# ranks that live in one process share what does not depend on the rank
+@lru_cache(maxsize=64)
+def _chunks(size: int, ranks: int) -> tuple[range, ...]:
+    """The ranks' chunks of unknowns."""
+    return _ranges(tuple(min(LANES * b, size) for b in split_steps(-(-size // LANES), ranks)))
+
+
+@lru_cache(maxsize=64)
+def _ranges(bounds: tuple[int, ...]) -> tuple[range, ...]:
+    return tuple(range(a, b) for a, b in pairwise(bounds))
 
 
 def _part(r: range) -> slice:

@@ -26,12 +26,18 @@ class RowExchange:
     def __init__(self, comm, bounds: Sequence[int], wanted: Sequence[Sequence[int]]):
         self.comm, self.lo = comm, bounds[comm.rank]
         self.count = len(wanted[comm.rank])
-        owner = lambda n: int(np.searchsorted(bounds, n, side="right")) - 1
-        mine = [(place, n, owner(n)) for place, n in enumerate(wanted[comm.rank])]
-        self.own = [(place, n - self.lo) for place, n, r in mine if r == comm.rank]
-        self.receive = {r: [p for p, _, s in mine if s == r] for r in {r for *_, r in mine} - {comm.rank}}
-        asked = {r: [n - self.lo for n in wanted[r] if owner(n) == comm.rank] for r in range(comm.size)}
-        self.send = {r: rows for r, rows in asked.items() if rows and r != comm.rank}
+        counts = [len(rows) for rows in wanted]
+        rows = np.fromiter((n for w in wanted for n in w), int, sum(counts))
+        who = np.repeat(np.arange(comm.size), counts)  # wants it
+        owner = np.searchsorted(bounds, rows, side="right") - 1
+        mine, theirs = who == comm.rank, owner == comm.rank
+        places, rows = rows[mine], rows - self.lo
+        owners = owner[mine]
+        self.own = [(i, int(n) - self.lo) for i, n in enumerate(places) if owners[i] == comm.rank]
+        others = np.unique(owners[owners != comm.rank])
+        self.receive = {int(r): np.flatnonzero(owners == r).tolist() for r in others}
+        asked = who[theirs & ~mine]
+        self.send = {int(r): rows[theirs & (who == r)].tolist() for r in np.unique(asked)}
 
     @property
     def is_local(self) -> bool:

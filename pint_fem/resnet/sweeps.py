@@ -15,12 +15,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import numpy as np
 import torch
 
 from pint_fem.errors import InputError
 from pint_fem.mgrit import MGRIT, MGRITOptions, SolveResult, split_steps
+from pint_fem.mgrit.levels import Bounds
 from pint_fem.mgrit.norms import euclidean
 from pint_fem.resnet.grid import Grid
 from pint_fem.resnet.layers import Layer
@@ -87,6 +89,9 @@ class LayerSweeps:
         On every rank, on more layer ranks than layers, or options that layers cannot serve.
     """
 
+    #: What takes the steps of each sweep on a level.
+    steps: Mapping[str, type] = {"forward": ForwardStep, "backward": AdjointStep, "tangent": TangentStep}
+
     def __init__(
         self,
         layer: Layer,
@@ -111,7 +116,7 @@ class LayerSweeps:
         if not all(isinstance(m, int) for m in factors):
             raise InputError("mgrit coarsening by lists of points: give factors for layers")
         self.options = MGRITOptions.make(options, levels=len(factors) + 1, check="cycle")
-        self.bounds = split_steps(nlayers, grid.layer_size)
+        self.bounds, reversed_bounds = _shares(nlayers, grid.layer_size)
         rank = grid.layer_comm.rank
         self.lo, self.hi = self.bounds[rank], self.bounds[rank + 1]
         self.k = self.hi - self.lo
@@ -120,13 +125,13 @@ class LayerSweeps:
             self.strides.append(self.strides[-1] * m)
         common = dict(printer=printer, point_norms=_Norms(), speaks=grid.is_root)
         forward = dict(comm=grid.layer_comm, bounds=self.bounds, **common)
-        backward = dict(comm=grid.reversed_layer_comm, bounds=[nlayers - b for b in reversed(self.bounds)], **common)
-        kinds = (("forward", ForwardStep, forward, False), ("backward", AdjointStep, backward, True))
-        kinds += (("tangent", TangentStep, forward, True),)
+        backward = dict(comm=grid.reversed_layer_comm, bounds=reversed_bounds, **common)
+        kinds = [("forward", forward, False), ("backward", backward, True), ("tangent", forward, True)]
         #: The solvers, each with one that steps from layer to layer beside it.
         self.solvers: dict[str, MGRIT] = {}
         self._serial: dict[str, MGRIT] = {}
-        for name, kind, where, linear in kinds:
+        for name, where, linear in kinds:
+            kind = self.steps[name]
             steps = [kind(layer, s * h) for s in self.strides]
             self.solvers[name] = MGRIT(steps, nlayers, options=self.options, name=name, linear=linear, **where)
             one = dict(levels=1, monitor=False)
@@ -140,14 +145,9 @@ class LayerSweeps:
     # -- parameters of the levels --------------------------------------------------------------------------------------
     def _exchange(self, index: int) -> RowExchange | None:
         """The plan for layers at a level's points that another rank owns; ``None`` where nobody needs any."""
-        stride, level = self.strides[index], self.solvers["forward"].levels[index]
-        first = [a for a, b in zip(level.bounds[:-1], level.bounds[1:], strict=True)]
-        has = [b > a for a, b in zip(level.bounds[:-1], level.bounds[1:], strict=True)]
-        wanted = [
-            [j * stride] if there and j * stride < lo else []
-            for j, there, lo in zip(first, has, self.bounds[:-1], strict=True)
-        ]
-        return RowExchange(self.grid.layer_comm, self.bounds, wanted) if any(wanted) else None
+        level = self.solvers["forward"].levels[index]
+        wanted = _foreign(level.bounds, self.bounds, self.strides[index])
+        return None if wanted is None else RowExchange(self.grid.layer_comm, self.bounds, wanted)
 
     def _level_theta(self, index: int, theta: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Parameters of a level's own steps: a view of the own layers, with a foreign one before it if need be."""
@@ -321,3 +321,21 @@ class LayerSweeps:
     def c_points(self, name: str, array: np.ndarray) -> np.ndarray:
         """A copy of the own C-points of a sweep, to start another one from."""
         return array[self._c_rows(self.solvers[name].levels[0])].copy()
+
+
+# ranks that live in one process share what does not depend on the rank
+@lru_cache(maxsize=16)
+def _shares(nlayers: int, ranks: int) -> tuple[Bounds, Bounds]:
+    """Bounds of the ranks' layers, and of the reversed ones."""
+    bounds = Bounds(split_steps(nlayers, ranks))
+    return bounds, Bounds(nlayers - b for b in reversed(bounds))
+
+
+@lru_cache(maxsize=64)
+def _foreign(level: Bounds, bounds: Bounds, stride: int) -> list[list[int]] | None:
+    """The layers at a level's points that each rank wants and does not own; ``None`` where there are none."""
+    wanted = [
+        [a * stride] if b > a and a * stride < lo else []
+        for a, b, lo in zip(level[:-1], level[1:], bounds[:-1], strict=True)
+    ]
+    return wanted if any(wanted) else None

@@ -27,12 +27,19 @@ def arguments(argv=None):
     parser = ProgramParser(prog="python -m pint_fem.scaling", description=__doc__)
     add = parser.add_argument
     add("command", nargs="?", help=", ".join(COMMANDS))
-    add("problem", nargs="?", default="heat-square", help="heat-source, heat-square, or a calibration file")
+    add(
+        "problem",
+        nargs="?",
+        default="heat-square",
+        help="heat-source, heat-square, maxwell-lossy, maxwell-cavity, resnet-1024, resnet-4096, or a file",
+    )
     add("--ranks", type=positive(int), default=256, help="plan: processes (256); report: the largest number")
     add("--steps", type=positive(int), help="time steps (default: the problem's)")
     add("--rtol", type=positive(float), help="relative tolerance of the solves (default: the smallest counted)")
     add("--network", help="latency and bandwidth, such as 2us,12GB/s (default: as measured)")
+    add("--calibration", type=Path, help="validate: a file instead of the bundled one")
     add("--only", default="", help="calibrate: a part (costs, cycles, inversion), the others are kept")
+    add("--repeats", type=positive(int), default=9, help="calibrate: of each measurement; the least are kept (9)")
     add("--out", type=Path, help="file (calibrate, validate) or folder (report, default results/scaling)")
     return parser.read(argv)
 
@@ -40,9 +47,10 @@ def arguments(argv=None):
 def case(name: str):
     """How a problem is posed."""
     try:
-        cases = importlib.import_module("problems.scaling_cases").CASES
+        module = importlib.import_module("problems.scaling_cases")
     except ImportError as error:
-        raise InputError(f"{error}: start this in the project's folder, with Firedrake") from error
+        raise InputError(f"{error}: start this in the project's folder, with Firedrake and torch") from error
+    cases = {**module.CASES, **module.LAYERS}
     if name not in cases:
         raise InputError(f"problem {name!r}: known are {', '.join(cases)}")
     return cases[name]
@@ -62,25 +70,50 @@ def main(argv=None) -> None:
 def _plan(opts) -> None:
     if MPI.COMM_WORLD.rank:
         return
+    from pint_fem.scaling.costs import load
     from pint_fem.scaling.planner import plan
 
     say = (
         (lambda text: print(f"\r  {text:<76}", end="", file=sys.stderr)) if sys.stderr.isatty() else (lambda text: None)
     )
-    made = plan(opts.problem, opts.ranks, nsteps=opts.steps, rtol=opts.rtol, network=opts.network, progress=say)
+    calibration = load(opts.problem)
+    if calibration.kind == "layers":
+        return _plan_training(calibration, opts, say)
+    made = plan(calibration, opts.ranks, nsteps=opts.steps, rtol=opts.rtol, network=opts.network, progress=say)
     say("")
     print(f"{made.problem} on {made.ranks} ranks, one gradient from cold to rtol {made.rtol:g} (all figures predicted)")
     head = f"{'cycles':>7}{'seconds':>11}{'MB a rank':>11}{'busy':>6}"
-    print(f"{'solver':8}{'space x time':>14}  {'levels, coarsening, relaxation':34}{head}")
+    print(f"{'solver':8}{'space x time':>14}  {'coarsening, relaxation':34}{head}")
     for choice in [made.best, *made.alternatives]:
-        o = choice.options
-        what = f"{o['levels']}, {'x'.join(map(str, o['coarsening']))}, {o['relax']}" if choice.solver == "mgrit" else ""
-        cycles = f"{choice.cycles[0]}+{choice.cycles[1]}" if choice.solver == "mgrit" else ""
+        what = "" if choice.solver == "serial" else choice.words
+        cycles = "" if choice.solver == "serial" else f"{choice.cycles[0]}+{choice.cycles[1]}"
         grid = f"{choice.grid[0]} x {choice.grid[1]}"
         numbers = f"{choice.seconds:>11.4g}{choice.bytes_a_rank / 1e6:>11.3g}{choice.efficiency:>6.0%}"
         print(f"{choice.solver:8}{grid:>14}  {what:34}{cycles:>7}{numbers}")
     print(f"run: {made.best.arguments}")
     for text in made.assumptions:
+        print(f"assumed: {text}")
+    return None
+
+
+def _plan_training(calibration, opts, say) -> None:
+    from pint_fem.scaling.planner import describe
+    from pint_fem.scaling.training import plan_training
+
+    found = plan_training(calibration, opts.ranks, network=opts.network, progress=say)
+    say("")
+    print(
+        f"{calibration.problem} on at most {opts.ranks} ranks, one training step (seconds predicted; serial torch "
+        f"measured: {calibration.opponent['step']:.4g} s; gradient errors counted by real runs)"
+    )
+    print(
+        f"{'ranks':>6}  {'coarsening, relaxation':26}{'its':>5}{'seconds':>11}{'speed-up':>10}{'error':>9}{'busy':>6}"
+    )
+    for x in found:
+        its = f"{x.iterations[0]}+{x.iterations[1]}"
+        numbers = f"{x.seconds:>11.4g}{x.speedup:>10.3g}{x.error:>9.1e}{x.efficiency:>6.0%}"
+        print(f"{x.ranks:>6}  {describe(x.options):26}{its:>5}{numbers}")
+    for text in calibration.notes:
         print(f"assumed: {text}")
 
 
@@ -93,29 +126,40 @@ def _report(opts) -> None:
 
 def _calibrate(opts) -> None:
     from pint_fem.scaling import calibrate as measure
+    from pint_fem.scaling.calibrate_layers import calibrate_layers, count_errors
     from pint_fem.scaling.costs import BUNDLED, Calibration
+    from pint_fem.scaling.counting import count_cycles, count_inversion
 
     posed, comm = case(opts.problem), MPI.COMM_WORLD
+    layers = not hasattr(posed, "pose")
+    parts = ("costs", "cycles") if layers else ("costs", "cycles", "inversion")
     path = opts.out or BUNDLED / f"{opts.problem}.json"
     old = Calibration.from_json(path.read_text()) if path.is_file() else None
-    if opts.only not in ("", "costs", "cycles", "inversion"):
-        raise InputError(f"--only {opts.only}: give costs, cycles or inversion")
+    if opts.only not in ("", *parts):
+        raise InputError(f"--only {opts.only}: give {', '.join(parts)}")
     if opts.only not in ("", "costs") and old is None:
         raise InputError(f"--only {opts.only}: there is no {path} to complete; measure the costs first")
-    made = old
-    if opts.only in ("", "costs"):
+    made, wants = old, lambda part: opts.only in ("", part)
+    if wants("costs"):
         say = lambda text: print(f"measuring: {text}", flush=True) if comm.rank == 0 else None
-        costs = dict(comm=comm, serial=posed.serial, progress=say)
-        made = measure.calibrate(opts.problem, posed.pose, posed.nsteps, **costs)
+        common = dict(comm=comm, repeats=opts.repeats, progress=say)
+        if layers:
+            made = calibrate_layers(opts.problem, posed, **common)
+        else:
+            costs = dict(serial=posed.serial, paradiag=posed.paradiag, **common)
+            made = measure.calibrate(opts.problem, posed.pose, posed.nsteps, **costs)
         if comm.rank == 0 and old is not None:
             made = made.with_changes(cycles=old.cycles, inversion=old.inversion)
     if comm.rank == 0:
-        smaller = posed.smaller or posed.pose
-        if opts.only in ("", "cycles"):
-            made = made.with_changes(cycles=measure.count_cycles(smaller, posed.nsteps, posed.menu, posed.rtol))
-        if opts.only in ("", "inversion"):
-            options = {"rtol": posed.rtol[0], "coarsening": (8, 4)}
-            made = made.with_changes(inversion=measure.count_inversion(smaller, posed.inversion_steps, options))
+        if layers and wants("cycles"):
+            made = made.with_changes(cycles=count_errors(posed, posed.menu))
+        elif wants("cycles"):
+            smaller = posed.smaller or posed.pose
+            made = made.with_changes(cycles=count_cycles(smaller, posed.nsteps, posed.menu, posed.rtol))
+        if not layers and wants("inversion"):
+            options = {**(posed.inversion_solver or posed.solver), "rtol": posed.rtol[0]}
+            smaller = posed.smaller or posed.pose
+            made = made.with_changes(inversion=count_inversion(smaller, posed.inversion_steps, options))
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(made.to_json(), encoding="utf-8")
         print(f"written: {path}")
@@ -126,13 +170,18 @@ def _validate(opts) -> None:
     from pint_fem.scaling.validation import compare
 
     posed, comm = case(opts.problem), MPI.COMM_WORLD
-    calibration, steps = load(opts.problem), opts.steps or 256
-    options = {"levels": 3, "coarsening": (8, 4), "relax": "FCF"}
-    rows = compare(calibration, posed.pose, options, steps, rtol=opts.rtol or 1e-6)
+    calibration = load(opts.calibration or opts.problem)
+    if calibration.kind == "layers":
+        from pint_fem.scaling.calibrate_layers import compare_layers
+
+        rows = compare_layers(calibration, posed, nlayers=opts.steps)
+    else:
+        rows = compare(calibration, posed.pose, posed.solver, opts.steps or 256, rtol=opts.rtol or 1e-6)
+    words = "layers" if calibration.kind == "layers" else "steps"
     if comm.rank == 0:
         for row in rows:
             print(
-                f"{opts.problem}, {row.steps} steps, {row.ranks} time ranks, {row.task}: "
+                f"{opts.problem}, {row.steps} {words}, {row.ranks} ranks, {row.task}: "
                 f"measured {row.measured:.4g} s, predicted {row.predicted:.4g} s, error {row.error:+.1%}"
             )
         if opts.out:

@@ -12,18 +12,27 @@ import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
+import scipy.fft
 from mpi4py import MPI
 
 from pint_fem.cli import wait_quietly
+from pint_fem.paradiag import ParaDiagOptions
+from pint_fem.paradiag.circulant import shifts
+from pint_fem.paradiag.transposes import TimeTransposes
 from pint_fem.scaling.costs import Calibration, Kernel
+from pint_fem.scaling.counting import solver_parameters
 from pint_fem.scaling.model import Model, Solve
 from pint_fem.scaling.network import Network
+from pint_fem.scaling.paradiag import FEW
 from pint_fem.spacetime import SpaceTime
 
-__all__ = ["calibrate", "count_cycles", "count_inversion", "ping_pong"]
+__all__ = ["best", "calibrate", "ping_pong"]
 
+PARADIAG = {"time_solver": "paradiag", "alpha": 1e-4}
 SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 16, 64)
 STRIDE = 8
+LARGE = 5000
+"""Unknowns beyond which ParaDiag's factors of many steps take gigabytes."""
 
 
 def best(action: Callable[[], object], repeats: int = 9) -> float:
@@ -146,69 +155,63 @@ def _solve(rf, kind: str, cycles: int) -> None:
 
 
 def _accuracy(sweeps, cycles: int) -> dict:
-    return {"cycles": cycles} if len(sweeps.propagators) > 1 else {}
+    return {"cycles": cycles} if len(sweeps.propagators) > 1 or isinstance(sweeps.options, ParaDiagOptions) else {}
 
 
-def count_cycles(pose: Callable, steps: int, menu: Sequence[dict], tolerances: Sequence[float]) -> list[dict]:
-    """Cycles of cold state and adjoint solves by real runs on this process: one solve to the smallest tolerance a
-    configuration, the residuals say when each other one was met.
-    """
-    out = []
-    for options in menu:
-        rf = pose(SpaceTime("1x1", comm=MPI.COMM_SELF), steps, {"mgrit": {**options, "rtol": min(tolerances)}})
-        problem = rf.problem
-        z = rf.array([c.control for c in rf.controls])
-        problem.forget()
-        z = z + 1.0
-        problem.derivative(z)
-        point = problem.points[0]
-        for kind, result in (("state", point.state), ("adjoint", point.adjoint)):
-            for rtol in tolerances:
-                met = next(i for i, r in enumerate(result.residuals) if r <= rtol * result.scale)
-                first = {"kind": kind, "start": "nested", "options": options, "rtol": rtol, "cycles": met}
-                out.append(first | {"steps": steps, "unknowns": rf.evolution.V.dim()})
+def _paradiag(pose: Callable, nsteps: int, small: int, repeats: int) -> dict[str, float]:
+    """Costs of ParaDiag's parts on one process, see :class:`~pint_fem.scaling.costs.Calibration`."""
+    rf = pose(SpaceTime("1x1", comm=MPI.COMM_SELF), small, solver_parameters(PARADIAG))
+    sweeps, size = rf.problem.sweeps, rf.evolution.state_size
+    systems = sweeps._tangent._frequency_solve.__self__
+    mu, rng = shifts(small, PARADIAG["alpha"]), np.random.default_rng(2)
+    r = rng.standard_normal(size) + 1j * rng.standard_normal(size)
+    systems.solve(0, complex(mu[0]), r)
+    nbytes = systems.bytes / systems.kept
+    # so many factors that they come from memory, as in a solve
+    some = range(int(np.clip(5e8 / (nbytes * len(systems.b)), 4, min(24, len(mu)))))
+    once = lambda solve: [solve(k, complex(mu[k]), r) for k in some]
+    first, y = systems._systems[0], systems._at(1, complex(mu[1]))[1][0]
+    out = {
+        "solve": best(lambda: once(systems.solve), repeats) / len(some),
+        "solve transposed": best(lambda: once(systems.solve_transposed), repeats) / len(some),
+        "factor": best(lambda: first.factor(y), min(repeats, 5)),
+        "factor bytes": nbytes,
+        "fft steps": nsteps,
+    }
+    # of all unknowns of a rank at once, in memory, or of few, in the caches
+    for name, count in (("few ", FEW), ("", max(min(size, 2**23 // nsteps), FEW + 1))):
+        columns = rng.standard_normal((nsteps, count))
+        spectrum = scipy.fft.rfft(columns, axis=0)
+        back = lambda spectrum=spectrum: scipy.fft.irfft(spectrum, nsteps, axis=0)
+        out[f"{name}fft"] = best(lambda columns=columns: scipy.fft.rfft(columns, axis=0), repeats) / count
+        out[f"{name}ifft"] = best(back, repeats) / count
+        out["fft columns"] = count
+    maps = TimeTransposes(MPI.COMM_SELF, [0, small], len(mu), size)
+    slab = rng.standard_normal((small, size))
+    both = lambda: maps._collect(maps._spread(slab, maps._rows), maps._rows)
+    out["pack"] = best(both, repeats) / (4 * slab.nbytes)
     return out
 
 
-def count_inversion(pose: Callable, steps: int, options: dict) -> dict:
-    """Solves of a whole inversion, by a real run on this process: how many of which ``[kind, start, cycles]``."""
-    rf = pose(SpaceTime("1x1", comm=MPI.COMM_SELF), steps, {"mgrit": options})
-    solves: dict[tuple, int] = {}
-    seen: list[str] = []
+def _opponent(serial: Callable, few: int = 8, many: int = 40) -> dict[str, float]:
+    """Seconds a step of pyadjoint on the serial tape, and those that do not depend on the steps (readings), from tapes
+    of two lengths.
+    """
 
-    def see(kind, result):
-        of_hessian = kind == "tangent" or seen[-1:] == ["tangent"]
-        cold = of_hessian or kind not in seen  # the first state and the first gradient's adjoint
-        key = kind, "nested" if cold else "guess", result.cycles
-        solves[key] = solves.get(key, 0) + 1
-        seen.append(kind)
+    def times(steps: int) -> dict[str, float]:
+        tape = serial(steps)
+        direction = tape.q.copy(deepcopy=True).assign(1.0)
+        return {
+            "value": best(lambda: tape.rf(tape.q), 2),
+            "gradient": best(tape.rf.derivative, 2),
+            "hessian": best(lambda: tape.rf.hessian(direction), 1),
+        }
 
-    rf.problem.sweeps.on_sweep = see
-    start = time.perf_counter()
-    result = rf.minimize_trust_region(gtol_rel=1e-6)
-    counts = {"values": result.value_calls, "gradients": result.gradient_calls, "hessians": result.hessian_calls}
-    return {
-        "solves": [[*key, n] for key, n in solves.items()],
-        "counts": counts,
-        "steps": steps,
-        "unknowns": rf.evolution.V.dim(),
-        "reason": result.reason.value,
-        "seconds_one_rank": time.perf_counter() - start,
-        "options": options,
-    }
-
-
-def _opponent(serial: Callable, steps: int) -> dict[str, float]:
-    """Seconds a step of pyadjoint on the serial tape."""
-    tape = serial(steps)
-    value = lambda: tape.rf(tape.q)
-    direction = tape.q.copy(deepcopy=True).assign(1.0)
-    return {
-        "value": best(value, 3) / steps,
-        "gradient": best(tape.rf.derivative, 3) / steps,
-        "hessian": best(lambda: tape.rf.hessian(direction), 1) / steps,
-        "steps": steps,
-    }
+    short, long = times(few), times(many)
+    slope = {task: (long[task] - short[task]) / (many - few) for task in short}
+    slope = {task: s if s > 0 else long[task] / many for task, s in slope.items()}  # lost in the noise
+    fixed = {f"{task} fixed": max(short[task] - few * slope[task], 0.0) for task in short}
+    return {**slope, **fixed, "steps": many}
 
 
 def calibrate(
@@ -220,6 +223,7 @@ def calibrate(
     serial=None,
     repeats: int = 9,
     small: int = 128,
+    paradiag: bool = False,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Calibration | None:
     """Measure a problem (collective).
@@ -232,6 +236,8 @@ def calibrate(
         Of each measurement; the least are kept.
     small
         Steps of the solve that bookkeeping is taken from.
+    paradiag
+        Whether ParaDiag is measured as well.
     progress
         Gets a line a part.
 
@@ -257,10 +263,17 @@ def calibrate(
             control_bytes=8.0 * alone.layout.size,
             stages=alone.problem.sweeps.propagators[0].dirk.stages,
             sensor_bytes=8.0 * sum(len(getattr(m, "local", ())) for m in alone.problem.misfits),
-            opponent={} if serial is None else _opponent(serial, 4),
+            opponent={} if serial is None else _opponent(serial),
         )  # fmt: skip
         progress("a whole solve")
-        made = made.with_changes(bookkeeping=_bookkeeping(alone, made, repeats))
+        made = made.with_changes(bookkeeping=_bookkeeping(alone, made, {"coarsening": (8, 4)}, repeats))
+        if paradiag:
+            progress("ParaDiag")
+            made = made.with_changes(paradiag=_paradiag(pose, nsteps, small, repeats))
+            few = small if size < LARGE else min(small, 32)
+            diagonal = pose(SpaceTime("1x1", comm=MPI.COMM_SELF), few, solver_parameters(PARADIAG))
+            more = _bookkeeping(diagonal, made, PARADIAG, min(repeats, 3))
+            made = made.with_changes(paradiag={**made.paradiag, **more})
     wait_quietly(comm)
     if comm.size > 1:
         progress("all processes at once, network")
@@ -294,13 +307,14 @@ def calibrate(
     return made.with_changes(notes=notes) if comm.rank == 0 else None
 
 
-def _bookkeeping(rf, calibration: Calibration, repeats: int) -> dict[str, float]:
+def _bookkeeping(rf, calibration: Calibration, options: dict, repeats: int) -> dict[str, float]:
     """Seconds a state stepped of a real solve that kernels and norms do not explain."""
     out = {}
-    model = Model(calibration, {"coarsening": (8, 4)}, nsteps=rf.evolution.nsteps)
+    model = Model(calibration, options, nsteps=rf.evolution.nsteps)
     for kind in ("state", "adjoint"):
         seconds = best(lambda kind=kind: _solve(rf, kind, 2), repeats)
-        said = model.run(Solve(kind, "nested", 2))
-        states = sum(n for (what, _), n in said.counts.items() if what == {"state": "step"}.get(kind, kind))
-        out[kind] = max(seconds - said.seconds, 0.0) / states
+        task = ("solves", [Solve(kind, "nested", 2)])
+        said = model.run_all([task, task])  # the first one makes factors
+        states = sum(n for (what, _), n in said.counts.items() if what == {"state": "step"}.get(kind, kind)) / 2
+        out[kind] = max(seconds - said.task_seconds[1], 0.0) / states
     return out

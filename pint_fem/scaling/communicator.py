@@ -172,7 +172,8 @@ class VirtualComm:
             for r, member in enumerate(context.members):
                 if r != me:
                     world.wake(member)
-        cost = 0.0 if nbytes is None else world.network.collective(self.size, nbytes)
+        collective = world.network.alltoall if kind == "alltoall" else world.network.collective
+        cost = 0.0 if nbytes is None else collective(self.size, nbytes)
         if kind in ("bcast", "scatter"):
             world.until(slot.clocks[root] + cost)
         elif kind not in ("reduce", "gather") or me == root:
@@ -268,6 +269,12 @@ class VirtualComm:
         parts = np.split(mine.copy(), np.cumsum(counts)[:-1])
         all_ = self._together("alltoall", (parts,), self._nbytes(mine, 0), list)
         out[...] = np.concatenate([p[self.rank] for p in all_]).reshape(out.shape)
+
+    def alltoall_bytes(self, nbytes: float) -> None:
+        """An ``Alltoallv`` that sends so many bytes to other ranks; nothing travels."""
+        self.world.counts["alltoall", 0] += 1
+        self.world.counts["alltoall bytes", 0] += nbytes
+        self._together("alltoall", (None,), nbytes, lambda values: None)
 
     def Split(self, color: int = 0, key: int = 0) -> VirtualComm:
         """See mpi4py."""

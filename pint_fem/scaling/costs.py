@@ -112,6 +112,11 @@ class Calibration:
         Krylov iterations a stage on two space ranks; 0 for a direct solve.
     stages
         Of a step.
+    paradiag
+        Of ParaDiag on one space rank, empty where it was not measured: seconds of a frequency's ``"solve"`` and
+        ``"solve transposed"``, of making a ``"factor"`` (a frequency and stage) and its ``"factor bytes"``, of an
+        unknown's ``"fft"`` and ``"ifft"`` over ``"fft steps"`` among ``"fft columns"`` unknowns (with ``few`` before
+        it: among 32), of a byte's ``"pack"``; and bookkeeping by sweep.
     overlap
         Layers of cells that a space rank's subdomain has beside its own.
     busy
@@ -123,9 +128,13 @@ class Calibration:
     inversion
         Of a whole inversion, measured: how many ``solves`` of which ``[kind, start, cycles]``, and ``counts``.
     opponent
-        Seconds a time step of serial pyadjoint: ``value``, ``gradient``, ``hessian``.
+        Seconds a time step of serial pyadjoint: ``value``, ``gradient``, ``hessian``, and with ``fixed`` behind it what
+        does not depend on the steps.
     notes
         How things were measured.
+    kind
+        ``"evolution"``, or ``"layers"`` of a network: ``nsteps`` layers, ``unknowns`` values of a batch's state,
+        ``control_bytes`` of a layer's parameters, ``cycles`` with gradient errors, the opponent is a serial ``"step"``.
     """
 
     problem: str
@@ -140,6 +149,7 @@ class Calibration:
     sensor_bytes: float = 0.0
     space_iterations: float = 0.0
     stages: int = 1
+    paradiag: Mapping[str, float] = field(default_factory=dict)
     overlap: int = 3
     busy: Mapping[int, float] = field(default_factory=lambda: {1: 1.0})
     network: Network = Network(1e-6, 1e10, "assumed")  # noqa: RUF009
@@ -147,6 +157,7 @@ class Calibration:
     inversion: Mapping = field(default_factory=dict)
     opponent: Mapping[str, float] = field(default_factory=dict)
     notes: Sequence[str] = ()
+    kind: str = "evolution"
 
     @property
     def state_bytes(self) -> float:
@@ -205,9 +216,10 @@ class Calibration:
             ) from error
 
 
-def bundled() -> list[str]:
-    """Names of the calibrations that come with the package."""
-    return sorted(path.stem for path in BUNDLED.glob("*.json"))
+def bundled(kind: str | None = None) -> list[str]:
+    """Names of the calibrations that come with the package, or of those of a kind."""
+    names = sorted(path.stem for path in BUNDLED.glob("*.json"))
+    return names if kind is None else [name for name in names if load(name).kind == kind]
 
 
 def load(name: str | Path) -> Calibration:

@@ -2,7 +2,8 @@
 
 A :class:`Model` is a problem (its calibration) with a solver's options on a process grid. Its tasks, a state solve, a
 gradient and so on, are what :class:`~pint_fem.adjoint.problem.ReducedProblem` does for a linear evolution: solves by
-:class:`~pint_fem.mgrit.solver.MGRIT` itself, with the misfit's and the control's work and messages in between.
+:class:`~pint_fem.mgrit.solver.MGRIT` or :class:`~pint_fem.paradiag.ParaDiag` itself, with the misfit's and the
+control's work and messages in between.
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ from pint_fem.mgrit.levels import Bounds, split_steps
 from pint_fem.mgrit.norms import gather_in_order
 from pint_fem.mgrit.options import MGRITOptions
 from pint_fem.mgrit.solver import MGRIT
+from pint_fem.paradiag.options import ParaDiagOptions
 from pint_fem.scaling.communicator import VirtualComm, communicators
 from pint_fem.scaling.costs import Calibration
 from pint_fem.scaling.network import Network
+from pint_fem.scaling.paradiag import VirtualParaDiag, transforms, virtual_systems
 from pint_fem.scaling.space import kernels
 from pint_fem.scaling.virtual import VirtualNorms, VirtualTrace, hierarchy
 from pint_fem.scaling.world import World
@@ -80,7 +83,7 @@ class Model:
         Costs.
     options
         Of MGRIT, a dictionary; ``{"levels": 1}`` is serial stepping. ``check`` is ``"cycle"`` unless given, as for
-        finite element sweeps.
+        finite element sweeps. With ``"time_solver": "paradiag"`` the others are ParaDiag's.
     grid
         Space and time ranks.
     nsteps
@@ -113,21 +116,36 @@ class Model:
         ranks = self.grid[0] * self.grid[1]
         known = [n for n in calibration.busy if n <= ranks]
         self.busy = calibration.busy[max(known)] if busy is None else busy
+        options = dict(options or {}) if not isinstance(options, MGRITOptions) else options
+        kind = options.pop("time_solver", "mgrit") if isinstance(options, dict) else "mgrit"
         try:
-            options = MGRITOptions.make(options)
-            if options.check == "auto":
-                options = MGRITOptions.make(options, check="cycle")
-            factors = options.factors(self.nsteps)
-            self.options = MGRITOptions.make(options, levels=len(factors) + 1, trace="", view=False, monitor=False)
+            if kind == "paradiag":
+                self.options = ParaDiagOptions.make(options, trace="", view=False, monitor=False)
+            else:
+                self.options = self._mgrit(options)
         except ValueError as error:
             raise InputError(str(error)) from None
+        #: ``"serial"``, ``"mgrit"`` or ``"paradiag"``.
+        self.solver = kind if kind == "paradiag" else "serial" if self.options.levels == 1 else "mgrit"
+        if self.solver == "paradiag" and (not calibration.paradiag or self.grid[0] > 1):
+            raise InputError(
+                f"ParaDiag on {self.grid[0]} space ranks: calibration {calibration.problem} has its costs on "
+                f"{'one' if calibration.paradiag else 'none'}"
+            )
         #: Kernels on the grid's space ranks, by kind and level.
         self.work = kernels(calibration, self.grid[0], self.network)
+
+    def _mgrit(self, options) -> MGRITOptions:
+        options = MGRITOptions.make(options)
+        if options.check == "auto":
+            options = MGRITOptions.make(options, check="cycle")
+        factors = options.factors(self.nsteps)
+        return MGRITOptions.make(options, levels=len(factors) + 1, trace="", view=False, monitor=False)
 
     @property
     def is_serial(self) -> bool:
         """Whether it steps sequentially."""
-        return self.options.levels == 1
+        return self.solver == "serial"
 
     # -- what is run -------------------------------------------------------------------------------------------------
     def run(self, *solves: Solve, task: str = "solves", trace: bool = False) -> Prediction:
@@ -185,11 +203,16 @@ class _Shared:
         busy, work = model.busy, model.work
         self.busy = busy
         table = lambda kind: [k.scaled(busy) for k in work[kind]] if kind in work else None
+        known = c.paradiag if model.solver == "paradiag" else c.bookkeeping
         make = lambda kind: hierarchy(
             world, kind, table(kind), table("sweep" if kind == "step" else f"{kind} sweep"), o.levels,
-            busy * c.bookkeeping.get("adjoint" if kind == "adjoint" else "state", 0.0) / space,
+            busy * known.get("adjoint" if kind == "adjoint" else "state", 0.0) / space,
         )  # fmt: skip
         self.propagators = {"step": make("step"), "adjoint": make("adjoint")}
+        if model.solver == "paradiag":
+            #: ParaDiag's costs as these ranks have them.
+            self.paradiag = {k: v if k == "factor bytes" else busy * v for k, v in c.paradiag.items()}
+            self.paradiag |= transforms(c.paradiag, N, busy)
         more = model.network.collective(space, 8 * 2)
         self.norms = VirtualNorms(world, busy * c.norm / space, more)
 
@@ -206,13 +229,22 @@ class _Rank:
         self.shared, self.comm = shared, comm
         model = self.model = shared.model
         self.trace = VirtualTrace(comm) if trace else None
-        common = dict(options=model.options, point_norms=shared.norms, linear=True, trace=self.trace, speaks=False)
-        N = model.nsteps
-        self.forward = MGRIT(shared.propagators["step"], N, comm=comm, bounds=shared.bounds, name="state", **common)
+        common = dict(options=model.options, point_norms=shared.norms, trace=self.trace, speaks=False)
+        N, steps = model.nsteps, shared.propagators
         reverse = comm.Split(0, -comm.rank)
-        self.backward = MGRIT(
-            shared.propagators["adjoint"], N, comm=reverse, bounds=shared.reversed_bounds, name="adjoint", **common
-        )
+        forward = dict(comm=comm, bounds=shared.bounds, name="state", **common)
+        backward = dict(comm=reverse, bounds=shared.reversed_bounds, name="adjoint", **common)
+        self.systems = None
+        if model.solver == "paradiag":
+            c = model.calibration
+            self.systems = virtual_systems(shared.world, shared.paradiag, c.stages, 1e9 * model.options.memory)
+            costs = dict(world=shared.world, size=c.unknowns, costs=shared.paradiag)
+            self.forward = VirtualParaDiag(steps["step"][0], N, self.systems.solve, **forward, **costs)
+            transposed = self.systems.solve_transposed
+            self.backward = VirtualParaDiag(steps["adjoint"][0], N, transposed, backwards=True, **backward, **costs)
+        else:
+            self.forward = MGRIT(steps["step"], N, linear=True, **forward)
+            self.backward = MGRIT(steps["adjoint"], N, linear=True, **backward)
         k = self.forward.levels[0].k
         self.k, self._zero = k, np.zeros((1, 1))
         self.U, self.L = np.zeros((k + 1, 1)), np.zeros((k + 1, 1))
@@ -303,4 +335,6 @@ class _Rank:
                 states += extra[0] + sum(
                     4 * level.k + 2 + e for level, e in zip(solver.levels[1:], extra[1:], strict=True)
                 )
+        if self.systems is not None:  # transforms, the residual, factors
+            return (states + 5 * self.k) * nbytes + self.systems.bytes
         return states * nbytes

@@ -6,10 +6,11 @@ With latency :math:`\ell` and bandwidth :math:`\beta`, on ``P`` ranks:
 a message of ``b`` bytes                              :math:`\ell + b/\beta` after it was sent
 broadcast, scatter                                    :math:`\lceil\log_2 P\rceil \ell + b/\beta` after the root
 reduce, gather (root), allreduce, allgather, barrier  the same after the last rank
-all-to-all                                            the same, ``b`` bytes sent by a rank
+all-to-all (``b`` bytes sent by a rank)               :math:`(P - 1) \ell + b/\beta` after the last rank
 ====================================================  ===================================================
 
-(Thakur, Rabenseifner, Gropp, Int. J. High Perform. Comput. Appl. 19(1), 2005: trees and recursive doubling.) Assumed:
+(Thakur, Rabenseifner, Gropp, Int. J. High Perform. Comput. Appl. 19(1), 2005: trees and
+recursive doubling; messages of different sizes to all are exchanged pair by pair.) Assumed:
 messages do not get in each other's way, and sending costs the sender no time.
 """
 
@@ -67,6 +68,10 @@ class Network:
         if ranks <= 1:
             return 0.0
         return math.ceil(math.log2(ranks)) * self.latency + nbytes / self.bandwidth
+
+    def alltoall(self, ranks: int, nbytes: float) -> float:
+        """Seconds of an exchange of all with all in which a rank sends ``nbytes``."""
+        return (ranks - 1) * self.latency + nbytes / self.bandwidth
 
     def __str__(self) -> str:
         """For reports."""

@@ -15,6 +15,7 @@ from pint_fem.scaling.strong import Curve
 __all__ = ["gantt", "loglog"]
 
 _COLOURS = {"phi": "tab:blue", "sweep": "tab:orange", "wait": "tab:red", "norm": "tab:green"}
+_COLOURS |= {"transpose": "tab:pink", "fft": "tab:olive", "frequencies": "tab:purple"}
 
 
 def loglog(path: Path, curves: Mapping[str, Sequence[Curve]], title: str) -> None:
@@ -22,7 +23,8 @@ def loglog(path: Path, curves: Mapping[str, Sequence[Curve]], title: str) -> Non
     fig, axes = plt.subplots(1, len(curves), figsize=(4.6 * len(curves), 4.2), layout="constrained", squeeze=False)
     for (task, lines), ax in zip(curves.items(), axes[0], strict=True):
         for line in lines:
-            style = "o-" if line.name.startswith("MGRIT") else "k--" if "pyadjoint" in line.name else "s-"
+            plain = any(word in line.name for word in ("pyadjoint", "torch"))
+            style = "o-" if line.name.startswith("MGRIT") else "k--" if plain else "s-"
             ax.loglog(line.ranks, line.seconds[task], style, ms=3, label=line.name, base=2)
         ax.set(title=task, xlabel="processes")
         ax.set_yscale("log", base=10)
@@ -46,7 +48,7 @@ def gantt(path: Path, traces: Sequence[Sequence[dict]], title: str) -> None:
                 level = 0 if name in ("wait", "norm") else event["tid"]
                 bars.setdefault((name, level), []).append((event["ts"] / 1e3, event["dur"] / 1e3))
         for (name, level), spans in sorted(bars.items()):
-            label = name if name in ("wait", "norm") else f"{name}, level {level}"
+            label = f"{name}, level {level}" if name in ("phi", "sweep") else name
             shade = {"facecolors": _COLOURS[name], "alpha": max(1 - 0.25 * level, 0.25)}
             seen.setdefault(label, ax.broken_barh(spans, (rank - 0.4, 0.8), **shade))
     ax.set(xlabel="milliseconds (predicted)", ylabel="time rank", title=title)

@@ -1,8 +1,8 @@
 """Before a job is queued: which process grid, levels and solver, by the model.
 
 Candidates are serial stepping on each number of space ranks, and MGRIT on each split of the ranks with each
-configuration whose cycles the calibration has counted by real runs. A candidate is run on virtual ranks unless a lower
-bound of its time, its share of the work or its chain of coarse steps, is above the best time already.
+configuration, or ParaDiag, whose cycles the calibration has counted by real runs. A candidate is run on virtual ranks
+unless a lower bound of its time, its share of the work or its chain of coarse steps, is above the best time already.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from pint_fem.errors import InputError
+from pint_fem.mgrit.options import MGRITOptions
 from pint_fem.scaling.costs import Calibration, load
 from pint_fem.scaling.model import Model, Prediction, Solve
 from pint_fem.scaling.network import Network
 from pint_fem.scaling.space import assumption
 
-__all__ = ["Choice", "Plan", "auto_grid", "cycles_of", "least_time", "plan", "predict"]
+__all__ = ["Choice", "Plan", "auto_grid", "cycles_of", "describe", "least_time", "plan", "predict"]
 
 
 @dataclass
@@ -27,11 +28,11 @@ class Choice:
     Attributes
     ----------
     solver : str
-        ``"serial"`` or ``"mgrit"``.
+        ``"serial"``, ``"mgrit"`` or ``"paradiag"``.
     grid : tuple of int
         Space and time ranks.
     options : dict
-        Of MGRIT.
+        Of the solver.
     cycles : tuple of int
         Of the state and the adjoint.
     seconds, bytes_a_rank : float
@@ -53,9 +54,15 @@ class Choice:
         """Command-line arguments of the demos."""
         if self.solver == "serial":
             return f"--grid {self.grid[0]}x1 --time-solver serial"
-        words = [f"--grid {self.grid[0]}x{self.grid[1]}"]
-        words += [f"-mgrit_{name} {_word(value)}" for name, value in self.options.items()]
+        words = [f"--grid {self.grid[0]}x{self.grid[1]} --time-solver {self.solver}"]
+        own = {k: v for k, v in self.options.items() if k != "time_solver"}
+        words += [f"-{self.solver}_{name} {_word(value)}" for name, value in own.items()]
         return " ".join(words)
+
+    @property
+    def words(self) -> str:
+        """The options for people."""
+        return describe(self.options)
 
 
 @dataclass
@@ -81,6 +88,13 @@ class Plan:
     assumptions: list[str] = field(default_factory=list)
 
 
+def describe(options: Mapping) -> str:
+    """Options of the model for people: ``"8x4 FCF"``."""
+    if options.get("time_solver") == "paradiag":
+        return f"ParaDiag, alpha {options['alpha']:g}"
+    return f"{'x'.join(map(str, options['coarsening']))} {options['relax']}" if "coarsening" in options else "serial"
+
+
 def _word(value) -> str:
     return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
@@ -101,9 +115,9 @@ def predict(
     made = Model(calibration, options, grid, **model)
     solves = [Solve(kind, "nested", n) for kind, n in zip(("state", "adjoint"), cycles, strict=True)]
     said = made.run(*solves, task="gradient")
-    solver = "serial" if made.is_serial else "mgrit"
     used = max(said.seconds, 1e-300) * grid[1]
-    return Choice(solver, grid, dict(options), cycles, said.seconds, said.bytes_a_rank, sum(said.busy) / used), said
+    plain = {} if isinstance(options, MGRITOptions) else dict(options)
+    return Choice(made.solver, grid, plain, cycles, said.seconds, said.bytes_a_rank, sum(said.busy) / used), said
 
 
 def _spaces(calibration: Calibration, ranks: int) -> list[int]:
@@ -172,7 +186,7 @@ def plan(
                 continue
             try:
                 work, chain = least_time(calibration, options, space, cycles, **common)
-            except InputError:  # more levels than so few steps have
+            except InputError:  # more levels than so few steps have; no ParaDiag on several space ranks
                 continue
             candidates.append((max(work / time, chain), space, json.dumps(options), options, cycles))
     for least, space, _, options, cycles in sorted(candidates, key=lambda c: c[:3]):
@@ -197,15 +211,20 @@ def least_time(
     *,
     nsteps: int | None = None,
     network: Network | None = None,
+    kept: bool = False,
 ) -> tuple[float, float]:
     """What bounds the time of a cold state and adjoint from below: the work on one time rank, which others may share,
-    and the chain of the coarsest level's steps, which they may not.
+    and the chain of the coarsest level's steps, which they may not. ``kept``: ParaDiag has its factors already, as in
+    all solves of an inversion but the first.
 
     Source: counted by a run of the model on one time rank.
     """
     model = Model(calibration, options, (space, 1), nsteps=nsteps, network=network)
     said = model.run(Solve("state", "nested", cycles[0]), Solve("adjoint", "nested", cycles[1]))
     steps, chain = model.nsteps, 0.0
+    if model.solver == "paradiag":
+        made = said.counts["factor", 0] * model.busy * calibration.paradiag["factor"]
+        return sum(said.busy) - (made if kept else 0.0), 0.0
     for m in model.options.factors(steps):
         steps //= m
     for kind, sweep, n in (("step", "sweep", cycles[0]), ("adjoint", "adjoint sweep", cycles[1])):
@@ -214,17 +233,21 @@ def least_time(
     return sum(said.busy), chain
 
 
-def auto_grid(problem: str, ranks: int, options: Mapping, nsteps: int) -> tuple[int, int]:
-    """The fastest split of all ranks for given options of MGRIT, or all in time where nothing better is known.
+def auto_grid(
+    problem: str | Calibration, ranks: int, options: Mapping | MGRITOptions, nsteps: int, rtol: float = 0.0
+) -> tuple[int, int]:
+    """The fastest split of all ranks for given options, or all in time where nothing better is known.
 
     Parameters
     ----------
     problem
-        Name of a calibration.
+        A calibration, or the name of one.
     ranks
         All are used.
     options, nsteps
         As for :class:`~pint_fem.scaling.model.Model`.
+    rtol
+        Of the solves; cycles are those counted for it, or four.
 
     Returns
     -------
@@ -232,8 +255,10 @@ def auto_grid(problem: str, ranks: int, options: Mapping, nsteps: int) -> tuple[
         Space and time ranks.
     """
     try:
-        calibration = load(problem)
-        splits = [(space, ranks // space) for space in _spaces(calibration, ranks) if ranks // space <= nsteps]
-        return min(splits, key=lambda grid: predict(calibration, options, grid, (2, 2), nsteps=nsteps)[0].seconds)
+        c = problem if isinstance(problem, Calibration) else load(problem)
+        counted = None if isinstance(options, MGRITOptions) else cycles_of(c, options, rtol)
+        splits = [(space, ranks // space) for space in _spaces(c, ranks) if ranks // space <= nsteps]
+        found = [(predict(c, options, grid, counted or (4, 4), nsteps=nsteps)[0].seconds, grid) for grid in splits]
+        return min(found)[1]
     except (InputError, ValueError):  # no calibration, options that the solver itself will refuse, too many ranks
         return 1, ranks

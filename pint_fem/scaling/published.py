@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
@@ -20,7 +21,7 @@ from pint_fem.scaling.costs import Calibration, Kernel
 from pint_fem.scaling.model import Model, Solve
 from pint_fem.scaling.network import Network
 
-__all__ = ["NSTEPS", "Setting", "count_on_modes", "settings", "speedups", "xbraid"]
+__all__ = ["NSTEPS", "Setting", "count_on_modes", "equal_accuracy", "sequential_seconds", "speedups", "xbraid"]
 
 NSTEPS, POINTS, SPACE = 16192, 129, 16
 #: A step on one process and the network of that machine, as orders of magnitude: ratios hardly depend on them.
@@ -51,15 +52,18 @@ def count_on_modes(
     rtol: float,
     nearby: float | None = None,
     nsteps: int = NSTEPS,
+    longer: float = 1.0,
     modes: int = 24,
 ) -> int:
     """Cycles of a real solve of the published problem, ``dt = h^2``, in the basis of its modes: they do not couple, and
     a logarithmic selection of them stands for all.
 
     The right-hand side is smooth in time and the same for all modes relative to their size. ``nearby``: start from the
-    solution of a problem whose right-hand side differs by so much.
+    solution of a problem whose right-hand side differs by so much. ``longer``: steps are so many times ``h^2``.
     """
-    kappa = np.geomspace(2 * (np.pi / (POINTS - 1)) ** 2, 8.0, modes)  # dt times the eigenvalues of the five-point star
+    kappa = longer * np.geomspace(
+        2 * (np.pi / (POINTS - 1)) ** 2, 8.0, modes
+    )  # dt times the eigenvalues of the five-point star
     made = {k: v for k, v in options.items() if k != "levels"}
     factors = MGRIT([_Modes(kappa)] * options["levels"], nsteps, options=options).options.factors(nsteps)
     R = lambda z: dirk_stability(*TABLEAUX[tableau], z)
@@ -89,6 +93,7 @@ class Setting:
     stages, block, coarse : float
         Cost of a step in solves; cost of a state in a full block relative to one alone; cost of a level's step relative
         to that of the finer one.
+    nsteps : int
     """
 
     name: str
@@ -98,6 +103,7 @@ class Setting:
     stages: int = 1
     block: float = 1.0
     coarse: float = 1.0
+    nsteps: int = NSTEPS
 
     def calibration(self) -> Calibration:
         """Costs of this setting."""
@@ -116,7 +122,7 @@ class Setting:
             "adjoint sweep": [Kernel.constant(f * unit) for f in factor],
         }
         return Calibration(
-            self.name, "published", n, NSTEPS, {1: one}, network=NETWORK, space_iterations=SPACE_ITERATIONS,
+            self.name, "published", n, self.nsteps, {1: one}, network=NETWORK, space_iterations=SPACE_ITERATIONS,
             stages=self.stages, overlap=1,
         )  # fmt: skip
 
@@ -132,44 +138,49 @@ def xbraid(cycles: int) -> Setting:
     )
 
 
-def settings(block: float = 0.35) -> list[Setting]:
-    """From the published configuration to ours, one choice at a time, each on top of the ones before; cycles by real
-    solves to ``1e-9``, then ``1e-6``, then from the solution of a problem whose data differ by a thousandth, as those
-    of an optimiser's later iterations do.
-
-    ``block``: measured cost of a state in a block.
-    """
-    out = []
-    deep = (16, *[2] * 9)
-    three = (16, 4, 4)
-
-    def add(name, factors, tableau, start, rtol, nearby=None, **costs):
-        options = {"levels": len(factors) + 1, "coarsening": factors, "relax": "FCF"}
-        cycles = count_on_modes(options, tableau, start=start, rtol=rtol, nearby=nearby)
-        out.append(Setting(name, options, cycles, start, **costs))
-
-    add("published options", deep, "backward Euler", "skip", 1e-9)
-    add("+ nested iteration", deep, "backward Euler", "nested", 1e-9)
-    add("+ coarsening 16, 4, 4", three, "backward Euler", "nested", 1e-9)
-    add("+ SDIRK2", three, "SDIRK2", "nested", 1e-9, stages=2)
-    add("+ lock-step blocks", three, "SDIRK2", "nested", 1e-9, stages=2, block=block)
-    add("+ spatial coarsening", three, "SDIRK2", "nested", 1e-9, stages=2, block=block, coarse=0.25)
-    add("+ inexact, 1e-6", three, "SDIRK2", "nested", 1e-6, stages=2, block=block, coarse=0.25)
-    add("+ warm start", three, "SDIRK2", "guess", 1e-6, nearby=1e-3, stages=2, block=block, coarse=0.25)
-    return out
+@cache
+def sequential_seconds(stages: int, nsteps: int, processes: int) -> float:
+    """Predicted seconds of sequential stepping on as many processes in space, a power of two, as are fastest."""
+    setting = Setting("sequential", {"levels": 1}, 0, "guess", stages, nsteps=nsteps)
+    here = Model(setting.calibration(), {"levels": 1}, (processes, 1), busy=1.0).run(Solve("state")).seconds
+    return here if processes == 1 else min(here, sequential_seconds(stages, nsteps, processes // 2))
 
 
 def speedups(setting: Setting, ranks: Sequence[int], space: int = SPACE) -> list[tuple[int, float, float]]:
-    """``(processes, predicted seconds, speed-up over the best sequential stepping on at most as many processes)``."""
-    calibration = setting.calibration()
-    serial, out = math.inf, []
+    """``(processes, predicted seconds, speed-up over the best sequential stepping on at most as many processes)``;
+    ``ranks`` are powers of two.
+    """
+    calibration, out = setting.calibration(), []
     for count in sorted(ranks):
-        model = Model(calibration, {"levels": 1}, (count, 1), busy=1.0)
-        serial = min(serial, model.run(Solve("state")).seconds)
         if count < 2 * space or count % space:
             continue
         said = Model(calibration, setting.options, (space, count // space), busy=1.0).run(
             Solve("state", setting.start, setting.cycles)
         )
-        out.append((count, said.seconds, serial / said.seconds))
+        out.append((count, said.seconds, sequential_seconds(setting.stages, setting.nsteps, count) / said.seconds))
     return out
+
+
+def equal_accuracy() -> tuple[int, float]:
+    """Steps of SDIRK2 that are as accurate as the published ones of backward Euler, and that error: the largest over
+    time, for the published solution ``sin x sin y cos t``.
+    """
+    wanted, steps = _error("backward Euler", NSTEPS), 16
+    while _error("SDIRK2", steps) > wanted:
+        steps += 16
+    return steps, wanted
+
+
+def _error(tableau: str, steps: int) -> float:
+    A, b = map(np.asarray, TABLEAUX[tableau])
+    h = np.pi / (POINTS - 1)
+    dt, rate = NSTEPS * h**2 / steps, 2 * (2 * np.sin(h / 2) / h) ** 2  # of that mode on the five-point star
+    load, u, worst = (lambda t: rate * np.cos(t) - np.sin(t)), 1.0, 0.0
+    for n in range(steps):
+        slopes: list[float] = []
+        for i, (row, c) in enumerate(zip(A, A.sum(axis=1), strict=True)):
+            known = u + dt * sum(row[j] * slopes[j] for j in range(i))
+            slopes.append((load((n + c) * dt) - rate * known) / (1 + dt * row[i] * rate))
+        u += dt * sum(w * k for w, k in zip(b, slopes, strict=True))
+        worst = max(worst, abs(u - np.cos((n + 1) * dt)))
+    return float(worst)

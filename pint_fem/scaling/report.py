@@ -6,15 +6,18 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import cache
+from math import prod
 from pathlib import Path
 
-from pint_fem.scaling import published
 from pint_fem.scaling.costs import Calibration, bundled, load
 from pint_fem.scaling.model import Model, Solve
 from pint_fem.scaling.network import Network
-from pint_fem.scaling.planner import cycles_of, least_time
+from pint_fem.scaling.planner import cycles_of, describe, least_time
+from pint_fem.scaling.report_published import published_tables
 from pint_fem.scaling.space import assumption
 from pint_fem.scaling.strong import Curve, crossover, opponents, strong, weak
+from pint_fem.scaling.tables import Text, powers, table
 
 __all__ = ["cheapest", "report"]
 
@@ -23,41 +26,39 @@ TASKS = ("state", "gradient", "hessian", "inversion")
 
 def cheapest(calibration: Calibration, rtol: float, **model) -> Callable[[int], tuple[Mapping, tuple[int, int]]]:
     """The configuration for a number of time ranks: that of the least sum of its share of the work and its chain of
-    coarse steps, among those whose cycles were counted.
+    coarse steps, among those whose cycles were counted; that of a gradient within an inversion.
     """
     menu = {json.dumps(e["options"]): e["options"] for e in calibration.cycles if e["rtol"] == rtol}
+    counted = {text: cycles_of(calibration, options, rtol) for text, options in menu.items()}
+    network = model.get("network") or calibration.network
+
+    @cache
+    def shares(text: str) -> tuple[float, float]:
+        return least_time(calibration, menu[text], 1, counted[text], kept=True, **model)
 
     def choose(ranks: int):
-        def time_of(options):
-            work, chain = least_time(calibration, options, 1, cycles_of(calibration, options, rtol), **model)
-            return work / ranks + chain
+        def time_of(text: str) -> float:
+            work, chain = shares(text)
+            all_to_all = 4 * sum(counted[text]) * network.alltoall(ranks, 0.0) if "time_solver" in menu[text] else 0.0
+            return work / ranks + chain + all_to_all
 
-        options = min(menu.values(), key=time_of)
-        return options, cycles_of(calibration, options, rtol)
+        best = min((text for text in menu if fits(text)), key=time_of)
+        return menu[best], counted[best]
+
+    def fits(text: str) -> bool:
+        return "time_solver" not in menu[text] or bool(calibration.paradiag)
 
     return choose
 
 
-class _Text:
-    """Lines on the screen and in a file."""
-
-    def __init__(self):
-        self.lines: list[str] = []
-
-    def __call__(self, line: str = "") -> None:
-        print(line, flush=True)
-        self.lines.append(line)
-
-
-def _powers(largest: int) -> list[int]:
-    out = [1]
-    while 2 * out[-1] <= largest:
-        out.append(2 * out[-1])
-    return out
-
-
 def report(
-    out: Path, *, largest: int = 256, network: Network | None = None, rtol: float | None = None, names=None
+    out: Path,
+    *,
+    largest: int = 256,
+    network: Network | None = None,
+    rtol: float | None = None,
+    names=None,
+    choices: bool = True,
 ) -> None:
     """Write all tables and plots to a folder.
 
@@ -73,23 +74,38 @@ def report(
         Tolerance; default: the largest for which cycles were counted.
     names
         Calibrations; default: all bundled ones.
+    choices
+        Whether to study what each choice contributes in the published setting (minutes).
     """
     out.mkdir(parents=True, exist_ok=True)
-    say, data, start = _Text(), {}, time.perf_counter()
+    say, data, start = Text(), {}, time.perf_counter()
     say("All seconds below are PREDICTED by the model unless a line says measured.")
+    claims = []
     for name in names or bundled():
-        data[name] = _problem(load(name), out, say, largest, network, rtol)
-    data["published"] = _published(say, min(largest, 16384))
+        c = load(name)
+        if c.kind == "layers":
+            from pint_fem.scaling.report_training import training
+
+            data[name], claim = training(c, out, say, largest, network)
+        else:
+            data[name], claim = _problem(c, out, say, largest, network, rtol)
+        claims.append(claim)
+    data["published"] = published_tables(say, min(largest, 16384), choices=choices)
+    say("\nIn short")
+    for claim in claims:
+        say(f"  {claim}")
     say(f"\nreport made in {time.perf_counter() - start:.0f} s")
     (out / "report.txt").write_text("\n".join(say.lines) + "\n", encoding="utf-8")
     (out / "report.json").write_text(json.dumps(data, indent=1, default=float), encoding="utf-8")
 
 
-def _problem(c: Calibration, out: Path, say, largest: int, network: Network | None, rtol: float | None) -> dict:
+def _problem(
+    c: Calibration, out: Path, say, largest: int, network: Network | None, rtol: float | None
+) -> tuple[dict, str]:
     from pint_fem.scaling.pictures import gantt, loglog
 
     rtol = rtol or max(e["rtol"] for e in c.cycles)
-    ranks = [p for p in _powers(largest) if p <= c.nsteps]
+    ranks = [p for p in powers(largest) if p <= c.nsteps]
     chosen = cheapest(c, rtol, network=network)
     say(f"\n{c.problem}: {c.unknowns} unknowns, {c.nsteps} steps, cold solves to {rtol:g}")
     say(f"  network {network or c.network}")
@@ -105,9 +121,9 @@ def _problem(c: Calibration, out: Path, say, largest: int, network: Network | No
     rows = []
     for i, p in enumerate(ours.ranks):
         options, cycles = chosen(p)
-        what = f"{'x'.join(map(str, options['coarsening']))} {options['relax']} {cycles[0]}+{cycles[1]}"
+        what = f"{describe(options)}: {cycles[0]}+{cycles[1]}"
         rows.append([str(p), what, *(f"{ours.seconds[t][i]:.4g}" for t in tasks), f"{ours.efficiency[i]:.0%}"])
-    _table(say, ["ranks", "MGRIT, cycles", *tasks, "busy"], rows)
+    table(say, ["ranks", "solver: cycles", *tasks, "busy"], rows)
     for other in others:
         say(f"  {other.name}: " + ", ".join(f"{t} {other.seconds[t][-1]:.4g} s" for t in tasks))
         for t in tasks:
@@ -125,57 +141,40 @@ def _problem(c: Calibration, out: Path, say, largest: int, network: Network | No
     a_rank, counts = 32, [p for p in ranks if 2 <= p <= 1024]
     flat = weak(c, cheapest(c, rtol, network=network, nsteps=a_rank * 64), a_rank, counts, network=network)
     say(f"  {flat.name} (cycles as on the whole grid):")
-    _table(say, ["ranks", "gradient", "busy"], [
+    table(say, ["ranks", "gradient", "busy"], [
         [str(p), f"{s:.4g}", f"{e:.0%}"]
         for p, s, e in zip(flat.ranks, flat.seconds["gradient"], flat.efficiency, strict=True)
     ])  # fmt: skip
     p = min(8, c.nsteps)
     options, _ = chosen(p)
-    said = Model(c, options, (1, p), nsteps=min(c.nsteps, 512), network=network).run(
-        Solve("state", "guess", 1), trace=True
-    )
+    steps = min(c.nsteps, max(512, 4 * prod(options.get("coarsening", ()))))
+    said = Model(c, options, (1, p), nsteps=steps, network=network).run(Solve("state", "guess", 1), trace=True)
     gantt(out / f"cycle_{c.problem}.png", said.traces, f"{c.problem}: one cycle on {p} time ranks")
-    return {"ours": asdict(ours), "others": [asdict(o) for o in others], "weak": asdict(flat), "rtol": rtol}
+    data = {"ours": asdict(ours), "others": [asdict(o) for o in others], "weak": asdict(flat), "rtol": rtol}
+    return data, _claim(c, ours, others, network)
 
 
-def _published(say, largest: int) -> dict:
-    ranks = [p for p in _powers(largest)]
-    say("\nXBraid's published experiment, equal kernel costs on all levels, 16 processes in space")
-    say("  published: crossover near 256 processes, best speed-up near 10; below: predicted")
-    rows, data = [], {}
-    for cycles in (10, 12, 15):
-        ups = published.speedups(published.xbraid(cycles), ranks)
-        data[f"published, {cycles} cycles"] = ups
-        rows.append([f"as published, {cycles} cycles", *_summary(ups)])
-    for setting in published.settings():
-        ups = published.speedups(setting, ranks)
-        data[setting.name] = ups
-        rows.append([f"{setting.name} ({setting.cycles} cycles, counted)", *_summary(ups)])
-    _table(say, ["configuration", "crossover", "best speed-up", "at", *map(str, _SHOWN)], rows)
-    say("  cycles are counted by real solves in the basis of modes; with spatial coarsening they are taken as without")
-    return data
-
-
-_SHOWN = (64, 256, 1024, 4096)
-
-
-def _summary(ups: Sequence[tuple[int, float, float]]) -> list[str]:
-    ours = Curve("MGRIT", [p for p, *_ in ups], {"state": [s for _, s, _ in ups]})
-    serial = Curve("serial", ours.ranks, {"state": [s * r for _, s, r in ups]})
-    cross = crossover(ours, serial, "state")
-    best = max(ups, key=lambda row: row[2])
-    known = {p: r for p, _, r in ups}
-    first = f"{cross:.0f}" if cross else "none"
-    return [first, f"{best[2]:.3g}", str(best[0]), *(f"{known[p]:.2g}" if p in known else "" for p in _SHOWN)]
-
-
-def _table(say, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-    left = {i for i, cell in enumerate(rows[0]) if " " in cell} if rows else set()
-    for row in [head, *rows]:
-        say(
-            "  "
-            + "  ".join(
-                x.ljust(w) if i in left else x.rjust(w) for i, (x, w) in enumerate(zip(row, widths, strict=True))
-            )
+def _claim(c: Calibration, ours: Curve, others: Sequence[Curve], network: Network | None) -> str:
+    """The whole inversion (or a gradient) against each opponent, with what is measured and what predicted."""
+    task = "inversion" if "inversion" in ours.seconds else "gradient"
+    what = f"{c.problem}, one gradient, {c.nsteps} steps"
+    if task == "inversion":
+        n = c.inversion["counts"]
+        what = (
+            f"{c.problem}, whole inversion, {c.nsteps} steps ({n['values']} values, {n['gradients']} gradients, "
+            f"{n['hessians']} Hessian actions: counted by a real run with {c.inversion['steps']} steps on "
+            f"{c.inversion['unknowns']} unknowns)"
         )
+    parts = []
+    for other in others:
+        gains = [(p, b / a) for p, a, b in zip(ours.ranks, ours.seconds[task], other.seconds[task], strict=True)]
+        best = max(gains, key=lambda x: x[1])
+        ten = next((p for p, gain in gains if gain > 10), None)
+        first = f"over 10 from {ten} ranks on, " if ten else "never over 10, "
+        parts.append(f"{first}at best {best[1]:.3g} at {best[0]} ranks ({gains[0][1]:.3g} at 1) over {other.name}")
+    taped = "its seconds a step times counted calls, " if len(others) > 1 else ""
+    measured = "kernels, pyadjoint a step" if taped else "kernels"
+    return (
+        f"{what}: " + "; ".join(parts) + f". Measured: {measured} (calibration); network: {network or c.network}. "
+        f"Predicted: all times of ours; {taped}our serial stepping's too."
+    )

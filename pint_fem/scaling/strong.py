@@ -52,21 +52,25 @@ def task_seconds(
     """
     model = Model(calibration, options, grid, nsteps=nsteps, network=network)
     cold_state, cold_adjoint = (Solve(k, "nested", n) for k, n in zip(("state", "adjoint"), cycles, strict=True))
+    diagonal = model.solver == "paradiag"
     tasks = [
-        ("solves", [cold_state]),
+        *[("solves", [cold_state])] * (2 if diagonal else 1),  # the first one makes ParaDiag's factors
         ("value", [cold_state]),
         ("derivative", [cold_adjoint]),
         ("hessian", [Solve("tangent", "nested", cycles[0]), cold_adjoint]),
     ]
     solves = calibration.inversion.get("solves", ())
-    warm = [(kind, c) for kind, start, c, _ in solves if start == "guess" and not model.is_serial]
+    counted = calibration.inversion.get("options", {}).get("time_solver", "mgrit")  # for others: all solves are cold
+    warm = [(kind, c) for kind, start, c, _ in solves if start == "guess" and model.solver == counted]
     tasks += [("value" if kind == "state" else "derivative", [Solve(kind, "guess", c)]) for kind, c in warm]
     said = model.run_all(tasks)
-    state, value, derivative, hessian, *rest = said.task_seconds
-    out = {"state": state, "gradient": value + derivative, "hessian": hessian}
+    state, *others = said.task_seconds
+    factors = state - others.pop(0) if diagonal else 0.0
+    value, derivative, hessian, *rest = others
+    out = {"state": state, "gradient": factors + value + derivative, "hessian": hessian}
     if solves:
         known = dict(zip(warm, rest, strict=True))
-        total, counts = 0.0, calibration.inversion["counts"]
+        total, counts = factors, calibration.inversion["counts"]
         for kind, start, c, n in solves:
             if kind == "state":
                 total += n * known.get((kind, c), value)
@@ -124,12 +128,11 @@ def opponents(calibration: Calibration, ranks: Sequence[int], **model) -> list[C
     out = [ours]
     if calibration.opponent:
         o, n = calibration.opponent, model.get("nsteps") or calibration.nsteps
-        each = {"state": o["value"] * n, "gradient": (o["value"] + o["gradient"]) * n, "hessian": o["hessian"] * n}
+        whole = {task: o[task] * n + o.get(f"{task} fixed", 0.0) for task in ("value", "gradient", "hessian")}
+        each = {"state": whole["value"], "gradient": whole["value"] + whole["gradient"], "hessian": whole["hessian"]}
         if calibration.inversion:
             c = calibration.inversion["counts"]
-            each["inversion"] = n * (
-                c["values"] * o["value"] + c["gradients"] * o["gradient"] + c["hessians"] * o["hessian"]
-            )
+            each["inversion"] = sum(c[f"{task}s"] * whole[task] for task in ("value", "gradient", "hessian"))
         out.append(Curve("serial pyadjoint", counts, {task: [value] * len(counts) for task, value in each.items()}))
     return out
 

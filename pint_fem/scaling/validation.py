@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from mpi4py import MPI
 
 from pint_fem.scaling.costs import Calibration
+from pint_fem.scaling.counting import solver_parameters
 from pint_fem.scaling.model import Model, Solve
 from pint_fem.spacetime import SpaceTime
 
-__all__ = ["Comparison", "compare"]
+__all__ = ["Comparison", "compare", "median_seconds"]
 
 
 @dataclass
@@ -43,6 +44,20 @@ class Comparison:
         return self.predicted / self.measured - 1
 
 
+def median_seconds(action: Callable, comm, repeats: int, before: Callable = lambda: None) -> float:
+    """Median over repeats of something that all ranks do; one more warms up."""
+    seconds = []
+    for repeat in range(repeats + 1):
+        before()
+        comm.Barrier()
+        start = time.perf_counter()
+        action()
+        comm.Barrier()
+        if repeat:
+            seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
+
+
 def compare(
     calibration: Calibration,
     pose: Callable,
@@ -61,11 +76,11 @@ def compare(
     calibration, pose
         Costs and the problem, see ``problems.scaling_cases.Case``.
     options, steps, rtol
-        Of MGRIT.
+        Of MGRIT or ParaDiag, as the model's.
     repeats
         Medians of so many are kept, after one more.
     """
-    rf = pose(SpaceTime((1, comm.size), comm=comm), steps, {"mgrit": {**options, "rtol": rtol}})
+    rf = pose(SpaceTime((1, comm.size), comm=comm), steps, solver_parameters(options, rtol=rtol))
     problem, sweeps = rf.problem, rf.problem.sweeps
     controls = rf.array([c.control for c in rf.controls])
     z = problem.layout.steps(controls + 1.0)
@@ -85,28 +100,18 @@ def compare(
         scale[0] *= 1.001
         problem.derivative(scale[0] * (controls + 1.0))
 
-    def timed(action, before=lambda: None) -> float:
-        seconds = []
-        for repeat in range(repeats + 1):
-            before()
-            comm.Barrier()
-            start = time.perf_counter()
-            action()
-            comm.Barrier()
-            if repeat:  # the first one warms up
-                seconds.append(time.perf_counter() - start)
-        return statistics.median(seconds)
-
-    measured = {"state": timed(state)}
+    measured = {"state": median_seconds(state, comm, repeats)}
     g = sum(m.gradient(problem.U) for m in problem.misfits)
-    measured["adjoint"] = timed(adjoint)
-    measured["gradient"] = timed(gradient, problem.forget)
+    measured["adjoint"] = median_seconds(adjoint, comm, repeats)
+    measured["gradient"] = median_seconds(gradient, comm, repeats, problem.forget)
     model = Model(calibration, options, (1, comm.size), nsteps=steps)
     forward, backward = Solve("state", "nested", count["state"]), Solve("adjoint", "nested", count["adjoint"])
+    # again each: the first solve makes factors
+    again = lambda *task: model.run_all([task, task]).task_seconds[1]
     said = {
-        "state": model.run(forward).seconds,
-        "adjoint": model.run(backward).seconds,
-        "gradient": model.run(forward, backward, task="gradient").seconds,
+        "state": again("solves", [forward]),
+        "adjoint": again("solves", [backward]),
+        "gradient": again("gradient", [forward, backward]),
     }
     cycles = count["state"], count["adjoint"]
     return [Comparison(task, comm.size, steps, cycles, measured[task], said[task]) for task in said]

@@ -20,42 +20,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from mpi4py import MPI
-from torch import nn
 
-from pint_fem.resnet import Dense, Grid, LayerParallelResNet, SerialResNet
+from pint_fem.resnet import Grid, LayerParallelResNet, SerialResNet
+from problems.layers import SETTINGS, Training, parts
 from tests.benchmarks.rows import Row, row
 
 __all__ = ["layer_rows", "rows"]
 
-WIDTH, BATCH, DEPTH, TARGET = 8, 200, 1024, 1.5
+DEPTH, TARGET = 1024, 1.5
 ITERATIONS = (1, 1), (2, 1), (2, 2), (4, 4)
-SETTINGS = {"levels": 2, "coarsening": 32, "relax": "F"}
-
-
-def parts():
-    """Opening, layer, closing, batch and labels: two-class peaks in the plane."""
-    torch.manual_seed(0)
-    x = torch.rand(BATCH, 2, dtype=torch.float64) * 6 - 3
-    y = (x[:, 0] * x[:, 1] > 0).long()
-    return nn.Sequential(nn.Linear(2, WIDTH), nn.Tanh()), Dense(WIDTH, "tanh"), nn.Linear(WIDTH, 2), x, y
-
-
-class Training:
-    """One training step of a network."""
-
-    def __init__(self, net, x, y):
-        self.net, self.x, self.y = net, x, y
-        self.optimizer = torch.optim.SGD(net.parameters(), lr=1e-3)
-
-    def gradients(self):
-        """Forward and backward."""
-        self.optimizer.zero_grad()
-        nn.functional.cross_entropy(self.net(self.x), self.y).backward()
-
-    def step(self):
-        """Forward, backward and update."""
-        self.gradients()
-        self.optimizer.step()
 
 
 def best(comm, *actions, repeats: int) -> list[float]:
