@@ -29,7 +29,7 @@ from tests.cavity import cavity
 
 __all__ = ["on_ranks", "rows"]
 
-HEAT_STEPS, CAVITY_STEPS, LOSSY_STEPS, CELLS = 512, 256, 128, 32
+HEAT_STEPS, CAVITY_STEPS, LOSSY_STEPS, CELLS = 512, 256, 64, 32
 
 
 class Case:
@@ -46,7 +46,7 @@ class Case:
         """A trust-region minimisation from zero."""
         self.problem.forget()
         start = self.rf.function(0 * self.z)
-        self.x = self.rf.minimize_trust_region(start, gtol_rel=1e-4, preconditioner="limited-memory").x
+        self.x = self.rf.minimize_trust_region(start, gtol_rel=1e-3, preconditioner="limited-memory").x
 
     def gradient(self) -> None:
         """State and adjoint at a new control."""
