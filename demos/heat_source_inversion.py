@@ -54,12 +54,12 @@ def main():
     from pint_fem.errors import InputError
     from pint_fem.spacetime import SpaceTime
 
+    solver = {"time_solver": opts.time_solver, "mgrit": {"rtol": opts.rtol}}
     grid, about = planned_grid(
         opts.grid,
         "heat-source",
-        time_solver=opts.time_solver,
+        solver=solver,
         steps=opts.steps,
-        rtol=opts.rtol,
         known=opts.mesh is None and opts.integrator == "SDIRK2",
     )
     spacetime = SpaceTime(grid)
@@ -88,7 +88,6 @@ def main():
         say(about)
     say(f"heat source inversion on {spacetime.space_size} x {spacetime.time_size} ranks (space x time)")
     start = time.perf_counter()
-    solver = {"time_solver": opts.time_solver, "mgrit": {"rtol": opts.rtol}}
     problem = posed.heat_source(spacetime, **settings, solver_parameters=solver, printer=say)
     sweeps, rf = problem.rf.problem.sweeps, problem.rf
     times = {"set-up": time.perf_counter() - start}

@@ -51,19 +51,32 @@ def arguments():
     return parser.read()
 
 
+def solver_parameters(opts):
+    """How sweeps are solved."""
+    kind = opts.time_solver or TIME_SOLVERS[opts.regime]
+    if not opts.time_solver and kind == "paradiag" and opts.integrator == "Leapfrog":
+        kind = "serial"  # explicit steps: no systems to diagonalise, and multigrid does not contract
+    return {
+        "time_solver": kind,
+        "mgrit": {"rtol": opts.rtol, "levels": 2, "coarsening": 4},  # coarser steps damp what fields still carry
+        "paradiag": {"rtol": opts.rtol},
+    }
+
+
 def main():
     """Run the inversion."""
     opts = arguments()
     from demos.planned_grid import planned_grid
     from pint_fem.errors import InputError
     from pint_fem.spacetime import SpaceTime
+    from problems.maxwell_setting import setting
 
+    given, solver = setting(opts.regime), solver_parameters(opts)
     grid, about = planned_grid(
         opts.grid,
         f"maxwell-{opts.regime}",
-        time_solver=opts.time_solver or TIME_SOLVERS[opts.regime],
-        steps=opts.steps or 256,
-        rtol=opts.rtol,
+        solver=solver,
+        steps=opts.steps or given.steps,
         known=(opts.cells, opts.degree, opts.integrator) == (16, 2, None),
     )
     spacetime = SpaceTime(grid)
@@ -74,13 +87,11 @@ def main():
         raise InputError(f"--out {opts.out}: {error.strerror or error}; give a folder that can be written") from None
     from problems import maxwell_source as posed
     from problems.maxwell_readings import NOISE, readings_file
-    from problems.maxwell_setting import setting
 
     def say(text=""):
         if spacetime.is_root:
             print(text, flush=True)
 
-    given = setting(opts.regime)
     opts.gtol = opts.gtol or (1e-8 if opts.compare_serial else 1e-5)
     settings = {
         "regime": opts.regime,
@@ -97,14 +108,6 @@ def main():
         say(about)
     say(f"Maxwell source inversion, {opts.regime}, on {spacetime.space_size} x {spacetime.time_size} ranks")
     start = time.perf_counter()
-    by_default = TIME_SOLVERS[opts.regime]
-    if by_default == "paradiag" and settings["integrator"] == "Leapfrog":
-        by_default = "serial"  # explicit steps: no systems to diagonalise, and multigrid does not contract
-    solver = {
-        "time_solver": opts.time_solver or by_default,
-        "mgrit": {"rtol": opts.rtol, "levels": 2, "coarsening": 4},  # coarser steps damp what fields still carry
-        "paradiag": {"rtol": opts.rtol},
-    }
     problem = posed.maxwell_source(spacetime, **settings, solver_parameters=solver, printer=say)
     sweeps, rf = problem.rf.problem.sweeps, problem.rf
     times = {"set-up": time.perf_counter() - start}

@@ -3,15 +3,17 @@
 from mpi4py import MPI
 
 
-def planned_grid(grid, problem, *, time_solver, steps, rtol, known):
+def planned_grid(grid, problem, *, solver, steps, known):
     """The grid asked for; for ``auto`` the fastest split of all ranks where there is a calibration of the problem.
 
     Parameters
     ----------
-    grid, time_solver, steps, rtol
+    grid, steps
         Of the command line.
     problem
         Name of the calibration.
+    solver
+        ``solver_parameters`` of the sweeps: ``time_solver`` and MGRIT's options with ``rtol``.
     known
         Whether the mesh and the elements are those that were calibrated.
 
@@ -25,7 +27,7 @@ def planned_grid(grid, problem, *, time_solver, steps, rtol, known):
         return grid, None
     from pint_fem.adjoint.time_solver import mgrit_options  # on all ranks: it starts PETSc
 
-    given, found = mgrit_options(None), grid
+    time_solver, given, found = solver["time_solver"], mgrit_options(solver["mgrit"]), grid
     if comm.rank == 0:
         try:
             from pint_fem.scaling.costs import bundled
@@ -36,7 +38,7 @@ def planned_grid(grid, problem, *, time_solver, steps, rtol, known):
             options = {"serial": {"levels": 1}, "paradiag": {"time_solver": "paradiag", "alpha": 1e-4}}
             if problem in bundled():
                 found = "x".join(
-                    map(str, auto_grid(problem, comm.size, options.get(time_solver, given), steps, rtol))
+                    map(str, auto_grid(problem, comm.size, options.get(time_solver, given), steps, given.rtol))
                 )
     found = comm.bcast(found, root=0)
     if found == grid:

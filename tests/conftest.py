@@ -43,18 +43,16 @@ def pytest_runtest_protocol(item, nextitem):
     if world.size > 1:
         capture = item.config.pluginmanager.getplugin("capturemanager")
         with capture.global_and_fixture_disabled() if capture else nullcontext():
-            failed = _meet(world, item)
+            failed = _meet(world, MPI.LOR, item)
         if failed and item.config.getoption("maxfail"):
             item.session.shouldfail = f"{item.nodeid} failed on a rank"
     return result
 
 
-def _meet(world, item) -> bool:
+def _meet(world, either, item) -> bool:
     """Whether the test failed on any rank: all are through with it then. One where it did waits for `PATIENCE` only."""
-    from mpi4py import MPI
-
     text, anywhere = item.stash.get(_failed, None), np.zeros(1, dtype=bool)
-    request = world.Iallreduce(np.array([text is not None]), anywhere, op=MPI.LOR)
+    request = world.Iallreduce(np.array([text is not None]), anywhere, op=either)
     if text is None:
         request.Wait()
         return bool(anywhere[0])
