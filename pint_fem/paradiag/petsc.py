@@ -17,15 +17,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
+from mpi4py import MPI
 from petsc4py import PETSc
 from petsctools import OptionsManager
 from scipy.sparse import csr_matrix
 
+from pint_fem.direct import direct_solver, factor_bytes, matrix_bytes
 from pint_fem.paradiag.systems import ShiftedSteps, SparseSystem
 
 __all__ = ["PETScSystem", "shifted_steps"]
 
-DIRECT = {"ksp_type": "preonly", "pc_type": "lu", "pc_factor_mat_solver_type": "mumps"}
+LARGE = {"ksp_type": "preonly", "pc_type": "lu", "pc_factor_mat_solver_type": "mumps"}
 
 
 class PETScSystem:
@@ -36,14 +38,16 @@ class PETScSystem:
     S, M
         Assembled AIJ matrices with the same rows on each rank.
     parameters
-        PETSc options of the solver of the real equivalent; default: MUMPS.
+        PETSc options of the solver of the real equivalent; default: a factorisation, by MUMPS of large distributed ones.
     prefix
         In PETSc's database.
     """
 
     def __init__(self, S: PETSc.Mat, M: PETSc.Mat, parameters: Mapping, prefix: str = "paradiag_"):
-        self._S, self._parameters, self._prefix = S, {**({} if parameters else DIRECT), **parameters}, prefix
+        direct = parameters or direct_solver(S.comm, 2 * S.getSize()[0]) or LARGE
+        self._S, self._parameters, self._prefix = S, dict(direct), prefix
         self._x, self._y = S.createVecs()
+        self._bytes: int | None = None
         (local, size), _ = S.getSizes()
         s, m = (csr_matrix(X.getValuesCSR()[::-1], shape=(local, size)) for X in (S, M))
         both = _ones(s) + _ones(m)
@@ -76,11 +80,10 @@ class PETScSystem:
         ksp.setErrorIfNotConverged(True)
         with options.inserted_options():
             ksp.setUp()
-        size = 12 * len(data)
-        if ksp.getType() == PETSc.KSP.Type.PREONLY:
-            info = ksp.getPC().getFactorMatrix().getInfo(PETSc.Mat.InfoType.GLOBAL_MAX)
-            size += int(12 * info["nz_used"])
-        return ksp, size
+        if self._bytes is None:  # all have the same pattern; ranks agree on what fits
+            own = matrix_bytes(matrix) + factor_bytes(ksp)
+            self._bytes = self._S.comm.tompi4py().allreduce(own, op=MPI.MAX)
+        return ksp, self._bytes
 
     def solve(self, factor, r, *, transposed):
         """See :class:`~pint_fem.paradiag.systems.ShiftedSystem`."""

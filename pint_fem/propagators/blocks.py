@@ -14,7 +14,7 @@ import numpy as np
 from firedrake.petsc import PETSc
 from petsctools import OptionsManager
 
-from pint_fem.propagators.direct import default_solver, factor_bytes, matrix_bytes
+from pint_fem.direct import default_solver, factor_bytes, matrix_bytes
 from pint_fem.propagators.multigrid import Geometry
 
 __all__ = [
@@ -101,7 +101,7 @@ class Factor:
         if self.symmetric:
             matrix.setOption(PETSc.Mat.Option.SPD, True)
             try:
-                ksp = self._set_up(matrix, default_solver(matrix.comm, spd=True), prefix)
+                ksp = self._set_up(matrix, default_solver(matrix.comm, matrix.getSize()[0], spd=True), prefix)
                 if matrix.comm.size > 1:  # an indefinite matrix shows when it is used
                     x, b = matrix.createVecs()
                     start, stop = b.getOwnershipRange()
@@ -111,7 +111,7 @@ class Factor:
                 return ksp
             except (PETSc.Error, ArithmeticError):  # not positive definite
                 matrix.setOption(PETSc.Mat.Option.SPD, False)
-        return self._set_up(matrix, default_solver(matrix.comm), prefix)
+        return self._set_up(matrix, default_solver(matrix.comm, matrix.getSize()[0]), prefix)
 
     def _set_up(self, matrix: PETSc.Mat, parameters: dict, prefix: str) -> PETSc.KSP:
         ksp = PETSc.KSP().create(matrix.comm)
