@@ -18,10 +18,10 @@ _BYTES = 12  # an entry of a factor with its index
 def direct_solver(comm, unknowns: int, *, spd: bool = False) -> dict | None:
     """PETSc options of a factorisation whose solves have reproducible bits, or ``None``.
 
-    On one rank a sparse factorisation. On several, every rank factors small systems whole, and a solve is one exchange of
-    the right-hand side (at most 100 kB): Maxwell, 2,624 and 10,368 unknowns of N1curl on 2 ranks, 0.09 and 0.43 ms, where
-    overlapping subdomains take 12 and 18 iterations, 0.8 and 6 ms. MUMPS (0.5 and 2.3 ms a state in blocks of 8, 2.6 and
-    11 ms alone) adds up contributions in the order in which messages arrive: its last bits change from run to run.
+    On one rank a sparse factorisation. On several, every rank factors small systems whole, and a solve is one exchange
+    of the right-hand side (at most 100 kB): Maxwell, 2,624 and 10,368 unknowns of N1curl on 2 ranks, 0.09 and 0.43 ms,
+    where overlapping subdomains take 12 and 18 iterations, 0.8 and 6 ms. MUMPS (0.5 and 2.3 ms a state in blocks of 8,
+    2.6 and 11 ms alone) adds up contributions in the order in which messages arrive: its bits change from run to run.
 
     Parameters
     ----------
@@ -42,8 +42,8 @@ def direct_solver(comm, unknowns: int, *, spd: bool = False) -> dict | None:
 
 
 def default_solver(comm, unknowns: int, *, spd: bool = False) -> dict:
-    """PETSc options of a solve to round-off whose bits are reproducible: :func:`direct_solver`, and for large systems on
-    several ranks Krylov iteration with overlapping subdomains that are factored.
+    """PETSc options of a solve to round-off whose bits are reproducible: :func:`direct_solver`, and for large systems
+    on several ranks Krylov iteration with overlapping subdomains that are factored.
     """
     direct = direct_solver(comm, unknowns, spd=spd)
     if direct is not None:

@@ -13,7 +13,7 @@ from pint_fem.scaling.model import Model, Solve
 from pint_fem.scaling.network import Network
 from pint_fem.scaling.planner import cycles_of, least_time, plan, predict
 from pint_fem.scaling.report import report
-from pint_fem.scaling.space import kernels, volume
+from pint_fem.scaling.space import assumption, kernels, volume
 from pint_fem.scaling.strong import Curve, crossover, opponents, strong, weak
 
 FAST = Network(1e-6, 1e10, "for tests")
@@ -60,8 +60,20 @@ def test_plan_takes_time_ranks_where_space_ranks_are_slow_and_serial_where_there
     many = plan(calibration(space_iterations=100.0), 32, network=slow).best
     assert many.solver == "mgrit"
     assert many.grid[1] > many.grid[0]
-    quick = plan(calibration(space_iterations=0.0), 32).best
+    quick = plan(calibration(space_iterations=0.01), 32).best
     assert quick.grid[0] > 1
+    whole = plan(calibration(space_iterations=0.0), 32).best  # systems that every rank solves
+    assert whole.grid[0] <= 2
+
+
+def test_more_space_ranks_do_not_solve_systems_faster_that_each_solves_whole():
+    c = calibration(space_iterations=0.0)
+    for ranks in (4, 64):
+        for kind, levels in kernels(c, ranks, FAST).items():
+            for kernel, measured in zip(levels, c.work[2][kind], strict=True):
+                assert all(a > b for a, b in zip(kernel.seconds, measured.seconds, strict=True))
+    assert "none is faster" in assumption(c)
+    assert "5 Krylov" in assumption(calibration())
 
 
 def test_least_time_is_a_bound():

@@ -38,7 +38,8 @@ class PETScSystem:
     S, M
         Assembled AIJ matrices with the same rows on each rank.
     parameters
-        PETSc options of the solver of the real equivalent; default: a factorisation, by MUMPS of large distributed ones.
+        PETSc options of the solver of the real equivalent; default: a factorisation, MUMPS's where it is large and
+        distributed.
     prefix
         In PETSc's database.
     """

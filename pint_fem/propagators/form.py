@@ -26,9 +26,9 @@ from __future__ import annotations
 import numpy as np
 from mpi4py import MPI
 
+from pint_fem.direct import matrix_bytes
 from pint_fem.errors import InputError
 from pint_fem.propagators.base import FEPropagator, StepData, direction
-from pint_fem.direct import matrix_bytes
 from pint_fem.propagators.evolution import Evolution
 from pint_fem.propagators.factors import FACTOR_MEMORY, Factors
 from pint_fem.propagators.linearisation import StageMemory, StepMemory

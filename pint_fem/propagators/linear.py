@@ -23,11 +23,11 @@ from firedrake import Constant, Function, assemble
 from firedrake.assemble import get_assembler
 from firedrake.petsc import PETSc
 
+from pint_fem.direct import matrix_bytes
 from pint_fem.errors import InputError
 from pint_fem.propagators.arrays import boundary_rows, get
 from pint_fem.propagators.base import FEPropagator, StepData
 from pint_fem.propagators.blocks import Factor, Workspace, is_symmetric, lanes
-from pint_fem.direct import matrix_bytes
 from pint_fem.propagators.evolution import Evolution
 from pint_fem.propagators.fields import BlockFields, EliminatedRecursion, Fields, StateFields
 from pint_fem.propagators.multigrid import Geometry

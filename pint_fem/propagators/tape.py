@@ -21,10 +21,10 @@ from firedrake.adjoint import (
 from pyadjoint.tape import annotate_tape
 from ufl.algorithms import extract_coefficients
 
+from pint_fem.direct import default_solver
 from pint_fem.propagators.arrays import get, put
 from pint_fem.propagators.base import FEPropagator, direction
 from pint_fem.propagators.boundary import boundary_value
-from pint_fem.direct import default_solver
 from pint_fem.propagators.evolution import Evolution
 from pint_fem.propagators.form import NEWTON
 from pint_fem.propagators.tableaux import DIRK

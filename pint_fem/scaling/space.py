@@ -8,6 +8,9 @@ neighbours', :math:`V(p) = (\sqrt{n/p} + 2 o)^2`; a kernel then takes
 
 with ``q`` the largest measured number of space ranks, ``s`` stages, ``i`` Krylov iterations (as many as on ``q``), each
 with two reductions and an exchange with the neighbours, of ``w`` states at once.
+
+Small systems, which every rank has the whole factor of (:mod:`pint_fem.direct`), have ``i = 0``: more ranks gain
+nothing, and each solve's right-hand side takes longer to reach all of them.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from pint_fem.scaling.network import Network
 
 __all__ = ["ASSUMPTION", "kernels"]
 
+REDUNDANT = "space ranks beyond those measured: every rank solves whole systems as on {measured}, none is faster"
 ASSUMPTION = (
     "space ranks beyond those measured: subdomains of n/p unknowns and {overlap} layers of overlap, work as their "
     "volume, {iterations:g} Krylov iterations a stage as on {measured} ranks, each with two reductions and one exchange"
@@ -36,18 +40,23 @@ def kernels(calibration: Calibration, ranks: int, network: Network) -> dict[str,
     if ranks in c.work:
         return {kind: list(levels) for kind, levels in c.work[ranks].items()}
     measured = max(c.work)
-    ratio = volume(c.unknowns, ranks, c.overlap) / volume(c.unknowns, measured, c.overlap)
-    iterations = max(c.space_iterations, 1)
+    iterations = c.space_iterations
+    ratio = volume(c.unknowns, ranks, c.overlap) / volume(c.unknowns, measured, c.overlap) if iterations else 1.0
     out = {}
     for kind, levels in c.work[measured].items():
         states = max(levels[0].width, 1) if "sweep" not in kind else 1
-        halo = 8 * states * sqrt(c.unknowns / ranks)
-        message = 2 * ceil(log2(ranks)) * network.latency + 2 * network.message(halo)
-        out[kind] = [k.scaled(ratio, c.stages * iterations * message) for k in levels]
+        if iterations:
+            halo = 8 * states * sqrt(c.unknowns / ranks)
+            message = iterations * (2 * ceil(log2(ranks)) * network.latency + 2 * network.message(halo))
+        else:
+            others = 8 * states * c.unknowns * (1 / measured - 1 / ranks)
+            message = (ceil(log2(ranks)) - ceil(log2(measured))) * network.latency + others / network.bandwidth
+        out[kind] = [k.scaled(ratio, c.stages * message) for k in levels]
     return out
 
 
 def assumption(calibration: Calibration) -> str:
     """The model's assumption in words."""
     c = calibration
-    return ASSUMPTION.format(overlap=c.overlap, iterations=max(c.space_iterations, 1), measured=max(c.work))
+    text = ASSUMPTION if c.space_iterations else REDUNDANT
+    return text.format(overlap=c.overlap, iterations=c.space_iterations, measured=max(c.work))

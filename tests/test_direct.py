@@ -1,0 +1,95 @@
+"""The solvers of distributed systems: every rank with the whole factor where systems are small, else iteration."""
+
+import numpy as np
+import pytest
+from firedrake import FunctionSpace, TestFunction, TrialFunction, UnitSquareMesh, assemble, curl, dx, grad, inner
+from firedrake.petsc import PETSc
+from mpi4py import MPI
+
+import pint_fem.direct
+from pint_fem.direct import REDUNDANT, default_solver, direct_solver
+from pint_fem.propagators.blocks import Factor, Workspace
+
+
+def curl_curl(n=6, mass=1.0):
+    V = FunctionSpace(UnitSquareMesh(n, n, distribution_parameters={"partitioner_type": "simple"}), "N1curl", 1)
+    u, v = TrialFunction(V), TestFunction(V)
+    return assemble(mass * inner(u, v) * dx + 0.1 * inner(curl(u), curl(v)) * dx, mat_type="aij").petscmat
+
+
+def advection_diffusion(n=6):
+    V = FunctionSpace(UnitSquareMesh(n, n, distribution_parameters={"partitioner_type": "simple"}), "CG", 1)
+    u, v = TrialFunction(V), TestFunction(V)
+    return assemble(u * v * dx + 0.1 * inner(grad(u), grad(v)) * dx + u.dx(0) * v * dx, mat_type="aij").petscmat
+
+
+def residual(A, x, b):
+    r = b.copy()
+    r.scale(-1.0)
+    A.multAdd(x, r, r)
+    return r.norm() / b.norm()
+
+
+@pytest.mark.parallel([1, 2, 3])
+@pytest.mark.parametrize("most", [REDUNDANT, 0], ids=["direct", "iterated"])
+@pytest.mark.parametrize("make", [curl_curl, advection_diffusion])
+def test_solves_to_round_off(make, most, monkeypatch):
+    """One vector and a block, plain and transposed."""
+    monkeypatch.setattr(pint_fem.direct, "REDUNDANT", most)
+    A = make()
+    factor = Factor(A, {}, symmetric=make is curl_curl)
+    alone = A.comm.size == 1
+    assert factor.ksp.getPC().getType() == ("redundant" if most else "asm") or alone
+    x, b = A.createVecs()
+    start, stop = b.getOwnershipRange()
+    B, X = (Workspace.zeros(A.getSizes()[0], A.comm) for _ in range(2))
+    B.array[...] = np.sin(np.outer(np.arange(1, len(B.array) + 1), np.arange(start, stop) ** 2))
+    for transposed in (False, True):
+        matrix = A.transpose(PETSc.Mat()) if transposed else A
+        factor.solve_block(B, X, transposed=transposed)
+        for row, column in zip(B.array, X.array, strict=True):
+            b.array[:] = row
+            factor.solve(b, x, transposed=transposed)
+            assert residual(matrix, x, b) < 1e-12
+            x.array[:] = column
+            assert residual(matrix, x, b) < 1e-12
+    assert factor.nbytes["factors"] > factor.nbytes["matrices"] / 2
+
+
+@pytest.mark.parallel([2, 3])
+def test_bits_do_not_change_from_run_to_run():
+    """Of repeated solves, and of solvers that are set up again."""
+    A = curl_curl()
+    x, b = A.createVecs()
+    start, stop = b.getOwnershipRange()
+    b.array[:] = np.cos(np.arange(start, stop) ** 2)
+    found = []
+    for _ in range(3):
+        factor = Factor(A, {}, symmetric=True)
+        for _ in range(5):
+            factor.solve(b, x)
+            found.append(x.array_r.copy())
+    assert all(np.array_equal(found[0], y) for y in found)
+
+
+@pytest.mark.parallel([1, 2])
+@pytest.mark.parametrize("most", [REDUNDANT, 0], ids=["direct", "iterated"])
+def test_indefinite_matrices_are_solved_too(most, monkeypatch):
+    """Symmetric ones that Cholesky refuses."""
+    monkeypatch.setattr(pint_fem.direct, "REDUNDANT", most)
+    A = curl_curl(mass=-30.0)
+    factor = Factor(A, {}, symmetric=True)
+    x, b = A.createVecs()
+    b.set(1.0)
+    factor.solve(b, x)
+    assert residual(A, x, b) < 1e-11
+
+
+@pytest.mark.parallel([1, 2])
+def test_large_systems_are_iterated_on():
+    """Beyond the limit on several ranks only."""
+    comm = MPI.COMM_WORLD
+    assert direct_solver(comm, REDUNDANT)["ksp_type"] == "preonly"
+    large = default_solver(comm, REDUNDANT + 1, spd=True)
+    assert large["ksp_type"] == ("preonly" if comm.size == 1 else "cg")
+    assert (direct_solver(comm, REDUNDANT + 1) is None) == (comm.size > 1)
