@@ -26,6 +26,7 @@ from irksome import Dt
 from mpi4py import MPI
 
 import pint_fem as pf
+from pint_fem.adjoint.steps import LinearStep
 from pint_fem.adjoint.sweeps import Sweeps
 from pint_fem.errors import InputError
 from pint_fem.propagators import FormPropagator, LinearPropagator
@@ -437,7 +438,7 @@ def test_f_relaxation_alone_stalls():
     ev = heat(meshes(4, 1, MPI.COMM_SELF)[-1])
     space = SpatialLevels(ev, ["FCF"], True)
     propagators = [
-        pf.adjoint.sweeps._LinearStep(LinearPropagator(e, stride=s), transposed=False)
+        LinearStep(LinearPropagator(e, stride=s), transposed=False)
         for e, s in zip(space.evolutions, (1, 2), strict=True)
     ]
     reduction = {}

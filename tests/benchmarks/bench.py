@@ -3,8 +3,9 @@
 Heat conduction, P1 on a 64 x 64 unit square: (a, b, d) 256 steps, medians of the repeats; (c, e) 512 steps, on one
 rank and on two, see ``time_parallel``; (f) nonlinear evolutions, see ``nonlinear``; (g) ParaDiag on heat and waves, see
 ``paradiag``; then PyMGRIT and XBraid's ex-02, see ``compare``; (l) training steps of residual networks, see ``layers``;
-and the table of optimisers, see ``optimisers``. Two things that make up a ratio are timed in turn, so that a busy
-machine slows both. ``--quick`` shortens all but (c, e, g). A missed target is reported and is no error.
+and the table of optimisers, see ``optimisers`` (serial pyadjoint with TAO's LMVM). Two things that make up a ratio are
+timed in turn, so that a busy machine slows both. ``--quick`` shortens all but (c, e, g). A missed target is reported
+and is no error.
 """
 
 from __future__ import annotations
@@ -186,7 +187,7 @@ def main(argv: list[str] | None = None) -> int:
     console.print(table(rows))
     console.print("optimisers ...")
     count = OPTIMISER_STEPS // shorter
-    found = outcomes(SpaceTime("1x1", comm=COMM_SELF), count, tape=True, say=say)
+    found = outcomes(SpaceTime("1x1", comm=COMM_SELF), count, say=say)
     console.print(outcomes_table(found, f"heat source inversion, {count} SDIRK2 steps, one rank"))
     missed = sum(r.met is False for r in rows)
     console.print(
