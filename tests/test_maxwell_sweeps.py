@@ -19,8 +19,10 @@ from mpi4py import MPI
 from scipy.linalg import expm
 
 import pint_fem as pf
+from pint_fem.adjoint.diagonalised import frequency_systems
 from pint_fem.errors import InputError
 from pint_fem.mgrit.theory_blocks import damped_wave
+from pint_fem.paradiag import ParaDiagOptions
 from pint_fem.paradiag.theory import block_contraction, contraction
 from pint_fem.propagators import LinearPropagator
 from pint_fem.propagators.leapfrog import leapfrog
@@ -29,9 +31,10 @@ from problems.maxwell import B, E, Medium, Region, Walls, perfect_conductor, res
 
 LOSSY = (Region("host", sigma=3.0), Region("block", lambda x: x[0] < 0.5, epsilon=2.0, mu=1.5, sigma=7.0))
 ALONE = dict(comm=MPI.COMM_SELF)
+MUMPS = {"ksp_type": "preonly", "pc_type": "lu", "pc_factor_mat_solver_type": "mumps"}
 
 
-def posed(st, *, moving_walls=False, regions=LOSSY, eliminate=B, steps=16, dt=0.05, **given):
+def posed(st, *, moving_walls=False, regions=LOSSY, eliminate=B, steps=16, dt=0.05, tableau=pf.SDIRK2, **given):
     """A static current with a time course."""
     mesh = UnitSquareMesh(3, 3, comm=st.space_comm, distribution_parameters={"partitioner_type": "simple"})
     V, t, x = state_space(mesh), pf.time_function(mesh), SpatialCoordinate(mesh)
@@ -42,7 +45,7 @@ def posed(st, *, moving_walls=False, regions=LOSSY, eliminate=B, steps=16, dt=0.
     if moving_walls:
         bcs = [DirichletBC(V.sub(E), as_vector([sin(2 * t) * x[1], x[0]]), 3)]
     ev = pf.Evolution(
-        form, u, tableau=pf.SDIRK2(), dt=dt, nsteps=steps, control=current, t=t, bcs=bcs, eliminate=eliminate
+        form, u, tableau=tableau(), dt=dt, nsteps=steps, control=current, t=t, bcs=bcs, eliminate=eliminate
     )
     data = 0.1 * sin(t) * as_vector([1, 1, 1])
     times = dt * np.array([1, 2.5, 7, 8.2, 11.5])
@@ -82,15 +85,27 @@ def test_all_solvers_agree(moving_walls):
             assert np.abs(found - expected).max() <= 1e-11 * np.abs(expected).max(), solver
 
 
-def test_matrices_of_the_whole_state():
-    """Those that ParaDiag takes are the same with and without elimination."""
-    st = pf.SpaceTime("1x1", **ALONE)
-    whole, part = (LinearPropagator(posed(st, eliminate=e).evolution) for e in (None, B))
-    (h,) = whole.factors
-    for a, b in ((whole.stage_matrix(h), part.stage_matrix(h)), (whole.mass_matrix(), part.mass_matrix())):
-        a = a.copy()
-        a.axpy(-1.0, b)
-        assert a.norm() == 0
+@pytest.mark.parallel([1, 2])
+@pytest.mark.parametrize("parameters", [{}, MUMPS], ids=["default", "mumps"])
+@pytest.mark.parametrize("tableau", [pf.ImplicitMidpoint, pf.SDIRK2])
+def test_frequencies_of_the_whole_state_and_of_one_field_are_the_same(tableau, parameters):
+    """Solves of ParaDiag and transposed ones, of systems of both fields and of E alone."""
+    st = pf.SpaceTime((MPI.COMM_WORLD.size, 1))
+    steps = []
+    for eliminate in (None, B):
+        p = LinearPropagator(posed(st, moving_walls=True, eliminate=eliminate, tableau=tableau).evolution)
+        steps.append(frequency_systems(p, ParaDiagOptions(), parameters))
+    whole, part = steps
+    rng = np.random.default_rng(st.space_comm.rank)
+    for k, mu in enumerate(np.exp(-0.05 + 1j * np.linspace(0.0, np.pi, 4))):
+        r = rng.standard_normal(p.evolution.state_size) + 1j * rng.standard_normal(p.evolution.state_size)
+        x, y = (s.solve(k, complex(mu), r) for s in steps)
+        size = st.space_comm.allreduce(np.abs(x).max(), op=MPI.MAX)
+        assert np.abs(x - y).max() < 1e-11 * size
+        x, y = (s.solve_transposed(k, complex(mu), r) for s in steps)
+        size = st.space_comm.allreduce(np.abs(x).max(), op=MPI.MAX)
+        assert np.abs(x - y).max() < 1e-11 * size
+    assert part.bytes < whole.bytes
 
 
 def test_contraction_of_damped_waves():

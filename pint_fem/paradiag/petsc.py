@@ -14,7 +14,7 @@ This module needs petsc4py and petsctools; :mod:`pint_fem.paradiag` does not imp
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from mpi4py import MPI
@@ -23,20 +23,47 @@ from petsctools import OptionsManager
 from scipy.sparse import csr_matrix
 
 from pint_fem.direct import direct_solver, factor_bytes, matrix_bytes
-from pint_fem.paradiag.systems import ShiftedSteps, SparseSystem
+from pint_fem.paradiag.systems import ShiftedSteps, SparseSystem, Weights, plain_weights, real_product
 
-__all__ = ["PETScSystem", "shifted_steps"]
+__all__ = ["PETScSystem", "Product", "distributed_system", "shifted_steps"]
 
 LARGE = {"ksp_type": "preonly", "pc_type": "lu", "pc_factor_mat_solver_type": "mumps"}
 
 
-class PETScSystem:
-    """``S - y M`` by PETSc, see :class:`~pint_fem.paradiag.systems.ShiftedSystem`.
+class Product:
+    """A real matrix times complex vectors, also transposed.
 
     Parameters
     ----------
-    S, M
-        Assembled AIJ matrices with the same rows on each rank.
+    X
+        Assembled.
+    """
+
+    def __init__(self, X: PETSc.Mat):
+        self._X = X
+        self._columns, self._rows = X.createVecs()
+        self._alone = (_csr(X), csr_matrix(_csr(X).T)) if X.comm.size == 1 else None
+
+    def __call__(self, r: np.ndarray, *, transposed: bool = False) -> np.ndarray:
+        """Apply (collective)."""
+        if self._alone is not None:
+            return real_product(self._alone[transposed], r)
+        source, target = (self._rows, self._columns) if transposed else (self._columns, self._rows)
+        out = np.empty(target.getLocalSize(), complex)
+        for part, where in ((r.real, out.real), (r.imag, out.imag)):
+            source.array[:] = part
+            (self._X.multTranspose if transposed else self._X.mult)(source, target)
+            where[:] = target.array_r
+        return out
+
+
+class PETScSystem:
+    """A sum of matrices by PETSc, see :class:`~pint_fem.paradiag.systems.SparseSystem`.
+
+    Parameters
+    ----------
+    parts, weights
+        Assembled AIJ matrices with the same rows on each rank, ``S``, ``M`` and others; their weights by shift.
     parameters
         PETSc options of the solver of the real equivalent; default: a factorisation, MUMPS's where it is large and
         distributed.
@@ -44,37 +71,37 @@ class PETScSystem:
         In PETSc's database.
     """
 
-    def __init__(self, S: PETSc.Mat, M: PETSc.Mat, parameters: Mapping, prefix: str = "paradiag_"):
-        direct = parameters or direct_solver(S.comm, 2 * S.getSize()[0]) or LARGE
-        self._S, self._parameters, self._prefix = S, dict(direct), prefix
-        self._x, self._y = S.createVecs()
+    def __init__(self, parts: Sequence[PETSc.Mat], weights: Weights, parameters: Mapping, prefix: str = "paradiag_"):
+        self._weights, self._prefix, self._comm = weights, prefix, parts[0].comm
+        self._parameters = dict(parameters or direct_solver(self._comm, 2 * parts[0].getSize()[0]) or LARGE)
         self._bytes: int | None = None
-        (local, size), _ = S.getSizes()
-        s, m = (csr_matrix(X.getValuesCSR()[::-1], shape=(local, size)) for X in (S, M))
-        both = _ones(s) + _ones(m)
-        both.sort_indices()
-        self._s, self._m = _on_pattern(s, both), _on_pattern(m, both)
-        starts, lengths = both.indptr[:-1], np.diff(both.indptr)
+        self._mass = Product(parts[1])
+        (local, size), _ = parts[0].getSizes()
+        own = [csr_matrix(X.getValuesCSR()[::-1], shape=(local, size)) for X in parts]
+        every = sum(map(_ones, own[1:]), _ones(own[0]))
+        every.sort_indices()
+        self._parts = [_on_pattern(X, every) for X in own]
+        starts, lengths = every.indptr[:-1], np.diff(every.indptr)
         # each row makes two, each entry four
-        inside = np.arange(both.nnz) - np.repeat(starts, lengths)
+        inside = np.arange(every.nnz) - np.repeat(starts, lengths)
         self._top = np.repeat(4 * starts, lengths) + 2 * inside
         self._bottom = self._top + np.repeat(2 * lengths, lengths)
         indptr = np.concatenate([[0], np.cumsum(np.repeat(2 * lengths, 2))])
-        indices = np.empty(4 * both.nnz, np.int64)
+        indices = np.empty(4 * every.nnz, np.int64)
         for start in (self._top, self._bottom):
-            indices[start], indices[start + 1] = 2 * both.indices, 2 * both.indices + 1
+            indices[start], indices[start + 1] = 2 * every.indices, 2 * every.indices + 1
         self._csr = indptr.astype(PETSc.IntType), indices.astype(PETSc.IntType)
         self._sizes = (2 * local, 2 * size)
-        self._b, self._z = (PETSc.Vec().createMPI(self._sizes, comm=S.comm) for _ in range(2))
+        self._b, self._z = (PETSc.Vec().createMPI(self._sizes, comm=self._comm) for _ in range(2))
 
     def factor(self, y):
         """See :class:`~pint_fem.paradiag.systems.ShiftedSystem`."""
-        real, imaginary = self._s - y.real * self._m, -y.imag * self._m
-        data = np.empty(4 * len(real))
-        data[self._top], data[self._top + 1] = real, -imaginary
-        data[self._bottom], data[self._bottom + 1] = imaginary, real
-        matrix = PETSc.Mat().createAIJ((self._sizes, self._sizes), csr=(*self._csr, data), comm=self._S.comm)
-        ksp = PETSc.KSP().create(self._S.comm)
+        total = sum(w * part for w, part in zip(self._weights(y), self._parts, strict=True))
+        data = np.empty(4 * len(total))
+        data[self._top], data[self._top + 1] = total.real, -total.imag
+        data[self._bottom], data[self._bottom + 1] = total.imag, total.real
+        matrix = PETSc.Mat().createAIJ((self._sizes, self._sizes), csr=(*self._csr, data), comm=self._comm)
+        ksp = PETSc.KSP().create(self._comm)
         ksp.setOperators(matrix)
         options = OptionsManager(self._parameters, self._prefix)
         options.set_from_options(ksp)
@@ -83,24 +110,38 @@ class PETScSystem:
             ksp.setUp()
         if self._bytes is None:  # all have the same pattern; ranks agree on what fits
             own = matrix_bytes(matrix) + factor_bytes(ksp)
-            self._bytes = self._S.comm.tompi4py().allreduce(own, op=MPI.MAX)
+            self._bytes = self._comm.tompi4py().allreduce(own, op=MPI.MAX)
         return ksp, self._bytes
 
-    def solve(self, factor, r, *, transposed):
+    def solve(self, factor, y, r, *, transposed):
         """See :class:`~pint_fem.paradiag.systems.ShiftedSystem`."""
         self._b.array[:] = (r.conj() if transposed else np.ascontiguousarray(r)).view(float)
         (factor.solveTranspose if transposed else factor.solve)(self._b, self._z)
         out = self._z.array_r.copy().view(complex)
         return out.conj() if transposed else out
 
-    def product(self, r, *, transposed):
+    def mass(self, r, *, transposed):
         """See :class:`~pint_fem.paradiag.systems.ShiftedSystem`."""
-        out = np.empty(len(r), complex)
-        for part, target in ((r.real, out.real), (r.imag, out.imag)):
-            self._x.array[:] = part
-            (self._S.multTranspose if transposed else self._S.mult)(self._x, self._y)
-            target[:] = self._y.array_r
-        return out
+        return self._mass(r, transposed=transposed)
+
+
+def distributed_system(parts: Sequence[PETSc.Mat], parameters: Mapping, weights: Weights = plain_weights):
+    """A system of PETSc's matrices.
+
+    Parameters
+    ----------
+    parts, weights
+        See :class:`~pint_fem.paradiag.systems.SparseSystem`.
+    parameters
+        PETSc options; without any, one rank in space uses SuperLU for complex matrices.
+
+    Returns
+    -------
+    PETScSystem or SparseSystem
+    """
+    if parts[0].comm.size > 1 or parameters:
+        return PETScSystem(parts, weights, parameters)
+    return SparseSystem([_csr(X) for X in parts], weights)
 
 
 def shifted_steps(A, b, stages: Mapping[float, PETSc.Mat], M: PETSc.Mat, memory: float, parameters: Mapping):
@@ -117,17 +158,13 @@ def shifted_steps(A, b, stages: Mapping[float, PETSc.Mat], M: PETSc.Mat, memory:
     memory
         Bytes of factors kept on a rank.
     parameters
-        PETSc options; without any, one rank in space uses SuperLU for complex matrices.
+        See :func:`distributed_system`.
 
     Returns
     -------
     ShiftedSteps
     """
-    if M.comm.size > 1 or parameters:
-        systems = {a: PETScSystem(S, M, parameters) for a, S in stages.items()}
-    else:
-        systems = {a: SparseSystem(_csr(S), _csr(M)) for a, S in stages.items()}
-    return ShiftedSteps(A, b, systems, memory)
+    return ShiftedSteps(A, b, {a: distributed_system((S, M), parameters) for a, S in stages.items()}, memory)
 
 
 def _csr(X: PETSc.Mat) -> csr_matrix:

@@ -3,13 +3,14 @@ r"""The solves of the frequencies for a finite element step: sparse factors, kep
 :math:`(I - \mu \Phi)^{-1}` is a product of :math:`(S_j - y_j M)^{-1} S_j` (:mod:`~pint_fem.paradiag.stability`), with
 ``S`` and ``M`` as the linear propagator steps with: ``S`` has unit rows and columns for boundary values and ``M`` zero
 rows, so that boundary values are right, too. (With *different* diagonal entries the factors do not commute where
-boundary values of a state reach its neighbours; one iteration more puts that right.) State, tangent and, transposed,
-adjoint use the same factors. Frequencies that the memory has no room for are factored at each solve.
+boundary values of a state reach its neighbours; one iteration more puts that right.) A factor is applied as
+:math:`I + y_j (S_j - y_j M)^{-1} M`. State, tangent and, transposed, adjoint use the same factors. Frequencies that the
+memory has no room for are factored at each solve.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -18,7 +19,7 @@ from scipy.sparse.linalg import splu
 
 from pint_fem.paradiag.stability import shifted_factors
 
-__all__ = ["ShiftedSteps", "ShiftedSystem", "SparseSystem"]
+__all__ = ["ShiftedSteps", "ShiftedSystem", "SparseSystem", "plain_weights", "real_product"]
 
 
 class ShiftedSystem(Protocol):
@@ -27,11 +28,11 @@ class ShiftedSystem(Protocol):
     def factor(self, y: complex):
         """Something that :meth:`solve` takes, and its size in bytes."""
 
-    def solve(self, factor, r: np.ndarray, *, transposed: bool) -> np.ndarray:
-        """Solve for a complex vector with the matrix or its (not conjugate) transpose."""
+    def solve(self, factor, y: complex, r: np.ndarray, *, transposed: bool) -> np.ndarray:
+        """Solve for a complex vector with the matrix of ``y`` or its (not conjugate) transpose."""
 
-    def product(self, r: np.ndarray, *, transposed: bool) -> np.ndarray:
-        """``S r`` or ``S^T r``."""
+    def mass(self, r: np.ndarray, *, transposed: bool) -> np.ndarray:
+        """``M r`` or ``M^T r``."""
 
 
 class ShiftedSteps:
@@ -63,14 +64,14 @@ class ShiftedSteps:
         """The solve of a frequency of a forward sweep."""
         scale, shifts = self._at(k, mu)
         for j, (system, y) in enumerate(zip(self._systems, shifts, strict=True)):
-            r = system.solve(self._factor(k, j, y), system.product(r, transposed=False), transposed=False)
+            r = r + y * system.solve(self._factor(k, j, y), y, system.mass(r, transposed=False), transposed=False)
         return scale * r
 
     def solve_transposed(self, k: int, mu: complex, r: np.ndarray) -> np.ndarray:
         """The solve of a frequency of an adjoint sweep."""
         scale, shifts = self._at(k, mu)
         for j, (system, y) in reversed(list(enumerate(zip(self._systems, shifts, strict=True)))):
-            r = system.product(system.solve(self._factor(k, j, y), r, transposed=True), transposed=True)
+            r = r + y * system.mass(system.solve(self._factor(k, j, y), y, r, transposed=True), transposed=True)
         return scale * r
 
     def _at(self, k: int, mu: complex) -> tuple[complex, Sequence[complex]]:
@@ -90,30 +91,40 @@ class ShiftedSteps:
         return factor
 
 
+Weights = Callable[[complex], Sequence[complex]]
+
+
+def plain_weights(y: complex) -> Sequence[complex]:
+    """Of ``S`` and ``M`` in ``S - y M``."""
+    return 1.0, -y
+
+
 class SparseSystem:
     """On one rank: SuperLU for complex matrices, with one ordering for all shifts.
 
     Parameters
     ----------
-    S, M
-        Real matrices with structurally symmetric union.
+    parts
+        Real matrices that the system is a sum of: ``S``, ``M``, and others; with structurally symmetric union.
+    weights
+        Of the parts, by shift.
     """
 
-    def __init__(self, S: csr_matrix, M: csr_matrix):
-        self._S, self._ST = csr_matrix(S), csr_matrix(S.T)
-        n = S.shape[0]
-        pattern = _ones(S) + _ones(M) + _ones(S.T) + _ones(M.T)
+    def __init__(self, parts: Sequence[csr_matrix], weights: Weights = plain_weights):
+        self._M, self._MT, self._weights = csr_matrix(parts[1]), csr_matrix(parts[1].T), weights
+        n = parts[0].shape[0]
+        pattern = sum(_ones(X) + _ones(X.T) for X in parts)
         # a complex shift of waves and heat alike; sums of sparse matrices drop zeros, but an ordering without the
         # entries that couple boundary values has several times the fill when they are there
         first = splu(
-            csc_matrix(pattern * 1e-300 + S - (0.5 + 0.5j) * M),
+            csc_matrix(sum((w * X for w, X in zip(weights(0.5 + 0.5j), parts, strict=True)), pattern * 1e-300)),
             permc_spec="MMD_AT_PLUS_A", diag_pivot_thresh=0.0, options={"SymmetricMode": True},
         )  # fmt: skip
         self._order = np.argsort(first.perm_c)
         permuted = csc_matrix(pattern[self._order][:, self._order])
         permuted.sort_indices()
         self._indices, self._indptr, self._shape = permuted.indices, permuted.indptr, (n, n)
-        self._s, self._m = self._on_pattern(S), self._on_pattern(M)
+        self._parts = [self._on_pattern(X) for X in parts]
         self._trial = np.exp(1j * np.arange(n) ** 2)
 
     def _on_pattern(self, X: csr_matrix) -> np.ndarray:
@@ -128,7 +139,8 @@ class SparseSystem:
 
     def factor(self, y):
         """See :class:`ShiftedSystem`."""
-        matrix = csc_matrix((self._s - y * self._m, self._indices, self._indptr), shape=self._shape)
+        data = sum(w * part for w, part in zip(self._weights(y), self._parts, strict=True))
+        matrix = csc_matrix((data, self._indices, self._indptr), shape=self._shape)
         # pivots off the diagonal would ruin the ordering, and are not needed: real parts of these matrices are positive
         # definite for heat, and what is eliminated first in a wave's mixed system has the shift on its diagonal
         lu = splu(matrix, permc_spec="NATURAL", diag_pivot_thresh=0.0, options={"SymmetricMode": True})
@@ -136,16 +148,20 @@ class SparseSystem:
             lu = splu(matrix, permc_spec="COLAMD", diag_pivot_thresh=1.0)
         return lu, 20 * lu.nnz  # a complex number and its row for each entry
 
-    def solve(self, factor, r, *, transposed):
+    def solve(self, factor, y, r, *, transposed):
         """See :class:`ShiftedSystem`."""
         out = np.empty_like(r)
         out[self._order] = factor.solve(r[self._order], "T" if transposed else "N")
         return out
 
-    def product(self, r, *, transposed):
+    def mass(self, r, *, transposed):
         """See :class:`ShiftedSystem`."""
-        S = self._ST if transposed else self._S
-        return (S @ np.ascontiguousarray(r).view(float).reshape(-1, 2)).reshape(-1).view(complex)
+        return real_product(self._MT if transposed else self._M, r)
+
+
+def real_product(X: csr_matrix, r: np.ndarray) -> np.ndarray:
+    """A real sparse matrix times a complex vector."""
+    return (X @ np.ascontiguousarray(r).view(float).reshape(-1, 2)).reshape(-1).view(complex)
 
 
 _WRONG = 1e-9

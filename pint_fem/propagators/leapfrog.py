@@ -85,7 +85,7 @@ class LeapfrogPropagator(LinearPropagator):
             )
         super().__init__(evolution, stride=stride, tableau=ImplicitMidpoint())
 
-    def stage_matrix(self, h):
+    def shifted_parts(self, h):
         """There is none: the step is no Runge-Kutta method's.
 
         Raises

@@ -102,15 +102,13 @@ class LinearPropagator(FEPropagator):
         self.MT = self.M if symmetric_mass else self.M.transpose(PETSc.Mat())
         return BlockRecursion(self.M, self.MT, *given), StateRecursion(self.M, self.MT, *given)
 
-    def stage_matrix(self, h: float) -> PETSc.Mat:
-        """``S`` of a stage with ``a_ii dt = h``, of the whole state also where a field is eliminated."""
+    def shifted_parts(self, h: float) -> tuple[PETSc.Mat, ...]:
+        """What the systems of ParaDiag's frequencies are sums of for a stage with ``a_ii dt = h``: ``S`` and ``M``;
+        where a field is eliminated :math:`S_a`, :math:`M_a` and :math:`-G X`.
+        """
         if self.fields is None:
-            return self.factors[h].ksp.getOperators()[0]
-        return self._stage_matrix(h)
-
-    def mass_matrix(self) -> PETSc.Mat:
-        """``M``, of the whole state also where a field is eliminated."""
-        return self.M if self.fields is None else self._mass_matrix()
+            return self.factors[h].ksp.getOperators()[0], self.M
+        return self.fields.part(h), self.fields.matrices["M"], self.fields.stiffness()
 
     def _stage_matrix(self, h: float) -> PETSc.Mat:
         M, K = self.evolution.linear_operators()

@@ -115,13 +115,13 @@ class _System:
         self.world.charge(self.making)
         return True, self.size
 
-    def solve(self, factor, r, *, transposed):
+    def solve(self, factor, y, r, *, transposed):
         """See :class:`~pint_fem.paradiag.systems.ShiftedSystem`; the product is in its time."""
         self.world.counts["frequency solve", 0] += 1
         self.world.charge(self.seconds[transposed])
         return r
 
-    def product(self, r, *, transposed):
+    def mass(self, r, *, transposed):
         """See :class:`~pint_fem.paradiag.systems.ShiftedSystem`."""
         return r
 
