@@ -9,14 +9,12 @@ MGRIT options of PETSc's kind follow with one dash: -mgrit_levels 3 -mgrit_coars
 
 import sys
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from mpi4py import MPI
 
-from pint_fem.cli import ProgramParser, Progress, positive, run
+from pint_fem.cli import ProgramParser, positive, run
 
 
 def arguments():
@@ -95,35 +93,10 @@ def main():
     say(f"{dofs} unknowns in space, {opts.steps} steps of {opts.integrator}, {problem.readings.values.size} readings")
     say(sweeps.view())
     from demos.heat_source_report import report
+    from demos.inversion import invert, summary_of
 
-    start = time.perf_counter()
-    with Progress(spacetime.is_root) as progress:
-        sweeps.on_sweep = lambda kind, result: progress(
-            f"{kind} sweep: {result.cycles} cycles; so far " + ", ".join(f"{n} {k}" for k, n in sweeps.counts.items())
-        )
-        result = rf.minimize_trust_region(
-            monitor=say,
-            gtol_rel=opts.gtol,
-            max_it=opts.max_iterations,
-            inexact=not opts.exact,
-            checkpoint=opts.checkpoint,
-            preconditioner="limited-memory",
-            preconditioner_memory=40,
-        )
-    times["inversion"] = time.perf_counter() - start
-    sweeps.write_trace()
-    rf.problem.value(result.x)
-    say(f"{result.reason.value} after {result.iterations} iterations, {times['inversion']:.1f} s")
-
-    summary = {
-        "problem": "heat source inversion",
-        "settings": settings,
-        "grid": {"space": spacetime.space_size, "time": spacetime.time_size},
-        "unknowns": dofs,
-        "seconds": times,
-        "versions": {name: version(name) for name in ("pint_fem", "firedrake", "petsc4py", "irksome", "pyadjoint-ad")},
-        "mpi": MPI.Get_library_version().split(",")[0],
-    }
+    result, times["inversion"] = invert(rf, opts, say, inexact=not opts.exact, checkpoint=opts.checkpoint)
+    summary = summary_of("heat source inversion", settings, spacetime, dofs, times)
     report(problem, result, opts, summary, say)
 
 

@@ -9,14 +9,12 @@ summary.json. MGRIT options of PETSc's kind follow with one dash: -mgrit_levels 
 
 import sys
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from mpi4py import MPI
 
-from pint_fem.cli import ProgramParser, Progress, positive, run
+from pint_fem.cli import ProgramParser, positive, run
 
 #: Time solver of each regime, unless told otherwise: multigrid does not contract where nothing damps.
 TIME_SOLVERS = {"lossy": "mgrit", "cavity": "paradiag"}
@@ -117,36 +115,13 @@ def main():
         f"{settings['integrator']}, {problem.readings.values.size} readings"
     )
     say(sweeps.view())
+    from demos.inversion import invert, summary_of
     from demos.maxwell_source_report import report
 
-    start = time.perf_counter()
-    with Progress(spacetime.is_root) as progress:
-        sweeps.on_sweep = lambda kind, result: progress(
-            f"{kind} sweep: {result.cycles} cycles; so far " + ", ".join(f"{n} {k}" for k, n in sweeps.counts.items())
-        )
-        result = rf.minimize_trust_region(
-            monitor=say,
-            gtol_rel=opts.gtol,
-            max_it=opts.max_iterations,
-            inexact=solver["time_solver"] == "mgrit" and not opts.exact,
-            preconditioner="limited-memory",
-            preconditioner_memory=40,
-        )
-    times["inversion"] = time.perf_counter() - start
-    sweeps.write_trace()
-    rf.problem.value(result.x)
-    say(f"{result.reason.value} after {result.iterations} iterations, {times['inversion']:.1f} s")
-
-    summary = {
-        "problem": "Maxwell source inversion",
-        "settings": settings,
-        "time_solver": solver["time_solver"],
-        "grid": {"space": spacetime.space_size, "time": spacetime.time_size},
-        "unknowns": V.dim(),
-        "seconds": times,
-        "versions": {name: version(name) for name in ("pint_fem", "firedrake", "petsc4py", "irksome", "pyadjoint-ad")},
-        "mpi": MPI.Get_library_version().split(",")[0],
-    }
+    inexact = solver["time_solver"] == "mgrit" and not opts.exact
+    result, times["inversion"] = invert(rf, opts, say, inexact=inexact)
+    summary = summary_of("Maxwell source inversion", settings, spacetime, V.dim(), times)
+    summary["time_solver"] = solver["time_solver"]
     report(problem, result, opts, summary, say)
 
 

@@ -26,6 +26,7 @@ from irksome import RadauIIA, TimeStepper
 from problems.maxwell import E, Medium, perfect_conductor, residual, state_space
 from problems.maxwell_setting import CELLS, PROBES, SETTINGS, Setting, box_mesh, signal, true_current
 from problems.meshfile import locate
+from problems.readings import FACTORISE_ONCE
 
 __all__ = ["COLUMNS", "NOISE", "SEED", "STEPS", "TIMES", "readings_file", "simulate", "write"]
 
@@ -35,17 +36,6 @@ STEPS = 512
 TIMES = 64
 NOISE = 0.02
 SEED = 20262
-
-# The problem is linear and its operator constant: one assembly and one factorisation serve all steps.
-_FACTORISE_ONCE = {
-    "snes_type": "ksponly",
-    "snes_lag_jacobian": -2,
-    "snes_lag_preconditioner": -2,
-    "mat_type": "aij",
-    "ksp_type": "preonly",
-    "pc_type": "lu",
-    "pc_factor_mat_solver_type": "mumps",
-}
 
 
 def readings_file(regime: str) -> Path:
@@ -81,7 +71,7 @@ def simulate(mesh, given: Setting, *, steps=STEPS, times=TIMES, degree=2, points
         Constant(dt),
         u,
         bcs=perfect_conductor(space, given.walls),
-        solver_parameters=_FACTORISE_ONCE,
+        solver_parameters=FACTORISE_ONCE,
     )
     at_probes = locate(points, mesh)
     ours, order = VectorFunctionSpace(at_probes, "DG", 0), VectorFunctionSpace(at_probes.input_ordering, "DG", 0)

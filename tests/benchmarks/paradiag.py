@@ -7,11 +7,8 @@ calls that. Sequential stepping runs on the first rank alone, in turn with the p
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 from firedrake import COMM_SELF, dx, inner
@@ -24,7 +21,7 @@ from problems.maxwell_source import maxwell_source
 from tests.benchmarks.maxwell import COARSENING, silent
 from tests.benchmarks.rows import Row, row
 from tests.benchmarks.time_parallel import on_ranks as run_on_ranks
-from tests.benchmarks.time_parallel import together
+from tests.benchmarks.time_parallel import together, write_rows
 from tests.cavity import cavity
 
 __all__ = ["on_ranks", "rows"]
@@ -74,9 +71,7 @@ def waves(spacetime: SpaceTime, **parameters) -> Case:
 
 def lossy(spacetime: SpaceTime, **parameters) -> Case:
     """The lossy box, at its true current."""
-    posed = maxwell_source(
-        spacetime, regime="lossy", steps=LOSSY_STEPS, solver_parameters=parameters, printer=silent
-    )
+    posed = maxwell_source(spacetime, regime="lossy", steps=LOSSY_STEPS, solver_parameters=parameters, printer=silent)
     return Case(posed.rf, posed.rf.array(posed.true_current))
 
 
@@ -155,18 +150,5 @@ def on_ranks(ranks: int, repeats: int) -> list[Row]:
     return run_on_ranks(ranks, repeats, module="tests.benchmarks.paradiag")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Measure on the ranks given and write JSON."""
-    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.paradiag")
-    parser.add_argument("--out", type=Path, help="JSON file (default: print)")
-    parser.add_argument("--repeats", type=int, default=5)
-    args = parser.parse_args(argv)
-    result = rows(args.repeats)
-    if MPI.COMM_WORLD.rank == 0:
-        text = json.dumps(result, indent=1)
-        args.out.write_text(text) if args.out else print(text)
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(write_rows("tests.benchmarks.paradiag", rows))

@@ -161,9 +161,9 @@ def on_ranks(ranks: int, repeats: int, module: str = "tests.benchmarks.time_para
         return [Row(**r) for r in json.loads(out.read_text())]
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Measure on the ranks given and write JSON."""
-    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.time_parallel")
+def write_rows(module: str, rows: Callable[[int], list[dict]], argv: list[str] | None = None) -> int:
+    """The program of a module that measures on the ranks given: write JSON."""
+    parser = argparse.ArgumentParser(prog=f"python -m {module}")
     parser.add_argument("--out", type=Path, help="JSON file (default: print)")
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args(argv)
@@ -175,4 +175,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(write_rows("tests.benchmarks.time_parallel", rows))
