@@ -524,7 +524,7 @@ class Heard(Decay):
 
 
 @pytest.mark.parallel([1, 2, 3])
-def test_nothing_is_left_after_a_thousand_cycles():
+def test_nothing_is_left_after_hundreds_of_cycles():
     """As many requests waited for as posted, portable tags, no memory that grows."""
     spy, N = Spy(COMM), 24
     for options in (dict(), dict(storage="C"), dict(coarse_solver="relax", cycle="F"), dict(coarse_solver="gathered")):
@@ -532,7 +532,7 @@ def test_nothing_is_left_after_a_thousand_cycles():
         make = lambda cycles, options=options: MGRIT(
             decays(range(N + 1), [4, 3]), N, options=dict(options, max_it=cycles), comm=spy
         )
-        few, many = make(20), make(1000)
+        few, many = make(20), make(250)
         U = np.zeros((few.local_rows, 2))
         few.solve(U)
         many.solve(U)  # work arrays are there
