@@ -291,6 +291,50 @@ def test_fixed_cycles_look_at_nothing():
         assert math.isnan(result.factor)
 
 
+class Residual(Decay):
+    """``u + dt f(u)``; remembers which steps it was told may be the last ones."""
+
+    stays_bad = True
+
+    def __init__(self, t, bad=None):
+        super().__init__(t)
+        self.bad, self.may_be_last, self.said = bad, True, collections.Counter()
+
+    def step(self, steps, u, out):
+        super().step(steps, u, out)
+        out[[n == self.bad for n in steps], 0] = np.nan
+        if self.may_be_last:
+            self.said.update(steps)
+
+
+@pytest.mark.parallel([1, 2, 3])
+def test_a_fixed_number_of_cycles_meets_once():
+    """Norms gathered behind the last cycle are those of each; that one alone may be the last at a point, and is at all
+    of them; what is not finite is found at the end and named.
+    """
+    t, options = np.linspace(0, 2, 25), {"levels": 2, "coarsening": 4, "relax": "F", "check": "cycle"}
+
+    def solve(bad=None, start="skip", monitor=False, cycles=2):
+        fine = Residual(t, bad)
+        bounds = split_steps(24, COMM.size)
+        solver = MGRIT([fine, Decay(t[::4])], 24, comm=COMM, bounds=bounds, printer=lambda text: None,
+                       options={**options, "monitor": monitor})  # fmt: skip
+        U = np.ones((solver.local_rows, 2))
+        return U, fine, solver.solve(U, start=start, cycles=cycles)
+
+    for start in ("skip", "guess"):
+        U, fine, result = solve(start=start)
+        V, _, seen = solve(start=start, monitor=True)
+        assert np.array_equal(U, V)
+        assert (result.cycles, result.reason, len(result.residuals)) == (2, "its", 3)
+        assert result.residuals == pytest.approx(seen.residuals, rel=1e-14)
+        assert result.scale == pytest.approx(seen.scale, rel=1e-14)
+        lo, hi = split_steps(24, COMM.size)[COMM.rank : COMM.rank + 2]
+        assert fine.said == dict.fromkeys(range(lo, hi), 1)
+    with pytest.raises(SolverFailure, match="level 0, steps 13: value not finite"):
+        solve(bad=13)
+
+
 def test_reasons_are_numbered_as_petsc_does():
     """For every reason that a result may have."""
     reasons = pytest.importorskip("petsc4py.PETSc").KSP.ConvergedReason

@@ -127,10 +127,13 @@ def test_activations_and_their_derivatives(name):
     act = activation(name)
     z = torch.linspace(-2.1, 2.2, 12, dtype=torch.float64)
     kept = act.in_scale * z
-    y = act.out_scale * act.output(kept) + act.shift
+    y = act.out_scale * act.output(kept)
     assert torch.allclose(y, act.function(z), rtol=0, atol=1e-15)
     slope = finite_difference(act.function, z)
     assert torch.allclose(act.slope(kept), slope, atol=1e-8)
+    written = torch.empty(2, 12, dtype=torch.float64)[::2]
+    act.write_slope(kept[None], written)
+    assert torch.equal(written[0], act.slope(kept))
     if name not in ("relu", "leaky_relu", "elu"):
         curvature = finite_difference(lambda x: finite_difference(act.function, x, 1e-4), z, 1e-4)
         assert torch.allclose(act.curvature(kept), curvature, atol=1e-6)

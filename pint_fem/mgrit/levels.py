@@ -37,8 +37,12 @@ class Propagator(Protocol):
     goes through the intervals in groups of that many). With an attribute ``uses_guess`` that is true, ``out`` holds a
     first guess of the result when ``step`` is called: the iterate that is there. It follows from the iterate alone,
     never from the order of calls, and it is the same on both sides of the coarse equation, so the exact solution stays
-    a fixed point however loosely an implicit step is solved (the header of XBraid's ``restrict.c``). For
-    :func:`pint_fem.mgrit.check`: ``tangent(steps, u, du, out)`` and ``adjoint(steps, u, lam, out)``.
+    a fixed point however loosely an implicit step is solved (the header of XBraid's ``restrict.c``). With an attribute
+    ``stays_bad`` that is true, a value that is not finite stays so in all later steps (``u + f(u)`` does that): the
+    finest level's blocks are then not looked at one by one, residuals and the end of each interval are. An attribute
+    ``may_be_last`` is set before relaxations of the finest level: whether a step may be the solve's last at its point,
+    for propagators that keep something of it. For :func:`pint_fem.mgrit.check`: ``tangent(steps, u, du, out)`` and
+    ``adjoint(steps, u, lam, out)``.
     """
 
     def step(self, steps: range, u: np.ndarray, out: np.ndarray) -> None:
@@ -182,6 +186,8 @@ class Level:
             self.right = next(filter(holds, range(comm.rank + 1, comm.size)), None)
         self.block = max(int(getattr(propagator, "block", 0)), 0)
         self.uses_guess = bool(getattr(propagator, "uses_guess", False))
+        self._looks = index > 0 or not getattr(propagator, "stays_bad", False)
+        self._hears = hasattr(propagator, "may_be_last")
         self.U: np.ndarray | None = None
         self.G: np.ndarray | None = None
         self.failure: str | None = None
@@ -199,6 +205,11 @@ class Level:
             return self.bounds.coarsened(self.m)
         return Bounds(int(np.searchsorted(self.c_points, b, side="right")) - 1 for b in self.bounds)
 
+    def may_be_last(self, last: bool) -> None:
+        """Tell the propagator whether steps from here on may be the solve's last at their points, if it listens."""
+        if self._hears:
+            self.propagator.may_be_last = last
+
     def phi(self, steps: range, u: np.ndarray, out: np.ndarray) -> None:
         """Call the propagator; a failure becomes NaN, which the collective norm carries to every rank (no hang)."""
         if not len(steps):
@@ -211,7 +222,7 @@ class Level:
             out[...] = np.nan
             self._failed(steps, u, out, error)
         else:
-            if not np.isfinite(out).all():
+            if self._looks and not np.isfinite(out).all():
                 self._failed(steps, u, out)
         if self.trace:
             self.trace.work("phi", self.index, begin, first=steps[0], states=len(steps))

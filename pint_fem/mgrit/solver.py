@@ -186,6 +186,7 @@ class MGRIT:
         for level in self.levels:
             level.failure = None
         fine.U, fine.G = U, G
+        fine.may_be_last(True)
         with np.errstate(over="ignore", invalid="ignore"):  # a solve that blows up says so itself, once
             if not self._iterates:
                 fine.solve_sequentially()
@@ -210,6 +211,7 @@ class MGRIT:
         self._say(f"  {self.name}: {result.message}; stepping sequentially instead")
         for level in self.levels:
             level.failure = None
+        self.levels[0].may_be_last(True)
         self._step_through()
         self._check_points(U)
         result.converged, result.reason = True, "serial"
@@ -240,16 +242,19 @@ class MGRIT:
 
     def _iterate(self, U: np.ndarray, start: str, coarse_rhs, result: SolveResult) -> None:
         self.prepare(U.shape[1:], U.dtype)
-        options, cycle = self.options, self._cycle
+        options, cycle, fine, fixed = self.options, self._cycle, self.levels[0], self._stop.cycles
+        # nobody wants to know norms before the last of so many cycles: one message has them all, and no rank waits
+        looks = [] if fixed is not None and options.residual == "C" and not options.monitor else None
+        fine.may_be_last(not fixed)
         f_is_done = start in ("skip", "nested")
         if f_is_done:
             cycle.first_guess(nested=start == "nested", coarse_rhs_given=coarse_rhs)
         early = options.check == "cycle"
-        unseen = options.max_it if self._stop.cycles is None else self._stop.cycles
+        unseen = options.max_it if fixed is None else fixed
         while True:
             if options.residual == "none" and result.cycles == unseen:
                 if options.storage == "C":
-                    self.levels[0].exchange(U)  # relaxation fetches row 0 only before it steps
+                    fine.exchange(U)  # relaxation fetches row 0 only before it steps
                 result.converged, result.reason = True, "its"
                 return
             if early and options.residual != "none":
@@ -259,19 +264,41 @@ class MGRIT:
             else:
                 cycle.relax_and_restrict(0, f_is_done=f_is_done)
             if options.residual != "none":
-                norm, result.scale = self._norms(U)
-                result.residuals.append(norm)
-                self._monitor(result)
-                if self._stop(result):
-                    return
+                if looks is not None:
+                    if self._look(U, result, looks):
+                        return
+                else:
+                    norm, result.scale = self._norms(U)
+                    result.residuals.append(norm)
+                    self._monitor(result)
+                    if self._stop(result):
+                        return
                 if early:
                     cycle.relax_and_restrict(0, f_is_done=True, residual_is_known=True)
+            fine.may_be_last(fixed is None or result.cycles + 1 >= fixed)
             is_f = options.cycle == "F" and (options.f_cycles is None or result.cycles < options.f_cycles)
             cycle.correct(0, "F" if is_f else "V")
             f_is_done = True
             result.cycles += 1
             if self.trace:
                 self.trace.mark("cycle", sweep=self.name, number=result.cycles)
+
+    def _look(self, U: np.ndarray, result: SolveResult, looks: list[np.ndarray]) -> bool:
+        """Keep the residual's norms at the own C-points; behind the last cycle finish the result and say so."""
+        cycle, begin = self._cycle, self.trace.now() if self.trace else 0.0
+        last = result.cycles >= self._stop.cycles
+        looks.append(self._squares(cycle.residuals[0]))
+        if last:
+            local = np.stack([*looks, self._squares(cycle.relaxations[0].c_values(U))], axis=1)
+            norms = norm_over_time(gather_in_order(local, self.comm, self.levels[1].bounds), self.options.time_norm)
+        if self.trace:
+            self.trace.work("norm", 0, begin, sweep=self.name)
+        if last:
+            if not np.isfinite(norms).all():
+                self._check_finite(False)
+            *result.residuals, result.scale = norms.tolist()
+            self._stop(result)
+        return last
 
     def _norms(self, U: np.ndarray) -> tuple[float, float]:
         """Norms of the residual and of the trajectory at the C-points."""

@@ -226,19 +226,18 @@ class TrainingProblem:
             known["x0"] = layer.pack(net.opening(self.x.to(net.dtype)))
             u0 = np.ascontiguousarray(known["x0"].detach().numpy())
         shape = grid.layer_comm.bcast(None if u0 is None else u0.shape, root=0)
-        trajectory = known["trajectory"] = net.sweeps.trajectory(shape, np.float64)
+        trajectory = known["trajectory"] = net.sweeps.trajectory(shape, np.float64, keep=True)
         net.sweeps.forward(net.stack, u0, trajectory)
         act = layer.activation
-        kept = trajectory.kept
-        known["slope"], known["curvature"] = act.slope(kept), act.curvature(kept)
+        known["slope"], known["curvature"] = trajectory.slopes, act.curvature(trajectory.kept)
         if grid.is_last:
             u = known["last"] = torch.from_numpy(trajectory.U[-1].copy()).requires_grad_()
             value = self.loss(net.closing(layer.unpack(u, len(self.x))), self.y)
             known["into"] = [u, *net.closing.parameters()]
             known["loss_gradient"] = torch.autograd.grad(value, known["into"], create_graph=True)
             last = known["loss_gradient"][0].detach().contiguous().numpy()
-        _, L = net.sweeps.adjoint(trajectory, known["slope"], last, None)
-        known["lambda"] = torch.from_numpy(np.ascontiguousarray(L[::-1]))
+        _, L = net.sweeps.adjoint(trajectory, last, None)
+        known["lambda"] = torch.from_numpy(L[::-1].copy())
         return known
 
     def hessian_action(self, z: np.ndarray, v: np.ndarray) -> np.ndarray:
@@ -253,7 +252,7 @@ class TrainingProblem:
         with torch.no_grad():
             dz = layer.linear(d_theta, U, torch.empty_like(slope), 1.0)  # of the parameters' change
             first = self._tangent_of_opening(d_open) if grid.is_first else None
-            V = net.sweeps.tangent(trajectory, slope, first, (h * slope * dz).numpy())
+            V = net.sweeps.tangent(trajectory, first, (h * slope * dz).numpy())
             dU = torch.from_numpy(V[:-1])
             no_bias = (trajectory.theta[0], torch.zeros_like(trajectory.theta[1]))
             dz += layer.linear(no_bias, dU, torch.empty_like(slope), 1.0)
@@ -266,8 +265,8 @@ class TrainingProblem:
             last, *ends = self._derivative_along(known["loss_gradient"], direction, known["into"])
             last = last.contiguous().numpy()
         with torch.no_grad():
-            _, M = net.sweeps.adjoint(trajectory, slope, last, np.ascontiguousarray(G.numpy()[::-1]))
-            mu = torch.from_numpy(np.ascontiguousarray(M[::-1]))
+            _, M = net.sweeps.adjoint(trajectory, last, np.ascontiguousarray(G.numpy()[::-1]))
+            mu = torch.from_numpy(M[::-1])
             one = layer.gradients(slope * mu[1:] + bent, U)
             two = layer.gradients(straight, dU)
             two[-1].zero_()  # the bias enters z alone, not L du

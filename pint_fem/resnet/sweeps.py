@@ -31,38 +31,50 @@ from pint_fem.resnet.rows import RowExchange
 
 __all__ = ["LayerSweeps", "Trajectory"]
 
+# layers whose gradients are taken at once: what passes from one call to the next stays in the cache
+_TOGETHER = 32
+
 
 @dataclass
 class Trajectory:
-    """A solved forward sweep.
+    r"""A solved forward sweep.
 
     Attributes
     ----------
     U : ndarray, (k + 1, *state)
         Points of the own layers; row 0 is the point before them.
-    kept : Tensor, (k, *state)
-        What the slopes follow from.
+    slopes : Tensor, (k, *state)
+        :math:`\sigma'` of the own layers.
+    kept : Tensor or None, (k, *state)
+        What they, and curvatures, follow from, where it is asked for.
     theta : list of Tensor
         Parameters it was solved with.
     result : SolveResult
     """
 
     U: np.ndarray
-    kept: torch.Tensor
+    slopes: torch.Tensor
+    kept: torch.Tensor | None = None
     theta: list[torch.Tensor] = field(default_factory=list)
     result: SolveResult | None = None
 
 
 class _Norms:
-    """Squared norms of states; steps have looked for values that are not finite already."""
+    """Squared norms of states."""
+
+    def __init__(self):
+        #: Rows of the finest level from which no step goes on: the points before C-points, and the last one.
+        self.ends: np.ndarray | None = None
 
     def __call__(self, block: np.ndarray) -> np.ndarray:
         return euclidean(block)
 
-    @staticmethod
-    def finite(block: np.ndarray) -> np.ndarray:
-        """NaN where MGRIT says so by its first value: each value was looked at when it was computed."""
-        return block.reshape(len(block), -1)[:, 0] if block.size else np.zeros(len(block))
+    def finite(self, block: np.ndarray) -> np.ndarray:
+        """NaN where a trajectory is not finite at the end of an interval, where what happened before arrives."""
+        out = np.zeros(len(block))
+        ends = block[self.ends]
+        out[self.ends] = np.where(np.isfinite(ends).reshape(len(ends), -1).all(axis=1), 0.0, np.nan)
+        return out
 
 
 class LayerSweeps:
@@ -113,6 +125,8 @@ class LayerSweeps:
         for name, only in (("coarse_solver", "sequential"), ("storage", "all"), ("trace", "")):
             if getattr(options, name) != only:
                 raise InputError(f"mgrit {name} = {getattr(options, name)!r}: layers know {only!r} only")
+        if options.residual == "none":
+            raise InputError("mgrit residual 'none': layers know 'C' and 'full'; a look at the residual costs nothing")
         if not all(isinstance(m, int) for m in factors):
             raise InputError("mgrit coarsening by lists of points: give factors for layers")
         self.options = MGRITOptions.make(options, levels=len(factors) + 1, check="cycle")
@@ -123,7 +137,7 @@ class LayerSweeps:
         self.strides = [1]
         for m in factors:
             self.strides.append(self.strides[-1] * m)
-        common = dict(printer=printer, point_norms=_Norms(), speaks=grid.is_root)
+        common = dict(printer=printer, speaks=grid.is_root)
         forward = dict(comm=grid.layer_comm, bounds=self.bounds, **common)
         backward = dict(comm=grid.reversed_layer_comm, bounds=reversed_bounds, **common)
         kinds = [("forward", forward, False), ("backward", backward, True), ("tangent", forward, True)]
@@ -132,12 +146,16 @@ class LayerSweeps:
         self._serial: dict[str, MGRIT] = {}
         for name, where, linear in kinds:
             kind = self.steps[name]
-            steps = [kind(layer, s * h) for s in self.strides]
-            self.solvers[name] = MGRIT(steps, nlayers, options=self.options, name=name, linear=linear, **where)
-            one = dict(levels=1, monitor=False)
-            self._serial[name] = MGRIT(steps[:1], nlayers, options=one, name=name, linear=linear, **where)
+            steps, one = [kind(layer, s * h) for s in self.strides], dict(levels=1, monitor=False)
+            where |= dict(name=name, linear=linear, point_norms=_Norms())
+            self.solvers[name] = MGRIT(steps, nlayers, options=self.options, **where)
+            self._serial[name] = MGRIT(steps[:1], nlayers, options=one, **where)
             for level in self.solvers[name].levels:
                 level.propagator.lo = level.lo
+            fine = self.solvers[name].levels[0]
+            where["point_norms"].ends = np.append(np.arange(fine.k + 1)[self._c_rows(fine)] - 1, fine.k)
+            if name == "backward":
+                fine.propagator.backwards = True
         self._exchanges = [self._exchange(level) for level in range(len(self.strides))]
         self._pool: list[Trajectory] = []
         self._L: np.ndarray | None = None
@@ -160,29 +178,32 @@ class LayerSweeps:
             return own
         return [torch.cat([f, p]) for f, p in zip(foreign, own, strict=True)]
 
-    def _bind_forward(self, name: str, theta: Sequence[torch.Tensor], slopes: np.ndarray | None = None) -> None:
+    def _bind_forward(self, name: str, theta: Sequence[torch.Tensor], slopes: torch.Tensor | None = None) -> None:
         for index, level in enumerate(self.solvers[name].levels):
             level.propagator.theta = self._level_theta(index, theta)
             if slopes is not None:
                 level.propagator.slopes = self._level_slopes(index, level, slopes)
 
-    def _level_slopes(self, index: int, level, slopes: np.ndarray) -> np.ndarray:
+    def _level_slopes(self, index: int, level, slopes: torch.Tensor) -> torch.Tensor:
         """Slopes at a level's points; that of a foreign one is fetched."""
         exchange, stride = self._exchanges[index], self.strides[index]
         if index == 0:
             return slopes
-        foreign = slopes[:0] if exchange is None else exchange([torch.from_numpy(slopes)])[0].numpy()
+        foreign = slopes[:0] if exchange is None else exchange([slopes])[0]
         start = (level.lo + len(foreign)) * stride - self.lo
         own = slopes[start::stride][: max(level.k - len(foreign), 0)] if start < self.k else slopes[:0]
-        return np.concatenate([foreign, own]) if len(foreign) else own
+        return torch.cat([foreign, own]) if len(foreign) else own
 
-    def _bind_backward(self, theta: Sequence[torch.Tensor], slopes: np.ndarray) -> None:
-        turned, backwards = [p.flip(0) for p in theta], slopes[::-1]
+    def _bind_backward(self, theta: Sequence[torch.Tensor], slopes: torch.Tensor) -> None:
         for stride, level in zip(self.strides, self.solvers["backward"].levels, strict=True):
-            start = (level.lo + 1) * stride - 1 - (self.nlayers - self.hi)
-            rows = slice(start, start + level.k * stride, stride) if level.k else slice(0, 0)
-            level.propagator.theta = [p[rows] for p in turned]
-            level.propagator.slopes = backwards[rows]
+            if level.index == 0:
+                level.propagator.theta, level.propagator.slopes = theta, slopes
+                continue
+            # the reversed step ``i`` of the level is that of layer ``N - (i + 1) stride``
+            last = self.nlayers - (level.lo + 1) * stride - self.lo
+            rows = slice(last - (level.k - 1) * stride, last + 1, stride) if level.k else slice(0, 0)
+            level.propagator.theta = [p[rows].flip(0) for p in theta]
+            level.propagator.slopes = slopes[rows].flip(0)
 
     # -- sweeps --------------------------------------------------------------------------------------------------------
     def _solve(self, name: str, U, G, *, cycles: int | None, serial: bool, start: str, rtol: float | None):
@@ -197,20 +218,23 @@ class LayerSweeps:
             return slice(0, 0)
         return slice((level.lo // level.m + 1) * level.m - level.lo, level.k + 1, level.m)
 
-    def trajectory(self, shape: Sequence[int], dtype) -> Trajectory:
-        """Room for a forward sweep: one that nobody holds any more, or a new one."""
+    def trajectory(self, shape: Sequence[int], dtype, *, keep: bool = False) -> Trajectory:
+        """Room for a forward sweep: one that nobody holds any more, or a new one; ``keep``: also for curvatures."""
         shape = (self.k + 1, *shape)
+        room = lambda: torch.from_numpy(np.zeros((self.k, *shape[1:]), dtype))
+        if keep:
+            return Trajectory(np.zeros(shape, dtype), room(), room())
         for t in self._pool:
             if t.U.shape == shape and t.U.dtype == dtype:
                 self._pool.remove(t)
                 return t
         self._pool.clear()
-        return Trajectory(np.zeros(shape, dtype), torch.from_numpy(np.zeros((self.k, *shape[1:]), dtype)))
+        return Trajectory(np.zeros(shape, dtype), room())
 
     def give_back(self, trajectory: Trajectory) -> None:
         """Its memory may be used again."""
         if len(self._pool) < 2:
-            self._pool.append(Trajectory(trajectory.U, trajectory.kept))
+            self._pool.append(Trajectory(trajectory.U, trajectory.slopes))
 
     def forward(
         self,
@@ -243,7 +267,7 @@ class LayerSweeps:
         theta = [p.detach() for p in theta]
         self._bind_forward("forward", theta)
         fine = self.solvers["forward"].levels[0]
-        fine.propagator.kept = trajectory.kept
+        fine.propagator.slopes, fine.propagator.kept = trajectory.slopes, trajectory.kept
         U = trajectory.U
         if self.grid.is_first:
             U[0] = u0
@@ -254,7 +278,7 @@ class LayerSweeps:
             with torch.no_grad():
                 result = self._solve("forward", U, None, cycles=cycles, serial=serial, start=start, rtol=rtol)
         finally:
-            fine.propagator.kept = None
+            fine.propagator.slopes = fine.propagator.kept = None
         trajectory.theta, trajectory.result = theta, result
         return result
 
@@ -284,23 +308,25 @@ class LayerSweeps:
             Of the own layers' parameters.
         """
         with torch.no_grad():
-            slopes = self.layer.activation.slope(trajectory.kept)
-            result, L = self.adjoint(trajectory, slopes, last, None, cycles=cycles, serial=serial, warm=warm, rtol=rtol)
-            t = slopes.numpy()
-            np.multiply(t, L[:-1][::-1], out=t)
-            gradients = self.layer.gradients(slopes, torch.from_numpy(trajectory.U[:-1]))
-            for g in gradients:
-                g *= self.h
+            result, L = self.adjoint(trajectory, last, None, cycles=cycles, serial=serial, warm=warm, rtol=rtol)
+            U, slopes, lam = torch.from_numpy(trajectory.U), trajectory.slopes, torch.from_numpy(L[::-1])[1:]
+            parts = []
+            for i in range(0, self.k, _TOGETHER):
+                rows = slice(i, min(i + _TOGETHER, self.k))
+                parts.append(self.layer.gradients(slopes[rows] * lam[rows], U[rows]))
+            gradients = [torch.cat(part).mul_(self.h) for part in zip(*parts, strict=True)]
         return result, L[-1], gradients
 
     def adjoint(
-        self, trajectory, slopes: torch.Tensor, last, G, *, cycles=None, serial=False, warm=None, rtol=None
+        self, trajectory, last, G, *, cycles=None, serial=False, warm=None, rtol=None
     ) -> tuple[SolveResult, np.ndarray]:
-        """The backward sweep alone; its array, from the last point to the first, is used again by the next one."""
-        self._bind_backward(trajectory.theta, slopes.numpy())
+        """The backward sweep alone; its array, from the last point to the first, is used again by the next one. It
+        runs backwards through memory, so that ``L[::-1]`` is an array like all others.
+        """
+        self._bind_backward(trajectory.theta, trajectory.slopes)
         L = self._L
         if L is None or L.shape != trajectory.U.shape or L.dtype != trajectory.U.dtype:
-            L = self._L = np.zeros_like(trajectory.U)
+            L = self._L = np.zeros_like(trajectory.U)[::-1]
         if self.grid.is_last:
             L[0] = last
         if warm is not None:
@@ -309,9 +335,9 @@ class LayerSweeps:
         result = self._solve("backward", L, G, cycles=cycles, serial=serial, start=start, rtol=rtol)
         return result, L
 
-    def tangent(self, trajectory, slopes, first, G: np.ndarray, *, serial=False, rtol=None) -> np.ndarray:
+    def tangent(self, trajectory, first, G: np.ndarray, *, serial=False, rtol=None) -> np.ndarray:
         """The tangent sweep from ``first`` with the right-hand side ``G`` of the own layers."""
-        self._bind_forward("tangent", trajectory.theta, slopes.numpy())
+        self._bind_forward("tangent", trajectory.theta, trajectory.slopes)
         V = np.zeros_like(trajectory.U)
         if self.grid.is_first:
             V[0] = first

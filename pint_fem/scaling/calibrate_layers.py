@@ -36,12 +36,9 @@ def _serial(case, nlayers: int):
     return case.training(SerialResNet(opening, layer, nlayers, closing, dtype=x.dtype), x, y)
 
 
-def _block(level, shape, count: int, repeats: int, stride: int, kept=None) -> Kernel:
-    """Time of a level's step on every ``stride``-th of ``count`` layers."""
-    rng = np.random.default_rng(0)
-    U = rng.standard_normal((count + 1, *shape))
-    sizes = [n for n in (1, 2, 4, 8, 16, 32, 64) if n * stride <= count]
-    level.propagator.kept = kept
+def _block(level, U: np.ndarray, repeats: int, stride: int) -> Kernel:
+    """Time of a level's step on every ``stride``-th of its layers."""
+    sizes = [n for n in (1, 2, 4, 8, 16, 32, 64) if n * stride < len(U)]
     lo, seconds = level.lo, []
     for n in sizes:
         places = range(min(stride - 1, 6))
@@ -53,7 +50,6 @@ def _block(level, shape, count: int, repeats: int, stride: int, kept=None) -> Ke
                 level.phi(s, U[rows], U[slice(rows.start + 1, rows.stop + 1, stride)])
 
         seconds.append(best(run, repeats) / len(steps))
-    level.propagator.kept = None
     return Kernel(tuple(sizes), tuple(np.maximum.accumulate(seconds).tolist()))
 
 
@@ -63,22 +59,19 @@ def _kernels(case, nlayers: int, repeats: int) -> tuple[dict[str, list[Kernel]],
     sweeps = training.net.sweeps
     room = sweeps._pool[0]
     shape, work = room.U.shape[1:], {}
+    values = np.random.default_rng(0).standard_normal((nlayers + 1, *shape))
     for kind, name in (("step", "forward"), ("adjoint", "backward")):
         fine, coarse = sweeps.solvers[name].levels
-        kept = room.kept if name == "forward" else None
-        work[kind] = [
-            _block(fine, shape, nlayers, repeats, STRIDE, kept),
-            _block(coarse, shape, nlayers // STRIDE, repeats, 2),
-        ]
-    sizes, seconds, layer = [n for n in (1, 8, 64, 512) if n <= nlayers], [], training.net.layer
-    L = np.random.default_rng(1).standard_normal((nlayers, *shape))
+        U, few = values[:: -1 if name == "backward" else 1], values[: coarse.k + 1].copy()
+        work[kind] = [_block(fine, U, repeats, STRIDE), _block(coarse, few, repeats, 2)]
+        seconds = best(lambda coarse=coarse, few=few: coarse.sweep_steps(range(coarse.k), few, None), repeats)
+        work["sweep" if kind == "step" else "adjoint sweep"] = [Kernel.constant(seconds / coarse.k)]
+    sizes, seconds, layer = [n for n in (1, 8, 32) if n <= nlayers], [], training.net.layer
+    L = torch.from_numpy(values)
     for n in sizes:
 
         def pull(n=n):
-            slopes = layer.activation.slope(room.kept[:n])
-            t = slopes.numpy()
-            np.multiply(t, L[:n][::-1], out=t)
-            for g in layer.gradients(slopes, torch.from_numpy(room.U[:n])):
+            for g in layer.gradients(room.slopes[:n] * L[:n], torch.from_numpy(room.U[:n])):
                 g *= 0.5
 
         seconds.append(best(pull, repeats))

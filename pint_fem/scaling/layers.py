@@ -14,6 +14,7 @@ import torch
 
 from pint_fem.mgrit.trace import Trace
 from pint_fem.resnet.layers import Layer
+from pint_fem.resnet.propagators import ForwardStep
 from pint_fem.resnet.sweeps import LayerSweeps
 from pint_fem.scaling.communicator import VirtualComm, communicators
 from pint_fem.scaling.costs import Calibration
@@ -24,25 +25,39 @@ from pint_fem.scaling.world import World
 
 __all__ = ["predict_training", "set_trace"]
 
+_SWEEPS = {"step": "sweep", "adjoint": "adjoint sweep"}
 _ROWS_TAG = 31  # of messages with parameters, whose numbers are real ones
 
 
 class _Step:
     """A level's layers."""
 
+    block = ForwardStep.block
+
     def __init__(self, layer: _VirtualLayer, h: float, kind: str, place: str):
         self.world, self.lo = layer.world, 0
         self.level = 0 if h == layer.h else 1
-        kernels = layer.work[kind]
-        self._kernel, self.kind = kernels[min(self.level, len(kernels) - 1)], kind
+        self._kernel, self.kind = self._pick(layer.work[kind]), kind
+        self._sweep = self._pick(layer.work.get(_SWEEPS[kind]) or layer.work[kind])
         self._more = layer.bookkeeping.get(place, 0.0)
+
+    def _pick(self, kernels):
+        return kernels[min(self.level, len(kernels) - 1)]
+
+    def _charge(self, seconds: float, n: int) -> None:
+        self.world.counts[self.kind, self.level] += n
+        self.world.charge(seconds + n * self._more)
 
     def step(self, steps, u, out):
         """See :class:`pint_fem.mgrit.levels.Propagator`."""
-        n = len(steps)
-        self.world.counts[self.kind, self.level] += n
-        self.world.charge(self._kernel(n) + n * self._more)
+        self._charge(self._kernel(len(steps)), len(steps))
         out[...] = u
+
+    def sweep(self, first, U, G):
+        """See :class:`pint_fem.mgrit.levels.Propagator`."""
+        n = len(U) - 1
+        self._charge(n * self._sweep(1), n)
+        U[1:] = U[0]
 
 
 class _VirtualLayer(Layer):

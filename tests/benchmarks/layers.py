@@ -48,10 +48,9 @@ def best(comm, *actions, repeats: int) -> list[float]:
     return [min(out) for out in seconds]
 
 
-def gradient_error(comm, net, serial) -> float:
+def gradient_error(comm, net, exact: list[np.ndarray]) -> float:
     """Of all layers' parameters, relative, in the Euclidean norm."""
-    exact = [comm.bcast(p.grad.numpy() if comm.rank == 0 else None) for p in serial.theta.values()]
-    names = list(serial.theta)
+    names = list(net.theta)
     wrong = sum(
         float(((net.theta[n].grad.numpy() - e[net.lo : net.hi]) ** 2).sum()) for n, e in zip(names, exact, strict=True)
     )
@@ -66,7 +65,8 @@ def rows(repeats: int, *, depths=(64, 256, DEPTH, 4096), iterations=ITERATIONS, 
         opening, layer, closing, x, y = parts()
         serial = Training(SerialResNet(opening, layer, depth, closing, dtype=torch.float64), x, y)
         if comm.rank == 0:
-            serial.gradients()
+            serial.gradients()  # of the first parameters, as ours: measurements update them
+        exact = [comm.bcast(p.grad.numpy().copy() if comm.rank == 0 else None) for p in serial.net.theta.values()]
         options = dict(grid=grid, dtype=torch.float64, mgrit=SETTINGS)
         for its in iterations:
             net = LayerParallelResNet(
@@ -74,7 +74,7 @@ def rows(repeats: int, *, depths=(64, 256, DEPTH, 4096), iterations=ITERATIONS, 
             )
             ours = Training(net, x, y)
             ours.gradients()
-            error = gradient_error(comm, net, serial.net)
+            error = gradient_error(comm, net, exact)
             few = max(2, repeats * 1024 // depth) if depth > 1024 else repeats
             actions = [(ours.step, 1, False), (serial.step, 1, True)]
             two = torch.get_num_interop_threads() > 0 and os.cpu_count() > 1 and comm.size > 1
