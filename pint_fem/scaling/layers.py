@@ -35,13 +35,14 @@ class _Step:
         self.level = 0 if h == layer.h else 1
         kernels = layer.work[kind]
         self._kernel, self.kind = kernels[min(self.level, len(kernels) - 1)], kind
-        self._more = layer.bookkeeping.get(place, 0.0)
+        self._more, self._call = layer.bookkeeping.get(place, 0.0), layer.bookkeeping.get("call", 0.0)
 
     def step(self, steps, u, out):
         """See :class:`pint_fem.mgrit.levels.Propagator`."""
         n = len(steps)
         self.world.counts[self.kind, self.level] += n
-        self.world.charge(self._kernel(n) + n * self._more)
+        self.world.counts["calls", self.level] += 1
+        self.world.charge(self._kernel(n) + self._call + n * self._more)
         out[...] = u
 
 
