@@ -47,7 +47,8 @@ def test_rounds_take_turns():
     once = [i for i, name in enumerate(order) if name == "once"]
     assert len(once) == order.count("before") == 4
     assert all(order[i - 1] == "before" and order[i - 2] == "short" for i in once)
-    assert order.count("short") >= 2 + 3 and (order.count("short") - 2) % 3 == 0
+    assert order.count("short") >= 2 + 3
+    assert (order.count("short") - 2) % 3 == 0
     assert comm.allgather(order) == [order] * comm.size
     assert set(found) == set(actions)
     assert all(0 < m.seconds <= m.clock for m in found.values())
