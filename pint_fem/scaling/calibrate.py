@@ -8,8 +8,10 @@ after group of intervals, with the right-hand side added.
 
 from __future__ import annotations
 
+import os
 import platform
 import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
 from itertools import cycle
 
@@ -29,7 +31,7 @@ from pint_fem.scaling.network import Network
 from pint_fem.scaling.paradiag import FEW
 from pint_fem.spacetime import SpaceTime
 
-__all__ = ["Action", "Stopwatch", "calibrate", "opponent_seconds", "ping_pong"]
+__all__ = ["Action", "Stopwatch", "calibrate", "machine", "opponent_seconds", "ping_pong"]
 
 PARADIAG = {"time_solver": "paradiag", "alpha": 1e-4}
 MGRIT = {"coarsening": (8, 4)}
@@ -41,6 +43,11 @@ LARGE = 5000
 
 Action = tuple[Callable[[], object], float]
 """What is timed, and by how much its seconds are divided."""
+
+
+def machine() -> str:
+    """Its kind, for reports."""
+    return f"{os.cpu_count()} cores, {platform.processor() or platform.machine()}"
 
 
 class Stopwatch:
@@ -57,9 +64,13 @@ class Stopwatch:
         return {name: found[name].seconds / count for name, (_, count) in actions.items()}
 
     @property
-    def speed(self) -> float:
-        """Of the machine, on average."""
-        return sum(m.seconds for m in self._all) / sum(m.clock for m in self._all)
+    def about(self) -> str:
+        """How it was measured, in words."""
+        speed = sum(m.seconds for m in self._all) / sum(m.clock for m in self._all)
+        return (
+            f"{time.strftime('%Y-%m-%d')}, kernels: median of {self.repeats} at the machine's full speed (it ran at "
+            f"{speed:.0%} of it)"
+        )
 
 
 def block_actions(level, state_size: int, sizes: Sequence[int] = SIZES) -> dict[int, Action]:
@@ -304,7 +315,7 @@ def calibrate(
         k = alone.problem.sweeps.slab.k
         extras["adjoint sum"] = max(extras.pop("all pulled") - extras["control gradient"], 0.0) / max(k - 1, 1)
         made = Calibration(
-            name, platform.processor() or platform.machine(), alone.evolution.V.dim(), nsteps,
+            name, machine(), alone.evolution.V.dim(), nsteps,
             {1: kernels({key: seconds[key] for key in work}, alone.problem.sweeps._tangent.levels[0].block)},
             norm=extras.pop("norm"),
             extras=extras,
@@ -321,9 +332,7 @@ def calibrate(
             diagonal = pose(SpaceTime("1x1", comm=MPI.COMM_SELF), few, solver_parameters(PARADIAG))
             more = _bookkeeping(watch(_solves(diagonal)), made, PARADIAG, few)
             made = made.with_changes(paradiag={**made.paradiag, **more})
-        notes.append(
-            f"kernels: median of {repeats} at the machine's full speed (it ran at {watch.speed:.0%} of it), one process"
-        )
+        notes.append(f"{watch.about}, one process at work")
     wait_quietly(comm)
     if comm.size > 1:
         made = _with_others(made, pose, alone, comm, watch, small, progress, notes)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from itertools import cycle
@@ -14,7 +13,7 @@ from scipy.optimize import nnls
 
 from pint_fem.cli import wait_quietly
 from pint_fem.resnet import Grid, LayerParallelResNet, SerialResNet
-from pint_fem.scaling.calibrate import Action, Stopwatch, ping_pong
+from pint_fem.scaling.calibrate import Action, Stopwatch, machine, ping_pong
 from pint_fem.scaling.costs import Calibration, Kernel
 from pint_fem.scaling.layers import predict_training
 from pint_fem.scaling.metronome import rounds
@@ -24,7 +23,7 @@ __all__ = ["calibrate_layers", "compare_layers", "count_errors"]
 
 ITERATIONS = (2, 1)
 STRIDE = 8
-SIZES = (1, 2, 4, 8, 16, 32, 64)
+SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 DEPTH = 1024
 """Layers whose kernels are measured."""
 WHOLE = [
@@ -138,12 +137,11 @@ def calibrate_layers(
         seconds = watch(actions | nets)
         parameters = sum(int(np.prod(s)) for s in case.parts()[1].shapes.values())
         made = Calibration(
-            name, platform.processor() or platform.machine(), int(np.prod(shape)), case.nlayers,
+            name, machine(), int(np.prod(shape)), case.nlayers,
             {1: _kernels({key: seconds[key] for key in actions})}, control_bytes=8.0 * parameters, kind="layers",
         )  # fmt: skip
         made = _with_rest(made, [seconds[key] for key in nets])
-        notes = [f"kernels: median of {repeats}, at the machine's full speed (it ran at {watch.speed:.0%} of it)"]
-        made = made.with_changes(notes=notes)
+        made = made.with_changes(notes=[f"{watch.about}, one process at work"])
     wait_quietly(comm)
     if comm.size > 1:
         progress("all processes at once, network")

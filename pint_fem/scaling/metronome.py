@@ -127,7 +127,7 @@ class Metronome:
         if self.comm.size == 1:
             return slowest
         behind = np.clip(np.searchsorted(starts, at), 1, len(starts) - 1)
-        waits = starts[behind] - starts[behind - 1] > 2.5 * self.every  # signals are seen when MPI returns
+        waits = starts[behind] - starts[behind - 1] > 1.5 * self.every  # signals are seen when MPI returns
         working = np.where(waits, np.inf, slowest)
         for speed in (slowest, working):
             self.comm.Allreduce(MPI.IN_PLACE, speed, op=MPI.MIN)
