@@ -24,12 +24,9 @@ __all__ = ["calibrate_layers", "compare_layers", "count_errors"]
 ITERATIONS = (2, 1)
 STRIDE = 8
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
-DEPTH = 1024
-"""Layers whose kernels are measured."""
-WHOLE = [
-    (depth, {"levels": 2, "coarsening": m, "relax": "F"}) for depth, m in ((128, 32), (128, 8), (1024, 8), (1024, 64))
-]
-"""Whole training steps on one process: depths and options with few and many calls, with few and many layers in each."""
+WHOLE = [(share, {"levels": 2, "coarsening": m, "relax": "F"}) for share, m in ((8, 32), (8, 8), (1, 8), (1, 64))]
+"""Whole training steps on one process: a share of the layers, and options with few and many calls, with few and many
+layers in each."""
 
 
 def _net(case, nlayers: int, options: Mapping, comm, iterations=ITERATIONS):
@@ -70,7 +67,9 @@ def _block(level, shape, count: int, stride: int, kept=None) -> dict[int, Action
 
 
 def _kernel_actions(case, nlayers: int) -> tuple[dict[tuple, Action], tuple[int, ...]]:
-    """Kernels by kind, level and size; and a state's shape."""
+    """Kernels by kind, level and size; and a state's shape. All layers are there: what is larger than the caches costs
+    more.
+    """
     training = _net(case, nlayers, {"levels": 2, "coarsening": STRIDE, "relax": "F"}, MPI.COMM_SELF)
     training.gradients()  # binds parameters and slopes
     sweeps, out = training.net.sweeps, {}
@@ -94,7 +93,7 @@ def _kernel_actions(case, nlayers: int) -> tuple[dict[tuple, Action], tuple[int,
 
         return run
 
-    return out | {("gradients", 0, n): (pull(n), 1) for n in (1, 8, 64, 512) if n <= nlayers}, shape
+    return out | {("gradients", 0, n): (pull(n), 1) for n in sorted({1, 8, 64, 512, nlayers})}, shape
 
 
 def _kernels(seconds: Mapping[tuple, float]) -> dict[str, list[Kernel]]:
@@ -132,8 +131,11 @@ def calibrate_layers(
     made, watch = None, Stopwatch(repeats)
     if comm.rank == 0:
         progress("kernels and whole training steps on one process")
-        actions, shape = _kernel_actions(case, DEPTH)
-        nets = {("whole", place): (_net(case, n, o, MPI.COMM_SELF).step, 1) for place, (n, o) in enumerate(WHOLE)}
+        actions, shape = _kernel_actions(case, case.nlayers)
+        nets = {
+            ("whole", place): (_net(case, case.nlayers // part, o, MPI.COMM_SELF).step, 1)
+            for place, (part, o) in enumerate(WHOLE)
+        }
         seconds = watch(actions | nets)
         parameters = sum(int(np.prod(s)) for s in case.parts()[1].shapes.values())
         made = Calibration(
@@ -145,7 +147,7 @@ def calibrate_layers(
     wait_quietly(comm)
     if comm.size > 1:
         progress("all processes at once, network")
-        actions, _ = _kernel_actions(case, DEPTH)
+        actions, _ = _kernel_actions(case, case.nlayers)
         some = {key: do for key, do in actions.items() if key[1] == 0}
         together = watch(some, comm=comm)
         network = ping_pong(comm)
@@ -163,8 +165,8 @@ def calibrate_layers(
 def _with_rest(made: Calibration, seconds: Sequence[float]) -> Calibration:
     """What the steps :data:`WHOLE` take beside kernels, by the least relative error of the whole."""
     rows, rest = [], []
-    for (depth, options), measured in zip(WHOLE, seconds, strict=True):
-        said = predict_training(made, options, 1, iterations=ITERATIONS, nlayers=depth)
+    for (share, options), measured in zip(WHOLE, seconds, strict=True):
+        said = predict_training(made, options, 1, iterations=ITERATIONS, nlayers=made.nsteps // share)
         layers = sum(n for (kind, _), n in said.counts.items() if kind in ("step", "adjoint"))
         calls = sum(n for (kind, _), n in said.counts.items() if kind == "calls")
         rows.append(np.array([calls, layers, 1.0]) / measured)
