@@ -122,6 +122,7 @@ CASES = {
         serial=lambda steps: serial_maxwell_source(regime="cavity", steps=steps),
         menu=PARADIAG,
         inversion_steps=256,
+        inversion_solver=SERIAL,
         solver=PARADIAG[0],
     ),
 }
