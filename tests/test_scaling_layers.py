@@ -63,6 +63,15 @@ def test_step_by_hand():
     assert serial.seconds == pytest.approx(LAYERS * 3.5)
     around = predict_training(calibration(extras={"around": 7.0}), {"levels": 1}, 1)
     assert around.seconds == pytest.approx(LAYERS * 3.5 + 7)
+    beside = calibration(bookkeeping={"state": 0.1, "adjoint": 0.2, "call": 3.0})
+    said = predict_training(beside, {"levels": 1}, 1)
+    assert said.seconds == pytest.approx(LAYERS * (3.5 + 0.1 + 0.2))  # no relaxation
+    half = dict(iterations=(1, 1), nlayers=16)
+    block = predict_training(beside, {"levels": 2, "coarsening": 8, "relax": "F"}, 1, **half)
+    work = {"step": 1.1, "adjoint": 2.2, "calls": 3.0}
+    assert block.seconds == pytest.approx(8.0 + sum(n * work.get(kind, 0.0) for (kind, _), n in block.counts.items()))
+    # nested iteration, a cycle's correction: F-relaxations of two intervals, there and back; residuals
+    assert 2 * 2 * 7 <= block.counts["calls", 0] <= 2 * (2 * 7 + 2)
     m, ranks = 8, 8
     said = predict_training(
         calibration(), {"levels": 2, "coarsening": m, "relax": "F"}, ranks, iterations=(1, 1), nlayers=m * ranks

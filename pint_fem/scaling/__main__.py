@@ -38,8 +38,9 @@ def arguments(argv=None):
     add("--rtol", type=positive(float), help="relative tolerance of the solves (default: the smallest counted)")
     add("--network", help="latency and bandwidth, such as 2us,12GB/s (default: as measured)")
     add("--calibration", type=Path, help="validate: a file instead of the bundled one")
-    add("--only", default="", help="calibrate: a part (costs, cycles, inversion), the others are kept")
-    add("--repeats", type=positive(int), default=9, help="calibrate: of each measurement; the least are kept (9)")
+    add("--only", default="", help="calibrate: a part (costs, opponent, cycles, inversion), the others are kept")
+    add("--options", default="{}", help='validate: of the solver, as JSON such as {"levels": 2, "coarsening": 16}')
+    add("--repeats", type=positive(int), help="of each measurement; medians are kept (calibrate 15, validate 5)")
     add("--out", type=Path, help="file (calibrate, validate) or folder (report, default results/scaling)")
     return parser.read(argv)
 
@@ -126,13 +127,13 @@ def _report(opts) -> None:
 
 def _calibrate(opts) -> None:
     from pint_fem.scaling import calibrate as measure
-    from pint_fem.scaling.calibrate_layers import calibrate_layers, count_errors
+    from pint_fem.scaling.calibrate_layers import calibrate_layers, count_errors, serial_seconds
     from pint_fem.scaling.costs import BUNDLED, Calibration
     from pint_fem.scaling.counting import count_cycles, count_inversion
 
     posed, comm = case(opts.problem), MPI.COMM_WORLD
     layers = not hasattr(posed, "pose")
-    parts = ("costs", "cycles") if layers else ("costs", "cycles", "inversion")
+    parts = ("costs", "opponent", "cycles", *(() if layers else ("inversion",)))
     path = opts.out or BUNDLED / f"{opts.problem}.json"
     old = Calibration.from_json(path.read_text()) if path.is_file() else None
     if opts.only not in ("", *parts):
@@ -142,15 +143,17 @@ def _calibrate(opts) -> None:
     made, wants = old, lambda part: opts.only in ("", part)
     if wants("costs"):
         say = lambda text: print(f"measuring: {text}", flush=True) if comm.rank == 0 else None
-        common = dict(comm=comm, repeats=opts.repeats, progress=say)
+        common = dict(comm=comm, repeats=opts.repeats or 15, progress=say)
         if layers:
             made = calibrate_layers(opts.problem, posed, **common)
         else:
-            costs = dict(serial=posed.serial, paradiag=posed.paradiag, **common)
-            made = measure.calibrate(opts.problem, posed.pose, posed.nsteps, **costs)
+            made = measure.calibrate(opts.problem, posed.pose, posed.nsteps, paradiag=posed.paradiag, **common)
         if comm.rank == 0 and old is not None:
-            made = made.with_changes(cycles=old.cycles, inversion=old.inversion)
+            made = made.with_changes(cycles=old.cycles, inversion=old.inversion, opponent=old.opponent)
     if comm.rank == 0:
+        if wants("opponent") and (layers or posed.serial):
+            opponent = serial_seconds(posed) if layers else measure.opponent_seconds(posed.serial)
+            made = made.with_changes(opponent=opponent)
         if layers and wants("cycles"):
             made = made.with_changes(cycles=count_errors(posed, posed.menu))
         elif wants("cycles"):
@@ -176,16 +179,20 @@ def _validate(opts) -> None:
 
         rows = compare_layers(calibration, posed, nlayers=opts.steps)
     else:
-        rows = compare(calibration, posed.pose, posed.solver, opts.steps or 256, rtol=opts.rtol or 1e-6)
+        given = dict(rtol=opts.rtol or 1e-6, repeats=opts.repeats or 5)
+        rows = compare(calibration, posed.pose, json.loads(opts.options) or posed.solver, opts.steps or 256, **given)
     words = "layers" if calibration.kind == "layers" else "steps"
     if comm.rank == 0:
         for row in rows:
             print(
                 f"{opts.problem}, {row.steps} {words}, {row.ranks} ranks, {row.task}: "
-                f"measured {row.measured:.4g} s, predicted {row.predicted:.4g} s, error {row.error:+.1%}"
+                f"measured {row.measured:.4g} s at full speed (by the clock {row.clock:.4g} s, at {row.speed:.0%} "
+                f"of it), predicted {row.predicted:.4g} s, error {row.error:+.1%}"
             )
         if opts.out:
-            opts.out.write_text(json.dumps([{**asdict(row), "error": row.error} for row in rows], indent=1))
+            opts.out.write_text(
+                json.dumps([{**asdict(row), "error": row.error, "speed": row.speed} for row in rows], indent=1)
+            )
 
 
 if __name__ == "__main__":

@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
-import platform
+import statistics
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from itertools import cycle
 
 import numpy as np
 import torch
 from mpi4py import MPI
+from scipy.optimize import nnls
 
 from pint_fem.cli import wait_quietly
 from pint_fem.resnet import Grid, LayerParallelResNet, SerialResNet
-from pint_fem.scaling.calibrate import best, ping_pong
+from pint_fem.scaling.calibrate import Action, Stopwatch, machine, ping_pong
 from pint_fem.scaling.costs import Calibration, Kernel
-from pint_fem.scaling.layers import predict_training
-from pint_fem.scaling.validation import Comparison, median_seconds
+from pint_fem.scaling.layers import SWEEPS, predict_training
+from pint_fem.scaling.metronome import rounds
+from pint_fem.scaling.validation import Comparison
 
 __all__ = ["calibrate_layers", "compare_layers", "count_errors"]
 
 ITERATIONS = (2, 1)
 STRIDE = 8
+SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
+WHOLE = [(share, {"levels": 2, "coarsening": m, "relax": "F"}) for share, m in ((8, 32), (8, 8), (1, 8), (1, 64))]
+"""Whole training steps on one process: a share of the layers, and options with few and many calls, with few and many
+layers in each."""
 
 
 def _net(case, nlayers: int, options: Mapping, comm, iterations=ITERATIONS):
@@ -36,104 +44,134 @@ def _serial(case, nlayers: int):
     return case.training(SerialResNet(opening, layer, nlayers, closing, dtype=x.dtype), x, y)
 
 
-def _block(level, U: np.ndarray, repeats: int, stride: int) -> Kernel:
-    """Time of a level's step on every ``stride``-th of its layers."""
-    sizes = [n for n in (1, 2, 4, 8, 16, 32, 64) if n * stride < len(U)]
-    lo, seconds = level.lo, []
-    for n in sizes:
-        places = range(min(stride - 1, 6))
-        steps = [range(lo + j, lo + j + (n - 1) * stride + 1, stride) for j in places] or [range(lo, lo + n)]
+def _block(level, U: np.ndarray, stride: int) -> dict[int, Action]:
+    """A level's step on every ``stride``-th of its layers, by their number: each time at other places."""
+    count = len(U) - 1
 
-        def run(steps=steps):
-            for s in steps:
-                rows = slice(s.start - lo, s.stop - lo, stride)
-                level.phi(s, U[rows], U[slice(rows.start + 1, rows.stop + 1, stride)])
+    def action(size: int) -> Callable[[], None]:
+        span = (size - 1) * stride + 1
+        starts = cycle(range(0, count - span - stride + 2, span + stride - 1))
 
-        seconds.append(best(run, repeats) / len(steps))
-    return Kernel(tuple(sizes), tuple(np.maximum.accumulate(seconds).tolist()))
+        def run():
+            first = next(starts)
+            for row in range(first, first + stride - 1):
+                source = slice(row, row + span, stride)
+                steps = range(level.lo + row, level.lo + row + span, stride)
+                level.phi(steps, U[source], U[slice(row + 1, row + 1 + span, stride)])
+
+        return run
+
+    return {n: (action(n), stride - 1) for n in SIZES if n * stride <= count}
 
 
-def _kernels(case, nlayers: int, repeats: int) -> tuple[dict[str, list[Kernel]], tuple[int, ...]]:
+def _kernel_actions(case, nlayers: int) -> tuple[dict[tuple, Action], tuple[int, ...]]:
+    """Kernels by kind, level and size; and a state's shape. All layers are there: what is larger than the caches costs
+    more.
+    """
     training = _net(case, nlayers, {"levels": 2, "coarsening": STRIDE, "relax": "F"}, MPI.COMM_SELF)
     training.gradients()  # binds parameters and slopes
-    sweeps = training.net.sweeps
+    sweeps, out = training.net.sweeps, {}
     room = sweeps._pool[0]
-    shape, work = room.U.shape[1:], {}
+    shape = room.U.shape[1:]
     values = np.random.default_rng(0).standard_normal((nlayers + 1, *shape))
     for kind, name in (("step", "forward"), ("adjoint", "backward")):
         fine, coarse = sweeps.solvers[name].levels
-        U, few = values[:: -1 if name == "backward" else 1], values[: coarse.k + 1].copy()
-        work[kind] = [_block(fine, U, repeats, STRIDE), _block(coarse, few, repeats, 2)]
-        seconds = best(lambda coarse=coarse, few=few: coarse.sweep_steps(range(coarse.k), few, None), repeats)
-        work["sweep" if kind == "step" else "adjoint sweep"] = [Kernel.constant(seconds / coarse.k)]
-    sizes, seconds, layer = [n for n in (1, 8, 32) if n <= nlayers], [], training.net.layer
-    L = torch.from_numpy(values)
-    for n in sizes:
+        few = values[: coarse.k + 1].copy()
+        for level, U, stride in ((fine, values[:: -1 if name == "backward" else 1], STRIDE), (coarse, few, 2)):
+            out |= {(kind, level.index, n): do for n, do in _block(level, U, stride).items()}
+        out[SWEEPS[kind], 0, 1] = partial(coarse.sweep_steps, range(coarse.k), few, None), coarse.k
+    layer, L = training.net.layer, torch.from_numpy(values)
 
-        def pull(n=n):
-            for g in layer.gradients(room.slopes[:n] * L[:n], torch.from_numpy(room.U[:n])):
+    def pull(n: int) -> Callable[[], None]:
+        starts = cycle(range(0, nlayers - n + 1, n))
+
+        def run():
+            rows = slice(first := next(starts), first + n)
+            for g in layer.gradients(room.slopes[rows] * L[rows], torch.from_numpy(room.U[rows])):
                 g *= 0.5
 
-        seconds.append(best(pull, repeats))
-    work["gradients"] = [Kernel(tuple(sizes), tuple(seconds))]
-    return work, shape
+        return run
+
+    return out | {("gradients", 0, n): (pull(n), 1) for n in (1, 8, 32)}, shape
 
 
-def _serial_seconds(case, nlayers: int, repeats: int) -> tuple[float, int]:
+def _kernels(seconds: Mapping[tuple, float]) -> dict[str, list[Kernel]]:
+    """Tables of what :func:`_kernel_actions` took; more states never take less."""
+    tables: dict[tuple, dict[int, float]] = {}
+    for (kind, index, size), value in seconds.items():
+        tables.setdefault((kind, index), {})[size] = value
+    work: dict[str, list[Kernel]] = {}
+    for (kind, _), table in tables.items():
+        made = Kernel(tuple(table), tuple(np.maximum.accumulate(list(table.values())).tolist()))
+        work.setdefault(kind, []).append(made)
+    return work
+
+
+def serial_seconds(case, repeats: int = 9) -> dict[str, float]:
     """A step of serial torch on the number of threads, one or two, that is faster."""
-    training, found = _serial(case, nlayers), []
+    training, found = _serial(case, case.nlayers), {}
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        found.append(best(training.step, repeats))
+        found[threads] = rounds({"step": training.step}, repeats)["step"].seconds
     torch.set_num_threads(1)
-    return min(found), 1 + int(np.argmin(found))
+    best = min(found, key=found.get)
+    return {"step": found[best], "threads": best}
 
 
 def calibrate_layers(
-    name: str, case, *, comm=MPI.COMM_WORLD, repeats: int = 9, progress: Callable[[str], None] = lambda text: None
+    name: str, case, *, comm=MPI.COMM_WORLD, repeats: int = 15, progress: Callable[[str], None] = lambda text: None
 ) -> Calibration | None:
     """Measure a network (collective); arguments as of :func:`~pint_fem.scaling.calibrate.calibrate`.
 
-    What a real step on one process takes beside its kernels is fitted at two depths: a part a layer stepped and a part
-    a training step.
+    What real steps on one process take beside their kernels is fitted (:data:`WHOLE`): a part a call, a part a layer
+    stepped and a part a training step.
     """
     torch.set_num_threads(1)
-    made, N = None, case.nlayers
+    made, watch = None, Stopwatch(repeats)
     if comm.rank == 0:
-        progress("kernels on one process")
-        work, shape = _kernels(case, 1024, repeats)
+        progress("kernels and whole training steps on one process")
+        actions, shape = _kernel_actions(case, case.nlayers)
+        nets = {
+            ("whole", place): (_net(case, case.nlayers // part, o, MPI.COMM_SELF).step, 1)
+            for place, (part, o) in enumerate(WHOLE)
+        }
+        seconds = watch(actions | nets)
         parameters = sum(int(np.prod(s)) for s in case.parts()[1].shapes.values())
         made = Calibration(
-            name, platform.processor() or platform.machine(), int(np.prod(shape)), N, {1: work},
-            control_bytes=8.0 * parameters, kind="layers",
+            name, machine(), int(np.prod(shape)), case.nlayers,
+            {1: _kernels({key: seconds[key] for key in actions})}, control_bytes=8.0 * parameters, kind="layers",
         )  # fmt: skip
-        progress("whole training steps")
-        options, rest = {"levels": 2, "coarsening": 32, "relax": "F"}, []
-        for depth in (128, 1024):
-            said = predict_training(made, options, 1, iterations=ITERATIONS, nlayers=depth)
-            stepped = sum(n for (kind, _), n in said.counts.items() if kind in ("step", "adjoint"))
-            seconds = best(_net(case, depth, options, MPI.COMM_SELF).step, repeats)
-            rest.append((stepped, seconds - said.seconds))
-        (few, short), (many, long) = rest
-        each = max((long - short) / (many - few), 0.0)
-        made = made.with_changes(
-            bookkeeping={"state": each, "adjoint": each}, extras={"around": max(short - few * each, 0.0)}
-        )
-        progress("serial torch")
-        step, threads = _serial_seconds(case, N, repeats)
-        notes = [f"kernels: least of {repeats}, one process at work", f"serial torch: on {threads} threads"]
-        made = made.with_changes(opponent={"step": step, "threads": threads}, notes=notes)
+        made = _with_rest(made, [seconds[key] for key in nets])
+        made = made.with_changes(notes=[f"{watch.about}, one process at work"])
     wait_quietly(comm)
     if comm.size > 1:
         progress("all processes at once, network")
-        together, _ = _kernels(case, 1024, repeats)
-        slower = comm.gather(together["step"][0].seconds)
+        actions, _ = _kernel_actions(case, case.nlayers)
+        some = {key: do for key, do in actions.items() if key[1] == 0}
+        together = watch(some, comm=comm)
         network = ping_pong(comm)
         if comm.rank == 0:
-            alone = made.work[1]["step"][0].seconds
-            ratio = min(max(s[i] for s in slower) / alone[i] for i in range(len(alone)))
-            made = made.with_changes(busy={1: 1.0, comm.size: max(ratio, 1.0)}, network=network)
+            slower = [together[key] / seconds[key] for key in some]
+            text = f"{min(slower):.2f} to {max(slower):.2f} times as long, median"
+            made = made.with_changes(
+                busy={1: 1.0, comm.size: max(statistics.median(slower), 1.0)},
+                network=network,
+                notes=[*made.notes, f"busy: the same kernels on {comm.size} processes at once, {text}"],
+            )
     return made
+
+
+def _with_rest(made: Calibration, seconds: Sequence[float]) -> Calibration:
+    """What the steps :data:`WHOLE` take beside kernels, by the least relative error of the whole."""
+    rows, rest = [], []
+    for (share, options), measured in zip(WHOLE, seconds, strict=True):
+        said = predict_training(made, options, 1, iterations=ITERATIONS, nlayers=made.nsteps // share)
+        layers = sum(n for (kind, _), n in said.counts.items() if kind in ("step", "adjoint"))
+        calls = sum(n for (kind, _), n in said.counts.items() if kind == "calls")
+        rows.append(np.array([calls, layers, 1.0]) / measured)
+        rest.append(1 - said.seconds / measured)
+    (call, each, around), _ = nnls(np.array(rows), np.array(rest))
+    return made.with_changes(bookkeeping={"state": each, "adjoint": each, "call": call}, extras={"around": around})
 
 
 def count_errors(case, menu: Sequence[Mapping], iterations: Sequence[tuple[int, int]] = (ITERATIONS,)) -> list[dict]:
@@ -159,6 +197,6 @@ def compare_layers(
     """A training step on all ranks, measured (median) and predicted (collective)."""
     torch.set_num_threads(1)
     nlayers = nlayers or case.nlayers
-    seconds = median_seconds(_net(case, nlayers, case.solver, comm).step, comm, repeats)
+    measured = rounds({"step": _net(case, nlayers, case.solver, comm).step}, repeats, comm=comm)["step"]
     said = predict_training(calibration, case.solver, comm.size, iterations=ITERATIONS, nlayers=nlayers)
-    return [Comparison("training step", comm.size, nlayers, ITERATIONS, seconds, said.seconds)]
+    return [Comparison("training step", comm.size, nlayers, ITERATIONS, measured.seconds, measured.clock, said.seconds)]

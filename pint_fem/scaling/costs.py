@@ -103,7 +103,7 @@ class Calibration:
         Seconds of a state's norm, on one space rank.
     bookkeeping
         By sweep (``"state"``, ``"adjoint"``): seconds a state stepped that a solve takes beside kernels and norms:
-        copies, sums, interpreter.
+        copies, sums, interpreter. Of layers, whose kernels are short, also those a ``"call"`` of relaxation.
     extras
         Seconds of what surrounds the sweeps, by name: once (``"forcing"``), or a step (``"misfit value"`` ...).
     control_bytes, sensor_bytes

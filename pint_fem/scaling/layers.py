@@ -23,9 +23,9 @@ from pint_fem.scaling.network import Network
 from pint_fem.scaling.virtual import VirtualTrace
 from pint_fem.scaling.world import World
 
-__all__ = ["predict_training", "set_trace"]
+__all__ = ["SWEEPS", "predict_training", "set_trace"]
 
-_SWEEPS = {"step": "sweep", "adjoint": "adjoint sweep"}
+SWEEPS = {"step": "sweep", "adjoint": "adjoint sweep"}
 _ROWS_TAG = 31  # of messages with parameters, whose numbers are real ones
 
 
@@ -38,8 +38,8 @@ class _Step:
         self.world, self.lo = layer.world, 0
         self.level = 0 if h == layer.h else 1
         self._kernel, self.kind = self._pick(layer.work[kind]), kind
-        self._sweep = self._pick(layer.work.get(_SWEEPS[kind]) or layer.work[kind])
-        self._more = layer.bookkeeping.get(place, 0.0)
+        self._sweep = self._pick(layer.work.get(SWEEPS[kind]) or layer.work[kind])
+        self._more, self._call = layer.bookkeeping.get(place, 0.0), layer.bookkeeping.get("call", 0.0)
 
     def _pick(self, kernels):
         return kernels[min(self.level, len(kernels) - 1)]
@@ -50,7 +50,11 @@ class _Step:
 
     def step(self, steps, u, out):
         """See :class:`pint_fem.mgrit.levels.Propagator`."""
-        self._charge(self._kernel(len(steps)), len(steps))
+        beside = 0.0
+        if steps.step > 1:  # of relaxation, which looks its rows up
+            self.world.counts["calls", self.level] += 1
+            beside = self._call
+        self._charge(self._kernel(len(steps)) + beside, len(steps))
         out[...] = u
 
     def sweep(self, first, U, G):

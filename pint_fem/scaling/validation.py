@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -11,10 +9,11 @@ from mpi4py import MPI
 
 from pint_fem.scaling.costs import Calibration
 from pint_fem.scaling.counting import solver_parameters
+from pint_fem.scaling.metronome import rounds
 from pint_fem.scaling.model import Model, Solve
 from pint_fem.spacetime import SpaceTime
 
-__all__ = ["Comparison", "compare", "median_seconds"]
+__all__ = ["Comparison", "compare"]
 
 
 @dataclass
@@ -27,8 +26,9 @@ class Comparison:
     ranks, steps : int
     cycles : tuple of int
         Of the state and the adjoint, as the real run took them.
-    measured, predicted : float
-        Seconds; the median of the repeats, and the model's.
+    measured, clock, predicted : float
+        Seconds: median of the repeats at the machine's full speed (:mod:`~pint_fem.scaling.metronome`) and by the
+        clock; the model's.
     """
 
     task: str
@@ -36,26 +36,18 @@ class Comparison:
     steps: int
     cycles: tuple[int, int]
     measured: float
+    clock: float
     predicted: float
 
     @property
     def error(self) -> float:
-        """Relative, of the prediction."""
+        """Relative, of the prediction, at full speed."""
         return self.predicted / self.measured - 1
 
-
-def median_seconds(action: Callable, comm, repeats: int, before: Callable = lambda: None) -> float:
-    """Median over repeats of something that all ranks do; one more warms up."""
-    seconds = []
-    for repeat in range(repeats + 1):
-        before()
-        comm.Barrier()
-        start = time.perf_counter()
-        action()
-        comm.Barrier()
-        if repeat:
-            seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
+    @property
+    def speed(self) -> float:
+        """Of the machine while it was measured."""
+        return self.measured / self.clock
 
 
 def compare(
@@ -84,7 +76,7 @@ def compare(
     problem, sweeps = rf.problem, rf.problem.sweeps
     controls = rf.array([c.control for c in rf.controls])
     z = problem.layout.steps(controls + 1.0)
-    count = {}
+    count, scale = {}, [1.0]
 
     def state():
         problem.U[:] = sweeps.initial
@@ -94,16 +86,14 @@ def compare(
         problem.L[:] = 0
         count["adjoint"] = sweeps.adjoint(z, problem.U, g, problem.L, cold=True).cycles
 
-    scale = [1.0]
-
     def gradient():
         scale[0] *= 1.001
         problem.derivative(scale[0] * (controls + 1.0))
 
-    measured = {"state": median_seconds(state, comm, repeats)}
+    state()
     g = sum(m.gradient(problem.U) for m in problem.misfits)
-    measured["adjoint"] = median_seconds(adjoint, comm, repeats)
-    measured["gradient"] = median_seconds(gradient, comm, repeats, problem.forget)
+    tasks = {"state": state, "adjoint": adjoint, "gradient": gradient}
+    measured = rounds(tasks, repeats, comm=comm, before={"gradient": problem.forget})
     model = Model(calibration, options, (1, comm.size), nsteps=steps)
     forward, backward = Solve("state", "nested", count["state"]), Solve("adjoint", "nested", count["adjoint"])
     # again each: the first solve makes factors
@@ -114,4 +104,7 @@ def compare(
         "gradient": again("gradient", [forward, backward]),
     }
     cycles = count["state"], count["adjoint"]
-    return [Comparison(task, comm.size, steps, cycles, measured[task], said[task]) for task in said]
+    return [
+        Comparison(task, comm.size, steps, cycles, measured[task].seconds, measured[task].clock, said[task])
+        for task in said
+    ]
