@@ -7,10 +7,12 @@ from torch import nn
 
 from pint_fem.resnet import Dense
 
-__all__ = ["BATCH", "SETTINGS", "WIDTH", "Training", "parts"]
+__all__ = ["ACCURATE", "BATCH", "SETTINGS", "WIDTH", "Training", "parts"]
 
 WIDTH, BATCH = 8, 200
 SETTINGS = {"levels": 2, "coarsening": 32, "relax": "F"}
+#: With which 1,024 layers are as accurate on peaks as the serial copy.
+ACCURATE = {"levels": 2, "coarsening": 8, "relax": "F"}
 
 
 def parts():

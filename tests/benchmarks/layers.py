@@ -22,13 +22,16 @@ import torch
 from mpi4py import MPI
 
 from pint_fem.resnet import Grid, LayerParallelResNet, SerialResNet
-from problems.layers import SETTINGS, Training, parts
+from problems.layers import ACCURATE, SETTINGS, Training, parts
 from tests.benchmarks.rows import Row, row
 
 __all__ = ["layer_rows", "rows"]
 
 DEPTH, TARGET = 1024, 1.5
 ITERATIONS = (1, 1), (2, 1), (2, 2), (4, 4)
+#: The row with the target.
+ACCEPTED = (DEPTH, (2, 1), ACCURATE)
+CASES = (*((depth, its, SETTINGS) for depth in (64, 256, DEPTH, 4096) for its in ITERATIONS), ACCEPTED)
 
 
 def best(comm, *actions, repeats: int) -> list[float]:
@@ -57,35 +60,36 @@ def gradient_error(comm, net, exact: list[np.ndarray]) -> float:
     return float(np.sqrt(comm.allreduce(wrong)) / np.sqrt(sum((e**2).sum() for e in exact)))
 
 
-def rows(repeats: int, *, depths=(64, 256, DEPTH, 4096), iterations=ITERATIONS, comm=MPI.COMM_WORLD) -> list[dict]:
-    """Ratios on the ranks of ``comm``, as dictionaries of :class:`Row` (of the first rank)."""
+def rows(repeats: int, *, cases=CASES, comm=MPI.COMM_WORLD) -> list[dict]:
+    """Ratios on the ranks of ``comm``, as dictionaries of :class:`Row` (of the first rank), for cases of layers,
+    iterations and options.
+    """
     torch.set_num_threads(1)
     out, grid = [], Grid(comm=comm)
-    for depth in depths:
+    for depth, its, options in cases:
         opening, layer, closing, x, y = parts()
         serial = Training(SerialResNet(opening, layer, depth, closing, dtype=torch.float64), x, y)
         if comm.rank == 0:
             serial.gradients()  # of the first parameters, as ours: measurements update them
         exact = [comm.bcast(p.grad.numpy().copy() if comm.rank == 0 else None) for p in serial.net.theta.values()]
-        options = dict(grid=grid, dtype=torch.float64, mgrit=SETTINGS)
-        for its in iterations:
-            net = LayerParallelResNet(
-                opening, layer, depth, closing, forward_iterations=its[0], backward_iterations=its[1], **options
-            )
-            ours = Training(net, x, y)
-            ours.gradients()
-            error = gradient_error(comm, net, exact)
-            few = max(2, repeats * 1024 // depth) if depth > 1024 else repeats
-            actions = [(ours.step, 1, False), (serial.step, 1, True)]
-            two = torch.get_num_interop_threads() > 0 and os.cpu_count() > 1 and comm.size > 1
-            if two:
-                actions.append((serial.step, 2, True))
-            parallel, *theirs = best(comm, *actions, repeats=few)
-            threads = 1 + int(np.argmin(theirs))
-            note = f"gradient error {error:.1e}; torch's best on {threads} thread{'s' * (threads > 1)}"
-            what = f"{depth} layers, {its[0]} + {its[1]} iterations on {comm.size} ranks: serial torch / layer-parallel"
-            target = TARGET if (depth, its, comm.size) == (DEPTH, (2, 1), 2) else None
-            out.append(vars(row("l", what, parallel, min(theirs), depth, target, False, note)))
+        given = dict(grid=grid, dtype=torch.float64, mgrit=options)
+        net = LayerParallelResNet(
+            opening, layer, depth, closing, forward_iterations=its[0], backward_iterations=its[1], **given
+        )
+        ours = Training(net, x, y)
+        ours.gradients()
+        error = gradient_error(comm, net, exact)
+        few = max(2, repeats * 1024 // depth) if depth > 1024 else repeats
+        actions = [(ours.step, 1, False), (serial.step, 1, True)]
+        if os.cpu_count() > 1 and comm.size > 1:
+            actions.append((serial.step, 2, True))
+        parallel, *theirs = best(comm, *actions, repeats=few)
+        threads = 1 + int(np.argmin(theirs))
+        note = f"gradient error {error:.1e}; torch's best on {threads} thread{'s' * (threads > 1)}"
+        what = f"{depth} layers, m = {options['coarsening']}, {its[0]} + {its[1]} iterations on {comm.size} ranks"
+        target = TARGET if (depth, its, options) == ACCEPTED and comm.size == 2 else None
+        what += ": serial torch / layer-parallel"
+        out.append(vars(row("l", what, parallel, min(theirs), depth, target, False, note)))
     return out
 
 
@@ -106,9 +110,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.layers")
     parser.add_argument("--out", type=Path, help="JSON file (default: print)")
     parser.add_argument("--repeats", type=int, default=10)
-    parser.add_argument("--quick", action="store_true", help=f"{DEPTH} layers, 2 + 1 iterations only")
+    parser.add_argument("--quick", action="store_true", help="the row with the target only")
     args = parser.parse_args(argv)
-    result = rows(args.repeats, **dict(depths=(DEPTH,), iterations=((2, 1),)) if args.quick else {})
+    result = rows(args.repeats, cases=(ACCEPTED,) if args.quick else CASES)
     if MPI.COMM_WORLD.rank == 0:
         if args.out:
             args.out.write_text(json.dumps(result, indent=1))
