@@ -1,17 +1,22 @@
 """PETSc's solvers of a step's systems that are used unless told otherwise, and what matrices and factors take.
 
-This module needs petsc4py only.
+This module needs petsc4py and petsctools, not Firedrake.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 from petsc4py import PETSc
+from petsctools import flatten_parameters
 
-__all__ = ["REDUNDANT", "default_solver", "direct_solver", "factor_bytes", "matrix_bytes"]
+__all__ = ["REDUNDANT", "completed", "default_solver", "direct_solver", "factor_bytes", "matrix_bytes"]
 
 REDUNDANT = 20_000
 """Unknowns of a system up to which all ranks in space factor it whole."""
+_ITERATE = {"ksp_type": "gmres", "ksp_gmres_restart": 60, "ksp_rtol": 1e-14, "ksp_max_it": 2000}
+_SUBDOMAINS = {"pc_type": "asm", "pc_asm_type": "basic", "pc_asm_overlap": 3}
 _BYTES = 12  # an entry of a factor with its index
 
 
@@ -19,9 +24,10 @@ def direct_solver(comm, unknowns: int, *, spd: bool = False) -> dict | None:
     """PETSc options of a factorisation whose solves have reproducible bits, or ``None``.
 
     On one rank a sparse factorisation. On several, every rank factors small systems whole, and a solve is one exchange
-    of the right-hand side (at most 160 kB): Maxwell, 2,624 and 10,368 unknowns of N1curl on 2 ranks, 0.09 and 0.43 ms,
-    where overlapping subdomains take 12 and 18 iterations, 0.8 and 6 ms. MUMPS (0.5 and 2.3 ms a state in blocks of 8,
-    2.6 and 11 ms alone) adds up contributions in the order in which messages arrive: its bits change from run to run.
+    of the right-hand side (at most 160 kB), a state at a time: Maxwell, 2,624 and 10,368 unknowns of N1curl on 2 ranks,
+    0.09 and 0.43 ms, where overlapping subdomains take 12 and 18 iterations, 0.8 and 6 ms (13,428 unknowns in space: 10
+    against 55). MUMPS (0.5 and 2.3 ms a state in blocks of 8, 2.6 and 11 ms alone) adds up contributions in the order
+    in which messages arrive: its bits change from run to run.
 
     Parameters
     ----------
@@ -48,15 +54,25 @@ def default_solver(comm, unknowns: int, *, spd: bool = False) -> dict:
     direct = direct_solver(comm, unknowns, spd=spd)
     if direct is not None:
         return direct
-    krylov = {"ksp_type": "cg"} if spd else {"ksp_type": "gmres", "ksp_gmres_restart": 60}
-    return krylov | {
-        "ksp_rtol": 1e-14,
-        "ksp_max_it": 2000,
-        "pc_type": "asm",
-        "pc_asm_type": "basic",
-        "pc_asm_overlap": 3,
-        "sub_pc_type": "cholesky" if spd else "lu",
-    }
+    return {**_ITERATE, "ksp_type": "cg" if spd else "gmres", **_SUBDOMAINS, "sub_pc_type": "cholesky" if spd else "lu"}
+
+
+def completed(parameters: Mapping, comm, unknowns: int) -> dict:
+    """A user's PETSc options with defaults for what they leave open.
+
+    Options that name no ``ksp_`` or ``pc_`` go with :func:`default_solver`; a factorisation alone is applied once; any
+    other method iterates to round-off, by GMRES and with overlapping subdomains where these are not chosen.
+    """
+    given = flatten_parameters(parameters)
+    method, pc = given.get("ksp_type"), given.get("pc_type")
+    if not any(name.startswith(("ksp_", "pc_")) for name in given):
+        return {**default_solver(comm, unknowns), **given}
+    if method == "preonly" or (method is None and pc in ("lu", "cholesky")):
+        return {"ksp_type": "preonly", "pc_type": "lu", **given}
+    if pc is not None:
+        return {**_ITERATE, **given}
+    subdomains = {"pc_type": "lu"} if comm.size == 1 else {**_SUBDOMAINS, "sub_pc_type": "lu"}
+    return {**_ITERATE, **subdomains, **given}
 
 
 def matrix_bytes(matrix: PETSc.Mat) -> int:

@@ -141,8 +141,8 @@ class SparseSystem:
         """See :class:`ShiftedSystem`."""
         data = sum(w * part for w, part in zip(self._weights(y), self._parts, strict=True))
         matrix = csc_matrix((data, self._indices, self._indptr), shape=self._shape)
-        # pivots off the diagonal would ruin the ordering, and are not needed: real parts of these matrices are positive
-        # definite for heat, and what is eliminated first in a wave's mixed system has the shift on its diagonal
+        # pivots off the diagonal would ruin the ordering, and are hardly ever needed: real parts of these matrices are
+        # positive definite for heat, and complex shifts keep those of waves away from zero; a trial solve tells
         lu = splu(matrix, permc_spec="NATURAL", diag_pivot_thresh=0.0, options={"SymmetricMode": True})
         if not np.abs(matrix @ lu.solve(self._trial) - self._trial).max(initial=0) <= _WRONG:
             lu = splu(matrix, permc_spec="COLAMD", diag_pivot_thresh=1.0)

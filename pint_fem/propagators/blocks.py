@@ -14,7 +14,7 @@ import numpy as np
 from firedrake.petsc import PETSc
 from petsctools import OptionsManager
 
-from pint_fem.direct import default_solver, factor_bytes, matrix_bytes
+from pint_fem.direct import completed, default_solver, factor_bytes, matrix_bytes
 from pint_fem.propagators.multigrid import Geometry
 
 __all__ = [
@@ -28,6 +28,10 @@ __all__ = [
 
 WIDTH = 8
 """States a block. 8 takes 0.098 ms a state, 16 takes 0.091, one alone 0.29 (heat, 64x64 P1, CHOLMOD)."""
+
+
+_ACCURATE = 1e-11
+"""Largest backward error of a Cholesky factor's trial solve."""
 
 
 def lanes(count: int, lane: int) -> Iterator[tuple[slice, slice]]:
@@ -71,7 +75,7 @@ class Factor:
     matrix
         Assembled AIJ matrix.
     parameters
-        PETSc options; default: :func:`default_solver`.
+        PETSc options, see :func:`~pint_fem.direct.completed`; default: :func:`~pint_fem.direct.default_solver`.
     symmetric
         Whether the matrix is (see :func:`is_symmetric`).
     prefix
@@ -96,22 +100,32 @@ class Factor:
         self.ksp_T = self.ksp if symmetric else self._build(matrix.transpose(PETSc.Mat()), parameters, prefix)
 
     def _build(self, matrix: PETSc.Mat, parameters: dict, prefix: str) -> PETSc.KSP:
+        comm, unknowns = matrix.comm, matrix.getSize()[0]
         if parameters:
-            return self._set_up(matrix, parameters, prefix)
+            return self._set_up(matrix, completed(parameters, comm, unknowns), prefix)
         if self.symmetric:
             matrix.setOption(PETSc.Mat.Option.SPD, True)
             try:
-                ksp = self._set_up(matrix, default_solver(matrix.comm, matrix.getSize()[0], spd=True), prefix)
-                if matrix.comm.size > 1:  # an indefinite matrix shows when it is used
-                    x, b = matrix.createVecs()
-                    start, stop = b.getOwnershipRange()
-                    b.array[:] = np.cos(np.arange(start, stop) ** 2)
-                    ksp.solve(b, x)
-                    self._check()
-                return ksp
-            except (PETSc.Error, ArithmeticError):  # not positive definite
-                matrix.setOption(PETSc.Mat.Option.SPD, False)
-        return self._set_up(matrix, default_solver(matrix.comm, matrix.getSize()[0]), prefix)
+                ksp = self._set_up(matrix, default_solver(comm, unknowns, spd=True), prefix)
+                if self._is_accurate(ksp, matrix):
+                    return ksp
+            except (PETSc.Error, ArithmeticError):
+                pass
+            matrix.setOption(PETSc.Mat.Option.SPD, False)  # it is not positive definite
+        return self._set_up(matrix, default_solver(comm, unknowns), prefix)
+
+    def _is_accurate(self, ksp: PETSc.KSP, matrix: PETSc.Mat) -> bool:
+        """Whether a trial solve is good to round-off: CHOLMOD factors indefinite matrices too, without pivots."""
+        x, b = matrix.createVecs()
+        start, stop = b.getOwnershipRange()
+        b.array[:] = np.cos(np.arange(start, stop) ** 2)
+        ksp.solve(b, x)
+        self._check()
+        r = b.duplicate()
+        matrix.mult(x, r)
+        r.axpy(-1.0, b)
+        norm = PETSc.NormType.NORM_INFINITY
+        return r.norm(norm) <= _ACCURATE * (matrix.norm(norm) * x.norm(norm) + b.norm(norm))
 
     def _set_up(self, matrix: PETSc.Mat, parameters: dict, prefix: str) -> PETSc.KSP:
         ksp = PETSc.KSP().create(matrix.comm)
@@ -140,7 +154,7 @@ class Factor:
 
     @property
     def nbytes(self) -> dict[str, int]:
-        """Bytes on this rank of the matrices and of the factors (a few of iterative solvers' own are not counted)."""
+        """Bytes on this rank of matrices and factors, without a few of iterative solvers' own (collective)."""
         ksps = [self.ksp] if self.ksp_T is self.ksp else [self.ksp, self.ksp_T]
         return {
             "matrices": sum(matrix_bytes(ksp.getOperators()[0]) for ksp in ksps),

@@ -27,7 +27,7 @@ from firedrake.petsc import PETSc
 from mpi4py import MPI
 from petsctools import OptionsManager, flatten_parameters
 
-from pint_fem.direct import default_solver, factor_bytes
+from pint_fem.direct import completed, factor_bytes
 
 __all__ = ["FACTOR_MEMORY", "QUICK", "Factors", "Solver"]
 
@@ -149,7 +149,7 @@ class Factors:
 
     def __init__(self, parameters: Mapping, space, memory: int, counts: Counter):
         comm = space.mesh().comm
-        self.parameters = {**default_solver(comm, space.dim()), **parameters}
+        self.parameters = completed(parameters, comm, space.dim())
         chosen = any(name.startswith(("ksp_", "pc_", "mat_")) for name in flatten_parameters(parameters))
         small = space.dim() <= SMALL[space.mesh().unique().topological_dimension]
         self._quick = QUICK if comm.size == 1 and not chosen and small else None

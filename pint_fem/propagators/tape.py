@@ -21,7 +21,7 @@ from firedrake.adjoint import (
 from pyadjoint.tape import annotate_tape
 from ufl.algorithms import extract_coefficients
 
-from pint_fem.direct import default_solver
+from pint_fem.direct import completed
 from pint_fem.propagators.arrays import get, put
 from pint_fem.propagators.base import FEPropagator, direction
 from pint_fem.propagators.boundary import boundary_value
@@ -78,7 +78,7 @@ class TapePropagator(FEPropagator):
     def _one_step(self, u0: Function) -> Function:
         """The stages of the tableau, taped; time-dependent data takes the value of each stage's time from ``t``."""
         ev, dirk = self.evolution, DIRK(self.tableau)
-        parameters = {**NEWTON, **default_solver(ev.V.mesh().comm, ev.V.dim()), **ev.solver_parameters}
+        parameters = {**NEWTON, **completed(ev.solver_parameters, ev.V.mesh().comm, ev.V.dim())}
         d, U = [], None
         for i, h in enumerate(dirk.diagonal * self.dt):
             W = Function(ev.V).assign(u0)

@@ -245,7 +245,7 @@ class LayerParallelResNet(nn.Module):
         trajectory = self.sweeps.trajectory(shape, np.float64 if self.dtype == torch.float64 else np.float32)
 
         def solve(**how):
-            return self.sweeps.forward(theta, first, trajectory, **how), trajectory.U
+            return self.sweeps.forward(theta, first, trajectory, slopes=training, **how), trajectory.U
 
         self._sweep("forward", batch, training, solve)
         return trajectory

@@ -246,6 +246,7 @@ class LayerSweeps:
         serial: bool = False,
         warm: np.ndarray | None = None,
         rtol: float | None = None,
+        slopes: bool = True,
     ) -> SolveResult:
         """Propagate a batch.
 
@@ -263,11 +264,14 @@ class LayerSweeps:
             Step from layer to layer.
         warm
             C-points to start from; default: the coarse network's.
+        slopes
+            Whether a backward sweep is to follow.
         """
         theta = [p.detach() for p in theta]
         self._bind_forward("forward", theta)
         fine = self.solvers["forward"].levels[0]
-        fine.propagator.slopes, fine.propagator.kept = trajectory.slopes, trajectory.kept
+        if slopes:
+            fine.propagator.slopes, fine.propagator.kept = trajectory.slopes, trajectory.kept
         U = trajectory.U
         if self.grid.is_first:
             U[0] = u0

@@ -353,7 +353,8 @@ def _with_others(made, pose, alone, comm, watch: Stopwatch, small: int, progress
         both = pose(SpaceTime((2, 1), comm=pair), small, {"mgrit": MGRIT})
         spread = kernels(watch(kernel_actions(both), comm=pair), alone.problem.sweeps._tangent.levels[0].block)
         factor = next(iter(both.problem.sweeps.propagators[0].factors.values()))
-        iterations = 0 if factor.ksp.getType() == "preonly" else factor.ksp.getIterationNumber()
+        whole = factor.ksp.getPC().getType() == "redundant"
+        iterations = 0 if whole else max(factor.ksp.getIterationNumber(), 1)
     if comm.rank:
         return None
     known = {(kind, 0, n): t for kind, (k, *_) in made.work[1].items() for n, t in zip(k.sizes, k.seconds, strict=True)}

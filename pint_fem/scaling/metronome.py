@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import signal
 import statistics
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ from math import ceil
 
 import numpy as np
 from mpi4py import MPI
+
+from pint_fem.errors import InputError
 
 __all__ = ["Measured", "Metronome", "rounds"]
 
@@ -91,12 +94,14 @@ class Metronome:
 
     def time(self, action: Callable[[], object], times: int = 1) -> _Span:
         """Do it so many times (collective over ``comm``); :meth:`measured` says later what that took."""
-        before = signal.signal(signal.SIGALRM, self._beat)
+        if threading.current_thread() is not threading.main_thread():
+            raise InputError("timer signals reach the main thread only: calibrate and validate there")
+        before, timer = signal.signal(signal.SIGALRM, self._beat), (0.0, 0.0)
         first = len(self._beats)
         try:
             self.comm.Barrier()
             self._beat()
-            signal.setitimer(signal.ITIMER_REAL, self.every, self.every)
+            timer = signal.setitimer(signal.ITIMER_REAL, self.every, self.every)
             inside, start = len(self._beats), time.perf_counter()
             for _ in range(times):
                 action()
@@ -105,7 +110,9 @@ class Metronome:
             beats = sum(self._beats[inside:])
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, before)
+            signal.signal(signal.SIGALRM, signal.SIG_DFL if before is None else before)
+            if timer[0]:  # somebody's own goes on
+                signal.setitimer(signal.ITIMER_REAL, *timer)
         self._beat()
         return _Span(start, end, beats, first, len(self._beats))
 

@@ -10,7 +10,8 @@ with ``q`` the largest measured number of space ranks, ``s`` stages, ``i`` Krylo
 with two reductions and an exchange with the neighbours, of ``w`` states at once.
 
 Small systems, which every rank has the whole factor of (:mod:`pint_fem.direct`), have ``i = 0``: more ranks gain
-nothing, and each solve's right-hand side takes longer to reach all of them.
+nothing, and each solve's right-hand side takes longer to reach all of them: a message from each, for one state at a
+time.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def kernels(calibration: Calibration, ranks: int, network: Network) -> dict[str,
             message = iterations * (2 * ceil(log2(ranks)) * network.latency + 2 * network.message(halo))
         else:
             others = 8 * states * c.unknowns * (1 / measured - 1 / ranks)
-            message = (ceil(log2(ranks)) - ceil(log2(measured))) * network.latency + others / network.bandwidth
+            message = states * (ranks - measured) * network.latency + others / network.bandwidth
         out[kind] = [k.scaled(ratio, c.stages * message) for k in levels]
     return out
 
