@@ -24,7 +24,7 @@ def loglog(path: Path, curves: Mapping[str, Sequence[Curve]], title: str) -> Non
     for (task, lines), ax in zip(curves.items(), axes[0], strict=True):
         for line in lines:
             plain = any(word in line.name for word in ("pyadjoint", "torch"))
-            style = "o-" if line.name.startswith("MGRIT") else "k--" if plain else "s-"
+            style = "o-" if line.name.startswith(("MGRIT", "time-parallel")) else "k--" if plain else "s-"
             ax.loglog(line.ranks, line.seconds[task], style, ms=3, label=line.name, base=2)
         ax.set(title=task, xlabel="processes")
         ax.set_yscale("log", base=10)

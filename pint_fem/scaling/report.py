@@ -115,7 +115,7 @@ def _problem(
         say(f"  assumed: {assumption(c)}")
     for note in c.notes:
         say(f"  calibration: {note}")
-    ours = strong(c, chosen, (0, 0), ranks, network=network)
+    ours = strong(c, chosen, (0, 0), ranks, network=network, name="time-parallel")
     others = opponents(c, ranks, network=network)
     tasks = [t for t in TASKS if t in ours.seconds]
     rows = []
