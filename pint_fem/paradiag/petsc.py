@@ -22,7 +22,7 @@ from petsc4py import PETSc
 from petsctools import OptionsManager
 from scipy.sparse import csr_matrix
 
-from pint_fem.direct import direct_solver, factor_bytes, matrix_bytes
+from pint_fem.direct import completed, direct_solver, factor_bytes, matrix_bytes
 from pint_fem.paradiag.systems import ShiftedSteps, SparseSystem, Weights, plain_weights, real_product
 
 __all__ = ["PETScSystem", "Product", "distributed_system", "shifted_steps"]
@@ -73,7 +73,9 @@ class PETScSystem:
 
     def __init__(self, parts: Sequence[PETSc.Mat], weights: Weights, parameters: Mapping, prefix: str = "paradiag_"):
         self._weights, self._prefix, self._comm = weights, prefix, parts[0].comm
-        self._parameters = dict(parameters or direct_solver(self._comm, 2 * parts[0].getSize()[0]) or LARGE)
+        size = 2 * parts[0].getSize()[0]
+        direct = direct_solver(self._comm, size) or LARGE
+        self._parameters = completed(parameters, self._comm, size) if parameters else direct
         self._bytes: int | None = None
         self._mass = Product(parts[1])
         (local, size), _ = parts[0].getSizes()
