@@ -11,7 +11,15 @@ import numpy as np
 from petsc4py import PETSc
 from petsctools import flatten_parameters
 
-__all__ = ["REDUNDANT", "completed", "default_solver", "direct_solver", "factor_bytes", "matrix_bytes"]
+__all__ = [
+    "REDUNDANT",
+    "completed",
+    "default_solver",
+    "direct_solver",
+    "factor_bytes",
+    "matrix_bytes",
+    "trial_residual",
+]
 
 REDUNDANT = 20_000
 """Unknowns of a system up to which all ranks in space factor it whole."""
@@ -73,6 +81,15 @@ def completed(parameters: Mapping, comm, unknowns: int) -> dict:
         return {**_ITERATE, **given}
     subdomains = {"pc_type": "lu"} if comm.size == 1 else {**_SUBDOMAINS, "sub_pc_type": "lu"}
     return {**_ITERATE, **subdomains, **given}
+
+
+def trial_residual(ksp: PETSc.KSP, b: PETSc.Vec, x: PETSc.Vec) -> float:
+    """Solve for ``x``, and the largest entry of ``A x - b`` (collective)."""
+    ksp.solve(b, x)
+    matrix, r = ksp.getOperators()[0], b.duplicate()
+    matrix.mult(x, r)
+    r.axpy(-1.0, b)
+    return r.norm(PETSc.NormType.NORM_INFINITY)
 
 
 def matrix_bytes(matrix: PETSc.Mat) -> int:

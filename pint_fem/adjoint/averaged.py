@@ -17,7 +17,7 @@ from pyadjoint.tape import stop_annotating
 from ufl.algorithms import expand_derivatives
 
 from pint_fem.paradiag import ParaDiagOptions
-from pint_fem.paradiag.petsc import shifted_steps
+from pint_fem.paradiag.petsc import distributed_system
 from pint_fem.paradiag.systems import ShiftedSteps
 from pint_fem.propagators.arrays import boundary_rows, get, put
 from pint_fem.propagators.evolution import Evolution
@@ -144,5 +144,5 @@ class AveragedSystems:
             S.zeroRowsColumns(rows, diag=1.0)
             stages[a] = S
         M.zeroRows(rows, diag=0.0)
-        memory = 1e9 * self._options.memory
-        self._systems = shifted_steps(dirk.A, dirk.b, stages, M, memory, self._parameters)
+        systems = {a: distributed_system((S, M), self._parameters) for a, S in stages.items()}
+        self._systems = ShiftedSteps(dirk.A, dirk.b, systems, 1e9 * self._options.memory)

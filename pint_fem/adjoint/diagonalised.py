@@ -11,7 +11,7 @@ from pint_fem.mgrit.levels import Level
 from pint_fem.paradiag import ParaDiag, ParaDiagOptions
 from pint_fem.paradiag.circulant import AlphaCirculant
 from pint_fem.paradiag.eliminated import Coupling, eliminated_system
-from pint_fem.paradiag.petsc import shifted_steps
+from pint_fem.paradiag.petsc import distributed_system
 from pint_fem.paradiag.systems import ShiftedSteps
 from pint_fem.propagators.base import FEPropagator
 from pint_fem.propagators.evolution import Evolution
@@ -41,14 +41,14 @@ def frequency_systems(propagator: FEPropagator, options: ParaDiagOptions, parame
             "mgrit coarse_solver 'paradiag' wants an evolution that is linear with constant operators; "
             "give 'sequential'"
         )
-    dirk, memory, fields = propagator.dirk, 1e9 * options.memory, propagator.fields
-    parts = {a: propagator.shifted_parts(a * propagator.dt) for a in dirk.diagonal}
+    dirk, dt, fields = propagator.dirk, propagator.dt, propagator.fields
+    parts = {a: propagator.shifted_parts(a * dt) for a in dict.fromkeys(dirk.diagonal)}
     if fields is None:
-        M = propagator.M
-        return shifted_steps(dirk.A, dirk.b, {a: S for a, (S, _) in parts.items()}, M, memory, parameters)
-    coupling = Coupling(fields.matrices["G"], fields.matrices["X"], fields.a, fields.b)
-    systems = {a: eliminated_system(coupling, a * propagator.dt, some, parameters) for a, some in parts.items()}
-    return ShiftedSteps(dirk.A, dirk.b, systems, memory)
+        systems = {a: distributed_system(some, parameters) for a, some in parts.items()}
+    else:
+        coupling = Coupling(fields.matrices["G"], fields.matrices["X"], fields.a, fields.b)
+        systems = {a: eliminated_system(coupling, a * dt, some, parameters) for a, some in parts.items()}
+    return ShiftedSteps(dirk.A, dirk.b, systems, 1e9 * options.memory)
 
 
 def judgement(evolution: Evolution, options: ParaDiagOptions) -> tuple[str, bool]:

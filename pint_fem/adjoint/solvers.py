@@ -166,7 +166,7 @@ class TimeSolvers:
         self._state = self._tangent
         if not self.is_linear:
             self._state = nonlinear([StateStep(p) for p in self.propagators], N, name="state", **forward)
-        for solver in {id(s): s for s in (self._state, self._tangent, self._adjoint)}.values():
+        for solver in self.solvers:
             for level in solver.levels:
                 level.propagator.lo = level.lo
 

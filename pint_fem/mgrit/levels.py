@@ -39,7 +39,7 @@ class Propagator(Protocol):
     never from the order of calls, and it is the same on both sides of the coarse equation, so the exact solution stays
     a fixed point however loosely an implicit step is solved (the header of XBraid's ``restrict.c``). With an attribute
     ``stays_bad`` that is true, a value that is not finite stays so in all later steps (``u + f(u)`` does that): the
-    finest level's blocks are then not looked at one by one, residuals and the end of each interval are. An attribute
+    finest level's blocks are then not looked at one by one: residuals tell, and the norms' ``finite``. An attribute
     ``may_be_last`` is set before relaxations of the finest level: whether a step may be the solve's last at its point,
     for propagators that keep something of it. For :func:`pint_fem.mgrit.check`: ``tangent(steps, u, du, out)`` and
     ``adjoint(steps, u, lam, out)``.

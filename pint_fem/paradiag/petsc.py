@@ -23,9 +23,9 @@ from petsctools import OptionsManager
 from scipy.sparse import csr_matrix
 
 from pint_fem.direct import completed, direct_solver, factor_bytes, matrix_bytes
-from pint_fem.paradiag.systems import ShiftedSteps, SparseSystem, Weights, plain_weights, real_product
+from pint_fem.paradiag.systems import SparseSystem, Weights, on_pattern, ones, plain_weights, real_product
 
-__all__ = ["PETScSystem", "Product", "distributed_system", "shifted_steps"]
+__all__ = ["PETScSystem", "Product", "distributed_system"]
 
 LARGE = {"ksp_type": "preonly", "pc_type": "lu", "pc_factor_mat_solver_type": "mumps"}
 
@@ -80,9 +80,9 @@ class PETScSystem:
         self._mass = Product(parts[1])
         (local, size), _ = parts[0].getSizes()
         own = [csr_matrix(X.getValuesCSR()[::-1], shape=(local, size)) for X in parts]
-        every = sum(map(_ones, own[1:]), _ones(own[0]))
+        every = sum(map(ones, own[1:]), ones(own[0]))
         every.sort_indices()
-        self._parts = [_on_pattern(X, every) for X in own]
+        self._parts = [on_pattern(X, every) for X in own]
         starts, lengths = every.indptr[:-1], np.diff(every.indptr)
         # each row makes two, each entry four
         inside = np.arange(every.nnz) - np.repeat(starts, lengths)
@@ -146,43 +146,5 @@ def distributed_system(parts: Sequence[PETSc.Mat], parameters: Mapping, weights:
     return SparseSystem([_csr(X) for X in parts], weights)
 
 
-def shifted_steps(A, b, stages: Mapping[float, PETSc.Mat], M: PETSc.Mat, memory: float, parameters: Mapping):
-    """The solves of the frequencies for PETSc's matrices.
-
-    Parameters
-    ----------
-    A, b
-        Butcher tableau.
-    stages
-        ``S`` by the diagonal entry of ``A``.
-    M
-        As the propagator has it.
-    memory
-        Bytes of factors kept on a rank.
-    parameters
-        See :func:`distributed_system`.
-
-    Returns
-    -------
-    ShiftedSteps
-    """
-    return ShiftedSteps(A, b, {a: distributed_system((S, M), parameters) for a, S in stages.items()}, memory)
-
-
 def _csr(X: PETSc.Mat) -> csr_matrix:
     return csr_matrix(X.getValuesCSR()[::-1], shape=X.getSize())
-
-
-def _ones(X: csr_matrix) -> csr_matrix:
-    X = X.copy()
-    X.data[:] = 1.0
-    return X
-
-
-def _on_pattern(X: csr_matrix, pattern: csr_matrix) -> np.ndarray:
-    """Entries of a matrix on a larger pattern."""
-    rows, columns = X.shape
-    number = lambda Y: np.repeat(np.arange(rows, dtype=np.int64), np.diff(Y.indptr)) * columns + Y.indices
-    out = np.zeros(pattern.nnz)
-    out[np.searchsorted(number(pattern), number(X))] = X.data
-    return out

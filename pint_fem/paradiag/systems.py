@@ -19,7 +19,7 @@ from scipy.sparse.linalg import splu
 
 from pint_fem.paradiag.stability import shifted_factors
 
-__all__ = ["ShiftedSteps", "ShiftedSystem", "SparseSystem", "plain_weights", "real_product"]
+__all__ = ["ShiftedSteps", "ShiftedSystem", "SparseSystem", "on_pattern", "ones", "plain_weights", "real_product"]
 
 
 class ShiftedSystem(Protocol):
@@ -113,7 +113,7 @@ class SparseSystem:
     def __init__(self, parts: Sequence[csr_matrix], weights: Weights = plain_weights):
         self._M, self._MT, self._weights = csr_matrix(parts[1]), csr_matrix(parts[1].T), weights
         n = parts[0].shape[0]
-        pattern = sum(_ones(X) + _ones(X.T) for X in parts)
+        pattern = sum(ones(X) + ones(X.T) for X in parts)
         # a complex shift of waves and heat alike; sums of sparse matrices drop zeros, but an ordering without the
         # entries that couple boundary values has several times the fill when they are there
         first = splu(
@@ -124,18 +124,9 @@ class SparseSystem:
         permuted = csc_matrix(pattern[self._order][:, self._order])
         permuted.sort_indices()
         self._indices, self._indptr, self._shape = permuted.indices, permuted.indptr, (n, n)
-        self._parts = [self._on_pattern(X) for X in parts]
+        # by columns: rows of the transpose
+        self._parts = [on_pattern(csr_matrix(X[self._order][:, self._order].T), permuted.T) for X in parts]
         self._trial = np.exp(1j * np.arange(n) ** 2)
-
-    def _on_pattern(self, X: csr_matrix) -> np.ndarray:
-        """Entries of a matrix on the permuted pattern."""
-        X = X.tocsr()[self._order][:, self._order].tocoo()
-        n = self._shape[0]
-        columns = np.repeat(np.arange(n), np.diff(self._indptr))
-        out = np.zeros(len(self._indices))
-        places = np.searchsorted(columns.astype(np.int64) * n + self._indices, X.col.astype(np.int64) * n + X.row)
-        out[places] = X.data
-        return out
 
     def factor(self, y):
         """See :class:`ShiftedSystem`."""
@@ -168,7 +159,17 @@ _WRONG = 1e-9
 """Relative residual of a trial solve above which a factor is made anew with pivoting."""
 
 
-def _ones(X) -> csr_matrix:
+def ones(X) -> csr_matrix:
+    """A matrix with ones where another has entries."""
     X = csr_matrix(X).copy()
     X.data[:] = 1.0
     return X
+
+
+def on_pattern(X: csr_matrix, pattern: csr_matrix) -> np.ndarray:
+    """Entries of a matrix on a larger pattern, whose columns are sorted."""
+    rows, columns = X.shape
+    number = lambda Y: np.repeat(np.arange(rows, dtype=np.int64), np.diff(Y.indptr)) * columns + Y.indices
+    out = np.zeros(pattern.nnz)
+    out[np.searchsorted(number(pattern), number(X))] = X.data
+    return out

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from pint_fem.errors import InputError
 from pint_fem.resnet.activations import activation
 
-__all__ = ["Convolution", "Dense", "Layer"]
+__all__ = ["Convolution", "Dense", "Layer", "Room"]
 
 Tensor = torch.Tensor
 Theta = Sequence[Tensor]
@@ -32,6 +32,20 @@ _VALUES = 32
 
 def _is_count(value) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+class Room:
+    """Work space for states, contiguous: what was there before, unless it is too small."""
+
+    def __init__(self):
+        self._kept: Tensor | None = None
+
+    def __call__(self, like: Tensor) -> Tensor:
+        """As large as some states."""
+        kept, n = self._kept, like.shape[0]
+        if kept is None or kept.shape[0] < n or kept.shape[1:] != like.shape[1:] or kept.dtype != like.dtype:
+            kept = self._kept = torch.empty(like.shape, dtype=like.dtype)
+        return kept if kept.shape[0] == n else kept[:n]
 
 
 class Layer:
@@ -118,7 +132,7 @@ class Dense(Layer):
         self.width = self.fan_in = width
         self.shapes = {"weight": (width, width), "bias": (width,)}
         self._multiple = _VALUES // math.gcd(_VALUES, width)
-        self._work: Tensor | None = None
+        self._room = Room()
 
     def check_input(self, x: Tensor) -> None:
         """See :class:`Layer`."""
@@ -144,13 +158,6 @@ class Dense(Layer):
         """See :class:`Layer`."""
         product = torch.bmm(theta[0].transpose(1, 2), t, out=self._room(t))
         return torch.add(lam, product, alpha=h, out=out)
-
-    def _room(self, like: Tensor) -> Tensor:
-        """Work space for products."""
-        work, n = self._work, like.shape[0]
-        if work is None or work.shape[0] < n or work.shape[1:] != like.shape[1:] or work.dtype != like.dtype:
-            work = self._work = torch.empty_like(like)
-        return work if work.shape[0] == n else work[:n]
 
     def linear_of_one(self, theta: Theta, u: Tensor, out: Tensor, scale: float) -> Tensor:
         """See :class:`Layer`."""

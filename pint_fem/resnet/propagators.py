@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
-from pint_fem.resnet.layers import Layer
+from pint_fem.resnet.layers import Layer, Room
 
 __all__ = ["AdjointStep", "ForwardStep", "TangentStep"]
 
@@ -40,7 +40,8 @@ class _Step:
         self.layer, self.h, self.lo = layer, h, 0
         self._theta: Sequence[torch.Tensor] = ()
         self._parts: dict[range, tuple[slice, list[torch.Tensor]]] = {}
-        self._work: torch.Tensor | None = None
+        #: Matrix products that write to every ``m``-th state take twice as long.
+        self.work = Room()
 
     @property
     def theta(self) -> Sequence[torch.Tensor]:
@@ -62,13 +63,6 @@ class _Step:
             rows = self.rows(steps)
             found = self._parts[steps] = rows, [p[rows] for p in self._theta]
         return found
-
-    def work(self, like: torch.Tensor) -> torch.Tensor:
-        """Room for some states, contiguous: matrix products that write to every ``m``-th state take twice as long."""
-        w, n = self._work, like.shape[0]
-        if w is None or w.shape[0] < n or w.shape[1:] != like.shape[1:] or w.dtype != like.dtype:
-            w = self._work = torch.empty(like.shape, dtype=like.dtype)
-        return w if w.shape[0] == n else w[:n]
 
     def one_by_one(self, first: int, count: int) -> tuple[int, Iterator]:
         """Row of the first of some steps, and the parameters of each."""

@@ -129,14 +129,15 @@ def kernel_actions(rf, sizes: Sequence[int] = SIZES) -> dict[tuple, Action]:
     return out
 
 
-def kernels(seconds: Mapping[tuple, float], width: int) -> dict[str, list[Kernel]]:
-    """Tables of what :func:`kernel_actions` took."""
+def kernels(seconds: Mapping[tuple, float], width: int = 0, *, growing: bool = False) -> dict[str, list[Kernel]]:
+    """Tables of what kernels took, by kind, level and size; ``growing``: more states never take less."""
     tables: dict[tuple, dict[int, float]] = {}
     for (kind, index, size), value in seconds.items():
         tables.setdefault((kind, index), {})[size] = value
     work: dict[str, list[Kernel]] = {}
     for (kind, _), table in tables.items():
-        made = Kernel.constant(table[1]) if "sweep" in kind else Kernel(tuple(table), tuple(table.values()), width)
+        values = np.maximum.accumulate(list(table.values())).tolist() if growing else table.values()
+        made = Kernel.constant(table[1]) if "sweep" in kind else Kernel(tuple(table), tuple(values), width)
         work.setdefault(kind, []).append(made)
     return work
 

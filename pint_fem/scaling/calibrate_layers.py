@@ -14,8 +14,8 @@ from scipy.optimize import nnls
 
 from pint_fem.cli import wait_quietly
 from pint_fem.resnet import Grid, LayerParallelResNet, SerialResNet
-from pint_fem.scaling.calibrate import Action, Stopwatch, machine, ping_pong
-from pint_fem.scaling.costs import Calibration, Kernel
+from pint_fem.scaling.calibrate import Action, Stopwatch, kernels, machine, ping_pong
+from pint_fem.scaling.costs import Calibration
 from pint_fem.scaling.layers import SWEEPS, predict_training
 from pint_fem.scaling.metronome import rounds
 from pint_fem.scaling.validation import Comparison
@@ -95,18 +95,6 @@ def _kernel_actions(case, nlayers: int) -> tuple[dict[tuple, Action], tuple[int,
     return out | {("gradients", 0, n): (pull(n), 1) for n in (1, 8, 32)}, shape
 
 
-def _kernels(seconds: Mapping[tuple, float]) -> dict[str, list[Kernel]]:
-    """Tables of what :func:`_kernel_actions` took; more states never take less."""
-    tables: dict[tuple, dict[int, float]] = {}
-    for (kind, index, size), value in seconds.items():
-        tables.setdefault((kind, index), {})[size] = value
-    work: dict[str, list[Kernel]] = {}
-    for (kind, _), table in tables.items():
-        made = Kernel(tuple(table), tuple(np.maximum.accumulate(list(table.values())).tolist()))
-        work.setdefault(kind, []).append(made)
-    return work
-
-
 def serial_seconds(case, repeats: int = 9) -> dict[str, float]:
     """A step of serial torch on the number of threads, one or two, that is faster."""
     training, found = _serial(case, case.nlayers), {}
@@ -139,7 +127,8 @@ def calibrate_layers(
         parameters = sum(int(np.prod(s)) for s in case.parts()[1].shapes.values())
         made = Calibration(
             name, machine(), int(np.prod(shape)), case.nlayers,
-            {1: _kernels({key: seconds[key] for key in actions})}, control_bytes=8.0 * parameters, kind="layers",
+            {1: kernels({key: seconds[key] for key in actions}, growing=True)},
+            control_bytes=8.0 * parameters, kind="layers",
         )  # fmt: skip
         made = _with_rest(made, [seconds[key] for key in nets])
         made = made.with_changes(notes=[f"{watch.about}, one process at work"])

@@ -36,9 +36,7 @@ from tests.benchmarks.maxwell import SOLVERS, maxwell_rows
 from tests.benchmarks.maxwell import STEPS as MAXWELL_STEPS
 from tests.benchmarks.nonlinear import TABLEAUX, nonlinear_rows
 from tests.benchmarks.optimisers import outcomes, outcomes_table
-from tests.benchmarks.paradiag import on_ranks as paradiag_on_ranks
-from tests.benchmarks.rows import Row, row, table, timed
-from tests.benchmarks.time_parallel import on_ranks
+from tests.benchmarks.rows import Row, on_ranks, row, table, timed
 from tests.nonlinear import PROBLEMS
 
 __all__ = ["main"]
@@ -153,15 +151,16 @@ def main(argv: list[str] | None = None) -> int:
     steps = QUICK_STEPS if args.quick else STEPS
     repeats, hessians = (3, 1) if args.quick else (5, 2)
     say = lambda text: console.print(f"  {text}")
+    both = lambda module, count: on_ranks(module, 1, count) + on_ranks(module, 2, count)
     start, rows, shorter = time.perf_counter(), [], 4 if args.quick else 1
     for what, part in (
         (
             "single steps and blocks",
             lambda: per_step(steps, "BackwardEuler", 2 * repeats) + per_step(steps, "SDIRK2", 2 * repeats),
         ),
-        ("MGRIT on one time rank and on two", lambda: on_ranks(1, 2 * repeats) + on_ranks(2, 2 * repeats)),
+        ("MGRIT on one time rank and on two", lambda: both("tests.benchmarks.time_parallel", 2 * repeats)),
         ("against pyadjoint", lambda: against_pyadjoint(steps, repeats, hessians, say)),
-        ("ParaDiag on one time rank and on two", lambda: paradiag_on_ranks(1, repeats) + paradiag_on_ranks(2, repeats)),
+        ("ParaDiag on one time rank and on two", lambda: both("tests.benchmarks.paradiag", repeats)),
         (
             "nonlinear evolutions",
             lambda: [
@@ -179,10 +178,8 @@ def main(argv: list[str] | None = None) -> int:
         console.print(f"{what} ...")
         rows += part()
     if importlib.util.find_spec("torch"):
-        from tests.benchmarks.layers import layer_rows
-
         console.print("layers of a residual network on two ranks ...")
-        rows += layer_rows(2, 2 * repeats, quick=args.quick)
+        rows += on_ranks("tests.benchmarks.layers", 2, 2 * repeats, *["--quick"] * args.quick)
     rows.sort(key=lambda r: r.section)
     console.print(table(rows))
     console.print("optimisers ...")

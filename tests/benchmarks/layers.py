@@ -11,9 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -23,9 +21,9 @@ from mpi4py import MPI
 
 from pint_fem.resnet import Grid, LayerParallelResNet, SerialResNet
 from problems.layers import ACCURATE, SETTINGS, Training, parts
-from tests.benchmarks.rows import Row, row
+from tests.benchmarks.rows import row
 
-__all__ = ["layer_rows", "rows"]
+__all__ = ["rows"]
 
 DEPTH, TARGET = 1024, 1.5
 ITERATIONS = (1, 1), (2, 1), (2, 2), (4, 4)
@@ -91,18 +89,6 @@ def rows(repeats: int, *, cases=CASES, comm=MPI.COMM_WORLD) -> list[dict]:
         what += ": serial torch / layer-parallel"
         out.append(vars(row("l", what, parallel, min(theirs), depth, target, False, note)))
     return out
-
-
-def layer_rows(ranks: int = 2, repeats: int = 10, *, quick: bool = False) -> list[Row]:
-    """Measure on ``ranks`` processes of their own; times are per layer."""
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "rows.json"
-        command = [sys.executable, "-m", "tests.benchmarks.layers", "--out", out, "--repeats", repeats]
-        command += ["--quick"] * quick
-        environment = os.environ | {"OMPI_MCA_mpi_yield_when_idle": "1"}
-        environment = {k: v for k, v in environment.items() if not k.startswith(("OMPI_COMM_", "PMIX_", "PMI_"))}
-        subprocess.run(["mpiexec", "-n", str(ranks), *map(str, command)], check=True, env=environment)
-        return [Row(**r) for r in json.loads(out.read_text())]
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -19,12 +19,11 @@ from pint_fem.spacetime import SpaceTime
 from problems.heat_square import field, square
 from problems.maxwell_source import maxwell_source
 from tests.benchmarks.maxwell import COARSENING, silent
-from tests.benchmarks.rows import Row, row
-from tests.benchmarks.time_parallel import on_ranks as run_on_ranks
-from tests.benchmarks.time_parallel import together, write_rows
+from tests.benchmarks.rows import Row, row, write_rows
+from tests.benchmarks.time_parallel import together
 from tests.cavity import cavity
 
-__all__ = ["on_ranks", "rows"]
+__all__ = ["rows"]
 
 HEAT_STEPS, CAVITY_STEPS, LOSSY_STEPS, CELLS = 512, 256, 64, 32
 
@@ -143,11 +142,6 @@ def gradients(name: str, comm, serial: Case, cases: dict[str, Case], steps: int,
             what = f"{name}, {steps} steps: {title}, {solver} on {comm.size} ranks / serial on one"
             out.append(row("f", what, each, sequential, steps, None, True, note))
     return out
-
-
-def on_ranks(ranks: int, repeats: int) -> list[Row]:
-    """Measure on ``ranks`` processes of their own."""
-    return run_on_ranks(ranks, repeats, module="tests.benchmarks.paradiag")
 
 
 if __name__ == "__main__":

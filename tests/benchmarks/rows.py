@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import argparse
 import gc
+import json
+import os
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
+from mpi4py import MPI
 from rich.table import Table
 
-__all__ = ["Row", "Stopwatch", "row", "table", "timed"]
+__all__ = ["Row", "Stopwatch", "on_ranks", "row", "table", "timed", "write_rows"]
 
 
 @dataclass
@@ -99,3 +107,27 @@ def table(rows: list[Row]) -> Table:
         met = {None: "", True: "[green]yes[/]", False: "[red]no[/]"}[r.met]
         out.add_row(r.section, r.what, f"{r.ours:.3g}", f"{r.theirs:.3g}", f"{r.ratio:.3g}", target, met, r.note)
     return out
+
+
+def on_ranks(module: str, ranks: int, repeats: int, *more: str) -> list[Row]:
+    """Run a module that writes its rows, on ``ranks`` processes of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "rows.json"
+        command = [sys.executable, "-m", module, "--out", out, "--repeats", repeats, *more]
+        environment = os.environ | {"OMPI_MCA_mpi_yield_when_idle": "1"}
+        environment = {k: v for k, v in environment.items() if not k.startswith(("OMPI_COMM_", "PMIX_", "PMI_"))}
+        subprocess.run(["mpiexec", "-n", str(ranks), *map(str, command)], check=True, env=environment)
+        return [Row(**r) for r in json.loads(out.read_text())]
+
+
+def write_rows(module: str, rows: Callable[[int], list[dict]]) -> int:
+    """The program of such a module: measure on the ranks given and write JSON."""
+    parser = argparse.ArgumentParser(prog=f"python -m {module}")
+    parser.add_argument("--out", type=Path, help="JSON file (default: print)")
+    parser.add_argument("--repeats", type=int, default=5)
+    args = parser.parse_args()
+    result = rows(args.repeats)
+    if MPI.COMM_WORLD.rank == 0:
+        text = json.dumps(result, indent=1)
+        args.out.write_text(text) if args.out else print(text)
+    return 0

@@ -8,17 +8,11 @@ whatever else the machine does at any moment of either.
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 from firedrake import COMM_SELF
@@ -27,9 +21,9 @@ from mpi4py import MPI
 from pint_fem.adjoint import TimeParallelReducedFunctional
 from pint_fem.spacetime import SpaceTime
 from problems.heat_square import field, square
-from tests.benchmarks.rows import Row, Stopwatch, row
+from tests.benchmarks.rows import Row, Stopwatch, row, write_rows
 
-__all__ = ["on_ranks", "rows"]
+__all__ = ["rows", "together"]
 
 STEPS = 512
 DISCRETISATION = 4  # times as many steps make the reference of the time discretisation's error
@@ -148,30 +142,6 @@ def _bookkeeping(integrator: str, repeats: int) -> Row:
     total, calls = (statistics.median(p) for p in zip(*parts[1:], strict=True))
     note = f"{integrator}, {STEPS} steps: V-cycles / their propagator calls"
     return row("c", note, total, calls, STEPS, 1.10, True)
-
-
-def on_ranks(ranks: int, repeats: int, module: str = "tests.benchmarks.time_parallel") -> list[Row]:
-    """Measure on ``ranks`` processes of their own."""
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "rows.json"
-        command = [sys.executable, "-m", module, "--out", out, "--repeats", repeats]
-        environment = os.environ | {"OMPI_MCA_mpi_yield_when_idle": "1"}
-        environment = {k: v for k, v in environment.items() if not k.startswith(("OMPI_COMM_", "PMIX_", "PMI_"))}
-        subprocess.run(["mpiexec", "-n", str(ranks), *map(str, command)], check=True, env=environment)
-        return [Row(**r) for r in json.loads(out.read_text())]
-
-
-def write_rows(module: str, rows: Callable[[int], list[dict]], argv: list[str] | None = None) -> int:
-    """The program of a module that measures on the ranks given: write JSON."""
-    parser = argparse.ArgumentParser(prog=f"python -m {module}")
-    parser.add_argument("--out", type=Path, help="JSON file (default: print)")
-    parser.add_argument("--repeats", type=int, default=5)
-    args = parser.parse_args(argv)
-    result = rows(args.repeats)
-    if MPI.COMM_WORLD.rank == 0:
-        text = json.dumps(result, indent=1)
-        args.out.write_text(text) if args.out else print(text)
-    return 0
 
 
 if __name__ == "__main__":
