@@ -17,6 +17,10 @@ from problems.serial_pyadjoint import SerialSource, serial_heat_source, serial_s
 __all__ = ["CASES", "LAYERS", "Case", "LayersCase"]
 
 
+SERIAL = {"levels": 1}
+FCF = {"levels": 3, "coarsening": [8, 4], "relax": "FCF"}
+
+
 @dataclass(frozen=True)
 class Case:
     """A problem to calibrate.
@@ -33,12 +37,13 @@ class Case:
         Like ``pose``, on a coarser mesh with the same time grid, where cycles are counted, or ``None`` for ``pose``.
     menu
         Options of MGRIT and ParaDiag whose cycles are counted: what the planner chooses from.
-    inversion_steps
-        Steps of the inversion whose solves are counted.
+    inversions, inversion_steps, gtol
+        Options of the solvers with which whole inversions are counted, their steps and the relative tolerance of their
+        gradients.
     rtol
-        Tolerances of solves that are counted.
+        Tolerances of solves that are counted; inversions have the smallest.
     solver
-        Options of the inversion's solves, and of those that are validated.
+        Options of solves that are validated.
     about
         What it is.
     """
@@ -49,11 +54,11 @@ class Case:
     serial: Callable[[int], SerialSource] | None = None
     smaller: Callable[[SpaceTime, int, dict], TimeParallelReducedFunctional] | None = None
     menu: tuple[dict, ...] = ()
+    inversions: tuple[dict, ...] = ()
     inversion_steps: int = 512
+    gtol: float = 1e-6
     rtol: tuple[float, ...] = (1e-6, 1e-9)
-    solver: dict = field(default_factory=lambda: {"levels": 3, "coarsening": (8, 4), "relax": "FCF"})
-
-    inversion_solver: dict | None = None
+    solver: dict = field(default_factory=lambda: dict(FCF))
 
     @property
     def paradiag(self) -> bool:
@@ -70,7 +75,6 @@ def _menu(*coarsenings: tuple[int, ...]) -> tuple[dict, ...]:
     )
 
 
-SERIAL = {"time_solver": "serial"}
 #: An iteration contracts by ``alpha``; round-off is about 1e-16 over it.
 PARADIAG = tuple({"time_solver": "paradiag", "alpha": alpha} for alpha in (1e-4, 1e-6))
 
@@ -96,6 +100,8 @@ CASES = {
         "the plate of demos/heat_source_inversion.py, P1, SDIRK2",
         serial=lambda steps: serial_heat_source(steps=steps),
         menu=_menu((8, 4), (8,), (16,), (8, 8), (4, 4, 4), (4, 4)) + PARADIAG,
+        inversions=(SERIAL, FCF, *_menu((16,))[1:], PARADIAG[0]),
+        gtol=1e-8,
     ),
     "heat-square": Case(
         _square(128),
@@ -104,6 +110,7 @@ CASES = {
         serial=lambda steps: serial_square(n=128, steps=steps, integrator="SDIRK2"),
         smaller=_square(32),
         menu=_menu((8, 4, 4), (8, 4, 4, 4), (16, 8), (16, 8, 8), (4, 4, 4, 4, 4)) + PARADIAG,
+        inversions=(SERIAL, *_menu((8, 4, 4))[:1], *_menu((16, 8))[:1], PARADIAG[0]),
         inversion_steps=1024,
     ),
     "maxwell-lossy": Case(
@@ -112,8 +119,9 @@ CASES = {
         "the lossy box of demos/maxwell_source_inversion.py, degree 2, SDIRK2",
         serial=lambda steps: serial_maxwell_source(regime="lossy", steps=steps),
         menu=_menu((4, 4), (8, 4), (8,), (4,)) + PARADIAG,
+        inversions=(SERIAL, FCF, *_menu((4, 4))[:1], PARADIAG[0]),
         inversion_steps=256,
-        inversion_solver=SERIAL,
+        gtol=1e-5,
     ),
     "maxwell-cavity": Case(
         _maxwell("cavity"),
@@ -121,8 +129,9 @@ CASES = {
         "the cavity without losses of demos/maxwell_source_inversion.py, degree 2, implicit midpoint",
         serial=lambda steps: serial_maxwell_source(regime="cavity", steps=steps),
         menu=PARADIAG,
+        inversions=(SERIAL, PARADIAG[0]),
         inversion_steps=256,
-        inversion_solver=SERIAL,
+        gtol=1e-5,
         solver=PARADIAG[0],
     ),
 }

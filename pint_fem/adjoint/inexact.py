@@ -14,7 +14,7 @@ is computed again more accurately,
 .. math::  c_u = \|g_{\text{new}} - g_{\text{old}}\| / \rho_{u,\text{old}} .
 
 Hessian products are those of a symmetric operator near the Hessian, a fixed number of cycles and their transposes
-(:mod:`~pint_fem.adjoint.transposed`), where there is one, and otherwise solves to a tolerance of their own.
+(:mod:`~pint_fem.mgrit.transposed`), where there is one, and otherwise solves to a tolerance of their own.
 
 The theory of inexact trust regions asks for errors up to a constant that may be unknown
 (:mod:`pint_fem.optimize.trust_region`).
@@ -156,7 +156,7 @@ class InexactObjective(Objective):
         Raises
         ------
         AttributeError
-            Where there are no transposed cycles (:mod:`~pint_fem.adjoint.transposed`): the method is absent.
+            Where there are no transposed cycles (:mod:`~pint_fem.mgrit.transposed`): the method is absent.
         """
         return self._models(gauss_newton=False)
 

@@ -21,10 +21,10 @@ import numpy as np
 
 from pint_fem.adjoint.solvers import TimeSolvers
 from pint_fem.adjoint.together import together
-from pint_fem.adjoint.transposed import TransposedAdjoint
 from pint_fem.mgrit import MGRIT, SolveResult
 from pint_fem.mgrit.levels import inject
 from pint_fem.mgrit.stopping import DivergedError, SolverFailure
+from pint_fem.mgrit.transposed import TransposedAdjoint
 from pint_fem.paradiag import ParaDiag, ParaDiagOptions
 from pint_fem.propagators import Evolution, StepData
 from pint_fem.propagators.arrays import get
@@ -236,9 +236,9 @@ class Sweeps(TimeSolvers):
         """Adjoint sweeps that are exactly the transposes of tangent ones of as many cycles from zero; ``None`` where
         there are none.
         """
-        if not TransposedAdjoint.exists(self._adjoint, self.evolution, linear=self.is_linear):
+        if not TransposedAdjoint.exists(self._adjoint, linear=self.is_linear, per_step=self.evolution.per_step):
             return None
-        return TransposedAdjoint(self._adjoint, self.slab, **self._backward)
+        return TransposedAdjoint(self._adjoint, self.slab.k, is_last=self.slab.is_last, **self._backward)
 
     @property
     def has_model(self) -> bool:

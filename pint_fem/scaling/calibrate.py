@@ -31,7 +31,10 @@ from pint_fem.scaling.network import Network
 from pint_fem.scaling.paradiag import FEW
 from pint_fem.spacetime import SpaceTime
 
-__all__ = ["Action", "Stopwatch", "calibrate", "machine", "opponent_seconds", "ping_pong"]
+__all__ = [
+    "Action", "Stopwatch", "calibrate", "kernel_actions", "machine", "opponent_seconds", "paradiag_actions",
+    "ping_pong",
+]  # fmt: skip
 
 PARADIAG = {"time_solver": "paradiag", "alpha": 1e-4}
 MGRIT = {"coarsening": (8, 4)}
@@ -219,8 +222,10 @@ def _bookkeeping(seconds: Mapping[str, float], calibration: Calibration, options
     return out
 
 
-def _paradiag(pose: Callable, nsteps: int, small: int, watch: Stopwatch) -> dict[str, float]:
-    """Costs of ParaDiag's parts on one process, see :class:`~pint_fem.scaling.costs.Calibration`."""
+def paradiag_actions(pose: Callable, nsteps: int, small: int) -> tuple[dict[str, Action], dict[str, float]]:
+    """ParaDiag's parts on one process, and what is to be known of them, see
+    :class:`~pint_fem.scaling.costs.Calibration`.
+    """
     rf = pose(SpaceTime("1x1", comm=MPI.COMM_SELF), small, solver_parameters(PARADIAG))
     sweeps, size = rf.problem.sweeps, rf.evolution.state_size
     systems = sweeps._tangent._frequency_solve.__self__
@@ -247,7 +252,7 @@ def _paradiag(pose: Callable, nsteps: int, small: int, watch: Stopwatch) -> dict
     maps = TimeTransposes(MPI.COMM_SELF, [0, small], len(mu), size)
     slab = rng.standard_normal((small, size))
     actions["pack"] = (lambda: maps._collect(maps._spread(slab, maps._rows), maps._rows), 4 * slab.nbytes)
-    return watch(actions) | {"factor bytes": nbytes, "fft steps": nsteps, "fft columns": most}
+    return actions, {"factor bytes": nbytes, "fft steps": nsteps, "fft columns": most}
 
 
 def opponent_seconds(serial: Callable, repeats: int = 2, few: int = 4, many: int = 20) -> dict[str, float]:
@@ -328,7 +333,8 @@ def calibrate(
         made = made.with_changes(bookkeeping=_bookkeeping(whole, made, MGRIT, small))
         if paradiag:
             progress("ParaDiag")
-            made = made.with_changes(paradiag=_paradiag(pose, nsteps, small, watch))
+            parts, facts = paradiag_actions(pose, nsteps, small)
+            made = made.with_changes(paradiag=watch(parts) | facts)
             few = small if made.unknowns < LARGE else min(small, 32)
             diagonal = pose(SpaceTime("1x1", comm=MPI.COMM_SELF), few, solver_parameters(PARADIAG))
             more = _bookkeeping(watch(_solves(diagonal)), made, PARADIAG, few)

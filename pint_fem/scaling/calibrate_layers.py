@@ -13,6 +13,7 @@ from mpi4py import MPI
 from scipy.optimize import nnls
 
 from pint_fem.cli import wait_quietly
+from pint_fem.mgrit import MGRITOptions
 from pint_fem.resnet import Grid, LayerParallelResNet, SerialResNet
 from pint_fem.scaling.calibrate import Action, Stopwatch, kernels, machine, ping_pong
 from pint_fem.scaling.costs import Calibration
@@ -186,6 +187,23 @@ def compare_layers(
     """A training step on all ranks, measured (median) and predicted (collective)."""
     torch.set_num_threads(1)
     nlayers = nlayers or case.nlayers
-    measured = rounds({"step": _net(case, nlayers, case.solver, comm).step}, repeats, comm=comm)["step"]
+    mine = max(nlayers // comm.size, 2 * STRIDE)
+    some, _ = _kernel_actions(case, mine)
+    # relaxation steps all intervals of a rank at once; gradients are pulled in groups
+    intervals = max(mine // MGRITOptions.make(case.solver).factors(nlayers)[0], 1)
+    size = {kind: max(key[2] for key in some if key[0] == kind and key[2] <= intervals) for kind in SWEEPS}
+    size["gradients"] = max(key[2] for key in some if key[0] == "gradients")
+    actions = {key: do for key, do in some.items() if key[1] == 0 and key[2] == size.get(key[0])}
+    step = _net(case, nlayers, case.solver, comm).step
+    found = rounds({"training step": step} | {key: do for key, (do, _) in actions.items()}, repeats, comm=comm)
+    busy = calibration.busy[max(n for n in calibration.busy if n <= comm.size)]
     said = predict_training(calibration, case.solver, comm.size, iterations=ITERATIONS, nlayers=nlayers)
-    return [Comparison("training step", comm.size, nlayers, ITERATIONS, measured.seconds, measured.clock, said.seconds)]
+    stepped = {"gradients": nlayers} | {
+        kind: sum(n for (what, _), n in said.counts.items() if what == kind) for kind in SWEEPS
+    }
+    known = {}
+    for key, (_, times) in actions.items():
+        kind, _, size = key
+        seconds = calibration.work[1][kind][0](size)
+        known[key] = busy * seconds * times, stepped[kind] * seconds / size
+    return [Comparison.of("training step", comm.size, nlayers, ITERATIONS, found, known, said.seconds)]

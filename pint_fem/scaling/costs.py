@@ -125,8 +125,9 @@ class Calibration:
         Measured on this machine.
     cycles
         Cycles of solves, measured: dictionaries with ``kind``, ``start``, ``options``, ``rtol``, ``cycles``, ``steps``.
-    inversion
-        Of a whole inversion, measured: how many ``solves`` of which ``[kind, start, cycles]``, and ``counts``.
+    inversions
+        Whole inversions, counted by real runs with a solver each: see
+        :func:`~pint_fem.scaling.counting.count_inversion`.
     opponent
         Seconds a time step of serial pyadjoint: ``value``, ``gradient``, ``hessian``, and with ``fixed`` behind it what
         does not depend on the steps.
@@ -154,7 +155,7 @@ class Calibration:
     busy: Mapping[int, float] = field(default_factory=lambda: {1: 1.0})
     network: Network = Network(1e-6, 1e10, "assumed")  # noqa: RUF009
     cycles: Sequence[Mapping] = ()
-    inversion: Mapping = field(default_factory=dict)
+    inversions: Sequence[Mapping] = ()
     opponent: Mapping[str, float] = field(default_factory=dict)
     notes: Sequence[str] = ()
     kind: str = "evolution"

@@ -1,8 +1,9 @@
-"""What is counted by real runs, as it does not depend on the machine: cycles of solves, solves of an inversion."""
+"""What is counted by real runs, as it does not depend on the machine: cycles of solves, solves of inversions."""
 
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
 from mpi4py import MPI
@@ -49,29 +50,75 @@ def count_cycles(pose: Callable, steps: int, menu: Sequence[dict], tolerances: S
     return out
 
 
-def count_inversion(pose: Callable, steps: int, options: dict) -> dict:
-    """Solves of a whole inversion, by a real run on this process: how many of which ``[kind, start, cycles]``."""
-    rf = pose(SpaceTime("1x1", comm=MPI.COMM_SELF), steps, solver_parameters(options))
-    solves: dict[tuple, int] = {}
-    seen: list[str] = []
+def count_inversion(pose: Callable, steps: int, options: Mapping, *, gtol: float, rtol: float) -> dict:
+    """Tasks of a whole inversion, by a real run on this process with the optimiser of the demos: MGRIT's solves are
+    inexact.
 
-    def see(kind, result):
-        of_hessian = kind == "tangent" or seen[-1:] == ["tangent"]
-        cold = of_hessian or kind not in seen  # the first state and the first gradient's adjoint
-        key = kind, "nested" if cold else "guess", result.cycles
-        solves[key] = solves.get(key, 0) + 1
-        seen.append(kind)
+    Parameters
+    ----------
+    pose
+        See ``problems.scaling_cases.Case``.
+    steps, options
+        Time steps; of the solver, as the model's.
+    gtol, rtol
+        Relative tolerances of the gradient, and of solves at their most accurate.
 
-    rf.problem.sweeps.on_sweep = see
+    Returns
+    -------
+    dict
+        ``"solves"``: ``[task, [[kind, start, cycles], ...], how many]``, tasks being ``"value"`` (a state),
+        ``"derivative"`` (an adjoint) and ``"hessian"`` (a tangent and an adjoint); how often the optimiser asked for
+        values, gradients and Hessian actions; and where it was run.
+    """
+    serial = options.get("levels") == 1
+    rf = pose(SpaceTime("1x1", comm=MPI.COMM_SELF), steps, solver_parameters(options, rtol=rtol))
+    inexact = not serial and "time_solver" not in options
+    seen = _watched(rf.problem.sweeps)
     start = time.perf_counter()
-    result = rf.minimize_trust_region(gtol_rel=1e-6)
-    counts = {"values": result.value_calls, "gradients": result.gradient_calls, "hessians": result.hessian_calls}
+    result = rf.minimize_trust_region(
+        gtol_rel=gtol, inexact=inexact, preconditioner="limited-memory", preconditioner_memory=40
+    )
+    tasks, rest = Counter(), iter(seen)
+    for solve in rest:
+        if solve[0] == "tangent":
+            tasks["hessian", (solve, next(rest))] += 1
+        else:
+            tasks["value" if solve[0] == "state" else "derivative", (solve,)] += 1
     return {
-        "solves": [[*key, n] for key, n in solves.items()],
-        "counts": counts,
+        "options": dict(options),
+        "inexact": inexact,
+        "solves": [[task, [list(solve) for solve in solves], n] for (task, solves), n in tasks.items()],
+        "counts": {"values": result.value_calls, "gradients": result.gradient_calls, "hessians": result.hessian_calls},
         "steps": steps,
         "unknowns": rf.evolution.V.dim(),
+        "gtol": gtol,
+        "rtol": rtol,
+        "value": result.value,
         "reason": result.reason.value,
         "seconds_one_rank": time.perf_counter() - start,
-        "options": options,
     }
+
+
+def _watched(sweeps) -> list[tuple[str, str, int]]:
+    """A list that gets kind, start and cycles of all sweeps from now on."""
+    seen: list[tuple[str, str, int]] = []
+
+    def watch(kind: str, sweep: Callable, usually: bool) -> Callable:
+        def run(*args, cold: bool = usually, **given):
+            result = sweep(*args, cold=cold, **given)
+            seen.append((kind, "nested" if cold else "guess", result.cycles))
+            return result
+
+        return run
+
+    for kind, usually in (("state", False), ("tangent", True), ("adjoint", False)):
+        setattr(sweeps, kind, watch(kind, getattr(sweeps, kind), usually))
+    transposed = sweeps.adjoint_by_transposed_cycles
+
+    def run(*args, **given):
+        out = transposed(*args, **given)
+        seen.append(("adjoint", "transposed", out[1].cycles))
+        return out
+
+    sweeps.adjoint_by_transposed_cycles = run
+    return seen

@@ -47,10 +47,13 @@ class Measured:
         At full speed.
     clock : float
         By the clock.
+    each : tuple of float
+        By the clock, of each repeat.
     """
 
     seconds: float
     clock: float
+    each: tuple[float, ...] = ()
 
     @property
     def speed(self) -> float:
@@ -178,6 +181,10 @@ def rounds(
     found = {name: metronome.measured(some) for name, some in spans.items()}
     median = lambda values, name: statistics.median(values) / times[name]
     return {
-        name: Measured(median([m.seconds for m in some], name), median([m.clock for m in some], name))
+        name: Measured(
+            median([m.seconds for m in some], name),
+            median([m.clock for m in some], name),
+            tuple(m.clock / times[name] for m in some),
+        )
         for name, some in found.items()
     }

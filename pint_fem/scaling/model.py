@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 from mpi4py import MPI
@@ -20,6 +21,7 @@ from pint_fem.mgrit.levels import Bounds, split_steps
 from pint_fem.mgrit.norms import gather_in_order
 from pint_fem.mgrit.options import MGRITOptions
 from pint_fem.mgrit.solver import MGRIT
+from pint_fem.mgrit.transposed import TransposedAdjoint
 from pint_fem.paradiag.options import ParaDiagOptions
 from pint_fem.scaling.communicator import VirtualComm, communicators
 from pint_fem.scaling.costs import Calibration
@@ -35,7 +37,8 @@ __all__ = ["Model", "Prediction", "Solve"]
 @dataclass(frozen=True)
 class Solve:
     """One solve: ``kind`` ``"state"``, ``"tangent"`` or ``"adjoint"``, ``start`` ``"guess"``, ``"skip"`` or
-    ``"nested"``, and how many cycles.
+    ``"nested"``, and how many cycles. An adjoint's with start ``"transposed"`` are those of inexact Hessian actions
+    (:mod:`~pint_fem.mgrit.transposed`).
     """
 
     kind: str
@@ -245,14 +248,24 @@ class _Rank:
         else:
             self.forward = MGRIT(steps["step"], N, linear=True, **forward)
             self.backward = MGRIT(steps["adjoint"], N, linear=True, **backward)
+        self._backward = backward | dict(linear=True)
         k = self.forward.levels[0].k
         self.k, self._zero = k, np.zeros((1, 1))
         self.U, self.L = np.zeros((k + 1, 1)), np.zeros((k + 1, 1))
         self.G = np.zeros((k, 1))
         self.bytes = 0.0
 
+    @cached_property
+    def _transposed(self) -> TransposedAdjoint:
+        is_last = self.comm.rank == self.comm.size - 1
+        return TransposedAdjoint(self.backward, self.k, is_last=is_last, **self._backward)
+
     def solve(self, solve: Solve) -> None:
         """One sweep."""
+        if solve.start == "transposed":
+            sweep = self._transposed
+            sweep.solver.solve(*sweep.arrays(self.L), start="guess", cycles=solve.cycles)
+            return
         backwards = solve.kind == "adjoint"
         solver, U = (self.backward, self.L) if backwards else (self.forward, self.U)
         G, given, accuracy = self.G, None, {}

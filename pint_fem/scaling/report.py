@@ -122,11 +122,20 @@ def _problem(
     for i, p in enumerate(ours.ranks):
         options, cycles = chosen(p)
         what = f"{describe(options)}: {cycles[0]}+{cycles[1]}"
-        rows.append([str(p), what, *(f"{ours.seconds[t][i]:.4g}" for t in tasks), f"{ours.efficiency[i]:.0%}"])
-    table(say, ["ranks", "solver: cycles", *tasks, "busy"], rows)
+        whole = [describe(ours.inversions[i])] if ours.inversions else []
+        rows.append([str(p), what, *(f"{ours.seconds[t][i]:.4g}" for t in tasks), *whole, f"{ours.efficiency[i]:.0%}"])
+    table(say, ["ranks", "solver: cycles", *tasks, *(["by"] if ours.inversions else []), "busy"], rows)
+    for counted in c.inversions:
+        n, what = counted["counts"], describe(counted["options"])
+        say(
+            f"  inversion, {what}{', inexact' if counted['inexact'] else ''}: {n['values']} values, {n['gradients']} "
+            f"gradients, {n['hessians']} Hessian actions (counted with {counted['steps']} steps on "
+            f"{counted['unknowns']} unknowns)"
+        )
     for other in others:
-        say(f"  {other.name}: " + ", ".join(f"{t} {other.seconds[t][-1]:.4g} s" for t in tasks))
-        for t in tasks:
+        both = [t for t in tasks if t in other.seconds]
+        say(f"  {other.name}: " + ", ".join(f"{t} {other.seconds[t][-1]:.4g} s" for t in both))
+        for t in both:
             best = min(range(len(ours.ranks)), key=lambda i, t=t: ours.seconds[t][i])
             gain, at = other.seconds[t][-1] / ours.seconds[t][best], ours.ranks[best]
             cross = crossover(ours, other, t)
@@ -136,7 +145,7 @@ def _problem(
                 f"best speed-up {gain:.3g} at {at} ranks"
                 + "".join(f"; {gains[p]:.3g} at {p}" for p in (64, 256, 1024, 4096) if p in gains and p != at)
             )
-    panels = {t: [ours, *others] for t in tasks}
+    panels = {t: [ours, *(other for other in others if t in other.seconds)] for t in tasks}
     loglog(out / f"strong_{c.problem}.png", panels, f"{c.problem}: predicted strong scaling")
     a_rank, counts = 32, [p for p in ranks if 2 <= p <= 1024]
     flat = weak(c, cheapest(c, rtol, network=network, nsteps=a_rank * 64), a_rank, counts, network=network)
@@ -157,24 +166,18 @@ def _problem(
 def _claim(c: Calibration, ours: Curve, others: Sequence[Curve], network: Network | None) -> str:
     """The whole inversion (or a gradient) against each opponent, with what is measured and what predicted."""
     task = "inversion" if "inversion" in ours.seconds else "gradient"
-    what = f"{c.problem}, one gradient, {c.nsteps} steps"
-    if task == "inversion":
-        n = c.inversion["counts"]
-        what = (
-            f"{c.problem}, whole inversion, {c.nsteps} steps ({n['values']} values, {n['gradients']} gradients, "
-            f"{n['hessians']} Hessian actions: counted by a real run with {c.inversion['steps']} steps on "
-            f"{c.inversion['unknowns']} unknowns)"
-        )
+    what = f"{c.problem}, {'whole inversion' if task == 'inversion' else 'one gradient'}, {c.nsteps} steps"
     parts = []
     for other in others:
+        if task not in other.seconds:
+            continue
         gains = [(p, b / a) for p, a, b in zip(ours.ranks, ours.seconds[task], other.seconds[task], strict=True)]
         best = max(gains, key=lambda x: x[1])
         ten = next((p for p, gain in gains if gain > 10), None)
         first = f"over 10 from {ten} ranks on, " if ten else "never over 10, "
         parts.append(f"{first}at best {best[1]:.3g} at {best[0]} ranks ({gains[0][1]:.3g} at 1) over {other.name}")
-    taped = "its seconds a step times counted calls, " if len(others) > 1 else ""
-    measured = "kernels, pyadjoint a step" if taped else "kernels"
+    taped = task == "gradient" and len(others) > 1
     return (
-        f"{what}: " + "; ".join(parts) + f". Measured: {measured} (calibration); network: {network or c.network}. "
-        f"Predicted: all times of ours; {taped}our serial stepping's too."
+        f"{what}: " + "; ".join(parts) + f". Measured: kernels{', pyadjoint a step' if taped else ''} (calibration); "
+        f"network: {network or c.network}. Predicted: all times of ours, our serial stepping's too."
     )

@@ -8,12 +8,11 @@ from itertools import pairwise
 from math import exp, log, prod
 
 from pint_fem.scaling.costs import Calibration
+from pint_fem.scaling.inversions import best_inversion, inversion_seconds, serial_inversion
 from pint_fem.scaling.model import Model, Solve
 from pint_fem.scaling.network import Network
 
 __all__ = ["Curve", "crossover", "opponents", "strong", "weak"]
-
-TASKS = ("state", "gradient", "hessian", "inversion")
 
 
 @dataclass
@@ -28,12 +27,15 @@ class Curve:
         By task, as long as ``ranks``.
     efficiency : list of float
         Of one gradient: work over ranks times seconds.
+    inversions : list of Mapping
+        Options of the solver of each whole inversion, where one was counted.
     """
 
     name: str
     ranks: list[int]
     seconds: dict[str, list[float]]
     efficiency: list[float] = field(default_factory=list)
+    inversions: list[Mapping] = field(default_factory=list)
 
 
 def task_seconds(
@@ -45,10 +47,8 @@ def task_seconds(
     nsteps: int | None = None,
     network: Network | None = None,
 ) -> tuple[dict[str, float], float]:
-    """Seconds of all tasks on one grid, from one run of the virtual ranks, and a gradient's efficiency.
-
-    The inversion's solves and their cycles are those counted by a real run; solves that end with all ranks together
-    (they do: norms) take the same time wherever they stand.
+    """Seconds of a cold state, gradient and Hessian action on one grid, from one run of the virtual ranks, and a
+    gradient's efficiency.
     """
     model = Model(calibration, options, grid, nsteps=nsteps, network=network)
     cold_state, cold_adjoint = (Solve(k, "nested", n) for k, n in zip(("state", "adjoint"), cycles, strict=True))
@@ -59,28 +59,11 @@ def task_seconds(
         ("derivative", [cold_adjoint]),
         ("hessian", [Solve("tangent", "nested", cycles[0]), cold_adjoint]),
     ]
-    solves = calibration.inversion.get("solves", ())
-    counted = calibration.inversion.get("options", {}).get("time_solver", "mgrit")  # for others: all solves are cold
-    warm = [(kind, c) for kind, start, c, _ in solves if start == "guess" and model.solver == counted]
-    tasks += [("value" if kind == "state" else "derivative", [Solve(kind, "guess", c)]) for kind, c in warm]
     said = model.run_all(tasks)
     state, *others = said.task_seconds
     factors = state - others.pop(0) if diagonal else 0.0
-    value, derivative, hessian, *rest = others
+    value, derivative, hessian = others
     out = {"state": state, "gradient": factors + value + derivative, "hessian": hessian}
-    if solves:
-        known = dict(zip(warm, rest, strict=True))
-        total, counts = factors, calibration.inversion["counts"]
-        for kind, start, c, n in solves:
-            if kind == "state":
-                total += n * known.get((kind, c), value)
-            elif kind == "tangent":
-                total += n * hessian
-            elif start == "guess":
-                total += n * known.get((kind, c), derivative)
-        total += derivative * (counts["gradients"] - sum(n for k, s, _, n in solves if (k, s) == ("adjoint", "guess")))
-        vectors = 4 * counts["hessians"] + 2 * counts["gradients"]  # inner products and Riesz maps of the optimiser
-        out["inversion"] = total + vectors * calibration.extras.get("optimiser", 0.0) / grid[0]
     return out, sum(said.busy) / (grid[1] * said.seconds)
 
 
@@ -96,7 +79,7 @@ def strong(
     **model,
 ) -> Curve:
     """All tasks on ``ranks`` processes, ``space`` of them in space; ``options`` may depend on the number of time ranks:
-    a function to options and cycles.
+    a function to options and cycles. Whole inversions are the fastest of those that were counted.
     """
     curve = Curve(name, [], {})
     for count in ranks:
@@ -105,6 +88,9 @@ def strong(
             continue
         chosen, n = options(time) if callable(options) else (options, cycles)
         seconds, efficiency = task_seconds(calibration, chosen, (space, time), n, **model)
+        if space == 1 and (whole := best_inversion(calibration, time, **model)):
+            seconds["inversion"] = whole.seconds
+            curve.inversions.append(whole.options)
         curve.ranks.append(count)
         curve.efficiency.append(efficiency)
         for task, value in seconds.items():
@@ -114,13 +100,17 @@ def strong(
 
 
 def opponents(calibration: Calibration, ranks: Sequence[int], **model) -> list[Curve]:
-    """Our serial stepping with the best number of space ranks up to each count, and serial pyadjoint."""
+    """Our serial stepping with the best number of space ranks up to each count, and serial pyadjoint (without whole
+    inversions: other optimisers than ours are the best ones on a tape).
+    """
     best: dict[str, float] = {}
     where = "parallel in space" if calibration.may_split(2) else "on one rank (space ranks were not measured)"
     ours, counts = Curve(f"our serial stepping, {where}", [], {}), sorted(ranks)
     for count in counts:
         space = count if calibration.may_split(count) else 1
         seconds, _ = task_seconds(calibration, {"levels": 1}, (space, 1), (0, 0), **model)
+        if counted := serial_inversion(calibration):
+            seconds["inversion"] = inversion_seconds(calibration, counted, (space, 1), **model)
         for task, value in seconds.items():
             best[task] = min(best.get(task, value), value)
             ours.seconds.setdefault(task, []).append(best[task])
@@ -130,9 +120,6 @@ def opponents(calibration: Calibration, ranks: Sequence[int], **model) -> list[C
         o, n = calibration.opponent, model.get("nsteps") or calibration.nsteps
         whole = {task: o[task] * n + o.get(f"{task} fixed", 0.0) for task in ("value", "gradient", "hessian")}
         each = {"state": whole["value"], "gradient": whole["value"] + whole["gradient"], "hessian": whole["hessian"]}
-        if calibration.inversion:
-            c = calibration.inversion["counts"]
-            each["inversion"] = sum(c[f"{task}s"] * whole[task] for task in ("value", "gradient", "hessian"))
         out.append(Curve("serial pyadjoint", counts, {task: [value] * len(counts) for task, value in each.items()}))
     return out
 

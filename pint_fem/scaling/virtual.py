@@ -35,9 +35,13 @@ class VirtualPropagator:
 
     def step(self, steps: range, u: np.ndarray, out: np.ndarray) -> None:
         """See :class:`pint_fem.mgrit.levels.Propagator`."""
+        self.take(steps, u, out, steps.start // steps.step)
+
+    def take(self, steps: range, u: np.ndarray, out: np.ndarray, lane: int) -> None:
+        """See :class:`~pint_fem.mgrit.transposed.TransposedAdjoint`."""
         n = len(steps)
         self._count[self.kind, self.level] += n
-        self.world.charge(self.kernel(n, steps.start // steps.step) + n * self.bookkeeping)
+        self.world.charge(self.kernel(n, lane) + n * self.bookkeeping)
         out[...] = u
 
 

@@ -22,8 +22,8 @@ from itertools import pairwise
 
 import numpy as np
 
-from pint_fem.mgrit import MGRIT, MGRITOptions
-from pint_fem.propagators.evolution import Evolution
+from pint_fem.mgrit.options import MGRITOptions
+from pint_fem.mgrit.solver import MGRIT
 
 __all__ = ["TransposedAdjoint"]
 
@@ -59,9 +59,12 @@ class TransposedAdjoint:
     Parameters
     ----------
     adjoint
-        The adjoint sweep, whose levels' steps (and their data) are used.
-    slab
+        The adjoint sweep, whose levels' steps (and their data) are used: by ``take(steps, u, out, lane)``, with the
+        place of the first one among its like.
+    steps
         Own steps.
+    is_last
+        Whether the last of all is among them.
     options, bounds, **given
         Those of the adjoint sweep.
 
@@ -72,20 +75,22 @@ class TransposedAdjoint:
         Of the own points, after a solve.
     """
 
-    def __init__(self, adjoint: MGRIT, slab, *, options: MGRITOptions, bounds, **given):
-        self._slab, (N, *coarse) = slab, [level.nsteps for level in adjoint.levels]
+    def __init__(self, adjoint: MGRIT, steps: int, *, is_last: bool, options: MGRITOptions, bounds, **given):
+        (N, *coarse) = [level.nsteps for level in adjoint.levels]
+        self._steps, self._extra = steps, int(is_last)
         points = [(0, *range(1, n + 1, n // below)) for n, below in pairwise((N, *coarse))]
         options = MGRITOptions.make(options, coarsening=tuple(points), rtol=0.0, atol=0.0, view=False)
         bounds = [0, *(b + 1 for b in bounds[1:])]
-        steps = [_Shifted(level.propagator) for level in adjoint.levels]
-        self.solver = MGRIT(steps, N + 1, options=options, bounds=bounds, transposed=True, **given)
+        shifted = [_Shifted(level.propagator) for level in adjoint.levels]
+        self.solver = MGRIT(shifted, N + 1, options=options, bounds=bounds, transposed=True, **given)
         self._rows: np.ndarray | None = None
 
     @staticmethod
-    def exists(adjoint, evolution: Evolution, *, linear: bool) -> bool:
+    def exists(adjoint, *, linear: bool, per_step: bool) -> bool:
         """Whether an adjoint sweep has one: a plain MGRIT sweep whose C-points are those of the forward sweep, and
-        steps that are the forward ones', controls included. All points have to be stored, cycles begin from zero, are
-        all alike, and the last one is followed by no relaxation.
+        steps that are the forward ones', controls included (a nonlinear evolution's differ where they are
+        ``per_step``). All points have to be stored, cycles begin from zero, are all alike, and the last one is followed
+        by no relaxation.
         """
         if not isinstance(adjoint, MGRIT) or len(adjoint.levels) == 1 or adjoint.options.storage == "C":
             return False
@@ -93,18 +98,17 @@ class TransposedAdjoint:
         if options.coarse_solver not in ("sequential", "gathered") or options.check != "cycle":
             return False
         fits = all(fine.m and fine.nsteps % fine.m == 0 for fine in adjoint.levels[:-1])
-        same = linear or not evolution.per_step
+        same = linear or not per_step
         return fits and same and options.start in ("auto", "guess") and options.f_cycles is None
 
     @property
     def adjoints(self) -> np.ndarray:
         """See the class."""
-        return self._rows[: self._slab.k + 1]
+        return self._rows[: self._steps + 1]
 
     def arrays(self, gradient: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Unknowns, zero, and right-hand side of the own steps, for misfit gradients ``(k + 1, n)``."""
-        extra = int(self._slab.is_last)
         if self._rows is None:
-            self._rows = np.empty((self._slab.k + 1 + extra, gradient.shape[1]))
+            self._rows = np.empty((self._steps + 1 + self._extra, gradient.shape[1]))
         self._rows[...] = 0
-        return self._rows[::-1], gradient[: self._slab.k + extra][::-1]
+        return self._rows[::-1], gradient[: self._steps + self._extra][::-1]
