@@ -118,7 +118,7 @@ def main():
     from demos.inversion import invert, summary_of
     from demos.maxwell_source_report import report
 
-    inexact = solver["time_solver"] == "mgrit" and not opts.exact
+    inexact = solver["time_solver"] != "serial" and not opts.exact
     result, times["inversion"] = invert(rf, opts, say, inexact=inexact)
     summary = summary_of("Maxwell source inversion", settings, spacetime, V.dim(), times)
     summary["time_solver"] = solver["time_solver"]

@@ -72,7 +72,7 @@ def evolution(mesh, wanted=KINDS, *, linear=True, steps=10, tableau="SDIRK2", mo
     )  # fmt: skip
 
 
-def functional(st, wanted=KINDS, *, n=3, riesz_map="L2", coarsening=3, **options):
+def functional(st, wanted=KINDS, *, n=3, riesz_map="L2", coarsening=3, solver=None, **options):
     mesh = UnitSquareMesh(n, n, comm=st.space_comm, distribution_parameters={"partitioner_type": "simple"})
     ev = evolution(mesh, wanted, **options)
     u, x = ev.u, SpatialCoordinate(mesh)[0]
@@ -85,7 +85,7 @@ def functional(st, wanted=KINDS, *, n=3, riesz_map="L2", coarsening=3, **options
     stepwise = [1e-3 * (c**2 + c**4) * dx for c in ev.stepwise]
     return pf.TimeParallelReducedFunctional(
         ev, misfits, regularisation=[*([static] if static else []), *stepwise], spacetime=st, riesz_map=riesz_map,
-        solver_parameters={"mgrit": {"coarsening": (coarsening,), "rtol": 1e-13}},
+        solver_parameters=solver or {"mgrit": {"coarsening": (coarsening,), "rtol": 1e-13}},
     )  # fmt: skip
 
 

@@ -156,7 +156,8 @@ class InexactObjective(Objective):
         Raises
         ------
         AttributeError
-            Where there are no transposed cycles (:mod:`~pint_fem.mgrit.transposed`): the method is absent.
+            Where there are no transposed cycles (:mod:`~pint_fem.mgrit.transposed`,
+            :mod:`~pint_fem.paradiag.transposed`): the method is absent.
         """
         return self._models(gauss_newton=False)
 

@@ -361,7 +361,7 @@ class ReducedProblem:
         self, z: np.ndarray, dz: np.ndarray, cycles: int, *, gauss_newton: bool = False
     ) -> tuple[np.ndarray, float]:
         """``H dz`` as a dual vector for a symmetric ``H`` near the Hessian: its two sweeps are ``cycles`` cycles from
-        zero and their transposes (:mod:`~pint_fem.mgrit.transposed`); and the larger of their relative residuals.
+        zero and their transposes (:mod:`~pint_fem.mgrit.transposed`, :mod:`~pint_fem.paradiag.transposed`); and the larger of their relative residuals.
         State and adjoint are taken as well as they are known.
         """
         sweeps, dz = self.sweeps, np.asarray(dz, dtype=float).ravel()
@@ -371,7 +371,7 @@ class ReducedProblem:
         full = not gauss_newton and not sweeps.is_linear
         if full and point.adjoint is None:
             point = self._solve_adjoint(z)
-        dU = self._tangent(point, dz, cold=False, cycles=cycles)
+        dU = self._tangent(point, dz, start=sweeps.transposed_adjoint.start, cycles=cycles)
         residual = relative_residual(sweeps.results[-1][1])
         source = self._second_source(point, dz, dU, full=full, symmetric=True)
         steps = self.layout.steps(point.z)

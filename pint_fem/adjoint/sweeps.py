@@ -26,6 +26,7 @@ from pint_fem.mgrit.levels import inject
 from pint_fem.mgrit.stopping import DivergedError, SolverFailure
 from pint_fem.mgrit.transposed import TransposedAdjoint
 from pint_fem.paradiag import ParaDiag, ParaDiagOptions
+from pint_fem.paradiag.transposed import TransposedParaDiag
 from pint_fem.propagators import Evolution, StepData
 from pint_fem.propagators.arrays import get
 from pint_fem.spacetime import SpaceTime
@@ -111,10 +112,13 @@ class Sweeps(TimeSolvers):
             kept = memories[level.index]
             level.propagator.data = StepData(self.evolution.time(start), own, u, along, kept, guess)
 
-    def _run(self, solver: MGRIT, kind: str, U: np.ndarray, G, *, cold: bool, coarse_rhs=None, **accuracy):
+    def _run(
+        self, solver: MGRIT, kind: str, U: np.ndarray, G, *, cold: bool = False, start: str = "", coarse_rhs=None,
+        **accuracy,
+    ):  # fmt: skip
         self._judge()
         solver.name = kind  # one solver serves both the state and the tangent of a linear evolution
-        start = "nested" if cold and self.options.start == "auto" else self.options.start
+        start = start or ("nested" if cold and self.options.start == "auto" else self.options.start)
         given = None
         if coarse_rhs is not None and start in ("skip", "nested") and isinstance(solver, MGRIT):
             given = coarse_rhs()
@@ -232,10 +236,12 @@ class Sweeps(TimeSolvers):
         return self._run(self._adjoint, "adjoint", L[::-1], gradient[:-1][::-1], cold=cold, **accuracy)
 
     @cached_property
-    def transposed_adjoint(self) -> TransposedAdjoint | None:
+    def transposed_adjoint(self) -> TransposedAdjoint | TransposedParaDiag | None:
         """Adjoint sweeps that are exactly the transposes of tangent ones of as many cycles from zero; ``None`` where
         there are none.
         """
+        if isinstance(self._adjoint, ParaDiag) and self.is_linear:
+            return TransposedParaDiag(self._adjoint, self.slab.k)
         if not TransposedAdjoint.exists(self._adjoint, linear=self.is_linear, per_step=self.evolution.per_step):
             return None
         return TransposedAdjoint(self._adjoint, self.slab.k, is_last=self.slab.is_last, **self._backward)
@@ -256,8 +262,8 @@ class Sweeps(TimeSolvers):
         if not self.is_linear:
             self._bind(self._adjoint, z, U, backwards=True)
         sweep = self.transposed_adjoint
-        result = self._run(sweep.solver, "adjoint", *sweep.arrays(gradient), cold=False, cycles=cycles)
-        return sweep.adjoints, result
+        result = self._run(sweep.solver, "adjoint", *sweep.arrays(gradient), start=sweep.start, cycles=cycles)
+        return sweep.collect(), result
 
     def control_gradient(self, z, U: np.ndarray, L: np.ndarray) -> np.ndarray | None:
         """``Phi_z^T lam_{n+1}`` of the own steps: their sum ``(nz,)``, or ``(k, nz)`` a step; ``None`` without

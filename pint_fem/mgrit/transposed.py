@@ -71,9 +71,13 @@ class TransposedAdjoint:
     Attributes
     ----------
     solver : MGRIT
+    start : str
+        With which sweeps of the model begin, from zero.
     adjoints : ndarray, shape (k + 1, n)
         Of the own points, after a solve.
     """
+
+    start = "guess"
 
     def __init__(self, adjoint: MGRIT, steps: int, *, is_last: bool, options: MGRITOptions, bounds, **given):
         (N, *coarse) = [level.nsteps for level in adjoint.levels]
@@ -105,6 +109,10 @@ class TransposedAdjoint:
     def adjoints(self) -> np.ndarray:
         """See the class."""
         return self._rows[: self._steps + 1]
+
+    def collect(self) -> np.ndarray:
+        """The adjoints of a solve."""
+        return self.adjoints
 
     def arrays(self, gradient: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Unknowns, zero, and right-hand side of the own steps, for misfit gradients ``(k + 1, n)``."""

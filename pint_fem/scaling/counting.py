@@ -51,8 +51,8 @@ def count_cycles(pose: Callable, steps: int, menu: Sequence[dict], tolerances: S
 
 
 def count_inversion(pose: Callable, steps: int, options: Mapping, *, gtol: float, rtol: float) -> dict:
-    """Tasks of a whole inversion, by a real run on this process with the optimiser of the demos: MGRIT's solves are
-    inexact.
+    """Tasks of a whole inversion, by a real run on this process with the optimiser of the demos: solves
+    are inexact, but for sequential ones.
 
     Parameters
     ----------
@@ -72,11 +72,10 @@ def count_inversion(pose: Callable, steps: int, options: Mapping, *, gtol: float
     """
     serial = options.get("levels") == 1
     rf = pose(SpaceTime("1x1", comm=MPI.COMM_SELF), steps, solver_parameters(options, rtol=rtol))
-    inexact = not serial and "time_solver" not in options
     seen = _watched(rf.problem.sweeps)
     start = time.perf_counter()
     result = rf.minimize_trust_region(
-        gtol_rel=gtol, inexact=inexact, preconditioner="limited-memory", preconditioner_memory=40
+        gtol_rel=gtol, inexact=not serial, preconditioner="limited-memory", preconditioner_memory=40
     )
     tasks, rest = Counter(), iter(seen)
     for solve in rest:
@@ -86,7 +85,7 @@ def count_inversion(pose: Callable, steps: int, options: Mapping, *, gtol: float
             tasks["value" if solve[0] == "state" else "derivative", (solve,)] += 1
     return {
         "options": dict(options),
-        "inexact": inexact,
+        "inexact": not serial,
         "solves": [[task, [list(solve) for solve in solves], n] for (task, solves), n in tasks.items()],
         "counts": {"values": result.value_calls, "gradients": result.gradient_calls, "hessians": result.hessian_calls},
         "steps": steps,
@@ -106,7 +105,7 @@ def _watched(sweeps) -> list[tuple[str, str, int]]:
     def watch(kind: str, sweep: Callable, usually: bool) -> Callable:
         def run(*args, cold: bool = usually, **given):
             result = sweep(*args, cold=cold, **given)
-            seen.append((kind, "nested" if cold else "guess", result.cycles))
+            seen.append((kind, given.get("start") or ("nested" if cold else "guess"), result.cycles))
             return result
 
         return run

@@ -23,6 +23,7 @@ from pint_fem.mgrit.options import MGRITOptions
 from pint_fem.mgrit.solver import MGRIT
 from pint_fem.mgrit.transposed import TransposedAdjoint
 from pint_fem.paradiag.options import ParaDiagOptions
+from pint_fem.paradiag.transposed import TransposedParaDiag
 from pint_fem.scaling.communicator import VirtualComm, communicators
 from pint_fem.scaling.costs import Calibration
 from pint_fem.scaling.network import Network
@@ -38,7 +39,7 @@ __all__ = ["Model", "Prediction", "Solve"]
 class Solve:
     """One solve: ``kind`` ``"state"``, ``"tangent"`` or ``"adjoint"``, ``start`` ``"guess"``, ``"skip"`` or
     ``"nested"``, and how many cycles. An adjoint's with start ``"transposed"`` are those of inexact Hessian actions
-    (:mod:`~pint_fem.mgrit.transposed`).
+    (:mod:`~pint_fem.mgrit.transposed`, :mod:`~pint_fem.paradiag.transposed`).
     """
 
     kind: str
@@ -256,7 +257,9 @@ class _Rank:
         self.bytes = 0.0
 
     @cached_property
-    def _transposed(self) -> TransposedAdjoint:
+    def _transposed(self) -> TransposedAdjoint | TransposedParaDiag:
+        if self.systems is not None:
+            return TransposedParaDiag(self.backward, self.k)
         is_last = self.comm.rank == self.comm.size - 1
         return TransposedAdjoint(self.backward, self.k, is_last=is_last, **self._backward)
 
@@ -264,7 +267,8 @@ class _Rank:
         """One sweep."""
         if solve.start == "transposed":
             sweep = self._transposed
-            sweep.solver.solve(*sweep.arrays(self.L), start="guess", cycles=solve.cycles)
+            sweep.solver.solve(*sweep.arrays(self.L), start=sweep.start, cycles=solve.cycles)
+            sweep.collect()
             return
         backwards = solve.kind == "adjoint"
         solver, U = (self.backward, self.L) if backwards else (self.forward, self.U)
