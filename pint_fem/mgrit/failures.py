@@ -1,0 +1,95 @@
+"""Failures of a solve: noted where they happen, raised on every rank that solves.
+
+A step that fails, or a value that is not finite, must not end a rank's part in a solve: the others would wait for its
+messages. It is noted on its rank and goes on as NaN, and norms, which are global over space, carry that to all ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from pint_fem.mgrit.agreement import all_alike
+from pint_fem.mgrit.levels import Level
+from pint_fem.mgrit.norms import PointNorms
+from pint_fem.mgrit.stopping import SolverFailure
+
+__all__ = ["Failures"]
+
+
+class Failures:
+    """What has failed on the levels of a solver.
+
+    Parameters
+    ----------
+    levels
+        Finest first.
+    comm
+        Time communicator.
+    point_norms
+        Squared norms of states, global over space.
+    name
+        Of the sweep, for errors.
+    keeps_all
+        The finest level's array has all own points, not C-points only.
+
+    Attributes
+    ----------
+    everywhere : bool
+        Values travel between all ranks, not from left to right only: a failure on any is the cause of what is not
+        finite on all.
+    """
+
+    def __init__(self, levels: Sequence[Level], comm, point_norms: PointNorms, name: str, *, keeps_all: bool = True):
+        self.levels, self.comm, self.point_norms, self.name = levels, comm, point_norms, name
+        self.keeps_all, self.everywhere = keeps_all, False
+
+    def forget(self) -> None:
+        """Begin anew."""
+        for level in self.levels:
+            level.failure = None
+
+    def squares(self, block: np.ndarray, norms: PointNorms | None = None) -> np.ndarray:
+        """Squared norms of some states; NaN where the user's function fails (no hang), and once a step has failed.
+
+        A failed step's NaN may be gone by now, as relaxation replaces points. Handing NaN to the norm rather than
+        returning it tells the ranks that share the states in space as well.
+        """
+        if not len(block):
+            return np.zeros(0)
+        if any(level.failure for level in self.levels):
+            block = np.full_like(block, np.nan)
+        try:
+            return np.asarray((norms or self.point_norms)(block), dtype=float).reshape(len(block))
+        except Exception as error:
+            self.levels[0].failure = self.levels[0].failure or f"point_norms: {type(error).__name__}: {error}"
+            return np.full(len(block), np.nan)
+
+    def raise_unless(self, finite: bool) -> None:
+        """Raise on every rank if ``finite`` is false on any.
+
+        ``finite`` comes from ``point_norms``, so it is the same on all ranks that share a state in space.
+        """
+        fine = self.levels[0]
+        if self.everywhere:
+            causes = self.comm.allgather(fine.failure)
+            fine.failure = fine.failure or next((cause for cause in causes if cause), None)
+        if all_alike(self.comm, finite):
+            return
+        failure = None
+        if not finite:
+            failure = next((level.failure for level in self.levels if level.failure), None)
+            if failure is None and self.keeps_all:
+                bad = np.flatnonzero([not np.isfinite(row).all() for row in fine.U])
+                if len(bad):
+                    failure = f"level 0, steps {max(fine.lo + int(bad[0]) - 1, 0)}: value not finite"
+        # values travel from left to right only: the first rank that has something to say has the cause
+        reports = self.comm.allgather(failure)
+        cause = next((text for text in reports if text), "values too large: their norm is not finite")
+        raise SolverFailure(f"{self.name}: {cause}")
+
+    def raise_at_points(self, U: np.ndarray) -> None:
+        """Raise on every rank if a step has failed or an own point is not finite on any."""
+        norms = getattr(self.point_norms, "finite", self.point_norms)
+        self.raise_unless(not self.levels[0].active or bool(np.isfinite(self.squares(U, norms)).all()))
