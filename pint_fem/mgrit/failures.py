@@ -6,6 +6,7 @@ messages. It is noted on its rank and goes on as NaN, and norms, which are globa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -47,8 +48,12 @@ class Failures:
 
     def forget(self) -> None:
         """Begin anew."""
-        for level in self.levels:
-            level.failure = None
+        self.levels[0].failure = None
+        self.in_cycle(0)
+
+    def in_cycle(self, cycle: int) -> None:
+        """What is noted from here on is of this cycle."""
+        self.levels[0].first_failure.now = cycle
 
     def squares(self, block: np.ndarray, norms: PointNorms | None = None) -> np.ndarray:
         """Squared norms of some states; NaN where the user's function fails (no hang), and once a step has failed.
@@ -58,7 +63,7 @@ class Failures:
         """
         if not len(block):
             return np.zeros(0)
-        if any(level.failure for level in self.levels):
+        if self.levels[0].failure:
             block = np.full_like(block, np.nan)
         try:
             return np.asarray((norms or self.point_norms)(block), dtype=float).reshape(len(block))
@@ -77,17 +82,30 @@ class Failures:
             fine.failure = fine.failure or next((cause for cause in causes if cause), None)
         if all_alike(self.comm, finite):
             return
-        failure = None
-        if not finite:
-            failure = next((level.failure for level in self.levels if level.failure), None)
-            if failure is None and self.keeps_all:
-                bad = np.flatnonzero([not np.isfinite(row).all() for row in fine.U])
-                if len(bad):
-                    failure = f"level 0, steps {max(fine.lo + int(bad[0]) - 1, 0)}: value not finite"
-        # values travel from left to right only: the first rank that has something to say has the cause
-        reports = self.comm.allgather(failure)
-        cause = next((text for text in reports if text), "values too large: their norm is not finite")
+        first = fine.first_failure
+        report = None if finite else (first.cycle, first.text) if first.text else self._in_array()
+        # of those in the earliest cycle: values travel from left to right only, so the first rank has the cause
+        reports = [found for found in self.comm.allgather(report) if found]
+        cause = min(reports, key=lambda found: found[0], default=(0, "values too large: their norm is not finite"))[1]
         raise SolverFailure(f"{self.name}: {cause}")
+
+    def _in_array(self) -> tuple[float, str] | None:
+        """The first own point that is not finite, which any failure that a rank has seen happen comes before."""
+        fine = self.levels[0]
+        bad = np.flatnonzero([not np.isfinite(row).all() for row in fine.U])
+        if not len(bad):
+            return None
+        row = int(bad[0])
+        point = fine.lo + row if self.keeps_all else int(fine.c_points[fine.coarse_bounds()[self.comm.rank] + row])
+        return math.inf, f"level 0, steps {max(point - 1, 0)}: value not finite"
+
+    def raise_noted(self, state: np.ndarray, *, finite: bool = True) -> None:
+        """Raise on every rank if a step has failed, or ``finite`` is false, on any (collective).
+
+        ``state`` ``(1, *state)``: any, for its shape.
+        """
+        noted = self.squares(np.zeros_like(state))  # zero, and NaN on all ranks in space where one has noted something
+        self.raise_unless(finite and bool(np.isfinite(noted).all()))
 
     def raise_at_points(self, U: np.ndarray) -> None:
         """Raise on every rank if a step has failed or an own point is not finite on any."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from pint_fem.mgrit.failures import Failures
-from pint_fem.mgrit.levels import Bounds
+from pint_fem.mgrit.grids import Bounds
 from pint_fem.mgrit.norms import gather_in_order, norm_over_time
 from pint_fem.mgrit.trace import Trace
 

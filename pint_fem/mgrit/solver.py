@@ -19,9 +19,11 @@ import numpy as np
 from mpi4py import MPI
 
 from pint_fem.mgrit.agreement import all_alike
+from pint_fem.mgrit.arrays import check_arrays
 from pint_fem.mgrit.cycle import Cycle
 from pint_fem.mgrit.failures import Failures
-from pint_fem.mgrit.levels import Bounds, Propagator, build_levels, split_steps
+from pint_fem.mgrit.grids import Bounds, split_steps
+from pint_fem.mgrit.levels import Propagator, build_levels
 from pint_fem.mgrit.norms import PointNorms, euclidean
 from pint_fem.mgrit.options import MGRITOptions
 from pint_fem.mgrit.residuals import Residuals
@@ -32,6 +34,11 @@ from pint_fem.mgrit.transfer import Transfer
 from pint_fem.mgrit.view import describe
 
 __all__ = ["MGRIT"]
+
+_MEETINGS = frozenset(2**i for i in range(3, 40))
+"""Fixed numbers of cycles, where nobody waits for norms: behind so many all ranks hear whether one has failed. A failed
+solve takes at most twice the cycles it had, few cycles (training's) never meet, and many meet a few times.
+"""
 
 
 class MGRIT:
@@ -125,6 +132,7 @@ class MGRIT:
         self._cycle: Cycle | None = None
         self._viewed, self._iterates = not options.view, len(self.levels) > 1
         fine = self.levels[0]
+        fine.looks |= options.storage == "C"  # F-points are not kept: nobody can tell later
         #: Rows of the local arrays: own steps (own C-points with ``storage="C"``) plus one.
         self.local_rows = fine.k + 1
         if options.storage == "C":
@@ -190,7 +198,7 @@ class MGRIT:
         fine = self.levels[0]
         start = (self.options if start is None else MGRITOptions.make(self.options, start=start)).start
         self._stop.set(rtol=rtol, cycles=cycles)
-        self._check_arrays(U, G, coarse_rhs)
+        check_arrays(self, U, G, coarse_rhs)
         if not self._viewed:
             self._viewed = True
             self.prepare(U.shape[1:], U.dtype)
@@ -273,32 +281,45 @@ class MGRIT:
                 cycle.residual(0)
             else:
                 cycle.relax_and_restrict(0, f_is_done=f_is_done)
-            if options.residual != "none":
-                if self._look(U, result, looks):
-                    return
-                if early:
-                    cycle.relax_and_restrict(0, f_is_done=True, residual_is_known=True)
+            if self._look(U, result, looks):
+                return
+            if early and options.residual != "none":
+                cycle.relax_and_restrict(0, f_is_done=True, residual_is_known=True)
             fine.may_be_last(fixed is None or result.cycles + 1 >= fixed)
             is_f = options.cycle == "F" and (options.f_cycles is None or result.cycles < options.f_cycles)
             cycle.correct(0, "F" if is_f else "V")
             f_is_done = True
             result.cycles += 1
+            self._failures.in_cycle(result.cycles)
             if self.trace:
                 self.trace.mark("cycle", sweep=self.name, number=result.cycles)
 
     def _look(self, U: np.ndarray, result: SolveResult, looks: list[np.ndarray] | None) -> bool:
-        """Take the residual's norm, or keep its local part in ``looks`` until the last cycle; whether to stop."""
-        r, places, residuals = self._cycle.residuals[0], self.levels[1].bounds, self._residuals
-        V = self._cycle.relaxations[0].c_values(U)
+        """Note failures and take the residual's norm, or keep its local part in ``looks`` until the last cycle.
+
+        Returns whether to stop.
+        """
+        kind, residuals, failures = self.options.residual, self._residuals, self._failures
+        fine, places = self.levels[0], self.levels[1].bounds
+        relaxation, r = self._cycle.relaxations[0], self._cycle.residuals[0]
+        seen = residuals.squares(r) if kind == "C" else r
+        if not (fine.looks or fine.failure or np.isfinite(seen).all()):
+            relaxation.blame(r)
+        if kind == "none" or (looks is not None and result.cycles < self._stop.cycles):
+            if looks is not None:
+                looks.append(seen)
+            if result.cycles in _MEETINGS:
+                squares = residuals.squares(r) if kind == "none" else seen
+                failures.raise_noted(U[:1], finite=bool(np.isfinite(squares).all()))
+            return False
+        V = relaxation.c_values(U)
         if looks is not None:
-            looks.append(residuals.squares(r))
-            if result.cycles < self._stop.cycles:
-                return False
-            *result.residuals, result.scale = residuals.norms_of([*looks, residuals.squares(V)], places)
+            *result.residuals, result.scale = residuals.norms_of([*looks, seen, residuals.squares(V)], places)
             return self._stop(result)
-        full = self.options.residual == "full"
-        of = (residuals.at_all_points(U), self.levels[0].bounds) if full else (r, places)
-        norm, result.scale = residuals.norms(of, (V, places))
+        if kind == "full":
+            norm, result.scale = residuals.norms((residuals.at_all_points(U), fine.bounds), (V, places))
+        else:
+            norm, result.scale = residuals.norms_of([seen, residuals.squares(V)], places)
         result.residuals.append(norm)
         self._monitor(result)
         return self._stop(result)
@@ -308,6 +329,8 @@ class MGRIT:
 
         With ``storage="C"`` interval by interval, F-points being computed again (one propagator call each) in an
         array that the next interval uses.
+
+        A step that fails here gives NaN, as it must not stop a rank alone; :meth:`raise_failures` then names it.
 
         Raises
         ------
@@ -323,42 +346,17 @@ class MGRIT:
             self.prepare(U.shape[1:], U.dtype)
             yield from self._cycle.relaxations[0].states(U, G)
 
-    def _check_arrays(self, U: np.ndarray, G: np.ndarray | None, coarse_rhs) -> None:
-        """Raise on every rank when the arrays of any do not fit."""
-        k, problem = self.levels[0].k, None
-        given = [None] * (len(self.levels) - 1) if coarse_rhs is None else list(coarse_rhs)
-        rows = [level.k for level in self.levels[1:]]
-        if len(given) != len(rows) or any(g is not None and len(g) != n for g, n in zip(given, rows, strict=False)):
-            sizes = [None if g is None else len(g) for g in given]
-            problem = f"coarse_rhs of {sizes} rows for the own steps {rows} of the coarse levels"
-        if not U.ndim or len(U) != self.local_rows or (G is not None and G.shape not in self._rhs_shapes(U)):
-            what = f"{k} own steps" + ("" if self.local_rows == k + 1 else f" with {self.local_rows - 1} C-points")
-            problem = f"U {U.shape} and G {None if G is None else G.shape} for {what}"
-        elif U.dtype not in (np.float64, np.float32) or (G is not None and G.dtype != U.dtype):
-            problem = (
-                f"U of type {U.dtype}{'' if G is None else f', G of {G.dtype}'}: give float64 or float32, both alike"
-            )
-        elif not U[:1].flags.c_contiguous:
-            problem = "the states in U are not contiguous: only the time axis may be strided"
-        absent = tuple(x is None for x in (G, *given)) if k else None
-        if all_alike(self.comm, problem is None, U.shape[1:], absent):
-            return
-        reports = self.comm.allgather((problem, U.shape[1:], absent))
-        problems = [p for p, *_ in reports if p]
-        if len({shape for _, shape, _ in reports}) > 1:
-            problems.append(f"states of different shapes on the ranks: {[shape for _, shape, _ in reports]}")
-        if len({absent for *_, absent in reports if absent}) > 1:
-            problems.append("G or coarse_rhs is None on some ranks only: give zeros there")
-        if problems:
-            raise ValueError(f"{self.name}: {problems[0]}")
+    def raise_failures(self) -> None:
+        """Raise on every rank if a step has failed on any since the last solve, as F-points were computed again by
+        :meth:`states` (collective).
 
-    def _rhs_shapes(self, U: np.ndarray) -> list[tuple[int, ...]]:
-        """Shapes that a right-hand side may have."""
-        fine = self.levels[0]
-        rows = [fine.k]
-        if self.options.storage == "C" and int(fine.c_points[-1]) == fine.nsteps:
-            rows.append(self.local_rows - 1)
-        return [(count, *U.shape[1:]) for count in rows]
+        Raises
+        ------
+        SolverFailure
+            Naming the step.
+        """
+        if self._cycle is not None:
+            self._failures.raise_noted(np.zeros((1, *self._cycle.state_shape), self._cycle.dtype))
 
     def _say(self, text: str) -> None:
         if self._speaks:

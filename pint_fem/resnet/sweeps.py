@@ -22,7 +22,7 @@ import torch
 
 from pint_fem.errors import InputError
 from pint_fem.mgrit import MGRIT, MGRITOptions, SolveResult, split_steps
-from pint_fem.mgrit.levels import Bounds
+from pint_fem.mgrit.grids import Bounds
 from pint_fem.mgrit.norms import euclidean
 from pint_fem.resnet.grid import Grid
 from pint_fem.resnet.layers import Layer
