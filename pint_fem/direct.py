@@ -107,8 +107,8 @@ def factor_bytes(ksp: PETSc.KSP, parameters: Mapping) -> int:
     """Memory of a factorisation on this rank, with the copies of matrices that it works on.
 
     Packages that tell PETSc are believed: CHOLMOD its memory, PETSc and MUMPS the nonzeros. Of others PETSc's own
-    factor is counted. Collective for ``redundant`` only, on several ranks: PETSc's Python does not hand out that factor,
-    so the matrix is put together and factored like it once more.
+    factor is counted. Collective for ``redundant`` only, on several ranks: PETSc's Python does not hand it out, so the
+    matrix is put together and factored like it once more.
 
     Parameters
     ----------
