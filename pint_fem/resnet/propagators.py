@@ -17,7 +17,10 @@ import torch
 
 from pint_fem.resnet.layers import Layer, Room
 
-__all__ = ["AdjointStep", "ForwardStep", "TangentStep"]
+__all__ = ["TOGETHER", "AdjointStep", "ForwardStep", "TangentStep"]
+
+TOGETHER = 32
+"""Layers of a call where it is for all: what passes from one call to the next stays in the cache."""
 
 
 class _Step:
@@ -71,19 +74,37 @@ class _Step:
 
 
 class ForwardStep(_Step):
-    """``Phi``; where they are set, it writes ``slopes``, and ``kept``, which they (and curvatures) follow from."""
+    """``Phi``; where they are set, it writes ``slopes``, and ``kept``, which they (and curvatures) follow from.
+
+    Attributes
+    ----------
+    later : bool
+        Write what slopes follow from in their place, till :meth:`write_slopes`: for sweeps of which nobody knows which
+        relaxation is the last.
+    """
 
     def __init__(self, layer: Layer, h: float):
         super().__init__(layer, h)
         self.slopes: torch.Tensor | None = None
         self.kept: torch.Tensor | None = None
-        self.may_be_last = True
+        self.may_be_last, self.later = True, False
 
     def _keep(self, rows: slice | int, z: torch.Tensor) -> None:
-        if self.slopes is not None:
+        if self.slopes is not None and not self.later:
             self.layer.activation.write_slope(z, self.slopes[rows])
+        elif self.slopes is not None and self.kept is None:
+            self.slopes[rows] = z
         if self.kept is not None:
             self.kept[rows] = z
+
+    def write_slopes(self) -> None:
+        """Those of the last relaxation, where steps have put them off."""
+        if not self.later or self.slopes is None:
+            return
+        source = self.slopes if self.kept is None else self.kept
+        for i in range(0, len(source), TOGETHER):
+            rows = slice(i, i + TOGETHER)
+            self.layer.activation.write_slope(source[rows], self.slopes[rows])
 
     def step(self, steps: range, u: np.ndarray, out: np.ndarray) -> None:
         """See :class:`pint_fem.mgrit.levels.Propagator`."""

@@ -26,13 +26,10 @@ from pint_fem.mgrit.grids import Bounds
 from pint_fem.mgrit.norms import euclidean
 from pint_fem.resnet.grid import Grid
 from pint_fem.resnet.layers import Layer
-from pint_fem.resnet.propagators import AdjointStep, ForwardStep, TangentStep
+from pint_fem.resnet.propagators import TOGETHER, AdjointStep, ForwardStep, TangentStep
 from pint_fem.resnet.rows import RowExchange
 
 __all__ = ["LayerSweeps", "Trajectory"]
-
-# layers whose gradients are taken at once: what passes from one call to the next stays in the cache
-_TOGETHER = 32
 
 
 @dataclass
@@ -272,6 +269,8 @@ class LayerSweeps:
         fine = self.solvers["forward"].levels[0]
         if slopes:
             fine.propagator.slopes, fine.propagator.kept = trajectory.slopes, trajectory.kept
+        to_tolerance = cycles is None and not serial and len(self.strides) > 1
+        fine.propagator.later = to_tolerance and self.layer.activation.slope_out is None
         U = trajectory.U
         if self.grid.is_first:
             U[0] = u0
@@ -281,6 +280,7 @@ class LayerSweeps:
         try:
             with torch.no_grad():
                 result = self._solve("forward", U, None, cycles=cycles, serial=serial, start=start, rtol=rtol)
+                fine.propagator.write_slopes()
         finally:
             fine.propagator.slopes = fine.propagator.kept = None
         trajectory.theta, trajectory.result = theta, result
@@ -315,8 +315,8 @@ class LayerSweeps:
             result, L = self.adjoint(trajectory, last, None, cycles=cycles, serial=serial, warm=warm, rtol=rtol)
             U, slopes, lam = torch.from_numpy(trajectory.U), trajectory.slopes, torch.from_numpy(L[::-1])[1:]
             parts = []
-            for i in range(0, self.k, _TOGETHER):
-                rows = slice(i, min(i + _TOGETHER, self.k))
+            for i in range(0, self.k, TOGETHER):
+                rows = slice(i, min(i + TOGETHER, self.k))
                 parts.append(self.layer.gradients(slopes[rows] * lam[rows], U[rows]))
             gradients = [torch.cat(part).mul_(self.h) for part in zip(*parts, strict=True)]
         return result, L[-1], gradients
