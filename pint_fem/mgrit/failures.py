@@ -16,7 +16,12 @@ from pint_fem.mgrit.levels import Level
 from pint_fem.mgrit.norms import PointNorms
 from pint_fem.mgrit.stopping import SolverFailure
 
-__all__ = ["Failures"]
+__all__ = ["MEETINGS", "Failures"]
+
+MEETINGS = frozenset(2**i for i in range(3, 40))
+"""Fixed numbers of cycles, where nobody waits for norms: behind so many all ranks hear whether one has failed. A failed
+solve takes at most twice the cycles it had, few cycles (training's) never meet, and many meet a few times.
+"""
 
 
 class Failures:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 
 from pint_fem.mgrit.failures import Failures
 from pint_fem.mgrit.grids import Bounds
 from pint_fem.mgrit.norms import gather_in_order, norm_over_time
-from pint_fem.mgrit.trace import Trace
 
 __all__ = ["Residuals"]
 
@@ -23,64 +23,39 @@ class Residuals:
         Of the solver; values that are not finite are raised there.
     kind
         Norm over time: 1, 2 or ``"inf"``.
-    trace
-        Gets the work; ``None``: nobody does.
     """
 
-    def __init__(self, failures: Failures, kind: int | str, trace: Trace | None):
-        self.failures, self.kind, self.trace = failures, kind, trace
+    def __init__(self, failures: Failures, kind: int | str):
+        self.failures, self.kind = failures, kind
         self._all: np.ndarray | None = None
 
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        """What is done within is the work of a look at the residual, for the trace."""
+        trace = self.failures.levels[0].trace
+        begin = trace.now() if trace else 0.0
+        yield
+        if trace:
+            trace.work("norm", 0, begin, sweep=self.failures.name)
+
     def squares(self, block: np.ndarray) -> np.ndarray:
-        """Squared norms of own states, to be gathered with others later; not collective over time."""
-        begin = self.trace.now() if self.trace else 0.0
-        squares = self.failures.squares(block)
-        self._worked(begin)
-        return squares
+        """Squared norms of own states, for :meth:`norms`; not collective over time."""
+        return self.failures.squares(block)
 
-    def norms(self, *blocks: tuple[np.ndarray, Bounds | None]) -> list[float]:
-        """Norms over time (collective): one for each block of own states, which is given with the bounds that say how
-        many each rank has (``None``: they are counted).
+    def norms(self, squares: Sequence[np.ndarray], places: Bounds | None) -> list[float]:
+        """Norms over time of own states' :meth:`squares` (collective): all blocks have as many states, which the bounds
+        say of each rank (``None``: they are counted), and go in one message.
 
         Raises
         ------
         SolverFailure
             On every rank, if one is not finite.
         """
-        begin = self.trace.now() if self.trace else 0.0
-        places = blocks[0][1]
-        squares = [self.failures.squares(block) for block, _ in blocks]
-        if all(at is places for _, at in blocks):
-            norms = self._gathered(np.stack(squares, axis=1), places)
-        else:
-            norms = [self._gathered(each, at) for each, (_, at) in zip(squares, blocks, strict=True)]
-        self._worked(begin)
-        return self._finite(norms)
-
-    def norms_of(self, squares: Sequence[np.ndarray], places: Bounds) -> list[float]:
-        """Norms over time of :meth:`squares` of states at the same points, all in one message (collective).
-
-        Raises
-        ------
-        SolverFailure
-            On every rank, if one is not finite.
-        """
-        begin = self.trace.now() if self.trace else 0.0
-        norms = self._gathered(np.stack(squares, axis=1), places)
-        self._worked(begin)
-        return self._finite(norms)
-
-    def _gathered(self, squares: np.ndarray, places: Bounds | None) -> np.ndarray:
-        return norm_over_time(gather_in_order(squares, self.failures.comm, places), self.kind)
-
-    def _finite(self, norms) -> list[float]:
+        local = squares[0] if len(squares) == 1 else np.stack(squares, axis=1)
+        norms = norm_over_time(gather_in_order(local, self.failures.comm, places), self.kind)
         if not np.isfinite(norms).all():
             self.failures.raise_unless(False)
-        return [float(norm) for norm in norms]
-
-    def _worked(self, begin: float) -> None:
-        if self.trace:
-            self.trace.work("norm", 0, begin, sweep=self.failures.name)
+        return np.atleast_1d(norms).tolist()
 
     def at_all_points(self, U: np.ndarray) -> np.ndarray:
         """``Phi(U) + G - U`` at all own points, computed anew (messages to the neighbours)."""

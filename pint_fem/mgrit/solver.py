@@ -21,7 +21,7 @@ from mpi4py import MPI
 from pint_fem.mgrit.agreement import all_alike
 from pint_fem.mgrit.arrays import check_arrays
 from pint_fem.mgrit.cycle import Cycle
-from pint_fem.mgrit.failures import Failures
+from pint_fem.mgrit.failures import MEETINGS, Failures
 from pint_fem.mgrit.grids import Bounds, split_steps
 from pint_fem.mgrit.levels import Propagator, build_levels
 from pint_fem.mgrit.norms import PointNorms, euclidean
@@ -34,11 +34,6 @@ from pint_fem.mgrit.transfer import Transfer
 from pint_fem.mgrit.view import describe
 
 __all__ = ["MGRIT"]
-
-_MEETINGS = frozenset(2**i for i in range(3, 40))
-"""Fixed numbers of cycles, where nobody waits for norms: behind so many all ranks hear whether one has failed. A failed
-solve takes at most twice the cycles it had, few cycles (training's) never meet, and many meet a few times.
-"""
 
 
 class MGRIT:
@@ -124,7 +119,7 @@ class MGRIT:
         for level in self.levels:
             level.trace = self.trace
         self._failures = Failures(self.levels, comm, point_norms, name, keeps_all=options.storage == "all")
-        self._residuals = Residuals(self._failures, options.time_norm, self.trace)
+        self._residuals = Residuals(self._failures, options.time_norm)
         exact = math.inf
         if len(self.levels) > 1 and options.coarse_solver != "relax" and not any(self.transfers):
             exact = exact_termination(self.levels[1].nsteps, options.sweeps(0), options.weight(0))
@@ -299,30 +294,42 @@ class MGRIT:
 
         Returns whether to stop.
         """
-        kind, residuals, failures = self.options.residual, self._residuals, self._failures
-        fine, places = self.levels[0], self.levels[1].bounds
-        relaxation, r = self._cycle.relaxations[0], self._cycle.residuals[0]
-        seen = residuals.squares(r) if kind == "C" else r
-        if not (fine.looks or fine.failure or np.isfinite(seen).all()):
-            relaxation.blame(r)
-        if kind == "none" or (looks is not None and result.cycles < self._stop.cycles):
+        kind, residuals, r = self.options.residual, self._residuals, self._cycle.residuals[0]
+        if kind == "none":
+            self._watch(r, result.cycles, r)
+            return False
+        with residuals.timed():
+            seen = residuals.squares(r) if kind == "C" else r
             if looks is not None:
                 looks.append(seen)
-            if result.cycles in _MEETINGS:
-                squares = residuals.squares(r) if kind == "none" else seen
-                failures.raise_noted(U[:1], finite=bool(np.isfinite(squares).all()))
-            return False
-        V = relaxation.c_values(U)
-        if looks is not None:
-            *result.residuals, result.scale = residuals.norms_of([*looks, seen, residuals.squares(V)], places)
-            return self._stop(result)
-        if kind == "full":
-            norm, result.scale = residuals.norms((residuals.at_all_points(U), fine.bounds), (V, places))
-        else:
-            norm, result.scale = residuals.norms_of([seen, residuals.squares(V)], places)
+                if result.cycles < self._stop.cycles:
+                    self._watch(r, result.cycles, seen)
+                    return False
+            self._watch(r, 0, seen)
+            V, places = residuals.squares(self._cycle.relaxations[0].c_values(U)), self.levels[1].bounds
+            if looks is not None:
+                *result.residuals, result.scale = residuals.norms([*looks, V], places)
+                return self._stop(result)
+            if kind == "full":
+                every = residuals.squares(residuals.at_all_points(U))
+                [norm], [result.scale] = residuals.norms([every], self.levels[0].bounds), residuals.norms([V], places)
+            else:
+                norm, result.scale = residuals.norms([seen, V], places)
         result.residuals.append(norm)
         self._monitor(result)
         return self._stop(result)
+
+    def _watch(self, r: np.ndarray, cycles: int, seen: np.ndarray) -> None:
+        """Note what has failed unseen, and behind some numbers of cycles hear of all ranks' failures.
+
+        ``seen``: the residual ``r`` at the C-points or its squared norms.
+        """
+        fine = self.levels[0]
+        if not (fine.looks or fine.failure or np.isfinite(seen).all()):
+            self._cycle.relaxations[0].blame(r)
+        if cycles in MEETINGS:
+            squares = self._residuals.squares(r) if seen is r else seen
+            self._failures.raise_noted(fine.U[:1], finite=bool(np.isfinite(squares).all()))
 
     def states(self, U: np.ndarray, G: np.ndarray | None = None) -> Iterator[tuple[int, np.ndarray]]:
         """The own part of a solved trajectory in order: the number of a point and the states from there on.

@@ -124,7 +124,9 @@ class ParaDiag(MGRIT):
         from_zero = start in ("skip", "nested") and self.renew is None
         r = self._first_residual(U) if from_zero else self._residuals.at_all_points(U)
         while True:
-            norm, result.scale = self._residuals.norms((r, None), (U[1:], None))
+            with self._residuals.timed():
+                squares = [self._residuals.squares(block) for block in (r, U[1:])]
+                norm, result.scale = self._residuals.norms(squares, None)
             result.residuals.append(norm)
             self._monitor(result)
             if self._stop(result):

@@ -17,10 +17,7 @@ import torch
 
 from pint_fem.resnet.layers import Layer, Room
 
-__all__ = ["TOGETHER", "AdjointStep", "ForwardStep", "TangentStep"]
-
-TOGETHER = 32
-"""Layers of a call where it is for all: what passes from one call to the next stays in the cache."""
+__all__ = ["AdjointStep", "ForwardStep", "TangentStep"]
 
 
 class _Step:
@@ -79,8 +76,8 @@ class ForwardStep(_Step):
     Attributes
     ----------
     later : bool
-        Write what slopes follow from in their place, till :meth:`write_slopes`: for sweeps of which nobody knows which
-        relaxation is the last.
+        Write what slopes follow from in their place, or to ``kept`` alone: for sweeps of which nobody knows which
+        relaxation is the last. Who asks for that takes slopes of it once, afterwards.
     """
 
     def __init__(self, layer: Layer, h: float):
@@ -96,15 +93,6 @@ class ForwardStep(_Step):
             self.slopes[rows] = z
         if self.kept is not None:
             self.kept[rows] = z
-
-    def write_slopes(self) -> None:
-        """Those of the last relaxation, where steps have put them off."""
-        if not self.later or self.slopes is None:
-            return
-        source = self.slopes if self.kept is None else self.kept
-        for i in range(0, len(source), TOGETHER):
-            rows = slice(i, i + TOGETHER)
-            self.layer.activation.write_slope(source[rows], self.slopes[rows])
 
     def step(self, steps: range, u: np.ndarray, out: np.ndarray) -> None:
         """See :class:`pint_fem.mgrit.levels.Propagator`."""

@@ -24,12 +24,16 @@ from pint_fem.errors import InputError
 from pint_fem.mgrit import MGRIT, MGRITOptions, SolveResult, split_steps
 from pint_fem.mgrit.grids import Bounds
 from pint_fem.mgrit.norms import euclidean
+from pint_fem.resnet.activations import Activation
 from pint_fem.resnet.grid import Grid
 from pint_fem.resnet.layers import Layer
-from pint_fem.resnet.propagators import TOGETHER, AdjointStep, ForwardStep, TangentStep
+from pint_fem.resnet.propagators import AdjointStep, ForwardStep, TangentStep
 from pint_fem.resnet.rows import RowExchange
 
 __all__ = ["LayerSweeps", "Trajectory"]
+
+# layers of a call where it is for all of them: what passes from one call to the next stays in the cache
+_TOGETHER = 32
 
 
 @dataclass
@@ -54,6 +58,13 @@ class Trajectory:
     kept: torch.Tensor | None = None
     theta: list[torch.Tensor] = field(default_factory=list)
     result: SolveResult | None = None
+
+    def take_slopes(self, act: Activation) -> None:
+        """Of what they follow from, which is in their place unless it is kept."""
+        source = self.slopes if self.kept is None else self.kept
+        for i in range(0, len(source), _TOGETHER):
+            rows = slice(i, i + _TOGETHER)
+            act.write_slope(source[rows], self.slopes[rows])
 
 
 class _Norms:
@@ -269,8 +280,9 @@ class LayerSweeps:
         fine = self.solvers["forward"].levels[0]
         if slopes:
             fine.propagator.slopes, fine.propagator.kept = trajectory.slopes, trajectory.kept
-        to_tolerance = cycles is None and not serial and len(self.strides) > 1
-        fine.propagator.later = to_tolerance and self.layer.activation.slope_out is None
+        # to a tolerance, any relaxation may be the last; a slope that takes one pass is as cheap as what it is of
+        later = slopes and cycles is None and not serial and len(self.strides) > 1
+        later = fine.propagator.later = later and self.layer.activation.slope_out is None
         U = trajectory.U
         if self.grid.is_first:
             U[0] = u0
@@ -280,7 +292,8 @@ class LayerSweeps:
         try:
             with torch.no_grad():
                 result = self._solve("forward", U, None, cycles=cycles, serial=serial, start=start, rtol=rtol)
-                fine.propagator.write_slopes()
+                if later:
+                    trajectory.take_slopes(self.layer.activation)
         finally:
             fine.propagator.slopes = fine.propagator.kept = None
         trajectory.theta, trajectory.result = theta, result
@@ -315,8 +328,8 @@ class LayerSweeps:
             result, L = self.adjoint(trajectory, last, None, cycles=cycles, serial=serial, warm=warm, rtol=rtol)
             U, slopes, lam = torch.from_numpy(trajectory.U), trajectory.slopes, torch.from_numpy(L[::-1])[1:]
             parts = []
-            for i in range(0, self.k, TOGETHER):
-                rows = slice(i, min(i + TOGETHER, self.k))
+            for i in range(0, self.k, _TOGETHER):
+                rows = slice(i, min(i + _TOGETHER, self.k))
                 parts.append(self.layer.gradients(slopes[rows] * lam[rows], U[rows]))
             gradients = [torch.cat(part).mul_(self.h) for part in zip(*parts, strict=True)]
         return result, L[-1], gradients
