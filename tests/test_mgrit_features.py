@@ -384,6 +384,27 @@ def test_fixed_cycles_name_the_first_failure_early(storage, residual):
 
 
 @pytest.mark.parallel([1, 2, 3])
+def test_the_earliest_failure_is_named():
+    """In a later cycle a step further left fails as well: on another rank, which would speak first."""
+    t, began = np.linspace(0, 2, 25), [0]
+
+    class Later(Residual):
+        """Its first step fails too, from the third cycle on."""
+
+        def step(self, steps, u, out):
+            super().step(steps, u, out)
+            began[0] += 1 in steps
+            if began[0] > 2:
+                out[[n == 1 for n in steps]] = np.nan
+
+    options = {"coarsening": 4, "relax": "F", "storage": "C", "residual": "none", "max_it": 5, "rtol": 0}
+    solver = MGRIT([Later(t, 18), Residual(t[::4])], 24, comm=COMM, options=options)
+    with pytest.raises(SolverFailure, match="level 0, steps 18: value not finite"):
+        solver.solve(np.ones((solver.local_rows, 2)))
+    assert COMM.allreduce(began[0]) > 2
+
+
+@pytest.mark.parallel([1, 2, 3])
 def test_failures_between_stored_points_are_named():
     """F-points that are computed again for :meth:`MGRIT.states` fail on one rank: NaN there, and named everywhere."""
     t = np.linspace(0, 2, 25)

@@ -115,7 +115,9 @@ class Level:
 
     @failure.setter
     def failure(self, text: str | None) -> None:
-        self.first_failure.text, self.first_failure.cycle = text, self.first_failure.now
+        first = self.first_failure
+        if text != first.text:
+            first.text, first.cycle = text, first.now
 
     @property
     def stride(self) -> int:
