@@ -103,42 +103,64 @@ def matrix_bytes(matrix: PETSc.Mat) -> int:
     return (np.dtype(PETSc.ScalarType).itemsize + index) * entries + index * (matrix.getLocalSize()[0] + 1)
 
 
-def factor_bytes(ksp: PETSc.KSP) -> int:
-    """Memory of a factorisation on this rank, from the number of its nonzeros (collective)."""
+def factor_bytes(ksp: PETSc.KSP, parameters: Mapping) -> int:
+    """Memory of a factorisation on this rank, with the copies of matrices that it works on.
+
+    Packages that tell PETSc are believed: CHOLMOD its memory, PETSc and MUMPS the nonzeros. Of others PETSc's own
+    factor is counted. Collective for ``redundant`` only, on several ranks: PETSc's Python does not hand it out, so the
+    matrix is put together and factored like it once more.
+
+    Parameters
+    ----------
+    ksp
+        Set up.
+    parameters
+        PETSc options that it was set up with, flat.
+    """
     pc = ksp.getPC()
     kind = pc.getType()
-    if kind in ("asm", "bjacobi"):
-        parts = pc.getASMSubKSP() if kind == "asm" else pc.getBJacobiSubKSP()
-        return sum(_nonzeros(part.getPC()) for part in parts) * _BYTES
-    if kind == "redundant":  # PETSc's Python does not hand out the factor
-        matrix = pc.getOperators()[1]
-        whole = PETSc.IS().createStride(matrix.getSize()[0], comm=PETSc.COMM_SELF)
-        (alone,) = matrix.createSubMatrices([whole], [whole])
-        return _like_petsc(alone, "cholesky" if matrix.isSymmetricKnown() == (True, True) else "lu") * _BYTES
-    return _nonzeros(pc) * _BYTES
+    if kind == "bjacobi":
+        return sum(_bytes(part.getPC()) for part in pc.getBJacobiSubKSP())
+    if kind == "asm":
+        parts = [part.getPC() for part in pc.getASMSubKSP()]
+        return sum(_bytes(part) + matrix_bytes(part.getOperators()[1]) for part in parts)
+    if kind != "redundant":
+        return _bytes(pc)
+    matrix = pc.getOperators()[1]
+    whole = PETSc.IS().createStride(matrix.getSize()[0], comm=PETSc.COMM_SELF)
+    (alone,) = matrix.createSubMatrices([whole], [whole])
+    factor = parameters.get("redundant_pc_type", "lu"), parameters.get("redundant_pc_factor_mat_solver_type", "petsc")
+    return matrix_bytes(alone) + _bytes_again(alone, *factor)
 
 
-def _nonzeros(pc: PETSc.PC) -> int:
-    """Nonzeros of a factor; those of the matrix for preconditioners that have none."""
+def _bytes(pc: PETSc.PC) -> int:
+    """Memory of a factor; of preconditioners that have none about that of the matrix."""
     matrix = pc.getOperators()[1]
     here = PETSc.Mat.InfoType.LOCAL
     if pc.getType() not in ("lu", "cholesky", "ilu", "icc"):
-        return int(matrix.getInfo(here)["nz_used"])
-    known = int(pc.getFactorMatrix().getInfo(here)["nz_used"])
-    if known or matrix.comm.size > 1:
-        return known or int(matrix.getInfo(here)["nz_used"])
-    return _like_petsc(matrix, pc.getType())
+        return int(matrix.getInfo(here)["nz_used"]) * _BYTES
+    found = pc.getFactorMatrix().getInfo(here)
+    if found["memory"]:
+        return int(found["memory"])
+    known, ranks = int(found["nz_used"]), matrix.comm.size
+    if ranks > 1:  # MUMPS says how many there are on all
+        return (known // ranks or int(matrix.getInfo(here)["nz_used"])) * _BYTES
+    if known:
+        return known * _BYTES
+    count = _bytes_again(matrix, "lu", "petsc")  # of L and U
+    return count // 2 if pc.getType() == "cholesky" else count
 
 
-def _like_petsc(matrix: PETSc.Mat, kind: str) -> int:
-    """Nonzeros of PETSc's own factor: UMFPACK, KLU and CHOLMOD have about as many, and do not tell PETSc."""
-    other = PETSc.PC().create(matrix.comm)
-    other.setOperators(matrix)
-    other.setType("lu")
-    other.setFactorSolverType("petsc")
-    other.setFactorOrdering("nd")
-    other.setFactorShift(PETSc.Mat.FactorShiftType.NONZERO)
-    other.setUp()
-    known = int(other.getFactorMatrix().getInfo(PETSc.Mat.InfoType.LOCAL)["nz_used"])
-    other.destroy()
-    return known // 2 if kind == "cholesky" else known
+def _bytes_again(matrix: PETSc.Mat, kind: str, package: str) -> int:
+    """Memory of a factor that is made for the purpose, of a matrix on one rank."""
+    pc = PETSc.PC().create(matrix.comm)
+    pc.setOperators(matrix)
+    pc.setType(kind)
+    pc.setFactorSolverType(package)
+    if package == "petsc":
+        pc.setFactorOrdering("nd")
+        pc.setFactorShift(PETSc.Mat.FactorShiftType.NONZERO)
+    pc.setUp()
+    found = _bytes(pc)
+    pc.destroy()
+    return found

@@ -16,7 +16,7 @@ import numpy as np
 from mpi4py import MPI
 
 from pint_fem.errors import InputError
-from pint_fem.mgrit.levels import split_steps
+from pint_fem.mgrit.grids import split_steps
 from pint_fem.mgrit.norms import euclidean
 
 __all__ = ["Slab", "SpaceTime", "parse_grid"]

@@ -86,6 +86,31 @@ def test_symmetric_matrices_that_cholesky_spoils():
     b.array[:] = np.sin(np.arange(start, stop))
     factor.solve(b, x)
     assert residual(A, x, b) < 1e-12
+    # a chain of such pairs is symmetric, and LU all the same: of L and U, not of L alone
+    found = factor.nbytes["factors"]
+    again = Factor(A, factor._parameters, symmetric=False)
+    assert "cholesky" not in factor._parameters.values()
+    assert found == again.nbytes["factors"] / 2  # which has a factor of the transpose as well
+
+
+@pytest.mark.parallel([1, 2])
+def test_factors_are_counted_as_they_are():
+    """A dense matrix, of which all is known: CHOLMOD's own count of L, with the matrix that every rank has a copy of on
+    several; twice the entries for LU; and asking again takes no other rank.
+    """
+    n = 120
+    A = PETSc.Mat().createAIJ(((None, n), (None, n)), nnz=(n, n), comm=MPI.COMM_WORLD)
+    start, stop = A.getOwnershipRange()
+    D = np.cos(np.subtract.outer(np.arange(n), np.arange(n)) ** 2) + 2 * n * np.eye(n)
+    A.setValues(np.arange(start, stop, dtype="i"), np.arange(n, dtype="i"), D[start:stop])
+    A.assemble()
+    copy = 12 * n * n + 4 * (n + 1) if A.comm.size > 1 else 0
+    cholesky = Factor(A, {}, symmetric=True)
+    assert 8 * n * n / 2 <= cholesky.nbytes["factors"] - copy <= 1.5 * 8 * n * n  # supernodes are dense squares
+    lu = Factor(A, direct_solver(A.comm, n), symmetric=True)
+    assert lu.nbytes["factors"] - copy == 12 * n * n
+    if A.comm.rank == 0:
+        assert cholesky.nbytes["factors"] > 0
 
 
 @pytest.mark.parallel([1, 2])

@@ -26,7 +26,7 @@ from pint_fem.paradiag import ParaDiagOptions
 from pint_fem.paradiag.theory import block_contraction, contraction
 from pint_fem.propagators import LinearPropagator
 from pint_fem.propagators.leapfrog import leapfrog
-from pint_fem.propagators.spectrum import paradiag_contraction
+from pint_fem.propagators.verdicts import paradiag_contraction
 from problems.maxwell import B, E, Medium, Region, Walls, perfect_conductor, residual, state_space
 
 LOSSY = (Region("host", sigma=3.0), Region("block", lambda x: x[0] < 0.5, epsilon=2.0, mu=1.5, sigma=7.0))

@@ -335,6 +335,91 @@ def test_a_fixed_number_of_cycles_meets_once():
         solve(bad=13)
 
 
+class Meetings(MPI.Intracomm):
+    """Counts what all ranks take part in."""
+
+    count = 0
+
+    def Allreduce(self, *args, **kwargs):
+        self.count += 1
+        return super().Allreduce(*args, **kwargs)
+
+    def Allgatherv(self, *args, **kwargs):
+        self.count += 1
+        return super().Allgatherv(*args, **kwargs)
+
+    def allgather(self, *args):
+        self.count += 1
+        return super().allgather(*args)
+
+
+@pytest.mark.parallel([1, 2, 3])
+@pytest.mark.parametrize("storage", ["all", "C"])
+@pytest.mark.parametrize("residual", ["none", "C"])
+def test_fixed_cycles_name_the_first_failure_early(storage, residual):
+    """The step and level on every rank, inside an interval, into a C-point or on the coarse level, whoever looks at the
+    blocks; of 40 cycles hardly more than 8 are taken, and up to 7 need no meeting but those before and behind.
+    """
+    t = np.linspace(0, 2, 25)
+
+    def solve(fine, coarse, cycles, comm=COMM):
+        solver = MGRIT([fine, coarse], 24, comm=comm, options={"coarsening": 4, "relax": "F", "storage": storage,
+                       "residual": residual, "check": "cycle", "rtol": 0, "max_it": 50})  # fmt: skip
+        return solver, solver.solve, dict(U=np.ones((solver.local_rows, 2)), start="skip", cycles=cycles)
+
+    for (level, bad), cycles in itertools.product(((0, 13), (0, 15), (1, 3)), (3, 40)):
+        places = [bad if i == level else None for i in range(2)]
+        solver, run, how = solve(Residual(t, places[0]), Residual(t[::4], places[1]), cycles)
+        with pytest.raises(SolverFailure, match=f"level {level}, steps {bad}: value not finite$"):
+            run(**how)
+        assert solver.levels[0].phi_calls <= 10 * solver.levels[0].k
+    counts = {}
+    for cycles in (1, 7, 8, 9):
+        comm = Meetings(COMM)
+        _, run, how = solve(Residual(t), Residual(t[::4]), cycles, comm)
+        assert run(**how).cycles == cycles
+        counts[cycles] = comm.count
+    assert counts[1] == counts[7] == counts[8]  # behind 8 cycles they meet anyway
+    assert counts[9] == counts[8] + (COMM.size > 1)
+
+
+@pytest.mark.parallel([1, 2, 3])
+def test_the_earliest_failure_is_named():
+    """In a later cycle a step further left fails as well: on another rank, which would speak first."""
+    t, began = np.linspace(0, 2, 25), [0]
+
+    class Later(Residual):
+        """Its first step fails too, from the third cycle on."""
+
+        def step(self, steps, u, out):
+            super().step(steps, u, out)
+            began[0] += 1 in steps
+            if began[0] > 2:
+                out[[n == 1 for n in steps]] = np.nan
+
+    options = {"coarsening": 4, "relax": "F", "storage": "C", "residual": "none", "max_it": 5, "rtol": 0}
+    solver = MGRIT([Later(t, 18), Residual(t[::4])], 24, comm=COMM, options=options)
+    with pytest.raises(SolverFailure, match="level 0, steps 18: value not finite"):
+        solver.solve(np.ones((solver.local_rows, 2)))
+    assert COMM.allreduce(began[0]) > 2
+
+
+@pytest.mark.parallel([1, 2, 3])
+def test_failures_between_stored_points_are_named():
+    """F-points that are computed again for :meth:`MGRIT.states` fail on one rank: NaN there, and named everywhere."""
+    t = np.linspace(0, 2, 25)
+    fine = Residual(t)
+    solver = MGRIT([fine, Residual(t[::4])], 24, comm=COMM, options={"coarsening": 4, "storage": "C"})
+    U = np.ones((solver.local_rows, 2))
+    solver.solve(U)
+    solver.raise_failures()
+    fine.bad = 13
+    finite = [np.isfinite(block).all() for _, block in solver.states(U)]
+    assert COMM.allreduce(len(finite) - sum(finite)) == 1
+    with pytest.raises(SolverFailure, match="level 0, steps 13: value not finite"):
+        solver.raise_failures()
+
+
 def test_reasons_are_numbered_as_petsc_does():
     """For every reason that a result may have."""
     reasons = pytest.importorskip("petsc4py.PETSc").KSP.ConvergedReason

@@ -1,5 +1,7 @@
 """The layer-parallel network equals a serial torch copy of itself: values, gradients, bits."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -149,6 +151,34 @@ def test_activation_by_callable():
         Dense(3, lambda z: torch.softmax(z, -1))
     with pytest.raises(InputError, match="did you mean 'relu'"):
         Dense(3, "rlu")
+
+
+@pytest.mark.parallel([1, 2, 3])
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize(("kind", "act"), [("dense", "gelu"), ("conv", "relu")])
+def test_sweeps_to_a_tolerance_take_slopes_once(kind, act, keep):
+    """Each layer's, whatever the cycles; the bits are those of slopes taken in every relaxation."""
+    found, plain = [], activation(act)
+    for name in ("slope", "slope_out"):  # taken when all is known, and wherever it might be the last time
+        taken = []
+
+        def slope(z, taken=taken):
+            taken.append(len(z))
+            return plain.slope(z)
+
+        write = lambda z, out, slope=slope: out.copy_(slope(z))
+        given = replace(plain, slope=slope, slope_out=None if name == "slope" else write)
+        net, x, _ = build(kind, 37, act=given, mgrit={"levels": 2, "coarsening": 4, "rtol": 1e-13})
+        u0 = net.layer.pack(net.opening(x)).detach().numpy().copy() if net.grid.is_first else None
+        shape = net.grid.layer_comm.bcast(None if u0 is None else u0.shape)
+        t = net.sweeps.trajectory(shape, np.float64, keep=keep)
+        assert net.sweeps.forward(net.stack, u0, t).cycles > 2
+        found.append((t, sum(taken)))
+    (once, few), (often, many) = found
+    assert few == net.hi - net.lo < many / 2
+    assert torch.equal(once.slopes, often.slopes)
+    assert np.array_equal(once.U, often.U)
+    assert not keep or torch.equal(once.kept, often.kept)
 
 
 @pytest.mark.parallel([1, 3])

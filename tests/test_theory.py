@@ -41,8 +41,10 @@ from pint_fem.mgrit.theory import (
 )
 from pint_fem.propagators import SDIRK2, BackwardEuler, Evolution, ImplicitMidpoint
 from pint_fem.propagators import spectrum as spectrum_module
-from pint_fem.propagators.spectrum import Spectrum, mgrit_verdict, spectrum
+from pint_fem.propagators import verdicts as verdicts_module
+from pint_fem.propagators.spectrum import Spectrum, spectrum
 from pint_fem.propagators.tableaux import DIRK
+from pint_fem.propagators.verdicts import mgrit_verdict
 from pint_fem.spacetime import SpaceTime
 
 TABLEAUX = {"BE": BackwardEuler, "SDIRK2": SDIRK2, "midpoint": ImplicitMidpoint}
@@ -403,7 +405,7 @@ def test_no_theory():
 
 
 def test_one_level_computes_nothing(monkeypatch):
-    monkeypatch.setattr(spectrum_module, "spectrum", None)
+    monkeypatch.setattr(verdicts_module, "spectrum", None)
     assert mgrit_verdict(heat(2), MGRITOptions(levels=1)) == []
 
 
@@ -461,7 +463,7 @@ def test_midpoint_heat_is_warned_of(relax, coarse):
 def test_alternatives_are_what_their_own_verdicts_say():
     """Each bound that a warning may name is that of the options it names, smaller coarsening with its own steps."""
     ev, common = heat(8, "SDIRK2", dt=0.05, nsteps=24), dict(levels=2)
-    pair = spectrum_module._Pair(spectrum(ev), ev, 1, 24, "F", 1.0, is_first=True)
+    pair = verdicts_module._Pair(spectrum(ev), ev, 1, 24, "F", 1.0, is_first=True)
     found = pair.alternatives(ImplicitMidpoint(), 6)
     of = lambda tableau, m=6, relax="F": mgrit_verdict(ev, common | dict(coarsening=m, relax=relax), tableau)[0].factor
     assert found == pytest.approx(

@@ -16,7 +16,7 @@ from pint_fem.paradiag.systems import ShiftedSteps
 from pint_fem.propagators.base import FEPropagator
 from pint_fem.propagators.evolution import Evolution
 from pint_fem.propagators.linear import LinearPropagator
-from pint_fem.propagators.spectrum import paradiag_contraction
+from pint_fem.propagators.verdicts import paradiag_contraction
 
 __all__ = ["CoarsestParaDiag", "ParaDiagSweeps", "frequency_systems", "judgement"]
 

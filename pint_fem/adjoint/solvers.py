@@ -22,7 +22,7 @@ from pint_fem.propagators.linear import LinearPropagator
 from pint_fem.propagators.linearisation import Memories
 from pint_fem.propagators.norms import MassNorm
 from pint_fem.propagators.spatial import SpatialLevels
-from pint_fem.propagators.spectrum import mgrit_verdict
+from pint_fem.propagators.verdicts import mgrit_verdict
 from pint_fem.spacetime import SpaceTime
 
 __all__ = ["TimeSolvers"]
@@ -222,7 +222,7 @@ class TimeSolvers:
         """Theory's verdict on each pair of levels, computed when first asked for, by all ranks; empty for one level.
 
         ``None`` where there is no theory: evolutions that are not linear, propagators of the user's own, coarser meshes
-        on coarse levels (see :func:`~pint_fem.propagators.spectrum.mgrit_verdict`).
+        on coarse levels (see :func:`~pint_fem.propagators.verdicts.mgrit_verdict`).
         """
         if len(self.propagators) == 1:
             return []

@@ -13,7 +13,7 @@ from pint_fem.mgrit.option_strings import parse_options
 from pint_fem.paradiag import ParaDiagOptions
 from pint_fem.paradiag.options import SHARED, parse_paradiag_options
 from pint_fem.propagators.evolution import Evolution
-from pint_fem.propagators.spectrum import mgrit_verdict, paradiag_contraction
+from pint_fem.propagators.verdicts import mgrit_verdict, paradiag_contraction
 from pint_fem.spacetime import SpaceTime
 
 __all__ = ["KINDS", "TimeSolver", "choose", "mgrit_options", "read_time_solver"]

@@ -1,7 +1,8 @@
 """Multigrid reduction in time: algebra on arrays with a leading time axis; numpy and mpi4py only."""
 
 from pint_fem.mgrit.checks.check import CheckReport, check
-from pint_fem.mgrit.levels import Propagator, coarse_points, split_steps
+from pint_fem.mgrit.grids import coarse_points, split_steps
+from pint_fem.mgrit.levels import Propagator
 from pint_fem.mgrit.options import MGRITOptions
 from pint_fem.mgrit.solver import MGRIT
 from pint_fem.mgrit.stopping import DivergedError, SolveResult, SolverFailure

@@ -1,11 +1,10 @@
-"""Time grids of the MGRIT hierarchy and who owns which steps.
+"""The levels of the MGRIT hierarchy: who owns which steps, calls of propagators, and messages.
 
 A level with ``N`` steps has the points ``0..N``. Rank ``r`` owns the steps ``lo[r] -> lo[r]+1, ..., hi[r]-1 -> hi[r]``
 and the points ``lo[r]+1 .. hi[r]``; it also holds point ``lo[r]`` as the *ghost* row 0 of its array (on the first
 rank that is the initial value). A local array therefore has ``k + 1`` rows, ``k = hi - lo``, and row ``i`` is point
 ``lo + i``.
 
-The C-points of a level are the points of the next one: every ``m``-th point, or any subset that starts with point 0.
 A rank without a C-point has no step on the next level and stays out of the levels below, but for the first one, which
 keeps the initial value.
 """
@@ -13,19 +12,15 @@ keeps the initial value.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
 from itertools import pairwise
 from typing import Protocol
 
 import numpy as np
 
-from pint_fem.mgrit.options import check_coarsening
+from pint_fem.mgrit.grids import Bounds, Coarsening, coarse_points
 from pint_fem.mgrit.trace import Trace
 
-__all__ = ["Bounds", "Level", "Propagator", "build_levels", "coarse_points", "inject", "split_steps"]
-
-Coarsening = int | Sequence[int]
-"""A factor ``m``, or the C-points by their numbers on the level."""
+__all__ = ["FirstFailure", "Level", "Propagator", "build_levels", "inject"]
 
 
 class Propagator(Protocol):
@@ -38,11 +33,11 @@ class Propagator(Protocol):
     first guess of the result when ``step`` is called: the iterate that is there. It follows from the iterate alone,
     never from the order of calls, and it is the same on both sides of the coarse equation, so the exact solution stays
     a fixed point however loosely an implicit step is solved (the header of XBraid's ``restrict.c``). With an attribute
-    ``stays_bad`` that is true, a value that is not finite stays so in all later steps (``u + f(u)`` does that): the
-    finest level's blocks are then not looked at one by one: residuals tell, and the norms' ``finite``. An attribute
-    ``may_be_last`` is set before relaxations of the finest level: whether a step may be the solve's last at its point,
-    for propagators that keep something of it. For :func:`pint_fem.mgrit.check`: ``tangent(steps, u, du, out)`` and
-    ``adjoint(steps, u, lam, out)``.
+    ``stays_bad`` that is true, a value that is not finite stays so in all later steps (``u + f(u)`` does that): where
+    all points are stored, the finest level's blocks are then not looked at one by one: residuals tell, and the norms'
+    ``finite``. An attribute ``may_be_last`` is set before relaxations of the finest level: whether a step may be the
+    solve's last at its point, for propagators that keep something of it. For :func:`pint_fem.mgrit.check`:
+    ``tangent(steps, u, du, out)`` and ``adjoint(steps, u, lam, out)``.
     """
 
     def step(self, steps: range, u: np.ndarray, out: np.ndarray) -> None:
@@ -57,95 +52,12 @@ class Propagator(Protocol):
         """
 
 
-def split_steps(nsteps: int, parts: int) -> list[int]:
-    """Bounds of ``parts`` contiguous, nearly equal ranges of ``nsteps`` steps.
+class FirstFailure:
+    """The first failure on a rank, on whichever level, and the cycle it was in."""
 
-    Parameters
-    ----------
-    nsteps, parts
-        Number of steps and of ranges.
-
-    Returns
-    -------
-    list of int
-        ``parts + 1`` bounds, from 0 to ``nsteps``.
-    """
-    return [(nsteps * r) // parts for r in range(parts + 1)]
-
-
-def coarse_points(nsteps: int, coarsening: Sequence[Coarsening]) -> list[range | np.ndarray]:
-    """Points of every level, by their numbers on the finest: what propagators on a non-uniform time grid are made of.
-
-    Parameters
-    ----------
-    nsteps
-        Steps of the finest level.
-    coarsening
-        Factor or C-points of each level but the coarsest.
-
-    Returns
-    -------
-    list of range or ndarray
-        ``t[points[l]]`` are the times of level ``l`` for an array ``t`` of the finest level's times.
-
-    Raises
-    ------
-    ValueError
-        If C-points do not start at 0, do not increase or are no points of their level.
-    """
-    points: list[range | np.ndarray] = [range(nsteps + 1)]
-    for index, m in enumerate(check_coarsening(coarsening) if len(coarsening) else ()):
-        last = len(points[-1]) - 1
-        if isinstance(m, int):
-            points.append(points[-1][::m])
-            continue
-        c = np.asarray(m, dtype=int)
-        if c[0] != 0 or (np.diff(c) < 1).any() or c[-1] > last or len(c) < 2:
-            raise ValueError(
-                f"C-points {_short(c)} of level {index}: give increasing numbers of its points 0..{last}, from 0 on, "
-                "at least two"
-            )
-        points.append(np.asarray(points[-1])[c])
-    return points
-
-
-def _short(values) -> str:
-    text = ", ".join(map(str, values[:4]))
-    return f"[{text}, ...]" if len(values) > 4 else f"[{text}]"
-
-
-class Bounds(tuple):
-    """Step bounds of the ranks on a level, ``size + 1`` numbers, and what follows from them: computed once, whoever
-    shares the object.
-    """
-
-    @classmethod
-    def make(cls, bounds: Sequence[int]) -> Bounds:
-        """From numbers; what is one already stays the same object."""
-        return bounds if isinstance(bounds, cls) else cls(bounds)
-
-    @cached_property
-    def increase(self) -> bool:
-        """Whether they are whole numbers from 0 on that do not decrease."""
-        whole = all(hasattr(b, "__index__") for b in self)
-        return whole and len(self) > 1 and self[0] == 0 and sorted(self) == list(self)
-
-    @cached_property
-    def _known(self) -> dict:
-        return {}
-
-    def layout(self, width: int) -> tuple[np.ndarray, np.ndarray]:
-        """Counts and places of the ranks' parts of an array with ``width`` numbers a step, as MPI wants them."""
-        if ("layout", width) not in self._known:
-            places = width * np.array(self, dtype=int)
-            self._known["layout", width] = np.diff(places), places[:-1].copy()
-        return self._known["layout", width]
-
-    def coarsened(self, m: int) -> Bounds:
-        """Those of the level of every ``m``-th point."""
-        if m not in self._known:
-            self._known[m] = Bounds([b // m for b in self])
-        return self._known[m]
+    def __init__(self):
+        self.text: str | None = None
+        self.cycle = self.now = 0
 
 
 class Level:
@@ -186,13 +98,26 @@ class Level:
             self.right = next(filter(holds, range(comm.rank + 1, comm.size)), None)
         self.block = max(int(getattr(propagator, "block", 0)), 0)
         self.uses_guess = bool(getattr(propagator, "uses_guess", False))
-        self._looks = index > 0 or not getattr(propagator, "stays_bad", False)
+        #: Whether values that are not finite are looked for in each block.
+        self.looks = index > 0 or not getattr(propagator, "stays_bad", False)
         self._hears = hasattr(propagator, "may_be_last")
         self.U: np.ndarray | None = None
         self.G: np.ndarray | None = None
-        self.failure: str | None = None
+        #: Shared by the levels of a hierarchy.
+        self.first_failure = FirstFailure()
         self.phi_calls = 0  # states stepped, for reports
         self.trace: Trace | None = None
+
+    @property
+    def failure(self) -> str | None:
+        """The first failure on this rank, on any level of the hierarchy."""
+        return self.first_failure.text
+
+    @failure.setter
+    def failure(self, text: str | None) -> None:
+        first = self.first_failure
+        if text != first.text:
+            first.text, first.cycle = text, first.now
 
     @property
     def stride(self) -> int:
@@ -222,7 +147,7 @@ class Level:
             out[...] = np.nan
             self._failed(steps, u, out, error)
         else:
-            if self._looks and not np.isfinite(out).all():
+            if self.looks and not np.isfinite(out).all():
                 self._failed(steps, u, out)
         if self.trace:
             self.trace.work("phi", self.index, begin, first=steps[0], states=len(steps))
@@ -346,6 +271,7 @@ def build_levels(propagators: Sequence[Propagator], coarsening: Sequence[Coarsen
     for index, propagator in enumerate(propagators):
         m = coarsening[index] if index < len(coarsening) else None
         levels.append(Level(index, bounds, m, points[index], propagator, comm))
+        levels[-1].first_failure = levels[0].first_failure
         if m is not None:
             bounds = levels[-1].coarse_bounds()
     return levels

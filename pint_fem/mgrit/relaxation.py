@@ -203,6 +203,22 @@ class Relaxation:
             self._phi(run, part)
             part -= U[run.targets]
 
+    def blame(self, residual: np.ndarray) -> None:
+        """Note the first step with a result that is not finite, from a state that is, in an interval whose residual is
+        not: for a level whose blocks nobody looks at.
+        """
+        level, U = self.level, self.level.U
+        finite = lambda block: np.isfinite(block).reshape(len(block), -1).all(axis=1)
+        bad = np.append(~finite(residual), False)
+        for i in self.intervals:
+            if bad[min(i.number - self.first_number, self.count)]:
+                rows = slice(max(i.start - level.lo, 0), i.start + i.length - level.lo)
+                good = finite(U[rows])
+                if good[0]:  # all good: the step to the C-point, which holds another value
+                    row = rows.stop if good.all() else rows.start + int(np.argmin(good))
+                    level.failure = f"level {level.index}, steps {level.lo + row - 1}: value not finite"
+                    return
+
     def relax(self, sweeps: int, *, f_is_done: bool = False, residual: np.ndarray | None = None) -> None:
         """Relax by ``F(CF)^sweeps``.
 

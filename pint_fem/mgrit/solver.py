@@ -19,10 +19,14 @@ import numpy as np
 from mpi4py import MPI
 
 from pint_fem.mgrit.agreement import all_alike
+from pint_fem.mgrit.arrays import check_arrays
 from pint_fem.mgrit.cycle import Cycle
-from pint_fem.mgrit.levels import Bounds, Propagator, build_levels, split_steps
-from pint_fem.mgrit.norms import PointNorms, euclidean, gather_in_order, norm_over_time
+from pint_fem.mgrit.failures import MEETINGS, Failures
+from pint_fem.mgrit.grids import Bounds, split_steps
+from pint_fem.mgrit.levels import Propagator, build_levels
+from pint_fem.mgrit.norms import PointNorms, euclidean
 from pint_fem.mgrit.options import MGRITOptions
+from pint_fem.mgrit.residuals import Residuals
 from pint_fem.mgrit.stopping import SolveResult, SolverFailure, Stopping
 from pint_fem.mgrit.theory import exact_termination
 from pint_fem.mgrit.trace import Trace
@@ -108,25 +112,36 @@ class MGRIT:
         if options.coarse_solver == "relax":
             factors = (*factors, options.coarsen(len(factors)))
         self.levels = build_levels(propagators, factors, bounds, comm)
-        self.comm, self.nsteps, self.point_norms, self.name, self.printer = comm, nsteps, point_norms, name, printer
+        self.comm, self.nsteps, self.printer = comm, nsteps, printer
         self.linear, self.transposed = linear, transposed
         self._speaks = comm.rank == 0 if speaks is None else speaks
         self.trace = Trace(comm) if options.trace and trace is None else trace
         for level in self.levels:
             level.trace = self.trace
+        self._failures = Failures(self.levels, comm, point_norms, name, keeps_all=options.storage == "all")
+        self._residuals = Residuals(self._failures, options.time_norm)
         exact = math.inf
         if len(self.levels) > 1 and options.coarse_solver != "relax" and not any(self.transfers):
             exact = exact_termination(self.levels[1].nsteps, options.sweeps(0), options.weight(0))
         self._stop = Stopping(options, exact)
         self._cycle: Cycle | None = None
-        self._all_work: np.ndarray | None = None
         self._viewed, self._iterates = not options.view, len(self.levels) > 1
         fine = self.levels[0]
+        fine.looks |= options.storage == "C"  # F-points are not kept: nobody can tell later
         #: Rows of the local arrays: own steps (own C-points with ``storage="C"``) plus one.
         self.local_rows = fine.k + 1
         if options.storage == "C":
             coarse = fine.coarse_bounds()
             self.local_rows = coarse[comm.rank + 1] - coarse[comm.rank] + 1
+
+    @property
+    def name(self) -> str:
+        """Named in monitor lines and errors."""
+        return self._failures.name
+
+    @name.setter
+    def name(self, name: str) -> None:
+        self._failures.name = name
 
     def _bounds(self, nsteps: int, factors: tuple, size: int) -> list[int]:
         """Nearly equal shares; of whole intervals where only C-points are stored."""
@@ -178,19 +193,18 @@ class MGRIT:
         fine = self.levels[0]
         start = (self.options if start is None else MGRITOptions.make(self.options, start=start)).start
         self._stop.set(rtol=rtol, cycles=cycles)
-        self._check_arrays(U, G, coarse_rhs)
+        check_arrays(self, U, G, coarse_rhs)
         if not self._viewed:
             self._viewed = True
             self.prepare(U.shape[1:], U.dtype)
             self._say(self.view(U[:1].nbytes))
-        for level in self.levels:
-            level.failure = None
+        self._failures.forget()
         fine.U, fine.G = U, G
         fine.may_be_last(True)
         with np.errstate(over="ignore", invalid="ignore"):  # a solve that blows up says so itself, once
             if not self._iterates:
                 fine.solve_sequentially()
-                self._check_points(U)
+                self._failures.raise_at_points(U)
                 result = SolveResult(True, "exact", [0.0], 0)
             else:
                 result = self._cycle_or_step(U, start, coarse_rhs)
@@ -201,7 +215,7 @@ class MGRIT:
         result, serial = SolveResult(), self.options.on_divergence == "serial"
         try:
             self._iterate(U, start, coarse_rhs, result)
-            self._check_points(U)  # failures that no C-point or no norm has seen
+            self._failures.raise_at_points(U)  # failures that no C-point or no norm has seen
         except SolverFailure as failure:
             if not serial:
                 raise
@@ -209,11 +223,10 @@ class MGRIT:
         if result.converged or not serial:
             return result
         self._say(f"  {self.name}: {result.message}; stepping sequentially instead")
-        for level in self.levels:
-            level.failure = None
+        self._failures.forget()
         self.levels[0].may_be_last(True)
         self._step_through()
-        self._check_points(U)
+        self._failures.raise_at_points(U)
         result.converged, result.reason = True, "serial"
         return result
 
@@ -263,77 +276,68 @@ class MGRIT:
                 cycle.residual(0)
             else:
                 cycle.relax_and_restrict(0, f_is_done=f_is_done)
-            if options.residual != "none":
-                if looks is not None:
-                    if self._look(U, result, looks):
-                        return
-                else:
-                    norm, result.scale = self._norms(U)
-                    result.residuals.append(norm)
-                    self._monitor(result)
-                    if self._stop(result):
-                        return
-                if early:
-                    cycle.relax_and_restrict(0, f_is_done=True, residual_is_known=True)
+            if self._look(U, result, looks):
+                return
+            if early and options.residual != "none":
+                cycle.relax_and_restrict(0, f_is_done=True, residual_is_known=True)
             fine.may_be_last(fixed is None or result.cycles + 1 >= fixed)
             is_f = options.cycle == "F" and (options.f_cycles is None or result.cycles < options.f_cycles)
             cycle.correct(0, "F" if is_f else "V")
             f_is_done = True
             result.cycles += 1
+            self._failures.in_cycle(result.cycles)
             if self.trace:
                 self.trace.mark("cycle", sweep=self.name, number=result.cycles)
 
-    def _look(self, U: np.ndarray, result: SolveResult, looks: list[np.ndarray]) -> bool:
-        """Keep the residual's norms at the own C-points; behind the last cycle finish the result and say so."""
-        cycle, begin = self._cycle, self.trace.now() if self.trace else 0.0
-        last = result.cycles >= self._stop.cycles
-        looks.append(self._squares(cycle.residuals[0]))
-        if last:
-            local = np.stack([*looks, self._squares(cycle.relaxations[0].c_values(U))], axis=1)
-            norms = norm_over_time(gather_in_order(local, self.comm, self.levels[1].bounds), self.options.time_norm)
-        if self.trace:
-            self.trace.work("norm", 0, begin, sweep=self.name)
-        if last:
-            if not np.isfinite(norms).all():
-                self._check_finite(False)
-            *result.residuals, result.scale = norms.tolist()
-            self._stop(result)
-        return last
+    def _look(self, U: np.ndarray, result: SolveResult, looks: list[np.ndarray] | None) -> bool:
+        """Note failures and take the residual's norm, or keep its local part in ``looks`` until the last cycle.
 
-    def _norms(self, U: np.ndarray) -> tuple[float, float]:
-        """Norms of the residual and of the trajectory at the C-points."""
-        cycle, kind = self._cycle, self.options.time_norm
-        V, places = cycle.relaxations[0].c_values(U), self.levels[1].bounds
-        begin = self.trace.now() if self.trace else 0.0
-        r = self._full_residual(U) if self.options.residual == "full" else None
-        if r is None:
-            local = np.stack([self._squares(cycle.residuals[0]), self._squares(V)], axis=1)
-            norms = norm_over_time(gather_in_order(local, self.comm, places), kind)
-        else:
-            own = (self._squares(r), self.levels[0].bounds), (self._squares(V), places)
-            norms = np.array([norm_over_time(gather_in_order(x, self.comm, at), kind) for x, at in own])
-        if self.trace:
-            self.trace.work("norm", 0, begin, sweep=self.name)
-        if not np.isfinite(norms).all():
-            self._check_finite(False)
-        return float(norms[0]), float(norms[1])
+        Returns whether to stop.
+        """
+        kind, residuals, r = self.options.residual, self._residuals, self._cycle.residuals[0]
+        if kind == "none":
+            self._watch(r, result.cycles, r)
+            return False
+        with residuals.timed():
+            seen = residuals.squares(r) if kind == "C" else r
+            if looks is not None:
+                looks.append(seen)
+                if result.cycles < self._stop.cycles:
+                    self._watch(r, result.cycles, seen)
+                    return False
+            self._watch(r, 0, seen)
+            V, places = residuals.squares(self._cycle.relaxations[0].c_values(U)), self.levels[1].bounds
+            if looks is not None:
+                *result.residuals, result.scale = residuals.norms([*looks, V], places)
+                return self._stop(result)
+            if kind == "full":
+                every = residuals.squares(residuals.at_all_points(U))
+                [norm], [result.scale] = residuals.norms([every], self.levels[0].bounds), residuals.norms([V], places)
+            else:
+                norm, result.scale = residuals.norms([seen, V], places)
+        result.residuals.append(norm)
+        self._monitor(result)
+        return self._stop(result)
 
-    def _full_residual(self, U: np.ndarray) -> np.ndarray:
-        """``Phi(U) + G - U`` at all own points, computed anew."""
+    def _watch(self, r: np.ndarray, cycles: int, seen: np.ndarray) -> None:
+        """Note what has failed unseen, and behind some numbers of cycles hear of all ranks' failures.
+
+        ``seen``: the residual ``r`` at the C-points or its squared norms.
+        """
         fine = self.levels[0]
-        if self._all_work is None or (self._all_work.shape[1:], self._all_work.dtype) != (U.shape[1:], U.dtype):
-            self._all_work = np.empty((fine.k, *U.shape[1:]), U.dtype)
-        fine.phi_of_all(U, self._all_work)
-        if fine.G is not None:
-            self._all_work += fine.G
-        self._all_work -= U[1:]
-        return self._all_work
+        if not (fine.looks or fine.failure or np.isfinite(seen).all()):
+            self._cycle.relaxations[0].blame(r)
+        if cycles in MEETINGS:
+            squares = self._residuals.squares(r) if seen is r else seen
+            self._failures.raise_noted(fine.U[:1], finite=bool(np.isfinite(squares).all()))
 
     def states(self, U: np.ndarray, G: np.ndarray | None = None) -> Iterator[tuple[int, np.ndarray]]:
         """The own part of a solved trajectory in order: the number of a point and the states from there on.
 
         With ``storage="C"`` interval by interval, F-points being computed again (one propagator call each) in an
         array that the next interval uses.
+
+        A step that fails here gives NaN, as it must not stop a rank alone; :meth:`raise_failures` then names it.
 
         Raises
         ------
@@ -349,81 +353,17 @@ class MGRIT:
             self.prepare(U.shape[1:], U.dtype)
             yield from self._cycle.relaxations[0].states(U, G)
 
-    def _check_arrays(self, U: np.ndarray, G: np.ndarray | None, coarse_rhs) -> None:
-        """Raise on every rank when the arrays of any do not fit."""
-        k, problem = self.levels[0].k, None
-        given = [None] * (len(self.levels) - 1) if coarse_rhs is None else list(coarse_rhs)
-        rows = [level.k for level in self.levels[1:]]
-        if len(given) != len(rows) or any(g is not None and len(g) != n for g, n in zip(given, rows, strict=False)):
-            sizes = [None if g is None else len(g) for g in given]
-            problem = f"coarse_rhs of {sizes} rows for the own steps {rows} of the coarse levels"
-        if not U.ndim or len(U) != self.local_rows or (G is not None and G.shape not in self._rhs_shapes(U)):
-            what = f"{k} own steps" + ("" if self.local_rows == k + 1 else f" with {self.local_rows - 1} C-points")
-            problem = f"U {U.shape} and G {None if G is None else G.shape} for {what}"
-        elif U.dtype not in (np.float64, np.float32) or (G is not None and G.dtype != U.dtype):
-            problem = (
-                f"U of type {U.dtype}{'' if G is None else f', G of {G.dtype}'}: give float64 or float32, both alike"
-            )
-        elif not U[:1].flags.c_contiguous:
-            problem = "the states in U are not contiguous: only the time axis may be strided"
-        absent = tuple(x is None for x in (G, *given)) if k else None
-        if all_alike(self.comm, problem is None, U.shape[1:], absent):
-            return
-        reports = self.comm.allgather((problem, U.shape[1:], absent))
-        problems = [p for p, *_ in reports if p]
-        if len({shape for _, shape, _ in reports}) > 1:
-            problems.append(f"states of different shapes on the ranks: {[shape for _, shape, _ in reports]}")
-        if len({absent for *_, absent in reports if absent}) > 1:
-            problems.append("G or coarse_rhs is None on some ranks only: give zeros there")
-        if problems:
-            raise ValueError(f"{self.name}: {problems[0]}")
+    def raise_failures(self) -> None:
+        """Raise on every rank if a step has failed on any since the last solve, as F-points were computed again by
+        :meth:`states` (collective).
 
-    def _rhs_shapes(self, U: np.ndarray) -> list[tuple[int, ...]]:
-        """Shapes that a right-hand side may have."""
-        fine = self.levels[0]
-        rows = [fine.k]
-        if self.options.storage == "C" and int(fine.c_points[-1]) == fine.nsteps:
-            rows.append(self.local_rows - 1)
-        return [(count, *U.shape[1:]) for count in rows]
-
-    def _squares(self, block: np.ndarray, norms: PointNorms | None = None) -> np.ndarray:
-        """Squared norms of some states; NaN where the user's function fails (no hang), and once a step has failed.
-
-        A failed step's NaN may be gone by now, as relaxation replaces points. Handing NaN to the norm rather than
-        returning it tells the ranks that share the states in space as well.
+        Raises
+        ------
+        SolverFailure
+            Naming the step.
         """
-        if not len(block):
-            return np.zeros(0)
-        if any(level.failure for level in self.levels):
-            block = np.full_like(block, np.nan)
-        try:
-            return np.asarray((norms or self.point_norms)(block), dtype=float).reshape(len(block))
-        except Exception as error:
-            self.levels[0].failure = self.levels[0].failure or f"point_norms: {type(error).__name__}: {error}"
-            return np.full(len(block), np.nan)
-
-    def _check_finite(self, finite: bool) -> None:
-        """Raise on every rank if ``finite`` is false on any.
-
-        ``finite`` comes from ``point_norms``, so it is the same on all ranks that share a state in space.
-        """
-        if all_alike(self.comm, finite):
-            return
-        failure = None
-        if not finite:
-            failure = next((level.failure for level in self.levels if level.failure), None)
-            bad = np.flatnonzero([not np.isfinite(row).all() for row in self.levels[0].U])
-            if failure is None and len(bad) and self.options.storage == "all":
-                failure = f"level 0, steps {max(self.levels[0].lo + int(bad[0]) - 1, 0)}: value not finite"
-        # values travel from left to right only: the first rank that has something to say has the cause
-        reports = self.comm.allgather(failure)
-        cause = next((text for text in reports if text), "values too large: their norm is not finite")
-        raise SolverFailure(f"{self.name}: {cause}")
-
-    def _check_points(self, U: np.ndarray) -> None:
-        """Raise on every rank if a step has failed or an own point is not finite on any."""
-        norms = getattr(self.point_norms, "finite", self.point_norms)
-        self._check_finite(not self.levels[0].active or bool(np.isfinite(self._squares(U, norms)).all()))
+        if self._cycle is not None:
+            self._failures.raise_noted(np.zeros((1, *self._cycle.state_shape), self._cycle.dtype))
 
     def _say(self, text: str) -> None:
         if self._speaks:

@@ -7,14 +7,15 @@ import math
 import numpy as np
 
 from pint_fem.optimize.evaluator import Estimate
+from pint_fem.optimize.steihaug import CGStop
 
-__all__ = ["GOOD", "POOR", "SMALLEST_LENGTH", "judge"]
+__all__ = ["is_lost", "judge", "next_radius"]
 
 # Ratios below which the radius is reduced and above which it is enlarged.
-POOR, GOOD = 0.25, 0.75
+_POOR, _GOOD = 0.25, 0.75
 
 # Below this the square of a length is no normal number any more.
-SMALLEST_LENGTH = math.sqrt(np.finfo(float).tiny)
+_SMALLEST_LENGTH = math.sqrt(np.finfo(float).tiny)
 
 
 def judge(
@@ -43,3 +44,19 @@ def judge(
         return math.nan, False, False
     ratio = reduction / predicted
     return ratio, False, ratio - error / predicted > eta
+
+
+def next_radius(
+    radius: float, length: float, stop: CGStop, ratio: float, *, accepted: bool, most: float
+) -> tuple[float, bool]:
+    """The radius behind a step of this length and end, at `most` so long, and whether it was reduced."""
+    if not (accepted and ratio >= _POOR):
+        return 0.25 * length, True
+    if ratio > _GOOD and stop in (CGStop.BOUNDARY, CGStop.NEGATIVE_CURVATURE):
+        return min(2 * radius, float(most)), False
+    return radius, False
+
+
+def is_lost(radius: float, norm: float, least: float) -> bool:
+    """Whether a radius, or the length of a step, is at `least`, or in the round-off of an iterate of this norm."""
+    return radius <= max(least, np.finfo(float).eps * norm, _SMALLEST_LENGTH)

@@ -46,20 +46,12 @@ from collections.abc import Callable
 
 import numpy as np
 
-from pint_fem.optimize.acceptance import GOOD, POOR, SMALLEST_LENGTH, judge
+from pint_fem.optimize.acceptance import is_lost, judge, next_radius
 from pint_fem.optimize.evaluator import Estimate, Evaluator, ExactOracle, Gradient, Point
-from pint_fem.optimize.options import (
-    check,
-    check_callable,
-    check_checkpoint,
-    check_choice,
-    check_first_guess,
-    check_radii,
-    is_count,
-)
-from pint_fem.optimize.preconditioners import LimitedMemoryPreconditioner, merged_pairs
+from pint_fem.optimize.options import check_first_guess, check_newton
+from pint_fem.optimize.preconditioners import chosen, merged_pairs
 from pint_fem.optimize.projected_step import Box, BoxStep, ProjectedSteps
-from pint_fem.optimize.protocol import Checkpoint, NonFiniteError, Preconditioner, Problem
+from pint_fem.optimize.protocol import Checkpoint, Preconditioner, Problem
 from pint_fem.optimize.records import IterationRecord, StopReason, TrustRegionResult, header
 from pint_fem.optimize.restart import State, restore, save
 from pint_fem.optimize.steihaug import CGStop
@@ -115,19 +107,9 @@ def minimize_bounded(
         ``lower <= upper``, infinite where there is no bound; equal where the component is fixed.
     gtol_rel, gtol_abs : float
         Converged when ``|pg| <= max(gtol_abs, gtol_rel * |pg at the start|)``, pg the projected gradient.
-    max_it : int
-        Most steps to try, accepted or not.
     initial_radius : float, optional
         First radius, a length in the space of x. By default 10 times the step to the minimiser of the model along the
         projected gradient.
-    max_radius : float
-        No step is longer; may be infinite.
-    min_radius : float
-        Give up at or below this radius, or if a step is lost in the round-off of x.
-    eta : float
-        Accept a step if actual over predicted reduction exceeds this; 0 <= eta < 1/4.
-    hessian : {"newton", "gauss-newton"}
-        Whose action: ``problem.hessian_action`` or ``problem.gauss_newton_action``.
     cg_max_it : int
         Most Hessian actions an iterate, but for those of a Cauchy step that meets bounds; twice as many vectors are
         kept.
@@ -137,16 +119,8 @@ def minimize_bounded(
         ``P r``, self-adjoint and positive definite in the inner product, an approximate inverse of the Hessian. For
         the free components, selected by E, it is used as ``E P E``. Lengths stay those of the problem's norm. Its
         method ``update(pairs)``, if it has one, is called after each accepted step.
-    preconditioner_memory : int
-        Most pairs (d, H d) handed to ``update``.
-    value_rtol : float
-        Relative accuracy of J. Where J comes from an iterative solver, about the tolerance of that solver.
-    checkpoint : Checkpoint, optional
-        Gets the state after every iteration; a state found in it is continued instead of `x0`, with the same iterates.
-    monitor : callable, optional
-        Called with a header and one line for the first guess and each iteration; ``print``, on one process.
-    callback : callable, optional
-        ``callback(x, record)`` after each iteration, accepted or not, with a copy of the iterate; a true result stops.
+    max_it, max_radius, min_radius, eta, hessian, preconditioner_memory, value_rtol, checkpoint, monitor, callback
+        As for :func:`~pint_fem.optimize.trust_region.minimize_trust_region`.
 
     Returns
     -------
@@ -162,39 +136,19 @@ def minimize_bounded(
         A FloatingPointError: J at the start, a gradient or a Hessian action is not finite. It carries the last good
         iterate as ``x``. A J that is not finite at a trial point is no error: the radius is reduced.
     """
-    check("gtol_rel", gtol_rel, "a number in [0, 1)", lambda v: 0 <= v < 1)
-    check("gtol_abs", gtol_abs, "a finite number >= 0", lambda v: 0 <= v < math.inf)
-    check("max_it", max_it, "an integer >= 0", is_count(0))
-    check_radii(initial_radius, max_radius, min_radius)
-    check("eta", eta, "a number in [0, 0.25)", lambda v: 0 <= v < 0.25)
-    check_choice("hessian", hessian, ("newton", "gauss-newton"))
-    check("cg_max_it", cg_max_it, "an integer >= 1", is_count(1))
-    if cg_rtol is not None:
-        check("cg_rtol", cg_rtol, "a number in (0, 1), or None", lambda v: 0 < v < 1)
-    check("value_rtol", value_rtol, "a number in [0, 1)", lambda v: 0 <= v < 1)
-    if isinstance(preconditioner, str):
-        check_choice("preconditioner", preconditioner, ("limited-memory",))
-    else:
-        check_callable("preconditioner", preconditioner)
-    check("preconditioner_memory", preconditioner_memory, "an integer >= 1", is_count(1))
-    check_checkpoint(checkpoint)
-    check_callable("monitor", monitor)
-    check_callable("callback", callback)
+    check_newton(
+        gtol_rel=gtol_rel, gtol_abs=gtol_abs, max_it=max_it, radii=(initial_radius, max_radius, min_radius), eta=eta,
+        hessian=hessian, cg_max_it=cg_max_it, cg_rtol=cg_rtol, preconditioner=preconditioner,
+        preconditioner_memory=preconditioner_memory, value_rtol=value_rtol, checkpoint=checkpoint, monitor=monitor,
+        callback=callback,
+    )  # fmt: skip
     check_first_guess(x0)
 
     evaluator = Evaluator(problem, hessian)
-    oracle = ExactOracle(evaluator)
     x0 = np.array(x0, dtype=np.float64)
     box = _box(evaluator, x0, lower, upper)
-    if preconditioner == "limited-memory":
-        preconditioner = LimitedMemoryPreconditioner(evaluator.inner)
-    learns = callable(getattr(preconditioner, "update", None))
-
-    def gradient(x: np.ndarray, iteration: int, last_good: np.ndarray) -> Gradient:
-        """g with the norm of the projected gradient."""
-        g, _ = evaluator.gradient(x, iteration, last_good)
-        projected = box.projected_gradient(x, g)
-        return Gradient(g, math.sqrt(evaluator.inner(projected, projected)))
+    oracle = _BoxOracle(evaluator, box)
+    preconditioner, learns = chosen(preconditioner, evaluator.inner)
 
     def record(radius: float, ratio: float, accepted: bool, step: BoxStep | None) -> None:
         norm, products, stop = (0.0, 0, CGStop.NONE) if step is None else (step.norm, step.cg_iterations, step.stop)
@@ -220,10 +174,7 @@ def minimize_bounded(
             monitor(f"the first guess is out of bounds by {distance:.3e}: the run starts at the nearest point within")
         monitor(header())
     if state is None:
-        value = evaluator.value(start)
-        if not math.isfinite(value):
-            raise NonFiniteError(f"iteration 0: J = {value} at the first guess; start where J is finite", start)
-        point = Point(start, Estimate(value), gradient(start, 0, start))
+        point = oracle.first_point(start)
         first_radius = None if initial_radius is None else float(initial_radius)
         state = State(point, point.gradient.norm, cg_rtol or 0.5, first_radius)
         record(math.nan, math.nan, True, None)
@@ -252,15 +203,12 @@ def minimize_bounded(
         radius, step = state.radius, steps.step(state.radius)
         trial_value = Estimate(evaluator.value(step.point))
         ratio, below_accuracy, accepted = judge(point.value, trial_value, step.reduction, value_rtol, eta)
-        if not (accepted and ratio >= POOR):
-            state.radius = 0.25 * step.norm
-            eps = np.finfo(float).eps * math.sqrt(evaluator.inner(point.x, point.x))
-            if state.radius <= max(min_radius, eps, SMALLEST_LENGTH):
-                state.reason = StopReason.RADIUS
-        elif ratio > GOOD and step.stop in (CGStop.BOUNDARY, CGStop.NEGATIVE_CURVATURE):
-            state.radius = min(2 * radius, float(max_radius))
+        how = dict(accepted=accepted, most=max_radius)
+        state.radius, reduced = next_radius(radius, step.norm, step.stop, ratio, **how)
+        if reduced and is_lost(state.radius, math.sqrt(evaluator.inner(point.x, point.x)), min_radius):
+            state.reason = StopReason.RADIUS
         if accepted:
-            g = gradient(step.point, iteration, point.x)
+            g = oracle.gradient(step.point, iteration, point.x)
             if below_accuracy and trial_value.value >= point.value.value and g.norm >= point.gradient.norm:
                 accepted, state.reason = False, StopReason.ROUND_OFF
             else:
@@ -278,18 +226,21 @@ def minimize_bounded(
             reason = StopReason.CALLBACK
 
     reason = reason or StopReason.MAX_IT
-    return TrustRegionResult(
-        state.point.x,
-        state.point.value.value,
-        state.point.gradient.norm,
-        len(state.history) - 1,
-        reason is StopReason.GRADIENT,
-        reason,
-        state.history,
-        evaluator.values,
-        evaluator.gradients,
-        evaluator.hessians,
-    )
+    return state.result(evaluator, reason)
+
+
+class _BoxOracle(ExactOracle):
+    """Gradients come with the norm of the projected one."""
+
+    def __init__(self, evaluator: Evaluator, box: Box):
+        super().__init__(evaluator)
+        self._box = box
+
+    def gradient(self, x: np.ndarray, iteration: int, last_good: np.ndarray, **expected) -> Gradient:
+        """See :class:`~pint_fem.optimize.evaluator.ExactOracle`."""
+        g, _ = self.evaluator.gradient(x, iteration, last_good)
+        projected = self._box.projected_gradient(x, g)
+        return Gradient(g, math.sqrt(self.inner(projected, projected)))
 
 
 def _box(evaluator: Evaluator, x: np.ndarray, lower, upper) -> Box:

@@ -9,7 +9,7 @@ import math
 
 import numpy as np
 
-from pint_fem.optimize.acceptance import SMALLEST_LENGTH
+from pint_fem.optimize.acceptance import is_lost
 from pint_fem.optimize.lbfgs import InverseLBFGS
 from pint_fem.optimize.one_shot_records import DesignUpdate, OneShotRecord
 from pint_fem.optimize.protocol import NonFiniteError
@@ -271,8 +271,7 @@ class Run:
     def _go(self, s: np.ndarray, slope: float, tau: float) -> None:
         self.s, self.slope, self.tau = s, slope, tau
         self._look_at(self.x + s)
-        smallest = np.finfo(float).eps * math.sqrt(self.inner(self.x, self.x))
-        if math.sqrt(self.inner(s, s)) <= max(smallest, SMALLEST_LENGTH):
+        if is_lost(math.sqrt(self.inner(s, s)), math.sqrt(self.inner(self.x, self.x)), 0.0):
             self.reason = StopReason.RADIUS
 
     def _look_at(self, z: np.ndarray) -> None:

@@ -14,6 +14,7 @@ __all__ = [
     "check_checkpoint",
     "check_choice",
     "check_first_guess",
+    "check_newton",
     "check_radii",
     "is_count",
 ]
@@ -65,6 +66,44 @@ def check_radii(initial_radius: float | None, max_radius: float, min_radius: flo
             f"a finite number above min_radius = {min_radius} and up to max_radius = {max_radius}, or None",
             lambda v: min_radius < v <= max_radius and v < math.inf,
         )
+
+
+def check_newton(
+    *,
+    gtol_rel: float,
+    gtol_abs: float,
+    max_it: int,
+    radii: tuple[float | None, float, float],
+    eta: float,
+    hessian: str,
+    cg_max_it: int,
+    cg_rtol: float | None,
+    preconditioner: object,
+    preconditioner_memory: int,
+    value_rtol: float,
+    checkpoint: object,
+    monitor: object,
+    callback: object,
+) -> None:
+    """Refuse options that trust-region Newton-CG methods share; ``radii``: see :func:`check_radii`."""
+    check("gtol_rel", gtol_rel, "a number in [0, 1)", lambda v: 0 <= v < 1)
+    check("gtol_abs", gtol_abs, "a finite number >= 0", lambda v: 0 <= v < math.inf)
+    check("max_it", max_it, "an integer >= 0", is_count(0))
+    check_radii(*radii)
+    check("eta", eta, "a number in [0, 0.25)", lambda v: 0 <= v < 0.25)
+    check_choice("hessian", hessian, ("newton", "gauss-newton"))
+    check("cg_max_it", cg_max_it, "an integer >= 1", is_count(1))
+    if cg_rtol is not None:
+        check("cg_rtol", cg_rtol, "a number in (0, 1), or None", lambda v: 0 < v < 1)
+    if isinstance(preconditioner, str):
+        check_choice("preconditioner", preconditioner, ("limited-memory",))
+    else:
+        check_callable("preconditioner", preconditioner)
+    check("preconditioner_memory", preconditioner_memory, "an integer >= 1", is_count(1))
+    check("value_rtol", value_rtol, "a number in [0, 1)", lambda v: 0 <= v < 1)
+    check_checkpoint(checkpoint)
+    check_callable("monitor", monitor)
+    check_callable("callback", callback)
 
 
 def check_first_guess(x0: np.ndarray) -> None:

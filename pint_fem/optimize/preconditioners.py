@@ -24,7 +24,7 @@ import numpy as np
 
 from pint_fem.optimize.lbfgs import InverseLBFGS
 
-__all__ = ["LimitedMemoryPreconditioner", "merged_pairs"]
+__all__ = ["LimitedMemoryPreconditioner", "chosen", "merged_pairs"]
 
 Pair = tuple[np.ndarray, np.ndarray]
 
@@ -53,6 +53,13 @@ class LimitedMemoryPreconditioner:
     def __call__(self, r: np.ndarray) -> np.ndarray:
         """P r by the two-loop recursion."""
         return self._operator.apply(r)
+
+
+def chosen(preconditioner, inner: Callable[[np.ndarray, np.ndarray], float]) -> tuple[Callable | None, bool]:
+    """The preconditioner, made where it is given by its name, and whether it learns."""
+    if preconditioner == "limited-memory":
+        preconditioner = LimitedMemoryPreconditioner(inner)
+    return preconditioner, callable(getattr(preconditioner, "update", None))
 
 
 def merged_pairs(old: list[Pair], new: list[Pair], memory: int) -> list[Pair]:

@@ -14,7 +14,7 @@ import numpy as np
 
 from pint_fem.optimize.evaluator import Estimate, Evaluator, ExactOracle, Gradient, Point
 from pint_fem.optimize.protocol import Checkpoint
-from pint_fem.optimize.records import IterationRecord, StopReason
+from pint_fem.optimize.records import IterationRecord, StopReason, TrustRegionResult
 from pint_fem.optimize.steihaug import CGStop
 
 __all__ = ["State", "load", "read", "read_history", "restore", "save", "write", "write_history"]
@@ -52,6 +52,24 @@ class State:
     history: list[IterationRecord] = field(default_factory=list)
     pairs: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
     reason: StopReason | None = None
+
+    def result(self, evaluator: Evaluator, reason: StopReason) -> TrustRegionResult:
+        """What a run that ends here returns."""
+        value, gradient = self.point.value, self.point.gradient
+        return TrustRegionResult(
+            self.point.x,
+            value.value,
+            gradient.norm,
+            len(self.history) - 1,
+            reason is StopReason.GRADIENT,
+            reason,
+            self.history,
+            evaluator.values,
+            evaluator.gradients,
+            evaluator.hessians,
+            value.error,
+            gradient.error,
+        )
 
 
 def write(number: float | None) -> float | str | None:

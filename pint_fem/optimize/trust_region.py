@@ -51,20 +51,12 @@ from collections.abc import Callable
 
 import numpy as np
 
-from pint_fem.optimize.acceptance import GOOD, POOR, SMALLEST_LENGTH, judge
+from pint_fem.optimize.acceptance import is_lost, judge, next_radius
 from pint_fem.optimize.evaluator import Evaluator, ExactOracle, Point
 from pint_fem.optimize.forcing import CHOICES, first_forcing_term, next_forcing_term
 from pint_fem.optimize.inexact import InexactOptions, InexactOracle
-from pint_fem.optimize.options import (
-    check,
-    check_callable,
-    check_checkpoint,
-    check_choice,
-    check_first_guess,
-    check_radii,
-    is_count,
-)
-from pint_fem.optimize.preconditioners import LimitedMemoryPreconditioner, merged_pairs
+from pint_fem.optimize.options import check, check_choice, check_first_guess, check_newton
+from pint_fem.optimize.preconditioners import chosen, merged_pairs
 from pint_fem.optimize.protocol import Checkpoint, NonFiniteError, Preconditioner, Problem
 from pint_fem.optimize.records import IterationRecord, StopReason, TrustRegionResult, header
 from pint_fem.optimize.restart import State, restore, save
@@ -84,7 +76,6 @@ __all__ = [
 def _forcing_choice(cg_rtol: float | None, cg_forcing: str | float) -> str | float:
     """The one of the two options that is given."""
     if cg_rtol is not None:
-        check("cg_rtol", cg_rtol, "a number in (0, 1), or None", lambda v: 0 < v < 1)
         if cg_forcing != "superlinear":
             raise ValueError(f"cg_rtol = {cg_rtol} and cg_forcing = {cg_forcing!r} are refused: give one of them")
         return cg_rtol
@@ -187,32 +178,20 @@ def minimize_trust_region(
         A FloatingPointError: J at `x0`, a gradient or a Hessian action is not finite. It carries the last good
         iterate as ``x``. A J that is not finite at a trial point is no error: the radius is reduced.
     """
-    check("gtol_rel", gtol_rel, "a number in [0, 1)", lambda v: 0 <= v < 1)
-    check("gtol_abs", gtol_abs, "a finite number >= 0", lambda v: 0 <= v < math.inf)
-    check("max_it", max_it, "an integer >= 0", is_count(0))
-    check_radii(initial_radius, max_radius, min_radius)
-    check("eta", eta, "a number in [0, 0.25)", lambda v: 0 <= v < POOR)
-    check_choice("hessian", hessian, ("newton", "gauss-newton"))
-    check("cg_max_it", cg_max_it, "an integer >= 1", is_count(1))
+    check_newton(
+        gtol_rel=gtol_rel, gtol_abs=gtol_abs, max_it=max_it, radii=(initial_radius, max_radius, min_radius), eta=eta,
+        hessian=hessian, cg_max_it=cg_max_it, cg_rtol=cg_rtol, preconditioner=preconditioner,
+        preconditioner_memory=preconditioner_memory, value_rtol=value_rtol, checkpoint=checkpoint, monitor=monitor,
+        callback=callback,
+    )  # fmt: skip
     cg_forcing = _forcing_choice(cg_rtol, cg_forcing)
-    if isinstance(preconditioner, str):
-        check_choice("preconditioner", preconditioner, ("limited-memory",))
-    else:
-        check_callable("preconditioner", preconditioner)
-    check("preconditioner_memory", preconditioner_memory, "an integer >= 1", is_count(1))
-    check("value_rtol", value_rtol, "a number in [0, 1)", lambda v: 0 <= v < 1)
     if not isinstance(inexact, InexactOptions | None):
         raise ValueError(f"inexact = {inexact!r} is refused: give InexactOptions(...) or None")
-    check_checkpoint(checkpoint)
-    check_callable("monitor", monitor)
-    check_callable("callback", callback)
     check_first_guess(x0)
 
     evaluator = Evaluator(problem, hessian)
     oracle = ExactOracle(evaluator) if inexact is None else InexactOracle(evaluator, inexact, value_rtol)
-    if preconditioner == "limited-memory":
-        preconditioner = LimitedMemoryPreconditioner(evaluator.inner)
-    learns = callable(getattr(preconditioner, "update", None))
+    preconditioner, learns = chosen(preconditioner, evaluator.inner)
 
     def record(radius: float, ratio: float, accepted: bool, step: Step) -> None:
         value, gradient = state.point.value, state.point.gradient
@@ -265,12 +244,8 @@ def minimize_trust_region(
         state.point, trial_value = oracle.compare(state.point, trial, step.reduction, iteration)
         point = state.point
         ratio, below_accuracy, accepted = judge(point.value, trial_value, step.reduction, value_rtol, eta)
-        shrunk = not (accepted and ratio >= POOR)
-        if shrunk:
-            state.radius = 0.25 * step.norm
-        elif ratio > GOOD and step.stop in (CGStop.BOUNDARY, CGStop.NEGATIVE_CURVATURE):
-            state.radius = min(2 * radius, float(max_radius))
-
+        how = dict(accepted=accepted, most=max_radius)
+        state.radius, reduced = next_radius(radius, step.norm, step.stop, ratio, **how)
         if accepted:
             before = point.gradient.norm
             g = oracle.gradient(trial, iteration, point.x, guess=before, radius=state.radius)
@@ -296,11 +271,9 @@ def minimize_trust_region(
         else:
             state.point = oracle.refined(point, iteration, state.radius)
             path = path if state.point is point else None
-        if shrunk:
-            x = state.point.x
-            smallest = max(min_radius, np.finfo(float).eps * math.sqrt(evaluator.inner(x, x)), SMALLEST_LENGTH)
-            if state.radius <= smallest:
-                state.reason = StopReason.RADIUS
+        x = state.point.x
+        if reduced and is_lost(state.radius, math.sqrt(evaluator.inner(x, x)), min_radius):
+            state.reason = StopReason.RADIUS
         record(radius, ratio, accepted, step)
 
         reason = _end(state.point, tolerance) or state.reason
@@ -309,21 +282,7 @@ def minimize_trust_region(
             reason = StopReason.CALLBACK
 
     reason = reason or StopReason.MAX_IT
-    point = state.point
-    return TrustRegionResult(
-        point.x,
-        point.value.value,
-        point.gradient.norm,
-        len(state.history) - 1,
-        reason is StopReason.GRADIENT,
-        reason,
-        state.history,
-        evaluator.values,
-        evaluator.gradients,
-        evaluator.hessians,
-        point.value.error,
-        point.gradient.error,
-    )
+    return state.result(evaluator, reason)
 
 
 def _end(point: Point, tolerance: float) -> StopReason | None:

@@ -111,7 +111,7 @@ class PETScSystem:
         with options.inserted_options():
             ksp.setUp()
         if self._bytes is None:  # all have the same pattern; ranks agree on what fits
-            own = matrix_bytes(matrix) + factor_bytes(ksp)
+            own = matrix_bytes(matrix) + factor_bytes(ksp, self._parameters)
             self._bytes = self._comm.tompi4py().allreduce(own, op=MPI.MAX)
         return ksp, self._bytes
 

@@ -25,7 +25,7 @@ import numpy as np
 from mpi4py import MPI
 
 from pint_fem.mgrit.levels import Propagator
-from pint_fem.mgrit.norms import PointNorms, euclidean, gather_in_order, norm_over_time
+from pint_fem.mgrit.norms import PointNorms, euclidean
 from pint_fem.mgrit.solver import MGRIT
 from pint_fem.mgrit.stopping import SolveResult
 from pint_fem.mgrit.trace import Trace
@@ -87,6 +87,7 @@ class ParaDiag(MGRIT):
         self._frequency_solve, self._backwards = solve, backwards
         self._circulant: AlphaCirculant | None = None
         self._iterates = True
+        self._failures.everywhere = True  # transforms mix all ranks
         #: Where ``Phi`` is affine or not linear: called before each iteration with the iterate and the last
         #: contraction (at first ``None``), to improve the solves of the frequencies.
         self.renew: Callable[[np.ndarray, float | None], None] | None = None
@@ -113,13 +114,6 @@ class ParaDiag(MGRIT):
             fine.failure = fine.failure or f"frequency {k}: {type(error).__name__}: {error}"
             return np.full_like(r, np.nan)
 
-    def _check_finite(self, finite: bool) -> None:
-        # transforms mix all ranks: a failure on one is the cause of what is not finite on any
-        fine = self.levels[0]
-        causes = self.comm.allgather(fine.failure)
-        fine.failure = fine.failure or next((cause for cause in causes if cause), None)
-        super()._check_finite(finite)
-
     def _step_through(self) -> None:
         self.levels[0].solve_sequentially(fresh=True)
 
@@ -128,9 +122,11 @@ class ParaDiag(MGRIT):
         size = int(np.prod(U.shape[1:], dtype=int))
         precondition = self.circulant(size)
         from_zero = start in ("skip", "nested") and self.renew is None
-        r = self._first_residual(U) if from_zero else self._full_residual(U)
+        r = self._first_residual(U) if from_zero else self._residuals.at_all_points(U)
         while True:
-            norm, result.scale = self._residual_norms(r, U[1:])
+            with self._residuals.timed():
+                squares = [self._residuals.squares(block) for block in (r, U[1:])]
+                norm, result.scale = self._residuals.norms(squares, None)
             result.residuals.append(norm)
             self._monitor(result)
             if self._stop(result):
@@ -142,7 +138,7 @@ class ParaDiag(MGRIT):
             result.cycles += 1
             if self.trace:
                 self.trace.mark("cycle", sweep=self.name, number=result.cycles)
-            r = self._full_residual(U)
+            r = self._residuals.at_all_points(U)
         fine.exchange(U)
 
     def _first_residual(self, U: np.ndarray) -> np.ndarray:
@@ -156,17 +152,6 @@ class ParaDiag(MGRIT):
         if fine.G is not None:
             r += fine.G
         return r
-
-    def _residual_norms(self, r: np.ndarray, V: np.ndarray) -> tuple[float, float]:
-        """Norms of the residual and of the trajectory."""
-        begin = self.trace.now() if self.trace else 0.0
-        local = np.stack([self._squares(r), self._squares(V)], axis=1)
-        norms = norm_over_time(gather_in_order(local, self.comm), self.options.time_norm)
-        if self.trace:
-            self.trace.work("norm", 0, begin, sweep=self.name)
-        if not np.isfinite(norms).all():
-            self._check_finite(False)
-        return float(norms[0]), float(norms[1])
 
     def view(self, state_nbytes: int | None = None) -> str:
         """Describe the solver in a few lines, with the memory of this rank where a state's size is known."""

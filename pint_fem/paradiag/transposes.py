@@ -20,7 +20,7 @@ from itertools import pairwise
 import numpy as np
 from mpi4py import MPI
 
-from pint_fem.mgrit.levels import split_steps
+from pint_fem.mgrit.grids import split_steps
 
 __all__ = ["LANES", "TimeTransposes"]
 

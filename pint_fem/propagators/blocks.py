@@ -9,6 +9,7 @@ its place on the time axis, never from its rank: P_time ranks compute the same b
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 
 import numpy as np
 from firedrake.petsc import PETSc
@@ -94,6 +95,7 @@ class Factor:
         geometry: Geometry | None = None,
     ):
         self.symmetric, self._geometry = symmetric, geometry
+        self._parameters: dict = {}
         self._worst = 0  # reason of the worst solve since the last look
         self.ksp = self._build(matrix, parameters, prefix)
         # a transposed block solve is missing in most packages: the transpose has a factor of its own
@@ -126,6 +128,7 @@ class Factor:
     def _set_up(self, matrix: PETSc.Mat, parameters: dict, prefix: str) -> PETSc.KSP:
         ksp = PETSc.KSP().create(matrix.comm)
         ksp.setOperators(matrix)
+        self._parameters = parameters
         options = OptionsManager(parameters, prefix)
         if self._geometry is not None and parameters.get("pc_type") in ("mg", "python"):
             self._geometry.prepare(ksp, parameters)
@@ -148,13 +151,15 @@ class Factor:
         if worst < 0:
             raise ArithmeticError(f"PETSc's linear solver failed (KSPConvergedReason {worst})")
 
-    @property
+    @cached_property
     def nbytes(self) -> dict[str, int]:
-        """Bytes on this rank of matrices and factors, without a few of iterative solvers' own (collective)."""
+        """Bytes on this rank of matrices and factors, without a few of iterative solvers' own; collective the first
+        time where every rank has a whole factor.
+        """
         ksps = [self.ksp] if self.ksp_T is self.ksp else [self.ksp, self.ksp_T]
         return {
             "matrices": sum(matrix_bytes(ksp.getOperators()[0]) for ksp in ksps),
-            "factors": sum(factor_bytes(ksp) for ksp in ksps),
+            "factors": sum(factor_bytes(ksp, self._parameters) for ksp in ksps),
         }
 
     def solve(self, b: PETSc.Vec, x: PETSc.Vec, *, transposed: bool = False) -> None:

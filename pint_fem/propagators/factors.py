@@ -186,17 +186,22 @@ class Factors:
         self.counts["factorisation"] += 1
         solver.factor(matrix, holds)
         if self.bytes is None:
-            self.bytes = max(1, matrix.comm.tompi4py().allreduce(factor_bytes(solver.ksp), op=MPI.MAX))
+            self.bytes = self._bytes_of(solver)
             if solver is stage.solver and self.bytes > self.memory:
                 self._spare[stage.index], stage.solver = solver, None
                 self.kept -= 1
         return solver
 
+    def _bytes_of(self, solver: Solver) -> int:
+        """The most that a solver's factor takes on any rank (collective over space)."""
+        own = factor_bytes(solver.ksp, self.parameters)
+        return max(1, solver.matrix.comm.tompi4py().allreduce(own, op=MPI.MAX))
+
     def measure(self, matrix: PETSc.Mat) -> None:
         """Find out what a factor takes, from a matrix that is like the others (collective over space)."""
         solver = Solver(self.parameters, self._quick)
         solver.factor(matrix, None)
-        self.bytes = max(1, matrix.comm.tompi4py().allreduce(factor_bytes(solver.ksp), op=MPI.MAX))
+        self.bytes = self._bytes_of(solver)
         solver.destroy()
 
     # -- solves --------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-r"""The spectrum of a linear evolution, and what theory says of MGRIT on it before it runs.
+r"""The spectrum of a linear evolution: the modes that theory of time-parallel solvers asks for.
 
 For :math:`M \dot u + K u = f` a step maps an eigenvector of :math:`K x = \kappa M x` (free degrees of freedom only) to
 :math:`R(-\Delta t\, \kappa)` times itself. Symmetric ``K`` has real, skew-symmetric imaginary :math:`\kappa`, and their
@@ -20,26 +20,20 @@ Nothing is gathered: on several ranks in space the ends come from Lanczos iterat
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 from firedrake import assemble
 from firedrake.petsc import PETSc
 
-from pint_fem.mgrit.options import MGRITOptions
-from pint_fem.mgrit.theory import Verdict, dirk_stability, two_level_factors, verdict
-from pint_fem.mgrit.theory_blocks import block_factors, damped_wave, runge_kutta_matrix
-from pint_fem.paradiag.theory import block_contraction, contraction
 from pint_fem.propagators.arrays import boundary_rows
 from pint_fem.propagators.blocks import is_symmetric
 from pint_fem.propagators.evolution import Evolution
 from pint_fem.propagators.fields import Fields
 from pint_fem.propagators.lanczos import ACCURACY, NotPositive, Pencil
-from pint_fem.propagators.tableaux import DIRK, SDIRK2, BackwardEuler
 
-__all__ = ["Spectrum", "mgrit_verdict", "paradiag_contraction", "spectrum"]
+__all__ = ["Spectrum", "spectrum"]
 
 FACTORED = 6_000
 """Unknowns up to which the smallest eigenvalue is worth a factorisation; above it 0 is taken, which is safe."""
@@ -274,125 +268,3 @@ def _hull(ops: _Operators) -> np.ndarray:
             inverse, residuals = ops.ritz(lambda x: factor.solve(M @ x))
             slow = sigma + 1 / inverse[residuals <= 0.1 * np.abs(inverse)]
     return np.concatenate([values, slow])
-
-
-def mgrit_verdict(
-    evolution: Evolution, options: MGRITOptions | Mapping | None = None, coarse_tableau=None
-) -> list[Verdict] | None:
-    """Theory's verdict on each pair of consecutive levels; every rank of the evolution's ``space_comm`` calls it.
-
-    Costs a spectrum (heat, 64x64 P1: 0.05 s) and nothing for one level.
-
-    Parameters
-    ----------
-    evolution, options
-        The problem; levels, coarsening, relaxation, weights, tolerance.
-    coarse_tableau
-        Integrator of the coarse levels; default: the evolution's.
-
-    Returns
-    -------
-    list of Verdict, or None
-        ``None`` where there is no theory: see :func:`spectrum`, and unevenly spaced C-points.
-
-    Raises
-    ------
-    ValueError
-        If the options do not fit the steps.
-    """
-    options = MGRITOptions.make(options)
-    factors = options.factors(evolution.nsteps)
-    if not factors:
-        return []
-    if any(isinstance(m, tuple) for m in factors) or (found := spectrum(evolution)) is None:
-        return None
-    coarse_tableau = coarse_tableau or evolution.tableau
-    verdicts, stride, steps = [], 1, evolution.nsteps
-    for index, m in enumerate(factors):
-        pair = _Pair(found, evolution, stride, steps, options.scheme(index), options.weight(index), is_first=not index)
-        given = dict(tolerance=options.rtol if 0 < options.rtol < 1 else 1e-8)
-        judged = pair.verdict(coarse_tableau, m, **given)
-        if not judged.converges:
-            judged = pair.verdict(coarse_tableau, m, alternatives=pair.alternatives(coarse_tableau, m), **given)
-        if found.note:
-            judged = replace(judged, note=found.note)
-        verdicts.append(judged)
-        stride, steps = stride * m, steps // m
-    return verdicts
-
-
-def paradiag_contraction(evolution: Evolution, alpha: float) -> float | None:
-    """Theory's factor for an iteration of ParaDiag; every rank of the evolution's ``space_comm`` calls it.
-
-    Parameters
-    ----------
-    evolution, alpha
-        The problem, and the circulant's parameter.
-
-    Returns
-    -------
-    float or None
-        ``None`` where there is no spectrum: see :func:`spectrum`.
-    """
-    found = spectrum(evolution)
-    if found is None:
-        return None
-    A, b = evolution.dirk.A, evolution.dirk.b
-    if found.kind == "damped wave":
-        pairs = damped_wave(*found.pairs(evolution.dt))
-        return block_contraction(runge_kutta_matrix(A, b, -pairs), alpha, evolution.nsteps)
-    return contraction(dirk_stability(A, b, -found.sample(evolution.dt)), alpha, evolution.nsteps)
-
-
-@dataclass(frozen=True)
-class _Pair:
-    """A level of ``steps`` steps, each ``stride`` fine ones, and the next."""
-
-    spectrum: Spectrum
-    evolution: Evolution
-    stride: int
-    steps: int
-    relax: str
-    weight: float
-    is_first: bool
-
-    def _tableaux(self, coarse_tableau) -> tuple[DIRK, DIRK]:
-        return DIRK(self.evolution.tableau if self.is_first else coarse_tableau), DIRK(coarse_tableau)
-
-    def _eigenvalues(self, coarse_tableau, m: int):
-        modes, strides = self.spectrum.sample(self.evolution.dt, max(128, 12 * m)), (self.stride, m * self.stride)
-        tableaux = self._tableaux(coarse_tableau)
-        lam, mu = (dirk_stability(d.A, d.b, -s * modes) for d, s in zip(tableaux, strides, strict=True))
-        return modes, lam, mu
-
-    def _factors(self, eigenvalues, coarse_tableau, m: int, relax: str, weight: float) -> np.ndarray:
-        """Bound of each mode."""
-        if self.spectrum.kind != "damped wave":
-            return two_level_factors(*eigenvalues[1:], m, self.steps // m, relax, weight)
-        pairs, strides = damped_wave(*self.spectrum.pairs(self.evolution.dt)), (self.stride, m * self.stride)
-        tableaux = zip(self._tableaux(coarse_tableau), strides, strict=True)
-        fine, coarse = (runge_kutta_matrix(d.A, d.b, -s * pairs) for d, s in tableaux)
-        return block_factors(fine, coarse, m, self.steps // m, relax, weight)
-
-    def verdict(self, coarse_tableau, m: int, **given) -> Verdict:
-        modes, lam, mu = found = self._eigenvalues(coarse_tableau, m)
-        factors = self._factors(found, coarse_tableau, m, self.relax, self.weight)
-        given |= dict(weight=self.weight, modes=modes, factors=factors)
-        return verdict(lam, mu, m, self.steps // m, self.relax, **given)
-
-    def alternatives(self, coarse_tableau, m: int) -> dict[str, float]:
-        """Bounds of other choices, by what to write for them."""
-
-        def bound(tableau, m=m, relax=self.relax, weight=self.weight):
-            return float(np.max(self._factors(self._eigenvalues(tableau, m), tableau, m, relax, weight)))
-
-        out = {"relax='FCF'": bound(coarse_tableau, relax="FCF")} if self.relax == "F" else {}
-        for tableau in (SDIRK2(), BackwardEuler()):
-            out[what := f"coarse_tableau={type(tableau).__name__}()"] = bound(tableau)
-            if self.relax == "F":
-                out[f"{what} with relax='FCF'"] = bound(tableau, relax="FCF")
-        if self.weight != 1:
-            out["c_weight=1"] = bound(coarse_tableau, weight=1.0)
-        if m > 2:
-            out["coarsening 2"] = bound(coarse_tableau, m=2)
-        return out

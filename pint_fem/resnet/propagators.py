@@ -71,17 +71,26 @@ class _Step:
 
 
 class ForwardStep(_Step):
-    """``Phi``; where they are set, it writes ``slopes``, and ``kept``, which they (and curvatures) follow from."""
+    """``Phi``; where they are set, it writes ``slopes``, and ``kept``, which they (and curvatures) follow from.
+
+    Attributes
+    ----------
+    later : bool
+        Write what slopes follow from in their place, or to ``kept`` alone: for sweeps of which nobody knows which
+        relaxation is the last. Who asks for that takes slopes of it once, afterwards.
+    """
 
     def __init__(self, layer: Layer, h: float):
         super().__init__(layer, h)
         self.slopes: torch.Tensor | None = None
         self.kept: torch.Tensor | None = None
-        self.may_be_last = True
+        self.may_be_last, self.later = True, False
 
     def _keep(self, rows: slice | int, z: torch.Tensor) -> None:
-        if self.slopes is not None:
+        if self.slopes is not None and not self.later:
             self.layer.activation.write_slope(z, self.slopes[rows])
+        elif self.slopes is not None and self.kept is None:
+            self.slopes[rows] = z
         if self.kept is not None:
             self.kept[rows] = z
 

@@ -22,8 +22,9 @@ import torch
 
 from pint_fem.errors import InputError
 from pint_fem.mgrit import MGRIT, MGRITOptions, SolveResult, split_steps
-from pint_fem.mgrit.levels import Bounds
+from pint_fem.mgrit.grids import Bounds
 from pint_fem.mgrit.norms import euclidean
+from pint_fem.resnet.activations import Activation
 from pint_fem.resnet.grid import Grid
 from pint_fem.resnet.layers import Layer
 from pint_fem.resnet.propagators import AdjointStep, ForwardStep, TangentStep
@@ -31,7 +32,7 @@ from pint_fem.resnet.rows import RowExchange
 
 __all__ = ["LayerSweeps", "Trajectory"]
 
-# layers whose gradients are taken at once: what passes from one call to the next stays in the cache
+# layers of a call where it is for all of them: what passes from one call to the next stays in the cache
 _TOGETHER = 32
 
 
@@ -57,6 +58,13 @@ class Trajectory:
     kept: torch.Tensor | None = None
     theta: list[torch.Tensor] = field(default_factory=list)
     result: SolveResult | None = None
+
+    def take_slopes(self, act: Activation) -> None:
+        """Of what they follow from, which is in their place unless it is kept."""
+        source = self.slopes if self.kept is None else self.kept
+        for i in range(0, len(source), _TOGETHER):
+            rows = slice(i, i + _TOGETHER)
+            act.write_slope(source[rows], self.slopes[rows])
 
 
 class _Norms:
@@ -272,6 +280,9 @@ class LayerSweeps:
         fine = self.solvers["forward"].levels[0]
         if slopes:
             fine.propagator.slopes, fine.propagator.kept = trajectory.slopes, trajectory.kept
+        # to a tolerance, any relaxation may be the last; a slope that takes one pass is as cheap as what it is of
+        later = slopes and cycles is None and not serial and len(self.strides) > 1
+        later = fine.propagator.later = later and self.layer.activation.slope_out is None
         U = trajectory.U
         if self.grid.is_first:
             U[0] = u0
@@ -281,6 +292,8 @@ class LayerSweeps:
         try:
             with torch.no_grad():
                 result = self._solve("forward", U, None, cycles=cycles, serial=serial, start=start, rtol=rtol)
+                if later:
+                    trajectory.take_slopes(self.layer.activation)
         finally:
             fine.propagator.slopes = fine.propagator.kept = None
         trajectory.theta, trajectory.result = theta, result

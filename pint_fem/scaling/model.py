@@ -17,7 +17,7 @@ import numpy as np
 from mpi4py import MPI
 
 from pint_fem.errors import InputError
-from pint_fem.mgrit.levels import Bounds, split_steps
+from pint_fem.mgrit.grids import Bounds, split_steps
 from pint_fem.mgrit.norms import gather_in_order
 from pint_fem.mgrit.options import MGRITOptions
 from pint_fem.mgrit.solver import MGRIT

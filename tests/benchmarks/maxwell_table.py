@@ -23,8 +23,9 @@ import pint_fem as pf
 from pint_fem.adjoint.sweeps import Sweeps
 from pint_fem.mgrit.theory_blocks import damped_wave, runge_kutta_matrix, v_cycle_norm
 from pint_fem.propagators.blocks import BlockOperator
-from pint_fem.propagators.spectrum import mgrit_verdict, spectrum
+from pint_fem.propagators.spectrum import spectrum
 from pint_fem.propagators.tableaux import DIRK
+from pint_fem.propagators.verdicts import mgrit_verdict
 from problems.maxwell import B, Medium, Region, Walls, perfect_conductor, residual, state_space
 
 __all__ = ["Case", "cases", "measure"]

@@ -22,7 +22,8 @@ from pint_fem.mgrit.checks.derivatives import check_adjoint, check_tangent
 from pint_fem.mgrit.checks.methods import check_method, check_sweep, fixed_point, in_turn
 from pint_fem.mgrit.checks.report import CheckReport, Found, Runner, Space, UserError
 from pint_fem.mgrit.checks.transfers import MAPS, check_transfer
-from pint_fem.mgrit.levels import Propagator, coarse_points
+from pint_fem.mgrit.grids import coarse_points
+from pint_fem.mgrit.levels import Propagator
 from pint_fem.mgrit.options import MGRITOptions
 from pint_fem.mgrit.solver import MGRIT
 from pint_fem.mgrit.transfer import Transfer
