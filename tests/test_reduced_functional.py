@@ -39,7 +39,9 @@ from pint_fem.propagators.tableaux import DIRK
 from tests.heat import TABLEAUX, heat, point_and_direction
 
 
-def functional(st, *, linear=True, per_step=False, steps=22, tableau="SDIRK2", n=6, riesz_map="L2", solver=None, **options):
+def functional(
+    st, *, linear=True, per_step=False, steps=22, tableau="SDIRK2", n=6, riesz_map="L2", solver=None, **options
+):
     """A heat problem with every kind of term; 22 steps and m = 4, 2 make uneven intervals and slabs."""
     mesh = UnitSquareMesh(n, n, comm=st.space_comm, distribution_parameters={"partitioner_type": "simple"})
     ev = heat(mesh, linear=linear, per_step=per_step, steps=steps, dt=0.01, tableau=tableau)

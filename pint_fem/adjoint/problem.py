@@ -361,8 +361,8 @@ class ReducedProblem:
         self, z: np.ndarray, dz: np.ndarray, cycles: int, *, gauss_newton: bool = False
     ) -> tuple[np.ndarray, float]:
         """``H dz`` as a dual vector for a symmetric ``H`` near the Hessian: its two sweeps are ``cycles`` cycles from
-        zero and their transposes (:mod:`~pint_fem.mgrit.transposed`, :mod:`~pint_fem.paradiag.transposed`); and the larger of their relative residuals.
-        State and adjoint are taken as well as they are known.
+        zero and their transposes (:mod:`~pint_fem.mgrit.transposed`, :mod:`~pint_fem.paradiag.transposed`); and the
+        larger of their relative residuals. State and adjoint are taken as well as they are known.
         """
         sweeps, dz = self.sweeps, np.asarray(dz, dtype=float).ravel()
         point = self._find(np.ravel(z))
