@@ -2,7 +2,9 @@
 
 import os
 import time
+from collections import defaultdict
 from contextlib import nullcontext
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +22,29 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 PATIENCE = 120.0
 """Seconds that a rank whose test failed waits for the others."""
 _failed = pytest.StashKey[str]()
+_files = defaultdict(set)
+"""Files with tests for a number of ranks, as pytest collected them."""
+
+
+def pytest_addoption(parser):
+    parser.addoption("--files-by-ranks", help="folder to write, in file N, the names of the files with tests for N ranks")
+
+
+def pytest_deselected(items):
+    """``-m`` takes tests away here; :func:`pytest_collection_finish` sees those that stay."""
+    for item in items:
+        for mark in item.iter_markers():
+            if mark.name.startswith("parallel["):
+                _files[mark.name.removeprefix("parallel[").removesuffix("]")].add(item.nodeid.split("::")[0])
+
+
+def pytest_collection_finish(session):
+    folder = session.config.getoption("--files-by-ranks")
+    if folder:
+        pytest_deselected(session.items)
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        for ranks, names in _files.items():
+            (Path(folder) / ranks).write_text("\n".join(sorted(names)) + "\n")
 
 
 @pytest.hookimpl(wrapper=True)

@@ -73,12 +73,9 @@ def test_kill_nine_on_two_ranks(tmp_path, method):
     the_same(end, end["whole"])
 
 
-@pytest.mark.parallel([1, 2, 4])
-@pytest.mark.parametrize("kind", ["exact", "inexact", "one-shot"])
-def test_restart(tmp_path, kind):
-    """Stopped by the callback after three iterations; the same end as without, on 1x1, 1x2 and 2x2."""
-    grid = {1: "1x1", 2: "1x2", 4: "2x2"}[MPI.COMM_WORLD.size]
-    options = {"gtol_rel": 1e-5, "max_it": 100}
+def check_restart(path, kind, grid):
+    """Stopped by the callback after three iterations; the same end as without."""
+    options = {"gtol_rel": 1e-3, "max_it": 100}
     if kind != "one-shot":
         options |= {"cg_max_it": 4, "inexact": kind == "inexact"}
 
@@ -87,7 +84,7 @@ def test_restart(tmp_path, kind):
         return (rf.minimize_one_shot if kind == "one-shot" else rf.minimize_trust_region)(**options, **more)
 
     whole = minimize()
-    path = shared_folder(tmp_path) / "run.h5"
+    assert whole.iterations > 3
     stopped = minimize(checkpoint=path, callback=lambda x, r: r.iteration == 3)
     assert stopped.iterations == 3
     resumed = minimize(checkpoint=path)
@@ -97,11 +94,23 @@ def test_restart(tmp_path, kind):
     assert resumed.value == whole.value
 
 
-@pytest.mark.parallel([1, 2, 4])
+@pytest.mark.parallel(2)
+@pytest.mark.parametrize("kind", ["exact", "inexact", "one-shot"])
+def test_restart(tmp_path, kind):
+    """On one rank it is killed, see above."""
+    check_restart(shared_folder(tmp_path) / "run.h5", kind, "1x2")
+
+
+@pytest.mark.parallel(4)
+def test_restart_on_a_grid(tmp_path):
+    check_restart(shared_folder(tmp_path) / "run.h5", "inexact", "2x2")
+
+
+@pytest.mark.parallel([1, 4])
 def test_round_trip_of_all_kinds_of_controls(tmp_path):
     """Vectors and trajectories come back to the last bit; onto one rank in time, too."""
     size, folder = MPI.COMM_WORLD.size, shared_folder(tmp_path)
-    st = pf.SpaceTime({1: "1x1", 2: "1x2", 4: "2x2"}[size])
+    st = pf.SpaceTime({1: "1x1", 4: "2x2"}[size])
     rf = several(st, steps=6, n=3)
     z = np.random.default_rng(3).standard_normal(rf.layout.size)
     rf.layout.share(z)
@@ -126,7 +135,7 @@ def test_round_trip_of_all_kinds_of_controls(tmp_path):
         assert np.array_equal(part, rf.layout.part(z, rf.evolution.controls[0]))
 
 
-@pytest.mark.parallel([1, 2])
+@pytest.mark.parallel(2)
 def test_bad_files(tmp_path, monkeypatch):
     folder = shared_folder(tmp_path)
     rf = functional(pf.SpaceTime(), n=3, steps=16)
@@ -197,8 +206,8 @@ def test_another_run_is_refused(tmp_path, small):
             runs[name](checkpoint=tmp_path / f"{kept}.h5", max_it=3)
 
 
-@pytest.mark.parallel([1, 2])
-@pytest.mark.parametrize(("storage", "inexact"), [("all", False), ("C", False), ("all", True)])
+@pytest.mark.parallel(2)
+@pytest.mark.parametrize(("storage", "inexact"), [("C", False), ("all", True)])
 def test_another_objective_is_refused(tmp_path, storage, inexact):
     """Data of the misfit or weight of the regularisation; and nothing of the file is left behind."""
     path, steps, runs = shared_folder(tmp_path) / "run.h5", 16, {}

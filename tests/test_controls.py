@@ -126,27 +126,23 @@ def check_taylor(rf, only=None):
 
 @pytest.fixture(scope="module")
 def all_controls():
-    """``all_controls(linear)``: a functional of all kinds of controls on the grid of the run, made once."""
-
-    @cache
-    def make(linear):
-        st = pf.SpaceTime(GRIDS[MPI.COMM_WORLD.size])
-        rf = functional(st) if linear else functional(st, NONLINEAR, linear=False, steps=4, coarsening=2)
-        kind = LinearPropagator if linear else FormPropagator
-        assert all(isinstance(p, kind) for p in rf.problem.sweeps.propagators)
-        return rf
-
-    return make
+    """``all_controls(linear)``: a functional of all kinds of controls on one rank, made once."""
+    return cache(lambda linear: of_all_kinds(pf.SpaceTime("1x1"), linear))
 
 
-@pytest.mark.parallel([1, 2, 4])
+def of_all_kinds(st, linear):
+    rf = functional(st) if linear else functional(st, NONLINEAR, linear=False, steps=4, coarsening=2)
+    kind = LinearPropagator if linear else FormPropagator
+    assert all(isinstance(p, kind) for p in rf.problem.sweeps.propagators)
+    return rf
+
+
 @pytest.mark.parametrize("name", [*KINDS, None])
 def test_orders_linear(all_controls, name):
     """Of each kind, and of all at once."""
     check_taylor(all_controls(True), name)
 
 
-@pytest.mark.parallel([1, 2, 4])
 @pytest.mark.parametrize("name", [*NONLINEAR, None])
 def test_orders_nonlinear(all_controls, name):
     """Of each kind, and of all at once."""
@@ -162,16 +158,24 @@ def test_the_only_control(name, linear):
 
 
 @pytest.mark.parallel([2, 4])
-def test_same_on_every_grid():
-    """J, gradient and Hessian action in a direction, against one rank."""
+@pytest.mark.parametrize("linear", [True, False])
+def test_same_on_every_grid(linear):
+    """J, and gradient, Hessian action, inner product and tangent in a direction of each kind of control, against one
+    rank, whose remainders have their orders.
+    """
     results = []
     for st in (pf.SpaceTime(GRIDS[MPI.COMM_WORLD.size]), pf.SpaceTime("1x1", comm=MPI.COMM_SELF)):
-        rf = functional(st)
+        rf = of_all_kinds(st, linear)
         m, h = point_and_direction(rf)
-        z, dz = rf.array(m), rf.array(h)
-        J, g, H = rf(m), rf.problem.derivative(z), rf.problem.hessian_action(z, dz)
-        pairing = rf.layout.pairing
-        results.append([J, pairing(g, dz), pairing(H, dz), rf.inner.inner(z, dz), rf.problem.tangent_value(z, dz)])
+        z, dz, p = rf.array(m), rf.array(h), rf.problem
+        found = [rf(m), p.tangent_value(z, dz)]
+        g, H = p.derivative(z), p.hessian_action(z, dz)
+        for control in rf.evolution.controls:
+            only = np.zeros_like(dz)
+            rf.layout.part(only, control)[:] = rf.layout.part(dz, control)
+            found += [rf.layout.pairing(g, only), rf.layout.pairing(H, only), rf.inner.inner(z, only)]
+            found.append(p.tangent_value(z, only))
+        results.append(found)
     assert np.allclose(*results, rtol=1e-9)
 
 

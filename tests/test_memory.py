@@ -19,7 +19,7 @@ from tests.heat import heat
 NUMPY = np.lib.tracemalloc_domain
 
 
-def functional(st, storage, *, n=12, steps=128, coarsening=(8, 4), sensors=True, rtol=1e-4, moving=True, **problem):
+def functional(st, storage, *, n=12, steps=128, coarsening=(8, 4), sensors=True, moving=True, **problem):
     mesh = UnitSquareMesh(n, n, comm=st.space_comm, distribution_parameters={"partitioner_type": "simple"})
     ev = heat(mesh, steps=steps, **problem)
     data = sin(ev.t) if moving else 1
@@ -29,7 +29,7 @@ def functional(st, storage, *, n=12, steps=128, coarsening=(8, 4), sensors=True,
         misfits.append(pf.PointSensors([(0.3, 0.4), (0.7, 0.6)], times, np.ones((len(times), 2))))
     return pf.TimeParallelReducedFunctional(
         ev, misfits, regularisation=0.1 * ev.control**2 * dx, spacetime=st,
-        solver_parameters={"mgrit": dict(storage=storage, coarsening=coarsening, rtol=rtol)},
+        solver_parameters={"mgrit": dict(storage=storage, coarsening=coarsening, rtol=1e-2)},
     )  # fmt: skip
 
 
@@ -64,7 +64,7 @@ def measured(make):
         tracemalloc.stop()
 
 
-@pytest.mark.parallel([1, 2])
+@pytest.mark.parallel(2)
 @pytest.mark.parametrize("per_step", [False, True])
 def test_arrays_are_those_of_the_formula(per_step):
     """Within 10% and some of Firedrake's own functions, with data that depend on time; C-points take less than half."""
@@ -115,10 +115,9 @@ def test_nothing_grows(storage):
 
 
 @pytest.mark.parallel(2)
-@pytest.mark.parametrize("storage", ["all", "C"])
-def test_nothing_grows_on_two_ranks(storage):
-    """All but the resident set."""
-    (arrays, python, _, objects), _, last = growth(storage)
+def test_nothing_grows_on_two_ranks():
+    """All but the resident set, where ranks send C-points; the solver's messages alone: test_mgrit_features."""
+    (arrays, python, _, objects), _, last = growth("C")
     assert last[0] <= arrays
     assert last[1] - python <= 100_000
     assert last[3] <= objects
@@ -146,7 +145,7 @@ from tests.test_memory import evaluate, functional, resident
 import pint_fem as pf
 
 storage = sys.argv[1]
-make = lambda steps: functional(pf.SpaceTime(), storage, n=48, steps=steps, sensors=False, moving=False, rtol=1e-3)
+make = lambda steps: functional(pf.SpaceTime(), storage, n=48, steps=steps, sensors=False, moving=False)
 evaluate(small := make(32), np.zeros(small.layout.size))  # compiled code is there
 del small
 open("/proc/self/clear_refs", "w").write("5")  # the peak is the present from now on

@@ -1,4 +1,4 @@
-"""pyadjoint's and scipy's optimisers on the time-parallel functional, on one and two ranks in time."""
+"""pyadjoint's and scipy's optimisers on the time-parallel functional, on two ranks in time."""
 
 import numpy as np
 import pytest
@@ -27,7 +27,7 @@ def best():
     return result.value, rf.function(result.x).dat.data_ro.copy()
 
 
-@pytest.mark.parallel([1, 2])
+@pytest.mark.parallel(2)
 @pytest.mark.parametrize("kind", ["lmvm", "blmvm", "ntr", "bntr"])
 def test_tao(kind, best):
     st = pf.SpaceTime()
@@ -39,7 +39,7 @@ def test_tao(kind, best):
     assert abs(rf(solution) - best[0]) < 1e-8 * best[0]
 
 
-@pytest.mark.parallel([1, 2])
+@pytest.mark.parallel(2)
 @pytest.mark.parametrize("method", ["L-BFGS-B", "SLSQP"])
 def test_minimize(method, best):
     """pyadjoint's minimize takes the functional as one of its own."""
@@ -64,7 +64,7 @@ def test_minimize_with_bounds(best):
     assert gradient[~free].max() < 1e-7
 
 
-@pytest.mark.parallel([1, 2])
+@pytest.mark.parallel(2)
 def test_minimize_with_an_integral_constraint():
     """SLSQP, with the integral of the control given."""
     rf = functional(pf.SpaceTime(), rtol=1e-11, n=4, riesz_map="l2")
@@ -75,7 +75,7 @@ def test_minimize_with_an_integral_constraint():
     assert abs(assemble(solution * dx) - 0.3) < 1e-9
 
 
-@pytest.mark.parallel([1, 2])
+@pytest.mark.parallel(2)
 def test_several_controls():
     """Static controls of all kinds at once through TAO and scipy."""
     values, lmvm = [], {"tao_type": "lmvm", **TIGHT, "tao_gatol": 1e-3, "tao_max_it": 1000}

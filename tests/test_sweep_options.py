@@ -233,7 +233,7 @@ def test_view_says_memory():
     assert "level 1: 5 steps, m = 2, FCF-relaxation" in text
 
 
-@pytest.mark.parallel([1, 2])
+@pytest.mark.parallel(2)
 @pytest.mark.parametrize("linear", [True, False])
 def test_propagators_pass_the_check(linear):
     """The solver's own check of user code, on all levels; a wrong adjoint fails it."""
