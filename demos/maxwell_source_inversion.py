@@ -36,7 +36,7 @@ def arguments():
     add("--noise", type=positive(float), help="noise of the readings relative to the largest")
     add("--rtol", type=positive(float), default=1e-9, help="relative tolerance of the time-parallel solves (1e-9)")
     add("--gtol", type=positive(float), help="relative tolerance of the gradient (1e-5; --compare-serial: 1e-8)")
-    add("--exact", action="store_true", help="every MGRIT solve to --rtol, whatever the optimiser needs")
+    add("--exact", action="store_true", help="every time-parallel solve to --rtol, whatever the optimiser needs")
     add("--max-iterations", type=positive(int), default=30, help="trust-region iterations (30)")
     add(
         "--time-solver",

@@ -38,7 +38,9 @@ def arguments(argv=None):
     add("--rtol", type=positive(float), help="relative tolerance of the solves (default: the smallest counted)")
     add("--network", help="latency and bandwidth, such as 2us,12GB/s (default: as measured)")
     add("--calibration", type=Path, help="validate: a file instead of the bundled one")
-    add("--only", default="", help="calibrate: a part (costs, opponent, cycles, inversions), the others are kept")
+    add(
+        "--only", default="", help="calibrate: a part (costs, space, opponent, cycles, inversions), the others are kept"
+    )
     add("--options", default="{}", help='validate: of the solver, as JSON such as {"levels": 2, "coarsening": 16}')
     add("--repeats", type=positive(int), help="of each measurement; medians are kept (calibrate 15, validate 5)")
     add("--out", type=Path, help="file (calibrate, validate) or folder (report, default results/scaling)")
@@ -133,7 +135,7 @@ def _calibrate(opts) -> None:
 
     posed, comm = case(opts.problem), MPI.COMM_WORLD
     layers = not hasattr(posed, "pose")
-    parts = ("costs", "opponent", "cycles", *(() if layers else ("inversions",)))
+    parts = ("costs", "opponent", "cycles", *(() if layers else ("space", "inversions")))
     path = opts.out or BUNDLED / f"{opts.problem}.json"
     old = Calibration.from_json(path.read_text()) if path.is_file() else None
     if opts.only not in ("", *parts):
@@ -150,6 +152,8 @@ def _calibrate(opts) -> None:
             made = measure.calibrate(opts.problem, posed.pose, posed.nsteps, paradiag=posed.paradiag, **common)
         if comm.rank == 0 and old is not None:
             made = made.with_changes(cycles=old.cycles, inversions=old.inversions, opponent=old.opponent)
+    if opts.only == "space":
+        made = _space(made, posed, opts, measure)
     if comm.rank == 0:
         if wants("opponent") and (layers or posed.serial):
             opponent = serial_seconds(posed) if layers else measure.opponent_seconds(posed.serial)
@@ -170,6 +174,21 @@ def _calibrate(opts) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(made.to_json(), encoding="utf-8")
         print(f"written: {path}")
+
+
+def _space(made, posed, opts, measure):
+    """A calibration with kernels on two space ranks measured anew."""
+    comm = MPI.COMM_WORLD
+    if comm.size < 2:
+        raise InputError("--only space: start this on two processes")
+    watch = measure.Stopwatch(opts.repeats or 15)
+    found = measure.space_kernels(posed.pose, comm, watch, 128, lambda text: None)
+    if comm.rank:
+        return None
+    notes = [note for note in made.notes if not note.startswith("space ranks:")]
+    notes.append(f"space ranks: kernels on 2, {watch.about}")
+    work, iterations = found
+    return made.with_changes(work={**made.work, 2: work}, space_iterations=float(iterations), notes=notes)
 
 
 def _validate(opts) -> None:

@@ -33,7 +33,7 @@ from pint_fem.spacetime import SpaceTime
 
 __all__ = [
     "Action", "Stopwatch", "calibrate", "kernel_actions", "machine", "opponent_seconds", "paradiag_actions",
-    "ping_pong",
+    "ping_pong", "space_kernels",
 ]  # fmt: skip
 
 PARADIAG = {"time_solver": "paradiag", "alpha": 1e-4}
@@ -354,14 +354,7 @@ def _with_others(made, pose, alone, comm, watch: Stopwatch, small: int, progress
     some = {key: do for key, do in kernel_actions(alone).items() if key[1] == 0 and key[2] in (1, 8, 64)}
     together = watch(some, comm=comm)
     network = ping_pong(comm)
-    pair = comm.Split(0 if comm.rank < 2 else 1, comm.rank)
-    progress("kernels on two space ranks")
-    if comm.rank < 2:
-        both = pose(SpaceTime((2, 1), comm=pair), small, {"mgrit": MGRIT})
-        spread = kernels(watch(kernel_actions(both), comm=pair), alone.problem.sweeps._tangent.levels[0].block)
-        factor = next(iter(both.problem.sweeps.propagators[0].factors.values()))
-        whole = factor.ksp.getPC().getType() == "redundant"
-        iterations = 0 if whole else max(factor.ksp.getIterationNumber(), 1)
+    spread = space_kernels(pose, comm, watch, small, progress)
     if comm.rank:
         return None
     known = {(kind, 0, n): t for kind, (k, *_) in made.work[1].items() for n, t in zip(k.sizes, k.seconds, strict=True)}
@@ -371,6 +364,25 @@ def _with_others(made, pose, alone, comm, watch: Stopwatch, small: int, progress
         f"{max(slower.values()):.2f} times as long, median; space ranks: kernels on 2"
     )
     busy = {1: 1.0, comm.size: max(statistics.median(slower.values()), 1.0)}
+    work, iterations = spread
     return made.with_changes(
-        busy=busy, network=network, work={**made.work, 2: spread}, space_iterations=float(iterations)
+        busy=busy, network=network, work={**made.work, 2: work}, space_iterations=float(iterations)
     )
+
+
+def space_kernels(
+    pose: Callable, comm, watch: Stopwatch, small: int, progress: Callable[[str], None]
+) -> tuple[dict[str, list[Kernel]], int] | None:
+    """Kernels on two space ranks, and the Krylov iterations of a solve there, 0 for a direct one; ``None`` on other
+    ranks (collective).
+    """
+    pair = comm.Split(0 if comm.rank < 2 else 1, comm.rank)
+    progress("kernels on two space ranks")
+    if comm.rank > 1:
+        return None
+    both = pose(SpaceTime((2, 1), comm=pair), small, {"mgrit": MGRIT})
+    sweeps = both.problem.sweeps
+    seconds = watch(kernel_actions(both), comm=pair)
+    factor = next(iter(sweeps.propagators[0].factors.values()))
+    whole = factor.ksp.getPC().getType() == "redundant"
+    return kernels(seconds, sweeps._tangent.levels[0].block), 0 if whole else max(factor.ksp.getIterationNumber(), 1)
