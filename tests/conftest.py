@@ -27,7 +27,7 @@ _files = defaultdict(set)
 
 
 def pytest_addoption(parser):
-    parser.addoption("--files-by-ranks", help="folder for files N: names of the files with tests for N ranks")
+    parser.addoption("--files-by-ranks", help="folder: its file N will name the files with tests for N ranks")
 
 
 def pytest_deselected(items):

@@ -31,11 +31,10 @@ from irksome import Dt
 import pint_fem as pf
 from pint_fem.propagators import FormPropagator
 from pint_fem.propagators.tape import recording
-from problems.heat_readings import READINGS
 from problems.heat_source import heat_source
-from problems.readings import COLUMNS
 from problems.serial_minimise import minimise
 from problems.serial_pyadjoint import serial_heat_source
+from tests.heat_readings import some_readings
 
 STEPS, DT = 9, 0.02
 
@@ -57,24 +56,9 @@ def at(V, values):
     return f
 
 
-@pytest.fixture
-def readings(tmp_path):
-    """``readings(n)``: every n-th of the shipped times, most of them between the steps: the tape's cost is theirs."""
-
-    def some(every):
-        lines = READINGS.read_text().splitlines()
-        data = [line for line in lines if line[0].isdigit()]
-        times = sorted({line.split(",")[3] for line in data}, key=float)[4::every]
-        path = tmp_path / "readings.csv"
-        path.write_text("\n".join([",".join(COLUMNS), *(line for line in data if line.split(",")[3] in times)]))
-        return path
-
-    return some
-
-
 @pytest.mark.parametrize("integrator", ["BackwardEuler", "ImplicitMidpoint", "SDIRK2"])
-def test_heat_source(integrator, readings):
-    mgrit, readings = {"rtol": 1e-12, "coarsening": (4,)}, readings(22)
+def test_heat_source(integrator, tmp_path):
+    mgrit, readings = {"rtol": 1e-12, "coarsening": (4,)}, some_readings(tmp_path / "readings.csv", 22)
     ours = heat_source(
         pf.SpaceTime("1x1", comm=COMM_SELF), readings=readings, steps=8, integrator=integrator,
         solver_parameters={"mgrit": mgrit},
@@ -92,9 +76,10 @@ def test_heat_source(integrator, readings):
     assert_same(*results)
 
 
-def test_opponent_descends(readings):
+def test_opponent_descends(tmp_path):
     """The optimiser starts at the recorded control, prints a line an iteration and lowers the functional."""
-    lines, serial = [], serial_heat_source(readings=readings(11), steps=4, integrator="BackwardEuler")
+    readings, lines = some_readings(tmp_path / "readings.csv", 11), []
+    serial = serial_heat_source(readings=readings, steps=4, integrator="BackwardEuler")
     first = float(serial.rf(serial.q))
     result = minimise(serial, max_it=3, printer=lines.append)
     assert not result.converged

@@ -174,7 +174,7 @@ def test_tape_of_a_mixed_state():
     assert_close(*results, 1e-10)
 
 
-@pytest.mark.parallel([1, 2, 3])
+@pytest.mark.parallel(2)
 @pytest.mark.parametrize("dim", [2, 3])
 def test_elimination_in_space_parallel(dim):
     ev, whole = (driven(dim, 3 if dim == 2 else 2, eliminate=e) for e in (B, None))

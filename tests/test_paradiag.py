@@ -109,7 +109,7 @@ def test_heat_in_one_and_in_two_iterations(tableau):
 
 
 # -- derivatives -------------------------------------------------------------------------------------------------------
-@pytest.mark.parallel([1, 2, 3])
+@pytest.mark.parallel([1, 3])
 @pytest.mark.parametrize("kind", ["heat", "heat, a control a step", "cavity"])
 def test_derivatives(kind):
     """Taylor remainders, and value, gradient and Hessian action of MGRIT and of sequential stepping."""
@@ -302,7 +302,7 @@ def test_optimisation():
         np.testing.assert_allclose(x, minima[0], rtol=0, atol=1e-5 * np.abs(minima[0]).max())
 
 
-@pytest.mark.parallel([1, 2])
+@pytest.mark.parallel(2)
 @pytest.mark.parametrize("kind", ["nonlinear", "moving coefficient"])
 def test_averaged_operators(kind):
     """Nonlinear evolutions and coefficients that move in time: J, gradient and Hessian action of sequential stepping;

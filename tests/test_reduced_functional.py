@@ -97,17 +97,17 @@ def test_derivatives_on_a_grid(linear, per_step):
     check_derivatives(small(pf.SpaceTime("2x2"), linear, per_step))
 
 
-@pytest.mark.parallel([2, 3, 4])
+@pytest.mark.parallel([3, 4])
 @pytest.mark.parametrize("per_step", [False, True])
 def test_same_bits_for_every_number_of_time_ranks(per_step):
     """States, adjoints, residual histories and J against one time rank, at P_space = 1 and 2."""
     size = MPI.COMM_WORLD.size
-    for space in [1, 2] if size == 4 else [1]:
+    for space in {3: [1], 4: [1, 2]}[size]:
         many = pf.SpaceTime((space, size // space))
         one = pf.SpaceTime((space, 1), comm=many.space_comm)
         results = []
         for st in (many, one):
-            rf = functional(st, per_step=per_step, rtol=1e-6)
+            rf = functional(st, per_step=per_step, rtol=1e-6, n=4)
             J = rf(point_and_direction(rf)[0])
             rf.derivative()
             results.append((rf, J, [r.residuals for _, r in rf.problem.sweeps.results]))
@@ -122,7 +122,7 @@ def test_same_bits_for_every_number_of_time_ranks(per_step):
 @pytest.mark.parallel([2, 4])
 def test_all_grids_find_the_same_minimum():
     values = []
-    for grid in {2: ["1x2", "2x1"], 4: ["1x4", "2x2"]}[MPI.COMM_WORLD.size]:
+    for grid in {2: ["1x2", "2x1"], 4: ["2x2"]}[MPI.COMM_WORLD.size]:
         rf = functional(pf.SpaceTime(grid), rtol=1e-11, n=4)
         result = rf.minimize_trust_region(gtol_rel=1e-8)
         assert result.converged

@@ -307,9 +307,10 @@ def test_what_the_coarse_mesh_does_not_see_decays_with_the_fine_steps():
             assert 0.6 * expected < (history[-1] / history[-5]) ** 0.25 < 1.25 * expected
 
 
-@pytest.mark.parallel([2, 3])
+@pytest.mark.parallel(3)
 @pytest.mark.parametrize(("make", "per_step"), [(functional, False), (functional, True), (nonlinear, True)])
-def test_same_bits_for_every_number_of_time_ranks(make, per_step):
+def test_same_bits_on_three_time_ranks(make, per_step):
+    """On two: below, where two ranks share the meshes."""
     many = pf.SpaceTime()
     results = []
     for st in (many, alone()):
@@ -324,9 +325,9 @@ def test_same_bits_for_every_number_of_time_ranks(make, per_step):
     assert np.array_equal(a.L, b.L[lo : hi + 1])
 
 
-@pytest.mark.parallel([2, 4])
+@pytest.mark.parallel(4)
 def test_meshes_shared_by_two_ranks():
-    """P_space = 2, alone and with two time ranks: J and J' of one rank, and the bits of one time rank."""
+    """P_space = 2 and two time ranks: J and J' of one rank, and the bits of one time rank."""
     check_shared_meshes(functional)
 
 

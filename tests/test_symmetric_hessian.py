@@ -49,7 +49,7 @@ def nonlinear(st):
     return nonlinear_functional(posed, st, mgrit={"coarsening": (2,), "rtol": 1e-12})
 
 
-@pytest.mark.parallel([1, 2, 3, 4])
+@pytest.mark.parallel([1, 4])
 @pytest.mark.parametrize("make", [linear, all_kinds, nonlinear, diagonalised, diagonalised_kinds])
 def test_symmetric_and_near_the_hessian(make):
     """To round-off for one cycle and for two, with every kind of control; the error falls with the residual."""
