@@ -31,3 +31,28 @@ def test_gradient_and_hessian_are_those_of_a_real_trace():
     model = Model(calibration, OPTIONS, (1, comm.size))
     said = model.run_all([("gradient", solves[:2]), ("hessian", solves[2:])], trace=True)
     assert events(said.traces[comm.rank]) == events(sweeps.trace.events)
+
+
+@pytest.mark.parallel([1, 2, 3])
+@pytest.mark.parametrize("solver", ["mgrit", "paradiag"])
+def test_model_of_an_inexact_hessian_is_that_of_a_real_trace(solver):
+    """Tangent cycles from zero and their transposes."""
+    comm = MPI.COMM_WORLD
+    options = OPTIONS if solver == "mgrit" else {"time_solver": "paradiag", "alpha": 1e-4}
+    given = {**OPTIONS, "trace": "t"} if solver == "mgrit" else {"alpha": 1e-4, "trace": "t"}
+    grid = SpaceTime((1, comm.size))
+    rf = square(40, "SDIRK2", size=5, spacetime=grid, **{solver: given}, time_solver=solver)
+    problem, sweeps = rf.problem, rf.problem.sweeps
+    z, dz = field(rf, "control"), field(rf, "direction")
+    problem.derivative(z)
+    before = len(sweeps.trace.events)
+    problem.symmetric_action(z, dz, 2)
+    start = sweeps.transposed_adjoint.start
+    one = [Kernel.constant(1.0, 8)]
+    work = {"step": one, "adjoint": one, "sweep": [Kernel.constant(1.0)], "adjoint sweep": [Kernel.constant(1.0)]}
+    costs = dict.fromkeys(("solve", "solve transposed", "factor", "factor bytes", "pack"), 1e-3)
+    costs |= {"fft steps": 40, "fft columns": 64} | dict.fromkeys(("fft", "ifft", "few fft", "few ifft"), 1e-6)
+    calibration = Calibration("square", "none", rf.evolution.V.dim(), 40, {1: work}, paradiag=costs, stages=2)
+    solves = [Solve("tangent", start, 2), Solve("adjoint", "transposed", 2)]
+    said = Model(calibration, options, (1, comm.size)).run(*solves, task="hessian", trace=True)
+    assert events(said.traces[comm.rank]) == events(sweeps.trace.events[before:])

@@ -79,18 +79,24 @@ def test_inversions_are_sums():
     more = c.with_changes(extras={"optimiser": 1.0})
     vectors = inversion_seconds(more, serial, (1, 1)) - inversion_seconds(c, serial, (1, 1))
     assert vectors == pytest.approx(4 * 5 + 2 * 3)
-    one, three = (inversion(PARADIAG, ["value", [["state", "nested", 2]], n]) for n in (1, 3))
+    # a solve without iterations makes no factors
+    first = ["value", [["state", "nested", 0]], 1]
+    one, three = (inversion(PARADIAG, first, ["value", [["state", "nested", 2]], n]) for n in (1, 3))
     factors = 21 * 2 * 0.5  # of 40 real steps' frequencies, of two stages
     once, thrice = (inversion_seconds(c, counted, (1, 1)) for counted in (one, three))
-    assert thrice - once == pytest.approx((once - factors) * 2)
+    nothing = inversion_seconds(c, inversion(PARADIAG, first), (1, 1))
+    assert thrice - once == pytest.approx((once - nothing - factors) * 2)
     free = c.with_changes(paradiag={**c.paradiag, "factor": 0.0})
     assert once - inversion_seconds(free, one, (1, 1)) == pytest.approx(factors)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 8])
-def test_the_fastest_inversion_is_found(ranks):
+@pytest.mark.parametrize("nbytes", [1e4, 2e9])
+def test_the_fastest_inversion_is_found(ranks, nbytes):
+    """As exhaustive search does; of 42 large factors a rank keeps two, and eight ranks a good part."""
     some = [inversion(o, ["value", [["state", "nested", n]], 7]) for o, n in ((MGRIT, 3), (PARADIAG, 2), (MGRIT, 2))]
     c = calibration(inversions=[inversion({"levels": 1}), *some])
+    c = c.with_changes(paradiag={**c.paradiag, "factor bytes": nbytes, "factor": 0.05})
     best = best_inversion(c, ranks)
     seconds = [inversion_seconds(c, counted, (1, ranks)) for counted in some]
     assert best.seconds == min(seconds)

@@ -14,7 +14,8 @@ is computed again more accurately,
 .. math::  c_u = \|g_{\text{new}} - g_{\text{old}}\| / \rho_{u,\text{old}} .
 
 Hessian products are those of a symmetric operator near the Hessian, a fixed number of cycles and their transposes
-(:mod:`~pint_fem.mgrit.transposed`), where there is one, and otherwise solves to a tolerance of their own.
+(:mod:`~pint_fem.mgrit.transposed`, :mod:`~pint_fem.paradiag.transposed`), where there is one, and otherwise solves to a
+tolerance of their own.
 
 The theory of inexact trust regions asks for errors up to a constant that may be unknown
 (:mod:`pint_fem.optimize.trust_region`).
@@ -35,6 +36,7 @@ from pint_fem.mgrit import SolverFailure
 __all__ = ["InexactObjective"]
 
 _TRIES = 3  # solves for one tolerance
+_FALLS = 0.99  # residuals of a model, from one number of cycles to the next
 _SAFETY = 0.5  # of what a tolerance allows
 
 
@@ -176,13 +178,15 @@ class InexactObjective(Objective):
 
         def action(v: np.ndarray) -> np.ndarray:
             nonlocal cycles
+            before = np.inf
             while True:
                 taken = self._cycles if cycles is None else cycles
                 h, residual = self.problem.symmetric_action(x, v, taken, gauss_newton=gauss_newton)
-                if cycles is not None or residual <= rtol or taken >= most:
+                # more cycles do not help where residuals fall no more: round-off, modes that grow
+                if cycles is not None or residual <= rtol or taken >= most or residual > _FALLS * before:
                     cycles = taken
                     return self._inner.primal(h)
-                self._cycles = taken + 1
+                self._cycles, before = taken + 1, residual
 
         return action
 

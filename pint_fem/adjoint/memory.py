@@ -78,7 +78,7 @@ def memory(problem) -> Memory:
     kept = {name: len(problem.points) * rows * n for name in ("state", "adjoint")}
     kept["coarse levels"] = sum(_coarse(solver, n) for solver in sweeps.solvers)
     if sweeps.has_model:
-        kept["model"] = (rows + int(slab.is_last)) * n + _coarse(sweeps.transposed_adjoint.solver, n)
+        kept["model"] = sweeps.transposed_adjoint.rows * n + _coarse(sweeps.transposed_adjoint.solver, n)
     kept["data"] = sum(m.nbytes() for m in problem.misfits) + sum(p.kept_bytes(k) for p, k, _ in sweeps.steps_kept)
     linearised = sum(p.memory_bytes() * count for p, _, count in sweeps.steps_kept)
     kept["linearisation"] = linearised + (rows * n + layout if linearised else 0)

@@ -97,6 +97,8 @@ class Failures:
     def _in_array(self) -> tuple[float, str] | None:
         """The first own point that is not finite, which any failure that a rank has seen happen comes before."""
         fine = self.levels[0]
+        if fine.U is None:  # given back to the caller
+            return None
         bad = np.flatnonzero([not np.isfinite(row).all() for row in fine.U])
         if not len(bad):
             return None

@@ -73,6 +73,8 @@ class TransposedAdjoint:
     solver : MGRIT
     start : str
         With which sweeps of the model begin, from zero.
+    rows : int
+        States that it keeps on the finest level.
     adjoints : ndarray, shape (k + 1, n)
         Of the own points, after a solve.
     """
@@ -81,7 +83,7 @@ class TransposedAdjoint:
 
     def __init__(self, adjoint: MGRIT, steps: int, *, is_last: bool, options: MGRITOptions, bounds, **given):
         (N, *coarse) = [level.nsteps for level in adjoint.levels]
-        self._steps, self._extra = steps, int(is_last)
+        self._steps, self.rows = steps, steps + 1 + int(is_last)
         points = [(0, *range(1, n + 1, n // below)) for n, below in pairwise((N, *coarse))]
         options = MGRITOptions.make(options, coarsening=tuple(points), rtol=0.0, atol=0.0, view=False)
         bounds = [0, *(b + 1 for b in bounds[1:])]
@@ -117,6 +119,6 @@ class TransposedAdjoint:
     def arrays(self, gradient: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Unknowns, zero, and right-hand side of the own steps, for misfit gradients ``(k + 1, n)``."""
         if self._rows is None:
-            self._rows = np.empty((self._steps + 1 + self._extra, gradient.shape[1]))
+            self._rows = np.empty((self.rows, gradient.shape[1]))
         self._rows[...] = 0
-        return self._rows[::-1], gradient[: self._steps + self._extra][::-1]
+        return self._rows[::-1], gradient[: self.rows - 1][::-1]

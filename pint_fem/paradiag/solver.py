@@ -141,6 +141,17 @@ class ParaDiag(MGRIT):
             r = self._residuals.at_all_points(U)
         fine.exchange(U)
 
+    def raise_failures(self) -> None:
+        """Raise on every rank if a step has failed on any since the last solve (collective).
+
+        Raises
+        ------
+        SolverFailure
+            Naming the step.
+        """
+        if self._circulant is not None:
+            self._failures.raise_noted(np.zeros((1, self._size)))
+
     def _first_residual(self, U: np.ndarray) -> np.ndarray:
         """That of zero at all points but the initial one, which costs one step."""
         fine, r = self.levels[0], np.zeros_like(U[1:])

@@ -37,40 +37,48 @@ class TransposedParaDiag:
     solver : ParaDiag
     start : str
         With which sweeps of the model begin, from zero.
-    adjoints : ndarray, shape (k + 1, n)
-        Of the own points, after :meth:`collect`.
+    rows : int
+        States that it keeps.
     """
 
     start = "skip"
 
     def __init__(self, adjoint: ParaDiag, steps: int):
-        self.solver, self._steps = adjoint, steps
-        self.adjoints = self._unknowns = np.empty((0, 0))
+        self.solver, self.rows = adjoint, steps + 2
+        self._rows: np.ndarray | None = None  # lambda_{hi+1}, ..., lambda_lo
+
+    @property
+    def adjoints(self) -> np.ndarray:
+        """Of the own points, ``(k + 1, n)``, after :meth:`collect`."""
+        return self._rows[:0:-1]
 
     def arrays(self, gradient: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Unknowns, zero, and right-hand side of the own steps, for misfit gradients ``(k + 1, n)``, whose last row
-        counts on the last rank (collective).
+        """Unknowns, zero, and right-hand side of the own steps, for misfit gradients ``(k + 1, n)`` (collective). Their
+        last row counts on the last rank; on the others it becomes the next one's first.
         """
-        k, (_, n) = self._steps, gradient.shape
-        if self._unknowns.shape != (k + 1, n):
-            self._unknowns, self._G, self.adjoints = (np.empty((rows, n)) for rows in (k + 1, k, k + 1))
-        self._unknowns[...] = 0
-        self._G[1:] = gradient[k - 1 : 0 : -1]
-        self._G[0] = gradient[k]
-        self._pass(gradient[0], self._G[0], 1)
-        self._first = gradient[0]
-        return self._unknowns, self._G
+        if self._rows is None:
+            self._rows = np.empty((self.rows, gradient.shape[1]))
+        self._rows[...] = 0
+        self._rows[-1] = gradient[0]
+        self._pass(gradient[0], gradient[-1], 1)
+        return self._rows[:-1], gradient[:0:-1]
 
     def collect(self) -> np.ndarray:
-        """The adjoints of a solve (collective)."""
-        out = self.adjoints
-        out[1:] = self._unknowns[:0:-1]
-        fine = self.solver.levels[0]
+        """The adjoints of a solve (collective).
+
+        Raises
+        ------
+        SolverFailure
+            On every rank, if the step to the first point failed.
+        """
+        rows, fine = self._rows, self.solver.levels[0]
         if self.solver.comm.rank == self.solver.comm.size - 1:  # the first one in time
-            fine.phi(range(1), self._unknowns[-1:], out[:1])
-            out[0] += self._first
-        self._pass(self._unknowns[1], out[0], -1)
-        return out
+            first = np.empty_like(rows[:1])
+            fine.phi(range(1), rows[-2:-1], first)
+            rows[-1:] += first
+        self._pass(rows[1], rows[-1], -1)
+        self.solver.raise_failures()
+        return self.adjoints
 
     def _pass(self, mine: np.ndarray, here: np.ndarray, way: int) -> None:
         """A row from each rank to the next one of the reversed communicator (1) or the one before (-1)."""

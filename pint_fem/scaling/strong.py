@@ -8,7 +8,7 @@ from itertools import pairwise
 from math import exp, log, prod
 
 from pint_fem.scaling.costs import Calibration
-from pint_fem.scaling.inversions import best_inversion, inversion_seconds, serial_inversion
+from pint_fem.scaling.inversions import best_inversion, candidates, inversion_seconds, serial_inversion
 from pint_fem.scaling.model import Model, Solve
 from pint_fem.scaling.network import Network
 
@@ -82,13 +82,14 @@ def strong(
     a function to options and cycles. Whole inversions are the fastest of those that were counted.
     """
     curve = Curve(name, [], {})
+    among = candidates(calibration, **model) if space == 1 else []
     for count in ranks:
         time = count // space
         if time < 1 or count % space:
             continue
         chosen, n = options(time) if callable(options) else (options, cycles)
         seconds, efficiency = task_seconds(calibration, chosen, (space, time), n, **model)
-        if space == 1 and (whole := best_inversion(calibration, time, **model)):
+        if among and (whole := best_inversion(calibration, time, among=among, **model)):
             seconds["inversion"] = whole.seconds
             curve.inversions.append(whole.options)
         curve.ranks.append(count)
