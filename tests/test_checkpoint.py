@@ -77,10 +77,11 @@ def check_restart(path, kind, grid):
     """Stopped by the callback after three iterations; the same end as without."""
     options = {"gtol_rel": 1e-3, "max_it": 100}
     if kind != "one-shot":
-        options |= {"cg_max_it": 4, "inexact": kind == "inexact"}
+        options |= {"cg_max_it": 4, "inexact": kind != "exact"}
+    solver = {"time_solver": "paradiag", "paradiag": {"rtol": 1e-11, "alpha": 1e-2}} if kind == "paradiag" else None
 
     def minimize(**more):
-        rf = functional(pf.SpaceTime(grid), n=4, steps=16, rtol=1e-11)
+        rf = functional(pf.SpaceTime(grid), n=4, steps=16, rtol=1e-11, solver=solver)
         return (rf.minimize_one_shot if kind == "one-shot" else rf.minimize_trust_region)(**options, **more)
 
     whole = minimize()
@@ -95,7 +96,7 @@ def check_restart(path, kind, grid):
 
 
 @pytest.mark.parallel(2)
-@pytest.mark.parametrize("kind", ["exact", "inexact", "one-shot"])
+@pytest.mark.parametrize("kind", ["exact", "inexact", "one-shot", "paradiag"])
 def test_restart(tmp_path, kind):
     """On one rank it is killed, see above."""
     check_restart(shared_folder(tmp_path) / "run.h5", kind, "1x2")

@@ -6,6 +6,7 @@ from mpi4py import MPI
 
 import pint_fem as pf
 from pint_fem.adjoint.inexact import InexactObjective
+from pint_fem.mgrit import SolverFailure
 from tests.nonlinear import burgers
 from tests.nonlinear import functional as nonlinear_functional
 from tests.test_controls import functional as controls
@@ -94,6 +95,25 @@ def test_same_bits_for_every_number_of_time_ranks(make):
             rf.problem.symmetric_action(z, v, cycles)
         a, b = (rf.problem.sweeps.transposed_adjoint.adjoints for rf in (one, many))
         assert np.array_equal(a[slab.lo : slab.hi + 1], b)
+    assert many.memory().kept["model"] >= b.base.nbytes > b.nbytes - 1
+
+
+@pytest.mark.parallel([1, 2])
+def test_failure_behind_the_last_iteration_is_named():
+    """The step to the first point, on one rank, is no iteration's: all ranks hear of it."""
+    rf = diagonalised(grid())
+    z = rf.array(rf.controls[0].control)
+    rf.problem.symmetric_action(z, z, 1)
+    sweep = rf.problem.sweeps.transposed_adjoint
+    fine = sweep.solver.levels[0]
+    sweep.solver.solve(*sweep.arrays(np.ones_like(sweep.adjoints)), start=sweep.start, cycles=1)
+
+    def fail(u, out, lane):
+        raise RuntimeError("no such step")
+
+    fine.propagator._apply = fail
+    with pytest.raises(SolverFailure, match="no such step"):
+        sweep.collect()
 
 
 def test_a_model_is_one_operator():

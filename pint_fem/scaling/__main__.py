@@ -42,7 +42,7 @@ def arguments(argv=None):
         "--only", default="", help="calibrate: a part (costs, space, opponent, cycles, inversions), the others are kept"
     )
     add("--options", default="{}", help='validate: of the solver, as JSON such as {"levels": 2, "coarsening": 16}')
-    add("--repeats", type=positive(int), help="of each measurement; medians are kept (calibrate 15, validate 5)")
+    add("--repeats", type=positive(int), help="of each measurement; medians are kept (calibrate 15, validate 5, of networks 25)")
     add("--out", type=Path, help="file (calibrate, validate) or folder (report, default results/scaling)")
     return parser.read(argv)
 
@@ -200,7 +200,7 @@ def _validate(opts) -> None:
     if calibration.kind == "layers":
         from pint_fem.scaling.calibrate_layers import compare_layers
 
-        rows = compare_layers(calibration, posed, nlayers=opts.steps, repeats=opts.repeats or 9)
+        rows = compare_layers(calibration, posed, nlayers=opts.steps, repeats=opts.repeats or 25)
     else:
         given = dict(rtol=opts.rtol or 1e-6, repeats=opts.repeats or 5)
         rows = compare(calibration, posed.pose, json.loads(opts.options) or posed.solver, opts.steps or 256, **given)

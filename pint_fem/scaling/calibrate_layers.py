@@ -203,7 +203,7 @@ def compare_layers(
     }
     known = {}
     for key, (_, times) in actions.items():
-        kind, _, size = key
-        seconds = calibration.work[1][kind][0](size)
-        known[key] = busy * seconds * times, stepped[kind] * seconds / size
+        kind, _, count = key
+        seconds = calibration.work[1][kind][0](count)
+        known[key] = busy * seconds * times, stepped[kind] * seconds / count
     return [Comparison.of("training step", comm.size, nlayers, ITERATIONS, found, known, said.seconds)]
