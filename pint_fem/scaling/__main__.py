@@ -42,7 +42,11 @@ def arguments(argv=None):
         "--only", default="", help="calibrate: a part (costs, space, opponent, cycles, inversions), the others are kept"
     )
     add("--options", default="{}", help='validate: of the solver, as JSON such as {"levels": 2, "coarsening": 16}')
-    add("--repeats", type=positive(int), help="of each measurement; medians are kept (calibrate 15, validate 5, of networks 25)")
+    add(
+        "--repeats",
+        type=positive(int),
+        help="of each measurement; medians are kept (calibrate 15, validate 5, of networks 25)",
+    )
     add("--out", type=Path, help="file (calibrate, validate) or folder (report, default results/scaling)")
     return parser.read(argv)
 
