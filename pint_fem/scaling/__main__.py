@@ -186,7 +186,7 @@ def _space(made, posed, opts, measure):
     if comm.size < 2:
         raise InputError("--only space: start this on two processes")
     watch = measure.Stopwatch(opts.repeats or 15)
-    found = measure.space_kernels(posed.pose, comm, watch, 128, lambda text: None)
+    found = measure.space_kernels(posed.pose, comm, watch, measure.SMALL, lambda text: None)
     if comm.rank:
         return None
     notes = [note for note in made.notes if not note.startswith("space ranks:")]

@@ -32,7 +32,7 @@ from pint_fem.scaling.paradiag import FEW
 from pint_fem.spacetime import SpaceTime
 
 __all__ = [
-    "Action", "Stopwatch", "calibrate", "kernel_actions", "machine", "opponent_seconds", "paradiag_actions",
+    "SMALL", "Action", "Stopwatch", "calibrate", "kernel_actions", "machine", "opponent_seconds", "paradiag_actions",
     "ping_pong", "space_kernels",
 ]  # fmt: skip
 
@@ -41,6 +41,8 @@ MGRIT = {"coarsening": (8, 4)}
 """Options of the whole solves that bookkeeping is taken from."""
 SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 16, 64)
 STRIDE = 8
+SMALL = 128
+"""Steps of solves that kernels and bookkeeping are timed with."""
 LARGE = 5000
 """Unknowns beyond which ParaDiag's factors of many steps take gigabytes."""
 
@@ -285,7 +287,7 @@ def calibrate(
     *,
     comm=MPI.COMM_WORLD,
     repeats: int = 15,
-    small: int = 128,
+    small: int = SMALL,
     paradiag: bool = False,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Calibration | None:

@@ -19,7 +19,7 @@ from pint_fem.scaling.calibrate import Action, Stopwatch, kernels, machine, ping
 from pint_fem.scaling.costs import Calibration
 from pint_fem.scaling.layers import SWEEPS, predict_training
 from pint_fem.scaling.metronome import rounds
-from pint_fem.scaling.validation import Comparison
+from pint_fem.scaling.validation import Comparison, kernel_seconds
 
 __all__ = ["calibrate_layers", "compare_layers", "count_errors"]
 
@@ -196,14 +196,10 @@ def compare_layers(
     actions = {key: do for key, do in some.items() if key[1] == 0 and key[2] == size.get(key[0])}
     step = _net(case, nlayers, case.solver, comm).step
     found = rounds({"training step": step} | {key: do for key, (do, _) in actions.items()}, repeats, comm=comm)
-    busy = calibration.busy[max(n for n in calibration.busy if n <= comm.size)]
     said = predict_training(calibration, case.solver, comm.size, iterations=ITERATIONS, nlayers=nlayers)
     stepped = {"gradients": nlayers} | {
         kind: sum(n for (what, _), n in said.counts.items() if what == kind) for kind in SWEEPS
     }
-    known = {}
-    for key, (_, times) in actions.items():
-        kind, _, count = key
-        seconds = calibration.work[1][kind][0](count)
-        known[key] = busy * seconds * times, stepped[kind] * seconds / count
+    busy = calibration.busy_with(comm.size)
+    known = {key: kernel_seconds(calibration, key, times, stepped[key[0]], busy) for key, (_, times) in actions.items()}
     return [Comparison.of("training step", comm.size, nlayers, ITERATIONS, found, known, said.seconds)]

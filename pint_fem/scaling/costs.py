@@ -170,6 +170,10 @@ class Calibration:
         """States of a block."""
         return self.work[1]["step"][0].width
 
+    def busy_with(self, ranks: int) -> float:
+        """Time of a kernel with so many processes at work, or the largest measured number, relative to one alone."""
+        return self.busy[max(n for n in self.busy if n <= ranks)]
+
     def may_split(self, ranks: int) -> bool:
         """Whether the model may speak of so many space ranks: only where two were measured, as another solver than on
         one rank is used there.

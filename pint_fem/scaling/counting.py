@@ -102,22 +102,21 @@ def _watched(sweeps) -> list[tuple[str, str, int]]:
     """A list that gets kind, start and cycles of all sweeps from now on."""
     seen: list[tuple[str, str, int]] = []
 
-    def watch(kind: str, sweep: Callable, usually: bool) -> Callable:
-        def run(*args, cold: bool = usually, **given):
-            result = sweep(*args, cold=cold, **given)
-            seen.append((kind, given.get("start") or ("nested" if cold else "guess"), result.cycles))
-            return result
+    def watch(name: str, entry: Callable) -> None:
+        sweep = getattr(sweeps, name)
 
-        return run
+        def run(*args, **given):
+            out = sweep(*args, **given)
+            seen.append(entry(out, given))
+            return out
 
-    for kind, usually in (("state", False), ("tangent", True), ("adjoint", False)):
-        setattr(sweeps, kind, watch(kind, getattr(sweeps, kind), usually))
-    transposed = sweeps.adjoint_by_transposed_cycles
+        setattr(sweeps, name, run)
 
-    def run(*args, **given):
-        out = transposed(*args, **given)
-        seen.append(("adjoint", "transposed", out[1].cycles))
-        return out
+    def plain(kind: str, usually: str) -> None:
+        start = lambda given: given.get("start") or {True: "nested", False: "guess", None: usually}[given.get("cold")]
+        watch(kind, lambda result, given: (kind, start(given), result.cycles))
 
-    sweeps.adjoint_by_transposed_cycles = run
+    for kind, usually in (("state", "guess"), ("tangent", "nested"), ("adjoint", "guess")):
+        plain(kind, usually)
+    watch("adjoint_by_transposed_cycles", lambda out, given: ("adjoint", "transposed", out[1].cycles))
     return seen

@@ -148,7 +148,7 @@ def predict_training(
     c, N = calibration, nlayers or calibration.nsteps
     world = World(ranks, network or c.network)
     comms = communicators(world, [*[c.state_bytes] * _ROWS_TAG, 8.0])
-    busy = c.busy[max(n for n in c.busy if n <= ranks)]
+    busy = c.busy_with(ranks)
     layer, h = _VirtualLayer(world, c, busy, 1.0 / N), 1.0 / N
     traces, made = {}, {}
 

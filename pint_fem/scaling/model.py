@@ -117,9 +117,7 @@ class Model:
         self.nsteps, self.network = nsteps or calibration.nsteps, network or calibration.network
         if min(self.grid) < 1 or self.grid[1] > self.nsteps:
             raise InputError(f"grid {grid[0]}x{grid[1]} for {self.nsteps} steps: use at most one time rank a step")
-        ranks = self.grid[0] * self.grid[1]
-        known = [n for n in calibration.busy if n <= ranks]
-        self.busy = calibration.busy[max(known)] if busy is None else busy
+        self.busy = calibration.busy_with(self.grid[0] * self.grid[1]) if busy is None else busy
         options = dict(options or {}) if not isinstance(options, MGRITOptions) else options
         kind = options.pop("time_solver", "mgrit") if isinstance(options, dict) else "mgrit"
         try:

@@ -14,17 +14,15 @@ from dataclasses import dataclass
 import numpy as np
 from mpi4py import MPI
 
-from pint_fem.scaling.calibrate import Action, kernel_actions, paradiag_actions
+from pint_fem.scaling.calibrate import SMALL, Action, kernel_actions, paradiag_actions
 from pint_fem.scaling.costs import Calibration
 from pint_fem.scaling.counting import solver_parameters
 from pint_fem.scaling.metronome import Measured, rounds
 from pint_fem.scaling.model import Model, Solve
 from pint_fem.spacetime import SpaceTime
 
-__all__ = ["Comparison", "compare"]
+__all__ = ["Comparison", "compare", "kernel_seconds"]
 
-SHORT_SOLVE = 128
-"""Steps of the problem that kernels are timed with."""
 MANY = 64
 """States of a call that is timed."""
 
@@ -148,7 +146,7 @@ def compare(
 
 def _kernels(model: Model, pose: Callable) -> dict[object, Action]:
     """Kernels that a solver's sweeps spend their time in: of the finest level, in calls of many states."""
-    count = min(SHORT_SOLVE, model.nsteps)
+    count = min(SMALL, model.nsteps)
     if model.solver == "paradiag":
         actions, _ = paradiag_actions(pose, model.calibration.nsteps, count)
         return {key: do for key, do in actions.items() if "solve" in key}
@@ -164,8 +162,15 @@ def _known(model: Model, key, times: float, counts: Mapping) -> tuple[float, flo
         kinds = {kind for (kind, _), n in counts.items() if n and kind in ("step", "adjoint")}
         wanted = "adjoint" if "transposed" in key else "step"
         return model.busy * c.paradiag[key] * times, c.paradiag[key] if wanted in kinds else 0.0
+    name = {"sweep": "step sweep"}.get(key[0], key[0])
+    stepped = sum(n for (what, _), n in counts.items() if what == name)
+    return kernel_seconds(c, key, times, stepped, model.busy)
+
+
+def kernel_seconds(calibration: Calibration, key, times: float, stepped: int, busy: float) -> tuple[float, float]:
+    """Calibrated seconds of so many calls of a kernel (kind, level, size) with ``busy`` processes, and those that a
+    task spends in such ones which steps so many states.
+    """
     kind, _, size = key
-    name = {"sweep": "step sweep"}.get(kind, kind)
-    seconds = c.work[1][kind][0](size)
-    spent = sum(n for (what, _), n in counts.items() if what == name) * seconds / size
-    return model.busy * seconds * times, spent
+    seconds = calibration.work[1][kind][0](size)
+    return busy * seconds * times, stepped * seconds / size
