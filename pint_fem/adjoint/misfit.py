@@ -17,7 +17,7 @@ from abc import ABC, abstractmethod
 
 import numpy as np
 
-from pint_fem.adjoint.together import together
+from pint_fem.collective import collectively
 from pint_fem.errors import InputError
 from pint_fem.propagators.blocks import WIDTH
 from pint_fem.propagators.evolution import Evolution
@@ -139,7 +139,7 @@ class BlockMisfit(Misfit):
         InputError
             If there is not a state for each local point.
         """
-        return together(self.spacetime.comm, f"{type(self).__name__}.observe", self._read, U, dU)
+        return collectively(self.spacetime.comm, f"{type(self).__name__}.observe", self._read, U, dU)
 
     def _read(self, U, dU) -> np.ndarray:
         self._check(U, *(() if dU is None else (dU,)))

@@ -20,7 +20,7 @@ from functools import cached_property, partial
 import numpy as np
 
 from pint_fem.adjoint.solvers import TimeSolvers
-from pint_fem.adjoint.together import together
+from pint_fem.collective import collectively
 from pint_fem.mgrit import MGRIT, SolveResult
 from pint_fem.mgrit.levels import inject
 from pint_fem.mgrit.stopping import DivergedError, SolverFailure
@@ -273,7 +273,7 @@ class Sweeps(TimeSolvers):
             return None
         data = self.data(z, U)
         work = partial(self.propagators[0].control_adjoint, data, L[1:], self.slab.lo)
-        return together(self.spacetime.comm, "derivative by the controls", work)
+        return collectively(self.spacetime.comm, "derivative by the controls", work)
 
     def _give_to_right(self, rows: np.ndarray) -> None:
         """Add the last row of each slab to the first row of the next one, which is the same point."""

@@ -24,7 +24,7 @@ import numpy as np
 from pint_fem.adjoint.intervals import Intervals, Window
 from pint_fem.adjoint.misfit import BlockMisfit, Misfit
 from pint_fem.adjoint.sweeps import Sweeps
-from pint_fem.adjoint.together import together
+from pint_fem.collective import collectively
 from pint_fem.errors import InputError
 
 __all__ = ["CPointTrajectories", "Source", "StoredTrajectories", "trajectories"]
@@ -67,8 +67,8 @@ class _Trajectories:
         self.sweeps, self.misfits = sweeps, misfits
 
     def _together(self, work: Callable, *args):
-        """See :func:`~pint_fem.adjoint.together.together`."""
-        return together(self.sweeps.spacetime.comm, self.where, work, *args)
+        """See :func:`~pint_fem.collective.collectively`."""
+        return collectively(self.sweeps.spacetime.comm, self.where, work, *args)
 
 
 class StoredTrajectories(_Trajectories):

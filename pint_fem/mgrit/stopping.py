@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+from pint_fem.errors import SolverFailure
 from pint_fem.mgrit.options import MGRITOptions
 
 __all__ = ["DivergedError", "SolveResult", "SolverFailure", "Stopping"]
@@ -23,10 +24,6 @@ _PETSC_REASONS = {
     "stagnated": -5,  # KSP_DIVERGED_BREAKDOWN
     "": 0,
 }
-
-
-class SolverFailure(RuntimeError):
-    """A step failed or gave NaN; the message names the sweep, level and steps."""
 
 
 class DivergedError(SolverFailure):
