@@ -107,7 +107,7 @@ class ReducedProblem:
     """
 
     def __init__(self, sweeps: Sweeps, misfits: Sequence[Misfit], regularisation=None):
-        self.sweeps, self.evolution, self.spacetime = sweeps, sweeps.evolution, sweeps.spacetime
+        self.sweeps, self.evolution, self.spacetime = sweeps, sweeps.evolution.posed, sweeps.spacetime
         self.misfits = [misfits] if isinstance(misfits, Misfit) else list(misfits)
         if not self.misfits or not all(isinstance(m, Misfit) for m in self.misfits):
             raise InputError("misfits: give RunningMisfit, TerminalMisfit or PointSensors objects")
@@ -115,7 +115,9 @@ class ReducedProblem:
             raise InputError("the evolution has no control=: there is nothing to optimise")
         self.layout = ControlLayout(self.evolution, self.spacetime, sweeps.slab)
         self._trajectories = trajectories(sweeps, self.misfits)
-        self.regularisation = None if regularisation is None else Regularisation(regularisation, self.layout)
+        self.regularisation = None
+        if regularisation is not None:
+            self.regularisation = Regularisation(regularisation, self.layout, sweeps.evolution)
         self._points = [Point(sweeps)]
         self._viewed = not sweeps.options.view
 

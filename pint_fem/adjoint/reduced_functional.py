@@ -93,8 +93,8 @@ class TimeParallelReducedFunctional(AbstractReducedFunctional):
                 f"the mesh lives on {space_comm.size} ranks, the grid has {spacetime.space_size} space ranks: "
                 "build the mesh with comm=spacetime.space_comm"
             )
-        parameters = dict(solver_parameters or {})
-        solver = read_time_solver(parameters, evolution, spacetime, coarse_tableau)
+        parameters, own = dict(solver_parameters or {}), evolution.private()
+        solver = read_time_solver(parameters, own, spacetime, coarse_tableau)
         if solver.why and spacetime.is_root:
             printer(solver.why)
         spatial_coarsening = parameters.pop("spatial_coarsening", None)
@@ -110,10 +110,11 @@ class TimeParallelReducedFunctional(AbstractReducedFunctional):
                 f"unknown solver parameters {sorted(parameters)}: known are 'mgrit', 'paradiag', "
                 "'time_solver', 'spatial_coarsening', 'krylov' and 'norm'"
             )
-        self.evolution, self.spacetime = evolution, spacetime
+        #: As the user gave it.
+        self.evolution, self.spacetime = evolution.posed, spacetime
         try:
             sweeps = Sweeps(
-                evolution,
+                own,
                 spacetime,
                 options=solver.mgrit,
                 paradiag=(solver.paradiag, solver.systems),

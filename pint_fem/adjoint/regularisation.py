@@ -19,6 +19,7 @@ from pint_fem.adjoint.layout import ControlLayout
 from pint_fem.errors import InputError
 from pint_fem.mgrit.norms import gather_in_order
 from pint_fem.propagators.arrays import get, is_real, own_size, put
+from pint_fem.propagators.evolution import Evolution
 from pint_fem.propagators.operators import ControlOperator, control_operator
 
 __all__ = ["Regularisation"]
@@ -109,6 +110,8 @@ class Regularisation:
         A UFL functional, or several; each of static controls or of controls with a value a step, not of both.
     layout
         The controls.
+    own
+        The evolution in functions of its own, which values of controls are put into.
 
     Raises
     ------
@@ -116,7 +119,7 @@ class Regularisation:
         If a form is no such functional.
     """
 
-    def __init__(self, forms, layout: ControlLayout):
+    def __init__(self, forms, layout: ControlLayout, own: Evolution):
         self.layout, ev, spacetime = layout, layout.evolution, layout.spacetime
         self._terms: list[tuple[_Functional, tuple[Function, ...]]] = []
         for form in forms if isinstance(forms, (list, tuple)) else [forms]:
@@ -133,7 +136,11 @@ class Regularisation:
                     "regularisation: a functional contains static controls and some with a value a step: give a list "
                     "with a functional of each kind"
                 )
-            self._terms.append((_Functional(form, controls, spacetime.sum_over_space), controls))
+            form, t = own.functional(form, "regularisation")
+            if t is not None:
+                raise InputError("regularisation: a functional contains the time function t; controls have no time")
+            functions = [own.copies.variable(c) for c in controls]
+            self._terms.append((_Functional(form, functions, spacetime.sum_over_space), controls))
 
     @property
     def quadratic(self) -> bool:

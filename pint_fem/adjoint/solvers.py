@@ -78,7 +78,9 @@ class TimeSolvers:
         time_solver: str = "mgrit",
         paradiag: tuple[ParaDiagOptions, Mapping] | None = None,
     ):
-        self.evolution, self.spacetime, self.printer = evolution, spacetime, printer
+        #: In functions of its own.
+        self.evolution = evolution = evolution.private()
+        self.spacetime, self.printer = spacetime, printer
         self._coarse_tableau, self._judged = coarse_tableau, False
         N = evolution.nsteps
         spacetime.slab(N)  # more ranks than steps: said before anything about levels

@@ -69,7 +69,7 @@ class FEPropagator(ABC):
     Parameters
     ----------
     evolution
-        The problem.
+        The problem; attribute ``evolution`` is a private copy of it, which steps may write to.
     stride
         Step size of the level in fine steps.
     tableau
@@ -82,7 +82,7 @@ class FEPropagator(ABC):
     uses_guess = False
 
     def __init__(self, evolution: Evolution, *, stride: int = 1, tableau=None):
-        self.evolution, self.stride = evolution, stride
+        self.evolution, self.stride = evolution.private(), stride
         self.dt = evolution.dt * stride
         self.tableau = evolution.tableau if tableau is None else tableau
 

@@ -69,6 +69,7 @@ class FormPropagator(FEPropagator):
 
     def __init__(self, evolution: Evolution, *, stride: int = 1, tableau=None, factor_memory: int = FACTOR_MEMORY):
         super().__init__(evolution, stride=stride, tableau=tableau)
+        evolution = self.evolution
         if not factor_memory >= 0:
             raise InputError(f"factor_memory = {factor_memory!r}: give a number of bytes, 0 keeps no factor")
         self.dirk = DIRK(self.tableau)

@@ -65,6 +65,7 @@ class LinearPropagator(FEPropagator):
 
     def __init__(self, evolution: Evolution, *, stride: int = 1, tableau=None):
         super().__init__(evolution, stride=stride, tableau=tableau)
+        evolution = self.evolution
         operators = evolution.linear_operators()
         if operators is None:
             raise InputError("the evolution is not linear with constant operators: use the form propagator")

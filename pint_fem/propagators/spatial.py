@@ -213,12 +213,14 @@ def _next_coarser(ev: Evolution) -> Evolution:
         bcs.append(type(bc)(like_subspace(V, bc), value, bc.sub_domain))
     initial = Function(V)
     manager.inject(ev.initial, initial)
-    return Evolution(
+    made = Evolution(
         coarsen(ev.residual, coarsen, coefficient_mapping=mapping), mapping[ev.u], tableau=ev.tableau, dt=ev.dt,
         nsteps=ev.nsteps, control=[mapping[c] for c in ev.parameters], per_step=[mapping[c] for c in ev.stepwise],
         t=mapping.get(ev.t), t0=ev.t0,
         initial=initial, bcs=bcs, solver_parameters=ev.solver_parameters, eliminate=ev.eliminate,
     )  # fmt: skip
+    made.copies = ev.copies
+    return made
 
 
 def _check_hierarchy(evolution: Evolution, meshes: int) -> int:
@@ -273,7 +275,8 @@ class SpatialLevels:
         if coarse_evolutions is not None:
             if coarsening not in (None, False):
                 raise InputError("give spatial_coarsening or coarse_evolutions, not both")
-            self.evolutions += _checked(evolution, coarse_evolutions, len(relax))
+            given = _checked(evolution, coarse_evolutions, len(relax))
+            self.evolutions += [ev.private(evolution.copies) for ev in given]
         else:
             made = {0: evolution}
             for meshes in _meshes(evolution, coarsening, len(relax)):
