@@ -281,6 +281,11 @@ class ReducedProblem:
         self._value(point)
         return dict(point.parts)
 
+    def state_residual(self, point: Point) -> tuple[float, float]:
+        """Norm of what a point's state lacks to solve the steps, and of the state (collective)."""
+        z = point.z
+        return self.sweeps.state_residual(self.layout.steps(z), point.U, initial=self.layout.initial(z))
+
     @property
     def parts(self) -> dict[str, float]:
         """Misfit and regularisation of the control asked for last."""
