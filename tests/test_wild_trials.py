@@ -10,7 +10,7 @@ from pint_fem.optimize import InexactOptions, minimize_bounded, minimize_trust_r
 from pint_fem.optimize.one_shot import minimize_one_shot
 from tests.limits import time_limit
 from tests.test_bounded import Distributed
-from tests.test_trust_region import Smooth, bowl
+from tests.test_trust_region import Smooth
 
 STEEP = np.linspace(0.5, 2.0, 6)
 
