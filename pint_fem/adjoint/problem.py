@@ -82,10 +82,9 @@ class Point:
 
 
 def relative_residual(result: SolveResult) -> float:
-    """Last residual of a solve relative to the trajectory; 0 for sequential ones."""
-    if result.reason in ("exact", "serial") or result.residuals[-1] == 0:
-        return 0.0
-    return result.residuals[-1] / result.scale if result.scale > 0 else np.inf
+    """Last residual of a solve relative to the trajectory; 0 for sequential ones, infinite where none was computed."""
+    residual = result.relative_residual
+    return np.inf if np.isnan(residual) else residual
 
 
 class ReducedProblem:

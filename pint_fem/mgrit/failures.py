@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from pint_fem.mgrit.agreement import all_alike
+from pint_fem.mgrit.callbacks import read_only, require_block
 from pint_fem.mgrit.levels import Level
 from pint_fem.mgrit.norms import PointNorms
 from pint_fem.mgrit.stopping import SolverFailure
@@ -71,7 +72,8 @@ class Failures:
         if self.levels[0].failure:
             block = np.full_like(block, np.nan)
         try:
-            return np.asarray((norms or self.point_norms)(block), dtype=float).reshape(len(block))
+            squares = (norms or self.point_norms)(read_only(block))
+            return np.asarray(require_block("point_norms", squares, (len(block),)), dtype=float)
         except Exception as error:
             self.levels[0].failure = self.levels[0].failure or f"point_norms: {type(error).__name__}: {error}"
             return np.full(len(block), np.nan)

@@ -41,7 +41,8 @@ class SolveResult:
         ``"rtol"``, ``"atol"``, ``"its"`` (a fixed number of cycles), ``"exact"`` (sequential), ``"serial"`` (cycles
         failed, stepped sequentially instead), ``"max_it"``, ``"diverged"`` or ``"stagnated"``.
     residuals : list of float
-        Residual norm before each correction, the last one included.
+        Residual norm before each correction, the last one included. Empty where none was computed: with the option
+        ``residual="none"``, or where cycles failed before the first and the sweep was stepped sequentially.
     cycles : int
         Coarse-grid corrections done.
     scale : float
@@ -56,6 +57,17 @@ class SolveResult:
     cycles: int = 0
     scale: float = math.nan
     message: str = ""
+
+    @property
+    def relative_residual(self) -> float:
+        """The last residual relative to the trajectory; 0 for sequential stepping, NaN where none was computed."""
+        if self.reason in ("exact", "serial"):
+            return 0.0
+        if not self.residuals:
+            return math.nan
+        if self.residuals[-1] == 0:
+            return 0.0
+        return self.residuals[-1] / self.scale if self.scale > 0 else math.inf
 
     @property
     def factor(self) -> float:

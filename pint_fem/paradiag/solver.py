@@ -24,6 +24,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from mpi4py import MPI
 
+from pint_fem.mgrit.callbacks import read_only, require_block
 from pint_fem.mgrit.levels import Propagator
 from pint_fem.mgrit.norms import PointNorms, euclidean
 from pint_fem.mgrit.solver import MGRIT
@@ -108,7 +109,7 @@ class ParaDiag(MGRIT):
     def _guarded(self, k: int, mu: complex, r: np.ndarray) -> np.ndarray:
         """A failure becomes NaN, which transforms and the norm carry to every rank (no hang)."""
         try:
-            return self._frequency_solve(k, mu, r)
+            return require_block("solve(k, mu, r)", self._frequency_solve(k, mu, read_only(r)), r.shape)
         except Exception as error:
             fine = self.levels[0]
             fine.failure = fine.failure or f"frequency {k}: {type(error).__name__}: {error}"
