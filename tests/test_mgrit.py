@@ -605,7 +605,7 @@ def test_bad_arrays_are_refused_on_every_rank():
 
 @pytest.mark.parallel([1, 2, 3])
 def test_failing_norm_is_a_failure():
-    """The user's norm raises, or is not one number a state, on the last rank."""
+    """The user's norm fails on the last rank: numerically, or as it is not one number a state, which is a mistake."""
     comm = MPI.COMM_WORLD
 
     def norms(block):
@@ -613,11 +613,15 @@ def test_failing_norm_is_a_failure():
             raise ArithmeticError("no norm")
         return np.ones(len(block))
 
-    for factors, bad in itertools.product(((), (4,)), (norms, lambda block: np.ones(len(block) + 1))):
+    short = lambda block: np.ones(len(block) + (comm.rank == comm.size - 1))
+    wrong = ValueError if comm.rank == comm.size - 1 else RuntimeError
+    for factors, (bad, kind) in itertools.product(((), (4,)), ((norms, SolverFailure), (short, wrong))):
         options = dict(coarsening=factors or 2)
         solver = MGRIT([Counting(s) for s in strides(factors)], 22, options=options, comm=comm, point_norms=bad)
-        with pytest.raises(SolverFailure, match="point_norms: "):
+        with pytest.raises(kind, match="point_norms: |cannot reshape") as caught:
             solver.solve(np.zeros((solver.local_rows, 2)))
+        cause = caught.value if kind is ValueError else caught.value.__cause__
+        assert type(cause) is (ArithmeticError if bad is norms else ValueError)
 
 
 def test_cycles_run_out():

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from pint_fem.errors import FAILURES
 from pint_fem.mgrit.coarsest import coarsest_solver
 from pint_fem.mgrit.levels import Level
 from pint_fem.mgrit.options import MGRITOptions
@@ -205,14 +206,12 @@ class _Guarded:
         return self._apply("prolong", block, self._shapes[0])
 
     def _apply(self, name: str, block: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-        problem = None
         try:
             out = np.asarray(getattr(self._transfer, name)(block))
             if out.shape != (len(block), *shape):
-                problem = f"shape {out.shape} instead of {(len(block), *shape)}"
-        except Exception as error:
-            problem = f"{type(error).__name__}: {error}"
-        if problem is None:
+                raise ValueError(f"shape {out.shape} instead of {(len(block), *shape)}")
             return out
-        self._level.failure = self._level.failure or f"level {self._level.index}, {name}: {problem}"
-        return np.full((len(block), *shape), np.nan)
+        except FAILURES as error:
+            if np.isfinite(block).all() or not isinstance(error, Exception):
+                self._level.note(name, error)
+            return np.full((len(block), *shape), np.nan)
