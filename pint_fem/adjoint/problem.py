@@ -84,10 +84,9 @@ class Point:
 
 
 def relative_residual(result: SolveResult) -> float:
-    """Last residual of a solve relative to the trajectory; 0 for sequential ones."""
-    if result.reason in ("exact", "serial") or result.residuals[-1] == 0:
-        return 0.0
-    return result.residuals[-1] / result.scale if result.scale > 0 else np.inf
+    """Last residual of a solve relative to the trajectory; 0 for sequential ones, infinite where none was computed."""
+    residual = result.relative_residual
+    return np.inf if np.isnan(residual) else residual
 
 
 class ReducedProblem:
@@ -288,6 +287,11 @@ class ReducedProblem:
         """Misfit and regularisation of a point from its trajectory as it is (collective)."""
         self._value(point)
         return dict(point.parts)
+
+    def state_residual(self, point: Point) -> tuple[float, float]:
+        """Norm of what a point's state lacks to solve the steps, and of the state (collective)."""
+        z = point.z
+        return self.sweeps.state_residual(self.layout.steps(z), point.U, initial=self.layout.initial(z))
 
     @property
     def parts(self) -> dict[str, float]:

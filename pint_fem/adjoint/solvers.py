@@ -78,7 +78,7 @@ class TimeSolvers:
         time_solver: str = "mgrit",
         paradiag: tuple[ParaDiagOptions, Mapping] | None = None,
     ):
-        self.evolution, self.spacetime, self.printer = evolution, spacetime, printer
+        self.evolution, self.spacetime, self.printer, self.norm = evolution, spacetime, printer, norm
         self._coarse_tableau, self._judged = coarse_tableau, False
         N = evolution.nsteps
         spacetime.slab(N)  # more ranks than steps: said before anything about levels

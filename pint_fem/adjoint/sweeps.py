@@ -217,6 +217,31 @@ class Sweeps(TimeSolvers):
                 G = self._safe(lambda: self._control_tangent(data, dz), self._shape)
         return self._run(self._tangent, "tangent", dU, G, cold=cold, coarse_rhs=rhs, **accuracy)
 
+    def state_residual(self, z, U: np.ndarray, *, initial=None) -> tuple[float, float]:
+        """Norms over the stored points of ``Phi(U) - U`` for the state's steps, and of ``U`` (collective).
+
+        One pass over the steps; ``U`` with current ghost rows is left as it is.
+        """
+        r = collectively(self.spacetime.comm, "residual of a state", self._steps_beyond, z, U)
+        first = self.slab.is_first
+        if first:
+            r = np.concatenate([U[:1] - (self.initial if initial is None else initial), r])
+        squares = [self.spacetime.point_norms(block).sum() for block in (r, U if first else U[1:])]
+        return tuple(np.sqrt(self.spacetime.sum_over_time(np.array(squares))).tolist())
+
+    def _steps_beyond(self, z, U: np.ndarray) -> np.ndarray:
+        """``Phi(U) - U`` at the own stored points but the first."""
+        fine, out = self.propagators[0], U[1:].copy()
+        if self.intervals is None:
+            fine.step(self.data(z)._replace(guess=fine.uses_guess), U[:-1], out, self.slab.lo)
+            return out - U[1:]
+        self.intervals.bind(z, U)
+        for window in self.intervals.windows:
+            last = self.intervals.states(window)[-1]
+            data = self.intervals.data(window, window.m - 1, linearised=False)
+            fine.step(data, last, out[window.starts], window.first)
+        return out - U[1:]
+
     @property
     def _shape(self) -> tuple[int, int]:
         """Of right-hand sides of the own steps, or condensed to the stored C-points."""

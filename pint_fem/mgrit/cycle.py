@@ -20,6 +20,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from pint_fem.errors import FAILURES
+from pint_fem.mgrit.callbacks import read_only, require_block
 from pint_fem.mgrit.coarsest import coarsest_solver
 from pint_fem.mgrit.levels import Level
 from pint_fem.mgrit.options import MGRITOptions
@@ -75,7 +76,9 @@ class Cycle:
             self.relaxations.append(kind(level, options.weight(index)))
             self.residuals.append(np.zeros((coarse.k, *shape), dtype))
             if self.transfers[index] is not None:
-                fine_shape, shape = shape, self.transfers[index].restrict(np.zeros((1, *shape), dtype)).shape[1:]
+                fine_shape, block = shape, self.transfers[index].restrict(read_only(np.zeros((1, *shape), dtype)))
+                shape = np.shape(block)[1:]
+                require_block("restrict", block, (1, *shape))
                 self.transfers[index] = _Guarded(self.transfers[index], level, fine_shape, shape)
             coarse.U = np.zeros((coarse.k + 1, *shape), dtype)
             coarse.G = np.zeros((coarse.k, *shape), dtype)
@@ -206,12 +209,10 @@ class _Guarded:
         return self._apply("prolong", block, self._shapes[0])
 
     def _apply(self, name: str, block: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        wanted = (len(block), *shape)
         try:
-            out = np.asarray(getattr(self._transfer, name)(block))
-            if out.shape != (len(block), *shape):
-                raise ValueError(f"shape {out.shape} instead of {(len(block), *shape)}")
-            return out
+            return require_block(name, getattr(self._transfer, name)(read_only(block)), wanted)
         except FAILURES as error:
             if np.isfinite(block).all() or not isinstance(error, Exception):
                 self._level.note(name, error)
-            return np.full((len(block), *shape), np.nan)
+            return np.full(wanted, np.nan)

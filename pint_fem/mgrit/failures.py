@@ -17,6 +17,7 @@ import numpy as np
 from pint_fem.agreement import all_alike
 from pint_fem.collective import Report, raise_report, reported
 from pint_fem.errors import FAILURES, SolverFailure
+from pint_fem.mgrit.callbacks import read_only, require_block
 from pint_fem.mgrit.levels import Level
 from pint_fem.mgrit.norms import PointNorms
 
@@ -87,7 +88,8 @@ class Failures:
         if self.levels[0].failure:
             block = np.full_like(block, np.nan)
         try:
-            return np.asarray((norms or self.point_norms)(block), dtype=float).reshape(len(block))
+            squares = (norms or self.point_norms)(read_only(block))
+            return np.asarray(require_block("point_norms", squares, (len(block),)), dtype=float)
         except FAILURES as error:
             self.note("point_norms", error)
             return np.full(len(block), np.nan)

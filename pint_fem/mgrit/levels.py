@@ -18,6 +18,7 @@ from typing import Protocol
 import numpy as np
 
 from pint_fem.errors import FAILURES, is_numerical, release
+from pint_fem.mgrit.callbacks import StepCalls
 from pint_fem.mgrit.grids import Bounds, Coarsening, coarse_points
 from pint_fem.mgrit.trace import Trace
 
@@ -37,19 +38,21 @@ class Propagator(Protocol):
     ``stays_bad`` that is true, a value that is not finite stays so in all later steps (``u + f(u)`` does that): where
     all points are stored, the finest level's blocks are then not looked at one by one: residuals tell, and the norms'
     ``finite``. An attribute ``may_be_last`` is set before relaxations of the finest level: whether a step may be the
-    solve's last at its point, for propagators that keep something of it. For :func:`pint_fem.mgrit.check`:
-    ``tangent(steps, u, du, out)`` and ``adjoint(steps, u, lam, out)``.
+    solve's last at its point, for propagators that keep something of it. With an attribute ``keeps_input`` that is
+    true, ``u`` and ``G`` can be written to (the propagator must not): for libraries that take no read-only arrays, such
+    as torch. For :func:`pint_fem.mgrit.check`: ``tangent(steps, u, du, out)`` and ``adjoint(steps, u, lam, out)``.
     """
 
     def step(self, steps: range, u: np.ndarray, out: np.ndarray) -> None:
-        """Write ``Phi_n(u)`` to ``out`` for each ``n`` in ``steps``.
+        """Write ``Phi_n(u)`` to ``out`` for each ``n`` in ``steps``, and return nothing.
 
         Parameters
         ----------
         steps
             The step numbers on this level; step ``n`` goes from point ``n`` to point ``n + 1``. A constant stride.
         u, out
-            Arrays of shape ``(len(steps), *state)``, maybe strided along the first axis; they do not overlap.
+            Arrays of shape ``(len(steps), *state)``, maybe strided along the first axis; they do not overlap. ``u`` is
+            read-only.
         """
 
 
@@ -129,6 +132,7 @@ class Level:
         #: Whether values that are not finite are looked for in each block.
         self.looks = index > 0 or not getattr(propagator, "stays_bad", False)
         self._hears = hasattr(propagator, "may_be_last")
+        self._calls = StepCalls(propagator)
         self.U: np.ndarray | None = None
         self.G: np.ndarray | None = None
         #: Shared by the levels of a hierarchy.
@@ -169,7 +173,7 @@ class Level:
         self.phi_calls += len(steps)
         begin = self.trace.now() if self.trace else 0.0
         try:
-            self.propagator.step(steps, u, out)
+            self._calls.step(steps, u, out)
         except FAILURES as error:
             out[...] = np.nan
             self._failed(steps, u, out, error)
@@ -206,7 +210,7 @@ class Level:
         self.phi_calls += len(steps)
         begin = self.trace.now() if self.trace else 0.0
         try:
-            self.propagator.sweep(steps[0], U, G)
+            self._calls.sweep(steps[0], U, G)
         except FAILURES as error:
             U[1:] = np.nan
             self._failed(steps, U[:1], U[1:], error)
