@@ -20,7 +20,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from pint_fem.errors import FAILURES
-from pint_fem.mgrit.callbacks import read_only, require_block
+from pint_fem.mgrit.callbacks import read_only, require_block, returned_block
 from pint_fem.mgrit.coarsest import coarsest_solver
 from pint_fem.mgrit.levels import Level
 from pint_fem.mgrit.options import MGRITOptions
@@ -211,7 +211,7 @@ class _Guarded:
     def _apply(self, name: str, block: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
         wanted = (len(block), *shape)
         try:
-            return require_block(name, getattr(self._transfer, name)(read_only(block)), wanted)
+            return returned_block(name, getattr(self._transfer, name), wanted, block)
         except FAILURES as error:
             if np.isfinite(block).all() or not isinstance(error, Exception):
                 self._level.note(name, error)

@@ -17,7 +17,7 @@ import numpy as np
 from pint_fem.agreement import all_alike
 from pint_fem.collective import Report, raise_report, reported
 from pint_fem.errors import FAILURES, SolverFailure
-from pint_fem.mgrit.callbacks import read_only, require_block
+from pint_fem.mgrit.callbacks import returned_block
 from pint_fem.mgrit.levels import Level
 from pint_fem.mgrit.norms import PointNorms
 
@@ -88,8 +88,8 @@ class Failures:
         if self.levels[0].failure:
             block = np.full_like(block, np.nan)
         try:
-            squares = (norms or self.point_norms)(read_only(block))
-            return np.asarray(require_block("point_norms", squares, (len(block),)), dtype=float)
+            squares = returned_block("point_norms", norms or self.point_norms, (len(block),), block)
+            return np.asarray(squares, dtype=float)
         except FAILURES as error:
             self.note("point_norms", error)
             return np.full(len(block), np.nan)

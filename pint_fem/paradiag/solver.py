@@ -25,7 +25,7 @@ import numpy as np
 from mpi4py import MPI
 
 from pint_fem.errors import FAILURES
-from pint_fem.mgrit.callbacks import read_only, require_block
+from pint_fem.mgrit.callbacks import returned_block
 from pint_fem.mgrit.levels import Propagator
 from pint_fem.mgrit.norms import PointNorms, euclidean
 from pint_fem.mgrit.solver import MGRIT
@@ -110,7 +110,7 @@ class ParaDiag(MGRIT):
     def _guarded(self, k: int, mu: complex, r: np.ndarray) -> np.ndarray:
         """A failure becomes NaN, which transforms and the norm carry to every rank (no hang)."""
         try:
-            return require_block("solve(k, mu, r)", self._frequency_solve(k, mu, read_only(r)), r.shape)
+            return returned_block("solve(k, mu, r)", self._frequency_solve, r.shape, k, mu, r)
         except FAILURES as error:
             if np.isfinite(r).all() or not isinstance(error, Exception):
                 self._failures.note(f"frequency {k}", error)
