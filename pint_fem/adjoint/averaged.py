@@ -90,6 +90,10 @@ class AveragedSystems:
 
         return renew
 
+    def update_data(self) -> None:
+        """Data in the operators have other values now: average them anew before the next solve."""
+        self._systems = None
+
     def _average(self, z, U: np.ndarray) -> None:
         """Assemble and average; collective over all ranks."""
         comm = self.spacetime.time_comm

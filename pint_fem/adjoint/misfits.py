@@ -20,6 +20,7 @@ from pint_fem.adjoint.sensors import PointSensors
 from pint_fem.errors import InputError
 from pint_fem.propagators.arrays import get, put
 from pint_fem.propagators.blocks import BlockOperator
+from pint_fem.propagators.private_copies import data_of
 from pint_fem.propagators.rows import MOST, RowSpace, sample_times
 
 __all__ = ["Misfit", "PointSensors", "RunningMisfit", "TerminalMisfit"]
@@ -115,7 +116,7 @@ class _FormMisfit(BlockMisfit):
         """See :class:`Misfit`."""
         super().bind(evolution, spacetime, slab)
         form, t = evolution.functional(self.form, type(self).__name__)
-        u, self._t = evolution.u, t
+        u, self._t, self._data = evolution.u, t, set(data_of(form))
         coefficients = extract_coefficients(form)
         if u not in coefficients:
             raise InputError(f"{type(self).__name__}: the functional does not contain the evolution's state u")
@@ -141,6 +142,11 @@ class _FormMisfit(BlockMisfit):
         self.acts = self.weight != 0
         self.forces = self.acts if not self.quadratic or self._Q is not None else np.zeros_like(self.acts)
         self.observes = self.acts & (np.arange(slab.k + 1) > 0)  # row 0 is the left neighbour's
+
+    def update_data(self, changed, *, own):
+        """See :class:`~pint_fem.adjoint.misfit.Misfit`."""
+        if changed & self._data:
+            self.bind(self.evolution, self.spacetime, self.slab)
 
     def _each(self, which: int, rows, u: np.ndarray, du: np.ndarray | None = None) -> np.ndarray:
         """Assemble form ``which`` at each point with a weight."""

@@ -237,6 +237,27 @@ class TimeParallelReducedFunctional(AbstractReducedFunctional):
         with stop_annotating():
             return AdjFloat(self.problem.tangent_value(self._current(), self.array(m_dot)))
 
+    def update_data(self) -> list[str]:
+        """Read the user's data again: coefficients, boundary values and the initial condition of the evolution, data of
+        misfits (readings of sensors, too) and of the regularisation (collective).
+
+        All of these are copied when the functional is made, so that a later change of their values is not seen (it is
+        warned of) until this call. Forms, operators and factors stay as far as nothing in them has changed: new
+        readings, loads, boundary values or initial conditions cost no factorisation. The next solves start from the
+        trajectories of the old data.
+
+        Returns
+        -------
+        list of str
+            What has other values than before.
+
+        Raises
+        ------
+        InputError
+            On every rank, if new values do not fit.
+        """
+        return self.problem.update_data()
+
     def memory(self) -> Memory:
         """Memory of this rank by part and at the peak of an evaluation, in bytes; known before a run.
 
@@ -257,6 +278,7 @@ class TimeParallelReducedFunctional(AbstractReducedFunctional):
         constraints=None,
         preconditioner=None,
         checkpoint=None,
+        if_save_fails: str = "stop",
         **options,
     ) -> TrustRegionResult:
         """Minimise by :func:`pint_fem.optimize.minimize_trust_region` in the controls' inner product.
@@ -281,6 +303,9 @@ class TimeParallelReducedFunctional(AbstractReducedFunctional):
         checkpoint
             A file (HDF5) that keeps the run after each iteration; if it is there, the run goes on from it. See
             :mod:`pint_fem.adjoint.checkpoint`.
+        if_save_fails
+            What happens where that file cannot be written, as on a full disk: ``"stop"`` raises ``InputError`` on every
+            rank, ``"continue"`` prints a line and goes on. The last complete file stays in either case.
         **options
             Of the minimiser. For a quadratic ``J`` the first radius is unlimited by default.
 
@@ -297,14 +322,16 @@ class TimeParallelReducedFunctional(AbstractReducedFunctional):
         """
         result = trust_region(
             self, self._start(start), monitor=self._monitor(monitor), inexact=inexact, bounds=bounds,
-            constraints=constraints, preconditioner=preconditioner, checkpoint=checkpoint, **options,
+            constraints=constraints, preconditioner=preconditioner, checkpoint=checkpoint,
+            if_save_fails=if_save_fails, **options,
         )  # fmt: skip
         self._take(result.x)
         return result
 
     def minimize_one_shot(
-        self, start=None, *, monitor=None, constraints=None, preconditioner=None, checkpoint=None, **options
-    ) -> OneShotResult:
+        self, start=None, *, monitor=None, constraints=None, preconditioner=None, checkpoint=None,
+        if_save_fails: str = "stop", **options,
+    ) -> OneShotResult:  # fmt: skip
         """Minimise while solving: one MGRIT cycle for state and adjoint between two updates of the controls.
 
         See :func:`pint_fem.optimize.one_shot.minimize_one_shot` for options and result, and
@@ -313,7 +340,7 @@ class TimeParallelReducedFunctional(AbstractReducedFunctional):
         """
         result = one_shot(
             self, self._start(start), monitor=self._monitor(monitor), constraints=constraints,
-            preconditioner=preconditioner, checkpoint=checkpoint, **options,
+            preconditioner=preconditioner, checkpoint=checkpoint, if_save_fails=if_save_fails, **options,
         )  # fmt: skip
         self._take(result.x)
         return result

@@ -17,8 +17,8 @@ from ufl.algorithms.analysis import has_type
 from pint_fem.errors import InputError
 from pint_fem.propagators.arrays import boundary_rows, get, is_real, own_size, put, rows_in_whole, whole_space
 from pint_fem.propagators.boundary import boundary_value, control_values
-from pint_fem.propagators.copies import Copies, data_of
 from pint_fem.propagators.fields import Fields
+from pint_fem.propagators.private_copies import PrivateCopies, data_of
 from pint_fem.propagators.residual import check_time_derivatives, time_among, time_function, without_loads
 from pint_fem.propagators.separated import SeparatedOperator, separated_operator
 from pint_fem.propagators.tableaux import DIRK
@@ -154,9 +154,11 @@ class Evolution:
         self.posed = self
         #: What functions of the user the private functions of this evolution are copies of; ``None`` where it is the
         #: user's own.
-        self.copies: Copies | None = None
+        self.copies: PrivateCopies | None = None
+        #: Copies on a finer mesh by what they were injected to, where the evolution was posed on a coarser one.
+        self.injected: dict[Function, Function] = {}
 
-    def private(self, copies: Copies | None = None) -> Evolution:
+    def private(self, copies: PrivateCopies | None = None) -> Evolution:
         """The same evolution in functions of its own, which sweeps write to; itself where it is one already.
 
         Parameters
@@ -166,7 +168,7 @@ class Evolution:
         """
         if self.copies is not None:
             return self
-        copies = Copies() if copies is None else copies
+        copies = PrivateCopies() if copies is None else copies
         own = copies.variable
         for function in (self.u, *self.controls, *([] if self.t is None else [self.t])):
             own(function)
@@ -309,6 +311,22 @@ class Evolution:
         linear evolution.
         """
         return any(operator is not None and not operator.constant for operator in self.control_operators)
+
+    @cached_property
+    def operator_data(self) -> set:
+        """Data in the operators: in derivatives of the residual, and in boundary values with controls in them."""
+        form, rate = self.parts()
+        slopes = [expand_derivatives(derivative(form, x)) for x in (rate, self.u, *self.parameters)]
+        values = [found for bc in self.bcs if (found := set(data_of(boundary_value(bc)))) & set(self.parameters)]
+        return {data for slope in slopes if not slope.empty() for data in data_of(slope)}.union(*values)
+
+    def update_data(self, *, operators: bool) -> None:
+        """Data have other values now: forget what was assembled from them, with ``operators`` those, too."""
+        if self.boundary_controls is not None:
+            self.boundary_controls.update_data()
+        if operators:
+            for name in ("_linear", "control_operators", "fields"):
+                vars(self).pop(name, None)
 
     @cached_property
     def is_homogeneous(self) -> bool:

@@ -12,7 +12,7 @@ from ufl.algorithms.analysis import extract_type
 
 from pint_fem.errors import InputError
 from pint_fem.propagators.arrays import is_real
-from pint_fem.propagators.copies import mass_degree, name_of, riesz_representative
+from pint_fem.propagators.private_copies import mass_degree, name_of, riesz_representative
 
 __all__ = ["check_time_derivatives", "time_among", "time_function", "without_loads"]
 

@@ -220,6 +220,7 @@ def _next_coarser(ev: Evolution) -> Evolution:
         initial=initial, bcs=bcs, solver_parameters=ev.solver_parameters, eliminate=ev.eliminate,
     )  # fmt: skip
     made.copies = ev.copies
+    made.injected = mapping | {ev.initial: initial}
     return made
 
 
@@ -301,6 +302,17 @@ class SpatialLevels:
     def transposed_transfers(self) -> list[Transfer | None]:
         """Those of the adjoint sweep."""
         return [t if t is None else t.transposed for t in self.transfers]
+
+    def update_data(self, changed: set) -> set:
+        """Inject data that have other values now to the coarser meshes; with the data there that have changed."""
+        changed = set(changed)
+        for evolution in dict.fromkeys(self.evolutions):
+            for fine, coarse in evolution.injected.items():
+                if fine in changed:
+                    with stop_annotating():
+                        self._manager.inject(fine, coarse)
+                    changed.add(coarse)
+        return changed
 
     def states(self, index: int, u: np.ndarray | None) -> np.ndarray | None:
         """States ``(k, n)`` of the finest level in the space of level ``index``."""

@@ -72,6 +72,11 @@ class TapePropagator(FEPropagator):
         self._lam = Cofunction(evolution.V.dual())
         self._zero = Cofunction(evolution.V.dual())
 
+    def update_data(self, changed):
+        """See :class:`FEPropagator`: the step is recorded again."""
+        self._record()
+        return True
+
     def _record(self) -> None:
         """Record the step with the data as they are; what a user owns has its values again afterwards."""
         ev = self.evolution

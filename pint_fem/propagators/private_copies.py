@@ -7,22 +7,21 @@ propagator by itself) is made, and read again by an explicit call. Changes in be
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
 import ufl
 from firedrake import Cofunction, Constant, DirichletBC, Function, TestFunction, TrialFunction, assemble, dx, inner
-from mpi4py import MPI
 from pyadjoint.tape import stop_annotating
 from ufl.algorithms import estimate_total_polynomial_degree, extract_coefficients
 from ufl.algorithms.analysis import extract_type
 
+from pint_fem.errors import InputError
 from pint_fem.propagators.arrays import get, put
 from pint_fem.propagators.blocks import Factor
 from pint_fem.propagators.boundary import boundary_value
 
-__all__ = ["Copies", "data_of", "mass_degree", "name_of", "riesz_representative"]
+__all__ = ["PrivateCopies", "data_of", "mass_degree", "name_of", "riesz_representative"]
 
 
 def data_of(expression) -> list:
@@ -55,6 +54,9 @@ def riesz_representative(load: Cofunction, into: Function | None = None) -> Func
     return f
 
 
+_CONDITION = "the value of a boundary condition"
+
+
 class _Datum(NamedTuple):
     """A user's object, its copy, and what it is, for messages."""
 
@@ -75,7 +77,7 @@ class _Datum(NamedTuple):
             self.copy.assign(self.given)
 
 
-class Copies:
+class PrivateCopies:
     """Private copies of a user's functions and constants, made when a form that contains them is first rewritten.
 
     Copies of *variables* (the state, the time, controls) hold whatever sweeps put there; those of data hold the values
@@ -86,6 +88,7 @@ class Copies:
         self._of: dict = {}
         self._data: list[_Datum] = []
         self._read: list[np.ndarray] = []  # values of each datum
+        self._conditions: list[tuple[DirichletBC, object]] = []  # and what their values were given as
 
     # -- copies --------------------------------------------------------------------------------------------------------
     def variable(self, given: Function) -> Function:
@@ -131,24 +134,37 @@ class Copies:
         """A boundary condition with the copies in its value."""
         value = boundary_value(bc)
         given = self.form(value) if data_of(value) else bc._original_arg
+        self._conditions.append((bc, bc._original_arg))
         return type(bc)(bc.function_space(), given, bc.sub_domain)
 
     # -- changes -------------------------------------------------------------------------------------------------------
     def changed(self) -> np.ndarray:
         """Which data have other values on this rank than those that were read."""
         pairs = zip(self._data, self._read, strict=True)
-        return np.array([not np.array_equal(d.values(), read, equal_nan=True) for d, read in pairs], dtype=bool)
+        data = [not np.array_equal(datum.values(), read, equal_nan=True) for datum, read in pairs]
+        return np.array(data + [bc._original_arg is not given for bc, given in self._conditions], dtype=bool)
 
-    def labels(self, which: Iterable[bool]) -> list[str]:
-        """What some of the data are."""
-        return [datum.label for datum, chosen in zip(self._data, which, strict=True) if chosen]
+    @property
+    def labels(self) -> list[str]:
+        """What the data are, for messages."""
+        return [datum.label for datum in self._data] + [_CONDITION] * len(self._conditions)
 
-    def update(self, comm) -> set[Function | Constant]:
-        """Read all data again; copies that have other values than before (collective over ``comm``, all ranks)."""
-        changed = self.changed()
-        comm.Allreduce(MPI.IN_PLACE, changed, op=MPI.LOR)
-        for index in np.flatnonzero(changed):
+    def update(self, which: np.ndarray) -> set[Function | Constant]:
+        """Read some of the data again, given by a mask that is the same on all ranks; their copies (collective).
+
+        Raises
+        ------
+        InputError
+            If a boundary condition has been given another value by ``set_value``.
+        """
+        if which[len(self._data) :].any():
+            raise InputError(
+                f"{_CONDITION} was given by set_value, which may be another expression: make a new functional, or give "
+                "the condition a Function or a Constant and change its value"
+            )
+        some = [self._data[index] for index in np.flatnonzero(which)]
+        for index, datum in zip(np.flatnonzero(which), some, strict=True):
             with stop_annotating():
-                self._data[index].read()
-            self._read[index] = self._data[index].values()
-        return {self._data[index].copy for index in np.flatnonzero(changed)}
+                datum.read()
+            self._read[index] = datum.values()
+        return {datum.copy for datum in some}
