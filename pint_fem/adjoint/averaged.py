@@ -16,6 +16,8 @@ from firedrake.petsc import PETSc
 from pyadjoint.tape import stop_annotating
 from ufl.algorithms import expand_derivatives
 
+from pint_fem.collective import any_rank
+from pint_fem.errors import SolverFailure
 from pint_fem.paradiag import ParaDiagOptions
 from pint_fem.paradiag.petsc import distributed_system
 from pint_fem.paradiag.systems import ShiftedSteps
@@ -90,6 +92,10 @@ class AveragedSystems:
 
         return renew
 
+    def forget(self) -> None:
+        """Give up the factors of all frequencies: the next solve averages anew."""
+        self._systems = None
+
     def _average(self, z, U: np.ndarray) -> None:
         """Assemble and average; collective over all ranks."""
         ev, comm = self.evolution, self.spacetime.time_comm
@@ -108,6 +114,8 @@ class AveragedSystems:
         ev.put_controls(kept[1])
         if ev.t is not None:
             put(ev.t, kept[2])
+        if any_rank(self.spacetime.space_comm, not all(np.isfinite(s).all() for s in sums if s is not None)):
+            raise SolverFailure("the operators that ParaDiag averages over the steps are not finite")
         averages = [None if s is None else self._matrix(i, s / len(self._samples)) for i, s in enumerate(sums)]
         self._build(*averages)
         self.renewals += 1

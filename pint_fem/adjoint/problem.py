@@ -199,13 +199,22 @@ class ReducedProblem:
             collectively(self.spacetime.comm, "printer", show, text)
         trajectory = point.U if kind == "state" else point.L
         point.rtol[kind] = np.inf
-        try:
-            result = solve(trajectory, cold=point.cold[kind])
-        except FAILURES:
-            trajectory[:] = self.sweeps.initial if kind == "state" else 0  # a failed trajectory is no first guess
-            point.cold[kind] = True
-            point.move_to(None) if kind == "state" else point.state_changed()
-            raise
+        first_guess = self.sweeps.initial if kind == "state" else 0
+        # from a first guess that another control has left, and if that fails without: no failure is due to the past
+        retries = not ("cycles" in wanted or self.sweeps.is_sequential)
+        for cold in (True,) if point.cold[kind] else (False, True):
+            if cold:
+                trajectory[:] = first_guess
+            try:
+                result = solve(trajectory, cold=cold)
+                break
+            except FAILURES as failure:
+                trajectory[:] = first_guess
+                self.sweeps.forget(factors=True)
+                if cold or not retries or not isinstance(failure, SolverFailure):
+                    point.cold[kind] = True
+                    point.move_to(None) if kind == "state" else point.state_changed()
+                    raise
         point.cold[kind] = False
         if kind == "state":
             point.state_changed()
@@ -243,6 +252,7 @@ class ReducedProblem:
             yield
         except SolverFailure:
             point.reset(self.sweeps.initial)
+            self.sweeps.forget(factors=True)
             raise
 
     # -- values --------------------------------------------------------------------------------------------------------
@@ -258,6 +268,8 @@ class ReducedProblem:
             regularisation = 0.0 if self.regularisation is None else self.regularisation.value(point.z)
             point.parts = {"misfit": float(sums.sum()), "regularisation": regularisation}
             point.value = point.parts["misfit"] + regularisation
+            if not np.isfinite(point.value):  # its trajectories are no first guesses
+                point.cold = dict.fromkeys(point.cold, True)
         return point.value
 
     def observations(self, z: np.ndarray, misfit: BlockMisfit) -> np.ndarray:

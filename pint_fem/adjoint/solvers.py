@@ -80,6 +80,7 @@ class TimeSolvers:
     ):
         self.evolution, self.spacetime, self.printer, self.norm = evolution, spacetime, printer, norm
         self._coarse_tableau, self._judged = coarse_tableau, False
+        self._averaged: AveragedSystems | None = None
         N = evolution.nsteps
         spacetime.slab(N)  # more ranks than steps: said before anything about levels
         options = MGRITOptions.make(options, **({"levels": 1} if time_solver == "paradiag" else {}))
@@ -184,6 +185,11 @@ class TimeSolvers:
                     intervals.linearised, backwards=solver is self._adjoint
                 )
         return intervals
+
+    @property
+    def is_sequential(self) -> bool:
+        """Whether sweeps take one step after another, and depend on no first guess."""
+        return len(self.propagators) == 1 and not isinstance(self.options, ParaDiagOptions)
 
     @property
     def accelerated(self) -> bool:

@@ -282,9 +282,13 @@ class Sweeps(TimeSolvers):
         """Whether :attr:`transposed_adjoint` has been made."""
         return vars(self).get("transposed_adjoint") is not None
 
-    def forget(self) -> None:
-        """Forget first guesses of nonlinear steps and what a linearisation has made, but for factors."""
-        self._memories.forget()
+    def forget(self, *, factors: bool = False) -> None:
+        """Forget what solves of nonlinear steps have left and what a linearisation has made; with ``factors`` those of
+        steps and of averaged operators, too.
+        """
+        self._memories.forget(factors=factors)
+        if factors and self._averaged is not None:
+            self._averaged.forget()
 
     def adjoint_by_transposed_cycles(self, z, U: np.ndarray, gradient: np.ndarray, *, cycles: int):
         """Adjoints ``(k + 1, n)`` by ``cycles`` transposed cycles from zero, in an array that the next call uses

@@ -12,6 +12,7 @@ from pint_fem.mgrit import MGRITOptions
 from pint_fem.mgrit.option_strings import parse_options
 from pint_fem.paradiag import ParaDiagOptions
 from pint_fem.paradiag.options import SHARED, parse_paradiag_options
+from pint_fem.petsc_types import require_types
 from pint_fem.propagators.evolution import Evolution
 from pint_fem.propagators.verdicts import mgrit_verdict, paradiag_contraction
 from pint_fem.spacetime import SpaceTime
@@ -79,6 +80,7 @@ def _paradiag_options(given, mgrit: MGRITOptions) -> tuple[ParaDiagOptions, dict
     given = dict(given or {})
     systems = {k: given.pop(k) for k in list(given) if str(k).startswith(_PETSC)}
     database, petsc = _database("paradiag_")
+    require_types(systems, "paradiag_", "paradiag")
     plain = MGRITOptions()
     shared = {name: getattr(mgrit, name) for name in SHARED if getattr(mgrit, name) != getattr(plain, name)}
     try:

@@ -15,7 +15,8 @@ import numpy as np
 from firedrake.petsc import PETSc
 from petsctools import OptionsManager
 
-from pint_fem.direct import completed, default_solver, factor_bytes, matrix_bytes, trial_residual
+from pint_fem.direct import completed, default_solver, factor_bytes, is_finite, matrix_bytes, trial_residual
+from pint_fem.errors import InputError
 from pint_fem.propagators.multigrid import Geometry
 
 __all__ = [
@@ -94,6 +95,10 @@ class Factor:
         prefix: str = "pint_",
         geometry: Geometry | None = None,
     ):
+        if not is_finite(matrix):
+            raise InputError(
+                "an operator has entries that are infinite or NaN, or too large: check the coefficients in the forms"
+            )
         self.symmetric, self._geometry = symmetric, geometry
         self._parameters: dict = {}
         self._worst = 0  # reason of the worst solve since the last look

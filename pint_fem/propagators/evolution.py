@@ -15,6 +15,7 @@ from ufl.algorithms import expand_derivatives, extract_coefficients
 from ufl.algorithms.analysis import extract_type
 
 from pint_fem.errors import InputError
+from pint_fem.petsc_types import require_types
 from pint_fem.propagators.arrays import boundary_rows, get, is_real, own_size, put, rows_in_whole, whole_space
 from pint_fem.propagators.boundary import boundary_value, control_values
 from pint_fem.propagators.fields import Fields
@@ -141,6 +142,7 @@ class Evolution:
         #: Their boundary values, as operators.
         self.boundary_controls = control_values(self)
         self.solver_parameters = dict(solver_parameters or {})
+        require_types(self.solver_parameters, "pint_")
         self.eliminate = _checked_field(eliminate, V, self.bcs)
         self.test = residual.arguments()[0]
         self.depends_on_time = t is not None and (t in coefficients or t in boundary_data)
