@@ -69,7 +69,7 @@ class Memory(NamedTuple):
 
 def memory(problem) -> Memory:
     """Of a :class:`~pint_fem.adjoint.problem.ReducedProblem`, before or after a run; collective."""
-    sweeps, ev, slab = problem.sweeps, problem.evolution, problem.sweeps.slab
+    sweeps, ev, slab = problem.sweeps, problem.sweeps.evolution, problem.sweeps.slab
     n, intervals = 8 * ev.state_size, sweeps.intervals
     own, _ = sweeps.stored
     rows, second = own.stop - own.start, not sweeps.is_linear

@@ -22,6 +22,7 @@ from contextlib import contextmanager
 import numpy as np
 
 from pint_fem.adjoint.copies import Copies
+from pint_fem.adjoint.data import Data
 from pint_fem.adjoint.layout import ControlLayout
 from pint_fem.adjoint.memory import Memory, memory
 from pint_fem.adjoint.misfit import BlockMisfit, Misfit
@@ -108,7 +109,7 @@ class ReducedProblem:
     """
 
     def __init__(self, sweeps: Sweeps, misfits: Sequence[Misfit], regularisation=None):
-        self.sweeps, self.evolution, self.spacetime = sweeps, sweeps.evolution, sweeps.spacetime
+        self.sweeps, self.evolution, self.spacetime = sweeps, sweeps.evolution.posed, sweeps.spacetime
         self.misfits = [misfits] if isinstance(misfits, Misfit) else list(misfits)
         if not self.misfits or not all(isinstance(m, Misfit) for m in self.misfits):
             raise InputError("misfits: give RunningMisfit, TerminalMisfit or PointSensors objects")
@@ -116,8 +117,12 @@ class ReducedProblem:
             raise InputError("the evolution has no control=: there is nothing to optimise")
         self.layout = ControlLayout(self.evolution, self.spacetime, sweeps.slab)
         self._trajectories = trajectories(sweeps, self.misfits)
-        self.regularisation = None if regularisation is None else Regularisation(regularisation, self.layout)
+        self.regularisation = None
+        if regularisation is not None:
+            self.regularisation = Regularisation(regularisation, self.layout, sweeps.evolution)
         self._copies = Copies(self.layout)
+        #: What the user's data were when they were read.
+        self.data = Data(sweeps, self.misfits, self.regularisation)
         self._points = [Point(sweeps)]
         self._viewed = not sweeps.options.view
 
@@ -154,6 +159,27 @@ class ReducedProblem:
         while len(self._points) < count:
             self._points.append(Point(self.sweeps))
 
+    def update_data(self) -> list[str]:
+        """Read the user's data again: coefficients, boundary values, the initial condition, data of misfits and of the
+        regularisation (collective).
+
+        Trajectories stay as first guesses, and so do forms, operators and factors without changed data in them.
+
+        Returns
+        -------
+        list of str
+            What has other values than before.
+
+        Raises
+        ------
+        InputError
+            On every rank, if new values do not fit.
+        """
+        changed = self.data.update()
+        for point in self._points:
+            point.move_to(None)
+        return changed
+
     def memory(self) -> Memory:
         """Memory of this rank by part, known before a run; see :mod:`~pint_fem.adjoint.memory` for the formula.
 
@@ -166,7 +192,10 @@ class ReducedProblem:
         """The point of a control, the same on all ranks; they are required to call for the same."""
         z = np.asarray(z, dtype=float)
         same = [p.z is not None and np.array_equal(p.z, z.ravel()) for p in self._points]
-        known = self._copies.agree({"control": z, **(directions or {})}, call=wanted, votes=same)
+        votes = [*same, *(not changed for changed in self.data.changed())]
+        votes = self._copies.agree({"control": z, **(directions or {})}, call=wanted, votes=votes)
+        known = votes[: len(same)]
+        self.data.warn(~votes[len(same) :])
         return self._points[int(np.argmax(known))] if known.any() else None
 
     def at(self, z: np.ndarray, **wanted) -> Point:

@@ -78,7 +78,9 @@ class TimeSolvers:
         time_solver: str = "mgrit",
         paradiag: tuple[ParaDiagOptions, Mapping] | None = None,
     ):
-        self.evolution, self.spacetime, self.printer, self.norm = evolution, spacetime, printer, norm
+        #: In functions of its own.
+        self.evolution = evolution = evolution.private()
+        self.spacetime, self.printer, self.norm = spacetime, printer, norm
         self._coarse_tableau, self._judged = coarse_tableau, False
         self._averaged: AveragedSystems | None = None
         N = evolution.nsteps
@@ -93,6 +95,43 @@ class TimeSolvers:
         options = MGRITOptions.make(options, levels=len(factors) + 1)
         schemes = [options.scheme(level) for level in range(len(factors))]
         self.space = SpatialLevels(evolution, schemes, spatial_coarsening, coarse_evolutions)
+        given = (ParaDiagOptions(), {}) if paradiag is None else paradiag
+        traced = given[0].trace if time_solver == "paradiag" else options.trace
+        #: Shared by the sweeps; written by :meth:`write_trace`.
+        self.trace = Trace(spacetime.time_comm) if traced else None
+        self._again = partial(self._build, options, factors, propagator, krylov, norm, time_solver, given)
+        self._again()
+
+    def update_data(self, changed: set) -> None:
+        """Take new values of data (collective).
+
+        Parameters
+        ----------
+        changed
+            Functions and constants of the evolution's private copies that have other values now. Propagators that have
+            assembled them into operators are made anew, and all that was made of them.
+        """
+        changed = self.space.update_data(changed)
+        updated = [propagator.update_data(changed) for propagator in self.propagators]
+        for evolution in dict.fromkeys(self.space.evolutions):
+            evolution.update_data(operators=not all(updated))
+        if not all(updated):
+            for name in ("verdicts", "transposed_adjoint"):
+                vars(self).pop(name, None)
+            self._judged = False
+            self._again()
+        if self._averaged is not None:
+            self._averaged.forget()
+        if self.intervals is not None:
+            self.intervals.update_data()
+
+    def _build(
+        self, options: MGRITOptions, factors: tuple, propagator: Callable, krylov, norm: str, time_solver: str, given
+    ) -> None:
+        """Make the propagators and the solvers."""
+        spacetime, N = self.spacetime, self.evolution.nsteps
+        compact = options.storage == "C" and bool(factors)
+        self._averaged: AveragedSystems | None = None
         self.propagators = self._make_propagators(propagator, factors)
         self.is_linear = all(p.is_linear for p in self.propagators)
         if options.coarse_solver == "gathered" and factors and not self.is_linear:
@@ -106,11 +145,7 @@ class TimeSolvers:
         forward |= dict(comm=spacetime.time_comm, bounds=self.slab.bounds, transfers=self.space.transfers)
         backward |= dict(comm=spacetime.reversed_time_comm, bounds=[N - b for b in reversed(self.slab.bounds)])
         backward["transfers"] = self.space.transposed_transfers
-        given = (ParaDiagOptions(), {}) if paradiag is None else paradiag
-        traced = given[0].trace if time_solver == "paradiag" else options.trace
-        #: Shared by the sweeps; written by :meth:`write_trace`.
-        self.trace = Trace(spacetime.time_comm) if traced else None
-        common = dict(options=options, printer=printer, trace=self.trace, speaks=spacetime.is_root)
+        common = dict(options=options, printer=self.printer, trace=self.trace, speaks=spacetime.is_root)
         common["everyone"] = spacetime.comm
         self._backward = backward | common | dict(linear=True)
         linear = MGRIT

@@ -60,6 +60,12 @@ class Sweeps(TimeSolvers):
         #: Called after each solve with its kind and result (progress).
         self.on_sweep: Callable[[str, SolveResult], None] | None = None
 
+    def update_data(self, changed):
+        """See :class:`~pint_fem.adjoint.solvers.TimeSolvers`; also forgets what nonlinear steps start from."""
+        super().update_data(changed)
+        self.initial = get(self.evolution.initial)
+        self.forget()
+
     @property
     def times(self) -> np.ndarray:
         """Start times of the own steps."""

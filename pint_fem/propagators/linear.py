@@ -65,6 +65,7 @@ class LinearPropagator(FEPropagator):
 
     def __init__(self, evolution: Evolution, *, stride: int = 1, tableau=None):
         super().__init__(evolution, stride=stride, tableau=tableau)
+        evolution = self.evolution
         operators = evolution.linear_operators()
         if operators is None:
             raise InputError("the evolution is not linear with constant operators: use the form propagator")
@@ -160,15 +161,25 @@ class LinearPropagator(FEPropagator):
         repl = {ev.u: self._lift, rate: self._lift / (h := Constant(1.0))}
         repl |= {control: Function(control.function_space()) for control in ev.parameters}
         self._load_assembler, self._load_h = get_assembler(ufl.replace(form, repl)), h
-        self._loads = {}
-        samples = enumerate(sample_times(ev.time(0), ev.time(ev.nsteps)))
-        self._row_space = RowSpace(
-            ev.V.mesh().comm, [partial(self._assemble_load, t, i % self.dirk.stages) for i, t in samples]
-        )
+        self._loads, self._row_space = {}, self._sampled_loads()
         if ev.boundary_controls is not None:
             M, K = ev.linear_operators()
             for h in self.factors:
                 self._lifting[h] = MatrixOperator(assemble(M + Constant(h) * K, mat_type="aij").petscmat, self.bc_rows)
+
+    def _sampled_loads(self) -> RowSpace:
+        """A small space that loads may be in, spanned by those of some steps."""
+        ev = self.evolution
+        samples = enumerate(sample_times(ev.time(0), ev.time(ev.nsteps)))
+        return RowSpace(ev.V.mesh().comm, [partial(self._assemble_load, t, i % self.dirk.stages) for i, t in samples])
+
+    def update_data(self, changed):
+        """See :class:`FEPropagator`: loads only, so that operators and factors stay."""
+        if changed & self.evolution.operator_data:
+            return False
+        if changed and self._loads is not None:
+            self._loads, self._row_space = {}, self._sampled_loads()
+        return True
 
     def _affine_load(self, t: float, i: int) -> np.ndarray:
         """``h f(t_i, 0)`` with lifting, for the step that starts at ``t``; assembled once where nothing depends on
