@@ -23,6 +23,7 @@ from pint_fem.optimize.constraints import AffineConstraints
 from pint_fem.optimize.one_shot import minimize_one_shot
 from pint_fem.optimize.scipy_adapter import scipy_minimize
 from pint_fem.propagators.arrays import get
+from pint_fem.propagators.quadrature import with_fixed_degrees
 
 __all__ = ["one_shot", "scipy_method", "trust_region"]
 
@@ -166,6 +167,7 @@ def _normal(rf, form) -> np.ndarray:
     controls = [c for c in rf.evolution.controls if isinstance(form, ufl.Form) and c in extract_coefficients(form)]
     if not controls:
         raise InputError("constraints: give pairs of a functional of the controls, such as q*dx, and its value")
+    form = with_fixed_degrees(form)
     dual = np.zeros(rf.layout.size)
     for control in controls:
         space = control.function_space()
@@ -194,7 +196,7 @@ def _preconditioner(rf, inner: ControlInner, given):
 def _second_derivative(rf, control) -> ufl.Form:
     """The regularisation's second derivative by a control, as a bilinear form."""
     space, found = control.function_space(), []
-    for form in rf.regularisation:
+    for form in map(with_fixed_degrees, rf.regularisation):
         if control in extract_coefficients(form):
             second = derivative(derivative(form, control, TestFunction(space)), control, TrialFunction(space))
             found.append(expand_derivatives(second))

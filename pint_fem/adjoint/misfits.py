@@ -20,6 +20,7 @@ from pint_fem.adjoint.sensors import PointSensors
 from pint_fem.errors import InputError
 from pint_fem.propagators.arrays import get, put
 from pint_fem.propagators.blocks import BlockOperator
+from pint_fem.propagators.quadrature import with_fixed_degrees
 from pint_fem.propagators.rows import MOST, RowSpace, sample_times
 
 __all__ = ["Misfit", "PointSensors", "RunningMisfit", "TerminalMisfit"]
@@ -105,7 +106,7 @@ class _FormMisfit(BlockMisfit):
             raise InputError(
                 f"{type(self).__name__}: give a functional such as inner(u - d, u - d)*dx, without test functions"
             )
-        self.form = form
+        self.form = with_fixed_degrees(form)
 
     @abstractmethod
     def weights(self) -> np.ndarray:

@@ -20,6 +20,7 @@ from pint_fem.errors import InputError
 from pint_fem.mgrit.norms import gather_in_order
 from pint_fem.propagators.arrays import get, is_real, own_size, put
 from pint_fem.propagators.operators import ControlOperator, control_operator
+from pint_fem.propagators.quadrature import with_fixed_degrees
 
 __all__ = ["Regularisation"]
 
@@ -133,7 +134,7 @@ class Regularisation:
                     "regularisation: a functional contains static controls and some with a value a step: give a list "
                     "with a functional of each kind"
                 )
-            self._terms.append((_Functional(form, controls, spacetime.sum_over_space), controls))
+            self._terms.append((_Functional(with_fixed_degrees(form), controls, spacetime.sum_over_space), controls))
 
     @property
     def quadratic(self) -> bool:
