@@ -38,7 +38,7 @@ from tests.limits import time_limit
 
 STEPS, DT = 4, 1 / 16
 # the Jacobian that Firedrake derives has another degree than the residual: iterate
-DIRECT = {"ksp_type": "preonly", "pc_type": "lu", "snes_rtol": 1e-13, "snes_atol": 1e-15}
+DIRECT = {"ksp_type": "preonly", "pc_type": "lu", "snes_rtol": 0, "snes_atol": 1e-14, "snes_stol": 0}
 
 
 def jump(x, y):
@@ -98,6 +98,11 @@ def _control(V, n):
     return Function(V).interpolate(5 * cos(n + x) * (1 + y))
 
 
+def _pairing(dual, primal) -> float:
+    with dual.dat.vec_ro as a, primal.dat.vec_ro as b:
+        return a.dot(b)
+
+
 @pytest.mark.parallel([1, 2])
 @pytest.mark.parametrize("grid", ["2x1", "1x2"])
 @time_limit(120)
@@ -114,8 +119,8 @@ def test_values_are_those_of_the_forms_as_given(grid):
     # J is quadratic: differences over any distance are exact
     plus, minus = (_plain(V, Function(V).assign(q + s * dq)) for s in (1, -1))
     rf(q)
-    assert abs(rf.derivative()(dq) - (plus - minus) / 2) < 1e-10 * J
-    assert abs(rf.hessian(dq)(dq) - (plus - 2 * J + minus)) < 1e-10 * J
+    assert abs(_pairing(rf.derivative(), dq) - (plus - minus) / 2) < 1e-10 * J
+    assert abs(_pairing(rf.hessian(dq), dq) - (plus - 2 * J + minus)) < 1e-10 * J
 
 
 def test_sum_of_squares_is_positive():

@@ -16,7 +16,7 @@ from ufl.algorithms import expand_derivatives
 
 from pint_fem.propagators.arrays import get, is_real
 
-__all__ = ["ControlOperator", "MatrixOperator", "RealOperator", "control_operator"]
+__all__ = ["ControlOperator", "MatrixOperator", "RealOperator", "absolute", "control_operator"]
 
 
 class ControlOperator(Protocol):
@@ -27,6 +27,12 @@ class ControlOperator(Protocol):
 
     def transposed(self, y: np.ndarray) -> np.ndarray:
         """The product with the transpose."""
+
+
+def absolute(matrix: PETSc.Mat) -> PETSc.Mat:
+    """A sparse matrix of the magnitudes of a matrix's entries."""
+    pointers, columns, values = matrix.getValuesCSR()
+    return PETSc.Mat().createAIJ(matrix.getSizes(), csr=(pointers, columns, np.abs(values)), comm=matrix.comm)
 
 
 class MatrixOperator:
