@@ -32,8 +32,13 @@ from pint_fem.collective import collectively
 from pint_fem.errors import FAILURES, InputError
 from pint_fem.mgrit import SolveResult, SolverFailure
 from pint_fem.mgrit.norms import gather_in_order
+from pint_fem.mgrit.stopping import DivergedError
 
 __all__ = ["Point", "ReducedProblem", "relative_residual"]
+
+
+_ROUND_OFF, _NEAR = 16 * np.finfo(float).eps, 1e3
+"""Least relative error of a state; fits to this times a state's error are near it."""
 
 
 class Point:
@@ -199,13 +204,17 @@ class ReducedProblem:
             collectively(self.spacetime.comm, "printer", show, text)
         trajectory = point.U if kind == "state" else point.L
         point.rtol[kind] = np.inf
-        try:
-            result = solve(trajectory, cold=point.cold[kind])
-        except FAILURES:
-            trajectory[:] = self.sweeps.initial if kind == "state" else 0  # a failed trajectory is no first guess
-            point.cold[kind] = True
-            point.move_to(None) if kind == "state" else point.state_changed()
-            raise
+        while True:
+            try:
+                result = solve(trajectory, cold=point.cold[kind])
+                break
+            except FAILURES as error:
+                again = isinstance(error, DivergedError) and not point.cold[kind] and "cycles" not in wanted
+                trajectory[:] = self.sweeps.initial if kind == "state" else 0  # a failed trajectory is no first guess
+                point.cold[kind] = True
+                if not again:  # else what another control has left as a first guess may be the cause
+                    point.move_to(None) if kind == "state" else point.state_changed()
+                    raise
         point.cold[kind] = False
         if kind == "state":
             point.state_changed()
@@ -331,6 +340,26 @@ class ReducedProblem:
             if self.regularisation is not None:
                 point.gradient += self.regularisation.gradient(point.z)
         return point.gradient.copy()
+
+    def gradient_error(self, z: np.ndarray) -> np.ndarray | None:
+        """What the state's error may change the gradient by where the state fits the data to not much more than that: a
+        dual vector, by an adjoint sweep. ``None`` where the misfit is larger, and then without a sweep.
+
+        Near such a fit the adjoint's right-hand side is a difference of much larger numbers, whose relative error is
+        that of the state: its last residual, or round-off.
+        """
+        point = self._solve_state(z)
+        steps, error = self.layout.steps(point.z), max(relative_residual(point.state), _ROUND_OFF)
+        with self._judging(point):
+            source = self._trajectories.gradient(point, steps)
+            terms = self._trajectories.hessian(point, steps, None, point.U, second=False)
+        last = None if self.sweeps.slab.is_last else -1
+        squares = self.spacetime.sum_over_grid(np.array([(s.rows[:last] ** 2).sum() for s in (source, terms)]))
+        if not np.sqrt(squares[0]) <= _NEAR * error * np.sqrt(squares[1]):
+            return None
+        M = self.sweeps.new_slab()
+        self.sweeps.adjoint(steps, point.U, terms.rows, M, cold=True)
+        return error * self._pull_back(point, M, terms.controls)
 
     def adjoint_part(self, point: Point) -> np.ndarray:
         """What the regularisation leaves of ``J'``."""
