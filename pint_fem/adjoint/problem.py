@@ -37,6 +37,10 @@ from pint_fem.mgrit.norms import gather_in_order
 __all__ = ["Point", "ReducedProblem", "relative_residual"]
 
 
+_ROUND_OFF, _NEAR = 16 * np.finfo(float).eps, 1e3
+"""Least relative error of a state; fits to this times a state's error are near it."""
+
+
 class Point:
     """What is known at a control.
 
@@ -372,6 +376,26 @@ class ReducedProblem:
             if self.regularisation is not None:
                 point.gradient += self.regularisation.gradient(point.z)
         return point.gradient.copy()
+
+    def gradient_error(self, z: np.ndarray) -> np.ndarray | None:
+        """What the state's error may change the gradient by where the state fits the data to not much more than that: a
+        dual vector, by an adjoint sweep. ``None`` where the misfit is larger, and then without a sweep.
+
+        Near such a fit the adjoint's right-hand side is a difference of much larger numbers, whose relative error is
+        that of the state: its last residual, or round-off.
+        """
+        point = self._solve_state(z)
+        steps, error = self.layout.steps(point.z), max(relative_residual(point.state), _ROUND_OFF)
+        with self._judging(point):
+            source = self._trajectories.gradient(point, steps)
+            terms = self._trajectories.hessian(point, steps, None, point.U, second=False)
+        last = None if self.sweeps.slab.is_last else -1
+        squares = self.spacetime.sum_over_grid(np.array([(s.rows[:last] ** 2).sum() for s in (source, terms)]))
+        if not np.sqrt(squares[0]) <= _NEAR * error * np.sqrt(squares[1]):
+            return None
+        M = self.sweeps.new_slab()
+        self.sweeps.adjoint(steps, point.U, terms.rows, M, cold=True)
+        return error * self._pull_back(point, M, terms.controls)
 
     def adjoint_part(self, point: Point) -> np.ndarray:
         """What the regularisation leaves of ``J'``."""
