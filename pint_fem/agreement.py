@@ -118,11 +118,11 @@ def require_same(comm, **given: Any) -> None:
 
 
 def _flat(given: Mapping) -> dict[str, Any]:
-    """Mappings among the values by their own names."""
+    """Mappings among the values by their own names, under theirs but for ``given``."""
     out: dict[str, Any] = {}
     for name, value in given.items():
         inner = isinstance(value, Mapping) and len(value)
-        out |= _flat({f"{name} {k}": v for k, v in value.items()}) if inner else {name: value}
+        out |= _flat({k if name == "given" else f"{name} {k}": v for k, v in value.items()}) if inner else {name: value}
     return out
 
 
