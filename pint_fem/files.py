@@ -66,7 +66,9 @@ def naming(what: str, advice: str = "") -> Iterator[None]:
         raise InputError(f"{what}: {reason}" + (f"; {advice}" if advice else "")) from error
 
 
-def require_regular(path: Path, what: str, *, links: bool = False) -> bool:
+def require_regular(
+    path: Path, what: str, advice: str = "give the name of a regular file", *, links: bool = False
+) -> bool:
     """Whether a file is there; what is there but no regular file is refused before it is opened (a FIFO would block).
 
     Parameters
@@ -75,6 +77,8 @@ def require_regular(path: Path, what: str, *, links: bool = False) -> bool:
         The file.
     what
         What it is for, in the message: ``"checkpoint"``.
+    advice
+        What would do.
     links
         Whether a symbolic link to a regular file will do, as for files that are only read.
 
@@ -91,7 +95,7 @@ def require_regular(path: Path, what: str, *, links: bool = False) -> bool:
         raise InputError(f"{what} {path} cannot be read: {error.strerror or error}") from error
     if not stat.S_ISREG(mode):
         kind = _KINDS.get(stat.S_IFMT(mode), "no regular file")
-        raise InputError(f"{what} {path} is {kind}: give the name of a regular file")
+        raise InputError(f"{what} {path} is {kind}: {advice}")
     return True
 
 

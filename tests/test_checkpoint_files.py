@@ -3,11 +3,7 @@
 import json
 import os
 import re
-import resource
 import stat
-import subprocess
-import sys
-from contextlib import contextmanager
 from pathlib import Path
 
 import h5py
@@ -32,14 +28,10 @@ import pint_fem as pf
 from pint_fem.adjoint import checkpoint as checkpoint_module
 from pint_fem.adjoint.checkpoint import HDF5Checkpoint
 from pint_fem.adjoint.objective import Objective
+from tests.broken_files import another_process, largest_file, shared
 from tests.limits import time_limit
 
 COMM = MPI.COMM_WORLD
-ROOT = Path(__file__).resolve().parent.parent
-
-
-def shared(tmp_path) -> Path:
-    return Path(COMM.bcast(str(tmp_path)))
 
 
 def posed(grid=None, *, conductivity=1.0, load=0.0, side=1.0, tableau=pf.BackwardEuler, **mgrit):
@@ -63,18 +55,6 @@ def posed(grid=None, *, conductivity=1.0, load=0.0, side=1.0, tableau=pf.Backwar
 
 def kept_by(rf, path) -> HDF5Checkpoint:
     return HDF5Checkpoint(path, Objective(rf.problem, rf.inner))
-
-
-@contextmanager
-def largest_file(nbytes: int, rank: int):
-    """No file of a rank's process may be larger: writing beyond fails as on a full disk, on that rank only."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    if COMM.rank == rank:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parallel([1, 2])
@@ -253,29 +233,12 @@ def test_one_flipped_byte_is_found(tmp_path):
     posed().minimize_trust_region(max_it=1, checkpoint=path)
 
 
-HOLDER = """
-import sys
-from pathlib import Path
-from pint_fem.files import FileLock
-lock = FileLock(Path(sys.argv[1]), "checkpoint")
-lock.acquire()
-print("held", flush=True)
-sys.stdin.read()
-"""
-
-
 @pytest.mark.parallel([1, 2])
 @time_limit(100)
 def test_two_runs_do_not_write_one_checkpoint(tmp_path):
     """The second one is refused before it solves anything, and goes on when the first has ended, even if killed."""
-    path, holder = shared(tmp_path) / "run.h5", None
-    if COMM.rank == 0:
-        env = {k: v for k, v in os.environ.items() if not k.startswith(("OMPI_", "PMIX", "ORTE"))}
-        holder = subprocess.Popen(
-            [sys.executable, "-c", HOLDER, str(path)], cwd=ROOT, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE
-        )
-        assert holder.stdout.readline() == b"held\n"
-    pid = COMM.bcast(holder and holder.pid)
+    path = shared(tmp_path) / "run.h5"
+    holder, pid = another_process(path)
     rf = posed()
     with pytest.raises(pf.InputError, match=rf"is being written by another run \(process {pid} on "):
         rf.minimize_trust_region(checkpoint=path, max_it=1)

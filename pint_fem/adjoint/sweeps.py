@@ -87,7 +87,7 @@ class Sweeps(TimeSolvers):
         """Give each level of a nonlinear solver its steps' times, controls and linearisation states."""
         if isinstance(solver, ParaDiag):
             solver.renew = self._averaged.renewer(z, U)
-        states = [None] * len(solver.levels)
+        states, sweep = [None] * len(solver.levels), object()
         memories = self._memories.backward if backwards else self._memories.forward
         if U is not None:
             self._memories.linearise(z, U)
@@ -115,7 +115,7 @@ class Sweeps(TimeSolvers):
             u = self.space.states(level.index, u)
             guess = level.propagator.propagator.uses_guess
             kept = memories[level.index]
-            level.propagator.data = StepData(self.evolution.time(start), own, u, along, kept, guess)
+            level.propagator.data = StepData(self.evolution.time(start), own, u, along, kept, guess, sweep)
 
     def _run(
         self, solver: MGRIT, kind: str, U: np.ndarray, G, *, cold: bool = False, start: str = "", coarse_rhs=None,
