@@ -60,18 +60,6 @@ class Grid:
         """Whether it has the last layers, and with them the classification layer."""
         return self.layer_comm.rank == self.layer_size - 1
 
-    def agree(self, problem: str | None) -> None:
-        """Raise on every rank what one of them has to say (collective over the layers).
-
-        Raises
-        ------
-        InputError
-        """
-        if self.layer_size > 1:
-            problem = next((p for p in self.layer_comm.allgather(problem) if p), None)
-        if problem:
-            raise InputError(problem)
-
     def mean_over_data(self, values: np.ndarray) -> None:
         """Replace an array by its mean over ``data_comm``, summed in rank order: the same bits everywhere.
 
