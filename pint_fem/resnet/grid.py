@@ -7,6 +7,7 @@ from itertools import pairwise
 import numpy as np
 from mpi4py import MPI
 
+from pint_fem.collective import require_same
 from pint_fem.errors import InputError
 from pint_fem.spacetime import parse_grid
 
@@ -36,6 +37,7 @@ class Grid:
 
     def __init__(self, grid: str | tuple[int, int] | None = None, comm=MPI.COMM_WORLD):
         text = "auto" if grid is None else grid if isinstance(grid, str) else "x".join(map(str, grid))
+        require_same(comm, grid=text)
         try:
             self.data_size, self.layer_size = parse_grid(text, comm.size)
         except InputError as error:
