@@ -15,6 +15,7 @@ from functools import cached_property
 import numpy as np
 from mpi4py import MPI
 
+from pint_fem.collective import require_same
 from pint_fem.errors import InputError
 from pint_fem.mgrit.grids import split_steps
 from pint_fem.mgrit.norms import euclidean
@@ -94,6 +95,7 @@ class SpaceTime:
         if grid is None:
             grid = "auto"
         text = grid if isinstance(grid, str) else "x".join(map(str, grid))
+        require_same(comm, grid=text)
         self.space_size, self.time_size = parse_grid(text, comm.size)
         if importlib.util.find_spec("firedrake") is not None:
             self.space_comm, self.time_comm = self.ensemble.comm, self.ensemble.ensemble_comm

@@ -29,7 +29,7 @@ from pint_fem.adjoint.misfit import BlockMisfit, Misfit
 from pint_fem.adjoint.regularisation import Regularisation
 from pint_fem.adjoint.sweeps import Sweeps
 from pint_fem.adjoint.trajectory import Source, trajectories
-from pint_fem.collective import collectively
+from pint_fem.collective import collectively, require_same
 from pint_fem.errors import FAILURES, InputError
 from pint_fem.mgrit import SolveResult, SolverFailure
 from pint_fem.mgrit.norms import gather_in_order
@@ -117,6 +117,7 @@ class ReducedProblem:
         self.misfits = [misfits] if isinstance(misfits, Misfit) else list(misfits)
         if not self.misfits or not all(isinstance(m, Misfit) for m in self.misfits):
             raise InputError("misfits: give RunningMisfit, TerminalMisfit or PointSensors objects")
+        require_same(self.spacetime.comm, misfits=self.misfits, regularisation=regularisation is not None)
         if not self.evolution.controls:
             raise InputError("the evolution has no control=: there is nothing to optimise")
         self.layout = ControlLayout(self.evolution, self.spacetime, sweeps.slab)
@@ -203,13 +204,7 @@ class ReducedProblem:
         return self._points[int(np.argmax(known))] if known.any() else None
 
     def at(self, z: np.ndarray, **wanted) -> Point:
-        """The point of a control, the state maybe not solved yet; it comes first.
-
-        Raises
-        ------
-        InputError
-            On every rank, if the control has another size or differs between ranks in time.
-        """
+        """The point of a control, the state maybe not solved yet; it comes first. Copies that differ are refused."""
         z = np.array(z, dtype=float).ravel()
         point = self._find(z, **wanted)
         if point is None:

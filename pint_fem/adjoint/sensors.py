@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from firedrake import FunctionSpace, TensorFunctionSpace, TrialFunction, VertexOnlyMesh, assemble
 from firedrake import interpolate as interpolate_
+from firedrake.exceptions import VertexOnlyMeshMissingPointsError
 from firedrake.petsc import PETSc
 
 from pint_fem.adjoint.misfit import BlockMisfit
@@ -104,7 +105,7 @@ class PointSensors(BlockMisfit):
             raise InputError(f"sensor times {self._times[0]:g}..{self._times[-1]:g} are not within {first:g}..{last:g}")
         try:
             sensors = VertexOnlyMesh(mesh, self._points, missing_points_behaviour="error")
-        except Exception as error:  # Firedrake raises it on every rank
+        except VertexOnlyMeshMissingPointsError as error:  # on every rank
             raise InputError(f"a sensor is outside the mesh: {str(error).splitlines()[0]}") from error
         H = self._matrix(space, sensors)
         self._at_sensors, self._at_sensors_T = BlockOperator(H), BlockOperator(H.transpose(type(H)()))

@@ -19,7 +19,7 @@ import numpy as np
 from mpi4py import MPI
 
 from pint_fem.agreement import digest
-from pint_fem.collective import collectively
+from pint_fem.collective import collectively, ending_all_ranks
 from pint_fem.errors import FAILURES, InputError
 from pint_fem.mgrit.arrays import check_arrays
 from pint_fem.mgrit.cycle import Cycle
@@ -109,8 +109,7 @@ class MGRIT:
             raise ValueError("mgrit residual 'full' with storage 'C': F-points are exact there; give residual='C'")
         self.transfers = [Transfer.make(t) for t in (transfers or [None] * len(factors))]
         if len(self.transfers) != len(factors):
-            text = f"{len(self.transfers)} transfers for {len(factors) + 1} levels: give one to each coarse level"
-            raise ValueError(text)
+            raise ValueError(f"{len(self.transfers)} transfers for {len(factors)} coarse levels: give one to each")
         if bounds is None:
             bounds = Bounds.shared_out(nsteps, comm.size, factors[0] if options.storage == "C" else None)
         bounds = Bounds.make(bounds)
@@ -206,7 +205,8 @@ class MGRIT:
             self._say(self.view(U[:1].nbytes))
         fine.U, fine.G = U, G
         fine.may_be_last(True)
-        with np.errstate(over="ignore", invalid="ignore"):  # a solve that blows up says so itself, once
+        # a solve that blows up says so itself, once; an interrupt comes to one rank alone
+        with ending_all_ranks(self.everyone), np.errstate(over="ignore", invalid="ignore"):
             if self._iterates:
                 return self._cycle_or_step(U, start, coarse_rhs)
             fine.solve_sequentially()

@@ -88,14 +88,16 @@ from pint_fem.optimize.lbfgs import InverseLBFGS
 from pint_fem.optimize.one_shot_records import OneShotRecord, OneShotResult, header
 from pint_fem.optimize.one_shot_restart import restore, save
 from pint_fem.optimize.one_shot_run import Run
-from pint_fem.optimize.options import check, check_callable, check_checkpoint, check_first_guess, is_count
+from pint_fem.optimize.options import check, check_callable, check_checkpoint, is_count
 from pint_fem.optimize.protocol import Checkpoint, Problem
+from pint_fem.optimize.ranks import on_all_ranks
 from pint_fem.optimize.records import StopReason
 from pint_fem.optimize.running_solvers import OneShotProblem, RunningSolvers
 
 __all__ = ["minimize_one_shot"]
 
 
+@on_all_ranks
 def minimize_one_shot(
     problem: OneShotProblem | Problem,
     x0: np.ndarray,
@@ -118,7 +120,7 @@ def minimize_one_shot(
 
     An iteration is one ``problem.advance``. Without that method it is an accurate value and gradient, nothing is held,
     and this is L-BFGS with a backtracking line search. With several processes call it on all of them with the same
-    options; `callback` must return the same on all of them.
+    options, which are compared; a `callback` that returns true on any of them stops all.
 
     Parameters
     ----------
@@ -185,7 +187,6 @@ def minimize_one_shot(
     check_checkpoint(checkpoint)
     check_callable("monitor", monitor)
     check_callable("callback", callback)
-    check_first_guess(x0)
 
     solvers = RunningSolvers(problem)
     run = Run(

@@ -16,7 +16,7 @@ from firedrake.petsc import PETSc
 from petsctools import OptionsManager
 
 from pint_fem.direct import completed, default_solver, factor_bytes, is_finite, matrix_bytes, trial_residual
-from pint_fem.errors import InputError
+from pint_fem.errors import InputError, is_numerical
 from pint_fem.propagators.multigrid import Geometry
 
 __all__ = [
@@ -116,8 +116,9 @@ class Factor:
                 ksp = self._set_up(matrix, default_solver(comm, unknowns, spd=True), prefix)
                 if self._is_accurate(ksp, matrix):
                     return ksp
-            except (PETSc.Error, ArithmeticError):
-                pass
+            except (PETSc.Error, ArithmeticError) as error:
+                if not is_numerical(error):
+                    raise
             matrix.setOption(PETSc.Mat.Option.SPD, False)  # it is not positive definite
         return self._set_up(matrix, default_solver(comm, unknowns), prefix)
 

@@ -40,9 +40,9 @@ def read_idx(path: str | Path) -> np.ndarray:
         if raw[:2] == b"\x1f\x8b":
             raw = gzip.decompress(raw)
     except (OSError, EOFError, gzip.BadGzipFile) as error:
-        raise InputError(f"{path}: cannot be read: {error}") from None
+        raise InputError(f"{path}: cannot be read: {error}") from error
     except Exception as error:  # zlib's own
-        raise InputError(f"{path}: damaged: {error}") from None
+        raise InputError(f"{path}: damaged: {error}") from error
     if len(raw) < 4 or raw[:2] != b"\x00\x00" or raw[2] not in _TYPES or not 1 <= raw[3] <= 8:
         raise InputError(f"{path}: no IDX file: it begins with {raw[:4].hex(' ')}; give one of MNIST's, raw or gzipped")
     ndim = raw[3]
