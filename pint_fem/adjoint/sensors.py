@@ -57,6 +57,16 @@ class PointSensors(BlockMisfit):
             )
         if not all(np.isfinite(a).all() for a in (self.points, self.times, self.data)):
             raise InputError("sensor points, times and readings must be finite numbers")
+        if not np.isfinite(self.weight):
+            raise InputError(f"sensors: weight = {weight}: give a finite number, such as 1/(variance * readings)")
+        with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+            total = 0.5 * self.weight * np.square(self.data).sum()
+        if not np.isfinite(total):
+            largest = np.abs(self.data).max()
+            raise InputError(
+                f"sensors: readings as large as {largest:g} with weight {self.weight:g} overflow in the sum of squares; "
+                "give readings in other units, or repair them"
+            )
         if len(self.times) == 0 or (np.diff(self.times) <= 0).any():
             raise InputError("sensor times must increase")
         if len(np.unique(self.points, axis=0)) < len(self.points):
