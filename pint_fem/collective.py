@@ -1,9 +1,9 @@
 """One rule for what ranks do together: where it fails on one rank it fails on all, and what they are given is the same.
 
 A rank that raises in the middle of communicating work leaves the others waiting for ever, and so does one that decides
-otherwise than they do. All functions here but :func:`reported` and :func:`raise_report` are collective over the
-communicator that they take: every rank calls them, in the same order, and gets the same answer. They need mpi4py and
-numpy only.
+otherwise than they do. All functions here but :func:`reported` are collective over the communicator that they take:
+every rank calls them, in the same order, and gets the same answer. They need mpi4py and numpy only.
+:mod:`pint_fem.agreement` has the decisions and the arguments.
 
 Four kinds of failure are kept apart. A *numerical* one (:func:`pint_fem.errors.is_numerical`) becomes
 :class:`~pint_fem.errors.SolverFailure` on all ranks, which an optimiser may answer by another trial point. A user's
@@ -16,20 +16,15 @@ it can be pickled.
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-import hashlib
 import itertools
 import pickle
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple, NoReturn
 
-import numpy as np
-from mpi4py import MPI
-
+from pint_fem.agreement import all_ranks, any_rank, require_same
 from pint_fem.errors import FAILURES, InputError, SolverFailure, causes, is_numerical
 
 __all__ = [
@@ -37,23 +32,12 @@ __all__ = [
     "all_ranks",
     "any_rank",
     "collectively",
-    "digest",
     "ending_all_ranks",
     "raise_report",
     "raise_together",
     "reported",
     "require_same",
 ]
-
-
-def any_rank(comm, condition) -> bool:
-    """Whether a condition holds on any rank (collective)."""
-    return bool(condition if comm.size == 1 else comm.allreduce(bool(condition), op=MPI.LOR))
-
-
-def all_ranks(comm, condition) -> bool:
-    """Whether a condition holds on every rank (collective)."""
-    return bool(condition if comm.size == 1 else comm.allreduce(bool(condition), op=MPI.LAND))
 
 
 # -- failures ----------------------------------------------------------------------------------------------------------
@@ -203,11 +187,11 @@ def raise_together(comm, error: BaseException | None, where: str = "") -> None:
         Otherwise: what failed on this rank, and on ranks where nothing did ``RuntimeError`` (``SystemExit``,
         ``KeyboardInterrupt`` where a rank has met that) with the rank and the first exception as its cause.
     """
+    if all_ranks(comm, error is None):
+        return
     mine = None if error is None else reported(error)
     reports = [mine] if comm.size == 1 else comm.allgather(mine)
     failed = [rank for rank, report in enumerate(reports) if report is not None]
-    if not failed:
-        return
     rank = min(failed, key=lambda r: reports[r].kind)
     report, everywhere = reports[rank], len({r and (r.kind, r.text) for r in reports}) == 1
     if where and error is not None and mine.kind == _MISTAKE:
@@ -275,100 +259,3 @@ def ending_all_ranks(comm) -> Iterator[None]:
         sys.stderr.write(f"rank {comm.rank} leaves, which ends the run:\n{traceback.format_exc()}")
         sys.stderr.flush()
         comm.Abort(code if isinstance(code, int) and code else 1)
-
-
-# -- what ranks are given ----------------------------------------------------------------------------------------------
-def require_same(comm, **given: Any) -> None:
-    """Require that what ranks are given is the same on all of them (collective, one small reduction).
-
-    Parameters
-    ----------
-    comm
-        Communicator of the ranks that act on it together.
-    **given
-        Values by name, not necessarily the same names: numbers, strings, truth values, ``None``, arrays, mappings and
-        sequences of such. Callables and other objects are compared by their type and name.
-
-    Raises
-    ------
-    InputError
-        On every rank, naming the first value that is not the same, with what ranks were given.
-    """
-    if comm.size == 1:
-        return
-    mine = digest(given)
-    ends = np.array([mine, ~mine])  # the least ~d is ~(largest d)
-    comm.Allreduce(MPI.IN_PLACE, ends, op=MPI.MIN)
-    if ends[0] == ~ends[1]:
-        return
-    everyone = comm.allgather({name: (digest(value), _shown(value)) for name, value in _flat(given).items()})
-    names = dict.fromkeys(name for one in everyone for name in one)
-    name = next(name for name in names if len({one.get(name, (None,))[0] for one in everyone}) > 1)
-    values = "; ".join(f"rank {r}: {one[name][1] if name in one else 'not given'}" for r, one in enumerate(everyone[:4]))
-    raise _shared(comm, InputError(f"{name} is not the same on all ranks ({values}): give every rank the same"))
-
-
-def _flat(given: Mapping) -> dict[str, Any]:
-    """Mappings among the values by their own names."""
-    out: dict[str, Any] = {}
-    for name, value in given.items():
-        inner = isinstance(value, Mapping) and len(value)
-        out |= _flat({f"{name} {k}": v for k, v in value.items()}) if inner else {name: value}
-    return out
-
-
-def digest(value: Any) -> int:
-    """A whole number of 63 bits that follows from a value's type and content, the same in every process.
-
-    Parameters
-    ----------
-    value
-        As for :func:`require_same`.
-
-    Returns
-    -------
-    int
-    """
-    found = hashlib.blake2b(digest_size=8)
-    _feed(found.update, value)
-    return int.from_bytes(found.digest(), "little") >> 1
-
-
-def _feed(update: Callable[[bytes], None], value: Any) -> None:
-    """Hand a value's type and content to a hash."""
-    if isinstance(value, np.ndarray) and value.dtype != object:
-        update(f"array{value.shape}{value.dtype}".encode())
-        update(np.ascontiguousarray(value).tobytes())
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        _feed(update, vars(value))
-    elif isinstance(value, Mapping):
-        update(f"mapping{len(value)}".encode())
-        for key in sorted(value, key=str):
-            update(f"{key}={len(str(key))}".encode())
-            _feed(update, value[key])
-    elif isinstance(value, (list, tuple, range, np.ndarray)):
-        update(f"sequence{len(value)}".encode())
-        for item in value:
-            _feed(update, item)
-    elif value is None or isinstance(value, (bool, int, float, complex, str, bytes, np.generic)):
-        plain = value.item() if isinstance(value, np.generic) else value
-        update(f"{type(plain).__name__}:{plain!r};".encode())
-    else:
-        update(_name(value).encode())
-
-
-def _name(value: Any) -> str:
-    """A callable or another object by its name: addresses differ from rank to rank."""
-    while isinstance(value, functools.partial):
-        value = value.func
-    kind = type(value)
-    return getattr(value, "__qualname__", f"{kind.__module__}.{kind.__qualname__}")
-
-
-def _shown(value: Any) -> str:
-    """A value in an error message."""
-    if isinstance(value, np.ndarray):
-        return f"array {value.shape}, digest {digest(value) % 16**8:08x}"
-    simple = isinstance(value, (bool, int, float, complex, str, type(None), Mapping, Sequence, np.generic))
-    text = repr(value) if simple else _name(value)
-    return text if len(text) <= 60 else text[:57] + "..."

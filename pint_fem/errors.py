@@ -32,8 +32,8 @@ class SolverFailure(RuntimeError):
 
 
 _PETSC_NUMERICAL = frozenset({71, 72, 81, 82, 91})
-"""PETSc's error codes (petscsystypes.h) of numerical failures: a zero pivot of LU or Cholesky (71, 81), a floating-point
-exception (72), no convergence (82, 91).
+"""PETSc's error codes (petscsystypes.h) of numerical failures: a zero pivot of LU or Cholesky (71, 81), a
+floating-point exception (72), no convergence (82, 91).
 """
 _PETSC_LIBRARY = 76
 _NO_MEMORY = re.compile(r"INFOG\(1\)=-(5|7|8|13|20)\b|out of memory|CHOLMOD.*status -[23]\b|malloc", re.IGNORECASE)

@@ -121,6 +121,7 @@ class TimeSolvers:
         #: Shared by the sweeps; written by :meth:`write_trace`.
         self.trace = Trace(spacetime.time_comm) if traced else None
         common = dict(options=options, printer=printer, trace=self.trace, speaks=spacetime.is_root)
+        common["everyone"] = spacetime.comm
         self._backward = backward | common | dict(linear=True)
         linear = MGRIT
         if time_solver == "paradiag":
@@ -242,8 +243,6 @@ class TimeSolvers:
 
     def _judge(self) -> None:
         """Before the first solve: print the verdicts where asked to, and warnings always."""
-        if self._judged:
-            return
         self._judged = True
         if isinstance(self.options, ParaDiagOptions):
             text, warns = judgement(self.evolution, self.options)
