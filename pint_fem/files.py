@@ -62,7 +62,7 @@ def naming(what: str, advice: str = "") -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = error.strerror or str(error)
+        reason = error.strerror or f"{error} (a full disk?)"  # numpy counts what it could write, and that is all
         raise InputError(f"{what}: {reason}" + (f"; {advice}" if advice else "")) from error
 
 

@@ -5,6 +5,7 @@ written by their owners.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from xml.sax.saxutils import quoteattr
 
@@ -219,19 +220,20 @@ def write_fields(
     """
     rank, root = spacetime.time_comm.rank, spacetime.is_root
     what, part = f"fields in {folder} cannot be written", f"{name}_part{rank}"
-    _written(spacetime.comm, what, (folder / part).mkdir, parents=True, exist_ok=True)
+    _written(spacetime.comm, what, partial((folder / part).mkdir, parents=True, exist_ok=True))
     wanted = np.unique(np.linspace(0, slab.nsteps, count).round().astype(int))
     own = [n for n in wanted if slab.lo < n <= slab.hi or (n == 0 and slab.is_first)]
     problem = None
     try:  # by the ranks that share a state; the others of the time axis hear of it below
-        sheet = _written(spacetime.space_comm, what, VTKFile, str(folder / f"{part}.pvd"), comm=spacetime.space_comm)
+        comm = spacetime.space_comm
+        sheet = _written(comm, what, partial(VTKFile, str(folder / f"{part}.pvd"), comm=comm))
         f = Function(space, name=name)
         for first, block in states:
             for n in own:
                 if 0 <= n - slab.lo - first < len(block):
                     put(f, block[n - slab.lo - first])
                     # a mixed state is its fields
-                    _written(spacetime.space_comm, what, sheet.write, *f.subfunctions, time=times[n])
+                    _written(comm, what, partial(sheet.write, *f.subfunctions, time=times[n]))
     except InputError as error:
         problem = error
     raise_together(spacetime.comm, problem)
@@ -240,7 +242,7 @@ def write_fields(
         [(float(times[n]), f"{part}/{part}_{i}.{extension}") for i, n in enumerate(own)]
     )
     path = folder / f"{name}.pvd"
-    _written(spacetime.comm, what, _write_collection if root else _nothing, path, entries)
+    _written(spacetime.comm, what, partial(_write_collection if root else _nothing, path, entries))
     if spacetime.space_comm.rank == 0:
         (folder / f"{part}.pvd").unlink(missing_ok=True)
     return path
@@ -255,12 +257,12 @@ def write_functions(path: Path, functions: Sequence[Function], comm) -> None:
         On every rank, where a file cannot be written.
     """
     what = f"{path} cannot be written"
-    _written(comm, what, path.with_suffix("").mkdir, parents=True, exist_ok=True)
-    sheet = _written(comm, what, VTKFile, str(path), comm=comm)
-    _written(comm, what, sheet.write, *functions)
+    _written(comm, what, partial(path.with_suffix("").mkdir, parents=True, exist_ok=True))
+    sheet = _written(comm, what, partial(VTKFile, str(path), comm=comm))
+    _written(comm, what, partial(sheet.write, *functions))
 
 
-def _written(comm, what: str, work: Callable, *args, **options):
+def _written(comm, what: str, work: Callable):
     """What ``work`` returns; an error of the operating system on one rank is an ``InputError`` on all (collective).
 
     Firedrake's writer communicates before it touches files and not afterwards, once its folder is there.
@@ -268,7 +270,7 @@ def _written(comm, what: str, work: Callable, *args, **options):
 
     def guarded():
         with naming(what):
-            return work(*args, **options)
+            return work()
 
     return collectively(comm, "", guarded)
 

@@ -182,7 +182,8 @@ def _check_shapes(path, plex, x):
     largest = np.abs(x).max()
     with np.errstate(over="ignore"):
         lengths = np.hypot(*(x[ends[:, 1]] - x[ends[:, 0]]).T)
-    if largest > LARGEST_COORDINATE or np.finfo(float).eps * largest > RESOLUTION * lengths.min():
+    resolved = np.finfo(float).eps * largest <= RESOLUTION * lengths.min()
+    if not (resolved and 1 / LARGEST_COORDINATE < largest < LARGEST_COORDINATE):
         raise InputError(f"{path}: coordinates do not resolve the triangles (they are as large as {largest:g}, the "
                          f"shortest edge is {lengths.min():g}; move the mesh near the origin, or merge nodes that are "
                          "the same)")

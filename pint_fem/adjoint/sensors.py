@@ -64,8 +64,8 @@ class PointSensors(BlockMisfit):
         if not np.isfinite(total):
             largest = np.abs(self.data).max()
             raise InputError(
-                f"sensors: readings as large as {largest:g} with weight {self.weight:g} overflow in the sum of squares; "
-                "give readings in other units, or repair them"
+                f"sensors: readings as large as {largest:g} with weight {self.weight:g} overflow in the sum of "
+                "squares; give readings in other units, or repair them"
             )
         if len(self.times) == 0 or (np.diff(self.times) <= 0).any():
             raise InputError("sensor times must increase")

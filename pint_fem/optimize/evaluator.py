@@ -177,7 +177,10 @@ class ExactOracle:
         """
         value = self._first_value(x)
         if not math.isfinite(value.value):
-            raise NonFiniteError(f"iteration 0: J = {value.value} at the first guess; start where J is finite", x)
+            why = getattr(self.evaluator.problem, "failure", None)
+            reason = f" ({why})" if why else ""
+            message = f"iteration 0: J = {value.value} at the first guess{reason}; start where J is finite"
+            raise NonFiniteError(message, x)
         return Point(x, value, self.gradient(x, 0, x))
 
     def _first_value(self, x: np.ndarray) -> Estimate:
