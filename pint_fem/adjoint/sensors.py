@@ -68,6 +68,16 @@ class PointSensors(BlockMisfit):
             raise InputError(f"readings have shape {data.shape}: give (times, sensors) = {(len(times), len(points))}")
         if not all(np.isfinite(a).all() for a in (points, times, data)):
             raise InputError("sensor points, times and readings must be finite numbers")
+        if not np.isfinite(weight):
+            raise InputError(f"sensors: weight = {weight}: give a finite number, such as 1/(variance * readings)")
+        with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+            total = 0.5 * weight * np.square(data).sum()
+        if not np.isfinite(total):
+            largest = np.abs(data).max()
+            raise InputError(
+                f"sensors: readings as large as {largest:g} with weight {weight:g} overflow in the sum of squares; "
+                "give readings in other units, or repair them"
+            )
         if len(times) == 0 or (np.diff(times) <= 0).any():
             raise InputError("sensor times must increase")
         if len(np.unique(points, axis=0)) < len(points):

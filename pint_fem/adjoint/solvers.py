@@ -11,10 +11,13 @@ from pint_fem.adjoint.acceleration import AcceleratedSweep
 from pint_fem.adjoint.averaged import AveragedSystems
 from pint_fem.adjoint.diagonalised import CoarsestParaDiag, ParaDiagSweeps, frequency_systems, judgement
 from pint_fem.adjoint.intervals import Intervals
+from pint_fem.adjoint.memory import least_bytes
 from pint_fem.adjoint.steps import AdjointStep, LinearStep, StateStep, TangentStep
+from pint_fem.capacity import require_memory
+from pint_fem.collective import collectively
 from pint_fem.mgrit import MGRIT, MGRITOptions
 from pint_fem.mgrit.theory import Verdict
-from pint_fem.mgrit.trace import Trace
+from pint_fem.mgrit.trace import Trace, check_trace_file
 from pint_fem.paradiag import ParaDiagOptions
 from pint_fem.propagators import Evolution, make_propagator
 from pint_fem.propagators.base import FEPropagator
@@ -92,11 +95,19 @@ class TimeSolvers:
         _refuse_unsupported(options, factors, N)
         compact = options.storage == "C" and bool(factors)
         self.slab = spacetime.slab(N, factors[0] if compact else 1)
+        require_memory(
+            spacetime.comm,
+            least_bytes(evolution, self.slab, factors[0] if compact else 1),
+            f"{N} time steps of {evolution.V.dim()} unknowns",
+            "give fewer steps, more machines or mgrit storage='C'",
+        )
         options = MGRITOptions.make(options, levels=len(factors) + 1)
         schemes = [options.scheme(level) for level in range(len(factors))]
         self.space = SpatialLevels(evolution, schemes, spatial_coarsening, coarse_evolutions)
         given = (ParaDiagOptions(), {}) if paradiag is None else paradiag
         traced = given[0].trace if time_solver == "paradiag" else options.trace
+        if traced:
+            check_trace_file(traced, spacetime.comm)
         #: Shared by the sweeps; written by :meth:`write_trace`.
         self.trace = Trace(spacetime.time_comm) if traced else None
         self._again = partial(self._build, options, factors, propagator, krylov, norm, time_solver, given)
@@ -290,9 +301,16 @@ class TimeSolvers:
     def write_trace(self) -> None:
         """Write the work and messages of all sweeps so far to the option ``trace``'s file (collective); nothing
         without it.
+
+        Raises
+        ------
+        InputError
+            On every rank, where it cannot be written.
         """
-        if self.trace is not None and self.spacetime.space_comm.rank == 0:
-            self.trace.write(self.options.trace)
+        if self.trace is None:
+            return
+        work = self.trace.write if self.spacetime.space_comm.rank == 0 else lambda path: None
+        collectively(self.spacetime.comm, "", work, self.options.trace)
 
 
 def _refuse_unsupported(options: MGRITOptions, factors: tuple, nsteps: int) -> None:

@@ -24,6 +24,7 @@ _CHOICES = {
     "view": (False, True),
 }
 _COUNTS = {"levels": 1, "f_cycles": 0, "nested_cycles": 1, "coarse_sweeps": 1, "max_it": 1}
+_MOST_SWEEPS = 10_000
 _MAY_BE_NONE = ("levels", "f_cycles", "stagnation")
 
 
@@ -266,6 +267,8 @@ def check_coarsening(given) -> tuple:
 
 
 def _scheme(r, given) -> str:
+    if _is_int(r) and r > _MOST_SWEEPS:
+        raise ValueError(f"mgrit relax {given!r}: give at most {_MOST_SWEEPS} FC-sweeps; 1 or 2 are usual")
     if _is_int(r) and r >= 0:
         return "F" + "CF" * int(r)
     if not isinstance(r, str) or r != "F" + "CF" * r.count("C"):
