@@ -20,6 +20,7 @@ from functools import cached_property, partial
 import numpy as np
 
 from pint_fem.adjoint.solvers import TimeSolvers
+from pint_fem.garbage import clean
 from pint_fem.collective import collectively
 from pint_fem.mgrit import MGRIT, SolveResult
 from pint_fem.mgrit.levels import inject
@@ -116,6 +117,7 @@ class Sweeps(TimeSolvers):
         self, solver: MGRIT, kind: str, U: np.ndarray, G, *, cold: bool = False, start: str = "", coarse_rhs=None,
         **accuracy,
     ):  # fmt: skip
+        clean(self.evolution.V.mesh().comm)
         self._judge()
         solver.name = kind  # one solver serves both the state and the tangent of a linear evolution
         start = start or ("nested" if cold and self.options.start == "auto" else self.options.start)
