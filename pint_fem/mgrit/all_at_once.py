@@ -102,13 +102,12 @@ class Direction:
     @property
     def failure(self) -> str | None:
         """What failed on this rank since :meth:`clear`."""
-        return next((level.failure for level in self.solver.levels if level.failure), None)
+        return self.level.failure
 
     def clear(self) -> None:
         """Forget failures and the count of cycles."""
         self.cycles = 0
-        for level in self.solver.levels:
-            level.failure = None
+        self.level.first_failure.clear()
 
     def multiply(self, x: np.ndarray, y: np.ndarray) -> None:
         """``y = A x`` for the own rows; the step from the left neighbour's last point waits for it, the others do not.

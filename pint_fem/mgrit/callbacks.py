@@ -8,11 +8,13 @@ of each level must overwrite all of ``out``. The three checks of later calls tak
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from pint_fem.errors import InputError
 
-__all__ = ["StepCalls", "read_only", "require_block", "require_nothing"]
+__all__ = ["StepCalls", "read_only", "require_block", "require_nothing", "returned_block"]
 
 _FORMS = {
     "step": "step(self, steps, u, out) writes the new states: out[...] = u / (1 + self.dt)",
@@ -58,6 +60,23 @@ def require_block(name: str, result, shape: tuple[int, ...]) -> np.ndarray:
     if block.shape != shape:
         raise InputError(f"{name} returned shape {block.shape} instead of {shape}")
     return block
+
+
+def returned_block(name: str, function: Callable, shape: tuple[int, ...], *args) -> np.ndarray:
+    """The block that a function returns, called with arguments that are read-only where they are arrays.
+
+    Raises
+    ------
+    InputError
+        If it writes to its input, returns ``None`` or another shape.
+    """
+    try:
+        result = function(*(read_only(a) if isinstance(a, np.ndarray) else a for a in args))
+    except ValueError as error:
+        if "read-only" in str(error):
+            raise InputError(f"{name} writes to its input, which is read-only: return a new array") from error
+        raise
+    return require_block(name, result, shape)
 
 
 class StepCalls:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import numpy as np
 from mpi4py import MPI
 
-from pint_fem.errors import InputError
+from pint_fem.errors import FAILURES
 from pint_fem.mgrit.callbacks import require_nothing
 from pint_fem.mgrit.levels import Level
 from pint_fem.mgrit.relaxation import Relaxation
@@ -55,8 +55,8 @@ def _solve_all_at_once(level: Level, iterations: int) -> None:
     """The propagator's own solve of all steps; a result that it returns is a failure, as that of a step."""
     try:
         require_nothing("all_at_once", level.propagator.all_at_once(level, iterations))
-    except InputError as error:
-        level.failure = level.failure or f"level {level.index}: {error}"
+    except FAILURES as error:
+        level.note("all_at_once", error)
         level.U[1:] = np.nan
 
 

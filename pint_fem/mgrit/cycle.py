@@ -19,7 +19,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pint_fem.mgrit.callbacks import read_only, require_block
+from pint_fem.errors import FAILURES
+from pint_fem.mgrit.callbacks import read_only, require_block, returned_block
 from pint_fem.mgrit.coarsest import coarsest_solver
 from pint_fem.mgrit.levels import Level
 from pint_fem.mgrit.options import MGRITOptions
@@ -210,8 +211,8 @@ class _Guarded:
     def _apply(self, name: str, block: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
         wanted = (len(block), *shape)
         try:
-            return require_block(name, getattr(self._transfer, name)(read_only(block)), wanted)
-        except Exception as error:
-            problem = f"{type(error).__name__}: {error}"
-        self._level.failure = self._level.failure or f"level {self._level.index}, {name}: {problem}"
-        return np.full(wanted, np.nan)
+            return returned_block(name, getattr(self._transfer, name), wanted, block)
+        except FAILURES as error:
+            if np.isfinite(block).all() or not isinstance(error, Exception):
+                self._level.note(name, error)
+            return np.full(wanted, np.nan)

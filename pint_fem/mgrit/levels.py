@@ -17,6 +17,7 @@ from typing import Protocol
 
 import numpy as np
 
+from pint_fem.errors import FAILURES, is_numerical, release
 from pint_fem.mgrit.callbacks import StepCalls
 from pint_fem.mgrit.grids import Bounds, Coarsening, coarse_points
 from pint_fem.mgrit.trace import Trace
@@ -56,11 +57,38 @@ class Propagator(Protocol):
 
 
 class FirstFailure:
-    """The first failure on a rank, on whichever level, and the cycle it was in."""
+    """The first failure on a rank, on whichever level.
+
+    Attributes
+    ----------
+    text : str or None
+        Where and what.
+    error : BaseException or None
+        What was raised, if anything was.
+    cycle : int
+        The cycle that it was in.
+    now : int
+        The present cycle.
+    """
 
     def __init__(self):
+        self.clear()
+
+    def clear(self) -> None:
+        """Nothing has failed."""
         self.text: str | None = None
+        self.error: BaseException | None = None
         self.cycle = self.now = 0
+
+    def note(self, text: str, error: BaseException | None = None) -> None:
+        """Keep a failure, unless an earlier one is there; a mistake of the program takes the place of one that was
+        numerical.
+        """
+        mistake = error is not None and not is_numerical(error)
+        if self.text is None or (mistake and (self.error is None or is_numerical(self.error))):
+            self.text, self.error, self.cycle = text, error, self.now
+            if error is not None and not mistake:
+                release(error)  # it is kept while the solve goes on
 
 
 class Level:
@@ -117,11 +145,10 @@ class Level:
         """The first failure on this rank, on any level of the hierarchy."""
         return self.first_failure.text
 
-    @failure.setter
-    def failure(self, text: str | None) -> None:
-        first = self.first_failure
-        if text != first.text:
-            first.text, first.cycle = text, first.now
+    def note(self, what: str, error: BaseException | None = None) -> None:
+        """Note a failure on this level, and what was raised, if anything was."""
+        text = f"level {self.index}, {what}"
+        self.first_failure.note(text if error is None else f"{text}: {type(error).__name__}: {error}", error)
 
     @property
     def stride(self) -> int:
@@ -147,7 +174,7 @@ class Level:
         begin = self.trace.now() if self.trace else 0.0
         try:
             self._calls.step(steps, u, out)
-        except Exception as error:
+        except FAILURES as error:
             out[...] = np.nan
             self._failed(steps, u, out, error)
         else:
@@ -184,7 +211,7 @@ class Level:
         begin = self.trace.now() if self.trace else 0.0
         try:
             self._calls.sweep(steps[0], U, G)
-        except Exception as error:
+        except FAILURES as error:
             U[1:] = np.nan
             self._failed(steps, U[:1], U[1:], error)
         else:
@@ -193,18 +220,17 @@ class Level:
         if self.trace:
             self.trace.work("sweep", self.index, begin, first=steps[0], states=len(steps))
 
-    def _failed(self, steps: range, u: np.ndarray, out: np.ndarray, error: Exception | None = None) -> None:
-        """Remember the first failure that comes of finite data; what follows from it is not its cause."""
+    def _failed(self, steps: range, u: np.ndarray, out: np.ndarray, error: BaseException | None = None) -> None:
+        """Note a failure that comes of finite data; what follows from it is not its cause."""
         good = np.isfinite(u).reshape(len(u), -1).all(axis=1)
-        if self.failure is not None or (error is not None and not good.all()):
+        if error is not None:
+            # numerics, and checks that a user makes of them, may fail because of what they get; an exit does not
+            if good.all() or not isinstance(error, Exception):
+                self.note(f"steps {steps[0]}..{steps[-1]}", error)
             return
-        where, what = f"{steps[0]}..{steps[-1]}", f"{type(error).__name__}: {error}"
-        if error is None:
-            bad = np.flatnonzero(good & ~np.isfinite(out).reshape(len(out), -1).all(axis=1))
-            if not len(bad):
-                return
-            where, what = ", ".join(str(steps[i]) for i in bad[:5]), "value not finite"
-        self.failure = f"level {self.index}, steps {where}: {what}"
+        bad = np.flatnonzero(good & ~np.isfinite(out).reshape(len(out), -1).all(axis=1))
+        if len(bad):
+            self.note(f"steps {', '.join(str(steps[i]) for i in bad[:5])}: value not finite")
 
     # -- messages: one row to the right, one from the left; the tag is the level -----------------------------------
     def post_receive(self, array: np.ndarray):

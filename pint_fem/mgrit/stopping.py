@@ -58,6 +58,13 @@ class SolveResult:
     scale: float = math.nan
     message: str = ""
 
+    def __str__(self) -> str:
+        """The monitor's line, without the name of the sweep."""
+        r = self.residuals
+        ratio = f"  factor {r[-1] / r[-2]:.3f}" if len(r) > 1 and r[-2] > 0 else ""
+        relative = f" relative {r[-1] / self.scale:.3e}" if self.scale > 0 else ""
+        return f"{self.cycles:3d} residual {r[-1]:.6e}{relative}{ratio}" if r else f"{self.cycles:3d}"
+
     @property
     def relative_residual(self) -> float:
         """The last residual relative to the trajectory; 0 for sequential stepping, NaN where none was computed."""
