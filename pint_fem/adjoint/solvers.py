@@ -12,6 +12,7 @@ from pint_fem.adjoint.averaged import AveragedSystems
 from pint_fem.adjoint.diagonalised import CoarsestParaDiag, ParaDiagSweeps, frequency_systems, judgement
 from pint_fem.adjoint.intervals import Intervals
 from pint_fem.adjoint.steps import AdjointStep, LinearStep, StateStep, TangentStep
+from pint_fem.garbage import Dropped, clean
 from pint_fem.mgrit import MGRIT, MGRITOptions
 from pint_fem.mgrit.theory import Verdict
 from pint_fem.mgrit.trace import Trace
@@ -26,6 +27,8 @@ from pint_fem.propagators.verdicts import mgrit_verdict
 from pint_fem.spacetime import SpaceTime
 
 __all__ = ["TimeSolvers"]
+
+_dropped = Dropped()
 
 
 class TimeSolvers:
@@ -82,7 +85,9 @@ class TimeSolvers:
         self._coarse_tableau, self._judged = coarse_tableau, False
         N = evolution.nsteps
         spacetime.slab(N)  # more ranks than steps: said before anything about levels
-        options = MGRITOptions.make(options, **({"levels": 1} if time_solver == "paradiag" else {}))
+        options = MGRITOptions.make(options)
+        if time_solver == "paradiag":
+            options = MGRITOptions.make(options, levels=1, of_levels=())
         if options.check == "auto":
             options = MGRITOptions.make(options, check="cycle")
         factors = options.factors(N)

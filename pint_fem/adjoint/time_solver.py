@@ -107,7 +107,7 @@ def read_time_solver(parameters: dict, evolution: Evolution, spacetime: SpaceTim
         except ValueError as error:
             raise InputError(str(error)) from None
     if kind == "serial":
-        mgrit = MGRITOptions.make(mgrit, levels=1)
+        mgrit = MGRITOptions.make(mgrit, levels=1, of_levels=())
     return TimeSolver(kind, mgrit, paradiag, systems, why)
 
 
