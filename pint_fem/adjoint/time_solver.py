@@ -10,6 +10,7 @@ from firedrake.petsc import PETSc
 from pint_fem.errors import InputError
 from pint_fem.mgrit import MGRITOptions
 from pint_fem.mgrit.option_strings import parse_options
+from pint_fem.option_names import refuse_near_misses
 from pint_fem.paradiag import ParaDiagOptions
 from pint_fem.paradiag.options import SHARED, parse_paradiag_options
 from pint_fem.propagators.evolution import Evolution
@@ -98,7 +99,14 @@ def read_time_solver(parameters: dict, evolution: Evolution, spacetime: SpaceTim
     kind = parameters.pop("time_solver", "mgrit")
     if kind not in KINDS:
         raise InputError(f"time_solver {kind!r}: give one of {', '.join(map(repr, KINDS))}")
+    refuse_near_misses(PETSc.Options().getAll())
     mgrit = mgrit_options(parameters.pop("mgrit", None))
+    unread = _database("mgrit_")[1]
+    if unread and parameters.get("krylov") is None and not any(name.startswith("ksp_") for name in unread):
+        raise InputError(
+            f"-mgrit_{next(iter(unread))}: only a Krylov method around MGRIT reads it; give -mgrit_ksp_type fgmres as "
+            "well, or -pint_... for the solvers of a step"
+        )
     paradiag, systems = _paradiag_options(parameters.pop("paradiag", None), mgrit)
     why = ""
     if kind == "auto":
