@@ -21,7 +21,7 @@ from pint_fem.cli import ProgramParser, positive, run
 
 def arguments():
     """Options of the program."""
-    parser = ProgramParser(prog="resnet_mnist.py", description=__doc__)
+    parser = ProgramParser(prog="resnet_mnist.py", description=__doc__, petsc=False)
     add = parser.add_argument
     add(
         "--data",

@@ -22,7 +22,7 @@ FULL_BATCH = ("trust-region", "one-shot", "lbfgs")
 
 def arguments():
     """Options of the program."""
-    parser = ProgramParser(prog="resnet_peaks.py", description=__doc__)
+    parser = ProgramParser(prog="resnet_peaks.py", description=__doc__, petsc=False)
     add = parser.add_argument
     add("--classes", type=positive(int), default=5, help="2 or 5 (5)")
     add("--samples", type=positive(int), default=5000, help="training points; a fifth as many for testing (5000)")

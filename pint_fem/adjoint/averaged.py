@@ -59,6 +59,7 @@ class AveragedSystems:
         form, self._rate = evolution.parts()
         forms = (expand_derivatives(derivative(form, x)) for x in (self._rate, evolution.u))
         self._forms = [None if f.empty() else f for f in forms]
+        self._assembled = [None, None]  # Firedrake's matrices, used again
         self._matrices: list[PETSc.Mat | None] = [None, None]
         self._systems: ShiftedSteps | None = None
         count = min(SAMPLES, evolution.nsteps)
@@ -129,7 +130,8 @@ class AveragedSystems:
         with stop_annotating():
             for j, form in enumerate(self._forms):
                 if form is not None:
-                    self._matrices[j] = assemble(form, mat_type="aij").petscmat
+                    self._assembled[j] = assemble(form, mat_type="aij", tensor=self._assembled[j])
+                    self._matrices[j] = self._assembled[j].petscmat
 
     def _matrix(self, i: int, values: np.ndarray) -> PETSc.Mat:
         """A matrix like the operator with other values."""
@@ -149,5 +151,10 @@ class AveragedSystems:
             S.zeroRowsColumns(rows, diag=1.0)
             stages[a] = S
         M.zeroRows(rows, diag=0.0)
+        if self._systems is not None:
+            self._systems.release()
         systems = {a: distributed_system((S, M), self._parameters) for a, S in stages.items()}
+        for matrix in (K, *stages.values()):  # the systems have their entries
+            if matrix is not None:
+                matrix.destroy()
         self._systems = ShiftedSteps(dirk.A, dirk.b, systems, 1e9 * self._options.memory)

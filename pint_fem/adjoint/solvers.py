@@ -15,6 +15,7 @@ from pint_fem.adjoint.memory import least_bytes
 from pint_fem.adjoint.steps import AdjointStep, LinearStep, StateStep, TangentStep
 from pint_fem.capacity import require_memory
 from pint_fem.collective import collectively
+from pint_fem.garbage import Dropped
 from pint_fem.mgrit import MGRIT, MGRITOptions
 from pint_fem.mgrit.theory import Verdict
 from pint_fem.mgrit.trace import Trace, check_trace_file
@@ -29,6 +30,8 @@ from pint_fem.propagators.verdicts import mgrit_verdict
 from pint_fem.spacetime import SpaceTime
 
 __all__ = ["TimeSolvers"]
+
+_dropped = Dropped()
 
 
 class TimeSolvers:
@@ -88,7 +91,9 @@ class TimeSolvers:
         self._averaged: AveragedSystems | None = None
         N = evolution.nsteps
         spacetime.slab(N)  # more ranks than steps: said before anything about levels
-        options = MGRITOptions.make(options, **({"levels": 1} if time_solver == "paradiag" else {}))
+        options = MGRITOptions.make(options)
+        if time_solver == "paradiag":
+            options = MGRITOptions.make(options, levels=1, of_levels=())
         if options.check == "auto":
             options = MGRITOptions.make(options, check="cycle")
         factors = options.factors(N)

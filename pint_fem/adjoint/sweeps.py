@@ -22,6 +22,7 @@ import numpy as np
 from pint_fem.adjoint.solvers import TimeSolvers
 from pint_fem.collective import collectively, raise_together
 from pint_fem.errors import FAILURES
+from pint_fem.garbage import clean
 from pint_fem.mgrit import MGRIT, SolveResult
 from pint_fem.mgrit.levels import inject
 from pint_fem.mgrit.stopping import DivergedError
@@ -127,6 +128,7 @@ class Sweeps(TimeSolvers):
         self, solver: MGRIT, kind: str, U: np.ndarray, G, *, cold: bool = False, start: str = "", coarse_rhs=None,
         **accuracy,
     ):  # fmt: skip
+        clean(self.evolution.V.mesh().comm)
         if not self._judged:
             collectively(self.spacetime.comm, "theory", self._judge)
         linear = self.is_linear or solver is not self._state

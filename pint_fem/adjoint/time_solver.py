@@ -11,6 +11,7 @@ from pint_fem.collective import require_same
 from pint_fem.errors import InputError
 from pint_fem.mgrit import MGRITOptions
 from pint_fem.mgrit.option_strings import parse_options
+from pint_fem.option_names import refuse_near_misses
 from pint_fem.paradiag import ParaDiagOptions
 from pint_fem.paradiag.options import SHARED, parse_paradiag_options
 from pint_fem.petsc_types import require_types
@@ -112,7 +113,14 @@ def read_time_solver(parameters: dict, evolution: Evolution, spacetime: SpaceTim
     kind = parameters.pop("time_solver", "mgrit")
     if kind not in KINDS:
         raise InputError(f"time_solver {kind!r}: give one of {', '.join(map(repr, KINDS))}")
+    refuse_near_misses(PETSc.Options().getAll())
     mgrit = mgrit_options(parameters.pop("mgrit", None))
+    unread = _database("mgrit_")[1]
+    if unread and parameters.get("krylov") is None and not any(name.startswith("ksp_") for name in unread):
+        raise InputError(
+            f"-mgrit_{next(iter(unread))}: only a Krylov method around MGRIT reads it; give -mgrit_ksp_type fgmres as "
+            "well, or -pint_... for the solvers of a step"
+        )
     paradiag, systems = _paradiag_options(parameters.pop("paradiag", None), mgrit)
     why = ""
     if kind == "auto":
@@ -121,7 +129,7 @@ def read_time_solver(parameters: dict, evolution: Evolution, spacetime: SpaceTim
         except ValueError as error:
             raise InputError(str(error)) from None
     if kind == "serial":
-        mgrit = MGRITOptions.make(mgrit, levels=1)
+        mgrit = MGRITOptions.make(mgrit, levels=1, of_levels=())
     return TimeSolver(kind, mgrit, paradiag, systems, why)
 
 

@@ -293,24 +293,32 @@ def _largest(matrix: PETSc.Mat, value: float) -> float:
 
 
 class _OldFactor:
-    """GMRES preconditioned by a solver of another matrix: PETSc's, and the context of its preconditioner."""
+    """GMRES preconditioned by a solver of another matrix."""
 
     def __init__(self, comm):
-        self.solver: Solver | None = None
         self.ksp = PETSc.KSP().create(comm)
         self.ksp.setType(PETSc.KSP.Type.GMRES)
         self.ksp.setGMRESRestart(PATIENCE)
         pc = self.ksp.getPC()
         pc.setType(PETSc.PC.Type.PYTHON)
-        pc.setPythonContext(self)
+        # an object of its own: PETSc's objects hold on to their contexts, so one that led back here would never die
+        self._context = _Apply()
+        pc.setPythonContext(self._context)
 
     def solve(self, solver, matrix, b, x, *, transposed: bool, most: int) -> tuple[int, bool]:
         """Iterations, and whether they were enough."""
-        self.solver = solver
+        self._context.solver = solver
         self.ksp.setOperators(matrix)
         self.ksp.setTolerances(rtol=ROUND_OFF, atol=0.0, max_it=most)
         (self.ksp.solveTranspose if transposed else self.ksp.solve)(b, x)
         return self.ksp.getIterationNumber(), self.ksp.getConvergedReason() > 0
+
+
+class _Apply:
+    """Context of a Python preconditioner that applies a solver."""
+
+    def __init__(self):
+        self.solver: Solver | None = None
 
     def apply(self, pc, x, y):
         """PETSc's PCApply."""
