@@ -29,8 +29,8 @@ os.environ.setdefault("PETSC_OPTIONS", "-options_left no")
 class ProgramParser(argparse.ArgumentParser):
     """``argparse`` that raises :class:`InputError` instead of printing and exiting on every rank.
 
-    Options with one dash (``-mgrit_rtol 1e-6``, ``-pint_ksp_view``) are PETSc's and stay in its database; those that are
-    nearly the program's own or this package's are refused.
+    Options with one dash (``-mgrit_rtol 1e-6``, ``-pint_ksp_view``) are PETSc's and stay in its database; those that
+    are nearly the program's own or this package's are refused.
 
     Parameters
     ----------

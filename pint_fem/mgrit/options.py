@@ -236,7 +236,9 @@ class MGRITOptions:
                 near = f"did you mean 'level_{last}_{name}'?" if last >= 0 else f"give {name!r} and more levels"
                 numbers = "level 0 only" if count == 1 else f"levels 0 to {count - 1}"
                 what = "is stepped through" if level == count - 1 else "is none of them"
-                raise ValueError(f"mgrit option 'level_{level}_{name}': there are {numbers}, and {level} {what}; {near}")
+                raise ValueError(
+                    f"mgrit option 'level_{level}_{name}': there are {numbers}, and {level} {what}; {near}"
+                )
 
     @property
     def is_fixed(self) -> bool:
