@@ -14,6 +14,9 @@ from pint_fem.propagators.blocks import BlockOperator
 
 __all__ = ["PointSensors"]
 
+_NEAR = 0.1
+"""Readings that differ by no more than this from their mean, relative to it, are taken relative to it."""
+
 
 class PointSensors(BlockMisfit):
     r"""Sensors at points: :math:`\frac{w}{2} \sum_r \sum_s (u(x_s, t_r) - d_{rs})^2`, ``u`` linear in time between
@@ -89,12 +92,22 @@ class PointSensors(BlockMisfit):
         own = np.flatnonzero((point > slab.lo) & (point <= slab.hi))
         self._row, self._theta = point[own] - slab.lo, np.minimum(place[own] - (point[own] - 1), 1.0)
         self._theta[np.abs(self._theta - 1) < 1e-9] = 1.0
-        self._own_data = self.data[own][:, self.local]
+        #: What states and readings are taken relative to: interpolation of large values would lose small differences.
+        self.offset = self._offset()
+        self._own_data = self.data[own][:, self.local] - self.offset
         self.observes, self.forces = np.zeros(slab.k + 1, dtype=bool), np.zeros(slab.k + 1, dtype=bool)
         self.observes[self._row] = True
         self.observes[self._row[self._theta != 1] - 1] = True
         self.acts = self.observes.copy()
         self.acts[0] = True  # by the left neighbour's readings
+
+    def _offset(self) -> float:
+        """A number near all readings, where there is one and functions of it have it as all their coefficients."""
+        offset = float(self.data.mean())
+        sums = self._observe(np.full((1, self.evolution.state_size), 1.0))
+        wrong = self.spacetime.sum_over_space(np.array([float((np.abs(sums - 1) > 1e-12).sum())]))[0]
+        near = np.abs(self.data - offset).max() <= _NEAR * abs(offset)
+        return offset if near and not wrong else 0.0
 
     def _read_space(self, V):
         """The space of what is read, by itself."""
@@ -157,7 +170,7 @@ class PointSensors(BlockMisfit):
         """
         own = np.zeros(self.data.shape)
         first = int(self.spacetime.time_comm.exscan(len(self._row)) or 0)
-        own[first : first + len(self._row), self.local] = self._readings(Y)
+        own[first : first + len(self._row), self.local] = self._readings(Y) + self.offset
         return self.spacetime.sum_over_grid(own)
 
     def petsc_bytes(self):
@@ -167,8 +180,8 @@ class PointSensors(BlockMisfit):
 
     # -- see BlockMisfit -----------------------------------------------------------------------------------------------
     def observe(self, rows, u):
-        """The state at the sensors."""
-        return self._observe(u)
+        """The state at the sensors, less the offset."""
+        return self._observe(u - self.offset if self.offset else u)
 
     def observe_tangent(self, rows, u, du):
         """See :class:`~pint_fem.adjoint.misfit.BlockMisfit`."""
