@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import ufl
-from firedrake import TestFunction, TrialFunction, assemble, derivative
+from firedrake import TestFunction, assemble, derivative
 from pyadjoint.tape import stop_annotating
 from ufl.algorithms import expand_derivatives, extract_coefficients
 
@@ -240,13 +240,10 @@ def _preconditioner(rf, inner: ControlInner, given):
 
 def _second_derivative(rf, control) -> ufl.Form:
     """The regularisation's second derivative by a control, as a bilinear form."""
-    space, found = control.function_space(), []
-    for form in map(with_fixed_degrees, rf.regularisation):
-        if control in extract_coefficients(form):
-            second = derivative(derivative(form, control, TestFunction(space)), control, TrialFunction(space))
-            found.append(expand_derivatives(second))
-    if not found or any(control in extract_coefficients(second) for second in found):
+    regularisation = rf.problem.regularisation
+    second = None if regularisation is None else regularisation.second_derivative(control)
+    if second is None:
         raise InputError(
             f"preconditioner 'regularisation': the regularisation is not quadratic in control {control.name()!r}"
         )
-    return sum(found[1:], start=found[0])
+    return second

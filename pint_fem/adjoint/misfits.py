@@ -19,6 +19,7 @@ from pint_fem.adjoint.quadratic import QuadraticPoints
 from pint_fem.adjoint.sensors import PointSensors
 from pint_fem.errors import InputError
 from pint_fem.propagators.arrays import get, put
+from pint_fem.propagators.private_copies import data_of
 from pint_fem.propagators.quadrature import with_fixed_degrees
 
 __all__ = ["Misfit", "PointSensors", "RunningMisfit", "TerminalMisfit"]
@@ -47,8 +48,9 @@ class _FormMisfit(BlockMisfit):
     def bind(self, evolution, spacetime, slab):
         """See :class:`Misfit`."""
         super().bind(evolution, spacetime, slab)
-        u, t = evolution.u, evolution.t
-        coefficients = extract_coefficients(self.form)
+        form, t = evolution.functional(self.form, type(self).__name__)
+        u, self._t, self._data = evolution.u, t, set(data_of(form))
+        coefficients = extract_coefficients(form)
         if u not in coefficients:
             raise InputError(f"{type(self).__name__}: the functional does not contain the evolution's state u")
         if set(evolution.controls) & set(coefficients):
@@ -56,24 +58,26 @@ class _FormMisfit(BlockMisfit):
         self.weight = self.weights()
         self.times = evolution.time(np.arange(slab.lo, slab.hi + 1))
         self._du = Function(evolution.V)
-        gradient = derivative(self.form, u, TestFunction(evolution.V))
+        gradient = derivative(form, u, TestFunction(evolution.V))
         second = expand_derivatives(derivative(gradient, u, TrialFunction(evolution.V)))
         moving = {u, t}
         self.quadratic = second.empty() or not moving & set(extract_coefficients(second))
         if self.quadratic:
-            data = {c: c.copy(deepcopy=True) for c in coefficients if c not in moving}
-            forms = (ufl.replace(f, data) for f in (self.form, expand_derivatives(gradient), second))
             self._parts = QuadraticPoints(
-                *forms, u, t, self.times, self.weight != 0, initial=get(evolution.initial),
-                span=(evolution.time(0), evolution.time(evolution.nsteps)), keep=self.keeps_data,
+                form, expand_derivatives(gradient), second, u, t, self.times, self.weight != 0,
+                initial=get(evolution.initial), span=(evolution.time(0), evolution.time(evolution.nsteps)),
+                keep=self.keeps_data,
             )  # fmt: skip
         else:
-            self._assemble = [
-                get_assembler(expand_derivatives(f)) for f in (self.form, gradient, action(second, self._du))
-            ]
+            self._assemble = [get_assembler(expand_derivatives(f)) for f in (form, gradient, action(second, self._du))]
         self.acts = self.weight != 0
         self.forces = self.acts if not self.quadratic or self._parts.Q is not None else np.zeros_like(self.acts)
         self.observes = self.acts & (np.arange(slab.k + 1) > 0)  # row 0 is the left neighbour's
+
+    def update_data(self, changed, *, own):
+        """See :class:`~pint_fem.adjoint.misfit.Misfit`."""
+        if changed & self._data:
+            self.bind(self.evolution, self.spacetime, self.slab)
 
     def _each(self, which: int, rows, u: np.ndarray, du: np.ndarray | None = None) -> np.ndarray:
         """Assemble form ``which`` at each point with a weight."""
@@ -84,8 +88,8 @@ class _FormMisfit(BlockMisfit):
             put(self.evolution.u, u[i])
             if du is not None:
                 put(self._du, du[i])
-            if self.evolution.t is not None:
-                self.evolution.t.assign(time)
+            if self._t is not None:
+                self._t.assign(time)
             result = self._assemble[which].assemble()
             out[i] = result if which == 0 else get(result)
         return out

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import ufl
-from firedrake import Function, TestFunction, assemble, derivative
+from firedrake import Function, TestFunction, TrialFunction, assemble, derivative
 from firedrake.assemble import get_assembler
 from ufl.algorithms import expand_derivatives, extract_coefficients
 
@@ -21,7 +21,9 @@ from pint_fem.adjoint.reference import Reference
 from pint_fem.errors import InputError
 from pint_fem.mgrit.norms import gather_in_order
 from pint_fem.propagators.arrays import get, is_real, own_size, put
+from pint_fem.propagators.evolution import Evolution
 from pint_fem.propagators.operators import ControlOperator, control_operator
+from pint_fem.propagators.private_copies import data_of
 from pint_fem.propagators.quadrature import with_fixed_degrees
 
 __all__ = ["Regularisation"]
@@ -31,7 +33,7 @@ class _Functional:
     """A functional of some functions, on the vector of their own values."""
 
     def __init__(self, form: ufl.Form, functions: Sequence[Function], space_sum):
-        self.functions, self._space_sum = functions, space_sum
+        self.form, self.functions, self._space_sum = form, functions, space_sum
         self._sizes = [own_size(f.function_space()) for f in functions]
         self._directions = [Function(f.function_space()) for f in functions]
         gradients = [expand_derivatives(derivative(form, f, TestFunction(f.function_space()))) for f in functions]
@@ -130,6 +132,8 @@ class Regularisation:
         A UFL functional, or several; each of static controls or of controls with a value a step, not of both.
     layout
         The controls.
+    own
+        The evolution in functions of its own, which values of controls are put into.
 
     Raises
     ------
@@ -137,7 +141,7 @@ class Regularisation:
         If a form is no such functional.
     """
 
-    def __init__(self, forms, layout: ControlLayout):
+    def __init__(self, forms, layout: ControlLayout, own: Evolution):
         self.layout, ev, spacetime = layout, layout.evolution, layout.spacetime
         self._terms: list[tuple[_Functional, tuple[Function, ...]]] = []
         for form in forms if isinstance(forms, (list, tuple)) else [forms]:
@@ -154,7 +158,30 @@ class Regularisation:
                     "regularisation: a functional contains static controls and some with a value a step: give a list "
                     "with a functional of each kind"
                 )
-            self._terms.append((_Functional(with_fixed_degrees(form), controls, spacetime.sum_over_space), controls))
+            form, t = own.functional(with_fixed_degrees(form), "regularisation")
+            if t is not None:
+                raise InputError("regularisation: a functional contains the time function t; controls have no time")
+            functions = [own.copies.variable(c) for c in controls]
+            self._terms.append((_Functional(form, functions, spacetime.sum_over_space), controls))
+
+    def update_data(self, changed: set) -> None:
+        """Take new values of data: functions and constants of the evolution's private copies."""
+        for i, (functional, controls) in enumerate(self._terms):
+            if changed & set(data_of(functional.form)):
+                made = _Functional(functional.form, functional.functions, self.layout.spacetime.sum_over_space)
+                self._terms[i] = made, controls
+
+    def second_derivative(self, control: Function) -> ufl.Form | None:
+        """By one of the user's controls, as a bilinear form; ``None`` where it is zero or depends on the control."""
+        found, space = [], control.function_space()
+        for functional, controls in self._terms:
+            if control in controls:
+                f = functional.functions[controls.index(control)]
+                gradient = derivative(functional.form, f, TestFunction(space))
+                found.append(expand_derivatives(derivative(gradient, f, TrialFunction(space))))
+                if f in extract_coefficients(found[-1]):
+                    return None
+        return sum(found[1:], start=found[0]) if found else None
 
     @property
     def quadratic(self) -> bool:

@@ -52,7 +52,8 @@ class RowSpace:
         return self._basis.T @ self._coefficients[key]
 
     def _begin(self) -> None:
-        for make in self._samples:
+        samples, self._samples = self._samples, []  # they refer to who has this object
+        for make in samples:
             row = make()
             if self._basis is None:
                 self._basis = np.zeros((0, len(row)))
