@@ -29,8 +29,8 @@ os.environ.setdefault("PETSC_OPTIONS", "-options_left no")
 class ProgramParser(argparse.ArgumentParser):
     """``argparse`` that raises :class:`InputError` instead of printing and exiting on every rank.
 
-    Options with one dash (``-mgrit_rtol 1e-6``, ``-pint_ksp_view``) are PETSc's and stay in its database; those that are
-    nearly the program's own or this package's are refused.
+    Options with one dash (``-mgrit_rtol 1e-6``, ``-pint_ksp_view``) are PETSc's and stay in its database; those that
+    are nearly the program's own or this package's are refused.
 
     Parameters
     ----------
@@ -111,7 +111,7 @@ def positive(kind: type, *, zero: bool = False) -> Callable[[str], float]:
 def run(main: Callable[[], None], comm=MPI.COMM_WORLD) -> None:
     """Call ``main`` on every rank and exit: status 0, 2 after bad input (one line on stderr), 1 after a failure.
 
-    An error that not every rank meets ends the others too: no rank is left waiting.
+    An error, an exit or an interrupt that not every rank meets ends the others too: no rank is left waiting.
     """
     try:
         main()
@@ -119,9 +119,13 @@ def run(main: Callable[[], None], comm=MPI.COMM_WORLD) -> None:
     except InputError as error:
         code = _leave(comm, 2, f"error: {' '.join(str(error).split())}\n")
     except SystemExit as stop:
-        code = stop.code or 0
-    except KeyboardInterrupt:
-        comm.Abort(130)
+        text = "" if isinstance(stop.code, int | None) else f"error: {stop.code}\n"
+        code = _leave(comm, 1 if text else stop.code or 0, text)
+    except KeyboardInterrupt as stop:
+        if getattr(stop, "raised_on_ranks", 1) < comm.size:
+            sys.stderr.write(f"rank {comm.rank}: interrupted\n")
+            comm.Abort(130)
+        code = _leave(comm, 130, "interrupted\n")
     except BaseException as error:
         lines = traceback.format_exc() if os.environ.get("PINT_FEM_TRACEBACK") or not _expected(error) else ""
         code = _leave(comm, 1, f"{lines}error: {type(error).__name__}: {' '.join(str(error).split())}\n")
@@ -142,9 +146,9 @@ def _leave(comm, code: int, text: str) -> int:
     request, start = comm.Ibarrier(), time.monotonic()
     while not request.Test():
         if time.monotonic() - start > 20:
-            sys.stderr.write(text)
+            sys.stderr.write(text or f"error: rank {comm.rank} left alone\n")
             sys.stderr.flush()
-            comm.Abort(code)
+            comm.Abort(code or 1)
         time.sleep(0.01)
     if comm.rank == 0:
         sys.stderr.write(text)

@@ -1,8 +1,8 @@
 """Names of command line options that are nearly ours: refused with the name that was meant, as nothing would read them.
 
 Options with one dash belong to PETSc's database, which takes any name. Those of this package begin with ``mgrit_``,
-``paradiag_`` or ``pint_``; what follows is checked where the options are read. Here are names that miss the prefix, such
-as ``-mgri_levels`` or ``-MGRIT_levels``. All other names are left to PETSc.
+``paradiag_`` or ``pint_``; what follows is checked where the options are read. Here are names that miss the prefix,
+such as ``-mgri_levels`` or ``-MGRIT_levels``. All other names are left to PETSc.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ PREFIXES = ("mgrit_", "paradiag_", "pint_")
 
 
 def distance(a: str, b: str) -> int:
-    """Insertions, deletions, substitutions and exchanges of neighbours that make one word of another (Damerau, 1964)."""
+    """Insertions, deletions, substitutions and exchanges of neighbours between two words (Damerau, 1964)."""
     rows = [list(range(len(b) + 1))]
     for i, x in enumerate(a, 1):
         row = [i]

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from mpi4py import MPI
 
+from pint_fem.collective import require_same
 from pint_fem.communicators import Lease
 from pint_fem.errors import InputError
 from pint_fem.mgrit.grids import split_steps
@@ -113,6 +114,7 @@ class SpaceTime:
         if grid is None:
             grid = "auto"
         text = grid if isinstance(grid, str) else "x".join(map(str, grid))
+        require_same(comm, grid=text)
         self.space_size, self.time_size = parse_grid(text, comm.size)
         self._lease = Lease(comm, self.space_size, _ensemble if _has_firedrake() else None)
         groups = self._lease.groups

@@ -16,10 +16,12 @@ from firedrake.petsc import PETSc
 from pyadjoint.tape import stop_annotating
 from ufl.algorithms import expand_derivatives
 
+from pint_fem.collective import any_rank
+from pint_fem.errors import SolverFailure
 from pint_fem.paradiag import ParaDiagOptions
 from pint_fem.paradiag.petsc import distributed_system
 from pint_fem.paradiag.systems import ShiftedSteps
-from pint_fem.propagators.arrays import boundary_rows, get, put
+from pint_fem.propagators.arrays import boundary_rows, put
 from pint_fem.propagators.evolution import Evolution
 from pint_fem.spacetime import Slab, SpaceTime
 
@@ -91,10 +93,15 @@ class AveragedSystems:
 
         return renew
 
+    def forget(self) -> None:
+        """Give up the factors of all frequencies, as after a failure or a change of data: the next solve averages
+        anew.
+        """
+        self._systems = None
+
     def _average(self, z, U: np.ndarray) -> None:
         """Assemble and average; collective over all ranks."""
-        ev, comm = self.evolution, self.spacetime.time_comm
-        kept = get(ev.u), ev.get_controls(), None if ev.t is None else get(ev.t)
+        comm = self.spacetime.time_comm
         sums = [None, None]
         for step in self._samples:
             owner = int(np.searchsorted(self.slab.bounds, step, side="right")) - 1
@@ -105,10 +112,8 @@ class AveragedSystems:
                     values = np.ascontiguousarray(matrix.getValuesCSR()[2])
                     comm.Bcast(values, root=owner)
                     sums[i] = values if sums[i] is None else sums[i] + values
-        put(ev.u, kept[0])
-        ev.put_controls(kept[1])
-        if ev.t is not None:
-            put(ev.t, kept[2])
+        if any_rank(self.spacetime.space_comm, not all(np.isfinite(s).all() for s in sums if s is not None)):
+            raise SolverFailure("the operators that ParaDiag averages over the steps are not finite")
         averages = [None if s is None else self._matrix(i, s / len(self._samples)) for i, s in enumerate(sums)]
         self._build(*averages)
         self.renewals += 1

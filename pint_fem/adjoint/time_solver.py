@@ -7,12 +7,14 @@ from dataclasses import dataclass, field
 
 from firedrake.petsc import PETSc
 
+from pint_fem.collective import require_same
 from pint_fem.errors import InputError
 from pint_fem.mgrit import MGRITOptions
 from pint_fem.mgrit.option_strings import parse_options
 from pint_fem.option_names import refuse_near_misses
 from pint_fem.paradiag import ParaDiagOptions
 from pint_fem.paradiag.options import SHARED, parse_paradiag_options
+from pint_fem.petsc_types import require_types
 from pint_fem.propagators.evolution import Evolution
 from pint_fem.propagators.verdicts import mgrit_verdict, paradiag_contraction
 from pint_fem.spacetime import SpaceTime
@@ -80,6 +82,7 @@ def _paradiag_options(given, mgrit: MGRITOptions) -> tuple[ParaDiagOptions, dict
     given = dict(given or {})
     systems = {k: given.pop(k) for k in list(given) if str(k).startswith(_PETSC)}
     database, petsc = _database("paradiag_")
+    require_types(systems, "paradiag_", "paradiag")
     plain = MGRITOptions()
     shared = {name: getattr(mgrit, name) for name in SHARED if getattr(mgrit, name) != getattr(plain, name)}
     try:
@@ -89,13 +92,24 @@ def _paradiag_options(given, mgrit: MGRITOptions) -> tuple[ParaDiagOptions, dict
 
 
 def read_time_solver(parameters: dict, evolution: Evolution, spacetime: SpaceTime, coarse_tableau) -> TimeSolver:
-    """Take ``time_solver``, ``mgrit`` and ``paradiag`` out of the parameters; collective for ``"auto"``.
+    """Take ``time_solver``, ``mgrit`` and ``paradiag`` out of the parameters; collective.
 
     Raises
     ------
     InputError
-        On bad options, or ParaDiag for an evolution that is not linear with constant operators.
+        On every rank: on parameters or an evolution that differ between ranks, on bad options, or ParaDiag for an
+        evolution that is not linear with constant operators.
     """
+    require_same(
+        spacetime.comm,
+        nsteps=evolution.nsteps,
+        dt=evolution.dt,
+        t0=evolution.t0,
+        tableau=evolution.tableau,
+        coarse_tableau=coarse_tableau,
+        controls=len(evolution.controls),
+        given=parameters,
+    )
     kind = parameters.pop("time_solver", "mgrit")
     if kind not in KINDS:
         raise InputError(f"time_solver {kind!r}: give one of {', '.join(map(repr, KINDS))}")

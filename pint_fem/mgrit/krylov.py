@@ -33,7 +33,7 @@ import numpy as np
 from petsc4py import PETSc
 from petsctools import OptionsManager
 
-from pint_fem.collective import any_rank, collectively, raise_report, reported
+from pint_fem.collective import any_rank, collectively, ending_all_ranks, raise_report, reported
 from pint_fem.errors import InputError, SolverFailure
 from pint_fem.mgrit.all_at_once import Direction, Hierarchies, MGRITPreconditioner
 from pint_fem.mgrit.levels import Level, Propagator
@@ -255,7 +255,11 @@ class KrylovMGRIT:
         ksp.setInitialGuessNonzero(any_rank(h.petsc_comm, x.any()))
         solution, b = h.vec(x), h.vec(self._b)
         # what blows up shows in PETSc's norm, once
-        with self._petsc_options.inserted_options(), np.errstate(over="ignore", invalid="ignore"):
+        with (
+            ending_all_ranks(h.petsc_comm),
+            self._petsc_options.inserted_options(),
+            np.errstate(over="ignore", invalid="ignore"),
+        ):
             (ksp.solveTranspose if side.solver.transposed else ksp.solve)(b, solution)
             scale = b.norm()
         reason = ksp.getConvergedReason()

@@ -30,6 +30,7 @@ _READ_WITH = (
 )
 """Options that are read with some values of another one only."""
 _COUNTS = {"levels": 1, "f_cycles": 0, "nested_cycles": 1, "coarse_sweeps": 1, "max_it": 1}
+_MOST_SWEEPS = 10_000
 _MAY_BE_NONE = ("levels", "f_cycles", "stagnation")
 _MOST_LEVELS = 64
 """No hierarchy of steps numbered by 64 bits has more levels."""
@@ -235,7 +236,9 @@ class MGRITOptions:
                 near = f"did you mean 'level_{last}_{name}'?" if last >= 0 else f"give {name!r} and more levels"
                 numbers = "level 0 only" if count == 1 else f"levels 0 to {count - 1}"
                 what = "is stepped through" if level == count - 1 else "is none of them"
-                raise ValueError(f"mgrit option 'level_{level}_{name}': there are {numbers}, and {level} {what}; {near}")
+                raise ValueError(
+                    f"mgrit option 'level_{level}_{name}': there are {numbers}, and {level} {what}; {near}"
+                )
 
     @property
     def is_fixed(self) -> bool:
@@ -319,6 +322,8 @@ def check_coarsening(given) -> tuple:
 
 
 def _scheme(r, given) -> str:
+    if _is_int(r) and r > _MOST_SWEEPS:
+        raise ValueError(f"mgrit relax {given!r}: give at most {_MOST_SWEEPS} FC-sweeps; 1 or 2 are usual")
     if _is_int(r) and r >= 0:
         return "F" + "CF" * int(r)
     if not isinstance(r, str) or r != "F" + "CF" * r.count("C"):

@@ -15,7 +15,8 @@ import numpy as np
 from firedrake.petsc import PETSc
 from petsctools import OptionsManager
 
-from pint_fem.direct import completed, default_solver, factor_bytes, matrix_bytes, trial_residual
+from pint_fem.direct import completed, default_solver, factor_bytes, is_finite, matrix_bytes, trial_residual
+from pint_fem.errors import InputError, is_numerical
 from pint_fem.propagators.multigrid import Geometry
 
 __all__ = [
@@ -105,6 +106,10 @@ class Factor:
         prefix: str = "pint_",
         geometry: Geometry | None = None,
     ):
+        if not is_finite(matrix):
+            raise InputError(
+                "an operator has entries that are infinite or NaN, or too large: check the coefficients in the forms"
+            )
         self.symmetric, self._geometry = symmetric, geometry
         self._parameters: dict = {}
         self._solves = _Solves()
@@ -122,8 +127,9 @@ class Factor:
                 ksp = self._set_up(matrix, default_solver(comm, unknowns, spd=True), prefix)
                 if self._is_accurate(ksp, matrix):
                     return ksp
-            except (PETSc.Error, ArithmeticError):
-                pass
+            except (PETSc.Error, ArithmeticError) as error:
+                if not is_numerical(error):
+                    raise
             matrix.setOption(PETSc.Mat.Option.SPD, False)  # it is not positive definite
         return self._set_up(matrix, default_solver(comm, unknowns), prefix)
 

@@ -224,10 +224,12 @@ class Factors:
 
     def measure(self, matrix: PETSc.Mat) -> None:
         """Find out what a factor takes, from a matrix with the entries of the others (collective over space)."""
-        solver = Solver(self.parameters, self._quick)
-        solver.factor(with_finite_entries(matrix), None)
+        solver, like = Solver(self.parameters, self._quick), with_finite_entries(matrix)
+        solver.factor(like, None)
         self.bytes = self._bytes_of(solver)
         solver.destroy()
+        if like is not matrix:
+            like.destroy()
 
     # -- solves --------------------------------------------------------------------------------------------------------
     def solve(self, stage, b: PETSc.Vec, x: PETSc.Vec, *, transposed: bool = False) -> None:

@@ -68,6 +68,7 @@ class FormPropagator(FEPropagator):
 
     def __init__(self, evolution: Evolution, *, stride: int = 1, tableau=None, factor_memory: int = FACTOR_MEMORY):
         super().__init__(evolution, stride=stride, tableau=tableau)
+        evolution = self.evolution
         if not factor_memory >= 0:
             raise InputError(f"factor_memory = {factor_memory!r}: give a number of bytes, 0 keeps no factor")
         self.dirk = DIRK(self.tableau)
@@ -80,6 +81,10 @@ class FormPropagator(FEPropagator):
         self._scratch = StepMemory(self.forms, keep=False)
         self._control = _NONE
         self._control_vecs: dict[int, tuple[PETSc.Vec, PETSc.Vec]] = {}
+
+    def update_data(self, changed):
+        """See :class:`FEPropagator`: forms are assembled with the new values unless a matrix is kept for all steps."""
+        return self.forms.update_data(changed)
 
     # -- memory --------------------------------------------------------------------------------------------------------
     def memory(self, count, *, often=True) -> list[StepMemory]:

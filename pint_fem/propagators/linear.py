@@ -65,6 +65,7 @@ class LinearPropagator(FEPropagator):
 
     def __init__(self, evolution: Evolution, *, stride: int = 1, tableau=None):
         super().__init__(evolution, stride=stride, tableau=tableau)
+        evolution = self.evolution
         operators = evolution.linear_operators()
         if operators is None:
             raise InputError("the evolution is not linear with constant operators: use the form propagator")
@@ -166,6 +167,14 @@ class LinearPropagator(FEPropagator):
             M, K = ev.linear_operators()
             for h in self.factors:
                 self._lifting[h] = MatrixOperator(assemble(M + Constant(h) * K, mat_type="aij").petscmat, self.bc_rows)
+
+    def update_data(self, changed):
+        """See :class:`FEPropagator`: loads only, so that operators and factors stay."""
+        if changed & self.evolution.operator_data:
+            return False
+        if changed and self._loads is not None:
+            self._loads, self._row_space = {}, None
+        return True
 
     def _affine_load(self, t: float, i: int) -> np.ndarray:
         """``h f(t_i, 0)`` with lifting, for the step that starts at ``t``; assembled once where nothing depends on

@@ -7,6 +7,7 @@ from itertools import pairwise
 import numpy as np
 from mpi4py import MPI
 
+from pint_fem.collective import require_same
 from pint_fem.communicators import Lease
 from pint_fem.errors import InputError
 from pint_fem.spacetime import parse_grid
@@ -38,6 +39,7 @@ class Grid:
 
     def __init__(self, grid: str | tuple[int, int] | None = None, comm=MPI.COMM_WORLD):
         text = "auto" if grid is None else grid if isinstance(grid, str) else "x".join(map(str, grid))
+        require_same(comm, grid=text)
         try:
             self.data_size, self.layer_size = parse_grid(text, comm.size)
         except InputError as error:
@@ -76,18 +78,6 @@ class Grid:
     def is_last(self) -> bool:
         """Whether it has the last layers, and with them the classification layer."""
         return self.layer_comm.rank == self.layer_size - 1
-
-    def agree(self, problem: str | None) -> None:
-        """Raise on every rank what one of them has to say (collective over the layers).
-
-        Raises
-        ------
-        InputError
-        """
-        if self.layer_size > 1:
-            problem = next((p for p in self.layer_comm.allgather(problem) if p), None)
-        if problem:
-            raise InputError(problem)
 
     def mean_over_data(self, values: np.ndarray) -> None:
         """Replace an array by its mean over ``data_comm``, summed in rank order: the same bits everywhere.
