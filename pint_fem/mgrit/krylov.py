@@ -26,6 +26,7 @@ This module needs petsc4py and petsctools; :mod:`pint_fem.mgrit` does not import
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -238,7 +239,8 @@ class KrylovMGRIT:
         pc.setType(PETSc.PC.Type.PYTHON)
         pc.setPythonContext(MGRITPreconditioner(h))
         if options.monitor:
-            ksp.setMonitor(lambda ksp, it, norm: self._say(f"  {self.name} {it:3d} residual {norm:.6e}"))
+            me = weakref.ref(self)  # PETSc's solver holds on to what it calls
+            ksp.setMonitor(lambda ksp, it, norm: me()._say(f"  {me().name} {it:3d} residual {norm:.6e}"))
         # no restart: it may fall behind the plain iteration; PETSc allocates as iterations go on
         parameters = {"ksp_gmres_restart": options.max_it} | self._parameters
         self._petsc_options = OptionsManager(parameters, self._prefix)

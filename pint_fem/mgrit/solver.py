@@ -31,7 +31,7 @@ from pint_fem.mgrit.options import MGRITOptions
 from pint_fem.mgrit.residuals import Residuals
 from pint_fem.mgrit.stopping import SolveResult, SolverFailure, Stopping
 from pint_fem.mgrit.theory import exact_termination
-from pint_fem.mgrit.trace import Trace
+from pint_fem.mgrit.trace import Trace, check_trace_file
 from pint_fem.mgrit.transfer import Transfer
 from pint_fem.mgrit.view import describe
 
@@ -124,7 +124,10 @@ class MGRIT:
         self.key = digest((nsteps, bounds.digest, vars(options), len(propagators), bool(linear), bool(transposed)))
         self.linear, self.transposed = linear, transposed
         self._speaks = comm.rank == 0 if speaks is None else speaks
-        self.trace = Trace(comm) if options.trace and trace is None else trace
+        if options.trace and trace is None:
+            check_trace_file(options.trace, comm)
+            trace = Trace(comm)
+        self.trace = trace
         for level in self.levels:
             level.trace = self.trace
         keeps_all = options.storage == "all"

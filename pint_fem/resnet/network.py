@@ -9,6 +9,7 @@ one ``autograd.Function``.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import NamedTuple
@@ -18,6 +19,7 @@ import torch
 from mpi4py import MPI
 from torch import nn
 
+from pint_fem.capacity import require_memory
 from pint_fem.collective import collectively, raise_together, require_same
 from pint_fem.errors import FAILURES, InputError
 from pint_fem.mgrit import MGRITOptions, SolverFailure
@@ -138,6 +140,13 @@ class LayerParallelResNet(nn.Module):
             raise InputError(f"dtype {dtype}: give torch.float64 or torch.float32")
         self.layer, self.nlayers, self.h = layer, nlayers, final_time / nlayers
         self.final_time, self.evaluation, self.dtype, self.seed = final_time, evaluation, dtype, seed
+        own = -(-nlayers // grid.layer_size) * sum(math.prod(shape) for shape in layer.shapes.values())
+        require_memory(
+            grid.comm,
+            2 * own * dtype.itemsize,
+            f"parameters and gradients of {nlayers} layers",
+            "give fewer or narrower layers, or more machines",
+        )
         if not isinstance(mgrit, MGRITOptions):
             tolerance = 1e-12 if dtype == torch.float64 else 1e-6
             mgrit = {"rtol": tolerance, "on_divergence": "serial", **(mgrit or {})}
