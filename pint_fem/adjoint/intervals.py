@@ -123,12 +123,13 @@ class Intervals:
         W = self.buffer("states", self.m)[:, : window.count]
         if self._here == window.first:
             return W
-        self._here = window.first
+        self._here = None  # as long as a step may fail
         for memory in self._kept or ():
             memory.restart()
         W[0] = self._U[window.starts]
         for j in range(self.m - 1):
             self.propagator.step(self.data(window, j, linearised=False), W[j], W[j + 1], window.first)
+        self._here = window.first
         return W
 
     def tangents(self, window: Window, dz: np.ndarray | None, dU: np.ndarray) -> np.ndarray:

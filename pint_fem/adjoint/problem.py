@@ -29,12 +29,16 @@ from pint_fem.adjoint.misfit import BlockMisfit, Misfit
 from pint_fem.adjoint.regularisation import Regularisation
 from pint_fem.adjoint.sweeps import Sweeps
 from pint_fem.adjoint.trajectory import Source, trajectories
-from pint_fem.collective import collectively
+from pint_fem.collective import collectively, require_same
 from pint_fem.errors import FAILURES, InputError
 from pint_fem.mgrit import SolveResult, SolverFailure
 from pint_fem.mgrit.norms import gather_in_order
 
 __all__ = ["Point", "ReducedProblem", "relative_residual"]
+
+
+_ROUND_OFF, _NEAR = 16 * np.finfo(float).eps, 1e3
+"""Least relative error of a state; fits to this times a state's error are near it."""
 
 
 class Point:
@@ -113,6 +117,7 @@ class ReducedProblem:
         self.misfits = [misfits] if isinstance(misfits, Misfit) else list(misfits)
         if not self.misfits or not all(isinstance(m, Misfit) for m in self.misfits):
             raise InputError("misfits: give RunningMisfit, TerminalMisfit or PointSensors objects")
+        require_same(self.spacetime.comm, misfits=self.misfits, regularisation=regularisation is not None)
         if not self.evolution.controls:
             raise InputError("the evolution has no control=: there is nothing to optimise")
         self.layout = ControlLayout(self.evolution, self.spacetime, sweeps.slab)
@@ -199,13 +204,7 @@ class ReducedProblem:
         return self._points[int(np.argmax(known))] if known.any() else None
 
     def at(self, z: np.ndarray, **wanted) -> Point:
-        """The point of a control, the state maybe not solved yet; it comes first.
-
-        Raises
-        ------
-        InputError
-            On every rank, if the control has another size or differs between ranks in time.
-        """
+        """The point of a control, the state maybe not solved yet; it comes first. Copies that differ are refused."""
         z = np.array(z, dtype=float).ravel()
         point = self._find(z, **wanted)
         if point is None:
@@ -228,13 +227,22 @@ class ReducedProblem:
             collectively(self.spacetime.comm, "printer", show, text)
         trajectory = point.U if kind == "state" else point.L
         point.rtol[kind] = np.inf
-        try:
-            result = solve(trajectory, cold=point.cold[kind])
-        except FAILURES:
-            trajectory[:] = self.sweeps.initial if kind == "state" else 0  # a failed trajectory is no first guess
-            point.cold[kind] = True
-            point.move_to(None) if kind == "state" else point.state_changed()
-            raise
+        first_guess = self.sweeps.initial if kind == "state" else 0
+        # from a first guess that another control has left, and if that fails without: no failure is due to the past
+        retries = not ("cycles" in wanted or self.sweeps.is_sequential)
+        for cold in (True,) if point.cold[kind] else (False, True):
+            if cold:
+                trajectory[:] = first_guess
+            try:
+                result = solve(trajectory, cold=cold)
+                break
+            except FAILURES as failure:
+                trajectory[:] = first_guess
+                self.sweeps.forget(factors=True)
+                if cold or not retries or not isinstance(failure, SolverFailure):
+                    point.cold[kind] = True
+                    point.move_to(None) if kind == "state" else point.state_changed()
+                    raise
         point.cold[kind] = False
         if kind == "state":
             point.state_changed()
@@ -272,6 +280,7 @@ class ReducedProblem:
             yield
         except SolverFailure:
             point.reset(self.sweeps.initial)
+            self.sweeps.forget(factors=True)
             raise
 
     # -- values --------------------------------------------------------------------------------------------------------
@@ -287,6 +296,8 @@ class ReducedProblem:
             regularisation = 0.0 if self.regularisation is None else self.regularisation.value(point.z)
             point.parts = {"misfit": float(sums.sum()), "regularisation": regularisation}
             point.value = point.parts["misfit"] + regularisation
+            if not np.isfinite(point.value):  # its trajectories are no first guesses
+                point.cold = dict.fromkeys(point.cold, True)
         return point.value
 
     def observations(self, z: np.ndarray, misfit: BlockMisfit) -> np.ndarray:
@@ -360,6 +371,27 @@ class ReducedProblem:
             if self.regularisation is not None:
                 point.gradient += self.regularisation.gradient(point.z)
         return point.gradient.copy()
+
+    def gradient_error(self, z: np.ndarray) -> np.ndarray | None:
+        """What the state's error may change the gradient by where the state fits the data to not much more than that: a
+        dual vector, by an adjoint sweep. ``None`` where the misfit is larger, and then without a sweep.
+
+        Near such a fit the adjoint's right-hand side is a difference of much larger numbers, whose relative error is
+        that of the state: round-off, or what the last residuals of all steps add up to.
+        """
+        point = self._solve_state(z)
+        error = max(2 * np.sqrt(self.evolution.nsteps) * relative_residual(point.state), _ROUND_OFF)
+        steps = self.layout.steps(point.z)
+        with self._judging(point):
+            source = self._trajectories.gradient(point, steps)
+            terms = self._trajectories.hessian(point, steps, None, point.U, second=False)
+        last = None if self.sweeps.slab.is_last else -1
+        squares = self.spacetime.sum_over_grid(np.array([(s.rows[:last] ** 2).sum() for s in (source, terms)]))
+        if not np.sqrt(squares[0]) <= _NEAR * error * np.sqrt(squares[1]):
+            return None
+        M = self.sweeps.new_slab()
+        self.sweeps.adjoint(steps, point.U, terms.rows, M, cold=True)
+        return error * self._pull_back(point, M, terms.controls)
 
     def adjoint_part(self, point: Point) -> np.ndarray:
         """What the regularisation leaves of ``J'``."""

@@ -22,6 +22,7 @@ from pint_fem.adjoint.sweeps import Sweeps
 from pint_fem.adjoint.time_solver import mgrit_options, read_time_solver
 from pint_fem.errors import InputError
 from pint_fem.optimize import OneShotResult, TrustRegionResult
+from pint_fem.petsc_types import require_types
 from pint_fem.propagators import Evolution, make_propagator
 from pint_fem.propagators.arrays import get, put
 from pint_fem.spacetime import SpaceTime
@@ -103,6 +104,7 @@ class TimeParallelReducedFunctional(AbstractReducedFunctional):
             krylov = {}
         if krylov is not None and not isinstance(krylov, Mapping):
             raise InputError(f"krylov {krylov!r}: give PETSc options, such as {{'ksp_type': 'fgmres'}}")
+        require_types(krylov or {}, "mgrit_", "krylov")
         if krylov is not None and solver.kind == "paradiag":
             raise InputError("krylov accelerates MGRIT's sweeps, not time_solver 'paradiag': leave one of them out")
         if parameters:

@@ -16,12 +16,15 @@ from firedrake.assemble import get_assembler
 from ufl.algorithms import expand_derivatives, extract_coefficients
 
 from pint_fem.adjoint.layout import ControlLayout
+from pint_fem.adjoint.quadratic import NOISE
+from pint_fem.adjoint.reference import Reference
 from pint_fem.errors import InputError
 from pint_fem.mgrit.norms import gather_in_order
 from pint_fem.propagators.arrays import get, is_real, own_size, put
 from pint_fem.propagators.evolution import Evolution
 from pint_fem.propagators.operators import ControlOperator, control_operator
 from pint_fem.propagators.private_copies import data_of
+from pint_fem.propagators.quadrature import with_fixed_degrees
 
 __all__ = ["Regularisation"]
 
@@ -39,14 +42,31 @@ class _Functional:
         self.quadratic = not any(set(functions) & set(extract_coefficients(h)) for h in seconds)
         if self.quadratic:
             self._operators = self._constant_operators(gradients)
-            zero = {f: Function(f.function_space()) for f in functions}
-            self._linear = np.concatenate([get(assemble(ufl.replace(g, zero))) for g in gradients])
-            self._constant = float(assemble(ufl.replace(form, zero)))
+            self._expand(form, gradients)
         else:
             self._value = get_assembler(form)
             self._gradients = [get_assembler(g) for g in gradients]
             sums = [sum((h for h in row if not h.empty()), start=ufl.Form([])) for row in along]
             self._hessians = [None if h.empty() else get_assembler(h) for h in sums]
+
+    def _expand(self, form: ufl.Form, gradients: Sequence[ufl.Form]) -> None:
+        """Value and gradient at the reference values: those that the functional compares the functions with, where they
+        are better than zero (see :mod:`~pint_fem.adjoint.reference`).
+        """
+        values = {f: Function(f.function_space()) for f in self.functions}
+        form = ufl.replace(form, values)
+        reference = Reference(form, list(values.values()))
+        self._reference, self._constant = np.zeros(sum(self._sizes)), float(assemble(form))
+        row = reference.row() if reference.found else None
+        if row is not None:
+            self._put(values.values(), row)
+            constant = float(assemble(form))
+            if abs(constant) <= abs(self._constant):
+                self._reference, self._constant = row, constant
+        self._put(values.values(), self._reference)
+        self._linear = np.concatenate([get(assemble(ufl.replace(g, values))) for g in gradients])
+        magnitudes = {pair: (operator.absolute(), turned) for pair, (operator, turned) in self._operators.items()}
+        self._linear[np.abs(self._linear) <= NOISE * self._product(np.abs(self._reference), magnitudes)] = 0.0
 
     def _pairs(self):
         return zip(self.functions, self._directions, strict=True)
@@ -67,10 +87,10 @@ class _Functional:
                     made[i, j] = operator, turned
         return made
 
-    def _product(self, z: np.ndarray) -> np.ndarray:
+    def _product(self, z: np.ndarray, operators: dict | None = None) -> np.ndarray:
         out = np.zeros_like(z)
         targets, sources = self.split(out), self.split(z)
-        for (i, j), (operator, turned) in self._operators.items():
+        for (i, j), (operator, turned) in (self._operators if operators is None else operators).items():
             targets[i] += (operator.transposed if turned else operator)(sources[j])
         return out
 
@@ -81,14 +101,15 @@ class _Functional:
     def value(self, z: np.ndarray) -> float:
         """``R(z)`` for ``z`` ``(nz,)``."""
         if self.quadratic:
-            return float(self._space_sum(np.array([z @ (0.5 * self._product(z) + self._linear)]))[0]) + self._constant
+            w = z - self._reference
+            return float(self._space_sum(np.array([w @ (0.5 * self._product(w) + self._linear)]))[0]) + self._constant
         self._put(self.functions, z)
         return float(self._value.assemble())
 
     def gradient(self, z: np.ndarray) -> np.ndarray:
         """``R'(z)``, a dual vector ``(nz,)``."""
         if self.quadratic:
-            return self._product(z) + self._linear
+            return self._product(z - self._reference) + self._linear
         self._put(self.functions, z)
         return np.concatenate([get(g.assemble()) for g in self._gradients])
 
@@ -137,7 +158,7 @@ class Regularisation:
                     "regularisation: a functional contains static controls and some with a value a step: give a list "
                     "with a functional of each kind"
                 )
-            form, t = own.functional(form, "regularisation")
+            form, t = own.functional(with_fixed_degrees(form), "regularisation")
             if t is not None:
                 raise InputError("regularisation: a functional contains the time function t; controls have no time")
             functions = [own.copies.variable(c) for c in controls]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from firedrake import FunctionSpace, TensorFunctionSpace, TrialFunction, VertexOnlyMesh, assemble
 from firedrake import interpolate as interpolate_
+from firedrake.exceptions import VertexOnlyMeshMissingPointsError
 from firedrake.petsc import PETSc
 
 from pint_fem.adjoint.misfit import BlockMisfit
@@ -13,6 +14,9 @@ from pint_fem.propagators.arrays import rows_in_whole
 from pint_fem.propagators.blocks import BlockOperator
 
 __all__ = ["PointSensors"]
+
+_NEAR = 0.1
+"""Readings that differ by no more than this from their mean, relative to it, are taken relative to it."""
 
 
 class PointSensors(BlockMisfit):
@@ -67,6 +71,16 @@ class PointSensors(BlockMisfit):
             raise InputError(f"readings have shape {data.shape}: give (times, sensors) = {(len(times), len(points))}")
         if not all(np.isfinite(a).all() for a in (points, times, data)):
             raise InputError("sensor points, times and readings must be finite numbers")
+        if not np.isfinite(weight):
+            raise InputError(f"sensors: weight = {weight}: give a finite number, such as 1/(variance * readings)")
+        with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+            total = 0.5 * weight * np.square(data).sum()
+        if not np.isfinite(total):
+            largest = np.abs(data).max()
+            raise InputError(
+                f"sensors: readings as large as {largest:g} with weight {weight:g} overflow in the sum of squares; "
+                "give readings in other units, or repair them"
+            )
         if len(times) == 0 or (np.diff(times) <= 0).any():
             raise InputError("sensor times must increase")
         if len(np.unique(points, axis=0)) < len(points):
@@ -85,7 +99,7 @@ class PointSensors(BlockMisfit):
         places = self._points, self._times
         self._take()
         if all(np.array_equal(a, b) for a, b in zip(places, (self._points, self._times), strict=True)):
-            self._own_data = self._data[self._own][:, self.local]
+            self._take_readings()
         else:
             self.bind(self.evolution, self.spacetime, self.slab)
 
@@ -104,7 +118,7 @@ class PointSensors(BlockMisfit):
             raise InputError(f"sensor times {self._times[0]:g}..{self._times[-1]:g} are not within {first:g}..{last:g}")
         try:
             sensors = VertexOnlyMesh(mesh, self._points, missing_points_behaviour="error")
-        except Exception as error:  # Firedrake raises it on every rank
+        except VertexOnlyMeshMissingPointsError as error:  # on every rank
             raise InputError(f"a sensor is outside the mesh: {str(error).splitlines()[0]}") from error
         H = self._matrix(space, sensors)
         self._at_sensors, self._at_sensors_T = BlockOperator(H), BlockOperator(H.transpose(type(H)()))
@@ -117,12 +131,24 @@ class PointSensors(BlockMisfit):
         own = np.flatnonzero((point > slab.lo) & (point <= slab.hi))
         self._row, self._theta = point[own] - slab.lo, np.minimum(place[own] - (point[own] - 1), 1.0)
         self._theta[np.abs(self._theta - 1) < 1e-9] = 1.0
-        self._own, self._own_data = own, self._data[own][:, self.local]
+        self._own = own
+        self._take_readings()
         self.observes, self.forces = np.zeros(slab.k + 1, dtype=bool), np.zeros(slab.k + 1, dtype=bool)
         self.observes[self._row] = True
         self.observes[self._row[self._theta != 1] - 1] = True
         self.acts = self.observes.copy()
         self.acts[0] = True  # by the left neighbour's readings
+
+    def _take_readings(self) -> None:
+        """The own readings, relative to a number near all of them where there is one and functions of that value have it
+        as all their coefficients: interpolation of large values would lose small differences.
+        """
+        mean = float(self._data.mean())
+        sums = self._observe(np.ones((1, self.evolution.state_size)))
+        wrong = self.spacetime.sum_over_space(np.array([float((np.abs(sums - 1) > 1e-12).sum())]))[0]
+        near = np.abs(self._data - mean).max() <= _NEAR * abs(mean)
+        self._offset = mean if near and not wrong else 0.0
+        self._own_data = self._data[self._own][:, self.local] - self._offset
 
     def _read_space(self, V):
         """The space of what is read, by itself."""
@@ -185,7 +211,7 @@ class PointSensors(BlockMisfit):
         """
         own = np.zeros(self._data.shape)
         first = int(self.spacetime.time_comm.exscan(len(self._row)) or 0)
-        own[first : first + len(self._row), self.local] = self._readings(Y)
+        own[first : first + len(self._row), self.local] = self._readings(Y) + self._offset
         return self.spacetime.sum_over_grid(own)
 
     def petsc_bytes(self):
@@ -195,8 +221,8 @@ class PointSensors(BlockMisfit):
 
     # -- see BlockMisfit -----------------------------------------------------------------------------------------------
     def observe(self, rows, u):
-        """The state at the sensors."""
-        return self._observe(u)
+        """The state at the sensors, less the offset."""
+        return self._observe(u - self._offset if self._offset else u)
 
     def observe_tangent(self, rows, u, du):
         """See :class:`~pint_fem.adjoint.misfit.BlockMisfit`."""

@@ -11,10 +11,14 @@ from pint_fem.adjoint.acceleration import AcceleratedSweep
 from pint_fem.adjoint.averaged import AveragedSystems
 from pint_fem.adjoint.diagonalised import CoarsestParaDiag, ParaDiagSweeps, frequency_systems, judgement
 from pint_fem.adjoint.intervals import Intervals
+from pint_fem.adjoint.memory import least_bytes
 from pint_fem.adjoint.steps import AdjointStep, LinearStep, StateStep, TangentStep
+from pint_fem.capacity import require_memory
+from pint_fem.collective import collectively
+from pint_fem.garbage import Dropped
 from pint_fem.mgrit import MGRIT, MGRITOptions
 from pint_fem.mgrit.theory import Verdict
-from pint_fem.mgrit.trace import Trace
+from pint_fem.mgrit.trace import Trace, check_trace_file
 from pint_fem.paradiag import ParaDiagOptions
 from pint_fem.propagators import Evolution, make_propagator
 from pint_fem.propagators.base import FEPropagator
@@ -26,6 +30,8 @@ from pint_fem.propagators.verdicts import mgrit_verdict
 from pint_fem.spacetime import SpaceTime
 
 __all__ = ["TimeSolvers"]
+
+_dropped = Dropped()
 
 
 class TimeSolvers:
@@ -82,20 +88,31 @@ class TimeSolvers:
         self.evolution = evolution = evolution.private()
         self.spacetime, self.printer, self.norm = spacetime, printer, norm
         self._coarse_tableau, self._judged = coarse_tableau, False
+        self._averaged: AveragedSystems | None = None
         N = evolution.nsteps
         spacetime.slab(N)  # more ranks than steps: said before anything about levels
-        options = MGRITOptions.make(options, **({"levels": 1} if time_solver == "paradiag" else {}))
+        options = MGRITOptions.make(options)
+        if time_solver == "paradiag":
+            options = MGRITOptions.make(options, levels=1, of_levels=())
         if options.check == "auto":
             options = MGRITOptions.make(options, check="cycle")
         factors = options.factors(N)
         _refuse_unsupported(options, factors, N)
         compact = options.storage == "C" and bool(factors)
         self.slab = spacetime.slab(N, factors[0] if compact else 1)
+        require_memory(
+            spacetime.comm,
+            least_bytes(evolution, self.slab, factors[0] if compact else 1),
+            f"{N} time steps of {evolution.V.dim()} unknowns",
+            "give fewer steps, more machines or mgrit storage='C'",
+        )
         options = MGRITOptions.make(options, levels=len(factors) + 1)
         schemes = [options.scheme(level) for level in range(len(factors))]
         self.space = SpatialLevels(evolution, schemes, spatial_coarsening, coarse_evolutions)
         given = (ParaDiagOptions(), {}) if paradiag is None else paradiag
         traced = given[0].trace if time_solver == "paradiag" else options.trace
+        if traced:
+            check_trace_file(traced, spacetime.comm)
         #: Shared by the sweeps; written by :meth:`write_trace`.
         self.trace = Trace(spacetime.time_comm) if traced else None
         self._again = partial(self._build, options, factors, propagator, krylov, norm, time_solver, given)
@@ -120,7 +137,7 @@ class TimeSolvers:
             self._judged = False
             self._again()
         if self._averaged is not None:
-            self._averaged.update_data()
+            self._averaged.forget()
         if self.intervals is not None:
             self.intervals.update_data()
 
@@ -221,6 +238,11 @@ class TimeSolvers:
         return intervals
 
     @property
+    def is_sequential(self) -> bool:
+        """Whether sweeps take one step after another, and depend on no first guess."""
+        return len(self.propagators) == 1 and not isinstance(self.options, ParaDiagOptions)
+
+    @property
     def accelerated(self) -> bool:
         """Whether linear sweeps are a Krylov method's."""
         return isinstance(self._adjoint, AcceleratedSweep)
@@ -284,9 +306,16 @@ class TimeSolvers:
     def write_trace(self) -> None:
         """Write the work and messages of all sweeps so far to the option ``trace``'s file (collective); nothing
         without it.
+
+        Raises
+        ------
+        InputError
+            On every rank, where it cannot be written.
         """
-        if self.trace is not None and self.spacetime.space_comm.rank == 0:
-            self.trace.write(self.options.trace)
+        if self.trace is None:
+            return
+        work = self.trace.write if self.spacetime.space_comm.rank == 0 else lambda path: None
+        collectively(self.spacetime.comm, "", work, self.options.trace)
 
 
 def _refuse_unsupported(options: MGRITOptions, factors: tuple, nsteps: int) -> None:

@@ -15,10 +15,12 @@ from ufl.algorithms import expand_derivatives, extract_coefficients
 from ufl.algorithms.analysis import has_type
 
 from pint_fem.errors import InputError
+from pint_fem.petsc_types import require_types
 from pint_fem.propagators.arrays import boundary_rows, get, is_real, own_size, put, rows_in_whole, whole_space
 from pint_fem.propagators.boundary import boundary_value, control_values
 from pint_fem.propagators.fields import Fields
 from pint_fem.propagators.private_copies import PrivateCopies, data_of
+from pint_fem.propagators.quadrature import with_fixed_degrees
 from pint_fem.propagators.residual import check_time_derivatives, time_among, time_function, without_loads
 from pint_fem.propagators.separated import SeparatedOperator, separated_operator
 from pint_fem.propagators.tableaux import DIRK
@@ -129,7 +131,7 @@ class Evolution:
         check_time_derivatives(residual, u)
         if initial is not None and (not isinstance(initial, Function) or initial.function_space() != V):
             raise InputError("initial: give a Function in the state's space")
-        self.residual, self.u, self.V = residual, u, V
+        self.residual, self.u, self.V = _with_fixed_degrees(residual, u), u, V
         self.tableau, self.dt, self.nsteps = tableau, float(dt), int(nsteps)
         self.dirk = DIRK(tableau)
         self.t, self.t0 = t, float(t0)
@@ -147,6 +149,7 @@ class Evolution:
         #: Their boundary values, as operators.
         self.boundary_controls = control_values(self)
         self.solver_parameters = dict(solver_parameters or {})
+        require_types(self.solver_parameters, "pint_")
         self.eliminate = _checked_field(eliminate, V, self.bcs)
         self.test = residual.arguments()[0]
         self.depends_on_time = t is not None and (t in coefficients or t in boundary_data)
@@ -335,6 +338,13 @@ class Evolution:
         nothing = {f: ufl.classes.Zero(f.ufl_shape) for f in (self.u, rate, *self.parameters)}
         zero = all(isinstance(boundary_value(bc), ufl.classes.Zero) for bc in self.bcs)
         return zero and expand_derivatives(ufl.replace(form, nothing)).empty()
+
+
+def _with_fixed_degrees(residual: ufl.Form, u: Function) -> ufl.Form:
+    """The residual with the quadrature degrees that it has as a whole, with ``Dt(u)`` like a coefficient."""
+    rate = Function(u.function_space())
+    plain = with_fixed_degrees(ufl.replace(residual, {TimeDerivative(u): rate}))
+    return ufl.replace(plain, {rate: TimeDerivative(u)})
 
 
 def _checked_field(given, V, bcs) -> int | None:
