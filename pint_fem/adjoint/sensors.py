@@ -26,7 +26,7 @@ class PointSensors(BlockMisfit):
     ``u`` is the state, or a component of it or of one of its fields.
 
     All arrays are copied when a functional is made; its ``update_data()`` reads them again, and also what was put in
-    their place as attributes ``points``, ``times``, ``values`` and ``weight``.
+    their place as attributes ``points``, ``times``, ``data`` (the values) and ``weight``.
 
     Parameters
     ----------
@@ -56,15 +56,15 @@ class PointSensors(BlockMisfit):
         self, points, times, values, *, weight: float = 1.0, field: int | None = None, component: int | None = None
     ):
         self.field, self.component = field, component
-        self.points, self.times, self.values, self.weight = points, times, values, weight
-        self._read()
+        self.points, self.times, self.data, self.weight = points, times, values, weight
+        self._take()
 
     def _given(self) -> tuple[np.ndarray, ...]:
         """Copies of what the user gave."""
         points, times = np.array(self.points, float, ndmin=2), np.array(self.times, float, ndmin=1)
-        return points, times, np.array(self.values, float), np.array(self.weight, float)
+        return points, times, np.array(self.data, float), np.array(self.weight, float)
 
-    def _read(self) -> None:
+    def _take(self) -> None:
         """Take a copy of what the user gave, and check it."""
         points, times, data, weight = self._given()
         if data.shape != (len(times), len(points)):
@@ -97,7 +97,7 @@ class PointSensors(BlockMisfit):
         if not own:
             return
         places = self._points, self._times
-        self._read()
+        self._take()
         if all(np.array_equal(a, b) for a, b in zip(places, (self._points, self._times), strict=True)):
             self._take_readings()
         else:
@@ -106,7 +106,7 @@ class PointSensors(BlockMisfit):
     def bind(self, evolution, spacetime, slab):
         """See :class:`Misfit`."""
         super().bind(evolution, spacetime, slab)
-        self._read()
+        self._take()
         mesh, space = evolution.V.mesh().unique(), self._read_space(evolution.V)
         if self._points.shape[1] != mesh.geometric_dimension:
             raise InputError(
@@ -140,8 +140,8 @@ class PointSensors(BlockMisfit):
         self.acts[0] = True  # by the left neighbour's readings
 
     def _take_readings(self) -> None:
-        """The own readings, relative to a number near all of them where there is one and functions of that value have it
-        as all their coefficients: interpolation of large values would lose small differences.
+        """The own readings, relative to a number near all of them where there is one and functions of that value have
+        it as all their coefficients: interpolation of large values would lose small differences.
         """
         mean = float(self._data.mean())
         sums = self._observe(np.ones((1, self.evolution.state_size)))
