@@ -1,7 +1,7 @@
-"""Nothing grows: evaluations and functionals leave neither PETSc objects nor memory behind, on one rank and on ranks in space.
+"""Nothing grows: evaluations and functionals leave neither PETSc objects nor memory behind, on any grid.
 
-On several ranks in space PETSc keeps what Python drops until all of them clean up. What waits there is counted by PETSc's
-own list; memory is the process's resident set.
+On several ranks in space PETSc keeps what Python drops until all of them clean up. What waits there is counted by
+PETSc's own list; memory is the process's resident set.
 """
 
 import ctypes
