@@ -18,7 +18,7 @@ from ufl.algorithms import expand_derivatives
 
 from pint_fem.paradiag import ParaDiagOptions
 from pint_fem.paradiag.petsc import distributed_system
-from pint_fem.paradiag.systems import ShiftedSteps
+from pint_fem.paradiag.systems import ProjectedSystem, ShiftedSteps
 from pint_fem.propagators.arrays import boundary_rows, get, put
 from pint_fem.propagators.evolution import Evolution
 from pint_fem.spacetime import Slab, SpaceTime
@@ -142,7 +142,12 @@ class AveragedSystems:
             if K is not None:
                 S.axpy(a * ev.dt, K, structure=PETSc.Mat.Structure.DIFFERENT_NONZERO_PATTERN)
             S.zeroRowsColumns(rows, diag=1.0)
+            if ev.nullspace is not None:
+                ev.nullspace.check(S)
+                ev.nullspace.pin(S)
             stages[a] = S
         M.zeroRows(rows, diag=0.0)
         systems = {a: distributed_system((S, M), self._parameters) for a, S in stages.items()}
+        if ev.nullspace is not None:
+            systems = {a: ProjectedSystem(system, ev.nullspace) for a, system in systems.items()}
         self._systems = ShiftedSteps(dirk.A, dirk.b, systems, 1e9 * self._options.memory)

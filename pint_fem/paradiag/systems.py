@@ -19,7 +19,16 @@ from scipy.sparse.linalg import splu
 
 from pint_fem.paradiag.stability import shifted_factors
 
-__all__ = ["ShiftedSteps", "ShiftedSystem", "SparseSystem", "on_pattern", "ones", "plain_weights", "real_product"]
+__all__ = [
+    "ProjectedSystem",
+    "ShiftedSteps",
+    "ShiftedSystem",
+    "SparseSystem",
+    "on_pattern",
+    "ones",
+    "plain_weights",
+    "real_product",
+]
 
 
 class ShiftedSystem(Protocol):
@@ -89,6 +98,46 @@ class ShiftedSteps:
                 self._factors[k, j] = factor
                 self.bytes, self.kept = self.bytes + size, self.kept + 1
         return factor
+
+
+class Projection(Protocol):
+    """Removal of a nullspace: :class:`pint_fem.propagators.nullspace.Nullspace`."""
+
+    def project_solution(self, values: np.ndarray, *, transposed: bool = False) -> np.ndarray:
+        """Remove from values, in place, what they have in the nullspace of the matrix, or of its transpose."""
+
+    def project_source(self, values: np.ndarray, *, transposed: bool = False) -> np.ndarray:
+        """Remove from values, in place, what they have in the nullspace of the transpose, or of the matrix."""
+
+
+class ProjectedSystem:
+    """A system made regular by pins (:mod:`pint_fem.propagators.nullspace`), with its solutions' part in the nullspace
+    left out; see :class:`ShiftedSystem`.
+
+    Parameters
+    ----------
+    system
+        Of the pinned ``S`` and of ``M``, whose nullspaces hold those of ``S``.
+    nullspace
+        What is left out.
+    """
+
+    def __init__(self, system: ShiftedSystem, nullspace: Projection):
+        self._system, self._nullspace = system, nullspace
+
+    def factor(self, y):
+        """See :class:`ShiftedSystem`."""
+        return self._system.factor(y)
+
+    def solve(self, factor, y, r, *, transposed):
+        """See :class:`ShiftedSystem`."""
+        r = self._nullspace.project_source(np.array(r), transposed=transposed)
+        out = self._system.solve(factor, y, r, transposed=transposed)
+        return self._nullspace.project_solution(out, transposed=transposed)
+
+    def mass(self, r, *, transposed):
+        """See :class:`ShiftedSystem`."""
+        return self._system.mass(r, transposed=transposed)
 
 
 Weights = Callable[[complex], Sequence[complex]]

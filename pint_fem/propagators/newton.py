@@ -86,6 +86,8 @@ class StageNewton:
         starts = [W.copy()] if guess is None else [guess.copy(), W.copy()]
         for start in starts:
             start[rows] = values
+            if forms.evolution.nullspace is not None:
+                forms.evolution.nullspace.project_solution(start)
         if self._by_snes:
             return self._by_petsc(starts[0])
         if guess is not None and self.factors.at_hand(stage) is None:
@@ -152,9 +154,17 @@ class StageNewton:
         if self._snes is None:
             J = expand_derivatives(derivative(forms.F, forms.U, TrialFunction(forms.U.function_space())))
             problem = NonlinearVariationalProblem(forms.F, forms.U, bcs=forms.evolution.bcs, J=J)
-            self._snes = NonlinearVariationalSolver(problem, solver_parameters=self._parameters)
+            self._snes = NonlinearVariationalSolver(
+                problem, solver_parameters=self._parameters, post_jacobian_callback=self._make_regular
+            )
         put(forms.U, U)
         with stop_annotating():
             self._snes.solve()
         forms.counts["petsc newton"] += 1
-        return get(forms.U)
+        U, nullspace = get(forms.U), forms.evolution.nullspace
+        return U if nullspace is None else nullspace.project_solution(U)
+
+    def _make_regular(self, X, J) -> None:
+        """What PETSc's Newton calls with an iterate and its Jacobian."""
+        if self.forms.evolution.nullspace is not None:
+            self.forms.evolution.nullspace.pin(J)
