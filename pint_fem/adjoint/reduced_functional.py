@@ -256,6 +256,7 @@ class TimeParallelReducedFunctional(AbstractReducedFunctional):
         constraints=None,
         preconditioner=None,
         checkpoint=None,
+        if_save_fails: str = "stop",
         **options,
     ) -> TrustRegionResult:
         """Minimise by :func:`pint_fem.optimize.minimize_trust_region` in the controls' inner product.
@@ -280,6 +281,9 @@ class TimeParallelReducedFunctional(AbstractReducedFunctional):
         checkpoint
             A file (HDF5) that keeps the run after each iteration; if it is there, the run goes on from it. See
             :mod:`pint_fem.adjoint.checkpoint`.
+        if_save_fails
+            What happens where that file cannot be written, as on a full disk: ``"stop"`` raises ``InputError`` on every
+            rank, ``"continue"`` prints a line and goes on. The last complete file stays in either case.
         **options
             Of the minimiser. For a quadratic ``J`` the first radius is unlimited by default.
 
@@ -296,14 +300,16 @@ class TimeParallelReducedFunctional(AbstractReducedFunctional):
         """
         result = trust_region(
             self, self._start(start), monitor=self._monitor(monitor), inexact=inexact, bounds=bounds,
-            constraints=constraints, preconditioner=preconditioner, checkpoint=checkpoint, **options,
+            constraints=constraints, preconditioner=preconditioner, checkpoint=checkpoint,
+            if_save_fails=if_save_fails, **options,
         )  # fmt: skip
         self._take(result.x)
         return result
 
     def minimize_one_shot(
-        self, start=None, *, monitor=None, constraints=None, preconditioner=None, checkpoint=None, **options
-    ) -> OneShotResult:
+        self, start=None, *, monitor=None, constraints=None, preconditioner=None, checkpoint=None,
+        if_save_fails: str = "stop", **options,
+    ) -> OneShotResult:  # fmt: skip
         """Minimise while solving: one MGRIT cycle for state and adjoint between two updates of the controls.
 
         See :func:`pint_fem.optimize.one_shot.minimize_one_shot` for options and result, and
@@ -312,7 +318,7 @@ class TimeParallelReducedFunctional(AbstractReducedFunctional):
         """
         result = one_shot(
             self, self._start(start), monitor=self._monitor(monitor), constraints=constraints,
-            preconditioner=preconditioner, checkpoint=checkpoint, **options,
+            preconditioner=preconditioner, checkpoint=checkpoint, if_save_fails=if_save_fails, **options,
         )  # fmt: skip
         self._take(result.x)
         return result

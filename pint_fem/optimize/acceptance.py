@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import math
+from typing import Protocol
 
 import numpy as np
 
 from pint_fem.optimize.evaluator import Estimate
 from pint_fem.optimize.steihaug import CGStop
 
-__all__ = ["is_lost", "judge", "next_radius"]
+__all__ = ["UNLIMITED", "is_lost", "is_wild", "judge", "next_radius"]
+
+UNLIMITED = 1e99
+"""A first radius that bounds no step; its square is finite."""
 
 # Ratios below which the radius is reduced and above which it is enlarged.
 _POOR, _GOOD = 0.25, 0.75
+
+# How much larger the error of J may be at the trial point than at the iterate.
+_COMPARABLE = 10.0
 
 # Below this the square of a length is no normal number any more.
 _SMALLEST_LENGTH = math.sqrt(np.finfo(float).tiny)
@@ -34,7 +41,7 @@ def judge(
     eta : float
         The ratio that makes a step acceptable.
     """
-    if not math.isfinite(trial.value):
+    if not math.isfinite(trial.value) or is_wild(value, trial, predicted):
         return math.nan, False, False
     reduction, error = value.value - trial.value, value.error + trial.error
     noise = value_rtol * max(abs(value.value), abs(trial.value)) + error
@@ -46,13 +53,25 @@ def judge(
     return ratio, False, ratio - error / predicted > eta
 
 
-def next_radius(
-    radius: float, length: float, stop: CGStop, ratio: float, *, accepted: bool, most: float
-) -> tuple[float, bool]:
-    """The radius behind a step of this length and end, at `most` so long, and whether it was reduced."""
+def is_wild(value: Estimate, trial: Estimate, predicted: float) -> bool:
+    """Whether J at the trial point is off by more than all that J is at the iterate: where a step went too far, values
+    and their errors are huge, and a change within such an error is none that is too small to be seen.
+    """
+    return trial.error > abs(value.value) + predicted + _COMPARABLE * value.error
+
+
+class _Length(Protocol):
+    """What the radius follows of a step: its norm and why its conjugate gradients ended."""
+
+    norm: float
+    stop: CGStop
+
+
+def next_radius(radius: float, step: _Length, ratio: float, *, accepted: bool, most: float) -> tuple[float, bool]:
+    """The radius behind a step, at `most` so long, and whether it was reduced."""
     if not (accepted and ratio >= _POOR):
-        return 0.25 * length, True
-    if ratio > _GOOD and stop in (CGStop.BOUNDARY, CGStop.NEGATIVE_CURVATURE):
+        return 0.25 * step.norm, True
+    if ratio > _GOOD and step.stop in (CGStop.BOUNDARY, CGStop.NEGATIVE_CURVATURE):
         return min(2 * radius, float(most)), False
     return radius, False
 

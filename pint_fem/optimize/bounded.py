@@ -134,7 +134,8 @@ def minimize_bounded(
         diagonal or not definite, a checkpoint of another run.
     NonFiniteError
         A FloatingPointError: J at the start, a gradient or a Hessian action is not finite. It carries the last good
-        iterate as ``x``. A J that is not finite at a trial point is no error: the radius is reduced.
+        iterate as ``x``. A J that is not finite at a trial point is no error, nor is a gradient there whose inner
+        product with itself overflows: the radius is reduced.
     """
     check_newton(
         gtol_rel=gtol_rel, gtol_abs=gtol_abs, max_it=max_it, radii=(initial_radius, max_radius, min_radius), eta=eta,
@@ -203,12 +204,13 @@ def minimize_bounded(
         radius, step = state.radius, steps.step(state.radius)
         trial_value = Estimate(evaluator.value(step.point))
         ratio, below_accuracy, accepted = judge(point.value, trial_value, step.reduction, value_rtol, eta)
-        how = dict(accepted=accepted, most=max_radius)
-        state.radius, reduced = next_radius(radius, step.norm, step.stop, ratio, **how)
+        g = oracle.trial_gradient(step.point, iteration, point.x) if accepted else None
+        if accepted and g is None:
+            ratio, accepted = math.nan, False
+        state.radius, reduced = next_radius(radius, step, ratio, accepted=accepted, most=max_radius)
         if reduced and is_lost(state.radius, math.sqrt(evaluator.inner(point.x, point.x)), min_radius):
             state.reason = StopReason.RADIUS
         if accepted:
-            g = oracle.gradient(step.point, iteration, point.x)
             if below_accuracy and trial_value.value >= point.value.value and g.norm >= point.gradient.norm:
                 accepted, state.reason = False, StopReason.ROUND_OFF
             else:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pint_fem.optimize.protocol import NonFiniteError, Problem
+from pint_fem.optimize.protocol import GradientOverflowError, NonFiniteError, Problem
 
 __all__ = ["Estimate", "Evaluator", "ExactOracle", "Gradient", "Point"]
 
@@ -102,7 +102,8 @@ class Evaluator:
         g = like(x, g, name)
         square = self.inner(g, g)
         if not math.isfinite(square):
-            raise NonFiniteError(f"iteration {iteration}: the gradient is not finite, (g, g) = {square}", last_good)
+            kind = GradientOverflowError if square == math.inf else NonFiniteError
+            raise kind(f"iteration {iteration}: the gradient is not finite, (g, g) = {square}", last_good)
         if square < 0:
             raise ValueError(f"(g, g) = {square} < 0: the problem's inner product must be positive definite")
         return g, math.sqrt(square)
@@ -193,6 +194,13 @@ class ExactOracle:
     ) -> Gradient:
         """The gradient at x, in a ball of this radius; `guess` is a norm it may have."""
         return Gradient(*self.evaluator.gradient(x, iteration, last_good))
+
+    def trial_gradient(self, x: np.ndarray, iteration: int, last_good: np.ndarray, **expected) -> Gradient | None:
+        """The gradient at a trial point, as :meth:`gradient` has it; ``None`` where its square overflows."""
+        try:
+            return self.gradient(x, iteration, last_good, **expected)
+        except GradientOverflowError:
+            return None
 
     def compare(self, point: Point, trial: np.ndarray, predicted: float, iteration: int) -> tuple[Point, Estimate]:
         """J at the iterate and at the trial point, accurate enough to judge the predicted reduction."""

@@ -62,6 +62,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pint_fem.optimize.acceptance import is_wild
 from pint_fem.optimize.evaluator import Estimate, Evaluator, ExactOracle, Gradient, Point
 from pint_fem.optimize.options import check, is_count
 
@@ -229,10 +230,9 @@ class InexactOracle(ExactOracle):
         if not self.chooses_value:
             return super().compare(point, trial, predicted, iteration)
         o, current = self.options, point.value
-        self.unit = max(self.unit, predicted)
-        theta = 0.0
-        if predicted > 0:
-            theta = self.unit * (o.eta * min(predicted / self.unit, o.forcing**iteration)) ** (1 / o.omega)
+        unit, theta = max(self.unit, predicted), 0.0
+        if 0 < predicted < math.inf:
+            theta = unit * (o.eta * min(predicted / unit, o.forcing**iteration)) ** (1 / o.omega)
             theta = max(theta, o.eta * predicted * min(1.0, self.final / point.gradient.norm) ** 2)
         asked = max(0.5 * theta, self.value_rtol * abs(current.value))
         if asked < current.error <= current.asked:
@@ -240,7 +240,12 @@ class InexactOracle(ExactOracle):
             if not math.isfinite(better.value):  # no better J is to be had here
                 better = Estimate(current.value, asked, current.error)
             point = Point(point.x, better, point.gradient)
-        return point, self._value(trial, asked, abs(point.value.value))
+        factor, answer = self.value_factor, self._value(trial, asked, abs(point.value.value))
+        if math.isfinite(answer.value) and not is_wild(point.value, answer, predicted):
+            self.unit = unit
+        else:  # nothing is learned where the step went too far
+            self.value_factor = factor
+        return point, answer
 
     # -- the Hessian --------------------------------------------------------------------------------------------------
     def start_path(self, x: np.ndarray, target: float) -> None:

@@ -49,9 +49,10 @@ is measured and held below what direction, judgement and pairs can bear:
 
   This is the approximate Wolfe condition [3]: the same for a quadratic J, in terms of gradients only.
 * **Learn.** Both accepted and rejected steps are pairs for B, if their curvature is at least twice what the errors of
-  both gradients can make of it. A gradient that lags behind the design shows less curvature than there is, and would
-  make the next step too long. The pairs are made conjugate: for a quadratic J each new step is then the minimiser over
-  all directions seen so far, without a line search, and with accurate gradients the run ends after as many designs as
+  both gradients can make of it. A rejected one is only shortened where J is huge at its end, and no quadratic: that
+  curvature is the one of another place. A gradient that lags behind the design shows less curvature than there is, and
+  would make the next step too long. The pairs are made conjugate: for a quadratic J each new step is then the
+  minimiser over all directions seen so far, without a line search, and with accurate gradients the run ends after as many designs as
   conjugate gradients take iterations, and one. A pair that is dropped halves :math:`\theta`; kept ones let it grow.
 * **Try again.** After a rejected step that was learned from, the next one starts from x with the better B, no longer
   than the last: the solvers need not go back to x. If nothing was learned, x is looked at again, as its reading may be
@@ -167,7 +168,8 @@ def minimize_one_shot(
         An option outside its range, an array of the wrong shape, a negative residual.
     NonFiniteError
         A FloatingPointError: J is not finite at the first or at an accepted design, or a gradient anywhere. It carries
-        the last good design as ``x``. A J that is not finite at a new design is no error: the step is shortened.
+        the last good design as ``x``. A J that is not finite at a new design is no error, nor is a gradient whose inner
+        product with itself overflows: the step is shortened.
     """
     check("gtol_rel", gtol_rel, "a number in [0, 1)", lambda v: 0 <= v < 1)
     check("gtol_abs", gtol_abs, "a finite number >= 0", lambda v: 0 <= v < math.inf)

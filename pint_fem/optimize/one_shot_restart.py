@@ -50,6 +50,7 @@ def save(checkpoint: Checkpoint, run: Run, history: list[OneShotRecord]) -> None
         "reason": None if run.reason is None else run.reason.value,
         "readings": readings,
         "factors": [[write(v) for v in pair] for pair in solvers.factors],
+        "measured": solvers.measured,
         "gamma": write(run.B.gamma),
         "pairs": [[write(v) for v in (pair.noise, pair.sy, pair.ss, pair.yy)] for pair in pairs],
         "calls": [solvers.advances, solvers.exact.values, solvers.exact.gradients],
@@ -92,7 +93,8 @@ def restore(checkpoint: Checkpoint, run: Run) -> list[OneShotRecord] | None:
     solvers, held = run.solvers, []
     while (reading := kept(f"held_{len(held)}", run.z)) is not None:
         held.append(reading)
-    solvers.restore(held, [tuple(read(v) for v in pair) for pair in scalars["factors"]])
+    factors = [tuple(read(v) for v in pair) for pair in scalars["factors"]]
+    solvers.restore(held, factors, scalars.get("measured", 0))
     solvers.advances, solvers.exact.values, solvers.exact.gradients = scalars["calls"]
     run.resume(None if scalars["reason"] is None else StopReason(scalars["reason"]))
     return read_history(scalars["history"], OneShotRecord, update=DesignUpdate)

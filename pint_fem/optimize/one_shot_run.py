@@ -33,6 +33,10 @@ _SHORTEST, _LONGEST = 0.1, 0.5
 # The relative error asked of g is not halved below this part of `accuracy`.
 _FINEST = 1e-2
 
+# A step along which the slope vanishes within its `_SHORTEST` part is learned from only where J rises as a quadratic
+# with these slopes would, up to this part of that. A fourth power is off by 0.5, an exponential by nearly 1.
+_QUADRATIC = 0.4
+
 # After so many rejected steps in succession x is solved accurately.
 _PATIENCE = 3
 
@@ -69,6 +73,9 @@ class Run:
         The smallest norm of a gradient so far, and steps below the accuracy of J without a smaller one.
     reason : StopReason or None
         Why the run has ended, if so.
+    wild : bool
+        Whether the step judged last led where J is no quadratic any more that has to do with J at x: it is shortened,
+        but its curvature is that of another place. Nothing that lasts.
     """
 
     def __init__(
@@ -100,6 +107,7 @@ class Run:
         self.exact: Reading | None = None
         self.rejections = 0
         self.smallest, self.idle = math.inf, 0
+        self.wild = False
 
     @property
     def tolerance(self) -> float:
@@ -173,22 +181,29 @@ class Run:
 
     def _judge(self, reading: Reading) -> float:
         """1 if the step is accepted, else the part of it to try next."""
-        base, slope, slope_end = self.base, self.slope, self.inner(reading.g, self.s)
+        base, slope, slope_end, self.wild = self.base, self.slope, self.inner(reading.g, self.s), False
         noise = base.value_error + reading.value_error
         noise += self.value_rtol * max(abs(base.value), abs(reading.value))
         rise = reading.value - base.value
         if noise <= _VALUES_COUNT * abs(slope):
             fine = rise <= _DECREASE * slope + noise
         else:
-            fine = rise <= noise and 0.5 * (slope + slope_end) <= _DECREASE * slope
+            # an error larger than all of J is that of a design too far away, and hides any rise
+            rises = rise > min(noise, base.value_error + abs(base.value) + abs(slope))
+            fine = not rises and 0.5 * (slope + slope_end) <= _DECREASE * slope
         if fine:
             return 1.0
         zero = slope / (slope - slope_end) if slope_end > slope else math.inf
+        trapezoid = 0.5 * (slope + slope_end)
+        self.wild = zero < _SHORTEST and not abs(rise - trapezoid) <= _QUADRATIC * abs(trapezoid)
         return min(max(zero, _SHORTEST), _LONGEST)
 
     def _retry(self, reading: Reading) -> bool:
         """Learn from a rejected step, which says more of the Hessian than an accepted one, and step from x again."""
         base, longest = self.base, math.sqrt(self.inner(self.s, self.s))
+        if self.wild:
+            self.solvers.disregard()
+            return False
         if self.rejections + 1 >= _PATIENCE or not self._learn(reading):
             return False
         d = -self.B.apply(base.g)

@@ -155,7 +155,7 @@ class ProjectedSteps:
         """Some lengths of the Cauchy step, which scales as x does whatever the unit of J."""
         self._used = 0
         _, curvature = self._product(self.descent)
-        length = _FIRST_RADIUS * (self.slope**1.5 / abs(curvature) if curvature else math.inf)
+        length = _FIRST_RADIUS * (self.slope / abs(curvature) * math.sqrt(self.slope) if curvature else math.inf)
         return length if math.isfinite(length) else math.sqrt(self.slope)
 
     def positive_pairs(self) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -172,7 +172,7 @@ class ProjectedSteps:
             rr, ss = self.inner(r, r), self.inner(place.s, place.s)
             if stop is None and rr <= self.tolerance**2:
                 stop = CGStop.RESIDUAL
-            elif stop is None and ss >= (_ON_BOUNDARY * radius) ** 2:
+            elif stop is None and math.sqrt(ss) >= _ON_BOUNDARY * radius:
                 stop = CGStop.BOUNDARY
             elif stop is None and self._used >= self.max_it:
                 stop = CGStop.MAX_IT
@@ -272,6 +272,6 @@ class ProjectedSteps:
 def _exit_length(inner, s: np.ndarray, d: np.ndarray, radius: float) -> float:
     """The tau >= 0 with |s + tau d| = radius for s in the ball, free of cancellation."""
     sd, dd = inner(s, d), inner(d, d)
-    gap = max(radius**2 - inner(s, s), 0.0)
-    root = math.sqrt(sd**2 + dd * gap)
+    gap = max(radius * radius - inner(s, s), 0.0)
+    root = math.sqrt(sd * sd + dd * gap)
     return gap / (root + sd) if sd >= 0 else (root - sd) / dd

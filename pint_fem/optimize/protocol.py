@@ -7,7 +7,15 @@ from typing import Protocol
 
 import numpy as np
 
-__all__ = ["Checkpoint", "GaussNewtonProblem", "InexactProblem", "NonFiniteError", "Preconditioner", "Problem"]
+__all__ = [
+    "Checkpoint",
+    "GaussNewtonProblem",
+    "GradientOverflowError",
+    "InexactProblem",
+    "NonFiniteError",
+    "Preconditioner",
+    "Problem",
+]
 
 
 class Problem(Protocol):
@@ -110,3 +118,10 @@ class NonFiniteError(FloatingPointError):
         """Say what broke in which iteration, and keep `x`."""
         super().__init__(message)
         self.x = x
+
+
+class GradientOverflowError(NonFiniteError):
+    """The inner product of a gradient with itself exceeds the largest number.
+
+    At a trial point that is no error of the problem: the step went too far, and minimisers shorten it.
+    """

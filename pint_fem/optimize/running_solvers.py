@@ -13,7 +13,7 @@ from typing import Protocol
 import numpy as np
 
 from pint_fem.optimize.evaluator import Evaluator, like
-from pint_fem.optimize.protocol import NonFiniteError, Problem
+from pint_fem.optimize.protocol import GradientOverflowError, NonFiniteError, Problem
 
 __all__ = ["OneShotProblem", "Reading", "RunningSolvers"]
 
@@ -62,17 +62,19 @@ class RunningSolvers:
         self.advances = 0
         #: (gradient, value) error per residual, as last measured.
         self.factors: deque[tuple[float, float]] = deque(maxlen=_MEASUREMENTS)
+        #: Measurements among them, the last ones, that are of the last design.
+        self.measured = 0
         #: Readings that later ones of the same design are compared with.
         self.held: list[Reading] = []
 
-    def restore(self, held: list[Reading], factors: list[tuple[float, float]]) -> None:
+    def restore(self, held: list[Reading], factors: list[tuple[float, float]], measured: int) -> None:
         """Take what another run had measured."""
-        self.held = held
+        self.held, self.measured = held, measured
         self.factors.clear()
         self.factors.extend(factors)
 
     def read(self, x: np.ndarray, iteration: int, last_good: np.ndarray) -> Reading | None:
-        """One iteration at x; None if J is not finite."""
+        """One iteration at x; None if J is not finite, or the gradient's square overflows."""
         if self.advance is None:
             return self.read_exactly(x, iteration, last_good)
         self.advances += 1
@@ -82,14 +84,20 @@ class RunningSolvers:
             return None
         if not 0 <= residual < math.inf:
             raise ValueError(f"advance returned the residual {residual}: give a finite number >= 0, or a J of inf")
-        reading = self._reading(x, value, g, residual, "advance", iteration, last_good)
+        g = like(x, g, "advance")
+        square = self.inner(g, g)
+        if square == math.inf:
+            return None
+        if not math.isfinite(square):
+            raise NonFiniteError(f"iteration {iteration}: the gradient is not finite, (g, g) = {square}", last_good)
+        reading = Reading(x, value, g, math.sqrt(max(square, 0.0)), residual)
         self._measure(reading)
         return self.estimated(reading)
 
     def _measure(self, reading: Reading) -> None:
         """Compare with a late reading of the same design that has twice the residual, or with the first."""
         if self.held and self.held[0].x is not reading.x:
-            self.held = []
+            self.held, self.measured = [], 0
         while len(self.held) > 1 and self.held[1].residual >= 2 * reading.residual:
             del self.held[0]
         if self.held and self.held[0].residual > 0:
@@ -97,24 +105,28 @@ class RunningSolvers:
             change = reading.g - before.g
             fall = max(before.residual - reading.residual, (1 - _SLOWEST) * before.residual)
             changes = math.sqrt(self.inner(change, change)), abs(reading.value - before.value)
-            self.factors.append((changes[0] / fall, changes[1] / fall))
+            if all(map(math.isfinite, changes)):
+                self.factors.append((changes[0] / fall, changes[1] / fall))
+                self.measured += 1
         if not self.held or reading.residual <= _NEXT_HELD * self.held[-1].residual:
             self.held.append(reading)
 
     def read_exactly(self, x: np.ndarray, iteration: int, last_good: np.ndarray) -> Reading | None:
-        """Accurate J and gradient."""
+        """Accurate J and gradient; None as for :meth:`read`."""
         value = self.exact.value(x)
         if not math.isfinite(value):
             return None
-        g, norm = self.exact.gradient(x, iteration, last_good)
+        try:
+            g, norm = self.exact.gradient(x, iteration, last_good)
+        except GradientOverflowError:
+            return None
         return Reading(x, value, g, norm, 0.0)
 
-    def _reading(self, x, value, g, residual, name, iteration, last_good) -> Reading:
-        g = like(x, g, name)
-        square = self.inner(g, g)
-        if not math.isfinite(square):
-            raise NonFiniteError(f"iteration {iteration}: the gradient is not finite, (g, g) = {square}", last_good)
-        return Reading(x, value, g, math.sqrt(max(square, 0.0)), residual)
+    def disregard(self) -> None:
+        """Take back what was measured at the last design, which was too far from others to say anything of them."""
+        for _ in range(min(self.measured, len(self.factors))):
+            self.factors.pop()
+        self.measured = 0
 
     def estimated(self, reading: Reading) -> Reading:
         """The reading with the errors that its residual means."""

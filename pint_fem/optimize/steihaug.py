@@ -78,16 +78,16 @@ class _Segment:
 
     def exit_length(self, radius: float) -> float:
         """The tau >= 0 with |p_j + tau d_j| = radius, free of cancellation."""
-        gap = max(radius**2 - self.pp, 0.0)
-        root = math.sqrt(self.pd**2 + self.dd * gap)
+        gap = max(radius * radius - self.pp, 0.0)
+        root = math.sqrt(self.pd * self.pd + self.dd * gap)
         return gap / (root + self.pd) if self.pd >= 0 else (root - self.pd) / self.dd
 
     def reduction_at(self, tau: float) -> float:
-        return self.reduction + tau * self.slope - 0.5 * tau**2 * self.curvature
+        return self.reduction + tau * self.slope - 0.5 * tau * tau * self.curvature
 
     def model_norm_at(self, tau: float) -> float:
         """|g + H (p_j + tau d_j)|, nan unless followed."""
-        return math.sqrt(max(self.rr + 2 * tau * self.rh + tau**2 * self.hh, 0.0))
+        return math.sqrt(max(self.rr + 2 * tau * self.rh + tau * tau * self.hh, 0.0))
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ class SteihaugPath:
             self._p = p + alpha * d
             self._r = self._r + alpha * h
             self._rr = inner(self._r, self._r)
-            self._pp += 2 * alpha * segment.pd + alpha**2 * segment.dd
+            self._pp += 2 * alpha * segment.pd + alpha * alpha * segment.dd
             self._reduction = segment.reduction_at(alpha)
 
     def step(self, radius: float) -> Step:
@@ -233,6 +233,6 @@ class SteihaugPath:
         if not self.segments:
             self._extend()
         first = self.segments[0]
-        size = first.rr**1.5 if self.preconditioner is None else first.slope * math.sqrt(first.dd)
-        cauchy = size / abs(first.curvature) if first.curvature else math.inf
+        slope = first.rr if self.preconditioner is None else first.slope
+        cauchy = slope / abs(first.curvature) * math.sqrt(first.dd) if first.curvature else math.inf
         return _FIRST_RADIUS * cauchy if math.isfinite(_FIRST_RADIUS * cauchy) else math.sqrt(first.rr)

@@ -51,7 +51,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from pint_fem.optimize.acceptance import is_lost, judge, next_radius
+from pint_fem.optimize.acceptance import UNLIMITED, is_lost, judge, next_radius
 from pint_fem.optimize.evaluator import Evaluator, ExactOracle, Point
 from pint_fem.optimize.forcing import CHOICES, first_forcing_term, next_forcing_term
 from pint_fem.optimize.inexact import InexactOptions, InexactOracle
@@ -176,7 +176,8 @@ def minimize_trust_region(
         wrong shape, an indefinite inner product or preconditioner, the checkpoint of another kind of run.
     NonFiniteError
         A FloatingPointError: J at `x0`, a gradient or a Hessian action is not finite. It carries the last good
-        iterate as ``x``. A J that is not finite at a trial point is no error: the radius is reduced.
+        iterate as ``x``. A J that is not finite at a trial point is no error, nor is a gradient there whose inner
+        product with itself overflows: the radius is reduced.
     """
     check_newton(
         gtol_rel=gtol_rel, gtol_abs=gtol_abs, max_it=max_it, radii=(initial_radius, max_radius, min_radius), eta=eta,
@@ -244,11 +245,16 @@ def minimize_trust_region(
         state.point, trial_value = oracle.compare(state.point, trial, step.reduction, iteration)
         point = state.point
         ratio, below_accuracy, accepted = judge(point.value, trial_value, step.reduction, value_rtol, eta)
-        how = dict(accepted=accepted, most=max_radius)
-        state.radius, reduced = next_radius(radius, step.norm, step.stop, ratio, **how)
+        state.radius, reduced = next_radius(radius, step, ratio, accepted=accepted, most=max_radius)
         if accepted:
             before = point.gradient.norm
-            g = oracle.gradient(trial, iteration, point.x, guess=before, radius=state.radius)
+            g = oracle.trial_gradient(trial, iteration, point.x, guess=before, radius=state.radius)
+            if g is None:
+                ratio, accepted = math.nan, False
+                state.radius, reduced = next_radius(radius, step, ratio, accepted=False, most=max_radius)
+        if not accepted and step.norm >= UNLIMITED:
+            state.radius = min(state.radius, path.first_radius())
+        if accepted:
             errors = point.value.error + trial_value.error
             if below_accuracy and trial_value.value + errors >= point.value.value and g.norm >= before:
                 accepted, state.reason = False, StopReason.ROUND_OFF
