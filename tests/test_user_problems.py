@@ -27,9 +27,9 @@ def rows(functions) -> np.ndarray:
     return np.concatenate([np.ravel(f.dat.data_ro) for f in functions for f in f.subfunctions])
 
 
-def by_hand(task):
-    """``J``, gradient and Hessian action of each control by the tape, the latter two as arrays; of controls with a
-    value in each step those of all steps.
+def by_hand(task, *, second=True):
+    """``J``, gradient and (if asked for) Hessian action of each control by the tape, the latter two as arrays; of
+    controls with a value in each step those of all steps.
     """
     values = [task.values[0], task.directions[0]] if task.stepwise else [task.values, task.directions]
     spaces = task.spaces * task.steps if task.stepwise else task.spaces
@@ -37,7 +37,8 @@ def by_hand(task):
     with recording() as tape:
         J = loop(task, [z] if task.stepwise else z)
     rf = ReducedFunctional(J, [Control(f) for f in z], tape=tape)
-    return float(J), [rows([g]) for g in rf.derivative()], [rows([h]) for h in rf.hessian(dz)]
+    gradient = [rows([g]) for g in rf.derivative()]
+    return float(J), gradient, [rows([h]) for h in rf.hessian(dz)] if second else None
 
 
 def in_time(task, spacetime):

@@ -132,16 +132,17 @@ def fields(u) -> list:
     return list(split(u)) if len(u.function_space()) > 1 else [u]
 
 
-def pose(task: Task, spacetime: pf.SpaceTime) -> pf.TimeParallelReducedFunctional:
-    """The task as the README poses one."""
+def pose(task: Task, spacetime: pf.SpaceTime, propagator=None, **more) -> pf.TimeParallelReducedFunctional:
+    """The task as the README poses one; ``more`` arguments of the evolution."""
     mesh = task.V.mesh()
     u, controls = Function(task.V), [Function(space) for space in task.spaces]
     t = pf.time_function(mesh) if task.moving else None
     task.start(u)
     residual = task.residual(fields(u), [Dt(field) for field in fields(u)], controls, t)
-    more = {} if task.initial is None else {"initial": controls[task.initial]}
+    if task.initial is not None:
+        more["initial"] = controls[task.initial]
     if task.nullspace is not None:
-        more |= {"nullspace": task.nullspace}
+        more["nullspace"] = task.nullspace
     evolution = pf.Evolution(
         residual, u, tableau=SCHEMES[task.scheme][0](), dt=task.dt, nsteps=task.steps, control=controls, t=t,
         per_step=task.stepwise, bcs=[DirichletBC(*condition) for condition in task.conditions(controls, t)], **more,
@@ -153,7 +154,7 @@ def pose(task: Task, spacetime: pf.SpaceTime) -> pf.TimeParallelReducedFunctiona
         misfits.append(pf.TerminalMisfit(task.terminal(fields(u), t)))
     return pf.TimeParallelReducedFunctional(
         evolution, misfits, regularisation=task.regularisation(controls), spacetime=spacetime,
-        solver_parameters=task.parameters,
+        solver_parameters=task.parameters, **({} if propagator is None else {"propagator": propagator}),
     )  # fmt: skip
 
 

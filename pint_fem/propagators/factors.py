@@ -193,7 +193,7 @@ class Factors:
     """
 
     def __init__(self, parameters: Mapping, space, memory: int, counts: Counter, nullspace: Nullspace | None = None):
-        self._space, self._nullspace = space, nullspace
+        self._space, self._nullspace, self._tried = space, nullspace, False
         comm = space.mesh().comm
         self.parameters = completed(parameters, comm, space.dim())
         chosen = any(name.startswith(("ksp_", "pc_", "mat_")) for name in flatten_parameters(parameters))
@@ -259,9 +259,10 @@ class Factors:
             if not is_numerical(error):
                 raise
             raise SolverFailure(f"{singular_message(matrix, self._space)} ({error})") from error
-        if self.bytes is None and self.refines and is_singular(solver.ksp):
+        if not self._tried and self.refines and is_singular(solver.ksp):
             solver.holds = None
             raise SolverFailure(singular_message(matrix, self._space))
+        self._tried = True
 
     def _bytes_of(self, solver: Solver) -> int:
         """The most that a solver's factor takes on any rank (collective over space)."""

@@ -3,10 +3,10 @@ r"""Singular matrices of stages are named as such, before they make round-off ga
 A factorisation of a singular matrix ends with a pivot that is zero, or round-off, and then goes on. Whether a matrix
 ``S`` is regular to working precision, in whatever units its rows and columns are, shows in a solve that is done again:
 
-.. math::  S x = b , \qquad S x' = S x , \qquad \|x' - x\|_\infty \le 10^{-3} \|x\|_\infty .
+.. math::  S x = b , \qquad S x' = S x , \qquad \|x' - x\|_\infty \le 10^{-3} \|x\|_\infty ,
 
-For a singular one ``x`` is a huge multiple of a vector of its nullspace, ``S x`` round-off, and ``x'`` has nothing to
-do with ``x``.
+with entries of ``b`` as large as the largest ones of their rows. For a singular one ``x`` is a huge multiple of a
+vector of its nullspace, ``S x`` round-off, and ``x'`` has nothing to do with ``x``.
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ def is_singular(ksp: PETSc.KSP) -> bool:
     x, b = matrix.createVecs()
     again = x.duplicate()
     start, stop = b.getOwnershipRange()
-    b.array[:] = np.cos(np.arange(start, stop) ** 2)
+    pointers, _, values = matrix.getValuesCSR()
+    largest = np.maximum.reduceat(np.append(np.abs(values), 0.0), pointers[:-1])  # no row is empty: it has a diagonal
+    b.array[:] = largest * np.cos(np.arange(start, stop) ** 2)
     try:
         ksp.solve(b, x)
         size = x.norm(_MAX)
