@@ -76,7 +76,8 @@ def test_against_a_loop_by_hand(make):
     for grid in GRIDS[MPI.COMM_WORLD.size]:
         spacetime = pf.SpaceTime(grid)
         task = make(spacetime.space_comm)
-        J, *derivatives = by_hand(task)
+        # pyadjoint solves tangent equations without nullspaces: second derivatives are compared in test_nullspace then
+        J, *derivatives = by_hand(task, second=task.nullspace is None)
         own = slice(None)
         if task.stepwise:
             slab = spacetime.slab(task.steps)
@@ -84,5 +85,5 @@ def test_against_a_loop_by_hand(make):
         J_ours, *ours = in_time(task, spacetime)
         assert abs(J_ours - J) <= 1e-10 * abs(J)
         for found, wanted, tolerance in zip(ours, derivatives, (1e-8, 1e-7), strict=True):
-            for a, b in zip(found, wanted[own], strict=True):
+            for a, b in zip(found, wanted[own], strict=True) if wanted else ():
                 assert distance(a, b, spacetime.space_comm) <= tolerance
