@@ -51,9 +51,9 @@ is measured and held below what direction, judgement and pairs can bear:
 * **Learn.** Both accepted and rejected steps are pairs for B, if their curvature is at least twice what the errors of
   both gradients can make of it. A rejected one is only shortened where J is huge at its end, and no quadratic: that
   curvature is the one of another place. A gradient that lags behind the design shows less curvature than there is, and
-  would make the next step too long. The pairs are made conjugate: for a quadratic J each new step is then the
-  minimiser over all directions seen so far, without a line search, and with accurate gradients the run ends after as many designs as
-  conjugate gradients take iterations, and one. A pair that is dropped halves :math:`\theta`; kept ones let it grow.
+  would make the next step too long. The pairs are made conjugate: for a quadratic J each new step is then the minimiser
+  over all directions seen so far, without a line search, and with accurate gradients the run ends after as many designs
+  as conjugate gradients take iterations, and one. A pair that is dropped halves :math:`\theta`; kept ones let it grow.
 * **Try again.** After a rejected step that was learned from, the next one starts from x with the better B, no longer
   than the last: the solvers need not go back to x. If nothing was learned, x is looked at again, as its reading may be
   what is wrong, with :math:`\theta` halved, and the step from there is shortened towards the zero of the slope. For

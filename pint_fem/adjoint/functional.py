@@ -1,0 +1,307 @@
+"""A functional of controls as pyadjoint has it, and its minimisation: what the one of an evolution and sums share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from numbers import Real
+
+import numpy as np
+import ufl
+from firedrake import Cofunction, EnsembleCofunction, EnsembleFunction, EnsembleFunctionSpace, Function
+from firedrake.ensemble.ensemble_functionspace import EnsembleFunctionSpaceBase
+from pyadjoint import AdjFloat, Control, ReducedFunctional
+from pyadjoint.enlisting import Enlist
+from pyadjoint.reduced_functional import AbstractReducedFunctional
+from pyadjoint.tape import stop_annotating
+
+from pint_fem.adjoint.memory import Memory
+from pint_fem.adjoint.minimisation import one_shot, scipy_method, trust_region
+from pint_fem.adjoint.problem import ReducedProblem
+from pint_fem.adjoint.riesz import ControlInner
+from pint_fem.adjoint.sums import SumProblem
+from pint_fem.errors import InputError
+from pint_fem.optimize import OneShotResult, TrustRegionResult
+from pint_fem.propagators.arrays import get, put
+
+__all__ = ["ControlFunctional"]
+
+
+class ControlFunctional(AbstractReducedFunctional):
+    """``J(z)`` of some controls, on arrays and on pyadjoint's values.
+
+    Functionals are added, subtracted and multiplied by numbers, ``J1 + 2 * J2``: the sum's controls are those of its
+    terms, each once, in the order in which they come; a control is shared where the evolutions were given the same
+    Function. A shared control keeps the inner product that the first term has for it. The terms have to be on the same
+    process grid, and agree on ``dt`` and ``nsteps`` where they share a control with a value in each step.
+
+    Parameters
+    ----------
+    problem
+        ``J`` and its derivatives on arrays: of an evolution, or a sum of such.
+    inner
+        Inner product of the controls.
+    regularisation
+        The functionals of the regularisation.
+    """
+
+    __array_ufunc__ = None  # numpy's numbers leave the product with a functional to __rmul__
+
+    def __init__(self, problem: ReducedProblem | SumProblem, inner: ControlInner, regularisation: Sequence[ufl.Form]):
+        self.problem, self.inner = problem, inner
+        self.evolution, self.spacetime, self.layout = problem.evolution, problem.spacetime, problem.layout
+        #: The functionals of the regularisation.
+        self.regularisation = list(regularisation)
+        with stop_annotating():
+            self._spaces = [self._space(control) for control in self.evolution.controls]
+            values = [self._new(space) for space in self._spaces]
+            for value, control in zip(values, self.evolution.controls, strict=True):
+                for part in _parts(value):
+                    part.assign(control)
+                if isinstance(value, Function):
+                    value.rename(control.name())
+        self._controls = Enlist([Control(value) for value in values])
+        if len(values) == 1:
+            self._controls = Enlist(self._controls[0])
+        self._z: np.ndarray | None = None
+
+    # -- sums ----------------------------------------------------------------------------------------------------------
+    def __add__(self, other):
+        """``J1 + J2``; a sum may begin with 0, as Python's ``sum`` does."""
+        if isinstance(other, Real) and other == 0:
+            return self
+        return self._combined(1.0, 1.0, other) if isinstance(other, ControlFunctional) else NotImplemented
+
+    __radd__ = __add__
+
+    def __sub__(self, other):
+        """``J1 - J2``."""
+        return self._combined(1.0, -1.0, other) if isinstance(other, ControlFunctional) else NotImplemented
+
+    def __mul__(self, factor):
+        """``c * J``."""
+        return self._combined(float(factor)) if isinstance(factor, Real) else NotImplemented
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, divisor):
+        """``J / c``."""
+        return self._combined(1.0 / float(divisor)) if isinstance(divisor, Real) else NotImplemented
+
+    def __neg__(self):
+        """``-J``."""
+        return self._combined(-1.0)
+
+    def _combined(self, weight: float, other_weight: float = 0.0, other: ControlFunctional | None = None):
+        terms = [(weight, self)] + ([] if other is None else [(other_weight, other)])
+        problem = SumProblem([(w, term.problem) for w, term in terms])
+        maps = {c: riesz for _, term in reversed(terms) for c, riesz in term.inner.maps.items()}
+        inner = ControlInner(problem.layout, [maps[c] for c in problem.evolution.controls])
+        forms = [form if w == 1 else w * form for w, term in terms for form in term.regularisation]
+        return ControlFunctional(problem, inner, forms)
+
+    def _space(self, control: Function):
+        """Where pyadjoint's values of a control live."""
+        space = control.function_space()
+        if control not in self.evolution.stepwise:
+            return space
+        try:
+            return EnsembleFunctionSpace([space] * self.layout.slab.k, self.spacetime.ensemble)
+        except ValueError as error:
+            raise InputError(f"{error}: build the mesh with comm=spacetime.space_comm") from error
+
+    def _new(self, space, *, dual: bool = False):
+        if isinstance(space, EnsembleFunctionSpaceBase):
+            return EnsembleCofunction(space.dual()) if dual else EnsembleFunction(space)
+        return Cofunction(space.dual()) if dual else Function(space)
+
+    # -- between pyadjoint's values and arrays ------------------------------------------------------------------------
+    def array(self, values) -> np.ndarray:
+        """Flat own values of the controls, or of a direction, ``(layout.size,)``.
+
+        Raises
+        ------
+        InputError
+            If they are not in the controls' spaces.
+        """
+        values = Enlist(values)
+        if len(values) != len(self._spaces):
+            raise InputError(f"{len(values)} controls given, the functional has {len(self._spaces)}")
+        arrays = []
+        for f, space in zip(values, self._spaces, strict=True):
+            stepwise = isinstance(space, EnsembleFunctionSpaceBase)
+            kind = EnsembleFunction if stepwise else Function
+            if not isinstance(f, kind) or f.function_space() != space:
+                if stepwise:
+                    what = "an EnsembleFunction with one function a step (see rf.controls[i].control)"
+                    raise InputError(f"control: given is a {type(f).__name__}; give {what}")
+                what = f"a function of {f.function_space()}" if isinstance(f, Function) else f"a {type(f).__name__}"
+                raise InputError(f"control: given is {what}, the control lives in {space}")
+            arrays.append(np.array([get(part) for part in f.subfunctions]) if stepwise else get(f))
+        return self.layout.join(arrays)
+
+    def function(self, array: np.ndarray, *, dual: bool = False):
+        """Controls (or with ``dual`` derivatives) from flat own values: a function, or a list of several."""
+        with stop_annotating():
+            made = [self._new(space, dual=dual) for space in self._spaces]
+            self._fill(made, array)
+        return self._controls.delist(made)
+
+    def _fill(self, functions, array: np.ndarray) -> None:
+        """Put own values into controls or derivatives."""
+        for f, values in zip(functions, self.layout.parts(np.ravel(array)), strict=True):
+            for part, row in zip(_parts(f), np.atleast_2d(values), strict=True):
+                put(part, row)
+
+    # -- pyadjoint's interface ----------------------------------------------------------------------------------------
+    @property
+    def controls(self):
+        """The control, as pyadjoint wraps it."""
+        return self._controls
+
+    def _current(self) -> np.ndarray:
+        return self.array([c.control for c in self.controls]) if self._z is None else self._z
+
+    def __call__(self, values) -> AdjFloat:
+        """``J`` at values of the controls."""
+        self._z = self.array(values)
+        with stop_annotating():
+            for control, value in zip(self.controls, Enlist(values), strict=True):
+                control.update(value)
+            return AdjFloat(self.problem.value(self._z))
+
+    def derivative(self, adj_input=1.0, apply_riesz=False):
+        """``J'`` at the last control value, a dual function; with ``apply_riesz`` its representative."""
+        with stop_annotating():
+            g = float(adj_input) * self.problem.derivative(self._current())
+            return self.function(self.inner.primal(g)) if apply_riesz else self.function(g, dual=True)
+
+    def hessian(self, m_dot, hessian_input=None, evaluate_tlm=True, apply_riesz=False):
+        """``J''`` at the last control value in a direction; no ``hessian_input``, as ``J`` is a number."""
+        if hessian_input not in (None, 0, 0.0):
+            raise InputError("hessian_input is not supported: the functional is the end of the computation")
+        with stop_annotating():
+            h = self.problem.hessian_action(self._current(), self.array(m_dot))
+            return self.function(self.inner.primal(h)) if apply_riesz else self.function(h, dual=True)
+
+    def tlm(self, m_dot):
+        """``J' m_dot`` by a tangent sweep."""
+        with stop_annotating():
+            return AdjFloat(self.problem.tangent_value(self._current(), self.array(m_dot)))
+
+    def memory(self) -> Memory:
+        """Memory of this rank by part and at the peak of an evaluation, in bytes; known before a run.
+
+        Collective; see :mod:`pint_fem.adjoint.memory` for the formula. ``print(rf.memory())`` shows it, as
+        ``-mgrit_view`` does before the first solve.
+        """
+        with stop_annotating():
+            return self.problem.memory()
+
+    # -- optimisation -------------------------------------------------------------------------------------------------
+    def minimize_trust_region(
+        self,
+        start=None,
+        *,
+        monitor: Callable[[str], None] | None = None,
+        inexact=None,
+        bounds=None,
+        constraints=None,
+        preconditioner=None,
+        checkpoint=None,
+        **options,
+    ) -> TrustRegionResult:
+        """Minimise by :func:`pint_fem.optimize.minimize_trust_region` in the controls' inner product.
+
+        Parameters
+        ----------
+        start
+            First controls; default: their values at construction.
+        monitor
+            Gets a line an iteration, on the first rank only.
+        inexact
+            ``True``, :class:`~pint_fem.optimize.InexactOptions` or a dictionary of them: sweeps are solved as
+            accurately as convergence needs and no more, at best to their ``rtol``.
+        bounds
+            ``(lower, upper)``, such as ``(0, None)``: each a number, ``None`` for no bound, values of the controls, or a
+            list with one of these for each control. The method is :func:`pint_fem.optimize.bounded.minimize_bounded`,
+            together with ``constraints`` :func:`pint_fem.optimize.multipliers.minimize_bounded_constrained`. The inner
+            product has to be diagonal; where it is not, ``"lumped"`` is used.
+        constraints
+            Pairs of a UFL functional that is linear in the controls and its value, such as ``(q*dx, 1.0)``.
+        preconditioner
+            Of conjugate gradients: ``"regularisation"`` (the inverse of its second derivative), a bilinear form or a
+            list with one a control, ``"limited-memory"``, or a callable on flat representatives.
+        checkpoint
+            A file (HDF5) that keeps the run after each iteration; if it is there, the run goes on from it. See
+            :mod:`pint_fem.adjoint.checkpoint`.
+        **options
+            Of the minimiser. For a quadratic ``J`` the first radius is unlimited by default.
+
+        Returns
+        -------
+        TrustRegionResult
+            The controls take the values found; ``x`` holds the own values of the minimiser; :meth:`function` makes
+            functions of them.
+
+        Raises
+        ------
+        InputError, ValueError
+            On options that do not fit, before anything is solved.
+        """
+        result = trust_region(
+            self, self._start(start), monitor=self._monitor(monitor), inexact=inexact, bounds=bounds,
+            constraints=constraints, preconditioner=preconditioner, checkpoint=checkpoint, **options,
+        )  # fmt: skip
+        self._take(result.x)
+        return result
+
+    def minimize_one_shot(
+        self, start=None, *, monitor=None, constraints=None, preconditioner=None, checkpoint=None, **options
+    ) -> OneShotResult:
+        """Minimise while solving: one MGRIT cycle for state and adjoint between two updates of the controls.
+
+        See :func:`pint_fem.optimize.one_shot.minimize_one_shot` for options and result, and
+        :meth:`minimize_trust_region` for the arguments. ``memory``: 40 pairs by default, 10 where a control has a value
+        a step; as many as there are directions that the data determine make the run short.
+        """
+        result = one_shot(
+            self, self._start(start), monitor=self._monitor(monitor), constraints=constraints,
+            preconditioner=preconditioner, checkpoint=checkpoint, **options,
+        )  # fmt: skip
+        self._take(result.x)
+        return result
+
+    def minimize_scipy(self, start=None, method: str = "trust-krylov", *, bounds=None, **options):
+        """Minimise by scipy, whose vectors are whole on each rank: for controls of moderate size.
+
+        See :func:`pint_fem.optimize.scipy_adapter.scipy_minimize` for methods, options and result. The variables are
+        scaled by the root of the lumped mass matrix, and derivatives are exact in these coordinates (pyadjoint's
+        ``minimize`` hands scipy Riesz representatives).
+        """
+        result = scipy_method(self, self._start(start), method, bounds=bounds, **options)
+        self._take(result.x)
+        return result
+
+    def _start(self, start) -> np.ndarray:
+        return self._current() if start is None else self.array(start)
+
+    def _monitor(self, monitor):
+        """On the first rank only."""
+        return monitor if self.spacetime.is_root else None
+
+    def _take(self, z: np.ndarray) -> None:
+        """Make an array the controls' value."""
+        self._z = z
+        with stop_annotating():
+            for control, value in zip(self.controls, Enlist(self.function(z)), strict=True):
+                control.update(value)
+            self._fill([control.control for control in self.controls], z)
+
+
+def _parts(f) -> list:
+    """Functions of the own steps, or the one."""
+    return list(f.subfunctions) if isinstance(f, (EnsembleFunction, EnsembleCofunction)) else [f]
+
+
+# pyadjoint's ``minimize`` puts its own functionals, and what counts as one, behind numpy arrays
+ReducedFunctional.register(ControlFunctional)
