@@ -1,49 +1,85 @@
 """One rule for what ranks do together: where it fails on one rank it fails on all, and what they are given is the same.
 
 A rank that raises in the middle of communicating work leaves the others waiting for ever, and so does one that decides
-otherwise than they do. All functions here are collective over the communicator that they take: every rank calls them,
-in the same order, and gets the same answer. They need mpi4py and numpy only.
+otherwise than they do. All functions here but :func:`reported` are collective over the communicator that they take:
+every rank calls them, in the same order, and gets the same answer. They need mpi4py and numpy only.
+:mod:`pint_fem.agreement` has the decisions and the arguments.
 
-Three kinds of failure are kept apart. A *numerical* one (:func:`pint_fem.errors.is_numerical`) becomes
+Four kinds of failure are kept apart. A *numerical* one (:func:`pint_fem.errors.is_numerical`) becomes
 :class:`~pint_fem.errors.SolverFailure` on all ranks, which an optimiser may answer by another trial point. A user's
 *input* that does not fit becomes :class:`~pint_fem.errors.InputError` on all ranks. A *mistake*, any other exception,
-is raised as it is where it happened and as ``RuntimeError`` elsewhere; it is never answered, only reported. A mistake
-on any rank comes before an input, and that before a numerical failure. The first exception is the ``__cause__`` of what
-is raised, on all ranks where it can be pickled.
+is raised as it is where it happened and as ``RuntimeError`` elsewhere; it is never answered, only reported. An *exit*
+(``SystemExit``, ``KeyboardInterrupt``) is one on all ranks. Where ranks fail differently, an exit comes first, then a
+mistake, an input, a numerical failure. The first exception is the ``__cause__`` of what is raised, on all ranks where
+it can be pickled.
 """
 
 from __future__ import annotations
 
-import functools
-import hashlib
+import itertools
 import pickle
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple, NoReturn
 
-import numpy as np
-from mpi4py import MPI
+from pint_fem.agreement import all_ranks, any_rank, require_same
+from pint_fem.errors import FAILURES, InputError, SolverFailure, causes, is_numerical
 
-from pint_fem.errors import InputError, SolverFailure, is_numerical
-
-__all__ = ["all_ranks", "any_rank", "collectively", "raise_together", "require_same"]
-
-
-def any_rank(comm, condition) -> bool:
-    """Whether a condition holds on any rank (collective)."""
-    return bool(condition if comm.size == 1 else comm.allreduce(bool(condition), op=MPI.LOR))
-
-
-def all_ranks(comm, condition) -> bool:
-    """Whether a condition holds on every rank (collective)."""
-    return bool(condition if comm.size == 1 else comm.allreduce(bool(condition), op=MPI.LAND))
+__all__ = [
+    "Report",
+    "all_ranks",
+    "any_rank",
+    "collectively",
+    "ending_all_ranks",
+    "raise_report",
+    "raise_together",
+    "reported",
+    "require_same",
+]
 
 
-class _Report(NamedTuple):
-    """A failure as other ranks get it; reports of a worse kind come first."""
+# -- failures ----------------------------------------------------------------------------------------------------------
+class Report(NamedTuple):
+    """A failure as other ranks get it.
+
+    Attributes
+    ----------
+    kind : int
+        The smaller, the sooner a failure is reported: an exit, a mistake, an input, a numerical failure.
+    text : str
+        What happened; with the exception's type where its message does not stand alone.
+    pickled : tuple of bytes
+        The exception, its cause, the cause's cause and so on, as far as they can be pickled.
+    trace : str
+        Where a mistake was raised, which pickling loses.
+    """
 
     kind: int
     text: str
-    pickled: bytes | None
+    pickled: tuple[bytes, ...] = ()
+    trace: str = ""
+
+    @property
+    def is_numerical(self) -> bool:
+        """Whether an optimiser may answer the failure by another trial point."""
+        return self.kind == _NUMERICAL
+
+    def cause(self) -> BaseException:
+        """The exception with its causes; ``RuntimeError`` with its text where it cannot be unpickled on this rank."""
+        found = []
+        for pickled in self.pickled:
+            try:
+                found.append(pickle.loads(pickled))
+            except Exception:  # its class is not there
+                break
+        for error, cause in itertools.pairwise(found):
+            error.__cause__ = cause
+        first = found[0] if found else RuntimeError(self.text)
+        if self.trace:
+            first.add_note(f"there:\n{self.trace}")
+        return first
 
 
 _EXIT, _MISTAKE, _INPUT, _NUMERICAL = range(4)
@@ -57,15 +93,76 @@ def _kind(error: BaseException) -> int:
     return _INPUT if isinstance(error, InputError) else _MISTAKE
 
 
-def _report(error: BaseException) -> _Report:
-    kind = _kind(error)
-    plain = kind == _INPUT or isinstance(error, SolverFailure)  # their messages stand alone
-    try:
-        pickled = pickle.dumps(error)
-        pickle.loads(pickled)
-    except Exception:  # an exception with arguments of its own or objects that cannot be pickled: its text has to do
-        pickled = None
-    return _Report(kind, str(error) if plain else f"{type(error).__name__}: {error}", pickled)
+def reported(error: BaseException, text: str | None = None) -> Report:
+    """An exception as other ranks get it.
+
+    Parameters
+    ----------
+    error
+        The exception.
+    text
+        What happened; default: the exception's message.
+
+    Returns
+    -------
+    Report
+    """
+    kind, pickled = _kind(error), []
+    for one in causes(error):
+        try:
+            data = pickle.dumps(one)
+            pickle.loads(data)
+        except Exception:  # it takes other arguments than it passes on, or holds what cannot be pickled
+            break
+        pickled.append(data)
+    if text is None:
+        plain = kind == _INPUT or isinstance(error, SolverFailure)  # their messages stand alone
+        text = str(error) if plain else f"{type(error).__name__}: {error}"
+    trace = "".join(traceback.format_exception(error)) if kind == _MISTAKE else ""
+    return Report(kind, text, tuple(pickled), trace)
+
+
+def raise_report(comm, report: Report, message: str, here: BaseException | None = None) -> NoReturn:
+    """Raise what a report says; all ranks of the communicator call it with the same report.
+
+    Parameters
+    ----------
+    comm
+        Communicator of the ranks.
+    report
+        The failure that all of them raise.
+    message
+        Of what is raised where the exception itself is not.
+    here
+        The exception on the ranks that have met the failure, ``None`` on the others.
+
+    Raises
+    ------
+    SolverFailure, InputError, RuntimeError, SystemExit, KeyboardInterrupt
+        By the kind of the report, with the exception as its cause.
+    BaseException
+        The exception itself where it is a mistake or an exit and was met here.
+    """
+    if here is not None and report.kind in (_EXIT, _MISTAKE):
+        raise _shared(comm, here)
+    cause = report.cause() if here is None else here
+    if report.kind == _EXIT:
+        made = KeyboardInterrupt(message) if isinstance(cause, KeyboardInterrupt) else SystemExit(_code(cause, message))
+    else:
+        made = {_MISTAKE: RuntimeError, _INPUT: InputError, _NUMERICAL: SolverFailure}[report.kind](message)
+    raise _shared(comm, made) from cause
+
+
+def _code(cause: BaseException, message: str) -> int | str:
+    """With what a rank exits because another one does: its status, and never less than a failure's reason."""
+    code = getattr(cause, "code", message)
+    return 0 if code is None else code
+
+
+def _shared(comm, error: BaseException) -> BaseException:
+    """Mark an exception as one that all ranks of a communicator raise."""
+    error.raised_on_ranks = max(comm.size, getattr(error, "raised_on_ranks", 1))
+    return error
 
 
 def raise_together(comm, error: BaseException | None, where: str = "") -> None:
@@ -90,27 +187,20 @@ def raise_together(comm, error: BaseException | None, where: str = "") -> None:
         Otherwise: what failed on this rank, and on ranks where nothing did ``RuntimeError`` (``SystemExit``,
         ``KeyboardInterrupt`` where a rank has met that) with the rank and the first exception as its cause.
     """
-    mine = None if error is None else _report(error)
+    if all_ranks(comm, error is None):
+        return
+    mine = None if error is None else reported(error)
     reports = [mine] if comm.size == 1 else comm.allgather(mine)
     failed = [rank for rank, report in enumerate(reports) if report is not None]
-    if not failed:
-        return
     rank = min(failed, key=lambda r: reports[r].kind)
-    report = reports[rank]
-    on = f"rank {rank}" if comm.size > 1 else ""
-    place = ", ".join(part for part in (where, on) if part)
-    message = f"{place}: {report.text}" if place else report.text
-    cause = error if error is not None and comm.rank == rank else _loaded(report)
-    if error is not None and _kind(error) == report.kind and report.kind in (_EXIT, _MISTAKE):
-        raise error
-    if report.kind == _EXIT:
-        raise (KeyboardInterrupt(message) if isinstance(cause, KeyboardInterrupt) else SystemExit(message)) from cause
-    made = {_MISTAKE: RuntimeError, _INPUT: InputError, _NUMERICAL: SolverFailure}[report.kind]
-    raise made(message) from cause
-
-
-def _loaded(report: _Report) -> BaseException | None:
-    return None if report.pickled is None else pickle.loads(report.pickled)
+    report, everywhere = reports[rank], len({r and (r.kind, r.text) for r in reports}) == 1
+    if where and error is not None and mine.kind == _MISTAKE:
+        error.add_note(f"({where})")
+    if everywhere and (not report.is_numerical or isinstance(error, SolverFailure)):
+        raise _shared(comm, error)  # all ranks have it as it is
+    place = ", ".join(part for part in (where, "" if everywhere else f"rank {rank}") if part)
+    here = error if error is not None and (comm.rank == rank or mine.kind == report.kind < _INPUT) else None
+    raise_report(comm, report, f"{place}: {report.text}" if place else report.text, here)
 
 
 def collectively(comm, where: str, work: Callable, *args) -> Any:
@@ -140,81 +230,32 @@ def collectively(comm, where: str, work: Callable, *args) -> Any:
     out = failure = None
     try:
         out = work(*args)
-    except BaseException as error:  # sys.exit and an interrupt on one rank, too, would leave the others waiting
+    except FAILURES as error:  # sys.exit and an interrupt on one rank, too, would leave the others waiting
         failure = error
     raise_together(comm, failure, where)
     return out
 
 
-def require_same(comm, **given: Any) -> None:
-    """Require that what ranks are given is the same on all of them (collective, one exchange).
+@contextmanager
+def ending_all_ranks(comm) -> Iterator[None]:
+    """End the whole run where one rank is interrupted or exits by itself, which would leave the others waiting.
+
+    An exit that has gone through :func:`collectively` or :func:`raise_together` is raised on all ranks and passes. One
+    that has not (the interrupt of a keyboard may come between any two statements) is printed with its traceback, and
+    the run is aborted. On one rank it passes as well.
 
     Parameters
     ----------
     comm
-        Communicator of the ranks that act on it together.
-    **given
-        Values by name: numbers, strings, truth values, ``None``, arrays, mappings and sequences of such. Callables and
-        other objects are compared by their type and name.
-
-    Raises
-    ------
-    InputError
-        On every rank, naming the first value that is not the same, with what ranks were given.
+        Communicator of the ranks that work together.
     """
-    if comm.size == 1:
-        return
-    digests = np.frombuffer(b"".join(_digest(value) for value in given.values()), dtype=np.int64)
-    least = np.concatenate([digests, ~digests])  # the least ~d is ~(largest d)
-    comm.Allreduce(MPI.IN_PLACE, least, op=MPI.MIN)
-    low, high = np.split(least, 2)
-    different = np.flatnonzero(low != ~high)
-    if len(different):
-        name = list(given)[int(different[0])]
-        values = comm.allgather(_shown(given[name]))
-        shown = "; ".join(f"rank {rank}: {value}" for rank, value in enumerate(values[:4]))
-        raise InputError(f"{name} is not the same on all ranks ({shown}): give every rank the same")
-
-
-def _digest(value: Any) -> bytes:
-    digest = hashlib.blake2b(digest_size=8)
-    _feed(digest.update, value)
-    return digest.digest()
-
-
-def _feed(update: Callable[[bytes], None], value: Any) -> None:
-    """Hand a value's type and content to a hash."""
-    if isinstance(value, np.ndarray) and value.dtype != object:
-        update(f"array{value.shape}{value.dtype}".encode())
-        update(np.ascontiguousarray(value).tobytes())
-    elif isinstance(value, Mapping):
-        update(f"mapping{len(value)}".encode())
-        for key in sorted(value, key=str):
-            update(str(key).encode())
-            _feed(update, value[key])
-    elif isinstance(value, (list, tuple, np.ndarray)):
-        update(f"sequence{len(value)}".encode())
-        for item in value:
-            _feed(update, item)
-    elif value is None or isinstance(value, (bool, int, float, complex, str, bytes, np.generic)):
-        plain = value.item() if isinstance(value, np.generic) else value
-        update(f"{type(plain).__name__}:{plain!r};".encode())
-    else:
-        update(_name(value).encode())
-
-
-def _name(value: Any) -> str:
-    """A callable or another object by its name: addresses differ from rank to rank."""
-    while isinstance(value, functools.partial):
-        value = value.func
-    kind = type(value)
-    return getattr(value, "__qualname__", f"{kind.__module__}.{kind.__qualname__}")
-
-
-def _shown(value: Any) -> str:
-    """A value in an error message."""
-    if isinstance(value, np.ndarray):
-        return f"array {value.shape}, digest {_digest(value).hex()[:8]}"
-    simple = isinstance(value, (bool, int, float, complex, str, type(None), Mapping, Sequence, np.generic))
-    text = repr(value) if simple else _name(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit) as error:
+        if getattr(error, "raised_on_ranks", 1) >= comm.size:
+            raise
+        code = getattr(error, "code", 130)
+        sys.stdout.flush()
+        sys.stderr.write(f"rank {comm.rank} leaves, which ends the run:\n{traceback.format_exc()}")
+        sys.stderr.flush()
+        comm.Abort(code if isinstance(code, int) and code else 1)

@@ -11,14 +11,19 @@ import numpy as np
 from petsc4py import PETSc
 from petsctools import flatten_parameters
 
+from pint_fem.errors import SolverFailure
+
 __all__ = [
     "REDUNDANT",
     "completed",
     "default_solver",
     "direct_solver",
     "factor_bytes",
+    "is_finite",
     "matrix_bytes",
+    "require_finite",
     "trial_residual",
+    "with_finite_entries",
 ]
 
 REDUNDANT = 20_000
@@ -81,6 +86,37 @@ def completed(parameters: Mapping, comm, unknowns: int) -> dict:
         return {**_ITERATE, **given}
     subdomains = {"pc_type": "lu"} if comm.size == 1 else {**_SUBDOMAINS, "sub_pc_type": "lu"}
     return {**_ITERATE, **subdomains, **given}
+
+
+def is_finite(matrix: PETSc.Mat) -> bool:
+    """Whether no entry of an assembled matrix is infinite or NaN (collective)."""
+    # sums carry NaN to all ranks; PETSc's norm of largest entries does not see it
+    return bool(np.isfinite(matrix.norm(PETSc.NormType.FROBENIUS)))
+
+
+def require_finite(matrix: PETSc.Mat, what: str) -> None:
+    """Refuse a matrix that is not finite before it is factored: some packages never return from that (collective).
+
+    Raises
+    ------
+    SolverFailure
+        On every rank of the matrix: ``what`` is not finite.
+    """
+    if not is_finite(matrix):
+        raise SolverFailure(f"{what} has entries that are infinite or NaN, or too large for their squares to be summed")
+
+
+def with_finite_entries(matrix: PETSc.Mat) -> PETSc.Mat:
+    """The matrix, or where it is not finite one with entries in the same places that can be factored (collective).
+
+    What a factor takes is a matter of these places.
+    """
+    if is_finite(matrix):
+        return matrix
+    like = matrix.copy()
+    like.zeroEntries()
+    like.shift(1.0)
+    return like
 
 
 def trial_residual(ksp: PETSc.KSP, b: PETSc.Vec, x: PETSc.Vec) -> float:

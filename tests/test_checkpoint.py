@@ -137,7 +137,7 @@ def test_round_trip_of_all_kinds_of_controls(tmp_path):
 
 
 @pytest.mark.parallel(2)
-def test_bad_files(tmp_path, monkeypatch):
+def test_bad_files(tmp_path):
     folder = shared_folder(tmp_path)
     rf = functional(pf.SpaceTime(), n=3, steps=16)
     objective = Objective(rf.problem, rf.inner)
@@ -149,10 +149,6 @@ def test_bad_files(tmp_path, monkeypatch):
     other = functional(pf.SpaceTime(), n=2, steps=16)
     with pytest.raises(pf.InputError, match="of another problem"):
         HDF5Checkpoint(folder / "run.h5", Objective(other.problem, other.inner)).load()
-    with monkeypatch.context() as patched:
-        patched.setattr(HDF5Checkpoint, "_put_vector", lambda *_: 1 / 0)
-        with pytest.raises(pf.InputError, match="cannot be written"):
-            keep.save({"number": 2}, {"x": x})
     assert keep.load()[0] == {"number": 1}
     MPI.COMM_WORLD.barrier()
     if MPI.COMM_WORLD.rank == 0:
@@ -239,8 +235,8 @@ def test_another_control_of_the_accuracy_is_refused(tmp_path, small):
             rf.minimize_trust_region(checkpoint=path, max_it=2, inexact=not kept)
         assert np.array_equal(rf.problem.U, before)
     with h5py.File(path, "r+") as file:
-        head = json.loads(bytes(file.attrs["head"]))
-        del head["objective"]["cycles"]
+        head = json.loads(file["head"][()].tobytes())
+        del head["objective"]["cycles"], file["head"]
         file.attrs["head"] = np.void(json.dumps(head).encode())
     with pytest.raises(pf.InputError, match="of another version"):
         rf.minimize_trust_region(checkpoint=path, max_it=2, inexact=True)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
+from pint_fem.errors import InputError
 from pint_fem.mgrit import MGRIT, MGRITOptions, SolverFailure, dirk_stability, split_steps, two_level_bound
 from tests.stepping import sequential
 
@@ -605,7 +606,7 @@ def test_bad_arrays_are_refused_on_every_rank():
 
 @pytest.mark.parallel([1, 2, 3])
 def test_failing_norm_is_a_failure():
-    """The user's norm raises, or is not one number a state, on the last rank."""
+    """The user's norm fails on the last rank: numerically, or as it is not one number a state."""
     comm = MPI.COMM_WORLD
 
     def norms(block):
@@ -613,11 +614,13 @@ def test_failing_norm_is_a_failure():
             raise ArithmeticError("no norm")
         return np.ones(len(block))
 
-    for factors, bad in itertools.product(((), (4,)), (norms, lambda block: np.ones(len(block) + 1))):
+    short = lambda block: np.ones(len(block) + (comm.rank == comm.size - 1))
+    for factors, (bad, kind) in itertools.product(((), (4,)), ((norms, SolverFailure), (short, InputError))):
         options = dict(coarsening=factors or 2)
         solver = MGRIT([Counting(s) for s in strides(factors)], 22, options=options, comm=comm, point_norms=bad)
-        with pytest.raises(SolverFailure, match="point_norms: "):
+        with pytest.raises(kind, match=r"point_norms: |point_norms returned shape") as caught:
             solver.solve(np.zeros((solver.local_rows, 2)))
+        assert type(caught.value.__cause__) is (ArithmeticError if bad is norms else InputError)
 
 
 def test_cycles_run_out():

@@ -75,7 +75,7 @@ class Experiments:
                 N, dt = self.steps[i]
                 u, old, v = Function(self.V), self.start(i), TestFunction(self.V)
                 u.assign(old)
-                for n in range(N):
+                for _ in range(N):
                     F = (u - old) / dt * v * dx(degree=4) + self.residual(i, u, v, q, k, wind)
                     solve(F == 0, u, bcs=self.bcs(), solver_parameters={"snes_atol": 1e-14, "snes_rtol": 1e-14})
                     old = Function(self.V).assign(u)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from pint_fem.adjoint.averaged import AveragedSystems
+from pint_fem.errors import FAILURES
 from pint_fem.mgrit.levels import Level
 from pint_fem.paradiag import ParaDiag, ParaDiagOptions
 from pint_fem.paradiag.circulant import AlphaCirculant
@@ -123,8 +124,7 @@ class CoarsestParaDiag:
     def _guarded(self, k: int, mu: complex, r: np.ndarray) -> np.ndarray:
         try:
             return self._solve(k, mu, r)
-        except Exception as error:
-            level = self._level
-            failure = f"level {level.index}, frequency {k}: {type(error).__name__}: {error}"
-            level.failure = level.failure or failure
+        except FAILURES as error:
+            if np.isfinite(r).all() or not isinstance(error, Exception):
+                self._level.note(f"frequency {k}", error)
             return np.full_like(r, np.nan)

@@ -208,6 +208,7 @@ class ControlFunctional(AbstractReducedFunctional):
         constraints=None,
         preconditioner=None,
         checkpoint=None,
+        if_save_fails: str = "stop",
         **options,
     ) -> TrustRegionResult:
         """Minimise by :func:`pint_fem.optimize.minimize_trust_region` in the controls' inner product.
@@ -222,8 +223,8 @@ class ControlFunctional(AbstractReducedFunctional):
             ``True``, :class:`~pint_fem.optimize.InexactOptions` or a dictionary of them: sweeps are solved as
             accurately as convergence needs and no more, at best to their ``rtol``.
         bounds
-            ``(lower, upper)``, such as ``(0, None)``: each a number, ``None`` for no bound, values of the controls, or a
-            list with one of these for each control. The method is :func:`pint_fem.optimize.bounded.minimize_bounded`,
+            ``(lower, upper)``, such as ``(0, None)``: each a number, ``None`` for no bound, values of the controls, or
+            a list with one of these for each control. The method is :func:`pint_fem.optimize.bounded.minimize_bounded`,
             together with ``constraints`` :func:`pint_fem.optimize.multipliers.minimize_bounded_constrained`. The inner
             product has to be diagonal; where it is not, ``"lumped"`` is used.
         constraints
@@ -234,6 +235,9 @@ class ControlFunctional(AbstractReducedFunctional):
         checkpoint
             A file (HDF5) that keeps the run after each iteration; if it is there, the run goes on from it. See
             :mod:`pint_fem.adjoint.checkpoint`.
+        if_save_fails
+            What happens where that file cannot be written, as on a full disk: ``"stop"`` raises ``InputError`` on every
+            rank, ``"continue"`` prints a line and goes on. The last complete file stays in either case.
         **options
             Of the minimiser. For a quadratic ``J`` the first radius is unlimited by default.
 
@@ -250,14 +254,16 @@ class ControlFunctional(AbstractReducedFunctional):
         """
         result = trust_region(
             self, self._start(start), monitor=self._monitor(monitor), inexact=inexact, bounds=bounds,
-            constraints=constraints, preconditioner=preconditioner, checkpoint=checkpoint, **options,
+            constraints=constraints, preconditioner=preconditioner, checkpoint=checkpoint,
+            if_save_fails=if_save_fails, **options,
         )  # fmt: skip
         self._take(result.x)
         return result
 
     def minimize_one_shot(
-        self, start=None, *, monitor=None, constraints=None, preconditioner=None, checkpoint=None, **options
-    ) -> OneShotResult:
+        self, start=None, *, monitor=None, constraints=None, preconditioner=None, checkpoint=None,
+        if_save_fails: str = "stop", **options,
+    ) -> OneShotResult:  # fmt: skip
         """Minimise while solving: one MGRIT cycle for state and adjoint between two updates of the controls.
 
         See :func:`pint_fem.optimize.one_shot.minimize_one_shot` for options and result, and
@@ -266,7 +272,7 @@ class ControlFunctional(AbstractReducedFunctional):
         """
         result = one_shot(
             self, self._start(start), monitor=self._monitor(monitor), constraints=constraints,
-            preconditioner=preconditioner, checkpoint=checkpoint, **options,
+            preconditioner=preconditioner, checkpoint=checkpoint, if_save_fails=if_save_fails, **options,
         )  # fmt: skip
         self._take(result.x)
         return result

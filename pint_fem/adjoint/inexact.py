@@ -31,7 +31,7 @@ import numpy as np
 from pint_fem.adjoint.objective import Objective
 from pint_fem.adjoint.problem import Point, ReducedProblem, relative_residual
 from pint_fem.adjoint.riesz import ControlInner
-from pint_fem.mgrit import SolverFailure
+from pint_fem.errors import SolverFailure
 
 __all__ = ["InexactObjective"]
 
@@ -77,10 +77,11 @@ class InexactObjective(Objective):
     # -- value ---------------------------------------------------------------------------------------------------------
     def value_within(self, x: np.ndarray, tolerance: float) -> tuple[float, float]:
         """``J(x)`` and an estimate of its error, at most ``tolerance`` where the sweeps' ``rtol`` allows."""
+        self.failure = None
         try:
             return self._value_within(x, tolerance)
-        except SolverFailure:
-            return np.inf, 0.0
+        except SolverFailure as failure:
+            return self._failed(failure), 0.0
 
     def _value_within(self, x: np.ndarray, tolerance: float) -> tuple[float, float]:
         problem, rtol = self.problem, self.loosest

@@ -31,6 +31,8 @@ class ControlLayout:
     ----------
     size : int
         Length of this rank's part.
+    static_size : int
+        How many of its first entries are of static controls and the initial condition.
     """
 
     def __init__(self, evolution: Evolution, spacetime: SpaceTime, slab: Slab):
@@ -45,6 +47,7 @@ class ControlLayout:
             self._slices[control] = slice(place, place + size)
             place += size
         self.size = place
+        self.static_size = min((self._slices[c].start for c in evolution.stepwise), default=place)
         self._nstatic = sum(own_size(c.function_space()) for c in self._static)
 
     # -- between the vector and the controls' own values ---------------------------------------------------------------
@@ -109,14 +112,14 @@ class ControlLayout:
 
     def pairing(self, dual: np.ndarray, primal: np.ndarray) -> float:
         """A dual vector's value at a primal one; the same bits on every rank."""
-        split = self.size - sum(self.part(dual, c).size for c in self.evolution.stepwise)
+        split = self.static_size
         local = np.array([dual[:split] @ primal[:split], dual[split:] @ primal[split:]])
         local = self.spacetime.sum_over_space(local)
         return float(local[0] + (self.spacetime.sum_over_time(local[1:])[0] if self.evolution.per_step else 0.0))
 
     def share(self, z: np.ndarray) -> None:
         """Give what is static to all ranks in time from the first."""
-        split = self.size - sum(self.part(z, c).size for c in self.evolution.stepwise)
+        split = self.static_size
         if self.spacetime.time_comm.size > 1:
             static = np.ascontiguousarray(z[:split])
             self.spacetime.time_comm.Bcast(static, root=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import contextmanager
 from numbers import Real
 from pathlib import Path
 
@@ -36,7 +37,17 @@ _MODEL_FORCING = 0.02
 
 
 def trust_region(
-    rf, start: np.ndarray, *, monitor, inexact, bounds, constraints, preconditioner, checkpoint, **options
+    rf,
+    start: np.ndarray,
+    *,
+    monitor,
+    inexact,
+    bounds,
+    constraints,
+    preconditioner,
+    checkpoint,
+    if_save_fails,
+    **options,
 ):
     """See :meth:`~pint_fem.adjoint.TimeParallelReducedFunctional.minimize_trust_region`."""
     problem, inner = rf.problem, rf.inner
@@ -72,26 +83,33 @@ def trust_region(
                     objective, start, lower, upper, normals, values, monitor=monitor, **options
                 )
             sides = {"lower": lower, "upper": upper}
-            options["checkpoint"] = _checkpoint(checkpoint, objective, "trust region within bounds", sides=sides)
-            return minimize_bounded(objective, start, lower, upper, monitor=monitor, **options)
+            keep = _checkpoint(checkpoint, rf, objective, "trust region within bounds", if_save_fails, sides=sides)
+            with keep as kept:
+                return minimize_bounded(objective, start, lower, upper, monitor=monitor, checkpoint=kept, **options)
         if inexact is None:
             objective = Objective(problem, inner)
         else:
             objective = InexactObjective(problem, inner)
         limited, start = constrained(rf, objective, start, constraints)
-        options["checkpoint"] = _checkpoint(
-            checkpoint, objective, "trust region", limited=limited, constraints=constraints
-        )
+        given = dict(limited=limited, constraints=constraints)
         try:
-            return minimize_trust_region(limited, start, monitor=monitor, inexact=inexact, **options)
+            with _checkpoint(checkpoint, rf, objective, "trust region", if_save_fails, **given) as kept:
+                options |= dict(monitor=monitor, inexact=inexact, checkpoint=kept)
+                return minimize_trust_region(limited, start, **options)
         finally:
             problem.keep_points(1)
 
 
-def _checkpoint(given, objective: Objective, method: str, *, sides=None, limited=None, constraints=None):
-    """A file as a checkpoint of an objective that goes on with this method, these bounds and these constraints only."""
+@contextmanager
+def _checkpoint(
+    given, rf, objective: Objective, method: str, if_save_fails: str, *, sides=None, limited=None, constraints=None
+):
+    """A file as a checkpoint of an objective that goes on with this method, these bounds and these constraints only;
+    no other run writes it meanwhile.
+    """
     if not isinstance(given, (str, Path)):
-        return given
+        yield given
+        return
     if isinstance(objective.problem, SumProblem):
         raise InputError("checkpoint: a file keeps the run of one evolution's functional: leave it out for a sum")
     layout = objective.problem.layout
@@ -100,7 +118,13 @@ def _checkpoint(given, objective: Objective, method: str, *, sides=None, limited
         run["bounds"] = {name: bound_numbers(layout, side) for name, side in sides.items()}
     if constraints:
         run["constraints"] = constraint_numbers(layout, limited, [float(value) for _, value in constraints])
-    return HDF5Checkpoint(given, objective, run)
+    printer = rf.problem.sweeps.printer
+    file = HDF5Checkpoint(given, objective, run, if_save_fails=if_save_fails, printer=printer)
+    file.reserve()
+    try:
+        yield file
+    finally:
+        file.release()
 
 
 def _insist_on_residuals(rf, what: str) -> None:
@@ -109,7 +133,7 @@ def _insist_on_residuals(rf, what: str) -> None:
         raise InputError(f"{what} chooses accuracy by residuals: give mgrit residual='C' or 'full', not 'none'")
 
 
-def one_shot(rf, start: np.ndarray, *, monitor, constraints, preconditioner, checkpoint, **options):
+def one_shot(rf, start: np.ndarray, *, monitor, constraints, preconditioner, checkpoint, if_save_fails, **options):
     """See :meth:`~pint_fem.adjoint.TimeParallelReducedFunctional.minimize_one_shot`."""
     options.setdefault("value_rtol", _value_rtol(rf.problem))
     options.setdefault("memory", 10 if rf.evolution.stepwise else 40)  # what is static is small beside a trajectory
@@ -122,8 +146,9 @@ def one_shot(rf, start: np.ndarray, *, monitor, constraints, preconditioner, che
     with stop_annotating():
         objective = Objective(rf.problem, rf.inner)
         limited, start = constrained(rf, objective, start, constraints)
-        options["checkpoint"] = _checkpoint(checkpoint, objective, "one-shot", limited=limited, constraints=constraints)
-        return minimize_one_shot(limited, start, monitor=monitor, **options)
+        given = dict(limited=limited, constraints=constraints)
+        with _checkpoint(checkpoint, rf, objective, "one-shot", if_save_fails, **given) as kept:
+            return minimize_one_shot(limited, start, monitor=monitor, checkpoint=kept, **options)
 
 
 def scipy_method(rf, start: np.ndarray, method: str, *, bounds, **options):

@@ -6,7 +6,7 @@ import numpy as np
 
 from pint_fem.adjoint.problem import ReducedProblem
 from pint_fem.adjoint.riesz import ControlInner
-from pint_fem.mgrit import SolverFailure
+from pint_fem.errors import SolverFailure, release
 
 __all__ = ["Objective"]
 
@@ -22,17 +22,36 @@ class Objective:
         The inner product; gradients and Hessian actions are representatives in it.
     scaling
         What ``weights`` says instead of the inner product's diagonal.
+
+    Attributes
+    ----------
+    comm : mpi4py communicator
+        The ranks that evaluate together.
+    failure : SolverFailure or None
+        Why the last value was infinite.
     """
 
     def __init__(self, problem: ReducedProblem, inner: ControlInner, *, scaling: np.ndarray | None = None):
         self.problem, self._inner, self._scaling = problem, inner, scaling
+        self.failure: SolverFailure | None = None
+        #: Over which optimisers decide.
+        self.comm = problem.spacetime.comm
+
+    def _failed(self, failure: SolverFailure) -> float:
+        """Keep why there is no value, and return what stands for it."""
+        release(failure)
+        self.failure = failure
+        return np.inf
 
     def value(self, x: np.ndarray) -> float:
-        """``J(x)``; infinite where a sweep fails (on every rank alike): trial steps are then shortened."""
+        """``J(x)``; infinite where a sweep fails for a numerical reason (on every rank): trial steps are then
+        shortened. What failed is kept as :attr:`failure`.
+        """
+        self.failure = None
         try:
             return self.problem.value(x)
-        except SolverFailure:
-            return np.inf
+        except SolverFailure as failure:
+            return self._failed(failure)
 
     def gradient(self, x: np.ndarray) -> np.ndarray:
         """Representative of ``J'(x)``."""
@@ -67,10 +86,11 @@ class Objective:
         """``J`` and its gradient after one MGRIT cycle for each sweep, and their relative residual; infinite where a
         sweep fails (on every rank alike): it starts anew at the next design.
         """
+        self.failure = None
         try:
             value, g, residual = self.problem.advance(x)
-        except SolverFailure:
-            return np.inf, np.zeros_like(x), np.inf
+        except SolverFailure as failure:
+            return self._failed(failure), np.zeros_like(x), np.inf
         return value, self._inner.primal(g), residual
 
     def update_copies(self, x: np.ndarray) -> None:

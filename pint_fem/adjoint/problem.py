@@ -16,18 +16,20 @@ what is known less well is the first guess.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import numpy as np
 
+from pint_fem.adjoint.copies import Copies
 from pint_fem.adjoint.layout import ControlLayout
 from pint_fem.adjoint.memory import Memory, memory
 from pint_fem.adjoint.misfit import BlockMisfit, Misfit
 from pint_fem.adjoint.regularisation import Regularisation
 from pint_fem.adjoint.sweeps import Sweeps
 from pint_fem.adjoint.trajectory import Source, trajectories
-from pint_fem.errors import InputError
+from pint_fem.collective import collectively
+from pint_fem.errors import FAILURES, InputError
 from pint_fem.mgrit import SolveResult, SolverFailure
 from pint_fem.mgrit.norms import gather_in_order
 
@@ -82,10 +84,9 @@ class Point:
 
 
 def relative_residual(result: SolveResult) -> float:
-    """Last residual of a solve relative to the trajectory; 0 for sequential ones."""
-    if result.reason in ("exact", "serial") or result.residuals[-1] == 0:
-        return 0.0
-    return result.residuals[-1] / result.scale if result.scale > 0 else np.inf
+    """Last residual of a solve relative to the trajectory; 0 for sequential ones, infinite where none was computed."""
+    residual = result.relative_residual
+    return np.inf if np.isnan(residual) else residual
 
 
 class ReducedProblem:
@@ -116,6 +117,7 @@ class ReducedProblem:
         self.layout = ControlLayout(self.evolution, self.spacetime, sweeps.slab)
         self._trajectories = trajectories(sweeps, self.misfits)
         self.regularisation = None if regularisation is None else Regularisation(regularisation, self.layout)
+        self._copies = Copies(self.layout)
         self._points = [Point(sweeps)]
         self._viewed = not sweeps.options.view
 
@@ -160,19 +162,23 @@ class ReducedProblem:
         return memory(self)
 
     # -- caches --------------------------------------------------------------------------------------------------------
-    def _find(self, z: np.ndarray) -> Point | None:
-        """The point of a control, on all ranks alike."""
-        same = np.array([p.z is not None and np.array_equal(p.z, z) for p in self._points])
-        known = np.logical_and.reduce(self.spacetime.comm.allgather(same))
+    def _find(self, z: np.ndarray, directions: Mapping[str, np.ndarray] | None = None, **wanted) -> Point | None:
+        """The point of a control, the same on all ranks; they are required to call for the same."""
+        z = np.asarray(z, dtype=float)
+        same = [p.z is not None and np.array_equal(p.z, z.ravel()) for p in self._points]
+        known = self._copies.agree({"control": z, **(directions or {})}, call=wanted, votes=same)
         return self._points[int(np.argmax(known))] if known.any() else None
 
-    def at(self, z: np.ndarray) -> Point:
-        """The point of a control, the state maybe not solved yet; it comes first."""
-        z = np.asarray(z, dtype=float)
-        if z.size != self.layout.size:
-            raise InputError(f"control of shape {z.shape}: give {self.layout.size} values")
-        z = z.ravel()
-        point = self._find(z)
+    def at(self, z: np.ndarray, **wanted) -> Point:
+        """The point of a control, the state maybe not solved yet; it comes first.
+
+        Raises
+        ------
+        InputError
+            On every rank, if the control has another size or differs between ranks in time.
+        """
+        z = np.array(z, dtype=float).ravel()
+        point = self._find(z, **wanted)
         if point is None:
             point = self._points[-1]
             if point is not self._points[0]:
@@ -189,13 +195,13 @@ class ReducedProblem:
             return
         if not self._viewed:
             self._viewed, text = True, str(self.memory())
-            if self.spacetime.is_root:
-                self.sweeps.printer(text)
+            show = self.sweeps.printer if self.spacetime.is_root else len
+            collectively(self.spacetime.comm, "printer", show, text)
         trajectory = point.U if kind == "state" else point.L
         point.rtol[kind] = np.inf
         try:
             result = solve(trajectory, cold=point.cold[kind])
-        except Exception:
+        except FAILURES:
             trajectory[:] = self.sweeps.initial if kind == "state" else 0  # a failed trajectory is no first guess
             point.cold[kind] = True
             point.move_to(None) if kind == "state" else point.state_changed()
@@ -209,7 +215,7 @@ class ReducedProblem:
         point.rtol[kind] = 0.0 if result.reason in ("exact", "serial") else np.inf if "cycles" in wanted else rtol
 
     def _solve_state(self, z: np.ndarray, **wanted) -> Point:
-        point = self.at(z)
+        point = self.at(z, **wanted)
         steps, initial = self.layout.steps(point.z), self.layout.initial(point.z)
         solve = lambda U, cold: self.sweeps.state(steps, U, initial=initial, cold=cold, **wanted)
         self._solve(point, "state", wanted, solve)
@@ -282,6 +288,11 @@ class ReducedProblem:
         self._value(point)
         return dict(point.parts)
 
+    def state_residual(self, point: Point) -> tuple[float, float]:
+        """Norm of what a point's state lacks to solve the steps, and of the state (collective)."""
+        z = point.z
+        return self.sweeps.state_residual(self.layout.steps(z), point.U, initial=self.layout.initial(z))
+
     @property
     def parts(self) -> dict[str, float]:
         """Misfit and regularisation of the control asked for last."""
@@ -289,6 +300,7 @@ class ReducedProblem:
 
     def tangent_value(self, z: np.ndarray, dz: np.ndarray) -> float:
         """``J'(z) dz`` by a tangent sweep."""
+        self._find(z, {"direction": dz})
         point = self._solve_state(z)
         dU = self._tangent(point, dz)
         steps, direction = self.layout.steps(point.z), self.layout.steps(np.ravel(dz))
@@ -344,8 +356,8 @@ class ReducedProblem:
     def hessian_action(self, z: np.ndarray, dz: np.ndarray, *, gauss_newton: bool = False, **wanted) -> np.ndarray:
         """``J''(z) dz`` as a dual vector. ``rtol``: tolerance of the two sweeps if not the options'."""
         sweeps, dz = self.sweeps, np.asarray(dz, dtype=float).ravel()
-        point = self._find(np.ravel(z)) if "rtol" in wanted else None
-        if point is None or point.state is None:
+        point = self._find(z, {"direction": dz}, **wanted)
+        if "rtol" not in wanted or point is None or point.state is None:
             point = self._solve_state(z)
         full = not gauss_newton and not sweeps.is_linear
         if full and point.adjoint is None:
@@ -365,7 +377,7 @@ class ReducedProblem:
         larger of their relative residuals. State and adjoint are taken as well as they are known.
         """
         sweeps, dz = self.sweeps, np.asarray(dz, dtype=float).ravel()
-        point = self._find(np.ravel(z))
+        point = self._find(z, {"direction": dz}, cycles=cycles)
         if point is None or point.state is None:
             point = self._solve_state(z)
         full = not gauss_newton and not sweeps.is_linear

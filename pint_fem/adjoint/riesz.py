@@ -152,8 +152,11 @@ class ControlInner:
         return out
 
     def primal(self, dual: np.ndarray) -> np.ndarray:
-        """Representative of a dual vector."""
-        return self._apply("primal", dual, 1 / self._dt)
+        """Representative of a dual vector; what is static has the same bits on all ranks in time."""
+        out = self._apply("primal", dual, 1 / self._dt)
+        if self.layout.spacetime.space_size > 1:  # solvers with ranks in space may differ by round-off between groups
+            self.layout.share(out)
+        return out
 
     def dual(self, primal: np.ndarray) -> np.ndarray:
         """The dual vector ``(primal, .)``."""

@@ -78,7 +78,7 @@ class TimeSolvers:
         time_solver: str = "mgrit",
         paradiag: tuple[ParaDiagOptions, Mapping] | None = None,
     ):
-        self.evolution, self.spacetime, self.printer = evolution, spacetime, printer
+        self.evolution, self.spacetime, self.printer, self.norm = evolution, spacetime, printer, norm
         self._coarse_tableau, self._judged = coarse_tableau, False
         N = evolution.nsteps
         spacetime.slab(N)  # more ranks than steps: said before anything about levels
@@ -110,6 +110,7 @@ class TimeSolvers:
         #: Shared by the sweeps; written by :meth:`write_trace`.
         self.trace = Trace(spacetime.time_comm) if traced else None
         common = dict(options=options, printer=printer, trace=self.trace, speaks=spacetime.is_root)
+        common["everyone"] = spacetime.comm
         self._backward = backward | common | dict(linear=True)
         linear = MGRIT
         if time_solver == "paradiag":
@@ -231,8 +232,6 @@ class TimeSolvers:
 
     def _judge(self) -> None:
         """Before the first solve: print the verdicts where asked to, and warnings always."""
-        if self._judged:
-            return
         self._judged = True
         if isinstance(self.options, ParaDiagOptions):
             text, warns = judgement(self.evolution, self.options)

@@ -33,7 +33,7 @@ class _Bound:
 
     def step(self, steps, u, out):
         """See :class:`pint_fem.mgrit.levels.Propagator`."""
-        self.take(steps, u, out, steps.start // steps.step)
+        return self.take(steps, u, out, steps.start // steps.step)  # nothing, which the level checks
 
 
 class StateStep(_Bound):
@@ -45,7 +45,7 @@ class StateStep(_Bound):
 
     def take(self, steps, u, out, lane):
         """Take a block of steps whose first has a place among its like."""
-        self.propagator.step(self.part(steps), u, out, lane)
+        return self.propagator.step(self.part(steps), u, out, lane)
 
 
 class TangentStep(_Bound):
@@ -54,7 +54,7 @@ class TangentStep(_Bound):
     def take(self, steps, u, out, lane):
         """See :meth:`StateStep.take`."""
         data = self.part(steps)
-        self.propagator.tangent(data, u, data.dz, out, lane)
+        return self.propagator.tangent(data, u, data.dz, out, lane)
 
 
 class AdjointStep(_Bound):
@@ -64,7 +64,7 @@ class AdjointStep(_Bound):
 
     def take(self, steps, u, out, lane):
         """See :meth:`StateStep.take`."""
-        self.propagator.adjoint(self.part(steps), u, out, lane)
+        return self.propagator.adjoint(self.part(steps), u, out, lane)
 
 
 class LinearStep(_Bound):
@@ -77,8 +77,8 @@ class LinearStep(_Bound):
 
     def take(self, steps, u, out, lane):
         """See :meth:`StateStep.take`."""
-        self._apply(u, out, lane)
+        return self._apply(u, out, lane)
 
     def sweep(self, first, U, G):
         """See :class:`pint_fem.mgrit.levels.Propagator`."""
-        self.propagator.sweep(U, G, transposed=self.transposed)
+        return self.propagator.sweep(U, G, transposed=self.transposed)

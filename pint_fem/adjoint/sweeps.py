@@ -20,10 +20,11 @@ from functools import cached_property, partial
 import numpy as np
 
 from pint_fem.adjoint.solvers import TimeSolvers
-from pint_fem.collective import collectively
+from pint_fem.collective import collectively, raise_together
+from pint_fem.errors import FAILURES
 from pint_fem.mgrit import MGRIT, SolveResult
 from pint_fem.mgrit.levels import inject
-from pint_fem.mgrit.stopping import DivergedError, SolverFailure
+from pint_fem.mgrit.stopping import DivergedError
 from pint_fem.mgrit.transposed import TransposedAdjoint
 from pint_fem.paradiag import ParaDiag, ParaDiagOptions
 from pint_fem.paradiag.transposed import TransposedParaDiag
@@ -32,6 +33,10 @@ from pint_fem.propagators.arrays import get
 from pint_fem.spacetime import SpaceTime
 
 __all__ = ["Sweeps"]
+
+
+def _nothing(*_) -> None:
+    """What is called after a solve where there is nothing to call."""
 
 
 class Sweeps(TimeSolvers):
@@ -47,7 +52,7 @@ class Sweeps(TimeSolvers):
 
     def __init__(self, evolution: Evolution, spacetime: SpaceTime, **given):
         super().__init__(evolution, spacetime, **given)
-        self._cause: Exception | None = None  # why a right-hand side could not be computed
+        self._cause: BaseException | None = None  # why a right-hand side could not be computed
         self.initial = get(evolution.initial)
         self.counts = {"state": 0, "adjoint": 0, "tangent": 0, "cycles": 0}
         #: The last solves, for reports.
@@ -82,7 +87,7 @@ class Sweeps(TimeSolvers):
         """Give each level of a nonlinear solver its steps' times, controls and linearisation states."""
         if isinstance(solver, ParaDiag):
             solver.renew = self._averaged.renewer(z, U)
-        states = [None] * len(solver.levels)
+        states, sweep = [None] * len(solver.levels), object()
         memories = self._memories.backward if backwards else self._memories.forward
         if U is not None:
             self._memories.linearise(z, U)
@@ -110,13 +115,14 @@ class Sweeps(TimeSolvers):
             u = self.space.states(level.index, u)
             guess = level.propagator.propagator.uses_guess
             kept = memories[level.index]
-            level.propagator.data = StepData(self.evolution.time(start), own, u, along, kept, guess)
+            level.propagator.data = StepData(self.evolution.time(start), own, u, along, kept, guess, sweep)
 
     def _run(
         self, solver: MGRIT, kind: str, U: np.ndarray, G, *, cold: bool = False, start: str = "", coarse_rhs=None,
         **accuracy,
     ):  # fmt: skip
-        self._judge()
+        if not self._judged:
+            collectively(self.spacetime.comm, "theory", self._judge)
         solver.name = kind  # one solver serves both the state and the tangent of a linear evolution
         start = start or ("nested" if cold and self.options.start == "auto" else self.options.start)
         given = None
@@ -124,16 +130,16 @@ class Sweeps(TimeSolvers):
             given = coarse_rhs()
         try:
             result = solver.solve(U, G, start=start, coarse_rhs=given, **accuracy)
-        except SolverFailure as failure:
+        except FAILURES:  # on all ranks
             cause, self._cause = self._cause, None
-            raise failure from cause
+            raise_together(self.spacetime.comm, cause, f"{kind} sweep: right-hand side")
+            raise
         finally:  # the slabs are the caller's: nobody else holds on to them
             solver.levels[0].U = solver.levels[0].G = None
         self.counts[kind] += 1
         self.counts["cycles"] += result.cycles
         self.results.append((kind, result))
-        if self.on_sweep is not None:
-            self.on_sweep(kind, result)
+        collectively(self.spacetime.comm, "on_sweep", self.on_sweep or _nothing, kind, result)
         if not result.converged:
             advice, name = "modes that grow? a larger alpha against round-off, on_divergence='serial'", "ParaDiag"
             if not isinstance(solver.options, ParaDiagOptions):
@@ -165,7 +171,7 @@ class Sweeps(TimeSolvers):
         """A right-hand side; NaN where it fails on this rank, which the solver carries to every rank (no hang)."""
         try:
             return make()
-        except Exception as error:
+        except FAILURES as error:
             self._cause = error
             return np.full(shape, np.nan)
 
@@ -210,6 +216,31 @@ class Sweeps(TimeSolvers):
                 data = self.data(z, U)
                 G = self._safe(lambda: self._control_tangent(data, dz), self._shape)
         return self._run(self._tangent, "tangent", dU, G, cold=cold, coarse_rhs=rhs, **accuracy)
+
+    def state_residual(self, z, U: np.ndarray, *, initial=None) -> tuple[float, float]:
+        """Norms over the stored points of ``Phi(U) - U`` for the state's steps, and of ``U`` (collective).
+
+        One pass over the steps; ``U`` with current ghost rows is left as it is.
+        """
+        r = collectively(self.spacetime.comm, "residual of a state", self._steps_beyond, z, U)
+        first = self.slab.is_first
+        if first:
+            r = np.concatenate([U[:1] - (self.initial if initial is None else initial), r])
+        squares = [self.spacetime.point_norms(block).sum() for block in (r, U if first else U[1:])]
+        return tuple(np.sqrt(self.spacetime.sum_over_time(np.array(squares))).tolist())
+
+    def _steps_beyond(self, z, U: np.ndarray) -> np.ndarray:
+        """``Phi(U) - U`` at the own stored points but the first."""
+        fine, out = self.propagators[0], U[1:].copy()
+        if self.intervals is None:
+            fine.step(self.data(z)._replace(guess=fine.uses_guess), U[:-1], out, self.slab.lo)
+            return out - U[1:]
+        self.intervals.bind(z, U)
+        for window in self.intervals.windows:
+            last = self.intervals.states(window)[-1]
+            data = self.intervals.data(window, window.m - 1, linearised=False)
+            fine.step(data, last, out[window.starts], window.first)
+        return out - U[1:]
 
     @property
     def _shape(self) -> tuple[int, int]:
@@ -297,7 +328,7 @@ class Sweeps(TimeSolvers):
         end, su, data = None if symmetric else np.zeros(self._shape), self.new_slab(), self.data(z, U)
         try:
             su[:-1], sz = self.propagators[0].second_order(data, dU[:-1], dz, L[1:], end)
-        except Exception as error:  # the sweep that takes it fails on every rank (no hang)
+        except FAILURES as error:  # the sweep that takes it fails on every rank (no hang)
             self._cause, su[...] = error, np.nan
             sz = np.zeros((self.slab.k, self.evolution.control_size)[0 if self.evolution.per_step else 1 :])
         if end is not None:

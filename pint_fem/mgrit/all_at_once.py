@@ -54,6 +54,7 @@ class Reversed:
     def __init__(self, propagator: Propagator, nsteps: int):
         self.propagator, self.nsteps = propagator, nsteps
         self.block, self.uses_guess = getattr(propagator, "block", 0), getattr(propagator, "uses_guess", False)
+        self.keeps_input = getattr(propagator, "keeps_input", False)
         if hasattr(propagator, "sweep"):
             self.sweep = self._sweep
 
@@ -62,16 +63,16 @@ class Reversed:
         if steps[0] == 0:
             out[:1] = 0
             steps, u, out = steps[1:], u[1:], out[1:]
-        if len(steps):
-            forward = range(self.nsteps - steps[-1], self.nsteps - steps[0] + 1, steps.step)
-            self.propagator.step(forward, u[::-1], out[::-1])
+        if not len(steps):
+            return None
+        forward = range(self.nsteps - steps[-1], self.nsteps - steps[0] + 1, steps.step)
+        return self.propagator.step(forward, u[::-1], out[::-1])  # nothing, which the level checks
 
     def _sweep(self, first: int, U: np.ndarray, G: np.ndarray | None) -> None:
         if first == 0:
             U[1] = 0 if G is None else G[0]
             first, U, G = 1, U[1:], None if G is None else G[1:]
-        if len(U) > 1:
-            self.propagator.sweep(self.nsteps - first, U, G)
+        return self.propagator.sweep(self.nsteps - first, U, G) if len(U) > 1 else None
 
 
 class Direction:
@@ -101,13 +102,12 @@ class Direction:
     @property
     def failure(self) -> str | None:
         """What failed on this rank since :meth:`clear`."""
-        return next((level.failure for level in self.solver.levels if level.failure), None)
+        return self.level.failure
 
     def clear(self) -> None:
         """Forget failures and the count of cycles."""
         self.cycles = 0
-        for level in self.solver.levels:
-            level.failure = None
+        self.level.first_failure.clear()
 
     def multiply(self, x: np.ndarray, y: np.ndarray) -> None:
         """``y = A x`` for the own rows; the step from the left neighbour's last point waits for it, the others do not.

@@ -1,28 +1,33 @@
-"""The arrays of a solve: whether they fit the levels, on all ranks alike."""
+"""What a solve is given: whether arrays fit the levels, and whether all ranks are given the same."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from pint_fem.mgrit.agreement import all_alike
+from pint_fem.agreement import all_alike, digest, require_same
+from pint_fem.collective import raise_together
+from pint_fem.errors import InputError
 
 __all__ = ["check_arrays"]
 
 
-def check_arrays(solver, U: np.ndarray, G: np.ndarray | None, coarse_rhs) -> None:
-    """Refuse arrays that do not fit (collective).
+def check_arrays(solver, U: np.ndarray, G: np.ndarray | None, coarse_rhs, **call) -> None:
+    """Refuse arrays that do not fit, and a solve that is not the same on all ranks (collective).
 
     Parameters
     ----------
     solver
-        A :class:`~pint_fem.mgrit.solver.MGRIT`: its levels say how many rows there are.
+        A :class:`~pint_fem.mgrit.solver.MGRIT`: its levels determine how many rows there are; its steps, bounds and
+        options are compared.
     U, G, coarse_rhs
         As for :meth:`pint_fem.mgrit.MGRIT.solve`.
+    **call
+        Its other arguments by name.
 
     Raises
     ------
-    ValueError
-        On every rank, where those of any do not fit.
+    InputError
+        On every rank, naming what differs between ranks, or what does not fit on any of them.
     """
     k, problem = solver.levels[0].k, None
     given = [None] * (len(solver.levels) - 1) if coarse_rhs is None else list(coarse_rhs)
@@ -38,16 +43,23 @@ def check_arrays(solver, U: np.ndarray, G: np.ndarray | None, coarse_rhs) -> Non
     elif not U[:1].flags.c_contiguous:
         problem = "the states in U are not contiguous: only the time axis may be strided"
     absent = tuple(x is None for x in (G, *given)) if k else None
-    if all_alike(solver.comm, problem is None, U.shape[1:], absent):
+    comm, everyone = solver.comm, solver.everyone
+    key = (digest((solver.key, *call.values())) if everyone.size > 1 else 0,)
+    if everyone is comm:
+        alike = all_alike(comm, problem is None, key, U.shape[1:], absent)
+    else:  # parts of states may have other shapes there
+        alike = all_alike(everyone, all_alike(comm, problem is None, U.shape[1:], absent), key)
+    if alike:
         return
-    reports = solver.comm.allgather((problem, U.shape[1:], absent))
+    own = {"number of steps": solver.nsteps, "bounds": tuple(solver.levels[0].bounds), **vars(solver.options), **call}
+    require_same(everyone, **own, **{"solver": solver.key})
+    reports = comm.allgather((problem, U.shape[1:], absent))
     problems = [p for p, *_ in reports if p]
     if len({shape for _, shape, _ in reports}) > 1:
         problems.append(f"states of different shapes on the ranks: {[shape for _, shape, _ in reports]}")
     if len({absent for *_, absent in reports if absent}) > 1:
         problems.append("G or coarse_rhs is None on some ranks only: give zeros there")
-    if problems:
-        raise ValueError(f"{solver.name}: {problems[0]}")
+    raise_together(everyone, InputError(f"{solver.name}: {problems[0]}") if problems else None)
 
 
 def _rhs_shapes(solver, U: np.ndarray) -> list[tuple[int, ...]]:

@@ -9,6 +9,8 @@ from collections.abc import Callable
 import numpy as np
 from mpi4py import MPI
 
+from pint_fem.errors import FAILURES
+from pint_fem.mgrit.callbacks import require_nothing
 from pint_fem.mgrit.levels import Level
 from pint_fem.mgrit.relaxation import Relaxation
 
@@ -45,8 +47,17 @@ def coarsest_solver(level: Level, kind: str, sweeps: int, weight: float) -> Call
                 "mgrit coarse_solver 'paradiag': the coarsest level's propagator has no all_at_once(level, "
                 "iterations); give 'sequential'"
             )
-        return lambda: level.propagator.all_at_once(level, sweeps)
+        return lambda: _solve_all_at_once(level, sweeps)
     return level.solve_sequentially
+
+
+def _solve_all_at_once(level: Level, iterations: int) -> None:
+    """The propagator's own solve of all steps; a result that it returns is a failure, as that of a step."""
+    try:
+        require_nothing("all_at_once", level.propagator.all_at_once(level, iterations))
+    except FAILURES as error:
+        level.note("all_at_once", error)
+        level.U[1:] = np.nan
 
 
 class _Gathered:

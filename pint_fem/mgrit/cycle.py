@@ -19,6 +19,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from pint_fem.errors import FAILURES
+from pint_fem.mgrit.callbacks import read_only, require_block, returned_block
 from pint_fem.mgrit.coarsest import coarsest_solver
 from pint_fem.mgrit.levels import Level
 from pint_fem.mgrit.options import MGRITOptions
@@ -74,7 +76,9 @@ class Cycle:
             self.relaxations.append(kind(level, options.weight(index)))
             self.residuals.append(np.zeros((coarse.k, *shape), dtype))
             if self.transfers[index] is not None:
-                fine_shape, shape = shape, self.transfers[index].restrict(np.zeros((1, *shape), dtype)).shape[1:]
+                fine_shape, block = shape, self.transfers[index].restrict(read_only(np.zeros((1, *shape), dtype)))
+                shape = np.shape(block)[1:]
+                require_block("restrict", block, (1, *shape))
                 self.transfers[index] = _Guarded(self.transfers[index], level, fine_shape, shape)
             coarse.U = np.zeros((coarse.k + 1, *shape), dtype)
             coarse.G = np.zeros((coarse.k, *shape), dtype)
@@ -205,14 +209,10 @@ class _Guarded:
         return self._apply("prolong", block, self._shapes[0])
 
     def _apply(self, name: str, block: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-        problem = None
+        wanted = (len(block), *shape)
         try:
-            out = np.asarray(getattr(self._transfer, name)(block))
-            if out.shape != (len(block), *shape):
-                problem = f"shape {out.shape} instead of {(len(block), *shape)}"
-        except Exception as error:
-            problem = f"{type(error).__name__}: {error}"
-        if problem is None:
-            return out
-        self._level.failure = self._level.failure or f"level {self._level.index}, {name}: {problem}"
-        return np.full((len(block), *shape), np.nan)
+            return returned_block(name, getattr(self._transfer, name), wanted, block)
+        except FAILURES as error:
+            if np.isfinite(block).all() or not isinstance(error, Exception):
+                self._level.note(name, error)
+            return np.full(wanted, np.nan)

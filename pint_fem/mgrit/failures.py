@@ -2,6 +2,9 @@
 
 A step that fails, or a value that is not finite, must not end a rank's part in a solve: the others would wait for its
 messages. It is noted on its rank and goes on as NaN, and norms, which are global over space, carry that to all ranks.
+Then the ranks exchange what they have noted, and all raise the same: a mistake in a program (``KeyError``, an unknown
+PETSc type) as it is, a numerical failure as :class:`~pint_fem.errors.SolverFailure`, both with what was raised as the
+cause.
 """
 
 from __future__ import annotations
@@ -11,12 +14,16 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pint_fem.mgrit.agreement import all_alike
+from pint_fem.agreement import all_alike
+from pint_fem.collective import Report, raise_report, reported
+from pint_fem.errors import FAILURES, SolverFailure
+from pint_fem.mgrit.callbacks import returned_block
 from pint_fem.mgrit.levels import Level
 from pint_fem.mgrit.norms import PointNorms
-from pint_fem.mgrit.stopping import SolverFailure
 
 __all__ = ["MEETINGS", "Failures"]
+
+_TOO_LARGE = Report(reported(SolverFailure()).kind, "values too large: their norm is not finite")
 
 MEETINGS = frozenset(2**i for i in range(3, 40))
 """Fixed numbers of cycles, where nobody waits for norms: behind so many all ranks hear whether one has failed. A failed
@@ -33,6 +40,8 @@ class Failures:
         Finest first.
     comm
         Time communicator.
+    everyone
+        All ranks that take part in the solve, those that share its states in space included.
     point_norms
         Squared norms of states, global over space.
     name
@@ -40,25 +49,33 @@ class Failures:
     keeps_all
         The finest level's array has all own points, not C-points only.
 
-    Attributes
-    ----------
-    everywhere : bool
-        Values travel between all ranks, not from left to right only: a failure on any is the cause of what is not
-        finite on all.
     """
 
-    def __init__(self, levels: Sequence[Level], comm, point_norms: PointNorms, name: str, *, keeps_all: bool = True):
+    def __init__(
+        self,
+        levels: Sequence[Level],
+        comm,
+        point_norms: PointNorms,
+        name: str,
+        *,
+        everyone,
+        keeps_all: bool = True,
+    ):
         self.levels, self.comm, self.point_norms, self.name = levels, comm, point_norms, name
-        self.keeps_all, self.everywhere = keeps_all, False
+        self.everyone = everyone
+        self.keeps_all = keeps_all
 
     def forget(self) -> None:
         """Begin anew."""
-        self.levels[0].failure = None
-        self.in_cycle(0)
+        self.levels[0].first_failure.clear()
 
     def in_cycle(self, cycle: int) -> None:
         """What is noted from here on is of this cycle."""
         self.levels[0].first_failure.now = cycle
+
+    def note(self, what: str, error: BaseException) -> None:
+        """Note what a function of the user has raised that is no step."""
+        self.levels[0].first_failure.note(f"{what}: {type(error).__name__}: {error}", error)
 
     def squares(self, block: np.ndarray, norms: PointNorms | None = None) -> np.ndarray:
         """Squared norms of some states; NaN where the user's function fails (no hang), and once a step has failed.
@@ -71,9 +88,10 @@ class Failures:
         if self.levels[0].failure:
             block = np.full_like(block, np.nan)
         try:
-            return np.asarray((norms or self.point_norms)(block), dtype=float).reshape(len(block))
-        except Exception as error:
-            self.levels[0].failure = self.levels[0].failure or f"point_norms: {type(error).__name__}: {error}"
+            squares = returned_block("point_norms", norms or self.point_norms, (len(block),), block)
+            return np.asarray(squares, dtype=float)
+        except FAILURES as error:
+            self.note("point_norms", error)
             return np.full(len(block), np.nan)
 
     def raise_unless(self, finite: bool) -> None:
@@ -81,18 +99,28 @@ class Failures:
 
         ``finite`` comes from ``point_norms``, so it is the same on all ranks that share a state in space.
         """
-        fine = self.levels[0]
-        if self.everywhere:
-            causes = self.comm.allgather(fine.failure)
-            fine.failure = fine.failure or next((cause for cause in causes if cause), None)
         if all_alike(self.comm, finite):
             return
-        first = fine.first_failure
-        report = None if finite else (first.cycle, first.text) if first.text else self._in_array()
-        # of those in the earliest cycle: values travel from left to right only, so the first rank has the cause
-        reports = [found for found in self.comm.allgather(report) if found]
-        cause = min(reports, key=lambda found: found[0], default=(0, "values too large: their norm is not finite"))[1]
-        raise SolverFailure(f"{self.name}: {cause}")
+        first = self.levels[0].first_failure
+        error, found = first.error, None
+        if first.text:
+            found = first.cycle, first.text
+        elif not finite:
+            found = self._in_array()
+        mine = None
+        if found is not None:
+            mine = found[0], self.comm.rank, reported(error or SolverFailure(found[1]), found[1])
+        reports = [mine] if self.everyone.size == 1 else self.everyone.allgather(mine)
+        # the worst kind; of those in the earliest cycle: values travel from left to right only, the first has the cause
+        order = lambda report: (report[2].kind, report[0], report[1])
+        cycle, rank, report = min(filter(None, reports), key=order, default=(0, 0, _TOO_LARGE))
+        # all ranks with a mistake raise their own
+        mine_too = mine is not None and mine[2].kind == report.kind
+        here = error if mine_too and (not report.is_numerical or (cycle, rank) == mine[:2]) else None
+        first.error = None
+        if here is not None and not report.is_numerical:
+            here.add_note(f"(sweep {self.name}: {report.text})")
+        raise_report(self.everyone, report, f"{self.name}: {report.text}", here)
 
     def _in_array(self) -> tuple[float, str] | None:
         """The first own point that is not finite, which any failure that a rank has seen happen comes before."""

@@ -10,6 +10,7 @@ from functools import cached_property
 
 import numpy as np
 
+from pint_fem.agreement import digest
 from pint_fem.mgrit.options import check_coarsening
 
 __all__ = ["Bounds", "Coarsening", "coarse_points", "split_steps"]
@@ -81,6 +82,16 @@ class Bounds(tuple):
     """
 
     @classmethod
+    def shared_out(cls, nsteps: int, size: int, c_points: Coarsening | None = None) -> Bounds:
+        """Nearly equal shares of the steps for ``size`` ranks; of whole intervals between C-points where these are
+        given, by their distance or their numbers.
+        """
+        if c_points is None:
+            return cls(split_steps(nsteps, size))
+        c = range(0, nsteps + 1, c_points) if isinstance(c_points, int) else c_points
+        return cls([*(int(c[j]) for j in split_steps(len(c) - 1, size)[:-1]), nsteps])
+
+    @classmethod
     def make(cls, bounds: Sequence[int]) -> Bounds:
         """From numbers; what is one already stays the same object."""
         return bounds if isinstance(bounds, cls) else cls(bounds)
@@ -90,6 +101,11 @@ class Bounds(tuple):
         """Whether they are whole numbers from 0 on that do not decrease."""
         whole = all(hasattr(b, "__index__") for b in self)
         return whole and len(self) > 1 and self[0] == 0 and sorted(self) == list(self)
+
+    @cached_property
+    def digest(self) -> int:
+        """A number that is the same in all processes that have the same bounds."""
+        return digest(tuple(self))
 
     @cached_property
     def _known(self) -> dict:

@@ -29,14 +29,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
-from mpi4py import MPI
 from petsc4py import PETSc
 from petsctools import OptionsManager
 
+from pint_fem.collective import any_rank, collectively, raise_report, reported
+from pint_fem.errors import InputError, SolverFailure
 from pint_fem.mgrit.all_at_once import Direction, Hierarchies, MGRITPreconditioner
 from pint_fem.mgrit.levels import Level, Propagator
 from pint_fem.mgrit.options import MGRITOptions
-from pint_fem.mgrit.stopping import DivergedError, SolveResult, SolverFailure
+from pint_fem.mgrit.stopping import DivergedError, SolveResult
 from pint_fem.mgrit.view import describe
 
 __all__ = ["KrylovMGRIT"]
@@ -186,13 +187,13 @@ class KrylovMGRIT:
         """Check the arrays on all ranks and build what is missing."""
         self._check_arrays(U, G)
         h = self.hierarchies
-        if self.ksp is None or h.state_shape != U.shape[1:]:
+        if any_rank(h.petsc_comm, self.ksp is None or h.state_shape != U.shape[1:]):
             h.set_state(U.shape[1:])
             self._checked = set()
             self._build()
         side = h.direction(transposed=transposed)
         if transposed not in self._checked:
-            if any(h.petsc_comm.allgather(side.is_affine())):
+            if any_rank(h.petsc_comm, side.is_affine()):
                 raise ValueError(f"{self.name}: a propagator is affine, Phi(0) is not 0: put its forcing into G")
             self._checked.add(transposed)
         if not self._viewed:
@@ -202,20 +203,22 @@ class KrylovMGRIT:
         return side
 
     def _check_arrays(self, U: np.ndarray, G: np.ndarray | None) -> None:
-        h, problem = self.hierarchies, None
-        k = h.solver.levels[0].k
-        if not U.ndim or len(U) != k + 1 or (G is not None and G.shape != (k, *U.shape[1:])):
-            problem = f"U {U.shape} and G {None if G is None else G.shape} for {k} own steps"
-        elif U.dtype != float:
-            problem = f"U of type {U.dtype}: give {np.dtype(float)}"
-        elif not U.flags.c_contiguous:
-            problem = "U is not C-contiguous: PETSc's vector is its memory"
-        shapes = h.comm.allgather(U.shape[1:])
-        if problem is None and len(set(shapes)) > 1:
-            problem = f"states of different shapes on the ranks: {shapes}"
-        problem = next((p for p in h.petsc_comm.allgather(problem) if p), None)
-        if problem:
-            raise ValueError(f"{self.name}: {problem}")
+        """Refuse arrays that do not fit (collective)."""
+        h = self.hierarchies
+        shapes = h.comm.allgather(np.shape(U)[1:])
+
+        def check() -> None:
+            k = h.solver.levels[0].k
+            if not U.ndim or len(U) != k + 1 or (G is not None and G.shape != (k, *U.shape[1:])):
+                raise InputError(f"U {U.shape} and G {None if G is None else G.shape} for {k} own steps")
+            if U.dtype != float:
+                raise InputError(f"U of type {U.dtype}: give {np.dtype(float)}")
+            if not U.flags.c_contiguous:
+                raise InputError("U is not C-contiguous: PETSc's vector is its memory")
+            if len(set(shapes)) > 1:
+                raise InputError(f"states of different shapes on the ranks: {shapes}")
+
+        collectively(h.petsc_comm, self.name, check)
 
     def _build(self) -> None:
         """The ``KSP`` for the current shape of states."""
@@ -247,7 +250,7 @@ class KrylovMGRIT:
     def _run(self, side: Direction, x: np.ndarray) -> SolveResult:
         """Let PETSc solve for the rows ``x``, from what is there."""
         ksp, h = self.ksp, self.hierarchies
-        ksp.setInitialGuessNonzero(h.petsc_comm.allreduce(bool(x.any()), MPI.LOR))
+        ksp.setInitialGuessNonzero(any_rank(h.petsc_comm, x.any()))
         solution, b = h.vec(x), h.vec(self._b)
         # what blows up shows in PETSc's norm, once
         with self._petsc_options.inserted_options(), np.errstate(over="ignore", invalid="ignore"):
@@ -260,8 +263,7 @@ class KrylovMGRIT:
         if reason == PETSc.KSP.ConvergedReason.DIVERGED_MAX_IT and self.options.residual == "none":
             result.converged, result.reason = True, "its"
         serial = not result.converged and self.options.on_divergence == "serial"
-        if not serial:
-            self._raise_failures(side, finite=reason not in _NOT_FINITE)
+        self._raise_failures(side, finite=reason not in _NOT_FINITE, mistakes_only=serial)
         if not result.converged:
             name = next(n for n, v in vars(PETSc.KSP.ConvergedReason).items() if v == reason and n.isupper())
             result.message = f"PETSc's {ksp.getType()} ended with {name} after {result.cycles} cycles"
@@ -275,16 +277,30 @@ class KrylovMGRIT:
             raise DivergedError(f"{self.name}: {result.message}")
         return result
 
-    def _raise_failures(self, side: Direction, *, finite: bool = True) -> None:
+    def _raise_failures(self, side: Direction, *, finite: bool = True, mistakes_only: bool = False) -> None:
         """Raise on every rank if a step failed on any, or if ``finite`` is false on any."""
-        reports = self.hierarchies.petsc_comm.allgather((finite, side.failure))
-        cause = next((text for _, text in reports if text), None)
-        if cause is not None and side.solver.transposed:
-            cause += " (steps of the transposed sweep: step i of N is Phi_{N-i}^T)"
-        if cause is None and not all(ok for ok, _ in reports):
-            cause = "right-hand side, guess or an iterate is not finite, or its norm is too large"
-        if cause is not None:
-            raise SolverFailure(f"{self.name}: {cause}")
+        first, mine = side.level.first_failure, None
+        if first.text is not None:
+            mine = reported(first.error or SolverFailure(first.text), first.text)
+        comm = self.hierarchies.petsc_comm
+        reports = comm.allgather((finite, mine))
+        found = [rank for rank, (_, report) in enumerate(reports) if report is not None]
+        if found:
+            rank = min(found, key=lambda r: reports[r][1].kind)
+            report = reports[rank][1]
+        elif not all(ok for ok, _ in reports):
+            rank, report = (
+                None,
+                reported(SolverFailure("right-hand side, guess or an iterate is not finite, or its norm is too large")),
+            )
+        else:
+            return
+        if mistakes_only and report.is_numerical:
+            return
+        text = f"{self.name}: {report.text}"
+        if rank is not None and side.solver.transposed:
+            text += " (steps of the transposed sweep: step i of N is Phi_{N-i}^T)"
+        raise_report(comm, report, text, first.error if comm.rank == rank else None)
 
     def _say(self, text: str) -> None:
         if self.hierarchies.petsc_comm.rank == 0:

@@ -17,6 +17,8 @@ from typing import Protocol
 
 import numpy as np
 
+from pint_fem.errors import FAILURES, is_numerical, release
+from pint_fem.mgrit.callbacks import StepCalls
 from pint_fem.mgrit.grids import Bounds, Coarsening, coarse_points
 from pint_fem.mgrit.trace import Trace
 
@@ -36,28 +38,57 @@ class Propagator(Protocol):
     ``stays_bad`` that is true, a value that is not finite stays so in all later steps (``u + f(u)`` does that): where
     all points are stored, the finest level's blocks are then not looked at one by one: residuals tell, and the norms'
     ``finite``. An attribute ``may_be_last`` is set before relaxations of the finest level: whether a step may be the
-    solve's last at its point, for propagators that keep something of it. For :func:`pint_fem.mgrit.check`:
-    ``tangent(steps, u, du, out)`` and ``adjoint(steps, u, lam, out)``.
+    solve's last at its point, for propagators that keep something of it. With an attribute ``keeps_input`` that is
+    true, ``u`` and ``G`` can be written to (the propagator must not): for libraries that take no read-only arrays, such
+    as torch. For :func:`pint_fem.mgrit.check`: ``tangent(steps, u, du, out)`` and ``adjoint(steps, u, lam, out)``.
     """
 
     def step(self, steps: range, u: np.ndarray, out: np.ndarray) -> None:
-        """Write ``Phi_n(u)`` to ``out`` for each ``n`` in ``steps``.
+        """Write ``Phi_n(u)`` to ``out`` for each ``n`` in ``steps``, and return nothing.
 
         Parameters
         ----------
         steps
             The step numbers on this level; step ``n`` goes from point ``n`` to point ``n + 1``. A constant stride.
         u, out
-            Arrays of shape ``(len(steps), *state)``, maybe strided along the first axis; they do not overlap.
+            Arrays of shape ``(len(steps), *state)``, maybe strided along the first axis; they do not overlap. ``u`` is
+            read-only.
         """
 
 
 class FirstFailure:
-    """The first failure on a rank, on whichever level, and the cycle it was in."""
+    """The first failure on a rank, on whichever level.
+
+    Attributes
+    ----------
+    text : str or None
+        Where and what.
+    error : BaseException or None
+        What was raised, if anything was.
+    cycle : int
+        The cycle that it was in.
+    now : int
+        The present cycle.
+    """
 
     def __init__(self):
+        self.clear()
+
+    def clear(self) -> None:
+        """Nothing has failed."""
         self.text: str | None = None
+        self.error: BaseException | None = None
         self.cycle = self.now = 0
+
+    def note(self, text: str, error: BaseException | None = None) -> None:
+        """Keep a failure, unless an earlier one is there; a mistake of the program takes the place of one that was
+        numerical.
+        """
+        mistake = error is not None and not is_numerical(error)
+        if self.text is None or (mistake and (self.error is None or is_numerical(self.error))):
+            self.text, self.error, self.cycle = text, error, self.now
+            if error is not None and not mistake:
+                release(error)  # it is kept while the solve goes on
 
 
 class Level:
@@ -101,6 +132,7 @@ class Level:
         #: Whether values that are not finite are looked for in each block.
         self.looks = index > 0 or not getattr(propagator, "stays_bad", False)
         self._hears = hasattr(propagator, "may_be_last")
+        self._calls = StepCalls(propagator)
         self.U: np.ndarray | None = None
         self.G: np.ndarray | None = None
         #: Shared by the levels of a hierarchy.
@@ -113,11 +145,10 @@ class Level:
         """The first failure on this rank, on any level of the hierarchy."""
         return self.first_failure.text
 
-    @failure.setter
-    def failure(self, text: str | None) -> None:
-        first = self.first_failure
-        if text != first.text:
-            first.text, first.cycle = text, first.now
+    def note(self, what: str, error: BaseException | None = None) -> None:
+        """Note a failure on this level, and what was raised, if anything was."""
+        text = f"level {self.index}, {what}"
+        self.first_failure.note(text if error is None else f"{text}: {type(error).__name__}: {error}", error)
 
     @property
     def stride(self) -> int:
@@ -142,8 +173,8 @@ class Level:
         self.phi_calls += len(steps)
         begin = self.trace.now() if self.trace else 0.0
         try:
-            self.propagator.step(steps, u, out)
-        except Exception as error:
+            self._calls.step(steps, u, out)
+        except FAILURES as error:
             out[...] = np.nan
             self._failed(steps, u, out, error)
         else:
@@ -179,8 +210,8 @@ class Level:
         self.phi_calls += len(steps)
         begin = self.trace.now() if self.trace else 0.0
         try:
-            self.propagator.sweep(steps[0], U, G)
-        except Exception as error:
+            self._calls.sweep(steps[0], U, G)
+        except FAILURES as error:
             U[1:] = np.nan
             self._failed(steps, U[:1], U[1:], error)
         else:
@@ -189,18 +220,17 @@ class Level:
         if self.trace:
             self.trace.work("sweep", self.index, begin, first=steps[0], states=len(steps))
 
-    def _failed(self, steps: range, u: np.ndarray, out: np.ndarray, error: Exception | None = None) -> None:
-        """Remember the first failure that comes of finite data; what follows from it is not its cause."""
+    def _failed(self, steps: range, u: np.ndarray, out: np.ndarray, error: BaseException | None = None) -> None:
+        """Note a failure that comes of finite data; what follows from it is not its cause."""
         good = np.isfinite(u).reshape(len(u), -1).all(axis=1)
-        if self.failure is not None or (error is not None and not good.all()):
+        if error is not None:
+            # numerics, and checks that a user makes of them, may fail because of what they get; an exit does not
+            if good.all() or not isinstance(error, Exception):
+                self.note(f"steps {steps[0]}..{steps[-1]}", error)
             return
-        where, what = f"{steps[0]}..{steps[-1]}", f"{type(error).__name__}: {error}"
-        if error is None:
-            bad = np.flatnonzero(good & ~np.isfinite(out).reshape(len(out), -1).all(axis=1))
-            if not len(bad):
-                return
-            where, what = ", ".join(str(steps[i]) for i in bad[:5]), "value not finite"
-        self.failure = f"level {self.index}, steps {where}: {what}"
+        bad = np.flatnonzero(good & ~np.isfinite(out).reshape(len(out), -1).all(axis=1))
+        if len(bad):
+            self.note(f"steps {', '.join(str(steps[i]) for i in bad[:5])}: value not finite")
 
     # -- messages: one row to the right, one from the left; the tag is the level -----------------------------------
     def post_receive(self, array: np.ndarray):

@@ -216,7 +216,7 @@ class Relaxation:
                 good = finite(U[rows])
                 if good[0]:  # all good: the step to the C-point, which holds another value
                     row = rows.stop if good.all() else rows.start + int(np.argmin(good))
-                    level.failure = f"level {level.index}, steps {level.lo + row - 1}: value not finite"
+                    level.note(f"steps {level.lo + row - 1}: value not finite")
                     return
 
     def relax(self, sweeps: int, *, f_is_done: bool = False, residual: np.ndarray | None = None) -> None:

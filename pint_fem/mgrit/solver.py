@@ -18,11 +18,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import numpy as np
 from mpi4py import MPI
 
-from pint_fem.mgrit.agreement import all_alike
+from pint_fem.agreement import digest
+from pint_fem.collective import collectively
+from pint_fem.errors import FAILURES, InputError
 from pint_fem.mgrit.arrays import check_arrays
 from pint_fem.mgrit.cycle import Cycle
 from pint_fem.mgrit.failures import MEETINGS, Failures
-from pint_fem.mgrit.grids import Bounds, split_steps
+from pint_fem.mgrit.grids import Bounds
 from pint_fem.mgrit.levels import Propagator, build_levels
 from pint_fem.mgrit.norms import PointNorms, euclidean
 from pint_fem.mgrit.options import MGRITOptions
@@ -50,6 +52,9 @@ class MGRIT:
         :class:`MGRITOptions` or a dictionary of them. ``levels`` must fit ``propagators`` if given.
     comm
         Time communicator; default: this process alone.
+    everyone
+        Where states are shared in space: the communicator of all ranks in space and time, over which failures are
+        exchanged; default: ``comm``.
     bounds
         ``comm.size + 1`` step bounds of the ranks; default: nearly equal.
     point_norms
@@ -82,6 +87,7 @@ class MGRIT:
         *,
         options: MGRITOptions | Mapping | None = None,
         comm=MPI.COMM_SELF,
+        everyone=None,
         bounds: Sequence[int] | None = None,
         point_norms: PointNorms = euclidean,
         transfers: Sequence | None = None,
@@ -103,22 +109,27 @@ class MGRIT:
             raise ValueError("mgrit residual 'full' with storage 'C': F-points are exact there; give residual='C'")
         self.transfers = [Transfer.make(t) for t in (transfers or [None] * len(factors))]
         if len(self.transfers) != len(factors):
-            raise ValueError(
-                f"{len(self.transfers)} transfers for {len(factors) + 1} levels: give one to each coarse level"
-            )
-        bounds = Bounds.make(self._bounds(nsteps, factors, comm.size) if bounds is None else bounds)
+            text = f"{len(self.transfers)} transfers for {len(factors) + 1} levels: give one to each coarse level"
+            raise ValueError(text)
+        if bounds is None:
+            bounds = Bounds.shared_out(nsteps, comm.size, factors[0] if options.storage == "C" else None)
+        bounds = Bounds.make(bounds)
         if not bounds.increase or len(bounds) != comm.size + 1 or bounds[-1] != nsteps:
             raise ValueError(f"bounds {list(bounds)} do not split {nsteps} steps over {comm.size} ranks")
         if options.coarse_solver == "relax":
             factors = (*factors, options.coarsen(len(factors)))
         self.levels = build_levels(propagators, factors, bounds, comm)
-        self.comm, self.nsteps, self.printer = comm, nsteps, printer
+        self.comm, self.everyone = comm, comm if everyone is None else everyone
+        self.nsteps, self.printer = nsteps, printer
+        #: Of what the ranks have to be given alike.
+        self.key = digest((nsteps, bounds.digest, vars(options), len(propagators), bool(linear), bool(transposed)))
         self.linear, self.transposed = linear, transposed
         self._speaks = comm.rank == 0 if speaks is None else speaks
         self.trace = Trace(comm) if options.trace and trace is None else trace
         for level in self.levels:
             level.trace = self.trace
-        self._failures = Failures(self.levels, comm, point_norms, name, keeps_all=options.storage == "all")
+        keeps_all = options.storage == "all"
+        self._failures = Failures(self.levels, comm, point_norms, name, everyone=self.everyone, keeps_all=keeps_all)
         self._residuals = Residuals(self._failures, options.time_norm)
         exact = math.inf
         if len(self.levels) > 1 and options.coarse_solver != "relax" and not any(self.transfers):
@@ -134,22 +145,11 @@ class MGRIT:
             coarse = fine.coarse_bounds()
             self.local_rows = coarse[comm.rank + 1] - coarse[comm.rank] + 1
 
-    @property
-    def name(self) -> str:
-        """Named in monitor lines and errors."""
-        return self._failures.name
-
-    @name.setter
-    def name(self, name: str) -> None:
-        self._failures.name = name
-
-    def _bounds(self, nsteps: int, factors: tuple, size: int) -> list[int]:
-        """Nearly equal shares; of whole intervals where only C-points are stored."""
-        if self.options.storage == "all":
-            return split_steps(nsteps, size)
-        m = factors[0]
-        c = range(0, nsteps + 1, m) if isinstance(m, int) else m
-        return [*(int(c[j]) for j in split_steps(len(c) - 1, size)[:-1]), nsteps]
+    name = property(
+        lambda self: self._failures.name,
+        lambda self, name: setattr(self._failures, "name", name),
+        doc="Named in monitor lines and errors.",
+    )
 
     def solve(
         self,
@@ -187,28 +187,31 @@ class MGRIT:
 
         Raises
         ------
+        InputError
+            On every rank, if what ranks are given differs or does not fit.
         SolverFailure
-            On every rank, if a step failed or a value is not finite on any.
+            On every rank, if a step failed for a numerical reason or a value is not finite on any.
+        Exception
+            Anything else that a step or another function of the user has raised: as it is on the rank where that
+            happened, as ``RuntimeError`` on the others.
         """
         fine = self.levels[0]
+        check_arrays(self, U, G, coarse_rhs, start=start, rtol=rtol, cycles=cycles)
         start = (self.options if start is None else MGRITOptions.make(self.options, start=start)).start
         self._stop.set(rtol=rtol, cycles=cycles)
-        check_arrays(self, U, G, coarse_rhs)
+        self._failures.forget()
         if not self._viewed:
             self._viewed = True
             self.prepare(U.shape[1:], U.dtype)
             self._say(self.view(U[:1].nbytes))
-        self._failures.forget()
         fine.U, fine.G = U, G
         fine.may_be_last(True)
         with np.errstate(over="ignore", invalid="ignore"):  # a solve that blows up says so itself, once
-            if not self._iterates:
-                fine.solve_sequentially()
-                self._failures.raise_at_points(U)
-                result = SolveResult(True, "exact", [0.0], 0)
-            else:
-                result = self._cycle_or_step(U, start, coarse_rhs)
-        return result
+            if self._iterates:
+                return self._cycle_or_step(U, start, coarse_rhs)
+            fine.solve_sequentially()
+            self._failures.raise_at_points(U)
+            return SolveResult(True, "exact", [0.0], 0)
 
     def _cycle_or_step(self, U: np.ndarray, start: str, coarse_rhs) -> SolveResult:
         """Cycle; step sequentially where that does not work out and the options want it."""
@@ -222,8 +225,8 @@ class MGRIT:
             result.converged, result.message = False, str(failure)
         if result.converged or not serial:
             return result
-        self._say(f"  {self.name}: {result.message}; stepping sequentially instead")
         self._failures.forget()
+        self._say(f"  {self.name}: {result.message}; stepping sequentially instead")
         self.levels[0].may_be_last(True)
         self._step_through()
         self._failures.raise_at_points(U)
@@ -242,16 +245,15 @@ class MGRIT:
 
     def _make_cycle(self, shape: tuple[int, ...], dtype: np.dtype) -> Cycle:
         """Work arrays for such states; a transfer or storage that does not fit is an error on every rank."""
-        problem, cycle = None, None
-        try:
+
+        def make() -> Cycle:
             flags = dict(linear=self.linear, transposed=self.transposed, dtype=dtype)
-            cycle = Cycle(self.levels, self.options, shape, self.transfers, **flags)
-        except Exception as error:
-            problem = str(error) if isinstance(error, ValueError) else f"transfer: {type(error).__name__}: {error}"
-        if not all_alike(self.comm, problem is None):
-            problem = next(p for p in self.comm.allgather(problem) if p)
-            raise ValueError(f"{self.name}: {problem}")
-        return cycle
+            try:
+                return Cycle(self.levels, self.options, shape, self.transfers, **flags)
+            except ValueError as error:
+                raise InputError(f"{self.name}: {error}") from error
+
+        return collectively(self.everyone, f"{self.name}: work arrays", make)
 
     def _iterate(self, U: np.ndarray, start: str, coarse_rhs, result: SolveResult) -> None:
         self.prepare(U.shape[1:], U.dtype)
@@ -367,14 +369,14 @@ class MGRIT:
 
     def _say(self, text: str) -> None:
         if self._speaks:
-            self.printer(text)
+            try:
+                self.printer(text)
+            except FAILURES as error:  # on this rank only
+                self._failures.note("printer", error)
 
     def _monitor(self, result: SolveResult) -> None:
         if self.options.monitor:
-            r = result.residuals
-            ratio = f"  factor {r[-1] / r[-2]:.3f}" if len(r) > 1 and r[-2] > 0 else ""
-            relative = f" relative {r[-1] / result.scale:.3e}" if result.scale > 0 else ""
-            self._say(f"  {self.name} {result.cycles:3d} residual {r[-1]:.6e}{relative}{ratio}")
+            self._say(f"  {self.name} {result}")
 
     def write_trace(self, path: str | None = None) -> None:
         """Write the trace of all solves so far (collective), to the option's file unless another is given.

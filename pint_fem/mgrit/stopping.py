@@ -41,7 +41,8 @@ class SolveResult:
         ``"rtol"``, ``"atol"``, ``"its"`` (a fixed number of cycles), ``"exact"`` (sequential), ``"serial"`` (cycles
         failed, stepped sequentially instead), ``"max_it"``, ``"diverged"`` or ``"stagnated"``.
     residuals : list of float
-        Residual norm before each correction, the last one included.
+        Residual norm before each correction, the last one included. Empty where none was computed: with the option
+        ``residual="none"``, or where cycles failed before the first and the sweep was stepped sequentially.
     cycles : int
         Coarse-grid corrections done.
     scale : float
@@ -56,6 +57,24 @@ class SolveResult:
     cycles: int = 0
     scale: float = math.nan
     message: str = ""
+
+    def __str__(self) -> str:
+        """The monitor's line, without the name of the sweep."""
+        r = self.residuals
+        ratio = f"  factor {r[-1] / r[-2]:.3f}" if len(r) > 1 and r[-2] > 0 else ""
+        relative = f" relative {r[-1] / self.scale:.3e}" if self.scale > 0 else ""
+        return f"{self.cycles:3d} residual {r[-1]:.6e}{relative}{ratio}" if r else f"{self.cycles:3d}"
+
+    @property
+    def relative_residual(self) -> float:
+        """The last residual relative to the trajectory; 0 for sequential stepping, NaN where none was computed."""
+        if self.reason in ("exact", "serial"):
+            return 0.0
+        if not self.residuals:
+            return math.nan
+        if self.residuals[-1] == 0:
+            return 0.0
+        return self.residuals[-1] / self.scale if self.scale > 0 else math.inf
 
     @property
     def factor(self) -> float:

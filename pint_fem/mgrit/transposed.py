@@ -42,15 +42,15 @@ class _Shifted:
         if steps.start == 0:
             out[:1] = 0
             steps, u, out, lane = steps[1:], u[1:], out[1:], lane + 1
-        if len(steps):
-            self.adjoint.take(range(steps.start - 1, steps.stop - 1, steps.step), u, out, lane)
+        if not len(steps):
+            return None
+        return self.adjoint.take(range(steps.start - 1, steps.stop - 1, steps.step), u, out, lane)
 
     def _sweep(self, first, U, G):
         if first == 0:
             U[1] = 0 if G is None else G[0]
             first, U, G = 1, U[1:], None if G is None else G[1:]
-        if len(U) > 1:
-            self.adjoint.sweep(first - 1, U, G)
+        return self.adjoint.sweep(first - 1, U, G) if len(U) > 1 else None
 
 
 class TransposedAdjoint:

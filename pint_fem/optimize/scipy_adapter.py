@@ -22,6 +22,7 @@ from collections.abc import Callable
 import numpy as np
 from scipy.optimize import Bounds, OptimizeResult, minimize
 
+from pint_fem.optimize.hessian_actions import HessianActions
 from pint_fem.optimize.options import check_callable, check_choice, check_first_guess
 from pint_fem.optimize.protocol import NonFiniteError, Problem
 
@@ -140,7 +141,7 @@ class _BreakdownError(Exception):
 
 def _run(ask: Callable, y0: np.ndarray, method: str, calls_back: bool, options: dict) -> dict[str, object]:
     """scipy on the first process; what of its result does not depend on its coordinates, and the point ``y``."""
-    best = math.inf, y0
+    best, actions = (math.inf, y0), HessianActions()
     iterate = y0
 
     def value(y):
@@ -160,7 +161,7 @@ def _run(ask: Callable, y0: np.ndarray, method: str, calls_back: bool, options: 
     def hessian_action(y, p):
         if not np.isfinite(p).all():
             raise _BreakdownError(f"{method} asked for a Hessian action in a direction that is not finite")
-        return ask("hessian_action", y, p)
+        return actions.at(y, p, lambda: ask("hessian_action", y, p))
 
     def after_iteration(y, *_):
         nonlocal iterate
@@ -241,7 +242,6 @@ class _EuclideanView:
         self._action = getattr(problem, action, None)
         self._y = np.full(0, math.nan)
         self._known: dict[str, object] = {}
-        self._actions: dict[bytes, np.ndarray] = {}
         self._checked = False
 
     # -- coordinates --------------------------------------------------------------------------------------------------
@@ -275,7 +275,7 @@ class _EuclideanView:
     def _once(self, y: np.ndarray, name: str, compute: Callable[[np.ndarray], object]):
         """The result of `compute` at the local part of y, kept until y changes: the same decision on all processes."""
         if not np.array_equal(y, self._y):
-            self._y, self._known, self._actions = np.array(y), {"x": self.point(y)}, {}
+            self._y, self._known = np.array(y), {"x": self.point(y)}
         if name not in self._known:
             self._known[name] = compute(self._known["x"])
         return self._known[name]
@@ -307,11 +307,8 @@ class _EuclideanView:
     def hessian_action(self, y: np.ndarray, p: np.ndarray) -> np.ndarray:
         """The global Hessian with respect to y times p."""
         x = self._once(y, "x", lambda x: x)
-        key = np.asarray(p, dtype=float).tobytes()  # a trust region that shrinks asks for the same directions again
-        if key not in self._actions:
-            action = np.array(self._action(x, self.direction(p)), dtype=float)
-            self._actions[key] = self._global_functional(x, action, "Hessian action")
-        return self._actions[key]
+        action = np.array(self._action(x, self.direction(p)), dtype=float)
+        return self._global_functional(x, action, "Hessian action")
 
     def call_back(self, y: np.ndarray) -> bool:
         """Whether the callback wants to stop."""

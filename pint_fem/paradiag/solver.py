@@ -24,6 +24,8 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from mpi4py import MPI
 
+from pint_fem.errors import FAILURES
+from pint_fem.mgrit.callbacks import returned_block
 from pint_fem.mgrit.levels import Propagator
 from pint_fem.mgrit.norms import PointNorms, euclidean
 from pint_fem.mgrit.solver import MGRIT
@@ -53,7 +55,7 @@ class ParaDiag(MGRIT):
         ``(k, mu, r) -> v`` with ``(I - mu Phi) v = r``, complex arrays ``(n,)`` of a rank's unknowns.
     options
         :class:`~pint_fem.paradiag.options.ParaDiagOptions` or a dictionary of them.
-    comm, bounds, point_norms, name, printer, speaks, trace
+    comm, everyone, bounds, point_norms, name, printer, speaks, trace
         As for MGRIT.
     backwards
         ``comm`` is another communicator in reverse order (adjoint sweeps): ranks keep their frequencies.
@@ -72,6 +74,7 @@ class ParaDiag(MGRIT):
         *,
         options: ParaDiagOptions | Mapping | None = None,
         comm=MPI.COMM_SELF,
+        everyone=None,
         bounds: Sequence[int] | None = None,
         point_norms: PointNorms = euclidean,
         name: str = "paradiag",
@@ -81,13 +84,12 @@ class ParaDiag(MGRIT):
         backwards: bool = False,
     ):
         super().__init__(
-            [propagator], nsteps, options=ParaDiagOptions.make(options), comm=comm, bounds=bounds, linear=True,
-            point_norms=point_norms, name=name, printer=printer, trace=trace, speaks=speaks,
+            [propagator], nsteps, options=ParaDiagOptions.make(options), comm=comm, everyone=everyone, bounds=bounds,
+            linear=True, point_norms=point_norms, name=name, printer=printer, trace=trace, speaks=speaks,
         )  # fmt: skip
         self._frequency_solve, self._backwards = solve, backwards
         self._circulant: AlphaCirculant | None = None
         self._iterates = True
-        self._failures.everywhere = True  # transforms mix all ranks
         #: Where ``Phi`` is affine or not linear: called before each iteration with the iterate and the last
         #: contraction (at first ``None``), to improve the solves of the frequencies.
         self.renew: Callable[[np.ndarray, float | None], None] | None = None
@@ -108,10 +110,10 @@ class ParaDiag(MGRIT):
     def _guarded(self, k: int, mu: complex, r: np.ndarray) -> np.ndarray:
         """A failure becomes NaN, which transforms and the norm carry to every rank (no hang)."""
         try:
-            return self._frequency_solve(k, mu, r)
-        except Exception as error:
-            fine = self.levels[0]
-            fine.failure = fine.failure or f"frequency {k}: {type(error).__name__}: {error}"
+            return returned_block("solve(k, mu, r)", self._frequency_solve, r.shape, k, mu, r)
+        except FAILURES as error:
+            if np.isfinite(r).all() or not isinstance(error, Exception):
+                self._failures.note(f"frequency {k}", error)
             return np.full_like(r, np.nan)
 
     def _step_through(self) -> None:

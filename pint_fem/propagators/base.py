@@ -43,6 +43,8 @@ class StepData(NamedTuple):
         A memory of each step (:meth:`FEPropagator.memory`) of this linearisation.
     guess : bool
         Whether ``out`` of :meth:`FEPropagator.step` holds first guesses.
+    sweep : object or None
+        Stands for a solve of all steps with one control, in which steps may be taken repeatedly.
     """
 
     t: np.ndarray
@@ -51,12 +53,13 @@ class StepData(NamedTuple):
     dz: np.ndarray | None = None
     kept: list | None = None
     guess: bool = False
+    sweep: object = None
 
     def part(self, rows: slice) -> StepData:
         """The data of some of the steps."""
         z, dz = (x if x is None or x.ndim == 1 else x[rows] for x in (self.z, self.dz))
         u, kept = (None if x is None else x[rows] for x in (self.u, self.kept))
-        return StepData(self.t[rows], z, u, dz, kept, self.guess)
+        return StepData(self.t[rows], z, u, dz, kept, self.guess, self.sweep)
 
     def control(self, i: int) -> np.ndarray | None:
         """Control of step ``i`` of the block."""

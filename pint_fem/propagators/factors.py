@@ -23,11 +23,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 
+import numpy as np
 from firedrake.petsc import PETSc
 from mpi4py import MPI
 from petsctools import OptionsManager, flatten_parameters
 
-from pint_fem.direct import completed, factor_bytes, trial_residual
+from pint_fem.direct import completed, factor_bytes, require_finite, trial_residual, with_finite_entries
+from pint_fem.errors import is_numerical
 
 __all__ = ["FACTOR_MEMORY", "QUICK", "Factors", "Solver"]
 
@@ -49,6 +51,10 @@ QUICK = {
     "pc_factor_mat_ordering_type": "nd",
 }
 """Options of these."""
+ALIKE = 1e4
+"""Largest ratio of entries on the diagonals of a matrix and of one that preconditions it."""
+SOLVED = 1e-10
+"""Largest true residual of a solve with an old factor, relative to what it is the difference of."""
 _MAX = PETSc.NormType.NORM_INFINITY
 
 
@@ -66,6 +72,8 @@ class Solver:
     ----------
     holds : object
         What the matrix was taken from.
+    diagonal : ndarray or None
+        Magnitudes of the matrix's diagonal.
     """
 
     def __init__(self, parameters: Mapping, quick: Mapping | None = None):
@@ -74,17 +82,25 @@ class Solver:
         self.matrix: PETSc.Mat | None = None
         self.ksp: PETSc.KSP | None = None
         self.holds: object = None
+        self.diagonal: np.ndarray | None = None
 
     def factor(self, matrix: PETSc.Mat, holds: object) -> None:
-        """Take a copy of the matrix and set up the solver; structure found before is used again."""
+        """Take a copy of the matrix and set up the solver; structure found before is used again.
+
+        Raises
+        ------
+        SolverFailure
+            If the matrix is not finite: some packages never return from its factorisation.
+        """
         self.holds = None
+        require_finite(matrix, "the Jacobian of a stage")
         if self.matrix is None:
             self.matrix = matrix.copy()
         else:
             matrix.copy(self.matrix, structure=PETSc.Mat.Structure.SAME_NONZERO_PATTERN)
         if len(self._options) == 1 or not self._is_accurate():
             self.ksp = self._set_up(-1)
-        self.holds = holds
+        self.diagonal, self.holds = diagonal(matrix), holds
 
     def _set_up(self, which: int) -> PETSc.KSP:
         options, ksp = self._options[which], self._made[which]
@@ -105,7 +121,9 @@ class Solver:
         try:
             self.ksp = self._set_up(0)
             residual = trial_residual(self.ksp, b, x)
-        except PETSc.Error:  # a pivot is zero
+        except PETSc.Error as error:  # a pivot is zero
+            if not is_numerical(error):
+                raise
             return False
         return residual <= ACCURATE * self.matrix.norm(_MAX)
 
@@ -159,7 +177,7 @@ class Factors:
         self._old: _OldFactor | None = None
 
     # -- who has a factor ----------------------------------------------------------------------------------------------
-    def at_hand(self, stage) -> Solver | None:
+    def nearby(self, stage) -> Solver | None:
         """A solver of a nearby Jacobian of the same step, that stays: the stage's own one or an earlier stage's."""
         if stage.constant:
             return self._constant.get(stage.h)
@@ -192,15 +210,22 @@ class Factors:
                 self.kept -= 1
         return solver
 
+    def drop(self, stage) -> None:
+        """Leave a stage without a factor of its own: its solve has failed."""
+        stage.remainder = None
+        for solver in (stage.solver, self._spare.get(stage.index)):
+            if solver is not None:
+                solver.holds = None
+
     def _bytes_of(self, solver: Solver) -> int:
         """The most that a solver's factor takes on any rank (collective over space)."""
         own = factor_bytes(solver.ksp, self.parameters)
         return max(1, solver.matrix.comm.tompi4py().allreduce(own, op=MPI.MAX))
 
     def measure(self, matrix: PETSc.Mat) -> None:
-        """Find out what a factor takes, from a matrix that is like the others (collective over space)."""
+        """Find out what a factor takes, from a matrix with the entries of the others (collective over space)."""
         solver = Solver(self.parameters, self._quick)
-        solver.factor(matrix, None)
+        solver.factor(with_finite_entries(matrix), None)
         self.bytes = self._bytes_of(solver)
         solver.destroy()
 
@@ -217,17 +242,52 @@ class Factors:
 
     def _refine(self, stage, b, x, transposed: bool) -> bool:
         """Solve with a factor of another matrix; whether that reached round-off."""
-        solver = self.at_hand(stage)
+        solver = self.nearby(stage)
         left = PATIENCE - stage.spent if stage.may_refine and self.refines else 0
-        if solver is None or stage.needed > left:
+        if solver is None or stage.needed > left or not self._is_near(solver, stage.J):
             return False
         if self._old is None:
             self._old = _OldFactor(b.comm)
         count, converged = self._old.solve(solver, stage.J, b, x, transposed=transposed, most=left)
         self.counts["solve"] += 1 + count
         stage.spent += count
+        converged = converged and self._is_solved(stage.J, b, x, transposed)
         stage.needed = max(1, count) if converged else PATIENCE + 1  # not again in this linearisation
         return converged
+
+    @staticmethod
+    def _is_near(solver: Solver, matrix: PETSc.Mat) -> bool:
+        """Whether the diagonals of a solver's matrix and another one are alike: GMRES preconditioned by a matrix with
+        huge entries in some rows does not see the residual of these.
+        """
+        a, b = solver.diagonal, diagonal(matrix)
+        return _largest(matrix, float(np.any(a > ALIKE * b) or np.any(b > ALIKE * a))) == 0
+
+    @staticmethod
+    def _is_solved(matrix: PETSc.Mat, b: PETSc.Vec, x: PETSc.Vec, transposed: bool) -> bool:
+        """Whether the true residual is small beside what it is the difference of."""
+        r = b.duplicate()
+        (matrix.multTranspose if transposed else matrix.mult)(x, r)
+        r.axpy(-1.0, b)
+        bound = SOLVED * (diagonal(matrix) * x.norm(_MAX) + b.norm(_MAX))
+        solved = _largest(matrix, float(np.any(~(np.abs(r.array_r) <= bound)))) == 0
+        r.destroy()
+        return solved
+
+
+def diagonal(matrix: PETSc.Mat) -> np.ndarray:
+    """Magnitudes of the own entries of a matrix's diagonal."""
+    vector = matrix.createVecLeft()
+    matrix.getDiagonal(vector)
+    out = np.abs(vector.array_r)
+    vector.destroy()
+    return out
+
+
+def _largest(matrix: PETSc.Mat, value: float) -> float:
+    """Of the values of all ranks of a matrix (collective)."""
+    comm = matrix.comm.tompi4py()
+    return value if comm.size == 1 else comm.allreduce(value, op=MPI.MAX)
 
 
 class _OldFactor:

@@ -65,8 +65,6 @@ class FormPropagator(FEPropagator):
         If ``factor_memory`` is negative.
     """
 
-    uses_guess = True
-
     def __init__(self, evolution: Evolution, *, stride: int = 1, tableau=None, factor_memory: int = FACTOR_MEMORY):
         super().__init__(evolution, stride=stride, tableau=tableau)
         if not factor_memory >= 0:
@@ -131,8 +129,8 @@ class FormPropagator(FEPropagator):
             return U
         return u + sum(beta * di for beta, di in zip(self.dirk.beta, d, strict=True))
 
-    def _solve_stages(self, memory: StepMemory, data, i: int, u: np.ndarray, end=None, *, linearise=False):
-        """``u_1``; the stage values are remembered. ``end`` is a first guess of ``u_1``."""
+    def _solve_stages(self, memory: StepMemory, data, i: int, u: np.ndarray, *, linearise=False):
+        """``u_1``; the stage values are remembered."""
         d, control = [], data.control(i)
         given = _NONE if control is None else control
         solved = linearise and memory.control is not None  # by the state sweep's last call of the step, mostly
@@ -142,7 +140,7 @@ class FormPropagator(FEPropagator):
             self.forms.set(data.t[i], control, stage.index)
             if not solved:
                 W = self._base(stage.index, u, d)
-                stage.W, stage.U = W, self.newton.solve(stage, W, self._guess(stage, u, W, end), data.t[i])
+                stage.W, stage.U = W, self.newton.solve(stage, W, data.t[i], data.sweep)
             if linearise:
                 self.forms.put_state(stage.W, stage.U)
                 stage.linearise(self.forms)
@@ -155,15 +153,6 @@ class FormPropagator(FEPropagator):
         if self.evolution.per_step or not np.array_equal(control, self._control):
             self._control = control.copy()
         return self._control
-
-    def _guess(self, stage: StageMemory, u, W, end) -> np.ndarray | None:
-        """First guess of a stage: what it was, moved along with its base; else between the ends of the step."""
-        if stage.U is not None:
-            return stage.U + (W - stage.W)
-        if end is None:
-            return None
-        c = self.dirk.c[stage.index]
-        return end if c == 1 else u + c * (end - u)
 
     # -- products and solves -------------------------------------------------------------------------------------------
     def _solve(self, stage: StageMemory, rhs: np.ndarray, *, transposed: bool = False) -> np.ndarray:
@@ -309,7 +298,7 @@ class FormPropagator(FEPropagator):
         for i in range(len(u)):
             memory = self._memory(data, i)
             memory.renew()
-            out[i] = self._solve_stages(memory, data, i, u[i], out[i] if data.guess else None)
+            out[i] = self._solve_stages(memory, data, i, u[i])
 
     def tangent(self, data, du, dz, out, lane=0):
         """See :class:`FEPropagator`."""

@@ -13,6 +13,7 @@ that move; and factors as far as their budget goes.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from firedrake.petsc import PETSc
@@ -21,7 +22,22 @@ from mpi4py import MPI
 from pint_fem.propagators.factors import Solver
 from pint_fem.propagators.stage import StageForms
 
-__all__ = ["Memories", "StageMemory", "StepMemory"]
+__all__ = ["Memories", "Remainder", "StageMemory", "StepMemory"]
+
+
+class Remainder(NamedTuple):
+    """What the first iterate of a stage's last solve lacked (see :mod:`~pint_fem.propagators.newton`).
+
+    Attributes
+    ----------
+    holds : object
+        Stands for the matrix of the factor that the iterate was computed with.
+    array : ndarray
+        The difference.
+    """
+
+    holds: object
+    array: np.ndarray
 
 
 class StageMemory:
@@ -41,8 +57,11 @@ class StageMemory:
         Stands for the linearisation.
     spent, needed : int
         Corrections by refinement in this linearisation, in all and in the last solve.
-    rate : float or None
-        Contraction of the last simplified Newton iteration.
+    remainder : Remainder or None
+        Of the last solve that began at its base value.
+    sweep, moved, rate : object, float, float or None
+        The sweep of the last solve; how far root and base value have moved since one began at the base value; the
+        contraction of the last increments.
     """
 
     def __init__(self, index: int, h: float, lender: StageMemory | None, *, constant: bool, **may: bool):
@@ -56,7 +75,10 @@ class StageMemory:
         self.F_z: list[PETSc.Mat | None] | None = None
         self.solver: Solver | None = None
         self.token: object = None
-        self.spent, self.needed, self.rate = 0, 1, None
+        self.spent, self.needed = 0, 1
+        self.remainder: Remainder | None = None
+        self.sweep: object = None
+        self.moved, self.rate = 0.0, None
 
     def linearise(self, forms: StageForms) -> None:
         """Assemble the matrices at the values that the forms hold."""
@@ -110,11 +132,11 @@ class StepMemory:
         self.tangent = None
 
     def forget(self) -> None:
-        """First guesses too."""
+        """What solves of the stages have left, too, but for factors."""
         self.renew()
         self.control = None
         for stage in self.stages:
-            stage.W = stage.U = stage.rate = None
+            stage.W = stage.U = stage.remainder = stage.sweep = stage.rate = None
 
     def restart(self) -> None:
         """Go to another step: factors, too, are of no use but for their structure."""

@@ -6,7 +6,7 @@ except ImportError as error:
     raise ImportError("pint_fem.resnet needs torch: pip install 'pint_fem[resnet]'") from error
 
 from pint_fem.resnet.activations import Activation, activation
-from pint_fem.resnet.checkpoint import load_checkpoint, save_checkpoint
+from pint_fem.resnet.checkpoint import load_checkpoint, reserve_checkpoint, save_checkpoint
 from pint_fem.resnet.deterministic import TrainingProblem
 from pint_fem.resnet.grid import Grid
 from pint_fem.resnet.iterations import Adaptive, Iterations
@@ -31,5 +31,6 @@ __all__ = [
     "activation",
     "load_checkpoint",
     "refine",
+    "reserve_checkpoint",
     "save_checkpoint",
 ]

@@ -1,37 +1,69 @@
 """Checkpoints of a training: every rank writes its own layers' rows into shared ``.npy`` files; nothing is gathered.
 
-A checkpoint is a folder with the parameters ``theta.weight.npy (N, ...)``, the optimiser's arrays of the same shape,
-the opening and the classification layer, and ``head.json``. It is written beside the last one, and a small file
-``latest``, replaced in one go, says which one is whole: whenever the process is killed, a complete one is there. A run
-may go on with another number of ranks.
+A checkpoint is a folder. A numbered folder in it holds the parameters ``theta.weight.npy (N, ...)``, the optimiser's
+arrays of the same shape, the opening and the classification layer, and ``head.json``. It is written beside the last
+one, and a small file ``latest``, replaced in one go, names the one that is whole: whenever the process is killed or the
+disk is full, a complete one is there. Rows, layers and head have checksums. A run may go on with another number of
+ranks, and only with the network and the kind of optimiser that were written.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import re
 import shutil
-from collections.abc import Mapping
+import zlib
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import numpy as np
 import torch
 
+from pint_fem import files
+from pint_fem.collective import collectively
 from pint_fem.errors import InputError
+from pint_fem.resnet.grid import Grid
+from pint_fem.resnet.iterations import Iterations
 from pint_fem.resnet.network import LayerParallelResNet
+from pint_fem.resnet.row_files import create_rows, read_rows, write_rows
 
-__all__ = ["load_checkpoint", "save_checkpoint"]
+__all__ = ["load_checkpoint", "reserve_checkpoint", "save_checkpoint"]
+
+_VERSION = 2  # 1: no checksums, nothing of activations, opening and classification layer
+_ANEW = "give another folder to start anew"
+_NEEDED = ("network", "arrays", "scalars", "iterations", "progress")
+_PROBES = torch.linspace(-2, 2, 9, dtype=torch.float64)
+_locks: dict[Path, files.FileLock] = {}
+
+
+def _on_root(grid: Grid, work: Callable, *args):
+    """What the first rank's ``work(*args)`` returns, on every rank; what it raises, too."""
+    return grid.comm.bcast(collectively(grid.comm, "", work if grid.is_root else lambda *_: None, *args))
 
 
 def _fingerprint(net: LayerParallelResNet) -> dict:
-    shapes = {name: list(shape) for name, shape in net.layer.shapes.items()}
-    return {"layers": net.nlayers, "parameters": shapes, "dtype": str(net.dtype), "final_time": net.final_time}
+    """What has to be the same in a network that goes on (collective)."""
+    ends = [None if m is None else re.sub(r" at 0x[0-9a-f]+", "", repr(m)) for m in (net.opening, net.closing)]
+    reports = net.grid.comm.allgather(ends)
+    opening, closing = (next(r[i] for r in reports if r[i] is not None) for i in (0, 1))
+    act = net.layer.activation
+    return {
+        "layers": net.nlayers,
+        "parameters": {name: list(shape) for name, shape in net.layer.shapes.items()},
+        "dtype": str(net.dtype),
+        "final_time": net.final_time,
+        "kind": type(net.layer).__name__,
+        "activation": [act.name, [round(v, 9) for v in act.function(_PROBES.clone()).tolist()]],
+        "opening": opening,
+        "closing": closing,
+    }
 
 
-def _agree(net: LayerParallelResNet, problem: str | None) -> None:
-    problem = next((p for p in net.grid.comm.allgather(problem) if p), None)
-    if problem:
-        raise InputError(problem)
+def _differences(kept: dict, own: dict) -> str:
+    """What is not the same; earlier versions kept less."""
+    names = [name for name in own if name in kept and kept[name] != own[name]]
+    return "; ".join(f"{name}: the file has {kept[name]}, this network {own[name]}" for name in names)
 
 
 def _arrays(net: LayerParallelResNet, optimizer) -> dict[str, torch.Tensor]:
@@ -57,15 +89,85 @@ def _scalars(net: LayerParallelResNet, optimizer) -> dict:
     return out
 
 
-def _end(module, optimizer) -> dict:
+def _end(module, optimizer) -> bytes:
     states = [optimizer.state.get(p, {}) for p in module.parameters()] if optimizer else []
-    return {"module": module.state_dict(), "optimizer": states}
+    out = io.BytesIO()
+    torch.save({"module": module.state_dict(), "optimizer": states}, out)
+    return out.getvalue()
 
 
+# -- the folder ------------------------------------------------------------------------------------------------------
+def _check_folder(path: Path) -> bool:
+    """Whether the folder is there; what is no folder is refused, and a link is not followed."""
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        kind = "a symbolic link" if path.is_symlink() else "no folder"
+        raise InputError(f"checkpoint {path} is {kind}: give the name of a folder of its own")
+    return path.exists()
+
+
+def _latest(path: Path) -> tuple[str, int | None] | None:
+    """Number of the complete checkpoint and the checksum of its head, ``None`` where there is none."""
+    if not _check_folder(path) or not files.require_regular(path / "latest", "checkpoint's file", _ANEW):
+        return None
+    with files.naming(f"checkpoint {path}: its file 'latest' cannot be read", _ANEW):
+        text = (path / "latest").read_bytes().decode("latin-1").strip()
+    match = re.fullmatch(r"(\d+)(?: ([0-9a-f]{8}))?", text)
+    if not match:
+        raise InputError(
+            f"checkpoint {path}: its file 'latest' is damaged, it has {text[:40]!r} instead of a number; {_ANEW}"
+        )
+    return match[1], None if match[2] is None else int(match[2], 16)
+
+
+def _head(path: Path) -> tuple[str, dict] | None:
+    """Number and head of the complete checkpoint."""
+    found = _latest(path)
+    if found is None:
+        return None
+    name, crc = found
+    folder = path / name
+    if folder.is_symlink() or not folder.is_dir() or not files.require_regular(folder / "head.json", "head", _ANEW):
+        raise InputError(f"checkpoint {path}: 'latest' names {name}, where there is no head.json; {_ANEW}")
+    with files.naming(f"checkpoint {folder / 'head.json'} cannot be read", _ANEW):
+        text = (folder / "head.json").read_bytes()
+    if crc is not None and zlib.crc32(text) != crc:
+        raise InputError(f"checkpoint {folder / 'head.json'} is damaged: the checksum is another; {_ANEW}")
+    try:
+        head = json.loads(text)
+        missing = [key for key in _NEEDED if key not in head]
+    except (ValueError, TypeError) as error:
+        raise InputError(f"checkpoint {folder / 'head.json'} is damaged: {error}; {_ANEW}") from error
+    if missing or not isinstance(head, dict):
+        raise InputError(f"checkpoint {folder / 'head.json'} is damaged: it has no {', '.join(missing)}; {_ANEW}")
+    return name, head
+
+
+def reserve_checkpoint(path: str | Path, grid: Grid) -> None:
+    """Find out before a training whether a checkpoint can be written, and keep other processes from it (collective).
+
+    The folder is made where it is not there. The right to write it lasts as long as this process.
+
+    Raises
+    ------
+    InputError
+        On every rank, if the folder cannot be made or written to, or another run writes it.
+    """
+    _on_root(grid, _reserve, Path(path))
+
+
+def _reserve(path: Path) -> None:
+    _check_folder(path)
+    with files.naming(f"checkpoint {path} cannot be written"):
+        path.mkdir(parents=True, exist_ok=True)
+    lock = _locks.setdefault(path.resolve(), files.FileLock(path, "checkpoint"))
+    lock.acquire()
+
+
+# -- writing ---------------------------------------------------------------------------------------------------------
 def save_checkpoint(
     path: str | Path, net: LayerParallelResNet, optimizer=None, progress: Mapping | None = None
 ) -> None:
-    """Write a checkpoint (collective); the last one is kept until this one is whole.
+    """Write a checkpoint (collective); the last one is kept until this one is whole and on the disk.
 
     Parameters
     ----------
@@ -79,53 +181,107 @@ def save_checkpoint(
     Raises
     ------
     InputError
-        On every rank, where it cannot be written.
+        On every rank, where it cannot be written, as on a full disk, or another run writes it. The last one stays; a
+        training that is to go on without catches it.
     """
-    path, grid, problem, name = Path(path), net.grid, None, None
+    path, grid = Path(path), net.grid
+    reserve_checkpoint(path, grid)
     arrays = _arrays(net, optimizer)
-    if grid.is_root:
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            before = (path / "latest").read_text() if (path / "latest").exists() else "0"
-            name = str(int(before) + 1)
-            shutil.rmtree(path / name, ignore_errors=True)
-            (path / name).mkdir()
-            for key, a in arrays.items():
-                kind = a.numpy().dtype
-                np.lib.format.open_memmap(path / name / f"{key}.npy", "w+", kind, (net.nlayers, *a.shape[1:])).flush()
-            its = {k: [s.cycles, s.serial, s.batches] for k, s in _iterations(net).items()}
-            head = {"network": _fingerprint(net), "arrays": sorted(arrays), "iterations": its}
-            head |= {"scalars": _scalars(net, optimizer), "progress": dict(progress or {})}
-            (path / name / "head.json").write_text(json.dumps(head))
-        except (OSError, ValueError, TypeError) as error:
-            problem = f"checkpoint {path} cannot be written: {error}"
-    _agree(net, problem)
-    folder = path / grid.comm.bcast(name, root=0)
+    head = {
+        "version": _VERSION,
+        "network": _fingerprint(net),
+        "optimizer": None if optimizer is None else type(optimizer).__name__,
+        "arrays": sorted(arrays),
+        "scalars": _scalars(net, optimizer),
+        "iterations": {k: [s.cycles, s.serial, s.batches, _rule(s)] for k, s in _iterations(net).items()},
+        "progress": dict(progress or {}),
+    }
+    kinds = {key: ((net.nlayers, *a.shape[1:]), a.numpy().dtype) for key, a in arrays.items()}
+    folder = None
     try:
-        if grid.data_comm.rank == 0:
-            for key, a in arrays.items():
-                rows = np.load(folder / f"{key}.npy", mmap_mode="r+")
-                rows[net.lo : net.hi] = a.numpy()
-                rows.flush()
-            for place, module in (("opening", net.opening), ("closing", net.closing)):
-                if module is not None:
-                    torch.save(_end(module, optimizer), folder / f"{place}.pt")
-    except OSError as error:
-        problem = f"checkpoint {folder} cannot be written: {error}"
-    _agree(net, problem)
-    if grid.is_root:
-        (path / "latest.new").write_text(folder.name)
-        os.replace(path / "latest.new", path / "latest")
-        shutil.rmtree(path / str(int(folder.name) - 1), ignore_errors=True)
-    grid.comm.Barrier()
+        folder = path / _on_root(grid, _guarded, path, _begin, path, kinds)
+        sums = collectively(grid.comm, "", _guarded, path, _write, folder, net, optimizer, arrays)
+        gathered = grid.comm.gather(sums)
+        if grid.is_root:
+            head["ends"] = {place: crc for part in gathered for place, crc in part.items()}
+        _on_root(grid, _guarded, path, _finish, path, folder, head)
+    except InputError:
+        if grid.is_root and folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)  # half of a checkpoint would only be in the way
+        raise
 
 
-def _iterations(net: LayerParallelResNet) -> dict:
+def _guarded(path: Path, work: Callable, *args):
+    try:
+        return work(*args)
+    except (OSError, ValueError, TypeError) as error:  # TypeError: a progress that JSON does not take
+        if isinstance(error, InputError):
+            raise
+        reason = getattr(error, "strerror", None) or str(error)
+        raise InputError(f"checkpoint {path} cannot be written: {reason}") from error
+
+
+def _begin(path: Path, kinds: dict) -> str:
+    """Make the next numbered folder and its arrays."""
+    name = str(1 + max((int(p.name) for p in _numbered(path)), default=0))
+    (path / name).mkdir()
+    try:
+        for key, (shape, kind) in kinds.items():
+            create_rows(path / name / f"{key}.npy", shape, kind)
+    except OSError:
+        shutil.rmtree(path / name, ignore_errors=True)
+        raise
+    return name
+
+
+def _numbered(path: Path) -> list[Path]:
+    return [p for p in path.iterdir() if p.name.isdecimal() and p.name.isascii()]
+
+
+def _write(folder: Path, net: LayerParallelResNet, optimizer, arrays: dict) -> dict[str, int]:
+    """This rank's rows, and its opening or classification layer; checksums of the latter."""
+    sums = {}
+    if net.grid.data_comm.rank == 0:
+        for key, a in arrays.items():
+            write_rows(folder / f"{key}.npy", net.lo, a.numpy(), net.nlayers)
+        for place, module in (("opening", net.opening), ("closing", net.closing)):
+            if module is not None:
+                content = _end(module, optimizer)
+                files.write_whole(folder / f"{place}.pt", content)
+                sums[place] = zlib.crc32(content)
+    return sums
+
+
+def _finish(path: Path, folder: Path, head: dict) -> None:
+    """Write the head, make the folder the latest one and remove the others."""
+    text = json.dumps(head).encode()
+    files.write_whole(folder / "head.json", text)
+    files.to_disk(folder)
+    files.write_whole(path / "latest", f"{folder.name} {zlib.crc32(text):08x}".encode())
+    for other in _numbered(path):
+        if other.name != folder.name:
+            if other.is_symlink():
+                os.unlink(other)
+            else:
+                shutil.rmtree(other, ignore_errors=True)
+
+
+def _iterations(net: LayerParallelResNet) -> dict[str, Iterations]:
     return {"forward": net.forward_sweeps, "backward": net.backward_sweeps}
 
 
+def _rule(sweeps: Iterations) -> list | None:
+    """How numbers of cycles are learned."""
+    a = sweeps.adaptive
+    return None if a is None else [a.every, a.enough, a.most]
+
+
+# -- reading ---------------------------------------------------------------------------------------------------------
 def load_checkpoint(path: str | Path, net: LayerParallelResNet, optimizer=None) -> dict | None:
     """Put parameters and the optimiser's state back (collective).
+
+    Step sizes and other hyperparameters are those of ``optimizer``, numbers of cycles those of ``net``; only what
+    adaptive iterations with the same rule have learned comes from the checkpoint.
 
     Returns
     -------
@@ -135,47 +291,83 @@ def load_checkpoint(path: str | Path, net: LayerParallelResNet, optimizer=None) 
     Raises
     ------
     InputError
-        On every rank, where it is damaged or of another network.
+        On every rank, where it is damaged, of another network (sizes, type, activation, opening or classification
+        layer) or of another kind of optimiser.
     """
-    path, grid, problem, progress = Path(path), net.grid, None, None
-    found = (path / "latest").read_text() if grid.is_root and (path / "latest").exists() else None
-    name = grid.comm.bcast(found, root=0)
-    if name is None:
+    path, grid = Path(path), net.grid
+    found = _on_root(grid, _head, path)
+    if found is None:
         return None
-    folder = path / name
+    name, head = found
+    other = _differences(head["network"], _fingerprint(net))
+    if other:
+        raise InputError(f"checkpoint {path} is of another network: {other}; give the same, or another folder")
+    if optimizer is not None and head.get("optimizer", type(optimizer).__name__) != type(optimizer).__name__:
+        raise InputError(
+            f"checkpoint {path} was written with the optimiser {head['optimizer']}, this run has "
+            f"{type(optimizer).__name__}: give the same, or load it without one and go on with a new one"
+        )
+    collectively(grid.comm, "", _reading, path / name, head, net, optimizer)()
+    return head["progress"]
+
+
+def _reading(folder: Path, head: dict, net: LayerParallelResNet, optimizer) -> Callable[[], None]:
     try:
-        head = json.loads((folder / "head.json").read_text())
-        if head["network"] != _fingerprint(net):
-            problem = (
-                f"checkpoint {path} is of another network: it has {head['network']}, this one is {_fingerprint(net)}"
-            )
-        else:
-            _restore(folder, head, net, optimizer)
-            progress = head["progress"]
+        return _read(folder, head, net, optimizer)
     except Exception as error:
-        problem = f"checkpoint {folder} cannot be read ({type(error).__name__}: {error}); remove {path} to start anew"
-    _agree(net, problem)
-    return progress
+        raise InputError(f"checkpoint {folder} cannot be read ({type(error).__name__}: {error}); {_ANEW}") from error
 
 
-def _restore(folder: Path, head: dict, net: LayerParallelResNet, optimizer) -> None:
-    own = lambda key: torch.from_numpy(np.array(np.load(folder / f"{key}.npy", mmap_mode="r")[net.lo : net.hi]))
-    with torch.no_grad():
-        for name in net.layer.shapes:
-            net.theta[name].copy_(own(f"theta.{name}"))
+def _read(folder: Path, head: dict, net: LayerParallelResNet, optimizer) -> Callable[[], None]:
+    """Read this rank's part; what is returned puts it where it belongs, once all ranks have theirs."""
+    checked = "version" in head
+
+    def own(key: str, like: torch.Tensor) -> torch.Tensor:
+        shape, kind = (net.nlayers, *like.shape[1:]), like.detach().numpy().dtype
+        return torch.from_numpy(read_rows(folder / f"{key}.npy", net.lo, net.hi, shape, kind, checked=checked))
+
+    theta = {name: own(f"theta.{name}", net.theta[name]) for name in net.layer.shapes}
+    states = {}
     for key in head["arrays"] if optimizer else ():
         if key.startswith("optimizer."):
             _, name, what = key.split(".", 2)
-            optimizer.state[net.theta[name]][what] = own(key)
-    for name, values in head["scalars"].items() if optimizer else ():
-        for what, value in values.items():
-            optimizer.state[net.theta[name]][what] = torch.tensor(value) if what == "step" else value
-    for place, module in (("opening", net.opening), ("closing", net.closing)):
-        if module is not None:
-            kept = torch.load(folder / f"{place}.pt", weights_only=True)
+            states[name, what] = own(key, net.theta[name])
+    ends = [
+        (module, _read_end(folder / f"{place}.pt", module, head.get("ends", {}).get(place), checked=checked))
+        for place, module in (("opening", net.opening), ("closing", net.closing))
+        if module is not None
+    ]
+
+    def put() -> None:
+        with torch.no_grad():
+            for name, values in theta.items():
+                net.theta[name].copy_(values)
+        for (name, what), values in states.items():
+            optimizer.state[net.theta[name]][what] = values
+        for name, values in head["scalars"].items() if optimizer else ():
+            for what, value in values.items():
+                optimizer.state[net.theta[name]][what] = torch.tensor(value) if what == "step" else value
+        for module, kept in ends:
             module.load_state_dict(kept["module"])
             for p, state in zip(module.parameters(), kept["optimizer"], strict=True) if optimizer else ():
                 optimizer.state[p].update(state)
-    for kind, (cycles, serial, batches) in head["iterations"].items():
-        its = _iterations(net)[kind]
-        its.cycles, its.serial, its.batches = cycles, serial, batches
+        for kind, (cycles, serial, batches, *rule) in head["iterations"].items():
+            its = _iterations(net)[kind]
+            if its.adaptive is not None and rule in ([], [_rule(its)]):  # earlier versions kept no rule
+                its.cycles, its.serial, its.batches = cycles, serial, batches
+
+    return put
+
+
+def _read_end(path: Path, module, crc: int | None, *, checked: bool) -> dict:
+    """State of the opening or classification layer, of the same shapes and types."""
+    if not files.require_regular(path, "layer", _ANEW):
+        raise ValueError(f"{path.name} is missing")
+    content = path.read_bytes()
+    if checked and zlib.crc32(content) != crc:
+        raise ValueError(f"{path.name} is damaged: the checksum is another")
+    kept = torch.load(io.BytesIO(content), weights_only=True)
+    own, found = ({k: (v.dtype, tuple(v.shape)) for k, v in s.items()} for s in (module.state_dict(), kept["module"]))
+    if own != found:
+        raise ValueError(f"{path.name} has {found}, not {own}")
+    return kept

@@ -208,10 +208,7 @@ class TrainingProblem:
         finally:
             for s, cycles, adaptive in before:
                 s.cycles, s.adaptive = cycles, adaptive
-        residual = 0.0
-        for result in net.results.values():
-            if result.reason != "exact":
-                residual = max(residual, result.residuals[-1] / result.scale if result.scale > 0 else 0.0)
+        residual = max(result.relative_residual for result in net.results.values())
         return value, self._join(gradients) / self.weights, residual
 
     # -- second derivatives --------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ With :math:`\rho > 1` cycles do not contract any more and sweeps go from layer t
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from pint_fem.errors import InputError
@@ -83,13 +84,21 @@ class Iterations:
         """Learn from a sweep; ``largest`` makes all groups of a data-parallel run agree."""
         if not self._looks():
             return
-        before, after = result.residuals[self.cycles], result.residuals[-1]
-        ratio = largest(after / before if before > 0 else 0.0)
+        ratio = largest(self._ratio(result))
         if ratio > 1 or (ratio > self.adaptive.enough and self.cycles >= self.adaptive.most):
             self.serial = True
         elif ratio > self.adaptive.enough:
             self.cycles += 1
         self.history.append((self.batches, 0 if self.serial else self.cycles, ratio))
+
+    def _ratio(self, result: SolveResult) -> float:
+        """Residual after twice the cycles over that after the cycles; infinite where they failed, so that all groups
+        step serially, and 0 where the sweep has one level only.
+        """
+        if result.reason in ("exact", "serial"):
+            return math.inf if result.reason == "serial" else 0.0
+        before, after = result.residuals[self.cycles], result.residuals[-1]
+        return after / before if before > 0 else 0.0
 
     def fail(self) -> bool:
         """Whether a sweep that broke down may be done serially instead, as all later ones are then."""

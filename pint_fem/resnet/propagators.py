@@ -33,6 +33,8 @@ class _Step:
 
     #: ``u + f(u)``: what is not finite stays so.
     stays_bad = True
+    #: torch takes no read-only arrays.
+    keeps_input = True
     #: States that go together: calls for one cost half of those for sixteen, so no interval goes ahead of the others.
     block = 1024
 

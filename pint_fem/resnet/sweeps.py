@@ -36,9 +36,9 @@ __all__ = ["LayerSweeps", "Trajectory"]
 _TOGETHER = 32
 
 
-@dataclass
+@dataclass(eq=False)
 class Trajectory:
-    r"""A solved forward sweep.
+    r"""A solved forward sweep. Trajectories are equal where they are the same object.
 
     Attributes
     ----------

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pint_fem.mgrit.callbacks import require_nothing
 from pint_fem.mgrit.checks.report import Space, UserError, bits, lay, marks, unwritten
 
 __all__ = ["Call", "LevelCalls", "TransferCalls", "has_method"]
@@ -85,7 +86,7 @@ class LevelCalls:
             guess = unwritten((k, *self.state.shape))
         buffer, out = lay(inputs[0] if guess is None else guess, out_stride)
         try:
-            getattr(self.propagator, method)(steps, *(view for _, view in laid), out)
+            require_nothing(method, getattr(self.propagator, method)(steps, *(view for _, view in laid), out))
         except Exception as failure:
             error = f"{method}({steps}) raised {type(failure).__name__}: {failure}"
         self._agree(error)
@@ -131,7 +132,7 @@ class LevelCalls:
             start[1:] = guess
         U, g = lay(start, stride)[1], None if G is None else lay(G, stride)[1]
         try:
-            self.propagator.sweep(first, U, g)
+            require_nothing("sweep", self.propagator.sweep(first, U, g))
         except Exception as failure:
             error = f"sweep({first}, ...) raised {type(failure).__name__}: {failure}"
         self._agree(error)

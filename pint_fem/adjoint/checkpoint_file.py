@@ -1,0 +1,150 @@
+"""The HDF5 file of a checkpoint: arrays of all ranks, a checksum for each row, and a head.
+
+The first rank makes the file: it reserves the space on the disk, writes the head (a dataset of bytes) and declares the
+arrays, contiguous and without values. Every rank then writes its own rows and columns at their places in the file. No
+call of HDF5 is collective, so a rank that fails leaves no other waiting, and a full disk is an error on the first rank
+before anything is written.
+
+Row ``i`` of an array has one checksum (CRC-32) for each rank in space, of that rank's columns, in ``checks/<name>``. So
+a file can be checked by any number of time ranks. Files of earlier versions have no checksums and keep their head in an
+attribute (of at most 64 KiB); they are read as well.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import h5py
+import numpy as np
+
+from pint_fem import files
+
+__all__ = ["Piece", "Place", "create_file", "read_head", "read_part", "write_parts"]
+
+_OVERHEAD = 4096  # bytes of HDF5's own for an array, generously
+
+
+class Place(NamedTuple):
+    """Shape of an array of all ranks, what this rank has of it, and this rank's column of checksums among all."""
+
+    shape: tuple[int, ...]
+    where: tuple[slice, ...]
+    column: tuple[int, int]
+
+    @property
+    def checks(self) -> tuple[tuple[int, int], tuple[slice, slice]]:
+        """Shape of the array of checksums and where this rank's are in it."""
+        index, count = self.column
+        rows = self.where[0] if len(self.shape) == 2 else slice(0, 1)
+        return (self.shape[0] if len(self.shape) == 2 else 1, count), (rows, slice(index, index + 1))
+
+
+class Piece(NamedTuple):
+    """An array of the file and the values of its place that this rank writes; ``None``: another rank does."""
+
+    name: str
+    place: Place
+    values: np.ndarray | None
+
+
+def create_file(path: Path, head: dict, pieces: Sequence[Piece]) -> dict[str, int]:
+    """Make a file with a head and arrays whose values are yet to be written; on one rank.
+
+    Returns
+    -------
+    dict
+        Offset of each array in the file, in bytes.
+
+    Raises
+    ------
+    OSError, RuntimeError
+        If the disk is full, or the file cannot be made.
+    """
+    text = json.dumps(head).encode()
+    arrays = [(p.name, p.place.shape, "<f8") for p in pieces]
+    arrays += [(f"checks/{p.name}", p.place.checks[0], "<u4") for p in pieces]
+    size = len(text) + sum(int(np.prod(shape)) * int(kind[2]) + _OVERHEAD for _, shape, kind in arrays) + _OVERHEAD
+    files.create(path, size)  # a full disk shows here rather than while HDF5 closes a file
+    offsets = {}
+    with h5py.File(path, "w", locking=False) as file:
+        data = file.create_dataset("head", data=np.frombuffer(text, np.uint8))
+        data.attrs["crc32"] = zlib.crc32(text)
+        for name, shape, kind in arrays:
+            properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+            properties.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+            properties.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+            data = file.create_dataset(name, shape, kind, dcpl=properties)
+            offsets[name] = data.id.get_offset() or 0
+    files.reserve(path)
+    return offsets
+
+
+def write_parts(path: Path, offsets: dict[str, int], pieces: Sequence[Piece]) -> None:
+    """Write this rank's part of each array and its checksums, and force them to the disk.
+
+    Raises
+    ------
+    OSError
+        If a part cannot be written.
+    """
+    parts = []
+    for name, place, values in pieces:
+        if values is None or not values.size:
+            continue
+        rows = np.ascontiguousarray(values, "<f8").reshape(-1, values.shape[-1])
+        sums = np.array([[zlib.crc32(row)] for row in rows], "<u4")
+        parts += _placed(offsets[name], rows, place.shape[-1], place.where)
+        shape, where = place.checks
+        parts += _placed(offsets[f"checks/{name}"], sums, shape[1], where)
+    files.write_at(path, parts)
+
+
+def _placed(offset: int, rows: np.ndarray, width: int, where: tuple[slice, ...]):
+    """Offsets and buffers of rows ``(k, w)`` in an array of ``width`` columns: one where the rows are whole."""
+    first, column = (where[0].start if len(where) == 2 else 0), where[-1].start
+    if rows.shape[1] == width:
+        return [(offset + first * width * rows.itemsize, rows)]
+    return [(offset + ((first + i) * width + column) * rows.itemsize, row) for i, row in enumerate(rows)]
+
+
+def read_head(file: h5py.File) -> dict:
+    """The head of a file of this or an earlier version.
+
+    Raises
+    ------
+    ValueError
+        If it is damaged.
+    """
+    if "head" in file.attrs:  # earlier versions
+        return json.loads(bytes(file.attrs["head"]))
+    text = file["head"][()].tobytes()
+    if zlib.crc32(text) != file["head"].attrs["crc32"]:
+        raise ValueError("its head is damaged: the checksum is another")
+    return json.loads(text)
+
+
+def read_part(file: h5py.File, name: str, place: Place) -> np.ndarray:
+    """This rank's part of an array, checked.
+
+    Raises
+    ------
+    ValueError
+        If the array has another shape or type, or a checksum is another.
+    """
+    data = file[name]
+    if data.shape != place.shape or data.dtype != np.dtype("<f8"):
+        raise ValueError(f"{name} is {data.dtype.name} {data.shape}, not float64 {place.shape}")
+    values = data[place.where]
+    if "checks" in file:
+        _, where = place.checks
+        kept = file[f"checks/{name}"][where].ravel()
+        found = [zlib.crc32(row) for row in np.ascontiguousarray(values).reshape(-1, values.shape[-1])]
+        bad = np.flatnonzero(kept != np.array(found, "<u4"))
+        if len(bad):
+            row = f" in row {where[0].start + bad[0]}" if len(place.shape) == 2 else ""
+            raise ValueError(f"{name} is damaged{row}: the checksum is another")
+    return values

@@ -1,0 +1,106 @@
+r"""Whether all ranks evaluate at the same control: one small reduction an evaluation.
+
+What is static is held by every rank in time, and each takes its own steps with its own copy. Copies that differ (a
+random start, a start read by one rank) would give the derivative of no functional, silently. With
+:math:`w_i = \cos i^2`, the ranks of one place in space compare :math:`\|z\|` and :math:`(w, z)` of their copies to
+a relative tolerance, not their bits: a solver with ranks in space may have another round-off in each group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from mpi4py import MPI
+
+from pint_fem.adjoint.layout import ControlLayout
+from pint_fem.agreement import digest, require_same
+from pint_fem.errors import InputError
+
+__all__ = ["Copies"]
+
+_RTOL = 1e-9
+"""Far above what round-off makes of copies in a run, far below what matters to ``J``."""
+_HUGE = 1e300
+"""Stands for numbers that are not finite."""
+
+
+class Copies:
+    """Compares controls and directions over the ranks.
+
+    Parameters
+    ----------
+    layout
+        Where the static controls are in a vector.
+    """
+
+    def __init__(self, layout: ControlLayout):
+        self.layout, spacetime = layout, layout.spacetime
+        self._comm, self._places = spacetime.comm, spacetime.space_size
+        self._place = spacetime.space_comm.rank
+        self._weights = np.cos(np.arange(layout.static_size, dtype=float) ** 2)
+
+    def agree(
+        self, vectors: Mapping[str, np.ndarray], *, call: Mapping | None = None, votes: Sequence[bool] = ()
+    ) -> np.ndarray:
+        """Require the same call on all ranks (collective).
+
+        Parameters
+        ----------
+        vectors
+            Controls or directions by what they are, in the layout's form.
+        call
+            Other arguments of the evaluation.
+        votes
+            What the ranks decide together.
+
+        Returns
+        -------
+        ndarray of bool
+            Which of the votes are true on all ranks.
+
+        Raises
+        ------
+        InputError
+            On every rank, where a vector has not the layout's size, or static controls or arguments differ.
+        """
+        fits = all(np.size(z) == self.layout.size for z in vectors.values())
+        if self._comm.size == 1:
+            self._refuse_sizes(vectors, fits)
+            return np.array(votes, dtype=bool)
+        key = float(digest(call or {}) % 2**52)
+        numbers = np.full((len(vectors), 2, self._places), np.inf)  # what other places have does not count
+        opposite = numbers.copy()
+        if fits:
+            found = np.array([self._numbers(np.ravel(z)) for z in vectors.values()])
+            numbers[:, :, self._place], opposite[:, :, self._place] = found, -found
+        head = [*map(float, votes), float(fits), key, -key]
+        least = np.concatenate([head, numbers.ravel(), opposite.ravel()])
+        self._comm.Allreduce(MPI.IN_PLACE, least, op=MPI.MIN)
+        all_fit, low_key, high_key = least[len(votes) : len(head)]
+        self._refuse_sizes(vectors, bool(all_fit))
+        if low_key != -high_key:
+            require_same(self._comm, **(call or {}))
+        low, high = least[len(head) :].reshape(2, *numbers.shape) * np.array([1, -1])[:, None, None, None]
+        apart = (high - low > _RTOL * np.maximum(high[:, :1], 1e-300)).any(axis=(1, 2))
+        if apart.any():
+            name = list(vectors)[int(np.argmax(apart))]
+            norm = float(np.linalg.norm(np.ravel(vectors[name])[: self.layout.static_size]))
+            norms = self._comm.allgather((self._place, norm))
+            shown = ", ".join(f"{n:.9g} on rank {rank}" for rank, (_, n) in enumerate(norms[:4]))
+            raise InputError(
+                f"{name} differs between ranks in time, which each hold a copy of what is static (norms {shown}): "
+                "give all of them the same values, such as a start that one rank makes and broadcasts"
+            )
+        return least[: len(votes)] > 0
+
+    def _numbers(self, z: np.ndarray) -> tuple[float, float]:
+        static = z[: self.layout.static_size]
+        with np.errstate(over="ignore", invalid="ignore"):
+            found = np.array([np.linalg.norm(static), self._weights @ static])
+        return tuple(np.where(np.isfinite(found), found, _HUGE))
+
+    def _refuse_sizes(self, vectors: Mapping[str, np.ndarray], fits: bool) -> None:
+        if not fits:
+            shapes = ", ".join(f"{name} of shape {np.shape(z)}" for name, z in vectors.items())
+            raise InputError(f"{shapes}: give {self.layout.size} values on this rank, and as many as it has on each")

@@ -1,0 +1,81 @@
+"""Sizes that cannot fit: what a run needs at least, beside the memory of its machines, before anything is allocated."""
+
+from __future__ import annotations
+
+import os
+import resource
+from functools import cache
+from pathlib import Path
+
+from mpi4py import MPI
+
+from pint_fem.errors import InputError
+
+__all__ = ["machine_memory", "readable", "require_memory"]
+
+_UNITS = ("bytes", "kB", "MB", "GB", "TB", "PB", "EB")
+
+
+@cache
+def machine_memory() -> int:
+    """Bytes of memory that processes on this machine have in all: what is built in, or what a control group allows."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        groups = [line.split(":", 2)[2].strip("/\n") for line in Path("/proc/self/cgroup").read_text().splitlines()]
+    except (OSError, IndexError):
+        groups = []
+    names = [
+        f"/sys/fs/cgroup/{place}/{name}".replace("//", "/")
+        for group in ["", *groups]
+        for place, name in ((group, "memory.max"), (f"memory/{group}", "memory.limit_in_bytes"))
+    ]
+    for name in names:
+        try:
+            total = min(total, int(Path(name).read_text()))
+        except (OSError, ValueError):  # no such group, or "max"
+            continue
+    return total
+
+
+def readable(nbytes: int) -> str:
+    """A number of bytes with a unit, such as ``"15.1 TB"``."""
+    size, unit = float(nbytes), 0
+    while size >= 1000 and unit < len(_UNITS) - 1:
+        size, unit = size / 1000, unit + 1
+    return f"{size:.3g} {_UNITS[unit]}"
+
+
+def require_memory(comm, nbytes: int, what: str, advice: str) -> None:
+    """Refuse what needs more memory than a machine has, on every rank (collective).
+
+    Parameters
+    ----------
+    comm
+        Ranks that need it together; those on one machine share its memory.
+    nbytes
+        What this rank needs at least.
+    what
+        What needs it, with the sizes that were given.
+    advice
+        What would do.
+
+    Raises
+    ------
+    InputError
+        On every rank, if a rank is over its own limit or the ranks of a machine are over its memory together.
+    """
+    own, _ = resource.getrlimit(resource.RLIMIT_AS)
+    limit = None if own == resource.RLIM_INFINITY else own
+    mine = (MPI.Get_processor_name(), int(nbytes), machine_memory(), limit)
+    ranks = [mine] if comm.size == 1 else comm.allgather(mine)
+    for machine, _, memory, _ in ranks:
+        needed = sum(size for name, size, *_ in ranks if name == machine)
+        if needed > memory:
+            raise InputError(
+                f"{what} need at least {readable(needed)} on machine {machine}, which has {readable(memory)}: {advice}"
+            )
+    for _, needed, _, limit in ranks:
+        if limit is not None and needed > limit:
+            raise InputError(
+                f"{what} need at least {readable(needed)} in a process, whose limit is {readable(limit)}: {advice}"
+            )

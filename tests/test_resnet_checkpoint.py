@@ -1,0 +1,277 @@
+"""Checkpoints of networks that are damaged, of another network, in use, or cannot be written."""
+
+import json
+import os
+import shutil
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch", reason="pint_fem.resnet needs torch (pip install 'pint_fem[resnet]')")
+
+import torch
+from torch import nn
+
+from pint_fem.errors import InputError
+from pint_fem.resnet import (
+    Adaptive,
+    Dense,
+    LayerParallelResNet,
+    load_checkpoint,
+    reserve_checkpoint,
+    save_checkpoint,
+)
+from tests.broken_files import COMM, another_process, largest_file, shared
+from tests.limits import time_limit
+from tests.test_resnet import one_thread  # noqa: F401
+
+
+def network(activation="tanh", *, width=4, nlayers=5, first=nn.Tanh, dtype=torch.float64, T=1.0, **options):
+    """A small network with parameters that depend on the layer."""
+    torch.manual_seed(1)
+    opening, closing = nn.Sequential(nn.Linear(2, width), first()), nn.Linear(width, 3)
+    options |= dict(final_time=T, dtype=dtype, mgrit={"coarsening": 2})
+    return LayerParallelResNet(opening, Dense(width, activation), nlayers, closing, **options)
+
+
+def trained(net, kind=torch.optim.Adam):
+    """Its optimiser after a step."""
+    optimizer = kind(net.parameters(), lr=0.01)
+    x = torch.linspace(-1, 1, 12, dtype=net.dtype).reshape(6, 2)
+    nn.functional.cross_entropy(net(x), torch.tensor([0, 1, 2, 0, 1, 2])).backward()
+    optimizer.step()
+    return optimizer
+
+
+def on_root(work):
+    """Let the first rank change the files, the others wait."""
+    COMM.barrier()
+    if COMM.rank == 0:
+        work()
+    COMM.barrier()
+
+
+def contents(folder):
+    return {p.relative_to(folder): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.mark.parallel([1, 2])
+@pytest.mark.parametrize("rank", ["first", "last"])
+@time_limit(60)
+def test_a_save_that_fails_on_one_rank(tmp_path, rank):
+    """As on a full disk: one line on all ranks, no signal, and the last one stays and is read."""
+    path, rank = shared(tmp_path) / "run", 0 if rank == "first" else COMM.size - 1
+    net = network(width=32)
+    optimizer = trained(net)
+    save_checkpoint(path, net, optimizer, {"epoch": 1})
+    COMM.barrier()
+    before = contents(path)
+    kept = [p.detach().clone() for p in net.parameters()]
+    with torch.no_grad():
+        for p in net.parameters():
+            p += 1
+    COMM.barrier()
+    with largest_file(2000, rank), pytest.raises(InputError, match=r"run cannot be written: File too large"):
+        save_checkpoint(path, net, optimizer, {"epoch": 2})
+    COMM.barrier()
+    assert contents(path) == before
+    assert load_checkpoint(path, net, optimizer) == {"epoch": 1}
+    assert all(torch.equal(a, b) for a, b in zip(kept, net.parameters(), strict=True))
+    COMM.barrier()
+    save_checkpoint(path, net, optimizer, {"epoch": 2})
+    assert load_checkpoint(path, net, optimizer) == {"epoch": 2}
+
+
+def spoil(path, what):
+    """Damage a checkpoint."""
+    folder = path / (path / "latest").read_text().split()[0]
+    head = folder / "head.json"
+    if what == "latest a folder":
+        (path / "latest").unlink()
+        (path / "latest").mkdir()
+    elif what == "latest a FIFO":
+        (path / "latest").unlink()
+        os.mkfifo(path / "latest")
+    elif what == "latest no number":
+        (path / "latest").write_bytes(b"\xff../../etc")
+    elif what == "latest a link":
+        (path / "latest").rename(path / "other")
+        (path / "latest").symlink_to("other")
+    elif what == "latest of nothing":
+        (path / "latest").write_text("77")
+    elif what == "head missing":
+        head.unlink()
+    elif what == "head truncated":
+        head.write_text(head.read_text()[:50])
+        (path / "latest").write_text(folder.name)
+    elif what == "head a list":
+        head.write_text("[1, 2]")
+        (path / "latest").write_text(folder.name)
+    elif what == "head without keys":
+        text = json.dumps({k: v for k, v in json.loads(head.read_text()).items() if k not in ("network", "scalars")})
+        head.write_text(text)
+        (path / "latest").write_text(f"{folder.name} {zlib.crc32(text.encode()):08x}")
+    elif what == "head with a flipped byte":
+        head.write_text(head.read_text().replace('"epoch": 1', '"epoch": 3'))
+    elif what == "another shape":
+        np.save(folder / "theta.bias.npy", np.zeros((5, 1)))
+    elif what == "another type":
+        np.save(folder / "theta.bias.npy", np.zeros((5, 4), np.float32))
+    elif what in ("theta.weight.npy", "optimizer.weight.exp_avg.npy", "opening.pt", "closing.pt"):
+        raw = bytearray((folder / what).read_bytes())
+        raw[-20 if what.endswith("npy") else len(raw) // 2] ^= 0x01
+        (folder / what).write_bytes(raw)
+    elif what == "theta.bias.npy truncated":
+        raw = (folder / "theta.bias.npy").read_bytes()
+        (folder / "theta.bias.npy").write_bytes(raw[:-8])
+    elif what == "theta.bias.npy missing":
+        (folder / "theta.bias.npy").unlink()
+
+
+DAMAGES = {
+    "latest a folder": "file .*latest is a folder",
+    "latest a FIFO": "file .*latest is a FIFO",
+    "latest no number": "'latest' is damaged, it has .* instead of a number",
+    "latest a link": "latest is a symbolic link",
+    "latest of nothing": "'latest' names 77, where there is no head",
+    "head missing": "where there is no head.json",
+    "head truncated": "head.json is damaged",
+    "head a list": "head.json is damaged: it has no network, arrays",
+    "head without keys": "head.json is damaged: it has no network, scalars",
+    "head with a flipped byte": "head.json is damaged: the checksum is another",
+    "another shape": r"theta.bias.npy is float64 \(5, 1\), not float64 \(5, 4\)",
+    "another type": r"theta.bias.npy is float32 \(5, 4\), not float64 \(5, 4\)",
+    "theta.weight.npy": "theta.weight.npy is damaged in row 4",
+    "optimizer.weight.exp_avg.npy": "optimizer.weight.exp_avg.npy is damaged in row 4",
+    "opening.pt": "opening.pt is damaged: the checksum is another",
+    "closing.pt": "closing.pt is damaged: the checksum is another",
+    "theta.bias.npy truncated": "theta.bias.npy ends within its values",
+    "theta.bias.npy missing": "theta.bias.npy is missing",
+}
+
+
+@pytest.mark.parallel([1, 2])
+@time_limit(100)
+def test_damaged_checkpoints_are_refused_in_one_line(tmp_path):
+    """On all ranks, and the network stays as it was; "remove" is never advised for a folder."""
+    path, net = shared(tmp_path) / "run", network()
+    optimizer = trained(net)
+    save_checkpoint(path, net, optimizer, {"epoch": 1})
+    good = path.with_name("good")
+    on_root(lambda: shutil.copytree(path, good))
+    for what, message in DAMAGES.items():
+
+        def restore(what=what):
+            shutil.rmtree(path)
+            shutil.copytree(good, path)
+            spoil(path, what)
+
+        on_root(restore)
+        other = network(nlayers=5)
+        before = [p.detach().clone() for p in other.parameters()]
+        with pytest.raises(InputError, match=message) as caught:
+            load_checkpoint(path, other, torch.optim.Adam(other.parameters()))
+        assert "\n" not in str(caught.value), what
+        assert "remove" not in str(caught.value), what
+        assert all(torch.equal(a, b) for a, b in zip(before, other.parameters(), strict=True)), what
+
+
+@pytest.mark.parallel([1, 2])
+@time_limit(60)
+def test_what_is_no_folder_is_refused(tmp_path):
+    """A file and a link, for reading and for writing; what they name stays."""
+    folder, net = shared(tmp_path), network()
+    on_root(lambda: [(folder / "file").write_text("mine"), (folder / "link").symlink_to("."), (folder / "s").mkdir()])
+    for name, kind in (("file", "no folder"), ("link", "a symbolic link")):
+        for work in (lambda p: load_checkpoint(p, net), lambda p: save_checkpoint(p, net)):
+            with pytest.raises(InputError, match=f"{name} is {kind}: give the name of a folder of its own"):
+                work(folder / name)
+    on_root(lambda: ((folder / "s" / "1").symlink_to(folder), (folder / "s" / "latest").symlink_to(folder / "file")))
+    save_checkpoint(folder / "s", net)
+    COMM.barrier()
+    assert (folder / "file").read_text() == "mine"
+    assert not (folder / "s" / "latest").is_symlink()
+    assert load_checkpoint(folder / "s", net) == {}
+
+
+OTHERS = {
+    "activation": dict(activation="relu"),
+    "opening": dict(first=nn.ReLU),
+    "final_time": dict(T=2.0),
+    "dtype": dict(dtype=torch.float32),
+    "layers": dict(nlayers=6),
+    "parameters": dict(width=5),
+}
+
+
+@pytest.mark.parallel([1, 2])
+@time_limit(60)
+def test_another_network_or_optimiser_is_refused(tmp_path):
+    """By the name of what differs. Cycles are those of the run that goes on."""
+    path, net = shared(tmp_path) / "run", network(forward_iterations=2, backward_iterations=1)
+    save_checkpoint(path, net, trained(net))
+    for name, changes in OTHERS.items():
+        with pytest.raises(InputError, match=f"of another network: .*{name}: the file has"):
+            load_checkpoint(path, network(**changes))
+    same = network(forward_iterations=3, backward_iterations=2)
+    with pytest.raises(InputError, match="written with the optimiser Adam, this run has SGD"):
+        load_checkpoint(path, same, torch.optim.SGD(same.parameters(), lr=0.1))
+    assert load_checkpoint(path, same) == {}
+    assert (same.forward_sweeps.cycles, same.backward_sweeps.cycles) == (3, 2)
+    learns = network(forward_iterations=2, backward_iterations=1, adaptive=Adaptive(every=7))
+    learns.forward_sweeps.cycles = 5
+    save_checkpoint(path, learns)
+    for every, cycles in ((7, 5), (8, 2)):
+        again = network(forward_iterations=2, backward_iterations=1, adaptive=Adaptive(every=every))
+        load_checkpoint(path, again)
+        assert again.forward_sweeps.cycles == cycles
+
+
+def made_old(path):
+    """Make a checkpoint what the first version wrote."""
+    folder = path / (path / "latest").read_text().split()[0]
+    head = json.loads((folder / "head.json").read_text())
+    for name in ("kind", "activation", "opening", "closing"):
+        del head["network"][name]
+    del head["version"], head["optimizer"], head["ends"]
+    head["iterations"] = {k: v[:3] for k, v in head["iterations"].items()}
+    (folder / "head.json").write_text(json.dumps(head))
+    (path / "latest").write_text(folder.name)
+    for sums in folder.glob("*.crc32.npy"):
+        sums.unlink()
+
+
+@pytest.mark.parallel([1, 2])
+@time_limit(60)
+def test_checkpoints_of_the_first_version_are_read(tmp_path):
+    path, net = shared(tmp_path) / "run", network()
+    optimizer = trained(net)
+    save_checkpoint(path, net, optimizer, {"epoch": 1})
+    on_root(lambda: made_old(path))
+    again = network()
+    other = torch.optim.Adam(again.parameters(), lr=0.01)
+    assert load_checkpoint(path, again, other) == {"epoch": 1}
+    for a, b in zip(net.parameters(), again.parameters(), strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(optimizer.state[a]["exp_avg"], other.state[b]["exp_avg"])
+
+
+@pytest.mark.parallel([1, 2])
+@time_limit(60)
+def test_two_trainings_do_not_write_one_checkpoint(tmp_path):
+    """The second is refused before it trains; reading goes on."""
+    path, net = shared(tmp_path) / "run", network()
+    on_root(lambda: path.mkdir())
+    holder, pid = another_process(path)
+    for work in (lambda: reserve_checkpoint(path, net.grid), lambda: save_checkpoint(path, net)):
+        with pytest.raises(InputError, match=rf"run is being written by another run \(process {pid} on "):
+            work()
+    assert load_checkpoint(path, net) is None
+    if holder is not None:
+        holder.kill()
+        holder.wait()
+    COMM.barrier()
+    reserve_checkpoint(path, net.grid)
+    save_checkpoint(Path(path), net)
