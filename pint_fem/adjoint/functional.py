@@ -18,9 +18,11 @@ from pint_fem.adjoint.memory import Memory
 from pint_fem.adjoint.minimisation import one_shot, scipy_method, trust_region
 from pint_fem.adjoint.problem import ReducedProblem
 from pint_fem.adjoint.riesz import ControlInner
-from pint_fem.adjoint.sums import SumProblem
+from pint_fem.adjoint.states import FinalState, adjoint_functions, own_points, state_functions
+from pint_fem.adjoint.sums import SumProblem, terms_of
 from pint_fem.errors import InputError
 from pint_fem.optimize import OneShotResult, TrustRegionResult
+from pint_fem.propagators import Evolution
 from pint_fem.propagators.arrays import get, put
 
 __all__ = ["ControlFunctional"]
@@ -42,12 +44,20 @@ class ControlFunctional(AbstractReducedFunctional):
         Inner product of the controls.
     regularisation
         The functionals of the regularisation.
+    final
+        Functions that take the final state after each evaluation.
     """
 
     __array_ufunc__ = None  # numpy's numbers leave the product with a functional to __rmul__
 
-    def __init__(self, problem: ReducedProblem | SumProblem, inner: ControlInner, regularisation: Sequence[ufl.Form]):
-        self.problem, self.inner = problem, inner
+    def __init__(
+        self,
+        problem: ReducedProblem | SumProblem,
+        inner: ControlInner,
+        regularisation: Sequence[ufl.Form],
+        final: Sequence[FinalState] = (),
+    ):
+        self.problem, self.inner, self._final = problem, inner, list(final)
         self.evolution, self.spacetime, self.layout = problem.evolution, problem.spacetime, problem.layout
         #: The functionals of the regularisation.
         self.regularisation = list(regularisation)
@@ -97,7 +107,7 @@ class ControlFunctional(AbstractReducedFunctional):
         maps = {c: riesz for _, term in reversed(terms) for c, riesz in term.inner.maps.items()}
         inner = ControlInner(problem.layout, [maps[c] for c in problem.evolution.controls])
         forms = [form if w == 1 else w * form for w, term in terms for form in term.regularisation]
-        return ControlFunctional(problem, inner, forms)
+        return ControlFunctional(problem, inner, forms, [state for _, term in terms for state in term._final])
 
     def _space(self, control: Function):
         """Where pyadjoint's values of a control live."""
@@ -167,7 +177,10 @@ class ControlFunctional(AbstractReducedFunctional):
         with stop_annotating():
             for control, value in zip(self.controls, Enlist(values), strict=True):
                 control.update(value)
-            return AdjFloat(self.problem.value(self._z))
+            value = self.problem.value(self._z)
+            for state in self._final:
+                state.update()
+            return AdjFloat(value)
 
     def derivative(self, adj_input=1.0, apply_riesz=False):
         """``J'`` at the last control value, a dual function; with ``apply_riesz`` its representative."""
@@ -196,6 +209,61 @@ class ControlFunctional(AbstractReducedFunctional):
         """
         with stop_annotating():
             return self.problem.memory()
+
+    # -- the state and the adjoint -------------------------------------------------------------------------------------
+    def own_times(self, evolution: Evolution | None = None) -> np.ndarray:
+        """Times of the points that belong to this rank in time, in order; those of all ranks are ``t0 + n dt`` for
+        ``n = 0 .. nsteps``. ``evolution``: which one, where there are several.
+        """
+        _, leaf, _ = terms_of(self.problem, evolution, self._current())[0]
+        return leaf.evolution.time(np.array(own_points(leaf.sweeps.slab)))
+
+    def state(self, values=None, times=None, *, evolution: Evolution | None = None):
+        """The state at values of the controls as Functions (collective).
+
+        Parameters
+        ----------
+        values
+            Of the controls; default: those of the last evaluation.
+        times
+            A time or several, each of which is a point of the evolution. ``None``: the points that belong to this rank
+            in time (:meth:`own_times`), which is what one rank in time has of the trajectory.
+        evolution
+            Which one, where the functional is a sum.
+
+        Returns
+        -------
+        Function or list of Function
+            At given times the same on all ranks in time, in their order, one for a single time.
+
+        Raises
+        ------
+        InputError
+            If a time is not one of the evolution's.
+        """
+        return state_functions(self.problem, self._at(values), times, evolution)
+
+    def adjoint(self, values=None, times=None, *, riesz_map="L2", evolution: Evolution | None = None):
+        """The adjoint at values of the controls: at a time ``t_n`` the derivative of ``J`` by the state there, with the
+        evolution going on from it (collective).
+
+        Parameters
+        ----------
+        riesz_map
+            The inner product whose representative is returned: a kind of :class:`~pint_fem.adjoint.riesz.RieszMap` on
+            the state's space, or ``None`` for the derivative itself, a Cofunction.
+        values, times, evolution
+            As for :meth:`state`.
+
+        Returns
+        -------
+        Function, Cofunction or list of these
+            As for :meth:`state`.
+        """
+        return adjoint_functions(self.problem, self._at(values), times, riesz_map, evolution)
+
+    def _at(self, values) -> np.ndarray:
+        return self._current() if values is None else self.array(values)
 
     # -- optimisation -------------------------------------------------------------------------------------------------
     def minimize_trust_region(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 import ufl
+from firedrake import Function
 from firedrake.petsc import PETSc
 from mpi4py import MPI
 from ufl.algorithms import extract_coefficients
@@ -12,6 +13,7 @@ from ufl.algorithms import extract_coefficients
 from pint_fem.adjoint.functional import ControlFunctional
 from pint_fem.adjoint.problem import ReducedProblem
 from pint_fem.adjoint.riesz import ControlInner
+from pint_fem.adjoint.states import FinalState
 from pint_fem.adjoint.sums import SumProblem
 from pint_fem.adjoint.sweeps import Sweeps
 from pint_fem.adjoint.time_solver import mgrit_options, read_time_solver
@@ -58,6 +60,10 @@ class TimeParallelReducedFunctional(ControlFunctional):
         Integrator of the coarse levels; default: the evolution's.
     propagator
         Class or factory of the propagators; default: the fastest exact one.
+    final_state
+        A Function in the state's space that holds the final state after each evaluation ``J(z)``, on all ranks in time,
+        such as the evolution's ``u`` (which then needs ``initial=`` a function of its own); a list for several
+        evolutions. Default: no function of the user changes. See also :meth:`state`.
     coarse_evolutions
         Instead of ``spatial_coarsening``: an evolution for each coarse level, on meshes of the same hierarchy.
 
@@ -79,6 +85,7 @@ class TimeParallelReducedFunctional(ControlFunctional):
         coarse_tableau=None,
         propagator: Callable = make_propagator,
         coarse_evolutions=None,
+        final_state: Function | Sequence[Function] | None = None,
         printer: Callable[[str], None] = print,
     ):
         forms = list(regularisation) if isinstance(regularisation, (list, tuple)) else [regularisation]
@@ -94,7 +101,11 @@ class TimeParallelReducedFunctional(ControlFunctional):
         options = spacetime, solver_parameters, coarse_tableau, propagator, coarse_evolutions, printer
         problems = [_problem(*own, *options) for own in zip(evolutions, own_misfits, own_forms, strict=True)]
         problem = SumProblem([(1.0, p) for p in problems]) if several else problems[0]
-        super().__init__(problem, ControlInner(problem.layout, riesz_map), forms)
+        final = [] if final_state is None else list(final_state) if several else [final_state]
+        if final and len(final) != len(problems):
+            raise InputError(f"final_state: {len(final)} functions for {len(problems)} evolutions; give one for each")
+        final = [FinalState(p, f) for p, f in zip(problems, final, strict=False)]
+        super().__init__(problem, ControlInner(problem.layout, riesz_map), forms, final)
 
 
 def _shared_out(evolutions: list, misfits, forms: list, coarse_evolutions) -> tuple[list, list]:

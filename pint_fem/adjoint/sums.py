@@ -22,7 +22,7 @@ from pint_fem.adjoint.problem import ReducedProblem
 from pint_fem.errors import InputError
 from pint_fem.propagators import Evolution
 
-__all__ = ["SharedControls", "SumProblem", "leaves", "term_of"]
+__all__ = ["SharedControls", "SumProblem", "leaves", "terms_of"]
 
 
 class SharedControls:
@@ -214,8 +214,10 @@ def leaves(problem: ReducedProblem | SumProblem) -> list[ReducedProblem]:
     return [leaf for _, term in problem.terms for leaf in leaves(term)]
 
 
-def term_of(problem: ReducedProblem | SumProblem, evolution: Evolution | None, z) -> tuple[ReducedProblem, np.ndarray]:
-    """The problem of an evolution among the terms, and its own controls.
+def terms_of(
+    problem: ReducedProblem | SumProblem, evolution: Evolution | None, z: np.ndarray
+) -> list[tuple[float, ReducedProblem, np.ndarray]]:
+    """The problems of an evolution among the terms, each with its weight and its own controls.
 
     Parameters
     ----------
@@ -236,8 +238,10 @@ def term_of(problem: ReducedProblem | SumProblem, evolution: Evolution | None, z
         raise InputError(f"the functional has {len(found)} evolutions: give the one that is meant as evolution=")
     if evolution is not None and evolution not in found:
         raise InputError("evolution=: give one of those that the functional was made of")
-    evolution = found[0] if evolution is None else evolution
-    while isinstance(problem, SumProblem):
-        terms = [term for _, term in problem.terms if any(leaf.evolution is evolution for leaf in leaves(term))]
-        problem, z = terms[0], problem.selected(terms[0], np.ravel(z))
-    return problem, z
+    return _terms(problem, found[0] if evolution is None else evolution, 1.0, np.ravel(z))
+
+
+def _terms(problem, evolution: Evolution, weight: float, z: np.ndarray) -> list:
+    if isinstance(problem, ReducedProblem):
+        return [(weight, problem, z)] if problem.evolution is evolution else []
+    return [t for w, term in problem.terms for t in _terms(term, evolution, weight * w, problem.selected(term, z))]
