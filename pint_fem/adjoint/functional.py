@@ -9,13 +9,15 @@ import numpy as np
 import ufl
 from firedrake import Cofunction, EnsembleCofunction, EnsembleFunction, EnsembleFunctionSpace, Function
 from firedrake.ensemble.ensemble_functionspace import EnsembleFunctionSpaceBase
-from pyadjoint import AdjFloat, Control, ReducedFunctional
+from mpi4py import MPI
+from pyadjoint import AdjFloat, ReducedFunctional
 from pyadjoint.enlisting import Enlist
 from pyadjoint.reduced_functional import AbstractReducedFunctional
 from pyadjoint.tape import stop_annotating
 
 from pint_fem.adjoint.memory import Memory
 from pint_fem.adjoint.minimisation import one_shot, scipy_method, trust_region
+from pint_fem.adjoint.optimiser_unit import OptimiserControl, OptimiserUnit
 from pint_fem.adjoint.problem import ReducedProblem
 from pint_fem.adjoint.riesz import ControlInner
 from pint_fem.adjoint.states import FinalState, adjoint_functions, own_points, state_functions
@@ -69,7 +71,8 @@ class ControlFunctional(AbstractReducedFunctional):
                     part.assign(control)
                 if isinstance(value, Function):
                     value.rename(control.name())
-        self._controls = Enlist([Control(value) for value in values])
+        self._unit = OptimiserUnit()
+        self._controls = Enlist([OptimiserControl(value, self._unit) for value in values])
         if len(values) == 1:
             self._controls = Enlist(self._controls[0])
         self._z: np.ndarray | None = None
@@ -171,21 +174,35 @@ class ControlFunctional(AbstractReducedFunctional):
     def _current(self) -> np.ndarray:
         return self.array([c.control for c in self.controls]) if self._z is None else self._z
 
+    @property
+    def scale(self) -> float:
+        """What pyadjoint's ``minimize`` and ``maximize`` multiply ``J`` by; ``J(z)`` of the user's is never scaled."""
+        return self._unit.scale
+
+    @scale.setter
+    def scale(self, scale: float) -> None:
+        self._unit.scale = scale
+
+    def _largest_slope(self) -> float:
+        """Largest entry of the gradient that pyadjoint hands scipy."""
+        g = self.inner.primal(self.problem.derivative(self._z))
+        return float(self.spacetime.comm.allreduce(np.abs(g).max(initial=0.0), op=MPI.MAX))
+
     def __call__(self, values) -> AdjFloat:
         """``J`` at values of the controls."""
-        self._z = self.array(values)
+        self._z, asked = self.array(values), OptimiserUnit.is_asked(Enlist(values))
         with stop_annotating():
             for control, value in zip(self.controls, Enlist(values), strict=True):
                 control.update(value)
             value = self.problem.value(self._z)
             for state in self._final:
                 state.update()
-            return AdjFloat(value)
+            return AdjFloat(self._unit.evaluated(asked, value, self._largest_slope))
 
     def derivative(self, adj_input=1.0, apply_riesz=False):
         """``J'`` at the last control value, a dual function; with ``apply_riesz`` its representative."""
         with stop_annotating():
-            g = float(adj_input) * self.problem.derivative(self._current())
+            g = float(adj_input) * self._unit.factor * self.problem.derivative(self._current())
             return self.function(self.inner.primal(g)) if apply_riesz else self.function(g, dual=True)
 
     def hessian(self, m_dot, hessian_input=None, evaluate_tlm=True, apply_riesz=False):
@@ -193,13 +210,13 @@ class ControlFunctional(AbstractReducedFunctional):
         if hessian_input not in (None, 0, 0.0):
             raise InputError("hessian_input is not supported: the functional is the end of the computation")
         with stop_annotating():
-            h = self.problem.hessian_action(self._current(), self.array(m_dot))
+            h = self._unit.factor * self.problem.hessian_action(self._current(), self.array(m_dot))
             return self.function(self.inner.primal(h)) if apply_riesz else self.function(h, dual=True)
 
     def tlm(self, m_dot):
         """``J' m_dot`` by a tangent sweep."""
         with stop_annotating():
-            return AdjFloat(self.problem.tangent_value(self._current(), self.array(m_dot)))
+            return AdjFloat(self._unit.factor * self.problem.tangent_value(self._current(), self.array(m_dot)))
 
     def memory(self) -> Memory:
         """Memory of this rank by part and at the peak of an evaluation, in bytes; known before a run.
