@@ -96,6 +96,10 @@ class Intervals:
         """A state for each own interval and one more."""
         return np.zeros((self.count + 1, self.evolution.state_size))
 
+    def update_data(self) -> None:
+        """Data have other values now: forget what forcing comes to."""
+        self._affine = None
+
     # -- where steps are taken -----------------------------------------------------------------------------------------
     def bind(self, z: np.ndarray | None, U: np.ndarray | None) -> None:
         """Take controls ``(nz,)`` or ``(k, nz)`` and the stored states ``(count + 1, n)`` from now on."""
@@ -119,12 +123,13 @@ class Intervals:
         W = self.buffer("states", self.m)[:, : window.count]
         if self._here == window.first:
             return W
-        self._here = window.first
+        self._here = None  # as long as a step may fail
         for memory in self._kept or ():
             memory.restart()
         W[0] = self._U[window.starts]
         for j in range(self.m - 1):
             self.propagator.step(self.data(window, j, linearised=False), W[j], W[j + 1], window.first)
+        self._here = window.first
         return W
 
     def tangents(self, window: Window, dz: np.ndarray | None, dU: np.ndarray) -> np.ndarray:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import ufl
-from firedrake import TestFunction, TrialFunction, assemble, derivative
+from firedrake import TestFunction, assemble, derivative
 from pyadjoint.tape import stop_annotating
 from ufl.algorithms import expand_derivatives, extract_coefficients
 
@@ -18,8 +18,8 @@ from pint_fem.adjoint.fingerprint import bound_numbers, constraint_numbers
 from pint_fem.adjoint.inexact import InexactObjective
 from pint_fem.adjoint.objective import Objective
 from pint_fem.adjoint.riesz import ControlInner
-from pint_fem.adjoint.sums import SumProblem, leaves
-from pint_fem.errors import InputError
+from pint_fem.adjoint.sums import SumProblem, leaves, second_derivative
+from pint_fem.errors import InputError, SolverFailure
 from pint_fem.optimize import InexactOptions, minimize_trust_region
 from pint_fem.optimize.acceptance import UNLIMITED
 from pint_fem.optimize.bounded import minimize_bounded
@@ -28,6 +28,7 @@ from pint_fem.optimize.multipliers import minimize_bounded_constrained
 from pint_fem.optimize.one_shot import minimize_one_shot
 from pint_fem.optimize.scipy_adapter import scipy_minimize
 from pint_fem.propagators.arrays import get
+from pint_fem.propagators.quadrature import with_fixed_degrees
 
 __all__ = ["one_shot", "scipy_method", "trust_region"]
 
@@ -75,6 +76,7 @@ def trust_region(
         if bounds is not None:
             lower, upper = _box(rf, bounds)
             objective = Objective(problem, inner)
+            _floor(objective, start, checkpoint, options)
             if constraints:
                 if checkpoint is not None:
                     raise InputError("checkpoint= goes with bounds or with integral constraints, not with both")
@@ -91,6 +93,8 @@ def trust_region(
         else:
             objective = InexactObjective(problem, inner)
         limited, start = constrained(rf, objective, start, constraints)
+        if inexact is None:
+            _floor(objective, start, checkpoint, options)
         given = dict(limited=limited, constraints=constraints)
         try:
             with _checkpoint(checkpoint, rf, objective, "trust region", if_save_fails, **given) as kept:
@@ -98,6 +102,22 @@ def trust_region(
                 return minimize_trust_region(limited, start, **options)
         finally:
             problem.keep_points(1)
+
+
+def _floor(objective: Objective, start: np.ndarray, checkpoint, options: dict) -> None:
+    """Raise the tolerance of the gradient to the error that it has where the start fits the data to round-off: a
+    tolerance relative to such a gradient is never reached. A run with a checkpoint may go on from elsewhere.
+    """
+    given = options.get("gtol_abs", 0.0)
+    if checkpoint is not None or not isinstance(given, Real):
+        return
+    try:
+        error = objective.problem.gradient_error(start)
+    except SolverFailure:  # the minimisation reports what fails at the start
+        return
+    if error is not None:
+        error = objective.representative(error)
+        options["gtol_abs"] = max(float(given), float(np.sqrt(max(objective.inner(error, error), 0.0))))
 
 
 @contextmanager
@@ -233,6 +253,7 @@ def _normal(rf, form) -> np.ndarray:
     controls = [c for c in rf.evolution.controls if isinstance(form, ufl.Form) and c in extract_coefficients(form)]
     if not controls:
         raise InputError("constraints: give pairs of a functional of the controls, such as q*dx, and its value")
+    form = with_fixed_degrees(form)
     dual = np.zeros(rf.layout.size)
     for control in controls:
         space = control.function_space()
@@ -260,13 +281,9 @@ def _preconditioner(rf, inner: ControlInner, given):
 
 def _second_derivative(rf, control) -> ufl.Form:
     """The regularisation's second derivative by a control, as a bilinear form."""
-    space, found = control.function_space(), []
-    for form in rf.regularisation:
-        if control in extract_coefficients(form):
-            second = derivative(derivative(form, control, TestFunction(space)), control, TrialFunction(space))
-            found.append(expand_derivatives(second))
-    if not found or any(control in extract_coefficients(second) for second in found):
+    second = second_derivative(rf.problem, control)
+    if second is None:
         raise InputError(
             f"preconditioner 'regularisation': the regularisation is not quadratic in control {control.name()!r}"
         )
-    return sum(found[1:], start=found[0])
+    return second

@@ -22,18 +22,23 @@ from contextlib import contextmanager
 import numpy as np
 
 from pint_fem.adjoint.copies import Copies
+from pint_fem.adjoint.data import Data
 from pint_fem.adjoint.layout import ControlLayout
 from pint_fem.adjoint.memory import Memory, memory
 from pint_fem.adjoint.misfit import BlockMisfit, Misfit
 from pint_fem.adjoint.regularisation import Regularisation
 from pint_fem.adjoint.sweeps import Sweeps
 from pint_fem.adjoint.trajectory import Source, trajectories
-from pint_fem.collective import collectively
+from pint_fem.collective import collectively, require_same
 from pint_fem.errors import FAILURES, InputError
 from pint_fem.mgrit import SolveResult, SolverFailure
 from pint_fem.mgrit.norms import gather_in_order
 
 __all__ = ["Point", "ReducedProblem", "relative_residual"]
+
+
+_ROUND_OFF, _NEAR = 16 * np.finfo(float).eps, 1e3
+"""Least relative error of a state; fits to this times a state's error are near it."""
 
 
 class Point:
@@ -108,16 +113,21 @@ class ReducedProblem:
     """
 
     def __init__(self, sweeps: Sweeps, misfits: Sequence[Misfit], regularisation=None):
-        self.sweeps, self.evolution, self.spacetime = sweeps, sweeps.evolution, sweeps.spacetime
+        self.sweeps, self.evolution, self.spacetime = sweeps, sweeps.evolution.posed, sweeps.spacetime
         self.misfits = [misfits] if isinstance(misfits, Misfit) else list(misfits)
         if not self.misfits or not all(isinstance(m, Misfit) for m in self.misfits):
             raise InputError("misfits: give RunningMisfit, TerminalMisfit or PointSensors objects")
+        require_same(self.spacetime.comm, misfits=self.misfits, regularisation=regularisation is not None)
         if not self.evolution.controls:
             raise InputError("the evolution has no control=: there is nothing to optimise")
         self.layout = ControlLayout(self.evolution, self.spacetime, sweeps.slab)
         self._trajectories = trajectories(sweeps, self.misfits)
-        self.regularisation = None if regularisation is None else Regularisation(regularisation, self.layout)
+        self.regularisation = None
+        if regularisation is not None:
+            self.regularisation = Regularisation(regularisation, self.layout, sweeps.evolution)
         self._copies = Copies(self.layout)
+        #: What the user's data were when they were read.
+        self.data = Data(sweeps, self.misfits, self.regularisation)
         self._points = [Point(sweeps)]
         self._viewed = not sweeps.options.view
 
@@ -154,6 +164,27 @@ class ReducedProblem:
         while len(self._points) < count:
             self._points.append(Point(self.sweeps))
 
+    def update_data(self) -> list[str]:
+        """Read the user's data again: coefficients, boundary values, the initial condition, data of misfits and of the
+        regularisation (collective).
+
+        Trajectories stay as first guesses, and so do forms, operators and factors without changed data in them.
+
+        Returns
+        -------
+        list of str
+            What has other values than before.
+
+        Raises
+        ------
+        InputError
+            On every rank, if new values do not fit.
+        """
+        changed = self.data.update()
+        for point in self._points:
+            point.move_to(None)
+        return changed
+
     def memory(self) -> Memory:
         """Memory of this rank by part, known before a run; see :mod:`~pint_fem.adjoint.memory` for the formula.
 
@@ -166,17 +197,14 @@ class ReducedProblem:
         """The point of a control, the same on all ranks; they are required to call for the same."""
         z = np.asarray(z, dtype=float)
         same = [p.z is not None and np.array_equal(p.z, z.ravel()) for p in self._points]
-        known = self._copies.agree({"control": z, **(directions or {})}, call=wanted, votes=same)
+        votes = [*same, *(not changed for changed in self.data.changed())]
+        votes = self._copies.agree({"control": z, **(directions or {})}, call=wanted, votes=votes)
+        known = votes[: len(same)]
+        self.data.warn(~votes[len(same) :])
         return self._points[int(np.argmax(known))] if known.any() else None
 
     def at(self, z: np.ndarray, **wanted) -> Point:
-        """The point of a control, the state maybe not solved yet; it comes first.
-
-        Raises
-        ------
-        InputError
-            On every rank, if the control has another size or differs between ranks in time.
-        """
+        """The point of a control, the state maybe not solved yet; it comes first. Copies that differ are refused."""
         z = np.array(z, dtype=float).ravel()
         point = self._find(z, **wanted)
         if point is None:
@@ -199,13 +227,22 @@ class ReducedProblem:
             collectively(self.spacetime.comm, "printer", show, text)
         trajectory = point.U if kind == "state" else point.L
         point.rtol[kind] = np.inf
-        try:
-            result = solve(trajectory, cold=point.cold[kind])
-        except FAILURES:
-            trajectory[:] = self.sweeps.initial if kind == "state" else 0  # a failed trajectory is no first guess
-            point.cold[kind] = True
-            point.move_to(None) if kind == "state" else point.state_changed()
-            raise
+        first_guess = self.sweeps.initial if kind == "state" else 0
+        # from a first guess that another control has left, and if that fails without: no failure is due to the past
+        retries = not ("cycles" in wanted or self.sweeps.is_sequential)
+        for cold in (True,) if point.cold[kind] else (False, True):
+            if cold:
+                trajectory[:] = first_guess
+            try:
+                result = solve(trajectory, cold=cold)
+                break
+            except FAILURES as failure:
+                trajectory[:] = first_guess
+                self.sweeps.forget(factors=True)
+                if cold or not retries or not isinstance(failure, SolverFailure):
+                    point.cold[kind] = True
+                    point.move_to(None) if kind == "state" else point.state_changed()
+                    raise
         point.cold[kind] = False
         if kind == "state":
             point.state_changed()
@@ -243,6 +280,7 @@ class ReducedProblem:
             yield
         except SolverFailure:
             point.reset(self.sweeps.initial)
+            self.sweeps.forget(factors=True)
             raise
 
     # -- values --------------------------------------------------------------------------------------------------------
@@ -258,6 +296,8 @@ class ReducedProblem:
             regularisation = 0.0 if self.regularisation is None else self.regularisation.value(point.z)
             point.parts = {"misfit": float(sums.sum()), "regularisation": regularisation}
             point.value = point.parts["misfit"] + regularisation
+            if not np.isfinite(point.value):  # its trajectories are no first guesses
+                point.cold = dict.fromkeys(point.cold, True)
         return point.value
 
     def observations(self, z: np.ndarray, misfit: BlockMisfit) -> np.ndarray:
@@ -331,6 +371,26 @@ class ReducedProblem:
             if self.regularisation is not None:
                 point.gradient += self.regularisation.gradient(point.z)
         return point.gradient.copy()
+
+    def gradient_error(self, z: np.ndarray) -> np.ndarray | None:
+        """What the state's error may change the gradient by where the state fits the data to not much more than that: a
+        dual vector, by an adjoint sweep. ``None`` where the misfit is larger, and then without a sweep.
+
+        Near such a fit the adjoint's right-hand side is a difference of much larger numbers, whose relative error is
+        that of the state: its last residual, or round-off.
+        """
+        point = self._solve_state(z)
+        steps, error = self.layout.steps(point.z), max(relative_residual(point.state), _ROUND_OFF)
+        with self._judging(point):
+            source = self._trajectories.gradient(point, steps)
+            terms = self._trajectories.hessian(point, steps, None, point.U, second=False)
+        last = None if self.sweeps.slab.is_last else -1
+        squares = self.spacetime.sum_over_grid(np.array([(s.rows[:last] ** 2).sum() for s in (source, terms)]))
+        if not np.sqrt(squares[0]) <= _NEAR * error * np.sqrt(squares[1]):
+            return None
+        M = self.sweeps.new_slab()
+        self.sweeps.adjoint(steps, point.U, terms.rows, M, cold=True)
+        return error * self._pull_back(point, M, terms.controls)
 
     def adjoint_part(self, point: Point) -> np.ndarray:
         """What the regularisation leaves of ``J'``."""

@@ -18,6 +18,7 @@ from pint_fem.adjoint.sums import SumProblem
 from pint_fem.adjoint.sweeps import Sweeps
 from pint_fem.adjoint.time_solver import mgrit_options, read_time_solver
 from pint_fem.errors import InputError
+from pint_fem.petsc_types import require_types
 from pint_fem.propagators import Evolution, make_propagator
 from pint_fem.spacetime import SpaceTime
 
@@ -149,8 +150,8 @@ def _problem(
             f"the mesh lives on {space_comm.size} ranks, the grid has {spacetime.space_size} space ranks: "
             "build the mesh with comm=spacetime.space_comm"
         )
-    parameters = dict(solver_parameters or {})
-    solver = read_time_solver(parameters, evolution, spacetime, coarse_tableau)
+    parameters, own = dict(solver_parameters or {}), evolution.private()
+    solver = read_time_solver(parameters, own, spacetime, coarse_tableau)
     if solver.why and spacetime.is_root:
         printer(solver.why)
     spatial_coarsening = parameters.pop("spatial_coarsening", None)
@@ -159,6 +160,7 @@ def _problem(
         krylov = {}
     if krylov is not None and not isinstance(krylov, Mapping):
         raise InputError(f"krylov {krylov!r}: give PETSc options, such as {{'ksp_type': 'fgmres'}}")
+    require_types(krylov or {}, "mgrit_", "krylov")
     if krylov is not None and solver.kind == "paradiag":
         raise InputError("krylov accelerates MGRIT's sweeps, not time_solver 'paradiag': leave one of them out")
     if parameters:
@@ -168,7 +170,7 @@ def _problem(
         )
     try:
         sweeps = Sweeps(
-            evolution,
+            own,
             spacetime,
             options=solver.mgrit,
             paradiag=(solver.paradiag, solver.systems),

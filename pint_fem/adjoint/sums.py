@@ -13,6 +13,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import ufl
+from firedrake import Function
 from mpi4py import MPI
 
 from pint_fem.adjoint.layout import ControlLayout
@@ -22,7 +24,7 @@ from pint_fem.adjoint.problem import ReducedProblem
 from pint_fem.errors import InputError
 from pint_fem.propagators import Evolution
 
-__all__ = ["SharedControls", "SumProblem", "leaves", "terms_of"]
+__all__ = ["SharedControls", "SumProblem", "leaves", "second_derivative", "terms_of"]
 
 
 class SharedControls:
@@ -187,6 +189,19 @@ class SumProblem:
                 return problem.observations(self.selected(problem, np.ravel(z)), misfit)
         raise InputError(f"observations of {misfit!r}: give a misfit of one of the terms")
 
+    def gradient_error(self, z: np.ndarray) -> np.ndarray | None:
+        """See :meth:`ReducedProblem.gradient_error`; ``None`` unless all terms fit their data to round-off."""
+        z = np.asarray(z, dtype=float).ravel()
+        errors = [problem.gradient_error(self.selected(problem, z)) for _, problem in self.terms]
+        if any(error is None for error in errors):
+            return None
+        made = iter(errors)
+        return self._collect(lambda problem, own: next(made), z)
+
+    def update_data(self) -> list[str]:
+        """Read the user's data again in all terms; what has other values than before."""
+        return list(dict.fromkeys(name for leaf in dict.fromkeys(leaves(self)) for name in leaf.update_data()))
+
     def forget(self) -> None:
         """Forget what was solved: the next solves start cold."""
         for _, problem in self.terms:
@@ -212,6 +227,19 @@ def leaves(problem: ReducedProblem | SumProblem) -> list[ReducedProblem]:
     if isinstance(problem, ReducedProblem):
         return [problem]
     return [leaf for _, term in problem.terms for leaf in leaves(term)]
+
+
+def second_derivative(problem: ReducedProblem | SumProblem, control: Function) -> ufl.Form | None:
+    """Of the regularisation by a control, as a bilinear form; ``None`` where it is zero or depends on the control."""
+    if isinstance(problem, ReducedProblem):
+        regularisation = problem.regularisation
+        return None if regularisation is None else regularisation.second_derivative(control)
+    terms = [(w, term) for w, term in problem.terms if control in term.evolution.controls]
+    if not all(leaf.regularisation is None or leaf.regularisation.quadratic for _, t in terms for leaf in leaves(t)):
+        return None
+    found = [(w, second_derivative(term, control)) for w, term in terms]
+    found = [w * form for w, form in found if form is not None]
+    return sum(found[1:], start=found[0]) if found else None
 
 
 def terms_of(

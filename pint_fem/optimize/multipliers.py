@@ -30,9 +30,10 @@ import numpy as np
 
 from pint_fem.optimize.bounded import minimize_bounded
 from pint_fem.optimize.constraints import AffineConstraints
-from pint_fem.optimize.options import check, check_callable, check_first_guess, is_count
+from pint_fem.optimize.options import check, is_count
 from pint_fem.optimize.preconditioners import chosen
 from pint_fem.optimize.protocol import Preconditioner, Problem
+from pint_fem.optimize.ranks import holds_anywhere, on_all_ranks
 from pint_fem.optimize.records import IterationRecord, StopReason, TrustRegionResult
 
 __all__ = ["minimize_bounded_constrained"]
@@ -63,6 +64,8 @@ class AugmentedLagrangian:
     def __init__(self, constraints: AffineConstraints, multipliers: np.ndarray, penalty: float):
         self.constraints, self.problem, self.inner = constraints, constraints.problem, constraints.inner
         self.multipliers, self.penalty = multipliers, penalty
+        #: As the problem has it.
+        self.comm = constraints.comm
         if callable(getattr(self.problem, "gauss_newton_action", None)):
             self.gauss_newton_action = lambda x, v: self._with_penalty(v, self.problem.gauss_newton_action(x, v))
 
@@ -87,6 +90,7 @@ class AugmentedLagrangian:
         return self.multipliers + self.penalty * self.constraints.offsets(x)
 
 
+@on_all_ranks
 def minimize_bounded_constrained(
     problem: Problem,
     x0: np.ndarray,
@@ -144,9 +148,6 @@ def minimize_bounded_constrained(
     check("gtol_abs", gtol_abs, "a finite number >= 0", lambda v: 0 <= v < math.inf)
     check("ctol", ctol, "a number in (0, 1)", lambda v: 0 < v < 1)
     check("max_it", max_it, "an integer >= 0", is_count(0))
-    check_callable("monitor", monitor)
-    check_callable("callback", callback)
-    check_first_guess(x0)
     if options.get("checkpoint") is not None:
         raise ValueError("checkpoint = ... is refused with bounds and constraints together: leave it out")
     constraints = AffineConstraints(problem, normals, values)
@@ -159,13 +160,10 @@ def minimize_bounded_constrained(
     penalty = _PENALTY * max(constraints.curvatures(x)) or 1.0
     history: list[IterationRecord] = []
     calls, first_norm, tolerance, aim, before = np.zeros(3, dtype=int), None, None, None, math.inf
-    stopped, stuck = False, 0
+    stuck = 0
 
     def watch(x, record):
-        nonlocal stopped
-        if callback is not None:
-            stopped = bool(callback(x, replace(record, iteration=record.iteration + len(history))))
-        return stopped
+        return callback is not None and callback(x, replace(record, iteration=record.iteration + len(history)))
 
     for _ in range(_ROUNDS):
         lagrangian = AugmentedLagrangian(constraints, multipliers, penalty)
@@ -185,7 +183,7 @@ def minimize_bounded_constrained(
         if monitor is not None:
             monitor(f"constraints missed by {violation:.3e} (norm of x and the values {size:.3e})")
         met = violation <= ctol * size
-        if stopped or inner.reason is StopReason.MAX_IT or (met and inner.gradient_norm <= tolerance):
+        if inner.reason in (StopReason.CALLBACK, StopReason.MAX_IT) or (met and inner.gradient_norm <= tolerance):
             break
         stuck = stuck + 1 if violation > _STUCK * before else 0
         if (met and not inner.converged) or stuck == _PATIENCE:  # round-off or a radius too small; no such point
@@ -223,8 +221,7 @@ def _insist_on_a_point(problem: Problem, normals, values, low: np.ndarray, high:
         ends = []
         for a, b in ((low, high), (high, low)):
             side = np.where(c > 0, a, np.where(c < 0, b, 0.0))
-            free = (~np.isfinite(side)).astype(float)
-            unbounded = problem.inner(free, free) > 0
+            unbounded = holds_anywhere(problem, c, bool((~np.isfinite(side)).any()))
             ends.append(math.inf if unbounded else float(problem.inner(c, np.where(np.isfinite(side), side, 0.0))))
         least, most = (-ends[0] if math.isinf(ends[0]) else ends[0]), ends[1]
         slack = 1e-12 * max(abs(v) for v in (least, most, value) if math.isfinite(v))

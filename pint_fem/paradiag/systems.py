@@ -34,6 +34,9 @@ class ShiftedSystem(Protocol):
     def mass(self, r: np.ndarray, *, transposed: bool) -> np.ndarray:
         """``M r`` or ``M^T r``."""
 
+    def release(self, factor) -> None:
+        """Give back the memory of a factor that is not kept."""
+
 
 class ShiftedSteps:
     r""":math:`(I - \mu \Phi)^{-1}` and its transpose.
@@ -64,15 +67,31 @@ class ShiftedSteps:
         """The solve of a frequency of a forward sweep."""
         scale, shifts = self._at(k, mu)
         for j, (system, y) in enumerate(zip(self._systems, shifts, strict=True)):
-            r = r + y * system.solve(self._factor(k, j, y), y, system.mass(r, transposed=False), transposed=False)
+            r = r + y * self._solve(k, j, y, system.mass(r, transposed=False), transposed=False)
         return scale * r
 
     def solve_transposed(self, k: int, mu: complex, r: np.ndarray) -> np.ndarray:
         """The solve of a frequency of an adjoint sweep."""
         scale, shifts = self._at(k, mu)
         for j, (system, y) in reversed(list(enumerate(zip(self._systems, shifts, strict=True)))):
-            r = r + y * system.mass(system.solve(self._factor(k, j, y), y, r, transposed=True), transposed=True)
+            r = r + y * system.mass(self._solve(k, j, y, r, transposed=True), transposed=True)
         return scale * r
+
+    def _solve(self, k: int, j: int, y: complex, r: np.ndarray, *, transposed: bool) -> np.ndarray:
+        """Solve with a system's matrix; a factor that the memory has no room for is given back."""
+        system, factor = self._systems[j], self._factor(k, j, y)
+        try:
+            return system.solve(factor, y, r, transposed=transposed)
+        finally:
+            if (k, j) not in self._factors:
+                system.release(factor)
+
+    def release(self) -> None:
+        """Give back all factors (collective over space): they are of no use any more."""
+        for (_, j), factor in self._factors.items():
+            self._systems[j].release(factor)
+        self._factors.clear()
+        self.bytes = self.kept = 0
 
     def _at(self, k: int, mu: complex) -> tuple[complex, Sequence[complex]]:
         if k not in self._shifts:
@@ -148,6 +167,9 @@ class SparseSystem:
     def mass(self, r, *, transposed):
         """See :class:`ShiftedSystem`."""
         return real_product(self._MT if transposed else self._M, r)
+
+    def release(self, factor):
+        """See :class:`ShiftedSystem`: nothing, as a factor of SuperLU dies with its last name."""
 
 
 def real_product(X: csr_matrix, r: np.ndarray) -> np.ndarray:

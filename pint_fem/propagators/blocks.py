@@ -15,7 +15,8 @@ import numpy as np
 from firedrake.petsc import PETSc
 from petsctools import OptionsManager
 
-from pint_fem.direct import completed, default_solver, factor_bytes, matrix_bytes, trial_residual
+from pint_fem.direct import completed, default_solver, factor_bytes, is_finite, matrix_bytes, trial_residual
+from pint_fem.errors import InputError, is_numerical
 from pint_fem.propagators.multigrid import Geometry
 
 __all__ = [
@@ -68,6 +69,17 @@ class Workspace:
         self.array[where] = states
 
 
+class _Solves:
+    """The reason of the worst solve since it was last read; apart, as PETSc's solver holds on to what it calls."""
+
+    def __init__(self):
+        self.worst = 0
+
+    def note(self, ksp: PETSc.KSP, b: PETSc.Vec, x: PETSc.Vec) -> None:
+        """Behind each solve."""
+        self.worst = min(self.worst, int(ksp.getConvergedReason()))
+
+
 class Factor:
     """Solves with a fixed matrix, one vector or a block at a time, plain or transposed.
 
@@ -94,9 +106,13 @@ class Factor:
         prefix: str = "pint_",
         geometry: Geometry | None = None,
     ):
+        if not is_finite(matrix):
+            raise InputError(
+                "an operator has entries that are infinite or NaN, or too large: check the coefficients in the forms"
+            )
         self.symmetric, self._geometry = symmetric, geometry
         self._parameters: dict = {}
-        self._worst = 0  # reason of the worst solve since the last look
+        self._solves = _Solves()
         self.ksp = self._build(matrix, parameters, prefix)
         # a transposed block solve is missing in most packages: the transpose has a factor of its own
         self.ksp_T = self.ksp if symmetric else self._build(matrix.transpose(PETSc.Mat()), parameters, prefix)
@@ -111,8 +127,9 @@ class Factor:
                 ksp = self._set_up(matrix, default_solver(comm, unknowns, spd=True), prefix)
                 if self._is_accurate(ksp, matrix):
                     return ksp
-            except (PETSc.Error, ArithmeticError):
-                pass
+            except (PETSc.Error, ArithmeticError) as error:
+                if not is_numerical(error):
+                    raise
             matrix.setOption(PETSc.Mat.Option.SPD, False)  # it is not positive definite
         return self._set_up(matrix, default_solver(comm, unknowns), prefix)
 
@@ -123,7 +140,10 @@ class Factor:
         b.array[:] = np.cos(np.arange(start, stop) ** 2)
         residual, norm = trial_residual(ksp, b, x), PETSc.NormType.NORM_INFINITY
         self._check()
-        return residual <= _ACCURATE * (matrix.norm(norm) * x.norm(norm) + b.norm(norm))
+        limit = _ACCURATE * (matrix.norm(norm) * x.norm(norm) + b.norm(norm))
+        x.destroy()
+        b.destroy()
+        return residual <= limit
 
     def _set_up(self, matrix: PETSc.Mat, parameters: dict, prefix: str) -> PETSc.KSP:
         ksp = PETSc.KSP().create(matrix.comm)
@@ -139,15 +159,12 @@ class Factor:
         if matrix.comm.size > 1 or ksp.getType() != PETSc.KSP.Type.PREONLY:
             # PETSc cannot go on with a block that it has raised in the middle of: remember, and raise afterwards
             ksp.setErrorIfNotConverged(False)
-            ksp.setPostSolve(self._note)
+            ksp.setPostSolve(self._solves.note)
         return ksp
-
-    def _note(self, ksp: PETSc.KSP, b: PETSc.Vec, x: PETSc.Vec) -> None:
-        self._worst = min(self._worst, int(ksp.getConvergedReason()))
 
     def _check(self) -> None:
         """Raise if a solve since the last call has failed; the solver can be used again."""
-        worst, self._worst = self._worst, 0
+        worst, self._solves.worst = self._solves.worst, 0
         if worst < 0:
             raise ArithmeticError(f"PETSc's linear solver failed (KSPConvergedReason {worst})")
 

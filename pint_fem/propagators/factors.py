@@ -224,10 +224,12 @@ class Factors:
 
     def measure(self, matrix: PETSc.Mat) -> None:
         """Find out what a factor takes, from a matrix with the entries of the others (collective over space)."""
-        solver = Solver(self.parameters, self._quick)
-        solver.factor(with_finite_entries(matrix), None)
+        solver, like = Solver(self.parameters, self._quick), with_finite_entries(matrix)
+        solver.factor(like, None)
         self.bytes = self._bytes_of(solver)
         solver.destroy()
+        if like is not matrix:
+            like.destroy()
 
     # -- solves --------------------------------------------------------------------------------------------------------
     def solve(self, stage, b: PETSc.Vec, x: PETSc.Vec, *, transposed: bool = False) -> None:
@@ -291,24 +293,32 @@ def _largest(matrix: PETSc.Mat, value: float) -> float:
 
 
 class _OldFactor:
-    """GMRES preconditioned by a solver of another matrix: PETSc's, and the context of its preconditioner."""
+    """GMRES preconditioned by a solver of another matrix."""
 
     def __init__(self, comm):
-        self.solver: Solver | None = None
         self.ksp = PETSc.KSP().create(comm)
         self.ksp.setType(PETSc.KSP.Type.GMRES)
         self.ksp.setGMRESRestart(PATIENCE)
         pc = self.ksp.getPC()
         pc.setType(PETSc.PC.Type.PYTHON)
-        pc.setPythonContext(self)
+        # an object of its own: PETSc's objects hold on to their contexts, so one that led back here would never die
+        self._context = _Apply()
+        pc.setPythonContext(self._context)
 
     def solve(self, solver, matrix, b, x, *, transposed: bool, most: int) -> tuple[int, bool]:
         """Iterations, and whether they were enough."""
-        self.solver = solver
+        self._context.solver = solver
         self.ksp.setOperators(matrix)
         self.ksp.setTolerances(rtol=ROUND_OFF, atol=0.0, max_it=most)
         (self.ksp.solveTranspose if transposed else self.ksp.solve)(b, x)
         return self.ksp.getIterationNumber(), self.ksp.getConvergedReason() > 0
+
+
+class _Apply:
+    """Context of a Python preconditioner that applies a solver."""
+
+    def __init__(self):
+        self.solver: Solver | None = None
 
     def apply(self, pc, x, y):
         """PETSc's PCApply."""

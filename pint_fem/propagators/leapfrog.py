@@ -76,6 +76,7 @@ class LeapfrogPropagator(LinearPropagator):
     """
 
     def __init__(self, evolution: Evolution, *, stride: int = 1, tableau=None):
+        evolution = evolution.private()
         _fields(evolution)
         limit = stable_step(evolution)
         if stride * evolution.dt > limit:

@@ -65,6 +65,7 @@ class LinearPropagator(FEPropagator):
 
     def __init__(self, evolution: Evolution, *, stride: int = 1, tableau=None):
         super().__init__(evolution, stride=stride, tableau=tableau)
+        evolution = self.evolution
         operators = evolution.linear_operators()
         if operators is None:
             raise InputError("the evolution is not linear with constant operators: use the form propagator")
@@ -76,6 +77,7 @@ class LinearPropagator(FEPropagator):
         self.factors: dict[float, Factor] = {}
         self._block, self._single = self._recursions(operators)
         self._loads = None
+        self._row_space: RowSpace | None = None
         self._lifting: dict[float, MatrixOperator] = {}
 
     def _recursions(self, operators) -> tuple[Recursion, Recursion]:
@@ -161,14 +163,18 @@ class LinearPropagator(FEPropagator):
         repl |= {control: Function(control.function_space()) for control in ev.parameters}
         self._load_assembler, self._load_h = get_assembler(ufl.replace(form, repl)), h
         self._loads = {}
-        samples = enumerate(sample_times(ev.time(0), ev.time(ev.nsteps)))
-        self._row_space = RowSpace(
-            ev.V.mesh().comm, [partial(self._assemble_load, t, i % self.dirk.stages) for i, t in samples]
-        )
         if ev.boundary_controls is not None:
             M, K = ev.linear_operators()
             for h in self.factors:
                 self._lifting[h] = MatrixOperator(assemble(M + Constant(h) * K, mat_type="aij").petscmat, self.bc_rows)
+
+    def update_data(self, changed):
+        """See :class:`FEPropagator`: loads only, so that operators and factors stay."""
+        if changed & self.evolution.operator_data:
+            return False
+        if changed and self._loads is not None:
+            self._loads, self._row_space = {}, None
+        return True
 
     def _affine_load(self, t: float, i: int) -> np.ndarray:
         """``h f(t_i, 0)`` with lifting, for the step that starts at ``t``; assembled once where nothing depends on
@@ -176,10 +182,18 @@ class LinearPropagator(FEPropagator):
         """
         key = (float(t), i) if self.evolution.depends_on_time else i
         if not self.keeps_loads:
+            if self._row_space is None:
+                self._row_space = self._make_row_space()
             return self._row_space.get(key, lambda: self._assemble_load(t, i))
         if key not in self._loads:
             self._loads[key] = self._assemble_load(t, i)
         return self._loads[key]
+
+    def _make_row_space(self) -> RowSpace:
+        ev = self.evolution
+        samples = enumerate(sample_times(ev.time(0), ev.time(ev.nsteps)))
+        makers = [partial(self._assemble_load, t, i % self.dirk.stages) for i, t in samples]
+        return RowSpace(ev.V.mesh().comm, makers)
 
     def _assemble_load(self, t: float, i: int) -> np.ndarray:
         ev, h = self.evolution, self.steps_of_stage[i]

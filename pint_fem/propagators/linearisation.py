@@ -192,8 +192,8 @@ class Memories:
         for step in self:
             step.renew()
 
-    def forget(self) -> None:
-        """Start as if nothing had been computed, but for factors."""
+    def forget(self, *, factors: bool = False) -> None:
+        """Start as if nothing had been computed, but for factors, or with ``factors`` as if they had not, either."""
         self._at = None
         for step in self:
-            step.forget()
+            step.restart() if factors else step.forget()

@@ -232,9 +232,8 @@ class StageNewton:
             old = size
             if k == 0:
                 first = U.copy()
-                # a linear stage's first iterate is its root, whatever the root was for other data
-                linear = fresh and forms.linear
-                if base is not None and not linear and self._jumped(stage, W, start, first, solver, size, U):
+                exact = fresh and forms.linear  # the first iterate is the root
+                if base is not None and not exact and self._jumped(stage, W, start, first, solver, size, U):
                     old = None
             elif rate is None and first is not None:
                 moved, left = self._largest(U - start, first - U)

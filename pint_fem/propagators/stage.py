@@ -16,10 +16,11 @@ import numpy as np
 from firedrake import Cofunction, Constant, Function, TestFunction, TrialFunction, derivative, replace
 from firedrake.assemble import ParloopFormAssembler, get_assembler
 from firedrake.petsc import PETSc
-from ufl.algorithms import expand_derivatives, extract_coefficients
+from ufl.algorithms import expand_derivatives
 
 from pint_fem.propagators.arrays import boundary_rows, get, is_real, own_size, put
 from pint_fem.propagators.evolution import Evolution
+from pint_fem.propagators.private_copies import data_of
 from pint_fem.propagators.tableaux import DIRK
 
 __all__ = ["MatrixForm", "StageForms"]
@@ -43,7 +44,7 @@ class MatrixForm:
     def __init__(self, form, moving: set, *, bcs=(), counts: Counter, name: str, mat_type: str | None = "aij"):
         form = expand_derivatives(form)
         self.empty = form.empty()
-        coefficients = set() if self.empty else set(extract_coefficients(form))
+        coefficients = set() if self.empty else set(data_of(form))
         self.constant = not moving & coefficients
         self.coefficients, self._counts, self._name = coefficients, counts, name
         options = {} if mat_type is None else {"mat_type": mat_type}
@@ -172,6 +173,12 @@ class StageForms:
             return _VectorForm(sum((derivative(gradient, w, dw) for w, dw in pairs), 0 * gradient), x.function_space())
 
         return along(self.U), along(self.W), [along(z) for z in self.controls]
+
+    def update_data(self, changed: set) -> bool:
+        """Forget boundary values; ``False`` where data of matrices have changed that are assembled once."""
+        self._boundary.clear()
+        matrices = [form for form in (self.J, self.F_W, self.F_U, *self.F_z) if form is not None]
+        return not any(form.constant and changed & form.coefficients for form in matrices)
 
     # -- values --------------------------------------------------------------------------------------------------------
     def set(self, t: float, control: np.ndarray | None, stage: int) -> None:

@@ -18,7 +18,7 @@ from firedrake.adjoint import (
     pause_annotation,
     set_working_tape,
 )
-from pyadjoint.tape import annotate_tape
+from pyadjoint.tape import annotate_tape, stop_annotating
 from ufl.algorithms import extract_coefficients
 
 from pint_fem.direct import completed
@@ -54,26 +54,50 @@ class TapePropagator(FEPropagator):
     evolution, stride, tableau
         As for every propagator.
     one_step
-        ``one_step(u0) -> u1`` in Firedrake; it reads the evolution's control and ``t`` (the start time of the step).
-        Default: the evolution's own stages by ``firedrake.solve``.
+        ``one_step(u0) -> u1`` in Firedrake; it reads the evolution's controls and ``t`` (the start time of the step):
+        the user's own functions, or those of ``evolution`` where that is the private copy that a factory given as
+        ``propagator=`` gets. Other functions are data and copied with the recording. Default: the evolution's own
+        stages by ``firedrake.solve``.
     """
 
     def __init__(
         self, evolution: Evolution, *, stride=1, tableau=None, one_step: Callable[[Function], Function] | None = None
     ):
         super().__init__(evolution, stride=stride, tableau=tableau)
-        self._u0 = Function(evolution.V, name="u0").assign(evolution.initial)
-        with recording() as self.tape:
-            inputs = [self._u0, *evolution.parameters, *([] if evolution.t is None else [evolution.t])]
-            controls = [Control(f) for f in inputs]
-            # u1 = u0 must be a new node on the tape even where the step returns a function that it solved in place
-            u1 = Function(evolution.V, name="u1")
-            u1.assign((one_step or self._one_step)(self._u0))
-            self.rf = ReducedFunctional(u1, controls, tape=self.tape)
+        self._step = one_step or self._one_step
+        self._record()
+        inputs = [control.control for control in self.rf.controls]
         self._inputs = [Function(f.function_space()) for f in inputs]
         self._directions = [Function(f.function_space()) for f in inputs]
         self._lam = Cofunction(evolution.V.dual())
         self._zero = Cofunction(evolution.V.dual())
+
+    def update_data(self, changed):
+        """See :class:`FEPropagator`: the step is recorded again."""
+        self._record()
+        return True
+
+    def _record(self) -> None:
+        """Record the step with the data as they are; what a user owns has its values again afterwards."""
+        ev = self.evolution
+        own, given = ([*e.parameters, *([] if e.t is None else [e.t])] for e in (ev, ev.posed))
+        kept = [get(f) for f in given]
+        u0 = Function(ev.V, name="u0").assign(ev.initial)
+        with recording() as self.tape:
+            start, *pairs = Control(u0), *((Control(a), Control(b)) for a, b in zip(own, given, strict=True))
+            # u1 = u0 must be a new node on the tape even where the step returns a function that it solved in place
+            u1 = Function(ev.V, name="u1")
+            u1.assign(self._step(u0))
+            read = {id(d): d for block in self.tape.get_blocks() for d in block.get_dependencies()}
+            controls = [start, *(a if id(a.block_variable) in read else b for a, b in pairs)]
+            self.rf = ReducedFunctional(u1, controls, tape=self.tape)
+        coordinates = ev.V.mesh().unique().coordinates
+        for dependency in read.values():  # data of the user's own: replays would see later changes
+            if isinstance(dependency.output, Function) and dependency.output is not coordinates:
+                dependency.save_output(overwrite=False)
+        with stop_annotating():
+            for f, values in zip(given, kept, strict=True):
+                put(f, values)
 
     def _one_step(self, u0: Function) -> Function:
         """The stages of the tableau, taped; time-dependent data takes the value of each stage's time from ``t``."""
