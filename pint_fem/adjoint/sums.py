@@ -73,6 +73,11 @@ class SharedControls:
         self.dt, self.nsteps = ((moving or evolutions)[0].dt, (moving or evolutions)[0].nsteps)
 
     @property
+    def posed(self) -> SharedControls:
+        """Itself: its controls are the user's functions."""
+        return self
+
+    @property
     def per_step(self) -> bool:
         """Whether a control has a value of its own in each step."""
         return bool(self.stepwise)
