@@ -377,10 +377,11 @@ class ReducedProblem:
         dual vector, by an adjoint sweep. ``None`` where the misfit is larger, and then without a sweep.
 
         Near such a fit the adjoint's right-hand side is a difference of much larger numbers, whose relative error is
-        that of the state: its last residual, or round-off.
+        that of the state: round-off, or what the last residuals of all steps add up to.
         """
         point = self._solve_state(z)
-        steps, error = self.layout.steps(point.z), max(relative_residual(point.state), _ROUND_OFF)
+        error = max(2 * np.sqrt(self.evolution.nsteps) * relative_residual(point.state), _ROUND_OFF)
+        steps = self.layout.steps(point.z)
         with self._judging(point):
             source = self._trajectories.gradient(point, steps)
             terms = self._trajectories.hessian(point, steps, None, point.U, second=False)

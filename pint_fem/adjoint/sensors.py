@@ -15,6 +15,9 @@ from pint_fem.propagators.blocks import BlockOperator
 
 __all__ = ["PointSensors"]
 
+_NEAR = 0.1
+"""Readings that differ by no more than this from their mean, relative to it, are taken relative to it."""
+
 
 class PointSensors(BlockMisfit):
     r"""Sensors at points: :math:`\frac{w}{2} \sum_r \sum_s (u(x_s, t_r) - d_{rs})^2`, ``u`` linear in time between
@@ -23,7 +26,7 @@ class PointSensors(BlockMisfit):
     ``u`` is the state, or a component of it or of one of its fields.
 
     All arrays are copied when a functional is made; its ``update_data()`` reads them again, and also what was put in
-    their place as attributes ``points``, ``times``, ``values`` and ``weight``.
+    their place as attributes ``points``, ``times``, ``data`` (the values) and ``weight``.
 
     Parameters
     ----------
@@ -53,15 +56,15 @@ class PointSensors(BlockMisfit):
         self, points, times, values, *, weight: float = 1.0, field: int | None = None, component: int | None = None
     ):
         self.field, self.component = field, component
-        self.points, self.times, self.values, self.weight = points, times, values, weight
-        self._read()
+        self.points, self.times, self.data, self.weight = points, times, values, weight
+        self._take()
 
     def _given(self) -> tuple[np.ndarray, ...]:
         """Copies of what the user gave."""
         points, times = np.array(self.points, float, ndmin=2), np.array(self.times, float, ndmin=1)
-        return points, times, np.array(self.values, float), np.array(self.weight, float)
+        return points, times, np.array(self.data, float), np.array(self.weight, float)
 
-    def _read(self) -> None:
+    def _take(self) -> None:
         """Take a copy of what the user gave, and check it."""
         points, times, data, weight = self._given()
         if data.shape != (len(times), len(points)):
@@ -94,16 +97,16 @@ class PointSensors(BlockMisfit):
         if not own:
             return
         places = self._points, self._times
-        self._read()
+        self._take()
         if all(np.array_equal(a, b) for a, b in zip(places, (self._points, self._times), strict=True)):
-            self._own_data = self._data[self._own][:, self.local]
+            self._take_readings()
         else:
             self.bind(self.evolution, self.spacetime, self.slab)
 
     def bind(self, evolution, spacetime, slab):
         """See :class:`Misfit`."""
         super().bind(evolution, spacetime, slab)
-        self._read()
+        self._take()
         mesh, space = evolution.V.mesh().unique(), self._read_space(evolution.V)
         if self._points.shape[1] != mesh.geometric_dimension:
             raise InputError(
@@ -128,12 +131,24 @@ class PointSensors(BlockMisfit):
         own = np.flatnonzero((point > slab.lo) & (point <= slab.hi))
         self._row, self._theta = point[own] - slab.lo, np.minimum(place[own] - (point[own] - 1), 1.0)
         self._theta[np.abs(self._theta - 1) < 1e-9] = 1.0
-        self._own, self._own_data = own, self._data[own][:, self.local]
+        self._own = own
+        self._take_readings()
         self.observes, self.forces = np.zeros(slab.k + 1, dtype=bool), np.zeros(slab.k + 1, dtype=bool)
         self.observes[self._row] = True
         self.observes[self._row[self._theta != 1] - 1] = True
         self.acts = self.observes.copy()
         self.acts[0] = True  # by the left neighbour's readings
+
+    def _take_readings(self) -> None:
+        """The own readings, relative to a number near all of them where there is one and functions of that value have it
+        as all their coefficients: interpolation of large values would lose small differences.
+        """
+        mean = float(self._data.mean())
+        sums = self._observe(np.ones((1, self.evolution.state_size)))
+        wrong = self.spacetime.sum_over_space(np.array([float((np.abs(sums - 1) > 1e-12).sum())]))[0]
+        near = np.abs(self._data - mean).max() <= _NEAR * abs(mean)
+        self._offset = mean if near and not wrong else 0.0
+        self._own_data = self._data[self._own][:, self.local] - self._offset
 
     def _read_space(self, V):
         """The space of what is read, by itself."""
@@ -196,7 +211,7 @@ class PointSensors(BlockMisfit):
         """
         own = np.zeros(self._data.shape)
         first = int(self.spacetime.time_comm.exscan(len(self._row)) or 0)
-        own[first : first + len(self._row), self.local] = self._readings(Y)
+        own[first : first + len(self._row), self.local] = self._readings(Y) + self._offset
         return self.spacetime.sum_over_grid(own)
 
     def petsc_bytes(self):
@@ -206,8 +221,8 @@ class PointSensors(BlockMisfit):
 
     # -- see BlockMisfit -----------------------------------------------------------------------------------------------
     def observe(self, rows, u):
-        """The state at the sensors."""
-        return self._observe(u)
+        """The state at the sensors, less the offset."""
+        return self._observe(u - self._offset if self._offset else u)
 
     def observe_tangent(self, rows, u, du):
         """See :class:`~pint_fem.adjoint.misfit.BlockMisfit`."""

@@ -212,10 +212,10 @@ class MGRITOptions:
                     f"mgrit {name} {given[name]!r} has no effect with {selector} {getattr(self, selector)!r}: "
                     f"give {selector} {' or '.join(map(repr, values))}, or leave {name} out"
                 )
-        if self.levels is None:
+        if self.levels is None or self.levels == 1:  # lists go on serving where a run is repeated sequentially
             return
         for name in _PER_LEVEL:
-            most, value = max(self.levels - 1, 1) + (self.coarse_solver == "relax"), getattr(self, name)
+            most, value = self.levels - 1 + (self.coarse_solver == "relax"), getattr(self, name)
             if name in given and isinstance(given[name], (list, tuple)) and len(value) > most:
                 raise ValueError(
                     f"mgrit {name} {given[name]!r} for {self.levels} levels: give at most {most}, one for each level "

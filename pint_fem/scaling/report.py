@@ -10,6 +10,7 @@ from functools import cache
 from math import prod
 from pathlib import Path
 
+from pint_fem.files import checked_folder, naming, write_whole
 from pint_fem.scaling.costs import Calibration, bundled, load
 from pint_fem.scaling.model import Model, Solve
 from pint_fem.scaling.network import Network
@@ -77,7 +78,7 @@ def report(
     choices
         Whether to study what each choice contributes in the published setting (minutes).
     """
-    out.mkdir(parents=True, exist_ok=True)
+    checked_folder(out, "--out")
     say, data, start = Text(), {}, time.perf_counter()
     say("All seconds below are PREDICTED by the model unless a line says measured.")
     claims = []
@@ -95,8 +96,9 @@ def report(
     for claim in claims:
         say(f"  {claim}")
     say(f"\nreport made in {time.perf_counter() - start:.0f} s")
-    (out / "report.txt").write_text("\n".join(say.lines) + "\n", encoding="utf-8")
-    (out / "report.json").write_text(json.dumps(data, indent=1, default=float), encoding="utf-8")
+    with naming(f"tables in {out} cannot be written"):
+        write_whole(out / "report.txt", ("\n".join(say.lines) + "\n").encode())
+        write_whole(out / "report.json", json.dumps(data, indent=1, default=float).encode())
 
 
 def _problem(
