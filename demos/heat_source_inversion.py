@@ -34,6 +34,12 @@ def arguments():
     add("--max-iterations", type=positive(int), default=30, help="trust-region iterations (30)")
     add("--exact", action="store_true", help="solve every sweep to --rtol, not only as accurately as convergence needs")
     add("--checkpoint", metavar="FILE.h5", help="keep each iterate there, and go on from there if the file exists")
+    add(
+        "--if-save-fails",
+        default="stop",
+        choices=["stop", "continue"],
+        help="what to do where the checkpoint cannot be written, as on a full disk (stop)",
+    )
     add("--time-solver", default="mgrit", help="mgrit, or serial for sequential stepping on one time rank (mgrit)")
     add("--out", type=Path, default=Path("results/heat_source"), help="folder of the results (results/heat_source)")
     add("--no-fields", action="store_true", help="write no ParaView files")
@@ -48,8 +54,8 @@ def arguments():
 def main():
     """Run the inversion."""
     opts = arguments()
+    from demos.outputs import Outputs, output_folder
     from demos.planned_grid import planned_grid
-    from pint_fem.errors import InputError
     from pint_fem.spacetime import SpaceTime
 
     solver = {"time_solver": opts.time_solver, "mgrit": {"rtol": opts.rtol}}
@@ -61,10 +67,7 @@ def main():
         known=opts.mesh is None and opts.integrator == "SDIRK2",
     )
     spacetime = SpaceTime(grid)
-    try:
-        opts.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--out {opts.out}: {error.strerror or error}; give a folder that can be written") from None
+    output_folder(opts.out)
     from problems import heat_source as posed
     from problems.heat_readings import NOISE, READINGS
     from problems.plate import MESH
@@ -95,9 +98,10 @@ def main():
     from demos.heat_source_report import report
     from demos.inversion import invert, summary_of
 
-    result, times["inversion"] = invert(rf, opts, say, inexact=not opts.exact, checkpoint=opts.checkpoint)
+    outputs, keep = Outputs(), dict(checkpoint=opts.checkpoint, if_save_fails=opts.if_save_fails)
+    result, times["inversion"] = invert(rf, opts, say, outputs, inexact=not opts.exact, **keep)
     summary = summary_of("heat source inversion", settings, spacetime, dofs, times)
-    report(problem, result, opts, summary, say)
+    report(problem, result, opts, summary, say, outputs)
 
 
 if __name__ == "__main__":

@@ -7,16 +7,24 @@ import time
 import numpy as np
 from firedrake import Function, assemble, dx, inner
 
-from pint_fem.report import Raster, plot_convergence, plot_fields, plot_sensors, write_fields, write_json
+from pint_fem.report import (
+    Raster,
+    plot_convergence,
+    plot_fields,
+    plot_sensors,
+    write_fields,
+    write_functions,
+    write_json,
+)
 from problems.heat_readings import READINGS
 
 __all__ = ["convergence_picture", "mgrit_summary", "report", "result_summary"]
 
 
-def report(problem, result, opts, summary: dict, say) -> None:
-    """Write everything; ``summary`` is completed and written last."""
+def report(problem, result, opts, summary: dict, say, outputs) -> None:
+    """Write everything; ``summary`` is completed and written last. What cannot be written is reported at the end."""
     rf, spacetime, slab = problem.rf, problem.spacetime, problem.rf.problem.sweeps.slab
-    sweeps, root = rf.problem.sweeps, spacetime.is_root
+    sweeps = rf.problem.sweeps
     q, truth, out = rf.function(result.x), problem.true_source, opts.out
     shipped = summary["settings"]["readings"] == str(READINGS)
     predicted = problem.sensors.readings(rf.problem.observations(result.x, problem.sensors))
@@ -28,46 +36,39 @@ def report(problem, result, opts, summary: dict, say) -> None:
         say(f"relative L2 error of the recovered source {error:.3f}; misfit {misfit['misfit']:.4f} (0.5 is the noise)")
     mgrit_summary(problem, summary, say)
 
-    if root:
-        write_json(out / "summary.json", summary)  # before anything else can fail
+    outputs.on_root("summary.json", write_json, out / "summary.json", summary)  # before anything else can fail
     raster = Raster(problem.evolution.V.mesh())
+    images = []
     if spacetime.time_comm.rank == 0:
         images = [("true source", raster(truth))] if shipped else []
         images += [("recovered source", raster(q))]
         if shipped:
             images.append(("recovered - true", raster(Function(truth.function_space()).assign(q - truth))))
-        if root:
-            plot_fields(out / "source.png", images, raster.extent, points=problem.readings.points)
-    if root:
+
+    def pictures():
+        plot_fields(out / "source.png", images, raster.extent, points=problem.readings.points)
         names = [str(name) for name in problem.readings.sensors]
         plot_sensors(out / "sensors.png", problem.readings.times, problem.readings.values, predicted, names=names)
         convergence_picture(out / "convergence.png", sweeps, result, summary)
-    if not opts.no_fields:
-        write_fields(
-            out / "fields",
-            "temperature",
-            rf.problem.states(result.x),
-            problem.evolution.V,
-            slab,
-            spacetime,
-            problem.evolution.time(np.arange(opts.steps + 1)),
-        )
-        if spacetime.time_comm.rank == 0:
-            from firedrake import VTKFile
 
-            q.rename("recovered_source")
-            truth.rename("true_source")
-            VTKFile(str(out / "fields" / "source.pvd"), comm=spacetime.space_comm).write(
-                *([q, truth] if shipped else [q])
-            )
+    outputs.on_root(f"pictures in {out}", pictures)
+    if not opts.no_fields:
+        states, times = rf.problem.states(result.x), problem.evolution.time(np.arange(opts.steps + 1))
+        given = (out / "fields", "temperature", states, problem.evolution.V, slab, spacetime, times)
+        outputs("fields", write_fields, *given)
+        q.rename("recovered_source")
+        truth.rename("true_source")
+        shown = [q, truth] if shipped else [q]
+        work = write_functions if spacetime.time_comm.rank == 0 else lambda *_: None
+        outputs("fields", work, out / "fields" / "source.pvd", shown, spacetime.space_comm)
     if opts.compare_serial:
         from problems.compare_serial import compare
 
         start = time.perf_counter()
         summary["compare_serial"] = compare(problem, result, summary["settings"], summary["seconds"], say)
         summary["seconds"]["comparison"] = time.perf_counter() - start
-    if root:
-        write_json(out / "summary.json", summary)
+    outputs.on_root("summary.json", write_json, out / "summary.json", summary)
+    outputs.finish()
     say(f"pictures, ParaView files and summary.json are in {out.resolve()}")
 
 
@@ -108,17 +109,19 @@ def mgrit_summary(problem, summary: dict, say) -> None:
     verdict = (sweeps.verdicts or [None])[0]
     factors = [r.factor for _, r in sweeps.results if r.cycles > 1 and np.isfinite(r.factor)]
     solves = sum(n for kind, n in sweeps.counts.items() if kind != "cycles")
+    cycles = sweeps.counts["cycles"] / solves if solves else None  # none where a finished run is read again
     summary["mgrit"] = {
         "levels": len(levels),
         "coarsening": [level.m for level in levels[:-1]],
         "relax": options.scheme(0),
         "rtol": options.rtol,
-        "cycles_per_solve": sweeps.counts["cycles"] / solves,
+        "cycles_per_solve": cycles,
         "largest_observed_factor": max(factors, default=None),
         "two_level_bound": None if verdict is None else verdict.factor,
     }
     say(
-        f"MGRIT: {solves} solves, {sweeps.counts['cycles'] / solves:.1f} cycles each; "
-        f"observed factor at most {max(factors, default=float('nan')):.4f}"
+        f"MGRIT: {solves} solves"
+        + (f", {cycles:.1f} cycles each" if solves else "")
+        + (f"; observed factor at most {max(factors):.4f}" if factors else "")
         + (f", two-level bound over the spectrum {verdict.factor:.4g}" if verdict else "")
     )

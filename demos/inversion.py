@@ -12,7 +12,7 @@ from pint_fem.cli import Progress
 __all__ = ["invert", "summary_of"]
 
 
-def invert(rf, opts, say, *, inexact: bool, **given):
+def invert(rf, opts, say, outputs, *, inexact: bool, **given):
     """Minimise, with the options of the command line.
 
     Returns
@@ -34,7 +34,7 @@ def invert(rf, opts, say, *, inexact: bool, **given):
             **given,
         )
     seconds = time.perf_counter() - start
-    sweeps.write_trace()
+    outputs("trace", sweeps.write_trace)
     rf.problem.value(result.x)
     say(f"{result.reason.value} after {result.iterations} iterations, {seconds:.1f} s")
     return result, seconds

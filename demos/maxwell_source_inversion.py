@@ -64,8 +64,8 @@ def solver_parameters(opts):
 def main():
     """Run the inversion."""
     opts = arguments()
+    from demos.outputs import Outputs, output_folder
     from demos.planned_grid import planned_grid
-    from pint_fem.errors import InputError
     from pint_fem.spacetime import SpaceTime
     from problems.maxwell_setting import setting
 
@@ -79,10 +79,7 @@ def main():
     )
     spacetime = SpaceTime(grid)
     opts.out = opts.out or Path("results") / f"maxwell_{opts.regime}"
-    try:
-        opts.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--out {opts.out}: {error.strerror or error}; give a folder that can be written") from None
+    output_folder(opts.out)
     from problems import maxwell_source as posed
     from problems.maxwell_readings import NOISE, readings_file
 
@@ -118,11 +115,12 @@ def main():
     from demos.inversion import invert, summary_of
     from demos.maxwell_source_report import report
 
+    outputs = Outputs()
     inexact = solver["time_solver"] != "serial" and not opts.exact
-    result, times["inversion"] = invert(rf, opts, say, inexact=inexact)
+    result, times["inversion"] = invert(rf, opts, say, outputs, inexact=inexact)
     summary = summary_of("Maxwell source inversion", settings, spacetime, V.dim(), times)
     summary["time_solver"] = solver["time_solver"]
-    report(problem, result, opts, summary, say)
+    report(problem, result, opts, summary, say, outputs)
 
 
 if __name__ == "__main__":

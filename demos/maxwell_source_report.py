@@ -17,6 +17,7 @@ from pint_fem.report import (
     plot_snapshots,
     together_in_time,
     write_fields,
+    write_functions,
     write_json,
 )
 from problems.maxwell import B
@@ -29,10 +30,10 @@ FRAMES = 48
 SNAPSHOTS = 8
 
 
-def report(problem, result, opts, summary: dict, say) -> None:
-    """Write everything; ``summary`` is completed and written last."""
+def report(problem, result, opts, summary: dict, say, outputs) -> None:
+    """Write everything; ``summary`` is completed and written last. What cannot be written is reported at the end."""
     rf, spacetime, sweeps = problem.rf, problem.spacetime, problem.rf.problem.sweeps
-    root, out, truth = spacetime.is_root, opts.out, problem.true_current
+    out, truth = opts.out, problem.true_current
     current, predicted = rf.function(result.x), problem.predicted(result.x)
     readings = problem.readings
     shipped = summary["settings"]["readings"] == str(readings_file(summary["settings"]["regime"]))
@@ -45,19 +46,19 @@ def report(problem, result, opts, summary: dict, say) -> None:
         summary["result"]["relative_current_error"] = error
         say(f"relative L2 error of the recovered current {error:.3f}; misfit {misfit:.4f} (0.5 is the noise)")
     mgrit_summary(problem, summary, say)
-    if root:
-        write_json(out / "summary.json", summary)  # before anything else can fail
+    outputs.on_root("summary.json", write_json, out / "summary.json", summary)  # before anything else can fail
 
     raster = Raster(problem.evolution.V.mesh().unique(), width=160)
+    images = []
     if spacetime.time_comm.rank == 0:
-        images = []
         for i, name in enumerate(("x", "y")):
             images += [(f"true J_{name}", raster(truth[i]))] if shipped else []
             images.append((f"recovered J_{name}", raster(current[i])))
-        if root:
-            plot_fields(out / "current.png", images, raster.extent, points=readings.points)
-    _moving_pictures(problem, result.x, raster, out)
-    if root:
+    moving = _moving_pictures(problem, result.x, raster, out)
+
+    def pictures():
+        plot_fields(out / "current.png", images, raster.extent, points=readings.points)
+        moving()
         flat = lambda values: values.reshape(len(values), -1)
         names = [f"{name} E_{c}" for name in readings.sensors for c in "xy"]
         plot_sensors(
@@ -69,8 +70,10 @@ def report(problem, result, opts, summary: dict, say) -> None:
             quantity="electric field",
         )
         convergence_picture(out / "convergence.png", sweeps, result, summary)
+
+    outputs.on_root(f"pictures in {out}", pictures)
     if not opts.no_fields:
-        _paraview(problem, current, truth if shipped else None, result.x, out)
+        _paraview(problem, current, truth if shipped else None, result.x, out, outputs)
     if opts.compare_serial:
         from problems.compare_serial import compare
         from problems.serial_maxwell import serial_maxwell_source
@@ -86,8 +89,8 @@ def report(problem, result, opts, summary: dict, say) -> None:
             points=points,
         )
         summary["seconds"]["comparison"] = time.perf_counter() - start
-    if root:
-        write_json(out / "summary.json", summary)
+    outputs.on_root("summary.json", write_json, out / "summary.json", summary)
+    outputs.finish()
     say(f"pictures, ParaView files and summary.json are in {out.resolve()}")
 
 
@@ -102,8 +105,10 @@ def points(V) -> tuple[Function, Function]:
     )
 
 
-def _moving_pictures(problem, z: np.ndarray, raster: Raster, out) -> None:
-    """The magnetic field at some times; each time rank makes pictures of its own states."""
+def _moving_pictures(problem, z: np.ndarray, raster: Raster, out):
+    """The magnetic field at some times; each time rank makes pictures of its own states. What is returned writes
+    them, on the first rank.
+    """
     spacetime, slab, ev = problem.spacetime, problem.rf.problem.sweeps.slab, problem.evolution
     wanted = np.unique(np.linspace(1, ev.nsteps, min(FRAMES, ev.nsteps)).round().astype(int))
     state, own = Function(ev.V), {}
@@ -113,29 +118,29 @@ def _moving_pictures(problem, z: np.ndarray, raster: Raster, out) -> None:
             put(state, block[n - slab.lo - first])
             own[int(n)] = raster(state.subfunctions[B])
     images = together_in_time(own, spacetime)
-    if not spacetime.is_root:
-        return
-    numbers, frames = list(images), list(images.values())
-    titles = [f"B at t = {float(ev.time(n)):.3f}" for n in numbers]
-    animate(out / "field.gif", frames, titles, raster.extent, label="B")
-    chosen = np.unique(np.linspace(0, len(frames) - 1, min(SNAPSHOTS, len(frames))).round().astype(int))
-    plot_snapshots(
-        out / "snapshots.png", [frames[i] for i in chosen], [titles[i] for i in chosen], raster.extent, label="B"
-    )
+
+    def write() -> None:
+        numbers, frames = list(images), list(images.values())
+        titles = [f"B at t = {float(ev.time(n)):.3f}" for n in numbers]
+        animate(out / "field.gif", frames, titles, raster.extent, label="B")
+        chosen = np.unique(np.linspace(0, len(frames) - 1, min(SNAPSHOTS, len(frames))).round().astype(int))
+        plot_snapshots(
+            out / "snapshots.png", [frames[i] for i in chosen], [titles[i] for i in chosen], raster.extent, label="B"
+        )
+
+    return write
 
 
-def _paraview(problem, current, truth, z, out) -> None:
+def _paraview(problem, current, truth, z, out, outputs) -> None:
     """Fields for ParaView, written by their owners."""
-    from firedrake import VTKFile
-
     ev, spacetime = problem.evolution, problem.spacetime
     times = ev.time(np.arange(ev.nsteps + 1))
     slab, states = problem.rf.problem.sweeps.slab, problem.rf.problem.states(z)
-    write_fields(out / "fields", "field", states, ev.V, slab, spacetime, times)
-    if spacetime.time_comm.rank == 0:
-        current.rename("recovered_current")
-        shown = [current]
-        if truth is not None:
-            truth.rename("true_current")
-            shown.append(truth)
-        VTKFile(str(out / "fields" / "current.pvd"), comm=spacetime.space_comm).write(*shown)
+    outputs("fields", write_fields, out / "fields", "field", states, ev.V, slab, spacetime, times)
+    current.rename("recovered_current")
+    shown = [current]
+    if truth is not None:
+        truth.rename("true_current")
+        shown.append(truth)
+    work = write_functions if spacetime.time_comm.rank == 0 else lambda *_: None
+    outputs("fields", work, out / "fields" / "current.pvd", shown, spacetime.space_comm)

@@ -2,6 +2,9 @@
 
 from mpi4py import MPI
 
+MOST_STEPS = 100_000
+"""The model counts messages of each step: predictions beyond take longer than they save."""
+
 
 def planned_grid(grid, problem, *, solver, steps, known):
     """The grid asked for; for ``auto`` the fastest split of all ranks where there is a calibration of the problem.
@@ -23,7 +26,7 @@ def planned_grid(grid, problem, *, solver, steps, known):
         The grid, and a line about it.
     """
     comm = MPI.COMM_WORLD
-    if grid != "auto" or comm.size == 1 or not known or steps < comm.size:
+    if grid != "auto" or comm.size == 1 or not known or not comm.size <= steps <= MOST_STEPS:
         return grid, None
     from pint_fem.adjoint.time_solver import mgrit_options  # on all ranks: it starts PETSc
 

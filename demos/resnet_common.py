@@ -53,6 +53,12 @@ def add_options(parser, *, layers, epochs, batch, lr, out, final_time, coarsenin
     add("--out", type=Path, default=Path(out), help=f"folder of the results ({out})")
     add("--fresh", action="store_true", help="do not go on from the checkpoint in --out")
     add(
+        "--if-save-fails",
+        default="stop",
+        choices=["stop", "continue"],
+        help="what to do where the checkpoint cannot be written, as on a full disk (stop)",
+    )
+    add(
         "--compare-serial",
         action="store_true",
         help="train a plain serial torch copy too, with the same seed and epochs",
@@ -63,20 +69,12 @@ def build_grid(opts):
     """The process grid; threads of torch as cores allow."""
     import torch
 
-    from pint_fem.errors import InputError
+    from demos.outputs import output_folder
     from pint_fem.resnet import Grid
 
     grid = Grid(opts.grid)
     torch.set_num_threads(1)
-    problem = None
-    if grid.is_root:
-        try:
-            opts.out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            problem = f"--out {opts.out}: {error.strerror or error}; give a folder that can be written"
-    problem = grid.comm.bcast(problem, root=0)
-    if problem:
-        raise InputError(problem)
+    output_folder(opts.out)
     return grid
 
 
@@ -117,7 +115,8 @@ def train(opts, grid, opening, layer, closing, data, test, *, dtype=None, net=No
     """Train, go on from a checkpoint, compare; curves and networks."""
     import torch
 
-    from pint_fem.resnet import Regularisation, load_checkpoint, save_checkpoint
+    from pint_fem.errors import InputError
+    from pint_fem.resnet import Regularisation, load_checkpoint, reserve_checkpoint, save_checkpoint
     from pint_fem.resnet.data import shared_loader
     from pint_fem.resnet.training import Epoch, accuracy, train_epoch
 
@@ -130,11 +129,12 @@ def train(opts, grid, opening, layer, closing, data, test, *, dtype=None, net=No
     )
     optimizer = torch.optim.Adam(net.parameters(), lr=opts.lr)
     regularisation = Regularisation(net, opts.tikhonov, opts.smoothness, opts.classifier)
-    checkpoint, curve = opts.out / f"checkpoint{label}", []
+    checkpoint, curve, settings = opts.out / f"checkpoint{label}", [], _settings(opts)
+    reserve_checkpoint(checkpoint, grid)
     if not opts.fresh:
         progress = load_checkpoint(checkpoint, net, optimizer)
         if progress:
-            curve = [Epoch(**e) for e in progress["curve"]]
+            curve = _curve(checkpoint, progress, settings)
             say(f"going on after epoch {len(curve)} of {checkpoint}")
     loader = shared_loader(data, opts.batch, grid, shuffle=not opts.warm, seed=opts.seed)
     with Progress(grid.is_root) as status:
@@ -154,11 +154,40 @@ def train(opts, grid, opening, layer, closing, data, test, *, dtype=None, net=No
             )
             curve.append(Epoch(number, test_accuracy=accuracy(net, test, grid=grid), **told))
             say(f"  {curve[-1]}")
-            save_checkpoint(checkpoint, net, optimizer, {"curve": [e.as_dict() for e in curve]})
+            try:
+                progress = {"curve": [e.as_dict() for e in curve], "settings": settings}
+                save_checkpoint(checkpoint, net, optimizer, progress)
+            except InputError as error:
+                if opts.if_save_fails == "stop":
+                    raise
+                say(f"warning: {error}; the training goes on, and the last complete checkpoint stays")
     outcome = {"network": net, "curve": curve, "serial": None}
     if opts.compare_serial:
         outcome["serial"] = compare(opts, grid, opening, layer, closing, data, test, dtype)
     return outcome
+
+
+def _settings(opts):
+    """What determines the updates of a training besides the network: it has to be the same where one goes on."""
+    weights = ("tikhonov", "smoothness", "classifier")
+    names = ("data", "count", "samples", "classes", "batch", "lr", "warm", "seed", *weights)
+    return {name: getattr(opts, name) for name in names if hasattr(opts, name)}
+
+
+def _curve(checkpoint, progress, settings):
+    """The epochs of a checkpoint, unless it is of a training with other settings."""
+    from pint_fem.errors import InputError
+    from pint_fem.resnet.training import Epoch
+
+    kept = progress.get("settings", {})
+    names = [name for name in settings if name in kept and kept[name] != settings[name]]
+    other = [f"--{name} {kept[name]}, not {settings[name]}" for name in names]
+    if other:
+        raise InputError(f"checkpoint {checkpoint} was trained with {'; '.join(other)}: give the same, or --fresh")
+    try:
+        return [Epoch(**e) for e in progress["curve"]]
+    except (KeyError, TypeError) as error:
+        raise InputError(f"checkpoint {checkpoint} has no curve of epochs ({error}): give --fresh") from error
 
 
 def _set_rate(optimizer, opts, number):
@@ -262,12 +291,16 @@ def plot_curves(path, outcome, title):
     plt.close(fig)
 
 
-def report(opts, grid, outcome, facts):
-    """The last lines and ``summary.json``."""
+def report(opts, grid, outcome, facts, outputs):
+    """The last lines and ``summary.json``; and what could not be written."""
+    outputs.on_root("summary.json", _summarise, opts, grid, outcome, facts)
+    outputs.finish()
+
+
+def _summarise(opts, grid, outcome, facts):
+    """On the first rank."""
     from pint_fem.summary import write_json
 
-    if not grid.is_root:
-        return
     net, curve, serial = outcome["network"], outcome["curve"], outcome["serial"]
     settings = {k: v for k, v in vars(opts).items() if k not in ("help", "out")}
     summary = facts | {

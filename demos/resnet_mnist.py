@@ -13,13 +13,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from demos.outputs import Outputs
 from demos.resnet_common import add_options, build_grid, nested_training, plot_curves, report, train
+from pint_fem.capacity import require_memory
 from pint_fem.cli import ProgramParser, positive, run
 
 
 def arguments():
     """Options of the program."""
-    parser = ProgramParser(prog="resnet_mnist.py", description=__doc__)
+    parser = ProgramParser(prog="resnet_mnist.py", description=__doc__, petsc=False)
     add = parser.add_argument
     add(
         "--data",
@@ -53,6 +55,7 @@ def main():
     from pint_fem.resnet.data import digits, mnist
 
     grid = build_grid(opts)
+    require_memory(grid.comm, 36 * opts.channels**2, f"layers of {opts.channels} channels", "give fewer channels")
     start = time.perf_counter()
     if opts.data == "digits":
         data, test = digits("train"), digits("test")
@@ -67,10 +70,11 @@ def main():
         outcome = nested_training(opts, grid, opening, layer, closing, data, test)
     else:
         outcome = train(opts, grid, opening, layer, closing, data, test)
-    if grid.is_root:
-        title = f"{opts.data}: {opts.layers} residual layers, {opts.channels} channels"
-        plot_curves(opts.out / "curves.png", outcome, title)
-    report(opts, grid, outcome, {"problem": "MNIST" if opts.data != "digits" else "digits", "channels": opts.channels})
+    title = f"{opts.data}: {opts.layers} residual layers, {opts.channels} channels"
+    outputs = Outputs(grid.comm)
+    outputs.on_root(str(opts.out / "curves.png"), plot_curves, opts.out / "curves.png", outcome, title)
+    facts = {"problem": "MNIST" if opts.data != "digits" else "digits", "channels": opts.channels}
+    report(opts, grid, outcome, facts, outputs)
 
 
 if __name__ == "__main__":

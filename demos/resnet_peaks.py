@@ -12,7 +12,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from demos.outputs import Outputs
 from demos.resnet_common import add_options, build_grid, make_network, nested_training, plot_curves, report, train
+from pint_fem.capacity import require_memory
 from pint_fem.cli import ProgramParser, positive, run
 
 FULL_BATCH = ("trust-region", "one-shot", "lbfgs")
@@ -20,7 +22,7 @@ FULL_BATCH = ("trust-region", "one-shot", "lbfgs")
 
 def arguments():
     """Options of the program."""
-    parser = ProgramParser(prog="resnet_peaks.py", description=__doc__)
+    parser = ProgramParser(prog="resnet_peaks.py", description=__doc__, petsc=False)
     add = parser.add_argument
     add("--classes", type=positive(int), default=5, help="2 or 5 (5)")
     add("--samples", type=positive(int), default=5000, help="training points; a fifth as many for testing (5000)")
@@ -124,6 +126,7 @@ def main():
     from pint_fem.resnet.data import peaks
 
     grid = build_grid(opts)
+    require_memory(grid.comm, 8 * opts.width**2, f"layers of width {opts.width}", "give narrower ones")
     full = opts.optimizer in FULL_BATCH
     dtype = torch.float64 if full else torch.float32
     data = peaks(opts.samples, opts.classes, seed=opts.seed, dtype=dtype)
@@ -137,10 +140,12 @@ def main():
     how = full_batch if full else nested_training if opts.multilevel > 1 else train
     outcome = how(opts, grid, *parts, data, test)
     outcome["network"].eval()
-    plot_classes(opts.out / "peaks.png", opts, outcome["network"], test)
-    if grid.is_root and not full:
-        plot_curves(opts.out / "curves.png", outcome, f"peaks, {opts.classes} classes: {opts.layers} residual layers")
-    report(opts, grid, outcome, {"problem": f"peaks, {opts.classes} classes", "optimizer": opts.optimizer})
+    outputs = Outputs(grid.comm)
+    outputs(str(opts.out / "peaks.png"), plot_classes, opts.out / "peaks.png", opts, outcome["network"], test)
+    if not full:
+        title, path = f"peaks, {opts.classes} classes: {opts.layers} residual layers", opts.out / "curves.png"
+        outputs.on_root(str(path), plot_curves, path, outcome, title)
+    report(opts, grid, outcome, {"problem": f"peaks, {opts.classes} classes", "optimizer": opts.optimizer}, outputs)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -118,11 +119,11 @@ def require_same(comm, **given: Any) -> None:
 
 
 def _flat(given: Mapping) -> dict[str, Any]:
-    """Mappings among the values by their own names."""
+    """Mappings among the values by their own names, under theirs but for ``given``."""
     out: dict[str, Any] = {}
     for name, value in given.items():
         inner = isinstance(value, Mapping) and len(value)
-        out |= _flat({f"{name} {k}": v for k, v in value.items()}) if inner else {name: value}
+        out |= _flat({k if name == "given" else f"{name} {k}": v for k, v in value.items()}) if inner else {name: value}
     return out
 
 
@@ -159,6 +160,8 @@ def _feed(update: Callable[[bytes], None], value: Any) -> None:
         update(f"sequence{len(value)}".encode())
         for item in value:
             _feed(update, item)
+    elif isinstance(value, os.PathLike):
+        _feed(update, os.fspath(value))
     elif value is None or isinstance(value, (bool, int, float, complex, str, bytes, np.generic)):
         plain = value.item() if isinstance(value, np.generic) else value
         update(f"{type(plain).__name__}:{plain!r};".encode())

@@ -18,6 +18,7 @@ from mpi4py import MPI
 from rich.console import Console
 
 from pint_fem.errors import InputError
+from pint_fem.option_names import PREFIXES, nearest, refuse_near_misses
 
 __all__ = ["ProgramParser", "Progress", "positive", "run", "wait_quietly"]
 
@@ -28,10 +29,19 @@ os.environ.setdefault("PETSC_OPTIONS", "-options_left no")
 class ProgramParser(argparse.ArgumentParser):
     """``argparse`` that raises :class:`InputError` instead of printing and exiting on every rank.
 
-    Options with one dash (``-mgrit_rtol 1e-6``, ``-pint_ksp_view``) are PETSc's and stay in its database.
+    Options with one dash (``-mgrit_rtol 1e-6``, ``-pint_ksp_view``) are PETSc's and stay in its database; those that
+    are nearly the program's own or this package's are refused.
+
+    Parameters
+    ----------
+    petsc
+        Whether the program reads PETSc's options; without, all options with one dash are refused.
+    **kwargs
+        See :class:`argparse.ArgumentParser`.
     """
 
-    def __init__(self, **kwargs):
+    def __init__(self, *, petsc: bool = True, **kwargs):
+        self._petsc = petsc
         super().__init__(
             allow_abbrev=False, add_help=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs
         )
@@ -60,11 +70,27 @@ class ProgramParser(argparse.ArgumentParser):
         for word in rest:
             is_petsc = word.startswith("-") and not word.startswith("--") and word[1:2].isalpha()
             if not is_petsc and not (previous_is_petsc and not word.startswith("--")):
-                near = difflib.get_close_matches(word.split("=")[0], known, n=1)
+                name = word.split("=")[0]
+                if name.lstrip("-").startswith(PREFIXES):
+                    known = [*known, f"-{name.lstrip('-')}"]
+                near = difflib.get_close_matches(name, known, n=1)
                 hint = f"did you mean {near[0]}?" if near else "see --help"
                 raise InputError(f"unknown argument {word!r}: {hint}")
+            if is_petsc:
+                self._check_one_dash(word.split("=")[0], known)
             previous_is_petsc = is_petsc
         return options
+
+    def _check_one_dash(self, word: str, known: Sequence[str]) -> None:
+        """Refuse an option with one dash that the program has with two, or that nothing reads."""
+        name = word[1:]
+        own = [name, name.partition("_")[2]] if not self._petsc else [name]
+        near = [found for n in own if n and (found := nearest(f"--{n}".replace("_", "-"), known, int(len(n) > 3)))]
+        if near and name != "help":  # PETSc has one, too
+            raise InputError(f"unknown argument {word!r}: did you mean {near[0]}?")
+        if not self._petsc:
+            raise InputError(f"unknown argument {word!r}: this program has no options of PETSc's; see --help")
+        refuse_near_misses([name])
 
 
 def positive(kind: type, *, zero: bool = False) -> Callable[[str], float]:
@@ -85,7 +111,7 @@ def positive(kind: type, *, zero: bool = False) -> Callable[[str], float]:
 def run(main: Callable[[], None], comm=MPI.COMM_WORLD) -> None:
     """Call ``main`` on every rank and exit: status 0, 2 after bad input (one line on stderr), 1 after a failure.
 
-    An error that not every rank meets ends the others too: no rank is left waiting.
+    An error, an exit or an interrupt that not every rank meets ends the others too: no rank is left waiting.
     """
     try:
         main()
@@ -93,9 +119,13 @@ def run(main: Callable[[], None], comm=MPI.COMM_WORLD) -> None:
     except InputError as error:
         code = _leave(comm, 2, f"error: {' '.join(str(error).split())}\n")
     except SystemExit as stop:
-        code = stop.code or 0
-    except KeyboardInterrupt:
-        comm.Abort(130)
+        text = "" if isinstance(stop.code, int | None) else f"error: {stop.code}\n"
+        code = _leave(comm, 1 if text else stop.code or 0, text)
+    except KeyboardInterrupt as stop:
+        if getattr(stop, "raised_on_ranks", 1) < comm.size:
+            sys.stderr.write(f"rank {comm.rank}: interrupted\n")
+            comm.Abort(130)
+        code = _leave(comm, 130, "interrupted\n")
     except BaseException as error:
         lines = traceback.format_exc() if os.environ.get("PINT_FEM_TRACEBACK") or not _expected(error) else ""
         code = _leave(comm, 1, f"{lines}error: {type(error).__name__}: {' '.join(str(error).split())}\n")
@@ -116,9 +146,9 @@ def _leave(comm, code: int, text: str) -> int:
     request, start = comm.Ibarrier(), time.monotonic()
     while not request.Test():
         if time.monotonic() - start > 20:
-            sys.stderr.write(text)
+            sys.stderr.write(text or f"error: rank {comm.rank} left alone\n")
             sys.stderr.flush()
-            comm.Abort(code)
+            comm.Abort(code or 1)
         time.sleep(0.01)
     if comm.rank == 0:
         sys.stderr.write(text)

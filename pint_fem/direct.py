@@ -125,7 +125,9 @@ def trial_residual(ksp: PETSc.KSP, b: PETSc.Vec, x: PETSc.Vec) -> float:
     matrix, r = ksp.getOperators()[0], b.duplicate()
     matrix.mult(x, r)
     r.axpy(-1.0, b)
-    return r.norm(PETSc.NormType.NORM_INFINITY)
+    residual = r.norm(PETSc.NormType.NORM_INFINITY)
+    r.destroy()
+    return residual
 
 
 def matrix_bytes(matrix: PETSc.Mat) -> int:
@@ -166,7 +168,9 @@ def factor_bytes(ksp: PETSc.KSP, parameters: Mapping) -> int:
     whole = PETSc.IS().createStride(matrix.getSize()[0], comm=PETSc.COMM_SELF)
     (alone,) = matrix.createSubMatrices([whole], [whole])
     factor = parameters.get("redundant_pc_type", "lu"), parameters.get("redundant_pc_factor_mat_solver_type", "petsc")
-    return matrix_bytes(alone) + _bytes_again(alone, *factor)
+    size = matrix_bytes(alone) + _bytes_again(alone, *factor)
+    alone.destroy()
+    return size
 
 
 def _bytes(pc: PETSc.PC) -> int:

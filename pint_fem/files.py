@@ -62,7 +62,7 @@ def naming(what: str, advice: str = "") -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = error.strerror or str(error)
+        reason = error.strerror or f"{error} (a full disk?)"  # numpy counts what it could write, and that is all
         raise InputError(f"{what}: {reason}" + (f"; {advice}" if advice else "")) from error
 
 
@@ -99,7 +99,7 @@ def require_regular(
     return True
 
 
-def require_output(path: str | Path, what: str) -> None:
+def require_output(path: str | Path, what: str, *, makes_folder: bool = False) -> None:
     """Find out before a run whether a file can be written at its end; nothing is left behind.
 
     Parameters
@@ -108,6 +108,8 @@ def require_output(path: str | Path, what: str) -> None:
         The file; it may be there already and is not changed.
     what
         What it is for, in the message.
+    makes_folder
+        Whether folders that are missing will be made by who writes the file.
 
     Raises
     ------
@@ -117,7 +119,11 @@ def require_output(path: str | Path, what: str) -> None:
     path = Path(path)
     there = require_regular(path, what)
     if not path.parent.is_dir():
-        raise InputError(f"{what} {path}: there is no such folder {path.parent}; make it or give another name")
+        there = next(p for p in path.absolute().parents if p.exists())
+        if not makes_folder or not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+            why = "make it" if there.is_dir() and not makes_folder else f"and {there} is no folder that can be written"
+            raise InputError(f"{what} {path}: there is no such folder {path.parent}, {why}; or give another name")
+        return
     with naming(f"{what} {path} cannot be written"):
         if there:
             os.close(os.open(path, os.O_WRONLY | os.O_NOFOLLOW))

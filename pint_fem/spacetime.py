@@ -10,11 +10,12 @@ from __future__ import annotations
 import importlib.util
 import re
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 from mpi4py import MPI
 
+from pint_fem.collective import require_same
+from pint_fem.communicators import Lease
 from pint_fem.errors import InputError
 from pint_fem.mgrit.grids import split_steps
 from pint_fem.mgrit.norms import euclidean
@@ -68,6 +69,17 @@ class Slab:
         return self.hi == self.nsteps
 
 
+def _has_firedrake() -> bool:
+    return importlib.util.find_spec("firedrake") is not None
+
+
+def _ensemble(comm, n: int):
+    """The ``firedrake.Ensemble`` of groups of ``n`` ranks."""
+    from firedrake import Ensemble
+
+    return Ensemble(comm, n)
+
+
 class SpaceTime:
     """A space x time grid of processes.
 
@@ -76,12 +88,20 @@ class SpaceTime:
     grid
         ``(P_space, P_time)``, a string such as ``"2x4"``, or ``None`` for all ranks in time.
     comm
-        The communicator to split; default the world.
+        The communicator to split; default the world. All grids of the same shape on one communicator share what it is
+        split into (see :mod:`pint_fem.communicators`), so that any number of them can be made and dropped.
 
     Attributes
     ----------
     space_comm, time_comm, reversed_time_comm : mpi4py communicators
         A state's degrees of freedom; the slabs; the slabs from the last to the first, for adjoint sweeps.
+    ensemble : firedrake.Ensemble or None
+        That of this grid, where there is Firedrake.
+
+    Notes
+    -----
+    ``with SpaceTime("2x4") as st:`` or :meth:`free` give the communicators back. Where neither is used they stay for
+    the next grid of this shape until ``comm`` itself is freed.
 
     Raises
     ------
@@ -94,20 +114,27 @@ class SpaceTime:
         if grid is None:
             grid = "auto"
         text = grid if isinstance(grid, str) else "x".join(map(str, grid))
+        require_same(comm, grid=text)
         self.space_size, self.time_size = parse_grid(text, comm.size)
-        if importlib.util.find_spec("firedrake") is not None:
-            self.space_comm, self.time_comm = self.ensemble.comm, self.ensemble.ensemble_comm
-        else:
-            self.space_comm = comm.Split(comm.rank // self.space_size, comm.rank)
-            self.time_comm = comm.Split(comm.rank % self.space_size, comm.rank)
-        self.reversed_time_comm = self.time_comm.Split(0, -self.time_comm.rank)
+        self._lease = Lease(comm, self.space_size, _ensemble if _has_firedrake() else None)
+        groups = self._lease.groups
+        self.space_comm, self.time_comm, self.ensemble = groups.inner, groups.outer, groups.ensemble
+        self.reversed_time_comm = groups.reversed_outer
 
-    @cached_property
-    def ensemble(self):
-        """The ``firedrake.Ensemble`` of this grid."""
-        from firedrake import Ensemble
+    def free(self) -> None:
+        """Give the communicators back (collective over ``comm``): they are freed if no other grid of this shape on
+        ``comm`` uses them. Call it when the meshes and functionals on them are not used any more.
+        """
+        self._lease.free()
+        self.space_comm = self.time_comm = self.reversed_time_comm = MPI.COMM_NULL
+        self.ensemble = None
 
-        return Ensemble(self.comm, self.space_size)
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        if error is None:  # a rank that fails alone must not wait for the others here
+            self.free()
 
     @property
     def is_root(self) -> bool:

@@ -7,11 +7,19 @@ from pathlib import Path
 
 import numpy as np
 
+from pint_fem import files
+
 __all__ = ["write_json"]
 
 
 def write_json(path: Path, data: dict) -> None:
-    """Write a summary whole or not at all; numbers that are not finite become ``null``."""
+    """Write a summary whole or not at all; numbers that are not finite become ``null``.
+
+    Raises
+    ------
+    InputError
+        Where it cannot be written; the last one is left.
+    """
 
     def plain(x):
         if isinstance(x, dict):
@@ -24,6 +32,5 @@ def write_json(path: Path, data: dict) -> None:
             return None
         return x if x is None or isinstance(x, (str, int, float, bool)) else str(x)
 
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(plain(data), indent=2) + "\n")
-    part.replace(path)
+    with files.naming(f"{path} cannot be written"):
+        files.write_whole(path, (json.dumps(plain(data), indent=2) + "\n").encode())

@@ -24,7 +24,7 @@ from pint_fem.spacetime import SpaceTime
 from problems.heat_readings import NOISE, READINGS
 from problems.meshfile import locate, read_mesh
 from problems.plate import BOUNDARIES, FINAL_TIME, MESH, REGIONS, boundary_conditions, residual, true_source
-from problems.readings import Readings, read_readings
+from problems.readings import Readings, misfit_weight, read_readings
 
 __all__ = ["HeatSource", "heat_source"]
 
@@ -111,8 +111,7 @@ def heat_source(
         control=q,
         bcs=boundary_conditions(V),
     )
-    sigma = noise * np.abs(data.values).max()
-    sensors = PointSensors(data.points, data.times, data.values, weight=1 / (sigma**2 * data.values.size))
+    sensors = PointSensors(data.points, data.times, data.values, weight=misfit_weight(data, noise))
     a = TrialFunction(V)
     prior = (alpha * inner(grad(a), grad(v)) + beta * a * v) * dx
     regularisation = 0.5 * (alpha * inner(grad(q), grad(q)) + beta * q * q) * dx

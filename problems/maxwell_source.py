@@ -20,6 +20,7 @@ import numpy as np
 from firedrake import Function, TestFunction, TrialFunction, VectorFunctionSpace, dx, grad, inner
 
 from pint_fem.adjoint import PointSensors, TimeParallelReducedFunctional
+from pint_fem.capacity import require_memory
 from pint_fem.errors import InputError
 from pint_fem.propagators import Evolution, make_propagator, named_tableau, time_function
 from pint_fem.propagators.leapfrog import leapfrog
@@ -28,7 +29,7 @@ from problems.maxwell import B, E, Medium, perfect_conductor, residual, state_sp
 from problems.maxwell_readings import COLUMNS, NOISE, readings_file
 from problems.maxwell_setting import CELLS, Setting, box_mesh, setting, signal, true_current
 from problems.meshfile import locate
-from problems.readings import Readings, read_readings
+from problems.readings import Readings, misfit_weight, read_readings
 
 __all__ = ["ALPHA", "BETA", "MaxwellSource", "evolution_of", "maxwell_source"]
 
@@ -156,6 +157,10 @@ def maxwell_source(
     integrator, steps = integrator or given.integrator, given.steps if steps is None else steps
     explicit = integrator == "Leapfrog"
     data = read_readings(readings or readings_file(regime), given.final_time, COLUMNS)
+    unknowns = 2 * cells**2 * (degree + 1) * (degree + 2)  # of the elements, which share some
+    least = (200 * cells**2 + 8 * unknowns * (degree + 1) * (degree + 2)) // spacetime.space_size
+    what = f"{cells} x {cells} cells of degree {degree}"
+    require_memory(spacetime.comm, least, what, "give fewer cells or a lower degree")
     mesh = box_mesh(cells, spacetime.space_comm)
     locate(data.points, mesh, data.sensors)
     evolution = evolution_of(
@@ -166,8 +171,7 @@ def maxwell_source(
         degree=degree,
         solver_parameters=step_parameters,
     )
-    sigma = noise * np.abs(data.values).max()
-    weight = 1 / (sigma**2 * data.values.size)
+    weight = misfit_weight(data, noise)
     sensors = [
         PointSensors(data.points, data.times, data.values[..., i], weight=weight, field=E, component=i) for i in (0, 1)
     ]

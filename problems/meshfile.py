@@ -14,11 +14,17 @@ from firedrake.petsc import PETSc
 from mpi4py import MPI
 
 from pint_fem.errors import InputError
+from pint_fem.files import require_regular
 
 __all__ = ["locate", "read_mesh"]
 
 # Firedrake's own default (0.5 of a cell's size) takes points in a small hole for points of the plate.
 POINT_TOLERANCE = 1e-6
+LARGEST_COORDINATE = 1e100
+RESOLUTION = 1e-6
+"""Round-off of the largest coordinate, at most, relative to the shortest edge."""
+FLAT = 1e-10
+"""Twice the area of a triangle, at least, relative to the square of its longest edge."""
 _SPACE_DIMENSION = "dm_plex_gmsh_spacedim"
 
 
@@ -100,6 +106,7 @@ def _check_file(path):
         raise InputError(f"{path}: is a directory (give the .msh file in it)")
     if path.suffix.lower() != ".msh":
         raise InputError(f"{path}: not a .msh file (its name ends in '{path.suffix}'; give a mesh saved by gmsh)")
+    require_regular(path, "mesh", links=True)  # every rank reads it: a FIFO would block
     try:
         content = path.read_bytes()
     except FileNotFoundError:
@@ -163,6 +170,42 @@ def _check_triangles(path, plex):
     height = np.ptp(coordinates[:, 2])
     if height:
         raise InputError(f"{path}: not a plane mesh (its z coordinates span {height:g}; draw it in the x-y plane)")
+    _check_shapes(path, plex, coordinates[:, :2])
+
+
+def _check_shapes(path, plex, x):
+    """Check that the coordinates `x` of the vertices resolve the triangles, and that these do not overlap."""
+    first_vertex = plex.getDepthStratum(0)[0]
+    first_edge, end_edge = plex.getDepthStratum(1)
+    ends = np.array([plex.getCone(e) for e in range(first_edge, end_edge)]).reshape(-1, 2) - first_vertex
+    sides = np.array([plex.getCone(c) for c in range(*plex.getHeightStratum(0))]).reshape(-1, 3) - first_edge
+    largest = np.abs(x).max()
+    with np.errstate(over="ignore"):
+        lengths = np.hypot(*(x[ends[:, 1]] - x[ends[:, 0]]).T)
+    resolved = np.finfo(float).eps * largest <= RESOLUTION * lengths.min()
+    if not (resolved and 1 / LARGEST_COORDINATE < largest < LARGEST_COORDINATE):
+        raise InputError(f"{path}: coordinates do not resolve the triangles (they are as large as {largest:g}, the "
+                         f"shortest edge is {lengths.min():g}; move the mesh near the origin, or merge nodes that are "
+                         "the same)")
+    # twice the signed area of each triangle beside each of its edges: positive on the left of the edge
+    owner, edge = np.repeat(np.arange(len(sides)), 3), sides.ravel()
+    opposite = ends[sides].reshape(len(sides), 6).sum(axis=1)[owner] // 2 - ends[edge].sum(axis=1)
+    a, b, c = (x[i] for i in (*ends[edge].T, opposite))
+    area = (b - a)[:, 0] * (c - a)[:, 1] - (b - a)[:, 1] * (c - a)[:, 0]
+    flat = np.abs(area) < FLAT * lengths[sides].max(axis=1)[owner] ** 2
+    if flat.any():
+        raise InputError(f"{path}: not a usable mesh ({_place(a, flat)} is a corner of a triangle without area; mesh "
+                         "the geometry again)")
+    count = np.bincount(edge, minlength=len(ends))
+    left = np.bincount(edge, weights=area > 0, minlength=len(ends))
+    wrong = (count > 2) | ((count == 2) & (left != 1))
+    if wrong.any():
+        raise InputError(f"{path}: a tangled mesh ({int(wrong.sum())} edges have both their triangles on one side, or "
+                         f"more than two, one at {_place(x[ends[:, 0]], wrong)}; mesh the geometry again)")
+
+
+def _place(x, found):
+    return "({:g}, {:g})".format(*x[found.argmax()])
 
 
 def _check_tags(path, plex, regions, boundaries):

@@ -20,9 +20,12 @@ from pathlib import Path
 import numpy as np
 
 from pint_fem.errors import InputError
+from pint_fem.files import require_regular
 
-__all__ = ["COLUMNS", "FACTORISE_ONCE", "Readings", "read_readings"]
+__all__ = ["COLUMNS", "FACTORISE_ONCE", "Readings", "misfit_weight", "read_readings"]
 
+LARGEST = 1e100
+"""Numbers beyond overflow where their squares are added up."""
 COLUMNS = ("sensor", "x", "y", "time", "temperature")
 
 FACTORISE_ONCE = {
@@ -128,6 +131,7 @@ def _rows(path, expected):
     """Yield (line number, fields) of each line that is neither blank nor a comment."""
     if path.is_dir():
         raise InputError(f"{path}: is a directory (give the CSV file of readings in it)")
+    require_regular(path, "readings", links=True)  # every rank reads it: a FIFO would block
     try:
         # utf-8-sig: spreadsheets put a byte order mark in front of the first column name
         lines = path.read_text(encoding="utf-8-sig").splitlines()
@@ -171,4 +175,33 @@ def _number(where, column, text):
         raise InputError(f"{where}: {column} is not a number (got '{text}'; give one such as 0.25)") from None
     if not math.isfinite(number):
         raise InputError(f"{where}: {column} is not finite (got '{text}'; leave the sensor out or repair the reading)")
+    if abs(number) > LARGEST:
+        raise InputError(f"{where}: {column} is too large (got '{text}'; its square overflows: repair the reading or "
+                         "give it in other units)")
     return number
+
+
+def misfit_weight(readings: Readings, noise: float) -> float:
+    """One over the noise's variance and the number of readings: a misfit with this weight is 1/2 at the noise.
+
+    Parameters
+    ----------
+    readings : Readings
+        What was read.
+    noise : float
+        Standard deviation of the noise relative to the largest absolute reading; positive.
+
+    Raises
+    ------
+    InputError
+        If all readings are zero, or the variance or the weight is not an ordinary number.
+    """
+    largest = np.abs(readings.values).max()
+    if largest == 0:
+        raise InputError(f"{readings.path}: all {readings.values.size} readings are zero, and so is the noise that is "
+                         f"{noise:g} of the largest; give readings that are not")
+    variance = (noise * largest) ** 2
+    if not np.finfo(float).tiny <= variance * readings.values.size < np.inf:
+        raise InputError(f"{readings.path}: noise of {noise:g} of the largest reading, {largest:g}, has a variance of "
+                         f"{variance:g}, which is out of range; give another noise, or readings in other units")
+    return float(1 / (variance * readings.values.size))

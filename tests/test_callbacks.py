@@ -15,7 +15,6 @@ from pint_fem.paradiag import ParaDiag
 from tests.limits import time_limit
 
 N, M = 32, 4
-REFUSED = (InputError, SolverFailure)
 
 
 class Euler:
@@ -64,7 +63,7 @@ class SweepReturns(Euler):
 
 class SweepRebinds(Euler):
     def sweep(self, first, U, G):
-        for i in range(len(U) - 1):
+        for _ in range(len(U) - 1):
             U = U / (1 + self.h)
 
 
@@ -95,7 +94,7 @@ def solve(kind, comm=MPI.COMM_SELF, levels=3, **options):
         [kind(M**i) for i in range(levels)], N, options=dict(coarsening=M, levels=levels, rtol=1e-12, **options),
         comm=comm,
     )  # fmt: skip
-    U = start(solver.levels[0].k, comm.rank == 0)
+    U = start(solver.local_rows - 1, comm.rank == 0)
     return solver, solver.solve(U), U
 
 
@@ -104,12 +103,12 @@ def solve(kind, comm=MPI.COMM_SELF, levels=3, **options):
 @pytest.mark.parametrize("kind", WRONG, ids=lambda kind: kind.__name__)
 @pytest.mark.parametrize("options", [{}, {"levels": 1}, {"storage": "C"}, {"on_divergence": "serial"}], ids=str)
 def test_a_step_of_another_package_is_refused_on_every_rank(kind, options):
-    with pytest.raises(REFUSED, match=WRONG[kind]):
+    with pytest.raises(InputError, match=WRONG[kind]):
         solve(kind, MPI.COMM_WORLD, **options)
 
 
 def test_a_block_that_is_written_in_part_is_refused():
-    with pytest.raises(REFUSED, match="step does not write all"):
+    with pytest.raises(InputError, match="step does not write all"):
         solve(WritesOne)
 
 
@@ -119,7 +118,7 @@ def test_a_block_that_is_written_in_part_is_refused():
     ids=lambda x: getattr(x, "__name__", ""),
 )
 def test_a_sweep_that_does_not_write_its_states_is_refused(kind, text):
-    with pytest.raises(REFUSED, match=text):
+    with pytest.raises(InputError, match=text):
         solve(kind, levels=1)
 
 
@@ -165,13 +164,13 @@ def test_norms_and_transfers_are_held_to_their_forms():
         block *= 2
         return (block**2).sum(axis=1)
 
-    with pytest.raises(REFUSED, match="point_norms returned None: return an array of shape"):
+    with pytest.raises(InputError, match="point_norms returned None: return an array of shape"):
         run(norms=lambda block: None)
-    with pytest.raises(REFUSED, match="point_norms.*read-only"):
+    with pytest.raises(InputError, match=r"point_norms.*read-only"):
         run(norms=scaled)
     with pytest.raises(ValueError, match="restrict returned None"):
         run(transfer=Transfer(lambda block: None, lambda block: block))
-    with pytest.raises(REFUSED, match="prolong returned None"):
+    with pytest.raises(InputError, match="prolong returned None"):
         run(transfer=Transfer(lambda block: block.copy(), lambda block: None))
 
 
@@ -201,7 +200,7 @@ def test_paradiag_takes_frequencies_that_are_returned():
 
     assert np.abs(run(returns)).max() < 1e-7
     for wrong, text in ((in_place, "read-only"), (nothing, "returned None"), (one_number, "returned shape")):
-        with pytest.raises(REFUSED, match=text):
+        with pytest.raises(InputError, match=text):
             run(wrong)
 
 

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,11 +14,13 @@ pytest.importorskip("torch", reason="pint_fem.resnet needs torch (pip install 'p
 
 import torch
 from mpi4py import MPI
+from torch import nn
 
 from demos import resnet_mnist, resnet_peaks
 from pint_fem.errors import InputError
-from pint_fem.resnet import Grid
+from pint_fem.resnet import Dense, Grid, LayerParallelResNet
 from pint_fem.resnet.data import digits, mnist, peaks, peaks_class, peaks_function, read_idx, shared_loader, write_idx
+from tests.limits import time_limit
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
@@ -171,3 +174,22 @@ def test_imports_without_firedrake_and_without_torch():
     code = block + "import pint_fem, pint_fem.mgrit, pint_fem.optimize, pint_fem.cli\ntry:\n import pint_fem.resnet\n"
     code += "except ImportError as e:\n assert 'pint_fem[resnet]' in str(e), e\nelse:\n sys.exit(1)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120)
+
+
+@pytest.mark.parallel([1, 2])
+@time_limit(30)
+def test_sizes_that_cannot_fit_are_refused():
+    """Before anything is allocated: 2 (10^6)^2 numbers of 4 bytes a layer are 8 TB, 10^12 points 100 TB."""
+    ends = nn.Linear(2, 4), nn.Linear(4, 2)
+    for layer, count in ((Dense(4), 10**12), (Dense(10**6), 8)):
+        with pytest.raises(InputError, match=rf"parameters and gradients of {count} layers need at least .* TB"):
+            LayerParallelResNet(ends[0], layer, count, ends[1], mgrit={"coarsening": 2})
+    with pytest.raises(InputError, match=r"1000000000000 points of peaks need at least 100 TB"):
+        peaks(10**12)
+
+
+def test_a_fifo_is_no_data(tmp_path):
+    """Reading it would block."""
+    os.mkfifo(tmp_path / "images")
+    with time_limit(30), pytest.raises(InputError, match="images is a FIFO"):
+        read_idx(tmp_path / "images")

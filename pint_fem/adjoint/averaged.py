@@ -20,8 +20,8 @@ from pint_fem.collective import any_rank
 from pint_fem.errors import SolverFailure
 from pint_fem.paradiag import ParaDiagOptions
 from pint_fem.paradiag.petsc import distributed_system
-from pint_fem.paradiag.systems import ShiftedSteps
-from pint_fem.propagators.arrays import boundary_rows, get, put
+from pint_fem.paradiag.systems import ProjectedSystem, ShiftedSteps
+from pint_fem.propagators.arrays import boundary_rows, put
 from pint_fem.propagators.evolution import Evolution
 from pint_fem.spacetime import Slab, SpaceTime
 
@@ -59,6 +59,7 @@ class AveragedSystems:
         form, self._rate = evolution.parts()
         forms = (expand_derivatives(derivative(form, x)) for x in (self._rate, evolution.u))
         self._forms = [None if f.empty() else f for f in forms]
+        self._assembled = [None, None]  # Firedrake's matrices, used again
         self._matrices: list[PETSc.Mat | None] = [None, None]
         self._systems: ShiftedSteps | None = None
         count = min(SAMPLES, evolution.nsteps)
@@ -93,13 +94,14 @@ class AveragedSystems:
         return renew
 
     def forget(self) -> None:
-        """Give up the factors of all frequencies: the next solve averages anew."""
+        """Give up the factors of all frequencies, as after a failure or a change of data: the next solve averages
+        anew.
+        """
         self._systems = None
 
     def _average(self, z, U: np.ndarray) -> None:
         """Assemble and average; collective over all ranks."""
-        ev, comm = self.evolution, self.spacetime.time_comm
-        kept = get(ev.u), ev.get_controls(), None if ev.t is None else get(ev.t)
+        comm = self.spacetime.time_comm
         sums = [None, None]
         for step in self._samples:
             owner = int(np.searchsorted(self.slab.bounds, step, side="right")) - 1
@@ -110,10 +112,6 @@ class AveragedSystems:
                     values = np.ascontiguousarray(matrix.getValuesCSR()[2])
                     comm.Bcast(values, root=owner)
                     sums[i] = values if sums[i] is None else sums[i] + values
-        put(ev.u, kept[0])
-        ev.put_controls(kept[1])
-        if ev.t is not None:
-            put(ev.t, kept[2])
         if any_rank(self.spacetime.space_comm, not all(np.isfinite(s).all() for s in sums if s is not None)):
             raise SolverFailure("the operators that ParaDiag averages over the steps are not finite")
         averages = [None if s is None else self._matrix(i, s / len(self._samples)) for i, s in enumerate(sums)]
@@ -132,7 +130,8 @@ class AveragedSystems:
         with stop_annotating():
             for j, form in enumerate(self._forms):
                 if form is not None:
-                    self._matrices[j] = assemble(form, mat_type="aij").petscmat
+                    self._assembled[j] = assemble(form, mat_type="aij", tensor=self._assembled[j])
+                    self._matrices[j] = self._assembled[j].petscmat
 
     def _matrix(self, i: int, values: np.ndarray) -> PETSc.Mat:
         """A matrix like the operator with other values."""
@@ -150,7 +149,17 @@ class AveragedSystems:
             if K is not None:
                 S.axpy(a * ev.dt, K, structure=PETSc.Mat.Structure.DIFFERENT_NONZERO_PATTERN)
             S.zeroRowsColumns(rows, diag=1.0)
+            if ev.nullspace is not None:
+                ev.nullspace.check(S)
+                ev.nullspace.pin(S)
             stages[a] = S
         M.zeroRows(rows, diag=0.0)
+        if self._systems is not None:
+            self._systems.release()
         systems = {a: distributed_system((S, M), self._parameters) for a, S in stages.items()}
+        if ev.nullspace is not None:
+            systems = {a: ProjectedSystem(system, ev.nullspace) for a, system in systems.items()}
+        for matrix in (K, *stages.values()):  # the systems have their entries
+            if matrix is not None:
+                matrix.destroy()
         self._systems = ShiftedSteps(dirk.A, dirk.b, systems, 1e9 * self._options.memory)

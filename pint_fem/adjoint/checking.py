@@ -71,7 +71,7 @@ def check_sweeps(sweeps: Sweeps, z: np.ndarray | None = None, *, seed: int = 0, 
     """
     evolution, spacetime = sweeps.evolution, sweeps.spacetime
     if z is None and evolution.parameters:
-        z = evolution.get_controls()
+        z = evolution.posed.get_controls()
     elif z is not None and z.ndim == 2:
         z = np.concatenate(spacetime.time_comm.allgather(z))
     try:

@@ -119,7 +119,7 @@ class HDF5Checkpoint:
             "dt": ev.dt,
             "t0": ev.t0,
             "inner product": inner_number(self._layout, self.objective),
-            **evolution_numbers(ev, self._spacetime.space_comm),
+            **evolution_numbers(self._problem.sweeps.evolution, self._spacetime.space_comm),
         }
 
     # -- one run at a time ---------------------------------------------------------------------------------------------

@@ -79,14 +79,18 @@ class InexactObjective(Objective):
         """``J(x)`` and an estimate of its error, at most ``tolerance`` where the sweeps' ``rtol`` allows."""
         self.failure = None
         try:
-            return self._value_within(x, tolerance)
+            value, error = self._value_within(x, tolerance)
         except SolverFailure as failure:
             return self._failed(failure), 0.0
+        self._name_parts(value)
+        return value, error
 
     def _value_within(self, x: np.ndarray, tolerance: float) -> tuple[float, float]:
         problem, rtol = self.problem, self.loosest
         for _ in range(_TRIES):
             value, point = problem.value(x, rtol=rtol), problem.at(x)
+            if not np.isfinite(value):  # no accuracy makes it so
+                return value, 0.0
             if self._weight is None:
                 problem.derivative(x, rtol=rtol)
                 self._see_adjoint(point)

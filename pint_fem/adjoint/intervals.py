@@ -96,6 +96,10 @@ class Intervals:
         """A state for each own interval and one more."""
         return np.zeros((self.count + 1, self.evolution.state_size))
 
+    def update_data(self) -> None:
+        """Data have other values now: forget what forcing comes to."""
+        self._affine = None
+
     # -- where steps are taken -----------------------------------------------------------------------------------------
     def bind(self, z: np.ndarray | None, U: np.ndarray | None) -> None:
         """Take controls ``(nz,)`` or ``(k, nz)`` and the stored states ``(count + 1, n)`` from now on."""

@@ -36,7 +36,9 @@ class ControlLayout:
     """
 
     def __init__(self, evolution: Evolution, spacetime: SpaceTime, slab: Slab):
-        self.evolution, self.spacetime, self.slab = evolution, spacetime, slab
+        #: As the user gave it: controls are the user's own functions here, as keys.
+        self.evolution = evolution = evolution.posed
+        self.spacetime, self.slab = spacetime, slab
         self._static = [c for c in evolution.parameters if c not in evolution.stepwise]
         initial = [] if evolution.initial_control is None else [evolution.initial_control]
         self._slices: dict[Function, slice] = {}

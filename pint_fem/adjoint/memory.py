@@ -28,8 +28,9 @@ import numpy as np
 
 from pint_fem.adjoint.misfit import BLOCK, BlockMisfit
 from pint_fem.mgrit.view import memory as solver_memory
+from pint_fem.propagators.arrays import own_size
 
-__all__ = ["Memory", "memory"]
+__all__ = ["Memory", "least_bytes", "memory"]
 
 
 class Memory(NamedTuple):
@@ -67,9 +68,29 @@ class Memory(NamedTuple):
         return "\n".join(lines)
 
 
+def least_bytes(evolution, slab, m: int = 1) -> int:
+    """Bytes of a rank below which no optimisation can be, known before anything is allocated.
+
+    State, adjoint, a sweep and its right-hand side at the stored points, and three vectors of the controls that have a
+    value in each step.
+
+    Parameters
+    ----------
+    evolution
+        The problem.
+    slab
+        Own steps.
+    m
+        Distance of the points that are stored.
+    """
+    rows = slab.k // m + 1
+    stepwise = sum(own_size(control.function_space()) for control in evolution.stepwise)
+    return 8 * (4 * rows * evolution.state_size + 3 * slab.k * stepwise)
+
+
 def memory(problem) -> Memory:
     """Of a :class:`~pint_fem.adjoint.problem.ReducedProblem`, before or after a run; collective."""
-    sweeps, ev, slab = problem.sweeps, problem.evolution, problem.sweeps.slab
+    sweeps, ev, slab = problem.sweeps, problem.sweeps.evolution, problem.sweeps.slab
     n, intervals = 8 * ev.state_size, sweeps.intervals
     own, _ = sweeps.stored
     rows, second = own.stop - own.start, not sweeps.is_linear

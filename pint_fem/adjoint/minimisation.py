@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager
+from functools import wraps
+from numbers import Real
 from pathlib import Path
 
 import numpy as np
 import ufl
-from firedrake import TestFunction, TrialFunction, assemble, derivative
+from firedrake import TestFunction, assemble, derivative
 from pyadjoint.tape import stop_annotating
 from ufl.algorithms import expand_derivatives, extract_coefficients
 
@@ -17,13 +19,15 @@ from pint_fem.adjoint.fingerprint import bound_numbers, constraint_numbers
 from pint_fem.adjoint.inexact import InexactObjective
 from pint_fem.adjoint.objective import Objective
 from pint_fem.adjoint.riesz import ControlInner
-from pint_fem.errors import InputError
+from pint_fem.collective import ending_all_ranks, require_same
+from pint_fem.errors import InputError, SolverFailure
 from pint_fem.optimize import InexactOptions, minimize_trust_region
 from pint_fem.optimize.bounded import minimize_bounded
 from pint_fem.optimize.constraints import AffineConstraints
 from pint_fem.optimize.one_shot import minimize_one_shot
 from pint_fem.optimize.scipy_adapter import scipy_minimize
 from pint_fem.propagators.arrays import get
+from pint_fem.propagators.quadrature import with_fixed_degrees
 
 __all__ = ["one_shot", "scipy_method", "trust_region"]
 
@@ -32,11 +36,29 @@ __all__ = ["one_shot", "scipy_method", "trust_region"]
 _MODEL_FORCING = 0.02
 
 
+def _on_all_ranks(method: Callable) -> Callable:
+    """Make a method the same on all ranks: its arguments are compared, and copies of a static start."""
+
+    @wraps(method)
+    def run(rf, start: np.ndarray, *args, monitor=None, **options):
+        comm = rf.spacetime.comm
+        own = {name: value for name, value in options.items() if name != "callback"}
+        with ending_all_ranks(comm):
+            require_same(comm, minimiser=method.__name__, method=args, given=own)
+            rf.problem.require_copies(start=start)
+            if monitor is not None:
+                options["monitor"] = monitor
+            return method(rf, start, *args, **options)
+
+    return run
+
+
+@_on_all_ranks
 def trust_region(
     rf,
     start: np.ndarray,
     *,
-    monitor,
+    monitor=None,
     inexact,
     bounds,
     constraints,
@@ -69,6 +91,7 @@ def trust_region(
         if bounds is not None:
             lower, upper = (_side(rf, side) for side in bounds)
             objective = Objective(problem, inner)
+            _floor(objective, start, checkpoint, options)
             sides = {"lower": lower, "upper": upper}
             keep = _checkpoint(checkpoint, rf, objective, "trust region within bounds", if_save_fails, sides=sides)
             with keep as kept:
@@ -78,6 +101,8 @@ def trust_region(
         else:
             objective = InexactObjective(problem, inner)
         limited, start = constrained(rf, objective, start, constraints)
+        if inexact is None:
+            _floor(objective, start, checkpoint, options)
         given = dict(limited=limited, constraints=constraints)
         try:
             with _checkpoint(checkpoint, rf, objective, "trust region", if_save_fails, **given) as kept:
@@ -85,6 +110,22 @@ def trust_region(
                 return minimize_trust_region(limited, start, **options)
         finally:
             problem.keep_points(1)
+
+
+def _floor(objective: Objective, start: np.ndarray, checkpoint, options: dict) -> None:
+    """Raise the tolerance of the gradient to the error that it has where the start fits the data to round-off: a
+    tolerance relative to such a gradient is never reached. A run with a checkpoint may go on from elsewhere.
+    """
+    given = options.get("gtol_abs", 0.0)
+    if checkpoint is not None or not isinstance(given, Real):
+        return
+    try:
+        error = objective.problem.gradient_error(start)
+    except SolverFailure:  # the minimisation reports what fails at the start
+        return
+    if error is not None:
+        error = objective.representative(error)
+        options["gtol_abs"] = max(float(given), float(np.sqrt(max(objective.inner(error, error), 0.0))))
 
 
 @contextmanager
@@ -119,7 +160,8 @@ def _insist_on_residuals(rf, what: str) -> None:
         raise InputError(f"{what} chooses accuracy by residuals: give mgrit residual='C' or 'full', not 'none'")
 
 
-def one_shot(rf, start: np.ndarray, *, monitor, constraints, preconditioner, checkpoint, if_save_fails, **options):
+@_on_all_ranks
+def one_shot(rf, start: np.ndarray, *, monitor=None, constraints, preconditioner, checkpoint, if_save_fails, **options):
     """See :meth:`~pint_fem.adjoint.TimeParallelReducedFunctional.minimize_one_shot`."""
     options.setdefault("value_rtol", 10 * rf.problem.sweeps.options.rtol)
     options.setdefault("memory", 10 if rf.evolution.stepwise else 40)  # what is static is small beside a trajectory
@@ -137,6 +179,7 @@ def one_shot(rf, start: np.ndarray, *, monitor, constraints, preconditioner, che
             return minimize_one_shot(limited, start, monitor=monitor, checkpoint=kept, **options)
 
 
+@_on_all_ranks
 def scipy_method(rf, start: np.ndarray, method: str, *, bounds, **options):
     """See :meth:`~pint_fem.adjoint.TimeParallelReducedFunctional.minimize_scipy`."""
     scaling = rf.inner.weights
@@ -191,6 +234,7 @@ def _normal(rf, form) -> np.ndarray:
     controls = [c for c in rf.evolution.controls if isinstance(form, ufl.Form) and c in extract_coefficients(form)]
     if not controls:
         raise InputError("constraints: give pairs of a functional of the controls, such as q*dx, and its value")
+    form = with_fixed_degrees(form)
     dual = np.zeros(rf.layout.size)
     for control in controls:
         space = control.function_space()
@@ -218,13 +262,10 @@ def _preconditioner(rf, inner: ControlInner, given):
 
 def _second_derivative(rf, control) -> ufl.Form:
     """The regularisation's second derivative by a control, as a bilinear form."""
-    space, found = control.function_space(), []
-    for form in rf.regularisation:
-        if control in extract_coefficients(form):
-            second = derivative(derivative(form, control, TestFunction(space)), control, TrialFunction(space))
-            found.append(expand_derivatives(second))
-    if not found or any(control in extract_coefficients(second) for second in found):
+    regularisation = rf.problem.regularisation
+    second = None if regularisation is None else regularisation.second_derivative(control)
+    if second is None:
         raise InputError(
             f"preconditioner 'regularisation': the regularisation is not quadratic in control {control.name()!r}"
         )
-    return sum(found[1:], start=found[0])
+    return second

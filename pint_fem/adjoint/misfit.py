@@ -39,6 +39,22 @@ class Misfit(ABC):
         """Prepare for the points of a slab; called once, on every rank."""
         self.evolution, self.spacetime, self.slab = evolution, spacetime, slab
 
+    def has_changed(self) -> bool:
+        """Whether the user has changed data that are not in forms since they were read."""
+        return False
+
+    def update_data(self, changed: set, *, own: bool) -> None:
+        """Take new values of data (collective).
+
+        Parameters
+        ----------
+        changed
+            Functions and constants of the evolution's private copies that have other values now.
+        own
+            Whether :meth:`has_changed` on any rank.
+        """
+        return  # nothing to take
+
     @abstractmethod
     def values(self, U: np.ndarray) -> np.ndarray:
         """Share of each own point, ``(k,)``, from states ``(k + 1, n)``."""

@@ -49,9 +49,17 @@ class Objective:
         """
         self.failure = None
         try:
-            return self.problem.value(x)
+            value = self.problem.value(x)
         except SolverFailure as failure:
             return self._failed(failure)
+        self._name_parts(value)
+        return value
+
+    def _name_parts(self, value: float) -> None:
+        """Keep which part of a value is not finite: data, weights or states that overflow."""
+        if not np.isfinite(value):
+            parts = ", ".join(f"{name} {part:g}" for name, part in self.problem.parts.items())
+            self.failure = SolverFailure(f"J is not finite: {parts}; see data and weights")
 
     def gradient(self, x: np.ndarray) -> np.ndarray:
         """Representative of ``J'(x)``."""

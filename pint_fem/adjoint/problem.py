@@ -22,18 +22,23 @@ from contextlib import contextmanager
 import numpy as np
 
 from pint_fem.adjoint.copies import Copies
+from pint_fem.adjoint.data import Data
 from pint_fem.adjoint.layout import ControlLayout
 from pint_fem.adjoint.memory import Memory, memory
 from pint_fem.adjoint.misfit import BlockMisfit, Misfit
 from pint_fem.adjoint.regularisation import Regularisation
 from pint_fem.adjoint.sweeps import Sweeps
 from pint_fem.adjoint.trajectory import Source, trajectories
-from pint_fem.collective import collectively
+from pint_fem.collective import collectively, require_same
 from pint_fem.errors import FAILURES, InputError
 from pint_fem.mgrit import SolveResult, SolverFailure
 from pint_fem.mgrit.norms import gather_in_order
 
 __all__ = ["Point", "ReducedProblem", "relative_residual"]
+
+
+_ROUND_OFF, _NEAR = 16 * np.finfo(float).eps, 1e3
+"""Least relative error of a state; fits to this times a state's error are near it."""
 
 
 class Point:
@@ -108,16 +113,21 @@ class ReducedProblem:
     """
 
     def __init__(self, sweeps: Sweeps, misfits: Sequence[Misfit], regularisation=None):
-        self.sweeps, self.evolution, self.spacetime = sweeps, sweeps.evolution, sweeps.spacetime
+        self.sweeps, self.evolution, self.spacetime = sweeps, sweeps.evolution.posed, sweeps.spacetime
         self.misfits = [misfits] if isinstance(misfits, Misfit) else list(misfits)
         if not self.misfits or not all(isinstance(m, Misfit) for m in self.misfits):
             raise InputError("misfits: give RunningMisfit, TerminalMisfit or PointSensors objects")
+        require_same(self.spacetime.comm, misfits=self.misfits, regularisation=regularisation is not None)
         if not self.evolution.controls:
             raise InputError("the evolution has no control=: there is nothing to optimise")
         self.layout = ControlLayout(self.evolution, self.spacetime, sweeps.slab)
         self._trajectories = trajectories(sweeps, self.misfits)
-        self.regularisation = None if regularisation is None else Regularisation(regularisation, self.layout)
+        self.regularisation = None
+        if regularisation is not None:
+            self.regularisation = Regularisation(regularisation, self.layout, sweeps.evolution)
         self._copies = Copies(self.layout)
+        #: What the user's data were when they were read.
+        self.data = Data(sweeps, self.misfits, self.regularisation)
         self._points = [Point(sweeps)]
         self._viewed = not sweeps.options.view
 
@@ -154,6 +164,27 @@ class ReducedProblem:
         while len(self._points) < count:
             self._points.append(Point(self.sweeps))
 
+    def update_data(self) -> list[str]:
+        """Read the user's data again: coefficients, boundary values, the initial condition, data of misfits and of the
+        regularisation (collective).
+
+        Trajectories stay as first guesses, and so do forms, operators and factors without changed data in them.
+
+        Returns
+        -------
+        list of str
+            What has other values than before.
+
+        Raises
+        ------
+        InputError
+            On every rank, if new values do not fit.
+        """
+        changed = self.data.update()
+        for point in self._points:
+            point.move_to(None)
+        return changed
+
     def memory(self) -> Memory:
         """Memory of this rank by part, known before a run; see :mod:`~pint_fem.adjoint.memory` for the formula.
 
@@ -161,22 +192,23 @@ class ReducedProblem:
         """
         return memory(self)
 
+    def require_copies(self, **vectors: np.ndarray) -> None:
+        """Refuse vectors, by name, whose static parts differ between ranks in time (collective)."""
+        self._copies.agree(vectors)
+
     # -- caches --------------------------------------------------------------------------------------------------------
     def _find(self, z: np.ndarray, directions: Mapping[str, np.ndarray] | None = None, **wanted) -> Point | None:
         """The point of a control, the same on all ranks; they are required to call for the same."""
         z = np.asarray(z, dtype=float)
         same = [p.z is not None and np.array_equal(p.z, z.ravel()) for p in self._points]
-        known = self._copies.agree({"control": z, **(directions or {})}, call=wanted, votes=same)
+        votes = [*same, *(not changed for changed in self.data.changed())]
+        votes = self._copies.agree({"control": z, **(directions or {})}, call=wanted, votes=votes)
+        known = votes[: len(same)]
+        self.data.warn(~votes[len(same) :])
         return self._points[int(np.argmax(known))] if known.any() else None
 
     def at(self, z: np.ndarray, **wanted) -> Point:
-        """The point of a control, the state maybe not solved yet; it comes first.
-
-        Raises
-        ------
-        InputError
-            On every rank, if the control has another size or differs between ranks in time.
-        """
+        """The point of a control, the state maybe not solved yet; it comes first. Copies that differ are refused."""
         z = np.array(z, dtype=float).ravel()
         point = self._find(z, **wanted)
         if point is None:
@@ -343,6 +375,27 @@ class ReducedProblem:
             if self.regularisation is not None:
                 point.gradient += self.regularisation.gradient(point.z)
         return point.gradient.copy()
+
+    def gradient_error(self, z: np.ndarray) -> np.ndarray | None:
+        """What the state's error may change the gradient by where the state fits the data to not much more than that: a
+        dual vector, by an adjoint sweep. ``None`` where the misfit is larger, and then without a sweep.
+
+        Near such a fit the adjoint's right-hand side is a difference of much larger numbers, whose relative error is
+        that of the state: round-off, or what the last residuals of all steps add up to.
+        """
+        point = self._solve_state(z)
+        error = max(2 * np.sqrt(self.evolution.nsteps) * relative_residual(point.state), _ROUND_OFF)
+        steps = self.layout.steps(point.z)
+        with self._judging(point):
+            source = self._trajectories.gradient(point, steps)
+            terms = self._trajectories.hessian(point, steps, None, point.U, second=False)
+        last = None if self.sweeps.slab.is_last else -1
+        squares = self.spacetime.sum_over_grid(np.array([(s.rows[:last] ** 2).sum() for s in (source, terms)]))
+        if not np.sqrt(squares[0]) <= _NEAR * error * np.sqrt(squares[1]):
+            return None
+        M = self.sweeps.new_slab()
+        self.sweeps.adjoint(steps, point.U, terms.rows, M, cold=True)
+        return error * self._pull_back(point, M, terms.controls)
 
     def adjoint_part(self, point: Point) -> np.ndarray:
         """What the regularisation leaves of ``J'``."""

@@ -94,8 +94,8 @@ class TimeParallelReducedFunctional(AbstractReducedFunctional):
                 f"the mesh lives on {space_comm.size} ranks, the grid has {spacetime.space_size} space ranks: "
                 "build the mesh with comm=spacetime.space_comm"
             )
-        parameters = dict(solver_parameters or {})
-        solver = read_time_solver(parameters, evolution, spacetime, coarse_tableau)
+        parameters, own = dict(solver_parameters or {}), evolution.private()
+        solver = read_time_solver(parameters, own, spacetime, coarse_tableau)
         if solver.why and spacetime.is_root:
             printer(solver.why)
         spatial_coarsening = parameters.pop("spatial_coarsening", None)
@@ -112,10 +112,11 @@ class TimeParallelReducedFunctional(AbstractReducedFunctional):
                 f"unknown solver parameters {sorted(parameters)}: known are 'mgrit', 'paradiag', "
                 "'time_solver', 'spatial_coarsening', 'krylov' and 'norm'"
             )
-        self.evolution, self.spacetime = evolution, spacetime
+        #: As the user gave it.
+        self.evolution, self.spacetime = evolution.posed, spacetime
         try:
             sweeps = Sweeps(
-                evolution,
+                own,
                 spacetime,
                 options=solver.mgrit,
                 paradiag=(solver.paradiag, solver.systems),
@@ -237,6 +238,27 @@ class TimeParallelReducedFunctional(AbstractReducedFunctional):
         """``J' m_dot`` by a tangent sweep."""
         with stop_annotating():
             return AdjFloat(self.problem.tangent_value(self._current(), self.array(m_dot)))
+
+    def update_data(self) -> list[str]:
+        """Read the user's data again: coefficients, boundary values and the initial condition of the evolution, data of
+        misfits (readings of sensors, too) and of the regularisation (collective).
+
+        All of these are copied when the functional is made, so that a later change of their values is not seen (it is
+        warned of) until this call. Forms, operators and factors stay as far as nothing in them has changed: new
+        readings, loads, boundary values or initial conditions cost no factorisation. The next solves start from the
+        trajectories of the old data.
+
+        Returns
+        -------
+        list of str
+            What has other values than before.
+
+        Raises
+        ------
+        InputError
+            On every rank, if new values do not fit.
+        """
+        return self.problem.update_data()
 
     def memory(self) -> Memory:
         """Memory of this rank by part and at the peak of an evaluation, in bytes; known before a run.

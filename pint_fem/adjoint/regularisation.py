@@ -11,15 +11,20 @@ from collections.abc import Sequence
 
 import numpy as np
 import ufl
-from firedrake import Function, TestFunction, assemble, derivative
+from firedrake import Function, TestFunction, TrialFunction, assemble, derivative
 from firedrake.assemble import get_assembler
 from ufl.algorithms import expand_derivatives, extract_coefficients
 
 from pint_fem.adjoint.layout import ControlLayout
+from pint_fem.adjoint.quadratic import NOISE
+from pint_fem.adjoint.reference import Reference
 from pint_fem.errors import InputError
 from pint_fem.mgrit.norms import gather_in_order
 from pint_fem.propagators.arrays import get, is_real, own_size, put
+from pint_fem.propagators.evolution import Evolution
 from pint_fem.propagators.operators import ControlOperator, control_operator
+from pint_fem.propagators.private_copies import data_of
+from pint_fem.propagators.quadrature import with_fixed_degrees
 
 __all__ = ["Regularisation"]
 
@@ -28,7 +33,7 @@ class _Functional:
     """A functional of some functions, on the vector of their own values."""
 
     def __init__(self, form: ufl.Form, functions: Sequence[Function], space_sum):
-        self.functions, self._space_sum = functions, space_sum
+        self.form, self.functions, self._space_sum = form, functions, space_sum
         self._sizes = [own_size(f.function_space()) for f in functions]
         self._directions = [Function(f.function_space()) for f in functions]
         gradients = [expand_derivatives(derivative(form, f, TestFunction(f.function_space()))) for f in functions]
@@ -37,14 +42,31 @@ class _Functional:
         self.quadratic = not any(set(functions) & set(extract_coefficients(h)) for h in seconds)
         if self.quadratic:
             self._operators = self._constant_operators(gradients)
-            zero = {f: Function(f.function_space()) for f in functions}
-            self._linear = np.concatenate([get(assemble(ufl.replace(g, zero))) for g in gradients])
-            self._constant = float(assemble(ufl.replace(form, zero)))
+            self._expand(form, gradients)
         else:
             self._value = get_assembler(form)
             self._gradients = [get_assembler(g) for g in gradients]
             sums = [sum((h for h in row if not h.empty()), start=ufl.Form([])) for row in along]
             self._hessians = [None if h.empty() else get_assembler(h) for h in sums]
+
+    def _expand(self, form: ufl.Form, gradients: Sequence[ufl.Form]) -> None:
+        """Value and gradient at the reference values: those that the functional compares the functions with, where they
+        are better than zero (see :mod:`~pint_fem.adjoint.reference`).
+        """
+        values = {f: Function(f.function_space()) for f in self.functions}
+        form = ufl.replace(form, values)
+        reference = Reference(form, list(values.values()))
+        self._reference, self._constant = np.zeros(sum(self._sizes)), float(assemble(form))
+        row = reference.row() if reference.found else None
+        if row is not None:
+            self._put(values.values(), row)
+            constant = float(assemble(form))
+            if abs(constant) <= abs(self._constant):
+                self._reference, self._constant = row, constant
+        self._put(values.values(), self._reference)
+        self._linear = np.concatenate([get(assemble(ufl.replace(g, values))) for g in gradients])
+        magnitudes = {pair: (operator.absolute(), turned) for pair, (operator, turned) in self._operators.items()}
+        self._linear[np.abs(self._linear) <= NOISE * self._product(np.abs(self._reference), magnitudes)] = 0.0
 
     def _pairs(self):
         return zip(self.functions, self._directions, strict=True)
@@ -65,10 +87,10 @@ class _Functional:
                     made[i, j] = operator, turned
         return made
 
-    def _product(self, z: np.ndarray) -> np.ndarray:
+    def _product(self, z: np.ndarray, operators: dict | None = None) -> np.ndarray:
         out = np.zeros_like(z)
         targets, sources = self.split(out), self.split(z)
-        for (i, j), (operator, turned) in self._operators.items():
+        for (i, j), (operator, turned) in (self._operators if operators is None else operators).items():
             targets[i] += (operator.transposed if turned else operator)(sources[j])
         return out
 
@@ -79,14 +101,15 @@ class _Functional:
     def value(self, z: np.ndarray) -> float:
         """``R(z)`` for ``z`` ``(nz,)``."""
         if self.quadratic:
-            return float(self._space_sum(np.array([z @ (0.5 * self._product(z) + self._linear)]))[0]) + self._constant
+            w = z - self._reference
+            return float(self._space_sum(np.array([w @ (0.5 * self._product(w) + self._linear)]))[0]) + self._constant
         self._put(self.functions, z)
         return float(self._value.assemble())
 
     def gradient(self, z: np.ndarray) -> np.ndarray:
         """``R'(z)``, a dual vector ``(nz,)``."""
         if self.quadratic:
-            return self._product(z) + self._linear
+            return self._product(z - self._reference) + self._linear
         self._put(self.functions, z)
         return np.concatenate([get(g.assemble()) for g in self._gradients])
 
@@ -109,6 +132,8 @@ class Regularisation:
         A UFL functional, or several; each of static controls or of controls with a value a step, not of both.
     layout
         The controls.
+    own
+        The evolution in functions of its own, which values of controls are put into.
 
     Raises
     ------
@@ -116,7 +141,7 @@ class Regularisation:
         If a form is no such functional.
     """
 
-    def __init__(self, forms, layout: ControlLayout):
+    def __init__(self, forms, layout: ControlLayout, own: Evolution):
         self.layout, ev, spacetime = layout, layout.evolution, layout.spacetime
         self._terms: list[tuple[_Functional, tuple[Function, ...]]] = []
         for form in forms if isinstance(forms, (list, tuple)) else [forms]:
@@ -133,7 +158,30 @@ class Regularisation:
                     "regularisation: a functional contains static controls and some with a value a step: give a list "
                     "with a functional of each kind"
                 )
-            self._terms.append((_Functional(form, controls, spacetime.sum_over_space), controls))
+            form, t = own.functional(with_fixed_degrees(form), "regularisation")
+            if t is not None:
+                raise InputError("regularisation: a functional contains the time function t; controls have no time")
+            functions = [own.copies.variable(c) for c in controls]
+            self._terms.append((_Functional(form, functions, spacetime.sum_over_space), controls))
+
+    def update_data(self, changed: set) -> None:
+        """Take new values of data: functions and constants of the evolution's private copies."""
+        for i, (functional, controls) in enumerate(self._terms):
+            if changed & set(data_of(functional.form)):
+                made = _Functional(functional.form, functional.functions, self.layout.spacetime.sum_over_space)
+                self._terms[i] = made, controls
+
+    def second_derivative(self, control: Function) -> ufl.Form | None:
+        """By one of the user's controls, as a bilinear form; ``None`` where it is zero or depends on the control."""
+        found, space = [], control.function_space()
+        for functional, controls in self._terms:
+            if control in controls:
+                f = functional.functions[controls.index(control)]
+                gradient = derivative(functional.form, f, TestFunction(space))
+                found.append(expand_derivatives(derivative(gradient, f, TrialFunction(space))))
+                if f in extract_coefficients(found[-1]):
+                    return None
+        return sum(found[1:], start=found[0]) if found else None
 
     @property
     def quadratic(self) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from firedrake import FunctionSpace, TensorFunctionSpace, TrialFunction, VertexOnlyMesh, assemble
 from firedrake import interpolate as interpolate_
+from firedrake.exceptions import VertexOnlyMeshMissingPointsError
 from firedrake.petsc import PETSc
 
 from pint_fem.adjoint.misfit import BlockMisfit
@@ -14,12 +15,18 @@ from pint_fem.propagators.blocks import BlockOperator
 
 __all__ = ["PointSensors"]
 
+_NEAR = 0.1
+"""Readings that differ by no more than this from their mean, relative to it, are taken relative to it."""
+
 
 class PointSensors(BlockMisfit):
     r"""Sensors at points: :math:`\frac{w}{2} \sum_r \sum_s (u(x_s, t_r) - d_{rs})^2`, ``u`` linear in time between
     steps.
 
     ``u`` is the state, or a component of it or of one of its fields.
+
+    All arrays are copied when a functional is made; its ``update_data()`` reads them again, and also what was put in
+    their place as attributes ``points``, ``times``, ``data`` (the values) and ``weight``.
 
     Parameters
     ----------
@@ -49,52 +56,99 @@ class PointSensors(BlockMisfit):
         self, points, times, values, *, weight: float = 1.0, field: int | None = None, component: int | None = None
     ):
         self.field, self.component = field, component
-        self.points, self.times = np.atleast_2d(np.asarray(points, float)), np.atleast_1d(np.asarray(times, float))
-        self.data, self.weight = np.asarray(values, dtype=float), float(weight)
-        if self.data.shape != (len(self.times), len(self.points)):
-            raise InputError(
-                f"readings have shape {self.data.shape}: give (times, sensors) = {(len(self.times), len(self.points))}"
-            )
-        if not all(np.isfinite(a).all() for a in (self.points, self.times, self.data)):
+        self.points, self.times, self.data, self.weight = points, times, values, weight
+        self._take()
+
+    def _given(self) -> tuple[np.ndarray, ...]:
+        """Copies of what the user gave."""
+        points, times = np.array(self.points, float, ndmin=2), np.array(self.times, float, ndmin=1)
+        return points, times, np.array(self.data, float), np.array(self.weight, float)
+
+    def _take(self) -> None:
+        """Take a copy of what the user gave, and check it."""
+        points, times, data, weight = self._given()
+        if data.shape != (len(times), len(points)):
+            raise InputError(f"readings have shape {data.shape}: give (times, sensors) = {(len(times), len(points))}")
+        if not all(np.isfinite(a).all() for a in (points, times, data)):
             raise InputError("sensor points, times and readings must be finite numbers")
-        if len(self.times) == 0 or (np.diff(self.times) <= 0).any():
+        if not np.isfinite(weight):
+            raise InputError(f"sensors: weight = {weight}: give a finite number, such as 1/(variance * readings)")
+        with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+            total = 0.5 * weight * np.square(data).sum()
+        if not np.isfinite(total):
+            largest = np.abs(data).max()
+            raise InputError(
+                f"sensors: readings as large as {largest:g} with weight {weight:g} overflow in the sum of squares; "
+                "give readings in other units, or repair them"
+            )
+        if len(times) == 0 or (np.diff(times) <= 0).any():
             raise InputError("sensor times must increase")
-        if len(np.unique(self.points, axis=0)) < len(self.points):
+        if len(np.unique(points, axis=0)) < len(points):
             raise InputError("two sensors are at the same point: merge their readings")
+        self._points, self._times, self._data, self._weight = points, times, data, float(weight)
+
+    def has_changed(self):
+        """See :class:`~pint_fem.adjoint.misfit.Misfit`."""
+        read = (self._points, self._times, self._data, self._weight)
+        return not all(np.array_equal(a, b, equal_nan=True) for a, b in zip(self._given(), read, strict=True))
+
+    def update_data(self, changed, *, own):
+        """See :class:`~pint_fem.adjoint.misfit.Misfit`; new readings of the same sensors change nothing else."""
+        if not own:
+            return
+        places = self._points, self._times
+        self._take()
+        if all(np.array_equal(a, b) for a, b in zip(places, (self._points, self._times), strict=True)):
+            self._take_readings()
+        else:
+            self.bind(self.evolution, self.spacetime, self.slab)
 
     def bind(self, evolution, spacetime, slab):
         """See :class:`Misfit`."""
         super().bind(evolution, spacetime, slab)
+        self._take()
         mesh, space = evolution.V.mesh().unique(), self._read_space(evolution.V)
-        if self.points.shape[1] != mesh.geometric_dimension:
+        if self._points.shape[1] != mesh.geometric_dimension:
             raise InputError(
-                f"sensors have {self.points.shape[1]} coordinates on a {mesh.geometric_dimension}-dimensional mesh"
+                f"sensors have {self._points.shape[1]} coordinates on a {mesh.geometric_dimension}-dimensional mesh"
             )
         N, slack = evolution.nsteps, 1e-9 * evolution.dt
         first, last = evolution.time(0), evolution.time(N)
-        if self.times[0] < first - slack or self.times[-1] > last + slack:
-            raise InputError(f"sensor times {self.times[0]:g}..{self.times[-1]:g} are not within {first:g}..{last:g}")
+        if self._times[0] < first - slack or self._times[-1] > last + slack:
+            raise InputError(f"sensor times {self._times[0]:g}..{self._times[-1]:g} are not within {first:g}..{last:g}")
         try:
-            sensors = VertexOnlyMesh(mesh, self.points, missing_points_behaviour="error")
-        except Exception as error:  # Firedrake raises it on every rank
+            sensors = VertexOnlyMesh(mesh, self._points, missing_points_behaviour="error")
+        except VertexOnlyMeshMissingPointsError as error:  # on every rank
             raise InputError(f"a sensor is outside the mesh: {str(error).splitlines()[0]}") from error
         H = self._matrix(space, sensors)
         self._at_sensors, self._at_sensors_T = BlockOperator(H), BlockOperator(H.transpose(type(H)()))
-        here = np.asarray(sensors.coordinates.dat.data_ro).reshape(-1, self.points.shape[1])
+        here = np.asarray(sensors.coordinates.dat.data_ro).reshape(-1, self._points.shape[1])
         #: Numbers of the sensors that this space rank holds.
-        self.local = np.array([int(np.argmin(((self.points - x) ** 2).sum(axis=1))) for x in here], dtype=int)
+        self.local = np.array([int(np.argmin(((self._points - x) ** 2).sum(axis=1))) for x in here], dtype=int)
         # a reading at t in (t_{n-1}, t_n] belongs to point n: theta u_n + (1 - theta) u_{n-1}
-        place = (self.times - evolution.t0) / evolution.dt
+        place = (self._times - evolution.t0) / evolution.dt
         point = np.clip(np.ceil(place - 1e-9), 1, N).astype(int)
         own = np.flatnonzero((point > slab.lo) & (point <= slab.hi))
         self._row, self._theta = point[own] - slab.lo, np.minimum(place[own] - (point[own] - 1), 1.0)
         self._theta[np.abs(self._theta - 1) < 1e-9] = 1.0
-        self._own_data = self.data[own][:, self.local]
+        self._own = own
+        self._take_readings()
         self.observes, self.forces = np.zeros(slab.k + 1, dtype=bool), np.zeros(slab.k + 1, dtype=bool)
         self.observes[self._row] = True
         self.observes[self._row[self._theta != 1] - 1] = True
         self.acts = self.observes.copy()
         self.acts[0] = True  # by the left neighbour's readings
+
+    def _take_readings(self) -> None:
+        """The own readings, relative to a number near all of them where there is one and functions of that value have
+        it as all their coefficients: interpolation of large values would lose small differences.
+        """
+        mean = float(self._data.mean())
+        sums = self._observe(np.ones((1, self.evolution.state_size)))
+        wrong = self.spacetime.sum_over_space(np.array([float((np.abs(sums - 1) > 1e-12).sum())]))[0]
+        near = np.abs(self._data - mean).max() <= _NEAR * abs(mean)
+        self._offset = mean if near and not wrong else 0.0
+        self._own_data = self._data[self._own][:, self.local] - self._offset
 
     def _read_space(self, V):
         """The space of what is read, by itself."""
@@ -155,9 +209,9 @@ class PointSensors(BlockMisfit):
         """All readings ``(times, sensors)`` on every rank (data, not fields), from what was observed of the local
         points, ``(k + 1, own sensors)``; collective.
         """
-        own = np.zeros(self.data.shape)
+        own = np.zeros(self._data.shape)
         first = int(self.spacetime.time_comm.exscan(len(self._row)) or 0)
-        own[first : first + len(self._row), self.local] = self._readings(Y)
+        own[first : first + len(self._row), self.local] = self._readings(Y) + self._offset
         return self.spacetime.sum_over_grid(own)
 
     def petsc_bytes(self):
@@ -167,8 +221,8 @@ class PointSensors(BlockMisfit):
 
     # -- see BlockMisfit -----------------------------------------------------------------------------------------------
     def observe(self, rows, u):
-        """The state at the sensors."""
-        return self._observe(u)
+        """The state at the sensors, less the offset."""
+        return self._observe(u - self._offset if self._offset else u)
 
     def observe_tangent(self, rows, u, du):
         """See :class:`~pint_fem.adjoint.misfit.BlockMisfit`."""
@@ -177,7 +231,7 @@ class PointSensors(BlockMisfit):
     def _per_point(self, terms: np.ndarray) -> np.ndarray:
         out = np.zeros(self.slab.k)
         np.add.at(out, self._row - 1, terms.sum(axis=1))
-        return self.spacetime.sum_over_space(self.weight * out)
+        return self.spacetime.sum_over_space(self._weight * out)
 
     def point_values(self, Y):
         """See :class:`~pint_fem.adjoint.misfit.BlockMisfit`."""
@@ -197,9 +251,9 @@ class PointSensors(BlockMisfit):
 
     def _on_points(self, r: np.ndarray) -> np.ndarray:
         """Transpose of reading, with what the left neighbour's readings put on the ghost."""
-        S, theta = np.zeros((self.slab.k + 1, len(self.local))), self.weight * self._theta[:, None]
+        S, theta = np.zeros((self.slab.k + 1, len(self.local))), self._weight * self._theta[:, None]
         np.add.at(S, self._row, theta * r)
-        np.add.at(S, self._row - 1, (self.weight - theta) * r)
+        np.add.at(S, self._row - 1, (self._weight - theta) * r)
         comm = self.spacetime.time_comm
         send = None if self.slab.is_last else comm.Isend(S[-1].copy(), dest=comm.rank + 1, tag=1)
         if not self.slab.is_first:

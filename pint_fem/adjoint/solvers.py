@@ -11,10 +11,14 @@ from pint_fem.adjoint.acceleration import AcceleratedSweep
 from pint_fem.adjoint.averaged import AveragedSystems
 from pint_fem.adjoint.diagonalised import CoarsestParaDiag, ParaDiagSweeps, frequency_systems, judgement
 from pint_fem.adjoint.intervals import Intervals
+from pint_fem.adjoint.memory import least_bytes
 from pint_fem.adjoint.steps import AdjointStep, LinearStep, StateStep, TangentStep
+from pint_fem.capacity import require_memory
+from pint_fem.collective import collectively
+from pint_fem.garbage import Dropped
 from pint_fem.mgrit import MGRIT, MGRITOptions
 from pint_fem.mgrit.theory import Verdict
-from pint_fem.mgrit.trace import Trace
+from pint_fem.mgrit.trace import Trace, check_trace_file
 from pint_fem.paradiag import ParaDiagOptions
 from pint_fem.propagators import Evolution, make_propagator
 from pint_fem.propagators.base import FEPropagator
@@ -26,6 +30,8 @@ from pint_fem.propagators.verdicts import mgrit_verdict
 from pint_fem.spacetime import SpaceTime
 
 __all__ = ["TimeSolvers"]
+
+_dropped = Dropped()
 
 
 class TimeSolvers:
@@ -78,21 +84,70 @@ class TimeSolvers:
         time_solver: str = "mgrit",
         paradiag: tuple[ParaDiagOptions, Mapping] | None = None,
     ):
-        self.evolution, self.spacetime, self.printer, self.norm = evolution, spacetime, printer, norm
+        #: In functions of its own.
+        self.evolution = evolution = evolution.private()
+        self.spacetime, self.printer, self.norm = spacetime, printer, norm
         self._coarse_tableau, self._judged = coarse_tableau, False
         self._averaged: AveragedSystems | None = None
         N = evolution.nsteps
         spacetime.slab(N)  # more ranks than steps: said before anything about levels
-        options = MGRITOptions.make(options, **({"levels": 1} if time_solver == "paradiag" else {}))
+        options = MGRITOptions.make(options)
+        if time_solver == "paradiag":
+            options = MGRITOptions.make(options, levels=1, of_levels=())
         if options.check == "auto":
             options = MGRITOptions.make(options, check="cycle")
         factors = options.factors(N)
         _refuse_unsupported(options, factors, N)
         compact = options.storage == "C" and bool(factors)
         self.slab = spacetime.slab(N, factors[0] if compact else 1)
+        require_memory(
+            spacetime.comm,
+            least_bytes(evolution, self.slab, factors[0] if compact else 1),
+            f"{N} time steps of {evolution.V.dim()} unknowns",
+            "give fewer steps, more machines or mgrit storage='C'",
+        )
         options = MGRITOptions.make(options, levels=len(factors) + 1)
         schemes = [options.scheme(level) for level in range(len(factors))]
         self.space = SpatialLevels(evolution, schemes, spatial_coarsening, coarse_evolutions)
+        given = (ParaDiagOptions(), {}) if paradiag is None else paradiag
+        traced = given[0].trace if time_solver == "paradiag" else options.trace
+        if traced:
+            check_trace_file(traced, spacetime.comm)
+        #: Shared by the sweeps; written by :meth:`write_trace`.
+        self.trace = Trace(spacetime.time_comm) if traced else None
+        self._again = partial(self._build, options, factors, propagator, krylov, norm, time_solver, given)
+        self._again()
+
+    def update_data(self, changed: set) -> None:
+        """Take new values of data (collective).
+
+        Parameters
+        ----------
+        changed
+            Functions and constants of the evolution's private copies that have other values now. Propagators that have
+            assembled them into operators are made anew, and all that was made of them.
+        """
+        changed = self.space.update_data(changed)
+        updated = [propagator.update_data(changed) for propagator in self.propagators]
+        for evolution in dict.fromkeys(self.space.evolutions):
+            evolution.update_data(operators=not all(updated))
+        if not all(updated):
+            for name in ("verdicts", "transposed_adjoint"):
+                vars(self).pop(name, None)
+            self._judged = False
+            self._again()
+        if self._averaged is not None:
+            self._averaged.forget()
+        if self.intervals is not None:
+            self.intervals.update_data()
+
+    def _build(
+        self, options: MGRITOptions, factors: tuple, propagator: Callable, krylov, norm: str, time_solver: str, given
+    ) -> None:
+        """Make the propagators and the solvers."""
+        spacetime, N = self.spacetime, self.evolution.nsteps
+        compact = options.storage == "C" and bool(factors)
+        self._averaged: AveragedSystems | None = None
         self.propagators = self._make_propagators(propagator, factors)
         self.is_linear = all(p.is_linear for p in self.propagators)
         if options.coarse_solver == "gathered" and factors and not self.is_linear:
@@ -106,11 +161,7 @@ class TimeSolvers:
         forward |= dict(comm=spacetime.time_comm, bounds=self.slab.bounds, transfers=self.space.transfers)
         backward |= dict(comm=spacetime.reversed_time_comm, bounds=[N - b for b in reversed(self.slab.bounds)])
         backward["transfers"] = self.space.transposed_transfers
-        given = (ParaDiagOptions(), {}) if paradiag is None else paradiag
-        traced = given[0].trace if time_solver == "paradiag" else options.trace
-        #: Shared by the sweeps; written by :meth:`write_trace`.
-        self.trace = Trace(spacetime.time_comm) if traced else None
-        common = dict(options=options, printer=printer, trace=self.trace, speaks=spacetime.is_root)
+        common = dict(options=options, printer=self.printer, trace=self.trace, speaks=spacetime.is_root)
         common["everyone"] = spacetime.comm
         self._backward = backward | common | dict(linear=True)
         linear = MGRIT
@@ -255,9 +306,16 @@ class TimeSolvers:
     def write_trace(self) -> None:
         """Write the work and messages of all sweeps so far to the option ``trace``'s file (collective); nothing
         without it.
+
+        Raises
+        ------
+        InputError
+            On every rank, where it cannot be written.
         """
-        if self.trace is not None and self.spacetime.space_comm.rank == 0:
-            self.trace.write(self.options.trace)
+        if self.trace is None:
+            return
+        work = self.trace.write if self.spacetime.space_comm.rank == 0 else lambda path: None
+        collectively(self.spacetime.comm, "", work, self.options.trace)
 
 
 def _refuse_unsupported(options: MGRITOptions, factors: tuple, nsteps: int) -> None:

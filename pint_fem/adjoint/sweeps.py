@@ -22,6 +22,7 @@ import numpy as np
 from pint_fem.adjoint.solvers import TimeSolvers
 from pint_fem.collective import collectively, raise_together
 from pint_fem.errors import FAILURES
+from pint_fem.garbage import clean
 from pint_fem.mgrit import MGRIT, SolveResult
 from pint_fem.mgrit.levels import inject
 from pint_fem.mgrit.stopping import DivergedError
@@ -59,6 +60,12 @@ class Sweeps(TimeSolvers):
         self.results: deque[tuple[str, SolveResult]] = deque(maxlen=500)
         #: Called after each solve with its kind and result (progress).
         self.on_sweep: Callable[[str, SolveResult], None] | None = None
+
+    def update_data(self, changed):
+        """See :class:`~pint_fem.adjoint.solvers.TimeSolvers`; also forgets what nonlinear steps start from."""
+        super().update_data(changed)
+        self.initial = get(self.evolution.initial)
+        self.forget()
 
     @property
     def times(self) -> np.ndarray:
@@ -121,8 +128,13 @@ class Sweeps(TimeSolvers):
         self, solver: MGRIT, kind: str, U: np.ndarray, G, *, cold: bool = False, start: str = "", coarse_rhs=None,
         **accuracy,
     ):  # fmt: skip
+        clean(self.evolution.V.mesh().comm)
         if not self._judged:
             collectively(self.spacetime.comm, "theory", self._judge)
+        linear = self.is_linear or solver is not self._state
+        if linear and not cold and "cycles" not in accuracy and self._is_lost(solver, U, G, accuracy.get("rtol")):
+            U[1 if solver.levels[0].left is None else 0 :] = 0
+            cold = True
         solver.name = kind  # one solver serves both the state and the tangent of a linear evolution
         start = start or ("nested" if cold and self.options.start == "auto" else self.options.start)
         given = None
@@ -152,6 +164,19 @@ class Sweeps(TimeSolvers):
                 f"{advice}, or levels=1 (sequential)"
             )
         return result
+
+    def _is_lost(self, solver: MGRIT, U: np.ndarray, G: np.ndarray | None, rtol: float | None) -> bool:
+        """Whether the round-off of a first guess is more than the solution of a linear sweep may be off by: where data
+        are fitted or a direction is zero, the right-hand side vanishes and the guess is one of other magnitude
+        (collective, the same on all ranks).
+        """
+        rtol = solver.options.rtol if rtol is None else rtol
+        if rtol == 0:
+            return False
+        first = U[:1] if solver.levels[0].left is None else U[:0]
+        squares = [np.vdot(U[1:], U[1:]), np.vdot(first, first) + (0.0 if G is None else float((G**2).sum()))]
+        guess, rhs = np.sqrt(self.spacetime.sum_over_grid(np.array(squares)))
+        return bool(np.finfo(float).eps * guess > rtol * self.evolution.nsteps * rhs)
 
     def _coarse_forcing(self, method: str, z) -> list[np.ndarray]:
         """Forcing of the own steps of the coarse levels, for nested iteration of a linear evolution."""

@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 
 from firedrake.petsc import PETSc
 
+from pint_fem.collective import require_same
 from pint_fem.errors import InputError
 from pint_fem.mgrit import MGRITOptions
 from pint_fem.mgrit.option_strings import parse_options
+from pint_fem.option_names import refuse_near_misses
 from pint_fem.paradiag import ParaDiagOptions
 from pint_fem.paradiag.options import SHARED, parse_paradiag_options
 from pint_fem.petsc_types import require_types
@@ -90,17 +92,35 @@ def _paradiag_options(given, mgrit: MGRITOptions) -> tuple[ParaDiagOptions, dict
 
 
 def read_time_solver(parameters: dict, evolution: Evolution, spacetime: SpaceTime, coarse_tableau) -> TimeSolver:
-    """Take ``time_solver``, ``mgrit`` and ``paradiag`` out of the parameters; collective for ``"auto"``.
+    """Take ``time_solver``, ``mgrit`` and ``paradiag`` out of the parameters; collective.
 
     Raises
     ------
     InputError
-        On bad options, or ParaDiag for an evolution that is not linear with constant operators.
+        On every rank: on parameters or an evolution that differ between ranks, on bad options, or ParaDiag for an
+        evolution that is not linear with constant operators.
     """
+    require_same(
+        spacetime.comm,
+        nsteps=evolution.nsteps,
+        dt=evolution.dt,
+        t0=evolution.t0,
+        tableau=evolution.tableau,
+        coarse_tableau=coarse_tableau,
+        controls=len(evolution.controls),
+        given=parameters,
+    )
     kind = parameters.pop("time_solver", "mgrit")
     if kind not in KINDS:
         raise InputError(f"time_solver {kind!r}: give one of {', '.join(map(repr, KINDS))}")
+    refuse_near_misses(PETSc.Options().getAll())
     mgrit = mgrit_options(parameters.pop("mgrit", None))
+    unread = _database("mgrit_")[1]
+    if unread and parameters.get("krylov") is None and not any(name.startswith("ksp_") for name in unread):
+        raise InputError(
+            f"-mgrit_{next(iter(unread))}: only a Krylov method around MGRIT reads it; give -mgrit_ksp_type fgmres as "
+            "well, or -pint_... for the solvers of a step"
+        )
     paradiag, systems = _paradiag_options(parameters.pop("paradiag", None), mgrit)
     why = ""
     if kind == "auto":
@@ -109,7 +129,7 @@ def read_time_solver(parameters: dict, evolution: Evolution, spacetime: SpaceTim
         except ValueError as error:
             raise InputError(str(error)) from None
     if kind == "serial":
-        mgrit = MGRITOptions.make(mgrit, levels=1)
+        mgrit = MGRITOptions.make(mgrit, levels=1, of_levels=())
     return TimeSolver(kind, mgrit, paradiag, systems, why)
 
 

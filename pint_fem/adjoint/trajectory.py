@@ -129,7 +129,11 @@ class CPointTrajectories(_Trajectories):
 
     def __init__(self, sweeps: Sweeps, misfits: Sequence[BlockMisfit]):
         super().__init__(sweeps, misfits)
-        self.intervals: Intervals = sweeps.intervals
+
+    @property
+    def intervals(self) -> Intervals:
+        """Those of the sweeps."""
+        return self.sweeps.intervals
 
     # -- passes --------------------------------------------------------------------------------------------------------
     def _inside(self, window: Window, points: Sequence[np.ndarray]) -> bool:

@@ -29,6 +29,7 @@ import numpy as np
 from mpi4py import MPI
 from petsc4py import PETSc
 
+from pint_fem.communicators import Lease
 from pint_fem.mgrit.cycle import Cycle
 from pint_fem.mgrit.levels import Propagator
 from pint_fem.mgrit.options import MGRITOptions
@@ -197,7 +198,8 @@ class Hierarchies:
     trace
         Gets the work and messages; default: none.
     reversed_comm
-        ``comm`` with its ranks in reverse order; default: split off here and freed by :meth:`destroy`.
+        ``comm`` with its ranks in reverse order; default: one that all hierarchies on ``comm`` share (see
+        :mod:`pint_fem.communicators`), given back by :meth:`destroy`.
 
     Raises
     ------
@@ -237,17 +239,16 @@ class Hierarchies:
         self.solver = MGRIT(propagators, nsteps, **fit, **common)
         self.comm, self.petsc_comm, self.name = comm, comm if petsc_comm is None else petsc_comm, name
         self.solver_T: MGRIT | None = None
-        self._reversed_comm, self._own_comm = reversed_comm, transposed is not None and reversed_comm is None
+        self._lease = Lease(comm, comm.size) if transposed is not None and reversed_comm is None else None
+        reverse = reversed_comm if self._lease is None else self._lease.groups.reversed_inner
         if transposed is not None:
             levels = self.solver.levels
             swapped = [None if t is None else t.transposed for t in self.solver.transfers]
-            if self._own_comm:
-                self._reversed_comm = comm.Split(0, -comm.rank)
             self.solver_T = MGRIT(
                 [Reversed(p, level.nsteps) for p, level in zip(transposed, levels, strict=True)],
                 nsteps,
                 options=_reversed_options(self.solver),
-                comm=self._reversed_comm,
+                comm=reverse,
                 bounds=[nsteps - b for b in reversed(levels[0].bounds)],
                 transfers=swapped,
                 transposed=True,
@@ -292,10 +293,9 @@ class Hierarchies:
         return matrix
 
     def destroy(self) -> None:
-        """Free the reversed communicator if it was made here (collective)."""
-        if self._own_comm:
-            self._own_comm = False
-            self._reversed_comm.Free()
+        """Give back the reversed communicator if it was made here (collective)."""
+        if self._lease is not None:
+            self._lease.free()
 
 
 def _reversed_options(solver: MGRIT) -> MGRITOptions:

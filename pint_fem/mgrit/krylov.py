@@ -26,13 +26,14 @@ This module needs petsc4py and petsctools; :mod:`pint_fem.mgrit` does not import
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from petsc4py import PETSc
 from petsctools import OptionsManager
 
-from pint_fem.collective import any_rank, collectively, raise_report, reported
+from pint_fem.collective import any_rank, collectively, ending_all_ranks, raise_report, reported
 from pint_fem.errors import InputError, SolverFailure
 from pint_fem.mgrit.all_at_once import Direction, Hierarchies, MGRITPreconditioner
 from pint_fem.mgrit.levels import Level, Propagator
@@ -238,7 +239,8 @@ class KrylovMGRIT:
         pc.setType(PETSc.PC.Type.PYTHON)
         pc.setPythonContext(MGRITPreconditioner(h))
         if options.monitor:
-            ksp.setMonitor(lambda ksp, it, norm: self._say(f"  {self.name} {it:3d} residual {norm:.6e}"))
+            me = weakref.ref(self)  # PETSc's solver holds on to what it calls
+            ksp.setMonitor(lambda ksp, it, norm: me()._say(f"  {me().name} {it:3d} residual {norm:.6e}"))
         # no restart: it may fall behind the plain iteration; PETSc allocates as iterations go on
         parameters = {"ksp_gmres_restart": options.max_it} | self._parameters
         self._petsc_options = OptionsManager(parameters, self._prefix)
@@ -253,7 +255,11 @@ class KrylovMGRIT:
         ksp.setInitialGuessNonzero(any_rank(h.petsc_comm, x.any()))
         solution, b = h.vec(x), h.vec(self._b)
         # what blows up shows in PETSc's norm, once
-        with self._petsc_options.inserted_options(), np.errstate(over="ignore", invalid="ignore"):
+        with (
+            ending_all_ranks(h.petsc_comm),
+            self._petsc_options.inserted_options(),
+            np.errstate(over="ignore", invalid="ignore"),
+        ):
             (ksp.solveTranspose if side.solver.transposed else ksp.solve)(b, solution)
             scale = b.norm()
         reason = ksp.getConvergedReason()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from math import inf
 
 __all__ = ["MGRITOptions", "check_coarsening"]
@@ -23,8 +23,17 @@ _CHOICES = {
     "monitor": (False, True),
     "view": (False, True),
 }
+_READ_WITH = (
+    ("f_cycles", "cycle", ("F",)),
+    ("coarse_sweeps", "coarse_solver", ("relax", "paradiag")),
+    ("nested_cycles", "start", ("nested", "auto")),
+)
+"""Options that are read with some values of another one only."""
 _COUNTS = {"levels": 1, "f_cycles": 0, "nested_cycles": 1, "coarse_sweeps": 1, "max_it": 1}
+_MOST_SWEEPS = 10_000
 _MAY_BE_NONE = ("levels", "f_cycles", "stagnation")
+_MOST_LEVELS = 64
+"""No hierarchy of steps numbered by 64 bits has more levels."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +130,8 @@ class MGRITOptions:
     monitor: bool = False
     view: bool = False
     trace: str = ""
+    #: Options that were given for one level: name and level.
+    of_levels: tuple[tuple[str, int], ...] = field(default=(), repr=False, compare=False)
 
     def __post_init__(self):
         set_ = lambda name, value: object.__setattr__(self, name, value)
@@ -164,12 +175,14 @@ class MGRITOptions:
             return options
         base = options if isinstance(options, cls) else cls()
         given = dict(changes) if isinstance(options, cls) or options is None else {**_flat(options), **changes}
-        known = [f.name for f in fields(cls)]
+        known = [f.name for f in fields(cls) if f.name != "of_levels" or isinstance(options, cls)]
         levels: dict[str, dict[int, object]] = {}
         for name in list(given):
             level, rest = _level_of(name)
-            if rest in _PER_LEVEL:
+            if rest in _PER_LEVEL and level < _MOST_LEVELS:
                 levels.setdefault(rest, {})[level] = given.pop(name)
+            elif rest in _PER_LEVEL:
+                raise ValueError(f"mgrit option {name!r}: no hierarchy has a level {level}; level 0 is the finest")
             elif name not in known:
                 prefix, choices = ("", known) if level < 0 else (f"level_{level}_", _PER_LEVEL)
                 near = difflib.get_close_matches(str(name if level < 0 else rest), choices, n=1)
@@ -184,7 +197,48 @@ class MGRITOptions:
             for level, value in changed.items():
                 values[level] = value
             made = replace(made, **{name: values})
+        if levels:
+            named = {(name, level) for name, changed in levels.items() for level in changed}
+            made = replace(made, of_levels=tuple(sorted({*made.of_levels, *named})))
+        if not isinstance(options, cls):
+            made._refuse_unread({**given, **levels})
         return made
+
+    def _refuse_unread(self, given: Mapping) -> None:
+        """Raise on options that these options leave without an effect."""
+        for name, selector, values in _READ_WITH:
+            if name in given and getattr(self, name) is not None and getattr(self, selector) not in values:
+                raise ValueError(
+                    f"mgrit {name} {given[name]!r} has no effect with {selector} {getattr(self, selector)!r}: "
+                    f"give {selector} {' or '.join(map(repr, values))}, or leave {name} out"
+                )
+        if self.levels is None or self.levels == 1:  # lists go on serving where a run is repeated sequentially
+            return
+        for name in _PER_LEVEL:
+            most, value = self.levels - 1 + (self.coarse_solver == "relax"), getattr(self, name)
+            if name in given and isinstance(given[name], (list, tuple)) and len(value) > most:
+                raise ValueError(
+                    f"mgrit {name} {given[name]!r} for {self.levels} levels: give at most {most}, one for each level "
+                    "but the coarsest"
+                )
+
+    def refuse_missing_levels(self, count: int) -> None:
+        """Raise on options of one level that a hierarchy of ``count`` levels has not.
+
+        Raises
+        ------
+        ValueError
+            Naming the option and the nearest one that there is.
+        """
+        last = count - 1 - (self.coarse_solver != "relax")  # the coarsest level is stepped through
+        for name, level in self.of_levels:
+            if level > last:
+                near = f"did you mean 'level_{last}_{name}'?" if last >= 0 else f"give {name!r} and more levels"
+                numbers = "level 0 only" if count == 1 else f"levels 0 to {count - 1}"
+                what = "is stepped through" if level == count - 1 else "is none of them"
+                raise ValueError(
+                    f"mgrit option 'level_{level}_{name}': there are {numbers}, and {level} {what}; {near}"
+                )
 
     @property
     def is_fixed(self) -> bool:
@@ -197,7 +251,7 @@ class MGRITOptions:
         Raises
         ------
         ValueError
-            If the levels asked for leave a level without a step.
+            If the levels asked for leave a level without a step, or an option is for a level that there is not.
         """
         chosen, n = [], nsteps
         if self.levels is None:
@@ -205,7 +259,9 @@ class MGRITOptions:
                 n = _coarser(n, self.coarsen(len(chosen)))
                 chosen.append(self.coarsen(len(chosen)))
             if chosen:
+                self.refuse_missing_levels(len(chosen) + 1)
                 return tuple(chosen)
+        self.refuse_missing_levels(self.levels or 2)
         for i in range((self.levels or 2) - 1):
             n = _coarser(n, self.coarsen(i))
             chosen.append(self.coarsen(i))
@@ -266,6 +322,8 @@ def check_coarsening(given) -> tuple:
 
 
 def _scheme(r, given) -> str:
+    if _is_int(r) and r > _MOST_SWEEPS:
+        raise ValueError(f"mgrit relax {given!r}: give at most {_MOST_SWEEPS} FC-sweeps; 1 or 2 are usual")
     if _is_int(r) and r >= 0:
         return "F" + "CF" * int(r)
     if not isinstance(r, str) or r != "F" + "CF" * r.count("C"):

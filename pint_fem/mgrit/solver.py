@@ -19,7 +19,7 @@ import numpy as np
 from mpi4py import MPI
 
 from pint_fem.agreement import digest
-from pint_fem.collective import collectively
+from pint_fem.collective import collectively, ending_all_ranks
 from pint_fem.errors import FAILURES, InputError
 from pint_fem.mgrit.arrays import check_arrays
 from pint_fem.mgrit.cycle import Cycle
@@ -31,7 +31,7 @@ from pint_fem.mgrit.options import MGRITOptions
 from pint_fem.mgrit.residuals import Residuals
 from pint_fem.mgrit.stopping import SolveResult, SolverFailure, Stopping
 from pint_fem.mgrit.theory import exact_termination
-from pint_fem.mgrit.trace import Trace
+from pint_fem.mgrit.trace import Trace, check_trace_file
 from pint_fem.mgrit.transfer import Transfer
 from pint_fem.mgrit.view import describe
 
@@ -109,8 +109,7 @@ class MGRIT:
             raise ValueError("mgrit residual 'full' with storage 'C': F-points are exact there; give residual='C'")
         self.transfers = [Transfer.make(t) for t in (transfers or [None] * len(factors))]
         if len(self.transfers) != len(factors):
-            text = f"{len(self.transfers)} transfers for {len(factors) + 1} levels: give one to each coarse level"
-            raise ValueError(text)
+            raise ValueError(f"{len(self.transfers)} transfers for {len(factors)} coarse levels: give one to each")
         if bounds is None:
             bounds = Bounds.shared_out(nsteps, comm.size, factors[0] if options.storage == "C" else None)
         bounds = Bounds.make(bounds)
@@ -125,7 +124,10 @@ class MGRIT:
         self.key = digest((nsteps, bounds.digest, vars(options), len(propagators), bool(linear), bool(transposed)))
         self.linear, self.transposed = linear, transposed
         self._speaks = comm.rank == 0 if speaks is None else speaks
-        self.trace = Trace(comm) if options.trace and trace is None else trace
+        if options.trace and trace is None:
+            check_trace_file(options.trace, comm)
+            trace = Trace(comm)
+        self.trace = trace
         for level in self.levels:
             level.trace = self.trace
         keeps_all = options.storage == "all"
@@ -206,7 +208,8 @@ class MGRIT:
             self._say(self.view(U[:1].nbytes))
         fine.U, fine.G = U, G
         fine.may_be_last(True)
-        with np.errstate(over="ignore", invalid="ignore"):  # a solve that blows up says so itself, once
+        # a solve that blows up says so itself, once; an interrupt comes to one rank alone
+        with ending_all_ranks(self.everyone), np.errstate(over="ignore", invalid="ignore"):
             if self._iterates:
                 return self._cycle_or_step(U, start, coarse_rhs)
             fine.solve_sequentially()

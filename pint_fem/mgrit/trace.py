@@ -10,7 +10,22 @@ import json
 import time
 from pathlib import Path
 
-__all__ = ["Trace"]
+from pint_fem import files
+from pint_fem.collective import collectively
+
+__all__ = ["Trace", "check_trace_file"]
+
+
+def check_trace_file(path: str | Path, comm) -> None:
+    """Find out before a run whether its trace can be written (collective).
+
+    Raises
+    ------
+    InputError
+        On every rank, where it cannot.
+    """
+    check = (lambda: files.require_output(path, "trace", makes_folder=True)) if comm.rank == 0 else (lambda: None)
+    collectively(comm, "", check)
 
 
 class Trace:
@@ -50,9 +65,18 @@ class Trace:
         self.events.append(event | {"pid": self.comm.rank, "tid": 0, "args": args})
 
     def write(self, path: str | Path) -> None:
-        """Write the events of all ranks to one JSON file (collective)."""
+        """Write the events of all ranks to one JSON file (collective).
+
+        Raises
+        ------
+        InputError
+            On every rank, where it cannot be written.
+        """
         parts = self.comm.gather(self.events)
-        if self.comm.rank != 0:
+        collectively(self.comm, "", self._write, Path(path), parts)
+
+    def _write(self, path: Path, parts: list | None) -> None:
+        if parts is None:
             return
         names = [
             {"name": "process_name", "ph": "M", "pid": r, "args": {"name": f"time rank {r}"}}
@@ -64,5 +88,6 @@ class Trace:
             for r, level in used
         ]
         events = sorted((e for part in parts for e in part), key=lambda e: e["ts"])
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).write_text(json.dumps({"traceEvents": names + events, "displayTimeUnit": "ms"}), encoding="utf-8")
+        with files.naming(f"trace {path} cannot be written"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            files.write_whole(path, json.dumps({"traceEvents": names + events, "displayTimeUnit": "ms"}).encode())

@@ -48,10 +48,11 @@ import numpy as np
 
 from pint_fem.optimize.acceptance import is_lost, judge, next_radius
 from pint_fem.optimize.evaluator import Estimate, Evaluator, ExactOracle, Gradient, Point
-from pint_fem.optimize.options import check_first_guess, check_newton
+from pint_fem.optimize.options import check_newton
 from pint_fem.optimize.preconditioners import chosen, merged_pairs
 from pint_fem.optimize.projected_step import Box, BoxStep, ProjectedSteps
 from pint_fem.optimize.protocol import Checkpoint, Preconditioner, Problem
+from pint_fem.optimize.ranks import holds_anywhere, on_all_ranks
 from pint_fem.optimize.records import IterationRecord, StopReason, TrustRegionResult, header
 from pint_fem.optimize.restart import State, restore, save
 from pint_fem.optimize.steihaug import CGStop
@@ -64,6 +65,7 @@ _DIAGONAL_RTOL = 1e-14
 _KIND = "bounded trust region 1"
 
 
+@on_all_ranks
 def minimize_bounded(
     problem: Problem,
     x0: np.ndarray,
@@ -92,7 +94,8 @@ def minimize_bounded(
     An iteration costs one value, the Hessian actions of its Cauchy step, conjugate gradients and projected searches
     (mostly none after a rejected step) and, if its step is accepted, one gradient. Every point at which the problem is
     asked for anything satisfies the bounds exactly. With several processes call it on all of them with the same
-    options, each with its part of the vectors; `callback` must return the same on all of them.
+    options, which are compared, each with its part of the vectors; a `callback` that returns true on any of them stops
+    all.
 
     Parameters
     ----------
@@ -143,7 +146,6 @@ def minimize_bounded(
         preconditioner_memory=preconditioner_memory, value_rtol=value_rtol, checkpoint=checkpoint, monitor=monitor,
         callback=callback,
     )  # fmt: skip
-    check_first_guess(x0)
 
     evaluator = Evaluator(problem, hessian)
     x0 = np.array(x0, dtype=np.float64)
@@ -248,18 +250,18 @@ class _BoxOracle(ExactOracle):
 def _box(evaluator: Evaluator, x: np.ndarray, lower, upper) -> Box:
     """The bounds as arrays of the shape of x, refused on all processes if they make no box or the product is no sum.
 
-    An array of one where something is wrong has a positive norm on all processes.
+    Something is wrong on all of them where it is on one.
     """
     bounds = [np.asarray(bound, dtype=np.float64) for bound in (lower, upper)]
     misshapen = any(bound.shape not in ((), x.shape) for bound in bounds)
-    if evaluator.inner(*2 * (np.full_like(x, misshapen),)) > 0:
+    if holds_anywhere(evaluator.problem, x, misshapen):
         raise ValueError(
             f"bounds of shapes {bounds[0].shape} and {bounds[1].shape}: give numbers or arrays of the shape of x0, "
             f"{x.shape}"
         )
     low, high = (np.broadcast_to(bound, x.shape) for bound in bounds)
     wrong = ~(low <= high) | (low == math.inf) | (high == -math.inf)  # nan among them
-    if evaluator.inner(*2 * (wrong.astype(float),)) > 0:
+    if holds_anywhere(evaluator.problem, x, wrong.any()):
         first = f", first {low[wrong][0]} and {high[wrong][0]}" if wrong.any() else ""
         raise ValueError(
             f"lower and upper leave no room for {wrong.sum()} components of this process{first}: "

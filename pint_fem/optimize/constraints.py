@@ -106,6 +106,16 @@ class AffineConstraints:
         """The problem's inner product."""
         return self.problem.inner(a, b)
 
+    @property
+    def comm(self):
+        """The ranks that evaluate together, as the problem has it."""
+        return getattr(self.problem, "comm", None)
+
+    @property
+    def failure(self) -> Exception | None:
+        """Why the problem's last value was not finite, if it said so."""
+        return getattr(self.problem, "failure", None)
+
     def __getattr__(self, name: str):
         """An optional method of the problem, its vectors projected; absent where the problem lacks it."""
         if name not in _OPTIONAL:

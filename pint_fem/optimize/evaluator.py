@@ -67,11 +67,19 @@ class Evaluator:
         kind = {"newton": "hessian", "gauss-newton": "gauss_newton"}[hessian]
         self.action_name, self.model_name = f"{kind}_action", f"{kind}_model"
         if hessian == "gauss-newton" and not callable(getattr(problem, self.action_name, None)):
+            name = type(getattr(problem, "given", problem)).__name__
             raise ValueError(
-                f"hessian = 'gauss-newton' is refused: {type(problem).__name__} has no gauss_newton_action(x, v); "
+                f"hessian = 'gauss-newton' is refused: {name} has no gauss_newton_action(x, v); "
                 "give it one or take hessian = 'newton'"
             )
         self.values = self.gradients = self.hessians = 0
+
+    def no_value(self, message: str, x: np.ndarray) -> NonFiniteError:
+        """The error of a J that is not finite where it has to be, with what the problem knows of the cause."""
+        failure = getattr(self.problem, "failure", None)
+        error = NonFiniteError(message if failure is None else f"{message} ({failure})", x)
+        error.__cause__ = failure
+        return error
 
     def value(self, x: np.ndarray) -> float:
         """J(x), finite or not."""
@@ -177,7 +185,9 @@ class ExactOracle:
         """
         value = self._first_value(x)
         if not math.isfinite(value.value):
-            raise NonFiniteError(f"iteration 0: J = {value.value} at the first guess; start where J is finite", x)
+            raise self.evaluator.no_value(
+                f"iteration 0: J = {value.value} at the first guess; start where J is finite", x
+            )
         return Point(x, value, self.gradient(x, 0, x))
 
     def _first_value(self, x: np.ndarray) -> Estimate:

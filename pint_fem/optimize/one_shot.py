@@ -52,8 +52,9 @@ is measured and held below what direction, judgement and pairs can bear:
   both gradients can make of it. A rejected one is only shortened where J is huge at its end, and no quadratic: that
   curvature is the one of another place. A gradient that lags behind the design shows less curvature than there is, and
   would make the next step too long. The pairs are made conjugate: for a quadratic J each new step is then the
-  minimiser over all directions seen so far, without a line search, and with accurate gradients the run ends after as many designs as
-  conjugate gradients take iterations, and one. A pair that is dropped halves :math:`\theta`; kept ones let it grow.
+  minimiser over all directions seen so far, without a line search, and with accurate gradients the run ends after as
+  many designs as conjugate gradients take iterations, and one. A pair that is dropped halves :math:`\theta`; kept ones
+  let it grow.
 * **Try again.** After a rejected step that was learned from, the next one starts from x with the better B, no longer
   than the last: the solvers need not go back to x. If nothing was learned, x is looked at again, as its reading may be
   what is wrong, with :math:`\theta` halved, and the step from there is shortened towards the zero of the slope. For
@@ -88,14 +89,16 @@ from pint_fem.optimize.lbfgs import InverseLBFGS
 from pint_fem.optimize.one_shot_records import OneShotRecord, OneShotResult, header
 from pint_fem.optimize.one_shot_restart import restore, save
 from pint_fem.optimize.one_shot_run import Run
-from pint_fem.optimize.options import check, check_callable, check_checkpoint, check_first_guess, is_count
+from pint_fem.optimize.options import check, check_callable, check_checkpoint, is_count
 from pint_fem.optimize.protocol import Checkpoint, Problem
+from pint_fem.optimize.ranks import on_all_ranks
 from pint_fem.optimize.records import StopReason
 from pint_fem.optimize.running_solvers import OneShotProblem, RunningSolvers
 
 __all__ = ["minimize_one_shot"]
 
 
+@on_all_ranks
 def minimize_one_shot(
     problem: OneShotProblem | Problem,
     x0: np.ndarray,
@@ -118,7 +121,7 @@ def minimize_one_shot(
 
     An iteration is one ``problem.advance``. Without that method it is an accurate value and gradient, nothing is held,
     and this is L-BFGS with a backtracking line search. With several processes call it on all of them with the same
-    options; `callback` must return the same on all of them.
+    options, which are compared; a `callback` that returns true on any of them stops all.
 
     Parameters
     ----------
@@ -185,7 +188,6 @@ def minimize_one_shot(
     check_checkpoint(checkpoint)
     check_callable("monitor", monitor)
     check_callable("callback", callback)
-    check_first_guess(x0)
 
     solvers = RunningSolvers(problem)
     run = Run(

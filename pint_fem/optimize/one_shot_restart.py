@@ -67,7 +67,7 @@ def restore(checkpoint: Checkpoint, run: Run) -> list[OneShotRecord] | None:
     ValueError
         On every process, if the checkpoint is not that of a one-shot run in this space.
     """
-    loaded = load(checkpoint, _KIND, run.x, run.inner)
+    loaded = load(checkpoint, _KIND, run.x, run.solvers.exact.problem)
     if loaded is None:
         return None
     scalars, vectors = loaded

@@ -12,7 +12,6 @@ import numpy as np
 from pint_fem.optimize.acceptance import is_lost
 from pint_fem.optimize.lbfgs import InverseLBFGS
 from pint_fem.optimize.one_shot_records import DesignUpdate, OneShotRecord
-from pint_fem.optimize.protocol import NonFiniteError
 from pint_fem.optimize.records import StopReason
 from pint_fem.optimize.running_solvers import Reading, RunningSolvers
 
@@ -125,7 +124,9 @@ class Run:
         step_norm, pairs = math.sqrt(self.inner(self.s, self.s)), len(self.B)
         reading = self.solvers.read(self.z, iteration, self.x)
         if reading is None and self.z is self.x:
-            raise NonFiniteError(f"iteration {iteration}: J is not finite at the first or an accepted design", self.x)
+            raise self.solvers.exact.no_value(
+                f"iteration {iteration}: J is not finite at the first or an accepted design", self.x
+            )
         self.count += 1
         update = self._decide(reading, iteration)
         if iteration == 0:
@@ -300,7 +301,9 @@ class Run:
         if self.exact is None:
             self.exact = self.solvers.read_exactly(self.x, iteration, self.x)
         if self.exact is None:
-            raise NonFiniteError(f"iteration {iteration}: the accurate J is not finite at an accepted design", self.x)
+            raise self.solvers.exact.no_value(
+                f"iteration {iteration}: the accurate J is not finite at an accepted design", self.x
+            )
         return self.exact
 
     def within(self, end: Reading) -> bool:

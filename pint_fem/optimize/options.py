@@ -8,6 +8,8 @@ from numbers import Integral, Real
 
 import numpy as np
 
+from pint_fem.errors import InputError
+
 __all__ = [
     "check",
     "check_callable",
@@ -25,11 +27,11 @@ def check(name: str, value: object, allowed: str, accepts: Callable[[Real], bool
 
     Raises
     ------
-    ValueError
+    InputError
         With what was given and what would do.
     """
     if isinstance(value, bool) or not isinstance(value, Real) or not accepts(value):
-        raise ValueError(f"{name} = {value!r} is refused: give {allowed}")
+        raise InputError(f"{name} = {value!r} is refused: give {allowed}")
 
 
 def is_count(low: int) -> Callable[[Real], bool]:
@@ -40,19 +42,19 @@ def is_count(low: int) -> Callable[[Real], bool]:
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     """Refuse what is none of the names."""
     if value not in choices:
-        raise ValueError(f"{name} = {value!r} is refused: give {' or '.join(map(repr, choices))}")
+        raise InputError(f"{name} = {value!r} is refused: give {' or '.join(map(repr, choices))}")
 
 
 def check_callable(name: str, value: object) -> None:
     """Refuse what is neither None nor callable."""
     if value is not None and not callable(value):
-        raise ValueError(f"{name} = {value!r} is refused: give a callable or None")
+        raise InputError(f"{name} = {value!r} is refused: give a callable or None")
 
 
 def check_checkpoint(value: object) -> None:
     """Refuse what can neither save nor load."""
     if value is not None and not all(callable(getattr(value, name, None)) for name in ("save", "load")):
-        raise ValueError(f"checkpoint = {value!r} is refused: give an object with save and load, or None")
+        raise InputError(f"checkpoint = {value!r} is refused: give an object with save and load, or None")
 
 
 def check_radii(initial_radius: float | None, max_radius: float, min_radius: float) -> None:
@@ -109,4 +111,4 @@ def check_newton(
 def check_first_guess(x0: np.ndarray) -> None:
     """Refuse what is no vector."""
     if np.ndim(x0) != 1 or np.iscomplexobj(x0):
-        raise ValueError(f"x0 of shape {np.shape(x0)} and type {np.asarray(x0).dtype} is refused: give 1-D real array")
+        raise InputError(f"x0 of shape {np.shape(x0)} and type {np.asarray(x0).dtype} is refused: give 1-D real array")

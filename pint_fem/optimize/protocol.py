@@ -23,6 +23,10 @@ class Problem(Protocol):
 
     A vector is a 1-D float64 array: this process's part of a distributed vector. `value` and `inner` return the same
     number on every process. Arguments are not to be modified; results may be views of reused memory.
+
+    Two attributes are optional. ``comm``, an mpi4py communicator, are the processes that call together: options are
+    compared over it, and stops and failures are shared (:mod:`pint_fem.optimize.ranks`); give it where vectors are
+    distributed. ``failure`` is the exception because of which the last value is not finite, or None: monitors show it.
     """
 
     def value(self, x: np.ndarray) -> float:

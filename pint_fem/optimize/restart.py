@@ -13,7 +13,8 @@ from enum import Enum
 import numpy as np
 
 from pint_fem.optimize.evaluator import Estimate, Evaluator, ExactOracle, Gradient, Point
-from pint_fem.optimize.protocol import Checkpoint
+from pint_fem.optimize.protocol import Checkpoint, Problem
+from pint_fem.optimize.ranks import holds_anywhere
 from pint_fem.optimize.records import IterationRecord, StopReason, TrustRegionResult
 from pint_fem.optimize.steihaug import CGStop
 
@@ -102,7 +103,9 @@ def read_history(columns: dict[str, list], record: type, **enumerations: type[En
     return [record(**dict(zip(columns, row, strict=True))) for row in rows]
 
 
-def load(checkpoint: Checkpoint, kind: str, x0: np.ndarray, inner: Inner) -> tuple[dict, dict[str, np.ndarray]] | None:
+def load(
+    checkpoint: Checkpoint, kind: str, x0: np.ndarray, problem: Problem
+) -> tuple[dict, dict[str, np.ndarray]] | None:
     """The last state of a run of this kind in the space of `x0`; None if there is none.
 
     Raises
@@ -117,7 +120,7 @@ def load(checkpoint: Checkpoint, kind: str, x0: np.ndarray, inner: Inner) -> tup
     if scalars.get("kind") != kind:
         raise ValueError(f"the checkpoint holds a run of kind {scalars.get('kind')!r}: give one of {kind!r}")
     misfit = [np.shape(v) for v in vectors.values() if np.shape(v) != x0.shape]
-    if inner(*2 * (np.full_like(x0, bool(misfit)),)) > 0:
+    if holds_anywhere(problem, x0, bool(misfit)):
         given = f"vectors of shape {misfit[0]}" if misfit else "vectors of another shape on another process"
         raise ValueError(f"the checkpoint holds {given}, x0 has shape {x0.shape}: give the space and processes it had")
     return scalars, {name: np.array(v, dtype=np.float64) for name, v in vectors.items()}
@@ -156,7 +159,7 @@ def restore(
         On every process, if the state is not that of a run of this kind in the space of `x0` with as much control of
         the accuracy.
     """
-    loaded = load(checkpoint, kind, x0, evaluator.inner)
+    loaded = load(checkpoint, kind, x0, evaluator.problem)
     if loaded is None:
         return None
     scalars, vectors = loaded

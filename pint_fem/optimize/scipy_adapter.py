@@ -20,11 +20,15 @@ import math
 from collections.abc import Callable
 
 import numpy as np
+from mpi4py import MPI
 from scipy.optimize import Bounds, OptimizeResult, minimize
 
+from pint_fem.collective import any_rank, collectively, ending_all_ranks, raise_together, require_same
+from pint_fem.errors import FAILURES
 from pint_fem.optimize.hessian_actions import HessianActions
-from pint_fem.optimize.options import check_callable, check_choice, check_first_guess
+from pint_fem.optimize.options import check_choice
 from pint_fem.optimize.protocol import NonFiniteError, Problem
+from pint_fem.optimize.ranks import RankedProblem, check_run, ranked_callback
 
 __all__ = ["scipy_minimize"]
 
@@ -83,8 +87,8 @@ def scipy_minimize(
     hessian : {"newton", "gauss-newton"}
         Whose action: ``problem.hessian_action`` or ``problem.gauss_newton_action``.
     callback : callable, optional
-        ``callback(x)`` after each iteration, on all processes, with a copy of the local part of the iterate; a true
-        result, on the first process, stops.
+        ``callback(x)`` after each iteration, on all processes that have one, with a copy of the local part of the
+        iterate; a true result on any of them stops.
     **options
         Of :func:`scipy.optimize.minimize`: ``tol``, ``options``. Tolerances are in the coordinates y.
 
@@ -102,8 +106,22 @@ def scipy_minimize(
         A method that uses no gradients or needs a matrix, bounds with a method that ignores them, an argument that is
         set here, a bad `x0`, or a derivative that contradicts ``inner``.
     NonFiniteError
-        A gradient or a Hessian action is not finite. A J that is not finite is left to scipy.
+        A gradient or a Hessian action is not finite, or J cannot be computed at `x0`. A J that is not finite elsewhere
+        is left to scipy.
     """
+    ranks = MPI.COMM_SELF if comm is None else comm
+    with ending_all_ranks(ranks):
+        bounded = (lower is not None, upper is not None)
+        require_same(ranks, method=method, hessian=hessian, bounded=bounded, given=options)
+        collectively(ranks, "", check_run, x0, None, callback)
+        callback = ranked_callback(ranks, callback) if any_rank(ranks, callback is not None) else None
+        return _minimise(RankedProblem(problem, ranks), x0, method, ranks, lower, upper, hessian, callback, options)
+
+
+def _minimise(
+    problem, x0: np.ndarray, method: str, comm, lower, upper, hessian: str, callback: Callable | None, options: dict
+) -> OptimizeResult:
+    """The run, on all processes with the same arguments but for the parts of vectors."""
     known = {name.lower(): name for name in _GRADIENT_METHODS + _HESSIAN_METHODS}
     if not isinstance(method, str) or method.lower() not in known:
         raise ValueError(f"method = {method!r} is refused: give one of {', '.join(known.values())}")
@@ -118,14 +136,14 @@ def scipy_minimize(
     action = "hessian_action" if hessian == "newton" else "gauss_newton_action"
     if method in _HESSIAN_METHODS and not callable(getattr(problem, action, None)):
         raise ValueError(f"{method} needs {action}: give the problem one, or one of {', '.join(_GRADIENT_METHODS)}")
-    check_callable("callback", callback)
-    check_first_guess(x0)
 
     x0 = np.array(x0, dtype=np.float64)
     view = _EuclideanView(problem, x0, comm, action, callback)
     if lower is not None or upper is not None:
         options["bounds"] = view.bounds(lower, upper)
     y0 = view.coordinates(x0)
+    if not math.isfinite(view.value(y0)) and problem.failure is not None:
+        raise NonFiniteError(f"no J at the first guess: {problem.failure}", x0) from problem.failure
     processes = _Processes(view)
     if processes.first:
         own = processes.lead(lambda: _run(processes.ask, y0, method, callback is not None, options))
@@ -183,7 +201,7 @@ def _run(ask: Callable, y0: np.ndarray, method: str, calls_back: bool, options: 
 
 
 class _Processes:
-    """The first process asks, all answer."""
+    """The first process asks, all answer; the view's methods fail on all where they fail on one."""
 
     def __init__(self, view: _EuclideanView):
         self.view, self.comm = view, view.layout.comm
@@ -202,10 +220,10 @@ class _Processes:
         """Run on the first process; the others get the result, or raise what was raised."""
         try:
             result = run()
-        except BaseException as error:
-            if not self._asked:  # else it was raised on all processes
-                builtin = type(error).__module__ == "builtins"
-                self._send("raise", (error if builtin else RuntimeError(repr(error)),))
+        except FAILURES as error:
+            if not self._asked and self.comm is not None:  # else it was raised on all processes
+                self._send("raise", ())
+                raise_together(self.comm, error, "scipy")
             raise
         self._send("end", (result,))
         return dict(result)
@@ -217,7 +235,7 @@ class _Processes:
             if name == "end":
                 return arguments[0]
             if name == "raise":
-                raise arguments[0]
+                raise_together(self.comm, None, "scipy")
             getattr(self.view, name)(*arguments)
 
     def _send(self, name: str, arguments: tuple) -> None:
@@ -311,8 +329,8 @@ class _EuclideanView:
         return self._global_functional(x, action, "Hessian action")
 
     def call_back(self, y: np.ndarray) -> bool:
-        """Whether the callback wants to stop."""
-        return bool(self.callback(self.point(y)))
+        """Whether the callback of any process stops."""
+        return self.callback(self.point(y))
 
     def _global_functional(self, x: np.ndarray, v: np.ndarray, name: str) -> np.ndarray:
         """W^{-1/2} dual(v), global."""
@@ -347,7 +365,7 @@ class _Layout:
 
     def on_any(self, condition: bool) -> bool:
         """Whether it holds on any process, so that all refuse alike."""
-        return bool(condition) if self.comm is None else any(self.comm.allgather(bool(condition)))
+        return bool(condition) if self.comm is None else any_rank(self.comm, condition)
 
     def gather(self, x: np.ndarray) -> np.ndarray:
         """The owned entries of all processes in rank order."""

@@ -55,9 +55,10 @@ from pint_fem.optimize.acceptance import UNLIMITED, is_lost, judge, next_radius
 from pint_fem.optimize.evaluator import Evaluator, ExactOracle, Point
 from pint_fem.optimize.forcing import CHOICES, first_forcing_term, next_forcing_term
 from pint_fem.optimize.inexact import InexactOptions, InexactOracle
-from pint_fem.optimize.options import check, check_choice, check_first_guess, check_newton
+from pint_fem.optimize.options import check, check_choice, check_newton
 from pint_fem.optimize.preconditioners import chosen, merged_pairs
 from pint_fem.optimize.protocol import Checkpoint, NonFiniteError, Preconditioner, Problem
+from pint_fem.optimize.ranks import on_all_ranks
 from pint_fem.optimize.records import IterationRecord, StopReason, TrustRegionResult, header
 from pint_fem.optimize.restart import State, restore, save
 from pint_fem.optimize.steihaug import CGStop, SteihaugPath, Step
@@ -86,6 +87,7 @@ def _forcing_choice(cg_rtol: float | None, cg_forcing: str | float) -> str | flo
     return cg_forcing
 
 
+@on_all_ranks
 def minimize_trust_region(
     problem: Problem,
     x0: np.ndarray,
@@ -113,7 +115,7 @@ def minimize_trust_region(
 
     An iteration costs one value, a Hessian action for each CG iteration (none after a rejected step) and, if its step
     is accepted, one gradient. Lengths are in the problem's norm. With several processes call it on all of them with
-    the same options; `callback` must return the same on all of them.
+    the same options, which are compared; a `callback` that returns true on any of them stops all.
 
     Parameters
     ----------
@@ -188,7 +190,6 @@ def minimize_trust_region(
     cg_forcing = _forcing_choice(cg_rtol, cg_forcing)
     if not isinstance(inexact, InexactOptions | None):
         raise ValueError(f"inexact = {inexact!r} is refused: give InexactOptions(...) or None")
-    check_first_guess(x0)
 
     evaluator = Evaluator(problem, hessian)
     oracle = ExactOracle(evaluator) if inexact is None else InexactOracle(evaluator, inexact, value_rtol)

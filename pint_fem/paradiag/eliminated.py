@@ -73,6 +73,10 @@ class EliminatedSystem:
         out[its.b] = (r_b - h * second(a, transposed=transposed)) / c
         return out
 
+    def release(self, factor):
+        """See :class:`~pint_fem.paradiag.systems.ShiftedSystem`."""
+        self._left.release(factor)
+
     def mass(self, r, *, transposed):
         """See :class:`~pint_fem.paradiag.systems.ShiftedSystem`."""
         out, its = r.copy(), self._coupling

@@ -105,13 +105,14 @@ class PETScSystem:
         matrix = PETSc.Mat().createAIJ((self._sizes, self._sizes), csr=(*self._csr, data), comm=self._comm)
         ksp = PETSc.KSP().create(self._comm)
         ksp.setOperators(matrix)
+        matrix.destroy()  # the solver's reference stays
         options = OptionsManager(self._parameters, self._prefix)
         options.set_from_options(ksp)
         ksp.setErrorIfNotConverged(True)
         with options.inserted_options():
             ksp.setUp()
         if self._bytes is None:  # all have the same pattern; ranks agree on what fits
-            own = matrix_bytes(matrix) + factor_bytes(ksp, self._parameters)
+            own = matrix_bytes(ksp.getOperators()[0]) + factor_bytes(ksp, self._parameters)
             self._bytes = self._comm.tompi4py().allreduce(own, op=MPI.MAX)
         return ksp, self._bytes
 
@@ -121,6 +122,10 @@ class PETScSystem:
         (factor.solveTranspose if transposed else factor.solve)(self._b, self._z)
         out = self._z.array_r.copy().view(complex)
         return out.conj() if transposed else out
+
+    def release(self, factor):
+        """See :class:`~pint_fem.paradiag.systems.ShiftedSystem` (collective)."""
+        factor.destroy()
 
     def mass(self, r, *, transposed):
         """See :class:`~pint_fem.paradiag.systems.ShiftedSystem`."""

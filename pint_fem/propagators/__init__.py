@@ -31,5 +31,6 @@ __all__ = [
 
 def make_propagator(evolution: Evolution, *, stride: int = 1, tableau=None) -> FEPropagator:
     """The fastest propagator that is exact for the evolution: linear where it applies, else form."""
+    evolution = evolution.private()
     kind = FormPropagator if evolution.linear_operators() is None else LinearPropagator
     return kind(evolution, stride=stride, tableau=tableau)

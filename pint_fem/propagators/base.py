@@ -72,7 +72,7 @@ class FEPropagator(ABC):
     Parameters
     ----------
     evolution
-        The problem.
+        The problem; attribute ``evolution`` is a private copy of it, which steps may write to.
     stride
         Step size of the level in fine steps.
     tableau
@@ -85,9 +85,24 @@ class FEPropagator(ABC):
     uses_guess = False
 
     def __init__(self, evolution: Evolution, *, stride: int = 1, tableau=None):
-        self.evolution, self.stride = evolution, stride
+        self.evolution, self.stride = evolution.private(), stride
         self.dt = evolution.dt * stride
         self.tableau = evolution.tableau if tableau is None else tableau
+
+    def update_data(self, changed: set) -> bool:
+        """Take new values of data: what was assembled from them is assembled again when it is next used.
+
+        Parameters
+        ----------
+        changed
+            Functions and constants of the evolution's copies that have other values now.
+
+        Returns
+        -------
+        bool
+            Whether that was enough; else a new propagator takes this one's place.
+        """
+        return not changed
 
     def memory(self, count: int, *, often: bool = True) -> list | None:
         """Memories of ``count`` steps for ``StepData.kept``, each to be taken once or ``often`` in a sweep, each with

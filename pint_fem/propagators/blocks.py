@@ -16,8 +16,9 @@ from firedrake.petsc import PETSc
 from petsctools import OptionsManager
 
 from pint_fem.direct import completed, default_solver, factor_bytes, is_finite, matrix_bytes, trial_residual
-from pint_fem.errors import InputError
+from pint_fem.errors import InputError, is_numerical
 from pint_fem.propagators.multigrid import Geometry
+from pint_fem.propagators.nullspace import Nullspace
 
 __all__ = [
     "WIDTH",
@@ -69,6 +70,17 @@ class Workspace:
         self.array[where] = states
 
 
+class _Solves:
+    """The reason of the worst solve since it was last read; apart, as PETSc's solver holds on to what it calls."""
+
+    def __init__(self):
+        self.worst = 0
+
+    def note(self, ksp: PETSc.KSP, b: PETSc.Vec, x: PETSc.Vec) -> None:
+        """Behind each solve."""
+        self.worst = min(self.worst, int(ksp.getConvergedReason()))
+
+
 class Factor:
     """Solves with a fixed matrix, one vector or a block at a time, plain or transposed.
 
@@ -84,6 +96,8 @@ class Factor:
         Options prefix.
     geometry
         Space of the unknowns, for preconditioners that want it.
+    nullspace
+        Of the matrix; a right-hand side then loses, in place, what it has in that of the transpose.
     """
 
     def __init__(
@@ -94,30 +108,43 @@ class Factor:
         symmetric: bool,
         prefix: str = "pint_",
         geometry: Geometry | None = None,
+        nullspace: Nullspace | None = None,
     ):
         if not is_finite(matrix):
             raise InputError(
                 "an operator has entries that are infinite or NaN, or too large: check the coefficients in the forms"
             )
-        self.symmetric, self._geometry = symmetric, geometry
+        self.symmetric, self._geometry, self._nullspace = symmetric, geometry, nullspace
         self._parameters: dict = {}
-        self._worst = 0  # reason of the worst solve since the last look
-        self.ksp = self._build(matrix, parameters, prefix)
+        self._solves = _Solves()
+        self.ksp = self._build(matrix, parameters, prefix, nullspace)
         # a transposed block solve is missing in most packages: the transpose has a factor of its own
-        self.ksp_T = self.ksp if symmetric else self._build(matrix.transpose(PETSc.Mat()), parameters, prefix)
+        self.ksp_T = self.ksp
+        if not symmetric:
+            turned = None if nullspace is None else nullspace.transposed
+            self.ksp_T = self._build(matrix.transpose(PETSc.Mat()), parameters, prefix, turned)
 
-    def _build(self, matrix: PETSc.Mat, parameters: dict, prefix: str) -> PETSc.KSP:
+    def _build(self, matrix: PETSc.Mat, parameters: dict, prefix: str, nullspace: Nullspace | None) -> PETSc.KSP:
         comm, unknowns = matrix.comm, matrix.getSize()[0]
+        given = completed(parameters, comm, unknowns) if parameters else {}
+        singular = None
+        if nullspace is not None:
+            nullspace.check(matrix)
+            if given.get("ksp_type", "preonly") != "preonly":
+                singular = matrix
+                nullspace.attach(singular)
+            matrix = nullspace.pinned(matrix)
         if parameters:
-            return self._set_up(matrix, completed(parameters, comm, unknowns), prefix)
-        if self.symmetric:
+            return self._set_up(matrix, given, prefix, singular)
+        if self.symmetric and matrix.getDiagonal().min()[1] > 0:  # else it is not positive definite
             matrix.setOption(PETSc.Mat.Option.SPD, True)
             try:
                 ksp = self._set_up(matrix, default_solver(comm, unknowns, spd=True), prefix)
                 if self._is_accurate(ksp, matrix):
                     return ksp
-            except (PETSc.Error, ArithmeticError):
-                pass
+            except (PETSc.Error, ArithmeticError) as error:
+                if not is_numerical(error):
+                    raise
             matrix.setOption(PETSc.Mat.Option.SPD, False)  # it is not positive definite
         return self._set_up(matrix, default_solver(comm, unknowns), prefix)
 
@@ -128,11 +155,15 @@ class Factor:
         b.array[:] = np.cos(np.arange(start, stop) ** 2)
         residual, norm = trial_residual(ksp, b, x), PETSc.NormType.NORM_INFINITY
         self._check()
-        return residual <= _ACCURATE * (matrix.norm(norm) * x.norm(norm) + b.norm(norm))
+        limit = _ACCURATE * (matrix.norm(norm) * x.norm(norm) + b.norm(norm))
+        x.destroy()
+        b.destroy()
+        return residual <= limit
 
-    def _set_up(self, matrix: PETSc.Mat, parameters: dict, prefix: str) -> PETSc.KSP:
+    def _set_up(self, matrix: PETSc.Mat, parameters: dict, prefix: str, singular: PETSc.Mat | None = None) -> PETSc.KSP:
+        """A solver with a regular matrix, or one preconditioned by it with the singular one that it was made of."""
         ksp = PETSc.KSP().create(matrix.comm)
-        ksp.setOperators(matrix)
+        ksp.setOperators(matrix if singular is None else singular, matrix)
         self._parameters = parameters
         options = OptionsManager(parameters, prefix)
         if self._geometry is not None and parameters.get("pc_type") in ("mg", "python"):
@@ -144,17 +175,19 @@ class Factor:
         if matrix.comm.size > 1 or ksp.getType() != PETSc.KSP.Type.PREONLY:
             # PETSc cannot go on with a block that it has raised in the middle of: remember, and raise afterwards
             ksp.setErrorIfNotConverged(False)
-            ksp.setPostSolve(self._note)
+            ksp.setPostSolve(self._solves.note)
         return ksp
-
-    def _note(self, ksp: PETSc.KSP, b: PETSc.Vec, x: PETSc.Vec) -> None:
-        self._worst = min(self._worst, int(ksp.getConvergedReason()))
 
     def _check(self) -> None:
         """Raise if a solve since the last call has failed; the solver can be used again."""
-        worst, self._worst = self._worst, 0
+        worst, self._solves.worst = self._solves.worst, 0
         if worst < 0:
             raise ArithmeticError(f"PETSc's linear solver failed (KSPConvergedReason {worst})")
+
+    @property
+    def is_direct(self) -> bool:
+        """Whether solves are by factors of the whole matrix."""
+        return self.ksp.getType() == PETSc.KSP.Type.PREONLY
 
     @cached_property
     def nbytes(self) -> dict[str, int]:
@@ -169,13 +202,23 @@ class Factor:
 
     def solve(self, b: PETSc.Vec, x: PETSc.Vec, *, transposed: bool = False) -> None:
         """One vector."""
+        nullspace = self._nullspace
+        if nullspace is not None:
+            nullspace.project_source(b.array, transposed=transposed)
         (self.ksp_T if transposed else self.ksp).solve(b, x)
         self._check()
+        if nullspace is not None:
+            nullspace.project_solution(x.array, transposed=transposed)
 
     def solve_block(self, B: Workspace, X: Workspace, *, transposed: bool = False) -> None:
         """A block."""
+        nullspace = self._nullspace
+        if nullspace is not None:
+            nullspace.project_source(B.array, transposed=transposed)
         (self.ksp_T if transposed else self.ksp).matSolve(B.matrix, X.matrix)
         self._check()
+        if nullspace is not None:
+            nullspace.project_solution(X.array, transposed=transposed)
 
 
 def is_symmetric(matrix: PETSc.Mat) -> bool:

@@ -91,6 +91,10 @@ class BoundaryControls:
             self._operators = made
         return self._operators
 
+    def update_data(self) -> None:
+        """Data in the boundary values have other values now: assemble the operators again when they are next used."""
+        self._operators = None
+
     def lift(self, dz: np.ndarray) -> np.ndarray:
         """``D dz`` on the Dirichlet rows, zero elsewhere, ``(n,)``, for a step's vector of controls."""
         out = np.zeros(self.evolution.state_size)

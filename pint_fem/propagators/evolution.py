@@ -8,38 +8,41 @@ from numbers import Real
 
 import numpy as np
 import ufl
-from firedrake import DirichletBC, Function, FunctionSpace, derivative
+from firedrake import DirichletBC, Function, derivative
 from firedrake.utils import complex_mode
 from irksome.ufl.deriv import TimeDerivative, expand_time_derivatives
 from ufl.algorithms import expand_derivatives, extract_coefficients
-from ufl.algorithms.analysis import extract_type
+from ufl.algorithms.analysis import has_type
 
 from pint_fem.errors import InputError
 from pint_fem.petsc_types import require_types
 from pint_fem.propagators.arrays import boundary_rows, get, is_real, own_size, put, rows_in_whole, whole_space
 from pint_fem.propagators.boundary import boundary_value, control_values
 from pint_fem.propagators.fields import Fields
+from pint_fem.propagators.nullspace import read_nullspace
+from pint_fem.propagators.private_copies import PrivateCopies, data_of
+from pint_fem.propagators.quadrature import with_fixed_degrees
+from pint_fem.propagators.residual import check_time_derivatives, time_among, time_function, without_loads
 from pint_fem.propagators.separated import SeparatedOperator, separated_operator
 from pint_fem.propagators.tableaux import DIRK
 
 __all__ = ["Evolution", "time_function"]
 
 
-def time_function(mesh, value: float = 0.0) -> Function:
-    """A time variable for use in forms: a function in the space of reals ``R`` (never a ``Constant``, see DESIGN)."""
-    return Function(FunctionSpace(mesh, "R", 0), name="t").assign(value)
-
-
 class Evolution:
     """``F(Dt(u), u, t, z; v) = 0`` on ``t0 < t <= t0 + nsteps dt`` with ``u(t0)`` given, stepped by a DIRK tableau.
 
-    Coefficients of the residual and the conditions other than ``u``, ``t`` and the control are data: they are read
-    when propagators are built, and later changes of their values are not seen.
+    Nothing that is given here is written to. Functions, constants and cofunctions in the residual, in boundary values
+    and as initial condition other than ``u``, ``t`` and the controls are data: they are copied when a functional is
+    made (or a propagator by itself), and later changes of their values are seen after
+    :meth:`~pint_fem.adjoint.TimeParallelReducedFunctional.update_data` only.
 
     Parameters
     ----------
     residual
-        UFL 1-form with Irksome's ``Dt`` of ``u``.
+        UFL 1-form with Irksome's ``Dt`` of ``u``, of first order. Cofunctions may be added, such as point sources
+        assembled from ``interpolate(v, ...)``, also multiplied by real numbers, by controls that are real numbers and
+        by expressions of ``t``.
     u
         The state's function; its value is the initial condition, unless ``initial`` is given.
     tableau
@@ -54,9 +57,12 @@ class Evolution:
         Whether the controls have a value of their own in each step (``True`` is all but the initial condition), or
         those of them that do.
     t
-        :func:`time_function` in the residual and boundary data, or ``None`` where neither depends on time.
+        :func:`time_function` in the residual, boundary values and misfits; default: the one that the residual and the
+        boundary values contain, if any.
     t0
         Initial time.
+    initial
+        Initial condition; default: the value of ``u``.
     bcs
         ``DirichletBC`` on ``u``'s space or parts of it (``V.sub(0)``). Their values may depend on ``t``.
     solver_parameters
@@ -65,6 +71,14 @@ class Evolution:
         Number of a field of a mixed state whose rate depends on the other fields only: steps of a linear evolution
         with constant operators then solve for the others (:mod:`~pint_fem.propagators.fields`), such as one symmetric
         positive definite system for the electric field. It changes how a step is computed, not its result.
+    nullspace, transpose_nullspace
+        Bases of the nullspaces of the stages' matrices and of their transposes, as Firedrake's solvers take them
+        (``VectorSpaceBasis``, ``MixedVectorSpaceBasis``), such as the constant pressure of an enclosed flow; the second
+        one is the first by default. Both are the same for all states, controls and times. The state has no part in the
+        nullspace (in the Euclidean product of coefficients) after a step, whatever it had before, and incompatible
+        parts of right-hand sides are left out; see :mod:`~pint_fem.propagators.nullspace`. Vectors are copied.
+    near_nullspace
+        Basis for algebraic multigrid, such as rigid body modes.
 
     Raises
     ------
@@ -88,6 +102,9 @@ class Evolution:
         bcs=(),
         solver_parameters: dict | None = None,
         eliminate: int | None = None,
+        nullspace=None,
+        transpose_nullspace=None,
+        near_nullspace=None,
     ):
         if complex_mode:
             raise InputError(
@@ -99,6 +116,8 @@ class Evolution:
             raise InputError(f"time step dt = {dt!r}: give a positive number")
         if not hasattr(nsteps, "__index__") or isinstance(nsteps, bool) or nsteps < 1:
             raise InputError(f"nsteps = {nsteps!r}: give a whole number of at least 1")
+        #: Riesz representatives of the cofunctions in the residual, which stand there in their place.
+        residual, self.loads = without_loads(residual)
         if not isinstance(residual, ufl.Form) or len(residual.arguments()) != 1:
             raise InputError(
                 "residual is not a linear form: write F(Dt(u), u; v) with one TestFunction v, and no '== 0'"
@@ -113,23 +132,23 @@ class Evolution:
             raise InputError("bcs: give DirichletBC objects")
         if any(whole_space(bc.function_space()) != V for bc in self.bcs):
             raise InputError("a boundary condition is not on the state's space or a part of it such as V.sub(0)")
-        residual = expand_time_derivatives(residual, t=t, timedep_coeffs=(u,))
-        coefficients = extract_coefficients(residual)
-        if u not in coefficients or not extract_type(residual, TimeDerivative):
-            raise InputError("the residual has no Dt(u): import Dt from irksome and write the semi-discrete form")
-        if t is not None and (not isinstance(t, Function) or t.function_space().ufl_element().family() != "Real"):
+        if t is not None and (not isinstance(t, Function) or not is_real(t.function_space())):
             raise InputError(
                 "t is not a function in the space R: make it by pint_fem.time_function(mesh), not Constant"
             )
-        values = [boundary_value(bc) for bc in self.bcs]
-        boundary_data = [c for value in values for c in extract_coefficients(value)]
+        boundary_data = [c for bc in self.bcs for c in data_of(boundary_value(bc))]
+        t = time_among([*data_of(residual), *boundary_data], t, "the residual or a boundary value")
+        residual = expand_time_derivatives(residual, t=t, timedep_coeffs=(u,))
+        coefficients = extract_coefficients(residual)
+        check_time_derivatives(residual, u)
         if initial is not None and (not isinstance(initial, Function) or initial.function_space() != V):
             raise InputError("initial: give a Function in the state's space")
-        self.residual, self.u, self.V = residual, u, V
+        self.residual, self.u, self.V = _with_fixed_degrees(residual, u), u, V
         self.tableau, self.dt, self.nsteps = tableau, float(dt), int(nsteps)
         self.dirk = DIRK(tableau)
         self.t, self.t0 = t, float(t0)
-        self.initial = Function(V).assign(u if initial is None else initial)
+        #: Its value is the initial condition.
+        self.initial = u if initial is None else initial
         #: All controls, in the order given.
         self.controls = _checked_controls(control, u, {*coefficients, *boundary_data}, initial)
         #: Those with a value in each step.
@@ -144,8 +163,75 @@ class Evolution:
         self.solver_parameters = dict(solver_parameters or {})
         require_types(self.solver_parameters, "pint_")
         self.eliminate = _checked_field(eliminate, V, self.bcs)
+        #: Of the stages' matrices, or ``None``.
+        self.nullspace = read_nullspace(V, nullspace, transpose_nullspace, near_nullspace)
+        given = dict(nullspace=nullspace, transpose_nullspace=transpose_nullspace, near_nullspace=near_nullspace)
+        #: Firedrake's bases of them as they were given, by argument.
+        self.bases = {name: basis for name, basis in given.items() if basis is not None}
         self.test = residual.arguments()[0]
         self.depends_on_time = t is not None and (t in coefficients or t in boundary_data)
+        #: The evolution as the user gave it; another one where this one is a private copy.
+        self.posed = self
+        #: What functions of the user the private functions of this evolution are copies of; ``None`` where it is the
+        #: user's own.
+        self.copies: PrivateCopies | None = None
+        #: Copies on a finer mesh by what they were injected to, where the evolution was posed on a coarser one.
+        self.injected: dict[Function, Function] = {}
+
+    def private(self, copies: PrivateCopies | None = None) -> Evolution:
+        """The same evolution in functions of its own, which sweeps write to; itself where it is one already.
+
+        Parameters
+        ----------
+        copies
+            Copies of what other forms contain, which are added to.
+        """
+        if self.copies is not None:
+            return self
+        copies = PrivateCopies() if copies is None else copies
+        own = copies.variable
+        for function in (self.u, *self.controls, *([] if self.t is None else [self.t])):
+            own(function)
+        for representative, load in self.loads.items():
+            copies.load(representative, load)
+        if self.initial is self.u:
+            initial = copies.separate(self.u, f"the initial condition, the value of the state {self.u.name()!r}")
+        else:
+            initial = own(self.initial) if self.initial_control is not None else copies.datum(self.initial)
+        made = Evolution(
+            copies.form(self.residual), own(self.u), tableau=self.tableau, dt=self.dt, nsteps=self.nsteps,
+            control=[own(c) for c in self.controls], per_step=[own(c) for c in self.stepwise],
+            t=None if self.t is None else own(self.t), t0=self.t0, initial=initial,
+            bcs=[copies.condition(bc) for bc in self.bcs], solver_parameters=self.solver_parameters,
+            eliminate=self.eliminate, **self.bases,
+        )  # fmt: skip
+        made.posed, made.copies = self, copies
+        return made
+
+    def functional(self, form: ufl.Form, what: str) -> tuple[ufl.Form, Function | None]:
+        """A user's functional in the functions of this private copy, and the time function in it, if any.
+
+        Parameters
+        ----------
+        form
+            In the user's functions.
+        what
+            What it is, for messages.
+
+        Raises
+        ------
+        InputError
+            If it contains a time derivative, or a time function that is not the evolution's.
+        """
+        if has_type(form, TimeDerivative):
+            raise InputError(
+                f"{what} contains Dt(u): a functional sees states at points in time, not their rates; make the rate a "
+                "field of a mixed state, or compare differences of states by a misfit of your own"
+            )
+        found = data_of(form)
+        t = time_among(found, self.posed.t, what)
+        own = self.copies.variable(t) if t in found else None
+        return self.copies.form(form), own
 
     @property
     def state_size(self) -> int:
@@ -206,7 +292,7 @@ class Evolution:
         for).
         """
         operators = None if self.eliminate is None else self.linear_operators()
-        return None if operators is None else Fields(self.V, self.eliminate, operators, self.bcs)
+        return None if operators is None else Fields(self.V, self.eliminate, operators, self.bcs, self.nullspace)
 
     def linear_operators(self):
         r"""``(M, K)`` as bilinear forms where the residual is ``M Dt(u) + K u - f(t, z)``, else ``None``.
@@ -247,12 +333,35 @@ class Evolution:
         return any(operator is not None and not operator.constant for operator in self.control_operators)
 
     @cached_property
+    def operator_data(self) -> set:
+        """Data in the operators: in derivatives of the residual, and in boundary values with controls in them."""
+        form, rate = self.parts()
+        slopes = [expand_derivatives(derivative(form, x)) for x in (rate, self.u, *self.parameters)]
+        values = [found for bc in self.bcs if (found := set(data_of(boundary_value(bc)))) & set(self.parameters)]
+        return {data for slope in slopes if not slope.empty() for data in data_of(slope)}.union(*values)
+
+    def update_data(self, *, operators: bool) -> None:
+        """Data have other values now: forget what was assembled from them, with ``operators`` those, too."""
+        if self.boundary_controls is not None:
+            self.boundary_controls.update_data()
+        if operators:
+            for name in ("_linear", "control_operators", "fields"):
+                vars(self).pop(name, None)
+
+    @cached_property
     def is_homogeneous(self) -> bool:
         """Whether the residual has no other load than the controls' and boundary values are zero."""
         form, rate = self.parts()
         nothing = {f: ufl.classes.Zero(f.ufl_shape) for f in (self.u, rate, *self.parameters)}
         zero = all(isinstance(boundary_value(bc), ufl.classes.Zero) for bc in self.bcs)
         return zero and expand_derivatives(ufl.replace(form, nothing)).empty()
+
+
+def _with_fixed_degrees(residual: ufl.Form, u: Function) -> ufl.Form:
+    """The residual with the quadrature degrees that it has as a whole, with ``Dt(u)`` like a coefficient."""
+    rate = Function(u.function_space())
+    plain = with_fixed_degrees(ufl.replace(residual, {TimeDerivative(u): rate}))
+    return ufl.replace(plain, {rate: TimeDerivative(u)})
 
 
 def _checked_field(given, V, bcs) -> int | None:

@@ -24,6 +24,7 @@ for a linearisation, and derivatives are products and triangular solves
 from __future__ import annotations
 
 import numpy as np
+from firedrake.petsc import PETSc
 from mpi4py import MPI
 
 from pint_fem.direct import matrix_bytes
@@ -67,17 +68,25 @@ class FormPropagator(FEPropagator):
 
     def __init__(self, evolution: Evolution, *, stride: int = 1, tableau=None, factor_memory: int = FACTOR_MEMORY):
         super().__init__(evolution, stride=stride, tableau=tableau)
+        evolution = self.evolution
         if not factor_memory >= 0:
             raise InputError(f"factor_memory = {factor_memory!r}: give a number of bytes, 0 keeps no factor")
         self.dirk = DIRK(self.tableau)
         self.forms = StageForms(evolution, self.dirk, self.dt)
         self.bc_rows, self.counts = self.forms.bc_rows, self.forms.counts
-        self.factors = Factors(evolution.solver_parameters, evolution.V, factor_memory, self.counts)
+        self.factors = Factors(
+            evolution.solver_parameters, evolution.V, factor_memory, self.counts, evolution.nullspace
+        )
         self.newton = StageNewton(self.forms, self.factors, self.factors.parameters)
         with self.forms.U.dat.vec_ro as vec:
             self._w, self._b, self._x = vec.duplicate(), vec.duplicate(), vec.duplicate()
         self._scratch = StepMemory(self.forms, keep=False)
         self._control = _NONE
+        self._control_vecs: dict[int, tuple[PETSc.Vec, PETSc.Vec]] = {}
+
+    def update_data(self, changed):
+        """See :class:`FEPropagator`: forms are assembled with the new values unless a matrix is kept for all steps."""
+        return self.forms.update_data(changed)
 
     # -- memory --------------------------------------------------------------------------------------------------------
     def memory(self, count, *, often=True) -> list[StepMemory]:
@@ -182,13 +191,21 @@ class FormPropagator(FEPropagator):
         if dz is None:
             return 0.0
         total = np.zeros(self.evolution.state_size)
-        for F_z, part in zip(stage.F_z, self.forms.parts(dz), strict=True):
+        for index, (F_z, part) in enumerate(zip(stage.F_z, self.forms.parts(dz), strict=True)):
             if F_z is not None:
-                x, b = F_z.createVecs()
+                x, b = self._vecs(index, F_z)
                 x.array[:] = part
                 F_z.mult(x, b)
                 total += b.array_r
         return total
+
+    def _vecs(self, index: int, F_z: PETSc.Mat) -> tuple[PETSc.Vec, PETSc.Vec]:
+        """Vectors for the derivative by a control: the same ones for all stages, as what several ranks in space drop is
+        destroyed later only.
+        """
+        if index not in self._control_vecs:
+            self._control_vecs[index] = F_z.createVecs()
+        return self._control_vecs[index]
 
     def _lift(self, stage: StageMemory, dz: np.ndarray | None, t: float) -> np.ndarray | None:
         """Change of the boundary values in a direction of the controls; ``None`` where none is in them."""
@@ -219,11 +236,11 @@ class FormPropagator(FEPropagator):
     def _residual_adjoint(self, stage: StageMemory, y: np.ndarray) -> np.ndarray:
         """``F_z^T y``."""
         parts = []
-        for F_z in stage.F_z:
+        for index, F_z in enumerate(stage.F_z):
             if F_z is None:
                 parts.append(0.0)
                 continue
-            x, b = F_z.createVecs()
+            x, b = self._vecs(index, F_z)
             b.array[:] = y
             F_z.multTranspose(b, x)
             parts.append(x.array_r)

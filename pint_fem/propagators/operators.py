@@ -5,6 +5,7 @@ fields, a column for each real number.
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from typing import Protocol
 
 import numpy as np
@@ -16,7 +17,7 @@ from ufl.algorithms import expand_derivatives
 
 from pint_fem.propagators.arrays import get, is_real
 
-__all__ = ["ControlOperator", "MatrixOperator", "RealOperator", "control_operator"]
+__all__ = ["ControlOperator", "MatrixOperator", "RealOperator", "absolute", "control_operator"]
 
 
 class ControlOperator(Protocol):
@@ -27,6 +28,15 @@ class ControlOperator(Protocol):
 
     def transposed(self, y: np.ndarray) -> np.ndarray:
         """The product with the transpose."""
+
+    def absolute(self) -> ControlOperator:
+        """The operator with the magnitudes of its entries."""
+
+
+def absolute(matrix: PETSc.Mat) -> PETSc.Mat:
+    """A sparse matrix of the magnitudes of a matrix's entries."""
+    pointers, columns, values = matrix.getValuesCSR()
+    return PETSc.Mat().createAIJ(matrix.getSizes(), csr=(pointers, columns, np.abs(values)), comm=matrix.comm)
 
 
 class MatrixOperator:
@@ -50,6 +60,10 @@ class MatrixOperator:
         self._y.array[:] = y
         self.matrix.multTranspose(self._y, self._z)
         return self._z.array_r.copy()
+
+    def absolute(self):
+        """See :class:`ControlOperator`."""
+        return MatrixOperator(absolute(self.matrix), np.zeros(0, dtype=int))
 
 
 class RealOperator:
@@ -81,6 +95,12 @@ class RealOperator:
         """See :class:`ControlOperator`."""
         total = self._comm.allreduce(float(self.column @ y), op=MPI.SUM)
         return np.full(1 if self._comm.rank == 0 else 0, total)
+
+    def absolute(self):
+        """See :class:`ControlOperator`."""
+        made = copy(self)
+        made.column = np.abs(self.column)
+        return made
 
 
 def control_operator(form: ufl.Form, control: Function, zero_rows: np.ndarray) -> ControlOperator | None:

@@ -29,10 +29,12 @@ class RowSpace:
         Of the ranks that share a row (mpi4py): they keep a row all or none, as making it again is collective.
     samples
         What makes the rows that the basis is of, at most ``MOST``.
+    floor
+        Norm of what may be left of a row besides its round-off: noise of rows that are differences of larger ones.
     """
 
-    def __init__(self, comm, samples: Iterable[Callable[[], np.ndarray]]):
-        self._comm, self._samples = comm, list(samples)
+    def __init__(self, comm, samples: Iterable[Callable[[], np.ndarray]], *, floor: float = 0.0):
+        self._comm, self._samples, self._floor = comm, list(samples), floor
         self._basis: np.ndarray | None = None  # (vectors, n)
         self._coefficients: dict[Hashable, np.ndarray] = {}
 
@@ -43,20 +45,21 @@ class RowSpace:
         if key not in self._coefficients:
             row = make()
             c, rest = self._split(row)
-            fits = bool(np.linalg.norm(rest) <= ROUND_OFF * np.linalg.norm(row))
+            fits = bool(np.linalg.norm(rest) <= ROUND_OFF * np.linalg.norm(row) + self._floor)
             if not self._comm.allreduce(fits, op=MPI.LAND):
                 return row
             self._coefficients[key] = c
         return self._basis.T @ self._coefficients[key]
 
     def _begin(self) -> None:
-        for make in self._samples:
+        samples, self._samples = self._samples, []  # they refer to who has this object
+        for make in samples:
             row = make()
             if self._basis is None:
                 self._basis = np.zeros((0, len(row)))
             rest = self._split(row)[1]
             norm = np.linalg.norm(rest)
-            if norm > ROUND_OFF * np.linalg.norm(row):
+            if norm > ROUND_OFF * np.linalg.norm(row) + self._floor:
                 self._basis = np.vstack([self._basis, rest / norm])
 
     def _split(self, row: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -9,6 +9,7 @@ is of this form there. All depends on the evolution only, not on which steps a r
 from __future__ import annotations
 
 import numpy as np
+import ufl
 from firedrake import Cofunction, Function, derivative
 from firedrake.assemble import get_assembler
 from mpi4py import MPI
@@ -52,6 +53,9 @@ class SeparatedOperator:
     """
 
     def __init__(self, form, control: Function, zero_rows: np.ndarray, t: Function | None, interval):
+        if t is not None:  # samples are taken at times of its own
+            moving, t = t, Function(t.function_space(), name="t")
+            form = ufl.replace(form, {moving: t})
         self._make = lambda: control_operator(form, control, zero_rows)
         self._t, self._zero_rows, self.name = t, zero_rows, control.name()
         space = control.function_space()

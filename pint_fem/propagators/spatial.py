@@ -213,12 +213,16 @@ def _next_coarser(ev: Evolution) -> Evolution:
         bcs.append(type(bc)(like_subspace(V, bc), value, bc.sub_domain))
     initial = Function(V)
     manager.inject(ev.initial, initial)
-    return Evolution(
+    bases = {name: basis.rediscretise(V) for name, basis in ev.bases.items()}
+    made = Evolution(
         coarsen(ev.residual, coarsen, coefficient_mapping=mapping), mapping[ev.u], tableau=ev.tableau, dt=ev.dt,
         nsteps=ev.nsteps, control=[mapping[c] for c in ev.parameters], per_step=[mapping[c] for c in ev.stepwise],
         t=mapping.get(ev.t), t0=ev.t0,
-        initial=initial, bcs=bcs, solver_parameters=ev.solver_parameters, eliminate=ev.eliminate,
+        initial=initial, bcs=bcs, solver_parameters=ev.solver_parameters, eliminate=ev.eliminate, **bases,
     )  # fmt: skip
+    made.copies = ev.copies
+    made.injected = mapping | {ev.initial: initial}
+    return made
 
 
 def _check_hierarchy(evolution: Evolution, meshes: int) -> int:
@@ -273,7 +277,8 @@ class SpatialLevels:
         if coarse_evolutions is not None:
             if coarsening not in (None, False):
                 raise InputError("give spatial_coarsening or coarse_evolutions, not both")
-            self.evolutions += _checked(evolution, coarse_evolutions, len(relax))
+            given = _checked(evolution, coarse_evolutions, len(relax))
+            self.evolutions += [ev.private(evolution.copies) for ev in given]
         else:
             made = {0: evolution}
             for meshes in _meshes(evolution, coarsening, len(relax)):
@@ -298,6 +303,17 @@ class SpatialLevels:
     def transposed_transfers(self) -> list[Transfer | None]:
         """Those of the adjoint sweep."""
         return [t if t is None else t.transposed for t in self.transfers]
+
+    def update_data(self, changed: set) -> set:
+        """Inject data that have other values now to the coarser meshes; with the data there that have changed."""
+        changed = set(changed)
+        for evolution in dict.fromkeys(self.evolutions):
+            for fine, coarse in evolution.injected.items():
+                if fine in changed:
+                    with stop_annotating():
+                        self._manager.inject(fine, coarse)
+                    changed.add(coarse)
+        return changed
 
     def states(self, index: int, u: np.ndarray | None) -> np.ndarray | None:
         """States ``(k, n)`` of the finest level in the space of level ``index``."""

@@ -27,6 +27,7 @@ import numpy as np
 from firedrake import assemble
 from firedrake.petsc import PETSc
 
+from pint_fem.errors import is_numerical
 from pint_fem.propagators.arrays import boundary_rows
 from pint_fem.propagators.blocks import is_symmetric
 from pint_fem.propagators.evolution import Evolution
@@ -235,8 +236,9 @@ def _smallest(ops: _Operators, scale: float) -> float | None:
                 )
                 return float(nearest[0])
             sigma *= 10
-    except (ArpackError, RuntimeError):
-        pass
+    except RuntimeError as error:  # ARPACK's are such
+        if not is_numerical(error) and not isinstance(error, ArpackError):
+            raise
     return None
 
 
@@ -262,8 +264,9 @@ def _hull(ops: _Operators) -> np.ndarray:
         sigma = -1e-6 * np.abs(values).max()
         try:
             factor = splu((K - sigma * M).tocsc())
-        except RuntimeError:  # singular
-            pass
+        except RuntimeError as error:
+            if not is_numerical(error):  # singular
+                raise
         else:
             inverse, residuals = ops.ritz(lambda x: factor.solve(M @ x))
             slow = sigma + 1 / inverse[residuals <= 0.1 * np.abs(inverse)]

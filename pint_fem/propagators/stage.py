@@ -16,10 +16,11 @@ import numpy as np
 from firedrake import Cofunction, Constant, Function, TestFunction, TrialFunction, derivative, replace
 from firedrake.assemble import ParloopFormAssembler, get_assembler
 from firedrake.petsc import PETSc
-from ufl.algorithms import expand_derivatives, extract_coefficients
+from ufl.algorithms import expand_derivatives
 
 from pint_fem.propagators.arrays import boundary_rows, get, is_real, own_size, put
 from pint_fem.propagators.evolution import Evolution
+from pint_fem.propagators.private_copies import data_of
 from pint_fem.propagators.tableaux import DIRK
 
 __all__ = ["MatrixForm", "StageForms"]
@@ -43,7 +44,7 @@ class MatrixForm:
     def __init__(self, form, moving: set, *, bcs=(), counts: Counter, name: str, mat_type: str | None = "aij"):
         form = expand_derivatives(form)
         self.empty = form.empty()
-        coefficients = set() if self.empty else set(extract_coefficients(form))
+        coefficients = set() if self.empty else set(data_of(form))
         self.constant = not moving & coefficients
         self.coefficients, self._counts, self._name = coefficients, counts, name
         options = {} if mat_type is None else {"mat_type": mat_type}
@@ -173,6 +174,12 @@ class StageForms:
 
         return along(self.U), along(self.W), [along(z) for z in self.controls]
 
+    def update_data(self, changed: set) -> bool:
+        """Forget boundary values; ``False`` where data of matrices have changed that are assembled once."""
+        self._boundary.clear()
+        matrices = [form for form in (self.J, self.F_W, self.F_U, *self.F_z) if form is not None]
+        return not any(form.constant and changed & form.coefficients for form in matrices)
+
     # -- values --------------------------------------------------------------------------------------------------------
     def set(self, t: float, control: np.ndarray | None, stage: int) -> None:
         """Take the start time and the control of a step, and a stage's coefficient."""
@@ -232,7 +239,9 @@ class StageForms:
         put(self.U, U)
 
     def residual(self, U: np.ndarray, out: PETSc.Vec) -> None:
-        """``F`` at ``U`` and the other values that are set; zero on rows with a condition."""
+        """``F`` at ``U`` and the other values that are set, less what no ``U`` can make zero; zero on rows with a
+        condition.
+        """
         put(self.U, U)
         self.counts["residual"] += 1
         if isinstance(self._residual, ParloopFormAssembler):
@@ -244,6 +253,8 @@ class StageForms:
         with self._tensor.dat.vec_ro as vec:
             vec.copy(out)
         out.array[self.bc_rows] = 0
+        if self.evolution.nullspace is not None:
+            self.evolution.nullspace.project_source(out.array)
 
     def second_order(self, pair, tangent, y: np.ndarray, dz) -> tuple:
         """``D L_U``, ``D L_W`` and ``D L_z`` (of the control vector) at a stage's values ``(W, U)``, with

@@ -157,6 +157,6 @@ def _check_elementwise(name: str, f: Callable[[Tensor], Tensor]) -> None:
         whole, alone = f(z.reshape(2, 3)).reshape(-1), torch.cat([f(z[i : i + 1]) for i in range(6)])
         fits = whole.shape == z.shape and torch.allclose(whole, alone)
     except Exception as error:
-        raise InputError(f"activation {name}: {type(error).__name__}: {error}") from None
+        raise InputError(f"activation {name}: {type(error).__name__}: {error}") from error
     if not fits:
         raise InputError(f"activation {name} is not elementwise: a value depends on others; give one that is")

@@ -8,8 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from mpi4py import MPI
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, TensorDataset
 
+from pint_fem import files
+from pint_fem.capacity import require_memory
 from pint_fem.errors import InputError
 from pint_fem.resnet.grid import Grid
 
@@ -35,14 +38,15 @@ def read_idx(path: str | Path) -> np.ndarray:
         Naming the file, where it cannot be read, is none, or does not have as many values as it says.
     """
     path = Path(path)
+    files.require_regular(path, "IDX file", links=True)
     try:
         raw = path.read_bytes()
         if raw[:2] == b"\x1f\x8b":
             raw = gzip.decompress(raw)
     except (OSError, EOFError, gzip.BadGzipFile) as error:
-        raise InputError(f"{path}: cannot be read: {error}") from None
+        raise InputError(f"{path}: cannot be read: {error}") from error
     except Exception as error:  # zlib's own
-        raise InputError(f"{path}: damaged: {error}") from None
+        raise InputError(f"{path}: damaged: {error}") from error
     if len(raw) < 4 or raw[:2] != b"\x00\x00" or raw[2] not in _TYPES or not 1 <= raw[3] <= 8:
         raise InputError(f"{path}: no IDX file: it begins with {raw[:4].hex(' ')}; give one of MNIST's, raw or gzipped")
     ndim = raw[3]
@@ -159,6 +163,7 @@ def peaks(count: int, classes: int = 5, *, seed: int = 0, dtype: torch.dtype = t
         raise InputError(f"peaks with {classes!r} classes: give 2 or 5")
     if not isinstance(count, int) or count < classes:
         raise InputError(f"{count!r} points of peaks: give a whole number, at least {classes}")
+    require_memory(MPI.COMM_SELF, 100 * count, f"{count} points of peaks", "give fewer")
     rng = np.random.default_rng(seed)
     wanted = np.bincount(np.arange(count) % classes, minlength=classes)
     found = [np.empty((0, 2)) for _ in range(classes)]

@@ -26,8 +26,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from pint_fem.errors import InputError
-from pint_fem.mgrit import SolverFailure
+from pint_fem.collective import all_ranks, collectively
+from pint_fem.errors import InputError, SolverFailure, release
 from pint_fem.mgrit.norms import gather_in_order
 from pint_fem.resnet.network import LayerParallelResNet
 from pint_fem.resnet.regularisation import Regularisation
@@ -35,6 +35,10 @@ from pint_fem.resnet.regularisation import Regularisation
 __all__ = ["TrainingProblem"]
 
 _ONE_SHOT = "one-shot"
+
+
+def _nothing(*_) -> None:
+    """What ranks do that have neither end of the network."""
 
 
 class TrainingProblem:
@@ -58,6 +62,10 @@ class TrainingProblem:
     ----------
     layout : list of (Parameter, slice)
         Where parameters are in a vector.
+    comm : mpi4py communicator
+        The ranks that evaluate together.
+    failure : SolverFailure or None
+        Why the last value was infinite.
 
     Raises
     ------
@@ -91,6 +99,9 @@ class TrainingProblem:
         if inner_product == "L2":
             for p in net.stack:
                 self.weights[self._where(p)] = net.h
+        #: Over which optimisers decide.
+        self.comm = net.grid.comm
+        self.failure: SolverFailure | None = None
         self._z: np.ndarray | None = None
         self._known: dict = {}
         self.counts = {"value": 0, "gradient": 0, "hessian": 0, "advance": 0}
@@ -121,11 +132,11 @@ class TrainingProblem:
                 p.copy_(values)
 
     def _move(self, z: np.ndarray) -> None:
+        """Go to these parameters; whether that is another place is decided by all ranks, as each has its part only."""
         z = np.asarray(z, dtype=float)
-        if not np.array_equal(z, self.x0):  # graphs kept for Hessian actions do not like parameters that are written
+        here = self._z is not None and np.array_equal(z, self._z) and np.array_equal(z, self.x0)
+        if not all_ranks(self.comm, here):
             self.set(z)
-            self._known = {}
-        elif self._z is None or not np.array_equal(z, self._z):
             self._known = {}
         self._z = z.copy()
 
@@ -154,7 +165,7 @@ class TrainingProblem:
         """J and the derivatives, by the network's own autograd."""
         net = self.net
         net.zero_grad()
-        total = self.loss(net(self.x, **how), self.y)
+        total = collectively(self.comm, "loss", self.loss, net(self.x, **how), self.y)
         if self.regularisation is not None:
             total = total + self.regularisation()
         total.backward()
@@ -169,8 +180,9 @@ class TrainingProblem:
             for s, *_ in before:
                 s.cycles = s.adaptive = None
             value, gradients = self._evaluate()
-        except SolverFailure:
-            value, gradients = math.inf, None
+        except SolverFailure as failure:
+            release(failure)
+            value, gradients, self.failure = math.inf, None, failure
         finally:
             for s, cycles, adaptive in before:
                 s.cycles, s.adaptive = cycles, adaptive
@@ -181,6 +193,7 @@ class TrainingProblem:
         """J; infinite where the propagation overflows."""
         self.counts["value"] += 1
         self._move(z)
+        self.failure = None if "value" not in self._known else self.failure
         self._solve()
         return self._known["value"]
 
@@ -196,14 +209,16 @@ class TrainingProblem:
         """One cycle forward and one backward from the last iterates: J, gradient, largest relative residual."""
         self.counts["advance"] += 1
         self._move(z)
+        self.failure = None
         net, kept = self.net, dict(self.net._warm)
         before = [(s, s.cycles, s.adaptive) for s in (net.forward_sweeps, net.backward_sweeps)]
         try:
             for s, *_ in before:
                 s.cycles, s.adaptive = 1, None
             value, gradients = self._evaluate(batch=_ONE_SHOT)
-        except SolverFailure:
-            net._warm = kept
+        except SolverFailure as failure:
+            release(failure)
+            net._warm, self.failure = kept, failure
             return math.inf, np.zeros_like(self.weights), math.inf
         finally:
             for s, cycles, adaptive in before:
@@ -214,28 +229,37 @@ class TrainingProblem:
     # -- second derivatives --------------------------------------------------------------------------------------------
     def _linearise(self) -> dict:
         """State, slopes and adjoint at the point, kept for its Hessian actions."""
-        known = self._known
-        if "trajectory" in known:
-            return known
-        net, grid, layer = self.net, self.net.grid, self.net.layer
-        u0 = last = None
-        if grid.is_first:
+        if "trajectory" in self._known:
+            return self._known
+        net, grid, layer, known = self.net, self.net.grid, self.net.layer, {}
+
+        def first_state() -> np.ndarray | None:
+            if not grid.is_first:
+                return None
             known["x0"] = layer.pack(net.opening(self.x.to(net.dtype)))
-            u0 = np.ascontiguousarray(known["x0"].detach().numpy())
+            return np.ascontiguousarray(known["x0"].detach().numpy())
+
+        u0 = collectively(self.comm, "opening layer", first_state)
         shape = grid.layer_comm.bcast(None if u0 is None else u0.shape, root=0)
         trajectory = known["trajectory"] = net.sweeps.trajectory(shape, np.float64, keep=True)
         net.sweeps.forward(net.stack, u0, trajectory)
         act = layer.activation
         known["slope"], known["curvature"] = trajectory.slopes, act.curvature(trajectory.kept)
-        if grid.is_last:
+
+        def last_adjoint() -> np.ndarray | None:
+            if not grid.is_last:
+                return None
             u = known["last"] = torch.from_numpy(trajectory.U[-1].copy()).requires_grad_()
             value = self.loss(net.closing(layer.unpack(u, len(self.x))), self.y)
             known["into"] = [u, *net.closing.parameters()]
             known["loss_gradient"] = torch.autograd.grad(value, known["into"], create_graph=True)
-            last = known["loss_gradient"][0].detach().contiguous().numpy()
+            return known["loss_gradient"][0].detach().contiguous().numpy()
+
+        last = collectively(self.comm, "loss", last_adjoint)
         _, L = net.sweeps.adjoint(trajectory, last, None)
         known["lambda"] = torch.from_numpy(L[::-1].copy())
-        return known
+        self._known |= known
+        return self._known
 
     def hessian_action(self, z: np.ndarray, v: np.ndarray) -> np.ndarray:
         """The Riesz representative of J''(z) v."""
@@ -248,7 +272,8 @@ class TrainingProblem:
         U, lam = torch.from_numpy(trajectory.U[:-1]), known["lambda"][1:]
         with torch.no_grad():
             dz = layer.linear(d_theta, U, torch.empty_like(slope), 1.0)  # of the parameters' change
-            first = self._tangent_of_opening(d_open) if grid.is_first else None
+            work = self._tangent_of_opening if grid.is_first else _nothing
+            first = collectively(self.comm, "derivative of the opening layer", work, d_open)
             V = net.sweeps.tangent(trajectory, first, (h * slope * dz).numpy())
             dU = torch.from_numpy(V[:-1])
             no_bias = (trajectory.theta[0], torch.zeros_like(trajectory.theta[1]))
@@ -256,11 +281,15 @@ class TrainingProblem:
             bent, straight = curvature * dz * lam, slope * lam
             G = layer.adjoint(d_theta, straight, torch.zeros_like(slope), h, torch.empty_like(slope))
             G = layer.adjoint(trajectory.theta, bent, G, h, torch.empty_like(slope))
-        last = ends = None
-        if grid.is_last:
+
+        def second_of_loss() -> list[torch.Tensor]:
+            if not grid.is_last:
+                return [None]
             direction = [torch.from_numpy(V[-1].copy()), *d_close]
-            last, *ends = self._derivative_along(known["loss_gradient"], direction, known["into"])
-            last = last.contiguous().numpy()
+            return self._derivative_along(known["loss_gradient"], direction, known["into"])
+
+        last, *ends = collectively(self.comm, "second derivative of the loss", second_of_loss)
+        last = None if last is None else last.contiguous().numpy()
         with torch.no_grad():
             _, M = net.sweeps.adjoint(trajectory, last, np.ascontiguousarray(G.numpy()[::-1]))
             mu = torch.from_numpy(M[::-1])
@@ -268,8 +297,10 @@ class TrainingProblem:
             two = layer.gradients(straight, dU)
             two[-1].zero_()  # the bias enters z alone, not L du
             of_layers = [h * (a + b) for a, b in zip(one, two, strict=True)]
-        of_opening = self._second_of_opening(d_open, known["lambda"][0], mu[0]) if grid.is_first else []
-        out = self._assemble(of_layers, of_opening, ends or [])
+        work = self._second_of_opening if grid.is_first else lambda *_: []
+        where = "second derivative of the opening layer"
+        of_opening = collectively(self.comm, where, work, d_open, known["lambda"][0], mu[0])
+        out = self._assemble(of_layers, of_opening, ends)
         if self.regularisation is not None:
             _, r_layers, r_ends = self.regularisation.evaluate(d_theta, d_close)
             out += self._assemble(r_layers, [None] * len(of_opening), r_ends)

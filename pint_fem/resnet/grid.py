@@ -7,6 +7,8 @@ from itertools import pairwise
 import numpy as np
 from mpi4py import MPI
 
+from pint_fem.collective import require_same
+from pint_fem.communicators import Lease
 from pint_fem.errors import InputError
 from pint_fem.spacetime import parse_grid
 
@@ -22,7 +24,8 @@ class Grid:
         ``"2x4"`` (2 groups with a batch each x 4 ranks that share the layers), ``(2, 4)``, or ``None`` for all ranks in
         the layers.
     comm
-        The communicator to split; default the world.
+        The communicator to split; default the world. All grids of the same shape on one communicator share what it is
+        split into (see :mod:`pint_fem.communicators`); ``with Grid("2x4") as grid:`` or :meth:`free` give it back.
 
     Attributes
     ----------
@@ -36,14 +39,30 @@ class Grid:
 
     def __init__(self, grid: str | tuple[int, int] | None = None, comm=MPI.COMM_WORLD):
         text = "auto" if grid is None else grid if isinstance(grid, str) else "x".join(map(str, grid))
+        require_same(comm, grid=text)
         try:
             self.data_size, self.layer_size = parse_grid(text, comm.size)
         except InputError as error:
             raise InputError(str(error).replace("SPACExTIME", "DATAxLAYERS")) from None
         self.comm = comm
-        self.layer_comm = comm.Split(comm.rank // self.layer_size, comm.rank)
-        self.data_comm = comm.Split(comm.rank % self.layer_size, comm.rank)
-        self.reversed_layer_comm = self.layer_comm.Split(0, -self.layer_comm.rank)
+        self._lease = Lease(comm, self.layer_size)
+        groups = self._lease.groups
+        self.layer_comm, self.data_comm = groups.inner, groups.outer
+        self.reversed_layer_comm = groups.reversed_inner
+
+    def free(self) -> None:
+        """Give the communicators back (collective over ``comm``): they are freed if no other grid of this shape on
+        ``comm`` uses them. Call it when no network on them is used any more.
+        """
+        self._lease.free()
+        self.layer_comm = self.data_comm = self.reversed_layer_comm = MPI.COMM_NULL
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        if error is None:  # a rank that fails alone must not wait for the others here
+            self.free()
 
     @property
     def is_root(self) -> bool:
@@ -59,18 +78,6 @@ class Grid:
     def is_last(self) -> bool:
         """Whether it has the last layers, and with them the classification layer."""
         return self.layer_comm.rank == self.layer_size - 1
-
-    def agree(self, problem: str | None) -> None:
-        """Raise on every rank what one of them has to say (collective over the layers).
-
-        Raises
-        ------
-        InputError
-        """
-        if self.layer_size > 1:
-            problem = next((p for p in self.layer_comm.allgather(problem) if p), None)
-        if problem:
-            raise InputError(problem)
 
     def mean_over_data(self, values: np.ndarray) -> None:
         """Replace an array by its mean over ``data_comm``, summed in rank order: the same bits everywhere.

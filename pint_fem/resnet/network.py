@@ -9,14 +9,19 @@ one ``autograd.Function``.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from mpi4py import MPI
 from torch import nn
 
-from pint_fem.errors import InputError
+from pint_fem.capacity import require_memory
+from pint_fem.collective import collectively, raise_together, require_same
+from pint_fem.errors import FAILURES, InputError
 from pint_fem.mgrit import MGRITOptions, SolverFailure
 from pint_fem.resnet.grid import Grid
 from pint_fem.resnet.iterations import Adaptive, Iterations
@@ -34,6 +39,15 @@ def initial_parameters(layer: Layer, numbers: range, seed: int, dtype: torch.dty
     for n in numbers:
         rows.append(layer.initial(torch.Generator().manual_seed(seed * _SEED_STRIDE + n), dtype))
     return {name: torch.stack([row[i] for row in rows]) for i, name in enumerate(layer.shapes)}
+
+
+class _Report(NamedTuple):
+    """What a rank makes known about a batch before it is propagated."""
+
+    failed: bool
+    shape: tuple[int, ...] | None
+    count: int
+    wants: bool
 
 
 class LayerParallelResNet(nn.Module):
@@ -103,6 +117,19 @@ class LayerParallelResNet(nn.Module):
     ):
         super().__init__()
         self.grid = grid = grid or Grid()
+        require_same(
+            grid.comm,
+            nlayers=nlayers,
+            final_time=final_time,
+            layer=(type(layer).__name__, {name: tuple(shape) for name, shape in getattr(layer, "shapes", {}).items()}),
+            forward_iterations=forward_iterations,
+            backward_iterations=backward_iterations,
+            adaptive=adaptive,
+            evaluation=evaluation,
+            mgrit=mgrit,
+            seed=seed,
+            dtype=str(dtype),
+        )
         if not isinstance(nlayers, int) or nlayers < 1:
             raise InputError(f"nlayers = {nlayers!r}: give a positive whole number")
         if not final_time > 0:
@@ -113,6 +140,13 @@ class LayerParallelResNet(nn.Module):
             raise InputError(f"dtype {dtype}: give torch.float64 or torch.float32")
         self.layer, self.nlayers, self.h = layer, nlayers, final_time / nlayers
         self.final_time, self.evaluation, self.dtype, self.seed = final_time, evaluation, dtype, seed
+        own = -(-nlayers // grid.layer_size) * sum(math.prod(shape) for shape in layer.shapes.values())
+        require_memory(
+            grid.comm,
+            2 * own * dtype.itemsize,
+            f"parameters and gradients of {nlayers} layers",
+            "give fewer or narrower layers, or more machines",
+        )
         if not isinstance(mgrit, MGRITOptions):
             tolerance = 1e-12 if dtype == torch.float64 else 1e-6
             mgrit = {"rtol": tolerance, "on_divergence": "serial", **(mgrit or {})}
@@ -167,44 +201,51 @@ class LayerParallelResNet(nn.Module):
         Raises
         ------
         InputError
-            On every rank, where the opening or the classification layer fails or does not fit.
+            On every rank, where the batch does not fit the opening layer or differs between ranks.
         SolverFailure
             On every rank, where values are not finite.
+        Exception
+            What the opening or the classification layer raises: as it is on its rank, ``RuntimeError`` on the others.
         """
-        u0, problem = None, None
-        if self.grid.is_first:
+        grid, shares = self.grid, self.training and torch.is_grad_enabled() and self.grid.data_size > 1
+        comm = grid.comm if shares else grid.layer_comm
+        u0 = failure = None
+        count = len(x)
+        if grid.is_first:
             try:
                 x0 = self.opening(x.to(self.dtype) if x.is_floating_point() else x)
                 self.layer.check_input(x0)
                 u0 = self.layer.pack(x0)
-            except InputError as error:
-                problem = str(error)
-            except Exception as error:
-                problem = f"opening layer: {type(error).__name__}: {error}"
-        shape = None if u0 is None else tuple(u0.shape)
-        reports = [(problem, shape, len(x))]
-        if self.grid.layer_size > 1:
-            reports = self.grid.layer_comm.allgather(reports[0])
-        self._refuse(reports)
-        shape = reports[0][1]
+            except FAILURES as error:
+                failure = error
+        wants = torch.is_grad_enabled() and (
+            any(p.requires_grad for p in self.parameters()) or (u0 is not None and u0.requires_grad)
+        )
+        report = _Report(failure is not None, None if u0 is None else tuple(u0.shape), count, wants)
+        reports = [report] if comm.size == 1 else comm.allgather(report)
+        if any(r.failed for r in reports):
+            raise_together(comm, failure, "opening layer")
+        group = reports[grid.data_comm.rank * grid.layer_size :] if shares else reports
+        sizes = [r.count for r in group[: grid.layer_size]]
+        problem = None
+        if len(set(sizes)) > 1:
+            problem = InputError(f"batches of {sizes} on the ranks that share the layers: give all the same")
+        if shares or problem:
+            raise_together(comm, problem)
+        # frozen parameters of one rank do not keep the others from training: all take part in both sweeps
+        training = any(r.wants for r in reports)
+        anchor = torch.zeros(0, requires_grad=training)
         if u0 is None:
             u0 = torch.empty(0, dtype=self.dtype)
-        last = _Propagate.apply(u0, self, shape, batch, torch.is_grad_enabled(), *self.stack)
-        out = last
-        if self.grid.is_last:
+        last = _Propagate.apply(u0, self, group[0].shape, batch, training, anchor, *self.stack)
+        out = failure = None
+        if grid.is_last:
             try:
-                out = self.closing(self.layer.unpack(last, len(x)))
-            except Exception as error:
-                problem = f"classification layer: {type(error).__name__}: {error}"
-        return _FromLast.apply(out, self.grid, problem)
-
-    @staticmethod
-    def _refuse(reports) -> None:
-        problem = next((p for p, *_ in reports if p), None)
-        if problem is None and len({n for *_, n in reports}) > 1:
-            problem = f"batches of {[n for *_, n in reports]} on the ranks that share the layers: give all the same"
-        if problem:
-            raise InputError(problem)
+                out = self.closing(self.layer.unpack(last, count))
+            except FAILURES as error:
+                failure = error
+        raise_together(comm, failure, "classification layer")
+        return _FromLast.apply(last if out is None else out, grid)
 
     # -- the two sweeps, called by autograd ----------------------------------------------------------------------------
     def _count(self, kind: str, training: bool) -> tuple[Iterations, int | None, bool]:
@@ -223,12 +264,19 @@ class LayerParallelResNet(nn.Module):
         """Solve with the right number of cycles from the right start, and remember."""
         its, cycles, serial = self._count(kind, training)
         warm = self._warm.get((kind, batch)) if batch is not None and training else None
+        groups = training and (self.training or kind == "backward")
+
+        def attempt(**how):
+            if not groups or self.grid.data_size == 1:
+                return solve(**how)
+            return collectively(self.grid.comm, f"{kind} sweep", partial(solve, **how))
+
         try:
-            done = solve(cycles=cycles, serial=serial, warm=warm)
-        except SolverFailure:
+            done = attempt(cycles=cycles, serial=serial, warm=warm)
+        except SolverFailure:  # of any group: all go on alike, as later decisions are taken by all
             if serial or not training or not its.fail():
                 raise
-            done = solve(cycles=None, serial=True, warm=None)
+            done = attempt(cycles=None, serial=True, warm=None)
         result, array = done[0], done[1]
         self.results[kind] = result
         if training:
@@ -266,9 +314,8 @@ class _Propagate(torch.autograd.Function):
     """From the first state to the last one, through the layers of all ranks."""
 
     @staticmethod
-    def forward(ctx, u0, network, shape, batch, grad_enabled, *theta):
-        """The last state, on the last rank."""
-        training = grad_enabled and any(ctx.needs_input_grad)
+    def forward(ctx, u0, network, shape, batch, training, anchor, *theta):
+        """The last state, on the last rank; ``anchor`` has a derivative on all ranks where one of them trains."""
         trajectory = network._propagate(u0, shape, batch, theta, training)
         ctx.network, ctx.batch, ctx.trajectory = network, batch, trajectory
         last = torch.from_numpy(trajectory.U[-1].copy()) if network.grid.is_last else u0.new_zeros(())
@@ -289,7 +336,7 @@ class _Propagate(torch.autograd.Function):
         d_first = None
         if network.grid.is_first and ctx.needs_input_grad[0]:
             d_first = torch.from_numpy(first.copy())
-        return d_first, None, None, None, None, *gradients
+        return d_first, None, None, None, None, None, *gradients
 
 
 class _Hold:
@@ -306,22 +353,17 @@ class _FromLast(torch.autograd.Function):
     """Hand what the last rank has to all; each rank's own derivative of the loss is that of all."""
 
     @staticmethod
-    def forward(ctx, out, grid, problem):
+    def forward(ctx, out, grid):
         """The last rank's tensor."""
         ctx.grid, ctx.shape = grid, out.shape
+        values = out.detach().numpy()
         if grid.layer_size > 1:
-            root = grid.layer_size - 1
-            mine = (problem, None if problem else out.detach().numpy()) if grid.is_last else None
-            problem, values = grid.layer_comm.bcast(mine, root=root)
-        else:
-            values = None if problem else out.detach().numpy()
-        if problem:
-            raise InputError(problem)
+            values = grid.layer_comm.bcast(values if grid.is_last else None, root=grid.layer_size - 1)
         return torch.from_numpy(np.array(values))
 
     @staticmethod
     def backward(ctx, gradient):
         """Passed on by the last rank."""
         if ctx.grid.is_last:
-            return gradient, None, None
-        return gradient.new_zeros(ctx.shape), None, None
+            return gradient, None
+        return gradient.new_zeros(ctx.shape), None

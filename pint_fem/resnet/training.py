@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
+from mpi4py import MPI
 from torch import nn
 from torch.utils.data import Dataset
 
+from pint_fem.collective import all_ranks, any_rank, collectively, ending_all_ranks
+from pint_fem.errors import InputError
 from pint_fem.resnet.grid import Grid
 
 __all__ = ["Epoch", "accuracy", "train_epoch"]
@@ -68,26 +71,35 @@ def train_epoch(
         The loader does not shuffle: a batch starts from its last visit.
     after_batch
         Called after each update (checkpoints).
+
+    Raises
+    ------
+    InputError
+        On every rank, where the loaders of the ranks have not as many batches each.
+    Exception
+        What the loader, the loss, the optimiser or a function that is called raises on one rank: as it is there, as
+        ``RuntimeError`` on the others.
     """
     net.train()
+    comm = _ranks(net, data_comm)
     sums, seen, cycles, start = np.zeros(3), 0, [[], []], time.perf_counter()
-    for number, (x, y) in enumerate(loader):
-        optimizer.zero_grad()
-        out = net(x, batch=number) if warm else net(x)
-        loss = loss_function(out, y)
-        total = loss if regularisation is None else loss + regularisation()
-        total.backward()
-        optimizer.step()
-        sums += [loss.item() * len(y), float((out.argmax(1) == y).sum()), len(y)]
-        seen += 1
-        for kind, into in zip(("forward", "backward"), cycles, strict=True):
-            result = getattr(net, "results", {}).get(kind)
-            if result is not None:
-                into.append(result.cycles)
-        if on_batch is not None:
-            on_batch(number, loss.item())
-        if after_batch is not None:
-            after_batch(number)
+    nothing = lambda *_: None
+    with ending_all_ranks(comm):
+        for number, (x, y) in enumerate(_same_batches(loader, comm)):
+            optimizer.zero_grad()
+            out = net(x, batch=number) if warm else net(x)
+            loss = collectively(comm, "loss", loss_function, out, y)
+            total = loss if regularisation is None else loss + collectively(comm, "regularisation", regularisation)
+            total.backward()
+            collectively(comm, "optimizer", optimizer.step)
+            sums += [loss.item() * len(y), float((out.argmax(1) == y).sum()), len(y)]
+            seen += 1
+            for kind, into in zip(("forward", "backward"), cycles, strict=True):
+                result = getattr(net, "results", {}).get(kind)
+                if result is not None:
+                    into.append(result.cycles)
+            collectively(comm, "on_batch", on_batch or nothing, number, loss.item())
+            collectively(comm, "after_batch", after_batch or nothing, number)
     if data_comm is not None and data_comm.size > 1:
         sums = data_comm.allreduce(sums)
     mean = lambda values: float(np.mean(values)) if values else 0.0
@@ -105,9 +117,35 @@ def accuracy(net: nn.Module, data: Dataset, *, batch_size: int = 500, grid: Grid
     net.eval()
     comm = None if grid is None else grid.data_comm
     size, rank = (1, 0) if comm is None else (comm.size, comm.rank)
-    right = 0
-    with torch.no_grad():
-        for i in range(rank * batch_size, len(data), size * batch_size):
-            x, y = data[i : i + batch_size]
-            right += int((net(x).argmax(1) == y).sum())
+
+    def count() -> int:
+        right = 0
+        with torch.no_grad():
+            for i in range(rank * batch_size, len(data), size * batch_size):
+                x, y = data[i : i + batch_size]
+                right += int((net(x).argmax(1) == y).sum())
+        return right
+
+    right = collectively(MPI.COMM_SELF if grid is None else grid.comm, "accuracy", count)
     return (right if size == 1 else comm.allreduce(right)) / len(data)
+
+
+def _ranks(net: nn.Module, data_comm):
+    """The communicator of all ranks that train together."""
+    grid = getattr(net, "grid", None)
+    if isinstance(grid, Grid):
+        return grid.comm
+    return MPI.COMM_SELF if data_comm is None else data_comm
+
+
+def _same_batches(loader, comm) -> Iterator:
+    """The batches of a loader, as many on each rank."""
+    batches = iter(loader)
+    while True:
+        batch = collectively(comm, "loader", next, batches, None)
+        if all_ranks(comm, batch is not None):
+            yield batch
+        elif any_rank(comm, batch is not None):
+            raise InputError("the ranks' loaders have not as many batches each: shared_loader(...) makes such")
+        else:
+            return

@@ -12,12 +12,15 @@ import importlib
 import json
 import sys
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from mpi4py import MPI
 
 from pint_fem.cli import ProgramParser, positive, run
+from pint_fem.collective import collectively
 from pint_fem.errors import InputError
+from pint_fem.files import naming, require_output, write_whole
 
 COMMANDS = ("plan", "report", "calibrate", "validate")
 
@@ -124,6 +127,20 @@ def _plan_training(calibration, opts, say) -> None:
         print(f"assumed: {text}")
 
 
+def _require_output(path: Path) -> None:
+    """Find out before measurements whether their file can be written, on every rank."""
+    comm = MPI.COMM_WORLD
+    check = partial(require_output, path, "--out", makes_folder=True) if comm.rank == 0 else lambda: None
+    collectively(comm, "", check)
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a result whole, or raise ``InputError`` and leave the last one."""
+    with naming(f"--out {path} cannot be written"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, text.encode())
+
+
 def _report(opts) -> None:
     if MPI.COMM_WORLD.rank == 0:
         from pint_fem.scaling.report import report
@@ -146,6 +163,7 @@ def _calibrate(opts) -> None:
         raise InputError(f"--only {opts.only}: give {', '.join(parts)}")
     if opts.only not in ("", "costs") and old is None:
         raise InputError(f"--only {opts.only}: there is no {path} to complete; measure the costs first")
+    _require_output(path)
     made, wants = old, lambda part: opts.only in ("", part)
     if wants("costs"):
         say = lambda text: print(f"measuring: {text}", flush=True) if comm.rank == 0 else None
@@ -175,8 +193,7 @@ def _calibrate(opts) -> None:
                 made = made.with_changes(
                     inversions=[*(c for c in made.inversions if c["options"] != found["options"]), found]
                 )
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(made.to_json(), encoding="utf-8")
+        _write(path, made.to_json())
         print(f"written: {path}")
 
 
@@ -200,6 +217,8 @@ def _validate(opts) -> None:
     from pint_fem.scaling.validation import compare
 
     posed, comm = case(opts.problem), MPI.COMM_WORLD
+    if opts.out:
+        _require_output(opts.out)
     calibration = load(opts.calibration or opts.problem)
     if calibration.kind == "layers":
         from pint_fem.scaling.calibrate_layers import compare_layers
@@ -217,7 +236,7 @@ def _validate(opts) -> None:
                 f"(kernels, timed in turn with it, took {row.slower:.2f} times as long as calibrated)"
             )
         if opts.out:
-            opts.out.write_text(json.dumps([{**asdict(row), "error": row.error} for row in rows], indent=1))
+            _write(opts.out, json.dumps([{**asdict(row), "error": row.error} for row in rows], indent=1))
 
 
 if __name__ == "__main__":

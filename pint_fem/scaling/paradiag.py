@@ -121,6 +121,9 @@ class _System:
         self.world.charge(self.seconds[transposed])
         return r
 
+    def release(self, factor):
+        """See :class:`~pint_fem.paradiag.systems.ShiftedSystem`."""
+
     def mass(self, r, *, transposed):
         """See :class:`~pint_fem.paradiag.systems.ShiftedSystem`."""
         return r

@@ -7,18 +7,18 @@ unless a lower bound of its time, its share of the work or its chain of coarse s
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from pint_fem.errors import InputError
 from pint_fem.mgrit.options import MGRITOptions
+from pint_fem.paradiag.options import SHARED, ParaDiagOptions
 from pint_fem.scaling.costs import Calibration, load
 from pint_fem.scaling.model import Model, Prediction, Solve
 from pint_fem.scaling.network import Network
 from pint_fem.scaling.space import assumption
 
-__all__ = ["Choice", "Plan", "auto_grid", "cycles_of", "describe", "least_time", "plan", "predict"]
+__all__ = ["Choice", "Plan", "auto_grid", "cycles_of", "describe", "least_time", "options_key", "plan", "predict"]
 
 
 @dataclass
@@ -99,11 +99,21 @@ def _word(value) -> str:
     return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
+def options_key(options: Mapping) -> tuple[str, MGRITOptions]:
+    """What options of the model mean: equal where the same cycles are done, however they are written and ordered.
+
+    Tolerances and what is printed are left out.
+    """
+    kind = options.get("time_solver", "mgrit")
+    shaping = {k: v for k, v in options.items() if k not in ("time_solver", "max_it", *SHARED)}
+    return kind, (ParaDiagOptions if kind == "paradiag" else MGRITOptions).make(shaping)
+
+
 def cycles_of(calibration: Calibration, options: Mapping, rtol: float) -> tuple[int, int] | None:
     """Cycles of a cold state and adjoint solve to ``rtol``, counted by real runs; ``None`` if they were not."""
-    found = {}
+    found, wanted = {}, options_key(options)
     for entry in calibration.cycles:
-        if json.dumps(entry["options"]) == json.dumps(dict(options)) and entry["rtol"] == rtol:
+        if entry.get("rtol") == rtol and options_key(entry["options"]) == wanted:
             found[entry["kind"]] = entry["cycles"]
     return (found["state"], found["adjoint"]) if len(found) == 2 else None
 
@@ -176,7 +186,7 @@ def plan(
         predict(calibration, {"levels": 1}, (space, 1), (0, 0), **common)[0] for space in _spaces(calibration, ranks)
     ]
     best = min(choice.seconds for choice in done)
-    menu = {json.dumps(e["options"]): e["options"] for e in calibration.cycles if e["rtol"] == rtol}
+    menu = {options_key(e["options"]): e["options"] for e in calibration.cycles if e["rtol"] == rtol}
     candidates = []
     for options in menu.values():
         cycles = cycles_of(calibration, options, rtol)
@@ -188,7 +198,7 @@ def plan(
                 work, chain = least_time(calibration, options, space, cycles, **common)
             except InputError:  # more levels than so few steps have; no ParaDiag on several space ranks
                 continue
-            candidates.append((max(work / time, chain), space, json.dumps(options), options, cycles))
+            candidates.append((max(work / time, chain), space, len(candidates), options, cycles))
     for least, space, _, options, cycles in sorted(candidates, key=lambda c: c[:3]):
         if least >= best:
             break

@@ -10,10 +10,11 @@ from functools import cache
 from math import prod
 from pathlib import Path
 
+from pint_fem.files import checked_folder, naming, write_whole
 from pint_fem.scaling.costs import Calibration, bundled, load
 from pint_fem.scaling.model import Model, Solve
 from pint_fem.scaling.network import Network
-from pint_fem.scaling.planner import cycles_of, describe, least_time
+from pint_fem.scaling.planner import cycles_of, describe, least_time, options_key
 from pint_fem.scaling.report_published import published_tables
 from pint_fem.scaling.space import assumption
 from pint_fem.scaling.strong import Curve, crossover, opponents, strong, weak
@@ -28,25 +29,25 @@ def cheapest(calibration: Calibration, rtol: float, **model) -> Callable[[int], 
     """The configuration for a number of time ranks: that of the least sum of its share of the work and its chain of
     coarse steps, among those whose cycles were counted; that of a gradient within an inversion.
     """
-    menu = {json.dumps(e["options"]): e["options"] for e in calibration.cycles if e["rtol"] == rtol}
-    counted = {text: cycles_of(calibration, options, rtol) for text, options in menu.items()}
+    menu = {options_key(e["options"]): e["options"] for e in calibration.cycles if e["rtol"] == rtol}
+    counted = {key: cycles_of(calibration, options, rtol) for key, options in menu.items()}
     network = model.get("network") or calibration.network
 
     @cache
-    def shares(text: str) -> tuple[float, float]:
-        return least_time(calibration, menu[text], 1, counted[text], kept=True, **model)
+    def shares(key) -> tuple[float, float]:
+        return least_time(calibration, menu[key], 1, counted[key], kept=True, **model)
 
     def choose(ranks: int):
-        def time_of(text: str) -> float:
-            work, chain = shares(text)
-            all_to_all = 4 * sum(counted[text]) * network.alltoall(ranks, 0.0) if "time_solver" in menu[text] else 0.0
+        def time_of(key) -> float:
+            work, chain = shares(key)
+            all_to_all = 4 * sum(counted[key]) * network.alltoall(ranks, 0.0) if "time_solver" in menu[key] else 0.0
             return work / ranks + chain + all_to_all
 
-        best = min((text for text in menu if fits(text)), key=time_of)
+        best = min((key for key in menu if fits(key)), key=time_of)
         return menu[best], counted[best]
 
-    def fits(text: str) -> bool:
-        return "time_solver" not in menu[text] or bool(calibration.paradiag)
+    def fits(key) -> bool:
+        return "time_solver" not in menu[key] or bool(calibration.paradiag)
 
     return choose
 
@@ -77,7 +78,7 @@ def report(
     choices
         Whether to study what each choice contributes in the published setting (minutes).
     """
-    out.mkdir(parents=True, exist_ok=True)
+    checked_folder(out, "--out")
     say, data, start = Text(), {}, time.perf_counter()
     say("All seconds below are PREDICTED by the model unless a line says measured.")
     claims = []
@@ -95,8 +96,9 @@ def report(
     for claim in claims:
         say(f"  {claim}")
     say(f"\nreport made in {time.perf_counter() - start:.0f} s")
-    (out / "report.txt").write_text("\n".join(say.lines) + "\n", encoding="utf-8")
-    (out / "report.json").write_text(json.dumps(data, indent=1, default=float), encoding="utf-8")
+    with naming(f"tables in {out} cannot be written"):
+        write_whole(out / "report.txt", ("\n".join(say.lines) + "\n").encode())
+        write_whole(out / "report.json", json.dumps(data, indent=1, default=float).encode())
 
 
 def _problem(

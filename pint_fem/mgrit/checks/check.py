@@ -17,6 +17,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from mpi4py import MPI
 
+from pint_fem.collective import raise_together
+from pint_fem.errors import FAILURES, InputError
 from pint_fem.mgrit.checks.calls import LevelCalls, TransferCalls, has_method
 from pint_fem.mgrit.checks.derivatives import check_adjoint, check_tangent
 from pint_fem.mgrit.checks.methods import check_method, check_sweep, fixed_point, in_turn
@@ -78,23 +80,25 @@ def check(
 
     Raises
     ------
-    ValueError
+    InputError
         On every rank, if the arguments do not fit each other, or differ between ranks.
     """
-    problem, setup = None, None
+    setup = failure = None
     try:
         setup = _Setup(propagators, nsteps, state, coarsening, transfers, rtol, seed)
     except ValueError as error:
-        problem = str(error)
-    except Exception as error:  # of a user's property or array
-        problem = f"{type(error).__name__}: {error}"
-    reports = comm.allgather((problem, setup and setup.key))
-    reports = [r for part in space_comm.allgather(reports) for r in part]
-    problem = next((p for p, _ in reports if p), None)
-    if problem is None and len({key for _, key in reports}) > 1:
-        problem = "the ranks' arguments differ: give all the same steps, levels, transfers and kinds of propagators"
-    if problem:
-        raise ValueError(f"check: {problem}")
+        failure = InputError(f"check: {error}")
+        failure.__cause__ = error
+    except FAILURES as error:  # of a user's property or array
+        failure = error
+    try:
+        raise_together(comm, failure)
+    except FAILURES as error:
+        failure = error
+    raise_together(space_comm, failure)
+    keys = [key for part in space_comm.allgather(comm.allgather(setup.key)) for key in part]
+    if len(set(keys)) > 1:
+        raise InputError("check: the arguments differ: give all ranks the same steps, levels, transfers and steppers")
     run = Runner(comm, speaks=comm.rank == 0 and space_comm.rank == 0, printer=printer)
     space = Space(space_comm)
     levels, here, sound = [], setup.state, True

@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from pint_fem.collective import raise_together
+from pint_fem.errors import FAILURES
+
 __all__ = [
     "RANKS",
     "CheckReport",
@@ -140,12 +143,15 @@ class Runner:
         if not after:
             self.say(where, name, "not run", "(see above)")
             return False
+        leaves = None
         try:
             found, error = measure(), None
         except UserError as failure:
             found, error = Found(), str(failure)
-        except Exception as failure:
+        except FAILURES as failure:
             found, error = Found(), f"{type(failure).__name__}: {failure}"
+            leaves = None if isinstance(failure, Exception) else failure
+        raise_together(self.comm, leaves, name)
         reports = self.comm.allgather((found, error))
         error = next((e for _, e in reports if e), None)
         if error:

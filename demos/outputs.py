@@ -1,0 +1,69 @@
+"""What a program writes at its end: one file that cannot be written costs none of the others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from mpi4py import MPI
+
+from pint_fem.collective import collectively
+from pint_fem.errors import InputError
+from pint_fem.files import checked_folder, naming
+
+__all__ = ["Outputs", "output_folder"]
+
+
+def output_folder(path: Path, comm=MPI.COMM_WORLD) -> None:
+    """Make the folder of the results and find out whether files can be made in it, before anything is computed.
+
+    Raises
+    ------
+    InputError
+        On every rank, where they cannot.
+    """
+    collectively(comm, "", (lambda: checked_folder(path, "--out")) if comm.rank == 0 else (lambda: None))
+
+
+class Outputs:
+    """Writes what it is given; what cannot be written is reported at the end, on all ranks.
+
+    Parameters
+    ----------
+    comm
+        All ranks of the program.
+    """
+
+    def __init__(self, comm=MPI.COMM_WORLD):
+        self.comm, self.problems = comm, []
+
+    def __call__(self, what: str, work: Callable, *args) -> None:
+        """Call ``work(*args)`` on every rank (collective); ``what`` names its files where it does not do so itself."""
+
+        def guarded():
+            with naming(f"{what} cannot be written"):
+                work(*args)
+
+        try:
+            collectively(self.comm, "", guarded)
+        except InputError as error:
+            self.problems.append(str(error))
+
+    def on_root(self, what: str, work: Callable, *args) -> None:
+        """The same for what the first rank alone writes."""
+        self(what, work if self.comm.rank == 0 else _nothing, *args)
+
+    def finish(self) -> None:
+        """Report what could not be written.
+
+        Raises
+        ------
+        InputError
+            On every rank, with all of it in one line.
+        """
+        if self.problems:
+            raise InputError(f"the run is complete, but {'; '.join(dict.fromkeys(self.problems))}")
+
+
+def _nothing(*args) -> None:
+    """What the other ranks do."""

@@ -1,0 +1,90 @@
+"""A user's data as a functional has read them: what has changed since, and reading it again."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import numpy as np
+from mpi4py import MPI
+from pyadjoint.tape import stop_annotating
+
+from pint_fem.adjoint.misfit import Misfit
+from pint_fem.adjoint.regularisation import Regularisation
+from pint_fem.adjoint.sweeps import Sweeps
+from pint_fem.collective import collectively
+from pint_fem.errors import InputError
+
+__all__ = ["Data"]
+
+
+class Data:
+    """The data of all parts of a functional, in this order: functions and constants in forms and the initial condition,
+    boundary conditions, what misfits have beside forms, such as readings, and the coordinates of the mesh.
+
+    Parameters
+    ----------
+    sweeps, misfits, regularisation
+        The parts.
+    """
+
+    def __init__(self, sweeps: Sweeps, misfits: Sequence[Misfit], regularisation: Regularisation | None):
+        self._sweeps, self._misfits, self._regularisation = sweeps, misfits, regularisation
+        self._copies, self._comm = sweeps.evolution.copies, sweeps.spacetime.comm
+        self._coordinates = sweeps.evolution.V.mesh().unique().coordinates
+        self._places = self._coordinates.dat.data_ro.copy()
+        self._warned = np.zeros(len(self.changed()), dtype=bool)
+
+    def changed(self) -> np.ndarray:
+        """Which data are others on this rank than those that were read."""
+        moved = not np.array_equal(self._coordinates.dat.data_ro, self._places)
+        return np.concatenate([self._copies.changed(), [m.has_changed() for m in self._misfits], [moved]]).astype(bool)
+
+    def _labels(self, which: np.ndarray) -> list[str]:
+        names = [*self._copies.labels, *(f"what is given to {type(m).__name__}" for m in self._misfits)]
+        names.append("the coordinates of the mesh")
+        return [name for name, chosen in zip(names, which, strict=True) if chosen]
+
+    def warn(self, changed: np.ndarray) -> None:
+        """Warn of changes, once each, on the first rank; ``changed`` is the same on all ranks.
+
+        Raises
+        ------
+        InputError
+            On every rank, if the mesh has moved: forms see that, and what was assembled before does not.
+        """
+        self._refuse_moved(changed)
+        new = changed & ~self._warned
+        self._warned |= changed
+        if new.any() and self._sweeps.spacetime.is_root:
+            warnings.warn(
+                f"changed after the functional was made: {', '.join(self._labels(new))}. The values read then are "
+                "used; update_data() of the functional reads them again",
+                stacklevel=6,
+            )
+
+    @staticmethod
+    def _refuse_moved(changed: np.ndarray) -> None:
+        if changed[-1]:
+            raise InputError("the coordinates of the mesh changed after the functional was made: make a new functional")
+
+    def update(self) -> list[str]:
+        """Read all data again and let the parts know; what has changed (collective)."""
+        which = self.changed()
+        self._comm.Allreduce(MPI.IN_PLACE, which, op=MPI.LOR)
+        self._refuse_moved(which)
+        with stop_annotating():
+            changed = collectively(self._comm, "reading data again", self._read, which[:-1])
+            self._sweeps.update_data(changed)
+        self._warned[:] = False
+        return self._labels(which)
+
+    def _read(self, which: np.ndarray) -> set:
+        """Copies of functions and constants that have other values now; misfits and regularisation have taken them."""
+        misfits = which[len(which) - len(self._misfits) :]
+        changed = self._copies.update(which[: len(which) - len(self._misfits)])
+        for misfit, own in zip(self._misfits, misfits, strict=True):
+            misfit.update_data(changed, own=bool(own))
+        if self._regularisation is not None:
+            self._regularisation.update_data(changed)
+        return changed

@@ -1,0 +1,193 @@
+r"""A functional of the state that is quadratic in it, at the points of a slab.
+
+.. math::  j(u, t) = j(\bar u, t) + g(t)^T (u - \bar u) + \tfrac12 (u - \bar u)^T Q\, (u - \bar u), \qquad
+           g(t) = j_u(\bar u, t),
+
+about a reference state :math:`\bar u(t)` (:mod:`~pint_fem.adjoint.reference`): values and derivatives on blocks of
+states are products with one matrix, and ``j`` and ``g`` at the reference state are assembled once for each point, or
+once in all where they do not depend on time. The reference state is what the functional compares ``u`` with, the
+initial state where it compares ``u`` with nothing in particular and the initial state suits it as well as zero does,
+and else zero.
+
+A derivative at the reference state that is round-off of its terms is zero: data that are in the space are its minimum.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import ufl
+from firedrake import Function, assemble
+from firedrake.assemble import get_assembler
+from ufl.algorithms import extract_coefficients
+
+from pint_fem.adjoint.point_rows import PointRows
+from pint_fem.adjoint.reference import Reference
+from pint_fem.propagators.arrays import get, own_size, put
+from pint_fem.propagators.blocks import BlockOperator
+from pint_fem.propagators.operators import absolute
+
+__all__ = ["NOISE", "QuadraticPoints"]
+
+NOISE = 16 * np.finfo(float).eps / 2
+"""Round-off of an assembled entry relative to the sum of its terms' magnitudes."""
+_AS_GOOD = 1.01
+"""A reference state suits a functional where this times the value at another is not less."""
+
+
+class QuadraticPoints:
+    """See the module.
+
+    Parameters
+    ----------
+    form, gradient, second
+        The functional, its first derivative and its second, which depends neither on ``u`` nor on time.
+    u, t
+        The state's function and the time function in them (``None``: there is none).
+    times, wanted
+        Of the local points, and at which of them the functional is evaluated.
+    initial
+        Initial state ``(n,)``.
+    span
+        First and last time of all ranks.
+    keep
+        Whether rows that depend on time are kept for each point.
+    """
+
+    def __init__(
+        self,
+        form: ufl.Form,
+        gradient: ufl.Form,
+        second: ufl.Form,
+        u: Function,
+        t: Function | None,
+        times: np.ndarray,
+        wanted: np.ndarray,
+        *,
+        initial: np.ndarray,
+        span: tuple[float, float],
+        keep: bool,
+    ):
+        V = u.function_space()
+        self._u, self._t, self._wanted = Function(V), t, wanted
+        self.Q = None if second.empty() else BlockOperator(assemble(second, mat_type="aij").petscmat)
+        at = {u: self._u}
+        self._value_form = get_assembler(ufl.replace(form, at))
+        self._gradient_form = None if gradient.empty() else get_assembler(ufl.replace(gradient, at))
+        self._moves = {name: t in extract_coefficients(f) for name, f in (("value", form), ("gradient", gradient))}
+        place = (times, wanted)
+        given = dict(span=span, comm=V.mesh().comm)
+        self._data = Reference(form, [u])
+        self._reference: PointRows | None = None
+        make = None if self.Q is None else self._choice(initial, span)
+        moves = make is not None and make == self._data_row and t in self._data.coefficients
+        if make is not None:
+            self._reference = PointRows(make, *place, own_size(V), moves=moves, keep=keep, **given)
+        self._terms = None if make is None else absolute(self.Q.matrix)
+        floor = 0.0 if make is None else 0.25 * float(np.linalg.norm(self._noise(self._state(span[0]))))
+        self._g = PointRows(
+            self._gradient, *place, own_size(V), moves=moves or self._moves["gradient"], keep=keep, floor=floor, **given
+        )
+        self._c = PointRows(self._value, *place, None, moves=moves or self._moves["value"], keep=True, **given)
+        if keep or not self._g.moves:
+            self._terms = None
+
+    # -- the reference state -------------------------------------------------------------------------------------------
+    def _choice(self, initial: np.ndarray, span: tuple[float, float]):
+        """What makes the reference state of a time; ``None``: it is zero."""
+        moving = any(self._moves.values())
+        times = np.linspace(*span, 3) if moving else span[:1]
+        if not self._data.found:
+            make, factor = (lambda time: initial), _AS_GOOD
+        else:
+            make, factor = self._data_row, 1.0
+        total = 0.0
+        for time in times:
+            row = make(float(time))
+            if row is None:
+                return None
+            total += np.array([abs(self._value_at(row, time)), abs(self._value_at(np.zeros_like(row), time))])
+        size = self._u.function_space().mesh().comm.allreduce(float(np.abs(row).max(initial=0.0)))
+        return make if total[0] <= factor * total[1] and (size > 0 or moving) else None
+
+    def _data_row(self, time: float) -> np.ndarray | None:
+        if self._t is not None:
+            self._t.assign(time)
+        return self._data.row()
+
+    def _state(self, time: float) -> np.ndarray:
+        """The reference state of a time."""
+        return np.zeros(own_size(self._u.function_space())) if self._reference is None else self._reference.at(time)
+
+    def _set(self, state: np.ndarray, time: float) -> None:
+        put(self._u, state)
+        if self._t is not None:
+            self._t.assign(time)
+
+    # -- at the reference state ----------------------------------------------------------------------------------------
+    def _value_at(self, state: np.ndarray, time: float) -> float:
+        self._set(state, time)
+        return float(self._value_form.assemble())
+
+    def _value(self, time: float) -> float:
+        return self._value_at(self._state(time), time)
+
+    def _gradient(self, time: float) -> np.ndarray:
+        state = self._state(time)
+        if self._gradient_form is None:
+            return np.zeros_like(state)
+        self._set(state, time)
+        row = get(self._gradient_form.assemble())
+        if self._reference is not None:
+            row[np.abs(row) <= self._noise(state)] = 0.0
+        return row
+
+    def _noise(self, state: np.ndarray) -> np.ndarray:
+        """Round-off of the derivative at a state."""
+        x, y = self._terms.createVecs()
+        x.array[:] = np.abs(state)
+        self._terms.mult(x, y)
+        return NOISE * y.array_r
+
+    # -- on blocks -----------------------------------------------------------------------------------------------------
+    def _from_reference(self, rows, u: np.ndarray) -> np.ndarray:
+        return u if self._reference is None else u - self._reference[rows]
+
+    def product(self, rows, du: np.ndarray) -> np.ndarray:
+        """``Q du`` at the points that are wanted."""
+        some = np.flatnonzero(self._wanted[rows])
+        if self.Q is not None and len(some) == len(du):
+            return self.Q(du)
+        out = np.zeros(du.shape)
+        if self.Q is not None and len(some):
+            out[some] = self.Q(du[some])
+        return out
+
+    def local_values(self, rows, u: np.ndarray) -> np.ndarray:
+        """What depends on the state of ``j``, this rank's part of it, ``(b, 1)``; see :meth:`constants`."""
+        w = self._from_reference(rows, u)
+        out = self.product(rows, w)
+        out *= 0.5
+        if not self._g.is_zero:
+            out += self._g[rows]
+        return np.array([x @ y for x, y in zip(out, w, strict=True)]).reshape(-1, 1)
+
+    def constants(self, count: int) -> np.ndarray:
+        """The rest of ``j`` at all local points, ``(count,)``, the same on all ranks in space."""
+        return np.broadcast_to(self._c[:], count)
+
+    def gradient(self, rows, u: np.ndarray) -> np.ndarray:
+        """``j_u`` of states, ``(b, n)``."""
+        out = self.product(rows, self._from_reference(rows, u))
+        if not self._g.is_zero:
+            out += self._g[rows]
+        return out
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what is kept for the points."""
+        return self._g.nbytes + (0 if self._reference is None else self._reference.nbytes)
+
+    @property
+    def petsc_bytes(self) -> dict[str, int]:
+        """Bytes of the matrix and its blocks, and of the terms' magnitudes where derivatives are computed again."""
+        return {} if self.Q is None else self.Q.nbytes

@@ -1,0 +1,76 @@
+"""Names of command line options that are nearly ours: refused with the name that was meant, as nothing would read them.
+
+Options with one dash belong to PETSc's database, which takes any name. Those of this package begin with ``mgrit_``,
+``paradiag_`` or ``pint_``; what follows is checked where the options are read. Here are names that miss the prefix,
+such as ``-mgri_levels`` or ``-MGRIT_levels``. All other names are left to PETSc.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from pint_fem.errors import InputError
+
+__all__ = ["PREFIXES", "distance", "meant", "nearest", "refuse_near_misses"]
+
+PREFIXES = ("mgrit_", "paradiag_", "pint_")
+
+
+def distance(a: str, b: str) -> int:
+    """Insertions, deletions, substitutions and exchanges of neighbours between two words (Damerau, 1964)."""
+    rows = [list(range(len(b) + 1))]
+    for i, x in enumerate(a, 1):
+        row = [i]
+        for j, y in enumerate(b, 1):
+            best = min(rows[-1][j] + 1, row[-1] + 1, rows[-1][j - 1] + (x != y))
+            if i > 1 and j > 1 and x == b[j - 2] and a[i - 2] == y:
+                best = min(best, rows[-2][j - 2] + 1)
+            row.append(best)
+        rows.append(row)
+    return rows[-1][-1]
+
+
+def nearest(name: str, known: Iterable[str], most: int = 1) -> str | None:
+    """The known name that a misspelt one is at most ``most`` slips away from, the closest first."""
+    found = min(known, key=lambda k: distance(name, k), default=None)
+    return found if found is not None and distance(name, found) <= most else None
+
+
+def meant(name: str) -> str | None:
+    """The name with our prefix that one without it was meant to be; ``None`` for all other names.
+
+    Parameters
+    ----------
+    name
+        Without dashes in front.
+    """
+    if name.startswith(PREFIXES):
+        return None
+    plain = name.replace("-", "_")
+    head, _, rest = plain.partition("_")
+    for prefix in PREFIXES:
+        word = prefix[:-1]
+        if head.lower() == word or distance(head.lower(), word) <= max(1, len(word) // 4):
+            return prefix + rest
+        if plain.lower().startswith(word) and not rest:
+            return prefix + plain[len(word) :]
+    return None
+
+
+def refuse_near_misses(names: Iterable[str]) -> None:
+    """Refuse options that nothing reads as their prefix is misspelt.
+
+    Parameters
+    ----------
+    names
+        Of PETSc's database, or of a command line; without dashes in front.
+
+    Raises
+    ------
+    InputError
+        Naming the first one and what was meant.
+    """
+    for name in names:
+        better = meant(name)
+        if better is not None:
+            raise InputError(f"unknown option '-{name}': did you mean '-{better}'?")
