@@ -18,8 +18,8 @@ from firedrake.adjoint import (
     pause_annotation,
     set_working_tape,
 )
+from pyadjoint.block_variable import BlockVariable
 from pyadjoint.tape import annotate_tape, stop_annotating
-from ufl.algorithms import extract_coefficients
 
 from pint_fem.direct import completed
 from pint_fem.propagators.arrays import get, put
@@ -27,6 +27,7 @@ from pint_fem.propagators.base import FEPropagator, direction
 from pint_fem.propagators.boundary import boundary_value
 from pint_fem.propagators.evolution import Evolution
 from pint_fem.propagators.form import NEWTON
+from pint_fem.propagators.private_copies import data_of
 from pint_fem.propagators.tableaux import DIRK
 
 __all__ = ["TapePropagator", "recording"]
@@ -44,6 +45,26 @@ def recording() -> Iterator[Tape]:
             yield tape
         finally:
             (continue_annotation if annotating else pause_annotation)()
+
+
+def _copy_data(tape: Tape, controls: set[int]) -> None:
+    """Give functions that a tape reads only a value of its own on it, that which they have now.
+
+    pyadjoint keeps the value that a function had when any tape first read it, also for tapes of other times.
+    """
+    blocks = tape.get_blocks()
+    written = [variable for block in blocks for variable in block.get_outputs()]
+    kept = controls | {id(variable) for variable in written}
+    changing, copies = {id(variable.output) for variable in written}, {}
+    for block in blocks:
+        dependencies = block.get_dependencies()
+        for i, variable in enumerate(dependencies):
+            f = variable.output
+            if isinstance(f, Function) and id(variable) not in kept and id(f) not in changing:
+                if id(f) not in copies:
+                    copies[id(f)] = BlockVariable(f)
+                    copies[id(f)].save_output()
+                dependencies[i] = copies[id(f)]
 
 
 class TapePropagator(FEPropagator):
@@ -91,13 +112,10 @@ class TapePropagator(FEPropagator):
             read = {id(d): d for block in self.tape.get_blocks() for d in block.get_dependencies()}
             controls = [start, *(a if id(a.block_variable) in read else b for a, b in pairs)]
             self.rf = ReducedFunctional(u1, controls, tape=self.tape)
-        coordinates = ev.V.mesh().unique().coordinates
-        for dependency in read.values():  # data of the user's own: replays would see later changes
-            if isinstance(dependency.output, Function) and dependency.output is not coordinates:
-                dependency.save_output(overwrite=False)
         with stop_annotating():
             for f, values in zip(given, kept, strict=True):
                 put(f, values)
+            _copy_data(self.tape, {id(control.block_variable) for control in controls})
 
     def _one_step(self, u0: Function) -> Function:
         """The stages of the tableau, taped; time-dependent data takes the value of each stage's time from ``t``."""
@@ -123,13 +141,11 @@ class TapePropagator(FEPropagator):
         return out
 
     def _taped_bcs(self):
-        """The conditions with their values as functions: expressions of ``t`` in them are not replayed."""
-        ev = self.evolution
-        if not ev.depends_on_time and ev.boundary_controls is None:
-            return ev.bcs
-        moving = {*ev.parameters} | ({ev.t} if ev.t is not None else set())
+        """The conditions with their values as functions made on the tape: what is in expressions is not replayed, and
+        a condition keeps the value that it had on its first tape.
+        """
         taped = lambda bc: bc.reconstruct(g=Function(bc.function_space()).interpolate(boundary_value(bc)))
-        return [taped(bc) if moving & set(extract_coefficients(boundary_value(bc))) else bc for bc in ev.bcs]
+        return [taped(bc) if data_of(boundary_value(bc)) else bc for bc in self.evolution.bcs]
 
     def _at(self, data, i: int, u: np.ndarray) -> Function:
         ev = self.evolution
