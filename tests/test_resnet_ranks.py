@@ -78,7 +78,13 @@ def test_one_data_group_fails():
     grid = Grid((2, 1))
 
     net, x, y = peaks_network(
-        8, grid, levels=2, forward_iterations=2, backward_iterations=2, adaptive=Adaptive(), mgrit={"rtol": 0.0}
+        8,
+        grid,
+        levels=2,
+        forward_iterations=2,
+        backward_iterations=2,
+        adaptive=Adaptive(),
+        mgrit={"rtol": 0.0, "on_divergence": "report"},
     )
     alone, *_ = peaks_network(8, Grid(comm=ALONE), levels=1)
     half = slice(30 * COMM.rank, 30 * COMM.rank + 30)
