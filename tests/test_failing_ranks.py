@@ -304,8 +304,10 @@ def test_a_static_control_that_differs_between_time_ranks_is_refused(posed):
     with pytest.raises(InputError, match="control differs between ranks in time"):
         rf(other)
     for minimise in (rf.minimize_trust_region, rf.minimize_one_shot, rf.minimize_scipy):
-        with pytest.raises(InputError, match="control differs between ranks in time"):
+        with pytest.raises(InputError, match="start differs between ranks in time"):
             minimise(other)
+        with pytest.raises(InputError, match="max_it is not the same on all ranks"):
+            minimise(q, max_it=3 + COMM.rank)
     rf(q)
     with pytest.raises(InputError, match="direction differs between ranks in time"):
         rf.hessian(other)

@@ -10,8 +10,10 @@ from firedrake.adjoint import (
     minimize,
 )
 from mpi4py import MPI
+from pyadjoint import maximize
 
 import pint_fem as pf
+from tests.limits import time_limit
 from tests.test_controls import functional as several
 from tests.test_reduced_functional import functional
 
@@ -47,6 +49,37 @@ def test_minimize(method, best):
     options = {"ftol": 1e-14, "maxiter": 500} | ({"gtol": 1e-9} if method == "L-BFGS-B" else {"iprint": 0})
     solution = minimize(rf, method=method, options=options)
     assert abs(rf(solution) - best[0]) < 1e-7 * best[0]
+
+
+@pytest.mark.parallel([1, 2])
+@time_limit(60)
+def test_the_unit_of_the_objective_does_not_matter(best):
+    """A functional of 1e-12: scipy's absolute tolerances would end every run at the start. J, its derivative and the
+    tangent are in the user's unit before and after; `maximize` of -J is `minimize` of J.
+    """
+    small = lambda sign: sign * 1e-12 * functional(pf.SpaceTime(), rtol=1e-11, n=4, riesz_map="l2")
+    rf = small(1)
+    start = rf.controls[0].control.copy(deepcopy=True)
+    at_start = rf(start)
+    by_scipy = rf.function(rf.minimize_scipy(start, "L-BFGS-B", gtol_rel=1e-6).x)
+    assert rf(by_scipy) == pytest.approx(1e-12 * best[0], rel=1e-8)
+    for optimise, functional_of in ((minimize, rf), (maximize, small(-1))):
+        sign = 1 if optimise is minimize else -1
+        start = functional_of.controls[0].control.copy(deepcopy=True)
+        start.assign(0.1)
+        at_start = abs(functional_of(start))
+        solution = optimise(functional_of, options={"ftol": 1e-12, "gtol": 1e-8})
+        slope = functional_of.derivative()
+        value = functional_of(solution)
+        assert sign * value == pytest.approx(1e-12 * best[0], rel=1e-7)
+        assert at_start > 1.1 * sign * value
+        step = 1e-3
+        assert functional_of.tlm(start) == pytest.approx(float(slope._ad_dot(start)), rel=1e-3, abs=1e-16)
+        ahead = solution.copy(deepcopy=True).assign(solution + step * start)
+        behind = solution.copy(deepcopy=True).assign(solution - step * start)
+        difference = (functional_of(ahead) - functional_of(behind)) / (2 * step)
+        assert functional_of(solution) == pytest.approx(value, rel=1e-8)
+        assert functional_of.tlm(start) == pytest.approx(difference, rel=1e-3, abs=1e-16)
 
 
 @pytest.mark.parallel([1, 2])

@@ -7,7 +7,7 @@ import pytest
 from mpi4py import MPI
 from scipy.optimize import minimize
 
-from pint_fem.optimize import NonFiniteError, hessian_actions, scipy_adapter
+from pint_fem.optimize import NonFiniteError, hessian_actions, scipy_run
 from pint_fem.optimize.bounded import minimize_bounded
 from pint_fem.optimize.scipy_adapter import scipy_minimize
 from tests.test_bounded import Distributed, box_problem
@@ -15,6 +15,7 @@ from tests.test_trust_region import (
     Smooth,
     bowl,
     mass_matrix,
+    minimize_trust_region,
     pairs,
     quadratic,
     random_quadratic,
@@ -112,6 +113,56 @@ def test_methods_are_known_in_any_case():
     """As in scipy; the default is trust-krylov."""
     a = scipy_minimize(bowl(), np.zeros(6), "TRUST-KRYLOV")
     np.testing.assert_array_equal(a.x, scipy_minimize(bowl(), np.zeros(6)).x)
+
+
+@pytest.mark.parallel([1, 2])
+@pytest.mark.parametrize("unit", [1e-12, 1e9])
+@pytest.mark.parametrize("method", GRADIENTS + HESSIANS)
+def test_the_unit_of_the_objective_does_not_matter(method, unit):
+    """Without options every method ends where the trust region does, at a gradient smaller by 1e-6: scipy's default
+    tolerances are absolute, and a gradient of 1e-11 is below all of them at the start.
+    """
+    problem = bowl()
+    f, df, d2f = problem.f, problem.df, problem.d2f
+    problem.f, problem.df, problem.d2f = (lambda x, g=g: unit * g(x) for g in (f, df, d2f))
+    expected = minimize_trust_region(bowl(), np.full(6, 2.0), gtol_rel=1e-9).x
+    local = Distributed(problem, np.linspace(1, 2, 6), MPI.COMM_WORLD, 2)
+    result = scipy_minimize(local, np.full(6, 2.0)[local.part], method, comm=MPI.COMM_WORLD)
+    x = local.whole(result.x)
+    np.testing.assert_allclose(x, expected, atol=1e-4)
+    if method != "trust-constr":
+        assert result.success
+        assert np.linalg.norm(df(x)) <= 4e-6 * np.linalg.norm(df(np.full(6, 2.0)))
+    assert result.fun == pytest.approx(unit * f(x), rel=1e-12)
+
+
+def test_given_tolerances_are_scipys_in_a_scaled_unit():
+    """A tolerance of the caller's replaces the fall of the gradient; `gtol_rel` adds it again."""
+    problem = with_weights(rosenbrock(4), np.ones(4))
+    f, df = problem.f, problem.df
+    problem.f, problem.df = (lambda x, g=g: 1e-9 * g(x) for g in (f, df))
+    norm = lambda result: np.linalg.norm(df(result.x)) / np.linalg.norm(df(np.full(4, 0.5)))
+    loose = scipy_minimize(problem, np.full(4, 0.5), "L-BFGS-B", options={"gtol": 1e-2})
+    assert 1e-6 < norm(loose) < 1e-1
+    assert norm(scipy_minimize(problem, np.full(4, 0.5), "L-BFGS-B", gtol_rel=1e-3)) < 1e-3
+    assert norm(scipy_minimize(problem, np.full(4, 0.5), "L-BFGS-B", gtol_rel=1e-9, options={"maxiter": 200})) < 1e-9
+    with pytest.raises(ValueError, match="gtol_rel"):
+        scipy_minimize(problem, np.zeros(4), gtol_rel=0.0)
+
+
+@pytest.mark.parametrize("method", ["CG", "BFGS", "L-BFGS-B", "TNC", "SLSQP", "trust-ncg", "trust-krylov"])
+def test_an_objective_that_fails_at_a_trial_point_shortens_the_step(method):
+    """J of inf outside a ball about the start that holds the minimum at 0; no gradient is asked for there."""
+    asked = []
+    problem = Smooth(
+        lambda x: float(np.sum(np.cosh(x))) if np.abs(x).max() < 1.2 else math.inf,
+        lambda x: asked.append(np.abs(x).max()) or np.sinh(x),
+        lambda x: np.diag(np.cosh(x)),
+        n=3,
+    )
+    result = scipy_minimize(problem, np.array([1.0, -0.8, 0.3]), method)
+    np.testing.assert_allclose(result.x, 0, atol=1e-4)
+    assert max(asked) < 1.2
 
 
 # --- calls -----------------------------------------------------------------------------------------------------------
@@ -234,7 +285,7 @@ def test_a_method_that_breaks_down_gives_the_best_point(monkeypatch):
         hessp(x0, jac(x0))
         hessp(x0, np.full_like(x0, math.nan))
 
-    monkeypatch.setattr(scipy_adapter, "minimize", broken)
+    monkeypatch.setattr(scipy_run, "minimize", broken)
     problem = bowl()
     for name in ("value", "hessian_action"):
         function = getattr(problem, name)
@@ -282,7 +333,7 @@ def test_processes_take_the_path_of_one(method, name):
 def test_one_process_decides(monkeypatch):
     """scipy runs on the first only, so that nothing in it that is not the same on all can part them."""
     comm, runs = MPI.COMM_WORLD, []
-    monkeypatch.setattr(scipy_adapter, "minimize", lambda *args, **kwargs: runs.append(1) or minimize(*args, **kwargs))
+    monkeypatch.setattr(scipy_run, "minimize", lambda *args, **kwargs: runs.append(1) or minimize(*args, **kwargs))
     w, seen = np.ones(7), []
     local = Distributed(rosenbrock(7), w, comm, 3)
     result = scipy_minimize(
@@ -420,7 +471,7 @@ def test_hessian_actions_are_kept_within_a_bound(monkeypatch):
             kept.append(sum(a.nbytes for a in self._kept.values()))
             return out
 
-    monkeypatch.setattr(scipy_adapter, "HessianActions", Watched)
+    monkeypatch.setattr(scipy_run, "HessianActions", Watched)
     for bound in (0, 5 * 8 * n):
         monkeypatch.setattr(hessian_actions, "ACTIONS_MEMORY", bound)
         kept.clear()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager
+from functools import wraps
 from numbers import Real
 from pathlib import Path
 
@@ -18,10 +19,14 @@ from pint_fem.adjoint.fingerprint import bound_numbers, constraint_numbers
 from pint_fem.adjoint.inexact import InexactObjective
 from pint_fem.adjoint.objective import Objective
 from pint_fem.adjoint.riesz import ControlInner
+from pint_fem.adjoint.sums import SumProblem, leaves, second_derivative
+from pint_fem.collective import ending_all_ranks, require_same
 from pint_fem.errors import InputError, SolverFailure
 from pint_fem.optimize import InexactOptions, minimize_trust_region
+from pint_fem.optimize.acceptance import UNLIMITED
 from pint_fem.optimize.bounded import minimize_bounded
 from pint_fem.optimize.constraints import AffineConstraints
+from pint_fem.optimize.multipliers import minimize_bounded_constrained
 from pint_fem.optimize.one_shot import minimize_one_shot
 from pint_fem.optimize.scipy_adapter import scipy_minimize
 from pint_fem.propagators.arrays import get
@@ -34,11 +39,29 @@ __all__ = ["one_shot", "scipy_method", "trust_region"]
 _MODEL_FORCING = 0.02
 
 
+def _on_all_ranks(method: Callable) -> Callable:
+    """Make a method the same on all ranks: its arguments are compared, and copies of a static start."""
+
+    @wraps(method)
+    def run(rf, start: np.ndarray, *args, monitor=None, **options):
+        comm = rf.spacetime.comm
+        own = {name: value for name, value in options.items() if name != "callback"}
+        with ending_all_ranks(comm):
+            require_same(comm, minimiser=method.__name__, method=args, given=own)
+            rf.problem.require_copies(start=start)
+            if monitor is not None:
+                options["monitor"] = monitor
+            return method(rf, start, *args, **options)
+
+    return run
+
+
+@_on_all_ranks
 def trust_region(
     rf,
     start: np.ndarray,
     *,
-    monitor,
+    monitor=None,
     inexact,
     bounds,
     constraints,
@@ -49,29 +72,38 @@ def trust_region(
 ):
     """See :meth:`~pint_fem.adjoint.TimeParallelReducedFunctional.minimize_trust_region`."""
     problem, inner = rf.problem, rf.inner
-    options.setdefault("value_rtol", 10 * problem.sweeps.options.rtol)
+    options.setdefault("value_rtol", _value_rtol(problem))
     if problem.is_quadratic and bounds is None:
         # the model is J itself: a bound would only cut steps short
-        options.setdefault("initial_radius", min(1e99, options.get("max_radius", np.inf)))
+        options.setdefault("initial_radius", min(UNLIMITED, options.get("max_radius", np.inf)))
     if isinstance(inexact, Mapping):
         inexact = InexactOptions(**inexact)
     inexact = InexactOptions() if inexact is True else inexact or None
     if inexact is not None:
+        if isinstance(problem, SumProblem):
+            raise InputError("inexact= goes with the functional of one evolution: leave it out for a sum or a multiple")
         _insist_on_residuals(rf, "inexact=")
     if inexact is not None and problem.is_quadratic and options.get("cg_rtol") is None:
         # what one cycle gives; nothing is nonlinear that looser first iterations could wait for
         options.setdefault("cg_forcing", _MODEL_FORCING)
     if bounds is not None:
-        if inexact is not None or constraints:
-            raise InputError("bounds go with exact solves and without integral constraints: leave the others out")
+        if inexact is not None:
+            raise InputError("bounds go with exact solves: leave inexact= out")
         if inner.weights is None:
             inner = ControlInner(rf.layout, "lumped")
     options["preconditioner"] = _preconditioner(rf, inner, preconditioner)
     with stop_annotating():
         if bounds is not None:
-            lower, upper = (_side(rf, side) for side in bounds)
+            lower, upper = _box(rf, bounds)
             objective = Objective(problem, inner)
             _floor(objective, start, checkpoint, options)
+            if constraints:
+                if checkpoint is not None:
+                    raise InputError("checkpoint= goes with bounds or with integral constraints, not with both")
+                normals, values = _normals(rf, objective, constraints)
+                return minimize_bounded_constrained(
+                    objective, start, lower, upper, normals, values, monitor=monitor, **options
+                )
             sides = {"lower": lower, "upper": upper}
             keep = _checkpoint(checkpoint, rf, objective, "trust region within bounds", if_save_fails, sides=sides)
             with keep as kept:
@@ -118,6 +150,8 @@ def _checkpoint(
     if not isinstance(given, (str, Path)):
         yield given
         return
+    if isinstance(objective.problem, SumProblem):
+        raise InputError("checkpoint: a file keeps the run of one evolution's functional: leave it out for a sum")
     layout = objective.problem.layout
     run = {"method": method, "bounds": None, "constraints": None}
     if sides is not None:
@@ -135,17 +169,17 @@ def _checkpoint(
 
 def _insist_on_residuals(rf, what: str) -> None:
     """Refuse MGRIT that looks at no residual where accuracy is chosen by it."""
-    options = rf.problem.sweeps.options
-    if options.residual == "none" and options.levels > 1:
+    if any(p.sweeps.options.residual == "none" and p.sweeps.options.levels > 1 for p in leaves(rf.problem)):
         raise InputError(f"{what} chooses accuracy by residuals: give mgrit residual='C' or 'full', not 'none'")
 
 
-def one_shot(rf, start: np.ndarray, *, monitor, constraints, preconditioner, checkpoint, if_save_fails, **options):
+@_on_all_ranks
+def one_shot(rf, start: np.ndarray, *, monitor=None, constraints, preconditioner, checkpoint, if_save_fails, **options):
     """See :meth:`~pint_fem.adjoint.TimeParallelReducedFunctional.minimize_one_shot`."""
-    options.setdefault("value_rtol", 10 * rf.problem.sweeps.options.rtol)
+    options.setdefault("value_rtol", _value_rtol(rf.problem))
     options.setdefault("memory", 10 if rf.evolution.stepwise else 40)  # what is static is small beside a trajectory
     _insist_on_residuals(rf, "one-shot")
-    if rf.problem.sweeps.accelerated:
+    if any(p.sweeps.accelerated for p in leaves(rf.problem)):
         raise InputError("one-shot takes single MGRIT cycles: leave krylov out")
     if preconditioner == "limited-memory":
         raise InputError("one-shot learns its own pairs: leave preconditioner='limited-memory' out, see memory=")
@@ -158,20 +192,46 @@ def one_shot(rf, start: np.ndarray, *, monitor, constraints, preconditioner, che
             return minimize_one_shot(limited, start, monitor=monitor, checkpoint=kept, **options)
 
 
+@_on_all_ranks
 def scipy_method(rf, start: np.ndarray, method: str, *, bounds, **options):
     """See :meth:`~pint_fem.adjoint.TimeParallelReducedFunctional.minimize_scipy`."""
     scaling = rf.inner.weights
     if scaling is None:
         scaling = ControlInner(rf.layout, "lumped").weights
-    lower, upper = (None, None) if bounds is None else (_side(rf, side) for side in bounds)
+    lower, upper = (None, None) if bounds is None else _box(rf, bounds)
     with stop_annotating():
         objective = Objective(rf.problem, rf.inner, scaling=scaling)
         return scipy_minimize(objective, start, method, comm=rf.spacetime.comm, lower=lower, upper=upper, **options)
 
 
-def _side(rf, side):
-    """A bound as a number or an array of own values."""
-    return float(side) if np.ndim(side) == 0 and not hasattr(side, "function_space") else rf.array(side)
+def _value_rtol(problem) -> float:
+    """Relative accuracy of ``J``, by that of the sweeps."""
+    return 10 * max(leaf.sweeps.options.rtol for leaf in leaves(problem))
+
+
+def _box(rf, bounds) -> tuple[np.ndarray | float, np.ndarray | float]:
+    """Lower and upper bounds as numbers or arrays of own values."""
+    if not isinstance(bounds, (list, tuple)) or len(bounds) != 2:
+        raise InputError(f"bounds {bounds!r}: give a pair (lower, upper), such as (0, None)")
+    return tuple(_side(rf, side, none) for side, none in zip(bounds, (-np.inf, np.inf), strict=True))
+
+
+def _side(rf, side, none: float):
+    """A bound: a number, ``None`` for none, values of the controls, or a list with one of these for each control."""
+    controls = rf.evolution.controls
+    if side is None or isinstance(side, Real):
+        return none if side is None else float(side)
+    sides = side if isinstance(side, (list, tuple)) else [side]
+    if len(sides) != len(controls):
+        raise InputError(f"bounds: {len(sides)} values for {len(controls)} controls; give a number, or one for each")
+    if not any(one is None or isinstance(one, Real) for one in sides):
+        return rf.array(sides)
+    whole = np.empty(rf.layout.size)
+    spread = [rf.function(np.zeros(rf.layout.size))] if len(controls) == 1 else rf.function(np.zeros(rf.layout.size))
+    given = [zero if one is None or isinstance(one, Real) else one for one, zero in zip(sides, spread, strict=True)]
+    for part, values, one in zip(rf.layout.parts(whole), rf.layout.parts(rf.array(given)), sides, strict=True):
+        part[...] = none if one is None else float(one) if isinstance(one, Real) else values
+    return whole
 
 
 def constrained(rf, objective: Objective, start: np.ndarray, constraints):
@@ -196,15 +256,18 @@ def constrained(rf, objective: Objective, start: np.ndarray, constraints):
     """
     if not constraints:
         return objective, start
-    normals, values = [], []
-    for form, value in constraints:
-        normals.append(objective.representative(_normal(rf, form)))
-        values.append(float(value))
+    normals, values = _normals(rf, objective, constraints)
     try:
         limited = AffineConstraints(objective, normals, values)
     except ValueError as error:
         raise InputError(f"constraints: {error}") from error
     return limited, limited.feasible(start)
+
+
+def _normals(rf, objective: Objective, constraints) -> tuple[list[np.ndarray], list[float]]:
+    """The representatives of the constraints' derivatives, and their values."""
+    normals = [objective.representative(_normal(rf, form)) for form, _ in constraints]
+    return normals, [float(value) for _, value in constraints]
 
 
 def _normal(rf, form) -> np.ndarray:
@@ -240,8 +303,7 @@ def _preconditioner(rf, inner: ControlInner, given):
 
 def _second_derivative(rf, control) -> ufl.Form:
     """The regularisation's second derivative by a control, as a bilinear form."""
-    regularisation = rf.problem.regularisation
-    second = None if regularisation is None else regularisation.second_derivative(control)
+    second = second_derivative(rf.problem, control)
     if second is None:
         raise InputError(
             f"preconditioner 'regularisation': the regularisation is not quadratic in control {control.name()!r}"

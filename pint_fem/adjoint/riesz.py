@@ -123,7 +123,7 @@ class ControlInner:
     layout
         The controls.
     kinds
-        A kind of :class:`RieszMap` for all of them, or one for each.
+        A kind of :class:`RieszMap` for all of them, or one (or a map that is made) for each.
 
     Raises
     ------
@@ -137,7 +137,8 @@ class ControlInner:
         kinds = list(kinds) if isinstance(kinds, (list, tuple)) else [kinds] * len(controls)
         if len(kinds) != len(controls):
             raise InputError(f"riesz_map: {len(kinds)} kinds for {len(controls)} controls; give one, or one for each")
-        self.maps = {c: RieszMap(c.function_space(), kind) for c, kind in zip(controls, kinds, strict=True)}
+        make = lambda c, kind: kind if isinstance(kind, RieszMap) else RieszMap(c.function_space(), kind)
+        self.maps = {c: make(c, kind) for c, kind in zip(controls, kinds, strict=True)}
 
     def _apply(self, name: str, z: np.ndarray, weight: float) -> np.ndarray:
         out, part = np.empty_like(z), self.layout.part

@@ -114,6 +114,10 @@ class StoredTrajectories(_Trajectories):
         """
         yield 0, point.U
 
+    def adjoints(self, point, z) -> Iterator[tuple[int, np.ndarray]]:
+        """The same of the adjoint."""
+        yield 0, point.L
+
 
 def _sum(slabs) -> np.ndarray:
     total = None
@@ -215,6 +219,17 @@ class CPointTrajectories(_Trajectories):
             for i in range(window.count):
                 yield (window.place + i) * window.m, W[:, i]
         yield self.sweeps.slab.k, point.U[-1:]
+
+    def adjoints(self, point, z) -> Iterator[tuple[int, np.ndarray]]:
+        """See :class:`StoredTrajectories`; an interval at a time."""
+        force = self._force(point, z)
+        self.intervals.bind(z, point.U)
+        for window in self.intervals.windows:
+            Lam = self._adjoints(window, self.intervals.states(window), point.L, force)
+            for i in range(window.count):
+                first = point.L[window.place + i]
+                yield (window.place + i) * window.m, np.concatenate([first[None], Lam[:-1, i]])
+        yield self.sweeps.slab.k, point.L[-1:]
 
     def _force(self, point, z) -> Callable:
         """``force(rows, u)``: the adjoint's right-hand side at some points."""

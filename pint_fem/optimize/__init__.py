@@ -4,6 +4,7 @@ from pint_fem.optimize.bounded import minimize_bounded
 from pint_fem.optimize.constraints import AffineConstraints
 from pint_fem.optimize.inexact import InexactOptions
 from pint_fem.optimize.lbfgs import InverseLBFGS
+from pint_fem.optimize.multipliers import minimize_bounded_constrained
 from pint_fem.optimize.one_shot import minimize_one_shot
 from pint_fem.optimize.one_shot_records import OneShotRecord, OneShotResult
 from pint_fem.optimize.preconditioners import LimitedMemoryPreconditioner
@@ -38,6 +39,7 @@ __all__ = [
     "StopReason",
     "TrustRegionResult",
     "minimize_bounded",
+    "minimize_bounded_constrained",
     "minimize_one_shot",
     "minimize_trust_region",
     "scipy_minimize",

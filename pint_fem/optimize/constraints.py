@@ -161,26 +161,43 @@ class AffineConstraints:
     # -- the constraints ----------------------------------------------------------------------------------------------
     def project(self, v: np.ndarray) -> np.ndarray:
         """P v, the part of v that the constraints do not see; a new array."""
-        return self._minus(v, self._components(v))
+        return self._minus(v, self.components(v))
 
     def feasible(self, x: np.ndarray) -> np.ndarray:
         """The point nearest to x, in the problem's norm, that meets the constraints; a new array."""
         for _ in range(2):  # the second pass removes the round-off of a far x
-            x = self._minus(x, self._components(x) - self._beta)
+            x = self._minus(x, self.offsets(x))
         return x
 
     def violation(self, x: np.ndarray) -> np.ndarray:
         """``(c_i, x) - b_i``, shape (k,)."""
-        return self._R.T @ (self._components(x) - self._beta)
+        return self._R.T @ self.offsets(x)
 
     def multipliers(self, x: np.ndarray) -> np.ndarray:
         """The lambda, shape (k,), that make ``|g(x) - sum lambda_i c_i|`` least: one gradient of the problem.
 
         At a minimiser ``lambda_i`` is the derivative of the least J with respect to ``b_i``.
         """
-        return np.linalg.solve(self._R, self._components(self.problem.gradient(x)))
+        return np.linalg.solve(self._R, self.components(self.problem.gradient(x)))
 
-    def _components(self, v: np.ndarray) -> np.ndarray:
+    def offsets(self, x: np.ndarray) -> np.ndarray:
+        """``(q_i, x) - beta_i``, shape (k,), in the orthonormal basis of the normals."""
+        return self.components(x) - self._beta
+
+    def distance(self, x: np.ndarray) -> tuple[float, float]:
+        """Distance of x from the constraints, and what it is to be compared with: the norms of x and the values."""
+        return float(np.linalg.norm(self.offsets(x))), self._size(x)
+
+    def curvatures(self, x: np.ndarray) -> list[float]:
+        """``|(q_i, H q_i)|`` of J at x."""
+        return [abs(float(self.problem.inner(q, self.problem.hessian_action(x, q)))) for q in self._Q]
+
+    def combined(self, coefficients: np.ndarray, v: np.ndarray) -> np.ndarray:
+        """``v + sum_i coefficients_i q_i``, a new array."""
+        return self._minus(v, -coefficients)
+
+    def components(self, v: np.ndarray) -> np.ndarray:
+        """``(q_i, v)``, shape (k,)."""
         return np.array([float(self.problem.inner(q, v)) for q in self._Q])
 
     def _minus(self, v: np.ndarray, components: np.ndarray) -> np.ndarray:
@@ -189,11 +206,13 @@ class AffineConstraints:
             out -= component * q
         return out
 
+    def _size(self, x: np.ndarray) -> float:
+        return math.sqrt(max(float(self.problem.inner(x, x)), 0.0)) + float(np.linalg.norm(self._beta))
+
     def _insist(self, x: np.ndarray) -> None:
         """Refuse x off the constraints: a minimiser started there would keep (c_i, x) at the wrong value, silently."""
-        gap = np.linalg.norm(self._components(x) - self._beta)
-        allowed = _FEASIBLE * (math.sqrt(float(self.problem.inner(x, x))) + np.linalg.norm(self._beta))
-        if gap > allowed:  # false for an x that is not finite, which is for J to judge
+        gap, size = self.distance(x)
+        if gap > _FEASIBLE * size:  # false for an x that is not finite, which is for J to judge
             raise ValueError(
                 f"x misses the constraints: (c, x) - b = {self.violation(x)}; start from feasible(x), not from x"
             )

@@ -29,6 +29,7 @@ class StopReason(str, Enum):
     ROUND_OFF = "round-off"
     ACCURACY = "accuracy not reached"
     CALLBACK = "stopped by callback"
+    CONSTRAINTS = "constraints not met"
 
 
 def header(inexact: bool = False) -> str:

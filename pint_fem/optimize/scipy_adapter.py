@@ -21,14 +21,14 @@ from collections.abc import Callable
 
 import numpy as np
 from mpi4py import MPI
-from scipy.optimize import Bounds, OptimizeResult, minimize
+from scipy.optimize import Bounds, OptimizeResult
 
 from pint_fem.collective import any_rank, collectively, ending_all_ranks, raise_together, require_same
 from pint_fem.errors import FAILURES
-from pint_fem.optimize.hessian_actions import HessianActions
-from pint_fem.optimize.options import check_choice
+from pint_fem.optimize.options import check, check_choice
 from pint_fem.optimize.protocol import NonFiniteError, Problem
 from pint_fem.optimize.ranks import RankedProblem, check_run, ranked_callback
+from pint_fem.optimize.scipy_run import GTOL_REL, TOLERANCES, run
 
 __all__ = ["scipy_minimize"]
 
@@ -37,9 +37,6 @@ _HESSIAN_METHODS = ("Newton-CG", "trust-ncg", "trust-krylov", "trust-constr")
 _BOUND_METHODS = ("L-BFGS-B", "TNC", "SLSQP", "trust-constr")
 # Set here, or meaningless for a problem of this kind.
 _REFUSED = ("args", "bounds", "constraints", "fun", "hess", "hessp", "jac", "x0")
-
-# What of scipy's result does not depend on its coordinates.
-_KEPT = ("fun", "message", "nfev", "nhev", "nit", "njev", "status", "success")
 
 # (g, g) and dual(g) . g are the same sum in another order, or a linear solve apart.
 _DUAL_RTOL = 1e-6
@@ -54,6 +51,7 @@ def scipy_minimize(
     lower: np.ndarray | float | None = None,
     upper: np.ndarray | float | None = None,
     hessian: str = "newton",
+    gtol_rel: float | None = None,
     callback: Callable[[np.ndarray], object] | None = None,
     **options,
 ) -> OptimizeResult:
@@ -86,11 +84,15 @@ def scipy_minimize(
         Bounds on x, for "L-BFGS-B", "TNC", "SLSQP" and "trust-constr".
     hessian : {"newton", "gauss-newton"}
         Whose action: ``problem.hessian_action`` or ``problem.gauss_newton_action``.
+    gtol_rel : float, optional
+        The run ends when the norm of the (projected) gradient has fallen by this. By default 1e-6, as of the trust
+        region, or if ``tol`` or one of the method's tolerances is among the options, by those alone.
     callback : callable, optional
         ``callback(x)`` after each iteration, on all processes that have one, with a copy of the local part of the
         iterate; a true result on any of them stops.
     **options
-        Of :func:`scipy.optimize.minimize`: ``tol``, ``options``. Tolerances are in the coordinates y.
+        Of :func:`scipy.optimize.minimize`: ``tol``, ``options``. Tolerances are in the coordinates y, and of J times
+        the factor of :mod:`pint_fem.optimize.scipy_run` where J or its gradient is small at the start.
 
     Returns
     -------
@@ -106,21 +108,23 @@ def scipy_minimize(
         A method that uses no gradients or needs a matrix, bounds with a method that ignores them, an argument that is
         set here, a bad `x0`, or a derivative that contradicts ``inner``.
     NonFiniteError
-        A gradient or a Hessian action is not finite, or J cannot be computed at `x0`. A J that is not finite elsewhere
-        is left to scipy.
+        A gradient or a Hessian action is not finite, or J cannot be computed at `x0`. Where J is not finite elsewhere,
+        scipy gets a number larger than all before.
     """
     ranks = MPI.COMM_SELF if comm is None else comm
     with ending_all_ranks(ranks):
         bounded = (lower is not None, upper is not None)
-        require_same(ranks, method=method, hessian=hessian, bounded=bounded, given=options)
+        require_same(ranks, method=method, hessian=hessian, bounded=bounded, gtol_rel=gtol_rel, given=options)
         collectively(ranks, "", check_run, x0, None, callback)
         callback = ranked_callback(ranks, callback) if any_rank(ranks, callback is not None) else None
-        return _minimise(RankedProblem(problem, ranks), x0, method, ranks, lower, upper, hessian, callback, options)
+        ranked = RankedProblem(problem, ranks)
+        return _minimise(ranked, x0, method, ranks, lower, upper, hessian, gtol_rel, callback, options)
 
 
 def _minimise(
-    problem, x0: np.ndarray, method: str, comm, lower, upper, hessian: str, callback: Callable | None, options: dict
-) -> OptimizeResult:
+    problem, x0: np.ndarray, method: str, comm, lower, upper, hessian: str, gtol_rel: float | None,
+    callback: Callable | None, options: dict,
+) -> OptimizeResult:  # fmt: skip
     """The run, on all processes with the same arguments but for the parts of vectors."""
     known = {name.lower(): name for name in _GRADIENT_METHODS + _HESSIAN_METHODS}
     if not isinstance(method, str) or method.lower() not in known:
@@ -136,6 +140,9 @@ def _minimise(
     action = "hessian_action" if hessian == "newton" else "gauss_newton_action"
     if method in _HESSIAN_METHODS and not callable(getattr(problem, action, None)):
         raise ValueError(f"{method} needs {action}: give the problem one, or one of {', '.join(_GRADIENT_METHODS)}")
+    if gtol_rel is not None:
+        check("gtol_rel", gtol_rel, "a number in (0, 1), or None", lambda v: 0 < v < 1)
+    gtol_rel, options = _tolerances(method, gtol_rel, options)
 
     x0 = np.array(x0, dtype=np.float64)
     view = _EuclideanView(problem, x0, comm, action, callback)
@@ -146,58 +153,19 @@ def _minimise(
         raise NonFiniteError(f"no J at the first guess: {problem.failure}", x0) from problem.failure
     processes = _Processes(view)
     if processes.first:
-        own = processes.lead(lambda: _run(processes.ask, y0, method, callback is not None, options))
+        own = processes.lead(lambda: run(processes.ask, y0, method, callback is not None, gtol_rel, options))
     else:
         own = processes.follow()
     y = own.pop("y")
     return OptimizeResult(x=view.point(y), jac=view.riesz_gradient(y), **own)
 
 
-class _BreakdownError(Exception):
-    """scipy asked for something that is not finite."""
-
-
-def _run(ask: Callable, y0: np.ndarray, method: str, calls_back: bool, options: dict) -> dict[str, object]:
-    """scipy on the first process; what of its result does not depend on its coordinates, and the point ``y``."""
-    best, actions = (math.inf, y0), HessianActions()
-    iterate = y0
-
-    def value(y):
-        nonlocal best
-        if not np.isfinite(y).all():
-            return math.inf
-        J = ask("value", y)
-        if best[0] > J:
-            best = J, np.array(y)
-        return J
-
-    def gradient(y):
-        if not np.isfinite(y).all():
-            raise _BreakdownError(f"{method} asked for a gradient at a point that is not finite")
-        return ask("gradient", y)
-
-    def hessian_action(y, p):
-        if not np.isfinite(p).all():
-            raise _BreakdownError(f"{method} asked for a Hessian action in a direction that is not finite")
-        return actions.at(y, p, lambda: ask("hessian_action", y, p))
-
-    def after_iteration(y, *_):
-        nonlocal iterate
-        iterate = np.array(y)
-        if ask("call_back", y):
-            raise StopIteration
-
-    if method in _HESSIAN_METHODS:
-        options["hessp"] = hessian_action
-    try:
-        result = minimize(
-            value, y0, method=method, jac=gradient, callback=after_iteration if calls_back else None, **options
-        )
-    except StopIteration:  # most methods return a result instead, TNC does not
-        result = OptimizeResult(x=iterate, fun=value(iterate), success=False, status=99, message="stopped by callback")
-    except _BreakdownError as breakdown:
-        result = OptimizeResult(x=best[1], fun=best[0], success=False, status=98, message=str(breakdown))
-    return {"y": np.array(result.x), **{name: result[name] for name in _KEPT if name in result}}
+def _tolerances(method: str, gtol_rel: float | None, options: dict) -> tuple[float | None, dict]:
+    """The fall of the gradient that ends the run, if any, and scipy's options with tolerances that leave it to that."""
+    given, own = dict(options.get("options") or {}), TOLERANCES[method]
+    if gtol_rel is None and (options.get("tol") is not None or set(given) & {*own, "gtol", "ftol", "xtol"}):
+        return None, {**options, "options": given}
+    return gtol_rel or GTOL_REL, {**options, "options": {**own, **given}}
 
 
 class _Processes:

@@ -19,6 +19,7 @@ from pint_fem.petsc_types import require_types
 from pint_fem.propagators.arrays import boundary_rows, get, is_real, own_size, put, rows_in_whole, whole_space
 from pint_fem.propagators.boundary import boundary_value, control_values
 from pint_fem.propagators.fields import Fields
+from pint_fem.propagators.nullspace import read_nullspace
 from pint_fem.propagators.private_copies import PrivateCopies, data_of
 from pint_fem.propagators.quadrature import with_fixed_degrees
 from pint_fem.propagators.residual import check_time_derivatives, time_among, time_function, without_loads
@@ -70,6 +71,14 @@ class Evolution:
         Number of a field of a mixed state whose rate depends on the other fields only: steps of a linear evolution
         with constant operators then solve for the others (:mod:`~pint_fem.propagators.fields`), such as one symmetric
         positive definite system for the electric field. It changes how a step is computed, not its result.
+    nullspace, transpose_nullspace
+        Bases of the nullspaces of the stages' matrices and of their transposes, as Firedrake's solvers take them
+        (``VectorSpaceBasis``, ``MixedVectorSpaceBasis``), such as the constant pressure of an enclosed flow; the second
+        one is the first by default. Both are the same for all states, controls and times. The state has no part in the
+        nullspace (in the Euclidean product of coefficients) after a step, whatever it had before, and incompatible
+        parts of right-hand sides are left out; see :mod:`~pint_fem.propagators.nullspace`. Vectors are copied.
+    near_nullspace
+        Basis for algebraic multigrid, such as rigid body modes.
 
     Raises
     ------
@@ -93,6 +102,9 @@ class Evolution:
         bcs=(),
         solver_parameters: dict | None = None,
         eliminate: int | None = None,
+        nullspace=None,
+        transpose_nullspace=None,
+        near_nullspace=None,
     ):
         if complex_mode:
             raise InputError(
@@ -151,6 +163,11 @@ class Evolution:
         self.solver_parameters = dict(solver_parameters or {})
         require_types(self.solver_parameters, "pint_")
         self.eliminate = _checked_field(eliminate, V, self.bcs)
+        #: Of the stages' matrices, or ``None``.
+        self.nullspace = read_nullspace(V, nullspace, transpose_nullspace, near_nullspace)
+        given = dict(nullspace=nullspace, transpose_nullspace=transpose_nullspace, near_nullspace=near_nullspace)
+        #: Firedrake's bases of them as they were given, by argument.
+        self.bases = {name: basis for name, basis in given.items() if basis is not None}
         self.test = residual.arguments()[0]
         self.depends_on_time = t is not None and (t in coefficients or t in boundary_data)
         #: The evolution as the user gave it; another one where this one is a private copy.
@@ -186,7 +203,7 @@ class Evolution:
             control=[own(c) for c in self.controls], per_step=[own(c) for c in self.stepwise],
             t=None if self.t is None else own(self.t), t0=self.t0, initial=initial,
             bcs=[copies.condition(bc) for bc in self.bcs], solver_parameters=self.solver_parameters,
-            eliminate=self.eliminate,
+            eliminate=self.eliminate, **self.bases,
         )  # fmt: skip
         made.posed, made.copies = self, copies
         return made
@@ -275,7 +292,7 @@ class Evolution:
         for).
         """
         operators = None if self.eliminate is None else self.linear_operators()
-        return None if operators is None else Fields(self.V, self.eliminate, operators, self.bcs)
+        return None if operators is None else Fields(self.V, self.eliminate, operators, self.bcs, self.nullspace)
 
     def linear_operators(self):
         r"""``(M, K)`` as bilinear forms where the residual is ``M Dt(u) + K u - f(t, z)``, else ``None``.

@@ -33,6 +33,7 @@ from pint_fem.errors import InputError
 from pint_fem.propagators.arrays import boundary_rows, rows_in_whole
 from pint_fem.propagators.blocks import Factor, Workspace, is_symmetric
 from pint_fem.propagators.multigrid import Geometry
+from pint_fem.propagators.nullspace import Nullspace
 from pint_fem.propagators.recursion import Recursion
 
 __all__ = ["BlockFields", "EliminatedRecursion", "FieldBlocks", "Fields", "StateFields", "sparse_solution"]
@@ -92,6 +93,8 @@ class Fields:
         ``M`` and ``K`` as bilinear forms.
     bcs
         Conditions on other fields.
+    nullspace
+        Of the stages' matrices.
 
     Attributes
     ----------
@@ -109,7 +112,7 @@ class Fields:
         On every rank, if the system is not of this form or ``X`` is not sparse.
     """
 
-    def __init__(self, V, eliminate: int, operators, bcs=()):
+    def __init__(self, V, eliminate: int, operators, bcs=(), nullspace: Nullspace | None = None):
         self.comm = V.mesh().comm
         offsets = rows_in_whole(V.sub(eliminate))
         size = V.dof_dset.layout_vec.local_size
@@ -117,6 +120,8 @@ class Fields:
         a = np.setdiff1d(np.arange(size), b)
         self.a, self.b = _slice(a), _slice(b)
         self.fixed = np.searchsorted(a, boundary_rows(bcs, V))
+        #: Of the Schur complement: fields with a nullspace are among ``a``, as :math:`M_b` is regular.
+        self.nullspace = None if nullspace is None else nullspace.restricted(self.a)
         #: The space of ``a`` where that is one field.
         self.geometry = self._geometry(V, eliminate, bcs)
         M, K = (assemble(form, mat_type="aij").petscmat for form in operators)

@@ -33,6 +33,7 @@ from pint_fem.propagators.fields import BlockFields, EliminatedRecursion, Fields
 from pint_fem.propagators.multigrid import Geometry
 from pint_fem.propagators.operators import ControlOperator, MatrixOperator
 from pint_fem.propagators.recursion import BlockRecursion, Recursion, StateRecursion
+from pint_fem.propagators.regularity import stage_factor
 from pint_fem.propagators.rows import MOST, RowSpace, sample_times
 from pint_fem.propagators.tableaux import DIRK
 
@@ -88,7 +89,7 @@ class LinearPropagator(FEPropagator):
             for h in dict.fromkeys(self.steps_of_stage):
                 matrix = self.fields.complement(h)
                 known = dict(symmetric=self.fields.symmetric, geometry=self.fields.geometry)
-                self.factors[h] = Factor(matrix, ev.solver_parameters, **known)
+                self.factors[h] = stage_factor(ev, matrix, self.fields.nullspace, **known)
             sizes = (ev.state_size, None)
             block = EliminatedRecursion(
                 BlockFields(self.fields, self.factors), Workspace.zeros(sizes, self.fields.M_b.comm), *given
@@ -98,7 +99,7 @@ class LinearPropagator(FEPropagator):
         mass, symmetric = parts[0], all(is_symmetric(part) for part in parts)
         known = dict(symmetric=symmetric, geometry=Geometry(ev.V, ev.bcs))
         for h in dict.fromkeys(self.steps_of_stage):
-            self.factors[h] = Factor(self._stage_matrix(h), ev.solver_parameters, **known)
+            self.factors[h] = stage_factor(ev, self._stage_matrix(h), ev.nullspace, **known)
         symmetric_mass = mass.isSymmetric(0.0) and not len(self.bc_rows)
         self.M = self._mass_matrix()
         self.MT = self.M if symmetric_mass else self.M.transpose(PETSc.Mat())
@@ -106,11 +107,15 @@ class LinearPropagator(FEPropagator):
 
     def shifted_parts(self, h: float) -> tuple[PETSc.Mat, ...]:
         """What the systems of ParaDiag's frequencies are sums of for a stage with ``a_ii dt = h``: ``S`` and ``M``;
-        where a field is eliminated :math:`S_a`, :math:`M_a` and :math:`-G X`.
+        where a field is eliminated :math:`S_a`, :math:`M_a` and :math:`-G X`. Singular ones are pinned
+        (:mod:`~pint_fem.propagators.nullspace`).
         """
         if self.fields is None:
-            return self.factors[h].ksp.getOperators()[0], self.M
-        return self.fields.part(h), self.fields.matrices["M"], self.fields.stiffness()
+            return self.factors[h].ksp.getOperators()[1], self.M
+        S_a, nullspace = self.fields.part(h), self.fields.nullspace
+        if nullspace is not None:
+            nullspace.pin(S_a)
+        return S_a, self.fields.matrices["M"], self.fields.stiffness()
 
     def _stage_matrix(self, h: float) -> PETSc.Mat:
         M, K = self.evolution.linear_operators()
