@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from pint_fem.mgrit import MGRIT, SolverFailure, SolveResult
+from pint_fem.mgrit import MGRIT, SolveResult, SolverFailure
 from pint_fem.resnet import Adaptive
 from pint_fem.resnet.iterations import Iterations
 from tests.limits import time_limit
