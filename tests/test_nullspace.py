@@ -44,7 +44,7 @@ from tests.user_tasks import Task, navier_stokes, partitioned, pose
 
 # -- algebra -----------------------------------------------------------------------------------------------------------
 def singular_matrix(n, rank_loss, comm):
-    """A sparse-stored matrix with random different nullspaces on both sides: dense values, PETSc's matrix, own rows."""
+    """A matrix with random, different nullspaces on both sides: dense, as PETSc's matrix, and own rows."""
     rng = np.random.default_rng(5)
     A = rng.standard_normal((n, n)) + n * np.eye(n)
     U, s, VT = np.linalg.svd(A)
