@@ -106,16 +106,12 @@ class LinearPropagator(FEPropagator):
         return BlockRecursion(self.M, self.MT, *given), StateRecursion(self.M, self.MT, *given)
 
     def shifted_parts(self, h: float) -> tuple[PETSc.Mat, ...]:
-        """What the systems of ParaDiag's frequencies are sums of for a stage with ``a_ii dt = h``: ``S`` and ``M``;
-        where a field is eliminated :math:`S_a`, :math:`M_a` and :math:`-G X`. Singular ones are pinned
-        (:mod:`~pint_fem.propagators.nullspace`).
+        """What the systems of ParaDiag's frequencies are sums of for a stage with ``a_ii dt = h``: ``S`` (regular, see
+        :mod:`~pint_fem.propagators.nullspace`) and ``M``, or :math:`S_a`, :math:`M_a` and :math:`-G X`.
         """
         if self.fields is None:
             return self.factors[h].ksp.getOperators()[1], self.M
-        S_a, nullspace = self.fields.part(h), self.fields.nullspace
-        if nullspace is not None:
-            nullspace.pin(S_a)
-        return S_a, self.fields.matrices["M"], self.fields.stiffness()
+        return self.fields.regular_part(h), self.fields.matrices["M"], self.fields.stiffness()
 
     def _stage_matrix(self, h: float) -> PETSc.Mat:
         M, K = self.evolution.linear_operators()
@@ -168,6 +164,10 @@ class LinearPropagator(FEPropagator):
         repl |= {control: Function(control.function_space()) for control in ev.parameters}
         self._load_assembler, self._load_h = get_assembler(ufl.replace(form, repl)), h
         self._loads = {}
+        if not self.keeps_loads:
+            samples = enumerate(sample_times(ev.time(0), ev.time(ev.nsteps)))
+            makers = [partial(self._assemble_load, t, i % self.dirk.stages) for i, t in samples]
+            self._row_space = RowSpace(ev.V.mesh().comm, makers)
         if ev.boundary_controls is not None:
             M, K = ev.linear_operators()
             for h in self.factors:
@@ -187,18 +187,10 @@ class LinearPropagator(FEPropagator):
         """
         key = (float(t), i) if self.evolution.depends_on_time else i
         if not self.keeps_loads:
-            if self._row_space is None:
-                self._row_space = self._make_row_space()
             return self._row_space.get(key, lambda: self._assemble_load(t, i))
         if key not in self._loads:
             self._loads[key] = self._assemble_load(t, i)
         return self._loads[key]
-
-    def _make_row_space(self) -> RowSpace:
-        ev = self.evolution
-        samples = enumerate(sample_times(ev.time(0), ev.time(ev.nsteps)))
-        makers = [partial(self._assemble_load, t, i % self.dirk.stages) for i, t in samples]
-        return RowSpace(ev.V.mesh().comm, makers)
 
     def _assemble_load(self, t: float, i: int) -> np.ndarray:
         ev, h = self.evolution, self.steps_of_stage[i]
