@@ -44,7 +44,7 @@ from tests.user_tasks import Task, navier_stokes, partitioned, pose
 
 # -- algebra -----------------------------------------------------------------------------------------------------------
 def singular_matrix(n, rank_loss, comm):
-    """A sparse-stored matrix with random different nullspaces on both sides: dense values, PETSc's matrix, own rows."""
+    """A matrix with random, different nullspaces on both sides: dense, as PETSc's matrix, and own rows."""
     rng = np.random.default_rng(5)
     A = rng.standard_normal((n, n)) + n * np.eye(n)
     U, s, VT = np.linalg.svd(A)
@@ -137,7 +137,8 @@ def potential(comm) -> Task:
         (c, phi), (c_t, _), (k,) = state, rates, controls
         current = exp(k) * (1 + c**2) * grad(phi)
         heat = c_t * w + 0.1 * inner(grad(c), grad(w)) - inner(current, grad(phi)) * w
-        return (heat + inner(current, grad(q))) * dx - cos(pi * x) * q * ds(3)
+        # one degree: pyadjoint integrates derivatives with the degrees estimated for them, not with that of the residual
+        return (heat + inner(current, grad(q))) * dx(degree=6) - cos(pi * x) * q * ds(3)
 
     return Task(
         V, residual, lambda u: u.subfunctions[0].interpolate(y), [P], [x - y], [sin(3 * x)],
@@ -176,21 +177,22 @@ def numbers(rf, task):
     return J, rows(listed(rf.derivative())), float(rf.tlm(one(dz))), rows(listed(rf.hessian(one(dz))))
 
 
-def serial_numbers(task):
-    """The same by serial pyadjoint. Its tangent equations leave out nullspaces: the Hessian action is the difference of
-    two gradients, exact to round-off for a quadratic functional, and of fourth order otherwise.
+def serial_numbers(task, h=1.0):
+    """The same by serial pyadjoint. Its tangent equations leave out nullspaces: the Hessian action is the central
+    difference of two gradients, exact to round-off for a quadratic functional.
     """
     J, gradient, _ = by_hand(task, second=False)
-    mesh, h = task.V.mesh(), 1e-2
     dz = [with_values(*pair) for pair in zip(task.spaces, task.directions, strict=True)]
-    moved = lambda s: by_hand(task._replace(values=[
-        Function(space).assign(with_values(space, value) + s * d)
-        for space, value, d in zip(task.spaces, task.values, dz, strict=True)]), second=False)[1]  # fmt: skip
-    at = {s: np.concatenate(moved(s * h)) for s in (-2, -1, 1, 2)}
-    H = (8 * (at[1] - at[-1]) - (at[2] - at[-2])) / (12 * h)
-    gradient = np.concatenate(gradient)
-    tangent = mesh.comm.allreduce(gradient @ rows(dz)) if not _real(task) else gradient @ rows(dz)
-    return J, gradient, tangent, H
+
+    def gradient_at(s):
+        values = [with_values(*pair) for pair in zip(task.spaces, task.values, strict=True)]
+        for value, d in zip(values, dz, strict=True):
+            value.assign(value + s * d)
+        return np.concatenate(by_hand(task._replace(values=values), second=False)[1])
+
+    gradient, tangent = np.concatenate(gradient), 0.0
+    tangent = gradient @ rows(dz) if _real(task) else task.V.mesh().comm.allreduce(gradient @ rows(dz))
+    return J, gradient, tangent, (gradient_at(h) - gradient_at(-h)) / (2 * h)
 
 
 def _real(task):
@@ -234,10 +236,10 @@ def test_navier_stokes_with_the_pressure_observed():
         st = pf.SpaceTime(grid)
         task = navier_stokes(st.space_comm)
         task = task._replace(terminal=lambda s, t: 1e-2 * s[1] ** 2 * dx, steps=4)
-        theirs = serial_numbers(task)
-        for solver in OPTIONS:
+        theirs = serial_numbers(task, 1e-3)
+        for solver in ("mgrit", "paradiag"):
             ours = numbers(pose(task._replace(parameters=OPTIONS[solver]), st), task)
-            assert_same(ours, theirs, st.space_comm, hessian=1e-6)
+            assert_same(ours, theirs, st.space_comm, hessian=1e-5)
 
 
 @pytest.mark.parallel([1, 2])
@@ -247,9 +249,9 @@ def test_a_potential_with_fluxes_given_all_around():
     for grid in GRIDS[MPI.COMM_WORLD.size]:
         st = pf.SpaceTime(grid)
         task = potential(st.space_comm)
-        theirs = serial_numbers(task)
+        theirs = serial_numbers(task, 1e-3)
         for solver in ({}, {"ksp_type": "gmres", "ksp_rtol": 1e-13}):
-            assert_same(numbers(pose(task, st, solver_parameters=solver), task), theirs, st.space_comm, hessian=1e-6)
+            assert_same(numbers(pose(task, st, solver_parameters=solver), task), theirs, st.space_comm, hessian=1e-5)
 
 
 @pytest.mark.parallel([1, 2])

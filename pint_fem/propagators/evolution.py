@@ -16,9 +16,9 @@ from ufl.algorithms.analysis import has_type
 
 from pint_fem.errors import InputError
 from pint_fem.petsc_types import require_types
-from pint_fem.propagators.arrays import boundary_rows, get, is_real, own_size, put, rows_in_whole, whole_space
+from pint_fem.propagators.arrays import boundary_rows, get, is_real, own_size, put, whole_space
 from pint_fem.propagators.boundary import boundary_value, control_values
-from pint_fem.propagators.fields import Fields
+from pint_fem.propagators.fields import Fields, checked_field
 from pint_fem.propagators.nullspace import read_nullspace
 from pint_fem.propagators.private_copies import PrivateCopies, data_of
 from pint_fem.propagators.quadrature import with_fixed_degrees
@@ -72,11 +72,10 @@ class Evolution:
         with constant operators then solve for the others (:mod:`~pint_fem.propagators.fields`), such as one symmetric
         positive definite system for the electric field. It changes how a step is computed, not its result.
     nullspace, transpose_nullspace
-        Bases of the nullspaces of the stages' matrices and of their transposes, as Firedrake's solvers take them
-        (``VectorSpaceBasis``, ``MixedVectorSpaceBasis``), such as the constant pressure of an enclosed flow; the second
-        one is the first by default. Both are the same for all states, controls and times. The state has no part in the
-        nullspace (in the Euclidean product of coefficients) after a step, whatever it had before, and incompatible
-        parts of right-hand sides are left out; see :mod:`~pint_fem.propagators.nullspace`. Vectors are copied.
+        Nullspaces of the stages' matrices and of their transposes (default: the same), as Firedrake's solvers take them
+        (``VectorSpaceBasis``, ``MixedVectorSpaceBasis``), such as the constant pressure of an enclosed flow; the same
+        for all states, controls and times. Stage values have no part in the nullspace (in the Euclidean product of
+        coefficients), whatever the state had; see :mod:`~pint_fem.propagators.nullspace`.
     near_nullspace
         Basis for algebraic multigrid, such as rigid body modes.
 
@@ -162,12 +161,11 @@ class Evolution:
         self.boundary_controls = control_values(self)
         self.solver_parameters = dict(solver_parameters or {})
         require_types(self.solver_parameters, "pint_")
-        self.eliminate = _checked_field(eliminate, V, self.bcs)
+        self.eliminate = checked_field(eliminate, V, self.bcs)
         #: Of the stages' matrices, or ``None``.
         self.nullspace = read_nullspace(V, nullspace, transpose_nullspace, near_nullspace)
-        given = dict(nullspace=nullspace, transpose_nullspace=transpose_nullspace, near_nullspace=near_nullspace)
         #: Firedrake's bases of them as they were given, by argument.
-        self.bases = {name: basis for name, basis in given.items() if basis is not None}
+        self.bases = dict(nullspace=nullspace, transpose_nullspace=transpose_nullspace, near_nullspace=near_nullspace)
         self.test = residual.arguments()[0]
         self.depends_on_time = t is not None and (t in coefficients or t in boundary_data)
         #: The evolution as the user gave it; another one where this one is a private copy.
@@ -362,22 +360,6 @@ def _with_fixed_degrees(residual: ufl.Form, u: Function) -> ufl.Form:
     rate = Function(u.function_space())
     plain = with_fixed_degrees(ufl.replace(residual, {TimeDerivative(u): rate}))
     return ufl.replace(plain, {rate: TimeDerivative(u)})
-
-
-def _checked_field(given, V, bcs) -> int | None:
-    """Number of the field to eliminate."""
-    if given is None:
-        return None
-    if isinstance(given, bool) or not hasattr(given, "__index__") or not 0 <= given < len(V) or len(V) == 1:
-        raise InputError(
-            f"eliminate = {given!r}: give the number of a field of a mixed state, "
-            + (f"0 to {len(V) - 1}" if len(V) > 1 else "this state is not mixed")
-        )
-    rows = set(rows_in_whole(V.sub(given)).tolist())
-    fixed = [bc for bc in bcs if not rows.isdisjoint(rows_in_whole(bc.function_space()).tolist())]
-    if V.mesh().comm.allreduce(len(fixed)):
-        raise InputError(f"eliminate = {given}: the field has a boundary condition; eliminate one without")
-    return int(given)
 
 
 def _checked_controls(given, u: Function, found: set, initial: Function | None) -> tuple[Function, ...]:

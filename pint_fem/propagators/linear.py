@@ -106,16 +106,12 @@ class LinearPropagator(FEPropagator):
         return BlockRecursion(self.M, self.MT, *given), StateRecursion(self.M, self.MT, *given)
 
     def shifted_parts(self, h: float) -> tuple[PETSc.Mat, ...]:
-        """What the systems of ParaDiag's frequencies are sums of for a stage with ``a_ii dt = h``: ``S`` and ``M``;
-        where a field is eliminated :math:`S_a`, :math:`M_a` and :math:`-G X`. Singular ones are pinned
-        (:mod:`~pint_fem.propagators.nullspace`).
+        """What the systems of ParaDiag's frequencies are sums of for a stage with ``a_ii dt = h``: ``S`` (regular, see
+        :mod:`~pint_fem.propagators.nullspace`) and ``M``, or :math:`S_a`, :math:`M_a` and :math:`-G X`.
         """
         if self.fields is None:
             return self.factors[h].ksp.getOperators()[1], self.M
-        S_a, nullspace = self.fields.part(h), self.fields.nullspace
-        if nullspace is not None:
-            nullspace.pin(S_a)
-        return S_a, self.fields.matrices["M"], self.fields.stiffness()
+        return self.fields.regular_part(h), self.fields.matrices["M"], self.fields.stiffness()
 
     def _stage_matrix(self, h: float) -> PETSc.Mat:
         M, K = self.evolution.linear_operators()
