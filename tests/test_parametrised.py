@@ -179,3 +179,18 @@ def test_data_in_the_expression_are_read_again_when_asked():
     assert J.update_data()
     assert J(z) == pytest.approx(36.0 + 18.0)
     assert float(J.derivative().dat.data_ro[0]) == pytest.approx(2 * (36.0 + 18.0) / 3)
+
+
+@pytest.mark.parallel([1, 2])
+@time_limit(60)
+def test_a_real_number_in_the_state_is_refused_by_name():
+    """As a part of a mixed state and alone: there is no matrix of it."""
+    posed = Posed(pf.SpaceTime())
+    R = posed.controls[0].function_space()
+    w, (v, r) = Function(posed.V * R), fd.TestFunctions(posed.V * R)
+    u, s = fd.split(w)
+    mixed = (Dt(u) * v + inner(grad(u), grad(v)) - s * v + (Dt(s) + s - u) * r) * dx
+    alone, test = Function(R), TestFunction(R)
+    for F, state in ((mixed, w), ((Dt(alone) + alone) * test * dx, alone)):
+        with pytest.raises(InputError, match=r"the state has a real number in it \(space R\)"):
+            pf.Evolution(F, state, tableau=pf.BackwardEuler(), dt=STEP, nsteps=N)

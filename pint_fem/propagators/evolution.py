@@ -114,6 +114,11 @@ class Evolution:
                 "residual is not a linear form: write F(Dt(u), u; v) with one TestFunction v, and no '== 0'"
             )
         V = u.function_space()
+        if any(is_real(part) for part in V):
+            raise InputError(
+                "the state has a real number in it (space R), of which Firedrake assembles no matrix that can be "
+                "factored: write the residual without it; a number with a value in each step can be a control (per_step=)"
+            )
         if residual.arguments()[0].function_space() != V:
             raise InputError(
                 "the residual's test function is not in the state's space: use TestFunction(u.function_space())"
