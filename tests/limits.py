@@ -12,7 +12,7 @@ from contextlib import contextmanager
 __all__ = ["time_limit"]
 
 GRACE = 20.0
-"""Seconds that a rank has to leave a call that its signal cannot interrupt, such as one of MPI, before the process ends."""
+"""Seconds until a rank ends that its signal cannot interrupt, as it waits inside MPI."""
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from tests.limits import time_limit
 
 N, M = 32, 4
 
+
 class Euler:
     def __init__(self, stride=1):
         self.h = stride / N
@@ -62,7 +63,7 @@ class SweepReturns(Euler):
 
 class SweepRebinds(Euler):
     def sweep(self, first, U, G):
-        for i in range(len(U) - 1):
+        for _ in range(len(U) - 1):
             U = U / (1 + self.h)
 
 
@@ -165,7 +166,7 @@ def test_norms_and_transfers_are_held_to_their_forms():
 
     with pytest.raises(InputError, match="point_norms returned None: return an array of shape"):
         run(norms=lambda block: None)
-    with pytest.raises(InputError, match="point_norms.*read-only"):
+    with pytest.raises(InputError, match=r"point_norms.*read-only"):
         run(norms=scaled)
     with pytest.raises(ValueError, match="restrict returned None"):
         run(transfer=Transfer(lambda block: None, lambda block: block))

@@ -63,7 +63,7 @@ def test_grids_that_are_made_and_dropped_share_communicators(comm, make):
 @time_limit(120)
 def test_what_is_given_back_is_freed_where_nobody_uses_it(comm, make):
     free = first_free(comm)
-    with make((comm.size, 1), comm) as first:
+    with make((comm.size, 1), comm):
         second = make((comm.size, 1), comm)
         used = first_free(comm)
         assert used != free

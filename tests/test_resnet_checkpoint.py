@@ -196,8 +196,19 @@ def test_what_is_no_folder_is_refused(tmp_path):
     assert load_checkpoint(folder / "s", net) == {}
 
 
+class Named:
+    """A function with the name of another one."""
+
+    def __init__(self, name, factor):
+        self.__name__, self.factor = name, factor
+
+    def __call__(self, z):
+        return torch.tanh(self.factor * z)
+
+
 OTHERS = {
     "activation": dict(activation="relu"),
+    "values of the activation": dict(activation=Named("tanh", 0.9)),
     "opening": dict(first=nn.ReLU),
     "final_time": dict(T=2.0),
     "dtype": dict(dtype=torch.float32),
@@ -233,7 +244,7 @@ def made_old(path):
     """Make a checkpoint what the first version wrote."""
     folder = path / (path / "latest").read_text().split()[0]
     head = json.loads((folder / "head.json").read_text())
-    for name in ("kind", "activation", "opening", "closing"):
+    for name in ("kind", "activation", "values of the activation", "opening", "closing"):
         del head["network"][name]
     del head["version"], head["optimizer"], head["ends"]
     head["iterations"] = {k: v[:3] for k, v in head["iterations"].items()}

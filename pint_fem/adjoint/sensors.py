@@ -140,8 +140,8 @@ class PointSensors(BlockMisfit):
         self.acts[0] = True  # by the left neighbour's readings
 
     def _take_readings(self) -> None:
-        """The own readings, relative to a number near all of them where there is one and functions of that value have it
-        as all their coefficients: interpolation of large values would lose small differences.
+        """The own readings, relative to a number near all of them where there is one and functions of that value have
+        it as all their coefficients: interpolation of large values would lose small differences.
         """
         mean = float(self._data.mean())
         sums = self._observe(np.ones((1, self.evolution.state_size)))

@@ -14,12 +14,21 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
-from scipy.sparse import csc_matrix, csr_matrix
+from scipy.sparse import csc_matrix, csr_matrix, identity
 from scipy.sparse.linalg import splu
 
 from pint_fem.paradiag.stability import shifted_factors
 
-__all__ = ["ShiftedSteps", "ShiftedSystem", "SparseSystem", "on_pattern", "ones", "plain_weights", "real_product"]
+__all__ = [
+    "ProjectedSystem",
+    "ShiftedSteps",
+    "ShiftedSystem",
+    "SparseSystem",
+    "on_pattern",
+    "ones",
+    "plain_weights",
+    "real_product",
+]
 
 
 class ShiftedSystem(Protocol):
@@ -110,6 +119,46 @@ class ShiftedSteps:
         return factor
 
 
+class Projection(Protocol):
+    """Removal of a nullspace: :class:`pint_fem.propagators.nullspace.Nullspace`."""
+
+    def project_solution(self, values: np.ndarray, *, transposed: bool = False) -> np.ndarray:
+        """Remove from values, in place, what they have in the nullspace of the matrix, or of its transpose."""
+
+    def project_source(self, values: np.ndarray, *, transposed: bool = False) -> np.ndarray:
+        """Remove from values, in place, what they have in the nullspace of the transpose, or of the matrix."""
+
+
+class ProjectedSystem:
+    """A system made regular by pins (:mod:`pint_fem.propagators.nullspace`), with its solutions' part in the nullspace
+    left out; see :class:`ShiftedSystem`.
+
+    Parameters
+    ----------
+    system
+        Of the pinned ``S`` and of ``M``, whose nullspaces hold those of ``S``.
+    nullspace
+        What is left out.
+    """
+
+    def __init__(self, system: ShiftedSystem, nullspace: Projection):
+        self._system, self._nullspace = system, nullspace
+
+    def factor(self, y):
+        """See :class:`ShiftedSystem`."""
+        return self._system.factor(y)
+
+    def solve(self, factor, y, r, *, transposed):
+        """See :class:`ShiftedSystem`."""
+        r = self._nullspace.project_source(np.array(r), transposed=transposed)
+        out = self._system.solve(factor, y, r, transposed=transposed)
+        return self._nullspace.project_solution(out, transposed=transposed)
+
+    def mass(self, r, *, transposed):
+        """See :class:`ShiftedSystem`."""
+        return self._system.mass(r, transposed=transposed)
+
+
 Weights = Callable[[complex], Sequence[complex]]
 
 
@@ -132,11 +181,11 @@ class SparseSystem:
     def __init__(self, parts: Sequence[csr_matrix], weights: Weights = plain_weights):
         self._M, self._MT, self._weights = csr_matrix(parts[1]), csr_matrix(parts[1].T), weights
         n = parts[0].shape[0]
-        pattern = sum(ones(X) + ones(X.T) for X in parts)
-        # a complex shift of waves and heat alike; sums of sparse matrices drop zeros, but an ordering without the
-        # entries that couple boundary values has several times the fill when they are there
+        pattern = sum((ones(X) + ones(X.T) for X in parts), identity(n, format="csr"))
+        # the ordering depends on the pattern alone, with the entries that couple boundary values: without them there is
+        # several times the fill when they are not zero; a dominant diagonal, as that of a saddle point has zeros
         first = splu(
-            csc_matrix(sum((w * X for w, X in zip(weights(0.5 + 0.5j), parts, strict=True)), pattern * 1e-300)),
+            csc_matrix(ones(pattern) + 2 * np.diff(pattern.indptr).max() * identity(n)),
             permc_spec="MMD_AT_PLUS_A", diag_pivot_thresh=0.0, options={"SymmetricMode": True},
         )  # fmt: skip
         self._order = np.argsort(first.perm_c)
@@ -153,8 +202,11 @@ class SparseSystem:
         matrix = csc_matrix((data, self._indices, self._indptr), shape=self._shape)
         # pivots off the diagonal would ruin the ordering, and are hardly ever needed: real parts of these matrices are
         # positive definite for heat, and complex shifts keep those of waves away from zero; a trial solve tells
-        lu = splu(matrix, permc_spec="NATURAL", diag_pivot_thresh=0.0, options={"SymmetricMode": True})
-        if not np.abs(matrix @ lu.solve(self._trial) - self._trial).max(initial=0) <= _WRONG:
+        try:
+            lu = splu(matrix, permc_spec="NATURAL", diag_pivot_thresh=0.0, options={"SymmetricMode": True})
+        except RuntimeError:  # a pivot is zero, as in a saddle point
+            lu = None
+        if lu is None or not np.abs(matrix @ lu.solve(self._trial) - self._trial).max(initial=0) <= _WRONG:
             lu = splu(matrix, permc_spec="COLAMD", diag_pivot_thresh=1.0)
         return lu, 20 * lu.nnz  # a complex number and its row for each entry
 

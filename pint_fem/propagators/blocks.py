@@ -18,6 +18,7 @@ from petsctools import OptionsManager
 from pint_fem.direct import completed, default_solver, factor_bytes, is_finite, matrix_bytes, trial_residual
 from pint_fem.errors import InputError, is_numerical
 from pint_fem.propagators.multigrid import Geometry
+from pint_fem.propagators.nullspace import Nullspace
 
 __all__ = [
     "WIDTH",
@@ -95,6 +96,8 @@ class Factor:
         Options prefix.
     geometry
         Space of the unknowns, for preconditioners that want it.
+    nullspace
+        Of the matrix; a right-hand side then loses, in place, what it has in that of the transpose.
     """
 
     def __init__(
@@ -105,23 +108,35 @@ class Factor:
         symmetric: bool,
         prefix: str = "pint_",
         geometry: Geometry | None = None,
+        nullspace: Nullspace | None = None,
     ):
         if not is_finite(matrix):
             raise InputError(
                 "an operator has entries that are infinite or NaN, or too large: check the coefficients in the forms"
             )
-        self.symmetric, self._geometry = symmetric, geometry
+        self.symmetric, self._geometry, self._nullspace = symmetric, geometry, nullspace
         self._parameters: dict = {}
         self._solves = _Solves()
-        self.ksp = self._build(matrix, parameters, prefix)
+        self.ksp = self._build(matrix, parameters, prefix, nullspace)
         # a transposed block solve is missing in most packages: the transpose has a factor of its own
-        self.ksp_T = self.ksp if symmetric else self._build(matrix.transpose(PETSc.Mat()), parameters, prefix)
+        self.ksp_T = self.ksp
+        if not symmetric:
+            turned = None if nullspace is None else nullspace.transposed
+            self.ksp_T = self._build(matrix.transpose(PETSc.Mat()), parameters, prefix, turned)
 
-    def _build(self, matrix: PETSc.Mat, parameters: dict, prefix: str) -> PETSc.KSP:
+    def _build(self, matrix: PETSc.Mat, parameters: dict, prefix: str, nullspace: Nullspace | None) -> PETSc.KSP:
         comm, unknowns = matrix.comm, matrix.getSize()[0]
+        given = completed(parameters, comm, unknowns) if parameters else {}
+        singular = None
+        if nullspace is not None:
+            nullspace.check(matrix)
+            if given.get("ksp_type", "preonly") != "preonly":
+                singular = matrix
+                nullspace.attach(singular)
+            matrix = nullspace.pinned(matrix)
         if parameters:
-            return self._set_up(matrix, completed(parameters, comm, unknowns), prefix)
-        if self.symmetric:
+            return self._set_up(matrix, given, prefix, singular)
+        if self.symmetric and matrix.getDiagonal().min()[1] > 0:  # else it is not positive definite
             matrix.setOption(PETSc.Mat.Option.SPD, True)
             try:
                 ksp = self._set_up(matrix, default_solver(comm, unknowns, spd=True), prefix)
@@ -145,9 +160,10 @@ class Factor:
         b.destroy()
         return residual <= limit
 
-    def _set_up(self, matrix: PETSc.Mat, parameters: dict, prefix: str) -> PETSc.KSP:
+    def _set_up(self, matrix: PETSc.Mat, parameters: dict, prefix: str, singular: PETSc.Mat | None = None) -> PETSc.KSP:
+        """A solver with a regular matrix, or one preconditioned by it with the singular one that it was made of."""
         ksp = PETSc.KSP().create(matrix.comm)
-        ksp.setOperators(matrix)
+        ksp.setOperators(matrix if singular is None else singular, matrix)
         self._parameters = parameters
         options = OptionsManager(parameters, prefix)
         if self._geometry is not None and parameters.get("pc_type") in ("mg", "python"):
@@ -168,6 +184,11 @@ class Factor:
         if worst < 0:
             raise ArithmeticError(f"PETSc's linear solver failed (KSPConvergedReason {worst})")
 
+    @property
+    def is_direct(self) -> bool:
+        """Whether solves are by factors of the whole matrix."""
+        return self.ksp.getType() == PETSc.KSP.Type.PREONLY
+
     @cached_property
     def nbytes(self) -> dict[str, int]:
         """Bytes on this rank of matrices and factors, without a few of iterative solvers' own; collective the first
@@ -181,13 +202,23 @@ class Factor:
 
     def solve(self, b: PETSc.Vec, x: PETSc.Vec, *, transposed: bool = False) -> None:
         """One vector."""
+        nullspace = self._nullspace
+        if nullspace is not None:
+            nullspace.project_source(b.array, transposed=transposed)
         (self.ksp_T if transposed else self.ksp).solve(b, x)
         self._check()
+        if nullspace is not None:
+            nullspace.project_solution(x.array, transposed=transposed)
 
     def solve_block(self, B: Workspace, X: Workspace, *, transposed: bool = False) -> None:
         """A block."""
+        nullspace = self._nullspace
+        if nullspace is not None:
+            nullspace.project_source(B.array, transposed=transposed)
         (self.ksp_T if transposed else self.ksp).matSolve(B.matrix, X.matrix)
         self._check()
+        if nullspace is not None:
+            nullspace.project_solution(X.array, transposed=transposed)
 
 
 def is_symmetric(matrix: PETSc.Mat) -> bool:

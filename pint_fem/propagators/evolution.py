@@ -16,11 +16,12 @@ from ufl.algorithms.analysis import has_type
 
 from pint_fem.errors import InputError
 from pint_fem.petsc_types import require_types
-from pint_fem.propagators.arrays import boundary_rows, get, is_real, own_size, put, rows_in_whole, whole_space
+from pint_fem.propagators.arrays import boundary_rows, get, is_real, own_size, put, whole_space
 from pint_fem.propagators.boundary import boundary_value, control_values
 from pint_fem.propagators.control_checks import checked_controls, checked_per_step
-from pint_fem.propagators.fields import Fields
+from pint_fem.propagators.fields import Fields, checked_field
 from pint_fem.propagators.initial import split_initial
+from pint_fem.propagators.nullspace import read_nullspace
 from pint_fem.propagators.private_copies import PrivateCopies, data_of
 from pint_fem.propagators.quadrature import with_fixed_degrees
 from pint_fem.propagators.residual import check_time_derivatives, time_among, time_function, without_loads
@@ -73,6 +74,13 @@ class Evolution:
         Number of a field of a mixed state whose rate depends on the other fields only: steps of a linear evolution
         with constant operators then solve for the others (:mod:`~pint_fem.propagators.fields`), such as one symmetric
         positive definite system for the electric field. It changes how a step is computed, not its result.
+    nullspace, transpose_nullspace
+        Nullspaces of the stages' matrices and of their transposes (default: the same), as Firedrake's solvers take them
+        (``VectorSpaceBasis``, ``MixedVectorSpaceBasis``), such as the constant pressure of an enclosed flow; the same
+        for all states, controls and times. Stage values have no part in the nullspace (in the Euclidean product of
+        coefficients), whatever the state had; see :mod:`~pint_fem.propagators.nullspace`.
+    near_nullspace
+        Basis for algebraic multigrid, such as rigid body modes.
 
     Raises
     ------
@@ -96,6 +104,9 @@ class Evolution:
         bcs=(),
         solver_parameters: dict | None = None,
         eliminate: int | None = None,
+        nullspace=None,
+        transpose_nullspace=None,
+        near_nullspace=None,
     ):
         if complex_mode:
             raise InputError(
@@ -117,7 +128,8 @@ class Evolution:
         if any(is_real(part) for part in V):
             raise InputError(
                 "the state has a real number in it (space R), of which Firedrake assembles no matrix that can be "
-                "factored: write the residual without it; a number with a value in each step can be a control (per_step=)"
+                "factored: write the residual without it. For the mean of a pressure give nullspace=; a number with a "
+                "value in each step can be a control (per_step=)"
             )
         if residual.arguments()[0].function_space() != V:
             raise InputError(
@@ -163,7 +175,11 @@ class Evolution:
         self.boundary_controls = control_values(self)
         self.solver_parameters = dict(solver_parameters or {})
         require_types(self.solver_parameters, "pint_")
-        self.eliminate = _checked_field(eliminate, V, self.bcs)
+        self.eliminate = checked_field(eliminate, V, self.bcs)
+        #: Of the stages' matrices, or ``None``.
+        self.nullspace = read_nullspace(V, nullspace, transpose_nullspace, near_nullspace)
+        #: Firedrake's bases of them as they were given, by argument.
+        self.bases = dict(nullspace=nullspace, transpose_nullspace=transpose_nullspace, near_nullspace=near_nullspace)
         self.test = residual.arguments()[0]
         self.depends_on_time = t is not None and (t in coefficients or t in boundary_data)
         #: The evolution as the user gave it; another one where this one is a private copy.
@@ -199,7 +215,7 @@ class Evolution:
             control=[own(c) for c in self.controls], per_step=[own(c) for c in self.stepwise],
             t=None if self.t is None else own(self.t), t0=self.t0, initial=initial,
             bcs=[copies.condition(bc) for bc in self.bcs], solver_parameters=self.solver_parameters,
-            eliminate=self.eliminate,
+            eliminate=self.eliminate, **self.bases,
         )  # fmt: skip
         made.posed, made.copies = self, copies
         if self.initial_expression is not None:
@@ -295,7 +311,7 @@ class Evolution:
         for).
         """
         operators = None if self.eliminate is None else self.linear_operators()
-        return None if operators is None else Fields(self.V, self.eliminate, operators, self.bcs)
+        return None if operators is None else Fields(self.V, self.eliminate, operators, self.bcs, self.nullspace)
 
     def linear_operators(self):
         r"""``(M, K)`` as bilinear forms where the residual is ``M Dt(u) + K u - f(t, z)``, else ``None``.
@@ -365,19 +381,3 @@ def _with_fixed_degrees(residual: ufl.Form, u: Function) -> ufl.Form:
     rate = Function(u.function_space())
     plain = with_fixed_degrees(ufl.replace(residual, {TimeDerivative(u): rate}))
     return ufl.replace(plain, {rate: TimeDerivative(u)})
-
-
-def _checked_field(given, V, bcs) -> int | None:
-    """Number of the field to eliminate."""
-    if given is None:
-        return None
-    if isinstance(given, bool) or not hasattr(given, "__index__") or not 0 <= given < len(V) or len(V) == 1:
-        raise InputError(
-            f"eliminate = {given!r}: give the number of a field of a mixed state, "
-            + (f"0 to {len(V) - 1}" if len(V) > 1 else "this state is not mixed")
-        )
-    rows = set(rows_in_whole(V.sub(given)).tolist())
-    fixed = [bc for bc in bcs if not rows.isdisjoint(rows_in_whole(bc.function_space()).tolist())]
-    if V.mesh().comm.allreduce(len(fixed)):
-        raise InputError(f"eliminate = {given}: the field has a boundary condition; eliminate one without")
-    return int(given)

@@ -29,7 +29,9 @@ from mpi4py import MPI
 from petsctools import OptionsManager, flatten_parameters
 
 from pint_fem.direct import completed, factor_bytes, require_finite, trial_residual, with_finite_entries
-from pint_fem.errors import is_numerical
+from pint_fem.errors import SolverFailure, is_numerical
+from pint_fem.propagators.nullspace import Nullspace
+from pint_fem.propagators.regularity import is_singular, singular_message
 
 __all__ = ["FACTOR_MEMORY", "QUICK", "Factors", "Solver"]
 
@@ -67,6 +69,8 @@ class Solver:
         PETSc options.
     quick
         Those of a solver that is tried first, and used for a matrix where its residuals are at round-off.
+    nullspace
+        Of the matrix.
 
     Attributes
     ----------
@@ -76,10 +80,13 @@ class Solver:
         Magnitudes of the matrix's diagonal.
     """
 
-    def __init__(self, parameters: Mapping, quick: Mapping | None = None):
+    def __init__(self, parameters: Mapping, quick: Mapping | None = None, nullspace: Nullspace | None = None):
+        self._nullspace, self._direct = nullspace, parameters.get("ksp_type") == "preonly"
         self._options = [OptionsManager(p, "pint_form_") for p in (quick, parameters) if p is not None]
         self._made: list[PETSc.KSP | None] = [None] * len(self._options)
         self.matrix: PETSc.Mat | None = None
+        self._pinned: PETSc.Mat | None = None
+        self._source: PETSc.Vec | None = None
         self.ksp: PETSc.KSP | None = None
         self.holds: object = None
         self.diagonal: np.ndarray | None = None
@@ -98,9 +105,23 @@ class Solver:
             self.matrix = matrix.copy()
         else:
             matrix.copy(self.matrix, structure=PETSc.Mat.Structure.SAME_NONZERO_PATTERN)
+        if self._nullspace is not None:
+            self._make_regular()
         if len(self._options) == 1 or not self._is_accurate():
             self.ksp = self._set_up(-1)
         self.diagonal, self.holds = diagonal(matrix), holds
+
+    def _make_regular(self) -> None:
+        """Pin the matrix of a direct solver, and one for the preconditioner of an iterative one."""
+        self._nullspace.check(self.matrix)
+        self._source = self._source or self.matrix.createVecRight()
+        if self._direct:
+            self._nullspace.pin(self.matrix)
+            return
+        if self._pinned is not None:
+            self._pinned.destroy()
+        self._nullspace.attach(self.matrix)
+        self._pinned = self._nullspace.pinned(self.matrix)
 
     def _set_up(self, which: int) -> PETSc.KSP:
         options, ksp = self._options[which], self._made[which]
@@ -108,7 +129,7 @@ class Solver:
             ksp = self._made[which] = PETSc.KSP().create(self.matrix.comm)
             options.set_from_options(ksp)
             ksp.setErrorIfNotConverged(True)
-        ksp.setOperators(self.matrix)
+        ksp.setOperators(self.matrix, self._pinned or self.matrix)
         with options.inserted_options():
             ksp.setUp()
         return ksp
@@ -129,15 +150,22 @@ class Solver:
 
     def solve(self, b: PETSc.Vec, x: PETSc.Vec, *, transposed: bool = False) -> None:
         """One vector."""
-        (self.ksp.solveTranspose if transposed else self.ksp.solve)(b, x)
+        solve = self.ksp.solveTranspose if transposed else self.ksp.solve
+        if self._nullspace is None:
+            solve(b, x)
+            return
+        b.copy(self._source)
+        self._nullspace.project_source(self._source.array, transposed=transposed)
+        solve(self._source, x)
+        self._nullspace.project_solution(x.array, transposed=transposed)
 
     def destroy(self) -> None:
         """Give back PETSc's memory (collective)."""
-        for thing in (*self._made, self.matrix):
+        for thing in (*self._made, self.matrix, self._pinned, self._source):
             if thing is not None:
                 thing.destroy()
         self._made = [None] * len(self._made)
-        self.ksp = self.matrix = self.holds = None
+        self.ksp = self.matrix = self.holds = self._pinned = self._source = None
 
 
 class Factors:
@@ -153,6 +181,8 @@ class Factors:
         Bytes of factors kept on a rank.
     counts
         ``"factorisation"`` and ``"solve"`` are counted.
+    nullspace
+        Of all matrices.
 
     Attributes
     ----------
@@ -162,7 +192,8 @@ class Factors:
         Of one of them, the greatest over the ranks in space; known after the first factorisation.
     """
 
-    def __init__(self, parameters: Mapping, space, memory: int, counts: Counter):
+    def __init__(self, parameters: Mapping, space, memory: int, counts: Counter, nullspace: Nullspace | None = None):
+        self._space, self._nullspace, self._tried = space, nullspace, False
         comm = space.mesh().comm
         self.parameters = completed(parameters, comm, space.dim())
         chosen = any(name.startswith(("ksp_", "pc_", "mat_")) for name in flatten_parameters(parameters))
@@ -195,14 +226,14 @@ class Factors:
         """Factor a matrix for a stage: in its own solver, in a new one if there is room, else in one for all."""
         solver = stage.solver or self._spare.get(stage.index)
         if stage.constant:
-            solver = self._constant[stage.h] = Solver(self.parameters, self._quick)
+            solver = self._constant[stage.h] = self._new()
         elif stage.solver is None and stage.may_keep and (self.bytes is None or self.kept < self.memory // self.bytes):
-            solver = stage.solver = Solver(self.parameters, self._quick)
+            solver = stage.solver = self._new()
             self.kept += 1
         elif solver is None:
-            solver = self._spare[stage.index] = Solver(self.parameters, self._quick)
+            solver = self._spare[stage.index] = self._new()
         self.counts["factorisation"] += 1
-        solver.factor(matrix, holds)
+        self._factor(solver, matrix, holds)
         if self.bytes is None:
             self.bytes = self._bytes_of(solver)
             if solver is stage.solver and self.bytes > self.memory:
@@ -217,6 +248,22 @@ class Factors:
             if solver is not None:
                 solver.holds = None
 
+    def _new(self) -> Solver:
+        return Solver(self.parameters, self._quick, self._nullspace)
+
+    def _factor(self, solver: Solver, matrix: PETSc.Mat, holds: object) -> None:
+        """Factor, and name a singular matrix: the first one is tried, later ones where the factorisation fails."""
+        try:
+            solver.factor(matrix, holds)
+        except PETSc.Error as error:
+            if not is_numerical(error):
+                raise
+            raise SolverFailure(f"{singular_message(matrix, self._space)} ({error})") from error
+        if not self._tried and self.refines and is_singular(solver.ksp):
+            solver.holds = None
+            raise SolverFailure(singular_message(matrix, self._space))
+        self._tried = True
+
     def _bytes_of(self, solver: Solver) -> int:
         """The most that a solver's factor takes on any rank (collective over space)."""
         own = factor_bytes(solver.ksp, self.parameters)
@@ -225,7 +272,7 @@ class Factors:
     def measure(self, matrix: PETSc.Mat) -> None:
         """Find out what a factor takes, from a matrix with the entries of the others (collective over space)."""
         solver, like = Solver(self.parameters, self._quick), with_finite_entries(matrix)
-        solver.factor(like, None)
+        solver.factor(like if self._nullspace is None else self._nullspace.pinned(like), None)
         self.bytes = self._bytes_of(solver)
         solver.destroy()
         if like is not matrix:

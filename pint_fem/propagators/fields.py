@@ -33,9 +33,34 @@ from pint_fem.errors import InputError
 from pint_fem.propagators.arrays import boundary_rows, rows_in_whole
 from pint_fem.propagators.blocks import Factor, Workspace, is_symmetric
 from pint_fem.propagators.multigrid import Geometry
+from pint_fem.propagators.nullspace import Nullspace
 from pint_fem.propagators.recursion import Recursion
 
-__all__ = ["BlockFields", "EliminatedRecursion", "FieldBlocks", "Fields", "StateFields", "sparse_solution"]
+__all__ = [
+    "BlockFields",
+    "EliminatedRecursion",
+    "FieldBlocks",
+    "Fields",
+    "StateFields",
+    "checked_field",
+    "sparse_solution",
+]
+
+
+def checked_field(given, V, bcs) -> int | None:
+    """The number of the field to eliminate, as a user gives it (collective)."""
+    if given is None:
+        return None
+    if isinstance(given, bool) or not hasattr(given, "__index__") or not 0 <= given < len(V) or len(V) == 1:
+        raise InputError(
+            f"eliminate = {given!r}: give the number of a field of a mixed state, "
+            + (f"0 to {len(V) - 1}" if len(V) > 1 else "this state is not mixed")
+        )
+    rows = set(rows_in_whole(V.sub(given)).tolist())
+    fixed = [bc for bc in bcs if not rows.isdisjoint(rows_in_whole(bc.function_space()).tolist())]
+    if V.mesh().comm.allreduce(len(fixed)):
+        raise InputError(f"eliminate = {given}: the field has a boundary condition; eliminate one without")
+    return int(given)
 
 
 def sparse_solution(B: PETSc.Mat, D: PETSc.Mat) -> PETSc.Mat | None:
@@ -92,6 +117,8 @@ class Fields:
         ``M`` and ``K`` as bilinear forms.
     bcs
         Conditions on other fields.
+    nullspace
+        Of the stages' matrices.
 
     Attributes
     ----------
@@ -109,7 +136,7 @@ class Fields:
         On every rank, if the system is not of this form or ``X`` is not sparse.
     """
 
-    def __init__(self, V, eliminate: int, operators, bcs=()):
+    def __init__(self, V, eliminate: int, operators, bcs=(), nullspace: Nullspace | None = None):
         self.comm = V.mesh().comm
         offsets = rows_in_whole(V.sub(eliminate))
         size = V.dof_dset.layout_vec.local_size
@@ -117,6 +144,8 @@ class Fields:
         a = np.setdiff1d(np.arange(size), b)
         self.a, self.b = _slice(a), _slice(b)
         self.fixed = np.searchsorted(a, boundary_rows(bcs, V))
+        #: Of the Schur complement: fields with a nullspace are among ``a``, as :math:`M_b` is regular.
+        self.nullspace = None if nullspace is None else nullspace.restricted(self.a)
         #: The space of ``a`` where that is one field.
         self.geometry = self._geometry(V, eliminate, bcs)
         M, K = (assemble(form, mat_type="aij").petscmat for form in operators)
@@ -192,6 +221,10 @@ class Fields:
     def part(self, h: float) -> PETSc.Mat:
         """:math:`M_a + h K_a`, rows and columns with a condition those of the identity."""
         return self._fix(self._sum(h, 0.0))
+
+    def regular_part(self, h: float) -> PETSc.Mat:
+        """The same, regular (:mod:`~pint_fem.propagators.nullspace`)."""
+        return self.part(h) if self.nullspace is None else self.nullspace.pinned(self.part(h))
 
     def complement(self, h: float) -> PETSc.Mat:
         """:math:`M_a + h K_a - h^2 G X`, likewise."""

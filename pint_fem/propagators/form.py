@@ -74,7 +74,9 @@ class FormPropagator(FEPropagator):
         self.dirk = DIRK(self.tableau)
         self.forms = StageForms(evolution, self.dirk, self.dt)
         self.bc_rows, self.counts = self.forms.bc_rows, self.forms.counts
-        self.factors = Factors(evolution.solver_parameters, evolution.V, factor_memory, self.counts)
+        self.factors = Factors(
+            evolution.solver_parameters, evolution.V, factor_memory, self.counts, evolution.nullspace
+        )
         self.newton = StageNewton(self.forms, self.factors, self.factors.parameters)
         with self.forms.U.dat.vec_ro as vec:
             self._w, self._b, self._x = vec.duplicate(), vec.duplicate(), vec.duplicate()

@@ -19,12 +19,13 @@ import numpy as np
 
 from pint_fem.errors import InputError
 from pint_fem.propagators.base import FEPropagator
-from pint_fem.propagators.blocks import Factor, Workspace
+from pint_fem.propagators.blocks import Workspace
 from pint_fem.propagators.evolution import Evolution
 from pint_fem.propagators.fields import BlockFields, FieldBlocks, StateFields
 from pint_fem.propagators.lanczos import Pencil
 from pint_fem.propagators.linear import LinearPropagator
 from pint_fem.propagators.recursion import Recursion
+from pint_fem.propagators.regularity import stage_factor
 from pint_fem.propagators.tableaux import ImplicitMidpoint
 
 __all__ = ["LeapfrogPropagator", "leapfrog", "stable_step"]
@@ -103,7 +104,7 @@ class LeapfrogPropagator(LinearPropagator):
         ev, given = self.evolution, (self.dirk, self.steps_of_stage, self.factors, self.bc_rows, False)
         (h,) = self.steps_of_stage
         known = dict(symmetric=self.fields.symmetric, geometry=self.fields.geometry)
-        self.factors[h] = Factor(self.fields.part(h), ev.solver_parameters, **known)
+        self.factors[h] = stage_factor(ev, self.fields.part(h), self.fields.nullspace, **known)
         workspace = Workspace.zeros((ev.state_size, None), self.fields.M_b.comm)
         return (
             _LeapfrogRecursion(BlockFields(self.fields, self.factors), workspace, *given),

@@ -33,6 +33,7 @@ from pint_fem.propagators.fields import BlockFields, EliminatedRecursion, Fields
 from pint_fem.propagators.multigrid import Geometry
 from pint_fem.propagators.operators import ControlOperator, MatrixOperator
 from pint_fem.propagators.recursion import BlockRecursion, Recursion, StateRecursion
+from pint_fem.propagators.regularity import stage_factor
 from pint_fem.propagators.rows import MOST, RowSpace, sample_times
 from pint_fem.propagators.tableaux import DIRK
 
@@ -88,7 +89,7 @@ class LinearPropagator(FEPropagator):
             for h in dict.fromkeys(self.steps_of_stage):
                 matrix = self.fields.complement(h)
                 known = dict(symmetric=self.fields.symmetric, geometry=self.fields.geometry)
-                self.factors[h] = Factor(matrix, ev.solver_parameters, **known)
+                self.factors[h] = stage_factor(ev, matrix, self.fields.nullspace, **known)
             sizes = (ev.state_size, None)
             block = EliminatedRecursion(
                 BlockFields(self.fields, self.factors), Workspace.zeros(sizes, self.fields.M_b.comm), *given
@@ -98,19 +99,19 @@ class LinearPropagator(FEPropagator):
         mass, symmetric = parts[0], all(is_symmetric(part) for part in parts)
         known = dict(symmetric=symmetric, geometry=Geometry(ev.V, ev.bcs))
         for h in dict.fromkeys(self.steps_of_stage):
-            self.factors[h] = Factor(self._stage_matrix(h), ev.solver_parameters, **known)
+            self.factors[h] = stage_factor(ev, self._stage_matrix(h), ev.nullspace, **known)
         symmetric_mass = mass.isSymmetric(0.0) and not len(self.bc_rows)
         self.M = self._mass_matrix()
         self.MT = self.M if symmetric_mass else self.M.transpose(PETSc.Mat())
         return BlockRecursion(self.M, self.MT, *given), StateRecursion(self.M, self.MT, *given)
 
     def shifted_parts(self, h: float) -> tuple[PETSc.Mat, ...]:
-        """What the systems of ParaDiag's frequencies are sums of for a stage with ``a_ii dt = h``: ``S`` and ``M``;
-        where a field is eliminated :math:`S_a`, :math:`M_a` and :math:`-G X`.
+        """What the systems of ParaDiag's frequencies are sums of for a stage with ``a_ii dt = h``: ``S`` (regular, see
+        :mod:`~pint_fem.propagators.nullspace`) and ``M``, or :math:`S_a`, :math:`M_a` and :math:`-G X`.
         """
         if self.fields is None:
-            return self.factors[h].ksp.getOperators()[0], self.M
-        return self.fields.part(h), self.fields.matrices["M"], self.fields.stiffness()
+            return self.factors[h].ksp.getOperators()[1], self.M
+        return self.fields.regular_part(h), self.fields.matrices["M"], self.fields.stiffness()
 
     def _stage_matrix(self, h: float) -> PETSc.Mat:
         M, K = self.evolution.linear_operators()
@@ -163,6 +164,10 @@ class LinearPropagator(FEPropagator):
         repl |= {control: Function(control.function_space()) for control in ev.parameters}
         self._load_assembler, self._load_h = get_assembler(ufl.replace(form, repl)), h
         self._loads = {}
+        if not self.keeps_loads:
+            samples = enumerate(sample_times(ev.time(0), ev.time(ev.nsteps)))
+            makers = [partial(self._assemble_load, t, i % self.dirk.stages) for i, t in samples]
+            self._row_space = RowSpace(ev.V.mesh().comm, makers)
         if ev.boundary_controls is not None:
             M, K = ev.linear_operators()
             for h in self.factors:
@@ -182,18 +187,10 @@ class LinearPropagator(FEPropagator):
         """
         key = (float(t), i) if self.evolution.depends_on_time else i
         if not self.keeps_loads:
-            if self._row_space is None:
-                self._row_space = self._make_row_space()
             return self._row_space.get(key, lambda: self._assemble_load(t, i))
         if key not in self._loads:
             self._loads[key] = self._assemble_load(t, i)
         return self._loads[key]
-
-    def _make_row_space(self) -> RowSpace:
-        ev = self.evolution
-        samples = enumerate(sample_times(ev.time(0), ev.time(ev.nsteps)))
-        makers = [partial(self._assemble_load, t, i % self.dirk.stages) for i, t in samples]
-        return RowSpace(ev.V.mesh().comm, makers)
 
     def _assemble_load(self, t: float, i: int) -> np.ndarray:
         ev, h = self.evolution, self.steps_of_stage[i]

@@ -120,6 +120,7 @@ class StageNewton:
         put(forms.W, W)
         start = W.copy()
         start[forms.bc_rows] = forms.boundary(t, stage.index)
+        self._project(start)
         if self._by_snes:
             return self._by_petsc(start)
         try:
@@ -165,7 +166,12 @@ class StageNewton:
         """The root of the last solve, moved along with ``W``."""
         guess = stage.U + (W - stage.W)
         guess[self.forms.bc_rows] = start[self.forms.bc_rows]
-        return guess
+        return self._project(guess)
+
+    def _project(self, U: np.ndarray) -> np.ndarray:
+        """Take a nullspace's part out of values, in place."""
+        nullspace = self.forms.evolution.nullspace
+        return U if nullspace is None else nullspace.project_solution(U)
 
     def _from_base(self, stage, W: np.ndarray, start: np.ndarray) -> np.ndarray:
         """The root to which Newton's method leads from the base value."""
@@ -232,8 +238,7 @@ class StageNewton:
             old = size
             if k == 0:
                 first = U.copy()
-                exact = fresh and forms.linear  # the first iterate is the root
-                if base is not None and not exact and self._jumped(stage, W, start, first, solver, size, U):
+                if base is not None and not fresh and self._jumped(stage, W, start, first, solver, size, U):
                     old = None
             elif rate is None and first is not None:
                 moved, left = self._largest(U - start, first - U)
@@ -328,7 +333,7 @@ class StageNewton:
             J = expand_derivatives(derivative(forms.F, forms.U, TrialFunction(forms.U.function_space())))
             problem = NonlinearVariationalProblem(forms.F, forms.U, bcs=forms.evolution.bcs, J=J)
             self._snes = NonlinearVariationalSolver(
-                problem, solver_parameters=self._parameters, post_jacobian_callback=_require_finite
+                problem, solver_parameters=self._parameters, post_jacobian_callback=self._prepare
             )
         put(forms.U, U)
         try:
@@ -338,9 +343,10 @@ class StageNewton:
             self._snes = None  # what it has lagged is of a failed iteration
             raise
         forms.counts["petsc newton"] += 1
-        return get(forms.U)
+        return self._project(get(forms.U))
 
-
-def _require_finite(X, J) -> None:
-    """What PETSc's Newton calls with an iterate and its Jacobian."""
-    require_finite(J, "the Jacobian of a stage")
+    def _prepare(self, X, J) -> None:
+        """What PETSc's Newton calls with an iterate and its Jacobian."""
+        require_finite(J, "the Jacobian of a stage")
+        if self.forms.evolution.nullspace is not None:
+            self.forms.evolution.nullspace.pin(J)

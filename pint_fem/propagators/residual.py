@@ -114,7 +114,7 @@ def without_loads(residual) -> tuple[ufl.BaseForm, dict[Function, Cofunction]]:
         elif isinstance(part, Cofunction):
             f = riesz_representative(part)
             v = TestFunction(f.function_space())
-            total += weight * inner(f, v) * dx(degree=mass_degree(f.function_space()))
+            total += weight * inner(f, v) * dx(f.function_space().mesh(), degree=mass_degree(f.function_space()))
             loads[f] = part
         else:
             raise InputError(

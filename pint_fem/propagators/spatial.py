@@ -213,11 +213,12 @@ def _next_coarser(ev: Evolution) -> Evolution:
         bcs.append(type(bc)(like_subspace(V, bc), value, bc.sub_domain))
     initial = Function(V)
     manager.inject(ev.initial, initial)
+    bases = {name: basis and basis.rediscretise(V) for name, basis in ev.bases.items()}
     made = Evolution(
         coarsen(ev.residual, coarsen, coefficient_mapping=mapping), mapping[ev.u], tableau=ev.tableau, dt=ev.dt,
         nsteps=ev.nsteps, control=[mapping[c] for c in ev.parameters], per_step=[mapping[c] for c in ev.stepwise],
         t=mapping.get(ev.t), t0=ev.t0,
-        initial=initial, bcs=bcs, solver_parameters=ev.solver_parameters, eliminate=ev.eliminate,
+        initial=initial, bcs=bcs, solver_parameters=ev.solver_parameters, eliminate=ev.eliminate, **bases,
     )  # fmt: skip
     made.copies = ev.copies
     made.injected = mapping | {ev.initial: initial}

@@ -239,7 +239,9 @@ class StageForms:
         put(self.U, U)
 
     def residual(self, U: np.ndarray, out: PETSc.Vec) -> None:
-        """``F`` at ``U`` and the other values that are set; zero on rows with a condition."""
+        """``F`` at ``U`` and the other values that are set, less what no ``U`` can make zero; zero on rows with a
+        condition.
+        """
         put(self.U, U)
         self.counts["residual"] += 1
         if isinstance(self._residual, ParloopFormAssembler):
@@ -251,6 +253,8 @@ class StageForms:
         with self._tensor.dat.vec_ro as vec:
             vec.copy(out)
         out.array[self.bc_rows] = 0
+        if self.evolution.nullspace is not None:
+            self.evolution.nullspace.project_source(out.array)
 
     def second_order(self, pair, tangent, y: np.ndarray, dz) -> tuple:
         """``D L_U``, ``D L_W`` and ``D L_z`` (of the control vector) at a stage's values ``(W, U)``, with

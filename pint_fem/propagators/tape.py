@@ -18,8 +18,10 @@ from firedrake.adjoint import (
     pause_annotation,
     set_working_tape,
 )
-from pyadjoint.tape import annotate_tape, stop_annotating
-from ufl.algorithms import extract_coefficients
+from firedrake.adjoint_utils.blocks.solving import GenericSolveBlock
+from pyadjoint import Block
+from pyadjoint.block_variable import BlockVariable
+from pyadjoint.tape import annotate_tape, get_working_tape, stop_annotating
 
 from pint_fem.direct import completed
 from pint_fem.propagators.arrays import get, put
@@ -27,6 +29,8 @@ from pint_fem.propagators.base import FEPropagator, direction
 from pint_fem.propagators.boundary import boundary_value
 from pint_fem.propagators.evolution import Evolution
 from pint_fem.propagators.form import NEWTON
+from pint_fem.propagators.nullspace import Nullspace
+from pint_fem.propagators.private_copies import data_of
 from pint_fem.propagators.tableaux import DIRK
 
 __all__ = ["TapePropagator", "recording"]
@@ -44,6 +48,50 @@ def recording() -> Iterator[Tape]:
             yield tape
         finally:
             (continue_annotation if annotating else pause_annotation)()
+
+
+class _ProjectedGuess(Block):
+    """Takes a nullspace's part out of the first guess of a solve, which would stay in its solution; derivatives do not
+    depend on it.
+    """
+
+    def __init__(self, U: Function, nullspace: Nullspace):
+        super().__init__()
+        self._nullspace = nullspace
+        self.add_dependency(U)
+        put(U, nullspace.project_solution(get(U)))
+        get_working_tape().add_block(self)
+        self.add_output(U.create_block_variable())
+
+    def recompute_component(self, inputs, block_variable, idx, prepared):
+        """See pyadjoint."""
+        U = inputs[0].copy(deepcopy=True)
+        put(U, self._nullspace.project_solution(get(U)))
+        return U
+
+    def evaluate_tlm_component(self, inputs, tlm_inputs, block_variable, idx, prepared=None):
+        """See pyadjoint."""
+        return None
+
+
+def _copy_data(tape: Tape, controls: set[int]) -> None:
+    """Give functions that a tape reads only a value of its own on it, that which they have now.
+
+    pyadjoint keeps the value that a function had when any tape first read it, also for tapes of other times.
+    """
+    blocks = tape.get_blocks()
+    written = [variable for block in blocks for variable in block.get_outputs()]
+    kept = controls | {id(variable) for variable in written}
+    changing, copies = {id(variable.output) for variable in written}, {}
+    for block in blocks:
+        dependencies = block.get_dependencies()
+        for i, variable in enumerate(dependencies):
+            f = variable.output
+            if isinstance(f, Function) and id(variable) not in kept and id(f) not in changing:
+                if id(f) not in copies:
+                    copies[id(f)] = BlockVariable(f)
+                    copies[id(f)].save_output()
+                dependencies[i] = copies[id(f)]
 
 
 class TapePropagator(FEPropagator):
@@ -72,6 +120,31 @@ class TapePropagator(FEPropagator):
         self._lam = Cofunction(evolution.V.dual())
         self._zero = Cofunction(evolution.V.dual())
 
+    def _options(self) -> tuple[dict, dict, dict]:
+        """Solver parameters, and arguments of forward and of adjoint solves with the evolution's nullspaces. Tapes know
+        of no pins: singular matrices are factored by MUMPS, which detects pivots that are zero.
+        """
+        ev = self.evolution
+        parameters = completed(ev.solver_parameters, ev.V.mesh().comm, ev.V.dim())
+        bases = {} if ev.nullspace is None else ev.nullspace.bases(ev.V)
+        if bases and parameters.get("ksp_type") == "preonly":
+            parameters = {"ksp_type": "preonly", "pc_type": "lu", "pc_factor_mat_solver_type": "mumps"}
+            parameters["mat_mumps_icntl_24"] = 1
+        turned = {"nullspace": "transpose_nullspace", "transpose_nullspace": "nullspace"}
+        return parameters, bases, {turned[name]: basis for name, basis in bases.items()}
+
+    def _solve_tangents_likewise(self) -> None:
+        """pyadjoint solves tangent equations with default parameters and without nullspaces."""
+        parameters, bases, _ = self._options()
+
+        def assembled_solve(lhs, rhs, func, bcs, **kwargs):
+            solve(lhs, func, rhs, solver_parameters=parameters, **bases, **kwargs)
+            return func
+
+        for block in self.tape.get_blocks():
+            if isinstance(block, GenericSolveBlock):
+                block._assembled_solve = assembled_solve
+
     def update_data(self, changed):
         """See :class:`FEPropagator`: the step is recorded again."""
         self._record()
@@ -91,18 +164,19 @@ class TapePropagator(FEPropagator):
             read = {id(d): d for block in self.tape.get_blocks() for d in block.get_dependencies()}
             controls = [start, *(a if id(a.block_variable) in read else b for a, b in pairs)]
             self.rf = ReducedFunctional(u1, controls, tape=self.tape)
-        coordinates = ev.V.mesh().unique().coordinates
-        for dependency in read.values():  # data of the user's own: replays would see later changes
-            if isinstance(dependency.output, Function) and dependency.output is not coordinates:
-                dependency.save_output(overwrite=False)
+        if ev.nullspace is not None and self._step == self._one_step:
+            self._solve_tangents_likewise()
         with stop_annotating():
             for f, values in zip(given, kept, strict=True):
                 put(f, values)
+            _copy_data(self.tape, {id(control.block_variable) for control in controls})
 
     def _one_step(self, u0: Function) -> Function:
         """The stages of the tableau, taped; time-dependent data takes the value of each stage's time from ``t``."""
         ev, dirk = self.evolution, DIRK(self.tableau)
-        parameters = {**NEWTON, **completed(ev.solver_parameters, ev.V.mesh().comm, ev.V.dim())}
+        linear, bases, turned = self._options()
+        parameters = {**NEWTON, **linear}
+        adjoint = {"adj_kwargs": {"solver_parameters": parameters, **turned}} if bases else {}
         d, U = [], None
         for i, h in enumerate(dirk.diagonal * self.dt):
             W = Function(ev.V).assign(u0)
@@ -112,8 +186,11 @@ class TapePropagator(FEPropagator):
             if ev.t is not None:
                 ev.t.assign(ev.t + float((dirk.c[i] - (dirk.c[i - 1] if i else 0)) * self.dt))
             U = Function(ev.V).assign(W)
+            if ev.nullspace is not None:
+                _ProjectedGuess(U, ev.nullspace)
             # firedrake.solve replays time-dependent boundary values; NonlinearVariationalSolver keeps the recorded ones
-            solve(ev.stage_form(U, W, float(h)) == 0, U, bcs=self._taped_bcs(), solver_parameters=parameters)
+            form = ev.stage_form(U, W, float(h))
+            solve(form == 0, U, bcs=self._taped_bcs(), solver_parameters=parameters, **bases, **adjoint)
             d.append(Function(ev.V).assign(U - W))
         if dirk.stiffly_accurate:
             return U
@@ -123,13 +200,11 @@ class TapePropagator(FEPropagator):
         return out
 
     def _taped_bcs(self):
-        """The conditions with their values as functions: expressions of ``t`` in them are not replayed."""
-        ev = self.evolution
-        if not ev.depends_on_time and ev.boundary_controls is None:
-            return ev.bcs
-        moving = {*ev.parameters} | ({ev.t} if ev.t is not None else set())
+        """The conditions with their values as functions made on the tape: what is in expressions is not replayed, and
+        a condition keeps the value that it had on its first tape.
+        """
         taped = lambda bc: bc.reconstruct(g=Function(bc.function_space()).interpolate(boundary_value(bc)))
-        return [taped(bc) if moving & set(extract_coefficients(boundary_value(bc))) else bc for bc in ev.bcs]
+        return [taped(bc) if data_of(boundary_value(bc)) else bc for bc in self.evolution.bcs]
 
     def _at(self, data, i: int, u: np.ndarray) -> Function:
         ev = self.evolution
