@@ -14,12 +14,13 @@ from petsc4py import PETSc
 from petsctools import flatten_parameters
 
 from pint_fem.errors import InputError
+from pint_fem.petsc_names import require_names
 
 __all__ = ["require_types"]
 
 
 def require_types(parameters: Mapping, prefix: str, where: str = "solver_parameters") -> None:
-    """Require that the types of solvers in PETSc options are ones that this PETSc has.
+    """Require that the types of solvers in PETSc options are ones that this PETSc has, and no name misspelt.
 
     Checked are ``ksp_type``, ``pc_type``, ``snes_type``, ``pc_factor_mat_solver_type`` and
     ``pc_factor_mat_ordering_type``, also behind prefixes such as ``sub_`` or ``fieldsplit_0_``.
@@ -38,6 +39,7 @@ def require_types(parameters: Mapping, prefix: str, where: str = "solver_paramet
     InputError
         The option, the name that was given, and the nearest ones that would do.
     """
+    require_names(parameters, prefix, where)
     given = {f"{where}: {name}": (name, value) for name, value in flatten_parameters(parameters).items()}
     given |= {f"-{prefix}{name}": (name, value) for name, value in PETSc.Options(prefix).getAll().items()}
     plain = {name: value for name, value in given.values()}

@@ -149,3 +149,42 @@ def test_options_of_petsc_stay_in_its_database():
 def test_a_program_without_petsc_refuses_its_options(word, text):
     with pytest.raises(InputError, match=text):
         parser(petsc=False).read([word, "3"])
+
+
+# -- PETSc's own names -------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"ksp_typ": "cg"}, "solver_parameters: ksp_typ: .*did you mean 'ksp_type'"),
+        ({"ksp_type": "cg", "ksp_rtoll": 1e-9}, "ksp_rtoll: .*'ksp_rtol'"),
+        ({"sub": {"pc_tpye": "lu"}}, "sub_pc_tpye: .*'pc_type'"),
+        ({"fieldsplit_0_ksp_max_itt": 3}, "fieldsplit_0_ksp_max_itt: .*'ksp_max_it'"),
+    ],
+)
+def test_misspelt_names_of_petsc(options, text):
+    names = pytest.importorskip("pint_fem.petsc_names")
+    with pytest.raises(InputError, match=text):
+        names.require_names(options, "pint_test_")
+
+
+def test_names_that_petsc_has_are_taken():
+    """Common ones behind prefixes, and rare ones that differ from others by a letter."""
+    names = pytest.importorskip("pint_fem.petsc_names")
+    given = "ksp_rtol ksp_atol sub_pc_type fieldsplit_0_ksp_max_it mg_levels_ksp_max_it pc_sor_its pc_sor_lits"
+    given += " mat_mumps_icntl_14 ksp_cg_type snes_lag_jacobian pc_hypre_boomeramg_max_iter ksp_max_its_not_ours"
+    names.require_names(dict.fromkeys(given.split(), "1"), "pint_test_")
+    assert names._is_in_petsc("ksp_rtol")
+    assert not names._is_in_petsc("ksp_rtoll")
+
+
+@pytest.mark.parametrize("prefix", ["mgrit_", "paradiag_", "pint_"])
+def test_misspelt_names_of_petsc_on_the_command_line(prefix):
+    names = pytest.importorskip("pint_fem.petsc_names")
+    from petsc4py import PETSc
+
+    PETSc.Options()[f"{prefix}ksp_typ"] = "cg"
+    try:
+        with pytest.raises(InputError, match=f"-{prefix}ksp_typ: .*did you mean 'ksp_type'"):
+            names.require_names({}, prefix)
+    finally:
+        PETSc.Options().delValue(f"{prefix}ksp_typ")

@@ -262,3 +262,17 @@ def test_report_is_written(tmp_path, monkeypatch, capsys):
     for name in ("strong_test.png", "cycle_test.png", "report.json"):
         assert (tmp_path / name).stat().st_size > 1000
     capsys.readouterr()
+
+
+def test_options_are_compared_by_what_they_mean():
+    """The order of keys, tuples for lists, one factor for a list of one and defaults make no difference."""
+    c = load("heat-source")
+    entry = next(e for e in c.cycles if "coarsening" in e["options"])
+    expected, options = cycles_of(c, entry["options"], entry["rtol"]), entry["options"]
+    assert expected is not None
+    other_order = dict(reversed(options.items()))
+    assert list(other_order) != list(options)
+    tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in other_order.items()}
+    for same in (other_order, tuples, {**tuples, "rtol": entry["rtol"], "monitor": True}):
+        assert cycles_of(c, same, entry["rtol"]) == expected
+    assert cycles_of(c, {**options, "relax": "FCFCFCF"}, entry["rtol"]) is None

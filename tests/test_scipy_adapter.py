@@ -7,7 +7,7 @@ import pytest
 from mpi4py import MPI
 from scipy.optimize import minimize
 
-from pint_fem.optimize import NonFiniteError, scipy_run
+from pint_fem.optimize import NonFiniteError, hessian_actions, scipy_run
 from pint_fem.optimize.bounded import minimize_bounded
 from pint_fem.optimize.scipy_adapter import scipy_minimize
 from tests.test_bounded import Distributed, box_problem
@@ -443,3 +443,40 @@ def test_layouts_that_cannot_be_are_refused_on_all_processes():
             Copies(comm, np.arange(6), np.full(6, comm.rank == 0), False), np.zeros(6), "L-BFGS-B",
             comm=comm, lower=0.0, upper=np.full(6, 1.0 - 2 * (comm.rank == 0)),
         )  # fmt: skip
+
+
+@pytest.mark.parallel([1, 2])
+def test_hessian_actions_are_kept_within_a_bound(monkeypatch):
+    """On the first process up to the bound and on the others not at all; J's minimiser is the same without any."""
+    comm, n, kept = MPI.COMM_WORLD, 64, []
+    curvature = np.logspace(0, 4, n)
+    own = np.array_split(np.arange(n), comm.size)[comm.rank]
+
+    class Bowl:
+        def value(self, x):
+            return comm.allreduce(0.5 * float(curvature[own] @ (x - 1) ** 2))
+
+        def gradient(self, x):
+            return curvature[own] * (x - 1)
+
+        def hessian_action(self, x, v):
+            return curvature[own] * v
+
+        def inner(self, a, b):
+            return comm.allreduce(float(a @ b))
+
+    class Watched(hessian_actions.HessianActions):
+        def at(self, y, p, compute):
+            out = super().at(y, p, compute)
+            kept.append(sum(a.nbytes for a in self._kept.values()))
+            return out
+
+    monkeypatch.setattr(scipy_run, "HessianActions", Watched)
+    for bound in (0, 5 * 8 * n):
+        monkeypatch.setattr(hessian_actions, "ACTIONS_MEMORY", bound)
+        kept.clear()
+        result = scipy_minimize(Bowl(), np.zeros(len(own)), "trust-krylov", comm=comm, options=TIGHT["trust-krylov"])
+        np.testing.assert_allclose(result.x, 1, atol=1e-6)
+        if comm.rank == 0:
+            assert len(kept) > 10
+        assert max(kept, default=0) <= bound

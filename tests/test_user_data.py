@@ -194,8 +194,9 @@ def test_what_a_user_owns_stays(kind, linear, solver):
 
 
 def results(J, posed) -> list:
-    h = direction(posed)
-    return [float(J(posed.q)), get(J.derivative()), get(J.hessian(h))]
+    found = [float(J(posed.q)), get(J.derivative())]
+    slow = isinstance(J.problem.sweeps.propagators[0], TapePropagator)
+    return found if slow else [*found, get(J.hessian(direction(posed)))]
 
 
 def assert_same(a: list, b: list, tolerance: float = 1e-9) -> None:
@@ -211,7 +212,7 @@ def test_data_are_read_when_asked_for(kind, linear, solver):
     for grid in GRIDS[: 1 if kind is TapePropagator else 2]:
         posed = Posed(grid, linear=linear)
         J = posed.functional(kind, solver)
-        other = posed.functional(kind, solver)
+        other = None if kind is TapePropagator else posed.functional(kind, solver)
         old = results(J, posed)
         changes = CHANGES if kind is not TapePropagator else ["conductivity", "wall"]
         if solver not in ("serial", "mgrit"):
@@ -220,7 +221,8 @@ def test_data_are_read_when_asked_for(kind, linear, solver):
             posed.change(name)
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
-                assert_same(results(J, posed), old)
+                assert_same(results(J, posed), old)  # from what is cached
+                J.problem.forget()
                 assert_same(results(J, posed), old)
             label = "PointSensors" if name == "readings" else name
             assert [label in str(w.message) for w in caught] == [True] * posed.st.is_root
@@ -229,6 +231,8 @@ def test_data_are_read_when_asked_for(kind, linear, solver):
             if name in ("conductivity", "source", "readings"):
                 assert old[0] == pytest.approx(posed.reference(), rel=1e-9)
         assert_same(old, results(posed.functional(kind, solver), posed))
+        if kind is TapePropagator:
+            continue
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             first = results(other, posed)  # another functional of the same data has not read them

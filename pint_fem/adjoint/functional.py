@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from numbers import Real
+from pathlib import Path
 
 import numpy as np
 import ufl
@@ -20,7 +21,7 @@ from pint_fem.adjoint.minimisable import Minimisable
 from pint_fem.adjoint.optimiser_unit import OptimiserControl, OptimiserUnit
 from pint_fem.adjoint.problem import ReducedProblem
 from pint_fem.adjoint.riesz import ControlInner
-from pint_fem.adjoint.states import FinalState, adjoint_functions, own_points, state_functions
+from pint_fem.adjoint.states import FinalState, adjoint_functions, own_points, state_functions, write_states
 from pint_fem.adjoint.sums import SumProblem, terms_of
 from pint_fem.errors import InputError
 from pint_fem.propagators import Evolution
@@ -298,6 +299,32 @@ class ControlFunctional(Minimisable, AbstractReducedFunctional):
             As for :meth:`state`.
         """
         return adjoint_functions(self.problem, self._at(values), times, riesz_map, evolution)
+
+    def write(self, values, path: str | Path, times=None, *, evolution: Evolution | None = None) -> Path:
+        """Write the state at values of the controls for ParaView (collective): each rank in time its own points, and
+        one file that lists them all; nothing is gathered.
+
+        Parameters
+        ----------
+        values
+            Of the controls; ``None``: those of the last evaluation.
+        path
+            The file that lists all, such as ``"results/state.pvd"``; the states are in folders beside it.
+        times
+            A time or several, each of which is a point of the evolution; default: all points.
+        evolution
+            Which one, where the functional is a sum.
+
+        Returns
+        -------
+        pathlib.Path
+
+        Raises
+        ------
+        InputError
+            On every rank: a time that is not one of the evolution's, a file that cannot be written.
+        """
+        return write_states(self.problem, self._at(values), Path(path), times, evolution)
 
     def _at(self, values) -> np.ndarray:
         return self._current() if values is None else self.array(values)

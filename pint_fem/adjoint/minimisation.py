@@ -15,6 +15,7 @@ from pyadjoint.tape import stop_annotating
 from ufl.algorithms import expand_derivatives, extract_coefficients
 
 from pint_fem.adjoint.checkpoint import HDF5Checkpoint
+from pint_fem.adjoint.copies import Copies
 from pint_fem.adjoint.fingerprint import bound_numbers, constraint_numbers
 from pint_fem.adjoint.inexact import InexactObjective
 from pint_fem.adjoint.objective import Objective
@@ -48,7 +49,7 @@ def _on_all_ranks(method: Callable) -> Callable:
         own = {name: value for name, value in options.items() if name != "callback"}
         with ending_all_ranks(comm):
             require_same(comm, minimiser=method.__name__, method=args, given=own)
-            rf.problem.require_copies(start=start)
+            Copies(rf.problem.layout).agree({"start": start})
             if monitor is not None:
                 options["monitor"] = monitor
             return method(rf, start, *args, **options)

@@ -39,7 +39,7 @@ class _FormMisfit(BlockMisfit):
             raise InputError(
                 f"{type(self).__name__}: give a functional such as inner(u - d, u - d)*dx, without test functions"
             )
-        self.form = with_fixed_degrees(form)
+        self.form = form
 
     @abstractmethod
     def weights(self) -> np.ndarray:
@@ -49,6 +49,7 @@ class _FormMisfit(BlockMisfit):
         """See :class:`Misfit`."""
         super().bind(evolution, spacetime, slab)
         form, t = evolution.functional(self.form, type(self).__name__)
+        form = with_fixed_degrees(form)
         u, self._t, self._data = evolution.u, t, set(data_of(form))
         coefficients = extract_coefficients(form)
         if u not in coefficients:

@@ -192,10 +192,6 @@ class ReducedProblem:
         """
         return memory(self)
 
-    def require_copies(self, **vectors: np.ndarray) -> None:
-        """Refuse vectors, by name, whose static parts differ between ranks in time (collective)."""
-        self._copies.agree(vectors)
-
     # -- caches --------------------------------------------------------------------------------------------------------
     def _find(self, z: np.ndarray, directions: Mapping[str, np.ndarray] | None = None, **wanted) -> Point | None:
         """The point of a control, the same on all ranks; they are required to call for the same."""

@@ -158,11 +158,11 @@ class Regularisation:
                     "regularisation: a functional contains static controls and some with a value a step: give a list "
                     "with a functional of each kind"
                 )
-            form, t = own.functional(with_fixed_degrees(form), "regularisation")
+            form, t = own.functional(form, "regularisation")
             if t is not None:
                 raise InputError("regularisation: a functional contains the time function t; controls have no time")
             functions = [own.copies.variable(c) for c in controls]
-            self._terms.append((_Functional(form, functions, spacetime.sum_over_space), controls))
+            self._terms.append((_Functional(with_fixed_degrees(form), functions, spacetime.sum_over_space), controls))
 
     def update_data(self, changed: set) -> None:
         """Take new values of data: functions and constants of the evolution's private copies."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from numbers import Real
+from pathlib import Path
 
 import numpy as np
 from firedrake import Cofunction, Function
@@ -23,11 +24,12 @@ from pint_fem.adjoint.problem import ReducedProblem
 from pint_fem.adjoint.riesz import RieszMap
 from pint_fem.adjoint.sums import SumProblem, terms_of
 from pint_fem.errors import InputError
+from pint_fem.paraview import write_fields
 from pint_fem.propagators.arrays import own_size, put
 from pint_fem.propagators.evolution import Evolution
 from pint_fem.spacetime import Slab, SpaceTime
 
-__all__ = ["FinalState", "adjoint_functions", "own_points", "point_numbers", "state_functions"]
+__all__ = ["FinalState", "adjoint_functions", "own_points", "point_numbers", "state_functions", "write_states"]
 
 _ON_GRID = 1e-6  # of a time step: how far a given time may be from a point
 
@@ -82,6 +84,19 @@ def adjoint_functions(problem: ReducedProblem | SumProblem, z: np.ndarray, times
         riesz = RieszMap(V, riesz_map)
         make = lambda row: _filled(Function(V), riesz.primal(weight * row))
     return _functions(leaf, _adjoints(leaf, own), times, make)
+
+
+def write_states(problem: ReducedProblem | SumProblem, z: np.ndarray, path: Path, times, evolution: Evolution | None):
+    """The state as files, see :meth:`~pint_fem.adjoint.functional.ControlFunctional.write`."""
+    if path.suffix != ".pvd":
+        raise InputError(f"write: {path} has no name for ParaView; give one that ends with .pvd, such as 'state.pvd'")
+    (_, leaf, own), *_ = terms_of(problem, evolution, z)
+    ev = leaf.evolution
+    points = range(ev.nsteps + 1) if times is None else point_numbers(ev, [times] if isinstance(times, Real) else times)
+    all_times, slab = ev.time(np.arange(ev.nsteps + 1)), leaf.sweeps.slab
+    with stop_annotating():
+        states = leaf.states(own)
+        return write_fields(path.parent, path.stem, states, ev.V, slab, leaf.spacetime, all_times, points=points)
 
 
 def _adjoints(leaf: ReducedProblem, z: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:

@@ -110,9 +110,8 @@ class MGRIT:
         self.transfers = [Transfer.make(t) for t in (transfers or [None] * len(factors))]
         if len(self.transfers) != len(factors):
             raise ValueError(f"{len(self.transfers)} transfers for {len(factors)} coarse levels: give one to each")
-        if bounds is None:
-            bounds = Bounds.shared_out(nsteps, comm.size, factors[0] if options.storage == "C" else None)
-        bounds = Bounds.make(bounds)
+        whole = factors[0] if options.storage == "C" else None
+        bounds = Bounds.make(Bounds.shared_out(nsteps, comm.size, whole) if bounds is None else bounds)
         if not bounds.increase or len(bounds) != comm.size + 1 or bounds[-1] != nsteps:
             raise ValueError(f"bounds {list(bounds)} do not split {nsteps} steps over {comm.size} ranks")
         if options.coarse_solver == "relax":
@@ -127,15 +126,13 @@ class MGRIT:
         if options.trace and trace is None:
             check_trace_file(options.trace, comm)
             trace = Trace(comm)
-        self.trace = trace
-        for level in self.levels:
-            level.trace = self.trace
+        for who in (self, *self.levels):
+            who.trace = trace
         keeps_all = options.storage == "all"
         self._failures = Failures(self.levels, comm, point_norms, name, everyone=self.everyone, keeps_all=keeps_all)
         self._residuals = Residuals(self._failures, options.time_norm)
-        exact = math.inf
-        if len(self.levels) > 1 and options.coarse_solver != "relax" and not any(self.transfers):
-            exact = exact_termination(self.levels[1].nsteps, options.sweeps(0), options.weight(0))
+        ends = len(self.levels) > 1 and options.coarse_solver != "relax" and not any(self.transfers)
+        exact = exact_termination(self.levels[1].nsteps, options.sweeps(0), options.weight(0)) if ends else math.inf
         self._stop = Stopping(options, exact)
         self._cycle: Cycle | None = None
         self._viewed, self._iterates = not options.view, len(self.levels) > 1

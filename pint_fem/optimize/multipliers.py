@@ -69,6 +69,11 @@ class AugmentedLagrangian:
         if callable(getattr(self.problem, "gauss_newton_action", None)):
             self.gauss_newton_action = lambda x, v: self._with_penalty(v, self.problem.gauss_newton_action(x, v))
 
+    @property
+    def failure(self) -> Exception | None:
+        """Why J was not finite, as the problem has it."""
+        return self.constraints.failure
+
     def value(self, x: np.ndarray) -> float:
         """L(x)."""
         v = self.constraints.offsets(x)

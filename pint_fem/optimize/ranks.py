@@ -26,7 +26,7 @@ _CALLED = (
     *_VECTORS, "value", "value_within", "gradient_within", "advance", "hessian_model", "gauss_newton_model",
 )  # fmt: skip
 """Methods of a problem that may fail on one rank; ``inner`` is called too often to be looked after."""
-_OWN = ("monitor", "callback", "lower", "upper")
+_OWN = ("monitor", "callback", "lower", "upper", "normals")
 """Arguments that may differ between ranks: functions of one rank's own, and parts of vectors."""
 
 

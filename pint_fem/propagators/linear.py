@@ -164,6 +164,10 @@ class LinearPropagator(FEPropagator):
         repl |= {control: Function(control.function_space()) for control in ev.parameters}
         self._load_assembler, self._load_h = get_assembler(ufl.replace(form, repl)), h
         self._loads = {}
+        if not self.keeps_loads:
+            samples = enumerate(sample_times(ev.time(0), ev.time(ev.nsteps)))
+            makers = [partial(self._assemble_load, t, i % self.dirk.stages) for i, t in samples]
+            self._row_space = RowSpace(ev.V.mesh().comm, makers)
         if ev.boundary_controls is not None:
             M, K = ev.linear_operators()
             for h in self.factors:
@@ -183,18 +187,10 @@ class LinearPropagator(FEPropagator):
         """
         key = (float(t), i) if self.evolution.depends_on_time else i
         if not self.keeps_loads:
-            if self._row_space is None:
-                self._row_space = self._make_row_space()
             return self._row_space.get(key, lambda: self._assemble_load(t, i))
         if key not in self._loads:
             self._loads[key] = self._assemble_load(t, i)
         return self._loads[key]
-
-    def _make_row_space(self) -> RowSpace:
-        ev = self.evolution
-        samples = enumerate(sample_times(ev.time(0), ev.time(ev.nsteps)))
-        makers = [partial(self._assemble_load, t, i % self.dirk.stages) for i, t in samples]
-        return RowSpace(ev.V.mesh().comm, makers)
 
     def _assemble_load(self, t: float, i: int) -> np.ndarray:
         ev, h = self.evolution, self.steps_of_stage[i]

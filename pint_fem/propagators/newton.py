@@ -238,8 +238,7 @@ class StageNewton:
             old = size
             if k == 0:
                 first = U.copy()
-                exact = fresh and forms.linear  # the first iterate is the root
-                if base is not None and not exact and self._jumped(stage, W, start, first, solver, size, U):
+                if base is not None and not fresh and self._jumped(stage, W, start, first, solver, size, U):
                     old = None
             elif rate is None and first is not None:
                 moved, left = self._largest(U - start, first - U)

@@ -20,8 +20,8 @@ from firedrake.adjoint import (
 )
 from firedrake.adjoint_utils.blocks.solving import GenericSolveBlock
 from pyadjoint import Block
+from pyadjoint.block_variable import BlockVariable
 from pyadjoint.tape import annotate_tape, get_working_tape, stop_annotating
-from ufl.algorithms import extract_coefficients
 
 from pint_fem.direct import completed
 from pint_fem.propagators.arrays import get, put
@@ -30,6 +30,7 @@ from pint_fem.propagators.boundary import boundary_value
 from pint_fem.propagators.evolution import Evolution
 from pint_fem.propagators.form import NEWTON
 from pint_fem.propagators.nullspace import Nullspace
+from pint_fem.propagators.private_copies import data_of
 from pint_fem.propagators.tableaux import DIRK
 
 __all__ = ["TapePropagator", "recording"]
@@ -71,6 +72,26 @@ class _ProjectedGuess(Block):
     def evaluate_tlm_component(self, inputs, tlm_inputs, block_variable, idx, prepared=None):
         """See pyadjoint."""
         return None
+
+
+def _copy_data(tape: Tape, controls: set[int]) -> None:
+    """Give functions that a tape reads only a value of its own on it, that which they have now.
+
+    pyadjoint keeps the value that a function had when any tape first read it, also for tapes of other times.
+    """
+    blocks = tape.get_blocks()
+    written = [variable for block in blocks for variable in block.get_outputs()]
+    kept = controls | {id(variable) for variable in written}
+    changing, copies = {id(variable.output) for variable in written}, {}
+    for block in blocks:
+        dependencies = block.get_dependencies()
+        for i, variable in enumerate(dependencies):
+            f = variable.output
+            if isinstance(f, Function) and id(variable) not in kept and id(f) not in changing:
+                if id(f) not in copies:
+                    copies[id(f)] = BlockVariable(f)
+                    copies[id(f)].save_output()
+                dependencies[i] = copies[id(f)]
 
 
 class TapePropagator(FEPropagator):
@@ -145,13 +166,10 @@ class TapePropagator(FEPropagator):
             self.rf = ReducedFunctional(u1, controls, tape=self.tape)
         if ev.nullspace is not None and self._step == self._one_step:
             self._solve_tangents_likewise()
-        coordinates = ev.V.mesh().unique().coordinates
-        for dependency in read.values():  # data of the user's own: replays would see later changes
-            if isinstance(dependency.output, Function) and dependency.output is not coordinates:
-                dependency.save_output(overwrite=False)
         with stop_annotating():
             for f, values in zip(given, kept, strict=True):
                 put(f, values)
+            _copy_data(self.tape, {id(control.block_variable) for control in controls})
 
     def _one_step(self, u0: Function) -> Function:
         """The stages of the tableau, taped; time-dependent data takes the value of each stage's time from ``t``."""
@@ -182,13 +200,11 @@ class TapePropagator(FEPropagator):
         return out
 
     def _taped_bcs(self):
-        """The conditions with their values as functions: expressions of ``t`` in them are not replayed."""
-        ev = self.evolution
-        if not ev.depends_on_time and ev.boundary_controls is None:
-            return ev.bcs
-        moving = {*ev.parameters} | ({ev.t} if ev.t is not None else set())
+        """The conditions with their values as functions made on the tape: what is in expressions is not replayed, and
+        a condition keeps the value that it had on its first tape.
+        """
         taped = lambda bc: bc.reconstruct(g=Function(bc.function_space()).interpolate(boundary_value(bc)))
-        return [taped(bc) if moving & set(extract_coefficients(boundary_value(bc))) else bc for bc in ev.bcs]
+        return [taped(bc) if data_of(boundary_value(bc)) else bc for bc in self.evolution.bcs]
 
     def _at(self, data, i: int, u: np.ndarray) -> Function:
         ev = self.evolution

@@ -1,0 +1,200 @@
+"""Evaluations depend on the control alone, whatever was evaluated before: wild, failing, repeated and zero controls.
+
+Values are compared with a loop of plain Firedrake, derivatives with differences of that loop and with a functional that
+has been asked for nothing else.
+"""
+
+from functools import cache, partial
+
+import numpy as np
+import pytest
+from firedrake import (
+    DirichletBC,
+    Function,
+    FunctionSpace,
+    NonlinearVariationalProblem,
+    NonlinearVariationalSolver,
+    SpatialCoordinate,
+    TestFunction,
+    UnitSquareMesh,
+    assemble,
+    conditional,
+    dx,
+    exp,
+    grad,
+    inner,
+    sin,
+    sqrt,
+)
+from firedrake.exceptions import ConvergenceError
+from firedrake.petsc import PETSc
+from irksome import Dt
+from mpi4py import MPI
+
+import pint_fem as pf
+from pint_fem.errors import InputError, SolverFailure
+from pint_fem.propagators import FormPropagator, TapePropagator, make_propagator
+from pint_fem.propagators.arrays import get, put
+from tests.limits import time_limit
+
+STEPS = 8
+PLAIN = {"snes_rtol": 1e-11, "snes_stol": 1e-9, "snes_max_it": 50, "ksp_type": "preonly", "pc_type": "lu"}
+GRIDS = {1: ["1x1"], 2: ["1x2", "2x1"]}[MPI.COMM_WORLD.size] if MPI.COMM_WORLD.size < 3 else []
+CONTROLS = {
+    "zero": lambda x, y: 0 * x,
+    "smooth": lambda x, y: 0.5 * sin(3 * x) * y,
+    "near": lambda x, y: 0.5 * sin(3 * x) * y + 0.01 * x,
+    "low": lambda x, y: -3 + x,
+    "high": lambda x, y: 10 + 0 * x,
+    "half": lambda x, y: conditional(x > 0.6, 40, 0.2) * (1 + 0 * y),
+    "failing": lambda x, y: 800 + 0 * x,
+}
+SANE = ("zero", "smooth", "near", "low")
+
+
+def space(st, n=4):
+    return FunctionSpace(
+        UnitSquareMesh(n, n, comm=st.space_comm, distribution_parameters={"partitioner_type": "simple"}), "CG", 1
+    )
+
+
+def diffusion(kind, rate, u, q, v):
+    """With a conductivity that depends on the temperature, sought by its logarithm; or linear, with a source sought."""
+    if kind == "linear":
+        return (rate * v + inner(grad(u), grad(v)) - 10 * q * v) * dx(degree=4)
+    return (rate * v + exp(q) * (1e-2 + u**2) * inner(grad(u), grad(v)) - v) * dx(degree=4)
+
+
+class Posed:
+    """A problem on a grid: new functionals of it, and what plain Firedrake makes of a control."""
+
+    def __init__(self, kind, st, real=False):
+        self.kind, self.st, self.V = kind, st, space(st)
+        self.Q = FunctionSpace(self.V.mesh(), "R", 0) if real else self.V
+        self.bcs = DirichletBC(self.V, 0, "on_boundary")
+        # plain Firedrake: backward Euler in a loop
+        self.q, self.u, self.U, v = Function(self.Q), Function(self.V), Function(self.V), TestFunction(self.V)
+        F = diffusion(kind, (self.U - self.u) * STEPS, self.U, self.q, v)
+        problem = NonlinearVariationalProblem(F, self.U, bcs=self.bcs)
+        self.loop = NonlinearVariationalSolver(problem, solver_parameters=PLAIN)
+
+    def functional(self, solver="serial", propagator=make_propagator, **mgrit):
+        u, v, q = Function(self.V), TestFunction(self.V), Function(self.Q)
+        F = diffusion(self.kind, Dt(u), u, q, v)
+        ev = pf.Evolution(
+            F, u, tableau=pf.BackwardEuler(), dt=1 / STEPS, nsteps=STEPS, control=q, bcs=self.bcs,
+        )  # fmt: skip
+        return pf.TimeParallelReducedFunctional(
+            ev,
+            pf.RunningMisfit((u - 0.05) ** 2 * dx),
+            spacetime=self.st,
+            solver_parameters={"time_solver": solver, "mgrit": {"rtol": 1e-12, **mgrit}},
+            propagator=propagator,
+        )
+
+    def control(self, name):
+        return get(Function(self.V).interpolate(CONTROLS[name](*SpatialCoordinate(self.V.mesh()))))
+
+    def plain(self, z) -> float:
+        """``J`` by plain Firedrake; ``inf`` where it fails."""
+        put(self.q, z)
+        self.u.zero()
+        self.U.zero()
+        J = 0.0
+        for _ in range(STEPS):
+            try:
+                self.loop.solve()
+            except (ConvergenceError, PETSc.Error):
+                return np.inf
+            self.u.assign(self.U)
+            J += assemble((self.u - 0.05) ** 2 * dx) / STEPS
+        return float(J)
+
+
+@cache
+def posed(kind, grid, real=False) -> Posed:
+    return Posed(kind, pf.SpaceTime(grid), real)
+
+
+OPERATIONS = ("value", "derivative", "hessian_action")
+
+
+def evaluate(rf, operation, z, dz):
+    """An operation of a functional; ``None`` where it fails, on all ranks."""
+    try:
+        return np.atleast_1d(getattr(rf.problem, operation)(z, *((dz,) if operation == "hessian_action" else ())))
+    except SolverFailure:
+        return None
+
+
+@cache
+def fresh(kind, grid):
+    """For each control what functionals give that were asked for nothing before, in sequence."""
+    p, out = posed(kind, grid), {}
+    for name in CONTROLS:
+        z, dz = p.control(name), p.control("smooth") + 0.1
+        rf = p.functional()
+        last = evaluate(rf, "hessian_action", z, dz)
+        first = evaluate(rf, "derivative", z, dz)
+        out[name] = dict(zip(OPERATIONS, (evaluate(rf, "value", z, dz), first, last), strict=True))
+    return out
+
+
+CASES = [  # and the number of operations: as many as are quick
+    ("nonlinear", "serial", make_propagator, {}, 40),
+    ("nonlinear", "mgrit", make_propagator, {"coarsening": (2,)}, 30),
+    ("nonlinear", "mgrit", make_propagator, {"coarsening": (4,), "storage": "C"}, 12),
+    ("nonlinear", "mgrit", partial(FormPropagator, factor_memory=0), {"coarsening": (4,), "relax": "FCF"}, 20),
+    ("nonlinear", "paradiag", make_propagator, {}, 12),
+    ("nonlinear", "serial", TapePropagator, {}, 8),
+    ("nonlinear", "mgrit", TapePropagator, {"coarsening": (4,), "storage": "C", "rtol": 1e-10}, 5),
+    ("linear", "serial", make_propagator, {}, 40),
+    ("linear", "mgrit", make_propagator, {"coarsening": (2,)}, 40),
+    ("linear", "mgrit", make_propagator, {"coarsening": (4,), "storage": "C"}, 40),
+    ("linear", "paradiag", make_propagator, {}, 40),
+    ("linear", "mgrit", FormPropagator, {"coarsening": (4,)}, 40),
+]
+
+
+@pytest.mark.parallel([1, 2])
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("kind", ["nonlinear", "linear"])
+@time_limit(120)
+def test_fresh_functionals_are_right(kind, grid):
+    """What the random sequences are compared with: plain Firedrake's values, and differences of these."""
+    p, reference = posed(kind, grid), fresh(kind, grid)
+    for name in CONTROLS:
+        z, found = p.control(name), reference[name]["value"]
+        J = p.plain(z)
+        assert found is None or found[0] == pytest.approx(J, rel=1e-8), name
+        assert found is not None or not np.isfinite(J), name
+    z, dz, h = p.control("smooth"), p.control("smooth") + 0.1, 0.02
+    values = [p.plain(z + k * h * dz) for k in (-3, -2, -1, 0, 1, 2, 3)]
+    first = np.dot(values, [-1 / 60, 3 / 20, -3 / 4, 0, 3 / 4, -3 / 20, 1 / 60]) / h
+    second = np.dot(values, [1 / 90, -3 / 20, 3 / 2, -49 / 18, 3 / 2, -3 / 20, 1 / 90]) / h**2
+    along = lambda g: p.st.space_comm.allreduce(float(np.vdot(g, dz)))
+    assert along(reference["smooth"]["derivative"]) == pytest.approx(first, rel=1e-8)
+    assert along(reference["smooth"]["hessian_action"]) == pytest.approx(second, rel=1e-6)
+
+
+@pytest.mark.parallel([1, 2])
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("case", range(len(CASES)))
+@time_limit(120)
+def test_random_sequences(case, grid):
+    """Any operations at any controls in any order give what a fresh functional gives."""
+    kind, solver, propagator, mgrit, count = CASES[case]
+    p, reference, rng = posed(kind, grid), fresh(kind, grid), np.random.default_rng([2026, case])
+    rf, dz = p.functional(solver, propagator, **mgrit), p.control("smooth") + 0.1
+    right = 0
+    quick = 2 if propagator is TapePropagator and mgrit else 3  # second derivatives by tapes of steps are slow
+    for _ in range(count):
+        name, operation = rng.choice(list(CONTROLS)), rng.choice(OPERATIONS[:quick])
+        found, wanted = evaluate(rf, operation, p.control(name), dz), reference[name][operation]
+        if found is None:
+            assert name not in SANE, f"{operation} at {name} fails"
+            continue
+        assert wanted is not None, f"{operation} at {name} does not fail"
+        assert np.abs(found - wanted).max() <= 1e-8 * max(np.abs(wanted).max(), 1e-6), f"{operation} at {name}"
+        right += 1
+    assert right >= 2
