@@ -163,11 +163,7 @@ class LinearPropagator(FEPropagator):
         repl = {ev.u: self._lift, rate: self._lift / (h := Constant(1.0))}
         repl |= {control: Function(control.function_space()) for control in ev.parameters}
         self._load_assembler, self._load_h = get_assembler(ufl.replace(form, repl)), h
-        self._loads = {}
-        if not self.keeps_loads:
-            samples = enumerate(sample_times(ev.time(0), ev.time(ev.nsteps)))
-            makers = [partial(self._assemble_load, t, i % self.dirk.stages) for i, t in samples]
-            self._row_space = RowSpace(ev.V.mesh().comm, makers)
+        self._start_loads()
         if ev.boundary_controls is not None:
             M, K = ev.linear_operators()
             for h in self.factors:
@@ -178,8 +174,16 @@ class LinearPropagator(FEPropagator):
         if changed & self.evolution.operator_data:
             return False
         if changed and self._loads is not None:
-            self._loads, self._row_space = {}, None
+            self._start_loads()
         return True
+
+    def _start_loads(self) -> None:
+        """Keep no load yet; where none is to be kept, find a small space that they may be in."""
+        ev, self._loads = self.evolution, {}
+        if not self.keeps_loads:
+            samples = enumerate(sample_times(ev.time(0), ev.time(ev.nsteps)))
+            makers = [partial(self._assemble_load, t, i % self.dirk.stages) for i, t in samples]
+            self._row_space = RowSpace(ev.V.mesh().comm, makers)
 
     def _affine_load(self, t: float, i: int) -> np.ndarray:
         """``h f(t_i, 0)`` with lifting, for the step that starts at ``t``; assembled once where nothing depends on
