@@ -184,9 +184,9 @@ def test_names_that_petsc_has_are_taken():
 @pytest.mark.parametrize("prefix", ["mgrit_", "paradiag_", "pint_"])
 def test_misspelt_names_of_petsc_on_the_command_line(prefix):
     pytest.importorskip("firedrake")  # it has to start PETSc
-    from pint_fem import petsc_names as names
-
     from petsc4py import PETSc
+
+    from pint_fem import petsc_names as names
 
     PETSc.Options()[f"{prefix}ksp_typ"] = "cg"
     try:
