@@ -223,7 +223,7 @@ def shallow_water(comm) -> Task:
     direction.subfunctions[1].interpolate(sin(2 * pi * (x + y)))
     return Task(
         V, residual, lambda u: None, [V], [value], [direction], lambda z: 1e-2 * inner(z[0], z[0]) * dx,
-        # pyadjoint integrates the derivative with the degree estimated for it, not with that of the functional: give one
+        # pyadjoint integrates derivatives with the degrees estimated for them, not with the functional's: give one
         running=lambda s, t: (s[1] - sin(2 * pi * x)) ** 2 * dx(degree=6), terminal=lambda s, t: inner(s[0], s[0]) * dx,
         scheme="ImplicitMidpoint", initial=0, parameters={"time_solver": "paradiag", "paradiag": {"rtol": 1e-12}},
     )  # fmt: skip
