@@ -99,16 +99,24 @@ def test_files_of_the_first_version_are_read(tmp_path):
 
 @pytest.mark.parallel([1, 2])
 @pytest.mark.parametrize("rank", ["first", "last"])
-@time_limit(60)
-def test_a_save_that_fails_on_one_rank(tmp_path, rank, capfd):
+@time_limit(100)
+def test_a_save_that_fails_on_one_rank(tmp_path, rank, capfd, monkeypatch):
     """One line on all ranks, no half-written file, the last one as it was; a run that is to go on does."""
     path, rank = shared(tmp_path) / "run.h5", 0 if rank == "first" else COMM.size - 1
     rf = posed()
     keep = kept_by(rf, path)
     x = np.linspace(0, 1, rf.layout.size)
     keep.save({"number": 1}, {"x": x})
-    before = path.read_bytes()
-    with largest_file(1000, rank), pytest.raises(pf.InputError, match=r"run\.h5 cannot be written: File too large"):
+    keep.release()
+    before, save = path.read_bytes(), HDF5Checkpoint._save
+    alone = posed().minimize_trust_region(max_it=1)
+
+    def limited(self, *args):  # a save alone: Firedrake writes files of its own
+        with largest_file(1000, rank):
+            save(self, *args)
+
+    monkeypatch.setattr(HDF5Checkpoint, "_save", limited)
+    with pytest.raises(pf.InputError, match=r"run\.h5 cannot be written: File too large"):
         keep.save({"number": 2}, {"x": x})
     COMM.barrier()
     assert path.read_bytes() == before
@@ -116,18 +124,18 @@ def test_a_save_that_fails_on_one_rank(tmp_path, rank, capfd):
     assert keep.load()[0] == {"number": 1}
     COMM.barrier()
     keep.release()
-    alone = posed().minimize_trust_region(max_it=2)
     other = path.with_name("other.h5")
-    with largest_file(1000, rank):
-        with pytest.raises(pf.InputError, match="cannot be written"):
-            posed().minimize_trust_region(max_it=2, checkpoint=other)
-        capfd.readouterr()
-        went_on = posed().minimize_trust_region(max_it=2, checkpoint=other, if_save_fails="continue")
+    with pytest.raises(pf.InputError, match="cannot be written"):
+        rf.minimize_trust_region(max_it=1, checkpoint=other)
+    rf.problem.forget()
+    capfd.readouterr()
+    zero = rf.function(np.zeros(rf.layout.size))
+    went_on = rf.minimize_trust_region(zero, max_it=1, checkpoint=other, if_save_fails="continue")
     assert np.array_equal(went_on.x, alone.x)
     lines = [line for line in capfd.readouterr().out.splitlines() if "cannot be written" in line]
-    assert len(lines) == (went_on.iterations + 1 if COMM.rank == 0 else 0)
+    assert len(lines) == (2 if COMM.rank == 0 else 0)
     with pytest.raises(pf.InputError, match=r"if_save_fails = 'never': give 'stop' or 'continue'"):
-        posed().minimize_trust_region(checkpoint=other, if_save_fails="never")
+        rf.minimize_trust_region(checkpoint=other, if_save_fails="never")
 
 
 @pytest.mark.parallel([1, 2])

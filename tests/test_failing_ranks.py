@@ -367,17 +367,22 @@ def test_sys_exit_in_a_callback_leaves_the_last_iterate_saved(posed, tmp_path):
 
 
 INTERRUPTED = """
-import os, signal, sys, threading
+import os, signal, sys, threading, time
 import pint_fem as pf
 from mpi4py import MPI
 from tests.test_reduced_functional import functional
 comm = MPI.COMM_WORLD
 rf = functional(pf.SpaceTime(), n=3, steps=8, rtol=1e-11)
 count = []
+def interrupt():
+    for _ in range(3):  # one that comes while an object is deleted is ignored by Python
+        time.sleep(float(sys.argv[2]))
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(5)
 def after(kind, result):
     count.append(1)
     if len(count) == 12 and comm.rank == 1:
-        threading.Timer(float(sys.argv[2]), os.kill, (os.getpid(), signal.SIGINT)).start()
+        threading.Thread(target=interrupt, daemon=True).start()
 rf.problem.sweeps.on_sweep = after
 while True:
     rf.minimize_trust_region(checkpoint=sys.argv[1], gtol_rel=1e-9, cg_max_it=2)

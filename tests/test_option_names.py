@@ -24,8 +24,8 @@ class Step:
         ({"level_2_coarsening": 4}, "level_2_coarsening.*levels 0 to 2"),  # three levels by default
         ({"levels": 1, "level_0_relax": "F"}, "level_0_relax.*level 0 only"),
         ({"level_999999999999_relax": "F"}, "no hierarchy has a level 999999999999"),
-        ({"levels": 2, "relax": ("F", "FCF")}, "relax.*for 2 levels: give at most 1"),
-        ({"levels": 2, "coarsening": (4, 4, 4)}, "coarsening.*for 2 levels: give at most 1"),
+        ({"levels": 2, "relax": ("F", "FCF", "F")}, "relax.*for 2 levels: give at most one for each"),
+        ({"levels": 2, "coarsening": (4, 4, 4)}, "coarsening.*for 2 levels: give at most one for each"),
     ],
 )
 def test_options_of_levels_that_do_not_exist(options, text):

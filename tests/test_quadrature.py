@@ -124,19 +124,20 @@ def test_values_are_those_of_the_forms_as_given(grid):
 
 
 def test_sum_of_squares_is_positive():
-    """Jump of the data through cells: integrated in parts of other degrees, the first of these was negative."""
-    for n, expected in (4, 0.027777777777777776), (16, 0.0069444444444444444):
+    """Put together of parts of other degrees it was -0.0066 and 0.0114."""
+    for n, expected in (4, 0.03231), (16, 0.00803):
         mesh = _mesh(n, COMM_SELF)
         V = FunctionSpace(mesh, "CG", 1)
         x, _ = SpatialCoordinate(mesh)
-        d = conditional(x < 0.3, 1.0, 0.0)
-        u, v, q = Function(V).interpolate(d), TestFunction(V), Function(V)
+        d = conditional(x < 0.3, cos(x), 0.0)
+        u, v, q = Function(V).project(d), TestFunction(V), Function(V)
         ev = pf.Evolution(Dt(u) * v * dx - q * v * dx, u, tableau=pf.BackwardEuler(), dt=1.0, nsteps=1, control=q)
         rf = pf.TimeParallelReducedFunctional(
             ev, pf.TerminalMisfit((u - d) ** 2 * dx), solver_parameters={"time_solver": "serial"}
         )
-        assert abs(rf(q) - expected) < 1e-12
-        assert abs(expected - assemble((u - d) ** 2 * dx)) < 1e-12
+        J = rf(q)
+        assert J == pytest.approx(expected, abs=1e-5)
+        assert J == pytest.approx(assemble((u - d) ** 2 * dx), rel=1e-12)
 
 
 def test_form_with_fixed_degrees_is_assembled_alike():

@@ -18,6 +18,7 @@ from firedrake import (
     as_vector,
     assemble,
     conditional,
+    cos,
     dot,
     dx,
     grad,
@@ -190,6 +191,28 @@ def test_any_quadratic_functional_keeps_its_value():
             put(z, row)
             t.assign(time)
             assert value == pytest.approx(0.5 * assemble(form), rel=1e-12)
+
+
+@pytest.mark.parametrize("measure", [dx, ufl.ds])
+def test_data_that_are_not_the_same_everywhere(measure):
+    """Patches where ``u`` is compared with 300 and with 400."""
+    st = pf.SpaceTime("1x1", comm=COMM_SELF)
+    V = FunctionSpace(_mesh(6, COMM_SELF), "CG", 1)
+    x, y = SpatialCoordinate(V.mesh())
+    u, q, e = Function(V), Function(V), Function(V)
+    left, right, measure = conditional(x < 0.3, 1, 0), conditional(x > 0.6, y, 0), measure(degree=3)
+    ev = pf.Evolution(
+        inner(Dt(u) - q, TestFunction(V)) * dx, u, tableau=pf.BackwardEuler(), dt=1.0, nsteps=1, control=q
+    )
+    misfit = pf.TerminalMisfit((left * inner(u - 300, u - 300) + 2 * right * (u - 400) ** 2) * measure)
+    misfit.bind(ev.private(), st, st.slab(1))
+    u.interpolate(conditional(x < 0.45, 300, 400) + 1e-3 * cos(3 * x * y))
+    expected = 0.0
+    for part, data in ((left, 300), (2 * right, 400)):
+        put(e, u.dat.data_ro - data)
+        expected += assemble(e * e * part * measure)
+    U = np.array([u.dat.data_ro, u.dat.data_ro])
+    assert misfit.values(U)[0] == pytest.approx(expected, rel=1e-9)
 
 
 def test_controls_near_large_values():

@@ -29,7 +29,7 @@ from pint_fem import files
 from pint_fem.adjoint.checkpoint_file import Piece, Place, create_file, read_head, read_part, write_parts
 from pint_fem.adjoint.fingerprint import control_label, differences, evolution_numbers, inner_number
 from pint_fem.adjoint.objective import Objective
-from pint_fem.adjoint.problem import Point
+from pint_fem.adjoint.point import Point
 from pint_fem.collective import collectively
 from pint_fem.errors import InputError, SolverFailure
 from pint_fem.mgrit import SolveResult

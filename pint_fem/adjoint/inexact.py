@@ -29,7 +29,8 @@ from functools import partial
 import numpy as np
 
 from pint_fem.adjoint.objective import Objective
-from pint_fem.adjoint.problem import Point, ReducedProblem, relative_residual
+from pint_fem.adjoint.point import Point, relative_residual
+from pint_fem.adjoint.problem import ReducedProblem
 from pint_fem.adjoint.riesz import ControlInner
 from pint_fem.errors import SolverFailure
 

@@ -19,8 +19,9 @@ from pint_fem.adjoint.copies import Copies
 from pint_fem.adjoint.fingerprint import bound_numbers, constraint_numbers
 from pint_fem.adjoint.inexact import InexactObjective
 from pint_fem.adjoint.objective import Objective
+from pint_fem.adjoint.problem import ReducedProblem
 from pint_fem.adjoint.riesz import ControlInner
-from pint_fem.adjoint.sums import SumProblem, leaves, second_derivative
+from pint_fem.adjoint.sums import leaves, second_derivative
 from pint_fem.collective import ending_all_ranks, require_same
 from pint_fem.errors import InputError, SolverFailure
 from pint_fem.optimize import InexactOptions, minimize_trust_region
@@ -81,8 +82,11 @@ def trust_region(
         inexact = InexactOptions(**inexact)
     inexact = InexactOptions() if inexact is True else inexact or None
     if inexact is not None:
-        if isinstance(problem, SumProblem):
-            raise InputError("inexact= goes with the functional of one evolution: leave it out for a sum or a multiple")
+        if not isinstance(problem, ReducedProblem):
+            raise InputError(
+                "inexact= goes with the functional of one evolution: leave it out for a sum, a multiple and where the "
+                "initial condition is an expression of controls"
+            )
         _insist_on_residuals(rf, "inexact=")
     if inexact is not None and problem.is_quadratic and options.get("cg_rtol") is None:
         # what one cycle gives; nothing is nonlinear that looser first iterations could wait for
@@ -151,8 +155,11 @@ def _checkpoint(
     if not isinstance(given, (str, Path)):
         yield given
         return
-    if isinstance(objective.problem, SumProblem):
-        raise InputError("checkpoint: a file keeps the run of one evolution's functional: leave it out for a sum")
+    if not isinstance(objective.problem, ReducedProblem):
+        raise InputError(
+            "checkpoint: a file keeps the run of one evolution's functional: leave it out for a sum, a multiple and "
+            "where the initial condition is an expression of controls"
+        )
     layout = objective.problem.layout
     run = {"method": method, "bounds": None, "constraints": None}
     if sides is not None:

@@ -34,10 +34,12 @@ class Misfit(ABC):
 
     #: Whether it is a quadratic function of the trajectory.
     quadratic = False
+    #: Whether :meth:`bind` has been called: the misfit is a functional's.
+    is_bound = False
 
     def bind(self, evolution: Evolution, spacetime: SpaceTime, slab: Slab) -> None:
         """Prepare for the points of a slab; called once, on every rank."""
-        self.evolution, self.spacetime, self.slab = evolution, spacetime, slab
+        self.evolution, self.spacetime, self.slab, self.is_bound = evolution, spacetime, slab, True
 
     def has_changed(self) -> bool:
         """Whether the user has changed data that are not in forms since they were read."""

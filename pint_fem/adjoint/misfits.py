@@ -1,7 +1,7 @@
 """Misfits: what of the trajectory is compared with data. ``J = sum of misfits + regularisation``.
 
-What a misfit has to offer is in :mod:`~pint_fem.adjoint.misfit`. Data in a functional are read when it is bound; later
-changes of their values are not seen.
+What a misfit has to offer is in :mod:`~pint_fem.adjoint.misfit`. Data are copied when a functional is made; later
+changes of their values are seen after its ``update_data()`` only.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class _FormMisfit(BlockMisfit):
 
     def update_data(self, changed, *, own):
         """See :class:`~pint_fem.adjoint.misfit.Misfit`."""
-        if changed & self._data:
+        if changed & {*self._data, self.evolution.initial}:  # the initial state may be the reference
             self.bind(self.evolution, self.spacetime, self.slab)
 
     def _each(self, which: int, rows, u: np.ndarray, du: np.ndarray | None = None) -> np.ndarray:

@@ -40,10 +40,10 @@ class PointRows:
     def __init__(
         self,
         make: Callable[[float], np.ndarray | float],
+        *,
         times: np.ndarray,
         wanted: np.ndarray,
         size: int | None,
-        *,
         moves: bool,
         span: tuple[float, float],
         keep: bool,
@@ -59,6 +59,7 @@ class PointRows:
             self._space = RowSpace(comm, samples, floor=floor)
         else:
             self._rows = self._computed(times[wanted] if moves else times[:1])
+            self._make = None
 
     def _computed(self, times) -> np.ndarray:
         rows = np.empty((len(times), *self._shape))
@@ -71,13 +72,12 @@ class PointRows:
         return make() if self._space is None else self._space.get(time, make)
 
     def at(self, time: float) -> np.ndarray | float:
-        """The row of a time, with the bits that the row of a point at that time has."""
+        """The row of a time, one of the wanted points' where rows are kept for each of them."""
         if self._rows is None:
             return self._one(float(time))
         if not self.moves:
             return self._rows[0]
-        here = np.flatnonzero(self._times[self._wanted] == time)
-        return self._rows[here[0]] if len(here) else self._make(float(time))
+        return self._rows[np.flatnonzero(self._times[self._wanted] == time)[0]]
 
     def __getitem__(self, where) -> np.ndarray:
         """Rows of some points, zero where they are not wanted; one row where all are the same."""

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import copy
 
 import numpy as np
 
@@ -26,72 +27,20 @@ from pint_fem.adjoint.data import Data
 from pint_fem.adjoint.layout import ControlLayout
 from pint_fem.adjoint.memory import Memory, memory
 from pint_fem.adjoint.misfit import BlockMisfit, Misfit
+from pint_fem.adjoint.point import Point, relative_residual
 from pint_fem.adjoint.regularisation import Regularisation
 from pint_fem.adjoint.sweeps import Sweeps
 from pint_fem.adjoint.trajectory import Source, trajectories
 from pint_fem.collective import collectively, require_same
 from pint_fem.errors import FAILURES, InputError
-from pint_fem.mgrit import SolveResult, SolverFailure
+from pint_fem.mgrit import SolverFailure
 from pint_fem.mgrit.norms import gather_in_order
 
-__all__ = ["Point", "ReducedProblem", "relative_residual"]
+__all__ = ["ReducedProblem"]
 
 
 _ROUND_OFF, _NEAR = 16 * np.finfo(float).eps, 1e3
 """Least relative error of a state; fits to this times a state's error are near it."""
-
-
-class Point:
-    """What is known at a control.
-
-    Attributes
-    ----------
-    z : ndarray or None
-        The control.
-    U, L : ndarray, shape (k + 1, n)
-        State and adjoint, or first guesses of them; at the C-points with ``storage="C"``.
-    state, adjoint : SolveResult or None
-        How they were solved for this control; the adjoint for this state.
-    controls : ndarray or None
-        What of the gradient came with the adjoint's right-hand side.
-    readings : list of ndarray or None
-        What misfits have observed of the state, where it is not stored at all points.
-    """
-
-    def __init__(self, sweeps: Sweeps):
-        self.U, self.L = sweeps.new_slab(), sweeps.new_slab()
-        self.reset(sweeps.initial)
-
-    def reset(self, initial: np.ndarray) -> None:
-        """Forget everything: solves start cold."""
-        self.U[:], self.L[:] = initial, 0
-        self.cold = {"state": True, "adjoint": True}  # no solution yet to start from
-        self.move_to(None)
-
-    def move_to(self, z: np.ndarray | None) -> None:
-        """Another control; the trajectories are first guesses."""
-        self.z = None if z is None else z.copy()
-        self.state: SolveResult | None = None
-        self.rtol = {"state": np.inf, "adjoint": np.inf}  # tolerances reached
-        self.state_changed()
-
-    def state_changed(self) -> None:
-        """What follows from the state is not known any more."""
-        self.adjoint: SolveResult | None = None
-        self.rtol["adjoint"] = np.inf
-        self.value = self.gradient = self.controls = self.readings = None
-        self.parts: dict[str, float] = {}
-
-    def start_from(self, other: Point) -> None:
-        """Take another point's trajectories as first guesses."""
-        self.U[:], self.L[:] = other.U, other.L
-        self.cold = dict(other.cold)
-
-
-def relative_residual(result: SolveResult) -> float:
-    """Last residual of a solve relative to the trajectory; 0 for sequential ones, infinite where none was computed."""
-    residual = result.relative_residual
-    return np.inf if np.isnan(residual) else residual
 
 
 class ReducedProblem:
@@ -117,6 +66,7 @@ class ReducedProblem:
         self.misfits = [misfits] if isinstance(misfits, Misfit) else list(misfits)
         if not self.misfits or not all(isinstance(m, Misfit) for m in self.misfits):
             raise InputError("misfits: give RunningMisfit, TerminalMisfit or PointSensors objects")
+        self._given, self.misfits = self.misfits, [copy(m) if m.is_bound else m for m in self.misfits]  # shared
         require_same(self.spacetime.comm, misfits=self.misfits, regularisation=regularisation is not None)
         if not self.evolution.controls:
             raise InputError("the evolution has no control=: there is nothing to optimise")
@@ -165,20 +115,8 @@ class ReducedProblem:
             self._points.append(Point(self.sweeps))
 
     def update_data(self) -> list[str]:
-        """Read the user's data again: coefficients, boundary values, the initial condition, data of misfits and of the
-        regularisation (collective).
-
-        Trajectories stay as first guesses, and so do forms, operators and factors without changed data in them.
-
-        Returns
-        -------
-        list of str
-            What has other values than before.
-
-        Raises
-        ------
-        InputError
-            On every rank, if new values do not fit.
+        """Read the user's data again; what has other values than before (collective). See
+        :meth:`~pint_fem.adjoint.functional.ControlFunctional.update_data`.
         """
         changed = self.data.update()
         for point in self._points:
@@ -309,7 +247,7 @@ class ReducedProblem:
         InputError
             If the misfit is none of the problem's, or looks at whole slabs.
         """
-        known = [i for i, m in enumerate(self.misfits) if m is misfit]
+        known = [i for i, pair in enumerate(zip(self.misfits, self._given, strict=True)) if misfit in pair]
         if not known or not isinstance(misfit, BlockMisfit):
             raise InputError(f"observations of {misfit!r}: give a misfit of this problem that is a BlockMisfit")
         point = self._solve_state(z)

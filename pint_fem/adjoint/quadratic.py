@@ -5,19 +5,24 @@ r"""A functional of the state that is quadratic in it, at the points of a slab.
 
 about a reference state :math:`\bar u(t)` (:mod:`~pint_fem.adjoint.reference`): values and derivatives on blocks of
 states are products with one matrix, and ``j`` and ``g`` at the reference state are assembled once for each point, or
-once in all where they do not depend on time. The reference state is what the functional compares ``u`` with, the
-initial state where it compares ``u`` with nothing in particular and the initial state suits it as well as zero does,
-and else zero.
+once in all where they do not depend on time. The reference state is what the functional compares ``u`` with; where
+that is nothing in particular, the initial state if it suits the functional as well as zero does, and else zero. Where
+nothing depends on time, a minimum takes its place if it is much better.
 
 A derivative at the reference state that is round-off of its terms is zero: data that are in the space are its minimum.
 """
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
+from functools import partial
+
 import numpy as np
 import ufl
 from firedrake import Function, assemble
 from firedrake.assemble import get_assembler
+from firedrake.petsc import PETSc
 from ufl.algorithms import extract_coefficients
 
 from pint_fem.adjoint.point_rows import PointRows
@@ -31,7 +36,9 @@ __all__ = ["NOISE", "QuadraticPoints"]
 NOISE = 16 * np.finfo(float).eps / 2
 """Round-off of an assembled entry relative to the sum of its terms' magnitudes."""
 _AS_GOOD = 1.01
-"""A reference state suits a functional where this times the value at another is not less."""
+"""The initial state is the reference state where the functional is at most this times its value at zero."""
+_MUCH_SMALLER, _ITERATIONS = 0.01, 200
+"""How much smaller the functional has to be at the reference state that conjugate gradients find; their iterations."""
 
 
 class QuadraticPoints:
@@ -74,40 +81,65 @@ class QuadraticPoints:
         self._value_form = get_assembler(ufl.replace(form, at))
         self._gradient_form = None if gradient.empty() else get_assembler(ufl.replace(gradient, at))
         self._moves = {name: t in extract_coefficients(f) for name, f in (("value", form), ("gradient", gradient))}
-        place = (times, wanted)
-        given = dict(span=span, comm=V.mesh().comm)
         self._data = Reference(form, [u])
         self._reference: PointRows | None = None
-        make = None if self.Q is None else self._choice(initial, span)
-        moves = make is not None and make == self._data_row and t in self._data.coefficients
+        self._terms = None if self.Q is None else absolute(self.Q.matrix)
+        if self.Q is None:
+            make, moves = None, False
+        else:
+            make, moves = self._choice(initial, span)
+        this = weakref.proxy(self)  # rows that are computed when asked for: no cycle that keeps matrices alive
+        row = partial(PointRows, times=times, wanted=wanted, size=own_size(V), span=span, comm=V.mesh().comm)
         if make is not None:
-            self._reference = PointRows(make, *place, own_size(V), moves=moves, keep=keep, **given)
-        self._terms = None if make is None else absolute(self.Q.matrix)
-        floor = 0.0 if make is None else 0.25 * float(np.linalg.norm(self._noise(self._state(span[0]))))
-        self._g = PointRows(
-            self._gradient, *place, own_size(V), moves=moves or self._moves["gradient"], keep=keep, floor=floor, **given
-        )
-        self._c = PointRows(self._value, *place, None, moves=moves or self._moves["value"], keep=True, **given)
-        if keep or not self._g.moves:
+            self._reference = row(partial(make, this), moves=moves, keep=keep)
+        floor = 0.0 if make is None or keep else 0.25 * float(np.linalg.norm(self._noise(self._state(span[0]))))
+        of = {name: moves or moved for name, moved in self._moves.items()}
+        self._g = row(partial(type(self)._gradient, this), moves=of["gradient"], keep=keep, floor=floor)
+        self._c = row(partial(type(self)._value, this), moves=of["value"], keep=True, size=None)
+        if make is None or keep or not self._g.moves:
             self._terms = None
 
     # -- the reference state -------------------------------------------------------------------------------------------
-    def _choice(self, initial: np.ndarray, span: tuple[float, float]):
-        """What makes the reference state of a time; ``None``: it is zero."""
-        moving = any(self._moves.values())
-        times = np.linspace(*span, 3) if moving else span[:1]
-        if not self._data.found:
-            make, factor = (lambda time: initial), _AS_GOOD
-        else:
-            make, factor = self._data_row, 1.0
-        total = 0.0
-        for time in times:
-            row = make(float(time))
-            if row is None:
-                return None
-            total += np.array([abs(self._value_at(row, time)), abs(self._value_at(np.zeros_like(row), time))])
+    def _choice(self, initial: np.ndarray, span: tuple[float, float]) -> tuple[Callable | None, bool]:
+        """What makes the reference state of a time, called with this object and the time, and whether it depends on
+        time; ``None``: it is zero.
+        """
+        moving, found, zero = any(self._moves.values()), self._data.found, np.zeros_like(initial)
+        make, factor = (type(self)._data_row, 1.0) if found else ((lambda this, time: initial), _AS_GOOD)
+        total, row = np.zeros(2), zero
+        for time in np.linspace(*span, 3) if moving else span[:1]:
+            row = make(self, float(time))
+            if row is None:  # data that cannot be interpolated
+                break
+            total += [abs(self._value_at(x, time)) for x in (row, zero)]
+        suits = row is not None and bool(total[0] <= factor * total[1])
+        if moving:
+            return (make, found and self._t in self._data.coefficients) if suits else (None, False)
+        row = self._minimum(row if suits else zero, span[0])
         size = self._u.function_space().mesh().comm.allreduce(float(np.abs(row).max(initial=0.0)))
-        return make if total[0] <= factor * total[1] and (size > 0 or moving) else None
+        return ((lambda this, time: row) if size > 0 else None), False
+
+    def _minimum(self, row: np.ndarray, time: float) -> np.ndarray:
+        """A state where the derivative vanishes, by conjugate gradients from a given one, if the functional is much
+        smaller there: where data are not the same everywhere that ``u`` is compared with data.
+        """
+        if self._gradient_form is None:
+            return row
+        before = abs(self._value_at(row, time))
+        g = get(self._gradient_form.assemble())
+        ksp = PETSc.KSP().create(self.Q.matrix.comm)
+        ksp.setOperators(self.Q.matrix)
+        ksp.setType(PETSc.KSP.Type.CG)
+        ksp.getPC().setType(PETSc.PC.Type.JACOBI)
+        ksp.setTolerances(rtol=1e-12, max_it=_ITERATIONS)
+        ksp.setErrorIfNotConverged(False)
+        x, b = self.Q.matrix.createVecs()
+        b.array[:] = g
+        ksp.solve(b, x)
+        better = row - x.array_r
+        ksp.destroy()
+        finite = np.isfinite(x.norm())
+        return better if finite and abs(self._value_at(better, time)) < _MUCH_SMALLER * before else row
 
     def _data_row(self, time: float) -> np.ndarray | None:
         if self._t is not None:

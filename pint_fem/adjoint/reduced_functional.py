@@ -10,11 +10,12 @@ from firedrake.petsc import PETSc
 from mpi4py import MPI
 from ufl.algorithms import extract_coefficients
 
+from pint_fem.adjoint.composed import ComposedProblem
 from pint_fem.adjoint.functional import ControlFunctional
 from pint_fem.adjoint.problem import ReducedProblem
 from pint_fem.adjoint.riesz import ControlInner
 from pint_fem.adjoint.states import FinalState
-from pint_fem.adjoint.sums import SumProblem
+from pint_fem.adjoint.sums import SumProblem, leaves
 from pint_fem.adjoint.sweeps import Sweeps
 from pint_fem.adjoint.time_solver import mgrit_options, read_time_solver
 from pint_fem.errors import InputError
@@ -105,7 +106,7 @@ class TimeParallelReducedFunctional(ControlFunctional):
         final = [] if final_state is None else list(final_state) if several else [final_state]
         if final and len(final) != len(problems):
             raise InputError(f"final_state: {len(final)} functions for {len(problems)} evolutions; give one for each")
-        final = [FinalState(p, f) for p, f in zip(problems, final, strict=False)]
+        final = [FinalState(leaves(p)[0], f) for p, f in zip(problems, final, strict=False)]
         super().__init__(problem, ControlInner(problem.layout, riesz_map), forms, final)
 
 
@@ -119,7 +120,7 @@ def _shared_out(evolutions: list, misfits, forms: list, coarse_evolutions) -> tu
         raise InputError(
             f"misfits: give a list with {len(evolutions)} entries, the misfit or misfits of each evolution"
         )
-    own, controls = [[] for _ in evolutions], [set(ev.controls) for ev in evolutions]
+    own, controls = [[] for _ in evolutions], [set(ev.sought) for ev in evolutions]
     for form in forms:
         found = set(extract_coefficients(form)) & set().union(*controls) if isinstance(form, ufl.Form) else set()
         places = [i for i, of in enumerate(controls) if found <= of]
@@ -142,7 +143,7 @@ def _problem(
     propagator: Callable,
     coarse_evolutions,
     printer: Callable[[str], None],
-) -> ReducedProblem:
+) -> ReducedProblem | ComposedProblem:
     """The reduced problem of an evolution; see :class:`TimeParallelReducedFunctional`."""
     space_comm = evolution.V.mesh().comm
     if MPI.Comm.Compare(spacetime.space_comm, space_comm) not in (MPI.IDENT, MPI.CONGRUENT):
@@ -185,4 +186,9 @@ def _problem(
         )
     except ValueError as error:
         raise InputError(str(error)) from error
-    return ReducedProblem(sweeps, misfits, forms or None)
+    if evolution.initial_expression is None:
+        return ReducedProblem(sweeps, misfits, forms or None)
+    only = set(evolution.sought) - set(evolution.controls)  # controls of the initial condition alone
+    apart = [form for form in forms if isinstance(form, ufl.Form) and only & set(extract_coefficients(form))]
+    rest = [form for form in forms if form not in apart]
+    return ComposedProblem(ReducedProblem(sweeps, misfits, rest or None), apart)

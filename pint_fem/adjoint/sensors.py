@@ -57,12 +57,14 @@ class PointSensors(BlockMisfit):
     ):
         self.field, self.component = field, component
         self.points, self.times, self.data, self.weight = points, times, values, weight
+        self._users = self  # the object that the user has, also of a copy for a second functional
         self._take()
 
     def _given(self) -> tuple[np.ndarray, ...]:
         """Copies of what the user gave."""
-        points, times = np.array(self.points, float, ndmin=2), np.array(self.times, float, ndmin=1)
-        return points, times, np.array(self.data, float), np.array(self.weight, float)
+        own = self._users
+        points, times = np.array(own.points, float, ndmin=2), np.array(own.times, float, ndmin=1)
+        return points, times, np.array(own.data, float), np.array(own.weight, float)
 
     def _take(self) -> None:
         """Take a copy of what the user gave, and check it."""

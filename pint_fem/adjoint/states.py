@@ -53,11 +53,12 @@ def point_numbers(evolution: Evolution, times: Sequence[float]) -> list[int]:
         n = round(place) if np.isfinite(place) else -1
         if not 0 <= n <= evolution.nsteps or abs(place - n) > _ON_GRID:
             end = float(evolution.time(evolution.nsteps))
-            near = f"; near it are {evolution.time(int(place)):.9g} and {evolution.time(int(place) + 1):.9g}"
-            inside = evolution.t0 <= time <= end
+            inside, near = evolution.t0 <= time <= end, ""
+            if inside:
+                near = f"; near it are {evolution.time(int(place)):.9g} and {evolution.time(int(place) + 1):.9g}"
             raise InputError(
                 f"time {time!r} is no point of the evolution, whose times are t0 + n dt from {evolution.t0:.9g} to "
-                f"{end:.9g} with dt = {evolution.dt:.9g}{near if inside else ''}"
+                f"{end:.9g} with dt = {evolution.dt:.9g}{near}"
             )
         numbers.append(n)
     return numbers

@@ -17,10 +17,12 @@ import ufl
 from firedrake import Function
 from mpi4py import MPI
 
+from pint_fem.adjoint.composed import ComposedProblem
 from pint_fem.adjoint.layout import ControlLayout
 from pint_fem.adjoint.memory import Memory
 from pint_fem.adjoint.misfit import BlockMisfit
 from pint_fem.adjoint.problem import ReducedProblem
+from pint_fem.adjoint.regularisation import Regularisation
 from pint_fem.errors import InputError
 from pint_fem.propagators import Evolution
 
@@ -229,22 +231,29 @@ class SumProblem:
 
 def leaves(problem: ReducedProblem | SumProblem) -> list[ReducedProblem]:
     """The problems of evolutions in a problem: all of a sum's, or the one."""
-    if isinstance(problem, ReducedProblem):
-        return [problem]
+    if isinstance(problem, (ReducedProblem, ComposedProblem)):
+        return [problem if isinstance(problem, ReducedProblem) else problem.problem]
     return [leaf for _, term in problem.terms for leaf in leaves(term)]
 
 
 def second_derivative(problem: ReducedProblem | SumProblem, control: Function) -> ufl.Form | None:
     """Of the regularisation by a control, as a bilinear form; ``None`` where it is zero or depends on the control."""
-    if isinstance(problem, ReducedProblem):
-        regularisation = problem.regularisation
-        return None if regularisation is None else regularisation.second_derivative(control)
-    terms = [(w, term) for w, term in problem.terms if control in term.evolution.controls]
-    if not all(leaf.regularisation is None or leaf.regularisation.quadratic for _, t in terms for leaf in leaves(t)):
+    found = [
+        w * form
+        for w, regularisation in _regularisations(problem, 1.0)
+        if (form := regularisation.second_derivative(control)) is not None
+    ]
+    if not all(regularisation.quadratic for _, regularisation in _regularisations(problem, 1.0)):
         return None
-    found = [(w, second_derivative(term, control)) for w, term in terms]
-    found = [w * form for w, form in found if form is not None]
     return sum(found[1:], start=found[0]) if found else None
+
+
+def _regularisations(problem, weight: float) -> list[tuple[float, Regularisation]]:
+    """All of a problem's terms with their weights."""
+    if isinstance(problem, SumProblem):
+        return [found for w, term in problem.terms for found in _regularisations(term, weight * w)]
+    own = [] if problem.regularisation is None else [(weight, problem.regularisation)]
+    return own + (_regularisations(problem.problem, weight) if isinstance(problem, ComposedProblem) else [])
 
 
 def terms_of(
@@ -277,4 +286,6 @@ def terms_of(
 def _terms(problem, evolution: Evolution, weight: float, z: np.ndarray) -> list:
     if isinstance(problem, ReducedProblem):
         return [(weight, problem, z)] if problem.evolution is evolution else []
+    if isinstance(problem, ComposedProblem):
+        return _terms(problem.problem, evolution, weight, problem.selected(z))
     return [t for w, term in problem.terms for t in _terms(term, evolution, weight * w, problem.selected(term, z))]

@@ -215,12 +215,8 @@ class MGRITOptions:
         if self.levels is None or self.levels == 1:  # lists go on serving where a run is repeated sequentially
             return
         for name in _PER_LEVEL:
-            most, value = self.levels - 1 + (self.coarse_solver == "relax"), getattr(self, name)
-            if name in given and isinstance(given[name], (list, tuple)) and len(value) > most:
-                raise ValueError(
-                    f"mgrit {name} {given[name]!r} for {self.levels} levels: give at most {most}, one for each level "
-                    "but the coarsest"
-                )
+            if name in given and isinstance(given[name], (list, tuple)) and len(getattr(self, name)) > self.levels:
+                raise ValueError(f"mgrit {name} {given[name]!r} for {self.levels} levels: give at most one for each")
 
     def refuse_missing_levels(self, count: int) -> None:
         """Raise on options of one level that a hierarchy of ``count`` levels has not.

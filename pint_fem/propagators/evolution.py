@@ -18,7 +18,9 @@ from pint_fem.errors import InputError
 from pint_fem.petsc_types import require_types
 from pint_fem.propagators.arrays import boundary_rows, get, is_real, own_size, put, whole_space
 from pint_fem.propagators.boundary import boundary_value, control_values
+from pint_fem.propagators.control_checks import checked_controls, checked_per_step
 from pint_fem.propagators.fields import Fields, checked_field
+from pint_fem.propagators.initial import split_initial
 from pint_fem.propagators.nullspace import read_nullspace
 from pint_fem.propagators.private_copies import PrivateCopies, data_of
 from pint_fem.propagators.quadrature import with_fixed_degrees
@@ -62,7 +64,8 @@ class Evolution:
     t0
         Initial time.
     initial
-        Initial condition; default: the value of ``u``.
+        Initial condition: a function in the state's space, or a UFL expression, in controls too, that is interpolated
+        into it; default: the value of ``u``.
     bcs
         ``DirichletBC`` on ``u``'s space or parts of it (``V.sub(0)``). Their values may depend on ``t``.
     solver_parameters
@@ -97,7 +100,7 @@ class Evolution:
         per_step: bool | Sequence[Function] = False,
         t: Function | None = None,
         t0: float = 0.0,
-        initial: Function | None = None,
+        initial: Function | ufl.core.expr.Expr | None = None,
         bcs=(),
         solver_parameters: dict | None = None,
         eliminate: int | None = None,
@@ -122,6 +125,12 @@ class Evolution:
                 "residual is not a linear form: write F(Dt(u), u; v) with one TestFunction v, and no '== 0'"
             )
         V = u.function_space()
+        if any(is_real(part) for part in V):
+            raise InputError(
+                "the state has a real number in it (space R), of which Firedrake assembles no matrix that can be "
+                "factored: write the residual without it. For the mean of a pressure give nullspace=; a number with a "
+                "value in each step can be a control (per_step=)"
+            )
         if residual.arguments()[0].function_space() != V:
             raise InputError(
                 "the residual's test function is not in the state's space: use TestFunction(u.function_space())"
@@ -140,8 +149,11 @@ class Evolution:
         residual = expand_time_derivatives(residual, t=t, timedep_coeffs=(u,))
         coefficients = extract_coefficients(residual)
         check_time_derivatives(residual, u)
-        if initial is not None and (not isinstance(initial, Function) or initial.function_space() != V):
-            raise InputError("initial: give a Function in the state's space")
+        #: The controls as given; where the initial condition is an expression of some, :attr:`controls` has the
+        #: function ``initial`` instead of those that are nowhere else.
+        self.sought = tuple(control) if isinstance(control, (list, tuple)) else () if control is None else (control,)
+        #: The initial condition as an expression of controls, or ``None``.
+        self.initial_expression, initial, control = split_initial(initial, u, control, {*coefficients, *boundary_data})
         self.residual, self.u, self.V = _with_fixed_degrees(residual, u), u, V
         self.tableau, self.dt, self.nsteps = tableau, float(dt), int(nsteps)
         self.dirk = DIRK(tableau)
@@ -149,9 +161,11 @@ class Evolution:
         #: Its value is the initial condition.
         self.initial = u if initial is None else initial
         #: All controls, in the order given.
-        self.controls = _checked_controls(control, u, {*coefficients, *boundary_data}, initial)
+        self.controls = checked_controls(control, u, {*coefficients, *boundary_data}, initial)
         #: Those with a value in each step.
-        self.stepwise = _checked_per_step(per_step, self.controls, initial)
+        self.stepwise = checked_per_step(per_step, self.controls, initial)
+        if self.in_initial & set(self.stepwise):
+            raise InputError("initial: a control in the expression has a value in each step: leave it out of per_step")
         #: The control that is the initial condition, or ``None``.
         self.initial_control = next((c for c in self.controls if c is initial), None)
         parameters = [c for c in self.controls if c is not initial]
@@ -188,7 +202,7 @@ class Evolution:
             return self
         copies = PrivateCopies() if copies is None else copies
         own = copies.variable
-        for function in (self.u, *self.controls, *([] if self.t is None else [self.t])):
+        for function in (self.u, *self.controls, *self.sought, *([] if self.t is None else [self.t])):
             own(function)
         for representative, load in self.loads.items():
             copies.load(representative, load)
@@ -204,7 +218,14 @@ class Evolution:
             eliminate=self.eliminate, **self.bases,
         )  # fmt: skip
         made.posed, made.copies = self, copies
+        if self.initial_expression is not None:
+            made.initial_expression = copies.form(self.initial_expression)
         return made
+
+    @property
+    def in_initial(self) -> set[Function]:
+        """The functions in the initial condition where it is an expression of controls."""
+        return set() if self.initial_expression is None else set(extract_coefficients(self.initial_expression))
 
     def functional(self, form: ufl.Form, what: str) -> tuple[ufl.Form, Function | None]:
         """A user's functional in the functions of this private copy, and the time function in it, if any.
@@ -360,40 +381,3 @@ def _with_fixed_degrees(residual: ufl.Form, u: Function) -> ufl.Form:
     rate = Function(u.function_space())
     plain = with_fixed_degrees(ufl.replace(residual, {TimeDerivative(u): rate}))
     return ufl.replace(plain, {rate: TimeDerivative(u)})
-
-
-def _checked_controls(given, u: Function, found: set, initial: Function | None) -> tuple[Function, ...]:
-    """The controls as a tuple; ``found``: the functions in the residual and the boundary values."""
-    controls = tuple(given) if isinstance(given, (list, tuple)) else () if given is None else (given,)
-    for control in controls:
-        if not isinstance(control, Function):
-            raise InputError(f"control is a {type(control).__name__}: give a firedrake Function")
-        name = control.name()
-        if control is u:
-            raise InputError("the state u is no control: give its initial value as a function of its own, initial=")
-        if control is initial and control in found:
-            raise InputError(f"control {name!r} is the initial condition and in the residual: give two functions")
-        if control is not initial and control not in found:
-            raise InputError(
-                f"the control {name!r} does not appear in the residual, in a boundary value or as initial=: use the "
-                "same Function in both"
-            )
-        if is_real(control.function_space()) and control.ufl_shape:
-            raise InputError(f"control {name!r} is a vector of real numbers: give a function in R for each of them")
-        if control.function_space().mesh().unique() is not u.function_space().mesh().unique():
-            raise InputError("the control lives on another mesh than the state")
-    if len(set(controls)) < len(controls):
-        raise InputError("a control is given twice")
-    return controls
-
-
-def _checked_per_step(given, controls: tuple[Function, ...], initial: Function | None) -> tuple[Function, ...]:
-    """Controls with a value in each step."""
-    if isinstance(given, (bool, np.bool_)):
-        return tuple(c for c in controls if given and c is not initial)
-    chosen = tuple(given) if isinstance(given, (list, tuple)) else (given,)
-    if any(c not in controls or c is initial for c in chosen):
-        raise InputError(
-            "per_step: give True, or those of the controls (not the initial condition) with a value a step"
-        )
-    return chosen
