@@ -296,6 +296,32 @@ def test_new_readings_in_place_of_an_array():
 
 @pytest.mark.parallel([1, 2])
 @time_limit(100)
+def test_a_misfit_of_two_functionals():
+    """Serial and MGRIT with the same misfit objects, on slabs that differ where there are two ranks in time; new
+    readings reach both.
+    """
+    for grid in GRIDS:
+        posed = Posed(grid)
+        first = posed.functional()
+        shared = [pf.RunningMisfit(posed.misfit(posed.u)), posed.sensors]
+        ev, st = first.evolution, posed.st
+        alone = pf.SpaceTime((st.space_size, 1), comm=st.space_comm)
+        pair = [
+            pf.TimeParallelReducedFunctional(ev, shared, spacetime=where, solver_parameters=SOLVERS["serial"])
+            for where in (st, alone)
+        ]
+        constant = assemble(posed.regularisation(posed.q))
+        for _ in range(2):
+            expected = posed.reference() - constant
+            assert [float(J(posed.q)) for J in pair] == pytest.approx([expected] * 2, rel=1e-10)
+            posed.readings = posed.readings + 0.5
+            posed.sensors.data = posed.readings
+            for J in pair:
+                assert J.update_data() == ["what is given to PointSensors"]
+
+
+@pytest.mark.parallel([1, 2])
+@time_limit(100)
 def test_what_cannot_be_read_again_is_refused():
     for grid in GRIDS:
         posed = Posed(grid)

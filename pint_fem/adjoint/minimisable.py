@@ -63,7 +63,8 @@ class Minimisable:
         Returns
         -------
         TrustRegionResult
-            The controls take the values found; ``x`` holds the own values of the minimiser; :meth:`function` makes
+            The functional's own controls, ``controls``, take the values found, not the functions that the evolution was
+            given; ``x`` holds the own values of the minimiser; :meth:`function` makes
             functions of them.
 
         Raises

@@ -66,13 +66,15 @@ class _Datum(NamedTuple):
 
     def values(self) -> np.ndarray:
         """Own values of the user's object, a copy."""
-        given = self.given
-        return np.array(given.dat.data_ro) if isinstance(given, Constant) else get(given)
+        dat = self.given.dat  # components of a vector have views without PETSc's vectors, and constants none
+        return get(self.given) if hasattr(dat, "vec_ro") else np.array(dat.data_ro)
 
     def read(self) -> None:
         """Give the copy the values of the user's object."""
         if isinstance(self.given, Cofunction):
             riesz_representative(self.given, self.copy)
+        elif isinstance(self.given, Constant):
+            self.copy.assign(self.given.dat.data_ro)
         else:
             self.copy.assign(self.given)
 
@@ -114,8 +116,10 @@ class PrivateCopies:
         """One more copy, that forms do not get; ``label`` is what it is, for messages."""
         if isinstance(given, Constant):
             copy = Constant(given.dat.data_ro.reshape(given.ufl_shape), name=given.name)
-        else:
-            copy = Function(given.function_space(), name=given.name())
+        elif (space := given.function_space()).component is None:
+            copy = Function(space, name=given.name())
+        else:  # one component of a vector, whose values stand among the others'
+            copy = Function(space.parent).sub(space.component)
         return self._add(_Datum(given, copy, label))
 
     def _add(self, datum: _Datum) -> Function | Constant:
