@@ -1,7 +1,7 @@
 """Misspelt names of PETSc options: PETSc ignores them without a word, so they are refused with the name that was meant.
 
-PETSc's options are many and grow, so a name is refused only if it is one slip away from a common one and PETSc's library
-does not contain it. This module needs petsc4py and petsctools, not Firedrake.
+PETSc's options are many and grow, so a name is refused only if it is one slip away from a common one and PETSc's
+library does not contain it. This module needs petsc4py and petsctools, not Firedrake.
 """
 
 from __future__ import annotations

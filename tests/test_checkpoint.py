@@ -107,11 +107,11 @@ def test_restart_on_a_grid(tmp_path):
     check_restart(shared_folder(tmp_path) / "run.h5", "inexact", "2x2")
 
 
-@pytest.mark.parallel([1, 4])
+@pytest.mark.parallel([1, 2, 4])
 def test_round_trip_of_all_kinds_of_controls(tmp_path):
     """Vectors and trajectories come back to the last bit; onto one rank in time, too."""
     size, folder = MPI.COMM_WORLD.size, shared_folder(tmp_path)
-    st = pf.SpaceTime({1: "1x1", 4: "2x2"}[size])
+    st = pf.SpaceTime({1: "1x1", 2: "2x1", 4: "2x2"}[size])
     rf = several(st, steps=6, n=3)
     z = np.random.default_rng(3).standard_normal(rf.layout.size)
     rf.layout.share(z)

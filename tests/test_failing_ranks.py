@@ -3,9 +3,6 @@
 Expected values are those of one rank, exact ones, or the exception that was planted.
 """
 
-import os
-import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -364,41 +361,3 @@ def test_sys_exit_in_a_callback_leaves_the_last_iterate_saved(posed, tmp_path):
         whole = rf.minimize_trust_region(start, **options)
         assert goes_on.iterations == whole.iterations == 4
         np.testing.assert_allclose(goes_on.x, whole.x, rtol=1e-8, atol=1e-12)
-
-
-INTERRUPTED = """
-import os, signal, sys, threading, time
-import pint_fem as pf
-from mpi4py import MPI
-from tests.test_reduced_functional import functional
-comm = MPI.COMM_WORLD
-rf = functional(pf.SpaceTime(), n=3, steps=8, rtol=1e-11)
-count = []
-def interrupt():
-    for _ in range(3):  # one that comes while an object is deleted is ignored by Python
-        time.sleep(float(sys.argv[2]))
-        os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(5)
-def after(kind, result):
-    count.append(1)
-    if len(count) == 12 and comm.rank == 1:
-        threading.Thread(target=interrupt, daemon=True).start()
-rf.problem.sweeps.on_sweep = after
-while True:
-    rf.minimize_trust_region(checkpoint=sys.argv[1], gtol_rel=1e-9, cg_max_it=2)
-    rf.problem.forget()
-    os.path.exists(sys.argv[1]) and comm.rank == 0 and os.unlink(sys.argv[1])
-    rf(rf.function(rf.array(rf.controls[0].control) * 0))
-    comm.Barrier()
-"""
-
-
-@pytest.mark.starts_mpi
-def test_an_interrupt_of_one_rank_ends_all(tmp_path):
-    """At any moment of a run that would not end, in Python or in a message."""
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("OMPI_COMM", "OMPI_UNIVERSE", "PMIX", "ORTE"))}
-    command = ["mpiexec", "-n", "2", sys.executable, "-c", INTERRUPTED, str(tmp_path / "run.h5"), "0.013"]
-    root = Path(__file__).resolve().parent.parent
-    done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode not in (0, -signal.SIGKILL)
-    assert "KeyboardInterrupt" in done.stderr

@@ -43,6 +43,9 @@ def test_code(tmp_path, capsys):
     size = assemble(best**2 * dx)
     for other in ("by_scipy", "by_tao", "by_trust_krylov"):
         assert assemble((names[other] - best) ** 2 * dx) <= 1e-8 * size, other
+    assert names["result"].converged
+    found = names["both"].function(names["result"].x)
+    assert found.dat.data_ro.min(initial=0.0) >= 0
 
 
 def table(first_cell):

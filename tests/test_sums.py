@@ -249,3 +249,33 @@ def test_what_sums_refuse():
         with pytest.raises(InputError, match=r"process grids \(1, 2\) and \(2, 1\)"):
             posed.functional(0) + other.functional(0)
     assert str(J.memory())
+
+
+@pytest.mark.parallel([1, 2])
+@on_grids
+@time_limit(120)
+def test_bounds_and_an_integral_constraint_together(grid):
+    """First-order conditions at what is found: q no less than its bound exactly, its integral as given, and J' a
+    multiple of the integral's derivative between the bounds, no smaller on them.
+    """
+    posed = Experiments(grid_of(grid), linear=True)
+    J = posed.functional(0, regularisation=posed.prior(posed.q, posed.k))
+    least, total = 0.1, 0.15
+    result = J.minimize_trust_region(bounds=([least, None], None), constraints=[(posed.q * dx, total)], gtol_rel=1e-8)
+    assert result.converged
+    q, k = J.function(result.x)
+    assert assemble(q * dx) == pytest.approx(total, abs=1e-7)
+    assert J([q, k]) == pytest.approx(result.value, rel=1e-8)
+    slope, _ = J.derivative()
+    weight = get(assemble(TestFunction(posed.V) * dx))
+    values, prices = get(q), get(slope) / weight
+    comm = posed.st.space_comm
+    values, prices = (np.concatenate(comm.allgather(a)) for a in (values, prices))
+    assert (values >= least).all()
+    assert 1 <= (values == least).sum() < len(values) - 2
+    price = prices[values > least].mean()
+    scale = np.abs(prices).max()
+    np.testing.assert_allclose(prices[values > least], price, atol=1e-4 * scale)
+    assert (prices[values == least] >= price - 1e-4 * scale).all()
+    with pytest.raises(ValueError, match="within the bounds, and never"):
+        J.minimize_trust_region(bounds=([least, None], None), constraints=[(posed.q * dx, -1.0)])

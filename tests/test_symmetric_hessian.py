@@ -109,7 +109,7 @@ def test_failure_behind_the_last_iteration_is_named():
     sweep.solver.solve(*sweep.arrays(np.ones_like(sweep.adjoints)), start=sweep.start, cycles=1)
 
     def fail(u, out, lane):
-        raise RuntimeError("no such step")
+        raise ArithmeticError("no such step")
 
     fine.propagator._apply = fail
     with pytest.raises(SolverFailure, match="no such step"):

@@ -118,7 +118,7 @@ class Task(NamedTuple):
     terminal: Callable | None = None
     scheme: str = "BackwardEuler"
     dt: float = 0.05
-    steps: int = 6
+    steps: int = 4
     conditions: Callable = lambda controls, t: []
     initial: int | None = None
     stepwise: bool = False
@@ -223,7 +223,7 @@ def shallow_water(comm) -> Task:
     direction.subfunctions[1].interpolate(sin(2 * pi * (x + y)))
     return Task(
         V, residual, lambda u: None, [V], [value], [direction], lambda z: 1e-2 * inner(z[0], z[0]) * dx,
-        # pyadjoint integrates the derivative with the degree estimated for it, not with that of the functional: give one
+        # pyadjoint integrates derivatives with the degrees estimated for them, not with the functional's: give one
         running=lambda s, t: (s[1] - sin(2 * pi * x)) ** 2 * dx(degree=6), terminal=lambda s, t: inner(s[0], s[0]) * dx,
         scheme="ImplicitMidpoint", initial=0, parameters={"time_solver": "paradiag", "paradiag": {"rtol": 1e-12}},
     )  # fmt: skip
@@ -309,7 +309,7 @@ def navier_stokes(comm) -> Task:
     return Task(
         V, residual, lambda u: None, [R], [-1.2], [0.7], lambda z: 1e-3 * z[0] ** 2 * dx,
         running=lambda s, t: inner(s[0], s[0]) * dx, terminal=lambda s, t: 1e-2 * inner(grad(s[1]), grad(s[1])) * dx,
-        dt=0.1, steps=4,
+        dt=0.1,
         conditions=lambda z, t: [
             (V.sub(0), as_vector((0.0, 0.0)), (1, 2, 3)), (V.sub(0), as_vector((4 * x * (1 - x), 0 * x)), 4)
         ],
@@ -330,7 +330,7 @@ def p_laplacian(comm) -> Task:
 
     return Task(
         V, residual, lambda u: u.interpolate(x * (1 - x)), [Q], [5 * cos(3 * x) * y], [x - y],
-        lambda z: 1e-3 * z[0] ** 2 * dx, terminal=lambda s, t: (s[0] - y) ** 2 * dx, scheme="SDIRK2", steps=4,
+        lambda z: 1e-3 * z[0] ** 2 * dx, terminal=lambda s, t: (s[0] - y) ** 2 * dx, scheme="SDIRK2",
         conditions=lambda z, t: [(V, 0.0, (1, 2))],
     )  # fmt: skip
 
@@ -384,7 +384,7 @@ def channel(comm) -> Task:
         return (inner(u_t, w) + inner(grad(u), grad(w)) - p * div(w) - q * div(u)) * dx
 
     return Task(
-        V, residual, lambda u: None, [R], [[0.2, 0.8, -0.3, 1.0, 0.5, 0.1]], [[1.0, -0.5, 0.3, 0.2, -0.8, 0.6]],
+        V, residual, lambda u: None, [R], [[0.2, 0.8, -0.3, 1.0]], [[1.0, -0.5, 0.3, 0.2]],
         lambda z: 1e-2 * z[0] ** 2 * dx, running=lambda s, t: (s[0][0] - y) ** 2 * ds(2) + s[1] ** 2 * ds(1),
         conditions=lambda z, t: [
             (V.sub(0), as_vector((4 * z[0] * y * (1 - y), 0 * y)), 1), (V.sub(0), as_vector((0.0, 0.0)), (3, 4))
@@ -409,7 +409,7 @@ def stirred_tank(comm) -> Task:
     return Task(
         V, residual, lambda u: u.interpolate(x * y), [Q, R], [as_vector((y, sin(3 * x))), 0.5],
         [as_vector((cos(3 * y), x)), 0.2], lambda z: 1e-2 * inner(z[0], z[0]) * dx + 1e-2 * z[1] ** 2 * dx,
-        running=lambda s, t: (s[0] - x * t) ** 2 * dx, scheme="SDIRK2", moving=True, steps=4,
+        running=lambda s, t: (s[0] - x * t) ** 2 * dx, scheme="SDIRK2", moving=True,
         conditions=lambda z, t: [(V, sin(2 * t) * y, 1)],
     )  # fmt: skip
 

@@ -11,7 +11,7 @@ coarse levels          :math:`(4 k_l + 2)\,n` for each coarse level of :math:`k_
                        and each solver: two (state and tangent share one), three for a nonlinear evolution
 windows                with ``storage="C"``: :math:`3 m w\,n` at most, of ``w`` intervals computed again together
 data                   states that data depending on time take: loads (one a stage and step), linear parts of misfits
-linearisation          of a nonlinear evolution :math:`6 s + 5` states for each step remembered: own ones of all levels,
+linearisation          of a nonlinear evolution :math:`8 s + 5` states for each step remembered: own ones of all levels,
                        with ``storage="C"`` those of coarse levels and of one interval
 model                  once a model of the Hessian is made (inexact minimisation): a slab, and its coarse levels
 PETSc                  blocks of ``WIDTH`` states, matrices, factors as PETSc counts or estimates them

@@ -31,7 +31,10 @@ class TimeParallelReducedFunctional(ControlFunctional):
 
     Converged, it is the functional that a serial pyadjoint tape of the same steps differentiates; use it with
     ``taylor_test``, ``minimize`` and ``TAOSolver``, or :meth:`minimize_trust_region`. Functionals can be added and
-    multiplied by numbers, see :class:`~pint_fem.adjoint.functional.ControlFunctional`.
+    multiplied by numbers, see :class:`~pint_fem.adjoint.functional.ControlFunctional`. Forms are integrated with the
+    quadrature degrees that ``assemble`` takes for them as they are given, and so are their derivatives, of which
+    pyadjoint estimates the degrees anew: give ``dx(degree=...)`` to compare where no rule is exact
+    (:mod:`~pint_fem.propagators.quadrature`).
 
     Parameters
     ----------

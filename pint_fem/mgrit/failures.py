@@ -109,14 +109,15 @@ class Failures:
             found = self._in_array()
         mine = None
         if found is not None:
-            mine = found[0], self.comm.rank, reported(error or SolverFailure(found[1]), found[1])
+            mine = found[0], self.comm.rank, first.call, reported(error or SolverFailure(found[1]), found[1])
         reports = [mine] if self.everyone.size == 1 else self.everyone.allgather(mine)
         # the worst kind; of those in the earliest cycle: values travel from left to right only, the first has the cause
-        order = lambda report: (report[2].kind, report[0], report[1])
-        cycle, rank, report = min(filter(None, reports), key=order, default=(0, 0, _TOO_LARGE))
+        order = lambda found: (found[-1].kind, *found[:-1])
+        chosen = min(filter(None, reports), key=order, default=(0, 0, 0, _TOO_LARGE))
+        report = chosen[-1]
         # all ranks with a mistake raise their own
-        mine_too = mine is not None and mine[2].kind == report.kind
-        here = error if mine_too and (not report.is_numerical or (cycle, rank) == mine[:2]) else None
+        mine_too = mine is not None and mine[-1].kind == report.kind
+        here = error if mine_too and (not report.is_numerical or mine[:-1] == chosen[:-1]) else None
         first.error = None
         if here is not None and not report.is_numerical:
             here.add_note(f"(sweep {self.name}: {report.text})")

@@ -69,6 +69,11 @@ class FirstFailure:
         The cycle that it was in.
     now : int
         The present cycle.
+    call : int
+        Number of the propagator's call: ranks that share states in space make the same calls, so the first of them
+        has the cause.
+    calls : int
+        The present one.
     """
 
     def __init__(self):
@@ -78,7 +83,7 @@ class FirstFailure:
         """Nothing has failed."""
         self.text: str | None = None
         self.error: BaseException | None = None
-        self.cycle = self.now = 0
+        self.cycle = self.now = self.call = self.calls = 0
 
     def note(self, text: str, error: BaseException | None = None) -> None:
         """Keep a failure, unless an earlier one is there; a mistake of the program takes the place of one that was
@@ -86,7 +91,7 @@ class FirstFailure:
         """
         mistake = error is not None and not is_numerical(error)
         if self.text is None or (mistake and (self.error is None or is_numerical(self.error))):
-            self.text, self.error, self.cycle = text, error, self.now
+            self.text, self.error, self.cycle, self.call = text, error, self.now, self.calls
             if error is not None and not mistake:
                 release(error)  # it is kept while the solve goes on
 
@@ -171,6 +176,7 @@ class Level:
         if not len(steps):
             return
         self.phi_calls += len(steps)
+        self.first_failure.calls += 1
         begin = self.trace.now() if self.trace else 0.0
         try:
             self._calls.step(steps, u, out)
@@ -208,6 +214,7 @@ class Level:
                     U[i + 1] += G[i]
             return
         self.phi_calls += len(steps)
+        self.first_failure.calls += 1
         begin = self.trace.now() if self.trace else 0.0
         try:
             self._calls.sweep(steps[0], U, G)

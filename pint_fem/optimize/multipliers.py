@@ -10,10 +10,10 @@ orthonormal basis :math:`q_i` of the normals (:mod:`pint_fem.optimize.constraint
 It is minimised within the bounds (:mod:`pint_fem.optimize.bounded`), then :math:`\nu_i \leftarrow \nu_i + \mu v_i`, and
 so on [1, Alg. 17.4]: at the minimiser for these multipliers the gradient of L is that of the Lagrangian with the new
 ones, so its projection measures the distance from the first-order conditions, and :math:`v` what is missing of the
-constraints. Each round shortens :math:`v` by about :math:`1 / (1 + \mu\, q^T H^{-1} q)`; :math:`\mu` is a multiple of
-the curvature of J along the normals, so a few rounds do. The rank-k term costs conjugate gradients at most k iterations
-more, as it has k eigenvalues, however large. Values and gradients of J at the end of a round are the first of the next
-one, and problems that remember their last point do not compute them again.
+constraints. Each round shortens :math:`v` by about :math:`1 / (1 + \mu\, q^T H^{-1} q)`; from the third round on the
+multipliers are those at which :math:`v` vanishes by the secants of the last rounds. :math:`\mu` is a small multiple of
+the curvature of J along the normals: a larger one shortens the projected steps to the bounds, which then take many
+times as many iterations. Five to ten times the Hessian actions of the run without constraints have to be expected.
 
 References
 ----------
@@ -39,7 +39,7 @@ from pint_fem.optimize.records import IterationRecord, StopReason, TrustRegionRe
 __all__ = ["minimize_bounded_constrained"]
 
 # mu in curvatures of J along the normals; a round that shortens the violation by less than _FALL multiplies it by _GROW
-_PENALTY, _GROW, _FALL = 1e3, 10.0, 0.25
+_PENALTY, _GROW, _FALL = 10.0, 10.0, 0.5
 
 # Rounds at most, and rounds in succession that bring x no closer to the constraints than by _STUCK: there is no point.
 _ROUNDS, _PATIENCE, _STUCK = 30, 3, 0.9
@@ -107,7 +107,7 @@ def minimize_bounded_constrained(
     gtol_rel: float = 1e-6,
     gtol_abs: float = 0.0,
     ctol: float = 1e-8,
-    max_it: int = 50,
+    max_it: int = 500,
     preconditioner: Preconditioner | str | None = None,
     monitor: Callable[[str], object] | None = None,
     callback: Callable[[np.ndarray, IterationRecord], object] | None = None,
@@ -165,7 +165,7 @@ def minimize_bounded_constrained(
     penalty = _PENALTY * max(constraints.curvatures(x)) or 1.0
     history: list[IterationRecord] = []
     calls, first_norm, tolerance, aim, before = np.zeros(3, dtype=int), None, None, None, math.inf
-    stuck = 0
+    stuck, seen = 0, []
 
     def watch(x, record):
         return callback is not None and callback(x, replace(record, iteration=record.iteration + len(history)))
@@ -183,7 +183,9 @@ def minimize_bounded_constrained(
         )  # fmt: skip
         history += [replace(r, iteration=r.iteration + len(history)) for r in inner.history]
         calls += inner.value_calls, inner.gradient_calls, inner.hessian_calls
-        x, multipliers = inner.x, lagrangian.next_multipliers(x=inner.x)
+        x = inner.x
+        seen.append((multipliers, constraints.offsets(x)))
+        multipliers = _without_violation(seen, lagrangian.next_multipliers(x))
         violation, size = constraints.distance(x)
         if monitor is not None:
             monitor(f"constraints missed by {violation:.3e} (norm of x and the values {size:.3e})")
@@ -194,7 +196,7 @@ def minimize_bounded_constrained(
         if (met and not inner.converged) or stuck == _PATIENCE:  # round-off or a radius too small; no such point
             break
         if violation > _FALL * before:
-            penalty *= _GROW
+            penalty, seen = penalty * _GROW, []
         aim, before = max(tolerance, _TIGHTER * aim), violation
     reason = inner.reason
     if not met and reason not in (StopReason.CALLBACK, StopReason.MAX_IT):
@@ -211,6 +213,24 @@ def minimize_bounded_constrained(
         gradient_calls=int(calls[1]),
         hessian_calls=int(calls[2]),
     )
+
+
+def _without_violation(seen: list[tuple[np.ndarray, np.ndarray]], following: np.ndarray) -> np.ndarray:
+    """Multipliers at which the violation vanishes by its secants, where there are as many as constraints.
+
+    Parameters
+    ----------
+    seen
+        Multipliers of the rounds with this penalty, and the violations at their ends.
+    following
+        What the method of multipliers takes next.
+    """
+    last = seen[-len(following) - 1 :]
+    if len(last) <= len(following):
+        return following
+    steps, changes = (np.diff([pair[i] for pair in last], axis=0).T for i in (0, 1))
+    coefficients, _, rank, _ = np.linalg.lstsq(changes, -last[-1][1], rcond=1e-10)
+    return last[-1][0] + steps @ coefficients if rank == len(following) else following
 
 
 def _projected_norm(problem: AugmentedLagrangian, x, low, high, multipliers) -> float:

@@ -95,7 +95,7 @@ class FormPropagator(FEPropagator):
 
     def memory_bytes(self):
         """See the module :mod:`~pint_fem.propagators.linearisation`."""
-        return 8 * ((6 * self.dirk.stages + 5) * self.evolution.state_size + self.evolution.control_size)
+        return 8 * ((8 * self.dirk.stages + 5) * self.evolution.state_size + self.evolution.control_size)
 
     def petsc_bytes(self, memories):
         """Matrices of the stages that move, and factors as far as the budget goes: from a factorisation of a Jacobian

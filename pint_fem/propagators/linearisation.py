@@ -2,12 +2,13 @@
 
 A *linearisation* is a control with a trajectory. Everything that derivatives need of it is computed once for a step,
 when it is first asked for; sweeps are then products and triangular solves. What a later linearisation can use remains:
-stage values as first guesses, factors as approximate ones (see :mod:`~pint_fem.propagators.factors`), and the memory
-of matrices. So nothing grows from one linearisation to the next.
+factors as approximate ones (see :mod:`~pint_fem.propagators.factors`) and the remainders of first iterates, which save
+iterations and change no result (:mod:`~pint_fem.propagators.newton`), and the memory of matrices. So nothing grows
+from one linearisation to the next.
 
-Remembered of a step are ``2 s`` states for ``s`` stages, two adjoints with ``s + 2`` states each, a tangent with
-``2 s + 1`` states and a control vector, and for each stage the Jacobian and those of the matrices ``F_W`` and ``F_z``
-that move; and factors as far as their budget goes.
+Remembered of a step are ``4 s`` states for ``s`` stages (the diagonals of factors among them), two adjoints with
+``s + 2`` states each, a tangent with ``2 s + 1`` states and a control vector, and for each stage the Jacobian and those
+of the matrices ``F_W`` and ``F_z`` that move; and factors as far as their budget goes.
 """
 
 from __future__ import annotations

@@ -221,6 +221,8 @@ class Nullspace:
                 if not size <= EXACT:
                     what = "the stage matrix" + (" transposed" if multiply == matrix.multTranspose else "")
                     raise InputError(f"{name}: {what} times a vector of it is not zero (relative size {size:.1e})")
+        x.destroy()
+        b.destroy()
 
     def pin(self, matrix: PETSc.Mat) -> None:
         """Make :math:`S_\\sigma` of an assembled matrix, in place (collective)."""

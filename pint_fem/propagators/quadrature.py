@@ -9,6 +9,10 @@ where derivatives and replacements inherit them: all parts then belong to one su
 The estimate is UFL's, and its place in the pipeline is that of Firedrake's form compiler: integrals over the same
 subdomain with the same metadata share one degree, the largest of theirs, and each block of a mixed test function has
 degrees of its own.
+
+So derivatives are exactly those of the values. Firedrake and pyadjoint estimate the degree of each derivative anew:
+where no rule is exact, their gradient is that of another quadrature. To compare with them give a degree,
+``dx(degree=4)``.
 """
 
 from __future__ import annotations

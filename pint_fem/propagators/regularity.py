@@ -49,7 +49,10 @@ def is_singular(ksp: PETSc.KSP) -> bool:
             raise
         return True
     again.axpy(-1.0, x)
-    return not again.norm(_MAX) <= REPEATABLE * size
+    difference = again.norm(_MAX)
+    for vec in (x, b, again):
+        vec.destroy()
+    return not difference <= REPEATABLE * size
 
 
 def singular_message(matrix: PETSc.Mat, V) -> str:
