@@ -147,7 +147,7 @@ class FinalState:
     problem
         Of the evolution.
     function
-        In the state's space; the user's, who asks for it.
+        In the state's space; the user's own.
 
     Raises
     ------
