@@ -120,7 +120,10 @@ class ControlFunctional(Minimisable, AbstractReducedFunctional):
         try:
             return EnsembleFunctionSpace([space] * self.layout.slab.k, self.spacetime.ensemble)
         except ValueError as error:
-            raise InputError(f"{error}: build the mesh with comm=spacetime.space_comm") from error
+            raise InputError(
+                f"control {control.name()!r} has a value in each step ({error}): give spacetime=pf.SpaceTime(...) and "
+                "build the mesh with comm=spacetime.space_comm"
+            ) from error
 
     def _new(self, space, *, dual: bool = False):
         if isinstance(space, EnsembleFunctionSpaceBase):

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from pint_fem.adjoint.minimisation import one_shot, scipy_method, trust_region
+from pint_fem.adjoint.minimisation import named_array, one_shot, scipy_method, trust_region
 from pint_fem.optimize import OneShotResult, TrustRegionResult
 
 __all__ = ["Minimisable"]
@@ -109,7 +109,7 @@ class Minimisable:
         return result
 
     def _start(self, start) -> np.ndarray:
-        return self._current() if start is None else self.array(start)
+        return self._current() if start is None else named_array(self, start, "start")
 
     def _monitor(self, monitor):
         """On the first rank only."""

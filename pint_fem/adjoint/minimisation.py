@@ -34,7 +34,7 @@ from pint_fem.optimize.scipy_adapter import scipy_minimize
 from pint_fem.propagators.arrays import get
 from pint_fem.propagators.quadrature import with_fixed_degrees
 
-__all__ = ["one_shot", "scipy_method", "trust_region"]
+__all__ = ["named_array", "one_shot", "scipy_method", "trust_region"]
 
 # Plate, 64 steps, cycles without and with learned pairs: 306 and 106 with 0.1, 272 and 101 with 0.02, 334 and 98 with
 # 0.01, 476 and 145 with "superlinear".
@@ -212,6 +212,14 @@ def scipy_method(rf, start: np.ndarray, method: str, *, bounds, **options):
         return scipy_minimize(objective, start, method, comm=rf.spacetime.comm, lower=lower, upper=upper, **options)
 
 
+def named_array(rf, values, what: str) -> np.ndarray:
+    """Own values of controls; a refusal names the argument."""
+    try:
+        return rf.array(values)
+    except InputError as error:
+        raise InputError(f"{what}: {error}") from error
+
+
 def _value_rtol(problem) -> float:
     """Relative accuracy of ``J``, by that of the sweeps."""
     return 10 * max(leaf.sweeps.options.rtol for leaf in leaves(problem))
@@ -233,11 +241,13 @@ def _side(rf, side, none: float):
     if len(sides) != len(controls):
         raise InputError(f"bounds: {len(sides)} values for {len(controls)} controls; give a number, or one for each")
     if not any(one is None or isinstance(one, Real) for one in sides):
-        return rf.array(sides)
+        return named_array(rf, sides, "bounds")
     whole = np.empty(rf.layout.size)
     spread = [rf.function(np.zeros(rf.layout.size))] if len(controls) == 1 else rf.function(np.zeros(rf.layout.size))
     given = [zero if one is None or isinstance(one, Real) else one for one, zero in zip(sides, spread, strict=True)]
-    for part, values, one in zip(rf.layout.parts(whole), rf.layout.parts(rf.array(given)), sides, strict=True):
+    for part, values, one in zip(
+        rf.layout.parts(whole), rf.layout.parts(named_array(rf, given, "bounds")), sides, strict=True
+    ):
         part[...] = none if one is None else float(one) if isinstance(one, Real) else values
     return whole
 
