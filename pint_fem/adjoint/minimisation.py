@@ -308,7 +308,7 @@ def _normal(rf, form) -> tuple[np.ndarray, float]:
         space = control.function_space()
         slope = expand_derivatives(derivative(form, control, TestFunction(space)))
         if set(controls) & set(extract_coefficients(slope)):
-            raise InputError("constraints: a functional is not affine in the controls")
+            raise InputError("constraints: a functional is not linear in the controls")
         stepwise = control in rf.evolution.stepwise
         rf.layout.part(dual, control)[...] = get(assemble(slope)) * (rf.evolution.dt if stepwise else 1.0)
     constant = float(assemble(ufl.replace(form, {c: Function(c.function_space()) for c in controls})))
