@@ -194,3 +194,80 @@ def test_a_real_number_in_the_state_is_refused_by_name():
     for F, state in ((mixed, w), ((Dt(alone) + alone) * test * dx, alone)):
         with pytest.raises(InputError, match=r"the state has a real number in it \(space R\)"):
             pf.Evolution(F, state, tableau=pf.BackwardEuler(), dt=STEP, nsteps=N)
+
+
+def means(V, t, controls, initial, **options):
+    """``Dt(u) = q - t`` without diffusion, ``q`` the last control, by backward Euler from t0 in 4 steps of 1/8."""
+    u, v = Function(V, name="u"), TestFunction(V)
+    F = (Dt(u) - controls[-1] + t) * v * dx
+    return pf.Evolution(
+        F, u, tableau=pf.BackwardEuler(), dt=STEP, nsteps=N, control=controls, t=t, initial=initial, **options
+    )
+
+
+@pytest.mark.parallel([1, 2])
+@time_limit(60)
+def test_the_time_in_an_initial_expression_is_the_initial_time():
+    """With a control in it and without: ``(a + t)^2`` at ``t0 = 1`` is ``(a + 1)^2``, whatever the time function is and
+    however often steps have moved it; ``dJ/da = 2 (a + 1) mean``. ``u_N = u_0 + 4/8 q - (9/8 + ... + 12/8)/8``.
+    """
+    for grid in GRIDS[MPI.COMM_WORLD.size]:
+        posed = Posed(pf.SpaceTime(grid))
+        a, q, t = posed.controls[0], Function(posed.V, name="q"), pf.time_function(posed.V.mesh(), 7.0)
+        options = {"spacetime": posed.st, "solver_parameters": {"mgrit": {"levels": 1}}}
+        R = a.function_space()
+        moved = 0.5 * 2.0 - (9 + 10 + 11 + 12) / 8 / 8
+        for controls in ([a, q], [q]):
+            initial = (a + t) ** 2 if a in controls else (3 + t) ** 2
+            ev = means(posed.V, t, controls, initial, t0=1.0)
+            J = pf.TimeParallelReducedFunctional(ev, pf.TerminalMisfit(ev.u * dx), **options)
+            for number in (3.0, 1.0, 3.0) if a in controls else (3.0, 3.0):
+                z = [Function(R).assign(number), Function(posed.V).assign(2.0)][-len(controls) :]
+                assert float(J(z)) == pytest.approx((number + 1) ** 2 + moved, rel=1e-10)
+                slope = J.derivative()
+                if a in controls:
+                    np.testing.assert_allclose(get(slope[0]), 2 * (number + 1), rtol=1e-10)
+            np.testing.assert_allclose(get(J.state(times=1.0)), (number + 1) ** 2, rtol=1e-12)
+
+
+@pytest.mark.parallel([1, 2])
+@time_limit(60)
+def test_data_of_an_expression_without_controls_are_read_as_all_data():
+    """Those of ``initial=c*d + t`` when the functional is made, not when the evolution was posed, and again when asked,
+    with a warning before: ``u_N = c d - (1/8 + ... + 4/8)/8``.
+    """
+    for grid in GRIDS[MPI.COMM_WORLD.size]:
+        posed = Posed(pf.SpaceTime(grid))
+        q, t = Function(posed.V, name="q"), pf.time_function(posed.V.mesh(), 7.0)
+        c, d = fd.Constant(1.0, name="factor"), Function(posed.V, name="start").assign(1.0)
+        ev = means(posed.V, t, [q], c * d + t)
+        c.assign(2.0)
+        options = {"spacetime": posed.st, "solver_parameters": {"mgrit": {"levels": 1}}}
+        # quadratic: the initial state may be what the misfit is expanded about
+        J = pf.TimeParallelReducedFunctional(ev, pf.TerminalMisfit(ev.u**2 * dx), **options)
+        moved = -(1 + 2 + 3 + 4) / 8 / 8
+        assert float(J(q)) == pytest.approx((2 + moved) ** 2, rel=1e-10)
+        d.assign(1.5)
+        if posed.st.is_root:
+            with pytest.warns(UserWarning, match="'start'"):
+                assert float(J(q)) == pytest.approx((2 + moved) ** 2, rel=1e-10)
+        else:
+            J(q)
+        assert J.update_data() == ["the value of the function 'start'"]
+        assert float(J(q)) == pytest.approx((3 + moved) ** 2, rel=1e-10)
+        np.testing.assert_allclose(get(J.state(times=0.0)), 3.0, rtol=1e-12)
+        c.assign(4.0)
+        assert J.update_data() == ["the value of the constant 'factor'"]
+        assert float(J(q)) == pytest.approx((6 + moved) ** 2, rel=1e-10)
+
+
+@pytest.mark.parallel([1, 2])
+@time_limit(60)
+def test_a_misfit_of_a_control_of_the_initial_expression_is_refused():
+    """Though the sweeps know nothing of that control."""
+    posed = Posed(pf.SpaceTime())
+    a, q, t = posed.controls[0], Function(posed.V, name="q"), pf.time_function(posed.V.mesh())
+    ev = means(posed.V, t, [a, q], a * posed.x[0])
+    for misfit in (pf.TerminalMisfit((ev.u - a) ** 2 * dx), pf.RunningMisfit(a * ev.u * dx)):
+        with pytest.raises(InputError, match="contains a control"):
+            pf.TimeParallelReducedFunctional(ev, misfit, spacetime=posed.st, solver_parameters={"mgrit": {"levels": 1}})

@@ -279,3 +279,83 @@ def test_bounds_and_an_integral_constraint_together(grid):
     assert (prices[values == least] >= price - 1e-4 * scale).all()
     with pytest.raises(ValueError, match="within the bounds, and never"):
         J.minimize_trust_region(bounds=([least, None], None), constraints=[(posed.q * dx, -1.0)])
+
+
+@pytest.mark.parallel([1, 2])
+@on_grids
+@time_limit(60)
+def test_what_is_a_control_of_one_evolution_and_data_of_another_is_refused(grid):
+    """In a residual, as an initial condition, in its expression, in a misfit and in a regularisation; with a copy of
+    the control, whose value stays, the sum has that of its terms.
+    """
+    posed = Experiments(grid_of(grid), linear=True)
+    q, m = posed.q, Function(posed.V, name="m").assign(1.0)
+
+    def heat(source, control, initial):
+        u, v = Function(posed.V), TestFunction(posed.V)
+        F = (Dt(u) * v + inner(grad(u), grad(v)) - source * v) * dx
+        return pf.Evolution(
+            F, u, tableau=pf.BackwardEuler(), dt=0.1, nsteps=4, control=control, initial=initial, bcs=posed.bcs()
+        )
+
+    def of(ev, target=0, **options):
+        misfit = pf.TerminalMisfit((ev.u - target) ** 2 * dx)
+        return pf.TimeParallelReducedFunctional(
+            ev, misfit, spacetime=posed.st, solver_parameters=posed.solver, **options
+        )
+
+    zero = Function(posed.V)
+    first = heat(q, q, zero)
+    J = of(first)
+    for other in (
+        of(heat(q * m, m, zero)),
+        of(heat(m, m, q)),
+        of(heat(m, m, 2 * q)),
+        of(heat(m, m, zero), q),
+        of(heat(m, m, zero), regularisation=(q - m) ** 2 * dx),
+    ):
+        for terms in ((J, other), (other, J), (2 * other, J)):
+            with pytest.raises(InputError, match="'q' is a control of one evolution and data of another"):
+                terms[0] + terms[1]
+    second = heat(q * m, m, zero)
+    with pytest.raises(InputError, match="'q' is a control of one evolution and data of another"):
+        pf.TimeParallelReducedFunctional(
+            [first, second], [pf.TerminalMisfit(ev.u**2 * dx) for ev in (first, second)], spacetime=posed.st,
+            solver_parameters=posed.solver,
+        )  # fmt: skip
+    apart = of(heat(q.copy(deepcopy=True) * m, m, zero))
+    assert float((J + apart)([q, m])) == pytest.approx(float(J(q)) + float(apart(m)), rel=1e-12)
+
+
+@pytest.mark.parallel([1, 2])
+@on_grids
+@time_limit(60)
+def test_the_constant_part_of_a_constraint_counts(grid):
+    """The integral of ``3 q - d`` is as given with ``d`` of integral 1/2, for one ``q``, also within bounds, and for
+    one in each of two steps of 1/4, where it is summed with these; what moves is no such functional.
+    """
+    st = grid_of(grid)
+    mesh = UnitSquareMesh(3, 3, comm=st.space_comm, distribution_parameters={"partitioner_type": "simple"})
+    V, t = FunctionSpace(mesh, "CG", 1), pf.time_function(mesh)
+    d = Function(V, name="d").interpolate(fd.SpatialCoordinate(mesh)[0])
+    for per_step in (False, True):
+        q, u, v = Function(V, name="q"), Function(V, name="u"), TestFunction(V)
+        F = (Dt(u) * v + inner(grad(u), grad(v)) - q * v) * dx
+        options = {"tableau": pf.BackwardEuler(), "dt": 0.25, "nsteps": 2, "control": q, "per_step": per_step, "t": t}
+        J = pf.TimeParallelReducedFunctional(
+            pf.Evolution(F, u, **options), pf.TerminalMisfit((u - 2) ** 2 * dx), regularisation=0.1 * q**2 * dx,
+            spacetime=st, solver_parameters={"mgrit": {"levels": 1, "rtol": 1e-12}},
+        )  # fmt: skip
+        constraints = [((3 * q - d) * dx, 0.7)]
+        for more in ({}, {"bounds": (-9, 9)}) if not per_step else ({},):
+            found = J.function(J.minimize_trust_region(constraints=constraints, gtol_rel=1e-8, **more).x)
+            if per_step:
+                total = st.time_comm.allreduce(sum(0.25 * assemble(f * dx) for f in found.subfunctions))
+                assert total == pytest.approx((0.7 + 0.5 * 0.5) / 3, rel=1e-7)
+            else:
+                assert assemble(found * dx) == pytest.approx((0.7 + 0.5) / 3, rel=1e-7)
+        for wrong in ([(t * q * dx, 1.0)], [((q - u) * dx, 1.0)]):
+            with pytest.raises(InputError, match="state u or the time t"):
+                J.minimize_trust_region(constraints=wrong)
+        with pytest.raises(InputError, match="a list of pairs"):
+            J.minimize_trust_region(constraints=(q * dx, 1.0))

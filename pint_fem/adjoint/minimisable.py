@@ -47,7 +47,7 @@ class Minimisable:
             together with ``constraints`` :func:`pint_fem.optimize.multipliers.minimize_bounded_constrained`. The inner
             product has to be diagonal; where it is not, ``"lumped"`` is used.
         constraints
-            Pairs of a UFL functional that is linear in the controls and its value, such as ``(q*dx, 1.0)``.
+            Pairs of a UFL functional that is affine in the controls and its value, such as ``[(q*dx, 1.0)]``.
         preconditioner
             Of conjugate gradients: ``"regularisation"`` (the inverse of its second derivative), a bilinear form or a
             list with one a control, ``"limited-memory"``, or a callable on flat representatives.

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import ufl
-from firedrake import TestFunction, assemble, derivative
+from firedrake import Function, TestFunction, assemble, derivative
 from pyadjoint.tape import stop_annotating
 from ufl.algorithms import expand_derivatives, extract_coefficients
 
@@ -254,13 +254,13 @@ def constrained(rf, objective: Objective, start: np.ndarray, constraints):
     start
         First control.
     constraints
-        Pairs ``(form, value)``: UFL functionals that are linear in the controls, and what they have to be; for controls
+        Pairs ``(form, value)``: UFL functionals that are affine in the controls, and what they have to be; for controls
         with a value a step the functional is summed with weight ``dt``. ``None``: no constraints.
 
     Raises
     ------
     InputError
-        If a form is not linear in the controls, or has none.
+        If a form is not affine in the controls, or has none.
     """
     if not constraints:
         return objective, start
@@ -273,26 +273,42 @@ def constrained(rf, objective: Objective, start: np.ndarray, constraints):
 
 
 def _normals(rf, objective: Objective, constraints) -> tuple[list[np.ndarray], list[float]]:
-    """The representatives of the constraints' derivatives, and their values."""
-    normals = [objective.representative(_normal(rf, form)) for form, _ in constraints]
-    return normals, [float(value) for _, value in constraints]
+    """The representatives of the constraints' derivatives, and what these have to be at the controls: the values
+    without what the functionals are at zero.
+    """
+    pairs = list(constraints) if isinstance(constraints, (list, tuple)) else [constraints]
+    if not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in pairs):
+        raise InputError("constraints: give a list of pairs of a functional and its value, such as [(q*dx, 1.0)]")
+    found = [_normal(rf, form) for form, _ in pairs]
+    values = [float(value) - constant for (_, value), (_, constant) in zip(pairs, found, strict=True)]
+    return [objective.representative(dual) for dual, _ in found], values
 
 
-def _normal(rf, form) -> np.ndarray:
-    """A constraint's derivative, a dual vector."""
+def _normal(rf, form) -> tuple[np.ndarray, float]:
+    """A constraint's derivative, a dual vector, and its value at zero."""
     controls = [c for c in rf.evolution.controls if isinstance(form, ufl.Form) and c in extract_coefficients(form)]
-    if not controls:
+    if not controls or form.arguments():
         raise InputError("constraints: give pairs of a functional of the controls, such as q*dx, and its value")
+    moving = {f for leaf in leaves(rf.problem) for f in (leaf.evolution.u, leaf.evolution.t)}
+    if moving & set(extract_coefficients(form)):
+        raise InputError("constraints: a functional contains the state u or the time t: give one of controls and data")
     form = with_fixed_degrees(form)
     dual = np.zeros(rf.layout.size)
     for control in controls:
         space = control.function_space()
         slope = expand_derivatives(derivative(form, control, TestFunction(space)))
         if set(controls) & set(extract_coefficients(slope)):
-            raise InputError("constraints: a functional is not linear in the controls")
+            raise InputError("constraints: a functional is not affine in the controls")
         stepwise = control in rf.evolution.stepwise
         rf.layout.part(dual, control)[...] = get(assemble(slope)) * (rf.evolution.dt if stepwise else 1.0)
-    return dual
+    constant = float(assemble(ufl.replace(form, {c: Function(c.function_space()) for c in controls})))
+    stepwise = [c in rf.evolution.stepwise for c in controls]
+    if constant and any(stepwise) and not all(stepwise):
+        raise InputError(
+            "constraints: a functional of static controls and some with a value a step has a part without controls: "
+            "give that part in the value"
+        )
+    return dual, constant * (rf.evolution.dt * rf.evolution.nsteps if any(stepwise) else 1.0)
 
 
 def _preconditioner(rf, inner: ControlInner, given):

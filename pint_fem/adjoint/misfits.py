@@ -54,7 +54,7 @@ class _FormMisfit(BlockMisfit):
         coefficients = extract_coefficients(form)
         if u not in coefficients:
             raise InputError(f"{type(self).__name__}: the functional does not contain the evolution's state u")
-        if set(evolution.controls) & set(coefficients):
+        if {*evolution.controls, *map(evolution.copies.variable, evolution.posed.sought)} & set(coefficients):
             raise InputError(f"{type(self).__name__}: the functional contains a control; use regularisation= for it")
         self.weight = self.weights()
         self.times = evolution.time(np.arange(slab.lo, slab.hi + 1))

@@ -69,6 +69,11 @@ class PointSensors(BlockMisfit):
     def _take(self) -> None:
         """Take a copy of what the user gave, and check it."""
         points, times, data, weight = self._given()
+        if weight.ndim:
+            raise InputError(
+                f"sensors: weight of shape {weight.shape}: give one number, and sensors of another accuracy as "
+                "PointSensors of their own"
+            )
         if data.shape != (len(times), len(points)):
             raise InputError(f"readings have shape {data.shape}: give (times, sensors) = {(len(times), len(points))}")
         if not all(np.isfinite(a).all() for a in (points, times, data)):

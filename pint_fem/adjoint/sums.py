@@ -119,6 +119,14 @@ class SumProblem:
                     "with the same spacetime="
                 )
         self.evolution = SharedControls([p.evolution for p in problems])
+        for leaf in leaves(self):
+            data = leaf.sweeps.evolution.copies.data
+            if fixed := [repr(c.name()) for c in self.evolution.controls if c in data]:
+                raise InputError(
+                    f"a sum of functionals: {', '.join(fixed)} is a control of one evolution and data of another one, "
+                    "which would keep its value: give it in the control= of both (the same Function), or give the "
+                    "other one a copy, q.copy(deepcopy=True), if it is to keep its value"
+                )
         slabs = [p.layout.slab for p in problems if p.evolution.stepwise]
         if len({slab.bounds for slab in slabs}) > 1:
             raise InputError(

@@ -65,7 +65,7 @@ class Evolution:
         Initial time.
     initial
         Initial condition: a function in the state's space, or a UFL expression, in controls too, that is interpolated
-        into it; default: the value of ``u``.
+        into it at the time ``t0``; default: the value of ``u``.
     bcs
         ``DirichletBC`` on ``u``'s space or parts of it (``V.sub(0)``). Their values may depend on ``t``.
     solver_parameters
@@ -146,14 +146,16 @@ class Evolution:
             )
         boundary_data = [c for bc in self.bcs for c in data_of(boundary_value(bc))]
         t = time_among([*data_of(residual), *boundary_data], t, "the residual or a boundary value")
+        if isinstance(initial, ufl.core.expr.Expr):
+            t = time_among(data_of(initial), t, "initial=")
         residual = expand_time_derivatives(residual, t=t, timedep_coeffs=(u,))
         coefficients = extract_coefficients(residual)
         check_time_derivatives(residual, u)
         #: The controls as given; where the initial condition is an expression of some, :attr:`controls` has the
         #: function ``initial`` instead of those that are nowhere else.
         self.sought = tuple(control) if isinstance(control, (list, tuple)) else () if control is None else (control,)
-        #: The initial condition as an expression of controls, or ``None``.
-        self.initial_expression, initial, control = split_initial(initial, u, control, {*coefficients, *boundary_data})
+        found = {*coefficients, *boundary_data}
+        expression, initial, control = split_initial(initial, u, control, found, t, float(t0))
         self.residual, self.u, self.V = _with_fixed_degrees(residual, u), u, V
         self.tableau, self.dt, self.nsteps = tableau, float(dt), int(nsteps)
         self.dirk = DIRK(tableau)
@@ -161,13 +163,17 @@ class Evolution:
         #: Its value is the initial condition.
         self.initial = u if initial is None else initial
         #: All controls, in the order given.
-        self.controls = checked_controls(control, u, {*coefficients, *boundary_data}, initial)
+        self.controls = checked_controls(control, u, found, initial)
         #: Those with a value in each step.
         self.stepwise = checked_per_step(per_step, self.controls, initial)
-        if self.in_initial & set(self.stepwise):
-            raise InputError("initial: a control in the expression has a value in each step: leave it out of per_step")
         #: The control that is the initial condition, or ``None``.
         self.initial_control = next((c for c in self.controls if c is initial), None)
+        #: The initial condition as an expression of controls, and as one of data only, or ``None``.
+        self.initial_expression, self.initial_data = expression, None
+        if self.initial_control is None:
+            self.initial_expression, self.initial_data = None, expression
+        if self.in_initial & set(self.stepwise):
+            raise InputError("initial: a control in the expression has a value in each step: leave it out of per_step")
         parameters = [c for c in self.controls if c is not initial]
         #: Controls of a step, the static ones first; a step's vector of them has their own values in this order.
         self.parameters = tuple(sorted(parameters, key=lambda c: c in self.stepwise))
@@ -208,6 +214,8 @@ class Evolution:
             copies.load(representative, load)
         if self.initial is self.u:
             initial = copies.separate(self.u, f"the initial condition, the value of the state {self.u.name()!r}")
+        elif self.initial_data is not None:
+            initial = copies.interpolated(self.initial_data, self.V)
         else:
             initial = own(self.initial) if self.initial_control is not None else copies.datum(self.initial)
         made = Evolution(

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import ufl
-from firedrake import Function, TrialFunction, assemble, derivative, interpolate
+from firedrake import Constant, Function, TrialFunction, assemble, derivative, interpolate
 from pyadjoint.tape import stop_annotating
 from ufl.algorithms import extract_coefficients
 from ufl.algorithms.apply_algebra_lowering import apply_algebra_lowering
@@ -29,10 +29,10 @@ _NOTHING = np.zeros(0, dtype=int)
 
 
 def split_initial(
-    initial, u: Function, control, found: set
+    initial, u: Function, control, found: set, t: Function | None, t0: float
 ) -> tuple[ufl.core.expr.Expr | None, Function | None, Sequence | Function | None]:
-    """What a user gives as ``initial=``: the expression of controls, the function that is the initial condition, and
-    the controls of the evolution.
+    """What a user gives as ``initial=``: the expression, the function that is the initial condition, and the controls
+    of the evolution.
 
     Parameters
     ----------
@@ -44,13 +44,15 @@ def split_initial(
         As given.
     found
         Functions in the residual and in boundary values.
+    t, t0
+        The time, and its value in the expression.
 
     Returns
     -------
     expression
-        ``None`` where no control is in it.
+        With ``t0`` in the place of ``t``; ``None`` where a function is given.
     function
-        Of its own for an expression, and then a control in its place.
+        Of its own for an expression, and a control where the expression contains some.
     control
         As given but for those that are in the expression only.
 
@@ -68,6 +70,8 @@ def split_initial(
     try:
         with stop_annotating():
             expression = ufl.as_ufl(initial)
+            if t is not None:  # a constant, as a number might leave no control in a * t
+                expression = ufl.replace(expression, {t: Constant(t0, name="t0")})
             made = Function(V, name="initial condition").interpolate(expression)
     except Exception as error:  # UFL and Firedrake raise many kinds
         raise InputError(
@@ -78,7 +82,7 @@ def split_initial(
     if u in inside:
         raise InputError("initial: the expression contains the state u, whose initial value it is")
     if not inside & set(controls):
-        return None, made, control
+        return expression, made, control
     return expression, made, [*(c for c in controls if c in found or c not in inside), made]
 
 

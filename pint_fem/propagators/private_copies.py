@@ -91,6 +91,7 @@ class PrivateCopies:
         self._data: list[_Datum] = []
         self._read: list[np.ndarray] = []  # values of each datum
         self._conditions: list[tuple[DirichletBC, object]] = []  # and what their values were given as
+        self._interpolated: list[tuple[Function, ufl.core.expr.Expr]] = []  # and the expression in copies
 
     # -- copies --------------------------------------------------------------------------------------------------------
     def variable(self, given: Function) -> Function:
@@ -134,12 +135,25 @@ class PrivateCopies:
         found = {given: self.datum(given) for given in data_of(expression)}
         return ufl.replace(expression, found) if found else expression
 
+    def interpolated(self, expression, space) -> Function:
+        """A function that an expression of data is interpolated into, again where these have been read again."""
+        made, own = Function(space), self.form(expression)
+        with stop_annotating():
+            made.interpolate(own)
+        self._interpolated.append((made, own))
+        return made
+
     def condition(self, bc: DirichletBC) -> DirichletBC:
         """A boundary condition with the copies in its value."""
         value = boundary_value(bc)
         given = self.form(value) if data_of(value) else bc._original_arg
         self._conditions.append((bc, bc._original_arg))
         return type(bc)(bc.function_space(), given, bc.sub_domain)
+
+    @property
+    def data(self) -> set[Function | Constant | Cofunction]:
+        """The user's objects that are data."""
+        return {datum.given for datum in self._data}
 
     # -- changes -------------------------------------------------------------------------------------------------------
     def changed(self) -> np.ndarray:
@@ -171,4 +185,10 @@ class PrivateCopies:
             with stop_annotating():
                 datum.read()
             self._read[index] = datum.values()
-        return {datum.copy for datum in some}
+        changed = {datum.copy for datum in some}
+        for made, expression in self._interpolated:
+            if changed & set(data_of(expression)):
+                with stop_annotating():
+                    made.interpolate(expression)
+                changed.add(made)
+        return changed
