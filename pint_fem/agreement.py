@@ -36,8 +36,14 @@ def any_rank(comm, condition) -> bool:
     -------
     bool
         The same on every rank.
+
+    Raises
+    ------
+    InputError
+        On every rank, if the condition has no truth value on any (an array of several entries has none).
     """
-    return not all_ranks(comm, not condition)
+    vote, error = _vote(condition)
+    return not _agreed(comm, vote if error is not None else 1 - vote, error)
 
 
 def all_ranks(comm, condition) -> bool:
@@ -72,16 +78,42 @@ def all_alike(comm, well: bool, *seen: tuple[int, ...] | None) -> bool:
     -------
     bool
         The same on every rank.
+
+    Raises
+    ------
+    InputError
+        As :func:`any_rank` does.
     """
-    if comm.size == 1:
-        return bool(well)
+    return _agreed(comm, *_vote(well), *seen)
+
+
+_NO_TRUTH = -1
+"""The vote of a rank whose condition has no truth value; the least of all votes."""
+
+
+def _vote(condition) -> tuple[int, Exception | None]:
+    """A condition as 0 or 1, or why it has no truth value."""
+    try:  # to raise before the votes are counted would leave others waiting
+        return int(bool(condition)), None
+    except Exception as error:  # whatever the condition's type raises
+        return _NO_TRUTH, error
+
+
+def _agreed(comm, vote: int, error: Exception | None, *seen: tuple[int, ...] | None) -> bool:
+    """See :func:`all_alike`; the least vote decides."""
+    if comm.size == 1 and error is None:
+        return bool(vote)
     # the least n is the largest, ~(least ~n), where all ranks have the same
-    numbers, nothing = [int(bool(well))], np.iinfo(np.int64).max
+    numbers, nothing = [vote], np.iinfo(np.int64).max
     for item in seen:
         number = None if item is None else hash(item) >> 1
         numbers += [nothing, nothing] if number is None else [number, ~number]
     least = np.array(numbers, dtype=np.int64)
-    comm.Allreduce(MPI.IN_PLACE, least, op=MPI.MIN)
+    if comm.size > 1:
+        comm.Allreduce(MPI.IN_PLACE, least, op=MPI.MIN)
+    if least[0] == _NO_TRUTH:
+        where = "a condition" if error is not None else "a condition on another rank"
+        raise InputError(f"{where} is neither true nor false: give a truth value") from error
     pairs = least[1:].reshape(-1, 2)
     return bool(least[0]) and all(a == nothing or a == ~b for a, b in pairs)
 

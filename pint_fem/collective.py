@@ -72,7 +72,7 @@ class Report(NamedTuple):
         for pickled in self.pickled:
             try:
                 found.append(pickle.loads(pickled))
-            except Exception:  # its class is not there
+            except FAILURES:  # its class is not there, or raises
                 break
         for error, cause in itertools.pairwise(found):
             error.__cause__ = cause
@@ -94,7 +94,7 @@ def _kind(error: BaseException) -> int:
 
 
 def reported(error: BaseException, text: str | None = None) -> Report:
-    """An exception as other ranks get it.
+    """An exception as other ranks get it; this never fails, whatever the exception's own methods do.
 
     Parameters
     ----------
@@ -107,18 +107,23 @@ def reported(error: BaseException, text: str | None = None) -> Report:
     -------
     Report
     """
-    kind, pickled = _kind(error), []
+    name, pickled = type(error).__name__, []
+    try:
+        kind, said = _kind(error), str(error)
+        trace = "".join(traceback.format_exception(error)) if kind == _MISTAKE else ""
+    except FAILURES as failure:  # others would wait for the report for ever
+        kind = _MISTAKE if isinstance(error, Exception) else _EXIT
+        said, trace = f"its message cannot be had, {type(failure).__name__}", ""
     for one in causes(error):
         try:
             data = pickle.dumps(one)
             pickle.loads(data)
-        except Exception:  # it takes other arguments than it passes on, or holds what cannot be pickled
+        except FAILURES:  # it takes other arguments than it passes on, holds what cannot be pickled, or raises
             break
         pickled.append(data)
     if text is None:
         plain = kind == _INPUT or isinstance(error, SolverFailure)  # their messages stand alone
-        text = str(error) if plain else f"{type(error).__name__}: {error}"
-    trace = "".join(traceback.format_exception(error)) if kind == _MISTAKE else ""
+        text = said if plain else f"{name}: {said}"
     return Report(kind, text, tuple(pickled), trace)
 
 

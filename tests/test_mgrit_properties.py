@@ -270,7 +270,7 @@ def test_exact_termination(data):
     if len(coarsening) == 1:
         only_relax = False
     count = len(coarsening) + 1 - int(only_relax)
-    relax = data.draw(st.lists(st.sampled_from(SCHEMES), min_size=1, max_size=3))
+    relax = data.draw(st.lists(st.sampled_from(SCHEMES), min_size=1, max_size=min(count, 3)))
     rng = np.random.default_rng(data.draw(seeds()))
     bounds, transposed = data.draw(bounds_of(nsteps)), data.draw(st.booleans())
     options = dict(relax=relax, cycle=data.draw(st.sampled_from("VF")), check="cycle", max_it=1, **ENDLESS)
@@ -305,8 +305,7 @@ def test_more_levels_converge(data):
     propagators = [Powers(lam, p, d) for p, d in zip(coarse_points(nsteps, coarsening), defects, strict=False)]
     options = dict(
         relax=data.draw(st.sampled_from(SCHEMES)),
-        cycle=data.draw(st.sampled_from("VF")),
-        f_cycles=data.draw(st.sampled_from((None, 0, 1))),
+        **data.draw(st.sampled_from((dict(cycle="V"), *(dict(cycle="F", f_cycles=n) for n in (None, 0, 1))))),
         rtol=1e-12,
         max_it=14,
     )
@@ -504,15 +503,17 @@ def configurations(draw, storage=False):
     nsteps, coarsening = draw(time_grids((2, 4), 50, spare=int(solver == "relax")))
     if len(coarsening) == 1 and solver == "relax":
         solver = "gathered"
+    levels = len(coarsening) + 1 - int(solver == "relax")
+    start, cycle = draw(st.sampled_from(("guess", "skip", "nested"))), draw(st.sampled_from("VF"))
     options = dict(
         coarse_solver=solver,
-        coarse_sweeps=draw(st.integers(1, 2)),
-        relax=draw(st.lists(st.sampled_from(SCHEMES), min_size=1, max_size=3)),
-        c_weight=draw(st.lists(st.sampled_from((1.0, 0.8, 1.25)), min_size=1, max_size=3)),
-        cycle=draw(st.sampled_from("VF")),
-        f_cycles=draw(st.sampled_from((None, 1))),
-        start=draw(st.sampled_from(("guess", "skip", "nested"))),
-        nested_cycles=draw(st.integers(1, 2)),
+        coarse_sweeps=draw(st.integers(1, 2)) if solver == "relax" else 1,
+        relax=draw(st.lists(st.sampled_from(SCHEMES), min_size=1, max_size=min(levels, 3))),
+        c_weight=draw(st.lists(st.sampled_from((1.0, 0.8, 1.25)), min_size=1, max_size=min(levels, 3))),
+        cycle=cycle,
+        f_cycles=draw(st.sampled_from((None, 1))) if cycle == "F" else None,
+        start=start,
+        nested_cycles=draw(st.integers(1, 2)) if start == "nested" else 1,
         check=draw(st.sampled_from(("relaxed", "cycle"))),
         residual=draw(st.sampled_from(("C", "none") if storage else ("C", "full", "none"))),
         time_norm=draw(st.sampled_from((1, 2, "inf"))),
@@ -520,7 +521,6 @@ def configurations(draw, storage=False):
         **ENDLESS,
     )
     kind = draw(st.sampled_from((Stepwise, Lanes) if storage else (Stepwise, Lanes, Guessing)))
-    levels = len(coarsening) + 1 - int(solver == "relax")
     linear = draw(st.booleans())
     points = coarse_points(nsteps, coarsening)
     rest = dict(linear=linear, transposed=draw(st.booleans()))

@@ -205,9 +205,10 @@ class MGRITOptions:
         return made
 
     def _refuse_unread(self, given: Mapping) -> None:
-        """Raise on options that these options leave without an effect."""
+        """Raise on options that these options leave without an effect, unless they have their defaults."""
         for name, selector, values in _READ_WITH:
-            if name in given and getattr(self, name) is not None and getattr(self, selector) not in values:
+            changed = name in given and getattr(self, name) != getattr(type(self), name)
+            if changed and getattr(self, selector) not in values:
                 raise ValueError(
                     f"mgrit {name} {given[name]!r} has no effect with {selector} {getattr(self, selector)!r}: "
                     f"give {selector} {' or '.join(map(repr, values))}, or leave {name} out"

@@ -46,9 +46,10 @@ from collections.abc import Callable
 
 import numpy as np
 
+from pint_fem.collective import collectively
 from pint_fem.optimize.acceptance import is_lost, judge, next_radius
 from pint_fem.optimize.evaluator import Estimate, Evaluator, ExactOracle, Gradient, Point
-from pint_fem.optimize.options import check_newton
+from pint_fem.optimize.options import check_bounds, check_newton
 from pint_fem.optimize.preconditioners import chosen, merged_pairs
 from pint_fem.optimize.projected_step import Box, BoxStep, ProjectedSteps
 from pint_fem.optimize.protocol import Checkpoint, Preconditioner, Problem
@@ -252,6 +253,7 @@ def _box(evaluator: Evaluator, x: np.ndarray, lower, upper) -> Box:
 
     Something is wrong on all of them where it is on one.
     """
+    collectively(evaluator.problem.comm, "", check_bounds, lower, upper)
     bounds = [np.asarray(bound, dtype=np.float64) for bound in (lower, upper)]
     misshapen = any(bound.shape not in ((), x.shape) for bound in bounds)
     if holds_anywhere(evaluator.problem, x, misshapen):

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pint_fem.errors import InputError
 from pint_fem.optimize.protocol import GradientOverflowError, NonFiniteError, Problem
 
-__all__ = ["Estimate", "Evaluator", "ExactOracle", "Gradient", "Point"]
+__all__ = ["Estimate", "Evaluator", "ExactOracle", "Gradient", "Point", "error_estimate", "like", "number", "shaped"]
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class Evaluator:
         """J(x) and its estimated error."""
         self.values += 1
         value, error = self.problem.value_within(x, tolerance)
-        return float(value), (_error("value_within", error) if math.isfinite(value) else math.inf)
+        return float(value), (error_estimate("value_within", error) if math.isfinite(value) else math.inf)
 
     def gradient(self, x: np.ndarray, iteration: int, last_good: np.ndarray) -> tuple[np.ndarray, float]:
         """The gradient at x and its norm."""
@@ -104,7 +105,7 @@ class Evaluator:
         self.gradients += 1
         g, error = self.problem.gradient_within(x, tolerance)
         g, norm = self._checked_gradient(x, g, "gradient_within", iteration, last_good)
-        return g, norm, _error("gradient_within", error)
+        return g, norm, error_estimate("gradient_within", error)
 
     def _checked_gradient(self, x, g, name: str, iteration: int, last_good) -> tuple[np.ndarray, float]:
         g = like(x, g, name)
@@ -148,18 +149,42 @@ class Evaluator:
 
 def like(x: np.ndarray, v: np.ndarray, name: str) -> np.ndarray:
     """A copy of `v` (the problem may reuse its memory), refused unless it has the shape of `x`."""
-    v = np.array(v, dtype=np.float64)
+    return np.array(shaped(x, v, name))
+
+
+def shaped(x: np.ndarray, v: np.ndarray, name: str) -> np.ndarray:
+    """`v` as an array of floats, refused unless it has the shape of `x`."""
+    try:
+        v = np.asarray(v, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"{name} returned {_kind(v)}: give an array of numbers of the shape of x, {x.shape}"
+        ) from error
     if v.shape != x.shape:
-        raise ValueError(f"{name} returned an array of shape {v.shape}: give one of the shape of x, {x.shape}")
+        raise InputError(f"{name} returned an array of shape {v.shape}: give one of the shape of x, {x.shape}")
     return v
 
 
-def _error(name: str, error: float) -> float:
+def number(name: str, value: float) -> float:
+    """`value` as a float, refused if it is no number."""
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{name} returned {_kind(value)}: give a number") from error
+
+
+def error_estimate(name: str, error: float) -> float:
     """The error estimate as a number, refused if it is none."""
-    error = float(error)
+    error = number(name, error)
     if not error >= 0:
-        raise ValueError(f"{name} returned the error {error}: give a number >= 0, infinity where it is unknown")
+        raise InputError(f"{name} returned the error {error}: give a number >= 0, infinity where it is unknown")
     return error
+
+
+def _kind(value: object) -> str:
+    """What a value is, in an error message."""
+    shape = f" of shape {value.shape}" if isinstance(value, np.ndarray) else ""
+    return "None" if value is None else f"a {type(value).__name__}{shape}"
 
 
 class ExactOracle:

@@ -12,6 +12,7 @@ from pint_fem.errors import InputError
 
 __all__ = [
     "check",
+    "check_bounds",
     "check_callable",
     "check_checkpoint",
     "check_choice",
@@ -110,5 +111,23 @@ def check_newton(
 
 def check_first_guess(x0: np.ndarray) -> None:
     """Refuse what is no vector."""
-    if np.ndim(x0) != 1 or np.iscomplexobj(x0):
+    if np.ndim(x0) != 1 or np.iscomplexobj(x0) or not _is_real(x0):
         raise InputError(f"x0 of shape {np.shape(x0)} and type {np.asarray(x0).dtype} is refused: give 1-D real array")
+
+
+def check_bounds(lower: np.ndarray | float, upper: np.ndarray | float) -> None:
+    """Refuse bounds that are no numbers."""
+    for name, bound in (("lower", lower), ("upper", upper)):
+        if not _is_real(bound):
+            raise InputError(f"{name} = {bound!r} is refused: give a real number or an array of them")
+
+
+def _is_real(value: object) -> bool:
+    """Whether a value can be an array of floats; text that spells numbers is none."""
+    if np.asarray(value).dtype.kind not in "biufO":
+        return False
+    try:
+        np.asarray(value, dtype=np.float64)
+    except (TypeError, ValueError):
+        return False
+    return True

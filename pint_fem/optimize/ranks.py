@@ -1,9 +1,10 @@
 """Minimisers on several processes: one rule for failures, stops and options in all of them.
 
 A problem with an attribute ``comm`` (mpi4py) has its functions called on all ranks of it. Then the options of a run are
-compared once, at its start; a failure of a function, a monitor or a callback on one rank is one on all ranks; and what
-a callback answers on any rank stops all of them. Problems without it are this process's alone, or keep to that rule by
-themselves.
+compared once, at its start; a failure of a function, a monitor, a callback, a preconditioner or a checkpoint on one
+rank is one on all ranks; and what a callback answers on any rank stops all of them. What they return is checked in the
+same place, so that all ranks refuse what one cannot use, and functions get copies of vectors, which they may overwrite.
+Problems without ``comm`` are this process's alone, or keep to that rule by themselves.
 """
 
 from __future__ import annotations
@@ -15,16 +16,16 @@ from collections.abc import Callable
 import numpy as np
 from mpi4py import MPI
 
-from pint_fem.collective import any_rank, collectively, ending_all_ranks, require_same
+from pint_fem.collective import all_ranks, any_rank, collectively, ending_all_ranks, require_same
 from pint_fem.errors import InputError, SolverFailure, release
-from pint_fem.optimize.options import check_callable, check_first_guess
+from pint_fem.optimize.evaluator import error_estimate, number, shaped
+from pint_fem.optimize.options import check_callable, check_checkpoint, check_first_guess
 
 __all__ = ["RankedProblem", "check_run", "holds_anywhere", "on_all_ranks", "ranked_callback"]
 
 _VECTORS = ("gradient", "hessian_action", "gauss_newton_action", "hessian_action_within", "gauss_newton_action_within")
-_CALLED = (
-    *_VECTORS, "value", "value_within", "gradient_within", "advance", "hessian_model", "gauss_newton_model",
-)  # fmt: skip
+_MODELS = ("hessian_model", "gauss_newton_model")
+_CALLED = (*_VECTORS, *_MODELS, "value", "value_within", "gradient_within", "advance")
 """Methods of a problem that may fail on one rank; ``inner`` is called too often to be looked after."""
 _OWN = ("monitor", "callback", "lower", "upper", "normals")
 """Arguments that may differ between ranks: functions of one rank's own, and parts of vectors."""
@@ -70,7 +71,7 @@ class RankedProblem:
         """A method on all ranks; a value that cannot be computed for a numerical reason is infinite."""
         self._failure = None
         try:
-            return collectively(self.comm, name, self._checked, name, method, x, *args)
+            out = collectively(self.comm, name, _checked, name, method, x, *args)
         except SolverFailure as failure:
             if name not in ("value", "value_within", "advance"):
                 raise
@@ -79,29 +80,91 @@ class RankedProblem:
             return {"value": math.inf, "value_within": (math.inf, 0.0)}.get(
                 name, (math.inf, np.zeros_like(x), math.inf)
             )
-
-    @staticmethod
-    def _checked(name: str, method: Callable, x: np.ndarray, *args):
-        out = method(x, *args)
-        if name in _VECTORS and np.shape(out) != np.shape(x):
-            raise InputError(
-                f"{name} returned an array of shape {np.shape(out)}: give one of the shape of x, {np.shape(x)}"
-            )
+        if name in _MODELS:  # a rank without one leaves the others without it
+            return None if any_rank(self.comm, out is None) else _RankedOperator(self.comm, name, out)
         return out
 
 
-class _RankedPreconditioner:
-    """A callable that fails on all ranks where it fails on one, with the other methods of the one given."""
+def _checked(name: str, method: Callable, x: np.ndarray, *args):
+    """What a method returns, as the minimisers use it; it gets copies of vectors, which it may overwrite or keep."""
+    out = method(x.copy(), *(arg.copy() if isinstance(arg, np.ndarray) else arg for arg in args))
+    if name in _VECTORS:
+        return shaped(x, out, name)
+    if name in _MODELS:
+        check_callable(name, out)
+        return out
+    if name == "value":
+        return number(name, out)
+    if name == "gradient_within":
+        g, error = _parts(name, out, 2)
+        return shaped(x, g, name), error_estimate(name, error)
+    value, *rest = _parts(name, out, 3 if name == "advance" else 2)
+    value = number(name, value)
+    if not math.isfinite(value):
+        return value, *((math.inf,) if name == "value_within" else (np.zeros_like(x), math.inf))
+    if name == "value_within":
+        return value, error_estimate(name, rest[0])
+    residual = number(name, rest[1])
+    if not 0 <= residual < math.inf:
+        raise InputError(f"advance returned the residual {residual}: give a finite number >= 0, or a J of inf")
+    return value, shaped(x, rest[0], name), residual
 
-    def __init__(self, comm, given: Callable):
-        self._comm, self._given = comm, given
+
+def _parts(name: str, out: object, count: int) -> tuple:
+    """What is returned together."""
+    if not isinstance(out, (tuple, list)) or len(out) != count:
+        raise InputError(f"{name} returned {type(out).__name__}: give a tuple of {count}")
+    return tuple(out)
+
+
+class _RankedOperator:
+    """A linear operator of the user's that fails on all ranks where it fails on one; so does its ``update``, if any."""
+
+    def __init__(self, comm, name: str, given: Callable):
+        self._comm, self._name, self._given = comm, name, given
+        if callable(getattr(given, "update", None)):
+            self.update = self._update
 
     def __call__(self, r: np.ndarray) -> np.ndarray:
-        """The given one's result."""
-        return collectively(self._comm, "preconditioner", self._given, r)
+        """The given one's result, of the shape of ``r``; it gets a copy."""
+        return collectively(self._comm, self._name, lambda: shaped(r, self._given(r.copy()), self._name))
 
-    def __getattr__(self, name: str):
-        return getattr(self._given, name)
+    def _update(self, pairs: list) -> None:
+        collectively(self._comm, f"{self._name}.update", self._given.update, pairs)
+
+
+class _RankedCheckpoint:
+    """A checkpoint that fails on all ranks where it fails on one, and has a state on all or on none."""
+
+    def __init__(self, comm, given):
+        self._comm, self._given = comm, given
+
+    def save(self, scalars: dict, vectors: dict[str, np.ndarray]) -> None:
+        """Keep a state."""
+        collectively(self._comm, "checkpoint.save", self._given.save, scalars, vectors)
+
+    def load(self) -> tuple[dict, dict[str, np.ndarray]] | None:
+        """The last state, vectors as arrays of floats of one's own; None if there is none.
+
+        Raises
+        ------
+        InputError
+            On all ranks, if only some have a state, or another one than others.
+        """
+        loaded = collectively(self._comm, "checkpoint.load", self._loaded)
+        if all_ranks(self._comm, loaded is None):
+            return None
+        if any_rank(self._comm, loaded is None):
+            raise InputError("the checkpoint has a state on some ranks only: give all of them theirs, or none")
+        require_same(self._comm, checkpoint=loaded[0], vectors=sorted(loaded[1]))
+        return loaded
+
+    def _loaded(self):
+        loaded = self._given.load()
+        if loaded is None:
+            return None
+        scalars, vectors = loaded
+        return dict(scalars), {name: np.array(v, dtype=np.float64) for name, v in vectors.items()}
 
 
 def holds_anywhere(problem, x: np.ndarray, condition: bool) -> bool:
@@ -151,8 +214,12 @@ def on_all_ranks(minimise: Callable) -> Callable:
             compared = {name: value for name, value in options.items() if name not in _OWN}
             require_same(comm, minimiser=minimise.__name__, given=compared)
             collectively(comm, "", check_run, x0, monitor, callback)
-            if callable(options.get("preconditioner")) and comm.size > 1:
-                options["preconditioner"] = _RankedPreconditioner(comm, options["preconditioner"])
+            if callable(options.get("preconditioner")):
+                options["preconditioner"] = _RankedOperator(comm, "preconditioner", options["preconditioner"])
+            checkpoint = options.get("checkpoint")
+            if checkpoint is not None:
+                collectively(comm, "", check_checkpoint, checkpoint)
+                options["checkpoint"] = _RankedCheckpoint(comm, checkpoint)
             shows = any_rank(comm, monitor is not None)
             asks = any_rank(comm, callback is not None)
             return minimise(
@@ -209,4 +276,16 @@ def ranked_callback(comm, given: Callable | None) -> Callable[..., bool]:
     -------
     callable
     """
-    return lambda *args: any_rank(comm, collectively(comm, "callback", given or _nothing, *args))
+    return lambda *args: any_rank(comm, collectively(comm, "callback", _stops, given or _nothing, *args))
+
+
+def _stops(callback: Callable, *args) -> bool:
+    """Whether a callback asks to stop."""
+    answer = callback(*args)
+    try:
+        return bool(answer)
+    except Exception as error:  # an array of several entries, say
+        raise InputError(
+            f"the callback returned {type(answer).__name__}, which is neither true nor false: give a truth value or "
+            "nothing"
+        ) from error

@@ -108,6 +108,8 @@ def load(
 ) -> tuple[dict, dict[str, np.ndarray]] | None:
     """The last state of a run of this kind in the space of `x0`; None if there is none.
 
+    The checkpoint is the minimiser's, which answers alike on all processes (:mod:`pint_fem.optimize.ranks`).
+
     Raises
     ------
     ValueError
@@ -123,7 +125,7 @@ def load(
     if holds_anywhere(problem, x0, bool(misfit)):
         given = f"vectors of shape {misfit[0]}" if misfit else "vectors of another shape on another process"
         raise ValueError(f"the checkpoint holds {given}, x0 has shape {x0.shape}: give the space and processes it had")
-    return scalars, {name: np.array(v, dtype=np.float64) for name, v in vectors.items()}
+    return scalars, vectors
 
 
 def save(checkpoint: Checkpoint, state: State, evaluator: Evaluator, oracle: ExactOracle, kind: str = _KIND) -> None:

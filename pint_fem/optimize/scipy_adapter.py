@@ -25,7 +25,7 @@ from scipy.optimize import Bounds, OptimizeResult
 
 from pint_fem.collective import any_rank, collectively, ending_all_ranks, raise_together, require_same
 from pint_fem.errors import FAILURES
-from pint_fem.optimize.options import check, check_choice
+from pint_fem.optimize.options import check, check_bounds, check_choice
 from pint_fem.optimize.protocol import NonFiniteError, Problem
 from pint_fem.optimize.ranks import RankedProblem, check_run, ranked_callback
 from pint_fem.optimize.scipy_run import GTOL_REL, TOLERANCES, run
@@ -246,6 +246,7 @@ class _EuclideanView:
     def bounds(self, lower, upper) -> Bounds:
         """The box in y."""
         sides = [-math.inf if lower is None else lower, math.inf if upper is None else upper]
+        collectively(self.problem.comm, "", check_bounds, *sides)
         if self.layout.on_any(any(np.shape(side) not in ((), self.root.shape) for side in sides)):
             raise ValueError(
                 f"bounds of shapes {[np.shape(s) for s in sides]}: give numbers or shape {self.root.shape}"
