@@ -23,6 +23,7 @@ from pint_fem.capacity import require_memory
 from pint_fem.collective import collectively, raise_together, require_same
 from pint_fem.errors import FAILURES, InputError
 from pint_fem.mgrit import MGRITOptions, SolverFailure
+from pint_fem.resnet.batches import batch_digest
 from pint_fem.resnet.grid import Grid
 from pint_fem.resnet.iterations import Adaptive, Iterations
 from pint_fem.resnet.layers import Layer
@@ -47,6 +48,7 @@ class _Report(NamedTuple):
     failed: bool
     shape: tuple[int, ...] | None
     count: int
+    digest: int
     wants: bool
 
 
@@ -210,26 +212,33 @@ class LayerParallelResNet(nn.Module):
         grid, shares = self.grid, self.training and torch.is_grad_enabled() and self.grid.data_size > 1
         comm = grid.comm if shares else grid.layer_comm
         u0 = failure = None
-        count = len(x)
-        if grid.is_first:
-            try:
+        count = seen = 0
+        try:
+            count = len(x)
+            seen = batch_digest(x) if grid.layer_size > 1 else 0
+            if grid.is_first:
                 x0 = self.opening(x.to(self.dtype) if x.is_floating_point() else x)
                 self.layer.check_input(x0)
                 u0 = self.layer.pack(x0)
-            except FAILURES as error:
-                failure = error
+        except FAILURES as error:
+            failure = error
         wants = torch.is_grad_enabled() and (
             any(p.requires_grad for p in self.parameters()) or (u0 is not None and u0.requires_grad)
         )
-        report = _Report(failure is not None, None if u0 is None else tuple(u0.shape), count, wants)
+        report = _Report(failure is not None, None if u0 is None else tuple(u0.shape), count, seen, wants)
         reports = [report] if comm.size == 1 else comm.allgather(report)
         if any(r.failed for r in reports):
             raise_together(comm, failure, "opening layer")
-        group = reports[grid.data_comm.rank * grid.layer_size :] if shares else reports
-        sizes = [r.count for r in group[: grid.layer_size]]
+        group = (reports[grid.data_comm.rank * grid.layer_size :] if shares else reports)[: grid.layer_size]
+        sizes = [r.count for r in group]
         problem = None
         if len(set(sizes)) > 1:
             problem = InputError(f"batches of {sizes} on the ranks that share the layers: give all the same")
+        elif other := [rank for rank, r in enumerate(group) if r.digest != group[0].digest]:
+            problem = InputError(
+                f"batches of other values or types on layer rank {other[0]} than on layer rank 0, which share the "
+                "layers: give both the same, for instance by shared_loader, or by a generator of its own for shuffling"
+            )
         if shares or problem:
             raise_together(comm, problem)
         # frozen parameters of one rank do not keep the others from training: all take part in both sweeps
