@@ -170,7 +170,7 @@ class TrainingProblem:
         total = collectively(self.comm, "loss", self.loss, net(self.x, **how), self.y)
         if self.regularisation is not None:
             total = total + self.regularisation()
-        total.backward()
+        net.meetings.backward(total)
         return total.item(), [None if p.grad is None else p.grad.clone() for p, _ in self.layout]
 
     def _solve(self) -> None:

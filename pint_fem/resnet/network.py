@@ -23,6 +23,7 @@ from pint_fem.capacity import require_memory
 from pint_fem.collective import collectively, raise_together, require_same
 from pint_fem.errors import FAILURES, InputError
 from pint_fem.mgrit import MGRITOptions, SolverFailure
+from pint_fem.resnet.backward import Meetings
 from pint_fem.resnet.batches import batch_digest
 from pint_fem.resnet.grid import Grid
 from pint_fem.resnet.iterations import Adaptive, Iterations
@@ -92,6 +93,8 @@ class LayerParallelResNet(nn.Module):
         Numbers of the own layers, ``lo .. hi - 1``.
     results : dict
         The last ``"forward"`` and ``"backward"`` :class:`~pint_fem.mgrit.SolveResult`.
+    meetings : Meetings
+        ``net.meetings.backward(loss)`` is ``loss.backward()`` where a loss that fails on one rank fails on all.
 
     Raises
     ------
@@ -164,6 +167,7 @@ class LayerParallelResNet(nn.Module):
             for p in self.parameters():
                 p.register_hook(self._mean)
         self.results: dict = {}
+        self.meetings = Meetings(grid.comm)
         self._warm: dict = {}
 
     def _mean(self, gradient: torch.Tensor) -> torch.Tensor:
@@ -254,7 +258,7 @@ class LayerParallelResNet(nn.Module):
             except FAILURES as error:
                 failure = error
         raise_together(comm, failure, "classification layer")
-        return _FromLast.apply(last if out is None else out, grid)
+        return _FromLast.apply(last if out is None else out, grid, self.meetings)
 
     # -- the two sweeps, called by autograd ----------------------------------------------------------------------------
     def _count(self, kind: str, training: bool) -> tuple[Iterations, int | None, bool]:
@@ -340,6 +344,7 @@ class _Propagate(torch.autograd.Function):
     def backward(ctx, gradient):
         """Derivatives with respect to the first state, on the first rank, and the own parameters."""
         network = ctx.network
+        network.meetings.meet()
         last = gradient.contiguous().numpy() if network.grid.is_last else None
         first, gradients = network._propagate_back(ctx.trajectory, last, ctx.batch)
         d_first = None
@@ -362,9 +367,9 @@ class _FromLast(torch.autograd.Function):
     """Hand what the last rank has to all; each rank's own derivative of the loss is that of all."""
 
     @staticmethod
-    def forward(ctx, out, grid):
+    def forward(ctx, out, grid, meetings):
         """The last rank's tensor."""
-        ctx.grid, ctx.shape = grid, out.shape
+        ctx.grid, ctx.meetings, ctx.shape = grid, meetings, out.shape
         values = out.detach().numpy()
         if grid.layer_size > 1:
             values = grid.layer_comm.bcast(values if grid.is_last else None, root=grid.layer_size - 1)
@@ -373,6 +378,7 @@ class _FromLast(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         """Passed on by the last rank."""
+        ctx.meetings.meet()
         if ctx.grid.is_last:
-            return gradient, None
-        return gradient.new_zeros(ctx.shape), None
+            return gradient, None, None
+        return gradient.new_zeros(ctx.shape), None, None

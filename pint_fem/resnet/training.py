@@ -17,6 +17,7 @@ from pint_fem.collective import all_ranks, any_rank, collectively, ending_all_ra
 from pint_fem.errors import InputError
 from pint_fem.resnet.batches import batch_digest
 from pint_fem.resnet.grid import Grid
+from pint_fem.resnet.network import LayerParallelResNet
 
 __all__ = ["Epoch", "accuracy", "train_epoch"]
 
@@ -93,7 +94,10 @@ def train_epoch(
             out = net(x, batch=number) if warm else net(x)
             loss = collectively(comm, "loss", loss_function, out, y)
             total = loss if regularisation is None else loss + collectively(comm, "regularisation", regularisation)
-            total.backward()
+            if isinstance(net, LayerParallelResNet):
+                net.meetings.backward(total)
+            else:
+                collectively(comm, "backward", total.backward)
             collectively(comm, "optimizer", optimizer.step)
             sums += [loss.item() * len(y), float((out.argmax(1) == y).sum()), len(y)]
             seen += 1
