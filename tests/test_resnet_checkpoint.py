@@ -12,13 +12,16 @@ import pytest
 pytest.importorskip("torch", reason="pint_fem.resnet needs torch (pip install 'pint_fem[resnet]')")
 
 import torch
+from mpi4py import MPI
 from torch import nn
 
 from pint_fem.errors import InputError
 from pint_fem.resnet import (
     Adaptive,
     Dense,
+    Grid,
     LayerParallelResNet,
+    checkpoint,
     load_checkpoint,
     reserve_checkpoint,
     save_checkpoint,
@@ -26,6 +29,8 @@ from pint_fem.resnet import (
 from tests.broken_files import COMM, another_process, largest_file, shared
 from tests.limits import time_limit
 from tests.test_resnet import one_thread  # noqa: F401
+
+LABELS = torch.tensor([0, 1, 2, 0, 1, 2])
 
 
 def network(activation="tanh", *, width=4, nlayers=5, first=nn.Tanh, dtype=torch.float64, T=1.0, **options):
@@ -40,7 +45,7 @@ def trained(net, kind=torch.optim.Adam):
     """Its optimiser after a step."""
     optimizer = kind(net.parameters(), lr=0.01)
     x = torch.linspace(-1, 1, 12, dtype=net.dtype).reshape(6, 2)
-    nn.functional.cross_entropy(net(x), torch.tensor([0, 1, 2, 0, 1, 2])).backward()
+    nn.functional.cross_entropy(net(x), LABELS).backward()
     optimizer.step()
     return optimizer
 
@@ -286,3 +291,80 @@ def test_two_trainings_do_not_write_one_checkpoint(tmp_path):
     COMM.barrier()
     reserve_checkpoint(path, net.grid)
     save_checkpoint(Path(path), net)
+
+
+@pytest.mark.parallel([1, 2])
+@time_limit(60)
+@pytest.mark.parametrize("later", [False, True])
+@pytest.mark.parametrize("frozen", ["first", "last"])
+def test_layers_of_one_rank_are_frozen(tmp_path, frozen, later):
+    """From the beginning or after a step: parameters, arrays and steps come back, and nothing where nothing was."""
+    path, net = shared(tmp_path) / "run", network()
+    optimizer = trained(net) if later else torch.optim.Adam(net.parameters(), lr=0.01)
+    save_checkpoint(path, net, optimizer, {"epoch": 0})
+    still = COMM.rank == (0 if frozen == "first" else COMM.size - 1)
+    for p in net.stack if still else ():
+        p.requires_grad_(False)
+    optimizer.zero_grad()
+    nn.functional.cross_entropy(net(torch.linspace(-1, 1, 12, dtype=net.dtype).reshape(6, 2)), LABELS).backward()
+    optimizer.step()
+    save_checkpoint(path, net, optimizer, {"epoch": 1})
+    again = network()
+    other = trained(again)  # what it has of layers without a state goes
+    assert load_checkpoint(path, again, other) == {"epoch": 1}
+    for a, b in zip(net.parameters(), again.parameters(), strict=True):
+        assert torch.equal(a, b)
+        want, got = optimizer.state.get(a, {}), other.state.get(b, {})
+        assert want.keys() == got.keys()
+        assert all(torch.equal(want[key], got[key]) for key in want)
+    steps = [float(optimizer.state[p]["step"]) if p in optimizer.state else 0 for p in net.stack]
+    assert steps == [(1 if later else 0) if still else (2 if later else 1)] * 2
+    # one rank with all layers has no single number of steps
+    alone = network(grid=Grid(comm=MPI.COMM_SELF))
+    there = torch.optim.Adam(alone.parameters())
+    if COMM.rank == 0 and COMM.size > 1:
+        with pytest.raises(InputError, match="layer 2 was trained for other steps than layer 0"):
+            load_checkpoint(path, alone, there)
+        assert load_checkpoint(path, alone) == {"epoch": 1}
+    COMM.barrier()
+
+
+@pytest.mark.parallel([2])
+@time_limit(60)
+def test_what_differs_between_ranks_is_refused_and_the_last_checkpoint_stays(tmp_path):
+    path, net = shared(tmp_path) / "run", network()
+    optimizer, last = trained(net), COMM.rank == 1
+    save_checkpoint(path, net, optimizer, {"epoch": 1})
+    other = torch.optim.SGD(net.parameters(), lr=0.1) if last else optimizer
+    for given, message in (
+        ((other, {}), "optimizer is not the same on all ranks .rank 0: 'Adam'; rank 1: 'SGD'"),
+        ((None if last else optimizer, {}), "optimizer is not the same on all ranks .rank 0: 'Adam'; rank 1: None"),
+        ((optimizer, [1, 2] if last else {}), "progress is a list: give a mapping"),
+    ):
+        with pytest.raises(InputError, match=message):
+            save_checkpoint(path, net, *given)
+    with pytest.raises(InputError, match="optimizer is not the same on all ranks"):
+        load_checkpoint(path, net, other)
+    assert load_checkpoint(path, net, optimizer) == {"epoch": 1}
+
+
+@pytest.mark.parallel([1, 2])
+@time_limit(60)
+def test_the_last_checkpoint_stays_until_the_next_one_can_be_read(tmp_path, monkeypatch):
+    """A disk on which one rank's rows of the optimiser come to be others than were written."""
+    path, net = shared(tmp_path) / "run", network()
+    optimizer = trained(net)
+    save_checkpoint(path, net, optimizer, {"epoch": 1})
+    write = checkpoint.write_rows
+
+    def writes(file, first, rows, count):
+        write(file, first, rows, count)
+        if COMM.rank == COMM.size - 1 and "exp_avg.npy" in file.name:
+            with file.open("r+b") as opened:
+                opened.seek(-8, os.SEEK_END)
+                opened.write(b"12345678")
+
+    monkeypatch.setattr(checkpoint, "write_rows", writes)
+    with pytest.raises(InputError, match=r"cannot be written: optimizer.*exp_avg\.npy is damaged in row 4"):
+        save_checkpoint(path, net, optimizer, {"epoch": 2})
+    assert load_checkpoint(path, net, optimizer) == {"epoch": 1}

@@ -10,7 +10,7 @@ from mpi4py import MPI
 from torch import nn
 
 from pint_fem.errors import InputError, SolverFailure
-from pint_fem.resnet import Adaptive, Dense, Grid, LayerParallelResNet
+from pint_fem.resnet import Adaptive, Dense, Grid, LayerParallelResNet, TrainingProblem
 from pint_fem.resnet.training import accuracy, train_epoch
 from tests.limits import time_limit
 from tests.test_resnet import COMM, one_thread  # noqa: F401
@@ -197,6 +197,32 @@ def test_loaders_and_networks_that_differ_are_refused():
             LayerParallelResNet(nn.Linear(2, 3), Dense(3), options.pop("nlayers"), nn.Linear(3, 2), **options)
     with pytest.raises(InputError, match="grid is not the same on all ranks"):
         Grid(("2x1", "1x2")[COMM.rank])
+
+
+@pytest.mark.parallel([2])
+@time_limit(60)
+def test_batches_that_differ_on_ranks_that_share_layers_are_refused():
+    """Shuffled otherwise; data groups have their own."""
+    net, x, y = peaks_network(4, Grid((1, 2)))
+    turned = slice(None) if COMM.rank == 0 else torch.arange(len(x) - 1, -1, -1)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    before = [p.detach().clone() for p in net.parameters()]
+    message = "batches of other values or types on layer rank 1 than on layer rank 0"
+    for training in (True, False):
+        net.train(training)
+        with pytest.raises(InputError, match=message):
+            net(x[turned])
+    with pytest.raises(InputError, match=message):
+        train_epoch(net, [(x[turned], y)], optimizer)
+    with pytest.raises(InputError, match="ranks that share the layers are given other labels"):
+        train_epoch(net, [(x, y[turned])], optimizer)
+    for given, name in (((x[turned], y), "x"), ((x, y[turned]), "y")):
+        with pytest.raises(InputError, match=f"^{name} is not the same on all ranks"):
+            TrainingProblem(net, *given)
+    assert all(torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))
+    assert torch.isfinite(net(x.float())).all()
+    net, *_ = peaks_network(4, Grid((2, 1)))
+    train_epoch(net, [(x[turned], y[turned])], torch.optim.SGD(net.parameters(), lr=0.1), data_comm=COMM)
 
 
 @pytest.mark.parallel([1, 2])

@@ -18,14 +18,16 @@ import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from pint_fem import files
-from pint_fem.collective import collectively
+from pint_fem.collective import collectively, require_same
 from pint_fem.errors import InputError
 from pint_fem.resnet.grid import Grid
 from pint_fem.resnet.iterations import Iterations
 from pint_fem.resnet.network import LayerParallelResNet
+from pint_fem.resnet.optimizer_state import of_all_ranks, of_own_layers, own_arrays, own_scalars, replace_state
 from pint_fem.resnet.row_files import create_rows, read_rows, write_rows
 
 __all__ = ["load_checkpoint", "reserve_checkpoint", "save_checkpoint"]
@@ -69,27 +71,22 @@ def _differences(kept: dict, own: dict) -> str:
     return "; ".join(f"{name}: the file has {kept[name]}, this network {own[name]}" for name in names)
 
 
-def _arrays(net: LayerParallelResNet, optimizer) -> dict[str, torch.Tensor]:
-    """What is distributed by layers, by file name: parameters and the optimiser's arrays of their shape."""
-    out = {f"theta.{name}": net.theta[name].detach() for name in net.layer.shapes}
-    for name in net.layer.shapes if optimizer else ():
-        for key, value in optimizer.state.get(net.theta[name], {}).items():
-            if torch.is_tensor(value) and value.shape == net.theta[name].shape:
-                out[f"optimizer.{name}.{key}"] = value
-    return out
+def _described(net: LayerParallelResNet, optimizer, progress) -> tuple[dict, dict]:
+    """Head, as far as this rank knows it alone, and this rank's arrays."""
+    if not isinstance(progress, Mapping | None):
+        raise InputError(f"progress is a {type(progress).__name__}: give a mapping that JSON takes, such as a dict")
+    head = {
+        "version": _VERSION,
+        "optimizer": _kind(optimizer),
+        "scalars": own_scalars(net, optimizer),
+        "iterations": {k: [s.cycles, s.serial, s.batches, _rule(s)] for k, s in _iterations(net).items()},
+        "progress": dict(progress or {}),
+    }
+    return head, own_arrays(net, optimizer)
 
 
-def _scalars(net: LayerParallelResNet, optimizer) -> dict:
-    """The optimiser's other values of a layer parameter, the same on every rank."""
-    out = {}
-    for name in net.layer.shapes if optimizer else ():
-        state = optimizer.state.get(net.theta[name], {})
-        out[name] = {
-            k: float(v)
-            for k, v in state.items()
-            if v is not None and (not torch.is_tensor(v) or v.numel() == 1 != net.theta[name].numel())
-        }
-    return out
+def _kind(optimizer) -> str | None:
+    return None if optimizer is None else type(optimizer).__name__
 
 
 def _end(module, optimizer) -> bytes:
@@ -188,28 +185,23 @@ def save_checkpoint(
         training that is to go on without catches it.
     """
     path, grid = Path(path), net.grid
+    require_same(grid.comm, optimizer=_kind(optimizer))
     reserve_checkpoint(path, grid)
-    arrays = _arrays(net, optimizer)
-    head = {
-        "version": _VERSION,
-        "network": _fingerprint(net),
-        "optimizer": None if optimizer is None else type(optimizer).__name__,
-        "arrays": sorted(arrays),
-        "scalars": _scalars(net, optimizer),
-        "iterations": {k: [s.cycles, s.serial, s.batches, _rule(s)] for k, s in _iterations(net).items()},
-        "progress": dict(progress or {}),
-    }
-    kinds = {key: ((net.nlayers, *a.shape[1:]), a.numpy().dtype) for key, a in arrays.items()}
+    head, arrays = collectively(grid.comm, "", _guarded, path, _described, net, optimizer, progress)
+    head["network"] = collectively(grid.comm, "", _fingerprint, net)
+    kinds, head["parts"] = of_all_ranks(net, arrays, head["scalars"])
+    head["arrays"] = sorted(kinds)
     folder = None
     try:
-        folder = path / _on_root(grid, _guarded, path, _begin, path, kinds)
-        sums = collectively(grid.comm, "", _guarded, path, _write, folder, net, optimizer, arrays)
+        folder = path / _on_root(grid, _guarded, path, _begin, path, net.nlayers, kinds)
+        sums = collectively(grid.comm, "", _guarded, path, _write, folder, net, optimizer, arrays, kinds)
+        collectively(grid.comm, "", _guarded, path, _verify, folder, net, sums, kinds)
         gathered = grid.comm.gather(sums)
         if grid.is_root:
             head["ends"] = {place: crc for part in gathered for place, crc in part.items()}
         _on_root(grid, _guarded, path, _finish, path, folder, head)
     except InputError:
-        if grid.is_root and folder is not None:
+        if grid.is_root and folder is not None and not _is_latest(path, folder):
             shutil.rmtree(folder, ignore_errors=True)  # half of a checkpoint would only be in the way
         raise
 
@@ -224,13 +216,13 @@ def _guarded(path: Path, work: Callable, *args):
         raise InputError(f"checkpoint {path} cannot be written: {reason}") from error
 
 
-def _begin(path: Path, kinds: dict) -> str:
+def _begin(path: Path, nlayers: int, kinds: dict) -> str:
     """Make the next numbered folder and its arrays."""
     name = str(1 + max((int(p.name) for p in _numbered(path)), default=0))
     (path / name).mkdir()
     try:
         for key, (shape, kind) in kinds.items():
-            create_rows(path / name / f"{key}.npy", shape, kind)
+            create_rows(path / name / f"{key}.npy", (nlayers, *shape), kind)
     except OSError:
         shutil.rmtree(path / name, ignore_errors=True)
         raise
@@ -241,18 +233,29 @@ def _numbered(path: Path) -> list[Path]:
     return [p for p in path.iterdir() if p.name.isdecimal() and p.name.isascii()]
 
 
-def _write(folder: Path, net: LayerParallelResNet, optimizer, arrays: dict) -> dict[str, int]:
-    """This rank's rows, and its opening or classification layer; checksums of the latter."""
+def _write(folder: Path, net: LayerParallelResNet, optimizer, arrays: dict, kinds: dict) -> dict[str, int]:
+    """This rank's rows, zeros of what it has not, and its opening or classification layer; checksums of the latter."""
     sums = {}
     if net.grid.data_comm.rank == 0:
-        for key, a in arrays.items():
-            write_rows(folder / f"{key}.npy", net.lo, a.numpy(), net.nlayers)
+        for key, (shape, kind) in kinds.items():
+            rows = arrays[key].numpy() if key in arrays else np.zeros((net.hi - net.lo, *shape), kind)
+            write_rows(folder / f"{key}.npy", net.lo, rows, net.nlayers)
         for place, module in (("opening", net.opening), ("closing", net.closing)):
             if module is not None:
                 content = _end(module, optimizer)
                 files.write_whole(folder / f"{place}.pt", content)
                 sums[place] = zlib.crc32(content)
     return sums
+
+
+def _verify(folder: Path, net: LayerParallelResNet, sums: dict[str, int], kinds: dict) -> None:
+    """Read what this rank has written, before the last checkpoint is given up."""
+    if net.grid.data_comm.rank == 0:
+        for key, (shape, kind) in kinds.items():
+            read_rows(folder / f"{key}.npy", net.lo, net.hi, (net.nlayers, *shape), kind, checked=True)
+        for place, crc in sums.items():
+            if zlib.crc32((folder / f"{place}.pt").read_bytes()) != crc:
+                raise ValueError(f"{place}.pt is not what was written")
 
 
 def _finish(path: Path, folder: Path, head: dict) -> None:
@@ -267,6 +270,14 @@ def _finish(path: Path, folder: Path, head: dict) -> None:
                 os.unlink(other)
             else:
                 shutil.rmtree(other, ignore_errors=True)
+
+
+def _is_latest(path: Path, folder: Path) -> bool:
+    """Whether a folder is the one to be read, also if something failed after that was written."""
+    try:
+        return (_latest(path) or ("",))[0] == folder.name
+    except InputError:
+        return False
 
 
 def _iterations(net: LayerParallelResNet) -> dict[str, Iterations]:
@@ -298,10 +309,18 @@ def load_checkpoint(path: str | Path, net: LayerParallelResNet, optimizer=None) 
         layer) or of another kind of optimiser.
     """
     path, grid = Path(path), net.grid
+    require_same(grid.comm, optimizer=_kind(optimizer))
     found = _on_root(grid, _head, path)
     if found is None:
         return None
     name, head = found
+    collectively(grid.comm, "", _require_fit, path, head, net, optimizer)
+    collectively(grid.comm, "", _reading, path / name, head, net, optimizer)()
+    return head["progress"]
+
+
+def _require_fit(path: Path, head: dict, net: LayerParallelResNet, optimizer) -> None:
+    """Require the network and the kind of optimiser that were written (collective)."""
     other = _differences(head["network"], _fingerprint(net))
     if other:
         raise InputError(f"checkpoint {path} is of another network: {other}; give the same, or another folder")
@@ -310,13 +329,13 @@ def load_checkpoint(path: str | Path, net: LayerParallelResNet, optimizer=None) 
             f"checkpoint {path} was written with the optimiser {head['optimizer']}, this run has "
             f"{type(optimizer).__name__}: give the same, or load it without one and go on with a new one"
         )
-    collectively(grid.comm, "", _reading, path / name, head, net, optimizer)()
-    return head["progress"]
 
 
 def _reading(folder: Path, head: dict, net: LayerParallelResNet, optimizer) -> Callable[[], None]:
     try:
         return _read(folder, head, net, optimizer)
+    except InputError:
+        raise
     except Exception as error:
         raise InputError(f"checkpoint {folder} cannot be read ({type(error).__name__}: {error}); {_ANEW}") from error
 
@@ -330,11 +349,14 @@ def _read(folder: Path, head: dict, net: LayerParallelResNet, optimizer) -> Call
         return torch.from_numpy(read_rows(folder / f"{key}.npy", net.lo, net.hi, shape, kind, checked=checked))
 
     theta = {name: own(f"theta.{name}", net.theta[name]) for name in net.layer.shapes}
-    states = {}
-    for key in head["arrays"] if optimizer else ():
+    states: dict[str, dict] = {name: {} for name in net.layer.shapes}
+    keys, scalars = of_own_layers(folder, head, net) if optimizer else ([], {})
+    for key in keys:
         if key.startswith("optimizer."):
             _, name, what = key.split(".", 2)
-            states[name, what] = own(key, net.theta[name])
+            states[name][what] = own(key, net.theta[name])
+    for name, values in scalars.items():
+        states[name] |= {what: torch.tensor(value) if what == "step" else value for what, value in values.items()}
     ends = [
         (module, _read_end(folder / f"{place}.pt", module, head.get("ends", {}).get(place), checked=checked))
         for place, module in (("opening", net.opening), ("closing", net.closing))
@@ -345,15 +367,12 @@ def _read(folder: Path, head: dict, net: LayerParallelResNet, optimizer) -> Call
         with torch.no_grad():
             for name, values in theta.items():
                 net.theta[name].copy_(values)
-        for (name, what), values in states.items():
-            optimizer.state[net.theta[name]][what] = values
-        for name, values in head["scalars"].items() if optimizer else ():
-            for what, value in values.items():
-                optimizer.state[net.theta[name]][what] = torch.tensor(value) if what == "step" else value
+        for name, values in states.items() if optimizer else ():
+            replace_state(optimizer, net.theta[name], values)
         for module, kept in ends:
             module.load_state_dict(kept["module"])
             for p, state in zip(module.parameters(), kept["optimizer"], strict=True) if optimizer else ():
-                optimizer.state[p].update(state)
+                replace_state(optimizer, p, state)
         for kind, (cycles, serial, batches, *rule) in head["iterations"].items():
             its = _iterations(net)[kind]
             if its.adaptive is not None and rule in ([], [_rule(its)]):  # earlier versions kept no rule

@@ -26,9 +26,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from pint_fem.collective import all_ranks, collectively
+from pint_fem.collective import all_ranks, collectively, require_same
 from pint_fem.errors import InputError, SolverFailure, release
 from pint_fem.mgrit.norms import gather_in_order
+from pint_fem.resnet.batches import comparable
 from pint_fem.resnet.network import LayerParallelResNet
 from pint_fem.resnet.regularisation import Regularisation
 
@@ -70,7 +71,7 @@ class TrainingProblem:
     Raises
     ------
     InputError
-        On a network in float32, or with several data groups.
+        On a network in float32, or with several data groups, or where ranks are given other batches.
     """
 
     def __init__(
@@ -89,6 +90,7 @@ class TrainingProblem:
             raise InputError("deterministic training of one full batch: put all ranks in the layers (grid 1xP)")
         if inner_product not in ("l2", "L2"):
             raise InputError(f"inner_product {inner_product!r}: give 'l2' or 'L2'")
+        require_same(net.grid.comm, x=comparable(x), y=comparable(y))
         self.net, self.x, self.y, self.loss, self.regularisation = net, x, y, loss, regularisation
         self.layout, start = [], 0
         for p in net.parameters():
@@ -168,7 +170,7 @@ class TrainingProblem:
         total = collectively(self.comm, "loss", self.loss, net(self.x, **how), self.y)
         if self.regularisation is not None:
             total = total + self.regularisation()
-        total.backward()
+        net.meetings.backward(total)
         return total.item(), [None if p.grad is None else p.grad.clone() for p, _ in self.layout]
 
     def _solve(self) -> None:

@@ -23,6 +23,8 @@ from pint_fem.capacity import require_memory
 from pint_fem.collective import collectively, raise_together, require_same
 from pint_fem.errors import FAILURES, InputError
 from pint_fem.mgrit import MGRITOptions, SolverFailure
+from pint_fem.resnet.backward import Meetings
+from pint_fem.resnet.batches import batch_digest
 from pint_fem.resnet.grid import Grid
 from pint_fem.resnet.iterations import Adaptive, Iterations
 from pint_fem.resnet.layers import Layer
@@ -47,6 +49,7 @@ class _Report(NamedTuple):
     failed: bool
     shape: tuple[int, ...] | None
     count: int
+    digest: int
     wants: bool
 
 
@@ -90,6 +93,8 @@ class LayerParallelResNet(nn.Module):
         Numbers of the own layers, ``lo .. hi - 1``.
     results : dict
         The last ``"forward"`` and ``"backward"`` :class:`~pint_fem.mgrit.SolveResult`.
+    meetings : Meetings
+        ``net.meetings.backward(loss)`` is ``loss.backward()`` where a loss that fails on one rank fails on all.
 
     Raises
     ------
@@ -162,6 +167,7 @@ class LayerParallelResNet(nn.Module):
             for p in self.parameters():
                 p.register_hook(self._mean)
         self.results: dict = {}
+        self.meetings = Meetings(grid.comm)
         self._warm: dict = {}
 
     def _mean(self, gradient: torch.Tensor) -> torch.Tensor:
@@ -210,26 +216,33 @@ class LayerParallelResNet(nn.Module):
         grid, shares = self.grid, self.training and torch.is_grad_enabled() and self.grid.data_size > 1
         comm = grid.comm if shares else grid.layer_comm
         u0 = failure = None
-        count = len(x)
-        if grid.is_first:
-            try:
+        count = seen = 0
+        try:
+            count = len(x)
+            seen = batch_digest(x) if grid.layer_size > 1 else 0
+            if grid.is_first:
                 x0 = self.opening(x.to(self.dtype) if x.is_floating_point() else x)
                 self.layer.check_input(x0)
                 u0 = self.layer.pack(x0)
-            except FAILURES as error:
-                failure = error
+        except FAILURES as error:
+            failure = error
         wants = torch.is_grad_enabled() and (
             any(p.requires_grad for p in self.parameters()) or (u0 is not None and u0.requires_grad)
         )
-        report = _Report(failure is not None, None if u0 is None else tuple(u0.shape), count, wants)
+        report = _Report(failure is not None, None if u0 is None else tuple(u0.shape), count, seen, wants)
         reports = [report] if comm.size == 1 else comm.allgather(report)
         if any(r.failed for r in reports):
             raise_together(comm, failure, "opening layer")
-        group = reports[grid.data_comm.rank * grid.layer_size :] if shares else reports
-        sizes = [r.count for r in group[: grid.layer_size]]
+        group = (reports[grid.data_comm.rank * grid.layer_size :] if shares else reports)[: grid.layer_size]
+        sizes = [r.count for r in group]
         problem = None
         if len(set(sizes)) > 1:
             problem = InputError(f"batches of {sizes} on the ranks that share the layers: give all the same")
+        elif other := [rank for rank, r in enumerate(group) if r.digest != group[0].digest]:
+            problem = InputError(
+                f"batches of other values or types on layer rank {other[0]} than on layer rank 0, which share the "
+                "layers: give both the same, for instance by shared_loader, or by a generator of its own for shuffling"
+            )
         if shares or problem:
             raise_together(comm, problem)
         # frozen parameters of one rank do not keep the others from training: all take part in both sweeps
@@ -245,7 +258,7 @@ class LayerParallelResNet(nn.Module):
             except FAILURES as error:
                 failure = error
         raise_together(comm, failure, "classification layer")
-        return _FromLast.apply(last if out is None else out, grid)
+        return _FromLast.apply(last if out is None else out, grid, self.meetings)
 
     # -- the two sweeps, called by autograd ----------------------------------------------------------------------------
     def _count(self, kind: str, training: bool) -> tuple[Iterations, int | None, bool]:
@@ -331,6 +344,7 @@ class _Propagate(torch.autograd.Function):
     def backward(ctx, gradient):
         """Derivatives with respect to the first state, on the first rank, and the own parameters."""
         network = ctx.network
+        network.meetings.meet()
         last = gradient.contiguous().numpy() if network.grid.is_last else None
         first, gradients = network._propagate_back(ctx.trajectory, last, ctx.batch)
         d_first = None
@@ -353,9 +367,9 @@ class _FromLast(torch.autograd.Function):
     """Hand what the last rank has to all; each rank's own derivative of the loss is that of all."""
 
     @staticmethod
-    def forward(ctx, out, grid):
+    def forward(ctx, out, grid, meetings):
         """The last rank's tensor."""
-        ctx.grid, ctx.shape = grid, out.shape
+        ctx.grid, ctx.meetings, ctx.shape = grid, meetings, out.shape
         values = out.detach().numpy()
         if grid.layer_size > 1:
             values = grid.layer_comm.bcast(values if grid.is_last else None, root=grid.layer_size - 1)
@@ -364,6 +378,7 @@ class _FromLast(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         """Passed on by the last rank."""
+        ctx.meetings.meet()
         if ctx.grid.is_last:
-            return gradient, None
-        return gradient.new_zeros(ctx.shape), None
+            return gradient, None, None
+        return gradient.new_zeros(ctx.shape), None, None

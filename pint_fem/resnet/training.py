@@ -12,9 +12,12 @@ from mpi4py import MPI
 from torch import nn
 from torch.utils.data import Dataset
 
+from pint_fem.agreement import all_alike
 from pint_fem.collective import all_ranks, any_rank, collectively, ending_all_ranks
 from pint_fem.errors import InputError
+from pint_fem.resnet.batches import batch_digest
 from pint_fem.resnet.grid import Grid
+from pint_fem.resnet.network import LayerParallelResNet
 
 __all__ = ["Epoch", "accuracy", "train_epoch"]
 
@@ -75,7 +78,8 @@ def train_epoch(
     Raises
     ------
     InputError
-        On every rank, where the loaders of the ranks have not as many batches each.
+        On every rank, where the loaders of the ranks have not as many batches each, or ranks that share the layers are
+        given other ones.
     Exception
         What the loader, the loss, the optimiser or a function that is called raises on one rank: as it is there, as
         ``RuntimeError`` on the others.
@@ -85,12 +89,15 @@ def train_epoch(
     sums, seen, cycles, start = np.zeros(3), 0, [[], []], time.perf_counter()
     nothing = lambda *_: None
     with ending_all_ranks(comm):
-        for number, (x, y) in enumerate(_same_batches(loader, comm)):
+        for number, (x, y) in enumerate(_same_batches(loader, net, comm)):
             optimizer.zero_grad()
             out = net(x, batch=number) if warm else net(x)
             loss = collectively(comm, "loss", loss_function, out, y)
             total = loss if regularisation is None else loss + collectively(comm, "regularisation", regularisation)
-            total.backward()
+            if isinstance(net, LayerParallelResNet):
+                net.meetings.backward(total)
+            else:
+                collectively(comm, "backward", total.backward)
             collectively(comm, "optimizer", optimizer.step)
             sums += [loss.item() * len(y), float((out.argmax(1) == y).sum()), len(y)]
             seen += 1
@@ -138,13 +145,28 @@ def _ranks(net: nn.Module, data_comm):
     return MPI.COMM_SELF if data_comm is None else data_comm
 
 
-def _same_batches(loader, comm) -> Iterator:
-    """The batches of a loader, as many on each rank."""
+def _same_batches(loader, net: nn.Module, comm) -> Iterator:
+    """The batches of a loader, as many on each rank, with the same labels on those that share the layers."""
     batches = iter(loader)
+    grid = getattr(net, "grid", None)
+    groups, group = (grid.data_size, grid.data_comm.rank) if isinstance(grid, Grid) and grid.layer_size > 1 else (0, 0)
+
+    def one() -> tuple | None:
+        batch = next(batches, None)
+        if batch is None:
+            return None
+        x, y = batch
+        return x, y, [(batch_digest(y),) if g == group else None for g in range(groups)]
+
     while True:
-        batch = collectively(comm, "loader", next, batches, None)
-        if all_ranks(comm, batch is not None):
-            yield batch
+        batch = collectively(comm, "loader", one)
+        if all_alike(comm, batch is not None, *([None] * groups if batch is None else batch[2])):
+            yield batch[:2]
+        elif all_ranks(comm, batch is not None):
+            raise InputError(
+                "ranks that share the layers are given other labels: give them the same batches, for instance by "
+                "shared_loader(...)"
+            )
         elif any_rank(comm, batch is not None):
             raise InputError("the ranks' loaders have not as many batches each: shared_loader(...) makes such")
         else:
