@@ -240,7 +240,7 @@ class ControlFunctional(Minimisable, AbstractReducedFunctional):
         Raises
         ------
         InputError
-            On every rank, if new values do not fit.
+            On every rank, if new values do not fit or are not the same on all ranks.
         """
         return self.problem.update_data()
 
