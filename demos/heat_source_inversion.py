@@ -14,7 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
-from pint_fem.cli import ProgramParser, positive, run
+from pint_fem.cli import ProgramParser, file_name, positive, run
 
 
 def arguments():
@@ -22,8 +22,13 @@ def arguments():
     parser = ProgramParser(prog="heat_source_inversion.py", description=__doc__)
     add = parser.add_argument
     add("--grid", default="auto", metavar="SxT", help="ranks in space x ranks in time (default: as is fastest)")
-    add("--mesh", metavar="FILE.msh", help="gmsh mesh with the tags of problems/plate.py (default: the shipped plate)")
-    add("--sensors", metavar="FILE.csv", help="readings: sensor,x,y,time,temperature (default: the shipped ones)")
+    add(
+        "--mesh",
+        type=file_name,
+        metavar="FILE.msh",
+        help="gmsh mesh tagged as problems/plate.py (default: the shipped)",
+    )
+    add("--sensors", type=file_name, metavar="FILE.csv", help="sensor,x,y,time,temperature (default: the shipped)")
     add("--steps", type=positive(int), default=512, help="time steps (512)")
     add("--integrator", default="SDIRK2", help="BackwardEuler, SDIRK2 or ImplicitMidpoint (SDIRK2)")
     add("--alpha", type=positive(float, zero=True), help="weight of the source's gradient in the regularisation")
@@ -33,7 +38,12 @@ def arguments():
     add("--gtol", type=positive(float), default=1e-8, help="relative tolerance of the gradient (1e-8)")
     add("--max-iterations", type=positive(int), default=30, help="trust-region iterations (30)")
     add("--exact", action="store_true", help="solve every sweep to --rtol, not only as accurately as convergence needs")
-    add("--checkpoint", metavar="FILE.h5", help="keep each iterate there, and go on from there if the file exists")
+    add(
+        "--checkpoint",
+        type=file_name,
+        metavar="FILE.h5",
+        help="keep each iterate there, and go on from an existing file",
+    )
     add(
         "--if-save-fails",
         default="stop",

@@ -14,7 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
-from pint_fem.cli import ProgramParser, positive, run
+from pint_fem.cli import ProgramParser, file_name, positive, run
 
 #: Time solver of each regime, unless told otherwise: multigrid does not contract where nothing damps.
 TIME_SOLVERS = {"lossy": "mgrit", "cavity": "paradiag"}
@@ -28,7 +28,12 @@ def arguments():
     add("--grid", default="auto", metavar="SxT", help="ranks in space x ranks in time (default: as is fastest)")
     add("--cells", type=positive(int), default=16, help="cells along a side, a multiple of 8 (16)")
     add("--degree", type=positive(int), default=2, help="degree of the elements (2)")
-    add("--sensors", metavar="FILE.csv", help="readings: sensor,x,y,time,ex,ey (default: the shipped ones)")
+    add(
+        "--sensors",
+        type=file_name,
+        metavar="FILE.csv",
+        help="readings: sensor,x,y,time,ex,ey (default: the shipped ones)",
+    )
     add("--steps", type=positive(int), help="time steps (256)")
     add("--integrator", help="SDIRK2, BackwardEuler, ImplicitMidpoint or Leapfrog (lossy: SDIRK2, cavity: the third)")
     add("--alpha", type=positive(float, zero=True), help="weight of the current's gradient in the regularisation")

@@ -20,7 +20,7 @@ from rich.console import Console
 from pint_fem.errors import InputError
 from pint_fem.option_names import PREFIXES, nearest, refuse_near_misses
 
-__all__ = ["ProgramParser", "Progress", "positive", "run", "wait_quietly"]
+__all__ = ["ProgramParser", "Progress", "file_name", "positive", "run", "wait_quietly"]
 
 # the program's own options are in PETSc's database too: they are not left over
 os.environ.setdefault("PETSC_OPTIONS", "-options_left no")
@@ -106,6 +106,13 @@ def positive(kind: type, *, zero: bool = False) -> Callable[[str], float]:
         return value
 
     return convert
+
+
+def file_name(text: str) -> str:
+    """An ``argparse`` type for names of files: an empty one, as of a shell's unset variable, is refused."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("the name of the file is empty: give one, or leave the option out")
+    return text
 
 
 def run(main: Callable[[], None], comm=MPI.COMM_WORLD) -> None:

@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import h5py
@@ -166,20 +167,22 @@ class HDF5Checkpoint:
             "objective": getattr(self.objective, "memory", dict)(),
             "points": [_described(point) for point in self._problem.points],
         }
-        offsets = self._on_root(self._guarded, new, create_file, new, head, pieces)
-        collectively(self._comm, "", self._guarded, new, write_parts, new, offsets, pieces)
-        self._on_root(self._guarded, new, files.replace, new, self.path)
+        try:
+            offsets = self._on_root(self._guarded, create_file, new, head, pieces)
+            collectively(self._comm, "", self._guarded, write_parts, new, offsets, pieces)
+            self._on_root(self._guarded, files.replace, new, self.path)
+        except InputError:  # on all ranks: none of them is about to open it any more
+            if self._comm.rank == 0:
+                with suppress(OSError):
+                    os.unlink(new)  # on a full disk it would be in the way
+            raise
 
-    def _guarded(self, new: Path, work: Callable, *args):
-        """``work(*args)``; where the file cannot be written the half of it is removed, and the message names it."""
+    def _guarded(self, work: Callable, *args):
+        """``work(*args)``; where the file cannot be written the message names it."""
         try:
             return work(*args)
         except (OSError, RuntimeError) as error:  # HDF5 raises either
             reason = getattr(error, "strerror", None) or str(error)
-            try:
-                os.unlink(new)  # on a full disk it would be in the way
-            except OSError:
-                pass
             raise InputError(f"checkpoint {self.path} cannot be written: {reason}") from error
 
     def _vector(self, name: str, vector: np.ndarray) -> list[Piece]:

@@ -18,6 +18,7 @@ from pint_fem.adjoint.layout import ControlLayout
 from pint_fem.adjoint.memory import Memory
 from pint_fem.adjoint.problem import ReducedProblem
 from pint_fem.adjoint.regularisation import Regularisation
+from pint_fem.adjoint.same_data import require_same_forms, require_same_values
 from pint_fem.propagators import Evolution
 from pint_fem.propagators.initial import InitialExpression
 
@@ -80,7 +81,9 @@ class ComposedProblem:
         self._inside = inside
         self._expression = InitialExpression(own.initial_expression, own.V, [own.copies.variable(c) for c in inside])
         self._forms, self._own, self._parts = forms, own, {}
+        require_same_forms(self.spacetime, **{"the regularisation of the initial condition's controls": forms})
         self.regularisation = Regularisation(forms, self.layout, own) if forms else None
+        require_same_values(self.spacetime, own.copies)
 
     @property
     def is_quadratic(self) -> bool:

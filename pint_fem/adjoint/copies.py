@@ -15,13 +15,14 @@ from mpi4py import MPI
 
 from pint_fem.adjoint.layout import ControlLayout
 from pint_fem.agreement import digest, require_same
+from pint_fem.collective import raise_together
 from pint_fem.errors import InputError
 
-__all__ = ["Copies"]
+__all__ = ["HUGE", "RTOL", "Copies"]
 
-_RTOL = 1e-9
+RTOL = 1e-9
 """Far above what round-off makes of copies in a run, far below what matters to ``J``."""
-_HUGE = 1e300
+HUGE = 1e300
 """Stands for numbers that are not finite."""
 
 
@@ -41,7 +42,12 @@ class Copies:
         self._weights = np.cos(np.arange(layout.static_size, dtype=float) ** 2)
 
     def agree(
-        self, vectors: Mapping[str, np.ndarray], *, call: Mapping | None = None, votes: Sequence[bool] = ()
+        self,
+        vectors: Mapping[str, np.ndarray],
+        *,
+        call: Mapping | None = None,
+        votes: Sequence[bool] = (),
+        failure: BaseException | None = None,
     ) -> np.ndarray:
         """Require the same call on all ranks (collective).
 
@@ -53,6 +59,8 @@ class Copies:
             Other arguments of the evaluation.
         votes
             What the ranks decide together.
+        failure
+            What went wrong on this rank before, which all ranks raise.
 
         Returns
         -------
@@ -65,7 +73,9 @@ class Copies:
             On every rank, where a vector has not the layout's size, or static controls or arguments differ.
         """
         fits = all(np.size(z) == self.layout.size for z in vectors.values())
+        fits = fits and failure is None
         if self._comm.size == 1:
+            raise_together(self._comm, failure)
             self._refuse_sizes(vectors, fits)
             return np.array(votes, dtype=bool)
         key = float(digest(call or {}) % 2**52)
@@ -78,11 +88,13 @@ class Copies:
         least = np.concatenate([head, numbers.ravel(), opposite.ravel()])
         self._comm.Allreduce(MPI.IN_PLACE, least, op=MPI.MIN)
         all_fit, low_key, high_key = least[len(votes) : len(head)]
+        if not all_fit:
+            raise_together(self._comm, failure)
         self._refuse_sizes(vectors, bool(all_fit))
         if low_key != -high_key:
             require_same(self._comm, **(call or {}))
         low, high = least[len(head) :].reshape(2, *numbers.shape) * np.array([1, -1])[:, None, None, None]
-        apart = (high - low > _RTOL * np.maximum(high[:, :1], 1e-300)).any(axis=(1, 2))
+        apart = (high - low > RTOL * np.maximum(high[:, :1], 1e-300)).any(axis=(1, 2))
         if apart.any():
             name = list(vectors)[int(np.argmax(apart))]
             norm = float(np.linalg.norm(np.ravel(vectors[name])[: self.layout.static_size]))
@@ -98,7 +110,7 @@ class Copies:
         static = z[: self.layout.static_size]
         with np.errstate(over="ignore", invalid="ignore"):
             found = np.array([np.linalg.norm(static), self._weights @ static])
-        return tuple(np.where(np.isfinite(found), found, _HUGE))
+        return tuple(np.where(np.isfinite(found), found, HUGE))
 
     def _refuse_sizes(self, vectors: Mapping[str, np.ndarray], fits: bool) -> None:
         if not fits:

@@ -11,9 +11,10 @@ from pyadjoint.tape import stop_annotating
 
 from pint_fem.adjoint.misfit import Misfit
 from pint_fem.adjoint.regularisation import Regularisation
+from pint_fem.adjoint.same_data import require_same_given, require_same_values
 from pint_fem.adjoint.sweeps import Sweeps
-from pint_fem.collective import collectively
-from pint_fem.errors import InputError
+from pint_fem.collective import collectively, raise_together
+from pint_fem.errors import FAILURES, InputError
 
 __all__ = ["Data"]
 
@@ -33,12 +34,20 @@ class Data:
         self._copies, self._comm = sweeps.evolution.copies, sweeps.spacetime.comm
         self._coordinates = sweeps.evolution.V.mesh().unique().coordinates
         self._places = self._coordinates.dat.data_ro.copy()
+        #: What went wrong on this rank when data were last compared.
+        self.failure: BaseException | None = None
+        require_same_values(sweeps.spacetime, self._copies)
         self._warned = np.zeros(len(self.changed()), dtype=bool)
 
     def changed(self) -> np.ndarray:
-        """Which data are others on this rank than those that were read."""
+        """Which data are others on this rank than those that were read; where that fails see :attr:`failure`."""
+        self.failure, own = None, np.ones(len(self._misfits), dtype=bool)
+        try:
+            own[:] = [m.has_changed() for m in self._misfits]
+        except FAILURES as error:  # raised by all ranks together, when they have heard of it
+            self.failure = error
         moved = not np.array_equal(self._coordinates.dat.data_ro, self._places)
-        return np.concatenate([self._copies.changed(), [m.has_changed() for m in self._misfits], [moved]]).astype(bool)
+        return np.concatenate([self._copies.changed(), own, [moved]]).astype(bool)
 
     def _labels(self, which: np.ndarray) -> list[str]:
         names = [*self._copies.labels, *(f"what is given to {type(m).__name__}" for m in self._misfits)]
@@ -69,10 +78,19 @@ class Data:
             raise InputError("the coordinates of the mesh changed after the functional was made: make a new functional")
 
     def update(self) -> list[str]:
-        """Read all data again and let the parts know; what has changed (collective)."""
+        """Read all data again and let the parts know; what has changed (collective).
+
+        Raises
+        ------
+        InputError
+            On every rank, before anything is read, if ranks have other data than each other.
+        """
         which = self.changed()
+        raise_together(self._comm, self.failure, "data given anew")
         self._comm.Allreduce(MPI.IN_PLACE, which, op=MPI.LOR)
         self._refuse_moved(which)
+        require_same_given(self._sweeps.spacetime, self._misfits)
+        require_same_values(self._sweeps.spacetime, self._copies)
         with stop_annotating():
             changed = collectively(self._comm, "reading data again", self._read, which[:-1])
             self._sweeps.update_data(changed)

@@ -23,6 +23,7 @@ from pint_fem.adjoint.problem import ReducedProblem
 from pint_fem.adjoint.riesz import ControlInner
 from pint_fem.adjoint.states import FinalState, adjoint_functions, own_points, state_functions, write_states
 from pint_fem.adjoint.sums import SumProblem, terms_of
+from pint_fem.collective import collectively
 from pint_fem.errors import InputError
 from pint_fem.propagators import Evolution
 from pint_fem.propagators.arrays import get, put
@@ -155,6 +156,10 @@ class ControlFunctional(Minimisable, AbstractReducedFunctional):
             arrays.append(np.array([get(part) for part in f.subfunctions]) if stepwise else get(f))
         return self.layout.join(arrays)
 
+    def _array(self, values) -> np.ndarray:
+        """:meth:`array`, refused on all ranks where it is on one (collective)."""
+        return collectively(self.spacetime.comm, "", self.array, values)
+
     def function(self, array: np.ndarray, *, dual: bool = False):
         """Controls (or with ``dual`` derivatives) from flat own values: a function, or a list of several."""
         with stop_annotating():
@@ -193,7 +198,7 @@ class ControlFunctional(Minimisable, AbstractReducedFunctional):
 
     def __call__(self, values) -> AdjFloat:
         """``J`` at values of the controls."""
-        self._z, asked = self.array(values), OptimiserUnit.is_asked(Enlist(values))
+        self._z, asked = self._array(values), OptimiserUnit.is_asked(Enlist(values))
         with stop_annotating():
             for control, value in zip(self.controls, Enlist(values), strict=True):
                 control.update(value)
@@ -213,13 +218,13 @@ class ControlFunctional(Minimisable, AbstractReducedFunctional):
         if hessian_input not in (None, 0, 0.0):
             raise InputError("hessian_input is not supported: the functional is the end of the computation")
         with stop_annotating():
-            h = self._unit.factor * self.problem.hessian_action(self._current(), self.array(m_dot))
+            h = self._unit.factor * self.problem.hessian_action(self._current(), self._array(m_dot))
             return self.function(self.inner.primal(h)) if apply_riesz else self.function(h, dual=True)
 
     def tlm(self, m_dot):
         """``J' m_dot`` by a tangent sweep."""
         with stop_annotating():
-            return AdjFloat(self._unit.factor * self.problem.tangent_value(self._current(), self.array(m_dot)))
+            return AdjFloat(self._unit.factor * self.problem.tangent_value(self._current(), self._array(m_dot)))
 
     def update_data(self) -> list[str]:
         """Read the user's data again: coefficients, boundary values and the initial condition of the evolution, data of
@@ -238,7 +243,7 @@ class ControlFunctional(Minimisable, AbstractReducedFunctional):
         Raises
         ------
         InputError
-            On every rank, if new values do not fit.
+            On every rank, if new values do not fit or are not the same on all ranks.
         """
         return self.problem.update_data()
 
@@ -327,10 +332,11 @@ class ControlFunctional(Minimisable, AbstractReducedFunctional):
         InputError
             On every rank: a time that is not one of the evolution's, a file that cannot be written.
         """
-        return write_states(self.problem, self._at(values), Path(path), times, evolution)
+        return write_states(self.problem, self._at(values), path, times, evolution)
 
     def _at(self, values) -> np.ndarray:
-        return self._current() if values is None else self.array(values)
+        work = self._current if values is None else lambda: self.array(values)
+        return collectively(self.spacetime.comm, "", work)
 
     # -- for optimisers ------------------------------------------------------------------------------------------------
     def _take(self, z: np.ndarray) -> None:

@@ -27,6 +27,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pint_fem.adjoint.misfit import BLOCK, BlockMisfit
+from pint_fem.collective import collectively
 from pint_fem.mgrit.view import memory as solver_memory
 from pint_fem.propagators.arrays import own_size
 
@@ -100,7 +101,8 @@ def memory(problem) -> Memory:
     kept["coarse levels"] = sum(_coarse(solver, n) for solver in sweeps.solvers)
     if sweeps.has_model:
         kept["model"] = sweeps.transposed_adjoint.rows * n + _coarse(sweeps.transposed_adjoint.solver, n)
-    kept["data"] = sum(m.nbytes() for m in problem.misfits) + sum(p.kept_bytes(k) for p, k, _ in sweeps.steps_kept)
+    data, of_misfits = collectively(problem.spacetime.comm, "memory", _of_misfits, problem.misfits)
+    kept["data"] = data + sum(p.kept_bytes(k) for p, k, _ in sweeps.steps_kept)
     linearised = sum(p.memory_bytes() * count for p, _, count in sweeps.steps_kept)
     kept["linearisation"] = linearised + (rows * n + layout if linearised else 0)
     kept["controls"] = 3 * len(problem.points) * layout
@@ -130,9 +132,14 @@ def memory(problem) -> Memory:
         "blocks": blocks,
         "controls": (3 if second else 2) * stepwise + 2 * (direct + layout),
     }
-    held = [p.petsc_bytes(count) for p, _, count in sweeps.steps_kept] + [m.petsc_bytes() for m in problem.misfits]
+    held = [p.petsc_bytes(count) for p, _, count in sweeps.steps_kept] + of_misfits
     petsc = {part: sum(h.get(part, 0) for h in held) for part in ("blocks", "matrices", "factors")}
     return Memory(kept, passing, petsc)
+
+
+def _of_misfits(misfits) -> tuple[int, list[dict[str, int]]]:
+    """Bytes that misfits keep, and what they have in PETSc's hands."""
+    return sum(m.nbytes() for m in misfits), [m.petsc_bytes() for m in misfits]
 
 
 def _coarse(solver, n: int) -> int:

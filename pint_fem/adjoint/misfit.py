@@ -14,6 +14,7 @@ points are rows ``1..k``.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 import numpy as np
 
@@ -23,7 +24,7 @@ from pint_fem.propagators.blocks import WIDTH
 from pint_fem.propagators.evolution import Evolution
 from pint_fem.spacetime import Slab, SpaceTime
 
-__all__ = ["BlockMisfit", "Misfit"]
+__all__ = ["BlockMisfit", "Misfit", "on_points", "on_slab"]
 
 BLOCK = 8 * WIDTH
 """Points that are looked at together where all are stored."""
@@ -40,6 +41,12 @@ class Misfit(ABC):
     def bind(self, evolution: Evolution, spacetime: SpaceTime, slab: Slab) -> None:
         """Prepare for the points of a slab; called once, on every rank."""
         self.evolution, self.spacetime, self.slab, self.is_bound = evolution, spacetime, slab, True
+
+    def given(self) -> dict:
+        """What the user has given it, by name, which all ranks have to be given alike: data that are not in forms, and
+        signatures of forms.
+        """
+        return {}
 
     def has_changed(self) -> bool:
         """Whether the user has changed data that are not in forms since they were read."""
@@ -80,6 +87,20 @@ class Misfit(ABC):
     def petsc_bytes(self) -> dict[str, int]:
         """Bytes in PETSc's hands, by part."""
         return {}
+
+
+def on_slab(work: Callable, U: np.ndarray, *dU: np.ndarray, shape: tuple[int, ...] | None = None) -> np.ndarray:
+    """What a misfit's ``work`` has for all local points, or an array of another shape."""
+    out, shape = work(U, *dU), shape or U.shape
+    if np.shape(out) != shape:
+        got, name = "None" if out is None else f"shape {np.shape(out)}", getattr(work, "__qualname__", work)
+        raise InputError(f"{name} of a misfit returned {got}: return an array of shape {shape}")
+    return out
+
+
+def on_points(work: Callable, U: np.ndarray, *dU: np.ndarray) -> np.ndarray:
+    """What a misfit's ``work`` has for the own points."""
+    return on_slab(work, U, *dU, shape=(len(U) - 1,))
 
 
 class BlockMisfit(Misfit):

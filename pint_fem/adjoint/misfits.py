@@ -41,6 +41,10 @@ class _FormMisfit(BlockMisfit):
             )
         self.form = form
 
+    def given(self):
+        """See :class:`~pint_fem.adjoint.misfit.Misfit`."""
+        return {"the functional": self.form.signature()[:16]}
+
     @abstractmethod
     def weights(self) -> np.ndarray:
         """Weight of each local point, ``(k + 1,)``."""

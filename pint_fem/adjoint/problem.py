@@ -29,9 +29,10 @@ from pint_fem.adjoint.memory import Memory, memory
 from pint_fem.adjoint.misfit import BlockMisfit, Misfit
 from pint_fem.adjoint.point import Point, relative_residual
 from pint_fem.adjoint.regularisation import Regularisation
+from pint_fem.adjoint.same_data import require_same_problem
 from pint_fem.adjoint.sweeps import Sweeps
 from pint_fem.adjoint.trajectory import Source, trajectories
-from pint_fem.collective import collectively, require_same
+from pint_fem.collective import collectively
 from pint_fem.errors import FAILURES, InputError
 from pint_fem.mgrit import SolverFailure
 from pint_fem.mgrit.norms import gather_in_order
@@ -67,7 +68,7 @@ class ReducedProblem:
         if not self.misfits or not all(isinstance(m, Misfit) for m in self.misfits):
             raise InputError("misfits: give RunningMisfit, TerminalMisfit or PointSensors objects")
         self._given, self.misfits = self.misfits, [copy(m) if m.is_bound else m for m in self.misfits]  # shared
-        require_same(self.spacetime.comm, misfits=self.misfits, regularisation=regularisation is not None)
+        require_same_problem(self.spacetime, self.evolution, self.misfits, regularisation)
         if not self.evolution.controls:
             raise InputError("the evolution has no control=: there is nothing to optimise")
         self.layout = ControlLayout(self.evolution, self.spacetime, sweeps.slab)
@@ -124,10 +125,7 @@ class ReducedProblem:
         return changed
 
     def memory(self) -> Memory:
-        """Memory of this rank by part, known before a run; see :mod:`~pint_fem.adjoint.memory` for the formula.
-
-        Collective.
-        """
+        """Memory of this rank by part, known before a run (collective); see :mod:`~pint_fem.adjoint.memory`."""
         return memory(self)
 
     # -- caches --------------------------------------------------------------------------------------------------------
@@ -136,7 +134,8 @@ class ReducedProblem:
         z = np.asarray(z, dtype=float)
         same = [p.z is not None and np.array_equal(p.z, z.ravel()) for p in self._points]
         votes = [*same, *(not changed for changed in self.data.changed())]
-        votes = self._copies.agree({"control": z, **(directions or {})}, call=wanted, votes=votes)
+        vectors = {"control": z, **(directions or {})}
+        votes = self._copies.agree(vectors, call=wanted, votes=votes, failure=self.data.failure)
         known = votes[: len(same)]
         self.data.warn(~votes[len(same) :])
         return self._points[int(np.argmax(known))] if known.any() else None

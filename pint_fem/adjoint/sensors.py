@@ -63,8 +63,16 @@ class PointSensors(BlockMisfit):
     def _given(self) -> tuple[np.ndarray, ...]:
         """Copies of what the user gave."""
         own = self._users
-        points, times = np.array(own.points, float, ndmin=2), np.array(own.times, float, ndmin=1)
-        return points, times, np.array(own.data, float), np.array(own.weight, float)
+        try:
+            points, times = np.array(own.points, float, ndmin=2), np.array(own.times, float, ndmin=1)
+            return points, times, np.array(own.data, float), np.array(own.weight, float)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"sensors: points, times, readings and weight have to be numbers: {error}") from error
+
+    def given(self):
+        """See :class:`~pint_fem.adjoint.misfit.Misfit`."""
+        out = dict(zip(("points", "times", "readings", "weight"), self._given(), strict=True))
+        return out | {"field": self.field, "component": self.component}
 
     def _take(self) -> None:
         """Take a copy of what the user gave, and check it."""

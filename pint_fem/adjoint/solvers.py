@@ -148,7 +148,7 @@ class TimeSolvers:
         spacetime, N = self.spacetime, self.evolution.nsteps
         compact = options.storage == "C" and bool(factors)
         self._averaged: AveragedSystems | None = None
-        self.propagators = self._make_propagators(propagator, factors)
+        self.propagators = collectively(spacetime.comm, "propagator", self._make_propagators, propagator, factors)
         self.is_linear = all(p.is_linear for p in self.propagators)
         if options.coarse_solver == "gathered" and factors and not self.is_linear:
             raise ValueError(

@@ -22,7 +22,8 @@ from pyadjoint.tape import stop_annotating
 
 from pint_fem.adjoint.problem import ReducedProblem
 from pint_fem.adjoint.riesz import RieszMap
-from pint_fem.adjoint.sums import SumProblem, terms_of
+from pint_fem.adjoint.sums import SumProblem, leaves, terms_of
+from pint_fem.collective import collectively, require_same
 from pint_fem.errors import InputError
 from pint_fem.paraview import write_fields
 from pint_fem.propagators.arrays import own_size, put
@@ -48,8 +49,12 @@ def point_numbers(evolution: Evolution, times: Sequence[float]) -> list[int]:
         If a time is not one of the evolution's.
     """
     numbers = []
+    try:
+        times = [float(time) for time in times]
+    except (TypeError, ValueError) as error:
+        raise InputError(f"times = {times!r}: give a number or a list of numbers") from error
     for time in times:
-        place = (float(time) - evolution.t0) / evolution.dt
+        place = (time - evolution.t0) / evolution.dt
         n = round(place) if np.isfinite(place) else -1
         if not 0 <= n <= evolution.nsteps or abs(place - n) > _ON_GRID:
             end = float(evolution.time(evolution.nsteps))
@@ -66,13 +71,13 @@ def point_numbers(evolution: Evolution, times: Sequence[float]) -> list[int]:
 
 def state_functions(problem: ReducedProblem | SumProblem, z: np.ndarray, times, evolution: Evolution | None):
     """The state as functions, see :meth:`~pint_fem.adjoint.functional.ControlFunctional.state`."""
-    (_, leaf, own), *_ = terms_of(problem, evolution, z)
+    (_, leaf, own), *_ = _asked(problem, evolution, z)
     return _functions(leaf, leaf.states(own), times, lambda row: _filled(Function(leaf.evolution.V), row))
 
 
 def adjoint_functions(problem: ReducedProblem | SumProblem, z: np.ndarray, times, riesz_map, evolution):
     """The adjoint as functions, see :meth:`~pint_fem.adjoint.functional.ControlFunctional.adjoint`."""
-    terms = terms_of(problem, evolution, z)
+    terms = _asked(problem, evolution, z)
     weight, leaf, own = sum(w for w, _, _ in terms), terms[0][1], terms[0][2]
     if any(other is not leaf for _, other, _ in terms):
         raise InputError(
@@ -82,22 +87,50 @@ def adjoint_functions(problem: ReducedProblem | SumProblem, z: np.ndarray, times
     if riesz_map is None:
         make = lambda row: _filled(Cofunction(V.dual()), weight * row)
     else:
-        riesz = RieszMap(V, riesz_map)
+        riesz = collectively(leaf.spacetime.comm, "", RieszMap, V, riesz_map)
         make = lambda row: _filled(Function(V), riesz.primal(weight * row))
     return _functions(leaf, _adjoints(leaf, own), times, make)
 
 
-def write_states(problem: ReducedProblem | SumProblem, z: np.ndarray, path: Path, times, evolution: Evolution | None):
+def write_states(problem: ReducedProblem | SumProblem, z: np.ndarray, path: str | Path, times, evolution):
     """The state as files, see :meth:`~pint_fem.adjoint.functional.ControlFunctional.write`."""
-    if path.suffix != ".pvd":
-        raise InputError(f"write: {path} has no name for ParaView; give one that ends with .pvd, such as 'state.pvd'")
-    (_, leaf, own), *_ = terms_of(problem, evolution, z)
-    ev = leaf.evolution
-    points = range(ev.nsteps + 1) if times is None else point_numbers(ev, [times] if isinstance(times, Real) else times)
+    comm = problem.spacetime.comm
+    path = collectively(comm, "", _checked_path, path)
+    require_same(comm, path=str(path))
+    (_, leaf, own), *_ = _asked(problem, evolution, z)
+    ev, points = leaf.evolution, _point_numbers(leaf, times)
+    points = range(ev.nsteps + 1) if points is None else points
     all_times, slab = ev.time(np.arange(ev.nsteps + 1)), leaf.sweeps.slab
     with stop_annotating():
         states = leaf.states(own)
         return write_fields(path.parent, path.stem, states, ev.V, slab, leaf.spacetime, all_times, points=points)
+
+
+def _checked_path(path: str | Path) -> Path:
+    """The name of a file for ParaView."""
+    try:
+        path = Path(path)
+    except TypeError as error:
+        raise InputError(f"write: {path!r} is no name of a file; give one such as 'state.pvd'") from error
+    if path.suffix != ".pvd":
+        raise InputError(f"write: {path} has no name for ParaView; give one that ends with .pvd, such as 'state.pvd'")
+    return path
+
+
+def _asked(problem: ReducedProblem | SumProblem, evolution: Evolution | None, z: np.ndarray) -> list:
+    """The terms of an evolution, which has to be the same one on all ranks (collective)."""
+    comm = problem.spacetime.comm
+    terms = collectively(comm, "", terms_of, problem, evolution, z)
+    require_same(comm, evolution=leaves(problem).index(terms[0][1]))
+    return terms
+
+
+def _point_numbers(leaf: ReducedProblem, times) -> list[int] | None:
+    """Numbers of the points at given times, one or several, which have to be the same on all ranks (collective)."""
+    comm, given = leaf.spacetime.comm, [times] if isinstance(times, Real) else times
+    numbers = collectively(comm, "", lambda: None if given is None else point_numbers(leaf.evolution, given))
+    require_same(comm, times=None if numbers is None else leaf.evolution.time(np.array(numbers)).tolist())
+    return numbers
 
 
 def _adjoints(leaf: ReducedProblem, z: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
@@ -115,8 +148,7 @@ def _filled(f: Function | Cofunction, row: np.ndarray) -> Function | Cofunction:
 def _functions(leaf: ReducedProblem, blocks, times, make):
     """Functions of a rank's own points, or at given times on all ranks in time."""
     slab, spacetime = leaf.sweeps.slab, leaf.spacetime
-    single = isinstance(times, Real)
-    wanted = None if times is None else point_numbers(leaf.evolution, [times] if single else times)
+    single, wanted = isinstance(times, Real), _point_numbers(leaf, times)
     own = own_points(slab)
     kept = {n: None for n in own if wanted is None or n in wanted}
     with stop_annotating():

@@ -23,6 +23,7 @@ from pint_fem.adjoint.memory import Memory
 from pint_fem.adjoint.misfit import BlockMisfit
 from pint_fem.adjoint.problem import ReducedProblem
 from pint_fem.adjoint.regularisation import Regularisation
+from pint_fem.collective import require_same
 from pint_fem.errors import InputError
 from pint_fem.propagators import Evolution
 
@@ -106,9 +107,10 @@ class SumProblem:
 
     def __init__(self, terms: Sequence[tuple[float, ReducedProblem | SumProblem]]):
         self.terms = [(float(weight), problem) for weight, problem in terms]
+        problems = [problem for _, problem in self.terms]
+        require_same(problems[0].spacetime.comm, **{"weights of the terms of a sum": [w for w, _ in self.terms]})
         if not all(np.isfinite(weight) for weight, _ in self.terms):
             raise InputError(f"a sum of functionals with weights {[w for w, _ in self.terms]}: give finite numbers")
-        problems = [problem for _, problem in self.terms]
         self.spacetime = problems[0].spacetime
         for other in problems[1:]:
             grids = [(p.spacetime.space_size, p.spacetime.time_size) for p in (problems[0], other)]

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pint_fem.adjoint.intervals import Intervals, Window
-from pint_fem.adjoint.misfit import BlockMisfit, Misfit
+from pint_fem.adjoint.misfit import BlockMisfit, Misfit, on_points, on_slab
 from pint_fem.adjoint.sweeps import Sweeps
 from pint_fem.collective import collectively
 from pint_fem.errors import InputError
@@ -45,7 +45,7 @@ def trajectories(sweeps: Sweeps, misfits: Sequence[Misfit]) -> StoredTrajectorie
     InputError
         If a misfit wants whole slabs where only C-points are stored.
     """
-    compact = sweeps.intervals is not None
+    compact, spacetime = sweeps.intervals is not None, sweeps.spacetime
     for misfit in misfits:
         if compact and not isinstance(misfit, BlockMisfit):
             raise InputError(
@@ -54,7 +54,7 @@ def trajectories(sweeps: Sweeps, misfits: Sequence[Misfit]) -> StoredTrajectorie
             )
         if compact:
             misfit.keeps_data = False
-        misfit.bind(sweeps.evolution, sweeps.spacetime, sweeps.slab)
+        collectively(spacetime.comm, "misfit", misfit.bind, sweeps.evolution, spacetime, sweeps.slab)
     return (CPointTrajectories if compact else StoredTrajectories)(sweeps, misfits)
 
 
@@ -76,15 +76,15 @@ class StoredTrajectories(_Trajectories):
 
     def values(self, point, z) -> np.ndarray:
         """``(k, misfits)``; ``z`` are the controls of the own steps."""
-        return np.stack([self._together(m.values, point.U) for m in self.misfits], axis=1)
+        return np.stack([self._together(on_points, m.values, point.U) for m in self.misfits], axis=1)
 
     def directional(self, point, z, dz, dU: np.ndarray) -> np.ndarray:
         """``(k,)``."""
-        return sum(self._together(m.directional, point.U, dU) for m in self.misfits)
+        return sum(self._together(on_points, m.directional, point.U, dU) for m in self.misfits)
 
     def gradient(self, point, z) -> Source:
         """See the module."""
-        return Source(_sum(self._together(m.gradient, point.U) for m in self.misfits))
+        return Source(_sum(self._together(on_slab, m.gradient, point.U) for m in self.misfits))
 
     def direct_controls(self, point, z) -> None:
         """``controls`` of :meth:`gradient`."""
@@ -92,7 +92,7 @@ class StoredTrajectories(_Trajectories):
 
     def hessian(self, point, z, dz, dU: np.ndarray, *, second: bool, symmetric: bool = False) -> Source:
         """See the module; ``second``: with the second derivatives of the steps, ``symmetric`` for any ``dU``."""
-        g = _sum(self._together(m.hessian, point.U, dU) for m in self.misfits)
+        g = _sum(self._together(on_slab, m.hessian, point.U, dU) for m in self.misfits)
         if not second:
             return Source(g)
         su, sz = self.sweeps.second_order(z, point.U, dz, dU, point.L, symmetric=symmetric)

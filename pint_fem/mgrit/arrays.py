@@ -45,18 +45,21 @@ def check_arrays(solver, U: np.ndarray, G: np.ndarray | None, coarse_rhs, **call
     absent = tuple(x is None for x in (G, *given)) if k else None
     comm, everyone = solver.comm, solver.everyone
     key = (digest((solver.key, *call.values())) if everyone.size > 1 else 0,)
+    kind = (U.dtype.num, *U.shape[1:])  # of the states that are sent
     if everyone is comm:
-        alike = all_alike(comm, problem is None, key, U.shape[1:], absent)
+        alike = all_alike(comm, problem is None, key, kind, absent)
     else:  # parts of states may have other shapes there
-        alike = all_alike(everyone, all_alike(comm, problem is None, U.shape[1:], absent), key)
+        alike = all_alike(everyone, all_alike(comm, problem is None, kind, absent), key)
     if alike:
         return
     own = {"number of steps": solver.nsteps, "bounds": tuple(solver.levels[0].bounds), **vars(solver.options), **call}
     require_same(everyone, **own, **{"solver": solver.key})
-    reports = comm.allgather((problem, U.shape[1:], absent))
+    reports = comm.allgather((problem, U.shape[1:], str(U.dtype), absent))
     problems = [p for p, *_ in reports if p]
-    if len({shape for _, shape, _ in reports}) > 1:
-        problems.append(f"states of different shapes on the ranks: {[shape for _, shape, _ in reports]}")
+    if len({shape for _, shape, *_ in reports}) > 1:
+        problems.append(f"states of different shapes on the ranks: {[shape for _, shape, *_ in reports]}")
+    if len({dtype for *_, dtype, _ in reports}) > 1:
+        problems.append(f"states of different types on the ranks: {[dtype for *_, dtype, _ in reports]}")
     if len({absent for *_, absent in reports if absent}) > 1:
         problems.append("G or coarse_rhs is None on some ranks only: give zeros there")
     raise_together(everyone, InputError(f"{solver.name}: {problems[0]}") if problems else None)

@@ -162,6 +162,10 @@ class PrivateCopies:
         data = [not np.array_equal(datum.values(), read, equal_nan=True) for datum, read in pairs]
         return np.array(data + [bc._original_arg is not given for bc, given in self._conditions], dtype=bool)
 
+    def given(self) -> list[tuple[str, Function | Constant | Cofunction, np.ndarray]]:
+        """What each datum is, the user's object, and its own values as they are now."""
+        return [(datum.label, datum.given, datum.values()) for datum in self._data]
+
     @property
     def labels(self) -> list[str]:
         """What the data are, for messages."""
