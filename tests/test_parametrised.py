@@ -263,6 +263,26 @@ def test_data_of_an_expression_without_controls_are_read_as_all_data():
 
 @pytest.mark.parallel([1, 2])
 @time_limit(60)
+def test_data_of_a_regularisation_of_controls_in_the_initial_expression_only():
+    """They are read with all other data: ``(a - d)^2`` with ``a = 1`` is 1/4 at ``d = 1/2`` and 1 at ``d = 2``."""
+    for grid in GRIDS[MPI.COMM_WORLD.size]:
+        posed = Posed(pf.SpaceTime(grid))
+        space = fd.FunctionSpace(posed.V.mesh(), "R", 0)
+        a, d = Function(space, name="a").assign(1.0), Function(space, name="aim").assign(0.5)
+        q, t = Function(posed.V, name="q"), pf.time_function(posed.V.mesh())
+        ev = means(posed.V, t, [a, q], a * fd.Constant(0.0))
+        options = {"spacetime": posed.st, "solver_parameters": {"mgrit": {"levels": 1}}}
+        misfit = pf.TerminalMisfit(ev.u**2 * dx)
+        J = pf.TimeParallelReducedFunctional(ev, misfit, regularisation=(a - d) ** 2 * dx, **options)
+        end = float(J([a, q])) - 0.25
+        assert end == pytest.approx((-(1 + 2 + 3 + 4) / 8 / 8) ** 2, rel=1e-10)
+        d.assign(2.0)
+        assert J.update_data() == ["the value of the function 'aim'"]
+        assert float(J([a, q])) == pytest.approx(1 + end, rel=1e-10)
+
+
+@pytest.mark.parallel([1, 2])
+@time_limit(60)
 def test_a_misfit_of_a_control_of_the_initial_expression_is_refused():
     """Though the sweeps know nothing of that control."""
     posed = Posed(pf.SpaceTime())

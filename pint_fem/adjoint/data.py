@@ -37,7 +37,8 @@ class Data:
         #: What went wrong on this rank when data were last compared.
         self.failure: BaseException | None = None
         require_same_values(sweeps.spacetime, self._copies)
-        self._warned = np.zeros(len(self.changed()), dtype=bool)
+        #: Sized at the first evaluation: parts that are made after this one add data of their own.
+        self._warned: np.ndarray | None = None
 
     def changed(self) -> np.ndarray:
         """Which data are others on this rank than those that were read; where that fails see :attr:`failure`."""
@@ -63,8 +64,8 @@ class Data:
             On every rank, if the mesh has moved: forms see that, and what was assembled before does not.
         """
         self._refuse_moved(changed)
-        new = changed & ~self._warned
-        self._warned |= changed
+        before = np.zeros_like(changed) if self._warned is None else self._warned
+        new, self._warned = changed & ~before, changed | before
         if new.any() and self._sweeps.spacetime.is_root:
             warnings.warn(
                 f"changed after the functional was made: {', '.join(self._labels(new))}. The values read then are "
@@ -94,7 +95,7 @@ class Data:
         with stop_annotating():
             changed = collectively(self._comm, "reading data again", self._read, which[:-1])
             self._sweeps.update_data(changed)
-        self._warned[:] = False
+        self._warned = None
         return self._labels(which)
 
     def _read(self, which: np.ndarray) -> set:
