@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mpi4py import MPI
 
-from pint_fem.collective import collectively
+from pint_fem.collective import collectively, on_first_rank
 from pint_fem.errors import InputError
 from pint_fem.files import checked_folder, naming
 
@@ -22,7 +22,7 @@ def output_folder(path: Path, comm=MPI.COMM_WORLD) -> None:
     InputError
         On every rank, where they cannot.
     """
-    collectively(comm, "", (lambda: checked_folder(path, "--out")) if comm.rank == 0 else (lambda: None))
+    on_first_rank(comm, "", checked_folder, path, "--out")
 
 
 class Outputs:

@@ -33,6 +33,7 @@ __all__ = [
     "any_rank",
     "collectively",
     "ending_all_ranks",
+    "on_first_rank",
     "raise_report",
     "raise_together",
     "reported",
@@ -239,6 +240,33 @@ def collectively(comm, where: str, work: Callable, *args) -> Any:
         failure = error
     raise_together(comm, failure, where)
     return out
+
+
+def on_first_rank(comm, where: str, work: Callable, *args) -> Any:
+    """``work(*args)`` on the first rank, for all of them: files of the whole run, say (collective).
+
+    Parameters
+    ----------
+    comm
+        Communicator of the ranks that wait for it.
+    where, work, *args
+        As for :func:`collectively`; ``work`` does not communicate.
+
+    Returns
+    -------
+    object
+        What ``work`` returns, on every rank.
+
+    Raises
+    ------
+    SolverFailure, InputError, BaseException
+        What ``work`` raises, on every rank as :func:`raise_together` does.
+    """
+    return comm.bcast(collectively(comm, where, work if comm.rank == 0 else _nothing, *args))
+
+
+def _nothing(*_) -> None:
+    """What the other ranks do."""
 
 
 @contextmanager

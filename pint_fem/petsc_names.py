@@ -18,7 +18,7 @@ from petsctools import flatten_parameters
 from pint_fem.errors import InputError
 from pint_fem.option_names import nearest
 
-__all__ = ["require_names"]
+__all__ = ["given_options", "require_names"]
 
 COMMON = frozenset(
     """
@@ -51,10 +51,16 @@ def require_names(parameters: Mapping, prefix: str, where: str = "solver_paramet
     InputError
         Naming the option and what was meant.
     """
-    for name in flatten_parameters(parameters):
-        _check(name, f"{where}: {name}")
-    for name in PETSc.Options(prefix).getAll():
-        _check(name, f"-{prefix}{name}")
+    for shown, (name, _) in given_options(parameters, prefix, where).items():
+        _check(name, shown)
+
+
+def given_options(parameters: Mapping, prefix: str, where: str) -> dict[str, tuple[str, object]]:
+    """Names and values of nested or flat options, and of those with a prefix in PETSc's database, by what they are
+    called in messages.
+    """
+    given = {f"{where}: {name}": (name, value) for name, value in flatten_parameters(parameters).items()}
+    return given | {f"-{prefix}{name}": (name, value) for name, value in PETSc.Options(prefix).getAll().items()}
 
 
 def _check(name: str, shown: str) -> None:

@@ -11,10 +11,9 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from petsc4py import PETSc
-from petsctools import flatten_parameters
 
 from pint_fem.errors import InputError
-from pint_fem.petsc_names import require_names
+from pint_fem.petsc_names import given_options, require_names
 
 __all__ = ["require_types"]
 
@@ -40,8 +39,7 @@ def require_types(parameters: Mapping, prefix: str, where: str = "solver_paramet
         The option, the name that was given, and the nearest ones that would do.
     """
     require_names(parameters, prefix, where)
-    given = {f"{where}: {name}": (name, value) for name, value in flatten_parameters(parameters).items()}
-    given |= {f"-{prefix}{name}": (name, value) for name, value in PETSc.Options(prefix).getAll().items()}
+    given = given_options(parameters, prefix, where)
     plain = {name: value for name, value in given.values()}
     for shown, (name, value) in given.items():
         ending = next((ending for ending in _KINDS if name == ending or name.endswith(f"_{ending}")), None)

@@ -31,7 +31,7 @@ from pint_fem.adjoint.checkpoint_file import Piece, Place, create_file, read_hea
 from pint_fem.adjoint.fingerprint import control_label, differences, evolution_numbers, inner_number
 from pint_fem.adjoint.objective import Objective
 from pint_fem.adjoint.point import Point
-from pint_fem.collective import collectively
+from pint_fem.collective import collectively, on_first_rank
 from pint_fem.errors import InputError, SolverFailure
 from pint_fem.mgrit import SolveResult
 from pint_fem.propagators.arrays import own_size
@@ -86,7 +86,7 @@ class HDF5Checkpoint:
         self._layout, self._spacetime = self._problem.layout, self._problem.spacetime
         self._comm = self._spacetime.comm
         self._lock: files.FileLock | None = None
-        self._on_root(self._check_path)
+        on_first_rank(self._comm, "", self._check_path)
         slab, ev = self._layout.slab, self._problem.evolution
         rows = (slice(slab.lo, slab.hi), ev.nsteps)
         self._controls = [self._place(c.function_space(), rows if c in ev.stepwise else None) for c in ev.controls]
@@ -98,10 +98,6 @@ class HDF5Checkpoint:
         own, size = slice(first, first + own_size(space)), space.dof_dset.layout_vec.getSize()
         column = (self._spacetime.space_comm.rank, self._spacetime.space_size)
         return Place((size,), (own,), column) if rows is None else Place((rows[1], size), (rows[0], own), column)
-
-    def _on_root(self, work: Callable, *args):
-        """What the first rank's ``work(*args)`` returns, on every rank; what it raises, too."""
-        return self._comm.bcast(collectively(self._comm, "", work if self._comm.rank == 0 else _nothing, *args))
 
     def _check_path(self) -> bool:
         """Whether the file is there."""
@@ -133,7 +129,7 @@ class HDF5Checkpoint:
             On every rank, if another run has it, or the folder cannot be written to.
         """
         self._lock = self._lock or files.FileLock(self.path, "checkpoint")
-        self._on_root(self._lock.acquire)
+        on_first_rank(self._comm, "", self._lock.acquire)
 
     def release(self) -> None:
         """Let other runs write the file."""
@@ -168,9 +164,9 @@ class HDF5Checkpoint:
             "points": [_described(point) for point in self._problem.points],
         }
         try:
-            offsets = self._on_root(self._guarded, create_file, new, head, pieces)
+            offsets = on_first_rank(self._comm, "", self._guarded, create_file, new, head, pieces)
             collectively(self._comm, "", self._guarded, write_parts, new, offsets, pieces)
-            self._on_root(self._guarded, files.replace, new, self.path)
+            on_first_rank(self._comm, "", self._guarded, files.replace, new, self.path)
         except InputError:  # on all ranks: none of them is about to open it any more
             if self._comm.rank == 0:
                 with suppress(OSError):
@@ -204,7 +200,7 @@ class HDF5Checkpoint:
     # -- reading -------------------------------------------------------------------------------------------------------
     def load(self) -> tuple[dict, dict[str, np.ndarray]] | None:
         """The last state, ``None`` if there is no file; the problem's trajectories and estimates are set."""
-        if not self._on_root(self._check_path):
+        if not on_first_rank(self._comm, "", self._check_path):
             return None
         head = collectively(self._comm, "", self._reading, lambda file: self._refuse_others(read_head(file)))
         try:
@@ -306,10 +302,6 @@ class HDF5Checkpoint:
             point.rtol = {kind: np.inf if rtol is None else rtol for kind, rtol in given["rtol"].items()}
             point.state, point.adjoint = (_result(given[kind]) for kind in ("state", "adjoint"))
         return {name: self._get_vector(file, f"vectors/{name}") for name in head["vectors"]}
-
-
-def _nothing(*args) -> None:
-    """What ranks do whose first rank works for all."""
 
 
 def _described(point: Point) -> dict:

@@ -18,12 +18,24 @@ from pint_fem.agreement import digest, require_same
 from pint_fem.collective import raise_together
 from pint_fem.errors import InputError
 
-__all__ = ["HUGE", "RTOL", "Copies"]
+__all__ = ["RTOL", "Copies", "sketch", "sketch_weights"]
 
 RTOL = 1e-9
 """Far above what round-off makes of copies in a run, far below what matters to ``J``."""
-HUGE = 1e300
+_HUGE = 1e300
 """Stands for numbers that are not finite."""
+
+
+def sketch_weights(size: int) -> np.ndarray:
+    """The weights :math:`w_i = \\cos i^2`."""
+    return np.cos(np.arange(size, dtype=float) ** 2)
+
+
+def sketch(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """The numbers that copies are compared by, :math:`\\|z\\|` and :math:`(w, z)`; finite, whatever the values are."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        found = np.array([np.linalg.norm(values), weights @ values])
+    return np.where(np.isfinite(found), found, _HUGE)
 
 
 class Copies:
@@ -39,7 +51,7 @@ class Copies:
         self.layout, spacetime = layout, layout.spacetime
         self._comm, self._places = spacetime.comm, spacetime.space_size
         self._place = spacetime.space_comm.rank
-        self._weights = np.cos(np.arange(layout.static_size, dtype=float) ** 2)
+        self._weights = sketch_weights(layout.static_size)
 
     def agree(
         self,
@@ -82,7 +94,8 @@ class Copies:
         numbers = np.full((len(vectors), 2, self._places), np.inf)  # what other places have does not count
         opposite = numbers.copy()
         if fits:
-            found = np.array([self._numbers(np.ravel(z)) for z in vectors.values()])
+            static = slice(self.layout.static_size)
+            found = np.array([sketch(np.ravel(z)[static], self._weights) for z in vectors.values()])
             numbers[:, :, self._place], opposite[:, :, self._place] = found, -found
         head = [*map(float, votes), float(fits), key, -key]
         least = np.concatenate([head, numbers.ravel(), opposite.ravel()])
@@ -105,12 +118,6 @@ class Copies:
                 "give all of them the same values, such as a start that one rank makes and broadcasts"
             )
         return least[: len(votes)] > 0
-
-    def _numbers(self, z: np.ndarray) -> tuple[float, float]:
-        static = z[: self.layout.static_size]
-        with np.errstate(over="ignore", invalid="ignore"):
-            found = np.array([np.linalg.norm(static), self._weights @ static])
-        return tuple(np.where(np.isfinite(found), found, HUGE))
 
     def _refuse_sizes(self, vectors: Mapping[str, np.ndarray], fits: bool) -> None:
         if not fits:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 import time
+from functools import partial
 from pathlib import Path
 
 from pint_fem import files
-from pint_fem.collective import collectively
+from pint_fem.collective import collectively, on_first_rank
 
 __all__ = ["Trace", "check_trace_file"]
 
@@ -24,8 +25,7 @@ def check_trace_file(path: str | Path, comm) -> None:
     InputError
         On every rank, where it cannot.
     """
-    check = (lambda: files.require_output(path, "trace", makes_folder=True)) if comm.rank == 0 else (lambda: None)
-    collectively(comm, "", check)
+    on_first_rank(comm, "", partial(files.require_output, path, "trace", makes_folder=True))
 
 
 class Trace:

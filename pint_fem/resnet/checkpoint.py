@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from pint_fem import files
-from pint_fem.collective import collectively, require_same
+from pint_fem.collective import collectively, on_first_rank, require_same
 from pint_fem.errors import InputError
 from pint_fem.resnet.grid import Grid
 from pint_fem.resnet.iterations import Iterations
@@ -37,11 +37,6 @@ _ANEW = "give another folder to start anew"
 _NEEDED = ("network", "arrays", "scalars", "iterations", "progress")
 _PROBES = torch.linspace(-2, 2, 9, dtype=torch.float64)
 _locks: dict[Path, files.FileLock] = {}
-
-
-def _on_root(grid: Grid, work: Callable, *args):
-    """What the first rank's ``work(*args)`` returns, on every rank; what it raises, too."""
-    return grid.comm.bcast(collectively(grid.comm, "", work if grid.is_root else lambda *_: None, *args))
 
 
 def _fingerprint(net: LayerParallelResNet) -> dict:
@@ -152,7 +147,7 @@ def reserve_checkpoint(path: str | Path, grid: Grid) -> None:
     InputError
         On every rank, if the folder cannot be made or written to, or another run writes it.
     """
-    _on_root(grid, _reserve, Path(path))
+    on_first_rank(grid.comm, "", _reserve, Path(path))
 
 
 def _reserve(path: Path) -> None:
@@ -193,13 +188,13 @@ def save_checkpoint(
     head["arrays"] = sorted(kinds)
     folder = None
     try:
-        folder = path / _on_root(grid, _guarded, path, _begin, path, net.nlayers, kinds)
+        folder = path / on_first_rank(grid.comm, "", _guarded, path, _begin, path, net.nlayers, kinds)
         sums = collectively(grid.comm, "", _guarded, path, _write, folder, net, optimizer, arrays, kinds)
         collectively(grid.comm, "", _guarded, path, _verify, folder, net, sums, kinds)
         gathered = grid.comm.gather(sums)
         if grid.is_root:
             head["ends"] = {place: crc for part in gathered for place, crc in part.items()}
-        _on_root(grid, _guarded, path, _finish, path, folder, head)
+        on_first_rank(grid.comm, "", _guarded, path, _finish, path, folder, head)
     except InputError:
         if grid.is_root and folder is not None and not _is_latest(path, folder):
             shutil.rmtree(folder, ignore_errors=True)  # half of a checkpoint would only be in the way
@@ -310,7 +305,7 @@ def load_checkpoint(path: str | Path, net: LayerParallelResNet, optimizer=None) 
     """
     path, grid = Path(path), net.grid
     require_same(grid.comm, optimizer=_kind(optimizer))
-    found = _on_root(grid, _head, path)
+    found = on_first_rank(grid.comm, "", _head, path)
     if found is None:
         return None
     name, head = found
