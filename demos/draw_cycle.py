@@ -46,7 +46,7 @@ class Recorded:
         self.steps = []
 
     def step(self, steps, u, out):
-        """See :class:`pint_fem.mgrit.levels.Propagator`."""
+        """See :class:`pint_fem.all_at_once.levels.Propagator`."""
         self.steps += steps
         out[...] = 0.5 * u
 

@@ -7,7 +7,7 @@ import time
 import numpy as np
 from firedrake import Function, assemble, dx, inner
 
-from pint_fem.report import (
+from pint_fem.output.pictures import (
     Raster,
     plot_convergence,
     plot_fields,

@@ -8,8 +8,8 @@ import numpy as np
 from firedrake import Function, as_vector, assemble, cos, dx, exp, inner, sin
 
 from demos.heat_source_report import convergence_picture, mgrit_summary, result_summary
-from pint_fem.propagators.arrays import put
-from pint_fem.report import (
+from pint_fem.kernels.arrays import put
+from pint_fem.output.pictures import (
     Raster,
     animate,
     plot_fields,

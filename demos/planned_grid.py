@@ -28,7 +28,7 @@ def planned_grid(grid, problem, *, solver, steps, known):
     comm = MPI.COMM_WORLD
     if grid != "auto" or comm.size == 1 or not known or not comm.size <= steps <= MOST_STEPS:
         return grid, None
-    from pint_fem.adjoint.time_solver import mgrit_options  # on all ranks: it starts PETSc
+    from pint_fem.sweeps.selection import mgrit_options  # on all ranks: it starts PETSc
 
     time_solver, given, found = solver["time_solver"], mgrit_options(solver["mgrit"]), grid
     if comm.rank == 0:

@@ -117,8 +117,8 @@ def train(opts, grid, opening, layer, closing, data, test, *, dtype=None, net=No
 
     from pint_fem.errors import InputError
     from pint_fem.resnet import Regularisation, load_checkpoint, reserve_checkpoint, save_checkpoint
-    from pint_fem.resnet.data import shared_loader
-    from pint_fem.resnet.training import Epoch, accuracy, train_epoch
+    from pint_fem.resnet.training.data import shared_loader
+    from pint_fem.resnet.training.loop import Epoch, accuracy, train_epoch
 
     say = print if grid.is_root else lambda *_: None
     net = net or make_network(opts, grid, opening, layer, closing, opts.layers, dtype)
@@ -177,7 +177,7 @@ def _settings(opts):
 def _curve(checkpoint, progress, settings):
     """The epochs of a checkpoint, unless it is of a training with other settings."""
     from pint_fem.errors import InputError
-    from pint_fem.resnet.training import Epoch
+    from pint_fem.resnet.training.loop import Epoch
 
     kept = progress.get("settings", {})
     names = [name for name in settings if name in kept and kept[name] != settings[name]]
@@ -201,8 +201,8 @@ def compare(opts, grid, opening, layer, closing, data, test, dtype=None):
     import torch
 
     from pint_fem.resnet import Grid, SerialResNet
-    from pint_fem.resnet.data import shared_loader
-    from pint_fem.resnet.training import Epoch, accuracy, train_epoch
+    from pint_fem.resnet.training.data import shared_loader
+    from pint_fem.resnet.training.loop import Epoch, accuracy, train_epoch
 
     curve = []
     if grid.is_root:
@@ -299,7 +299,7 @@ def report(opts, grid, outcome, facts, outputs):
 
 def _summarise(opts, grid, outcome, facts):
     """On the first rank."""
-    from pint_fem.summary import write_json
+    from pint_fem.output.summary import write_json
 
     net, curve, serial = outcome["network"], outcome["curve"], outcome["serial"]
     settings = {k: v for k, v in vars(opts).items() if k not in ("help", "out")}

@@ -17,11 +17,10 @@ _NAMES = {
     "LayerParallelResNet": "pint_fem.resnet",
 }
 _NAMES |= dict.fromkeys(
-    ("BackwardEuler", "Evolution", "ImplicitMidpoint", "SDIRK2", "time_function"), "pint_fem.propagators"
+    ("BackwardEuler", "Evolution", "ImplicitMidpoint", "SDIRK2", "time_function"), "pint_fem.evolution"
 )
-_NAMES |= dict.fromkeys(
-    ("PointSensors", "RunningMisfit", "TerminalMisfit", "TimeParallelReducedFunctional"), "pint_fem.adjoint"
-)
+_NAMES |= dict.fromkeys(("PointSensors", "RunningMisfit", "TerminalMisfit"), "pint_fem.misfits")
+_NAMES |= {"TimeParallelReducedFunctional": "pint_fem.adjoint"}
 
 __all__ = sorted(_NAMES)
 

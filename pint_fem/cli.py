@@ -18,7 +18,7 @@ from mpi4py import MPI
 from rich.console import Console
 
 from pint_fem.errors import InputError
-from pint_fem.option_names import PREFIXES, nearest, refuse_near_misses
+from pint_fem.petsc_options.spelling import PREFIXES, nearest, refuse_near_misses
 
 __all__ = ["ProgramParser", "Progress", "file_name", "positive", "run", "wait_quietly"]
 
@@ -142,8 +142,8 @@ def run(main: Callable[[], None], comm=MPI.COMM_WORLD) -> None:
 
 def _expected(error: BaseException) -> bool:
     """Whether the message alone says what happened."""
-    from pint_fem.mgrit import SolverFailure
-    from pint_fem.optimize.trust_region import NonFiniteError
+    from pint_fem.all_at_once.stopping import SolverFailure
+    from pint_fem.optimize.trust_region.newton_cg import NonFiniteError
 
     return isinstance(error, (SolverFailure, NonFiniteError))
 

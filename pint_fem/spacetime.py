@@ -14,11 +14,11 @@ from dataclasses import dataclass
 import numpy as np
 from mpi4py import MPI
 
+from pint_fem.all_at_once.grids import split_steps
+from pint_fem.all_at_once.norms import euclidean
 from pint_fem.collective import require_same
 from pint_fem.communicators import Lease
 from pint_fem.errors import InputError
-from pint_fem.mgrit.grids import split_steps
-from pint_fem.mgrit.norms import euclidean
 
 __all__ = ["Slab", "SpaceTime", "parse_grid"]
 

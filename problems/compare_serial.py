@@ -13,7 +13,7 @@ import numpy as np
 from firedrake import COMM_SELF, Cofunction, Function, SpatialCoordinate, VectorFunctionSpace, cos, sin
 
 from pint_fem.cli import wait_quietly
-from pint_fem.propagators.arrays import get
+from pint_fem.kernels.arrays import get
 from problems.plate import true_source
 
 __all__ = ["LIMITS", "compare", "difference", "together"]
@@ -50,9 +50,7 @@ def compare(problem, result, settings: dict, seconds: dict, say, *, record=None,
     V = problem.evolution.control.function_space()
     record, points = record or _heat_source, points or _points
     ours = _ours(rf, V, points)
-    fields = {
-        name: together(spacetime, V, field) for name, field in {**ours.pop("fields"), "source": result.x}.items()
-    }
+    fields = {name: together(spacetime, V, field) for name, field in {**ours.pop("fields"), "source": result.x}.items()}
     table = {}
     if spacetime.is_root:
         table = _serial(fields, ours, result, lambda: record(**settings, comm=COMM_SELF), points, seconds, say)

@@ -62,13 +62,21 @@ def simulate(mesh, steps=STEPS, times=TIMES):
     numpy.ndarray, shape (times, len(SENSORS))
     """
     if steps % times:
-        raise ValueError(f"steps must be a multiple of times (got {steps} and {times}; {times * -(-steps // times)} "
-                         "steps would do)")
+        raise ValueError(
+            f"steps must be a multiple of times (got {steps} and {times}; {times * -(-steps // times)} steps would do)"
+        )
     V = FunctionSpace(mesh, "CG", 2)
     u = Function(V, name="temperature rise")
     q = Function(V, name="source").interpolate(true_source(SpatialCoordinate(mesh)))
-    stepper = TimeStepper(residual(u, TestFunction(V), q), RadauIIA(2), Constant(0.0), Constant(FINAL_TIME / steps), u,
-                          bcs=boundary_conditions(V), solver_parameters=FACTORISE_ONCE)
+    stepper = TimeStepper(
+        residual(u, TestFunction(V), q),
+        RadauIIA(2),
+        Constant(0.0),
+        Constant(FINAL_TIME / steps),
+        u,
+        bcs=boundary_conditions(V),
+        solver_parameters=FACTORISE_ONCE,
+    )
 
     # input_ordering undoes the vertex-only mesh's own numbering of the points
     at_sensors = locate(SENSORS, mesh)
@@ -118,8 +126,10 @@ def main():
     mesh = read_mesh(MESH_FINE, COMM_WORLD, REGIONS, BOUNDARIES)
     values = simulate(mesh)
     write(READINGS, values)
-    print(f"{READINGS}: {values.shape[1]} sensors, {values.shape[0]} times, largest reading "
-          f"{np.abs(values).max():.4f} before noise, {time.perf_counter() - start:.0f} s")
+    print(
+        f"{READINGS}: {values.shape[1]} sensors, {values.shape[0]} times, largest reading "
+        f"{np.abs(values).max():.4f} before noise, {time.perf_counter() - start:.0f} s"
+    )
 
 
 if __name__ == "__main__":

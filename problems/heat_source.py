@@ -17,9 +17,10 @@ from pathlib import Path
 import numpy as np
 from firedrake import Function, FunctionSpace, SpatialCoordinate, TestFunction, TrialFunction, dx, grad, inner
 
-from pint_fem.adjoint import PointSensors, TimeParallelReducedFunctional
+from pint_fem.adjoint import TimeParallelReducedFunctional
 from pint_fem.errors import InputError
-from pint_fem.propagators import Evolution, named_tableau
+from pint_fem.evolution import Evolution, named_tableau
+from pint_fem.misfits import PointSensors
 from pint_fem.spacetime import SpaceTime
 from problems.heat_readings import NOISE, READINGS
 from problems.meshfile import locate, read_mesh

@@ -6,8 +6,9 @@ import numpy as np
 from firedrake import COMM_SELF, DirichletBC, Function, FunctionSpace, TestFunction, UnitSquareMesh, dx, grad, inner
 from irksome import Dt
 
-from pint_fem.adjoint import RunningMisfit, TimeParallelReducedFunctional
-from pint_fem.propagators import Evolution, named_tableau
+from pint_fem.adjoint import TimeParallelReducedFunctional
+from pint_fem.evolution import Evolution, named_tableau
+from pint_fem.misfits import RunningMisfit
 from pint_fem.spacetime import SpaceTime
 from problems.serial_pyadjoint import SQUARE_TIME, square_functionals
 

@@ -19,10 +19,12 @@ from pathlib import Path
 import numpy as np
 from firedrake import Function, TestFunction, TrialFunction, VectorFunctionSpace, dx, grad, inner
 
-from pint_fem.adjoint import PointSensors, TimeParallelReducedFunctional
+from pint_fem.adjoint import TimeParallelReducedFunctional
 from pint_fem.capacity import require_memory
 from pint_fem.errors import InputError
-from pint_fem.propagators import Evolution, make_propagator, named_tableau, time_function
+from pint_fem.evolution import Evolution, named_tableau, time_function
+from pint_fem.misfits import PointSensors
+from pint_fem.propagators import make_propagator
 from pint_fem.propagators.leapfrog import leapfrog
 from pint_fem.spacetime import SpaceTime
 from problems.maxwell import B, E, Medium, perfect_conductor, residual, state_space

@@ -58,8 +58,12 @@ def read_mesh(path, comm=COMM_WORLD, required_regions=(), required_boundaries=()
     path = Path(path)
     _check_file(path)
     _check_mesh(path, sorted(required_regions), sorted(required_boundaries))
-    return Mesh(str(path), comm=comm, tolerance=POINT_TOLERANCE,
-                distribution_parameters={"partition": True, "partitioner_type": "simple"})
+    return Mesh(
+        str(path),
+        comm=comm,
+        tolerance=POINT_TOLERANCE,
+        distribution_parameters={"partition": True, "partitioner_type": "simple"},
+    )
 
 
 def locate(points, mesh, names=None):
@@ -96,8 +100,10 @@ def locate(points, mesh, names=None):
     first = int(found.argmin())
     name = first if names is None else names[first]
     x, y = points[first]
-    raise InputError(f"sensor {name} at ({x:g}, {y:g}) is outside the mesh ({missing} of {len(points)} sensors are; "
-                     "give places inside, not in holes or notches, in the mesh's units)")
+    raise InputError(
+        f"sensor {name} at ({x:g}, {y:g}) is outside the mesh ({missing} of {len(points)} sensors are; "
+        "give places inside, not in holes or notches, in the mesh's units)"
+    )
 
 
 def _check_file(path):
@@ -114,8 +120,7 @@ def _check_file(path):
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}; give a readable .msh file)") from None
     if b"$MeshFormat" not in content:
-        raise InputError(f"{path}: not a gmsh mesh (it has no $MeshFormat header; save it by "
-                         "'gmsh -2 -format msh22')")
+        raise InputError(f"{path}: not a gmsh mesh (it has no $MeshFormat header; save it by 'gmsh -2 -format msh22')")
     if b"$EndElements" not in content:
         raise InputError(f"{path}: truncated mesh (it has no $EndElements; save it again by 'gmsh -2 -format msh22')")
     _check_corners(path, content)
@@ -133,11 +138,13 @@ def _check_corners(path, content):
         elif section == "$Nodes" and len(fields) == 4:
             nodes.add(fields[0])
         elif section == "$Elements" and len(fields) > 3:
-            corners = fields[3 + int(fields[2]):] if fields[2].isdecimal() else []
+            corners = fields[3 + int(fields[2]) :] if fields[2].isdecimal() else []
             if not corners or len(set(corners)) < len(corners) or not nodes.issuperset(corners):
-                raise InputError(f"{path}:{line}: not a readable mesh (an element's corners are "
-                                 f"'{' '.join(corners)}', which are not different nodes of the mesh; save it again by "
-                                 "'gmsh -2 -format msh22')")
+                raise InputError(
+                    f"{path}:{line}: not a readable mesh (an element's corners are "
+                    f"'{' '.join(corners)}', which are not different nodes of the mesh; save it again by "
+                    "'gmsh -2 -format msh22')"
+                )
 
 
 def _check_mesh(path, regions, boundaries):
@@ -147,8 +154,9 @@ def _check_mesh(path, regions, boundaries):
     try:
         plex = PETSc.DMPlex().createFromFile(str(path), comm=PETSc.COMM_SELF)
     except PETSc.Error as error:
-        raise InputError(f"{path}: not a readable mesh (PETSc error {error.ierr}; save it again by "
-                         "'gmsh -2 -format msh22')") from None
+        raise InputError(
+            f"{path}: not a readable mesh (PETSc error {error.ierr}; save it again by 'gmsh -2 -format msh22')"
+        ) from None
     finally:
         options.delValue(_SPACE_DIMENSION)
     try:
@@ -161,12 +169,16 @@ def _check_mesh(path, regions, boundaries):
 def _check_triangles(path, plex):
     dimension, cells = plex.getDimension(), range(*plex.getHeightStratum(0))
     if dimension != 2 or any(plex.getCellType(c) != PETSc.DM.PolytopeType.TRIANGLE for c in cells):
-        raise InputError(f"{path}: not a mesh of triangles (it has {len(cells)} cells of dimension {dimension}, or of "
-                         "other shapes; save a 2-D mesh with physical surfaces by 'gmsh -2 -format msh22')")
+        raise InputError(
+            f"{path}: not a mesh of triangles (it has {len(cells)} cells of dimension {dimension}, or of "
+            "other shapes; save a 2-D mesh with physical surfaces by 'gmsh -2 -format msh22')"
+        )
     coordinates = plex.getCoordinatesLocal().array.reshape(-1, 3)
     if not np.isfinite(coordinates).all():
-        raise InputError(f"{path}: not a readable mesh (it has coordinates that are not finite; save it again by "
-                         "'gmsh -2 -format msh22')")
+        raise InputError(
+            f"{path}: not a readable mesh (it has coordinates that are not finite; save it again by "
+            "'gmsh -2 -format msh22')"
+        )
     height = np.ptp(coordinates[:, 2])
     if height:
         raise InputError(f"{path}: not a plane mesh (its z coordinates span {height:g}; draw it in the x-y plane)")
@@ -184,9 +196,11 @@ def _check_shapes(path, plex, x):
         lengths = np.hypot(*(x[ends[:, 1]] - x[ends[:, 0]]).T)
     resolved = np.finfo(float).eps * largest <= RESOLUTION * lengths.min()
     if not (resolved and 1 / LARGEST_COORDINATE < largest < LARGEST_COORDINATE):
-        raise InputError(f"{path}: coordinates do not resolve the triangles (they are as large as {largest:g}, the "
-                         f"shortest edge is {lengths.min():g}; move the mesh near the origin, or merge nodes that are "
-                         "the same)")
+        raise InputError(
+            f"{path}: coordinates do not resolve the triangles (they are as large as {largest:g}, the "
+            f"shortest edge is {lengths.min():g}; move the mesh near the origin, or merge nodes that are "
+            "the same)"
+        )
     # twice the signed area of each triangle beside each of its edges: positive on the left of the edge
     owner, edge = np.repeat(np.arange(len(sides)), 3), sides.ravel()
     opposite = ends[sides].reshape(len(sides), 6).sum(axis=1)[owner] // 2 - ends[edge].sum(axis=1)
@@ -194,14 +208,18 @@ def _check_shapes(path, plex, x):
     area = (b - a)[:, 0] * (c - a)[:, 1] - (b - a)[:, 1] * (c - a)[:, 0]
     flat = np.abs(area) < FLAT * lengths[sides].max(axis=1)[owner] ** 2
     if flat.any():
-        raise InputError(f"{path}: not a usable mesh ({_place(a, flat)} is a corner of a triangle without area; mesh "
-                         "the geometry again)")
+        raise InputError(
+            f"{path}: not a usable mesh ({_place(a, flat)} is a corner of a triangle without area; mesh "
+            "the geometry again)"
+        )
     count = np.bincount(edge, minlength=len(ends))
     left = np.bincount(edge, weights=area > 0, minlength=len(ends))
     wrong = (count > 2) | ((count == 2) & (left != 1))
     if wrong.any():
-        raise InputError(f"{path}: a tangled mesh ({int(wrong.sum())} edges have both their triangles on one side, or "
-                         f"more than two, one at {_place(x[ends[:, 0]], wrong)}; mesh the geometry again)")
+        raise InputError(
+            f"{path}: a tangled mesh ({int(wrong.sum())} edges have both their triangles on one side, or "
+            f"more than two, one at {_place(x[ends[:, 0]], wrong)}; mesh the geometry again)"
+        )
 
 
 def _place(x, found):
@@ -213,13 +231,17 @@ def _check_tags(path, plex, regions, boundaries):
         present = plex.getLabelIdIS(label).indices.tolist() if plex.hasLabel(label) else []
         missing = sorted(set(required) - set(present))
         if missing:
-            raise InputError(f"{path}: no Physical {kind} {_listed(missing)} (it has {_listed(present) or 'none'}; tag "
-                             f"them {_listed(required)} in the .geo file)")
+            raise InputError(
+                f"{path}: no Physical {kind} {_listed(missing)} (it has {_listed(present) or 'none'}; tag "
+                f"them {_listed(required)} in the .geo file)"
+            )
     start, end = plex.getHeightStratum(0)
     others = end - start - sum(plex.getStratumSize("Cell Sets", tag) for tag in regions)
     if regions and others:
-        raise InputError(f"{path}: {others} of {end - start} triangles are in none of the regions (the mesh should "
-                         f"consist of Physical Surface {_listed(regions)})")
+        raise InputError(
+            f"{path}: {others} of {end - start} triangles are in none of the regions (the mesh should "
+            f"consist of Physical Surface {_listed(regions)})"
+        )
 
 
 def _listed(tags):

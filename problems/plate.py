@@ -23,8 +23,21 @@ import numpy as np
 from firedrake import DirichletBC, cos, dot, ds, dx, exp, grad, sin
 from irksome import Dt
 
-__all__ = ["AMBIENT", "BOUNDARIES", "CONVECTION", "FINAL_TIME", "KAPPA", "MESH", "MESH_FINE", "REGIONS", "RHO_C",
-           "SENSORS", "boundary_conditions", "residual", "true_source"]
+__all__ = [
+    "AMBIENT",
+    "BOUNDARIES",
+    "CONVECTION",
+    "FINAL_TIME",
+    "KAPPA",
+    "MESH",
+    "MESH_FINE",
+    "REGIONS",
+    "RHO_C",
+    "SENSORS",
+    "boundary_conditions",
+    "residual",
+    "true_source",
+]
 
 _MESHES = Path(__file__).resolve().parent.parent / "meshes"
 MESH = _MESHES / "plate.msh"
@@ -46,13 +59,34 @@ AMBIENT = 0.0
 FINAL_TIME = 1.0
 
 #: Places of the 24 sensors, well inside the plate: every one is 0.03 or more away from all boundaries.
-SENSORS = np.array([
-    (0.25, 0.12), (0.60, 0.12), (0.95, 0.12), (1.25, 0.12), (1.55, 0.12), (1.88, 0.12),
-    (0.48, 0.38), (0.74, 0.38), (1.00, 0.38), (1.27, 0.38), (1.77, 0.38),
-    (0.22, 0.58), (0.66, 0.58), (0.90, 0.58), (1.20, 0.58), (1.58, 0.62), (1.86, 0.62),
-    (0.16, 0.86), (0.70, 0.86), (0.98, 0.84), (1.25, 0.84),
-    (0.45, 1.08), (0.85, 1.08), (1.22, 1.08),
-])
+SENSORS = np.array(
+    [
+        (0.25, 0.12),
+        (0.60, 0.12),
+        (0.95, 0.12),
+        (1.25, 0.12),
+        (1.55, 0.12),
+        (1.88, 0.12),
+        (0.48, 0.38),
+        (0.74, 0.38),
+        (1.00, 0.38),
+        (1.27, 0.38),
+        (1.77, 0.38),
+        (0.22, 0.58),
+        (0.66, 0.58),
+        (0.90, 0.58),
+        (1.20, 0.58),
+        (1.58, 0.62),
+        (1.86, 0.62),
+        (0.16, 0.86),
+        (0.70, 0.86),
+        (0.98, 0.84),
+        (1.25, 0.84),
+        (0.45, 1.08),
+        (0.85, 1.08),
+        (1.22, 1.08),
+    ]
+)
 
 
 def residual(u, v, q):
@@ -105,10 +139,11 @@ def true_source(x):
     ufl.core.expr.Expr
         Heat per volume and time, of order 10.
     """
+
     def bump(centre, widths, angle=0.0):
         dx0, dx1 = x[0] - centre[0], x[1] - centre[1]
         along, across = cos(angle) * dx0 + sin(angle) * dx1, cos(angle) * dx1 - sin(angle) * dx0
-        return exp(-(along / widths[0])**2 - (across / widths[1])**2)
+        return exp(-((along / widths[0]) ** 2) - (across / widths[1]) ** 2)
 
     heater = 24 * bump((0.60, 0.33), (0.20, 0.20))
     sink = -14 * bump((1.20, 0.90), (0.17, 0.17))

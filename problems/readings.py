@@ -94,37 +94,49 @@ def read_readings(path, final_time, columns=COLUMNS) -> Readings:
     if header is None:
         raise InputError(f"{path}:1: the file is empty (no lines but comments; it should start with '{expected}')")
     if header != list(columns):
-        raise InputError(f"{path}:{line}: wrong columns (got '{','.join(header)}'; the first line that is not a "
-                         f"comment should be '{expected}')")
+        raise InputError(
+            f"{path}:{line}: wrong columns (got '{','.join(header)}'; the first line that is not a "
+            f"comment should be '{expected}')"
+        )
 
     points, first_line, values, seen = {}, {}, {}, {}
     for line, row in rows:
         name, point, time, value = _reading(f"{path}:{line}", row, final_time, columns)
         if points.setdefault(name, point) != point:
-            raise InputError(f"{path}:{line}: sensor {name} has moved (got {point}, but {points[name]} on line "
-                             f"{first_line[name]}; give another place another sensor name)")
+            raise InputError(
+                f"{path}:{line}: sensor {name} has moved (got {point}, but {points[name]} on line "
+                f"{first_line[name]}; give another place another sensor name)"
+            )
         first_line.setdefault(name, line)
         if (name, time) in seen:
-            raise InputError(f"{path}:{line}: duplicate reading (sensor {name} at time {time:g} is already on line "
-                             f"{seen[name, time]}; remove one of them)")
+            raise InputError(
+                f"{path}:{line}: duplicate reading (sensor {name} at time {time:g} is already on line "
+                f"{seen[name, time]}; remove one of them)"
+            )
         seen[name, time] = line
         values[name, time] = value
     if not values:
-        raise InputError(f"{path}:{line}: no readings (the file ends after the line of column names; it should go on "
-                         f"with lines '{expected}')")
+        raise InputError(
+            f"{path}:{line}: no readings (the file ends after the line of column names; it should go on "
+            f"with lines '{expected}')"
+        )
 
     times = sorted({time for _, time in values})
     for name in points:
         for time in times:
             if (name, time) not in values:
-                raise InputError(f"{path}:{first_line[name]}: missing reading (sensor {name}, first named on this "
-                                 f"line, has none at time {time:g}; every sensor should have one at all "
-                                 f"{len(times)} times)")
-    return Readings(points=np.array(list(points.values())),
-                    times=np.array(times),
-                    values=np.array([[values[name, time] for name in points] for time in times]),
-                    path=path,
-                    sensors=tuple(points))
+                raise InputError(
+                    f"{path}:{first_line[name]}: missing reading (sensor {name}, first named on this "
+                    f"line, has none at time {time:g}; every sensor should have one at all "
+                    f"{len(times)} times)"
+                )
+    return Readings(
+        points=np.array(list(points.values())),
+        times=np.array(times),
+        values=np.array([[values[name, time] for name in points] for time in times]),
+        path=path,
+        sensors=tuple(points),
+    )
 
 
 def _rows(path, expected):
@@ -154,15 +166,17 @@ def _rows(path, expected):
 def _reading(where, row, final_time, columns):
     """Turn the fields of one line into (sensor, (x, y), time, temperature or several quantities)."""
     if len(row) != len(columns):
-        raise InputError(f"{where}: wrong number of fields (got {len(row)}; should be {len(columns)}: "
-                         f"{','.join(columns)})")
+        raise InputError(
+            f"{where}: wrong number of fields (got {len(row)}; should be {len(columns)}: {','.join(columns)})"
+        )
     name, *fields = row
     if not name:
         raise InputError(f"{where}: sensor has no name (got an empty field; give it a number or a name)")
     x, y, time, *value = (_number(where, *item) for item in zip(columns[1:], fields, strict=True))
     if time <= 0:
-        raise InputError(f"{where}: time is not positive (got {time:g}; readings start after time 0, where the "
-                         f"state is known)")
+        raise InputError(
+            f"{where}: time is not positive (got {time:g}; readings start after time 0, where the state is known)"
+        )
     if time > final_time:
         raise InputError(f"{where}: time is beyond the final time (got {time:g}; should be at most {final_time:g})")
     return name, (x, y), time, value[0] if len(value) == 1 else tuple(value)
@@ -176,8 +190,10 @@ def _number(where, column, text):
     if not math.isfinite(number):
         raise InputError(f"{where}: {column} is not finite (got '{text}'; leave the sensor out or repair the reading)")
     if abs(number) > LARGEST:
-        raise InputError(f"{where}: {column} is too large (got '{text}'; its square overflows: repair the reading or "
-                         "give it in other units)")
+        raise InputError(
+            f"{where}: {column} is too large (got '{text}'; its square overflows: repair the reading or "
+            "give it in other units)"
+        )
     return number
 
 
@@ -198,10 +214,14 @@ def misfit_weight(readings: Readings, noise: float) -> float:
     """
     largest = np.abs(readings.values).max()
     if largest == 0:
-        raise InputError(f"{readings.path}: all {readings.values.size} readings are zero, and so is the noise that is "
-                         f"{noise:g} of the largest; give readings that are not")
+        raise InputError(
+            f"{readings.path}: all {readings.values.size} readings are zero, and so is the noise that is "
+            f"{noise:g} of the largest; give readings that are not"
+        )
     variance = (noise * largest) ** 2
     if not np.finfo(float).tiny <= variance * readings.values.size < np.inf:
-        raise InputError(f"{readings.path}: noise of {noise:g} of the largest reading, {largest:g}, has a variance of "
-                         f"{variance:g}, which is out of range; give another noise, or readings in other units")
+        raise InputError(
+            f"{readings.path}: noise of {noise:g} of the largest reading, {largest:g}, has a variance of "
+            f"{variance:g}, which is out of range; give another noise, or readings in other units"
+        )
     return float(1 / (variance * readings.values.size))

@@ -245,9 +245,7 @@ def square_functionals(V: FunctionSpace) -> dict[str, Callable]:
     }
 
 
-def serial_square(
-    *, n: int = 64, steps: int = 256, integrator: str = "BackwardEuler", comm=COMM_SELF
-) -> SerialSource:
+def serial_square(*, n: int = 64, steps: int = 256, integrator: str = "BackwardEuler", comm=COMM_SELF) -> SerialSource:
     """Record a plain problem for timing: P1 on an ``n x n`` unit square, ``sum_n dt misfit(u_n) +
     regularisation(q)``.
     """

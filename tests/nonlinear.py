@@ -33,8 +33,8 @@ from firedrake.adjoint import Control, ReducedFunctional
 from irksome import Dt
 
 import pint_fem as pf
+from pint_fem.evolution.tableaux import DIRK, named_tableau
 from pint_fem.propagators import make_propagator
-from pint_fem.propagators.tableaux import DIRK, named_tableau
 from pint_fem.propagators.tape import recording
 
 __all__ = ["PROBLEMS", "Posed", "burgers", "conductivity", "functional", "tape_functional"]

@@ -5,8 +5,8 @@ import collections
 import numpy as np
 from mpi4py import MPI
 
+from pint_fem.all_at_once.trace import Trace
 from pint_fem.mgrit import MGRIT, split_steps
-from pint_fem.mgrit.trace import Trace
 from pint_fem.paradiag import ParaDiag
 from pint_fem.scaling.costs import Calibration, Kernel
 from pint_fem.scaling.model import Model, Solve

@@ -17,7 +17,7 @@ from mpi4py import MPI
 import pint_fem as pf
 from demos.heat_source_inversion import main
 from pint_fem.cli import run
-from pint_fem.propagators import evolution as evolution_module
+from pint_fem.evolution import evolution as evolution_module
 from problems.heat_readings import READINGS
 from problems.plate import MESH
 

@@ -9,7 +9,7 @@ from mpi4py import MPI
 from scipy.optimize import Bounds, minimize
 
 from pint_fem.optimize import NonFiniteError, minimize_trust_region
-from pint_fem.optimize.bounded import minimize_bounded
+from pint_fem.optimize.trust_region.bounded import minimize_bounded
 from tests.test_trust_region import Smooth, bowl, mass_matrix, norm, pairs, quadratic, random_spd, rosenbrock
 
 

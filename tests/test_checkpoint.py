@@ -14,8 +14,8 @@ from firedrake import SpatialCoordinate, UnitSquareMesh, dx
 from mpi4py import MPI
 
 import pint_fem as pf
-from pint_fem.adjoint.checkpoint import HDF5Checkpoint
-from pint_fem.adjoint.objective import Objective
+from pint_fem.adjoint.minimisation.checkpoint import HDF5Checkpoint
+from pint_fem.adjoint.minimisation.objective import Objective
 from tests.heat import heat
 from tests.test_controls import functional as several
 from tests.test_reduced_functional import functional

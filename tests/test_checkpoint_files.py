@@ -25,9 +25,9 @@ from irksome import Dt
 from mpi4py import MPI
 
 import pint_fem as pf
-from pint_fem.adjoint import checkpoint as checkpoint_module
-from pint_fem.adjoint.checkpoint import HDF5Checkpoint
-from pint_fem.adjoint.objective import Objective
+from pint_fem.adjoint.minimisation import checkpoint as checkpoint_module
+from pint_fem.adjoint.minimisation.checkpoint import HDF5Checkpoint
+from pint_fem.adjoint.minimisation.objective import Objective
 from tests.broken_files import another_process, largest_file, shared
 from tests.limits import time_limit
 

@@ -8,7 +8,7 @@ from mpi4py import MPI
 
 from pint_fem.optimize import minimize_trust_region
 from pint_fem.optimize.constraints import AffineConstraints
-from pint_fem.optimize.one_shot import minimize_one_shot
+from pint_fem.optimize.one_shot.method import minimize_one_shot
 from tests.test_bounded import Distributed
 from tests.test_trust_region import bowl, mass_matrix, norm, quadratic, random_spd, rosenbrock
 

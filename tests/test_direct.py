@@ -6,9 +6,9 @@ from firedrake import FunctionSpace, TestFunction, TrialFunction, UnitSquareMesh
 from firedrake.petsc import PETSc
 from mpi4py import MPI
 
-import pint_fem.direct
-from pint_fem.direct import REDUNDANT, default_solver, direct_solver
-from pint_fem.propagators.blocks import Factor, Workspace
+import pint_fem.kernels.direct
+from pint_fem.kernels.blocks import Factor, Workspace
+from pint_fem.kernels.direct import REDUNDANT, default_solver, direct_solver
 
 
 def curl_curl(n=6, mass=1.0):
@@ -35,7 +35,7 @@ def residual(A, x, b):
 @pytest.mark.parametrize("make", [curl_curl, advection_diffusion])
 def test_solves_to_round_off(make, most, monkeypatch):
     """One vector and a block, plain and transposed."""
-    monkeypatch.setattr(pint_fem.direct, "REDUNDANT", most)
+    monkeypatch.setattr(pint_fem.kernels.direct, "REDUNDANT", most)
     A = make()
     factor = Factor(A, {}, symmetric=make is curl_curl)
     alone = A.comm.size == 1

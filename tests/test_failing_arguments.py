@@ -10,7 +10,13 @@ from mpi4py import MPI
 from pint_fem.agreement import all_alike, all_ranks, any_rank
 from pint_fem.collective import reported
 from pint_fem.errors import InputError
-from pint_fem.optimize import InexactOptions, minimize_bounded, minimize_one_shot, minimize_trust_region, scipy_minimize
+from pint_fem.optimize import (
+    InexactOptions,
+    minimize_bounded,
+    minimize_one_shot,
+    minimize_trust_region,
+    scipy_minimize,
+)
 from tests.limits import time_limit
 
 COMM = MPI.COMM_WORLD

@@ -7,8 +7,8 @@ import pytest
 
 from pint_fem.optimize import CGStop, InexactOptions, StopReason, minimize_trust_region
 from pint_fem.optimize.evaluator import Evaluator, ExactOracle, Gradient, Point
-from pint_fem.optimize.inexact import InexactOracle
-from pint_fem.optimize.steihaug import SteihaugPath
+from pint_fem.optimize.trust_region.inexact import InexactOracle
+from pint_fem.optimize.trust_region.steihaug import SteihaugPath
 from tests.test_trust_region import bowl, norm, pairs, quadratic, random_quadratic, random_spd, rosenbrock
 
 

@@ -14,8 +14,8 @@ pytest.importorskip("petsctools")
 from petsc4py import PETSc
 
 from pint_fem.mgrit import MGRIT, DivergedError, SolverFailure, split_steps
-from pint_fem.mgrit.all_at_once import Hierarchies, MGRITPreconditioner
 from pint_fem.mgrit.krylov import KrylovMGRIT
+from pint_fem.mgrit.space_time_operator import Hierarchies, MGRITPreconditioner
 
 GAMMA = 1 - 1 / math.sqrt(2)
 TABLEAUX = {
@@ -617,7 +617,7 @@ def test_as_a_python_preconditioner_by_name():
     ksp.setOptionsPrefix("named_")
     database = PETSc.Options("named_")
     given = {"ksp_type": "fgmres", "ksp_rtol": 1e-11, "pc_type": "python"}
-    given["pc_python_type"] = "pint_fem.mgrit.all_at_once.MGRITPreconditioner"
+    given["pc_python_type"] = "pint_fem.mgrit.space_time_operator.MGRITPreconditioner"
     for key, value in given.items():
         database[key] = value
     ksp.setFromOptions()
@@ -772,7 +772,8 @@ def test_heat_by_finite_elements():
     from firedrake import Function, FunctionSpace, TestFunction, UnitSquareMesh, dx, grad, inner
     from irksome import Dt
 
-    from pint_fem.propagators import BackwardEuler, Evolution, LinearPropagator
+    from pint_fem.evolution import BackwardEuler, Evolution
+    from pint_fem.propagators import LinearPropagator
 
     nsteps, comm = 26, MPI.COMM_WORLD
     V = FunctionSpace(UnitSquareMesh(8, 8, comm=MPI.COMM_SELF), "CG", 1)

@@ -32,6 +32,8 @@ from irksome import Dt
 
 import pint_fem as pf
 from pint_fem.errors import InputError
+from pint_fem.evolution.fields import sparse_solution
+from pint_fem.kernels.arrays import get, put
 from pint_fem.propagators import (
     FormPropagator,
     LinearPropagator,
@@ -41,8 +43,6 @@ from pint_fem.propagators import (
     make_propagator,
     mesh_transfer,
 )
-from pint_fem.propagators.arrays import get, put
-from pint_fem.propagators.fields import sparse_solution
 from pint_fem.propagators.leapfrog import LeapfrogPropagator, leapfrog, stable_step
 from problems.maxwell import B, E, Medium, Region, Walls, energy, perfect_conductor, residual, state_space
 from tests.maxwell import box, cavity, mode

@@ -19,14 +19,14 @@ from mpi4py import MPI
 from scipy.linalg import expm
 
 import pint_fem as pf
-from pint_fem.adjoint.diagonalised import frequency_systems
 from pint_fem.errors import InputError
-from pint_fem.mgrit.theory_blocks import damped_wave
 from pint_fem.paradiag import ParaDiagOptions
-from pint_fem.paradiag.theory import block_contraction, contraction
 from pint_fem.propagators import LinearPropagator
 from pint_fem.propagators.leapfrog import leapfrog
-from pint_fem.propagators.verdicts import paradiag_contraction
+from pint_fem.sweeps.paradiag import frequency_systems
+from pint_fem.theory.alpha_circulant import block_contraction, contraction
+from pint_fem.theory.block_modes import damped_wave
+from pint_fem.theory.estimates import paradiag_contraction
 from problems.maxwell import B, E, Medium, Region, Walls, perfect_conductor, residual, state_space
 
 LOSSY = (Region("host", sigma=3.0), Region("block", lambda x: x[0] < 0.5, epsilon=2.0, mu=1.5, sigma=7.0))

@@ -18,7 +18,7 @@ from irksome import Dt
 from mpi4py import MPI
 
 from pint_fem import Evolution, RunningMisfit, SpaceTime, TimeParallelReducedFunctional
-from pint_fem.propagators.tableaux import SDIRK2
+from pint_fem.evolution.tableaux import SDIRK2
 from tests.limits import time_limit
 
 STEPS = 8

@@ -10,7 +10,8 @@ import pytest
 from mpi4py import MPI
 
 from pint_fem.errors import InputError
-from pint_fem.mgrit import MGRIT, MGRITOptions, SolverFailure, dirk_stability, split_steps, two_level_bound
+from pint_fem.mgrit import MGRIT, MGRITOptions, SolverFailure, split_steps
+from pint_fem.theory import dirk_stability, two_level_bound
 from tests.stepping import sequential
 
 GAMMA = 1 - 1 / math.sqrt(2)

@@ -14,8 +14,8 @@ import pytest
 from mpi4py import MPI
 
 from pint_fem.mgrit import MGRIT, MGRITOptions, SolverFailure, coarse_points, split_steps
+from pint_fem.mgrit.c_point_relaxation import CPointRelaxation
 from pint_fem.mgrit.relaxation import Relaxation
-from pint_fem.mgrit.storage import CPointRelaxation
 from tests.stepping import sequential
 
 COMM = MPI.COMM_WORLD

@@ -15,7 +15,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from mpi4py import MPI
 
-from pint_fem.mgrit import MGRIT, Transfer, coarse_points, two_level_bound
+from pint_fem.mgrit import MGRIT, Transfer, coarse_points
+from pint_fem.theory import two_level_bound
 from tests.stepping import sequential
 
 COMM = MPI.COMM_WORLD

@@ -67,7 +67,7 @@ def test_a_third_of_the_cycles_on_the_plate():
 
 def test_error_estimates():
     """Of value and gradient, against the exact ones, over eight orders of magnitude."""
-    from pint_fem.adjoint.inexact import InexactObjective
+    from pint_fem.adjoint.minimisation.inexact_objective import InexactObjective
 
     st = pf.SpaceTime("1x1", comm=MPI.COMM_SELF)
     rf = functional(st, rtol=1e-12, steps=64)

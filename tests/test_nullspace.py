@@ -32,11 +32,11 @@ from mpi4py import MPI
 
 import pint_fem as pf
 from pint_fem.errors import InputError
+from pint_fem.kernels.blocks import Factor, Workspace
+from pint_fem.kernels.nullspace import Nullspace
+from pint_fem.kernels.regularity import is_singular
 from pint_fem.mgrit import SolverFailure
 from pint_fem.propagators import FormPropagator, LinearPropagator, TapePropagator
-from pint_fem.propagators.blocks import Factor, Workspace
-from pint_fem.propagators.nullspace import Nullspace
-from pint_fem.propagators.regularity import is_singular
 from tests.limits import time_limit
 from tests.test_user_problems import GRIDS, by_hand, distance, rows, with_values
 from tests.user_tasks import Task, navier_stokes, partitioned, pose

@@ -8,7 +8,7 @@ from mpi4py import MPI
 
 from pint_fem.optimize import NonFiniteError
 from pint_fem.optimize.lbfgs import InverseLBFGS
-from pint_fem.optimize.one_shot import minimize_one_shot
+from pint_fem.optimize.one_shot.method import minimize_one_shot
 from tests.test_bounded import Distributed
 from tests.test_trust_region import Smooth, bowl, norm, pairs, quadratic, random_quadratic, random_spd, rosenbrock
 

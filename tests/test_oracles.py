@@ -12,7 +12,8 @@ import math
 import numpy as np
 import pytest
 
-from pint_fem.mgrit import MGRIT, coarse_points, two_level_bound
+from pint_fem.mgrit import MGRIT, coarse_points
+from pint_fem.theory import two_level_bound
 
 
 # -- XBraid's ex-01: u' = -u, backward Euler, dt = 1/2, 0.456 everywhere behind the initial value -------------------

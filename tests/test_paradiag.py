@@ -22,11 +22,11 @@ from irksome import Dt
 from mpi4py import MPI
 
 import pint_fem as pf
-from pint_fem.adjoint.sweeps import Sweeps
 from pint_fem.errors import InputError
 from pint_fem.mgrit import MGRITOptions
 from pint_fem.paradiag import ParaDiag, ParaDiagOptions
 from pint_fem.propagators import LinearPropagator
+from pint_fem.sweeps.sweeps import Sweeps
 from tests.cavity import cavity
 from tests.heat import heat, point_and_direction
 

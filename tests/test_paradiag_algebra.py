@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
-from pint_fem.mgrit import MGRIT, SolverFailure, dirk_stability, split_steps
-from pint_fem.mgrit.stopping import SolveResult
-from pint_fem.paradiag import AlphaCirculant, ParaDiag, ParaDiagOptions, contraction, shifted_factors, shifts
+from pint_fem.all_at_once.stopping import SolveResult
+from pint_fem.mgrit import MGRIT, SolverFailure, split_steps
+from pint_fem.paradiag import AlphaCirculant, ParaDiag, ParaDiagOptions, shifted_factors, shifts
+from pint_fem.paradiag.distribution import TimeTransposes, own_frequencies
 from pint_fem.paradiag.options import parse_paradiag_options
-from pint_fem.paradiag.transposes import TimeTransposes, own_frequencies
+from pint_fem.theory import contraction, dirk_stability
 from tests.stepping import sequential
 
 G = 1 - 1 / np.sqrt(2)

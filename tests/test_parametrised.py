@@ -10,7 +10,7 @@ from mpi4py import MPI
 
 import pint_fem as pf
 from pint_fem.errors import InputError
-from pint_fem.propagators.arrays import get
+from pint_fem.kernels.arrays import get
 from pint_fem.propagators.tape import recording
 from tests.limits import time_limit
 from tests.taylor import check_orders

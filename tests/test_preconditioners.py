@@ -8,7 +8,7 @@ import pytest
 from pint_fem.optimize import CGStop, InexactOptions, LimitedMemoryPreconditioner, minimize_trust_region
 from pint_fem.optimize.evaluator import Evaluator, ExactOracle, Gradient, Point
 from pint_fem.optimize.preconditioners import merged_pairs
-from pint_fem.optimize.steihaug import SteihaugPath
+from pint_fem.optimize.trust_region.steihaug import SteihaugPath
 from tests.test_inexact_trust_region import Adversary, ones
 from tests.test_trust_region import Smooth, mass_matrix, norm, quadratic, random_quadratic, random_spd, rosenbrock
 

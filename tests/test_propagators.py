@@ -28,19 +28,9 @@ from firedrake import (
 )
 from irksome import Dt
 
-from pint_fem.propagators import (
-    SDIRK2,
-    BackwardEuler,
-    Evolution,
-    FormPropagator,
-    ImplicitMidpoint,
-    LinearPropagator,
-    StepData,
-    TapePropagator,
-    make_propagator,
-    time_function,
-)
-from pint_fem.propagators.arrays import put
+from pint_fem.evolution import SDIRK2, BackwardEuler, Evolution, ImplicitMidpoint, time_function
+from pint_fem.kernels.arrays import put
+from pint_fem.propagators import FormPropagator, LinearPropagator, StepData, TapePropagator, make_propagator
 
 TABLEAUX = {"BE": BackwardEuler, "midpoint": ImplicitMidpoint, "SDIRK2": SDIRK2}
 

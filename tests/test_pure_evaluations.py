@@ -32,8 +32,8 @@ from mpi4py import MPI
 
 import pint_fem as pf
 from pint_fem.errors import SolverFailure
+from pint_fem.kernels.arrays import get, put
 from pint_fem.propagators import FormPropagator, TapePropagator, make_propagator
-from pint_fem.propagators.arrays import get, put
 from tests.limits import time_limit
 
 STEPS = 8

@@ -33,7 +33,7 @@ from firedrake import (
 from irksome import Dt
 
 import pint_fem as pf
-from pint_fem.propagators.quadrature import with_fixed_degrees
+from pint_fem.evolution.quadrature import with_fixed_degrees
 from tests.limits import time_limit
 
 STEPS, DT = 4, 1 / 16

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from demos.draw_cycle import in_turn, one_cycle, rows_of, write
-from pint_fem.mgrit import MGRIT, MGRITOptions, dirk_stability, two_level_bound
+from pint_fem.mgrit import MGRIT, MGRITOptions
+from pint_fem.theory import dirk_stability, two_level_bound
 
 ROOT = Path(__file__).resolve().parent.parent
 README, PAGE = ROOT / "README.md", ROOT / "pint_fem" / "mgrit" / "README.md"

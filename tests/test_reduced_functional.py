@@ -33,9 +33,10 @@ from irksome import Dt
 from mpi4py import MPI
 
 import pint_fem as pf
-from pint_fem.mgrit import SolverFailure, dirk_stability, two_level_bound
+from pint_fem.evolution.tableaux import DIRK
+from pint_fem.mgrit import SolverFailure
 from pint_fem.propagators import LinearPropagator
-from pint_fem.propagators.tableaux import DIRK
+from pint_fem.theory import dirk_stability, two_level_bound
 from tests.heat import TABLEAUX, heat, point_and_direction
 
 

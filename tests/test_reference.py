@@ -30,10 +30,10 @@ from irksome import Dt
 from mpi4py import MPI
 
 import pint_fem as pf
-from pint_fem.adjoint.reference import compared_with
 from pint_fem.adjoint.regularisation import _Functional
+from pint_fem.kernels.arrays import put
+from pint_fem.misfits.reference import compared_with
 from pint_fem.optimize import StopReason
-from pint_fem.propagators.arrays import put
 from tests.limits import time_limit
 
 STEPS, DT = 8, 1 / 16

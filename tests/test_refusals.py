@@ -15,10 +15,10 @@ import pytest
 import pint_fem as pf
 from demos import heat_source_report
 from demos.heat_source_inversion import main
-from pint_fem.adjoint.memory import least_bytes
 from pint_fem.capacity import machine_memory, readable, require_memory
 from pint_fem.mgrit import MGRIT
 from pint_fem.optimize import NonFiniteError
+from pint_fem.sweeps.solvers import least_bytes
 from problems.heat_readings import READINGS
 from problems.meshfile import read_mesh
 from problems.plate import BOUNDARIES, MESH, REGIONS

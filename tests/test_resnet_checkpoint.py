@@ -21,11 +21,11 @@ from pint_fem.resnet import (
     Dense,
     Grid,
     LayerParallelResNet,
-    checkpoint,
     load_checkpoint,
     reserve_checkpoint,
     save_checkpoint,
 )
+from pint_fem.resnet.training import checkpoint
 from tests.broken_files import COMM, another_process, largest_file, shared
 from tests.limits import time_limit
 from tests.test_resnet import one_thread  # noqa: F401

@@ -22,8 +22,8 @@ from pint_fem.resnet import (
     refine,
     save_checkpoint,
 )
-from pint_fem.resnet.data import peaks, shared_loader
-from pint_fem.resnet.training import train_epoch
+from pint_fem.resnet.training.data import peaks, shared_loader
+from pint_fem.resnet.training.loop import train_epoch
 from tests.test_resnet import COMM, one_thread, step  # noqa: F401
 
 ALONE = MPI.COMM_SELF

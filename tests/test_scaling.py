@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pint_fem.agreement import all_alike
+from pint_fem.all_at_once.grids import Bounds
 from pint_fem.errors import InputError
 from pint_fem.mgrit import split_steps
-from pint_fem.mgrit.grids import Bounds
 from pint_fem.scaling.communicator import communicators
 from pint_fem.scaling.costs import Calibration, Kernel
 from pint_fem.scaling.model import Model, Solve

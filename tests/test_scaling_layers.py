@@ -8,8 +8,8 @@ pytest.importorskip("torch")
 
 import torch
 
+from pint_fem.all_at_once.trace import Trace
 from pint_fem.errors import InputError
-from pint_fem.mgrit.trace import Trace
 from pint_fem.resnet import Dense, Grid, LayerParallelResNet
 from pint_fem.scaling import report_training, training
 from pint_fem.scaling.costs import Calibration, Kernel

@@ -7,9 +7,11 @@ import pytest
 from mpi4py import MPI
 from scipy.optimize import minimize
 
-from pint_fem.optimize import NonFiniteError, hessian_actions, scipy_run
-from pint_fem.optimize.bounded import minimize_bounded
-from pint_fem.optimize.scipy_adapter import scipy_minimize
+from pint_fem.optimize import NonFiniteError
+from pint_fem.optimize.scipy_methods import hessian_actions
+from pint_fem.optimize.scipy_methods import run as scipy_run
+from pint_fem.optimize.scipy_methods.adapter import scipy_minimize
+from pint_fem.optimize.trust_region.bounded import minimize_bounded
 from tests.test_bounded import Distributed, box_problem
 from tests.test_trust_region import (
     Smooth,

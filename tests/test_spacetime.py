@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
+from pint_fem.all_at_once.norms import gather_in_order
 from pint_fem.errors import InputError
 from pint_fem.mgrit import split_steps
-from pint_fem.mgrit.norms import gather_in_order
 from pint_fem.spacetime import SpaceTime, parse_grid
 
 

@@ -26,13 +26,13 @@ from irksome import Dt
 from mpi4py import MPI
 
 import pint_fem as pf
-from pint_fem.adjoint.steps import LinearStep
-from pint_fem.adjoint.sweeps import Sweeps
 from pint_fem.errors import InputError
+from pint_fem.kernels.arrays import boundary_rows, get, own_size, put
+from pint_fem.kernels.blocks import WIDTH
 from pint_fem.propagators import FormPropagator, LinearPropagator
-from pint_fem.propagators.arrays import boundary_rows, get, own_size, put
-from pint_fem.propagators.blocks import WIDTH
 from pint_fem.propagators.spatial import SpatialLevels, coarse_evolution, mesh_transfer
+from pint_fem.sweeps.steps import LinearStep
+from pint_fem.sweeps.sweeps import Sweeps
 from tests.heat import heat, point_and_direction
 
 SIMPLE = {"partitioner_type": "simple"}

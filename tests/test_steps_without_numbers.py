@@ -22,9 +22,9 @@ from irksome import Dt
 from mpi4py import MPI
 
 import pint_fem as pf
-from pint_fem.direct import is_finite, with_finite_entries
 from pint_fem.errors import InputError, SolverFailure
-from pint_fem.propagators.arrays import get, put
+from pint_fem.kernels.arrays import get, put
+from pint_fem.kernels.direct import is_finite, with_finite_entries
 from tests.limits import time_limit
 
 STEPS = 8

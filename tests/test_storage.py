@@ -7,9 +7,9 @@ from irksome import Dt
 from mpi4py import MPI
 
 import pint_fem as pf
-from pint_fem.adjoint.misfit import Misfit
 from pint_fem.errors import InputError
 from pint_fem.mgrit import SolverFailure
+from pint_fem.misfits.base import Misfit
 from tests.heat import heat, point_and_direction
 
 M, STEPS = 4, 16

@@ -9,14 +9,14 @@ from firedrake.petsc import PETSc
 from mpi4py import MPI
 
 import pint_fem as pf
-from pint_fem.adjoint.acceleration import AcceleratedSweep
-from pint_fem.adjoint.checking import check_sweeps
 from pint_fem.adjoint.reduced_functional import mgrit_options
-from pint_fem.adjoint.sweeps import Sweeps
+from pint_fem.all_at_once.stopping import DivergedError, SolverFailure
 from pint_fem.errors import InputError
-from pint_fem.mgrit.stopping import DivergedError, SolverFailure
-from pint_fem.propagators.arrays import put
-from pint_fem.propagators.norms import MassNorm
+from pint_fem.kernels.arrays import put
+from pint_fem.sweeps.checking import check_sweeps
+from pint_fem.sweeps.krylov import AcceleratedSweep
+from pint_fem.sweeps.mass_norm import MassNorm
+from pint_fem.sweeps.sweeps import Sweeps
 from tests.test_reduced_functional import functional, point_and_direction
 
 

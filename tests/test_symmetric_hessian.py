@@ -5,7 +5,7 @@ import pytest
 from mpi4py import MPI
 
 import pint_fem as pf
-from pint_fem.adjoint.inexact import InexactObjective
+from pint_fem.adjoint.minimisation.inexact_objective import InexactObjective
 from pint_fem.mgrit import SolverFailure
 from tests.nonlinear import burgers
 from tests.nonlinear import functional as nonlinear_functional

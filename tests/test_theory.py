@@ -29,9 +29,16 @@ from firedrake import (
 from irksome import Dt
 from mpi4py import MPI
 
-from pint_fem.adjoint.sweeps import Sweeps
+from pint_fem.evolution import SDIRK2, BackwardEuler, Evolution, ImplicitMidpoint
+from pint_fem.evolution.tableaux import DIRK
 from pint_fem.mgrit import MGRIT, MGRITOptions
-from pint_fem.mgrit.theory import (
+from pint_fem.spacetime import SpaceTime
+from pint_fem.sweeps.sweeps import Sweeps
+from pint_fem.theory import estimates as verdicts_module
+from pint_fem.theory import spectrum as spectrum_module
+from pint_fem.theory.estimates import mgrit_verdict
+from pint_fem.theory.spectrum import Spectrum, spectrum
+from pint_fem.theory.two_level import (
     dirk_stability,
     error_propagation,
     expected_iterations,
@@ -39,13 +46,6 @@ from pint_fem.mgrit.theory import (
     two_level_factors,
     verdict,
 )
-from pint_fem.propagators import SDIRK2, BackwardEuler, Evolution, ImplicitMidpoint
-from pint_fem.propagators import spectrum as spectrum_module
-from pint_fem.propagators import verdicts as verdicts_module
-from pint_fem.propagators.spectrum import Spectrum, spectrum
-from pint_fem.propagators.tableaux import DIRK
-from pint_fem.propagators.verdicts import mgrit_verdict
-from pint_fem.spacetime import SpaceTime
 
 TABLEAUX = {"BE": BackwardEuler, "SDIRK2": SDIRK2, "midpoint": ImplicitMidpoint}
 WEIGHTS = [0.6, 1.0, 1.3, 1.8]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pint_fem.optimize import CGStop, NonFiniteError, StopReason, minimize_trust_region
-from pint_fem.optimize.forcing import next_forcing_term
+from pint_fem.optimize.trust_region.forcing import next_forcing_term
 
 
 class Smooth:

@@ -33,8 +33,8 @@ from pyadjoint.tape import stop_annotating
 
 import pint_fem as pf
 from pint_fem.errors import InputError
+from pint_fem.kernels.arrays import get
 from pint_fem.propagators import FormPropagator, LinearPropagator, TapePropagator, make_propagator
-from pint_fem.propagators.arrays import get
 from tests.limits import time_limit
 
 GRIDS = {1: ["1x1"], 2: ["2x1", "1x2"]}[min(MPI.COMM_WORLD.size, 2)]

@@ -7,7 +7,7 @@ import pytest
 from mpi4py import MPI
 
 from pint_fem.optimize import InexactOptions, minimize_bounded, minimize_trust_region
-from pint_fem.optimize.one_shot import minimize_one_shot
+from pint_fem.optimize.one_shot.method import minimize_one_shot
 from tests.limits import time_limit
 from tests.test_bounded import Distributed
 from tests.test_trust_region import Smooth

@@ -7,20 +7,20 @@ With :math:`\tilde J(z, u_0)` the problem in which the initial condition is a co
     J' = \tilde J_z + E'^T \tilde J_{u_0} + R', \qquad
     J''\,dz = S^T \tilde J''\, S\,dz + (E''dz)^T \tilde J_{u_0} + R''dz, \quad S\,dz = (dz, E'dz),
 
-so sweeps know nothing of the expression (:mod:`pint_fem.propagators.initial`).
+so sweeps know nothing of the expression (:mod:`pint_fem.evolution.initial`).
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from pint_fem.adjoint.layout import ControlLayout
+from pint_fem.adjoint.consistency.same_problem import require_same_forms, require_same_values
+from pint_fem.adjoint.control_layout import ControlLayout
 from pint_fem.adjoint.memory import Memory
 from pint_fem.adjoint.problem import ReducedProblem
 from pint_fem.adjoint.regularisation import Regularisation
-from pint_fem.adjoint.same_data import require_same_forms, require_same_values
-from pint_fem.propagators import Evolution
-from pint_fem.propagators.initial import InitialExpression
+from pint_fem.evolution.evolution import Evolution
+from pint_fem.evolution.initial import InitialExpression
 
 __all__ = ["ComposedProblem", "SoughtControls"]
 

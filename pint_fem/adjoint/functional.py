@@ -17,16 +17,16 @@ from pyadjoint.reduced_functional import AbstractReducedFunctional
 from pyadjoint.tape import stop_annotating
 
 from pint_fem.adjoint.memory import Memory
-from pint_fem.adjoint.minimisable import Minimisable
-from pint_fem.adjoint.optimiser_unit import OptimiserControl, OptimiserUnit
+from pint_fem.adjoint.minimisation.minimisable import Minimisable
+from pint_fem.adjoint.minimisation.optimiser_unit import OptimiserControl, OptimiserUnit
 from pint_fem.adjoint.problem import ReducedProblem
 from pint_fem.adjoint.riesz import ControlInner
 from pint_fem.adjoint.states import FinalState, adjoint_functions, own_points, state_functions, write_states
 from pint_fem.adjoint.sums import SumProblem, terms_of
 from pint_fem.collective import collectively
 from pint_fem.errors import InputError
-from pint_fem.propagators import Evolution
-from pint_fem.propagators.arrays import get, put
+from pint_fem.evolution.evolution import Evolution
+from pint_fem.kernels.arrays import get, put
 
 __all__ = ["ControlFunctional"]
 

@@ -26,12 +26,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pint_fem.adjoint.misfit import BLOCK, BlockMisfit
 from pint_fem.collective import collectively
 from pint_fem.mgrit.view import memory as solver_memory
-from pint_fem.propagators.arrays import own_size
+from pint_fem.misfits.base import BLOCK, BlockMisfit
 
-__all__ = ["Memory", "least_bytes", "memory"]
+__all__ = ["Memory", "memory"]
 
 
 class Memory(NamedTuple):
@@ -67,26 +66,6 @@ class Memory(NamedTuple):
                 f"  peak of a {name} {self.peak(name) / 2**20:.3g}" + (f" (with {text(parts)})" if parts else "")
             )
         return "\n".join(lines)
-
-
-def least_bytes(evolution, slab, m: int = 1) -> int:
-    """Bytes of a rank below which no optimisation can be, known before anything is allocated.
-
-    State, adjoint, a sweep and its right-hand side at the stored points, and three vectors of the controls that have a
-    value in each step.
-
-    Parameters
-    ----------
-    evolution
-        The problem.
-    slab
-        Own steps.
-    m
-        Distance of the points that are stored.
-    """
-    rows = slab.k // m + 1
-    stepwise = sum(own_size(control.function_space()) for control in evolution.stepwise)
-    return 8 * (4 * rows * evolution.state_size + 3 * slab.k * stepwise)
 
 
 def memory(problem) -> Memory:

@@ -22,20 +22,20 @@ from copy import copy
 
 import numpy as np
 
-from pint_fem.adjoint.copies import Copies
-from pint_fem.adjoint.data import Data
-from pint_fem.adjoint.layout import ControlLayout
+from pint_fem.adjoint.consistency.same_control import Copies
+from pint_fem.adjoint.consistency.same_problem import require_same_problem
+from pint_fem.adjoint.consistency.user_data import Data
+from pint_fem.adjoint.control_layout import ControlLayout
+from pint_fem.adjoint.evaluation import Point, relative_residual
 from pint_fem.adjoint.memory import Memory, memory
-from pint_fem.adjoint.misfit import BlockMisfit, Misfit
-from pint_fem.adjoint.point import Point, relative_residual
 from pint_fem.adjoint.regularisation import Regularisation
-from pint_fem.adjoint.same_data import require_same_problem
-from pint_fem.adjoint.sweeps import Sweeps
-from pint_fem.adjoint.trajectory import Source, trajectories
+from pint_fem.adjoint.trajectories import Source, trajectories
+from pint_fem.all_at_once.norms import gather_in_order
+from pint_fem.all_at_once.stopping import SolverFailure
 from pint_fem.collective import collectively
 from pint_fem.errors import FAILURES, InputError
-from pint_fem.mgrit import SolverFailure
-from pint_fem.mgrit.norms import gather_in_order
+from pint_fem.misfits.base import BlockMisfit, Misfit
+from pint_fem.sweeps.sweeps import Sweeps
 
 __all__ = ["ReducedProblem"]
 
@@ -45,7 +45,7 @@ _ROUND_OFF, _NEAR = 16 * np.finfo(float).eps, 1e3
 
 
 class ReducedProblem:
-    """See the module. A control is a flat array (see :mod:`~pint_fem.adjoint.layout`); derivatives are dual vectors of
+    """See the module. A control is a flat array (see :mod:`~pint_fem.adjoint.control_layout`); derivatives are dual vectors of
     that shape.
 
     Parameters
@@ -371,7 +371,7 @@ class ReducedProblem:
         self, z: np.ndarray, dz: np.ndarray, cycles: int, *, gauss_newton: bool = False
     ) -> tuple[np.ndarray, float]:
         """``H dz`` as a dual vector for a symmetric ``H`` near the Hessian: its two sweeps are ``cycles`` cycles from
-        zero and their transposes (:mod:`~pint_fem.mgrit.transposed`, :mod:`~pint_fem.paradiag.transposed`); and the
+        zero and their transposes (:mod:`~pint_fem.mgrit.transposed_cycles`, :mod:`~pint_fem.paradiag.transposed_iterations`); and the
         larger of their relative residuals. State and adjoint are taken as well as they are known.
         """
         sweeps, dz = self.sweeps, np.asarray(dz, dtype=float).ravel()

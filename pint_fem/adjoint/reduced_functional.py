@@ -16,12 +16,13 @@ from pint_fem.adjoint.problem import ReducedProblem
 from pint_fem.adjoint.riesz import ControlInner
 from pint_fem.adjoint.states import FinalState
 from pint_fem.adjoint.sums import SumProblem, leaves
-from pint_fem.adjoint.sweeps import Sweeps
-from pint_fem.adjoint.time_solver import mgrit_options, read_time_solver
 from pint_fem.errors import InputError
-from pint_fem.petsc_types import require_types
-from pint_fem.propagators import Evolution, make_propagator
+from pint_fem.evolution.evolution import Evolution
+from pint_fem.petsc_options.types import require_types
+from pint_fem.propagators import make_propagator
 from pint_fem.spacetime import SpaceTime
+from pint_fem.sweeps.selection import mgrit_options, read_time_solver
+from pint_fem.sweeps.sweeps import Sweeps
 
 __all__ = ["TimeParallelReducedFunctional", "mgrit_options"]
 
@@ -34,7 +35,7 @@ class TimeParallelReducedFunctional(ControlFunctional):
     multiplied by numbers, see :class:`~pint_fem.adjoint.functional.ControlFunctional`. Forms are integrated with the
     quadrature degrees that ``assemble`` takes for them as they are given, and so are their derivatives, of which
     pyadjoint estimates the degrees anew: give ``dx(degree=...)`` to compare where no rule is exact
-    (:mod:`~pint_fem.propagators.quadrature`).
+    (:mod:`~pint_fem.evolution.quadrature`).
 
     Parameters
     ----------
@@ -42,7 +43,7 @@ class TimeParallelReducedFunctional(ControlFunctional):
         The problem, with a ``control`` or several. A list of them are several experiments on one process grid: ``J`` is
         the sum, and controls that are the same Function are shared.
     misfits
-        One or several of :mod:`pint_fem.adjoint.misfits`; for a list of evolutions a list with as many entries.
+        One or several of :mod:`pint_fem.misfits.functionals`; for a list of evolutions a list with as many entries.
     regularisation
         UFL functional of the controls, or several; of controls with a value a step it is summed with weight ``dt``.
         With several evolutions it counts once, and the controls in each functional are of one evolution.

@@ -15,16 +15,16 @@ from firedrake import Function, TestFunction, TrialFunction, assemble, derivativ
 from firedrake.assemble import get_assembler
 from ufl.algorithms import expand_derivatives, extract_coefficients
 
-from pint_fem.adjoint.layout import ControlLayout
-from pint_fem.adjoint.quadratic import NOISE
-from pint_fem.adjoint.reference import Reference
+from pint_fem.adjoint.control_layout import ControlLayout
+from pint_fem.all_at_once.norms import gather_in_order
 from pint_fem.errors import InputError
-from pint_fem.mgrit.norms import gather_in_order
-from pint_fem.propagators.arrays import get, is_real, own_size, put
-from pint_fem.propagators.evolution import Evolution
-from pint_fem.propagators.operators import ControlOperator, control_operator
-from pint_fem.propagators.private_copies import data_of
-from pint_fem.propagators.quadrature import with_fixed_degrees
+from pint_fem.evolution.control_operators import ControlOperator, control_operator
+from pint_fem.evolution.evolution import Evolution
+from pint_fem.evolution.private_copies import data_of
+from pint_fem.evolution.quadrature import with_fixed_degrees
+from pint_fem.kernels.arrays import get, is_real, own_size, put
+from pint_fem.misfits.quadratic import NOISE
+from pint_fem.misfits.reference import Reference
 
 __all__ = ["Regularisation"]
 
@@ -51,7 +51,7 @@ class _Functional:
 
     def _expand(self, form: ufl.Form, gradients: Sequence[ufl.Form]) -> None:
         """Value and gradient at the reference values: those that the functional compares the functions with, where they
-        are better than zero (see :mod:`~pint_fem.adjoint.reference`).
+        are better than zero (see :mod:`~pint_fem.misfits.reference`).
         """
         values = {f: Function(f.function_space()) for f in self.functions}
         form = ufl.replace(form, values)

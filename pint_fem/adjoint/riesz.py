@@ -9,10 +9,10 @@ import numpy as np
 import ufl
 from firedrake import Cofunction, Function, TestFunction, TrialFunction, assemble, dx, grad, inner
 
-from pint_fem.adjoint.layout import ControlLayout
+from pint_fem.adjoint.control_layout import ControlLayout
 from pint_fem.errors import InputError
-from pint_fem.propagators.arrays import get, is_real, own_size, put
-from pint_fem.propagators.blocks import Factor, is_symmetric
+from pint_fem.kernels.arrays import get, is_real, own_size, put
+from pint_fem.kernels.blocks import Factor, is_symmetric
 
 __all__ = ["ControlInner", "RieszMap"]
 

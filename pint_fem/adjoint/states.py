@@ -25,9 +25,9 @@ from pint_fem.adjoint.riesz import RieszMap
 from pint_fem.adjoint.sums import SumProblem, leaves, terms_of
 from pint_fem.collective import collectively, require_same
 from pint_fem.errors import InputError
-from pint_fem.paraview import write_fields
-from pint_fem.propagators.arrays import own_size, put
-from pint_fem.propagators.evolution import Evolution
+from pint_fem.evolution.evolution import Evolution
+from pint_fem.kernels.arrays import own_size, put
+from pint_fem.output.paraview import write_fields
 from pint_fem.spacetime import Slab, SpaceTime
 
 __all__ = ["FinalState", "adjoint_functions", "own_points", "point_numbers", "state_functions", "write_states"]

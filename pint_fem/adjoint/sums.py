@@ -18,14 +18,14 @@ from firedrake import Function
 from mpi4py import MPI
 
 from pint_fem.adjoint.composed import ComposedProblem
-from pint_fem.adjoint.layout import ControlLayout
+from pint_fem.adjoint.control_layout import ControlLayout
 from pint_fem.adjoint.memory import Memory
-from pint_fem.adjoint.misfit import BlockMisfit
 from pint_fem.adjoint.problem import ReducedProblem
 from pint_fem.adjoint.regularisation import Regularisation
 from pint_fem.collective import require_same
 from pint_fem.errors import InputError
-from pint_fem.propagators import Evolution
+from pint_fem.evolution.evolution import Evolution
+from pint_fem.misfits.base import BlockMisfit
 
 __all__ = ["SharedControls", "SumProblem", "leaves", "second_derivative", "terms_of"]
 

@@ -9,9 +9,9 @@ from collections.abc import Callable
 import numpy as np
 from mpi4py import MPI
 
+from pint_fem.all_at_once.callbacks import require_nothing
+from pint_fem.all_at_once.levels import Level
 from pint_fem.errors import FAILURES
-from pint_fem.mgrit.callbacks import require_nothing
-from pint_fem.mgrit.levels import Level
 from pint_fem.mgrit.relaxation import Relaxation
 
 __all__ = ["coarsest_solver"]

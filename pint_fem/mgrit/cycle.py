@@ -19,14 +19,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from pint_fem.all_at_once.callbacks import read_only, require_block, returned_block
+from pint_fem.all_at_once.levels import Level
 from pint_fem.errors import FAILURES
-from pint_fem.mgrit.callbacks import read_only, require_block, returned_block
+from pint_fem.mgrit.c_point_relaxation import CPointRelaxation
 from pint_fem.mgrit.coarsest import coarsest_solver
-from pint_fem.mgrit.levels import Level
+from pint_fem.mgrit.nested_iteration import coarse_rhs
 from pint_fem.mgrit.options import MGRITOptions
 from pint_fem.mgrit.relaxation import Relaxation
-from pint_fem.mgrit.rhs import coarse_rhs
-from pint_fem.mgrit.storage import CPointRelaxation
 from pint_fem.mgrit.transfer import Transfer
 
 __all__ = ["Cycle"]

@@ -15,7 +15,7 @@ more it differs from the identity the closer the number of iterations comes to t
 **Cost.** An iteration is one cycle and one product with :math:`A`, which is ``N`` propagator calls: about one
 F-relaxation more than a plain cycle.
 
-**Memory.** That of :mod:`~pint_fem.mgrit.all_at_once`, and FGMRES keeps two vectors an iteration, up to a restart
+**Memory.** That of :mod:`~pint_fem.mgrit.space_time_operator`, and FGMRES keeps two vectors an iteration, up to a restart
 (``ksp_gmres_restart``, here ``max_it``); GCR allocates two for each of 30 iterations at once (``ksp_gcr_restart``).
 
 **Bits.** Those of :math:`A x`, :math:`A^T x`, :math:`B x` and :math:`B^T x` do not depend on the number of time ranks.
@@ -33,12 +33,12 @@ import numpy as np
 from petsc4py import PETSc
 from petsctools import OptionsManager
 
+from pint_fem.all_at_once.levels import Level, Propagator
+from pint_fem.all_at_once.stopping import DivergedError, SolveResult
 from pint_fem.collective import any_rank, collectively, ending_all_ranks, raise_report, reported
 from pint_fem.errors import InputError, SolverFailure
-from pint_fem.mgrit.all_at_once import Direction, Hierarchies, MGRITPreconditioner
-from pint_fem.mgrit.levels import Level, Propagator
 from pint_fem.mgrit.options import MGRITOptions
-from pint_fem.mgrit.stopping import DivergedError, SolveResult
+from pint_fem.mgrit.space_time_operator import Direction, Hierarchies, MGRITPreconditioner
 from pint_fem.mgrit.view import describe
 
 __all__ = ["KrylovMGRIT"]

@@ -7,7 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from math import inf
 
-__all__ = ["MGRITOptions", "check_coarsening"]
+from pint_fem.all_at_once.grids import check_coarsening, is_integer
+
+__all__ = ["MGRITOptions"]
 
 _PER_LEVEL = ("relax", "c_weight", "coarsening")
 _CHOICES = {
@@ -149,7 +151,7 @@ class MGRITOptions:
             value = getattr(self, name)
             if value is None and name in _MAY_BE_NONE:
                 continue
-            if not _is_int(value) or value < least:
+            if not is_integer(value) or value < least:
                 raise ValueError(f"mgrit {name} {value!r}: give a whole number of at least {least}")
         for name in ("rtol", "atol"):
             value = getattr(self, name)
@@ -287,41 +289,13 @@ class MGRITOptions:
 
 
 def _coarser(n: int, m) -> int:
-    return n // m if _is_int(m) else len(m) - 1
-
-
-def check_coarsening(given) -> tuple:
-    """Factors and tuples of C-points.
-
-    Raises
-    ------
-    ValueError
-        On what is neither.
-    """
-    bad = ValueError(
-        f"mgrit coarsening {given!r}: give whole numbers of at least 2, such as (8, 4), or a level's C-points [0, ...]"
-    )
-    items = tuple(given) if isinstance(given, Iterable) and not isinstance(given, str) else (given,)
-    out = []
-    for m in items:
-        if isinstance(m, Iterable) and not isinstance(m, str):
-            m = tuple(m)
-            if len(m) < 2 or any(not _is_int(c) for c in m) or m[0] != 0 or sorted(set(m)) != list(m):
-                raise bad
-            out.append(tuple(int(c) for c in m))
-        elif not _is_int(m) or m < 2:
-            raise bad
-        else:
-            out.append(int(m))
-    if not out:
-        raise bad
-    return tuple(out)
+    return n // m if is_integer(m) else len(m) - 1
 
 
 def _scheme(r, given) -> str:
-    if _is_int(r) and r > _MOST_SWEEPS:
+    if is_integer(r) and r > _MOST_SWEEPS:
         raise ValueError(f"mgrit relax {given!r}: give at most {_MOST_SWEEPS} FC-sweeps; 1 or 2 are usual")
-    if _is_int(r) and r >= 0:
+    if is_integer(r) and r >= 0:
         return "F" + "CF" * int(r)
     if not isinstance(r, str) or r != "F" + "CF" * r.count("C"):
         raise ValueError(
@@ -353,10 +327,6 @@ def _as_tuple(value, name: str) -> tuple:
     if not items:
         raise ValueError(f"mgrit {name} {value!r}: give at least one")
     return items
-
-
-def _is_int(value) -> bool:
-    return hasattr(value, "__index__") and not isinstance(value, bool)
 
 
 def _is_number(value) -> bool:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pint_fem.mgrit.levels import Level
+from pint_fem.all_at_once.levels import Level
 
 __all__ = ["Relaxation", "Run", "runs"]
 

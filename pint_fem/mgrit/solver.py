@@ -19,19 +19,19 @@ import numpy as np
 from mpi4py import MPI
 
 from pint_fem.agreement import digest
+from pint_fem.all_at_once.arguments import check_arrays
+from pint_fem.all_at_once.failures import MEETINGS, Failures
+from pint_fem.all_at_once.grids import Bounds
+from pint_fem.all_at_once.levels import Propagator, build_levels
+from pint_fem.all_at_once.norms import PointNorms, euclidean
+from pint_fem.all_at_once.residuals import Residuals
+from pint_fem.all_at_once.stopping import SolveResult, SolverFailure, Stopping
+from pint_fem.all_at_once.trace import Trace, check_trace_file
 from pint_fem.collective import collectively, ending_all_ranks
 from pint_fem.errors import FAILURES, InputError
-from pint_fem.mgrit.arrays import check_arrays
 from pint_fem.mgrit.cycle import Cycle
-from pint_fem.mgrit.failures import MEETINGS, Failures
-from pint_fem.mgrit.grids import Bounds
-from pint_fem.mgrit.levels import Propagator, build_levels
-from pint_fem.mgrit.norms import PointNorms, euclidean
 from pint_fem.mgrit.options import MGRITOptions
-from pint_fem.mgrit.residuals import Residuals
-from pint_fem.mgrit.stopping import SolveResult, SolverFailure, Stopping
-from pint_fem.mgrit.theory import exact_termination
-from pint_fem.mgrit.trace import Trace, check_trace_file
+from pint_fem.mgrit.termination import exact_termination
 from pint_fem.mgrit.transfer import Transfer
 from pint_fem.mgrit.view import describe
 
@@ -45,7 +45,7 @@ class MGRIT:
     ----------
     propagators
         One a level, finest first (the number of levels). A coarse one steps from one of its level's points to the
-        next (:func:`~pint_fem.mgrit.levels.coarse_points`): as far as ``m`` steps of the finer.
+        next (:func:`~pint_fem.all_at_once.levels.coarse_points`): as far as ``m`` steps of the finer.
     nsteps
         Steps on the finest level.
     options
@@ -169,7 +169,7 @@ class MGRIT:
             ghost of the left neighbour's last row on the others.
         G
             Right-hand side of the own steps, ``(own steps, *state)``, or ``None`` for zero. With ``storage="C"`` it may
-            be condensed to the own C-points (see :mod:`~pint_fem.mgrit.storage`; the last point has to be one).
+            be condensed to the own C-points (see :mod:`~pint_fem.mgrit.c_point_relaxation`; the last point has to be one).
         start
             ``"guess"``, ``"skip"`` or ``"nested"``; default: the option.
         coarse_rhs

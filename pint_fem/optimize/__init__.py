@@ -1,12 +1,9 @@
 """Optimisers that see a reduced functional only through its value, derivatives and inner product."""
 
-from pint_fem.optimize.bounded import minimize_bounded
 from pint_fem.optimize.constraints import AffineConstraints
-from pint_fem.optimize.inexact import InexactOptions
 from pint_fem.optimize.lbfgs import InverseLBFGS
-from pint_fem.optimize.multipliers import minimize_bounded_constrained
-from pint_fem.optimize.one_shot import minimize_one_shot
-from pint_fem.optimize.one_shot_records import OneShotRecord, OneShotResult
+from pint_fem.optimize.one_shot.method import minimize_one_shot
+from pint_fem.optimize.one_shot.records import OneShotRecord, OneShotResult
 from pint_fem.optimize.preconditioners import LimitedMemoryPreconditioner
 from pint_fem.optimize.protocol import (
     Checkpoint,
@@ -17,9 +14,12 @@ from pint_fem.optimize.protocol import (
     Problem,
 )
 from pint_fem.optimize.records import IterationRecord, StopReason, TrustRegionResult
-from pint_fem.optimize.scipy_adapter import scipy_minimize
-from pint_fem.optimize.steihaug import CGStop
-from pint_fem.optimize.trust_region import minimize_trust_region
+from pint_fem.optimize.scipy_methods.adapter import scipy_minimize
+from pint_fem.optimize.trust_region.bounded import minimize_bounded
+from pint_fem.optimize.trust_region.inexact import InexactOptions
+from pint_fem.optimize.trust_region.multipliers import minimize_bounded_constrained
+from pint_fem.optimize.trust_region.newton_cg import minimize_trust_region
+from pint_fem.optimize.trust_region.steihaug import CGStop
 
 __all__ = [
     "AffineConstraints",

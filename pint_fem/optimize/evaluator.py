@@ -1,7 +1,7 @@
 """The problem's functions as the minimisers call them: counted, copied, and refused where they are not finite.
 
 An *oracle* says how accurate they are asked for. The exact one is here; the one that chooses the accuracy is in
-:mod:`pint_fem.optimize.inexact`.
+:mod:`pint_fem.optimize.trust_region.inexact`.
 """
 
 from __future__ import annotations

@@ -18,8 +18,8 @@ from mpi4py import MPI
 
 from pint_fem.collective import all_ranks, any_rank, collectively, ending_all_ranks, require_same
 from pint_fem.errors import InputError, SolverFailure, release
+from pint_fem.optimize.argument_checks import check_callable, check_checkpoint, check_first_guess
 from pint_fem.optimize.evaluator import error_estimate, number, shaped
-from pint_fem.optimize.options import check_callable, check_checkpoint, check_first_guess
 
 __all__ = ["RankedProblem", "check_run", "holds_anywhere", "on_all_ranks", "ranked_callback"]
 

@@ -7,7 +7,7 @@ from enum import Enum
 
 import numpy as np
 
-from pint_fem.optimize.steihaug import CGStop
+from pint_fem.optimize.trust_region.steihaug import CGStop
 
 __all__ = ["IterationRecord", "StopReason", "TrustRegionResult", "header"]
 

@@ -16,7 +16,7 @@ from pint_fem.optimize.evaluator import Estimate, Evaluator, ExactOracle, Gradie
 from pint_fem.optimize.protocol import Checkpoint, Problem
 from pint_fem.optimize.ranks import holds_anywhere
 from pint_fem.optimize.records import IterationRecord, StopReason, TrustRegionResult
-from pint_fem.optimize.steihaug import CGStop
+from pint_fem.optimize.trust_region.steihaug import CGStop
 
 __all__ = ["State", "load", "read", "read_history", "restore", "save", "write", "write_history"]
 

@@ -3,7 +3,6 @@
 from pint_fem.paradiag.circulant import AlphaCirculant, shifts
 from pint_fem.paradiag.options import ParaDiagOptions
 from pint_fem.paradiag.solver import ParaDiag
-from pint_fem.paradiag.stability import shifted_factors
-from pint_fem.paradiag.theory import contraction
+from pint_fem.paradiag.stage_shifts import shifted_factors
 
-__all__ = ["AlphaCirculant", "ParaDiag", "ParaDiagOptions", "contraction", "shifted_factors", "shifts"]
+__all__ = ["AlphaCirculant", "ParaDiag", "ParaDiagOptions", "shifted_factors", "shifts"]

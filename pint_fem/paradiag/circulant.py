@@ -21,8 +21,8 @@ from functools import lru_cache
 import numpy as np
 import scipy.fft
 
-from pint_fem.mgrit.trace import Trace
-from pint_fem.paradiag.transposes import TimeTransposes
+from pint_fem.all_at_once.trace import Trace
+from pint_fem.paradiag.distribution import TimeTransposes
 
 __all__ = ["AlphaCirculant", "FrequencySolve", "shifts"]
 
@@ -69,7 +69,7 @@ class AlphaCirculant:
     comm, bounds
         Time communicator and step bounds of its ranks.
     backwards
-        See :class:`~pint_fem.paradiag.transposes.TimeTransposes`.
+        See :class:`~pint_fem.paradiag.distribution.TimeTransposes`.
     trace
         Takes the times of transforms, messages and solves.
     transposes

@@ -1,6 +1,6 @@
 r"""Shifted systems of two parts, one of which is eliminated: what is left has the size of the other.
 
-Where a field ``b`` is eliminated from a step (:mod:`pint_fem.propagators.fields`), with the equation of ``b``
+Where a field ``b`` is eliminated from a step (:mod:`pint_fem.propagators.elimination`), with the equation of ``b``
 multiplied by :math:`M_b^{-1}`, :math:`X = M_b^{-1} D` and :math:`c = 1 - y`,
 
 .. math::
@@ -11,7 +11,7 @@ multiplied by :math:`M_b^{-1}`, :math:`X = M_b^{-1} D` and :math:`c = 1 - y`,
 Transposes have :math:`X^T` in the place of ``G`` and :math:`G^T` in that of ``X``. For Maxwell's equations a complex
 system for the electric field is left.
 
-This module needs petsc4py, like :mod:`pint_fem.paradiag.petsc`.
+This module needs petsc4py, like :mod:`pint_fem.paradiag.distributed_systems`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from petsc4py import PETSc
 
-from pint_fem.paradiag.petsc import Product, distributed_system
+from pint_fem.paradiag.distributed_systems import Product, distributed_system
 from pint_fem.paradiag.systems import ShiftedSystem
 
 __all__ = ["Coupling", "EliminatedSystem", "eliminated_system"]
@@ -96,7 +96,7 @@ def eliminated_system(
     parts
         :math:`S_a`, :math:`M_a` and :math:`-G X`.
     parameters
-        See :func:`~pint_fem.paradiag.petsc.distributed_system`.
+        See :func:`~pint_fem.paradiag.distributed_systems.distributed_system`.
     """
     left = distributed_system(parts, parameters, lambda y: (1.0, -y, h * h / (1.0 - y)))
     return EliminatedSystem(left, coupling, h)

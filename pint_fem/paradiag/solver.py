@@ -24,13 +24,13 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from mpi4py import MPI
 
+from pint_fem.all_at_once.callbacks import returned_block
+from pint_fem.all_at_once.levels import Propagator
+from pint_fem.all_at_once.norms import PointNorms, euclidean
+from pint_fem.all_at_once.stopping import SolveResult
+from pint_fem.all_at_once.trace import Trace
 from pint_fem.errors import FAILURES
-from pint_fem.mgrit.callbacks import returned_block
-from pint_fem.mgrit.levels import Propagator
-from pint_fem.mgrit.norms import PointNorms, euclidean
 from pint_fem.mgrit.solver import MGRIT
-from pint_fem.mgrit.stopping import SolveResult
-from pint_fem.mgrit.trace import Trace
 from pint_fem.paradiag.circulant import AlphaCirculant, FrequencySolve
 from pint_fem.paradiag.options import ParaDiagOptions
 

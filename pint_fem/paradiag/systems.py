@@ -1,6 +1,6 @@
 r"""The solves of the frequencies for a finite element step: sparse factors, kept, one for a frequency and stage.
 
-:math:`(I - \mu \Phi)^{-1}` is a product of :math:`(S_j - y_j M)^{-1} S_j` (:mod:`~pint_fem.paradiag.stability`), with
+:math:`(I - \mu \Phi)^{-1}` is a product of :math:`(S_j - y_j M)^{-1} S_j` (:mod:`~pint_fem.paradiag.stage_shifts`), with
 ``S`` and ``M`` as the linear propagator steps with: ``S`` has unit rows and columns for boundary values and ``M`` zero
 rows, so that boundary values are right, too. (With *different* diagonal entries the factors do not commute where
 boundary values of a state reach its neighbours; one iteration more puts that right.) A factor is applied as
@@ -17,7 +17,7 @@ import numpy as np
 from scipy.sparse import csc_matrix, csr_matrix, identity
 from scipy.sparse.linalg import splu
 
-from pint_fem.paradiag.stability import shifted_factors
+from pint_fem.paradiag.stage_shifts import shifted_factors
 
 __all__ = [
     "ProjectedSystem",
@@ -120,7 +120,7 @@ class ShiftedSteps:
 
 
 class Projection(Protocol):
-    """Removal of a nullspace: :class:`pint_fem.propagators.nullspace.Nullspace`."""
+    """Removal of a nullspace: :class:`pint_fem.kernels.nullspace.Nullspace`."""
 
     def project_solution(self, values: np.ndarray, *, transposed: bool = False) -> np.ndarray:
         """Remove from values, in place, what they have in the nullspace of the matrix, or of its transpose."""
@@ -130,7 +130,7 @@ class Projection(Protocol):
 
 
 class ProjectedSystem:
-    """A system made regular by pins (:mod:`pint_fem.propagators.nullspace`), with its solutions' part in the nullspace
+    """A system made regular by pins (:mod:`pint_fem.kernels.nullspace`), with its solutions' part in the nullspace
     left out; see :class:`ShiftedSystem`.
 
     Parameters

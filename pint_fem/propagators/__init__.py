@@ -1,31 +1,24 @@
-"""Time steps of a finite element evolution and their derivatives."""
+"""One time step of a finite element evolution and its derivatives, on blocks of states."""
 
 # Firedrake before Irksome: it initialises PETSc with the command line's options
 import firedrake  # noqa: F401  isort: skip
 
+from pint_fem.evolution.evolution import Evolution
 from pint_fem.propagators.base import FEPropagator, StepData
-from pint_fem.propagators.evolution import Evolution, time_function
 from pint_fem.propagators.form import FormPropagator
 from pint_fem.propagators.linear import LinearPropagator
 from pint_fem.propagators.spatial import coarse_evolution, mesh_transfer
-from pint_fem.propagators.tableaux import SDIRK2, BackwardEuler, ImplicitMidpoint, named_tableau
 from pint_fem.propagators.tape import TapePropagator
 
 __all__ = [
-    "SDIRK2",
-    "BackwardEuler",
-    "Evolution",
     "FEPropagator",
     "FormPropagator",
-    "ImplicitMidpoint",
     "LinearPropagator",
     "StepData",
     "TapePropagator",
     "coarse_evolution",
     "make_propagator",
     "mesh_transfer",
-    "named_tableau",
-    "time_function",
 ]
 
 

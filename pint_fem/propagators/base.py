@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pint_fem.propagators.evolution import Evolution
+from pint_fem.evolution.evolution import Evolution
 
 __all__ = ["FEPropagator", "StepData"]
 
@@ -67,7 +67,7 @@ class StepData(NamedTuple):
 
 
 class FEPropagator(ABC):
-    """A propagator of an :class:`~pint_fem.propagators.evolution.Evolution` with step size ``stride * dt``.
+    """A propagator of an :class:`~pint_fem.evolution.evolution.Evolution` with step size ``stride * dt``.
 
     Parameters
     ----------

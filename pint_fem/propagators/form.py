@@ -14,7 +14,7 @@ and at second order, in the direction :math:`(dU, dW, dz)` with :math:`D` the de
     F_U^T dy = d\bar U - D L_U, \qquad d\bar W \mathrel{-}= D L_W + F_W^T dy, \qquad d\bar z \mathrel{-}= D L_z +
     F_z^T dy.
 
-The bars of ``u_0`` follow from the stages' recursion (:class:`~pint_fem.propagators.tableaux.DIRK`) in reverse.
+The bars of ``u_0`` follow from the stages' recursion (:class:`~pint_fem.evolution.tableaux.DIRK`) in reverse.
 
 Where the data of a block has memories of its steps (``StepData.kept``), stage values and matrices are computed once
 for a linearisation, and derivatives are products and triangular solves
@@ -27,15 +27,15 @@ import numpy as np
 from firedrake.petsc import PETSc
 from mpi4py import MPI
 
-from pint_fem.direct import matrix_bytes
 from pint_fem.errors import InputError
+from pint_fem.evolution.evolution import Evolution
+from pint_fem.evolution.tableaux import DIRK
+from pint_fem.kernels.direct import matrix_bytes
+from pint_fem.kernels.factors import FACTOR_MEMORY, Factors
 from pint_fem.propagators.base import FEPropagator, StepData, direction
-from pint_fem.propagators.evolution import Evolution
-from pint_fem.propagators.factors import FACTOR_MEMORY, Factors
 from pint_fem.propagators.linearisation import StageMemory, StepMemory
 from pint_fem.propagators.newton import NEWTON, StageNewton
 from pint_fem.propagators.stage import StageForms
-from pint_fem.propagators.tableaux import DIRK
 
 __all__ = ["NEWTON", "FormPropagator"]
 
@@ -51,7 +51,7 @@ class FormPropagator(FEPropagator):
         As for every propagator.
     factor_memory
         Bytes of factors that are kept on a rank for this level; default 1 GB; see
-        :mod:`~pint_fem.propagators.factors`. Without room a stage is factored again
+        :mod:`~pint_fem.kernels.factors`. Without room a stage is factored again
         whenever another one was between, with the same result to round-off.
 
     Attributes

@@ -1,6 +1,6 @@
 r"""The leapfrog propagator: explicit in the coupling of two fields, for waves whose steps the CFL condition allows.
 
-For the two parts of :mod:`~pint_fem.propagators.fields`, from :math:`t` to :math:`t + \Delta t` with ``h`` half of
+For the two parts of :mod:`~pint_fem.propagators.elimination`, from :math:`t` to :math:`t + \Delta t` with ``h`` half of
 it, :math:`X = M_b^{-1} D`, and the load at the midpoint,
 
 .. math::
@@ -18,15 +18,15 @@ from __future__ import annotations
 import numpy as np
 
 from pint_fem.errors import InputError
+from pint_fem.evolution.evolution import Evolution
+from pint_fem.evolution.tableaux import ImplicitMidpoint
+from pint_fem.kernels.blocks import Workspace
+from pint_fem.kernels.lanczos import Pencil
+from pint_fem.kernels.regularity import stage_factor
 from pint_fem.propagators.base import FEPropagator
-from pint_fem.propagators.blocks import Workspace
-from pint_fem.propagators.evolution import Evolution
-from pint_fem.propagators.fields import BlockFields, FieldBlocks, StateFields
-from pint_fem.propagators.lanczos import Pencil
+from pint_fem.propagators.elimination import BlockFields, FieldBlocks, StateFields
 from pint_fem.propagators.linear import LinearPropagator
 from pint_fem.propagators.recursion import Recursion
-from pint_fem.propagators.regularity import stage_factor
-from pint_fem.propagators.tableaux import ImplicitMidpoint
 
 __all__ = ["LeapfrogPropagator", "leapfrog", "stable_step"]
 
@@ -113,7 +113,7 @@ class LeapfrogPropagator(LinearPropagator):
 
 
 class _LeapfrogRecursion(Recursion):
-    """A step and its transpose; see :class:`~pint_fem.propagators.fields.EliminatedRecursion`."""
+    """A step and its transpose; see :class:`~pint_fem.propagators.elimination.EliminatedRecursion`."""
 
     def __init__(self, blocks: FieldBlocks, workspace: Workspace | np.ndarray, *args):
         self.blocks, self.workspace = blocks, workspace

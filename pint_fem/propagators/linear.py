@@ -7,8 +7,8 @@ a_{ii} \Delta t`,
 
 on the free degrees of freedom, and the boundary values of time :math:`t_i` on the others (``S`` has unit rows and
 columns there, ``M`` zero rows, and ``b`` carries the lifting; the rows' adjoints are those of the boundary values).
-``W`` and the step follow from :class:`~pint_fem.propagators.tableaux.DIRK`. Where the evolution eliminates a field,
-stages are solved as :mod:`~pint_fem.propagators.fields` says.
+``W`` and the step follow from :class:`~pint_fem.evolution.tableaux.DIRK`. Where the evolution eliminates a field,
+stages are solved as :mod:`~pint_fem.propagators.elimination` says.
 """
 
 from __future__ import annotations
@@ -23,19 +23,20 @@ from firedrake import Constant, Function, assemble
 from firedrake.assemble import get_assembler
 from firedrake.petsc import PETSc
 
-from pint_fem.direct import matrix_bytes
 from pint_fem.errors import InputError
-from pint_fem.propagators.arrays import boundary_rows, get
+from pint_fem.evolution.control_operators import ControlOperator, MatrixOperator
+from pint_fem.evolution.evolution import Evolution
+from pint_fem.evolution.fields import Fields
+from pint_fem.evolution.tableaux import DIRK
+from pint_fem.kernels.arrays import boundary_rows, get
+from pint_fem.kernels.blocks import Factor, Workspace, is_symmetric, lanes
+from pint_fem.kernels.direct import matrix_bytes
+from pint_fem.kernels.multigrid import Geometry
+from pint_fem.kernels.regularity import stage_factor
+from pint_fem.kernels.row_space import MOST, RowSpace, sample_times
 from pint_fem.propagators.base import FEPropagator, StepData
-from pint_fem.propagators.blocks import Factor, Workspace, is_symmetric, lanes
-from pint_fem.propagators.evolution import Evolution
-from pint_fem.propagators.fields import BlockFields, EliminatedRecursion, Fields, StateFields
-from pint_fem.propagators.multigrid import Geometry
-from pint_fem.propagators.operators import ControlOperator, MatrixOperator
+from pint_fem.propagators.elimination import BlockFields, EliminatedRecursion, StateFields
 from pint_fem.propagators.recursion import BlockRecursion, Recursion, StateRecursion
-from pint_fem.propagators.regularity import stage_factor
-from pint_fem.propagators.rows import MOST, RowSpace, sample_times
-from pint_fem.propagators.tableaux import DIRK
 
 __all__ = ["LinearPropagator"]
 
@@ -107,7 +108,7 @@ class LinearPropagator(FEPropagator):
 
     def shifted_parts(self, h: float) -> tuple[PETSc.Mat, ...]:
         """What the systems of ParaDiag's frequencies are sums of for a stage with ``a_ii dt = h``: ``S`` (regular, see
-        :mod:`~pint_fem.propagators.nullspace`) and ``M``, or :math:`S_a`, :math:`M_a` and :math:`-G X`.
+        :mod:`~pint_fem.kernels.nullspace`) and ``M``, or :math:`S_a`, :math:`M_a` and :math:`-G X`.
         """
         if self.fields is None:
             return self.factors[h].ksp.getOperators()[1], self.M

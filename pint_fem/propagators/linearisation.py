@@ -2,7 +2,7 @@
 
 A *linearisation* is a control with a trajectory. Everything that derivatives need of it is computed once for a step,
 when it is first asked for; sweeps are then products and triangular solves. What a later linearisation can use remains:
-factors as approximate ones (see :mod:`~pint_fem.propagators.factors`) and the remainders of first iterates, which save
+factors as approximate ones (see :mod:`~pint_fem.kernels.factors`) and the remainders of first iterates, which save
 iterations and change no result (:mod:`~pint_fem.propagators.newton`), and the memory of matrices. So nothing grows
 from one linearisation to the next.
 
@@ -20,7 +20,7 @@ import numpy as np
 from firedrake.petsc import PETSc
 from mpi4py import MPI
 
-from pint_fem.propagators.factors import Solver
+from pint_fem.kernels.factors import Solver
 from pint_fem.propagators.stage import StageForms
 
 __all__ = ["Memories", "Remainder", "StageMemory", "StepMemory"]

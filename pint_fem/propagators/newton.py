@@ -39,10 +39,10 @@ from mpi4py import MPI
 from pyadjoint.tape import stop_annotating
 from ufl.algorithms import expand_derivatives
 
-from pint_fem.direct import require_finite
 from pint_fem.errors import SolverFailure, is_numerical
-from pint_fem.propagators.arrays import get, put
-from pint_fem.propagators.factors import Factors, Solver
+from pint_fem.kernels.arrays import get, put
+from pint_fem.kernels.direct import require_finite
+from pint_fem.kernels.factors import Factors, Solver
 from pint_fem.propagators.linearisation import Remainder
 from pint_fem.propagators.stage import StageForms
 

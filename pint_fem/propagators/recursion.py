@@ -1,6 +1,6 @@
 r"""The recursion over the stages of a linear step and its transpose, in place, on a block of states or on one.
 
-With :math:`d_j = U_j - W_j` (see :class:`~pint_fem.propagators.tableaux.DIRK`)
+With :math:`d_j = U_j - W_j` (see :class:`~pint_fem.evolution.tableaux.DIRK`)
 
 .. math::  W_i = u_0 + \sum_{j<i} \alpha_{ij} d_j , \qquad S_i U_i = M W_i + b_i ,
 
@@ -14,8 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from firedrake.petsc import PETSc
 
-from pint_fem.propagators.blocks import Factor, Workspace
-from pint_fem.propagators.tableaux import DIRK
+from pint_fem.evolution.tableaux import DIRK
+from pint_fem.kernels.blocks import Factor, Workspace
 
 __all__ = ["BlockRecursion", "Recursion", "StateRecursion"]
 

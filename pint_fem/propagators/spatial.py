@@ -36,11 +36,11 @@ from pyadjoint.tape import stop_annotating
 from ufl.algorithms import extract_coefficients
 
 from pint_fem.errors import InputError
+from pint_fem.evolution.boundary import boundary_value
+from pint_fem.evolution.evolution import Evolution
+from pint_fem.kernels.arrays import boundary_rows, get, like_subspace, put
+from pint_fem.kernels.blocks import BlockOperator
 from pint_fem.mgrit.transfer import Transfer
-from pint_fem.propagators.arrays import boundary_rows, get, like_subspace, put
-from pint_fem.propagators.blocks import BlockOperator
-from pint_fem.propagators.boundary import boundary_value
-from pint_fem.propagators.evolution import Evolution
 
 __all__ = ["SpatialLevels", "coarse_evolution", "mesh_transfer"]
 

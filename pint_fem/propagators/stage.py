@@ -18,10 +18,10 @@ from firedrake.assemble import ParloopFormAssembler, get_assembler
 from firedrake.petsc import PETSc
 from ufl.algorithms import expand_derivatives
 
-from pint_fem.propagators.arrays import boundary_rows, get, is_real, own_size, put
-from pint_fem.propagators.evolution import Evolution
-from pint_fem.propagators.private_copies import data_of
-from pint_fem.propagators.tableaux import DIRK
+from pint_fem.evolution.evolution import Evolution
+from pint_fem.evolution.private_copies import data_of
+from pint_fem.evolution.tableaux import DIRK
+from pint_fem.kernels.arrays import boundary_rows, get, is_real, own_size, put
 
 __all__ = ["MatrixForm", "StageForms"]
 

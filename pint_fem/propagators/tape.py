@@ -23,15 +23,15 @@ from pyadjoint import Block
 from pyadjoint.block_variable import BlockVariable
 from pyadjoint.tape import annotate_tape, get_working_tape, stop_annotating
 
-from pint_fem.direct import completed
-from pint_fem.propagators.arrays import get, put
+from pint_fem.evolution.boundary import boundary_value
+from pint_fem.evolution.evolution import Evolution
+from pint_fem.evolution.private_copies import data_of
+from pint_fem.evolution.tableaux import DIRK
+from pint_fem.kernels.arrays import get, put
+from pint_fem.kernels.direct import completed
+from pint_fem.kernels.nullspace import Nullspace
 from pint_fem.propagators.base import FEPropagator, direction
-from pint_fem.propagators.boundary import boundary_value
-from pint_fem.propagators.evolution import Evolution
 from pint_fem.propagators.form import NEWTON
-from pint_fem.propagators.nullspace import Nullspace
-from pint_fem.propagators.private_copies import data_of
-from pint_fem.propagators.tableaux import DIRK
 
 __all__ = ["TapePropagator", "recording"]
 

@@ -6,8 +6,6 @@ except ImportError as error:
     raise ImportError("pint_fem.resnet needs torch: pip install 'pint_fem[resnet]'") from error
 
 from pint_fem.resnet.activations import Activation, activation
-from pint_fem.resnet.checkpoint import load_checkpoint, reserve_checkpoint, save_checkpoint
-from pint_fem.resnet.deterministic import TrainingProblem
 from pint_fem.resnet.grid import Grid
 from pint_fem.resnet.iterations import Adaptive, Iterations
 from pint_fem.resnet.layers import Convolution, Dense, Layer
@@ -15,6 +13,8 @@ from pint_fem.resnet.multilevel import refine
 from pint_fem.resnet.network import LayerParallelResNet
 from pint_fem.resnet.regularisation import Regularisation
 from pint_fem.resnet.serial import SerialResNet
+from pint_fem.resnet.training.checkpoint import load_checkpoint, reserve_checkpoint, save_checkpoint
+from pint_fem.resnet.training.full_batch import TrainingProblem
 
 __all__ = [
     "Activation",

@@ -15,8 +15,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+from pint_fem.all_at_once.stopping import SolveResult
 from pint_fem.errors import InputError
-from pint_fem.mgrit import SolveResult
 
 __all__ = ["Adaptive", "Iterations"]
 

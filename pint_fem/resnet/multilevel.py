@@ -15,7 +15,7 @@ import torch
 
 from pint_fem.errors import InputError
 from pint_fem.resnet.network import LayerParallelResNet
-from pint_fem.resnet.rows import RowExchange
+from pint_fem.resnet.row_exchange import RowExchange
 
 __all__ = ["refine"]
 

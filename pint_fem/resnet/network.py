@@ -19,10 +19,11 @@ import torch
 from mpi4py import MPI
 from torch import nn
 
+from pint_fem.all_at_once.stopping import SolverFailure
 from pint_fem.capacity import require_memory
 from pint_fem.collective import collectively, raise_together, require_same
 from pint_fem.errors import FAILURES, InputError
-from pint_fem.mgrit import MGRITOptions, SolverFailure
+from pint_fem.mgrit.options import MGRITOptions
 from pint_fem.resnet.backward import Meetings
 from pint_fem.resnet.batches import batch_digest
 from pint_fem.resnet.grid import Grid

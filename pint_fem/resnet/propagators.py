@@ -97,7 +97,7 @@ class ForwardStep(_Step):
             self.kept[rows] = z
 
     def step(self, steps: range, u: np.ndarray, out: np.ndarray) -> None:
-        """See :class:`pint_fem.mgrit.levels.Propagator`."""
+        """See :class:`pint_fem.all_at_once.levels.Propagator`."""
         act, (rows, theta), old = self.layer.activation, self.part(steps), torch.from_numpy(u)
         z = self.work(old)
         self.layer.linear(theta, old, z, act.in_scale)
@@ -107,7 +107,7 @@ class ForwardStep(_Step):
         torch.add(old, y, alpha=self.h * act.out_scale, out=torch.from_numpy(out))
 
     def sweep(self, first: int, U: np.ndarray, G: np.ndarray | None) -> None:
-        """See :class:`pint_fem.mgrit.levels.Propagator`."""
+        """See :class:`pint_fem.all_at_once.levels.Propagator`."""
         layer, act, states = self.layer, self.layer.activation, torch.from_numpy(U)
         z, scale = self.work(states[:1])[0], self.h * act.out_scale
         states = states.unbind(0)
@@ -145,7 +145,7 @@ class AdjointStep(_Step):
         return slice(last - steps[-1], last - steps[0] + 1, steps.step)
 
     def step(self, steps: range, u: np.ndarray, out: np.ndarray) -> None:
-        """See :class:`pint_fem.mgrit.levels.Propagator`."""
+        """See :class:`pint_fem.all_at_once.levels.Propagator`."""
         (rows, theta), lam = self.part(steps), torch.from_numpy(u[::-1] if self.backwards else u)
         t = torch.mul(self.slopes[rows], lam, out=self.work(lam))
         if self.backwards and out.strides[0] > 0:  # a residual, whose rows are in the order of the steps
@@ -154,7 +154,7 @@ class AdjointStep(_Step):
         self.layer.adjoint(theta, t, lam, self.h, torch.from_numpy(out[::-1] if self.backwards else out))
 
     def sweep(self, first: int, U: np.ndarray, G: np.ndarray | None) -> None:
-        """See :class:`pint_fem.mgrit.levels.Propagator`."""
+        """See :class:`pint_fem.all_at_once.levels.Propagator`."""
         states = torch.from_numpy(U[::-1] if self.backwards else U)
         t, count = self.work(states[:1])[0], len(states) - 1
         row, parameters = self.one_by_one(first, count)
@@ -177,7 +177,7 @@ class TangentStep(_Step):
         self.slopes: torch.Tensor | None = None
 
     def step(self, steps: range, u: np.ndarray, out: np.ndarray) -> None:
-        """See :class:`pint_fem.mgrit.levels.Propagator`."""
+        """See :class:`pint_fem.all_at_once.levels.Propagator`."""
         (rows, (weight, bias)), old = self.part(steps), torch.from_numpy(u)
         z = self.work(old)
         self.layer.linear((weight, torch.zeros_like(bias)), old, z, 1.0)

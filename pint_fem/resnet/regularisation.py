@@ -16,10 +16,10 @@ from itertools import pairwise
 import numpy as np
 import torch
 
+from pint_fem.all_at_once.norms import gather_in_order
 from pint_fem.errors import InputError
-from pint_fem.mgrit.norms import gather_in_order
 from pint_fem.resnet.network import LayerParallelResNet
-from pint_fem.resnet.rows import RowExchange
+from pint_fem.resnet.row_exchange import RowExchange
 
 __all__ = ["Regularisation"]
 

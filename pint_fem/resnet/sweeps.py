@@ -20,15 +20,17 @@ from functools import lru_cache
 import numpy as np
 import torch
 
+from pint_fem.all_at_once.grids import Bounds, split_steps
+from pint_fem.all_at_once.norms import euclidean
+from pint_fem.all_at_once.stopping import SolveResult
 from pint_fem.errors import InputError
-from pint_fem.mgrit import MGRIT, MGRITOptions, SolveResult, split_steps
-from pint_fem.mgrit.grids import Bounds
-from pint_fem.mgrit.norms import euclidean
+from pint_fem.mgrit.options import MGRITOptions
+from pint_fem.mgrit.solver import MGRIT
 from pint_fem.resnet.activations import Activation
 from pint_fem.resnet.grid import Grid
 from pint_fem.resnet.layers import Layer
 from pint_fem.resnet.propagators import AdjointStep, ForwardStep, TangentStep
-from pint_fem.resnet.rows import RowExchange
+from pint_fem.resnet.row_exchange import RowExchange
 
 __all__ = ["LayerSweeps", "Trajectory"]
 

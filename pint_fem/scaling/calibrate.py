@@ -20,9 +20,9 @@ import scipy.fft
 from mpi4py import MPI
 
 from pint_fem.cli import wait_quietly
-from pint_fem.paradiag import ParaDiagOptions
 from pint_fem.paradiag.circulant import shifts
-from pint_fem.paradiag.transposes import TimeTransposes
+from pint_fem.paradiag.distribution import TimeTransposes
+from pint_fem.paradiag.options import ParaDiagOptions
 from pint_fem.scaling.costs import Calibration, Kernel
 from pint_fem.scaling.counting import solver_parameters
 from pint_fem.scaling.metronome import Measured, rounds

@@ -13,8 +13,10 @@ from mpi4py import MPI
 from scipy.optimize import nnls
 
 from pint_fem.cli import wait_quietly
-from pint_fem.mgrit import MGRITOptions
-from pint_fem.resnet import Grid, LayerParallelResNet, SerialResNet
+from pint_fem.mgrit.options import MGRITOptions
+from pint_fem.resnet.grid import Grid
+from pint_fem.resnet.network import LayerParallelResNet
+from pint_fem.resnet.serial import SerialResNet
 from pint_fem.scaling.calibrate import Action, Stopwatch, kernels, machine, ping_pong
 from pint_fem.scaling.costs import Calibration
 from pint_fem.scaling.layers import SWEEPS, predict_training

@@ -30,7 +30,7 @@ class Kernel:
         Measured: states of a call, increasing, and its time. Linear in between, from the last two on beyond.
     width
         Blocks of the propagator: with the first state in lane ``lane`` a call is cut at multiples of ``width``, and
-        each piece costs what one of its size does (see :mod:`pint_fem.propagators.blocks`). 0: a call is one piece.
+        each piece costs what one of its size does (see :mod:`pint_fem.kernels.blocks`). 0: a call is one piece.
     """
 
     sizes: tuple[int, ...]

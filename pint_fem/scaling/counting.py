@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from mpi4py import MPI
 
-from pint_fem.mgrit import SolverFailure
+from pint_fem.all_at_once.stopping import SolverFailure
 from pint_fem.spacetime import SpaceTime
 
 __all__ = ["count_cycles", "count_inversion", "solver_parameters"]

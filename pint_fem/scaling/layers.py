@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from pint_fem.mgrit.trace import Trace
+from pint_fem.all_at_once.trace import Trace
 from pint_fem.resnet.layers import Layer
 from pint_fem.resnet.propagators import ForwardStep
 from pint_fem.resnet.sweeps import LayerSweeps
@@ -49,7 +49,7 @@ class _Step:
         self.world.charge(seconds + n * self._more)
 
     def step(self, steps, u, out):
-        """See :class:`pint_fem.mgrit.levels.Propagator`."""
+        """See :class:`pint_fem.all_at_once.levels.Propagator`."""
         beside = 0.0
         if steps.step > 1:  # of relaxation, which looks its rows up
             self.world.counts["calls", self.level] += 1
@@ -58,7 +58,7 @@ class _Step:
         out[...] = u
 
     def sweep(self, first, U, G):
-        """See :class:`pint_fem.mgrit.levels.Propagator`."""
+        """See :class:`pint_fem.all_at_once.levels.Propagator`."""
         n = len(U) - 1
         self._charge(n * self._sweep(1), n)
         U[1:] = U[0]

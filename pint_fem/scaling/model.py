@@ -16,14 +16,14 @@ from functools import cached_property
 import numpy as np
 from mpi4py import MPI
 
+from pint_fem.all_at_once.grids import Bounds, split_steps
+from pint_fem.all_at_once.norms import gather_in_order
 from pint_fem.errors import InputError
-from pint_fem.mgrit.grids import Bounds, split_steps
-from pint_fem.mgrit.norms import gather_in_order
 from pint_fem.mgrit.options import MGRITOptions
 from pint_fem.mgrit.solver import MGRIT
-from pint_fem.mgrit.transposed import TransposedAdjoint
+from pint_fem.mgrit.transposed_cycles import TransposedAdjoint
 from pint_fem.paradiag.options import ParaDiagOptions
-from pint_fem.paradiag.transposed import TransposedParaDiag
+from pint_fem.paradiag.transposed_iterations import TransposedParaDiag
 from pint_fem.scaling.communicator import VirtualComm, communicators
 from pint_fem.scaling.costs import Calibration
 from pint_fem.scaling.network import Network
@@ -39,7 +39,7 @@ __all__ = ["Model", "Prediction", "Solve"]
 class Solve:
     """One solve: ``kind`` ``"state"``, ``"tangent"`` or ``"adjoint"``, ``start`` ``"guess"``, ``"skip"`` or
     ``"nested"``, and how many cycles. An adjoint's with start ``"transposed"`` are those of inexact Hessian actions
-    (:mod:`~pint_fem.mgrit.transposed`, :mod:`~pint_fem.paradiag.transposed`).
+    (:mod:`~pint_fem.mgrit.transposed_cycles`, :mod:`~pint_fem.paradiag.transposed_iterations`).
     """
 
     kind: str

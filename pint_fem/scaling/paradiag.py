@@ -8,10 +8,10 @@ from math import log2
 
 import numpy as np
 
-from pint_fem.paradiag import ParaDiag
 from pint_fem.paradiag.circulant import AlphaCirculant
+from pint_fem.paradiag.distribution import TimeTransposes
+from pint_fem.paradiag.solver import ParaDiag
 from pint_fem.paradiag.systems import ShiftedSteps
-from pint_fem.paradiag.transposes import TimeTransposes
 from pint_fem.scaling.costs import Kernel
 from pint_fem.scaling.world import World
 

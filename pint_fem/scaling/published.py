@@ -16,10 +16,11 @@ from functools import cache
 
 import numpy as np
 
-from pint_fem.mgrit import MGRIT, dirk_stability
+from pint_fem.mgrit.solver import MGRIT
 from pint_fem.scaling.costs import Calibration, Kernel
 from pint_fem.scaling.model import Model, Solve
 from pint_fem.scaling.network import Network
+from pint_fem.theory.stability import dirk_stability
 
 __all__ = ["NSTEPS", "Setting", "count_on_modes", "equal_accuracy", "sequential_seconds", "speedups", "xbraid"]
 

@@ -9,7 +9,7 @@ neighbours', :math:`V(p) = (\sqrt{n/p} + 2 o)^2`; a kernel then takes
 with ``q`` the largest measured number of space ranks, ``s`` stages, ``i`` Krylov iterations (as many as on ``q``), each
 with two reductions and an exchange with the neighbours, of ``w`` states at once.
 
-Small systems, which every rank has the whole factor of (:mod:`pint_fem.direct`), have ``i = 0``: more ranks gain
+Small systems, which every rank has the whole factor of (:mod:`pint_fem.kernels.direct`), have ``i = 0``: more ranks gain
 nothing, and each solve's right-hand side takes longer to reach all of them: a message from each, for one state at a
 time.
 """

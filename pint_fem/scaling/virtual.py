@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from pint_fem.mgrit.trace import Trace
+from pint_fem.all_at_once.trace import Trace
 from pint_fem.scaling.costs import Kernel
 from pint_fem.scaling.world import World
 
@@ -34,11 +34,11 @@ class VirtualPropagator:
         self._count = world.counts
 
     def step(self, steps: range, u: np.ndarray, out: np.ndarray) -> None:
-        """See :class:`pint_fem.mgrit.levels.Propagator`."""
+        """See :class:`pint_fem.all_at_once.levels.Propagator`."""
         self.take(steps, u, out, steps.start // steps.step)
 
     def take(self, steps: range, u: np.ndarray, out: np.ndarray, lane: int) -> None:
-        """See :class:`~pint_fem.mgrit.transposed.TransposedAdjoint`."""
+        """See :class:`~pint_fem.mgrit.transposed_cycles.TransposedAdjoint`."""
         n = len(steps)
         self._count[self.kind, self.level] += n
         self.world.charge(self.kernel(n, lane) + n * self.bookkeeping)
@@ -53,7 +53,7 @@ class _Sweeping(VirtualPropagator):
         self._sweep = sweep
 
     def sweep(self, first: int, U: np.ndarray, G: np.ndarray | None) -> None:
-        """See :class:`pint_fem.mgrit.levels.Propagator`."""
+        """See :class:`pint_fem.all_at_once.levels.Propagator`."""
         n = len(U) - 1
         self._count[f"{self.kind} sweep", self.level] += n
         self.world.charge(self._sweep(n))
@@ -94,13 +94,13 @@ class VirtualTrace(Trace):
         return 1e6 * (self._clock() - self._start)
 
     def work(self, name: str, level: int, begin: float, **args) -> None:
-        """See :class:`~pint_fem.mgrit.trace.Trace`; with the bytes that the stand-in's numbers stand for."""
+        """See :class:`~pint_fem.all_at_once.trace.Trace`; with the bytes that the stand-in's numbers stand for."""
         if "bytes" in args:
             args["bytes"] = round(self.comm.true_bytes(args["bytes"] // 8, level))
         super().work(name, level, begin, **args)
 
     def message(self, name: str, level: int, comm, peer: int, nbytes: int) -> None:
-        """See :class:`~pint_fem.mgrit.trace.Trace`; with the bytes that the stand-in's numbers stand for."""
+        """See :class:`~pint_fem.all_at_once.trace.Trace`; with the bytes that the stand-in's numbers stand for."""
         super().message(name, level, comm, peer, round(comm.true_bytes(nbytes // 8, level)))
 
 

@@ -25,8 +25,8 @@ import numpy as np
 from firedrake import COMM_SELF, Function
 from rich.console import Console
 
+from pint_fem.kernels.arrays import get
 from pint_fem.propagators import LinearPropagator
-from pint_fem.propagators.arrays import get
 from pint_fem.spacetime import SpaceTime
 from problems.heat_square import SIZE, field, square
 from problems.serial_pyadjoint import serial_square, square_functionals

@@ -13,7 +13,7 @@ import numpy as np
 from firedrake import Function
 
 from pint_fem.adjoint import TimeParallelReducedFunctional
-from pint_fem.propagators.arrays import get
+from pint_fem.kernels.arrays import get
 
 __all__ = ["MORE", "Derivatives", "Measured", "difference", "on_tape"]
 

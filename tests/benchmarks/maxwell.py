@@ -14,7 +14,7 @@ from collections.abc import Callable
 from firedrake import COMM_SELF, Function
 from rich.console import Console
 
-from pint_fem.propagators.arrays import get
+from pint_fem.kernels.arrays import get
 from pint_fem.spacetime import SpaceTime
 from problems.maxwell_source import maxwell_source
 from problems.serial_maxwell import serial_maxwell_source

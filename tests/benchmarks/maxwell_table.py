@@ -5,7 +5,7 @@
 A cavity in vacuum with uniform conductivity, one unit of time, SDIRK2 on all levels, V-cycles with FCF-relaxation. The
 solution is zero and the start random, so that iterates are errors; their norm is the energy's at the C-points. Two
 levels: the bound of ``mgrit_verdict``. More: that of the V-cycle, over the same pairs of damping and frequency
-(:func:`pint_fem.mgrit.theory_blocks.v_cycle_norm`).
+(:func:`pint_fem.theory.block_modes.v_cycle_norm`).
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from rich.console import Console
 from rich.table import Table
 
 import pint_fem as pf
-from pint_fem.adjoint.sweeps import Sweeps
-from pint_fem.mgrit.theory_blocks import damped_wave, runge_kutta_matrix, v_cycle_norm
-from pint_fem.propagators.blocks import BlockOperator
-from pint_fem.propagators.spectrum import spectrum
-from pint_fem.propagators.tableaux import DIRK
-from pint_fem.propagators.verdicts import mgrit_verdict
+from pint_fem.evolution.tableaux import DIRK
+from pint_fem.kernels.blocks import BlockOperator
+from pint_fem.sweeps.sweeps import Sweeps
+from pint_fem.theory.block_modes import damped_wave, runge_kutta_matrix, v_cycle_norm
+from pint_fem.theory.estimates import mgrit_verdict
+from pint_fem.theory.spectrum import spectrum
 from problems.maxwell import B, Medium, Region, Walls, perfect_conductor, residual, state_space
 
 __all__ = ["Case", "cases", "measure"]

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from firedrake import Function
 from rich.console import Console
 
-from pint_fem.propagators.arrays import get
+from pint_fem.kernels.arrays import get
 from pint_fem.propagators.tape import TapePropagator
 from tests.benchmarks.derivatives import MORE, Derivatives, difference, on_tape
 from tests.benchmarks.rows import Row, row, table

@@ -35,7 +35,7 @@ from rich.console import Console
 from rich.table import Table
 
 import pint_fem as pf
-from pint_fem.propagators.arrays import get
+from pint_fem.kernels.arrays import get
 from problems.heat_source import heat_source
 from problems.serial_minimise import minimise
 from problems.serial_pyadjoint import serial_heat_source

@@ -14,7 +14,8 @@ import numpy as np
 from firedrake import COMM_SELF, dx, inner
 from mpi4py import MPI
 
-from pint_fem.adjoint import RunningMisfit, TimeParallelReducedFunctional
+from pint_fem.adjoint import TimeParallelReducedFunctional
+from pint_fem.misfits import RunningMisfit
 from pint_fem.spacetime import SpaceTime
 from problems.heat_square import field, square
 from problems.maxwell_source import maxwell_source

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pint_fem.mgrit.callbacks import require_nothing
+from pint_fem.all_at_once.callbacks import require_nothing
 from pint_fem.mgrit.checks.report import Space, UserError, bits, lay, marks, unwritten
 
 __all__ = ["Call", "LevelCalls", "TransferCalls", "has_method"]

@@ -17,6 +17,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from mpi4py import MPI
 
+from pint_fem.all_at_once.grids import coarse_points
+from pint_fem.all_at_once.levels import Propagator
 from pint_fem.collective import raise_together
 from pint_fem.errors import FAILURES, InputError
 from pint_fem.mgrit.checks.calls import LevelCalls, TransferCalls, has_method
@@ -24,8 +26,6 @@ from pint_fem.mgrit.checks.derivatives import check_adjoint, check_tangent
 from pint_fem.mgrit.checks.methods import check_method, check_sweep, fixed_point, in_turn
 from pint_fem.mgrit.checks.report import CheckReport, Found, Runner, Space, UserError
 from pint_fem.mgrit.checks.transfers import MAPS, check_transfer
-from pint_fem.mgrit.grids import coarse_points
-from pint_fem.mgrit.levels import Propagator
 from pint_fem.mgrit.options import MGRITOptions
 from pint_fem.mgrit.solver import MGRIT
 from pint_fem.mgrit.transfer import Transfer

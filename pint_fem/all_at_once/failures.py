@@ -1,0 +1,149 @@
+"""Failures of a solve: noted where they happen, raised on every rank that solves.
+
+A step that fails, or a value that is not finite, must not end a rank's part in a solve: the others would wait for its
+messages. It is noted on its rank and goes on as NaN, and norms, which are global over space, carry that to all ranks.
+Then the ranks exchange what they have noted, and all raise the same: a mistake in a program (``KeyError``, an unknown
+PETSc type) as it is, a numerical failure as :class:`~pint_fem.errors.SolverFailure`, both with what was raised as the
+cause.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from pint_fem.agreement import all_alike
+from pint_fem.all_at_once.callbacks import returned_block
+from pint_fem.all_at_once.levels import Level
+from pint_fem.all_at_once.norms import PointNorms
+from pint_fem.collective import Report, raise_report, reported
+from pint_fem.errors import FAILURES, SolverFailure
+
+__all__ = ["MEETINGS", "Failures"]
+
+_TOO_LARGE = Report(reported(SolverFailure()).kind, "values too large: their norm is not finite")
+
+MEETINGS = frozenset(2**i for i in range(3, 40))
+"""Fixed numbers of cycles, where nobody waits for norms: behind so many all ranks hear whether one has failed. A failed
+solve takes at most twice the cycles it had, few cycles (training's) never meet, and many meet a few times.
+"""
+
+
+class Failures:
+    """What has failed on the levels of a solver.
+
+    Parameters
+    ----------
+    levels
+        Finest first.
+    comm
+        Time communicator.
+    everyone
+        All ranks that take part in the solve, those that share its states in space included.
+    point_norms
+        Squared norms of states, global over space.
+    name
+        Of the sweep, for errors.
+    keeps_all
+        The finest level's array has all own points, not C-points only.
+
+    """
+
+    def __init__(
+        self,
+        levels: Sequence[Level],
+        comm,
+        point_norms: PointNorms,
+        name: str,
+        *,
+        everyone,
+        keeps_all: bool = True,
+    ):
+        self.levels, self.comm, self.point_norms, self.name = levels, comm, point_norms, name
+        self.everyone = everyone
+        self.keeps_all = keeps_all
+
+    def forget(self) -> None:
+        """Begin anew."""
+        self.levels[0].first_failure.clear()
+
+    def in_cycle(self, cycle: int) -> None:
+        """What is noted from here on is of this cycle."""
+        self.levels[0].first_failure.now = cycle
+
+    def note(self, what: str, error: BaseException) -> None:
+        """Note what a function of the user has raised that is no step."""
+        self.levels[0].first_failure.note(f"{what}: {type(error).__name__}: {error}", error)
+
+    def squares(self, block: np.ndarray, norms: PointNorms | None = None) -> np.ndarray:
+        """Squared norms of some states; NaN where the user's function fails (no hang), and once a step has failed.
+
+        A failed step's NaN may be gone by now, as relaxation replaces points. Handing NaN to the norm rather than
+        returning it tells the ranks that share the states in space as well.
+        """
+        if not len(block):
+            return np.zeros(0)
+        if self.levels[0].failure:
+            block = np.full_like(block, np.nan)
+        try:
+            squares = returned_block("point_norms", norms or self.point_norms, (len(block),), block)
+            return np.asarray(squares, dtype=float)
+        except FAILURES as error:
+            self.note("point_norms", error)
+            return np.full(len(block), np.nan)
+
+    def raise_unless(self, finite: bool) -> None:
+        """Raise on every rank if ``finite`` is false on any.
+
+        ``finite`` comes from ``point_norms``, so it is the same on all ranks that share a state in space.
+        """
+        if all_alike(self.comm, finite):
+            return
+        first = self.levels[0].first_failure
+        error, found = first.error, None
+        if first.text:
+            found = first.cycle, first.text
+        elif not finite:
+            found = self._in_array()
+        mine = None
+        if found is not None:
+            mine = found[0], self.comm.rank, first.call, reported(error or SolverFailure(found[1]), found[1])
+        reports = [mine] if self.everyone.size == 1 else self.everyone.allgather(mine)
+        # the worst kind; of those in the earliest cycle: values travel from left to right only, the first has the cause
+        order = lambda found: (found[-1].kind, *found[:-1])
+        chosen = min(filter(None, reports), key=order, default=(0, 0, 0, _TOO_LARGE))
+        report = chosen[-1]
+        # all ranks with a mistake raise their own
+        mine_too = mine is not None and mine[-1].kind == report.kind
+        here = error if mine_too and (not report.is_numerical or mine[:-1] == chosen[:-1]) else None
+        first.error = None
+        if here is not None and not report.is_numerical:
+            here.add_note(f"(sweep {self.name}: {report.text})")
+        raise_report(self.everyone, report, f"{self.name}: {report.text}", here)
+
+    def _in_array(self) -> tuple[float, str] | None:
+        """The first own point that is not finite, which any failure that a rank has seen happen comes before."""
+        fine = self.levels[0]
+        if fine.U is None:  # given back to the caller
+            return None
+        bad = np.flatnonzero([not np.isfinite(row).all() for row in fine.U])
+        if not len(bad):
+            return None
+        row = int(bad[0])
+        point = fine.lo + row if self.keeps_all else int(fine.c_points[fine.coarse_bounds()[self.comm.rank] + row])
+        return math.inf, f"level 0, steps {max(point - 1, 0)}: value not finite"
+
+    def raise_noted(self, state: np.ndarray, *, finite: bool = True) -> None:
+        """Raise on every rank if a step has failed, or ``finite`` is false, on any (collective).
+
+        ``state`` ``(1, *state)``: any, for its shape.
+        """
+        noted = self.squares(np.zeros_like(state))  # zero, and NaN on all ranks in space where one has noted something
+        self.raise_unless(finite and bool(np.isfinite(noted).all()))
+
+    def raise_at_points(self, U: np.ndarray) -> None:
+        """Raise on every rank if a step has failed or an own point is not finite on any."""
+        norms = getattr(self.point_norms, "finite", self.point_norms)
+        self.raise_unless(not self.levels[0].active or bool(np.isfinite(self.squares(U, norms)).all()))

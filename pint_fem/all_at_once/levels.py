@@ -1,0 +1,343 @@
+"""The levels of the MGRIT hierarchy: who owns which steps, calls of propagators, and messages.
+
+A level with ``N`` steps has the points ``0..N``. Rank ``r`` owns the steps ``lo[r] -> lo[r]+1, ..., hi[r]-1 -> hi[r]``
+and the points ``lo[r]+1 .. hi[r]``; it also holds point ``lo[r]`` as the *ghost* row 0 of its array (on the first
+rank that is the initial value). A local array therefore has ``k + 1`` rows, ``k = hi - lo``, and row ``i`` is point
+``lo + i``.
+
+A rank without a C-point has no step on the next level and stays out of the levels below, but for the first one, which
+keeps the initial value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Protocol
+
+import numpy as np
+
+from pint_fem.all_at_once.callbacks import StepCalls
+from pint_fem.all_at_once.grids import Bounds, Coarsening, coarse_points
+from pint_fem.all_at_once.trace import Trace
+from pint_fem.errors import FAILURES, is_numerical, release
+
+__all__ = ["FirstFailure", "Level", "Propagator", "build_levels", "inject"]
+
+
+class Propagator(Protocol):
+    """What MGRIT asks of a user: one time step, on a block of states at once.
+
+    Optional: a method ``sweep(first, U, G)`` takes the steps ``first, first + 1, ...`` one after another in place, from
+    ``U[0]`` (``U`` has one row more than there are steps, which holds iterates; ``G`` is ``None`` or one row a step);
+    sequential solves use it. An attribute ``block`` is the number of states that makes a full block (relaxation then
+    goes through the intervals in groups of that many). With an attribute ``uses_guess`` that is true, ``out`` holds a
+    first guess of the result when ``step`` is called: the iterate that is there. It follows from the iterate alone,
+    never from the order of calls, and it is the same on both sides of the coarse equation, so the exact solution stays
+    a fixed point however loosely an implicit step is solved (the header of XBraid's ``restrict.c``). With an attribute
+    ``stays_bad`` that is true, a value that is not finite stays so in all later steps (``u + f(u)`` does that): where
+    all points are stored, the finest level's blocks are then not looked at one by one: residuals tell, and the norms'
+    ``finite``. An attribute ``may_be_last`` is set before relaxations of the finest level: whether a step may be the
+    solve's last at its point, for propagators that keep something of it. With an attribute ``keeps_input`` that is
+    true, ``u`` and ``G`` can be written to (the propagator must not): for libraries that take no read-only arrays, such
+    as torch. For :func:`pint_fem.mgrit.check`: ``tangent(steps, u, du, out)`` and ``adjoint(steps, u, lam, out)``.
+    """
+
+    def step(self, steps: range, u: np.ndarray, out: np.ndarray) -> None:
+        """Write ``Phi_n(u)`` to ``out`` for each ``n`` in ``steps``, and return nothing.
+
+        Parameters
+        ----------
+        steps
+            The step numbers on this level; step ``n`` goes from point ``n`` to point ``n + 1``. A constant stride.
+        u, out
+            Arrays of shape ``(len(steps), *state)``, maybe strided along the first axis; they do not overlap. ``u`` is
+            read-only.
+        """
+
+
+class FirstFailure:
+    """The first failure on a rank, on whichever level.
+
+    Attributes
+    ----------
+    text : str or None
+        Where and what.
+    error : BaseException or None
+        What was raised, if anything was.
+    cycle : int
+        The cycle that it was in.
+    now : int
+        The present cycle.
+    call : int
+        Number of the propagator's call: ranks that share states in space make the same calls, so the first of them
+        has the cause.
+    calls : int
+        The present one.
+    """
+
+    def __init__(self):
+        self.clear()
+
+    def clear(self) -> None:
+        """Nothing has failed."""
+        self.text: str | None = None
+        self.error: BaseException | None = None
+        self.cycle = self.now = self.call = self.calls = 0
+
+    def note(self, text: str, error: BaseException | None = None) -> None:
+        """Keep a failure, unless an earlier one is there; a mistake of the program takes the place of one that was
+        numerical.
+        """
+        mistake = error is not None and not is_numerical(error)
+        if self.text is None or (mistake and (self.error is None or is_numerical(self.error))):
+            self.text, self.error, self.cycle, self.call = text, error, self.now, self.calls
+            if error is not None and not mistake:
+                release(error)  # it is kept while the solve goes on
+
+
+class Level:
+    """One time grid, the local part of its unknown ``U`` and right-hand side ``G``, and its messages.
+
+    The equations of a level are ``U[n+1] - Phi_n(U[n]) = G[n]`` for ``n = 0..N-1`` with ``U[0]`` given. Row ``i`` of
+    the local ``G`` belongs to row ``i + 1`` of the local ``U``. ``G = None`` stands for zero.
+
+    Attributes
+    ----------
+    index : int
+        0 is the finest level.
+    c_points : range, ndarray or None
+        The level's points that the next one has; ``None`` on the coarsest.
+    m : int or None
+        Their distance where it is the same everywhere.
+    points : range or ndarray
+        The level's points by their numbers on the finest.
+    left, right : int or None
+        Ranks that own the neighbouring points.
+    """
+
+    def __init__(self, index: int, bounds: Sequence[int], coarsening: Coarsening | None, points, propagator, comm):
+        self.index, self.bounds, self.points = index, Bounds.make(bounds), points
+        self.propagator, self.comm = propagator, comm
+        self.nsteps = self.bounds[-1]
+        self.m = coarsening if isinstance(coarsening, int) else None
+        self.c_points = None
+        if coarsening is not None:
+            self.c_points = range(0, self.nsteps + 1, self.m) if self.m else np.asarray(coarsening, dtype=int)
+        self.lo, self.hi = self.bounds[comm.rank], self.bounds[comm.rank + 1]
+        self.k = self.hi - self.lo
+        holds = lambda rank: rank == 0 or self.bounds[rank + 1] > self.bounds[rank]
+        self.active = holds(comm.rank)
+        self.left = self.right = None
+        if self.active:
+            self.left = next(filter(holds, range(comm.rank - 1, -1, -1)), None)
+            self.right = next(filter(holds, range(comm.rank + 1, comm.size)), None)
+        self.block = max(int(getattr(propagator, "block", 0)), 0)
+        self.uses_guess = bool(getattr(propagator, "uses_guess", False))
+        #: Whether values that are not finite are looked for in each block.
+        self.looks = index > 0 or not getattr(propagator, "stays_bad", False)
+        self._hears = hasattr(propagator, "may_be_last")
+        self._calls = StepCalls(propagator)
+        self.U: np.ndarray | None = None
+        self.G: np.ndarray | None = None
+        #: Shared by the levels of a hierarchy.
+        self.first_failure = FirstFailure()
+        self.phi_calls = 0  # states stepped, for reports
+        self.trace: Trace | None = None
+
+    @property
+    def failure(self) -> str | None:
+        """The first failure on this rank, on any level of the hierarchy."""
+        return self.first_failure.text
+
+    def note(self, what: str, error: BaseException | None = None) -> None:
+        """Note a failure on this level, and what was raised, if anything was."""
+        text = f"level {self.index}, {what}"
+        self.first_failure.note(text if error is None else f"{text}: {type(error).__name__}: {error}", error)
+
+    @property
+    def stride(self) -> int:
+        """A step of this level in steps of the finest (of the first, where they differ)."""
+        return int(self.points[1] - self.points[0])
+
+    def coarse_bounds(self) -> Bounds:
+        """Step bounds of the ranks on the next level."""
+        if self.m:
+            return self.bounds.coarsened(self.m)
+        return Bounds(int(np.searchsorted(self.c_points, b, side="right")) - 1 for b in self.bounds)
+
+    def may_be_last(self, last: bool) -> None:
+        """Tell the propagator whether steps from here on may be the solve's last at their points, if it listens."""
+        if self._hears:
+            self.propagator.may_be_last = last
+
+    def phi(self, steps: range, u: np.ndarray, out: np.ndarray) -> None:
+        """Call the propagator; a failure becomes NaN, which the collective norm carries to every rank (no hang)."""
+        if not len(steps):
+            return
+        self.phi_calls += len(steps)
+        self.first_failure.calls += 1
+        begin = self.trace.now() if self.trace else 0.0
+        try:
+            self._calls.step(steps, u, out)
+        except FAILURES as error:
+            out[...] = np.nan
+            self._failed(steps, u, out, error)
+        else:
+            if self.looks and not np.isfinite(out).all():
+                self._failed(steps, u, out)
+        if self.trace:
+            self.trace.work("phi", self.index, begin, first=steps[0], states=len(steps))
+
+    def solve_sequentially(self, *, fresh: bool = False) -> None:
+        """Take all steps of the level in turn, rank after rank; row 0 of the first rank is the initial value."""
+        if self.active:
+            self.wait(self.post_receive(self.U))
+            self.sweep_steps(range(self.lo, self.hi), self.U, self.G, fresh=fresh)
+            self.wait(self.post_send(self.U))
+
+    def sweep_steps(self, steps: range, U: np.ndarray, G: np.ndarray | None, *, fresh: bool = False) -> None:
+        """Take some steps one after another in place, ``U[0]`` being the state before the first.
+
+        ``fresh``: what ``U`` holds behind it is no iterate; a step's first guess is then the state before it.
+        """
+        if not len(steps):
+            return
+        if not hasattr(self.propagator, "sweep") or (fresh and self.uses_guess):
+            for i, n in enumerate(steps):
+                if fresh and self.uses_guess:
+                    U[i + 1] = U[i]
+                elif self.uses_guess and self.index == 0 and G is not None:
+                    U[i + 1] -= G[i]
+                self.phi(range(n, n + 1), U[i : i + 1], U[i + 1 : i + 2])
+                if G is not None:
+                    U[i + 1] += G[i]
+            return
+        self.phi_calls += len(steps)
+        self.first_failure.calls += 1
+        begin = self.trace.now() if self.trace else 0.0
+        try:
+            self._calls.sweep(steps[0], U, G)
+        except FAILURES as error:
+            U[1:] = np.nan
+            self._failed(steps, U[:1], U[1:], error)
+        else:
+            if not np.isfinite(U).all():
+                self._failed(steps, U[:-1], U[1:])
+        if self.trace:
+            self.trace.work("sweep", self.index, begin, first=steps[0], states=len(steps))
+
+    def _failed(self, steps: range, u: np.ndarray, out: np.ndarray, error: BaseException | None = None) -> None:
+        """Note a failure that comes of finite data; what follows from it is not its cause."""
+        good = np.isfinite(u).reshape(len(u), -1).all(axis=1)
+        if error is not None:
+            # numerics, and checks that a user makes of them, may fail because of what they get; an exit does not
+            if good.all() or not isinstance(error, Exception):
+                self.note(f"steps {steps[0]}..{steps[-1]}", error)
+            return
+        bad = np.flatnonzero(good & ~np.isfinite(out).reshape(len(out), -1).all(axis=1))
+        if len(bad):
+            self.note(f"steps {', '.join(str(steps[i]) for i in bad[:5])}: value not finite")
+
+    # -- messages: one row to the right, one from the left; the tag is the level -----------------------------------
+    def post_receive(self, array: np.ndarray):
+        """Start receiving row 0 of ``array`` from the left; ``None`` where there is nobody."""
+        if self.left is None:
+            return None
+        if self.trace:
+            self.trace.message("receive posted", self.index, self.comm, self.left, array[:1].nbytes)
+        return self.comm.Irecv(array[:1], source=self.left, tag=self.index)
+
+    def post_send(self, array: np.ndarray):
+        """Start sending the last row of ``array`` to the right; ``None`` where there is nobody."""
+        if self.right is None:
+            return None
+        if self.trace:
+            self.trace.message("send", self.index, self.comm, self.right, array[-1:].nbytes)
+        return self.comm.Isend(array[-1:], dest=self.right, tag=self.index)
+
+    def wait(self, *requests) -> None:
+        """Wait for those of the requests that are not ``None``."""
+        for request in requests:
+            if request is not None:
+                begin = self.trace.now() if self.trace else 0.0
+                request.Wait()
+                if self.trace:
+                    self.trace.work("wait", self.index, begin)
+
+    def exchange(self, array: np.ndarray) -> None:
+        """Fill row 0 of ``array`` from the left neighbour's last row."""
+        self.wait(self.post_receive(array), self.post_send(array))
+
+    def phi_of_all(self, V: np.ndarray, out: np.ndarray) -> None:
+        """``Phi`` of all own steps from the points ``V``, ``(k + 1, ...)``; the others go on while row 0 arrives."""
+        if not self.active:
+            return
+        receive, send = self.post_receive(V), self.post_send(V)
+        block = self.block or 1
+        first = 0 if receive is None else min(block - self.lo % block, self.k)  # a group that needs row 0
+        if self.uses_guess:
+            out[...] = V[1:]
+            if self.index == 0 and self.G is not None:
+                out -= self.G
+        self.phi(range(self.lo + first, self.hi), V[first:-1], out[first:])
+        self.wait(receive)
+        self.phi(range(self.lo, self.lo + first), V[:first], out[:first])
+        self.wait(send)
+
+
+def build_levels(propagators: Sequence[Propagator], coarsening: Sequence[Coarsening], bounds: Sequence[int], comm):
+    """Build the hierarchy from the finest bounds.
+
+    Parameters
+    ----------
+    propagators
+        One a level, finest first.
+    coarsening
+        ``len(propagators) - 1`` factors of at least 2, or C-points.
+    bounds
+        ``comm.size + 1`` step bounds on the finest level.
+    comm
+        Time communicator (mpi4py).
+
+    Returns
+    -------
+    list of Level
+    """
+    points, levels = coarse_points(bounds[-1], coarsening), []
+    for index, propagator in enumerate(propagators):
+        m = coarsening[index] if index < len(coarsening) else None
+        levels.append(Level(index, bounds, m, points[index], propagator, comm))
+        levels[-1].first_failure = levels[0].first_failure
+        if m is not None:
+            bounds = levels[-1].coarse_bounds()
+    return levels
+
+
+def inject(levels: Sequence[Level], U: np.ndarray) -> list[np.ndarray]:
+    """Values of a trajectory at the points of every level, ghost rows included.
+
+    Parameters
+    ----------
+    levels
+        A hierarchy.
+    U
+        ``(k + 1, *state)`` on the finest level, with a current ghost row.
+
+    Returns
+    -------
+    list of ndarray
+        One array a level; the first is ``U`` itself.
+    """
+    arrays = [U]
+    for fine, coarse in pairwise(levels):
+        out = np.zeros((coarse.k + 1, *U.shape[1:]), U.dtype)
+        if coarse.active:
+            first = coarse.lo + 1
+            rows = np.asarray(fine.c_points[first : coarse.hi + 1], dtype=int) - fine.lo
+            out[1:] = arrays[-1][rows]
+            if coarse.left is None:
+                out[0] = arrays[-1][0]
+            coarse.exchange(out)
+        arrays.append(out)
+    return arrays

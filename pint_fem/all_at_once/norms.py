@@ -1,0 +1,53 @@
+"""Norms over time whose bits do not depend on the number of time ranks.
+
+Squared norms of the points are gathered over the time communicator in point order and added in that order on every
+rank.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+from mpi4py import MPI
+
+__all__ = ["PointNorms", "euclidean", "gather_in_order", "norm_over_time"]
+
+PointNorms = Callable[[np.ndarray], np.ndarray]
+
+
+def euclidean(block: np.ndarray) -> np.ndarray:
+    """Squared Euclidean norm of each state of a block, shape ``(k,)``."""
+    rows = np.asarray(block, dtype=float).reshape(len(block), math.prod(block.shape[1:]))
+    return np.matmul(rows[:, None, :], rows[:, :, None])[:, 0, 0]  # a dot product each: its bits are the state's own
+
+
+def norm_over_time(squares: np.ndarray, kind: int | str) -> np.ndarray:
+    """Combine the points' squared norms ``(points, c)`` in point order by a 1, 2 or ``"inf"`` norm, shape ``(c,)``."""
+    if not len(squares):
+        return np.zeros(squares.shape[1:])
+    if kind == 2:
+        return np.sqrt(squares.sum(axis=0))
+    norms = np.sqrt(squares)
+    return norms.sum(axis=0) if kind == 1 else norms.max(axis=0)
+
+
+def gather_in_order(values: np.ndarray, comm, bounds=None) -> np.ndarray:
+    """Concatenate the ranks' ``(k_r, c)`` or ``(k_r,)`` arrays in rank order, on every rank.
+
+    For few numbers a point (norms, misfits): never for states. ``bounds``: the
+    :class:`~pint_fem.all_at_once.levels.Bounds` that say all ``k_r``, where they are known.
+    """
+    values = np.ascontiguousarray(values, dtype=float)
+    if comm.size == 1:
+        return values
+    width = int(np.prod(values.shape[1:], dtype=int))
+    if bounds is None:
+        counts = np.array(comm.allgather(len(values))) * width
+        places = np.concatenate([[0], np.cumsum(counts)[:-1]])
+    else:
+        counts, places = bounds.layout(width)
+    out = np.empty(((places[-1] + counts[-1]) // width, *values.shape[1:]))
+    comm.Allgatherv(values, [out, counts, places, MPI.DOUBLE])
+    return out

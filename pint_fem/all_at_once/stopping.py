@@ -1,0 +1,182 @@
+"""When to stop cycling, and what a solve reports."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from pint_fem.errors import SolverFailure
+
+__all__ = ["DivergedError", "SolveResult", "SolverFailure", "Stopping"]
+
+WINDOW = 5
+"""Cycles over which stagnation is judged."""
+
+_PETSC_REASONS = {
+    "rtol": 2,  # KSP_CONVERGED_RTOL
+    "atol": 3,
+    "its": 4,
+    "exact": 4,
+    "serial": 4,
+    "max_it": -3,  # KSP_DIVERGED_ITS
+    "diverged": -4,  # KSP_DIVERGED_DTOL
+    "stagnated": -5,  # KSP_DIVERGED_BREAKDOWN
+    "": 0,
+}
+
+
+class DivergedError(SolverFailure):
+    """The residual grew or stagnated, or the tolerance was not reached in ``max_it`` cycles."""
+
+
+@dataclass
+class SolveResult:
+    """What a solve did.
+
+    Attributes
+    ----------
+    converged : bool
+    reason : str
+        ``"rtol"``, ``"atol"``, ``"its"`` (a fixed number of cycles), ``"exact"`` (sequential), ``"serial"`` (cycles
+        failed, stepped sequentially instead), ``"max_it"``, ``"diverged"`` or ``"stagnated"``.
+    residuals : list of float
+        Residual norm before each correction, the last one included. Empty where none was computed: with the option
+        ``residual="none"``, or where cycles failed before the first and the sweep was stepped sequentially.
+    cycles : int
+        Coarse-grid corrections done.
+    scale : float
+        Norm of the trajectory at the C-points when the last residual was computed.
+    message : str
+        What happened, in words, where it did not converge by cycles.
+    """
+
+    converged: bool = False
+    reason: str = ""
+    residuals: list[float] = field(default_factory=list)
+    cycles: int = 0
+    scale: float = math.nan
+    message: str = ""
+
+    def __str__(self) -> str:
+        """The monitor's line, without the name of the sweep."""
+        r = self.residuals
+        ratio = f"  factor {r[-1] / r[-2]:.3f}" if len(r) > 1 and r[-2] > 0 else ""
+        relative = f" relative {r[-1] / self.scale:.3e}" if self.scale > 0 else ""
+        return f"{self.cycles:3d} residual {r[-1]:.6e}{relative}{ratio}" if r else f"{self.cycles:3d}"
+
+    @property
+    def relative_residual(self) -> float:
+        """The last residual relative to the trajectory; 0 for sequential stepping, NaN where none was computed."""
+        if self.reason in ("exact", "serial"):
+            return 0.0
+        if not self.residuals:
+            return math.nan
+        if self.residuals[-1] == 0:
+            return 0.0
+        return self.residuals[-1] / self.scale if self.scale > 0 else math.inf
+
+    @property
+    def factor(self) -> float:
+        """Geometric mean of the residual reduction a cycle; NaN without two positive residuals."""
+        return self._mean_factor(len(self.residuals))
+
+    @property
+    def last_factor(self) -> float:
+        """Geometric mean over the last cycles (up to five): the rate at which it would go on."""
+        return self._mean_factor(WINDOW)
+
+    def _mean_factor(self, cycles: int) -> float:
+        r = [x for x in self.residuals if x > 0][-cycles - 1 :]
+        return (r[-1] / r[0]) ** (1 / (len(r) - 1)) if len(r) > 1 else math.nan
+
+    @property
+    def converged_reason(self) -> int:
+        """The reason as PETSc's ``KSPConvergedReason``: positive where converged."""
+        return _PETSC_REASONS[self.reason]
+
+
+class StoppingOptions(Protocol):
+    """Options of a solver that decide when it stops; see :class:`~pint_fem.mgrit.options.MGRITOptions`."""
+
+    rtol: float
+    atol: float
+    dtol: float
+    max_it: int
+    rtol_of: str
+    stagnation: float | None
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether a fixed number of iterations is done, whatever the residual."""
+
+
+class Stopping:
+    """The stopping test.
+
+    Parameters
+    ----------
+    options
+        Tolerances.
+    exact_after
+        Cycles after which the iteration is exact whatever the propagators, or infinity.
+    """
+
+    def __init__(self, options: StoppingOptions, exact_after: float):
+        self.options, self.exact_after = options, exact_after
+        self._rtol = options.rtol
+        #: Cycles to take whatever the residual, or ``None``.
+        self.cycles: int | None = None
+
+    def set(self, *, rtol: float | None, cycles: int | None) -> None:
+        """Tolerance or number of cycles of the next solve; ``None``: as the options say.
+
+        Raises
+        ------
+        ValueError
+            On both, or a value out of range.
+        """
+        if rtol is not None and cycles is not None:
+            raise ValueError("give rtol or cycles for a solve, not both")
+        if rtol is not None and not 0 <= rtol < math.inf:
+            raise ValueError(f"rtol = {rtol!r}: give a finite number that is not negative")
+        if cycles is not None and (not hasattr(cycles, "__index__") or cycles < 0):
+            raise ValueError(f"cycles = {cycles!r}: give a whole number that is not negative")
+        self._rtol, self.cycles = self.options.rtol if rtol is None else rtol, cycles
+
+    def __call__(self, result: SolveResult) -> bool:
+        """Set ``reason``, ``converged`` and ``message`` of the result and say whether to stop."""
+        options, r, norm = self.options, result.residuals, result.residuals[-1]
+        if self.cycles is not None:
+            result.converged = result.cycles >= self.cycles
+            result.reason = "its" if result.converged else ""
+            return result.converged
+        relative = self._rtol * (result.scale if options.rtol_of == "trajectory" else r[0])
+        if norm <= options.atol or norm <= relative:
+            result.converged, result.reason = True, "atol" if norm <= options.atol else "rtol"
+            return True
+        if norm > options.dtol * r[0]:
+            result.reason = "diverged"
+            result.message = f"the residual grew by {norm / r[0]:.2g} in {result.cycles} cycles"
+        elif self._stagnates(result, max(options.atol, relative)):
+            result.reason = "stagnated"
+            result.message = (
+                f"the residual changes by a factor {result.last_factor:.3f} a cycle only: the tolerance is out of "
+                f"reach in max_it = {options.max_it} cycles"
+            )
+        elif result.cycles >= options.max_it and options.is_fixed:
+            result.converged, result.reason = True, "its"
+        elif result.cycles >= options.max_it:
+            result.reason = "max_it"
+            result.message = f"tolerance not reached in {result.cycles} cycles, last factor {result.last_factor:.3f}"
+        return bool(result.reason)
+
+    def _stagnates(self, result: SolveResult, tolerance: float) -> bool:
+        options, left = self.options, self.options.max_it - result.cycles
+        if options.stagnation is None or options.is_fixed or len(result.residuals) <= WINDOW or left < 1:
+            return False
+        if self.exact_after <= options.max_it or result.last_factor <= options.stagnation:
+            return False
+        if result.last_factor >= 1 or tolerance == 0:
+            return True
+        return math.log(tolerance / result.residuals[-1]) / math.log(result.last_factor) > left

@@ -1,0 +1,198 @@
+"""Private copies of what a user's forms are written in, so that nothing that a user owns is ever written to.
+
+There is one rule for data, which are all functions, constants and cofunctions in forms, in boundary values and as
+initial condition that are neither the state nor the time nor a control: they are copied when a functional (or a
+propagator by itself) is made, and read again by an explicit call. Changes in between are found by comparison.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import ufl
+from firedrake import Cofunction, Constant, DirichletBC, Function, TestFunction, TrialFunction, assemble, dx, inner
+from pyadjoint.tape import stop_annotating
+from ufl.algorithms import estimate_total_polynomial_degree, extract_coefficients
+from ufl.algorithms.analysis import extract_type
+
+from pint_fem.errors import InputError
+from pint_fem.evolution.boundary import boundary_value
+from pint_fem.kernels.arrays import get, put
+from pint_fem.kernels.blocks import Factor
+
+__all__ = ["PrivateCopies", "data_of", "mass_degree", "name_of", "riesz_representative"]
+
+
+def data_of(expression) -> list:
+    """Functions and Firedrake constants in a form or an expression, in an order that is the same on all ranks."""
+    constants = sorted(extract_type(expression, Constant), key=lambda c: c.count())
+    return [*extract_coefficients(expression), *constants]
+
+
+def name_of(given: Function | Constant | Cofunction) -> str:
+    """The name of a user's object."""
+    return given.name if isinstance(given, Constant) else given.name()
+
+
+def mass_degree(space) -> int:
+    """Degree of the quadrature of a space's mass matrix."""
+    return estimate_total_polynomial_degree(inner(TrialFunction(space), TestFunction(space)))
+
+
+def riesz_representative(load: Cofunction, into: Function | None = None) -> Function:
+    """The function ``f`` with ``inner(f, v)*dx`` equal to the cofunction for all ``v`` of its space (collective)."""
+    space = load.function_space().dual()
+    f = Function(space, name=load.name()) if into is None else into
+    with stop_annotating():
+        form = inner(TrialFunction(space), TestFunction(space)) * dx(degree=mass_degree(space))
+        mass = assemble(form, mat_type="aij").petscmat
+        x, b = mass.createVecs()
+        b.array[:] = get(load)
+        Factor(mass, {}, symmetric=True, prefix="pint_riesz_").solve(b, x)
+        put(f, x.array_r)
+    return f
+
+
+_CONDITION = "the value of a boundary condition"
+
+
+class _Datum(NamedTuple):
+    """A user's object, its copy, and what it is, for messages."""
+
+    given: Function | Constant | Cofunction
+    copy: Function | Constant
+    label: str
+
+    def values(self) -> np.ndarray:
+        """Own values of the user's object, a copy."""
+        dat = self.given.dat  # components of a vector have views without PETSc's vectors, and constants none
+        return get(self.given) if hasattr(dat, "vec_ro") else np.array(dat.data_ro)
+
+    def read(self) -> None:
+        """Give the copy the values of the user's object."""
+        if isinstance(self.given, Cofunction):
+            riesz_representative(self.given, self.copy)
+        elif isinstance(self.given, Constant):
+            self.copy.assign(self.given.dat.data_ro)
+        else:
+            self.copy.assign(self.given)
+
+
+class PrivateCopies:
+    """Private copies of a user's functions and constants, made when a form that contains them is first rewritten.
+
+    Copies of *variables* (the state, the time, controls) hold whatever sweeps put there; those of data hold the values
+    that were read last.
+    """
+
+    def __init__(self):
+        self._of: dict = {}
+        self._data: list[_Datum] = []
+        self._read: list[np.ndarray] = []  # values of each datum
+        self._conditions: list[tuple[DirichletBC, object]] = []  # and what their values were given as
+        self._interpolated: list[tuple[Function, ufl.core.expr.Expr]] = []  # and the expression in copies
+
+    # -- copies --------------------------------------------------------------------------------------------------------
+    def variable(self, given: Function) -> Function:
+        """The copy of a function whose value is no datum."""
+        if given not in self._of:
+            with stop_annotating():
+                self._of[given] = given.copy(deepcopy=True)
+        return self._of[given]
+
+    def datum(self, given: Function | Constant) -> Function | Constant:
+        """The copy of data."""
+        if given not in self._of:
+            label = f"the value of the {type(given).__name__.lower()} {name_of(given)!r}"
+            self._of[given] = self.separate(given, label)
+        return self._of[given]
+
+    def load(self, representative: Function, load: Cofunction) -> None:
+        """Copy the Riesz representative of a cofunction, which is what is read again."""
+        copy = Function(representative.function_space(), name=load.name())
+        self._of[representative] = self._add(_Datum(load, copy, f"the value of the cofunction {load.name()!r}"))
+
+    def separate(self, given: Function | Constant, label: str) -> Function | Constant:
+        """One more copy, that forms do not get; ``label`` is what it is, for messages."""
+        if isinstance(given, Constant):
+            copy = Constant(given.dat.data_ro.reshape(given.ufl_shape), name=given.name)
+        elif (space := given.function_space()).component is None:
+            copy = Function(space, name=given.name())
+        else:  # one component of a vector, whose values stand among the others'
+            copy = Function(space.parent).sub(space.component)
+        return self._add(_Datum(given, copy, label))
+
+    def _add(self, datum: _Datum) -> Function | Constant:
+        with stop_annotating():
+            datum.read()
+        self._data.append(datum)
+        self._read.append(datum.values())
+        return datum.copy
+
+    def form(self, expression):
+        """A form or an expression with the copies in the place of the functions and constants in it."""
+        found = {given: self.datum(given) for given in data_of(expression)}
+        return ufl.replace(expression, found) if found else expression
+
+    def interpolated(self, expression, space) -> Function:
+        """A function that an expression of data is interpolated into, again where these have been read again."""
+        made, own = Function(space), self.form(expression)
+        with stop_annotating():
+            made.interpolate(own)
+        self._interpolated.append((made, own))
+        return made
+
+    def condition(self, bc: DirichletBC) -> DirichletBC:
+        """A boundary condition with the copies in its value."""
+        value = boundary_value(bc)
+        given = self.form(value) if data_of(value) else bc._original_arg
+        self._conditions.append((bc, bc._original_arg))
+        return type(bc)(bc.function_space(), given, bc.sub_domain)
+
+    @property
+    def data(self) -> set[Function | Constant | Cofunction]:
+        """The user's objects that are data."""
+        return {datum.given for datum in self._data}
+
+    # -- changes -------------------------------------------------------------------------------------------------------
+    def changed(self) -> np.ndarray:
+        """Which data have other values on this rank than those that were read."""
+        pairs = zip(self._data, self._read, strict=True)
+        data = [not np.array_equal(datum.values(), read, equal_nan=True) for datum, read in pairs]
+        return np.array(data + [bc._original_arg is not given for bc, given in self._conditions], dtype=bool)
+
+    def given(self) -> list[tuple[str, Function | Constant | Cofunction, np.ndarray]]:
+        """What each datum is, the user's object, and its own values as they are now."""
+        return [(datum.label, datum.given, datum.values()) for datum in self._data]
+
+    @property
+    def labels(self) -> list[str]:
+        """What the data are, for messages."""
+        return [datum.label for datum in self._data] + [_CONDITION] * len(self._conditions)
+
+    def update(self, which: np.ndarray) -> set[Function | Constant]:
+        """Read some of the data again, given by a mask that is the same on all ranks; their copies (collective).
+
+        Raises
+        ------
+        InputError
+            If a boundary condition has been given another value by ``set_value``.
+        """
+        if which[len(self._data) :].any():
+            raise InputError(
+                f"{_CONDITION} was given by set_value, which may be another expression: make a new functional, or give "
+                "the condition a Function or a Constant and change its value"
+            )
+        some = [self._data[index] for index in np.flatnonzero(which)]
+        for index, datum in zip(np.flatnonzero(which), some, strict=True):
+            with stop_annotating():
+                datum.read()
+            self._read[index] = datum.values()
+        changed = {datum.copy for datum in some}
+        for made, expression in self._interpolated:
+            if changed & set(data_of(expression)):
+                with stop_annotating():
+                    made.interpolate(expression)
+                changed.add(made)
+        return changed

@@ -1,0 +1,124 @@
+"""What a user's residual may contain beside the state: the time, its derivative, and loads that are no integrals."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from weakref import WeakSet
+
+import ufl
+from firedrake import Cofunction, Constant, Function, FunctionSpace, TestFunction, dx, inner
+from irksome.ufl.deriv import TimeDerivative
+from ufl.algorithms.analysis import extract_type
+
+from pint_fem.errors import InputError
+from pint_fem.evolution.private_copies import mass_degree, name_of, riesz_representative
+from pint_fem.kernels.arrays import is_real
+
+__all__ = ["check_time_derivatives", "time_among", "time_function", "without_loads"]
+
+_TIMES: WeakSet[Function] = WeakSet()
+"""What :func:`time_function` has made."""
+
+
+def time_function(mesh, value: float = 0.0) -> Function:
+    """A time variable for use in forms: a function in the space of reals ``R`` (never a ``Constant``, see DESIGN)."""
+    t = Function(FunctionSpace(mesh, "R", 0), name="t").assign(value)
+    _TIMES.add(t)
+    return t
+
+
+def _means_time(given) -> bool:
+    """Whether a real number in a form is meant to be the time: by who made it, or by its name."""
+    if given in _TIMES:
+        return True
+    scalar = isinstance(given, Constant) or (isinstance(given, Function) and is_real(given.function_space()))
+    return scalar and not given.ufl_shape and name_of(given) in ("t", "time")
+
+
+def time_among(found: Iterable, t: Function | None, what: str) -> Function | None:
+    """The time function among the functions and constants of a form.
+
+    Parameters
+    ----------
+    found
+        Functions and constants.
+    t
+        The evolution's time function, or ``None`` where none is given.
+    what
+        What contains them, for messages.
+
+    Returns
+    -------
+    Function or None
+        ``t``, or the one made by :func:`time_function` that was found.
+
+    Raises
+    ------
+    InputError
+        If there is another one, which would keep its value in all steps.
+    """
+    others = [c for c in dict.fromkeys(found) if c is not t and _means_time(c)]
+    if t is None and len(others) == 1 and others[0] in _TIMES:
+        return others[0]
+    if not others:
+        return t
+    raise InputError(
+        f"{what} contains the {type(others[0]).__name__} {name_of(others[0])!r} beside the evolution's t, which would "
+        "keep its value in all steps: use one t = pint_fem.time_function(mesh) in all forms and give it as "
+        "Evolution(..., t=t); rename it if it is no time"
+    )
+
+
+def check_time_derivatives(residual: ufl.Form, u: Function) -> None:
+    """Refuse residuals without the rate of ``u``, or with a derivative of higher order.
+
+    Raises
+    ------
+    InputError
+        With what would do.
+    """
+    rates = extract_type(residual, TimeDerivative)
+    if not rates:
+        raise InputError("the residual has no Dt(u): import Dt from irksome and write the semi-discrete form")
+    if any(rate.ufl_operands[0] is not u for rate in rates):
+        raise InputError(
+            "the residual contains a time derivative of second or higher order, Dt(u, 2): write it as a system of "
+            "first order in a mixed state, W = V * V, with the rate w of u as a field of its own: "
+            "y = Function(W); u, w = split(y); v, r = TestFunctions(W); "
+            "F = inner(Dt(u) - w, r)*dx + inner(Dt(w), v)*dx + ..., with w for Dt(u) and Dt(w) for Dt(u, 2)"
+        )
+
+
+def without_loads(residual) -> tuple[ufl.BaseForm, dict[Function, Cofunction]]:
+    """A residual with integrals of Riesz representatives in the place of its cofunctions, and these.
+
+    Parameters
+    ----------
+    residual
+        A form, or a sum of forms and cofunctions with weights.
+
+    Raises
+    ------
+    InputError
+        If it contains another kind of 1-form that is no integral.
+    """
+    if not isinstance(residual, (ufl.form.FormSum, Cofunction)):
+        return residual, {}
+    parts = [(residual, 1)]
+    if isinstance(residual, ufl.form.FormSum):
+        parts = list(zip(residual.components(), residual.weights(), strict=True))
+    total, loads = ufl.Form([]), {}
+    for part, weight in parts:
+        if isinstance(part, ufl.Form):
+            total += weight * part
+        elif isinstance(part, Cofunction):
+            f = riesz_representative(part)
+            v = TestFunction(f.function_space())
+            total += weight * inner(f, v) * dx(f.function_space().mesh(), degree=mass_degree(f.function_space()))
+            loads[f] = part
+        else:
+            raise InputError(
+                f"the residual contains a {type(part).__name__}, which is neither an integral nor a Cofunction: "
+                "assemble it if it depends on data only, F - assemble(...)"
+            )
+    return total, loads

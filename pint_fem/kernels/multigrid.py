@@ -1,0 +1,84 @@
+r"""Geometric multigrid and patch preconditioners for the systems of a step, by PETSc's options.
+
+``{"ksp_type": "cg", "ksp_rtol": 1e-12, "pc_type": "mg", "mg_levels_pc_type": "python", "mg_levels_pc_python_type":
+"firedrake.ASMStarPC"}`` is multigrid on the meshes below the evolution's in its ``MeshHierarchy``. For Maxwell's
+electric field (N1curl) patches around vertices make it converge independently of mesh and step (D. Arnold, R. Falk, R.
+Winther, Numer. Math. 85, 2000). Coarse matrices are Galerkin's, :math:`A_c = P^T A P`, with unit rows where conditions
+are: any assembled matrix can be solved with, such as what is left when a field is eliminated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from firedrake import DirichletBC
+from firedrake.mg.interface import assemble_prolongation_aij
+from firedrake.mg.utils import get_level
+from firedrake.petsc import PETSc
+
+from pint_fem.errors import InputError
+from pint_fem.kernels.arrays import boundary_rows, like_subspace
+
+__all__ = ["Geometry"]
+
+
+class Geometry:
+    """The space of a system's unknowns and its conditions: what a preconditioner may want to know besides the matrix.
+
+    Parameters
+    ----------
+    space
+        Not mixed, for multigrid.
+    bcs
+        Conditions on it.
+    """
+
+    def __init__(self, space, bcs: Sequence[DirichletBC] = ()):
+        self.space, self.bcs = space, tuple(bcs)
+
+    def prepare(self, ksp: PETSc.KSP, parameters: Mapping) -> None:
+        """Tell a solver, before it reads its options.
+
+        Raises
+        ------
+        InputError
+            If multigrid is asked for on a mesh without hierarchy or in a mixed space.
+        """
+        ksp.setDM(self.space.dm)
+        ksp.setDMActive(PETSc.KSP.DMActive.ALL, False)
+        if parameters.get("pc_type") == "mg":
+            self._multigrid(ksp)
+
+    def _multigrid(self, ksp: PETSc.KSP) -> None:
+        hierarchy, level = get_level(self.space.mesh().unique())
+        if hierarchy is None or len(self.space) > 1 or level < 1:
+            raise InputError(
+                "pc_type 'mg' wants an evolution on a finer mesh of a MeshHierarchy and a state (or what is left of it "
+                "when a field is eliminated) that is not mixed; give 'gamg' or a direct solver"
+            )
+        if hierarchy.refinements_per_level != 1:
+            raise InputError("pc_type 'mg': give a MeshHierarchy with refinements_per_level=1")
+        pc, levels = ksp.getPC(), int(level) + 1
+        pc.setType("mg")
+        pc.setMGLevels(levels)
+        matrix, space, bcs = ksp.getOperators()[0], self.space, self.bcs
+        for number in range(levels - 1, 0, -1):
+            coarse = space.reconstruct(mesh=hierarchy[number - 1])
+            coarse_bcs = [DirichletBC(like_subspace(coarse, bc), 0, bc.sub_domain) for bc in bcs]
+            P = assemble_prolongation_aij(coarse, space).petscmat.copy()
+            columns, rows = P.createVecs()
+            fixed = boundary_rows(coarse_bcs, coarse)
+            for vector, without in ((rows, boundary_rows(bcs, space)), (columns, fixed)):
+                vector.set(1.0)
+                vector.array[without] = 0
+            P.diagonalScale(rows, columns)
+            pc.setMGInterpolation(number, P)
+            matrix = matrix.ptap(P)
+            first = matrix.getOwnershipRange()[0]
+            matrix.zeroRowsColumns((np.asarray(fixed) + first).astype(PETSc.IntType), diag=1.0)
+            smoother = pc.getMGCoarseSolve() if number == 1 else pc.getMGSmoother(number - 1)
+            smoother.setDM(coarse.dm)
+            smoother.setDMActive(PETSc.KSP.DMActive.ALL, False)
+            smoother.setOperators(matrix)
+            space, bcs = coarse, coarse_bcs

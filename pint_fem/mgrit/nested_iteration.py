@@ -1,0 +1,57 @@
+r"""Right-hand sides of coarse levels for a first guess by nested iteration.
+
+A right-hand side that enters ``c - i`` fine steps before the C-point ``c`` reaches it as :math:`\Phi^{c-i} g_i`.
+Between no step and a whole coarse step that is interpolated linearly,
+
+.. math::  g^c = \sum_i (1 - \theta_i) g_i + \Phi^c \sum_i \theta_i g_i , \qquad \theta_i = (c - i)/m ,
+
+where the propagators are linear; else :math:`g^c = \sum_i g_i`. It only shapes the guess: cycles do not use it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pint_fem.all_at_once.levels import Level
+from pint_fem.mgrit.relaxation import Relaxation, runs
+from pint_fem.mgrit.transfer import Transfer
+
+__all__ = ["coarse_rhs"]
+
+
+def coarse_rhs(fine: Level, coarse: Level, relaxation: Relaxation, transfer: Transfer | None, *, linear: bool) -> None:
+    """Set the right-hand side ``coarse.G`` from ``fine.G`` (collective over the ranks with steps on ``fine``)."""
+    if not fine.active:
+        return
+    early, late = _sums(fine, relaxation)
+    if transfer is not None:
+        early, late = transfer.restrict(early), transfer.restrict(late)
+    if linear:
+        if coarse.uses_guess:
+            coarse.G[...] = early
+        coarse.phi(range(coarse.lo, coarse.hi), early, coarse.G)
+        coarse.G += late
+    else:
+        np.add(early, late, out=coarse.G)
+
+
+def _sums(fine: Level, relaxation: Relaxation) -> tuple[np.ndarray, np.ndarray]:
+    """Sums with weights ``theta`` and ``1 - theta`` over each interval that ends here; parts of an interval on several
+    ranks are added from left to right.
+    """
+    G, lo, shape = fine.G, fine.lo, fine.G.shape[1:]
+    sums = np.zeros((2, len(relaxation.intervals), *shape), G.dtype)
+    begun = np.zeros((1, 2, *shape), G.dtype)  # of an interval that the left neighbour has begun
+    inside = bool(relaxation.intervals) and relaxation.intervals[0].start < lo
+    unfinished = fine.k > 0 and not relaxation.last_is_c
+    if inside:
+        fine.wait(fine.post_receive(begun))
+        sums[:, 0] = begun[0]
+    for j in range(max((i.length for i in relaxation.intervals), default=0)):
+        for run in runs(relaxation.intervals, j, lo, fine.hi, relaxation.first_number):
+            length = run.steps.step
+            sums[0, run.places] += (length - 1 - j) / length * G[run.rows]
+            sums[1, run.places] += (1 + j) / length * G[run.rows]
+    if unfinished and fine.right is not None:
+        fine.wait(fine.post_send(np.ascontiguousarray(sums[:, -1])[None]))
+    return sums[0, : relaxation.count], sums[1, : relaxation.count]

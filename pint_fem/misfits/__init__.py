@@ -1,0 +1,7 @@
+"""Misfits: functionals of the observed states that are compared with data."""
+
+from pint_fem.misfits.base import BlockMisfit, Misfit
+from pint_fem.misfits.functionals import RunningMisfit, TerminalMisfit
+from pint_fem.misfits.point_sensors import PointSensors
+
+__all__ = ["BlockMisfit", "Misfit", "PointSensors", "RunningMisfit", "TerminalMisfit"]

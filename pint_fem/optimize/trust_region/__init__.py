@@ -1,0 +1,1 @@
+"""Trust-region Newton-CG, unconstrained, within bounds and with constraints."""

@@ -1,0 +1,1 @@
+"""Pictures, ParaView files and summaries of a run."""

@@ -1,0 +1,119 @@
+"""Fields for ParaView: every rank in time writes its own states, and one file lists them all. Nothing is gathered."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from xml.sax.saxutils import quoteattr
+
+import numpy as np
+from firedrake import Function, VTKFile
+
+from pint_fem.collective import collectively, raise_together
+from pint_fem.errors import InputError
+from pint_fem.files import naming, write_whole
+from pint_fem.kernels.arrays import put
+from pint_fem.spacetime import Slab, SpaceTime
+
+__all__ = ["write_fields", "write_functions"]
+
+
+def write_fields(
+    folder: Path,
+    name: str,
+    states: Iterable[tuple[int, np.ndarray]],
+    space,
+    slab: Slab,
+    spacetime: SpaceTime,
+    times,
+    *,
+    count: int = 17,
+    points: Iterable[int] | None = None,
+) -> Path:
+    """Write states for ParaView: each time rank its own, and one ``NAME.pvd`` that lists them all.
+
+    Parameters
+    ----------
+    states
+        Numbers of the first points and states ``(b, n)`` of blocks of local points, from left to right; see
+        :meth:`pint_fem.adjoint.problem.ReducedProblem.states`.
+    times
+        Times of all points, ``(N + 1,)``.
+    count, points
+        About how many states, spread over the time axis, or the numbers of their points.
+
+    Raises
+    ------
+    InputError
+        On every rank, where a file cannot be written, as on a full disk.
+    """
+    rank, root = spacetime.time_comm.rank, spacetime.is_root
+    what, part = f"fields in {folder} cannot be written", f"{name}_part{rank}"
+    _written(spacetime.comm, what, partial((folder / part).mkdir, parents=True, exist_ok=True))
+    wanted = np.linspace(0, slab.nsteps, count).round().astype(int) if points is None else list(points)
+    wanted = np.unique(wanted).tolist()
+    own = [n for n in wanted if slab.lo < n <= slab.hi or (n == 0 and slab.is_first)]
+    problem = None
+    try:  # by the ranks that share a state; the others of the time axis hear of it below
+        comm = spacetime.space_comm
+        sheet = _written(comm, what, partial(VTKFile, str(folder / f"{part}.pvd"), comm=comm))
+        f = Function(space, name=name)
+        for first, block in states:
+            for n in own:
+                if 0 <= n - slab.lo - first < len(block):
+                    put(f, block[n - slab.lo - first])
+                    # a mixed state is its fields
+                    _written(comm, what, partial(sheet.write, *f.subfunctions, time=times[n]))
+    except InputError as error:
+        problem = error
+    raise_together(spacetime.comm, problem)
+    extension = "vtu" if spacetime.space_comm.size == 1 else "pvtu"
+    entries = spacetime.time_comm.gather(
+        [(float(times[n]), f"{part}/{part}_{i}.{extension}") for i, n in enumerate(own)]
+    )
+    path = folder / f"{name}.pvd"
+    _written(spacetime.comm, what, partial(_write_collection if root else _nothing, path, entries))
+    if spacetime.space_comm.rank == 0:
+        (folder / f"{part}.pvd").unlink(missing_ok=True)
+    return path
+
+
+def write_functions(path: Path, functions: Sequence[Function], comm) -> None:
+    """Write functions of one space for ParaView (collective).
+
+    Raises
+    ------
+    InputError
+        On every rank, where a file cannot be written.
+    """
+    what = f"{path} cannot be written"
+    _written(comm, what, partial(path.with_suffix("").mkdir, parents=True, exist_ok=True))
+    sheet = _written(comm, what, partial(VTKFile, str(path), comm=comm))
+    _written(comm, what, partial(sheet.write, *functions))
+
+
+def _written(comm, what: str, work: Callable):
+    """What ``work`` returns; an error of the operating system on one rank is an ``InputError`` on all (collective).
+
+    Firedrake's writer communicates before it touches files and not afterwards, once its folder is there.
+    """
+
+    def guarded():
+        with naming(what):
+            return work()
+
+    return collectively(comm, "", guarded)
+
+
+def _nothing(*args) -> None:
+    """What ranks do whose first rank works for all."""
+
+
+def _write_collection(path: Path, entries) -> None:
+    """The file that lists the files of all time ranks."""
+    rows = [
+        f'<DataSet timestep="{t}" part="0" file={quoteattr(file)}/>' for rank_rows in entries for t, file in rank_rows
+    ]
+    head = '<?xml version="1.0"?>\n<VTKFile type="Collection" version="0.1" byte_order="LittleEndian">\n<Collection>\n'
+    write_whole(path, (head + "\n".join(rows) + "\n</Collection>\n</VTKFile>\n").encode())

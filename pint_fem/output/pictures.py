@@ -1,0 +1,187 @@
+"""Pictures and files of a result. No field is gathered: pictures are rasters of bounded size, ParaView files are
+written by their owners.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+from firedrake import FunctionSpace, VertexOnlyMesh
+from firedrake import interpolate as interpolate_
+from firedrake.assemble import assemble
+from mpi4py import MPI
+
+from pint_fem.output.paraview import write_fields, write_functions
+from pint_fem.output.summary import write_json
+from pint_fem.spacetime import SpaceTime
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.animation import FuncAnimation, PillowWriter
+
+__all__ = [
+    "Raster",
+    "animate",
+    "plot_convergence",
+    "plot_fields",
+    "plot_sensors",
+    "plot_snapshots",
+    "together_in_time",
+    "write_fields",
+    "write_functions",
+    "write_json",
+]
+
+
+class Raster:
+    """Pixels over a plane mesh; fields are sampled at the pixels inside it.
+
+    Parameters
+    ----------
+    mesh
+        Distributed over ``comm = mesh.comm``.
+    width
+        Pixels along the longer side.
+    """
+
+    def __init__(self, mesh, width: int = 280):
+        self.comm = mesh.comm
+        x = np.asarray(mesh.coordinates.dat.data_ro)
+        low, high = np.full(2, np.inf), np.full(2, -np.inf)
+        self.comm.Allreduce(x.min(axis=0), low, op=MPI.MIN)
+        self.comm.Allreduce(x.max(axis=0), high, op=MPI.MAX)
+        self.extent, pixel = (low[0], high[0], low[1], high[1]), (high - low).max() / width
+        self.shape = tuple(np.maximum(1, np.ceil((high - low) / pixel - 1e-9).astype(int))[::-1])
+        jy, jx = np.divmod(np.arange(self.shape[0] * self.shape[1]), self.shape[1])
+        points = low + (np.stack([jx, jy], axis=1) + 0.5) * pixel
+        self._mesh = VertexOnlyMesh(mesh, points, missing_points_behaviour="ignore")
+        self._space = FunctionSpace(self._mesh, "DG", 0)
+        here = np.asarray(self._mesh.coordinates.dat.data_ro).reshape(-1, 2)
+        place = np.rint((here - low) / pixel - 0.5).astype(int)
+        self._index = place[:, 1] * self.shape[1] + place[:, 0]
+
+    def __call__(self, f) -> np.ndarray | None:
+        """Sample a function or a scalar expression of functions: the image on the first rank (NaN outside), ``None`` on
+        the others.
+        """
+        local = np.full(self.shape[0] * self.shape[1], -np.inf)
+        local[self._index] = assemble(interpolate_(f, self._space)).dat.data_ro
+        image = np.empty_like(local) if self.comm.rank == 0 else None
+        self.comm.Reduce(local, image, op=MPI.MAX, root=0)
+        if image is None:
+            return None
+        image[np.isinf(image)] = np.nan
+        return image.reshape(self.shape)
+
+
+def plot_fields(path: Path, images: Sequence[tuple[str, np.ndarray]], extent, *, points=None, title: str = "") -> None:
+    """Images side by side on one colour scale, symmetric about zero."""
+    limit = max(np.nanmax(np.abs(image)) for _, image in images)
+    fig, axes = plt.subplots(
+        1, len(images), figsize=(5.0 * len(images) + 0.8, 3.5), layout="constrained", sharey=True, squeeze=False
+    )
+    axes = axes[0]
+    for (name, image), ax in zip(images, axes, strict=True):
+        shown = ax.imshow(image, origin="lower", extent=extent, cmap="RdBu_r", vmin=-limit, vmax=limit)
+        ax.set(title=name, xlabel="x", aspect="equal")
+        if points is not None:
+            ax.plot(*points.T, "k.", ms=4)
+    axes[0].set_ylabel("y")
+    fig.colorbar(shown, ax=axes, shrink=0.9, label="dots: sensors" if points is not None else None)
+    fig.suptitle(title)
+    fig.savefig(path, dpi=110)
+    plt.close(fig)
+
+
+def plot_sensors(
+    path: Path,
+    times,
+    measured,
+    predicted,
+    *,
+    names: Sequence[str],
+    show: int = 6,
+    title: str = "",
+    quantity: str = "temperature rise",
+) -> None:
+    """Readings against prediction for some sensors, and all residuals."""
+    chosen = np.unique(np.linspace(0, measured.shape[1] - 1, min(show, measured.shape[1])).astype(int))
+    fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    for colour, s in enumerate(chosen):
+        left.plot(times, measured[:, s], ".", ms=4, color=f"C{colour}")
+        left.plot(times, predicted[:, s], "-", color=f"C{colour}", label=f"sensor {names[s]}")
+    left.set(xlabel="t", ylabel=quantity, title="readings (dots) and fit (lines)")
+    left.legend(fontsize=8, ncols=2)
+    right.hist((predicted - measured).ravel(), bins=40, color="0.6")
+    right.set(xlabel="fit - reading", ylabel="readings", title="residuals of all sensors")
+    fig.suptitle(title)
+    fig.savefig(path, dpi=110)
+    plt.close(fig)
+
+
+def plot_convergence(path: Path, history, residuals: dict[str, Sequence[float]], *, bound: float | None = None) -> None:
+    """J and gradient over trust-region iterations; MGRIT residuals over cycles with the theory's rate."""
+    fig, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 4), layout="constrained")
+    iterations = [r.iteration for r in history]
+    left.semilogy(iterations, [r.value for r in history], "o-")
+    left.set(xlabel="trust-region iteration", title="objective J")
+    middle.semilogy(iterations, [max(r.gradient_norm, 1e-300) for r in history], "s-", color="C1")
+    middle.set(xlabel="trust-region iteration", title="norm of the gradient")
+    for name, values in residuals.items():
+        relative = [v / values[0] for v in values if v > 0]
+        right.semilogy(range(len(relative)), relative, ".-", label=f"first {name} sweep")
+    if bound and residuals:
+        cycles = np.arange(max(map(len, residuals.values())))
+        right.semilogy(cycles, bound**cycles, "k--", lw=1, label=f"two-level bound {bound:.3g} a cycle")
+    if residuals:
+        right.legend(fontsize=8)
+    right.set(xlabel="MGRIT cycle", title="C-point residual, relative to the first")
+    for ax in (left, middle, right):
+        ax.xaxis.get_major_locator().set_params(integer=True)
+    fig.savefig(path, dpi=110)
+    plt.close(fig)
+
+
+def together_in_time(own: dict[int, np.ndarray | None], spacetime: SpaceTime) -> dict[int, np.ndarray]:
+    """Images by the number of their time point on the first rank, from the first rank in space of each time rank; empty
+    on the others.
+    """
+    parts = spacetime.time_comm.gather(own) if spacetime.space_comm.rank == 0 else None
+    return dict(sorted(pair for part in parts for pair in part.items())) if parts is not None else {}
+
+
+def plot_snapshots(
+    path: Path, images: Sequence[np.ndarray], titles: Sequence[str], extent, *, label: str = "", columns: int = 4
+) -> None:
+    """Images in rows on one colour scale, symmetric about zero."""
+    limit, rows = max(np.nanmax(np.abs(image)) for image in images), -(-len(images) // columns)
+    fig, axes = plt.subplots(
+        rows, columns, figsize=(2.6 * columns + 0.8, 2.7 * rows), layout="constrained", squeeze=False
+    )
+    for ax in axes.flat:
+        ax.set_axis_off()
+    for ax, image, title in zip(axes.flat, images, titles, strict=False):
+        shown = ax.imshow(image, origin="lower", extent=extent, cmap="RdBu_r", vmin=-limit, vmax=limit)
+        ax.set_title(title, fontsize=9)
+    fig.colorbar(shown, ax=axes, shrink=0.8, label=label)
+    fig.savefig(path, dpi=100)
+    plt.close(fig)
+
+
+def animate(path: Path, images: Sequence[np.ndarray], titles: Sequence[str], extent, *, label: str = "") -> None:
+    """An animated GIF on one colour scale, symmetric about zero."""
+    limit = max(np.nanmax(np.abs(image)) for image in images)
+    fig, ax = plt.subplots(figsize=(4.6, 4.0), layout="constrained")
+    shown = ax.imshow(images[0], origin="lower", extent=extent, cmap="RdBu_r", vmin=-limit, vmax=limit)
+    fig.colorbar(shown, ax=ax, label=label)
+    title = ax.set_title(titles[0])
+
+    def frame(i):
+        shown.set_data(images[i])
+        title.set_text(titles[i])
+
+    FuncAnimation(fig, frame, frames=len(images)).save(path, writer=PillowWriter(fps=10), dpi=80)
+    plt.close(fig)

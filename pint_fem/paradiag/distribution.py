@@ -1,0 +1,138 @@
+r"""Who holds what of a trajectory: a slab of steps, a chunk of degrees of freedom, or a chunk of frequencies.
+
+====================  =================  =======================================
+``"slab"``            ``(k_r, n)``       the own steps, all (local) unknowns
+``"columns"``         ``(N, c_r)``       all steps, some unknowns: for transforms
+``"frequencies"``     ``(f_r, n)``       some frequencies, all unknowns: for solves
+====================  =================  =======================================
+
+A rank sends each other one a block of what it holds (``Alltoallv``), so that nothing is ever whole anywhere. Chunks of
+unknowns begin at multiples of :data:`LANES`: vector units then take an unknown together with the same neighbours
+whatever the number of ranks, and transforms have the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from itertools import pairwise
+
+import numpy as np
+from mpi4py import MPI
+
+from pint_fem.all_at_once.grids import split_steps
+
+__all__ = ["LANES", "TimeTransposes"]
+
+LANES = 8
+
+
+class TimeTransposes:
+    """Maps between the three layouts.
+
+    Parameters
+    ----------
+    comm
+        Time communicator.
+    bounds
+        ``comm.size + 1`` step bounds of the slabs.
+    frequencies
+        Number of frequencies.
+    size
+        Local unknowns of a state, the same on all ranks of ``comm``.
+    backwards
+        The ranks are those of another communicator in reverse order, where their chunks of frequencies shall be the
+        same.
+
+    Attributes
+    ----------
+    own : range
+        Frequencies of this rank.
+    sent : int
+        Bytes that the last exchange has sent to other ranks.
+    """
+
+    def __init__(self, comm, bounds: Sequence[int], frequencies: int, size: int, *, backwards: bool = False):
+        self.comm, self.size, self.steps, self.frequencies = comm, size, bounds[-1], frequencies
+        self._rows = _ranges(tuple(bounds))
+        self._columns = _chunks(size, comm.size)
+        self.sent = 0
+        self._places = own_frequencies(frequencies, comm.size, backwards=backwards)
+        self._row, self._column = self._rows[comm.rank], self._columns[comm.rank]
+        self.own = self._places[comm.rank]
+
+    def to_columns(self, slab: np.ndarray) -> np.ndarray:
+        """``(k, n) -> (N, c)``."""
+        return slab if self.comm.size == 1 else self._spread(slab, self._rows)
+
+    def from_columns(self, columns: np.ndarray) -> np.ndarray:
+        """``(N, c) -> (k, n)``."""
+        return columns if self.comm.size == 1 else self._collect(columns, self._rows)
+
+    def to_frequencies(self, columns: np.ndarray) -> np.ndarray:
+        """``(frequencies, c) -> (f, n)``."""
+        return columns if self.comm.size == 1 else self._collect(columns, self._places)
+
+    def from_frequencies(self, rows: np.ndarray) -> np.ndarray:
+        """``(f, n) -> (frequencies, c)``."""
+        return rows if self.comm.size == 1 else self._spread(rows, self._places)
+
+    def _spread(self, mine: np.ndarray, rows: Sequence[range]) -> np.ndarray:
+        """All columns of my rows to my columns of all rows."""
+        packed = np.concatenate([mine[:, _part(c)].ravel() for c in self._columns])
+        out = np.empty((sum(map(len, rows)), len(self._column)), mine.dtype)
+        self._exchange(packed, out, [len(mine) * len(c) for c in self._columns], None, *self._counts(rows))
+        return out
+
+    def _collect(self, columns: np.ndarray, rows: Sequence[range]) -> np.ndarray:
+        """My columns of all rows to all columns of my rows."""
+        count = len(rows[self.comm.rank])
+        packed = np.empty(count * self.size, columns.dtype)
+        sizes = [count * len(c) for c in self._columns]
+        self._exchange(np.ascontiguousarray(columns), packed, *self._counts(rows), sizes, None)
+        out, place = np.empty((count, self.size), columns.dtype), 0
+        for c, size in zip(self._columns, sizes, strict=True):
+            out[:, _part(c)] = packed[place : place + size].reshape(count, len(c))
+            place += size
+        return out
+
+    def _counts(self, rows: Sequence[range]) -> tuple[list[int], list[int]]:
+        """Sizes and places of the ranks' rows in an array of my columns."""
+        width = len(self._column)
+        return [width * len(r) for r in rows], [width * r.start for r in rows]
+
+    def _exchange(self, send, receive, send_counts, send_places, counts, places) -> None:
+        kind = MPI.C_DOUBLE_COMPLEX if send.dtype.kind == "c" else MPI.DOUBLE
+        if send_places is None:
+            send_places = _offsets(send_counts)
+        if places is None:
+            places = _offsets(counts)
+        self.sent = (sum(send_counts) - send_counts[self.comm.rank]) * send.itemsize
+        self.comm.Alltoallv([send, send_counts, send_places, kind], [receive, counts, places, kind])
+
+
+@lru_cache(maxsize=64)
+def own_frequencies(frequencies: int, size: int, *, backwards: bool = False) -> tuple[range, ...]:
+    """The ranks' chunks of frequencies; ``backwards``: of a communicator in reverse order."""
+    chunks = _ranges(tuple(split_steps(frequencies, size)))
+    return chunks[::-1] if backwards else chunks
+
+
+# ranks that live in one process share what does not depend on the rank
+@lru_cache(maxsize=64)
+def _chunks(size: int, ranks: int) -> tuple[range, ...]:
+    """The ranks' chunks of unknowns."""
+    return _ranges(tuple(min(LANES * b, size) for b in split_steps(-(-size // LANES), ranks)))
+
+
+@lru_cache(maxsize=64)
+def _ranges(bounds: tuple[int, ...]) -> tuple[range, ...]:
+    return tuple(range(a, b) for a, b in pairwise(bounds))
+
+
+def _part(r: range) -> slice:
+    return slice(r.start, r.stop)
+
+
+def _offsets(counts: Sequence[int]) -> list[int]:
+    return [0, *np.cumsum(counts[:-1]).tolist()] if len(counts) else []

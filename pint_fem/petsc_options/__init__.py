@@ -1,0 +1,1 @@
+"""PETSc options: their names and types, checked before a solver reads them."""

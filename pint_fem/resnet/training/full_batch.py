@@ -1,0 +1,351 @@
+r"""Full-batch training as an optimisation constrained by an evolution, for the optimisers of :mod:`pint_fem.optimize`.
+
+The control is all parameters, the state the batch in all layers; a vector is this rank's part: its layers', the
+opening layer's on the first rank, the classification layer's on the last. :math:`J(\theta) = \ell(u_N) + R(\theta)`.
+The Hessian takes a tangent and a second backward sweep. With
+:math:`\delta z_n = L_n \delta u_n + \delta L_n u_n + \delta b_n`,
+
+.. math::
+    \delta u_{n+1} &= \delta u_n + h\, \sigma'(z_n)\, \delta z_n , \\
+    \mu_n &= \Phi_{n,u}^T \mu_{n+1} + h \big[ \delta L_n^T (\sigma' \lambda_{n+1})
+              + L_n^T (\sigma'' \delta z_n \lambda_{n+1}) \big] ,
+
+from the derivative of the loss's gradient for :math:`\mu_N`, and layer :math:`n` has
+:math:`h\, [\partial_\theta (\sigma' \mu_{n+1} + \sigma'' \delta z_n \lambda_{n+1},\, L_n u_n + b_n)
++ \partial_\theta (\sigma' \lambda_{n+1},\, L_n \delta u_n)]`. Right-hand sides and gradients are batched calls over all
+own layers. ``advance`` is one cycle forward and one backward from where the last ones ended, for the one-shot method
+(Günther, Ruthotto, Schroder, Cyr, Gauger, arXiv:1812.04352, train so).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import nn
+
+from pint_fem.all_at_once.norms import gather_in_order
+from pint_fem.collective import all_ranks, collectively, require_same
+from pint_fem.errors import InputError, SolverFailure, release
+from pint_fem.resnet.batches import comparable
+from pint_fem.resnet.network import LayerParallelResNet
+from pint_fem.resnet.regularisation import Regularisation
+
+__all__ = ["TrainingProblem"]
+
+_ONE_SHOT = "one-shot"
+
+
+def _nothing(*_) -> None:
+    """What ranks do that have neither end of the network."""
+
+
+class TrainingProblem:
+    """What :class:`pint_fem.optimize.Problem` asks for, with ``advance`` for the one-shot method.
+
+    Parameters
+    ----------
+    net
+        The network, in float64; its iterations are set aside: values and gradients are to its tolerance, or exact with
+        ``levels=1``.
+    x, y
+        The whole batch of this group and its labels (or targets), the same on all ranks that share the layers.
+    loss
+        ``loss(outputs, y)``, twice differentiable.
+    regularisation
+        Added to the loss.
+    inner_product
+        ``"l2"`` of the parameters, or ``"L2"``: layers weighted with ``h``, as functions of depth.
+
+    Attributes
+    ----------
+    layout : list of (Parameter, slice)
+        Where parameters are in a vector.
+    comm : mpi4py communicator
+        The ranks that evaluate together.
+    failure : SolverFailure or None
+        Why the last value was infinite.
+
+    Raises
+    ------
+    InputError
+        On a network in float32, or with several data groups, or where ranks are given other batches.
+    """
+
+    def __init__(
+        self,
+        net: LayerParallelResNet,
+        x: torch.Tensor,
+        y: torch.Tensor,
+        *,
+        loss: Callable = nn.functional.cross_entropy,
+        regularisation: Regularisation | None = None,
+        inner_product: str = "l2",
+    ):
+        if net.dtype != torch.float64:
+            raise InputError("deterministic training wants float64: build the network with dtype=torch.float64")
+        if net.grid.data_size > 1:
+            raise InputError("deterministic training of one full batch: put all ranks in the layers (grid 1xP)")
+        if inner_product not in ("l2", "L2"):
+            raise InputError(f"inner_product {inner_product!r}: give 'l2' or 'L2'")
+        require_same(net.grid.comm, x=comparable(x), y=comparable(y))
+        self.net, self.x, self.y, self.loss, self.regularisation = net, x, y, loss, regularisation
+        self.layout, start = [], 0
+        for p in net.parameters():
+            self.layout.append((p, slice(start, start + p.numel())))
+            start += p.numel()
+        #: Weights of the inner product, of the shape of a vector (for ``scipy_minimize``).
+        self.weights = np.ones(start)
+        if inner_product == "L2":
+            for p in net.stack:
+                self.weights[self._where(p)] = net.h
+        #: Over which optimisers decide.
+        self.comm = net.grid.comm
+        self.failure: SolverFailure | None = None
+        self._z: np.ndarray | None = None
+        self._known: dict = {}
+        self.counts = {"value": 0, "gradient": 0, "hessian": 0, "advance": 0}
+
+    # -- vectors -------------------------------------------------------------------------------------------------------
+    def _where(self, parameter: nn.Parameter) -> slice:
+        return next(where for p, where in self.layout if p is parameter)
+
+    @property
+    def x0(self) -> np.ndarray:
+        """The network's parameters as they are."""
+        return self._join([p for p, _ in self.layout])
+
+    def _join(self, tensors) -> np.ndarray:
+        out = np.zeros(len(self.weights))
+        for (_, where), t in zip(self.layout, tensors, strict=True):
+            if t is not None:
+                out[where] = t.detach().numpy().reshape(-1)
+        return out
+
+    def _split(self, z: np.ndarray) -> list[torch.Tensor]:
+        return [torch.from_numpy(np.array(z[where], dtype=float)).reshape(p.shape) for p, where in self.layout]
+
+    def set(self, z: np.ndarray) -> None:
+        """Give the network these parameters."""
+        with torch.no_grad():
+            for (p, _), values in zip(self.layout, self._split(z), strict=True):
+                p.copy_(values)
+
+    def _move(self, z: np.ndarray) -> None:
+        """Go to these parameters; whether that is another place is decided by all ranks, as each has its part only."""
+        z = np.asarray(z, dtype=float)
+        here = self._z is not None and np.array_equal(z, self._z) and np.array_equal(z, self.x0)
+        if not all_ranks(self.comm, here):
+            self.set(z)
+            self._known = {}
+        self._z = z.copy()
+
+    def _parts(self, tensors: list) -> tuple[list, list, list]:
+        """Those of the own layers in the layer's order, of the opening and of the classification layer."""
+        index = {id(p): i for i, (p, _) in enumerate(self.layout)}
+        pick = lambda parameters: [tensors[index[id(p)]] for p in parameters]
+        ends = [[] if m is None else pick(m.parameters()) for m in (self.net.opening, self.net.closing)]
+        return pick(self.net.stack), *ends
+
+    # -- what an optimiser asks for ------------------------------------------------------------------------------------
+    def inner(self, a: np.ndarray, b: np.ndarray) -> float:
+        """The inner product, its layers summed in order: the same bits for every number of ranks."""
+        net, product = self.net, self.weights * a * b
+        own = np.zeros(net.hi - net.lo)
+        for p in net.stack:
+            own += product[self._where(p)].reshape(len(p), -1).sum(axis=1)
+        ends = np.zeros(2)
+        for i, module in enumerate((net.opening, net.closing)):
+            for p in module.parameters() if module is not None else ():
+                ends[i] += product[self._where(p)].sum()
+        rows = np.concatenate([ends[:1]] * net.grid.is_first + [own] + [ends[1:]] * net.grid.is_last)
+        return float(gather_in_order(rows, net.grid.layer_comm).sum())
+
+    def _evaluate(self, **how) -> tuple[float, list[torch.Tensor]]:
+        """J and the derivatives, by the network's own autograd."""
+        net = self.net
+        net.zero_grad()
+        total = collectively(self.comm, "loss", self.loss, net(self.x, **how), self.y)
+        if self.regularisation is not None:
+            total = total + self.regularisation()
+        net.meetings.backward(total)
+        return total.item(), [None if p.grad is None else p.grad.clone() for p, _ in self.layout]
+
+    def _solve(self) -> None:
+        """Value and derivatives to the tolerance."""
+        if "value" in self._known:
+            return
+        before = [(s, s.cycles, s.adaptive) for s in (self.net.forward_sweeps, self.net.backward_sweeps)]
+        try:
+            for s, *_ in before:
+                s.cycles = s.adaptive = None
+            value, gradients = self._evaluate()
+        except SolverFailure as failure:
+            release(failure)
+            value, gradients, self.failure = math.inf, None, failure
+        finally:
+            for s, cycles, adaptive in before:
+                s.cycles, s.adaptive = cycles, adaptive
+        found = None if gradients is None else self._join(gradients) / self.weights
+        self._known |= {"value": value, "gradient": found}
+
+    def value(self, z: np.ndarray) -> float:
+        """J; infinite where the propagation overflows."""
+        self.counts["value"] += 1
+        self._move(z)
+        self.failure = None if "value" not in self._known else self.failure
+        self._solve()
+        return self._known["value"]
+
+    def gradient(self, z: np.ndarray) -> np.ndarray:
+        """The Riesz representative of J'."""
+        self.counts["gradient"] += 1
+        self._move(z)
+        self._solve()
+        found = self._known["gradient"]
+        return np.full_like(self.weights, np.nan) if found is None else found
+
+    def advance(self, z: np.ndarray) -> tuple[float, np.ndarray, float]:
+        """One cycle forward and one backward from the last iterates: J, gradient, largest relative residual."""
+        self.counts["advance"] += 1
+        self._move(z)
+        self.failure = None
+        net, kept = self.net, dict(self.net._warm)
+        before = [(s, s.cycles, s.adaptive) for s in (net.forward_sweeps, net.backward_sweeps)]
+        try:
+            for s, *_ in before:
+                s.cycles, s.adaptive = 1, None
+            value, gradients = self._evaluate(batch=_ONE_SHOT)
+        except SolverFailure as failure:
+            release(failure)
+            net._warm, self.failure = kept, failure
+            return math.inf, np.zeros_like(self.weights), math.inf
+        finally:
+            for s, cycles, adaptive in before:
+                s.cycles, s.adaptive = cycles, adaptive
+        residual = max(result.relative_residual for result in net.results.values())
+        return value, self._join(gradients) / self.weights, residual
+
+    # -- second derivatives --------------------------------------------------------------------------------------------
+    def _linearise(self) -> dict:
+        """State, slopes and adjoint at the point, kept for its Hessian actions."""
+        if "trajectory" in self._known:
+            return self._known
+        net, grid, layer, known = self.net, self.net.grid, self.net.layer, {}
+
+        def first_state() -> np.ndarray | None:
+            if not grid.is_first:
+                return None
+            known["x0"] = layer.pack(net.opening(self.x.to(net.dtype)))
+            return np.ascontiguousarray(known["x0"].detach().numpy())
+
+        u0 = collectively(self.comm, "opening layer", first_state)
+        shape = grid.layer_comm.bcast(None if u0 is None else u0.shape, root=0)
+        trajectory = known["trajectory"] = net.sweeps.trajectory(shape, np.float64, keep=True)
+        net.sweeps.forward(net.stack, u0, trajectory)
+        act = layer.activation
+        known["slope"], known["curvature"] = trajectory.slopes, act.curvature(trajectory.kept)
+
+        def last_adjoint() -> np.ndarray | None:
+            if not grid.is_last:
+                return None
+            u = known["last"] = torch.from_numpy(trajectory.U[-1].copy()).requires_grad_()
+            value = self.loss(net.closing(layer.unpack(u, len(self.x))), self.y)
+            known["into"] = [u, *net.closing.parameters()]
+            known["loss_gradient"] = torch.autograd.grad(value, known["into"], create_graph=True)
+            return known["loss_gradient"][0].detach().contiguous().numpy()
+
+        last = collectively(self.comm, "loss", last_adjoint)
+        _, L = net.sweeps.adjoint(trajectory, last, None)
+        known["lambda"] = torch.from_numpy(L[::-1].copy())
+        self._known |= known
+        return self._known
+
+    def hessian_action(self, z: np.ndarray, v: np.ndarray) -> np.ndarray:
+        """The Riesz representative of J''(z) v."""
+        self.counts["hessian"] += 1
+        self._move(z)
+        net, grid, layer, h = self.net, self.net.grid, self.net.layer, self.net.h
+        known = self._linearise()
+        d_theta, d_open, d_close = self._parts(self._split(np.asarray(v)))
+        trajectory, slope, curvature = known["trajectory"], known["slope"], known["curvature"]
+        U, lam = torch.from_numpy(trajectory.U[:-1]), known["lambda"][1:]
+        with torch.no_grad():
+            dz = layer.linear(d_theta, U, torch.empty_like(slope), 1.0)  # of the parameters' change
+            work = self._tangent_of_opening if grid.is_first else _nothing
+            first = collectively(self.comm, "derivative of the opening layer", work, d_open)
+            V = net.sweeps.tangent(trajectory, first, (h * slope * dz).numpy())
+            dU = torch.from_numpy(V[:-1])
+            no_bias = (trajectory.theta[0], torch.zeros_like(trajectory.theta[1]))
+            dz += layer.linear(no_bias, dU, torch.empty_like(slope), 1.0)
+            bent, straight = curvature * dz * lam, slope * lam
+            G = layer.adjoint(d_theta, straight, torch.zeros_like(slope), h, torch.empty_like(slope))
+            G = layer.adjoint(trajectory.theta, bent, G, h, torch.empty_like(slope))
+
+        def second_of_loss() -> list[torch.Tensor]:
+            if not grid.is_last:
+                return [None]
+            direction = [torch.from_numpy(V[-1].copy()), *d_close]
+            return self._derivative_along(known["loss_gradient"], direction, known["into"])
+
+        last, *ends = collectively(self.comm, "second derivative of the loss", second_of_loss)
+        last = None if last is None else last.contiguous().numpy()
+        with torch.no_grad():
+            _, M = net.sweeps.adjoint(trajectory, last, np.ascontiguousarray(G.numpy()[::-1]))
+            mu = torch.from_numpy(M[::-1])
+            one = layer.gradients(slope * mu[1:] + bent, U)
+            two = layer.gradients(straight, dU)
+            two[-1].zero_()  # the bias enters z alone, not L du
+            of_layers = [h * (a + b) for a, b in zip(one, two, strict=True)]
+        work = self._second_of_opening if grid.is_first else lambda *_: []
+        where = "second derivative of the opening layer"
+        of_opening = collectively(self.comm, where, work, d_open, known["lambda"][0], mu[0])
+        out = self._assemble(of_layers, of_opening, ends)
+        if self.regularisation is not None:
+            _, r_layers, r_ends = self.regularisation.evaluate(d_theta, d_close)
+            out += self._assemble(r_layers, [None] * len(of_opening), r_ends)
+        return out / self.weights
+
+    def _assemble(self, layers: list, opening: list, closing: list) -> np.ndarray:
+        net = self.net
+        found = {id(p): g for p, g in zip(net.stack, layers, strict=True)}
+        for module, values in ((net.opening, opening), (net.closing, closing)):
+            for p, g in zip(module.parameters(), values, strict=True) if module is not None else ():
+                found[id(p)] = g
+        return self._join([found[id(p)] for p, _ in self.layout])
+
+    @staticmethod
+    def _derivative_along(gradients, direction, into) -> list[torch.Tensor]:
+        """Derivatives of ``sum (gradients, direction)``."""
+        product = sum((g * d).sum() for g, d in zip(gradients, direction, strict=True))
+        if not product.requires_grad:
+            return [torch.zeros_like(t) for t in into]
+        out = torch.autograd.grad(product, into, allow_unused=True, retain_graph=True)
+        return [torch.zeros_like(t) if g is None else g for g, t in zip(out, into, strict=True)]
+
+    def _tangent_of_opening(self, direction: list[torch.Tensor]) -> np.ndarray:
+        net = self.net
+        names = [name for name, _ in net.opening.named_parameters()]
+        values = [p.detach() for p in net.opening.parameters()]
+
+        def state(*parameters):
+            opened = torch.func.functional_call(
+                net.opening, dict(zip(names, parameters, strict=True)), (self.x.to(net.dtype),)
+            )
+            return net.layer.pack(opened)
+
+        if not values:
+            return np.zeros(self._known["trajectory"].U.shape[1:])
+        return torch.func.jvp(state, tuple(values), tuple(direction))[1].contiguous().numpy()
+
+    def _second_of_opening(self, direction, lam: torch.Tensor, mu: torch.Tensor) -> list[torch.Tensor]:
+        parameters = list(self.net.opening.parameters())
+        if not parameters:
+            return []
+        x0 = self._known["x0"]
+        gradients = torch.autograd.grad((lam * x0).sum(), parameters, create_graph=True)
+        second = self._derivative_along(gradients, direction, parameters)
+        first = torch.autograd.grad((mu * x0).sum(), parameters, retain_graph=True)
+        return [a + b for a, b in zip(first, second, strict=True)]

@@ -1,0 +1,1 @@
+"""The state, adjoint, tangent-linear and second-order adjoint sweeps over all time steps."""

@@ -1,0 +1,90 @@
+"""The solver's check of user code, :func:`pint_fem.mgrit.check`, on the propagators of finite element sweeps."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pint_fem.errors import InputError
+from pint_fem.kernels.blocks import WIDTH
+from pint_fem.mgrit.checks.check import CheckReport, check
+from pint_fem.propagators.base import FEPropagator, StepData
+from pint_fem.sweeps.sweeps import Sweeps
+
+__all__ = ["check_sweeps"]
+
+
+class _Checked:
+    """A propagator with the signatures of :func:`pint_fem.mgrit.check`: any steps of a level, at a given control."""
+
+    def __init__(self, propagator: FEPropagator, z: np.ndarray | None):
+        self.propagator, self.z = propagator, z
+        if propagator.is_linear:
+            self.block, self.sweep = WIDTH, self._sweep
+
+    def _data(self, steps: range, u: np.ndarray | None) -> StepData:
+        stride, evolution = self.propagator.stride, self.propagator.evolution
+        start = np.arange(steps.start, steps.stop, steps.step) * stride
+        own = self.z if self.z is None or self.z.ndim == 1 else self.z[start + stride - 1]
+        return StepData(evolution.time(start), own, u)
+
+    def step(self, steps, u, out):
+        """See :class:`pint_fem.all_at_once.levels.Propagator`."""
+        self.propagator.step(self._data(steps, u), u, out, steps.start // steps.step)
+
+    def tangent(self, steps, u, du, out):
+        """See :class:`pint_fem.all_at_once.levels.Propagator`."""
+        self.propagator.tangent(self._data(steps, u), du, None, out, steps.start // steps.step)
+
+    def adjoint(self, steps, u, lam, out):
+        """See :class:`pint_fem.all_at_once.levels.Propagator`."""
+        self.propagator.adjoint(self._data(steps, u), lam, out, steps.start // steps.step)
+
+    def _sweep(self, first, U, G):
+        """As the state sweep of a linear evolution: homogeneous steps with the forcing as right-hand side."""
+        forcing = self.propagator.forcing(self._data(range(first, first + len(U) - 1), None), first)
+        self.propagator.sweep(U, forcing if G is None else forcing + G)
+
+
+def check_sweeps(sweeps: Sweeps, z: np.ndarray | None = None, *, seed: int = 0, rtol: float = 1e-10) -> CheckReport:
+    """Check the propagators of all levels, their derivatives and the transfers (collective; for small problems).
+
+    Every rank takes some hundred steps a level, and stores a control a step for all steps.
+
+    Parameters
+    ----------
+    sweeps
+        Of a reduced functional: ``rf.problem.sweeps``.
+    z
+        Control ``(nz,)`` or ``(k, nz)`` of the own steps; default: the value of the evolution's control.
+    seed, rtol
+        See :func:`pint_fem.mgrit.check`.
+
+    Returns
+    -------
+    CheckReport
+
+    Raises
+    ------
+    InputError
+        On every rank, if the arguments do not fit.
+    """
+    evolution, spacetime = sweeps.evolution, sweeps.spacetime
+    if z is None and evolution.parameters:
+        z = evolution.posed.get_controls()
+    elif z is not None and z.ndim == 2:
+        z = np.concatenate(spacetime.time_comm.allgather(z))
+    try:
+        return check(
+            [_Checked(p, sweeps.space.controls(level, z)) for level, p in enumerate(sweeps.propagators)],
+            evolution.nsteps,
+            sweeps.initial,
+            coarsening=sweeps.options.coarsening,
+            transfers=sweeps.space.transfers,
+            comm=spacetime.time_comm,
+            space_comm=spacetime.space_comm,
+            seed=seed,
+            rtol=rtol,
+            printer=sweeps.printer,
+        )
+    except ValueError as error:
+        raise InputError(str(error)) from error

@@ -1,0 +1,23 @@
+"""A-priori convergence estimates of MGRIT and ParaDiag for linear evolutions, from the spectra of their propagators."""
+
+from pint_fem.theory.alpha_circulant import contraction
+from pint_fem.theory.stability import dirk_stability
+from pint_fem.theory.two_level import (
+    Verdict,
+    error_propagation,
+    expected_iterations,
+    two_level_bound,
+    two_level_factors,
+    verdict,
+)
+
+__all__ = [
+    "Verdict",
+    "contraction",
+    "dirk_stability",
+    "error_propagation",
+    "expected_iterations",
+    "two_level_bound",
+    "two_level_factors",
+    "verdict",
+]
