@@ -59,6 +59,8 @@ class ParaDiag(MGRIT):
         As for MGRIT.
     backwards
         ``comm`` is another communicator in reverse order (adjoint sweeps): ranks keep their frequencies.
+    circulant
+        Makes the preconditioner.
 
     Raises
     ------
@@ -82,12 +84,13 @@ class ParaDiag(MGRIT):
         trace: Trace | None = None,
         speaks: bool | None = None,
         backwards: bool = False,
+        circulant: Callable[..., AlphaCirculant] = AlphaCirculant,
     ):
         super().__init__(
             [propagator], nsteps, options=ParaDiagOptions.make(options), comm=comm, everyone=everyone, bounds=bounds,
             linear=True, point_norms=point_norms, name=name, printer=printer, trace=trace, speaks=speaks,
         )  # fmt: skip
-        self._frequency_solve, self._backwards = solve, backwards
+        self._frequency_solve, self._backwards, self._make_circulant = solve, backwards, circulant
         self._circulant: AlphaCirculant | None = None
         self._iterates = True
         #: Where ``Phi`` is affine or not linear: called before each iteration with the iterate and the last
@@ -98,14 +101,11 @@ class ParaDiag(MGRIT):
         """The preconditioner for states of ``size`` local unknowns."""
         if self._circulant is None or self._size != size:
             self._size = size
-            self._circulant = self._make_circulant(size)
+            self._circulant = self._make_circulant(
+                self.nsteps, self.options.alpha, self._guarded, size, comm=self.comm, bounds=self.levels[0].bounds,
+                backwards=self._backwards, trace=self.trace,
+            )  # fmt: skip
         return self._circulant
-
-    def _make_circulant(self, size: int) -> AlphaCirculant:
-        return AlphaCirculant(
-            self.nsteps, self.options.alpha, self._guarded, size, comm=self.comm, bounds=self.levels[0].bounds,
-            backwards=self._backwards, trace=self.trace,
-        )  # fmt: skip
 
     def _guarded(self, k: int, mu: complex, r: np.ndarray) -> np.ndarray:
         """A failure becomes NaN, which transforms and the norm carry to every rank (no hang)."""
