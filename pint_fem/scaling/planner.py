@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from pint_fem.errors import InputError
 from pint_fem.mgrit.options import MGRITOptions
@@ -140,7 +141,7 @@ def _space_ranks(calibration: Calibration, ranks: int) -> list[int]:
 
 
 def plan(
-    problem: str | Calibration,
+    problem: str | Path | Calibration,
     ranks: int,
     *,
     nsteps: int | None = None,
@@ -258,7 +259,7 @@ def least_time(
 
 
 def auto_grid(
-    problem: str | Calibration, ranks: int, options: Mapping | MGRITOptions, nsteps: int, rtol: float = 0.0
+    problem: str | Path | Calibration, ranks: int, options: Mapping | MGRITOptions, nsteps: int, rtol: float = 0.0
 ) -> tuple[int, int]:
     """The fastest split of all ranks for given options; all ranks in time where there is no prediction.
 
