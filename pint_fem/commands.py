@@ -32,7 +32,7 @@ __all__ = ["command", "main"]
 LIBRARIES = ("pint_fem", "firedrake", "petsc4py", "irksome", "mpi4py", "numpy", "scipy", "torch", "greenlet")
 PACKAGES = {"MUMPS": "mumps", "CHOLMOD": "cholmod", "UMFPACK": "umfpack", "hypre": "hypre", "PT-Scotch": "ptscotch"}
 """What PETSc may be built with, by name and PETSc's own name."""
-PARTS = ("costs", "space", "cycles")
+PARTS = ("costs", "cycles")
 
 
 def main() -> None:
@@ -169,7 +169,6 @@ def _calibrate(arguments: Sequence[str]) -> None:
     """Measure the costs of a problem's arithmetic and count cycles; write a calibration."""
     from pint_fem.scaling import calibrate as measure
     from pint_fem.scaling.costs import load
-    from pint_fem.scaling.counting import count_cycles
 
     parser = _parser("scaling calibrate", _calibrate.__doc__)
     add = parser.add_argument
@@ -180,8 +179,6 @@ def _calibrate(arguments: Sequence[str]) -> None:
     opts, comm = parser.read(arguments), MPI.COMM_WORLD
     if opts.only not in ("", *PARTS):
         raise InputError(f"--only {opts.only}: give {', '.join(PARTS)}")
-    if opts.only == "space" and comm.size < 2:
-        raise InputError("--only space: start this on two processes")
     case = _case(opts.case)
     path = opts.out or Path(f"{case.name}.json")
     made = on_first_rank(comm, "", lambda: load(path) if path.is_file() else None)
@@ -192,18 +189,8 @@ def _calibrate(arguments: Sequence[str]) -> None:
         progress, cycles = lambda text: _print(f"measuring: {text}"), () if made is None else made.cycles
         made = measure.calibrate(case, comm=comm, repeats=opts.repeats, progress=progress)
         made = made and made.with_changes(cycles=cycles)
-    if opts.only == "space":
-        watch = measure.Stopwatch(opts.repeats)
-        found = measure.measure_space(case.pose, comm, watch)
-        if comm.rank == 0:
-            notes = [note for note in made.notes if not note.startswith("space ranks:")]
-            notes.append(f"space ranks: kernels on 2, {watch.about}")
-            made = made.with_changes(
-                kernels={**made.kernels, 2: found[0]}, space_iterations=float(found[1]), notes=notes
-            )
     if opts.only in ("", "cycles") and case.menu:
-        counted = partial(count_cycles, case.smaller or case.pose, case.nsteps, case.menu, case.rtol)
-        cycles = on_first_rank(comm, "", counted)
+        cycles = on_first_rank(comm, "", measure.count_cycles, case)
         made = made and made.with_changes(cycles=cycles)
     _write(path, "" if made is None else made.to_json())
     _print(f"written: {path}")

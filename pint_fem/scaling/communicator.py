@@ -7,6 +7,7 @@ is one number; ``row_bytes`` gives the bytes that a number in a message stands f
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import reduce
 from itertools import count
 
 import numpy as np
@@ -19,7 +20,15 @@ __all__ = ["OBJECT_BYTES", "VirtualComm", "communicators"]
 OBJECT_BYTES = 64
 """Bytes charged for a Python object in a collective operation."""
 
-_OPERATIONS = ((MPI.SUM, np.add), (MPI.MIN, np.minimum), (MPI.MAX, np.maximum), (MPI.LAND, np.logical_and))
+_OPERATIONS = ((MPI.SUM, np.add), (MPI.MIN, np.minimum))
+
+
+class _Operation:
+    """A collective operation: the values and clocks of the ranks that have entered it, and the result."""
+
+    def __init__(self, size: int, kind: str):
+        self.kind, self.present, self.result = kind, 0, None
+        self.values, self.clocks, self.last = [None] * size, [0.0] * size, 0.0
 
 
 class _Context:
@@ -29,14 +38,6 @@ class _Context:
         self.world, self.members, self.size = world, list(members), len(members)
         self.number, world.contexts = world.contexts, world.contexts + 1
         self.operations: dict[int, _Operation] = {}
-
-
-class _Operation:
-    """A collective operation: the values and clocks of the ranks that have entered it, and the result."""
-
-    def __init__(self, size: int, kind: str):
-        self.kind, self.present, self.result = kind, 0, None
-        self.values, self.clocks, self.last = [None] * size, [0.0] * size, 0.0
 
 
 class _Request:
@@ -118,9 +119,7 @@ class VirtualComm:
         """Receive an array from a given source without blocking."""
         return _Request(self.world, self._key(source, self.rank, tag), _array(buf))
 
-    def Send(self, buf, dest: int, tag: int = 0) -> None:
-        """Send an array."""
-        self.Isend(buf, dest, tag)
+    Send = Isend  # no send blocks
 
     def Recv(self, buf, source: int, tag: int = 0) -> None:
         """Receive an array from a given source."""
@@ -182,10 +181,6 @@ class VirtualComm:
         """Broadcast an object; all ranks get the same one."""
         return self._collective("bcast", value, OBJECT_BYTES, lambda values: values[root], root)
 
-    def allreduce(self, value, op=MPI.SUM):
-        """Reduce an object of each rank."""
-        return self._collective("allreduce", value, OBJECT_BYTES, lambda values: _reduce(values, op))
-
     def Allreduce(self, sendbuf, recvbuf, op=MPI.SUM) -> None:
         """Reduce an array of each rank."""
         out = _array(recvbuf)
@@ -228,14 +223,6 @@ class VirtualComm:
         start = places[self.rank]
         out[...] = data[start : start + counts[self.rank]].reshape(out.shape)
 
-    def Alltoallv(self, sendbuf, recvbuf) -> None:
-        """Exchange parts of arrays: ``[array, counts]`` or ``[array, (counts, displacements)]``."""
-        own, out = _array(sendbuf).ravel(), _array(recvbuf)
-        counts = sendbuf[1][0] if isinstance(sendbuf[1], tuple) else sendbuf[1]
-        parts = np.split(own.copy(), np.cumsum(counts)[:-1])
-        everyone = self._collective("alltoall", parts, self._nbytes(own, 0), list)
-        out[...] = np.concatenate([p[self.rank] for p in everyone]).reshape(out.shape)
-
     def alltoall_bytes(self, nbytes: float) -> None:
         """Take the time of an ``Alltoallv`` that sends ``nbytes`` bytes to other ranks, without data."""
         self.world.counts["alltoall", 0] += 1
@@ -246,12 +233,9 @@ class VirtualComm:
         """Make a communicator of the ranks of each colour, ordered by key and rank."""
 
         def split(values):
-            members: dict[int, list] = {}
-            for rank, (c, k) in enumerate(values):
-                members.setdefault(c, []).append((k, rank))
             made = [None] * self.size
-            for c in sorted(members):
-                order = [rank for _, rank in sorted(members[c])]
+            for colour in sorted({c for c, _ in values}):
+                order = [rank for _, rank in sorted((k, r) for r, (c, k) in enumerate(values) if c == colour)]
                 context = _Context(self.world, [self._context.members[r] for r in order])
                 for place, rank in enumerate(order):
                     made[rank] = context, place
@@ -262,19 +246,8 @@ class VirtualComm:
 
 
 def communicators(world: World, row_bytes: Sequence[float] | None = None) -> list[VirtualComm]:
-    """Make the communicator of all ranks.
-
-    Parameters
-    ----------
-    world
-        The virtual ranks.
-    row_bytes
-        Bytes that a number of a state stands for, by the messages' tag, see :class:`VirtualComm`.
-
-    Returns
-    -------
-    list of VirtualComm
-        The communicator as each rank has it.
+    """Make the communicator of all ranks of a world, and return it as each rank has it; ``row_bytes`` is that of
+    :class:`VirtualComm`.
     """
     context = _Context(world, range(world.size))
     return [VirtualComm(context, rank, row_bytes) for rank in range(world.size)]
@@ -286,10 +259,7 @@ def _array(buf) -> np.ndarray:
 
 
 def _reduce(values: list, op):
-    combine = next((function for operation, function in _OPERATIONS if operation == op), None)
-    if combine is None:
-        raise NotImplementedError(f"reduction {op} on virtual ranks: give SUM, MIN, MAX or LAND")
-    total = values[0]
-    for value in values[1:]:
-        total = combine(total, value)
-    return total
+    for operation, combine in _OPERATIONS:
+        if operation == op:
+            return reduce(combine, values)
+    raise NotImplementedError(f"reduction {op} on virtual ranks: give SUM or MIN")

@@ -1,8 +1,8 @@
 """Measured costs of a problem's arithmetic: a calibration, kept as one JSON file.
 
 A calibration has tables of seconds for each kind of kernel: ``"step"`` and ``"adjoint"`` (blocks of states),
-``"sweep"`` and ``"adjoint sweep"`` (one state after another). Each kind has one table per level; the last one holds for all coarser
-levels.
+``"sweep"`` and ``"adjoint sweep"`` (one state after another). Each kind has one table per level; the last one holds for
+all coarser levels.
 """
 
 from __future__ import annotations
@@ -109,23 +109,20 @@ class Calibration:
     norm : float
         Seconds of a state's norm on one space rank.
     overhead : mapping
-        By sweep (``"state"``, ``"adjoint"``): seconds per state stepped that a solve takes beside kernels and norms
-        (copies, sums, interpreter). For layers, whose kernels are short, also those of a ``"call"`` of relaxation.
+        Seconds per state stepped that a ``"state"`` or ``"adjoint"`` sweep takes beside kernels and norms (copies,
+        sums, interpreter). For layers, whose kernels are short, also those of a ``"call"`` of relaxation.
     extras : mapping
         Seconds of the work around the sweeps, by name: per call (``"forcing"``), or per step (``"misfit value"``).
     control_bytes, sensor_bytes : float
         Bytes of the control's values, and of the observations that a misfit passes to the next rank.
-    space_iterations : float
-        Krylov iterations per stage on two space ranks; 0 for a direct solve.
-    stages : int
-        Stages of a step.
+    space_iterations, stages, overlap : float, int, int
+        Krylov iterations per stage on two space ranks, 0 for a direct solve; stages of a step; layers of cells that the
+        subdomain of a space rank shares with its neighbours.
     paradiag : mapping
         Costs of ParaDiag on one space rank, empty where they were not measured: seconds of a frequency's ``"solve"``
         and ``"solve transposed"``, of a ``"factor"`` (per frequency and stage) and its ``"factor bytes"``, of an
         unknown's ``"fft"`` and ``"ifft"`` over ``"fft steps"`` steps among ``"fft columns"`` unknowns (with ``few``
         in front: among 32), of packing a byte (``"pack"``); and the overhead of sweeps.
-    overlap : int
-        Layers of cells that the subdomain of a space rank shares with its neighbours.
     slowdown : mapping
         Seconds of a kernel with a number of processes at work (the key), relative to one process alone.
     network : Network
@@ -224,12 +221,7 @@ def bundled() -> list[str]:
 
 
 def load(name: str | Path) -> Calibration:
-    """Read a calibration.
-
-    Parameters
-    ----------
-    name
-        Name of one that comes with the package, or a file.
+    """Read a calibration by the name of one that comes with the package, or from a file.
 
     Raises
     ------

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 from mpi4py import MPI
@@ -43,11 +43,9 @@ class Solve:
     ----------
     kind : str
         ``"state"``, ``"tangent"`` or ``"adjoint"``.
-    start : str
+    start, cycles : str, int
         ``"guess"``, ``"skip"`` or ``"nested"`` as for MGRIT, or ``"transposed"`` for the adjoint of an inexact Hessian
-        action (:mod:`~pint_fem.mgrit.transposed_cycles`, :mod:`~pint_fem.paradiag.transposed_iterations`).
-    cycles : int
-        Number of cycles or iterations.
+        action (:mod:`~pint_fem.mgrit.transposed_cycles`); number of cycles or iterations.
     """
 
     kind: str
@@ -61,14 +59,10 @@ class Prediction:
 
     Attributes
     ----------
-    seconds : float
-        From the first rank's start to the last one's end.
-    task_seconds : list of float
-        Seconds of each task.
-    work : list of float
-        Seconds of work on each time rank.
-    clocks : list of float
-        When each time rank has ended.
+    seconds, task_seconds : float, list of float
+        From the first rank's start to the last one's end; of each task.
+    work, clocks : list of float
+        Seconds of work on each time rank, and when it has ended.
     counts : Counter
         Work and messages of all ranks, see :class:`~pint_fem.scaling.world.World`.
     bytes_per_rank : float
@@ -173,11 +167,6 @@ class Model:
             the first include the work and messages around the solves.
         trace
             Whether to record all events.
-
-        Raises
-        ------
-        DeadlockError
-            If the ranks' messages do not match.
         """
         world = World(self.grid[1], self.network)
         comms = communicators(world, [self.calibration.state_bytes / self.grid[0]])
@@ -238,12 +227,11 @@ class _Rank:
         if model.solver == "paradiag":
             costs = {k: v if k == "factor bytes" else shared.slowdown * v for k, v in c.paradiag.items()}
             self.systems = virtual_systems(shared.world, costs, c.stages, 1e9 * model.options.memory)
-            common = dict(
-                circulant=virtual_circulant(shared.world, c.paradiag, c.unknowns, model.nsteps, shared.slowdown)
-            )
-            solve, transposed = self.systems.solve, self.systems.solve_transposed
-            self.forward = ParaDiag(shared.forward[0], model.nsteps, solve, **forward, **common)
-            self.backward = ParaDiag(shared.backward[0], model.nsteps, transposed, backwards=True, **backward, **common)
+            made_by = virtual_circulant(shared.world, c.paradiag, c.unknowns, model.nsteps, shared.slowdown)
+            make = partial(ParaDiag, nsteps=model.nsteps, circulant=made_by)
+            self.forward = make(shared.forward[0], solve=self.systems.solve, **forward)
+            transposed = self.systems.solve_transposed
+            self.backward = make(shared.backward[0], solve=transposed, backwards=True, **backward)
         else:
             self.forward = MGRIT(shared.forward, model.nsteps, linear=True, **forward)
             self.backward = MGRIT(shared.backward, model.nsteps, linear=True, **backward)
@@ -279,41 +267,23 @@ class _Rank:
         self._used.add(solver)
         solver.solve(U, G, start=solve.start, coarse_rhs=coarse_rhs, **accuracy)
 
-    # -- tasks -------------------------------------------------------------------------------------------------------
     def perform(self, task: str, solves: Sequence[Solve]) -> None:
         """Run a task of :meth:`Model.run_all`."""
-        if task == "solves":
-            for solve in solves:
+        for number, solve in enumerate(solves):
+            if task == "solves":
                 self.solve(solve)
-        elif task == "gradient":
-            self._value(solves[0])
-            self._derivative(solves[1])
-        else:
-            {"value": self._value, "derivative": self._derivative, "hessian": self._hessian}[task](*solves)
+                continue
+            if number == 0 or task == "gradient":  # agree on whether the control is a new one
+                self.comm.allgather(None)
+            if solve.kind == "adjoint":
+                self._misfit_gradient()
+            self.solve(solve)
+            if solve.kind == "adjoint":
+                self._control_gradient()
+            elif solve.kind == "state":
+                self.shared.charge("misfit value", self.k)
+                gather_in_order(np.zeros((self.k, 1)), self.comm)
         self.nbytes = self._memory()
-
-    def _value(self, state: Solve) -> None:
-        self._compare_controls()
-        self.solve(state)
-        self.shared.charge("misfit value", self.k)
-        gather_in_order(np.zeros((self.k, 1)), self.comm)
-
-    def _derivative(self, adjoint: Solve) -> None:
-        self._compare_controls()
-        self._misfit_gradient()
-        self.solve(adjoint)
-        self._control_gradient()
-
-    def _hessian(self, tangent: Solve, adjoint: Solve) -> None:
-        self._compare_controls()
-        self.solve(tangent)
-        self._misfit_gradient()
-        self.solve(adjoint)
-        self._control_gradient()
-
-    def _compare_controls(self) -> None:
-        """Agree on whether the control is a new one."""
-        self.comm.allgather(None)
 
     def _misfit_gradient(self) -> None:
         """Derivative of the misfits, with the observations that are passed to the next rank."""

@@ -103,7 +103,7 @@ class _System:
 
 
 def virtual_systems(world: World, costs: Mapping[str, float], stages: int, memory: float) -> ShiftedSteps:
-    """Make the solves of one rank's frequencies; factors are kept by ParaDiag's own rule.
+    """Make the solves of one rank's frequencies, for steps with one or two stages.
 
     Parameters
     ----------
@@ -111,10 +111,8 @@ def virtual_systems(world: World, costs: Mapping[str, float], stages: int, memor
         The virtual ranks.
     costs
         ``paradiag`` of :class:`~pint_fem.scaling.costs.Calibration`.
-    stages
-        Stages of a step, 1 or 2.
-    memory
-        Bytes of factors that are kept.
+    stages, memory
+        Stages of a step; bytes of factors that are kept, by ParaDiag's own rule.
     """
     A, b = _TABLEAUX[stages]
     return ShiftedSteps(A, b, dict.fromkeys(np.diag(A), _System(world, costs, stages)), memory)
@@ -129,12 +127,10 @@ def virtual_circulant(
     ----------
     world
         The virtual ranks.
-    costs
-        ``paradiag`` of :class:`~pint_fem.scaling.costs.Calibration`.
+    costs, factor
+        ``paradiag`` of :class:`~pint_fem.scaling.costs.Calibration`, and a factor of all its times.
     unknowns, nsteps
         Local unknowns of a state, and time steps: transforms take a time that grows as ``nsteps log(nsteps)``.
-    factor
-        Of all times.
     """
     measured, many = costs["fft steps"], int(costs["fft columns"])
     ratio = factor * nsteps * log2(max(nsteps, 2)) / (measured * log2(measured))

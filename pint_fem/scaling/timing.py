@@ -38,17 +38,7 @@ SHORT = 0.01
 
 @dataclass(frozen=True)
 class Measured:
-    """The time of an action.
-
-    Attributes
-    ----------
-    seconds : float
-        Seconds at full speed.
-    clock : float
-        Seconds by the clock.
-    each : tuple of float
-        Seconds by the clock of each repeat.
-    """
+    """The time of an action: ``seconds`` at full speed, by the ``clock``, and by the clock for ``each`` repeat."""
 
     seconds: float
     clock: float
@@ -67,14 +57,8 @@ class _Span:
 
 
 class SpeedMonitor:
-    """Measures actions and, meanwhile, the speed of the machine; in the main thread.
-
-    Parameters
-    ----------
-    comm
-        Ranks that do the measured actions collectively.
-    every
-        Seconds between reference loops.
+    """Measures actions, which the ranks of ``comm`` do collectively, and meanwhile the speed of the machine, at
+    intervals of ``every`` seconds; in the main thread.
     """
 
     def __init__(self, comm=MPI.COMM_SELF, every: float = 0.01):
@@ -157,11 +141,9 @@ def rounds(
     Parameters
     ----------
     actions
-        By name.
+        By name; the ranks of ``comm`` do them collectively.
     repeats
         Repeats of each action, after some that are not measured.
-    comm
-        Ranks that do the actions collectively.
     before
         What is done before the action of a name, not measured.
 

@@ -13,14 +13,13 @@ from dataclasses import dataclass
 import numpy as np
 from mpi4py import MPI
 
-from pint_fem.scaling.calibrate import SMALL, Action, kernel_actions, paradiag_actions
+from pint_fem.scaling.actions import SMALL, Action, kernel_actions, paradiag_actions, solver_parameters
 from pint_fem.scaling.costs import Calibration
-from pint_fem.scaling.counting import solver_parameters
 from pint_fem.scaling.model import Model, Solve
-from pint_fem.scaling.timing import Measured, rounds
+from pint_fem.scaling.timing import rounds
 from pint_fem.spacetime import SpaceTime
 
-__all__ = ["Comparison", "compare", "kernel_seconds"]
+__all__ = ["Comparison", "compare"]
 
 MANY = 64
 """States of a kernel's call that is timed."""
@@ -38,12 +37,10 @@ class Comparison:
         Numbers of time ranks and of steps.
     cycles : tuple of int
         Cycles of the state and the adjoint in the real run.
-    measured : float
-        Seconds by the clock, median of the repeats.
+    measured, predicted : float
+        Seconds by the clock, median of the repeats; predicted seconds, multiplied by ``slower``.
     slower : float
         Median ratio of the kernels' times, on all ranks at once, to the calibrated ones.
-    predicted : float
-        Seconds, multiplied by that ratio.
     """
 
     task: str
@@ -60,26 +57,17 @@ class Comparison:
         return self.predicted / self.measured - 1
 
     @classmethod
-    def of(
-        cls,
-        task: str,
-        ranks: int,
-        steps: int,
-        cycles: tuple[int, int],
-        found: Mapping[object, Measured],
-        kernels: Mapping[object, tuple[float, float]],
-        seconds: float,
-    ) -> Comparison:
+    def of(cls, task: str, ranks: int, steps: int, cycles, found: Mapping, kernels: Mapping, seconds: float):
         """Compare a task with its prediction.
 
         Parameters
         ----------
         task, ranks, steps, cycles
-            See the attributes.
+            As the attributes.
         found
-            Times of the task, by its name, and of kernels that were measured in turn with it.
+            ``Measured`` times of the task, by its name, and of kernels that were timed in turn with it.
         kernels
-            Calibrated seconds of the kernels, and the seconds that the task spends in each of them.
+            Calibrated seconds of each of these kernels, and the seconds that the task spends in it.
         seconds
             The task's predicted seconds.
         """
@@ -170,39 +158,10 @@ def _kernel_seconds(model: Model, key, times: float, counts: Mapping) -> tuple[f
     c = model.calibration
     if model.solver == "paradiag":
         # half of all solves are an adjoint's, where there are any: its residuals are
-        kinds = {kind for (kind, _), n in counts.items() if n}
-        seconds = c.paradiag[key]
-        return model.slowdown * seconds * times, seconds if (
-            "adjoint" if "transposed" in key else "step"
-        ) in kinds else 0.0
-    name = "step sweep" if key[0] == "sweep" else key[0]
-    stepped = sum(n for (kind, _), n in counts.items() if kind == name)
-    return kernel_seconds(c, key, times, stepped, model.slowdown)
-
-
-def kernel_seconds(
-    calibration: Calibration, key: tuple, times: float, stepped: int, slowdown: float
-) -> tuple[float, float]:
-    """Seconds of a kernel in a task.
-
-    Parameters
-    ----------
-    calibration
-        Costs.
-    key
-        Kind, level and size of the kernel.
-    times
-        Calls of the kernel in the action that was timed.
-    stepped
-        States that the task steps by such kernels.
-    slowdown
-        Factor of all work.
-
-    Returns
-    -------
-    action, task : float
-        Calibrated seconds of the action, and those that the task spends in such calls.
-    """
+        kinds, seconds = {kind for (kind, _), n in counts.items() if n}, c.paradiag[key]
+        spent = seconds if ("adjoint" if "transposed" in key else "step") in kinds else 0.0
+        return model.slowdown * seconds * times, spent
     kind, _, size = key
-    seconds = calibration.kernels[1][kind][0](size)
-    return slowdown * seconds * times, stepped * seconds / size
+    seconds = c.kernels[1][kind][0](size)
+    stepped = sum(n for (what, _), n in counts.items() if what == ("step sweep" if kind == "sweep" else kind))
+    return model.slowdown * seconds * times, stepped * seconds / size

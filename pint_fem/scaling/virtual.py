@@ -22,10 +22,9 @@ class VirtualPropagator:
         The virtual ranks.
     level, kind
         Under which work is counted.
-    kernel
-        Cost of a call on a block of states.
-    sweep
-        Cost of steps one after another; ``None``: the propagator has no method ``sweep``.
+    kernel, sweep
+        Cost of a call on a block of states, and of steps one after another; without the latter the propagator has no
+        method ``sweep``.
     overhead
         Seconds per state that the solver takes beside the kernel.
     """
@@ -60,16 +59,8 @@ class VirtualPropagator:
 def hierarchy(
     world: World, kind: str, blocks: Sequence[Kernel], sweeps: Sequence[Kernel] | None, levels: int, overhead: float
 ) -> list[VirtualPropagator]:
-    """Make the propagators of all levels.
-
-    Parameters
-    ----------
-    world, kind, overhead
-        See :class:`VirtualPropagator`.
-    blocks, sweeps
-        Kernels by level, the last one for all coarser levels; without ``sweeps`` the propagators have none.
-    levels
-        Their number.
+    """Make the propagators of a number of levels; the last kernel holds for all coarser levels, and without ``sweeps``
+    the propagators have no method ``sweep``. ``overhead`` is that of :class:`VirtualPropagator`.
     """
     pick = lambda table, level: table[min(level, len(table) - 1)] if table else None
     return [VirtualPropagator(world, i, kind, pick(blocks, i), pick(sweeps, i), overhead) for i in range(levels)]
