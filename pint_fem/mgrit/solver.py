@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import numpy as np
 from mpi4py import MPI
 
-from pint_fem.agreement import digest
 from pint_fem.all_at_once.arguments import check_arrays
 from pint_fem.all_at_once.failures import MEETINGS, Failures
 from pint_fem.all_at_once.grids import Bounds
@@ -28,6 +27,7 @@ from pint_fem.all_at_once.residuals import Residuals
 from pint_fem.all_at_once.stopping import SolveResult, SolverFailure, Stopping
 from pint_fem.all_at_once.trace import Trace, check_trace_file
 from pint_fem.collective import collectively, ending_all_ranks
+from pint_fem.digests import digest
 from pint_fem.errors import FAILURES, InputError
 from pint_fem.mgrit.cycle import Cycle
 from pint_fem.mgrit.options import MGRITOptions

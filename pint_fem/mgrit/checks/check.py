@@ -19,7 +19,7 @@ from mpi4py import MPI
 
 from pint_fem.all_at_once.grids import coarse_points
 from pint_fem.all_at_once.levels import Propagator
-from pint_fem.collective import raise_together
+from pint_fem.collective import raise_collectively
 from pint_fem.errors import FAILURES, InputError
 from pint_fem.mgrit.checks.calls import LevelCalls, TransferCalls, has_method
 from pint_fem.mgrit.checks.derivatives import check_adjoint, check_tangent
@@ -92,10 +92,10 @@ def check(
     except FAILURES as error:  # of a user's property or array
         failure = error
     try:
-        raise_together(comm, failure)
+        raise_collectively(comm, failure)
     except FAILURES as error:
         failure = error
-    raise_together(space_comm, failure)
+    raise_collectively(space_comm, failure)
     keys = [key for part in space_comm.allgather(comm.allgather(setup.key)) for key in part]
     if len(set(keys)) > 1:
         raise InputError("check: the arguments differ: give all ranks the same steps, levels, transfers and steppers")
