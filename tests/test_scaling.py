@@ -360,7 +360,7 @@ def test_schedule_is_that_of_a_real_run_on_eight_ranks():
 
 
 @pytest.mark.parallel([1, 2, 3])
-def test_all_alike():
+def test_consistency_across_ranks():
     comm = MPI.COMM_WORLD
     assert consistent_across_ranks(comm, True, (1, 2), (True, False))
     assert not consistent_across_ranks(comm, comm.rank != comm.size - 1)

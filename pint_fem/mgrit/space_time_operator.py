@@ -239,7 +239,9 @@ class Hierarchies:
         self.solver = MGRIT(propagators, nsteps, **fit, **common)
         self.comm, self.petsc_comm, self.name = comm, comm if petsc_comm is None else petsc_comm, name
         self.solver_T: MGRIT | None = None
-        self._shared_groups = SharedGroups(comm, comm.size) if transposed is not None and reversed_comm is None else None
+        self._shared_groups = (
+            SharedGroups(comm, comm.size) if transposed is not None and reversed_comm is None else None
+        )
         reverse = reversed_comm if self._shared_groups is None else self._shared_groups.groups.reversed_inner
         if transposed is not None:
             levels = self.solver.levels

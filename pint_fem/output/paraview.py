@@ -12,7 +12,7 @@ from firedrake import Function, VTKFile
 
 from pint_fem.collective import collectively, raise_collectively
 from pint_fem.errors import InputError
-from pint_fem.files import naming, write_whole
+from pint_fem.files import as_input_error, write_whole
 from pint_fem.kernels.arrays import put
 from pint_fem.spacetime import Slab, SpaceTime
 
@@ -100,7 +100,7 @@ def _written(comm, what: str, work: Callable):
     """
 
     def guarded():
-        with naming(what):
+        with as_input_error(what):
             return work()
 
     return collectively(comm, "", guarded)
