@@ -25,7 +25,7 @@ from mpi4py import MPI
 from pint_fem.cli import ProgramParser, file_name, positive, run
 from pint_fem.collective import on_first_rank
 from pint_fem.errors import InputError
-from pint_fem.files import naming, require_output, write_whole
+from pint_fem.files import as_input_error, require_output, write_whole
 
 __all__ = ["command", "main"]
 
@@ -105,7 +105,7 @@ def _write(path: Path, text: str) -> None:
     """Write a result on the first rank, whole, or raise ``InputError`` on every rank and leave the last one."""
 
     def write() -> None:
-        with naming(f"--out {path} cannot be written"):
+        with as_input_error(f"--out {path} cannot be written"):
             path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(path, text.encode())
 

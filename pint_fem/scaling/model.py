@@ -221,7 +221,7 @@ class _Rank:
         self.shared, self.comm, self.model, self.nbytes = shared, comm, shared.model, 0.0
         model, c, self.systems = shared.model, shared.model.calibration, None
         self.trace = VirtualTrace(comm) if trace else None
-        common = dict(options=model.options, point_norms=shared.norms, trace=self.trace, speaks=False)
+        common = dict(options=model.options, point_norms=shared.norms, trace=self.trace, is_root=False)
         forward = dict(comm=comm, bounds=shared.bounds, name="state", **common)
         backward = dict(comm=comm.Split(0, -comm.rank), bounds=shared.reversed_bounds, name="adjoint", **common)
         if model.solver == "paradiag":
@@ -311,8 +311,9 @@ class _Rank:
         nbytes = self.model.calibration.state_bytes / self.model.grid[0]
         states = 3 * self.k + 2
         for solver in self._used:
-            fine, *coarse = solver.extra_states
-            states += fine + sum(4 * level.k + 2 + n for level, n in zip(solver.levels[1:], coarse, strict=True))
+            if len(solver.levels) > 1:
+                fine, *coarse = solver.extra_states
+                states += fine + sum(4 * level.k + 2 + n for level, n in zip(solver.levels[1:], coarse, strict=True))
         if self.systems is not None:  # transforms, the residual, factors
             return (states + 5 * self.k) * nbytes + self.systems.bytes
         return states * nbytes

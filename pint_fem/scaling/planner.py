@@ -11,9 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pint_fem.all_at_once.options import SHARED
 from pint_fem.errors import InputError
 from pint_fem.mgrit.options import MGRITOptions
-from pint_fem.paradiag.options import SHARED, ParaDiagOptions
+from pint_fem.paradiag.options import ParaDiagOptions
 from pint_fem.scaling.costs import Calibration, load
 from pint_fem.scaling.model import Model, Solve
 from pint_fem.scaling.network import Network

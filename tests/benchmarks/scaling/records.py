@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pint_fem.files import naming, write_whole
+from pint_fem.files import as_input_error, write_whole
 from pint_fem.scaling.costs import BUNDLED, Calibration, bundled
 
 __all__ = ["FOLDER", "Record", "load", "names", "save"]
@@ -57,6 +57,6 @@ def save(record: Record) -> Path:
     path, data = FOLDER / f"{record.problem}.json", json.loads(record.to_json())
     keep = OWN if record.problem in bundled() else data
     lines = (f" {json.dumps(name)}: {json.dumps(data[name])}" for name in keep if name not in OWN or data[name])
-    with naming(f"{path} cannot be written"):
+    with as_input_error(f"{path} cannot be written"):
         write_whole(path, ("{\n" + ",\n".join(lines) + "\n}\n").encode())
     return path
