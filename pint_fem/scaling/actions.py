@@ -114,11 +114,12 @@ def extra_actions(rf) -> dict[str, Action]:
     return out
 
 
-def solve_actions(rf, cycles: int = 2) -> dict[str, Action]:
-    """Cold sweeps of the functional with a fixed number of cycles."""
+def solve_actions(rf, controls: np.ndarray, gradient: np.ndarray, **accuracy) -> dict[str, Action]:
+    """Cold state and adjoint sweeps of a functional for given controls and derivative of the misfit, to a given
+    accuracy.
+    """
     problem, sweeps = rf.problem, rf.problem.sweeps
-    z = problem.layout.steps(rf.array([c.control for c in rf.controls]))
-    accuracy, g = {} if sweeps.is_sequential else {"cycles": cycles}, np.ones_like(problem.L)
+    z = problem.layout.steps(controls)
 
     def state():
         problem.U[:] = sweeps.initial
@@ -126,7 +127,7 @@ def solve_actions(rf, cycles: int = 2) -> dict[str, Action]:
 
     def adjoint():
         problem.L[:] = 0
-        sweeps.adjoint(z, problem.U, g, problem.L, cold=True, **accuracy)
+        sweeps.adjoint(z, problem.U, gradient, problem.L, cold=True, **accuracy)
 
     return {"state": (state, 1), "adjoint": (adjoint, 1)}
 

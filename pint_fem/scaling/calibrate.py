@@ -51,19 +51,15 @@ class Case:
 
     Attributes
     ----------
-    name : str
-        Name of the calibration.
+    name, nsteps : str, int
+        Name of the calibration; time steps that the model has by default.
     pose : callable
         ``(spacetime, steps, solver_parameters)`` to the reduced functional, of a linear evolution.
-    nsteps : int
-        Time steps that the model has by default.
     menu : sequence of mappings
         Options of MGRIT and ParaDiag that the planner chooses from, as those of
         :class:`~pint_fem.scaling.model.Model`. ParaDiag is measured where it is among them.
-    rtol : sequence of float
-        Relative tolerances of the solves whose cycles are counted.
-    solver : mapping
-        Options of the solves that are validated.
+    rtol, solver : sequence of float, mapping
+        Relative tolerances of the solves whose cycles are counted; options of the solves that are validated.
     smaller : callable or None
         As ``pose``, on a coarser mesh, for the counts of cycles; default: ``pose``.
     """
@@ -120,8 +116,13 @@ def kernel_tables(
     return out
 
 
+def _cold_solves(rf) -> dict[str, Action]:
+    """Cold sweeps of two cycles."""
+    return solve_actions(rf, rf.array([c.control for c in rf.controls]), np.ones_like(rf.problem.L), cycles=2)
+
+
 def _overhead(seconds: Mapping[str, float], calibration: Calibration, options: dict, steps: int) -> dict[str, float]:
-    """Seconds per state stepped of the solves of :func:`solve_actions` beside kernels and norms."""
+    """Seconds per state stepped of the solves of :func:`_cold_solves` beside kernels and norms."""
     out, model = {}, Model(calibration, options, nsteps=steps)
     for kind, counted in (("state", "step"), ("adjoint", "adjoint")):
         task = ("solves", [Solve(kind, "nested", 2)])
@@ -178,7 +179,7 @@ def calibrate(
 def _measure_alone(case: Case, rf, watch: Stopwatch, small: int, progress: Callable[[str], None]) -> Calibration:
     """All costs that one process measures."""
     sweeps, work = rf.problem.sweeps, kernel_actions(rf)
-    groups = {"extras": extra_actions(rf), "solves": solve_actions(rf)}
+    groups = {"extras": extra_actions(rf), "solves": _cold_solves(rf)}
     seconds = watch(work | {(group, name): do for group, some in groups.items() for name, do in some.items()})
     extras, solves = ({name: seconds[group, name] for name in some} for group, some in groups.items())
     extras["adjoint sum"] = max(extras.pop("all steps") - extras["control gradient"], 0.0) / max(sweeps.slab.k - 1, 1)
@@ -198,7 +199,7 @@ def _measure_alone(case: Case, rf, watch: Stopwatch, small: int, progress: Calla
         made = made.with_changes(paradiag=watch(parts) | sizes)
         few = small if made.unknowns < LARGE else min(small, 32)
         diagonal = case.pose(SpaceTime("1x1", comm=MPI.COMM_SELF), few, solver_parameters(PARADIAG))
-        overhead = _overhead(watch(solve_actions(diagonal)), made, PARADIAG, few)
+        overhead = _overhead(watch(_cold_solves(diagonal)), made, PARADIAG, few)
         made = made.with_changes(paradiag={**made.paradiag, **overhead})
     return made.with_changes(notes=[f"{watch.about}, one process at work"])
 
@@ -221,27 +222,23 @@ def measure_all_processes(
     return made.with_changes(slowdown=slowdown, network=network, notes=[*made.notes, f"{note}as long, median"])
 
 
-def _measure_network(comm, repeats: int = 200) -> Network:
+def _measure_network(comm) -> Network:
     """Latency and bandwidth between the first two ranks: half a round trip of 8 bytes, and of 4 MB (collective)."""
 
-    def trips(nbytes: int, count: int) -> Callable[[], None]:
+    def round_trip(nbytes: int) -> Callable[[], None]:
         buffer = np.zeros(nbytes // 8)
 
         def run():
-            for _ in range(count):
-                if comm.rank == 0:
-                    comm.Send(buffer, 1)
-                    comm.Recv(buffer, 1)
-                elif comm.rank == 1:
-                    comm.Recv(buffer, 0)
-                    comm.Send(buffer, 0)
+            for sender in (0, 1):
+                if comm.rank < 2:
+                    (comm.Send if comm.rank == sender else comm.Recv)(buffer, 1 - comm.rank)
 
         return run
 
-    few = max(repeats // 10, 3)
-    found = rounds({"short": trips(8, repeats), "long": trips(1 << 22, few)}, 9, comm=comm)
-    latency, long = found["short"].seconds / (2 * repeats), found["long"].seconds / (2 * few)
-    return Network(latency, (1 << 22) / max(long - latency, 1e-9), "measured: ping-pong on the calibrating machine")
+    large = 1 << 22
+    found = rounds({n: round_trip(n) for n in (8, large)}, 9, comm=comm)
+    latency, long = found[8].seconds / 2, found[large].seconds / 2
+    return Network(latency, large / max(long - latency, 1e-9), "measured: ping-pong on the calibrating machine")
 
 
 def _space_kernels(pose: Callable, comm, watch: Stopwatch, small: int) -> tuple[dict, int] | None:

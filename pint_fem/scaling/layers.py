@@ -111,14 +111,10 @@ def predict_training(
 
     Parameters
     ----------
-    calibration
-        Costs of a network (``kind`` ``"layers"``).
-    options
-        MGRIT's; ``{"levels": 1}`` steps from layer to layer.
-    ranks
-        Ranks that share the layers.
-    iterations
-        Cycles of the forward and the backward sweep.
+    calibration, options
+        Costs of a network (``kind`` ``"layers"``); options of MGRIT, ``{"levels": 1}`` steps from layer to layer.
+    ranks, iterations
+        Ranks that share the layers; cycles of the forward and the backward sweep.
     nlayers, network
         Default: the calibration's.
     trace

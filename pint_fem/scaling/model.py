@@ -92,12 +92,8 @@ class Model:
         given, as for finite element sweeps. With ``"time_solver": "paradiag"`` the others are ParaDiag's.
     grid
         Numbers of space and time ranks.
-    nsteps
-        Fine steps; default: the calibration's.
-    network
-        Default: the calibration's.
-    slowdown
-        Factor of all work; default: the calibration's for that many processes.
+    nsteps, network, slowdown
+        Fine steps, network, and factor of all work; default: the calibration's.
 
     Attributes
     ----------

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from mpi4py import MPI
 
-from pint_fem.scaling.actions import SMALL, Action, kernel_actions, paradiag_actions, solver_parameters
+from pint_fem.scaling.actions import SMALL, Action, kernel_actions, paradiag_actions, solve_actions, solver_parameters
 from pint_fem.scaling.costs import Calibration
 from pint_fem.scaling.model import Model, Solve
 from pint_fem.scaling.timing import rounds
@@ -31,12 +31,8 @@ class Comparison:
 
     Attributes
     ----------
-    task : str
-        Name of the task.
-    ranks, steps : int
-        Numbers of time ranks and of steps.
-    cycles : tuple of int
-        Cycles of the state and the adjoint in the real run.
+    task, ranks, steps, cycles : str, int, int, tuple of int
+        Name; numbers of time ranks and of steps; cycles of the state and the adjoint in the real run.
     measured, predicted : float
         Seconds by the clock, median of the repeats; predicted seconds, multiplied by ``slower``.
     slower : float
@@ -60,16 +56,8 @@ class Comparison:
     def of(cls, task: str, ranks: int, steps: int, cycles, found: Mapping, kernels: Mapping, seconds: float):
         """Compare a task with its prediction.
 
-        Parameters
-        ----------
-        task, ranks, steps, cycles
-            As the attributes.
-        found
-            ``Measured`` times of the task, by its name, and of kernels that were timed in turn with it.
-        kernels
-            Calibrated seconds of each of these kernels, and the seconds that the task spends in it.
-        seconds
-            The task's predicted seconds.
+        ``found`` are the times of the task, by its name, and of kernels that were timed in turn with it; ``kernels``
+        the calibrated seconds of each of these and those that the task spends in it; ``seconds`` the predicted ones.
         """
         ratios = [np.array(found[key].each) / calibrated for key, (calibrated, _) in kernels.items()]
         slower = np.average(ratios, axis=0, weights=[spent for _, spent in kernels.values()])
@@ -97,37 +85,28 @@ def compare(
         Costs, and the problem as for :class:`~pint_fem.scaling.calibrate.Case`.
     options, steps, rtol
         Options of MGRIT or ParaDiag as the model's, time steps, and relative tolerance of the solves.
-    comm
-        Processes, all in time.
-    repeats
-        Repeats of each measurement, of which the medians are used.
+    comm, repeats
+        Processes, all in time; repeats of each measurement, of which the medians are used.
     """
     rf = pose(SpaceTime((1, comm.size), comm=comm), steps, solver_parameters(options, rtol=rtol))
     problem, sweeps = rf.problem, rf.problem.sweeps
-    controls = rf.array([c.control for c in rf.controls])
-    z, count, scale = problem.layout.steps(controls + 1.0), {}, [1.0]
-
-    def state():
-        problem.U[:] = sweeps.initial
-        count["state"] = sweeps.state(z, problem.U, cold=True).cycles
-
-    def adjoint():
-        problem.L[:] = 0
-        count["adjoint"] = sweeps.adjoint(z, problem.U, g, problem.L, cold=True).cycles
+    controls = rf.array([c.control for c in rf.controls]) + 1.0
+    g, cycles, scale = np.zeros_like(problem.L), [], [1.0]
+    solves = solve_actions(rf, controls, g)
+    for solve, _ in solves.values():
+        solve()
+        cycles.append(sweeps.results[-1][1].cycles)
+        g[:] = sum(m.gradient(problem.U) for m in problem.misfits)
 
     def gradient():
         scale[0] *= 1.001
-        problem.derivative(scale[0] * (controls + 1.0))
+        problem.derivative(scale[0] * controls)
 
-    state()
-    g = sum(m.gradient(problem.U) for m in problem.misfits)
     model = Model(calibration, options, (1, comm.size), nsteps=steps)
     kernels = _kernels(model, pose)
-    actions = {"state": state, "adjoint": adjoint, "gradient": gradient}
-    actions |= {key: action for key, (action, _) in kernels.items()}
+    actions = {key: action for key, (action, _) in (solves | {"gradient": (gradient, 1)} | kernels).items()}
     found = rounds(actions, repeats, comm=comm, before={"gradient": problem.forget})
-    cycles = count["state"], count["adjoint"]
-    forward, backward = Solve("state", "nested", cycles[0]), Solve("adjoint", "nested", cycles[1])
+    forward, backward = (Solve(kind, "nested", n) for kind, n in zip(solves, cycles, strict=True))
     tasks = {
         "state": ("solves", [forward]),
         "adjoint": ("solves", [backward]),
@@ -139,7 +118,7 @@ def compare(
         spent = {key: _kernel_seconds(model, key, n, prediction.counts) for key, (_, n) in kernels.items()}
         spent = {key: pair for key, pair in spent.items() if pair[1]}
         seconds = prediction.task_seconds[1]
-        out.append(Comparison.of(name, comm.size, steps, cycles, found, spent, seconds))
+        out.append(Comparison.of(name, comm.size, steps, tuple(cycles), found, spent, seconds))
     return out
 
 

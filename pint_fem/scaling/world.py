@@ -27,24 +27,18 @@ class World:
 
     Parameters
     ----------
-    size
-        Number of ranks.
-    network
-        Costs of messages.
+    size, network
+        Number of ranks, and costs of messages.
 
     Attributes
     ----------
-    clocks : list of float
-        Seconds since the start, on each rank.
-    work : list of float
-        Seconds of work that each rank was charged.
+    clocks, work : list of float
+        Seconds since the start, and seconds of work, on each rank.
     counts : Counter
         By ``(kind, level)``, the states that work was charged for; by ``("messages", tag)`` and ``("bytes", tag)``,
         what all ranks have sent.
-    current : int
-        The rank that runs now.
-    contexts : int
-        Number of communicators made so far.
+    current, contexts : int
+        The rank that runs now; number of communicators made so far.
     """
 
     def __init__(self, size: int, network: Network):
