@@ -14,7 +14,7 @@ from firedrake import Function, TestFunction, assemble, derivative
 from pyadjoint.tape import stop_annotating
 from ufl.algorithms import expand_derivatives, extract_coefficients
 
-from pint_fem.adjoint.consistency.same_control import Copies
+from pint_fem.adjoint.consistency.control_values import ControlConsistency
 from pint_fem.adjoint.minimisation.checkpoint import HDF5Checkpoint
 from pint_fem.adjoint.minimisation.fingerprint import bound_numbers, constraint_numbers
 from pint_fem.adjoint.minimisation.inexact_objective import InexactObjective
@@ -51,7 +51,7 @@ def _on_all_ranks(method: Callable) -> Callable:
         own = {name: value for name, value in options.items() if name != "callback"}
         with ending_all_ranks(comm):
             require_same(comm, minimiser=method.__name__, method=args, given=own)
-            Copies(rf.problem.layout).agree({"start": start})
+            ControlConsistency(rf.problem.layout).require({"start": start})
             if monitor is not None:
                 options["monitor"] = monitor
             return method(rf, start, *args, **options)
@@ -127,7 +127,7 @@ def trust_region(
                 options |= dict(monitor=monitor, inexact=inexact, checkpoint=kept)
                 return minimize_trust_region(limited, start, **options)
         finally:
-            problem.keep_points(1)
+            problem.keep_evaluations(1)
 
 
 def _floor(objective: Objective, start: np.ndarray, checkpoint, options: dict) -> None:
