@@ -138,22 +138,14 @@ class ComposedProblem(ControlProblem):
     ----------
     terms
         Weights, problems and maps to their controls.
-    evolution
-        All controls.
     layout
-        Their position in vectors.
+        All controls.
     make_regularisation
         Returns the regularisation besides those of the terms, with the current values of its data.
     """
 
-    def __init__(
-        self,
-        terms: Sequence[Term],
-        evolution: ControlSet,
-        layout: ControlLayout,
-        make_regularisation: Callable[[], Regularisation | None] = lambda: None,
-    ):
-        self.terms, self.evolution, self.layout, self.spacetime = terms, evolution, layout, layout.spacetime
+    def __init__(self, terms: Sequence[Term], layout: ControlLayout, make_regularisation: Callable = lambda: None):
+        self.terms, self.layout, self.evolution, self.spacetime = terms, layout, layout.evolution, layout.spacetime
         self._make_regularisation, self.regularisation = make_regularisation, make_regularisation()
         self._own_part = 0.0  # the regularisation's last value
 
@@ -174,11 +166,11 @@ class ComposedProblem(ControlProblem):
             out["regularisation"] += self._own_part
         return out
 
-    def _collect(self, apply: Callable[[Term, np.ndarray], np.ndarray], z: np.ndarray) -> np.ndarray:
-        """Return the sum of ``w_i S_i'(z)^T apply(term, S_i(z))``, a dual vector."""
+    def _collected(self, duals: Sequence[np.ndarray], z: np.ndarray) -> np.ndarray:
+        """Return the sum of ``w_i S_i'(z)^T`` of a dual vector for each term."""
         out = np.zeros(self.layout.size)
-        for term in self.terms:
-            term.map.add_adjoint(out, z, apply(term, term.map.value(z)), term.weight)
+        for term, dual in zip(self.terms, duals, strict=True):
+            term.map.add_adjoint(out, z, dual, term.weight)
         return out
 
     def value(self, z: np.ndarray) -> float:
@@ -193,11 +185,11 @@ class ComposedProblem(ControlProblem):
     def derivative(self, z: np.ndarray) -> np.ndarray:
         """Return ``J'(z)`` as a dual vector."""
         z = as_vector(z)
-        g = self._collect(lambda term, inner: term.problem.derivative(inner), z)
+        g = self._collected([term.problem.derivative(term.map.value(z)) for term in self.terms], z)
         return g if self.regularisation is None else g + self.regularisation.gradient(z)
 
     def tangent_value(self, z: np.ndarray, dz: np.ndarray) -> float:
-        """Return ``J'(z) dz``, computed by a tangent sweep for each term, the identical number on every rank."""
+        """Return ``J'(z) dz``, computed by a tangent sweep for each term."""
         z, dz = as_vector(z), as_vector(dz)
         total = sum(w * problem.tangent_value(map.value(z), map.tangent(z, dz)) for w, problem, map in self.terms)
         if self.regularisation is not None:
@@ -216,40 +208,23 @@ class ComposedProblem(ControlProblem):
         return out if self.regularisation is None else out + self.regularisation.hessian(z, dz)
 
     def advance(self, z: np.ndarray) -> tuple[float, np.ndarray, float]:
-        """Return ``J`` and ``J'`` after one MGRIT cycle for state and adjoint of each term, and the largest relative
-        residual after them.
-        """
+        """Return ``J`` and ``J'`` after one MGRIT cycle for each state and adjoint, and the largest residual."""
         z = as_vector(z)
-        found = [term.problem.advance(term.map.value(z)) for term in self.terms]
-        value = sum(term.weight * v for term, (v, _, _) in zip(self.terms, found, strict=True))
-        g = np.zeros(self.layout.size)
-        for term, (_, dual, _) in zip(self.terms, found, strict=True):
-            term.map.add_adjoint(g, z, dual, term.weight)
+        values, duals, residuals = zip(*(t.problem.advance(t.map.value(z)) for t in self.terms), strict=True)
+        value = sum(term.weight * v for term, v in zip(self.terms, values, strict=True))
+        g = self._collected(duals, z)
         if self.regularisation is not None:
             value, g = value + self.regularisation.value(z), g + self.regularisation.gradient(z)
-        return value, g, max(residual for *_, residual in found)
+        return value, g, max(residuals)
 
     def gradient_error(self, z: np.ndarray) -> np.ndarray | None:
-        """Return a dual vector of the size of the error of ``J'(z)`` where all terms fit their data up to about the
-        error of their states, else ``None``.
-        """
+        """Return the error of ``J'(z)`` where all terms fit their data up to about the error of their states."""
         z = as_vector(z)
         errors = [term.problem.gradient_error(term.map.value(z)) for term in self.terms]
-        if any(error is None for error in errors):
-            return None
-        out = np.zeros(self.layout.size)
-        for term, error in zip(self.terms, errors, strict=True):
-            term.map.add_adjoint(out, z, error, term.weight)
-        return out
+        return None if any(error is None for error in errors) else self._collected(errors, z)
 
     def observations(self, z: np.ndarray, misfit: BlockMisfit) -> np.ndarray:
-        """Return what a misfit observes of the state of its evolution at the local points, ``(k + 1, width)``.
-
-        Raises
-        ------
-        InputError
-            If the misfit is not one of the terms', or is defined on whole slabs only.
-        """
+        """Return what a misfit of one of the terms observes at the local points, ``(k + 1, width)``."""
         for term in self.terms:
             if any(leaf.index_of(misfit) is not None for leaf in term.problem.leaves):
                 return term.problem.observations(term.map.value(as_vector(z)), misfit)
@@ -305,7 +280,7 @@ def sum_of_problems(terms: Sequence[tuple[float, ControlProblem]]) -> ComposedPr
         )
     layout = ControlLayout(controls, spacetime, (slabs or [problems[0].layout.slab])[0])
     maps = [Selection(layout, problem.layout) for problem in problems]
-    return ComposedProblem([Term(*term) for term in zip(weights, problems, maps, strict=True)], controls, layout)
+    return ComposedProblem([Term(*term) for term in zip(weights, problems, maps, strict=True)], layout)
 
 
 def problem_with_initial_expression(problem: ReducedProblem, forms: Sequence[ufl.Form]) -> ComposedProblem:
@@ -324,11 +299,9 @@ def problem_with_initial_expression(problem: ReducedProblem, forms: Sequence[ufl
         On every rank, if the functionals do not fit, or data differ between ranks.
     """
     own, spacetime = problem.sweeps.evolution, problem.spacetime
-    controls = ControlSet([problem.evolution])
-    layout = ControlLayout(controls, spacetime, problem.layout.slab)
+    layout = ControlLayout(ControlSet([problem.evolution]), spacetime, problem.layout.slab)
     term = Term(1.0, problem, InitialConditionMap(layout, problem))
     require_same_forms(spacetime, **{"the regularisation of the initial condition's controls": forms})
-    make = lambda: Regularisation(forms, layout, own) if forms else None
-    composed = ComposedProblem([term], controls, layout, make)
+    composed = ComposedProblem([term], layout, lambda: Regularisation(forms, layout, own) if forms else None)
     require_same_values(spacetime, own.copies)
     return composed

@@ -18,7 +18,6 @@ import numpy as np
 from pint_fem.adjoint.consistency.control_values import ControlConsistency
 from pint_fem.adjoint.consistency.user_data import UserData
 from pint_fem.adjoint.control_layout import ControlLayout
-from pint_fem.adjoint.trajectories import CPointTrajectories, StoredTrajectories
 from pint_fem.all_at_once.stopping import SolveResult
 from pint_fem.errors import FAILURES, SolverFailure
 from pint_fem.sweeps.sweeps import Sweeps
@@ -82,14 +81,12 @@ class EvaluationCache:
 
     Parameters
     ----------
-    sweeps
-        The solvers.
+    sweeps, trajectories
+        The solvers, and the adjoint's right-hand side.
     layout
         The controls.
     data
         The user's data, which are checked for changes with each search.
-    trajectories
-        Computes the adjoint's right-hand side.
     before_first_solve
         Called once, on all ranks.
 
@@ -100,12 +97,7 @@ class EvaluationCache:
     """
 
     def __init__(
-        self,
-        sweeps: Sweeps,
-        layout: ControlLayout,
-        data: UserData,
-        trajectories: StoredTrajectories | CPointTrajectories,
-        before_first_solve: Callable[[], None] | None = None,
+        self, sweeps: Sweeps, trajectories, layout: ControlLayout, data: UserData, before_first_solve: Callable | None
     ):
         self._sweeps, self._layout, self._data, self._trajectories = sweeps, layout, data, trajectories
         self._consistency, self._before_first_solve = ControlConsistency(layout), before_first_solve

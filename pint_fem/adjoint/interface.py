@@ -1,7 +1,8 @@
 r"""The interface of a differentiable functional :math:`J(z)` of controls on flat arrays.
 
 Optimisers and the public functional use it. It has two implementations:
-:class:`~pint_fem.adjoint.problem.ReducedProblem` for one evolution, and :class:`~pint_fem.adjoint.composed.ComposedProblem` for weighted sums of such and for initial conditions that are
+:class:`~pint_fem.adjoint.problem.ReducedProblem` for one evolution, and
+:class:`~pint_fem.adjoint.composed.ComposedProblem` for weighted sums of such and for initial conditions that are
 expressions of controls. Whatever concerns each evolution by itself is implemented here, once for both.
 
 A control :math:`z` and a direction are float vectors ``(layout.size,)``, this rank's part of a distributed vector
@@ -73,7 +74,9 @@ class ControlProblem(ABC):
 
     def __str__(self):
         """One line: evolutions and misfits, controls, process grid."""
-        leaves = " + ".join(leaf.description for leaf in self.leaves)
+        leaves = " + ".join(
+            f"{w:g} * ({p.description})" if w != 1 else p.description for w, p in self.weighted_leaves()
+        )
         names = [repr(c.name()) + " per step" * (c in self.evolution.stepwise) for c in self.evolution.controls]
         grid = f"grid {self.spacetime.space_size}x{self.spacetime.time_size}"
         return f"{leaves}; controls {', '.join(names)}; {grid}"
@@ -137,10 +140,14 @@ class ControlProblem(ABC):
             found for term in self.terms for found in term.problem.leaf_terms(term.map.value(z), weight * term.weight)
         ]
 
+    def weighted_leaves(self, weight: float = 1.0) -> list[tuple[float, ReducedProblem]]:
+        """Return the problem of each evolution with its weight in ``J``; one in several terms comes several times."""
+        return [found for term in self.terms for found in term.problem.weighted_leaves(weight * term.weight)]
+
     @property
     def leaves(self) -> list[ReducedProblem]:
         """The problem of each evolution; one that is in several terms comes several times."""
-        return [leaf for term in self.terms for leaf in term.problem.leaves]
+        return [leaf for _, leaf in self.weighted_leaves()]
 
     def regularisations(self, weight: float = 1.0) -> list[tuple[float, Regularisation]]:
         """Return all regularisations with their weights in ``J``."""

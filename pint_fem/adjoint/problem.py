@@ -86,13 +86,12 @@ class ReducedProblem(ControlProblem):
             self.regularisation = Regularisation(regularisation, self.layout, sweeps.evolution)
         self.data = UserData(sweeps, self.misfits, self.regularisation)
         view = self._print_memory if sweeps.options.view else None
-        self._cache = EvaluationCache(sweeps, self.layout, self.data, self._trajectories, view)
+        self._cache = EvaluationCache(sweeps, self._trajectories, self.layout, self.data, view)
 
     # -- the interface's part for one evolution ------------------------------------------------------------------------
-    @property
-    def leaves(self) -> list[ReducedProblem]:
-        """The problem itself."""
-        return [self]
+    def weighted_leaves(self, weight: float = 1.0) -> list[tuple[float, ReducedProblem]]:
+        """Return the weight and the problem itself."""
+        return [(weight, self)]
 
     def leaf_terms(self, z: np.ndarray, weight: float = 1.0) -> list[tuple[float, ReducedProblem, np.ndarray]]:
         """Return the weight, the problem itself and its controls."""

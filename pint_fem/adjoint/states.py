@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from numbers import Real
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 from firedrake import Cofunction, Function
@@ -26,8 +27,11 @@ from pint_fem.adjoint.riesz import RieszMap
 from pint_fem.collective import collectively, require_same
 from pint_fem.errors import InputError
 from pint_fem.evolution.evolution import Evolution
-from pint_fem.kernels.arrays import own_size, put
+from pint_fem.kernels.arrays import put
 from pint_fem.output.paraview import write_fields
+
+Times: TypeAlias = float | Sequence[float] | None
+"""A time, several, or all points."""
 
 __all__ = ["FinalState", "StateAccess", "point_numbers"]
 
@@ -90,7 +94,7 @@ def _terms(
     return [term for term in problem.leaf_terms(np.ravel(z)) if term[1].evolution is chosen]
 
 
-def _checked_numbers(problem: ReducedProblem, times: float | Sequence[float] | None) -> list[int] | None:
+def _checked_numbers(problem: ReducedProblem, times: Times) -> list[int] | None:
     """Numbers of the points at one or several times, which have to be the same on all ranks (collective)."""
     comm, given = problem.spacetime.comm, [times] if isinstance(times, Real) else times
     numbers = collectively(comm, "", lambda: None if given is None else point_numbers(problem.evolution, given))
@@ -161,7 +165,7 @@ class StateAccess:
         return chosen.time(np.array(_own_points(leaf)))
 
     def state(
-        self, values=None, times: float | Sequence[float] | None = None, *, evolution: Evolution | None = None
+        self, values=None, times: Times = None, *, evolution: Evolution | None = None
     ) -> Function | list[Function]:
         """Return the state at values of the controls as functions (collective).
 
@@ -189,12 +193,7 @@ class StateAccess:
         return _functions(leaf, leaf.states(own), times, lambda row: _filled(Function(leaf.evolution.V), row))
 
     def adjoint(
-        self,
-        values=None,
-        times: float | Sequence[float] | None = None,
-        *,
-        riesz_map="L2",
-        evolution: Evolution | None = None,
+        self, values=None, times: Times = None, *, riesz_map="L2", evolution: Evolution | None = None
     ) -> Function | Cofunction | list[Function] | list[Cofunction]:
         """Return the adjoint at values of the controls (collective): at a time ``t_n`` the derivative of ``J`` by the
         state at this time, from which the evolution continues.
@@ -231,14 +230,7 @@ class StateAccess:
             make = lambda row: _filled(Function(V), riesz.primal(weight * row))
         return _functions(leaf, leaf.adjoints(own), times, make)
 
-    def write(
-        self,
-        values,
-        path: str | Path,
-        times: float | Sequence[float] | None = None,
-        *,
-        evolution: Evolution | None = None,
-    ) -> Path:
+    def write(self, values, path: str | Path, times: Times = None, *, evolution: Evolution | None = None) -> Path:
         """Write the state at values of the controls for ParaView (collective): each rank in time its own points, and
         one file that lists them all; nothing is gathered.
 
@@ -304,8 +296,5 @@ class FinalState:
 
     def update(self) -> None:
         """Set the function to the final state of the last control (collective over time)."""
-        time_comm = self.problem.spacetime.time_comm
-        last = time_comm.rank == time_comm.size - 1
-        row = self.problem.U[-1].copy() if last else np.empty(own_size(self.function.function_space()))
-        time_comm.Bcast(row, root=time_comm.size - 1)
-        put(self.function, row)
+        row = self.problem.U[-1].copy() if self.problem.sweeps.slab.is_last else None
+        put(self.function, _sent(row, self.problem.evolution.nsteps, self.problem))

@@ -17,8 +17,9 @@ from pint_fem.adjoint.control_layout import ControlLayout
 from pint_fem.agreement import digest, require_same
 from pint_fem.collective import raise_together
 from pint_fem.errors import InputError
+from pint_fem.spacetime import SpaceTime
 
-__all__ = ["ControlConsistency", "differing", "norms_by_rank", "sketch", "sketch_weights"]
+__all__ = ["ControlConsistency", "compare_copies", "norms_by_rank", "sketch", "sketch_weights"]
 
 _RTOL = 1e-9
 """Far above the round-off of copies in a run, far below what changes ``J``."""
@@ -38,11 +39,33 @@ def sketch(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
     return np.where(np.isfinite(found), found, _HUGE)
 
 
-def differing(low: np.ndarray, high: np.ndarray) -> np.ndarray:
-    """Return which of some vectors differ between ranks by more than round-off, from the least and the largest of their
-    sketches, ``(vectors, numbers, ...)``; the first number is the norm.
+def compare_copies(spacetime: SpaceTime, sketches: np.ndarray, head: Sequence[float] = ()) -> tuple:
+    """Compare vectors between the ranks of one place in space, for all places in one reduction (collective).
+
+    Parameters
+    ----------
+    spacetime
+        Process grid.
+    sketches
+        Sketches of the vectors, ``(vectors, numbers)``; the first number is the norm. NaN: none on this rank.
+    head
+        Other numbers of this rank.
+
+    Returns
+    -------
+    ndarray, ndarray of bool
+        The least of the other numbers over all ranks, and which of the vectors differ by more than round-off.
     """
-    return (high - low > _RTOL * np.maximum(high[:, :1], 1e-300)).reshape(len(low), -1).any(axis=1)
+    numbers = np.full(
+        (2, *sketches.shape, spacetime.space_size), np.inf
+    )  # least of the sketches, and of their negatives
+    if not np.isnan(sketches).any():
+        numbers[..., spacetime.space_comm.rank] = sketches, -sketches
+    least = np.concatenate([head, numbers.ravel()])
+    spacetime.comm.Allreduce(MPI.IN_PLACE, least, op=MPI.MIN)
+    low, opposite_high = least[len(head) :].reshape(numbers.shape)
+    differ = -opposite_high - low > _RTOL * np.maximum(-opposite_high[:, :1], 1e-300)
+    return least[: len(head)], differ.any(axis=(1, 2))
 
 
 def norms_by_rank(comm, norm: float) -> str:
@@ -61,9 +84,7 @@ class ControlConsistency:
     """
 
     def __init__(self, layout: ControlLayout):
-        self.layout, spacetime = layout, layout.spacetime
-        self._comm, self._places = spacetime.comm, spacetime.space_size
-        self._place = spacetime.space_comm.rank
+        self.layout, self._spacetime, self._comm = layout, layout.spacetime, layout.spacetime.comm
         self._weights = sketch_weights(layout.static_size)
 
     def require(
@@ -102,27 +123,20 @@ class ControlConsistency:
             raise_together(self._comm, failure)
             self._refuse_sizes(vectors, fits)
             return np.array(votes, dtype=bool)
-        key = float(digest(call or {}) % 2**52)
-        numbers = np.full((len(vectors), 2, self._places), np.inf)  # of other places: no candidate for the least
-        opposite = numbers.copy()
+        static, sketches = slice(self.layout.static_size), np.full((len(vectors), 2), np.nan)
         if fits:
-            static = slice(self.layout.static_size)
-            found = np.array([sketch(np.ravel(z)[static], self._weights) for z in vectors.values()])
-            numbers[:, :, self._place], opposite[:, :, self._place] = found, -found
-        head = [*map(float, votes), float(fits), key, -key]
-        least = np.concatenate([head, numbers.ravel(), opposite.ravel()])
-        self._comm.Allreduce(MPI.IN_PLACE, least, op=MPI.MIN)
-        all_fit, low_key, high_key = least[len(votes) : len(head)]
+            sketches = np.array([sketch(np.ravel(z)[static], self._weights) for z in vectors.values()])
+        key = float(digest(call or {}) % 2**52)
+        least, differ = compare_copies(self._spacetime, sketches, [*map(float, votes), float(fits), key, -key])
+        *_, all_fit, low_key, high_key = least
         if not all_fit:
             raise_together(self._comm, failure)
         self._refuse_sizes(vectors, bool(all_fit))
         if low_key != -high_key:
             require_same(self._comm, **(call or {}))
-        low, opposite_high = least[len(head) :].reshape(2, *numbers.shape)
-        differ = differing(low, -opposite_high)
         if differ.any():
             name = list(vectors)[int(np.argmax(differ))]
-            norms = norms_by_rank(self._comm, np.linalg.norm(np.ravel(vectors[name])[: self.layout.static_size]))
+            norms = norms_by_rank(self._comm, np.linalg.norm(np.ravel(vectors[name])[static]))
             raise InputError(
                 f"{name} differs between ranks in time, which each hold a copy of what is static (norms {norms}): "
                 "give all of them the same values, such as a start that one rank makes and broadcasts"

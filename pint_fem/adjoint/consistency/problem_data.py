@@ -15,9 +15,8 @@ from collections.abc import Sequence
 import numpy as np
 import ufl
 from firedrake import Constant, dx, inner
-from mpi4py import MPI
 
-from pint_fem.adjoint.consistency.control_values import differing, norms_by_rank, sketch, sketch_weights
+from pint_fem.adjoint.consistency.control_values import compare_copies, norms_by_rank, sketch, sketch_weights
 from pint_fem.collective import collectively, require_same
 from pint_fem.errors import InputError
 from pint_fem.evolution.boundary import boundary_value
@@ -137,10 +136,7 @@ def _require_near(spacetime: SpaceTime, fields: dict[str, np.ndarray]) -> None:
     sketches = np.array([sketch(values, sketch_weights(len(values))) for values in fields.values()])
     sizes = np.array([len(values) for values in fields.values()])
     numbers = np.column_stack([sketches, sizes * np.maximum(sketches[:, 0], 1.0)])
-    ends = np.stack([numbers, -numbers])
-    spacetime.time_comm.Allreduce(MPI.IN_PLACE, ends, op=MPI.MIN)
-    differ = differing(ends[0], -ends[1])
-    spacetime.comm.Allreduce(MPI.IN_PLACE, differ, op=MPI.LOR)
+    _, differ = compare_copies(spacetime, numbers)
     if differ.any():
         first = int(np.argmax(differ))
         norms = norms_by_rank(spacetime.comm, numbers[first, 0])
