@@ -65,7 +65,7 @@ class ParaDiag(AllAtOnceSolver):
     backwards
         ``comm`` is another communicator in reverse order (adjoint sweeps): ranks keep their frequencies.
     circulant
-        Makes the preconditioner.
+        Makes the preconditioner, an :class:`~pint_fem.paradiag.circulant.AlphaCirculant` or one like it.
     **given
         ``everyone``, ``point_norms``, ``printer``, ``trace`` and ``is_root`` of
         :class:`~pint_fem.all_at_once.solver.AllAtOnceSolver`.

@@ -272,14 +272,14 @@ def count_cycles(case: Case) -> list[dict]:
         count = min(case.nsteps, PARADIAG_STEPS) if "time_solver" in options else case.nsteps
         rf = pose(SpaceTime("1x1", comm=MPI.COMM_SELF), count, solver_parameters(options, rtol=min(case.rtol)))
         problem = rf.problem
-        problem.forget()
+        problem.invalidate()
         try:
             problem.derivative(rf.array([c.control for c in rf.controls]) + 1.0)
         except SolverFailure:
             continue
-        point = problem.points[0]
+        evaluation = problem.evaluations[0]
         for rtol in case.rtol:
             met = lambda result, rtol=rtol: next(i for i, r in enumerate(result.residuals) if r <= rtol * result.scale)
-            entry = {"state": met(point.state), "adjoint": met(point.adjoint)}
+            entry = {"state": met(evaluation.state), "adjoint": met(evaluation.adjoint)}
             out.append({"options": dict(options), "rtol": rtol, **entry})
     return out

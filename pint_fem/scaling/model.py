@@ -307,9 +307,8 @@ class _Rank:
         nbytes = self.model.calibration.state_bytes / self.model.grid[0]
         states = 3 * self.k + 2
         for solver in self._used:
-            if len(solver.levels) > 1:
-                fine, *coarse = solver.extra_states
-                states += fine + sum(4 * level.k + 2 + n for level, n in zip(solver.levels[1:], coarse, strict=True))
+            fine, *coarse = solver.extra_states
+            states += fine + sum(4 * level.k + 2 + n for level, n in zip(solver.levels[1:], coarse, strict=True))
         if self.systems is not None:  # transforms, the residual, factors
             return (states + 5 * self.k) * nbytes + self.systems.bytes
         return states * nbytes

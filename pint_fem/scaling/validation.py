@@ -105,7 +105,7 @@ def compare(
     model = Model(calibration, options, (1, comm.size), nsteps=steps)
     kernels = _kernels(model, pose)
     actions = {key: action for key, (action, _) in (solves | {"gradient": (gradient, 1)} | kernels).items()}
-    found = rounds(actions, repeats, comm=comm, before={"gradient": problem.forget})
+    found = rounds(actions, repeats, comm=comm, before={"gradient": problem.invalidate})
     forward, backward = (Solve(kind, "nested", n) for kind, n in zip(solves, cycles, strict=True))
     tasks = {
         "state": ("solves", [forward]),
