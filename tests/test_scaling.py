@@ -287,7 +287,7 @@ def test_work_is_the_same_on_any_number_of_ranks():
                 assert said.counts[kind, level] == alone.counts[kind, level]
         charged = sum(n * {"step": 1.0, "adjoint": 2.0}.get(kind, 0.0) for (kind, _), n in said.counts.items())
         assert sum(said.work) == pytest.approx(charged)
-        assert all(b <= t for b, t in zip(said.work, said.clocks, strict=True))
+        assert max(said.work) <= said.seconds
         assert said.seconds <= alone.seconds
 
 

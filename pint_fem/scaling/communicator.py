@@ -47,7 +47,6 @@ class _Request:
         self._world, self._key, self._into = world, key, into
 
     def Wait(self) -> bool:
-        """Wait for the operation to complete, as mpi4py's ``Request.Wait``."""
         if self._key is not None:
             self._into[...] = self._world.receive(self._key)
             self._key = None
@@ -61,7 +60,6 @@ class _Group:
         self.members = members
 
     def Translate_ranks(self, ranks, other: _Group) -> list[int]:
-        """Return the numbers of ranks in another group, as mpi4py's ``Group.Translate_ranks``."""
         return [other.members.index(self.members[r]) for r in ranks]
 
 

@@ -29,7 +29,7 @@ from pint_fem.scaling.costs import Calibration
 from pint_fem.scaling.network import Network
 from pint_fem.scaling.paradiag import virtual_circulant, virtual_systems
 from pint_fem.scaling.space import space_kernels
-from pint_fem.scaling.virtual import VirtualNorms, VirtualTrace, hierarchy
+from pint_fem.scaling.virtual import VirtualNorms, VirtualPropagator, VirtualTrace
 from pint_fem.scaling.world import World
 
 __all__ = ["Model", "Prediction", "Solve"]
@@ -61,8 +61,8 @@ class Prediction:
     ----------
     seconds, task_seconds : float, list of float
         From the first rank's start to the last one's end; of each task.
-    work, clocks : list of float
-        Seconds of work on each time rank, and when it has ended.
+    work : list of float
+        Seconds of work on each time rank.
     counts : Counter
         Work and messages of all ranks, see :class:`~pint_fem.scaling.world.World`.
     bytes_per_rank : float
@@ -74,7 +74,6 @@ class Prediction:
     seconds: float
     task_seconds: list[float]
     work: list[float]
-    clocks: list[float]
     counts: Counter
     bytes_per_rank: float = 0.0
     traces: list = field(default_factory=list)
@@ -92,13 +91,13 @@ class Model:
         given, as for finite element sweeps. With ``"time_solver": "paradiag"`` the others are ParaDiag's.
     grid
         Numbers of space and time ranks.
-    nsteps, network, slowdown
-        Fine steps, network, and factor of all work; default: the calibration's.
+    nsteps, network
+        Fine steps and network; default: the calibration's.
 
     Attributes
     ----------
-    solver : str
-        ``"serial"``, ``"mgrit"`` or ``"paradiag"``.
+    solver, slowdown : str, float
+        ``"serial"``, ``"mgrit"`` or ``"paradiag"``; factor of all work on that many processes.
     kernels : dict
         Kernels on the grid's space ranks, by kind and level.
 
@@ -116,13 +115,12 @@ class Model:
         *,
         nsteps: int | None = None,
         network: Network | None = None,
-        slowdown: float | None = None,
     ):
         self.calibration, self.grid = calibration, (int(grid[0]), int(grid[1]))
         self.nsteps, self.network = nsteps or calibration.nsteps, network or calibration.network
         if min(self.grid) < 1 or self.grid[1] > self.nsteps:
             raise InputError(f"grid {grid[0]}x{grid[1]} for {self.nsteps} steps: use at most one time rank a step")
-        self.slowdown = calibration.slowdown_with(self.grid[0] * self.grid[1]) if slowdown is None else slowdown
+        self.slowdown = calibration.slowdown_with(self.grid[0] * self.grid[1])
         given = options if isinstance(options, MGRITOptions) else dict(options or {})
         self.solver = "mgrit" if isinstance(given, MGRITOptions) else given.pop("time_solver", "mgrit")
         try:
@@ -180,7 +178,7 @@ class Model:
         ranks = world.run(program)
         task_seconds = [end - start for start, end in zip([0.0, *ends[:-1]], ends, strict=True)]
         nbytes, traces = max(rank.nbytes for rank in ranks), [rank.trace.events for rank in ranks] if trace else []
-        return Prediction(max(world.clocks), task_seconds, world.work, world.clocks, world.counts, nbytes, traces)
+        return Prediction(max(world.clocks), task_seconds, world.work, world.counts, nbytes, traces)
 
 
 class _Shared:
@@ -193,12 +191,12 @@ class _Shared:
         self.reversed_bounds = Bounds(N - b for b in reversed(self.bounds))
         overhead = c.paradiag if model.solver == "paradiag" else c.overhead
 
-        def propagators(kind: str, sweep: str, name: str) -> list:
-            blocks, sweeps = (
-                [k.scaled(self.slowdown) for k in model.kernels.get(table, ())] for table in (kind, sweep)
-            )
+        def propagators(kind: str, sweep: str, name: str) -> list[VirtualPropagator]:
+            blocks, sweeps = ([k.scaled(self.slowdown) for k in model.kernels.get(t, ())] for t in (kind, sweep))
             seconds = self.slowdown * overhead.get(name, 0.0) / space
-            return hierarchy(world, kind, blocks, sweeps, model.options.levels, seconds)
+            pick = lambda table, level: table[min(level, len(table) - 1)] if table else None
+            levels = range(model.options.levels)
+            return [VirtualPropagator(world, i, kind, pick(blocks, i), pick(sweeps, i), seconds) for i in levels]
 
         self.forward = propagators("step", "sweep", "state")
         self.backward = propagators("adjoint", "adjoint sweep", "adjoint")

@@ -62,11 +62,9 @@ class _Circulant(AlphaCirculant):
         self._world, self._costs = world, costs
 
     def rfft(self, columns):
-        """Take the time of the transform of all steps."""
         return self._transform("fft", len(self.mu), complex)
 
     def irfft(self, spectrum):
-        """Take the time of the inverse transform."""
         return self._transform("ifft", self.nsteps, float)
 
     def _transform(self, kind: str, rows: int, dtype):
@@ -77,19 +75,19 @@ class _Circulant(AlphaCirculant):
 
 
 class _System:
-    """The system of a frequency and stage (:class:`pint_fem.paradiag.systems.ShiftedSystem`), which takes time only."""
+    """The system of a frequency and stage (:class:`pint_fem.paradiag.systems.ShiftedSystem`), which takes time only;
+    the products' time is part of the solves'.
+    """
 
     def __init__(self, world: World, costs: Mapping[str, float], stages: int):
         self._world, self._costs, self._stages = world, costs, stages
 
     def factor(self, y):
-        """Take the time of a factorisation."""
         self._world.counts["factor", 0] += 1
         self._world.charge(self._costs["factor"])
         return True, self._costs["factor bytes"]
 
     def solve(self, factor, y, r, *, transposed):
-        """Take the time of a solve and of the product with the mass matrix."""
         self._world.counts["frequency solve", 0] += 1
         self._world.charge(self._costs["solve transposed" if transposed else "solve"] / self._stages)
         return r
@@ -98,7 +96,6 @@ class _System:
         """Release a factor, which has no memory here."""
 
     def mass(self, r, *, transposed):
-        """Return the vector: the product's time is part of the solve's."""
         return r
 
 

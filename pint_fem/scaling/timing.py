@@ -19,6 +19,7 @@ import signal
 import statistics
 import threading
 import time
+from collections import namedtuple
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import ceil
@@ -45,15 +46,8 @@ class Measured:
     each: tuple[float, ...] = ()
 
 
-@dataclass(frozen=True)
-class _Span:
-    """A measurement: start and end, seconds of the reference loops inside, and the range of their numbers."""
-
-    start: float
-    end: float
-    loop_seconds: float
-    first: int
-    last: int
+_Span = namedtuple("_Span", "start end loop_seconds first last")
+"""A measurement: start and end, seconds of the reference loops inside, and the range of their numbers."""
 
 
 class SpeedMonitor:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
 from pint_fem.all_at_once.trace import Trace
 from pint_fem.scaling.costs import Kernel
 from pint_fem.scaling.world import World
 
-__all__ = ["VirtualNorms", "VirtualPropagator", "VirtualTrace", "hierarchy"]
+__all__ = ["VirtualNorms", "VirtualPropagator", "VirtualTrace"]
 
 
 class VirtualPropagator:
@@ -54,16 +52,6 @@ class VirtualPropagator:
         self.world.counts[f"{self.kind} sweep", self.level] += n
         self.world.charge(self._sweep_kernel(n))
         U[1:] = U[0]
-
-
-def hierarchy(
-    world: World, kind: str, blocks: Sequence[Kernel], sweeps: Sequence[Kernel] | None, levels: int, overhead: float
-) -> list[VirtualPropagator]:
-    """Make the propagators of a number of levels; the last kernel holds for all coarser levels, and without ``sweeps``
-    the propagators have no method ``sweep``. ``overhead`` is that of :class:`VirtualPropagator`.
-    """
-    pick = lambda table, level: table[min(level, len(table) - 1)] if table else None
-    return [VirtualPropagator(world, i, kind, pick(blocks, i), pick(sweeps, i), overhead) for i in range(levels)]
 
 
 class VirtualNorms:

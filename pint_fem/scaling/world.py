@@ -64,29 +64,25 @@ class World:
         Exception
             The first exception that a rank raises.
         """
-        collects = gc.isenabled()
-        gc.disable()  # thousands of objects live until the end: collections would traverse them again and again
-        try:
-            return self._run(program)
-        finally:
-            if collects:
-                gc.enable()
-
-    def _run(self, program: Callable[[int], object]) -> list:
-        self._scheduler, results = getcurrent(), [None] * self.size
+        self._scheduler, results, running = getcurrent(), [None] * self.size, self.size
 
         def run_rank(rank: int) -> None:
             results[rank] = program(rank)
 
         tasks = [greenlet(run_rank) for _ in range(self.size)]
-        running = self.size
         self._ready = deque(range(self.size))
-        while self._ready:
-            self.current = rank = self._ready.popleft()
-            self._reasons.pop(rank, None)
-            tasks[rank].switch(rank)
-            if tasks[rank].dead:
-                tasks[rank], running = None, running - 1
+        collects = gc.isenabled()
+        gc.disable()  # thousands of objects live until the end: collections would traverse them again and again
+        try:
+            while self._ready:
+                self.current = rank = self._ready.popleft()
+                self._reasons.pop(rank, None)
+                tasks[rank].switch(rank)
+                if tasks[rank].dead:
+                    tasks[rank], running = None, running - 1
+        finally:
+            if collects:
+                gc.enable()
         if running:
             raise DeadlockError(self._describe_deadlock(running))
         for (_, source, dest, tag), messages in self._messages.items():
