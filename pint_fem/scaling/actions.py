@@ -134,14 +134,8 @@ def solve_actions(rf, controls: np.ndarray, gradient: np.ndarray, **accuracy) ->
 
 def paradiag_actions(pose: Callable, nsteps: int, small: int) -> tuple[dict[str, Action], dict[str, float]]:
     """Parts of ParaDiag on one process, and sizes, by the names in ``paradiag`` of
-    :class:`~pint_fem.scaling.costs.Calibration`.
-
-    Parameters
-    ----------
-    pose, nsteps
-        As for :class:`~pint_fem.scaling.calibrate.Case`.
-    small
-        Steps of the problem that frequencies are solved for.
+    :class:`~pint_fem.scaling.costs.Calibration`; ``pose`` and ``nsteps`` are those of a
+    :class:`~pint_fem.scaling.calibrate.Case`, and frequencies are solved for ``small`` steps.
     """
     rf = pose(SpaceTime("1x1", comm=MPI.COMM_SELF), small, solver_parameters(PARADIAG))
     size, mu, rng = rf.evolution.state_size, shifts(small, PARADIAG["alpha"]), np.random.default_rng(2)

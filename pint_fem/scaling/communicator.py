@@ -53,16 +53,6 @@ class _Request:
         return True
 
 
-class _Group:
-    """The group of a communicator's ranks."""
-
-    def __init__(self, members: Sequence[int]):
-        self.members = members
-
-    def Translate_ranks(self, ranks, other: _Group) -> list[int]:
-        return [other.members.index(self.members[r]) for r in ranks]
-
-
 class VirtualComm:
     """A communicator of virtual ranks, on one of them.
 
@@ -71,10 +61,8 @@ class VirtualComm:
 
     Parameters
     ----------
-    context
-        Shared by the members.
-    rank
-        Number of this rank among the members.
+    context, rank
+        What the members share, and the number of this rank among them.
     row_bytes
         Bytes that a number of a state stands for, by the messages' tag; the last entry holds for all larger tags.
         Default: the size of the number itself.
@@ -91,16 +79,17 @@ class VirtualComm:
         return other
 
     @property
-    def group(self) -> _Group:
-        """The group of the members."""
-        return _Group(self._context.members)
+    def group(self) -> VirtualComm:
+        """The group of the members: the communicator itself."""
+        return self
+
+    def Translate_ranks(self, ranks, other: VirtualComm) -> list[int]:
+        """Return the numbers of ranks in another group."""
+        return [other._context.members.index(self._context.members[r]) for r in ranks]
 
     def represented_bytes(self, numbers: int, tag: int) -> float:
         """Bytes that some numbers of a message stand for."""
         return numbers * (8 if self._row_bytes is None else self._row_bytes[min(tag, len(self._row_bytes) - 1)])
-
-    def _nbytes(self, array: np.ndarray, tag: int) -> float:
-        return array.nbytes if self._row_bytes is None else self.represented_bytes(array.size, tag)
 
     # -- point to point --------------------------------------------------------------------------------------------
     def _key(self, source: int, dest: int, tag: int) -> tuple:
@@ -110,7 +99,7 @@ class VirtualComm:
     def Isend(self, buf, dest: int, tag: int = 0) -> _Request:
         """Send an array without blocking."""
         array = _array(buf)
-        self.world.send(self._key(self.rank, dest, tag), array.copy(), self._nbytes(array, tag))
+        self.world.send(self._key(self.rank, dest, tag), array.copy(), self.represented_bytes(array.size, tag))
         return _Request(self.world)
 
     def Irecv(self, buf, source: int, tag: int = 0) -> _Request:
@@ -188,14 +177,18 @@ class VirtualComm:
     def Reduce(self, sendbuf, recvbuf, op=MPI.SUM, root: int = 0) -> None:
         """Reduce an array of each rank to the root."""
         own = _array(sendbuf)
-        total = self._collective("reduce", own.copy(), self._nbytes(own, 0), lambda values: _reduce(values, op), root)
+        total = self._collective(
+            "reduce", own.copy(), self.represented_bytes(own.size, 0), lambda values: _reduce(values, op), root
+        )
         if self.rank == root:
             _array(recvbuf)[...] = total
 
     def Bcast(self, buf, root: int = 0) -> None:
         """Broadcast an array."""
         array = _array(buf)
-        array[...] = self._collective("bcast", array.copy(), self._nbytes(array, 0), lambda v: v[root], root)
+        array[...] = self._collective(
+            "bcast", array.copy(), self.represented_bytes(array.size, 0), lambda v: v[root], root
+        )
 
     def Allgatherv(self, sendbuf, recvbuf) -> None:
         """Gather parts of an array on all ranks."""
@@ -206,7 +199,9 @@ class VirtualComm:
     def Gatherv(self, sendbuf, recvbuf, root: int = 0) -> None:
         """Gather parts of an array on the root."""
         own = _array(sendbuf)
-        nbytes = self._nbytes(own if recvbuf is None else _array(recvbuf), len(self._row_bytes or [0]) - 1)
+        nbytes = self.represented_bytes(
+            (own if recvbuf is None else _array(recvbuf)).size, len(self._row_bytes or [0]) - 1
+        )
         whole = self._collective("gather", own.ravel().copy(), nbytes, np.concatenate, root)
         if self.rank == root:
             out = _array(recvbuf)
@@ -215,7 +210,7 @@ class VirtualComm:
     def Scatterv(self, sendbuf, recvbuf, root: int = 0) -> None:
         """Distribute parts of the root's array."""
         out, whole = _array(recvbuf), None if sendbuf is None else _array(sendbuf).ravel().copy()
-        nbytes = self._nbytes(out if whole is None else whole, len(self._row_bytes or [0]) - 1)
+        nbytes = self.represented_bytes((out if whole is None else whole).size, len(self._row_bytes or [0]) - 1)
         value = None if whole is None else (whole, sendbuf[1], sendbuf[2])
         data, counts, places = self._collective("scatter", value, nbytes, lambda values: values[root], root)
         start = places[self.rank]

@@ -29,8 +29,8 @@ class Kernel:
     Parameters
     ----------
     sizes, seconds : tuple
-        Measured numbers of states per call, increasing, and the seconds of a call. Values between are interpolated
-        linearly, values beyond are extrapolated from the last two.
+        Measured numbers of states per call, increasing, and the seconds of a call. Between, and beyond from the last
+        two, they are linear.
     width : int
         Number of lanes of the propagator's blocks (:mod:`pint_fem.kernels.blocks`): a call is cut where the lane is a
         multiple of ``width``, and each piece costs what a call of its size does. 0: a call is one piece.
@@ -100,14 +100,13 @@ class Calibration:
 
     Parameters
     ----------
-    problem, machine : str
-        Names, for reports.
+    problem, machine, kind : str
+        Names, for reports; ``"evolution"``, or ``"layers"`` for a network: ``nsteps`` layers, ``unknowns`` values of a
+        batch's state, and ``control_bytes`` of the parameters of a layer.
     unknowns, nsteps : int
         Size of a state over all space ranks; fine time steps of the problem (the model takes any other number, too).
-    kernels : mapping
-        Tables by the number of space ranks (measured ones), kind and level.
-    norm : float
-        Seconds of a state's norm on one space rank.
+    kernels, norm : mapping, float
+        Tables by the number of space ranks (measured ones), kind and level; seconds of a state's norm on one of them.
     overhead : mapping
         Seconds per state stepped that a ``"state"`` or ``"adjoint"`` sweep takes beside kernels and norms (copies,
         sums, interpreter). For layers, whose kernels are short, also those of a ``"call"`` of relaxation.
@@ -123,17 +122,12 @@ class Calibration:
         and ``"solve transposed"``, of a ``"factor"`` (per frequency and stage) and its ``"factor bytes"``, of an
         unknown's ``"fft"`` and ``"ifft"`` over ``"fft steps"`` steps among ``"fft columns"`` unknowns (with ``few``
         in front: among 32), of packing a byte (``"pack"``); and the overhead of sweeps.
-    slowdown : mapping
-        Seconds of a kernel with a number of processes at work (the key), relative to one process alone.
-    network : Network
-        The measured one.
-    cycles : sequence of mappings
-        Cycles of cold solves, counted in real runs: ``options``, ``rtol``, and the cycles of ``state`` and ``adjoint``.
-    notes : sequence of str
-        How the numbers were measured.
-    kind : str
-        ``"evolution"``, or ``"layers"`` for a network: ``nsteps`` layers, ``unknowns`` values of a batch's state, and
-        ``control_bytes`` of the parameters of a layer.
+    slowdown, network : mapping, Network
+        Seconds of a kernel with a number of processes at work (the key), relative to one process alone; the measured
+        network.
+    cycles, notes : sequences of mappings and of str
+        Cycles of cold solves, counted in real runs: ``options``, ``rtol``, and the cycles of ``state`` and ``adjoint``;
+        how the numbers were measured.
     """
 
     problem: str

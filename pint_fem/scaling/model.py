@@ -84,13 +84,11 @@ class Model:
 
     Parameters
     ----------
-    calibration
-        Costs of the problem.
+    calibration, grid
+        Costs of the problem; numbers of space and time ranks.
     options
         MGRIT's, as a dictionary or object; ``{"levels": 1}`` is sequential stepping. ``check`` is ``"cycle"`` unless
         given, as for finite element sweeps. With ``"time_solver": "paradiag"`` the others are ParaDiag's.
-    grid
-        Numbers of space and time ranks.
     nsteps, network
         Fine steps and network; default: the calibration's.
 
@@ -127,7 +125,12 @@ class Model:
             if self.solver == "paradiag":
                 self.options = ParaDiagOptions.make(given, trace="", view=False, monitor=False)
             else:
-                self.options = self._mgrit_options(given)
+                options = MGRITOptions.make(given)
+                check = "cycle" if options.check == "auto" else options.check
+                levels = len(options.factors(self.nsteps)) + 1
+                self.options = MGRITOptions.make(
+                    options, check=check, levels=levels, trace="", view=False, monitor=False
+                )
         except ValueError as error:
             raise InputError(str(error)) from None
         if self.options.levels == 1 and self.solver != "paradiag":
@@ -138,13 +141,6 @@ class Model:
                 f"{'one' if calibration.paradiag else 'none'}"
             )
         self.kernels = space_kernels(calibration, self.grid[0], self.network)
-
-    def _mgrit_options(self, given) -> MGRITOptions:
-        options = MGRITOptions.make(given)
-        if options.check == "auto":
-            options = MGRITOptions.make(options, check="cycle")
-        levels = len(options.factors(self.nsteps)) + 1
-        return MGRITOptions.make(options, levels=levels, trace="", view=False, monitor=False)
 
     def run(self, *solves: Solve, task: str = "solves", trace: bool = False) -> Prediction:
         """Run solves one after another as one task, see :meth:`run_all`."""

@@ -104,10 +104,8 @@ def virtual_systems(world: World, costs: Mapping[str, float], stages: int, memor
 
     Parameters
     ----------
-    world
-        The virtual ranks.
-    costs
-        ``paradiag`` of :class:`~pint_fem.scaling.costs.Calibration`.
+    world, costs
+        The virtual ranks; ``paradiag`` of :class:`~pint_fem.scaling.costs.Calibration`.
     stages, memory
         Stages of a step; bytes of factors that are kept, by ParaDiag's own rule.
     """
@@ -122,10 +120,8 @@ def virtual_circulant(
 
     Parameters
     ----------
-    world
-        The virtual ranks.
-    costs, factor
-        ``paradiag`` of :class:`~pint_fem.scaling.costs.Calibration`, and a factor of all its times.
+    world, costs, factor
+        The virtual ranks; ``paradiag`` of :class:`~pint_fem.scaling.costs.Calibration`; a factor of all its times.
     unknowns, nsteps
         Local unknowns of a state, and time steps: transforms take a time that grows as ``nsteps log(nsteps)``.
     """

@@ -16,15 +16,11 @@ class VirtualPropagator:
 
     Parameters
     ----------
-    world
-        The virtual ranks.
-    level, kind
-        Under which work is counted.
-    kernel, sweep
-        Cost of a call on a block of states, and of steps one after another; without the latter the propagator has no
-        method ``sweep``.
-    overhead
-        Seconds per state that the solver takes beside the kernel.
+    world, level, kind
+        The virtual ranks; what work is counted under.
+    kernel, sweep, overhead
+        Cost of a call on a block of states, and of steps one after another (without it the propagator has no method
+        ``sweep``); seconds per state that the solver takes beside the kernel.
     """
 
     def __init__(
