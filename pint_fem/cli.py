@@ -143,7 +143,7 @@ def run(main: Callable[[], None], comm=MPI.COMM_WORLD) -> None:
 def _expected(error: BaseException) -> bool:
     """Whether the message alone says what happened."""
     from pint_fem.all_at_once.stopping import SolverFailure
-    from pint_fem.optimize.trust_region.newton_cg import NonFiniteError
+    from pint_fem.optimize.protocol import NonFiniteError
 
     return isinstance(error, (SolverFailure, NonFiniteError))
 

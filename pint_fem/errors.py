@@ -15,7 +15,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-__all__ = ["FAILURES", "InputError", "SolverFailure", "causes", "is_numerical", "release"]
+__all__ = ["FAILURES", "InputError", "InputTypeError", "SolverFailure", "causes", "is_numerical", "release"]
 
 FAILURES = (Exception, KeyboardInterrupt, SystemExit)
 """What a user's code may raise and one rank must not keep to itself. ``BaseException`` has others, with which threads
@@ -25,6 +25,10 @@ and greenlets are ended.
 
 class InputError(ValueError):
     """Bad input from the user; the command line prints it as one line."""
+
+
+class InputTypeError(InputError, TypeError):
+    """Input of a wrong type, caught as ``TypeError`` and, like every other refused input, as ``InputError``."""
 
 
 class SolverFailure(RuntimeError):
