@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from pint_fem.adjoint.consistency.same_problem import require_same_forms, require_same_values
+from pint_fem.adjoint.consistency.problem_data import require_same_forms, require_same_values
 from pint_fem.adjoint.control_layout import ControlLayout
-from pint_fem.adjoint.memory import Memory
+from pint_fem.adjoint.memory_estimate import MemoryEstimate
 from pint_fem.adjoint.problem import ReducedProblem
 from pint_fem.adjoint.regularisation import Regularisation
 from pint_fem.evolution.evolution import Evolution
@@ -192,14 +192,14 @@ class ComposedProblem:
             self.regularisation = Regularisation(self._forms, self.layout, self._own)
         return changed
 
-    def forget(self) -> None:
+    def invalidate(self) -> None:
         """Forget what was solved: the next solves start cold."""
-        self.problem.forget()
+        self.problem.invalidate()
 
-    def keep_points(self, count: int) -> None:
+    def keep_evaluations(self, count: int) -> None:
         """Remember the last ``count`` controls and their trajectories."""
-        self.problem.keep_points(count)
+        self.problem.keep_evaluations(count)
 
-    def memory(self) -> Memory:
+    def memory(self) -> MemoryEstimate:
         """Memory of this rank by part; the expression's matrices are not counted."""
         return self.problem.memory()

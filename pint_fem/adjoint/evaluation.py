@@ -7,10 +7,10 @@ import numpy as np
 from pint_fem.all_at_once.stopping import SolveResult
 from pint_fem.sweeps.sweeps import Sweeps
 
-__all__ = ["Point", "relative_residual"]
+__all__ = ["Evaluation", "relative_residual"]
 
 
-class Point:
+class Evaluation:
     """What is known at a control.
 
     Attributes
@@ -51,7 +51,7 @@ class Point:
         self.value = self.gradient = self.controls = self.readings = None
         self.parts: dict[str, float] = {}
 
-    def start_from(self, other: Point) -> None:
+    def start_from(self, other: Evaluation) -> None:
         """Take another point's trajectories as first guesses."""
         self.U[:], self.L[:] = other.U, other.L
         self.cold = dict(other.cold)

@@ -16,7 +16,7 @@ from pyadjoint.enlisting import Enlist
 from pyadjoint.reduced_functional import AbstractReducedFunctional
 from pyadjoint.tape import stop_annotating
 
-from pint_fem.adjoint.memory import Memory
+from pint_fem.adjoint.memory_estimate import MemoryEstimate
 from pint_fem.adjoint.minimisation.minimisable import Minimisable
 from pint_fem.adjoint.minimisation.optimiser_unit import OptimiserControl, OptimiserUnit
 from pint_fem.adjoint.problem import ReducedProblem
@@ -198,7 +198,7 @@ class ControlFunctional(Minimisable, AbstractReducedFunctional):
 
     def __call__(self, values) -> AdjFloat:
         """``J`` at values of the controls."""
-        self._z, asked = self._array(values), OptimiserUnit.is_asked(Enlist(values))
+        self._z, asked = self._array(values), OptimiserUnit.from_array(Enlist(values))
         with stop_annotating():
             for control, value in zip(self.controls, Enlist(values), strict=True):
                 control.update(value)
@@ -247,10 +247,10 @@ class ControlFunctional(Minimisable, AbstractReducedFunctional):
         """
         return self.problem.update_data()
 
-    def memory(self) -> Memory:
+    def memory(self) -> MemoryEstimate:
         """Memory of this rank by part and at the peak of an evaluation, in bytes; known before a run.
 
-        Collective; see :mod:`pint_fem.adjoint.memory` for the formula. ``print(rf.memory())`` shows it, as
+        Collective; see :mod:`pint_fem.adjoint.memory_estimate` for the formula. ``print(rf.memory())`` shows it, as
         ``-mgrit_view`` does before the first solve.
         """
         with stop_annotating():

@@ -22,12 +22,12 @@ from copy import copy
 
 import numpy as np
 
-from pint_fem.adjoint.consistency.same_control import Copies
-from pint_fem.adjoint.consistency.same_problem import require_same_problem
-from pint_fem.adjoint.consistency.user_data import Data
+from pint_fem.adjoint.consistency.control_values import ControlConsistency
+from pint_fem.adjoint.consistency.problem_data import require_same_problem
+from pint_fem.adjoint.consistency.user_data import UserData
 from pint_fem.adjoint.control_layout import ControlLayout
-from pint_fem.adjoint.evaluation import Point, relative_residual
-from pint_fem.adjoint.memory import Memory, memory
+from pint_fem.adjoint.evaluation import Evaluation, relative_residual
+from pint_fem.adjoint.memory_estimate import MemoryEstimate, memory
 from pint_fem.adjoint.regularisation import Regularisation
 from pint_fem.adjoint.trajectories import Source, trajectories
 from pint_fem.all_at_once.norms import gather_in_order
@@ -76,26 +76,26 @@ class ReducedProblem:
         self.regularisation = None
         if regularisation is not None:
             self.regularisation = Regularisation(regularisation, self.layout, sweeps.evolution)
-        self._copies = Copies(self.layout)
+        self._copies = ControlConsistency(self.layout)
         #: What the user's data were when they were read.
-        self.data = Data(sweeps, self.misfits, self.regularisation)
-        self._points = [Point(sweeps)]
+        self.data = UserData(sweeps, self.misfits, self.regularisation)
+        self._evaluations = [Evaluation(sweeps)]
         self._viewed = not sweeps.options.view
 
     @property
     def U(self) -> np.ndarray:
         """State of the control asked for last, ``(k + 1, n)``."""
-        return self._points[0].U
+        return self._evaluations[0].U
 
     @property
     def L(self) -> np.ndarray:
         """Its adjoint."""
-        return self._points[0].L
+        return self._evaluations[0].L
 
     @property
-    def points(self) -> tuple[Point, ...]:
+    def evaluations(self) -> tuple[Evaluation, ...]:
         """What is known, the control asked for last first."""
-        return tuple(self._points)
+        return tuple(self._evaluations)
 
     @property
     def is_quadratic(self) -> bool:
@@ -103,57 +103,57 @@ class ReducedProblem:
         regularisation = self.regularisation is None or self.regularisation.quadratic
         return self.sweeps.is_linear and all(m.quadratic for m in self.misfits) and regularisation
 
-    def forget(self) -> None:
+    def invalidate(self) -> None:
         """Forget what was solved: the next solves start cold."""
         self.sweeps.forget()
-        for point in self._points:
+        for point in self._evaluations:
             point.reset(self.sweeps.initial)
 
-    def keep_points(self, count: int) -> None:
+    def keep_evaluations(self, count: int) -> None:
         """Remember the last ``count`` controls and their trajectories, two slabs each."""
-        del self._points[count:]
-        while len(self._points) < count:
-            self._points.append(Point(self.sweeps))
+        del self._evaluations[count:]
+        while len(self._evaluations) < count:
+            self._evaluations.append(Evaluation(self.sweeps))
 
     def update_data(self) -> list[str]:
         """Read the user's data again; what has other values than before (collective). See
         :meth:`~pint_fem.adjoint.functional.ControlFunctional.update_data`.
         """
         changed = self.data.update()
-        for point in self._points:
+        for point in self._evaluations:
             point.move_to(None)
         return changed
 
-    def memory(self) -> Memory:
-        """Memory of this rank by part, known before a run (collective); see :mod:`~pint_fem.adjoint.memory`."""
+    def memory(self) -> MemoryEstimate:
+        """Memory of this rank by part, known before a run (collective); see :mod:`~pint_fem.adjoint.memory_estimate`."""
         return memory(self)
 
     # -- caches --------------------------------------------------------------------------------------------------------
-    def _find(self, z: np.ndarray, directions: Mapping[str, np.ndarray] | None = None, **wanted) -> Point | None:
+    def _find(self, z: np.ndarray, directions: Mapping[str, np.ndarray] | None = None, **wanted) -> Evaluation | None:
         """The point of a control, the same on all ranks; they are required to call for the same."""
         z = np.asarray(z, dtype=float)
-        same = [p.z is not None and np.array_equal(p.z, z.ravel()) for p in self._points]
+        same = [p.z is not None and np.array_equal(p.z, z.ravel()) for p in self._evaluations]
         votes = [*same, *(not changed for changed in self.data.changed())]
         vectors = {"control": z, **(directions or {})}
-        votes = self._copies.agree(vectors, call=wanted, votes=votes, failure=self.data.failure)
+        votes = self._copies.require(vectors, call=wanted, votes=votes, failure=self.data.failure)
         known = votes[: len(same)]
         self.data.warn(~votes[len(same) :])
-        return self._points[int(np.argmax(known))] if known.any() else None
+        return self._evaluations[int(np.argmax(known))] if known.any() else None
 
-    def at(self, z: np.ndarray, **wanted) -> Point:
-        """The point of a control, the state maybe not solved yet; it comes first. Copies that differ are refused."""
+    def at(self, z: np.ndarray, **wanted) -> Evaluation:
+        """The point of a control, the state maybe not solved yet; it comes first. ControlConsistency that differ are refused."""
         z = np.array(z, dtype=float).ravel()
         point = self._find(z, **wanted)
         if point is None:
-            point = self._points[-1]
-            if point is not self._points[0]:
-                point.start_from(self._points[0])
+            point = self._evaluations[-1]
+            if point is not self._evaluations[0]:
+                point.start_from(self._evaluations[0])
             point.move_to(z)
-        self._points.remove(point)
-        self._points.insert(0, point)
+        self._evaluations.remove(point)
+        self._evaluations.insert(0, point)
         return point
 
-    def _solve(self, point: Point, kind: str, wanted: dict, solve) -> None:
+    def _solve(self, point: Evaluation, kind: str, wanted: dict, solve) -> None:
         """Solve for the state or the adjoint of a point, unless it is known to the tolerance wanted."""
         rtol = wanted.get("rtol", self.sweeps.options.rtol)
         if "cycles" not in wanted and point.rtol[kind] <= rtol:
@@ -188,20 +188,20 @@ class ReducedProblem:
             point.gradient, point.adjoint = None, result
         point.rtol[kind] = 0.0 if result.reason in ("exact", "serial") else np.inf if "cycles" in wanted else rtol
 
-    def _solve_state(self, z: np.ndarray, **wanted) -> Point:
+    def _solve_state(self, z: np.ndarray, **wanted) -> Evaluation:
         point = self.at(z, **wanted)
         steps, initial = self.layout.steps(point.z), self.layout.initial(point.z)
         solve = lambda U, cold: self.sweeps.state(steps, U, initial=initial, cold=cold, **wanted)
         self._solve(point, "state", wanted, solve)
         return point
 
-    def _solve_adjoint(self, z: np.ndarray, **wanted) -> Point:
+    def _solve_adjoint(self, z: np.ndarray, **wanted) -> Evaluation:
         point = self._solve_state(z, **{k: v for k, v in wanted.items() if k == "rtol"})
         if "cycles" in wanted or point.rtol["adjoint"] > wanted.get("rtol", self.sweeps.options.rtol):
             self._solve_adjoint_of(point, **wanted)
         return point
 
-    def _solve_adjoint_of(self, point: Point, **wanted) -> None:
+    def _solve_adjoint_of(self, point: Evaluation, **wanted) -> None:
         """For a point's state as it is."""
         steps = self.layout.steps(point.z)
         with self._judging(point):
@@ -211,7 +211,7 @@ class ReducedProblem:
         point.controls = source.controls
 
     @contextmanager
-    def _judging(self, point: Point) -> Iterator[None]:
+    def _judging(self, point: Evaluation) -> Iterator[None]:
         """A trajectory of which no value or gradient can be computed is no first guess."""
         try:
             yield
@@ -225,7 +225,7 @@ class ReducedProblem:
         """``J(z)``; the same bits on every rank. ``rtol``: tolerance of the state if not the options'."""
         return self._value(self._solve_state(z, **wanted))
 
-    def _value(self, point: Point) -> float:
+    def _value(self, point: Evaluation) -> float:
         if point.value is None:
             with self._judging(point):
                 points = self._trajectories.values(point, self.layout.steps(point.z))
@@ -260,12 +260,12 @@ class ReducedProblem:
         point = self._solve_state(z)
         yield from self._trajectories.states(point, self.layout.steps(point.z))
 
-    def reassess(self, point: Point) -> dict[str, float]:
+    def reassess(self, point: Evaluation) -> dict[str, float]:
         """Misfit and regularisation of a point from its trajectory as it is (collective)."""
         self._value(point)
         return dict(point.parts)
 
-    def state_residual(self, point: Point) -> tuple[float, float]:
+    def state_residual(self, point: Evaluation) -> tuple[float, float]:
         """Norm of what a point's state lacks to solve the steps, and of the state (collective)."""
         z = point.z
         return self.sweeps.state_residual(self.layout.steps(z), point.U, initial=self.layout.initial(z))
@@ -273,7 +273,7 @@ class ReducedProblem:
     @property
     def parts(self) -> dict[str, float]:
         """Misfit and regularisation of the control asked for last."""
-        return dict(self._points[0].parts)
+        return dict(self._evaluations[0].parts)
 
     def tangent_value(self, z: np.ndarray, dz: np.ndarray) -> float:
         """``J'(z) dz`` by a tangent sweep."""
@@ -287,7 +287,7 @@ class ReducedProblem:
             total += self.layout.pairing(self.regularisation.gradient(point.z), np.ravel(dz))
         return total
 
-    def _tangent(self, point: Point, dz: np.ndarray, **wanted) -> np.ndarray:
+    def _tangent(self, point: Evaluation, dz: np.ndarray, **wanted) -> np.ndarray:
         """Tangent of the state, from zero."""
         dz, dU = np.asarray(dz, dtype=float).ravel(), self.sweeps.new_slab()
         steps, direction = self.layout.steps(point.z), self.layout.steps(dz)
@@ -298,7 +298,7 @@ class ReducedProblem:
         """``J'(z)`` as a dual vector. ``rtol``: tolerance of state and adjoint if not the options'."""
         return self.gradient_of(self._solve_adjoint(z, **wanted))
 
-    def gradient_of(self, point: Point) -> np.ndarray:
+    def gradient_of(self, point: Evaluation) -> np.ndarray:
         """``J'`` from a point's trajectories as they are."""
         if point.gradient is None:
             with self._judging(point):
@@ -330,12 +330,12 @@ class ReducedProblem:
         self.sweeps.adjoint(steps, point.U, terms.rows, M, cold=True)
         return error * self._pull_back(point, M, terms.controls)
 
-    def adjoint_part(self, point: Point) -> np.ndarray:
+    def adjoint_part(self, point: Evaluation) -> np.ndarray:
         """What the regularisation leaves of ``J'``."""
         g = self.gradient_of(point)
         return g if self.regularisation is None else g - self.regularisation.gradient(point.z)
 
-    def _pull_back(self, point: Point, L: np.ndarray, controls: np.ndarray | None) -> np.ndarray:
+    def _pull_back(self, point: Evaluation, L: np.ndarray, controls: np.ndarray | None) -> np.ndarray:
         """Derivatives by the controls that an adjoint gives, with what came with its right-hand side."""
         rows = self._trajectories.control_gradient(point, self.layout.steps(point.z), L, controls)
         return self.layout.gradient(rows, L[0])
@@ -388,12 +388,12 @@ class ReducedProblem:
         M, result = sweeps.adjoint_by_transposed_cycles(steps, point.U, source.rows, cycles=cycles)
         return self._second_derivative(point, dz, M, source), max(residual, relative_residual(result))
 
-    def _second_source(self, point: Point, dz: np.ndarray, dU: np.ndarray, *, full: bool, symmetric: bool = False):
+    def _second_source(self, point: Evaluation, dz: np.ndarray, dU: np.ndarray, *, full: bool, symmetric: bool = False):
         """Of the second-order adjoint."""
         steps, direction = self.layout.steps(point.z), self.layout.steps(dz)
         return self._trajectories.hessian(point, steps, direction, dU, second=full, symmetric=symmetric)
 
-    def _second_derivative(self, point: Point, dz: np.ndarray, M: np.ndarray, source: Source) -> np.ndarray:
+    def _second_derivative(self, point: Evaluation, dz: np.ndarray, M: np.ndarray, source: Source) -> np.ndarray:
         """``J'' dz`` of a second-order adjoint."""
         out = self._pull_back(point, M, source.controls)
         return out if self.regularisation is None else out + self.regularisation.hessian(point.z, dz)

@@ -19,7 +19,7 @@ from mpi4py import MPI
 
 from pint_fem.adjoint.composed import ComposedProblem
 from pint_fem.adjoint.control_layout import ControlLayout
-from pint_fem.adjoint.memory import Memory
+from pint_fem.adjoint.memory_estimate import MemoryEstimate
 from pint_fem.adjoint.problem import ReducedProblem
 from pint_fem.adjoint.regularisation import Regularisation
 from pint_fem.collective import require_same
@@ -219,24 +219,24 @@ class SumProblem:
         """Read the user's data again in all terms; what has other values than before."""
         return list(dict.fromkeys(name for leaf in dict.fromkeys(leaves(self)) for name in leaf.update_data()))
 
-    def forget(self) -> None:
+    def invalidate(self) -> None:
         """Forget what was solved: the next solves start cold."""
         for _, problem in self.terms:
-            problem.forget()
+            problem.invalidate()
 
-    def keep_points(self, count: int) -> None:
+    def keep_evaluations(self, count: int) -> None:
         """Remember the last ``count`` controls and their trajectories in each term."""
         for _, problem in self.terms:
-            problem.keep_points(count)
+            problem.keep_evaluations(count)
 
-    def memory(self) -> Memory:
+    def memory(self) -> MemoryEstimate:
         """Memory of this rank by part: that of all terms, of which one at a time is at its peak."""
         each = [leaf.memory() for leaf in dict.fromkeys(leaves(self))]
         add = lambda dicts: {name: sum(d.get(name, 0) for d in dicts) for name in {k: 0 for d in dicts for k in d}}
         passing = {
             name: max((m.passing[name] for m in each), key=lambda d: sum(d.values())) for name in each[0].passing
         }
-        return Memory(add([m.kept for m in each]), passing, add([m.petsc for m in each]))
+        return MemoryEstimate(add([m.kept for m in each]), passing, add([m.petsc for m in each]))
 
 
 def leaves(problem: ReducedProblem | SumProblem) -> list[ReducedProblem]:

@@ -9,17 +9,17 @@ import numpy as np
 from mpi4py import MPI
 from pyadjoint.tape import stop_annotating
 
-from pint_fem.adjoint.consistency.same_problem import require_same_given, require_same_values
+from pint_fem.adjoint.consistency.problem_data import require_same_given, require_same_values
 from pint_fem.adjoint.regularisation import Regularisation
 from pint_fem.collective import collectively, raise_together
 from pint_fem.errors import FAILURES, InputError
 from pint_fem.misfits.base import Misfit
 from pint_fem.sweeps.sweeps import Sweeps
 
-__all__ = ["Data"]
+__all__ = ["UserData"]
 
 
-class Data:
+class UserData:
     """The data of all parts of a functional, in this order: functions and constants in forms and the initial condition,
     boundary conditions, what misfits have beside forms, such as readings, and the coordinates of the mesh.
 

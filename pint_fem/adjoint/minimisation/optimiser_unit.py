@@ -1,10 +1,10 @@
-"""The unit in which pyadjoint's ``minimize`` hands a functional to scipy.
+"""The factor by which a functional is multiplied where pyadjoint's ``minimize`` passes it to scipy.
 
-``minimize(J, scale=s)`` sets ``J.scale = s`` and evaluates ``J`` through arrays; values and derivatives are then to be
-``s`` times those of ``J``, and ``maximize`` relies on that with ``s = -1``. scipy's tolerances are absolute, so where
+``minimize(J, scale=s)`` sets ``J.scale = s`` and evaluates ``J`` through arrays; values and derivatives then have to
+be ``s`` times those of ``J``, and ``maximize`` relies on that with ``s = -1``. scipy's tolerances are absolute, so where
 ``J`` or its gradient is small at the start they get the factor of :mod:`pint_fem.optimize.scipy_methods.run` as well, unless a
-``scale`` is given. Evaluations of the user's, ``J(z)``, have no factor, and derivatives have that of the last
-evaluation: pyadjoint's controls, which turn arrays into functions, mark those that come from an optimiser.
+``scale`` is given. A user's own evaluations, ``J(z)``, have no factor, and derivatives have that of the last
+evaluation: pyadjoint's controls, which turn arrays into functions, mark those that come from a minimiser.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pint_fem.optimize.scipy_methods.run import unit_factor
 
 __all__ = ["OptimiserControl", "OptimiserUnit"]
 
-_MARK = "_pint_fem_from_an_optimiser"
+_MARK = "_pint_fem_from_a_minimiser"
 
 
 class OptimiserUnit:
@@ -26,14 +26,14 @@ class OptimiserUnit:
     Attributes
     ----------
     factor : float
-        Of the last evaluation.
+        The factor of the last evaluation.
     scale : float
-        pyadjoint's.
+        pyadjoint's factor.
     """
 
     def __init__(self):
         self.factor, self._scale, self._unit = 1.0, 1.0, 1.0
-        self._begins = False
+        self._is_first = False
 
     @property
     def scale(self) -> float:
@@ -42,30 +42,30 @@ class OptimiserUnit:
 
     @scale.setter
     def scale(self, scale: float) -> None:
-        self._scale, self._unit, self._begins = float(scale), 1.0, abs(scale) == 1
+        self._scale, self._unit, self._is_first = float(scale), 1.0, abs(scale) == 1
 
-    def evaluated(self, from_optimiser: bool, value: float, norm: Callable[[], float]) -> float:
-        """The value in the unit of who asks for it; ``norm`` is that of the gradient."""
-        if from_optimiser and self._begins:
-            self._begins, self._unit = False, unit_factor(value, norm())
-        self.factor = self._scale * self._unit if from_optimiser else 1.0
+    def evaluated(self, from_minimiser: bool, value: float, norm: Callable[[], float]) -> float:
+        """The value times its factor, 1 for the user's own evaluations; ``norm()`` is the norm of the gradient."""
+        if from_minimiser and self._is_first:
+            self._is_first, self._unit = False, unit_factor(value, norm())
+        self.factor = self._scale * self._unit if from_minimiser else 1.0
         return self.factor * value
 
     @staticmethod
-    def is_asked(values: Sequence) -> bool:
-        """Whether values come from an optimiser's array."""
+    def from_array(values: Sequence) -> bool:
+        """Whether values were made from the array of a minimiser."""
         return any(getattr(value, _MARK, False) for value in values)
 
 
 class OptimiserControl(Control):
-    """A control that marks the functions it makes of an optimiser's array until they become its value.
+    """A control that marks the functions made from the array of a minimiser until they become its value.
 
     Parameters
     ----------
-    value
+    value : Function or EnsembleFunction
         pyadjoint's value of the control.
-    unit
-        Of the functional: what is evaluated next is in the user's unit.
+    unit : OptimiserUnit
+        The factor of the functional, which is 1 after an update of the control.
     """
 
     def __init__(self, value, unit: OptimiserUnit):
@@ -73,13 +73,13 @@ class OptimiserControl(Control):
         self._unit = unit
 
     def assign_numpy(self, dst, src, offset):
-        """See pyadjoint."""
+        """Values from an array, as pyadjoint's control takes them, and the next offset; the function is marked."""
         dst, offset = super().assign_numpy(dst, src, offset)
         setattr(dst, _MARK, True)
         return dst, offset
 
     def update(self, value):
-        """See pyadjoint."""
+        """Set the value of the control, as pyadjoint does, and remove its mark."""
         if hasattr(value, _MARK):
             delattr(value, _MARK)
         self._unit.factor = 1.0

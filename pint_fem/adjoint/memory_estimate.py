@@ -30,10 +30,10 @@ from pint_fem.collective import collectively
 from pint_fem.mgrit.view import memory as solver_memory
 from pint_fem.misfits.base import BLOCK, BlockMisfit
 
-__all__ = ["Memory", "memory"]
+__all__ = ["MemoryEstimate", "memory"]
 
 
-class Memory(NamedTuple):
+class MemoryEstimate(NamedTuple):
     """Bytes on this rank.
 
     Attributes
@@ -68,7 +68,7 @@ class Memory(NamedTuple):
         return "\n".join(lines)
 
 
-def memory(problem) -> Memory:
+def memory(problem) -> MemoryEstimate:
     """Of a :class:`~pint_fem.adjoint.problem.ReducedProblem`, before or after a run; collective."""
     sweeps, ev, slab = problem.sweeps, problem.sweeps.evolution, problem.sweeps.slab
     n, intervals = 8 * ev.state_size, sweeps.intervals
@@ -76,7 +76,7 @@ def memory(problem) -> Memory:
     rows, second = own.stop - own.start, not sweeps.is_linear
     observed = [m for m in problem.misfits if isinstance(m, BlockMisfit)]
     layout = problem.layout.size * 8
-    kept = {name: len(problem.points) * rows * n for name in ("state", "adjoint")}
+    kept = {name: len(problem.evaluations) * rows * n for name in ("state", "adjoint")}
     kept["coarse levels"] = sum(_coarse(solver, n) for solver in sweeps.solvers)
     if sweeps.has_model:
         kept["model"] = sweeps.transposed_adjoint.rows * n + _coarse(sweeps.transposed_adjoint.solver, n)
@@ -84,7 +84,7 @@ def memory(problem) -> Memory:
     kept["data"] = data + sum(p.kept_bytes(k) for p, k, _ in sweeps.steps_kept)
     linearised = sum(p.memory_bytes() * count for p, _, count in sweeps.steps_kept)
     kept["linearisation"] = linearised + (rows * n + layout if linearised else 0)
-    kept["controls"] = 3 * len(problem.points) * layout
+    kept["controls"] = 3 * len(problem.evaluations) * layout
     kept["windows"] = 0 if intervals is None else _windows(intervals, observed, n)
     # what comes and goes
     few, moves = BLOCK * n, ev.per_step or ev.depends_on_time
@@ -95,7 +95,7 @@ def memory(problem) -> Memory:
     guess = 0 if intervals is not None or len(sweeps.levels) == 1 else 2 * (sweeps.levels[1].k + 1) * n
     stepwise = slab.k * ev.control_size * 8 if ev.per_step else 0
     direct = 0 if intervals is None else stepwise  # what comes with a condensed right-hand side
-    kept["controls"] += len(problem.points) * direct
+    kept["controls"] += len(problem.evaluations) * direct
     blocks = 3 * few if intervals is None else 6 * intervals.width * n
     passing = {
         "value": {"right-hand side": forcing, "blocks": blocks},
@@ -113,7 +113,7 @@ def memory(problem) -> Memory:
     }
     held = [p.petsc_bytes(count) for p, _, count in sweeps.steps_kept] + of_misfits
     petsc = {part: sum(h.get(part, 0) for h in held) for part in ("blocks", "matrices", "factors")}
-    return Memory(kept, passing, petsc)
+    return MemoryEstimate(kept, passing, petsc)
 
 
 def _of_misfits(misfits) -> tuple[int, list[dict[str, int]]]:

@@ -2,7 +2,8 @@ r"""Whether all ranks were given the same problem: each takes its own steps with
 
 Data that differ between ranks (readings with other noise, a coefficient that one rank has changed) would give the value
 and the derivative of no functional, silently. Forms are compared by UFL's signature, numbers and readings bit by bit on
-all ranks. Fields are compared as controls are (:mod:`~pint_fem.adjoint.consistency.same_control`) by the ranks of one place in space: by
+all ranks. Fields are compared as controls are (:mod:`~pint_fem.adjoint.consistency.control_values`)
+by the ranks of one place in space: by
 :math:`\|f\|` and :math:`(w, f)`, :math:`w_i = \cos i^2`, to a relative tolerance far above round-off.
 """
 
@@ -16,7 +17,7 @@ import ufl
 from firedrake import Constant, dx, inner
 from mpi4py import MPI
 
-from pint_fem.adjoint.consistency.same_control import RTOL, sketch, sketch_weights
+from pint_fem.adjoint.consistency.control_values import RTOL, sketch, sketch_weights
 from pint_fem.collective import collectively, require_same
 from pint_fem.errors import InputError
 from pint_fem.evolution.boundary import boundary_value

@@ -1,6 +1,6 @@
 r"""Whether all ranks evaluate at the same control: one small reduction an evaluation.
 
-What is static is held by every rank in time, and each takes its own steps with its own copy. Copies that differ (a
+What is static is held by every rank in time, and each takes its own steps with its own copy. ControlConsistency that differ (a
 random start, a start read by one rank) would give the derivative of no functional, silently. With
 :math:`w_i = \cos i^2`, the ranks of one place in space compare :math:`\|z\|` and :math:`(w, z)` of their copies to
 a relative tolerance, not their bits: a solver with ranks in space may have another round-off in each group.
@@ -18,7 +18,7 @@ from pint_fem.agreement import digest, require_same
 from pint_fem.collective import raise_together
 from pint_fem.errors import InputError
 
-__all__ = ["RTOL", "Copies", "sketch", "sketch_weights"]
+__all__ = ["RTOL", "ControlConsistency", "sketch", "sketch_weights"]
 
 RTOL = 1e-9
 """Far above what round-off makes of copies in a run, far below what matters to ``J``."""
@@ -38,7 +38,7 @@ def sketch(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
     return np.where(np.isfinite(found), found, _HUGE)
 
 
-class Copies:
+class ControlConsistency:
     """Compares controls and directions over the ranks.
 
     Parameters
@@ -53,7 +53,7 @@ class Copies:
         self._place = spacetime.space_comm.rank
         self._weights = sketch_weights(layout.static_size)
 
-    def agree(
+    def require(
         self,
         vectors: Mapping[str, np.ndarray],
         *,
