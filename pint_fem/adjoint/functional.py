@@ -18,7 +18,7 @@ from pyadjoint.tape import stop_annotating
 
 from pint_fem.adjoint.memory_estimate import MemoryEstimate
 from pint_fem.adjoint.minimisation.minimisable import Minimisable
-from pint_fem.adjoint.minimisation.optimiser_unit import OptimiserControl, OptimiserUnit
+from pint_fem.adjoint.minimisation.value_scaling import ScaledControl, ValueScaling
 from pint_fem.adjoint.problem import ReducedProblem
 from pint_fem.adjoint.riesz import ControlInner
 from pint_fem.adjoint.states import FinalState, adjoint_functions, own_points, state_functions, write_states
@@ -72,8 +72,8 @@ class ControlFunctional(Minimisable, AbstractReducedFunctional):
                     part.assign(control)
                 if isinstance(value, Function):
                     value.rename(control.name())
-        self._unit = OptimiserUnit()
-        self._controls = Enlist([OptimiserControl(value, self._unit) for value in values])
+        self._unit = ValueScaling()
+        self._controls = Enlist([ScaledControl(value, self._unit) for value in values])
         if len(values) == 1:
             self._controls = Enlist(self._controls[0])
         self._z: np.ndarray | None = None
@@ -198,14 +198,14 @@ class ControlFunctional(Minimisable, AbstractReducedFunctional):
 
     def __call__(self, values) -> AdjFloat:
         """``J`` at values of the controls."""
-        self._z, asked = self._array(values), OptimiserUnit.from_array(Enlist(values))
+        self._z, scaled = self._array(values), ValueScaling.from_array(Enlist(values))
         with stop_annotating():
             for control, value in zip(self.controls, Enlist(values), strict=True):
                 control.update(value)
             value = self.problem.value(self._z)
             for state in self._final:
                 state.update()
-            return AdjFloat(self._unit.evaluated(asked, value, self._largest_slope))
+            return AdjFloat(self._unit.evaluated(scaled, value, self._largest_slope))
 
     def derivative(self, adj_input=1.0, apply_riesz=False):
         """``J'`` at the last control value, a dual function; with ``apply_riesz`` its representative."""

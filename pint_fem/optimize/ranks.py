@@ -117,7 +117,7 @@ def _stops(callback: Callable, *args) -> bool:
     answer = callback(*args)
     try:
         return bool(answer)
-    except Exception as error:  # an array of several entries, say
+    except Exception as error:  # such as an array of several entries
         raise InputError(
             f"the callback returned {type(answer).__name__}, which is neither true nor false: give a truth value or "
             "nothing"

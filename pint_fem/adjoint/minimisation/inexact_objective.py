@@ -14,8 +14,8 @@ is computed again more accurately,
 .. math::  c_u = \|g_{\text{new}} - g_{\text{old}}\| / \rho_{u,\text{old}} .
 
 Hessian products are those of a symmetric operator near the Hessian, a fixed number of cycles and their transposes
-(:mod:`~pint_fem.mgrit.transposed_cycles`, :mod:`~pint_fem.paradiag.transposed_iterations`), where there is one, and otherwise solves to a
-tolerance of their own.
+(:mod:`~pint_fem.mgrit.transposed_cycles`, :mod:`~pint_fem.paradiag.transposed_iterations`), where there is one, and
+otherwise solves to a tolerance of their own.
 
 The theory of inexact trust regions requires errors only up to an unspecified constant
 (:mod:`pint_fem.optimize.trust_region.inexact`).
@@ -85,7 +85,7 @@ class InexactObjective(Objective):
             value, error = self._value_within(x, tolerance)
         except SolverFailure as failure:
             return self._failed(failure), 0.0
-        self._name_parts(value)
+        self._report_parts(value)
         return value, error
 
     def _value_within(self, x: np.ndarray, tolerance: float) -> tuple[float, float]:

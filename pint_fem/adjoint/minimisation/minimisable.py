@@ -210,7 +210,8 @@ class Minimisable:
         return replace(result, control=control)
 
     def _trust_region(
-        self, start: np.ndarray, options: dict, *, inexact, bounds, constraints, preconditioner, checkpoint, if_save_fails
+        self, start: np.ndarray, options: dict, *, inexact, bounds, constraints, preconditioner, checkpoint,
+        if_save_fails,
     ) -> TrustRegionResult:  # fmt: skip
         """Choose options, objective and method, and run it."""
         problem, inner = self.problem, self.inner

@@ -43,8 +43,8 @@ class Objective:
         return np.inf
 
     def value(self, x: np.ndarray) -> float:
-        """``J(x)``; infinite where a sweep fails for a numerical reason (on every rank), which is stored as :attr:`failure`:
-        trial steps are then shortened.
+        """``J(x)``; infinite where a sweep fails for a numerical reason (on every rank), which is stored as
+        :attr:`failure`: trial steps are then shortened.
         """
         self.failure = None
         try:
@@ -82,7 +82,7 @@ class Objective:
 
     @property
     def weights(self) -> np.ndarray | None:
-        """The scaling of the variables, or the diagonal of the product's matrix, ``None`` where that is not diagonal."""
+        """The scaling of the variables, or the product's diagonal matrix; ``None`` where that is not diagonal."""
         return self._inner.weights if self._scaling is None else self._scaling
 
     def representative(self, dual: np.ndarray) -> np.ndarray:

@@ -1,9 +1,9 @@
 """The factor by which a functional is multiplied where pyadjoint's ``minimize`` passes it to scipy.
 
-``minimize(J, scale=s)`` sets ``J.scale = s`` and evaluates ``J`` through arrays; values and derivatives then have to
-be ``s`` times those of ``J``, and ``maximize`` relies on that with ``s = -1``. scipy's tolerances are absolute, so where
-``J`` or its gradient is small at the start they get the factor of :mod:`pint_fem.optimize.scipy_methods.run` as well, unless a
-``scale`` is given. A user's own evaluations, ``J(z)``, have no factor, and derivatives have that of the last
+``minimize(J, scale=s)`` sets ``J.scale = s`` and evaluates ``J`` through arrays; values and derivatives then have to be
+``s`` times those of ``J``, and ``maximize`` relies on that with ``s = -1``. scipy's tolerances are absolute, so where
+``J`` or its gradient is small at the start they get the factor of :mod:`pint_fem.optimize.scipy_methods.run` as well,
+unless a ``scale`` is given. A user's own evaluations, ``J(z)``, have no factor, and derivatives have that of the last
 evaluation: pyadjoint's controls, which turn arrays into functions, mark those that come from a minimiser.
 """
 
@@ -15,12 +15,12 @@ from pyadjoint import Control
 
 from pint_fem.optimize.scipy_methods.run import unit_factor
 
-__all__ = ["OptimiserControl", "OptimiserUnit"]
+__all__ = ["ScaledControl", "ValueScaling"]
 
 _MARK = "_pint_fem_from_a_minimiser"
 
 
-class OptimiserUnit:
+class ValueScaling:
     """The factor of a functional's values and derivatives.
 
     Attributes
@@ -57,18 +57,18 @@ class OptimiserUnit:
         return any(getattr(value, _MARK, False) for value in values)
 
 
-class OptimiserControl(Control):
+class ScaledControl(Control):
     """A control that marks the functions made from the array of a minimiser until they become its value.
 
     Parameters
     ----------
     value : Function or EnsembleFunction
         pyadjoint's value of the control.
-    unit : OptimiserUnit
+    unit : ValueScaling
         The factor of the functional, which is 1 after an update of the control.
     """
 
-    def __init__(self, value, unit: OptimiserUnit):
+    def __init__(self, value, unit: ValueScaling):
         super().__init__(value)
         self._unit = unit
 
