@@ -85,7 +85,7 @@ class AffineConstraints:
         return self.problem.inner(a, b)
 
     @property
-    def comm(self):
+    def comm(self) -> object | None:
         """The processes that evaluate collectively, None if the problem has no communicator."""
         return getattr(self.problem, "comm", None)
 

@@ -82,6 +82,7 @@ class GuardedProblem:
         return out
 
     def _count(self, name: str) -> None:
+        """Count a call of a method of this name."""
         counter = _COUNTERS.get(name.removesuffix("_within"), "hessian_calls")
         setattr(self, counter, getattr(self, counter) + 1)
 
@@ -246,6 +247,7 @@ def _vector(name: str, v: np.ndarray, x: np.ndarray) -> np.ndarray:
 
 
 def _number(name: str, value: float, _=None) -> float:
+    """A number, finite or not."""
     try:
         return float(value)
     except (TypeError, ValueError) as error:
@@ -253,6 +255,7 @@ def _number(name: str, value: float, _=None) -> float:
 
 
 def _error_estimate(name: str, error: float, _=None) -> float:
+    """A number >= 0, which may be infinite."""
     error = _number(name, error)
     if not error >= 0:
         raise InputError(f"{name} returned the error {error}: give a number >= 0, infinity where there is no estimate")
@@ -260,6 +263,7 @@ def _error_estimate(name: str, error: float, _=None) -> float:
 
 
 def _residual(name: str, residual: float, _=None) -> float:
+    """A finite number >= 0."""
     residual = _number(name, residual)
     if not 0 <= residual < math.inf:
         raise InputError(f"{name} returned the residual {residual}: give a finite number >= 0, or a J of inf")
@@ -267,6 +271,7 @@ def _residual(name: str, residual: float, _=None) -> float:
 
 
 def _operator(name: str, operator: Callable | None, _=None) -> Callable | None:
+    """A callable, or None where a process has no such operator."""
     check_callable(name, operator)
     return operator
 

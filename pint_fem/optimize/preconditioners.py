@@ -55,7 +55,7 @@ class LimitedMemoryPreconditioner:
         return self._operator.apply(r)
 
 
-def make_preconditioner(preconditioner, inner: Callable) -> tuple[Callable | None, bool]:
+def make_preconditioner(preconditioner: Callable | str | None, inner: Callable) -> tuple[Callable | None, bool]:
     """The preconditioner, made where it is given by its name, and whether it is updated by pairs."""
     if preconditioner == "limited-memory":
         preconditioner = LimitedMemoryPreconditioner(inner)

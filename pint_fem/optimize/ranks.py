@@ -12,6 +12,7 @@ import functools
 from collections.abc import Callable
 
 import numpy as np
+from mpi4py import MPI
 
 from pint_fem.collective import any_rank, collectively, ending_all_ranks, require_same
 from pint_fem.errors import InputError
@@ -95,7 +96,7 @@ def _collective_monitor(problem: GuardedProblem, given: Callable[[str], object] 
     return monitor
 
 
-def collective_callback(comm, given: Callable | None) -> Callable[..., bool]:
+def collective_callback(comm: MPI.Comm, given: Callable | None) -> Callable[..., bool]:
     """A callback that returns true on all processes where it does on any.
 
     Parameters

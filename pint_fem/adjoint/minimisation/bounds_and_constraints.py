@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from numbers import Real
+from typing import TYPE_CHECKING
 
 import numpy as np
 import ufl
-from firedrake import Function, TestFunction, assemble, derivative
+from firedrake import EnsembleFunction, Function, TestFunction, assemble, derivative
 from ufl.algorithms import expand_derivatives, extract_coefficients
 
 from pint_fem.adjoint.minimisation.objective import Objective
@@ -15,10 +17,17 @@ from pint_fem.errors import InputError
 from pint_fem.evolution.quadrature import with_fixed_degrees
 from pint_fem.kernels.arrays import get
 
-__all__ = ["bound_arrays", "constraint_normals", "named_array"]
+if TYPE_CHECKING:
+    from pint_fem.adjoint.functional import ControlFunctional
+
+__all__ = ["Controls", "bound_arrays", "constraint_normals", "named_array"]
 
 
-def named_array(rf, values, what: str) -> np.ndarray:
+Controls = Function | EnsembleFunction | Sequence[Function | EnsembleFunction]
+"""Values of one control or of several: one per step, an EnsembleFunction, or static, a Function."""
+
+
+def named_array(rf: ControlFunctional, values: Controls, what: str) -> np.ndarray:
     """Own values of controls as an array; the message of an error begins with the name of the argument.
 
     Raises
@@ -32,7 +41,7 @@ def named_array(rf, values, what: str) -> np.ndarray:
         raise InputError(f"{what}: {error}") from error
 
 
-def bound_arrays(rf, bounds) -> tuple[np.ndarray | float, np.ndarray | float]:
+def bound_arrays(rf: ControlFunctional, bounds: Sequence) -> tuple[np.ndarray | float, np.ndarray | float]:
     """Lower and upper bounds as numbers or arrays of own values.
 
     Parameters
@@ -54,6 +63,7 @@ def bound_arrays(rf, bounds) -> tuple[np.ndarray | float, np.ndarray | float]:
 
 
 def _is_number(side) -> bool:
+    """Whether a bound is a number, or None for no bound."""
     return side is None or isinstance(side, Real)
 
 
@@ -77,7 +87,9 @@ def _side(rf, side, none: float):
     return whole
 
 
-def constraint_normals(rf, objective: Objective, constraints) -> tuple[list[np.ndarray], list[float]]:
+def constraint_normals(
+    rf: ControlFunctional, objective: Objective, constraints: Sequence[tuple[ufl.Form, float]]
+) -> tuple[list[np.ndarray], list[float]]:
     """Representatives of the derivatives of constraints, and the numbers that these have to be at the controls: the
     values minus those of the functionals at zero.
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -44,6 +44,7 @@ from pint_fem.all_at_once.stopping import SolveResult
 from pint_fem.collective import collectively, on_first_rank
 from pint_fem.errors import InputError, SolverFailure
 from pint_fem.kernels.arrays import own_size
+from pint_fem.optimize.constraints import AffineConstraints
 
 __all__ = ["HDF5Checkpoint", "open_checkpoint"]
 
@@ -56,8 +57,15 @@ _OTHER_NORM_RATIO = 1e3  # the same where the recorded norm is not that of coeff
 
 @contextmanager
 def open_checkpoint(
-    given, objective: Objective, if_save_fails: str, *, method: str, sides=None, constrained=None, constraints=None
-):
+    given: object,
+    objective: Objective,
+    if_save_fails: str,
+    *,
+    method: str,
+    sides: Mapping[str, np.ndarray | float] | None = None,
+    constrained: AffineConstraints | None = None,
+    constraints: Sequence | None = None,
+) -> Iterator[object]:
     """A checkpoint in a file of that name, locked for this run; any other checkpoint as it is (collective).
 
     Parameters
@@ -205,6 +213,7 @@ class HDF5Checkpoint:
                 self._printer(f"warning: {error}; the run continues, and the last complete file remains")
 
     def _save(self, scalars: dict, vectors: dict[str, np.ndarray]) -> None:
+        """Write a new file beside the last one, and replace that."""
         self.reserve()
         new = self.path.with_name(self.path.name + ".new")
         pieces = [piece for name, vector in vectors.items() for piece in self._vector(f"vectors/{name}", vector)]

@@ -17,9 +17,11 @@ from tsfc.ufl_utils import extract_firedrake_constants
 from ufl.algorithms import extract_coefficients
 
 from pint_fem.adjoint.control_layout import ControlLayout
+from pint_fem.adjoint.minimisation.objective import Objective
 from pint_fem.evolution.boundary import boundary_value
 from pint_fem.evolution.evolution import Evolution
 from pint_fem.kernels.arrays import condition_rows, get
+from pint_fem.optimize.constraints import AffineConstraints
 
 __all__ = [
     "bound_numbers",
@@ -51,7 +53,7 @@ def probe(layout: ControlLayout) -> np.ndarray:
     return out
 
 
-def inner_number(layout: ControlLayout, objective) -> float:
+def inner_number(layout: ControlLayout, objective: Objective) -> float:
     """The squared norm of the functional whose coefficients are the probe."""
     dual = probe(layout)
     return layout.pairing(dual, objective.representative(dual))
@@ -67,7 +69,9 @@ def bound_numbers(layout: ControlLayout, side: np.ndarray | float) -> dict[str, 
     return {name: layout.pairing(weights, part) / total for name, part in means.items()}
 
 
-def constraint_numbers(layout: ControlLayout, constrained, values: list[float]) -> dict[str, float | list[float]]:
+def constraint_numbers(
+    layout: ControlLayout, constrained: AffineConstraints, values: list[float]
+) -> dict[str, float | list[float]]:
     """Values of affine constraints, and squared norms of the projections of the probe on their set and null space."""
     p = probe(layout)
     ends = {
@@ -77,7 +81,7 @@ def constraint_numbers(layout: ControlLayout, constrained, values: list[float]) 
     return {"values": values} | {name: constrained.inner(v, v) for name, v in ends.items()}
 
 
-def evolution_numbers(evolution: Evolution, comm) -> dict:
+def evolution_numbers(evolution: Evolution, comm: MPI.Comm) -> dict:
     """The problem of an evolution: signatures of residual and boundary values, their data, the tableau and the mesh.
 
     Parameters

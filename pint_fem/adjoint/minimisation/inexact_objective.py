@@ -75,6 +75,7 @@ class InexactObjective(Objective):
         self._adjoint_factor, self._cycles = state["adjoint"], state["cycles"]
 
     def _clip(self, rtol: float) -> float:
+        """The tolerance within the range of the sweeps."""
         return min(max(rtol, self.tightest), self.loosest)
 
     # -- value ---------------------------------------------------------------------------------------------------------
@@ -111,6 +112,7 @@ class InexactObjective(Objective):
         self._adjoint_factor = self._norm(self._inner.primal(self.problem.adjoint_part(evaluation)))
 
     def _norm(self, v: np.ndarray) -> float:
+        """The norm of a vector in the inner product."""
         return float(np.sqrt(max(self.inner(v, v), 0.0)))
 
     # -- derivatives ---------------------------------------------------------------------------------------------------

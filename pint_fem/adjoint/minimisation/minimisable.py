@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from numbers import Real
+from pathlib import Path
 
 import numpy as np
 import ufl
 from pyadjoint.tape import stop_annotating
 
 from pint_fem.adjoint.consistency.control_values import ControlConsistency
-from pint_fem.adjoint.minimisation.bounds_and_constraints import bound_arrays, constraint_normals, named_array
+from pint_fem.adjoint.minimisation.bounds_and_constraints import Controls, bound_arrays, constraint_normals, named_array
 from pint_fem.adjoint.minimisation.checkpoint import open_checkpoint
 from pint_fem.adjoint.minimisation.inexact_objective import InexactObjective
 from pint_fem.adjoint.minimisation.objective import Objective
@@ -46,14 +47,14 @@ class Minimisable:
 
     def minimize_trust_region(
         self,
-        start=None,
+        start: Controls | None = None,
         *,
         monitor: Callable[[str], object] | None = None,
         inexact: bool | Mapping | InexactOptions | None = None,
-        bounds=None,
-        constraints=None,
-        preconditioner=None,
-        checkpoint=None,
+        bounds: Sequence | None = None,
+        constraints: Sequence[tuple[ufl.Form, float]] | None = None,
+        preconditioner: str | ufl.Form | Sequence[ufl.Form] | Callable | None = None,
+        checkpoint: str | Path | None = None,
         if_save_fails: str = "stop",
         **options,
     ) -> TrustRegionResult:
@@ -107,8 +108,10 @@ class Minimisable:
         return self._with_control(result)
 
     def minimize_one_shot(
-        self, start=None, *, monitor: Callable[[str], object] | None = None, constraints=None, preconditioner=None,
-        checkpoint=None, if_save_fails: str = "stop", **options,
+        self, start: Controls | None = None, *, monitor: Callable[[str], object] | None = None,
+        constraints: Sequence[tuple[ufl.Form, float]] | None = None,
+        preconditioner: str | ufl.Form | Sequence[ufl.Form] | Callable | None = None,
+        checkpoint: str | Path | None = None, if_save_fails: str = "stop", **options,
     ) -> OneShotResult:  # fmt: skip
         """Minimise by :func:`pint_fem.optimize.minimize_one_shot`: between two updates of the controls one MGRIT cycle
         for the state and one for the adjoint (collective).
@@ -150,7 +153,9 @@ class Minimisable:
                 result = minimize_one_shot(limited, start, checkpoint=opened, **options)
         return self._with_control(result)
 
-    def minimize_scipy(self, start=None, method: str = "trust-krylov", *, bounds=None, **options) -> ScipyResult:
+    def minimize_scipy(
+        self, start: Controls | None = None, method: str = "trust-krylov", *, bounds: Sequence | None = None, **options
+    ) -> ScipyResult:
         """Minimise by scipy, whose vectors are whole on one rank: for controls of moderate size (collective).
 
         The variables are scaled by the root of the lumped mass matrix, and derivatives are exact in these coordinates
@@ -198,6 +203,7 @@ class Minimisable:
                 yield start
 
     def _on_root(self, monitor: Callable | None) -> Callable | None:
+        """The monitor on the first rank, None on the others."""
         return monitor if self.spacetime.is_root else None
 
     def _with_control(self, result):

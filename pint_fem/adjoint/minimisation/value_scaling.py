@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 from pyadjoint import Control
 
 from pint_fem.optimize.scipy_methods.run import unit_factor
@@ -42,6 +43,7 @@ class ValueScaling:
 
     @scale.setter
     def scale(self, scale: float) -> None:
+        """Set the factor; the next evaluation from an array is the first of a minimisation."""
         self._scale, self._unit, self._is_first = float(scale), 1.0, abs(scale) == 1
 
     def evaluated(self, from_minimiser: bool, value: float, norm: Callable[[], float]) -> float:
@@ -72,13 +74,13 @@ class ScaledControl(Control):
         super().__init__(value)
         self._unit = unit
 
-    def assign_numpy(self, dst, src, offset):
+    def assign_numpy(self, dst: object, src: np.ndarray, offset: int) -> tuple[object, int]:
         """Values from an array, as pyadjoint's control takes them, and the next offset; the function is marked."""
         dst, offset = super().assign_numpy(dst, src, offset)
         setattr(dst, _MARK, True)
         return dst, offset
 
-    def update(self, value):
+    def update(self, value: object) -> None:
         """Set the value of the control, as pyadjoint does, and remove its mark."""
         if hasattr(value, _MARK):
             delattr(value, _MARK)

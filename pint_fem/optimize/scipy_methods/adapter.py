@@ -77,7 +77,7 @@ def scipy_minimize(
     x0: np.ndarray,
     method: str = "trust-krylov",
     *,
-    comm=None,
+    comm: MPI.Comm | None = None,
     lower: np.ndarray | float | None = None,
     upper: np.ndarray | float | None = None,
     hessian: str = "newton",
@@ -209,7 +209,7 @@ class _Processes:
         self.first = self.comm is None or self.comm.rank == 0
         self._evaluating = False  # an evaluation has begun and not ended
 
-    def evaluate(self, name: str, *arguments):
+    def evaluate(self, name: str, *arguments) -> object:
         """Call a method of the view on all processes, from the first one."""
         self._evaluating = True
         self._send(name, arguments)
@@ -276,7 +276,7 @@ class _EuclideanView:
         """The local part x of a global y, within the bounds in spite of the round-off of the scaling."""
         return np.clip(self.direction(y), *self.box)
 
-    def bounds(self, lower, upper) -> Bounds:
+    def bounds(self, lower: np.ndarray | float | None, upper: np.ndarray | float | None) -> Bounds:
         """The bounds in y."""
         sides = [-math.inf if lower is None else lower, math.inf if upper is None else upper]
         collectively(self.problem.comm, "", check_bounds, *sides)

@@ -129,7 +129,7 @@ class _Functions:
             g = np.where(((y <= self.bounds.lb) & (g > 0)) | ((y >= self.bounds.ub) & (g < 0)), 0.0, g)
         return float(np.linalg.norm(g))
 
-    def value(self, y):
+    def value(self, y: np.ndarray) -> float:
         """c J, or a number larger than all others where J is not finite."""
         if not np.isfinite(y).all():
             return math.inf
@@ -146,7 +146,7 @@ class _Functions:
             J = _WORSE * self._largest
         return self.factor * J
 
-    def gradient(self, y):
+    def gradient(self, y: np.ndarray) -> np.ndarray:
         """The gradient of c J, zero where J is not finite; the run ends here if it is small."""
         if not np.isfinite(y).all():
             raise _BreakdownError(f"{self.method} evaluates a gradient at a point that is not finite")
@@ -169,14 +169,14 @@ class _Functions:
             self.after_iteration(y)
         raise _ConvergedError
 
-    def hessian_action(self, y, p):
+    def hessian_action(self, y: np.ndarray, p: np.ndarray) -> np.ndarray:
         """The Hessian of c J times p."""
         if not np.isfinite(p).all():
             raise _BreakdownError(f"{self.method} evaluates a Hessian action in a direction that is not finite")
         self.counts["nhev"] += 1
         return self.factor * self._actions.at(y, p, lambda: self.evaluate("hessian_action", y, p))
 
-    def after_iteration(self, y, *_):
+    def after_iteration(self, y: np.ndarray, *_) -> None:
         """Count iterations, and call the callback."""
         self.iterate, self.iterations = np.array(y), self.iterations + 1
         if self.calls_back and self.evaluate("call_back", y):

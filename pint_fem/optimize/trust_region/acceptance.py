@@ -15,6 +15,7 @@ __all__ = [
     "Step",
     "below_resolution",
     "error_exceeds_scale",
+    "exit_length",
     "first_radius",
     "next_radius",
     "reduction_ratio",
@@ -109,6 +110,13 @@ def first_radius(cauchy_length: float, otherwise: float) -> float:
     that is not finite.
     """
     return _FIRST_RADIUS * cauchy_length if math.isfinite(_FIRST_RADIUS * cauchy_length) else otherwise
+
+
+def exit_length(pp: float, pd: float, dd: float, radius: float) -> float:
+    """The tau >= 0 with ``|p + tau d| = radius`` for p in the ball, from (p, p), (p, d), (d, d); no cancellation."""
+    gap = max(radius * radius - pp, 0.0)
+    root = math.sqrt(pd * pd + dd * gap)
+    return gap / (root + pd) if pd >= 0 else (root - pd) / dd
 
 
 def next_radius(radius: float, step: Step, ratio: float, *, accepted: bool, most: float) -> tuple[float, bool]:

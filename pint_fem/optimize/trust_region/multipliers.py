@@ -36,6 +36,7 @@ from pint_fem.optimize.protocol import Preconditioner, Problem
 from pint_fem.optimize.ranks import on_all_ranks
 from pint_fem.optimize.records import IterationRecord, StopReason, TrustRegionResult
 from pint_fem.optimize.trust_region.bounded import minimize_bounded
+from pint_fem.optimize.trust_region.projected_step import Box
 
 __all__ = ["minimize_bounded_constrained"]
 
@@ -89,6 +90,7 @@ class AugmentedLagrangian:
         return self._with_penalty(v, self.problem.hessian_action(x, v))
 
     def _with_penalty(self, v: np.ndarray, h: np.ndarray) -> np.ndarray:
+        """``h + mu sum_i (q_i, v) q_i``."""
         return self.constraints.combined(self.penalty * self.constraints.components(v), h)
 
     def next_multipliers(self, x: np.ndarray) -> np.ndarray:
@@ -241,7 +243,7 @@ def _secant_multipliers(rounds: list[tuple[np.ndarray, np.ndarray]], following: 
 def _projected_norm(problem: AugmentedLagrangian, x, low, high, multipliers) -> float:
     """Norm of the projected gradient of the Lagrangian."""
     g = problem.constraints.combined(multipliers, problem.problem.gradient(x))
-    g = np.where(((x <= low) & (g > 0)) | ((x >= high) & (g < 0)), 0.0, g)
+    g = Box(low, high).projected_gradient(x, g)
     return math.sqrt(max(float(problem.inner(g, g)), 0.0))
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from pint_fem.optimize.oracle import ExactOracle, Iterate
 from pint_fem.optimize.records import CGStop
-from pint_fem.optimize.trust_region.acceptance import Step, first_radius
+from pint_fem.optimize.trust_region.acceptance import Step, exit_length, first_radius
 
 __all__ = ["Box", "ProjectedSteps"]
 
@@ -230,7 +230,8 @@ class ProjectedSteps:
         d = -z if last is None or self.preconditioner is not None else (rz / last[1]) * last[0] - z
         while True:
             hd, curvature = self._product(d)
-            tau = _exit_length(self.inner, s + p, d, radius)
+            sp = s + p
+            tau = exit_length(self.inner(sp, sp), self.inner(sp, d), self.inner(d, d), radius)
             alpha = rz / curvature if curvature > 0 else math.inf
             if tau <= alpha:
                 stop = CGStop.BOUNDARY if curvature > 0 else CGStop.NEGATIVE_CURVATURE
@@ -262,11 +263,3 @@ class ProjectedSteps:
                 return new, hs + h_moved, False
             beta *= min(max(-slope / curvature, _SHORTEST), _LONGEST) if curvature > 0 else _LONGEST
         return None
-
-
-def _exit_length(inner, s: np.ndarray, d: np.ndarray, radius: float) -> float:
-    """The tau >= 0 with |s + tau d| = radius for s in the ball, free of cancellation."""
-    sd, dd = inner(s, d), inner(d, d)
-    gap = max(radius * radius - inner(s, s), 0.0)
-    root = math.sqrt(sd * sd + dd * gap)
-    return gap / (root + sd) if sd >= 0 else (root - sd) / dd

@@ -36,7 +36,7 @@ import numpy as np
 
 from pint_fem.optimize.oracle import ExactOracle, Iterate
 from pint_fem.optimize.records import CGStop
-from pint_fem.optimize.trust_region.acceptance import Step, first_radius
+from pint_fem.optimize.trust_region.acceptance import Step, exit_length, first_radius
 
 __all__ = ["SteihaugPath"]
 
@@ -63,10 +63,8 @@ class _Segment:
     hh: float
 
     def exit_length(self, radius: float) -> float:
-        """The tau >= 0 with |p_j + tau d_j| = radius, free of cancellation."""
-        gap = max(radius * radius - self.pp, 0.0)
-        root = math.sqrt(self.pd * self.pd + self.dd * gap)
-        return gap / (root + self.pd) if self.pd >= 0 else (root - self.pd) / self.dd
+        """The tau >= 0 with |p_j + tau d_j| = radius."""
+        return exit_length(self.pp, self.pd, self.dd, radius)
 
     def reduction_at(self, tau: float) -> float:
         """J - m(p_j + tau d_j)."""
