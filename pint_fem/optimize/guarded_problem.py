@@ -68,11 +68,13 @@ class GuardedProblem:
         """The checked result of a method on all processes; J is infinite where it fails for a numerical reason."""
         if RETURNS[name] != ("operator",):
             self._count(name)
-        self._failure = None
+        evaluates = RETURNS[name][0] == "number"
+        if evaluates:
+            self._failure = None
         try:
             out = collectively(self.comm, name, _checked, name, method, x, *args)
         except SolverFailure as failure:
-            if RETURNS[name][0] != "number":
+            if not evaluates:
                 raise
             release(failure)
             self._failure = failure

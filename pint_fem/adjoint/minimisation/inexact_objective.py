@@ -32,7 +32,6 @@ from pint_fem.adjoint.evaluation import Evaluation, relative_residual
 from pint_fem.adjoint.minimisation.objective import Objective
 from pint_fem.adjoint.problem import ReducedProblem
 from pint_fem.adjoint.riesz import ControlInner
-from pint_fem.errors import SolverFailure
 
 __all__ = ["InexactObjective"]
 
@@ -80,20 +79,19 @@ class InexactObjective(Objective):
 
     # -- value ---------------------------------------------------------------------------------------------------------
     def value_within(self, x: np.ndarray, tolerance: float) -> tuple[float, float]:
-        """``J(x)`` and an estimate of its error, at most ``tolerance`` where the sweeps' ``rtol`` allows."""
-        self.failure = None
-        try:
-            value, error = self._value_within(x, tolerance)
-        except SolverFailure as failure:
-            return self._failed(failure), 0.0
-        self._report_parts(value)
-        return value, error
+        """``J(x)`` and an estimate of its error, at most ``tolerance`` where the sweeps' ``rtol`` allows.
 
-    def _value_within(self, x: np.ndarray, tolerance: float) -> tuple[float, float]:
+        Raises
+        ------
+        SolverFailure
+            If a sweep fails for a numerical reason, on every rank; minimisers then use infinity.
+        """
+        self.failure = None
         problem, rtol = self.problem, self.loosest
         for _ in range(_TRIES):
             value, evaluation = problem.value(x, rtol=rtol), problem.at(x)
             if not np.isfinite(value):  # with any accuracy
+                self._report_parts(value)
                 return value, 0.0
             if self._weight is None:
                 problem.derivative(x, rtol=rtol)

@@ -6,7 +6,7 @@ import numpy as np
 
 from pint_fem.adjoint.problem import ReducedProblem
 from pint_fem.adjoint.riesz import ControlInner
-from pint_fem.errors import SolverFailure, release
+from pint_fem.errors import SolverFailure
 
 __all__ = ["Objective"]
 
@@ -36,26 +36,21 @@ class Objective:
         self.failure: SolverFailure | None = None
         self.comm = problem.spacetime.comm
 
-    def _failed(self, failure: SolverFailure) -> float:
-        """Store the reason of a value that cannot be computed, and return infinity for it."""
-        release(failure)
-        self.failure = failure
-        return np.inf
-
     def value(self, x: np.ndarray) -> float:
-        """``J(x)``; infinite where a sweep fails for a numerical reason (on every rank), which is stored as
-        :attr:`failure`: trial steps are then shortened.
+        """``J(x)``.
+
+        Raises
+        ------
+        SolverFailure
+            If a sweep fails for a numerical reason, on every rank; minimisers then use infinity.
         """
-        self.failure = None
-        try:
-            value = self.problem.value(x)
-        except SolverFailure as failure:
-            return self._failed(failure)
+        value = self.problem.value(x)
         self._report_parts(value)
         return value
 
     def _report_parts(self, value: float) -> None:
         """Store the parts of a value that is not finite: data, weights or states overflow."""
+        self.failure = None
         if not np.isfinite(value):
             parts = ", ".join(f"{name} {part:g}" for name, part in self.problem.parts.items())
             self.failure = SolverFailure(f"J is not finite: {parts}; see data and weights")
@@ -90,14 +85,15 @@ class Objective:
         return self._inner.primal(dual)
 
     def advance(self, x: np.ndarray) -> tuple[float, np.ndarray, float]:
-        """``J`` and its gradient after one MGRIT cycle for each sweep, and their relative residual; infinite where a
-        sweep fails (on every rank), which then starts anew at the next design.
+        """``J`` and its gradient after one MGRIT cycle for each sweep, and the relative residual.
+
+        Raises
+        ------
+        SolverFailure
+            If a sweep fails, on every rank; it starts anew at the next design.
         """
         self.failure = None
-        try:
-            value, g, residual = self.problem.advance(x)
-        except SolverFailure as failure:
-            return self._failed(failure), np.zeros_like(x), np.inf
+        value, g, residual = self.problem.advance(x)
         return value, self._inner.primal(g), residual
 
     def update_copies(self, x: np.ndarray) -> None:

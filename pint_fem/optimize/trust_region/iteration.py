@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
@@ -35,8 +34,12 @@ from pint_fem.optimize.trust_region.acceptance import (
     reduction_ratio,
 )
 from pint_fem.optimize.trust_region.forcing import first_forcing_term, next_forcing_term
+from pint_fem.optimize.trust_region.projected_step import ProjectedSteps
+from pint_fem.optimize.trust_region.steihaug import SteihaugPath
 
-__all__ = ["NewtonOptions", "StepsAtIterate", "TrustRegionRun"]
+__all__ = ["NewtonOptions", "TrustRegionRun"]
+
+Steps = SteihaugPath | ProjectedSteps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,19 +95,6 @@ class NewtonOptions:
         check_callable("callback", self.callback)
 
 
-class StepsAtIterate(Protocol):
-    """Approximate minimisers of the model at one iterate, for one radius after another."""
-
-    def first_radius(self) -> float:
-        """The first radius of a run, from the length of the Cauchy step."""
-
-    def step(self, radius: float) -> Step:
-        """The step in a ball of this radius."""
-
-    def pairs(self, products: int) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Pairs (d, H d) of positive curvature that a step with so many products has computed."""
-
-
 class TrustRegionRun:
     """A run of a trust-region method.
 
@@ -137,7 +127,7 @@ class TrustRegionRun:
     def minimise(
         self,
         start: np.ndarray,
-        steps_at: Callable[[Iterate, int, float], StepsAtIterate],
+        steps_at: Callable[[Iterate, int, float], Steps],
         cg_forcing: str | float,
     ) -> TrustRegionResult:
         """Run from `start`, or from the restored state, to the end.
@@ -185,7 +175,7 @@ class TrustRegionRun:
                 reason = StopReason.CALLBACK
         return state.result(oracle.problem, reason or StopReason.MAX_IT)
 
-    def _step(self, steps: StepsAtIterate, iteration: int, cg_forcing: str | float, tolerance: float) -> bool:
+    def _step(self, steps: Steps, iteration: int, cg_forcing: str | float, tolerance: float) -> bool:
         """Try a step; whether the iterate or its gradient has changed, so that conjugate gradients start anew."""
         o, oracle, state = self.options, self.oracle, self.state
         if state.radius is None:
@@ -223,20 +213,13 @@ class TrustRegionRun:
         self._record(radius, ratio, accepted, step)
         return moved
 
-    def _accept(
-        self, steps: StepsAtIterate, step: Step, iterate: Iterate, cg_forcing: str | float, tolerance: float
-    ) -> None:
+    def _accept(self, steps: Steps, step: Step, iterate: Iterate, cg_forcing: str | float, tolerance: float) -> None:
         """Move to the trial point, with its forcing term, and update the preconditioner."""
         state = self.state
         state.forcing = next_forcing_term(
-            cg_forcing,
-            last=state.forcing,
-            norm=iterate.gradient.norm,
-            norm_before=state.iterate.gradient.norm,
-            model_norm=step.model_norm,
-            first_norm=state.first_norm,
-            final_norm=tolerance,
-        )
+            cg_forcing, last=state.forcing, norm=iterate.gradient.norm, norm_before=state.iterate.gradient.norm,
+            model_norm=step.model_norm, first_norm=state.first_norm, final_norm=tolerance,
+        )  # fmt: skip
         state.iterate = iterate
         pairs = steps.pairs(step.cg_iterations) if self.learns else []
         if pairs:
