@@ -132,8 +132,8 @@ def _windows(intervals, misfits, n: int) -> int:
     """Work arrays of windows."""
     inside = np.arange(intervals.slab.k + 1) % intervals.m != 0
     linear = intervals.propagator.is_linear
-    observed = not linear or any((m.observes & inside).any() for m in misfits)
-    forced = not linear or any((m.forces & inside).any() for m in misfits)
+    observed = not linear or any((m.observed & inside).any() for m in misfits)
+    forced = not linear or any((m.state_dependent & inside).any() for m in misfits)
     arrays = intervals.m * (observed + forced + (not linear)) + 2
     affine = intervals.count if linear and intervals.evolution.depends_on_time else 1
     return (arrays * intervals.width + affine * linear) * n

@@ -263,10 +263,10 @@ class Sweeps(TimeSolvers):
             fine.step(self.data(z)._replace(guess=fine.uses_guess), U[:-1], out, self.slab.lo)
             return out - U[1:]
         self.intervals.bind(z, U)
-        for window in self.intervals.windows:
-            last = self.intervals.states(window)[-1]
-            data = self.intervals.data(window, window.m - 1, linearised=False)
-            fine.step(data, last, out[window.starts], window.first)
+        for group in self.intervals.groups:
+            last = self.intervals.states(group)[-1]
+            data = self.intervals.data(group, group.m - 1, linearised=False)
+            fine.step(data, last, out[group.starts], group.first)
         return out - U[1:]
 
     @property
@@ -364,5 +364,5 @@ class Sweeps(TimeSolvers):
             sz = np.zeros((self.slab.k, self.evolution.control_size)[0 if self.evolution.per_step else 1 :])
         if end is not None:
             su[1:] += end
-            self._give_to_right(su)
+            self.spacetime.add_shared_points(su)
         return su, sz
