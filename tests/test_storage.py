@@ -150,7 +150,7 @@ def test_values_that_fail_are_no_first_guess():
     rf = functional(pf.SpaceTime("1x1", comm=MPI.COMM_SELF), "C", "running")
     z, p = np.asarray(rf.array(rf.controls[0].control)), rf.problem
     (misfit,) = p.misfits
-    for method, ask in (("observe", p.value), ("force", p.derivative), ("observe", p.advance)):
+    for method, ask in (("observe", p.value), ("adjoint_source", p.derivative), ("observe", p.advance)):
         p.value(z)
         point = p.points[0]
         assert not point.cold["state"]
