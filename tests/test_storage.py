@@ -205,16 +205,16 @@ def test_what_it_costs():
         return call
 
     p.apply, p.apply_transposed = counted("forward", p.apply), counted("backward", p.apply_transposed)
-    for solver in (sweeps._state, sweeps._adjoint):
+    for solver in (sweeps.solvers.state, sweeps.solvers.adjoint):
         step = solver.levels[0].propagator
         step._apply = p.apply_transposed if step.transposed else p.apply
     rf.problem.value(z)
     inside = (M - 1) * STEPS // M
-    assert calls["forward"] == sweeps._state.levels[0].phi_calls + inside + STEPS + M  # condensed: affine, and controls
+    assert calls["forward"] == sweeps.solvers.state.levels[0].phi_calls + inside + STEPS + M  # condensed: affine, and controls
     calls.update(forward=0, backward=0)
     rf.problem.derivative(z)
     assert calls["forward"] == inside
-    assert calls["backward"] == sweeps._adjoint.levels[0].phi_calls + 2 * inside + 1
+    assert calls["backward"] == sweeps.solvers.adjoint.levels[0].phi_calls + 2 * inside + 1
 
 
 @pytest.mark.parallel([1, 2])

@@ -78,11 +78,13 @@ def memory(problem) -> Memory:
     layout = problem.layout.size * 8
     kept = {name: len(problem.points) * rows * n for name in ("state", "adjoint")}
     kept["coarse levels"] = sum(_coarse(solver, n) for solver in sweeps.solvers)
-    if sweeps.has_model:
-        kept["model"] = sweeps.transposed_adjoint.rows * n + _coarse(sweeps.transposed_adjoint.solver, n)
+    if sweeps.solvers.has_transposed_adjoint:
+        kept["model"] = sweeps.solvers.transposed_adjoint.rows * n + _coarse(
+            sweeps.solvers.transposed_adjoint.solver, n
+        )
     data, of_misfits = collectively(problem.spacetime.comm, "memory", _of_misfits, problem.misfits)
-    kept["data"] = data + sum(p.kept_bytes(k) for p, k, _ in sweeps.steps_kept)
-    linearised = sum(p.memory_bytes() * count for p, _, count in sweeps.steps_kept)
+    kept["data"] = data + sum(p.kept_bytes(k) for p, k, _ in sweeps.solvers.cached_steps)
+    linearised = sum(p.memory_bytes() * count for p, _, count in sweeps.solvers.cached_steps)
     kept["linearisation"] = linearised + (rows * n + layout if linearised else 0)
     kept["controls"] = 3 * len(problem.points) * layout
     kept["windows"] = 0 if intervals is None else _windows(intervals, observed, n)
@@ -91,8 +93,8 @@ def memory(problem) -> Memory:
     sources = rows * n
     forcing = (rows if intervals is not None else slab.k) * n if moves and sweeps.is_linear else n
     if sweeps.is_linear and moves:
-        forcing += sum(level.k for level in sweeps.levels[1:]) * n
-    guess = 0 if intervals is not None or len(sweeps.levels) == 1 else 2 * (sweeps.levels[1].k + 1) * n
+        forcing += sum(level.k for level in sweeps.solvers.adjoint.levels[1:]) * n
+    guess = 0 if intervals is not None or len(sweeps.solvers.adjoint.levels) == 1 else 2 * (sweeps.solvers.adjoint.levels[1].k + 1) * n
     stepwise = slab.k * ev.control_size * 8 if ev.per_step else 0
     direct = 0 if intervals is None else stepwise  # what comes with a condensed right-hand side
     kept["controls"] += len(problem.points) * direct
@@ -111,7 +113,7 @@ def memory(problem) -> Memory:
         "blocks": blocks,
         "controls": (3 if second else 2) * stepwise + 2 * (direct + layout),
     }
-    held = [p.petsc_bytes(count) for p, _, count in sweeps.steps_kept] + of_misfits
+    held = [p.petsc_bytes(count) for p, _, count in sweeps.solvers.cached_steps] + of_misfits
     petsc = {part: sum(h.get(part, 0) for h in held) for part in ("blocks", "matrices", "factors")}
     return Memory(kept, passing, petsc)
 

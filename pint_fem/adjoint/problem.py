@@ -31,7 +31,7 @@ from pint_fem.adjoint.memory import Memory, memory
 from pint_fem.adjoint.regularisation import Regularisation
 from pint_fem.adjoint.trajectories import Source, trajectories
 from pint_fem.all_at_once.norms import gather_in_order
-from pint_fem.all_at_once.stopping import SolverFailure
+from pint_fem.all_at_once.stopping import SolveResult, SolverFailure
 from pint_fem.collective import collectively
 from pint_fem.errors import FAILURES, InputError
 from pint_fem.misfits.base import BlockMisfit, Misfit
@@ -105,7 +105,7 @@ class ReducedProblem:
 
     def forget(self) -> None:
         """Forget what was solved: the next solves start cold."""
-        self.sweeps.forget()
+        self.sweeps.solvers.invalidate()
         for point in self._points:
             point.reset(self.sweeps.initial)
 
@@ -166,7 +166,7 @@ class ReducedProblem:
         point.rtol[kind] = np.inf
         first_guess = self.sweeps.initial if kind == "state" else 0
         # from a first guess that another control has left, and if that fails without: no failure is due to the past
-        retries = not ("cycles" in wanted or self.sweeps.is_sequential)
+        retries = not ("cycles" in wanted or self.sweeps.solvers.is_sequential)
         for cold in (True,) if point.cold[kind] else (False, True):
             if cold:
                 trajectory[:] = first_guess
@@ -175,7 +175,7 @@ class ReducedProblem:
                 break
             except FAILURES as failure:
                 trajectory[:] = first_guess
-                self.sweeps.forget(factors=True)
+                self.sweeps.solvers.invalidate(factors=True)
                 if cold or not retries or not isinstance(failure, SolverFailure):
                     point.cold[kind] = True
                     point.move_to(None) if kind == "state" else point.state_changed()
@@ -217,7 +217,7 @@ class ReducedProblem:
             yield
         except SolverFailure:
             point.reset(self.sweeps.initial)
-            self.sweeps.forget(factors=True)
+            self.sweeps.solvers.invalidate(factors=True)
             raise
 
     # -- values --------------------------------------------------------------------------------------------------------
@@ -279,7 +279,7 @@ class ReducedProblem:
         """``J'(z) dz`` by a tangent sweep."""
         self._find(z, {"direction": dz})
         point = self._solve_state(z)
-        dU = self._tangent(point, dz)
+        dU, _ = self._tangent(point, dz)
         steps, direction = self.layout.steps(point.z), self.layout.steps(np.ravel(dz))
         points = self._trajectories.directional(point, steps, direction, dU)
         total = float(gather_in_order(points, self.spacetime.time_comm).sum())
@@ -287,12 +287,11 @@ class ReducedProblem:
             total += self.layout.pairing(self.regularisation.gradient(point.z), np.ravel(dz))
         return total
 
-    def _tangent(self, point: Point, dz: np.ndarray, **wanted) -> np.ndarray:
-        """Tangent of the state, from zero."""
+    def _tangent(self, point: Point, dz: np.ndarray, **wanted) -> tuple[np.ndarray, SolveResult]:
+        """Tangent of the state, from zero, and the result of its solve."""
         dz, dU = np.asarray(dz, dtype=float).ravel(), self.sweeps.new_slab()
         steps, direction = self.layout.steps(point.z), self.layout.steps(dz)
-        self.sweeps.tangent(steps, point.U, direction, dU, initial=self.layout.initial(dz), **wanted)
-        return dU
+        return dU, self.sweeps.tangent(steps, point.U, direction, dU, initial=self.layout.initial(dz), **wanted)
 
     def derivative(self, z: np.ndarray, **wanted) -> np.ndarray:
         """``J'(z)`` as a dual vector. ``rtol``: tolerance of state and adjoint if not the options'."""
@@ -360,7 +359,7 @@ class ReducedProblem:
         full = not gauss_newton and not sweeps.is_linear
         if full and point.adjoint is None:
             point = self._solve_adjoint(z)  # the second-order terms want the adjoint
-        dU = self._tangent(point, dz, **wanted)
+        dU, _ = self._tangent(point, dz, **wanted)
         source = self._second_source(point, dz, dU, full=full)
         del dU  # its memory is the second-order adjoint's
         M = sweeps.new_slab()
@@ -381,12 +380,12 @@ class ReducedProblem:
         full = not gauss_newton and not sweeps.is_linear
         if full and point.adjoint is None:
             point = self._solve_adjoint(z)
-        dU = self._tangent(point, dz, start=sweeps.transposed_adjoint.start, cycles=cycles)
-        residual = relative_residual(sweeps.results[-1][1])
+        start = sweeps.solvers.transposed_adjoint.start
+        dU, tangent = self._tangent(point, dz, start=start, cycles=cycles)
         source = self._second_source(point, dz, dU, full=full, symmetric=True)
         steps = self.layout.steps(point.z)
         M, result = sweeps.adjoint_by_transposed_cycles(steps, point.U, source.rows, cycles=cycles)
-        return self._second_derivative(point, dz, M, source), max(residual, relative_residual(result))
+        return self._second_derivative(point, dz, M, source), max(map(relative_residual, (tangent, result)))
 
     def _second_source(self, point: Point, dz: np.ndarray, dU: np.ndarray, *, full: bool, symmetric: bool = False):
         """Of the second-order adjoint."""

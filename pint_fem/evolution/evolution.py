@@ -181,6 +181,8 @@ class Evolution:
         self.boundary_controls = control_values(self)
         self.solver_parameters = dict(solver_parameters or {})
         require_types(self.solver_parameters, "pint_")
+        #: Prefix of this package's options in PETSc's database: ``-PREFIXpint_ksp_type``. Set on private copies.
+        self.options_prefix = ""
         self.eliminate = checked_field(eliminate, V, self.bcs)
         #: Of the stages' matrices, or ``None``.
         self.nullspace = read_nullspace(V, nullspace, transpose_nullspace, near_nullspace)

@@ -122,7 +122,7 @@ def kernel_actions(rf, sizes: Sequence[int] = SIZES) -> dict[tuple, Action]:
     """
     sweeps, out, size = rf.problem.sweeps, {}, None
     for forward, backward, propagator in zip(
-        sweeps._tangent.levels, sweeps._adjoint.levels, sweeps.propagators, strict=True
+        sweeps.solvers.tangent.levels, sweeps.solvers.adjoint.levels, sweeps.propagators, strict=True
     ):
         if propagator.evolution.state_size == size:
             break
@@ -230,7 +230,7 @@ def paradiag_actions(pose: Callable, nsteps: int, small: int) -> tuple[dict[str,
     """
     rf = pose(SpaceTime("1x1", comm=MPI.COMM_SELF), small, solver_parameters(PARADIAG))
     sweeps, size = rf.problem.sweeps, rf.evolution.state_size
-    systems = sweeps._tangent._frequency_solve.__self__
+    systems = sweeps.solvers.tangent._frequency_solve.__self__
     mu, rng = shifts(small, PARADIAG["alpha"]), np.random.default_rng(2)
     r = rng.standard_normal(size) + 1j * rng.standard_normal(size)
     systems.solve(0, complex(mu[0]), r)
@@ -324,7 +324,7 @@ def calibrate(
         extras["adjoint sum"] = max(extras.pop("all pulled") - extras["control gradient"], 0.0) / max(k - 1, 1)
         made = Calibration(
             name, machine(), alone.evolution.V.dim(), nsteps,
-            {1: kernels({key: seconds[key] for key in work}, alone.problem.sweeps._tangent.levels[0].block)},
+            {1: kernels({key: seconds[key] for key in work}, alone.problem.sweeps.solvers.tangent.levels[0].block)},
             norm=extras.pop("norm"),
             extras=extras,
             control_bytes=8.0 * alone.layout.size,
@@ -387,4 +387,6 @@ def space_kernels(
     seconds = watch(kernel_actions(both), comm=pair)
     factor = next(iter(sweeps.propagators[0].factors.values()))
     whole = factor.ksp.getPC().getType() == "redundant"
-    return kernels(seconds, sweeps._tangent.levels[0].block), 0 if whole else max(factor.ksp.getIterationNumber(), 1)
+    return kernels(seconds, sweeps.solvers.tangent.levels[0].block), 0 if whole else max(
+        factor.ksp.getIterationNumber(), 1
+    )

@@ -87,7 +87,7 @@ class AdjointStep(_BoundStep):
 
 
 class LinearStep(_BoundStep):
-    r"""The derivative :math:`\Phi_u` of a linear propagator or its transpose, the same for all steps and without data."""
+    r"""The derivative :math:`\Phi_u` of a linear propagator or its transpose, the same for all steps."""
 
     def __init__(self, propagator, *, transposed: bool):
         super().__init__(propagator)

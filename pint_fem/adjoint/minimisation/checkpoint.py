@@ -230,7 +230,7 @@ class HDF5Checkpoint:
     def _check_trajectories(self) -> None:
         """States solve this run's steps, to the residual that they had, unless the evolution is another one."""
         sweeps = self._problem.sweeps
-        usual = sweeps.options.time_norm == 2 and sweeps.norm == "l2" and not sweeps.accelerated
+        usual = sweeps.options.time_norm == 2 and sweeps.solvers.norm == "l2" and not sweeps.solvers.accelerated
         for point in self._problem.points:
             result = point.state
             if point.z is None or result is None or (result.reason == "its" and not result.residuals):

@@ -175,7 +175,7 @@ class InexactObjective(Objective):
         return self._models(gauss_newton=True)
 
     def _models(self, *, gauss_newton: bool):
-        if self.problem.sweeps.transposed_adjoint is None:
+        if self.problem.sweeps.solvers.transposed_adjoint is None:
             raise AttributeError("no model: the sweeps have no transposed cycles")
         return partial(self._model, gauss_newton=gauss_newton)
 

@@ -188,7 +188,7 @@ def one_shot(rf, start: np.ndarray, *, monitor=None, constraints, preconditioner
     options.setdefault("value_rtol", _value_rtol(rf.problem))
     options.setdefault("memory", 10 if rf.evolution.stepwise else 40)  # what is static is small beside a trajectory
     _insist_on_residuals(rf, "one-shot")
-    if any(p.sweeps.accelerated for p in leaves(rf.problem)):
+    if any(p.sweeps.solvers.accelerated for p in leaves(rf.problem)):
         raise InputError("one-shot takes single MGRIT cycles: leave krylov out")
     if preconditioner == "limited-memory":
         raise InputError("one-shot learns its own pairs: leave preconditioner='limited-memory' out, see memory=")
