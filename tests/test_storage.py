@@ -236,7 +236,7 @@ def test_refused():
         values = directional = gradient = hessian = None
 
     rf = functional(st, "C")
-    with pytest.raises(InputError, match="Whole wants the state at all points"):
+    with pytest.raises(InputError, match="Whole requires the state at all points"):
         pf.TimeParallelReducedFunctional(
             rf.evolution, Whole(), spacetime=st,
             solver_parameters={"mgrit": dict(storage="C", coarsening=4)},
@@ -258,7 +258,7 @@ def test_minimises_from_a_checkpoint(tmp_path):
 
 @pytest.mark.parallel([1, 2])
 @pytest.mark.parametrize("storage", ["all", "C"])
-@pytest.mark.parametrize("method", ["observe", "force"])
+@pytest.mark.parametrize("method", ["observe", "adjoint_source"])
 def test_failures_reach_every_rank(storage, method):
     """Of a misfit on the last rank: mistakes as they are, where bad numbers give an infinite value."""
     st = pf.SpaceTime()

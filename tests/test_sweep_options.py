@@ -238,7 +238,7 @@ def test_propagators_pass_the_check():
     """The solver's own check of user code, on all levels; a wrong adjoint fails it. On one rank, not linear."""
     lines, linear = [], MPI.COMM_WORLD.size == 2
     rf = functional(pf.SpaceTime(), linear=linear, steps=10, n=3, levels=2, coarsening=2, tableau="BE")
-    rf.problem.sweeps.printer = lines.append
+    rf.problem.sweeps.solvers.printer = lines.append
     report = check_sweeps(rf.problem.sweeps)
     report.raise_if_failed()
     assert any("adjoint against tangent" in line and "passed" in line for line in report.lines)
@@ -256,7 +256,7 @@ def test_theory_is_printed_before_the_first_solve():
     for options, words in ((dict(view=True), "theory, levels 0 and 1"), (dict(tableau="midpoint"), "warning, levels")):
         lines = []
         rf = functional(pf.SpaceTime(), rtol=1e-2, max_it=60, dtol=1e30, on_divergence="serial", **options)
-        rf.problem.sweeps.printer = lines.append
+        rf.problem.sweeps.solvers.printer = lines.append
         for solver in (rf.problem.sweeps.solvers.state, rf.problem.sweeps.solvers.adjoint):
             solver.printer = lines.append
         rf(point_and_direction(rf)[0])

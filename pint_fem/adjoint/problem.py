@@ -160,7 +160,7 @@ class ReducedProblem:
             return
         if not self._viewed:
             self._viewed, text = True, str(self.memory())
-            show = self.sweeps.printer if self.spacetime.is_root else len
+            show = self.sweeps.solvers.printer if self.spacetime.is_root else len
             collectively(self.spacetime.comm, "printer", show, text)
         trajectory = point.U if kind == "state" else point.L
         point.rtol[kind] = np.inf

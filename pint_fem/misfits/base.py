@@ -91,21 +91,8 @@ class Misfit(ABC):
 
 
 def checked_slab(method: Callable, U: np.ndarray, *dU: np.ndarray, shape: tuple[int, ...] | None = None) -> np.ndarray:
-    """Call a misfit's method with states (and a direction), and check the shape of what it returns.
-
-    Parameters
-    ----------
-    method
-        :meth:`Misfit.gradient` or :meth:`Misfit.hessian`.
-    U, *dU
-        Its arguments, ``(k + 1, n)``.
-    shape
-        Shape of the result; default: that of ``U``.
-
-    Raises
-    ------
-    InputError
-        If the method returns something else.
+    """The result of :meth:`Misfit.gradient` or :meth:`Misfit.hessian` for states (and a direction) ``(k + 1, n)``; an
+    ``InputError`` unless it has the given shape, by default that of ``U``.
     """
     out, shape = method(U, *dU), shape or U.shape
     if np.shape(out) != shape:
@@ -115,13 +102,7 @@ def checked_slab(method: Callable, U: np.ndarray, *dU: np.ndarray, shape: tuple[
 
 
 def checked_values(method: Callable, U: np.ndarray, *dU: np.ndarray) -> np.ndarray:
-    """Call :meth:`Misfit.values` or :meth:`Misfit.directional` and check that it returns an array ``(k,)``.
-
-    Raises
-    ------
-    InputError
-        If the method returns something else.
-    """
+    """The result of :meth:`Misfit.values` or :meth:`Misfit.directional`; an ``InputError`` unless it is ``(k,)``."""
     return checked_slab(method, U, *dU, shape=(len(U) - 1,))
 
 
@@ -196,14 +177,8 @@ class BlockMisfit(Misfit):
                 )
 
     def read(self, U: np.ndarray, dU: np.ndarray | None = None) -> np.ndarray:
-        """Observations of all local points, ``(k + 1, width)``, or their derivative in the direction ``dU``.
-
-        Collective: what fails on one rank raises on all.
-
-        Raises
-        ------
-        InputError
-            If ``U`` has not one state per local point.
+        """Observations of all local points, ``(k + 1, width)``, or their derivative in the direction ``dU``
+        (collective); an ``InputError`` on all ranks where ``U`` has not one state per local point.
         """
         return collectively(self.spacetime.comm, f"{type(self).__name__}.observe", self._read, U, dU)
 

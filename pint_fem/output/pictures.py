@@ -62,13 +62,7 @@ class Raster:
         self._index = place[:, 1] * self.shape[1] + place[:, 0]
 
     def __call__(self, f) -> np.ndarray | None:
-        """Sample a function or a scalar expression of functions (collective).
-
-        Returns
-        -------
-        ndarray or None
-            The image on the first rank, NaN outside the mesh; ``None`` on the others.
-        """
+        """The image of a function or a scalar expression on the first rank, NaN outside the mesh (collective)."""
         local = np.full(self.shape[0] * self.shape[1], -np.inf)
         local[self._index] = assemble(interpolate_(f, self._space)).dat.data_ro
         image = np.empty_like(local) if self.comm.rank == 0 else None
@@ -91,21 +85,7 @@ def _painter(images: Sequence[np.ndarray], extent):
 
 
 def plot_fields(path: Path, images: Sequence[tuple[str, np.ndarray]], extent, *, points=None, title: str = "") -> None:
-    """Draw images side by side on one colour scale, symmetric about zero.
-
-    Parameters
-    ----------
-    path
-        Picture file.
-    images
-        Names and images.
-    extent
-        Of the :class:`Raster`.
-    points
-        Sensors ``(sensors, 2)``, drawn as dots.
-    title
-        Above all images.
-    """
+    """Draw named images side by side on one colour scale, zero in its middle, and dots at ``points`` ``(count, 2)``."""
     paint = _painter([image for _, image in images], extent)
     fig, axes = plt.subplots(
         1, len(images), figsize=(5.0 * len(images) + 0.8, 3.5), layout="constrained", sharey=True, squeeze=False
@@ -148,18 +128,8 @@ def plot_sensors(
 
 
 def plot_convergence(path: Path, history, residuals: dict[str, Sequence[float]], *, bound: float | None = None) -> None:
-    """Draw J and its gradient over trust-region iterations, and residuals of sweeps over cycles.
-
-    Parameters
-    ----------
-    path
-        Picture file.
-    history
-        Records with ``iteration``, ``value`` and ``gradient_norm``.
-    residuals
-        Residual norms of the cycles of one sweep of each kind.
-    bound
-        Two-level bound on the contraction of a cycle, drawn as a line.
+    """Draw J and its gradient over the iterations of a history of records, and the residuals of one sweep of each kind
+    over its cycles, beside the two-level bound on their contraction.
     """
     fig, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 4), layout="constrained")
     iterations = [r.iteration for r in history]
@@ -184,12 +154,7 @@ def plot_convergence(path: Path, history, residuals: dict[str, Sequence[float]],
 def gather_images(own: dict[int, np.ndarray | None], spacetime: SpaceTime) -> dict[int, np.ndarray]:
     """Images of all time ranks on the first rank, by the number of their time point; empty on the others (collective).
 
-    Parameters
-    ----------
-    own
-        Images of the own points, on the first rank in space of each time rank.
-    spacetime
-        Process grid.
+    Each time rank gives the images of its ``own`` points on its first rank in space.
     """
     parts = spacetime.time_comm.gather(own) if spacetime.space_comm.rank == 0 else None
     return dict(sorted(pair for part in parts for pair in part.items())) if parts is not None else {}

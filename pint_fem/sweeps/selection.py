@@ -167,20 +167,7 @@ def read_time_solver(
 
 
 def require_supported(options: MGRITOptions, factors: tuple, nsteps: int) -> None:
-    """Require options of MGRIT that fit an evolution with equal steps.
-
-    Parameters
-    ----------
-    options, factors
-        The options, and the coarsening factor of each level but the last.
-    nsteps
-        Number of steps.
-
-    Raises
-    ------
-    ValueError
-        On unevenly spaced C-points, and storage of C-points where the steps are no multiple of the coarsening.
-    """
+    """Raise a ``ValueError`` on coarsening ``factors`` that do not fit ``nsteps`` equal steps, or their storage."""
     uneven = [m for m in factors if not isinstance(m, int)]
     if uneven:
         raise ValueError(

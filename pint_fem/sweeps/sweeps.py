@@ -40,8 +40,9 @@ class Sweeps:
 
     In all methods ``z`` are the controls of the own steps, ``(nz,)`` or ``(k, nz)``, or ``None`` without controls.
     Trajectories are arrays of :meth:`new_slab`'s shape and are solved for in place, from the first guess in them;
-    keyword arguments ``rtol`` or ``cycles`` are the tolerance or the number of cycles of this solve alone. All methods
-    are collective.
+    keyword arguments ``rtol`` or ``cycles`` are the tolerance or the number of cycles of this solve alone. A guess is
+    ``cold`` if it is no solution of a nearby problem. All methods are collective, and solves raise ``SolverFailure`` or
+    ``DivergedError`` on every rank, where a step fails or the iteration does not converge.
 
     Parameters
     ----------
@@ -72,7 +73,6 @@ class Sweeps:
     def __init__(self, evolution: Evolution, spacetime: SpaceTime, **given):
         self.solvers = TimeSolvers(evolution, spacetime, **given)
         self.evolution, self.spacetime, self.slab = self.solvers.evolution, spacetime, self.solvers.slab
-        self.printer = self.solvers.printer
         self.initial = get(self.evolution.initial)
         self.counts = {"state": 0, "adjoint": 0, "tangent": 0, "cycles": 0}
         self.results: deque[tuple[str, SolveResult]] = deque(maxlen=500)
@@ -100,12 +100,8 @@ class Sweeps:
         return self.solvers.intervals
 
     def update_data(self, changed: set) -> None:
-        """Read new values of data, and invalidate what has been computed from the old ones.
-
-        Parameters
-        ----------
-        changed
-            Functions and constants of the evolution's private copies that have new values.
+        """Read the new values of ``changed`` functions and constants of the evolution's private copies, and invalidate
+        what has been computed from the old ones.
         """
         self.solvers.update_data(changed)
         self.initial = get(self.evolution.initial)
@@ -198,20 +194,7 @@ class Sweeps:
             yield self._or_nan(partial(compute, propagator, data, lo), (k, propagator.evolution.state_size))
 
     def state(self, z, U: np.ndarray, *, initial=None, cold: bool = False, **accuracy) -> SolveResult:
-        """Solve for the state ``U``.
-
-        Parameters
-        ----------
-        initial
-            Initial condition ``(n,)``; default: the evolution's.
-        cold
-            Whether the first guess is no solution of a nearby problem.
-
-        Raises
-        ------
-        SolverFailure, DivergedError
-            On every rank, if a step failed or the iteration did not converge.
-        """
+        """Solve for the state ``U`` with an initial condition ``(n,)``; default: the evolution's."""
         if self.slab.is_first:
             U[0] = self.initial if initial is None else initial
         if not self.is_linear:
@@ -227,19 +210,8 @@ class Sweeps:
     def tangent(
         self, z, U: np.ndarray, dz, dU: np.ndarray, *, initial=None, cold: bool = True, **accuracy
     ) -> SolveResult:
-        """Solve for the derivative ``dU`` of the state ``U``.
-
-        Parameters
-        ----------
-        dz, initial
-            Direction of the controls and of the initial condition; ``None`` for zero.
-        cold
-            Whether the first guess is no solution of a nearby problem.
-
-        Raises
-        ------
-        SolverFailure, DivergedError
-            On every rank, if a step failed or the iteration did not converge.
+        """Solve for the derivative ``dU`` of the state ``U`` in the direction ``dz`` of the controls and ``initial`` of
+        the initial condition; ``None`` for zero.
         """
         solver, coarse, G = self.solvers.tangent, None, None
         if self.slab.is_first:
@@ -270,20 +242,8 @@ class Sweeps:
     def adjoint(
         self, z, U: np.ndarray, gradient: np.ndarray, L: np.ndarray, *, cold: bool = False, **accuracy
     ) -> SolveResult:
-        """Solve for the adjoint ``L`` at the state ``U``.
-
-        Parameters
-        ----------
-        gradient
-            Right-hand side ``g_n``, shaped as ``L``, in rows ``0..k-1`` and on the last rank also ``k``; with
-            ``storage="C"`` condensed to the C-points.
-        cold
-            Whether the first guess is no solution of a nearby problem.
-
-        Raises
-        ------
-        SolverFailure, DivergedError
-            On every rank, if a step failed or the iteration did not converge.
+        """Solve for the adjoint ``L`` at the state ``U`` with the right-hand side ``gradient``, shaped as ``L``: rows
+        ``0..k-1`` and on the last rank also ``k``; with ``storage="C"`` condensed to the C-points.
         """
         if self.slab.is_last:
             L[-1] = gradient[-1]
@@ -294,12 +254,8 @@ class Sweeps:
     def adjoint_by_transposed_cycles(
         self, z, U: np.ndarray, gradient: np.ndarray, *, cycles: int
     ) -> tuple[np.ndarray, SolveResult]:
-        """Adjoints by the transposes of ``cycles`` cycles from zero (:attr:`TimeSolvers.transposed_adjoint`).
-
-        Returns
-        -------
-        ndarray, SolveResult
-            Adjoints ``(k + 1, n)``, in an array that the next call overwrites, and the result of the solve.
+        """Adjoints ``(k + 1, n)`` by the transposes of ``cycles`` cycles from zero, in an array that the next call
+        overwrites, and the result of the solve; requires :attr:`TimeSolvers.transposed_adjoint`.
         """
         if not self.is_linear:
             self.solvers.bind(self.solvers.adjoint, z, U, backwards=True)

@@ -18,11 +18,9 @@ class TimeSolver(Protocol):
 
     :class:`~pint_fem.mgrit.solver.MGRIT`, :class:`~pint_fem.paradiag.solver.ParaDiag` and
     :class:`~pint_fem.sweeps.krylov.AcceleratedSweep` have this interface. Their constructors take the steps of each
-    level (:mod:`~pint_fem.sweeps.steps`), the number of steps and the keyword arguments that
-    :class:`~pint_fem.sweeps.time_solvers.TimeSolvers` gives to all solvers: the time communicator ``comm`` and the
-    ``bounds`` of its ranks' steps, the communicator of all ranks, ``transfers`` between meshes, the norm of states,
-    ``options``, ``printer`` and ``trace``. An adjoint sweep is solved by the same class: its steps run backwards in
-    time, on the reversed communicator.
+    level (:mod:`~pint_fem.sweeps.steps`), the number of steps and keyword arguments: communicators and ``bounds`` of
+    the ranks' steps, ``transfers`` between meshes, norm of states, ``options``, ``printer`` and ``trace``. An adjoint
+    sweep is solved by the same class: its steps run backwards in time, on the reversed communicator.
 
     Attributes
     ----------
@@ -48,7 +46,7 @@ class TimeSolver(Protocol):
         rtol: float | None = None,
         cycles: int | None = None,
     ) -> SolveResult:
-        """Solve in place (collective).
+        """Solve in place (collective); a ``SolverFailure`` on every rank where a step fails or values are not finite.
 
         Parameters
         ----------
@@ -57,17 +55,11 @@ class TimeSolver(Protocol):
             rank and the left neighbour's last point on the others.
         G
             Right-hand side of the own steps, ``(k, n)``; ``None`` for zero.
-        start
-            First guess: ``"guess"`` is ``U``, ``"skip"`` and ``"nested"`` are made without it; default: the option.
-        coarse_rhs
-            Right-hand sides of the coarse levels for a first guess by nested iteration.
+        start, coarse_rhs
+            ``"guess"`` starts from ``U``, ``"skip"`` and ``"nested"`` from a coarse solution with these right-hand
+            sides of the coarse levels; default: the option.
         rtol, cycles
             Tolerance or number of iterations of this solve instead of the options'.
-
-        Raises
-        ------
-        SolverFailure
-            On every rank, if a step failed on any or values are not finite.
         """
 
     def view(self, state_nbytes: int | None = None) -> str:

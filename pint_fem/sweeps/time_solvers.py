@@ -243,12 +243,8 @@ class TimeSolvers:
 
     # -- data ----------------------------------------------------------------------------------------------------------
     def update_data(self, changed: set) -> None:
-        """Read new values of data (collective); propagators whose operators contain them are made again.
-
-        Parameters
-        ----------
-        changed
-            Functions and constants of the evolution's private copies that have new values.
+        """Read the new values of ``changed`` functions and constants of the evolution's private copies (collective);
+        propagators whose operators contain them are made again.
         """
         changed = self.space.update_data(changed)
         updated = [propagator.update_data(changed) for propagator in self.propagators]

@@ -167,7 +167,7 @@ def _checkpoint(
         run["bounds"] = {name: bound_numbers(layout, side) for name, side in sides.items()}
     if constraints:
         run["constraints"] = constraint_numbers(layout, limited, [float(value) for _, value in constraints])
-    printer = rf.problem.sweeps.printer
+    printer = rf.problem.sweeps.solvers.printer
     file = HDF5Checkpoint(given, objective, run, if_save_fails=if_save_fails, printer=printer)
     file.reserve()
     try:
