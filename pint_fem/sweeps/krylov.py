@@ -26,7 +26,7 @@ class AcceleratedSweep(KrylovMGRIT):
     """
 
     def __init__(self, propagators: Sequence, nsteps: int, **given):
-        for unused in ("everyone", "linear", "point_norms", "speaks"):
+        for unused in ("everyone", "linear", "point_norms", "is_root"):
             given.pop(unused, None)
         super().__init__(propagators, nsteps, **given)
 

@@ -158,7 +158,7 @@ class TimeSolvers:
         if self._krylov is not None and options.residual == "full":
             raise ValueError("mgrit residual 'full' with krylov: PETSc's residual is that of all points; leave it out")
         common = dict(
-            options=options, printer=self.printer, trace=self.trace, speaks=spacetime.is_root, everyone=spacetime.comm
+            options=options, printer=self.printer, trace=self.trace, is_root=spacetime.is_root, everyone=spacetime.comm
         )
         forward = common | dict(
             comm=spacetime.time_comm, bounds=self.slab.bounds, transfers=self.space.transfers,
@@ -272,7 +272,7 @@ class TimeSolvers:
         which the steps are linearised, ``None`` for the state's sweep; adjoint sweeps are ``backwards``.
         """
         if isinstance(solver, ParaDiag):
-            solver.renew = self.averaged.updater(z, U)
+            solver.before_iteration = self.averaged.updater(z, U)
         states, sweep = [None] * len(solver.levels), object()
         linearisations = self.linearisations.backward if backwards else self.linearisations.forward
         if U is not None:
