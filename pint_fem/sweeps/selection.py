@@ -16,7 +16,7 @@ from pint_fem.paradiag.options import SHARED, ParaDiagOptions, parse_paradiag_op
 from pint_fem.petsc_options.spelling import refuse_near_misses
 from pint_fem.petsc_options.types import require_types
 from pint_fem.spacetime import SpaceTime
-from pint_fem.theory.estimates import mgrit_verdict, paradiag_contraction
+from pint_fem.theory.estimates import mgrit_estimate, paradiag_contraction
 
 __all__ = ["KINDS", "TimeSolver", "choose", "mgrit_options", "read_time_solver"]
 
@@ -156,7 +156,7 @@ def choose(
 def _choose(evolution: Evolution, mgrit: MGRITOptions, paradiag: ParaDiagOptions, coarse_tableau) -> tuple[str, str]:
     too_few = "serial", f"{evolution.nsteps} steps are too few for a coarse level"
     try:
-        verdicts = mgrit_verdict(evolution, mgrit, coarse_tableau)
+        verdicts = mgrit_estimate(evolution, mgrit, coarse_tableau)
     except ValueError:
         if mgrit.levels is not None:
             raise

@@ -7,11 +7,11 @@ from functools import cached_property, partial
 
 import numpy as np
 
-from pint_fem.kernels.arrays import own_size
 from pint_fem.all_at_once.trace import Trace, check_trace_file
 from pint_fem.capacity import require_memory
 from pint_fem.collective import collectively
 from pint_fem.evolution.evolution import Evolution
+from pint_fem.kernels.arrays import own_size
 from pint_fem.kernels.garbage import Dropped
 from pint_fem.mgrit.options import MGRITOptions
 from pint_fem.mgrit.solver import MGRIT
@@ -28,8 +28,8 @@ from pint_fem.sweeps.krylov import AcceleratedSweep
 from pint_fem.sweeps.mass_norm import MassNorm
 from pint_fem.sweeps.paradiag import CoarsestParaDiag, ParaDiagSweeps, frequency_systems, judgement
 from pint_fem.sweeps.steps import AdjointStep, LinearStep, StateStep, TangentStep
-from pint_fem.theory.estimates import mgrit_verdict
-from pint_fem.theory.two_level import Verdict
+from pint_fem.theory.estimates import mgrit_estimate
+from pint_fem.theory.two_level import ConvergenceEstimate
 
 __all__ = ["TimeSolvers"]
 
@@ -278,16 +278,16 @@ class TimeSolvers:
         return self._state.view(8 * self.evolution.state_size)
 
     @cached_property
-    def verdicts(self) -> list[Verdict] | None:
+    def verdicts(self) -> list[ConvergenceEstimate] | None:
         """Theory's verdict on each pair of levels, computed when first asked for, by all ranks; empty for one level.
 
         ``None`` where there is no theory: evolutions that are not linear, propagators of the user's own, coarser meshes
-        on coarse levels (see :func:`~pint_fem.theory.estimates.mgrit_verdict`).
+        on coarse levels (see :func:`~pint_fem.theory.estimates.mgrit_estimate`).
         """
         if len(self.propagators) == 1:
             return []
         known = all(type(p) is LinearPropagator and p.evolution is self.evolution for p in self.propagators)
-        return mgrit_verdict(self.evolution, self.options, self._coarse_tableau) if known else None
+        return mgrit_estimate(self.evolution, self.options, self._coarse_tableau) if known else None
 
     def _judge(self) -> None:
         """Before the first solve: print the verdicts where asked to, and warnings always."""
