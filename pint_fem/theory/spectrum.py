@@ -2,8 +2,9 @@ r"""The spectrum of a linear evolution, over which convergence bounds of time-pa
 
 For :math:`M \dot u + K u = f` a step maps an eigenvector of :math:`K x = \kappa M x` (free degrees of freedom only) to
 :math:`R(-\Delta t\, \kappa)` times itself. Symmetric ``K`` has real, skew-symmetric imaginary :math:`\kappa`, and their
-range is all that the two-level bound requires: it is a maximum over a curve. For another ``K`` it requires the
-boundary of a region, as the bound (a sum of moduli of analytic functions, where ``R`` has no pole) is subharmonic in :math:`\kappa`.
+range is all that the two-level bound requires: it is a maximum over a curve. For another ``K`` it requires the boundary
+of a region, as the bound (a sum of moduli of analytic functions, where ``R`` has no pole) is subharmonic in
+:math:`\kappa`.
 
 *Damped waves*, a symmetric positive part of ``K`` on some fields and a skew-symmetric coupling with the field that the
 evolution eliminates (:mod:`~pint_fem.evolution.fields`), are not normal. For an eigenvector's part ``a`` there, and
