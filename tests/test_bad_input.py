@@ -178,7 +178,8 @@ API = {
     "bilinear residual": (lambda p: p.evolution(fd.TrialFunction(p.V) * p.v * fd.dx), ["TestFunction"]),
     "fully implicit tableau": (lambda p: p.evolution(tableau=RadauIIA(2)), ["diagonally implicit"]),
     "another implicit tableau": (lambda p: p.evolution(tableau=LobattoIIIC(2)), ["diagonally implicit"]),
-    "time a constant": (lambda p: p.evolution(t=fd.Constant(0.0)), ["time_function"]),
+    "time a number": (lambda p: p.evolution(t=0.0), ["time_function"]),
+    "time a vector": (lambda p: p.evolution(t=fd.Constant((0.0, 1.0))), ["time_function"]),
     "control not in the residual": (lambda p: p.evolution(control=fd.Function(p.V)), ["control"]),
     "control a number": (lambda p: p.evolution(control=1.0), ["float"]),
     "control squared in a condition": (

@@ -187,7 +187,7 @@ class ComposedProblem:
     def update_data(self) -> list[str]:
         """Read the user's data again; what has other values than before."""
         changed = self.problem.update_data()
-        self._expression.forget()
+        self._expression.invalidate()
         if self._forms:
             self.regularisation = Regularisation(self._forms, self.layout, self._own)
         return changed

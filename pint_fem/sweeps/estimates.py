@@ -8,13 +8,13 @@ from pint_fem.evolution.evolution import Evolution
 from pint_fem.mgrit.options import MGRITOptions
 from pint_fem.paradiag.options import ParaDiagOptions
 from pint_fem.theory.estimates import paradiag_contraction
-from pint_fem.theory.two_level import Verdict
+from pint_fem.theory.two_level import ConvergenceEstimate
 
 __all__ = ["estimate_lines"]
 
 
 def estimate_lines(
-    evolution: Evolution, options: MGRITOptions | ParaDiagOptions, estimates: Sequence[Verdict]
+    evolution: Evolution, options: MGRITOptions | ParaDiagOptions, estimates: Sequence[ConvergenceEstimate]
 ) -> Iterator[str]:
     """Lines on the convergence of a time solver: warnings, and with the options ``monitor`` or ``view`` all estimates.
 

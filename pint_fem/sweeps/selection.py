@@ -16,7 +16,7 @@ from pint_fem.paradiag.options import ParaDiagOptions
 from pint_fem.petsc_options.spelling import refuse_near_misses
 from pint_fem.petsc_options.types import require_types
 from pint_fem.spacetime import SpaceTime
-from pint_fem.theory.estimates import mgrit_verdict, paradiag_contraction
+from pint_fem.theory.estimates import mgrit_estimate, paradiag_contraction
 
 __all__ = ["KINDS", "TimeSolverChoice", "choose", "krylov_options", "mgrit_options", "read_time_solver"]
 
@@ -208,7 +208,7 @@ def choose(
 
 def _choose(evolution: Evolution, mgrit: MGRITOptions, paradiag: ParaDiagOptions, coarse_tableau) -> tuple[str, str]:
     try:
-        estimates = mgrit_verdict(evolution, mgrit, coarse_tableau)
+        estimates = mgrit_estimate(evolution, mgrit, coarse_tableau)
     except ValueError:
         if mgrit.levels is not None:
             raise

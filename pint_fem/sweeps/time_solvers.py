@@ -38,8 +38,8 @@ from pint_fem.sweeps.paradiag import CoarsestParaDiag, paradiag_solver
 from pint_fem.sweeps.selection import require_supported
 from pint_fem.sweeps.steps import AdjointStep, LinearStep, StateStep, TangentStep
 from pint_fem.sweeps.time_solver import TimeSolver
-from pint_fem.theory.estimates import mgrit_verdict
-from pint_fem.theory.two_level import Verdict
+from pint_fem.theory.estimates import mgrit_estimate
+from pint_fem.theory.two_level import ConvergenceEstimate
 
 __all__ = ["TimeSolvers", "least_bytes"]
 
@@ -357,7 +357,7 @@ class TimeSolvers:
         return self.state.view(8 * self.evolution.state_size)
 
     @cached_property
-    def estimates(self) -> list[Verdict] | None:
+    def estimates(self) -> list[ConvergenceEstimate] | None:
         """A-priori convergence estimate of each pair of MGRIT levels, empty for one level (collective over space).
 
         ``None`` where there is none: for evolutions that are not linear, a user's propagators, and coarser meshes on
@@ -366,7 +366,7 @@ class TimeSolvers:
         if len(self.propagators) == 1:
             return []
         fits = all(type(p) is LinearPropagator and p.evolution is self.evolution for p in self.propagators)
-        return mgrit_verdict(self.evolution, self.options, self._coarse_tableau) if fits else None
+        return mgrit_estimate(self.evolution, self.options, self._coarse_tableau) if fits else None
 
     def report_estimates(self) -> None:
         """Print the a-priori estimates or their warnings once, before the first solve (collective)."""
