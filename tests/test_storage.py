@@ -152,7 +152,7 @@ def test_values_that_fail_are_no_first_guess():
     (misfit,) = p.misfits
     for method, ask in (("observe", p.value), ("adjoint_source", p.derivative), ("observe", p.advance)):
         p.value(z)
-        point = p.points[0]
+        point = p.evaluations[0]
         assert not point.cold["state"]
 
         def fails(*args):

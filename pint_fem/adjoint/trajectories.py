@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pint_fem.adjoint.evaluation import Point
+from pint_fem.adjoint.evaluation import Evaluation
 from pint_fem.collective import collectively
 from pint_fem.errors import InputError
 from pint_fem.misfits.base import BlockMisfit, Misfit, checked_slab, checked_values
@@ -92,26 +92,28 @@ class _Trajectories:
 class StoredTrajectories(_Trajectories):
     """Misfits along trajectories that are stored at all points.
 
-    In all methods ``point`` holds the state and the adjoint of a control, and ``z`` are the controls of the own steps.
+    In all methods ``evaluation`` holds the state and the adjoint of a control, and ``z`` are the controls of the own steps.
     """
 
-    def values(self, point: Point, z) -> np.ndarray:
+    def values(self, evaluation: Evaluation, z) -> np.ndarray:
         """Contributions of the own points to each misfit, ``(k, misfits)``."""
-        return np.stack([self._collectively(checked_values, m.values, point.U) for m in self.misfits], axis=1)
+        return np.stack([self._collectively(checked_values, m.values, evaluation.U) for m in self.misfits], axis=1)
 
-    def directional(self, point: Point, z, dz, dU: np.ndarray) -> np.ndarray:
+    def directional(self, evaluation: Evaluation, z, dz, dU: np.ndarray) -> np.ndarray:
         """Derivatives of the contributions along a tangent ``dU``, summed over the misfits, ``(k,)``."""
-        return sum(self._collectively(checked_values, m.directional, point.U, dU) for m in self.misfits)
+        return sum(self._collectively(checked_values, m.directional, evaluation.U, dU) for m in self.misfits)
 
-    def gradient(self, point: Point, z) -> Source:
+    def gradient(self, evaluation: Evaluation, z) -> Source:
         """Right-hand side of the adjoint equation."""
-        return Source(_sum(self._collectively(checked_slab, m.gradient, point.U) for m in self.misfits))
+        return Source(_sum(self._collectively(checked_slab, m.gradient, evaluation.U) for m in self.misfits))
 
-    def direct_controls(self, point: Point, z) -> np.ndarray | None:
+    def direct_controls(self, evaluation: Evaluation, z) -> np.ndarray | None:
         """``controls`` of :meth:`gradient`, where only these are required."""
         return None
 
-    def hessian(self, point: Point, z, dz, dU: np.ndarray, *, second: bool, symmetric: bool = False) -> Source:
+    def hessian(
+        self, evaluation: Evaluation, z, dz, dU: np.ndarray, *, second: bool, symmetric: bool = False
+    ) -> Source:
         """Right-hand side of the second-order adjoint equation.
 
         Parameters
@@ -123,33 +125,33 @@ class StoredTrajectories(_Trajectories):
         symmetric
             Whether they are a symmetric form of ``(dU, dz)`` also where ``dU`` is no exact tangent.
         """
-        g = _sum(self._collectively(checked_slab, m.hessian, point.U, dU) for m in self.misfits)
+        g = _sum(self._collectively(checked_slab, m.hessian, evaluation.U, dU) for m in self.misfits)
         if not second:
             return Source(g)
-        su, sz = self.sweeps.second_order(z, point.U, dz, dU, point.L, symmetric=symmetric)
+        su, sz = self.sweeps.second_order(z, evaluation.U, dz, dU, evaluation.L, symmetric=symmetric)
         g += su
         return Source(g, sz)
 
-    def control_gradient(self, point: Point, z, L: np.ndarray, controls) -> np.ndarray | None:
+    def control_gradient(self, evaluation: Evaluation, z, L: np.ndarray, controls) -> np.ndarray | None:
         """Derivative by the controls from an adjoint ``L``, summed ``(nz,)`` or per step ``(k, nz)``; ``controls`` are
         those of the adjoint's :class:`Source`. ``None`` without parameters.
         """
-        rows = self.sweeps.control_gradient(z, point.U, L)
+        rows = self.sweeps.control_gradient(z, evaluation.U, L)
         return rows if rows is None or controls is None else rows + controls
 
-    def observations(self, point: Point, z, index: int) -> np.ndarray:
+    def observations(self, evaluation: Evaluation, z, index: int) -> np.ndarray:
         """Observations of misfit number ``index`` at all local points, ``(k + 1, width)``."""
-        return self.misfits[index].read(point.U)
+        return self.misfits[index].read(evaluation.U)
 
-    def states(self, point: Point, z) -> Iterator[tuple[int, np.ndarray]]:
+    def states(self, evaluation: Evaluation, z) -> Iterator[tuple[int, np.ndarray]]:
         """Blocks of states at all local points in the order of time: number of the first point, and states ``(b, n)``
         that are valid until the next block is computed.
         """
-        yield 0, point.U
+        yield 0, evaluation.U
 
-    def adjoints(self, point: Point, z) -> Iterator[tuple[int, np.ndarray]]:
+    def adjoints(self, evaluation: Evaluation, z) -> Iterator[tuple[int, np.ndarray]]:
         """Blocks of adjoints, as :meth:`states`."""
-        yield 0, point.L
+        yield 0, evaluation.L
 
 
 class CPointTrajectories(_Trajectories):
@@ -166,10 +168,10 @@ class CPointTrajectories(_Trajectories):
         return self.sweeps.intervals
 
     # -- observations --------------------------------------------------------------------------------------------------
-    def _read(self, point: Point, z, dz=None, dU=None) -> list[np.ndarray]:
+    def _read(self, evaluation: Evaluation, z, dz=None, dU=None) -> list[np.ndarray]:
         """Observations of the local points by each misfit, or their derivatives along a tangent."""
         k, intervals, along = self.sweeps.slab.k, self.intervals, dU is not None
-        intervals.bind(z, point.U)
+        intervals.bind(z, evaluation.U)
         out = [np.zeros((k + 1, m.width)) for m in self.misfits]
         observed = [m.observed for m in self.misfits]
         # derivatives depend on the state where the misfit is not linear in it
@@ -190,16 +192,16 @@ class CPointTrajectories(_Trajectories):
             if inside and along:
                 D = intervals.tangents(group, dz, dU)
             for j in range(group.m if inside else 1):
-                u, du = _start_of_step(point.U, W, group, j), _start_of_step(dU, D, group, j)
+                u, du = _start_of_step(evaluation.U, W, group, j), _start_of_step(dU, D, group, j)
                 observe(group.steps(j), du if u is None else u, du)
-        observe(slice(k, k + 1), point.U[-1:], dU[-1:] if along else None)
+        observe(slice(k, k + 1), evaluation.U[-1:], dU[-1:] if along else None)
         return out
 
-    def _readings(self, point: Point, z) -> list[np.ndarray]:
-        """Observations of the state, which the point stores until its state changes."""
-        if point.readings is None:
-            point.readings = self._collectively(self._read, point, z)
-        return point.readings
+    def _readings(self, evaluation: Evaluation, z) -> list[np.ndarray]:
+        """Observations of the state, which the evaluation stores until its state changes."""
+        if evaluation.readings is None:
+            evaluation.readings = self._collectively(self._read, evaluation, z)
+        return evaluation.readings
 
     def _of_each_misfit(self, method: str, *observations: Sequence) -> list[np.ndarray]:
         """The results of a method of each misfit, called with the misfit's observations."""
@@ -211,71 +213,71 @@ class CPointTrajectories(_Trajectories):
         return any(m.uses_observations for m in self.misfits)
 
     # -- the same as of stored trajectories ----------------------------------------------------------------------------
-    def values(self, point: Point, z) -> np.ndarray:
+    def values(self, evaluation: Evaluation, z) -> np.ndarray:
         """Contributions of the own points to each misfit, ``(k, misfits)``."""
-        return np.stack(self._of_each_misfit("point_values", self._readings(point, z)), axis=1)
+        return np.stack(self._of_each_misfit("point_values", self._readings(evaluation, z)), axis=1)
 
-    def directional(self, point: Point, z, dz, dU):
+    def directional(self, evaluation: Evaluation, z, dz, dU):
         """Derivatives of the contributions along a tangent, summed over the misfits, ``(k,)``."""
-        readings = self._readings(point, z) if self._uses_observations else [None] * len(self.misfits)
-        along = self._collectively(self._read, point, z, dz, dU)
+        readings = self._readings(evaluation, z) if self._uses_observations else [None] * len(self.misfits)
+        along = self._collectively(self._read, evaluation, z, dz, dU)
         return sum(self._of_each_misfit("point_derivatives", readings, along))
 
-    def gradient(self, point: Point, z) -> Source:
+    def gradient(self, evaluation: Evaluation, z) -> Source:
         """Condensed right-hand side of the adjoint equation."""
         states = [m.state_dependent for m in self.misfits]
-        return self._collectively(self._condense, point, z, self._adjoint_source(point, z), states)
+        return self._collectively(self._condense, evaluation, z, self._adjoint_source(evaluation, z), states)
 
-    def direct_controls(self, point: Point, z) -> np.ndarray | None:
+    def direct_controls(self, evaluation: Evaluation, z) -> np.ndarray | None:
         """``controls`` of :meth:`gradient`, where only these are required."""
-        return self.gradient(point, z).controls if self.sweeps.evolution.parameters else None
+        return self.gradient(evaluation, z).controls if self.sweeps.evolution.parameters else None
 
-    def observations(self, point: Point, z, index: int) -> np.ndarray:
+    def observations(self, evaluation: Evaluation, z, index: int) -> np.ndarray:
         """Observations of misfit number ``index`` at all local points, ``(k + 1, width)``."""
-        return self._readings(point, z)[index]
+        return self._readings(evaluation, z)[index]
 
-    def states(self, point: Point, z) -> Iterator[tuple[int, np.ndarray]]:
+    def states(self, evaluation: Evaluation, z) -> Iterator[tuple[int, np.ndarray]]:
         """States at all local points, in blocks of one interval."""
-        self.intervals.bind(z, point.U)
+        self.intervals.bind(z, evaluation.U)
         for group in self.intervals.groups:
             W = self.intervals.states(group)
             for i in range(group.count):
                 yield (group.place + i) * group.m, W[:, i]
-        yield self.sweeps.slab.k, point.U[-1:]
+        yield self.sweeps.slab.k, evaluation.U[-1:]
 
-    def adjoints(self, point: Point, z) -> Iterator[tuple[int, np.ndarray]]:
+    def adjoints(self, evaluation: Evaluation, z) -> Iterator[tuple[int, np.ndarray]]:
         """Adjoints at all local points, in blocks of one interval."""
-        source = self._adjoint_source(point, z)
-        self.intervals.bind(z, point.U)
+        source = self._adjoint_source(evaluation, z)
+        self.intervals.bind(z, evaluation.U)
         for group in self.intervals.groups:
-            ends = self._adjoints_at_ends(group, self.intervals.states(group), point.L, source)
+            ends = self._adjoints_at_ends(group, self.intervals.states(group), evaluation.L, source)
             for i in range(group.count):
-                first = point.L[group.place + i]
+                first = evaluation.L[group.place + i]
                 yield (group.place + i) * group.m, np.concatenate([first[None], ends[:-1, i]])
-        yield self.sweeps.slab.k, point.L[-1:]
+        yield self.sweeps.slab.k, evaluation.L[-1:]
 
-    def _adjoint_source(self, point: Point, z) -> Callable[[slice, np.ndarray], np.ndarray]:
+    def _adjoint_source(self, evaluation: Evaluation, z) -> Callable[[slice, np.ndarray], np.ndarray]:
         """The function ``(points, u) -> sum of j_n'(u_n)``, the adjoint's right-hand side at some points."""
         S = [None] * len(self.misfits)
         if self._uses_observations:
-            S = self._of_each_misfit("pull_back", self._readings(point, z))
+            S = self._of_each_misfit("pull_back", self._readings(evaluation, z))
         terms = list(zip(self.misfits, S, strict=True))
         return lambda points, u: _sum(m.adjoint_source(points, u, s) for m, s in terms)
 
-    def hessian(self, point: Point, z, dz, dU, *, second: bool, symmetric: bool = False) -> Source:
+    def hessian(self, evaluation: Evaluation, z, dz, dU, *, second: bool, symmetric: bool = False) -> Source:
         """Condensed right-hand side of the second-order adjoint equation; symmetric in any case, as tangents are exact
         inside the intervals.
         """
         dS = [None] * len(self.misfits)
         if self._uses_observations:
-            dS = self._of_each_misfit("pull_back_tangent", self._collectively(self._read, point, z, dz, dU))
+            dS = self._of_each_misfit("pull_back_tangent", self._collectively(self._read, evaluation, z, dz, dU))
         terms = list(zip(self.misfits, dS, strict=True))
         source = lambda points, u, du: _sum(m.adjoint_source_tangent(points, u, du, s) for m, s in terms)
         states = [np.zeros_like(m.state_dependent) if m.quadratic else m.state_dependent for m in self.misfits]
-        first = self._adjoint_source(point, z) if second else None
-        return self._collectively(self._condense, point, z, source, states, dz, dU, first)
+        first = self._adjoint_source(evaluation, z) if second else None
+        return self._collectively(self._condense, evaluation, z, source, states, dz, dU, first)
 
-    def _condense(self, point: Point, z, source: Callable, states, dz=None, dU=None, first=None) -> Source:
+    def _condense(self, evaluation: Evaluation, z, source: Callable, states, dz=None, dU=None, first=None) -> Source:
         """Condense a right-hand side.
 
         Parameters
@@ -290,7 +292,7 @@ class CPointTrajectories(_Trajectories):
             Right-hand side of the adjoint itself; then the second derivatives of the steps are included.
         """
         intervals, second, along = self.intervals, first is not None, dU is not None
-        intervals.bind(z, point.U)
+        intervals.bind(z, evaluation.U)
         out, controls = intervals.zeros(), ControlDerivative(intervals)
         active = [m.active for m in self.misfits]
         for group in intervals.groups:
@@ -303,7 +305,7 @@ class CPointTrajectories(_Trajectories):
             if second or (along and _any_inside([m.state_dependent for m in self.misfits], group)):
                 D = intervals.tangents(group, dz, dU)
             if second:
-                Lam = self._adjoints_at_ends(group, W, point.L, first)
+                Lam = self._adjoints_at_ends(group, W, evaluation.L, first)
             p, q = intervals.pair(group)
             p[...] = 0
             for j in reversed(range(steps[-1] + 1)):
@@ -311,7 +313,7 @@ class CPointTrajectories(_Trajectories):
                     controls.add_adjoint(group, j, p)
                     intervals.adjoint(group, j, p, q)
                     p, q = q, p
-                u = point.U[group.starts] if W is None else W[j]
+                u = evaluation.U[group.starts] if W is None else W[j]
                 du = None if not along else dU[group.starts] if D is None else D[j]
                 if _any_at(active, group, j):
                     p += source(group.steps(j), u, du) if along else source(group.steps(j), u)
@@ -322,7 +324,7 @@ class CPointTrajectories(_Trajectories):
             out[group.starts] = p
         if self.sweeps.slab.is_last:
             k = self.sweeps.slab.k
-            out[-1:] = source(slice(k, k + 1), point.U[-1:], *((dU[-1:],) if along else ()))
+            out[-1:] = source(slice(k, k + 1), evaluation.U[-1:], *((dU[-1:],) if along else ()))
         return Source(out, controls.rows)
 
     def _adjoints_at_ends(self, group: IntervalGroup, W, L, source) -> np.ndarray:
@@ -335,15 +337,15 @@ class CPointTrajectories(_Trajectories):
             Lam[j - 1] += source(group.steps(j), W[j])
         return Lam
 
-    def control_gradient(self, point: Point, z, L, controls):
+    def control_gradient(self, evaluation: Evaluation, z, L, controls):
         """Derivative by the controls from an adjoint at the C-points and the ``controls`` of its :class:`Source`."""
         if not self.sweeps.evolution.parameters:
             return None
-        return self._collectively(self._control_gradient, point, z, L, controls)
+        return self._collectively(self._control_gradient, evaluation, z, L, controls)
 
-    def _control_gradient(self, point: Point, z, L, controls) -> np.ndarray:
+    def _control_gradient(self, evaluation: Evaluation, z, L, controls) -> np.ndarray:
         intervals = self.intervals
-        intervals.bind(z, point.U)
+        intervals.bind(z, evaluation.U)
         total = ControlDerivative(intervals, controls)
         for group in intervals.groups:
             p, q = intervals.pair(group)

@@ -35,13 +35,13 @@ def count_cycles(pose: Callable, steps: int, menu: Sequence[dict], tolerances: S
         rf = pose(SpaceTime("1x1", comm=MPI.COMM_SELF), count, solver_parameters(options, rtol=min(tolerances)))
         problem = rf.problem
         z = rf.array([c.control for c in rf.controls])
-        problem.forget()
+        problem.invalidate()
         z = z + 1.0
         try:
             problem.derivative(z)
         except SolverFailure:  # nothing for the menu
             continue
-        point = problem.points[0]
+        point = problem.evaluations[0]
         for kind, result in (("state", point.state), ("adjoint", point.adjoint)):
             for rtol in tolerances:
                 met = next(i for i, r in enumerate(result.residuals) if r <= rtol * result.scale)

@@ -41,13 +41,13 @@ class Case:
 
     def invert(self) -> None:
         """A trust-region minimisation from zero."""
-        self.problem.forget()
+        self.problem.invalidate()
         start = self.rf.function(0 * self.z)
         self.x = self.rf.minimize_trust_region(start, gtol_rel=1e-3, preconditioner="limited-memory").x
 
     def gradient(self) -> None:
         """State and adjoint at a new control."""
-        self.problem.forget()
+        self.problem.invalidate()
         self.scale *= 1.01
         self.g = self.problem.derivative(self.scale * self.z)
 

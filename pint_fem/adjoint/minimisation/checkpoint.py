@@ -27,7 +27,7 @@ import h5py
 import numpy as np
 
 from pint_fem import files
-from pint_fem.adjoint.evaluation import Point
+from pint_fem.adjoint.evaluation import Evaluation
 from pint_fem.adjoint.minimisation.checkpoint_file import Piece, Place, create_file, read_head, read_part, write_parts
 from pint_fem.adjoint.minimisation.fingerprint import control_label, differences, evolution_numbers, inner_number
 from pint_fem.adjoint.minimisation.objective import Objective
@@ -139,7 +139,7 @@ class HDF5Checkpoint:
     # -- writing -------------------------------------------------------------------------------------------------------
     def save(self, scalars: dict, vectors: dict[str, np.ndarray]) -> None:
         """Write a state; the file of the last one is replaced when this one is complete and on disk."""
-        for point in self._problem.points:
+        for point in self._problem.evaluations:
             if point.state is not None:
                 self._problem.reassess(point)  # a gradient may have solved for the state once more
         try:
@@ -154,14 +154,15 @@ class HDF5Checkpoint:
         self.reserve()
         new = self.path.with_name(self.path.name + ".new")
         pieces = [piece for name, vector in vectors.items() for piece in self._vector(f"vectors/{name}", vector)]
-        pieces += [piece for i, point in enumerate(self._problem.points) for piece in self._point(f"points/{i}", point)]
+        for i, point in enumerate(self._problem.evaluations):
+            pieces += self._point(f"points/{i}", point)
         head = {
             "version": _VERSION,
             "problem": self._fingerprint,
             "scalars": scalars,
             "vectors": list(vectors),
             "objective": getattr(self.objective, "memory", dict)(),
-            "points": [_described(point) for point in self._problem.points],
+            "points": [_described(point) for point in self._problem.evaluations],
         }
         try:
             offsets = on_first_rank(self._comm, "", self._guarded, create_file, new, head, pieces)
@@ -189,7 +190,7 @@ class HDF5Checkpoint:
             for i, (part, place) in enumerate(zip(self._layout.parts(vector), self._controls, strict=True))
         ]
 
-    def _point(self, name: str, point: Point) -> list[Piece]:
+    def _point(self, name: str, point: Evaluation) -> list[Piece]:
         """A control and its trajectories."""
         rows, columns = self._states.where
         skip = 0 if self._layout.slab.is_first else 1  # row 0 is the left neighbour's last
@@ -208,7 +209,7 @@ class HDF5Checkpoint:
             self._check_trajectories()
             self._check_values(head["points"])
         except Exception:
-            self._problem.forget()  # nothing of a file that is refused is a first guess
+            self._problem.invalidate()  # nothing of a file that is refused is a first guess
             raise
         if hasattr(self.objective, "recall"):
             self.objective.recall(head["objective"])
@@ -231,7 +232,7 @@ class HDF5Checkpoint:
         """States solve this run's steps, to the residual that they had, unless the evolution is another one."""
         sweeps = self._problem.sweeps
         usual = sweeps.options.time_norm == 2 and sweeps.solvers.norm == "l2" and not sweeps.solvers.accelerated
-        for point in self._problem.points:
+        for point in self._problem.evaluations:
             result = point.state
             if point.z is None or result is None or (result.reason == "its" and not result.residuals):
                 continue
@@ -247,7 +248,7 @@ class HDF5Checkpoint:
     def _check_values(self, described: list[dict]) -> None:
         """Misfit and regularisation of the trajectories are what they were, unless the problem is another one."""
         other = []
-        for point, given in zip(self._problem.points, described, strict=False):
+        for point, given in zip(self._problem.evaluations, described, strict=False):
             kept = given.get("parts") or {}  # another version may not have them
             finite = {name: value for name, value in kept.items() if math.isfinite(value)}
             if not finite:
@@ -294,7 +295,7 @@ class HDF5Checkpoint:
 
     def _restore(self, file, head: dict) -> dict[str, np.ndarray]:
         """Vectors; trajectories go where they belong."""
-        for i, (point, given) in enumerate(zip(self._problem.points, head["points"], strict=False)):
+        for i, (point, given) in enumerate(zip(self._problem.evaluations, head["points"], strict=False)):
             z = self._get_vector(file, f"points/{i}/z") if given["solved"] else None
             point.move_to(z)
             point.U[:], point.L[:] = (read_part(file, f"points/{i}/{name}", self._states) for name in ("U", "L"))
@@ -304,7 +305,7 @@ class HDF5Checkpoint:
         return {name: self._get_vector(file, f"vectors/{name}") for name in head["vectors"]}
 
 
-def _described(point: Point) -> dict:
+def _described(point: Evaluation) -> dict:
     """What is known of a point's solves, for JSON."""
 
     def result(r: SolveResult | None) -> list | None:

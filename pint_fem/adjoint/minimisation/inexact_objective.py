@@ -28,7 +28,7 @@ from functools import partial
 
 import numpy as np
 
-from pint_fem.adjoint.evaluation import Point, relative_residual
+from pint_fem.adjoint.evaluation import Evaluation, relative_residual
 from pint_fem.adjoint.minimisation.objective import Objective
 from pint_fem.adjoint.problem import ReducedProblem
 from pint_fem.adjoint.riesz import ControlInner
@@ -60,7 +60,7 @@ class InexactObjective(Objective):
         self._adjoint_factor = 0.0  # c_lambda
         self._weight: float | None = None  # norm of the last adjoint
         self._cycles = 1  # of a product of the model
-        problem.keep_points(2)
+        problem.keep_evaluations(2)
 
     def memory(self) -> dict[str, float | None]:
         """What estimates rest on, for a checkpoint."""
@@ -102,7 +102,7 @@ class InexactObjective(Objective):
             rtol = self._clip(_SAFETY * relative * tolerance / error)
         return value, error
 
-    def _see_adjoint(self, point: Point) -> None:
+    def _see_adjoint(self, point: Evaluation) -> None:
         """Remember the adjoint's norm, and its part of the gradient's; sequential solves have no residuals to weigh."""
         scale = point.adjoint.scale
         self._weight = scale if np.isfinite(scale) else 0.0
@@ -151,7 +151,7 @@ class InexactObjective(Objective):
                 self._state_factor = self._norm(g - old) / state
         return g
 
-    def gradient_here(self, point: Point) -> np.ndarray:
+    def gradient_here(self, point: Evaluation) -> np.ndarray:
         """Representative of the gradient that a point's trajectories give as they are."""
         return self._inner.primal(self.problem.gradient_of(point))
 
@@ -205,6 +205,6 @@ class InexactObjective(Objective):
         return self._inner.primal(self.problem.hessian_action(x, v, gauss_newton=True, rtol=self._clip(rtol)))
 
 
-def _scale(point: Point) -> float:
+def _scale(point: Evaluation) -> float:
     """Norm of the state, zero where it was solved sequentially and has no residual."""
     return point.state.scale if np.isfinite(point.state.scale) else 0.0

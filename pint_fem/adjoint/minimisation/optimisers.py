@@ -14,14 +14,13 @@ from firedrake import Function, TestFunction, assemble, derivative
 from pyadjoint.tape import stop_annotating
 from ufl.algorithms import expand_derivatives, extract_coefficients
 
-from pint_fem.adjoint.consistency.same_control import Copies
+from pint_fem.adjoint.consistency.control_values import ControlConsistency
 from pint_fem.adjoint.minimisation.checkpoint import HDF5Checkpoint
 from pint_fem.adjoint.minimisation.fingerprint import bound_numbers, constraint_numbers
 from pint_fem.adjoint.minimisation.inexact_objective import InexactObjective
 from pint_fem.adjoint.minimisation.objective import Objective
 from pint_fem.adjoint.problem import ReducedProblem
 from pint_fem.adjoint.riesz import ControlInner
-from pint_fem.adjoint.sums import leaves, second_derivative
 from pint_fem.collective import ending_all_ranks, require_same
 from pint_fem.errors import InputError, SolverFailure
 from pint_fem.evolution.quadrature import with_fixed_degrees
@@ -51,7 +50,7 @@ def _on_all_ranks(method: Callable) -> Callable:
         own = {name: value for name, value in options.items() if name != "callback"}
         with ending_all_ranks(comm):
             require_same(comm, minimiser=method.__name__, method=args, given=own)
-            Copies(rf.problem.layout).agree({"start": start})
+            ControlConsistency(rf.problem.layout).require({"start": start})
             if monitor is not None:
                 options["monitor"] = monitor
             return method(rf, start, *args, **options)
@@ -127,7 +126,7 @@ def trust_region(
                 options |= dict(monitor=monitor, inexact=inexact, checkpoint=kept)
                 return minimize_trust_region(limited, start, **options)
         finally:
-            problem.keep_points(1)
+            problem.keep_evaluations(1)
 
 
 def _floor(objective: Objective, start: np.ndarray, checkpoint, options: dict) -> None:
@@ -178,7 +177,7 @@ def _checkpoint(
 
 def _insist_on_residuals(rf, what: str) -> None:
     """Refuse MGRIT that looks at no residual where accuracy is chosen by it."""
-    if any(p.sweeps.options.residual == "none" and p.sweeps.options.levels > 1 for p in leaves(rf.problem)):
+    if any(p.sweeps.options.residual == "none" and p.sweeps.options.levels > 1 for p in rf.problem.leaves):
         raise InputError(f"{what} chooses accuracy by residuals: give mgrit residual='C' or 'full', not 'none'")
 
 
@@ -188,7 +187,7 @@ def one_shot(rf, start: np.ndarray, *, monitor=None, constraints, preconditioner
     options.setdefault("value_rtol", _value_rtol(rf.problem))
     options.setdefault("memory", 10 if rf.evolution.stepwise else 40)  # what is static is small beside a trajectory
     _insist_on_residuals(rf, "one-shot")
-    if any(p.sweeps.solvers.accelerated for p in leaves(rf.problem)):
+    if any(p.sweeps.solvers.accelerated for p in rf.problem.leaves):
         raise InputError("one-shot takes single MGRIT cycles: leave krylov out")
     if preconditioner == "limited-memory":
         raise InputError("one-shot learns its own pairs: leave preconditioner='limited-memory' out, see memory=")
@@ -223,7 +222,7 @@ def named_array(rf, values, what: str) -> np.ndarray:
 
 def _value_rtol(problem) -> float:
     """Relative accuracy of ``J``, by that of the sweeps."""
-    return 10 * max(leaf.sweeps.options.rtol for leaf in leaves(problem))
+    return 10 * max(leaf.sweeps.options.rtol for leaf in problem.leaves)
 
 
 def _box(rf, bounds) -> tuple[np.ndarray | float, np.ndarray | float]:
@@ -300,7 +299,7 @@ def _normal(rf, form) -> tuple[np.ndarray, float]:
     controls = [c for c in rf.evolution.controls if isinstance(form, ufl.Form) and c in extract_coefficients(form)]
     if not controls or form.arguments():
         raise InputError("constraints: give pairs of a functional of the controls, such as q*dx, and its value")
-    moving = {f for leaf in leaves(rf.problem) for f in (leaf.evolution.u, leaf.evolution.t)}
+    moving = {f for leaf in rf.problem.leaves for f in (leaf.evolution.u, leaf.evolution.t)}
     if moving & set(extract_coefficients(form)):
         raise InputError("constraints: a functional contains the state u or the time t: give one of controls and data")
     form = with_fixed_degrees(form)
@@ -338,7 +337,7 @@ def _preconditioner(rf, inner: ControlInner, given):
 
 def _second_derivative(rf, control) -> ufl.Form:
     """The regularisation's second derivative by a control, as a bilinear form."""
-    second = second_derivative(rf.problem, control)
+    second = rf.problem.regularisation_hessian(control)
     if second is None:
         raise InputError(
             f"preconditioner 'regularisation': the regularisation is not quadratic in control {control.name()!r}"
