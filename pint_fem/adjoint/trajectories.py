@@ -92,7 +92,7 @@ class _Trajectories:
 class StoredTrajectories(_Trajectories):
     """Misfits along trajectories that are stored at all points.
 
-    In all methods ``evaluation`` holds the state and the adjoint of a control, and ``z`` are the controls of the own steps.
+    ``evaluation`` holds the state and the adjoint of a control, and ``z`` are the controls of the own steps.
     """
 
     def values(self, evaluation: Evaluation, z) -> np.ndarray:
@@ -293,7 +293,7 @@ class CPointTrajectories(_Trajectories):
         """
         intervals, second, along = self.intervals, first is not None, dU is not None
         intervals.bind(z, evaluation.U)
-        out, controls = intervals.zeros(), ControlDerivative(intervals)
+        out, controls = self.sweeps.new_slab(), ControlDerivative(intervals)
         active = [m.active for m in self.misfits]
         for group in intervals.groups:
             steps = [j for j in range(group.m) if second or _any_at(active, group, j)]

@@ -19,23 +19,17 @@ class PointVectors:
     ----------
     make
         ``make(time)`` computes the vector of a time, ``(size,)`` or a number; collective over space.
-    times
-        Times of the local points, ``(k + 1,)``.
-    active
-        Points with a nonzero vector, ``(k + 1,)``; at the others it is zero.
+    times, active
+        Times of the local points, and which of them have a vector that is not zero, ``(k + 1,)``.
     size
         Length of a vector, ``None`` for a number.
-    moves
-        Whether the vectors depend on time; otherwise a single one is stored.
-    span
-        First and last time of all ranks.
+    moves, span
+        Whether the vectors depend on time (otherwise a single one is stored); first and last time of all ranks.
     store
         Whether the vector of each active point is stored; otherwise it is represented in a basis of a few vectors
         (:class:`~pint_fem.kernels.row_space.RowSpace`) and computed again where it is not in their span.
-    comm
-        Ranks that share a vector.
-    floor
-        Norm up to which a vector may differ from its representation in the basis, besides its own round-off.
+    comm, floor
+        Ranks that share a vector; norm of what a representation may lack besides the vector's round-off.
     """
 
     def __init__(

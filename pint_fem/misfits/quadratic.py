@@ -83,10 +83,8 @@ class QuadraticFunctional:
         The state's function and the time function in them (``None``: there is none).
     times, active
         Times of the local points, and at which of them the functional is evaluated, ``(k + 1,)``.
-    initial
-        Initial state ``(n,)``.
-    span
-        First and last time of all ranks.
+    initial, span
+        Initial state ``(n,)``; first and last time of all ranks.
     store
         Whether vectors that depend on time are stored for each point.
 
@@ -121,9 +119,9 @@ class QuadraticFunctional:
         vectors = partial(PointVectors, times=times, active=active, size=own_size(V), span=span, comm=V.mesh().comm)
         self._reference = None if make is None else vectors(make, moves=moves, store=store)
         # the vectors below are computed from these objects and not from this one: a cycle would keep matrices alive
-        state, magnitudes, floor = _reference_state(self._reference, np.zeros(own_size(V))), None, 0.0
+        state, magnitudes, floor = (lambda time: np.zeros(own_size(V))), None, 0.0
         if make is not None:
-            magnitudes = absolute(self.Q.matrix)
+            state, magnitudes = self._reference.at, absolute(self.Q.matrix)
             floor = 0.0 if store else 0.25 * float(np.linalg.norm(_noise(magnitudes, state(span[0]))))
         rounded = partial(_rounded_gradient, assembler, state, magnitudes)
         self._g = vectors(rounded, moves=moves or gradient_moves, store=store, floor=floor)
@@ -221,11 +219,6 @@ def _data_at(data: ReferenceValues, t: Function | None, time: float) -> np.ndarr
     if t is not None:
         t.assign(time)
     return data.vector()
-
-
-def _reference_state(vectors: PointVectors | None, zero: np.ndarray) -> Callable[[float], np.ndarray]:
-    """The reference state as a function of time."""
-    return (lambda time: zero.copy()) if vectors is None else vectors.at
 
 
 def _rounded_gradient(

@@ -26,16 +26,8 @@ __all__ = ["ControlDerivative", "IntervalGroup", "Intervals"]
 
 
 class IntervalGroup(NamedTuple):
-    """Neighbouring intervals of ``m`` steps that advance in lock-step.
-
-    Attributes
-    ----------
-    first, place : int
-        Number of the first interval on the whole time axis, and among the own intervals.
-    count : int
-        Number of intervals.
-    m : int
-        Steps of an interval.
+    """``count`` neighbouring intervals of ``m`` steps in lock-step; the first one has the number ``first`` on
+    the whole time axis and ``place`` among the own intervals.
     """
 
     first: int
@@ -65,10 +57,8 @@ class Intervals:
     ----------
     propagator
         Propagator of the finest level.
-    slab
-        Own steps; the first and the last of their points are C-points.
-    m
-        Steps of an interval.
+    slab, m
+        Own steps, of which the first and the last point are C-points, and steps of an interval.
     is_linear
         Whether all levels are linear; otherwise a group is one interval.
 
@@ -77,8 +67,7 @@ class Intervals:
     count : int
         Number of own intervals.
     width : int
-        Intervals of a group: a block of the propagator's, or fewer, so that the states of a group are no more than the
-        stored ones (but at least one).
+        Intervals of a group: at most a block of the propagator, and no more states than the stored ones.
     groups : list of IntervalGroup
         The groups in the order of time.
     """
@@ -105,10 +94,6 @@ class Intervals:
             shape = (self.width, self.evolution.state_size)
             self._buffers[name] = np.empty(shape if rows is None else (rows, *shape))
         return self._buffers[name]
-
-    def zeros(self) -> np.ndarray:
-        """Zero states at the own C-points, ``(count + 1, n)``."""
-        return np.zeros((self.count + 1, self.evolution.state_size))
 
     def update_data(self) -> None:
         """Invalidate what has been computed from data."""

@@ -44,10 +44,8 @@ def frequency_systems(propagator: FEPropagator, options: ParaDiagOptions, parame
 
     Parameters
     ----------
-    propagator
-        The step.
-    options
-        Of which ``memory`` limits what factors may take.
+    propagator, options
+        The step; options of ParaDiag, of which ``memory`` limits the factors.
     parameters
         PETSc options of the shifted systems; default: a direct solver.
 
@@ -91,10 +89,8 @@ class AveragedSystems:
     ----------
     evolution, spacetime, slab
         The problem, the process grid and the own steps.
-    options
-        Options of ParaDiag.
-    parameters
-        PETSc options of the systems.
+    options, parameters
+        Options of ParaDiag, and PETSc's options of the systems.
 
     Attributes
     ----------

@@ -17,22 +17,12 @@ __all__ = ["AdjointStep", "LinearStep", "StateStep", "TangentStep"]
 class _BoundStep:
     """A propagator bound to the data of the own steps of one level.
 
-    Attributes
-    ----------
-    lo : int
-        Number of the first own step.
-    data : StepData or None
-        Data of all own steps, set before a solve.
-    linearised : callable or None
-        Computes the linearisation data of steps from states that are not stored.
-    block : int
-        States in a block.
-    transposed : bool
-        Whether the steps run backwards in time.
+    ``lo`` is the number of the first own step and ``data`` the data of all own steps, set before a solve;
+    ``linearised`` computes the linearisation data of steps at states that are not stored.
     """
 
-    block = WIDTH
-    transposed = False
+    block = WIDTH  # states in a block
+    transposed = False  # whether the steps run backwards in time
 
     def __init__(self, propagator: FEPropagator):
         self.propagator = propagator
