@@ -20,7 +20,7 @@ from functools import partial
 import numpy as np
 
 from pint_fem.all_at_once.stopping import DivergedError, SolveResult
-from pint_fem.collective import collectively, raise_together
+from pint_fem.collective import collectively, raise_collectively
 from pint_fem.errors import FAILURES
 from pint_fem.evolution.evolution import Evolution
 from pint_fem.kernels.arrays import get
@@ -162,7 +162,7 @@ class Sweeps:
             result = solver.solve(U, G, start=start, coarse_rhs=given, **accuracy)
         except FAILURES:  # on all ranks
             cause, self._cause = self._cause, None
-            raise_together(self.spacetime.comm, cause, f"{kind} sweep: right-hand side")
+            raise_collectively(self.spacetime.comm, cause, f"{kind} sweep: right-hand side")
             raise
         finally:  # the arrays belong to the caller
             solver.levels[0].U = solver.levels[0].G = None
