@@ -33,18 +33,9 @@ class PointVectors:
     """
 
     def __init__(
-        self,
-        make: Callable[[float], np.ndarray | float],
-        *,
-        times: np.ndarray,
-        active: np.ndarray,
-        size: int | None,
-        moves: bool,
-        span: tuple[float, float],
-        store: bool,
-        comm,
-        floor: float = 0.0,
-    ):
+        self, make: Callable[[float], np.ndarray | float], *, times: np.ndarray, active: np.ndarray, size: int | None,
+        moves: bool, span: tuple[float, float], store: bool, comm, floor: float = 0.0,
+    ):  # fmt: skip
         self._make, self._times, self._active, self.moves = make, times, active, moves
         self._shape = () if size is None else (size,)
         self._place = np.cumsum(active) - 1  # of a point among the stored vectors

@@ -95,19 +95,9 @@ class QuadraticFunctional:
     """
 
     def __init__(
-        self,
-        form: ufl.Form,
-        gradient: ufl.Form,
-        second: ufl.Form,
-        u: Function,
-        t: Function | None,
-        times: np.ndarray,
-        active: np.ndarray,
-        *,
-        initial: np.ndarray,
-        span: tuple[float, float],
-        store: bool,
-    ):
+        self, form: ufl.Form, gradient: ufl.Form, second: ufl.Form, u: Function, t: Function | None,
+        times: np.ndarray, active: np.ndarray, *, initial: np.ndarray, span: tuple[float, float], store: bool,
+    ):  # fmt: skip
         V = u.function_space()
         self._active = active
         self.Q = None if second.empty() else BlockOperator(assemble(second, mat_type="aij").petscmat)

@@ -21,22 +21,10 @@ import numpy as np
 import ufl
 from firedrake import Function
 from pyadjoint.tape import stop_annotating
+from ufl import classes
 from ufl.algorithms import extract_arguments, extract_coefficients
 from ufl.algorithms.analysis import extract_type
-from ufl.classes import (
-    ComponentTensor,
-    Division,
-    Expr,
-    FixedIndex,
-    GeometricFacetQuantity,
-    Indexed,
-    ListTensor,
-    Product,
-    Restricted,
-    ScalarValue,
-    Sum,
-    Variable,
-)
+from ufl.classes import Expr, Indexed, Sum
 from ufl.corealg.traversal import unique_pre_traversal
 
 from pint_fem.kernels.arrays import get
@@ -160,18 +148,20 @@ def _summands(node: Expr) -> list[Expr]:
 
 def _numeric_factor(term: Expr) -> tuple[float, Expr]:
     """A number and an expression whose product a term is."""
-    if isinstance(term, Variable):
+    if isinstance(term, classes.Variable):
         return _numeric_factor(term.ufl_operands[0])
-    if isinstance(term, Product):
-        numbers = [float(x) for x in term.ufl_operands if isinstance(x, ScalarValue)]
-        others = [x for x in term.ufl_operands if not isinstance(x, ScalarValue)]
+    if isinstance(term, classes.Product):
+        numbers = [float(x) for x in term.ufl_operands if isinstance(x, classes.ScalarValue)]
+        others = [x for x in term.ufl_operands if not isinstance(x, classes.ScalarValue)]
         if len(numbers) == len(others) == 1:
             factor, rest = _numeric_factor(others[0])
             return numbers[0] * factor, rest
-    if isinstance(term, Division) and isinstance(term.ufl_operands[1], ScalarValue):
+    if isinstance(term, classes.Division) and isinstance(term.ufl_operands[1], classes.ScalarValue):
         factor, rest = _numeric_factor(term.ufl_operands[0])
         return factor / float(term.ufl_operands[1]), rest
-    if isinstance(term, ComponentTensor) and isinstance(term.ufl_operands[0], Product | Division):
+    if isinstance(term, classes.ComponentTensor) and isinstance(
+        term.ufl_operands[0], classes.Product | classes.Division
+    ):
         factor, rest = _numeric_factor(term.ufl_operands[0])  # a multiple of a vector
         if isinstance(rest, Indexed) and rest.ufl_operands[1] == term.ufl_operands[1]:
             return factor, rest.ufl_operands[0]
@@ -184,12 +174,12 @@ def _components(target: Expr, u: Function) -> list[Component] | None:
         return list(np.ndindex(*u.ufl_shape))
     if isinstance(target, Indexed) and target.ufl_operands[0] == u:
         indices = tuple(target.ufl_operands[1])
-        if all(isinstance(i, FixedIndex) for i in indices):
+        if all(isinstance(i, classes.FixedIndex) for i in indices):
             return [tuple(int(i) for i in indices)]
-        free = {i.count() for i in indices if not isinstance(i, FixedIndex)}
+        free = {i.count() for i in indices if not isinstance(i, classes.FixedIndex)}
         if len(free) == len(indices):
             return list(np.ndindex(*u.ufl_shape))
-    if isinstance(target, ListTensor):
+    if isinstance(target, classes.ListTensor):
         parts = [_components(operand, u) for operand in target.ufl_operands]
         if all(part is not None for part in parts):
             return [component for part in parts for component in part]
@@ -198,8 +188,8 @@ def _components(target: Expr, u: Function) -> list[Component] | None:
 
 def _can_be_interpolated(term: Expr) -> bool:
     """Whether a term has values inside cells: no arguments, normals or restrictions to facets."""
-    facets = any(isinstance(node, Restricted) for node in unique_pre_traversal(term))
-    return not (facets or extract_arguments(term) or extract_type(term, GeometricFacetQuantity))
+    facets = any(isinstance(node, classes.Restricted) for node in unique_pre_traversal(term))
+    return not (facets or extract_arguments(term) or extract_type(term, classes.GeometricFacetQuantity))
 
 
 def _interpolate(target: Function, expression: Expr) -> bool:

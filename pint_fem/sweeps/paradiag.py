@@ -20,18 +20,8 @@ __all__ = ["CoarsestParaDiag", "paradiag_solver"]
 def paradiag_solver(
     steps: Sequence, nsteps: int, *, paradiag: ParaDiagOptions, systems: ShiftedSteps | AveragedSystems, **given
 ) -> ParaDiag:
-    """A solver for the steps of the single level ``steps[0]``.
-
-    Parameters
-    ----------
-    steps, nsteps
-        The step, and the number of steps.
-    paradiag
-        Options of ParaDiag.
-    systems
-        The systems of the frequencies, shared by all sweeps.
-    **given
-        Arguments of MGRIT; those that concern a hierarchy are ignored.
+    """A solver for the single level ``steps[0]``, with options ``paradiag`` and the systems of the frequencies, which all
+    sweeps share; of the arguments ``given``, those of MGRIT, what concerns a hierarchy is ignored.
     """
     for unused in ("transfers", "linear", "options"):
         given.pop(unused, None)
@@ -45,10 +35,8 @@ class CoarsestParaDiag:
 
     Parameters
     ----------
-    systems
-        The systems of the frequencies of the level's propagator.
-    alpha
-        Parameter of the circulant.
+    systems, alpha
+        The systems of the frequencies of the level's propagator; parameter of the circulant.
     transposed
         Whether the level is that of an adjoint sweep.
     """

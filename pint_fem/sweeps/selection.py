@@ -1,8 +1,10 @@
-"""The choice of the time solver and its options: from ``solver_parameters``, PETSc's options, or a-priori estimates."""
+"""The choice of the time solver and its options: from ``solver_parameters``, PETSc's options, or a-priori estimates of
+convergence, which are also printed before the first solve.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from firedrake.petsc import PETSc
@@ -17,8 +19,18 @@ from pint_fem.petsc_options.spelling import refuse_near_misses
 from pint_fem.petsc_options.types import require_types
 from pint_fem.spacetime import SpaceTime
 from pint_fem.theory.estimates import mgrit_estimate, paradiag_contraction
+from pint_fem.theory.two_level import ConvergenceEstimate
 
-__all__ = ["KINDS", "TimeSolverChoice", "choose", "krylov_options", "mgrit_options", "read_time_solver"]
+__all__ = [
+    "KINDS",
+    "TimeSolverChoice",
+    "choose",
+    "estimate_lines",
+    "krylov_options",
+    "mgrit_options",
+    "read_time_solver",
+    "require_supported",
+]
 
 KINDS = ("mgrit", "paradiag", "serial", "auto")
 CYCLES = 20
@@ -131,16 +143,10 @@ def read_time_solver(
         evolution that is not linear with constant operators.
     """
     require_same(
-        spacetime.comm,
-        nsteps=evolution.nsteps,
-        dt=evolution.dt,
-        t0=evolution.t0,
-        tableau=evolution.tableau,
-        coarse_tableau=coarse_tableau,
-        controls=len(evolution.controls),
-        given=parameters,
+        spacetime.comm, nsteps=evolution.nsteps, dt=evolution.dt, t0=evolution.t0, tableau=evolution.tableau,
+        coarse_tableau=coarse_tableau, controls=len(evolution.controls), given=parameters,
         options_prefix=options_prefix,
-    )
+    )  # fmt: skip
     kind = parameters.pop("time_solver", "mgrit")
     if kind not in KINDS:
         raise InputError(f"time_solver {kind!r}: give one of {', '.join(map(repr, KINDS))}")
@@ -225,3 +231,43 @@ def _choose(evolution: Evolution, mgrit: MGRITOptions, paradiag: ParaDiagOptions
     if rate is not None and rate < 0.5:
         return "paradiag", f"as {bound}, an iteration of ParaDiag contracts by {rate:.2g} (alpha {paradiag.alpha:g})"
     return "serial", f"as {bound}, and modes that grow leave ParaDiag a factor of {rate:.2g}"
+
+
+def estimate_lines(
+    evolution: Evolution, options: MGRITOptions | ParaDiagOptions, estimates: Sequence[ConvergenceEstimate]
+) -> Iterator[str]:
+    """Lines on the convergence of a time solver: warnings, and with the options ``monitor`` or ``view`` all estimates.
+
+    Collective over space.
+
+    Parameters
+    ----------
+    evolution
+        The problem.
+    options
+        Options of the time solver.
+    estimates
+        Estimate of each pair of MGRIT levels.
+    """
+    everything = options.monitor or options.view
+    if isinstance(options, ParaDiagOptions):
+        text, warns = _paradiag_estimate(evolution, options.alpha)
+        if everything or warns:
+            yield text
+    for level, estimate in enumerate(estimates):
+        where = f"levels {level} and {level + 1}"
+        if everything:
+            yield f"theory, {where}: {estimate}"
+        elif not estimate.converges:
+            yield f"warning, {where}: {estimate.warning}"
+
+
+def _paradiag_estimate(evolution: Evolution, alpha: float) -> tuple[str, bool]:
+    """A line on the contraction of ParaDiag, and whether it is a warning."""
+    rate = paradiag_contraction(evolution, alpha)
+    if rate is None:
+        return "theory: none for this evolution; ParaDiag uses operators averaged in time and reports its factor", False
+    text = f"an iteration of ParaDiag contracts by {rate:.3g} (alpha {alpha:g})"
+    if rate < 0.5:
+        return f"theory: {text}", False
+    return f"warning: {text}, as modes grow over the {evolution.nsteps} steps; use 'mgrit' or 'serial'", True

@@ -30,12 +30,11 @@ from pint_fem.propagators.linearisation import Memories
 from pint_fem.propagators.spatial import SpatialLevels
 from pint_fem.spacetime import Slab, SpaceTime
 from pint_fem.sweeps.c_points import Intervals
-from pint_fem.sweeps.estimates import estimate_lines
 from pint_fem.sweeps.frequency_systems import AveragedSystems, frequency_systems
 from pint_fem.sweeps.krylov import AcceleratedSweep
 from pint_fem.sweeps.mass_norm import MassNorm
 from pint_fem.sweeps.paradiag import CoarsestParaDiag, paradiag_solver
-from pint_fem.sweeps.selection import require_supported
+from pint_fem.sweeps.selection import estimate_lines, require_supported
 from pint_fem.sweeps.steps import AdjointStep, LinearStep, StateStep, TangentStep
 from pint_fem.sweeps.time_solver import TimeSolver
 from pint_fem.theory.estimates import mgrit_estimate
@@ -96,21 +95,12 @@ class TimeSolvers:
     """
 
     def __init__(
-        self,
-        evolution: Evolution,
-        spacetime: SpaceTime,
-        *,
-        options: MGRITOptions | Mapping | None = None,
-        coarse_tableau=None,
-        propagator: Callable[..., FEPropagator] = make_propagator,
-        spatial_coarsening=None,
-        coarse_evolutions=None,
-        krylov: Mapping | None = None,
-        norm: str = "l2",
-        printer: Callable[[str], None] = print,
-        time_solver: str = "mgrit",
+        self, evolution: Evolution, spacetime: SpaceTime, *, options: MGRITOptions | Mapping | None = None,
+        coarse_tableau=None, propagator: Callable[..., FEPropagator] = make_propagator, spatial_coarsening=None,
+        coarse_evolutions=None, krylov: Mapping | None = None, norm: str = "l2",
+        printer: Callable[[str], None] = print, time_solver: str = "mgrit",
         paradiag: tuple[ParaDiagOptions, Mapping] | None = None,
-    ):
+    ):  # fmt: skip
         self.evolution = evolution = evolution.private()
         self.spacetime, self.printer, self.norm = spacetime, printer, norm
         self._coarse_tableau, self._propagator, self._krylov = coarse_tableau, propagator, krylov
