@@ -185,7 +185,7 @@ class TimeSolvers:
             raise ValueError("norm 'L2' with krylov: PETSc's norms are those of coefficients; leave one of them out")
         return MassNorm(self.evolution.V, self.spacetime, dual=dual)
 
-    def _constructors(self) -> tuple[Callable[..., TimeSolver], Callable[..., TimeSolver]]:
+    def constructors(self) -> tuple[Callable[..., TimeSolver], Callable[..., TimeSolver]]:
         """Constructors of the solvers of linear sweeps, and of the state's sweep of a nonlinear evolution: where a new
         kind of time solver is added.
         """
@@ -205,7 +205,7 @@ class TimeSolvers:
 
     def _make_solvers(self, forward: dict, backward: dict) -> None:
         """The solvers of tangent and adjoint, and that of the state where the evolution is not linear."""
-        N, (linear, nonlinear) = self.evolution.nsteps, self._constructors()
+        N, (linear, nonlinear) = self.evolution.nsteps, self.constructors()
         tangent, adjoint = TangentStep, AdjointStep
         if self.is_linear:
             tangent, adjoint = (partial(LinearStep, transposed=transposed) for transposed in (False, True))
