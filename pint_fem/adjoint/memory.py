@@ -81,8 +81,8 @@ def memory(problem) -> Memory:
     if sweeps.has_model:
         kept["model"] = sweeps.transposed_adjoint.rows * n + _coarse(sweeps.transposed_adjoint.solver, n)
     data, of_misfits = collectively(problem.spacetime.comm, "memory", _of_misfits, problem.misfits)
-    kept["data"] = data + sum(p.kept_bytes(k) for p, k, _ in sweeps.steps_kept)
-    linearised = sum(p.memory_bytes() * count for p, _, count in sweeps.steps_kept)
+    kept["data"] = data + sum(p.data_nbytes(k) for p, k, _ in sweeps.steps_kept)
+    linearised = sum(p.linearisation_nbytes() * count for p, _, count in sweeps.steps_kept)
     kept["linearisation"] = linearised + (rows * n + layout if linearised else 0)
     kept["controls"] = 3 * len(problem.points) * layout
     kept["windows"] = 0 if intervals is None else _windows(intervals, observed, n)

@@ -24,9 +24,12 @@ __all__ = [
     "WIDTH",
     "BlockOperator",
     "Factor",
-    "Workspace",
+    "StateBlock",
     "is_symmetric",
     "lanes",
+    "multiply",
+    "new_states",
+    "product",
 ]
 
 WIDTH = 8
@@ -47,27 +50,68 @@ def lanes(count: int, lane: int) -> Iterator[tuple[slice, slice]]:
         row += take
 
 
-class Workspace:
-    """A dense ``n x WIDTH`` PETSc matrix and its memory as a ``(WIDTH, n)`` array."""
+class StateBlock:
+    """A block of states: a dense ``n x WIDTH`` PETSc matrix, and its storage as an array ``(WIDTH, n)``.
+
+    Parameters
+    ----------
+    matrix
+        The dense matrix.
+
+    Attributes
+    ----------
+    array : ndarray
+        The storage, which may be written to.
+    """
 
     def __init__(self, matrix: PETSc.Mat):
         self.matrix = matrix
         self.array = matrix.getDenseArray().T
 
     @classmethod
-    def zeros(cls, sizes, comm) -> Workspace:
-        """For vectors of local and global ``sizes``."""
+    def zeros(cls, sizes, comm) -> StateBlock:
+        """Zero states, for local and global ``sizes`` of a state."""
         matrix = PETSc.Mat().createDense((sizes, (None, WIDTH)), comm=comm)
         matrix.setUp()
         matrix.zeroEntries()
         matrix.assemble()
         return cls(matrix)
 
+    def duplicate(self) -> StateBlock:
+        """A block of zero states of the same size."""
+        return self.zeros(self.matrix.getSizes()[0], self.matrix.comm)
+
     def load(self, states: np.ndarray, where: slice) -> None:
-        """Put states into lanes; the other lanes are zero."""
+        """Copy states to the lanes ``where``; the other lanes become zero."""
         self.array[: where.start] = 0
         self.array[where.stop :] = 0
         self.array[where] = states
+
+
+def new_states(sizes, comm, *, single: bool) -> StateBlock | PETSc.Vec:
+    """A zero block of states, or a zero vector of a single one, for local and global ``sizes`` of a state."""
+    if not single:
+        return StateBlock.zeros(sizes, comm)
+    vector = PETSc.Vec().createMPI(sizes, comm=comm)
+    vector.set(0.0)
+    return vector
+
+
+def product(matrix: PETSc.Mat, states: StateBlock | PETSc.Vec) -> StateBlock | PETSc.Vec:
+    """The product with a block or a vector, as a new one that :func:`multiply` may overwrite for the same matrix."""
+    if isinstance(states, StateBlock):
+        return StateBlock(matrix.matMult(states.matrix))
+    out = matrix.createVecLeft()
+    matrix.mult(states, out)
+    return out
+
+
+def multiply(matrix: PETSc.Mat, states: StateBlock | PETSc.Vec, out: StateBlock | PETSc.Vec) -> None:
+    """Write the product with a block or a vector to what :func:`product` returned for the same matrix."""
+    if isinstance(states, StateBlock):
+        matrix.matMult(states.matrix, out.matrix)
+    else:
+        matrix.mult(states, out)
 
 
 class _Solves:
@@ -89,7 +133,7 @@ class Factor:
     matrix
         Assembled AIJ matrix.
     parameters
-        PETSc options, see :func:`~pint_fem.kernels.direct.completed`; default: :func:`~pint_fem.kernels.direct.default_solver`.
+        PETSc options, completed by :func:`~pint_fem.kernels.direct.completed`; empty for the default solver.
     symmetric
         Whether the matrix is (see :func:`is_symmetric`).
     prefix
@@ -200,25 +244,31 @@ class Factor:
             "factors": sum(factor_bytes(ksp, self._parameters) for ksp in ksps),
         }
 
-    def solve(self, b: PETSc.Vec, x: PETSc.Vec, *, transposed: bool = False) -> None:
-        """One vector."""
-        nullspace = self._nullspace
-        if nullspace is not None:
-            nullspace.project_source(b.array, transposed=transposed)
-        (self.ksp_T if transposed else self.ksp).solve(b, x)
-        self._check()
-        if nullspace is not None:
-            nullspace.project_solution(x.array, transposed=transposed)
+    def solve(self, b: StateBlock | PETSc.Vec, x: StateBlock | PETSc.Vec, *, transposed: bool = False) -> None:
+        """Solve for one vector or a block of states, with the matrix or its transpose (collective).
 
-    def solve_block(self, B: Workspace, X: Workspace, *, transposed: bool = False) -> None:
-        """A block."""
-        nullspace = self._nullspace
-        if nullspace is not None:
-            nullspace.project_source(B.array, transposed=transposed)
-        (self.ksp_T if transposed else self.ksp).matSolve(B.matrix, X.matrix)
+        Parameters
+        ----------
+        b, x
+            Right-hand sides and solutions, blocks or vectors; with a nullspace ``b`` is projected in place.
+        transposed
+            Whether to solve with the transpose.
+
+        Raises
+        ------
+        ArithmeticError, PETSc.Error
+            If the solver fails.
+        """
+        ksp = self.ksp_T if transposed else self.ksp
+        if self._nullspace is not None:
+            self._nullspace.project_source(b.array, transposed=transposed)
+        if isinstance(b, StateBlock):
+            ksp.matSolve(b.matrix, x.matrix)
+        else:
+            ksp.solve(b, x)
         self._check()
-        if nullspace is not None:
-            nullspace.project_solution(X.array, transposed=transposed)
+        if self._nullspace is not None:
+            self._nullspace.project_solution(x.array, transposed=transposed)
 
 
 def is_symmetric(matrix: PETSc.Mat) -> bool:
@@ -242,8 +292,8 @@ class BlockOperator:
         self.matrix = matrix
         rows, columns = matrix.getSizes()
         self.rows = rows[0]
-        self._in = Workspace.zeros(columns, matrix.comm)
-        self._out = Workspace(matrix.matMult(self._in.matrix))
+        self._in = StateBlock.zeros(columns, matrix.comm)
+        self._out = product(matrix, self._in)
 
     @property
     def nbytes(self) -> dict[str, int]:
@@ -257,6 +307,6 @@ class BlockOperator:
         out = np.empty((len(states), self.rows))
         for rows, where in lanes(len(states), 0):
             self._in.load(states[rows], where)
-            self.matrix.matMult(self._in.matrix, self._out.matrix)
+            multiply(self.matrix, self._in, self._out)
             out[rows] = self._out.array[where]
         return out

@@ -7,7 +7,7 @@ from functools import partial
 
 import numpy as np
 
-from pint_fem.kernels.row_space import MOST, RowSpace, sample_times
+from pint_fem.kernels.compressed_vectors import MOST, CompressedVectors, sample_times
 
 __all__ = ["PointRows"]
 
@@ -56,7 +56,7 @@ class PointRows:
         self._space = self._rows = None
         if moves and not keep:
             samples = [partial(make, time) for time in sample_times(*span)]
-            self._space = RowSpace(comm, samples, floor=floor)
+            self._space = CompressedVectors(comm, samples, floor=floor)
         else:
             self._rows = self._computed(times[wanted] if moves else times[:1])
             self._make = None

@@ -78,7 +78,7 @@ class Intervals:
         self.windows = [
             Window(a, a - first, b - a, m) for a, b in zip(cuts, [*cuts[1:], first + self.count], strict=True)
         ]
-        self._kept = propagator.memory(m)
+        self._kept = propagator.step_linearisations(m)
         self._buffers: dict[str, np.ndarray] = {}
         self._affine: np.ndarray | None = None
         self.bind(None, None)
@@ -124,7 +124,7 @@ class Intervals:
             return W
         self._here = None  # as long as a step may fail
         for memory in self._kept or ():
-            memory.restart()
+            memory.reset(factors=True)
         W[0] = self._U[window.starts]
         for j in range(self.m - 1):
             self.propagator.step(self.data(window, j, linearised=False), W[j], W[j + 1], window.first)

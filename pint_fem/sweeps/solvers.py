@@ -19,7 +19,7 @@ from pint_fem.paradiag.options import ParaDiagOptions
 from pint_fem.propagators import make_propagator
 from pint_fem.propagators.base import FEPropagator
 from pint_fem.propagators.linear import LinearPropagator
-from pint_fem.propagators.linearisation import Memories
+from pint_fem.propagators.linearisation import LinearisationCache
 from pint_fem.propagators.spatial import SpatialLevels
 from pint_fem.spacetime import SpaceTime
 from pint_fem.sweeps.averaged_systems import AveragedSystems
@@ -180,7 +180,7 @@ class TimeSolvers:
                 step = solver.levels[-1].propagator
                 step.all_at_once = CoarsestParaDiag(systems, given[0].alpha, transposed=step.transposed)
         own = [[level.k for level in solver.levels] for solver in (self._state, self._adjoint)]
-        self._memories = Memories(self.propagators, *own, spacetime.comm, finest=not compact)
+        self._memories = LinearisationCache(self.propagators, *own, spacetime.comm, finest=not compact)
 
     def _make_propagators(self, make: Callable[..., FEPropagator], factors: Sequence[int]) -> list[FEPropagator]:
         """A step of each level."""
@@ -228,7 +228,7 @@ class TimeSolvers:
     def _store_c_points(self, m: int) -> Intervals:
         """Set the finest level up for storage of its C-points."""
         fine = self.propagators[0]
-        fine.keeps_loads = False
+        fine.stores_loads = False
         intervals = Intervals(fine, self.slab, m, is_linear=self.is_linear)
         if not self.is_linear:
             for solver in (self._state, self._tangent, self._adjoint):

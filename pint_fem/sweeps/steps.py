@@ -27,7 +27,7 @@ class _Bound:
         data = self.data.part(slice(steps.start - self.lo, steps.stop - self.lo, steps.step))
         if self.linearised is not None:
             known = self.linearised(steps)
-            data = data._replace(u=known.u, kept=known.kept)
+            data = data._replace(u=known.u, linearisations=known.linearisations)
         return data
 
     def step(self, steps, u, out):

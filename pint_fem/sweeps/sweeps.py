@@ -90,7 +90,7 @@ class Sweeps(TimeSolvers):
         if U is None:
             return StepData(self.times, z)
         self._memories.linearise(z, U)
-        return StepData(self.times, z, U[:-1], kept=self._memories.fine)
+        return StepData(self.times, z, U[:-1], linearisations=self._memories.fine)
 
     def _bind(self, solver: MGRIT, z, U: np.ndarray | None, *, backwards: bool, dz=None) -> None:
         """Give each level of a nonlinear solver its steps' times, controls and linearisation states."""
@@ -313,7 +313,7 @@ class Sweeps(TimeSolvers):
         """Forget what solves of nonlinear steps have left and what a linearisation has made; with ``factors`` those of
         steps and of averaged operators, too.
         """
-        self._memories.forget(factors=factors)
+        self._memories.reset(factors=factors)
         if factors and self._averaged is not None:
             self._averaged.forget()
 
