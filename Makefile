@@ -1,7 +1,7 @@
 # make env    everything the package needs, from system packages to Firedrake (about 15 min cold on 2 cores)
 # make demo   recover a heat source from sensor readings; pictures in results/heat_source/
 # make test   all tests, serial and on 2-7 MPI ranks        make bench  ratios measured side by side
-# make mnist  a deep residual network, layers in parallel    make lint   ruff
+# make mnist  a deep residual network, layers in parallel    make lint   ruff, mypy
 # make scaling  what up to 16,384 ranks would do, by the performance model; tables and plots in results/scaling/
 # make clean  remove what the above made
 #
@@ -18,7 +18,7 @@ endif
 
 # an existing Firedrake's Python is remembered from one call to the next
 PYTHON     ?= $(shell cat .venv/existing-python 2>/dev/null || echo python3)
-EXTRAS     ?= test,bench,resnet,scaling
+EXTRAS     ?= fem,plots,vtk,programs,resnet,scaling,test,bench
 OUT        ?= results/heat_source
 
 # What has to match; everything else is a range in pyproject.toml.
@@ -154,7 +154,7 @@ scaling: env
 	@$(RUN) -m pint_fem.scaling report --ranks $(SCALING_RANKS) --out results/scaling $(ARGS)
 
 lint: env
-	@$(RUN) -m ruff check . && $(RUN) -m ruff format --check pint_fem
+	@$(RUN) -m ruff check . && $(RUN) -m ruff format --check pint_fem && $(RUN) -m mypy
 
 clean:
 	rm -rf .venv results data/mnist build *.egg-info .pytest_cache .ruff_cache

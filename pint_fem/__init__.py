@@ -1,31 +1,81 @@
 """Optimisation constrained by time, parallel in time, on Firedrake.
 
-The names below load Firedrake when they are first used; ``pint_fem.mgrit``, ``pint_fem.resnet`` and
-``pint_fem.spacetime`` never do. Only ``pint_fem.resnet`` needs torch.
+The names below are what a user types. Each is loaded, with what it needs, when it is first used: ``MGRIT``,
+``SpaceTime`` and the errors need numpy and mpi4py only, those of ``pint_fem.resnet`` torch as well, and all others
+Firedrake.
 """
 
 import importlib
+from typing import TYPE_CHECKING
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
-_NAMES = {
-    "InputError": "pint_fem.errors",
-    "SpaceTime": "pint_fem.spacetime",
-    "MGRIT": "pint_fem.mgrit",
-    "MGRITOptions": "pint_fem.mgrit",
-    "minimize_trust_region": "pint_fem.optimize",
-    "LayerParallelResNet": "pint_fem.resnet",
+if TYPE_CHECKING:
+    from pint_fem.adjoint import TimeParallelReducedFunctional
+    from pint_fem.all_at_once.levels import Propagator
+    from pint_fem.all_at_once.stopping import DivergedError, SolveResult
+    from pint_fem.errors import InputError, SolverFailure
+    from pint_fem.evolution import SDIRK2, BackwardEuler, Evolution, ImplicitMidpoint, time_function
+    from pint_fem.mgrit import MGRIT, MGRITOptions, Transfer
+    from pint_fem.misfits import BlockMisfit, Misfit, PointSensors, RunningMisfit, TerminalMisfit
+    from pint_fem.optimize import (
+        InexactOptions,
+        NonFiniteError,
+        OneShotResult,
+        TrustRegionResult,
+        minimize_trust_region,
+    )
+    from pint_fem.paradiag import ParaDiag, ParaDiagOptions
+    from pint_fem.propagators import (
+        FEPropagator,
+        FormPropagator,
+        LinearPropagator,
+        TapePropagator,
+        make_propagator,
+    )
+    from pint_fem.propagators.leapfrog import leapfrog
+    from pint_fem.resnet import LayerParallelResNet
+    from pint_fem.spacetime import SpaceTime
+    from pint_fem.sweeps.checking import check_sweeps
+
+_MODULES = {
+    "pint_fem.adjoint": ("TimeParallelReducedFunctional",),
+    "pint_fem.all_at_once.levels": ("Propagator",),
+    "pint_fem.all_at_once.stopping": ("DivergedError", "SolveResult"),
+    "pint_fem.errors": ("InputError", "SolverFailure"),
+    "pint_fem.evolution": ("BackwardEuler", "Evolution", "ImplicitMidpoint", "SDIRK2", "time_function"),
+    "pint_fem.mgrit": ("MGRIT", "MGRITOptions", "Transfer"),
+    "pint_fem.misfits": ("BlockMisfit", "Misfit", "PointSensors", "RunningMisfit", "TerminalMisfit"),
+    "pint_fem.optimize": (
+        "InexactOptions",
+        "NonFiniteError",
+        "OneShotResult",
+        "TrustRegionResult",
+        "minimize_trust_region",
+    ),
+    "pint_fem.paradiag": ("ParaDiag", "ParaDiagOptions"),
+    "pint_fem.propagators": (
+        "FEPropagator",
+        "FormPropagator",
+        "LinearPropagator",
+        "TapePropagator",
+        "make_propagator",
+    ),
+    "pint_fem.propagators.leapfrog": ("leapfrog",),
+    "pint_fem.resnet": ("LayerParallelResNet",),
+    "pint_fem.spacetime": ("SpaceTime",),
+    "pint_fem.sweeps.checking": ("check_sweeps",),
 }
-_NAMES |= dict.fromkeys(
-    ("BackwardEuler", "Evolution", "ImplicitMidpoint", "SDIRK2", "time_function"), "pint_fem.evolution"
-)
-_NAMES |= dict.fromkeys(("PointSensors", "RunningMisfit", "TerminalMisfit"), "pint_fem.misfits")
-_NAMES |= {"TimeParallelReducedFunctional": "pint_fem.adjoint"}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
-__all__ = sorted(_NAMES)
+__all__ = sorted(_MODULE_OF)
 
 
-def __getattr__(name):
-    if name in _NAMES:
-        return getattr(importlib.import_module(_NAMES[name]), name)
+def __getattr__(name: str) -> object:
+    if name in _MODULE_OF:
+        return getattr(importlib.import_module(_MODULE_OF[name]), name)
     raise AttributeError(f"module 'pint_fem' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -142,7 +142,7 @@ class TapePropagator(FEPropagator):
         self._zero = Cofunction(evolution.V.dual())
 
     def _options(self) -> tuple[dict, dict, dict]:
-        """Solver parameters, and the arguments of forward and of adjoint solves with the evolution's nullspaces. Singular
+        """Solver parameters, and arguments of forward and of adjoint solves with the evolution's nullspaces. Singular
         matrices are not pinned here, but factored by MUMPS, which detects pivots that are zero.
         """
         ev = self.evolution

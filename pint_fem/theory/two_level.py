@@ -36,7 +36,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from pint_fem.mgrit.termination import exact_termination
+from pint_fem.mgrit.cycle import exact_termination
 
 __all__ = [
     "ConvergenceEstimate",
