@@ -18,7 +18,7 @@ from pint_fem.adjoint.states import FinalState
 from pint_fem.adjoint.sums import SumProblem, leaves
 from pint_fem.errors import InputError
 from pint_fem.evolution.evolution import Evolution
-from pint_fem.petsc_options.types import require_types
+from pint_fem.petsc_options.checks import require_types
 from pint_fem.propagators import make_propagator
 from pint_fem.spacetime import SpaceTime
 from pint_fem.sweeps.selection import mgrit_options, read_time_solver

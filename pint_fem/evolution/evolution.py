@@ -30,7 +30,7 @@ from pint_fem.evolution.residual import check_time_derivatives, checked_time, fi
 from pint_fem.evolution.tableaux import DIRK
 from pint_fem.kernels.arrays import boundary_rows, get, own_size, put, split_values
 from pint_fem.kernels.nullspace import read_nullspace
-from pint_fem.petsc_options.types import require_types
+from pint_fem.petsc_options.checks import require_types
 
 __all__ = ["Evolution"]
 

@@ -90,14 +90,8 @@ class UpdatableFactor:
         self.diagonal: np.ndarray | None = None
 
     def factor(self, matrix: PETSc.Mat, version: object) -> None:
-        """Copy a matrix and set up the solver, with the symbolic factorisation of earlier matrices (collective).
-
-        Parameters
-        ----------
-        matrix
-            Assembled matrix.
-        version
-            Identifies it.
+        """Copy a matrix, identified by ``version``, and set up the solver, with the symbolic factorisation of earlier
+        ones (collective).
 
         Raises
         ------
@@ -236,16 +230,8 @@ class StageFactors:
         return solver if solver is not None and solver.version is stage.version else None
 
     def factor(self, stage, matrix: PETSc.Mat, version: object) -> UpdatableFactor:
-        """Factor a matrix for a stage, in its own solver, in a new one if the budget allows it, else in a common one.
-
-        Parameters
-        ----------
-        stage
-            The stage.
-        matrix
-            Its Jacobian.
-        version
-            Identifies the matrix.
+        """Factor a Jacobian, identified by ``version``, in the stage's own solver, in a new one within the budget, or in
+        a common one (collective over space).
 
         Raises
         ------

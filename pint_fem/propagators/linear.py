@@ -31,7 +31,7 @@ from pint_fem.kernels.blocks import Factor, is_symmetric, lanes, new_states
 from pint_fem.kernels.compressed_vectors import MOST
 from pint_fem.kernels.direct import matrix_bytes
 from pint_fem.kernels.multigrid import Geometry
-from pint_fem.kernels.regularity import stage_factor
+from pint_fem.kernels.regularity import regular_factor
 from pint_fem.propagators.base import FEPropagator, StepData
 from pint_fem.propagators.elimination import EliminatedRecursion, FieldBlocks, FieldRecursion
 from pint_fem.propagators.loads import StageLoads
@@ -97,7 +97,7 @@ class LinearPropagator(FEPropagator):
             M, K = operators
             matrix = assemble(M + Constant(h) * K, bcs=ev.bcs, mat_type="aij").petscmat
             given = dict(symmetric=symmetric, geometry=Geometry(ev.V, ev.bcs))
-            self.factors[h] = stage_factor(ev, matrix, ev.nullspace, **given)
+            self.factors[h] = regular_factor(ev, matrix, ev.nullspace, **given)
         symmetric_mass = mass.isSymmetric(0.0) and not len(self.bc_rows)
         self.M = assemble(operators[0], mat_type="aij").petscmat.copy()
         self.M.zeroRows((self.bc_rows + self.M.getOwnershipRange()[0]).astype(PETSc.IntType), diag=0.0)
@@ -115,7 +115,7 @@ class LinearPropagator(FEPropagator):
     def _factor(self, h: float, matrix: PETSc.Mat) -> None:
         """Factor a matrix of the field that is not eliminated, for the stages with ``a_ii dt = h``."""
         given = dict(symmetric=self.fields.symmetric, geometry=self.fields.geometry)
-        self.factors[h] = stage_factor(self.evolution, matrix, self.fields.nullspace, **given)
+        self.factors[h] = regular_factor(self.evolution, matrix, self.fields.nullspace, **given)
 
     def _field_recursions(self, kind: type[FieldRecursion], drop_rows: bool) -> tuple[Recursion, Recursion]:
         """Recursions by the blocks of two fields, on a block and on one state."""
