@@ -156,7 +156,7 @@ def factor_bytes(ksp: PETSc.KSP, parameters: Mapping) -> int:
     """Bytes of a factorisation on this rank, with the copies of matrices that it works on.
 
     CHOLMOD reports its memory to PETSc, PETSc and MUMPS report nonzeros; for other packages PETSc's own factor is
-    counted. For ``redundant`` on several ranks, which petsc4py does not expose, each rank factors the whole matrix again
+    counted. For ``redundant`` on several ranks, which petsc4py does not expose, each rank factors the matrix again
     (collective).
 
     Parameters

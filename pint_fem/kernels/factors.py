@@ -230,8 +230,8 @@ class StageFactors:
         return solver if solver is not None and solver.version is stage.version else None
 
     def factor(self, stage, matrix: PETSc.Mat, version: object) -> UpdatableFactor:
-        """Factor a Jacobian, identified by ``version``, in the stage's own solver, in a new one within the budget, or in
-        a common one (collective over space).
+        """Factor a Jacobian, identified by ``version``, in the stage's own solver, a new one within the budget, or a
+        common one (collective over space).
 
         Raises
         ------

@@ -1,9 +1,9 @@
 """Destruction of PETSc objects on several ranks, and of cycles of references, after Python has dropped them.
 
-Destroying a PETSc object is collective, and Python drops objects at other times on each rank. So petsc4py puts dropped
+Destroying a PETSc object is collective, but Python drops objects at other times on each rank. petsc4py puts dropped
 objects on a list of their communicator, where they stay, with all their memory, until every rank of the communicator
-calls ``PETSc.garbage_cleanup``; objects of one rank are destroyed at once. :func:`clean` is called before each sweep and
-where a functional is made. Steps reuse their objects, so that there are few to destroy: one vector for each function
+calls ``PETSc.garbage_cleanup``; objects of one rank are destroyed at once. :func:`clean` is called before each sweep
+and where a functional is made. Steps reuse their objects, so that there are few to destroy: one vector for each function
 whose values have been copied to or from an array.
 
 UFL's forms and what is assembled from them refer to themselves in cycles, which Python's collector finds too late: it

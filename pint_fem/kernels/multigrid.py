@@ -55,8 +55,8 @@ class Geometry:
         hierarchy, level = get_level(self.space.mesh().unique())
         if hierarchy is None or len(self.space) > 1 or level < 1:
             raise InputError(
-                "pc_type 'mg' requires an evolution on a finer mesh of a MeshHierarchy and a state (or, with eliminate=, "
-                "the rest of it) that is not mixed; give 'gamg' or a direct solver"
+                "pc_type 'mg' requires an evolution on a finer mesh of a MeshHierarchy and a state (or, with "
+                "eliminate=, the rest of it) that is not mixed; give 'gamg' or a direct solver"
             )
         if hierarchy.refinements_per_level != 1:
             raise InputError("pc_type 'mg': give a MeshHierarchy with refinements_per_level=1")

@@ -177,12 +177,7 @@ class FEPropagator(ABC):
 
     @abstractmethod
     def second_order(
-        self,
-        data: StepData,
-        du: np.ndarray,
-        dz: np.ndarray | None,
-        lam: np.ndarray,
-        end: np.ndarray | None = None,
+        self, data: StepData, du: np.ndarray, dz: np.ndarray | None, lam: np.ndarray, end: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
         """Derivatives of :meth:`adjoint` and :meth:`control_adjoint` in the direction ``(du, dz)`` at fixed ``lam``.
 

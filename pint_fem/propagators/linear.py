@@ -147,11 +147,7 @@ class LinearPropagator(FEPropagator):
 
     # -- on blocks -----------------------------------------------------------------------------------------------------
     def apply(
-        self,
-        u: np.ndarray,
-        out: np.ndarray,
-        lane: int,
-        loads: Callable[[slice, int], np.ndarray] | None = None,
+        self, u: np.ndarray, out: np.ndarray, lane: int, loads: Callable[[slice, int], np.ndarray] | None = None
     ) -> None:
         """Write the step without forcing, or with given loads, to ``out``.
 

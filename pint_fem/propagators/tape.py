@@ -10,14 +10,7 @@ from contextlib import contextmanager
 
 import numpy as np
 from firedrake import Cofunction, Function, solve
-from firedrake.adjoint import (
-    Control,
-    ReducedFunctional,
-    Tape,
-    continue_annotation,
-    pause_annotation,
-    set_working_tape,
-)
+from firedrake.adjoint import Control, ReducedFunctional, Tape, continue_annotation, pause_annotation, set_working_tape
 from firedrake.adjoint_utils.blocks.solving import GenericSolveBlock
 from irksome.tableaux.ButcherTableaux import ButcherTableau
 from pyadjoint import Block
