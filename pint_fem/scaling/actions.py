@@ -19,7 +19,7 @@ from pint_fem.paradiag.options import ParaDiagOptions
 from pint_fem.paradiag.stage_shifts import shifted_factors
 from pint_fem.scaling.paradiag import FEW
 from pint_fem.spacetime import SpaceTime
-from pint_fem.sweeps.paradiag import frequency_systems
+from pint_fem.sweeps.frequency_systems import frequency_systems
 
 __all__ = [
     "PARADIAG", "SMALL", "Action", "extra_actions", "kernel_actions", "paradiag_actions", "solve_actions",
@@ -79,9 +79,9 @@ def kernel_actions(rf, sizes: Sequence[int] = SIZES) -> dict[tuple, Action]:
     one level stands for all those with states of the same size.
     """
     sweeps, out, size = rf.problem.sweeps, {}, None
-    forward, backward = sweeps.solvers
     rng, rows = np.random.default_rng(0), STRIDE * max(sizes)
-    for ahead, back, propagator in zip(forward.levels, backward.levels, sweeps.propagators, strict=True):
+    levels = zip(sweeps.solvers.tangent.levels, sweeps.solvers.adjoint.levels, sweeps.propagators, strict=True)
+    for ahead, back, propagator in levels:
         if propagator.evolution.state_size == size:
             break
         size, index = propagator.evolution.state_size, ahead.index

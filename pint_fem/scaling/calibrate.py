@@ -185,7 +185,7 @@ def _measure_alone(case: Case, rf, watch: Stopwatch, small: int, progress: Calla
     extras["adjoint sum"] = max(extras.pop("all steps") - extras["control gradient"], 0.0) / max(sweeps.slab.k - 1, 1)
     made = Calibration(
         case.name, machine(), rf.evolution.V.dim(), case.nsteps,
-        {1: kernel_tables({key: seconds[key] for key in work}, sweeps.levels[0].block)},
+        {1: kernel_tables({key: seconds[key] for key in work}, sweeps.solvers.adjoint.levels[0].block)},
         norm=extras.pop("norm"),
         extras=extras,
         control_bytes=8.0 * rf.layout.size,
@@ -252,8 +252,9 @@ def _space_kernels(pose: Callable, comm, watch: Stopwatch, small: int) -> tuple[
     sweeps = rf.problem.sweeps
     seconds = watch(kernel_actions(rf), pair)
     factor = next(iter(sweeps.propagators[0].factors.values()))
-    whole = factor.ksp.getPC().getType() == "redundant"
-    return kernel_tables(seconds, sweeps.levels[0].block), 0 if whole else max(factor.ksp.getIterationNumber(), 1)
+    is_direct = factor.ksp.getPC().getType() == "redundant"
+    iterations = 0 if is_direct else max(factor.ksp.getIterationNumber(), 1)
+    return kernel_tables(seconds, sweeps.solvers.adjoint.levels[0].block), iterations
 
 
 def count_cycles(case: Case) -> list[dict]:
