@@ -27,7 +27,7 @@ from pint_fem.collective import on_first_rank
 from pint_fem.errors import InputError
 from pint_fem.files import as_input_error, require_output, write_whole
 
-__all__ = ["command", "main"]
+__all__ = ["command", "demo_arguments", "main"]
 
 LIBRARIES = ("pint_fem", "firedrake", "petsc4py", "irksome", "mpi4py", "numpy", "scipy", "torch", "greenlet")
 PACKAGES = {"MUMPS": "mumps", "CHOLMOD": "cholmod", "UMFPACK": "umfpack", "hypre": "hypre", "PT-Scotch": "ptscotch"}
@@ -140,9 +140,17 @@ def _plan(arguments: Sequence[str]) -> None:
         what, cycles = ("", "") if serial else (describe(choice.options), f"{choice.cycles[0]}+{choice.cycles[1]}")
         numbers = f"{choice.seconds:>11.4g}{choice.bytes_per_rank / 1e6:>13.3g}{choice.efficiency:>6.0%}"
         _print(f"{choice.solver:8}{f'{choice.grid[0]} x {choice.grid[1]}':>14}  {what:34}{cycles:>7}{numbers}")
-    _print(f"run: {made.best.arguments}")
+    _print(f"run: {demo_arguments(made.best)}")
     for text in made.assumptions:
         _print(f"assumed: {text}")
+
+
+def demo_arguments(choice) -> str:
+    """Arguments of the demos for a choice of :func:`pint_fem.scaling.planner.plan`."""
+    grid, solver = "x".join(map(str, choice.grid)), choice.solver
+    text = lambda value: ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+    own = {} if solver == "serial" else {k: v for k, v in choice.options.items() if k != "time_solver"}
+    return " ".join([f"--grid {grid} --time-solver {solver}", *(f"-{solver}_{k} {text(v)}" for k, v in own.items())])
 
 
 # -- scaling ---------------------------------------------------------------------------------------------------------

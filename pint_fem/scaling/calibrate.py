@@ -41,6 +41,7 @@ MGRIT = {"coarsening": (8, 4)}
 """Options of the whole solves that the overhead is determined from."""
 LARGE = 5000
 """Unknowns beyond which ParaDiag's factors of many steps take gigabytes."""
+Progress = Callable[[str], None]
 PARADIAG_STEPS = 512
 """Most steps for the counts of ParaDiag's iterations, whose number does not depend on the steps."""
 
@@ -95,23 +96,16 @@ class Stopwatch:
     def about(self) -> str:
         """Date and method of the measurements so far, as a text."""
         speed = sum(m.seconds for m in self._all) / sum(m.clock for m in self._all)
-        return (
-            f"{time.strftime('%Y-%m-%d')}, kernels: median of {self.repeats} at the machine's full speed (it ran at "
-            f"{speed:.0%} of it)"
-        )
+        full = f"the machine's full speed (it ran at {speed:.0%} of it)"
+        return f"{time.strftime('%Y-%m-%d')}, kernels: median of {self.repeats} at {full}"
 
 
-def kernel_tables(
-    seconds: Mapping[tuple, float], width: int = 0, *, increasing: bool = False
-) -> dict[str, list[Kernel]]:
-    """Tables of kernels from seconds by kind, level and size; ``increasing``: more states never take less."""
-    tables: dict[tuple, dict[int, float]] = {}
-    for (kind, index, size), value in seconds.items():
-        tables.setdefault((kind, index), {})[size] = value
+def kernel_tables(seconds: Mapping[tuple, float], width: int = 0) -> dict[str, list[Kernel]]:
+    """Tables of kernels by kind and level, from seconds by kind, level and size."""
     out: dict[str, list[Kernel]] = {}
-    for (kind, _), table in tables.items():
-        values = np.maximum.accumulate(list(table.values())).tolist() if increasing else table.values()
-        made = Kernel.constant(table[1]) if "sweep" in kind else Kernel(tuple(table), tuple(values), width)
+    for kind, level in dict.fromkeys(key[:2] for key in seconds):
+        table = {size: value for (*key, size), value in seconds.items() if key == [kind, level]}
+        made = Kernel.constant(table[1]) if "sweep" in kind else Kernel(tuple(table), tuple(table.values()), width)
         out.setdefault(kind, []).append(made)
     return out
 
@@ -133,12 +127,7 @@ def _overhead(seconds: Mapping[str, float], calibration: Calibration, options: d
 
 
 def calibrate(
-    case: Case,
-    *,
-    comm=MPI.COMM_WORLD,
-    repeats: int = 15,
-    small: int = SMALL,
-    progress: Callable[[str], None] = lambda text: None,
+    case: Case, *, comm=MPI.COMM_WORLD, repeats: int = 15, small: int = SMALL, progress: Progress = lambda text: None
 ) -> Calibration | None:
     """Measure the costs of a problem (collective).
 
@@ -146,10 +135,9 @@ def calibrate(
     ----------
     case, comm
         The problem, and the processes that measure.
-    repeats, small
-        Repeats of each measurement, of which the medians are used; steps of the solves that are timed.
-    progress
-        Called with a text before each part.
+    repeats, small, progress
+        Repeats of each measurement, of which the medians are used; steps of the solves that are timed; called with a
+        text before each part.
 
     Returns
     -------
@@ -176,7 +164,7 @@ def calibrate(
     return made.with_changes(kernels={**made.kernels, 2: kernels}, space_iterations=float(iterations), notes=notes)
 
 
-def _measure_alone(case: Case, rf, watch: Stopwatch, small: int, progress: Callable[[str], None]) -> Calibration:
+def _measure_alone(case: Case, rf, watch: Stopwatch, small: int, progress: Progress) -> Calibration:
     """All costs that one process measures."""
     sweeps, work = rf.problem.sweeps, kernel_actions(rf)
     groups = {"extras": extra_actions(rf), "solves": _cold_solves(rf)}

@@ -49,15 +49,6 @@ class Choice:
     bytes_per_rank: float
     efficiency: float
 
-    @property
-    def arguments(self) -> str:
-        """Command-line arguments of the demos for this choice."""
-        if self.solver == "serial":
-            return f"--grid {self.grid[0]}x1 --time-solver serial"
-        text = lambda value: ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
-        own = (f"-{self.solver}_{k} {text(v)}" for k, v in self.options.items() if k != "time_solver")
-        return " ".join([f"--grid {self.grid[0]}x{self.grid[1]} --time-solver {self.solver}", *own])
-
 
 @dataclass
 class Plan:

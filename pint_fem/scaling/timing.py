@@ -37,6 +37,10 @@ SHORT = 0.01
 """Seconds below which an action is repeated within a measurement, as other actions have emptied the caches."""
 
 
+Actions = Mapping[object, Callable[[], object]]
+"""Actions by name."""
+
+
 @dataclass(frozen=True)
 class Measured:
     """The time of an action: ``seconds`` at full speed, by the ``clock``, and by the clock for ``each`` repeat."""
@@ -123,11 +127,7 @@ class SpeedMonitor:
 
 
 def rounds(
-    actions: Mapping[object, Callable[[], object]],
-    repeats: int,
-    *,
-    comm=MPI.COMM_SELF,
-    before: Mapping[object, Callable[[], object]] | None = None,
+    actions: Actions, repeats: int, *, comm=MPI.COMM_SELF, before: Actions | None = None
 ) -> dict[object, Measured]:
     """Median times of actions that are done in turn, so that a slow minute of the machine affects all of them
     (collective).

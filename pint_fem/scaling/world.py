@@ -92,8 +92,8 @@ class World:
 
     def _describe_deadlock(self, running: int) -> str:
         waits = [f"rank {rank} waits for {reason()}" for rank, reason in sorted(self._reasons.items())[:4]]
-        more = "; ..." if len(self._reasons) > 4 else ""
-        return f"deadlock: {running} of {self.size} ranks wait: {'; '.join(waits)}{more}"
+        waits += ["..."] * (len(self._reasons) > 4)
+        return f"deadlock: {running} of {self.size} ranks wait: {'; '.join(waits)}"
 
     # -- for the rank that runs -----------------------------------------------------------------------------------
     def now(self) -> float:

@@ -132,7 +132,7 @@ def calibrate_layers(
         parameters = sum(int(np.prod(s)) for s in case.parts()[1].shapes.values())
         made = Record(
             name, machine(), int(np.prod(shape)), case.nlayers,
-            {1: kernel_tables({key: seconds[key] for key in actions}, increasing=True)},
+            {1: kernel_tables(_increasing({key: seconds[key] for key in actions}))},
             control_bytes=8.0 * parameters, kind="layers",
         )  # fmt: skip
         made = _with_rest(made, [seconds[key] for key in nets])
@@ -143,6 +143,12 @@ def calibrate_layers(
         actions, _ = _kernel_actions(case, case.nlayers)
         made = measure_all_processes(made, {key: do for key, do in actions.items() if key[1] == 0}, watch, comm)
     return made
+
+
+def _increasing(seconds: Mapping[tuple, float]) -> dict[tuple, float]:
+    """Seconds by kind, level and size, of which those of more layers are never less."""
+    most = lambda kind, level, n: max(s for (k, i, m), s in seconds.items() if (k, i) == (kind, level) and m <= n)
+    return {key: most(*key) for key in seconds}
 
 
 def _with_rest(made: Record, seconds: Sequence[float]) -> Record:
