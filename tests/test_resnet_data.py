@@ -119,10 +119,10 @@ def test_groups_share_the_samples():
     comm = MPI.COMM_WORLD
     grid = Grid((2, 2) if comm.size == 4 else (1, 1))
     data = torch.utils.data.TensorDataset(torch.arange(24))
-    loader = shared_loader(data, 5, grid, seed=2, numbered=True)
+    loader = shared_loader(data, 5, grid, seed=2)
     for epoch in range(2):
         loader.sampler.set_epoch(epoch)
-        seen = [n for x, i in loader for n in x.tolist()]
+        seen = [n for (x,) in loader for n in x.tolist()]
         assert len(set(map(tuple, grid.layer_comm.allgather(seen)))) == 1
         assert sorted(n for part in grid.data_comm.allgather(seen) for n in part) == list(range(24))
 

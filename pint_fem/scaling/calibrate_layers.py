@@ -74,7 +74,7 @@ def _kernel_actions(case, nlayers: int) -> tuple[dict[tuple, Action], tuple[int,
     training = _net(case, nlayers, {"levels": 2, "coarsening": STRIDE, "relax": "F"}, MPI.COMM_SELF)
     training.gradients()  # binds parameters and slopes
     sweeps, out = training.net.sweeps, {}
-    room = sweeps._pool[0]
+    room = sweeps.pool[0]
     shape = room.U.shape[1:]
     values = np.random.default_rng(0).standard_normal((nlayers + 1, *shape))
     for kind, name in (("step", "forward"), ("adjoint", "backward")):

@@ -93,7 +93,7 @@ class _Sweeps(LayerSweeps):
 
 def set_trace(sweeps: LayerSweeps, trace: Trace) -> None:
     """Let a network's sweeps write to a trace."""
-    for solver in (*sweeps.solvers.values(), *sweeps._serial.values()):
+    for solver in (*sweeps.solvers.values(), *sweeps.serial_solvers.values()):
         solver.trace = trace
         for level in solver.levels:
             level.trace = trace
