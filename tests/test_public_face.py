@@ -1,6 +1,7 @@
 """What ``import pint_fem`` offers, what it needs for that, and how it is packaged."""
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -53,36 +54,6 @@ def test_the_core_requires_numpy_and_mpi4py_and_is_typed():
     assert (ROOT / "pint_fem" / "py.typed").is_file()
 
 
-HIDING = """
-import sys
-
-class Hiding:
-    def __init__(self, finder):
-        self.finder = finder
-
-    def __getattr__(self, name):
-        return getattr(self.finder, name)
-
-    def find_spec(self, name, path=None, target=None):
-        hidden = name.split(".")[0] in {hidden!r}
-        return None if hidden else self.finder.find_spec(name, path, target)
-
-sys.meta_path[:] = [Hiding(finder) for finder in sys.meta_path]
-import numpy as np
-{program}
-"""
-CORE = """
-from pint_fem import MGRIT, InputError, MGRITOptions, SolverFailure, SpaceTime
-
-class Euler:
-    def step(self, steps, u, out):
-        out[...] = u / 1.25
-
-U = np.zeros((17, 1)); U[0] = 1
-assert MGRIT([Euler(), Euler()], 16, options={"coarsening": 4, "rtol": 1e-12}).solve(U).converged
-assert abs(U[16, 0] * 1.25**16 - 1) < 1e-9
-SpaceTime()
-"""
 FIREDRAKE = {"firedrake", "irksome", "ufl", "pyadjoint", "petsc4py", "petsctools", "h5py"}
 EXTRAS = {"torch", "matplotlib", "vtk", "rich", "greenlet", "sklearn"}
 EVOLUTION = "from pint_fem import TimeParallelReducedFunctional, PointSensors, check_sweeps"
@@ -90,14 +61,11 @@ EVOLUTION = "from pint_fem import TimeParallelReducedFunctional, PointSensors, c
 
 @pytest.mark.parametrize(
     ("hidden", "program"),
-    [
-        (FIREDRAKE | EXTRAS | {"scipy"}, CORE),
-        (EXTRAS, EVOLUTION),
-        (FIREDRAKE | EXTRAS - {"torch"}, "from pint_fem import LayerParallelResNet"),
-    ],
-    ids=["core", "finite elements", "networks"],
+    [(EXTRAS, EVOLUTION), (FIREDRAKE | EXTRAS - {"torch"}, "from pint_fem import LayerParallelResNet")],
+    ids=["finite elements", "networks"],
 )
 def test_a_part_is_imported_where_only_its_own_extra_is_installed(hidden, program):
-    text = HIDING.format(hidden=hidden, program=program)
-    done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+    text = f"import sys\nfor name in {hidden}: sys.modules[name] = None\n{program}"
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("OMPI_", "PMIX", "ORTE", "PMI"))}
+    environment |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    subprocess.run([sys.executable, "-c", text], check=True, env=environment, timeout=120)

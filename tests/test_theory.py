@@ -38,7 +38,7 @@ from pint_fem.theory import estimates as verdicts_module
 from pint_fem.theory import spectrum as spectrum_module
 from pint_fem.theory.estimates import mgrit_verdict
 from pint_fem.theory.spectrum import Spectrum, spectrum
-from pint_fem.theory.two_level import (
+from pint_fem.theory import (
     dirk_stability,
     error_propagation,
     expected_iterations,

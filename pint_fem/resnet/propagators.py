@@ -39,7 +39,7 @@ class _Step:
         Derivatives of the activation in the own layers.
     """
 
-    stays_bad = True  # u + f(u)
+    propagates_nonfinite = True  # u + f(u)
     keeps_input = True  # torch takes no read-only arrays
     block = 1024  # states of a block: a call for one state costs half of that for sixteen, so all intervals advance
 

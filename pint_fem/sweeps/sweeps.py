@@ -95,7 +95,7 @@ class Sweeps(TimeSolvers):
     def _bind(self, solver: MGRIT, z, U: np.ndarray | None, *, backwards: bool, dz=None) -> None:
         """Give each level of a nonlinear solver its steps' times, controls and linearisation states."""
         if isinstance(solver, ParaDiag):
-            solver.renew = self._averaged.renewer(z, U)
+            solver.before_iteration = self._averaged.renewer(z, U)
         states, sweep = [None] * len(solver.levels), object()
         memories = self._memories.backward if backwards else self._memories.forward
         if U is not None:
