@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -27,12 +28,18 @@ from pint_fem.resnet.training.data import (
     peaks_function,
     read_idx,
     shared_loader,
-    write_idx,
 )
 from tests.limits import time_limit
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
+
+
+def write_idx(path, values):
+    """Unsigned bytes as an IDX file, compressed if the name ends with ``.gz``."""
+    values = np.ascontiguousarray(values, dtype="u1")
+    raw = struct.pack(f">HBB{values.ndim}I", 0, 8, values.ndim, *values.shape) + values.tobytes()
+    path.write_bytes(gzip.compress(raw) if path.name.endswith(".gz") else raw)
 
 
 def small_mnist(folder, *, end="", size=12):

@@ -16,18 +16,7 @@ _LEAST = 2  # checks in a backward pass: before the classification layer's deriv
 
 
 def comparable(values: Any) -> Any:
-    """A batch in a form that :func:`pint_fem.digests.digest` compares by its values.
-
-    Parameters
-    ----------
-    values
-        A tensor, or another object.
-
-    Returns
-    -------
-    ndarray or object
-        The values of a tensor, the shape of a sparse one; another object as it is.
-    """
+    """The values of a tensor, the shape of a sparse one, as :func:`pint_fem.digests.digest` takes them."""
     if not torch.is_tensor(values):
         return values
     if values.layout != torch.strided:
@@ -69,12 +58,7 @@ class CollectiveBackward:
         self._count += 1
 
     def backward(self, total: torch.Tensor) -> None:
-        """``total.backward()`` (collective).
-
-        Parameters
-        ----------
-        total
-            A scalar that depends on the output of the network.
+        """``total.backward()`` for a scalar that depends on the output of the network (collective).
 
         Raises
         ------

@@ -34,11 +34,6 @@ class Adaptive:
         Ratio of residuals up to which the number of cycles stays.
     most : int
         Number of cycles beyond which sweeps become sequential.
-
-    Raises
-    ------
-    InputError
-        On numbers outside of their ranges.
     """
 
     every: int = 50
@@ -59,18 +54,12 @@ class Iterations:
     cycles : int or None
         ``None``: up to the tolerance.
     adaptive : Adaptive or None
-        Rule by which it changes.
     serial : bool
         Whether sweeps are sequential.
     history : list of (batch, cycles, ratio)
         Comparisons of residuals; ``cycles`` is 0 where one has made sweeps sequential.
     batches : int
         Number of sweeps so far.
-
-    Raises
-    ------
-    InputError
-        On a number that is not positive, or a rule without a number to begin with.
     """
 
     cycles: int | None = None
@@ -98,12 +87,7 @@ class Iterations:
     def end(self, result: SolveResult, largest: Callable[[float], float] = lambda ratio: ratio) -> None:
         """Adapt the number of cycles to the residuals of a sweep.
 
-        Parameters
-        ----------
-        result
-            Of the sweep.
-        largest
-            Maximum of a ratio over the data groups, so that all of them take the same decision (collective).
+        ``largest`` returns the maximum of a ratio over the data groups (collective), so that all decide the same.
         """
         if not self._compares():
             return

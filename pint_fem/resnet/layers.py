@@ -73,21 +73,9 @@ class Layer:
         self.activation = activation(act)
 
     def initial(self, numbers: range, seed: int, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Random parameters, uniform in ``+-1/sqrt(fan_in)`` as those of torch's own layers.
+        """Random stacked parameters by name, uniform in ``+-1/sqrt(fan_in)`` as those of torch's own layers.
 
-        Parameters
-        ----------
-        numbers
-            Of the layers in the network: a layer's parameters depend on its number and the seed only.
-        seed
-            Of the network.
-        dtype
-            Of the parameters.
-
-        Returns
-        -------
-        dict
-            Stacked parameters by name.
+        Those of a layer depend on its number in the network and the seed only.
         """
         bound = 1 / math.sqrt(self.fan_in)
         stacks = {name: torch.empty((len(numbers), *shape), dtype=dtype) for name, shape in self.shapes.items()}

@@ -26,10 +26,8 @@ class _Step:
 
     Parameters
     ----------
-    layer
-        Kind of the layers.
-    h
-        Step size of the level.
+    layer, h
+        Kind of the layers, and step size of the level.
 
     Attributes
     ----------

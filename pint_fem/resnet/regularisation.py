@@ -66,20 +66,8 @@ class Regularisation:
     def evaluate(self, theta: Sequence[torch.Tensor], ends: Sequence[torch.Tensor]) -> tuple[float, list, list]:
         """``R`` and its derivatives (collective over ``layer_comm``).
 
-        ``R`` is quadratic, so the derivatives at a direction are the Hessian's action on it.
-
-        Parameters
-        ----------
-        theta
-            Stacked parameters of the own layers.
-        ends
-            Parameters of the classification layer on the last rank, empty on the others.
-
-        Returns
-        -------
-        value : float
-        of_layers, of_ends : list of Tensor
-            Derivatives with respect to ``theta`` and ``ends``.
+        The derivatives are those with respect to the stacked parameters ``theta`` of the own layers and, on the last
+        rank, ``ends`` of the classification layer. As ``R`` is quadratic, at a direction they are the Hessian's action.
         """
         net, h = self.net, self.net.h
         foreign = self._neighbours(theta) if self.smoothness else [p[:0] for p in theta]

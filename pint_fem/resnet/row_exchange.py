@@ -42,18 +42,7 @@ class RowExchange:
         self.send = {int(r): (rows[sent & (receiver == r)] - lo).tolist() for r in np.unique(receiver[sent])}
 
     def __call__(self, arrays: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Fetch the rows of arrays with the same distribution (collective).
-
-        Parameters
-        ----------
-        arrays
-            This rank's rows of each array.
-
-        Returns
-        -------
-        list of Tensor
-            The needed rows of each array, in the order of their numbers.
-        """
+        """The needed rows of some arrays, of which every rank passes its own rows (collective)."""
         flat = [a.detach().reshape(len(a), int(np.prod(a.shape[1:]))) for a in arrays]
         widths = [f.shape[1] for f in flat]
         sends = []

@@ -96,12 +96,8 @@ class LayerSweeps:
 
     Parameters
     ----------
-    layer
-        Kind of the layers.
-    nlayers
-        Their number ``N``.
-    h
-        Step size of a layer.
+    layer, nlayers, h
+        Kind, number ``N`` and step size of the layers.
     grid
         The process grid.
     options
@@ -111,7 +107,7 @@ class LayerSweeps:
 
     Attributes
     ----------
-    bounds : Bounds
+    bounds : tuple of int
         Numbers of the ranks' first layers, and ``N``; the own ``k`` layers are ``lo .. hi - 1``.
     strides : list of int
         Distance in layers of neighbouring points of each level.
@@ -270,16 +266,12 @@ class LayerSweeps:
 
         Parameters
         ----------
-        theta
-            Stacked parameters of the own layers.
-        u0
-            First state, on the first rank.
+        theta, u0
+            Stacked parameters of the own layers, and the first state on the first rank.
         trajectory
             Arrays of the result, overwritten.
-        cycles
-            Number of cycles; ``None``: up to the tolerance.
-        serial
-            Take sequential steps instead.
+        cycles, serial
+            Number of cycles, ``None``: up to the tolerance; or sequential steps instead.
         warm
             Own C-points to start from; default: those of the coarse network.
         slopes
@@ -318,10 +310,8 @@ class LayerSweeps:
 
         Parameters
         ----------
-        trajectory
-            Of the forward sweep.
-        last
-            Derivative with respect to the last state, on the last rank.
+        trajectory, last
+            Result of the forward sweep, and the derivative with respect to the last state on the last rank.
         **how
             ``cycles``, ``serial`` and ``warm`` as for :meth:`forward`.
 

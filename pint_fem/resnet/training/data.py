@@ -16,7 +16,7 @@ from pint_fem.capacity import require_memory
 from pint_fem.errors import InputError
 from pint_fem.resnet.grid import Grid
 
-__all__ = ["digits", "mnist", "peaks", "peaks_function", "read_idx", "shared_loader", "write_idx"]
+__all__ = ["digits", "mnist", "peaks", "peaks_function", "read_idx", "shared_loader"]
 
 _TYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 _MNIST = {
@@ -31,11 +31,6 @@ def read_idx(path: str | Path) -> np.ndarray:
 
     The file begins with two zero bytes, a byte for the type and one for the number of dimensions, the dimensions as
     big-endian 32-bit numbers, then the values (Y. LeCun, C. Cortes, C. J. C. Burges).
-
-    Returns
-    -------
-    ndarray
-        In the byte order of the machine.
 
     Raises
     ------
@@ -64,13 +59,6 @@ def read_idx(path: str | Path) -> np.ndarray:
         raise InputError(f"{path}: declares {shape} values of {kind.itemsize} bytes ({needed}), has {given}")
     values = np.frombuffer(raw, kind, offset=4 + 4 * ndim).reshape(shape)
     return values.astype(kind.newbyteorder("="))
-
-
-def write_idx(path: str | Path, values: np.ndarray) -> None:
-    """Write an array of unsigned bytes as an IDX file, compressed if the name ends with ``.gz``."""
-    values = np.ascontiguousarray(values, dtype="u1")
-    raw = struct.pack(f">HBB{values.ndim}I", 0, 8, values.ndim, *values.shape) + values.tobytes()
-    Path(path).write_bytes(gzip.compress(raw) if str(path).endswith(".gz") else raw)
 
 
 def _find(folder: Path, name: str) -> Path:
@@ -120,17 +108,9 @@ def mnist(folder: str | Path, part: str = "train", *, count: int | None = None) 
 
 
 def digits(part: str = "train") -> TensorDataset:
-    """The 1,797 small digits of scikit-learn.
+    """The 1,797 small digits of scikit-learn: ``"test"`` for every fifth image, ``"train"`` for the others.
 
-    Parameters
-    ----------
-    part
-        ``"train"``, or ``"test"`` for every fifth image.
-
-    Returns
-    -------
-    TensorDataset
-        Images ``(n, 1, 8, 8)``, float32, with mean 0 and deviation about 1, and labels 0 to 9.
+    Images are ``(n, 1, 8, 8)``, float32, with mean 0 and deviation about 1, labels 0 to 9.
 
     Raises
     ------
@@ -171,15 +151,8 @@ def peaks(count: int, classes: int = 5, *, seed: int = 0, dtype: torch.dtype = t
         Number of points, distributed evenly over the classes, at least one in each.
     classes
         2 or 5.
-    seed
-        Of the random points.
-    dtype
-        Of the points.
-
-    Returns
-    -------
-    TensorDataset
-        Points ``(count, 2)`` and classes.
+    seed, dtype
+        Of the random points ``(count, 2)``.
 
     Raises
     ------
@@ -220,14 +193,8 @@ def shared_loader(data: Dataset, batch_size: int, grid: Grid, *, shuffle: bool =
         Of a group.
     grid
         The process grid.
-    shuffle
-        Shuffle in each epoch, by the epoch's number: call ``loader.sampler.set_epoch(epoch)``.
-    seed
-        Of the shuffling.
-
-    Returns
-    -------
-    DataLoader
+    shuffle, seed
+        Shuffle by the seed and the number of the epoch: call ``loader.sampler.set_epoch(epoch)``.
     """
     comm = grid.data_comm
     sampler = DistributedSampler(data, comm.size, comm.rank, shuffle=shuffle, seed=seed, drop_last=False)

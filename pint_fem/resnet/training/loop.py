@@ -25,17 +25,8 @@ __all__ = ["Epoch", "accuracy", "train_epoch"]
 class Epoch:
     """Record of an epoch.
 
-    Attributes
-    ----------
-    number : int
-    loss : float
-        Mean over the samples.
-    train_accuracy, test_accuracy : float
-        Share of samples that are classified correctly, in [0, 1].
-    seconds : float
-        Time of the training.
-    forward_cycles, backward_cycles : float
-        Mean numbers of cycles of the sweeps.
+    ``loss`` and the numbers of cycles are means over samples and batches, accuracies are shares in [0, 1] of samples
+    that are classified correctly, ``seconds`` is the time of the training.
     """
 
     number: int
@@ -138,23 +129,16 @@ def train_epoch(
 
 
 def accuracy(net: nn.Module, data: Dataset, *, batch_size: int = 500, grid: Grid | None = None) -> float:
-    """Share of samples that a network classifies correctly (collective).
+    """Share of samples, in [0, 1], that a network classifies correctly (collective).
 
     Parameters
     ----------
-    net
-        The network.
-    data
-        Samples and labels, on every rank.
+    net, data
+        The network, and samples with labels on every rank.
     batch_size
         Of the evaluation.
     grid
         Process grid, whose data groups evaluate the batches in turn; ``None`` on one process.
-
-    Returns
-    -------
-    float
-        In [0, 1].
     """
     net.eval()
     comm = None if grid is None else grid.data_comm
