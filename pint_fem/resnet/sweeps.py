@@ -112,12 +112,10 @@ class LayerSweeps:
         Numbers of the ranks' first layers, and ``N``; the own ``k`` layers are ``lo .. hi - 1``.
     strides : list of int
         Distance in layers of neighbouring points of each level.
-    solvers, serial_solvers : dict
-        An MGRIT and a sequential solver of each sweep, ``"forward"``, ``"backward"`` and ``"tangent"``.
+    solvers : dict
+        MGRIT solvers of the sweeps ``"forward"``, ``"backward"`` and ``"tangent"``.
     exchanges : list of RowExchange or None
         Of each level: fetches layers at its points that another rank owns.
-    pool : list of Trajectory
-        Arrays that are not in use.
 
     Raises
     ------
@@ -166,13 +164,13 @@ class LayerSweeps:
         backward = dict(comm=grid.reversed_layer_comm, bounds=reversed_bounds, **common)
         kinds = [("forward", forward, False), ("backward", backward, True), ("tangent", forward, True)]
         self.solvers: dict[str, MGRIT] = {}
-        self.serial_solvers: dict[str, MGRIT] = {}
+        self._serial_solvers: dict[str, MGRIT] = {}
         for name, where, linear in kinds:
             kind = self.steps[name]
             steps, one = [kind(layer, s * h) for s in self.strides], dict(levels=1, monitor=False)
             where |= dict(name=name, linear=linear, point_norms=_Norms())
             self.solvers[name] = MGRIT(steps, nlayers, options=self.options, **where)
-            self.serial_solvers[name] = MGRIT(steps[:1], nlayers, options=one, **where)
+            self._serial_solvers[name] = MGRIT(steps[:1], nlayers, options=one, **where)
             for level in self.solvers[name].levels:
                 level.propagator.lo = level.lo
             fine = self.solvers[name].levels[0]
@@ -182,12 +180,12 @@ class LayerSweeps:
         levels = zip(self.solvers["forward"].levels, self.strides, strict=True)
         needed = [_foreign(level.bounds, self.bounds, stride) for level, stride in levels]
         self.exchanges = [None if rows is None else RowExchange(grid.layer_comm, self.bounds, rows) for rows in needed]
-        self.pool: list[Trajectory] = []
+        self._pool: list[Trajectory] = []
         self._L: np.ndarray | None = None
 
     def set_trace(self, trace: Trace) -> None:
         """Let all solvers of the sweeps write to a trace."""
-        for solver in (*self.solvers.values(), *self._serial.values()):
+        for solver in (*self.solvers.values(), *self._serial_solvers.values()):
             for part in (solver, *solver.levels):
                 part.trace = trace
 
@@ -230,7 +228,7 @@ class LayerSweeps:
         if warm is not None:
             U[self._c_rows(name)] = warm
         if serial or len(self.strides) == 1:
-            return self.serial_solvers[name].solve(U, G)
+            return self._serial_solvers[name].solve(U, G)
         return self.solvers[name].solve(U, G, start="skip" if warm is None else "guess", cycles=cycles)
 
     def _c_rows(self, name: str) -> slice:
@@ -246,17 +244,17 @@ class LayerSweeps:
         layers = lambda: torch.from_numpy(np.zeros((self.k, *shape[1:]), dtype))
         if curvatures:
             return Trajectory(np.zeros(shape, dtype), layers(), layers())
-        for t in self.pool:
+        for t in self._pool:
             if t.U.shape == shape and t.U.dtype == dtype:
-                self.pool.remove(t)
+                self._pool.remove(t)
                 return t
-        self.pool.clear()
+        self._pool.clear()
         return Trajectory(np.zeros(shape, dtype), layers())
 
     def recycle(self, trajectory: Trajectory) -> None:
         """Return the arrays of a trajectory that is not used any more to the pool."""
-        if len(self.pool) < 2:
-            self.pool.append(Trajectory(trajectory.U, trajectory.slopes))
+        if len(self._pool) < 2:
+            self._pool.append(Trajectory(trajectory.U, trajectory.slopes))
 
     def forward(
         self,
