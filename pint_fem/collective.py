@@ -90,22 +90,10 @@ def consistent_across_ranks(comm, condition: Any, *values: tuple[int, ...] | Non
 
     Parameters
     ----------
-    comm
-        Communicator of the ranks that act on the answer.
-    condition
-        Truth value on this rank.
+    comm, condition
+        As for :func:`any_rank`, with the same errors.
     *values
         As many on every rank: tuples of integers or truth values, or ``None`` where a rank has nothing to compare.
-
-    Returns
-    -------
-    bool
-        The same on every rank.
-
-    Raises
-    ------
-    InputError
-        On every rank, if the condition has no truth value on any.
     """
     return _all_votes(comm, *_vote(condition), *values)
 

@@ -92,13 +92,7 @@ _KEYVAL = MPI.Comm.Create_keyval(delete_fn=_free_all)
 
 
 class SharedGroups:
-    """A counted reference to the :class:`GroupCommunicators` with the same parameters, made at the first use.
-
-    Attributes
-    ----------
-    groups : GroupCommunicators or None
-        ``None`` after :meth:`free`.
-    """
+    """A counted reference ``groups`` to the :class:`GroupCommunicators` of a communicator, made at the first use."""
 
     def __init__(self, comm, n: int, ensemble: Callable | None = None):
         cache = comm.Get_attr(_KEYVAL)
@@ -107,7 +101,7 @@ class SharedGroups:
         key = n, ensemble is not None
         if key not in cache:
             cache[key] = GroupCommunicators(comm, n, ensemble)
-        self.groups: GroupCommunicators | None = cache[key]
+        self.groups: GroupCommunicators = cache[key]
         self.groups.users += 1
         self._comm, self._cache, self._key = comm, cache, key
         self._finalizer = weakref.finalize(self, self.groups.remove_user)
@@ -115,13 +109,12 @@ class SharedGroups:
 
     def free(self) -> None:
         """Give up the reference, and free the communicators if there is no other on any rank (collective)."""
-        groups, self.groups = self.groups, None
-        if groups is None:
+        if not self._finalizer.alive:  # given up before
             return
         self._finalizer()
-        if not any_rank(self._comm, groups.users > 0):
+        if not any_rank(self._comm, self.groups.users > 0):
             del self._cache[self._key]
-            groups.free()
+            self.groups.free()
 
 
 def parse_grid(text: str, size: int, axes: Sequence[str] = ("space", "time")) -> tuple[int, int]:

@@ -168,7 +168,7 @@ class FailureReport(NamedTuple):
             trace = "".join(traceback.format_exception(error)) if kind == FailureKind.MISTAKE else ""
         except FAILURES as failure:  # others would wait for the report for ever
             kind = FailureKind.MISTAKE if isinstance(error, Exception) else FailureKind.EXIT
-            message, trace = f"its message cannot be had, {type(failure).__name__}", ""
+            message, trace = f"its message cannot be computed, {type(failure).__name__}", ""
         for one in causes(error):
             try:
                 data = pickle.dumps(one)

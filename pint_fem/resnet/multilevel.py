@@ -1,7 +1,7 @@
 r"""Multilevel initialisation: the weights of a shallow network, interpolated in depth, as first guess of a deeper one.
 
 Weights are functions of time :math:`t_n = n h`. The deeper network's layer at :math:`t` takes the linear interpolant
-between the shallow one's layers around :math:`t` (its last layer's behind that), or the layer before it
+between the shallow one's layers around :math:`t` (constant after its last layer), or the layer before it
 (``"constant"``: each is repeated); the first and the last layer of the network are copied (Cyr, Günther, Schroder,
 arXiv:1912.08974). Rows travel only between ranks that hold neighbouring layers.
 """

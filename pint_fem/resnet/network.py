@@ -23,7 +23,7 @@ from pint_fem.capacity import require_memory
 from pint_fem.collective import collectively, raise_collectively, require_same
 from pint_fem.errors import FAILURES, InputError, SolverFailure
 from pint_fem.mgrit.options import MGRITOptions
-from pint_fem.resnet.collective import CollectiveBackward, batch_digest
+from pint_fem.resnet.consistency import CollectiveBackward, batch_digest
 from pint_fem.resnet.grid import Grid
 from pint_fem.resnet.iterations import Adaptive, Iterations
 from pint_fem.resnet.layers import Layer

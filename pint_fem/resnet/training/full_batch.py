@@ -30,7 +30,7 @@ from torch import nn
 from pint_fem.all_at_once.norms import gather_in_order
 from pint_fem.collective import all_ranks, collectively, require_same
 from pint_fem.errors import InputError, SolverFailure, release
-from pint_fem.resnet.collective import comparable
+from pint_fem.resnet.consistency import comparable
 from pint_fem.resnet.network import LayerParallelResNet
 from pint_fem.resnet.regularisation import Regularisation
 

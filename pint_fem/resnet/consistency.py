@@ -77,5 +77,5 @@ class CollectiveBackward:
         if self._failed:  # a check has raised it on all ranks
             raise failure
         if failure is None and self._count < _LEAST:
-            failure = InputError("the loss does not depend on what the network gives: it has no derivative")
+            failure = InputError("the loss does not depend on the output of the network: it has no derivative")
         raise_collectively(self.comm, failure, "backward")
