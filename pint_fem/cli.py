@@ -158,20 +158,13 @@ def run(main: Callable[[], None], comm=MPI.COMM_WORLD) -> None:
     sys.exit(code)
 
 
-<<<<<<< HEAD
-def _expected(error: BaseException) -> bool:
-    """Whether the message alone says what happened."""
-    from pint_fem.all_at_once.stopping import SolverFailure
-    from pint_fem.optimize.protocol import NonFiniteError
-=======
 def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 
 def _is_expected(error: BaseException) -> bool:
     """Whether the message of an exception is enough to understand it."""
-    from pint_fem.optimize import NonFiniteError
->>>>>>> main
+    from pint_fem.optimize.protocol import NonFiniteError
 
     return isinstance(error, (SolverFailure, NonFiniteError))
 

@@ -1,9 +1,9 @@
-r"""Whether all ranks evaluate at the same control: one small reduction an evaluation.
+r"""Check that all ranks evaluate at the same control, by one small reduction per evaluation.
 
-What is static is held by every rank in time, and each takes its own steps with its own copy. ControlConsistency that differ (a
-random start, a start read by one rank) would give the derivative of no functional, silently. With
-:math:`w_i = \cos i^2`, the ranks of one place in space compare :math:`\|z\|` and :math:`(w, z)` of their copies to
-a relative tolerance, not their bits: a solver with ranks in space may have another round-off in each group.
+Each rank in time holds a copy of the static controls and takes its own steps with it. Copies that differ (a random
+start, a start that only one rank reads) would give the derivative of no functional, without any error. The ranks of one
+place in space compare the *sketch* :math:`(\|z\|, w^T z)`, :math:`w_i = \cos i^2`, of their copies to a relative
+tolerance, not bitwise: a solver with several ranks in space may have another round-off in each group.
 """
 
 from __future__ import annotations
@@ -17,40 +17,74 @@ from pint_fem.adjoint.control_layout import ControlLayout
 from pint_fem.collective import raise_collectively, require_same
 from pint_fem.digests import digest
 from pint_fem.errors import InputError
+from pint_fem.spacetime import SpaceTime
 
-__all__ = ["RTOL", "ControlConsistency", "sketch", "sketch_weights"]
+__all__ = ["ControlConsistency", "compare_copies", "norms_by_rank", "sketch", "sketch_weights"]
 
-RTOL = 1e-9
-"""Far above what round-off makes of copies in a run, far below what matters to ``J``."""
+_RTOL = 1e-9
+"""Far above the round-off of copies in a run, far below what changes ``J``."""
 _HUGE = 1e300
-"""Stands for numbers that are not finite."""
+"""Replaces numbers that are not finite."""
 
 
 def sketch_weights(size: int) -> np.ndarray:
-    """The weights :math:`w_i = \\cos i^2`."""
+    """Return the weights :math:`w_i = \\cos i^2`, ``(size,)``."""
     return np.cos(np.arange(size, dtype=float) ** 2)
 
 
 def sketch(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """The numbers that copies are compared by, :math:`\\|z\\|` and :math:`(w, z)`; finite, whatever the values are."""
+    """Return :math:`(\\|z\\|, w^T z)` of a vector; finite numbers, whatever the values are."""
     with np.errstate(over="ignore", invalid="ignore"):
         found = np.array([np.linalg.norm(values), weights @ values])
     return np.where(np.isfinite(found), found, _HUGE)
 
 
+def compare_copies(spacetime: SpaceTime, sketches: np.ndarray, head: Sequence[float] = ()) -> tuple:
+    """Compare vectors between the ranks of one place in space, for all places in one reduction (collective).
+
+    Parameters
+    ----------
+    spacetime
+        Process grid.
+    sketches
+        Sketches of the vectors, ``(vectors, numbers)``; the first number is the norm. NaN: none on this rank.
+    head
+        Other numbers of this rank.
+
+    Returns
+    -------
+    ndarray, ndarray of bool
+        The least of the other numbers over all ranks, and which of the vectors differ by more than round-off.
+    """
+    numbers = np.full(
+        (2, *sketches.shape, spacetime.space_size), np.inf
+    )  # least of the sketches, and of their negatives
+    if not np.isnan(sketches).any():
+        numbers[..., spacetime.space_comm.rank] = sketches, -sketches
+    least = np.concatenate([head, numbers.ravel()])
+    spacetime.comm.Allreduce(MPI.IN_PLACE, least, op=MPI.MIN)
+    low, opposite_high = least[len(head) :].reshape(numbers.shape)
+    differ = -opposite_high - low > _RTOL * np.maximum(-opposite_high[:, :1], 1e-300)
+    return least[: len(head)], differ.any(axis=(1, 2))
+
+
+def norms_by_rank(comm, norm: float) -> str:
+    """Return the norms of a vector on the first four ranks, for messages (collective)."""
+    norms = comm.allgather(float(norm))
+    return ", ".join(f"{n:.9g} on rank {rank}" for rank, n in enumerate(norms[:4]))
+
+
 class ControlConsistency:
-    """Compares controls and directions over the ranks.
+    """Comparison of controls and directions between ranks.
 
     Parameters
     ----------
     layout
-        Where the static controls are in a vector.
+        Position of the static controls in a vector.
     """
 
     def __init__(self, layout: ControlLayout):
-        self.layout, spacetime = layout, layout.spacetime
-        self._comm, self._places = spacetime.comm, spacetime.space_size
-        self._place = spacetime.space_comm.rank
+        self.layout, self._spacetime, self._comm = layout, layout.spacetime, layout.spacetime.comm
         self._weights = sketch_weights(layout.static_size)
 
     def require(
@@ -66,13 +100,13 @@ class ControlConsistency:
         Parameters
         ----------
         vectors
-            Controls or directions by what they are, in the layout's form.
+            Controls or directions by name, in the layout's form.
         call
             Other arguments of the evaluation.
         votes
-            What the ranks decide together.
+            Conditions on this rank.
         failure
-            What went wrong on this rank before, which all ranks raise.
+            An earlier error on this rank, which all ranks raise.
 
         Returns
         -------
@@ -84,37 +118,27 @@ class ControlConsistency:
         InputError
             On every rank, where a vector has not the layout's size, or static controls or arguments differ.
         """
-        fits = all(np.size(z) == self.layout.size for z in vectors.values())
-        fits = fits and failure is None
+        fits = failure is None and all(np.size(z) == self.layout.size for z in vectors.values())
         if self._comm.size == 1:
             raise_collectively(self._comm, failure)
             self._refuse_sizes(vectors, fits)
             return np.array(votes, dtype=bool)
-        key = float(digest(call or {}) % 2**52)
-        numbers = np.full((len(vectors), 2, self._places), np.inf)  # what other places have does not count
-        opposite = numbers.copy()
+        static, sketches = slice(self.layout.static_size), np.full((len(vectors), 2), np.nan)
         if fits:
-            static = slice(self.layout.static_size)
-            found = np.array([sketch(np.ravel(z)[static], self._weights) for z in vectors.values()])
-            numbers[:, :, self._place], opposite[:, :, self._place] = found, -found
-        head = [*map(float, votes), float(fits), key, -key]
-        least = np.concatenate([head, numbers.ravel(), opposite.ravel()])
-        self._comm.Allreduce(MPI.IN_PLACE, least, op=MPI.MIN)
-        all_fit, low_key, high_key = least[len(votes) : len(head)]
+            sketches = np.array([sketch(np.ravel(z)[static], self._weights) for z in vectors.values()])
+        key = float(digest(call or {}) % 2**52)
+        least, differ = compare_copies(self._spacetime, sketches, [*map(float, votes), float(fits), key, -key])
+        *_, all_fit, low_key, high_key = least
         if not all_fit:
             raise_collectively(self._comm, failure)
         self._refuse_sizes(vectors, bool(all_fit))
         if low_key != -high_key:
             require_same(self._comm, **(call or {}))
-        low, high = least[len(head) :].reshape(2, *numbers.shape) * np.array([1, -1])[:, None, None, None]
-        apart = (high - low > RTOL * np.maximum(high[:, :1], 1e-300)).any(axis=(1, 2))
-        if apart.any():
-            name = list(vectors)[int(np.argmax(apart))]
-            norm = float(np.linalg.norm(np.ravel(vectors[name])[: self.layout.static_size]))
-            norms = self._comm.allgather((self._place, norm))
-            shown = ", ".join(f"{n:.9g} on rank {rank}" for rank, (_, n) in enumerate(norms[:4]))
+        if differ.any():
+            name = list(vectors)[int(np.argmax(differ))]
+            norms = norms_by_rank(self._comm, np.linalg.norm(np.ravel(vectors[name])[static]))
             raise InputError(
-                f"{name} differs between ranks in time, which each hold a copy of what is static (norms {shown}): "
+                f"{name} differs between ranks in time, which each hold a copy of what is static (norms {norms}): "
                 "give all of them the same values, such as a start that one rank makes and broadcasts"
             )
         return least[: len(votes)] > 0

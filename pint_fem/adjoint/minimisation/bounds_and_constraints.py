@@ -12,7 +12,6 @@ from firedrake import EnsembleFunction, Function, TestFunction, assemble, deriva
 from ufl.algorithms import expand_derivatives, extract_coefficients
 
 from pint_fem.adjoint.minimisation.objective import Objective
-from pint_fem.adjoint.sums import leaves
 from pint_fem.errors import InputError
 from pint_fem.evolution.quadrature import with_fixed_degrees
 from pint_fem.kernels.arrays import get
@@ -121,7 +120,7 @@ def _normal(rf, form) -> tuple[np.ndarray, float]:
     controls = [c for c in rf.evolution.controls if isinstance(form, ufl.Form) and c in extract_coefficients(form)]
     if not controls or form.arguments():
         raise InputError("constraints: give pairs of a functional of the controls, such as q*dx, and its value")
-    moving = {f for leaf in leaves(rf.problem) for f in (leaf.evolution.u, leaf.evolution.t)}
+    moving = {f for leaf in rf.problem.leaves for f in (leaf.evolution.u, leaf.evolution.t)}
     if moving & set(extract_coefficients(form)):
         raise InputError("constraints: a functional contains the state u or the time t: give one of controls and data")
     form = with_fixed_degrees(form)

@@ -19,7 +19,6 @@ from pint_fem.adjoint.minimisation.inexact_objective import InexactObjective
 from pint_fem.adjoint.minimisation.objective import Objective
 from pint_fem.adjoint.problem import ReducedProblem
 from pint_fem.adjoint.riesz import ControlInner
-from pint_fem.adjoint.sums import leaves, second_derivative
 from pint_fem.collective import ending_all_ranks, require_same
 from pint_fem.errors import InputError, SolverFailure
 from pint_fem.optimize.constraints import AffineConstraints
@@ -140,7 +139,7 @@ class Minimisable:
             options.setdefault("value_rtol", _value_rtol(self.problem))
             options.setdefault("memory", 10 if self.evolution.stepwise else 40)  # static controls are small
             self._require_residuals("one-shot")
-            if any(p.sweeps.accelerated for p in leaves(self.problem)):
+            if any(p.sweeps.solvers.accelerated for p in self.problem.leaves):
                 raise InputError("one-shot takes single MGRIT cycles: leave krylov out")
             if preconditioner == "limited-memory":
                 raise InputError("one-shot has a limited-memory operator of its own: leave preconditioner= out")
@@ -274,7 +273,7 @@ class Minimisable:
 
     def _require_residuals(self, what: str) -> None:
         """Refuse MGRIT without residuals where they decide on the accuracy."""
-        if any(p.sweeps.options.residual == "none" and p.sweeps.options.levels > 1 for p in leaves(self.problem)):
+        if any(p.sweeps.options.residual == "none" and p.sweeps.options.levels > 1 for p in self.problem.leaves):
             raise InputError(f"{what} chooses accuracy by residuals: give mgrit residual='C' or 'full', not 'none'")
 
     def _constrained(self, objective: Objective, start: np.ndarray, constraints):
@@ -303,7 +302,7 @@ class Minimisable:
 
     def _second_derivative(self, control) -> ufl.Form:
         """The second derivative of the regularisation by a control, as a bilinear form."""
-        second = second_derivative(self.problem, control)
+        second = self.problem.regularisation_hessian(control)
         if second is None:
             raise InputError(
                 f"preconditioner 'regularisation': the regularisation is not quadratic in control {control.name()!r}"
@@ -313,7 +312,7 @@ class Minimisable:
 
 def _value_rtol(problem) -> float:
     """Relative accuracy of ``J``, from that of the sweeps."""
-    return 10 * max(leaf.sweeps.options.rtol for leaf in leaves(problem))
+    return 10 * max(leaf.sweeps.options.rtol for leaf in problem.leaves)
 
 
 def _raise_tolerance(objective: Objective, start: np.ndarray, checkpoint, options: dict) -> None:
