@@ -173,7 +173,7 @@ class ControlLayout:
         if self._static:
             g[: self._nstatic] = self.spacetime.sum_over_time(steps)
         if ev.initial_control is not None:
-            row = np.ascontiguousarray(first_adjoint)
+            row = np.array(first_adjoint)  # a copy: on other ranks in time it is a row of a stored adjoint
             self.spacetime.time_comm.Bcast(row, root=0)
             self.part(g, ev.initial_control)[...] = row
         return g
