@@ -28,7 +28,6 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from pint_fem.collective import collectively
-from pint_fem.mgrit.view import memory as solver_memory
 from pint_fem.misfits.base import BLOCK, BlockMisfit, Misfit
 
 if TYPE_CHECKING:
@@ -145,7 +144,7 @@ def _of_misfits(misfits: Sequence[Misfit]) -> tuple[int, list[dict[str, int]]]:
 def _coarse(solver, n: int) -> int:
     """Bytes of a solver's work arrays: its coarse levels, and relaxation of the finest level."""
     solver.prepare((n // 8,))
-    finest, coarse = solver_memory(solver, n)
+    finest, coarse = solver.memory_estimate(n)
     return finest - solver.local_rows * n + coarse
 
 

@@ -147,7 +147,7 @@ class LayerSweeps:
         self.strides = [1]
         for m in factors:
             self.strides.append(self.strides[-1] * m)
-        common = dict(printer=printer, speaks=grid.is_root)
+        common = dict(printer=printer, is_root=grid.is_root)
         forward = dict(comm=grid.layer_comm, bounds=self.bounds, **common)
         backward = dict(comm=grid.reversed_layer_comm, bounds=reversed_bounds, **common)
         kinds = [("forward", forward, False), ("backward", backward, True), ("tangent", forward, True)]

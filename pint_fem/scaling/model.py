@@ -231,7 +231,7 @@ class _Rank:
         self.shared, self.comm = shared, comm
         model = self.model = shared.model
         self.trace = VirtualTrace(comm) if trace else None
-        common = dict(options=model.options, point_norms=shared.norms, trace=self.trace, speaks=False)
+        common = dict(options=model.options, point_norms=shared.norms, trace=self.trace, is_root=False)
         N, steps = model.nsteps, shared.propagators
         reverse = comm.Split(0, -comm.rank)
         forward = dict(comm=comm, bounds=shared.bounds, name="state", **common)
@@ -345,7 +345,7 @@ class _Rank:
         nbytes = self.model.calibration.state_bytes / self.model.grid[0]
         states = 2 * (self.k + 1) + self.k
         for solver in (self.forward, self.backward):
-            if solver._cycle is not None:
+            if len(solver.levels) > 1:
                 extra = solver.extra_states
                 states += extra[0] + sum(
                     4 * level.k + 2 + e for level, e in zip(solver.levels[1:], extra[1:], strict=True)

@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from pint_fem.all_at_once.options import SHARED
 from pint_fem.errors import InputError
 from pint_fem.mgrit.options import MGRITOptions
-from pint_fem.paradiag.options import SHARED, ParaDiagOptions
+from pint_fem.paradiag.options import ParaDiagOptions
 from pint_fem.scaling.costs import Calibration, load
 from pint_fem.scaling.model import Model, Prediction, Solve
 from pint_fem.scaling.network import Network

@@ -7,11 +7,11 @@ from functools import cached_property, partial
 
 import numpy as np
 
-from pint_fem.kernels.arrays import own_size
 from pint_fem.all_at_once.trace import Trace, check_trace_file
 from pint_fem.capacity import require_memory
 from pint_fem.collective import collectively
 from pint_fem.evolution.evolution import Evolution
+from pint_fem.kernels.arrays import own_size
 from pint_fem.kernels.garbage import Dropped
 from pint_fem.mgrit.options import MGRITOptions
 from pint_fem.mgrit.solver import MGRIT
@@ -163,7 +163,7 @@ class TimeSolvers:
         forward |= dict(comm=spacetime.time_comm, bounds=self.slab.bounds, transfers=self.space.transfers)
         backward |= dict(comm=spacetime.reversed_time_comm, bounds=[N - b for b in reversed(self.slab.bounds)])
         backward["transfers"] = self.space.transposed_transfers
-        common = dict(options=options, printer=self.printer, trace=self.trace, speaks=spacetime.is_root)
+        common = dict(options=options, printer=self.printer, trace=self.trace, is_root=spacetime.is_root)
         common["everyone"] = spacetime.comm
         self._backward = backward | common | dict(linear=True)
         linear = MGRIT

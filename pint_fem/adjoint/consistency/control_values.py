@@ -14,8 +14,8 @@ import numpy as np
 from mpi4py import MPI
 
 from pint_fem.adjoint.control_layout import ControlLayout
-from pint_fem.agreement import digest, require_same
-from pint_fem.collective import raise_together
+from pint_fem.collective import raise_collectively, require_same
+from pint_fem.digests import digest
 from pint_fem.errors import InputError
 from pint_fem.spacetime import SpaceTime
 
@@ -120,7 +120,7 @@ class ControlConsistency:
         """
         fits = failure is None and all(np.size(z) == self.layout.size for z in vectors.values())
         if self._comm.size == 1:
-            raise_together(self._comm, failure)
+            raise_collectively(self._comm, failure)
             self._refuse_sizes(vectors, fits)
             return np.array(votes, dtype=bool)
         static, sketches = slice(self.layout.static_size), np.full((len(vectors), 2), np.nan)
@@ -130,7 +130,7 @@ class ControlConsistency:
         least, differ = compare_copies(self._spacetime, sketches, [*map(float, votes), float(fits), key, -key])
         *_, all_fit, low_key, high_key = least
         if not all_fit:
-            raise_together(self._comm, failure)
+            raise_collectively(self._comm, failure)
         self._refuse_sizes(vectors, bool(all_fit))
         if low_key != -high_key:
             require_same(self._comm, **(call or {}))
