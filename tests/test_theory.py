@@ -34,10 +34,6 @@ from pint_fem.evolution.tableaux import DIRK
 from pint_fem.mgrit import MGRIT, MGRITOptions
 from pint_fem.spacetime import SpaceTime
 from pint_fem.sweeps.sweeps import Sweeps
-from pint_fem.theory import estimates as verdicts_module
-from pint_fem.theory import spectrum as spectrum_module
-from pint_fem.theory.estimates import mgrit_verdict
-from pint_fem.theory.spectrum import Spectrum, spectrum
 from pint_fem.theory import (
     dirk_stability,
     error_propagation,
@@ -46,6 +42,10 @@ from pint_fem.theory import (
     two_level_factors,
     verdict,
 )
+from pint_fem.theory import estimates as verdicts_module
+from pint_fem.theory import spectrum as spectrum_module
+from pint_fem.theory.estimates import mgrit_verdict
+from pint_fem.theory.spectrum import Spectrum, spectrum
 
 TABLEAUX = {"BE": BackwardEuler, "SDIRK2": SDIRK2, "midpoint": ImplicitMidpoint}
 WEIGHTS = [0.6, 1.0, 1.3, 1.8]
