@@ -34,19 +34,9 @@ __all__ = ["ComposedProblem", "problem_with_initial_expression", "sum_of_problem
 
 
 class Selection:
-    """The map :math:`S` that selects the controls of one problem among those of another one.
+    """The map :math:`S` that selects the controls of one problem, with layout ``inner``, among those of ``outer``."""
 
-    Parameters
-    ----------
-    outer, inner
-        Layouts of all controls and of the selected ones.
-
-    Attributes
-    ----------
-    is_affine : bool
-        Whether the second derivative vanishes.
-    """
-
+    #: Whether the second derivative vanishes.
     is_affine = True
 
     def __init__(self, outer: ControlLayout, inner: ControlLayout):
@@ -73,14 +63,8 @@ class Selection:
 
 
 class InitialConditionMap(Selection):
-    """The map :math:`z \\mapsto (z, E(z))` that adds the initial condition to the controls that determine it.
-
-    Parameters
-    ----------
-    outer
-        Layout of the controls that the user gave.
-    problem
-        That of the evolution, with the initial condition as a control.
+    """The map :math:`z \\mapsto (z, E(z))` from the controls that the user gave to those of the evolution's problem, in
+    which the initial condition is a control.
     """
 
     def __init__(self, outer: ControlLayout, problem: ReducedProblem):
@@ -240,15 +224,8 @@ class ComposedProblem(ControlProblem):
 def sum_of_problems(terms: Sequence[tuple[float, ControlProblem]]) -> ComposedProblem:
     """Return the weighted sum of problems, in which equal controls are shared.
 
-    Parameters
-    ----------
-    terms
-        Finite weights and problems (sums among them), all on one process grid.
-
-    Raises
-    ------
-    InputError
-        On every rank, if the terms cannot be added.
+    ``InputError`` is raised on every rank if a weight is not finite, or the problems are on different process grids or
+    have controls that cannot be shared.
     """
     weights, problems = [float(weight) for weight, _ in terms], [problem for _, problem in terms]
     spacetime = problems[0].spacetime
@@ -291,12 +268,8 @@ def problem_with_initial_expression(problem: ReducedProblem, forms: Sequence[ufl
     problem
         That of the evolution, with the initial condition as a control.
     forms
-        Functionals of the regularisation that contain controls which are in the expression only.
-
-    Raises
-    ------
-    InputError
-        On every rank, if the functionals do not fit, or data differ between ranks.
+        Functionals of the regularisation that contain controls which are in the expression only. Where they or their
+        data differ between ranks, all ranks raise ``InputError``.
     """
     own, spacetime = problem.sweeps.evolution, problem.spacetime
     layout = ControlLayout(ControlSet([problem.evolution]), spacetime, problem.layout.slab)

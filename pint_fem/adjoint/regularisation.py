@@ -143,7 +143,7 @@ class Regularisation:
     Raises
     ------
     InputError
-        On every rank, if a form is no such functional.
+        If a form is no such functional.
     """
 
     def __init__(self, forms: Sequence[ufl.Form], layout: ControlLayout, own: Evolution):

@@ -46,13 +46,7 @@ def _own_points(problem: ReducedProblem) -> range:
 
 
 def point_numbers(evolution: Evolution, times: Sequence[float]) -> list[int]:
-    """Return the numbers of the points at given times.
-
-    Raises
-    ------
-    InputError
-        If a time is not one of the evolution's.
-    """
+    """Return the numbers of the points at given times; another time than one of the evolution's is an ``InputError``."""
     numbers = []
     try:
         times = [float(time) for time in times]
@@ -155,10 +149,6 @@ class StateAccess:
         evolution
             Which one, where there are several.
 
-        Raises
-        ------
-        InputError
-            If it is not one of the functional's, or has to be given.
         """
         chosen = _chosen(self.problem, evolution)
         leaf = next(leaf for leaf in self.problem.leaves if leaf.evolution is chosen)
@@ -268,19 +258,9 @@ class StateAccess:
 
 
 class FinalState:
-    """A user's function that is set to the final state of an evolution after each evaluation.
+    """A user's function in the state's space that is set to the final state after each evaluation.
 
-    Parameters
-    ----------
-    problem
-        That of the evolution.
-    function
-        In the state's space.
-
-    Raises
-    ------
-    InputError
-        If it is in another space, or is the initial condition, a control or data of the evolution.
+    Other functions, the initial condition and controls of the evolution are refused by ``InputError``.
     """
 
     def __init__(self, problem: ReducedProblem, function: Function):
