@@ -46,7 +46,7 @@ def _own_points(problem: ReducedProblem) -> range:
 
 
 def point_numbers(evolution: Evolution, times: Sequence[float]) -> list[int]:
-    """Return the numbers of the points at given times; another time than one of the evolution's is an ``InputError``."""
+    """Return the numbers of the points at given times; ``InputError`` for a time that is not one of the evolution's."""
     numbers = []
     try:
         times = [float(time) for time in times]
