@@ -43,7 +43,7 @@ def test_inexact_finds_the_same_minimum_with_fewer_cycles(best):
     assert used < 0.7 * cycles  # products are solved to a tolerance: 22 steps have no transposed cycles
     for record in result.history[1:]:  # what was asked for was got
         assert record.gradient_error <= record.gradient_tolerance
-    assert len(rf.problem._evaluations) == 1
+    assert len(rf.problem.evaluations) == 1
 
 
 @pytest.mark.parallel(2)
