@@ -15,7 +15,7 @@ The misfits (``misfits``, summed over the trajectory by ``trajectories``) and th
 * The residual of a state in all steps: ``sweeps.sweeps.Sweeps.state_residual``; that of iterates: ``all_at_once``.
 * The symmetric approximation of the Hessian: ``ReducedProblem.symmetric_action``.
 * A NaN on one rank becomes ``errors.SolverFailure`` on all ranks (``collective``): optimisers use infinity as the value
-  and shorten the step (``minimisation.objective``); the next solve starts without the failed trajectory.
+  and shorten the step (``optimize``); the next solve starts without the failed trajectory.
 """
 
 from pint_fem.adjoint.reduced_functional import TimeParallelReducedFunctional
