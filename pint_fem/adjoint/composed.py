@@ -14,7 +14,7 @@ own; all are on one process grid and are solved one after another.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import ufl
@@ -124,13 +124,13 @@ class ComposedProblem(ControlProblem):
         Weights, problems and maps to their controls.
     layout
         All controls.
-    make_regularisation
-        Returns the regularisation besides those of the terms, with the current values of its data.
+    regularisation
+        That besides those of the terms.
     """
 
-    def __init__(self, terms: Sequence[Term], layout: ControlLayout, make_regularisation: Callable = lambda: None):
+    def __init__(self, terms: Sequence[Term], layout: ControlLayout, regularisation: Regularisation | None = None):
         self.terms, self.layout, self.evolution, self.spacetime = terms, layout, layout.evolution, layout.spacetime
-        self._make_regularisation, self.regularisation = make_regularisation, make_regularisation()
+        self.regularisation = regularisation
         self._own_part = 0.0  # the regularisation's last value
 
     @property
@@ -217,7 +217,8 @@ class ComposedProblem(ControlProblem):
     def update_data(self) -> list[str]:
         """Read the user's data again, and return the names of those that have other values than before."""
         changed = super().update_data()
-        self.regularisation = self._make_regularisation()
+        if self.regularisation is not None:
+            self.regularisation.update_data()
         return changed
 
 
@@ -275,6 +276,6 @@ def problem_with_initial_expression(problem: ReducedProblem, forms: Sequence[ufl
     layout = ControlLayout(ControlSet([problem.evolution]), spacetime, problem.layout.slab)
     term = Term(1.0, problem, InitialConditionMap(layout, problem))
     require_same_forms(spacetime, **{"the regularisation of the initial condition's controls": forms})
-    composed = ComposedProblem([term], layout, lambda: Regularisation(forms, layout, own) if forms else None)
+    regularisation = Regularisation(forms, layout, own) if forms else None
     require_same_values(spacetime, own.copies)
-    return composed
+    return ComposedProblem([term], layout, regularisation)

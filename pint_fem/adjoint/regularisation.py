@@ -169,10 +169,12 @@ class Regularisation:
             functions = [own.copies.variable(c) for c in controls]
             self._terms.append((_Functional(with_fixed_degrees(form), functions, spacetime.sum_over_space), controls))
 
-    def update_data(self, changed: set) -> None:
-        """Assemble again what contains data with new values, given as the private copies of functions and constants."""
+    def update_data(self, changed: set | None = None) -> None:
+        """Assemble again what contains data with new values, given as the private copies of functions and constants;
+        by default everything.
+        """
         for i, (functional, controls) in enumerate(self._terms):
-            if changed & set(data_of(functional.form)):
+            if changed is None or changed & set(data_of(functional.form)):
                 made = _Functional(functional.form, functional.functions, self.layout.spacetime.sum_over_space)
                 self._terms[i] = made, controls
 
