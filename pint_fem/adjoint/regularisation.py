@@ -160,8 +160,8 @@ class Regularisation:
                 raise InputError("regularisation: the functional contains the state u; use a misfit for it")
             if len({c in ev.stepwise for c in controls}) > 1:
                 raise InputError(
-                    "regularisation: a functional contains static controls and some with one value per step: give a list "
-                    "with a functional of each kind"
+                    "regularisation: a functional contains static controls and some with one value per step: give a "
+                    "list with a functional of each kind"
                 )
             form, t = own.functional(form, "regularisation")
             if t is not None:
