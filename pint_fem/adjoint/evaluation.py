@@ -116,7 +116,7 @@ class EvaluationCache:
 
     def invalidate(self) -> None:
         """Discard all solutions: the next solves start from the initial condition and from zero."""
-        self._sweeps.forget()
+        self._sweeps.solvers.invalidate()
         for evaluation in self.evaluations:
             evaluation.reset(self._sweeps.initial)
 
@@ -183,7 +183,7 @@ class EvaluationCache:
             yield
         except SolverFailure:
             evaluation.reset(self._sweeps.initial)
-            self._sweeps.forget(factors=True)
+            self._sweeps.solvers.invalidate(factors=True)
             raise
 
     def _solve(self, evaluation: Evaluation, kind: str, accuracy: dict, solve: Callable) -> None:
@@ -201,7 +201,7 @@ class EvaluationCache:
         trajectory = evaluation.U if kind == "state" else evaluation.L
         evaluation.rtol[kind] = np.inf
         first_guess = self._sweeps.initial if kind == "state" else 0
-        retries = not ("cycles" in accuracy or self._sweeps.is_sequential)
+        retries = not ("cycles" in accuracy or self._sweeps.solvers.is_sequential)
         for cold in (True,) if evaluation.cold[kind] else (False, True):
             if cold:
                 trajectory[:] = first_guess
@@ -210,7 +210,7 @@ class EvaluationCache:
                 break
             except FAILURES as failure:
                 trajectory[:] = first_guess
-                self._sweeps.forget(factors=True)
+                self._sweeps.solvers.invalidate(factors=True)
                 if cold or not retries or not isinstance(failure, SolverFailure):
                     evaluation.cold[kind] = True
                     evaluation.move_to(None) if kind == "state" else evaluation.state_changed()

@@ -98,12 +98,14 @@ def estimate_memory(problem: ReducedProblem) -> MemoryEstimate:
     observed = [m for m in problem.misfits if isinstance(m, BlockMisfit)]
     layout, evaluations = problem.layout.size * 8, len(problem.evaluations)
     kept = {name: evaluations * rows * n for name in ("state", "adjoint")}
-    kept["coarse levels"] = sum(_coarse(solver, n) for solver in sweeps.solvers)
-    if sweeps.has_model:
-        kept["model"] = sweeps.transposed_adjoint.rows * n + _coarse(sweeps.transposed_adjoint.solver, n)
+    kept["coarse levels"] = sum(_coarse(solver, n) for solver in (sweeps.solvers.tangent, sweeps.solvers.adjoint))
+    if sweeps.solvers.has_transposed_adjoint:
+        kept["model"] = sweeps.solvers.transposed_adjoint.rows * n + _coarse(
+            sweeps.solvers.transposed_adjoint.solver, n
+        )
     data, of_misfits = collectively(problem.spacetime.comm, "memory", _of_misfits, problem.misfits)
-    kept["data"] = data + sum(p.kept_bytes(k) for p, k, _ in sweeps.steps_kept)
-    linearised = sum(p.memory_bytes() * count for p, _, count in sweeps.steps_kept)
+    kept["data"] = data + sum(p.kept_bytes(k) for p, k, _ in sweeps.solvers.cached_steps)
+    linearised = sum(p.memory_bytes() * count for p, _, count in sweeps.solvers.cached_steps)
     kept["linearisation"] = linearised + (rows * n + layout if linearised else 0)
     kept["controls"] = 3 * evaluations * layout
     kept["intervals"] = 0 if intervals is None else _recomputed(intervals, observed, n)
@@ -112,8 +114,12 @@ def estimate_memory(problem: ReducedProblem) -> MemoryEstimate:
     sources = rows * n
     forcing = (rows if intervals is not None else slab.k) * n if moves and sweeps.is_linear else n
     if sweeps.is_linear and moves:
-        forcing += sum(level.k for level in sweeps.levels[1:]) * n
-    guess = 0 if intervals is not None or len(sweeps.levels) == 1 else 2 * (sweeps.levels[1].k + 1) * n
+        forcing += sum(level.k for level in sweeps.solvers.adjoint.levels[1:]) * n
+    guess = (
+        0
+        if intervals is not None or len(sweeps.solvers.adjoint.levels) == 1
+        else 2 * (sweeps.solvers.adjoint.levels[1].k + 1) * n
+    )
     stepwise = slab.k * ev.control_size * 8 if ev.per_step else 0
     direct = 0 if intervals is None else stepwise  # the controls' part of a condensed right-hand side
     kept["controls"] += evaluations * direct
@@ -132,7 +138,7 @@ def estimate_memory(problem: ReducedProblem) -> MemoryEstimate:
         "blocks": blocks,
         "controls": (3 if second else 2) * stepwise + 2 * (direct + layout),
     }
-    petsc = _added([p.petsc_bytes(count) for p, _, count in sweeps.steps_kept] + of_misfits)
+    petsc = _added([p.petsc_bytes(count) for p, _, count in sweeps.solvers.cached_steps] + of_misfits)
     return MemoryEstimate(kept, passing, {part: petsc.get(part, 0) for part in ("blocks", "matrices", "factors")})
 
 
@@ -152,8 +158,8 @@ def _recomputed(intervals, misfits: Sequence[BlockMisfit], n: int) -> int:
     """Bytes of the work arrays for intervals that are recomputed from their C-points."""
     inside = np.arange(intervals.slab.k + 1) % intervals.m != 0
     linear = intervals.propagator.is_linear
-    observed = not linear or any((m.observes & inside).any() for m in misfits)
-    forced = not linear or any((m.forces & inside).any() for m in misfits)
+    observed = not linear or any((m.observed & inside).any() for m in misfits)
+    forced = not linear or any((m.state_dependent & inside).any() for m in misfits)
     arrays = intervals.m * (observed + forced + (not linear)) + 2
     affine = intervals.count if linear and intervals.evolution.depends_on_time else 1
     return (arrays * intervals.width + affine * linear) * n

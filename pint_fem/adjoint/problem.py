@@ -29,6 +29,7 @@ from pint_fem.adjoint.memory_estimate import MemoryEstimate, estimate_memory
 from pint_fem.adjoint.regularisation import Regularisation
 from pint_fem.adjoint.trajectories import Source, trajectories
 from pint_fem.all_at_once.norms import gather_in_order
+from pint_fem.all_at_once.stopping import SolveResult
 from pint_fem.collective import collectively
 from pint_fem.errors import InputError
 from pint_fem.mgrit.options import MGRITOptions
@@ -101,7 +102,7 @@ class ReducedProblem(ControlProblem):
     def description(self) -> str:
         """Evolution, misfits and time solver in a few words."""
         ev, options = self.evolution, self.sweeps.options
-        solver = "serial" if self.sweeps.is_sequential else type(options).__name__.removesuffix("Options")
+        solver = "serial" if self.sweeps.solvers.is_sequential else type(options).__name__.removesuffix("Options")
         solver += f" on {options.levels} levels" if isinstance(options, MGRITOptions) and options.levels > 1 else ""
         misfits = ", ".join(type(m).__name__ for m in self.misfits)
         steps = f"{type(ev.tableau).__name__}, {ev.nsteps} steps of {ev.dt:g}, {ev.V.dim()} unknowns"
@@ -133,7 +134,7 @@ class ReducedProblem(ControlProblem):
         return estimate_memory(self)
 
     def _print_memory(self) -> None:
-        text, show = str(self.memory()), self.sweeps.printer if self.spacetime.is_root else len
+        text, show = str(self.memory()), self.sweeps.solvers.printer if self.spacetime.is_root else len
         collectively(self.spacetime.comm, "printer", show, text)
 
     @property
@@ -225,7 +226,7 @@ class ReducedProblem(ControlProblem):
         dz = as_vector(dz)
         self._cache.find(z, {"direction": dz})
         evaluation = self._cache.state(z)
-        dU = self._tangent(evaluation, dz)
+        dU, _ = self._tangent(evaluation, dz)
         steps, direction = self.layout.steps(evaluation.z), self.layout.steps(dz)
         shares = self._trajectories.directional(evaluation, steps, direction, dU)
         total = float(gather_in_order(shares, self.spacetime.time_comm).sum())
@@ -233,12 +234,12 @@ class ReducedProblem(ControlProblem):
             total += self.layout.pairing(self.regularisation.gradient(evaluation.z), dz)
         return total
 
-    def _tangent(self, evaluation: Evaluation, dz: np.ndarray, **accuracy) -> np.ndarray:
-        """Return the derivative of the state in a direction, solved from zero."""
+    def _tangent(self, evaluation: Evaluation, dz: np.ndarray, **accuracy) -> tuple[np.ndarray, SolveResult]:
+        """Return the derivative of the state in a direction, solved from zero, and the result of the solve."""
         dU = self.sweeps.new_slab()
         steps, direction = self.layout.steps(evaluation.z), self.layout.steps(dz)
-        self.sweeps.tangent(steps, evaluation.U, direction, dU, initial=self.layout.initial(dz), **accuracy)
-        return dU
+        initial = self.layout.initial(dz)
+        return dU, self.sweeps.tangent(steps, evaluation.U, direction, dU, initial=initial, **accuracy)
 
     def derivative(self, z: np.ndarray, **accuracy) -> np.ndarray:
         """Return ``J'(z)`` as a dual vector; ``rtol`` is the tolerance of state and adjoint, by default that of the
@@ -316,7 +317,7 @@ class ReducedProblem(ControlProblem):
         """
         dz = as_vector(dz)
         evaluation, second = self._prepared(z, dz, gauss_newton, **accuracy)
-        source = self._second_source(evaluation, dz, self._tangent(evaluation, dz, **accuracy), second=second)
+        source = self._second_source(evaluation, dz, self._tangent(evaluation, dz, **accuracy)[0], second=second)
         M = self.sweeps.new_slab()
         self.sweeps.adjoint(self.layout.steps(evaluation.z), evaluation.U, source.rows, M, cold=True, **accuracy)
         return self._second_derivative(evaluation, dz, M, source)
@@ -346,12 +347,12 @@ class ReducedProblem(ControlProblem):
         """
         sweeps, dz = self.sweeps, as_vector(dz)
         evaluation, second = self._prepared(z, dz, gauss_newton, cycles=cycles)
-        dU = self._tangent(evaluation, dz, start=sweeps.transposed_adjoint.start, cycles=cycles)
-        residual = relative_residual(sweeps.results[-1][1])
+        start = sweeps.solvers.transposed_adjoint.start
+        dU, tangent = self._tangent(evaluation, dz, start=start, cycles=cycles)
         source = self._second_source(evaluation, dz, dU, second=second, symmetric=True)
         steps = self.layout.steps(evaluation.z)
         M, result = sweeps.adjoint_by_transposed_cycles(steps, evaluation.U, source.rows, cycles=cycles)
-        return self._second_derivative(evaluation, dz, M, source), max(residual, relative_residual(result))
+        return self._second_derivative(evaluation, dz, M, source), max(map(relative_residual, (tangent, result)))
 
     def _second_source(
         self, evaluation: Evaluation, dz: np.ndarray, dU: np.ndarray, *, second: bool, symmetric: bool = False

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 
 import ufl
 from firedrake import Function
-from firedrake.petsc import PETSc
 from mpi4py import MPI
 from ufl.algorithms import extract_coefficients
 
@@ -19,10 +18,10 @@ from pint_fem.adjoint.states import FinalState
 from pint_fem.errors import InputError
 from pint_fem.evolution.evolution import Evolution
 from pint_fem.misfits.base import Misfit
-from pint_fem.petsc_options.types import require_types
+from pint_fem.petsc_options.spelling import require_prefix
 from pint_fem.propagators import make_propagator
 from pint_fem.spacetime import SpaceTime
-from pint_fem.sweeps.selection import mgrit_options, read_time_solver
+from pint_fem.sweeps.selection import krylov_options, mgrit_options, read_time_solver
 from pint_fem.sweeps.sweeps import Sweeps
 
 __all__ = ["TimeParallelReducedFunctional", "mgrit_options"]
@@ -76,6 +75,10 @@ class TimeParallelReducedFunctional(ControlFunctional):
         Instead of ``spatial_coarsening``: an evolution for each coarse level, on meshes of the same hierarchy.
     printer
         Prints the lines of monitors and views, on the first rank.
+    options_prefix
+        Prefix of this functional's options in PETSc's database, such as ``"heat_"`` for ``-heat_mgrit_rtol``,
+        ``-heat_paradiag_alpha`` and ``-heat_pint_ksp_view``, so that functionals in one program have options of their
+        own. Without it they read ``-mgrit_rtol`` and so on.
 
     Raises
     ------
@@ -97,6 +100,7 @@ class TimeParallelReducedFunctional(ControlFunctional):
         coarse_evolutions: Sequence[Evolution] | None = None,
         final_state: Function | Sequence[Function] | None = None,
         printer: Callable[[str], None] = print,
+        options_prefix: str = "",
     ):
         forms = list(regularisation) if isinstance(regularisation, (list, tuple)) else [regularisation]
         forms = [form for form in forms if form is not None]
@@ -108,7 +112,7 @@ class TimeParallelReducedFunctional(ControlFunctional):
         if spacetime is None:
             space_comm = evolutions[0].V.mesh().comm
             spacetime = SpaceTime((space_comm.size, 1), comm=space_comm)
-        options = spacetime, solver_parameters, coarse_tableau, propagator, coarse_evolutions, printer
+        options = spacetime, solver_parameters, coarse_tableau, propagator, coarse_evolutions, printer, options_prefix
         problems = [_problem(*own, *options) for own in zip(evolutions, own_misfits, own_forms, strict=True)]
         problem = sum_of_problems([(1.0, p) for p in problems]) if several else problems[0]
         final = [] if final_state is None else list(final_state) if several else [final_state]
@@ -151,6 +155,7 @@ def _problem(
     propagator: Callable,
     coarse_evolutions,
     printer: Callable[[str], None],
+    options_prefix: str,
 ) -> ControlProblem:
     """The problem of one evolution, with arguments as for :class:`TimeParallelReducedFunctional`."""
     space_comm = evolution.V.mesh().comm
@@ -160,16 +165,12 @@ def _problem(
             "build the mesh with comm=spacetime.space_comm"
         )
     parameters, own = dict(solver_parameters or {}), evolution.private()
-    solver = read_time_solver(parameters, own, spacetime, coarse_tableau)
+    own.options_prefix = require_prefix(options_prefix)
+    solver = read_time_solver(parameters, own, spacetime, coarse_tableau, options_prefix=own.options_prefix)
     if solver.why and spacetime.is_root:
         printer(solver.why)
     spatial_coarsening = parameters.pop("spatial_coarsening", None)
-    norm, krylov = parameters.pop("norm", "l2"), parameters.pop("krylov", None)
-    if krylov is None and any(name.startswith("ksp_") for name in PETSc.Options("mgrit_").getAll()):
-        krylov = {}
-    if krylov is not None and not isinstance(krylov, Mapping):
-        raise InputError(f"krylov {krylov!r}: give PETSc options, such as {{'ksp_type': 'fgmres'}}")
-    require_types(krylov or {}, "mgrit_", "krylov")
+    norm, krylov = parameters.pop("norm", "l2"), krylov_options(parameters.pop("krylov", None), own.options_prefix)
     if krylov is not None and solver.kind == "paradiag":
         raise InputError("krylov accelerates MGRIT's sweeps, not time_solver 'paradiag': leave one of them out")
     if parameters:

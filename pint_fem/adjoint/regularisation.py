@@ -27,7 +27,7 @@ from pint_fem.evolution.private_copies import data_of
 from pint_fem.evolution.quadrature import with_fixed_degrees
 from pint_fem.kernels.arrays import get, is_real, own_size, put
 from pint_fem.misfits.quadratic import NOISE
-from pint_fem.misfits.reference import Reference
+from pint_fem.misfits.reference import ReferenceValues
 
 __all__ = ["Regularisation"]
 
@@ -60,9 +60,9 @@ class _Functional:
         """
         values = {f: Function(f.function_space()) for f in self.functions}
         form = ufl.replace(form, values)
-        reference = Reference(form, list(values.values()))
+        reference = ReferenceValues(form, list(values.values()))
         self._reference, self._constant = np.zeros(sum(self._sizes)), float(assemble(form))
-        row = reference.row() if reference.found else None
+        row = reference.vector() if reference.found else None
         if row is not None:
             self._put(values.values(), row)
             constant = float(assemble(form))

@@ -104,7 +104,7 @@ def rows(repeats: int, comm=MPI.COMM_WORLD) -> list[dict]:
             actions += [(lambda: one.state(cycles=1), True)]  # noqa: B023
         sequential, single, solved, *on_one = together(comm, *actions, repeats=repeats)
         result = many.sweeps.results[-1][1]
-        systems = many.sweeps._tangent._frequency_solve.__self__
+        systems = many.sweeps.solvers.tangent._frequency_solve.__self__
         note = f"alpha {alpha:g}, residual after it {many_residual(many):.0e}; factors {systems.bytes / 1e6:.0f} MB"
         what = f"ParaDiag, {name}, {steps} steps: an iteration on {ranks} rank{plural} / sequential"
         out.append(row("f", what, single, sequential, steps, 3.0 if ranks == 1 else None, True, note))

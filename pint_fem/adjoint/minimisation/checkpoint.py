@@ -97,7 +97,7 @@ def open_checkpoint(
         run["bounds"] = {name: bound_numbers(layout, side) for name, side in sides.items()}
     if constraints:
         run["constraints"] = constraint_numbers(layout, constrained, [float(value) for _, value in constraints])
-    printer = objective.problem.sweeps.printer
+    printer = objective.problem.sweeps.solvers.printer
     file = HDF5Checkpoint(given, objective, run, if_save_fails=if_save_fails, printer=printer)
     file.reserve()
     try:
@@ -287,7 +287,7 @@ class HDF5Checkpoint:
         another.
         """
         sweeps = self._problem.sweeps
-        usual = sweeps.options.time_norm == 2 and sweeps.norm == "l2" and not sweeps.accelerated
+        usual = sweeps.options.time_norm == 2 and sweeps.solvers.norm == "l2" and not sweeps.solvers.accelerated
         for evaluation in self._problem.evaluations:
             result = evaluation.state
             if evaluation.z is None or result is None or (result.reason == "its" and not result.residuals):

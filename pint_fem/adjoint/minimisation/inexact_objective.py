@@ -177,7 +177,7 @@ class InexactObjective(Objective):
         return self._model_factory(gauss_newton=True)
 
     def _model_factory(self, *, gauss_newton: bool):
-        if self.problem.sweeps.transposed_adjoint is None:
+        if self.problem.sweeps.solvers.transposed_adjoint is None:
             raise AttributeError("no model: the sweeps have no transposed cycles")
         return partial(self._model, gauss_newton=gauss_newton)
 

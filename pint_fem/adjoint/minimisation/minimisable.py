@@ -139,7 +139,7 @@ class Minimisable:
             options.setdefault("value_rtol", _value_rtol(self.problem))
             options.setdefault("memory", 10 if self.evolution.stepwise else 40)  # static controls are small
             self._require_residuals("one-shot")
-            if any(p.sweeps.accelerated for p in self.problem.leaves):
+            if any(p.sweeps.solvers.accelerated for p in self.problem.leaves):
                 raise InputError("one-shot takes single MGRIT cycles: leave krylov out")
             if preconditioner == "limited-memory":
                 raise InputError("one-shot has a limited-memory operator of its own: leave preconditioner= out")
