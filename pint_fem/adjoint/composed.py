@@ -112,7 +112,7 @@ class InitialConditionMap(Selection):
 
     def update_data(self):
         """Discard the cached derivative of the expression."""
-        self._expression.forget()
+        self._expression.invalidate()
 
 
 class ComposedProblem(ControlProblem):
