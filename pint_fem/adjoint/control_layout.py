@@ -21,7 +21,8 @@ __all__ = ["ControlLayout", "ControlSet"]
 
 
 class ControlSet:
-    """The controls of one or several evolutions, each once, in the attributes that an evolution has for its own.
+    """The controls of one or several evolutions, each once, in the attributes that an evolution has for its own; of one
+    evolution it has all others, too.
 
     Parameters
     ----------
@@ -66,6 +67,12 @@ class ControlSet:
             )
         first = (moving or list(own))[0]
         self.dt, self.nsteps = first.dt, first.nsteps
+        self._only = first if len(own) == 1 and isinstance(first, Evolution) else None
+
+    def __getattr__(self, name: str):
+        if vars(self).get("_only") is None:
+            raise AttributeError(f"several evolutions have no common {name!r}: use the one that is meant")
+        return getattr(self._only, name)
 
 
 class ControlLayout:
