@@ -85,7 +85,8 @@ def _terms(
     comm = problem.spacetime.comm
     chosen = collectively(comm, "", _chosen, problem, evolution)
     require_same(comm, evolution=[leaf.evolution for leaf in problem.leaves].index(chosen))
-    return [term for term in problem.leaf_terms(np.ravel(z)) if term[1].evolution is chosen]
+    terms = collectively(comm, "", problem.leaf_terms, np.ravel(z))
+    return [term for term in terms if term[1].evolution is chosen]
 
 
 def _checked_numbers(problem: ReducedProblem, times: Times) -> list[int] | None:
@@ -210,7 +211,7 @@ class StateAccess:
         weight, leaf, own = sum(w for w, _, _ in terms), terms[0][1], terms[0][2]
         if any(other is not leaf for _, other, _ in terms):
             raise InputError(
-                "adjoint: the evolution is in several terms of the sum, each with an adjoint of its own: ask the terms"
+                "adjoint: the evolution is in several terms of the sum, each with an adjoint of its own: use the terms"
             )
         V = leaf.evolution.V
         if riesz_map is None:
