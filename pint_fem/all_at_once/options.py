@@ -10,9 +10,12 @@ import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from math import inf
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pint_fem.all_at_once.grids import is_integer
+
+if TYPE_CHECKING:
+    from typing import Self
 
 __all__ = ["SHARED", "STARTS", "SolverOptions", "is_number", "unknown_option"]
 
@@ -69,10 +72,9 @@ class SolverOptions:
     view: bool = False
     trace: str = ""
 
-    #: First guess, number of levels and points of the residual of solvers that have no option for them.
-    start: ClassVar[str] = "auto"
-    levels: ClassVar[int | None] = 1
-    residual: ClassVar[str] = "full"
+    # first guess, number of levels and points of the residual of solvers without such options; not annotated, as they
+    # would count as options
+    start, levels, residual = "auto", 1, "full"
     #: Name of the solver in messages.
     solver: ClassVar[str] = "solver"
     #: The values that an option may have.

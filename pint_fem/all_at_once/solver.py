@@ -57,7 +57,7 @@ class AllAtOnceSolver(ABC):
     printer
         Prints a line.
     trace
-        Shared by several solvers; default: one of its own where the option asks for it.
+        Shared by several solvers; default: one of its own with the option ``trace``.
     is_root
         Whether this rank prints; default: the first of ``comm``.
     key

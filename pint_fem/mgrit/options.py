@@ -202,7 +202,7 @@ class MGRITOptions(SolverOptions):
         return [c[0] if len(c) == 1 else c for c in points]
 
     def _refuse_unread(self, given: Mapping) -> None:
-        """Raise on options that these options leave without an effect, unless they have their defaults."""
+        """Raise on given options that the others leave without an effect, unless they have their defaults."""
         for name, selector, values in _READ_WITH:
             changed = name in given and getattr(self, name) != getattr(type(self), name)
             if changed and getattr(self, selector) not in values:
@@ -217,12 +217,12 @@ class MGRITOptions(SolverOptions):
                 raise ValueError(f"mgrit {name} {given[name]!r} for {self.levels} levels: give at most one for each")
 
     def refuse_missing_levels(self, count: int) -> None:
-        """Raise on options of one level that a hierarchy of ``count`` levels has not.
+        """Refuse options of a level that a hierarchy of ``count`` levels lacks.
 
         Raises
         ------
         ValueError
-            Naming the option and the nearest one that there is.
+            Naming the option and the nearest valid one.
         """
         last = count - 1 - (self.coarse_solver != "relax")  # the coarsest level is stepped through
         for name, level in self.of_levels:
@@ -245,7 +245,7 @@ class MGRITOptions(SolverOptions):
         Raises
         ------
         ValueError
-            If the levels asked for leave a level without a step, or an option is for a level that there is not.
+            If there are so many levels that one has no step, or an option is for a level that there is not.
         """
         chosen, n = [], nsteps
         if self.levels is None:
@@ -275,7 +275,7 @@ class MGRITOptions(SolverOptions):
         return self.relax[min(index, len(self.relax) - 1)]
 
     def sweeps(self, index: int) -> int:
-        """Its number of FC-sweeps."""
+        """Number of FC-sweeps in the relaxation of level ``index``."""
         return self.scheme(index).count("C")
 
     def weight(self, index: int) -> float:
@@ -294,7 +294,7 @@ def _scheme(r, given) -> str:
         return "F" + "CF" * int(r)
     if not isinstance(r, str) or r != "F" + "CF" * r.count("C"):
         raise ValueError(
-            f"mgrit relax {given!r}: give 'F', 'FCF', 'FCFCF' ... or a number of FC-sweeps, or one of them a level"
+            f"mgrit relax {given!r}: give 'F', 'FCF', 'FCFCF' ... or a number of FC-sweeps, or one of them per level"
         )
     return r
 

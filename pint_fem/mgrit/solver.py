@@ -207,7 +207,7 @@ class MGRIT(AllAtOnceSolver):
         return self._stop(result)
 
     def _exchange_failures(self, r: np.ndarray, cycles: int, values: np.ndarray) -> None:
-        """Find the step behind a residual that is not finite, and after some numbers of cycles raise all ranks' failures.
+        """Record the step behind a residual that is not finite; after some numbers of cycles exchange failures.
 
         ``values``: the residual ``r`` at the C-points or its squared norms.
         """

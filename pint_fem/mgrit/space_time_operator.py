@@ -322,8 +322,7 @@ class AllAtOnceMatrix:
 class MGRITPreconditioner:
     """Context of a Python ``PC``: one cycle from zero, and its exact transpose.
 
-    Also for ``pc_type: python`` with ``pc_python_type: pint_fem.mgrit.space_time_operator.MGRITPreconditioner`` on a matrix of
-    :meth:`Hierarchies.matrix`.
+    It can also be PETSc's ``pc_python_type`` (``pc_type: python``) on a matrix of :meth:`Hierarchies.matrix`.
 
     Parameters
     ----------

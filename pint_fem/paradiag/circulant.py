@@ -27,7 +27,7 @@ from pint_fem.paradiag.distribution import TimeTransposes
 __all__ = ["AlphaCirculant", "FrequencySolve", "shifts"]
 
 FrequencySolve = Callable[[int, complex, np.ndarray], np.ndarray]
-r"""``(k, mu, r) -> v`` with :math:`(I - \mu \Phi) v = r`, complex ``(n,)`` arrays; ``k`` tells frequencies apart."""
+r"""``(k, mu, r) -> v`` with :math:`(I - \mu \Phi) v = r`, complex ``(n,)`` arrays; ``k`` numbers the frequency."""
 
 
 def shifts(nsteps: int, alpha: float) -> np.ndarray:
@@ -56,7 +56,7 @@ def _shared_shifts(nsteps: int, alpha: float) -> np.ndarray:
 
 
 class AlphaCirculant:
-    r"""Applies :math:`P_\alpha^{-1}`.
+    r"""The preconditioner :math:`P_\alpha^{-1}` of the steps of all ranks.
 
     Parameters
     ----------
@@ -69,11 +69,11 @@ class AlphaCirculant:
     comm, bounds
         Time communicator and step bounds of its ranks.
     backwards
-        See :class:`~pint_fem.paradiag.distribution.TimeTransposes`.
+        Whether ``comm`` is another communicator in reverse order, where ranks have the same frequencies.
     trace
-        Takes the times of transforms, messages and solves.
+        Records transforms, messages and solves.
     transposes
-        What maps between the layouts.
+        Class of the maps between the layouts.
     """
 
     def __init__(
@@ -141,7 +141,7 @@ class AlphaCirculant:
         return scipy.fft.rfft(columns, axis=0)
 
     def irfft(self, spectrum: np.ndarray) -> np.ndarray:
-        """Its inverse."""
+        """Inverse transform of all steps, ``(N//2 + 1, c) -> (N, c)``."""
         if not spectrum.shape[1]:
             return np.empty((self.nsteps, 0))
         return scipy.fft.irfft(spectrum, self.nsteps, axis=0, overwrite_x=True)

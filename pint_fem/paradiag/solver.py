@@ -115,7 +115,7 @@ class ParaDiag(AllAtOnceSolver):
         )  # fmt: skip
 
     def _guarded(self, k: int, mu: complex, r: np.ndarray) -> np.ndarray:
-        """Solve for a frequency; a failure becomes NaN, which the norm carries to every rank: none waits for another."""
+        """Solve for a frequency; a failure becomes NaN, which the residual's norm carries to every rank."""
         try:
             return returned_block("solve(k, mu, r)", self._frequency_solve, r.shape, k, mu, r)
         except FAILURES as error:
