@@ -15,8 +15,8 @@ pytest.importorskip("greenlet")
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pint_fem.agreement import all_alike
 from pint_fem.all_at_once.grids import Bounds
+from pint_fem.collective import consistent_across_ranks
 from pint_fem.errors import InputError
 from pint_fem.mgrit import split_steps
 from pint_fem.scaling.communicator import communicators
@@ -360,14 +360,14 @@ def test_schedule_is_that_of_a_real_run_on_eight_ranks():
 
 
 @pytest.mark.parallel([1, 2, 3])
-def test_all_alike():
+def test_consistency_across_ranks():
     comm = MPI.COMM_WORLD
-    assert all_alike(comm, True, (1, 2), (True, False))
-    assert not all_alike(comm, comm.rank != comm.size - 1)
-    assert all_alike(comm, True, None if comm.rank == 0 else (5,))
-    assert all_alike(comm, True, None)
+    assert consistent_across_ranks(comm, True, (1, 2), (True, False))
+    assert not consistent_across_ranks(comm, comm.rank != comm.size - 1)
+    assert consistent_across_ranks(comm, True, None if comm.rank == 0 else (5,))
+    assert consistent_across_ranks(comm, True, None)
     for different in ((comm.rank,), tuple(range(comm.rank))):
-        assert all_alike(comm, True, different) == (comm.size == 1)
+        assert consistent_across_ranks(comm, True, different) == (comm.size == 1)
 
 
 def test_grid_and_options_are_checked():

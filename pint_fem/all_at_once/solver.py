@@ -18,7 +18,7 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from pint_fem.agreement import digest
+from pint_fem.digests import digest
 from pint_fem.all_at_once.arguments import check_arrays
 from pint_fem.all_at_once.failures import Failures
 from pint_fem.all_at_once.grids import Bounds

@@ -88,6 +88,6 @@ class Trace:
             for r, level in used
         ]
         events = sorted((e for part in parts for e in part), key=lambda e: e["ts"])
-        with files.naming(f"trace {path} cannot be written"):
+        with files.as_input_error(f"trace {path} cannot be written"):
             path.parent.mkdir(parents=True, exist_ok=True)
             files.write_whole(path, json.dumps({"traceEvents": names + events, "displayTimeUnit": "ms"}).encode())

@@ -20,7 +20,7 @@ from mpi4py import MPI
 from pint_fem.cli import ProgramParser, positive, run
 from pint_fem.collective import collectively
 from pint_fem.errors import InputError
-from pint_fem.files import naming, require_output, write_whole
+from pint_fem.files import as_input_error, require_output, write_whole
 
 COMMANDS = ("plan", "report", "calibrate", "validate")
 
@@ -136,7 +136,7 @@ def _require_output(path: Path) -> None:
 
 def _write(path: Path, text: str) -> None:
     """Write a result whole, or raise ``InputError`` and leave the last one."""
-    with naming(f"--out {path} cannot be written"):
+    with as_input_error(f"--out {path} cannot be written"):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, text.encode())
 

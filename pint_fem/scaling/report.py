@@ -10,7 +10,7 @@ from functools import cache
 from math import prod
 from pathlib import Path
 
-from pint_fem.files import checked_folder, naming, write_whole
+from pint_fem.files import as_input_error, checked_folder, write_whole
 from pint_fem.scaling.costs import Calibration, bundled, load
 from pint_fem.scaling.model import Model, Solve
 from pint_fem.scaling.network import Network
@@ -96,7 +96,7 @@ def report(
     for claim in claims:
         say(f"  {claim}")
     say(f"\nreport made in {time.perf_counter() - start:.0f} s")
-    with naming(f"tables in {out} cannot be written"):
+    with as_input_error(f"tables in {out} cannot be written"):
         write_whole(out / "report.txt", ("\n".join(say.lines) + "\n").encode())
         write_whole(out / "report.json", json.dumps(data, indent=1, default=float).encode())
 

@@ -21,7 +21,7 @@ import numpy as np
 
 from pint_fem.all_at_once.levels import inject
 from pint_fem.all_at_once.stopping import DivergedError, SolveResult
-from pint_fem.collective import collectively, raise_together
+from pint_fem.collective import collectively, raise_collectively
 from pint_fem.errors import FAILURES
 from pint_fem.evolution.evolution import Evolution
 from pint_fem.kernels.arrays import get
@@ -146,7 +146,7 @@ class Sweeps(TimeSolvers):
             result = solver.solve(U, G, start=start, coarse_rhs=given, **accuracy)
         except FAILURES:  # on all ranks
             cause, self._cause = self._cause, None
-            raise_together(self.spacetime.comm, cause, f"{kind} sweep: right-hand side")
+            raise_collectively(self.spacetime.comm, cause, f"{kind} sweep: right-hand side")
             raise
         finally:  # the slabs are the caller's: nobody else holds on to them
             solver.levels[0].U = solver.levels[0].G = None
