@@ -44,10 +44,9 @@ class Failures:
     point_norms
         Squared norms of states, global over space.
     name
-        Of the sweep, for errors.
+        Name of the sweep in errors.
     keeps_all
-        The finest level's array has all own points, not C-points only.
-
+        Whether the finest level's array has all own points rather than C-points only.
     """
 
     def __init__(

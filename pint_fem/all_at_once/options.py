@@ -41,7 +41,7 @@ class SolverOptions:
         A residual ``dtol`` times the first one is divergence.
     stagnation
         A reduction per iteration slower than this factor, over the last five, is stagnation where at that rate the
-        tolerance is out of reach; ``None``: go on.
+        tolerance is out of reach; ``None``: continue.
     max_it
         Largest number of iterations.
     on_divergence

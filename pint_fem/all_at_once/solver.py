@@ -13,12 +13,10 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from pint_fem.digests import digest
 from pint_fem.all_at_once.arguments import check_arrays
 from pint_fem.all_at_once.failures import Failures
 from pint_fem.all_at_once.grids import Bounds
@@ -28,6 +26,7 @@ from pint_fem.all_at_once.options import STARTS, SolverOptions
 from pint_fem.all_at_once.stopping import SolveResult, SolverFailure, Stopping
 from pint_fem.all_at_once.trace import Trace, check_trace_file
 from pint_fem.collective import ending_all_ranks
+from pint_fem.digests import digest
 from pint_fem.errors import FAILURES
 
 __all__ = ["AllAtOnceSolver"]
@@ -241,14 +240,6 @@ class AllAtOnceSolver(ABC):
             self._failures.raise_noted(np.zeros((1, *shape), dtype))
 
     # -- residuals -----------------------------------------------------------------------------------------------------
-    @contextmanager
-    def _timed_norm(self) -> Iterator[None]:
-        """Record what is done within as the evaluation of a residual norm, for the trace."""
-        begin = self.trace.now() if self.trace else 0.0
-        yield
-        if self.trace:
-            self.trace.work("norm", 0, begin, sweep=self.name)
-
     def _norms(self, squares: Sequence[np.ndarray], bounds: Bounds | None) -> list[float]:
         """Norms over time from the squared norms of own states (collective, one message for all of them).
 

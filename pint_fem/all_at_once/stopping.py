@@ -83,7 +83,7 @@ class SolveResult:
 
     @property
     def last_factor(self) -> float:
-        """Geometric mean over the last cycles (up to five): the rate at which it would go on."""
+        """Geometric mean over the last cycles (up to five): the present rate of convergence."""
         return self._mean_factor(RECENT)
 
     def _mean_factor(self, cycles: int) -> float:

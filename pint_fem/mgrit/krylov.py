@@ -250,7 +250,7 @@ class KrylovMGRIT:
         if options.monitor:
             me = weakref.ref(self)  # PETSc's solver keeps a reference to what it calls
             ksp.setMonitor(lambda ksp, it, norm: me()._print(f"  {me().name} {it:3d} residual {norm:.6e}"))
-        # no restart: it may fall behind the plain iteration; PETSc allocates as iterations go on
+        # no restart: it may fall behind the plain iteration; PETSc allocates with the iterations
         parameters = {"ksp_gmres_restart": options.max_it} | self._parameters
         self._petsc_options = OptionsManager(parameters, self._prefix)
         self._petsc_options.set_from_options(ksp)

@@ -152,7 +152,7 @@ class MGRITOptions(SolverOptions):
         made = super().make(base, **plain)
         for name, changed in of_one_level.items():
             values = list(getattr(made, name))
-            values += [values[-1]] * (max(changed) + 2 - len(values))  # the last one goes on repeating
+            values += [values[-1]] * (max(changed) + 2 - len(values))  # the last one repeats on the levels below
             for level, value in changed.items():
                 values[level] = value
             added = {(name, level) for level in changed}
@@ -210,7 +210,7 @@ class MGRITOptions(SolverOptions):
                     f"mgrit {name} {given[name]!r} has no effect with {selector} {getattr(self, selector)!r}: "
                     f"give {selector} {' or '.join(map(repr, values))}, or leave {name} out"
                 )
-        if self.levels is None or self.levels == 1:  # lists go on serving where a run is repeated sequentially
+        if self.levels is None or self.levels == 1:  # sequentially, lists for more levels are accepted
             return
         for name in _PER_LEVEL:
             if name in given and isinstance(given[name], (list, tuple)) and len(getattr(self, name)) > self.levels:

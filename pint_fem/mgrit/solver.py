@@ -24,6 +24,7 @@ from pint_fem.all_at_once.grids import Bounds
 from pint_fem.all_at_once.levels import Propagator, build_levels
 from pint_fem.all_at_once.solver import AllAtOnceSolver
 from pint_fem.all_at_once.stopping import SolveResult
+from pint_fem.all_at_once.trace import timed
 from pint_fem.collective import collectively
 from pint_fem.errors import InputError
 from pint_fem.mgrit.cycle import Cycle, exact_termination
@@ -185,7 +186,7 @@ class MGRIT(AllAtOnceSolver):
         if kind == "none":
             self._exchange_failures(r, result.cycles, r)
             return False
-        with self._timed_norm():
+        with timed(self.trace, "norm", 0, sweep=self.name):
             squares = self._failures.squares(r) if kind == "C" else r
             if deferred is not None:
                 deferred.append(squares)
@@ -221,10 +222,10 @@ class MGRIT(AllAtOnceSolver):
     def states(self, U: np.ndarray, G: np.ndarray | None = None) -> Iterator[tuple[int, np.ndarray]]:
         """The own part of a solved trajectory in order: the number of a point and the states from there on.
 
-        With ``storage="C"`` interval by interval, F-points being computed again (one propagator call each) in an
-        array that the next interval uses.
+        With ``storage="C"`` the states come interval by interval, F-points being computed again (one propagator call
+        each) in an array that the next interval overwrites.
 
-        A step that fails here gives NaN, as it must not stop a rank alone; :meth:`raise_failures` then names it.
+        A step that fails here gives NaN, so that no rank stops alone; :meth:`raise_failures` then names it.
 
         Raises
         ------

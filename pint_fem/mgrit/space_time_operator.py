@@ -174,8 +174,8 @@ class Hierarchies:
     Parameters
     ----------
     propagators, nsteps, options, comm, bounds, transfers, name
-        As for :class:`~pint_fem.mgrit.solver.MGRIT`; the propagators are linear. Of the options, those of the hierarchy
-        and the cycle count.
+        Those of :class:`~pint_fem.mgrit.solver.MGRIT`; the propagators are linear. Of the options those of the
+        hierarchy and the cycle count.
     transposed
         The transposed propagators for :class:`Reversed`, one per level; ``None``: no transposed products.
     petsc_comm
@@ -302,7 +302,7 @@ class AllAtOnceMatrix:
     Parameters
     ----------
     hierarchies
-        With the state's shape set.
+        The hierarchies, with the state's shape set.
     """
 
     def __init__(self, hierarchies: Hierarchies):

@@ -21,7 +21,7 @@ from functools import lru_cache
 import numpy as np
 import scipy.fft
 
-from pint_fem.all_at_once.trace import Trace
+from pint_fem.all_at_once.trace import Trace, timed
 from pint_fem.paradiag.distribution import TimeTransposes
 
 __all__ = ["AlphaCirculant", "FrequencySolve", "shifts"]
@@ -104,34 +104,26 @@ class AlphaCirculant:
         r""":math:`P_\alpha^{-1} r` of the own steps, ``(k, n)`` (collective)."""
         transposes = self._transposes
         columns = self._transposed(transposes.to_columns, r * self._scale)
-        spectrum = self._timed("fft", self.rfft, columns)
+        with timed(self._trace, "fft", 0):
+            spectrum = self.rfft(columns)
         rows = self._transposed(transposes.to_frequencies, spectrum)
-        rows = self._timed("frequencies", self._solve_all, rows, states=len(rows))
+        with timed(self._trace, "frequencies", 0, states=len(rows)):
+            for k, row in zip(self.own, rows, strict=True):
+                row[...] = self._solve(k, complex(self.mu[k]), row)
         spectrum = self._transposed(transposes.from_frequencies, rows)
-        columns = self._timed("fft", self.irfft, spectrum)
+        with timed(self._trace, "fft", 0):
+            columns = self.irfft(spectrum)
         w = self._transposed(transposes.from_columns, columns)
         w /= self._scale
         return w
 
-    def _solve_all(self, rows: np.ndarray) -> np.ndarray:
-        for k, row in zip(self.own, rows, strict=True):
-            row[...] = self._solve(k, complex(self.mu[k]), row)
-        return rows
-
-    def _timed(self, name: str, work: Callable, *args, **facts):
-        if self._trace is None:
-            return work(*args)
-        begin = self._trace.now()
-        out = work(*args)
-        self._trace.work(name, 0, begin, **facts)
-        return out
-
     def _transposed(self, work: Callable, array: np.ndarray) -> np.ndarray:
-        if self._trace is None:
-            return work(array)
-        begin, self._transposes.sent = self._trace.now(), 0
+        """Change the layout of an array; the trace records the bytes sent."""
+        self._transposes.sent = 0
+        begin = self._trace.now() if self._trace else 0.0
         out = work(array)
-        self._trace.work("transpose", 0, begin, sent=self._transposes.sent)
+        if self._trace:
+            self._trace.work("transpose", 0, begin, sent=self._transposes.sent)
         return out
 
     def rfft(self, columns: np.ndarray) -> np.ndarray:
