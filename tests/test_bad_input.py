@@ -178,7 +178,8 @@ API = {
     "bilinear residual": (lambda p: p.evolution(fd.TrialFunction(p.V) * p.v * fd.dx), ["TestFunction"]),
     "fully implicit tableau": (lambda p: p.evolution(tableau=RadauIIA(2)), ["diagonally implicit"]),
     "another implicit tableau": (lambda p: p.evolution(tableau=LobattoIIIC(2)), ["diagonally implicit"]),
-    "time a constant": (lambda p: p.evolution(t=fd.Constant(0.0)), ["time_function"]),
+    "time a number": (lambda p: p.evolution(t=0.0), ["time_function"]),
+    "time a vector": (lambda p: p.evolution(t=fd.Constant((0.0, 1.0))), ["time_function"]),
     "control not in the residual": (lambda p: p.evolution(control=fd.Function(p.V)), ["control"]),
     "control a number": (lambda p: p.evolution(control=1.0), ["float"]),
     "control squared in a condition": (
@@ -239,7 +240,7 @@ def test_error_that_only_one_rank_meets_ends_all(capfd, monkeypatch):
             monkeypatch.setattr(step, "apply_transposed", lambda *args: 1 / 0)
         m = fd.Function(p.V).assign(1.0)
         rf(m)
-        for level in rf.problem.sweeps._adjoint.levels:
+        for level in rf.problem.sweeps.solvers.adjoint.levels:
             level.propagator._apply = rf.problem.sweeps.propagators[0].apply_transposed
         rf.derivative()
 

@@ -71,6 +71,8 @@ class Solver:
         Those of a solver that is tried first, and used for a matrix where its residuals are at round-off.
     nullspace
         Of the matrix.
+    prefix
+        Prefix of options in PETSc's database.
 
     Attributes
     ----------
@@ -80,9 +82,15 @@ class Solver:
         Magnitudes of the matrix's diagonal.
     """
 
-    def __init__(self, parameters: Mapping, quick: Mapping | None = None, nullspace: Nullspace | None = None):
+    def __init__(
+        self,
+        parameters: Mapping,
+        quick: Mapping | None = None,
+        nullspace: Nullspace | None = None,
+        prefix: str = "pint_form_",
+    ):
         self._nullspace, self._direct = nullspace, parameters.get("ksp_type") == "preonly"
-        self._options = [OptionsManager(p, "pint_form_") for p in (quick, parameters) if p is not None]
+        self._options = [OptionsManager(p, prefix) for p in (quick, parameters) if p is not None]
         self._made: list[PETSc.KSP | None] = [None] * len(self._options)
         self.matrix: PETSc.Mat | None = None
         self._pinned: PETSc.Mat | None = None
@@ -183,6 +191,8 @@ class Factors:
         ``"factorisation"`` and ``"solve"`` are counted.
     nullspace
         Of all matrices.
+    prefix
+        Prefix of options in PETSc's database.
 
     Attributes
     ----------
@@ -192,8 +202,16 @@ class Factors:
         Of one of them, the greatest over the ranks in space; known after the first factorisation.
     """
 
-    def __init__(self, parameters: Mapping, space, memory: int, counts: Counter, nullspace: Nullspace | None = None):
-        self._space, self._nullspace, self._tried = space, nullspace, False
+    def __init__(
+        self,
+        parameters: Mapping,
+        space,
+        memory: int,
+        counts: Counter,
+        nullspace: Nullspace | None = None,
+        prefix: str = "pint_form_",
+    ):
+        self._space, self._nullspace, self._tried, self._prefix = space, nullspace, False, prefix
         comm = space.mesh().comm
         self.parameters = completed(parameters, comm, space.dim())
         chosen = any(name.startswith(("ksp_", "pc_", "mat_")) for name in flatten_parameters(parameters))
@@ -249,7 +267,7 @@ class Factors:
                 solver.holds = None
 
     def _new(self) -> Solver:
-        return Solver(self.parameters, self._quick, self._nullspace)
+        return Solver(self.parameters, self._quick, self._nullspace, self._prefix)
 
     def _factor(self, solver: Solver, matrix: PETSc.Mat, holds: object) -> None:
         """Factor, and name a singular matrix: the first one is tried, later ones where the factorisation fails."""
@@ -271,7 +289,7 @@ class Factors:
 
     def measure(self, matrix: PETSc.Mat) -> None:
         """Find out what a factor takes, from a matrix with the entries of the others (collective over space)."""
-        solver, like = Solver(self.parameters, self._quick), with_finite_entries(matrix)
+        solver, like = Solver(self.parameters, self._quick, prefix=self._prefix), with_finite_entries(matrix)
         solver.factor(like if self._nullspace is None else self._nullspace.pinned(like), None)
         self.bytes = self._bytes_of(solver)
         solver.destroy()

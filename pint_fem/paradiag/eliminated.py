@@ -79,7 +79,7 @@ class EliminatedSystem(WrappedSystem):
 
 
 def eliminated_system(
-    coupling: Coupling, h: float, parts: Sequence[PETSc.Mat], parameters: Mapping
+    coupling: Coupling, h: float, parts: Sequence[PETSc.Mat], parameters: Mapping, prefix: str = "paradiag_"
 ) -> EliminatedSystem:
     """The system of a stage, with the second part eliminated.
 
@@ -89,8 +89,9 @@ def eliminated_system(
         The matrices that couple the parts, and their factor.
     parts
         :math:`S_a`, :math:`M_a` and :math:`-G X`.
-    parameters
-        PETSc options of the remaining system; without any, one rank in space uses SuperLU for complex matrices.
+    parameters, prefix
+        PETSc options of the remaining system, and their prefix in PETSc's database; without any, one rank in space uses
+        SuperLU for complex matrices.
     """
-    left = distributed_system(parts, parameters, lambda y: (1.0, -y, h * h / (1.0 - y)))
+    left = distributed_system(parts, parameters, lambda y: (1.0, -y, h * h / (1.0 - y)), prefix)
     return EliminatedSystem(left, coupling, h)

@@ -7,11 +7,12 @@ such as ``-mgri_levels`` or ``-MGRIT_levels``. All other names are left to PETSc
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 from pint_fem.errors import InputError
 
-__all__ = ["PREFIXES", "distance", "meant", "nearest", "refuse_near_misses"]
+__all__ = ["PREFIXES", "distance", "meant", "nearest", "refuse_near_misses", "require_prefix"]
 
 PREFIXES = ("mgrit_", "paradiag_", "pint_")
 
@@ -57,13 +58,38 @@ def meant(name: str) -> str | None:
     return None
 
 
-def refuse_near_misses(names: Iterable[str]) -> None:
+def require_prefix(options_prefix: str) -> str:
+    """Require a prefix that can stand before this package's options, and complete it by an underscore.
+
+    Parameters
+    ----------
+    options_prefix
+        Prefix of one functional's options, such as ``"heat_"`` for ``-heat_mgrit_rtol``; ``""`` for none.
+
+    Raises
+    ------
+    InputError
+        If it is no name of an option, or is one of this package's prefixes or nearly one.
+    """
+    if not isinstance(options_prefix, str) or not re.fullmatch(r"([A-Za-z]\w*)?", options_prefix):
+        raise InputError(f"options_prefix {options_prefix!r}: give letters, digits and underscores, such as 'heat_'")
+    prefix = options_prefix if not options_prefix or options_prefix.endswith("_") else f"{options_prefix}_"
+    if prefix.startswith(PREFIXES) or meant(prefix) is not None:
+        raise InputError(
+            f"options_prefix {options_prefix!r} could be taken for {', '.join(PREFIXES)}: give another one"
+        )
+    return prefix
+
+
+def refuse_near_misses(names: Iterable[str], options_prefix: str = "") -> None:
     """Refuse options that nothing reads as their prefix is misspelt.
 
     Parameters
     ----------
     names
         Of PETSc's database, or of a command line; without dashes in front.
+    options_prefix
+        Prefix of one functional's options, behind which names are checked as well.
 
     Raises
     ------
@@ -71,6 +97,7 @@ def refuse_near_misses(names: Iterable[str]) -> None:
         Naming the first one and what was meant.
     """
     for name in names:
-        better = meant(name)
+        before = options_prefix if name.startswith(options_prefix) else ""
+        better = meant(name.removeprefix(before))
         if better is not None:
-            raise InputError(f"unknown option '-{name}': did you mean '-{better}'?")
+            raise InputError(f"unknown option '-{name}': did you mean '-{before}{better}'?")

@@ -23,6 +23,7 @@ from pyadjoint import Block
 from pyadjoint.block_variable import BlockVariable
 from pyadjoint.tape import annotate_tape, get_working_tape, stop_annotating
 
+from pint_fem.errors import InputError
 from pint_fem.evolution.boundary import boundary_value
 from pint_fem.evolution.evolution import Evolution
 from pint_fem.evolution.private_copies import data_of
@@ -111,6 +112,11 @@ class TapePropagator(FEPropagator):
     def __init__(
         self, evolution: Evolution, *, stride=1, tableau=None, one_step: Callable[[Function], Function] | None = None
     ):
+        if one_step is not None and evolution.posed.time_constant is not None:
+            raise InputError(
+                "one_step= with a Constant as t: its value on the tape would be that of all steps; give "
+                "t=pint_fem.time_function(mesh), and read that in one_step"
+            )
         super().__init__(evolution, stride=stride, tableau=tableau)
         self._step = one_step or self._one_step
         self._record()
