@@ -280,7 +280,7 @@ class AllAtOnceSolver(ABC):
 
     def _monitor(self, result: SolveResult) -> None:
         if self.options.monitor:
-            self._print(f"  {self.name} {result}")
+            self._print(f"  {self.name} {result.monitor_line()}")
 
     def write_trace(self, path: str | None = None) -> None:
         """Write the trace of all solves so far (collective), to the option's file unless another is given.
