@@ -149,12 +149,13 @@ class SolverOptions:
     def parse(cls, strings: Mapping[str, str]) -> dict[str, Any]:
         """Values of options given as strings, as PETSc's options database has them.
 
-        ``none`` is ``None``, and a flag without a value is true.
+        ``none`` is ``None``, and a flag without a value is true. Lists, where an option is one, are separated by commas
+        (``8,4``), a level's C-points by colons (``0:5:9:16,2``).
 
         Parameters
         ----------
         strings
-            Strings by names without prefix, such as ``{"rtol": "1e-6", "monitor": ""}``.
+            Strings by names without prefix, such as ``{"coarsening": "8,4", "level_1_relax": "F", "monitor": ""}``.
 
         Returns
         -------

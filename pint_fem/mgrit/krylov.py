@@ -39,7 +39,6 @@ from pint_fem.collective import any_rank, collectively, ending_all_ranks, raise_
 from pint_fem.errors import FailureReport, InputError, SolverFailure
 from pint_fem.mgrit.options import MGRITOptions
 from pint_fem.mgrit.space_time_operator import Direction, Hierarchies, MGRITPreconditioner
-from pint_fem.mgrit.view import describe
 
 __all__ = ["KrylovMGRIT"]
 
@@ -323,8 +322,7 @@ class KrylovMGRIT:
         """Describe the hierarchy in a few lines; PETSc's ``ksp_view`` prints it as that of the preconditioner."""
         o = self.options
         tolerance = f"rtol {o.rtol:g} of the right-hand side, at most {o.max_it} iterations"
-        solver = self.hierarchies.solver
-        return describe(solver, state_nbytes, kind="Krylov-accelerated MGRIT", tolerance=tolerance)
+        return self.hierarchies.solver.view(state_nbytes, kind="Krylov-accelerated MGRIT", tolerance=tolerance)
 
     def _destroy_petsc(self) -> None:
         for handle in filter(None, (self.ksp, self._matrix)):

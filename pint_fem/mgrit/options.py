@@ -162,30 +162,6 @@ class MGRITOptions(SolverOptions):
         return made
 
     @classmethod
-    def parse(cls, strings: Mapping[str, str]) -> dict:
-        """Values of options given as strings, as PETSc's options database has them.
-
-        Lists are separated by commas (``8,4``), a level's C-points by colons (``0:5:9:16,2``); ``none`` is ``None``, a
-        flag without a value is true.
-
-        Parameters
-        ----------
-        strings
-            Strings by names without prefix, such as ``{"coarsening": "8,4", "level_1_relax": "F", "monitor": ""}``.
-
-        Returns
-        -------
-        dict
-            For :meth:`make`, which refuses unknown names.
-
-        Raises
-        ------
-        ValueError
-            On a value that cannot be read, naming the option.
-        """
-        return super().parse(strings)
-
-    @classmethod
     def _parsed(cls, name: str, text: str):
         level, rest = _level_of(name)
         if level >= 0:
