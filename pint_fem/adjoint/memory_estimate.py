@@ -98,14 +98,14 @@ def estimate_memory(problem: ReducedProblem) -> MemoryEstimate:
     observed = [m for m in problem.misfits if isinstance(m, BlockMisfit)]
     layout, evaluations = problem.layout.size * 8, len(problem.evaluations)
     kept = {name: evaluations * rows * n for name in ("state", "adjoint")}
-    kept["coarse levels"] = sum(_coarse(solver, n) for solver in (sweeps.solvers.tangent, sweeps.solvers.adjoint))
+    kept["coarse levels"] = sum(_coarse(solver, n) for solver in sweeps.solvers)
     if sweeps.solvers.has_transposed_adjoint:
         kept["model"] = sweeps.solvers.transposed_adjoint.rows * n + _coarse(
             sweeps.solvers.transposed_adjoint.solver, n
         )
     data, of_misfits = collectively(problem.spacetime.comm, "memory", _of_misfits, problem.misfits)
-    kept["data"] = data + sum(p.kept_bytes(k) for p, k, _ in sweeps.solvers.cached_steps)
-    linearised = sum(p.memory_bytes() * count for p, _, count in sweeps.solvers.cached_steps)
+    kept["data"] = data + sum(p.data_nbytes(k) for p, k, _ in sweeps.solvers.cached_steps)
+    linearised = sum(p.linearisation_nbytes() * count for p, _, count in sweeps.solvers.cached_steps)
     kept["linearisation"] = linearised + (rows * n + layout if linearised else 0)
     kept["controls"] = 3 * evaluations * layout
     kept["intervals"] = 0 if intervals is None else _recomputed(intervals, observed, n)
