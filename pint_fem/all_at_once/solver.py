@@ -102,8 +102,9 @@ class AllAtOnceSolver(ABC):
         if options.trace and trace is None:
             check_trace_file(options.trace, comm)
             trace = Trace(comm)
-        for part in (self, *self.levels):
-            part.trace = trace
+        self.trace = trace
+        for level in levels:
+            level.trace = trace
         self._failures = Failures(levels, comm, point_norms, name, everyone=self.everyone, keeps_all=keeps_all)
         self._stop = Stopping(options, exact_after)
         self._viewed, self._iterates = not options.view, iterates

@@ -69,6 +69,8 @@ class MGRIT(AllAtOnceSolver):
         On options that do not fit each other or the number of steps.
     """
 
+    options: MGRITOptions
+
     def __init__(
         self,
         propagators: Sequence[Propagator],

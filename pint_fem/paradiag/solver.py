@@ -83,6 +83,8 @@ class ParaDiag(AllAtOnceSolver):
         On bad options or bounds.
     """
 
+    options: ParaDiagOptions
+
     def __init__(
         self,
         propagator: Propagator,
