@@ -32,7 +32,7 @@ from pint_fem.scaling.network import Network
 from pint_fem.scaling.paradiag import FEW
 from pint_fem.scaling.timing import Measured, rounds
 from pint_fem.spacetime import SpaceTime
-from pint_fem.sweeps.paradiag import frequency_systems
+from pint_fem.sweeps.frequency_systems import frequency_systems
 
 __all__ = [
     "SMALL", "Action", "Case", "Stopwatch", "calibrate", "kernel_actions", "kernel_tables", "machine",
@@ -434,4 +434,6 @@ def measure_space(pose: Callable, comm, watch: Stopwatch, small: int = SMALL) ->
     seconds = watch(kernel_actions(rf), pair)
     factor = next(iter(sweeps.propagators[0].factors.values()))
     whole = factor.ksp.getPC().getType() == "redundant"
-    return kernel_tables(seconds, sweeps.solvers.adjoint.levels[0].block), 0 if whole else max(factor.ksp.getIterationNumber(), 1)
+    return kernel_tables(seconds, sweeps.solvers.adjoint.levels[0].block), 0 if whole else max(
+        factor.ksp.getIterationNumber(), 1
+    )
