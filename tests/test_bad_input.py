@@ -17,7 +17,7 @@ from mpi4py import MPI
 import pint_fem as pf
 from demos.heat_source_inversion import main
 from pint_fem.cli import run
-from pint_fem.evolution import evolution as evolution_module
+from pint_fem.evolution import arguments
 from problems.heat_readings import READINGS
 from problems.plate import MESH
 
@@ -224,7 +224,7 @@ def test_api(kind, capfd, monkeypatch):
 
 def test_complex_petsc(capfd, monkeypatch):
     pieces = Pieces()
-    monkeypatch.setattr(evolution_module, "complex_mode", True)
+    monkeypatch.setattr(arguments, "complex_mode", True)
     check(*outcome(pieces.evolution, capfd, monkeypatch), "complex", "real")
 
 

@@ -426,7 +426,7 @@ def test_spaces_without_nodal_values_are_refused():
     hierarchy = meshes(2, 1, MPI.COMM_SELF)
     spaces = lambda *element: [FunctionSpace(mesh, *element) for mesh in reversed(hierarchy.meshes)]
     for element in (("RT", 1), ("N1curl", 1)):
-        with pytest.raises(InputError, match="want nodal values"):
+        with pytest.raises(InputError, match="require nodal values"):
             mesh_transfer(*spaces(*element))
     with pytest.raises(InputError, match="same element"):
         mesh_transfer(spaces("CG", 2)[0], spaces("CG", 1)[1])

@@ -129,7 +129,7 @@ def test_a_model_is_one_operator():
         assert norm(h - exact) <= 10 * rtol * norm(exact)
         before = rf.problem.sweeps.counts["cycles"]
         model(w)
-        assert rf.problem.sweeps.counts["cycles"] - before == 2 * objective.memory()["cycles"]
+        assert rf.problem.sweeps.counts["cycles"] - before == 2 * objective.state()["cycles"]
         assert abs(rf.inner.inner(model(w), v) - rf.inner.inner(h, w)) <= 1e-12 * norm(h) * norm(w)
         assert np.array_equal(model(v), h)
 

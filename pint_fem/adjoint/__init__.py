@@ -10,11 +10,11 @@ A value goes from ``J(z)`` to a PETSc solve through these objects:
 6. ``sweeps.steps``: one step of one level as the solver requires it;
 7. ``propagators``: the stages of a step, and ``kernels.blocks.Factor``: PETSc's solve for a block of states.
 
-The misfits (``misfits``, summed over the trajectory by ``trajectories``) and the ``regularisation`` make ``J`` of it.
+The misfits (``misfits``, summed over the trajectory by ``trajectories``) and the ``regularisation`` give the value.
 
 * The residual of a state in all steps: ``sweeps.sweeps.Sweeps.state_residual``; of MGRIT's iterates: ``all_at_once``.
 * The symmetric approximation of the Hessian: ``ReducedProblem.symmetric_action``.
-The misfits (``misfits``, summed over the trajectory by ``trajectories``) and the ``regularisation`` give the value.
+* A NaN on one rank becomes ``errors.SolverFailure`` on all ranks (``collective``): optimisers take the value as infinite
   and shorten the step (``minimisation.objective``), and the next solve starts without the failed trajectory.
 """
 

@@ -24,7 +24,7 @@ from pint_fem.adjoint.composed import sum_of_problems
 from pint_fem.adjoint.interface import ControlProblem
 from pint_fem.adjoint.memory_estimate import MemoryEstimate
 from pint_fem.adjoint.minimisation.minimisable import Minimisable
-from pint_fem.adjoint.minimisation.optimiser_unit import OptimiserControl, OptimiserUnit
+from pint_fem.adjoint.minimisation.value_scaling import ScaledControl, ValueScaling
 from pint_fem.adjoint.riesz import ControlInner
 from pint_fem.adjoint.states import FinalState, StateAccess
 from pint_fem.collective import collectively
@@ -82,8 +82,8 @@ class ControlFunctional(Minimisable, StateAccess, AbstractReducedFunctional):
                     part.assign(control)
                 if isinstance(value, Function):
                     value.rename(control.name())
-        self._unit = OptimiserUnit()
-        controls = [OptimiserControl(value, self._unit) for value in values]
+        self._unit = ValueScaling()
+        controls = [ScaledControl(value, self._unit) for value in values]
         self._controls = Enlist(controls[0] if len(controls) == 1 else controls)
         self._z: np.ndarray | None = None
 
@@ -199,7 +199,7 @@ class ControlFunctional(Minimisable, StateAccess, AbstractReducedFunctional):
 
     # -- pyadjoint's interface ----------------------------------------------------------------------------------------
     @property
-    def controls(self) -> list[OptimiserControl]:
+    def controls(self) -> list[ScaledControl]:
         """The controls as pyadjoint wraps them."""
         return self._controls
 
@@ -231,14 +231,14 @@ class ControlFunctional(Minimisable, StateAccess, AbstractReducedFunctional):
         InputError
             On every rank, if values are not in the controls' spaces or differ between ranks.
         """
-        self._z, asked = self._array(values), OptimiserUnit.is_asked(Enlist(values))
+        self._z, scaled = self._array(values), ValueScaling.from_array(Enlist(values))
         with stop_annotating():
             for control, value in zip(self.controls, Enlist(values), strict=True):
                 control.update(value)
             value = self.problem.value(self._z)
             for state in self._final:
                 state.update()
-            return AdjFloat(self._unit.evaluated(asked, value, self._largest_slope))
+            return AdjFloat(self._unit.evaluated(scaled, value, self._largest_slope))
 
     def derivative(self, adj_input: float = 1.0, apply_riesz: bool = False) -> Value | list[Value]:
         """Return ``adj_input * J'`` at the last controls, cofunctions; with ``apply_riesz`` its representative in the

@@ -104,8 +104,8 @@ def estimate_memory(problem: ReducedProblem) -> MemoryEstimate:
             sweeps.solvers.transposed_adjoint.solver, n
         )
     data, of_misfits = collectively(problem.spacetime.comm, "memory", _of_misfits, problem.misfits)
-    kept["data"] = data + sum(p.kept_bytes(k) for p, k, _ in sweeps.solvers.cached_steps)
-    linearised = sum(p.memory_bytes() * count for p, _, count in sweeps.solvers.cached_steps)
+    kept["data"] = data + sum(p.data_nbytes(k) for p, k, _ in sweeps.solvers.cached_steps)
+    linearised = sum(p.linearisation_nbytes() * count for p, _, count in sweeps.solvers.cached_steps)
     kept["linearisation"] = linearised + (rows * n + layout if linearised else 0)
     kept["controls"] = 3 * evaluations * layout
     kept["intervals"] = 0 if intervals is None else _recomputed(intervals, observed, n)

@@ -30,7 +30,7 @@ from pint_fem.evolution.residual import check_time_derivatives, checked_time, fi
 from pint_fem.evolution.tableaux import DIRK
 from pint_fem.kernels.arrays import boundary_rows, get, own_size, put, split_values
 from pint_fem.kernels.nullspace import read_nullspace
-from pint_fem.petsc_options.types import require_types
+from pint_fem.petsc_options.checks import require_types
 
 __all__ = ["Evolution"]
 
@@ -145,12 +145,11 @@ class Evolution:
         V = u.function_space()
         arguments.check_residual(residual, V)
         self.given_bcs = arguments.checked_conditions(bcs, V)
-        t, self.time_constant = checked_time(t, V.mesh())
-        self.t = t
+        self.t, self.time_constant = checked_time(t, V.mesh())
         self.bcs = tuple(map(self._condition_in_time, self.given_bcs))
         residual = self.in_time(residual)
         boundary_data = [c for bc in self.bcs for c in data_of(boundary_value(bc))]
-        t = time_among([*data_of(residual), *boundary_data], t, "the residual or a boundary value")
+        t = time_among([*data_of(residual), *boundary_data], self.t, "the residual or a boundary value")
         if isinstance(initial, ufl.core.expr.Expr) and not isinstance(initial, Function):
             initial = self.in_time(initial)
             t = time_among(data_of(initial), t, "initial=")

@@ -7,7 +7,7 @@ from functools import partial
 
 import numpy as np
 
-from pint_fem.kernels.row_space import MOST, RowSpace, sample_times
+from pint_fem.kernels.compressed_vectors import MOST, CompressedVectors, sample_times
 
 __all__ = ["PointVectors"]
 
@@ -27,7 +27,7 @@ class PointVectors:
         Whether the vectors depend on time (otherwise a single one is stored); first and last time of all ranks.
     store
         Whether the vector of each active point is stored; otherwise it is represented in a basis of a few vectors
-        (:class:`~pint_fem.kernels.row_space.RowSpace`) and computed again where it is not in their span.
+        (:class:`~pint_fem.kernels.compressed_vectors.CompressedVectors`) and computed again where it is not in their span.
     comm, floor
         Ranks that share a vector; norm of what a representation may lack besides the vector's round-off.
     """
@@ -41,7 +41,7 @@ class PointVectors:
         self._place = np.cumsum(active) - 1  # of a point among the stored vectors
         self._basis = self._stored = None
         if moves and not store:
-            self._basis = RowSpace(comm, [partial(make, time) for time in sample_times(*span)], floor=floor)
+            self._basis = CompressedVectors(comm, [partial(make, time) for time in sample_times(*span)], floor=floor)
         else:
             self._stored = self._compute(times[active] if moves else times[:1])
             self._make = None

@@ -177,8 +177,8 @@ def kernel_actions(rf, sizes: Sequence[int] = SIZES) -> dict[tuple, Action]:
         Actions by kind, level and size; one level stands for all those with states of the same size.
     """
     sweeps, out, size = rf.problem.sweeps, {}, None
-    forward, backward = sweeps.solvers
-    for ahead, back, propagator in zip(forward.levels, backward.levels, sweeps.propagators, strict=True):
+    levels = zip(sweeps.solvers.tangent.levels, sweeps.solvers.adjoint.levels, sweeps.propagators, strict=True)
+    for ahead, back, propagator in levels:
         if propagator.evolution.state_size == size:
             break
         size, index = propagator.evolution.state_size, ahead.index

@@ -54,9 +54,9 @@ def count_cycles(pose: Callable, steps: int, menu: Sequence[Mapping], tolerances
             problem.derivative(rf.array([c.control for c in rf.controls]) + 1.0)
         except SolverFailure:
             continue
-        point = problem.evaluations[0]
+        evaluation = problem.evaluations[0]
         for rtol in tolerances:
             met = lambda result, rtol=rtol: next(i for i, r in enumerate(result.residuals) if r <= rtol * result.scale)
-            entry = {"state": met(point.state), "adjoint": met(point.adjoint)}
+            entry = {"state": met(evaluation.state), "adjoint": met(evaluation.adjoint)}
             out.append({"options": dict(options), "rtol": rtol, **entry})
     return out

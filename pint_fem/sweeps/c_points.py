@@ -83,7 +83,7 @@ class Intervals:
         self.groups = [
             IntervalGroup(a, a - first, b - a, m) for a, b in zip(cuts, [*cuts[1:], first + self.count], strict=True)
         ]
-        self._linearisations = propagator.memory(m)
+        self._linearisations = propagator.step_linearisations(m)
         self._buffers: dict[str, np.ndarray] = {}
         self._affine: np.ndarray | None = None
         self.bind(None, None)
@@ -119,7 +119,7 @@ class Intervals:
             return W
         self._current = None  # as long as a step may fail
         for linearisation in self._linearisations or ():
-            linearisation.restart()
+            linearisation.reset(factors=True)
         W[0] = self._U[group.starts]
         for j in range(self.m - 1):
             self.propagator.step(self.data(group, j, linearised=False), W[j], W[j + 1], group.first)

@@ -35,7 +35,7 @@ class _BoundStep:
         data = self.data.part(slice(steps.start - self.lo, steps.stop - self.lo, steps.step))
         if self.linearised is not None:
             computed = self.linearised(steps)
-            data = data._replace(u=computed.u, kept=computed.kept)
+            data = data._replace(u=computed.u, linearisations=computed.linearisations)
         return data
 
     def step(self, steps, u, out):

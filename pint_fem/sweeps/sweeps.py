@@ -131,7 +131,7 @@ class Sweeps:
         if U is None:
             return StepData(t, z)
         self.solvers.linearisations.linearise(z, U)
-        return StepData(t, z, U[:-1], kept=self.solvers.linearisations.fine)
+        return StepData(t, z, U[:-1], linearisations=self.solvers.linearisations.fine)
 
     def _or_nan(self, compute: Callable[[], np.ndarray], shape: tuple[int, int]) -> np.ndarray:
         """A right-hand side; NaN where it fails on this rank, so that the solver raises on every rank."""

@@ -26,7 +26,7 @@ from pint_fem.paradiag.transposed_iterations import TransposedParaDiag
 from pint_fem.propagators import make_propagator
 from pint_fem.propagators.base import FEPropagator, StepData
 from pint_fem.propagators.linear import LinearPropagator
-from pint_fem.propagators.linearisation import Memories
+from pint_fem.propagators.linearisation import LinearisationCache
 from pint_fem.propagators.spatial import SpatialLevels
 from pint_fem.spacetime import Slab, SpaceTime
 from pint_fem.sweeps.c_points import Intervals
@@ -166,7 +166,7 @@ class TimeSolvers:
                 step = solver.levels[-1].propagator
                 step.all_at_once = CoarsestParaDiag(systems, self._paradiag[0].alpha, transposed=step.transposed)
         own = [[level.k for level in solver.levels] for solver in (self.state, self.adjoint)]
-        self.linearisations = Memories(self.propagators, *own, spacetime.comm, finest=not self._compact)
+        self.linearisations = LinearisationCache(self.propagators, *own, spacetime.comm, finest=not self._compact)
 
     def _make_propagators(self) -> list[FEPropagator]:
         """The propagator of each level."""
@@ -221,7 +221,7 @@ class TimeSolvers:
     def _store_c_points(self, m: int) -> Intervals:
         """Set the finest level up for storage of its C-points."""
         fine = self.propagators[0]
-        fine.keeps_loads = False
+        fine.stores_loads = False
         intervals = Intervals(fine, self.slab, m, is_linear=self.is_linear)
         if not self.is_linear:
             for solver in (self.state, self.tangent, self.adjoint):
@@ -251,7 +251,7 @@ class TimeSolvers:
 
     def invalidate(self, *, factors: bool = False) -> None:
         """Invalidate linearisations and first guesses of nonlinear steps; ``factors``: and all factors."""
-        self.linearisations.forget(factors=factors)
+        self.linearisations.reset(factors=factors)
         if factors and self.averaged is not None:
             self.averaged.invalidate()
 

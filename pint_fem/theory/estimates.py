@@ -27,9 +27,7 @@ __all__ = ["mgrit_estimate", "paradiag_contraction"]
 
 
 def mgrit_estimate(
-    evolution: Evolution,
-    options: MGRITOptions | Mapping | None = None,
-    coarse_tableau: ButcherTableau | None = None,
+    evolution: Evolution, options: MGRITOptions | Mapping | None = None, coarse_tableau: ButcherTableau | None = None
 ) -> list[ConvergenceEstimate] | None:
     """Two-level convergence estimate of each pair of consecutive levels of MGRIT (collective over space).
 

@@ -38,22 +38,11 @@ from numpy.typing import ArrayLike
 
 from pint_fem.mgrit.cycle import exact_termination
 
-__all__ = [
-    "ConvergenceEstimate",
-    "expected_iterations",
-    "two_level_bound",
-    "two_level_estimate",
-    "two_level_factors",
-]
+__all__ = ["ConvergenceEstimate", "expected_iterations", "two_level_bound", "two_level_estimate", "two_level_factors"]
 
 
 def two_level_factors(
-    fine: ArrayLike,
-    coarse: ArrayLike,
-    m: int,
-    coarse_steps: float = math.inf,
-    relax: str = "F",
-    weight: float = 1.0,
+    fine: ArrayLike, coarse: ArrayLike, m: int, coarse_steps: float = math.inf, relax: str = "F", weight: float = 1.0
 ) -> np.ndarray:
     """Bound of the factor by which a two-level cycle multiplies the error of each mode.
 
@@ -101,12 +90,7 @@ def two_level_factors(
 
 
 def two_level_bound(
-    fine: ArrayLike,
-    coarse: ArrayLike,
-    m: int,
-    coarse_steps: float = math.inf,
-    relax: str = "F",
-    weight: float = 1.0,
+    fine: ArrayLike, coarse: ArrayLike, m: int, coarse_steps: float = math.inf, relax: str = "F", weight: float = 1.0
 ) -> float:
     """Largest bound of a two-level cycle's error factor over all modes; parameters as in :func:`two_level_factors`."""
     return float(np.max(two_level_factors(fine, coarse, m, coarse_steps, relax, weight)))
