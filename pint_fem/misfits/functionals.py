@@ -172,8 +172,8 @@ class RunningMisfit(_FormMisfit):
 class TerminalMisfit(_FormMisfit):
     """``j(u_N)``, for ``j`` a UFL functional such as ``0.5*inner(u - d, u - d)*dx`` of the evolution's ``u``.
 
-    An ``InputError`` is raised unless it is a functional; when a reduced functional is made of it, unless ``u`` is in it
-    and no control is.
+    An ``InputError`` is raised unless it is a functional, and by the reduced functional unless it contains ``u`` and no
+    control.
     """
 
     def weights(self):
