@@ -356,7 +356,7 @@ def _measure_alone(case: Case, rf, watch: Stopwatch, small: int, progress: Calla
     extras["adjoint sum"] = max(extras.pop("all steps") - extras["control gradient"], 0.0) / max(sweeps.slab.k - 1, 1)
     made = Calibration(
         case.name, machine(), rf.evolution.V.dim(), case.nsteps,
-        {1: kernel_tables({key: seconds[key] for key in work}, sweeps.levels[0].block)},
+        {1: kernel_tables({key: seconds[key] for key in work}, sweeps.solvers.adjoint.levels[0].block)},
         norm=extras.pop("norm"),
         extras=extras,
         control_bytes=8.0 * rf.layout.size,
@@ -434,4 +434,6 @@ def measure_space(pose: Callable, comm, watch: Stopwatch, small: int = SMALL) ->
     seconds = watch(kernel_actions(rf), pair)
     factor = next(iter(sweeps.propagators[0].factors.values()))
     whole = factor.ksp.getPC().getType() == "redundant"
-    return kernel_tables(seconds, sweeps.levels[0].block), 0 if whole else max(factor.ksp.getIterationNumber(), 1)
+    return kernel_tables(seconds, sweeps.solvers.adjoint.levels[0].block), 0 if whole else max(
+        factor.ksp.getIterationNumber(), 1
+    )

@@ -137,7 +137,7 @@ def compare(
     kernels = _kernels(model, pose)
     actions = {"state": state, "adjoint": adjoint, "gradient": gradient}
     actions |= {key: action for key, (action, _) in kernels.items()}
-    found = rounds(actions, repeats, comm=comm, before={"gradient": problem.forget})
+    found = rounds(actions, repeats, comm=comm, before={"gradient": problem.invalidate})
     cycles = count["state"], count["adjoint"]
     forward, backward = Solve("state", "nested", cycles[0]), Solve("adjoint", "nested", cycles[1])
     tasks = {
