@@ -240,7 +240,7 @@ def test_error_that_only_one_rank_meets_ends_all(capfd, monkeypatch):
             monkeypatch.setattr(step, "apply_transposed", lambda *args: 1 / 0)
         m = fd.Function(p.V).assign(1.0)
         rf(m)
-        for level in rf.problem.sweeps._adjoint.levels:
+        for level in rf.problem.sweeps.solvers.adjoint.levels:
             level.propagator._apply = rf.problem.sweeps.propagators[0].apply_transposed
         rf.derivative()
 

@@ -12,7 +12,7 @@ from firedrake.exceptions import ConvergenceError
 from firedrake.petsc import PETSc
 from mpi4py import MPI
 
-from pint_fem.collective import all_ranks, any_rank, collectively, raise_together, require_same
+from pint_fem.collective import all_ranks, any_rank, collectively, raise_collectively, require_same
 from pint_fem.errors import InputError, SolverFailure, causes, is_numerical
 from tests.limits import time_limit
 
@@ -78,9 +78,9 @@ def test_the_worst_failure_is_raised_and_nothing_waits():
     """A mistake on the last rank comes before a numerical failure on the first one."""
     failure = {0: FloatingPointError("nan"), LAST: TypeError("wrong")}.get(COMM.rank)
     with pytest.raises(TypeError if COMM.rank == LAST else RuntimeError, match="wrong"):
-        raise_together(COMM, failure, "sum")
+        raise_collectively(COMM, failure, "sum")
     assert collectively(COMM, "work", lambda: COMM.rank) == COMM.rank
-    raise_together(COMM, None)
+    raise_collectively(COMM, None)
 
 
 @pytest.mark.parallel(RANKS)
@@ -203,7 +203,7 @@ def after(kind, result):
 rf.problem.sweeps.on_sweep = after
 while True:
     rf.minimize_trust_region(checkpoint=sys.argv[1], gtol_rel=1e-9, cg_max_it=2)
-    rf.problem.forget()
+    rf.problem.invalidate()
     os.path.exists(sys.argv[1]) and comm.rank == 0 and os.unlink(sys.argv[1])
     rf(rf.function(rf.array(rf.controls[0].control) * 0))
     comm.Barrier()

@@ -223,7 +223,7 @@ def test_data_are_read_when_asked_for(kind, linear, solver):
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 assert_same(results(J, posed), old)  # from what is cached
-                J.problem.forget()
+                J.problem.invalidate()
                 assert_same(results(J, posed), old)
             label = "PointSensors" if name == "readings" else name
             assert [label in str(w.message) for w in caught] == [True] * posed.st.is_root

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from pint_fem.agreement import all_alike, digest, require_same
-from pint_fem.collective import raise_together
+from pint_fem.collective import consistent_across_ranks, raise_collectively, require_same
+from pint_fem.digests import digest
 from pint_fem.errors import InputError
 
 __all__ = ["check_arrays"]
@@ -53,9 +53,9 @@ def check_arrays(solver, U: np.ndarray, G: np.ndarray | None, coarse_rhs, **call
     key = (digest((solver.key, *call.values())) if everyone.size > 1 else 0,)
     kind = (U.dtype.num, *U.shape[1:])  # of the states that are sent
     if everyone is comm:
-        same = all_alike(comm, problem is None, key, kind, absent)
+        same = consistent_across_ranks(comm, problem is None, key, kind, absent)
     else:  # parts of states may have other shapes there
-        same = all_alike(everyone, all_alike(comm, problem is None, kind, absent), key)
+        same = consistent_across_ranks(everyone, consistent_across_ranks(comm, problem is None, kind, absent), key)
     if same:
         return
     own = {"number of steps": solver.nsteps, "bounds": tuple(solver.levels[0].bounds), **vars(solver.options), **call}
@@ -68,4 +68,4 @@ def check_arrays(solver, U: np.ndarray, G: np.ndarray | None, coarse_rhs, **call
         problems.append(f"states of different types on the ranks: {[dtype for *_, dtype, _ in reports]}")
     if len({absent for *_, absent in reports if absent}) > 1:
         problems.append("G or coarse_rhs is None on some ranks only: give zeros there")
-    raise_together(everyone, InputError(f"{solver.name}: {problems[0]}") if problems else None)
+    raise_collectively(everyone, InputError(f"{solver.name}: {problems[0]}") if problems else None)

@@ -14,16 +14,15 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pint_fem.agreement import all_alike
 from pint_fem.all_at_once.callbacks import returned_block
 from pint_fem.all_at_once.levels import Level
 from pint_fem.all_at_once.norms import PointNorms
-from pint_fem.collective import Report, raise_report, reported
-from pint_fem.errors import FAILURES, SolverFailure
+from pint_fem.collective import consistent_across_ranks, raise_report
+from pint_fem.errors import FAILURES, FailureKind, FailureReport, SolverFailure
 
 __all__ = ["EXCHANGE_AFTER", "Failures"]
 
-_TOO_LARGE = Report(reported(SolverFailure()).kind, "values too large: their norm is not finite")
+_TOO_LARGE = FailureReport(FailureKind.NUMERICAL, "values too large: their norm is not finite")
 
 EXCHANGE_AFTER = frozenset(2**i for i in range(3, 40))
 """Numbers of cycles after which ranks exchange failures where no norm does so. A failed solve then takes at most twice
@@ -99,7 +98,7 @@ class Failures:
 
         ``finite`` comes from ``point_norms``, so it is the same on all ranks that share a state in space.
         """
-        if all_alike(self.comm, finite):
+        if consistent_across_ranks(self.comm, finite):
             return
         first = self.levels[0].first_failure
         error, found = first.error, None
@@ -109,7 +108,7 @@ class Failures:
             found = self._in_array()
         mine = None
         if found is not None:
-            mine = found[0], self.comm.rank, first.call, reported(error or SolverFailure(found[1]), found[1])
+            mine = found[0], self.comm.rank, first.call, FailureReport.of(error or SolverFailure(found[1]), found[1])
         reports = [mine] if self.everyone.size == 1 else self.everyone.allgather(mine)
         # the worst kind; of those in the earliest cycle: values travel from left to right only, the first has the cause
         order = lambda found: (found[-1].kind, *found[:-1])

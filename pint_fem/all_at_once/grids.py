@@ -10,7 +10,7 @@ from functools import cached_property
 
 import numpy as np
 
-from pint_fem.agreement import digest
+from pint_fem.digests import digest
 
 __all__ = ["Bounds", "Coarsening", "check_coarsening", "coarse_points", "is_integer", "split_steps"]
 

@@ -18,7 +18,6 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from pint_fem.agreement import digest
 from pint_fem.all_at_once.arguments import check_arrays
 from pint_fem.all_at_once.failures import Failures
 from pint_fem.all_at_once.grids import Bounds
@@ -28,6 +27,7 @@ from pint_fem.all_at_once.options import STARTS, SolverOptions
 from pint_fem.all_at_once.stopping import SolveResult, SolverFailure, Stopping
 from pint_fem.all_at_once.trace import Trace, check_trace_file
 from pint_fem.collective import ending_all_ranks
+from pint_fem.digests import digest
 from pint_fem.errors import FAILURES
 
 __all__ = ["AllAtOnceSolver"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -36,16 +37,18 @@ class Trace:
     comm
         Time communicator; the ranks' clocks start at the same time. Solvers on communicators of the same ranks in
         another order (adjoint sweeps) may share the trace.
+    clock
+        Returns seconds.
     """
 
-    def __init__(self, comm):
-        self.comm, self.events = comm, []
+    def __init__(self, comm, clock: Callable[[], float] = time.perf_counter):
+        self.comm, self.events, self._clock = comm, [], clock
         comm.Barrier()
-        self._start = time.perf_counter()
+        self._start = clock()
 
     def now(self) -> float:
         """Microseconds since the start."""
-        return 1e6 * (time.perf_counter() - self._start)
+        return 1e6 * (self._clock() - self._start)
 
     def work(self, name: str, level: int, begin: float, **args) -> None:
         """Record some work that took from ``begin`` until now."""
@@ -88,6 +91,6 @@ class Trace:
             for r, level in used
         ]
         events = sorted((e for part in parts for e in part), key=lambda e: e["ts"])
-        with files.naming(f"trace {path} cannot be written"):
+        with files.as_input_error(f"trace {path} cannot be written"):
             path.parent.mkdir(parents=True, exist_ok=True)
             files.write_whole(path, json.dumps({"traceEvents": names + events, "displayTimeUnit": "ms"}).encode())

@@ -109,6 +109,8 @@ class Evolution:
         Cofunctions in the residual by their Riesz representatives, which stand there in their place.
     posed, copies : Evolution, PrivateCopies or None
         Of a private copy the evolution as the user gave it, and the copies of its functions; else itself and ``None``.
+    options_prefix : str
+        Of a private copy the prefix of its solvers' options in PETSc's database: ``-PREFIXpint_ksp_type``.
     injected : dict
         Functions of a finer mesh with those here that get their values by injection.
 
@@ -175,6 +177,7 @@ class Evolution:
         self.boundary_controls = boundary_controls(self.bcs, V, self.parameters, u, t)
         self.solver_parameters = dict(solver_parameters or {})
         require_types(self.solver_parameters, "pint_")
+        self.options_prefix = ""
         self.eliminate = arguments.checked_field(eliminate, V, self.bcs)
         self.nullspace = read_nullspace(V, nullspace, transpose_nullspace, near_nullspace)
         self.bases = dict(nullspace=nullspace, transpose_nullspace=transpose_nullspace, near_nullspace=near_nullspace)
@@ -280,13 +283,7 @@ class Evolution:
 
     @property
     def control(self) -> Function | None:
-        """The control, or ``None`` where there is none.
-
-        Raises
-        ------
-        InputError
-            If there are several.
-        """
+        """The control, or ``None`` where there is none; an ``InputError`` is raised where there are several."""
         if len(self.controls) > 1:
             raise InputError(f"the evolution has {len(self.controls)} controls: see Evolution.controls")
         return self.controls[0] if self.controls else None

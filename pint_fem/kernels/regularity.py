@@ -105,7 +105,8 @@ def regular_factor(evolution, matrix: PETSc.Mat, nullspace: Nullspace | None, **
     """
     message = lambda: singular_message(matrix, evolution.V)
     try:
-        factor = Factor(matrix, evolution.solver_parameters, nullspace=nullspace, **given)
+        prefix = f"{evolution.options_prefix}pint_"
+        factor = Factor(matrix, evolution.solver_parameters, prefix=prefix, nullspace=nullspace, **given)
     except PETSc.Error as error:
         if not is_numerical(error):
             raise

@@ -32,7 +32,7 @@ from petsc4py import PETSc
 
 from pint_fem.all_at_once.levels import Propagator
 from pint_fem.all_at_once.trace import Trace
-from pint_fem.communicators import Lease
+from pint_fem.communicators import SharedGroups
 from pint_fem.mgrit.cycle import Cycle
 from pint_fem.mgrit.options import MGRITOptions
 from pint_fem.mgrit.solver import MGRIT
@@ -225,8 +225,10 @@ class Hierarchies:
         self.solver = MGRIT(propagators, nsteps, **fit, **common)
         self.comm, self.petsc_comm, self.name = comm, comm if petsc_comm is None else petsc_comm, name
         self.solver_T: MGRIT | None = None
-        self._lease = Lease(comm, comm.size) if transposed is not None and reversed_comm is None else None
-        reverse = reversed_comm if self._lease is None else self._lease.groups.reversed_inner
+        self._shared_groups = (
+            SharedGroups(comm, comm.size) if transposed is not None and reversed_comm is None else None
+        )
+        reverse = reversed_comm if self._shared_groups is None else self._shared_groups.groups.reversed_inner
         if transposed is not None:
             levels = self.solver.levels
             swapped = [None if t is None else t.transposed for t in self.solver.transfers]
@@ -280,8 +282,8 @@ class Hierarchies:
 
     def destroy(self) -> None:
         """Release the reversed communicator if it was made here (collective)."""
-        if self._lease is not None:
-            self._lease.free()
+        if self._shared_groups is not None:
+            self._shared_groups.free()
 
 
 def _reversed_options(solver: MGRIT) -> MGRITOptions:

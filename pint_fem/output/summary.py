@@ -1,4 +1,4 @@
-"""The summary of a run for programs; needs numpy only."""
+"""The summary of a run as a JSON file; imports numpy only."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ __all__ = ["write_json"]
 
 
 def write_json(path: Path, data: dict) -> None:
-    """Write a summary whole or not at all; numbers that are not finite become ``null``.
+    """Write a summary; numbers that are not finite become ``null``, and other objects their text.
 
     Raises
     ------
     InputError
-        Where it cannot be written; the last one is left.
+        Where it cannot be written; an earlier file is then unchanged.
     """
 
     def plain(x):
@@ -32,5 +32,5 @@ def write_json(path: Path, data: dict) -> None:
             return None
         return x if x is None or isinstance(x, (str, int, float, bool)) else str(x)
 
-    with files.naming(f"{path} cannot be written"):
+    with files.as_input_error(f"{path} cannot be written"):
         files.write_whole(path, (json.dumps(plain(data), indent=2) + "\n").encode())

@@ -64,6 +64,8 @@ class ParaDiag(AllAtOnceSolver):
         Named in monitor lines and errors.
     backwards
         ``comm`` is another communicator in reverse order (adjoint sweeps): ranks keep their frequencies.
+    circulant
+        Makes the preconditioner, an :class:`~pint_fem.paradiag.circulant.AlphaCirculant` or one like it.
     **given
         ``everyone``, ``point_norms``, ``printer``, ``trace`` and ``is_root`` of
         :class:`~pint_fem.all_at_once.solver.AllAtOnceSolver`.
@@ -91,12 +93,13 @@ class ParaDiag(AllAtOnceSolver):
         bounds: Sequence[int] | None = None,
         name: str = "paradiag",
         backwards: bool = False,
+        circulant: Callable[..., AlphaCirculant] = AlphaCirculant,
         **given,
     ):
         options, bounds = ParaDiagOptions.make(options), Bounds.of_ranks(nsteps, comm.size, bounds)
         levels = build_levels([propagator], (), bounds, comm)
         super().__init__(levels, options, comm=comm, name=name, **given)
-        self._frequency_solve, self._backwards = solve, backwards
+        self._frequency_solve, self._backwards, self._make_circulant = solve, backwards, circulant
         self._circulant: AlphaCirculant | None = None
         self._size = 0
         self.before_iteration: Callable[[np.ndarray, float | None], None] | None = None
@@ -105,14 +108,11 @@ class ParaDiag(AllAtOnceSolver):
         """The preconditioner for states of ``size`` local unknowns."""
         if self._circulant is None or self._size != size:
             self._size = size
-            self._circulant = self._make_circulant(size)
+            self._circulant = self._make_circulant(
+                self.nsteps, self.options.alpha, self._guarded, size, comm=self.comm, bounds=self.levels[0].bounds,
+                backwards=self._backwards, trace=self.trace,
+            )  # fmt: skip
         return self._circulant
-
-    def _make_circulant(self, size: int) -> AlphaCirculant:
-        return AlphaCirculant(
-            self.nsteps, self.options.alpha, self._guarded, size, comm=self.comm, bounds=self.levels[0].bounds,
-            backwards=self._backwards, trace=self.trace,
-        )  # fmt: skip
 
     def _guarded(self, k: int, mu: complex, r: np.ndarray) -> np.ndarray:
         """Solve for a frequency; a failure becomes NaN, which the norm carries to every rank: none waits for another."""

@@ -7,11 +7,12 @@ a misspelt prefix, such as ``-mgri_levels`` or ``-MGRIT_levels``. All other name
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 from pint_fem.errors import InputError
 
-__all__ = ["PREFIXES", "distance", "meant", "nearest", "refuse_near_misses"]
+__all__ = ["PREFIXES", "distance", "meant", "nearest", "refuse_near_misses", "require_prefix"]
 
 PREFIXES = ("mgrit_", "paradiag_", "pint_")
 
@@ -53,13 +54,38 @@ def meant(name: str) -> str | None:
     return None
 
 
-def refuse_near_misses(names: Iterable[str]) -> None:
+def require_prefix(options_prefix: str) -> str:
+    """Require a prefix that can stand before this package's options, and complete it by an underscore.
+
+    Parameters
+    ----------
+    options_prefix
+        Prefix of one functional's options, such as ``"heat_"`` for ``-heat_mgrit_rtol``; ``""`` for none.
+
+    Raises
+    ------
+    InputError
+        If it is no name of an option, or is one of this package's prefixes or nearly one.
+    """
+    if not isinstance(options_prefix, str) or not re.fullmatch(r"([A-Za-z]\w*)?", options_prefix):
+        raise InputError(f"options_prefix {options_prefix!r}: give letters, digits and underscores, such as 'heat_'")
+    prefix = options_prefix if not options_prefix or options_prefix.endswith("_") else f"{options_prefix}_"
+    if prefix.startswith(PREFIXES) or meant(prefix) is not None:
+        raise InputError(
+            f"options_prefix {options_prefix!r} could be taken for {', '.join(PREFIXES)}: give another one"
+        )
+    return prefix
+
+
+def refuse_near_misses(names: Iterable[str], options_prefix: str = "") -> None:
     """Require that no name of an option has a misspelt prefix.
 
     Parameters
     ----------
     names
         Names in PETSc's database or on a command line, without leading dashes.
+    options_prefix
+        Prefix of one functional's options, behind which names are checked as well.
 
     Raises
     ------
@@ -67,6 +93,7 @@ def refuse_near_misses(names: Iterable[str]) -> None:
         The first such name and what was meant.
     """
     for name in names:
-        better = meant(name)
+        before = options_prefix if name.startswith(options_prefix) else ""
+        better = meant(name.removeprefix(before))
         if better is not None:
-            raise InputError(f"unknown option '-{name}': did you mean '-{better}'?")
+            raise InputError(f"unknown option '-{name}': did you mean '-{before}{better}'?")

@@ -89,8 +89,9 @@ class FormPropagator(FEPropagator):
         self.forms = StageForms(evolution, self.dirk, self.dt)
         self.bc_rows, self.counts = self.forms.bc_rows, self.forms.counts
         self.factors = StageFactors(
-            evolution.solver_parameters, evolution.V, factor_memory, self.counts, evolution.nullspace
-        )
+            evolution.solver_parameters, evolution.V, factor_memory, self.counts, evolution.nullspace,
+            f"{evolution.options_prefix}pint_form_",
+        )  # fmt: skip
         self.newton = StageNewton(self.forms, self.factors, self.factors.parameters)
         with self.forms.U.dat.vec_ro as vec:
             self._w, self._b, self._x = vec.duplicate(), vec.duplicate(), vec.duplicate()

@@ -19,7 +19,7 @@ import numpy as np
 from firedrake.petsc import PETSc
 from mpi4py import MPI
 
-from pint_fem.kernels.factors import UpdatableFactor
+from pint_fem.kernels.updatable_factor import UpdatableFactor
 from pint_fem.propagators.base import FEPropagator
 from pint_fem.propagators.stage import StageForms
 

@@ -43,7 +43,8 @@ from ufl.algorithms import expand_derivatives
 from pint_fem.errors import SolverFailure, is_numerical
 from pint_fem.kernels.arrays import get, put
 from pint_fem.kernels.direct import require_finite
-from pint_fem.kernels.factors import StageFactors, UpdatableFactor
+from pint_fem.kernels.factors import StageFactors
+from pint_fem.kernels.updatable_factor import UpdatableFactor
 from pint_fem.propagators.linearisation import FirstCorrection, StageLinearisation
 from pint_fem.propagators.stage import StageForms
 

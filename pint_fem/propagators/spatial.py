@@ -222,7 +222,7 @@ def _next_coarser(ev: Evolution) -> Evolution:
         t=mapping.get(ev.t), t0=ev.t0,
         initial=initial, bcs=bcs, solver_parameters=ev.solver_parameters, eliminate=ev.eliminate, **bases,
     )  # fmt: skip
-    made.copies = ev.copies
+    made.copies, made.options_prefix = ev.copies, ev.options_prefix
     made.injected = mapping | {ev.initial: initial}
     return made
 
@@ -281,6 +281,8 @@ class SpatialLevels:
                 raise InputError("give spatial_coarsening or coarse_evolutions, not both")
             given = _checked(evolution, coarse_evolutions, len(relax))
             self.evolutions += [ev.private(evolution.copies) for ev in given]
+            for ev in self.evolutions[1:]:
+                ev.options_prefix = evolution.options_prefix
         else:
             made = {0: evolution}
             for meshes in _meshes(evolution, coarsening, len(relax)):

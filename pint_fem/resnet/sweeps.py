@@ -23,6 +23,7 @@ import torch
 from pint_fem.all_at_once.grids import Bounds, split_steps
 from pint_fem.all_at_once.norms import euclidean
 from pint_fem.all_at_once.stopping import SolveResult
+from pint_fem.all_at_once.trace import Trace
 from pint_fem.errors import InputError
 from pint_fem.mgrit.options import MGRITOptions
 from pint_fem.mgrit.solver import MGRIT
@@ -169,6 +170,12 @@ class LayerSweeps:
         self._exchanges = [self._exchange(level) for level in range(len(self.strides))]
         self._pool: list[Trajectory] = []
         self._L: np.ndarray | None = None
+
+    def set_trace(self, trace: Trace) -> None:
+        """Let all solvers of the sweeps write to a trace."""
+        for solver in (*self.solvers.values(), *self._serial.values()):
+            for part in (solver, *solver.levels):
+                part.trace = trace
 
     # -- parameters of the levels --------------------------------------------------------------------------------------
     def _exchange(self, index: int) -> RowExchange | None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from pint_fem.collective import raise_together
+from pint_fem.collective import raise_collectively
 from pint_fem.errors import FAILURES
 
 __all__ = ["RANKS", "CheckReport", "Found", "Runner", "Space", "UserError", "patterns", "raise_first", "ratio"]
@@ -133,7 +133,7 @@ class Runner:
         except FAILURES as failure:
             error = f"{type(failure).__name__}: {failure}"
             leaves = None if isinstance(failure, Exception) else failure
-        raise_together(self.comm, leaves, name)
+        raise_collectively(self.comm, leaves, name)
         reports = self.comm.allgather((found, error))
         error = next((e for _, e in reports if e), None)
         if error:
