@@ -277,16 +277,8 @@ class StageNewton:
         return self._x.norm()
 
     def _has_converged(self, size: float, scale: float, largest: float, rate: float | None, exact: bool) -> bool:
-        """Whether the error after an increment of norm ``size`` is round-off.
-
-        Parameters
-        ----------
-        size, scale, largest
-            Norms of the increment and of the iterate; the larger one of those of the iterate and the start.
-        rate
-            The contraction of the increments, if known.
-        exact
-            Whether the increment is that of Newton's method.
+        """Whether the error is round-off after an increment of norm ``size`` to an iterate of norm ``scale``;
+        ``largest`` is the larger norm of the iterate and the start, ``exact`` whether the increment is Newton's own.
         """
         if size == 0 or (exact and (self.forms.linear or size <= QUADRATIC * scale)):
             return True
