@@ -110,7 +110,7 @@ def checked_per_step(given, controls: tuple[Function, ...], initial: Function | 
 
 
 def checked_field(given, V, bcs: tuple[DirichletBC, ...]) -> int | None:
-    """The number of the field to eliminate, or ``None``; required is a field without boundary condition (collective)."""
+    """The number of the field to eliminate, or ``None``; it must have no boundary condition (collective)."""
     if given is None:
         return None
     if isinstance(given, bool) or not hasattr(given, "__index__") or not 0 <= given < len(V) or len(V) == 1:
