@@ -98,7 +98,7 @@ def estimate_memory(problem: ReducedProblem) -> MemoryEstimate:
     observed = [m for m in problem.misfits if isinstance(m, BlockMisfit)]
     layout, evaluations = problem.layout.size * 8, len(problem.evaluations)
     kept = {name: evaluations * rows * n for name in ("state", "adjoint")}
-    kept["coarse levels"] = sum(_coarse(solver, n) for solver in (sweeps.solvers.tangent, sweeps.solvers.adjoint))
+    kept["coarse levels"] = sum(_coarse(solver, n) for solver in sweeps.solvers)
     if sweeps.solvers.has_transposed_adjoint:
         kept["model"] = sweeps.solvers.transposed_adjoint.rows * n + _coarse(
             sweeps.solvers.transposed_adjoint.solver, n

@@ -15,8 +15,8 @@ from pint_fem.errors import InputError
 from pint_fem.evolution.evolution import Evolution
 from pint_fem.mgrit.options import MGRITOptions
 from pint_fem.paradiag.options import ParaDiagOptions
-from pint_fem.petsc_options.spelling import refuse_near_misses
 from pint_fem.petsc_options.checks import require_types
+from pint_fem.petsc_options.spelling import refuse_near_misses
 from pint_fem.spacetime import SpaceTime
 from pint_fem.theory.estimates import mgrit_estimate, paradiag_contraction
 from pint_fem.theory.two_level import ConvergenceEstimate
