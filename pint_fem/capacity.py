@@ -1,4 +1,4 @@
-"""Sizes that cannot fit: what a run needs at least, beside the memory of its machines, before anything is allocated."""
+"""Comparison of the memory that a run needs at least with that of its machines, before anything is allocated."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _UNITS = ("bytes", "kB", "MB", "GB", "TB", "PB", "EB")
 
 @cache
 def machine_memory() -> int:
-    """Bytes of memory that processes on this machine have in all: what is built in, or what a control group allows."""
+    """Bytes of memory for all processes on this machine: what is built in, or what a control group allows if less."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     try:
         groups = [line.split(":", 2)[2].strip("/\n") for line in Path("/proc/self/cgroup").read_text().splitlines()]
@@ -46,23 +46,23 @@ def readable(nbytes: int) -> str:
 
 
 def require_memory(comm, nbytes: int, what: str, advice: str) -> None:
-    """Refuse what needs more memory than a machine has, on every rank (collective).
+    """Refuse a run that needs more memory than a machine has, on every rank (collective).
 
     Parameters
     ----------
     comm
-        Ranks that need it together; those on one machine share its memory.
+        Communicator of all ranks that need memory; those on one machine share its memory.
     nbytes
-        What this rank needs at least.
+        Number of bytes that this rank needs at least.
     what
-        What needs it, with the sizes that were given.
+        What needs them, with the sizes that were given.
     advice
-        What would do.
+        What the user can do.
 
     Raises
     ------
     InputError
-        On every rank, if a rank is over its own limit or the ranks of a machine are over its memory together.
+        On every rank, if a rank exceeds the limit of its process or the ranks of a machine exceed its memory.
     """
     own, _ = resource.getrlimit(resource.RLIMIT_AS)
     limit = None if own == resource.RLIM_INFINITY else own

@@ -81,18 +81,7 @@ def any_rank(comm, condition: Any) -> bool:
 
 
 def all_ranks(comm, condition: Any) -> bool:
-    """Whether a condition holds on every rank.
-
-    Parameters
-    ----------
-    comm, condition
-        As for :func:`any_rank`, with the same errors.
-
-    Returns
-    -------
-    bool
-        The same on every rank.
-    """
+    """Whether a condition holds on every rank; parameters and errors are those of :func:`any_rank`."""
     return _all_votes(comm, *_vote(condition))
 
 
@@ -101,22 +90,10 @@ def consistent_across_ranks(comm, condition: Any, *values: tuple[int, ...] | Non
 
     Parameters
     ----------
-    comm
-        Communicator of the ranks that act on the answer.
-    condition
-        Truth value on this rank.
+    comm, condition
+        As for :func:`any_rank`, with the same errors.
     *values
         As many on every rank: tuples of integers or truth values, or ``None`` where a rank has nothing to compare.
-
-    Returns
-    -------
-    bool
-        The same on every rank.
-
-    Raises
-    ------
-    InputError
-        On every rank, if the condition has no truth value on any.
     """
     return _all_votes(comm, *_vote(condition), *values)
 
@@ -280,12 +257,7 @@ def collectively(comm, where: str, work: Callable, *args) -> Any:
     where
         What is being done, for the message.
     work, *args
-        The function and its arguments.
-
-    Returns
-    -------
-    object
-        What ``work`` returns on this rank.
+        The function and its arguments; its result on this rank is returned.
 
     Raises
     ------
@@ -304,24 +276,8 @@ def collectively(comm, where: str, work: Callable, *args) -> Any:
 def on_first_rank(comm, where: str, work: Callable, *args) -> Any:
     """Call ``work(*args)`` on rank 0, which writes a file for all ranks, for instance.
 
-    Parameters
-    ----------
-    comm
-        Communicator of the ranks that wait for it.
-    where
-        What is being done, for the message.
-    work, *args
-        The function, which does not communicate, and its arguments.
-
-    Returns
-    -------
-    object
-        What ``work`` returns, on every rank.
-
-    Raises
-    ------
-    SolverFailure, InputError, BaseException
-        What ``work`` raises, on every rank, by the rules of :func:`raise_collectively`.
+    ``work`` does not communicate. All ranks of ``comm`` wait for it, return its result, and raise what it raises by the
+    rules of :func:`raise_collectively`; ``where`` is what is being done, for the message.
     """
     return comm.bcast(collectively(comm, where, work if comm.rank == 0 else (lambda *_: None), *args))
 

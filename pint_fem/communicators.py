@@ -13,7 +13,7 @@ from __future__ import annotations
 import atexit
 import re
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -92,18 +92,7 @@ _KEYVAL = MPI.Comm.Create_keyval(delete_fn=_free_all)
 
 
 class SharedGroups:
-    """A counted reference to the communicators of groups of ``n`` ranks, made at the first use on a communicator.
-
-    Parameters
-    ----------
-    comm, n, ensemble
-        As for :class:`GroupCommunicators` (collective).
-
-    Attributes
-    ----------
-    groups : GroupCommunicators or None
-        ``None`` after :meth:`free`.
-    """
+    """A counted reference ``groups`` to the :class:`GroupCommunicators` of a communicator, made at the first use."""
 
     def __init__(self, comm, n: int, ensemble: Callable | None = None):
         cache = comm.Get_attr(_KEYVAL)
@@ -112,7 +101,7 @@ class SharedGroups:
         key = n, ensemble is not None
         if key not in cache:
             cache[key] = GroupCommunicators(comm, n, ensemble)
-        self.groups: GroupCommunicators | None = cache[key]
+        self.groups: GroupCommunicators = cache[key]
         self.groups.users += 1
         self._comm, self._cache, self._key = comm, cache, key
         self._finalizer = weakref.finalize(self, self.groups.remove_user)
@@ -120,30 +109,18 @@ class SharedGroups:
 
     def free(self) -> None:
         """Give up the reference, and free the communicators if there is no other on any rank (collective)."""
-        groups, self.groups = self.groups, None
-        if groups is None:
+        if not self._finalizer.alive:  # given up before
             return
         self._finalizer()
-        if not any_rank(self._comm, groups.users > 0):
+        if not any_rank(self._comm, self.groups.users > 0):
             del self._cache[self._key]
-            groups.free()
+            self.groups.free()
 
 
 def parse_grid(text: str, size: int, axes: Sequence[str] = ("space", "time")) -> tuple[int, int]:
-    """The two numbers of a process grid such as ``"2x4"``.
+    """Numbers of ranks along the ``axes`` of a grid of ``size`` ranks, from a text such as ``"2x4"``.
 
-    Parameters
-    ----------
-    text
-        The numbers of ranks along both axes; ``"auto"`` puts all ranks along the second one.
-    size
-        Number of ranks.
-    axes
-        Names of the axes, for the message.
-
-    Returns
-    -------
-    tuple of int
+    ``"auto"`` puts all ranks along the second axis.
 
     Raises
     ------
@@ -168,7 +145,7 @@ class ProcessGrid:
     Parameters
     ----------
     comm
-        The communicator to split.
+        The communicator to split (collective).
     grid
         ``"2x4"``, ``(2, 4)``, ``"auto"`` or ``None``.
     sizes
@@ -177,12 +154,10 @@ class ProcessGrid:
         Number of the axis along which neighbouring ranks lie.
     ensemble
         As for :class:`GroupCommunicators`.
-
-    Attributes
-    ----------
-    shape : tuple of int
-        Number of ranks along both axes.
     """
+
+    _released: Mapping[str, object]
+    """Attributes that refer to communicators, with their values after :meth:`free`."""
 
     def __init__(self, comm, grid, sizes: dict[str, int | None], inner: int, ensemble: Callable | None = None):
         self.comm, self._axes = comm, tuple(sizes)
@@ -196,9 +171,10 @@ class ProcessGrid:
     def free(self) -> None:
         """Free the communicators if no other grid of this shape on ``comm`` uses them (collective over ``comm``).
 
-        To be called when nothing that was made on this grid is used any more.
+        To be called when nothing that was made on this grid is used any more: meshes, functionals, networks.
         """
         self._shared.free()
+        vars(self).update(self._released)
 
     def __enter__(self) -> Self:
         return self

@@ -81,15 +81,7 @@ their own.
 def is_numerical(error: BaseException | None) -> bool:
     """Whether an exception is a numerical failure, of Python, numpy, scipy, PETSc, Firedrake, torch or this package.
 
-    Parameters
-    ----------
-    error
-        The exception, or ``None``.
-
-    Returns
-    -------
-    bool
-        ``False`` for everything that is a mistake in a program or an input, and for ``None``.
+    ``False`` for everything that is a mistake in a program or an input, and for ``None``.
     """
     if isinstance(error, (SolverFailure, ArithmeticError, np.linalg.LinAlgError)):
         return True
@@ -111,18 +103,7 @@ def is_numerical(error: BaseException | None) -> bool:
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:
-    """An exception, its cause, the cause's cause and so on.
-
-    Parameters
-    ----------
-    error
-        The exception, or ``None``.
-
-    Yields
-    ------
-    BaseException
-        Each of them once.
-    """
+    """An exception, its cause, the cause's cause and so on, each of them once; nothing for ``None``."""
     seen = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
@@ -135,11 +116,6 @@ def release(error: BaseException) -> None:
 
     An exception that is stored while a run goes on would keep the arrays of a whole evaluation alive; its traceback
     remains.
-
-    Parameters
-    ----------
-    error
-        The exception.
     """
     for one in causes(error):
         traceback.clear_frames(one.__traceback__)
@@ -185,26 +161,14 @@ class FailureReport(NamedTuple):
 
     @classmethod
     def of(cls, error: BaseException, text: str | None = None) -> FailureReport:
-        """Report of an exception; this never fails, whatever the exception's own methods do.
-
-        Parameters
-        ----------
-        error
-            The exception.
-        text
-            What happened; default: the exception's message.
-
-        Returns
-        -------
-        FailureReport
-        """
+        """Report of an exception, with its message or ``text``; never fails, whatever the exception's methods do."""
         pickled = []
         try:
             kind, message = FailureKind.of(error), str(error)
             trace = "".join(traceback.format_exception(error)) if kind == FailureKind.MISTAKE else ""
         except FAILURES as failure:  # others would wait for the report for ever
             kind = FailureKind.MISTAKE if isinstance(error, Exception) else FailureKind.EXIT
-            message, trace = f"its message cannot be had, {type(failure).__name__}", ""
+            message, trace = f"its message cannot be computed, {type(failure).__name__}", ""
         for one in causes(error):
             try:
                 data = pickle.dumps(one)

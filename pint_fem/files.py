@@ -171,7 +171,7 @@ def checked_folder(path: Path, what: str) -> Path:
 
 # -- checksums -------------------------------------------------------------------------------------------------------
 def checksums(rows: np.ndarray) -> np.ndarray:
-    """CRC-32 of each row of a C-contiguous array, as little-endian unsigned integers of 32 bits."""
+    """CRC-32 of each row of a C-contiguous array, as little-endian unsigned 32-bit integers."""
     return np.array([zlib.crc32(row) for row in rows], "<u4")
 
 

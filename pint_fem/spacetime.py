@@ -97,6 +97,8 @@ class SpaceTime(ProcessGrid):
         On every rank, if the grid does not match the number of ranks, is given in two ways or differs between ranks.
     """
 
+    _released = dict.fromkeys(("space_comm", "time_comm", "reversed_time_comm"), MPI.COMM_NULL) | {"ensemble": None}
+
     def __init__(
         self,
         grid: tuple[int, int] | str | None = None,
@@ -111,15 +113,6 @@ class SpaceTime(ProcessGrid):
         groups = self._shared.groups
         self.space_comm, self.time_comm, self.ensemble = groups.inner, groups.outer, groups.ensemble
         self.reversed_time_comm = groups.reversed_outer
-
-    def free(self) -> None:
-        """Free the communicators if no other grid of this shape on ``comm`` uses them (collective over ``comm``).
-
-        To be called when the meshes and functionals on this grid are not used any more.
-        """
-        super().free()
-        self.space_comm = self.time_comm = self.reversed_time_comm = MPI.COMM_NULL
-        self.ensemble = None
 
     def slab(self, nsteps: int, group: int = 1) -> Slab:
         """Distribute time steps over the time ranks in contiguous, nearly equal parts.

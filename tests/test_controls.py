@@ -258,7 +258,7 @@ def test_bad_controls_are_refused():
             make(**options)
     ev = make((Dt(u) - q - w) * v * dx, control=[q, w], per_step=[w])
     misfit, options = pf.TerminalMisfit(u**2 * dx), {"spacetime": st, "solver_parameters": {"time_solver": "serial"}}
-    with pytest.raises(pf.InputError, match="some with a value a step"):
+    with pytest.raises(pf.InputError, match="some with one value per step"):
         pf.TimeParallelReducedFunctional(ev, misfit, regularisation=q * w * dx, **options)
     with pytest.raises(pf.InputError, match="2 controls"):
         pf.TimeParallelReducedFunctional(ev, misfit, riesz_map=["L2"], **options)

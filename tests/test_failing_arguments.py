@@ -8,7 +8,7 @@ import pytest
 from mpi4py import MPI
 
 from pint_fem.collective import all_ranks, any_rank, consistent_across_ranks
-from pint_fem.errors import FailureReport, InputError
+from pint_fem.errors import FailureReport, InputError, InputTypeError
 from pint_fem.optimize import (
     InexactOptions,
     minimize_bounded,
@@ -287,3 +287,20 @@ def test_functions_that_overwrite_their_arguments_spoil_nothing():
     # x_i = s with s - 1 + n s^3 = 0, n entries in all
     root = next(r.real for r in np.roots([SIZE * COMM.size, 0, 1, -1]) if abs(r.imag) < 1e-12)
     np.testing.assert_allclose(rough, root, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"max_it": "3"}, {"gtol_rel": None}, {"eta": True}, {"monitor": 1}, {"checkpoint": 1}, {"inexact": "yes"}],
+)
+def test_a_wrong_type_is_a_type_error_and_an_input_error(options):
+    for kind in (TypeError, ValueError, InputError, InputTypeError):
+        with pytest.raises(kind, match=f"{next(iter(options))} = .* is refused: give"):
+            minimize_trust_region(Bowl(), X0, **options)
+
+
+@pytest.mark.parametrize("options", [{"max_it": -1}, {"gtol_rel": 2.0}, {"eta": 0.5}, {"hessian": "exact"}])
+def test_a_wrong_value_is_no_type_error(options):
+    with pytest.raises(InputError) as caught:
+        minimize_trust_region(Bowl(), X0, **options)
+    assert not isinstance(caught.value, TypeError)

@@ -66,7 +66,8 @@ def test_a_factor_without_pivoting_gives_way(pivot):
     from firedrake.petsc import PETSc
 
     from pint_fem.kernels.direct import default_solver
-    from pint_fem.kernels.factors import QUICK, UpdatableFactor
+    from pint_fem.kernels.factors import QUICK
+    from pint_fem.kernels.updatable_factor import UpdatableFactor
 
     bad, good = np.array([[pivot, 1.0], [1.0, 1.0 if pivot else 0.0]]), np.array([[3.0, 1.0], [1.0, 2.0]])
     solver = UpdatableFactor(default_solver(MPI.COMM_SELF, 2), QUICK)

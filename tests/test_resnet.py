@@ -171,14 +171,14 @@ def test_sweeps_to_a_tolerance_take_slopes_once(kind, act, keep):
         net, x, _ = build(kind, 37, act=given, mgrit={"levels": 2, "coarsening": 4, "rtol": 1e-13})
         u0 = net.layer.pack(net.opening(x)).detach().numpy().copy() if net.grid.is_first else None
         shape = net.grid.layer_comm.bcast(None if u0 is None else u0.shape)
-        t = net.sweeps.trajectory(shape, np.float64, keep=keep)
+        t = net.sweeps.trajectory(shape, np.float64, curvatures=keep)
         assert net.sweeps.forward(net.stack, u0, t).cycles > 2
         found.append((t, sum(taken)))
     (once, few), (often, many) = found
     assert few == net.hi - net.lo < many / 2
     assert torch.equal(once.slopes, often.slopes)
     assert np.array_equal(once.U, often.U)
-    assert not keep or torch.equal(once.kept, often.kept)
+    assert not keep or torch.equal(once.records, often.records)
 
 
 @pytest.mark.parallel([1, 3])
@@ -214,7 +214,7 @@ def test_several_batches_before_one_backward():
 def test_bad_input_is_refused_on_every_rank():
     """No hang: the same error everywhere, whichever rank finds it."""
     opening, layer, closing, x, _ = parts("dense")
-    with pytest.raises(InputError, match="width 4 want"):
+    with pytest.raises(InputError, match="width 4 take"):
         LayerParallelResNet(opening, Dense(4), 9, closing, dtype=torch.float64)(x)
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):  # torch's, on all ranks
         LayerParallelResNet(opening, layer, 9, nn.Linear(3, 4), dtype=torch.float64)(x)
@@ -229,7 +229,7 @@ def test_bad_input_is_refused_on_every_rank():
     ):
         with pytest.raises(InputError, match=match):
             LayerParallelResNet(opening, layer, 9, closing, **bad)
-    with pytest.raises(InputError, match="at most one rank a layer" if COMM.size > 1 else "positive"):
+    with pytest.raises(InputError, match="at most one rank per layer" if COMM.size > 1 else "positive"):
         LayerParallelResNet(opening, layer, 1 if COMM.size > 1 else 0, closing)
     net, *_ = build("dense", 9, mgrit={"levels": 2, "coarsening": 2})
     if COMM.size > 1:

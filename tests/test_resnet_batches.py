@@ -33,8 +33,8 @@ def test_a_shorter_last_batch_and_an_evaluation():
 def test_memory_is_used_again_by_shape():
     sweeps = peaks_network(8)[0].sweeps
     ten, seven = (sweeps.trajectory((n, 4), float) for n in (10, 7))
-    sweeps.give_back(ten)
-    sweeps.give_back(seven)
+    sweeps.recycle(ten)
+    sweeps.recycle(seven)
     assert sweeps.trajectory((7, 4), float).U is seven.U
     assert sweeps.trajectory((10, 4), float).U is ten.U
 

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -27,12 +28,18 @@ from pint_fem.resnet.training.data import (
     peaks_function,
     read_idx,
     shared_loader,
-    write_idx,
 )
 from tests.limits import time_limit
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
+
+
+def write_idx(path, values):
+    """Unsigned bytes as an IDX file, compressed if the name ends with ``.gz``."""
+    values = np.ascontiguousarray(values, dtype="u1")
+    raw = struct.pack(f">HBB{values.ndim}I", 0, 8, values.ndim, *values.shape) + values.tobytes()
+    path.write_bytes(gzip.compress(raw) if path.name.endswith(".gz") else raw)
 
 
 def small_mnist(folder, *, end="", size=12):
@@ -119,10 +126,10 @@ def test_groups_share_the_samples():
     comm = MPI.COMM_WORLD
     grid = Grid((2, 2) if comm.size == 4 else (1, 1))
     data = torch.utils.data.TensorDataset(torch.arange(24))
-    loader = shared_loader(data, 5, grid, seed=2, numbered=True)
+    loader = shared_loader(data, 5, grid, seed=2)
     for epoch in range(2):
         loader.sampler.set_epoch(epoch)
-        seen = [n for x, i in loader for n in x.tolist()]
+        seen = [n for (x,) in loader for n in x.tolist()]
         assert len(set(map(tuple, grid.layer_comm.allgather(seen)))) == 1
         assert sorted(n for part in grid.data_comm.allgather(seen) for n in part) == list(range(24))
 

@@ -212,7 +212,7 @@ def test_warm_starts_remember():
     assert cold[0] == cold[1] == warm[0]
     assert cold[0] > 1e-3
     assert warm[-1] < 1e-13
-    net.forget()
+    net.invalidate()
     assert error(step(net, x, y, batch="a")[2]) == cold[0]
 
 

@@ -53,7 +53,7 @@ def test_training_step_is_that_of_a_real_network(options, iterations):
     net(torch.rand(BATCH, 2, generator=generator, dtype=torch.float64)).square().sum().backward()
     said = predict_training(calibration(), options, comm.size, iterations=iterations, trace=True)
     assert events(said.traces[comm.rank]) == events(trace.events)
-    rows = comm.allreduce(sum(len(e.send) for e in net.sweeps._exchanges if e is not None))
+    rows = comm.allreduce(sum(len(e.send) for e in net.sweeps.exchanges if e is not None))
     assert said.counts["messages", 31] == rows
     assert said.counts["step", 0] > 0
 
@@ -84,7 +84,7 @@ def test_step_by_hand():
     work = sum(n * {"step": 1.0, "adjoint": 2.0}[kind] for (kind, _), n in said.counts.items() if kind != "messages"
                and kind in ("step", "adjoint"))  # fmt: skip
     assert sum(said.work) == pytest.approx(work + 0.5 * m * ranks)
-    with pytest.raises(InputError, match="at most one rank a layer"):
+    with pytest.raises(InputError, match="at most one rank per layer"):
         predict_training(calibration(), {"levels": 1}, LAYERS + 1)
 
 

@@ -14,7 +14,7 @@ own; all are on one process grid and are solved one after another.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import ufl
@@ -34,19 +34,9 @@ __all__ = ["ComposedProblem", "problem_with_initial_expression", "sum_of_problem
 
 
 class Selection:
-    """The map :math:`S` that selects the controls of one problem among those of another one.
+    """The map :math:`S` that selects the controls of one problem, with layout ``inner``, among those of ``outer``."""
 
-    Parameters
-    ----------
-    outer, inner
-        Layouts of all controls and of the selected ones.
-
-    Attributes
-    ----------
-    is_affine : bool
-        Whether the second derivative vanishes.
-    """
-
+    #: Whether the second derivative vanishes.
     is_affine = True
 
     def __init__(self, outer: ControlLayout, inner: ControlLayout):
@@ -73,14 +63,8 @@ class Selection:
 
 
 class InitialConditionMap(Selection):
-    """The map :math:`z \\mapsto (z, E(z))` that adds the initial condition to the controls that determine it.
-
-    Parameters
-    ----------
-    outer
-        Layout of the controls that the user gave.
-    problem
-        That of the evolution, with the initial condition as a control.
+    """The map :math:`z \\mapsto (z, E(z))` from the controls that the user gave to those of the evolution's problem, in
+    which the initial condition is a control.
     """
 
     def __init__(self, outer: ControlLayout, problem: ReducedProblem):
@@ -128,7 +112,7 @@ class InitialConditionMap(Selection):
 
     def update_data(self):
         """Discard the cached derivative of the expression."""
-        self._expression.forget()
+        self._expression.invalidate()
 
 
 class ComposedProblem(ControlProblem):
@@ -140,13 +124,13 @@ class ComposedProblem(ControlProblem):
         Weights, problems and maps to their controls.
     layout
         All controls.
-    make_regularisation
-        Returns the regularisation besides those of the terms, with the current values of its data.
+    regularisation
+        That besides those of the terms.
     """
 
-    def __init__(self, terms: Sequence[Term], layout: ControlLayout, make_regularisation: Callable = lambda: None):
+    def __init__(self, terms: Sequence[Term], layout: ControlLayout, regularisation: Regularisation | None = None):
         self.terms, self.layout, self.evolution, self.spacetime = terms, layout, layout.evolution, layout.spacetime
-        self._make_regularisation, self.regularisation = make_regularisation, make_regularisation()
+        self.regularisation = regularisation
         self._own_part = 0.0  # the regularisation's last value
 
     @property
@@ -233,22 +217,16 @@ class ComposedProblem(ControlProblem):
     def update_data(self) -> list[str]:
         """Read the user's data again, and return the names of those that have other values than before."""
         changed = super().update_data()
-        self.regularisation = self._make_regularisation()
+        if self.regularisation is not None:
+            self.regularisation.update_data()
         return changed
 
 
 def sum_of_problems(terms: Sequence[tuple[float, ControlProblem]]) -> ComposedProblem:
     """Return the weighted sum of problems, in which equal controls are shared.
 
-    Parameters
-    ----------
-    terms
-        Finite weights and problems (sums among them), all on one process grid.
-
-    Raises
-    ------
-    InputError
-        On every rank, if the terms cannot be added.
+    ``InputError`` is raised on every rank if a weight is not finite, or the problems are on different process grids or
+    have controls that cannot be shared.
     """
     weights, problems = [float(weight) for weight, _ in terms], [problem for _, problem in terms]
     spacetime = problems[0].spacetime
@@ -291,17 +269,13 @@ def problem_with_initial_expression(problem: ReducedProblem, forms: Sequence[ufl
     problem
         That of the evolution, with the initial condition as a control.
     forms
-        Functionals of the regularisation that contain controls which are in the expression only.
-
-    Raises
-    ------
-    InputError
-        On every rank, if the functionals do not fit, or data differ between ranks.
+        Functionals of the regularisation that contain controls which are in the expression only. Where they or their
+        data differ between ranks, all ranks raise ``InputError``.
     """
     own, spacetime = problem.sweeps.evolution, problem.spacetime
     layout = ControlLayout(ControlSet([problem.evolution]), spacetime, problem.layout.slab)
     term = Term(1.0, problem, InitialConditionMap(layout, problem))
     require_same_forms(spacetime, **{"the regularisation of the initial condition's controls": forms})
-    composed = ComposedProblem([term], layout, lambda: Regularisation(forms, layout, own) if forms else None)
+    regularisation = Regularisation(forms, layout, own) if forms else None
     require_same_values(spacetime, own.copies)
-    return composed
+    return ComposedProblem([term], layout, regularisation)

@@ -21,10 +21,8 @@ __all__ = ["ControlLayout", "ControlSet"]
 
 
 class ControlSet:
-    """The controls of one or several evolutions, each once, as the user gave them.
-
-    It stands for an evolution in the layout of a problem that is composed of others. There, initial conditions are
-    static controls.
+    """The controls of one or several evolutions, each once, in the attributes that an evolution has for its own; of one
+    evolution it has all others, too.
 
     Parameters
     ----------
@@ -38,10 +36,6 @@ class ControlSet:
         All, in the order in which they come; those with one value per step; all, the static ones first.
     dt, nsteps : float, int
         Of the controls with one value per step.
-    per_step : bool
-        Whether there are controls with one value per step.
-    initial_control : None
-        No initial condition has a place of its own.
 
     Raises
     ------
@@ -50,7 +44,7 @@ class ControlSet:
         such controls differ.
     """
 
-    initial_control = None
+    initial_control = None  # initial conditions are static controls here
 
     def __init__(self, evolutions: Sequence[Evolution | ControlSet]):
         own = {ev: ev.sought if isinstance(ev, Evolution) else ev.controls for ev in evolutions}
@@ -71,7 +65,14 @@ class ControlSet:
                 "controls with a value in each step in evolutions with different steps (dt, nsteps), "
                 f"{sorted(steps)}: give these evolutions the same ones"
             )
-        self.dt, self.nsteps = ((moving or list(own))[0].dt, (moving or list(own))[0].nsteps)
+        first = (moving or list(own))[0]
+        self.dt, self.nsteps = first.dt, first.nsteps
+        self._only = first if len(own) == 1 and isinstance(first, Evolution) else None
+
+    def __getattr__(self, name: str):
+        if vars(self).get("_only") is None:
+            raise AttributeError(f"several evolutions have no common {name!r}: use the one that is meant")
+        return getattr(self._only, name)
 
 
 class ControlLayout:
@@ -173,7 +174,7 @@ class ControlLayout:
         if self._static:
             g[: self._nstatic] = self.spacetime.sum_over_time(steps)
         if ev.initial_control is not None:
-            row = np.ascontiguousarray(first_adjoint)
+            row = np.array(first_adjoint)  # a copy: on other ranks in time it is a row of a stored adjoint
             self.spacetime.time_comm.Bcast(row, root=0)
             self.part(g, ev.initial_control)[...] = row
         return g

@@ -123,19 +123,8 @@ class EvaluationCache:
     def find(self, z: np.ndarray, directions: Mapping[str, np.ndarray] | None = None, **accuracy) -> Evaluation | None:
         """Return the evaluation of a control, or ``None``, on all ranks the same (one reduction over all ranks).
 
-        Parameters
-        ----------
-        z
-            The control.
-        directions
-            Other vectors of the call by name, compared between ranks as the control is.
-        **accuracy
-            Other arguments of the call, which have to be the same on all ranks.
-
-        Raises
-        ------
-        InputError
-            On every rank, if ranks have other arguments than each other, or the mesh has moved.
+        The control, the ``directions`` (other vectors of the call by name) and the ``accuracy`` are compared between
+        ranks; where they differ, or the mesh has moved, all ranks raise ``InputError``.
         """
         z = np.asarray(z, dtype=float)
         same = [e.z is not None and np.array_equal(e.z, z.ravel()) for e in self.evaluations]
@@ -147,13 +136,8 @@ class EvaluationCache:
         return self.evaluations[int(np.argmax(found))] if found.any() else None
 
     def at(self, z: np.ndarray, **accuracy) -> Evaluation:
-        """Return the evaluation of a control and make it the latest (collective). Where the control is a new one, it
-        replaces the oldest evaluation and starts from the trajectories of the latest.
-
-        Raises
-        ------
-        InputError
-            As :meth:`find` does.
+        """Return the evaluation of a control and make it the latest (collective, as :meth:`find`). Where the control is
+        a new one, it replaces the oldest evaluation and starts from the trajectories of the latest.
         """
         z = np.array(z, dtype=float).ravel()
         evaluation = self.find(z, **accuracy)

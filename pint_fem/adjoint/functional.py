@@ -82,8 +82,8 @@ class ControlFunctional(Minimisable, StateAccess, AbstractReducedFunctional):
                     part.assign(control)
                 if isinstance(value, Function):
                     value.rename(control.name())
-        self._unit = ValueScaling()
-        controls = [ScaledControl(value, self._unit) for value in values]
+        self._scaling = ValueScaling()
+        controls = [ScaledControl(value, self._scaling) for value in values]
         self._controls = Enlist(controls[0] if len(controls) == 1 else controls)
         self._z: np.ndarray | None = None
 
@@ -210,11 +210,11 @@ class ControlFunctional(Minimisable, StateAccess, AbstractReducedFunctional):
     @property
     def scale(self) -> float:
         """The factor of ``J`` in pyadjoint's ``minimize`` and ``maximize``; a user's own ``J(z)`` is never scaled."""
-        return self._unit.scale
+        return self._scaling.scale
 
     @scale.setter
     def scale(self, scale: float) -> None:
-        self._unit.scale = scale
+        self._scaling.scale = scale
 
     def _largest_slope(self) -> float:
         """Largest entry of the gradient's representative, which pyadjoint passes to scipy."""
@@ -238,14 +238,14 @@ class ControlFunctional(Minimisable, StateAccess, AbstractReducedFunctional):
             value = self.problem.value(self._z)
             for state in self._final:
                 state.update()
-            return AdjFloat(self._unit.evaluated(scaled, value, self._largest_slope))
+            return AdjFloat(self._scaling.evaluated(scaled, value, self._largest_slope))
 
     def derivative(self, adj_input: float = 1.0, apply_riesz: bool = False) -> Value | list[Value]:
         """Return ``adj_input * J'`` at the last controls, cofunctions; with ``apply_riesz`` its representative in the
         controls' inner product (collective).
         """
         with stop_annotating():
-            g = float(adj_input) * self._unit.factor * self.problem.derivative(self._current())
+            g = float(adj_input) * self._scaling.factor * self.problem.derivative(self._current())
             return self.function(self.inner.primal(g)) if apply_riesz else self.function(g, dual=True)
 
     def hessian(
@@ -261,13 +261,13 @@ class ControlFunctional(Minimisable, StateAccess, AbstractReducedFunctional):
         if hessian_input not in (None, 0, 0.0):
             raise InputError("hessian_input is not supported: the functional is the end of the computation")
         with stop_annotating():
-            h = self._unit.factor * self.problem.hessian_action(self._current(), self._array(m_dot))
+            h = self._scaling.factor * self.problem.hessian_action(self._current(), self._array(m_dot))
             return self.function(self.inner.primal(h)) if apply_riesz else self.function(h, dual=True)
 
     def tlm(self, m_dot: Value | Sequence[Value]) -> AdjFloat:
         """Return ``J' m_dot`` at the last controls, computed by a tangent sweep (collective)."""
         with stop_annotating():
-            return AdjFloat(self._unit.factor * self.problem.tangent_value(self._current(), self._array(m_dot)))
+            return AdjFloat(self._scaling.factor * self.problem.tangent_value(self._current(), self._array(m_dot)))
 
     def update_data(self) -> list[str]:
         """Read the user's data again: coefficients, boundary values and the initial condition of the evolution, data of

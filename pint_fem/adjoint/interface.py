@@ -50,27 +50,16 @@ class Term(NamedTuple):
 
 
 class ControlProblem(ABC):
-    """A functional of controls with its derivatives.
-
-    Attributes
-    ----------
-    evolution : Evolution or ControlSet
-        The controls: ``controls``, ``stepwise``, ``dt``, ``nsteps``.
-    spacetime : SpaceTime
-        The process grid.
-    layout : ControlLayout
-        Position of the controls in vectors.
-    regularisation : Regularisation or None
-        The part that depends on the controls alone, without that of the terms.
-    terms : sequence of Term
-        The terms of a composed problem; empty for that of one evolution.
-    """
+    """A functional of controls with its derivatives."""
 
     evolution: Evolution | ControlSet
+    """The controls: ``controls``, ``stepwise``, ``dt``, ``nsteps``."""
     spacetime: SpaceTime
     layout: ControlLayout
     regularisation: Regularisation | None
+    """The part that depends on the controls alone, without those of the terms."""
     terms: Sequence[Term] = ()
+    """Empty for the problem of one evolution."""
 
     def __str__(self):
         """One line: evolutions and misfits, controls, process grid."""
@@ -125,12 +114,8 @@ class ControlProblem(ABC):
     @abstractmethod
     def observations(self, z: np.ndarray, misfit: BlockMisfit) -> np.ndarray:
         """Return what a misfit observes of the state at the local points, ``(k + 1, width)``, for either storage:
-        ``sensors.readings(problem.observations(z, sensors))``.
-
-        Raises
-        ------
-        InputError
-            If the misfit is not one of the problem's, or is defined on whole slabs only.
+        ``sensors.readings(problem.observations(z, sensors))``. A misfit that is not one of the problem's, or is defined
+        on whole slabs only, is an ``InputError``.
         """
 
     # -- what concerns each evolution by itself ------------------------------------------------------------------------
@@ -165,12 +150,8 @@ class ControlProblem(ABC):
         return sum(forms[1:], start=forms[0]) if forms else None
 
     def update_data(self) -> list[str]:
-        """Read the user's data again, and return the names of those that have other values than before.
-
-        Raises
-        ------
-        InputError
-            On every rank, if new values do not fit or differ between ranks.
+        """Read the user's data again, and return the names of those that have other values than before. Values that do
+        not fit or differ between ranks are an ``InputError`` on every rank.
         """
         changed = [name for term in self.terms for name in term.problem.update_data()]
         for term in self.terms:

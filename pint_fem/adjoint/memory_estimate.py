@@ -92,20 +92,19 @@ def estimate_memory(problem: ReducedProblem) -> MemoryEstimate:
         That of one evolution.
     """
     sweeps, ev, slab = problem.sweeps, problem.sweeps.evolution, problem.sweeps.slab
+    solvers, levels = sweeps.solvers, sweeps.solvers.adjoint.levels
     n, intervals = 8 * ev.state_size, sweeps.intervals
     own, _ = sweeps.stored
     rows, second = own.stop - own.start, not sweeps.is_linear
     observed = [m for m in problem.misfits if isinstance(m, BlockMisfit)]
     layout, evaluations = problem.layout.size * 8, len(problem.evaluations)
     kept = {name: evaluations * rows * n for name in ("state", "adjoint")}
-    kept["coarse levels"] = sum(_coarse(solver, n) for solver in sweeps.solvers)
-    if sweeps.solvers.has_transposed_adjoint:
-        kept["model"] = sweeps.solvers.transposed_adjoint.rows * n + _coarse(
-            sweeps.solvers.transposed_adjoint.solver, n
-        )
+    kept["coarse levels"] = sum(_coarse(solver, n) for solver in solvers)
+    if solvers.has_transposed_adjoint:
+        kept["model"] = solvers.transposed_adjoint.rows * n + _coarse(solvers.transposed_adjoint.solver, n)
     data, of_misfits = collectively(problem.spacetime.comm, "memory", _of_misfits, problem.misfits)
-    kept["data"] = data + sum(p.data_nbytes(k) for p, k, _ in sweeps.solvers.cached_steps)
-    linearised = sum(p.linearisation_nbytes() * count for p, _, count in sweeps.solvers.cached_steps)
+    kept["data"] = data + sum(p.data_nbytes(k) for p, k, _ in solvers.cached_steps)
+    linearised = sum(p.linearisation_nbytes() * count for p, _, count in solvers.cached_steps)
     kept["linearisation"] = linearised + (rows * n + layout if linearised else 0)
     kept["controls"] = 3 * evaluations * layout
     kept["intervals"] = 0 if intervals is None else _recomputed(intervals, observed, n)
@@ -114,12 +113,8 @@ def estimate_memory(problem: ReducedProblem) -> MemoryEstimate:
     sources = rows * n
     forcing = (rows if intervals is not None else slab.k) * n if moves and sweeps.is_linear else n
     if sweeps.is_linear and moves:
-        forcing += sum(level.k for level in sweeps.solvers.adjoint.levels[1:]) * n
-    guess = (
-        0
-        if intervals is not None or len(sweeps.solvers.adjoint.levels) == 1
-        else 2 * (sweeps.solvers.adjoint.levels[1].k + 1) * n
-    )
+        forcing += sum(level.k for level in levels[1:]) * n
+    guess = 0 if intervals is not None or len(levels) == 1 else 2 * (levels[1].k + 1) * n
     stepwise = slab.k * ev.control_size * 8 if ev.per_step else 0
     direct = 0 if intervals is None else stepwise  # the controls' part of a condensed right-hand side
     kept["controls"] += evaluations * direct
@@ -138,7 +133,7 @@ def estimate_memory(problem: ReducedProblem) -> MemoryEstimate:
         "blocks": blocks,
         "controls": (3 if second else 2) * stepwise + 2 * (direct + layout),
     }
-    petsc = _added([p.petsc_bytes(count) for p, _, count in sweeps.solvers.cached_steps] + of_misfits)
+    petsc = _added([p.petsc_bytes(count) for p, _, count in solvers.cached_steps] + of_misfits)
     return MemoryEstimate(kept, passing, {part: petsc.get(part, 0) for part in ("blocks", "matrices", "factors")})
 
 

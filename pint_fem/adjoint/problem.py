@@ -192,14 +192,7 @@ class ReducedProblem(ControlProblem):
         return next((i for i, pair in pairs if any(misfit is m for m in pair)), None)
 
     def observations(self, z: np.ndarray, misfit: BlockMisfit) -> np.ndarray:
-        """Return what a misfit observes of the state at the local points, ``(k + 1, width)``, for either storage
-        (collective): ``sensors.readings(problem.observations(z, sensors))``.
-
-        Raises
-        ------
-        InputError
-            If the misfit is not one of the problem's, or is defined on whole slabs only.
-        """
+        """Return what a misfit of the problem observes at the local points, ``(k + 1, width)`` (collective)."""
         index = self.index_of(misfit)
         if index is None or not isinstance(misfit, BlockMisfit):
             raise InputError(f"observations of {misfit!r}: give a misfit of this problem that is a BlockMisfit")
@@ -207,15 +200,9 @@ class ReducedProblem(ControlProblem):
         return self._trajectories.observations(evaluation, self.layout.steps(evaluation.z), index)
 
     def states(self, z: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield the state at all local points from left to right, for either storage.
-
-        The first block is computed collectively. A block is valid until the next one; no other control may be evaluated
-        before the last.
-
-        Yields
-        ------
-        int, ndarray of shape (b, n)
-            Number of the first point of a block, and its states.
+        """Yield the state at all local points from left to right, for either storage: the number of the first point of
+        a block, and its states ``(b, n)``. The first block is computed collectively. A block is valid until the next
+        one; no other control may be evaluated before the last.
         """
         evaluation = self._cache.state(z)
         yield from self._trajectories.states(evaluation, self.layout.steps(evaluation.z))
@@ -283,9 +270,7 @@ class ReducedProblem(ControlProblem):
         return self.layout.gradient(rows, L[0])
 
     def advance(self, z: np.ndarray) -> tuple[float, np.ndarray, float]:
-        """Return ``J`` and ``J'`` after one MGRIT cycle for the state and one for the adjoint, which start from the
-        current trajectories, and the larger of their relative residuals after them.
-        """
+        """Return ``J`` and ``J'`` after one MGRIT cycle for state and adjoint, and the larger relative residual."""
         evaluation = self._cache.state(z, cycles=1)
         value = self._value(evaluation)
         self._cache.adjoint_of(evaluation, cycles=1)

@@ -112,7 +112,8 @@ class TimeParallelReducedFunctional(ControlFunctional):
         if spacetime is None:
             space_comm = evolutions[0].V.mesh().comm
             spacetime = SpaceTime((space_comm.size, 1), comm=space_comm)
-        options = spacetime, solver_parameters, coarse_tableau, propagator, coarse_evolutions, printer, options_prefix
+        steps = dict(coarse_tableau=coarse_tableau, propagator=propagator, coarse_evolutions=coarse_evolutions)
+        options = spacetime, solver_parameters, printer, options_prefix, steps
         problems = [_problem(*own, *options) for own in zip(evolutions, own_misfits, own_forms, strict=True)]
         problem = sum_of_problems([(1.0, p) for p in problems]) if several else problems[0]
         final = [] if final_state is None else list(final_state) if several else [final_state]
@@ -151,13 +152,13 @@ def _problem(
     forms: list,
     spacetime: SpaceTime,
     solver_parameters: Mapping | None,
-    coarse_tableau,
-    propagator: Callable,
-    coarse_evolutions,
     printer: Callable[[str], None],
     options_prefix: str,
+    steps: dict,
 ) -> ControlProblem:
-    """The problem of one evolution, with arguments as for :class:`TimeParallelReducedFunctional`."""
+    """The problem of one evolution, with arguments as for :class:`TimeParallelReducedFunctional`; ``steps``: those that
+    are passed on to the sweeps.
+    """
     space_comm = evolution.V.mesh().comm
     if MPI.Comm.Compare(spacetime.space_comm, space_comm) not in (MPI.IDENT, MPI.CONGRUENT):
         raise InputError(
@@ -166,7 +167,7 @@ def _problem(
         )
     parameters, own = dict(solver_parameters or {}), evolution.private()
     own.options_prefix = require_prefix(options_prefix)
-    solver = read_time_solver(parameters, own, spacetime, coarse_tableau, options_prefix=own.options_prefix)
+    solver = read_time_solver(parameters, own, spacetime, steps["coarse_tableau"], options_prefix=own.options_prefix)
     if solver.why and spacetime.is_root:
         printer(solver.why)
     spatial_coarsening = parameters.pop("spatial_coarsening", None)
@@ -175,24 +176,14 @@ def _problem(
         raise InputError("krylov accelerates MGRIT's sweeps, not time_solver 'paradiag': leave one of them out")
     if parameters:
         raise InputError(
-            f"unknown solver parameters {sorted(parameters)}: known are 'mgrit', 'paradiag', "
+            f"unknown solver parameters {sorted(parameters)}: there are 'mgrit', 'paradiag', "
             "'time_solver', 'spatial_coarsening', 'krylov' and 'norm'"
         )
     try:
         sweeps = Sweeps(
-            own,
-            spacetime,
-            options=solver.mgrit,
-            paradiag=(solver.paradiag, solver.systems),
-            time_solver=solver.kind,
-            coarse_tableau=coarse_tableau,
-            propagator=propagator,
-            spatial_coarsening=spatial_coarsening,
-            coarse_evolutions=coarse_evolutions,
-            krylov=krylov,
-            norm=norm,
-            printer=printer,
-        )
+            own, spacetime, options=solver.mgrit, paradiag=(solver.paradiag, solver.systems), time_solver=solver.kind,
+            spatial_coarsening=spatial_coarsening, krylov=krylov, norm=norm, printer=printer, **steps,
+        )  # fmt: skip
     except ValueError as error:
         raise InputError(str(error)) from error
     if evolution.initial_expression is None:

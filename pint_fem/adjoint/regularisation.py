@@ -143,7 +143,7 @@ class Regularisation:
     Raises
     ------
     InputError
-        On every rank, if a form is no such functional.
+        If a form is no such functional.
     """
 
     def __init__(self, forms: Sequence[ufl.Form], layout: ControlLayout, own: Evolution):
@@ -160,8 +160,8 @@ class Regularisation:
                 raise InputError("regularisation: the functional contains the state u; use a misfit for it")
             if len({c in ev.stepwise for c in controls}) > 1:
                 raise InputError(
-                    "regularisation: a functional contains static controls and some with a value a step: give a list "
-                    "with a functional of each kind"
+                    "regularisation: a functional contains static controls and some with one value per step: give a "
+                    "list with a functional of each kind"
                 )
             form, t = own.functional(form, "regularisation")
             if t is not None:
@@ -169,10 +169,12 @@ class Regularisation:
             functions = [own.copies.variable(c) for c in controls]
             self._terms.append((_Functional(with_fixed_degrees(form), functions, spacetime.sum_over_space), controls))
 
-    def update_data(self, changed: set) -> None:
-        """Assemble again what contains data with new values, given as the private copies of functions and constants."""
+    def update_data(self, changed: set | None = None) -> None:
+        """Assemble again what contains data with new values, given as the private copies of functions and constants;
+        by default everything.
+        """
         for i, (functional, controls) in enumerate(self._terms):
-            if changed & set(data_of(functional.form)):
+            if changed is None or changed & set(data_of(functional.form)):
                 made = _Functional(functional.form, functional.functions, self.layout.spacetime.sum_over_space)
                 self._terms[i] = made, controls
 

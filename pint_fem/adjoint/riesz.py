@@ -128,17 +128,8 @@ class ControlInner:
     layout
         The controls.
     kinds
-        A kind of :class:`RieszMap` for all of them, or a list with a kind or a map for each.
-
-    Attributes
-    ----------
-    maps : dict
-        The map of each control.
-
-    Raises
-    ------
-    InputError
-        On every rank, if a kind does not fit.
+        A kind of :class:`RieszMap` for all of them, or a list with a kind or a map for each; ``InputError`` is raised
+        if one does not fit.
     """
 
     def __init__(self, layout: ControlLayout, kinds):

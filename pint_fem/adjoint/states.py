@@ -46,13 +46,7 @@ def _own_points(problem: ReducedProblem) -> range:
 
 
 def point_numbers(evolution: Evolution, times: Sequence[float]) -> list[int]:
-    """Return the numbers of the points at given times.
-
-    Raises
-    ------
-    InputError
-        If a time is not one of the evolution's.
-    """
+    """Return the numbers of the points at given times; ``InputError`` for a time that is not one of the evolution's."""
     numbers = []
     try:
         times = [float(time) for time in times]
@@ -91,7 +85,8 @@ def _terms(
     comm = problem.spacetime.comm
     chosen = collectively(comm, "", _chosen, problem, evolution)
     require_same(comm, evolution=[leaf.evolution for leaf in problem.leaves].index(chosen))
-    return [term for term in problem.leaf_terms(np.ravel(z)) if term[1].evolution is chosen]
+    terms = collectively(comm, "", problem.leaf_terms, np.ravel(z))
+    return [term for term in terms if term[1].evolution is chosen]
 
 
 def _checked_numbers(problem: ReducedProblem, times: Times) -> list[int] | None:
@@ -155,10 +150,6 @@ class StateAccess:
         evolution
             Which one, where there are several.
 
-        Raises
-        ------
-        InputError
-            If it is not one of the functional's, or has to be given.
         """
         chosen = _chosen(self.problem, evolution)
         leaf = next(leaf for leaf in self.problem.leaves if leaf.evolution is chosen)
@@ -220,7 +211,7 @@ class StateAccess:
         weight, leaf, own = sum(w for w, _, _ in terms), terms[0][1], terms[0][2]
         if any(other is not leaf for _, other, _ in terms):
             raise InputError(
-                "adjoint: the evolution is in several terms of the sum, each with an adjoint of its own: ask the terms"
+                "adjoint: the evolution is in several terms of the sum, each with an adjoint of its own: use the terms"
             )
         V = leaf.evolution.V
         if riesz_map is None:
@@ -268,19 +259,9 @@ class StateAccess:
 
 
 class FinalState:
-    """A user's function that is set to the final state of an evolution after each evaluation.
+    """A user's function in the state's space that is set to the final state after each evaluation.
 
-    Parameters
-    ----------
-    problem
-        That of the evolution.
-    function
-        In the state's space.
-
-    Raises
-    ------
-    InputError
-        If it is in another space, or is the initial condition, a control or data of the evolution.
+    Other functions, the initial condition and controls of the evolution are refused by ``InputError``.
     """
 
     def __init__(self, problem: ReducedProblem, function: Function):

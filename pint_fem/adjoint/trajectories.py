@@ -26,7 +26,7 @@ from pint_fem.collective import collectively
 from pint_fem.errors import InputError
 from pint_fem.misfits.base import BlockMisfit, Misfit, checked_slab, checked_values
 from pint_fem.sweeps.c_points import ControlDerivative, IntervalGroup, Intervals
-from pint_fem.sweeps.sweeps import Sweeps
+from pint_fem.sweeps.sweeps import Controls, Sweeps
 
 __all__ = ["CPointTrajectories", "Source", "StoredTrajectories", "trajectories"]
 
@@ -95,24 +95,31 @@ class StoredTrajectories(_Trajectories):
     ``evaluation`` holds the state and the adjoint of a control, and ``z`` are the controls of the own steps.
     """
 
-    def values(self, evaluation: Evaluation, z) -> np.ndarray:
+    def values(self, evaluation: Evaluation, z: Controls) -> np.ndarray:
         """Contributions of the own points to each misfit, ``(k, misfits)``."""
         return np.stack([self._collectively(checked_values, m.values, evaluation.U) for m in self.misfits], axis=1)
 
-    def directional(self, evaluation: Evaluation, z, dz, dU: np.ndarray) -> np.ndarray:
+    def directional(self, evaluation: Evaluation, z: Controls, dz: Controls, dU: np.ndarray) -> np.ndarray:
         """Derivatives of the contributions along a tangent ``dU``, summed over the misfits, ``(k,)``."""
         return sum(self._collectively(checked_values, m.directional, evaluation.U, dU) for m in self.misfits)
 
-    def gradient(self, evaluation: Evaluation, z) -> Source:
+    def gradient(self, evaluation: Evaluation, z: Controls) -> Source:
         """Right-hand side of the adjoint equation."""
         return Source(_sum(self._collectively(checked_slab, m.gradient, evaluation.U) for m in self.misfits))
 
-    def direct_controls(self, evaluation: Evaluation, z) -> np.ndarray | None:
+    def direct_controls(self, evaluation: Evaluation, z: Controls) -> np.ndarray | None:
         """``controls`` of :meth:`gradient`, where only these are required."""
         return None
 
     def hessian(
-        self, evaluation: Evaluation, z, dz, dU: np.ndarray, *, second: bool, symmetric: bool = False
+        self,
+        evaluation: Evaluation,
+        z: Controls,
+        dz: Controls,
+        dU: np.ndarray,
+        *,
+        second: bool,
+        symmetric: bool = False,
     ) -> Source:
         """Right-hand side of the second-order adjoint equation.
 
@@ -132,24 +139,26 @@ class StoredTrajectories(_Trajectories):
         g += su
         return Source(g, sz)
 
-    def control_gradient(self, evaluation: Evaluation, z, L: np.ndarray, controls) -> np.ndarray | None:
+    def control_gradient(
+        self, evaluation: Evaluation, z: Controls, L: np.ndarray, controls: Controls
+    ) -> np.ndarray | None:
         """Derivative by the controls from an adjoint ``L``, summed ``(nz,)`` or per step ``(k, nz)``; ``controls`` are
         those of the adjoint's :class:`Source`. ``None`` without parameters.
         """
         rows = self.sweeps.control_gradient(z, evaluation.U, L)
         return rows if rows is None or controls is None else rows + controls
 
-    def observations(self, evaluation: Evaluation, z, index: int) -> np.ndarray:
+    def observations(self, evaluation: Evaluation, z: Controls, index: int) -> np.ndarray:
         """Observations of misfit number ``index`` at all local points, ``(k + 1, width)``."""
         return self.misfits[index].read(evaluation.U)
 
-    def states(self, evaluation: Evaluation, z) -> Iterator[tuple[int, np.ndarray]]:
+    def states(self, evaluation: Evaluation, z: Controls) -> Iterator[tuple[int, np.ndarray]]:
         """Blocks of states at all local points in the order of time: number of the first point, and states ``(b, n)``
         that are valid until the next block is computed.
         """
         yield 0, evaluation.U
 
-    def adjoints(self, evaluation: Evaluation, z) -> Iterator[tuple[int, np.ndarray]]:
+    def adjoints(self, evaluation: Evaluation, z: Controls) -> Iterator[tuple[int, np.ndarray]]:
         """Blocks of adjoints, as :meth:`states`."""
         yield 0, evaluation.L
 
@@ -168,7 +177,7 @@ class CPointTrajectories(_Trajectories):
         return self.sweeps.intervals
 
     # -- observations --------------------------------------------------------------------------------------------------
-    def _read(self, evaluation: Evaluation, z, dz=None, dU=None) -> list[np.ndarray]:
+    def _read(self, evaluation: Evaluation, z: Controls, dz=None, dU=None) -> list[np.ndarray]:
         """Observations of the local points by each misfit, or their derivatives along a tangent."""
         k, intervals, along = self.sweeps.slab.k, self.intervals, dU is not None
         intervals.bind(z, evaluation.U)
@@ -197,7 +206,7 @@ class CPointTrajectories(_Trajectories):
         observe(slice(k, k + 1), evaluation.U[-1:], dU[-1:] if along else None)
         return out
 
-    def _readings(self, evaluation: Evaluation, z) -> list[np.ndarray]:
+    def _readings(self, evaluation: Evaluation, z: Controls) -> list[np.ndarray]:
         """Observations of the state, which the evaluation stores until its state changes."""
         if evaluation.readings is None:
             evaluation.readings = self._collectively(self._read, evaluation, z)
@@ -213,30 +222,30 @@ class CPointTrajectories(_Trajectories):
         return any(m.uses_observations for m in self.misfits)
 
     # -- the same as of stored trajectories ----------------------------------------------------------------------------
-    def values(self, evaluation: Evaluation, z) -> np.ndarray:
+    def values(self, evaluation: Evaluation, z: Controls) -> np.ndarray:
         """Contributions of the own points to each misfit, ``(k, misfits)``."""
         return np.stack(self._of_each_misfit("point_values", self._readings(evaluation, z)), axis=1)
 
-    def directional(self, evaluation: Evaluation, z, dz, dU):
+    def directional(self, evaluation: Evaluation, z: Controls, dz: Controls, dU: np.ndarray):
         """Derivatives of the contributions along a tangent, summed over the misfits, ``(k,)``."""
         readings = self._readings(evaluation, z) if self._uses_observations else [None] * len(self.misfits)
         along = self._collectively(self._read, evaluation, z, dz, dU)
         return sum(self._of_each_misfit("point_derivatives", readings, along))
 
-    def gradient(self, evaluation: Evaluation, z) -> Source:
+    def gradient(self, evaluation: Evaluation, z: Controls) -> Source:
         """Condensed right-hand side of the adjoint equation."""
         states = [m.state_dependent for m in self.misfits]
         return self._collectively(self._condense, evaluation, z, self._adjoint_source(evaluation, z), states)
 
-    def direct_controls(self, evaluation: Evaluation, z) -> np.ndarray | None:
+    def direct_controls(self, evaluation: Evaluation, z: Controls) -> np.ndarray | None:
         """``controls`` of :meth:`gradient`, where only these are required."""
         return self.gradient(evaluation, z).controls if self.sweeps.evolution.parameters else None
 
-    def observations(self, evaluation: Evaluation, z, index: int) -> np.ndarray:
+    def observations(self, evaluation: Evaluation, z: Controls, index: int) -> np.ndarray:
         """Observations of misfit number ``index`` at all local points, ``(k + 1, width)``."""
         return self._readings(evaluation, z)[index]
 
-    def states(self, evaluation: Evaluation, z) -> Iterator[tuple[int, np.ndarray]]:
+    def states(self, evaluation: Evaluation, z: Controls) -> Iterator[tuple[int, np.ndarray]]:
         """States at all local points, in blocks of one interval."""
         self.intervals.bind(z, evaluation.U)
         for group in self.intervals.groups:
@@ -245,7 +254,7 @@ class CPointTrajectories(_Trajectories):
                 yield (group.place + i) * group.m, W[:, i]
         yield self.sweeps.slab.k, evaluation.U[-1:]
 
-    def adjoints(self, evaluation: Evaluation, z) -> Iterator[tuple[int, np.ndarray]]:
+    def adjoints(self, evaluation: Evaluation, z: Controls) -> Iterator[tuple[int, np.ndarray]]:
         """Adjoints at all local points, in blocks of one interval."""
         source = self._adjoint_source(evaluation, z)
         self.intervals.bind(z, evaluation.U)
@@ -256,7 +265,7 @@ class CPointTrajectories(_Trajectories):
                 yield (group.place + i) * group.m, np.concatenate([first[None], ends[:-1, i]])
         yield self.sweeps.slab.k, evaluation.L[-1:]
 
-    def _adjoint_source(self, evaluation: Evaluation, z) -> Callable[[slice, np.ndarray], np.ndarray]:
+    def _adjoint_source(self, evaluation: Evaluation, z: Controls) -> Callable[[slice, np.ndarray], np.ndarray]:
         """The function ``(points, u) -> sum of j_n'(u_n)``, the adjoint's right-hand side at some points."""
         S = [None] * len(self.misfits)
         if self._uses_observations:
@@ -264,7 +273,16 @@ class CPointTrajectories(_Trajectories):
         terms = list(zip(self.misfits, S, strict=True))
         return lambda points, u: _sum(m.adjoint_source(points, u, s) for m, s in terms)
 
-    def hessian(self, evaluation: Evaluation, z, dz, dU, *, second: bool, symmetric: bool = False) -> Source:
+    def hessian(
+        self,
+        evaluation: Evaluation,
+        z: Controls,
+        dz: Controls,
+        dU: np.ndarray,
+        *,
+        second: bool,
+        symmetric: bool = False,
+    ) -> Source:
         """Condensed right-hand side of the second-order adjoint equation; symmetric in any case, as tangents are exact
         inside the intervals.
         """
@@ -277,7 +295,9 @@ class CPointTrajectories(_Trajectories):
         first = self._adjoint_source(evaluation, z) if second else None
         return self._collectively(self._condense, evaluation, z, source, states, dz, dU, first)
 
-    def _condense(self, evaluation: Evaluation, z, source: Callable, states, dz=None, dU=None, first=None) -> Source:
+    def _condense(
+        self, evaluation: Evaluation, z: Controls, source: Callable, states, dz=None, dU=None, first=None
+    ) -> Source:
         """Condense a right-hand side.
 
         Parameters
@@ -337,13 +357,13 @@ class CPointTrajectories(_Trajectories):
             Lam[j - 1] += source(group.steps(j), W[j])
         return Lam
 
-    def control_gradient(self, evaluation: Evaluation, z, L, controls):
+    def control_gradient(self, evaluation: Evaluation, z: Controls, L: np.ndarray, controls: Controls):
         """Derivative by the controls from an adjoint at the C-points and the ``controls`` of its :class:`Source`."""
         if not self.sweeps.evolution.parameters:
             return None
         return self._collectively(self._control_gradient, evaluation, z, L, controls)
 
-    def _control_gradient(self, evaluation: Evaluation, z, L, controls) -> np.ndarray:
+    def _control_gradient(self, evaluation: Evaluation, z: Controls, L: np.ndarray, controls: Controls) -> np.ndarray:
         intervals = self.intervals
         intervals.bind(z, evaluation.U)
         total = ControlDerivative(intervals, controls)

@@ -1,10 +1,10 @@
 """Failures of a solve: recorded on the rank where they happen, then raised on every rank that solves.
 
 A step that fails, or a value that is not finite, must not end a rank's part in a solve: the others would wait for its
-messages. It is recorded on its rank and continues as NaN, and norms, which are global over space, carry that to all ranks.
-Then the ranks exchange their records, and all raise the same: a mistake in a program (``KeyError``, an unknown
-PETSc type) as it is, a numerical failure as :class:`~pint_fem.errors.SolverFailure`, both with what was raised as the
-cause.
+messages. It is recorded on its rank and continues as NaN, and norms, which are global over space, carry that to all
+ranks. Then the ranks exchange their records, and all raise the same: a mistake in a program (``KeyError``, an unknown
+PETSc type) as it is, a numerical failure as :class:`~pint_fem.errors.SolverFailure`, both with the first exception as
+the cause.
 """
 
 from __future__ import annotations
@@ -44,10 +44,9 @@ class Failures:
     point_norms
         Squared norms of states, global over space.
     name
-        Of the sweep, for errors.
+        Name of the sweep in errors.
     keeps_all
-        The finest level's array has all own points, not C-points only.
-
+        Whether the finest level's array has all own points rather than C-points only.
     """
 
     def __init__(

@@ -130,7 +130,7 @@ class Bounds(tuple):
         return {}
 
     def layout(self, width: int) -> tuple[np.ndarray, np.ndarray]:
-        """Counts and displacements of the ranks' parts of an array with ``width`` numbers per step, as MPI takes them."""
+        """Counts and displacements, for MPI, of the ranks' parts of an array with ``width`` numbers per step."""
         if ("layout", width) not in self._cache:
             places = width * np.array(self, dtype=int)
             self._cache["layout", width] = np.diff(places), places[:-1].copy()

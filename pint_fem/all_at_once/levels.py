@@ -28,19 +28,28 @@ __all__ = ["FirstFailure", "Level", "Propagator", "build_levels", "inject"]
 class Propagator(Protocol):
     """The interface that a user implements: one time step, on a block of states at once.
 
-    Optional: a method ``sweep(first, U, G)`` takes the steps ``first, first + 1, ...`` one after another in place, from
-    ``U[0]`` (``U`` has one row more than there are steps, which holds iterates; ``G`` is ``None`` or has one row per step);
-    sequential solves use it. An attribute ``block`` is the number of states that makes a full block (relaxation then
-    goes through the intervals in groups of that many). With an attribute ``uses_guess`` that is true, ``out`` holds a
-    first guess of the result when ``step`` is called: the iterate that is there. It follows from the iterate alone,
-    never from the order of calls, and it is the same on both sides of the coarse equation, so the exact solution stays
-    a fixed point however loosely an implicit step is solved (the header of XBraid's ``restrict.c``). With an attribute
-    ``propagates_nonfinite`` that is true, a value that is not finite stays so in all later steps (``u + f(u)`` does
-    that): where all points are stored, the finest level's blocks are then not checked one by one, as residuals and the
-    norms' ``finite`` show it. An attribute ``may_be_last`` is set before relaxations of the finest level: whether a step may be the
-    solve's last at its point, for propagators that keep something of it. With an attribute ``keeps_input`` that is
-    true, ``u`` and ``G`` can be written to (the propagator must not): for libraries that take no read-only arrays, such
-    as torch. For :func:`pint_fem.mgrit.check`: ``tangent(steps, u, du, out)`` and ``adjoint(steps, u, lam, out)``.
+    The following methods and attributes are optional.
+
+    ``sweep(first, U, G)``
+        Takes the steps ``first, first + 1, ...`` one after another in place, from ``U[0]``. ``U`` has one row more than
+        there are steps, with the iterate in it; ``G`` is ``None`` or has one row per step. Sequential solves use it.
+    ``block``
+        The number of states in a full block: relaxation then advances groups of that many intervals.
+    ``uses_guess``
+        If true, ``out`` holds a first guess of the result when ``step`` is called: the present iterate. It follows from
+        the iterate alone, never from the order of calls, and is the same on both sides of the coarse equation, so the
+        exact solution remains a fixed point however loosely an implicit step is solved (XBraid, ``restrict.c``).
+    ``propagates_nonfinite``
+        If true, a value that is not finite stays so in all later steps (``u + f(u)`` does that). Where all points are
+        stored, the finest level's blocks are then not checked one by one: residuals show it, and the norms' ``finite``.
+    ``may_be_last``
+        Set before relaxations of the finest level: whether a step may be the solve's last at its point, for propagators
+        that store something of it.
+    ``keeps_input``
+        If true, ``u`` and ``G`` can be written to (the propagator must not): for libraries that take no read-only
+        arrays, such as torch.
+    ``tangent(steps, u, du, out)``, ``adjoint(steps, u, lam, out)``
+        Derivatives, for :func:`pint_fem.mgrit.check`.
     """
 
     def step(self, steps: range, u: np.ndarray, out: np.ndarray) -> None:
@@ -169,22 +178,25 @@ class Level:
             self.propagator.may_be_last = last
 
     def phi(self, steps: range, u: np.ndarray, out: np.ndarray) -> None:
-        """Call the propagator; a failure becomes NaN, which the norm carries to every rank: none waits for another."""
-        if not len(steps):
-            return
+        """Write ``Phi_n(u)`` to ``out`` for each ``n`` in ``steps``; NaN where the propagator fails."""
+        if len(steps):
+            self._call("phi", steps, u, out, self._calls.step, (steps, u, out), checks=self.checks_blocks)
+
+    def _call(self, name: str, steps: range, u: np.ndarray, out: np.ndarray, method, args, *, checks: bool) -> None:
+        """Call the propagator for steps from ``u`` to ``out``; norms carry the NaN of a failure to every rank."""
         self.phi_calls += len(steps)
         self.first_failure.calls += 1
         begin = self.trace.now() if self.trace else 0.0
         try:
-            self._calls.step(steps, u, out)
+            method(*args)
         except FAILURES as error:
             out[...] = np.nan
-            self._failed(steps, u, out, error)
+            self._failed(steps, u[:1] if name == "sweep" else u, out, error)
         else:
-            if self.checks_blocks and not np.isfinite(out).all():
+            if checks and not np.isfinite(out).all():
                 self._failed(steps, u, out)
         if self.trace:
-            self.trace.work("phi", self.index, begin, first=steps[0], states=len(steps))
+            self.trace.work(name, self.index, begin, first=steps[0], states=len(steps))
 
     def solve_sequentially(self, *, fresh: bool = False) -> None:
         """Take all steps of the level in turn, rank after rank; row 0 of the first rank is the initial value."""
@@ -210,19 +222,7 @@ class Level:
                 if G is not None:
                     U[i + 1] += G[i]
             return
-        self.phi_calls += len(steps)
-        self.first_failure.calls += 1
-        begin = self.trace.now() if self.trace else 0.0
-        try:
-            self._calls.sweep(steps[0], U, G)
-        except FAILURES as error:
-            U[1:] = np.nan
-            self._failed(steps, U[:1], U[1:], error)
-        else:
-            if not np.isfinite(U).all():
-                self._failed(steps, U[:-1], U[1:])
-        if self.trace:
-            self.trace.work("sweep", self.index, begin, first=steps[0], states=len(steps))
+        self._call("sweep", steps, U[:-1], U[1:], self._calls.sweep, (steps[0], U, G), checks=True)
 
     def _failed(self, steps: range, u: np.ndarray, out: np.ndarray, error: BaseException | None = None) -> None:
         """Record a failure of a step from finite data; failures of later steps follow from it."""
@@ -267,7 +267,7 @@ class Level:
         self.wait(self.post_receive(array), self.post_send(array))
 
     def phi_of_all(self, V: np.ndarray, out: np.ndarray) -> None:
-        """``Phi`` of all own steps from the points ``V``, ``(k + 1, ...)``; row 0 arrives while later steps are taken."""
+        """``Phi`` of all own steps from the points ``V``, ``(k + 1, ...)``, while row 0 of ``V`` arrives."""
         if not self.active:
             return
         receive, send = self.post_receive(V), self.post_send(V)

@@ -24,7 +24,7 @@ def euclidean(block: np.ndarray) -> np.ndarray:
 
 
 def norm_over_time(squares: np.ndarray, kind: int | str) -> np.ndarray:
-    """Combine the points' squared norms ``(points, c)`` in point order by a 1, 2 or ``"inf"`` norm to shape ``(c,)``."""
+    """The 1, 2 or ``"inf"`` norm over time, ``(c,)``, of the points' squared norms ``(points, c)``."""
     if not len(squares):
         return np.zeros(squares.shape[1:])
     if kind == 2:

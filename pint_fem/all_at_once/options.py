@@ -10,9 +10,12 @@ import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from math import inf
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pint_fem.all_at_once.grids import is_integer
+
+if TYPE_CHECKING:
+    from typing import Self
 
 __all__ = ["SHARED", "STARTS", "SolverOptions", "is_number", "unknown_option"]
 
@@ -38,7 +41,7 @@ class SolverOptions:
         A residual ``dtol`` times the first one is divergence.
     stagnation
         A reduction per iteration slower than this factor, over the last five, is stagnation where at that rate the
-        tolerance is out of reach; ``None``: go on.
+        tolerance is out of reach; ``None``: continue.
     max_it
         Largest number of iterations.
     on_divergence
@@ -69,10 +72,9 @@ class SolverOptions:
     view: bool = False
     trace: str = ""
 
-    #: First guess, number of levels and points of the residual of solvers that have no option for them.
-    start: ClassVar[str] = "auto"
-    levels: ClassVar[int | None] = 1
-    residual: ClassVar[str] = "full"
+    # first guess, number of levels and points of the residual of solvers without such options; not annotated, as they
+    # would count as options
+    start, levels, residual = "auto", 1, "full"
     #: Name of the solver in messages.
     solver: ClassVar[str] = "solver"
     #: The values that an option may have.
@@ -147,12 +149,13 @@ class SolverOptions:
     def parse(cls, strings: Mapping[str, str]) -> dict[str, Any]:
         """Values of options given as strings, as PETSc's options database has them.
 
-        ``none`` is ``None``, and a flag without a value is true.
+        ``none`` is ``None``, and a flag without a value is true. Lists, where an option is one, are separated by commas
+        (``8,4``), a level's C-points by colons (``0:5:9:16,2``).
 
         Parameters
         ----------
         strings
-            Strings by names without prefix, such as ``{"rtol": "1e-6", "monitor": ""}``.
+            Strings by names without prefix, such as ``{"coarsening": "8,4", "level_1_relax": "F", "monitor": ""}``.
 
         Returns
         -------

@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -57,7 +56,7 @@ class AllAtOnceSolver(ABC):
     printer
         Prints a line.
     trace
-        Shared by several solvers; default: one of its own where the option asks for it.
+        Shared by several solvers; default: one of its own with the option ``trace``.
     is_root
         Whether this rank prints; default: the first of ``comm``.
     key
@@ -103,8 +102,9 @@ class AllAtOnceSolver(ABC):
         if options.trace and trace is None:
             check_trace_file(options.trace, comm)
             trace = Trace(comm)
-        for part in (self, *self.levels):
-            part.trace = trace
+        self.trace = trace
+        for level in levels:
+            level.trace = trace
         self._failures = Failures(levels, comm, point_norms, name, everyone=self.everyone, keeps_all=keeps_all)
         self._stop = Stopping(options, exact_after)
         self._viewed, self._iterates = not options.view, iterates
@@ -241,14 +241,6 @@ class AllAtOnceSolver(ABC):
             self._failures.raise_noted(np.zeros((1, *shape), dtype))
 
     # -- residuals -----------------------------------------------------------------------------------------------------
-    @contextmanager
-    def _timed_norm(self) -> Iterator[None]:
-        """Record what is done within as the evaluation of a residual norm, for the trace."""
-        begin = self.trace.now() if self.trace else 0.0
-        yield
-        if self.trace:
-            self.trace.work("norm", 0, begin, sweep=self.name)
-
     def _norms(self, squares: Sequence[np.ndarray], bounds: Bounds | None) -> list[float]:
         """Norms over time from the squared norms of own states (collective, one message for all of them).
 
@@ -289,7 +281,7 @@ class AllAtOnceSolver(ABC):
 
     def _monitor(self, result: SolveResult) -> None:
         if self.options.monitor:
-            self._print(f"  {self.name} {result}")
+            self._print(f"  {self.name} {result.monitor_line()}")
 
     def write_trace(self, path: str | None = None) -> None:
         """Write the trace of all solves so far (collective), to the option's file unless another is given.

@@ -30,7 +30,7 @@ class DivergedError(SolverFailure):
     """The residual grew or stagnated, or the tolerance was not reached in ``max_it`` cycles."""
 
 
-@dataclass
+@dataclass(repr=False)
 class SolveResult:
     """The outcome of a solve, the same on every rank.
 
@@ -59,7 +59,19 @@ class SolveResult:
     message: str = ""
 
     def __str__(self) -> str:
-        """The monitor's line, without the name of the sweep."""
+        outcome = "Converged" if self.converged else "Not converged"
+        cycles = f"{self.cycles} cycle" + "s" * (self.cycles != 1)
+        text = f"{outcome} after {cycles} ({self.reason or 'running'})"
+        if self.residuals:
+            text += f": residual {self.residuals[-1]:.3e}, relative {self.relative_residual:.3e}"
+        return text + (f"; {self.message}." if self.message else ".")
+
+    def __repr__(self) -> str:
+        text = str(self)
+        return f"<SolveResult: {text[0].lower()}{text[1:-1]}>"
+
+    def monitor_line(self) -> str:
+        """The present cycle, its residual and the last contraction, as the monitor prints them."""
         r = self.residuals
         ratio = f"  factor {r[-1] / r[-2]:.3f}" if len(r) > 1 and r[-2] > 0 else ""
         relative = f" relative {r[-1] / self.scale:.3e}" if self.scale > 0 else ""
@@ -83,7 +95,7 @@ class SolveResult:
 
     @property
     def last_factor(self) -> float:
-        """Geometric mean over the last cycles (up to five): the rate at which it would go on."""
+        """Geometric mean over the last cycles (up to five): the present rate of convergence."""
         return self._mean_factor(RECENT)
 
     def _mean_factor(self, cycles: int) -> float:

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 from pint_fem import files
 from pint_fem.collective import collectively, on_first_rank
 
-__all__ = ["Trace", "check_trace_file"]
+__all__ = ["Trace", "check_trace_file", "timed"]
 
 
 def check_trace_file(path: str | Path, comm) -> None:
@@ -27,6 +28,15 @@ def check_trace_file(path: str | Path, comm) -> None:
         On every rank, where it cannot.
     """
     on_first_rank(comm, "", partial(files.require_output, path, "trace", makes_folder=True))
+
+
+@contextmanager
+def timed(trace: Trace | None, name: str, level: int, **args) -> Iterator[None]:
+    """Record what is done within as work, where there is a trace."""
+    begin = trace.now() if trace else 0.0
+    yield
+    if trace:
+        trace.work(name, level, begin, **args)
 
 
 class Trace:

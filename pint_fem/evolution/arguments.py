@@ -1,4 +1,4 @@
-"""Checks of what a user gives to an evolution; an error names what was given and what is accepted."""
+"""Checks of what a user gives to an evolution: an ``InputError`` names what was given and what is accepted."""
 
 from __future__ import annotations
 
@@ -23,13 +23,7 @@ __all__ = [
 
 
 def check_state_and_steps(u: Function, dt: float, nsteps: int) -> None:
-    """Require a real build of PETSc, a function as state, a positive step size and at least one step.
-
-    Raises
-    ------
-    InputError
-        If one of them does not hold.
-    """
+    """Require a real build of PETSc, a function as state, a positive step size and at least one step."""
     if complex_mode:
         raise InputError("PETSc is built for complex numbers: pint_fem needs a real build (--with-scalar-type=real)")
     if not isinstance(u, Function):
@@ -41,13 +35,7 @@ def check_state_and_steps(u: Function, dt: float, nsteps: int) -> None:
 
 
 def check_residual(residual: ufl.Form, V) -> None:
-    """Require a 1-form with a test function in the state's space, which has no real numbers.
-
-    Raises
-    ------
-    InputError
-        If the residual or the space is another one.
-    """
+    """Require a 1-form with a test function in the state's space, which has no real numbers."""
     if not isinstance(residual, ufl.Form) or len(residual.arguments()) != 1:
         raise InputError("residual is not a linear form: write F(Dt(u), u; v) with one TestFunction v, and no '== 0'")
     if any(is_real(part) for part in V):
@@ -63,13 +51,7 @@ def check_residual(residual: ufl.Form, V) -> None:
 
 
 def checked_conditions(given, V) -> tuple[DirichletBC, ...]:
-    """The boundary conditions as a tuple.
-
-    Raises
-    ------
-    InputError
-        If one is no ``DirichletBC``, or not on the state's space or a part of it.
-    """
+    """The boundary conditions as a tuple; required are ``DirichletBC`` on the state's space or parts of it."""
     bcs = tuple(given) if isinstance(given, (list, tuple)) else (given,)
     if any(not isinstance(bc, DirichletBC) for bc in bcs):
         raise InputError("bcs: give DirichletBC objects")
@@ -79,7 +61,7 @@ def checked_conditions(given, V) -> tuple[DirichletBC, ...]:
 
 
 def checked_controls(given, u: Function, found: set, initial: Function | None) -> tuple[Function, ...]:
-    """The controls as a tuple.
+    """The controls as a tuple; required are different functions of the evolution.
 
     Parameters
     ----------
@@ -90,12 +72,7 @@ def checked_controls(given, u: Function, found: set, initial: Function | None) -
     found
         Functions in the residual and the boundary values.
     initial
-        The initial condition where it is a function of its own.
-
-    Raises
-    ------
-    InputError
-        If a control is no function of the evolution, or given twice.
+        The initial condition where it is a function other than the state.
     """
     controls = tuple(given) if isinstance(given, (list, tuple)) else () if given is None else (given,)
     for control in controls:
@@ -121,13 +98,7 @@ def checked_controls(given, u: Function, found: set, initial: Function | None) -
 
 
 def checked_per_step(given, controls: tuple[Function, ...], initial: Function | None) -> tuple[Function, ...]:
-    """The controls that have a value of their own in each step.
-
-    Raises
-    ------
-    InputError
-        If one is no control, or the initial condition.
-    """
+    """The controls with a value of their own in each step, from ``True``, ``False`` or some of the controls."""
     if isinstance(given, (bool, np.bool_)):
         return tuple(c for c in controls if given and c is not initial)
     chosen = tuple(given) if isinstance(given, (list, tuple)) else (given,)
@@ -139,13 +110,7 @@ def checked_per_step(given, controls: tuple[Function, ...], initial: Function | 
 
 
 def checked_field(given, V, bcs: tuple[DirichletBC, ...]) -> int | None:
-    """The number of the field to eliminate, or ``None`` (collective).
-
-    Raises
-    ------
-    InputError
-        If it is no number of a field of a mixed space, or the field has a boundary condition.
-    """
+    """The number of the field to eliminate, or ``None``; it must have no boundary condition (collective)."""
     if given is None:
         return None
     if isinstance(given, bool) or not hasattr(given, "__index__") or not 0 <= given < len(V) or len(V) == 1:

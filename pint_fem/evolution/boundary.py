@@ -16,7 +16,7 @@ from ufl.algorithms import extract_coefficients
 
 from pint_fem.errors import InputError
 from pint_fem.evolution.control_operators import ControlOperator, expression_derivative, interpolation_operator
-from pint_fem.kernels.arrays import boundary_rows, condition_rows, own_size, rows_in_whole, split_values
+from pint_fem.kernels.arrays import condition_rows, own_size, rows_in_whole, split_values
 
 __all__ = ["BoundaryControls", "boundary_controls", "boundary_value"]
 
@@ -57,8 +57,6 @@ class BoundaryControls:
 
     Attributes
     ----------
-    rows : ndarray
-        Own rows with a condition.
     depends_on_time : bool
         Whether ``D`` depends on time.
 
@@ -69,7 +67,7 @@ class BoundaryControls:
     """
 
     def __init__(self, bcs: Sequence[DirichletBC], V, parameters: Sequence[Function], u: Function, t: Function | None):
-        self.rows, self._parameters, self._size = boundary_rows(bcs, V), parameters, own_size(V)
+        self._parameters, self._size = parameters, own_size(V)
         self._dependences: list[_Dependence] = []
         self.depends_on_time = False
         fixed = np.zeros(0, dtype=np.int32)
@@ -125,13 +123,8 @@ class BoundaryControls:
 def boundary_controls(
     bcs: Sequence[DirichletBC], V, parameters: Sequence[Function], u: Function, t: Function | None
 ) -> BoundaryControls | None:
-    """The operator of controls in boundary values, with the parameters of :class:`BoundaryControls`; ``None`` where no
-    value contains one.
-
-    Raises
-    ------
-    InputError
-        If a boundary value is not affine in a control.
+    """The operator of controls in boundary values, with the parameters and errors of :class:`BoundaryControls`;
+    ``None`` where no value contains one.
     """
     found = {c for bc in bcs for c in extract_coefficients(boundary_value(bc))}
     return BoundaryControls(bcs, V, parameters, u, t) if found & set(parameters) else None

@@ -102,17 +102,7 @@ class MatrixOperator:
 
 
 class _RealOperator:
-    """A :class:`ControlOperator` by the column of a real number, which the first rank in space owns.
-
-    Parameters
-    ----------
-    space
-        The control's space.
-    column
-        Applies the operator to the function 1.
-    zero_rows
-        Own rows that are set to zero.
-    """
+    """A :class:`ControlOperator` of a real number, which the first rank in space owns, by ``column(1)``."""
 
     def __init__(self, space, column: Callable[[Function], Function | Cofunction], zero_rows: np.ndarray):
         self._comm = space.mesh().comm

@@ -283,13 +283,7 @@ class Evolution:
 
     @property
     def control(self) -> Function | None:
-        """The control, or ``None`` where there is none.
-
-        Raises
-        ------
-        InputError
-            If there are several.
-        """
+        """The control, or ``None`` where there is none; an ``InputError`` is raised where there are several."""
         if len(self.controls) > 1:
             raise InputError(f"the evolution has {len(self.controls)} controls: see Evolution.controls")
         return self.controls[0] if self.controls else None

@@ -37,26 +37,12 @@ def time_function(mesh, value: float = 0.0) -> Function:
 
 
 def checked_time(given: Function | Constant | None, mesh) -> tuple[Function | None, Constant | None]:
-    """The time function of an evolution, from what a user gives as ``t=``.
-
-    Parameters
-    ----------
-    given
-        A function in ``R``, a scalar ``Constant`` or ``None``.
-    mesh
-        The mesh of the state.
-
-    Returns
-    -------
-    t
-        The function; for a ``Constant`` a new one, which takes its place in all forms.
-    constant
-        The ``Constant``, or ``None``.
+    """The time function of an evolution, from what a user gives as ``t=``, and the ``Constant`` that it replaces.
 
     Raises
     ------
     InputError
-        If it is something else.
+        If ``given`` is not a function in ``R``, a scalar ``Constant`` or ``None``.
     """
     if isinstance(given, Constant) and not given.ufl_shape:
         return time_function(mesh, float(given)), given

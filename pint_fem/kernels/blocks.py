@@ -51,18 +51,7 @@ def lanes(count: int, lane: int) -> Iterator[tuple[slice, slice]]:
 
 
 class StateBlock:
-    """A block of states: a dense ``n x WIDTH`` PETSc matrix, and its storage as an array ``(WIDTH, n)``.
-
-    Parameters
-    ----------
-    matrix
-        The dense matrix.
-
-    Attributes
-    ----------
-    array : ndarray
-        The storage, which may be written to.
-    """
+    """A block of states: a dense ``n x WIDTH`` PETSc matrix, and its storage as a writable ``array`` ``(WIDTH, n)``."""
 
     def __init__(self, matrix: PETSc.Mat):
         self.matrix = matrix

@@ -3,8 +3,8 @@
 Destroying a PETSc object is collective, but Python drops objects at other times on each rank. petsc4py puts dropped
 objects on a list of their communicator, where they stay, with all their memory, until every rank of the communicator
 calls ``PETSc.garbage_cleanup``; objects of one rank are destroyed at once. :func:`clean` is called before each sweep
-and where a functional is made. Steps reuse their objects, so that there are few to destroy: one vector for each function
-whose values have been copied to or from an array.
+and where a functional is made. Steps reuse their objects, so that there are few to destroy: one vector for each
+function whose values have been copied to or from an array.
 
 UFL's forms and what is assembled from them refer to themselves in cycles, which Python's collector finds too late: it
 counts objects, not their memory. :class:`Dropped` counts functionals instead.

@@ -26,10 +26,8 @@ class CPointRelaxation(Relaxation):
 
     Parameters
     ----------
-    level
-        A level with C-points.
-    weight
-        Weight of C-relaxation: ``U <- weight (Phi(U) + G) + (1 - weight) U``.
+    level, weight
+        The level, with C-points, and the weight ``w`` of C-relaxation, ``U <- w (Phi(U) + G) + (1 - w) U``.
 
     Raises
     ------

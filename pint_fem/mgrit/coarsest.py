@@ -11,6 +11,7 @@ from mpi4py import MPI
 
 from pint_fem.all_at_once.callbacks import require_nothing
 from pint_fem.all_at_once.levels import Level
+from pint_fem.all_at_once.trace import timed
 from pint_fem.errors import FAILURES
 from pint_fem.mgrit.relaxation import Relaxation
 
@@ -87,20 +88,16 @@ class _Gathered:
         return None if array is None else [array, *self._layout]
 
     def __call__(self) -> None:
-        level, comm, trace = self.level, self.level.comm, self.level.trace
+        level, comm = self.level, self.level.comm
         points = None if self._U is None else self._U[1:]
-        begin = trace.now() if trace else 0.0
-        comm.Gatherv(np.ascontiguousarray(level.G), self._whole(self._G))
-        if level.uses_guess:
-            comm.Gatherv(np.ascontiguousarray(level.U[1:]), self._whole(points))
-        if trace:
-            trace.work("gather", level.index, begin, bytes=level.G.nbytes)
+        with timed(level.trace, "gather", level.index, bytes=level.G.nbytes):
+            comm.Gatherv(np.ascontiguousarray(level.G), self._whole(self._G))
+            if level.uses_guess:
+                comm.Gatherv(np.ascontiguousarray(level.U[1:]), self._whole(points))
         if self._U is not None:
             self._U[0] = level.U[0]
             level.sweep_steps(range(level.nsteps), self._U, self._G)
-        begin = trace.now() if trace else 0.0
-        comm.Scatterv(self._whole(points), self._rows)
-        level.U[1:] = self._rows
-        if trace:
-            trace.work("scatter", level.index, begin, bytes=self._rows.nbytes)
+        with timed(level.trace, "scatter", level.index, bytes=self._rows.nbytes):
+            comm.Scatterv(self._whole(points), self._rows)
+            level.U[1:] = self._rows
         level.exchange(level.U)

@@ -15,11 +15,11 @@ more it differs from the identity the closer the number of iterations comes to t
 **Cost.** An iteration is one cycle and one product with :math:`A`, which is ``N`` propagator calls: about one
 F-relaxation more than a plain cycle.
 
-**Memory.** That of :mod:`~pint_fem.mgrit.space_time_operator`, and FGMRES keeps two vectors an iteration, up to a restart
+**Memory.** To that of :mod:`~pint_fem.mgrit.space_time_operator` FGMRES adds two vectors per iteration, up to a restart
 (``ksp_gmres_restart``, here ``max_it``); GCR allocates two for each of 30 iterations at once (``ksp_gcr_restart``).
 
-**Bits.** Those of :math:`A x`, :math:`A^T x`, :math:`B x` and :math:`B^T x` do not depend on the number of time ranks.
-PETSc's dot products are MPI reductions: iterates may differ in round-off between numbers of ranks.
+**Reproducibility.** :math:`A x`, :math:`A^T x`, :math:`B x` and :math:`B^T x` are bitwise identical for every number of
+time ranks. PETSc's dot products are MPI reductions: iterates may differ in round-off between numbers of ranks.
 
 This module needs petsc4py and petsctools; :mod:`pint_fem.mgrit` does not import it.
 """
@@ -39,7 +39,6 @@ from pint_fem.collective import any_rank, collectively, ending_all_ranks, raise_
 from pint_fem.errors import FailureReport, InputError, SolverFailure
 from pint_fem.mgrit.options import MGRITOptions
 from pint_fem.mgrit.space_time_operator import Direction, Hierarchies, MGRITPreconditioner
-from pint_fem.mgrit.view import describe
 
 __all__ = ["KrylovMGRIT"]
 
@@ -57,7 +56,7 @@ class KrylovMGRIT:
     Parameters
     ----------
     propagators, nsteps, transposed, options, comm, bounds, transfers, petsc_comm, reversed_comm, name
-        See :class:`Hierarchies`. Of the options for stopping, ``rtol``, ``atol`` and ``max_it`` are taken, and
+        Those of :class:`Hierarchies`. Of the options for stopping, ``rtol``, ``atol`` and ``max_it`` are taken, and
         ``rtol`` is **relative to the right-hand side's norm**, not to the trajectory's. With ``residual="none"``,
         ``max_it`` iterations are done. ``start``, ``nested_cycles``, ``on_divergence``, ``monitor`` and ``view`` are as
         for MGRIT.
@@ -67,7 +66,7 @@ class KrylovMGRIT:
         Prefix in PETSc's database, which comes before ``solver_parameters``: ``-mgrit_ksp_type gcr
         -mgrit_ksp_monitor -mgrit_ksp_view``.
     printer
-        For monitor lines.
+        Prints monitor lines.
 
     Raises
     ------
@@ -145,7 +144,16 @@ class KrylovMGRIT:
         G
             ``(k, *state)``, row ``i`` belonging to point ``lo + 1 + i``, or ``None`` for zero.
         start
-            As for :meth:`solve`, which see for errors too.
+            ``"guess"``, ``"skip"`` or ``"nested"``; default: the option.
+
+        Returns
+        -------
+        SolveResult
+
+        Raises
+        ------
+        ValueError, SolverFailure, DivergedError
+            On every rank, for the reasons that :meth:`solve` has.
         """
         side = self._begin(W, G, transposed=True)
         self._b[...] = 0 if G is None else G
@@ -185,7 +193,7 @@ class KrylovMGRIT:
             side.guess(self._b, U[1:], initial=U[0], nested=start == "nested")
 
     def _begin(self, U: np.ndarray, G: np.ndarray | None, *, transposed: bool) -> Direction:
-        """Check the arrays on all ranks and build what is missing."""
+        """Check the arrays on all ranks and make PETSc's objects where they are missing."""
         self._check_arrays(U, G)
         h = self.hierarchies
         if any_rank(h.petsc_comm, self.ksp is None or h.state_shape != U.shape[1:]):
@@ -199,7 +207,7 @@ class KrylovMGRIT:
             self._checked.add(transposed)
         if not self._viewed:
             self._viewed = True
-            self._say(self.view())
+            self._print(self.view())
         side.clear()
         return side
 
@@ -222,7 +230,7 @@ class KrylovMGRIT:
         collectively(h.petsc_comm, self.name, check)
 
     def _build(self) -> None:
-        """The ``KSP`` for the current shape of states."""
+        """Make the ``KSP`` for the present shape of states."""
         options, h = self.options, self.hierarchies
         self._destroy_petsc()
         self._b = np.zeros((h.solver.levels[0].k, *h.state_shape))
@@ -232,29 +240,29 @@ class KrylovMGRIT:
         ksp.setType(PETSc.KSP.Type.FGMRES)
         ksp.setNormType(PETSc.KSP.NormType.UNPRECONDITIONED)
         fixed = options.residual == "none"
-        # a poor guess beside a small right-hand side is no divergence: the test is PETSc's only if asked for
+        # a poor guess beside a small right-hand side is no divergence: PETSc tests for it only by a user's option
         ksp.setTolerances(0 if fixed else options.rtol, 0 if fixed else options.atol, 1e300, options.max_it)
         ksp.setConvergenceHistory(reset=True)
         pc = ksp.getPC()
         pc.setType(PETSc.PC.Type.PYTHON)
         pc.setPythonContext(MGRITPreconditioner(h))
         if options.monitor:
-            me = weakref.ref(self)  # PETSc's solver holds on to what it calls
-            ksp.setMonitor(lambda ksp, it, norm: me()._say(f"  {me().name} {it:3d} residual {norm:.6e}"))
-        # no restart: it may fall behind the plain iteration; PETSc allocates as iterations go on
+            me = weakref.ref(self)  # PETSc's solver keeps a reference to what it calls
+            ksp.setMonitor(lambda ksp, it, norm: me()._print(f"  {me().name} {it:3d} residual {norm:.6e}"))
+        # no restart: it may fall behind the plain iteration; PETSc allocates with the iterations
         parameters = {"ksp_gmres_restart": options.max_it} | self._parameters
         self._petsc_options = OptionsManager(parameters, self._prefix)
         self._petsc_options.set_from_options(ksp)
-        # PETSc would raise on the ranks that see a NaN and leave the others waiting: see _result
+        # PETSc would raise on the ranks where a norm is NaN, and the others would wait: _run raises instead
         self._raises = ksp.getErrorIfNotConverged()
         ksp.setErrorIfNotConverged(False)
 
     def _run(self, side: Direction, x: np.ndarray) -> SolveResult:
-        """Let PETSc solve for the rows ``x``, from what is there."""
+        """Solve for the rows ``x`` by PETSc, from their present values."""
         ksp, h = self.ksp, self.hierarchies
         ksp.setInitialGuessNonzero(any_rank(h.petsc_comm, x.any()))
         solution, b = h.vec(x), h.vec(self._b)
-        # what blows up shows in PETSc's norm, once
+        # an overflow shows in PETSc's norm
         with (
             ending_all_ranks(h.petsc_comm),
             self._petsc_options.inserted_options(),
@@ -274,7 +282,7 @@ class KrylovMGRIT:
             name = next(n for n, v in vars(PETSc.KSP.ConvergedReason).items() if v == reason and n.isupper())
             result.message = f"PETSc's {ksp.getType()} ended with {name} after {result.cycles} cycles"
         if serial:
-            self._say(f"  {self.name}: {result.message}; stepping sequentially instead")
+            self._print(f"  {self.name}: {result.message}; stepping sequentially instead")
             side.clear()
             side.step(self._b, x)
             self._raise_failures(side, finite=bool(np.isfinite(x).all()))
@@ -295,12 +303,8 @@ class KrylovMGRIT:
             rank = min(found, key=lambda r: reports[r][1].kind)
             report = reports[rank][1]
         elif not all(ok for ok, _ in reports):
-            rank, report = (
-                None,
-                FailureReport.of(
-                    SolverFailure("right-hand side, guess or an iterate is not finite, or its norm is too large")
-                ),
-            )
+            text = "right-hand side, guess or an iterate is not finite, or its norm is too large"
+            rank, report = None, FailureReport.of(SolverFailure(text))
         else:
             return
         if mistakes_only and report.is_numerical:
@@ -310,7 +314,7 @@ class KrylovMGRIT:
             text += " (steps of the transposed sweep: step i of N is Phi_{N-i}^T)"
         raise_report(comm, report, text, first.error if comm.rank == rank else None)
 
-    def _say(self, text: str) -> None:
+    def _print(self, text: str) -> None:
         if self.hierarchies.petsc_comm.rank == 0:
             self.printer(text)
 
@@ -318,13 +322,11 @@ class KrylovMGRIT:
         """Describe the hierarchy in a few lines; PETSc's ``ksp_view`` prints it as that of the preconditioner."""
         o = self.options
         tolerance = f"rtol {o.rtol:g} of the right-hand side, at most {o.max_it} iterations"
-        solver = self.hierarchies.solver
-        return describe(solver, state_nbytes, kind="Krylov-accelerated MGRIT", tolerance=tolerance)
+        return self.hierarchies.solver.view(state_nbytes, kind="Krylov-accelerated MGRIT", tolerance=tolerance)
 
     def _destroy_petsc(self) -> None:
-        for thing in (self.ksp, self._matrix):
-            if thing is not None:
-                thing.destroy()
+        for handle in filter(None, (self.ksp, self._matrix)):
+            handle.destroy()
         self.ksp = self._matrix = None
 
     def destroy(self) -> None:

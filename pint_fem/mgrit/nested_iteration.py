@@ -36,8 +36,9 @@ def coarse_rhs(fine: Level, coarse: Level, relaxation: Relaxation, transfer: Tra
 
 
 def _sums(fine: Level, relaxation: Relaxation) -> tuple[np.ndarray, np.ndarray]:
-    """Sums with weights ``theta`` and ``1 - theta`` over each interval that ends on this rank; parts of an interval on several
-    ranks are added from left to right.
+    """Sums with weights ``theta`` and ``1 - theta`` over each interval that ends on this rank.
+
+    Parts of an interval on several ranks are added from left to right.
     """
     G, lo, shape = fine.G, fine.lo, fine.G.shape[1:]
     sums = np.zeros((2, len(relaxation.intervals), *shape), G.dtype)

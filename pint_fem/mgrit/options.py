@@ -152,7 +152,7 @@ class MGRITOptions(SolverOptions):
         made = super().make(base, **plain)
         for name, changed in of_one_level.items():
             values = list(getattr(made, name))
-            values += [values[-1]] * (max(changed) + 2 - len(values))  # the last one goes on repeating
+            values += [values[-1]] * (max(changed) + 2 - len(values))  # the last one repeats on the levels below
             for level, value in changed.items():
                 values[level] = value
             added = {(name, level) for level in changed}
@@ -160,30 +160,6 @@ class MGRITOptions(SolverOptions):
         if base is None:
             made._refuse_unread(plain | of_one_level)
         return made
-
-    @classmethod
-    def parse(cls, strings: Mapping[str, str]) -> dict:
-        """Values of options given as strings, as PETSc's options database has them.
-
-        Lists are separated by commas (``8,4``), a level's C-points by colons (``0:5:9:16,2``); ``none`` is ``None``, a
-        flag without a value is true.
-
-        Parameters
-        ----------
-        strings
-            Strings by names without prefix, such as ``{"coarsening": "8,4", "level_1_relax": "F", "monitor": ""}``.
-
-        Returns
-        -------
-        dict
-            For :meth:`make`, which refuses unknown names.
-
-        Raises
-        ------
-        ValueError
-            On a value that cannot be read, naming the option.
-        """
-        return super().parse(strings)
 
     @classmethod
     def _parsed(cls, name: str, text: str):
@@ -202,7 +178,7 @@ class MGRITOptions(SolverOptions):
         return [c[0] if len(c) == 1 else c for c in points]
 
     def _refuse_unread(self, given: Mapping) -> None:
-        """Raise on options that these options leave without an effect, unless they have their defaults."""
+        """Raise on given options that the others leave without an effect, unless they have their defaults."""
         for name, selector, values in _READ_WITH:
             changed = name in given and getattr(self, name) != getattr(type(self), name)
             if changed and getattr(self, selector) not in values:
@@ -210,19 +186,19 @@ class MGRITOptions(SolverOptions):
                     f"mgrit {name} {given[name]!r} has no effect with {selector} {getattr(self, selector)!r}: "
                     f"give {selector} {' or '.join(map(repr, values))}, or leave {name} out"
                 )
-        if self.levels is None or self.levels == 1:  # lists go on serving where a run is repeated sequentially
+        if self.levels is None or self.levels == 1:  # sequentially, lists for more levels are accepted
             return
         for name in _PER_LEVEL:
             if name in given and isinstance(given[name], (list, tuple)) and len(getattr(self, name)) > self.levels:
                 raise ValueError(f"mgrit {name} {given[name]!r} for {self.levels} levels: give at most one for each")
 
     def refuse_missing_levels(self, count: int) -> None:
-        """Raise on options of one level that a hierarchy of ``count`` levels has not.
+        """Refuse options of a level that a hierarchy of ``count`` levels lacks.
 
         Raises
         ------
         ValueError
-            Naming the option and the nearest one that there is.
+            Naming the option and the nearest valid one.
         """
         last = count - 1 - (self.coarse_solver != "relax")  # the coarsest level is stepped through
         for name, level in self.of_levels:
@@ -245,7 +221,7 @@ class MGRITOptions(SolverOptions):
         Raises
         ------
         ValueError
-            If the levels asked for leave a level without a step, or an option is for a level that there is not.
+            If there are so many levels that one has no step, or an option is for a level that there is not.
         """
         chosen, n = [], nsteps
         if self.levels is None:
@@ -275,7 +251,7 @@ class MGRITOptions(SolverOptions):
         return self.relax[min(index, len(self.relax) - 1)]
 
     def sweeps(self, index: int) -> int:
-        """Its number of FC-sweeps."""
+        """Number of FC-sweeps in the relaxation of level ``index``."""
         return self.scheme(index).count("C")
 
     def weight(self, index: int) -> float:
@@ -294,7 +270,7 @@ def _scheme(r, given) -> str:
         return "F" + "CF" * int(r)
     if not isinstance(r, str) or r != "F" + "CF" * r.count("C"):
         raise ValueError(
-            f"mgrit relax {given!r}: give 'F', 'FCF', 'FCFCF' ... or a number of FC-sweeps, or one of them a level"
+            f"mgrit relax {given!r}: give 'F', 'FCF', 'FCFCF' ... or a number of FC-sweeps, or one of them per level"
         )
     return r
 

@@ -24,12 +24,12 @@ from pint_fem.all_at_once.grids import Bounds
 from pint_fem.all_at_once.levels import Propagator, build_levels
 from pint_fem.all_at_once.solver import AllAtOnceSolver
 from pint_fem.all_at_once.stopping import SolveResult
+from pint_fem.all_at_once.trace import timed
 from pint_fem.collective import collectively
 from pint_fem.errors import InputError
 from pint_fem.mgrit.cycle import Cycle, exact_termination
 from pint_fem.mgrit.options import MGRITOptions
 from pint_fem.mgrit.transfer import Transfer
-from pint_fem.mgrit.view import describe, memory_estimate
 
 __all__ = ["MGRIT"]
 
@@ -68,6 +68,8 @@ class MGRIT(AllAtOnceSolver):
     ValueError
         On options that do not fit each other or the number of steps.
     """
+
+    options: MGRITOptions
 
     def __init__(
         self,
@@ -185,7 +187,7 @@ class MGRIT(AllAtOnceSolver):
         if kind == "none":
             self._exchange_failures(r, result.cycles, r)
             return False
-        with self._timed_norm():
+        with timed(self.trace, "norm", 0, sweep=self.name):
             squares = self._failures.squares(r) if kind == "C" else r
             if deferred is not None:
                 deferred.append(squares)
@@ -207,7 +209,7 @@ class MGRIT(AllAtOnceSolver):
         return self._stop(result)
 
     def _exchange_failures(self, r: np.ndarray, cycles: int, values: np.ndarray) -> None:
-        """Find the step behind a residual that is not finite, and after some numbers of cycles raise all ranks' failures.
+        """Record the step behind a residual that is not finite; after some numbers of cycles exchange failures.
 
         ``values``: the residual ``r`` at the C-points or its squared norms.
         """
@@ -221,10 +223,10 @@ class MGRIT(AllAtOnceSolver):
     def states(self, U: np.ndarray, G: np.ndarray | None = None) -> Iterator[tuple[int, np.ndarray]]:
         """The own part of a solved trajectory in order: the number of a point and the states from there on.
 
-        With ``storage="C"`` interval by interval, F-points being computed again (one propagator call each) in an
-        array that the next interval uses.
+        With ``storage="C"`` the states come interval by interval, F-points being computed again (one propagator call
+        each) in an array that the next interval overwrites.
 
-        A step that fails here gives NaN, as it must not stop a rank alone; :meth:`raise_failures` then names it.
+        A step that fails here gives NaN, so that no rank stops alone; :meth:`raise_failures` then names it.
 
         Raises
         ------
@@ -240,15 +242,50 @@ class MGRIT(AllAtOnceSolver):
             self.prepare(U.shape[1:], U.dtype)
             yield from self._cycle.relaxations[0].states(U, G)
 
-    def view(self, state_nbytes: int | None = None) -> str:
-        """Describe the hierarchy in a few lines, with the memory of this rank where the bytes of a state are given."""
-        return describe(self, state_nbytes)
+    def view(self, state_nbytes: int | None = None, *, kind: str = "MGRIT", tolerance: str = "") -> str:
+        """Describe the hierarchy in a few lines, with the memory of this rank where the bytes of a state are given.
+
+        ``kind`` and ``tolerance`` name the method and its stopping criterion, by default those of plain MGRIT.
+        """
+        o = self.options
+        if not tolerance:
+            tolerance = f"rtol {o.rtol:g}" + (f", atol {o.atol:g}" if o.atol else "")
+            if o.is_fixed:
+                tolerance = f"{o.max_it} cycles"
+        first = {"auto": "", "guess": "", "skip": ", first down-cycle skipped", "nested": ", nested iteration"}[o.start]
+        ranks = f"{self.comm.size} time rank" + "s" * (self.comm.size > 1)
+        lines = [f"{kind} '{self.name}': {self.nsteps} steps on {ranks}, {o.cycle}-cycles{first}, {tolerance}"]
+        for level in self.levels:
+            kind = {"sequential": "sequential", "gathered": "gathered on one rank"}.get(o.coarse_solver, "")
+            if level.index < len(self.levels) - 1:
+                m = f"m = {level.m}" if level.m else f"{len(level.c_points)} C-points"
+                weight = o.weight(level.index)
+                kind = f"{m}, {o.scheme(level.index)}-relaxation" + (f", C-weight {weight:g}" if weight != 1 else "")
+            elif o.coarse_solver == "relax":
+                kind = f"{o.coarse_sweeps} FC-sweeps"
+            elif o.coarse_solver == "paradiag":
+                kind = f"{o.coarse_sweeps} alpha-circulant iteration" + "s" * (o.coarse_sweeps > 1)
+            lines.append(f"  level {level.index}: {level.nsteps} steps, {kind}")
+        if state_nbytes is not None:
+            finest, coarse = self.memory_estimate(state_nbytes)
+            what = "all points" if o.storage == "all" else "C-points"
+            lines.append(f"  memory of a rank: {what} {finest / 2**20:.3g} MB, coarse levels {coarse / 2**20:.3g} MB")
+        return "\n".join(lines)
 
     def memory_estimate(self, state_nbytes: int) -> tuple[int, int]:
         """Bytes of this rank's arrays for the finest level (work arrays included) and for the coarse ones; before the
         first solve as if states were the same size on all levels.
         """
-        return memory_estimate(self, state_nbytes)
+        o, extra = self.options, self.extra_states
+        sizes = [state_nbytes] + [state_nbytes if c.U is None else c.U[:1].nbytes for c in self.levels[1:]]
+        finest = self.local_rows + extra[0] + (self.levels[0].k if o.residual == "full" else 0)
+        coarse = sum(
+            (4 * level.k + 2 + more) * size
+            for level, more, size in zip(self.levels[1:], extra[1:], sizes[1:], strict=True)
+        )
+        if o.coarse_solver == "gathered" and self.comm.rank == 0 and len(self.levels) > 1:
+            coarse += (2 * self.levels[-1].nsteps + 1) * sizes[-1]
+        return finest * state_nbytes, coarse
 
     @property
     def extra_states(self) -> list[int]:

@@ -24,7 +24,7 @@ This module needs petsc4py and petsctools; :mod:`pint_fem.mgrit` does not import
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from mpi4py import MPI
@@ -174,8 +174,8 @@ class Hierarchies:
     Parameters
     ----------
     propagators, nsteps, options, comm, bounds, transfers, name
-        As for :class:`~pint_fem.mgrit.solver.MGRIT`; the propagators are linear. Of the options, those of the hierarchy
-        and the cycle count.
+        Those of :class:`~pint_fem.mgrit.solver.MGRIT`; the propagators are linear. Of the options those of the
+        hierarchy and the cycle count.
     transposed
         The transposed propagators for :class:`Reversed`, one per level; ``None``: no transposed products.
     petsc_comm
@@ -296,62 +296,48 @@ def _reversed_options(solver: MGRIT) -> MGRITOptions:
     return MGRITOptions.make(solver.options, coarsening=tuple(points)) if points else solver.options
 
 
-class AllAtOnceMatrix:
-    """Context of a Python ``Mat``: products with the all-at-once operator.
-
-    Parameters
-    ----------
-    hierarchies
-        With the state's shape set.
-    """
-
-    def __init__(self, hierarchies: Hierarchies):
-        self.hierarchies = hierarchies
-
-    def _multiply(self, x: PETSc.Vec, y: PETSc.Vec, *, transposed: bool) -> None:
-        rows = self.hierarchies.rows
-        self.hierarchies.direction(transposed=transposed).multiply(rows(x, readonly=True), rows(y))
-
-    def mult(self, mat: PETSc.Mat, x: PETSc.Vec, y: PETSc.Vec) -> None:
-        """``y = A x``."""
-        self._multiply(x, y, transposed=False)
-
-    def multTranspose(self, mat: PETSc.Mat, x: PETSc.Vec, y: PETSc.Vec) -> None:
-        """``y = A^T x``."""
-        self._multiply(x, y, transposed=True)
-
-
-class MGRITPreconditioner:
-    """Context of a Python ``PC``: one cycle from zero, and its exact transpose.
-
-    Also for ``pc_type: python`` with ``pc_python_type: pint_fem.mgrit.space_time_operator.MGRITPreconditioner`` on a matrix of
-    :meth:`Hierarchies.matrix`.
-
-    Parameters
-    ----------
-    hierarchies
-        Default: those of the matrix that the preconditioner is made from.
-    """
+class _Context:
+    """Context of an object of PETSc's that applies an operator on the hierarchies to vectors."""
 
     def __init__(self, hierarchies: Hierarchies | None = None):
         self.hierarchies = hierarchies
+
+    def _apply(self, x: PETSc.Vec, y: PETSc.Vec, operation: Callable, *, transposed: bool) -> None:
+        rows = self.hierarchies.rows
+        operation(self.hierarchies.direction(transposed=transposed), rows(x, readonly=True), rows(y))
+
+
+class AllAtOnceMatrix(_Context):
+    """Context of a Python ``Mat``: products with the all-at-once operator on hierarchies with the state's shape set."""
+
+    def mult(self, mat: PETSc.Mat, x: PETSc.Vec, y: PETSc.Vec) -> None:
+        """``y = A x``."""
+        self._apply(x, y, Direction.multiply, transposed=False)
+
+    def multTranspose(self, mat: PETSc.Mat, x: PETSc.Vec, y: PETSc.Vec) -> None:
+        """``y = A^T x``."""
+        self._apply(x, y, Direction.multiply, transposed=True)
+
+
+class MGRITPreconditioner(_Context):
+    """Context of a Python ``PC``: one cycle from zero, and its exact transpose.
+
+    It can also be PETSc's ``pc_python_type`` (``pc_type: python``) on a matrix of :meth:`Hierarchies.matrix`, and then
+    takes the hierarchies from there.
+    """
 
     def setUp(self, pc: PETSc.PC) -> None:
         """Take the hierarchies from the matrix where none were given."""
         if self.hierarchies is None:
             self.hierarchies = pc.getOperators()[1].getPythonContext().hierarchies
 
-    def _precondition(self, x: PETSc.Vec, y: PETSc.Vec, *, transposed: bool) -> None:
-        rows = self.hierarchies.rows
-        self.hierarchies.direction(transposed=transposed).precondition(rows(x, readonly=True), rows(y))
-
     def apply(self, pc: PETSc.PC, x: PETSc.Vec, y: PETSc.Vec) -> None:
         """``y = B x``."""
-        self._precondition(x, y, transposed=False)
+        self._apply(x, y, Direction.precondition, transposed=False)
 
     def applyTranspose(self, pc: PETSc.PC, x: PETSc.Vec, y: PETSc.Vec) -> None:
         """``y = B^T x``."""
-        self._precondition(x, y, transposed=True)
+        self._apply(x, y, Direction.precondition, transposed=True)
 
     def view(self, pc: PETSc.PC, viewer: PETSc.Viewer) -> None:
         """Print the hierarchy (``-ksp_view``)."""

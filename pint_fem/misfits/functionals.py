@@ -170,17 +170,10 @@ class RunningMisfit(_FormMisfit):
 
 
 class TerminalMisfit(_FormMisfit):
-    """``j(u_N)``, for ``j`` a UFL functional of the evolution's ``u``.
+    """``j(u_N)``, for ``j`` a UFL functional such as ``0.5*inner(u - d, u - d)*dx`` of the evolution's ``u``.
 
-    Parameters
-    ----------
-    form
-        The functional ``j``, such as ``0.5*inner(u - d, u - d)*dx``.
-
-    Raises
-    ------
-    InputError
-        If the form is no functional; when a reduced functional is made of it, if ``u`` is not in it or a control is.
+    An ``InputError`` is raised unless it is a functional, and by the reduced functional unless it contains ``u`` and no
+    control.
     """
 
     def weights(self):

@@ -26,8 +26,8 @@ class PointVectors:
     moves, span
         Whether the vectors depend on time (otherwise a single one is stored); first and last time of all ranks.
     store
-        Whether the vector of each active point is stored; otherwise it is represented in a basis of a few vectors
-        (:class:`~pint_fem.kernels.compressed_vectors.CompressedVectors`) and computed again where it is not in their span.
+        Whether the vector of each active point is stored; otherwise it is represented in a basis of a few vectors and
+        computed again where it is not in their span (:class:`~pint_fem.kernels.compressed_vectors.CompressedVectors`).
     comm, floor
         Ranks that share a vector; norm of what a representation may lack besides the vector's round-off.
     """

@@ -21,13 +21,13 @@ from functools import lru_cache
 import numpy as np
 import scipy.fft
 
-from pint_fem.all_at_once.trace import Trace
+from pint_fem.all_at_once.trace import Trace, timed
 from pint_fem.paradiag.distribution import TimeTransposes
 
 __all__ = ["AlphaCirculant", "FrequencySolve", "shifts"]
 
 FrequencySolve = Callable[[int, complex, np.ndarray], np.ndarray]
-r"""``(k, mu, r) -> v`` with :math:`(I - \mu \Phi) v = r`, complex ``(n,)`` arrays; ``k`` tells frequencies apart."""
+r"""``(k, mu, r) -> v`` with :math:`(I - \mu \Phi) v = r`, complex ``(n,)`` arrays; ``k`` numbers the frequency."""
 
 
 def shifts(nsteps: int, alpha: float) -> np.ndarray:
@@ -56,7 +56,7 @@ def _shared_shifts(nsteps: int, alpha: float) -> np.ndarray:
 
 
 class AlphaCirculant:
-    r"""Applies :math:`P_\alpha^{-1}`.
+    r"""The preconditioner :math:`P_\alpha^{-1}` of the steps of all ranks.
 
     Parameters
     ----------
@@ -69,11 +69,11 @@ class AlphaCirculant:
     comm, bounds
         Time communicator and step bounds of its ranks.
     backwards
-        See :class:`~pint_fem.paradiag.distribution.TimeTransposes`.
+        Whether ``comm`` is another communicator in reverse order, where ranks have the same frequencies.
     trace
-        Takes the times of transforms, messages and solves.
+        Records transforms, messages and solves.
     transposes
-        What maps between the layouts.
+        Class of the maps between the layouts.
 
     Attributes
     ----------
@@ -111,34 +111,26 @@ class AlphaCirculant:
         r""":math:`P_\alpha^{-1} r` of the own steps, ``(k, n)`` (collective)."""
         transposes = self.transposes
         columns = self._transposed(transposes.to_columns, r * self._scale)
-        spectrum = self._timed("fft", self.rfft, columns)
+        with timed(self._trace, "fft", 0):
+            spectrum = self.rfft(columns)
         rows = self._transposed(transposes.to_frequencies, spectrum)
-        rows = self._timed("frequencies", self._solve_all, rows, states=len(rows))
+        with timed(self._trace, "frequencies", 0, states=len(rows)):
+            for k, row in zip(self.own, rows, strict=True):
+                row[...] = self._solve(k, complex(self.mu[k]), row)
         spectrum = self._transposed(transposes.from_frequencies, rows)
-        columns = self._timed("fft", self.irfft, spectrum)
+        with timed(self._trace, "fft", 0):
+            columns = self.irfft(spectrum)
         w = self._transposed(transposes.from_columns, columns)
         w /= self._scale
         return w
 
-    def _solve_all(self, rows: np.ndarray) -> np.ndarray:
-        for k, row in zip(self.own, rows, strict=True):
-            row[...] = self._solve(k, complex(self.mu[k]), row)
-        return rows
-
-    def _timed(self, name: str, work: Callable, *args, **facts):
-        if self._trace is None:
-            return work(*args)
-        begin = self._trace.now()
-        out = work(*args)
-        self._trace.work(name, 0, begin, **facts)
-        return out
-
     def _transposed(self, work: Callable, array: np.ndarray) -> np.ndarray:
-        if self._trace is None:
-            return work(array)
-        begin, self.transposes.sent = self._trace.now(), 0
+        """Change the layout of an array; the trace records the bytes sent."""
+        self.transposes.sent = 0
+        begin = self._trace.now() if self._trace else 0.0
         out = work(array)
-        self._trace.work("transpose", 0, begin, sent=self.transposes.sent)
+        if self._trace:
+            self._trace.work("transpose", 0, begin, sent=self.transposes.sent)
         return out
 
     def rfft(self, columns: np.ndarray) -> np.ndarray:
@@ -148,7 +140,7 @@ class AlphaCirculant:
         return scipy.fft.rfft(columns, axis=0)
 
     def irfft(self, spectrum: np.ndarray) -> np.ndarray:
-        """Its inverse."""
+        """Inverse transform of all steps, ``(N//2 + 1, c) -> (N, c)``."""
         if not spectrum.shape[1]:
             return np.empty((self.nsteps, 0))
         return scipy.fft.irfft(spectrum, self.nsteps, axis=0, overwrite_x=True)

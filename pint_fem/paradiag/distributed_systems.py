@@ -23,7 +23,15 @@ from petsctools import OptionsManager
 from scipy.sparse import csr_matrix
 
 from pint_fem.kernels.direct import completed, direct_solver, factor_bytes, matrix_bytes
-from pint_fem.paradiag.systems import SparseSystem, Weights, on_pattern, ones, plain_weights, real_product
+from pint_fem.paradiag.systems import (
+    ShiftedSystem,
+    SparseSystem,
+    Weights,
+    on_pattern,
+    ones,
+    plain_weights,
+    real_product,
+)
 
 __all__ = ["PETScSystem", "Product", "distributed_system"]
 
@@ -36,7 +44,7 @@ class Product:
     Parameters
     ----------
     X
-        Assembled.
+        An assembled matrix.
     """
 
     def __init__(self, X: PETSc.Mat):
@@ -45,7 +53,7 @@ class Product:
         self._alone = (_csr(X), csr_matrix(_csr(X).T)) if X.comm.size == 1 else None
 
     def __call__(self, r: np.ndarray, *, transposed: bool = False) -> np.ndarray:
-        """Apply (collective)."""
+        """The product with a complex vector of own unknowns, ``(n,)`` (collective)."""
         if self._alone is not None:
             return real_product(self._alone[transposed], r)
         source, target = (self._rows, self._columns) if transposed else (self._columns, self._rows)
@@ -57,8 +65,8 @@ class Product:
         return out
 
 
-class PETScSystem:
-    """A sum of matrices by PETSc, see :class:`~pint_fem.paradiag.systems.SparseSystem`.
+class PETScSystem(ShiftedSystem):
+    """A system of distributed matrices, solved by PETSc as its real equivalent.
 
     Parameters
     ----------
@@ -68,7 +76,7 @@ class PETScSystem:
         PETSc options of the solver of the real equivalent; default: a factorisation, MUMPS's where it is large and
         distributed.
     prefix
-        In PETSc's database.
+        Prefix of the options in PETSc's database.
     """
 
     def __init__(self, parts: Sequence[PETSc.Mat], weights: Weights, parameters: Mapping, prefix: str = "paradiag_"):
@@ -97,7 +105,7 @@ class PETScSystem:
         self._b, self._z = (PETSc.Vec().createMPI(self._sizes, comm=self._comm) for _ in range(2))
 
     def factor(self, y):
-        """See :class:`~pint_fem.paradiag.systems.ShiftedSystem`."""
+        """A PETSc solver with the factor for ``y``, and its size in bytes on the rank with the largest (collective)."""
         total = sum(w * part for w, part in zip(self._weights(y), self._parts, strict=True))
         data = np.empty(4 * len(total))
         data[self._top], data[self._top + 1] = total.real, -total.imag
@@ -117,18 +125,18 @@ class PETScSystem:
         return ksp, self._bytes
 
     def solve(self, factor, y, r, *, transposed):
-        """See :class:`~pint_fem.paradiag.systems.ShiftedSystem`."""
+        """Solve for a complex vector with the matrix of ``y`` or its (not conjugate) transpose (collective)."""
         self._b.array[:] = (r.conj() if transposed else np.ascontiguousarray(r)).view(float)
         (factor.solveTranspose if transposed else factor.solve)(self._b, self._z)
         out = self._z.array_r.copy().view(complex)
         return out.conj() if transposed else out
 
     def release(self, factor):
-        """See :class:`~pint_fem.paradiag.systems.ShiftedSystem` (collective)."""
+        """Free the memory of a factor (collective)."""
         factor.destroy()
 
     def mass(self, r, *, transposed):
-        """See :class:`~pint_fem.paradiag.systems.ShiftedSystem`."""
+        """``M r`` or ``M^T r`` (collective)."""
         return self._mass(r, transposed=transposed)
 
 
@@ -139,8 +147,10 @@ def distributed_system(
 
     Parameters
     ----------
-    parts, weights
-        See :class:`~pint_fem.paradiag.systems.SparseSystem`.
+    parts
+        Assembled AIJ matrices ``S``, ``M`` and others, whose weighted sum the system is.
+    weights
+        Weights of the parts as a function of the shift.
     parameters
         PETSc options; without any, one rank in space uses SuperLU for complex matrices.
     prefix

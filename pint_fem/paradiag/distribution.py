@@ -1,4 +1,4 @@
-r"""Who holds what of a trajectory: a slab of steps, a chunk of degrees of freedom, or a chunk of frequencies.
+r"""Redistribution of a trajectory between slabs of steps, chunks of degrees of freedom and chunks of frequencies.
 
 ====================  =================  =======================================
 ``"slab"``            ``(k_r, n)``       the own steps, all (local) unknowns
@@ -6,9 +6,9 @@ r"""Who holds what of a trajectory: a slab of steps, a chunk of degrees of freed
 ``"frequencies"``     ``(f_r, n)``       some frequencies, all unknowns: for solves
 ====================  =================  =======================================
 
-A rank sends each other one a block of what it holds (``Alltoallv``), so that nothing is ever whole anywhere. Chunks of
-unknowns begin at multiples of :data:`LANES`: vector units then take an unknown together with the same neighbours
-whatever the number of ranks, and transforms have the same bits.
+A rank sends each other one a block of its part (``Alltoallv``): no rank ever has the whole trajectory. Chunks of
+unknowns begin at multiples of :data:`LANES`: vector units then process an unknown with the same neighbours whatever the
+number of ranks, and transforms are bitwise identical.
 """
 
 from __future__ import annotations
@@ -41,8 +41,7 @@ class TimeTransposes:
     size
         Local unknowns of a state, the same on all ranks of ``comm``.
     backwards
-        The ranks are those of another communicator in reverse order, where their chunks of frequencies shall be the
-        same.
+        The ranks are those of another communicator in reverse order, and have the same chunks of frequencies as there.
 
     Attributes
     ----------
@@ -66,30 +65,30 @@ class TimeTransposes:
         self.own = self._places[comm.rank]
 
     def to_columns(self, slab: np.ndarray) -> np.ndarray:
-        """``(k, n) -> (N, c)``."""
+        """Slabs to columns, ``(k, n) -> (N, c)`` (collective)."""
         return slab if self.comm.size == 1 else self.spread(slab, self.rows)
 
     def from_columns(self, columns: np.ndarray) -> np.ndarray:
-        """``(N, c) -> (k, n)``."""
+        """Columns to slabs, ``(N, c) -> (k, n)`` (collective)."""
         return columns if self.comm.size == 1 else self.collect(columns, self.rows)
 
     def to_frequencies(self, columns: np.ndarray) -> np.ndarray:
-        """``(frequencies, c) -> (f, n)``."""
+        """Columns of all frequencies to own frequencies, ``(frequencies, c) -> (f, n)`` (collective)."""
         return columns if self.comm.size == 1 else self.collect(columns, self._places)
 
     def from_frequencies(self, rows: np.ndarray) -> np.ndarray:
-        """``(f, n) -> (frequencies, c)``."""
+        """Own frequencies to columns of all frequencies, ``(f, n) -> (frequencies, c)`` (collective)."""
         return rows if self.comm.size == 1 else self.spread(rows, self._places)
 
     def spread(self, mine: np.ndarray, rows: Sequence[range]) -> np.ndarray:
-        """All columns of my rows to my columns of all rows."""
+        """All columns of own rows to own columns of all rows."""
         packed = np.concatenate([mine[:, _part(c)].ravel() for c in self._columns])
         out = np.empty((sum(map(len, rows)), len(self.own_columns)), mine.dtype)
         self._exchange(packed, out, [len(mine) * len(c) for c in self._columns], None, *self._counts(rows))
         return out
 
     def collect(self, columns: np.ndarray, rows: Sequence[range]) -> np.ndarray:
-        """My columns of all rows to all columns of my rows."""
+        """Own columns of all rows to all columns of own rows."""
         count = len(rows[self.comm.rank])
         packed = np.empty(count * self.size, columns.dtype)
         sizes = [count * len(c) for c in self._columns]
@@ -101,7 +100,7 @@ class TimeTransposes:
         return out
 
     def _counts(self, rows: Sequence[range]) -> tuple[list[int], list[int]]:
-        """Sizes and places of the ranks' rows in an array of my columns."""
+        """Sizes and places of the ranks' rows in an array of own columns."""
         width = len(self.own_columns)
         return [width * len(r) for r in rows], [width * r.start for r in rows]
 
@@ -117,12 +116,12 @@ class TimeTransposes:
 
 @lru_cache(maxsize=64)
 def own_frequencies(frequencies: int, size: int, *, backwards: bool = False) -> tuple[range, ...]:
-    """The ranks' chunks of frequencies; ``backwards``: of a communicator in reverse order."""
+    """The ranks' chunks of frequencies; ``backwards``: those of a communicator in reverse order."""
     chunks = _ranges(tuple(split_steps(frequencies, size)))
     return chunks[::-1] if backwards else chunks
 
 
-# ranks that live in one process share what does not depend on the rank
+# virtual ranks in one process share what does not depend on the rank
 @lru_cache(maxsize=64)
 def _chunks(size: int, ranks: int) -> tuple[range, ...]:
     """The ranks' chunks of unknowns."""

@@ -22,7 +22,7 @@ import numpy as np
 from petsc4py import PETSc
 
 from pint_fem.paradiag.distributed_systems import Product, distributed_system
-from pint_fem.paradiag.systems import ShiftedSystem
+from pint_fem.paradiag.systems import ShiftedSystem, WrappedSystem
 
 __all__ = ["Coupling", "EliminatedSystem", "eliminated_system"]
 
@@ -30,73 +30,68 @@ Rows = slice | np.ndarray
 
 
 class Coupling:
-    """How the parts are coupled; all stages share it.
+    """The matrices that couple the two parts, shared by all stages.
 
     Parameters
     ----------
     G, X
         Without rows (``G``) and columns (``X``) that have a condition.
     a, b
-        Own rows of the parts in the state.
+        Rows of the parts in a state of this rank.
     """
 
     def __init__(self, G: PETSc.Mat, X: PETSc.Mat, a: Rows, b: Rows):
         self.G, self.X, self.a, self.b = Product(G), Product(X), a, b
 
 
-class EliminatedSystem:
-    """``S - y M`` with the second block row multiplied by :math:`M_b^{-1}`; see
-    :class:`~pint_fem.paradiag.systems.ShiftedSystem`.
+class EliminatedSystem(WrappedSystem):
+    """``S - y M`` with the second block row multiplied by :math:`M_b^{-1}`, solved by the system of ``a``.
 
     Parameters
     ----------
     left
         The system of ``a``.
-    coupling, h
-        See above.
+    coupling
+        The matrices ``G`` and ``X``.
+    h
+        Their factor, the time step times the diagonal entry of the stage.
     """
 
     def __init__(self, left: ShiftedSystem, coupling: Coupling, h: float):
-        self._left, self._coupling, self._h = left, coupling, h
-
-    def factor(self, y):
-        """See :class:`~pint_fem.paradiag.systems.ShiftedSystem`."""
-        return self._left.factor(y)
+        super().__init__(left)
+        self._coupling, self._h = coupling, h
 
     def solve(self, factor, y, r, *, transposed):
-        """See :class:`~pint_fem.paradiag.systems.ShiftedSystem`."""
+        """Solve for a complex vector with the matrix of ``y`` or its (not conjugate) transpose."""
         its, h, c = self._coupling, self._h, 1.0 - y
         first, second = (its.X, its.G) if transposed else (its.G, its.X)
         out, r_b = np.empty_like(r), r[its.b]
         r_a = r[its.a] - h / c * first(r_b, transposed=transposed)
-        out[its.a] = a = self._left.solve(factor, y, r_a, transposed=transposed)
+        out[its.a] = a = self._inner.solve(factor, y, r_a, transposed=transposed)
         out[its.b] = (r_b - h * second(a, transposed=transposed)) / c
         return out
 
-    def release(self, factor):
-        """See :class:`~pint_fem.paradiag.systems.ShiftedSystem`."""
-        self._left.release(factor)
-
     def mass(self, r, *, transposed):
-        """See :class:`~pint_fem.paradiag.systems.ShiftedSystem`."""
+        """``M r`` or ``M^T r``; the block of ``b`` is the identity."""
         out, its = r.copy(), self._coupling
-        out[its.a] = self._left.mass(r[its.a], transposed=transposed)
+        out[its.a] = self._inner.mass(r[its.a], transposed=transposed)
         return out
 
 
 def eliminated_system(
     coupling: Coupling, h: float, parts: Sequence[PETSc.Mat], parameters: Mapping, prefix: str = "paradiag_"
 ) -> EliminatedSystem:
-    """The system of a stage.
+    """The system of a stage, with the second part eliminated.
 
     Parameters
     ----------
     coupling, h
-        See above.
+        The matrices that couple the parts, and their factor.
     parts
         :math:`S_a`, :math:`M_a` and :math:`-G X`.
     parameters, prefix
-        PETSc options of the system, and the prefix of options in PETSc's database.
+        PETSc options of the remaining system, and their prefix in PETSc's database; without any, one rank in space uses
+        SuperLU for complex matrices.
     """
     left = distributed_system(parts, parameters, lambda y: (1.0, -y, h * h / (1.0 - y)), prefix)
     return EliminatedSystem(left, coupling, h)

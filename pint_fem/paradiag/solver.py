@@ -30,6 +30,7 @@ from pint_fem.all_at_once.grids import Bounds
 from pint_fem.all_at_once.levels import Propagator, build_levels
 from pint_fem.all_at_once.solver import AllAtOnceSolver
 from pint_fem.all_at_once.stopping import SolveResult
+from pint_fem.all_at_once.trace import timed
 from pint_fem.errors import FAILURES
 from pint_fem.paradiag.circulant import AlphaCirculant, FrequencySolve
 from pint_fem.paradiag.options import ParaDiagOptions
@@ -82,6 +83,8 @@ class ParaDiag(AllAtOnceSolver):
         On bad options or bounds.
     """
 
+    options: ParaDiagOptions
+
     def __init__(
         self,
         propagator: Propagator,
@@ -115,7 +118,7 @@ class ParaDiag(AllAtOnceSolver):
         return self._circulant
 
     def _guarded(self, k: int, mu: complex, r: np.ndarray) -> np.ndarray:
-        """Solve for a frequency; a failure becomes NaN, which the norm carries to every rank: none waits for another."""
+        """Solve for a frequency; a failure becomes NaN, which the residual's norm carries to every rank."""
         try:
             return returned_block("solve(k, mu, r)", self._frequency_solve, r.shape, k, mu, r)
         except FAILURES as error:
@@ -129,7 +132,7 @@ class ParaDiag(AllAtOnceSolver):
         from_zero = start in ("skip", "nested") and self.before_iteration is None
         r = self._residual_from_zero(U) if from_zero else self._residual_at_all_points(U)
         while True:
-            with self._timed_norm():
+            with timed(self.trace, "norm", 0, sweep=self.name):
                 squares = [self._failures.squares(block) for block in (r, U[1:])]
                 norm, result.scale = self._norms(squares, None)
             result.residuals.append(norm)

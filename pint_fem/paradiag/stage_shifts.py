@@ -29,7 +29,7 @@ def _numerator(A: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def limit_at_infinity(A, b) -> float:
-    r""":math:`R(-\infty) = 1 - b^T A^{-1} 1`: what a step makes of boundary values."""
+    r""":math:`R(-\infty) = 1 - b^T A^{-1} 1`, the factor by which a step multiplies boundary values."""
     A, b = np.asarray(A, dtype=float), np.asarray(b, dtype=float)
     return float(1 - b @ np.linalg.solve(A, np.ones(len(b))))
 
@@ -40,9 +40,9 @@ def shifted_factors(A, b, mu: complex) -> tuple[complex, np.ndarray]:
     Parameters
     ----------
     A, b
-        Butcher tableau, lower triangular with a nonzero diagonal.
+        Coefficients of the method: ``A`` ``(s, s)`` lower triangular with a nonzero diagonal, ``b`` ``(s,)``.
     mu
-        Of the frequency.
+        The number :math:`\mu_k` of a frequency.
 
     Returns
     -------

@@ -1,15 +1,16 @@
-r"""The solves of the frequencies for a finite element step: sparse factors, kept, one for a frequency and stage.
+r"""The solves of the frequencies for a finite element step: cached sparse factors, one per frequency and stage.
 
-:math:`(I - \mu \Phi)^{-1}` is a product of :math:`(S_j - y_j M)^{-1} S_j` (:mod:`~pint_fem.paradiag.stage_shifts`), with
-``S`` and ``M`` as the linear propagator steps with: ``S`` has unit rows and columns for boundary values and ``M`` zero
+:math:`(I - \mu \Phi)^{-1}` is a product of :math:`(S_j - y_j M)^{-1} S_j` (:mod:`~pint_fem.paradiag.stage_shifts`) with
+the linear propagator's ``S`` and ``M``: ``S`` has unit rows and columns for boundary values and ``M`` zero
 rows, so that boundary values are right, too. (With *different* diagonal entries the factors do not commute where
-boundary values of a state reach its neighbours; one iteration more puts that right.) A factor is applied as
-:math:`I + y_j (S_j - y_j M)^{-1} M`. State, tangent and, transposed, adjoint use the same factors. Frequencies that the
-memory has no room for are factored at each solve.
+boundary values of a state reach its neighbours; one more iteration corrects that.) A factor is applied as
+:math:`I + y_j (S_j - y_j M)^{-1} M`. State, tangent and, transposed, adjoint use the same factors. Factors beyond the
+memory limit are made again at each solve.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
@@ -24,6 +25,7 @@ __all__ = [
     "ShiftedSteps",
     "ShiftedSystem",
     "SparseSystem",
+    "WrappedSystem",
     "on_pattern",
     "ones",
     "plain_weights",
@@ -31,20 +33,24 @@ __all__ = [
 ]
 
 
-class ShiftedSystem(Protocol):
-    """``S - y M`` for many complex ``y``."""
+class ShiftedSystem(ABC):
+    """The matrices ``S - y M`` for many complex ``y``."""
 
+    @abstractmethod
     def factor(self, y: complex):
         """Something that :meth:`solve` takes, and its size in bytes."""
 
+    @abstractmethod
     def solve(self, factor, y: complex, r: np.ndarray, *, transposed: bool) -> np.ndarray:
         """Solve for a complex vector with the matrix of ``y`` or its (not conjugate) transpose."""
 
+    @abstractmethod
     def mass(self, r: np.ndarray, *, transposed: bool) -> np.ndarray:
         """``M r`` or ``M^T r``."""
 
     def release(self, factor) -> None:
-        """Give back the memory of a factor that is not kept."""
+        """Free the memory of a factor that is not cached, where that has to be done explicitly."""
+        return None
 
 
 class ShiftedSteps:
@@ -53,18 +59,20 @@ class ShiftedSteps:
     Parameters
     ----------
     A, b
-        Butcher tableau, diagonally implicit.
+        Coefficients of the diagonally implicit method, ``(s, s)`` and ``(s,)``.
     systems
-        One for each different diagonal entry.
+        One for each different diagonal entry of ``A``.
     memory
-        Bytes of factors that are kept on this rank.
+        Bytes of factors that this rank may cache.
 
     Attributes
     ----------
     systems : list of ShiftedSystem
         One per stage.
-    bytes, kept, factorisations : int
-        Of the factors that are kept; their number; how often it was factored.
+    bytes, kept : int
+        Size and number of the cached factors.
+    factorisations : int
+        Number of factorisations so far.
     """
 
     def __init__(self, A, b, systems: Mapping[float, ShiftedSystem], memory: float):
@@ -75,21 +83,21 @@ class ShiftedSteps:
         self._largest = 0
 
     def solve(self, k: int, mu: complex, r: np.ndarray) -> np.ndarray:
-        """The solve of a frequency of a forward sweep."""
+        """Solve ``(I - mu_k Phi) v = r`` for frequency ``k``, complex arrays ``(n,)``."""
         scale, shifts = self._at(k, mu)
         for j, (system, y) in enumerate(zip(self.systems, shifts, strict=True)):
             r = r + y * self._solve(k, j, y, system.mass(r, transposed=False), transposed=False)
         return scale * r
 
     def solve_transposed(self, k: int, mu: complex, r: np.ndarray) -> np.ndarray:
-        """The solve of a frequency of an adjoint sweep."""
+        """Solve ``(I - mu_k Phi^T) v = r`` for frequency ``k``, complex arrays ``(n,)``."""
         scale, shifts = self._at(k, mu)
         for j, (system, y) in reversed(list(enumerate(zip(self.systems, shifts, strict=True)))):
             r = r + y * system.mass(self._solve(k, j, y, r, transposed=True), transposed=True)
         return scale * r
 
     def _solve(self, k: int, j: int, y: complex, r: np.ndarray, *, transposed: bool) -> np.ndarray:
-        """Solve with a system's matrix; a factor that the memory has no room for is given back."""
+        """Solve with a system's matrix; a factor beyond the memory limit is released afterwards."""
         system, factor = self.systems[j], self._factor(k, j, y)
         try:
             return system.solve(factor, y, r, transposed=transposed)
@@ -98,7 +106,7 @@ class ShiftedSteps:
                 system.release(factor)
 
     def release(self) -> None:
-        """Give back all factors (collective over space): they are of no use any more."""
+        """Release all factors (collective over space), for example when the operators change."""
         for (_, j), factor in self._factors.items():
             self.systems[j].release(factor)
         self._factors.clear()
@@ -121,63 +129,80 @@ class ShiftedSteps:
         return factor
 
 
+class WrappedSystem(ShiftedSystem):
+    """A system solved by means of another one, whose factors are used.
+
+    Parameters
+    ----------
+    inner
+        The other system.
+    """
+
+    def __init__(self, inner: ShiftedSystem):
+        self._inner = inner
+
+    def factor(self, y):
+        """A factor of the other system and its size in bytes."""
+        return self._inner.factor(y)
+
+    def release(self, factor):
+        """Free the memory of a factor."""
+        self._inner.release(factor)
+
+
 class Projection(Protocol):
-    """Removal of a nullspace: :class:`pint_fem.kernels.nullspace.Nullspace`."""
+    """Removal of a nullspace, as by :class:`pint_fem.kernels.nullspace.Nullspace`."""
 
     def project_solution(self, values: np.ndarray, *, transposed: bool = False) -> np.ndarray:
-        """Remove from values, in place, what they have in the nullspace of the matrix, or of its transpose."""
+        """Remove from values, in place, their part in the nullspace of the matrix, or of its transpose."""
 
     def project_source(self, values: np.ndarray, *, transposed: bool = False) -> np.ndarray:
-        """Remove from values, in place, what they have in the nullspace of the transpose, or of the matrix."""
+        """Remove from values, in place, their part in the nullspace of the transpose, or of the matrix."""
 
 
-class ProjectedSystem:
-    """A system made regular by pins (:mod:`pint_fem.kernels.nullspace`), with its solutions' part in the nullspace
-    left out; see :class:`ShiftedSystem`.
+class ProjectedSystem(WrappedSystem):
+    """A system made regular by pins (:mod:`pint_fem.kernels.nullspace`), its solutions without their nullspace part.
 
     Parameters
     ----------
     system
-        Of the pinned ``S`` and of ``M``, whose nullspaces hold those of ``S``.
+        The system of the pinned ``S`` and of ``M``, whose nullspaces contain those of ``S``.
     nullspace
-        What is left out.
+        The nullspace to be removed.
     """
 
     def __init__(self, system: ShiftedSystem, nullspace: Projection):
-        self._system, self._nullspace = system, nullspace
-
-    def factor(self, y):
-        """See :class:`ShiftedSystem`."""
-        return self._system.factor(y)
+        super().__init__(system)
+        self._nullspace = nullspace
 
     def solve(self, factor, y, r, *, transposed):
-        """See :class:`ShiftedSystem`."""
+        """Solve for a complex vector, with source and solution projected."""
         r = self._nullspace.project_source(np.array(r), transposed=transposed)
-        out = self._system.solve(factor, y, r, transposed=transposed)
+        out = self._inner.solve(factor, y, r, transposed=transposed)
         return self._nullspace.project_solution(out, transposed=transposed)
 
     def mass(self, r, *, transposed):
-        """See :class:`ShiftedSystem`."""
-        return self._system.mass(r, transposed=transposed)
+        """``M r`` or ``M^T r``."""
+        return self._inner.mass(r, transposed=transposed)
 
 
 Weights = Callable[[complex], Sequence[complex]]
 
 
 def plain_weights(y: complex) -> Sequence[complex]:
-    """Of ``S`` and ``M`` in ``S - y M``."""
+    """The weights of ``S`` and ``M`` in ``S - y M``."""
     return 1.0, -y
 
 
-class SparseSystem:
-    """On one rank: SuperLU for complex matrices, with one ordering for all shifts.
+class SparseSystem(ShiftedSystem):
+    """A system on one rank: SuperLU for complex matrices, with one ordering for all shifts.
 
     Parameters
     ----------
     parts
-        Real matrices that the system is a sum of: ``S``, ``M``, and others; with structurally symmetric union.
+        Real matrices whose weighted sum the system is: ``S``, ``M``, and others; with structurally symmetric union.
     weights
-        Of the parts, by shift.
+        Weights of the parts as a function of the shift.
     """
 
     def __init__(self, parts: Sequence[csr_matrix], weights: Weights = plain_weights):
@@ -199,11 +224,11 @@ class SparseSystem:
         self._trial = np.exp(1j * np.arange(n) ** 2)
 
     def factor(self, y):
-        """See :class:`ShiftedSystem`."""
+        """SuperLU's factor of the matrix of ``y``, and its size in bytes."""
         data = sum(w * part for w, part in zip(self._weights(y), self._parts, strict=True))
         matrix = csc_matrix((data, self._indices, self._indptr), shape=self._shape)
         # pivots off the diagonal would ruin the ordering, and are hardly ever needed: real parts of these matrices are
-        # positive definite for heat, and complex shifts keep those of waves away from zero; a trial solve tells
+        # positive definite for heat, and complex shifts keep those of waves away from zero; a trial solve shows it
         try:
             lu = splu(matrix, permc_spec="NATURAL", diag_pivot_thresh=0.0, options={"SymmetricMode": True})
         except RuntimeError:  # a pivot is zero, as in a saddle point
@@ -213,17 +238,14 @@ class SparseSystem:
         return lu, 20 * lu.nnz  # a complex number and its row for each entry
 
     def solve(self, factor, y, r, *, transposed):
-        """See :class:`ShiftedSystem`."""
+        """Solve for a complex vector with the matrix of ``y`` or its (not conjugate) transpose."""
         out = np.empty_like(r)
         out[self._order] = factor.solve(r[self._order], "T" if transposed else "N")
         return out
 
     def mass(self, r, *, transposed):
-        """See :class:`ShiftedSystem`."""
+        """``M r`` or ``M^T r``."""
         return real_product(self._MT if transposed else self._M, r)
-
-    def release(self, factor):
-        """See :class:`ShiftedSystem`: nothing, as a factor of SuperLU dies with its last name."""
 
 
 def real_product(X: csr_matrix, r: np.ndarray) -> np.ndarray:

@@ -107,17 +107,7 @@ def _is_in_petsc(name: str) -> bool:
 
 
 class _Kind(NamedTuple):
-    """A kind of type.
-
-    Attributes
-    ----------
-    exists
-        Whether PETSc has a type, beside a given ``pc_type`` or ``None``.
-    names
-        The class with petsc4py's names.
-    common
-        Some of them.
-    """
+    """A kind of type: whether PETSc has one, beside a ``pc_type`` or ``None``; petsc4py's names; some of them."""
 
     exists: Callable[[str, str | None], bool]
     names: type

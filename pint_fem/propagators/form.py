@@ -59,10 +59,8 @@ class FormPropagator(FEPropagator):
 
     Attributes
     ----------
-    dirk : DIRK
-        Coefficients of the integrator.
-    bc_rows : ndarray
-        Own rows with a condition.
+    dirk, bc_rows : DIRK, ndarray
+        Coefficients of the integrator, and own rows with a condition.
     counts : Counter
         Numbers of ``"newton"`` solves, ``"residual"``, ``"jacobian"`` and ``"derivative"`` assemblies,
         ``"factorisation"`` and ``"solve"``; ``"petsc newton"``: stages that PETSc's Newton solved.

@@ -50,10 +50,8 @@ class LinearPropagator(FEPropagator):
 
     Attributes
     ----------
-    dirk : DIRK
-        Coefficients of the integrator.
-    bc_rows : ndarray
-        Own rows with a condition.
+    dirk, bc_rows : DIRK, ndarray
+        Coefficients of the integrator, and own rows with a condition.
     factors : dict
         Factors of the stages' matrices by ``a_ii dt``.
     fields : Fields or None

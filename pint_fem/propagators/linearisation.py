@@ -13,13 +13,14 @@ tangent with ``2 s + 1`` states and a control vector, for each stage the Jacobia
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 from firedrake.petsc import PETSc
 from mpi4py import MPI
 
-from pint_fem.kernels.factors import UpdatableFactor
+from pint_fem.kernels.updatable_factor import UpdatableFactor
 from pint_fem.propagators.base import FEPropagator
 from pint_fem.propagators.stage import StageForms
 
@@ -41,63 +42,53 @@ class FirstCorrection(NamedTuple):
     array: np.ndarray
 
 
+@dataclass(eq=False)
 class StageLinearisation:
     """The linearisation of a stage, and what solves of the stage reuse.
 
-    Parameters
-    ----------
-    index, h
-        Number of the stage, and its coefficient ``a_ii dt``.
-    earlier
-        An earlier stage of the step with the same ``h``, or ``None``.
-    constant
-        Whether the Jacobian is constant.
-    may_keep, may_refine
-        Whether the stage may have a solver of its own, and whether solves may be by iterative refinement.
-
     Attributes
     ----------
-    W, U : ndarray or None
+    index, h, earlier
+        Number of the stage, its coefficient ``a_ii dt``, and an earlier stage of the step with the same ``h``, if any.
+    constant, may_keep, may_refine
+        Whether the Jacobian is constant, the stage may have a solver of its own, and solves may be by refinement.
+    W, U
         Base and stage value.
     J, F_W, F_z, F_U
         Matrices of the linearisation; shared where constant. ``F_U`` is without conditions, where controls are in them.
-    version : object
+    version
         Identifies the linearisation.
-    solver : UpdatableFactor or None
+    solver
         The stage's own solver, with the factor of this or an earlier Jacobian.
-    iterations, expected : int
+    iterations, expected
         Iterations with a factor of another matrix in this linearisation, and those expected of the next solve.
-    correction : FirstCorrection or None
+    correction
         That of the last solve that began at its base value.
-    sweep, moved, rate : object, float, float or None
+    sweep, moved, rate
         The sweep of the last solve; how far root and base value have moved since one began at the base value; the
         contraction of the last increments.
     """
 
-    def __init__(
-        self,
-        index: int,
-        h: float,
-        earlier: StageLinearisation | None,
-        *,
-        constant: bool,
-        may_keep: bool,
-        may_refine: bool,
-    ):
-        self.index, self.h, self.earlier, self.constant = index, h, earlier, constant
-        self.may_keep, self.may_refine = may_keep, may_refine
-        self.W: np.ndarray | None = None
-        self.U: np.ndarray | None = None
-        self.J: PETSc.Mat | None = None
-        self.F_W: PETSc.Mat | None = None
-        self.F_U: PETSc.Mat | None = None
-        self.F_z: list[PETSc.Mat | None] | None = None
-        self.version: object = None
-        self.solver: UpdatableFactor | None = None
-        self.iterations, self.expected = 0, 1
-        self.correction: FirstCorrection | None = None
-        self.sweep: object = None
-        self.moved, self.rate = 0.0, None
+    index: int
+    h: float
+    earlier: StageLinearisation | None
+    constant: bool
+    may_keep: bool
+    may_refine: bool
+    W: np.ndarray | None = None
+    U: np.ndarray | None = None
+    J: PETSc.Mat | None = None
+    F_W: PETSc.Mat | None = None
+    F_U: PETSc.Mat | None = None
+    F_z: list[PETSc.Mat | None] | None = None
+    version: object = None
+    solver: UpdatableFactor | None = None
+    iterations: int = 0
+    expected: int = 1
+    correction: FirstCorrection | None = None
+    sweep: object = None
+    moved: float = 0.0
+    rate: float | None = None
 
     def linearise(self, forms: StageForms) -> None:
         """Assemble the matrices at the values that the forms have."""
@@ -139,8 +130,7 @@ class StepLinearisation:
         self.stages: list[StageLinearisation] = []
         for index, h in enumerate(forms.step_sizes):
             earlier = next((stage for stage in self.stages if stage.h == h), None)
-            given = dict(constant=forms.J.constant, may_keep=keep, may_refine=refine)
-            self.stages.append(StageLinearisation(index, h, earlier, **given))
+            self.stages.append(StageLinearisation(index, h, earlier, forms.J.constant, keep, refine))
         self.control: np.ndarray | None = None
         self.current = False
         self.adjoints: dict[str, tuple] = {}

@@ -115,7 +115,7 @@ class StageLoads:
         return self._scaled(load)
 
     def _scaled(self, load: np.ndarray, *, transposed: bool = False) -> np.ndarray:
-        """A load as the recursion takes it: where a field is eliminated, times the inverse of its mass matrix."""
+        """A load as the recursion requires it: where a field is eliminated, times the inverse of its mass matrix."""
         fields = self.evolution.fields
         return load if fields is None else fields.scale(load, transposed=transposed)
 

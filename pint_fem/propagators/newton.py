@@ -43,7 +43,8 @@ from ufl.algorithms import expand_derivatives
 from pint_fem.errors import SolverFailure, is_numerical
 from pint_fem.kernels.arrays import get, put
 from pint_fem.kernels.direct import require_finite
-from pint_fem.kernels.factors import StageFactors, UpdatableFactor
+from pint_fem.kernels.factors import StageFactors
+from pint_fem.kernels.updatable_factor import UpdatableFactor
 from pint_fem.propagators.linearisation import FirstCorrection, StageLinearisation
 from pint_fem.propagators.stage import StageForms
 
@@ -276,16 +277,8 @@ class StageNewton:
         return self._x.norm()
 
     def _has_converged(self, size: float, scale: float, largest: float, rate: float | None, exact: bool) -> bool:
-        """Whether the error after an increment of norm ``size`` is round-off.
-
-        Parameters
-        ----------
-        size, scale, largest
-            Norms of the increment and of the iterate; the larger one of those of the iterate and the start.
-        rate
-            The contraction of the increments, if known.
-        exact
-            Whether the increment is that of Newton's method.
+        """Whether the error is round-off after an increment of norm ``size`` to an iterate of norm ``scale``;
+        ``largest`` is the larger norm of the iterate and the start, ``exact`` whether the increment is Newton's own.
         """
         if size == 0 or (exact and (self.forms.linear or size <= QUADRATIC * scale)):
             return True

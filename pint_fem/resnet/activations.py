@@ -1,8 +1,9 @@
-r"""Activations :math:`\sigma` with their first two derivatives, elementwise.
+r"""Elementwise activation functions :math:`\sigma` with their first two derivatives.
 
-A layer computes :math:`\sigma(z) = a\, g(c z)` in place. Derivatives of most activations follow from what :math:`g`
-gives, for others from :math:`z`: what is "kept" is the one or the other. :math:`\tanh z = 2 (1 / (1 + e^{-2 z}) - 1/2)`
-is one: its absolute error is round-off, and torch's sigmoid takes less than half the time of its tanh.
+A layer computes :math:`\sigma(z) = a\, g(c z)`. The derivatives of most activations follow from the values of
+:math:`g`, which is then applied in place, those of the others from :math:`z`: the *record* of an evaluation is the one
+or the other. The hyperbolic tangent is evaluated as :math:`\tanh z = 2 (1 / (1 + e^{-2 z}) - 1/2)`, with an absolute
+error of the size of round-off, because torch's sigmoid is faster than its tanh.
 """
 
 from __future__ import annotations
@@ -23,21 +24,21 @@ Tensor = torch.Tensor
 
 @dataclass(frozen=True)
 class Activation:
-    r"""See the module.
+    r"""An activation :math:`\sigma(z) = a\, g(c z)`.
 
     Attributes
     ----------
     name : str
     function : callable
-        :math:`\sigma` itself, as plain torch has it.
+        :math:`\sigma`, differentiable by autograd.
     apply_ : callable or None
-        ``g`` in place; ``None``: ``z`` is kept.
+        ``g``, which overwrites its argument with the record; ``None``: the record is ``z``.
     slope, curvature : callable
-        First and second derivative of :math:`\sigma`, from what is kept.
+        First and second derivative of :math:`\sigma` as functions of the record.
     in_scale, out_scale : float
         ``c`` and ``a``.
     slope_out : callable or None
-        ``slope_out(kept, out)`` writes the first derivative in one pass, where there is such a thing.
+        ``slope_out(record, out)`` writes the first derivative in one pass over memory, if that is possible.
     """
 
     name: str
@@ -49,16 +50,16 @@ class Activation:
     out_scale: float = 1.0
     slope_out: Callable[[Tensor, Tensor], Tensor] | None = None
 
-    def output(self, kept: Tensor) -> Tensor:
-        """``g`` of what is kept, which may become it in place."""
-        return self.function(kept.contiguous()) if self.apply_ is None else self.apply_(kept)
+    def output(self, z: Tensor) -> Tensor:
+        """``g(z)`` for ``z`` with the factor ``c`` already in it; ``z`` is the record afterwards."""
+        return self.function(z.contiguous()) if self.apply_ is None else self.apply_(z)
 
-    def write_slope(self, kept: Tensor, out: Tensor) -> None:
-        """The first derivative, to where it is wanted."""
+    def write_slope(self, record: Tensor, out: Tensor) -> None:
+        """Write the first derivative to ``out``, from the record of an evaluation."""
         if self.slope_out is None:
-            out.copy_(self.slope(kept))
+            out.copy_(self.slope(record))
         else:
-            self.slope_out(kept, out)
+            self.slope_out(record, out)
 
 
 def _derivative(f: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -75,7 +76,7 @@ def _derivative(f: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     return df
 
 
-# of y = tanh(z) / 2
+# the record of tanh is y = tanh(z) / 2
 def _half_tanh_(z: Tensor) -> Tensor:
     return torch.sigmoid_(z).sub_(0.5)
 
@@ -122,7 +123,11 @@ def activation(given: str | Callable[[Tensor], Tensor] | Activation) -> Activati
     ----------
     given
         ``"tanh"``, ``"relu"``, ``"sigmoid"``, ``"leaky_relu"``, ``"linear"``, ``"gelu"``, ``"silu"``, ``"softplus"``,
-        ``"elu"``, ``"sin"``, or a callable that autograd can differentiate; its derivatives are taken by autograd.
+        ``"elu"``, ``"sin"``, or a callable that autograd can differentiate twice.
+
+    Returns
+    -------
+    Activation
 
     Raises
     ------
@@ -152,6 +157,7 @@ def activation(given: str | Callable[[Tensor], Tensor] | Activation) -> Activati
 
 
 def _check_elementwise(name: str, f: Callable[[Tensor], Tensor]) -> None:
+    """Refuse a function whose values on a matrix are not those on its single entries."""
     z = torch.linspace(-1.5, 1.5, 6, dtype=torch.float64)
     try:
         whole, alone = f(z.reshape(2, 3)).reshape(-1), torch.cat([f(z[i : i + 1]) for i in range(6)])

@@ -41,6 +41,8 @@ class Grid(ProcessGrid):
         On every rank, if the grid does not match the number of ranks, is given in two ways or differs between ranks.
     """
 
+    _released = dict.fromkeys(("layer_comm", "data_comm", "reversed_layer_comm"), MPI.COMM_NULL)
+
     def __init__(
         self,
         grid: str | tuple[int, int] | None = None,
@@ -54,14 +56,6 @@ class Grid(ProcessGrid):
         groups = self._shared.groups
         self.layer_comm, self.data_comm = groups.inner, groups.outer
         self.reversed_layer_comm = groups.reversed_inner
-
-    def free(self) -> None:
-        """Free the communicators if no other grid of this shape on ``comm`` uses them (collective over ``comm``).
-
-        To be called when no network on this grid is used any more.
-        """
-        super().free()
-        self.layer_comm = self.data_comm = self.reversed_layer_comm = MPI.COMM_NULL
 
     @property
     def is_first(self) -> bool:

@@ -1,18 +1,19 @@
-r"""How many cycles a sweep takes: to a tolerance, a fixed number, or one that adapts to the training.
+r"""Number of MGRIT cycles of a sweep in training: up to a tolerance, fixed, or adapted to the observed convergence.
 
 Training needs no exact gradients at first, but a fixed number of cycles biases them, and as the weights grow cycles
-contract less. The *adaptive* mode (Jiang, Salvado, Cyr, Kopaničáková, Krause, Schroder, arXiv:2601.09026) watches that:
-every ``every`` batches a sweep takes ``2 k`` cycles instead of ``k`` and compares the residuals :math:`r`,
+contract less. The *adaptive* mode (Jiang, Salvado, Cyr, Kopaničáková, Krause, Schroder, arXiv:2601.09026) measures
+that: every ``every`` batches a sweep takes ``2 k`` cycles instead of ``k`` and compares the residuals :math:`r`,
 
 .. math:: \rho = r_{2k} / r_k .
 
-With :math:`\rho > 1` cycles do not contract any more and sweeps go from layer to layer from then on. With
-:math:`\rho` above ``enough`` a cycle is added; beyond ``most`` cycles serial sweeps are cheaper, too.
+With :math:`\rho > 1` cycles do not contract any more, and all later sweeps are sequential. With :math:`\rho` above
+``enough`` a cycle is added; beyond ``most`` cycles sequential sweeps are cheaper, too.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from pint_fem.all_at_once.stopping import SolveResult
@@ -23,16 +24,16 @@ __all__ = ["Adaptive", "Iterations"]
 
 @dataclass(frozen=True)
 class Adaptive:
-    """When to look and what to do.
+    """Rule by which the number of cycles of a sweep is adapted.
 
     Attributes
     ----------
     every : int
-        Batches from one look to the next.
+        Number of batches from one comparison of residuals to the next.
     enough : float
-        A ratio up to which the number of cycles stays.
+        Ratio of residuals up to which the number of cycles stays.
     most : int
-        Cycles beyond which sweeps become serial.
+        Number of cycles beyond which sweeps become sequential.
     """
 
     every: int = 50
@@ -46,17 +47,19 @@ class Adaptive:
 
 @dataclass
 class Iterations:
-    """Cycles of one kind of sweep.
+    """Number of cycles of one kind of sweep, forward or backward.
 
     Attributes
     ----------
     cycles : int or None
-        ``None``: to the tolerance.
+        ``None``: up to the tolerance.
     adaptive : Adaptive or None
     serial : bool
-        From layer to layer.
+        Whether sweeps are sequential.
     history : list of (batch, cycles, ratio)
-        What looks have found; ``cycles`` is 0 where they made it serial.
+        Comparisons of residuals; ``cycles`` is 0 where one has made sweeps sequential.
+    batches : int
+        Number of sweeps so far.
     """
 
     cycles: int | None = None
@@ -73,16 +76,20 @@ class Iterations:
             raise InputError("adaptive iterations need a number to begin with: give forward and backward iterations")
 
     def begin(self) -> int | None:
-        """Cycles of the next sweep of the training; twice as many where it is time to look."""
+        """Number of cycles of the next sweep of the training: twice as many where residuals will be compared."""
         self.batches += 1
-        return self.cycles * 2 if self._looks() else self.cycles
+        return self.cycles * 2 if self._compares() else self.cycles
 
-    def _looks(self) -> bool:
+    def _compares(self) -> bool:
+        """Whether the present sweep compares residuals."""
         return self.adaptive is not None and not self.serial and self.batches % self.adaptive.every == 0
 
-    def end(self, result: SolveResult, largest=lambda x: x) -> None:
-        """Learn from a sweep; ``largest`` makes all groups of a data-parallel run agree."""
-        if not self._looks():
+    def end(self, result: SolveResult, largest: Callable[[float], float] = lambda ratio: ratio) -> None:
+        """Adapt the number of cycles to the residuals of a sweep.
+
+        ``largest`` returns the maximum of a ratio over the data groups (collective), so that all decide the same.
+        """
+        if not self._compares():
             return
         ratio = largest(self._ratio(result))
         if ratio > 1 or (ratio > self.adaptive.enough and self.cycles >= self.adaptive.most):
@@ -92,18 +99,16 @@ class Iterations:
         self.history.append((self.batches, 0 if self.serial else self.cycles, ratio))
 
     def _ratio(self, result: SolveResult) -> float:
-        """Residual after twice the cycles over that after the cycles; infinite where they failed, so that all groups
-        step serially, and 0 where the sweep has one level only.
-        """
+        """Ratio of residuals; infinite where cycles failed, so that all groups step sequentially, 0 on one level."""
         if result.reason in ("exact", "serial"):
             return math.inf if result.reason == "serial" else 0.0
         before, after = result.residuals[self.cycles], result.residuals[-1]
         return after / before if before > 0 else 0.0
 
     def fail(self) -> bool:
-        """Whether a sweep that broke down may be done serially instead, as all later ones are then."""
+        """After a sweep that broke down, make this and all later ones sequential; ``False`` without a rule."""
         if self.adaptive is None:
             return False
         self.serial = True
-        self.history.append((self.batches, 0, float("inf")))
+        self.history.append((self.batches, 0, math.inf))
         return True

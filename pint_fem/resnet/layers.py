@@ -1,19 +1,19 @@
-r"""Kinds of residual layers :math:`u \mapsto u + h\, \sigma(L_\theta u + b)` on blocks of layers.
+r"""Kinds of residual layers :math:`u \mapsto u + h\, \sigma(L_\theta u + b)`: the maps of blocks of layers.
 
 A state is laid out for the kind's fastest call, with the batch padded so that a state fills whole vector registers: the
-bits of an elementwise function then do not depend on where in a block a state stands.
+result of an elementwise function is then bitwise independent of the state's place in a block.
 
 * :class:`Dense`: ``(width, batch)``; a block of layers is one batched matrix product (``baddbmm``), so are its
   transpose and its gradient.
-* :class:`Convolution`: ``(batch, channels, height, width)``; one convolution a layer, all else a block at a time. A
-  grouped convolution of the block computes the same, no faster for batches of 16 and more, and with bits that depend
-  on the number of groups (torch's float32 kernels).
+* :class:`Convolution`: ``(batch, channels, height, width)``; one convolution per layer, all else in blocks. A grouped
+  convolution of the block computes the same, no faster for batches of 16 and more, and with results whose round-off
+  depends on the number of groups (torch's float32 kernels).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -21,91 +21,105 @@ import torch.nn.functional as F
 from pint_fem.errors import InputError
 from pint_fem.resnet.activations import activation
 
-__all__ = ["Convolution", "Dense", "Layer", "Room"]
+__all__ = ["Convolution", "Dense", "Layer", "ScratchBuffer"]
 
 Tensor = torch.Tensor
 Theta = Sequence[Tensor]
 
-# values a state has a multiple of: two AVX-512 registers of float32, torch's unrolled loop
-_VALUES = 32
+_SEED_STRIDE = 1_000_003
+_REGISTER = 32  # the size of a state is a multiple of it: two AVX-512 registers of float32, torch's unrolled loop
 
 
 def _is_count(value) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
-class Room:
-    """Work space for states, contiguous: what was there before, unless it is too small."""
+class ScratchBuffer:
+    """A contiguous buffer for intermediate results that is allocated again only where a larger one is needed."""
 
     def __init__(self):
-        self._kept: Tensor | None = None
+        self._buffer: Tensor | None = None
 
     def __call__(self, like: Tensor) -> Tensor:
-        """As large as some states."""
-        kept, n = self._kept, like.shape[0]
-        if kept is None or kept.shape[0] < n or kept.shape[1:] != like.shape[1:] or kept.dtype != like.dtype:
-            kept = self._kept = torch.empty(like.shape, dtype=like.dtype)
-        return kept if kept.shape[0] == n else kept[:n]
+        """A tensor with the shape and type of ``like`` and undefined values, valid until the next call."""
+        buffer, n = self._buffer, like.shape[0]
+        if buffer is None or buffer.shape[0] < n or buffer.shape[1:] != like.shape[1:] or buffer.dtype != like.dtype:
+            buffer = self._buffer = torch.empty(like.shape, dtype=like.dtype)
+        return buffer if buffer.shape[0] == n else buffer[:n]
 
 
 class Layer:
-    """What the sweeps ask of a kind of layer.
+    """Base of the kinds of layers: the maps that sweeps need of them, for ``k`` layers at once.
+
+    Stacked parameters ``theta`` have shapes ``(k, ...)``, states, adjoints and slopes ``(k, *state)``.
 
     Parameters
     ----------
-    activation
-        Name or elementwise callable.
+    act
+        Activation by name, or an elementwise callable.
+
+    Attributes
+    ----------
+    shapes : dict
+        Names and shapes of the parameters of one layer.
+    fan_in : int
+        Number of values that a value of ``L u`` depends on.
     """
 
-    #: Names and shapes of a layer's parameters.
     shapes: dict[str, tuple[int, ...]]
     fan_in: int
 
-    def __init__(self, act):
+    def __init__(self, act: str | Callable[[Tensor], Tensor]):
         self.activation = activation(act)
 
-    def initial(self, generator: torch.Generator, dtype: torch.dtype) -> list[Tensor]:
-        """Parameters of one layer: uniform in ``+-1/sqrt(fan_in)``, as torch's own layers begin."""
+    def initial(self, numbers: range, seed: int, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Random stacked parameters by name, uniform in ``+-1/sqrt(fan_in)`` as those of torch's own layers.
+
+        Those of a layer depend on its number in the network and the seed only.
+        """
         bound = 1 / math.sqrt(self.fan_in)
-        return [
-            torch.empty(shape, dtype=torch.float64).uniform_(-bound, bound, generator=generator).to(dtype)
-            for shape in self.shapes.values()
-        ]
+        stacks = {name: torch.empty((len(numbers), *shape), dtype=dtype) for name, shape in self.shapes.items()}
+        for i, n in enumerate(numbers):
+            generator = torch.Generator().manual_seed(seed * _SEED_STRIDE + n)
+            for name, shape in self.shapes.items():
+                values = torch.empty(shape, dtype=torch.float64).uniform_(-bound, bound, generator=generator)
+                stacks[name][i] = values  # rounded: all types get the same numbers
+        return stacks
 
     def check_input(self, x: Tensor) -> None:
-        """Refuse what the opening layer gives where it does not fit."""
+        """Raise ``InputError`` if the output of the opening layer does not have the shape of a state."""
         raise NotImplementedError
 
     def pack(self, x: Tensor) -> Tensor:
-        """A batch as torch has it, ``(batch, ...)``, in this kind's layout, padded; differentiable."""
+        """A batch ``(batch, ...)`` in this kind's layout, padded with zeros; differentiable."""
         raise NotImplementedError
 
     def unpack(self, u: Tensor, batch: int) -> Tensor:
-        """The inverse of :meth:`pack`."""
+        """The ``batch`` samples of a state ``u``, the inverse of :meth:`pack`; differentiable."""
         raise NotImplementedError
 
     def linear(self, theta: Theta, u: Tensor, out: Tensor, scale: float) -> Tensor:
-        """``scale (L u + b)`` of a block of layers."""
+        """Write ``scale (L u + b)`` of a block of layers to ``out`` and return it."""
         raise NotImplementedError
 
     def adjoint(self, theta: Theta, t: Tensor, lam: Tensor, h: float, out: Tensor) -> Tensor:
-        """``lam + h L^T t`` of a block of layers."""
+        """Write ``lam + h L^T t`` of a block of layers to ``out`` and return it."""
         raise NotImplementedError
 
-    def linear_of_one(self, theta: Theta, u: Tensor, out: Tensor, scale: float) -> Tensor:
-        """:meth:`linear` of a single layer, where that has a faster call: layers that go one after another."""
+    def linear_single(self, theta: Theta, u: Tensor, out: Tensor, scale: float) -> Tensor:
+        """:meth:`linear` of a single layer without leading axes, for which a kind may have a faster call."""
         return self.linear([p.unsqueeze(0) for p in theta], u.unsqueeze(0), out.unsqueeze(0), scale)
 
-    def adjoint_of_one(self, theta: Theta, t: Tensor, lam: Tensor, h: float, out: Tensor) -> Tensor:
-        """:meth:`adjoint` of a single layer."""
+    def adjoint_single(self, theta: Theta, t: Tensor, lam: Tensor, h: float, out: Tensor) -> Tensor:
+        """:meth:`adjoint` of a single layer without leading axes."""
         return self.adjoint([p.unsqueeze(0) for p in theta], t.unsqueeze(0), lam.unsqueeze(0), h, out.unsqueeze(0))
 
     def gradients(self, t: Tensor, u: Tensor) -> list[Tensor]:
-        """Derivatives of ``(t, L u + b)`` with respect to the parameters of a block of layers."""
+        """Derivatives of the inner product ``(t, L u + b)`` with respect to the parameters of a block of layers."""
         raise NotImplementedError
 
     def serial(self, theta: Theta, u: Tensor) -> Tensor:
-        """``L u + b`` of one layer in torch's own layout, for autograd."""
+        """``L u + b`` of one layer for a batch in torch's own layout, differentiable by autograd."""
         raise NotImplementedError
 
 
@@ -117,7 +131,7 @@ class Dense(Layer):
     width
         Size of a state.
     activation
-        Name or elementwise callable.
+        By name, or an elementwise callable.
 
     Raises
     ------
@@ -131,49 +145,49 @@ class Dense(Layer):
             raise InputError(f"Dense width {width!r}: give a positive whole number")
         self.width = self.fan_in = width
         self.shapes = {"weight": (width, width), "bias": (width,)}
-        self._multiple = _VALUES // math.gcd(_VALUES, width)
-        self._room = Room()
+        self._multiple = _REGISTER // math.gcd(_REGISTER, width)
+        self._scratch = ScratchBuffer()
 
     def check_input(self, x: Tensor) -> None:
-        """See :class:`Layer`."""
+        """Raise ``InputError`` if the output of the opening layer does not have the shape of a state."""
         if x.ndim != 2 or x.shape[1] != self.width:
             raise InputError(
-                f"the opening layer gives {tuple(x.shape)}, layers of width {self.width} want (batch, {self.width})"
+                f"the opening layer gives {tuple(x.shape)}, layers of width {self.width} take (batch, {self.width})"
             )
 
     def pack(self, x: Tensor) -> Tensor:
-        """See :class:`Layer`."""
+        """A batch in the layout of states, padded with zeros."""
         return F.pad(x, (0, 0, 0, -len(x) % self._multiple)).t()
 
     def unpack(self, u: Tensor, batch: int) -> Tensor:
-        """See :class:`Layer`."""
+        """The samples of a state."""
         return u.t()[:batch]
 
     def linear(self, theta: Theta, u: Tensor, out: Tensor, scale: float) -> Tensor:
-        """See :class:`Layer`."""
+        """Write ``scale (L u + b)`` of a block of layers to ``out``."""
         weight, bias = theta
         return torch.baddbmm(bias.unsqueeze(2), weight, u, beta=scale, alpha=scale, out=out)
 
     def adjoint(self, theta: Theta, t: Tensor, lam: Tensor, h: float, out: Tensor) -> Tensor:
-        """See :class:`Layer`."""
-        product = torch.bmm(theta[0].transpose(1, 2), t, out=self._room(t))
+        """Write ``lam + h L^T t`` of a block of layers to ``out``."""
+        product = torch.bmm(theta[0].transpose(1, 2), t, out=self._scratch(t))
         return torch.add(lam, product, alpha=h, out=out)
 
-    def linear_of_one(self, theta: Theta, u: Tensor, out: Tensor, scale: float) -> Tensor:
-        """See :class:`Layer`."""
+    def linear_single(self, theta: Theta, u: Tensor, out: Tensor, scale: float) -> Tensor:
+        """Write ``scale (L u + b)`` of one layer to ``out``."""
         weight, bias = theta
         return torch.addmm(bias.unsqueeze(1), weight, u, beta=scale, alpha=scale, out=out)
 
-    def adjoint_of_one(self, theta: Theta, t: Tensor, lam: Tensor, h: float, out: Tensor) -> Tensor:
-        """See :class:`Layer`."""
+    def adjoint_single(self, theta: Theta, t: Tensor, lam: Tensor, h: float, out: Tensor) -> Tensor:
+        """Write ``lam + h L^T t`` of one layer to ``out``."""
         return torch.addmm(lam, theta[0].t(), t, alpha=h, out=out)
 
     def gradients(self, t: Tensor, u: Tensor) -> list[Tensor]:
-        """See :class:`Layer`."""
+        """Derivatives of ``(t, L u + b)`` with respect to the parameters."""
         return [torch.bmm(t, u.transpose(1, 2)), t.sum(2)]
 
     def serial(self, theta: Theta, u: Tensor) -> Tensor:
-        """See :class:`Layer`."""
+        """``L u + b`` of one layer in torch's own layout."""
         return F.linear(u, *theta)
 
 
@@ -187,7 +201,7 @@ class Convolution(Layer):
     kernel
         Size of the kernel, odd.
     activation
-        Name or elementwise callable.
+        By name, or an elementwise callable.
 
     Raises
     ------
@@ -208,37 +222,37 @@ class Convolution(Layer):
         self.shapes = {"weight": (channels, channels, kernel, kernel), "bias": (channels,)}
 
     def check_input(self, x: Tensor) -> None:
-        """See :class:`Layer`."""
+        """Raise ``InputError`` if the output of the opening layer does not have the shape of a state."""
         if x.ndim != 4 or x.shape[1] != self.channels:
             raise InputError(
-                f"the opening layer gives {tuple(x.shape)}, convolutions want (batch, {self.channels}, height, width)"
+                f"the opening layer gives {tuple(x.shape)}, convolutions take (batch, {self.channels}, height, width)"
             )
 
     def pack(self, x: Tensor) -> Tensor:
-        """See :class:`Layer`."""
-        multiple = _VALUES // math.gcd(_VALUES, math.prod(x.shape[1:]))
+        """A batch in the layout of states, padded with zeros."""
+        multiple = _REGISTER // math.gcd(_REGISTER, math.prod(x.shape[1:]))
         return F.pad(x, (0, 0, 0, 0, 0, 0, 0, -len(x) % multiple))
 
     def unpack(self, u: Tensor, batch: int) -> Tensor:
-        """See :class:`Layer`."""
+        """The samples of a state."""
         return u[:batch]
 
     def linear(self, theta: Theta, u: Tensor, out: Tensor, scale: float) -> Tensor:
-        """See :class:`Layer`."""
+        """Write ``scale (L u + b)`` of a block of layers to ``out``."""
         weight, bias = theta
         for i in range(len(u)):
             out[i] = F.conv2d(u[i], weight[i], bias[i], padding=self.padding)
         return out if scale == 1 else out.mul_(scale)
 
     def adjoint(self, theta: Theta, t: Tensor, lam: Tensor, h: float, out: Tensor) -> Tensor:
-        """See :class:`Layer`."""
+        """Write ``lam + h L^T t`` of a block of layers to ``out``."""
         weight = theta[0]
         for i in range(len(t)):
             torch.add(lam[i], F.conv_transpose2d(t[i], weight[i], padding=self.padding), alpha=h, out=out[i])
         return out
 
     def gradients(self, t: Tensor, u: Tensor) -> list[Tensor]:
-        """See :class:`Layer`."""
+        """Derivatives of ``(t, L u + b)`` with respect to the parameters."""
         n, p = len(t), [self.padding] * 2
         weight, bias = (torch.empty((n, *shape), dtype=t.dtype) for shape in self.shapes.values())
         like = weight.new_empty(self.shapes["weight"])
@@ -249,5 +263,5 @@ class Convolution(Layer):
         return [weight, bias]
 
     def serial(self, theta: Theta, u: Tensor) -> Tensor:
-        """See :class:`Layer`."""
+        """``L u + b`` of one layer in torch's own layout."""
         return F.conv2d(u, *theta, padding=self.padding)

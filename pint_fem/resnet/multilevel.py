@@ -1,7 +1,7 @@
-r"""Multilevel initialisation: a shallow network's weights, interpolated in depth, are the first guess of a deeper one.
+r"""Multilevel initialisation: the weights of a shallow network, interpolated in depth, as first guess of a deeper one.
 
 Weights are functions of time :math:`t_n = n h`. The deeper network's layer at :math:`t` takes the linear interpolant
-between the shallow one's layers around :math:`t` (its last layer's behind that), or the layer before it
+between the shallow one's layers around :math:`t` (constant after its last layer), or the layer before it
 (``"constant"``: each is repeated); the first and the last layer of the network are copied (Cyr, Günther, Schroder,
 arXiv:1912.08974). Rows travel only between ranks that hold neighbouring layers.
 """
@@ -26,7 +26,8 @@ def refine(coarse: LayerParallelResNet, fine: LayerParallelResNet, *, interpolat
     Parameters
     ----------
     coarse, fine
-        Of the same kind of layers and final time, on the same grid.
+        The shallower network, and the deeper one whose parameters are overwritten: with the same kind of layers and
+        final time, on the same grid.
     interpolation
         ``"linear"`` or ``"constant"``.
 
@@ -46,19 +47,16 @@ def refine(coarse: LayerParallelResNet, fine: LayerParallelResNet, *, interpolat
         raise InputError(
             f"grids of {coarse.grid.layer_size} and {fine.grid.layer_size} layer ranks: refine on the same grid"
         )
-    bounds = fine.sweeps.bounds
-    wanted = []
-    for lo, hi in pairwise(bounds):
-        numbers = {n for i in range(lo, hi) for n in _around(i, coarse.nlayers, fine.nlayers, interpolation)[:2]}
-        wanted.append(sorted(numbers))
-    rows = RowExchange(coarse.grid.layer_comm, coarse.sweeps.bounds, wanted)(coarse.stack)
-    place = {n: i for i, n in enumerate(wanted[coarse.grid.layer_comm.rank])}
-    around = [_around(i, coarse.nlayers, fine.nlayers, interpolation) for i in range(fine.lo, fine.hi)]
-    a, b = ([place[x[side]] for x in around] for side in (0, 1))
+    around = [_around(i, coarse.nlayers, fine.nlayers, interpolation) for i in range(fine.nlayers)]
+    needed = [sorted({n for a, b, _ in around[lo:hi] for n in (a, b)}) for lo, hi in pairwise(fine.sweeps.bounds)]
+    rows = RowExchange(coarse.grid.layer_comm, coarse.sweeps.bounds, needed)(coarse.stack)
+    place = {n: i for i, n in enumerate(needed[coarse.grid.layer_comm.rank])}
+    before, after, weights = zip(*around[fine.lo : fine.hi], strict=True)
+    before, after = ([place[n] for n in numbers] for numbers in (before, after))
     with torch.no_grad():
         for p, values in zip(fine.stack, rows, strict=True):
-            weight = torch.tensor([x[2] for x in around], dtype=p.dtype).reshape(-1, *[1] * (p.ndim - 1))
-            p.copy_(torch.lerp(values[a], values[b], weight))
+            weight = torch.tensor(weights, dtype=p.dtype).reshape(-1, *[1] * (p.ndim - 1))
+            p.copy_(torch.lerp(values[before], values[after], weight))
         for name in ("opening", "closing"):
             if getattr(fine, name) is not None:
                 getattr(fine, name).load_state_dict(getattr(coarse, name).state_dict())

@@ -1,16 +1,16 @@
-"""A residual network as a ``torch.nn.Module`` whose layers are shared out over MPI ranks.
+"""A residual network as a ``torch.nn.Module`` whose layers are distributed over MPI ranks.
 
 Every rank runs the same ordinary training loop: it calls the network with its group's batch, gets the logits, computes
-the loss, calls ``backward`` and steps an optimiser over ``network.parameters()``, which are its own layers' only (with
-the opening layer on the first rank, the classification layer on the last). Forward and backward are MGRIT sweeps inside
-one ``autograd.Function``.
+the loss, calls ``backward`` and steps an optimiser over ``network.parameters()``, which are those of its own layers
+(with the opening layer on the first rank, the classification layer on the last). Forward and backward propagation are
+MGRIT sweeps inside one ``autograd.Function``.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from functools import partial
 from typing import NamedTuple
 
@@ -19,39 +19,27 @@ import torch
 from mpi4py import MPI
 from torch import nn
 
-from pint_fem.all_at_once.stopping import SolverFailure
 from pint_fem.capacity import require_memory
 from pint_fem.collective import collectively, raise_collectively, require_same
-from pint_fem.errors import FAILURES, InputError
+from pint_fem.errors import FAILURES, InputError, SolverFailure
 from pint_fem.mgrit.options import MGRITOptions
-from pint_fem.resnet.backward import Meetings
-from pint_fem.resnet.batches import batch_digest
+from pint_fem.resnet.consistency import CollectiveBackward, batch_digest
 from pint_fem.resnet.grid import Grid
 from pint_fem.resnet.iterations import Adaptive, Iterations
 from pint_fem.resnet.layers import Layer
 from pint_fem.resnet.sweeps import LayerSweeps, Trajectory
 
-__all__ = ["LayerParallelResNet", "initial_parameters"]
-
-_SEED_STRIDE = 1_000_003
+__all__ = ["LayerParallelResNet"]
 
 
-def initial_parameters(layer: Layer, numbers: range, seed: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Parameters of some layers, stacked; a layer's depend on the seed and its number only."""
-    rows = []
-    for n in numbers:
-        rows.append(layer.initial(torch.Generator().manual_seed(seed * _SEED_STRIDE + n), dtype))
-    return {name: torch.stack([row[i] for row in rows]) for i, name in enumerate(layer.shapes)}
-
-
-class _Report(NamedTuple):
-    """What a rank makes known about a batch before it is propagated."""
+class _BatchReport(NamedTuple):
+    """What a rank sends to the others about a batch before it is propagated."""
 
     failed: bool
     shape: tuple[int, ...] | None
     count: int
     digest: int
-    wants: bool
+    requires_grad: bool
 
 
 class LayerParallelResNet(nn.Module):
@@ -60,47 +48,51 @@ class LayerParallelResNet(nn.Module):
     Parameters
     ----------
     opening, closing
-        Modules from a batch to the first state and from the last state to what the network gives. Give them on all
-        ranks: the first keeps one, the last the other. The state is ``(batch, width)`` for :class:`Dense` layers,
-        ``(batch, channels, height, width)`` for :class:`Convolution`.
+        Modules from a batch to the first state and from the last state to the output, given on all ranks; the first
+        rank stores one, the last the other. A state is ``(batch, width)`` for :class:`Dense` layers, ``(batch,
+        channels, height, width)`` for :class:`Convolution`.
     layer
         Kind of the residual layers.
     nlayers
-        Their number, at least one a layer rank; no multiple of anything.
+        Their number, at least one per layer rank.
     final_time
         :math:`T`; :math:`h = T / N`.
     grid
         :class:`Grid` data x layers; default: all ranks in the layers.
     forward_iterations, backward_iterations
-        Cycles of a training sweep; ``None``: to ``rtol``.
+        Number of cycles of a training sweep; ``None``: up to ``rtol``.
     adaptive
-        :class:`Adaptive` number of cycles, from the given ones on.
+        :class:`Adaptive` rule for the number of cycles, which begins with the given ones.
     evaluation
-        Sweeps without gradients: ``"exact"`` goes from layer to layer, ``"same"`` as in training.
+        Sweeps without gradients: ``"exact"`` takes sequential steps, ``"same"`` the cycles of the training.
     mgrit
         Options of the solver (:mod:`pint_fem.mgrit`): ``levels``, ``coarsening``, ``relax``, ``rtol`` ... Unless
-        given, ``rtol`` is 1e-12 (float64) or 1e-6 (float32), and sweeps to the tolerance that do not converge go from
-        layer to layer.
+        given, ``rtol`` is 1e-12 (float64) or 1e-6 (float32), and sweeps up to the tolerance that do not converge are
+        repeated by sequential steps.
     seed
         Of the residual layers' initial parameters.
     dtype
         ``torch.float64`` or ``torch.float32``.
+    printer
+        Called with each line of the solver's monitor.
 
     Attributes
     ----------
     theta : ParameterDict
         Parameters of the own layers, stacked: ``weight (k, ...)`` and ``bias (k, ...)``.
     lo, hi : int
-        Numbers of the own layers, ``lo .. hi - 1``.
+        The own layers are ``lo .. hi - 1``.
     results : dict
         The last ``"forward"`` and ``"backward"`` :class:`~pint_fem.mgrit.SolveResult`.
-    meetings : Meetings
-        ``net.meetings.backward(loss)`` is ``loss.backward()`` where a loss that fails on one rank fails on all.
+    collective : CollectiveBackward
+        ``net.collective.backward(loss)`` is ``loss.backward()`` where a loss that fails on one rank fails on all.
+    warm_starts : dict
+        C-points of the last sweeps by kind of sweep and name of the batch.
 
     Raises
     ------
     InputError
-        On every rank, on arguments that are of no use.
+        On every rank, on arguments that are refused or differ between ranks.
     """
 
     def __init__(
@@ -160,7 +152,7 @@ class LayerParallelResNet(nn.Module):
         self.forward_sweeps = Iterations(forward_iterations, adaptive)
         self.backward_sweeps = Iterations(backward_iterations, adaptive)
         self.lo, self.hi = self.sweeps.lo, self.sweeps.hi
-        own = initial_parameters(layer, range(self.lo, self.hi), seed, dtype)
+        own = layer.initial(range(self.lo, self.hi), seed, dtype)
         self.theta = nn.ParameterDict({name: nn.Parameter(p) for name, p in own.items()})
         self.opening = copy.deepcopy(opening).to(dtype) if grid.is_first else None
         self.closing = copy.deepcopy(closing).to(dtype) if grid.is_last else None
@@ -168,42 +160,47 @@ class LayerParallelResNet(nn.Module):
             for p in self.parameters():
                 p.register_hook(self._mean)
         self.results: dict = {}
-        self.meetings = Meetings(grid.comm)
-        self._warm: dict = {}
+        self.collective = CollectiveBackward(grid.comm)
+        self.warm_starts: dict[tuple[str, Hashable], np.ndarray] = {}
 
     def _mean(self, gradient: torch.Tensor) -> torch.Tensor:
-        """A gradient's mean over the data groups."""
+        """Mean of a gradient over the data groups."""
         gradient = gradient.contiguous().clone()
         self.grid.mean_over_data(gradient.numpy())
         return gradient
 
     @property
     def stack(self) -> list[nn.Parameter]:
-        """Parameters of the own layers in the layer's order."""
+        """Stacked parameters of the own layers, in the order of ``layer.shapes``."""
         return [self.theta[name] for name in self.layer.shapes]
 
     @property
     def serial(self) -> bool:
-        """Whether sweeps go from layer to layer."""
+        """Whether sweeps take sequential steps instead of MGRIT cycles; can be set."""
         return self.forward_sweeps.serial and self.backward_sweeps.serial
 
     @serial.setter
     def serial(self, value: bool) -> None:
         self.forward_sweeps.serial = self.backward_sweeps.serial = bool(value)
 
-    def forget(self) -> None:
-        """Drop what batches were left with: the next visits start cold."""
-        self._warm.clear()
+    def invalidate(self) -> None:
+        """Discard the warm starts of all batches."""
+        self.warm_starts.clear()
 
-    def forward(self, x: torch.Tensor, batch=None) -> torch.Tensor:
-        """What the network gives for a batch, on every rank.
+    def forward(self, x: torch.Tensor, batch: Hashable = None) -> torch.Tensor:
+        """Output of the network for a batch, on every rank (collective).
 
         Parameters
         ----------
         x
             The batch, the same on all ranks that share the layers.
         batch
-            Anything that names it: sweeps then start from where its last visit left them (C-points are kept).
+            Name of the batch: in training, sweeps then start from the C-points of the last ones with this name.
+
+        Returns
+        -------
+        Tensor
+            The output, the same on all ranks that share the layers.
 
         Raises
         ------
@@ -217,20 +214,21 @@ class LayerParallelResNet(nn.Module):
         grid, shares = self.grid, self.training and torch.is_grad_enabled() and self.grid.data_size > 1
         comm = grid.comm if shares else grid.layer_comm
         u0 = failure = None
-        count = seen = 0
+        count = hash_number = 0
         try:
             count = len(x)
-            seen = batch_digest(x) if grid.layer_size > 1 else 0
+            hash_number = batch_digest(x) if grid.layer_size > 1 else 0
             if grid.is_first:
                 x0 = self.opening(x.to(self.dtype) if x.is_floating_point() else x)
                 self.layer.check_input(x0)
                 u0 = self.layer.pack(x0)
         except FAILURES as error:
             failure = error
-        wants = torch.is_grad_enabled() and (
+        requires_grad = torch.is_grad_enabled() and (
             any(p.requires_grad for p in self.parameters()) or (u0 is not None and u0.requires_grad)
         )
-        report = _Report(failure is not None, None if u0 is None else tuple(u0.shape), count, seen, wants)
+        shape = None if u0 is None else tuple(u0.shape)
+        report = _BatchReport(failure is not None, shape, count, hash_number, requires_grad)
         reports = [report] if comm.size == 1 else comm.allgather(report)
         if any(r.failed for r in reports):
             raise_collectively(comm, failure, "opening layer")
@@ -247,11 +245,11 @@ class LayerParallelResNet(nn.Module):
         if shares or problem:
             raise_collectively(comm, problem)
         # frozen parameters of one rank do not keep the others from training: all take part in both sweeps
-        training = any(r.wants for r in reports)
+        training = any(r.requires_grad for r in reports)
         anchor = torch.zeros(0, requires_grad=training)
         if u0 is None:
             u0 = torch.empty(0, dtype=self.dtype)
-        last = _Propagate.apply(u0, self, group[0].shape, batch, training, anchor, *self.stack)
+        last = _LayerPropagation.apply(u0, self, group[0].shape, batch, training, anchor, *self.stack)
         out = failure = None
         if grid.is_last:
             try:
@@ -259,25 +257,30 @@ class LayerParallelResNet(nn.Module):
             except FAILURES as error:
                 failure = error
         raise_collectively(comm, failure, "classification layer")
-        return _FromLast.apply(last if out is None else out, grid, self.meetings)
+        return _BroadcastFromLast.apply(last if out is None else out, self)
+
+    def extra_repr(self) -> str:
+        """Depth and own layers, for torch's ``repr`` of modules."""
+        return f"{type(self.layer).__name__} layers {self.lo} to {self.hi - 1} of {self.nlayers}, T={self.final_time}"
 
     # -- the two sweeps, called by autograd ----------------------------------------------------------------------------
-    def _count(self, kind: str, training: bool) -> tuple[Iterations, int | None, bool]:
-        """Iterations of a kind, cycles of the next sweep, and whether it is serial."""
+    def _cycles(self, kind: str, training: bool) -> tuple[Iterations, int | None, bool]:
+        """Iterations of a kind of sweep, number of cycles of the next one, and whether it is sequential."""
         its = self.forward_sweeps if kind == "forward" else self.backward_sweeps
         if not training and self.evaluation == "exact":
             return its, None, True
         return its, its.begin() if training else its.cycles, its.serial
 
     def _largest(self, value: float) -> float:
+        """Maximum over the data groups."""
         if self.grid.data_size == 1:
             return value
         return self.grid.data_comm.allreduce(value, op=MPI.MAX)
 
-    def _sweep(self, kind: str, batch, training: bool, solve: Callable):
-        """Solve with the right number of cycles from the right start, and remember."""
-        its, cycles, serial = self._count(kind, training)
-        warm = self._warm.get((kind, batch)) if batch is not None and training else None
+    def _sweep(self, kind: str, batch: Hashable, training: bool, solve: Callable) -> None:
+        """Solve with the number of cycles and the start that apply, and store the result and the C-points."""
+        its, cycles, serial = self._cycles(kind, training)
+        warm = self.warm_starts.get((kind, batch)) if batch is not None and training else None
         groups = training and (self.training or kind == "backward")
 
         def attempt(**how):
@@ -286,21 +289,20 @@ class LayerParallelResNet(nn.Module):
             return collectively(self.grid.comm, f"{kind} sweep", partial(solve, **how))
 
         try:
-            done = attempt(cycles=cycles, serial=serial, warm=warm)
-        except SolverFailure:  # of any group: all go on alike, as later decisions are taken by all
+            result, array = attempt(cycles=cycles, serial=serial, warm=warm)
+        except SolverFailure:  # of any group: all take the same branch
             if serial or not training or not its.fail():
                 raise
-            done = attempt(cycles=None, serial=True, warm=None)
-        result, array = done[0], done[1]
+            result, array = attempt(cycles=None, serial=True, warm=None)
         self.results[kind] = result
         if training:
             if not its.serial:
                 its.end(result, self._largest)
             if batch is not None:
-                self._warm[kind, batch] = self.sweeps.c_points(kind, array)
-        return done
+                self.warm_starts[kind, batch] = self.sweeps.c_points(kind, array)
 
-    def _propagate(self, u0, shape, batch, theta, training: bool) -> Trajectory:
+    def _propagate(self, u0, shape, batch: Hashable, theta, training: bool) -> Trajectory:
+        """The forward sweep."""
         first = u0.detach().numpy() if self.grid.is_first else None
         if first is not None and not first.flags.c_contiguous:
             first = np.ascontiguousarray(first)
@@ -312,20 +314,22 @@ class LayerParallelResNet(nn.Module):
         self._sweep("forward", batch, training, solve)
         return trajectory
 
-    def _propagate_back(self, trajectory: Trajectory, last: np.ndarray | None, batch):
-        found = {}
+    def _propagate_back(self, trajectory: Trajectory, last: np.ndarray | None, batch: Hashable):
+        """The backward sweep: derivatives with respect to the first state and the parameters of the own layers."""
+        first = gradients = None
 
         def solve(**how):
-            result, first, gradients = self.sweeps.backward(trajectory, last, **how)
-            found.update(first=first, gradients=gradients)
-            return result, self.sweeps._L
+            nonlocal first, gradients
+            result, L, gradients = self.sweeps.backward(trajectory, last, **how)
+            first = L[-1]
+            return result, L
 
         self._sweep("backward", batch, True, solve)
-        return found["first"], found["gradients"]
+        return first, gradients
 
 
-class _Propagate(torch.autograd.Function):
-    """From the first state to the last one, through the layers of all ranks."""
+class _LayerPropagation(torch.autograd.Function):
+    """Propagation from the first state to the last one through the layers of all ranks."""
 
     @staticmethod
     def forward(ctx, u0, network, shape, batch, training, anchor, *theta):
@@ -334,10 +338,10 @@ class _Propagate(torch.autograd.Function):
         ctx.network, ctx.batch, ctx.trajectory = network, batch, trajectory
         last = torch.from_numpy(trajectory.U[-1].copy()) if network.grid.is_last else u0.new_zeros(())
         if not training:
-            network.sweeps.give_back(trajectory)
+            network.sweeps.recycle(trajectory)
             ctx.trajectory = None
         else:
-            ctx.hold = _Hold(network.sweeps, trajectory)
+            ctx.owner = _TrajectoryOwner(network.sweeps, trajectory)
         return last
 
     @staticmethod
@@ -345,7 +349,7 @@ class _Propagate(torch.autograd.Function):
     def backward(ctx, gradient):
         """Derivatives with respect to the first state, on the first rank, and the own parameters."""
         network = ctx.network
-        network.meetings.meet()
+        network.collective.check()
         last = gradient.contiguous().numpy() if network.grid.is_last else None
         first, gradients = network._propagate_back(ctx.trajectory, last, ctx.batch)
         d_first = None
@@ -354,23 +358,24 @@ class _Propagate(torch.autograd.Function):
         return d_first, None, None, None, None, None, *gradients
 
 
-class _Hold:
-    """Gives a trajectory's memory back when autograd has dropped its graph."""
+class _TrajectoryOwner:
+    """Returns the arrays of a trajectory to the pool when autograd has deleted its graph."""
 
     def __init__(self, sweeps: LayerSweeps, trajectory: Trajectory):
         self.sweeps, self.trajectory = sweeps, trajectory
 
     def __del__(self):
-        self.sweeps.give_back(self.trajectory)
+        self.sweeps.recycle(self.trajectory)
 
 
-class _FromLast(torch.autograd.Function):
-    """Hand what the last rank has to all; each rank's own derivative of the loss is that of all."""
+class _BroadcastFromLast(torch.autograd.Function):
+    """Broadcast of the last rank's output; each rank computes the same derivative, so the last one uses its own."""
 
     @staticmethod
-    def forward(ctx, out, grid, meetings):
-        """The last rank's tensor."""
-        ctx.grid, ctx.meetings, ctx.shape = grid, meetings, out.shape
+    def forward(ctx, out, network):
+        """The last rank's output, on all ranks."""
+        ctx.network, ctx.shape = network, out.shape
+        grid = network.grid
         values = out.detach().numpy()
         if grid.layer_size > 1:
             values = grid.layer_comm.bcast(values if grid.is_last else None, root=grid.layer_size - 1)
@@ -378,8 +383,6 @@ class _FromLast(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        """Passed on by the last rank."""
-        ctx.meetings.meet()
-        if ctx.grid.is_last:
-            return gradient, None, None
-        return gradient.new_zeros(ctx.shape), None, None
+        """The derivative on the last rank, zero on the others."""
+        ctx.network.collective.check()
+        return gradient if ctx.network.grid.is_last else gradient.new_zeros(ctx.shape), None

@@ -5,7 +5,7 @@ r"""Regularisation of the layers' parameters as functions of depth, and of the c
             + \frac{\gamma}{2}\, |\theta_{class}|^2
 
 (Günther, Ruthotto, Schroder, Cyr, Gauger, arXiv:1812.04352, eq. (2) and Sec. 5). Each rank adds up its own layers, with
-one layer of each neighbour; sums over ranks are in the order of the layers.
+one layer of each neighbour; ranks are summed in the order of the layers.
 """
 
 from __future__ import annotations
@@ -25,14 +25,15 @@ __all__ = ["Regularisation"]
 
 
 class Regularisation:
-    """``R`` of a network, a scalar that autograd differentiates: ``loss + regularisation()``.
+    r"""Regularisation :math:`R = \frac{\alpha}{2} |\theta|^2 + \frac{\beta}{2} |\dot\theta|^2
+    + \frac{\gamma}{2} |\theta_{class}|^2` of a network, as a scalar for autograd: ``loss + regularisation()``.
 
     Parameters
     ----------
     net
         The network.
     tikhonov, smoothness, classifier
-        The weights ``alpha``, ``beta`` and ``gamma``.
+        The weights :math:`\alpha`, :math:`\beta` and :math:`\gamma`.
 
     Raises
     ------
@@ -59,13 +60,14 @@ class Regularisation:
         return [] if self.net.closing is None else list(self.net.closing.parameters())
 
     def __call__(self) -> torch.Tensor:
-        """``R``, the same on every rank that shares the layers (collective)."""
+        """``R``, the same on every rank that shares the layers (collective over ``layer_comm``)."""
         return _Value.apply(self, *self.net.stack, *self._class_parameters)
 
     def evaluate(self, theta: Sequence[torch.Tensor], ends: Sequence[torch.Tensor]) -> tuple[float, list, list]:
-        """``R`` and its derivatives with respect to the own layers and, on the last rank, the classification layer.
+        """``R`` and its derivatives (collective over ``layer_comm``).
 
-        ``R`` is quadratic, so the derivatives at a direction are the Hessian's action on it.
+        The derivatives are those with respect to the stacked parameters ``theta`` of the own layers and, on the last
+        rank, ``ends`` of the classification layer. As ``R`` is quadratic, at a direction they are the Hessian's action.
         """
         net, h = self.net, self.net.h
         foreign = self._neighbours(theta) if self.smoothness else [p[:0] for p in theta]
@@ -76,7 +78,7 @@ class Regularisation:
             squares += self.tikhonov * h * _squares(p)
             if self.smoothness:
                 left, right = f[:before], f[before:]
-                d = torch.diff(torch.cat([left, p, right]), dim=0)  # of own layers to the next, one before them first
+                d = torch.diff(torch.cat([left, p, right]), dim=0)
                 own = d[before:]
                 squares[: len(own)] += self.smoothness / h * _squares(own)
                 g[: len(own)] -= self.smoothness / h * own
@@ -91,10 +93,13 @@ class Regularisation:
 
 
 def _squares(p: torch.Tensor) -> np.ndarray:
+    """Sum of squares of each row."""
     return (p.double().reshape(len(p), -1) ** 2).sum(1).numpy()
 
 
 class _Value(torch.autograd.Function):
+    """Value of a regularisation, with its derivatives evaluated at the same time."""
+
     @staticmethod
     def forward(ctx, regularisation, *parameters):
         n = len(regularisation.net.layer.shapes)

@@ -1,4 +1,4 @@
-"""Rows of arrays that are distributed by layers: fetch those of other ranks."""
+"""Exchange of rows of arrays that are distributed over ranks by layers: each rank gets the rows that it needs."""
 
 from __future__ import annotations
 
@@ -11,49 +11,46 @@ __all__ = ["RowExchange"]
 
 
 class RowExchange:
-    """Rows by their numbers, from whoever owns them: a plan made once, used in every sweep.
+    """A communication plan for fixed sets of rows, made once and used in every sweep.
 
     Parameters
     ----------
     comm
-        Over which rows are distributed.
+        Communicator over which rows are distributed.
     bounds
         ``comm.size + 1`` bounds: rank ``r`` owns the rows ``bounds[r] .. bounds[r+1] - 1``.
-    wanted
-        For every rank the numbers of the rows it wants (all ranks know them all).
+    needed
+        Numbers of the rows that each rank needs, the same on all ranks.
+
+    Attributes
+    ----------
+    send, receive : dict
+        Local numbers of the rows to send to a rank, and their places in the result by the rank that they come from.
     """
 
-    def __init__(self, comm, bounds: Sequence[int], wanted: Sequence[Sequence[int]]):
-        self.comm, self.lo = comm, bounds[comm.rank]
-        self.count = len(wanted[comm.rank])
-        counts = [len(rows) for rows in wanted]
-        rows = np.fromiter((n for w in wanted for n in w), int, sum(counts))
-        who = np.repeat(np.arange(comm.size), counts)  # wants it
+    def __init__(self, comm, bounds: Sequence[int], needed: Sequence[Sequence[int]]):
+        self.comm = comm
+        lo, counts = bounds[comm.rank], [len(rows) for rows in needed]
+        rows = np.fromiter((n for numbers in needed for n in numbers), int, sum(counts))
+        receiver = np.repeat(np.arange(comm.size), counts)
         owner = np.searchsorted(bounds, rows, side="right") - 1
-        mine, theirs = who == comm.rank, owner == comm.rank
-        places, rows = rows[mine], rows - self.lo
-        owners = owner[mine]
-        self.own = [(i, int(n) - self.lo) for i, n in enumerate(places) if owners[i] == comm.rank]
-        others = np.unique(owners[owners != comm.rank])
-        self.receive = {int(r): np.flatnonzero(owners == r).tolist() for r in others}
-        asked = who[theirs & ~mine]
-        self.send = {int(r): rows[theirs & (who == r)].tolist() for r in np.unique(asked)}
-
-    @property
-    def is_local(self) -> bool:
-        """Whether this rank neither sends nor receives."""
-        return not self.send and not self.receive
+        mine = receiver == comm.rank
+        owners, self._count = owner[mine], counts[comm.rank]
+        self._own = [(i, int(n) - lo) for i, n in enumerate(rows[mine]) if owners[i] == comm.rank]
+        sent = (owner == comm.rank) & ~mine
+        self.receive = {int(r): np.flatnonzero(owners == r).tolist() for r in np.unique(owners) if r != comm.rank}
+        self.send = {int(r): (rows[sent & (receiver == r)] - lo).tolist() for r in np.unique(receiver[sent])}
 
     def __call__(self, arrays: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """The wanted rows of some arrays with the same distribution; a rank's rows go in one message."""
+        """The needed rows of some arrays, of which every rank passes its own rows (collective)."""
         flat = [a.detach().reshape(len(a), int(np.prod(a.shape[1:]))) for a in arrays]
         widths = [f.shape[1] for f in flat]
         sends = []
-        for r, rows in sorted(self.send.items()):
+        for r, rows in sorted(self.send.items()):  # one message for all arrays
             message = torch.cat([f[rows] for f in flat], dim=1).contiguous().numpy()
             sends.append((self.comm.Isend(message, dest=r, tag=31), message))
-        out = [a.new_empty((self.count, *a.shape[1:])) for a in arrays]
-        for place, row in self.own:
+        out = [a.new_empty((self._count, *a.shape[1:])) for a in arrays]
+        for place, row in self._own:
             for o, a in zip(out, arrays, strict=True):
                 o[place] = a.detach()[row]
         for r, places in sorted(self.receive.items()):

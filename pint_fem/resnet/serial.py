@@ -1,31 +1,35 @@
-"""The same network in plain torch: the oracle of the tests and the opponent of the benchmarks."""
+"""The same residual network in plain torch, differentiated by autograd: reference of tests, baseline of benchmarks."""
 
 from __future__ import annotations
 
 import copy
 
 import torch
-from torch import nn
+from torch.nn import Module, Parameter, ParameterDict
 
 from pint_fem.resnet.layers import Layer
-from pint_fem.resnet.network import initial_parameters
 
 __all__ = ["SerialResNet"]
 
 
-class SerialResNet(nn.Module):
-    """A loop over one stacked parameter, differentiated by autograd; arguments as of ``LayerParallelResNet``.
+class SerialResNet(Module):
+    """A residual network whose layers are evaluated in a loop on one process.
 
-    With the same seed and modules it has the same parameters. (Taking the stack apart once, by ``unbind``, is the
-    fastest of the plain loops: indexing it layer by layer, or a module a layer, take a third more.)
+    With the same seed and modules it has the same parameters as a :class:`~pint_fem.resnet.LayerParallelResNet`. They
+    are one stacked tensor, taken apart once by ``unbind``, which is the fastest of the plain loops.
+
+    Parameters
+    ----------
+    opening, layer, nlayers, closing, final_time, seed, dtype
+        As for :class:`~pint_fem.resnet.LayerParallelResNet`.
     """
 
     def __init__(
         self,
-        opening: nn.Module,
+        opening: Module,
         layer: Layer,
         nlayers: int,
-        closing: nn.Module,
+        closing: Module,
         *,
         final_time: float = 1.0,
         seed: int = 0,
@@ -33,13 +37,17 @@ class SerialResNet(nn.Module):
     ):
         super().__init__()
         self.layer, self.nlayers, self.h, self.dtype = layer, nlayers, final_time / nlayers, dtype
-        own = initial_parameters(layer, range(nlayers), seed, dtype)
-        self.theta = nn.ParameterDict({name: nn.Parameter(p) for name, p in own.items()})
+        own = layer.initial(range(nlayers), seed, dtype)
+        self.theta = ParameterDict({name: Parameter(p) for name, p in own.items()})
         self.opening = copy.deepcopy(opening).to(dtype)
         self.closing = copy.deepcopy(closing).to(dtype)
 
+    def extra_repr(self) -> str:
+        """Depth, for torch's ``repr`` of modules."""
+        return f"{self.nlayers} {type(self.layer).__name__} layers"
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """What the network gives for a batch."""
+        """Output of the network for a batch ``x``."""
         u = self.opening(x.to(self.dtype) if x.is_floating_point() else x)
         act, h = self.layer.activation.function, self.h
         for theta in zip(*(self.theta[name].unbind(0) for name in self.layer.shapes), strict=True):

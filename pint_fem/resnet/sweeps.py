@@ -1,19 +1,19 @@
-r"""Forward, backward and tangent propagation through all layers, each solved by MGRIT over the ranks of ``layer_comm``.
+r"""Forward, backward and tangent propagation through all layers, each one MGRIT solve.
 
-The forward sweep gives :math:`u_0, \dots, u_N`, the backward one :math:`\lambda_n = \Phi_{n,u}^T \lambda_{n+1} + g_n`
+The forward sweep yields :math:`u_0, \dots, u_N`, the backward one :math:`\lambda_n = \Phi_{n,u}^T \lambda_{n+1} + g_n`
 from :math:`\lambda_N = \partial \ell / \partial u_N`, and then, all layers at once and once only, the gradients
 
 .. math:: \frac{\partial \ell}{\partial \theta_n} = h\, \Big(\frac{\partial (L_n u_n + b_n)}{\partial \theta_n}\Big)^T
           (\sigma'(z_n)\, \lambda_{n+1}) .
 
-A cold sweep begins with the coarse network (its layers step through the coarsest level), a warm one with the C-points
-of an earlier sweep. Residuals are looked at in the first half of a cycle, where that costs nothing, so sweeps of a
-fixed number of cycles know them too (Günther, Ruthotto, Schroder, Cyr, Gauger, arXiv:1812.04352).
+A cold sweep starts from the trajectory of the coarse network (the layers of the coarsest level), a warm one from the
+C-points of an earlier sweep (Günther, Ruthotto, Schroder, Cyr, Gauger, arXiv:1812.04352). Residuals are a by-product of
+the first half of a cycle, so sweeps of a fixed number of cycles report them, too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -35,53 +35,57 @@ from pint_fem.resnet.row_exchange import RowExchange
 
 __all__ = ["LayerSweeps", "Trajectory"]
 
-# layers of a call where it is for all of them: what passes from one call to the next stays in the cache
-_TOGETHER = 32
+_CHUNK = 32  # layers of a call where it could be for all of them: intermediate results stay in the processor's cache
 
 
 @dataclass(eq=False)
 class Trajectory:
-    r"""A solved forward sweep. Trajectories are equal where they are the same object.
+    r"""Result of a forward sweep; compared by identity.
 
     Attributes
     ----------
     U : ndarray, (k + 1, *state)
         Points of the own layers; row 0 is the point before them.
     slopes : Tensor, (k, *state)
-        :math:`\sigma'` of the own layers.
-    kept : Tensor or None, (k, *state)
-        What they, and curvatures, follow from, where it is asked for.
+        :math:`\sigma'(z_n)` of the own layers.
+    records : Tensor or None, (k, *state)
+        What slopes and curvatures are evaluated from, if curvatures are needed.
     theta : list of Tensor
-        Parameters it was solved with.
+        Parameters of the own layers in this sweep.
     result : SolveResult
     """
 
     U: np.ndarray
     slopes: torch.Tensor
-    kept: torch.Tensor | None = None
+    records: torch.Tensor | None = None
     theta: list[torch.Tensor] = field(default_factory=list)
     result: SolveResult | None = None
 
-    def take_slopes(self, act: Activation) -> None:
-        """Of what they follow from, which is in their place unless it is kept."""
-        source = self.slopes if self.kept is None else self.kept
-        for i in range(0, len(source), _TOGETHER):
-            rows = slice(i, i + _TOGETHER)
+    def evaluate_slopes(self, act: Activation) -> None:
+        """Evaluate the slopes from the records, which are in their place unless ``records`` has them."""
+        source = self.slopes if self.records is None else self.records
+        for i in range(0, len(source), _CHUNK):
+            rows = slice(i, i + _CHUNK)
             act.write_slope(source[rows], self.slopes[rows])
 
 
 class _Norms:
-    """Squared norms of states."""
+    """Squared norms of states.
+
+    Attributes
+    ----------
+    ends : ndarray or None
+        Rows of the finest level at the ends of intervals: the points before C-points, and the last one.
+    """
 
     def __init__(self):
-        #: Rows of the finest level from which no step goes on: the points before C-points, and the last one.
         self.ends: np.ndarray | None = None
 
     def __call__(self, block: np.ndarray) -> np.ndarray:
         return euclidean(block)
 
     def finite(self, block: np.ndarray) -> np.ndarray:
-        """NaN where a trajectory is not finite at the end of an interval, where what happened before arrives."""
+        """NaN at ends of intervals that are not finite, which any value that is not finite reaches; zero elsewhere."""
         out = np.zeros(len(block))
         ends = block[self.ends]
         out[self.ends] = np.where(np.isfinite(ends).reshape(len(ends), -1).all(axis=1), 0.0, np.nan)
@@ -93,27 +97,34 @@ class LayerSweeps:
 
     Parameters
     ----------
-    layer
-        The kind of layers.
-    nlayers
-        Their number ``N``.
-    h
-        Step of a layer.
+    layer, nlayers, h
+        Kind, number ``N`` and step size of the layers.
     grid
-        Who has which.
+        The process grid.
     options
         MGRIT options: ``levels``, ``coarsening`` (factors), ``relax``, ``cycle``, ``rtol``, ``max_it`` ...
     printer
-        For monitor lines.
+        Called with each line of the monitor.
+
+    Attributes
+    ----------
+    bounds : tuple of int
+        Numbers of the ranks' first layers, and ``N``; the own ``k`` layers are ``lo .. hi - 1``.
+    strides : list of int
+        Distance in layers of neighbouring points of each level.
+    solvers : dict
+        MGRIT solvers of the sweeps ``"forward"``, ``"backward"`` and ``"tangent"``.
+    exchanges : list of RowExchange or None
+        Of each level: fetches layers at its points that another rank owns.
 
     Raises
     ------
     InputError
-        On every rank, on more layer ranks than layers, or options that layers cannot serve.
+        On every rank, on more layer ranks than layers, or options that do not apply to layers.
     """
 
-    #: What takes the steps of each sweep on a level.
     steps: Mapping[str, type] = {"forward": ForwardStep, "backward": AdjointStep, "tangent": TangentStep}
+    """Propagators of each sweep, made for every level from the kind of layers and the step size."""
 
     def __init__(
         self,
@@ -123,11 +134,11 @@ class LayerSweeps:
         grid: Grid,
         *,
         options: MGRITOptions | Mapping | None = None,
-        printer=print,
+        printer: Callable[[str], object] = print,
     ):
         self.layer, self.nlayers, self.h, self.grid = layer, nlayers, h, grid
         if nlayers < grid.layer_size:
-            raise InputError(f"{grid.layer_size} layer ranks for {nlayers} layers: use at most one rank a layer")
+            raise InputError(f"{grid.layer_size} layer ranks for {nlayers} layers: use at most one rank per layer")
         try:
             options = MGRITOptions.make(options)
             factors = options.factors(nlayers)
@@ -135,9 +146,9 @@ class LayerSweeps:
             raise InputError(f"mgrit options: {error}") from None
         for name, only in (("coarse_solver", "sequential"), ("storage", "all"), ("trace", "")):
             if getattr(options, name) != only:
-                raise InputError(f"mgrit {name} = {getattr(options, name)!r}: layers know {only!r} only")
+                raise InputError(f"mgrit {name} = {getattr(options, name)!r}: layers support {only!r} only")
         if options.residual == "none":
-            raise InputError("mgrit residual 'none': layers know 'C' and 'full'; a look at the residual costs nothing")
+            raise InputError("mgrit residual 'none': layers support 'C' and 'full'; residuals cost nothing")
         if not all(isinstance(m, int) for m in factors):
             raise InputError("mgrit coarsening by lists of points: give factors for layers")
         self.options = MGRITOptions.make(options, levels=len(factors) + 1, check="cycle")
@@ -152,66 +163,53 @@ class LayerSweeps:
         forward = dict(comm=grid.layer_comm, bounds=self.bounds, **common)
         backward = dict(comm=grid.reversed_layer_comm, bounds=reversed_bounds, **common)
         kinds = [("forward", forward, False), ("backward", backward, True), ("tangent", forward, True)]
-        #: The solvers, each with one that steps from layer to layer beside it.
         self.solvers: dict[str, MGRIT] = {}
-        self._serial: dict[str, MGRIT] = {}
+        self._serial_solvers: dict[str, MGRIT] = {}
         for name, where, linear in kinds:
             kind = self.steps[name]
             steps, one = [kind(layer, s * h) for s in self.strides], dict(levels=1, monitor=False)
             where |= dict(name=name, linear=linear, point_norms=_Norms())
             self.solvers[name] = MGRIT(steps, nlayers, options=self.options, **where)
-            self._serial[name] = MGRIT(steps[:1], nlayers, options=one, **where)
+            self._serial_solvers[name] = MGRIT(steps[:1], nlayers, options=one, **where)
             for level in self.solvers[name].levels:
                 level.propagator.lo = level.lo
             fine = self.solvers[name].levels[0]
-            where["point_norms"].ends = np.append(np.arange(fine.k + 1)[self._c_rows(fine)] - 1, fine.k)
+            where["point_norms"].ends = np.append(np.arange(fine.k + 1)[self._c_rows(name)] - 1, fine.k)
             if name == "backward":
                 fine.propagator.backwards = True
-        self._exchanges = [self._exchange(level) for level in range(len(self.strides))]
+        levels = zip(self.solvers["forward"].levels, self.strides, strict=True)
+        needed = [_foreign(level.bounds, self.bounds, stride) for level, stride in levels]
+        self.exchanges = [None if rows is None else RowExchange(grid.layer_comm, self.bounds, rows) for rows in needed]
         self._pool: list[Trajectory] = []
         self._L: np.ndarray | None = None
 
     def set_trace(self, trace: Trace) -> None:
         """Let all solvers of the sweeps write to a trace."""
-        for solver in (*self.solvers.values(), *self._serial.values()):
+        for solver in (*self.solvers.values(), *self._serial_solvers.values()):
             for part in (solver, *solver.levels):
                 part.trace = trace
 
     # -- parameters of the levels --------------------------------------------------------------------------------------
-    def _exchange(self, index: int) -> RowExchange | None:
-        """The plan for layers at a level's points that another rank owns; ``None`` where nobody needs any."""
-        level = self.solvers["forward"].levels[index]
-        wanted = _foreign(level.bounds, self.bounds, self.strides[index])
-        return None if wanted is None else RowExchange(self.grid.layer_comm, self.bounds, wanted)
-
-    def _level_theta(self, index: int, theta: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Parameters of a level's own steps: a view of the own layers, with a foreign one before it if need be."""
-        stride, level, exchange = self.strides[index], self.solvers["forward"].levels[index], self._exchanges[index]
-        foreign = [p[:0] for p in theta] if exchange is None else exchange(theta)
+    def _level_rows(self, index: int, arrays: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Rows of stacked arrays at a level's own steps: a view, or a copy with a foreign layer's row before it."""
+        stride, level, exchange = self.strides[index], self.solvers["forward"].levels[index], self.exchanges[index]
+        foreign = [a[:0] for a in arrays] if exchange is None else exchange(arrays)
         start = (level.lo + len(foreign[0])) * stride - self.lo
         count = level.k - len(foreign[0])
-        own = [p[start : start + count * stride : stride] if count > 0 else p[:0] for p in theta]
+        own = [a[start : start + count * stride : stride] if count > 0 else a[:0] for a in arrays]
         if not len(foreign[0]):
             return own
         return [torch.cat([f, p]) for f, p in zip(foreign, own, strict=True)]
 
     def _bind_forward(self, name: str, theta: Sequence[torch.Tensor], slopes: torch.Tensor | None = None) -> None:
+        """Set the parameters, and slopes if they are given, of all levels of the forward or tangent sweep."""
         for index, level in enumerate(self.solvers[name].levels):
-            level.propagator.theta = self._level_theta(index, theta)
+            level.propagator.theta = self._level_rows(index, theta)
             if slopes is not None:
-                level.propagator.slopes = self._level_slopes(index, level, slopes)
-
-    def _level_slopes(self, index: int, level, slopes: torch.Tensor) -> torch.Tensor:
-        """Slopes at a level's points; that of a foreign one is fetched."""
-        exchange, stride = self._exchanges[index], self.strides[index]
-        if index == 0:
-            return slopes
-        foreign = slopes[:0] if exchange is None else exchange([slopes])[0]
-        start = (level.lo + len(foreign)) * stride - self.lo
-        own = slopes[start::stride][: max(level.k - len(foreign), 0)] if start < self.k else slopes[:0]
-        return torch.cat([foreign, own]) if len(foreign) else own
+                (level.propagator.slopes,) = self._level_rows(index, [slopes])
 
     def _bind_backward(self, theta: Sequence[torch.Tensor], slopes: torch.Tensor) -> None:
+        """Set the parameters and slopes of all levels of the backward sweep."""
         for stride, level in zip(self.strides, self.solvers["backward"].levels, strict=True):
             if level.index == 0:
                 level.propagator.theta, level.propagator.slopes = theta, slopes
@@ -223,33 +221,38 @@ class LayerSweeps:
             level.propagator.slopes = slopes[rows].flip(0)
 
     # -- sweeps --------------------------------------------------------------------------------------------------------
-    def _solve(self, name: str, U, G, *, cycles: int | None, serial: bool, start: str, rtol: float | None):
+    def _solve(
+        self, name: str, U, G=None, *, cycles: int | None = None, serial: bool = False, warm=None
+    ) -> SolveResult:
+        """Solve for ``U`` by MGRIT cycles, from the C-points ``warm`` if they are given, or by sequential steps."""
+        if warm is not None:
+            U[self._c_rows(name)] = warm
         if serial or len(self.strides) == 1:
-            return self._serial[name].solve(U, G)
-        return self.solvers[name].solve(U, G, start=start, cycles=cycles, rtol=None if cycles is not None else rtol)
+            return self._serial_solvers[name].solve(U, G)
+        return self.solvers[name].solve(U, G, start="skip" if warm is None else "guess", cycles=cycles)
 
-    @staticmethod
-    def _c_rows(level) -> slice:
-        """Rows of the own C-points of the finest level."""
+    def _c_rows(self, name: str) -> slice:
+        """Rows of the own C-points of the finest level of a sweep."""
+        level = self.solvers[name].levels[0]
         if level.m is None:
             return slice(0, 0)
         return slice((level.lo // level.m + 1) * level.m - level.lo, level.k + 1, level.m)
 
-    def trajectory(self, shape: Sequence[int], dtype, *, keep: bool = False) -> Trajectory:
-        """Room for a forward sweep: one that nobody holds any more, or a new one; ``keep``: also for curvatures."""
+    def trajectory(self, shape: Sequence[int], dtype, *, curvatures: bool = False) -> Trajectory:
+        """Arrays for a forward sweep of states of a shape and type; with records if ``curvatures`` are needed."""
         shape = (self.k + 1, *shape)
-        room = lambda: torch.from_numpy(np.zeros((self.k, *shape[1:]), dtype))
-        if keep:
-            return Trajectory(np.zeros(shape, dtype), room(), room())
+        layers = lambda: torch.from_numpy(np.zeros((self.k, *shape[1:]), dtype))
+        if curvatures:
+            return Trajectory(np.zeros(shape, dtype), layers(), layers())
         for t in self._pool:
             if t.U.shape == shape and t.U.dtype == dtype:
                 self._pool.remove(t)
                 return t
         self._pool.clear()
-        return Trajectory(np.zeros(shape, dtype), room())
+        return Trajectory(np.zeros(shape, dtype), layers())
 
-    def give_back(self, trajectory: Trajectory) -> None:
-        """Its memory may be used again."""
+    def recycle(self, trajectory: Trajectory) -> None:
+        """Return the arrays of a trajectory that is not used any more to the pool."""
         if len(self._pool) < 2:
             self._pool.append(Trajectory(trajectory.U, trajectory.slopes))
 
@@ -262,92 +265,90 @@ class LayerSweeps:
         cycles: int | None = None,
         serial: bool = False,
         warm: np.ndarray | None = None,
-        rtol: float | None = None,
         slopes: bool = True,
     ) -> SolveResult:
-        """Propagate a batch.
+        """Propagate a batch through all layers (collective over ``layer_comm``).
 
         Parameters
         ----------
-        theta
-            Parameters of the own layers.
-        u0
-            The opening layer's state, on the first rank.
+        theta, u0
+            Stacked parameters of the own layers, and the first state on the first rank.
         trajectory
-            Where it goes.
-        cycles
-            So many cycles; ``None``: to ``rtol``.
-        serial
-            Step from layer to layer.
+            Arrays of the result, overwritten.
+        cycles, serial
+            Number of cycles, ``None``: up to the tolerance; or sequential steps instead.
         warm
-            C-points to start from; default: the coarse network's.
+            Own C-points to start from; default: those of the coarse network.
         slopes
             Whether a backward sweep is to follow.
+
+        Raises
+        ------
+        SolverFailure
+            On every rank, where values are not finite.
         """
         theta = [p.detach() for p in theta]
         self._bind_forward("forward", theta)
         fine = self.solvers["forward"].levels[0]
         if slopes:
-            fine.propagator.slopes, fine.propagator.kept = trajectory.slopes, trajectory.kept
-        # to a tolerance, any relaxation may be the last; a slope that takes one pass is as cheap as what it is of
-        later = slopes and cycles is None and not serial and len(self.strides) > 1
-        later = fine.propagator.later = later and self.layer.activation.slope_out is None
+            fine.propagator.slopes, fine.propagator.records = trajectory.slopes, trajectory.records
+        # up to a tolerance any relaxation may be the last; slopes written in one pass cost as little as the records
+        defers = slopes and cycles is None and not serial and len(self.strides) > 1
+        defers = fine.propagator.defers_slopes = defers and self.layer.activation.slope_out is None
         U = trajectory.U
         if self.grid.is_first:
             U[0] = u0
-        if warm is not None:
-            U[self._c_rows(fine)] = warm
-        start = "skip" if warm is None else "guess"
         try:
             with torch.no_grad():
-                result = self._solve("forward", U, None, cycles=cycles, serial=serial, start=start, rtol=rtol)
-                if later:
-                    trajectory.take_slopes(self.layer.activation)
+                result = self._solve("forward", U, cycles=cycles, serial=serial, warm=warm)
+                if defers:
+                    trajectory.evaluate_slopes(self.layer.activation)
         finally:
-            fine.propagator.slopes = fine.propagator.kept = None
+            fine.propagator.slopes = fine.propagator.records = None
         trajectory.theta, trajectory.result = theta, result
         return result
 
     def backward(
-        self,
-        trajectory: Trajectory,
-        last: np.ndarray | None,
-        *,
-        cycles: int | None = None,
-        serial: bool = False,
-        warm: np.ndarray | None = None,
-        rtol: float | None = None,
+        self, trajectory: Trajectory, last: np.ndarray | None, **how
     ) -> tuple[SolveResult, np.ndarray, list[torch.Tensor]]:
-        """Propagate back, and the gradients.
+        """Derivatives of a loss with respect to the first state and all parameters (collective over ``layer_comm``).
 
         Parameters
         ----------
-        last
-            Derivative with respect to the last state, on the last rank.
+        trajectory, last
+            Result of the forward sweep, and the derivative with respect to the last state on the last rank.
+        **how
+            ``cycles``, ``serial`` and ``warm`` as for :meth:`forward`.
 
         Returns
         -------
-        result
-        first
-            Derivative with respect to the point before the own layers: the opening layer's, on the first rank.
-        gradients
-            Of the own layers' parameters.
+        result : SolveResult
+        L : ndarray, (k + 1, *state)
+            Derivatives with respect to the points, from the last to the first: ``L[-1]`` belongs to the point before
+            the own layers, which is the first state on the first rank. Overwritten by the next sweep.
+        gradients : list of Tensor
+            Derivatives with respect to the stacked parameters of the own layers.
         """
         with torch.no_grad():
-            result, L = self.adjoint(trajectory, last, None, cycles=cycles, serial=serial, warm=warm, rtol=rtol)
+            result, L = self.adjoint(trajectory, last, None, **how)
             U, slopes, lam = torch.from_numpy(trajectory.U), trajectory.slopes, torch.from_numpy(L[::-1])[1:]
             parts = []
-            for i in range(0, self.k, _TOGETHER):
-                rows = slice(i, min(i + _TOGETHER, self.k))
+            for i in range(0, self.k, _CHUNK):
+                rows = slice(i, min(i + _CHUNK, self.k))
                 parts.append(self.layer.gradients(slopes[rows] * lam[rows], U[rows]))
             gradients = [torch.cat(part).mul_(self.h) for part in zip(*parts, strict=True)]
-        return result, L[-1], gradients
+        return result, L, gradients
 
     def adjoint(
-        self, trajectory, last, G, *, cycles=None, serial=False, warm=None, rtol=None
+        self, trajectory: Trajectory, last: np.ndarray | None, G: np.ndarray | None, **how
     ) -> tuple[SolveResult, np.ndarray]:
-        """The backward sweep alone; its array, from the last point to the first, is used again by the next one. It
-        runs backwards through memory, so that ``L[::-1]`` is an array like all others.
+        """The backward sweep alone; arguments as for :meth:`backward`, and a right-hand side from the last layer on.
+
+        Returns
+        -------
+        result : SolveResult
+        L : ndarray, (k + 1, *state)
+            Adjoints from the last point to the first, overwritten by the next sweep; ``L[::-1]`` is C-contiguous.
         """
         self._bind_backward(trajectory.theta, trajectory.slopes)
         L = self._L
@@ -355,39 +356,38 @@ class LayerSweeps:
             L = self._L = np.zeros_like(trajectory.U)[::-1]
         if self.grid.is_last:
             L[0] = last
-        if warm is not None:
-            L[self._c_rows(self.solvers["backward"].levels[0])] = warm
-        start = "skip" if warm is None else "guess"
-        result = self._solve("backward", L, G, cycles=cycles, serial=serial, start=start, rtol=rtol)
-        return result, L
+        return self._solve("backward", L, G, **how), L
 
-    def tangent(self, trajectory, first, G: np.ndarray, *, serial=False, rtol=None) -> np.ndarray:
-        """The tangent sweep from ``first`` with the right-hand side ``G`` of the own layers."""
+    def tangent(self, trajectory: Trajectory, first: np.ndarray | None, G: np.ndarray) -> np.ndarray:
+        """Tangents ``(k + 1, *state)`` along a trajectory (collective over ``layer_comm``).
+
+        They start from ``first`` on the first rank, with a right-hand side ``G`` of the own layers.
+        """
         self._bind_forward("tangent", trajectory.theta, trajectory.slopes)
         V = np.zeros_like(trajectory.U)
         if self.grid.is_first:
             V[0] = first
-        self._solve("tangent", V, G, cycles=None, serial=serial, start="skip", rtol=rtol)
+        self._solve("tangent", V, G)
         return V
 
     def c_points(self, name: str, array: np.ndarray) -> np.ndarray:
-        """A copy of the own C-points of a sweep, to start another one from."""
-        return array[self._c_rows(self.solvers[name].levels[0])].copy()
+        """A copy of the own C-points of a sweep's result, from which another one can start."""
+        return array[self._c_rows(name)].copy()
 
 
-# ranks that live in one process share what does not depend on the rank
+# cached: simulated ranks in one process share what does not depend on the rank
 @lru_cache(maxsize=16)
 def _shares(nlayers: int, ranks: int) -> tuple[Bounds, Bounds]:
-    """Bounds of the ranks' layers, and of the reversed ones."""
+    """Bounds of the ranks' layers in their own and in the reversed order."""
     bounds = Bounds(split_steps(nlayers, ranks))
     return bounds, Bounds(nlayers - b for b in reversed(bounds))
 
 
 @lru_cache(maxsize=64)
 def _foreign(level: Bounds, bounds: Bounds, stride: int) -> list[list[int]] | None:
-    """The layers at a level's points that each rank wants and does not own; ``None`` where there are none."""
-    wanted = [
+    """Layers at a level's points that each rank needs and does not own; ``None`` where there are none."""
+    needed = [
         [a * stride] if b > a and a * stride < lo else []
         for a, b, lo in zip(level[:-1], level[1:], bounds[:-1], strict=True)
     ]
-    return wanted if any(wanted) else None
+    return needed if any(needed) else None

@@ -20,8 +20,9 @@ __all__ = ["CoarsestParaDiag", "paradiag_solver"]
 def paradiag_solver(
     steps: Sequence, nsteps: int, *, paradiag: ParaDiagOptions, systems: ShiftedSteps | AveragedSystems, **given
 ) -> ParaDiag:
-    """A solver for the single level ``steps[0]`` with options ``paradiag`` and the systems of the frequencies, which all
-    sweeps share; ``given`` are arguments of MGRIT, of which those that concern a hierarchy are ignored.
+    """A solver for the single level ``steps[0]`` with options ``paradiag`` and the systems of the frequencies.
+
+    ``given`` are arguments of MGRIT, of which those that concern a hierarchy are ignored.
     """
     for unused in ("transfers", "linear", "options"):
         given.pop(unused, None)

@@ -32,7 +32,10 @@ from pint_fem.sweeps.c_points import Intervals
 from pint_fem.sweeps.time_solver import TimeSolver
 from pint_fem.sweeps.time_solvers import TimeSolvers
 
-__all__ = ["Sweeps"]
+__all__ = ["Controls", "Sweeps"]
+
+Controls = np.ndarray | None
+"""Controls of the own steps, or a direction of them: ``(nz,)`` or ``(k, nz)``; ``None`` without controls."""
 
 
 class Sweeps:
@@ -125,7 +128,7 @@ class Sweeps:
         own, _ = self.stored
         return own.stop - own.start - 1, self.evolution.state_size
 
-    def data(self, z, U: np.ndarray | None = None) -> StepData:
+    def data(self, z: Controls, U: np.ndarray | None = None) -> StepData:
         """Data of the own fine steps; with ``U``, states of the local points, linearised there."""
         t = self.evolution.time(np.arange(self.slab.lo, self.slab.hi))
         if U is None:
@@ -188,12 +191,16 @@ class Sweeps:
         guess, rhs = np.sqrt(self.spacetime.sum_over_grid(np.array(squares)))
         return bool(np.finfo(float).eps * guess > rtol * self.evolution.nsteps * rhs)
 
-    def _coarse(self, compute: Callable[[FEPropagator, StepData, int], np.ndarray], z) -> Iterable[np.ndarray]:
+    def _coarse(
+        self, compute: Callable[[FEPropagator, StepData, int], np.ndarray], z: Controls
+    ) -> Iterable[np.ndarray]:
         """Right-hand sides of the own steps of the coarse levels, for nested iteration of a linear evolution."""
         for propagator, lo, k, data in self.solvers.coarse_steps(z):
             yield self._or_nan(partial(compute, propagator, data, lo), (k, propagator.evolution.state_size))
 
-    def state(self, z, U: np.ndarray, *, initial=None, cold: bool = False, **accuracy) -> SolveResult:
+    def state(
+        self, z: Controls, U: np.ndarray, *, initial: np.ndarray | None = None, cold: bool = False, **accuracy
+    ) -> SolveResult:
         """Solve for the state ``U`` with an initial condition ``(n,)``; default: the evolution's."""
         if self.slab.is_first:
             U[0] = self.initial if initial is None else initial
@@ -208,7 +215,15 @@ class Sweeps:
         return self._solve(self.solvers.state, "state", U, G, cold=cold, coarse_rhs=coarse, **accuracy)
 
     def tangent(
-        self, z, U: np.ndarray, dz, dU: np.ndarray, *, initial=None, cold: bool = True, **accuracy
+        self,
+        z: Controls,
+        U: np.ndarray,
+        dz: Controls,
+        dU: np.ndarray,
+        *,
+        initial: np.ndarray | None = None,
+        cold: bool = True,
+        **accuracy,
     ) -> SolveResult:
         """Solve for the derivative ``dU`` of the state ``U`` in the direction ``dz`` of the controls and ``initial`` of
         the initial condition; ``None`` for zero.
@@ -233,14 +248,14 @@ class Sweeps:
                 G = self._or_nan(lambda: self._control_tangent(data, dz), self._rhs_shape)
         return self._solve(solver, "tangent", dU, G, cold=cold, coarse_rhs=coarse, **accuracy)
 
-    def _control_tangent(self, data: StepData, dz) -> np.ndarray:
+    def _control_tangent(self, data: StepData, dz: Controls) -> np.ndarray:
         """``Phi_z dz`` of the own steps of a nonlinear evolution."""
         G = np.empty(self._rhs_shape)
         self.propagators[0].tangent(data, np.zeros_like(G), dz, G, self.slab.lo)
         return G
 
     def adjoint(
-        self, z, U: np.ndarray, gradient: np.ndarray, L: np.ndarray, *, cold: bool = False, **accuracy
+        self, z: Controls, U: np.ndarray, gradient: np.ndarray, L: np.ndarray, *, cold: bool = False, **accuracy
     ) -> SolveResult:
         """Solve for the adjoint ``L`` at the state ``U`` with the right-hand side ``gradient``, shaped as ``L``: rows
         ``0..k-1`` and on the last rank also ``k``; with ``storage="C"`` condensed to the C-points.
@@ -252,7 +267,7 @@ class Sweeps:
         return self._solve(self.solvers.adjoint, "adjoint", L[::-1], gradient[:-1][::-1], cold=cold, **accuracy)
 
     def adjoint_by_transposed_cycles(
-        self, z, U: np.ndarray, gradient: np.ndarray, *, cycles: int
+        self, z: Controls, U: np.ndarray, gradient: np.ndarray, *, cycles: int
     ) -> tuple[np.ndarray, SolveResult]:
         """Adjoints ``(k + 1, n)`` by the transposes of ``cycles`` cycles from zero, in an array that the next call
         overwrites, and the result of the solve; requires :attr:`TimeSolvers.transposed_adjoint`.
@@ -264,7 +279,7 @@ class Sweeps:
         return sweep.collect(), result
 
     # -- residuals and derivatives of given trajectories ---------------------------------------------------------------
-    def state_residual(self, z, U: np.ndarray, *, initial=None) -> tuple[float, float]:
+    def state_residual(self, z: Controls, U: np.ndarray, *, initial: np.ndarray | None = None) -> tuple[float, float]:
         """Norms over the stored points of ``Phi(U) - U`` and of ``U``, by one pass over the steps.
 
         ``U``, whose first row on each rank is current, is not changed.
@@ -276,7 +291,7 @@ class Sweeps:
         squares = [self.spacetime.point_norms(block).sum() for block in (r, U if first else U[1:])]
         return tuple(np.sqrt(self.spacetime.sum_over_time(np.array(squares))).tolist())
 
-    def _step_residuals(self, z, U: np.ndarray) -> np.ndarray:
+    def _step_residuals(self, z: Controls, U: np.ndarray) -> np.ndarray:
         """``Phi(U) - U`` at the own stored points but the first."""
         fine, out = self.propagators[0], U[1:].copy()
         if self.intervals is None:
@@ -289,7 +304,7 @@ class Sweeps:
             fine.step(data, last, out[group.starts], group.first)
         return out - U[1:]
 
-    def control_gradient(self, z, U: np.ndarray, L: np.ndarray) -> np.ndarray | None:
+    def control_gradient(self, z: Controls, U: np.ndarray, L: np.ndarray) -> np.ndarray | None:
         """``Phi_z^T lam_{n+1}`` of the own steps: their sum ``(nz,)``, or ``(k, nz)`` for one control per step.
 
         ``None`` for an evolution without parameters.
@@ -300,7 +315,9 @@ class Sweeps:
         compute = partial(self.propagators[0].control_adjoint, data, L[1:], self.slab.lo)
         return collectively(self.spacetime.comm, "derivative by the controls", compute)
 
-    def second_order(self, z, U, dz, dU, L, *, symmetric: bool = False) -> tuple[np.ndarray, np.ndarray] | None:
+    def second_order(
+        self, z: Controls, U: np.ndarray, dz: Controls, dU: np.ndarray, L: np.ndarray, *, symmetric: bool = False
+    ) -> tuple[np.ndarray, np.ndarray] | None:
         """Second derivatives of the steps along the tangent ``dU`` in the direction ``dz``, for the adjoint ``L``.
 
         Parameters

@@ -284,8 +284,8 @@ class TimeSolvers:
                 fine, u = start + level.stride - 1, None if u is None else u[:-1]
             own, along = (self._controls(level.index, x, fine) for x in (z, dz))
             u, guess = self.space.states(level.index, u), level.propagator.propagator.uses_guess
-            kept = linearisations[level.index]
-            level.propagator.data = StepData(self.evolution.time(start), own, u, along, kept, guess, sweep)
+            t, cached = self.evolution.time(start), linearisations[level.index]
+            level.propagator.data = StepData(t, own, u, along, cached, guess, sweep)
 
     def _controls(self, index: int, z: np.ndarray | None, fine: np.ndarray) -> np.ndarray | None:
         """Controls on level ``index``: those of some fine steps, or a static one."""

@@ -75,13 +75,7 @@ def norms_by_rank(comm, norm: float) -> str:
 
 
 class ControlConsistency:
-    """Comparison of controls and directions between ranks.
-
-    Parameters
-    ----------
-    layout
-        Position of the static controls in a vector.
-    """
+    """Comparison of controls and directions between ranks, for vectors of a given layout."""
 
     def __init__(self, layout: ControlLayout):
         self.layout, self._spacetime, self._comm = layout, layout.spacetime, layout.spacetime.comm

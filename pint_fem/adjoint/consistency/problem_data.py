@@ -35,21 +35,8 @@ _DEFAULT_NAME = re.compile(r" '(function|constant|cofunction|w|c)_\d+'")
 def require_same_problem(
     spacetime: SpaceTime, evolution: Evolution, misfits: Sequence[Misfit], regularisation: Sequence[ufl.Form]
 ) -> None:
-    """Require the same evolution, misfits and forms on all ranks, before anything is assembled (collective).
-
-    Parameters
-    ----------
-    spacetime
-        Process grid.
-    evolution
-        As the user posed it.
-    misfits, regularisation
-        Those of the functional.
-
-    Raises
-    ------
-    InputError
-        On every rank, naming what differs.
+    """Require the same evolution (as the user posed it), misfits and regularisation on all ranks, before anything is
+    assembled (collective); otherwise all ranks raise ``InputError`` that names what differs.
     """
     if spacetime.comm.size == 1:
         return
@@ -64,12 +51,8 @@ def require_same_problem(
 
 
 def require_same_forms(spacetime: SpaceTime, **forms: Sequence[ufl.Form]) -> None:
-    """Require lists of forms, given by a description, to have the same signatures on all ranks (collective).
-
-    Raises
-    ------
-    InputError
-        On every rank, naming what differs.
+    """Require lists of forms, named by descriptions, to have the same signatures on all ranks (collective); otherwise
+    all ranks raise ``InputError``.
     """
     if spacetime.comm.size > 1:
         require_same(spacetime.comm, **{f"the form of {name}": _signatures(of) for name, of in forms.items()})
@@ -80,12 +63,8 @@ def _signatures(forms: Sequence) -> list[str]:
 
 
 def require_same_given(spacetime: SpaceTime, misfits: Sequence[Misfit]) -> None:
-    """Require that misfits have the same readings and other data outside forms on all ranks (collective).
-
-    Raises
-    ------
-    InputError
-        On every rank, naming what differs.
+    """Require the same readings and other data of misfits outside forms on all ranks (collective); otherwise all ranks
+    raise ``InputError``.
     """
     if spacetime.comm.size > 1:
         require_same(spacetime.comm, **collectively(spacetime.comm, "", _given, misfits))
@@ -101,20 +80,8 @@ def _given(misfits: Sequence[Misfit]) -> dict:
 
 
 def require_same_values(spacetime: SpaceTime, copies: PrivateCopies) -> None:
-    """Require the user's functions, constants and cofunctions to have the same values on all ranks (collective, two
-    small reductions).
-
-    Parameters
-    ----------
-    spacetime
-        Process grid.
-    copies
-        Those of the functional; the user's current values are compared.
-
-    Raises
-    ------
-    InputError
-        On every rank, naming the first that differs.
+    """Require the user's functions, constants and cofunctions, of which a functional has private copies, to have the
+    same current values on all ranks (collective, two small reductions); otherwise all ranks raise ``InputError``.
     """
     if spacetime.comm.size == 1:
         return

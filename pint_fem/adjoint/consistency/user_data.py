@@ -25,6 +25,8 @@ class UserData:
     Masks of data have entries for, in this order, functions and constants in forms and the initial condition, boundary
     conditions, data of misfits outside forms such as readings, and the coordinates of the mesh.
 
+    The constructor raises ``InputError`` on every rank if data differ between ranks.
+
     Parameters
     ----------
     sweeps, misfits, regularisation
@@ -34,11 +36,6 @@ class UserData:
     ----------
     failure : BaseException or None
         The error on this rank in the last comparison.
-
-    Raises
-    ------
-    InputError
-        On every rank, if data differ between ranks.
     """
 
     def __init__(self, sweeps: Sweeps, misfits: Sequence[Misfit], regularisation: Regularisation | None):
@@ -68,17 +65,9 @@ class UserData:
         return [name for name, chosen in zip(names, which, strict=True) if chosen]
 
     def warn(self, changed: np.ndarray) -> None:
-        """Warn of each change once, on the first rank.
+        """Warn of each change once, on the first rank, given the mask of data that have changed on any rank.
 
-        Parameters
-        ----------
-        changed
-            Mask of data, the same on all ranks.
-
-        Raises
-        ------
-        InputError
-            On every rank, if the mesh has moved: assembled operators would be those of the old mesh, forms not.
+        A moved mesh is an ``InputError``: assembled operators would be those of the old mesh, and forms not.
         """
         self._refuse_moved(changed)
         before = np.zeros_like(changed) if self._warned is None else self._warned
@@ -98,10 +87,7 @@ class UserData:
     def update(self) -> list[str]:
         """Read all data again, update the parts, and return the names of data with new values (collective).
 
-        Raises
-        ------
-        InputError
-            On every rank and before anything is read, if data differ between ranks.
+        Data that differ between ranks are an ``InputError`` on every rank, before anything is read.
         """
         which = self.changed()
         raise_collectively(self._comm, self.failure, "data given anew")

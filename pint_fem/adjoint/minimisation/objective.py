@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pint_fem.adjoint.problem import ReducedProblem
+from pint_fem.adjoint.interface import ControlProblem
 from pint_fem.adjoint.riesz import ControlInner
 from pint_fem.errors import SolverFailure
 
@@ -16,7 +16,7 @@ class Objective:
 
     Parameters
     ----------
-    problem : ReducedProblem or SumProblem
+    problem : ControlProblem
         Value and derivatives, as dual vectors.
     inner : ControlInner
         The inner product; gradients and Hessian actions are representatives in it.
@@ -31,7 +31,7 @@ class Objective:
         Why the last value was not finite.
     """
 
-    def __init__(self, problem: ReducedProblem, inner: ControlInner, *, scaling: np.ndarray | None = None):
+    def __init__(self, problem: ControlProblem, inner: ControlInner, *, scaling: np.ndarray | None = None):
         self.problem, self._inner, self._scaling = problem, inner, scaling
         self.failure: SolverFailure | None = None
         self.comm = problem.spacetime.comm

@@ -1,4 +1,4 @@
-"""Data: MNIST from its IDX files, the "peaks" classification problem from its formula, scikit-learn's small digits."""
+"""Classification data: MNIST from its IDX files, "peaks" from its formula, the small digits of scikit-learn."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pint_fem.capacity import require_memory
 from pint_fem.errors import InputError
 from pint_fem.resnet.grid import Grid
 
-__all__ = ["digits", "mnist", "peaks", "peaks_function", "read_idx", "shared_loader", "write_idx"]
+__all__ = ["digits", "mnist", "peaks", "peaks_function", "read_idx", "shared_loader"]
 
 _TYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 _MNIST = {
@@ -35,7 +35,7 @@ def read_idx(path: str | Path) -> np.ndarray:
     Raises
     ------
     InputError
-        Naming the file, where it cannot be read, is none, or does not have as many values as it says.
+        Naming the file, where it cannot be read, is no IDX file, or its size is not that of its header.
     """
     path = Path(path)
     files.require_regular(path, "IDX file", links=True)
@@ -55,23 +55,14 @@ def read_idx(path: str | Path) -> np.ndarray:
     shape = struct.unpack(f">{ndim}I", raw[4 : 4 + 4 * ndim])
     kind, size = np.dtype(_TYPES[raw[2]]), int(np.prod(shape, dtype=object))
     if size > _LARGEST or len(raw) != 4 + 4 * ndim + size * kind.itemsize:
-        wants = size * kind.itemsize
-        raise InputError(
-            f"{path}: says {shape} values of {kind.itemsize} bytes ({wants}), has {len(raw) - 4 - 4 * ndim}"
-        )
+        given, needed = len(raw) - 4 - 4 * ndim, size * kind.itemsize
+        raise InputError(f"{path}: declares {shape} values of {kind.itemsize} bytes ({needed}), has {given}")
     values = np.frombuffer(raw, kind, offset=4 + 4 * ndim).reshape(shape)
     return values.astype(kind.newbyteorder("="))
 
 
-def write_idx(path: str | Path, values: np.ndarray) -> None:
-    """Write unsigned bytes as an IDX file, compressed where the name ends with ``.gz``."""
-    values = np.ascontiguousarray(values, dtype="u1")
-    raw = struct.pack(f">HBB{values.ndim}I", 0, 8, values.ndim, *values.shape) + values.tobytes()
-    Path(path).write_bytes(gzip.compress(raw) if str(path).endswith(".gz") else raw)
-
-
 def _find(folder: Path, name: str) -> Path:
-    """A file of MNIST under the names that are in use."""
+    """A file of MNIST under one of the names in use."""
     spellings = [name, name.replace("-idx", ".idx")]
     for spelling in [s + end for s in spellings for end in ("", ".gz")]:
         if (folder / spelling).is_file():
@@ -82,21 +73,26 @@ def _find(folder: Path, name: str) -> Path:
 
 
 def mnist(folder: str | Path, part: str = "train", *, count: int | None = None) -> TensorDataset:
-    """MNIST: images ``(n, 1, 28, 28)``, float32, mean 0 and deviation 1 over the training set, and labels.
+    """The handwritten digits of MNIST.
 
     Parameters
     ----------
     folder
-        With the standard IDX files, raw or gzipped.
+        Of the standard IDX files, raw or gzipped.
     part
-        ``"train"`` (60,000) or ``"test"`` (10,000).
+        ``"train"`` (60,000 images) or ``"test"`` (10,000).
     count
-        So many of the first only.
+        Number of images, the first ones; default: all.
+
+    Returns
+    -------
+    TensorDataset
+        Images ``(n, 1, 28, 28)``, float32, with mean 0 and deviation 1 over the training set, and labels 0 to 9.
 
     Raises
     ------
     InputError
-        Where a file is absent, damaged, or images and labels do not fit.
+        Where a file is absent or damaged, or images and labels do not fit each other.
     """
     if part not in _MNIST:
         raise InputError(f"part {part!r} of MNIST: give 'train' or 'test'")
@@ -112,7 +108,9 @@ def mnist(folder: str | Path, part: str = "train", *, count: int | None = None) 
 
 
 def digits(part: str = "train") -> TensorDataset:
-    """scikit-learn's 1,797 digits ``(n, 1, 8, 8)`` with mean 0 and deviation about 1: every fifth is for testing.
+    """The 1,797 small digits of scikit-learn: ``"test"`` for every fifth image, ``"train"`` for the others.
+
+    Images are ``(n, 1, 8, 8)``, float32, with mean 0 and deviation about 1, labels 0 to 9.
 
     Raises
     ------
@@ -143,16 +141,18 @@ _THRESHOLDS = {2: (0.0,), 5: (-1.5, -0.3, 0.3, 1.5)}
 
 
 def peaks(count: int, classes: int = 5, *, seed: int = 0, dtype: torch.dtype = torch.float64) -> TensorDataset:
-    """Points in ``[-3, 3]^2`` and the class of :func:`peaks_function` there, as many of each class.
+    """Random points in ``[-3, 3]^2``, classified by the value of :func:`peaks_function`.
 
     Five classes (Haber and Ruthotto, arXiv:1705.03341) are bounded by the values -1.5, -0.3, 0.3 and 1.5, two by 0.
 
     Parameters
     ----------
     count
-        Points, at least one a class.
+        Number of points, distributed evenly over the classes, at least one in each.
     classes
         2 or 5.
+    seed, dtype
+        Of the random points ``(count, 2)``.
 
     Raises
     ------
@@ -165,27 +165,25 @@ def peaks(count: int, classes: int = 5, *, seed: int = 0, dtype: torch.dtype = t
         raise InputError(f"{count!r} points of peaks: give a whole number, at least {classes}")
     require_memory(MPI.COMM_SELF, 100 * count, f"{count} points of peaks", "give fewer")
     rng = np.random.default_rng(seed)
-    wanted = np.bincount(np.arange(count) % classes, minlength=classes)
+    sizes = np.bincount(np.arange(count) % classes, minlength=classes)
     found = [np.empty((0, 2)) for _ in range(classes)]
-    while any(len(f) < w for f, w in zip(found, wanted, strict=True)):
+    while any(len(f) < n for f, n in zip(found, sizes, strict=True)):
         points = rng.uniform(-3, 3, (4 * count, 2))
         label = peaks_class(points, classes)
         found = [np.concatenate([f, points[label == c]]) for c, f in enumerate(found)]
-    points = np.concatenate([f[:w] for f, w in zip(found, wanted, strict=True)])
+    points = np.concatenate([f[:n] for f, n in zip(found, sizes, strict=True)])
     order = rng.permutation(count)
-    labels = np.repeat(np.arange(classes), wanted)[order]
+    labels = np.repeat(np.arange(classes), sizes)[order]
     return TensorDataset(torch.from_numpy(points[order]).to(dtype), torch.from_numpy(labels))
 
 
 def peaks_class(points: np.ndarray, classes: int = 5) -> np.ndarray:
-    """The classes of points ``(n, 2)``."""
+    """Classes ``(n,)`` of points ``(n, 2)``, by the value of :func:`peaks_function`."""
     return np.digitize(peaks_function(points[:, 0], points[:, 1]), _THRESHOLDS[classes])
 
 
-def shared_loader(
-    data: Dataset, batch_size: int, grid: Grid, *, shuffle: bool = True, seed: int = 0, numbered: bool = False
-) -> DataLoader:
-    """A ``DataLoader`` that gives ranks which share the layers the same batches, and groups their own shares.
+def shared_loader(data: Dataset, batch_size: int, grid: Grid, *, shuffle: bool = True, seed: int = 0) -> DataLoader:
+    """A ``DataLoader`` with the same batches on ranks that share the layers, and other samples for each data group.
 
     Parameters
     ----------
@@ -193,24 +191,11 @@ def shared_loader(
         The whole set, on every rank.
     batch_size
         Of a group.
-    shuffle
-        Anew in each epoch: call ``loader.sampler.set_epoch(epoch)``.
-    numbered
-        Give the samples' numbers in the set as a last entry of a batch.
+    grid
+        The process grid.
+    shuffle, seed
+        Shuffle by the seed and the number of the epoch: call ``loader.sampler.set_epoch(epoch)``.
     """
     comm = grid.data_comm
     sampler = DistributedSampler(data, comm.size, comm.rank, shuffle=shuffle, seed=seed, drop_last=False)
-    return DataLoader(_Numbered(data) if numbered else data, batch_size=batch_size, sampler=sampler)
-
-
-class _Numbered(Dataset):
-    """A set whose samples end with their numbers."""
-
-    def __init__(self, data: Dataset):
-        self.data = data
-
-    def __len__(self):
-        return len(self.data)
-
-    def __getitem__(self, i):
-        return (*self.data[i], i)
+    return DataLoader(data, batch_size=batch_size, sampler=sampler)

@@ -1,8 +1,9 @@
 r"""Full-batch training as an optimisation constrained by an evolution, for the optimisers of :mod:`pint_fem.optimize`.
 
-The control is all parameters, the state the batch in all layers; a vector is this rank's part: its layers', the
-opening layer's on the first rank, the classification layer's on the last. :math:`J(\theta) = \ell(u_N) + R(\theta)`.
-The Hessian takes a tangent and a second backward sweep. With
+The control is the vector of all parameters, the state the batch in all layers, and
+:math:`J(\theta) = \ell(u_N) + R(\theta)`. A rank has the part of a vector that belongs to its layers, to the opening
+layer on the first rank and to the classification layer on the last. A Hessian action takes a tangent and a second
+backward sweep. With
 :math:`\delta z_n = L_n \delta u_n + \delta L_n u_n + \delta b_n`,
 
 .. math::
@@ -13,8 +14,8 @@ The Hessian takes a tangent and a second backward sweep. With
 from the derivative of the loss's gradient for :math:`\mu_N`, and layer :math:`n` has
 :math:`h\, [\partial_\theta (\sigma' \mu_{n+1} + \sigma'' \delta z_n \lambda_{n+1},\, L_n u_n + b_n)
 + \partial_\theta (\sigma' \lambda_{n+1},\, L_n \delta u_n)]`. Right-hand sides and gradients are batched calls over all
-own layers. ``advance`` is one cycle forward and one backward from where the last ones ended, for the one-shot method
-(Günther, Ruthotto, Schroder, Cyr, Gauger, arXiv:1812.04352, train so).
+own layers. The one-shot method takes one cycle forward and one backward per design, from the iterates of the last ones
+(Günther, Ruthotto, Schroder, Cyr, Gauger, arXiv:1812.04352).
 """
 
 from __future__ import annotations
@@ -29,31 +30,28 @@ from torch import nn
 from pint_fem.all_at_once.norms import gather_in_order
 from pint_fem.collective import all_ranks, collectively, require_same
 from pint_fem.errors import InputError, SolverFailure, release
-from pint_fem.resnet.batches import comparable
+from pint_fem.resnet.consistency import comparable
 from pint_fem.resnet.network import LayerParallelResNet
 from pint_fem.resnet.regularisation import Regularisation
 
 __all__ = ["TrainingProblem"]
 
 _ONE_SHOT = "one-shot"
-
-
-def _nothing(*_) -> None:
-    """What ranks do that have neither end of the network."""
+"""Name of the batch whose C-points the one-shot method starts from."""
 
 
 class TrainingProblem:
-    """What :class:`pint_fem.optimize.Problem` asks for, with ``advance`` for the one-shot method.
+    """The training of a network on one batch, as a :class:`pint_fem.optimize.Problem` for its optimisers.
 
     Parameters
     ----------
     net
-        The network, in float64; its iterations are set aside: values and gradients are to its tolerance, or exact with
-        ``levels=1``.
+        The network, in float64. Its numbers of cycles do not apply: values and gradients are computed up to its
+        tolerance, or exactly with ``levels=1``.
     x, y
-        The whole batch of this group and its labels (or targets), the same on all ranks that share the layers.
+        The whole batch and its labels (or targets), the same on all ranks that share the layers.
     loss
-        ``loss(outputs, y)``, twice differentiable.
+        ``loss(outputs, y)``, a scalar, twice differentiable.
     regularisation
         Added to the loss.
     inner_product
@@ -62,16 +60,20 @@ class TrainingProblem:
     Attributes
     ----------
     layout : list of (Parameter, slice)
-        Where parameters are in a vector.
+        Places of the parameters in a vector.
+    weights : ndarray
+        Diagonal of the inner product's matrix.
     comm : mpi4py communicator
-        The ranks that evaluate together.
+        All ranks of the network, which evaluate and decide collectively.
     failure : SolverFailure or None
         Why the last value was infinite.
+    counts : dict
+        Number of calls by kind.
 
     Raises
     ------
     InputError
-        On a network in float32, or with several data groups, or where ranks are given other batches.
+        On every rank, on a network in float32, with several data groups, or where ranks are given different batches.
     """
 
     def __init__(
@@ -85,7 +87,7 @@ class TrainingProblem:
         inner_product: str = "l2",
     ):
         if net.dtype != torch.float64:
-            raise InputError("deterministic training wants float64: build the network with dtype=torch.float64")
+            raise InputError("deterministic training requires float64: build the network with dtype=torch.float64")
         if net.grid.data_size > 1:
             raise InputError("deterministic training of one full batch: put all ranks in the layers (grid 1xP)")
         if inner_product not in ("l2", "L2"):
@@ -96,28 +98,28 @@ class TrainingProblem:
         for p in net.parameters():
             self.layout.append((p, slice(start, start + p.numel())))
             start += p.numel()
-        #: Weights of the inner product, of the shape of a vector (for ``scipy_minimize``).
         self.weights = np.ones(start)
         if inner_product == "L2":
             for p in net.stack:
                 self.weights[self._where(p)] = net.h
-        #: Over which optimisers decide.
         self.comm = net.grid.comm
         self.failure: SolverFailure | None = None
         self._z: np.ndarray | None = None
-        self._known: dict = {}
+        self._cache: dict = {}  # results at the present parameters
         self.counts = {"value": 0, "gradient": 0, "hessian": 0, "advance": 0}
 
     # -- vectors -------------------------------------------------------------------------------------------------------
     def _where(self, parameter: nn.Parameter) -> slice:
+        """Place of a parameter in a vector."""
         return next(where for p, where in self.layout if p is parameter)
 
     @property
     def x0(self) -> np.ndarray:
-        """The network's parameters as they are."""
+        """The present parameters of the network as a vector."""
         return self._join([p for p, _ in self.layout])
 
     def _join(self, tensors) -> np.ndarray:
+        """Vector of tensors in the order of the layout; ``None`` stands for zero."""
         out = np.zeros(len(self.weights))
         for (_, where), t in zip(self.layout, tensors, strict=True):
             if t is not None:
@@ -125,33 +127,34 @@ class TrainingProblem:
         return out
 
     def _split(self, z: np.ndarray) -> list[torch.Tensor]:
+        """Tensors of a vector, with the shapes of the parameters."""
         return [torch.from_numpy(np.array(z[where], dtype=float)).reshape(p.shape) for p, where in self.layout]
 
     def set(self, z: np.ndarray) -> None:
-        """Give the network these parameters."""
+        """Set the parameters of the network from a vector."""
         with torch.no_grad():
             for (p, _), values in zip(self.layout, self._split(z), strict=True):
                 p.copy_(values)
 
     def _move(self, z: np.ndarray) -> None:
-        """Go to these parameters; whether that is another place is decided by all ranks, as each has its part only."""
+        """Set the parameters and invalidate the cache, unless they are the present ones on all ranks (collective)."""
         z = np.asarray(z, dtype=float)
-        here = self._z is not None and np.array_equal(z, self._z) and np.array_equal(z, self.x0)
-        if not all_ranks(self.comm, here):
+        unchanged = self._z is not None and np.array_equal(z, self._z) and np.array_equal(z, self.x0)
+        if not all_ranks(self.comm, unchanged):
             self.set(z)
-            self._known = {}
+            self._cache = {}
         self._z = z.copy()
 
     def _parts(self, tensors: list) -> tuple[list, list, list]:
-        """Those of the own layers in the layer's order, of the opening and of the classification layer."""
+        """Tensors, given by the layout: those of the own layers, of the opening and of the classification layer."""
         index = {id(p): i for i, (p, _) in enumerate(self.layout)}
         pick = lambda parameters: [tensors[index[id(p)]] for p in parameters]
         ends = [[] if m is None else pick(m.parameters()) for m in (self.net.opening, self.net.closing)]
         return pick(self.net.stack), *ends
 
-    # -- what an optimiser asks for ------------------------------------------------------------------------------------
+    # -- value and gradient --------------------------------------------------------------------------------------------
     def inner(self, a: np.ndarray, b: np.ndarray) -> float:
-        """The inner product, its layers summed in order: the same bits for every number of ranks."""
+        """Inner product of two vectors, bitwise independent of the number of ranks (collective)."""
         net, product = self.net, self.weights * a * b
         own = np.zeros(net.hi - net.lo)
         for p in net.stack:
@@ -163,118 +166,117 @@ class TrainingProblem:
         rows = np.concatenate([ends[:1]] * net.grid.is_first + [own] + [ends[1:]] * net.grid.is_last)
         return float(gather_in_order(rows, net.grid.layer_comm).sum())
 
-    def _evaluate(self, **how) -> tuple[float, list[torch.Tensor]]:
-        """J and the derivatives, by the network's own autograd."""
-        net = self.net
-        net.zero_grad()
-        total = collectively(self.comm, "loss", self.loss, net(self.x, **how), self.y)
-        if self.regularisation is not None:
-            total = total + self.regularisation()
-        net.meetings.backward(total)
-        return total.item(), [None if p.grad is None else p.grad.clone() for p, _ in self.layout]
+    def _evaluate(self, cycles: int | None, **how) -> tuple[float, np.ndarray | None]:
+        """J and its gradient by the network's autograd, with a number of cycles or, for ``None``, up to the tolerance.
 
-    def _solve(self) -> None:
-        """Value and derivatives to the tolerance."""
-        if "value" in self._known:
-            return
-        before = [(s, s.cycles, s.adaptive) for s in (self.net.forward_sweeps, self.net.backward_sweeps)]
+        Where the propagation fails, J is infinite, the gradient ``None`` and ``failure`` the reason.
+        """
+        net, sweeps = self.net, (self.net.forward_sweeps, self.net.backward_sweeps)
+        before = [(s.cycles, s.adaptive) for s in sweeps]
+        self.failure = None
         try:
-            for s, *_ in before:
-                s.cycles = s.adaptive = None
-            value, gradients = self._evaluate()
+            for s in sweeps:
+                s.cycles, s.adaptive = cycles, None
+            net.zero_grad()
+            total = collectively(self.comm, "loss", self.loss, net(self.x, **how), self.y)
+            if self.regularisation is not None:
+                total = total + self.regularisation()
+            net.collective.backward(total)
         except SolverFailure as failure:
             release(failure)
-            value, gradients, self.failure = math.inf, None, failure
+            self.failure = failure
+            return math.inf, None
         finally:
-            for s, cycles, adaptive in before:
-                s.cycles, s.adaptive = cycles, adaptive
-        found = None if gradients is None else self._join(gradients) / self.weights
-        self._known |= {"value": value, "gradient": found}
+            for s, (number, rule) in zip(sweeps, before, strict=True):
+                s.cycles, s.adaptive = number, rule
+        return total.item(), self._join([p.grad for p, _ in self.layout]) / self.weights
+
+    def _solve(self) -> None:
+        """Value and gradient up to the tolerance, cached."""
+        if "value" not in self._cache:
+            self._cache["value"], self._cache["gradient"] = self._evaluate(None)
 
     def value(self, z: np.ndarray) -> float:
-        """J; infinite where the propagation overflows."""
+        """J; infinite where the propagation overflows (collective)."""
         self.counts["value"] += 1
         self._move(z)
-        self.failure = None if "value" not in self._known else self.failure
         self._solve()
-        return self._known["value"]
+        return self._cache["value"]
 
     def gradient(self, z: np.ndarray) -> np.ndarray:
-        """The Riesz representative of J'."""
+        """Riesz representative of J'; NaN where J is infinite (collective)."""
         self.counts["gradient"] += 1
         self._move(z)
         self._solve()
-        found = self._known["gradient"]
+        found = self._cache["gradient"]
         return np.full_like(self.weights, np.nan) if found is None else found
 
     def advance(self, z: np.ndarray) -> tuple[float, np.ndarray, float]:
-        """One cycle forward and one backward from the last iterates: J, gradient, largest relative residual."""
+        """One cycle forward and one backward from the last iterates, for the one-shot method (collective).
+
+        Returns
+        -------
+        value : float
+        gradient : ndarray
+        residual : float
+            The larger of the relative residuals of both sweeps.
+        """
         self.counts["advance"] += 1
         self._move(z)
-        self.failure = None
-        net, kept = self.net, dict(self.net._warm)
-        before = [(s, s.cycles, s.adaptive) for s in (net.forward_sweeps, net.backward_sweeps)]
-        try:
-            for s, *_ in before:
-                s.cycles, s.adaptive = 1, None
-            value, gradients = self._evaluate(batch=_ONE_SHOT)
-        except SolverFailure as failure:
-            release(failure)
-            net._warm, self.failure = kept, failure
+        warm_starts = dict(self.net.warm_starts)
+        value, gradient = self._evaluate(1, batch=_ONE_SHOT)
+        if gradient is None:
+            self.net.warm_starts = warm_starts
             return math.inf, np.zeros_like(self.weights), math.inf
-        finally:
-            for s, cycles, adaptive in before:
-                s.cycles, s.adaptive = cycles, adaptive
-        residual = max(result.relative_residual for result in net.results.values())
-        return value, self._join(gradients) / self.weights, residual
+        return value, gradient, max(result.relative_residual for result in self.net.results.values())
 
     # -- second derivatives --------------------------------------------------------------------------------------------
     def _linearise(self) -> dict:
-        """State, slopes and adjoint at the point, kept for its Hessian actions."""
-        if "trajectory" in self._known:
-            return self._known
-        net, grid, layer, known = self.net, self.net.grid, self.net.layer, {}
+        """State, slopes and adjoint at the present parameters, cached for Hessian actions."""
+        if "trajectory" in self._cache:
+            return self._cache
+        net, grid, layer, found = self.net, self.net.grid, self.net.layer, {}
 
         def first_state() -> np.ndarray | None:
             if not grid.is_first:
                 return None
-            known["x0"] = layer.pack(net.opening(self.x.to(net.dtype)))
-            return np.ascontiguousarray(known["x0"].detach().numpy())
+            found["x0"] = layer.pack(net.opening(self.x.to(net.dtype)))
+            return np.ascontiguousarray(found["x0"].detach().numpy())
 
         u0 = collectively(self.comm, "opening layer", first_state)
         shape = grid.layer_comm.bcast(None if u0 is None else u0.shape, root=0)
-        trajectory = known["trajectory"] = net.sweeps.trajectory(shape, np.float64, keep=True)
+        trajectory = found["trajectory"] = net.sweeps.trajectory(shape, np.float64, curvatures=True)
         net.sweeps.forward(net.stack, u0, trajectory)
         act = layer.activation
-        known["slope"], known["curvature"] = trajectory.slopes, act.curvature(trajectory.kept)
+        found["slope"], found["curvature"] = trajectory.slopes, act.curvature(trajectory.records)
 
         def last_adjoint() -> np.ndarray | None:
             if not grid.is_last:
                 return None
-            u = known["last"] = torch.from_numpy(trajectory.U[-1].copy()).requires_grad_()
+            u = found["last"] = torch.from_numpy(trajectory.U[-1].copy()).requires_grad_()
             value = self.loss(net.closing(layer.unpack(u, len(self.x))), self.y)
-            known["into"] = [u, *net.closing.parameters()]
-            known["loss_gradient"] = torch.autograd.grad(value, known["into"], create_graph=True)
-            return known["loss_gradient"][0].detach().contiguous().numpy()
+            found["into"] = [u, *net.closing.parameters()]
+            found["loss_gradient"] = torch.autograd.grad(value, found["into"], create_graph=True)
+            return found["loss_gradient"][0].detach().contiguous().numpy()
 
         last = collectively(self.comm, "loss", last_adjoint)
         _, L = net.sweeps.adjoint(trajectory, last, None)
-        known["lambda"] = torch.from_numpy(L[::-1].copy())
-        self._known |= known
-        return self._known
+        found["lambda"] = torch.from_numpy(L[::-1].copy())
+        self._cache |= found
+        return self._cache
 
     def hessian_action(self, z: np.ndarray, v: np.ndarray) -> np.ndarray:
-        """The Riesz representative of J''(z) v."""
+        """Riesz representative of J''(z) v (collective)."""
         self.counts["hessian"] += 1
         self._move(z)
         net, grid, layer, h = self.net, self.net.grid, self.net.layer, self.net.h
-        known = self._linearise()
+        cache = self._linearise()
         d_theta, d_open, d_close = self._parts(self._split(np.asarray(v)))
-        trajectory, slope, curvature = known["trajectory"], known["slope"], known["curvature"]
-        U, lam = torch.from_numpy(trajectory.U[:-1]), known["lambda"][1:]
+        trajectory, slope, curvature = cache["trajectory"], cache["slope"], cache["curvature"]
+        U, lam = torch.from_numpy(trajectory.U[:-1]), cache["lambda"][1:]
         with torch.no_grad():
-            dz = layer.linear(d_theta, U, torch.empty_like(slope), 1.0)  # of the parameters' change
-            work = self._tangent_of_opening if grid.is_first else _nothing
+            dz = layer.linear(d_theta, U, torch.empty_like(slope), 1.0)
+            work = self._tangent_of_opening if grid.is_first else lambda *_: None
             first = collectively(self.comm, "derivative of the opening layer", work, d_open)
             V = net.sweeps.tangent(trajectory, first, (h * slope * dz).numpy())
             dU = torch.from_numpy(V[:-1])
@@ -288,7 +290,7 @@ class TrainingProblem:
             if not grid.is_last:
                 return [None]
             direction = [torch.from_numpy(V[-1].copy()), *d_close]
-            return self._derivative_along(known["loss_gradient"], direction, known["into"])
+            return self._derivative_along(cache["loss_gradient"], direction, cache["into"])
 
         last, *ends = collectively(self.comm, "second derivative of the loss", second_of_loss)
         last = None if last is None else last.contiguous().numpy()
@@ -301,7 +303,7 @@ class TrainingProblem:
             of_layers = [h * (a + b) for a, b in zip(one, two, strict=True)]
         work = self._second_of_opening if grid.is_first else lambda *_: []
         where = "second derivative of the opening layer"
-        of_opening = collectively(self.comm, where, work, d_open, known["lambda"][0], mu[0])
+        of_opening = collectively(self.comm, where, work, d_open, cache["lambda"][0], mu[0])
         out = self._assemble(of_layers, of_opening, ends)
         if self.regularisation is not None:
             _, r_layers, r_ends = self.regularisation.evaluate(d_theta, d_close)
@@ -309,6 +311,7 @@ class TrainingProblem:
         return out / self.weights
 
     def _assemble(self, layers: list, opening: list, closing: list) -> np.ndarray:
+        """Vector of tensors of the own layers, of the opening and of the classification layer."""
         net = self.net
         found = {id(p): g for p, g in zip(net.stack, layers, strict=True)}
         for module, values in ((net.opening, opening), (net.closing, closing)):
@@ -318,7 +321,7 @@ class TrainingProblem:
 
     @staticmethod
     def _derivative_along(gradients, direction, into) -> list[torch.Tensor]:
-        """Derivatives of ``sum (gradients, direction)``."""
+        """Derivatives of ``sum (gradients, direction)`` with respect to ``into``; zero where there is no dependence."""
         product = sum((g * d).sum() for g, d in zip(gradients, direction, strict=True))
         if not product.requires_grad:
             return [torch.zeros_like(t) for t in into]
@@ -326,6 +329,7 @@ class TrainingProblem:
         return [torch.zeros_like(t) if g is None else g for g, t in zip(out, into, strict=True)]
 
     def _tangent_of_opening(self, direction: list[torch.Tensor]) -> np.ndarray:
+        """Derivative of the first state along a direction of the opening layer's parameters."""
         net = self.net
         names = [name for name, _ in net.opening.named_parameters()]
         values = [p.detach() for p in net.opening.parameters()]
@@ -337,14 +341,15 @@ class TrainingProblem:
             return net.layer.pack(opened)
 
         if not values:
-            return np.zeros(self._known["trajectory"].U.shape[1:])
+            return np.zeros(self._cache["trajectory"].U.shape[1:])
         return torch.func.jvp(state, tuple(values), tuple(direction))[1].contiguous().numpy()
 
     def _second_of_opening(self, direction, lam: torch.Tensor, mu: torch.Tensor) -> list[torch.Tensor]:
+        """The opening layer's part of a Hessian action, from the first adjoints of both orders."""
         parameters = list(self.net.opening.parameters())
         if not parameters:
             return []
-        x0 = self._known["x0"]
+        x0 = self._cache["x0"]
         gradients = torch.autograd.grad((lam * x0).sum(), parameters, create_graph=True)
         second = self._derivative_along(gradients, direction, parameters)
         first = torch.autograd.grad((mu * x0).sum(), parameters, retain_graph=True)

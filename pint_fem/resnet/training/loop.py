@@ -1,4 +1,4 @@
-"""An ordinary torch training loop, for the demos: epochs, evaluation, what is recorded."""
+"""An ordinary torch training loop, and the accuracy on a set of data, for serial and layer-parallel networks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from pint_fem.collective import all_ranks, any_rank, collectively, consistent_across_ranks, ending_all_ranks
 from pint_fem.errors import InputError
-from pint_fem.resnet.batches import batch_digest
+from pint_fem.resnet.consistency import batch_digest
 from pint_fem.resnet.grid import Grid
 from pint_fem.resnet.network import LayerParallelResNet
 
@@ -23,7 +23,11 @@ __all__ = ["Epoch", "accuracy", "train_epoch"]
 
 @dataclass
 class Epoch:
-    """What an epoch did: mean loss, accuracies, seconds of training, mean cycles of the sweeps."""
+    """Record of an epoch.
+
+    ``loss`` and the numbers of cycles are means over samples and batches, accuracies are shares in [0, 1] of samples
+    that are classified correctly, ``seconds`` is the time of the training.
+    """
 
     number: int
     loss: float
@@ -41,7 +45,7 @@ class Epoch:
         return text
 
     def as_dict(self) -> dict:
-        """For JSON."""
+        """The attributes by name, for JSON."""
         return asdict(self)
 
 
@@ -57,35 +61,42 @@ def train_epoch(
     warm: bool = False,
     after_batch: Callable[[int], None] | None = None,
 ) -> dict:
-    """One pass over the data; the mean loss, accuracy and cycles of a batch.
+    """Train for one pass over the data (collective).
 
     Parameters
     ----------
     net, loader, optimizer
-        As in any torch loop.
+        As in any torch loop; the loader yields pairs of a batch and its labels.
+    loss_function
+        ``loss_function(outputs, labels)``, a scalar.
     regularisation
-        What is added to the loss.
+        ``regularisation()`` is added to the loss.
     data_comm
-        Over which losses are averaged.
+        Communicator over which losses are averaged.
     on_batch
-        Called with the batch's number and loss (progress).
+        Called with the number and the loss of each batch, for a display of the progress.
     warm
-        The loader does not shuffle: a batch starts from its last visit.
+        The loader does not shuffle, so that sweeps can start from the C-points of the same batch in the last epoch.
     after_batch
-        Called after each update (checkpoints).
+        Called with the number of each batch after the update, for checkpoints.
+
+    Returns
+    -------
+    dict
+        ``loss``, ``train_accuracy``, ``seconds``, ``forward_cycles`` and ``backward_cycles`` of an :class:`Epoch`.
 
     Raises
     ------
     InputError
-        On every rank, where the loaders of the ranks have not as many batches each, or ranks that share the layers are
-        given other ones.
+        On every rank, where the loaders of the ranks differ in the number of batches, or ranks that share the layers
+        are given different ones.
     Exception
-        What the loader, the loss, the optimiser or a function that is called raises on one rank: as it is there, as
-        ``RuntimeError`` on the others.
+        What the loader, the loss, the optimiser or a callback raises on one rank: as it is there, as ``RuntimeError``
+        on the others.
     """
     net.train()
     comm = _ranks(net, data_comm)
-    sums, seen, cycles, start = np.zeros(3), 0, [[], []], time.perf_counter()
+    sums, cycles, start = np.zeros(3), [[], []], time.perf_counter()
     nothing = lambda *_: None
     with ending_all_ranks(comm):
         for number, (x, y) in enumerate(_same_batches(loader, net, comm)):
@@ -94,12 +105,11 @@ def train_epoch(
             loss = collectively(comm, "loss", loss_function, out, y)
             total = loss if regularisation is None else loss + collectively(comm, "regularisation", regularisation)
             if isinstance(net, LayerParallelResNet):
-                net.meetings.backward(total)
+                net.collective.backward(total)
             else:
                 collectively(comm, "backward", total.backward)
             collectively(comm, "optimizer", optimizer.step)
             sums += [loss.item() * len(y), float((out.argmax(1) == y).sum()), len(y)]
-            seen += 1
             for kind, into in zip(("forward", "backward"), cycles, strict=True):
                 result = getattr(net, "results", {}).get(kind)
                 if result is not None:
@@ -119,7 +129,17 @@ def train_epoch(
 
 
 def accuracy(net: nn.Module, data: Dataset, *, batch_size: int = 500, grid: Grid | None = None) -> float:
-    """Share of a set that is classified rightly; groups take turns by batches."""
+    """Share of samples, in [0, 1], that a network classifies correctly (collective).
+
+    Parameters
+    ----------
+    net, data
+        The network, and samples with labels on every rank.
+    batch_size
+        Of the evaluation.
+    grid
+        Process grid, whose data groups evaluate the batches in turn; ``None`` on one process.
+    """
     net.eval()
     comm = None if grid is None else grid.data_comm
     size, rank = (1, 0) if comm is None else (comm.size, comm.rank)
@@ -137,7 +157,7 @@ def accuracy(net: nn.Module, data: Dataset, *, batch_size: int = 500, grid: Grid
 
 
 def _ranks(net: nn.Module, data_comm):
-    """The communicator of all ranks that train together."""
+    """Communicator of all ranks that train the network."""
     grid = getattr(net, "grid", None)
     if isinstance(grid, Grid):
         return grid.comm
@@ -145,12 +165,12 @@ def _ranks(net: nn.Module, data_comm):
 
 
 def _same_batches(loader, net: nn.Module, comm) -> Iterator:
-    """The batches of a loader, as many on each rank, with the same labels on those that share the layers."""
+    """Batches of a loader; requires as many on each rank, with the same labels on ranks that share the layers."""
     batches = iter(loader)
     grid = getattr(net, "grid", None)
     groups, group = (grid.data_size, grid.data_comm.rank) if isinstance(grid, Grid) and grid.layer_size > 1 else (0, 0)
 
-    def one() -> tuple | None:
+    def next_batch() -> tuple | None:
         batch = next(batches, None)
         if batch is None:
             return None
@@ -158,7 +178,7 @@ def _same_batches(loader, net: nn.Module, comm) -> Iterator:
         return x, y, [(batch_digest(y),) if g == group else None for g in range(groups)]
 
     while True:
-        batch = collectively(comm, "loader", one)
+        batch = collectively(comm, "loader", next_batch)
         if consistent_across_ranks(comm, batch is not None, *([None] * groups if batch is None else batch[2])):
             yield batch[:2]
         elif all_ranks(comm, batch is not None):

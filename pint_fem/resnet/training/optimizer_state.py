@@ -1,24 +1,27 @@
-"""What an optimiser keeps of layer parameters, which need not be the same on all ranks.
+"""State of an optimiser for the stacked parameters of the own layers, which need not be the same on all ranks.
 
-There is nothing of layers that have been frozen from the beginning, and fewer steps are counted of those that were
-frozen later. So a checkpoint has a list of parts, one for each rank's layers that wrote it: ``[first layer, last
-one + 1, names of the arrays, scalars]``. Rows of an array that a part does not name are zeros and are not read.
+There is no state of layers that have been frozen from the beginning, and fewer steps are counted of those that were
+frozen later. So a checkpoint lists a part for the layers of each rank that wrote it: ``[first layer, last one + 1,
+names of the arrays, scalars]``. Rows of an array that a part does not name are zero and are not read.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from pint_fem.errors import InputError
 from pint_fem.resnet.network import LayerParallelResNet
 
-__all__ = ["of_all_ranks", "of_own_layers", "own_arrays", "own_scalars", "replace_state"]
+__all__ = ["gather_parts", "layer_arrays", "layer_scalars", "part_of_own_layers", "replace_state"]
+
+Optimizer = torch.optim.Optimizer
 
 
-def own_arrays(net: LayerParallelResNet, optimizer) -> dict[str, torch.Tensor]:
-    """What this rank has of what is distributed by layers, by file name: parameters and the optimiser's arrays."""
+def layer_arrays(net: LayerParallelResNet, optimizer: Optimizer | None) -> dict[str, torch.Tensor]:
+    """Parameters of the own layers and the optimiser's arrays of the same shapes, by file name."""
     out = {f"theta.{name}": net.theta[name].detach() for name in net.layer.shapes}
     for name in net.layer.shapes if optimizer else ():
         for key, value in optimizer.state.get(net.theta[name], {}).items():
@@ -27,8 +30,8 @@ def own_arrays(net: LayerParallelResNet, optimizer) -> dict[str, torch.Tensor]:
     return out
 
 
-def own_scalars(net: LayerParallelResNet, optimizer) -> dict:
-    """The optimiser's other values of this rank's layer parameters."""
+def layer_scalars(net: LayerParallelResNet, optimizer: Optimizer | None) -> dict[str, dict[str, float]]:
+    """The optimiser's scalars for the parameters of the own layers, by their names."""
     out = {}
     for name in net.layer.shapes if optimizer else ():
         state = optimizer.state.get(net.theta[name], {})
@@ -40,14 +43,16 @@ def own_scalars(net: LayerParallelResNet, optimizer) -> dict:
     return out
 
 
-def of_all_ranks(net: LayerParallelResNet, arrays: dict, scalars: dict) -> tuple[dict, list]:
-    """What all ranks together have (collective).
+def gather_parts(
+    net: LayerParallelResNet, arrays: dict[str, torch.Tensor], scalars: dict
+) -> tuple[dict[str, tuple[tuple[int, ...], np.dtype]], list]:
+    """Describe the arrays and scalars of all ranks (collective).
 
     Returns
     -------
-    dict
-        Shape of a row and type of every array that there is on any rank.
-    list
+    kinds : dict
+        Shape of a row and type of every array that any rank has.
+    parts : list
         First layer, last one + 1, names of the arrays and scalars of each rank's layers.
 
     Raises
@@ -67,9 +72,15 @@ def of_all_ranks(net: LayerParallelResNet, arrays: dict, scalars: dict) -> tuple
     return kinds, [parts[lo] for lo in sorted(parts)]
 
 
-def of_own_layers(folder: Path, head: dict, net: LayerParallelResNet) -> tuple[list[str], dict]:
-    """Names of the arrays and the scalars that there are of this rank's layers."""
-    parts = head.get("parts", [[0, net.nlayers, head["arrays"], head["scalars"]]])  # earlier versions had one for all
+def part_of_own_layers(folder: Path, head: dict, net: LayerParallelResNet) -> tuple[list[str], dict]:
+    """Names of the arrays, and the scalars, that a checkpoint has of the own layers.
+
+    Raises
+    ------
+    InputError
+        Where the own layers belong to parts that differ.
+    """
+    parts = head.get("parts", [[0, net.nlayers, head["arrays"], head["scalars"]]])  # the first version has one for all
     mine = [part for part in parts if part[0] < net.hi and part[1] > net.lo]
     for other in mine[1:]:
         if other[2:] != mine[0][2:]:
@@ -81,8 +92,8 @@ def of_own_layers(folder: Path, head: dict, net: LayerParallelResNet) -> tuple[l
     return mine[0][2], mine[0][3]
 
 
-def replace_state(optimizer, parameter, state: dict) -> None:
-    """Give a parameter the state that was kept; none where it had none."""
+def replace_state(optimizer: Optimizer, parameter: torch.nn.Parameter, state: dict) -> None:
+    """Set an optimiser's state of a parameter; an empty one removes it."""
     optimizer.state.pop(parameter, None)
     if state:
         optimizer.state[parameter].update(state)

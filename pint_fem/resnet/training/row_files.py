@@ -1,14 +1,13 @@
-"""Arrays of all layers in ``.npy`` files, of which every rank writes and reads its own rows, with checksums.
+"""Stacked arrays of all layers in ``.npy`` files, of which every rank writes and reads the rows of its own layers.
 
-Nothing is mapped into memory: writing to a mapped file on a full disk ends the process by a signal (SIGBUS). Row ``n``
-of ``NAME.npy`` is layer ``n``'s; its checksum (CRC-32) is number ``n`` of ``NAME.crc32.npy``. Files of earlier versions
-have no checksums.
+Row ``n`` of ``NAME.npy`` belongs to layer ``n``; its checksum (CRC-32) is entry ``n`` of ``NAME.crc32.npy``. Files of
+the first version have no checksums. No file is mapped into memory: writing to a mapped file on a full disk ends the
+process by a signal (SIGBUS).
 """
 
 from __future__ import annotations
 
 import io
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -21,11 +20,12 @@ _CHECKS = np.dtype("<u4")
 
 
 def _sums_of(path: Path) -> Path:
+    """File of the checksums of an array."""
     return path.with_name(f"{path.stem}.crc32.npy")
 
 
 def _header(shape: tuple[int, ...], kind: np.dtype) -> bytes:
-    """The beginning of a ``.npy`` file."""
+    """Header of a ``.npy`` file."""
     out = io.BytesIO()
     description = np.lib.format.dtype_to_descr(kind)
     np.lib.format.write_array_header_1_0(out, {"descr": description, "fortran_order": False, "shape": shape})
@@ -33,7 +33,7 @@ def _header(shape: tuple[int, ...], kind: np.dtype) -> bytes:
 
 
 def create_rows(path: Path, shape: tuple[int, ...], kind: np.dtype) -> None:
-    """Make the files of an array and its checksums, their space reserved; on one rank.
+    """Make the files of an array of a shape and type and of its checksums, with reserved space; on one rank.
 
     Raises
     ------
@@ -47,7 +47,7 @@ def create_rows(path: Path, shape: tuple[int, ...], kind: np.dtype) -> None:
 
 
 def write_rows(path: Path, first: int, rows: np.ndarray, count: int) -> None:
-    """Write neighbouring rows from number ``first`` on, of ``count`` in all, and their checksums.
+    """Write consecutive rows from number ``first`` on, of ``count`` in all, and their checksums.
 
     Raises
     ------
@@ -57,32 +57,31 @@ def write_rows(path: Path, first: int, rows: np.ndarray, count: int) -> None:
     rows = np.ascontiguousarray(rows)
     if not rows.size:
         return
-    sums = np.array([zlib.crc32(row) for row in rows], _CHECKS)
-    for name, part in ((path, rows), (_sums_of(path), sums)):
+    for name, part in ((path, rows), (_sums_of(path), files.checksums(rows))):
         start = len(_header((count, *part.shape[1:]), part.dtype))
         files.write_at(name, [(start + first * (part.nbytes // len(part)), part)])
 
 
-def read_rows(path: Path, first: int, last: int, shape: tuple[int, ...], kind: np.dtype, *, checked: bool):
-    """Rows ``first .. last - 1`` of an array of a shape and type.
+def read_rows(
+    path: Path, first: int, last: int, shape: tuple[int, ...], kind: np.dtype, *, checked: bool
+) -> np.ndarray:
+    """Rows ``first .. last - 1`` of an array of a shape and type; ``checked`` against their checksums.
 
     Raises
     ------
     ValueError
-        If the file is of another shape or type, ends too early, or a checksum is another.
+        If the file is missing or has another shape, type or size, or a checksum differs.
     OSError
         If it cannot be read.
     """
     rows = _read(path, first, last, shape, np.dtype(kind))
     if checked:
-        kept = _read(_sums_of(path), first, last, shape[:1], _CHECKS)
-        bad = np.flatnonzero(kept != np.array([zlib.crc32(row) for row in rows], _CHECKS))
-        if len(bad):
-            raise ValueError(f"{path.name} is damaged in row {first + bad[0]}: the checksum is another")
+        files.require_checksums(path.name, rows, _read(_sums_of(path), first, last, shape[:1], _CHECKS), first)
     return rows
 
 
 def _read(path: Path, first: int, last: int, shape: tuple[int, ...], kind: np.dtype) -> np.ndarray:
+    """Rows of one file, whose header has to have the shape and the type."""
     if not files.require_regular(path, "array", "give another folder to start anew"):
         raise ValueError(f"{path.name} is missing")
     with path.open("rb") as file:
