@@ -240,7 +240,6 @@ def _space_kernels(pose: Callable, comm, watch: Stopwatch, small: int) -> tuple[
     sweeps = rf.problem.sweeps
     seconds = watch(kernel_actions(rf), pair)
     factor = next(iter(sweeps.propagators[0].factors.values()))
-<<<<<<< HEAD
     is_direct = factor.ksp.getPC().getType() == "redundant"
     iterations = 0 if is_direct else max(factor.ksp.getIterationNumber(), 1)
     return kernel_tables(seconds, sweeps.solvers.adjoint.levels[0].block), iterations
@@ -273,9 +272,3 @@ def count_cycles(case: Case) -> list[dict]:
             entry = {"state": met(evaluation.state), "adjoint": met(evaluation.adjoint)}
             out.append({"options": dict(options), "rtol": rtol, **entry})
     return out
-=======
-    whole = factor.ksp.getPC().getType() == "redundant"
-    return kernel_tables(seconds, sweeps.solvers.adjoint.levels[0].block), 0 if whole else max(
-        factor.ksp.getIterationNumber(), 1
-    )
->>>>>>> main

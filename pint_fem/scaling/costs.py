@@ -229,6 +229,6 @@ def load(name: str | Path) -> Calibration:
         return Calibration.from_json(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
-            f"no calibration {str(name)!r} ({getattr(error, 'strerror', error)}): give {', '.join(bundled())}, or a file that "
-            "pint-fem scaling calibrate has written"
+            f"no calibration {str(name)!r} ({getattr(error, 'strerror', error)}): give {', '.join(bundled())}, or a "
+            "file that pint-fem scaling calibrate has written"
         ) from None

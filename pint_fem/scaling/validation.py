@@ -104,26 +104,11 @@ def compare(
 
     model = Model(calibration, options, (1, comm.size), nsteps=steps)
     kernels = _kernels(model, pose)
-<<<<<<< HEAD
     actions = {key: action for key, (action, _) in (solves | {"gradient": (gradient, 1)} | kernels).items()}
     found = rounds(actions, repeats, comm=comm, before={"gradient": problem.invalidate})
     forward, backward = (Solve(kind, "nested", n) for kind, n in zip(solves, cycles, strict=True))
     out, tasks = [], (("solves", [forward]), ("solves", [backward]), ("gradient", [forward, backward]))
     for name, task in zip(("state", "adjoint", "gradient"), tasks, strict=True):
-=======
-    actions = {"state": state, "adjoint": adjoint, "gradient": gradient}
-    actions |= {key: action for key, (action, _) in kernels.items()}
-    found = rounds(actions, repeats, comm=comm, before={"gradient": problem.invalidate})
-    cycles = count["state"], count["adjoint"]
-    forward, backward = Solve("state", "nested", cycles[0]), Solve("adjoint", "nested", cycles[1])
-    tasks = {
-        "state": ("solves", [forward]),
-        "adjoint": ("solves", [backward]),
-        "gradient": ("gradient", [forward, backward]),
-    }
-    out = []
-    for name, task in tasks.items():
->>>>>>> main
         prediction = model.run_all([task, task])  # the first one makes factors
         spent = {key: _kernel_seconds(model, key, n, prediction.counts) for key, (_, n) in kernels.items()}
         spent = {key: pair for key, pair in spent.items() if pair[1]}
