@@ -38,16 +38,32 @@ def planned_grid(grid, problem, *, solver, steps, calibrated):
     if comm.rank == 0:
         try:
             from pint_fem.scaling.costs import bundled
-            from pint_fem.scaling.planner import auto_grid
         except ImportError:  # no greenlet
             pass
         else:
             options = {"serial": {"levels": 1}, "paradiag": {"time_solver": "paradiag", "alpha": 1e-4}}
             calibration = problem if problem in bundled() else MEASURED / f"{problem}.json"
             if problem in bundled() or calibration.is_file():
-                split = auto_grid(calibration, comm.size, options.get(time_solver, given), steps, given.rtol)
+                split = fastest_split(calibration, comm.size, options.get(time_solver, given), steps, given.rtol)
                 found = "x".join(map(str, split))
     found = comm.bcast(found, root=0)
     if found == grid:
         return grid, None
     return found, f"grid auto: {found}, predicted to be the fastest (calibration {problem})"
+
+
+def fastest_split(calibration, ranks, options, steps, rtol):
+    """The fastest split of all ranks in space and time for given options of MGRIT or ParaDiag, by a gradient from cold
+    in as many cycles as were counted for ``rtol``, or four; all ranks in time where there is no prediction.
+    """
+    from pint_fem.mgrit import MGRITOptions
+    from pint_fem.scaling.costs import load
+    from pint_fem.scaling.planner import cycles_of, predict, space_ranks
+
+    try:
+        c = load(calibration)
+        cycles = None if isinstance(options, MGRITOptions) else cycles_of(c, options, rtol)
+        splits = [(space, ranks // space) for space in space_ranks(c, ranks) if ranks // space <= steps]
+        return min((predict(c, options, grid, cycles or (4, 4), nsteps=steps).seconds, grid) for grid in splits)[1]
+    except ValueError:  # no such calibration, options that the solver itself refuses, too many ranks
+        return 1, ranks

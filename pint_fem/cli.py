@@ -76,26 +76,28 @@ class ProgramParser(argparse.ArgumentParser):
                 self.print_help()
             raise SystemExit(0)
         options, rest = self.parse_known_args(words)
-        known, previous_is_petsc = list(self._option_string_actions), False
+        own_options, previous_is_petsc = list(self._option_string_actions), False
         for word in rest:
             is_petsc = word.startswith("-") and not word.startswith("--") and word[1:2].isalpha()
             if not is_petsc and not (previous_is_petsc and not word.startswith("--")):
                 name = word.split("=")[0]
                 if name.lstrip("-").startswith(PREFIXES):
-                    known = [*known, f"-{name.lstrip('-')}"]
-                near = difflib.get_close_matches(name, known, n=1)
+                    own_options = [*own_options, f"-{name.lstrip('-')}"]
+                near = difflib.get_close_matches(name, own_options, n=1)
                 hint = f"did you mean {near[0]}?" if near else "see --help"
                 raise InputError(f"unknown argument {word!r}: {hint}")
             if is_petsc:
-                self._check_one_dash(word.split("=")[0], known)
+                self._check_one_dash(word.split("=")[0], own_options)
             previous_is_petsc = is_petsc
         return options
 
-    def _check_one_dash(self, word: str, known: Sequence[str]) -> None:
+    def _check_one_dash(self, word: str, own_options: Sequence[str]) -> None:
         """Refuse an option with one dash that the program has with two dashes, or that nothing reads."""
         name = word[1:]
         own = [name, name.partition("_")[2]] if not self._petsc else [name]
-        near = [found for n in own if n and (found := nearest(f"--{n}".replace("_", "-"), known, int(len(n) > 3)))]
+        near = [
+            found for n in own if n and (found := nearest(f"--{n}".replace("_", "-"), own_options, int(len(n) > 3)))
+        ]
         if near and name != "help":  # PETSc has an option of that name, too
             raise InputError(f"unknown argument {word!r}: did you mean {near[0]}?")
         if not self._petsc:

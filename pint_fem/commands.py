@@ -27,12 +27,12 @@ from pint_fem.collective import on_first_rank
 from pint_fem.errors import InputError
 from pint_fem.files import as_input_error, require_output, write_whole
 
-__all__ = ["command", "main"]
+__all__ = ["command", "demo_arguments", "main"]
 
 LIBRARIES = ("pint_fem", "firedrake", "petsc4py", "irksome", "mpi4py", "numpy", "scipy", "torch", "greenlet")
 PACKAGES = {"MUMPS": "mumps", "CHOLMOD": "cholmod", "UMFPACK": "umfpack", "hypre": "hypre", "PT-Scotch": "ptscotch"}
 """What PETSc may be built with, by name and PETSc's own name."""
-PARTS = ("costs", "space", "cycles")
+PARTS = ("costs", "cycles")
 
 
 def main() -> None:
@@ -140,9 +140,17 @@ def _plan(arguments: Sequence[str]) -> None:
         what, cycles = ("", "") if serial else (describe(choice.options), f"{choice.cycles[0]}+{choice.cycles[1]}")
         numbers = f"{choice.seconds:>11.4g}{choice.bytes_per_rank / 1e6:>13.3g}{choice.efficiency:>6.0%}"
         _print(f"{choice.solver:8}{f'{choice.grid[0]} x {choice.grid[1]}':>14}  {what:34}{cycles:>7}{numbers}")
-    _print(f"run: {made.best.arguments}")
+    _print(f"run: {demo_arguments(made.best)}")
     for text in made.assumptions:
         _print(f"assumed: {text}")
+
+
+def demo_arguments(choice) -> str:
+    """Arguments of the demos for a choice of :func:`pint_fem.scaling.planner.plan`."""
+    grid, solver = "x".join(map(str, choice.grid)), choice.solver
+    text = lambda value: ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+    own = {} if solver == "serial" else {k: v for k, v in choice.options.items() if k != "time_solver"}
+    return " ".join([f"--grid {grid} --time-solver {solver}", *(f"-{solver}_{k} {text(v)}" for k, v in own.items())])
 
 
 # -- scaling ---------------------------------------------------------------------------------------------------------
@@ -169,7 +177,6 @@ def _calibrate(arguments: Sequence[str]) -> None:
     """Measure the costs of a problem's arithmetic and count cycles; write a calibration."""
     from pint_fem.scaling import calibrate as measure
     from pint_fem.scaling.costs import load
-    from pint_fem.scaling.counting import count_cycles
 
     parser = _parser("scaling calibrate", _calibrate.__doc__)
     add = parser.add_argument
@@ -180,8 +187,6 @@ def _calibrate(arguments: Sequence[str]) -> None:
     opts, comm = parser.read(arguments), MPI.COMM_WORLD
     if opts.only not in ("", *PARTS):
         raise InputError(f"--only {opts.only}: give {', '.join(PARTS)}")
-    if opts.only == "space" and comm.size < 2:
-        raise InputError("--only space: start this on two processes")
     case = _case(opts.case)
     path = opts.out or Path(f"{case.name}.json")
     made = on_first_rank(comm, "", lambda: load(path) if path.is_file() else None)
@@ -192,18 +197,8 @@ def _calibrate(arguments: Sequence[str]) -> None:
         progress, cycles = lambda text: _print(f"measuring: {text}"), () if made is None else made.cycles
         made = measure.calibrate(case, comm=comm, repeats=opts.repeats, progress=progress)
         made = made and made.with_changes(cycles=cycles)
-    if opts.only == "space":
-        watch = measure.Stopwatch(opts.repeats)
-        found = measure.measure_space(case.pose, comm, watch)
-        if comm.rank == 0:
-            notes = [note for note in made.notes if not note.startswith("space ranks:")]
-            notes.append(f"space ranks: kernels on 2, {watch.about}")
-            made = made.with_changes(
-                kernels={**made.kernels, 2: found[0]}, space_iterations=float(found[1]), notes=notes
-            )
     if opts.only in ("", "cycles") and case.menu:
-        counted = partial(count_cycles, case.smaller or case.pose, case.nsteps, case.menu, case.rtol)
-        cycles = on_first_rank(comm, "", counted)
+        cycles = on_first_rank(comm, "", measure.count_cycles, case)
         made = made and made.with_changes(cycles=cycles)
     _write(path, "" if made is None else made.to_json())
     _print(f"written: {path}")

@@ -7,6 +7,7 @@ import pytest
 
 pytest.importorskip("greenlet")
 
+from pint_fem.scaling.costs import load as load_calibration
 from pint_fem.scaling.model import Model, Solve
 from pint_fem.scaling.planner import cycles_of, plan
 from tests.benchmarks.scaling import choices, published
@@ -156,11 +157,13 @@ def test_factors_of_paradiag_are_made_once():
 
 
 def test_a_record_is_written_as_it_is_read(tmp_path, monkeypatch):
-    monkeypatch.setattr("tests.benchmarks.scaling.records.FOLDER", tmp_path)
+    for name in ("CALIBRATIONS", "COUNTED"):
+        monkeypatch.setattr(f"tests.benchmarks.scaling.records.{name}", tmp_path / name)
+        (tmp_path / name).mkdir()
     for record in (calibration(), calibration(problem="heat-source")):
-        written = json.loads(save(record).read_text())
-        # the costs of the bundled calibration are in the package only
-        assert ("kernels" in written) == (record.problem == "test")
+        save(record)
         assert load(record.problem).inversions == json.loads(json.dumps(record.inversions))
     assert load("test").kernels == calibration().kernels
+    assert load("heat-source").kernels == load_calibration("heat-source").kernels  # of the package
+    assert [path.stem for path in (tmp_path / "CALIBRATIONS").iterdir()] == ["test"]
     assert names() == ["heat-source", "test"]

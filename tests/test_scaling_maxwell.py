@@ -6,8 +6,8 @@ from mpi4py import MPI
 
 pytest.importorskip("greenlet")
 
+from pint_fem.scaling.actions import solver_parameters
 from pint_fem.scaling.costs import Calibration, Kernel
-from pint_fem.scaling.counting import solver_parameters
 from pint_fem.scaling.model import Model, Solve
 from pint_fem.spacetime import SpaceTime
 from problems.maxwell_source import maxwell_source

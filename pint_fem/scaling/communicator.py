@@ -7,6 +7,7 @@ is one number; ``row_bytes`` gives the bytes that a number in a message stands f
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import reduce
 from itertools import count
 
 import numpy as np
@@ -19,7 +20,15 @@ __all__ = ["OBJECT_BYTES", "VirtualComm", "communicators"]
 OBJECT_BYTES = 64
 """Bytes charged for a Python object in a collective operation."""
 
-_OPERATIONS = ((MPI.SUM, np.add), (MPI.MIN, np.minimum), (MPI.MAX, np.maximum), (MPI.LAND, np.logical_and))
+_OPERATIONS = ((MPI.SUM, np.add), (MPI.MIN, np.minimum))
+
+
+class _Operation:
+    """A collective operation: the values and clocks of the ranks that have entered it, and the result."""
+
+    def __init__(self, size: int, kind: str):
+        self.kind, self.present, self.result = kind, 0, None
+        self.values, self.clocks, self.last = [None] * size, [0.0] * size, 0.0
 
 
 class _Context:
@@ -31,14 +40,6 @@ class _Context:
         self.operations: dict[int, _Operation] = {}
 
 
-class _Operation:
-    """A collective operation: the values and clocks of the ranks that have entered it, and the result."""
-
-    def __init__(self, size: int, kind: str):
-        self.kind, self.present, self.result = kind, 0, None
-        self.values, self.clocks, self.last = [None] * size, [0.0] * size, 0.0
-
-
 class _Request:
     """The request of a nonblocking operation: a send that is complete (no key), or a receive."""
 
@@ -46,22 +47,10 @@ class _Request:
         self._world, self._key, self._into = world, key, into
 
     def Wait(self) -> bool:
-        """Wait for the operation to complete, as mpi4py's ``Request.Wait``."""
         if self._key is not None:
             self._into[...] = self._world.receive(self._key)
             self._key = None
         return True
-
-
-class _Group:
-    """The group of a communicator's ranks."""
-
-    def __init__(self, members: Sequence[int]):
-        self.members = members
-
-    def Translate_ranks(self, ranks, other: _Group) -> list[int]:
-        """Return the numbers of ranks in another group, as mpi4py's ``Group.Translate_ranks``."""
-        return [other.members.index(self.members[r]) for r in ranks]
 
 
 class VirtualComm:
@@ -72,10 +61,8 @@ class VirtualComm:
 
     Parameters
     ----------
-    context
-        Shared by the members.
-    rank
-        Number of this rank among the members.
+    context, rank
+        What the members share, and the number of this rank among them.
     row_bytes
         Bytes that a number of a state stands for, by the messages' tag; the last entry holds for all larger tags.
         Default: the size of the number itself.
@@ -92,16 +79,17 @@ class VirtualComm:
         return other
 
     @property
-    def group(self) -> _Group:
-        """The group of the members."""
-        return _Group(self._context.members)
+    def group(self) -> VirtualComm:
+        """The group of the members: the communicator itself."""
+        return self
+
+    def Translate_ranks(self, ranks, other: VirtualComm) -> list[int]:
+        """Return the numbers of ranks in another group."""
+        return [other._context.members.index(self._context.members[r]) for r in ranks]
 
     def represented_bytes(self, numbers: int, tag: int) -> float:
         """Bytes that some numbers of a message stand for."""
         return numbers * (8 if self._row_bytes is None else self._row_bytes[min(tag, len(self._row_bytes) - 1)])
-
-    def _nbytes(self, array: np.ndarray, tag: int) -> float:
-        return array.nbytes if self._row_bytes is None else self.represented_bytes(array.size, tag)
 
     # -- point to point --------------------------------------------------------------------------------------------
     def _key(self, source: int, dest: int, tag: int) -> tuple:
@@ -111,16 +99,14 @@ class VirtualComm:
     def Isend(self, buf, dest: int, tag: int = 0) -> _Request:
         """Send an array without blocking."""
         array = _array(buf)
-        self.world.send(self._key(self.rank, dest, tag), array.copy(), self._nbytes(array, tag))
+        self.world.send(self._key(self.rank, dest, tag), array.copy(), self.represented_bytes(array.size, tag))
         return _Request(self.world)
 
     def Irecv(self, buf, source: int, tag: int = 0) -> _Request:
         """Receive an array from a given source without blocking."""
         return _Request(self.world, self._key(source, self.rank, tag), _array(buf))
 
-    def Send(self, buf, dest: int, tag: int = 0) -> None:
-        """Send an array."""
-        self.Isend(buf, dest, tag)
+    Send = Isend  # no send blocks
 
     def Recv(self, buf, source: int, tag: int = 0) -> None:
         """Receive an array from a given source."""
@@ -182,10 +168,6 @@ class VirtualComm:
         """Broadcast an object; all ranks get the same one."""
         return self._collective("bcast", value, OBJECT_BYTES, lambda values: values[root], root)
 
-    def allreduce(self, value, op=MPI.SUM):
-        """Reduce an object of each rank."""
-        return self._collective("allreduce", value, OBJECT_BYTES, lambda values: _reduce(values, op))
-
     def Allreduce(self, sendbuf, recvbuf, op=MPI.SUM) -> None:
         """Reduce an array of each rank."""
         out = _array(recvbuf)
@@ -195,14 +177,18 @@ class VirtualComm:
     def Reduce(self, sendbuf, recvbuf, op=MPI.SUM, root: int = 0) -> None:
         """Reduce an array of each rank to the root."""
         own = _array(sendbuf)
-        total = self._collective("reduce", own.copy(), self._nbytes(own, 0), lambda values: _reduce(values, op), root)
+        total = self._collective(
+            "reduce", own.copy(), self.represented_bytes(own.size, 0), lambda values: _reduce(values, op), root
+        )
         if self.rank == root:
             _array(recvbuf)[...] = total
 
     def Bcast(self, buf, root: int = 0) -> None:
         """Broadcast an array."""
         array = _array(buf)
-        array[...] = self._collective("bcast", array.copy(), self._nbytes(array, 0), lambda v: v[root], root)
+        array[...] = self._collective(
+            "bcast", array.copy(), self.represented_bytes(array.size, 0), lambda v: v[root], root
+        )
 
     def Allgatherv(self, sendbuf, recvbuf) -> None:
         """Gather parts of an array on all ranks."""
@@ -213,7 +199,9 @@ class VirtualComm:
     def Gatherv(self, sendbuf, recvbuf, root: int = 0) -> None:
         """Gather parts of an array on the root."""
         own = _array(sendbuf)
-        nbytes = self._nbytes(own if recvbuf is None else _array(recvbuf), len(self._row_bytes or [0]) - 1)
+        nbytes = self.represented_bytes(
+            (own if recvbuf is None else _array(recvbuf)).size, len(self._row_bytes or [0]) - 1
+        )
         whole = self._collective("gather", own.ravel().copy(), nbytes, np.concatenate, root)
         if self.rank == root:
             out = _array(recvbuf)
@@ -222,19 +210,11 @@ class VirtualComm:
     def Scatterv(self, sendbuf, recvbuf, root: int = 0) -> None:
         """Distribute parts of the root's array."""
         out, whole = _array(recvbuf), None if sendbuf is None else _array(sendbuf).ravel().copy()
-        nbytes = self._nbytes(out if whole is None else whole, len(self._row_bytes or [0]) - 1)
+        nbytes = self.represented_bytes((out if whole is None else whole).size, len(self._row_bytes or [0]) - 1)
         value = None if whole is None else (whole, sendbuf[1], sendbuf[2])
         data, counts, places = self._collective("scatter", value, nbytes, lambda values: values[root], root)
         start = places[self.rank]
         out[...] = data[start : start + counts[self.rank]].reshape(out.shape)
-
-    def Alltoallv(self, sendbuf, recvbuf) -> None:
-        """Exchange parts of arrays: ``[array, counts]`` or ``[array, (counts, displacements)]``."""
-        own, out = _array(sendbuf).ravel(), _array(recvbuf)
-        counts = sendbuf[1][0] if isinstance(sendbuf[1], tuple) else sendbuf[1]
-        parts = np.split(own.copy(), np.cumsum(counts)[:-1])
-        everyone = self._collective("alltoall", parts, self._nbytes(own, 0), list)
-        out[...] = np.concatenate([p[self.rank] for p in everyone]).reshape(out.shape)
 
     def alltoall_bytes(self, nbytes: float) -> None:
         """Take the time of an ``Alltoallv`` that sends ``nbytes`` bytes to other ranks, without data."""
@@ -246,12 +226,9 @@ class VirtualComm:
         """Make a communicator of the ranks of each colour, ordered by key and rank."""
 
         def split(values):
-            members: dict[int, list] = {}
-            for rank, (c, k) in enumerate(values):
-                members.setdefault(c, []).append((k, rank))
             made = [None] * self.size
-            for c in sorted(members):
-                order = [rank for _, rank in sorted(members[c])]
+            for colour in sorted({c for c, _ in values}):
+                order = [rank for _, rank in sorted((k, r) for r, (c, k) in enumerate(values) if c == colour)]
                 context = _Context(self.world, [self._context.members[r] for r in order])
                 for place, rank in enumerate(order):
                     made[rank] = context, place
@@ -262,19 +239,8 @@ class VirtualComm:
 
 
 def communicators(world: World, row_bytes: Sequence[float] | None = None) -> list[VirtualComm]:
-    """Make the communicator of all ranks.
-
-    Parameters
-    ----------
-    world
-        The virtual ranks.
-    row_bytes
-        Bytes that a number of a state stands for, by the messages' tag, see :class:`VirtualComm`.
-
-    Returns
-    -------
-    list of VirtualComm
-        The communicator as each rank has it.
+    """Make the communicator of all ranks of a world, and return it as each rank has it; ``row_bytes`` is that of
+    :class:`VirtualComm`.
     """
     context = _Context(world, range(world.size))
     return [VirtualComm(context, rank, row_bytes) for rank in range(world.size)]
@@ -286,10 +252,7 @@ def _array(buf) -> np.ndarray:
 
 
 def _reduce(values: list, op):
-    combine = next((function for operation, function in _OPERATIONS if operation == op), None)
-    if combine is None:
-        raise NotImplementedError(f"reduction {op} on virtual ranks: give SUM, MIN, MAX or LAND")
-    total = values[0]
-    for value in values[1:]:
-        total = combine(total, value)
-    return total
+    for operation, combine in _OPERATIONS:
+        if operation == op:
+            return reduce(combine, values)
+    raise NotImplementedError(f"reduction {op} on virtual ranks: give SUM or MIN")

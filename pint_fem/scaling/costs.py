@@ -1,8 +1,8 @@
 """Measured costs of a problem's arithmetic: a calibration, kept as one JSON file.
 
 A calibration has tables of seconds for each kind of kernel: ``"step"`` and ``"adjoint"`` (blocks of states),
-``"sweep"`` and ``"adjoint sweep"`` (one state after another). Each kind has one table per level; the last one holds for all coarser
-levels.
+``"sweep"`` and ``"adjoint sweep"`` (one state after another). Each kind has one table per level; the last one holds for
+all coarser levels.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class Kernel:
     Parameters
     ----------
     sizes, seconds : tuple
-        Measured numbers of states per call, increasing, and the seconds of a call. Values between are interpolated
-        linearly, values beyond are extrapolated from the last two.
+        Measured numbers of states per call, increasing, and the seconds of a call. Between, and beyond from the last
+        two, they are linear.
     width : int
         Number of lanes of the propagator's blocks (:mod:`pint_fem.kernels.blocks`): a call is cut where the lane is a
         multiple of ``width``, and each piece costs what a call of its size does. 0: a call is one piece.
@@ -100,43 +100,34 @@ class Calibration:
 
     Parameters
     ----------
-    problem, machine : str
-        Names, for reports.
+    problem, machine, kind : str
+        Names, for reports; ``"evolution"``, or ``"layers"`` for a network: ``nsteps`` layers, ``unknowns`` values of a
+        batch's state, and ``control_bytes`` of the parameters of a layer.
     unknowns, nsteps : int
         Size of a state over all space ranks; fine time steps of the problem (the model takes any other number, too).
-    kernels : mapping
-        Tables by the number of space ranks (measured ones), kind and level.
-    norm : float
-        Seconds of a state's norm on one space rank.
+    kernels, norm : mapping, float
+        Tables by the number of space ranks (measured ones), kind and level; seconds of a state's norm on one of them.
     overhead : mapping
-        By sweep (``"state"``, ``"adjoint"``): seconds per state stepped that a solve takes beside kernels and norms
-        (copies, sums, interpreter). For layers, whose kernels are short, also those of a ``"call"`` of relaxation.
+        Seconds per state stepped that a ``"state"`` or ``"adjoint"`` sweep takes beside kernels and norms (copies,
+        sums, interpreter). For layers, whose kernels are short, also those of a ``"call"`` of relaxation.
     extras : mapping
         Seconds of the work around the sweeps, by name: per call (``"forcing"``), or per step (``"misfit value"``).
     control_bytes, sensor_bytes : float
         Bytes of the control's values, and of the observations that a misfit passes to the next rank.
-    space_iterations : float
-        Krylov iterations per stage on two space ranks; 0 for a direct solve.
-    stages : int
-        Stages of a step.
+    space_iterations, stages, overlap : float, int, int
+        Krylov iterations per stage on two space ranks, 0 for a direct solve; stages of a step; layers of cells that the
+        subdomain of a space rank shares with its neighbours.
     paradiag : mapping
         Costs of ParaDiag on one space rank, empty where they were not measured: seconds of a frequency's ``"solve"``
         and ``"solve transposed"``, of a ``"factor"`` (per frequency and stage) and its ``"factor bytes"``, of an
         unknown's ``"fft"`` and ``"ifft"`` over ``"fft steps"`` steps among ``"fft columns"`` unknowns (with ``few``
         in front: among 32), of packing a byte (``"pack"``); and the overhead of sweeps.
-    overlap : int
-        Layers of cells that the subdomain of a space rank shares with its neighbours.
-    slowdown : mapping
-        Seconds of a kernel with a number of processes at work (the key), relative to one process alone.
-    network : Network
-        The measured one.
-    cycles : sequence of mappings
-        Cycles of cold solves, counted in real runs: ``options``, ``rtol``, and the cycles of ``state`` and ``adjoint``.
-    notes : sequence of str
-        How the numbers were measured.
-    kind : str
-        ``"evolution"``, or ``"layers"`` for a network: ``nsteps`` layers, ``unknowns`` values of a batch's state, and
-        ``control_bytes`` of the parameters of a layer.
+    slowdown, network : mapping, Network
+        Seconds of a kernel with a number of processes at work (the key), relative to one process alone; the measured
+        network.
+    cycles, notes : sequences of mappings and of str
+        Cycles of cold solves, counted in real runs: ``options``, ``rtol``, and the cycles of ``state`` and ``adjoint``;
+        how the numbers were measured.
     """
 
     problem: str
@@ -224,12 +215,7 @@ def bundled() -> list[str]:
 
 
 def load(name: str | Path) -> Calibration:
-    """Read a calibration.
-
-    Parameters
-    ----------
-    name
-        Name of one that comes with the package, or a file.
+    """Read a calibration by the name of one that comes with the package, or from a file.
 
     Raises
     ------

@@ -47,7 +47,6 @@ class _Step:
         self.world.charge(seconds + n * self._per_state)
 
     def step(self, steps, u, out):
-        """Take the time of a block of layers."""
         seconds = self._kernel(len(steps))
         if steps.step > 1:  # a call of relaxation, which selects its rows
             self.world.counts["calls", self.level] += 1
@@ -56,7 +55,6 @@ class _Step:
         out[...] = u
 
     def sweep(self, first, U, G):
-        """Take the time of layers one after another."""
         n = len(U) - 1
         self._charge(n * self._single(1), n)
         U[1:] = U[0]
@@ -74,7 +72,6 @@ class _VirtualLayer(Layer):
         self.overhead = {name: slowdown * s for name, s in calibration.overhead.items()}
 
     def gradients(self, t, u):
-        """Take the time of the parameters' derivatives."""
         self.world.charge(self.kernels["gradients"][0](len(u)))
         return [torch.zeros(1)]
 
@@ -111,14 +108,10 @@ def predict_training(
 
     Parameters
     ----------
-    calibration
-        Costs of a network (``kind`` ``"layers"``).
-    options
-        MGRIT's; ``{"levels": 1}`` steps from layer to layer.
-    ranks
-        Ranks that share the layers.
-    iterations
-        Cycles of the forward and the backward sweep.
+    calibration, options
+        Costs of a network (``kind`` ``"layers"``); options of MGRIT, ``{"levels": 1}`` steps from layer to layer.
+    ranks, iterations
+        Ranks that share the layers; cycles of the forward and the backward sweep.
     nlayers, network
         Default: the calibration's.
     trace
@@ -157,4 +150,4 @@ def predict_training(
         begins, ends, states, events = zip(*world.run(program), strict=True)
     seconds = max(ends) - max(begins)
     nbytes = max(states) * c.state_bytes
-    return Prediction(seconds, [seconds], world.work, world.clocks, world.counts, nbytes, list(events) if trace else [])
+    return Prediction(seconds, [seconds], world.work, world.counts, nbytes, list(events) if trace else [])

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 from mpi4py import MPI
@@ -29,7 +29,7 @@ from pint_fem.scaling.costs import Calibration
 from pint_fem.scaling.network import Network
 from pint_fem.scaling.paradiag import virtual_circulant, virtual_systems
 from pint_fem.scaling.space import space_kernels
-from pint_fem.scaling.virtual import VirtualNorms, VirtualTrace, hierarchy
+from pint_fem.scaling.virtual import VirtualNorms, VirtualPropagator, VirtualTrace
 from pint_fem.scaling.world import World
 
 __all__ = ["Model", "Prediction", "Solve"]
@@ -43,11 +43,9 @@ class Solve:
     ----------
     kind : str
         ``"state"``, ``"tangent"`` or ``"adjoint"``.
-    start : str
+    start, cycles : str, int
         ``"guess"``, ``"skip"`` or ``"nested"`` as for MGRIT, or ``"transposed"`` for the adjoint of an inexact Hessian
-        action (:mod:`~pint_fem.mgrit.transposed_cycles`, :mod:`~pint_fem.paradiag.transposed_iterations`).
-    cycles : int
-        Number of cycles or iterations.
+        action (:mod:`~pint_fem.mgrit.transposed_cycles`); number of cycles or iterations.
     """
 
     kind: str
@@ -61,14 +59,10 @@ class Prediction:
 
     Attributes
     ----------
-    seconds : float
-        From the first rank's start to the last one's end.
-    task_seconds : list of float
-        Seconds of each task.
+    seconds, task_seconds : float, list of float
+        From the first rank's start to the last one's end; of each task.
     work : list of float
         Seconds of work on each time rank.
-    clocks : list of float
-        When each time rank has ended.
     counts : Counter
         Work and messages of all ranks, see :class:`~pint_fem.scaling.world.World`.
     bytes_per_rank : float
@@ -80,7 +74,6 @@ class Prediction:
     seconds: float
     task_seconds: list[float]
     work: list[float]
-    clocks: list[float]
     counts: Counter
     bytes_per_rank: float = 0.0
     traces: list = field(default_factory=list)
@@ -91,24 +84,18 @@ class Model:
 
     Parameters
     ----------
-    calibration
-        Costs of the problem.
+    calibration, grid
+        Costs of the problem; numbers of space and time ranks.
     options
         MGRIT's, as a dictionary or object; ``{"levels": 1}`` is sequential stepping. ``check`` is ``"cycle"`` unless
         given, as for finite element sweeps. With ``"time_solver": "paradiag"`` the others are ParaDiag's.
-    grid
-        Numbers of space and time ranks.
-    nsteps
-        Fine steps; default: the calibration's.
-    network
-        Default: the calibration's.
-    slowdown
-        Factor of all work; default: the calibration's for that many processes.
+    nsteps, network
+        Fine steps and network; default: the calibration's.
 
     Attributes
     ----------
-    solver : str
-        ``"serial"``, ``"mgrit"`` or ``"paradiag"``.
+    solver, slowdown : str, float
+        ``"serial"``, ``"mgrit"`` or ``"paradiag"``; factor of all work on that many processes.
     kernels : dict
         Kernels on the grid's space ranks, by kind and level.
 
@@ -126,20 +113,24 @@ class Model:
         *,
         nsteps: int | None = None,
         network: Network | None = None,
-        slowdown: float | None = None,
     ):
         self.calibration, self.grid = calibration, (int(grid[0]), int(grid[1]))
         self.nsteps, self.network = nsteps or calibration.nsteps, network or calibration.network
         if min(self.grid) < 1 or self.grid[1] > self.nsteps:
             raise InputError(f"grid {grid[0]}x{grid[1]} for {self.nsteps} steps: use at most one time rank a step")
-        self.slowdown = calibration.slowdown_with(self.grid[0] * self.grid[1]) if slowdown is None else slowdown
+        self.slowdown = calibration.slowdown_with(self.grid[0] * self.grid[1])
         given = options if isinstance(options, MGRITOptions) else dict(options or {})
         self.solver = "mgrit" if isinstance(given, MGRITOptions) else given.pop("time_solver", "mgrit")
         try:
             if self.solver == "paradiag":
                 self.options = ParaDiagOptions.make(given, trace="", view=False, monitor=False)
             else:
-                self.options = self._mgrit_options(given)
+                options = MGRITOptions.make(given)
+                check = "cycle" if options.check == "auto" else options.check
+                levels = len(options.factors(self.nsteps)) + 1
+                self.options = MGRITOptions.make(
+                    options, check=check, levels=levels, trace="", view=False, monitor=False
+                )
         except ValueError as error:
             raise InputError(str(error)) from None
         if self.options.levels == 1 and self.solver != "paradiag":
@@ -150,13 +141,6 @@ class Model:
                 f"{'one' if calibration.paradiag else 'none'}"
             )
         self.kernels = space_kernels(calibration, self.grid[0], self.network)
-
-    def _mgrit_options(self, given) -> MGRITOptions:
-        options = MGRITOptions.make(given)
-        if options.check == "auto":
-            options = MGRITOptions.make(options, check="cycle")
-        levels = len(options.factors(self.nsteps)) + 1
-        return MGRITOptions.make(options, levels=levels, trace="", view=False, monitor=False)
 
     def run(self, *solves: Solve, task: str = "solves", trace: bool = False) -> Prediction:
         """Run solves one after another as one task, see :meth:`run_all`."""
@@ -173,11 +157,6 @@ class Model:
             the first include the work and messages around the solves.
         trace
             Whether to record all events.
-
-        Raises
-        ------
-        DeadlockError
-            If the ranks' messages do not match.
         """
         world = World(self.grid[1], self.network)
         comms = communicators(world, [self.calibration.state_bytes / self.grid[0]])
@@ -195,7 +174,7 @@ class Model:
         ranks = world.run(program)
         task_seconds = [end - start for start, end in zip([0.0, *ends[:-1]], ends, strict=True)]
         nbytes, traces = max(rank.nbytes for rank in ranks), [rank.trace.events for rank in ranks] if trace else []
-        return Prediction(max(world.clocks), task_seconds, world.work, world.clocks, world.counts, nbytes, traces)
+        return Prediction(max(world.clocks), task_seconds, world.work, world.counts, nbytes, traces)
 
 
 class _Shared:
@@ -208,12 +187,12 @@ class _Shared:
         self.reversed_bounds = Bounds(N - b for b in reversed(self.bounds))
         overhead = c.paradiag if model.solver == "paradiag" else c.overhead
 
-        def propagators(kind: str, sweep: str, name: str) -> list:
-            blocks, sweeps = (
-                [k.scaled(self.slowdown) for k in model.kernels.get(table, ())] for table in (kind, sweep)
-            )
+        def propagators(kind: str, sweep: str, name: str) -> list[VirtualPropagator]:
+            blocks, sweeps = ([k.scaled(self.slowdown) for k in model.kernels.get(t, ())] for t in (kind, sweep))
             seconds = self.slowdown * overhead.get(name, 0.0) / space
-            return hierarchy(world, kind, blocks, sweeps, model.options.levels, seconds)
+            pick = lambda table, level: table[min(level, len(table) - 1)] if table else None
+            levels = range(model.options.levels)
+            return [VirtualPropagator(world, i, kind, pick(blocks, i), pick(sweeps, i), seconds) for i in levels]
 
         self.forward = propagators("step", "sweep", "state")
         self.backward = propagators("adjoint", "adjoint sweep", "adjoint")
@@ -238,12 +217,11 @@ class _Rank:
         if model.solver == "paradiag":
             costs = {k: v if k == "factor bytes" else shared.slowdown * v for k, v in c.paradiag.items()}
             self.systems = virtual_systems(shared.world, costs, c.stages, 1e9 * model.options.memory)
-            common = dict(
-                circulant=virtual_circulant(shared.world, c.paradiag, c.unknowns, model.nsteps, shared.slowdown)
-            )
-            solve, transposed = self.systems.solve, self.systems.solve_transposed
-            self.forward = ParaDiag(shared.forward[0], model.nsteps, solve, **forward, **common)
-            self.backward = ParaDiag(shared.backward[0], model.nsteps, transposed, backwards=True, **backward, **common)
+            made_by = virtual_circulant(shared.world, c.paradiag, c.unknowns, model.nsteps, shared.slowdown)
+            make = partial(ParaDiag, nsteps=model.nsteps, circulant=made_by)
+            self.forward = make(shared.forward[0], solve=self.systems.solve, **forward)
+            transposed = self.systems.solve_transposed
+            self.backward = make(shared.backward[0], solve=transposed, backwards=True, **backward)
         else:
             self.forward = MGRIT(shared.forward, model.nsteps, linear=True, **forward)
             self.backward = MGRIT(shared.backward, model.nsteps, linear=True, **backward)
@@ -279,41 +257,23 @@ class _Rank:
         self._used.add(solver)
         solver.solve(U, G, start=solve.start, coarse_rhs=coarse_rhs, **accuracy)
 
-    # -- tasks -------------------------------------------------------------------------------------------------------
     def perform(self, task: str, solves: Sequence[Solve]) -> None:
         """Run a task of :meth:`Model.run_all`."""
-        if task == "solves":
-            for solve in solves:
+        for number, solve in enumerate(solves):
+            if task == "solves":
                 self.solve(solve)
-        elif task == "gradient":
-            self._value(solves[0])
-            self._derivative(solves[1])
-        else:
-            {"value": self._value, "derivative": self._derivative, "hessian": self._hessian}[task](*solves)
+                continue
+            if number == 0 or task == "gradient":  # agree on whether the control is a new one
+                self.comm.allgather(None)
+            if solve.kind == "adjoint":
+                self._misfit_gradient()
+            self.solve(solve)
+            if solve.kind == "adjoint":
+                self._control_gradient()
+            elif solve.kind == "state":
+                self.shared.charge("misfit value", self.k)
+                gather_in_order(np.zeros((self.k, 1)), self.comm)
         self.nbytes = self._memory()
-
-    def _value(self, state: Solve) -> None:
-        self._compare_controls()
-        self.solve(state)
-        self.shared.charge("misfit value", self.k)
-        gather_in_order(np.zeros((self.k, 1)), self.comm)
-
-    def _derivative(self, adjoint: Solve) -> None:
-        self._compare_controls()
-        self._misfit_gradient()
-        self.solve(adjoint)
-        self._control_gradient()
-
-    def _hessian(self, tangent: Solve, adjoint: Solve) -> None:
-        self._compare_controls()
-        self.solve(tangent)
-        self._misfit_gradient()
-        self.solve(adjoint)
-        self._control_gradient()
-
-    def _compare_controls(self) -> None:
-        """Agree on whether the control is a new one."""
-        self.comm.allgather(None)
 
     def _misfit_gradient(self) -> None:
         """Derivative of the misfits, with the observations that are passed to the next rank."""

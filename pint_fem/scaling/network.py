@@ -34,10 +34,8 @@ class Network:
 
     Parameters
     ----------
-    latency : float
-        Seconds, at least zero.
-    bandwidth : float
-        Bytes per second, positive.
+    latency, bandwidth : float
+        Seconds, at least zero; bytes per second, positive.
     name : str
         Where the numbers come from, for reports.
     """

@@ -62,11 +62,9 @@ class _Circulant(AlphaCirculant):
         self._world, self._costs = world, costs
 
     def rfft(self, columns):
-        """Take the time of the transform of all steps."""
         return self._transform("fft", len(self.mu), complex)
 
     def irfft(self, spectrum):
-        """Take the time of the inverse transform."""
         return self._transform("ifft", self.nsteps, float)
 
     def _transform(self, kind: str, rows: int, dtype):
@@ -77,19 +75,19 @@ class _Circulant(AlphaCirculant):
 
 
 class _System:
-    """The system of a frequency and stage (:class:`pint_fem.paradiag.systems.ShiftedSystem`), which takes time only."""
+    """The system of a frequency and stage (:class:`pint_fem.paradiag.systems.ShiftedSystem`), which takes time only;
+    the products' time is part of the solves'.
+    """
 
     def __init__(self, world: World, costs: Mapping[str, float], stages: int):
         self._world, self._costs, self._stages = world, costs, stages
 
     def factor(self, y):
-        """Take the time of a factorisation."""
         self._world.counts["factor", 0] += 1
         self._world.charge(self._costs["factor"])
         return True, self._costs["factor bytes"]
 
     def solve(self, factor, y, r, *, transposed):
-        """Take the time of a solve and of the product with the mass matrix."""
         self._world.counts["frequency solve", 0] += 1
         self._world.charge(self._costs["solve transposed" if transposed else "solve"] / self._stages)
         return r
@@ -98,23 +96,18 @@ class _System:
         """Release a factor, which has no memory here."""
 
     def mass(self, r, *, transposed):
-        """Return the vector: the product's time is part of the solve's."""
         return r
 
 
 def virtual_systems(world: World, costs: Mapping[str, float], stages: int, memory: float) -> ShiftedSteps:
-    """Make the solves of one rank's frequencies; factors are kept by ParaDiag's own rule.
+    """Make the solves of one rank's frequencies, for steps with one or two stages.
 
     Parameters
     ----------
-    world
-        The virtual ranks.
-    costs
-        ``paradiag`` of :class:`~pint_fem.scaling.costs.Calibration`.
-    stages
-        Stages of a step, 1 or 2.
-    memory
-        Bytes of factors that are kept.
+    world, costs
+        The virtual ranks; ``paradiag`` of :class:`~pint_fem.scaling.costs.Calibration`.
+    stages, memory
+        Stages of a step; bytes of factors that are kept, by ParaDiag's own rule.
     """
     A, b = _TABLEAUX[stages]
     return ShiftedSteps(A, b, dict.fromkeys(np.diag(A), _System(world, costs, stages)), memory)
@@ -127,14 +120,10 @@ def virtual_circulant(
 
     Parameters
     ----------
-    world
-        The virtual ranks.
-    costs
-        ``paradiag`` of :class:`~pint_fem.scaling.costs.Calibration`.
+    world, costs, factor
+        The virtual ranks; ``paradiag`` of :class:`~pint_fem.scaling.costs.Calibration`; a factor of all its times.
     unknowns, nsteps
         Local unknowns of a state, and time steps: transforms take a time that grows as ``nsteps log(nsteps)``.
-    factor
-        Of all times.
     """
     measured, many = costs["fft steps"], int(costs["fft columns"])
     ratio = factor * nsteps * log2(max(nsteps, 2)) / (measured * log2(measured))

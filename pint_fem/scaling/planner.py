@@ -7,7 +7,7 @@ lower bound of its time, its share of the work or its chain of coarse steps, exc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,7 +20,10 @@ from pint_fem.scaling.model import Model, Solve
 from pint_fem.scaling.network import Network
 from pint_fem.scaling.space import assumption
 
-__all__ = ["Choice", "Plan", "auto_grid", "cycles_of", "describe", "least_time", "options_key", "plan", "predict"]
+__all__ = ["Choice", "Plan", "cycles_of", "describe", "least_time", "options_key", "plan", "predict", "space_ranks"]
+
+ALTERNATIVES = 6
+"""Most alternatives in a plan."""
 
 
 @dataclass
@@ -29,20 +32,13 @@ class Choice:
 
     Attributes
     ----------
-    solver : str
-        ``"serial"``, ``"mgrit"`` or ``"paradiag"``.
-    grid : tuple of int
-        Numbers of space and time ranks.
-    options : dict
-        The solver's options.
-    cycles : tuple of int
-        Cycles of the state and the adjoint.
-    seconds : float
-        Predicted time of one gradient from a cold start.
-    bytes_per_rank : float
-        Largest memory of a rank's states and factors.
-    efficiency : float
-        Work over ranks times seconds.
+    solver, options : str, dict
+        ``"serial"``, ``"mgrit"`` or ``"paradiag"``, and its options.
+    grid, cycles : tuple of int
+        Numbers of space and time ranks; cycles of the state and the adjoint.
+    seconds, bytes_per_rank, efficiency : float
+        Predicted time of a gradient from a cold start; largest memory of a rank's states and factors; work over ranks
+        times seconds.
     """
 
     solver: str
@@ -53,34 +49,11 @@ class Choice:
     bytes_per_rank: float
     efficiency: float
 
-    @property
-    def arguments(self) -> str:
-        """Command-line arguments of the demos for this choice."""
-        if self.solver == "serial":
-            return f"--grid {self.grid[0]}x1 --time-solver serial"
-        text = lambda value: ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
-        own = (f"-{self.solver}_{k} {text(v)}" for k, v in self.options.items() if k != "time_solver")
-        return " ".join([f"--grid {self.grid[0]}x{self.grid[1]} --time-solver {self.solver}", *own])
-
 
 @dataclass
 class Plan:
-    """The fastest choice and others.
-
-    Attributes
-    ----------
-    problem : str
-        Name of the calibration.
-    ranks : int
-        Number of processes.
-    rtol : float
-        Relative tolerance of the solves.
-    best : Choice
-        The fastest one.
-    alternatives : list of Choice
-        Others, from fast to slow.
-    assumptions : list of str
-        Assumptions of the model and notes of the calibration.
+    """The fastest choice, and ``alternatives`` from fast to slow, for a problem on at most ``ranks`` processes with
+    solves to the relative tolerance ``rtol``; ``assumptions`` are those of the model and notes of the calibration.
     """
 
     problem: str
@@ -119,14 +92,8 @@ def cycles_of(calibration: Calibration, options: Mapping, rtol: float) -> tuple[
 def predict(
     calibration: Calibration, options: Mapping, grid: tuple[int, int], cycles: tuple[int, int], **model
 ) -> Choice:
-    """Predict a gradient from a cold start.
-
-    Parameters
-    ----------
-    calibration, options, grid, **model
-        As for :class:`~pint_fem.scaling.model.Model`.
-    cycles
-        Cycles of the state and the adjoint.
+    """Predict a gradient from a cold start with given cycles of the state and the adjoint; the other arguments are
+    those of :class:`~pint_fem.scaling.model.Model`.
     """
     made = Model(calibration, options, grid, **model)
     solves = [Solve(kind, "nested", n) for kind, n in zip(("state", "adjoint"), cycles, strict=True)]
@@ -136,7 +103,7 @@ def predict(
     return Choice(made.solver, grid, plain, cycles, found.seconds, found.bytes_per_rank, efficiency)
 
 
-def _space_ranks(calibration: Calibration, ranks: int) -> list[int]:
+def space_ranks(calibration: Calibration, ranks: int) -> list[int]:
     """Numbers of space ranks that divide ``ranks`` and that the model covers."""
     return [d for d in range(1, ranks + 1) if ranks % d == 0 and calibration.has_space_ranks(d)]
 
@@ -148,8 +115,6 @@ def plan(
     nsteps: int | None = None,
     rtol: float | None = None,
     network: Network | None = None,
-    keep: int = 6,
-    progress: Callable[[str], None] = lambda text: None,
 ) -> Plan:
     """Find the fastest way to compute a gradient from a cold start.
 
@@ -159,16 +124,10 @@ def plan(
         A calibration, the name of one that comes with the package, or its file.
     ranks
         Largest number of processes.
-    nsteps
-        Time steps; default: the problem's.
+    nsteps, network
+        Time steps, and network; default: the calibration's.
     rtol
         Relative tolerance; default: the smallest for which cycles were counted.
-    network
-        Default: the measured one.
-    keep
-        Number of alternatives in the plan.
-    progress
-        Called with a text before each candidate that is run.
 
     Raises
     ------
@@ -186,7 +145,7 @@ def plan(
     if tolerances and rtol not in tolerances:
         raise InputError(f"rtol {rtol:g}: cycles were counted for {', '.join(f'{t:g}' for t in tolerances)}")
     common = dict(nsteps=steps, network=network)
-    splits = _space_ranks(calibration, ranks)
+    splits = space_ranks(calibration, ranks)
     done = [predict(calibration, {"levels": 1}, (space, 1), (0, 0), **common) for space in splits]
     best = min(choice.seconds for choice in done)
     menu = {options_key(e["options"]): e for e in calibration.cycles if e["rtol"] == rtol}
@@ -205,14 +164,13 @@ def plan(
     for least, space, _, options, cycles in sorted(candidates, key=lambda c: c[:3]):
         if least >= best:
             break
-        progress(f"{space}x{ranks // space} {options}")
         done.append(predict(calibration, options, (space, ranks // space), cycles, **common))
         best = min(best, done[-1].seconds)
     done.sort(key=lambda choice: (choice.seconds, choice.grid[0] * choice.grid[1]))
     assumed = "one space rank: the calibration has not measured two, so that more are left out"
     if calibration.has_space_ranks(2):
         assumed = assumption(calibration)
-    return Plan(calibration.problem, ranks, rtol, done[0], done[1:][:keep], [assumed, *calibration.notes])
+    return Plan(calibration.problem, ranks, rtol, done[0], done[1 : 1 + ALTERNATIVES], [assumed, *calibration.notes])
 
 
 def least_time(
@@ -231,19 +189,15 @@ def least_time(
     ----------
     calibration, options, nsteps, network
         As for :class:`~pint_fem.scaling.model.Model`.
-    space
-        Number of space ranks.
-    cycles
-        Cycles of the state and the adjoint.
+    space, cycles
+        Number of space ranks; cycles of the state and the adjoint.
     factored
         Whether ParaDiag has its factors already, as in all solves of an inversion but the first.
 
     Returns
     -------
-    work : float
-        Seconds of work, which time ranks share.
-    chain : float
-        Seconds of the chain of the coarsest level's steps, which they do not share.
+    work, chain : float
+        Seconds of work, which time ranks share, and of the chain of the coarsest level's steps, which they do not.
     """
     model = Model(calibration, options, (space, 1), nsteps=nsteps, network=network)
     found = model.run(Solve("state", "nested", cycles[0]), Solve("adjoint", "nested", cycles[1]))
@@ -257,34 +211,3 @@ def least_time(
         table = model.kernels.get(sweep) or model.kernels[kind]
         chain += (n + 1) * steps * table[min(model.options.levels, len(table)) - 1](1)
     return work, chain
-
-
-def auto_grid(
-    problem: str | Path | Calibration, ranks: int, options: Mapping | MGRITOptions, nsteps: int, rtol: float = 0.0
-) -> tuple[int, int]:
-    """The fastest split of all ranks for given options; all ranks in time where there is no prediction.
-
-    Parameters
-    ----------
-    problem
-        A calibration, the name of one that comes with the package, or its file.
-    ranks
-        Number of processes, all of which are used.
-    options, nsteps
-        As for :class:`~pint_fem.scaling.model.Model`.
-    rtol
-        Relative tolerance of the solves: their cycles are those counted for it, or four.
-
-    Returns
-    -------
-    tuple of int
-        Numbers of space and time ranks.
-    """
-    try:
-        c = problem if isinstance(problem, Calibration) else load(problem)
-        counted = None if isinstance(options, MGRITOptions) else cycles_of(c, options, rtol)
-        splits = [(space, ranks // space) for space in _space_ranks(c, ranks) if ranks // space <= nsteps]
-        found = [(predict(c, options, grid, counted or (4, 4), nsteps=nsteps).seconds, grid) for grid in splits]
-        return min(found)[1]
-    except (InputError, ValueError):  # no calibration, options that the solver itself refuses, too many ranks
-        return 1, ranks

@@ -55,6 +55,6 @@ def assumption(calibration: Calibration) -> str:
         return f"space ranks beyond those measured: every rank solves whole systems as on {measured}, none is faster"
     return (
         f"space ranks beyond those measured: subdomains of n/p unknowns and {c.overlap} layers of overlap, work as "
-        f"their volume, {c.space_iterations:g} Krylov iterations per stage as on {measured} ranks, each with two reductions "
-        "and one exchange"
+        f"their volume, {c.space_iterations:g} Krylov iterations per stage as on {measured} ranks, each with two "
+        "reductions and one exchange"
     )

@@ -19,6 +19,7 @@ import signal
 import statistics
 import threading
 import time
+from collections import namedtuple
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import ceil
@@ -36,45 +37,26 @@ SHORT = 0.01
 """Seconds below which an action is repeated within a measurement, as other actions have emptied the caches."""
 
 
+Actions = Mapping[object, Callable[[], object]]
+"""Actions by name."""
+
+
 @dataclass(frozen=True)
 class Measured:
-    """The time of an action.
-
-    Attributes
-    ----------
-    seconds : float
-        Seconds at full speed.
-    clock : float
-        Seconds by the clock.
-    each : tuple of float
-        Seconds by the clock of each repeat.
-    """
+    """The time of an action: ``seconds`` at full speed, by the ``clock``, and by the clock for ``each`` repeat."""
 
     seconds: float
     clock: float
     each: tuple[float, ...] = ()
 
 
-@dataclass(frozen=True)
-class _Span:
-    """A measurement: start and end, seconds of the reference loops inside, and the range of their numbers."""
-
-    start: float
-    end: float
-    loop_seconds: float
-    first: int
-    last: int
+_Span = namedtuple("_Span", "start end loop_seconds first last")
+"""A measurement: start and end, seconds of the reference loops inside, and the range of their numbers."""
 
 
 class SpeedMonitor:
-    """Measures actions and, meanwhile, the speed of the machine; in the main thread.
-
-    Parameters
-    ----------
-    comm
-        Ranks that do the measured actions collectively.
-    every
-        Seconds between reference loops.
+    """Measures actions, which the ranks of ``comm`` do collectively, and meanwhile the speed of the machine, at
+    intervals of ``every`` seconds; in the main thread.
     """
 
     def __init__(self, comm=MPI.COMM_SELF, every: float = 0.01):
@@ -145,11 +127,7 @@ class SpeedMonitor:
 
 
 def rounds(
-    actions: Mapping[object, Callable[[], object]],
-    repeats: int,
-    *,
-    comm=MPI.COMM_SELF,
-    before: Mapping[object, Callable[[], object]] | None = None,
+    actions: Actions, repeats: int, *, comm=MPI.COMM_SELF, before: Actions | None = None
 ) -> dict[object, Measured]:
     """Median times of actions that are done in turn, so that a slow minute of the machine affects all of them
     (collective).
@@ -157,11 +135,9 @@ def rounds(
     Parameters
     ----------
     actions
-        By name.
+        By name; the ranks of ``comm`` do them collectively.
     repeats
         Repeats of each action, after some that are not measured.
-    comm
-        Ranks that do the actions collectively.
     before
         What is done before the action of a name, not measured.
 

@@ -13,14 +13,13 @@ from dataclasses import dataclass
 import numpy as np
 from mpi4py import MPI
 
-from pint_fem.scaling.calibrate import SMALL, Action, kernel_actions, paradiag_actions
+from pint_fem.scaling.actions import SMALL, Action, kernel_actions, paradiag_actions, solve_actions, solver_parameters
 from pint_fem.scaling.costs import Calibration
-from pint_fem.scaling.counting import solver_parameters
 from pint_fem.scaling.model import Model, Solve
-from pint_fem.scaling.timing import Measured, rounds
+from pint_fem.scaling.timing import rounds
 from pint_fem.spacetime import SpaceTime
 
-__all__ = ["Comparison", "compare", "kernel_seconds"]
+__all__ = ["Comparison", "compare"]
 
 MANY = 64
 """States of a kernel's call that is timed."""
@@ -32,18 +31,12 @@ class Comparison:
 
     Attributes
     ----------
-    task : str
-        Name of the task.
-    ranks, steps : int
-        Numbers of time ranks and of steps.
-    cycles : tuple of int
-        Cycles of the state and the adjoint in the real run.
-    measured : float
-        Seconds by the clock, median of the repeats.
+    task, ranks, steps, cycles : str, int, int, tuple of int
+        Name; numbers of time ranks and of steps; cycles of the state and the adjoint in the real run.
+    measured, predicted : float
+        Seconds by the clock, median of the repeats; predicted seconds, multiplied by ``slower``.
     slower : float
         Median ratio of the kernels' times, on all ranks at once, to the calibrated ones.
-    predicted : float
-        Seconds, multiplied by that ratio.
     """
 
     task: str
@@ -60,28 +53,11 @@ class Comparison:
         return self.predicted / self.measured - 1
 
     @classmethod
-    def of(
-        cls,
-        task: str,
-        ranks: int,
-        steps: int,
-        cycles: tuple[int, int],
-        found: Mapping[object, Measured],
-        kernels: Mapping[object, tuple[float, float]],
-        seconds: float,
-    ) -> Comparison:
+    def of(cls, task: str, ranks: int, steps: int, cycles, found: Mapping, kernels: Mapping, seconds: float):
         """Compare a task with its prediction.
 
-        Parameters
-        ----------
-        task, ranks, steps, cycles
-            See the attributes.
-        found
-            Times of the task, by its name, and of kernels that were measured in turn with it.
-        kernels
-            Calibrated seconds of the kernels, and the seconds that the task spends in each of them.
-        seconds
-            The task's predicted seconds.
+        ``found`` are the times of the task, by its name, and of kernels that were timed in turn with it; ``kernels``
+        the calibrated seconds of each of these and those that the task spends in it; ``seconds`` the predicted ones.
         """
         ratios = [np.array(found[key].each) / calibrated for key, (calibrated, _) in kernels.items()]
         slower = np.average(ratios, axis=0, weights=[spent for _, spent in kernels.values()])
@@ -109,49 +85,35 @@ def compare(
         Costs, and the problem as for :class:`~pint_fem.scaling.calibrate.Case`.
     options, steps, rtol
         Options of MGRIT or ParaDiag as the model's, time steps, and relative tolerance of the solves.
-    comm
-        Processes, all in time.
-    repeats
-        Repeats of each measurement, of which the medians are used.
+    comm, repeats
+        Processes, all in time; repeats of each measurement, of which the medians are used.
     """
     rf = pose(SpaceTime((1, comm.size), comm=comm), steps, solver_parameters(options, rtol=rtol))
     problem, sweeps = rf.problem, rf.problem.sweeps
-    controls = rf.array([c.control for c in rf.controls])
-    z, count, scale = problem.layout.steps(controls + 1.0), {}, [1.0]
-
-    def state():
-        problem.U[:] = sweeps.initial
-        count["state"] = sweeps.state(z, problem.U, cold=True).cycles
-
-    def adjoint():
-        problem.L[:] = 0
-        count["adjoint"] = sweeps.adjoint(z, problem.U, g, problem.L, cold=True).cycles
+    controls = rf.array([c.control for c in rf.controls]) + 1.0
+    g, cycles, scale = np.zeros_like(problem.L), [], [1.0]
+    solves = solve_actions(rf, controls, g)
+    for solve, _ in solves.values():
+        solve()
+        cycles.append(sweeps.results[-1][1].cycles)
+        g[:] = sum(m.gradient(problem.U) for m in problem.misfits)
 
     def gradient():
         scale[0] *= 1.001
-        problem.derivative(scale[0] * (controls + 1.0))
+        problem.derivative(scale[0] * controls)
 
-    state()
-    g = sum(m.gradient(problem.U) for m in problem.misfits)
     model = Model(calibration, options, (1, comm.size), nsteps=steps)
     kernels = _kernels(model, pose)
-    actions = {"state": state, "adjoint": adjoint, "gradient": gradient}
-    actions |= {key: action for key, (action, _) in kernels.items()}
+    actions = {key: action for key, (action, _) in (solves | {"gradient": (gradient, 1)} | kernels).items()}
     found = rounds(actions, repeats, comm=comm, before={"gradient": problem.invalidate})
-    cycles = count["state"], count["adjoint"]
-    forward, backward = Solve("state", "nested", cycles[0]), Solve("adjoint", "nested", cycles[1])
-    tasks = {
-        "state": ("solves", [forward]),
-        "adjoint": ("solves", [backward]),
-        "gradient": ("gradient", [forward, backward]),
-    }
-    out = []
-    for name, task in tasks.items():
+    forward, backward = (Solve(kind, "nested", n) for kind, n in zip(solves, cycles, strict=True))
+    out, tasks = [], (("solves", [forward]), ("solves", [backward]), ("gradient", [forward, backward]))
+    for name, task in zip(("state", "adjoint", "gradient"), tasks, strict=True):
         prediction = model.run_all([task, task])  # the first one makes factors
         spent = {key: _kernel_seconds(model, key, n, prediction.counts) for key, (_, n) in kernels.items()}
         spent = {key: pair for key, pair in spent.items() if pair[1]}
         seconds = prediction.task_seconds[1]
-        out.append(Comparison.of(name, comm.size, steps, cycles, found, spent, seconds))
+        out.append(Comparison.of(name, comm.size, steps, tuple(cycles), found, spent, seconds))
     return out
 
 
@@ -170,39 +132,10 @@ def _kernel_seconds(model: Model, key, times: float, counts: Mapping) -> tuple[f
     c = model.calibration
     if model.solver == "paradiag":
         # half of all solves are an adjoint's, where there are any: its residuals are
-        kinds = {kind for (kind, _), n in counts.items() if n}
-        seconds = c.paradiag[key]
-        return model.slowdown * seconds * times, seconds if (
-            "adjoint" if "transposed" in key else "step"
-        ) in kinds else 0.0
-    name = "step sweep" if key[0] == "sweep" else key[0]
-    stepped = sum(n for (kind, _), n in counts.items() if kind == name)
-    return kernel_seconds(c, key, times, stepped, model.slowdown)
-
-
-def kernel_seconds(
-    calibration: Calibration, key: tuple, times: float, stepped: int, slowdown: float
-) -> tuple[float, float]:
-    """Seconds of a kernel in a task.
-
-    Parameters
-    ----------
-    calibration
-        Costs.
-    key
-        Kind, level and size of the kernel.
-    times
-        Calls of the kernel in the action that was timed.
-    stepped
-        States that the task steps by such kernels.
-    slowdown
-        Factor of all work.
-
-    Returns
-    -------
-    action, task : float
-        Calibrated seconds of the action, and those that the task spends in such calls.
-    """
+        kinds, seconds = {kind for (kind, _), n in counts.items() if n}, c.paradiag[key]
+        spent = seconds if ("adjoint" if "transposed" in key else "step") in kinds else 0.0
+        return model.slowdown * seconds * times, spent
     kind, _, size = key
-    seconds = calibration.kernels[1][kind][0](size)
-    return slowdown * seconds * times, stepped * seconds / size
+    seconds = c.kernels[1][kind][0](size)
+    stepped = sum(n for (what, _), n in counts.items() if what == ("step sweep" if kind == "sweep" else kind))
+    return model.slowdown * seconds * times, stepped * seconds / size

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
 from pint_fem.all_at_once.trace import Trace
 from pint_fem.scaling.costs import Kernel
 from pint_fem.scaling.world import World
 
-__all__ = ["VirtualNorms", "VirtualPropagator", "VirtualTrace", "hierarchy"]
+__all__ = ["VirtualNorms", "VirtualPropagator", "VirtualTrace"]
 
 
 class VirtualPropagator:
@@ -18,16 +16,11 @@ class VirtualPropagator:
 
     Parameters
     ----------
-    world
-        The virtual ranks.
-    level, kind
-        Under which work is counted.
-    kernel
-        Cost of a call on a block of states.
-    sweep
-        Cost of steps one after another; ``None``: the propagator has no method ``sweep``.
-    overhead
-        Seconds per state that the solver takes beside the kernel.
+    world, level, kind
+        The virtual ranks; what work is counted under.
+    kernel, sweep, overhead
+        Cost of a call on a block of states, and of steps one after another (without it the propagator has no method
+        ``sweep``); seconds per state that the solver takes beside the kernel.
     """
 
     def __init__(
@@ -55,24 +48,6 @@ class VirtualPropagator:
         self.world.counts[f"{self.kind} sweep", self.level] += n
         self.world.charge(self._sweep_kernel(n))
         U[1:] = U[0]
-
-
-def hierarchy(
-    world: World, kind: str, blocks: Sequence[Kernel], sweeps: Sequence[Kernel] | None, levels: int, overhead: float
-) -> list[VirtualPropagator]:
-    """Make the propagators of all levels.
-
-    Parameters
-    ----------
-    world, kind, overhead
-        See :class:`VirtualPropagator`.
-    blocks, sweeps
-        Kernels by level, the last one for all coarser levels; without ``sweeps`` the propagators have none.
-    levels
-        Their number.
-    """
-    pick = lambda table, level: table[min(level, len(table) - 1)] if table else None
-    return [VirtualPropagator(world, i, kind, pick(blocks, i), pick(sweeps, i), overhead) for i in range(levels)]
 
 
 class VirtualNorms:

@@ -27,24 +27,18 @@ class World:
 
     Parameters
     ----------
-    size
-        Number of ranks.
-    network
-        Costs of messages.
+    size, network
+        Number of ranks, and costs of messages.
 
     Attributes
     ----------
-    clocks : list of float
-        Seconds since the start, on each rank.
-    work : list of float
-        Seconds of work that each rank was charged.
+    clocks, work : list of float
+        Seconds since the start, and seconds of work, on each rank.
     counts : Counter
         By ``(kind, level)``, the states that work was charged for; by ``("messages", tag)`` and ``("bytes", tag)``,
         what all ranks have sent.
-    current : int
-        The rank that runs now.
-    contexts : int
-        Number of communicators made so far.
+    current, contexts : int
+        The rank that runs now; number of communicators made so far.
     """
 
     def __init__(self, size: int, network: Network):
@@ -70,29 +64,25 @@ class World:
         Exception
             The first exception that a rank raises.
         """
-        collects = gc.isenabled()
-        gc.disable()  # thousands of objects live until the end: collections would traverse them again and again
-        try:
-            return self._run(program)
-        finally:
-            if collects:
-                gc.enable()
-
-    def _run(self, program: Callable[[int], object]) -> list:
-        self._scheduler, results = getcurrent(), [None] * self.size
+        self._scheduler, results, running = getcurrent(), [None] * self.size, self.size
 
         def run_rank(rank: int) -> None:
             results[rank] = program(rank)
 
         tasks = [greenlet(run_rank) for _ in range(self.size)]
-        running = self.size
         self._ready = deque(range(self.size))
-        while self._ready:
-            self.current = rank = self._ready.popleft()
-            self._reasons.pop(rank, None)
-            tasks[rank].switch(rank)
-            if tasks[rank].dead:
-                tasks[rank], running = None, running - 1
+        collects = gc.isenabled()
+        gc.disable()  # thousands of objects live until the end: collections would traverse them again and again
+        try:
+            while self._ready:
+                self.current = rank = self._ready.popleft()
+                self._reasons.pop(rank, None)
+                tasks[rank].switch(rank)
+                if tasks[rank].dead:
+                    tasks[rank], running = None, running - 1
+        finally:
+            if collects:
+                gc.enable()
         if running:
             raise DeadlockError(self._describe_deadlock(running))
         for (_, source, dest, tag), messages in self._messages.items():
@@ -102,8 +92,8 @@ class World:
 
     def _describe_deadlock(self, running: int) -> str:
         waits = [f"rank {rank} waits for {reason()}" for rank, reason in sorted(self._reasons.items())[:4]]
-        more = "; ..." if len(self._reasons) > 4 else ""
-        return f"deadlock: {running} of {self.size} ranks wait: {'; '.join(waits)}{more}"
+        waits += ["..."] * (len(self._reasons) > 4)
+        return f"deadlock: {running} of {self.size} ranks wait: {'; '.join(waits)}"
 
     # -- for the rank that runs -----------------------------------------------------------------------------------
     def now(self) -> float:

@@ -88,7 +88,7 @@ def family(
 
 def _bound(setting: Setting, space: int) -> tuple[float, float]:
     """Work on one time rank, and the chain of the coarsest level."""
-    model = Model(setting.calibration(), setting.options, (space, 1), slowdown=1.0)
+    model = Model(setting.calibration(), setting.options, (space, 1))
     said = model.run(Solve("state", setting.start, setting.cycles))
     steps = setting.nsteps
     for m in model.options.factors(steps):

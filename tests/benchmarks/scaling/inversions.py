@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from mpi4py import MPI
 
-from pint_fem.scaling.counting import solver_parameters
+from pint_fem.scaling.actions import solver_parameters
 from pint_fem.scaling.model import Model, Solve
 from pint_fem.scaling.network import Network
 from pint_fem.spacetime import SpaceTime

@@ -16,10 +16,11 @@ from pint_fem.mgrit.options import MGRITOptions
 from pint_fem.resnet.grid import Grid
 from pint_fem.resnet.network import LayerParallelResNet
 from pint_fem.resnet.serial import SerialResNet
-from pint_fem.scaling.calibrate import Action, Stopwatch, kernel_tables, machine, measure_together
+from pint_fem.scaling.actions import Action
+from pint_fem.scaling.calibrate import Stopwatch, kernel_tables, machine, measure_all_processes
 from pint_fem.scaling.layers import SWEEPS, predict_training
 from pint_fem.scaling.timing import rounds
-from pint_fem.scaling.validation import Comparison, kernel_seconds
+from pint_fem.scaling.validation import Comparison
 from tests.benchmarks.scaling.records import Record
 
 __all__ = ["calibrate_layers", "compare_layers", "count_errors"]
@@ -131,7 +132,7 @@ def calibrate_layers(
         parameters = sum(int(np.prod(s)) for s in case.parts()[1].shapes.values())
         made = Record(
             name, machine(), int(np.prod(shape)), case.nlayers,
-            {1: kernel_tables({key: seconds[key] for key in actions}, increasing=True)},
+            {1: kernel_tables(_increasing({key: seconds[key] for key in actions}))},
             control_bytes=8.0 * parameters, kind="layers",
         )  # fmt: skip
         made = _with_rest(made, [seconds[key] for key in nets])
@@ -140,8 +141,14 @@ def calibrate_layers(
     if comm.size > 1:
         progress("all processes at once, network")
         actions, _ = _kernel_actions(case, case.nlayers)
-        made = measure_together(made, {key: do for key, do in actions.items() if key[1] == 0}, watch, comm)
+        made = measure_all_processes(made, {key: do for key, do in actions.items() if key[1] == 0}, watch, comm)
     return made
+
+
+def _increasing(seconds: Mapping[tuple, float]) -> dict[tuple, float]:
+    """Seconds by kind, level and size, of which those of more layers are never less."""
+    most = lambda kind, level, n: max(s for (k, i, m), s in seconds.items() if (k, i) == (kind, level) and m <= n)
+    return {key: most(*key) for key in seconds}
 
 
 def _with_rest(made: Record, seconds: Sequence[float]) -> Record:
@@ -193,8 +200,8 @@ def compare_layers(
     stepped = {"gradients": nlayers} | {
         kind: sum(n for (what, _), n in said.counts.items() if what == kind) for kind in SWEEPS
     }
-    slowdown = calibration.slowdown_with(comm.size)
-    known = {
-        key: kernel_seconds(calibration, key, times, stepped[key[0]], slowdown) for key, (_, times) in actions.items()
-    }
+    known, slowdown = {}, calibration.slowdown_with(comm.size)
+    for (kind, level, n), (_, times) in actions.items():
+        seconds = calibration.kernels[1][kind][0](n)
+        known[kind, level, n] = slowdown * seconds * times, stepped[kind] * seconds / n
     return [Comparison.of("training step", comm.size, nlayers, ITERATIONS, found, known, said.seconds)]

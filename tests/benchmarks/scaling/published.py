@@ -143,7 +143,7 @@ def xbraid(cycles: int) -> Setting:
 def sequential_seconds(stages: int, nsteps: int, processes: int) -> float:
     """Predicted seconds of sequential stepping on as many processes in space, a power of two, as are fastest."""
     setting = Setting("sequential", {"levels": 1}, 0, "guess", stages, nsteps=nsteps)
-    here = Model(setting.calibration(), {"levels": 1}, (processes, 1), slowdown=1.0).run(Solve("state")).seconds
+    here = Model(setting.calibration(), {"levels": 1}, (processes, 1)).run(Solve("state")).seconds
     return here if processes == 1 else min(here, sequential_seconds(stages, nsteps, processes // 2))
 
 
@@ -155,7 +155,7 @@ def speedups(setting: Setting, ranks: Sequence[int], space: int = SPACE) -> list
     for count in sorted(ranks):
         if count < 2 * space or count % space:
             continue
-        said = Model(calibration, setting.options, (space, count // space), slowdown=1.0).run(
+        said = Model(calibration, setting.options, (space, count // space)).run(
             Solve("state", setting.start, setting.cycles)
         )
         out.append((count, said.seconds, sequential_seconds(setting.stages, setting.nsteps, count) / said.seconds))

@@ -1,23 +1,23 @@
-"""Calibrations, with what real runs have measured and counted for the benchmarks: one JSON file for each problem."""
+"""Calibrations, and beside each of them what real runs have measured and counted for the benchmarks."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from pint_fem.files import as_input_error, write_whole
-from pint_fem.scaling.costs import BUNDLED, Calibration, bundled
+from pint_fem.scaling import costs
 
-__all__ = ["FOLDER", "Record", "load", "names", "save"]
+__all__ = ["CALIBRATIONS", "COUNTED", "Record", "load", "names", "save"]
 
-FOLDER = Path(__file__).parent / "calibrations"
+CALIBRATIONS, COUNTED = (Path(__file__).parent / name for name in ("calibrations", "counted"))
 OWN = ("inversions", "baseline", "gradient_errors")
 
 
 @dataclass(frozen=True)
-class Record(Calibration):
+class Record(costs.Calibration):
     """A calibration and more.
 
     Parameters
@@ -39,24 +39,26 @@ class Record(Calibration):
 
 def names(kind: str | None = None) -> list[str]:
     """Names of all records, or of those of a kind."""
-    found = sorted(path.stem for path in FOLDER.glob("*.json"))
+    found = sorted(path.stem for path in COUNTED.glob("*.json"))
     return found if kind is None else [name for name in found if load(name).kind == kind]
 
 
 def load(name: str) -> Record:
-    """A record by name; the calibration that comes with the package is read from there."""
-    parts = [FOLDER / f"{name}.json", *([BUNDLED / f"{name}.json"] if name in bundled() else [])]
-    data: dict = {}
-    for path in parts:
-        data |= json.loads(path.read_text(encoding="utf-8"))
-    return Record.from_json(json.dumps(data))
+    """A record by name; the calibration may be one that comes with the package."""
+    path = CALIBRATIONS / f"{name}.json"
+    calibration = costs.load(path if path.is_file() else name)
+    return Record(**vars(calibration), **json.loads((COUNTED / f"{name}.json").read_text(encoding="utf-8")))
 
 
 def save(record: Record) -> Path:
-    """Write a record; of the calibration that comes with the package only what is not in it."""
-    path, data = FOLDER / f"{record.problem}.json", json.loads(record.to_json())
-    keep = OWN if record.problem in bundled() else data
-    lines = (f" {json.dumps(name)}: {json.dumps(data[name])}" for name in keep if name not in OWN or data[name])
-    with as_input_error(f"{path} cannot be written"):
-        write_whole(path, ("{\n" + ",\n".join(lines) + "\n}\n").encode())
-    return path
+    """Write what is counted, and the calibration where it does not come with the package."""
+    counted = {name: getattr(record, name) for name in OWN if getattr(record, name)}
+    lines = (f" {json.dumps(name)}: {json.dumps(value)}" for name, value in counted.items())
+    texts = {COUNTED / f"{record.problem}.json": "{\n" + ",\n".join(lines) + "\n}\n"}
+    if record.problem not in costs.bundled():
+        plain = {f.name: getattr(record, f.name) for f in fields(costs.Calibration)}
+        texts[CALIBRATIONS / f"{record.problem}.json"] = costs.Calibration(**plain).to_json()
+    for path, text in texts.items():
+        with as_input_error(f"{path} cannot be written"):
+            write_whole(path, text.encode())
+    return COUNTED / f"{record.problem}.json"

@@ -1,0 +1,165 @@
+"""Actions that are timed for a calibration: kernels, the work around sweeps, whole solves, and the parts of ParaDiag.
+
+Kernels are timed through the solver's own levels, as relaxation calls them: on strided rows of a slab, one group of
+intervals after another, with the right-hand side added.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import cycle
+
+import numpy as np
+import scipy.fft
+from mpi4py import MPI
+
+from pint_fem.paradiag.circulant import shifts
+from pint_fem.paradiag.distribution import TimeTransposes
+from pint_fem.paradiag.options import ParaDiagOptions
+from pint_fem.paradiag.stage_shifts import shifted_factors
+from pint_fem.scaling.paradiag import FEW
+from pint_fem.spacetime import SpaceTime
+from pint_fem.sweeps.frequency_systems import frequency_systems
+
+__all__ = [
+    "PARADIAG", "SMALL", "Action", "extra_actions", "kernel_actions", "paradiag_actions", "solve_actions",
+    "solver_parameters",
+]  # fmt: skip
+
+PARADIAG = {"time_solver": "paradiag", "alpha": 1e-4}
+"""Options of ParaDiag for the measurement of its parts."""
+SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 16, 64)
+STRIDE = 8
+SMALL = 128
+"""Steps of the solves that kernels and overhead are timed with."""
+
+Action = tuple[Callable[[], object], float]
+"""An action that is timed, and the number by which its seconds are divided."""
+
+
+def solver_parameters(options: Mapping, **more) -> dict:
+    """The model's options as ``solver_parameters`` of a reduced functional; ``more`` are options of the solver, too."""
+    options = {**options, **more}
+    kind = options.pop("time_solver", "mgrit")
+    return {"time_solver": kind, "paradiag" if kind == "paradiag" else "mgrit": options}
+
+
+def _block_action(level, U: np.ndarray, G: np.ndarray, size: int) -> Action:
+    """``level.phi`` on a block and the addition of the right-hand side, each time on other rows of the slab."""
+    span = STRIDE * size
+    groups = cycle(range(0, len(G), span))
+
+    def run():
+        first = next(groups)
+        for row in range(first, first + STRIDE - 1):
+            source, target = (
+                slice(row, row + span - STRIDE + 1, STRIDE),
+                slice(row + 1, row + span - STRIDE + 2, STRIDE),
+            )
+            # the first lane is that of step 0: sizes up to a block's width are one piece
+            level.phi(range(0, span, STRIDE), U[source], U[target])
+            U[target] += G[source]
+
+    return run, STRIDE - 1
+
+
+def _sweep_action(level, U: np.ndarray, G: np.ndarray, steps: int) -> Action:
+    """A step of ``level.sweep_steps``, each time on other rows of the slab."""
+    parts = cycle(range(0, len(G), steps))
+
+    def run():
+        rows = slice(first := next(parts), first + steps)
+        level.sweep_steps(range(steps), U[rows.start : rows.stop + 1], G[rows])
+
+    return run, steps
+
+
+def kernel_actions(rf, sizes: Sequence[int] = SIZES) -> dict[tuple, Action]:
+    """Kernels of the sweeps of a linear evolution's reduced functional, by kind, level and number of states per call;
+    one level stands for all those with states of the same size.
+    """
+    sweeps, out, size = rf.problem.sweeps, {}, None
+    rng, rows = np.random.default_rng(0), STRIDE * max(sizes)
+    levels = zip(sweeps.solvers.tangent.levels, sweeps.solvers.adjoint.levels, sweeps.propagators, strict=True)
+    for ahead, back, propagator in levels:
+        if propagator.evolution.state_size == size:
+            break
+        size, index = propagator.evolution.state_size, ahead.index
+        for kind, sweep, level in (("step", "sweep", ahead), ("adjoint", "adjoint sweep", back)):
+            U, G = rng.standard_normal((rows + 1, size)), rng.standard_normal((rows, size))
+            out |= {(kind, index, n): _block_action(level, U, G, n) for n in sizes}
+            out[sweep, index, 1] = _sweep_action(level, U, G, max(sizes))
+    return out
+
+
+def extra_actions(rf) -> dict[str, Action]:
+    """Work around the sweeps; ``"all steps"`` is for the cost of summing adjoints."""
+    problem, sweeps = rf.problem, rf.problem.sweeps
+    k, z = sweeps.slab.k, rf.array([c.control for c in rf.controls])
+    U = np.random.default_rng(1).standard_normal((k + 1, sweeps.evolution.state_size))
+    steps, fine, misfits = problem.layout.steps(z), sweeps.propagators[0], problem.misfits
+    transpose = lambda count: lambda: fine.control_adjoint(sweeps.data(steps, U), U[1 : count + 1])
+    out = {
+        "misfit value": (lambda: [m.values(U) for m in misfits], k),
+        "misfit gradient": (lambda: sum(m.gradient(U) for m in misfits), k),
+        "forcing": (lambda: fine.forcing(sweeps.data(steps), sweeps.slab.lo), 1),
+        "control gradient": (transpose(1), 1),
+        "all steps": (transpose(k), 1),
+        "optimiser": (lambda: rf.inner.primal(rf.inner.dual(z)), 1),
+    }
+    if problem.regularisation is not None:
+        out["regularisation"] = (lambda: problem.regularisation.gradient(z), 1)
+    slab = np.random.default_rng(1).standard_normal((64, sweeps.evolution.state_size))
+    out["norm"] = (lambda: rf.spacetime.point_norms(slab), 64)
+    return out
+
+
+def solve_actions(rf, controls: np.ndarray, gradient: np.ndarray, **accuracy) -> dict[str, Action]:
+    """Cold state and adjoint sweeps of a functional for given controls and derivative of the misfit, to a given
+    accuracy.
+    """
+    problem, sweeps = rf.problem, rf.problem.sweeps
+    z = problem.layout.steps(controls)
+
+    def state():
+        problem.U[:] = sweeps.initial
+        sweeps.state(z, problem.U, cold=True, **accuracy)
+
+    def adjoint():
+        problem.L[:] = 0
+        sweeps.adjoint(z, problem.U, gradient, problem.L, cold=True, **accuracy)
+
+    return {"state": (state, 1), "adjoint": (adjoint, 1)}
+
+
+def paradiag_actions(pose: Callable, nsteps: int, small: int) -> tuple[dict[str, Action], dict[str, float]]:
+    """Parts of ParaDiag on one process, and sizes, by the names in ``paradiag`` of
+    :class:`~pint_fem.scaling.costs.Calibration`; ``pose`` and ``nsteps`` are those of a
+    :class:`~pint_fem.scaling.calibrate.Case`, and frequencies are solved for ``small`` steps.
+    """
+    rf = pose(SpaceTime("1x1", comm=MPI.COMM_SELF), small, solver_parameters(PARADIAG))
+    size, mu, rng = rf.evolution.state_size, shifts(small, PARADIAG["alpha"]), np.random.default_rng(2)
+    systems = frequency_systems(rf.problem.sweeps.propagators[0], ParaDiagOptions(), {})
+    r = rng.standard_normal(size) + 1j * rng.standard_normal(size)
+    systems.solve(0, complex(mu[0]), r)
+    nbytes = systems.bytes / systems.kept
+    # so many factors that they are read from memory, as in a solve
+    some = range(int(np.clip(5e8 / (nbytes * len(systems.b)), 4, min(24, len(mu)))))
+    once = lambda solve: lambda: [solve(k, complex(mu[k]), r) for k in some]
+    y = shifted_factors(systems.A, systems.b, complex(mu[1]))[1][0]
+    actions = {
+        "solve": (once(systems.solve), len(some)),
+        "solve transposed": (once(systems.solve_transposed), len(some)),
+        "factor": (lambda: systems.systems[0].factor(y), 1),
+    }
+    # of all unknowns of a rank at once, in memory, or of few, in the caches
+    most = max(min(size, 2**23 // nsteps), FEW + 1)
+    for name, count in (("few ", FEW), ("", most)):
+        columns = rng.standard_normal((nsteps, count))
+        spectrum = scipy.fft.rfft(columns, axis=0)
+        actions[f"{name}fft"] = (lambda columns=columns: scipy.fft.rfft(columns, axis=0), count)
+        actions[f"{name}ifft"] = (lambda spectrum=spectrum: scipy.fft.irfft(spectrum, nsteps, axis=0), count)
+    maps = TimeTransposes(MPI.COMM_SELF, [0, small], len(mu), size)
+    slab = rng.standard_normal((small, size))
+    actions["pack"] = (lambda: maps.collect(maps.spread(slab, maps.rows), maps.rows), 4 * slab.nbytes)
+    return actions, {"factor bytes": nbytes, "fft steps": nsteps, "fft columns": most}
