@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -29,6 +29,7 @@ from pint_fem.all_at_once.trace import Trace, check_trace_file
 from pint_fem.collective import ending_all_ranks
 from pint_fem.digests import digest
 from pint_fem.errors import FAILURES
+from pint_fem.logs import logger
 
 __all__ = ["AllAtOnceSolver"]
 
@@ -54,8 +55,6 @@ class AllAtOnceSolver(ABC):
         ``finite(block)``, which decides whether all points are finite.
     name
         Named in monitor lines and errors.
-    printer
-        Prints a line.
     trace
         Shared by several solvers; default: one of its own where the option asks for it.
     is_root
@@ -87,7 +86,6 @@ class AllAtOnceSolver(ABC):
         everyone=None,
         point_norms: PointNorms = euclidean,
         name: str,
-        printer: Callable[[str], None] = print,
         trace: Trace | None = None,
         is_root: bool | None = None,
         key: tuple = (),
@@ -97,7 +95,7 @@ class AllAtOnceSolver(ABC):
     ):
         self.levels, self.options = levels, options
         self.comm, self.everyone = comm, comm if everyone is None else everyone
-        self.nsteps, self.printer = levels[0].nsteps, printer
+        self.nsteps = levels[0].nsteps
         self.key = digest((self.nsteps, levels[0].bounds.digest, vars(options), *key))
         self._is_root = comm.rank == 0 if is_root is None else is_root
         if options.trace and trace is None:
@@ -283,9 +281,9 @@ class AllAtOnceSolver(ABC):
     def _print(self, text: str) -> None:
         if self._is_root:
             try:
-                self.printer(text)
+                logger.info(text)
             except FAILURES as error:  # on this rank only
-                self._failures.note("printer", error)
+                self._failures.note("logging", error)
 
     def _monitor(self, result: SolveResult) -> None:
         if self.options.monitor:

@@ -103,8 +103,6 @@ class LayerSweeps:
         Who has which.
     options
         MGRIT options: ``levels``, ``coarsening`` (factors), ``relax``, ``cycle``, ``rtol``, ``max_it`` ...
-    printer
-        For monitor lines.
 
     Raises
     ------
@@ -123,7 +121,6 @@ class LayerSweeps:
         grid: Grid,
         *,
         options: MGRITOptions | Mapping | None = None,
-        printer=print,
     ):
         self.layer, self.nlayers, self.h, self.grid = layer, nlayers, h, grid
         if nlayers < grid.layer_size:
@@ -148,7 +145,7 @@ class LayerSweeps:
         self.strides = [1]
         for m in factors:
             self.strides.append(self.strides[-1] * m)
-        common = dict(printer=printer, is_root=grid.is_root)
+        common = dict(is_root=grid.is_root)
         forward = dict(comm=grid.layer_comm, bounds=self.bounds, **common)
         backward = dict(comm=grid.reversed_layer_comm, bounds=reversed_bounds, **common)
         kinds = [("forward", forward, False), ("backward", backward, True), ("tangent", forward, True)]
