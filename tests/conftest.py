@@ -89,3 +89,12 @@ def _meet(world, either, item) -> bool:
             world.Abort(1)
         time.sleep(0.01)
     return True
+
+
+@pytest.fixture
+def log_lines():
+    """A list that gets the messages of the package on this rank."""
+    from tests.logs import logged
+
+    with logged() as lines:
+        yield lines

@@ -6,6 +6,7 @@ from mpi4py import MPI
 
 from pint_fem.mgrit import Transfer
 from pint_fem.mgrit.checks.check import check
+from tests.logs import logged
 
 N, SIZE, FACTORS = 24, 6, (3, 2)
 STATE = np.sin(np.arange(SIZE) + 1.0)
@@ -74,9 +75,9 @@ class Guessing:
 
 
 def run(propagators, nsteps=N, state=STATE, **kwargs):
-    lines = []
-    kwargs = dict(coarsening=FACTORS, printer=lines.append) | kwargs
-    report = check(propagators, nsteps, state, **kwargs)
+    kwargs = dict(coarsening=FACTORS) | kwargs
+    with logged() as lines:
+        report = check(propagators, nsteps, state, **kwargs)
     if kwargs.get("comm", MPI.COMM_SELF).rank == 0:
         assert lines == report.lines
     return report
@@ -643,7 +644,7 @@ def test_states_shared_by_several_ranks():
     comm = MPI.COMM_WORLD
     state = np.linspace(1, 2, 3 + comm.rank)
     check_ = lambda **kw: run(
-        [Shared(comm, **kw), Shared(comm, 3)], state=state, coarsening=3, space_comm=comm, printer=lambda line: None
+        [Shared(comm, **kw), Shared(comm, 3)], state=state, coarsening=3, space_comm=comm
     )
 
     def run(*args, **kwargs):

@@ -16,6 +16,7 @@ from petsc4py import PETSc
 from pint_fem.mgrit import MGRIT, DivergedError, SolverFailure, split_steps
 from pint_fem.mgrit.krylov import KrylovMGRIT
 from pint_fem.mgrit.space_time_operator import Hierarchies, MGRITPreconditioner
+from tests.logs import logged
 
 GAMMA = 1 - 1 / math.sqrt(2)
 TABLEAUX = {
@@ -552,7 +553,7 @@ def test_bad_data_and_growth_are_failures():
 @pytest.mark.parallel([1, 2])
 def test_not_converged():
     comm = MPI.COMM_WORLD
-    said, how = [], dict(rtol=1e-14, max_it=2)
+    how = dict(rtol=1e-14, max_it=2)
     solver, _, G, u0 = random_solver(comm, options=how)
     G = local(G, solver.hierarchies.solver.levels[0].bounds, comm)
     U = slab(solver, 3, u0)
@@ -565,11 +566,12 @@ def test_not_converged():
     with pytest.raises(DivergedError, match="DIVERGED_MAX_IT"):
         solver.solve(U, G, start="skip")
     solver.destroy()
-    solver = random_solver(comm, options=how | dict(on_divergence="serial"), printer=said.append)[0]
+    solver = random_solver(comm, options=how | dict(on_divergence="serial"))[0]
     V, W = slab(solver, 3, u0), slab(solver, 3)
-    for run, X in ((solver.solve, V), (solver.solve_transposed, W)):
-        result = run(X, G)
-        assert (result.converged, result.reason) == (True, "serial")
+    with logged() as said:
+        for run, X in ((solver.solve, V), (solver.solve_transposed, W)):
+            result = run(X, G)
+            assert (result.converged, result.reason) == (True, "serial")
     assert len(said) == (2 if comm.rank == 0 else 0)
     precise = random_solver(comm)[0]
     for run, X in ((precise.solve, V), (precise.solve_transposed, W)):
@@ -583,15 +585,16 @@ def test_not_converged():
 
 @pytest.mark.parallel([1, 2])
 def test_options_database_view_and_monitor(tmp_path_factory):
-    comm, said, lines = MPI.COMM_WORLD, [], PETSc.Options()
+    comm, lines = MPI.COMM_WORLD, PETSc.Options()
     path = comm.bcast(str(tmp_path_factory.mktemp("view") / "view.txt"))
     given = {"ksp_type": "gcr", "ksp_view": f"ascii:{path}", "ksp_rtol": 1e-3}
     lines["mgrit_ksp_rtol"] = 1e-5  # the database comes first
     try:
-        solver, _, _, u0 = random_solver(
-            comm, solver_parameters=given, options=dict(monitor=True, view=True), printer=said.append
-        )
-        result = solver.solve(slab(solver, 3, u0))
+        with logged() as said:
+            solver, _, _, u0 = random_solver(
+                comm, solver_parameters=given, options=dict(monitor=True, view=True)
+            )
+            result = solver.solve(slab(solver, 3, u0))
     finally:
         del lines["mgrit_ksp_rtol"]
     assert solver.ksp.getType() == "gcr"

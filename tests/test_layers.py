@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "pint_fem"
 # from the bottom; modules of one layer do not import each other
 LAYERS = (
-    ("errors", "digests"),
+    ("errors", "digests", "logs"),
     ("collective",),
     ("communicators", "files", "capacity", "petsc_options"),
     ("all_at_once",),

@@ -55,7 +55,7 @@ def posed(st, *, moving_walls=False, regions=LOSSY, eliminate=B, steps=16, dt=0.
     ]
     propagator = {"propagator": given.pop("propagator")} if "propagator" in given else {}
     return pf.TimeParallelReducedFunctional(
-        ev, misfits, spacetime=st, solver_parameters=given, printer=lambda line: None, **propagator
+        ev, misfits, spacetime=st, solver_parameters=given, **propagator
     )
 
 

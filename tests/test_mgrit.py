@@ -12,6 +12,7 @@ from mpi4py import MPI
 from pint_fem.errors import InputError
 from pint_fem.mgrit import MGRIT, MGRITOptions, SolverFailure, split_steps
 from pint_fem.theory import dirk_stability, two_level_bound
+from tests.logs import logged
 from tests.stepping import sequential
 
 GAMMA = 1 - 1 / math.sqrt(2)
@@ -761,10 +762,11 @@ def test_bad_bounds_are_refused_on_every_rank():
 @pytest.mark.parallel([1, 2])
 def test_monitor_prints_a_line_a_cycle():
     """On the first rank only, with the factor that the history gives."""
-    comm, lines = MPI.COMM_WORLD, []
+    comm = MPI.COMM_WORLD
     options = dict(coarsening=4, monitor=True, rtol=1e-10)
-    solver = MGRIT([Counting(), Counting(4)], 32, options=options, comm=comm, printer=lines.append, name="state")
-    result = solver.solve(guess([1.0], 32)[: solver.local_rows])
+    solver = MGRIT([Counting(), Counting(4)], 32, options=options, comm=comm, name="state")
+    with logged() as lines:
+        result = solver.solve(guess([1.0], 32)[: solver.local_rows])
     assert len(lines) == (result.cycles + 1 if comm.rank == 0 else 0)
     if lines:
         assert lines[1].startswith("  state   1 residual ")

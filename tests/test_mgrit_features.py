@@ -317,7 +317,7 @@ def test_a_fixed_number_of_cycles_meets_once():
     def solve(bad=None, start="skip", monitor=False, cycles=2):
         fine = Residual(t, bad)
         bounds = split_steps(24, COMM.size)
-        solver = MGRIT([fine, Decay(t[::4])], 24, comm=COMM, bounds=bounds, printer=lambda text: None,
+        solver = MGRIT([fine, Decay(t[::4])], 24, comm=COMM, bounds=bounds,
                        options={**options, "monitor": monitor})  # fmt: skip
         U = np.ones((solver.local_rows, 2))
         return U, fine, solver.solve(U, start=start, cycles=cycles)
@@ -499,7 +499,7 @@ def test_divergence_is_reported_with_its_size():
 @pytest.mark.parallel([1, 2, 3])
 @pytest.mark.parametrize("storage", ["all", "C"])
 @pytest.mark.parametrize("trouble", ["stagnates", "runs out", "grows", "raises", "nan", "nan in the guess"])
-def test_falls_back_to_stepping(storage, trouble):
+def test_falls_back_to_stepping(storage, trouble, log_lines):
     """The bits of sequential stepping, and a line that says so; without the option the trouble stays."""
     N, t, coarse = 64, np.arange(65) / 10, None
     fine, u0 = Decay(t), np.full((12, 2), 0.7)
@@ -510,11 +510,11 @@ def test_falls_back_to_stepping(storage, trouble):
     elif "nan" in trouble or trouble == "raises":
         coarse = Bad(t[::4], trouble == "raises")
     coarse = coarse or Decay(t[::4])
-    G, lines = 0.01 * np.random.default_rng(0).standard_normal((N, 12, 2)), []
+    G = 0.01 * np.random.default_rng(0).standard_normal((N, 12, 2))
 
     def solve(**more):
         options = dict(coarsening=4, storage=storage, rtol=1e-12, max_it=2 if trouble == "runs out" else 50, **more)
-        solver = MGRIT([fine, coarse], N, options=options, comm=COMM, printer=lines.append, name="state")
+        solver = MGRIT([fine, coarse], N, options=options, comm=COMM, name="state")
         lo, hi = solver.levels[0].lo, solver.levels[0].hi
         rows = np.array([lo, *(lo + c_rows(solver))]) if storage == "C" else np.arange(lo, hi + 1)
         U = guess(u0, N)
@@ -526,8 +526,8 @@ def test_falls_back_to_stepping(storage, trouble):
     U, result, rows = solve(on_divergence="serial")
     assert (result.converged, result.reason, result.converged_reason > 0) == (True, "serial", True)
     np.testing.assert_array_equal(U, sequential(fine, u0, N, G)[rows])
-    said = [line for line in lines if "stepping sequentially instead" in line]
-    assert len(said) == len(lines) == (1 if COMM.rank == 0 else 0)
+    said = [line for line in log_lines if "stepping sequentially instead" in line]
+    assert len(said) == len(log_lines) == (1 if COMM.rank == 0 else 0)
     assert all(result.message in line and "state" in line for line in said)
     if "nan" in trouble or trouble == "raises":
         with pytest.raises(SolverFailure):
@@ -596,7 +596,7 @@ def test_fallback_with_guesses(storage):
     t = np.arange(N + 1) / 5
     options = dict(coarsening=4, storage=storage, on_divergence="serial")
     propagators = [Newton(t, 30, True), Bad(t[::4], False)]
-    solver = MGRIT(propagators, N, options=options, comm=COMM, printer=lambda line: None)
+    solver = MGRIT(propagators, N, options=options, comm=COMM)
     lo, hi = solver.levels[0].lo, solver.levels[0].hi
     rows = np.array([lo, *(lo + c_rows(solver))]) if storage == "C" else np.arange(lo, hi + 1)
     U = guess([1.5, -1.0], N)[rows]
@@ -886,7 +886,7 @@ U[0] = 1
 assert MGRIT(propagators, 64, options={"coarsening": 4, "rtol": 1e-12}).solve(U).converged
 assert abs(U[-1, 0] - (1 + 1 / 64) ** -64) < 1e-12
 assert two_level_estimate([64 / 65], [64 / 68], 4, 16, "FCF", tolerance=1e-8).converges
-assert check(propagators, 64, np.ones(1), coarsening=4, printer=lambda line: None).passed
+assert check(propagators, 64, np.ones(1), coarsening=4).passed
 """
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("OMPI_", "PMIX", "ORTE", "PMI"))}
     environment |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}

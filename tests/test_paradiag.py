@@ -29,6 +29,7 @@ from pint_fem.propagators import LinearPropagator
 from pint_fem.sweeps.sweeps import Sweeps
 from tests.cavity import cavity
 from tests.heat import heat, point_and_direction
+from tests.logs import logged
 
 ALONE = dict(comm=MPI.COMM_SELF)
 
@@ -38,13 +39,11 @@ def posed_heat(st, *, n=6, **given):
     return heat(mesh, **({"steps": 22, "dt": 0.01} | given))
 
 
-def functional(evolution, st, *, printer=print, **parameters):
+def functional(evolution, st, **parameters):
     u = evolution.u
     linear = (sum(f[0] for f in split(u)[:1]) if u.ufl_shape else u) * dx
     misfits = [pf.RunningMisfit(inner(u, u) * dx + linear), pf.TerminalMisfit(5 * inner(u, u) * dx)]
-    return pf.TimeParallelReducedFunctional(
-        evolution, misfits, spacetime=st, solver_parameters=parameters, printer=printer
-    )
+    return pf.TimeParallelReducedFunctional(evolution, misfits, spacetime=st, solver_parameters=parameters)
 
 
 def paradiag(**options):
@@ -231,21 +230,20 @@ def test_choice_by_theory():
         (posed_heat(st, n=2, steps=6), MGRITOptions, "auto: serial, 6 steps are too few"),
     )
     for ev, kind, words in cases:
-        lines = []
-        rf = functional(ev, st, printer=lines.append, time_solver="auto", mgrit={"rtol": 1e-6})
+        with logged() as lines:
+            rf = functional(ev, st, time_solver="auto", mgrit={"rtol": 1e-6})
         assert type(rf.problem.sweeps.options) is kind
         assert rf.problem.sweeps.options.rtol == 1e-6
         assert len(lines) == (MPI.COMM_WORLD.rank == 0)
         assert all(words in line for line in lines)
 
 
-def test_theory_is_printed_before_the_first_solve():
+def test_theory_is_printed_before_the_first_solve(log_lines):
     """With a monitor; modes that grow beyond ``1/alpha`` warn in any case."""
     st = pf.SpaceTime("1x1", **ALONE)
-    lines = []
-    rf = functional(cavity(st.space_comm, n=3, steps=8), st, printer=lines.append, **paradiag(monitor=True))
+    rf = functional(cavity(st.space_comm, n=3, steps=8), st, **paradiag(monitor=True))
     rf(rf.controls[0].control)
-    assert lines[0].startswith("theory: an iteration of ParaDiag contracts by 0.0001")
+    assert log_lines[0].startswith("theory: an iteration of ParaDiag contracts by 0.0001")
 
 
 def test_options_from_the_database():

@@ -13,6 +13,7 @@ from pint_fem.mgrit import MGRIT, SolverFailure, split_steps
 from pint_fem.paradiag import AlphaCirculant, ParaDiag, ParaDiagOptions, shifted_factors, shifts
 from pint_fem.paradiag.distribution import TimeTransposes, own_frequencies
 from pint_fem.theory import contraction, dirk_stability
+from tests.logs import logged
 from tests.stepping import sequential
 
 G = 1 - 1 / np.sqrt(2)
@@ -219,9 +220,9 @@ def test_growing_modes():
     bad = Linear(np.diag([1.5, 0.5]))  # alpha lam^N = 1107: 1107/1106 of the error remains
     result = ParaDiag(bad, nsteps, bad.solve, options=dict(max_it=7)).solve(U)
     assert result.reason in ("max_it", "stagnated")
-    lines = []
     options = dict(max_it=7, on_divergence="serial")
-    result = ParaDiag(bad, nsteps, bad.solve, options=options, printer=lines.append).solve(U)
+    with logged() as lines:
+        result = ParaDiag(bad, nsteps, bad.solve, options=options).solve(U)
     assert result.reason == "serial"
     assert np.array_equal(U, sequential(bad, np.ones(2), nsteps))
     assert "stepping sequentially instead" in lines[0]
@@ -250,14 +251,15 @@ def test_failures_reach_every_rank():
 
 def test_interface_is_that_of_mgrit(tmp_path):
     """Monitor, view, trace, errors for arrays that do not fit; the solution is MGRIT's."""
-    nsteps, lam, lines = 64, np.diag([0.9, 0.99, 0.2]), []
+    nsteps, lam = 64, np.diag([0.9, 0.99, 0.2])
     u0, g = problem(nsteps, 3)
     U, V = np.zeros((nsteps + 1, 3)), np.zeros((nsteps + 1, 3))
     U[0] = V[0] = u0
     trace = tmp_path / "trace.json"
     options = dict(monitor=True, view=True, rtol=1e-12, trace=str(trace))
-    solver = ParaDiag(Linear(lam), nsteps, Linear(lam).solve, options=options, printer=lines.append, name="state")
-    result = solver.solve(U, g)
+    solver = ParaDiag(Linear(lam), nsteps, Linear(lam).solve, options=options, name="state")
+    with logged() as lines:
+        result = solver.solve(U, g)
     assert isinstance(result, SolveResult)
     assert lines[0].startswith("ParaDiag 'state': 64 steps on 1 time rank, alpha 0.0001")
     assert sum("residual" in line for line in lines) == result.cycles + 1

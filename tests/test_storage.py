@@ -37,7 +37,6 @@ def functional(st, storage, kinds="running+sensors", *, parameters=None, steps=S
         regularisation=0.1 * ev.control**2 * dx,
         spacetime=st,
         solver_parameters={"mgrit": mgrit, **(parameters or {})},
-        printer=lambda line: None,
     )
 
 

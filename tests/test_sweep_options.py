@@ -17,6 +17,7 @@ from pint_fem.sweeps.checking import check_sweeps
 from pint_fem.sweeps.krylov import AcceleratedSweep
 from pint_fem.sweeps.mass_norm import MassNorm
 from pint_fem.sweeps.sweeps import Sweeps
+from tests.logs import logged
 from tests.test_reduced_functional import functional, point_and_direction
 
 
@@ -180,22 +181,19 @@ def test_trace_of_all_sweeps(tmp_path_factory):
 
 
 @pytest.mark.parallel([1, 2])
-def test_stepping_instead_where_cycles_do_not_converge():
+def test_stepping_instead_where_cycles_do_not_converge(log_lines):
     """A coarse midpoint rule does not damp: an error by default, the sequential solution with the option."""
-    lines = []
     st, common = pf.SpaceTime(), dict(tableau="midpoint", coarsening=2, relax="F", levels=2, max_it=3, rtol=1e-13)
     rf = functional(st, **common)
     m = point_and_direction(rf)[0]
     with pytest.raises(DivergedError, match=r"state sweep: MGRIT (max_it|diverged|stagnated): .*serial"):
         rf(m)
     rf = functional(st, on_divergence="serial", **common)
-    for solver in (rf.problem.sweeps.solvers.state, rf.problem.sweeps.solvers.adjoint):
-        solver.printer = lines.append
     alone = functional(pf.SpaceTime("1x1", comm=MPI.COMM_SELF), tableau="midpoint", levels=1)
     assert rf(point_and_direction(rf)[0]) == pytest.approx(alone(point_and_direction(alone)[0]), rel=1e-13)
     assert rf.problem.sweeps.results[-1][1].reason == "serial"
     if MPI.COMM_WORLD.rank == 0:
-        assert "stepping sequentially instead" in "".join(lines)
+        assert "stepping sequentially instead" in "".join(log_lines)
 
 
 def test_options_from_the_database():
@@ -236,9 +234,8 @@ def test_view_says_memory():
 @pytest.mark.parallel([1, 2])
 def test_propagators_pass_the_check():
     """The solver's own check of user code, on all levels; a wrong adjoint fails it. On one rank, not linear."""
-    lines, linear = [], MPI.COMM_WORLD.size == 2
+    linear = MPI.COMM_WORLD.size == 2
     rf = functional(pf.SpaceTime(), linear=linear, steps=10, n=3, levels=2, coarsening=2, tableau="BE")
-    rf.problem.sweeps.solvers.printer = lines.append
     report = check_sweeps(rf.problem.sweeps)
     report.raise_if_failed()
     assert any("adjoint against tangent" in line and "passed" in line for line in report.lines)
@@ -254,12 +251,9 @@ def test_propagators_pass_the_check():
 def test_theory_is_printed_before_the_first_solve():
     """With a monitor; a coarse level that does not damp warns in any case."""
     for options, words in ((dict(view=True), "theory, levels 0 and 1"), (dict(tableau="midpoint"), "warning, levels")):
-        lines = []
         rf = functional(pf.SpaceTime(), rtol=1e-2, max_it=60, dtol=1e30, on_divergence="serial", **options)
-        rf.problem.sweeps.solvers.printer = lines.append
-        for solver in (rf.problem.sweeps.solvers.state, rf.problem.sweeps.solvers.adjoint):
-            solver.printer = lines.append
-        rf(point_and_direction(rf)[0])
+        with logged() as lines:
+            rf(point_and_direction(rf)[0])
         text = "".join(lines)
         assert (words in text) == (MPI.COMM_WORLD.rank == 0)
         if "tableau" in options and MPI.COMM_WORLD.rank == 0:
@@ -303,12 +297,10 @@ def test_the_first_rank_of_all_speaks():
     """Monitor lines of state and adjoint, which runs on the reversed communicator; also with two ranks in space."""
     size = MPI.COMM_WORLD.size
     for grid in {1: ["1x1"], 2: ["1x2", "2x1"]}[size]:
-        lines = []
         rf = functional(pf.SpaceTime(grid), rtol=1e-2, monitor=True)
-        for solver in (rf.problem.sweeps.solvers.state, rf.problem.sweeps.solvers.adjoint):
-            solver.printer = lines.append
-        rf(point_and_direction(rf)[0])
-        rf.derivative()
+        with logged() as lines:
+            rf(point_and_direction(rf)[0])
+            rf.derivative()
         spoken = {line.split()[0] for line in lines if "residual" in line}
         assert spoken == ({"state", "adjoint"} if MPI.COMM_WORLD.rank == 0 else set())
 
