@@ -18,7 +18,6 @@ from firedrake import (
     SpatialCoordinate,
     TestFunction,
     TrialFunction,
-    UnitSquareMesh,
     assemble,
     dx,
     exp,
@@ -35,6 +34,7 @@ from problems.heat_source import heat_source
 from problems.serial_minimise import minimise
 from problems.serial_pyadjoint import serial_heat_source
 from tests.heat_readings import some_readings
+from tests.meshes import square
 
 STEPS, DT = 9, 0.02
 
@@ -91,7 +91,7 @@ def test_opponent_descends(tmp_path):
 
 def test_nonlinear():
     """Conductivity that depends on state and control, through Newton's method on every step."""
-    mesh = UnitSquareMesh(5, 5, comm=COMM_SELF)
+    mesh = square(5, COMM_SELF)
     V = FunctionSpace(mesh, "CG", 1)
     x, y = SpatialCoordinate(mesh)
     u, v, q = Function(V), TestFunction(V), Function(V)
@@ -141,7 +141,7 @@ def test_nonlinear():
 def test_one_control_a_step():
     """The tape has a control for each step, ours is one function of space and time."""
     spacetime = pf.SpaceTime("1x1", comm=COMM_SELF)
-    mesh = UnitSquareMesh(5, 5, comm=spacetime.space_comm)
+    mesh = square(5, spacetime.space_comm)
     V, Q = FunctionSpace(mesh, "CG", 1), FunctionSpace(mesh, "DG", 0)
     x, y = SpatialCoordinate(mesh)
     u, v, w, q = Function(V), TestFunction(V), TrialFunction(V), Function(Q)

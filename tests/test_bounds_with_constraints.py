@@ -28,7 +28,7 @@ def posed(seed, nonlinear=False):
     return problem, np.linspace(0.5, 2, N), normals
 
 
-@pytest.mark.parallel([1, 2])
+@pytest.mark.parallel([1, 3])
 @pytest.mark.parametrize("nonlinear", [False, True])
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @time_limit(60)

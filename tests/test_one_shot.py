@@ -344,7 +344,7 @@ def test_bad_options_are_refused(name, value):
 # --- several processes -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parallel([1, 2])
+@pytest.mark.parallel([1, 3])
 def test_processes_take_the_same_path():
     """A distributed design, replicated solvers: the records agree, and the optimum is that of one process."""
     comm = MPI.COMM_WORLD

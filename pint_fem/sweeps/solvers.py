@@ -7,11 +7,11 @@ from functools import cached_property, partial
 
 import numpy as np
 
-from pint_fem.kernels.arrays import own_size
 from pint_fem.all_at_once.trace import Trace, check_trace_file
 from pint_fem.capacity import require_memory
 from pint_fem.collective import collectively
 from pint_fem.evolution.evolution import Evolution
+from pint_fem.kernels.arrays import own_size
 from pint_fem.kernels.garbage import Dropped
 from pint_fem.mgrit.options import MGRITOptions
 from pint_fem.mgrit.solver import MGRIT
