@@ -155,7 +155,7 @@ bench: env
 	@$(RUN) -m tests.benchmarks.bench --out results/bench $(ARGS)
 
 scaling: env
-	@$(RUN) -m pint_fem.scaling report --ranks $(SCALING_RANKS) --out results/scaling $(ARGS)
+	@$(RUN) -m tests.benchmarks.scaling report --ranks $(SCALING_RANKS) --out results/scaling $(ARGS)
 
 lint: env
 	@$(RUN) -m ruff check . && $(RUN) -m ruff format --check pint_fem && $(RUN) -m mypy

@@ -74,7 +74,7 @@ def main():
         "heat-source",
         solver=solver,
         steps=opts.steps,
-        known=opts.mesh is None and opts.integrator == "SDIRK2",
+        calibrated=opts.mesh is None and opts.integrator == "SDIRK2",
     )
     spacetime = SpaceTime(grid)
     output_folder(opts.out)

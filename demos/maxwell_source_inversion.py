@@ -80,7 +80,7 @@ def main():
         f"maxwell-{opts.regime}",
         solver=solver,
         steps=opts.steps or given.steps,
-        known=(opts.cells, opts.degree, opts.integrator) == (16, 2, None),
+        calibrated=(opts.cells, opts.degree, opts.integrator) == (16, 2, None),
     )
     spacetime = SpaceTime(grid)
     opts.out = opts.out or Path("results") / f"maxwell_{opts.regime}"

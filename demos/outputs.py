@@ -9,7 +9,7 @@ from mpi4py import MPI
 
 from pint_fem.collective import collectively, on_first_rank
 from pint_fem.errors import InputError
-from pint_fem.files import checked_folder, naming
+from pint_fem.files import as_input_error, checked_folder
 
 __all__ = ["Outputs", "output_folder"]
 
@@ -41,7 +41,7 @@ class Outputs:
         """Call ``work(*args)`` on every rank (collective); ``what`` names its files where it does not do so itself."""
 
         def guarded():
-            with naming(f"{what} cannot be written"):
+            with as_input_error(f"{what} cannot be written"):
                 work(*args)
 
         try:

@@ -1,7 +1,7 @@
-"""Running a program on many ranks: arguments, errors as one line, progress, quiet waiting.
+"""Programs on many ranks: their arguments, errors as one line, a status line, and waiting without load.
 
-Bad input raises :class:`~pint_fem.errors.InputError`, on every rank alike; :func:`run` prints it once and every rank
-exits with status 2. Import this before Firedrake.
+Bad input raises :class:`~pint_fem.errors.InputError` on every rank; :func:`run` prints it once and every rank exits
+with status 2. This module has to be imported before Firedrake.
 """
 
 from __future__ import annotations
@@ -15,29 +15,28 @@ import traceback
 from collections.abc import Callable, Sequence
 
 from mpi4py import MPI
-from rich.console import Console
 
-from pint_fem.errors import InputError
+from pint_fem.errors import InputError, SolverFailure
 from pint_fem.petsc_options.spelling import PREFIXES, nearest, refuse_near_misses
 
 __all__ = ["ProgramParser", "Progress", "file_name", "positive", "run", "wait_quietly"]
 
-# the program's own options are in PETSc's database too: they are not left over
+# the program's own options are in PETSc's database, too, which would report them as unused
 os.environ.setdefault("PETSC_OPTIONS", "-options_left no")
 
 
 class ProgramParser(argparse.ArgumentParser):
-    """``argparse`` that raises :class:`InputError` instead of printing and exiting on every rank.
+    """A parser of arguments that raises :class:`InputError` instead of printing and exiting on every rank.
 
-    Options with one dash (``-mgrit_rtol 1e-6``, ``-pint_ksp_view``) are PETSc's and stay in its database; those that
-    are nearly the program's own or this package's are refused.
+    Options with one dash (``-mgrit_rtol 1e-6``, ``-pint_ksp_view``) are PETSc's and stay in its database; those whose
+    spelling is close to an option of the program or of this package are refused.
 
     Parameters
     ----------
     petsc
-        Whether the program reads PETSc's options; without, all options with one dash are refused.
+        Whether the program reads PETSc's options; otherwise all options with one dash are refused.
     **kwargs
-        See :class:`argparse.ArgumentParser`.
+        As for :class:`argparse.ArgumentParser`.
     """
 
     def __init__(self, *, petsc: bool = True, **kwargs):
@@ -48,11 +47,21 @@ class ProgramParser(argparse.ArgumentParser):
         self.add_argument("-h", "--help", action="store_true", help="show this and exit")
 
     def error(self, message: str):
-        """Raise instead of exiting."""
+        """Raise :class:`InputError` with the message, where ``argparse`` exits."""
         raise InputError(message)
 
     def read(self, arguments: Sequence[str] | None = None) -> argparse.Namespace:
-        """Parse.
+        """Parse arguments.
+
+        Parameters
+        ----------
+        arguments
+            Words of the command line; default: the program's.
+
+        Returns
+        -------
+        argparse.Namespace
+            Values by the names of the options.
 
         Raises
         ------
@@ -61,11 +70,12 @@ class ProgramParser(argparse.ArgumentParser):
         SystemExit
             After ``--help``.
         """
-        options, rest = self.parse_known_args(arguments)
-        if options.help:
+        words = sys.argv[1:] if arguments is None else list(arguments)
+        if {"-h", "--help"} & set(words):
             if MPI.COMM_WORLD.rank == 0:
                 self.print_help()
             raise SystemExit(0)
+        options, rest = self.parse_known_args(words)
         known, previous_is_petsc = list(self._option_string_actions), False
         for word in rest:
             is_petsc = word.startswith("-") and not word.startswith("--") and word[1:2].isalpha()
@@ -82,11 +92,11 @@ class ProgramParser(argparse.ArgumentParser):
         return options
 
     def _check_one_dash(self, word: str, known: Sequence[str]) -> None:
-        """Refuse an option with one dash that the program has with two, or that nothing reads."""
+        """Refuse an option with one dash that the program has with two dashes, or that nothing reads."""
         name = word[1:]
         own = [name, name.partition("_")[2]] if not self._petsc else [name]
         near = [found for n in own if n and (found := nearest(f"--{n}".replace("_", "-"), known, int(len(n) > 3)))]
-        if near and name != "help":  # PETSc has one, too
+        if near and name != "help":  # PETSc has an option of that name, too
             raise InputError(f"unknown argument {word!r}: did you mean {near[0]}?")
         if not self._petsc:
             raise InputError(f"unknown argument {word!r}: this program has no options of PETSc's; see --help")
@@ -94,7 +104,7 @@ class ProgramParser(argparse.ArgumentParser):
 
 
 def positive(kind: type, *, zero: bool = False) -> Callable[[str], float]:
-    """An ``argparse`` type for positive numbers (``zero``: or zero)."""
+    """A type for ``argparse``: positive numbers of a kind, ``int`` or ``float``, and zero where ``zero`` is set."""
 
     def convert(text: str):
         try:
@@ -109,22 +119,30 @@ def positive(kind: type, *, zero: bool = False) -> Callable[[str], float]:
 
 
 def file_name(text: str) -> str:
-    """An ``argparse`` type for names of files: an empty one, as of a shell's unset variable, is refused."""
+    """A type for ``argparse``: names of files, which must not be empty as from an unset variable of a shell."""
     if not text.strip():
         raise argparse.ArgumentTypeError("the name of the file is empty: give one, or leave the option out")
     return text
 
 
 def run(main: Callable[[], None], comm=MPI.COMM_WORLD) -> None:
-    """Call ``main`` on every rank and exit: status 0, 2 after bad input (one line on stderr), 1 after a failure.
+    """Call ``main`` on every rank and exit.
 
-    An error, an exit or an interrupt that not every rank meets ends the others too: no rank is left waiting.
+    The status is 0, 2 after bad input (with one line on stderr), 130 after an interrupt, and 1 after another failure.
+    An exception that not every rank meets ends the others, too: no rank is left waiting.
+
+    Parameters
+    ----------
+    main
+        The program, without arguments.
+    comm
+        Its ranks.
     """
     try:
         main()
         code = 0
     except InputError as error:
-        code = _leave(comm, 2, f"error: {' '.join(str(error).split())}\n")
+        code = _leave(comm, 2, f"error: {_one_line(error)}\n")
     except SystemExit as stop:
         text = "" if isinstance(stop.code, int | None) else f"error: {stop.code}\n"
         code = _leave(comm, 1 if text else stop.code or 0, text)
@@ -134,22 +152,25 @@ def run(main: Callable[[], None], comm=MPI.COMM_WORLD) -> None:
             comm.Abort(130)
         code = _leave(comm, 130, "interrupted\n")
     except BaseException as error:
-        lines = traceback.format_exc() if os.environ.get("PINT_FEM_TRACEBACK") or not _expected(error) else ""
-        code = _leave(comm, 1, f"{lines}error: {type(error).__name__}: {' '.join(str(error).split())}\n")
+        lines = traceback.format_exc() if os.environ.get("PINT_FEM_TRACEBACK") or not _is_expected(error) else ""
+        code = _leave(comm, 1, f"{lines}error: {type(error).__name__}: {_one_line(error)}\n")
     sys.stdout.flush()
     sys.exit(code)
 
 
-def _expected(error: BaseException) -> bool:
-    """Whether the message alone says what happened."""
-    from pint_fem.all_at_once.stopping import SolverFailure
-    from pint_fem.optimize.trust_region.newton_cg import NonFiniteError
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
+def _is_expected(error: BaseException) -> bool:
+    """Whether the message of an exception is enough to understand it."""
+    from pint_fem.optimize import NonFiniteError
 
     return isinstance(error, (SolverFailure, NonFiniteError))
 
 
 def _leave(comm, code: int, text: str) -> int:
-    """Print once if all ranks have come here; abort the run if some have not after 20 s."""
+    """Print once if all ranks call this; abort the run if some have not after 20 s."""
     request, start = comm.Ibarrier(), time.monotonic()
     while not request.Test():
         if time.monotonic() - start > 20:
@@ -164,31 +185,38 @@ def _leave(comm, code: int, text: str) -> int:
 
 
 def wait_quietly(comm) -> None:
-    """A barrier that sleeps: ranks that wait for another's long serial work leave it the cores."""
+    """Wait for all ranks without using a core, while another rank does long serial work (collective)."""
     request = comm.Ibarrier()
     while not request.Test():
         time.sleep(0.02)
 
 
 class Progress:
-    """A status line on the first rank's terminal; nothing when that is no terminal."""
+    """A status line on the first rank's terminal; nothing where stderr is no terminal.
+
+    Parameters
+    ----------
+    is_root
+        Whether this rank shows it.
+    """
 
     def __init__(self, is_root: bool):
-        self.console = Console(stderr=True)
-        self._status = self.console.status("starting") if is_root and self.console.is_terminal else None
+        self._status = None
+        if is_root and sys.stderr.isatty():
+            from rich.console import Console
+
+            self._status = Console(stderr=True).status("starting")
 
     def __enter__(self):
-        """Start."""
         if self._status:
             self._status.start()
         return self
 
     def __exit__(self, *exc):
-        """Stop."""
         if self._status:
             self._status.stop()
 
     def __call__(self, text: str) -> None:
-        """Show ``text``."""
+        """Show a text."""
         if self._status:
             self._status.update(text)

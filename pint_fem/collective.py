@@ -1,185 +1,244 @@
-"""One rule for what ranks do together: where it fails on one rank it fails on all, and what they are given is the same.
+"""Collective decisions and failures: what one rank finds is decided, and what one rank raises is raised, on all ranks.
 
-A rank that raises in the middle of communicating work leaves the others waiting for ever, and so does one that decides
-otherwise than they do. All functions here but :func:`reported` are collective over the communicator that they take:
-every rank calls them, in the same order, and gets the same answer. They need mpi4py and numpy only.
-:mod:`pint_fem.agreement` has the decisions and the arguments.
+A rank that raises in the middle of work that communicates leaves the others waiting for ever, and so does one that
+takes another decision. Every function here is collective over the communicator that it is given: all its ranks call it,
+in the same order, and get the same answer, or an exception each.
 
-Four kinds of failure are kept apart. A *numerical* one (:func:`pint_fem.errors.is_numerical`) becomes
-:class:`~pint_fem.errors.SolverFailure` on all ranks, which an optimiser may answer by another trial point. A user's
-*input* that does not fit becomes :class:`~pint_fem.errors.InputError` on all ranks. A *mistake*, any other exception,
-is raised as it is where it happened and as ``RuntimeError`` elsewhere; it is never answered, only reported. An *exit*
-(``SystemExit``, ``KeyboardInterrupt``) is one on all ranks. Where ranks fail differently, an exit comes first, then a
-mistake, an input, a numerical failure. The first exception is the ``__cause__`` of what is raised, on all ranks where
-it can be pickled.
+* :func:`any_rank`, :func:`all_ranks`: whether a condition holds on any, or on every, rank;
+* :func:`consistent_across_ranks`: the latter, and whether small integers are equal on all ranks;
+* :func:`require_same`: refuses arguments that differ between ranks;
+* :func:`raise_collectively`: raises on all ranks what was raised on some;
+* :func:`collectively`: calls a function on all ranks and raises on all of them what it raises on some;
+* :func:`on_first_rank`: calls a function on rank 0 and returns its result on all ranks;
+* :func:`ending_all_ranks`: ends the run where one rank exits by itself.
+
+If rank 3 raises an exception, the others raise one of the same kind, with that of rank 3 as its ``__cause__`` where it
+can be pickled. Where ranks fail differently, the first kind of this table is raised:
+
+=========  ===============================================================  =================  =================
+kind       exceptions                                                       raised on rank 3   on the others
+=========  ===============================================================  =================  =================
+exit       ``SystemExit``, ``KeyboardInterrupt``                            itself             the same class
+mistake    any other                                                        itself             ``RuntimeError``
+input      :class:`~pint_fem.errors.InputError`                             ``InputError``     ``InputError``
+numerical  those for which :func:`~pint_fem.errors.is_numerical` is true    ``SolverFailure``  ``SolverFailure``
+=========  ===============================================================  =================  =================
+
+A NaN raises nothing by itself: the solvers of :mod:`pint_fem.all_at_once` carry it to all ranks in their norms, and all
+of them raise :class:`~pint_fem.errors.SolverFailure` with the sweep, level and step where it arose.
 """
 
 from __future__ import annotations
 
-import itertools
-import pickle
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
-from pint_fem.agreement import all_ranks, any_rank, require_same
-from pint_fem.errors import FAILURES, InputError, SolverFailure, causes, is_numerical
+import numpy as np
+from mpi4py import MPI
+
+from pint_fem.digests import describe, digest
+from pint_fem.errors import FAILURES, FailureKind, FailureReport, InputError, SolverFailure
 
 __all__ = [
-    "Report",
     "all_ranks",
     "any_rank",
     "collectively",
+    "consistent_across_ranks",
     "ending_all_ranks",
     "on_first_rank",
+    "raise_collectively",
     "raise_report",
-    "raise_together",
-    "reported",
     "require_same",
 ]
 
 
-# -- failures ----------------------------------------------------------------------------------------------------------
-class Report(NamedTuple):
-    """A failure as other ranks get it.
-
-    Attributes
-    ----------
-    kind : int
-        The smaller, the sooner a failure is reported: an exit, a mistake, an input, a numerical failure.
-    text : str
-        What happened; with the exception's type where its message does not stand alone.
-    pickled : tuple of bytes
-        The exception, its cause, the cause's cause and so on, as far as they can be pickled.
-    trace : str
-        Where a mistake was raised, which pickling loses.
-    """
-
-    kind: int
-    text: str
-    pickled: tuple[bytes, ...] = ()
-    trace: str = ""
-
-    @property
-    def is_numerical(self) -> bool:
-        """Whether an optimiser may answer the failure by another trial point."""
-        return self.kind == _NUMERICAL
-
-    def cause(self) -> BaseException:
-        """The exception with its causes; ``RuntimeError`` with its text where it cannot be unpickled on this rank."""
-        found = []
-        for pickled in self.pickled:
-            try:
-                found.append(pickle.loads(pickled))
-            except FAILURES:  # its class is not there, or raises
-                break
-        for error, cause in itertools.pairwise(found):
-            error.__cause__ = cause
-        first = found[0] if found else RuntimeError(self.text)
-        if self.trace:
-            first.add_note(f"there:\n{self.trace}")
-        return first
-
-
-_EXIT, _MISTAKE, _INPUT, _NUMERICAL = range(4)
-
-
-def _kind(error: BaseException) -> int:
-    if not isinstance(error, Exception):  # SystemExit, KeyboardInterrupt
-        return _EXIT
-    if is_numerical(error):
-        return _NUMERICAL
-    return _INPUT if isinstance(error, InputError) else _MISTAKE
-
-
-def reported(error: BaseException, text: str | None = None) -> Report:
-    """An exception as other ranks get it; this never fails, whatever the exception's own methods do.
-
-    Parameters
-    ----------
-    error
-        The exception.
-    text
-        What happened; default: the exception's message.
-
-    Returns
-    -------
-    Report
-    """
-    name, pickled = type(error).__name__, []
-    try:
-        kind, said = _kind(error), str(error)
-        trace = "".join(traceback.format_exception(error)) if kind == _MISTAKE else ""
-    except FAILURES as failure:  # others would wait for the report for ever
-        kind = _MISTAKE if isinstance(error, Exception) else _EXIT
-        said, trace = f"its message cannot be had, {type(failure).__name__}", ""
-    for one in causes(error):
-        try:
-            data = pickle.dumps(one)
-            pickle.loads(data)
-        except FAILURES:  # it takes other arguments than it passes on, holds what cannot be pickled, or raises
-            break
-        pickled.append(data)
-    if text is None:
-        plain = kind == _INPUT or isinstance(error, SolverFailure)  # their messages stand alone
-        text = said if plain else f"{name}: {said}"
-    return Report(kind, text, tuple(pickled), trace)
-
-
-def raise_report(comm, report: Report, message: str, here: BaseException | None = None) -> NoReturn:
-    """Raise what a report says; all ranks of the communicator call it with the same report.
+# -- decisions and arguments -------------------------------------------------------------------------------------------
+def any_rank(comm, condition: Any) -> bool:
+    """Whether a condition holds on any rank.
 
     Parameters
     ----------
     comm
-        Communicator of the ranks.
+        Communicator of the ranks that act on the answer.
+    condition
+        Truth value on this rank; any object that has one.
+
+    Returns
+    -------
+    bool
+        The same on every rank.
+
+    Raises
+    ------
+    InputError
+        On every rank, if the condition has no truth value on any (an array of several entries has none).
+    """
+    vote, error = _vote(condition)
+    return not _all_votes(comm, vote if error is not None else 1 - vote, error)
+
+
+def all_ranks(comm, condition: Any) -> bool:
+    """Whether a condition holds on every rank.
+
+    Parameters
+    ----------
+    comm, condition
+        As for :func:`any_rank`, with the same errors.
+
+    Returns
+    -------
+    bool
+        The same on every rank.
+    """
+    return _all_votes(comm, *_vote(condition))
+
+
+def consistent_across_ranks(comm, condition: Any, *values: tuple[int, ...] | None) -> bool:
+    """Whether a condition holds on every rank and values are equal on all ranks, in one reduction.
+
+    Parameters
+    ----------
+    comm
+        Communicator of the ranks that act on the answer.
+    condition
+        Truth value on this rank.
+    *values
+        As many on every rank: tuples of integers or truth values, or ``None`` where a rank has nothing to compare.
+
+    Returns
+    -------
+    bool
+        The same on every rank.
+
+    Raises
+    ------
+    InputError
+        On every rank, if the condition has no truth value on any.
+    """
+    return _all_votes(comm, *_vote(condition), *values)
+
+
+_NO_TRUTH = -1
+"""The vote of a rank whose condition has no truth value; the least of all votes."""
+
+
+def _vote(condition) -> tuple[int, Exception | None]:
+    """A condition as 0 or 1, or the exception of its truth value, which raised here would leave others waiting."""
+    try:
+        return int(bool(condition)), None
+    except Exception as error:
+        return _NO_TRUTH, error
+
+
+def _all_votes(comm, vote: int, error: Exception | None, *values: tuple[int, ...] | None) -> bool:
+    """Whether all votes are 1 and values are equal, by one minimum: ``min h = max h = ~(min ~h)`` for equal hashes."""
+    if comm.size == 1 and error is None:
+        return bool(vote)
+    numbers, absent = [vote], np.iinfo(np.int64).max
+    for value in values:
+        number = None if value is None else hash(value) >> 1
+        numbers += [absent, absent] if number is None else [number, ~number]
+    least = np.array(numbers, dtype=np.int64)
+    if comm.size > 1:
+        comm.Allreduce(MPI.IN_PLACE, least, op=MPI.MIN)
+    if least[0] == _NO_TRUTH:
+        where = "a condition" if error is not None else "a condition on another rank"
+        raise InputError(f"{where} is neither true nor false: give a truth value") from error
+    return bool(least[0]) and all(a == absent or a == ~b for a, b in least[1:].reshape(-1, 2))
+
+
+def require_same(comm, **given: Any) -> None:
+    """Refuse arguments that differ between ranks; one small reduction where they do not.
+
+    Parameters
+    ----------
+    comm
+        Communicator of the ranks that use the arguments collectively.
+    **given
+        Values by name, as :func:`pint_fem.digests.digest` takes them; a name may be absent on some ranks.
+
+    Raises
+    ------
+    InputError
+        On every rank, naming the first value that differs, with what ranks were given.
+    """
+    if comm.size == 1:
+        return
+    mine = digest(given)
+    ends = np.array([mine, ~mine])
+    comm.Allreduce(MPI.IN_PLACE, ends, op=MPI.MIN)
+    if ends[0] == ~ends[1]:
+        return
+    on_ranks = comm.allgather({name: (digest(value), describe(value)) for name, value in _flat(given).items()})
+    names = dict.fromkeys(name for values in on_ranks for name in values)
+    name = next(name for name in names if len({values.get(name, (None,))[0] for values in on_ranks}) > 1)
+    shown = [f"rank {r}: {values[name][1] if name in values else 'not given'}" for r, values in enumerate(on_ranks[:4])]
+    raise InputError(f"{name} is not the same on all ranks ({'; '.join(shown)}): give every rank the same")
+
+
+def _flat(given: Mapping) -> dict[str, Any]:
+    """Entries of nested mappings, named by the path to them; the name ``given`` is left out of it."""
+    out: dict[str, Any] = {}
+    for name, value in given.items():
+        inner = isinstance(value, Mapping) and len(value)
+        out |= _flat({k if name == "given" else f"{name} {k}": v for k, v in value.items()}) if inner else {name: value}
+    return out
+
+
+# -- failures ----------------------------------------------------------------------------------------------------------
+def raise_report(comm, report: FailureReport, message: str, here: BaseException | None = None) -> NoReturn:
+    """Raise a failure that all ranks have the report of.
+
+    Parameters
+    ----------
+    comm
+        Communicator of the ranks; all call this with the same report.
     report
-        The failure that all of them raise.
+        The failure.
     message
-        Of what is raised where the exception itself is not.
+        Message of the exception that is raised in place of the reported one.
     here
-        The exception on the ranks that have met the failure, ``None`` on the others.
+        The exception on the ranks where it was raised, ``None`` on the others.
 
     Raises
     ------
     SolverFailure, InputError, RuntimeError, SystemExit, KeyboardInterrupt
         By the kind of the report, with the exception as its cause.
     BaseException
-        The exception itself where it is a mistake or an exit and was met here.
+        ``here`` itself where it is a mistake or an exit.
     """
-    if here is not None and report.kind in (_EXIT, _MISTAKE):
-        raise _shared(comm, here)
+    if here is not None and report.kind < FailureKind.INPUT:
+        raise _mark_shared(comm, here)
     cause = report.cause() if here is None else here
-    if report.kind == _EXIT:
-        made = KeyboardInterrupt(message) if isinstance(cause, KeyboardInterrupt) else SystemExit(_code(cause, message))
+    if report.kind != FailureKind.EXIT:
+        classes = {FailureKind.INPUT: InputError, FailureKind.NUMERICAL: SolverFailure}
+        error = classes.get(report.kind, RuntimeError)(message)
+    elif isinstance(cause, KeyboardInterrupt):
+        error = KeyboardInterrupt(message)
     else:
-        made = {_MISTAKE: RuntimeError, _INPUT: InputError, _NUMERICAL: SolverFailure}[report.kind](message)
-    raise _shared(comm, made) from cause
+        status = getattr(cause, "code", message)
+        error = SystemExit(0 if status is None else status)
+    raise _mark_shared(comm, error) from cause
 
 
-def _code(cause: BaseException, message: str) -> int | str:
-    """With what a rank exits because another one does: its status, and never less than a failure's reason."""
-    code = getattr(cause, "code", message)
-    return 0 if code is None else code
-
-
-def _shared(comm, error: BaseException) -> BaseException:
+def _mark_shared(comm, error: BaseException) -> BaseException:
     """Mark an exception as one that all ranks of a communicator raise."""
     error.raised_on_ranks = max(comm.size, getattr(error, "raised_on_ranks", 1))
     return error
 
 
-def raise_together(comm, error: BaseException | None, where: str = "") -> None:
-    """Raise on every rank if a rank has failed (collective).
+def raise_collectively(comm, error: BaseException | None, where: str = "") -> None:
+    """Raise on every rank if an exception is given on any, and return on all of them otherwise.
 
     Parameters
     ----------
     comm
         Communicator of the ranks that would wait for each other.
     error
-        What failed on this rank, or ``None``.
+        What was raised on this rank, or ``None``.
     where
         What was being done, for the message.
 
@@ -188,69 +247,71 @@ def raise_together(comm, error: BaseException | None, where: str = "") -> None:
     SolverFailure
         If all failures are numerical.
     InputError
-        If a rank reports an input that does not fit, and none a mistake.
+        If the first kind of failure among the ranks is an input that does not fit.
     BaseException
-        Otherwise: what failed on this rank, and on ranks where nothing did ``RuntimeError`` (``SystemExit``,
-        ``KeyboardInterrupt`` where a rank has met that) with the rank and the first exception as its cause.
+        Otherwise ``error`` itself; on ranks without one ``RuntimeError`` (``SystemExit`` or ``KeyboardInterrupt`` if
+        that is what a rank has raised), naming the rank, with the exception of that rank as its cause. If all ranks
+        fail with the same message, each raises its own exception.
     """
     if all_ranks(comm, error is None):
         return
-    mine = None if error is None else reported(error)
+    mine = None if error is None else FailureReport.of(error)
     reports = [mine] if comm.size == 1 else comm.allgather(mine)
-    failed = [rank for rank, report in enumerate(reports) if report is not None]
-    rank = min(failed, key=lambda r: reports[r].kind)
+    rank = min((r for r, report in enumerate(reports) if report is not None), key=lambda r: reports[r].kind)
     report, everywhere = reports[rank], len({r and (r.kind, r.text) for r in reports}) == 1
-    if where and error is not None and mine.kind == _MISTAKE:
+    if where and error is not None and mine.kind == FailureKind.MISTAKE:
         error.add_note(f"({where})")
     if everywhere and (not report.is_numerical or isinstance(error, SolverFailure)):
-        raise _shared(comm, error)  # all ranks have it as it is
+        raise _mark_shared(comm, error)
     place = ", ".join(part for part in (where, "" if everywhere else f"rank {rank}") if part)
-    here = error if error is not None and (comm.rank == rank or mine.kind == report.kind < _INPUT) else None
+    here = error if error is not None and (comm.rank == rank or mine.kind == report.kind < FailureKind.INPUT) else None
     raise_report(comm, report, f"{place}: {report.text}" if place else report.text, here)
 
 
 def collectively(comm, where: str, work: Callable, *args) -> Any:
-    """``work(*args)`` on all ranks; what goes wrong on one is raised on every one (collective).
+    """Call ``work(*args)`` on all ranks, and raise on every one what fails on any.
 
-    ``work`` may communicate as long as it does not fail before it has on one rank only.
+    ``work`` may communicate as long as it does not fail before that on some ranks only.
 
     Parameters
     ----------
     comm
-        Communicator of the ranks that work.
+        Communicator of the ranks.
     where
         What is being done, for the message.
     work, *args
-        What is called.
+        The function and its arguments.
 
     Returns
     -------
     object
-        What ``work`` returns.
+        What ``work`` returns on this rank.
 
     Raises
     ------
     SolverFailure, InputError, BaseException
-        As :func:`raise_together` does.
+        What ``work`` raises, on every rank, by the rules of :func:`raise_collectively`.
     """
     out = failure = None
     try:
         out = work(*args)
     except FAILURES as error:  # sys.exit and an interrupt on one rank, too, would leave the others waiting
         failure = error
-    raise_together(comm, failure, where)
+    raise_collectively(comm, failure, where)
     return out
 
 
 def on_first_rank(comm, where: str, work: Callable, *args) -> Any:
-    """``work(*args)`` on the first rank, for all of them: files of the whole run, say (collective).
+    """Call ``work(*args)`` on rank 0, which writes a file for all ranks, for instance.
 
     Parameters
     ----------
     comm
         Communicator of the ranks that wait for it.
-    where, work, *args
-        As for :func:`collectively`; ``work`` does not communicate.
+    where
+        What is being done, for the message.
+    work, *args
+        The function, which does not communicate, and its arguments.
 
     Returns
     -------
@@ -260,27 +321,22 @@ def on_first_rank(comm, where: str, work: Callable, *args) -> Any:
     Raises
     ------
     SolverFailure, InputError, BaseException
-        What ``work`` raises, on every rank as :func:`raise_together` does.
+        What ``work`` raises, on every rank, by the rules of :func:`raise_collectively`.
     """
-    return comm.bcast(collectively(comm, where, work if comm.rank == 0 else _nothing, *args))
-
-
-def _nothing(*_) -> None:
-    """What the other ranks do."""
+    return comm.bcast(collectively(comm, where, work if comm.rank == 0 else (lambda *_: None), *args))
 
 
 @contextmanager
 def ending_all_ranks(comm) -> Iterator[None]:
     """End the whole run where one rank is interrupted or exits by itself, which would leave the others waiting.
 
-    An exit that has gone through :func:`collectively` or :func:`raise_together` is raised on all ranks and passes. One
-    that has not (the interrupt of a keyboard may come between any two statements) is printed with its traceback, and
-    the run is aborted. On one rank it passes as well.
+    An exit that all ranks raise (:func:`raise_collectively`) passes, and so does any on one rank. Another one, as the
+    interrupt of a keyboard may come between any two statements, is printed with its traceback, and the run is aborted.
 
     Parameters
     ----------
     comm
-        Communicator of the ranks that work together.
+        Communicator of the ranks that work collectively.
     """
     try:
         yield

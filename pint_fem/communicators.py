@@ -1,28 +1,34 @@
-"""The communicators of process grids: split once for each communicator and grid, and used by all grids alike.
+"""Process grids of ``P = n_1 x n_2`` ranks and their communicators, which all grids of one shape share.
 
 A grid of ``P`` ranks in groups of ``n`` neighbours has an *inner* communicator (the ranks of a group), an *outer* one
 (the ranks with the same place in their groups), and both in reverse order. An MPI library has some thousands of
-communicators, and freeing one is collective. Python drops objects at other times on each rank, so nothing may be freed
-where an object dies: the groups' communicators are attributes of the communicator that they were split from, where the
-next grid of that kind finds them. They are freed with it, or by :meth:`Lease.free`, which all ranks call.
-
-This module needs mpi4py only.
+communicators, and freeing one is collective, while Python deletes objects at other times on each rank. So nothing is
+freed where an object is deleted: the communicators are stored as an attribute of the communicator that they were split
+from, where the next grid of that shape finds them. They are freed with it, or by :meth:`ProcessGrid.free`, which all
+ranks call. This module needs mpi4py and numpy only.
 """
 
 from __future__ import annotations
 
 import atexit
+import re
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
+import numpy as np
 from mpi4py import MPI
 
-from pint_fem.collective import any_rank
+from pint_fem.collective import any_rank, require_same
+from pint_fem.errors import InputError
 
-__all__ = ["Groups", "Lease"]
+if TYPE_CHECKING:
+    from typing import Self
+
+__all__ = ["GroupCommunicators", "ProcessGrid", "SharedGroups", "parse_grid"]
 
 
-class Groups:
+class GroupCommunicators:
     """Communicators of the groups of ``n`` neighbouring ranks.
 
     Parameters
@@ -32,15 +38,15 @@ class Groups:
     n
         Ranks of a group; divides ``comm.size``.
     ensemble
-        Makes something with attributes ``comm`` and ``ensemble_comm``, the inner and the outer communicator, which it
-        frees when it dies (``firedrake.Ensemble``); ``None``: they are split here.
+        ``ensemble(comm, n)`` returns an object with attributes ``comm`` and ``ensemble_comm``, the inner and the outer
+        communicator, which it frees itself (``firedrake.Ensemble``); ``None``: they are split here.
 
     Attributes
     ----------
     inner, outer, reversed_inner, reversed_outer : mpi4py communicators
     ensemble : object or None
     users : int
-        Grids of this rank that use them.
+        Number of objects on this rank that use them.
     """
 
     def __init__(self, comm, n: int, ensemble: Callable | None = None):
@@ -55,7 +61,7 @@ class Groups:
         self.reversed_outer = self.outer.Split(0, -self.outer.rank)
 
     def free(self) -> None:
-        """Free all (collective)."""
+        """Free all communicators (collective)."""
         self.reversed_inner.Free()
         self.reversed_outer.Free()
         if self.ensemble is None:
@@ -63,61 +69,168 @@ class Groups:
             self.outer.Free()
         self.ensemble = None
 
+    def remove_user(self) -> None:
+        """Count one user less on this rank."""
+        self.users -= 1
+
 
 _exiting: list[bool] = []
 # registered behind mpi4py's own, so it runs before: MPI's end frees all there is, and Python calls are not safe in it
 atexit.register(_exiting.append, True)
 
 
-def _free_all(comm, keyval: int, groups: dict[tuple, Groups]) -> None:
+def _free_all(comm, keyval: int, cache: dict[tuple, GroupCommunicators]) -> None:
     """Called by MPI where a communicator with groups is freed: on all ranks, in the same order of groups."""
     if _exiting:
         return
-    for one in groups.values():
-        one.free()
-    groups.clear()
+    for groups in cache.values():
+        groups.free()
+    cache.clear()
 
 
 _KEYVAL = MPI.Comm.Create_keyval(delete_fn=_free_all)
 
 
-class Lease:
-    """A grid's use of the communicators of its groups.
+class SharedGroups:
+    """A counted reference to the communicators of groups of ``n`` ranks, made at the first use on a communicator.
+
+    Parameters
+    ----------
+    comm, n, ensemble
+        As for :class:`GroupCommunicators` (collective).
+
+    Attributes
+    ----------
+    groups : GroupCommunicators or None
+        ``None`` after :meth:`free`.
+    """
+
+    def __init__(self, comm, n: int, ensemble: Callable | None = None):
+        cache = comm.Get_attr(_KEYVAL)
+        if cache is None:
+            comm.Set_attr(_KEYVAL, cache := {})
+        key = n, ensemble is not None
+        if key not in cache:
+            cache[key] = GroupCommunicators(comm, n, ensemble)
+        self.groups: GroupCommunicators | None = cache[key]
+        self.groups.users += 1
+        self._comm, self._cache, self._key = comm, cache, key
+        self._finalizer = weakref.finalize(self, self.groups.remove_user)
+        self._finalizer.atexit = False
+
+    def free(self) -> None:
+        """Give up the reference, and free the communicators if there is no other on any rank (collective)."""
+        groups, self.groups = self.groups, None
+        if groups is None:
+            return
+        self._finalizer()
+        if not any_rank(self._comm, groups.users > 0):
+            del self._cache[self._key]
+            groups.free()
+
+
+def parse_grid(text: str, size: int, axes: Sequence[str] = ("space", "time")) -> tuple[int, int]:
+    """The two numbers of a process grid such as ``"2x4"``.
+
+    Parameters
+    ----------
+    text
+        The numbers of ranks along both axes; ``"auto"`` puts all ranks along the second one.
+    size
+        Number of ranks.
+    axes
+        Names of the axes, for the message.
+
+    Returns
+    -------
+    tuple of int
+
+    Raises
+    ------
+    InputError
+        If the text is no grid or its product is not ``size``.
+    """
+    if text == "auto":
+        return 1, size
+    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text.strip())
+    if not match:
+        raise InputError(f"grid {text!r} is not of the form {axes[0].upper()}x{axes[1].upper()}, such as 1x{size}")
+    first, second = int(match[1]), int(match[2])
+    if first * second != size:
+        n = first * second
+        raise InputError(f"grid {first}x{second} requires {n} ranks, started were {size}: mpiexec -n {n}")
+    return first, second
+
+
+class ProcessGrid:
+    """Base of the process grids: shape, shared communicators, and their release.
 
     Parameters
     ----------
     comm
-        The communicator that is split.
-    n
-        Ranks of a group.
+        The communicator to split.
+    grid
+        ``"2x4"``, ``(2, 4)``, ``"auto"`` or ``None``.
+    sizes
+        Numbers of ranks by the names of both axes, ``None`` where they are not given.
+    inner
+        Number of the axis along which neighbouring ranks lie.
     ensemble
-        See :class:`Groups`.
+        As for :class:`GroupCommunicators`.
+
+    Attributes
+    ----------
+    shape : tuple of int
+        Number of ranks along both axes.
     """
 
-    def __init__(self, comm, n: int, ensemble: Callable | None = None):
-        known = comm.Get_attr(_KEYVAL)
-        if known is None:
-            comm.Set_attr(_KEYVAL, known := {})
-        key = n, ensemble is not None
-        if key not in known:
-            known[key] = Groups(comm, n, ensemble)
-        self.groups: Groups | None = known[key]
-        self.groups.users += 1
-        self._comm, self._known, self._key = comm, known, key
-        self._end = weakref.finalize(self, _leave, self.groups)
-        self._end.atexit = False
+    def __init__(self, comm, grid, sizes: dict[str, int | None], inner: int, ensemble: Callable | None = None):
+        self.comm, self._axes = comm, tuple(sizes)
+        self.shape = _shape(comm, grid, sizes)
+        self._shared = SharedGroups(comm, self.shape[inner], ensemble)
+
+    def __repr__(self) -> str:
+        shape = ", ".join(f"{name}={size}" for name, size in zip(self._axes, self.shape, strict=True))
+        return f"{type(self).__name__}({shape}, rank {self.comm.rank} of {self.comm.size})"
 
     def free(self) -> None:
-        """End the use, and free the communicators if no other grid uses them on any rank (collective)."""
-        groups, self.groups = self.groups, None
-        if groups is None:
-            return
-        self._end()
-        if not any_rank(self._comm, groups.users > 0):
-            del self._known[self._key]
-            groups.free()
+        """Free the communicators if no other grid of this shape on ``comm`` uses them (collective over ``comm``).
+
+        To be called when nothing that was made on this grid is used any more.
+        """
+        self._shared.free()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        if error is None:  # a rank that fails alone must not wait for the others here
+            self.free()
+
+    @property
+    def is_root(self) -> bool:
+        """Whether this is rank 0, which prints and writes the files of the whole run."""
+        return self.comm.rank == 0
 
 
-def _leave(groups: Groups) -> None:
-    """A grid is gone, on this rank."""
-    groups.users -= 1
+def _shape(comm, grid, sizes: dict[str, int | None]) -> tuple[int, int]:
+    """Shape of a grid that is given in one of the ways of :class:`ProcessGrid` (collective)."""
+    axes, given = tuple(sizes), {name: size for name, size in sizes.items() if size is not None}
+    if grid is None:
+        text = None if given else "auto"
+    else:
+        text = "x".join(map(str, grid)) if np.iterable(grid) and not isinstance(grid, str) else str(grid)
+    require_same(comm, grid=text, **sizes)
+    if not given:
+        return parse_grid(text, comm.size, axes)
+    if text is not None:
+        raise InputError(
+            f"grid {text!r} and {' and '.join(given)}: give the grid or the number of ranks along its axes"
+        )
+    for name, size in given.items():
+        if not isinstance(size, int | np.integer) or isinstance(size, bool) or size < 1:
+            raise InputError(f"{name} = {size!r}: give a positive whole number of ranks")
+        if comm.size % size:
+            raise InputError(f"{name} = {size} does not divide the {comm.size} ranks that were started")
+    first, second = (given.get(name) for name in axes)
+    return parse_grid(f"{first or comm.size // second}x{second or comm.size // first}", comm.size, axes)

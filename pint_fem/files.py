@@ -1,13 +1,13 @@
-"""Files that a run writes: found fit before the run, written whole or not at all, by one run at a time.
+"""Files that a run writes: checked before the run, written completely or not at all, by one run at a time.
 
-A disk that is full, a folder that is missing or a name that belongs to a folder, a FIFO or a device is the user's
-mistake, so everything here raises :class:`~pint_fem.errors.InputError` with one line that names the file. Nothing
-communicates: a rank that works for others calls these functions inside :func:`pint_fem.collective.collectively`.
+A full disk, a folder that is missing or a name that belongs to a folder, a FIFO or a device is the user's mistake, so
+it becomes an :class:`~pint_fem.errors.InputError` with one line that names the file. Nothing communicates: a rank that
+works for others calls these functions inside :func:`pint_fem.collective.collectively`.
 
 A file is written in full beside its final place and renamed when it is on the disk. Its space is reserved first: a
 full disk is found before anything is written, and no byte goes through a memory map, where a full disk is a signal
 (SIGBUS) instead of an error. Symbolic links are not followed where a file is written: a link left in a shared folder
-would choose which file is overwritten.
+would choose which file is overwritten. Rows of arrays and heads of files carry checksums (CRC-32).
 """
 
 from __future__ import annotations
@@ -17,22 +17,28 @@ import fcntl
 import os
 import socket
 import stat
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+import numpy as np
 
 from pint_fem.errors import InputError
 
 __all__ = [
     "FileLock",
+    "as_input_error",
     "checked_folder",
+    "checksums",
     "create",
-    "naming",
+    "force_to_disk",
+    "refuse_unreadable",
     "replace",
+    "require_checksums",
     "require_output",
     "require_regular",
-    "reserve",
-    "to_disk",
+    "reserve_space",
     "write_at",
     "write_whole",
 ]
@@ -48,8 +54,11 @@ _KINDS = {
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
+# -- errors and checks -----------------------------------------------------------------------------------------------
 @contextmanager
-def naming(what: str, advice: str = "") -> Iterator[None]:
+def as_input_error(
+    what: str, advice: str = "", errors: type[Exception] | tuple[type[Exception], ...] = OSError
+) -> Iterator[None]:
     """Turn an error of the operating system into an :class:`InputError` that begins with ``what``.
 
     Parameters
@@ -57,30 +66,45 @@ def naming(what: str, advice: str = "") -> Iterator[None]:
     what
         Subject and predicate, such as ``"checkpoint run.h5 cannot be written"``.
     advice
-        What would do.
+        What the user can do.
+    errors
+        Classes of the exceptions that are turned into it; an ``InputError`` passes as it is.
     """
     try:
         yield
-    except OSError as error:
-        reason = error.strerror or f"{error} (a full disk?)"  # numpy counts what it could write, and that is all
+    except InputError:
+        raise
+    except errors as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        if reason.endswith(" written"):  # numpy reports numbers of values only
+            reason += " (a full disk?)"
         raise InputError(f"{what}: {reason}" + (f"; {advice}" if advice else "")) from error
+
+
+@contextmanager
+def refuse_unreadable(what: str, advice: str) -> Iterator[None]:
+    """Turn any exception but an :class:`InputError` into one that reports that ``what`` cannot be read, and why."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"{what} cannot be read ({type(error).__name__}: {error}); {advice}") from error
 
 
 def require_regular(
     path: Path, what: str, advice: str = "give the name of a regular file", *, links: bool = False
 ) -> bool:
-    """Whether a file is there; what is there but no regular file is refused before it is opened (a FIFO would block).
+    """Whether a file exists; anything else of that name is refused before it is opened (a FIFO would block).
 
     Parameters
     ----------
-    path
-        The file.
-    what
-        What it is for, in the message: ``"checkpoint"``.
+    path, what
+        The file, and what it is for: ``"checkpoint"``.
     advice
-        What would do.
+        What the user can do.
     links
-        Whether a symbolic link to a regular file will do, as for files that are only read.
+        Whether a symbolic link to a regular file is accepted, as for files that are only read.
 
     Raises
     ------
@@ -100,47 +124,44 @@ def require_regular(
 
 
 def require_output(path: str | Path, what: str, *, makes_folder: bool = False) -> None:
-    """Find out before a run whether a file can be written at its end; nothing is left behind.
+    """Check before a run that a file can be written at its end; the disk is left as it was.
 
     Parameters
     ----------
-    path
-        The file; it may be there already and is not changed.
-    what
-        What it is for, in the message.
+    path, what
+        The file, and what it is for.
     makes_folder
-        Whether folders that are missing will be made by who writes the file.
+        Whether missing folders will be made when the file is written.
 
     Raises
     ------
     InputError
-        If the folder is missing or cannot be written to, or the name is taken by what is no regular file.
+        If the folder is missing or cannot be written to, or the name is that of no regular file.
     """
     path = Path(path)
-    there = require_regular(path, what)
+    exists = require_regular(path, what)
     if not path.parent.is_dir():
-        there = next(p for p in path.absolute().parents if p.exists())
-        if not makes_folder or not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-            why = "make it" if there.is_dir() and not makes_folder else f"and {there} is no folder that can be written"
+        above = next(p for p in path.absolute().parents if p.exists())
+        if not makes_folder or not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+            why = "make it" if above.is_dir() and not makes_folder else f"and {above} is no folder that can be written"
             raise InputError(f"{what} {path}: there is no such folder {path.parent}, {why}; or give another name")
         return
-    with naming(f"{what} {path} cannot be written"):
-        if there:
-            os.close(os.open(path, os.O_WRONLY | os.O_NOFOLLOW))
-        else:
-            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666))
+    with as_input_error(f"{what} {path} cannot be written"):
+        with _opened(path, os.O_WRONLY | os.O_NOFOLLOW if exists else _NEW):
+            pass
+        if not exists:
             os.unlink(path)
 
 
 def checked_folder(path: Path, what: str) -> Path:
-    """Make a folder for results where it is missing, and find out whether files can be made in it.
+    """Make a folder for results where it is missing, and return it.
 
     Raises
     ------
     InputError
-        If it cannot be made or written to.
+        Beginning with ``what``, if it cannot be made or no files can be made in it.
     """
-    with naming(f"{what} {path}", "give a folder that can be written"):
+    with as_input_error(f"{what} {path}", "give a folder that can be written"):
         path.mkdir(parents=True, exist_ok=True)
         probe = path / f".writable-{socket.gethostname()}-{os.getpid()}"
         probe.write_bytes(b"x")
@@ -148,79 +169,103 @@ def checked_folder(path: Path, what: str) -> Path:
     return path
 
 
-# -- writing ---------------------------------------------------------------------------------------------------------
-def create(path: Path, size: int) -> None:
-    """Make a new file of some bytes whose space on the disk is reserved; what has the name already is removed.
+# -- checksums -------------------------------------------------------------------------------------------------------
+def checksums(rows: np.ndarray) -> np.ndarray:
+    """CRC-32 of each row of a C-contiguous array, as little-endian unsigned integers of 32 bits."""
+    return np.array([zlib.crc32(row) for row in rows], "<u4")
+
+
+def require_checksums(name: str, rows: np.ndarray, expected: np.ndarray, first: int | None) -> None:
+    """Compare the checksums of rows of an array with ``expected``, those of the rows that were written.
 
     Raises
     ------
-    OSError
-        If the disk is full, a limit on the size of files is exceeded, or the file cannot be made; nothing is left.
+    ValueError
+        Where one differs, with the array's ``name`` and the row's number, if that of the ``first`` one is given.
     """
-    with suppress(FileNotFoundError):
-        path.unlink()
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
+    bad = np.flatnonzero(expected != checksums(rows))
+    if len(bad):
+        row = "" if first is None else f" in row {first + bad[0]}"
+        raise ValueError(f"{name} is damaged{row}: the checksum is another")
+
+
+# -- writing ---------------------------------------------------------------------------------------------------------
+_NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+
+
+@contextmanager
+def _opened(path: Path, flags: int) -> Iterator[int]:
+    """The descriptor of a file that is closed at the end of the block."""
+    handle = os.open(path, flags, 0o666)
     try:
-        if size:
-            os.posix_fallocate(handle, 0, size)
-    except OSError:
-        path.unlink()
-        raise
+        yield handle
     finally:
         os.close(handle)
 
 
-def reserve(path: Path) -> None:
-    """Reserve the space on the disk of all bytes that a file has, where it has gaps.
+def create(path: Path, size: int) -> None:
+    """Make a new file of ``size`` bytes whose space on the disk is reserved, in place of one of the same name.
+
+    Raises
+    ------
+    OSError
+        If the disk is full, a limit on the size of files is exceeded, or the file cannot be made; then there is none.
+    """
+    with suppress(FileNotFoundError):
+        path.unlink()
+    with _opened(path, _NEW) as handle:
+        try:
+            if size:
+                os.posix_fallocate(handle, 0, size)
+        except OSError:
+            path.unlink()
+            raise
+
+
+def reserve_space(path: Path) -> None:
+    """Reserve the space on the disk of all bytes of a file that has gaps.
 
     Raises
     ------
     OSError
         If the disk is full.
     """
-    handle = os.open(path, os.O_WRONLY | os.O_NOFOLLOW)
-    try:
-        size = os.fstat(handle).st_size
-        if size:
+    with _opened(path, os.O_WRONLY | os.O_NOFOLLOW) as handle:
+        if size := os.fstat(handle).st_size:
             os.posix_fallocate(handle, 0, size)
-    finally:
-        os.close(handle)
 
 
-def write_at(path: Path, parts) -> None:
-    """Write pieces of an existing file and force them to the disk.
+def write_at(path: Path, parts: Iterable[tuple[int, memoryview | bytes | np.ndarray]]) -> None:
+    """Write pieces of a file that exists and force them to the disk.
 
     Parameters
     ----------
     path
         The file, made by :func:`create`.
     parts
-        Pairs of an offset and a contiguous buffer.
+        Offsets in bytes, each with a contiguous buffer.
 
     Raises
     ------
     OSError
         If a piece cannot be written.
     """
-    handle = os.open(path, os.O_WRONLY | os.O_NOFOLLOW)
-    try:
+    with _opened(path, os.O_WRONLY | os.O_NOFOLLOW) as handle:
         for offset, buffer in parts:
             rest = memoryview(buffer).cast("B")
             while len(rest):
                 done = os.pwrite(handle, rest, offset)
                 offset, rest = offset + done, rest[done:]
         os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file beside its place, force it to the disk and rename it: it is there whole or as it was before.
+    """Write a file beside its place, force it to the disk and rename it: it is complete, or as it was before.
 
     Raises
     ------
     OSError
-        If it cannot be written; the last file is left as it is.
+        If it cannot be written; a file of the same name is left as it is.
     """
     part = path.with_name(path.name + ".part")
     create(part, len(content))
@@ -235,35 +280,33 @@ def write_whole(path: Path, content: bytes) -> None:
 def replace(new: Path, path: Path) -> None:
     """Give a file that is on the disk its final name, and force the folder to the disk."""
     os.replace(new, path)
-    to_disk(path.parent)
+    force_to_disk(path.parent)
 
 
-def to_disk(path: Path) -> None:
+def force_to_disk(path: Path) -> None:
     """Force a file or a folder to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # some file systems have no folders to force
-            raise
-    finally:
-        os.close(handle)
+    with _opened(path, os.O_RDONLY) as handle:
+        try:
+            os.fsync(handle)
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # some file systems cannot force folders
+                raise
 
 
 # -- one run at a time -----------------------------------------------------------------------------------------------
 _held: dict[Path, tuple[int, int]] = {}
-"""Locks of this process: file descriptor and number of holders, by the resolved path of the lock file."""
+"""Locks of this process: file descriptor and number of holders by the resolved path of the lock file."""
 
 
 class FileLock:
-    """The right to write a file, held by one process at a time; the operating system ends it with the process.
+    """The right to write a file or folder, held by one process at a time; it ends with the process.
 
-    Several holders in one process share it. On file systems without locks everybody has it.
+    Several objects in one process share it. On file systems without locks every process gets it.
 
     Parameters
     ----------
     path
-        What is locked: a hidden file beside it, or in it where it is a folder, carries the lock.
+        The file, or the folder: the lock is on a hidden file beside it, or in the folder.
     what
         What it is for, in the message.
     """
@@ -274,7 +317,7 @@ class FileLock:
         self._what, self._path, self._key = what, path, None
 
     def acquire(self) -> None:
-        """Take the lock, if it is not held here already.
+        """Acquire the lock, if this object does not hold it already.
 
         Raises
         ------
@@ -290,16 +333,16 @@ class FileLock:
         _held[key], self._key = (handle, holders + 1), key
 
     def _open(self) -> int:
-        with naming(f"{self._what} {self._path} cannot be written"):
+        with as_input_error(f"{self._what} {self._path} cannot be written"):
             while True:
                 handle = os.open(self._lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
                 try:
                     fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
-                    who = os.pread(handle, 200, 0).decode(errors="replace").strip()
+                    holder = os.pread(handle, 200, 0).decode(errors="replace").strip()
                     os.close(handle)
                     raise InputError(
-                        f"{self._what} {self._path} is being written by another run ({who or 'unnamed process'}): "
+                        f"{self._what} {self._path} is being written by another run ({holder or 'unnamed process'}): "
                         "end it, or give another name"
                     ) from None
                 except OSError as error:
@@ -312,13 +355,13 @@ class FileLock:
                 except FileNotFoundError:
                     pass
                 os.close(handle)  # its last holder has removed it in between
-        with suppress(OSError):  # a full disk: the name of the holder is a courtesy
+        with suppress(OSError):  # a full disk: the lock holds without the name of its holder
             os.ftruncate(handle, 0)
             os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
         return handle
 
     def release(self) -> None:
-        """Give the lock back; the last holder of the process removes the lock file."""
+        """Release the lock; the last holder of the process removes the lock file."""
         if self._key is None:
             return
         key, self._key = self._key, None
@@ -331,6 +374,6 @@ class FileLock:
         os.close(handle)
 
     def __del__(self):
-        """Give the lock back with the object."""
+        """Release the lock with the object."""
         if getattr(self, "_key", None) is not None:
             self.release()

@@ -1,4 +1,4 @@
-"""The process grid: space x time.
+"""The process grid space x time: which ranks share a state, which share the time axis, and which steps a rank owns.
 
 ``P = P_space * P_time`` ranks form ``P_time`` groups (ensemble members). A group shares one state in space over
 ``space_comm``; the ranks with the same place in their groups share the time axis over ``time_comm``. The grid is that
@@ -8,7 +8,6 @@ of ``firedrake.Ensemble``; without Firedrake (plain numpy, torch) the same commu
 from __future__ import annotations
 
 import importlib.util
-import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,37 +15,25 @@ from mpi4py import MPI
 
 from pint_fem.all_at_once.grids import split_steps
 from pint_fem.all_at_once.norms import euclidean
-from pint_fem.collective import require_same
-from pint_fem.communicators import Lease
+from pint_fem.communicators import ProcessGrid
 from pint_fem.errors import InputError
 
-__all__ = ["Slab", "SpaceTime", "parse_grid"]
-
-
-def parse_grid(text: str, size: int) -> tuple[int, int]:
-    """Read ``"2x4"`` (space x time) for ``size`` ranks; ``"auto"`` puts all ranks in time.
-
-    Raises
-    ------
-    InputError
-        If the text is no grid or its product is not ``size``.
-    """
-    if text == "auto":
-        return 1, size
-    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text.strip())
-    if not match:
-        raise InputError(f"grid {text!r} is not of the form SPACExTIME, such as 1x{size}")
-    space, time = int(match[1]), int(match[2])
-    if space * time != size:
-        raise InputError(
-            f"grid {space}x{time} wants {space * time} ranks, started were {size}: mpiexec -n {space * time}"
-        )
-    return space, time
+__all__ = ["Slab", "SpaceTime"]
 
 
 @dataclass(frozen=True)
 class Slab:
-    """The steps ``lo -> lo+1, ..., hi-1 -> hi`` of one time rank; its arrays hold the points ``lo..hi``."""
+    """The time steps that one time rank owns.
+
+    Attributes
+    ----------
+    nsteps : int
+        Number of steps of all ranks.
+    lo, hi : int
+        The own steps are ``lo -> lo+1, ..., hi-1 -> hi``; arrays hold the points ``lo..hi``.
+    bounds : tuple of int
+        ``lo`` of every time rank, and ``nsteps``.
+    """
 
     nsteps: int
     lo: int
@@ -55,7 +42,7 @@ class Slab:
 
     @property
     def k(self) -> int:
-        """Own steps."""
+        """Number of own steps."""
         return self.hi - self.lo
 
     @property
@@ -69,10 +56,6 @@ class Slab:
         return self.hi == self.nsteps
 
 
-def _has_firedrake() -> bool:
-    return importlib.util.find_spec("firedrake") is not None
-
-
 def _ensemble(comm, n: int):
     """The ``firedrake.Ensemble`` of groups of ``n`` ranks."""
     from firedrake import Ensemble
@@ -80,7 +63,7 @@ def _ensemble(comm, n: int):
     return Ensemble(comm, n)
 
 
-class SpaceTime:
+class SpaceTime(ProcessGrid):
     """A space x time grid of processes.
 
     Parameters
@@ -89,78 +72,87 @@ class SpaceTime:
         ``(P_space, P_time)``, a string such as ``"2x4"``, or ``None`` for all ranks in time.
     comm
         The communicator to split; default the world. All grids of the same shape on one communicator share what it is
-        split into (see :mod:`pint_fem.communicators`), so that any number of them can be made and dropped.
+        split into, so that any number of them can be made and dropped.
+    space, time
+        In place of ``grid``: the number of ranks in space and in time, ``SpaceTime(space=2, time=4)``. From one of them
+        the other follows.
 
     Attributes
     ----------
+    space_size, time_size : int
+        Number of ranks in space and in time.
     space_comm, time_comm, reversed_time_comm : mpi4py communicators
-        A state's degrees of freedom; the slabs; the slabs from the last to the first, for adjoint sweeps.
+        Of a state's degrees of freedom; of the slabs; of the slabs from the last to the first, for adjoint sweeps.
     ensemble : firedrake.Ensemble or None
         That of this grid, where there is Firedrake.
 
     Notes
     -----
-    ``with SpaceTime("2x4") as st:`` or :meth:`free` give the communicators back. Where neither is used they stay for
-    the next grid of this shape until ``comm`` itself is freed.
+    ``with SpaceTime("2x4") as st:`` or :meth:`free` free the communicators. Where neither is used they stay for the
+    next grid of this shape until ``comm`` itself is freed.
 
     Raises
     ------
     InputError
-        On every rank, if the grid does not match the ranks.
+        On every rank, if the grid does not match the number of ranks, is given in two ways or differs between ranks.
     """
 
-    def __init__(self, grid: tuple[int, int] | str | None = None, comm=MPI.COMM_WORLD):
-        self.comm = comm
-        if grid is None:
-            grid = "auto"
-        text = grid if isinstance(grid, str) else "x".join(map(str, grid))
-        require_same(comm, grid=text)
-        self.space_size, self.time_size = parse_grid(text, comm.size)
-        self._lease = Lease(comm, self.space_size, _ensemble if _has_firedrake() else None)
-        groups = self._lease.groups
+    def __init__(
+        self,
+        grid: tuple[int, int] | str | None = None,
+        comm: MPI.Comm = MPI.COMM_WORLD,
+        *,
+        space: int | None = None,
+        time: int | None = None,
+    ):
+        ensemble = _ensemble if importlib.util.find_spec("firedrake") is not None else None
+        super().__init__(comm, grid, {"space": space, "time": time}, 0, ensemble)
+        self.space_size, self.time_size = self.shape
+        groups = self._shared.groups
         self.space_comm, self.time_comm, self.ensemble = groups.inner, groups.outer, groups.ensemble
         self.reversed_time_comm = groups.reversed_outer
 
     def free(self) -> None:
-        """Give the communicators back (collective over ``comm``): they are freed if no other grid of this shape on
-        ``comm`` uses them. Call it when the meshes and functionals on them are not used any more.
+        """Free the communicators if no other grid of this shape on ``comm`` uses them (collective over ``comm``).
+
+        To be called when the meshes and functionals on this grid are not used any more.
         """
-        self._lease.free()
+        super().free()
         self.space_comm = self.time_comm = self.reversed_time_comm = MPI.COMM_NULL
         self.ensemble = None
 
-    def __enter__(self):
-        return self
+    def slab(self, nsteps: int, group: int = 1) -> Slab:
+        """Distribute time steps over the time ranks in contiguous, nearly equal parts.
 
-    def __exit__(self, kind, error, trace):
-        if error is None:  # a rank that fails alone must not wait for the others here
-            self.free()
+        Parameters
+        ----------
+        nsteps
+            Number of steps.
+        group
+            So many neighbouring steps stay on one rank.
 
-    @property
-    def is_root(self) -> bool:
-        """Whether this rank speaks for all (monitors, files of the whole run)."""
-        return self.comm.rank == 0
-
-    def slab(self, nsteps: int, whole: int = 1) -> Slab:
-        """Share ``nsteps`` steps among the time ranks, in groups of ``whole`` steps.
+        Returns
+        -------
+        Slab
+            The steps of this rank.
 
         Raises
         ------
         InputError
-            On every rank, if there are more time ranks than groups, or steps do not go in groups.
+            On every rank, if there are more time ranks than groups, or ``group`` does not divide ``nsteps``.
         """
-        groups, rest = divmod(nsteps, whole)
+        groups, rest = divmod(nsteps, group)
         if rest:
-            raise InputError(f"{nsteps} time steps do not go in groups of {whole}")
+            raise InputError(f"{nsteps} time steps do not go in groups of {group}")
         if groups < self.time_size:
-            what = "time steps" if whole == 1 else f"groups of {whole} time steps"
-            each = "step" if whole == 1 else "group"
-            raise InputError(f"{self.time_size} time ranks for {groups} {what}: use at most one rank a {each}")
-        bounds = [whole * b for b in split_steps(groups, self.time_size)]
+            what = "time steps" if group == 1 else f"groups of {group} time steps"
+            each = "step" if group == 1 else "group"
+            raise InputError(f"{self.time_size} time ranks for {groups} {what}: use at most one rank per {each}")
+        bounds = [group * b for b in split_steps(groups, self.time_size)]
         return Slab(nsteps, bounds[self.time_comm.rank], bounds[self.time_comm.rank + 1], tuple(bounds))
 
     def sum_over_time(self, array: np.ndarray) -> np.ndarray:
-        """Sum an array over the time ranks; the same bits on every rank."""
+        """Sum of an array over the time ranks, bitwise identical on every rank (collective over ``time_comm``)."""
         if self.time_comm.size == 1:
             return array
         total = np.empty(array.shape, array.dtype)  # C order, as what is sent
@@ -169,7 +161,10 @@ class SpaceTime:
         return total
 
     def sum_over_space(self, values: np.ndarray) -> np.ndarray:
-        """Sum a small array over the space ranks in rank order; the same bits on every rank and for every length."""
+        """Sum of a small array over the space ranks, in rank order (collective over ``space_comm``).
+
+        The result is bitwise identical on every rank, and an entry's does not depend on the length of the array.
+        """
         if self.space_comm.size == 1 or not values.size:
             return values
         parts = np.empty((self.space_comm.size, *values.shape))
@@ -177,9 +172,9 @@ class SpaceTime:
         return np.add.reduce(parts, axis=0)
 
     def sum_over_grid(self, values: np.ndarray) -> np.ndarray:
-        """Sum a small array over all ranks."""
+        """Sum of a small array over all ranks, bitwise identical on every rank (collective)."""
         return self.sum_over_time(self.sum_over_space(values))
 
     def point_norms(self, block: np.ndarray) -> np.ndarray:
-        """Squared Euclidean norm of each state of ``block`` ``(k, local_dofs)`` over space."""
+        """Squared Euclidean norm ``(k,)`` of each state of a block ``(k, local_dofs)`` over space."""
         return self.sum_over_space(euclidean(block))

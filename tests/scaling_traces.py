@@ -23,6 +23,20 @@ def calibration(step=1.0, width=0, sweep=None, norm=0.0, **more):
     return Calibration("test", "none", 100, 64, {1: work}, norm=norm, network=FREE, **more)
 
 
+FAST = Network(1e-6, 1e10, "for tests")
+MENU = [{"levels": 2, "coarsening": [16], "relax": "FCF"}, {"levels": 3, "coarsening": [8, 4], "relax": "F"}]
+
+
+def planned_calibration(**changes) -> Calibration:
+    """256 steps; blocks half as dear as single steps; cycles as if counted."""
+    block, single = Kernel((1, 8, 16), (1e-2, 4e-2, 8e-2), 0), Kernel.constant(1e-2)
+    one = {"step": [block], "adjoint": [block], "sweep": [single], "adjoint sweep": [single]}
+    two = {kind: [k.scaled(0.6) for k in levels] for kind, levels in one.items()}
+    cycles = [{"options": o, "rtol": 1e-6, "state": n, "adjoint": n} for o, n in zip(MENU, (2, 3), strict=True)]
+    c = Calibration("test", "none", 10000, 256, {1: one, 2: two}, network=FAST, cycles=cycles, space_iterations=5.0)
+    return c.with_changes(**changes)
+
+
 class Halve:
     """``u -> u/2``."""
 

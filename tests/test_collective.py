@@ -12,7 +12,7 @@ from firedrake.exceptions import ConvergenceError
 from firedrake.petsc import PETSc
 from mpi4py import MPI
 
-from pint_fem.collective import all_ranks, any_rank, collectively, raise_together, require_same
+from pint_fem.collective import all_ranks, any_rank, collectively, raise_collectively, require_same
 from pint_fem.errors import InputError, SolverFailure, causes, is_numerical
 from tests.limits import time_limit
 
@@ -77,9 +77,9 @@ def test_the_worst_failure_is_raised_and_nothing_waits():
     """A mistake on the last rank comes before a numerical failure on the first one."""
     failure = {0: FloatingPointError("nan"), LAST: TypeError("wrong")}.get(COMM.rank)
     with pytest.raises(TypeError if COMM.rank == LAST else RuntimeError, match="wrong"):
-        raise_together(COMM, failure, "sum")
+        raise_collectively(COMM, failure, "sum")
     assert collectively(COMM, "work", lambda: COMM.rank) == COMM.rank
-    raise_together(COMM, None)
+    raise_collectively(COMM, None)
 
 
 @pytest.mark.parallel([1, 3])

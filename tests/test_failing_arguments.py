@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
-from pint_fem.agreement import all_alike, all_ranks, any_rank
-from pint_fem.collective import reported
-from pint_fem.errors import InputError
+from pint_fem.collective import all_ranks, any_rank, consistent_across_ranks
+from pint_fem.errors import FailureReport, InputError
 from pint_fem.optimize import (
     InexactOptions,
     minimize_bounded,
@@ -226,7 +225,7 @@ def test_a_callback_that_answers_an_array(minimise):
 @pytest.mark.parallel([1, 3])
 @time_limit(30)
 def test_conditions_without_a_truth_value():
-    for ask in (any_rank, all_ranks, all_alike):
+    for ask in (any_rank, all_ranks, consistent_across_ranks):
         with pytest.raises(InputError, match="neither true nor false"):
             ask(COMM, on_last(ARRAY, True))
     assert any_rank(COMM, LAST)
@@ -235,10 +234,10 @@ def test_conditions_without_a_truth_value():
 
 
 def test_a_report_of_an_exception_never_fails():
-    report = reported(SilentError())
+    report = FailureReport.of(SilentError())
     assert (report.pickled, report.is_numerical) == ((), False)
     assert "SilentError" in report.text
-    assert reported(ValueError(SilentError())).text.startswith("ValueError")
+    assert FailureReport.of(ValueError(SilentError())).text.startswith("ValueError")
 
 
 @pytest.mark.parallel(3)

@@ -685,7 +685,7 @@ def test_factor_is_the_geometric_mean():
     ("options", "message"),
     [
         (dict(coarsenning=4), "unknown mgrit option 'coarsenning': did you mean 'coarsening'"),
-        (dict(xyzzy=1), "unknown mgrit option 'xyzzy': known are levels, coarsening"),
+        (dict(xyzzy=1), "unknown mgrit option 'xyzzy': the options are levels, coarsening"),
         *[(dict(coarsening=c), "coarsening") for c in (1, 0, -2, 2.5, (8, 1), (), None, "8", True, (2, 2.0))],
         *[(dict(levels=v), "levels") for v in (0, -1, 2.0, "2", True)],
         *[(dict(relax=v), "relax") for v in ("X", "CF", "", (), ("F", "X"), None, -1, 2.5)],

@@ -294,7 +294,7 @@ def test_fixed_cycles_look_at_nothing():
 class Residual(Decay):
     """``u + dt f(u)``; remembers which steps it was told may be the last ones."""
 
-    stays_bad = True
+    propagates_nonfinite = True
 
     def __init__(self, t, bad=None):
         super().__init__(t)

@@ -12,7 +12,6 @@ from pint_fem.all_at_once.stopping import SolveResult
 from pint_fem.mgrit import MGRIT, SolverFailure, split_steps
 from pint_fem.paradiag import AlphaCirculant, ParaDiag, ParaDiagOptions, shifted_factors, shifts
 from pint_fem.paradiag.distribution import TimeTransposes, own_frequencies
-from pint_fem.paradiag.options import parse_paradiag_options
 from pint_fem.theory import contraction, dirk_stability
 from tests.stepping import sequential
 
@@ -290,13 +289,13 @@ def test_options_are_checked(options, message):
 
 
 def test_options_from_strings():
-    given = parse_paradiag_options({"alpha": "1e-6", "rtol": "1e-5", "max_it": "7", "monitor": "", "memory": "0.5"})
+    given = ParaDiagOptions.parse({"alpha": "1e-6", "rtol": "1e-5", "max_it": "7", "monitor": "", "memory": "0.5"})
     options = ParaDiagOptions.make({"alpha": 0.1}, **given)
     assert (options.alpha, options.rtol, options.max_it, options.monitor, options.memory) == (1e-6, 1e-5, 7, True, 0.5)
     with pytest.raises(ValueError, match="paradiag alpha 'x': give a number"):
-        parse_paradiag_options({"alpha": "x"})
+        ParaDiagOptions.parse({"alpha": "x"})
     with pytest.raises(ValueError, match="paradiag rtol 'x'"):
-        parse_paradiag_options({"rtol": "x"})
+        ParaDiagOptions.parse({"rtol": "x"})
 
 
 def test_block_of_the_page():

@@ -7,15 +7,15 @@ from mpi4py import MPI
 
 pytest.importorskip("greenlet")
 
-from pint_fem.scaling.calibrate import calibrate
+from pint_fem.scaling.calibrate import Case, calibrate
 from pint_fem.scaling.costs import Calibration, Kernel
-from pint_fem.scaling.counting import count_inversion
-from pint_fem.scaling.inversions import best_inversion, inversion_seconds, serial_inversion
-from pint_fem.scaling.metronome import Measured
 from pint_fem.scaling.model import Model, Solve
 from pint_fem.scaling.network import Network
+from pint_fem.scaling.timing import Measured
 from pint_fem.scaling.validation import Comparison, compare
 from problems.heat_square import square
+from tests.benchmarks.scaling.inversions import best_inversion, count_inversion, inversion_seconds, serial_inversion
+from tests.benchmarks.scaling.records import Record
 from tests.scaling_traces import events
 
 STEPS = 40
@@ -23,13 +23,13 @@ MGRIT = {"levels": 3, "coarsening": [4, 2], "relax": "FCF"}
 PARADIAG = {"time_solver": "paradiag", "alpha": 1e-4}
 
 
-def calibration(**changes) -> Calibration:
+def calibration(**changes) -> Record:
     """A millisecond a state, half of it in blocks."""
     one = [Kernel((1, 8), (1e-3, 4e-3), 8)]
     work = {"step": one, "adjoint": one, "sweep": [Kernel.constant(1e-3)], "adjoint sweep": [Kernel.constant(1e-3)]}
     costs = {"solve": 1e-3, "solve transposed": 1e-3, "factor": 0.5, "factor bytes": 1e4, "pack": 0.0, "fft steps": 40,
              "fft columns": 64, "fft": 1e-6, "ifft": 1e-6, "few fft": 1e-6, "few ifft": 1e-6}  # fmt: skip
-    c = Calibration("test", "none", 36, STEPS, {1: work}, network=Network(1e-6, 1e10, "fast"), paradiag=costs, stages=2)
+    c = Record("test", "none", 36, STEPS, {1: work}, network=Network(1e-6, 1e10, "fast"), paradiag=costs, stages=2)
     return c.with_changes(**changes)
 
 
@@ -109,11 +109,11 @@ def test_a_problem_is_calibrated_and_validated():
     """What is measured is positive, kept as JSON, and enough for the model; validation uses the same kernels."""
     comm = MPI.COMM_WORLD
     pose = lambda grid, steps, parameters: square(steps, "SDIRK2", size=5, spacetime=grid, **parameters)
-    made = comm.bcast(calibrate("square", pose, STEPS, comm=comm, repeats=2, small=STEPS, paradiag=True))
+    made = comm.bcast(calibrate(Case("square", pose, STEPS, [PARADIAG]), comm=comm, repeats=2, small=STEPS))
     assert Calibration.from_json(made.to_json()).to_json() == made.to_json()
-    assert sorted(made.work) == [1, 2][: comm.size]
-    assert sorted(made.busy) == [1, 2][: comm.size]
-    assert all(s > 0 for kinds in made.work.values() for levels in kinds.values() for k in levels for s in k.seconds)
+    assert sorted(made.kernels) == [1, 2][: comm.size]
+    assert sorted(made.slowdown) == [1, 2][: comm.size]
+    assert all(s > 0 for kinds in made.kernels.values() for levels in kinds.values() for k in levels for s in k.seconds)
     assert all(made.paradiag[part] > 0 for part in ("solve", "solve transposed", "factor", "fft", "pack"))
     assert made.notes
     for options in (MGRIT, PARADIAG, {"levels": 1}) if comm.size == 1 else (MGRIT, PARADIAG):

@@ -11,10 +11,11 @@ import torch
 from pint_fem.all_at_once.trace import Trace
 from pint_fem.errors import InputError
 from pint_fem.resnet import Dense, Grid, LayerParallelResNet
-from pint_fem.scaling import report_training, training
-from pint_fem.scaling.costs import Calibration, Kernel
-from pint_fem.scaling.layers import predict_training, set_trace
+from pint_fem.scaling.costs import Kernel
+from pint_fem.scaling.layers import predict_training
 from pint_fem.scaling.network import Network
+from tests.benchmarks.scaling import training, training_table
+from tests.benchmarks.scaling.records import Record
 from tests.scaling_traces import events
 
 BATCH, LAYERS = 8, 50
@@ -25,14 +26,14 @@ CONFIGS = [
 ]
 
 
-def calibration(**changes) -> Calibration:
+def calibration(**changes) -> Record:
     """A step 1 s, backwards 2 s, gradients half a second a layer."""
     work = {
         "step": [Kernel.constant(1.0)],
         "adjoint": [Kernel.constant(2.0)],
         "gradients": [Kernel.constant(0.5)],
     }
-    c = Calibration("net", "none", 8 * BATCH, LAYERS, {1: work}, control_bytes=8.0 * 72, kind="layers",
+    c = Record("net", "none", 8 * BATCH, LAYERS, {1: work}, control_bytes=8.0 * 72, kind="layers",
                     network=Network(0.0, 1e30, "free"))  # fmt: skip
     return c.with_changes(**changes)
 
@@ -47,7 +48,7 @@ def test_training_step_is_that_of_a_real_network(options, iterations):
         forward_iterations=iterations[0], backward_iterations=iterations[1], dtype=torch.float64,
     )  # fmt: skip
     trace = Trace(comm)
-    set_trace(net.sweeps, trace)
+    net.sweeps.set_trace(trace)
     generator = torch.Generator().manual_seed(0)
     net(torch.rand(BATCH, 2, generator=generator, dtype=torch.float64)).square().sum().backward()
     said = predict_training(calibration(), options, comm.size, iterations=iterations, trace=True)
@@ -63,7 +64,7 @@ def test_step_by_hand():
     assert serial.seconds == pytest.approx(LAYERS * 3.5)
     around = predict_training(calibration(extras={"around": 7.0}), {"levels": 1}, 1)
     assert around.seconds == pytest.approx(LAYERS * 3.5 + 7)
-    beside = calibration(bookkeeping={"state": 0.1, "adjoint": 0.2, "call": 3.0})
+    beside = calibration(overhead={"state": 0.1, "adjoint": 0.2, "call": 3.0})
     said = predict_training(beside, {"levels": 1}, 1)
     assert said.seconds == pytest.approx(LAYERS * (3.5 + 0.1 + 0.2))  # no relaxation
     half = dict(iterations=(1, 1), nlayers=16)
@@ -82,7 +83,7 @@ def test_step_by_hand():
     assert said.seconds == pytest.approx(3 * one + 0.5 * m)
     work = sum(n * {"step": 1.0, "adjoint": 2.0}[kind] for (kind, _), n in said.counts.items() if kind != "messages"
                and kind in ("step", "adjoint"))  # fmt: skip
-    assert sum(said.busy) == pytest.approx(work + 0.5 * m * ranks)
+    assert sum(said.work) == pytest.approx(work + 0.5 * m * ranks)
     with pytest.raises(InputError, match="at most one rank a layer"):
         predict_training(calibration(), {"levels": 1}, LAYERS + 1)
 
@@ -90,10 +91,10 @@ def test_step_by_hand():
 def test_plan_and_curve_are_the_fastest(monkeypatch, tmp_path, capsys):
     """As exhaustive search finds; on many ranks among the two that were fastest before."""
     entries = [
-        {"options": {"levels": 2, "coarsening": [m], "relax": "F"}, "iterations": [2, 1], "gradient error": m / 1e3}
+        {"options": {"levels": 2, "coarsening": [m], "relax": "F"}, "iterations": [2, 1], "error": m / 1e3}
         for m in (2, 5, 10)
     ]
-    c = calibration(cycles=entries, opponent={"step": 3.5 * LAYERS, "threads": 1}, notes=["for tests"])
+    c = calibration(gradient_errors=entries, baseline={"step": 3.5 * LAYERS, "threads": 1}, notes=["for tests"])
     seconds = lambda entry, p: predict_training(c, entry["options"], p, iterations=(2, 1)).seconds
     every = {p: min(seconds(entry, p) for entry in entries) for p in (1, 2, 4, 8, 16, 32)}
     curve = training.strong_training(c, every)
@@ -107,7 +108,7 @@ def test_plan_and_curve_are_the_fastest(monkeypatch, tmp_path, capsys):
     few = training.strong_training(c, every)
     assert [x.seconds for x in few.best][:3] == [x.seconds for x in curve.best][:3]
     assert all(x.seconds >= y.seconds for x, y in zip(few.best, curve.best, strict=True))
-    data, claim = report_training.training(c, tmp_path, print, 8, None)
+    data, claim = training_table.training(c, tmp_path, print, 8, None)
     assert len(data["best"]) == 4
     assert "measured" in capsys.readouterr().out
     assert "over serial torch" in claim

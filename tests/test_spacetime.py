@@ -7,9 +7,10 @@ import pytest
 from mpi4py import MPI
 
 from pint_fem.all_at_once.norms import gather_in_order
+from pint_fem.communicators import parse_grid
 from pint_fem.errors import InputError
 from pint_fem.mgrit import split_steps
-from pint_fem.spacetime import SpaceTime, parse_grid
+from pint_fem.spacetime import SpaceTime
 
 
 @pytest.fixture
@@ -45,7 +46,7 @@ def test_grids_of_another_form_are_refused(text):
 def test_grids_of_another_size_are_refused(text):
     """The message has both numbers of ranks."""
     wanted = eval(text.replace("x", "*"))
-    with pytest.raises(InputError, match=f"wants {wanted} ranks, started were 4: mpiexec -n {wanted}"):
+    with pytest.raises(InputError, match=f"requires {wanted} ranks, started were 4: mpiexec -n {wanted}"):
         parse_grid(text, 4)
 
 
@@ -56,6 +57,49 @@ def test_bad_grid_is_refused_on_every_rank(world):
         with pytest.raises(InputError, match="grid"):
             SpaceTime(grid, world)
     assert world.allreduce(1) == world.size
+
+
+@pytest.mark.parallel([1, 2, 4])
+def test_grids_by_keywords(world):
+    """Both numbers, or one of them, from which the other follows."""
+    for space, time in grids(world.size):
+        for given in (dict(space=space, time=time), dict(space=space), dict(time=np.int64(time))):
+            st = SpaceTime(comm=world, **given)
+            assert (st.space_size, st.time_size) == (st.space_comm.size, st.time_comm.size) == (space, time)
+            assert repr(st) == f"SpaceTime(space={space}, time={time}, rank {world.rank} of {world.size})"
+
+
+@pytest.mark.parallel([1, 3])
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        (lambda comm: dict(grid="auto", space=1), "grid 'auto' and space: give the grid or"),
+        (lambda comm: dict(grid=(1, comm.size), space=1, time=comm.size), "grid '1x.' and space and time: give"),
+        (lambda comm: dict(space=comm.size + 1), "space = . does not divide the . ranks that were started"),
+        (lambda comm: dict(space=comm.size, time=2 * comm.size), r"time = . does not divide"),
+        (lambda comm: dict(time=0), "time = 0: give a positive whole number"),
+        (lambda comm: dict(space=True), "space = True: give a positive whole number"),
+        (lambda comm: dict(space=1.0), "space = 1.0: give a positive whole number"),
+    ],
+)
+def test_bad_keywords_are_refused_on_every_rank(world, given, text):
+    """A collective call after it still matches."""
+    with pytest.raises(InputError, match=text):
+        SpaceTime(comm=world, **given(world))
+    assert world.allreduce(1) == world.size
+
+
+@pytest.mark.parallel([2, 3])
+def test_keywords_that_differ_between_ranks_are_refused_on_every_rank(world):
+    for given in ({"space": 1 + world.rank}, {"time": 1} if world.rank else {}):
+        with pytest.raises(InputError, match="is not the same on all ranks"):
+            SpaceTime(comm=world, **given)
+
+
+@pytest.mark.parallel(4)
+def test_two_numbers_whose_product_is_another_are_refused(world):
+    with pytest.raises(InputError, match="grid 2x4 requires 8 ranks, started were 4: mpiexec -n 8"):
+        SpaceTime(comm=world, space=2, time=4)
 
 
 # -- slabs -------------------------------------------------------------------------------------------------------------

@@ -229,7 +229,7 @@ def test_refused():
             functional(st, "C", **problem)
     if st.time_size == 3:
         with pytest.raises(InputError, match="3 time ranks for 1 groups of 4"):
-            st.slab(4, whole=4)
+            st.slab(4, group=4)
 
     class Whole(Misfit):
         values = directional = gradient = hessian = None

@@ -489,7 +489,7 @@ def test_waves_are_warned_of():
     assert judged.where.real == 0
 
 
-@pytest.mark.parallel([1, 2, 3])
+@pytest.mark.parallel([1, 3])
 def test_spectra_on_several_ranks_in_space():
     """The largest as on one rank, the smallest safe, the same verdict on every rank; nothing is gathered."""
     world = MPI.COMM_WORLD

@@ -27,7 +27,6 @@ from typing import NamedTuple
 import numpy as np
 
 from pint_fem.collective import collectively
-from pint_fem.mgrit.view import memory as solver_memory
 from pint_fem.misfits.base import BLOCK, BlockMisfit
 
 __all__ = ["Memory", "memory"]
@@ -124,7 +123,7 @@ def _of_misfits(misfits) -> tuple[int, list[dict[str, int]]]:
 def _coarse(solver, n: int) -> int:
     """Work arrays of a solver: coarse levels, and what relaxation of the finest takes."""
     solver.prepare((n // 8,))
-    finest, coarse = solver_memory(solver, n)
+    finest, coarse = solver.memory_estimate(n)
     return finest - solver.local_rows * n + coarse
 
 

@@ -1,11 +1,11 @@
-"""What a solve is given: whether arrays fit the levels, and whether all ranks are given the same."""
+"""Checks of a solve's arguments: arrays have to fit the levels, and all ranks have to be given the same."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from pint_fem.agreement import all_alike, digest, require_same
-from pint_fem.collective import raise_together
+from pint_fem.collective import consistent_across_ranks, raise_collectively, require_same
+from pint_fem.digests import digest
 from pint_fem.errors import InputError
 
 __all__ = ["check_arrays"]
@@ -17,12 +17,12 @@ def check_arrays(solver, U: np.ndarray, G: np.ndarray | None, coarse_rhs, **call
     Parameters
     ----------
     solver
-        A :class:`~pint_fem.mgrit.solver.MGRIT`: its levels determine how many rows there are; its steps, bounds and
-        options are compared.
+        A :class:`~pint_fem.all_at_once.solver.AllAtOnceSolver`: its levels determine how many rows there are; its
+        steps, bounds and options are compared.
     U, G, coarse_rhs
-        As for :meth:`pint_fem.mgrit.MGRIT.solve`.
+        Arguments of its ``solve``: the trajectory, its right-hand side and those of coarse levels.
     **call
-        Its other arguments by name.
+        The other arguments of its ``solve`` by name.
 
     Raises
     ------
@@ -35,11 +35,17 @@ def check_arrays(solver, U: np.ndarray, G: np.ndarray | None, coarse_rhs, **call
     if len(given) != len(rows) or any(g is not None and len(g) != n for g, n in zip(given, rows, strict=False)):
         sizes = [None if g is None else len(g) for g in given]
         problem = f"coarse_rhs of {sizes} rows for the own steps {rows} of the coarse levels"
-    if not U.ndim or len(U) != solver.local_rows or (G is not None and G.shape not in _rhs_shapes(solver, U)):
+    if (
+        not U.ndim
+        or len(U) != solver.local_rows
+        or (G is not None and G.shape not in [(n, *U.shape[1:]) for n in solver.rhs_rows])
+    ):
         what = f"{k} own steps" + ("" if solver.local_rows == k + 1 else f" with {solver.local_rows - 1} C-points")
         problem = f"U {U.shape} and G {None if G is None else G.shape} for {what}"
     elif U.dtype not in (np.float64, np.float32) or (G is not None and G.dtype != U.dtype):
-        problem = f"U of type {U.dtype}{'' if G is None else f', G of {G.dtype}'}: give float64 or float32, both alike"
+        problem = (
+            f"U of type {U.dtype}{'' if G is None else f', G of {G.dtype}'}: give float64 or float32, the same for both"
+        )
     elif not U[:1].flags.c_contiguous:
         problem = "the states in U are not contiguous: only the time axis may be strided"
     absent = tuple(x is None for x in (G, *given)) if k else None
@@ -47,10 +53,10 @@ def check_arrays(solver, U: np.ndarray, G: np.ndarray | None, coarse_rhs, **call
     key = (digest((solver.key, *call.values())) if everyone.size > 1 else 0,)
     kind = (U.dtype.num, *U.shape[1:])  # of the states that are sent
     if everyone is comm:
-        alike = all_alike(comm, problem is None, key, kind, absent)
+        same = consistent_across_ranks(comm, problem is None, key, kind, absent)
     else:  # parts of states may have other shapes there
-        alike = all_alike(everyone, all_alike(comm, problem is None, kind, absent), key)
-    if alike:
+        same = consistent_across_ranks(everyone, consistent_across_ranks(comm, problem is None, kind, absent), key)
+    if same:
         return
     own = {"number of steps": solver.nsteps, "bounds": tuple(solver.levels[0].bounds), **vars(solver.options), **call}
     require_same(everyone, **own, **{"solver": solver.key})
@@ -62,13 +68,4 @@ def check_arrays(solver, U: np.ndarray, G: np.ndarray | None, coarse_rhs, **call
         problems.append(f"states of different types on the ranks: {[dtype for *_, dtype, _ in reports]}")
     if len({absent for *_, absent in reports if absent}) > 1:
         problems.append("G or coarse_rhs is None on some ranks only: give zeros there")
-    raise_together(everyone, InputError(f"{solver.name}: {problems[0]}") if problems else None)
-
-
-def _rhs_shapes(solver, U: np.ndarray) -> list[tuple[int, ...]]:
-    """Shapes that a right-hand side may have."""
-    fine = solver.levels[0]
-    rows = [fine.k]
-    if solver.options.storage == "C" and int(fine.c_points[-1]) == fine.nsteps:
-        rows.append(solver.local_rows - 1)
-    return [(count, *U.shape[1:]) for count in rows]
+    raise_collectively(everyone, InputError(f"{solver.name}: {problems[0]}") if problems else None)

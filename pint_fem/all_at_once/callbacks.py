@@ -1,9 +1,9 @@
-"""Calls of the functions that a user gives to the solver core, with their conventions enforced.
+"""Calls of the functions that a user gives to the solvers, with the conventions of their results enforced.
 
-A step writes its result to ``out`` and returns nothing. Other packages have other habits: PyMGRIT's ``step`` returns
-the new state, XBraid's overwrites the old one. Either would leave ``out`` as it was, and a trajectory of zeros solves
-such equations without a residual. So a result that is returned is refused, the input is read-only, and the first call
-of each level must overwrite all of ``out``. The three checks of later calls take less than a microsecond.
+A step writes its result to ``out`` and returns nothing. Other packages have other conventions: PyMGRIT's ``step``
+returns the new state, XBraid's overwrites the old one. Either would leave ``out`` as it was, and a trajectory of zeros
+solves such equations without a residual. So a result that is returned is refused, the input is read-only, and the first
+call of each level must overwrite all of ``out``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _FORMS = {
     "all_at_once": "all_at_once(self, level, iterations) writes the states behind level.U[0]: level.U[1:] = ...",
 }
 _MARKS = {np.dtype(np.float64): np.uint64(0x7FF8_C0DE_0B5E_55ED), np.dtype(np.float32): np.uint32(0x7FC0_DEB5)}
-"""Payloads of NaN that no arithmetic makes, by type: what still has one was not written."""
+"""Payloads of NaN that no arithmetic makes, by type: an entry that still has one was not written."""
 
 
 def read_only(array: np.ndarray) -> np.ndarray:
@@ -85,25 +85,25 @@ class StepCalls:
     Parameters
     ----------
     propagator
-        See :class:`~pint_fem.all_at_once.levels.Propagator`. With a true attribute ``keeps_input`` it gets arrays that can be
-        written to.
+        A :class:`~pint_fem.all_at_once.levels.Propagator`. With a true attribute ``keeps_input`` it gets arrays that
+        can be written to.
     """
 
     def __init__(self, propagator):
         self._propagator = propagator
         self._protects = not getattr(propagator, "keeps_input", False)
         # a first guess in ``out`` may be the result already
-        self._unproved = set() if getattr(propagator, "uses_guess", False) else {"step", "sweep"}
+        self._unchecked = set() if getattr(propagator, "uses_guess", False) else {"step", "sweep"}
 
     def step(self, steps: range, u: np.ndarray, out: np.ndarray) -> None:
-        """``propagator.step``.
+        """Call ``propagator.step(steps, u, out)``.
 
         Raises
         ------
         InputError
             If it returns its result, writes to ``u`` or leaves ``out`` as it was.
         """
-        mark = _mark(out) if "step" in self._unproved else None
+        mark = _mark(out) if "step" in self._unchecked else None
         if self._protects:
             u = u.view()
             u.setflags(write=False)
@@ -115,17 +115,17 @@ class StepCalls:
         if result is not None:
             require_nothing("step", result)
         if mark is not None:
-            self._prove("step", out, mark)
+            self._check_written("step", out, mark)
 
     def sweep(self, first: int, U: np.ndarray, G: np.ndarray | None) -> None:
-        """``propagator.sweep``.
+        """Call ``propagator.sweep(first, U, G)``.
 
         Raises
         ------
         InputError
             If it returns its result, writes to ``G`` or ``U[0]``, or leaves a part of ``U`` as it was.
         """
-        mark = _mark(U[1:]) if "sweep" in self._unproved else None
+        mark = _mark(U[1:]) if "sweep" in self._unchecked else None
         start = None if mark is None else U[:1].copy()
         try:
             result = self._propagator.sweep(first, U, G if G is None or not self._protects else read_only(G))
@@ -136,13 +136,13 @@ class StepCalls:
         if mark is not None:
             if not np.array_equal(start, U[:1], equal_nan=True):
                 raise InputError(f"sweep changes U[0], the state that it starts from: {_FORMS['sweep']}")
-            self._prove("sweep", U[1:], mark)
+            self._check_written("sweep", U[1:], mark)
 
-    def _prove(self, name: str, written: np.ndarray, mark: np.generic) -> None:
-        """Require that no mark is left, and go without marks from here on."""
+    def _check_written(self, name: str, written: np.ndarray, mark: np.generic) -> None:
+        """Require that no mark is left, and set no marks in later calls."""
         if (written.view(mark.dtype) == mark).any():
             raise InputError(f"{name} does not write all of its result: {_FORMS[name]}")
-        self._unproved.discard(name)
+        self._unchecked.discard(name)
 
 
 def _mark(array: np.ndarray) -> np.generic | None:

@@ -1,8 +1,8 @@
-"""Failures of a solve: noted where they happen, raised on every rank that solves.
+"""Failures of a solve: recorded on the rank where they happen, then raised on every rank that solves.
 
 A step that fails, or a value that is not finite, must not end a rank's part in a solve: the others would wait for its
-messages. It is noted on its rank and goes on as NaN, and norms, which are global over space, carry that to all ranks.
-Then the ranks exchange what they have noted, and all raise the same: a mistake in a program (``KeyError``, an unknown
+messages. It is recorded on its rank and continues as NaN, and norms, which are global over space, carry that to all ranks.
+Then the ranks exchange their records, and all raise the same: a mistake in a program (``KeyError``, an unknown
 PETSc type) as it is, a numerical failure as :class:`~pint_fem.errors.SolverFailure`, both with what was raised as the
 cause.
 """
@@ -14,25 +14,24 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pint_fem.agreement import all_alike
 from pint_fem.all_at_once.callbacks import returned_block
 from pint_fem.all_at_once.levels import Level
 from pint_fem.all_at_once.norms import PointNorms
-from pint_fem.collective import Report, raise_report, reported
-from pint_fem.errors import FAILURES, SolverFailure
+from pint_fem.collective import consistent_across_ranks, raise_report
+from pint_fem.errors import FAILURES, FailureKind, FailureReport, SolverFailure
 
-__all__ = ["MEETINGS", "Failures"]
+__all__ = ["EXCHANGE_AFTER", "Failures"]
 
-_TOO_LARGE = Report(reported(SolverFailure()).kind, "values too large: their norm is not finite")
+_TOO_LARGE = FailureReport(FailureKind.NUMERICAL, "values too large: their norm is not finite")
 
-MEETINGS = frozenset(2**i for i in range(3, 40))
-"""Fixed numbers of cycles, where nobody waits for norms: behind so many all ranks hear whether one has failed. A failed
-solve takes at most twice the cycles it had, few cycles (training's) never meet, and many meet a few times.
+EXCHANGE_AFTER = frozenset(2**i for i in range(3, 40))
+"""Numbers of cycles after which ranks exchange failures where no norm does so. A failed solve then takes at most twice
+the cycles it had until the failure, and a few cycles, as in training, exchange nothing.
 """
 
 
 class Failures:
-    """What has failed on the levels of a solver.
+    """The failures on the levels of a solver.
 
     Parameters
     ----------
@@ -65,23 +64,23 @@ class Failures:
         self.everyone = everyone
         self.keeps_all = keeps_all
 
-    def forget(self) -> None:
-        """Begin anew."""
+    def clear(self) -> None:
+        """Remove what an earlier solve has recorded."""
         self.levels[0].first_failure.clear()
 
-    def in_cycle(self, cycle: int) -> None:
-        """What is noted from here on is of this cycle."""
+    def set_cycle(self, cycle: int) -> None:
+        """Set the number of the cycle in which failures happen from here on."""
         self.levels[0].first_failure.now = cycle
 
     def note(self, what: str, error: BaseException) -> None:
-        """Note what a function of the user has raised that is no step."""
+        """Record what a function of the user other than a step has raised."""
         self.levels[0].first_failure.note(f"{what}: {type(error).__name__}: {error}", error)
 
     def squares(self, block: np.ndarray, norms: PointNorms | None = None) -> np.ndarray:
-        """Squared norms of some states; NaN where the user's function fails (no hang), and once a step has failed.
+        """Squared norms of some states ``(k,)``; NaN where the user's function fails, and once a step has failed.
 
-        A failed step's NaN may be gone by now, as relaxation replaces points. Handing NaN to the norm rather than
-        returning it tells the ranks that share the states in space as well.
+        Relaxation may have replaced a failed step's NaN meanwhile. The norm of NaN, rather than NaN itself, carries the
+        failure to the ranks that share the states in space as well.
         """
         if not len(block):
             return np.zeros(0)
@@ -99,7 +98,7 @@ class Failures:
 
         ``finite`` comes from ``point_norms``, so it is the same on all ranks that share a state in space.
         """
-        if all_alike(self.comm, finite):
+        if consistent_across_ranks(self.comm, finite):
             return
         first = self.levels[0].first_failure
         error, found = first.error, None
@@ -109,7 +108,7 @@ class Failures:
             found = self._in_array()
         mine = None
         if found is not None:
-            mine = found[0], self.comm.rank, first.call, reported(error or SolverFailure(found[1]), found[1])
+            mine = found[0], self.comm.rank, first.call, FailureReport.of(error or SolverFailure(found[1]), found[1])
         reports = [mine] if self.everyone.size == 1 else self.everyone.allgather(mine)
         # the worst kind; of those in the earliest cycle: values travel from left to right only, the first has the cause
         order = lambda found: (found[-1].kind, *found[:-1])
@@ -124,9 +123,9 @@ class Failures:
         raise_report(self.everyone, report, f"{self.name}: {report.text}", here)
 
     def _in_array(self) -> tuple[float, str] | None:
-        """The first own point that is not finite, which any failure that a rank has seen happen comes before."""
+        """The first own point that is not finite; any recorded failure precedes it."""
         fine = self.levels[0]
-        if fine.U is None:  # given back to the caller
+        if fine.U is None:  # returned to the caller
             return None
         bad = np.flatnonzero([not np.isfinite(row).all() for row in fine.U])
         if not len(bad):
@@ -138,10 +137,10 @@ class Failures:
     def raise_noted(self, state: np.ndarray, *, finite: bool = True) -> None:
         """Raise on every rank if a step has failed, or ``finite`` is false, on any (collective).
 
-        ``state`` ``(1, *state)``: any, for its shape.
+        ``state`` ``(1, *state)`` may have any values.
         """
-        noted = self.squares(np.zeros_like(state))  # zero, and NaN on all ranks in space where one has noted something
-        self.raise_unless(finite and bool(np.isfinite(noted).all()))
+        squares = self.squares(np.zeros_like(state))  # zero, or NaN on all ranks in space where one has a failure
+        self.raise_unless(finite and bool(np.isfinite(squares).all()))
 
     def raise_at_points(self, U: np.ndarray) -> None:
         """Raise on every rank if a step has failed or an own point is not finite on any."""

@@ -1,4 +1,4 @@
-"""Time grids of the MGRIT hierarchy: the points of its levels, and the bounds of the ranks' steps on them.
+"""Time grids of a hierarchy of levels: their points, and the bounds of the ranks' steps on them.
 
 The C-points of a level are the points of the next one: every ``m``-th point, or any subset that starts with point 0.
 """
@@ -10,7 +10,7 @@ from functools import cached_property
 
 import numpy as np
 
-from pint_fem.agreement import digest
+from pint_fem.digests import digest
 
 __all__ = ["Bounds", "Coarsening", "check_coarsening", "coarse_points", "is_integer", "split_steps"]
 
@@ -24,7 +24,7 @@ def split_steps(nsteps: int, parts: int) -> list[int]:
     Parameters
     ----------
     nsteps, parts
-        Number of steps and of ranges.
+        Numbers of steps and of ranges.
 
     Returns
     -------
@@ -76,28 +76,47 @@ def _short(values) -> str:
 
 
 class Bounds(tuple):
-    """Step bounds of the ranks on a level, ``size + 1`` numbers, and what follows from them: computed once, whoever
-    shares the object.
-    """
+    """Step bounds of the ranks on a level, ``size + 1`` numbers, with the quantities derived from them cached."""
 
     @classmethod
-    def shared_out(cls, nsteps: int, size: int, c_points: Coarsening | None = None) -> Bounds:
-        """Nearly equal shares of the steps for ``size`` ranks; of whole intervals between C-points where these are
-        given, by their distance or their numbers.
+    def of_ranks(
+        cls, nsteps: int, size: int, given: Sequence[int] | None = None, c_points: Coarsening | None = None
+    ) -> Bounds:
+        """Bounds of the ranks of a communicator.
+
+        Parameters
+        ----------
+        nsteps, size
+            Numbers of steps and of ranks.
+        given
+            Bounds; default: nearly equal numbers of steps.
+        c_points
+            The C-points, by their distance or their numbers, for nearly equal numbers of whole intervals between them.
+
+        Raises
+        ------
+        ValueError
+            If the given bounds do not split the steps over the ranks.
         """
-        if c_points is None:
-            return cls(split_steps(nsteps, size))
-        c = range(0, nsteps + 1, c_points) if isinstance(c_points, int) else c_points
-        return cls([*(int(c[j]) for j in split_steps(len(c) - 1, size)[:-1]), nsteps])
+        if given is not None:
+            bounds = cls.make(given)
+        elif c_points is None:
+            bounds = cls(split_steps(nsteps, size))
+        else:
+            c = range(0, nsteps + 1, c_points) if isinstance(c_points, int) else c_points
+            bounds = cls([*(int(c[j]) for j in split_steps(len(c) - 1, size)[:-1]), nsteps])
+        if not bounds.increase or len(bounds) != size + 1 or bounds[-1] != nsteps:
+            raise ValueError(f"bounds {list(bounds)} do not split {nsteps} steps over {size} ranks")
+        return bounds
 
     @classmethod
     def make(cls, bounds: Sequence[int]) -> Bounds:
-        """From numbers; what is one already stays the same object."""
+        """Bounds from numbers; a ``Bounds`` object is returned as it is."""
         return bounds if isinstance(bounds, cls) else cls(bounds)
 
     @cached_property
     def increase(self) -> bool:
-        """Whether they are whole numbers from 0 on that do not decrease."""
+        """Whether the bounds are whole numbers from 0 on that do not decrease."""
         whole = all(hasattr(b, "__index__") for b in self)
         return whole and len(self) > 1 and self[0] == 0 and sorted(self) == list(self)
 
@@ -107,30 +126,30 @@ class Bounds(tuple):
         return digest(tuple(self))
 
     @cached_property
-    def _known(self) -> dict:
+    def _cache(self) -> dict:
         return {}
 
     def layout(self, width: int) -> tuple[np.ndarray, np.ndarray]:
-        """Counts and places of the ranks' parts of an array with ``width`` numbers a step, as MPI wants them."""
-        if ("layout", width) not in self._known:
+        """Counts and displacements of the ranks' parts of an array with ``width`` numbers per step, as MPI takes them."""
+        if ("layout", width) not in self._cache:
             places = width * np.array(self, dtype=int)
-            self._known["layout", width] = np.diff(places), places[:-1].copy()
-        return self._known["layout", width]
+            self._cache["layout", width] = np.diff(places), places[:-1].copy()
+        return self._cache["layout", width]
 
     def coarsened(self, m: int) -> Bounds:
-        """Those of the level of every ``m``-th point."""
-        if m not in self._known:
-            self._known[m] = Bounds([b // m for b in self])
-        return self._known[m]
+        """The bounds on the level of every ``m``-th point."""
+        if m not in self._cache:
+            self._cache[m] = Bounds([b // m for b in self])
+        return self._cache[m]
 
 
 def check_coarsening(given) -> tuple:
-    """Factors and tuples of C-points.
+    """A coarsening as a tuple of factors and tuples of C-points, one entry per level.
 
     Raises
     ------
     ValueError
-        On what is neither.
+        On an entry that is neither a factor of at least 2 nor increasing C-points from 0 on.
     """
     bad = ValueError(
         f"mgrit coarsening {given!r}: give whole numbers of at least 2, such as (8, 4), or a level's C-points [0, ...]"

@@ -1,4 +1,4 @@
-"""The levels of the MGRIT hierarchy: who owns which steps, calls of propagators, and messages.
+"""The levels of a hierarchy of time grids: which rank owns which steps, calls of propagators, and messages.
 
 A level with ``N`` steps has the points ``0..N``. Rank ``r`` owns the steps ``lo[r] -> lo[r]+1, ..., hi[r]-1 -> hi[r]``
 and the points ``lo[r]+1 .. hi[r]``; it also holds point ``lo[r]`` as the *ghost* row 0 of its array (on the first
@@ -26,18 +26,18 @@ __all__ = ["FirstFailure", "Level", "Propagator", "build_levels", "inject"]
 
 
 class Propagator(Protocol):
-    """What MGRIT asks of a user: one time step, on a block of states at once.
+    """The interface that a user implements: one time step, on a block of states at once.
 
     Optional: a method ``sweep(first, U, G)`` takes the steps ``first, first + 1, ...`` one after another in place, from
-    ``U[0]`` (``U`` has one row more than there are steps, which holds iterates; ``G`` is ``None`` or one row a step);
+    ``U[0]`` (``U`` has one row more than there are steps, which holds iterates; ``G`` is ``None`` or has one row per step);
     sequential solves use it. An attribute ``block`` is the number of states that makes a full block (relaxation then
     goes through the intervals in groups of that many). With an attribute ``uses_guess`` that is true, ``out`` holds a
     first guess of the result when ``step`` is called: the iterate that is there. It follows from the iterate alone,
     never from the order of calls, and it is the same on both sides of the coarse equation, so the exact solution stays
     a fixed point however loosely an implicit step is solved (the header of XBraid's ``restrict.c``). With an attribute
-    ``stays_bad`` that is true, a value that is not finite stays so in all later steps (``u + f(u)`` does that): where
-    all points are stored, the finest level's blocks are then not looked at one by one: residuals tell, and the norms'
-    ``finite``. An attribute ``may_be_last`` is set before relaxations of the finest level: whether a step may be the
+    ``propagates_nonfinite`` that is true, a value that is not finite stays so in all later steps (``u + f(u)`` does
+    that): where all points are stored, the finest level's blocks are then not checked one by one, as residuals and the
+    norms' ``finite`` show it. An attribute ``may_be_last`` is set before relaxations of the finest level: whether a step may be the
     solve's last at its point, for propagators that keep something of it. With an attribute ``keeps_input`` that is
     true, ``u`` and ``G`` can be written to (the propagator must not): for libraries that take no read-only arrays, such
     as torch. For :func:`pint_fem.mgrit.check`: ``tangent(steps, u, du, out)`` and ``adjoint(steps, u, lam, out)``.
@@ -57,7 +57,7 @@ class Propagator(Protocol):
 
 
 class FirstFailure:
-    """The first failure on a rank, on whichever level.
+    """The first failure on a rank, on any level.
 
     Attributes
     ----------
@@ -80,20 +80,18 @@ class FirstFailure:
         self.clear()
 
     def clear(self) -> None:
-        """Nothing has failed."""
+        """Remove the failure."""
         self.text: str | None = None
         self.error: BaseException | None = None
         self.cycle = self.now = self.call = self.calls = 0
 
     def note(self, text: str, error: BaseException | None = None) -> None:
-        """Keep a failure, unless an earlier one is there; a mistake of the program takes the place of one that was
-        numerical.
-        """
+        """Record a failure, unless there is an earlier one; a mistake of the program replaces a numerical failure."""
         mistake = error is not None and not is_numerical(error)
         if self.text is None or (mistake and (self.error is None or is_numerical(self.error))):
             self.text, self.error, self.cycle, self.call = text, error, self.now, self.calls
             if error is not None and not mistake:
-                release(error)  # it is kept while the solve goes on
+                release(error)  # it is stored while the solve continues
 
 
 class Level:
@@ -134,9 +132,8 @@ class Level:
             self.right = next(filter(holds, range(comm.rank + 1, comm.size)), None)
         self.block = max(int(getattr(propagator, "block", 0)), 0)
         self.uses_guess = bool(getattr(propagator, "uses_guess", False))
-        #: Whether values that are not finite are looked for in each block.
-        self.looks = index > 0 or not getattr(propagator, "stays_bad", False)
-        self._hears = hasattr(propagator, "may_be_last")
+        #: Whether each block is checked for values that are not finite.
+        self.checks_blocks = index > 0 or not getattr(propagator, "propagates_nonfinite", False)
         self._calls = StepCalls(propagator)
         self.U: np.ndarray | None = None
         self.G: np.ndarray | None = None
@@ -151,7 +148,7 @@ class Level:
         return self.first_failure.text
 
     def note(self, what: str, error: BaseException | None = None) -> None:
-        """Note a failure on this level, and what was raised, if anything was."""
+        """Record a failure on this level, and what was raised, if anything was."""
         text = f"level {self.index}, {what}"
         self.first_failure.note(text if error is None else f"{text}: {type(error).__name__}: {error}", error)
 
@@ -166,13 +163,13 @@ class Level:
             return self.bounds.coarsened(self.m)
         return Bounds(int(np.searchsorted(self.c_points, b, side="right")) - 1 for b in self.bounds)
 
-    def may_be_last(self, last: bool) -> None:
-        """Tell the propagator whether steps from here on may be the solve's last at their points, if it listens."""
-        if self._hears:
+    def set_may_be_last(self, last: bool) -> None:
+        """Set the propagator's ``may_be_last``, where it has one: steps may be the solve's last at their points."""
+        if hasattr(self.propagator, "may_be_last"):
             self.propagator.may_be_last = last
 
     def phi(self, steps: range, u: np.ndarray, out: np.ndarray) -> None:
-        """Call the propagator; a failure becomes NaN, which the collective norm carries to every rank (no hang)."""
+        """Call the propagator; a failure becomes NaN, which the norm carries to every rank: none waits for another."""
         if not len(steps):
             return
         self.phi_calls += len(steps)
@@ -184,7 +181,7 @@ class Level:
             out[...] = np.nan
             self._failed(steps, u, out, error)
         else:
-            if self.looks and not np.isfinite(out).all():
+            if self.checks_blocks and not np.isfinite(out).all():
                 self._failed(steps, u, out)
         if self.trace:
             self.trace.work("phi", self.index, begin, first=steps[0], states=len(steps))
@@ -228,10 +225,10 @@ class Level:
             self.trace.work("sweep", self.index, begin, first=steps[0], states=len(steps))
 
     def _failed(self, steps: range, u: np.ndarray, out: np.ndarray, error: BaseException | None = None) -> None:
-        """Note a failure that comes of finite data; what follows from it is not its cause."""
+        """Record a failure of a step from finite data; failures of later steps follow from it."""
         good = np.isfinite(u).reshape(len(u), -1).all(axis=1)
         if error is not None:
-            # numerics, and checks that a user makes of them, may fail because of what they get; an exit does not
+            # an exception may follow from data that are not finite, an exit does not
             if good.all() or not isinstance(error, Exception):
                 self.note(f"steps {steps[0]}..{steps[-1]}", error)
             return
@@ -241,7 +238,7 @@ class Level:
 
     # -- messages: one row to the right, one from the left; the tag is the level -----------------------------------
     def post_receive(self, array: np.ndarray):
-        """Start receiving row 0 of ``array`` from the left; ``None`` where there is nobody."""
+        """Start receiving row 0 of ``array`` from the left; ``None`` where there is no neighbour."""
         if self.left is None:
             return None
         if self.trace:
@@ -249,7 +246,7 @@ class Level:
         return self.comm.Irecv(array[:1], source=self.left, tag=self.index)
 
     def post_send(self, array: np.ndarray):
-        """Start sending the last row of ``array`` to the right; ``None`` where there is nobody."""
+        """Start sending the last row of ``array`` to the right; ``None`` where there is no neighbour."""
         if self.right is None:
             return None
         if self.trace:
@@ -270,7 +267,7 @@ class Level:
         self.wait(self.post_receive(array), self.post_send(array))
 
     def phi_of_all(self, V: np.ndarray, out: np.ndarray) -> None:
-        """``Phi`` of all own steps from the points ``V``, ``(k + 1, ...)``; the others go on while row 0 arrives."""
+        """``Phi`` of all own steps from the points ``V``, ``(k + 1, ...)``; row 0 arrives while later steps are taken."""
         if not self.active:
             return
         receive, send = self.post_receive(V), self.post_send(V)
@@ -292,7 +289,7 @@ def build_levels(propagators: Sequence[Propagator], coarsening: Sequence[Coarsen
     Parameters
     ----------
     propagators
-        One a level, finest first.
+        One per level, finest first.
     coarsening
         ``len(propagators) - 1`` factors of at least 2, or C-points.
     bounds
@@ -327,7 +324,7 @@ def inject(levels: Sequence[Level], U: np.ndarray) -> list[np.ndarray]:
     Returns
     -------
     list of ndarray
-        One array a level; the first is ``U`` itself.
+        One array per level; the first is ``U`` itself.
     """
     arrays = [U]
     for fine, coarse in pairwise(levels):

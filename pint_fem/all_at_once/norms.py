@@ -1,4 +1,4 @@
-"""Norms over time whose bits do not depend on the number of time ranks.
+"""Norms over time, bitwise identical for every number of time ranks.
 
 Squared norms of the points are gathered over the time communicator in point order and added in that order on every
 rank.
@@ -20,11 +20,11 @@ PointNorms = Callable[[np.ndarray], np.ndarray]
 def euclidean(block: np.ndarray) -> np.ndarray:
     """Squared Euclidean norm of each state of a block, shape ``(k,)``."""
     rows = np.asarray(block, dtype=float).reshape(len(block), math.prod(block.shape[1:]))
-    return np.matmul(rows[:, None, :], rows[:, :, None])[:, 0, 0]  # a dot product each: its bits are the state's own
+    return np.matmul(rows[:, None, :], rows[:, :, None])[:, 0, 0]  # one dot product per state, whatever the block
 
 
 def norm_over_time(squares: np.ndarray, kind: int | str) -> np.ndarray:
-    """Combine the points' squared norms ``(points, c)`` in point order by a 1, 2 or ``"inf"`` norm, shape ``(c,)``."""
+    """Combine the points' squared norms ``(points, c)`` in point order by a 1, 2 or ``"inf"`` norm to shape ``(c,)``."""
     if not len(squares):
         return np.zeros(squares.shape[1:])
     if kind == 2:
@@ -36,8 +36,16 @@ def norm_over_time(squares: np.ndarray, kind: int | str) -> np.ndarray:
 def gather_in_order(values: np.ndarray, comm, bounds=None) -> np.ndarray:
     """Concatenate the ranks' ``(k_r, c)`` or ``(k_r,)`` arrays in rank order, on every rank.
 
-    For few numbers a point (norms, misfits): never for states. ``bounds``: the
-    :class:`~pint_fem.all_at_once.levels.Bounds` that say all ``k_r``, where they are known.
+    For a few numbers per point (norms, misfits), never for states.
+
+    Parameters
+    ----------
+    values
+        Those of this rank.
+    comm
+        Time communicator.
+    bounds
+        :class:`~pint_fem.all_at_once.grids.Bounds` with the ``k_r`` of all ranks; default: the ranks exchange them.
     """
     values = np.ascontiguousarray(values, dtype=float)
     if comm.size == 1:

@@ -1,17 +1,17 @@
-"""When to stop cycling, and what a solve reports."""
+"""The stopping criterion of an iteration on all time steps, and the result that a solve returns."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Protocol
 
+from pint_fem.all_at_once.options import SolverOptions
 from pint_fem.errors import SolverFailure
 
 __all__ = ["DivergedError", "SolveResult", "SolverFailure", "Stopping"]
 
-WINDOW = 5
-"""Cycles over which stagnation is judged."""
+RECENT = 5
+"""Cycles whose mean factor decides about stagnation."""
 
 _PETSC_REASONS = {
     "rtol": 2,  # KSP_CONVERGED_RTOL
@@ -32,7 +32,7 @@ class DivergedError(SolverFailure):
 
 @dataclass
 class SolveResult:
-    """What a solve did.
+    """The outcome of a solve, the same on every rank.
 
     Attributes
     ----------
@@ -48,7 +48,7 @@ class SolveResult:
     scale : float
         Norm of the trajectory at the C-points when the last residual was computed.
     message : str
-        What happened, in words, where it did not converge by cycles.
+        Why it did not converge by cycles.
     """
 
     converged: bool = False
@@ -78,13 +78,13 @@ class SolveResult:
 
     @property
     def factor(self) -> float:
-        """Geometric mean of the residual reduction a cycle; NaN without two positive residuals."""
+        """Geometric mean of the residual's reduction per cycle; NaN without two positive residuals."""
         return self._mean_factor(len(self.residuals))
 
     @property
     def last_factor(self) -> float:
         """Geometric mean over the last cycles (up to five): the rate at which it would go on."""
-        return self._mean_factor(WINDOW)
+        return self._mean_factor(RECENT)
 
     def _mean_factor(self, cycles: int) -> float:
         r = [x for x in self.residuals if x > 0][-cycles - 1 :]
@@ -96,23 +96,8 @@ class SolveResult:
         return _PETSC_REASONS[self.reason]
 
 
-class StoppingOptions(Protocol):
-    """Options of a solver that decide when it stops; see :class:`~pint_fem.mgrit.options.MGRITOptions`."""
-
-    rtol: float
-    atol: float
-    dtol: float
-    max_it: int
-    rtol_of: str
-    stagnation: float | None
-
-    @property
-    def is_fixed(self) -> bool:
-        """Whether a fixed number of iterations is done, whatever the residual."""
-
-
 class Stopping:
-    """The stopping test.
+    """The stopping criterion.
 
     Parameters
     ----------
@@ -122,14 +107,14 @@ class Stopping:
         Cycles after which the iteration is exact whatever the propagators, or infinity.
     """
 
-    def __init__(self, options: StoppingOptions, exact_after: float):
+    def __init__(self, options: SolverOptions, exact_after: float):
         self.options, self.exact_after = options, exact_after
         self._rtol = options.rtol
         #: Cycles to take whatever the residual, or ``None``.
         self.cycles: int | None = None
 
     def set(self, *, rtol: float | None, cycles: int | None) -> None:
-        """Tolerance or number of cycles of the next solve; ``None``: as the options say.
+        """Set the tolerance or the number of cycles of the next solve; ``None``: those of the options.
 
         Raises
         ------
@@ -145,7 +130,7 @@ class Stopping:
         self._rtol, self.cycles = self.options.rtol if rtol is None else rtol, cycles
 
     def __call__(self, result: SolveResult) -> bool:
-        """Set ``reason``, ``converged`` and ``message`` of the result and say whether to stop."""
+        """Set ``reason``, ``converged`` and ``message`` of the result; return whether to stop."""
         options, r, norm = self.options, result.residuals, result.residuals[-1]
         if self.cycles is not None:
             result.converged = result.cycles >= self.cycles
@@ -173,7 +158,7 @@ class Stopping:
 
     def _stagnates(self, result: SolveResult, tolerance: float) -> bool:
         options, left = self.options, self.options.max_it - result.cycles
-        if options.stagnation is None or options.is_fixed or len(result.residuals) <= WINDOW or left < 1:
+        if options.stagnation is None or options.is_fixed or len(result.residuals) <= RECENT or left < 1:
             return False
         if self.exact_after <= options.max_it or result.last_factor <= options.stagnation:
             return False

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +19,7 @@ __all__ = ["Trace", "check_trace_file"]
 
 
 def check_trace_file(path: str | Path, comm) -> None:
-    """Find out before a run whether its trace can be written (collective).
+    """Check before a run that its trace can be written (collective).
 
     Raises
     ------
@@ -29,38 +30,40 @@ def check_trace_file(path: str | Path, comm) -> None:
 
 
 class Trace:
-    """Events of one rank.
+    """The events of one rank, for a file with those of all ranks.
 
     Parameters
     ----------
     comm
-        Time communicator; clocks start together. Solvers on communicators of the same ranks in another order (adjoint
-        sweeps) may share the trace.
+        Time communicator; the ranks' clocks start at the same time. Solvers on communicators of the same ranks in
+        another order (adjoint sweeps) may share the trace.
+    clock
+        Returns seconds.
     """
 
-    def __init__(self, comm):
-        self.comm, self.events = comm, []
+    def __init__(self, comm, clock: Callable[[], float] = time.perf_counter):
+        self.comm, self.events, self._clock = comm, [], clock
         comm.Barrier()
-        self._start = time.perf_counter()
+        self._start = clock()
 
     def now(self) -> float:
         """Microseconds since the start."""
-        return 1e6 * (time.perf_counter() - self._start)
+        return 1e6 * (self._clock() - self._start)
 
     def work(self, name: str, level: int, begin: float, **args) -> None:
-        """Something that took from ``begin`` until now."""
+        """Record some work that took from ``begin`` until now."""
         event = {"name": name, "cat": "work", "ph": "X", "ts": begin, "dur": self.now() - begin}
         self.events.append(event | {"pid": self.comm.rank, "tid": level, "args": args})
 
     def message(self, name: str, level: int, comm, peer: int, nbytes: int) -> None:
-        """A message to or from rank ``peer`` of ``comm``."""
+        """Record a message to or from rank ``peer`` of ``comm``."""
         if comm is not self.comm:
             peer = comm.group.Translate_ranks([peer], self.comm.group)[0]
         event = {"name": name, "cat": "message", "ph": "i", "s": "t", "ts": self.now()}
         self.events.append(event | {"pid": self.comm.rank, "tid": level, "args": {"peer": peer, "bytes": nbytes}})
 
     def mark(self, name: str, **args) -> None:
-        """A point in the algorithm, such as the end of a cycle."""
+        """Record a point in the algorithm, such as the end of a cycle."""
         event = {"name": name, "cat": "cycle", "ph": "i", "s": "p", "ts": self.now()}
         self.events.append(event | {"pid": self.comm.rank, "tid": 0, "args": args})
 
@@ -88,6 +91,6 @@ class Trace:
             for r, level in used
         ]
         events = sorted((e for part in parts for e in part), key=lambda e: e["ts"])
-        with files.naming(f"trace {path} cannot be written"):
+        with files.as_input_error(f"trace {path} cannot be written"):
             path.parent.mkdir(parents=True, exist_ok=True)
             files.write_whole(path, json.dumps({"traceEvents": names + events, "displayTimeUnit": "ms"}).encode())

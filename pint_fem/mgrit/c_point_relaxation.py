@@ -1,8 +1,8 @@
 r"""Relaxation of a level that stores its C-points only: F-points are computed again where they are needed.
 
-An F-relaxation followed by a C-step runs through each interval with a working block of one state an interval (of a
-group of intervals), so a slab of ``k`` steps keeps ``k / m`` states and does the same propagator calls a cycle as with
-all points stored: what is saved after the correction is paid before the residual.
+An F-relaxation followed by a C-step runs through each interval with a working block of one state per interval (of a
+group of intervals), so a slab of ``k`` steps stores ``k / m`` states and makes as many propagator calls per cycle as
+with all points stored: those saved after the correction are made before the residual.
 
 The right-hand side may be *condensed*: a row for each own C-point, what enters in the interval before it taken to its
 end, :math:`\hat g_j = \sum_i \Phi^{c_j - i} g_i` for linear ``Phi``. Then no array has a row for each step.
@@ -22,7 +22,14 @@ __all__ = ["CPointRelaxation"]
 
 
 class CPointRelaxation(Relaxation):
-    """See the module; row ``i`` of the level's ``U`` is the own C-point number ``i`` (row 0 the one before them).
+    """Relaxation of a level whose array ``U`` has the own C-points only, and the C-point before them in row 0.
+
+    Parameters
+    ----------
+    level
+        A level with C-points.
+    weight
+        Weight of C-relaxation: ``U <- weight (Phi(U) + G) + (1 - weight) U``.
 
     Raises
     ------
@@ -57,11 +64,11 @@ class CPointRelaxation(Relaxation):
         self._buffers: tuple[np.ndarray, np.ndarray] | None = None
 
     def is_condensed(self, G: np.ndarray | None) -> bool:
-        """Whether a right-hand side has a row an interval."""
+        """Whether a right-hand side has one row per interval."""
         return G is not None and len(G) == self.count != self.level.k
 
     def _ends(self, emit: Callable[[slice, np.ndarray], None]) -> None:
-        """Run through all own whole intervals; ``emit`` gets the C-points' places and ``Phi + G`` there."""
+        """Run through all own whole intervals; ``emit(places, values)`` takes ``Phi + G`` at their C-points."""
         level, U = self.level, self.level.U
         if not level.active:
             return
@@ -96,11 +103,11 @@ class CPointRelaxation(Relaxation):
 
     @property
     def extra_states(self) -> int:
-        """See :class:`~pint_fem.mgrit.relaxation.Relaxation`."""
+        """Number of states in the working blocks of this rank."""
         return 2 * self._largest + 1
 
     def f_relax(self) -> None:
-        """Nothing: F-points are not kept."""
+        """Do nothing: F-points are not stored."""
 
     def c_relax(self) -> None:
         """Update the C-points by running through the intervals."""
@@ -115,11 +122,11 @@ class CPointRelaxation(Relaxation):
         self._ends(emit)
 
     def c_relax_by(self, residual: np.ndarray) -> None:
-        """See :class:`~pint_fem.mgrit.relaxation.Relaxation`."""
+        """C-relaxation from a computed residual at the C-points, without a propagator call."""
         self.level.U[1:] += self.weight * residual
 
     def c_residual(self, out: np.ndarray) -> None:
-        """See :class:`~pint_fem.mgrit.relaxation.Relaxation`."""
+        """Write ``G + Phi(U) - U`` at the own C-points to ``out``, with F-points computed anew."""
 
         def emit(places: slice, values: np.ndarray) -> None:
             np.subtract(values, self.level.U[places.start + 1 : places.stop + 1], out=out[places])
@@ -127,7 +134,7 @@ class CPointRelaxation(Relaxation):
         self._ends(emit)
 
     def solve_sequentially(self) -> None:
-        """Step through all points and keep the C-points."""
+        """Step through all points and store the C-points."""
         level = self.level
         if not level.active:
             return

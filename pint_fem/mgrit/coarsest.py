@@ -1,5 +1,5 @@
 """The solve on the coarsest level: step through it, gather it on one rank and step there, relax, or solve all its steps
-at once by what the propagator brings along.
+at once by a method of the propagator.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def coarsest_solver(level: Level, kind: str, sweeps: int, weight: float) -> Call
     sweeps
         FC-relaxations of ``"relax"``, which an F-relaxation ends; iterations of ``"paradiag"``.
     weight
-        Of its C-relaxation.
+        Weight of its C-relaxation.
 
     Raises
     ------
@@ -52,7 +52,7 @@ def coarsest_solver(level: Level, kind: str, sweeps: int, weight: float) -> Call
 
 
 def _solve_all_at_once(level: Level, iterations: int) -> None:
-    """The propagator's own solve of all steps; a result that it returns is a failure, as that of a step."""
+    """Call the propagator's own solve of all steps, which has to write its result in place."""
     try:
         require_nothing("all_at_once", level.propagator.all_at_once(level, iterations))
     except FAILURES as error:
@@ -62,13 +62,13 @@ def _solve_all_at_once(level: Level, iterations: int) -> None:
 
 class _Gathered:
     """Gather the right-hand sides (first guesses too, where steps use them) on the first rank, step there, send each
-    rank its points: two or three messages a rank instead of a chain of ranks. For coarsest levels that are small, as
-    they are: nothing else is gathered.
+    rank its points: two or three messages per rank instead of a chain of ranks. A coarsest level is small; no other
+    level is gathered.
 
     Parameters
     ----------
     level
-        With its array ``U``.
+        The coarsest level with its array ``U``.
     """
 
     def __init__(self, level: Level):

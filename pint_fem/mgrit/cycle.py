@@ -15,6 +15,7 @@ and transfers, on the reversed time grid, its linear map is exactly the transpos
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -29,7 +30,7 @@ from pint_fem.mgrit.options import MGRITOptions
 from pint_fem.mgrit.relaxation import Relaxation
 from pint_fem.mgrit.transfer import Transfer
 
-__all__ = ["Cycle"]
+__all__ = ["Cycle", "exact_termination"]
 
 
 class Cycle:
@@ -40,17 +41,17 @@ class Cycle:
     levels
         Finest first; the finest level's ``U`` and ``G`` are set by the caller.
     options
-        Relaxation, weights, coarsest solve, storage.
+        Relaxation, weights, coarsest solve and storage.
     state_shape
         Shape of one state on the finest level.
     transfers
-        One for each level but the coarsest: spatial coarsening to the next, or ``None``.
+        One per level but the coarsest: spatial coarsening to the next, or ``None``.
     transposed
-        Correct first, then relax; in an F-cycle the V-cycle first.
+        Whether to correct first, then relax; in an F-cycle the V-cycle first.
     linear
         Whether the propagators are linear.
     dtype
-        Of the states: float64 or float32.
+        Type of the states: float64 or float32.
     """
 
     def __init__(
@@ -94,7 +95,7 @@ class Cycle:
         self.relaxations[index].c_residual(self.residuals[index])
         return self.residuals[index]
 
-    def relax_and_restrict(self, index: int, *, f_is_done: bool = False, residual_is_known: bool = False) -> None:
+    def relax_and_restrict(self, index: int, *, f_is_done: bool = False, has_residual: bool = False) -> None:
         """Relax a level before its correction by its scheme and compute its residual.
 
         Parameters
@@ -103,13 +104,13 @@ class Cycle:
             The level.
         f_is_done
             The first F-relaxation would change nothing.
-        residual_is_known
+        has_residual
             ``residuals[index]`` is that of the current values.
         """
         sweeps = 0 if self.transposed else self.options.sweeps(index)
-        residual = self.residuals[index] if residual_is_known else None
+        residual = self.residuals[index] if has_residual else None
         self.relaxations[index].relax(sweeps, f_is_done=f_is_done, residual=residual)
-        if sweeps or not residual_is_known:
+        if sweeps or not has_residual:
             self.residual(index)
 
     def _restrict_values(self, index: int) -> np.ndarray:
@@ -194,25 +195,42 @@ class Cycle:
                 self.correct(index)
 
 
+def exact_termination(coarse_steps: float, nu: int, weight: float = 1.0) -> float:
+    """Number of cycles after which the iteration is exact whatever the propagators: each makes ``1 + nu`` more C-points
+    exact, and one more where weighted C-relaxation keeps part of the old values.
+
+    Parameters
+    ----------
+    coarse_steps
+        Steps of the second level; may be infinite.
+    nu
+        C-relaxations per cycle on the finest level.
+    weight
+        Weight of C-relaxation.
+    """
+    shifts = 1 + nu if weight == 1 else 1  # powers of the shift that a cycle contains
+    return math.ceil(coarse_steps / shifts) if math.isfinite(coarse_steps) else math.inf
+
+
 class _Guarded:
-    """A transfer whose failures become NaN, which the collective norm carries to every rank (no hang)."""
+    """A transfer whose failures become NaN, which the norm carries to every rank: none waits for another."""
 
     def __init__(self, transfer: Transfer, level: Level, fine_shape: tuple[int, ...], coarse_shape: tuple[int, ...]):
         self._transfer, self._level, self._shapes = transfer, level, (fine_shape, coarse_shape)
 
     def restrict(self, block: np.ndarray) -> np.ndarray:
-        """See :class:`Transfer`."""
+        """Restrict a block of fine states."""
         return self._apply("restrict", block, self._shapes[1])
 
     def prolong(self, block: np.ndarray) -> np.ndarray:
-        """See :class:`Transfer`."""
+        """Prolong a block of coarse states."""
         return self._apply("prolong", block, self._shapes[0])
 
     def _apply(self, name: str, block: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-        wanted = (len(block), *shape)
+        full_shape = (len(block), *shape)
         try:
-            return returned_block(name, getattr(self._transfer, name), wanted, block)
+            return returned_block(name, getattr(self._transfer, name), full_shape, block)
         except FAILURES as error:
             if np.isfinite(block).all() or not isinstance(error, Exception):
                 self._level.note(name, error)
-            return np.full(wanted, np.nan)
+            return np.full(full_shape, np.nan)

@@ -35,8 +35,8 @@ from petsctools import OptionsManager
 
 from pint_fem.all_at_once.levels import Level, Propagator
 from pint_fem.all_at_once.stopping import DivergedError, SolveResult
-from pint_fem.collective import any_rank, collectively, ending_all_ranks, raise_report, reported
-from pint_fem.errors import InputError, SolverFailure
+from pint_fem.collective import any_rank, collectively, ending_all_ranks, raise_report
+from pint_fem.errors import FailureReport, InputError, SolverFailure
 from pint_fem.mgrit.options import MGRITOptions
 from pint_fem.mgrit.space_time_operator import Direction, Hierarchies, MGRITPreconditioner
 from pint_fem.mgrit.view import describe
@@ -287,7 +287,7 @@ class KrylovMGRIT:
         """Raise on every rank if a step failed on any, or if ``finite`` is false on any."""
         first, mine = side.level.first_failure, None
         if first.text is not None:
-            mine = reported(first.error or SolverFailure(first.text), first.text)
+            mine = FailureReport.of(first.error or SolverFailure(first.text), first.text)
         comm = self.hierarchies.petsc_comm
         reports = comm.allgather((finite, mine))
         found = [rank for rank, (_, report) in enumerate(reports) if report is not None]
@@ -297,7 +297,9 @@ class KrylovMGRIT:
         elif not all(ok for ok, _ in reports):
             rank, report = (
                 None,
-                reported(SolverFailure("right-hand side, guess or an iterate is not finite, or its norm is too large")),
+                FailureReport.of(
+                    SolverFailure("right-hand side, guess or an iterate is not finite, or its norm is too large")
+                ),
             )
         else:
             return

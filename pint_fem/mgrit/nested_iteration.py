@@ -36,7 +36,7 @@ def coarse_rhs(fine: Level, coarse: Level, relaxation: Relaxation, transfer: Tra
 
 
 def _sums(fine: Level, relaxation: Relaxation) -> tuple[np.ndarray, np.ndarray]:
-    """Sums with weights ``theta`` and ``1 - theta`` over each interval that ends here; parts of an interval on several
+    """Sums with weights ``theta`` and ``1 - theta`` over each interval that ends on this rank; parts of an interval on several
     ranks are added from left to right.
     """
     G, lo, shape = fine.G, fine.lo, fine.G.shape[1:]

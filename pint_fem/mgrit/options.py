@@ -2,45 +2,32 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from math import inf
+from typing import ClassVar
 
 from pint_fem.all_at_once.grids import check_coarsening, is_integer
+from pint_fem.all_at_once.options import STARTS, SolverOptions, is_number, unknown_option
 
 __all__ = ["MGRITOptions"]
 
 _PER_LEVEL = ("relax", "c_weight", "coarsening")
-_CHOICES = {
-    "cycle": ("V", "F"),
-    "start": ("auto", "guess", "skip", "nested"),
-    "coarse_solver": ("sequential", "gathered", "relax", "paradiag"),
-    "storage": ("all", "C"),
-    "residual": ("C", "full", "none"),
-    "check": ("auto", "relaxed", "cycle"),
-    "rtol_of": ("trajectory", "first"),
-    "time_norm": (1, 2, "inf"),
-    "on_divergence": ("report", "serial"),
-    "monitor": (False, True),
-    "view": (False, True),
-}
 _READ_WITH = (
     ("f_cycles", "cycle", ("F",)),
     ("coarse_sweeps", "coarse_solver", ("relax", "paradiag")),
     ("nested_cycles", "start", ("nested", "auto")),
 )
 """Options that are read with some values of another one only."""
-_COUNTS = {"levels": 1, "f_cycles": 0, "nested_cycles": 1, "coarse_sweeps": 1, "max_it": 1}
 _MOST_SWEEPS = 10_000
-_MAY_BE_NONE = ("levels", "f_cycles", "stagnation")
 _MOST_LEVELS = 64
 """No hierarchy of steps numbered by 64 bits has more levels."""
 
 
 @dataclass(frozen=True)
-class MGRITOptions:
-    """Options of :class:`~pint_fem.mgrit.solver.MGRIT`.
+class MGRITOptions(SolverOptions):
+    """Options of :class:`~pint_fem.mgrit.solver.MGRIT`: those for stopping and reporting of
+    :class:`~pint_fem.all_at_once.options.SolverOptions`, whose iterations are cycles, and its own.
 
     Parameters
     ----------
@@ -57,7 +44,7 @@ class MGRITOptions:
     start
         First guess: ``"guess"`` takes the one given, ``"skip"`` solves the coarsest level and interpolates (XBraid's
         skip of the first down-cycle), ``"nested"`` does nested iteration: a V-cycle on each level on the way up.
-        ``"auto"`` is ``"guess"`` here; finite element sweeps without an earlier solution take it as ``"nested"``.
+        ``"auto"`` is ``"guess"`` here; sweeps without an earlier solution take it as ``"nested"``.
     nested_cycles
         V-cycles on each level of nested iteration.
     relax
@@ -74,33 +61,13 @@ class MGRITOptions:
         ``"all"`` points of the finest level, or ``"C"``-points only: then ``U`` has a row for each own C-point.
     residual
         Norm over the ``"C"``-points, where the residual is after relaxation, or the ``"full"`` one of all points
-        computed anew; ``"none"``: do ``max_it`` cycles without looking.
+        computed anew; ``"none"``: do ``max_it`` cycles without a residual.
     check
-        Look at the residual after the relaxation that begins a cycle (``"relaxed"``, as XBraid) or before it
+        Evaluate the residual after the relaxation that begins a cycle (``"relaxed"``, as XBraid) or before it
         (``"cycle"``, as PyMGRIT). Then its propagator calls are those of the next C-relaxation. ``"auto"`` is
-        ``"relaxed"`` here; finite element sweeps take it as ``"cycle"``, which ends sooner where few cycles do.
-    time_norm
-        1, 2 or ``"inf"`` over the points.
-    rtol, rtol_of
-        Stop when the residual is at most ``rtol`` times the norm of the ``"trajectory"`` at the C-points, or of the
-        ``"first"`` residual.
-    atol
-        Stop when the residual is at most ``atol``.
-    max_it
-        Largest number of cycles.
-    dtol
-        A residual ``dtol`` times the first one is divergence.
-    stagnation
-        A reduction slower than this factor a cycle, over the last five, is stagnation where at that rate the tolerance
-        is out of reach; ``None``: go on.
-    on_divergence
-        ``"report"``, or ``"serial"``: step sequentially where cycles diverge, stagnate, fail or run out, and say so.
-    monitor
-        Print a line a cycle on the first rank.
-    view
-        Print the hierarchy before the first solve.
-    trace
-        File for a Chrome trace of all solves, written by ``MGRIT.write_trace``; empty: none.
+        ``"relaxed"`` here; sweeps take it as ``"cycle"``, which ends sooner where few cycles do.
+    rtol, rtol_of, atol, time_norm, dtol, stagnation, max_it, on_divergence, monitor, view, trace
+        Those of :class:`~pint_fem.all_at_once.options.SolverOptions`; the trajectory's norm is that of its C-points.
 
     Raises
     ------
@@ -121,90 +88,118 @@ class MGRITOptions:
     storage: str = "all"
     residual: str = "C"
     check: str = "auto"
-    time_norm: int | str = 2
-    rtol: float = 1e-8
-    rtol_of: str = "trajectory"
-    atol: float = 0.0
-    max_it: int = 50
-    dtol: float = 1e4
-    stagnation: float | None = 0.97
-    on_divergence: str = "report"
-    monitor: bool = False
-    view: bool = False
-    trace: str = ""
     #: Options that were given for one level: name and level.
     of_levels: tuple[tuple[str, int], ...] = field(default=(), repr=False, compare=False)
+
+    solver: ClassVar[str] = "mgrit"
+    choices: ClassVar[Mapping[str, Sequence]] = SolverOptions.choices | {
+        "cycle": ("V", "F"),
+        "start": STARTS,
+        "coarse_solver": ("sequential", "gathered", "relax", "paradiag"),
+        "storage": ("all", "C"),
+        "residual": ("C", "full", "none"),
+        "check": ("auto", "relaxed", "cycle"),
+    }
+    counts: ClassVar[Mapping[str, int]] = SolverOptions.counts | {
+        "levels": 1,
+        "f_cycles": 0,
+        "nested_cycles": 1,
+        "coarse_sweeps": 1,
+    }
+    optional: ClassVar[Sequence[str]] = ("levels", "f_cycles", "stagnation")
+    proposals: ClassVar[Mapping[str, str]] = SolverOptions.proposals | {
+        "coarsening": "give whole numbers such as 8,4, or a level's C-points such as 0:4:8"
+    }
 
     def __post_init__(self):
         set_ = lambda name, value: object.__setattr__(self, name, value)
         set_("coarsening", check_coarsening(self.coarsening))
         set_("relax", tuple(_scheme(r, self.relax) for r in _as_tuple(self.relax, "relax")))
         weights = _as_tuple(self.c_weight, "c_weight")
-        if any(not _is_number(w) or not 0 < w < inf for w in weights):
-            raise ValueError(f"mgrit c_weight {self.c_weight!r}: give positive numbers, such as 1.0")
+        if any(not is_number(w) or not 0 < w < inf for w in weights):
+            raise self._error("c_weight", "give positive numbers, such as 1.0")
         set_("c_weight", tuple(float(w) for w in weights))
-        for name, choices in _CHOICES.items():
-            value = getattr(self, name)
-            if not any(value == c and isinstance(value, str) == isinstance(c, str) for c in choices):
-                raise ValueError(f"mgrit {name} {value!r}: give one of {', '.join(map(repr, choices))}")
-        for name, least in _COUNTS.items():
-            value = getattr(self, name)
-            if value is None and name in _MAY_BE_NONE:
-                continue
-            if not is_integer(value) or value < least:
-                raise ValueError(f"mgrit {name} {value!r}: give a whole number of at least {least}")
-        for name in ("rtol", "atol"):
-            value = getattr(self, name)
-            if not _is_number(value) or not 0 <= value < inf:
-                raise ValueError(f"mgrit {name} {value!r}: give a number of at least 0")
-        if not _is_number(self.dtol) or self.dtol <= 1:
-            raise ValueError(f"mgrit dtol {self.dtol!r}: give a number above 1")
-        if self.stagnation is not None and (not _is_number(self.stagnation) or not 0 < self.stagnation < inf):
-            raise ValueError(f"mgrit stagnation {self.stagnation!r}: give a positive factor, such as 0.97, or None")
-        if not isinstance(self.trace, str):
-            raise ValueError(f"mgrit trace {self.trace!r}: give the name of a file")
+        super().__post_init__()
 
     @classmethod
     def make(cls, options: MGRITOptions | Mapping | None = None, **changes) -> MGRITOptions:
-        """From options, a dictionary of them or nothing; an unknown name is refused with the nearest known one.
+        """Options from options, a dictionary of them or nothing, with changes.
 
         Dictionaries may be nested: ``{"coarse": {"solver": "relax"}}`` is ``{"coarse_solver": "relax"}``, and
         ``{"level_1": {"relax": "F"}}`` (also ``level_1_relax``) changes an option of one level.
+
+        Raises
+        ------
+        ValueError
+            On an unknown name, proposing the nearest option, on a bad value, and on an option in a dictionary that the
+            others leave without an effect.
         """
-        if isinstance(options, cls) and all(
-            getattr(options, name, changes) == value for name, value in changes.items()
-        ):
-            return options
-        base = options if isinstance(options, cls) else cls()
-        given = dict(changes) if isinstance(options, cls) or options is None else {**_flat(options), **changes}
-        known = [f.name for f in fields(cls) if f.name != "of_levels" or isinstance(options, cls)]
-        levels: dict[str, dict[int, object]] = {}
-        for name in list(given):
+        base = options if isinstance(options, cls) else None
+        given = {**_flat(options or {}), **changes} if base is None else changes
+        plain, of_one_level = {}, {}
+        for name, value in given.items():
             level, rest = _level_of(name)
-            if rest in _PER_LEVEL and level < _MOST_LEVELS:
-                levels.setdefault(rest, {})[level] = given.pop(name)
-            elif rest in _PER_LEVEL:
+            if level < 0:
+                plain[name] = value
+            elif rest not in _PER_LEVEL:
+                raise unknown_option(
+                    cls.solver, name, _PER_LEVEL, prefix=f"level_{level}_", listed="those of one level"
+                )
+            elif level >= _MOST_LEVELS:
                 raise ValueError(f"mgrit option {name!r}: no hierarchy has a level {level}; level 0 is the finest")
-            elif name not in known:
-                prefix, choices = ("", known) if level < 0 else (f"level_{level}_", _PER_LEVEL)
-                near = difflib.get_close_matches(str(name if level < 0 else rest), choices, n=1)
-                hint = f"{'known' if level < 0 else 'those of one level'} are {', '.join(choices)}"
-                if near:
-                    hint = f"did you mean {prefix + near[0]!r}?"
-                raise ValueError(f"unknown mgrit option {name!r}: {hint}")
-        made = replace(base, **given)
-        for name, changed in levels.items():
+            else:
+                of_one_level.setdefault(rest, {})[level] = value
+        made = super().make(base, **plain)
+        for name, changed in of_one_level.items():
             values = list(getattr(made, name))
-            values += [values[-1]] * (max(changed) + 2 - len(values))  # what the last one stood for goes on
+            values += [values[-1]] * (max(changed) + 2 - len(values))  # the last one goes on repeating
             for level, value in changed.items():
                 values[level] = value
-            made = replace(made, **{name: values})
-        if levels:
-            named = {(name, level) for name, changed in levels.items() for level in changed}
-            made = replace(made, of_levels=tuple(sorted({*made.of_levels, *named})))
-        if not isinstance(options, cls):
-            made._refuse_unread({**given, **levels})
+            added = {(name, level) for level in changed}
+            made = replace(made, **{name: values}, of_levels=tuple(sorted({*made.of_levels, *added})))
+        if base is None:
+            made._refuse_unread(plain | of_one_level)
         return made
+
+    @classmethod
+    def parse(cls, strings: Mapping[str, str]) -> dict:
+        """Values of options given as strings, as PETSc's options database has them.
+
+        Lists are separated by commas (``8,4``), a level's C-points by colons (``0:5:9:16,2``); ``none`` is ``None``, a
+        flag without a value is true.
+
+        Parameters
+        ----------
+        strings
+            Strings by names without prefix, such as ``{"coarsening": "8,4", "level_1_relax": "F", "monitor": ""}``.
+
+        Returns
+        -------
+        dict
+            For :meth:`make`, which refuses unknown names.
+
+        Raises
+        ------
+        ValueError
+            On a value that cannot be read, naming the option.
+        """
+        return super().parse(strings)
+
+    @classmethod
+    def _parsed(cls, name: str, text: str):
+        level, rest = _level_of(name)
+        if level >= 0:
+            value = cls._parsed(rest, text)
+            return value[0] if isinstance(value, list) and len(value) == 1 else value
+        if name not in _PER_LEVEL or text.lower() == "none":
+            return super()._parsed(name, text)
+        items = text.split(",")
+        if name == "c_weight":
+            return [float(item) for item in items]
+        if name == "relax":
+            return [int(item) if item.strip().isdigit() else item.strip() for item in items]
+        points = [tuple(int(c) for c in item.split(":")) for item in items]
+        return [c[0] if len(c) == 1 else c for c in points]
 
     def _refuse_unread(self, given: Mapping) -> None:
         """Raise on options that these options leave without an effect, unless they have their defaults."""
@@ -242,7 +237,7 @@ class MGRITOptions:
     @property
     def is_fixed(self) -> bool:
         """Whether the number of cycles is given rather than a tolerance."""
-        return self.residual == "none" or self.rtol == self.atol == 0
+        return self.residual == "none" or super().is_fixed
 
     def factors(self, nsteps: int) -> tuple:
         """Coarsening (factors, or tuples of C-points) used for ``nsteps`` steps, for each level but the coarsest.
@@ -327,7 +322,3 @@ def _as_tuple(value, name: str) -> tuple:
     if not items:
         raise ValueError(f"mgrit {name} {value!r}: give at least one")
     return items
-
-
-def _is_number(value) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value

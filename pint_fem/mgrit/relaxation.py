@@ -5,7 +5,7 @@ many of them is one call of the propagator on a block of states. C-relaxation up
 before them.
 
 Slabs may begin anywhere. Intervals go in groups, from the last to the first: what the right neighbour waits for is
-sent as soon as it is there, and what comes from the left is waited for only by the group that begins with it.
+sent as soon as it is computed, and only the group that begins with the row from the left waits for it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ __all__ = ["Relaxation", "Run", "runs"]
 
 
 class Run(NamedTuple):
-    """Steps of equal stride that are taken together: numbers, rows they start from, their rows among the C-points."""
+    """Steps of equal stride in one propagator call: numbers, rows they start from, their rows among the C-points."""
 
     steps: range
     rows: slice
@@ -30,7 +30,7 @@ class Run(NamedTuple):
 
     @property
     def targets(self) -> slice:
-        """Rows behind."""
+        """Rows that the steps lead to."""
         return slice(self.rows.start + 1, self.rows.stop + 1, self.rows.step)
 
 
@@ -43,7 +43,7 @@ class Interval(NamedTuple):
 
 
 def runs(intervals: list[Interval], j: int, lo: int, hi: int, first_number: int) -> Iterator[Run]:
-    """Step ``j`` of some intervals where it is in ``lo..hi-1``: neighbours of equal length together."""
+    """Step ``j`` of some intervals where it is in ``lo..hi-1``, one run for neighbours of equal length."""
     some = [i for i in intervals if j < i.length and lo <= i.start + j < hi]
     for _, pairs in groupby(enumerate(some), key=lambda pair: (pair[1].length, pair[1].number - pair[0])):
         part = [i for _, i in pairs]
@@ -53,12 +53,12 @@ def runs(intervals: list[Interval], j: int, lo: int, hi: int, first_number: int)
 
 
 class Group(NamedTuple):
-    """Intervals that go through relaxation together."""
+    """Intervals that advance through relaxation in the same calls."""
 
     intervals: list[Interval]
     f_runs: list[Run]
-    waits: bool  # for row 0
-    ends: bool  # with the last row
+    waits: bool  # needs row 0
+    ends: bool  # contains the last row
 
 
 class Relaxation:
@@ -67,9 +67,9 @@ class Relaxation:
     Parameters
     ----------
     level
-        With C-points.
+        A level with C-points.
     weight
-        Of C-relaxation: ``U <- weight (Phi(U) + G) + (1 - weight) U``.
+        Weight of C-relaxation: ``U <- weight (Phi(U) + G) + (1 - weight) U``.
     """
 
     def __init__(self, level: Level, weight: float = 1.0):
@@ -107,7 +107,7 @@ class Relaxation:
         return np.asarray(c[first:stop], dtype=int) - self.level.lo
 
     def _groups(self) -> Iterator[Group]:
-        """Last to first. The one that needs row 0 from the left is as small as whole blocks allow."""
+        """Groups from the last to the first. The one that needs row 0 is as small as whole blocks allow."""
         level, lo, hi = self.level, self.level.lo, self.level.hi
         partial = [i for i in self.intervals if i.start < lo]
         whole = [i for i in self.intervals if i.start >= lo]
@@ -127,7 +127,7 @@ class Relaxation:
 
     @staticmethod
     def _f_steps(part: list[Interval], j: int) -> list[Interval]:
-        """Those in which step ``j`` leads to an F-point."""
+        """Intervals in which step ``j`` leads to an F-point."""
         return [i for i in part if j + 1 < i.length]
 
     def c_values(self, U: np.ndarray) -> np.ndarray:
@@ -135,11 +135,11 @@ class Relaxation:
         return U[self.c_rows]
 
     def set_c_values(self, U: np.ndarray, values: np.ndarray) -> None:
-        """Replace them."""
+        """Replace the values at the own C-points."""
         U[self.c_rows] = values
 
     def _phi(self, run: Run, out: np.ndarray) -> None:
-        """``Phi + G`` of some rows; ``out`` holds the points' values where the propagator wants a guess."""
+        """``Phi + G`` of some rows; ``out`` holds the points' values where the propagator uses a guess."""
         level = self.level
         G = None if level.G is None else level.G[run.rows]
         if G is not None and level.uses_guess and level.index == 0:
@@ -189,7 +189,7 @@ class Relaxation:
             U[run.targets] = self._work[run.places]
 
     def c_relax_by(self, residual: np.ndarray) -> None:
-        """C-relaxation where the residual at the C-points is at hand: no propagator call."""
+        """C-relaxation from a computed residual at the C-points, without a propagator call."""
         for run in self.c_runs:
             self.level.U[run.targets] += self.weight * residual[run.places]
 
@@ -203,9 +203,9 @@ class Relaxation:
             self._phi(run, part)
             part -= U[run.targets]
 
-    def blame(self, residual: np.ndarray) -> None:
-        """Note the first step with a result that is not finite, from a state that is, in an interval whose residual is
-        not: for a level whose blocks nobody looks at.
+    def note_first_failure(self, residual: np.ndarray) -> None:
+        """Record the first step from a finite state to one that is not, in an interval whose residual is not finite:
+        for a level whose blocks are not checked one by one.
         """
         level, U = self.level, self.level.U
         finite = lambda block: np.isfinite(block).reshape(len(block), -1).all(axis=1)
@@ -225,11 +225,11 @@ class Relaxation:
         Parameters
         ----------
         sweeps
-            C-relaxations, each with the F-relaxation behind it.
+            C-relaxations, each followed by an F-relaxation.
         f_is_done
             The first F-relaxation would change nothing.
         residual
-            That of the current values, if at hand: the first C-relaxation takes it from there.
+            That of the current values, if it has been computed: the first C-relaxation uses it.
         """
         if not f_is_done:
             self.f_relax()
@@ -246,9 +246,9 @@ class Relaxation:
         return self.count if self.weight != 1 or self.c_points_touch else 0
 
     def is_condensed(self, G: np.ndarray | None) -> bool:
-        """Whether a right-hand side has a row an interval: never where all points are stored."""
+        """Whether a right-hand side has one row per interval: never where all points are stored."""
         return False
 
     def solve_sequentially(self) -> None:
-        """Step through the level, not minding the iterate that is there."""
+        """Step through the level, whatever the present iterate."""
         self.level.solve_sequentially(fresh=True)

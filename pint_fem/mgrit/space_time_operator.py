@@ -6,7 +6,7 @@ one for :math:`w_N \dots w_1`:
 .. math::  (A u)_{n+1} = u_{n+1} - \Phi_n u_n ,\quad u_0 = 0, \qquad
            (A^T w)_n = w_n - \Phi_n^T w_{n+1} ,\quad w_{N+1} = 0 .
 
-**The transpose** is the same thing on the reversed grid: point ``i`` there is :math:`w_{N+1-i}`, step ``i`` applies
+**The transpose** is such an operator on the reversed grid: point ``i`` there is :math:`w_{N+1-i}`, step ``i`` applies
 :math:`\Phi_{N-i}^T` (step 0 starts from :math:`w_{N+1} = 0`), the C-point ``j m`` is point ``N + 1 - j m``: the first
 interval has a length of its own. With transposed transfers and the transposed order of
 :class:`~pint_fem.mgrit.cycle.Cycle` one cycle is exactly :math:`B^T`.
@@ -16,7 +16,8 @@ products with :math:`A` and :math:`A^T` work on the vectors' own arrays, with on
 needs a ghost row in front of the states, which PETSc's work vectors do not have: it runs in an array of its own, and
 its result is copied, once a cycle.
 
-**Bits.** Those of :math:`A x`, :math:`A^T x`, :math:`B x` and :math:`B^T x` do not depend on the number of time ranks.
+**Reproducibility.** :math:`A x`, :math:`A^T x`, :math:`B x` and :math:`B^T x` are bitwise identical for every number of
+time ranks.
 
 This module needs petsc4py and petsctools; :mod:`pint_fem.mgrit` does not import it.
 """
@@ -31,15 +32,16 @@ from petsc4py import PETSc
 
 from pint_fem.all_at_once.levels import Propagator
 from pint_fem.all_at_once.trace import Trace
-from pint_fem.communicators import Lease
+from pint_fem.communicators import SharedGroups
 from pint_fem.mgrit.cycle import Cycle
 from pint_fem.mgrit.options import MGRITOptions
 from pint_fem.mgrit.solver import MGRIT
+from pint_fem.mgrit.transposed_cycles import LeadingZeroStep
 
 __all__ = ["AllAtOnceMatrix", "Direction", "Hierarchies", "MGRITPreconditioner", "Reversed"]
 
 
-class Reversed:
+class Reversed(LeadingZeroStep):
     r"""A level's propagator on the reversed grid: step ``i`` is :math:`\Phi_{N-i}^T`, and step 0 gives zero.
 
     Parameters
@@ -53,27 +55,16 @@ class Reversed:
     """
 
     def __init__(self, propagator: Propagator, nsteps: int):
-        self.propagator, self.nsteps = propagator, nsteps
-        self.block, self.uses_guess = getattr(propagator, "block", 0), getattr(propagator, "uses_guess", False)
+        super().__init__(propagator)
+        self.nsteps, self.uses_guess = nsteps, getattr(propagator, "uses_guess", False)
         self.keeps_input = getattr(propagator, "keeps_input", False)
-        if hasattr(propagator, "sweep"):
-            self.sweep = self._sweep
 
-    def step(self, steps: range, u: np.ndarray, out: np.ndarray) -> None:
-        """See :class:`~pint_fem.all_at_once.levels.Propagator`."""
-        if steps[0] == 0:
-            out[:1] = 0
-            steps, u, out = steps[1:], u[1:], out[1:]
-        if not len(steps):
-            return None
+    def _take(self, steps: range, u: np.ndarray, out: np.ndarray, place: int):
         forward = range(self.nsteps - steps[-1], self.nsteps - steps[0] + 1, steps.step)
-        return self.propagator.step(forward, u[::-1], out[::-1])  # nothing, which the level checks
+        return self.propagator.step(forward, u[::-1], out[::-1])
 
-    def _sweep(self, first: int, U: np.ndarray, G: np.ndarray | None) -> None:
-        if first == 0:
-            U[1] = 0 if G is None else G[0]
-            first, U, G = 1, U[1:], None if G is None else G[1:]
-        return self.propagator.sweep(self.nsteps - first, U, G) if len(U) > 1 else None
+    def _run(self, first: int, U: np.ndarray, G: np.ndarray | None):
+        return self.propagator.sweep(self.nsteps - first, U, G)
 
 
 class Direction:
@@ -90,7 +81,7 @@ class Direction:
     def __init__(self, solver: MGRIT, state_shape: tuple[int, ...]):
         self.solver, self.level = solver, solver.levels[0]
         self.U = np.zeros((self.level.k + 1, *state_shape))
-        self.level.U = self.U  # the coarsest level's solver wants it where there is one level only
+        self.level.U = self.U  # the coarsest level's solver needs it where there is one level only
         flags = dict(linear=True, transposed=solver.transposed)
         self.cycle = Cycle(solver.levels, solver.options, state_shape, solver.transfers, **flags)
         self.cycles = 0
@@ -100,13 +91,8 @@ class Direction:
         """Rows in the order of this direction's points."""
         return array[::-1] if self.solver.transposed else array
 
-    @property
-    def failure(self) -> str | None:
-        """What failed on this rank since :meth:`clear`."""
-        return self.level.failure
-
     def clear(self) -> None:
-        """Forget failures and the count of cycles."""
+        """Remove recorded failures and set the count of cycles to zero."""
         self.cycles = 0
         self.level.first_failure.clear()
 
@@ -157,7 +143,7 @@ class Direction:
         self._store(y)
 
     def is_affine(self) -> bool:
-        """Whether the last own step of any level leads from zero elsewhere; a step that fails shows in the solve."""
+        """Whether the last own step of any level takes zero to another state; a step that fails shows in the solve."""
         found = False
         for level in self.solver.levels:
             if level.k:
@@ -177,13 +163,13 @@ class Direction:
         self._mark_failure(y)
 
     def _mark_failure(self, y: np.ndarray) -> None:
-        """A failed step's NaN may be gone by now, as relaxation replaces points."""
-        if self.failure is not None:
+        """Set ``y`` to NaN after a failed step, whose own NaN relaxation may have replaced."""
+        if self.level.failure is not None:
             y[...] = np.nan
 
 
 class Hierarchies:
-    """The forward hierarchy, the reversed one where there are transposed propagators, and PETSc's view of both.
+    """The forward hierarchy, the reversed one where there are transposed propagators, and PETSc's objects for both.
 
     Parameters
     ----------
@@ -191,15 +177,15 @@ class Hierarchies:
         As for :class:`~pint_fem.mgrit.solver.MGRIT`; the propagators are linear. Of the options, those of the hierarchy
         and the cycle count.
     transposed
-        The transposed propagators, one a level (see :class:`Reversed`); ``None``: no transposed products.
+        The transposed propagators for :class:`Reversed`, one per level; ``None``: no transposed products.
     petsc_comm
         Communicator of vectors and operators: all ranks that share the space-time unknowns (space x time). Default:
         ``comm``.
     trace
-        Gets the work and messages; default: none.
+        Records work and messages; default: none.
     reversed_comm
-        ``comm`` with its ranks in reverse order; default: one that all hierarchies on ``comm`` share (see
-        :mod:`pint_fem.communicators`), given back by :meth:`destroy`.
+        ``comm`` with its ranks in reverse order; default: one that all hierarchies on ``comm`` share
+        (:mod:`pint_fem.communicators`), released by :meth:`destroy`.
 
     Raises
     ------
@@ -239,8 +225,10 @@ class Hierarchies:
         self.solver = MGRIT(propagators, nsteps, **fit, **common)
         self.comm, self.petsc_comm, self.name = comm, comm if petsc_comm is None else petsc_comm, name
         self.solver_T: MGRIT | None = None
-        self._lease = Lease(comm, comm.size) if transposed is not None and reversed_comm is None else None
-        reverse = reversed_comm if self._lease is None else self._lease.groups.reversed_inner
+        self._shared_groups = (
+            SharedGroups(comm, comm.size) if transposed is not None and reversed_comm is None else None
+        )
+        reverse = reversed_comm if self._shared_groups is None else self._shared_groups.groups.reversed_inner
         if transposed is not None:
             levels = self.solver.levels
             swapped = [None if t is None else t.transposed for t in self.solver.transfers]
@@ -263,7 +251,7 @@ class Hierarchies:
             self.state_shape, self._directions = tuple(shape), [None, None]
 
     def direction(self, *, transposed: bool) -> Direction:
-        """The forward or the reversed side; its work arrays are made when it is first asked for.
+        """The forward or the reversed operator; its work arrays are allocated by the first call.
 
         Raises
         ------
@@ -272,7 +260,7 @@ class Hierarchies:
         """
         solver = self.solver_T if transposed else self.solver
         if solver is None:
-            raise ValueError(f"{self.name}: no transposed propagators: give transposed=[...], one a level")
+            raise ValueError(f"{self.name}: no transposed propagators: give transposed=[...], one per level")
         if self._directions[transposed] is None:
             self._directions[transposed] = Direction(solver, self.state_shape)
         return self._directions[transposed]
@@ -293,9 +281,9 @@ class Hierarchies:
         return matrix
 
     def destroy(self) -> None:
-        """Give back the reversed communicator if it was made here (collective)."""
-        if self._lease is not None:
-            self._lease.free()
+        """Release the reversed communicator if it was made here (collective)."""
+        if self._shared_groups is not None:
+            self._shared_groups.free()
 
 
 def _reversed_options(solver: MGRIT) -> MGRITOptions:

@@ -56,7 +56,7 @@ class Transfer:
 
     @property
     def transposed(self) -> Transfer:
-        """That of the adjoint.
+        """The transfer of the adjoint hierarchy.
 
         Raises
         ------
@@ -69,7 +69,7 @@ class Transfer:
 
 
 def _by_rows(A) -> BlockMap:
-    """One product a state: its bits do not depend on the size of the block."""
+    """One product per state: a result does not depend on the size of the block."""
 
     def apply(block: np.ndarray) -> np.ndarray:
         out = np.empty((len(block), A.shape[0]))

@@ -1,8 +1,8 @@
-"""What a solver is, in a few lines of text."""
+"""Description of an MGRIT hierarchy in a few lines of text, and an estimate of its memory."""
 
 from __future__ import annotations
 
-__all__ = ["describe", "memory"]
+__all__ = ["describe", "memory_estimate"]
 
 
 def describe(solver, state_nbytes: int | None = None, *, kind: str = "MGRIT", tolerance: str = "") -> str:
@@ -13,9 +13,9 @@ def describe(solver, state_nbytes: int | None = None, *, kind: str = "MGRIT", to
     solver
         The solver.
     state_nbytes
-        Bytes of a state on the finest level: for the memory of this rank.
+        Bytes of a state on the finest level, for the memory of this rank.
     kind, tolerance
-        What it is called and when it stops, where that is not for the solver to say.
+        Name of the method and stopping criterion in the text; default: those of plain MGRIT.
 
     Returns
     -------
@@ -41,13 +41,13 @@ def describe(solver, state_nbytes: int | None = None, *, kind: str = "MGRIT", to
             kind = f"{o.coarse_sweeps} alpha-circulant iteration" + "s" * (o.coarse_sweeps > 1)
         lines.append(f"  level {level.index}: {level.nsteps} steps, {kind}")
     if state_nbytes is not None:
-        finest, coarse = memory(solver, state_nbytes)
+        finest, coarse = memory_estimate(solver, state_nbytes)
         what = "all points" if o.storage == "all" else "C-points"
         lines.append(f"  memory of a rank: {what} {finest / 2**20:.3g} MB, coarse levels {coarse / 2**20:.3g} MB")
     return "\n".join(lines)
 
 
-def memory(solver, state_nbytes: int) -> tuple[int, int]:
+def memory_estimate(solver, state_nbytes: int) -> tuple[int, int]:
     """Bytes of this rank's arrays for the finest level (work arrays included) and for the coarse ones.
 
     Before the first solve as if states were the same size on all levels.

@@ -10,9 +10,9 @@ from xml.sax.saxutils import quoteattr
 import numpy as np
 from firedrake import Function, VTKFile
 
-from pint_fem.collective import collectively, raise_together
+from pint_fem.collective import collectively, raise_collectively
 from pint_fem.errors import InputError
-from pint_fem.files import naming, write_whole
+from pint_fem.files import as_input_error, write_whole
 from pint_fem.kernels.arrays import put
 from pint_fem.spacetime import Slab, SpaceTime
 
@@ -67,7 +67,7 @@ def write_fields(
                     _written(comm, what, partial(sheet.write, *f.subfunctions, time=times[n]))
     except InputError as error:
         problem = error
-    raise_together(spacetime.comm, problem)
+    raise_collectively(spacetime.comm, problem)
     extension = "vtu" if spacetime.space_comm.size == 1 else "pvtu"
     entries = spacetime.time_comm.gather(
         [(float(times[n]), f"{part}/{part}_{i}.{extension}") for i, n in enumerate(own)]
@@ -100,7 +100,7 @@ def _written(comm, what: str, work: Callable):
     """
 
     def guarded():
-        with naming(what):
+        with as_input_error(what):
             return work()
 
     return collectively(comm, "", guarded)

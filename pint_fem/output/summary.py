@@ -32,5 +32,5 @@ def write_json(path: Path, data: dict) -> None:
             return None
         return x if x is None or isinstance(x, (str, int, float, bool)) else str(x)
 
-    with files.naming(f"{path} cannot be written"):
+    with files.as_input_error(f"{path} cannot be written"):
         files.write_whole(path, (json.dumps(plain(data), indent=2) + "\n").encode())

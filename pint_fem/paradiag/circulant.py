@@ -74,6 +74,13 @@ class AlphaCirculant:
         Takes the times of transforms, messages and solves.
     transposes
         What maps between the layouts.
+
+    Attributes
+    ----------
+    mu : ndarray of complex, shape (N//2 + 1,)
+        The shifts :math:`\mu_k`.
+    transposes : TimeTransposes
+        Maps between the layouts.
     """
 
     def __init__(
@@ -91,18 +98,18 @@ class AlphaCirculant:
     ):
         self.nsteps, self.alpha, self._solve, self._trace = nsteps, alpha, solve, trace
         self.mu = _shared_shifts(nsteps, alpha)
-        self._transposes = transposes(comm, bounds, len(self.mu), size, backwards=backwards)
+        self.transposes = transposes(comm, bounds, len(self.mu), size, backwards=backwards)
         lo, hi = bounds[comm.rank], bounds[comm.rank + 1]
         self._scale = alpha ** (np.arange(lo, hi) / nsteps)[:, None]
 
     @property
     def own(self) -> range:
         """Frequencies that this rank solves for."""
-        return self._transposes.own
+        return self.transposes.own
 
     def __call__(self, r: np.ndarray) -> np.ndarray:
         r""":math:`P_\alpha^{-1} r` of the own steps, ``(k, n)`` (collective)."""
-        transposes = self._transposes
+        transposes = self.transposes
         columns = self._transposed(transposes.to_columns, r * self._scale)
         spectrum = self._timed("fft", self.rfft, columns)
         rows = self._transposed(transposes.to_frequencies, spectrum)
@@ -129,9 +136,9 @@ class AlphaCirculant:
     def _transposed(self, work: Callable, array: np.ndarray) -> np.ndarray:
         if self._trace is None:
             return work(array)
-        begin, self._transposes.sent = self._trace.now(), 0
+        begin, self.transposes.sent = self._trace.now(), 0
         out = work(array)
-        self._trace.work("transpose", 0, begin, sent=self._transposes.sent)
+        self._trace.work("transpose", 0, begin, sent=self.transposes.sent)
         return out
 
     def rfft(self, columns: np.ndarray) -> np.ndarray:

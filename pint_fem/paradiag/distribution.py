@@ -48,43 +48,47 @@ class TimeTransposes:
     ----------
     own : range
         Frequencies of this rank.
+    own_columns : range
+        Unknowns of this rank.
+    rows : tuple of range
+        Steps of each rank.
     sent : int
         Bytes that the last exchange has sent to other ranks.
     """
 
     def __init__(self, comm, bounds: Sequence[int], frequencies: int, size: int, *, backwards: bool = False):
         self.comm, self.size, self.steps, self.frequencies = comm, size, bounds[-1], frequencies
-        self._rows = _ranges(tuple(bounds))
+        self.rows = _ranges(tuple(bounds))
         self._columns = _chunks(size, comm.size)
         self.sent = 0
         self._places = own_frequencies(frequencies, comm.size, backwards=backwards)
-        self._row, self._column = self._rows[comm.rank], self._columns[comm.rank]
+        self.own_columns = self._columns[comm.rank]
         self.own = self._places[comm.rank]
 
     def to_columns(self, slab: np.ndarray) -> np.ndarray:
         """``(k, n) -> (N, c)``."""
-        return slab if self.comm.size == 1 else self._spread(slab, self._rows)
+        return slab if self.comm.size == 1 else self.spread(slab, self.rows)
 
     def from_columns(self, columns: np.ndarray) -> np.ndarray:
         """``(N, c) -> (k, n)``."""
-        return columns if self.comm.size == 1 else self._collect(columns, self._rows)
+        return columns if self.comm.size == 1 else self.collect(columns, self.rows)
 
     def to_frequencies(self, columns: np.ndarray) -> np.ndarray:
         """``(frequencies, c) -> (f, n)``."""
-        return columns if self.comm.size == 1 else self._collect(columns, self._places)
+        return columns if self.comm.size == 1 else self.collect(columns, self._places)
 
     def from_frequencies(self, rows: np.ndarray) -> np.ndarray:
         """``(f, n) -> (frequencies, c)``."""
-        return rows if self.comm.size == 1 else self._spread(rows, self._places)
+        return rows if self.comm.size == 1 else self.spread(rows, self._places)
 
-    def _spread(self, mine: np.ndarray, rows: Sequence[range]) -> np.ndarray:
+    def spread(self, mine: np.ndarray, rows: Sequence[range]) -> np.ndarray:
         """All columns of my rows to my columns of all rows."""
         packed = np.concatenate([mine[:, _part(c)].ravel() for c in self._columns])
-        out = np.empty((sum(map(len, rows)), len(self._column)), mine.dtype)
+        out = np.empty((sum(map(len, rows)), len(self.own_columns)), mine.dtype)
         self._exchange(packed, out, [len(mine) * len(c) for c in self._columns], None, *self._counts(rows))
         return out
 
-    def _collect(self, columns: np.ndarray, rows: Sequence[range]) -> np.ndarray:
+    def collect(self, columns: np.ndarray, rows: Sequence[range]) -> np.ndarray:
         """My columns of all rows to all columns of my rows."""
         count = len(rows[self.comm.rank])
         packed = np.empty(count * self.size, columns.dtype)
@@ -98,7 +102,7 @@ class TimeTransposes:
 
     def _counts(self, rows: Sequence[range]) -> tuple[list[int], list[int]]:
         """Sizes and places of the ranks' rows in an array of my columns."""
-        width = len(self._column)
+        width = len(self.own_columns)
         return [width * len(r) for r in rows], [width * r.start for r in rows]
 
     def _exchange(self, send, receive, send_counts, send_places, counts, places) -> None:

@@ -2,9 +2,10 @@ r"""ParaDiag: solve all steps of a linear evolution at once by an alpha-circulan
 
 .. math::  u \leftarrow u + P_\alpha^{-1} (b - A u)
 
-(see :mod:`~pint_fem.paradiag.circulant`). With an eigenvalue :math:`\lambda` of :math:`\Phi`, the first iteration
-leaves an error of the shape :math:`\lambda^i`, and each further one multiplies it by :math:`\alpha \lambda^N / (1 -
-\alpha \lambda^N)`: at most :math:`\alpha/(1-\alpha)` where :math:`|\lambda| \le 1`, for heat and waves alike.
+with :math:`A u = b` the system of all steps and :math:`P_\alpha` of :mod:`~pint_fem.paradiag.circulant`. With an
+eigenvalue :math:`\lambda` of :math:`\Phi`, the first iteration leaves an error of the shape :math:`\lambda^i`, and each
+further one multiplies it by :math:`\alpha \lambda^N / (1 - \alpha \lambda^N)`: at most :math:`\alpha/(1-\alpha)` where
+:math:`|\lambda| \le 1`, for heat as for waves (Gander, Wu, Numer. Math. 143, 2019).
 
 Needs numpy, scipy and mpi4py only. A scalar ODE::
 
@@ -25,45 +26,60 @@ import numpy as np
 from mpi4py import MPI
 
 from pint_fem.all_at_once.callbacks import returned_block
-from pint_fem.all_at_once.levels import Propagator
-from pint_fem.all_at_once.norms import PointNorms, euclidean
+from pint_fem.all_at_once.grids import Bounds
+from pint_fem.all_at_once.levels import Propagator, build_levels
+from pint_fem.all_at_once.solver import AllAtOnceSolver
 from pint_fem.all_at_once.stopping import SolveResult
-from pint_fem.all_at_once.trace import Trace
 from pint_fem.errors import FAILURES
-from pint_fem.mgrit.solver import MGRIT
 from pint_fem.paradiag.circulant import AlphaCirculant, FrequencySolve
 from pint_fem.paradiag.options import ParaDiagOptions
 
 __all__ = ["ParaDiag"]
 
 
-class ParaDiag(MGRIT):
-    """ParaDiag-II for ``U[n+1] = Phi U[n] + G[n]``, ``n = 0..N-1``, with the interface of MGRIT.
+class ParaDiag(AllAtOnceSolver):
+    """ParaDiag-II for ``U[n+1] = Phi U[n] + G[n]``, ``n = 0..N-1``.
 
-    The arrays of :meth:`solve` and what it returns are MGRIT's; residuals are ``Phi U + G - U`` at all points, and
-    norms are relative to the trajectory's. ``start="skip"`` or ``"nested"`` begins at zero, ``"guess"`` with what is
-    there (always, with :attr:`renew`). Without the assumptions of convergence theory (a ``Phi`` that grows, frequencies
-    solved with other operators than those of ``Phi``) it converges more slowly or not, and says so as MGRIT does.
+    Residuals are ``Phi U + G - U`` at all points, relative to the trajectory's norm. ``start="skip"`` or ``"nested"``
+    begins at zero, ``"guess"`` with the given iterate (always, with :attr:`before_iteration`). Without the assumptions
+    of convergence theory (a ``Phi`` that grows, frequencies solved with other operators than those of ``Phi``) it
+    converges more slowly or not, which the result reports.
 
     Parameters
     ----------
     propagator
-        The step ``Phi`` (affine in a tangent sweep of a nonlinear evolution), as MGRIT's.
+        The step ``Phi`` (affine in a tangent sweep of a nonlinear evolution), a
+        :class:`~pint_fem.all_at_once.levels.Propagator`.
     nsteps
         ``N``.
     solve
         ``(k, mu, r) -> v`` with ``(I - mu Phi) v = r``, complex arrays ``(n,)`` of a rank's unknowns.
     options
         :class:`~pint_fem.paradiag.options.ParaDiagOptions` or a dictionary of them.
-    comm, everyone, bounds, point_norms, name, printer, speaks, trace
-        As for MGRIT.
+    comm
+        Time communicator; default: this process alone.
+    bounds
+        ``comm.size + 1`` step bounds of the ranks; default: nearly equal.
+    name
+        Named in monitor lines and errors.
     backwards
         ``comm`` is another communicator in reverse order (adjoint sweeps): ranks keep their frequencies.
+    circulant
+        Makes the preconditioner, an :class:`~pint_fem.paradiag.circulant.AlphaCirculant` or one like it.
+    **given
+        ``everyone``, ``point_norms``, ``printer``, ``trace`` and ``is_root`` of
+        :class:`~pint_fem.all_at_once.solver.AllAtOnceSolver`.
+
+    Attributes
+    ----------
+    before_iteration : callable or None
+        Where ``Phi`` is affine or not linear: called before each iteration with the iterate and the last contraction
+        (at first ``None``), to improve the solves of the frequencies.
 
     Raises
     ------
     ValueError
-        On bad options.
+        On bad options or bounds.
     """
 
     def __init__(
@@ -74,41 +90,32 @@ class ParaDiag(MGRIT):
         *,
         options: ParaDiagOptions | Mapping | None = None,
         comm=MPI.COMM_SELF,
-        everyone=None,
         bounds: Sequence[int] | None = None,
-        point_norms: PointNorms = euclidean,
         name: str = "paradiag",
-        printer: Callable[[str], None] = print,
-        trace: Trace | None = None,
-        speaks: bool | None = None,
         backwards: bool = False,
+        circulant: Callable[..., AlphaCirculant] = AlphaCirculant,
+        **given,
     ):
-        super().__init__(
-            [propagator], nsteps, options=ParaDiagOptions.make(options), comm=comm, everyone=everyone, bounds=bounds,
-            linear=True, point_norms=point_norms, name=name, printer=printer, trace=trace, speaks=speaks,
-        )  # fmt: skip
-        self._frequency_solve, self._backwards = solve, backwards
+        options, bounds = ParaDiagOptions.make(options), Bounds.of_ranks(nsteps, comm.size, bounds)
+        levels = build_levels([propagator], (), bounds, comm)
+        super().__init__(levels, options, comm=comm, name=name, **given)
+        self._frequency_solve, self._backwards, self._make_circulant = solve, backwards, circulant
         self._circulant: AlphaCirculant | None = None
-        self._iterates = True
-        #: Where ``Phi`` is affine or not linear: called before each iteration with the iterate and the last
-        #: contraction (at first ``None``), to improve the solves of the frequencies.
-        self.renew: Callable[[np.ndarray, float | None], None] | None = None
+        self._size = 0
+        self.before_iteration: Callable[[np.ndarray, float | None], None] | None = None
 
     def circulant(self, size: int) -> AlphaCirculant:
         """The preconditioner for states of ``size`` local unknowns."""
         if self._circulant is None or self._size != size:
             self._size = size
-            self._circulant = self._make_circulant(size)
+            self._circulant = self._make_circulant(
+                self.nsteps, self.options.alpha, self._guarded, size, comm=self.comm, bounds=self.levels[0].bounds,
+                backwards=self._backwards, trace=self.trace,
+            )  # fmt: skip
         return self._circulant
 
-    def _make_circulant(self, size: int) -> AlphaCirculant:
-        return AlphaCirculant(
-            self.nsteps, self.options.alpha, self._guarded, size, comm=self.comm, bounds=self.levels[0].bounds,
-            backwards=self._backwards, trace=self.trace,
-        )  # fmt: skip
-
     def _guarded(self, k: int, mu: complex, r: np.ndarray) -> np.ndarray:
-        """A failure becomes NaN, which transforms and the norm carry to every rank (no hang)."""
+        """Solve for a frequency; a failure becomes NaN, which the norm carries to every rank: none waits for another."""
         try:
             return returned_block("solve(k, mu, r)", self._frequency_solve, r.shape, k, mu, r)
         except FAILURES as error:
@@ -116,46 +123,29 @@ class ParaDiag(MGRIT):
                 self._failures.note(f"frequency {k}", error)
             return np.full_like(r, np.nan)
 
-    def _step_through(self) -> None:
-        self.levels[0].solve_sequentially(fresh=True)
-
     def _iterate(self, U: np.ndarray, start: str, coarse_rhs, result: SolveResult) -> None:
-        fine, shape = self.levels[0], U[1:].shape
-        size = int(np.prod(U.shape[1:], dtype=int))
+        fine, size = self.levels[0], int(np.prod(U.shape[1:], dtype=int))
         precondition = self.circulant(size)
-        from_zero = start in ("skip", "nested") and self.renew is None
-        r = self._first_residual(U) if from_zero else self._residuals.at_all_points(U)
+        from_zero = start in ("skip", "nested") and self.before_iteration is None
+        r = self._residual_from_zero(U) if from_zero else self._residual_at_all_points(U)
         while True:
-            with self._residuals.timed():
-                squares = [self._residuals.squares(block) for block in (r, U[1:])]
-                norm, result.scale = self._residuals.norms(squares, None)
+            with self._timed_norm():
+                squares = [self._failures.squares(block) for block in (r, U[1:])]
+                norm, result.scale = self._norms(squares, None)
             result.residuals.append(norm)
             self._monitor(result)
             if self._stop(result):
                 break
-            if self.renew is not None:
-                before = result.residuals[-2:-1]
-                self.renew(U, norm / before[0] if before else None)
-            U[1:] += precondition(r.reshape(fine.k, size)).reshape(shape)
-            result.cycles += 1
-            if self.trace:
-                self.trace.mark("cycle", sweep=self.name, number=result.cycles)
-            r = self._residuals.at_all_points(U)
+            if self.before_iteration is not None:
+                previous = result.residuals[-2:-1]
+                self.before_iteration(U, norm / previous[0] if previous else None)
+            U[1:] += precondition(r.reshape(fine.k, size)).reshape(U[1:].shape)
+            self._end_iteration(result)
+            r = self._residual_at_all_points(U)
         fine.exchange(U)
 
-    def raise_failures(self) -> None:
-        """Raise on every rank if a step has failed on any since the last solve (collective).
-
-        Raises
-        ------
-        SolverFailure
-            Naming the step.
-        """
-        if self._circulant is not None:
-            self._failures.raise_noted(np.zeros((1, self._size)))
-
-    def _first_residual(self, U: np.ndarray) -> np.ndarray:
-        """That of zero at all points but the initial one, which costs one step."""
+    def _residual_from_zero(self, U: np.ndarray) -> np.ndarray:
+        """Set ``U`` to zero but for the initial value; the residual there costs one step."""
         fine, r = self.levels[0], np.zeros_like(U[1:])
         if fine.left is None and fine.k:
             fine.phi(range(1), U[:1], r[:1])
@@ -167,7 +157,7 @@ class ParaDiag(MGRIT):
         return r
 
     def view(self, state_nbytes: int | None = None) -> str:
-        """Describe the solver in a few lines, with the memory of this rank where a state's size is known."""
+        """Describe the solver in a few lines, with the memory of this rank where the bytes of a state are given."""
         o, count = self.options, self.nsteps // 2 + 1
         ranks = f"{self.comm.size} time rank" + "s" * (self.comm.size > 1)
         lines = [
@@ -181,3 +171,7 @@ class ParaDiag(MGRIT):
             points, work = (k + 1) * state_nbytes, 4 * k * state_nbytes
             lines.append(f"  memory of a rank: all points {points / 2**20:.3g} MB, transforms {work / 2**20:.3g} MB")
         return "\n".join(lines)
+
+    def memory_estimate(self, state_nbytes: int) -> tuple[int, int]:
+        """Bytes of this rank's trajectory and residual; there are no coarse levels."""
+        return (self.local_rows + self.levels[0].k) * state_nbytes, 0

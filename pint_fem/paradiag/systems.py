@@ -61,13 +61,15 @@ class ShiftedSteps:
 
     Attributes
     ----------
+    systems : list of ShiftedSystem
+        One per stage.
     bytes, kept, factorisations : int
         Of the factors that are kept; their number; how often it was factored.
     """
 
     def __init__(self, A, b, systems: Mapping[float, ShiftedSystem], memory: float):
         self.A, self.b = np.asarray(A, dtype=float), np.asarray(b, dtype=float)
-        self._systems = [systems[a] for a in np.diag(self.A)]
+        self.systems = [systems[a] for a in np.diag(self.A)]
         self._memory, self._factors, self._shifts = memory, {}, {}
         self.bytes = self.kept = self.factorisations = 0
         self._largest = 0
@@ -75,20 +77,20 @@ class ShiftedSteps:
     def solve(self, k: int, mu: complex, r: np.ndarray) -> np.ndarray:
         """The solve of a frequency of a forward sweep."""
         scale, shifts = self._at(k, mu)
-        for j, (system, y) in enumerate(zip(self._systems, shifts, strict=True)):
+        for j, (system, y) in enumerate(zip(self.systems, shifts, strict=True)):
             r = r + y * self._solve(k, j, y, system.mass(r, transposed=False), transposed=False)
         return scale * r
 
     def solve_transposed(self, k: int, mu: complex, r: np.ndarray) -> np.ndarray:
         """The solve of a frequency of an adjoint sweep."""
         scale, shifts = self._at(k, mu)
-        for j, (system, y) in reversed(list(enumerate(zip(self._systems, shifts, strict=True)))):
+        for j, (system, y) in reversed(list(enumerate(zip(self.systems, shifts, strict=True)))):
             r = r + y * system.mass(self._solve(k, j, y, r, transposed=True), transposed=True)
         return scale * r
 
     def _solve(self, k: int, j: int, y: complex, r: np.ndarray, *, transposed: bool) -> np.ndarray:
         """Solve with a system's matrix; a factor that the memory has no room for is given back."""
-        system, factor = self._systems[j], self._factor(k, j, y)
+        system, factor = self.systems[j], self._factor(k, j, y)
         try:
             return system.solve(factor, y, r, transposed=transposed)
         finally:
@@ -98,7 +100,7 @@ class ShiftedSteps:
     def release(self) -> None:
         """Give back all factors (collective over space): they are of no use any more."""
         for (_, j), factor in self._factors.items():
-            self._systems[j].release(factor)
+            self.systems[j].release(factor)
         self._factors.clear()
         self.bytes = self.kept = 0
 
@@ -110,7 +112,7 @@ class ShiftedSteps:
     def _factor(self, k: int, j: int, y: complex):
         factor = self._factors.get((k, j))
         if factor is None:
-            factor, size = self._systems[j].factor(y)
+            factor, size = self.systems[j].factor(y)
             self.factorisations += 1
             self._largest = max(self._largest, size)
             if self.bytes + self._largest <= self._memory:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from pint_fem.collective import raise_together
+from pint_fem.collective import raise_collectively
 from pint_fem.errors import FAILURES, InputError
 
 __all__ = ["Meetings"]
@@ -33,7 +33,7 @@ class Meetings:
         if not self._active:
             return
         try:
-            raise_together(self.comm, None, "backward")
+            raise_collectively(self.comm, None, "backward")
         except BaseException:
             self._failed = True
             raise
@@ -60,4 +60,4 @@ class Meetings:
             raise failure
         if failure is None and self._count < _LEAST:
             failure = InputError("the loss does not depend on what the network gives: it has no derivative")
-        raise_together(self.comm, failure, "backward")
+        raise_collectively(self.comm, failure, "backward")

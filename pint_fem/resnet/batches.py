@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 
-from pint_fem.agreement import digest
+from pint_fem.digests import digest
 
 __all__ = ["batch_digest", "comparable"]
 
 
 def comparable(values: Any) -> Any:
-    """A batch as :func:`pint_fem.agreement.digest` and :func:`~pint_fem.agreement.require_same` take it.
+    """A batch as :func:`pint_fem.digests.digest` and :func:`~pint_fem.collective.require_same` take it.
 
     Parameters
     ----------

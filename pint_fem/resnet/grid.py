@@ -1,4 +1,4 @@
-"""The process grid data x layers: batches are shared out over ``data_comm``, layers over ``layer_comm``."""
+"""The process grid data x layers: batches are distributed over ``data_comm``, layers over ``layer_comm``."""
 
 from __future__ import annotations
 
@@ -7,16 +7,13 @@ from itertools import pairwise
 import numpy as np
 from mpi4py import MPI
 
-from pint_fem.collective import require_same
-from pint_fem.communicators import Lease
-from pint_fem.errors import InputError
-from pint_fem.spacetime import parse_grid
+from pint_fem.communicators import ProcessGrid
 
 __all__ = ["Grid"]
 
 
-class Grid:
-    """``P = P_data * P_layers`` ranks; those that share a batch are neighbours in the numbering.
+class Grid(ProcessGrid):
+    """A data x layers grid of processes; ranks that share a batch are neighbours in the numbering.
 
     Parameters
     ----------
@@ -25,64 +22,66 @@ class Grid:
         the layers.
     comm
         The communicator to split; default the world. All grids of the same shape on one communicator share what it is
-        split into (see :mod:`pint_fem.communicators`); ``with Grid("2x4") as grid:`` or :meth:`free` give it back.
+        split into; ``with Grid("2x4") as grid:`` or :meth:`free` free it.
+    data, layers
+        In place of ``grid``: the number of groups and of ranks that share the layers, ``Grid(data=2, layers=4)``. From
+        one of them the other follows.
 
     Attributes
     ----------
+    data_size, layer_size : int
+        Number of groups, and of ranks that share the layers.
     layer_comm, reversed_layer_comm, data_comm : mpi4py communicators
+        Of the ranks that share the layers, from the first layers to the last and the other way round; of the ranks with
+        the same layers in all groups.
 
     Raises
     ------
     InputError
-        On every rank, if the grid does not match the ranks.
+        On every rank, if the grid does not match the number of ranks, is given in two ways or differs between ranks.
     """
 
-    def __init__(self, grid: str | tuple[int, int] | None = None, comm=MPI.COMM_WORLD):
-        text = "auto" if grid is None else grid if isinstance(grid, str) else "x".join(map(str, grid))
-        require_same(comm, grid=text)
-        try:
-            self.data_size, self.layer_size = parse_grid(text, comm.size)
-        except InputError as error:
-            raise InputError(str(error).replace("SPACExTIME", "DATAxLAYERS")) from None
-        self.comm = comm
-        self._lease = Lease(comm, self.layer_size)
-        groups = self._lease.groups
+    def __init__(
+        self,
+        grid: str | tuple[int, int] | None = None,
+        comm: MPI.Comm = MPI.COMM_WORLD,
+        *,
+        data: int | None = None,
+        layers: int | None = None,
+    ):
+        super().__init__(comm, grid, {"data": data, "layers": layers}, 1)
+        self.data_size, self.layer_size = self.shape
+        groups = self._shared.groups
         self.layer_comm, self.data_comm = groups.inner, groups.outer
         self.reversed_layer_comm = groups.reversed_inner
 
     def free(self) -> None:
-        """Give the communicators back (collective over ``comm``): they are freed if no other grid of this shape on
-        ``comm`` uses them. Call it when no network on them is used any more.
+        """Free the communicators if no other grid of this shape on ``comm`` uses them (collective over ``comm``).
+
+        To be called when no network on this grid is used any more.
         """
-        self._lease.free()
+        super().free()
         self.layer_comm = self.data_comm = self.reversed_layer_comm = MPI.COMM_NULL
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, trace):
-        if error is None:  # a rank that fails alone must not wait for the others here
-            self.free()
-
-    @property
-    def is_root(self) -> bool:
-        """Whether this rank speaks for all."""
-        return self.comm.rank == 0
 
     @property
     def is_first(self) -> bool:
-        """Whether it has the first layers, and with them the opening one."""
+        """Whether this rank has the first layers, and with them the opening layer."""
         return self.layer_comm.rank == 0
 
     @property
     def is_last(self) -> bool:
-        """Whether it has the last layers, and with them the classification layer."""
+        """Whether this rank has the last layers, and with them the classification layer."""
         return self.layer_comm.rank == self.layer_size - 1
 
     def mean_over_data(self, values: np.ndarray) -> None:
-        """Replace an array by its mean over ``data_comm``, summed in rank order: the same bits everywhere.
+        """Replace an array by its mean over ``data_comm``, bitwise identical on all of its ranks (collective).
 
-        Every rank adds up a part and hands it to the others: as much traffic as a ring, in a fixed order.
+        Every rank sums up one part in rank order and sends it to the others: a ring's traffic, in a fixed order.
+
+        Parameters
+        ----------
+        values
+            Array of float64 or float32, overwritten.
         """
         comm, size = self.data_comm, self.data_comm.size
         if size == 1:

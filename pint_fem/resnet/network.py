@@ -21,7 +21,7 @@ from torch import nn
 
 from pint_fem.all_at_once.stopping import SolverFailure
 from pint_fem.capacity import require_memory
-from pint_fem.collective import collectively, raise_together, require_same
+from pint_fem.collective import collectively, raise_collectively, require_same
 from pint_fem.errors import FAILURES, InputError
 from pint_fem.mgrit.options import MGRITOptions
 from pint_fem.resnet.backward import Meetings
@@ -233,7 +233,7 @@ class LayerParallelResNet(nn.Module):
         report = _Report(failure is not None, None if u0 is None else tuple(u0.shape), count, seen, wants)
         reports = [report] if comm.size == 1 else comm.allgather(report)
         if any(r.failed for r in reports):
-            raise_together(comm, failure, "opening layer")
+            raise_collectively(comm, failure, "opening layer")
         group = (reports[grid.data_comm.rank * grid.layer_size :] if shares else reports)[: grid.layer_size]
         sizes = [r.count for r in group]
         problem = None
@@ -245,7 +245,7 @@ class LayerParallelResNet(nn.Module):
                 "layers: give both the same, for instance by shared_loader, or by a generator of its own for shuffling"
             )
         if shares or problem:
-            raise_together(comm, problem)
+            raise_collectively(comm, problem)
         # frozen parameters of one rank do not keep the others from training: all take part in both sweeps
         training = any(r.wants for r in reports)
         anchor = torch.zeros(0, requires_grad=training)
@@ -258,7 +258,7 @@ class LayerParallelResNet(nn.Module):
                 out = self.closing(self.layer.unpack(last, count))
             except FAILURES as error:
                 failure = error
-        raise_together(comm, failure, "classification layer")
+        raise_collectively(comm, failure, "classification layer")
         return _FromLast.apply(last if out is None else out, grid, self.meetings)
 
     # -- the two sweeps, called by autograd ----------------------------------------------------------------------------

@@ -32,7 +32,7 @@ class _Step:
     """
 
     #: ``u + f(u)``: what is not finite stays so.
-    stays_bad = True
+    propagates_nonfinite = True
     #: torch takes no read-only arrays.
     keeps_input = True
     #: States that go together: calls for one cost half of those for sixteen, so no interval goes ahead of the others.

@@ -23,6 +23,7 @@ import torch
 from pint_fem.all_at_once.grids import Bounds, split_steps
 from pint_fem.all_at_once.norms import euclidean
 from pint_fem.all_at_once.stopping import SolveResult
+from pint_fem.all_at_once.trace import Trace
 from pint_fem.errors import InputError
 from pint_fem.mgrit.options import MGRITOptions
 from pint_fem.mgrit.solver import MGRIT
@@ -147,7 +148,7 @@ class LayerSweeps:
         self.strides = [1]
         for m in factors:
             self.strides.append(self.strides[-1] * m)
-        common = dict(printer=printer, speaks=grid.is_root)
+        common = dict(printer=printer, is_root=grid.is_root)
         forward = dict(comm=grid.layer_comm, bounds=self.bounds, **common)
         backward = dict(comm=grid.reversed_layer_comm, bounds=reversed_bounds, **common)
         kinds = [("forward", forward, False), ("backward", backward, True), ("tangent", forward, True)]
@@ -169,6 +170,12 @@ class LayerSweeps:
         self._exchanges = [self._exchange(level) for level in range(len(self.strides))]
         self._pool: list[Trajectory] = []
         self._L: np.ndarray | None = None
+
+    def set_trace(self, trace: Trace) -> None:
+        """Let all solvers of the sweeps write to a trace."""
+        for solver in (*self.solvers.values(), *self._serial.values()):
+            for part in (solver, *solver.levels):
+                part.trace = trace
 
     # -- parameters of the levels --------------------------------------------------------------------------------------
     def _exchange(self, index: int) -> RowExchange | None:

@@ -1,4 +1,4 @@
-"""What P ranks would do: the solver's own code on virtual ranks with clocks, and a planner on top.
+"""Predicted run times on many ranks: the solver's own code on virtual ranks with clocks, and a planner.
 
-Needs numpy, mpi4py and greenlet; calibrating a finite element problem needs Firedrake.
+Requires numpy, mpi4py and greenlet; the calibration of a finite element problem requires Firedrake, networks torch.
 """

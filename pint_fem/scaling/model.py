@@ -1,9 +1,8 @@
-"""The model: the solver's own code on virtual ranks.
+"""Predicted times of solves, gradients and Hessian actions on a process grid: the solver's own code on virtual ranks.
 
-A :class:`Model` is a problem (its calibration) with a solver's options on a process grid. Its tasks, a state solve, a
-gradient and so on, are what :class:`~pint_fem.adjoint.problem.ReducedProblem` does for a linear evolution: solves by
-:class:`~pint_fem.mgrit.solver.MGRIT` or :class:`~pint_fem.paradiag.ParaDiag` itself, with the misfit's and the
-control's work and messages in between.
+Each virtual time rank runs :class:`~pint_fem.mgrit.solver.MGRIT` or :class:`~pint_fem.paradiag.ParaDiag` itself on
+propagators that advance its clock. The work and messages between the solves of a task are those of
+:class:`~pint_fem.adjoint.problem.ReducedProblem` for a linear evolution with a static control.
 """
 
 from __future__ import annotations
@@ -23,12 +22,13 @@ from pint_fem.mgrit.options import MGRITOptions
 from pint_fem.mgrit.solver import MGRIT
 from pint_fem.mgrit.transposed_cycles import TransposedAdjoint
 from pint_fem.paradiag.options import ParaDiagOptions
+from pint_fem.paradiag.solver import ParaDiag
 from pint_fem.paradiag.transposed_iterations import TransposedParaDiag
 from pint_fem.scaling.communicator import VirtualComm, communicators
 from pint_fem.scaling.costs import Calibration
 from pint_fem.scaling.network import Network
-from pint_fem.scaling.paradiag import VirtualParaDiag, transforms, virtual_systems
-from pint_fem.scaling.space import kernels
+from pint_fem.scaling.paradiag import virtual_circulant, virtual_systems
+from pint_fem.scaling.space import space_kernels
 from pint_fem.scaling.virtual import VirtualNorms, VirtualTrace, hierarchy
 from pint_fem.scaling.world import World
 
@@ -37,9 +37,17 @@ __all__ = ["Model", "Prediction", "Solve"]
 
 @dataclass(frozen=True)
 class Solve:
-    """One solve: ``kind`` ``"state"``, ``"tangent"`` or ``"adjoint"``, ``start`` ``"guess"``, ``"skip"`` or
-    ``"nested"``, and how many cycles. An adjoint's with start ``"transposed"`` are those of inexact Hessian actions
-    (:mod:`~pint_fem.mgrit.transposed_cycles`, :mod:`~pint_fem.paradiag.transposed_iterations`).
+    """One sweep over all steps.
+
+    Parameters
+    ----------
+    kind : str
+        ``"state"``, ``"tangent"`` or ``"adjoint"``.
+    start : str
+        ``"guess"``, ``"skip"`` or ``"nested"`` as for MGRIT, or ``"transposed"`` for the adjoint of an inexact Hessian
+        action (:mod:`~pint_fem.mgrit.transposed_cycles`, :mod:`~pint_fem.paradiag.transposed_iterations`).
+    cycles : int
+        Number of cycles or iterations.
     """
 
     kind: str
@@ -49,58 +57,65 @@ class Solve:
 
 @dataclass
 class Prediction:
-    """What the model says.
+    """Predicted times of a run.
 
     Attributes
     ----------
     seconds : float
         From the first rank's start to the last one's end.
     task_seconds : list of float
-        Of each task.
-    busy : list of float
+        Seconds of each task.
+    work : list of float
         Seconds of work on each time rank.
     clocks : list of float
-        When each has ended.
+        When each time rank has ended.
     counts : Counter
-        See :class:`~pint_fem.scaling.world.World`.
-    bytes_a_rank : float
-        Largest memory of a rank's states.
+        Work and messages of all ranks, see :class:`~pint_fem.scaling.world.World`.
+    bytes_per_rank : float
+        Largest memory of a rank's states and factors.
     traces : list
-        Events of each rank, where asked for.
+        Events of each rank, where they were recorded.
     """
 
     seconds: float
     task_seconds: list[float]
-    busy: list[float]
+    work: list[float]
     clocks: list[float]
     counts: Counter
-    bytes_a_rank: float = 0.0
+    bytes_per_rank: float = 0.0
     traces: list = field(default_factory=list)
 
 
 class Model:
-    """See the module.
+    """A problem with a solver's options on a process grid.
 
     Parameters
     ----------
     calibration
-        Costs.
+        Costs of the problem.
     options
-        Of MGRIT, a dictionary; ``{"levels": 1}`` is serial stepping. ``check`` is ``"cycle"`` unless given, as for
-        finite element sweeps. With ``"time_solver": "paradiag"`` the others are ParaDiag's.
+        MGRIT's, as a dictionary or object; ``{"levels": 1}`` is sequential stepping. ``check`` is ``"cycle"`` unless
+        given, as for finite element sweeps. With ``"time_solver": "paradiag"`` the others are ParaDiag's.
     grid
-        Space and time ranks.
+        Numbers of space and time ranks.
     nsteps
         Fine steps; default: the calibration's.
     network
         Default: the calibration's.
-    busy
-        Factor of all work; default: the calibration's for as many processes, or for the largest measured number.
+    slowdown
+        Factor of all work; default: the calibration's for that many processes.
+
+    Attributes
+    ----------
+    solver : str
+        ``"serial"``, ``"mgrit"`` or ``"paradiag"``.
+    kernels : dict
+        Kernels on the grid's space ranks, by kind and level.
 
     Raises
     ------
     InputError
-        On more time ranks than steps, or options that do not fit.
+        On more time ranks than steps, options that do not fit, or ParaDiag where its costs were not measured.
     """
 
     def __init__(
@@ -111,47 +126,40 @@ class Model:
         *,
         nsteps: int | None = None,
         network: Network | None = None,
-        busy: float | None = None,
+        slowdown: float | None = None,
     ):
         self.calibration, self.grid = calibration, (int(grid[0]), int(grid[1]))
         self.nsteps, self.network = nsteps or calibration.nsteps, network or calibration.network
         if min(self.grid) < 1 or self.grid[1] > self.nsteps:
             raise InputError(f"grid {grid[0]}x{grid[1]} for {self.nsteps} steps: use at most one time rank a step")
-        self.busy = calibration.busy_with(self.grid[0] * self.grid[1]) if busy is None else busy
-        options = dict(options or {}) if not isinstance(options, MGRITOptions) else options
-        kind = options.pop("time_solver", "mgrit") if isinstance(options, dict) else "mgrit"
+        self.slowdown = calibration.slowdown_with(self.grid[0] * self.grid[1]) if slowdown is None else slowdown
+        given = options if isinstance(options, MGRITOptions) else dict(options or {})
+        self.solver = "mgrit" if isinstance(given, MGRITOptions) else given.pop("time_solver", "mgrit")
         try:
-            if kind == "paradiag":
-                self.options = ParaDiagOptions.make(options, trace="", view=False, monitor=False)
+            if self.solver == "paradiag":
+                self.options = ParaDiagOptions.make(given, trace="", view=False, monitor=False)
             else:
-                self.options = self._mgrit(options)
+                self.options = self._mgrit_options(given)
         except ValueError as error:
             raise InputError(str(error)) from None
-        #: ``"serial"``, ``"mgrit"`` or ``"paradiag"``.
-        self.solver = kind if kind == "paradiag" else "serial" if self.options.levels == 1 else "mgrit"
+        if self.options.levels == 1 and self.solver != "paradiag":
+            self.solver = "serial"
         if self.solver == "paradiag" and (not calibration.paradiag or self.grid[0] > 1):
             raise InputError(
                 f"ParaDiag on {self.grid[0]} space ranks: calibration {calibration.problem} has its costs on "
                 f"{'one' if calibration.paradiag else 'none'}"
             )
-        #: Kernels on the grid's space ranks, by kind and level.
-        self.work = kernels(calibration, self.grid[0], self.network)
+        self.kernels = space_kernels(calibration, self.grid[0], self.network)
 
-    def _mgrit(self, options) -> MGRITOptions:
-        options = MGRITOptions.make(options)
+    def _mgrit_options(self, given) -> MGRITOptions:
+        options = MGRITOptions.make(given)
         if options.check == "auto":
             options = MGRITOptions.make(options, check="cycle")
-        factors = options.factors(self.nsteps)
-        return MGRITOptions.make(options, levels=len(factors) + 1, trace="", view=False, monitor=False)
+        levels = len(options.factors(self.nsteps)) + 1
+        return MGRITOptions.make(options, levels=levels, trace="", view=False, monitor=False)
 
-    @property
-    def is_serial(self) -> bool:
-        """Whether it steps sequentially."""
-        return self.solver == "serial"
-
-    # -- what is run -------------------------------------------------------------------------------------------------
     def run(self, *solves: Solve, task: str = "solves", trace: bool = False) -> Prediction:
-        """Run solves one after another, as a task: see :meth:`run_all`."""
+        """Run solves one after another as one task, see :meth:`run_all`."""
         return self.run_all([(task, solves)], trace=trace)
 
     def run_all(self, tasks: Sequence[tuple[str, Sequence[Solve]]], *, trace: bool = False) -> Prediction:
@@ -160,196 +168,186 @@ class Model:
         Parameters
         ----------
         tasks
-            Each ``"solves"``: solves alone, ranks wait for each other between them but as the solves do;
-            ``"value"`` (state), ``"derivative"`` (adjoint, given the state), ``"gradient"`` (both), ``"hessian"``
-            (tangent and adjoint), with what is between and behind them; and its solves.
+            Names and solves: ``"solves"`` (the solves alone), ``"value"`` (a state), ``"derivative"`` (an adjoint, for
+            a given state), ``"gradient"`` (a state and an adjoint), ``"hessian"`` (a tangent and an adjoint). All but
+            the first include the work and messages around the solves.
         trace
-            Keep all events.
+            Whether to record all events.
+
+        Raises
+        ------
+        DeadlockError
+            If the ranks' messages do not match.
         """
         world = World(self.grid[1], self.network)
         comms = communicators(world, [self.calibration.state_bytes / self.grid[0]])
-        shared = _Shared(self, world)
-        ranks: list[_Rank] = []
-        ends: list[float] = []
+        shared, ends = _Shared(self, world), []
 
-        def program(rank: int):
-            mine = _Rank(shared, comms[rank], trace)
-            ranks.append(mine)
+        def program(rank: int) -> _Rank:
+            own = _Rank(shared, comms[rank], trace)
             for task, solves in tasks:
-                mine.perform(solves, task)
-                comms[rank].meet()
+                own.perform(task, solves)
+                comms[rank].synchronise()
                 if rank == 0:
                     ends.append(world.clocks[0])
+            return own
 
-        world.run(program)
-        return Prediction(
-            max(world.clocks),
-            [end - start for start, end in zip([0.0, *ends[:-1]], ends, strict=True)],
-            world.busy,
-            world.clocks,
-            world.counts,
-            max(rank.bytes for rank in ranks),
-            [rank.trace.events for rank in sorted(ranks, key=lambda r: r.comm.rank)] if trace else [],
-        )
+        ranks = world.run(program)
+        task_seconds = [end - start for start, end in zip([0.0, *ends[:-1]], ends, strict=True)]
+        nbytes, traces = max(rank.nbytes for rank in ranks), [rank.trace.events for rank in ranks] if trace else []
+        return Prediction(max(world.clocks), task_seconds, world.work, world.clocks, world.counts, nbytes, traces)
 
 
 class _Shared:
-    """What all ranks have in common."""
+    """What the virtual ranks of a run have in common: step bounds, propagators, norms and scaled costs."""
 
     def __init__(self, model: Model, world: World):
-        c, o = model.calibration, model.options
-        self.model, self.world = model, world
-        N, (space, ranks) = model.nsteps, model.grid
+        c, N, (space, ranks) = model.calibration, model.nsteps, model.grid
+        self.model, self.world, self.slowdown = model, world, model.slowdown
         self.bounds = Bounds(split_steps(N, ranks))
         self.reversed_bounds = Bounds(N - b for b in reversed(self.bounds))
-        busy, work = model.busy, model.work
-        self.busy = busy
-        table = lambda kind: [k.scaled(busy) for k in work[kind]] if kind in work else None
-        known = c.paradiag if model.solver == "paradiag" else c.bookkeeping
-        make = lambda kind: hierarchy(
-            world, kind, table(kind), table("sweep" if kind == "step" else f"{kind} sweep"), o.levels,
-            busy * known.get("adjoint" if kind == "adjoint" else "state", 0.0) / space,
-        )  # fmt: skip
-        self.propagators = {"step": make("step"), "adjoint": make("adjoint")}
-        if model.solver == "paradiag":
-            #: ParaDiag's costs as these ranks have them.
-            self.paradiag = {k: v if k == "factor bytes" else busy * v for k, v in c.paradiag.items()}
-            self.paradiag |= transforms(c.paradiag, N, busy)
-        more = model.network.collective(space, 8 * 2)
-        self.norms = VirtualNorms(world, busy * c.norm / space, more)
+        overhead = c.paradiag if model.solver == "paradiag" else c.overhead
 
-    def extra(self, name: str, steps: int = 1) -> None:
-        """Charge something that surrounds the sweeps."""
+        def propagators(kind: str, sweep: str, name: str) -> list:
+            blocks, sweeps = (
+                [k.scaled(self.slowdown) for k in model.kernels.get(table, ())] for table in (kind, sweep)
+            )
+            seconds = self.slowdown * overhead.get(name, 0.0) / space
+            return hierarchy(world, kind, blocks, sweeps, model.options.levels, seconds)
+
+        self.forward = propagators("step", "sweep", "state")
+        self.backward = propagators("adjoint", "adjoint sweep", "adjoint")
+        self.norms = VirtualNorms(world, self.slowdown * c.norm / space, model.network.collective(space, 8 * 2))
+
+    def charge(self, name: str, steps: int = 1) -> None:
+        """Take the time of work around the sweeps, ``extras`` of the calibration."""
         seconds = self.model.calibration.extras.get(name, 0.0)
-        self.world.charge(self.busy * steps * seconds / self.model.grid[0])
+        self.world.charge(self.slowdown * steps * seconds / self.model.grid[0])
 
 
 class _Rank:
-    """One time rank's solvers and arrays."""
+    """The solvers and arrays of one virtual time rank."""
 
     def __init__(self, shared: _Shared, comm: VirtualComm, trace: bool):
-        self.shared, self.comm = shared, comm
-        model = self.model = shared.model
+        self.shared, self.comm, self.model, self.nbytes = shared, comm, shared.model, 0.0
+        model, c, self.systems = shared.model, shared.model.calibration, None
         self.trace = VirtualTrace(comm) if trace else None
-        common = dict(options=model.options, point_norms=shared.norms, trace=self.trace, speaks=False)
-        N, steps = model.nsteps, shared.propagators
-        reverse = comm.Split(0, -comm.rank)
+        common = dict(options=model.options, point_norms=shared.norms, trace=self.trace, is_root=False)
         forward = dict(comm=comm, bounds=shared.bounds, name="state", **common)
-        backward = dict(comm=reverse, bounds=shared.reversed_bounds, name="adjoint", **common)
-        self.systems = None
+        backward = dict(comm=comm.Split(0, -comm.rank), bounds=shared.reversed_bounds, name="adjoint", **common)
         if model.solver == "paradiag":
-            c = model.calibration
-            self.systems = virtual_systems(shared.world, shared.paradiag, c.stages, 1e9 * model.options.memory)
-            costs = dict(world=shared.world, size=c.unknowns, costs=shared.paradiag)
-            self.forward = VirtualParaDiag(steps["step"][0], N, self.systems.solve, **forward, **costs)
-            transposed = self.systems.solve_transposed
-            self.backward = VirtualParaDiag(steps["adjoint"][0], N, transposed, backwards=True, **backward, **costs)
+            costs = {k: v if k == "factor bytes" else shared.slowdown * v for k, v in c.paradiag.items()}
+            self.systems = virtual_systems(shared.world, costs, c.stages, 1e9 * model.options.memory)
+            common = dict(
+                circulant=virtual_circulant(shared.world, c.paradiag, c.unknowns, model.nsteps, shared.slowdown)
+            )
+            solve, transposed = self.systems.solve, self.systems.solve_transposed
+            self.forward = ParaDiag(shared.forward[0], model.nsteps, solve, **forward, **common)
+            self.backward = ParaDiag(shared.backward[0], model.nsteps, transposed, backwards=True, **backward, **common)
         else:
-            self.forward = MGRIT(steps["step"], N, linear=True, **forward)
-            self.backward = MGRIT(steps["adjoint"], N, linear=True, **backward)
-        self._backward = backward | dict(linear=True)
-        k = self.forward.levels[0].k
-        self.k, self._zero = k, np.zeros((1, 1))
-        self.U, self.L = np.zeros((k + 1, 1)), np.zeros((k + 1, 1))
-        self.G = np.zeros((k, 1))
-        self.bytes = 0.0
+            self.forward = MGRIT(shared.forward, model.nsteps, linear=True, **forward)
+            self.backward = MGRIT(shared.backward, model.nsteps, linear=True, **backward)
+        self._backward, self._used = backward, set()
+        self.k = k = self.forward.levels[0].k
+        self.U, self.L, self.G = np.zeros((k + 1, 1)), np.zeros((k + 1, 1)), np.zeros((k, 1))
 
     @cached_property
     def _transposed(self) -> TransposedAdjoint | TransposedParaDiag:
         if self.systems is not None:
             return TransposedParaDiag(self.backward, self.k)
         is_last = self.comm.rank == self.comm.size - 1
-        return TransposedAdjoint(self.backward, self.k, is_last=is_last, **self._backward)
+        return TransposedAdjoint(self.backward, self.k, is_last=is_last, linear=True, **self._backward)
 
     def solve(self, solve: Solve) -> None:
-        """One sweep."""
+        """Run one sweep."""
         if solve.start == "transposed":
             sweep = self._transposed
             sweep.solver.solve(*sweep.arrays(self.L), start=sweep.start, cycles=solve.cycles)
             sweep.collect()
             return
-        backwards = solve.kind == "adjoint"
-        solver, U = (self.backward, self.L) if backwards else (self.forward, self.U)
-        G, given, accuracy = self.G, None, {}
-        if not backwards:
-            self.shared.extra("forcing")
-            G = np.broadcast_to(self._zero, (self.k, 1))
-        if not self.model.is_serial:
-            accuracy = {"cycles": solve.cycles}
-            if not backwards and solve.start in ("skip", "nested"):
-                given = [np.broadcast_to(self._zero, (level.k, 1)) for level in solver.levels[1:]]
-                for _ in given:
-                    self.shared.extra("forcing")
+        coarse_rhs, accuracy = None, {} if self.model.solver == "serial" else {"cycles": solve.cycles}
+        if solve.kind == "adjoint":
+            solver, U, G = self.backward, self.L, self.G
+        else:
+            solver, U, G = self.forward, self.U, _zeros(self.k)
+            self.shared.charge("forcing")
+            if accuracy and solve.start in ("skip", "nested"):
+                coarse_rhs = [_zeros(level.k) for level in solver.levels[1:]]
+                for _ in coarse_rhs:
+                    self.shared.charge("forcing")
         solver.name = solve.kind
-        solver.solve(U, G, start=solve.start, coarse_rhs=given, **accuracy)
+        self._used.add(solver)
+        solver.solve(U, G, start=solve.start, coarse_rhs=coarse_rhs, **accuracy)
 
-    def perform(self, solves: Sequence[Solve], task: str) -> None:
-        """A task of the reduced problem, see :class:`~pint_fem.adjoint.problem.ReducedProblem`."""
-        getattr(self, f"_{task}")(*solves)
-        self.bytes = self._memory()
-
-    def _solves(self, *solves: Solve) -> None:
-        for solve in solves:
-            self.solve(solve)
+    # -- tasks -------------------------------------------------------------------------------------------------------
+    def perform(self, task: str, solves: Sequence[Solve]) -> None:
+        """Run a task of :meth:`Model.run_all`."""
+        if task == "solves":
+            for solve in solves:
+                self.solve(solve)
+        elif task == "gradient":
+            self._value(solves[0])
+            self._derivative(solves[1])
+        else:
+            {"value": self._value, "derivative": self._derivative, "hessian": self._hessian}[task](*solves)
+        self.nbytes = self._memory()
 
     def _value(self, state: Solve) -> None:
-        self._find()
+        self._compare_controls()
         self.solve(state)
-        self.shared.extra("misfit value", self.k)
+        self.shared.charge("misfit value", self.k)
         gather_in_order(np.zeros((self.k, 1)), self.comm)
 
     def _derivative(self, adjoint: Solve) -> None:
-        self._find()
+        self._compare_controls()
         self._misfit_gradient()
         self.solve(adjoint)
-        self._pull_back()
-
-    def _gradient(self, state: Solve, adjoint: Solve) -> None:
-        self._value(state)
-        self._derivative(adjoint)
+        self._control_gradient()
 
     def _hessian(self, tangent: Solve, adjoint: Solve) -> None:
-        self._find()
+        self._compare_controls()
         self.solve(tangent)
         self._misfit_gradient()
         self.solve(adjoint)
-        self._pull_back()
+        self._control_gradient()
 
-    def _find(self) -> None:
+    def _compare_controls(self) -> None:
         """Agree on whether the control is a new one."""
         self.comm.allgather(None)
 
     def _misfit_gradient(self) -> None:
-        self.shared.extra("misfit gradient", self.k)
+        """Derivative of the misfits, with the observations that are passed to the next rank."""
+        self.shared.charge("misfit gradient", self.k)
         nbytes = self.model.calibration.sensor_bytes
         if nbytes:
             comm, here = self.comm.scaled([nbytes]), np.zeros(1)
-            send = comm.Isend(here, comm.rank + 1, 1) if comm.rank + 1 < comm.size else None
+            if comm.rank + 1 < comm.size:
+                comm.Send(here, comm.rank + 1, 1)
             if comm.rank:
                 comm.Recv(here, comm.rank - 1, 1)
-            if send is not None:
-                send.Wait()
 
-    def _pull_back(self) -> None:
+    def _control_gradient(self) -> None:
         """Derivative by a static control: adjoints summed over the own steps, one step's transpose, sum over time."""
-        self.shared.extra("adjoint sum", self.k)
-        self.shared.extra("control gradient")
+        self.shared.charge("adjoint sum", self.k)
+        self.shared.charge("control gradient")
         if self.comm.size > 1:
             comm, total = self.comm.scaled([self.model.calibration.control_bytes / self.model.grid[0]]), np.zeros(1)
             comm.Reduce(np.zeros(1), total, op=MPI.SUM)
             comm.Bcast(total)
-        self.shared.extra("regularisation")
+        self.shared.charge("regularisation")
 
     def _memory(self) -> float:
         """Bytes of the states on a process: slabs of the state and the adjoint, and the work arrays of both solvers."""
         nbytes = self.model.calibration.state_bytes / self.model.grid[0]
-        states = 2 * (self.k + 1) + self.k
-        for solver in (self.forward, self.backward):
-            if solver._cycle is not None:
-                extra = solver.extra_states
-                states += extra[0] + sum(
-                    4 * level.k + 2 + e for level, e in zip(solver.levels[1:], extra[1:], strict=True)
-                )
+        states = 3 * self.k + 2
+        for solver in self._used:
+            fine, *coarse = solver.extra_states
+            states += fine + sum(4 * level.k + 2 + n for level, n in zip(solver.levels[1:], coarse, strict=True))
         if self.systems is not None:  # transforms, the residual, factors
             return (states + 5 * self.k) * nbytes + self.systems.bytes
         return states * nbytes
+
+
+def _zeros(k: int) -> np.ndarray:
+    """Zero states of ``k`` steps, in no memory."""
+    return np.broadcast_to(np.zeros((1, 1)), (k, 1))

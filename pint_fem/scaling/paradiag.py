@@ -1,8 +1,8 @@
-"""ParaDiag on virtual ranks: its own code, with clocks instead of transforms, solves and the packing of messages."""
+"""ParaDiag on virtual ranks: its own code, which takes the time of transforms, solves and the packing of messages."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from math import log2
 
@@ -10,146 +10,136 @@ import numpy as np
 
 from pint_fem.paradiag.circulant import AlphaCirculant
 from pint_fem.paradiag.distribution import TimeTransposes
-from pint_fem.paradiag.solver import ParaDiag
 from pint_fem.paradiag.systems import ShiftedSteps
 from pint_fem.scaling.costs import Kernel
 from pint_fem.scaling.world import World
 
-__all__ = ["VirtualParaDiag", "transforms", "virtual_systems"]
+__all__ = ["FEW", "virtual_circulant", "virtual_systems"]
 
-FEW = 32  # unknowns of the smallest transform that is measured
+FEW = 32
+"""Unknowns of the smallest transform that is measured."""
 
-# of as many stages; times do not depend on the numbers
+# tableaux with the numbers of stages; times do not depend on the entries
 _TABLEAUX = {1: ([[0.5]], [1.0]), 2: ([[0.25, 0.0], [0.75, 0.25]], [0.75, 0.25])}
 
 
 class _Transposes(TimeTransposes):
-    """Sends as many bytes as the real ones; what is sent is a stand-in."""
+    """Transposes that send as many bytes as the real ones, without data."""
 
     def __init__(self, *args, world: World, pack: float, **kwargs):
         super().__init__(*args, **kwargs)
         self._world, self._pack = world, pack
 
-    def _spread(self, mine, rows):
-        here, own = len(rows[self.comm.rank]), len(self._column)
-        self._swap(here * (self.size - own), here * self.size + self._total(rows) * own, mine.itemsize)
+    def spread(self, mine, rows):
+        """Take the time of sending all columns of the own rows to the ranks of the columns."""
+        own = len(rows[self.comm.rank])
+        self._take_time(own * (self.size - len(self.own_columns)), rows, mine.itemsize)
         return np.zeros((1, 1), mine.dtype)
 
-    def _collect(self, columns, rows):
-        here, own = len(rows[self.comm.rank]), len(self._column)
-        self._swap((self._total(rows) - here) * own, here * self.size + self._total(rows) * own, columns.itemsize)
-        return np.zeros((here, 1), columns.dtype)
+    def collect(self, columns, rows):
+        """Take the time of sending the own columns of all rows to the ranks of the rows."""
+        own = len(rows[self.comm.rank])
+        self._take_time((self._total(rows) - own) * len(self.own_columns), rows, columns.itemsize)
+        return np.zeros((own, 1), columns.dtype)
 
     def _total(self, rows) -> int:
-        return self.steps if rows is self._rows else self.frequencies
+        return self.steps if rows is self.rows else self.frequencies
 
-    def _swap(self, sent: int, copied: int, itemsize: int) -> None:
-        """Numbers that leave, and those that are packed before and unpacked behind."""
+    def _take_time(self, sent: int, rows, itemsize: int) -> None:
+        """Take the time of sending some numbers, and of packing and unpacking the own rows and columns."""
+        copied = len(rows[self.comm.rank]) * self.size + self._total(rows) * len(self.own_columns)
         self.sent = sent * itemsize
         self._world.charge(self._pack * copied * itemsize)
         self.comm.alltoall_bytes(self.sent)
 
 
 class _Circulant(AlphaCirculant):
-    """Transforms let the clock run."""
+    """A circulant whose transforms take time only; ``unknowns`` of a state stand in the place of its one number."""
 
-    def __init__(self, *args, world: World, fft: Kernel, ifft: Kernel, **kwargs):
-        super().__init__(*args, **kwargs)
-        self._world, self._kernels = world, (fft, ifft)
+    def __init__(self, nsteps, alpha, solve, size, *, world: World, unknowns: int, costs: Mapping, **given):
+        transposes = partial(_Transposes, world=world, pack=costs["pack"])
+        super().__init__(nsteps, alpha, solve, unknowns, transposes=transposes, **given)
+        self._world, self._costs = world, costs
 
     def rfft(self, columns):
-        """See :class:`~pint_fem.paradiag.circulant.AlphaCirculant`."""
-        return self._transform(0, len(self.mu), complex)
+        """Take the time of the transform of all steps."""
+        return self._transform("fft", len(self.mu), complex)
 
     def irfft(self, spectrum):
-        """See :class:`~pint_fem.paradiag.circulant.AlphaCirculant`."""
-        return self._transform(1, self.nsteps, float)
+        """Take the time of the inverse transform."""
+        return self._transform("ifft", self.nsteps, float)
 
-    def _transform(self, which: int, rows: int, dtype):
-        transposes = self._transposes
-        self._world.counts["fft", 0] += len(transposes._column)
-        self._world.charge(self._kernels[which](len(transposes._column)))
-        return np.zeros((rows if transposes.comm.size == 1 else 1, 1), dtype)
-
-
-class VirtualParaDiag(ParaDiag):
-    """With virtual transposes and transforms.
-
-    Parameters
-    ----------
-    propagator, nsteps, solve, **given
-        As ParaDiag's.
-    world
-        Whose clocks run.
-    size
-        Local unknowns of a state.
-    costs
-        ``"fft"``, ``"ifft"`` (kernels), ``"pack"`` (seconds a byte).
-    """
-
-    def __init__(self, propagator, nsteps: int, solve, *, world: World, size: int, costs: Mapping[str, float], **given):
-        super().__init__(propagator, nsteps, solve, **given)
-        self._world, self._unknowns, self._costs = world, size, costs
-
-    def _make_circulant(self, size: int) -> AlphaCirculant:
-        costs = self._costs
-        return _Circulant(
-            self.nsteps, self.options.alpha, self._guarded, self._unknowns, comm=self.comm,
-            bounds=self.levels[0].bounds, backwards=self._backwards, trace=self.trace, world=self._world,
-            fft=costs["fft"], ifft=costs["ifft"],
-            transposes=partial(_Transposes, world=self._world, pack=costs["pack"]),
-        )  # fmt: skip
+    def _transform(self, kind: str, rows: int, dtype):
+        columns = len(self.transposes.own_columns)
+        self._world.counts["fft", 0] += columns
+        self._world.charge(self._costs[kind](columns))
+        return np.zeros((rows if self.transposes.comm.size == 1 else 1, 1), dtype)
 
 
 class _System:
-    """A frequency's system of one stage."""
+    """The system of a frequency and stage (:class:`pint_fem.paradiag.systems.ShiftedSystem`), which takes time only."""
 
     def __init__(self, world: World, costs: Mapping[str, float], stages: int):
-        self.world, self.stages = world, stages
-        self.seconds = {False: costs["solve"] / stages, True: costs["solve transposed"] / stages}
-        self.making, self.size = costs["factor"], costs["factor bytes"]
+        self._world, self._costs, self._stages = world, costs, stages
 
     def factor(self, y):
-        """See :class:`~pint_fem.paradiag.systems.ShiftedSystem`."""
-        self.world.counts["factor", 0] += 1
-        self.world.charge(self.making)
-        return True, self.size
+        """Take the time of a factorisation."""
+        self._world.counts["factor", 0] += 1
+        self._world.charge(self._costs["factor"])
+        return True, self._costs["factor bytes"]
 
     def solve(self, factor, y, r, *, transposed):
-        """See :class:`~pint_fem.paradiag.systems.ShiftedSystem`; the product is in its time."""
-        self.world.counts["frequency solve", 0] += 1
-        self.world.charge(self.seconds[transposed])
+        """Take the time of a solve and of the product with the mass matrix."""
+        self._world.counts["frequency solve", 0] += 1
+        self._world.charge(self._costs["solve transposed" if transposed else "solve"] / self._stages)
         return r
 
     def release(self, factor):
-        """See :class:`~pint_fem.paradiag.systems.ShiftedSystem`."""
+        """Release a factor, which has no memory here."""
 
     def mass(self, r, *, transposed):
-        """See :class:`~pint_fem.paradiag.systems.ShiftedSystem`."""
+        """Return the vector: the product's time is part of the solve's."""
         return r
 
 
 def virtual_systems(world: World, costs: Mapping[str, float], stages: int, memory: float) -> ShiftedSteps:
-    """One rank's frequencies, with ParaDiag's own book of factors: made at the first solve, kept as memory allows.
+    """Make the solves of one rank's frequencies; factors are kept by ParaDiag's own rule.
 
     Parameters
     ----------
+    world
+        The virtual ranks.
     costs
-        ``"solve"``, ``"solve transposed"`` (a frequency), ``"factor"`` (a frequency and stage): seconds; ``"factor
-        bytes"``.
+        ``paradiag`` of :class:`~pint_fem.scaling.costs.Calibration`.
     stages
-        Of a step.
+        Stages of a step, 1 or 2.
     memory
-        Bytes of factors.
+        Bytes of factors that are kept.
     """
     A, b = _TABLEAUX[stages]
-    system = _System(world, costs, stages)
-    return ShiftedSteps(A, b, dict.fromkeys(np.diag(A), system), memory)
+    return ShiftedSteps(A, b, dict.fromkeys(np.diag(A), _System(world, costs, stages)), memory)
 
 
-def transforms(costs: Mapping[str, float], nsteps: int, factor: float = 1.0) -> dict[str, Kernel]:
-    """Seconds of the transforms of some unknowns over another number of steps, as ``N log N``, times a factor."""
-    measured = costs["fft steps"]
-    ratio, many = factor * nsteps * log2(max(nsteps, 2)) / (measured * log2(measured)), int(costs["fft columns"])
-    each = lambda kind: (FEW * costs[f"few {kind}"], max(many * costs[kind], FEW * costs[f"few {kind}"]))
-    return {kind: Kernel((FEW, many), tuple(ratio * s for s in each(kind))) for kind in ("fft", "ifft")}
+def virtual_circulant(
+    world: World, costs: Mapping[str, float], unknowns: int, nsteps: int, factor: float
+) -> Callable[..., AlphaCirculant]:
+    """What makes the circulant of ParaDiag on virtual ranks.
+
+    Parameters
+    ----------
+    world
+        The virtual ranks.
+    costs
+        ``paradiag`` of :class:`~pint_fem.scaling.costs.Calibration`.
+    unknowns, nsteps
+        Local unknowns of a state, and time steps: transforms take a time that grows as ``nsteps log(nsteps)``.
+    factor
+        Of all times.
+    """
+    measured, many = costs["fft steps"], int(costs["fft columns"])
+    ratio = factor * nsteps * log2(max(nsteps, 2)) / (measured * log2(measured))
+    times = {"pack": factor * costs["pack"]}
+    for kind in ("fft", "ifft"):
+        few = FEW * costs[f"few {kind}"]
+        times[kind] = Kernel((FEW, many), (ratio * few, ratio * max(many * costs[kind], few)))
+    return partial(_Circulant, world=world, unknowns=unknowns, costs=times)

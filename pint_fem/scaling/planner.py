@@ -1,20 +1,22 @@
-"""Before a job is queued: which process grid, levels and solver, by the model.
+"""The fastest process grid, levels and solver for a number of ranks, by predicted times, before a job is queued.
 
-Candidates are serial stepping on each number of space ranks, and MGRIT on each split of the ranks with each
-configuration, or ParaDiag, whose cycles the calibration has counted by real runs. A candidate is run on virtual ranks
-unless a lower bound of its time, its share of the work or its chain of coarse steps, is above the best time already.
+Candidates are sequential stepping on each number of space ranks, and each split of the ranks with each configuration of
+MGRIT and ParaDiag whose cycles the calibration has, counted in real runs. A candidate is run on virtual ranks unless a
+lower bound of its time, its share of the work or its chain of coarse steps, exceeds the best time so far.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
+from pint_fem.all_at_once.options import SHARED
 from pint_fem.errors import InputError
 from pint_fem.mgrit.options import MGRITOptions
-from pint_fem.paradiag.options import SHARED, ParaDiagOptions
+from pint_fem.paradiag.options import ParaDiagOptions
 from pint_fem.scaling.costs import Calibration, load
-from pint_fem.scaling.model import Model, Prediction, Solve
+from pint_fem.scaling.model import Model, Solve
 from pint_fem.scaling.network import Network
 from pint_fem.scaling.space import assumption
 
@@ -23,20 +25,22 @@ __all__ = ["Choice", "Plan", "auto_grid", "cycles_of", "describe", "least_time",
 
 @dataclass
 class Choice:
-    """One way to run a problem, and what the model predicts.
+    """One way to solve a problem, and its predicted time.
 
     Attributes
     ----------
     solver : str
         ``"serial"``, ``"mgrit"`` or ``"paradiag"``.
     grid : tuple of int
-        Space and time ranks.
+        Numbers of space and time ranks.
     options : dict
-        Of the solver.
+        The solver's options.
     cycles : tuple of int
-        Of the state and the adjoint.
-    seconds, bytes_a_rank : float
-        Predicted, of one gradient from cold; of a rank's states.
+        Cycles of the state and the adjoint.
+    seconds : float
+        Predicted time of one gradient from a cold start.
+    bytes_per_rank : float
+        Largest memory of a rank's states and factors.
     efficiency : float
         Work over ranks times seconds.
     """
@@ -46,38 +50,37 @@ class Choice:
     options: dict
     cycles: tuple[int, int]
     seconds: float
-    bytes_a_rank: float
+    bytes_per_rank: float
     efficiency: float
 
     @property
     def arguments(self) -> str:
-        """Command-line arguments of the demos."""
+        """Command-line arguments of the demos for this choice."""
         if self.solver == "serial":
             return f"--grid {self.grid[0]}x1 --time-solver serial"
-        words = [f"--grid {self.grid[0]}x{self.grid[1]} --time-solver {self.solver}"]
-        own = {k: v for k, v in self.options.items() if k != "time_solver"}
-        words += [f"-{self.solver}_{name} {_word(value)}" for name, value in own.items()]
-        return " ".join(words)
-
-    @property
-    def words(self) -> str:
-        """The options for people."""
-        return describe(self.options)
+        text = lambda value: ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+        own = (f"-{self.solver}_{k} {text(v)}" for k, v in self.options.items() if k != "time_solver")
+        return " ".join([f"--grid {self.grid[0]}x{self.grid[1]} --time-solver {self.solver}", *own])
 
 
 @dataclass
 class Plan:
-    """The best choice, and others from fast to slow.
+    """The fastest choice and others.
 
     Attributes
     ----------
     problem : str
+        Name of the calibration.
     ranks : int
+        Number of processes.
     rtol : float
-        Tolerance of the solves.
+        Relative tolerance of the solves.
     best : Choice
+        The fastest one.
     alternatives : list of Choice
+        Others, from fast to slow.
     assumptions : list of str
+        Assumptions of the model and notes of the calibration.
     """
 
     problem: str
@@ -89,20 +92,15 @@ class Plan:
 
 
 def describe(options: Mapping) -> str:
-    """Options of the model for people: ``"8x4 FCF"``."""
+    """A short text for options of the model, such as ``"8x4 FCF"``."""
     if options.get("time_solver") == "paradiag":
         return f"ParaDiag, alpha {options['alpha']:g}"
     return f"{'x'.join(map(str, options['coarsening']))} {options['relax']}" if "coarsening" in options else "serial"
 
 
-def _word(value) -> str:
-    return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
-
-
-def options_key(options: Mapping) -> tuple[str, MGRITOptions]:
-    """What options of the model mean: equal where the same cycles are done, however they are written and ordered.
-
-    Tolerances and what is printed are left out.
+def options_key(options: Mapping) -> tuple[str, MGRITOptions | ParaDiagOptions]:
+    """A value that is equal for options of the model with the same cycles, however they are written and ordered;
+    tolerances and output are left out.
     """
     kind = options.get("time_solver", "mgrit")
     shaping = {k: v for k, v in options.items() if k not in ("time_solver", "max_it", *SHARED)}
@@ -110,33 +108,41 @@ def options_key(options: Mapping) -> tuple[str, MGRITOptions]:
 
 
 def cycles_of(calibration: Calibration, options: Mapping, rtol: float) -> tuple[int, int] | None:
-    """Cycles of a cold state and adjoint solve to ``rtol``, counted by real runs; ``None`` if they were not."""
-    found, wanted = {}, options_key(options)
+    """Cycles of a cold state and adjoint solve to ``rtol``, as counted in real runs; ``None`` if they were not."""
+    key = options_key(options)
     for entry in calibration.cycles:
-        if entry.get("rtol") == rtol and options_key(entry["options"]) == wanted:
-            found[entry["kind"]] = entry["cycles"]
-    return (found["state"], found["adjoint"]) if len(found) == 2 else None
+        if entry["rtol"] == rtol and options_key(entry["options"]) == key:
+            return entry["state"], entry["adjoint"]
+    return None
 
 
 def predict(
     calibration: Calibration, options: Mapping, grid: tuple[int, int], cycles: tuple[int, int], **model
-) -> tuple[Choice, Prediction]:
-    """A gradient from cold, by the model."""
+) -> Choice:
+    """Predict a gradient from a cold start.
+
+    Parameters
+    ----------
+    calibration, options, grid, **model
+        As for :class:`~pint_fem.scaling.model.Model`.
+    cycles
+        Cycles of the state and the adjoint.
+    """
     made = Model(calibration, options, grid, **model)
     solves = [Solve(kind, "nested", n) for kind, n in zip(("state", "adjoint"), cycles, strict=True)]
-    said = made.run(*solves, task="gradient")
-    used = max(said.seconds, 1e-300) * grid[1]
+    found = made.run(*solves, task="gradient")
+    efficiency = sum(found.work) / (max(found.seconds, 1e-300) * grid[1])
     plain = {} if isinstance(options, MGRITOptions) else dict(options)
-    return Choice(made.solver, grid, plain, cycles, said.seconds, said.bytes_a_rank, sum(said.busy) / used), said
+    return Choice(made.solver, grid, plain, cycles, found.seconds, found.bytes_per_rank, efficiency)
 
 
-def _spaces(calibration: Calibration, ranks: int) -> list[int]:
-    """Numbers of space ranks to look at."""
-    return [d for d in range(1, ranks + 1) if ranks % d == 0 and calibration.may_split(d)]
+def _space_ranks(calibration: Calibration, ranks: int) -> list[int]:
+    """Numbers of space ranks that divide ``ranks`` and that the model covers."""
+    return [d for d in range(1, ranks + 1) if ranks % d == 0 and calibration.has_space_ranks(d)]
 
 
 def plan(
-    problem: str | Calibration,
+    problem: str | Path | Calibration,
     ranks: int,
     *,
     nsteps: int | None = None,
@@ -145,54 +151,51 @@ def plan(
     keep: int = 6,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Plan:
-    """Find the fastest way to a gradient.
+    """Find the fastest way to compute a gradient from a cold start.
 
     Parameters
     ----------
     problem
-        A calibration, or the name of one.
+        A calibration, the name of one that comes with the package, or its file.
     ranks
-        Processes to use at most.
+        Largest number of processes.
     nsteps
         Time steps; default: the problem's.
     rtol
-        Tolerance; default: the smallest for which cycles were counted.
+        Relative tolerance; default: the smallest for which cycles were counted.
     network
-        Default: the one measured.
+        Default: the measured one.
     keep
-        Alternatives to report.
+        Number of alternatives in the plan.
     progress
-        Gets a line a candidate.
-
-    Returns
-    -------
-    Plan
+        Called with a text before each candidate that is run.
 
     Raises
     ------
     InputError
-        If there is no such calibration, or it has no cycles for ``rtol``.
+        If there is no such calibration, it is a network's, or it has no cycles for ``rtol``.
     """
     calibration = problem if isinstance(problem, Calibration) else load(problem)
     if ranks < 1:
         raise InputError(f"{ranks} ranks: give at least 1")
+    if calibration.kind != "evolution":
+        raise InputError(f"calibration {calibration.problem} is that of a network: give one of an evolution")
     steps = nsteps or calibration.nsteps
     tolerances = sorted({entry["rtol"] for entry in calibration.cycles})
     rtol = rtol or (tolerances[0] if tolerances else 0.0)
     if tolerances and rtol not in tolerances:
         raise InputError(f"rtol {rtol:g}: cycles were counted for {', '.join(f'{t:g}' for t in tolerances)}")
     common = dict(nsteps=steps, network=network)
-    done = [
-        predict(calibration, {"levels": 1}, (space, 1), (0, 0), **common)[0] for space in _spaces(calibration, ranks)
-    ]
+    splits = _space_ranks(calibration, ranks)
+    done = [predict(calibration, {"levels": 1}, (space, 1), (0, 0), **common) for space in splits]
     best = min(choice.seconds for choice in done)
-    menu = {options_key(e["options"]): e["options"] for e in calibration.cycles if e["rtol"] == rtol}
+    menu = {options_key(e["options"]): e for e in calibration.cycles if e["rtol"] == rtol}
     candidates = []
-    for options in menu.values():
-        cycles = cycles_of(calibration, options, rtol)
-        for space in _spaces(calibration, ranks):
+    for entry in menu.values():
+        options, cycles = entry["options"], (entry["state"], entry["adjoint"])
+        for space in splits:
             time = ranks // space
-            if cycles is None or time == 1 or time > steps:
+            if not 1 < time <= steps:
                 continue
             try:
                 work, chain = least_time(calibration, options, space, cycles, **common)
@@ -203,14 +206,13 @@ def plan(
         if least >= best:
             break
         progress(f"{space}x{ranks // space} {options}")
-        done.append(predict(calibration, options, (space, ranks // space), cycles, **common)[0])
+        done.append(predict(calibration, options, (space, ranks // space), cycles, **common))
         best = min(best, done[-1].seconds)
     done.sort(key=lambda choice: (choice.seconds, choice.grid[0] * choice.grid[1]))
-    if calibration.may_split(2):
-        said = [assumption(calibration)]
-    else:
-        said = ["one space rank: the calibration has not measured two; more are not looked at"]
-    return Plan(calibration.problem, ranks, rtol, done[0], done[1:][:keep], [*said, *calibration.notes])
+    assumed = "one space rank: the calibration has not measured two, so that more are left out"
+    if calibration.has_space_ranks(2):
+        assumed = assumption(calibration)
+    return Plan(calibration.problem, ranks, rtol, done[0], done[1:][:keep], [assumed, *calibration.notes])
 
 
 def least_time(
@@ -221,54 +223,68 @@ def least_time(
     *,
     nsteps: int | None = None,
     network: Network | None = None,
-    kept: bool = False,
+    factored: bool = False,
 ) -> tuple[float, float]:
-    """What bounds the time of a cold state and adjoint from below: the work on one time rank, which others may share,
-    and the chain of the coarsest level's steps, which they may not. ``kept``: ParaDiag has its factors already, as in
-    all solves of an inversion but the first.
+    """Lower bounds of the time of a cold state and adjoint solve, from a run of the model on one time rank.
 
-    Source: counted by a run of the model on one time rank.
+    Parameters
+    ----------
+    calibration, options, nsteps, network
+        As for :class:`~pint_fem.scaling.model.Model`.
+    space
+        Number of space ranks.
+    cycles
+        Cycles of the state and the adjoint.
+    factored
+        Whether ParaDiag has its factors already, as in all solves of an inversion but the first.
+
+    Returns
+    -------
+    work : float
+        Seconds of work, which time ranks share.
+    chain : float
+        Seconds of the chain of the coarsest level's steps, which they do not share.
     """
     model = Model(calibration, options, (space, 1), nsteps=nsteps, network=network)
-    said = model.run(Solve("state", "nested", cycles[0]), Solve("adjoint", "nested", cycles[1]))
-    steps, chain = model.nsteps, 0.0
+    found = model.run(Solve("state", "nested", cycles[0]), Solve("adjoint", "nested", cycles[1]))
+    work, steps, chain = sum(found.work), model.nsteps, 0.0
     if model.solver == "paradiag":
-        made = said.counts["factor", 0] * model.busy * calibration.paradiag["factor"]
-        return sum(said.busy) - (made if kept else 0.0), 0.0
+        factors = found.counts["factor", 0] * model.slowdown * calibration.paradiag["factor"]
+        return work - (factors if factored else 0.0), 0.0
     for m in model.options.factors(steps):
         steps //= m
     for kind, sweep, n in (("step", "sweep", cycles[0]), ("adjoint", "adjoint sweep", cycles[1])):
-        table = model.work.get(sweep) or model.work[kind]
+        table = model.kernels.get(sweep) or model.kernels[kind]
         chain += (n + 1) * steps * table[min(model.options.levels, len(table)) - 1](1)
-    return sum(said.busy), chain
+    return work, chain
 
 
 def auto_grid(
-    problem: str | Calibration, ranks: int, options: Mapping | MGRITOptions, nsteps: int, rtol: float = 0.0
+    problem: str | Path | Calibration, ranks: int, options: Mapping | MGRITOptions, nsteps: int, rtol: float = 0.0
 ) -> tuple[int, int]:
-    """The fastest split of all ranks for given options, or all in time where nothing better is known.
+    """The fastest split of all ranks for given options; all ranks in time where there is no prediction.
 
     Parameters
     ----------
     problem
-        A calibration, or the name of one.
+        A calibration, the name of one that comes with the package, or its file.
     ranks
-        All are used.
+        Number of processes, all of which are used.
     options, nsteps
         As for :class:`~pint_fem.scaling.model.Model`.
     rtol
-        Of the solves; cycles are those counted for it, or four.
+        Relative tolerance of the solves: their cycles are those counted for it, or four.
 
     Returns
     -------
     tuple of int
-        Space and time ranks.
+        Numbers of space and time ranks.
     """
     try:
         c = problem if isinstance(problem, Calibration) else load(problem)
         counted = None if isinstance(options, MGRITOptions) else cycles_of(c, options, rtol)
-        splits = [(space, ranks // space) for space in _spaces(c, ranks) if ranks // space <= nsteps]
-        found = [(predict(c, options, grid, counted or (4, 4), nsteps=nsteps)[0].seconds, grid) for grid in splits]
+        splits = [(space, ranks // space) for space in _space_ranks(c, ranks) if ranks // space <= nsteps]
+        found = [(predict(c, options, grid, counted or (4, 4), nsteps=nsteps).seconds, grid) for grid in splits]
         return min(found)[1]
-    except (InputError, ValueError):  # no calibration, options that the solver itself will refuse, too many ranks
+    except (InputError, ValueError):  # no calibration, options that the solver itself refuses, too many ranks
         return 1, ranks

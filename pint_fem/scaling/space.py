@@ -1,17 +1,16 @@
-r"""Kernels on several space ranks: measured ones, and a surface-to-volume model beyond.
+r"""Kernels on several space ranks: measured ones, and a surface-to-volume model beyond them.
 
-Of a subdomain with :math:`n/p` unknowns in two dimensions the solver works on its own ones and ``o`` layers of its
+On a subdomain with :math:`n/p` unknowns in two dimensions the solver works on the own unknowns and ``o`` layers of the
 neighbours', :math:`V(p) = (\sqrt{n/p} + 2 o)^2`; a kernel then takes
 
 .. math::  T(p) = T(q) \frac{V(p)}{V(q)}
            + s\, i \left( 2 \lceil\log_2 p\rceil\, \ell + 2 (\ell + 8 w \sqrt{n/p} / \beta) \right)
 
 with ``q`` the largest measured number of space ranks, ``s`` stages, ``i`` Krylov iterations (as many as on ``q``), each
-with two reductions and an exchange with the neighbours, of ``w`` states at once.
+with two reductions and an exchange of ``w`` states at once with the neighbours.
 
-Small systems, which every rank has the whole factor of (:mod:`pint_fem.kernels.direct`), have ``i = 0``: more ranks gain
-nothing, and each solve's right-hand side takes longer to reach all of them: a message from each, for one state at a
-time.
+Small systems, of which every rank has the whole factor (:mod:`pint_fem.kernels.direct`), have ``i = 0``: more ranks do
+not shorten a solve, and its right-hand side takes longer to reach them, with a message from each of them per state.
 """
 
 from __future__ import annotations
@@ -21,30 +20,23 @@ from math import ceil, log2, sqrt
 from pint_fem.scaling.costs import Calibration, Kernel
 from pint_fem.scaling.network import Network
 
-__all__ = ["ASSUMPTION", "kernels"]
-
-REDUNDANT = "space ranks beyond those measured: every rank solves whole systems as on {measured}, none is faster"
-ASSUMPTION = (
-    "space ranks beyond those measured: subdomains of n/p unknowns and {overlap} layers of overlap, work as their "
-    "volume, {iterations:g} Krylov iterations a stage as on {measured} ranks, each with two reductions and one exchange"
-)
+__all__ = ["assumption", "space_kernels", "volume"]
 
 
 def volume(unknowns: float, ranks: int, overlap: int) -> float:
-    """Unknowns of a subdomain with its overlap."""
+    """Unknowns of the subdomain of one of ``ranks`` space ranks, with ``overlap`` layers of its neighbours'."""
     return (sqrt(unknowns / ranks) + 2 * overlap) ** 2
 
 
-def kernels(calibration: Calibration, ranks: int, network: Network) -> dict[str, list[Kernel]]:
+def space_kernels(calibration: Calibration, ranks: int, network: Network) -> dict[str, list[Kernel]]:
     """Kernels, by kind and level, on ``ranks`` space ranks."""
     c = calibration
-    if ranks in c.work:
-        return {kind: list(levels) for kind, levels in c.work[ranks].items()}
-    measured = max(c.work)
-    iterations = c.space_iterations
+    if ranks in c.kernels:
+        return {kind: list(levels) for kind, levels in c.kernels[ranks].items()}
+    measured, iterations = max(c.kernels), c.space_iterations
     ratio = volume(c.unknowns, ranks, c.overlap) / volume(c.unknowns, measured, c.overlap) if iterations else 1.0
     out = {}
-    for kind, levels in c.work[measured].items():
+    for kind, levels in c.kernels[measured].items():
         states = max(levels[0].width, 1) if "sweep" not in kind else 1
         if iterations:
             halo = 8 * states * sqrt(c.unknowns / ranks)
@@ -57,7 +49,12 @@ def kernels(calibration: Calibration, ranks: int, network: Network) -> dict[str,
 
 
 def assumption(calibration: Calibration) -> str:
-    """The model's assumption in words."""
-    c = calibration
-    text = ASSUMPTION if c.space_iterations else REDUNDANT
-    return text.format(overlap=c.overlap, iterations=c.space_iterations, measured=max(c.work))
+    """The assumption of :func:`space_kernels` for a calibration, as a sentence."""
+    c, measured = calibration, max(calibration.kernels)
+    if not c.space_iterations:
+        return f"space ranks beyond those measured: every rank solves whole systems as on {measured}, none is faster"
+    return (
+        f"space ranks beyond those measured: subdomains of n/p unknowns and {c.overlap} layers of overlap, work as "
+        f"their volume, {c.space_iterations:g} Krylov iterations per stage as on {measured} ranks, each with two reductions "
+        "and one exchange"
+    )

@@ -1,14 +1,13 @@
-"""The model beside measurements: the same solves timed and predicted on the ranks there are.
+"""Predicted times of solves beside measured ones on the available ranks.
 
-The machine may be slower or faster than when it was calibrated: on a virtual one by a factor of two from one second to
-the next. So a few of the calibrated kernels are timed in turn with the solves, on all ranks at once, and the model's
-seconds are multiplied by how many times as long they take: what is validated is the model, by the clock, and not the
-day.
+The machine may be slower or faster than when it was calibrated. So a few of the calibrated kernels are timed in turn
+with the solves, on all ranks at once, and the predicted seconds are multiplied by the ratio of the kernels' times to
+the calibrated ones: the comparison, by the clock, is that of the model and not of the machine's speed on that day.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,32 +16,34 @@ from mpi4py import MPI
 from pint_fem.scaling.calibrate import SMALL, Action, kernel_actions, paradiag_actions
 from pint_fem.scaling.costs import Calibration
 from pint_fem.scaling.counting import solver_parameters
-from pint_fem.scaling.metronome import Measured, rounds
 from pint_fem.scaling.model import Model, Solve
+from pint_fem.scaling.timing import Measured, rounds
 from pint_fem.spacetime import SpaceTime
 
 __all__ = ["Comparison", "compare", "kernel_seconds"]
 
 MANY = 64
-"""States of a call that is timed."""
+"""States of a kernel's call that is timed."""
 
 
 @dataclass
 class Comparison:
-    """One task on some ranks, and kernels that were timed in turn with it.
+    """A task's measured and predicted time.
 
     Attributes
     ----------
     task : str
+        Name of the task.
     ranks, steps : int
+        Numbers of time ranks and of steps.
     cycles : tuple of int
-        Of the state and the adjoint, as the real run took them.
+        Cycles of the state and the adjoint in the real run.
     measured : float
         Seconds by the clock, median of the repeats.
     slower : float
-        How many times as long as calibrated kernels took beside it, on all ranks at once: median.
+        Median ratio of the kernels' times, on all ranks at once, to the calibrated ones.
     predicted : float
-        Seconds, with kernels as slow as they were.
+        Seconds, multiplied by that ratio.
     """
 
     task: str
@@ -55,29 +56,38 @@ class Comparison:
 
     @property
     def error(self) -> float:
-        """Relative, of the prediction."""
+        """Relative error of the prediction."""
         return self.predicted / self.measured - 1
 
     @classmethod
     def of(
-        cls, task: str, ranks: int, steps: int, cycles, found: Mapping[object, Measured], known: Mapping, said: float
+        cls,
+        task: str,
+        ranks: int,
+        steps: int,
+        cycles: tuple[int, int],
+        found: Mapping[object, Measured],
+        kernels: Mapping[object, tuple[float, float]],
+        seconds: float,
     ) -> Comparison:
-        """From measurements in turn.
+        """Compare a task with its prediction.
 
         Parameters
         ----------
+        task, ranks, steps, cycles
+            See the attributes.
         found
-            Of the task, by its name, and of kernels.
-        known
-            Of the kernels, calibrated seconds with so many processes at work, and those that the task spends in it.
-        said
-            What the model says of the task.
+            Times of the task, by its name, and of kernels that were measured in turn with it.
+        kernels
+            Calibrated seconds of the kernels, and the seconds that the task spends in each of them.
+        seconds
+            The task's predicted seconds.
         """
-        ratios = [np.array(found[key].each) / seconds for key, (seconds, _) in known.items()]
-        slower = np.average(ratios, axis=0, weights=[spent for _, spent in known.values()])
+        ratios = [np.array(found[key].each) / calibrated for key, (calibrated, _) in kernels.items()]
+        slower = np.average(ratios, axis=0, weights=[spent for _, spent in kernels.values()])
         clock = np.array(found[task].each)
-        # a round's task against the same round's kernels: the machine's speed changes from one to the next
-        error, measured = said / np.median(clock / slower), float(np.median(clock))
+        # the task of a round is compared with the kernels of the same round, as the machine's speed varies
+        error, measured = seconds / np.median(clock / slower), float(np.median(clock))
         return cls(task, ranks, steps, cycles, measured, float(np.median(slower)), float(error * measured))
 
 
@@ -90,24 +100,24 @@ def compare(
     rtol: float = 1e-6,
     comm=MPI.COMM_WORLD,
     repeats: int = 5,
-) -> Sequence[Comparison]:
-    """Time a cold state solve, an adjoint solve and a whole gradient on all ranks in time, and predict them
-    (collective).
+) -> list[Comparison]:
+    """Time a cold state solve, an adjoint solve and a gradient on all ranks in time, and predict them (collective).
 
     Parameters
     ----------
     calibration, pose
-        Costs and the problem, see ``problems.scaling_cases.Case``.
+        Costs, and the problem as for :class:`~pint_fem.scaling.calibrate.Case`.
     options, steps, rtol
-        Of MGRIT or ParaDiag, as the model's.
+        Options of MGRIT or ParaDiag as the model's, time steps, and relative tolerance of the solves.
+    comm
+        Processes, all in time.
     repeats
-        Medians of so many are kept, after one more.
+        Repeats of each measurement, of which the medians are used.
     """
     rf = pose(SpaceTime((1, comm.size), comm=comm), steps, solver_parameters(options, rtol=rtol))
     problem, sweeps = rf.problem, rf.problem.sweeps
     controls = rf.array([c.control for c in rf.controls])
-    z = problem.layout.steps(controls + 1.0)
-    count, scale = {}, [1.0]
+    z, count, scale = problem.layout.steps(controls + 1.0), {}, [1.0]
 
     def state():
         problem.U[:] = sweeps.initial
@@ -125,52 +135,74 @@ def compare(
     g = sum(m.gradient(problem.U) for m in problem.misfits)
     model = Model(calibration, options, (1, comm.size), nsteps=steps)
     kernels = _kernels(model, pose)
-    tasks = {"state": state, "adjoint": adjoint, "gradient": gradient}
-    timed = {key: action for key, (action, _) in kernels.items()}
-    found = rounds(tasks | timed, repeats, comm=comm, before={"gradient": problem.forget})
-    forward, backward = Solve("state", "nested", count["state"]), Solve("adjoint", "nested", count["adjoint"])
-    # again each: the first solve makes factors
-    again = lambda *task: model.run_all([task, task])
-    said = {
-        "state": again("solves", [forward]),
-        "adjoint": again("solves", [backward]),
-        "gradient": again("gradient", [forward, backward]),
+    actions = {"state": state, "adjoint": adjoint, "gradient": gradient}
+    actions |= {key: action for key, (action, _) in kernels.items()}
+    found = rounds(actions, repeats, comm=comm, before={"gradient": problem.forget})
+    cycles = count["state"], count["adjoint"]
+    forward, backward = Solve("state", "nested", cycles[0]), Solve("adjoint", "nested", cycles[1])
+    tasks = {
+        "state": ("solves", [forward]),
+        "adjoint": ("solves", [backward]),
+        "gradient": ("gradient", [forward, backward]),
     }
-    cycles, made = (count["state"], count["adjoint"]), []
-    for task, prediction in said.items():
-        known = {key: _known(model, key, times, prediction.counts) for key, (_, times) in kernels.items()}
-        known = {key: (seconds, spent) for key, (seconds, spent) in known.items() if spent}
-        made.append(Comparison.of(task, comm.size, steps, cycles, found, known, prediction.task_seconds[1]))
-    return made
+    out = []
+    for name, task in tasks.items():
+        prediction = model.run_all([task, task])  # the first one makes factors
+        spent = {key: _kernel_seconds(model, key, n, prediction.counts) for key, (_, n) in kernels.items()}
+        spent = {key: pair for key, pair in spent.items() if pair[1]}
+        seconds = prediction.task_seconds[1]
+        out.append(Comparison.of(name, comm.size, steps, cycles, found, spent, seconds))
+    return out
 
 
 def _kernels(model: Model, pose: Callable) -> dict[object, Action]:
-    """Kernels that a solver's sweeps spend their time in: of the finest level, in calls of many states."""
+    """Kernels in which a solver's sweeps spend their time: those of the finest level, in calls with many states."""
     count = min(SMALL, model.nsteps)
     if model.solver == "paradiag":
         actions, _ = paradiag_actions(pose, model.calibration.nsteps, count)
         return {key: do for key, do in actions.items() if "solve" in key}
-    alone = pose(SpaceTime("1x1", comm=MPI.COMM_SELF), count, {"mgrit": {"levels": 1}})
-    return {key: do for key, do in kernel_actions(alone, (MANY,)).items() if key[1] == 0}
+    rf = pose(SpaceTime("1x1", comm=MPI.COMM_SELF), count, {"mgrit": {"levels": 1}})
+    return {key: do for key, do in kernel_actions(rf, (MANY,)).items() if key[1] == 0}
 
 
-def _known(model: Model, key, times: float, counts: Mapping) -> tuple[float, float]:
-    """Calibrated seconds of what is timed as ``times`` calls of a kernel, and those that a task spends in such ones."""
+def _kernel_seconds(model: Model, key, times: float, counts: Mapping) -> tuple[float, float]:
+    """Calibrated seconds of an action of ``times`` calls of a kernel, and those that a task spends in such calls."""
     c = model.calibration
     if model.solver == "paradiag":
         # half of all solves are an adjoint's, where there are any: its residuals are
-        kinds = {kind for (kind, _), n in counts.items() if n and kind in ("step", "adjoint")}
-        wanted = "adjoint" if "transposed" in key else "step"
-        return model.busy * c.paradiag[key] * times, c.paradiag[key] if wanted in kinds else 0.0
-    name = {"sweep": "step sweep"}.get(key[0], key[0])
-    stepped = sum(n for (what, _), n in counts.items() if what == name)
-    return kernel_seconds(c, key, times, stepped, model.busy)
+        kinds = {kind for (kind, _), n in counts.items() if n}
+        seconds = c.paradiag[key]
+        return model.slowdown * seconds * times, seconds if (
+            "adjoint" if "transposed" in key else "step"
+        ) in kinds else 0.0
+    name = "step sweep" if key[0] == "sweep" else key[0]
+    stepped = sum(n for (kind, _), n in counts.items() if kind == name)
+    return kernel_seconds(c, key, times, stepped, model.slowdown)
 
 
-def kernel_seconds(calibration: Calibration, key, times: float, stepped: int, busy: float) -> tuple[float, float]:
-    """Calibrated seconds of so many calls of a kernel (kind, level, size) with ``busy`` processes, and those that a
-    task spends in such ones which steps so many states.
+def kernel_seconds(
+    calibration: Calibration, key: tuple, times: float, stepped: int, slowdown: float
+) -> tuple[float, float]:
+    """Seconds of a kernel in a task.
+
+    Parameters
+    ----------
+    calibration
+        Costs.
+    key
+        Kind, level and size of the kernel.
+    times
+        Calls of the kernel in the action that was timed.
+    stepped
+        States that the task steps by such kernels.
+    slowdown
+        Factor of all work.
+
+    Returns
+    -------
+    action, task : float
+        Calibrated seconds of the action, and those that the task spends in such calls.
     """
     kind, _, size = key
-    seconds = calibration.work[1][kind][0](size)
-    return busy * seconds * times, stepped * seconds / size
+    seconds = calibration.kernels[1][kind][0](size)
+    return slowdown * seconds * times, stepped * seconds / size

@@ -1,8 +1,8 @@
-"""What stands in for arithmetic: propagators and norms that let a clock run, and a trace with that clock."""
+"""Stand-ins for arithmetic on virtual ranks: propagators and norms that advance clocks, and a trace by such a clock."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -10,107 +10,96 @@ from pint_fem.all_at_once.trace import Trace
 from pint_fem.scaling.costs import Kernel
 from pint_fem.scaling.world import World
 
-__all__ = ["VirtualNorms", "VirtualPropagator", "VirtualTrace", "virtual_propagator"]
+__all__ = ["VirtualNorms", "VirtualPropagator", "VirtualTrace", "hierarchy"]
 
 
 class VirtualPropagator:
-    """A level's propagator; one serves all ranks.
+    """A level's propagator that takes time instead of steps; one serves all ranks.
 
     Parameters
     ----------
     world
-        Whose clocks run.
+        The virtual ranks.
     level, kind
         Under which work is counted.
-    block
-        Cost of a call on states.
-    bookkeeping
-        Seconds a state that the solver takes beside it.
+    kernel
+        Cost of a call on a block of states.
+    sweep
+        Cost of steps one after another; ``None``: the propagator has no method ``sweep``.
+    overhead
+        Seconds per state that the solver takes beside the kernel.
     """
 
-    def __init__(self, world: World, level: int, kind: str, block: Kernel, bookkeeping: float = 0.0):
-        self.world, self.level, self.kind, self.kernel = world, level, kind, block
-        self.bookkeeping, self.block = bookkeeping, block.width
-        self._count = world.counts
+    def __init__(
+        self, world: World, level: int, kind: str, kernel: Kernel, sweep: Kernel | None = None, overhead: float = 0.0
+    ):
+        self.world, self.level, self.kind, self.kernel = world, level, kind, kernel
+        self.overhead, self.block, self._sweep_kernel = overhead, kernel.width, sweep
+        if sweep is not None:
+            self.sweep = self._sweep
 
     def step(self, steps: range, u: np.ndarray, out: np.ndarray) -> None:
-        """See :class:`pint_fem.all_at_once.levels.Propagator`."""
+        """Take the time of a block of steps, as ``step`` of :class:`pint_fem.all_at_once.levels.Propagator`."""
         self.take(steps, u, out, steps.start // steps.step)
 
     def take(self, steps: range, u: np.ndarray, out: np.ndarray, lane: int) -> None:
-        """See :class:`~pint_fem.mgrit.transposed_cycles.TransposedAdjoint`."""
+        """Take the time of a block of steps whose first one is in lane ``lane``."""
         n = len(steps)
-        self._count[self.kind, self.level] += n
-        self.world.charge(self.kernel(n, lane) + n * self.bookkeeping)
+        self.world.counts[self.kind, self.level] += n
+        self.world.charge(self.kernel(n, lane) + n * self.overhead)
         out[...] = u
 
-
-class _Sweeping(VirtualPropagator):
-    """With a cheaper way to take one state through many steps."""
-
-    def __init__(self, *args, sweep: Kernel):
-        super().__init__(*args)
-        self._sweep = sweep
-
-    def sweep(self, first: int, U: np.ndarray, G: np.ndarray | None) -> None:
-        """See :class:`pint_fem.all_at_once.levels.Propagator`."""
+    def _sweep(self, first: int, U: np.ndarray, G: np.ndarray | None) -> None:
+        """Take the time of steps one after another, as ``sweep`` of :class:`pint_fem.all_at_once.levels.Propagator`."""
         n = len(U) - 1
-        self._count[f"{self.kind} sweep", self.level] += n
-        self.world.charge(self._sweep(n))
+        self.world.counts[f"{self.kind} sweep", self.level] += n
+        self.world.charge(self._sweep_kernel(n))
         U[1:] = U[0]
 
 
-def virtual_propagator(
-    world: World, level: int, kind: str, block: Kernel, sweep: Kernel | None, bookkeeping: float = 0.0
-) -> VirtualPropagator:
-    """A propagator, with a method ``sweep`` where there is a cost for it."""
-    args = (world, level, kind, block, bookkeeping)
-    return VirtualPropagator(*args) if sweep is None else _Sweeping(*args, sweep=sweep)
+def hierarchy(
+    world: World, kind: str, blocks: Sequence[Kernel], sweeps: Sequence[Kernel] | None, levels: int, overhead: float
+) -> list[VirtualPropagator]:
+    """Make the propagators of all levels.
+
+    Parameters
+    ----------
+    world, kind, overhead
+        See :class:`VirtualPropagator`.
+    blocks, sweeps
+        Kernels by level, the last one for all coarser levels; without ``sweeps`` the propagators have none.
+    levels
+        Their number.
+    """
+    pick = lambda table, level: table[min(level, len(table) - 1)] if table else None
+    return [VirtualPropagator(world, i, kind, pick(blocks, i), pick(sweeps, i), overhead) for i in range(levels)]
 
 
 class VirtualNorms:
-    """Norms of states: zeros, for ``seconds`` a state and ``more`` a call."""
+    """Squared norms of states, all of them zero, which take ``seconds`` per state and ``more`` per call."""
 
     def __init__(self, world: World, seconds: float, more: float = 0.0):
         self.world, self.seconds, self.more = world, seconds, more
 
     def __call__(self, block: np.ndarray) -> np.ndarray:
-        """See :class:`~pint_fem.mgrit.solver.MGRIT`."""
+        """Take the time of the norms of a block."""
         self.world.counts["norm", 0] += len(block)
         self.world.charge(self.more + len(block) * self.seconds)
         return np.zeros(len(block))
 
 
 class VirtualTrace(Trace):
-    """A trace of one virtual rank, by its clock."""
+    """A trace of one virtual rank by its clock, with the bytes that the numbers in its messages stand for."""
 
     def __init__(self, comm):
-        super().__init__(comm)
-        self._clock = _clock(comm.world)
-        self._start = self._clock()
-
-    def now(self) -> float:
-        """Microseconds since the start."""
-        return 1e6 * (self._clock() - self._start)
+        super().__init__(comm, clock=comm.world.now)
 
     def work(self, name: str, level: int, begin: float, **args) -> None:
-        """See :class:`~pint_fem.all_at_once.trace.Trace`; with the bytes that the stand-in's numbers stand for."""
+        """Record work that began at ``begin``, as :meth:`pint_fem.all_at_once.trace.Trace.work`."""
         if "bytes" in args:
-            args["bytes"] = round(self.comm.true_bytes(args["bytes"] // 8, level))
+            args["bytes"] = round(self.comm.represented_bytes(args["bytes"] // 8, level))
         super().work(name, level, begin, **args)
 
     def message(self, name: str, level: int, comm, peer: int, nbytes: int) -> None:
-        """See :class:`~pint_fem.all_at_once.trace.Trace`; with the bytes that the stand-in's numbers stand for."""
-        super().message(name, level, comm, peer, round(comm.true_bytes(nbytes // 8, level)))
-
-
-def _clock(world: World) -> Callable[[], float]:
-    return lambda: world.clocks[world.current]
-
-
-def hierarchy(
-    world: World, kind: str, blocks: Sequence[Kernel], sweeps: Sequence[Kernel] | None, levels: int, bookkeeping: float
-) -> list[VirtualPropagator]:
-    """Propagators of a hierarchy; the last kernel goes on to coarser levels."""
-    pick = lambda table, level: None if not table else table[min(level, len(table) - 1)]
-    return [virtual_propagator(world, i, kind, pick(blocks, i), pick(sweeps, i), bookkeeping) for i in range(levels)]
+        """Record a message, as :meth:`pint_fem.all_at_once.trace.Trace.message`."""
+        super().message(name, level, comm, peer, round(comm.represented_bytes(nbytes // 8, level)))

@@ -1,8 +1,8 @@
-"""Virtual ranks: greenlets with clocks, messages between them, and a scheduler that names a deadlock.
+"""Virtual ranks in one process: coroutines with clocks, the messages between them, and their scheduler.
 
-A rank runs until it waits for a message or a collective that is not there yet; then the next one that can go on does.
-A message carries the sender's clock, and whoever takes it cannot be earlier than its arrival. As each receive names
-its source, clocks do not depend on the order in which ranks are run: the result is that of any schedule.
+A rank runs until it waits for a message or a collective operation that is not complete yet; then the next rank that can
+continue runs. A message carries the time of its arrival, and its receiver's clock is set to that time if it is earlier.
+As each receive names its source, the clocks do not depend on the order in which the ranks run.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import gc
 from collections import Counter, deque
 from collections.abc import Callable
-from functools import partial
 
 from greenlet import getcurrent, greenlet
 
@@ -20,11 +19,11 @@ __all__ = ["DeadlockError", "World"]
 
 
 class DeadlockError(RuntimeError):
-    """Ranks wait for each other; the message says who waits for what."""
+    """No virtual rank can continue; the message names what each of them waits for."""
 
 
 class World:
-    """``size`` virtual ranks.
+    """Virtual ranks with clocks.
 
     Parameters
     ----------
@@ -36,42 +35,43 @@ class World:
     Attributes
     ----------
     clocks : list of float
-        Seconds of each rank.
+        Seconds since the start, on each rank.
+    work : list of float
+        Seconds of work that each rank was charged.
+    counts : Counter
+        By ``(kind, level)``, the states that work was charged for; by ``("messages", tag)`` and ``("bytes", tag)``,
+        what all ranks have sent.
     current : int
         The rank that runs now.
-    busy : list of float
-        Seconds of work charged to each rank.
-    counts : Counter
-        States a ``(kind, level)`` of work was charged for, and under ``("messages", tag)`` and ``("bytes", tag)`` what
-        was sent, on all ranks together.
+    contexts : int
+        Number of communicators made so far.
     """
 
     def __init__(self, size: int, network: Network):
         if size < 1:
             raise ValueError(f"{size} virtual ranks: give at least 1")
         self.size, self.network = size, network
-        self.clocks, self.busy = [0.0] * size, [0.0] * size
+        self.clocks, self.work = [0.0] * size, [0.0] * size
         self.counts: Counter = Counter()
-        self.current = 0
-        self.contexts = 0
-        self._mail: dict[tuple, deque] = {}
-        self._wanted: dict[tuple, int] = {}
-        self._reasons: dict[int, str | Callable[[], str]] = {}
+        self.current = self.contexts = 0
+        self._messages: dict[tuple, deque] = {}
+        self._receivers: dict[tuple, int] = {}
+        self._reasons: dict[int, Callable[[], str]] = {}
         self._ready: deque[int] = deque()
-        self._hub = getcurrent()
+        self._scheduler = getcurrent()
 
     def run(self, program: Callable[[int], object]) -> list:
-        """``program(rank)`` on all ranks; their results.
+        """Run ``program(rank)`` on all ranks and return their results.
 
         Raises
         ------
         DeadlockError
-            If all ranks that have not ended wait.
+            If all ranks that have not ended wait, or a message is never received.
         Exception
-            What a rank raises, of the first one that does.
+            The first exception that a rank raises.
         """
         collects = gc.isenabled()
-        gc.disable()  # many thousand objects that live to the end: looking through them again and again takes long
+        gc.disable()  # thousands of objects live until the end: collections would traverse them again and again
         try:
             return self._run(program)
         finally:
@@ -79,76 +79,81 @@ class World:
                 gc.enable()
 
     def _run(self, program: Callable[[int], object]) -> list:
-        self._hub, results = getcurrent(), [None] * self.size
-        tasks = [greenlet(partial(self._one, program, rank, results)) for rank in range(self.size)]
+        self._scheduler, results = getcurrent(), [None] * self.size
+
+        def run_rank(rank: int) -> None:
+            results[rank] = program(rank)
+
+        tasks = [greenlet(run_rank) for _ in range(self.size)]
         running = self.size
         self._ready = deque(range(self.size))
         while self._ready:
             self.current = rank = self._ready.popleft()
             self._reasons.pop(rank, None)
-            tasks[rank].switch()
+            tasks[rank].switch(rank)
             if tasks[rank].dead:
                 tasks[rank], running = None, running - 1
         if running:
-            raise DeadlockError(self._who_waits(running))
-        if any(self._mail.values()):
-            (_, source, dest, tag), _ = next((k, v) for k, v in self._mail.items() if v)
-            raise DeadlockError(f"a message from rank {source} to rank {dest} with tag {tag} is never received")
+            raise DeadlockError(self._describe_deadlock(running))
+        for (_, source, dest, tag), messages in self._messages.items():
+            if messages:
+                raise DeadlockError(f"a message from rank {source} to rank {dest} with tag {tag} is never received")
         return results
 
-    @staticmethod
-    def _one(program: Callable[[int], object], rank: int, results: list) -> None:
-        results[rank] = program(rank)
-
-    def _who_waits(self, running: int) -> str:
-        waits = [(rank, r if isinstance(r, str) else r()) for rank, r in sorted(self._reasons.items())]
-        text = "; ".join(f"rank {rank} waits for {what}" for rank, what in waits[:4])
-        return f"deadlock: {running} of {self.size} ranks wait: {text}" + ("; ..." if len(waits) > 4 else "")
+    def _describe_deadlock(self, running: int) -> str:
+        waits = [f"rank {rank} waits for {reason()}" for rank, reason in sorted(self._reasons.items())[:4]]
+        more = "; ..." if len(self._reasons) > 4 else ""
+        return f"deadlock: {running} of {self.size} ranks wait: {'; '.join(waits)}{more}"
 
     # -- for the rank that runs -----------------------------------------------------------------------------------
+    def now(self) -> float:
+        """Clock of the current rank, in seconds."""
+        return self.clocks[self.current]
+
     def charge(self, seconds: float) -> None:
-        """Let the rank work."""
+        """Advance the current rank's clock by ``seconds`` of work.
+
+        Raises
+        ------
+        ValueError
+            If ``seconds`` is negative or NaN.
+        """
         if not seconds >= 0:
             raise ValueError(f"work of {seconds} seconds")
         self.clocks[self.current] += seconds
-        self.busy[self.current] += seconds
+        self.work[self.current] += seconds
 
-    def until(self, clock: float) -> None:
-        """Let it be no earlier than ``clock``."""
+    def wait_until(self, clock: float) -> None:
+        """Set the current rank's clock to ``clock`` if it is earlier."""
         if clock > self.clocks[self.current]:
             self.clocks[self.current] = clock
 
-    def sleep(self, reason: str | Callable[[], str]) -> None:
-        """Let others run until somebody calls :meth:`wake`."""
+    def suspend(self, reason: Callable[[], str]) -> None:
+        """Let other ranks run until one of them resumes the current one; ``reason()`` is a text for errors."""
         self._reasons[self.current] = reason
-        self._hub.switch()
+        self._scheduler.switch()
 
-    def wake(self, rank: int) -> None:
-        """Let a sleeping rank go on."""
+    def resume(self, rank: int) -> None:
+        """Let a suspended rank continue."""
         self._ready.append(rank)
 
-    def post(self, key: tuple, data, nbytes: float) -> None:
-        """Send; ``key`` is ``(context, source, dest, tag)``."""
+    def send(self, key: tuple, data, nbytes: float) -> None:
+        """Send ``data``, which stands for ``nbytes`` bytes; ``key`` is ``(context, source, dest, tag)``."""
         self.counts["messages", key[3]] += 1
         self.counts["bytes", key[3]] += nbytes
-        self._mail.setdefault(key, deque()).append((data, self.clocks[self.current] + self.network.message(nbytes)))
-        waiting = self._wanted.pop(key, None)
-        if waiting is not None:
-            self.wake(waiting)
+        self._messages.setdefault(key, deque()).append((data, self.now() + self.network.message(nbytes)))
+        receiver = self._receivers.pop(key, None)
+        if receiver is not None:
+            self.resume(receiver)
 
-    def take(self, key: tuple):
-        """Receive."""
-        mail = self._mail.get(key)
-        if not mail:
-            self._wanted[key] = self.current
-            self.sleep(lambda: f"a message from rank {key[1]} with tag {key[3]}")
-            mail = self._mail[key]
-        data, arrival = mail.popleft()
-        if not mail:
-            del self._mail[key]
-        self.until(arrival)
+    def receive(self, key: tuple):
+        """Wait for the message of ``key`` and return its data."""
+        if not self._messages.get(key):
+            self._receivers[key] = self.current
+            self.suspend(lambda: f"a message from rank {key[1]} with tag {key[3]}")
+        messages = self._messages[key]
+        data, arrival = messages.popleft()
+        if not messages:
+            del self._messages[key]
+        self.wait_until(arrival)
         return data
-
-    def has_mail(self, key: tuple) -> bool:
-        """Whether a message is on its way."""
-        return bool(self._mail.get(key))

@@ -24,12 +24,12 @@ class AcceleratedSweep:
     solver_parameters
         PETSc options of the ``KSP``.
     name, **options
-        As for MGRIT; ``everyone``, ``linear``, ``point_norms`` and ``speaks`` are left out: the norm is PETSc's, and
-        the first rank of ``petsc_comm`` speaks.
+        As for MGRIT; ``everyone``, ``linear``, ``point_norms`` and ``is_root`` are left out: the norm is PETSc's, and
+        the first rank of ``petsc_comm`` prints.
     """
 
     def __init__(self, propagators: Sequence, nsteps: int, *, solver_parameters: Mapping, name: str, **options):
-        for unused in ("everyone", "linear", "point_norms", "speaks"):
+        for unused in ("everyone", "linear", "point_norms", "is_root"):
             options.pop(unused, None)
         self.name = name
         self._solver = KrylovMGRIT(propagators, nsteps, solver_parameters=solver_parameters, name=name, **options)

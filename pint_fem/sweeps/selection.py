@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 
 from firedrake.petsc import PETSc
 
+from pint_fem.all_at_once.options import SHARED
 from pint_fem.collective import require_same
 from pint_fem.errors import InputError
 from pint_fem.evolution.evolution import Evolution
-from pint_fem.mgrit.option_strings import parse_options
 from pint_fem.mgrit.options import MGRITOptions
-from pint_fem.paradiag.options import SHARED, ParaDiagOptions, parse_paradiag_options
+from pint_fem.paradiag.options import ParaDiagOptions
 from pint_fem.petsc_options.spelling import refuse_near_misses
 from pint_fem.petsc_options.types import require_types
 from pint_fem.spacetime import SpaceTime
@@ -59,7 +59,7 @@ def mgrit_options(parameters: Mapping | MGRITOptions | None, prefix: str = "mgri
         On an unknown option or a bad value.
     """
     try:
-        return MGRITOptions.make(parameters, **parse_options(_database(prefix)[0]))
+        return MGRITOptions.make(parameters, **MGRITOptions.parse(_database(prefix)[0]))
     except ValueError as error:
         raise InputError(str(error)) from None
 
@@ -85,7 +85,7 @@ def _paradiag_options(given, mgrit: MGRITOptions) -> tuple[ParaDiagOptions, dict
     plain = MGRITOptions()
     shared = {name: getattr(mgrit, name) for name in SHARED if getattr(mgrit, name) != getattr(plain, name)}
     try:
-        return ParaDiagOptions.make({**shared, **given, **parse_paradiag_options(database)}), systems | petsc
+        return ParaDiagOptions.make({**shared, **given, **ParaDiagOptions.parse(database)}), systems | petsc
     except ValueError as error:
         raise InputError(str(error)) from None
 

@@ -163,7 +163,7 @@ class TimeSolvers:
         forward |= dict(comm=spacetime.time_comm, bounds=self.slab.bounds, transfers=self.space.transfers)
         backward |= dict(comm=spacetime.reversed_time_comm, bounds=[N - b for b in reversed(self.slab.bounds)])
         backward["transfers"] = self.space.transposed_transfers
-        common = dict(options=options, printer=self.printer, trace=self.trace, speaks=spacetime.is_root)
+        common = dict(options=options, printer=self.printer, trace=self.trace, is_root=spacetime.is_root)
         common["everyone"] = spacetime.comm
         self._backward = backward | common | dict(linear=True)
         linear = MGRIT

@@ -21,7 +21,7 @@ import numpy as np
 
 from pint_fem.all_at_once.levels import inject
 from pint_fem.all_at_once.stopping import DivergedError, SolveResult
-from pint_fem.collective import collectively, raise_together
+from pint_fem.collective import collectively, raise_collectively
 from pint_fem.errors import FAILURES
 from pint_fem.evolution.evolution import Evolution
 from pint_fem.kernels.arrays import get
@@ -95,7 +95,7 @@ class Sweeps(TimeSolvers):
     def _bind(self, solver: MGRIT, z, U: np.ndarray | None, *, backwards: bool, dz=None) -> None:
         """Give each level of a nonlinear solver its steps' times, controls and linearisation states."""
         if isinstance(solver, ParaDiag):
-            solver.renew = self._averaged.renewer(z, U)
+            solver.before_iteration = self._averaged.renewer(z, U)
         states, sweep = [None] * len(solver.levels), object()
         memories = self._memories.backward if backwards else self._memories.forward
         if U is not None:
@@ -146,7 +146,7 @@ class Sweeps(TimeSolvers):
             result = solver.solve(U, G, start=start, coarse_rhs=given, **accuracy)
         except FAILURES:  # on all ranks
             cause, self._cause = self._cause, None
-            raise_together(self.spacetime.comm, cause, f"{kind} sweep: right-hand side")
+            raise_collectively(self.spacetime.comm, cause, f"{kind} sweep: right-hand side")
             raise
         finally:  # the slabs are the caller's: nobody else holds on to them
             solver.levels[0].U = solver.levels[0].G = None

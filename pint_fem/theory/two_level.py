@@ -35,7 +35,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pint_fem.mgrit.termination import exact_termination
+from pint_fem.mgrit.cycle import exact_termination
 
 __all__ = [
     "Verdict",

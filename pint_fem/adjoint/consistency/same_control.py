@@ -14,8 +14,8 @@ import numpy as np
 from mpi4py import MPI
 
 from pint_fem.adjoint.control_layout import ControlLayout
-from pint_fem.agreement import digest, require_same
-from pint_fem.collective import raise_together
+from pint_fem.collective import raise_collectively, require_same
+from pint_fem.digests import digest
 from pint_fem.errors import InputError
 
 __all__ = ["RTOL", "Copies", "sketch", "sketch_weights"]
@@ -87,7 +87,7 @@ class Copies:
         fits = all(np.size(z) == self.layout.size for z in vectors.values())
         fits = fits and failure is None
         if self._comm.size == 1:
-            raise_together(self._comm, failure)
+            raise_collectively(self._comm, failure)
             self._refuse_sizes(vectors, fits)
             return np.array(votes, dtype=bool)
         key = float(digest(call or {}) % 2**52)
@@ -102,7 +102,7 @@ class Copies:
         self._comm.Allreduce(MPI.IN_PLACE, least, op=MPI.MIN)
         all_fit, low_key, high_key = least[len(votes) : len(head)]
         if not all_fit:
-            raise_together(self._comm, failure)
+            raise_collectively(self._comm, failure)
         self._refuse_sizes(vectors, bool(all_fit))
         if low_key != -high_key:
             require_same(self._comm, **(call or {}))

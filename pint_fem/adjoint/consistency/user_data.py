@@ -11,7 +11,7 @@ from pyadjoint.tape import stop_annotating
 
 from pint_fem.adjoint.consistency.same_problem import require_same_given, require_same_values
 from pint_fem.adjoint.regularisation import Regularisation
-from pint_fem.collective import collectively, raise_together
+from pint_fem.collective import collectively, raise_collectively
 from pint_fem.errors import FAILURES, InputError
 from pint_fem.misfits.base import Misfit
 from pint_fem.sweeps.sweeps import Sweeps
@@ -87,7 +87,7 @@ class Data:
             On every rank, before anything is read, if ranks have other data than each other.
         """
         which = self.changed()
-        raise_together(self._comm, self.failure, "data given anew")
+        raise_collectively(self._comm, self.failure, "data given anew")
         self._comm.Allreduce(MPI.IN_PLACE, which, op=MPI.LOR)
         self._refuse_moved(which)
         require_same_given(self._sweeps.spacetime, self._misfits)

@@ -175,11 +175,9 @@ class HDF5Checkpoint:
 
     def _guarded(self, work: Callable, *args):
         """``work(*args)``; where the file cannot be written the message names it."""
-        try:
+        errors = (OSError, RuntimeError)  # HDF5 raises either
+        with files.as_input_error(f"checkpoint {self.path} cannot be written", errors=errors):
             return work(*args)
-        except (OSError, RuntimeError) as error:  # HDF5 raises either
-            reason = getattr(error, "strerror", None) or str(error)
-            raise InputError(f"checkpoint {self.path} cannot be written: {reason}") from error
 
     def _vector(self, name: str, vector: np.ndarray) -> list[Piece]:
         """The controls of a vector, static ones by the first rank in time."""
@@ -216,16 +214,9 @@ class HDF5Checkpoint:
 
     def _reading(self, work: Callable):
         """``work(file)`` on this rank, without communication; what is damaged is refused."""
-        try:
-            with h5py.File(self.path, "r", locking=False) as file:
-                return work(file)
-        except InputError:
-            raise
-        except Exception as error:
-            raise InputError(
-                f"checkpoint {self.path} cannot be read ({type(error).__name__}: {error}); "
-                "give another file, or remove it to start anew"
-            ) from error
+        advice = "give another file, or remove it to start anew"
+        with files.refuse_unreadable(f"checkpoint {self.path}", advice), h5py.File(self.path, locking=False) as file:
+            return work(file)
 
     def _check_trajectories(self) -> None:
         """States solve this run's steps, to the residual that they had, unless the evolution is another one."""

@@ -1,24 +1,27 @@
-"""Calls of a user's methods on one level, on copies, with everything recorded that a caller must not find out later."""
+"""Calls of a user's methods on copies of data, recording what they write, leave out or change."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
 from pint_fem.all_at_once.callbacks import require_nothing
-from pint_fem.mgrit.checks.report import Space, UserError, bits, lay, marks, unwritten
+from pint_fem.mgrit.checks.report import Space, UserError, patterns, raise_first
 
 __all__ = ["Call", "LevelCalls", "TransferCalls", "has_method"]
 
 GUESS_CALLS = 200
 """Calls after which a step that uses its guess must have converged."""
+_MARK = np.uint64(0x7FF8_0000_DEAD_BEEF)
+"""A NaN that no arithmetic makes: an entry with it was not written, or computed from one that was not."""
 
 
 @dataclass(frozen=True)
 class Call:
-    """One call: the result and the numbers of its entries that are not written or not finite, of entries of the input
+    """The result of a call and the numbers of its entries that are not written or not finite, of entries of the input
     that have changed, and of those between the rows of ``out`` and the input.
     """
 
@@ -37,15 +40,15 @@ class LevelCalls:
     propagator
         The user's.
     index, nsteps
-        Of the level.
+        Number of the level and of its steps.
     strides
-        Of step ranges, as MGRIT calls with them.
+        Strides of the step ranges that MGRIT calls with.
     state
         A typical state of the level.
     space
         Sums over the ranks that share it.
     seed, rtol
-        Of the data; of repeated steps.
+        Seed of the data; accuracy of repeated steps.
     """
 
     def __init__(self, propagator, index: int, nsteps: int, strides, state: np.ndarray, space: Space, seed, rtol):
@@ -53,7 +56,14 @@ class LevelCalls:
         self.where, self.state = f"level {index}", state
         self.uses_guess = bool(getattr(propagator, "uses_guess", False))
         several = max(5, int(getattr(propagator, "block", 0) or 0) + 1)  # more than a full block
-        self.ranges = list(dict.fromkeys(_ranges(nsteps, sorted({1, *strides}), several)))
+        #: At both ends of the level: one step, and several with each stride.
+        self.ranges = []
+        for m in sorted({1, *strides}):
+            for k in (1, min(several, -(-nsteps // m))):
+                self.ranges += [range(0, (k - 1) * m + 1, m), range(nsteps - 1 - (k - 1) * m, nsteps, m)]
+        self.ranges = list(dict.fromkeys(self.ranges))
+        #: At both ends of the level, for derivatives: two steps and one.
+        self.ends = [range(min(2, nsteps)), range(nsteps - 1, nsteps)]
         count = max(map(len, self.ranges)) + 1
         squares, size = space.total(np.array([np.sum(state * state), state.size]))
         self.scale = math.sqrt(squares / size) if squares else 1.0
@@ -72,42 +82,32 @@ class LevelCalls:
         second = {"step": (), "tangent": (self.directions,), "adjoint": (self.adjoints,)}[method]
         return tuple(x[-k:] if last else x[:k] for x in (self.u, *second))
 
-    def _agree(self, error: str | None) -> None:
-        """Raise on all ranks that share the state if one has an error: they go on together."""
-        error = next((e for e in self.space.gather(error) if e), None)
-        if error:
-            raise UserError(error)
-
     def call(self, method: str, steps: range, *inputs, guess=None, stride: int = 1, out_stride: int = 1) -> Call:
         """Call a method with arrays of some strides over rows; the guess is the state before the step by default."""
-        k, error = len(steps), None
-        laid = [lay(x, stride) for x in inputs]
+        laid = [_laid_out(x, stride) for x in inputs]
         if method != "step" or not self.uses_guess:
-            guess = unwritten((k, *self.state.shape))
-        buffer, out = lay(inputs[0] if guess is None else guess, out_stride)
-        try:
-            require_nothing(method, getattr(self.propagator, method)(steps, *(view for _, view in laid), out))
-        except Exception as failure:
-            error = f"{method}({steps}) raised {type(failure).__name__}: {failure}"
-        self._agree(error)
-        result, missing = np.array(out), int(marks(out).sum())
+            guess = _marked((len(steps), *self.state.shape))
+        buffer, out = _laid_out(inputs[0] if guess is None else guess, out_stride)
+        function = lambda: getattr(self.propagator, method)(steps, *(view for _, view in laid), out)
+        _call(self.space, f"{method}({steps})", lambda: require_nothing(method, function()))
+        result, missing = np.array(out), int(_has_mark(out).sum())
         infinite = int((~np.isfinite(out)).sum()) - missing
-        touched = sum(int((bits(view) != bits(x)).sum()) for (_, view), x in zip(laid, inputs, strict=True))
+        touched = sum(int((patterns(view) != patterns(x)).sum()) for (_, view), x in zip(laid, inputs, strict=True))
         spilled = 0
         for whole, view in [(buffer, out), *laid]:
-            view[...] = unwritten(view.shape)
-            spilled += int((~marks(whole)).sum())
+            view[...] = _marked(view.shape)
+            spilled += int((~_has_mark(whole)).sum())
         return Call(result, *map(int, self.space.total(np.array([missing, infinite, touched, spilled]))))
 
     def apply(self, method: str, steps: range, *inputs, guess=None) -> np.ndarray:
-        """The result of a call, which must be there."""
+        """The result of a call, which has to be complete and finite."""
         c = self.call(method, steps, *inputs, guess=guess)
         if c.missing or c.infinite:
             raise UserError(f"{method}({steps}) gives values that are not {'written' if c.missing else 'finite'}")
         return c.out
 
     def phi(self, steps: range, u: np.ndarray) -> np.ndarray:
-        """The exact step: where it uses a guess, repeated from its own result until that stays."""
+        """The exact step: one that uses a guess is repeated from its own result until that does not change."""
         out = self.apply("step", steps, u)
         for _ in range(GUESS_CALLS if self.uses_guess else 0):
             last, out = out, self.apply("step", steps, u, guess=out)
@@ -124,41 +124,23 @@ class LevelCalls:
         return U
 
     def sweep(self, first: int, u0: np.ndarray, guess: np.ndarray, G: np.ndarray | None, stride: int = 1) -> np.ndarray:
-        """``sweep`` from ``u0``; rows behind it hold the guess where one is used. All rows are returned."""
-        k, error = len(guess), None
-        start = unwritten((k + 1, *self.state.shape))
+        """All rows of a ``sweep`` from ``u0``; the rows behind it hold the guess where one is used."""
+        start, error, name = _marked((len(guess) + 1, *self.state.shape)), None, f"sweep({first}, ...)"
         start[0] = u0
         if self.uses_guess:
             start[1:] = guess
-        U, g = lay(start, stride)[1], None if G is None else lay(G, stride)[1]
-        try:
-            require_nothing("sweep", self.propagator.sweep(first, U, g))
-        except Exception as failure:
-            error = f"sweep({first}, ...) raised {type(failure).__name__}: {failure}"
-        self._agree(error)
-        if (bits(U[:1]) != bits(start[:1])).any():
-            error = f"sweep({first}, ...) changes U[0]"
-        elif G is not None and (bits(g) != bits(G)).any():
-            error = f"sweep({first}, ...) changes G"
-        elif marks(U).any():
-            error = f"sweep({first}, ...) does not write all of U"
+        U, g = _laid_out(start, stride)[1], None if G is None else _laid_out(G, stride)[1]
+        _call(self.space, name, lambda: require_nothing("sweep", self.propagator.sweep(first, U, g)))
+        if (patterns(U[:1]) != patterns(start[:1])).any():
+            error = f"{name} changes U[0]"
+        elif G is not None and (patterns(g) != patterns(G)).any():
+            error = f"{name} changes G"
+        elif _has_mark(U).any():
+            error = f"{name} does not write all of U"
         elif not np.isfinite(U).all():
-            error = f"sweep({first}, ...) gives values that are not finite"
-        self._agree(error)
+            error = f"{name} gives values that are not finite"
+        raise_first(self.space.comm, error)
         return np.array(U)
-
-
-def has_method(propagator, method: str) -> bool:
-    """Whether a propagator has a method; for ``sweep``, whether MGRIT would call it."""
-    return hasattr(propagator, method) and (method == "sweep" or getattr(propagator, method) is not None)
-
-
-def _ranges(nsteps: int, strides, several: int):
-    """Step ranges at both ends of a level: one step, and several with each stride."""
-    for m in strides:
-        for k in (1, min(several, -(-nsteps // m))):
-            yield range(0, (k - 1) * m + 1, m)
-            yield range(nsteps - 1 - (k - 1) * m, nsteps, m)
 
 
 class TransferCalls:
@@ -175,26 +157,51 @@ class TransferCalls:
     def __init__(self, transfer, space: Space):
         self.transfer, self.space = transfer, space
 
-    def has(self, name: str) -> bool:
-        """Whether the transfer has a map."""
-        return getattr(self.transfer, name, None) is not None
-
     def __call__(self, name: str, block: np.ndarray, shape: tuple[int, ...] | None = None, stride: int = 1):
-        """Apply a map; ``shape`` is that of a state in the result, if known."""
-        view, error, result = lay(block, stride)[1], None, None
-        try:
-            result = np.array(getattr(self.transfer, name)(view), dtype=float)
-        except Exception as failure:
-            error = f"{name} of {len(block)} states raised {type(failure).__name__}: {failure}"
-        else:
-            wanted = (len(block), *(result.shape[1:] if shape is None else shape))
-            if result.shape != wanted:
-                error = f"{name} takes {block.shape} to {result.shape}: it should be {wanted}"
-            elif not np.isfinite(result).all():
-                error = f"{name} gives values that are not finite"
-            elif (bits(view) != bits(block)).any():
-                error = f"{name} changes its input"
-        error = next((e for e in self.space.gather(error) if e), None)
-        if error:
-            raise UserError(error)
+        """Apply a map; ``shape``, where it is given, is that of a state in the result."""
+        view, error = _laid_out(block, stride)[1], None
+        function = lambda: np.array(getattr(self.transfer, name)(view), dtype=float)
+        result = _call(self.space, f"{name} of {len(block)} states", function)
+        expected = (len(block), *(result.shape[1:] if shape is None else shape))
+        if result.shape != expected:
+            error = f"{name} takes {block.shape} to {result.shape}: it should be {expected}"
+        elif not np.isfinite(result).all():
+            error = f"{name} gives values that are not finite"
+        elif (patterns(view) != patterns(block)).any():
+            error = f"{name} changes its input"
+        raise_first(self.space.comm, error)
         return result
+
+
+def has_method(propagator, method: str) -> bool:
+    """Whether a propagator has a method; for ``sweep``, whether MGRIT would call it."""
+    return hasattr(propagator, method) and (method == "sweep" or getattr(propagator, method) is not None)
+
+
+def _call(space: Space, name: str, function: Callable):
+    """Call a user's function; what it raises on one rank is an error on all that share the state."""
+    result = error = None
+    try:
+        result = function()
+    except Exception as failure:
+        error = f"{name} raised {type(failure).__name__}: {failure}"
+    raise_first(space.comm, error)
+    return result
+
+
+def _marked(shape) -> np.ndarray:
+    """An array of marks, for a result to be written to."""
+    return np.full(shape, _MARK).view(float)
+
+
+def _has_mark(array: np.ndarray) -> np.ndarray:
+    """Where an array has marks."""
+    return patterns(array) == _MARK
+
+
+def _laid_out(values: np.ndarray, stride: int) -> tuple[np.ndarray, np.ndarray]:
+    """A buffer of marks and a view of it with a stride over rows that holds a block."""
+    buffer = _marked((abs(stride) * len(values), *values.shape[1:]))
+    view = buffer[::stride]
+    view.view(np.uint64)[...] = patterns(values)
+    return buffer, view

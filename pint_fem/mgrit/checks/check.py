@@ -19,20 +19,25 @@ from mpi4py import MPI
 
 from pint_fem.all_at_once.grids import coarse_points
 from pint_fem.all_at_once.levels import Propagator
-from pint_fem.collective import raise_together
-from pint_fem.errors import FAILURES, InputError
+from pint_fem.collective import collectively
+from pint_fem.errors import InputError
 from pint_fem.mgrit.checks.calls import LevelCalls, TransferCalls, has_method
-from pint_fem.mgrit.checks.derivatives import check_adjoint, check_tangent
-from pint_fem.mgrit.checks.methods import check_method, check_sweep, fixed_point, in_turn
-from pint_fem.mgrit.checks.report import CheckReport, Found, Runner, Space, UserError
-from pint_fem.mgrit.checks.transfers import MAPS, check_transfer
+from pint_fem.mgrit.checks.methods import (
+    MAPS,
+    check_adjoint,
+    check_method,
+    check_sweep,
+    check_tangent,
+    check_transfer,
+    fixed_point,
+    in_turn,
+)
+from pint_fem.mgrit.checks.report import CheckReport, Found, Runner, Space, UserError, raise_first
 from pint_fem.mgrit.options import MGRITOptions
 from pint_fem.mgrit.solver import MGRIT
 from pint_fem.mgrit.transfer import Transfer
 
 __all__ = ["CheckReport", "check"]
-
-IN_TURN = "step and derivatives in turn, same bits"
 
 
 def check(
@@ -53,29 +58,29 @@ def check(
     Parameters
     ----------
     propagators
-        One, or one a level, finest first.
+        One, or one per level, finest first.
     nsteps
         Steps on the finest level.
     state
         A typical state on the finest level: its shape, and values around which steps make sense. Steps are taken from
         states that differ from it by up to a tenth of its root mean square (or 0.1, where it is zero).
     coarsening, transfers
-        As for :class:`~pint_fem.mgrit.solver.MGRIT`.
+        Those of :class:`~pint_fem.mgrit.solver.MGRIT`.
     comm
         Time communicator. Every rank checks all steps, and all get the same report.
     space_comm
         The ranks that share a state, each with its part.
     seed
-        Of the states and directions.
+        Seed of the states and directions.
     rtol
         Relative accuracy of the steps and their derivatives.
     printer
-        Takes the lines, on the first rank.
+        Prints the lines, on the first rank.
 
     Returns
     -------
     CheckReport
-        What a user's method raises is a failure in it. A line says ``passed`` or ``failed`` with the number and its
+        What a user's method raises is a failure in it. A line has ``passed`` or ``failed`` with the number and its
         limit, ``reported`` (a number without a limit), ``not there`` (an optional method), or ``not run``.
 
     Raises
@@ -83,23 +88,18 @@ def check(
     InputError
         On every rank, if the arguments do not fit each other, or differ between ranks.
     """
-    setup = failure = None
-    try:
-        setup = _Setup(propagators, nsteps, state, coarsening, transfers, rtol, seed)
-    except ValueError as error:
-        failure = InputError(f"check: {error}")
-        failure.__cause__ = error
-    except FAILURES as error:  # of a user's property or array
-        failure = error
-    try:
-        raise_together(comm, failure)
-    except FAILURES as error:
-        failure = error
-    raise_together(space_comm, failure)
-    keys = [key for part in space_comm.allgather(comm.allgather(setup.key)) for key in part]
-    if len(set(keys)) > 1:
+
+    def make() -> _Setup:
+        try:
+            return _Setup(propagators, nsteps, state, coarsening, transfers, rtol, seed)
+        except ValueError as error:
+            raise InputError(f"check: {error}") from error
+
+    setup = collectively(space_comm, "", collectively, comm, "", make)
+    keys = {key for part in space_comm.allgather(comm.allgather(setup.key)) for key in part}
+    if len(keys) > 1:
         raise InputError("check: the arguments differ: give all ranks the same steps, levels, transfers and steppers")
-    run = Runner(comm, speaks=comm.rank == 0 and space_comm.rank == 0, printer=printer)
+    run = Runner(comm, is_root=comm.rank == 0 and space_comm.rank == 0, printer=printer)
     space = Space(space_comm)
     levels, here, sound = [], setup.state, True
     for index, propagator in enumerate(setup.propagators):
@@ -108,28 +108,31 @@ def check(
             here, right = check_transfer(run, transfer, levels[-1], seed)
             sound &= right
         if here is None:
-            run.say(f"level {index}", "step runs", "not run", "(the restriction gives no state)")
+            run.add(f"level {index}", "step runs", "not run", "(the restriction gives no state)")
             continue
         level = LevelCalls(propagator, index, setup.nsteps[index], setup.strides[index], here, space, seed, rtol)
         sound &= _check_level(run, level)
         if index:
-            _compare(run, levels[-1], level, setup, after=sound)
+            fine = levels[-1]
+            difference = lambda fine=fine, level=level: _coarse_step(fine, level, setup)
+            run(level.where, f"coarse step against those of level {fine.index}", difference, after=sound)
         levels.append(level)
     messages = run("all", "messages: a state to the next rank and back", lambda: _round_trip(setup.state, comm))
     after = sound and messages
-    run("all", "MGRIT keeps the sequential solution", lambda: _whole(setup, levels, comm), at_most=rtol, after=after)
+    keeps = lambda: _fixed_point_of_cycles(setup, levels, comm)
+    run("all", "MGRIT keeps the sequential solution", keeps, at_most=rtol, after=after)
     return run.finish()
 
 
 class _Setup:
-    """The arguments, as they fit each other."""
+    """The arguments, checked against each other."""
 
     def __init__(self, propagators, nsteps, state, coarsening, transfers, rtol, seed):
         if hasattr(propagators, "step") or not isinstance(propagators, Sequence):
             propagators = [propagators]
         self.propagators = list(propagators)
         if not self.propagators:
-            raise ValueError("no propagators: give one, or one a level")
+            raise ValueError("no propagators: give one, or one per level")
         if not hasattr(nsteps, "__index__") or isinstance(nsteps, bool) or nsteps < 1:
             raise ValueError(f"nsteps = {nsteps!r}: give a whole number of at least 1")
         if not isinstance(rtol, (int, float)) or not 0 < rtol < 1:
@@ -167,64 +170,56 @@ class _Setup:
 
 
 def _strides(m) -> list[int]:
+    """Lengths of the intervals between C-points, the least and the largest."""
     return [m] if isinstance(m, int) else [int(np.diff(m).min()), int(np.diff(m).max())]
 
 
 # -- one level ---------------------------------------------------------------------------------------------------------
 def _check_level(run: Runner, level: LevelCalls) -> bool:
-    """All checks of a level's methods; whether those that MGRIT needs are right."""
+    """Check a level's methods; whether those that MGRIT needs are right."""
+    where, rtol = level.where, level.rtol
     if not level.has("step"):
-        run.say(level.where, "step runs", "failed", "there is no method step(steps, u, out)")
+        run.add(where, "step runs", "failed", "there is no method step(steps, u, out)")
         return False
     sound, alone = check_method(run, level, "step", ["step"])
     good = sound
     if level.uses_guess:
-        good &= run(
-            level.where,
-            "guess: the exact result is a fixed point",
-            lambda: fixed_point(level),
-            at_most=level.rtol,
-            after=sound,
-        )
+        name = "guess: the exact result is a fixed point"
+        good &= run(where, name, lambda: fixed_point(level), at_most=rtol, after=sound)
     if level.has("sweep"):
         good &= check_sweep(run, level, after=good)
     else:
-        run.say(level.where, "sweep", "not there", "steps are taken one by one")
+        run.add(where, "sweep", "not there", "steps are taken one by one")
     present, right = ["step"] if sound else [], {}
     for method in ("tangent", "adjoint"):
         if level.has(method):
             right[method], _ = check_method(run, level, method, [*present, method])
             present += [method] if right[method] else []
         else:
-            run.say(level.where, method, "not there")
-    in_turn_ok = good
+            run.add(where, method, "not there")
+    independent = good
     if right:
+        name, several = "step and derivatives in turn, identical", len(present) > 1
         measure = lambda: in_turn(level, present)
-        in_turn_ok = run(level.where, IN_TURN, measure, at_most=0, unit="changed", after=good and len(present) > 1)
-        good &= in_turn_ok or len(present) == 1
-    is_derivative = "tangent" in right and check_tangent(run, level, after=right["tangent"] and in_turn_ok)
+        independent = run(where, name, measure, at_most=0, unit="changed", after=good and several)
+        good &= independent or not several
+    is_derivative = "tangent" in right and check_tangent(run, level, after=right["tangent"] and independent)
     if "adjoint" in right:
-        check_adjoint(run, level, tangent=is_derivative, after=right["adjoint"] and in_turn_ok)
+        check_adjoint(run, level, tangent=is_derivative, after=right["adjoint"] and independent)
     return good and alone
 
 
-# -- between levels ----------------------------------------------------------------------------------------------------
-def _compare(run: Runner, fine: LevelCalls, coarse: LevelCalls, setup: _Setup, *, after: bool) -> None:
-    """The first coarse step against the fine ones that it stands for."""
-    m = setup.factors[fine.index]
-    transfer = setup.transfers[fine.index]
-
-    def measure():
-        U = fine.trajectory(m if isinstance(m, int) else m[1])[-1:]
-        U = U if transfer is None else TransferCalls(transfer, fine.space)("restrict", U)
-        return Found(fine.space.difference(coarse.phi(range(1), coarse.state[None]), U), "relative difference")
-
-    run(coarse.where, f"coarse step against those of level {fine.index}", measure, after=after)
+# -- several levels ----------------------------------------------------------------------------------------------------
+def _coarse_step(fine: LevelCalls, coarse: LevelCalls, setup: _Setup) -> Found:
+    """Difference of the first coarse step from the fine ones in its place."""
+    m, transfer = setup.factors[fine.index], setup.transfers[fine.index]
+    U = fine.trajectory(m if isinstance(m, int) else m[1])[-1:]
+    U = U if transfer is None else TransferCalls(transfer, fine.space)("restrict", U)
+    return Found(fine.space.difference(coarse.phi(range(1), coarse.state[None]), U), "relative difference")
 
 
-# -- all together ------------------------------------------------------------------------------------------------------
 def _round_trip(state: np.ndarray, comm) -> Found:
-    """Send a state to the next rank and get it back, bit by bit."""
+    """Send a state to the next rank and back; it has to be bitwise identical."""
     shapes = comm.allgather(state.shape)
     if len(set(shapes)) > 1:
         raise UserError(f"states of different shapes on the ranks: {shapes}")
@@ -238,18 +233,15 @@ def _round_trip(state: np.ndarray, comm) -> Found:
     return Found()
 
 
-def _whole(setup: _Setup, levels: list[LevelCalls], comm) -> Found:
-    """Residual of the sequential solution of a short horizon, and of what a cycle makes of it, over its norm."""
+def _fixed_point_of_cycles(setup: _Setup, levels: list[LevelCalls], comm) -> Found:
+    """Residual of the sequential solution of a few steps, and of a cycle from it, over its norm."""
     n, factors = setup.short()
-    fine = levels[0]
-    exact, error = None, None
+    fine, exact, error = levels[0], None, None
     try:
         exact = fine.trajectory(n)
     except UserError as failure:
         error = str(failure)
-    error = next((e for e in comm.allgather(error) if e), None)  # before the solver, which needs all ranks
-    if error:
-        raise UserError(error)
+    raise_first(comm, error)  # before the solver, which needs all ranks
 
     def solver(**options):
         options |= dict(start="guess", levels=len(levels)) | (dict(coarsening=factors) if factors else {})
@@ -264,6 +256,6 @@ def _whole(setup: _Setup, levels: list[LevelCalls], comm) -> Found:
     cycle.solve(U)
     if not factors:
         return Found(fine.space.difference(U, rows))
-    look = solver(residual="full", check="cycle", rtol=1.0, max_it=1)
-    results = [look.solve(V) for V in (rows.copy(), U)]
+    evaluation = solver(residual="full", check="cycle", rtol=1.0, max_it=1)
+    results = [evaluation.solve(V) for V in (rows.copy(), U)]
     return Found(max(r.residuals[0] / r.scale if r.scale else r.residuals[0] for r in results))

@@ -1,4 +1,4 @@
-"""What checks of a user's code are made of: the report, agreement between ranks, and calls that cannot escape."""
+"""The report of checks of a user's code, agreement on their outcome between ranks, and comparisons of blocks."""
 
 from __future__ import annotations
 
@@ -8,27 +8,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from pint_fem.collective import raise_together
+from pint_fem.collective import raise_collectively
 from pint_fem.errors import FAILURES
 
-__all__ = [
-    "RANKS",
-    "CheckReport",
-    "Found",
-    "Runner",
-    "Space",
-    "UserError",
-    "bits",
-    "lay",
-    "marks",
-    "ratio",
-    "unwritten",
-]
+__all__ = ["RANKS", "CheckReport", "Found", "Runner", "Space", "UserError", "patterns", "raise_first", "ratio"]
 
-_MARK = np.uint64(0x7FF8_0000_DEAD_BEEF)
-"""Bits of a NaN that no arithmetic makes: an entry that has them was not written, or made of one that was not."""
-
-RANKS = "bits differ: results will depend on the number of ranks in the last digits"
+RANKS = "not bitwise identical: results will depend on the number of ranks in the last digits"
 
 
 class UserError(Exception):
@@ -37,12 +22,12 @@ class UserError(Exception):
 
 @dataclass
 class CheckReport:
-    """What :func:`pint_fem.mgrit.check` found; the same on every rank.
+    """The outcome of :func:`pint_fem.mgrit.check`, the same on every rank.
 
     Attributes
     ----------
     lines : list of str
-        One a check, and a last one that counts them.
+        One per check, and a last one that counts them.
     failures : list of str
         The lines of the failed ones.
     """
@@ -50,51 +35,48 @@ class CheckReport:
     lines: list[str] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
 
+    def __str__(self) -> str:
+        return "\n".join(self.lines)
+
     @property
     def passed(self) -> bool:
         """Whether no check failed."""
         return not self.failures
 
     def raise_if_failed(self) -> None:
-        """Raise.
-
-        Raises
-        ------
-        ValueError
-            With the lines of the failed checks, if there are any.
-        """
+        """Raise ``ValueError`` with the lines of the failed checks, if there are any."""
         if self.failures:
             raise ValueError("\n".join([f"{len(self.failures)} checks failed:", *self.failures]))
 
 
 @dataclass(frozen=True)
 class Found:
-    """What a check measured; NaN: there is no number."""
+    """The result of a measurement and a note; NaN: there is no number."""
 
     value: float = math.nan
     note: str = ""
 
 
 class Runner:
-    """Run checks one after another, agree on their outcome over the ranks, and report them.
+    """Runs checks one after another, agrees on their outcome over the ranks, and reports them.
 
     Parameters
     ----------
     comm
-        All ranks call the same checks in the same order.
-    speaks
+        Communicator of the ranks; all of them call the same checks in the same order.
+    is_root
         Whether this rank prints.
     printer
-        Takes a line.
+        Prints a line.
     """
 
-    def __init__(self, comm, *, speaks: bool, printer: Callable[[str], None]):
+    def __init__(self, comm, *, is_root: bool, printer: Callable[[str], None]):
         self.comm, self.report = comm, CheckReport()
-        self._print = printer if speaks else (lambda line: None)
+        self._print = printer if is_root else (lambda line: None)
         self.counts = dict.fromkeys(["passed", "failed", "reported", "not there", "not run"], 0)
 
-    def say(self, where: str, name: str, status: str, text: str = "") -> None:
-        """Report one line."""
+    def add(self, where: str, name: str, status: str, text: str = "") -> None:
+        """Add a line to the report and print it."""
         line = f"{where:10} {name:44} {status:9} {text}".rstrip()
         self.counts[status] += 1
         self.report.lines.append(line)
@@ -103,7 +85,7 @@ class Runner:
         self._print(line)
 
     def finish(self) -> CheckReport:
-        """Count and return the report."""
+        """Count the lines and return the report."""
         line = "check: " + ", ".join(f"{n} {status}" for status, n in self.counts.items() if n or status == "failed")
         self.report.lines.append(line)
         self._print(line)
@@ -120,20 +102,20 @@ class Runner:
         unit: str = "",
         after: bool = True,
     ) -> bool:
-        """Measure and report.
+        """Measure and report (collective).
 
         Parameters
         ----------
         where, name
-            Of the check.
+            Place and name of the check.
         measure
-            Gives the number; whatever it raises is a failure of the check.
+            Returns the number; whatever it raises is a failure of the check.
         at_most, at_least
             Limit of the number; without one it is only reported.
         unit
-            The number is a count of these.
+            What the number counts, if it is a count.
         after
-            Whether what the check rests on is right; else it is not run. The same on every rank.
+            Whether the checks that this one rests on have passed; otherwise it is not run. The same on every rank.
 
         Returns
         -------
@@ -141,59 +123,59 @@ class Runner:
             Whether it ran and passed, on all ranks.
         """
         if not after:
-            self.say(where, name, "not run", "(see above)")
+            self.add(where, name, "not run", "(see above)")
             return False
-        leaves = None
+        leaves, found, error = None, Found(), None
         try:
-            found, error = measure(), None
+            found = measure()
         except UserError as failure:
-            found, error = Found(), str(failure)
+            error = str(failure)
         except FAILURES as failure:
-            found, error = Found(), f"{type(failure).__name__}: {failure}"
+            error = f"{type(failure).__name__}: {failure}"
             leaves = None if isinstance(failure, Exception) else failure
-        raise_together(self.comm, leaves, name)
+        raise_collectively(self.comm, leaves, name)
         reports = self.comm.allgather((found, error))
         error = next((e for _, e in reports if e), None)
         if error:
-            self.say(where, name, "failed", error)
+            self.add(where, name, "failed", error)
             return False
         values, note = [f.value for f, _ in reports], next((f.note for f, _ in reports if f.note), "")
-        value = (np.min if at_least is not None else np.max)(values)  # NaN wins
-        limit = at_least if at_least is not None else at_most
-        ok = limit is None or bool(value >= limit if at_least is not None else value <= limit)
+        lower = at_least is not None
+        limit = at_least if lower else at_most
+        value = (np.min if lower else np.max)(values)  # NaN if any is
         if limit is None:
-            text = "" if math.isnan(value) else f"{value:.1e}"
-        elif unit:
-            text = f"{value:.0f} {unit}"
-        elif at_least is not None:
-            text = f"{value:.2f} {'>=' if ok else '<'} {limit:g}"
+            nothing = math.isnan(value)
+            text, status = ("", "passed") if nothing else (f"{value:.1e}", "reported")
+            ok = True
         else:
-            text = f"{value:.1e} {'<=' if ok else '>'} {limit:.0e}"
-        status = ("passed" if math.isnan(value) else "reported") if limit is None else ("passed" if ok else "failed")
-        self.say(where, name, status, "  ".join(filter(None, [text, note])))
+            ok = bool(value >= limit if lower else value <= limit)
+            status = "passed" if ok else "failed"
+            if unit:
+                text = f"{value:.0f} {unit}"
+            elif lower:
+                text = f"{value:.2f} {'>=' if ok else '<'} {limit:g}"
+            else:
+                text = f"{value:.1e} {'<=' if ok else '>'} {limit:.0e}"
+        self.add(where, name, status, "  ".join(filter(None, [text, note])))
         return ok
 
 
 class Space:
-    """Sums over the ranks that share a state, in rank order."""
+    """Sums over the ranks that share a state, in rank order, and comparisons of blocks by them (collective)."""
 
     def __init__(self, comm):
         self.comm = comm
 
-    def gather(self, item) -> list:
-        """The ranks' items."""
-        return [item] if self.comm.size == 1 else self.comm.allgather(item)
-
     def total(self, values):
-        """Sum of numbers or arrays."""
-        return values if self.comm.size == 1 else np.add.reduce(self.gather(values))
+        """Sum of numbers or arrays over the ranks."""
+        return values if self.comm.size == 1 else np.add.reduce(self.comm.allgather(values))
 
     def dots(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        """Inner products of the states of two blocks."""
+        """Inner products of the states of two blocks, ``(k,)``."""
         return self.total(np.array([np.ravel(x) @ np.ravel(y) for x, y in zip(a, b, strict=True)], dtype=float))
 
     def norms(self, a: np.ndarray) -> np.ndarray:
-        """Norms of a block's states."""
+        """Norms of a block's states, ``(k,)``."""
         return np.sqrt(self.dots(a, a))
 
     def difference(self, a: np.ndarray, b: np.ndarray) -> float:
@@ -201,36 +183,41 @@ class Space:
         return ratio(self.norms(a - b).max(initial=0), self.norms(b).max(initial=0))
 
     def same(self, a: np.ndarray, b: np.ndarray) -> bool:
-        """Whether all bits are equal."""
-        return all(self.gather(np.array_equal(bits(a), bits(b))))
+        """Whether two blocks are bitwise identical on all ranks."""
+        return all(self.comm.allgather(np.array_equal(patterns(a), patterns(b))))
+
+    def compare(self, block: np.ndarray, *others: np.ndarray) -> Found:
+        """Largest difference of other blocks from one, with a note where they are not bitwise identical."""
+        worst = max(self.difference(other, block) for other in others)
+        return Found(worst, "" if all([self.same(other, block) for other in others]) else RANKS)
+
+    def linearity(self, apply: Callable[[np.ndarray], np.ndarray], a: np.ndarray, b: np.ndarray) -> float:
+        """``apply(2 a - 3 b)`` against ``2 apply(a) - 3 apply(b)``, relative."""
+        A, B, both = (apply(x) for x in (a, b, 2 * a - 3 * b))
+        size = 2 * self.norms(A).max() + 3 * self.norms(B).max()
+        return ratio(self.norms(both - (2 * A - 3 * B)).max(), size)
+
+    def transposition(self, a: np.ndarray, Ta: np.ndarray, b: np.ndarray, Tb: np.ndarray) -> float:
+        """``<T a, b>`` against ``<a, T^T b>`` for the states of blocks, relative."""
+        gap = np.abs(self.dots(Ta, b) - self.dots(a, Tb))
+        size = self.norms(Ta) * self.norms(b) + self.norms(a) * self.norms(Tb)
+        return max(map(ratio, gap, size))
+
+
+def raise_first(comm, error: str | None) -> None:
+    """Raise ``UserError`` on all ranks of a communicator if one has an error: they all continue or none does."""
+    error = next((e for e in comm.allgather(error) if e), None)
+    if error:
+        raise UserError(error)
 
 
 def ratio(gap: float, size: float) -> float:
-    """A difference over what it is part of; infinite where there is no such number."""
+    """A difference over the size of its parts; infinite where there is no such number."""
     if gap == 0:
         return 0.0
     return float(gap / size) if size > 0 and np.isfinite(gap) else math.inf
 
 
-def bits(array: np.ndarray) -> np.ndarray:
-    """The bits of some numbers."""
+def patterns(array: np.ndarray) -> np.ndarray:
+    """Floating-point numbers as whole numbers of the same representation, which distinguish zeros and NaNs."""
     return np.ascontiguousarray(array).view(np.uint64)
-
-
-def unwritten(shape) -> np.ndarray:
-    """An array of marks, for a result to be written to."""
-    return np.full(shape, _MARK).view(float)
-
-
-def lay(values: np.ndarray, stride: int) -> tuple[np.ndarray, np.ndarray]:
-    """A buffer of marks and a view of it with a stride over rows that holds a block."""
-    buffer = unwritten((abs(stride) * len(values), *values.shape[1:]))
-    view = buffer[::stride]
-    bits_of_view = view.view(np.uint64)
-    bits_of_view[...] = np.ascontiguousarray(values).view(np.uint64)
-    return buffer, view
-
-
-def marks(array: np.ndarray) -> np.ndarray:
-    """Where an array has marks."""
-    return bits(array) == _MARK

@@ -23,7 +23,7 @@ import numpy as np
 from mpi4py import MPI
 from scipy.optimize import Bounds, OptimizeResult
 
-from pint_fem.collective import any_rank, collectively, ending_all_ranks, raise_together, require_same
+from pint_fem.collective import any_rank, collectively, ending_all_ranks, raise_collectively, require_same
 from pint_fem.errors import FAILURES
 from pint_fem.optimize.argument_checks import check, check_bounds, check_choice
 from pint_fem.optimize.protocol import NonFiniteError, Problem
@@ -191,7 +191,7 @@ class _Processes:
         except FAILURES as error:
             if not self._asked and self.comm is not None:  # else it was raised on all processes
                 self._send("raise", ())
-                raise_together(self.comm, error, "scipy")
+                raise_collectively(self.comm, error, "scipy")
             raise
         self._send("end", (result,))
         return dict(result)
@@ -203,7 +203,7 @@ class _Processes:
             if name == "end":
                 return arguments[0]
             if name == "raise":
-                raise_together(self.comm, None, "scipy")
+                raise_collectively(self.comm, None, "scipy")
             getattr(self.view, name)(*arguments)
 
     def _send(self, name: str, arguments: tuple) -> None:

@@ -110,7 +110,7 @@ def _latest(path: Path) -> tuple[str, int | None] | None:
     """Number of the complete checkpoint and the checksum of its head, ``None`` where there is none."""
     if not _check_folder(path) or not files.require_regular(path / "latest", "checkpoint's file", _ANEW):
         return None
-    with files.naming(f"checkpoint {path}: its file 'latest' cannot be read", _ANEW):
+    with files.as_input_error(f"checkpoint {path}: its file 'latest' cannot be read", _ANEW):
         text = (path / "latest").read_bytes().decode("latin-1").strip()
     match = re.fullmatch(r"(\d+)(?: ([0-9a-f]{8}))?", text)
     if not match:
@@ -129,7 +129,7 @@ def _head(path: Path) -> tuple[str, dict] | None:
     folder = path / name
     if folder.is_symlink() or not folder.is_dir() or not files.require_regular(folder / "head.json", "head", _ANEW):
         raise InputError(f"checkpoint {path}: 'latest' names {name}, where there is no head.json; {_ANEW}")
-    with files.naming(f"checkpoint {folder / 'head.json'} cannot be read", _ANEW):
+    with files.as_input_error(f"checkpoint {folder / 'head.json'} cannot be read", _ANEW):
         text = (folder / "head.json").read_bytes()
     if crc is not None and zlib.crc32(text) != crc:
         raise InputError(f"checkpoint {folder / 'head.json'} is damaged: the checksum is another; {_ANEW}")
@@ -158,7 +158,7 @@ def reserve_checkpoint(path: str | Path, grid: Grid) -> None:
 
 def _reserve(path: Path) -> None:
     _check_folder(path)
-    with files.naming(f"checkpoint {path} cannot be written"):
+    with files.as_input_error(f"checkpoint {path} cannot be written"):
         path.mkdir(parents=True, exist_ok=True)
     lock = _locks.setdefault(path.resolve(), files.FileLock(path, "checkpoint"))
     lock.acquire()
@@ -263,7 +263,7 @@ def _finish(path: Path, folder: Path, head: dict) -> None:
     """Write the head, make the folder the latest one and remove the others."""
     text = json.dumps(head).encode()
     files.write_whole(folder / "head.json", text)
-    files.to_disk(folder)
+    files.force_to_disk(folder)
     files.write_whole(path / "latest", f"{folder.name} {zlib.crc32(text):08x}".encode())
     for other in _numbered(path):
         if other.name != folder.name:

@@ -12,8 +12,7 @@ from mpi4py import MPI
 from torch import nn
 from torch.utils.data import Dataset
 
-from pint_fem.agreement import all_alike
-from pint_fem.collective import all_ranks, any_rank, collectively, ending_all_ranks
+from pint_fem.collective import all_ranks, any_rank, collectively, consistent_across_ranks, ending_all_ranks
 from pint_fem.errors import InputError
 from pint_fem.resnet.batches import batch_digest
 from pint_fem.resnet.grid import Grid
@@ -160,7 +159,7 @@ def _same_batches(loader, net: nn.Module, comm) -> Iterator:
 
     while True:
         batch = collectively(comm, "loader", one)
-        if all_alike(comm, batch is not None, *([None] * groups if batch is None else batch[2])):
+        if consistent_across_ranks(comm, batch is not None, *([None] * groups if batch is None else batch[2])):
             yield batch[:2]
         elif all_ranks(comm, batch is not None):
             raise InputError(

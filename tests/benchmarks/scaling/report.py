@@ -10,22 +10,23 @@ from functools import cache
 from math import prod
 from pathlib import Path
 
-from pint_fem.files import checked_folder, naming, write_whole
-from pint_fem.scaling.costs import Calibration, bundled, load
+from pint_fem.files import as_input_error, checked_folder, write_whole
 from pint_fem.scaling.model import Model, Solve
 from pint_fem.scaling.network import Network
 from pint_fem.scaling.planner import cycles_of, describe, least_time, options_key
-from pint_fem.scaling.report_published import published_tables
 from pint_fem.scaling.space import assumption
-from pint_fem.scaling.strong import Curve, crossover, opponents, strong, weak
-from pint_fem.scaling.tables import Text, powers, table
+from tests.benchmarks.scaling.published_tables import published_tables
+from tests.benchmarks.scaling.records import Record, load
+from tests.benchmarks.scaling.records import names as record_names
+from tests.benchmarks.scaling.strong import Curve, baselines, crossover, strong, weak
+from tests.benchmarks.scaling.tables import Text, powers, table
 
 __all__ = ["cheapest", "report"]
 
 TASKS = ("state", "gradient", "hessian", "inversion")
 
 
-def cheapest(calibration: Calibration, rtol: float, **model) -> Callable[[int], tuple[Mapping, tuple[int, int]]]:
+def cheapest(calibration: Record, rtol: float, **model) -> Callable[[int], tuple[Mapping, tuple[int, int]]]:
     """The configuration for a number of time ranks: that of the least sum of its share of the work and its chain of
     coarse steps, among those whose cycles were counted; that of a gradient within an inversion.
     """
@@ -35,7 +36,7 @@ def cheapest(calibration: Calibration, rtol: float, **model) -> Callable[[int], 
 
     @cache
     def shares(key) -> tuple[float, float]:
-        return least_time(calibration, menu[key], 1, counted[key], kept=True, **model)
+        return least_time(calibration, menu[key], 1, counted[key], factored=True, **model)
 
     def choose(ranks: int):
         def time_of(key) -> float:
@@ -74,7 +75,7 @@ def report(
     rtol
         Tolerance; default: the largest for which cycles were counted.
     names
-        Calibrations; default: all bundled ones.
+        Records; default: all.
     choices
         Whether to study what each choice contributes in the published setting (minutes).
     """
@@ -82,10 +83,10 @@ def report(
     say, data, start = Text(), {}, time.perf_counter()
     say("All seconds below are PREDICTED by the model unless a line says measured.")
     claims = []
-    for name in names or bundled():
+    for name in names or record_names():
         c = load(name)
         if c.kind == "layers":
-            from pint_fem.scaling.report_training import training
+            from tests.benchmarks.scaling.training_table import training
 
             data[name], claim = training(c, out, say, largest, network)
         else:
@@ -96,29 +97,30 @@ def report(
     for claim in claims:
         say(f"  {claim}")
     say(f"\nreport made in {time.perf_counter() - start:.0f} s")
-    with naming(f"tables in {out} cannot be written"):
+    with as_input_error(f"tables in {out} cannot be written"):
         write_whole(out / "report.txt", ("\n".join(say.lines) + "\n").encode())
         write_whole(out / "report.json", json.dumps(data, indent=1, default=float).encode())
 
 
-def _problem(
-    c: Calibration, out: Path, say, largest: int, network: Network | None, rtol: float | None
-) -> tuple[dict, str]:
-    from pint_fem.scaling.pictures import gantt, loglog
+def _problem(c: Record, out: Path, say, largest: int, network: Network | None, rtol: float | None) -> tuple[dict, str]:
+    from tests.benchmarks.scaling.pictures import gantt, loglog
 
     rtol = rtol or max(e["rtol"] for e in c.cycles)
     ranks = [p for p in powers(largest) if p <= c.nsteps]
     chosen = cheapest(c, rtol, network=network)
     say(f"\n{c.problem}: {c.unknowns} unknowns, {c.nsteps} steps, cold solves to {rtol:g}")
     say(f"  network {network or c.network}")
-    if len(c.busy) > 1:
-        say(f"  work with several processes at once takes {max(c.busy.values()):.2f} times as long as alone (measured)")
-    if c.may_split(2):
+    if len(c.slowdown) > 1:
+        say(
+            f"  work with several processes at once takes {max(c.slowdown.values()):.2f} times as long as alone "
+            "(measured)"
+        )
+    if c.has_space_ranks(2):
         say(f"  assumed: {assumption(c)}")
     for note in c.notes:
         say(f"  calibration: {note}")
     ours = strong(c, chosen, (0, 0), ranks, network=network, name="time-parallel")
-    others = opponents(c, ranks, network=network)
+    others = baselines(c, ranks, network=network)
     tasks = [t for t in TASKS if t in ours.seconds]
     rows = []
     for i, p in enumerate(ours.ranks):
@@ -165,8 +167,8 @@ def _problem(
     return data, _claim(c, ours, others, network)
 
 
-def _claim(c: Calibration, ours: Curve, others: Sequence[Curve], network: Network | None) -> str:
-    """The whole inversion (or a gradient) against each opponent, with what is measured and what predicted."""
+def _claim(c: Record, ours: Curve, others: Sequence[Curve], network: Network | None) -> str:
+    """The whole inversion (or a gradient) against each baseline, with what is measured and what predicted."""
     task = "inversion" if "inversion" in ours.seconds else "gradient"
     what = f"{c.problem}, {'whole inversion' if task == 'inversion' else 'one gradient'}, {c.nsteps} steps"
     parts = []

@@ -10,7 +10,7 @@ import matplotlib as mpl
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
-from pint_fem.scaling.strong import Curve
+from tests.benchmarks.scaling.strong import Curve
 
 __all__ = ["gantt", "loglog"]
 

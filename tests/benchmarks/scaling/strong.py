@@ -1,4 +1,4 @@
-"""Strong and weak scaling of a problem's tasks, and the times of its opponents."""
+"""Strong and weak scaling of a problem's tasks, and the times of its baselines."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from math import exp, log, prod
 
-from pint_fem.scaling.costs import Calibration
-from pint_fem.scaling.inversions import best_inversion, candidates, inversion_seconds, serial_inversion
 from pint_fem.scaling.model import Model, Solve
 from pint_fem.scaling.network import Network
+from tests.benchmarks.scaling.inversions import best_inversion, candidates, inversion_seconds, serial_inversion
+from tests.benchmarks.scaling.records import Record
 
-__all__ = ["Curve", "crossover", "opponents", "strong", "weak"]
+__all__ = ["Curve", "baselines", "crossover", "strong", "weak"]
 
 
 @dataclass
@@ -39,7 +39,7 @@ class Curve:
 
 
 def task_seconds(
-    calibration: Calibration,
+    calibration: Record,
     options: Mapping,
     grid: tuple[int, int],
     cycles: tuple[int, int],
@@ -64,11 +64,11 @@ def task_seconds(
     factors = state - others.pop(0) if diagonal else 0.0
     value, derivative, hessian = others
     out = {"state": state, "gradient": factors + value + derivative, "hessian": hessian}
-    return out, sum(said.busy) / (grid[1] * said.seconds)
+    return out, sum(said.work) / (grid[1] * said.seconds)
 
 
 def strong(
-    calibration: Calibration,
+    calibration: Record,
     options: Mapping | Callable[[int], tuple[Mapping, tuple[int, int]]],
     cycles: tuple[int, int],
     ranks: Sequence[int],
@@ -100,15 +100,15 @@ def strong(
     return curve
 
 
-def opponents(calibration: Calibration, ranks: Sequence[int], **model) -> list[Curve]:
+def baselines(calibration: Record, ranks: Sequence[int], **model) -> list[Curve]:
     """Our serial stepping with the best number of space ranks up to each count, and serial pyadjoint (without whole
     inversions: other optimisers than ours are the best ones on a tape).
     """
     best: dict[str, float] = {}
-    where = "parallel in space" if calibration.may_split(2) else "on one rank (space ranks were not measured)"
+    where = "parallel in space" if calibration.has_space_ranks(2) else "on one rank (space ranks were not measured)"
     ours, counts = Curve(f"our serial stepping, {where}", [], {}), sorted(ranks)
     for count in counts:
-        space = count if calibration.may_split(count) else 1
+        space = count if calibration.has_space_ranks(count) else 1
         seconds, _ = task_seconds(calibration, {"levels": 1}, (space, 1), (0, 0), **model)
         if counted := serial_inversion(calibration):
             seconds["inversion"] = inversion_seconds(calibration, counted, (space, 1), **model)
@@ -117,8 +117,8 @@ def opponents(calibration: Calibration, ranks: Sequence[int], **model) -> list[C
             ours.seconds.setdefault(task, []).append(best[task])
         ours.ranks.append(count)
     out = [ours]
-    if calibration.opponent:
-        o, n = calibration.opponent, model.get("nsteps") or calibration.nsteps
+    if calibration.baseline:
+        o, n = calibration.baseline, model.get("nsteps") or calibration.nsteps
         whole = {task: o[task] * n + o.get(f"{task} fixed", 0.0) for task in ("value", "gradient", "hessian")}
         each = {"state": whole["value"], "gradient": whole["value"] + whole["gradient"], "hessian": whole["hessian"]}
         out.append(Curve("serial pyadjoint", counts, {task: [value] * len(counts) for task, value in each.items()}))
@@ -140,7 +140,7 @@ def crossover(curve: Curve, other: Curve, task: str) -> float | None:
 
 
 def weak(
-    calibration: Calibration,
+    calibration: Record,
     options: Callable[[int], tuple[Mapping, tuple[int, int]]],
     steps_a_rank: int,
     ranks: Sequence[int],
@@ -156,5 +156,5 @@ def weak(
         said = made.run(Solve("state", "nested", n[0]), Solve("adjoint", "nested", n[1]), task="gradient")
         curve.ranks.append(count)
         curve.seconds["gradient"].append(said.seconds)
-        curve.efficiency.append(sum(said.busy) / (count * said.seconds))
+        curve.efficiency.append(sum(said.work) / (count * said.seconds))
     return curve

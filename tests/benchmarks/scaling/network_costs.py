@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import cycle
@@ -17,11 +16,11 @@ from pint_fem.mgrit.options import MGRITOptions
 from pint_fem.resnet.grid import Grid
 from pint_fem.resnet.network import LayerParallelResNet
 from pint_fem.resnet.serial import SerialResNet
-from pint_fem.scaling.calibrate import Action, Stopwatch, kernels, machine, ping_pong
-from pint_fem.scaling.costs import Calibration
+from pint_fem.scaling.calibrate import Action, Stopwatch, kernel_tables, machine, measure_together
 from pint_fem.scaling.layers import SWEEPS, predict_training
-from pint_fem.scaling.metronome import rounds
+from pint_fem.scaling.timing import rounds
 from pint_fem.scaling.validation import Comparison, kernel_seconds
+from tests.benchmarks.scaling.records import Record
 
 __all__ = ["calibrate_layers", "compare_layers", "count_errors"]
 
@@ -74,8 +73,10 @@ def _kernel_actions(case, nlayers: int) -> tuple[dict[tuple, Action], tuple[int,
     training = _net(case, nlayers, {"levels": 2, "coarsening": STRIDE, "relax": "F"}, MPI.COMM_SELF)
     training.gradients()  # binds parameters and slopes
     sweeps, out = training.net.sweeps, {}
-    room = sweeps._pool[0]
-    shape = room.U.shape[1:]
+    opening, *_, x, _ = case.parts()
+    with torch.no_grad():
+        shape = tuple(opening(x).shape)
+    forward = sweeps.trajectory(shape, np.float64)  # that of the training step, in memory that is used again
     values = np.random.default_rng(0).standard_normal((nlayers + 1, *shape))
     for kind, name in (("step", "forward"), ("adjoint", "backward")):
         fine, coarse = sweeps.solvers[name].levels
@@ -90,7 +91,7 @@ def _kernel_actions(case, nlayers: int) -> tuple[dict[tuple, Action], tuple[int,
 
         def run():
             rows = slice(first := next(starts), first + n)
-            for g in layer.gradients(room.slopes[rows] * L[rows], torch.from_numpy(room.U[rows])):
+            for g in layer.gradients(forward.slopes[rows] * L[rows], torch.from_numpy(forward.U[rows])):
                 g *= 0.5
 
         return run
@@ -111,11 +112,11 @@ def serial_seconds(case, repeats: int = 9) -> dict[str, float]:
 
 def calibrate_layers(
     name: str, case, *, comm=MPI.COMM_WORLD, repeats: int = 15, progress: Callable[[str], None] = lambda text: None
-) -> Calibration | None:
-    """Measure a network (collective); arguments as of :func:`~pint_fem.scaling.calibrate.calibrate`.
+) -> Record | None:
+    """Measure a network (collective); arguments as for :func:`~pint_fem.scaling.calibrate.calibrate`.
 
-    What real steps on one process take beside their kernels is fitted (:data:`WHOLE`): a part a call, a part a layer
-    stepped and a part a training step.
+    What real steps on one process take beside their kernels is fitted (:data:`WHOLE`): a part for each call, each layer
+    stepped and each training step.
     """
     torch.set_num_threads(1)
     made, watch = None, Stopwatch(repeats)
@@ -128,9 +129,9 @@ def calibrate_layers(
         }
         seconds = watch(actions | nets)
         parameters = sum(int(np.prod(s)) for s in case.parts()[1].shapes.values())
-        made = Calibration(
+        made = Record(
             name, machine(), int(np.prod(shape)), case.nlayers,
-            {1: kernels({key: seconds[key] for key in actions}, growing=True)},
+            {1: kernel_tables({key: seconds[key] for key in actions}, increasing=True)},
             control_bytes=8.0 * parameters, kind="layers",
         )  # fmt: skip
         made = _with_rest(made, [seconds[key] for key in nets])
@@ -139,21 +140,11 @@ def calibrate_layers(
     if comm.size > 1:
         progress("all processes at once, network")
         actions, _ = _kernel_actions(case, case.nlayers)
-        some = {key: do for key, do in actions.items() if key[1] == 0}
-        together = watch(some, comm=comm)
-        network = ping_pong(comm)
-        if comm.rank == 0:
-            slower = [together[key] / seconds[key] for key in some]
-            text = f"{min(slower):.2f} to {max(slower):.2f} times as long, median"
-            made = made.with_changes(
-                busy={1: 1.0, comm.size: max(statistics.median(slower), 1.0)},
-                network=network,
-                notes=[*made.notes, f"busy: the same kernels on {comm.size} processes at once, {text}"],
-            )
+        made = measure_together(made, {key: do for key, do in actions.items() if key[1] == 0}, watch, comm)
     return made
 
 
-def _with_rest(made: Calibration, seconds: Sequence[float]) -> Calibration:
+def _with_rest(made: Record, seconds: Sequence[float]) -> Record:
     """What the steps :data:`WHOLE` take beside kernels, by the least relative error of the whole."""
     rows, rest = [], []
     for (share, options), measured in zip(WHOLE, seconds, strict=True):
@@ -163,7 +154,7 @@ def _with_rest(made: Calibration, seconds: Sequence[float]) -> Calibration:
         rows.append(np.array([calls, layers, 1.0]) / measured)
         rest.append(1 - said.seconds / measured)
     (call, each, around), _ = nnls(np.array(rows), np.array(rest))
-    return made.with_changes(bookkeeping={"state": each, "adjoint": each, "call": call}, extras={"around": around})
+    return made.with_changes(overhead={"state": each, "adjoint": each, "call": call}, extras={"around": around})
 
 
 def count_errors(case, menu: Sequence[Mapping], iterations: Sequence[tuple[int, int]] = (ITERATIONS,)) -> list[dict]:
@@ -179,12 +170,12 @@ def count_errors(case, menu: Sequence[Mapping], iterations: Sequence[tuple[int, 
             ours = _net(case, case.nlayers, options, MPI.COMM_SELF, its)
             ours.gradients()
             wrong = sum(((p.grad.numpy() - g) ** 2).sum() for p, g in zip(ours.net.theta.values(), wanted, strict=True))
-            out.append({"options": dict(options), "iterations": list(its), "gradient error": float(wrong**0.5 / size)})
+            out.append({"options": dict(options), "iterations": list(its), "error": float(wrong**0.5 / size)})
     return out
 
 
 def compare_layers(
-    calibration: Calibration, case, *, comm=MPI.COMM_WORLD, repeats: int = 9, nlayers: int | None = None
+    calibration: Record, case, *, comm=MPI.COMM_WORLD, repeats: int = 9, nlayers: int | None = None
 ) -> list[Comparison]:
     """A training step on all ranks, measured (median) and predicted (collective)."""
     torch.set_num_threads(1)
@@ -202,6 +193,8 @@ def compare_layers(
     stepped = {"gradients": nlayers} | {
         kind: sum(n for (what, _), n in said.counts.items() if what == kind) for kind in SWEEPS
     }
-    busy = calibration.busy_with(comm.size)
-    known = {key: kernel_seconds(calibration, key, times, stepped[key[0]], busy) for key, (_, times) in actions.items()}
+    slowdown = calibration.slowdown_with(comm.size)
+    known = {
+        key: kernel_seconds(calibration, key, times, stepped[key[0]], slowdown) for key, (_, times) in actions.items()
+    }
     return [Comparison.of("training step", comm.size, nlayers, ITERATIONS, found, known, said.seconds)]

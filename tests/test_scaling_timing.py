@@ -1,4 +1,4 @@
-"""Seconds at full speed: a slow machine is seen by its beats, and taken out."""
+"""Seconds at full speed: the speed of a slow machine is measured by reference loops, and divided out."""
 
 import signal
 import time
@@ -6,34 +6,34 @@ import time
 import pytest
 from mpi4py import MPI
 
-from pint_fem.scaling.metronome import Metronome, _Span, rounds
+from pint_fem.scaling.timing import SpeedMonitor, _Span, rounds
 
 
-def test_full_speed_is_taken_from_beats():
-    """By hand: beats take twice as long in the second half, and are taken out themselves."""
-    found = Metronome(every=0.1)
+def test_full_speed_follows_from_reference_loops():
+    """By hand: loops take twice as long in the second half, and are taken out themselves."""
+    found = SpeedMonitor(every=0.1)
     found._starts = [0.1 * i for i in range(21)]
-    found._beats = [0.01 if t < 0.99 else 0.02 for t in found._starts]
+    found._loops = [0.01 if t < 0.99 else 0.02 for t in found._starts]
     (whole,) = found.measured([_Span(0.0, 2.0, 0.3, 0, 21)])
     assert whole.clock == 2.0
     assert whole.seconds == pytest.approx((2.0 - 0.3) * 0.75, rel=0.03)
     (slow,) = found.measured([_Span(1.2, 1.8, 0.0, 0, 21)])
     assert slow.seconds == pytest.approx(0.3)
-    assert slow.speed == pytest.approx(0.5)
+    assert slow.seconds / slow.clock == pytest.approx(0.5)
 
 
-def test_beats_go_on_in_a_measurement_and_nowhere_else():
+def test_reference_loops_run_in_a_measurement_and_nowhere_else():
     """None is lost while the process sleeps; the signal's handler is the old one behind it, after errors too."""
     before = signal.getsignal(signal.SIGALRM)
-    found = Metronome(every=0.005)
+    found = SpeedMonitor(every=0.005)
     span = found.time(lambda: [time.sleep(0.01) for _ in range(10)])
     assert span.last - span.first >= 8
-    assert 0 < span.beats < span.end - span.start
+    assert 0 < span.loop_seconds < span.end - span.start
     with pytest.raises(ZeroDivisionError):
         found.time(lambda: 1 / 0)
-    count = len(found._beats)
+    count = len(found._loops)
     time.sleep(0.02)
-    assert len(found._beats) == count
+    assert len(found._loops) == count
     assert signal.getsignal(signal.SIGALRM) is before
     assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
 
@@ -57,13 +57,13 @@ def test_rounds_take_turns():
 
 @pytest.mark.parallel(3)
 def test_a_rank_that_waits_does_not_count():
-    """One rank's beats stop while it waits in a message: the speed is that of the other one."""
+    """One rank's loops stop while it waits in a message: the speed is that of the other one."""
     comm = MPI.COMM_WORLD
-    found = Metronome(comm, every=0.1)
-    beats = {0: [(0.1 * i, 0.01) for i in range(21)], 1: [(0.0, 0.04), (2.0, 0.04)]}[comm.rank]
-    found._starts, found._beats = [list(x) for x in zip(*beats, strict=True)]
-    (whole,) = found.measured([_Span(0.0, 2.0, 0.0, 0, len(beats))])
-    assert whole.speed == pytest.approx(1.0)
-    found._starts, found._beats = [0.1 * i for i in range(21)], [0.01 * (1 + comm.rank)] * 21
+    found = SpeedMonitor(comm, every=0.1)
+    loops = {0: [(0.1 * i, 0.01) for i in range(21)], 1: [(0.0, 0.04), (2.0, 0.04)]}[comm.rank]
+    found._starts, found._loops = [list(x) for x in zip(*loops, strict=True)]
+    (whole,) = found.measured([_Span(0.0, 2.0, 0.0, 0, len(loops))])
+    assert whole.seconds / whole.clock == pytest.approx(1.0)
+    found._starts, found._loops = [0.1 * i for i in range(21)], [0.01 * (1 + comm.rank)] * 21
     (both,) = found.measured([_Span(0.0, 2.0, 0.0, 0, 21)])
-    assert both.speed == pytest.approx(0.5)
+    assert both.seconds / both.clock == pytest.approx(0.5)

@@ -9,9 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from pint_fem.scaling.costs import load
 from pint_fem.scaling.model import Model, Solve
-from pint_fem.scaling.published import (
+from tests.benchmarks.scaling.published import (
     NSTEPS,
     SPACE,
     Setting,
@@ -20,6 +19,7 @@ from pint_fem.scaling.published import (
     sequential_seconds,
     speedups,
 )
+from tests.benchmarks.scaling.records import load
 
 __all__ = ["CHOICES", "Row", "block_ratio", "family", "fastest", "over_published", "study"]
 
@@ -54,7 +54,7 @@ class Row:
 
 def block_ratio(name: str = "heat-square") -> float:
     """Measured cost of a state in a full block relative to one of sequential stepping."""
-    work = load(name).work[1]
+    work = load(name).kernels[1]
     return work["step"][0](8) / 8 / work["sweep"][0](1)
 
 
@@ -88,13 +88,13 @@ def family(
 
 def _bound(setting: Setting, space: int) -> tuple[float, float]:
     """Work on one time rank, and the chain of the coarsest level."""
-    model = Model(setting.calibration(), setting.options, (space, 1), busy=1.0)
+    model = Model(setting.calibration(), setting.options, (space, 1), slowdown=1.0)
     said = model.run(Solve("state", setting.start, setting.cycles))
     steps = setting.nsteps
     for m in model.options.factors(steps):
         steps //= m
     solves = setting.cycles + (setting.start != "guess")
-    return sum(said.busy), solves * steps * model.work["sweep"][model.options.levels - 1](1)
+    return sum(said.work), solves * steps * model.kernels["sweep"][model.options.levels - 1](1)
 
 
 def fastest(settings: Sequence[Setting], counts: Sequence[int], spaces: Sequence[int] = SPACES) -> tuple[list, dict]:
@@ -158,5 +158,5 @@ def study(
 
 
 def over_published(row: Row) -> list[tuple[int, float]]:
-    """Speed-ups over the published opponent, sequential backward Euler, on at most as many processes."""
+    """Speed-ups over the published baseline, sequential backward Euler, on at most as many processes."""
     return [(p, sequential_seconds(1, NSTEPS, p) / s) for p, s, _ in row.points]

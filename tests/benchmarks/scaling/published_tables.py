@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from pint_fem.scaling import choices, published
-from pint_fem.scaling.strong import Curve, crossover
-from pint_fem.scaling.tables import powers, table
+from tests.benchmarks.scaling import choices, published
+from tests.benchmarks.scaling.strong import Curve, crossover
+from tests.benchmarks.scaling.tables import powers, table
 
 __all__ = ["published_tables"]
 

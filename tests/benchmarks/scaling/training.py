@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from pint_fem.scaling.costs import Calibration
 from pint_fem.scaling.layers import predict_training
 from pint_fem.scaling.network import Network
 from pint_fem.scaling.planner import describe
-from pint_fem.scaling.tables import powers
+from tests.benchmarks.scaling.records import Record
+from tests.benchmarks.scaling.tables import powers
 
 __all__ = ["Candidate", "TrainingCurve", "plan_training", "strong_training"]
 
@@ -44,22 +44,22 @@ class Candidate:
     error: float
 
 
-def _candidate(c: Calibration, entry: Mapping, ranks: int, network: Network | None) -> Candidate:
+def _candidate(c: Record, entry: Mapping, ranks: int, network: Network | None) -> Candidate:
     its = tuple(entry["iterations"])
     said = predict_training(c, entry["options"], ranks, iterations=its, network=network)
-    efficiency = sum(said.busy) / (ranks * said.seconds)
-    speedup = c.opponent["step"] / said.seconds
-    return Candidate(ranks, dict(entry["options"]), its, said.seconds, speedup, efficiency, entry["gradient error"])
+    efficiency = sum(said.work) / (ranks * said.seconds)
+    speedup = c.baseline["step"] / said.seconds
+    return Candidate(ranks, dict(entry["options"]), its, said.seconds, speedup, efficiency, entry["error"])
 
 
 def plan_training(
-    c: Calibration, ranks: int, *, network: Network | None = None, progress: Callable[[str], None] = lambda text: None
+    c: Record, ranks: int, *, network: Network | None = None, progress: Callable[[str], None] = lambda text: None
 ) -> list[Candidate]:
     """Every configuration whose gradient error was counted, on the number of ranks that suits it best: powers of two up
     to ``ranks``; from fast to slow.
     """
     out = []
-    for entry in c.cycles:
+    for entry in c.gradient_errors:
         progress(describe(entry["options"]))
         found = [_candidate(c, entry, p, network) for p in powers(min(ranks, c.nsteps))]
         out.append(min(found, key=lambda x: x.seconds))
@@ -78,7 +78,7 @@ class TrainingCurve:
 
 
 def strong_training(
-    c: Calibration,
+    c: Record,
     ranks: Sequence[int],
     *,
     network: Network | None = None,
@@ -87,7 +87,7 @@ def strong_training(
     """On all numbers of ranks up to that of the layers; on more than :data:`MANY` only the two configurations that were
     the fastest before are looked at.
     """
-    entries, best = list(c.cycles), []
+    entries, best = list(c.gradient_errors), []
     for p in sorted(p for p in ranks if p <= c.nsteps):
         progress(f"{p} ranks")
         found = [(_candidate(c, entry, p, network), entry) for entry in entries]

@@ -6,23 +6,23 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
-from pint_fem.scaling.costs import Calibration
 from pint_fem.scaling.network import Network
 from pint_fem.scaling.planner import describe
-from pint_fem.scaling.strong import Curve
-from pint_fem.scaling.tables import powers, table
-from pint_fem.scaling.training import strong_training
+from tests.benchmarks.scaling.records import Record
+from tests.benchmarks.scaling.strong import Curve
+from tests.benchmarks.scaling.tables import powers, table
+from tests.benchmarks.scaling.training import strong_training
 
 __all__ = ["training"]
 
 
 def training(
-    c: Calibration, out: Path, say: Callable[[str], None], largest: int, network: Network | None
+    c: Record, out: Path, say: Callable[[str], None], largest: int, network: Network | None
 ) -> tuple[dict, str]:
     """Write a network's section; its data, and the line for the end."""
-    from pint_fem.scaling.pictures import loglog
+    from tests.benchmarks.scaling.pictures import loglog
 
-    serial = c.opponent["step"]
+    serial = c.baseline["step"]
     say(f"\n{c.problem}: {c.nsteps} layers, a state of {c.unknowns} values, one training step")
     say(f"  network {network or c.network}")
     for note in c.notes:
@@ -46,7 +46,7 @@ def training(
     claim = (
         f"{c.problem}, one training step of {c.nsteps} layers, {best.iterations[0]} + {best.iterations[1]} iterations: "
         f"{first}at best {best.speedup:.3g} at {best.ranks} ranks over serial torch, gradient error {best.error:.1e}. "
-        f"Measured: serial torch on {c.opponent.get('threads', 1)} threads, kernels, what surrounds the "
+        f"Measured: serial torch on {c.baseline.get('threads', 1)} threads, kernels, what surrounds the "
         f"sweeps, gradient error; network: {network or c.network}. Predicted: ours."
     )
     return {"best": [asdict(x) for x in curve.best], "serial torch": serial}, claim

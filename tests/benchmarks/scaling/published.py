@@ -3,7 +3,7 @@ r"""XBraid's published experiment in the model, and ours in the same setting.
 Two-dimensional heat, 129 x 129 points and 16,192 steps, 16 processes in space, coarsening 16 and then 2,
 FCF-relaxation, 10 to 15 V-cycles: a crossover with space-parallel sequential stepping near 256 processes and a best
 speed-up near 10 (Falgout, Friedhoff, Kolev, MacLachlan, Schroder, SISC 36(6), 2014). All levels are entered with the
-same kernel cost; the opponent is sequential stepping on as many processes in space as are fastest, by the
+same kernel cost; the baseline is sequential stepping on as many processes in space as are fastest, by the
 surface-to-volume model.
 """
 
@@ -143,7 +143,7 @@ def xbraid(cycles: int) -> Setting:
 def sequential_seconds(stages: int, nsteps: int, processes: int) -> float:
     """Predicted seconds of sequential stepping on as many processes in space, a power of two, as are fastest."""
     setting = Setting("sequential", {"levels": 1}, 0, "guess", stages, nsteps=nsteps)
-    here = Model(setting.calibration(), {"levels": 1}, (processes, 1), busy=1.0).run(Solve("state")).seconds
+    here = Model(setting.calibration(), {"levels": 1}, (processes, 1), slowdown=1.0).run(Solve("state")).seconds
     return here if processes == 1 else min(here, sequential_seconds(stages, nsteps, processes // 2))
 
 
@@ -155,7 +155,7 @@ def speedups(setting: Setting, ranks: Sequence[int], space: int = SPACE) -> list
     for count in sorted(ranks):
         if count < 2 * space or count % space:
             continue
-        said = Model(calibration, setting.options, (space, count // space), busy=1.0).run(
+        said = Model(calibration, setting.options, (space, count // space), slowdown=1.0).run(
             Solve("state", setting.start, setting.cycles)
         )
         out.append((count, said.seconds, sequential_seconds(setting.stages, setting.nsteps, count) / said.seconds))

@@ -1,0 +1,140 @@
+"""Predicted scaling of this project's problems: ``python -m tests.benchmarks.scaling report [--ranks 1024]``.
+
+report                 strong and weak scaling, XBraid's experiment, a Gantt chart: tables and plots
+plan NETWORK           the fastest options of a network's training step
+calibrate NETWORK      measure the costs of a network (mpiexec -n 2 for MPI's), serial torch and gradient errors
+validate NETWORK       time training steps on all ranks beside the predictions (mpiexec -n 1, 2)
+count PROBLEM          count whole inversions by real runs
+pyadjoint PROBLEM      time serial pyadjoint
+
+Problems of finite elements are calibrated by ``pint-fem scaling calibrate --case tests.benchmarks.scaling.cases:NAME``.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from mpi4py import MPI
+
+from pint_fem.cli import ProgramParser, positive, run
+from pint_fem.errors import InputError
+from pint_fem.scaling.network import Network
+from pint_fem.scaling.planner import describe
+from tests.benchmarks.scaling import records
+
+
+def arguments(argv=None):
+    """Options of the program."""
+    parser = ProgramParser(prog="python -m tests.benchmarks.scaling", description=__doc__)
+    add = parser.add_argument
+    add("command", nargs="?", help=", ".join(COMMANDS))
+    add("problem", nargs="?", default="resnet-4096", help=", ".join(records.names()))
+    add("--ranks", type=positive(int), default=256, help="the largest number of processes (256)")
+    add("--steps", type=positive(int), help="validate: layers (default: the network's)")
+    add("--rtol", type=positive(float), help="report: tolerance of the solves (default: the largest counted)")
+    add("--network", help="latency and bandwidth, such as 2us,12GB/s (default: as measured)")
+    add("--repeats", type=positive(int), help="of each measurement; medians are used (calibrate 15, validate 25)")
+    add("--out", type=Path, default=Path("results/scaling"), help="report: folder")
+    return parser.read(argv)
+
+
+def main(argv=None) -> None:
+    """Run a command."""
+    opts = arguments(argv)
+    if opts.command not in COMMANDS:
+        raise InputError(f"command {opts.command!r}: give one of {', '.join(COMMANDS)}")
+    opts.network = None if opts.network is None else Network.parse(opts.network)
+    COMMANDS[opts.command](opts)
+
+
+def _report(opts) -> None:
+    from tests.benchmarks.scaling.report import report
+
+    if MPI.COMM_WORLD.rank == 0:
+        report(opts.out, largest=opts.ranks, network=opts.network, rtol=opts.rtol)
+
+
+def _case(name: str, layers: bool):
+    from tests.benchmarks.scaling.cases import LAYERS, STUDIES
+
+    cases = LAYERS if layers else STUDIES
+    if name not in cases:
+        raise InputError(f"problem {name!r}: give one of {', '.join(cases)}")
+    return cases[name]
+
+
+def _plan(opts) -> None:
+    from tests.benchmarks.scaling.training import plan_training
+
+    _case(opts.problem, True)
+    if MPI.COMM_WORLD.rank:
+        return
+    record = records.load(opts.problem)
+    found = plan_training(record, opts.ranks, network=opts.network)
+    print(
+        f"{record.problem} on at most {opts.ranks} ranks, one training step (seconds predicted; serial torch "
+        f"measured: {record.baseline['step']:.4g} s; gradient errors counted by real runs)"
+    )
+    head = f"{'seconds':>11}{'speed-up':>10}{'error':>9}{'busy':>6}"
+    print(f"{'ranks':>6}  {'coarsening, relaxation':26}{'its':>5}{head}")
+    for x in found:
+        its = f"{x.iterations[0]}+{x.iterations[1]}"
+        numbers = f"{x.seconds:>11.4g}{x.speedup:>10.3g}{x.error:>9.1e}{x.efficiency:>6.0%}"
+        print(f"{x.ranks:>6}  {describe(x.options):26}{its:>5}{numbers}")
+    for text in record.notes:
+        print(f"assumed: {text}")
+
+
+def _calibrate(opts) -> None:
+    from tests.benchmarks.scaling.network_costs import calibrate_layers, count_errors, serial_seconds
+
+    case, progress = _case(opts.problem, True), lambda text: print(f"measuring: {text}", flush=True)
+    quiet = lambda text: None
+    root = MPI.COMM_WORLD.rank == 0
+    made = calibrate_layers(opts.problem, case, repeats=opts.repeats or 15, progress=progress if root else quiet)
+    if root:
+        made = made.with_changes(baseline=serial_seconds(case), gradient_errors=count_errors(case, case.menu))
+        print(f"written: {records.save(made)}")
+
+
+def _validate(opts) -> None:
+    from tests.benchmarks.scaling.network_costs import compare_layers
+
+    case, record = _case(opts.problem, True), records.load(opts.problem)
+    for row in compare_layers(record, case, nlayers=opts.steps, repeats=opts.repeats or 25):
+        if MPI.COMM_WORLD.rank == 0:
+            print(
+                f"{opts.problem}, {row.steps} layers, {row.ranks} ranks, {row.task}: measured {row.measured:.4g} s, "
+                f"predicted {row.predicted:.4g} s, error {row.error:+.1%} (kernels, timed in turn with it, took "
+                f"{row.slower:.2f} times as long as calibrated)"
+            )
+
+
+def _count(opts) -> None:
+    from tests.benchmarks.scaling.inversions import count_inversion
+
+    study, record = _case(opts.problem, False), records.load(opts.problem)
+    for options in study.inversions:
+        print(f"counting an inversion: {options}", flush=True)
+        case, given = study.case, dict(gtol=study.gtol, rtol=min(study.case.rtol))
+        found = count_inversion(case.smaller or case.pose, study.inversion_steps, options, **given)
+        others = [c for c in record.inversions if c["options"] != found["options"]]
+        record = record.with_changes(inversions=[*others, found])
+    print(f"written: {records.save(record)}")
+
+
+def _pyadjoint(opts) -> None:
+    from tests.benchmarks.scaling.pyadjoint_costs import pyadjoint_seconds
+
+    study, record = _case(opts.problem, False), records.load(opts.problem)
+    print(f"written: {records.save(record.with_changes(baseline=pyadjoint_seconds(study.serial)))}")
+
+
+COMMANDS = {
+    "report": _report, "plan": _plan, "calibrate": _calibrate, "validate": _validate, "count": _count,
+    "pyadjoint": _pyadjoint,
+}  # fmt: skip
+
+if __name__ == "__main__":
+    run(lambda: main(sys.argv[1:]))
