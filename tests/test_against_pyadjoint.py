@@ -56,7 +56,10 @@ def at(V, values):
     return f
 
 
-@pytest.mark.parametrize("integrator", ["BackwardEuler", "ImplicitMidpoint", "SDIRK2"])
+@pytest.mark.parametrize(
+    "integrator",
+    ["SDIRK2", *(pytest.param(name, marks=pytest.mark.grid) for name in ("BackwardEuler", "ImplicitMidpoint"))],
+)
 def test_heat_source(integrator, tmp_path):
     mgrit, readings = {"rtol": 1e-12, "coarsening": (4,)}, some_readings(tmp_path / "readings.csv", 22)
     ours = heat_source(

@@ -143,7 +143,7 @@ def fresh(kind, grid):
 CASES = [  # and the number of operations: as many as are quick
     ("nonlinear", "serial", make_propagator, {}, 40),
     ("nonlinear", "mgrit", make_propagator, {"coarsening": (2,)}, 16),
-    ("nonlinear", "mgrit", make_propagator, {"coarsening": (4,), "storage": "C"}, 12),
+    ("nonlinear", "mgrit", make_propagator, {"coarsening": (2,), "storage": "C"}, 12),
     ("nonlinear", "mgrit", partial(FormPropagator, factor_memory=0), {"coarsening": (4,), "relax": "FCF"}, 20),
     ("nonlinear", "paradiag", make_propagator, {}, 10),
     ("nonlinear", "serial", TapePropagator, {}, 5),

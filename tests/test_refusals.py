@@ -65,7 +65,7 @@ REFUSED = {
 
 
 @pytest.mark.parallel([1, 3])
-@pytest.mark.parametrize("kind", REFUSED)
+@pytest.mark.parametrize("kind", cases(REFUSED, on_ranks=["steps", "a reading", "trace a folder", "checkpoint a FIFO"]))
 @time_limit(100)
 def test_command_line(kind, tmp_path, capfd, monkeypatch, mgrit_database):  # noqa: F811
     """Within the time of the set-up and without the memory that was asked for; nothing is solved."""

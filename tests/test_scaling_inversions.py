@@ -104,7 +104,7 @@ def test_the_fastest_inversion_is_found(ranks, nbytes):
     assert best.grid == (1, ranks)
 
 
-@pytest.mark.parallel([1, 3])
+@pytest.mark.parallel([1, 2])
 def test_a_problem_is_calibrated_and_validated():
     """What is measured is positive, kept as JSON, and enough for the model; validation uses the same kernels."""
     comm = MPI.COMM_WORLD

@@ -251,7 +251,7 @@ def test_what_sums_refuse():
         make(k_and_wind, misfits, regularisation=posed.k * posed.wind * dx)
     if MPI.COMM_WORLD.size == 3:
         other = Experiments(pf.SpaceTime("3x1"))
-        with pytest.raises(InputError, match=r"process grids \(1, 2\) and \(2, 1\)"):
+        with pytest.raises(InputError, match=r"process grids \(1, 3\) and \(3, 1\)"):
             posed.functional(0) + other.functional(0)
     assert str(J.memory())
 

@@ -164,7 +164,7 @@ CASES = {
     "form, paradiag": (FormPropagator, False, "paradiag"),
     "tape, serial": (TapePropagator, False, "serial"),
 }
-on_cases = pytest.mark.parametrize("case", cases(CASES, on_ranks=["linear, C-points", "form, mgrit"]))
+on_cases = pytest.mark.parametrize("case", cases(CASES, on_ranks=["linear, mgrit", "form, mgrit"]))
 
 
 def direction(posed) -> Function:
