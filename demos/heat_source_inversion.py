@@ -104,7 +104,7 @@ def main():
     times = {"set-up": time.perf_counter() - start}
     dofs = problem.evolution.V.dim()
     say(f"{dofs} unknowns in space, {opts.steps} steps of {opts.integrator}, {problem.readings.values.size} readings")
-    say(sweeps.view())
+    say(sweeps.solvers.view())
     from demos.heat_source_report import report
     from demos.inversion import invert, summary_of
 

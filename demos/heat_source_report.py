@@ -7,15 +7,14 @@ import time
 import numpy as np
 from firedrake import Function, assemble, dx, inner
 
+from pint_fem.output.paraview import write_fields, write_functions
 from pint_fem.output.pictures import (
     Raster,
     plot_convergence,
     plot_fields,
     plot_sensors,
-    write_fields,
-    write_functions,
-    write_json,
 )
+from pint_fem.output.summary import write_json
 from problems.heat_readings import READINGS
 
 __all__ = ["convergence_picture", "mgrit_summary", "report", "result_summary"]
@@ -103,10 +102,10 @@ def mgrit_summary(problem, summary: dict, say) -> None:
     """Cycles and observed factors, beside the theory's bound over the problem's spectrum."""
     sweeps = problem.rf.problem.sweeps
     summary["sweeps"] = dict(sweeps.counts)
-    levels, options = sweeps.levels, sweeps.options
+    levels, options = sweeps.solvers.adjoint.levels, sweeps.options
     if len(levels) == 1:
         return
-    verdict = (sweeps.verdicts or [None])[0]
+    verdict = (sweeps.solvers.estimates or [None])[0]
     factors = [r.factor for _, r in sweeps.results if r.cycles > 1 and np.isfinite(r.factor)]
     solves = sum(n for kind, n in sweeps.counts.items() if kind != "cycles")
     cycles = sweeps.counts["cycles"] / solves if solves else None  # none where a finished run is read again

@@ -34,7 +34,7 @@ def invert(rf, opts, say, outputs, *, inexact: bool, **given):
             **given,
         )
     seconds = time.perf_counter() - start
-    outputs("trace", sweeps.write_trace)
+    outputs("trace", sweeps.solvers.write_trace)
     rf.problem.value(result.x)
     say(f"{result.reason.value} after {result.iterations} iterations, {seconds:.1f} s")
     return result, seconds

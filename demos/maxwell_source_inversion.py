@@ -116,7 +116,7 @@ def main():
         f"{V.sub(0).dim()} + {V.sub(1).dim()} unknowns of E and B, {settings['steps']} steps of "
         f"{settings['integrator']}, {problem.readings.values.size} readings"
     )
-    say(sweeps.view())
+    say(sweeps.solvers.view())
     from demos.inversion import invert, summary_of
     from demos.maxwell_source_report import report
 

@@ -9,17 +9,16 @@ from firedrake import Function, as_vector, assemble, cos, dx, exp, inner, sin
 
 from demos.heat_source_report import convergence_picture, mgrit_summary, result_summary
 from pint_fem.kernels.arrays import put
+from pint_fem.output.paraview import write_fields, write_functions
 from pint_fem.output.pictures import (
     Raster,
     animate,
+    gather_images,
     plot_fields,
     plot_sensors,
     plot_snapshots,
-    together_in_time,
-    write_fields,
-    write_functions,
-    write_json,
 )
+from pint_fem.output.summary import write_json
 from problems.maxwell import B
 from problems.maxwell_readings import readings_file
 from problems.maxwell_setting import true_current
@@ -117,7 +116,7 @@ def _moving_pictures(problem, z: np.ndarray, raster: Raster, out):
         for n in mine[(mine - slab.lo >= first) & (mine - slab.lo < first + len(block))]:
             put(state, block[n - slab.lo - first])
             own[int(n)] = raster(state.subfunctions[B])
-    images = together_in_time(own, spacetime)
+    images = gather_images(own, spacetime)
 
     def write() -> None:
         numbers, frames = list(images), list(images.values())

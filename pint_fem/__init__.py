@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from pint_fem.adjoint import TimeParallelReducedFunctional
     from pint_fem.all_at_once.levels import Propagator
     from pint_fem.all_at_once.stopping import DivergedError, SolveResult
-    from pint_fem.errors import InputError, SolverFailure
+    from pint_fem.errors import InputError, InputTypeError, SolverFailure
     from pint_fem.evolution import SDIRK2, BackwardEuler, Evolution, ImplicitMidpoint, time_function
     from pint_fem.mgrit import MGRIT, MGRITOptions, Transfer
     from pint_fem.misfits import BlockMisfit, Misfit, PointSensors, RunningMisfit, TerminalMisfit
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         InexactOptions,
         NonFiniteError,
         OneShotResult,
+        ScipyResult,
         TrustRegionResult,
         minimize_trust_region,
     )
@@ -42,7 +43,7 @@ _MODULES = {
     "pint_fem.adjoint": ("TimeParallelReducedFunctional",),
     "pint_fem.all_at_once.levels": ("Propagator",),
     "pint_fem.all_at_once.stopping": ("DivergedError", "SolveResult"),
-    "pint_fem.errors": ("InputError", "SolverFailure"),
+    "pint_fem.errors": ("InputError", "InputTypeError", "SolverFailure"),
     "pint_fem.evolution": ("BackwardEuler", "Evolution", "ImplicitMidpoint", "SDIRK2", "time_function"),
     "pint_fem.mgrit": ("MGRIT", "MGRITOptions", "Transfer"),
     "pint_fem.misfits": ("BlockMisfit", "Misfit", "PointSensors", "RunningMisfit", "TerminalMisfit"),
@@ -50,6 +51,7 @@ _MODULES = {
         "InexactOptions",
         "NonFiniteError",
         "OneShotResult",
+        "ScipyResult",
         "TrustRegionResult",
         "minimize_trust_region",
     ),

@@ -164,7 +164,7 @@ def _one_line(error: BaseException) -> str:
 
 def _is_expected(error: BaseException) -> bool:
     """Whether the message of an exception is enough to understand it."""
-    from pint_fem.optimize import NonFiniteError
+    from pint_fem.optimize.protocol import NonFiniteError
 
     return isinstance(error, (SolverFailure, NonFiniteError))
 

@@ -30,6 +30,7 @@ __all__ = [
     "FailureKind",
     "FailureReport",
     "InputError",
+    "InputTypeError",
     "SolverFailure",
     "causes",
     "is_numerical",
@@ -47,6 +48,10 @@ class InputError(ValueError):
 
     The message stands alone; the command line prints it as one line, without a traceback.
     """
+
+
+class InputTypeError(InputError, TypeError):
+    """Input of a wrong type, caught as ``TypeError`` and, like every other refused input, as ``InputError``."""
 
 
 class SolverFailure(RuntimeError):

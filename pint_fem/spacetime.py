@@ -178,3 +178,17 @@ class SpaceTime(ProcessGrid):
     def point_norms(self, block: np.ndarray) -> np.ndarray:
         """Squared Euclidean norm ``(k,)`` of each state of a block ``(k, local_dofs)`` over space."""
         return self.sum_over_space(euclidean(block))
+
+    def add_shared_points(self, rows: np.ndarray) -> None:
+        """Add the last row of each time rank's array to the first row of the next rank's, which is the same time point
+        (collective over time).
+        """
+        comm, request = self.time_comm, None
+        if comm.rank + 1 < comm.size:
+            request = comm.Isend(rows[-1].copy(), dest=comm.rank + 1, tag=2)
+        if comm.rank > 0:
+            from_left = np.empty_like(rows[0])
+            comm.Recv(from_left, source=comm.rank - 1, tag=2)
+            rows[0] += from_left
+        if request is not None:
+            request.Wait()

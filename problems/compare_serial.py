@@ -81,7 +81,7 @@ def _ours(rf, V, points) -> dict:
     """``J``, ``J'``, ``J'' h`` at a formula's control, each timed (from a cold start) over all ranks."""
     m, h = points(V)
     z, dz, barrier = get(m), get(h), rf.spacetime.comm.barrier
-    rf.problem.forget()
+    rf.problem.invalidate()
     out, fields, timings = {}, {}, {}
     for name, call in (
         ("J", lambda: rf.problem.value(z)),

@@ -86,7 +86,7 @@ def locate(points, mesh, names=None):
     Raises
     ------
     InputError
-        If a point is outside; on every rank, as_input_error the first such sensor and its coordinates.
+        If a point is outside; on every rank, naming the first such sensor and its coordinates.
     """
     points = np.asarray(points, dtype=float)
     try:

@@ -17,7 +17,7 @@ from mpi4py import MPI
 import pint_fem as pf
 from demos.heat_source_inversion import main
 from pint_fem.cli import run
-from pint_fem.evolution import evolution as evolution_module
+from pint_fem.evolution import arguments
 from problems.heat_readings import READINGS
 from problems.plate import MESH
 from tests.ranks import cases
@@ -182,7 +182,8 @@ API = {
     "bilinear residual": (lambda p: p.evolution(fd.TrialFunction(p.V) * p.v * fd.dx), ["TestFunction"]),
     "fully implicit tableau": (lambda p: p.evolution(tableau=RadauIIA(2)), ["diagonally implicit"]),
     "another implicit tableau": (lambda p: p.evolution(tableau=LobattoIIIC(2)), ["diagonally implicit"]),
-    "time a constant": (lambda p: p.evolution(t=fd.Constant(0.0)), ["time_function"]),
+    "time a number": (lambda p: p.evolution(t=0.0), ["time_function"]),
+    "time a vector": (lambda p: p.evolution(t=fd.Constant((0.0, 1.0))), ["time_function"]),
     "control not in the residual": (lambda p: p.evolution(control=fd.Function(p.V)), ["control"]),
     "control a number": (lambda p: p.evolution(control=1.0), ["float"]),
     "control squared in a condition": (
@@ -227,7 +228,7 @@ def test_api(kind, capfd, monkeypatch):
 
 def test_complex_petsc(capfd, monkeypatch):
     pieces = Pieces()
-    monkeypatch.setattr(evolution_module, "complex_mode", True)
+    monkeypatch.setattr(arguments, "complex_mode", True)
     check(*outcome(pieces.evolution, capfd, monkeypatch), "complex", "real")
 
 
@@ -243,7 +244,7 @@ def test_error_that_only_one_rank_meets_ends_all(capfd, monkeypatch):
             monkeypatch.setattr(step, "apply_transposed", lambda *args: 1 / 0)
         m = fd.Function(p.V).assign(1.0)
         rf(m)
-        for level in rf.problem.sweeps._adjoint.levels:
+        for level in rf.problem.sweeps.solvers.adjoint.levels:
             level.propagator._apply = rf.problem.sweeps.propagators[0].apply_transposed
         rf.derivative()
 

@@ -380,10 +380,10 @@ def test_a_killed_run_continues_with_the_same_trajectory(saves, preconditioner):
 @pytest.mark.parametrize(
     ("lower", "upper", "says"),
     [
-        (1.0, 0.0, "no room for 6 components.*first 1.0 and 0.0"),
-        (math.nan, 1.0, "no room"),
-        (math.inf, math.inf, "no room"),
-        (-math.inf, -math.inf, "no room"),
+        (1.0, 0.0, "no value for 6 components.*first 1.0 and 0.0"),
+        (math.nan, 1.0, "no value"),
+        (math.inf, math.inf, "no value"),
+        (-math.inf, -math.inf, "no value"),
         (np.zeros(5), 1.0, r"shapes \(5,\)"),
         (np.zeros((6, 1)), 1.0, "shapes"),
     ],
@@ -473,7 +473,7 @@ def test_a_fault_on_one_process_is_refused_on_all():
     local = Distributed(problem, np.diag(problem.M).copy(), comm, 4)
     n = lower[local.part].size
     crossed = np.full(n, 1.0 if comm.rank == 1 else -1.0)
-    with pytest.raises(ValueError, match="no room"):
+    with pytest.raises(ValueError, match="no value"):
         minimize_bounded(local, np.zeros(n), crossed, 0.0)
     misshapen = np.zeros(n + comm.rank)
     with pytest.raises(ValueError, match="shape"):

@@ -223,7 +223,7 @@ def test_another_objective_is_refused(tmp_path, storage, inexact):
     for name, what in (("data", "misfit: the file has"), ("weight", "regularisation: the file has")):
         with pytest.raises(pf.InputError, match=f"misfit, data or regularisation: {what}"):
             runs[name].minimize_trust_region(checkpoint=path, max_it=3, inexact=inexact)
-        assert all(point.z is None and not point.L.any() for point in runs[name].problem.points)
+        assert all(point.z is None and not point.L.any() for point in runs[name].problem.evaluations)
 
 
 def test_another_control_of_the_accuracy_is_refused(tmp_path, small):

@@ -126,7 +126,7 @@ def test_a_save_that_fails_on_one_rank(tmp_path, rank, capfd, monkeypatch):
     other = path.with_name("other.h5")
     with pytest.raises(pf.InputError, match="cannot be written"):
         rf.minimize_trust_region(max_it=1, checkpoint=other)
-    rf.problem.forget()
+    rf.problem.invalidate()
     capfd.readouterr()
     zero = rf.function(np.zeros(rf.layout.size))
     went_on = rf.minimize_trust_region(zero, max_it=1, checkpoint=other, if_save_fails="continue")
@@ -232,7 +232,7 @@ def test_one_flipped_byte_is_found(tmp_path):
         other = posed()
         with pytest.raises(pf.InputError, match=f"{path} cannot be read .*{name}.* is damaged"):
             other.minimize_trust_region(checkpoint=path)
-        assert all(point.z is None and not point.L.any() for point in other.problem.points)
+        assert all(point.z is None and not point.L.any() for point in other.problem.evaluations)
         COMM.barrier()
         if COMM.rank == 0:
             path.write_bytes(good)

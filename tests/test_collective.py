@@ -202,7 +202,7 @@ def after(kind, result):
 rf.problem.sweeps.on_sweep = after
 while True:
     rf.minimize_trust_region(checkpoint=sys.argv[1], gtol_rel=1e-9, cg_max_it=2)
-    rf.problem.forget()
+    rf.problem.invalidate()
     os.path.exists(sys.argv[1]) and comm.rank == 0 and os.unlink(sys.argv[1])
     rf(rf.function(rf.array(rf.controls[0].control) * 0))
     comm.Barrier()

@@ -7,7 +7,7 @@ from firedrake.petsc import PETSc
 from mpi4py import MPI
 
 import pint_fem.kernels.direct
-from pint_fem.kernels.blocks import Factor, Workspace
+from pint_fem.kernels.blocks import Factor, StateBlock
 from pint_fem.kernels.direct import REDUNDANT, default_solver, direct_solver
 
 
@@ -42,11 +42,11 @@ def test_solves_to_round_off(make, most, monkeypatch):
     assert factor.ksp.getPC().getType() == ("redundant" if most else "asm") or alone
     x, b = A.createVecs()
     start, stop = b.getOwnershipRange()
-    B, X = (Workspace.zeros(A.getSizes()[0], A.comm) for _ in range(2))
+    B, X = (StateBlock.zeros(A.getSizes()[0], A.comm) for _ in range(2))
     B.array[...] = np.sin(np.outer(np.arange(1, len(B.array) + 1), np.arange(start, stop) ** 2))
     for transposed in (False, True):
         matrix = A.transpose(PETSc.Mat()) if transposed else A
-        factor.solve_block(B, X, transposed=transposed)
+        factor.solve(B, X, transposed=transposed)
         for row, column in zip(B.array, X.array, strict=True):
             b.array[:] = row
             factor.solve(b, x, transposed=transposed)

@@ -286,9 +286,9 @@ def test_an_evaluation_fails_on_one_rank(posed, monkeypatch, where, error):
     """A mistake is never J = inf, and a numerical cause is named; then the functional is as good as before."""
     for rf in posed.values():
         q = rf.function(rf.array(rf.controls[0].control) + 0.5)
-        rf.problem.forget()
+        rf.problem.invalidate()
         before = float(rf(q))
-        rf.problem.forget()
+        rf.problem.invalidate()
         with monkeypatch.context() as patch:
             plant(patch, rf, error, where)
             caught(error, rf, q)
@@ -298,7 +298,7 @@ def test_an_evaluation_fails_on_one_rank(posed, monkeypatch, where, error):
                     rf.minimize_trust_region(q, monitor=lines.append, max_it=2)
             else:
                 caught(error, rf.minimize_trust_region, q, max_it=2)
-        rf.problem.forget()
+        rf.problem.invalidate()
         assert float(rf(q)) == pytest.approx(before, rel=1e-13)
 
 
@@ -361,13 +361,13 @@ def test_sys_exit_in_a_callback_leaves_the_last_iterate_saved(posed, tmp_path):
             if len(count) == 2 and LAST:
                 sys.exit(5)
 
-        rf.problem.forget()
+        rf.problem.invalidate()
         with pytest.raises(SystemExit) as left:
             rf.minimize_trust_region(start, checkpoint=path, callback=leave, **options)
         assert left.value.code == 5
         assert COMM.bcast(path.exists(), root=0)
         goes_on = rf.minimize_trust_region(start, checkpoint=path, **options)
-        rf.problem.forget()
+        rf.problem.invalidate()
         whole = rf.minimize_trust_region(start, **options)
         assert goes_on.iterations == whole.iterations == 4
         np.testing.assert_allclose(goes_on.x, whole.x, rtol=1e-8, atol=1e-12)

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from pint_fem.optimize import CGStop, InexactOptions, StopReason, minimize_trust_region
-from pint_fem.optimize.evaluator import Evaluator, ExactOracle, Gradient, Point
+from pint_fem.optimize.guarded_problem import GuardedProblem
+from pint_fem.optimize.oracle import ExactOracle, Gradient, Iterate
 from pint_fem.optimize.trust_region.inexact import InexactOracle
 from pint_fem.optimize.trust_region.steihaug import SteihaugPath
 from tests.test_trust_region import bowl, norm, pairs, quadratic, random_quadratic, random_spd, rosenbrock
@@ -166,8 +167,8 @@ def test_conditions_on_value_and_gradient_hold(name, eta):
         true_norm = norm(problem, problem.gradient(x))
         assert entry.gradient_error <= max(0.3 * entry.gradient_norm, 0.1 * tolerance) * (1 + 1e-12)
         assert abs(true_norm - entry.gradient_norm) <= entry.gradient_error * (1 + 1e-8)
-        assert entry.gradient_error <= entry.gradient_asked * (1 + 1e-12)
-        assert entry.value_error <= entry.value_asked * (1 + 1e-12)
+        assert entry.gradient_error <= entry.gradient_tolerance * (1 + 1e-12)
+        assert entry.value_error <= entry.value_tolerance * (1 + 1e-12)
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
@@ -224,7 +225,7 @@ def test_the_unit_of_the_objective_does_not_matter():
     big = run(Scaled(Adversary(make(), 1, ones)), x0, initial_radius=1e3)
     assert np.array_equal(plain.x, big.x)
     assert [entry.ratio for entry in plain.history[1:]] == [entry.ratio for entry in big.history[1:]]
-    assert big.history[-1].gradient_asked == factor * plain.history[-1].gradient_asked
+    assert big.history[-1].gradient_tolerance == factor * plain.history[-1].gradient_tolerance
 
 
 def test_cg_does_not_go_below_the_error_of_the_gradient():
@@ -261,7 +262,7 @@ def test_a_gradient_below_its_error_is_asked_for_in_steps():
             asked.append(tolerance)
             return np.zeros(6), min(tolerance, 1.0)
 
-    oracle = InexactOracle(Evaluator(Stationary(bowl())), InexactOptions(kappa_grad=0.1, max_tightenings=4), 1e-12)
+    oracle = InexactOracle(GuardedProblem(Stationary(bowl())), InexactOptions(kappa_grad=0.1, max_tightenings=4), 1e-12)
     answer = oracle.gradient(np.zeros(6), 1, np.zeros(6), guess=1.0)
     assert asked == pytest.approx([0.1 * 0.05**j for j in range(5)])
     assert answer.error == pytest.approx(0.1 * 0.05**4)
@@ -274,7 +275,7 @@ def test_asked_accuracy_follows_the_run_and_ends_where_it_is_enough():
     result = run(adversary, np.zeros(30), gtol_rel=1e-8)
     assert result.converged
     final = 1e-8 * result.history[0].gradient_norm
-    asked = [entry.gradient_asked for entry in result.history]
+    asked = [entry.gradient_tolerance for entry in result.history]
     assert asked[0] == pytest.approx(0.1 * result.history[0].gradient_norm, rel=0.6)
     assert asked[-1] <= 1e-6 * asked[0]
     assert min(tolerance for _, tolerance, _ in adversary.gradients) >= 0.1 * final * (1 - 1e-12)
@@ -298,7 +299,7 @@ def test_value_tolerances_tighten_with_the_forcing_sequence():
     for entry in result.history[1:]:
         theta = most * (0.2 * 0.5**entry.iteration) ** 2
         floor = 0.2 * most * 1e-18  # what the final tolerance makes of it is smaller still
-        assert entry.value_asked <= max(0.5 * theta, 0.5 * floor, 1e-12 * most) * (1 + 1e-9)
+        assert entry.value_tolerance <= max(0.5 * theta, 0.5 * floor, 1e-12 * most) * (1 + 1e-9)
 
 
 def test_a_smaller_radius_asks_for_a_better_gradient_at_the_same_point():
@@ -327,8 +328,8 @@ def test_a_smaller_radius_asks_for_a_better_gradient_at_the_same_point():
 
 def path_of(problem, g, tolerance, oracle=None, **options):
     """The conjugate gradient path from 0 with gradient g."""
-    oracle = oracle or ExactOracle(Evaluator(problem))
-    point = Point(np.zeros_like(g), None, Gradient(g, norm(problem, g)))
+    oracle = oracle or ExactOracle(GuardedProblem(problem))
+    point = Iterate(np.zeros_like(g), None, Gradient(g, norm(problem, g)))
     return SteihaugPath(oracle, point, tolerance=tolerance, max_it=50, iteration=1, **options)
 
 
@@ -337,7 +338,7 @@ class LinearProducts(ExactOracle):
 
     def __init__(self, problem, matrix):
         """M^-1 matrix v for H v."""
-        super().__init__(Evaluator(problem))
+        super().__init__(GuardedProblem(problem))
         self.problem, self.matrix = problem, matrix
 
     def curvature(self, x, d, dd, iteration, target):
@@ -357,7 +358,7 @@ def test_prediction_is_that_of_the_products_received(skew):
     path = path_of(problem, g, 1e-8 * norm(problem, g), LinearProducts(problem, A))
     for radius in (0.1, 0.5, 2.0, 10.0, 1e3):
         step = path.step(radius)
-        honest = -problem.inner(g, step.p) - 0.5 * step.p @ A @ step.p
+        honest = -problem.inner(g, step.trial) - 0.5 * step.trial @ A @ step.trial
         assert step.reduction == pytest.approx(honest, rel=1e-9)
         assert step.reduction > 0
     usual = sum(s.length * s.slope - 0.5 * s.length**2 * s.curvature for s in path.segments[:6])
@@ -389,7 +390,7 @@ def test_products_get_coarser_as_the_residual_falls(way):
     adversary = Adversary(problem, product_way=way)
     g = problem.gradient(np.zeros(20))
     target = 1e-4 * norm(problem, g)
-    path = path_of(problem, g, target, InexactOracle(Evaluator(adversary), InexactOptions(), 1e-12))
+    path = path_of(problem, g, target, InexactOracle(GuardedProblem(adversary), InexactOptions(), 1e-12))
     step = path.step(1e9)
     assert step.stop == CGStop.RESIDUAL
     residuals = [math.sqrt(s.rr) for s in path.segments] + [step.model_norm]
@@ -402,7 +403,7 @@ def test_products_get_coarser_as_the_residual_falls(way):
         assert len(adversary.products) == step.cg_iterations
         assert all(rtol == pytest.approx(0.01 * target / r) for rtol, r in zip(rtols, residuals, strict=False))
     drift = sum(0.01 * target * (1 + after / before) for before, after in pairs(residuals)) / (1 - max(rtols))
-    residual = norm(problem, g + problem.hessian_action(g, step.p))
+    residual = norm(problem, g + problem.hessian_action(g, step.trial))
     assert residual <= target + drift
 
 
@@ -446,7 +447,7 @@ def test_a_missed_accuracy_is_not_asked_for_again_after_a_rejected_step():
     assert not result.history[1].accepted
     assert not result.history[2].accepted
     assert sum(np.array_equal(x, x0) for x, *_ in adversary.gradients) == 2
-    assert result.history[1].gradient_error > result.history[1].gradient_asked
+    assert result.history[1].gradient_error > result.history[1].gradient_tolerance
 
 
 class Honest:
@@ -666,7 +667,8 @@ def test_without_the_option_the_methods_are_not_called():
         asked.hessian_calls,
     )
     last = plain.history[-1]
-    assert last.value_asked == last.value_error == last.gradient_asked == last.gradient_error == last.hessian_rtol == 0
+    assert last.value_tolerance == last.value_error == last.hessian_rtol == 0
+    assert last.gradient_tolerance == last.gradient_error == 0
 
 
 def test_monitor_shows_what_was_asked_for_and_got():
@@ -676,9 +678,9 @@ def test_monitor_shows_what_was_asked_for_and_got():
     head = lines[0]
     assert any(not entry.accepted for entry in result.history)
     for name, column in (
-        ("J asked", "value_asked"),
+        ("J tol", "value_tolerance"),
         ("J error", "value_error"),
-        ("g asked", "gradient_asked"),
+        ("g tol", "gradient_tolerance"),
         ("g error", "gradient_error"),
         ("H rtol", "hessian_rtol"),
     ):

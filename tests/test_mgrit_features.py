@@ -875,7 +875,7 @@ for name in ("firedrake", "petsc4py", "petsctools", "scipy", "torch", "irksome",
     sys.modules[name] = None
 import numpy as np
 from pint_fem.mgrit import MGRIT, check
-from pint_fem.theory import verdict
+from pint_fem.theory import two_level_estimate
 class Euler:
     def __init__(self, dt):
         self.dt = dt
@@ -885,7 +885,7 @@ propagators, U = [Euler(1 / 64), Euler(4 / 64)], np.zeros((65, 1))
 U[0] = 1
 assert MGRIT(propagators, 64, options={"coarsening": 4, "rtol": 1e-12}).solve(U).converged
 assert abs(U[-1, 0] - (1 + 1 / 64) ** -64) < 1e-12
-assert verdict([64 / 65], [64 / 68], 4, 16, "FCF", tolerance=1e-8).converges
+assert two_level_estimate([64 / 65], [64 / 68], 4, 16, "FCF", tolerance=1e-8).converges
 assert check(propagators, 64, np.ones(1), coarsening=4, printer=lambda line: None).passed
 """
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("OMPI_", "PMIX", "ORTE", "PMI"))}

@@ -66,10 +66,11 @@ def test_a_factor_without_pivoting_gives_way(pivot):
     from firedrake.petsc import PETSc
 
     from pint_fem.kernels.direct import default_solver
-    from pint_fem.kernels.factors import QUICK, Solver
+    from pint_fem.kernels.factors import QUICK, UpdatableFactor
 
     bad, good = np.array([[pivot, 1.0], [1.0, 1.0 if pivot else 0.0]]), np.array([[3.0, 1.0], [1.0, 2.0]])
-    solver, (x, b) = Solver(default_solver(MPI.COMM_SELF, 2), QUICK), (PETSc.Vec().createSeq(2) for _ in range(2))
+    solver = UpdatableFactor(default_solver(MPI.COMM_SELF, 2), QUICK)
+    x, b = (PETSc.Vec().createSeq(2) for _ in range(2))
     b.array[:] = 1, 2
 
     def factor(entries):

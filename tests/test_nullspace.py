@@ -32,7 +32,7 @@ from mpi4py import MPI
 
 import pint_fem as pf
 from pint_fem.errors import InputError
-from pint_fem.kernels.blocks import Factor, Workspace
+from pint_fem.kernels.blocks import Factor, StateBlock
 from pint_fem.kernels.nullspace import Nullspace
 from pint_fem.kernels.regularity import is_singular
 from pint_fem.mgrit import SolverFailure
@@ -74,9 +74,9 @@ def test_solves_are_those_of_the_pseudo_inverse(parameters, rank_loss):
         b.array[:] = rhs[0, own]
         factor.solve(b, x, transposed=transposed)
         np.testing.assert_allclose(x.array_r, wanted[0, own], atol=1e-10)
-        blocks = [Workspace.zeros((own.stop - own.start, 17), matrix.comm) for _ in range(2)]
+        blocks = [StateBlock.zeros((own.stop - own.start, 17), matrix.comm) for _ in range(2)]
         blocks[0].array[...] = rhs[:, own]
-        factor.solve_block(*blocks, transposed=transposed)
+        factor.solve(*blocks, transposed=transposed)
         np.testing.assert_allclose(blocks[1].array, wanted[:, own], atol=1e-10)
 
 

@@ -418,7 +418,7 @@ def test_pairs_without_certain_curvature_are_dropped():
     np.testing.assert_array_equal(B.apply(v), 2.5 * v)
     assert B.update(s, 0.5 * s, noise=0.25)
     assert B.gamma == pytest.approx(2.0)
-    B.forget()
+    B.clear()
     assert len(B) == 0
     nothing = InverseLBFGS(inner, memory=0)
     assert not nothing.update(s, s)

@@ -163,7 +163,7 @@ def test_a_program_without_petsc_refuses_its_options(word, text):
 )
 def test_misspelt_names_of_petsc(options, text):
     pytest.importorskip("firedrake")  # it has to start PETSc
-    from pint_fem.petsc_options import catalogue as names
+    from pint_fem.petsc_options import checks as names
 
     with pytest.raises(InputError, match=text):
         names.require_names(options, "pint_test_")
@@ -172,7 +172,7 @@ def test_misspelt_names_of_petsc(options, text):
 def test_names_that_petsc_has_are_taken():
     """Common ones behind prefixes, and rare ones that differ from others by a letter."""
     pytest.importorskip("firedrake")  # it has to start PETSc
-    from pint_fem.petsc_options import catalogue as names
+    from pint_fem.petsc_options import checks as names
 
     given = "ksp_rtol ksp_atol sub_pc_type fieldsplit_0_ksp_max_it mg_levels_ksp_max_it pc_sor_its pc_sor_lits"
     given += " mat_mumps_icntl_14 ksp_cg_type snes_lag_jacobian pc_hypre_boomeramg_max_iter ksp_max_its_not_ours"
@@ -186,7 +186,7 @@ def test_misspelt_names_of_petsc_on_the_command_line(prefix):
     pytest.importorskip("firedrake")  # it has to start PETSc
     from petsc4py import PETSc
 
-    from pint_fem.petsc_options import catalogue as names
+    from pint_fem.petsc_options import checks as names
 
     PETSc.Options()[f"{prefix}ksp_typ"] = "cg"
     try:

@@ -147,9 +147,9 @@ def test_adjoint_identity():
         left = MPI.COMM_WORLD.allreduce(float(np.vdot(dU[1:], g[1:])))
         right = float(rf.layout.gradient(sweeps.control_gradient(z, rf.problem.U, L), L[0]) @ dz)
         assert left == pytest.approx(right, rel=1e-12)
-        systems = sweeps._tangent._frequency_solve.__self__
-        assert systems is sweeps._adjoint._frequency_solve.__self__
-        own = len(sweeps._tangent.circulant(ev.state_size).own)
+        systems = sweeps.solvers.tangent._frequency_solve.__self__
+        assert systems is sweeps.solvers.adjoint._frequency_solve.__self__
+        own = len(sweeps.solvers.tangent.circulant(ev.state_size).own)
         assert systems.factorisations == systems.kept == own * ev.dirk.stages
 
 
@@ -195,7 +195,7 @@ def test_memory_of_factors():
     for memory in (4.0, 1e-4):
         rf = functional(posed_heat(st), st, **paradiag(memory=memory))
         results.append(values(rf))
-        systems = rf.problem.sweeps._tangent._frequency_solve.__self__
+        systems = rf.problem.sweeps.solvers.tangent._frequency_solve.__self__
         iterations = rf.problem.sweeps.counts["cycles"]
         assert systems.bytes <= 1e9 * memory
         factored = systems.kept + (24 - systems.kept) * iterations  # 12 frequencies, two stages
@@ -216,7 +216,7 @@ def test_coarsest_level_of_mgrit():
     assert cycles <= same <= cycles + 4  # four sweeps
     for x, y in zip(a, b, strict=True):
         np.testing.assert_allclose(x, y, rtol=0, atol=1e-9 * np.abs(y).max(initial=1e-300))
-    assert "1 alpha-circulant iteration" in rf.problem.sweeps.view()
+    assert "1 alpha-circulant iteration" in rf.problem.sweeps.solvers.view()
 
 
 def test_choice_by_theory():
@@ -260,8 +260,8 @@ def test_options_from_the_database():
             database.delValue(name)
     options = rf.problem.sweeps.options
     assert (options.alpha, options.rtol, options.max_it) == (1e-2, 1e-5, 9)
-    assert "ParaDiag" in rf.problem.sweeps.view()
-    assert "alpha 0.01" in rf.problem.sweeps.view()
+    assert "ParaDiag" in rf.problem.sweeps.solvers.view()
+    assert "alpha 0.01" in rf.problem.sweeps.solvers.view()
 
 
 @pytest.mark.parametrize(
@@ -319,15 +319,15 @@ def test_averaged_operators(kind):
         ev = pf.Evolution(F, u, tableau=pf.SDIRK2(), dt=0.02, nsteps=12, control=q, t=t, bcs=DirichletBC(V, 0, (1, 2)))
         exact = values(functional(ev, st, time_solver="serial"))
         rf = functional(ev, st, **paradiag(rtol=1e-12, max_it=40))
-        assert rf.problem.sweeps.transposed_adjoint is None  # iterations are not those of one linear map
+        assert rf.problem.sweeps.solvers.transposed_adjoint is None  # iterations are not those of one linear map
         for mine, reference in zip(values(rf), exact, strict=True):
             np.testing.assert_allclose(mine, reference, rtol=0, atol=1e-9 * np.abs(reference).max(initial=1e-300))
         kinds = {kind: result for kind, result in rf.problem.sweeps.results}
         rates.append(kinds["adjoint"].factor)
-        before = rf.problem.sweeps._averaged.renewals
+        before = rf.problem.sweeps.solvers.averaged.updates
         z = rf.array(rf.controls[0].control)
         rf.problem.derivative(1.001 * z)
-        assert rf.problem.sweeps._averaged.renewals == before
+        assert rf.problem.sweeps.solvers.averaged.updates == before
     assert rates[0] < 0.4
     assert rates[1] < 0.05 * rates[0] + 2e-3
 
@@ -337,5 +337,5 @@ def test_what_sweeps_are_made_of():
     st = pf.SpaceTime("1x1", **ALONE)
     ev = posed_heat(st, n=2)
     sweeps = Sweeps(ev, st, time_solver="paradiag")
-    assert isinstance(sweeps._adjoint, ParaDiag)
+    assert isinstance(sweeps.solvers.adjoint, ParaDiag)
     assert isinstance(sweeps.propagators[0], LinearPropagator)

@@ -287,3 +287,24 @@ def test_a_misfit_of_a_control_of_the_initial_expression_is_refused():
     for misfit in (pf.TerminalMisfit((ev.u - a) ** 2 * dx), pf.RunningMisfit(a * ev.u * dx)):
         with pytest.raises(InputError, match="contains a control"):
             pf.TimeParallelReducedFunctional(ev, misfit, spacetime=posed.st, solver_parameters={"mgrit": {"levels": 1}})
+
+
+@time_limit(60)
+def test_data_in_the_expression_are_read_again_by_a_multiple():
+    """``J = 3 mean(a d)``: its derivative by ``a`` is ``3 d`` for old and new data; its description has the factor."""
+    posed = Posed(pf.SpaceTime("1x1"))
+    a, q, t = posed.controls[2], Function(posed.V, name="q"), pf.time_function(posed.V.mesh())
+    d = Function(posed.V, name="height").assign(2.0)
+    ev = means(posed.V, t, [a, q], a * d)
+    J = 3 * pf.TimeParallelReducedFunctional(
+        ev, pf.TerminalMisfit(ev.u * dx), spacetime=posed.st, solver_parameters={"mgrit": {"levels": 1}}
+    )
+    values = [Function(a.function_space()).assign(1.0), q]
+    for height in (2.0, 5.0):
+        d.assign(height)
+        J.update_data()
+        J(values)
+        assert float(J.derivative()[0].dat.data_ro[0]) == pytest.approx(3 * height, rel=1e-12)
+    assert repr(J).startswith("ControlFunctional(3 * (BackwardEuler, 4 steps of")
+    assert "TerminalMisfit, serial); controls" in repr(J)
+    assert repr(J).endswith("'q'; grid 1x1)")

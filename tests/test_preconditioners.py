@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from pint_fem.optimize import CGStop, InexactOptions, LimitedMemoryPreconditioner, minimize_trust_region
-from pint_fem.optimize.evaluator import Evaluator, ExactOracle, Gradient, Point
+from pint_fem.optimize.guarded_problem import GuardedProblem
+from pint_fem.optimize.oracle import ExactOracle, Gradient, Iterate
 from pint_fem.optimize.preconditioners import merged_pairs
 from pint_fem.optimize.trust_region.steihaug import SteihaugPath
 from tests.test_inexact_trust_region import Adversary, ones
@@ -15,9 +16,9 @@ from tests.test_trust_region import Smooth, mass_matrix, norm, quadratic, random
 
 def path_at_zero(problem, g, rtol, preconditioner=None):
     """The CG path of a problem at 0 with gradient g, products kept."""
-    point = Point(np.zeros_like(g), None, Gradient(g, norm(problem, g)))
+    point = Iterate(np.zeros_like(g), None, Gradient(g, norm(problem, g)))
     return SteihaugPath(
-        ExactOracle(Evaluator(problem)), point, tolerance=rtol * norm(problem, g), max_it=100, iteration=1,
+        ExactOracle(GuardedProblem(problem)), point, tolerance=rtol * norm(problem, g), max_it=100, iteration=1,
         preconditioner=preconditioner, keep_products=True,
     )  # fmt: skip
 
@@ -74,10 +75,11 @@ def test_the_radius_is_a_length_of_the_problem(shift):
     radii = np.geomspace(1e-4, 1e2, 25)
     for radius in radii[::-1]:
         step, fresh = path.step(radius), path_at_zero(problem, g, 1e-10, lambda r: P @ r).step(radius)
-        assert np.array_equal(step.p, fresh.p)
-        assert norm(problem, step.p) == pytest.approx(step.norm, rel=1e-9)
+        assert np.array_equal(step.trial, fresh.trial)
+        assert norm(problem, step.trial) == pytest.approx(step.norm, rel=1e-9)
         assert step.norm <= radius
-        assert step.reduction == pytest.approx(-problem.inner(g, step.p) - 0.5 * step.p @ H @ step.p, rel=1e-8)
+        model = problem.inner(g, step.trial) + 0.5 * step.trial @ H @ step.trial
+        assert step.reduction == pytest.approx(-model, rel=1e-8)
         if step.stop == CGStop.BOUNDARY:  # every node before lies within the ball
             nodes = [s.pp for s in path.segments[: step.cg_iterations]]
             assert max(nodes) <= radius**2 * (1 + 1e-12)
@@ -101,7 +103,7 @@ def test_the_path_may_come_back_and_is_left_all_the_same():
             step = path.step(radius)
             assert step.stop == CGStop.BOUNDARY
             assert step.cg_iterations <= j
-            assert np.linalg.norm(step.p) == pytest.approx(radius, rel=1e-9)
+            assert np.linalg.norm(step.trial) == pytest.approx(radius, rel=1e-9)
     assert found > 3
 
 

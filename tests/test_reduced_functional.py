@@ -257,7 +257,7 @@ def test_a_failed_sweep_leaves_nothing_behind():
     reference = rf.derivative().dat.data_ro.copy()
     again = functional(pf.SpaceTime("1x1", comm=MPI.COMM_SELF))
     again(point_and_direction(again)[0])
-    step = again.problem.sweeps.levels[0].propagator
+    step = again.problem.sweeps.solvers.adjoint.levels[0].propagator
     healthy = step._apply
     step._apply = lambda *args: 1 / 0
     with pytest.raises(SolverFailure, match=r"adjoint: level 0.*ZeroDivisionError"):

@@ -30,7 +30,7 @@ def test_gradient_and_hessian_are_those_of_a_real_trace():
     calibration = Calibration("square", "none", rf.evolution.V.dim(), 40, {1: work})
     model = Model(calibration, OPTIONS, (1, comm.size))
     said = model.run_all([("gradient", solves[:2]), ("hessian", solves[2:])], trace=True)
-    assert events(said.traces[comm.rank]) == events(sweeps.trace.events)
+    assert events(said.traces[comm.rank]) == events(sweeps.solvers.trace.events)
 
 
 @pytest.mark.parallel([1, 3])
@@ -45,9 +45,9 @@ def test_model_of_an_inexact_hessian_is_that_of_a_real_trace(solver):
     problem, sweeps = rf.problem, rf.problem.sweeps
     z, dz = field(rf, "control"), field(rf, "direction")
     problem.derivative(z)
-    before = len(sweeps.trace.events)
+    before = len(sweeps.solvers.trace.events)
     problem.symmetric_action(z, dz, 2)
-    start = sweeps.transposed_adjoint.start
+    start = sweeps.solvers.transposed_adjoint.start
     one = [Kernel.constant(1.0, 8)]
     work = {"step": one, "adjoint": one, "sweep": [Kernel.constant(1.0)], "adjoint sweep": [Kernel.constant(1.0)]}
     costs = dict.fromkeys(("solve", "solve transposed", "factor", "factor bytes", "pack"), 1e-3)
@@ -55,4 +55,4 @@ def test_model_of_an_inexact_hessian_is_that_of_a_real_trace(solver):
     calibration = Calibration("square", "none", rf.evolution.V.dim(), 40, {1: work}, paradiag=costs, stages=2)
     solves = [Solve("tangent", start, 2), Solve("adjoint", "transposed", 2)]
     said = Model(calibration, options, (1, comm.size)).run(*solves, task="hessian", trace=True)
-    assert events(said.traces[comm.rank]) == events(sweeps.trace.events[before:])
+    assert events(said.traces[comm.rank]) == events(sweeps.solvers.trace.events[before:])

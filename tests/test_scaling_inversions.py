@@ -53,7 +53,7 @@ def test_whole_inversion_is_that_of_a_real_trace(options):
     tasks = [(task, [Solve(*s) for s in solves]) for task, solves, n in found["solves"] for _ in range(n)]
     model = Model(calibration(), options, nsteps=STEPS)
     said = model.run_all(tasks, trace=True)
-    real = Counter({what: n for what, n in events(rf.problem.sweeps.trace.events).items() if what[0] == "work"})
+    real = Counter({what: n for what, n in events(rf.problem.sweeps.solvers.trace.events).items() if what[0] == "work"})
     assert real == Counter({what: n for what, n in events(said.traces[0]).items() if what[0] == "work"})
     assert found["inexact"] == (options != {"levels": 1})
     assert found["counts"]["hessians"] == sum(n for task, _, n in found["solves"] if task == "hessian") > 1

@@ -43,7 +43,7 @@ def test_gradient_and_hessian_are_those_of_a_real_trace(regime):
     calibration = Calibration(regime, "none", size, STEPS, {1: work}, paradiag=PARADIAG, stages=stages)
     model = Model(calibration, options, (1, comm.size))
     said = model.run_all([("gradient", solves[:2]), ("hessian", solves[2:])], trace=True)
-    assert events(said.traces[comm.rank]) == events(sweeps.trace.events)
+    assert events(said.traces[comm.rank]) == events(sweeps.solvers.trace.events)
     if model.solver == "paradiag":
-        systems = sweeps._tangent._frequency_solve.__self__
+        systems = sweeps.solvers.tangent._frequency_solve.__self__
         assert comm.allreduce(systems.factorisations) == said.counts["factor", 0] == stages * (STEPS // 2 + 1)

@@ -8,7 +8,6 @@ from mpi4py import MPI
 from scipy.optimize import minimize
 
 from pint_fem.optimize import NonFiniteError
-from pint_fem.optimize.scipy_methods import hessian_actions
 from pint_fem.optimize.scipy_methods import run as scipy_run
 from pint_fem.optimize.scipy_methods.adapter import scipy_minimize
 from pint_fem.optimize.trust_region.bounded import minimize_bounded
@@ -225,7 +224,7 @@ def test_first_guess_is_not_modified():
         ({"method": "Nelder-Mead"}, "method = 'Nelder-Mead'"),
         ({"method": "trust-exact"}, "trust-exact"),
         ({"method": None}, "method"),
-        ({"method": "trust-ncg", "lower": 0.0}, "knows no bounds"),
+        ({"method": "trust-ncg", "lower": 0.0}, "has no bounds"),
         ({"bounds": [(0, 1)]}, "lower and upper"),
         ({"constraints": ()}, "AffineConstraints"),
         ({"jac": True}, "jac is set"),
@@ -467,15 +466,15 @@ def test_hessian_actions_are_kept_within_a_bound(monkeypatch):
         def inner(self, a, b):
             return comm.allreduce(float(a @ b))
 
-    class Watched(hessian_actions.HessianActions):
+    class Watched(scipy_run.HessianActions):
         def at(self, y, p, compute):
             out = super().at(y, p, compute)
-            kept.append(sum(a.nbytes for a in self._kept.values()))
+            kept.append(sum(a.nbytes for a in self._stored.values()))
             return out
 
     monkeypatch.setattr(scipy_run, "HessianActions", Watched)
     for bound in (0, 5 * 8 * n):
-        monkeypatch.setattr(hessian_actions, "ACTIONS_MEMORY", bound)
+        monkeypatch.setattr(scipy_run, "ACTIONS_NBYTES", bound)
         kept.clear()
         result = scipy_minimize(Bowl(), np.zeros(len(own)), "trust-krylov", comm=comm, options=TIGHT["trust-krylov"])
         np.testing.assert_allclose(result.x, 1, atol=1e-6)

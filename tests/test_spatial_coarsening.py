@@ -246,13 +246,13 @@ def test_a_cycle_with_the_adjoints_transfers_is_the_transpose(levels):
     e = np.zeros((N + 1, ev.state_size))
     fine.sweep(e[:N], r)
     fine.sweep(e[N - 1 :], None)
-    one_cycle(sweeps._tangent, e, False)
+    one_cycle(sweeps.solvers.tangent, e, False)
     Phi_e = np.empty_like(e[1:])
     fine.apply(e[:-1], Phi_e, 0)
     Kr = (e[1:] - Phi_e)[:-1]
     lam = np.zeros((N + 1, ev.state_size))  # backwards in time
     lam[1:N] = w[::-1]
-    KTw = one_cycle(sweeps._adjoint, lam, True)[1:N][::-1]
+    KTw = one_cycle(sweeps.solvers.adjoint, lam, True)[1:N][::-1]
     assert np.linalg.norm(Kr) > 1e-4 * np.linalg.norm(r)
     assert abs(np.vdot(w, Kr) - np.vdot(KTw, r)) <= 1e-12 * np.linalg.norm(w) * np.linalg.norm(r)
 
@@ -291,7 +291,7 @@ def residuals(ev, *, seed=0, space=True, **options):
     """Residuals of a homogeneous tangent and adjoint solve from a random guess."""
     options = {"rtol": 0.0, "start": "guess", "check": "cycle"} | options
     sweeps = Sweeps(ev, alone(), options=options, spatial_coarsening=space)
-    for transposed, solver in ((False, sweeps._tangent), (True, sweeps._adjoint)):
+    for transposed, solver in ((False, sweeps.solvers.tangent), (True, sweeps.solvers.adjoint)):
         U = np.random.default_rng(seed).standard_normal((ev.nsteps + 1, ev.state_size))
         U[0] = 0
         yield transposed, solver.solve(U).residuals
@@ -430,7 +430,7 @@ def test_spaces_without_nodal_values_are_refused():
     hierarchy = meshes(2, 1, MPI.COMM_SELF)
     spaces = lambda *element: [FunctionSpace(mesh, *element) for mesh in reversed(hierarchy.meshes)]
     for element in (("RT", 1), ("N1curl", 1)):
-        with pytest.raises(InputError, match="want nodal values"):
+        with pytest.raises(InputError, match="require nodal values"):
             mesh_transfer(*spaces(*element))
     with pytest.raises(InputError, match="same element"):
         mesh_transfer(spaces("CG", 2)[0], spaces("CG", 1)[1])

@@ -149,9 +149,9 @@ def test_values_that_fail_are_no_first_guess():
     rf = functional(pf.SpaceTime("1x1", comm=MPI.COMM_SELF), "C", "running")
     z, p = np.asarray(rf.array(rf.controls[0].control)), rf.problem
     (misfit,) = p.misfits
-    for method, ask in (("observe", p.value), ("force", p.derivative), ("observe", p.advance)):
+    for method, ask in (("observe", p.value), ("adjoint_source", p.derivative), ("observe", p.advance)):
         p.value(z)
-        point = p.points[0]
+        point = p.evaluations[0]
         assert not point.cold["state"]
 
         def fails(*args):
@@ -204,16 +204,16 @@ def test_what_it_costs():
         return call
 
     p.apply, p.apply_transposed = counted("forward", p.apply), counted("backward", p.apply_transposed)
-    for solver in (sweeps._state, sweeps._adjoint):
+    for solver in (sweeps.solvers.state, sweeps.solvers.adjoint):
         step = solver.levels[0].propagator
         step._apply = p.apply_transposed if step.transposed else p.apply
     rf.problem.value(z)
     inside = (M - 1) * STEPS // M
-    assert calls["forward"] == sweeps._state.levels[0].phi_calls + inside + STEPS + M  # condensed: affine, and controls
+    assert calls["forward"] == sweeps.solvers.state.levels[0].phi_calls + inside + STEPS + M  # condensed: affine, and controls
     calls.update(forward=0, backward=0)
     rf.problem.derivative(z)
     assert calls["forward"] == inside
-    assert calls["backward"] == sweeps._adjoint.levels[0].phi_calls + 2 * inside + 1
+    assert calls["backward"] == sweeps.solvers.adjoint.levels[0].phi_calls + 2 * inside + 1
 
 
 @pytest.mark.parallel([1, 3])
@@ -235,7 +235,7 @@ def test_refused():
         values = directional = gradient = hessian = None
 
     rf = functional(st, "C")
-    with pytest.raises(InputError, match="Whole wants the state at all points"):
+    with pytest.raises(InputError, match="Whole requires the state at all points"):
         pf.TimeParallelReducedFunctional(
             rf.evolution, Whole(), spacetime=st,
             solver_parameters={"mgrit": dict(storage="C", coarsening=4)},
@@ -257,7 +257,7 @@ def test_minimises_from_a_checkpoint(tmp_path):
 
 @pytest.mark.parallel([1, 3])
 @pytest.mark.parametrize("storage", ["all", "C"])
-@pytest.mark.parametrize("method", ["observe", "force"])
+@pytest.mark.parametrize("method", ["observe", "adjoint_source"])
 def test_failures_reach_every_rank(storage, method):
     """Of a misfit on the last rank: mistakes as they are, where bad numbers give an infinite value."""
     st = pf.SpaceTime()

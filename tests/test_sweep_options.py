@@ -91,7 +91,7 @@ def test_krylov_acceleration(linear):
         rf = pf.TimeParallelReducedFunctional(
             rf.evolution, misfit, spacetime=rf.spacetime, solver_parameters=parameters
         )
-        assert isinstance(rf.problem.sweeps._adjoint, AcceleratedSweep) == bool(krylov)
+        assert isinstance(rf.problem.sweeps.solvers.adjoint, AcceleratedSweep) == bool(krylov)
         m, h = point_and_direction(rf)
         J = rf(m)
         results.append((J, rf.derivative().dat.data_ro.copy(), rf.hessian(h).dat.data_ro.copy()))
@@ -166,11 +166,11 @@ def test_trace_of_all_sweeps(tmp_path_factory):
     path = comm.bcast(str(tmp_path_factory.mktemp("trace") / "t.json") if comm.rank == 0 else None)
     rf = solved(pf.SpaceTime(), trace=path, rtol=1e-6)
     sweeps = rf.problem.sweeps
-    sweeps.write_trace()
+    sweeps.solvers.write_trace()
     comm.Barrier()
     events = json.load(open(path))["traceEvents"]
     states = sum(e["args"]["states"] for e in events if e["name"] in ("phi", "sweep"))
-    solvers = {id(s): s for s in (sweeps._state, sweeps._tangent, sweeps._adjoint)}.values()
+    solvers = {id(s): s for s in (sweeps.solvers.state, sweeps.solvers.tangent, sweeps.solvers.adjoint)}.values()
     assert states == comm.allreduce(sum(level.phi_calls for s in solvers for level in s.levels))
     assert {e["args"]["sweep"] for e in events if e["name"] == "cycle"} == {"state", "adjoint"}
     sends = [(e["pid"], e["args"]["peer"]) for e in events if e["name"] == "send"]
@@ -190,7 +190,7 @@ def test_stepping_instead_where_cycles_do_not_converge():
     with pytest.raises(DivergedError, match=r"state sweep: MGRIT (max_it|diverged|stagnated): .*serial"):
         rf(m)
     rf = functional(st, on_divergence="serial", **common)
-    for solver in (rf.problem.sweeps._state, rf.problem.sweeps._adjoint):
+    for solver in (rf.problem.sweeps.solvers.state, rf.problem.sweeps.solvers.adjoint):
         solver.printer = lines.append
     alone = functional(pf.SpaceTime("1x1", comm=MPI.COMM_SELF), tableau="midpoint", levels=1)
     assert rf(point_and_direction(rf)[0]) == pytest.approx(alone(point_and_direction(alone)[0]), rel=1e-13)
@@ -229,7 +229,7 @@ def test_what_sweeps_cannot_do_is_refused(options, message):
 
 def test_view_says_memory():
     rf = functional(pf.SpaceTime("1x1", comm=MPI.COMM_SELF))
-    text = rf.problem.sweeps.view()
+    text = rf.problem.sweeps.solvers.view()
     assert f"all points {23 * 49 * 8 / 2**20:.3g} MB" in text
     assert "level 1: 5 steps, m = 2, FCF-relaxation" in text
 
@@ -239,7 +239,7 @@ def test_propagators_pass_the_check():
     """The solver's own check of user code, on all levels; a wrong adjoint fails it. On one rank, not linear."""
     lines, linear = [], MPI.COMM_WORLD.size == 3
     rf = functional(pf.SpaceTime(), linear=linear, steps=10, n=3, levels=2, coarsening=2, tableau="BE")
-    rf.problem.sweeps.printer = lines.append
+    rf.problem.sweeps.solvers.printer = lines.append
     report = check_sweeps(rf.problem.sweeps)
     report.raise_if_failed()
     assert any("adjoint against tangent" in line and "passed" in line for line in report.lines)
@@ -257,8 +257,8 @@ def test_theory_is_printed_before_the_first_solve():
     for options, words in ((dict(view=True), "theory, levels 0 and 1"), (dict(tableau="midpoint"), "warning, levels")):
         lines = []
         rf = functional(pf.SpaceTime(), rtol=1e-2, max_it=60, dtol=1e30, on_divergence="serial", **options)
-        rf.problem.sweeps.printer = lines.append
-        for solver in (rf.problem.sweeps._state, rf.problem.sweeps._adjoint):
+        rf.problem.sweeps.solvers.printer = lines.append
+        for solver in (rf.problem.sweeps.solvers.state, rf.problem.sweeps.solvers.adjoint):
             solver.printer = lines.append
         rf(point_and_direction(rf)[0])
         text = "".join(lines)
@@ -306,7 +306,7 @@ def test_the_first_rank_of_all_speaks():
     for grid in {1: ["1x1"], 3: ["1x3", "3x1"]}[size]:
         lines = []
         rf = functional(pf.SpaceTime(grid), rtol=1e-2, monitor=True)
-        for solver in (rf.problem.sweeps._state, rf.problem.sweeps._adjoint):
+        for solver in (rf.problem.sweeps.solvers.state, rf.problem.sweeps.solvers.adjoint):
             solver.printer = lines.append
         rf(point_and_direction(rf)[0])
         rf.derivative()

@@ -80,7 +80,7 @@ def test_other_cycles():
         assert abs(hv @ w - hw @ v) <= 1e-12 * np.sqrt(abs((hv @ v) * (hw @ w)))
     none = {"check": "relaxed"}, {"cycle": "F", "f_cycles": 1}, {"start": "nested"}, {"coarse_solver": "relax"}
     for options in none:
-        assert one(**options).problem.sweeps.transposed_adjoint is None
+        assert one(**options).problem.sweeps.solvers.transposed_adjoint is None
 
 
 @pytest.mark.parallel(3)
@@ -93,7 +93,7 @@ def test_same_bits_for_every_number_of_time_ranks(make):
     for cycles in (1, 3):
         for rf in (one, many):
             rf.problem.symmetric_action(z, v, cycles)
-        a, b = (rf.problem.sweeps.transposed_adjoint.adjoints for rf in (one, many))
+        a, b = (rf.problem.sweeps.solvers.transposed_adjoint.adjoints for rf in (one, many))
         assert np.array_equal(a[slab.lo : slab.hi + 1], b)
     assert many.memory().kept["model"] >= b.base.nbytes > b.nbytes - 1
 
@@ -104,7 +104,7 @@ def test_failure_behind_the_last_iteration_is_named():
     rf = diagonalised(grid())
     z = rf.array(rf.controls[0].control)
     rf.problem.symmetric_action(z, z, 1)
-    sweep = rf.problem.sweeps.transposed_adjoint
+    sweep = rf.problem.sweeps.solvers.transposed_adjoint
     fine = sweep.solver.levels[0]
     sweep.solver.solve(*sweep.arrays(np.ones_like(sweep.adjoints)), start=sweep.start, cycles=1)
 
@@ -129,7 +129,7 @@ def test_a_model_is_one_operator():
         assert norm(h - exact) <= 10 * rtol * norm(exact)
         before = rf.problem.sweeps.counts["cycles"]
         model(w)
-        assert rf.problem.sweeps.counts["cycles"] - before == 2 * objective.memory()["cycles"]
+        assert rf.problem.sweeps.counts["cycles"] - before == 2 * objective.state()["cycles"]
         assert abs(rf.inner.inner(model(w), v) - rf.inner.inner(h, w)) <= 1e-12 * norm(h) * norm(w)
         assert np.array_equal(model(v), h)
 
@@ -137,7 +137,7 @@ def test_a_model_is_one_operator():
 def test_where_there_is_none():
     """C-points that are not the same in both directions: products to a tolerance, as before."""
     rf = functional(pf.SpaceTime("1x1", comm=MPI.COMM_SELF), steps=22, n=3)
-    assert rf.problem.sweeps.transposed_adjoint is None
+    assert rf.problem.sweeps.solvers.transposed_adjoint is None
     objective = InexactObjective(rf.problem, rf.inner)
     assert not hasattr(objective, "hessian_model")
     assert rf.minimize_trust_region(gtol_rel=1e-4, inexact=True).converged

@@ -6,6 +6,7 @@ import warnings
 
 import numpy as np
 import pytest
+import ufl
 from firedrake import (
     Cofunction,
     Constant,
@@ -231,7 +232,7 @@ def test_data_are_read_when_asked_for(case):
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 assert_same(results(J, posed), old)  # from what is cached
-                J.problem.forget()
+                J.problem.invalidate()
                 assert_same(results(J, posed), old)
             label = "PointSensors" if name == "readings" else name
             assert [label in str(w.message) for w in caught] == [True] * posed.st.is_root
@@ -381,6 +382,70 @@ def test_time_in_the_residual_is_found():
     for grid in GRIDS:
         J = growth(grid, lambda t: 2 * t, misfit=lambda u, t: u)
         assert J(Function(J.evolution.control)) == pytest.approx(40 / 64, rel=1e-12)
+
+
+class Timed:
+    """Heat with the time in the residual, a boundary value, the initial condition and the misfit, from ``t = 0.3``."""
+
+    def __init__(self, grid: str, make_time, *, power: int):
+        self.st = pf.SpaceTime(grid)
+        mesh = UnitSquareMesh(3, 3, comm=self.st.space_comm, distribution_parameters={"partitioner_type": "simple"})
+        self.mesh, self.V = mesh, FunctionSpace(mesh, "CG", 1)
+        self.t, (x, y) = make_time(mesh), SpatialCoordinate(mesh)
+        self.u, self.q = Function(self.V, name="u"), Function(self.V, name="q").interpolate(1 + x * y)
+        v, t = TestFunction(self.V), self.t
+        self.rest = lambda u, v: (inner(grad(u), grad(v)) + u**power * v - sin(3 * t) * self.q * v) * dx
+        self.F = Dt(self.u) * v * dx + self.rest(self.u, v)
+        self.bcs, self.initial = [DirichletBC(self.V, x * cos(t), 1)], t * (x + y)
+        self.j = lambda u: inner(u - t * x, u - t * x) * dx
+
+    def functional(self, solver: str) -> pf.TimeParallelReducedFunctional:
+        ev = pf.Evolution(
+            self.F, self.u, tableau=pf.BackwardEuler(), dt=STEP, nsteps=STEPS, control=self.q, t=self.t, t0=0.3,
+            initial=self.initial, bcs=self.bcs,
+        )  # fmt: skip
+        misfits = pf.RunningMisfit(self.j(self.u))
+        return pf.TimeParallelReducedFunctional(ev, misfits, spacetime=self.st, solver_parameters=SOLVERS[solver])
+
+    def reference(self) -> float:
+        """The functional by a loop over the steps that assigns the user's own time."""
+        with stop_annotating():
+            u, v, old, J = Function(self.V), TestFunction(self.V), Function(self.V), 0.0
+            old.interpolate(ufl.replace(self.initial, {self.t: Constant(0.3)}))
+            for n in range(STEPS):
+                self.t.assign(0.3 + (n + 1) * STEP)
+                solve((u - old) / STEP * v * dx + self.rest(u, v) == 0, u, bcs=self.bcs)
+                old.assign(u)
+                J += STEP * assemble(self.j(u))
+        return J
+
+
+@pytest.mark.parallel([1, 2])
+@pytest.mark.parametrize("power", [1, 3])
+@pytest.mark.parametrize("solver", ["serial", "mgrit"])
+@time_limit(200)
+def test_a_constant_given_as_time(power, solver):
+    """The same numbers as with a time function, and a plain loop's; the user's ``Constant`` is not written to."""
+    kinds = (lambda mesh: pf.time_function(mesh, 0.7), lambda mesh: Constant(0.7, name="moment"))
+    for grid in GRIDS:
+        by_function, by_constant = (Timed(grid, kind, power=power) for kind in kinds)
+        J = by_constant.functional(solver)
+        assert_same(results(J, by_constant), results(by_function.functional(solver), by_function))
+        assert float(by_constant.t) == 0.7
+        assert not J.update_data()
+        assert J(by_constant.q) == pytest.approx(by_constant.reference(), rel=1e-9)
+        by_constant.bcs[0].set_value(5.0)
+        with pytest.raises(InputError, match="set_value"):
+            J.update_data()
+
+
+def test_a_constant_is_no_time_for_a_step_of_the_users_own():
+    posed = Timed("1x1", lambda mesh: Constant(0.0), power=1)
+    ev = posed.functional("serial").evolution
+    assert "8 steps" not in repr(ev)
+    assert "4 steps of dt = 0.1 by BackwardEuler()" in repr(ev)
+    with pytest.raises(InputError, match="time_function"):
+        TapePropagator(ev, one_step=lambda u: u)
 
 
 def named(mesh, name):

@@ -1,4 +1,22 @@
-"""Time-parallel reduced functionals with exact derivatives."""
+"""Reduced functionals of evolutions with exact derivatives, parallel in time, and their minimisation.
+
+A value goes from ``J(z)`` to a PETSc solve through these objects:
+
+1. ``functional.ControlFunctional``: Firedrake functions become a flat array (``control_layout.ControlLayout``);
+2. ``problem.ReducedProblem`` (of a sum ``composed.ComposedProblem``, term by term): ``value(z)``;
+3. ``evaluation.EvaluationCache``: the cached state of this control, or a solve that starts from the last trajectory;
+4. ``sweeps.sweeps.Sweeps``: boundary data and right-hand sides of all steps;
+5. ``mgrit.solver.MGRIT`` or ``paradiag.solver.ParaDiag``: cycles over all steps on all time ranks;
+6. ``sweeps.steps``: one step of one level as the solver requires it;
+7. ``propagators``: the stages of a step, and ``kernels.blocks.Factor``: PETSc's solve for a block of states.
+
+The misfits (``misfits``, summed over the trajectory by ``trajectories``) and the ``regularisation`` give the value.
+
+* The residual of a state in all steps: ``sweeps.sweeps.Sweeps.state_residual``; of MGRIT's iterates: ``all_at_once``.
+* The symmetric approximation of the Hessian: ``ReducedProblem.symmetric_action``.
+* A NaN on one rank becomes ``errors.SolverFailure`` on all ranks (``collective``): optimisers take the value as infinite
+  and shorten the step (``minimisation.objective``), and the next solve starts without the failed trajectory.
+"""
 
 from pint_fem.adjoint.reduced_functional import TimeParallelReducedFunctional
 

@@ -1,205 +1,307 @@
-r"""The reduced problem of an evolution whose initial condition is an expression of controls.
-
-With :math:`\tilde J(z, u_0)` the problem in which the initial condition is a control of its own,
+r"""Functionals composed of others: weighted sums that share controls, and initial conditions that are expressions.
 
 .. math::
-    J(z) = \tilde J(z, E(z)) + R(z), \qquad
-    J' = \tilde J_z + E'^T \tilde J_{u_0} + R', \qquad
-    J''\,dz = S^T \tilde J''\, S\,dz + (E''dz)^T \tilde J_{u_0} + R''dz, \quad S\,dz = (dz, E'dz),
+    J(z) &= \sum_i w_i\, J_i(S_i(z)) + R(z), \\
+    J'(z) &= \sum_i w_i\, S_i'(z)^T J_i' + R'(z), \\
+    J''(z)\,dz &= \sum_i w_i \big( S_i'^T J_i''\, S_i'\,dz + (S_i''\,dz)^T J_i' \big) + R''(z)\,dz .
 
-so sweeps know nothing of the expression (:mod:`pint_fem.evolution.initial`).
+In a sum, such as that of several experiments with one unknown, :math:`S_i` selects the controls of term :math:`i` and
+there is no :math:`R`. Where the initial condition is an expression :math:`E` of controls, there is one term, in which
+the initial condition is a control of its own, :math:`S(z) = (z, E(z))`; sweeps do not involve the expression. :math:`R`
+has the regularisations of controls that are in the expression alone. Each evolution has trajectories and solvers of its
+own; all are on one process grid and are solved one after another.
 """
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Callable, Sequence
 
-from pint_fem.adjoint.consistency.same_problem import require_same_forms, require_same_values
-from pint_fem.adjoint.control_layout import ControlLayout
-from pint_fem.adjoint.memory import Memory
+import numpy as np
+import ufl
+from mpi4py import MPI
+
+from pint_fem.adjoint.consistency.problem_data import require_same_forms, require_same_values
+from pint_fem.adjoint.control_layout import ControlLayout, ControlSet
+from pint_fem.adjoint.interface import ControlProblem, Term, as_vector
 from pint_fem.adjoint.problem import ReducedProblem
 from pint_fem.adjoint.regularisation import Regularisation
-from pint_fem.evolution.evolution import Evolution
+from pint_fem.collective import require_same
+from pint_fem.errors import InputError
 from pint_fem.evolution.initial import InitialExpression
+from pint_fem.misfits.base import BlockMisfit
 
-__all__ = ["ComposedProblem", "SoughtControls"]
+__all__ = ["ComposedProblem", "problem_with_initial_expression", "sum_of_problems"]
 
 
-class SoughtControls:
-    """An evolution with the controls as the user gave them, without the initial condition that they make.
+class Selection:
+    """The map :math:`S` that selects the controls of one problem among those of another one.
 
     Parameters
     ----------
-    evolution
-        As the user gave it; everything else is its.
+    outer, inner
+        Layouts of all controls and of the selected ones.
 
     Attributes
     ----------
-    controls, parameters : tuple of Function
-        All, and the static ones first.
-    initial_control : None
-        It is no control of its own.
+    is_affine : bool
+        Whether the second derivative vanishes.
     """
 
-    initial_control = None
+    is_affine = True
 
-    def __init__(self, evolution: Evolution):
-        self._evolution, self.controls = evolution, tuple(evolution.sought)
-        self.parameters = tuple(sorted(self.controls, key=lambda c: c in evolution.stepwise))
+    def __init__(self, outer: ControlLayout, inner: ControlLayout):
+        self.outer, self.inner = outer, inner
 
-    @property
-    def posed(self) -> SoughtControls:
-        """Itself."""
-        return self
+    def value(self, z: np.ndarray) -> np.ndarray:
+        """Return ``S(z)``."""
+        return self.inner.join([self.outer.part(z, control) for control in self.inner.evolution.controls])
 
-    def __getattr__(self, name: str):
-        return getattr(self._evolution, name)
+    def tangent(self, z: np.ndarray, dz: np.ndarray) -> np.ndarray:
+        """Return ``S'(z) dz``."""
+        return self.value(dz)
+
+    def add_adjoint(self, out: np.ndarray, z: np.ndarray, dual: np.ndarray, weight: float) -> None:
+        """Add ``weight * S'(z)^T dual`` to a dual vector."""
+        for control, part in zip(self.inner.evolution.controls, self.inner.parts(dual), strict=True):
+            self.outer.part(out, control)[...] += weight * part
+
+    def add_second(self, out: np.ndarray, z: np.ndarray, dz: np.ndarray, dual: np.ndarray, weight: float) -> None:
+        """Add ``weight * (S''(z) dz)^T dual`` to a dual vector."""
+
+    def update_data(self) -> None:
+        """Discard what was computed from data that have been read again."""
 
 
-class ComposedProblem:
-    """See the module; what optimisers see of a :class:`~pint_fem.adjoint.problem.ReducedProblem`.
+class InitialConditionMap(Selection):
+    """The map :math:`z \\mapsto (z, E(z))` that adds the initial condition to the controls that determine it.
 
     Parameters
     ----------
+    outer
+        Layout of the controls that the user gave.
     problem
-        Of the evolution, with the initial condition as one of its controls.
-    forms
-        Functionals of the regularisation with controls that are in the expression only.
-
-    Attributes
-    ----------
-    layout : ControlLayout
-        Of the controls that the user gave.
+        That of the evolution, with the initial condition as a control.
     """
 
-    def __init__(self, problem: ReducedProblem, forms: list):
-        self.problem, self.spacetime = problem, problem.spacetime
+    def __init__(self, outer: ControlLayout, problem: ReducedProblem):
+        super().__init__(outer, problem.layout)
         posed, own = problem.evolution, problem.sweeps.evolution
-        self.evolution = SoughtControls(posed)
-        self.layout = ControlLayout(self.evolution, self.spacetime, problem.layout.slab)
-        inside = [c for c in posed.sought if c in posed.in_initial]
-        self._inside = inside
-        self._expression = InitialExpression(own.initial_expression, own.V, [own.copies.variable(c) for c in inside])
-        self._forms, self._own, self._parts = forms, own, {}
-        require_same_forms(self.spacetime, **{"the regularisation of the initial condition's controls": forms})
-        self.regularisation = Regularisation(forms, self.layout, own) if forms else None
-        require_same_values(self.spacetime, own.copies)
+        self._initial = posed.initial
+        self._inside = [c for c in posed.sought if c in posed.in_initial]
+        variables = [own.copies.variable(c) for c in self._inside]
+        self._expression = InitialExpression(own.initial_expression, own.V, variables)
+        self.is_affine = self._expression.affine
+
+    def _arguments(self, z: np.ndarray) -> list[np.ndarray]:
+        """Own values of the controls in the expression."""
+        return [self.outer.part(z, c) for c in self._inside]
+
+    def _joined(self, z: np.ndarray, initial: np.ndarray) -> np.ndarray:
+        """The vector of the evolution's controls."""
+        controls = self.inner.evolution.controls
+        return self.inner.join([initial if c is self._initial else self.outer.part(z, c) for c in controls])
+
+    def _add(self, out: np.ndarray, parts: Sequence[np.ndarray], weight: float) -> None:
+        for control, part in zip(self._inside, parts, strict=True):
+            self.outer.part(out, control)[...] += weight * part
+
+    def value(self, z):
+        """Return ``(z, E(z))``."""
+        return self._joined(z, self._expression.value(self._arguments(z)))
+
+    def tangent(self, z, dz):
+        """Return ``(dz, E'(z) dz)``."""
+        return self._joined(dz, self._expression.tangent(self._arguments(z), self._arguments(dz)))
+
+    def add_adjoint(self, out, z, dual, weight):
+        """Add the part of the given controls, and ``E'(z)^T`` of the part of the initial condition."""
+        for control in self.inner.evolution.controls:
+            if control is not self._initial:
+                self.outer.part(out, control)[...] += weight * self.inner.part(dual, control)
+        first_adjoint = np.array(self.inner.part(dual, self._initial))
+        self._add(out, self._expression.adjoint(self._arguments(z), first_adjoint), weight)
+
+    def add_second(self, out, z, dz, dual, weight):
+        """Add ``(E''(z) dz)^T`` of the part of the initial condition."""
+        first_adjoint = self.inner.part(dual, self._initial)
+        self._add(out, self._expression.second(self._arguments(z), self._arguments(dz), first_adjoint), weight)
+
+    def update_data(self):
+        """Discard the cached derivative of the expression."""
+        self._expression.forget()
+
+
+class ComposedProblem(ControlProblem):
+    """A weighted sum of problems, each of them a function of some of the controls, and a regularisation.
+
+    Parameters
+    ----------
+    terms
+        Weights, problems and maps to their controls.
+    layout
+        All controls.
+    make_regularisation
+        Returns the regularisation besides those of the terms, with the current values of its data.
+    """
+
+    def __init__(self, terms: Sequence[Term], layout: ControlLayout, make_regularisation: Callable = lambda: None):
+        self.terms, self.layout, self.evolution, self.spacetime = terms, layout, layout.evolution, layout.spacetime
+        self._make_regularisation, self.regularisation = make_regularisation, make_regularisation()
+        self._own_part = 0.0  # the regularisation's last value
 
     @property
     def is_quadratic(self) -> bool:
         """Whether ``J`` is a quadratic function of the controls."""
-        quadratic = self.regularisation is None or self.regularisation.quadratic
-        return self.problem.is_quadratic and self._expression.affine and quadratic
-
-    # -- between the vectors -------------------------------------------------------------------------------------------
-    def _arguments(self, z: np.ndarray) -> list[np.ndarray]:
-        """Own values of the controls in the expression."""
-        return [self.layout.part(z, c) for c in self._inside]
-
-    def _joined(self, z: np.ndarray, initial: np.ndarray) -> np.ndarray:
-        """A vector of the evolution's controls."""
-        ev, outer = self.problem.evolution, self.layout
-        return self.problem.layout.join([initial if c is ev.initial else outer.part(z, c) for c in ev.controls])
-
-    def selected(self, z: np.ndarray) -> np.ndarray:
-        """``(z, E(z))``."""
-        return self._joined(z, self._expression.value(self._arguments(z)))
-
-    def _along(self, z: np.ndarray, dz: np.ndarray) -> np.ndarray:
-        """``S dz``."""
-        return self._joined(dz, self._expression.tangent(self._arguments(z), self._arguments(dz)))
-
-    def _pulled_back(self, z: np.ndarray, dual: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """``S^T`` of a dual vector, and its part by the initial condition."""
-        ev, out, lam = self.problem.evolution, np.zeros(self.layout.size), None
-        for control, part in zip(ev.controls, self.problem.layout.parts(dual), strict=True):
-            if control is ev.initial:
-                lam = np.array(part)
-            else:
-                self.layout.part(out, control)[...] += part
-        self._add(out, self._expression.adjoint(self._arguments(z), lam))
-        return out, lam
-
-    def _add(self, out: np.ndarray, parts: list[np.ndarray]) -> None:
-        for control, part in zip(self._inside, parts, strict=True):
-            self.layout.part(out, control)[...] += part
-
-    # -- values --------------------------------------------------------------------------------------------------------
-    def value(self, z: np.ndarray) -> float:
-        """``J(z)``; the same bits on every rank."""
-        z = np.asarray(z, dtype=float).ravel()
-        total = self.problem.value(self.selected(z))
-        self._parts = self.problem.parts
-        if self.regularisation is not None:
-            more = self.regularisation.value(z)
-            total, self._parts["regularisation"] = total + more, self._parts["regularisation"] + more
-        return total
+        terms = all(term.problem.is_quadratic and term.map.is_affine for term in self.terms)
+        return terms and (self.regularisation is None or self.regularisation.quadratic)
 
     @property
     def parts(self) -> dict[str, float]:
-        """Misfit and regularisation of the controls asked for last."""
-        return dict(self._parts)
+        """Value of the ``"misfit"`` and of the ``"regularisation"`` at the last control."""
+        out: dict[str, float] = {}
+        for weight, problem, _ in self.terms:
+            for name, value in problem.parts.items():
+                out[name] = out.get(name, 0.0) + weight * value
+        if out and self.regularisation is not None:
+            out["regularisation"] += self._own_part
+        return out
+
+    def _collected(self, duals: Sequence[np.ndarray], z: np.ndarray) -> np.ndarray:
+        """Return the sum of ``w_i S_i'(z)^T`` of a dual vector for each term."""
+        out = np.zeros(self.layout.size)
+        for term, dual in zip(self.terms, duals, strict=True):
+            term.map.add_adjoint(out, z, dual, term.weight)
+        return out
+
+    def value(self, z: np.ndarray) -> float:
+        """Return ``J(z)``, the identical number on every rank."""
+        z = as_vector(z)
+        total = sum(term.weight * term.problem.value(term.map.value(z)) for term in self.terms)
+        if self.regularisation is None:
+            return total
+        self._own_part = self.regularisation.value(z)
+        return total + self._own_part
 
     def derivative(self, z: np.ndarray) -> np.ndarray:
-        """``J'(z)`` as a dual vector."""
-        z = np.asarray(z, dtype=float).ravel()
-        g, _ = self._pulled_back(z, self.problem.derivative(self.selected(z)))
+        """Return ``J'(z)`` as a dual vector."""
+        z = as_vector(z)
+        g = self._collected([term.problem.derivative(term.map.value(z)) for term in self.terms], z)
         return g if self.regularisation is None else g + self.regularisation.gradient(z)
 
     def tangent_value(self, z: np.ndarray, dz: np.ndarray) -> float:
-        """``J'(z) dz`` by a tangent sweep."""
-        z, dz = (np.asarray(v, dtype=float).ravel() for v in (z, dz))
-        total = self.problem.tangent_value(self.selected(z), self._along(z, dz))
+        """Return ``J'(z) dz``, computed by a tangent sweep for each term."""
+        z, dz = as_vector(z), as_vector(dz)
+        total = sum(w * problem.tangent_value(map.value(z), map.tangent(z, dz)) for w, problem, map in self.terms)
         if self.regularisation is not None:
             total += self.layout.pairing(self.regularisation.gradient(z), dz)
         return total
 
     def hessian_action(self, z: np.ndarray, dz: np.ndarray, *, gauss_newton: bool = False) -> np.ndarray:
-        """``J''(z) dz`` as a dual vector; the Gauss-Newton action leaves out ``E''``, too."""
-        z, dz = (np.asarray(v, dtype=float).ravel() for v in (z, dz))
-        inner = self.selected(z)
-        h, _ = self._pulled_back(z, self.problem.hessian_action(inner, self._along(z, dz), gauss_newton=gauss_newton))
-        if not gauss_newton and not self._expression.affine:
-            lam = self.problem.layout.part(self.problem.derivative(inner), self.problem.evolution.initial)
-            self._add(h, self._expression.second(self._arguments(z), self._arguments(dz), lam))
-        return h if self.regularisation is None else h + self.regularisation.hessian(z, dz)
-
-    def gradient_error(self, z: np.ndarray) -> np.ndarray | None:
-        """See :meth:`ReducedProblem.gradient_error`."""
-        z = np.asarray(z, dtype=float).ravel()
-        error = self.problem.gradient_error(self.selected(z))
-        return None if error is None else self._pulled_back(z, error)[0]
+        """Return ``J''(z) dz`` as a dual vector; with ``gauss_newton`` without second derivatives of steps and maps."""
+        z, dz, out = as_vector(z), as_vector(dz), np.zeros(self.layout.size)
+        for weight, problem, map in self.terms:
+            inner = map.value(z)
+            h = problem.hessian_action(inner, map.tangent(z, dz), gauss_newton=gauss_newton)
+            map.add_adjoint(out, z, h, weight)
+            if not gauss_newton and not map.is_affine:
+                map.add_second(out, z, dz, problem.derivative(inner), weight)
+        return out if self.regularisation is None else out + self.regularisation.hessian(z, dz)
 
     def advance(self, z: np.ndarray) -> tuple[float, np.ndarray, float]:
-        """``J`` and ``J'`` after one MGRIT cycle for state and adjoint, and the larger residual."""
-        z = np.asarray(z, dtype=float).ravel()
-        value, g, residual = self.problem.advance(self.selected(z))
-        g, _ = self._pulled_back(z, g)
+        """Return ``J`` and ``J'`` after one MGRIT cycle for each state and adjoint, and the largest residual."""
+        z = as_vector(z)
+        values, duals, residuals = zip(*(t.problem.advance(t.map.value(z)) for t in self.terms), strict=True)
+        value = sum(term.weight * v for term, v in zip(self.terms, values, strict=True))
+        g = self._collected(duals, z)
         if self.regularisation is not None:
             value, g = value + self.regularisation.value(z), g + self.regularisation.gradient(z)
-        return value, g, residual
+        return value, g, max(residuals)
 
-    # -- of the evolution's problem ------------------------------------------------------------------------------------
-    def observations(self, z: np.ndarray, misfit) -> np.ndarray:
-        """What a misfit observes, see :meth:`ReducedProblem.observations`."""
-        return self.problem.observations(self.selected(np.ravel(z)), misfit)
+    def gradient_error(self, z: np.ndarray) -> np.ndarray | None:
+        """Return the error of ``J'(z)`` where all terms fit their data up to about the error of their states."""
+        z = as_vector(z)
+        errors = [term.problem.gradient_error(term.map.value(z)) for term in self.terms]
+        return None if any(error is None for error in errors) else self._collected(errors, z)
+
+    def observations(self, z: np.ndarray, misfit: BlockMisfit) -> np.ndarray:
+        """Return what a misfit of one of the terms observes at the local points, ``(k + 1, width)``."""
+        for term in self.terms:
+            if any(leaf.index_of(misfit) is not None for leaf in term.problem.leaves):
+                return term.problem.observations(term.map.value(as_vector(z)), misfit)
+        raise InputError(f"observations of {misfit!r}: give a misfit of one of the terms")
 
     def update_data(self) -> list[str]:
-        """Read the user's data again; what has other values than before."""
-        changed = self.problem.update_data()
-        self._expression.forget()
-        if self._forms:
-            self.regularisation = Regularisation(self._forms, self.layout, self._own)
+        """Read the user's data again, and return the names of those that have other values than before."""
+        changed = super().update_data()
+        self.regularisation = self._make_regularisation()
         return changed
 
-    def forget(self) -> None:
-        """Forget what was solved: the next solves start cold."""
-        self.problem.forget()
 
-    def keep_points(self, count: int) -> None:
-        """Remember the last ``count`` controls and their trajectories."""
-        self.problem.keep_points(count)
+def sum_of_problems(terms: Sequence[tuple[float, ControlProblem]]) -> ComposedProblem:
+    """Return the weighted sum of problems, in which equal controls are shared.
 
-    def memory(self) -> Memory:
-        """Memory of this rank by part; the expression's matrices are not counted."""
-        return self.problem.memory()
+    Parameters
+    ----------
+    terms
+        Finite weights and problems (sums among them), all on one process grid.
+
+    Raises
+    ------
+    InputError
+        On every rank, if the terms cannot be added.
+    """
+    weights, problems = [float(weight) for weight, _ in terms], [problem for _, problem in terms]
+    spacetime = problems[0].spacetime
+    require_same(spacetime.comm, **{"weights of the terms of a sum": weights})
+    if not np.isfinite(weights).all():
+        raise InputError(f"a sum of functionals with weights {weights}: give finite numbers")
+    for other in problems[1:]:
+        grids = [(p.spacetime.space_size, p.spacetime.time_size) for p in (problems[0], other)]
+        same = MPI.Comm.Compare(spacetime.comm, other.spacetime.comm) in (MPI.IDENT, MPI.CONGRUENT)
+        if grids[0] != grids[1] or not same:
+            raise InputError(
+                f"a sum of functionals on process grids {grids[0]} and {grids[1]} (space, time): build all of them "
+                "with the same spacetime="
+            )
+    controls = ControlSet([problem.evolution for problem in problems])
+    for leaf in (leaf for problem in problems for leaf in problem.leaves):
+        data = leaf.sweeps.evolution.copies.data
+        if fixed := [repr(c.name()) for c in controls.controls if c in data]:
+            raise InputError(
+                f"a sum of functionals: {', '.join(fixed)} is a control of one evolution and data of another one, "
+                "which would keep its value: give it in the control= of both (the same Function), or give the "
+                "other one a copy, q.copy(deepcopy=True), if it is to keep its value"
+            )
+    slabs = [problem.layout.slab for problem in problems if problem.evolution.stepwise]
+    if len({slab.bounds for slab in slabs}) > 1:
+        raise InputError(
+            "a sum of functionals whose time ranks own different steps of a control with a value in each step: "
+            "give all of them the same mgrit storage and coarsening"
+        )
+    layout = ControlLayout(controls, spacetime, (slabs or [problems[0].layout.slab])[0])
+    maps = [Selection(layout, problem.layout) for problem in problems]
+    return ComposedProblem([Term(*term) for term in zip(weights, problems, maps, strict=True)], layout)
+
+
+def problem_with_initial_expression(problem: ReducedProblem, forms: Sequence[ufl.Form]) -> ComposedProblem:
+    """Return the problem of an evolution whose initial condition is an expression of controls.
+
+    Parameters
+    ----------
+    problem
+        That of the evolution, with the initial condition as a control.
+    forms
+        Functionals of the regularisation that contain controls which are in the expression only.
+
+    Raises
+    ------
+    InputError
+        On every rank, if the functionals do not fit, or data differ between ranks.
+    """
+    own, spacetime = problem.sweeps.evolution, problem.spacetime
+    layout = ControlLayout(ControlSet([problem.evolution]), spacetime, problem.layout.slab)
+    term = Term(1.0, problem, InitialConditionMap(layout, problem))
+    require_same_forms(spacetime, **{"the regularisation of the initial condition's controls": forms})
+    composed = ComposedProblem([term], layout, lambda: Regularisation(forms, layout, own) if forms else None)
+    require_same_values(spacetime, own.copies)
+    return composed

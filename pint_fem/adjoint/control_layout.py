@@ -1,44 +1,101 @@
-"""Where each control of a problem stands in the flat vector that solvers and optimisers see.
+"""Position of each control in the flat vector on which solvers and optimisers work.
 
-A rank's part of the vector holds its own values of the static controls, of the initial condition, and of the controls
-with a value a step for its own steps, in this order. What is static is the same on all ranks in time; it counts once
-in inner products.
+A rank's part of the vector holds, in this order, its own values of the static controls, of the initial condition, and
+of the controls with one value per step for its own steps. Static values are the same on all ranks in time, and count
+once in inner products.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 import numpy as np
 from firedrake import Function
 
+from pint_fem.errors import InputError
 from pint_fem.evolution.evolution import Evolution
 from pint_fem.kernels.arrays import own_size
 from pint_fem.spacetime import Slab, SpaceTime
 
-__all__ = ["ControlLayout"]
+__all__ = ["ControlLayout", "ControlSet"]
+
+
+class ControlSet:
+    """The controls of one or several evolutions, each once, as the user gave them.
+
+    It stands for an evolution in the layout of a problem that is composed of others. There, initial conditions are
+    static controls.
+
+    Parameters
+    ----------
+    evolutions
+        A control is shared where it is the same Function. Of an evolution whose initial condition is an expression, the
+        controls in the expression are taken instead of the initial condition.
+
+    Attributes
+    ----------
+    controls, stepwise, parameters : tuple of Function
+        All, in the order in which they come; those with one value per step; all, the static ones first.
+    dt, nsteps : float, int
+        Of the controls with one value per step.
+    per_step : bool
+        Whether there are controls with one value per step.
+    initial_control : None
+        No initial condition has a place of its own.
+
+    Raises
+    ------
+    InputError
+        On every rank, if a control is static in one evolution and has one value per step in another, or time steps of
+        such controls differ.
+    """
+
+    initial_control = None
+
+    def __init__(self, evolutions: Sequence[Evolution | ControlSet]):
+        own = {ev: ev.sought if isinstance(ev, Evolution) else ev.controls for ev in evolutions}
+        self.controls = tuple(dict.fromkeys(c for controls in own.values() for c in controls))
+        self.stepwise = tuple(dict.fromkeys(c for ev in own for c in ev.stepwise))
+        for control in self.stepwise:
+            if any(control in controls and control not in ev.stepwise for ev, controls in own.items()):
+                raise InputError(
+                    f"control {control.name()!r} is static in one evolution and has a value in each step in another: "
+                    "give both the same per_step="
+                )
+        self.parameters = tuple(sorted(self.controls, key=lambda c: c in self.stepwise))
+        self.per_step = bool(self.stepwise)
+        moving = [ev for ev in own if ev.stepwise]
+        steps = {(ev.dt, ev.nsteps) for ev in moving}
+        if len(steps) > 1:
+            raise InputError(
+                "controls with a value in each step in evolutions with different steps (dt, nsteps), "
+                f"{sorted(steps)}: give these evolutions the same ones"
+            )
+        self.dt, self.nsteps = ((moving or list(own))[0].dt, (moving or list(own))[0].nsteps)
 
 
 class ControlLayout:
-    """See the module.
+    """Views of each control's values in a flat vector, and products of such vectors.
 
     Parameters
     ----------
     evolution
-        With at least one control.
+        The controls, at least one; the user's own functions, which serve as keys.
     spacetime, slab
         Process grid and own steps.
 
     Attributes
     ----------
     size : int
-        Length of this rank's part.
+        Length of this rank's part of a vector.
     static_size : int
-        How many of its first entries are of static controls and the initial condition.
+        Number of its first entries that belong to static controls and the initial condition.
+    owned : ndarray of bool, shape (size,)
+        Entries that this rank contributes; the others are copies of those of the first rank in time.
     """
 
-    def __init__(self, evolution: Evolution, spacetime: SpaceTime, slab: Slab):
-        #: As the user gave it: controls are the user's own functions here, as keys.
-        self.evolution = evolution = evolution.posed
-        self.spacetime, self.slab = spacetime, slab
+    def __init__(self, evolution: Evolution | ControlSet, spacetime: SpaceTime, slab: Slab):
+        self.evolution, self.spacetime, self.slab = evolution, spacetime, slab
         self._static = [c for c in evolution.parameters if c not in evolution.stepwise]
         initial = [] if evolution.initial_control is None else [evolution.initial_control]
         self._slices: dict[Function, slice] = {}
@@ -51,29 +108,31 @@ class ControlLayout:
         self.size = place
         self.static_size = min((self._slices[c].start for c in evolution.stepwise), default=place)
         self._nstatic = sum(own_size(c.function_space()) for c in self._static)
+        self.owned = np.ones(self.size, dtype=bool)
+        if spacetime.time_comm.rank:
+            self.owned[: self.static_size] = False
 
     # -- between the vector and the controls' own values ---------------------------------------------------------------
     def part(self, z: np.ndarray, control: Function) -> np.ndarray:
-        """View of a control's values in a vector: ``(n,)``, or ``(k, n)`` for one a step."""
+        """Return a view of a control's values in a vector: ``(n,)``, or ``(k, n)`` for one value per step."""
         view = z[self._slices[control]]
         return view.reshape(self.slab.k, -1) if control in self.evolution.stepwise else view
 
     def parts(self, z: np.ndarray) -> list[np.ndarray]:
-        """Views of all, in the order of the evolution's ``controls``."""
+        """Return views of all controls' values, in the order of the evolution's ``controls``."""
         return [self.part(z, control) for control in self.evolution.controls]
 
-    def join(self, values) -> np.ndarray:
-        """The vector of all controls' values, in the order of the evolution's ``controls``."""
+    def join(self, values: Iterable[np.ndarray]) -> np.ndarray:
+        """Return the vector of all controls' values, given in the order of the evolution's ``controls``."""
         z = np.empty(self.size)
         for target, value in zip(self.parts(z), values, strict=True):
             target[...] = value
         return z
 
-    # -- between the vector and what sweeps want -----------------------------------------------------------------------
+    # -- between the vector and sweeps, for one evolution --------------------------------------------------------------
     def steps(self, z: np.ndarray) -> np.ndarray | None:
-        """The vectors of controls of the own steps: ``(nz,)`` if all are the same, else ``(k, nz)``; ``None`` without.
-
-        Static controls stand in each row where others have a value a step.
+        """Return the controls of the own steps: ``(nz,)`` if all steps have the same ones, else ``(k, nz)`` with the
+        static ones repeated in each row; ``None`` where no step has a control.
         """
         ev = self.evolution
         if not ev.parameters:
@@ -90,13 +149,20 @@ class ControlLayout:
         return rows
 
     def initial(self, z: np.ndarray) -> np.ndarray | None:
-        """The initial condition in a vector, ``None`` where it is no control."""
+        """Return the initial condition in a vector, ``(n,)``; ``None`` where it is no control."""
         control = self.evolution.initial_control
         return None if control is None else self.part(z, control)
 
     def gradient(self, steps: np.ndarray | None, first_adjoint: np.ndarray) -> np.ndarray:
-        """The dual vector of derivatives by the own steps' controls, ``(nz,)`` or ``(k, nz)``, summed over time where
-        static, and by the initial condition: the adjoint ``(n,)`` of the first point, given on the first rank in time.
+        """Return the dual vector of derivatives by all controls (collective over time).
+
+        Parameters
+        ----------
+        steps
+            Derivatives by the controls of the own steps, ``(nz,)`` or ``(k, nz)``; static ones are summed over time.
+        first_adjoint
+            Adjoint of the slab's first point, ``(n,)``; on the first rank in time the derivative by the initial
+            condition.
         """
         ev, g = self.evolution, np.empty(self.size)
         if ev.per_step:
@@ -112,27 +178,17 @@ class ControlLayout:
             self.part(g, ev.initial_control)[...] = row
         return g
 
+    # -- over the process grid -----------------------------------------------------------------------------------------
     def pairing(self, dual: np.ndarray, primal: np.ndarray) -> float:
-        """A dual vector's value at a primal one; the same bits on every rank."""
+        """Return the value of a dual vector at a primal one, the identical number on every rank (collective)."""
         split = self.static_size
         local = np.array([dual[:split] @ primal[:split], dual[split:] @ primal[split:]])
         local = self.spacetime.sum_over_space(local)
         return float(local[0] + (self.spacetime.sum_over_time(local[1:])[0] if self.evolution.per_step else 0.0))
 
     def share(self, z: np.ndarray) -> None:
-        """Give what is static to all ranks in time from the first."""
-        split = self.static_size
+        """Overwrite the static part of a vector by that of the first rank in time (collective over time)."""
         if self.spacetime.time_comm.size > 1:
-            static = np.ascontiguousarray(z[:split])
+            static = np.ascontiguousarray(z[: self.static_size])
             self.spacetime.time_comm.Bcast(static, root=0)
-            z[:split] = static
-
-    @property
-    def owned(self) -> np.ndarray:
-        """Which entries this rank contributes; the others are copies of those of the first rank in time."""
-        mask = np.ones(self.size, dtype=bool)
-        if self.spacetime.time_comm.rank:
-            for control in self.evolution.controls:
-                if control not in self.evolution.stepwise:
-                    mask[self._slices[control]] = False
-        return mask
+            z[: self.static_size] = static

@@ -1,17 +1,32 @@
-"""What a reduced problem has computed for one control: trajectories, how accurately they are solved, values."""
+"""Trajectories, values and derivatives of the last controls at which a reduced problem was evaluated, and the solves
+for them.
+
+An evaluation is found by the value of its control, which all ranks compare at the same time: they either all use the
+cached one or all solve anew, and a rank with another control, direction or tolerance is an error on every rank.
+
+Solves may have a tolerance of their own (``rtol``): a trajectory that is cached to this tolerance or better is not
+solved again, one that is less accurate is the first guess. ``cycles`` runs that many cycles instead.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
 import numpy as np
 
+from pint_fem.adjoint.consistency.control_values import ControlConsistency
+from pint_fem.adjoint.consistency.user_data import UserData
+from pint_fem.adjoint.control_layout import ControlLayout
 from pint_fem.all_at_once.stopping import SolveResult
+from pint_fem.errors import FAILURES, SolverFailure
 from pint_fem.sweeps.sweeps import Sweeps
 
-__all__ = ["Point", "relative_residual"]
+__all__ = ["Evaluation", "EvaluationCache", "relative_residual"]
 
 
-class Point:
-    """What is known at a control.
+class Evaluation:
+    """Trajectories at one control, how accurately they are solved, and what was computed from them.
 
     Attributes
     ----------
@@ -20,11 +35,19 @@ class Point:
     U, L : ndarray, shape (k + 1, n)
         State and adjoint, or first guesses of them; at the C-points with ``storage="C"``.
     state, adjoint : SolveResult or None
-        How they were solved for this control; the adjoint for this state.
+        Results of their solves for this control; the adjoint's for the current state.
+    rtol : dict
+        Tolerances to which ``"state"`` and ``"adjoint"`` are solved.
+    cold : dict
+        Whether each of them holds no solution, so that the next solve starts from the initial condition or from zero.
+    value, gradient : float, ndarray or None
+        ``J`` and ``J'``.
+    parts : dict
+        Value of misfit and regularisation.
     controls : ndarray or None
-        What of the gradient came with the adjoint's right-hand side.
+        Part of the gradient that was computed with the adjoint's right-hand side.
     readings : list of ndarray or None
-        What misfits have observed of the state, where it is not stored at all points.
+        Observations of each misfit, where the state is not stored at all points.
     """
 
     def __init__(self, sweeps: Sweeps):
@@ -32,32 +55,195 @@ class Point:
         self.reset(sweeps.initial)
 
     def reset(self, initial: np.ndarray) -> None:
-        """Forget everything: solves start cold."""
+        """Discard everything: solves start from the initial condition ``(n,)`` and from zero."""
         self.U[:], self.L[:] = initial, 0
-        self.cold = {"state": True, "adjoint": True}  # no solution yet to start from
+        self.cold = {"state": True, "adjoint": True}
         self.move_to(None)
 
     def move_to(self, z: np.ndarray | None) -> None:
-        """Another control; the trajectories are first guesses."""
+        """Set another control, for which the trajectories are first guesses."""
         self.z = None if z is None else z.copy()
         self.state: SolveResult | None = None
-        self.rtol = {"state": np.inf, "adjoint": np.inf}  # tolerances reached
+        self.rtol = {"state": np.inf, "adjoint": np.inf}
         self.state_changed()
 
     def state_changed(self) -> None:
-        """What follows from the state is not known any more."""
+        """Discard what was computed from the state."""
         self.adjoint: SolveResult | None = None
         self.rtol["adjoint"] = np.inf
-        self.value = self.gradient = self.controls = self.readings = None
+        self.value: float | None = None
+        self.gradient = self.controls = self.readings = None
         self.parts: dict[str, float] = {}
 
-    def start_from(self, other: Point) -> None:
-        """Take another point's trajectories as first guesses."""
-        self.U[:], self.L[:] = other.U, other.L
-        self.cold = dict(other.cold)
+
+class EvaluationCache:
+    """The last few evaluations, the latest first, and solves for their trajectories.
+
+    Parameters
+    ----------
+    sweeps, trajectories
+        The solvers, and the adjoint's right-hand side.
+    layout
+        The controls.
+    data
+        The user's data, which are checked for changes with each search.
+    before_first_solve
+        Called once, on all ranks.
+
+    Attributes
+    ----------
+    evaluations : list of Evaluation
+        At least one.
+    """
+
+    def __init__(
+        self, sweeps: Sweeps, trajectories, layout: ControlLayout, data: UserData, before_first_solve: Callable | None
+    ):
+        self._sweeps, self._layout, self._data, self._trajectories = sweeps, layout, data, trajectories
+        self._consistency, self._before_first_solve = ControlConsistency(layout), before_first_solve
+        self.evaluations = [Evaluation(sweeps)]
+
+    @property
+    def latest(self) -> Evaluation:
+        """That of the last control."""
+        return self.evaluations[0]
+
+    def resize(self, count: int) -> None:
+        """Store the last ``count`` evaluations."""
+        del self.evaluations[count:]
+        while len(self.evaluations) < count:
+            self.evaluations.append(Evaluation(self._sweeps))
+
+    def invalidate(self) -> None:
+        """Discard all solutions: the next solves start from the initial condition and from zero."""
+        self._sweeps.solvers.invalidate()
+        for evaluation in self.evaluations:
+            evaluation.reset(self._sweeps.initial)
+
+    def find(self, z: np.ndarray, directions: Mapping[str, np.ndarray] | None = None, **accuracy) -> Evaluation | None:
+        """Return the evaluation of a control, or ``None``, on all ranks the same (one reduction over all ranks).
+
+        Parameters
+        ----------
+        z
+            The control.
+        directions
+            Other vectors of the call by name, compared between ranks as the control is.
+        **accuracy
+            Other arguments of the call, which have to be the same on all ranks.
+
+        Raises
+        ------
+        InputError
+            On every rank, if ranks have other arguments than each other, or the mesh has moved.
+        """
+        z = np.asarray(z, dtype=float)
+        same = [e.z is not None and np.array_equal(e.z, z.ravel()) for e in self.evaluations]
+        votes = [*same, *(not changed for changed in self._data.changed())]
+        vectors = {"control": z, **(directions or {})}
+        votes = self._consistency.require(vectors, call=accuracy, votes=votes, failure=self._data.failure)
+        found = votes[: len(same)]
+        self._data.warn(~votes[len(same) :])
+        return self.evaluations[int(np.argmax(found))] if found.any() else None
+
+    def at(self, z: np.ndarray, **accuracy) -> Evaluation:
+        """Return the evaluation of a control and make it the latest (collective). Where the control is a new one, it
+        replaces the oldest evaluation and starts from the trajectories of the latest.
+
+        Raises
+        ------
+        InputError
+            As :meth:`find` does.
+        """
+        z = np.array(z, dtype=float).ravel()
+        evaluation = self.find(z, **accuracy)
+        if evaluation is None:
+            evaluation = self.evaluations[-1]
+            if evaluation is not self.latest:
+                evaluation.U[:], evaluation.L[:] = self.latest.U, self.latest.L
+                evaluation.cold = dict(self.latest.cold)
+            evaluation.move_to(z)
+        self.evaluations.remove(evaluation)
+        self.evaluations.insert(0, evaluation)
+        return evaluation
+
+    # -- solves --------------------------------------------------------------------------------------------------------
+    def state(self, z: np.ndarray, **accuracy) -> Evaluation:
+        """Return the evaluation of a control with its state solved."""
+        evaluation = self.at(z, **accuracy)
+        steps, initial = self._layout.steps(evaluation.z), self._layout.initial(evaluation.z)
+        solve = lambda U, cold: self._sweeps.state(steps, U, initial=initial, cold=cold, **accuracy)
+        self._solve(evaluation, "state", accuracy, solve)
+        return evaluation
+
+    def adjoint(self, z: np.ndarray, **accuracy) -> Evaluation:
+        """Return the evaluation of a control with its state and adjoint solved."""
+        evaluation = self.state(z, **accuracy)
+        if evaluation.rtol["adjoint"] > accuracy.get("rtol", self._sweeps.options.rtol):
+            self.adjoint_of(evaluation, **accuracy)
+        return evaluation
+
+    def adjoint_of(self, evaluation: Evaluation, **accuracy) -> None:
+        """Solve for the adjoint of the current state."""
+        steps = self._layout.steps(evaluation.z)
+        with self.resetting_on_failure(evaluation):
+            source = self._trajectories.gradient(evaluation, steps)
+        solve = lambda L, cold: self._sweeps.adjoint(steps, evaluation.U, source.rows, L, cold=cold, **accuracy)
+        self._solve(evaluation, "adjoint", accuracy, solve)
+        evaluation.controls = source.controls
+
+    @contextmanager
+    def resetting_on_failure(self, evaluation: Evaluation) -> Iterator[None]:
+        """Discard a trajectory of which no value or gradient can be computed: it is no first guess."""
+        try:
+            yield
+        except SolverFailure:
+            evaluation.reset(self._sweeps.initial)
+            self._sweeps.solvers.invalidate(factors=True)
+            raise
+
+    def _solve(self, evaluation: Evaluation, kind: str, accuracy: dict, solve: Callable) -> None:
+        """Solve for the state or the adjoint, unless it is cached to the required tolerance.
+
+        A solve that fails from a first guess is repeated from the initial condition or from zero, so that no failure is
+        due to earlier controls.
+        """
+        rtol = accuracy.get("rtol", self._sweeps.options.rtol)
+        if "cycles" not in accuracy and evaluation.rtol[kind] <= rtol:
+            return
+        if self._before_first_solve is not None:
+            show, self._before_first_solve = self._before_first_solve, None
+            show()
+        trajectory = evaluation.U if kind == "state" else evaluation.L
+        evaluation.rtol[kind] = np.inf
+        first_guess = self._sweeps.initial if kind == "state" else 0
+        retries = not ("cycles" in accuracy or self._sweeps.solvers.is_sequential)
+        for cold in (True,) if evaluation.cold[kind] else (False, True):
+            if cold:
+                trajectory[:] = first_guess
+            try:
+                result = solve(trajectory, cold=cold)
+                break
+            except FAILURES as failure:
+                trajectory[:] = first_guess
+                self._sweeps.solvers.invalidate(factors=True)
+                if cold or not retries or not isinstance(failure, SolverFailure):
+                    evaluation.cold[kind] = True
+                    evaluation.move_to(None) if kind == "state" else evaluation.state_changed()
+                    raise
+        evaluation.cold[kind] = False
+        if kind == "state":
+            evaluation.state_changed()
+            evaluation.state = result
+        else:
+            evaluation.gradient, evaluation.adjoint = None, result
+        exact = result.reason in ("exact", "serial")
+        evaluation.rtol[kind] = 0.0 if exact else np.inf if "cycles" in accuracy else rtol
 
 
 def relative_residual(result: SolveResult) -> float:
-    """Last residual of a solve relative to the trajectory; 0 for sequential ones, infinite where none was computed."""
+    """Return the last residual of a solve relative to the trajectory; 0 for sequential solves, infinite where none was
+    computed.
+    """
     residual = result.relative_residual
     return np.inf if np.isnan(residual) else residual

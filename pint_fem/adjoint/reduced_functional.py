@@ -1,4 +1,4 @@
-"""The reduced functional of an evolution, or of several that share controls."""
+"""The functional ``J(z)`` of an evolution, or of several that share controls: arguments, defaults and checks."""
 
 from __future__ import annotations
 
@@ -6,62 +6,63 @@ from collections.abc import Callable, Mapping, Sequence
 
 import ufl
 from firedrake import Function
-from firedrake.petsc import PETSc
 from mpi4py import MPI
 from ufl.algorithms import extract_coefficients
 
-from pint_fem.adjoint.composed import ComposedProblem
+from pint_fem.adjoint.composed import problem_with_initial_expression, sum_of_problems
 from pint_fem.adjoint.functional import ControlFunctional
+from pint_fem.adjoint.interface import ControlProblem
 from pint_fem.adjoint.problem import ReducedProblem
 from pint_fem.adjoint.riesz import ControlInner
 from pint_fem.adjoint.states import FinalState
-from pint_fem.adjoint.sums import SumProblem, leaves
 from pint_fem.errors import InputError
 from pint_fem.evolution.evolution import Evolution
-from pint_fem.petsc_options.types import require_types
+from pint_fem.misfits.base import Misfit
+from pint_fem.petsc_options.spelling import require_prefix
 from pint_fem.propagators import make_propagator
 from pint_fem.spacetime import SpaceTime
-from pint_fem.sweeps.selection import mgrit_options, read_time_solver
+from pint_fem.sweeps.selection import krylov_options, mgrit_options, read_time_solver
 from pint_fem.sweeps.sweeps import Sweeps
 
 __all__ = ["TimeParallelReducedFunctional", "mgrit_options"]
 
 
 class TimeParallelReducedFunctional(ControlFunctional):
-    r"""``J(z)`` of an evolution's control, its derivative and Hessian action, parallel in time.
+    """``J(z)`` of an evolution's controls, its derivative and Hessian action, parallel in time.
 
-    Converged, it is the functional that a serial pyadjoint tape of the same steps differentiates; use it with
-    ``taylor_test``, ``minimize`` and ``TAOSolver``, or :meth:`minimize_trust_region`. Functionals can be added and
-    multiplied by numbers, see :class:`~pint_fem.adjoint.functional.ControlFunctional`. Forms are integrated with the
-    quadrature degrees that ``assemble`` takes for them as they are given, and so are their derivatives, of which
-    pyadjoint estimates the degrees anew: give ``dx(degree=...)`` to compare where no rule is exact
+    Converged, it is the functional that a serial pyadjoint tape of the same steps differentiates; it works with
+    ``taylor_test``, ``minimize`` and ``TAOSolver``, and has :meth:`minimize_trust_region`. Functionals can be added and
+    multiplied by numbers (:class:`~pint_fem.adjoint.functional.ControlFunctional`). Forms and their derivatives are
+    integrated with the quadrature degrees that ``assemble`` uses for the forms as they are given; pyadjoint estimates
+    the degree of each derivative anew, so give ``dx(degree=...)`` to compare with it where no rule is exact
     (:mod:`~pint_fem.evolution.quadrature`).
 
     Parameters
     ----------
     evolution
-        The problem, with a ``control`` or several. A list of them are several experiments on one process grid: ``J`` is
-        the sum, and controls that are the same Function are shared.
+        The problem, with one or several controls. A list stands for several experiments on one process grid: ``J`` is
+        their sum, and controls that are the same Function are shared.
     misfits
         One or several of :mod:`pint_fem.misfits.functionals`; for a list of evolutions a list with as many entries.
     regularisation
-        UFL functional of the controls, or several; of controls with a value a step it is summed with weight ``dt``.
-        With several evolutions it counts once, and the controls in each functional are of one evolution.
+        UFL functional of the controls, or several; for controls with one value per step it is summed with weight
+        ``dt``. With several evolutions it counts once, and the controls in each functional are of one evolution.
     spacetime
         Process grid; the evolution's mesh lives on its ``space_comm``. Default: all ranks of the mesh's communicator
         in space.
     solver_parameters
         ``{"mgrit": {...}, "paradiag": {...}, "time_solver": "mgrit" | "paradiag" | "serial" | "auto",
         "spatial_coarsening": [0, 1]}``; options of the time solvers also from the command line (``-mgrit_rtol 1e-8``,
-        ``-paradiag_alpha 1e-4``). ``"auto"`` asks theory and prints what it chose and why. ``spatial_coarsening``
-        steps on coarser meshes of the evolution's ``MeshHierarchy`` on coarse levels: for each how many meshes coarser
-        than the finest it is, the last number going on, or ``True`` for one more on each
-        (:class:`~pint_fem.propagators.spatial.SpatialLevels`). It changes the iterates, not what they converge to.
-        ``"norm"``: residuals in ``"l2"`` of coefficients or ``"L2"``.
+        ``-paradiag_alpha 1e-4``). ``"auto"`` chooses by a-priori convergence estimates and prints the choice and the
+        reason. ``spatial_coarsening`` uses coarser meshes of the evolution's ``MeshHierarchy`` on coarse levels: for
+        each level the number of refinements less than on the finest (the last number holds for all further levels), or
+        ``True`` for one less on each (:class:`~pint_fem.propagators.spatial.SpatialLevels`). It changes the iterates,
+        not their limit. ``"norm"``: residuals in ``"l2"`` of coefficients or ``"L2"``.
         ``"krylov": {"ksp_type": "fgmres"}`` accelerates linear sweeps (also ``-mgrit_ksp_type``...).
     riesz_map
-        Of the trust region and of ``apply_riesz``: a kind of :class:`~pint_fem.adjoint.riesz.RieszMap` (``"L2"``,
-        ``"H1"``, ``"l2"``, ``"lumped"``, a bilinear form or a ``firedrake.RieszMap``), or a list with one a control.
+        The inner product of the trust region and of ``apply_riesz``: a kind of
+        :class:`~pint_fem.adjoint.riesz.RieszMap` (``"L2"``, ``"H1"``, ``"l2"``, ``"lumped"``, a bilinear form or a
+        ``firedrake.RieszMap``), or a list with one for each control.
     coarse_tableau
         Integrator of the coarse levels; default: the evolution's.
     propagator
@@ -69,30 +70,37 @@ class TimeParallelReducedFunctional(ControlFunctional):
     final_state
         A Function in the state's space that holds the final state after each evaluation ``J(z)``, on all ranks in time,
         such as the evolution's ``u`` (which then needs ``initial=`` a function of its own); a list for several
-        evolutions. Default: no function of the user changes. See also :meth:`state`.
+        evolutions. Default: no function of the user changes. :meth:`state` returns states at all times.
     coarse_evolutions
         Instead of ``spatial_coarsening``: an evolution for each coarse level, on meshes of the same hierarchy.
+    printer
+        Prints the lines of monitors and views, on the first rank.
+    options_prefix
+        Prefix of this functional's options in PETSc's database, such as ``"heat_"`` for ``-heat_mgrit_rtol``,
+        ``-heat_paradiag_alpha`` and ``-heat_pint_ksp_view``, so that functionals in one program have options of their
+        own. Without it they read ``-mgrit_rtol`` and so on.
 
     Raises
     ------
     InputError
-        On every rank, when something does not fit.
+        On every rank, if an argument does not fit.
     """
 
     def __init__(
         self,
         evolution: Evolution | Sequence[Evolution],
-        misfits,
+        misfits: Misfit | Sequence[Misfit] | Sequence[Misfit | Sequence[Misfit]],
         *,
-        regularisation=None,
+        regularisation: ufl.Form | Sequence[ufl.Form] | None = None,
         spacetime: SpaceTime | None = None,
         solver_parameters: Mapping | None = None,
         riesz_map="L2",
         coarse_tableau=None,
         propagator: Callable = make_propagator,
-        coarse_evolutions=None,
+        coarse_evolutions: Sequence[Evolution] | None = None,
         final_state: Function | Sequence[Function] | None = None,
         printer: Callable[[str], None] = print,
+        options_prefix: str = "",
     ):
         forms = list(regularisation) if isinstance(regularisation, (list, tuple)) else [regularisation]
         forms = [form for form in forms if form is not None]
@@ -104,18 +112,18 @@ class TimeParallelReducedFunctional(ControlFunctional):
         if spacetime is None:
             space_comm = evolutions[0].V.mesh().comm
             spacetime = SpaceTime((space_comm.size, 1), comm=space_comm)
-        options = spacetime, solver_parameters, coarse_tableau, propagator, coarse_evolutions, printer
+        options = spacetime, solver_parameters, coarse_tableau, propagator, coarse_evolutions, printer, options_prefix
         problems = [_problem(*own, *options) for own in zip(evolutions, own_misfits, own_forms, strict=True)]
-        problem = SumProblem([(1.0, p) for p in problems]) if several else problems[0]
+        problem = sum_of_problems([(1.0, p) for p in problems]) if several else problems[0]
         final = [] if final_state is None else list(final_state) if several else [final_state]
         if final and len(final) != len(problems):
             raise InputError(f"final_state: {len(final)} functions for {len(problems)} evolutions; give one for each")
-        final = [FinalState(leaves(p)[0], f) for p, f in zip(problems, final, strict=False)]
+        final = [FinalState(p.leaves[0], f) for p, f in zip(problems, final, strict=False)]
         super().__init__(problem, ControlInner(problem.layout, riesz_map), forms, final)
 
 
 def _shared_out(evolutions: list, misfits, forms: list, coarse_evolutions) -> tuple[list, list]:
-    """The misfits of each evolution, and the functionals of the regularisation that go with it."""
+    """The misfits of each evolution, and the functionals of the regularisation that contain its controls."""
     if not evolutions or not all(isinstance(ev, Evolution) for ev in evolutions):
         raise InputError("evolution: give an Evolution or a list of them")
     if coarse_evolutions is not None:
@@ -147,8 +155,9 @@ def _problem(
     propagator: Callable,
     coarse_evolutions,
     printer: Callable[[str], None],
-) -> ReducedProblem | ComposedProblem:
-    """The reduced problem of an evolution; see :class:`TimeParallelReducedFunctional`."""
+    options_prefix: str,
+) -> ControlProblem:
+    """The problem of one evolution, with arguments as for :class:`TimeParallelReducedFunctional`."""
     space_comm = evolution.V.mesh().comm
     if MPI.Comm.Compare(spacetime.space_comm, space_comm) not in (MPI.IDENT, MPI.CONGRUENT):
         raise InputError(
@@ -156,16 +165,12 @@ def _problem(
             "build the mesh with comm=spacetime.space_comm"
         )
     parameters, own = dict(solver_parameters or {}), evolution.private()
-    solver = read_time_solver(parameters, own, spacetime, coarse_tableau)
+    own.options_prefix = require_prefix(options_prefix)
+    solver = read_time_solver(parameters, own, spacetime, coarse_tableau, options_prefix=own.options_prefix)
     if solver.why and spacetime.is_root:
         printer(solver.why)
     spatial_coarsening = parameters.pop("spatial_coarsening", None)
-    norm, krylov = parameters.pop("norm", "l2"), parameters.pop("krylov", None)
-    if krylov is None and any(name.startswith("ksp_") for name in PETSc.Options("mgrit_").getAll()):
-        krylov = {}
-    if krylov is not None and not isinstance(krylov, Mapping):
-        raise InputError(f"krylov {krylov!r}: give PETSc options, such as {{'ksp_type': 'fgmres'}}")
-    require_types(krylov or {}, "mgrit_", "krylov")
+    norm, krylov = parameters.pop("norm", "l2"), krylov_options(parameters.pop("krylov", None), own.options_prefix)
     if krylov is not None and solver.kind == "paradiag":
         raise InputError("krylov accelerates MGRIT's sweeps, not time_solver 'paradiag': leave one of them out")
     if parameters:
@@ -191,8 +196,8 @@ def _problem(
     except ValueError as error:
         raise InputError(str(error)) from error
     if evolution.initial_expression is None:
-        return ReducedProblem(sweeps, misfits, forms or None)
+        return ReducedProblem(sweeps, misfits, forms)
     only = set(evolution.sought) - set(evolution.controls)  # controls of the initial condition alone
     apart = [form for form in forms if isinstance(form, ufl.Form) and only & set(extract_coefficients(form))]
     rest = [form for form in forms if form not in apart]
-    return ComposedProblem(ReducedProblem(sweeps, misfits, rest or None), apart)
+    return problem_with_initial_expression(ReducedProblem(sweeps, misfits, rest), apart)

@@ -1,8 +1,11 @@
-r"""Functionals of the controls alone, in UFL, with derivatives and Hessian actions; constant operators are assembled
-once.
+r"""Value, gradient and Hessian action of UFL functionals :math:`R(z)` of the controls alone.
 
-A functional of static controls (the initial condition and real parameters among them) is :math:`R(z)`; one of controls
-with a value a step is :math:`\sum_n \Delta t\, R(z_n)`.
+A functional of controls with one value per step is summed over the steps, :math:`\sum_n \Delta t\, R(z_n)`. Of a
+quadratic functional the operator :math:`Q = R''` is assembled once, and
+
+.. math::  R(z) = R(\bar z) + b^T (z - \bar z) + \tfrac12 (z - \bar z)^T Q\, (z - \bar z), \qquad b = R'(\bar z),
+
+with reference values :math:`\bar z` that avoid cancellation (:mod:`pint_fem.misfits.reference`).
 """
 
 from __future__ import annotations
@@ -24,20 +27,22 @@ from pint_fem.evolution.private_copies import data_of
 from pint_fem.evolution.quadrature import with_fixed_degrees
 from pint_fem.kernels.arrays import get, is_real, own_size, put
 from pint_fem.misfits.quadratic import NOISE
-from pint_fem.misfits.reference import Reference
+from pint_fem.misfits.reference import ReferenceValues
 
 __all__ = ["Regularisation"]
 
 
 class _Functional:
-    """A functional of some functions, on the vector of their own values."""
+    """One UFL functional of some functions, on the vector ``(nz,)`` of their own values."""
 
     def __init__(self, form: ufl.Form, functions: Sequence[Function], space_sum):
         self.form, self.functions, self._space_sum = form, functions, space_sum
         self._sizes = [own_size(f.function_space()) for f in functions]
         self._directions = [Function(f.function_space()) for f in functions]
-        gradients = [expand_derivatives(derivative(form, f, TestFunction(f.function_space()))) for f in functions]
-        along = [[expand_derivatives(derivative(g, f, df)) for f, df in self._pairs()] for g in gradients]
+        tests = [TestFunction(f.function_space()) for f in functions]
+        gradients = [expand_derivatives(derivative(form, f, v)) for f, v in zip(functions, tests, strict=True)]
+        pairs = list(zip(functions, self._directions, strict=True))
+        along = [[expand_derivatives(derivative(g, f, df)) for f, df in pairs] for g in gradients]
         seconds = [h for row in along for h in row if not h.empty()]
         self.quadratic = not any(set(functions) & set(extract_coefficients(h)) for h in seconds)
         if self.quadratic:
@@ -50,14 +55,14 @@ class _Functional:
             self._hessians = [None if h.empty() else get_assembler(h) for h in sums]
 
     def _expand(self, form: ufl.Form, gradients: Sequence[ufl.Form]) -> None:
-        """Value and gradient at the reference values: those that the functional compares the functions with, where they
-        are better than zero (see :mod:`~pint_fem.misfits.reference`).
+        """Assemble value and gradient at the reference values: the data with which the form compares the functions,
+        where these give a smaller value than zero does.
         """
         values = {f: Function(f.function_space()) for f in self.functions}
         form = ufl.replace(form, values)
-        reference = Reference(form, list(values.values()))
+        reference = ReferenceValues(form, list(values.values()))
         self._reference, self._constant = np.zeros(sum(self._sizes)), float(assemble(form))
-        row = reference.row() if reference.found else None
+        row = reference.vector() if reference.found else None
         if row is not None:
             self._put(values.values(), row)
             constant = float(assemble(form))
@@ -68,15 +73,14 @@ class _Functional:
         magnitudes = {pair: (operator.absolute(), turned) for pair, (operator, turned) in self._operators.items()}
         self._linear[np.abs(self._linear) <= NOISE * self._product(np.abs(self._reference), magnitudes)] = 0.0
 
-    def _pairs(self):
-        return zip(self.functions, self._directions, strict=True)
-
     def split(self, vector: np.ndarray) -> list[np.ndarray]:
-        """Views of the functions' parts of a vector ``(nz,)``."""
+        """Return views of the functions' parts of a vector ``(nz,)``."""
         return np.split(vector, np.cumsum(self._sizes)[:-1])
 
     def _constant_operators(self, gradients) -> dict[tuple[int, int], tuple[ControlOperator, bool]]:
-        """Second derivatives by each pair, and whether the transpose is meant (real rows are columns)."""
+        """Second derivatives by each pair of functions, and whether the transposed operator is the one stored: rows of
+        real numbers are assembled as columns.
+        """
         made, none = {}, np.zeros(0, dtype=int)
         for i, f in enumerate(self.functions):
             for j, other in enumerate(self.functions):
@@ -88,6 +92,7 @@ class _Functional:
         return made
 
     def _product(self, z: np.ndarray, operators: dict | None = None) -> np.ndarray:
+        """Return ``Q z``, or the product with other operators."""
         out = np.zeros_like(z)
         targets, sources = self.split(out), self.split(z)
         for (i, j), (operator, turned) in (self._operators if operators is None else operators).items():
@@ -99,7 +104,7 @@ class _Functional:
             put(f, part)
 
     def value(self, z: np.ndarray) -> float:
-        """``R(z)`` for ``z`` ``(nz,)``."""
+        """Return ``R(z)``."""
         if self.quadratic:
             w = z - self._reference
             return float(self._space_sum(np.array([w @ (0.5 * self._product(w) + self._linear)]))[0]) + self._constant
@@ -107,14 +112,14 @@ class _Functional:
         return float(self._value.assemble())
 
     def gradient(self, z: np.ndarray) -> np.ndarray:
-        """``R'(z)``, a dual vector ``(nz,)``."""
+        """Return ``R'(z)``, a dual vector ``(nz,)``."""
         if self.quadratic:
             return self._product(z - self._reference) + self._linear
         self._put(self.functions, z)
         return np.concatenate([get(g.assemble()) for g in self._gradients])
 
     def hessian(self, z: np.ndarray, dz: np.ndarray) -> np.ndarray:
-        """``R''(z) dz``, a dual vector ``(nz,)``."""
+        """Return ``R''(z) dz``, a dual vector ``(nz,)``."""
         if self.quadratic:
             return self._product(dz)
         self._put(self.functions, z)
@@ -124,34 +129,34 @@ class _Functional:
 
 
 class Regularisation:
-    """The sum of some functionals of the controls, on flat vectors (see ``layout``).
+    """The sum of several functionals of the controls, on flat vectors.
 
     Parameters
     ----------
     forms
-        A UFL functional, or several; each of static controls or of controls with a value a step, not of both.
+        UFL functionals, each of static controls or of controls with one value per step, not of both.
     layout
         The controls.
     own
-        The evolution in functions of its own, which values of controls are put into.
+        A private copy of the evolution, whose functions are set to the controls' values.
 
     Raises
     ------
     InputError
-        If a form is no such functional.
+        On every rank, if a form is no such functional.
     """
 
-    def __init__(self, forms, layout: ControlLayout, own: Evolution):
+    def __init__(self, forms: Sequence[ufl.Form], layout: ControlLayout, own: Evolution):
         self.layout, ev, spacetime = layout, layout.evolution, layout.spacetime
         self._terms: list[tuple[_Functional, tuple[Function, ...]]] = []
-        for form in forms if isinstance(forms, (list, tuple)) else [forms]:
+        for form in forms:
             found = set(extract_coefficients(form)) if isinstance(form, ufl.Form) and not form.arguments() else set()
             controls = tuple(c for c in ev.controls if c in found)
             if not controls:
                 raise InputError(
                     "regularisation: give a functional of the control, such as alpha/2*inner(grad(q), grad(q))*dx"
                 )
-            if ev.u in found:
+            if own.posed.u in found:
                 raise InputError("regularisation: the functional contains the state u; use a misfit for it")
             if len({c in ev.stepwise for c in controls}) > 1:
                 raise InputError(
@@ -165,14 +170,16 @@ class Regularisation:
             self._terms.append((_Functional(with_fixed_degrees(form), functions, spacetime.sum_over_space), controls))
 
     def update_data(self, changed: set) -> None:
-        """Take new values of data: functions and constants of the evolution's private copies."""
+        """Assemble again what contains data with new values, given as the private copies of functions and constants."""
         for i, (functional, controls) in enumerate(self._terms):
             if changed & set(data_of(functional.form)):
                 made = _Functional(functional.form, functional.functions, self.layout.spacetime.sum_over_space)
                 self._terms[i] = made, controls
 
     def second_derivative(self, control: Function) -> ufl.Form | None:
-        """By one of the user's controls, as a bilinear form; ``None`` where it is zero or depends on the control."""
+        """Return the second derivative by one of the user's controls as a bilinear form; ``None`` where it is zero or
+        depends on the control.
+        """
         found, space = [], control.function_space()
         for functional, controls in self._terms:
             if control in controls:
@@ -189,7 +196,7 @@ class Regularisation:
         return all(functional.quadratic for functional, _ in self._terms)
 
     def _rows(self, z: np.ndarray, controls) -> np.ndarray:
-        """The vectors of some controls, one a step or one in all, ``(rows, nz)``."""
+        """The vectors of some controls, one per step or a single one, ``(rows, nz)``."""
         parts = [self.layout.part(z, c) for c in controls]
         return np.atleast_2d(np.concatenate(parts, axis=-1))
 
@@ -197,7 +204,7 @@ class Regularisation:
         return controls[0] in self.layout.evolution.stepwise
 
     def value(self, z: np.ndarray) -> float:
-        """``R(z)``; the same bits on every rank."""
+        """Return ``R(z)``, the identical number on every rank (collective)."""
         total = 0.0
         for functional, controls in self._terms:
             rows = np.array([functional.value(row) for row in self._rows(z, controls)])
@@ -207,7 +214,7 @@ class Regularisation:
         return total
 
     def _collect(self, apply, z: np.ndarray, *directions: np.ndarray) -> np.ndarray:
-        """Dual vectors of the terms, put together."""
+        """Sum the dual vectors that ``apply(functional, z, ...)`` returns for each functional and step."""
         out = np.zeros_like(z)
         for functional, controls in self._terms:
             weight = self.layout.evolution.dt if self._is_stepwise(controls) else 1.0
@@ -219,9 +226,9 @@ class Regularisation:
         return out
 
     def gradient(self, z: np.ndarray) -> np.ndarray:
-        """``R'(z)``, a dual vector."""
+        """Return ``R'(z)``, a dual vector ``(layout.size,)`` (collective over space)."""
         return self._collect(_Functional.gradient, z)
 
     def hessian(self, z: np.ndarray, dz: np.ndarray) -> np.ndarray:
-        """``R''(z) dz``, a dual vector."""
+        """Return ``R''(z) dz``, a dual vector ``(layout.size,)`` (collective over space)."""
         return self._collect(_Functional.hessian, z, dz)

@@ -1,4 +1,8 @@
-"""Inner products of controls and their Riesz maps, on arrays."""
+r"""Inner products of controls and their Riesz maps, on arrays.
+
+The Riesz map of an inner product :math:`(a, b) = a^T M b` takes a dual vector :math:`g` to its representative
+:math:`M^{-1} g`.
+"""
 
 from __future__ import annotations
 
@@ -31,13 +35,18 @@ class RieszMap:
     space
         The control's space.
     kind
-        One of the above, a symmetric positive definite bilinear form on the space (a prior's, say), or a
+        One of the above, a symmetric positive definite bilinear form on the space (such as that of a prior), or a
         ``firedrake.RieszMap``.
+
+    Attributes
+    ----------
+    diagonal : ndarray, shape (n,), or None
+        The diagonal of the product's matrix where it is diagonal.
 
     Raises
     ------
     InputError
-        On anything else.
+        If the kind is none of these, or the form does not fit.
     """
 
     def __init__(self, space, kind):
@@ -54,18 +63,19 @@ class RieszMap:
                 "firedrake.RieszMap on it"
             )
         self.space = space
-        self._factor = self._diagonal = self._given = None
+        self.diagonal: np.ndarray | None = None
+        self._given: firedrake.RieszMap | None = None
         mass, stiffness = inner(a, b) * dx, inner(grad(a), grad(b)) * dx
         if isinstance(kind, firedrake.RieszMap):
             self._given, self._f, self._c = kind, Function(space), Cofunction(space.dual())
         elif kind == "l2":
-            self._diagonal = np.ones(own_size(space))
+            self.diagonal = np.ones(own_size(space))
         elif is_real(space):
             one = Function(space).assign(1.0)
             square = assemble((kind if given else {"H1": mass + stiffness}.get(kind, mass))(one, one))
-            self._diagonal = np.full(own_size(space), square)
+            self.diagonal = np.full(own_size(space), square)
         elif kind == "lumped":
-            self._diagonal = _lumped(space, mass)
+            self.diagonal = _lumped(space, mass)
         else:
             form = kind if given else {"L2": mass, "H1": mass + stiffness}[kind]
             self._matrix = assemble(form, mat_type="aij").petscmat
@@ -74,15 +84,10 @@ class RieszMap:
             self._factor = Factor(self._matrix, {}, symmetric=True, prefix="pint_riesz_")
             self._x, self._y = self._matrix.createVecs()
 
-    @property
-    def diagonal(self) -> np.ndarray | None:
-        """The matrix of the product where it is diagonal, ``(n,)``."""
-        return self._diagonal
-
     def primal(self, dual: np.ndarray) -> np.ndarray:
-        """Representative of a dual vector ``(n,)``."""
-        if self._diagonal is not None:
-            return dual / self._diagonal
+        """Return the representative of a dual vector ``(n,)``."""
+        if self.diagonal is not None:
+            return dual / self.diagonal
         if self._given is not None:
             put(self._c, dual)
             return get(self._given(self._c))
@@ -91,9 +96,9 @@ class RieszMap:
         return self._y.array_r.copy()
 
     def dual(self, primal: np.ndarray) -> np.ndarray:
-        """The dual vector ``(primal, .)``."""
-        if self._diagonal is not None:
-            return primal * self._diagonal
+        """Return the dual vector ``(primal, .)`` of a vector ``(n,)``."""
+        if self.diagonal is not None:
+            return primal * self.diagonal
         if self._given is not None:
             put(self._f, primal)
             return get(self._given(self._f))
@@ -103,7 +108,7 @@ class RieszMap:
 
 
 def _lumped(space, mass: ufl.Form) -> np.ndarray:
-    """Diagonal of the mass matrix, scaled to keep its sum over a constant's components."""
+    """Diagonal of the mass matrix, scaled to the sum of the matrix's entries over each component."""
     matrix = assemble(mass, mat_type="aij").petscmat
     diagonal = matrix.getDiagonal()
     one, product = matrix.createVecs()
@@ -114,21 +119,26 @@ def _lumped(space, mass: ufl.Form) -> np.ndarray:
 
 
 class ControlInner:
-    """The product of all controls of a problem and its Riesz map, on flat vectors (see ``layout``).
+    """The inner product of all controls of a problem and its Riesz map, on flat vectors.
 
-    For a control with a value a step the product is :math:`\\sum_n \\Delta t (a_n, b_n)`.
+    For a control with one value per step it is :math:`\\sum_n \\Delta t (a_n, b_n)`.
 
     Parameters
     ----------
     layout
         The controls.
     kinds
-        A kind of :class:`RieszMap` for all of them, or one (or a map that is made) for each.
+        A kind of :class:`RieszMap` for all of them, or a list with a kind or a map for each.
+
+    Attributes
+    ----------
+    maps : dict
+        The map of each control.
 
     Raises
     ------
     InputError
-        On a kind that does not fit.
+        On every rank, if a kind does not fit.
     """
 
     def __init__(self, layout: ControlLayout, kinds):
@@ -141,6 +151,7 @@ class ControlInner:
         self.maps = {c: make(c, kind) for c, kind in zip(controls, kinds, strict=True)}
 
     def _apply(self, name: str, z: np.ndarray, weight: float) -> np.ndarray:
+        """Apply a method of each control's map, times a weight where the control has one value per step."""
         out, part = np.empty_like(z), self.layout.part
         for control, riesz in self.maps.items():
             source, target, method = part(z, control), part(out, control), getattr(riesz, name)
@@ -152,23 +163,23 @@ class ControlInner:
         return out
 
     def primal(self, dual: np.ndarray) -> np.ndarray:
-        """Representative of a dual vector; what is static has the same bits on all ranks in time."""
+        """Return the representative of a dual vector; its static part is identical on all ranks in time."""
         out = self._apply("primal", dual, 1 / self._dt)
         if self.layout.spacetime.space_size > 1:  # solvers with ranks in space may differ by round-off between groups
             self.layout.share(out)
         return out
 
     def dual(self, primal: np.ndarray) -> np.ndarray:
-        """The dual vector ``(primal, .)``."""
+        """Return the dual vector ``(primal, .)``."""
         return self._apply("dual", primal, self._dt)
 
     def inner(self, a: np.ndarray, b: np.ndarray) -> float:
-        """``(a, b)``; the same bits on every rank."""
+        """Return ``(a, b)``, the identical number on every rank (collective)."""
         return self.layout.pairing(self.dual(a), b)
 
     @cached_property
     def weights(self) -> np.ndarray | None:
-        """The product's matrix where it is diagonal, else ``None``."""
+        """The diagonal of the product's matrix where it is diagonal, else ``None``."""
         if any(riesz.diagonal is None for riesz in self.maps.values()):
             return None
         return self._apply("dual", np.ones(self.layout.size), self._dt)

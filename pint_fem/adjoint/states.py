@@ -1,47 +1,52 @@
-r"""The state and the adjoint at a control as Firedrake functions.
+r"""State and adjoint at a control as Firedrake functions, at all own points or at given times.
 
-A point of the time axis belongs to one rank in time: the points ``lo + 1 .. hi`` to the one that steps to them, the
+Each point of the time axis belongs to one rank in time: the points ``lo + 1 .. hi`` to the rank that steps to them, the
 initial value to the first rank. Functions at *given* times are sent from their owners to all ranks in time, one state
-for each time and never a trajectory. With C-points only the states between them are computed again, one interval after
-the other.
+for each time and never a trajectory. Where only C-points are stored, the states between them are recomputed one
+interval after another.
 
-The adjoint :math:`\lambda_n = dJ/du_n` is what J changes by where the state at :math:`t_n` changes and the evolution
-goes on from there, a vector of the dual space; :math:`\lambda_0` is the derivative by the initial condition. As a
-function it is the representative in an inner product.
+The adjoint :math:`\lambda_n = dJ/du_n` is the derivative of :math:`J` by the state at :math:`t_n`, from which the
+evolution continues; it is a vector of the dual space, and :math:`\lambda_0` the derivative by the initial condition. As
+a function it is represented in an inner product.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from numbers import Real
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 from firedrake import Cofunction, Function
 from pyadjoint.tape import stop_annotating
 
+from pint_fem.adjoint.interface import ControlProblem
 from pint_fem.adjoint.problem import ReducedProblem
 from pint_fem.adjoint.riesz import RieszMap
-from pint_fem.adjoint.sums import SumProblem, leaves, terms_of
 from pint_fem.collective import collectively, require_same
 from pint_fem.errors import InputError
 from pint_fem.evolution.evolution import Evolution
-from pint_fem.kernels.arrays import own_size, put
+from pint_fem.kernels.arrays import put
 from pint_fem.output.paraview import write_fields
-from pint_fem.spacetime import Slab, SpaceTime
 
-__all__ = ["FinalState", "adjoint_functions", "own_points", "point_numbers", "state_functions", "write_states"]
+Times: TypeAlias = float | Sequence[float] | None
+"""A time, several, or all points."""
 
-_ON_GRID = 1e-6  # of a time step: how far a given time may be from a point
+__all__ = ["FinalState", "StateAccess", "point_numbers"]
+
+_ON_GRID = 1e-6
+"""Largest distance of a given time from a point, in time steps."""
 
 
-def own_points(slab: Slab) -> range:
-    """Numbers of the points that belong to a rank in time."""
+def _own_points(problem: ReducedProblem) -> range:
+    """Numbers of the points that belong to this rank in time."""
+    slab = problem.sweeps.slab
     return range(0 if slab.is_first else slab.lo + 1, slab.hi + 1)
 
 
 def point_numbers(evolution: Evolution, times: Sequence[float]) -> list[int]:
-    """Numbers of the points at given times.
+    """Return the numbers of the points at given times.
 
     Raises
     ------
@@ -69,45 +74,35 @@ def point_numbers(evolution: Evolution, times: Sequence[float]) -> list[int]:
     return numbers
 
 
-def state_functions(problem: ReducedProblem | SumProblem, z: np.ndarray, times, evolution: Evolution | None):
-    """The state as functions, see :meth:`~pint_fem.adjoint.functional.ControlFunctional.state`."""
-    (_, leaf, own), *_ = _asked(problem, evolution, z)
-    return _functions(leaf, leaf.states(own), times, lambda row: _filled(Function(leaf.evolution.V), row))
+def _chosen(problem: ControlProblem, evolution: Evolution | None) -> Evolution:
+    """The evolution that is meant: the one that is given, or the only one."""
+    found = list(dict.fromkeys(leaf.evolution for leaf in problem.leaves))
+    if evolution is None and len(found) > 1:
+        raise InputError(f"the functional has {len(found)} evolutions: give the one that is meant as evolution=")
+    if evolution is not None and evolution not in found:
+        raise InputError("evolution=: give one of those that the functional was made of")
+    return found[0] if evolution is None else evolution
 
 
-def adjoint_functions(problem: ReducedProblem | SumProblem, z: np.ndarray, times, riesz_map, evolution):
-    """The adjoint as functions, see :meth:`~pint_fem.adjoint.functional.ControlFunctional.adjoint`."""
-    terms = _asked(problem, evolution, z)
-    weight, leaf, own = sum(w for w, _, _ in terms), terms[0][1], terms[0][2]
-    if any(other is not leaf for _, other, _ in terms):
-        raise InputError(
-            "adjoint: the evolution is in several terms of the sum, each with an adjoint of its own: ask the terms"
-        )
-    V = leaf.evolution.V
-    if riesz_map is None:
-        make = lambda row: _filled(Cofunction(V.dual()), weight * row)
-    else:
-        riesz = collectively(leaf.spacetime.comm, "", RieszMap, V, riesz_map)
-        make = lambda row: _filled(Function(V), riesz.primal(weight * row))
-    return _functions(leaf, _adjoints(leaf, own), times, make)
-
-
-def write_states(problem: ReducedProblem | SumProblem, z: np.ndarray, path: str | Path, times, evolution):
-    """The state as files, see :meth:`~pint_fem.adjoint.functional.ControlFunctional.write`."""
+def _terms(
+    problem: ControlProblem, z: np.ndarray, evolution: Evolution | None
+) -> list[tuple[float, ReducedProblem, np.ndarray]]:
+    """The problems of an evolution, the same one on all ranks, with their weights and controls (collective)."""
     comm = problem.spacetime.comm
-    path = collectively(comm, "", _checked_path, path)
-    require_same(comm, path=str(path))
-    (_, leaf, own), *_ = _asked(problem, evolution, z)
-    ev, points = leaf.evolution, _point_numbers(leaf, times)
-    points = range(ev.nsteps + 1) if points is None else points
-    all_times, slab = ev.time(np.arange(ev.nsteps + 1)), leaf.sweeps.slab
-    with stop_annotating():
-        states = leaf.states(own)
-        return write_fields(path.parent, path.stem, states, ev.V, slab, leaf.spacetime, all_times, points=points)
+    chosen = collectively(comm, "", _chosen, problem, evolution)
+    require_same(comm, evolution=[leaf.evolution for leaf in problem.leaves].index(chosen))
+    return [term for term in problem.leaf_terms(np.ravel(z)) if term[1].evolution is chosen]
+
+
+def _checked_numbers(problem: ReducedProblem, times: Times) -> list[int] | None:
+    """Numbers of the points at one or several times, which have to be the same on all ranks (collective)."""
+    comm, given = problem.spacetime.comm, [times] if isinstance(times, Real) else times
+    numbers = collectively(comm, "", lambda: None if given is None else point_numbers(problem.evolution, given))
+    require_same(comm, times=None if numbers is None else problem.evolution.time(np.array(numbers)).tolist())
+    return numbers
 
 
 def _checked_path(path: str | Path) -> Path:
-    """The name of a file for ParaView."""
     try:
         path = Path(path)
     except TypeError as error:
@@ -117,74 +112,175 @@ def _checked_path(path: str | Path) -> Path:
     return path
 
 
-def _asked(problem: ReducedProblem | SumProblem, evolution: Evolution | None, z: np.ndarray) -> list:
-    """The terms of an evolution, which has to be the same one on all ranks (collective)."""
-    comm = problem.spacetime.comm
-    terms = collectively(comm, "", terms_of, problem, evolution, z)
-    require_same(comm, evolution=leaves(problem).index(terms[0][1]))
-    return terms
-
-
-def _point_numbers(leaf: ReducedProblem, times) -> list[int] | None:
-    """Numbers of the points at given times, one or several, which have to be the same on all ranks (collective)."""
-    comm, given = leaf.spacetime.comm, [times] if isinstance(times, Real) else times
-    numbers = collectively(comm, "", lambda: None if given is None else point_numbers(leaf.evolution, given))
-    require_same(comm, times=None if numbers is None else leaf.evolution.time(np.array(numbers)).tolist())
-    return numbers
-
-
-def _adjoints(leaf: ReducedProblem, z: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    """The adjoint at all local points, in blocks as :meth:`ReducedProblem.states` has the state."""
-    leaf.derivative(z)
-    point = leaf.points[0]
-    yield from leaf._trajectories.adjoints(point, leaf.layout.steps(point.z))
-
-
 def _filled(f: Function | Cofunction, row: np.ndarray) -> Function | Cofunction:
     put(f, row)
     return f
 
 
-def _functions(leaf: ReducedProblem, blocks, times, make):
-    """Functions of a rank's own points, or at given times on all ranks in time."""
-    slab, spacetime = leaf.sweeps.slab, leaf.spacetime
-    single, wanted = isinstance(times, Real), _point_numbers(leaf, times)
-    own = own_points(slab)
-    kept = {n: None for n in own if wanted is None or n in wanted}
+def _functions(leaf: ReducedProblem, blocks: Iterable[tuple[int, np.ndarray]], times, make: Callable):
+    """Functions that ``make`` returns for the rows of a rank's own points, or of given times on all ranks in time."""
+    slab, single, numbers = leaf.sweeps.slab, isinstance(times, Real), _checked_numbers(leaf, times)
+    rows = {n: None for n in _own_points(leaf) if numbers is None or n in numbers}
     with stop_annotating():
         for first, block in blocks:
-            for n in range(slab.lo + first, slab.lo + first + len(block)):
-                if n in kept:
-                    row = block[n - slab.lo - first]
-                    kept[n] = make(row) if wanted is None else row.copy()
-        if wanted is None:
-            return list(kept.values())
-        made = [make(_sent(kept.get(n), n, leaf, spacetime)) for n in wanted]
+            for n, row in enumerate(block, start=slab.lo + first):
+                if n in rows:
+                    rows[n] = make(row) if numbers is None else row.copy()
+        if numbers is None:
+            return list(rows.values())
+        made = [make(_sent(rows.get(n), n, leaf)) for n in numbers]
     return made[0] if single else made
 
 
-def _sent(row: np.ndarray | None, n: int, leaf: ReducedProblem, spacetime: SpaceTime) -> np.ndarray:
+def _sent(row: np.ndarray | None, n: int, leaf: ReducedProblem) -> np.ndarray:
     """The row of a point on all ranks in time, from its owner."""
     owner = max(int(np.searchsorted(leaf.sweeps.slab.bounds, n)) - 1, 0)
     row = np.empty(leaf.evolution.state_size) if row is None else np.ascontiguousarray(row)
-    spacetime.time_comm.Bcast(row, root=owner)
+    leaf.spacetime.time_comm.Bcast(row, root=owner)
     return row
 
 
+class StateAccess:
+    """Methods of a functional that return state and adjoint as Firedrake functions; it has ``problem`` and ``_at``."""
+
+    problem: ControlProblem
+
+    def own_times(self, evolution: Evolution | None = None) -> np.ndarray:
+        """Return the times of the points that belong to this rank in time, in order.
+
+        Those of all ranks are ``t0 + n dt`` for ``n = 0 .. nsteps``.
+
+        Parameters
+        ----------
+        evolution
+            Which one, where there are several.
+
+        Raises
+        ------
+        InputError
+            If it is not one of the functional's, or has to be given.
+        """
+        chosen = _chosen(self.problem, evolution)
+        leaf = next(leaf for leaf in self.problem.leaves if leaf.evolution is chosen)
+        return chosen.time(np.array(_own_points(leaf)))
+
+    def state(
+        self, values=None, times: Times = None, *, evolution: Evolution | None = None
+    ) -> Function | list[Function]:
+        """Return the state at values of the controls as functions (collective).
+
+        Parameters
+        ----------
+        values
+            Of the controls; default: those of the last evaluation.
+        times
+            A time or several, each of which is a point of the evolution. ``None``: the points that belong to this rank
+            in time (:meth:`own_times`), which are this rank's part of the trajectory.
+        evolution
+            Which one, where the functional is a sum.
+
+        Returns
+        -------
+        Function or list of Function
+            At given times the same on all ranks in time, in their order; for a single time a single function.
+
+        Raises
+        ------
+        InputError
+            On every rank, if a time is not one of the evolution's or another argument does not fit.
+        """
+        (_, leaf, own), *_ = _terms(self.problem, self._at(values), evolution)
+        return _functions(leaf, leaf.states(own), times, lambda row: _filled(Function(leaf.evolution.V), row))
+
+    def adjoint(
+        self, values=None, times: Times = None, *, riesz_map="L2", evolution: Evolution | None = None
+    ) -> Function | Cofunction | list[Function] | list[Cofunction]:
+        """Return the adjoint at values of the controls (collective): at a time ``t_n`` the derivative of ``J`` by the
+        state at this time, from which the evolution continues.
+
+        Parameters
+        ----------
+        values, times, evolution
+            As for :meth:`state`.
+        riesz_map
+            The inner product in which functions represent the derivative: a kind of
+            :class:`~pint_fem.adjoint.riesz.RieszMap` on the state's space; ``None`` for the derivative itself.
+
+        Returns
+        -------
+        Function, Cofunction or list of these
+            In the order of :meth:`state`; Cofunctions without ``riesz_map``.
+
+        Raises
+        ------
+        InputError
+            On every rank, if an argument does not fit, or the evolution is in several terms of a sum.
+        """
+        terms = _terms(self.problem, self._at(values), evolution)
+        weight, leaf, own = sum(w for w, _, _ in terms), terms[0][1], terms[0][2]
+        if any(other is not leaf for _, other, _ in terms):
+            raise InputError(
+                "adjoint: the evolution is in several terms of the sum, each with an adjoint of its own: ask the terms"
+            )
+        V = leaf.evolution.V
+        if riesz_map is None:
+            make = lambda row: _filled(Cofunction(V.dual()), weight * row)
+        else:
+            riesz = collectively(leaf.spacetime.comm, "", RieszMap, V, riesz_map)
+            make = lambda row: _filled(Function(V), riesz.primal(weight * row))
+        return _functions(leaf, leaf.adjoints(own), times, make)
+
+    def write(self, values, path: str | Path, times: Times = None, *, evolution: Evolution | None = None) -> Path:
+        """Write the state at values of the controls for ParaView (collective): each rank in time its own points, and
+        one file that lists them all; nothing is gathered.
+
+        Parameters
+        ----------
+        values
+            Of the controls; ``None``: those of the last evaluation.
+        path
+            The file that lists all, such as ``"results/state.pvd"``; the states are in folders beside it.
+        times
+            A time or several, each of which is a point of the evolution; default: all points.
+        evolution
+            Which one, where the functional is a sum.
+
+        Returns
+        -------
+        pathlib.Path
+            The file that lists all.
+
+        Raises
+        ------
+        InputError
+            On every rank, if a time is not one of the evolution's or a file cannot be written.
+        """
+        z, comm = self._at(values), self.problem.spacetime.comm
+        path = collectively(comm, "", _checked_path, path)
+        require_same(comm, path=str(path))
+        (_, leaf, own), *_ = _terms(self.problem, z, evolution)
+        ev, points = leaf.evolution, _checked_numbers(leaf, times)
+        points = range(ev.nsteps + 1) if points is None else points
+        all_times, slab = ev.time(np.arange(ev.nsteps + 1)), leaf.sweeps.slab
+        with stop_annotating():
+            states = leaf.states(own)
+            return write_fields(path.parent, path.stem, states, ev.V, slab, leaf.spacetime, all_times, points=points)
+
+
 class FinalState:
-    """Puts the final state of an evolution into a function after each evaluation.
+    """A user's function that is set to the final state of an evolution after each evaluation.
 
     Parameters
     ----------
     problem
-        Of the evolution.
+        That of the evolution.
     function
-        In the state's space; the user's own.
+        In the state's space.
 
     Raises
     ------
     InputError
-        If it is in another space, or is what the evolution reads its initial condition from, a control or data.
+        If it is in another space, or is the initial condition, a control or data of the evolution.
     """
 
     def __init__(self, problem: ReducedProblem, function: Function):
@@ -199,9 +295,6 @@ class FinalState:
         self.problem, self.function = problem, function
 
     def update(self) -> None:
-        """Take the final state of the control asked for last (collective)."""
-        time_comm = self.problem.spacetime.time_comm
-        last = time_comm.rank == time_comm.size - 1
-        row = self.problem.U[-1].copy() if last else np.empty(own_size(self.function.function_space()))
-        time_comm.Bcast(row, root=time_comm.size - 1)
-        put(self.function, row)
+        """Set the function to the final state of the last control (collective over time)."""
+        row = self.problem.U[-1].copy() if self.problem.sweeps.slab.is_last else None
+        put(self.function, _sent(row, self.problem.evolution.nsteps, self.problem))

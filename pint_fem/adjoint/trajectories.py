@@ -1,388 +1,375 @@
-r"""What misfits and controls want of trajectories, whether these are stored at all points or at the C-points only.
+r"""Misfits and their derivatives along state, tangent and adjoint, with trajectories stored at all points or C-points.
 
-Both kinds do the same things with the state :math:`u`, a tangent :math:`\delta u` and an adjoint
-:math:`\lambda` of the own steps:
+For the state :math:`u`, a tangent :math:`\delta u` and an adjoint :math:`\lambda` of the own steps the classes compute
 
-* ``values``: shares of the own points in the misfits, and ``directional``, their derivative along :math:`\delta u`;
-* ``gradient``: the adjoint's right-hand side :math:`j_n'(u_n)`;
-* ``hessian``: the second-order adjoint's, :math:`j_n''(u_n)\,\delta u_n` and the steps' second derivatives;
-* ``control_gradient``: :math:`\Phi_{n,z}^T \lambda_{n+1}`;
-* ``observations`` of misfits and ``states`` of all local points, for reports.
+* the misfits' contributions :math:`j_n(u_n)` of the own points, and their derivatives :math:`j_n'(u_n)\,\delta u_n`;
+* the right-hand side of the adjoint equation, :math:`j_n'(u_n)`;
+* that of the second-order adjoint equation, :math:`j_n''(u_n)\,\delta u_n +
+  \lambda_{n+1}^T \Phi_n''[\,\cdot\,, (\delta u_n, \delta z)]`;
+* the derivative by the controls, :math:`\Phi_{n,z}^T \lambda_{n+1}`.
 
-With C-points only, right-hand sides are condensed (:mod:`~pint_fem.sweeps.c_points`). In an interval the adjoint is a
-particular solution that vanishes at its end, and a homogeneous one that the C-point there gives. The particular one is
-at hand while its right-hand side is condensed: what controls want of it is collected then.
+With C-points only (:mod:`~pint_fem.sweeps.c_points`) right-hand sides are condensed: in an interval the adjoint is a
+particular solution, which vanishes at the interval's end, plus the homogeneous solution of the adjoint at the C-point
+there. The particular solution is available while the right-hand side is condensed, so its contribution to the
+derivative by the controls is summed then, and returned with the right-hand side.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
+from pint_fem.adjoint.evaluation import Evaluation
 from pint_fem.collective import collectively
 from pint_fem.errors import InputError
-from pint_fem.misfits.base import BlockMisfit, Misfit, on_points, on_slab
-from pint_fem.sweeps.c_points import Intervals, Window
+from pint_fem.misfits.base import BlockMisfit, Misfit, checked_slab, checked_values
+from pint_fem.sweeps.c_points import ControlDerivative, IntervalGroup, Intervals
 from pint_fem.sweeps.sweeps import Sweeps
 
 __all__ = ["CPointTrajectories", "Source", "StoredTrajectories", "trajectories"]
 
 
 class Source(NamedTuple):
-    """Right-hand side of an adjoint sweep, ``(k + 1, n)`` or condensed, and what controls get of it directly."""
+    """Right-hand side of an adjoint equation.
+
+    Attributes
+    ----------
+    rows : ndarray
+        ``(k + 1, n)``, or condensed to the C-points.
+    controls : ndarray or None
+        Contribution of the right-hand side to the derivative by the controls, beside that of the adjoint at the stored
+        points.
+    """
 
     rows: np.ndarray
     controls: np.ndarray | None = None
 
 
 def trajectories(sweeps: Sweeps, misfits: Sequence[Misfit]) -> StoredTrajectories | CPointTrajectories:
-    """The kind that fits the sweeps' storage; binds the misfits.
+    """Bind the misfits to the steps of this rank, and evaluate them as the sweeps' storage requires (collective).
 
     Raises
     ------
     InputError
-        If a misfit wants whole slabs where only C-points are stored.
+        If only C-points are stored and a misfit is no :class:`~pint_fem.misfits.base.BlockMisfit`.
     """
     compact, spacetime = sweeps.intervals is not None, sweeps.spacetime
     for misfit in misfits:
         if compact and not isinstance(misfit, BlockMisfit):
             raise InputError(
-                f"mgrit storage 'C': {type(misfit).__name__} wants the state at all points at once; derive it from "
+                f"mgrit storage 'C': {type(misfit).__name__} requires the state at all points at once; derive it from "
                 "BlockMisfit or give storage='all'"
             )
         if compact:
-            misfit.keeps_data = False
+            misfit.stores_data = False
         collectively(spacetime.comm, "misfit", misfit.bind, sweeps.evolution, spacetime, sweeps.slab)
     return (CPointTrajectories if compact else StoredTrajectories)(sweeps, misfits)
 
 
-class _Trajectories:
-    """Of one kind or the other."""
-
-    where = "misfits"
-
-    def __init__(self, sweeps: Sweeps, misfits: Sequence[Misfit]):
-        self.sweeps, self.misfits = sweeps, misfits
-
-    def _together(self, work: Callable, *args):
-        """See :func:`~pint_fem.collective.collectively`."""
-        return collectively(self.sweeps.spacetime.comm, self.where, work, *args)
-
-
-class StoredTrajectories(_Trajectories):
-    """Of states at all points."""
-
-    def values(self, point, z) -> np.ndarray:
-        """``(k, misfits)``; ``z`` are the controls of the own steps."""
-        return np.stack([self._together(on_points, m.values, point.U) for m in self.misfits], axis=1)
-
-    def directional(self, point, z, dz, dU: np.ndarray) -> np.ndarray:
-        """``(k,)``."""
-        return sum(self._together(on_points, m.directional, point.U, dU) for m in self.misfits)
-
-    def gradient(self, point, z) -> Source:
-        """See the module."""
-        return Source(_sum(self._together(on_slab, m.gradient, point.U) for m in self.misfits))
-
-    def direct_controls(self, point, z) -> None:
-        """``controls`` of :meth:`gradient`."""
-        return None
-
-    def hessian(self, point, z, dz, dU: np.ndarray, *, second: bool, symmetric: bool = False) -> Source:
-        """See the module; ``second``: with the second derivatives of the steps, ``symmetric`` for any ``dU``."""
-        g = _sum(self._together(on_slab, m.hessian, point.U, dU) for m in self.misfits)
-        if not second:
-            return Source(g)
-        su, sz = self.sweeps.second_order(z, point.U, dz, dU, point.L, symmetric=symmetric)
-        g += su
-        return Source(g, sz)
-
-    def control_gradient(self, point, z, L: np.ndarray, controls) -> np.ndarray | None:
-        """``(nz,)`` summed, or ``(k, nz)`` a step; with the ``controls`` of the source of ``L``."""
-        rows = self.sweeps.control_gradient(z, point.U, L)
-        return rows if rows is None or controls is None else rows + controls
-
-    def observations(self, point, z, index: int) -> np.ndarray:
-        """Of misfit number ``index``, ``(k + 1, width)``."""
-        return self.misfits[index].read(point.U)
-
-    def states(self, point, z) -> Iterator[tuple[int, np.ndarray]]:
-        """Number of the first one and states ``(b, n)`` of neighbouring local points, from left to right, valid until
-        the next are asked for.
-        """
-        yield 0, point.U
-
-    def adjoints(self, point, z) -> Iterator[tuple[int, np.ndarray]]:
-        """The same of the adjoint."""
-        yield 0, point.L
-
-
-def _sum(slabs) -> np.ndarray:
+def _sum(slabs: Iterable[np.ndarray]) -> np.ndarray:
+    """The sum of arrays, in the first of them."""
     total = None
     for slab in slabs:
         total = slab if total is None else np.add(total, slab, out=total)
     return total
 
 
+class _Trajectories:
+    """Misfits along the trajectories of one kind of storage."""
+
+    where = "misfits"
+
+    def __init__(self, sweeps: Sweeps, misfits: Sequence[Misfit]):
+        self.sweeps, self.misfits = sweeps, misfits
+
+    def _collectively(self, work: Callable, *args):
+        """The result of ``work``; what fails on one rank raises on all."""
+        return collectively(self.sweeps.spacetime.comm, self.where, work, *args)
+
+
+class StoredTrajectories(_Trajectories):
+    """Misfits along trajectories that are stored at all points.
+
+    ``evaluation`` holds the state and the adjoint of a control, and ``z`` are the controls of the own steps.
+    """
+
+    def values(self, evaluation: Evaluation, z) -> np.ndarray:
+        """Contributions of the own points to each misfit, ``(k, misfits)``."""
+        return np.stack([self._collectively(checked_values, m.values, evaluation.U) for m in self.misfits], axis=1)
+
+    def directional(self, evaluation: Evaluation, z, dz, dU: np.ndarray) -> np.ndarray:
+        """Derivatives of the contributions along a tangent ``dU``, summed over the misfits, ``(k,)``."""
+        return sum(self._collectively(checked_values, m.directional, evaluation.U, dU) for m in self.misfits)
+
+    def gradient(self, evaluation: Evaluation, z) -> Source:
+        """Right-hand side of the adjoint equation."""
+        return Source(_sum(self._collectively(checked_slab, m.gradient, evaluation.U) for m in self.misfits))
+
+    def direct_controls(self, evaluation: Evaluation, z) -> np.ndarray | None:
+        """``controls`` of :meth:`gradient`, where only these are required."""
+        return None
+
+    def hessian(
+        self, evaluation: Evaluation, z, dz, dU: np.ndarray, *, second: bool, symmetric: bool = False
+    ) -> Source:
+        """Right-hand side of the second-order adjoint equation.
+
+        Parameters
+        ----------
+        dz, dU
+            Direction of the controls and the tangent in this direction.
+        second
+            Whether the second derivatives of the steps are included.
+        symmetric
+            Whether they are a symmetric form of ``(dU, dz)`` also where ``dU`` is no exact tangent.
+        """
+        g = _sum(self._collectively(checked_slab, m.hessian, evaluation.U, dU) for m in self.misfits)
+        if not second:
+            return Source(g)
+        su, sz = self.sweeps.second_order(z, evaluation.U, dz, dU, evaluation.L, symmetric=symmetric)
+        g += su
+        return Source(g, sz)
+
+    def control_gradient(self, evaluation: Evaluation, z, L: np.ndarray, controls) -> np.ndarray | None:
+        """Derivative by the controls from an adjoint ``L``, summed ``(nz,)`` or per step ``(k, nz)``; ``controls`` are
+        those of the adjoint's :class:`Source`. ``None`` without parameters.
+        """
+        rows = self.sweeps.control_gradient(z, evaluation.U, L)
+        return rows if rows is None or controls is None else rows + controls
+
+    def observations(self, evaluation: Evaluation, z, index: int) -> np.ndarray:
+        """Observations of misfit number ``index`` at all local points, ``(k + 1, width)``."""
+        return self.misfits[index].read(evaluation.U)
+
+    def states(self, evaluation: Evaluation, z) -> Iterator[tuple[int, np.ndarray]]:
+        """Blocks of states at all local points in the order of time: number of the first point, and states ``(b, n)``
+        that are valid until the next block is computed.
+        """
+        yield 0, evaluation.U
+
+    def adjoints(self, evaluation: Evaluation, z) -> Iterator[tuple[int, np.ndarray]]:
+        """Blocks of adjoints, as :meth:`states`."""
+        yield 0, evaluation.L
+
+
 class CPointTrajectories(_Trajectories):
-    """Of states at the C-points."""
+    """Misfits along trajectories that are stored at the C-points, group by group of the intervals between these.
+
+    The methods are those of :class:`StoredTrajectories`; right-hand sides are condensed.
+    """
 
     where = "states between C-points"
 
-    def __init__(self, sweeps: Sweeps, misfits: Sequence[BlockMisfit]):
-        super().__init__(sweeps, misfits)
-
     @property
     def intervals(self) -> Intervals:
-        """Those of the sweeps."""
+        """The own intervals of the sweeps."""
         return self.sweeps.intervals
 
-    # -- passes --------------------------------------------------------------------------------------------------------
-    def _inside(self, window: Window, points: Sequence[np.ndarray]) -> bool:
-        """Whether F-points of a window are among the points, given by masks ``(k + 1,)``."""
-        return any(mask[window.rows(j)].any() for j in range(1, window.m) for mask in points)
-
-    def _read(self, point, z, dz=None, dU=None) -> list[np.ndarray]:
-        """What the misfits observe of the local points, or its derivative along a tangent."""
+    # -- observations --------------------------------------------------------------------------------------------------
+    def _read(self, evaluation: Evaluation, z, dz=None, dU=None) -> list[np.ndarray]:
+        """Observations of the local points by each misfit, or their derivatives along a tangent."""
         k, intervals, along = self.sweeps.slab.k, self.intervals, dU is not None
-        intervals.bind(z, point.U)
+        intervals.bind(z, evaluation.U)
         out = [np.zeros((k + 1, m.width)) for m in self.misfits]
-        observed = [m.observes for m in self.misfits]
-        # derivatives look at the state where values are not linear in it
-        of_state = [m.observes & m.forces if along else m.observes for m in self.misfits]
+        observed = [m.observed for m in self.misfits]
+        # derivatives depend on the state where the misfit is not linear in it
+        of_state = [m.observed & m.state_dependent if along else m.observed for m in self.misfits]
 
-        def look(rows, u, du):
+        def observe(points: slice, u, du) -> None:
             for misfit, Y in zip(self.misfits, out, strict=True):
-                if misfit.observes[rows].any():
-                    Y[rows] = misfit.observe_tangent(rows, u, du) if along else misfit.observe(rows, u)
+                if misfit.observed[points].any():
+                    Y[points] = misfit.observe_tangent(points, u, du) if along else misfit.observe(points, u)
 
-        for window in intervals.windows:
-            if not any(mask[window.rows(j)].any() for j in range(window.m) for mask in observed):
+        for group in intervals.groups:
+            if not any(_any_at(observed, group, j) for j in range(group.m)):
                 continue
-            inside = self._inside(window, observed)
+            inside = _any_inside(observed, group)
             W = D = None
-            if inside and (self._inside(window, of_state) or not self.sweeps.is_linear):
-                W = intervals.states(window)
+            if inside and (_any_inside(of_state, group) or not self.sweeps.is_linear):
+                W = intervals.states(group)
             if inside and along:
-                D = intervals.tangents(window, dz, dU)
-            for j in range(window.m if inside else 1):
-                at_start = lambda slab, rows, j=j, window=window: (
-                    slab[window.starts] if j == 0 else None if rows is None else rows[j]
-                )
-                u, du = at_start(point.U, W), at_start(dU, D) if along else None
-                look(window.rows(j), du if u is None else u, du)
-        look(slice(k, k + 1), point.U[-1:], dU[-1:] if along else None)
+                D = intervals.tangents(group, dz, dU)
+            for j in range(group.m if inside else 1):
+                u, du = _start_of_step(evaluation.U, W, group, j), _start_of_step(dU, D, group, j)
+                observe(group.steps(j), du if u is None else u, du)
+        observe(slice(k, k + 1), evaluation.U[-1:], dU[-1:] if along else None)
         return out
 
-    def _readings(self, point, z) -> list[np.ndarray]:
-        """Observations of the state, kept while it is what it is: a few numbers a point."""
-        if point.readings is None:
-            point.readings = self._together(self._read, point, z)
-        return point.readings
+    def _readings(self, evaluation: Evaluation, z) -> list[np.ndarray]:
+        """Observations of the state, which the evaluation stores until its state changes."""
+        if evaluation.readings is None:
+            evaluation.readings = self._collectively(self._read, evaluation, z)
+        return evaluation.readings
 
-    def _each(self, method: str, *observed) -> list[np.ndarray]:
-        """What the misfits make of what they observed."""
-        return [self._together(getattr(m, method), *Y) for m, *Y in zip(self.misfits, *observed, strict=True)]
+    def _of_each_misfit(self, method: str, *observations: Sequence) -> list[np.ndarray]:
+        """The results of a method of each misfit, called with the misfit's observations."""
+        calls = zip(self.misfits, *observations, strict=True)
+        return [self._collectively(getattr(misfit, method), *Y) for misfit, *Y in calls]
 
-    # -- see StoredTrajectories ----------------------------------------------------------------------------------------
-    def values(self, point, z) -> np.ndarray:
-        """See :class:`StoredTrajectories`."""
-        readings = self._readings(point, z)
-        return np.stack(self._each("point_values", readings), axis=1)
+    @property
+    def _uses_observations(self) -> bool:
+        return any(m.uses_observations for m in self.misfits)
 
-    def directional(self, point, z, dz, dU):
-        """See :class:`StoredTrajectories`."""
-        back = any(m.looks_back for m in self.misfits)
-        readings = self._readings(point, z) if back else [None] * len(self.misfits)
-        along = self._together(self._read, point, z, dz, dU)
-        return sum(self._each("point_derivatives", readings, along))
+    # -- the same as of stored trajectories ----------------------------------------------------------------------------
+    def values(self, evaluation: Evaluation, z) -> np.ndarray:
+        """Contributions of the own points to each misfit, ``(k, misfits)``."""
+        return np.stack(self._of_each_misfit("point_values", self._readings(evaluation, z)), axis=1)
 
-    def gradient(self, point, z) -> Source:
-        """See :class:`StoredTrajectories`; condensed."""
-        return self._together(self._condense, point, z, self._force(point, z), [m.forces for m in self.misfits])
+    def directional(self, evaluation: Evaluation, z, dz, dU):
+        """Derivatives of the contributions along a tangent, summed over the misfits, ``(k,)``."""
+        readings = self._readings(evaluation, z) if self._uses_observations else [None] * len(self.misfits)
+        along = self._collectively(self._read, evaluation, z, dz, dU)
+        return sum(self._of_each_misfit("point_derivatives", readings, along))
 
-    def direct_controls(self, point, z) -> np.ndarray | None:
-        """See :class:`StoredTrajectories`."""
-        return self.gradient(point, z).controls if self.sweeps.evolution.parameters else None
+    def gradient(self, evaluation: Evaluation, z) -> Source:
+        """Condensed right-hand side of the adjoint equation."""
+        states = [m.state_dependent for m in self.misfits]
+        return self._collectively(self._condense, evaluation, z, self._adjoint_source(evaluation, z), states)
 
-    def observations(self, point, z, index: int) -> np.ndarray:
-        """See :class:`StoredTrajectories`."""
-        return self._readings(point, z)[index]
+    def direct_controls(self, evaluation: Evaluation, z) -> np.ndarray | None:
+        """``controls`` of :meth:`gradient`, where only these are required."""
+        return self.gradient(evaluation, z).controls if self.sweeps.evolution.parameters else None
 
-    def states(self, point, z) -> Iterator[tuple[int, np.ndarray]]:
-        """See :class:`StoredTrajectories`; an interval at a time."""
-        self.intervals.bind(z, point.U)
-        for window in self.intervals.windows:
-            W = self.intervals.states(window)
-            for i in range(window.count):
-                yield (window.place + i) * window.m, W[:, i]
-        yield self.sweeps.slab.k, point.U[-1:]
+    def observations(self, evaluation: Evaluation, z, index: int) -> np.ndarray:
+        """Observations of misfit number ``index`` at all local points, ``(k + 1, width)``."""
+        return self._readings(evaluation, z)[index]
 
-    def adjoints(self, point, z) -> Iterator[tuple[int, np.ndarray]]:
-        """See :class:`StoredTrajectories`; an interval at a time."""
-        force = self._force(point, z)
-        self.intervals.bind(z, point.U)
-        for window in self.intervals.windows:
-            Lam = self._adjoints(window, self.intervals.states(window), point.L, force)
-            for i in range(window.count):
-                first = point.L[window.place + i]
-                yield (window.place + i) * window.m, np.concatenate([first[None], Lam[:-1, i]])
-        yield self.sweeps.slab.k, point.L[-1:]
+    def states(self, evaluation: Evaluation, z) -> Iterator[tuple[int, np.ndarray]]:
+        """States at all local points, in blocks of one interval."""
+        self.intervals.bind(z, evaluation.U)
+        for group in self.intervals.groups:
+            W = self.intervals.states(group)
+            for i in range(group.count):
+                yield (group.place + i) * group.m, W[:, i]
+        yield self.sweeps.slab.k, evaluation.U[-1:]
 
-    def _force(self, point, z) -> Callable:
-        """``force(rows, u)``: the adjoint's right-hand side at some points."""
-        pulled = [None] * len(self.misfits)
-        if any(m.looks_back for m in self.misfits):
-            readings = self._readings(point, z)
-            pulled = self._each("pull_back", readings)
-        return lambda rows, u: _sum(m.force(rows, u, S) for m, S in zip(self.misfits, pulled, strict=True))
+    def adjoints(self, evaluation: Evaluation, z) -> Iterator[tuple[int, np.ndarray]]:
+        """Adjoints at all local points, in blocks of one interval."""
+        source = self._adjoint_source(evaluation, z)
+        self.intervals.bind(z, evaluation.U)
+        for group in self.intervals.groups:
+            ends = self._adjoints_at_ends(group, self.intervals.states(group), evaluation.L, source)
+            for i in range(group.count):
+                first = evaluation.L[group.place + i]
+                yield (group.place + i) * group.m, np.concatenate([first[None], ends[:-1, i]])
+        yield self.sweeps.slab.k, evaluation.L[-1:]
 
-    def hessian(self, point, z, dz, dU, *, second: bool, symmetric: bool = False) -> Source:
-        """See :class:`StoredTrajectories`; condensed, and ``symmetric`` in any case: intervals are exact."""
-        pulled = [None] * len(self.misfits)
-        if any(m.looks_back for m in self.misfits):
-            along = self._together(self._read, point, z, dz, dU)
-            pulled = self._each("pull_back_tangent", along)
-        terms = list(zip(self.misfits, pulled, strict=True))
-        force = lambda rows, u, du: _sum(m.force_tangent(rows, u, du, dS) for m, dS in terms)
-        states = [m.forces if not m.quadratic else np.zeros_like(m.forces) for m in self.misfits]
-        first = self._force(point, z) if second else None
-        return self._together(self._condense, point, z, force, states, dz, dU, first)
+    def _adjoint_source(self, evaluation: Evaluation, z) -> Callable[[slice, np.ndarray], np.ndarray]:
+        """The function ``(points, u) -> sum of j_n'(u_n)``, the adjoint's right-hand side at some points."""
+        S = [None] * len(self.misfits)
+        if self._uses_observations:
+            S = self._of_each_misfit("pull_back", self._readings(evaluation, z))
+        terms = list(zip(self.misfits, S, strict=True))
+        return lambda points, u: _sum(m.adjoint_source(points, u, s) for m, s in terms)
 
-    def _condense(self, point, z, force, states, dz=None, dU=None, first=None) -> Source:
+    def hessian(self, evaluation: Evaluation, z, dz, dU, *, second: bool, symmetric: bool = False) -> Source:
+        """Condensed right-hand side of the second-order adjoint equation; symmetric in any case, as tangents are exact
+        inside the intervals.
+        """
+        dS = [None] * len(self.misfits)
+        if self._uses_observations:
+            dS = self._of_each_misfit("pull_back_tangent", self._collectively(self._read, evaluation, z, dz, dU))
+        terms = list(zip(self.misfits, dS, strict=True))
+        source = lambda points, u, du: _sum(m.adjoint_source_tangent(points, u, du, s) for m, s in terms)
+        states = [np.zeros_like(m.state_dependent) if m.quadratic else m.state_dependent for m in self.misfits]
+        first = self._adjoint_source(evaluation, z) if second else None
+        return self._collectively(self._condense, evaluation, z, source, states, dz, dU, first)
+
+    def _condense(self, evaluation: Evaluation, z, source: Callable, states, dz=None, dU=None, first=None) -> Source:
         """Condense a right-hand side.
 
         Parameters
         ----------
-        force
-            ``force(rows, u)``, or ``force(rows, u, du)`` along a tangent.
+        source
+            The right-hand side ``source(points, u)``, or ``source(points, u, du)`` along a tangent.
         states
-            Masks of the points at which it looks at the state.
+            Masks ``(k + 1,)`` of the points at which it depends on the state.
+        dz, dU
+            Direction of the controls and tangent, for the second-order adjoint.
         first
-            The adjoint's own ``force``: with the steps' second derivatives.
+            Right-hand side of the adjoint itself; then the second derivatives of the steps are included.
         """
         intervals, second, along = self.intervals, first is not None, dU is not None
-        intervals.bind(z, point.U)
-        out, controls = intervals.zeros(), ControlSum(intervals)
-        acts = [m.acts for m in self.misfits]
-        linear = self.sweeps.is_linear
-        for window in intervals.windows:
-            steps = [j for j in range(window.m) if any(mask[window.rows(j)].any() for mask in acts)]
-            if second:
-                steps = list(range(window.m))
+        intervals.bind(z, evaluation.U)
+        out, controls = self.sweeps.new_slab(), ControlDerivative(intervals)
+        active = [m.active for m in self.misfits]
+        for group in intervals.groups:
+            steps = [j for j in range(group.m) if second or _any_at(active, group, j)]
             if not steps:
                 continue
             W = D = Lam = None
-            if not linear or self._inside(window, states):
-                W = intervals.states(window)
-            if second or (along and self._inside(window, [m.forces for m in self.misfits])):
-                D = intervals.tangents(window, dz, dU)
+            if not self.sweeps.is_linear or _any_inside(states, group):
+                W = intervals.states(group)
+            if second or (along and _any_inside([m.state_dependent for m in self.misfits], group)):
+                D = intervals.tangents(group, dz, dU)
             if second:
-                Lam = self._adjoints(window, W, point.L, first)
-            p, q = (intervals.buffer(name)[: window.count] for name in "pq")
+                Lam = self._adjoints_at_ends(group, W, evaluation.L, first)
+            p, q = intervals.pair(group)
             p[...] = 0
             for j in reversed(range(steps[-1] + 1)):
                 if j < steps[-1]:
-                    controls.add(window, j, p)
-                    intervals.adjoint(window, j, p, q)
+                    controls.add_adjoint(group, j, p)
+                    intervals.adjoint(group, j, p, q)
                     p, q = q, p
-                u = point.U[window.starts] if W is None else W[j]
-                du = None if not along else dU[window.starts] if D is None else D[j]
-                if any(mask[window.rows(j)].any() for mask in acts):
-                    p += force(window.rows(j), u, du) if along else force(window.rows(j), u)
+                u = evaluation.U[group.starts] if W is None else W[j]
+                du = None if not along else dU[group.starts] if D is None else D[j]
+                if _any_at(active, group, j):
+                    p += source(group.steps(j), u, du) if along else source(group.steps(j), u)
                 if second:
-                    su, sz = intervals.second_order(window, j, du, dz, Lam[j])
+                    su, sz = intervals.second_order(group, j, du, dz, Lam[j])
                     p += su
-                    controls.add_rows(window, j, sz)
-            out[window.starts] = p
+                    controls.add(group, j, sz)
+            out[group.starts] = p
         if self.sweeps.slab.is_last:
             k = self.sweeps.slab.k
-            out[-1:] = force(slice(k, k + 1), point.U[-1:], *((dU[-1:],) if along else ()))
+            out[-1:] = source(slice(k, k + 1), evaluation.U[-1:], *((dU[-1:],) if along else ()))
         return Source(out, controls.rows)
 
-    def _adjoints(self, window: Window, W, L, force) -> np.ndarray:
-        """Adjoints at the ends of a window's steps, ``(m, count, n)``."""
-        intervals, m = self.intervals, window.m
-        Lam = intervals.buffer("adjoints", m)[:, : window.count]
-        Lam[-1] = L[window.ends]
+    def _adjoints_at_ends(self, group: IntervalGroup, W, L, source) -> np.ndarray:
+        """Adjoints at the ends of the steps of a group's intervals, ``(m, count, n)``."""
+        intervals, m = self.intervals, group.m
+        Lam = intervals.buffer("adjoints", m)[:, : group.count]
+        Lam[-1] = L[group.ends]
         for j in reversed(range(1, m)):
-            intervals.adjoint(window, j, Lam[j], Lam[j - 1])
-            Lam[j - 1] += force(window.rows(j), W[j])
+            intervals.adjoint(group, j, Lam[j], Lam[j - 1])
+            Lam[j - 1] += source(group.steps(j), W[j])
         return Lam
 
-    def control_gradient(self, point, z, L, controls):
-        """See :class:`StoredTrajectories`."""
+    def control_gradient(self, evaluation: Evaluation, z, L, controls):
+        """Derivative by the controls from an adjoint at the C-points and the ``controls`` of its :class:`Source`."""
         if not self.sweeps.evolution.parameters:
             return None
-        return self._together(self._control_gradient, point, z, L, controls)
+        return self._collectively(self._control_gradient, evaluation, z, L, controls)
 
-    def _control_gradient(self, point, z, L, controls) -> np.ndarray:
+    def _control_gradient(self, evaluation: Evaluation, z, L, controls) -> np.ndarray:
         intervals = self.intervals
-        intervals.bind(z, point.U)
-        total = ControlSum(intervals, controls)
-        for window in intervals.windows:
-            p, q = (intervals.buffer(name)[: window.count] for name in "pq")
-            p[...] = L[window.ends]
-            for j in reversed(range(window.m)):
-                total.add(window, j, p)
+        intervals.bind(z, evaluation.U)
+        total = ControlDerivative(intervals, controls)
+        for group in intervals.groups:
+            p, q = intervals.pair(group)
+            p[...] = L[group.ends]
+            for j in reversed(range(group.m)):
+                total.add_adjoint(group, j, p)
                 if j:
-                    intervals.adjoint(window, j, p, q)
+                    intervals.adjoint(group, j, p, q)
                     p, q = q, p
         return total.finish()
 
 
-class ControlSum:
-    """Derivatives by the controls that are collected step by step.
+def _any_at(masks: Sequence[np.ndarray], group: IntervalGroup, j: int) -> bool:
+    """Whether a point at which step ``j`` of an interval starts is in one of the masks ``(k + 1,)``."""
+    return any(mask[group.steps(j)].any() for mask in masks)
 
-    Parameters
-    ----------
-    intervals
-        The own intervals.
-    begun
-        ``rows`` of another one to go on from.
 
-    Attributes
-    ----------
-    rows : ndarray or None
-        ``(k, nz)`` a step; for static controls the sum ``(nz,)``, or of a linear evolution the propagator's
-        ``control_sums`` of the adjoints: then solves at the end do for all.
-    """
+def _any_inside(masks: Sequence[np.ndarray], group: IntervalGroup) -> bool:
+    """Whether an F-point of the group is in one of the masks."""
+    return any(_any_at(masks, group, j) for j in range(1, group.m))
 
-    def __init__(self, intervals: Intervals, begun: np.ndarray | None = None):
-        self._intervals, ev = intervals, intervals.evolution
-        self._adjoints = intervals.propagator.is_linear and not ev.per_step
-        self._first = Window(0, 0, 1, intervals.m)
-        self.rows = None
-        if not ev.parameters:
-            return
-        if begun is not None:
-            self.rows = begun.copy()
-        elif self._adjoints:
-            self.rows = self._sums(self._first, 0, np.zeros((1, ev.state_size)))
-        else:
-            self.rows = np.zeros((intervals.slab.k, ev.control_size) if ev.per_step else (ev.control_size,))
 
-    def _sums(self, window: Window, j: int, lam: np.ndarray) -> np.ndarray:
-        return self._intervals.propagator.control_sums(self._intervals.data(window, j), lam)
-
-    def add(self, window: Window, j: int, lam: np.ndarray) -> None:
-        """Of adjoints at the ends of steps number ``j``."""
-        if self._adjoints and self.rows is not None:
-            self.rows += self._sums(window, j, lam)
-        elif self.rows is not None:
-            self.add_rows(window, j, self._intervals.control_adjoint(window, j, lam))
-
-    def add_rows(self, window: Window, j: int, rows: np.ndarray) -> None:
-        """Of derivatives by the controls of these steps."""
-        if self.rows is not None:
-            target = self.rows[window.rows(j)] if self.rows.ndim == 2 else self.rows
-            target += rows
-
-    def finish(self) -> np.ndarray | None:
-        """``(nz,)`` or ``(k, nz)``."""
-        if self.rows is None or not self._adjoints:
-            return self.rows
-        intervals = self._intervals
-        return intervals.propagator.control_adjoint_of_sums(intervals.data(self._first, 0), self.rows)
+def _start_of_step(stored: np.ndarray | None, inside: np.ndarray | None, group: IntervalGroup, j: int):
+    """Rows of a trajectory at the start of step ``j`` of each interval; ``None`` where they are not available."""
+    if stored is not None and j == 0:
+        return stored[group.starts]
+    return None if inside is None else inside[j]

@@ -1,4 +1,4 @@
-"""The evolution that a user poses: residual, Butcher tableau, boundary values, initial condition, controls."""
+"""The initial value problem that a user poses: residual, tableau, boundary values, initial condition, controls."""
 
 # Firedrake before Irksome: it initialises PETSc with the command line's options
 import firedrake  # noqa: F401  isort: skip

@@ -6,39 +6,61 @@ derivatives with respect to boundary values are pulled back by its transpose.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import ufl
-from firedrake import DirichletBC, Function, TrialFunction, assemble, derivative, interpolate
+from firedrake import DirichletBC, Function
 from ufl.algorithms import extract_coefficients
-from ufl.algorithms.apply_algebra_lowering import apply_algebra_lowering
-from ufl.algorithms.apply_derivatives import apply_derivatives
 
 from pint_fem.errors import InputError
-from pint_fem.evolution.control_operators import MatrixOperator, RealOperator
-from pint_fem.kernels.arrays import boundary_rows, condition_rows, is_real, own_size, rows_in_whole
+from pint_fem.evolution.control_operators import ControlOperator, expression_derivative, interpolation_operator
+from pint_fem.kernels.arrays import boundary_rows, condition_rows, own_size, rows_in_whole, split_values
 
-if TYPE_CHECKING:
-    from pint_fem.evolution.evolution import Evolution
-
-__all__ = ["BoundaryControls", "boundary_value", "control_values"]
+__all__ = ["BoundaryControls", "boundary_controls", "boundary_value"]
 
 
 def boundary_value(bc: DirichletBC) -> ufl.core.expr.Expr:
-    """The value of a condition as UFL, as the user gave it."""
+    """The value of a Dirichlet condition as a UFL expression, as the user gave it."""
     value = bc._original_arg
     return ufl.as_tensor(value) if isinstance(value, (list, tuple)) else ufl.as_ufl(value)
 
 
-def control_values(evolution: Evolution) -> BoundaryControls | None:
-    """The boundary values' operators; ``None`` where no control is in one."""
-    found = {c for bc in evolution.bcs for c in extract_coefficients(boundary_value(bc))}
-    return BoundaryControls(evolution) if found & set(evolution.parameters) else None
+class _Dependence(NamedTuple):
+    """A control in the value of a condition: its number, the value, the condition's space, and the rows that the
+    condition fixes, among those of its space and of the state's.
+    """
+
+    index: int
+    value: ufl.core.expr.Expr
+    space: object
+    local: np.ndarray
+    rows: np.ndarray
 
 
 class BoundaryControls:
-    """``D`` on the own rows, for the time that ``evolution.t`` has; assembled once where it does not depend on time.
+    """The operator ``D`` on a rank's own rows at the present time; assembled once where it does not depend on time.
+
+    Parameters
+    ----------
+    bcs
+        Dirichlet conditions on ``V`` or parts of it.
+    V
+        The state's space.
+    parameters
+        Controls of a step.
+    u
+        The state.
+    t
+        Time function, or ``None``.
+
+    Attributes
+    ----------
+    rows : ndarray
+        Own rows with a condition.
+    depends_on_time : bool
+        Whether ``D`` depends on time.
 
     Raises
     ------
@@ -46,69 +68,70 @@ class BoundaryControls:
         If a boundary value is not affine in a control.
     """
 
-    def __init__(self, evolution: Evolution):
-        self.evolution = evolution
-        self.rows = boundary_rows(evolution.bcs, evolution.V)
-        # the control's number, derivative as an expression of a direction, the condition's space, its rows there and in
-        # the whole space
-        self._terms = []
+    def __init__(self, bcs: Sequence[DirichletBC], V, parameters: Sequence[Function], u: Function, t: Function | None):
+        self.rows, self._parameters, self._size = boundary_rows(bcs, V), parameters, own_size(V)
+        self._dependences: list[_Dependence] = []
         self.depends_on_time = False
-        taken = np.zeros(0, dtype=np.int32)
-        for bc in reversed(evolution.bcs):  # where conditions overlap, the last one counts
+        fixed = np.zeros(0, dtype=np.int32)
+        for bc in reversed(bcs):  # where conditions overlap, the last one holds
             local = condition_rows(bc)
             rows = rows_in_whole(bc.function_space())[local]
-            first = ~np.isin(rows, taken)
+            first = ~np.isin(rows, fixed)
             local, rows = local[first], rows[first]
-            taken = np.union1d(taken, rows)
+            fixed = np.union1d(fixed, rows)
             value = boundary_value(bc)
-            for index, control in enumerate(evolution.parameters):
+            for index, control in enumerate(parameters):
                 if control not in extract_coefficients(value):
                     continue
-                slope = lambda direction, value=value, control=control: apply_derivatives(
-                    apply_algebra_lowering(derivative(value, control, direction))
-                )
-                moving = set(extract_coefficients(slope(Function(control.function_space()))))
-                if moving & {*evolution.parameters, evolution.u}:
+                slope = expression_derivative(value, control, Function(control.function_space()))
+                moving = set(extract_coefficients(slope))
+                if moving & {*parameters, u}:
                     raise InputError(f"a boundary value is not affine in the control {control.name()!r}")
-                self.depends_on_time |= evolution.t in moving
-                self._terms.append((index, slope, bc.function_space(), local, rows))
-        self._operators: list[list[tuple]] | None = None
+                self.depends_on_time |= t in moving
+                self._dependences.append(_Dependence(index, value, bc.function_space(), local, rows))
+        self._operators: list[ControlOperator] | None = None
 
-    def _assembled(self) -> list[list[tuple]]:
-        """Of each control: operators to the conditions' spaces, rows there and in the whole space, its size."""
+    def _assembled(self) -> list[ControlOperator]:
+        """Operators from a control to the condition's space, one for each dependence."""
         if self._operators is None or self.depends_on_time:
-            made = [[] for _ in self.evolution.parameters]
-            for index, slope, V, local, rows in self._terms:
-                space = self.evolution.parameters[index].function_space()
-                drop = np.setdiff1d(np.arange(own_size(V)), local)
-                if is_real(space):
-                    columns = lambda one, slope=slope, V=V: Function(V).interpolate(slope(one))
-                    operator = RealOperator(space, columns, drop)
-                else:
-                    matrix = assemble(interpolate(slope(TrialFunction(space)), V)).petscmat
-                    operator = MatrixOperator(matrix, drop)
-                made[index].append((operator, local, rows, own_size(V)))
-            self._operators = made
+            self._operators = []
+            for index, value, space, local, _ in self._dependences:
+                other_rows = np.setdiff1d(np.arange(own_size(space)), local)
+                self._operators.append(interpolation_operator(value, self._parameters[index], space, other_rows))
         return self._operators
 
     def update_data(self) -> None:
-        """Data in the boundary values have other values now: assemble the operators again when they are next used."""
+        """Discard the operators, as data in the boundary values have changed; they are assembled when next needed."""
         self._operators = None
 
     def lift(self, dz: np.ndarray) -> np.ndarray:
-        """``D dz`` on the Dirichlet rows, zero elsewhere, ``(n,)``, for a step's vector of controls."""
-        out = np.zeros(self.evolution.state_size)
-        for operators, part in zip(self._assembled(), self.evolution.split_controls(dz), strict=True):
-            for operator, local, rows, _ in operators:
-                out[rows] += operator(part)[local]
+        """The product ``D dz``, ``(n,)``, zero off the Dirichlet rows, for a step's vector of controls ``(nz,)``."""
+        out, parts = np.zeros(self._size), split_values(dz, self._parameters)
+        for operator, (index, _, _, local, rows) in zip(self._assembled(), self._dependences, strict=True):
+            out[rows] += operator(parts[index])[local]
         return out
 
     def pull_back(self, r: np.ndarray) -> np.ndarray:
-        """``D^T r`` of what is on the Dirichlet rows of ``r`` ``(n,)``, a step's vector of controls."""
-        out = np.zeros(self.evolution.control_size)
-        for operators, part in zip(self._assembled(), self.evolution.split_controls(out), strict=True):
-            for operator, local, rows, size in operators:
-                values = np.zeros(size)
-                values[local] = r[rows]
-                part += operator.transposed(values)
+        """The product ``D^T r``, ``(nz,)``, with the entries of ``r`` ``(n,)`` on the Dirichlet rows."""
+        out = np.zeros(sum(own_size(c.function_space()) for c in self._parameters))
+        parts = split_values(out, self._parameters)
+        for operator, (index, _, space, local, rows) in zip(self._assembled(), self._dependences, strict=True):
+            values = np.zeros(own_size(space))
+            values[local] = r[rows]
+            parts[index] += operator.transposed(values)
         return out
+
+
+def boundary_controls(
+    bcs: Sequence[DirichletBC], V, parameters: Sequence[Function], u: Function, t: Function | None
+) -> BoundaryControls | None:
+    """The operator of controls in boundary values, with the parameters of :class:`BoundaryControls`; ``None`` where no
+    value contains one.
+
+    Raises
+    ------
+    InputError
+        If a boundary value is not affine in a control.
+    """
+    found = {c for bc in bcs for c in extract_coefficients(boundary_value(bc))}
+    return BoundaryControls(bcs, V, parameters, u, t) if found & set(parameters) else None

@@ -1,42 +1,46 @@
-"""The evolution a user poses: a semi-discrete residual in UFL, an integrator, controls."""
+r"""The evolution that a user poses: a semi-discrete residual in UFL, an integrator, an initial condition, controls.
+
+.. math::  F(\dot u, u, t, z; v) = 0 \quad (t_0 < t \le t_0 + N \Delta t), \qquad u(t_0) = u_0 ,
+
+for all test functions ``v`` and controls ``z``, with ``N`` steps of a diagonally implicit Runge-Kutta method
+(:class:`~pint_fem.evolution.tableaux.DIRK`).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from numbers import Real
 
 import numpy as np
 import ufl
-from firedrake import DirichletBC, Function, derivative
-from firedrake.utils import complex_mode
+from firedrake import Constant, DirichletBC, Function, derivative
+from irksome.tableaux.ButcherTableaux import ButcherTableau
 from irksome.ufl.deriv import TimeDerivative, expand_time_derivatives
 from ufl.algorithms import expand_derivatives, extract_coefficients
 from ufl.algorithms.analysis import has_type
 
 from pint_fem.errors import InputError
-from pint_fem.evolution.boundary import boundary_value, control_values
-from pint_fem.evolution.controls import checked_controls, checked_per_step
-from pint_fem.evolution.fields import Fields, checked_field
+from pint_fem.evolution import arguments
+from pint_fem.evolution.boundary import boundary_controls, boundary_value
+from pint_fem.evolution.control_operators import SeparatedOperator, separated_operator
+from pint_fem.evolution.fields import Fields
 from pint_fem.evolution.initial import split_initial
 from pint_fem.evolution.private_copies import PrivateCopies, data_of
-from pint_fem.evolution.quadrature import with_fixed_degrees
-from pint_fem.evolution.residual import check_time_derivatives, time_among, time_function, without_loads
-from pint_fem.evolution.separated_operators import SeparatedOperator, separated_operator
+from pint_fem.evolution.residual import check_time_derivatives, checked_time, fixed_degrees, time_among, without_loads
 from pint_fem.evolution.tableaux import DIRK
-from pint_fem.kernels.arrays import boundary_rows, get, is_real, own_size, put, whole_space
+from pint_fem.kernels.arrays import boundary_rows, get, own_size, put, split_values
 from pint_fem.kernels.nullspace import read_nullspace
-from pint_fem.petsc_options.types import require_types
+from pint_fem.petsc_options.checks import require_types
 
-__all__ = ["Evolution", "time_function"]
+__all__ = ["Evolution"]
 
 
 class Evolution:
-    """``F(Dt(u), u, t, z; v) = 0`` on ``t0 < t <= t0 + nsteps dt`` with ``u(t0)`` given, stepped by a DIRK tableau.
+    """An initial value problem ``F(Dt(u), u, t, z; v) = 0`` with an integrator and controls.
 
     Nothing that is given here is written to. Functions, constants and cofunctions in the residual, in boundary values
     and as initial condition other than ``u``, ``t`` and the controls are data: they are copied when a functional is
-    made (or a propagator by itself), and later changes of their values are seen after
+    made (or a propagator by itself), and later changes of their values have an effect after
     :meth:`~pint_fem.adjoint.TimeParallelReducedFunctional.update_data` only.
 
     Parameters
@@ -52,15 +56,17 @@ class Evolution:
     dt, nsteps
         Step size (> 0) and number of steps.
     control
-        What is sought: a function or several, or ``None``. Each is a field or a real number (space ``R``) in the
-        residual, in operators too, or in a boundary value (which must be affine in it), or the function given as
-        ``initial``.
+        The unknowns of the inverse problem: a function or several, or ``None``. Each is a field or a real number (space
+        ``R``) in the residual, in operators too, or in a boundary value (which must be affine in it), or the function
+        given as ``initial``.
     per_step
         Whether the controls have a value of their own in each step (``True`` is all but the initial condition), or
         those of them that do.
     t
-        :func:`time_function` in the residual, boundary values and misfits; default: the one that the residual and the
-        boundary values contain, if any.
+        The time in the residual, boundary values, initial condition and misfits: a
+        :func:`~pint_fem.evolution.residual.time_function`, or a ``Constant``, in whose place the private copies of the
+        forms have a time function; default: the time function that the residual and the boundary values contain, if
+        any.
     t0
         Initial time.
     initial
@@ -69,7 +75,7 @@ class Evolution:
     bcs
         ``DirichletBC`` on ``u``'s space or parts of it (``V.sub(0)``). Their values may depend on ``t``.
     solver_parameters
-        PETSc options for the stage systems (with ``eliminate``: for what is left of them); default is a direct solve.
+        PETSc options for the stage systems, or with ``eliminate`` for their Schur complements; default: a direct solve.
     eliminate
         Number of a field of a mixed state whose rate depends on the other fields only: steps of a linear evolution
         with constant operators then solve for the others (:mod:`~pint_fem.evolution.fields`), such as one symmetric
@@ -78,14 +84,40 @@ class Evolution:
         Nullspaces of the stages' matrices and of their transposes (default: the same), as Firedrake's solvers take them
         (``VectorSpaceBasis``, ``MixedVectorSpaceBasis``), such as the constant pressure of an enclosed flow; the same
         for all states, controls and times. Stage values have no part in the nullspace (in the Euclidean product of
-        coefficients), whatever the state had; see :mod:`~pint_fem.kernels.nullspace`.
+        coefficients), whatever the state had (:mod:`~pint_fem.kernels.nullspace`).
     near_nullspace
         Basis for algebraic multigrid, such as rigid body modes.
+
+    Attributes
+    ----------
+    t : Function or None
+        The time function, which stands in the forms in the place of a ``Constant`` given as ``t``, ``time_constant``.
+    initial : Function
+        Its value is the initial condition.
+    controls, parameters : tuple of Function
+        All controls in the order given; those of a step, the static ones first, whose own values are a step's vector.
+    stepwise : tuple of Function
+        Controls with a value of their own in each step.
+    sought : tuple of Function
+        The controls as given; where the initial condition is an expression of some, ``controls`` has ``initial``
+        instead of those that are nowhere else.
+    initial_control, initial_expression, initial_data
+        The control that is the initial condition, the expression of controls or of data that it is; else ``None``.
+    boundary_controls : BoundaryControls or None
+        The operator of controls in boundary values.
+    loads : dict
+        Cofunctions in the residual by their Riesz representatives, which stand there in their place.
+    posed, copies : Evolution, PrivateCopies or None
+        Of a private copy the evolution as the user gave it, and the copies of its functions; else itself and ``None``.
+    options_prefix : str
+        Of a private copy the prefix of its solvers' options in PETSc's database: ``-PREFIXpint_ksp_type``.
+    injected : dict
+        Functions of a finer mesh with those here that get their values by injection.
 
     Raises
     ------
     InputError
-        On every rank, when an argument does not fit: what was given, what would do.
+        On every rank, when an argument does not fit: what was given, and what is accepted.
     """
 
     def __init__(
@@ -93,122 +125,99 @@ class Evolution:
         residual: ufl.Form,
         u: Function,
         *,
-        tableau,
+        tableau: ButcherTableau,
         dt: float,
         nsteps: int,
         control: Function | Sequence[Function] | None = None,
         per_step: bool | Sequence[Function] = False,
-        t: Function | None = None,
+        t: Function | Constant | None = None,
         t0: float = 0.0,
         initial: Function | ufl.core.expr.Expr | None = None,
-        bcs=(),
+        bcs: DirichletBC | Sequence[DirichletBC] = (),
         solver_parameters: dict | None = None,
         eliminate: int | None = None,
         nullspace=None,
         transpose_nullspace=None,
         near_nullspace=None,
     ):
-        if complex_mode:
-            raise InputError(
-                "PETSc is built for complex numbers: pint_fem needs a real build (--with-scalar-type=real)"
-            )
-        if not isinstance(u, Function):
-            raise InputError(f"state u is a {type(u).__name__}: give a firedrake Function")
-        if not isinstance(dt, Real) or not 0 < dt < np.inf:
-            raise InputError(f"time step dt = {dt!r}: give a positive number")
-        if not hasattr(nsteps, "__index__") or isinstance(nsteps, bool) or nsteps < 1:
-            raise InputError(f"nsteps = {nsteps!r}: give a whole number of at least 1")
-        #: Riesz representatives of the cofunctions in the residual, which stand there in their place.
+        arguments.check_state_and_steps(u, dt, nsteps)
         residual, self.loads = without_loads(residual)
-        if not isinstance(residual, ufl.Form) or len(residual.arguments()) != 1:
-            raise InputError(
-                "residual is not a linear form: write F(Dt(u), u; v) with one TestFunction v, and no '== 0'"
-            )
         V = u.function_space()
-        if any(is_real(part) for part in V):
-            raise InputError(
-                "the state has a real number in it (space R), of which Firedrake assembles no matrix that can be "
-                "factored: write the residual without it. For the mean of a pressure give nullspace=; a number with a "
-                "value in each step can be a control (per_step=)"
-            )
-        if residual.arguments()[0].function_space() != V:
-            raise InputError(
-                "the residual's test function is not in the state's space: use TestFunction(u.function_space())"
-            )
-        self.bcs = tuple(bcs) if isinstance(bcs, (list, tuple)) else (bcs,)
-        if any(not isinstance(bc, DirichletBC) for bc in self.bcs):
-            raise InputError("bcs: give DirichletBC objects")
-        if any(whole_space(bc.function_space()) != V for bc in self.bcs):
-            raise InputError("a boundary condition is not on the state's space or a part of it such as V.sub(0)")
-        if t is not None and (not isinstance(t, Function) or not is_real(t.function_space())):
-            raise InputError(
-                "t is not a function in the space R: make it by pint_fem.time_function(mesh), not Constant"
-            )
+        arguments.check_residual(residual, V)
+        self.given_bcs = arguments.checked_conditions(bcs, V)
+        self.t, self.time_constant = checked_time(t, V.mesh())
+        self.bcs = tuple(map(self._condition_in_time, self.given_bcs))
+        residual = self.in_time(residual)
         boundary_data = [c for bc in self.bcs for c in data_of(boundary_value(bc))]
-        t = time_among([*data_of(residual), *boundary_data], t, "the residual or a boundary value")
-        if isinstance(initial, ufl.core.expr.Expr):
+        t = time_among([*data_of(residual), *boundary_data], self.t, "the residual or a boundary value")
+        if isinstance(initial, ufl.core.expr.Expr) and not isinstance(initial, Function):
+            initial = self.in_time(initial)
             t = time_among(data_of(initial), t, "initial=")
         residual = expand_time_derivatives(residual, t=t, timedep_coeffs=(u,))
         coefficients = extract_coefficients(residual)
         check_time_derivatives(residual, u)
-        #: The controls as given; where the initial condition is an expression of some, :attr:`controls` has the
-        #: function ``initial`` instead of those that are nowhere else.
         self.sought = tuple(control) if isinstance(control, (list, tuple)) else () if control is None else (control,)
         found = {*coefficients, *boundary_data}
         expression, initial, control = split_initial(initial, u, control, found, t, float(t0))
-        self.residual, self.u, self.V = _with_fixed_degrees(residual, u), u, V
+        self.residual, self.u, self.V = fixed_degrees(residual, u), u, V
         self.tableau, self.dt, self.nsteps = tableau, float(dt), int(nsteps)
         self.dirk = DIRK(tableau)
         self.t, self.t0 = t, float(t0)
-        #: Its value is the initial condition.
         self.initial = u if initial is None else initial
-        #: All controls, in the order given.
-        self.controls = checked_controls(control, u, found, initial)
-        #: Those with a value in each step.
-        self.stepwise = checked_per_step(per_step, self.controls, initial)
-        #: The control that is the initial condition, or ``None``.
+        self.controls = arguments.checked_controls(control, u, found, initial)
+        self.stepwise = arguments.checked_per_step(per_step, self.controls, initial)
         self.initial_control = next((c for c in self.controls if c is initial), None)
-        #: The initial condition as an expression of controls, and as one of data only, or ``None``.
         self.initial_expression, self.initial_data = expression, None
         if self.initial_control is None:
             self.initial_expression, self.initial_data = None, expression
         if self.in_initial & set(self.stepwise):
             raise InputError("initial: a control in the expression has a value in each step: leave it out of per_step")
         parameters = [c for c in self.controls if c is not initial]
-        #: Controls of a step, the static ones first; a step's vector of them has their own values in this order.
         self.parameters = tuple(sorted(parameters, key=lambda c: c in self.stepwise))
-        #: Their boundary values, as operators.
-        self.boundary_controls = control_values(self)
+        self.boundary_controls = boundary_controls(self.bcs, V, self.parameters, u, t)
         self.solver_parameters = dict(solver_parameters or {})
         require_types(self.solver_parameters, "pint_")
-        self.eliminate = checked_field(eliminate, V, self.bcs)
-        #: Of the stages' matrices, or ``None``.
+        self.options_prefix = ""
+        self.eliminate = arguments.checked_field(eliminate, V, self.bcs)
         self.nullspace = read_nullspace(V, nullspace, transpose_nullspace, near_nullspace)
-        #: Firedrake's bases of them as they were given, by argument.
         self.bases = dict(nullspace=nullspace, transpose_nullspace=transpose_nullspace, near_nullspace=near_nullspace)
-        self.test = residual.arguments()[0]
         self.depends_on_time = t is not None and (t in coefficients or t in boundary_data)
-        #: The evolution as the user gave it; another one where this one is a private copy.
         self.posed = self
-        #: What functions of the user the private functions of this evolution are copies of; ``None`` where it is the
-        #: user's own.
         self.copies: PrivateCopies | None = None
-        #: Copies on a finer mesh by what they were injected to, where the evolution was posed on a coarser one.
         self.injected: dict[Function, Function] = {}
 
+    def __repr__(self):
+        kinds = {c: " in each step" for c in self.stepwise} | {self.initial_control: " as initial condition"}
+        controls = ", ".join(c.name() + kinds.get(c, "") for c in self.controls) or "none"
+        return (
+            f"Evolution({self.nsteps} steps of dt = {self.dt:g} by {self.dirk.name}, state {self.u.name()} in "
+            f"{self.V.ufl_element()} with {self.V.dim()} unknowns, controls: {controls})"
+        )
+
+    def in_time(self, expression):
+        """A form or an expression with the time function in the place of a ``Constant`` that was given as ``t``."""
+        return expression if self.time_constant is None else ufl.replace(expression, {self.time_constant: self.t})
+
+    def _condition_in_time(self, bc: DirichletBC) -> DirichletBC:
+        """A boundary condition with the time function in the place of a ``Constant`` that was given as ``t``."""
+        value = boundary_value(bc)
+        if self.time_constant not in data_of(value):
+            return bc
+        return type(bc)(bc.function_space(), self.in_time(value), bc.sub_domain)
+
     def private(self, copies: PrivateCopies | None = None) -> Evolution:
-        """The same evolution in functions of its own, which sweeps write to; itself where it is one already.
+        """The same evolution in functions of its own, which sweeps write to; the evolution itself where it has such.
 
         Parameters
         ----------
         copies
-            Copies of what other forms contain, which are added to.
+            Copies of functions in other forms, to which those of this evolution are added; default: none.
         """
         if self.copies is not None:
             return self
         copies = PrivateCopies() if copies is None else copies
-        own = copies.variable
-        for function in (self.u, *self.controls, *self.sought, *([] if self.t is None else [self.t])):
+        own, times = copies.variable, [] if self.t is None else [self.t]
+        for function in (self.u, *self.controls, *self.sought, *times):
             own(function)
         for representative, load in self.loads.items():
             copies.load(representative, load)
@@ -222,7 +231,8 @@ class Evolution:
             copies.form(self.residual), own(self.u), tableau=self.tableau, dt=self.dt, nsteps=self.nsteps,
             control=[own(c) for c in self.controls], per_step=[own(c) for c in self.stepwise],
             t=None if self.t is None else own(self.t), t0=self.t0, initial=initial,
-            bcs=[copies.condition(bc) for bc in self.bcs], solver_parameters=self.solver_parameters,
+            bcs=[copies.condition(*pair) for pair in zip(self.bcs, self.given_bcs, strict=True)],
+            solver_parameters=self.solver_parameters,
             eliminate=self.eliminate, **self.bases,
         )  # fmt: skip
         made.posed, made.copies = self, copies
@@ -241,9 +251,14 @@ class Evolution:
         Parameters
         ----------
         form
-            In the user's functions.
+            The functional, in the user's functions.
         what
-            What it is, for messages.
+            Description of the functional, for messages.
+
+        Returns
+        -------
+        form, t
+            The functional and the time function in private copies.
 
         Raises
         ------
@@ -252,9 +267,10 @@ class Evolution:
         """
         if has_type(form, TimeDerivative):
             raise InputError(
-                f"{what} contains Dt(u): a functional sees states at points in time, not their rates; make the rate a "
-                "field of a mixed state, or compare differences of states by a misfit of your own"
+                f"{what} contains Dt(u): a functional depends on states at points in time, not on their rates; make "
+                "the rate a field of a mixed state, or compare differences of states by a misfit of your own"
             )
+        form = self.posed.in_time(form)
         found = data_of(form)
         t = time_among(found, self.posed.t, what)
         own = self.copies.variable(t) if t in found else None
@@ -262,12 +278,18 @@ class Evolution:
 
     @property
     def state_size(self) -> int:
-        """Own degrees of freedom of a state on this rank."""
+        """Number of degrees of freedom of a state that this rank owns."""
         return own_size(self.V)
 
     @property
     def control(self) -> Function | None:
-        """The control, or ``None``, where there are not several."""
+        """The control, or ``None`` where there is none.
+
+        Raises
+        ------
+        InputError
+            If there are several.
+        """
         if len(self.controls) > 1:
             raise InputError(f"the evolution has {len(self.controls)} controls: see Evolution.controls")
         return self.controls[0] if self.controls else None
@@ -278,18 +300,13 @@ class Evolution:
         return bool(self.stepwise)
 
     @property
-    def control_sizes(self) -> list[int]:
-        """Own degrees of freedom of each of the parameters (of one step) on this rank."""
-        return [own_size(c.function_space()) for c in self.parameters]
-
-    @property
     def control_size(self) -> int:
-        """Their sum: the length of a step's vector of controls."""
-        return sum(self.control_sizes)
+        """Length of a step's vector of controls on this rank: own degrees of freedom of the parameters."""
+        return sum(own_size(c.function_space()) for c in self.parameters)
 
     def split_controls(self, vector: np.ndarray) -> list[np.ndarray]:
-        """Views of the parameters' parts of vectors ``(..., control_size)``."""
-        return np.split(vector, np.cumsum(self.control_sizes)[:-1], axis=-1) if self.parameters else []
+        """Views of each parameter's part of vectors ``(..., control_size)``."""
+        return split_values(vector, self.parameters)
 
     def put_controls(self, vector: np.ndarray) -> None:
         """Set the parameters' functions to a step's vector."""
@@ -297,36 +314,34 @@ class Evolution:
             put(function, values)
 
     def get_controls(self) -> np.ndarray:
-        """The step's vector of the parameters' functions."""
+        """The parameters' own values as a step's vector, ``(control_size,)``."""
         return np.concatenate([np.zeros(0), *(get(c) for c in self.parameters)])
 
-    def time(self, point):
-        """Time of a point or an array of points."""
+    def time(self, point: int | np.ndarray) -> np.ndarray:
+        """Time of a point, or of each of an array of points."""
         return self.t0 + self.dt * np.asarray(point)
 
     def parts(self) -> tuple[ufl.Form, Function]:
-        """The residual with a plain coefficient in the place of ``Dt(u)``, and that coefficient."""
+        """The residual with a coefficient in the place of ``Dt(u)``, and that coefficient."""
         rate = Function(self.V, name="rate")
         return ufl.replace(self.residual, {TimeDerivative(self.u): rate}), rate
 
-    def stage_form(self, U: Function, W: Function, h) -> ufl.Form:
-        """Residual of a stage: ``Dt(u) -> (U - W)/h``, ``u -> U``."""
+    def stage_form(self, U: Function, W: Function, h: float | Constant) -> ufl.Form:
+        """The residual of a stage, with ``(U - W)/h`` in the place of ``Dt(u)`` and ``U`` in that of ``u``."""
         return ufl.replace(self.residual, {TimeDerivative(self.u): (U - W) / h, self.u: U})
 
     @cached_property
     def fields(self) -> Fields | None:
-        """Blocks of the operators where a field is eliminated, shared by all levels (collective when first asked
-        for).
-        """
+        """Blocks of the operators where a field is eliminated, shared by all levels; computed once (collective)."""
         operators = None if self.eliminate is None else self.linear_operators()
         return None if operators is None else Fields(self.V, self.eliminate, operators, self.bcs, self.nullspace)
 
-    def linear_operators(self):
+    def linear_operators(self) -> tuple[ufl.Form, ufl.Form] | None:
         r"""``(M, K)`` as bilinear forms where the residual is ``M Dt(u) + K u - f(t, z)``, else ``None``.
 
         Required: affine in ``u`` and in the controls, with none of them, nor time, in ``M`` and ``K``, and none of them
         in the controls' operators, which depend on time by some scalar factors only
-        (:mod:`~pint_fem.evolution.separated_operators`).
+        (:class:`~pint_fem.evolution.control_operators.SeparatedOperator`).
         """
         return self._linear
 
@@ -347,16 +362,14 @@ class Evolution:
 
     @cached_property
     def control_operators(self) -> list[SeparatedOperator | None]:
-        """Derivatives of the load by each of the parameters, which it is affine in; shared by all levels."""
+        """Derivatives of the load by each of the parameters, in which it is affine; shared by all levels."""
         form, _ = self.parts()
         rows, interval = boundary_rows(self.bcs, self.V), (self.t0, self.t0 + self.nsteps * self.dt)
         return [separated_operator(-form, control, rows, self.t, interval) for control in self.parameters]
 
     @property
     def controls_move(self) -> bool:
-        """Whether what a control adds to a step is not the same in all steps, for controls that are: time courses of a
-        linear evolution.
-        """
+        """Whether the derivative of a step of a linear evolution by a control depends on time."""
         return any(operator is not None and not operator.constant for operator in self.control_operators)
 
     @cached_property
@@ -368,7 +381,13 @@ class Evolution:
         return {data for slope in slopes if not slope.empty() for data in data_of(slope)}.union(*values)
 
     def update_data(self, *, operators: bool) -> None:
-        """Data have other values now: forget what was assembled from them, with ``operators`` those, too."""
+        """Discard what was assembled from data, which have changed.
+
+        Parameters
+        ----------
+        operators
+            Whether data in the operators are among them (:attr:`operator_data`).
+        """
         if self.boundary_controls is not None:
             self.boundary_controls.update_data()
         if operators:
@@ -377,15 +396,8 @@ class Evolution:
 
     @cached_property
     def is_homogeneous(self) -> bool:
-        """Whether the residual has no other load than the controls' and boundary values are zero."""
+        """Whether the residual has no load other than the controls' and boundary values are zero."""
         form, rate = self.parts()
         nothing = {f: ufl.classes.Zero(f.ufl_shape) for f in (self.u, rate, *self.parameters)}
         zero = all(isinstance(boundary_value(bc), ufl.classes.Zero) for bc in self.bcs)
         return zero and expand_derivatives(ufl.replace(form, nothing)).empty()
-
-
-def _with_fixed_degrees(residual: ufl.Form, u: Function) -> ufl.Form:
-    """The residual with the quadrature degrees that it has as a whole, with ``Dt(u)`` like a coefficient."""
-    rate = Function(u.function_space())
-    plain = with_fixed_degrees(ufl.replace(residual, {TimeDerivative(u): rate}))
-    return ufl.replace(plain, {rate: TimeDerivative(u)})

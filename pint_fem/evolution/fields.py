@@ -1,4 +1,4 @@
-r"""The blocks of a system of two coupled fields, of which a step eliminates one.
+r"""The blocks of the operators of two coupled fields, of which a step eliminates one.
 
 Of a mixed state let ``b`` be a field whose rate depends on the others, ``a``, only:
 
@@ -25,36 +25,25 @@ from pint_fem.kernels.blocks import Factor, is_symmetric
 from pint_fem.kernels.multigrid import Geometry
 from pint_fem.kernels.nullspace import Nullspace
 
-__all__ = ["Fields", "checked_field", "sparse_solution"]
-
-
-def checked_field(given, V, bcs) -> int | None:
-    """The number of the field to eliminate, as a user gives it (collective)."""
-    if given is None:
-        return None
-    if isinstance(given, bool) or not hasattr(given, "__index__") or not 0 <= given < len(V) or len(V) == 1:
-        raise InputError(
-            f"eliminate = {given!r}: give the number of a field of a mixed state, "
-            + (f"0 to {len(V) - 1}" if len(V) > 1 else "this state is not mixed")
-        )
-    rows = set(rows_in_whole(V.sub(given)).tolist())
-    fixed = [bc for bc in bcs if not rows.isdisjoint(rows_in_whole(bc.function_space()).tolist())]
-    if V.mesh().comm.allreduce(len(fixed)):
-        raise InputError(f"eliminate = {given}: the field has a boundary condition; eliminate one without")
-    return int(given)
+__all__ = ["Fields", "sparse_solution"]
 
 
 def sparse_solution(B: PETSc.Mat, D: PETSc.Mat) -> PETSc.Mat | None:
-    """``B^{-1} D`` where its entries are where those of ``D`` are, else ``None`` (collective).
+    """The product ``B^{-1} D`` where it has the sparsity pattern of ``D`` (collective).
 
     Column ``j`` solves the rows and columns of ``B`` in which column ``j`` of ``D`` has entries.
 
     Parameters
     ----------
     B
-        Square.
+        Square sparse matrix.
     D
-        With the rows of ``B``.
+        Sparse matrix with as many rows.
+
+    Returns
+    -------
+    PETSc.Mat or None
+        ``None`` where the product has entries elsewhere.
     """
     DT = D.transpose(PETSc.Mat())
     pointers, columns, values = DT.getValuesCSR()
@@ -69,14 +58,14 @@ def sparse_solution(B: PETSc.Mat, D: PETSc.Mat) -> PETSc.Mat | None:
         for part in np.array_split(which, 1 + len(which) * width**2 // 4_000_000):
             at = pointers[part][:, None] + np.arange(width)
             local = np.searchsorted(needed, columns[at])
-            wanted = local[:, :, None] * n + local[:, None, :]
-            place = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
-            block = np.where(keys[place] == wanted, own_values[place], 0.0)
+            pairs = local[:, :, None] * n + local[:, None, :]
+            place = np.minimum(np.searchsorted(keys, pairs), len(keys) - 1)
+            block = np.where(keys[place] == pairs, own_values[place], 0.0)
             try:
                 solution[at] = np.linalg.solve(block, values[at][..., None])[..., 0]
             except np.linalg.LinAlgError:
-                solution[at] = np.nan  # shows in the residual, on every rank
-    # entries that only couplings of the basis made
+                solution[at] = np.nan  # the residual is then NaN, on every rank
+    # drop the round-off of entries that vanish
     largest = np.maximum.reduceat(np.abs(solution), pointers[:-1][counts > 0]) if len(solution) else np.zeros(0)
     kept = ~(np.abs(solution) <= 1e-13 * np.repeat(largest, counts[counts > 0]))
     sums = np.concatenate([[0], np.cumsum(kept)])
@@ -93,23 +82,32 @@ class Fields:
     Parameters
     ----------
     V, eliminate
-        Mixed space, number of the field ``b``.
+        Mixed space, and the number of the field ``b``.
     operators
         ``M`` and ``K`` as bilinear forms.
     bcs
         Conditions on other fields.
     nullspace
-        Of the stages' matrices.
+        Nullspace of the stages' matrices.
 
     Attributes
     ----------
     a, b : slice or ndarray
-        Own rows of the parts.
+        Own rows of the two parts.
     fixed : ndarray
         Own rows of ``a`` with a condition.
     matrices : dict
         ``"M"`` (:math:`M_a`, rows with a condition zero), ``"G"`` (likewise), ``"X"`` (columns with one zero), and the
         transposes ``"MT"``, ``"GT"``, ``"XT"``.
+    M_b, P : PETSc.Mat
+        The mass matrix of ``b``, and :math:`-G X` without conditions.
+    symmetric, is_wave : bool
+        Whether :math:`M_a, K_a` and :math:`G X` are symmetric; and whether :math:`M_b` is, too, with skew-symmetric
+        coupling :math:`G = -D^T`: damped waves.
+    nullspace : Nullspace or None
+        Nullspace of the Schur complement: fields with one are among ``a``, as :math:`M_b` is regular.
+    geometry : Geometry or None
+        The space of ``a`` where that is one field.
 
     Raises
     ------
@@ -125,9 +123,7 @@ class Fields:
         a = np.setdiff1d(np.arange(size), b)
         self.a, self.b = _slice(a), _slice(b)
         self.fixed = np.searchsorted(a, boundary_rows(bcs, V))
-        #: Of the Schur complement: fields with a nullspace are among ``a``, as :math:`M_b` is regular.
         self.nullspace = None if nullspace is None else nullspace.restricted(self.a)
-        #: The space of ``a`` where that is one field.
         self.geometry = self._geometry(V, eliminate, bcs)
         M, K = (assemble(form, mat_type="aij").petscmat for form in operators)
         start = M.getOwnershipRange()[0]
@@ -147,18 +143,16 @@ class Fields:
         X = sparse_solution(self.M_b, D)
         if X is None:
             raise InputError(
-                f"eliminate = {eliminate}: its mass matrix's inverse times its equation is not sparse; that wants a "
+                f"eliminate = {eliminate}: its mass matrix's inverse times its equation is not sparse; that requires a "
                 "discontinuous element, or a derivative that lies in the field's own space, such as curl(E) of "
                 "N1curl in RT; leave eliminate out"
             )
-        #: ``-G X``, without conditions.
         self.P = G.matMult(X)
         self.P.scale(-1.0)
         self.symmetric = all(is_symmetric(A) for A in (self._M_a, self._K_a, self.P))
         both = D.transpose(PETSc.Mat())
         scale = both.norm(PETSc.NormType.INFINITY)
         both.axpy(1.0, G, structure=PETSc.Mat.Structure.DIFFERENT_NONZERO_PATTERN)
-        #: Whether the coupling is skew-symmetric, ``G = -D^T``, with symmetric ``M_a``, ``M_b``, ``K_a``: damped waves.
         self.is_wave = self.symmetric and is_symmetric(self.M_b)
         self.is_wave &= both.norm(PETSc.NormType.INFINITY) <= 1e-13 * scale
         self._rows = (self.fixed + self._M_a.getOwnershipRange()[0]).astype(PETSc.IntType)
@@ -188,27 +182,27 @@ class Fields:
 
     @property
     def held(self) -> list[PETSc.Mat]:
-        """All matrices."""
+        """All assembled matrices."""
         return [*self.matrices.values(), self.M_b, self._M_a, self._K_a, self.P]
 
     def damping(self) -> PETSc.Mat:
-        """:math:`K_a`, rows and columns with a condition zero."""
+        """The matrix :math:`K_a`, with rows and columns of conditions zero."""
         return self._free(self._K_a)
 
     def stiffness(self) -> PETSc.Mat:
-        """:math:`-G X`, likewise."""
+        """The matrix :math:`-G X`, with rows and columns of conditions zero."""
         return self._free(self.P)
 
     def part(self, h: float) -> PETSc.Mat:
-        """:math:`M_a + h K_a`, rows and columns with a condition those of the identity."""
+        """The matrix :math:`M_a + h K_a`, with rows and columns of conditions those of the identity."""
         return self._fix(self._sum(h, 0.0))
 
     def regular_part(self, h: float) -> PETSc.Mat:
-        """The same, regular (:mod:`~pint_fem.kernels.nullspace`)."""
+        """The matrix of :meth:`part` with pins where it is singular (:mod:`~pint_fem.kernels.nullspace`)."""
         return self.part(h) if self.nullspace is None else self.nullspace.pinned(self.part(h))
 
     def complement(self, h: float) -> PETSc.Mat:
-        """:math:`M_a + h K_a - h^2 G X`, likewise."""
+        """The matrix :math:`M_a + h K_a - h^2 G X`, with rows and columns of conditions those of the identity."""
         return self._fix(self._sum(h, h * h))
 
     def _free(self, A: PETSc.Mat) -> PETSc.Mat:
@@ -233,7 +227,7 @@ class Fields:
         return Factor(self.M_b, {}, symmetric=is_symmetric(self.M_b)), *self.M_b.createVecs()
 
     def scale(self, load: np.ndarray, *, transposed: bool = False) -> np.ndarray:
-        """A load ``(n,)`` with :math:`M_b^{-1}` (or its transpose) on the rows of ``b``, in place (collective)."""
+        """Multiply the rows of ``b`` of a load ``(n,)`` by :math:`M_b^{-1}` or its transpose, in place (collective)."""
         factor, x, y = self._mass_b
         x.array[:] = load[self.b]
         if x.norm() > 0:

@@ -13,48 +13,45 @@ from collections.abc import Sequence
 
 import numpy as np
 import ufl
-from firedrake import Constant, Function, TrialFunction, assemble, derivative, interpolate
+from firedrake import Constant, Function
 from pyadjoint.tape import stop_annotating
 from ufl.algorithms import extract_coefficients
-from ufl.algorithms.apply_algebra_lowering import apply_algebra_lowering
-from ufl.algorithms.apply_derivatives import apply_derivatives
 
 from pint_fem.errors import InputError
-from pint_fem.evolution.control_operators import MatrixOperator, RealOperator
-from pint_fem.kernels.arrays import get, is_real, own_size, put
+from pint_fem.evolution.control_operators import ControlOperator, expression_derivative, interpolation_operator
+from pint_fem.kernels.arrays import get, own_size, put
 
 __all__ = ["InitialExpression", "split_initial"]
 
-_NOTHING = np.zeros(0, dtype=int)
+_NO_ROWS = np.zeros(0, dtype=int)
 
 
 def split_initial(
     initial, u: Function, control, found: set, t: Function | None, t0: float
 ) -> tuple[ufl.core.expr.Expr | None, Function | None, Sequence | Function | None]:
-    """What a user gives as ``initial=``: the expression, the function that is the initial condition, and the controls
-    of the evolution.
+    """Split what a user gives as ``initial=`` into an expression, a function and the evolution's controls.
 
     Parameters
     ----------
     initial
-        A function, an expression or ``None``.
+        A function, an expression or ``None``, as the user gave it.
     u
         The state.
     control
-        As given.
+        The controls, as the user gave them.
     found
         Functions in the residual and in boundary values.
     t, t0
-        The time, and its value in the expression.
+        The time function, or ``None``, and the time at which an expression is evaluated.
 
     Returns
     -------
     expression
-        With ``t0`` in the place of ``t``; ``None`` where a function is given.
+        The expression with ``t0`` in the place of ``t``; ``None`` where a function is given.
     function
-        Of its own for an expression, and a control where the expression contains some.
+        The initial condition; for an expression a new function, which is a control where the expression contains one.
     control
-        As given but for those that are in the expression only.
+        The controls as given, without those that are in the expression only.
 
     Raises
     ------
@@ -87,82 +84,75 @@ def split_initial(
 
 
 class InitialExpression:
-    """``E`` and its derivatives on own values.
+    """An initial condition ``E(z)`` and its derivatives, on own values.
 
     Parameters
     ----------
     expression
-        In functions that may be written to.
+        The expression, in functions that may be written to.
     V
         The state's space.
     controls
         The functions in the expression that are controls.
+
+    Attributes
+    ----------
+    affine : bool
+        Whether the expression is affine in the controls.
     """
 
-    def __init__(self, expression, V, controls: Sequence[Function]):
+    def __init__(self, expression: ufl.core.expr.Expr, V, controls: Sequence[Function]):
         self.V, self.controls, self._value = V, list(controls), expression
         self._directions = [Function(c.function_space()) for c in self.controls]
-        slopes = [self._slope(expression, c, d) for c, d in zip(self.controls, self._directions, strict=True)]
-        #: Whether it is affine in the controls.
+        pairs = zip(self.controls, self._directions, strict=True)
+        slopes = [expression_derivative(expression, control, direction) for control, direction in pairs]
         self.affine = not set(self.controls) & {c for slope in slopes for c in extract_coefficients(slope)}
-        self._along = sum(slopes[1:], start=slopes[0])
-        self._kept: tuple[list[np.ndarray], list] | None = None
+        self._directional = sum(slopes[1:], start=slopes[0])
+        self._cached: tuple[list[np.ndarray], list[ControlOperator]] | None = None
 
-    @staticmethod
-    def _slope(expression, control: Function, direction):
-        return apply_derivatives(apply_algebra_lowering(derivative(expression, control, direction)))
-
-    def _put(self, functions, parts: Sequence[np.ndarray]) -> None:
+    def _put(self, functions: Sequence[Function], parts: Sequence[np.ndarray]) -> None:
         for f, part in zip(functions, parts, strict=True):
             put(f, part)
 
     def value(self, z: Sequence[np.ndarray]) -> np.ndarray:
-        """``E(z)``, ``(n,)``; ``z`` are the controls' own values."""
+        """``E(z)``, ``(n,)``, for the controls' own values ``z``."""
         self._put(self.controls, z)
         with stop_annotating():
             return get(Function(self.V).interpolate(self._value))
 
     def tangent(self, z: Sequence[np.ndarray], dz: Sequence[np.ndarray]) -> np.ndarray:
-        """``E'(z) dz``, ``(n,)``."""
+        """``E'(z) dz``, ``(n,)``, for own values ``z`` and directions ``dz`` of the controls."""
         out = np.zeros(own_size(self.V))
         for operator, part in zip(self._derivative(z), dz, strict=True):
             out += operator(part)
         return out
 
     def adjoint(self, z: Sequence[np.ndarray], lam: np.ndarray) -> list[np.ndarray]:
-        """``E'(z)^T lam`` of each control, dual vectors."""
+        """``E'(z)^T lam`` for each control, dual vectors."""
         return [operator.transposed(lam) for operator in self._derivative(z)]
 
     def second(self, z: Sequence[np.ndarray], dz: Sequence[np.ndarray], lam: np.ndarray) -> list[np.ndarray]:
-        """``(E''(z) dz)^T lam`` of each control."""
+        """``(E''(z) dz)^T lam`` for each control, dual vectors."""
         if self.affine:
             return [np.zeros(own_size(c.function_space())) for c in self.controls]
         self._put(self.controls, z)
         self._put(self._directions, dz)
-        return [operator.transposed(lam) for operator in self._operators(self._along)]
+        return [operator.transposed(lam) for operator in self._operators(self._directional)]
 
-    def _derivative(self, z: Sequence[np.ndarray]) -> list:
-        """``E'(z)``, the last one kept, collectively the same one."""
-        same = self._kept is not None and (self.affine or all(map(np.array_equal, self._kept[0], z)))
+    def _derivative(self, z: Sequence[np.ndarray]) -> list[ControlOperator]:
+        """``E'(z)``; the last one is cached, and used again if all ranks in space have the same ``z`` as then."""
+        same = self._cached is not None and (self.affine or all(map(np.array_equal, self._cached[0], z)))
         if not self.V.mesh().comm.allreduce(int(not same)):
-            return self._kept[1]
+            return self._cached[1]
         self._put(self.controls, z)
-        self._kept = [np.array(part) for part in z], self._operators(self._value)
-        return self._kept[1]
+        self._cached = [np.array(part) for part in z], self._operators(self._value)
+        return self._cached[1]
 
-    def forget(self) -> None:
-        """Data in the expression have other values."""
-        self._kept = None
+    def invalidate(self) -> None:
+        """Discard the cached derivative, as data in the expression have changed."""
+        self._cached = None
 
-    def _operators(self, expression) -> list:
+    def _operators(self, expression: ufl.core.expr.Expr) -> list[ControlOperator]:
         """The derivative of an expression by each control, at the values that the functions have."""
         with stop_annotating():
-            return [self._operator(expression, control) for control in self.controls]
-
-    def _operator(self, expression, control: Function):
-        space = control.function_space()
-        if is_real(space):
-            column = lambda one: Function(self.V).interpolate(self._slope(expression, control, one))
-            return RealOperator(space, column, _NOTHING)
-        slope = self._slope(expression, control, TrialFunction(space))
-        return MatrixOperator(assemble(interpolate(slope, self.V)).petscmat, _NOTHING)
+            return [interpolation_operator(expression, control, self.V, _NO_ROWS) for control in self.controls]

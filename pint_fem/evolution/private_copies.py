@@ -1,4 +1,4 @@
-"""Private copies of what a user's forms are written in, so that nothing that a user owns is ever written to.
+"""Private copies of the functions and constants in a user's forms, so that nothing that a user owns is written to.
 
 There is one rule for data, which are all functions, constants and cofunctions in forms, in boundary values and as
 initial condition that are neither the state nor the time nor a control: they are copied when a functional (or a
@@ -58,19 +58,19 @@ _CONDITION = "the value of a boundary condition"
 
 
 class _Datum(NamedTuple):
-    """A user's object, its copy, and what it is, for messages."""
+    """A user's object, its copy, and a description for messages."""
 
     given: Function | Constant | Cofunction
     copy: Function | Constant
     label: str
 
     def values(self) -> np.ndarray:
-        """Own values of the user's object, a copy."""
+        """A copy of the own values of the user's object."""
         dat = self.given.dat  # components of a vector have views without PETSc's vectors, and constants none
         return get(self.given) if hasattr(dat, "vec_ro") else np.array(dat.data_ro)
 
     def read(self) -> None:
-        """Give the copy the values of the user's object."""
+        """Assign the values of the user's object to the copy (collective for cofunctions)."""
         if isinstance(self.given, Cofunction):
             riesz_representative(self.given, self.copy)
         elif isinstance(self.given, Constant):
@@ -82,8 +82,8 @@ class _Datum(NamedTuple):
 class PrivateCopies:
     """Private copies of a user's functions and constants, made when a form that contains them is first rewritten.
 
-    Copies of *variables* (the state, the time, controls) hold whatever sweeps put there; those of data hold the values
-    that were read last.
+    Copies of *variables* (the state, the time, controls) have the values that sweeps assign to them; those of data have
+    the values that were read last.
     """
 
     def __init__(self):
@@ -95,31 +95,31 @@ class PrivateCopies:
 
     # -- copies --------------------------------------------------------------------------------------------------------
     def variable(self, given: Function) -> Function:
-        """The copy of a function whose value is no datum."""
+        """The copy of a function that is a variable."""
         if given not in self._of:
             with stop_annotating():
                 self._of[given] = given.copy(deepcopy=True)
         return self._of[given]
 
     def datum(self, given: Function | Constant) -> Function | Constant:
-        """The copy of data."""
+        """The copy of a function or a constant that is a datum."""
         if given not in self._of:
             label = f"the value of the {type(given).__name__.lower()} {name_of(given)!r}"
             self._of[given] = self.separate(given, label)
         return self._of[given]
 
     def load(self, representative: Function, load: Cofunction) -> None:
-        """Copy the Riesz representative of a cofunction, which is what is read again."""
+        """Copy the Riesz representative of a cofunction; values are read from the cofunction."""
         copy = Function(representative.function_space(), name=load.name())
         self._of[representative] = self._add(_Datum(load, copy, f"the value of the cofunction {load.name()!r}"))
 
     def separate(self, given: Function | Constant, label: str) -> Function | Constant:
-        """One more copy, that forms do not get; ``label`` is what it is, for messages."""
+        """A copy that does not replace the datum in forms; ``label`` describes it in messages."""
         if isinstance(given, Constant):
             copy = Constant(given.dat.data_ro.reshape(given.ufl_shape), name=given.name)
         elif (space := given.function_space()).component is None:
             copy = Function(space, name=given.name())
-        else:  # one component of a vector, whose values stand among the others'
+        else:  # one component of a vector, with its values among the others'
             copy = Function(space.parent).sub(space.component)
         return self._add(_Datum(given, copy, label))
 
@@ -136,19 +136,19 @@ class PrivateCopies:
         return ufl.replace(expression, found) if found else expression
 
     def interpolated(self, expression, space) -> Function:
-        """A function that an expression of data is interpolated into, again where these have been read again."""
+        """A function with the interpolated values of an expression of data, which :meth:`update` updates."""
         made, own = Function(space), self.form(expression)
         with stop_annotating():
             made.interpolate(own)
         self._interpolated.append((made, own))
         return made
 
-    def condition(self, bc: DirichletBC) -> DirichletBC:
-        """A boundary condition with the copies in its value."""
+    def condition(self, bc: DirichletBC, given: DirichletBC) -> DirichletBC:
+        """A boundary condition with the copies in its value; ``given`` is the user's object that it came from."""
         value = boundary_value(bc)
-        given = self.form(value) if data_of(value) else bc._original_arg
-        self._conditions.append((bc, bc._original_arg))
-        return type(bc)(bc.function_space(), given, bc.sub_domain)
+        copied = self.form(value) if data_of(value) else bc._original_arg
+        self._conditions.append((given, given._original_arg))
+        return type(bc)(bc.function_space(), copied, bc.sub_domain)
 
     @property
     def data(self) -> set[Function | Constant | Cofunction]:
@@ -157,22 +157,32 @@ class PrivateCopies:
 
     # -- changes -------------------------------------------------------------------------------------------------------
     def changed(self) -> np.ndarray:
-        """Which data have other values on this rank than those that were read."""
+        """A mask of the data whose values on this rank differ from those that were read."""
         pairs = zip(self._data, self._read, strict=True)
         data = [not np.array_equal(datum.values(), read, equal_nan=True) for datum, read in pairs]
         return np.array(data + [bc._original_arg is not given for bc, given in self._conditions], dtype=bool)
 
     def given(self) -> list[tuple[str, Function | Constant | Cofunction, np.ndarray]]:
-        """What each datum is, the user's object, and its own values as they are now."""
+        """For each datum its description, the user's object, and its present own values."""
         return [(datum.label, datum.given, datum.values()) for datum in self._data]
 
     @property
     def labels(self) -> list[str]:
-        """What the data are, for messages."""
+        """Descriptions of the data, for messages."""
         return [datum.label for datum in self._data] + [_CONDITION] * len(self._conditions)
 
     def update(self, which: np.ndarray) -> set[Function | Constant]:
-        """Read some of the data again, given by a mask that is the same on all ranks; their copies (collective).
+        """Read some of the data again (collective).
+
+        Parameters
+        ----------
+        which
+            Mask of the data, the same on all ranks.
+
+        Returns
+        -------
+        set
+            Their copies.
 
         Raises
         ------

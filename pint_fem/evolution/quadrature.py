@@ -1,16 +1,16 @@
-r"""Quadrature degrees that a form keeps whatever is made of it.
+r"""Quadrature degrees of a form, written into its integrals so that derivatives and parts of it inherit them.
 
 Firedrake estimates the degree of a quadrature rule from the integrand that it compiles. The parts of a form, its
 derivatives and its values at some coefficients have other integrands, hence other rules: with data that no rule
-integrates exactly, :math:`\int (u - d)^2` put together of :math:`\int u^2`, :math:`-2 \int u d` and :math:`\int d^2`
-can be negative. Here the degrees that ``assemble`` takes for a form as it is given are written into its integrals, from
-where derivatives and replacements inherit them: all parts then belong to one sum over quadrature points.
+integrates exactly, the sum of :math:`\int u^2`, :math:`-2 \int u d` and :math:`\int d^2` can be negative, where
+:math:`\int (u - d)^2` is not. With the degrees that ``assemble`` takes for the form as it is given written into its
+integrals, all parts belong to one sum over quadrature points.
 
 The estimate is UFL's, and its place in the pipeline is that of Firedrake's form compiler: integrals over the same
 subdomain with the same metadata share one degree, the largest of theirs, and each block of a mixed test function has
 degrees of its own.
 
-So derivatives are exactly those of the values. Firedrake and pyadjoint estimate the degree of each derivative anew:
+So derivatives are exactly those of the values. Firedrake and pyadjoint estimate the degree of each derivative again:
 where no rule is exact, their gradient is that of another quadrature. To compare with them give a degree,
 ``dx(degree=4)``.
 """
@@ -38,7 +38,7 @@ __all__ = ["with_fixed_degrees"]
 _UNSET = (None, "auto", "default", -1, "-1")
 """Values of ``quadrature_degree`` that leave the choice to the estimate."""
 _QUADRATURE = frozenset({"Quadrature", "Boundary Quadrature"})
-"""Families of elements that live at the points of a rule; the rule is theirs where no degree is given."""
+"""Families of elements with values at the points of a rule, which is used where no degree is given."""
 
 
 def with_fixed_degrees(form: Form) -> Form:
@@ -72,8 +72,8 @@ def with_fixed_degrees(form: Form) -> Form:
 
 
 def _blocks(form: Form) -> list[tuple[dict, Callable[[Integral], Form]]]:
-    """What Firedrake compiles one by one, the fields of a mixed test function: what makes an integral one of the field,
-    as a replacement and as the form that is compiled.
+    """The blocks that Firedrake compiles one by one, those of the fields of a mixed test function: for each the
+    replacement that restricts a form to it, and a function that returns its part of an integral.
     """
     arguments = form.arguments()
     if len(arguments) != 1 or len(arguments[0].function_space()) == 1:
@@ -102,7 +102,7 @@ class _Part(NamedTuple):
 
 
 class _Term(NamedTuple):
-    """An integral with its estimated degree, the functions in it and what it shares a quadrature rule by."""
+    """An integral with its estimated degree and the functions in it; those with one place and rule share a degree."""
 
     integral: Integral
     degree: int | tuple[int, ...]
@@ -140,7 +140,7 @@ def _degrees(compiled: Sequence[Form], integrals: Sequence[Integral]) -> list[li
         on = lambda i, term=term, group=group: _metadata(term, [other for other in group if other.is_in(i)])
         ids = term.subdomains
         if ids == ("everywhere",):
-            # what is on all of the mesh with the degree of the rest; in its place what has the subdomain's degree
+            # everywhere with the degree of the rest, replaced on subdomains by integrals with their degree
             rest = on("everywhere")
             parts = [_Part(1, "everywhere", rest)]
             for i in sorted(present[term.place], key=str):
@@ -155,7 +155,7 @@ def _degrees(compiled: Sequence[Form], integrals: Sequence[Integral]) -> list[li
 
 
 def _term(form: Form, integral: Integral) -> _Term | None:
-    """An integral of which a form is compiled; ``None`` where that vanishes."""
+    """An integral with the form that is compiled for it; ``None`` where that vanishes."""
     compiled = () if not isinstance(form, Form) else preprocess_form(form, False).integrals()
     if not compiled or isinstance(compiled[0].integrand(), Zero):
         return None
@@ -172,7 +172,7 @@ def _term(form: Form, integral: Integral) -> _Term | None:
 
 
 def _metadata(term: _Term, group: Sequence[_Term]) -> dict:
-    """An integral's metadata with the degree that those which it is compiled with have together."""
+    """An integral's metadata with the common degree of the group of integrals that is compiled at once."""
     given = {**parameters["form_compiler"], **term.integral.metadata()}
     metadata = dict(term.integral.metadata())
     if given.get("quadrature_degree") not in _UNSET:
@@ -190,7 +190,7 @@ def _metadata(term: _Term, group: Sequence[_Term]) -> dict:
 
 
 def _parts(element) -> Sequence:
-    """The elements of a mixed one."""
+    """The elements of a mixed element, or the element itself."""
     return element.sub_elements if type(element) is MixedElement else (element,)
 
 

@@ -1,4 +1,4 @@
-"""What a user's residual may contain beside the state: the time, its derivative, and loads that are no integrals."""
+"""What a user's residual may contain beside the state: the time, the state's rate, and loads that are no integrals."""
 
 from __future__ import annotations
 
@@ -12,23 +12,63 @@ from ufl.algorithms.analysis import extract_type
 
 from pint_fem.errors import InputError
 from pint_fem.evolution.private_copies import mass_degree, name_of, riesz_representative
+from pint_fem.evolution.quadrature import with_fixed_degrees
 from pint_fem.kernels.arrays import is_real
 
-__all__ = ["check_time_derivatives", "time_among", "time_function", "without_loads"]
+__all__ = ["check_time_derivatives", "checked_time", "fixed_degrees", "time_among", "time_function", "without_loads"]
 
 _TIMES: WeakSet[Function] = WeakSet()
-"""What :func:`time_function` has made."""
+"""The functions that :func:`time_function` has made."""
 
 
 def time_function(mesh, value: float = 0.0) -> Function:
-    """A time variable for use in forms: a function in the space of reals ``R`` (never a ``Constant``, see DESIGN)."""
+    """A time variable for use in forms: a function in the space of real numbers ``R``.
+
+    Parameters
+    ----------
+    mesh
+        The mesh of the state.
+    value
+        Initial value.
+    """
     t = Function(FunctionSpace(mesh, "R", 0), name="t").assign(value)
     _TIMES.add(t)
     return t
 
 
-def _means_time(given) -> bool:
-    """Whether a real number in a form is meant to be the time: by who made it, or by its name."""
+def checked_time(given: Function | Constant | None, mesh) -> tuple[Function | None, Constant | None]:
+    """The time function of an evolution, from what a user gives as ``t=``.
+
+    Parameters
+    ----------
+    given
+        A function in ``R``, a scalar ``Constant`` or ``None``.
+    mesh
+        The mesh of the state.
+
+    Returns
+    -------
+    t
+        The function; for a ``Constant`` a new one, which takes its place in all forms.
+    constant
+        The ``Constant``, or ``None``.
+
+    Raises
+    ------
+    InputError
+        If it is something else.
+    """
+    if isinstance(given, Constant) and not given.ufl_shape:
+        return time_function(mesh, float(given)), given
+    if given is not None and (not isinstance(given, Function) or not is_real(given.function_space())):
+        raise InputError(
+            "t is not a function in the space R: make it by pint_fem.time_function(mesh), or give a scalar Constant"
+        )
+    return given, None
+
+
+def _represents_time(given) -> bool:
+    """Whether a real number in a form is a time: made by :func:`time_function`, or named ``t`` or ``time``."""
     if given in _TIMES:
         return True
     scalar = isinstance(given, Constant) or (isinstance(given, Function) and is_real(given.function_space()))
@@ -45,7 +85,7 @@ def time_among(found: Iterable, t: Function | None, what: str) -> Function | Non
     t
         The evolution's time function, or ``None`` where none is given.
     what
-        What contains them, for messages.
+        Description of the form, for messages.
 
     Returns
     -------
@@ -55,9 +95,9 @@ def time_among(found: Iterable, t: Function | None, what: str) -> Function | Non
     Raises
     ------
     InputError
-        If there is another one, which would keep its value in all steps.
+        If there is another one, which would have one value in all steps.
     """
-    others = [c for c in dict.fromkeys(found) if c is not t and _means_time(c)]
+    others = [c for c in dict.fromkeys(found) if c is not t and _represents_time(c)]
     if t is None and len(others) == 1 and others[0] in _TIMES:
         return others[0]
     if not others:
@@ -70,12 +110,12 @@ def time_among(found: Iterable, t: Function | None, what: str) -> Function | Non
 
 
 def check_time_derivatives(residual: ufl.Form, u: Function) -> None:
-    """Refuse residuals without the rate of ``u``, or with a derivative of higher order.
+    """Require that a residual contains the rate of ``u``, and no derivative in time of higher order.
 
     Raises
     ------
     InputError
-        With what would do.
+        If it does not, with how to write it.
     """
     rates = extract_type(residual, TimeDerivative)
     if not rates:
@@ -90,12 +130,19 @@ def check_time_derivatives(residual: ufl.Form, u: Function) -> None:
 
 
 def without_loads(residual) -> tuple[ufl.BaseForm, dict[Function, Cofunction]]:
-    """A residual with integrals of Riesz representatives in the place of its cofunctions, and these.
+    """Replace the cofunctions in a residual by integrals of their Riesz representatives (collective over space).
 
     Parameters
     ----------
     residual
         A form, or a sum of forms and cofunctions with weights.
+
+    Returns
+    -------
+    residual
+        A form.
+    loads
+        The cofunctions by their Riesz representatives.
 
     Raises
     ------
@@ -122,3 +169,10 @@ def without_loads(residual) -> tuple[ufl.BaseForm, dict[Function, Cofunction]]:
                 "assemble it if it depends on data only, F - assemble(...)"
             )
     return total, loads
+
+
+def fixed_degrees(residual: ufl.Form, u: Function) -> ufl.Form:
+    """The residual with the quadrature degrees that it has as a whole, with ``Dt(u)`` like a coefficient."""
+    rate = Function(u.function_space())
+    plain = with_fixed_degrees(ufl.replace(residual, {TimeDerivative(u): rate}))
+    return ufl.replace(plain, {rate: TimeDerivative(u)})

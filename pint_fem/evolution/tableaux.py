@@ -1,4 +1,4 @@
-"""Diagonally implicit Runge-Kutta methods by Irksome's Butcher tableaux."""
+"""Butcher tableaux of diagonally implicit Runge-Kutta methods, and their coefficients for steps by stage values."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class SDIRK2(ButcherTableau):
 
 
 def ImplicitMidpoint() -> ButcherTableau:
-    """The implicit midpoint rule: one Gauss-Legendre stage."""
+    """The tableau of the implicit midpoint rule: one Gauss-Legendre stage."""
     return GaussLegendre(1)
 
 
@@ -31,7 +31,7 @@ _NAMES = {"BackwardEuler": BackwardEuler, "ImplicitMidpoint": ImplicitMidpoint, 
 
 
 def named_tableau(name: str) -> ButcherTableau:
-    """A tableau by its name on a command line.
+    """The tableau ``BackwardEuler``, ``ImplicitMidpoint`` or ``SDIRK2`` by its name.
 
     Raises
     ------
@@ -44,7 +44,7 @@ def named_tableau(name: str) -> ButcherTableau:
 
 
 class DIRK:
-    r"""Coefficients for stepping by stage values.
+    r"""Coefficients of a diagonally implicit Runge-Kutta method for steps by stage values.
 
     With :math:`d_i = U_i - W_i = \Delta t\, a_{ii} k_i` the stages and the step are
 

@@ -1,8 +1,8 @@
-"""Between Firedrake functions and flat arrays of a rank's own degrees of freedom."""
+"""Conversion between Firedrake functions and flat arrays of a rank's own degrees of freedom, and rows of conditions."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from firedrake import Cofunction, DirichletBC, Function
@@ -16,12 +16,13 @@ __all__ = [
     "own_size",
     "put",
     "rows_in_whole",
+    "split_values",
     "whole_space",
 ]
 
 
 def own_size(V) -> int:
-    """Own degrees of freedom of a space on this rank."""
+    """Number of degrees of freedom of a space that this rank owns."""
     return V.dof_dset.layout_vec.local_size
 
 
@@ -31,15 +32,21 @@ def is_real(V) -> bool:
 
 
 def get(f: Function | Cofunction) -> np.ndarray:
-    """Copy of the own degrees of freedom, shape ``(own_size(V),)``."""
+    """Copy of a function's own values, ``(own_size(V),)``."""
     with f.dat.vec_ro as vec:
         return vec.array_r.copy()
 
 
 def put(f: Function | Cofunction, values: np.ndarray) -> None:
-    """Set the own degrees of freedom."""
+    """Set a function's own values, ``(own_size(V),)``."""
     with f.dat.vec_wo as vec:
         vec.array[:] = values
+
+
+def split_values(vector: np.ndarray, functions: Sequence[Function]) -> list[np.ndarray]:
+    """Views of each function's part of vectors ``(..., total own size)`` of the own values of several functions."""
+    ends = np.cumsum([own_size(f.function_space()) for f in functions])
+    return np.split(vector, ends[:-1], axis=-1) if len(functions) else []
 
 
 def whole_space(space):

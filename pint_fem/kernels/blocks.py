@@ -1,9 +1,9 @@
-"""Sparse products and solves on blocks of states, with bits that do not depend on how steps are shared out.
+"""Sparse products and solves on blocks of states, bitwise identical for every distribution of the steps over ranks.
 
 A C-ordered ``(width, n)`` array is a column-major ``n x width`` PETSc dense matrix, so a block of states is one
 multi-right-hand-side solve. BLAS kernels may round a column differently with the number of columns and its place
-among them. Here all blocks have the same width and a state sits in the *lane* ``number % WIDTH`` that follows from
-its place on the time axis, never from its rank: P_time ranks compute the same bits as one.
+among them. Here all blocks have the same width and a state has the *lane* ``number % WIDTH`` that follows from its
+place on the time axis, never from its rank: the results on any number of time ranks are bitwise identical.
 """
 
 from __future__ import annotations
@@ -24,13 +24,16 @@ __all__ = [
     "WIDTH",
     "BlockOperator",
     "Factor",
-    "Workspace",
+    "StateBlock",
     "is_symmetric",
     "lanes",
+    "multiply",
+    "new_states",
+    "product",
 ]
 
 WIDTH = 8
-"""States a block. 8 takes 0.098 ms a state, 16 takes 0.091, one alone 0.29 (heat, 64x64 P1, CHOLMOD)."""
+"""Number of states of a block."""
 
 
 _ACCURATE = 1e-11
@@ -42,42 +45,85 @@ def lanes(count: int, lane: int) -> Iterator[tuple[slice, slice]]:
     row = 0
     while row < count:
         first = (lane + row) % WIDTH
-        take = min(WIDTH - first, count - row)
-        yield slice(row, row + take), slice(first, first + take)
-        row += take
+        size = min(WIDTH - first, count - row)
+        yield slice(row, row + size), slice(first, first + size)
+        row += size
 
 
-class Workspace:
-    """A dense ``n x WIDTH`` PETSc matrix and its memory as a ``(WIDTH, n)`` array."""
+class StateBlock:
+    """A block of states: a dense ``n x WIDTH`` PETSc matrix, and its storage as an array ``(WIDTH, n)``.
+
+    Parameters
+    ----------
+    matrix
+        The dense matrix.
+
+    Attributes
+    ----------
+    array : ndarray
+        The storage, which may be written to.
+    """
 
     def __init__(self, matrix: PETSc.Mat):
         self.matrix = matrix
         self.array = matrix.getDenseArray().T
 
     @classmethod
-    def zeros(cls, sizes, comm) -> Workspace:
-        """For vectors of local and global ``sizes``."""
+    def zeros(cls, sizes, comm) -> StateBlock:
+        """Zero states, for local and global ``sizes`` of a state."""
         matrix = PETSc.Mat().createDense((sizes, (None, WIDTH)), comm=comm)
         matrix.setUp()
         matrix.zeroEntries()
         matrix.assemble()
         return cls(matrix)
 
+    def duplicate(self) -> StateBlock:
+        """A block of zero states of the same size."""
+        return self.zeros(self.matrix.getSizes()[0], self.matrix.comm)
+
     def load(self, states: np.ndarray, where: slice) -> None:
-        """Put states into lanes; the other lanes are zero."""
+        """Copy states to the lanes ``where``; the other lanes become zero."""
         self.array[: where.start] = 0
         self.array[where.stop :] = 0
         self.array[where] = states
 
 
-class _Solves:
-    """The reason of the worst solve since it was last read; apart, as PETSc's solver holds on to what it calls."""
+def new_states(sizes, comm, *, single: bool) -> StateBlock | PETSc.Vec:
+    """A zero block of states, or a zero vector of a single one, for local and global ``sizes`` of a state."""
+    if not single:
+        return StateBlock.zeros(sizes, comm)
+    vector = PETSc.Vec().createMPI(sizes, comm=comm)
+    vector.set(0.0)
+    return vector
+
+
+def product(matrix: PETSc.Mat, states: StateBlock | PETSc.Vec) -> StateBlock | PETSc.Vec:
+    """The product with a block or a vector, as a new one that :func:`multiply` may overwrite for the same matrix."""
+    if isinstance(states, StateBlock):
+        return StateBlock(matrix.matMult(states.matrix))
+    out = matrix.createVecLeft()
+    matrix.mult(states, out)
+    return out
+
+
+def multiply(matrix: PETSc.Mat, states: StateBlock | PETSc.Vec, out: StateBlock | PETSc.Vec) -> None:
+    """Write the product with a block or a vector to what :func:`product` returned for the same matrix."""
+    if isinstance(states, StateBlock):
+        matrix.matMult(states.matrix, out.matrix)
+    else:
+        matrix.mult(states, out)
+
+
+class _SolveRecord:
+    """The smallest ``KSPConvergedReason`` since it was last read; an object of its own, as PETSc's solver owns what it
+    calls.
+    """
 
     def __init__(self):
         self.worst = 0
 
     def note(self, ksp: PETSc.KSP, b: PETSc.Vec, x: PETSc.Vec) -> None:
-        """Behind each solve."""
+        """Callback after each solve."""
         self.worst = min(self.worst, int(ksp.getConvergedReason()))
 
 
@@ -89,15 +135,20 @@ class Factor:
     matrix
         Assembled AIJ matrix.
     parameters
-        PETSc options, see :func:`~pint_fem.kernels.direct.completed`; default: :func:`~pint_fem.kernels.direct.default_solver`.
+        PETSc options, completed by :func:`~pint_fem.kernels.direct.completed`; empty for the default solver.
     symmetric
-        Whether the matrix is (see :func:`is_symmetric`).
+        Whether the matrix is symmetric.
     prefix
         Options prefix.
     geometry
-        Space of the unknowns, for preconditioners that want it.
+        Space of the unknowns, for preconditioners that require it.
     nullspace
-        Of the matrix; a right-hand side then loses, in place, what it has in that of the transpose.
+        Nullspace of the matrix; right-hand sides are then projected in place.
+
+    Raises
+    ------
+    InputError
+        If the matrix is not finite, or the nullspace not that of the matrix.
     """
 
     def __init__(
@@ -116,7 +167,7 @@ class Factor:
             )
         self.symmetric, self._geometry, self._nullspace = symmetric, geometry, nullspace
         self._parameters: dict = {}
-        self._solves = _Solves()
+        self._solves = _SolveRecord()
         self.ksp = self._build(matrix, parameters, prefix, nullspace)
         # a transposed block solve is missing in most packages: the transpose has a factor of its own
         self.ksp_T = self.ksp
@@ -125,6 +176,7 @@ class Factor:
             self.ksp_T = self._build(matrix.transpose(PETSc.Mat()), parameters, prefix, turned)
 
     def _build(self, matrix: PETSc.Mat, parameters: dict, prefix: str, nullspace: Nullspace | None) -> PETSc.KSP:
+        """A solver by the given options, or by Cholesky where that is accurate, else by LU."""
         comm, unknowns = matrix.comm, matrix.getSize()[0]
         given = completed(parameters, comm, unknowns) if parameters else {}
         singular = None
@@ -149,7 +201,7 @@ class Factor:
         return self._set_up(matrix, default_solver(comm, unknowns), prefix)
 
     def _is_accurate(self, ksp: PETSc.KSP, matrix: PETSc.Mat) -> bool:
-        """Whether a trial solve is good to round-off: CHOLMOD factors indefinite matrices too, without pivots."""
+        """Whether a trial solve is accurate to round-off: CHOLMOD factors indefinite matrices too, without pivots."""
         x, b = matrix.createVecs()
         start, stop = b.getOwnershipRange()
         b.array[:] = np.cos(np.arange(start, stop) ** 2)
@@ -161,7 +213,7 @@ class Factor:
         return residual <= limit
 
     def _set_up(self, matrix: PETSc.Mat, parameters: dict, prefix: str, singular: PETSc.Mat | None = None) -> PETSc.KSP:
-        """A solver with a regular matrix, or one preconditioned by it with the singular one that it was made of."""
+        """A solver of a regular matrix, or of the singular one that it was made of with it as preconditioner."""
         ksp = PETSc.KSP().create(matrix.comm)
         ksp.setOperators(matrix if singular is None else singular, matrix)
         self._parameters = parameters
@@ -173,13 +225,13 @@ class Factor:
         with options.inserted_options():
             ksp.setUp()
         if matrix.comm.size > 1 or ksp.getType() != PETSc.KSP.Type.PREONLY:
-            # PETSc cannot go on with a block that it has raised in the middle of: remember, and raise afterwards
+            # PETSc cannot continue a block after an error in the middle of it: record failures, and raise afterwards
             ksp.setErrorIfNotConverged(False)
             ksp.setPostSolve(self._solves.note)
         return ksp
 
     def _check(self) -> None:
-        """Raise if a solve since the last call has failed; the solver can be used again."""
+        """Raise if a solve since the last call has failed; the solver remains usable."""
         worst, self._solves.worst = self._solves.worst, 0
         if worst < 0:
             raise ArithmeticError(f"PETSc's linear solver failed (KSPConvergedReason {worst})")
@@ -191,72 +243,65 @@ class Factor:
 
     @cached_property
     def nbytes(self) -> dict[str, int]:
-        """Bytes on this rank of matrices and factors, without a few of iterative solvers' own; collective the first
-        time where every rank has a whole factor.
-        """
+        """Bytes of matrices and factors on this rank; collective at first where each rank has a factor of the whole."""
         ksps = [self.ksp] if self.ksp_T is self.ksp else [self.ksp, self.ksp_T]
         return {
             "matrices": sum(matrix_bytes(ksp.getOperators()[0]) for ksp in ksps),
             "factors": sum(factor_bytes(ksp, self._parameters) for ksp in ksps),
         }
 
-    def solve(self, b: PETSc.Vec, x: PETSc.Vec, *, transposed: bool = False) -> None:
-        """One vector."""
-        nullspace = self._nullspace
-        if nullspace is not None:
-            nullspace.project_source(b.array, transposed=transposed)
-        (self.ksp_T if transposed else self.ksp).solve(b, x)
-        self._check()
-        if nullspace is not None:
-            nullspace.project_solution(x.array, transposed=transposed)
+    def solve(self, b: StateBlock | PETSc.Vec, x: StateBlock | PETSc.Vec, *, transposed: bool = False) -> None:
+        """Solve for one vector or a block of states, with the matrix or its transpose (collective).
 
-    def solve_block(self, B: Workspace, X: Workspace, *, transposed: bool = False) -> None:
-        """A block."""
-        nullspace = self._nullspace
-        if nullspace is not None:
-            nullspace.project_source(B.array, transposed=transposed)
-        (self.ksp_T if transposed else self.ksp).matSolve(B.matrix, X.matrix)
+        Parameters
+        ----------
+        b, x
+            Right-hand sides and solutions, blocks or vectors; with a nullspace ``b`` is projected in place.
+        transposed
+            Whether to solve with the transpose.
+
+        Raises
+        ------
+        ArithmeticError, PETSc.Error
+            If the solver fails.
+        """
+        ksp = self.ksp_T if transposed else self.ksp
+        if self._nullspace is not None:
+            self._nullspace.project_source(b.array, transposed=transposed)
+        if isinstance(b, StateBlock):
+            ksp.matSolve(b.matrix, x.matrix)
+        else:
+            ksp.solve(b, x)
         self._check()
-        if nullspace is not None:
-            nullspace.project_solution(X.array, transposed=transposed)
+        if self._nullspace is not None:
+            self._nullspace.project_solution(x.array, transposed=transposed)
 
 
 def is_symmetric(matrix: PETSc.Mat) -> bool:
-    """Whether a matrix without boundary rows is symmetric up to round-off of its own entries.
-
-    Unit rows of boundary conditions would hide the scale of the others.
-    """
+    """Whether a matrix is symmetric up to round-off; without rows of boundary conditions, which have another scale."""
     return bool(matrix.isSymmetric(1e-13 * matrix.norm(PETSc.NormType.INFINITY)))
 
 
 class BlockOperator:
-    """A sparse matrix applied to many states: ``out[i] = A u[i]``, ``WIDTH`` at a time.
-
-    Parameters
-    ----------
-    matrix
-        AIJ matrix.
-    """
+    """Products ``out[i] = A u[i]`` of an AIJ matrix with many states, ``WIDTH`` at a time."""
 
     def __init__(self, matrix: PETSc.Mat):
         self.matrix = matrix
         rows, columns = matrix.getSizes()
         self.rows = rows[0]
-        self._in = Workspace.zeros(columns, matrix.comm)
-        self._out = Workspace(matrix.matMult(self._in.matrix))
+        self._in = StateBlock.zeros(columns, matrix.comm)
+        self._out = product(matrix, self._in)
 
     @property
     def nbytes(self) -> dict[str, int]:
-        """Bytes on this rank."""
+        """Bytes of the matrix and the blocks on this rank."""
         return {"matrices": matrix_bytes(self.matrix), "blocks": self._in.array.nbytes + self._out.array.nbytes}
 
     def __call__(self, states: np.ndarray) -> np.ndarray:
-        """Apply to ``(k, columns)``, giving ``(k, rows)``; every rank of the matrix's communicator with the same
-        ``k``.
-        """
+        """The products ``(k, rows)`` with states ``(k, columns)``, for the same ``k`` on all ranks (collective)."""
         out = np.empty((len(states), self.rows))
         for rows, where in lanes(len(states), 0):
             self._in.load(states[rows], where)
-            self.matrix.matMult(self._in.matrix, self._out.matrix)
+            multiply(self.matrix, self._in, self._out)
             out[rows] = self._out.array[where]
         return out

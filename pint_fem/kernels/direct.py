@@ -1,6 +1,6 @@
-"""PETSc's solvers of a step's systems that are used unless told otherwise, and what matrices and factors take.
+"""Default PETSc solvers of a step's systems, and the memory of matrices and factors.
 
-This module needs petsc4py and petsctools, not Firedrake.
+This module requires petsc4py and petsctools, not Firedrake.
 """
 
 from __future__ import annotations
@@ -27,29 +27,32 @@ __all__ = [
 ]
 
 REDUNDANT = 20_000
-"""Unknowns of a system up to which all ranks in space factor it whole."""
+"""Unknowns of a system up to which each rank in space factors the whole of it."""
 _ITERATE = {"ksp_type": "gmres", "ksp_gmres_restart": 60, "ksp_rtol": 1e-14, "ksp_max_it": 2000}
 _SUBDOMAINS = {"pc_type": "asm", "pc_asm_type": "basic", "pc_asm_overlap": 3}
-_BYTES = 12  # an entry of a factor with its index
+_BYTES = 12  # of an entry of a factor with its index
 
 
 def direct_solver(comm, unknowns: int, *, spd: bool = False) -> dict | None:
-    """PETSc options of a factorisation whose solves have reproducible bits, or ``None``.
+    """PETSc options of a factorisation whose solves are bitwise reproducible.
 
-    On one rank a sparse factorisation. On several, every rank factors small systems whole, and a solve is one exchange
-    of the right-hand side (at most 160 kB), a state at a time: Maxwell, 2,624 and 10,368 unknowns of N1curl on 2 ranks,
-    0.09 and 0.43 ms, where overlapping subdomains take 12 and 18 iterations, 0.8 and 6 ms (13,428 unknowns in space: 10
-    against 55). MUMPS (0.5 and 2.3 ms a state in blocks of 8, 2.6 and 11 ms alone) adds up contributions in the order
-    in which messages arrive: its bits change from run to run.
+    On one rank a sparse factorisation. On several, every rank factors the whole of small systems, and a solve is one
+    exchange of the right-hand side for each state, which is faster than iterations with overlapping subdomains. MUMPS
+    adds contributions in the order in which messages arrive, so that its results differ from run to run.
 
     Parameters
     ----------
     comm
-        Of the matrix.
+        Communicator of the matrix.
     unknowns
-        On all ranks.
+        Number of rows on all ranks.
     spd
         Whether the matrix is symmetric and positive definite.
+
+    Returns
+    -------
+    dict or None
+        ``None`` for large systems on several ranks.
     """
     kind, package = ("cholesky", "cholmod") if spd else ("lu", "umfpack")
     factor = {"pc_type": kind, "pc_factor_mat_solver_type": package}
@@ -61,8 +64,8 @@ def direct_solver(comm, unknowns: int, *, spd: bool = False) -> dict | None:
 
 
 def default_solver(comm, unknowns: int, *, spd: bool = False) -> dict:
-    """PETSc options of a solve to round-off whose bits are reproducible: :func:`direct_solver`, and for large systems
-    on several ranks Krylov iteration with overlapping subdomains that are factored.
+    """PETSc options of a bitwise reproducible solve to round-off: those of :func:`direct_solver`, with its parameters,
+    and for large systems on several ranks a Krylov iteration with overlapping subdomains that are factored.
     """
     direct = direct_solver(comm, unknowns, spd=spd)
     if direct is not None:
@@ -71,10 +74,19 @@ def default_solver(comm, unknowns: int, *, spd: bool = False) -> dict:
 
 
 def completed(parameters: Mapping, comm, unknowns: int) -> dict:
-    """A user's PETSc options with defaults for what they leave open.
+    """A user's PETSc options, flat, with defaults for options that are not given.
 
-    Options that name no ``ksp_`` or ``pc_`` go with :func:`default_solver`; a factorisation alone is applied once; any
+    Options without ``ksp_`` or ``pc_`` are added to :func:`default_solver`; a factorisation alone is applied once; any
     other method iterates to round-off, by GMRES and with overlapping subdomains where these are not chosen.
+
+    Parameters
+    ----------
+    parameters
+        Nested or flat options.
+    comm
+        Communicator of the matrix.
+    unknowns
+        Number of rows on all ranks.
     """
     given = flatten_parameters(parameters)
     method, pc = given.get("ksp_type"), given.get("pc_type")
@@ -90,26 +102,25 @@ def completed(parameters: Mapping, comm, unknowns: int) -> dict:
 
 def is_finite(matrix: PETSc.Mat) -> bool:
     """Whether no entry of an assembled matrix is infinite or NaN (collective)."""
-    # sums carry NaN to all ranks; PETSc's norm of largest entries does not see it
+    # a sum is NaN on all ranks if an entry is; PETSc's maximum norm is not
     return bool(np.isfinite(matrix.norm(PETSc.NormType.FROBENIUS)))
 
 
 def require_finite(matrix: PETSc.Mat, what: str) -> None:
-    """Refuse a matrix that is not finite before it is factored: some packages never return from that (collective).
+    """Require that a matrix is finite before it is factored: some packages never return from that (collective).
 
     Raises
     ------
     SolverFailure
-        On every rank of the matrix: ``what`` is not finite.
+        On every rank of the matrix, which the message calls ``what``.
     """
     if not is_finite(matrix):
         raise SolverFailure(f"{what} has entries that are infinite or NaN, or too large for their squares to be summed")
 
 
 def with_finite_entries(matrix: PETSc.Mat) -> PETSc.Mat:
-    """The matrix, or where it is not finite one with entries in the same places that can be factored (collective).
-
-    What a factor takes is a matter of these places.
+    """The matrix, or where it is not finite one with the same nonzero pattern, whose factor has the same size
+    (collective).
     """
     if is_finite(matrix):
         return matrix
@@ -120,7 +131,7 @@ def with_finite_entries(matrix: PETSc.Mat) -> PETSc.Mat:
 
 
 def trial_residual(ksp: PETSc.KSP, b: PETSc.Vec, x: PETSc.Vec) -> float:
-    """Solve for ``x``, and the largest entry of ``A x - b`` (collective)."""
+    """Solve for ``x``; the largest entry of ``A x - b`` (collective)."""
     ksp.solve(b, x)
     matrix, r = ksp.getOperators()[0], b.duplicate()
     matrix.mult(x, r)
@@ -131,7 +142,7 @@ def trial_residual(ksp: PETSc.KSP, b: PETSc.Vec, x: PETSc.Vec) -> float:
 
 
 def matrix_bytes(matrix: PETSc.Mat) -> int:
-    """Memory of a matrix on this rank: its entries, and the column of each and the start of each row if it is sparse.
+    """Bytes of a matrix on this rank: its entries, and if it is sparse the column of each and the start of each row.
 
     PETSc's own count, ``MatInfo.memory``, is 0 for sparse matrices.
     """
@@ -142,18 +153,18 @@ def matrix_bytes(matrix: PETSc.Mat) -> int:
 
 
 def factor_bytes(ksp: PETSc.KSP, parameters: Mapping) -> int:
-    """Memory of a factorisation on this rank, with the copies of matrices that it works on.
+    """Bytes of a factorisation on this rank, with the copies of matrices that it works on.
 
-    Packages that tell PETSc are believed: CHOLMOD its memory, PETSc and MUMPS the nonzeros. Of others PETSc's own
-    factor is counted. Collective for ``redundant`` only, on several ranks: PETSc's Python does not hand it out, so the
-    matrix is put together and factored like it once more.
+    CHOLMOD reports its memory to PETSc, PETSc and MUMPS report nonzeros; for other packages PETSc's own factor is
+    counted. For ``redundant`` on several ranks, which petsc4py does not expose, each rank factors the matrix again
+    (collective).
 
     Parameters
     ----------
     ksp
-        Set up.
+        A solver that is set up.
     parameters
-        PETSc options that it was set up with, flat.
+        The flat PETSc options that it was set up with.
     """
     pc = ksp.getPC()
     kind = pc.getType()
@@ -168,13 +179,13 @@ def factor_bytes(ksp: PETSc.KSP, parameters: Mapping) -> int:
     whole = PETSc.IS().createStride(matrix.getSize()[0], comm=PETSc.COMM_SELF)
     (alone,) = matrix.createSubMatrices([whole], [whole])
     factor = parameters.get("redundant_pc_type", "lu"), parameters.get("redundant_pc_factor_mat_solver_type", "petsc")
-    size = matrix_bytes(alone) + _bytes_again(alone, *factor)
+    size = matrix_bytes(alone) + _bytes_of_new(alone, *factor)
     alone.destroy()
     return size
 
 
 def _bytes(pc: PETSc.PC) -> int:
-    """Memory of a factor; of preconditioners that have none about that of the matrix."""
+    """Bytes of a factor; those of the matrix, about, for preconditioners without one."""
     matrix = pc.getOperators()[1]
     here = PETSc.Mat.InfoType.LOCAL
     if pc.getType() not in ("lu", "cholesky", "ilu", "icc"):
@@ -182,17 +193,17 @@ def _bytes(pc: PETSc.PC) -> int:
     found = pc.getFactorMatrix().getInfo(here)
     if found["memory"]:
         return int(found["memory"])
-    known, ranks = int(found["nz_used"]), matrix.comm.size
-    if ranks > 1:  # MUMPS says how many there are on all
-        return (known // ranks or int(matrix.getInfo(here)["nz_used"])) * _BYTES
-    if known:
-        return known * _BYTES
-    count = _bytes_again(matrix, "lu", "petsc")  # of L and U
+    entries, ranks = int(found["nz_used"]), matrix.comm.size
+    if ranks > 1:  # MUMPS reports the number on all ranks
+        return (entries // ranks or int(matrix.getInfo(here)["nz_used"])) * _BYTES
+    if entries:
+        return entries * _BYTES
+    count = _bytes_of_new(matrix, "lu", "petsc")  # of L and U
     return count // 2 if pc.getType() == "cholesky" else count
 
 
-def _bytes_again(matrix: PETSc.Mat, kind: str, package: str) -> int:
-    """Memory of a factor that is made for the purpose, of a matrix on one rank."""
+def _bytes_of_new(matrix: PETSc.Mat, kind: str, package: str) -> int:
+    """Bytes of a factor of a matrix on one rank that is computed for this purpose."""
     pc = PETSc.PC().create(matrix.comm)
     pc.setOperators(matrix)
     pc.setType(kind)

@@ -1,21 +1,18 @@
 r"""Solves with the Jacobians of many stages, by as few factorisations as pay, within a memory budget.
 
-A factorisation costs as much as some dozens of solves. A stage whose Jacobian :math:`J` has moved is first solved with
-the factor :math:`P` that is there, by GMRES on :math:`P^{-1} J x = P^{-1} b` to round-off: :math:`P^{-1} J` is the
+A factorisation costs as much as some dozens of solves. A stage whose Jacobian :math:`J` has changed is first solved
+with an earlier factor :math:`P`, by GMRES on :math:`P^{-1} J x = P^{-1} b` to round-off: :math:`P^{-1} J` is the
 identity and something small and smooth, so this is faster than refinement, :math:`x \leftarrow x + P^{-1} (b - J x)`.
-The stage is factored anew once that has cost about as much as a factorisation, or many solves are sure to come
-(time-parallel sweeps). So a gradient by sequential stepping, one solve a stage, gets by without a factorisation,
-and no past is regretted by more than a factor of two (the rent-or-buy rule). What is done follows from the step's own
-past only, never from other steps', so bits do not depend on how steps are shared out (as long as the budget lasts).
+The stage is factored again once that has cost about as much as a factorisation, or where many solves are certain to
+come (time-parallel sweeps). So a gradient by sequential stepping, with one solve for each stage, needs no
+factorisation, and the cost is at most twice that of the best choice in hindsight (the rent-or-buy rule). The choice
+follows from earlier solves of the step only, never from other steps, so results are bitwise identical however steps are
+distributed (as long as the budget lasts). Stages that exceed the budget are factored again whenever another one was
+factored in between.
 
-A factor takes about 12 bytes for each of its nonzeros; UMFPACK's were measured at 9.4 bytes for each nonzero of PETSc's
-own factor with nested dissection: 1.9 MB for 4,225 unknowns of P1, 7 to 8 MB for 8,450 of vector P1 or P2 (the matrix
-itself: 0.3 to 2.3 MB). Stages that the budget has no room for are factored again whenever another one was between.
-
-Up to :data:`SMALL` unknowns on one rank, PETSc's own LU with nested dissection is used unless told otherwise: with
-8,450 unknowns of vector P1 in the plane a factorisation takes 29 ms and a solve 0.4 (transposed 1.3), UMFPACK's 42 and
-2.7. As it does not pivot, each of its factors is tried on one right-hand side, and UMFPACK takes over for a matrix
-where that fails. Beyond, UMFPACK's dense kernels pay: 116 ms against 480 with 40,000 unknowns.
+Up to :data:`SMALL` unknowns on one rank the default is PETSc's own LU with nested dissection, which is faster there
+than UMFPACK. As it does not pivot, each of its factors is tested on one right-hand side, and a matrix for which that
+fails is factored by UMFPACK. For larger systems UMFPACK's dense kernels are faster.
 """
 
 from __future__ import annotations
@@ -33,17 +30,16 @@ from pint_fem.kernels.direct import completed, factor_bytes, require_finite, tri
 from pint_fem.kernels.nullspace import Nullspace
 from pint_fem.kernels.regularity import is_singular, singular_message
 
-__all__ = ["FACTOR_MEMORY", "QUICK", "Factors", "Solver"]
+__all__ = ["FACTOR_MEMORY", "QUICK", "StageFactors", "UpdatableFactor"]
 
 FACTOR_MEMORY = 1 << 30
-"""Bytes of factors that a level keeps on a rank, unless told otherwise."""
-PATIENCE = 24
-"""Iterations with an old factor before a stage is factored: a factorisation costs 20 to 40 of them (1,000 to 8,450
-unknowns)."""
+"""Default bytes of factors that a level stores on a rank."""
+MOST_ITERATIONS = 24
+"""Iterations with an earlier factor before a stage is factored, which cost about as much as a factorisation."""
 ROUND_OFF = 1e-14
-"""Reduction of the preconditioned residual."""
+"""Reduction of the preconditioned residual by GMRES."""
 SMALL = {1: 12_000, 2: 12_000, 3: 3_000}
-"""Unknowns up to which factors are PETSc's own, by the mesh's dimension."""
+"""Unknowns up to which factors are PETSc's own, by the dimension of the mesh."""
 ACCURATE = 1e-13
 """Largest residual of a solve for ones with a factor as good as a pivoted one, relative to the matrix's norm."""
 QUICK = {
@@ -52,54 +48,67 @@ QUICK = {
     "pc_factor_mat_solver_type": "petsc",
     "pc_factor_mat_ordering_type": "nd",
 }
-"""Options of these."""
-ALIKE = 1e4
+"""PETSc options of its own factors."""
+SIMILAR = 1e4
 """Largest ratio of entries on the diagonals of a matrix and of one that preconditions it."""
 SOLVED = 1e-10
-"""Largest true residual of a solve with an old factor, relative to what it is the difference of."""
+"""Largest true residual of a solve with an earlier factor, relative to the terms that it is the difference of."""
 _MAX = PETSc.NormType.NORM_INFINITY
 
 
-class Solver:
-    """A matrix of its own and PETSc's solver for it.
+class UpdatableFactor:
+    """A solver with a matrix of its own, which is replaced by other ones with the same nonzero pattern.
 
     Parameters
     ----------
     parameters
         PETSc options.
     quick
-        Those of a solver that is tried first, and used for a matrix where its residuals are at round-off.
+        PETSc options of a solver that is tried first, and used for a matrix where its residuals are at round-off.
     nullspace
-        Of the matrix.
+        Nullspace of the matrix, or ``None``.
+    prefix
+        Prefix of options in PETSc's database.
 
     Attributes
     ----------
-    holds : object
-        What the matrix was taken from.
+    ksp : PETSc.KSP or None
+        The solver of the present matrix.
+    version : object
+        Identifies the matrix that is factored; ``None`` where none is.
     diagonal : ndarray or None
         Magnitudes of the matrix's diagonal.
     """
 
-    def __init__(self, parameters: Mapping, quick: Mapping | None = None, nullspace: Nullspace | None = None):
+    def __init__(
+        self,
+        parameters: Mapping,
+        quick: Mapping | None = None,
+        nullspace: Nullspace | None = None,
+        prefix: str = "pint_form_",
+    ):
         self._nullspace, self._direct = nullspace, parameters.get("ksp_type") == "preonly"
-        self._options = [OptionsManager(p, "pint_form_") for p in (quick, parameters) if p is not None]
+        self._options = [OptionsManager(p, prefix) for p in (quick, parameters) if p is not None]
         self._made: list[PETSc.KSP | None] = [None] * len(self._options)
         self.matrix: PETSc.Mat | None = None
         self._pinned: PETSc.Mat | None = None
         self._source: PETSc.Vec | None = None
         self.ksp: PETSc.KSP | None = None
-        self.holds: object = None
+        self.version: object = None
         self.diagonal: np.ndarray | None = None
 
-    def factor(self, matrix: PETSc.Mat, holds: object) -> None:
-        """Take a copy of the matrix and set up the solver; structure found before is used again.
+    def factor(self, matrix: PETSc.Mat, version: object) -> None:
+        """Copy a matrix, identified by ``version``, and set up the solver, with the symbolic factorisation of earlier
+        ones (collective).
 
         Raises
         ------
         SolverFailure
             If the matrix is not finite: some packages never return from its factorisation.
+        PETSc.Error
+            If it cannot be factored.
         """
-        self.holds = None
+        self.version = None
         require_finite(matrix, "the Jacobian of a stage")
         if self.matrix is None:
             self.matrix = matrix.copy()
@@ -109,7 +118,7 @@ class Solver:
             self._make_regular()
         if len(self._options) == 1 or not self._is_accurate():
             self.ksp = self._set_up(-1)
-        self.diagonal, self.holds = diagonal(matrix), holds
+        self.diagonal, self.version = diagonal(matrix), version
 
     def _make_regular(self) -> None:
         """Pin the matrix of a direct solver, and one for the preconditioner of an iterative one."""
@@ -124,6 +133,7 @@ class Solver:
         self._pinned = self._nullspace.pinned(self.matrix)
 
     def _set_up(self, which: int) -> PETSc.KSP:
+        """Set up one of the solvers, the quick one (0) or the other one (-1), for the present matrix."""
         options, ksp = self._options[which], self._made[which]
         if ksp is None:
             ksp = self._made[which] = PETSc.KSP().create(self.matrix.comm)
@@ -135,7 +145,7 @@ class Solver:
         return ksp
 
     def _is_accurate(self) -> bool:
-        """Set up the quick solver: whether it solves for ones."""
+        """Set up the quick solver, and test whether it solves for a vector of ones."""
         x, b = self.matrix.createVecs()
         x.set(1)
         self.matrix.mult(x, b)
@@ -149,7 +159,7 @@ class Solver:
         return residual <= ACCURATE * self.matrix.norm(_MAX)
 
     def solve(self, b: PETSc.Vec, x: PETSc.Vec, *, transposed: bool = False) -> None:
-        """One vector."""
+        """Solve for one vector, with the matrix or its transpose (collective)."""
         solve = self.ksp.solveTranspose if transposed else self.ksp.solve
         if self._nullspace is None:
             solve(b, x)
@@ -160,118 +170,143 @@ class Solver:
         self._nullspace.project_solution(x.array, transposed=transposed)
 
     def destroy(self) -> None:
-        """Give back PETSc's memory (collective)."""
-        for thing in (*self._made, self.matrix, self._pinned, self._source):
-            if thing is not None:
-                thing.destroy()
+        """Destroy PETSc's objects (collective)."""
+        for item in (*self._made, self.matrix, self._pinned, self._source):
+            if item is not None:
+                item.destroy()
         self._made = [None] * len(self._made)
-        self.ksp = self.matrix = self.holds = self._pinned = self._source = None
+        self.ksp = self.matrix = self.version = self._pinned = self._source = None
 
 
-class Factors:
-    """Solvers of the stages of a level.
+class StageFactors:
+    """The factors of the stages of one level.
+
+    A stage is an object with the attributes of :class:`~pint_fem.propagators.linearisation.StageLinearisation`.
 
     Parameters
     ----------
     parameters
-        PETSc options of the solvers, over those that are used by default.
+        PETSc options of the solvers, which replace default ones.
     space
         Function space of the unknowns.
     memory
-        Bytes of factors kept on a rank.
+        Bytes of factors that are stored on a rank.
     counts
-        ``"factorisation"`` and ``"solve"`` are counted.
+        Counter of every ``"factorisation"`` and ``"solve"``.
     nullspace
-        Of all matrices.
+        Nullspace of all matrices, or ``None``.
+    prefix
+        Prefix of options in PETSc's database.
 
     Attributes
     ----------
-    kept : int
-        Solvers that stages have for themselves.
+    parameters : dict
+        The completed PETSc options.
+    stored : int
+        Number of stages with a solver of their own.
     bytes : int or None
-        Of one of them, the greatest over the ranks in space; known after the first factorisation.
+        Bytes of one factor, the largest over the ranks in space; ``None`` before the first factorisation.
+    refines : bool
+        Whether solves may be by GMRES with an earlier factor, which pays where solvers are direct.
     """
 
-    def __init__(self, parameters: Mapping, space, memory: int, counts: Counter, nullspace: Nullspace | None = None):
-        self._space, self._nullspace, self._tried = space, nullspace, False
+    def __init__(
+        self,
+        parameters: Mapping,
+        space,
+        memory: int,
+        counts: Counter,
+        nullspace: Nullspace | None = None,
+        prefix: str = "pint_form_",
+    ):
+        self._space, self._nullspace, self._tried, self._prefix = space, nullspace, False, prefix
         comm = space.mesh().comm
         self.parameters = completed(parameters, comm, space.dim())
         chosen = any(name.startswith(("ksp_", "pc_", "mat_")) for name in flatten_parameters(parameters))
         small = space.dim() <= SMALL[space.mesh().unique().topological_dimension]
         self._quick = QUICK if comm.size == 1 and not chosen and small else None
         self.memory, self.counts = memory, counts
-        self.kept, self.bytes = 0, None
-        # refinement by an iterative solver would cost more than setting it up
+        self.stored, self.bytes = 0, None
         self.refines = self.parameters.get("ksp_type") == "preonly"
-        self._spare: dict[int, Solver] = {}
-        self._constant: dict[float, Solver] = {}
-        self._old: _OldFactor | None = None
+        self._spare: dict[int, UpdatableFactor] = {}
+        self._constant: dict[float, UpdatableFactor] = {}
+        self._refinement: _Refinement | None = None
 
-    # -- who has a factor ----------------------------------------------------------------------------------------------
-    def nearby(self, stage) -> Solver | None:
-        """A solver of a nearby Jacobian of the same step, that stays: the stage's own one or an earlier stage's."""
+    # -- factors of stages ---------------------------------------------------------------------------------------------
+    def nearby(self, stage) -> UpdatableFactor | None:
+        """A stored solver of a nearby Jacobian of the same step: the stage's own one or that of an earlier stage."""
         if stage.constant:
             return self._constant.get(stage.h)
-        solver = stage.lender.solver if stage.solver is None and stage.lender is not None else stage.solver
-        return None if solver is None or solver.holds is None else solver
+        solver = stage.earlier.solver if stage.solver is None and stage.earlier is not None else stage.solver
+        return None if solver is None or solver.version is None else solver
 
-    def exact(self, stage) -> Solver | None:
-        """The solver that holds the stage's Jacobian as it is."""
+    def exact(self, stage) -> UpdatableFactor | None:
+        """The solver whose matrix is the stage's present Jacobian, or ``None``."""
         if stage.constant:
             return self._constant.get(stage.h)
         solver = stage.solver or self._spare.get(stage.index)
-        return solver if solver is not None and solver.holds is stage.token else None
+        return solver if solver is not None and solver.version is stage.version else None
 
-    def factor(self, stage, matrix: PETSc.Mat, holds: object) -> Solver:
-        """Factor a matrix for a stage: in its own solver, in a new one if there is room, else in one for all."""
+    def factor(self, stage, matrix: PETSc.Mat, version: object) -> UpdatableFactor:
+        """Factor a Jacobian, identified by ``version``, in the stage's own solver, a new one within the budget, or a
+        common one (collective over space).
+
+        Raises
+        ------
+        SolverFailure
+            If the matrix is not finite or singular.
+        """
         solver = stage.solver or self._spare.get(stage.index)
         if stage.constant:
             solver = self._constant[stage.h] = self._new()
-        elif stage.solver is None and stage.may_keep and (self.bytes is None or self.kept < self.memory // self.bytes):
+        elif (
+            stage.solver is None and stage.may_keep and (self.bytes is None or self.stored < self.memory // self.bytes)
+        ):
             solver = stage.solver = self._new()
-            self.kept += 1
+            self.stored += 1
         elif solver is None:
             solver = self._spare[stage.index] = self._new()
         self.counts["factorisation"] += 1
-        self._factor(solver, matrix, holds)
+        self._factor(solver, matrix, version)
         if self.bytes is None:
             self.bytes = self._bytes_of(solver)
             if solver is stage.solver and self.bytes > self.memory:
                 self._spare[stage.index], stage.solver = solver, None
-                self.kept -= 1
+                self.stored -= 1
         return solver
 
     def drop(self, stage) -> None:
-        """Leave a stage without a factor of its own: its solve has failed."""
-        stage.remainder = None
+        """Discard the factors of a stage whose solve has failed."""
+        stage.correction = None
         for solver in (stage.solver, self._spare.get(stage.index)):
             if solver is not None:
-                solver.holds = None
+                solver.version = None
 
-    def _new(self) -> Solver:
-        return Solver(self.parameters, self._quick, self._nullspace)
+    def _new(self) -> UpdatableFactor:
+        return UpdatableFactor(self.parameters, self._quick, self._nullspace, self._prefix)
 
-    def _factor(self, solver: Solver, matrix: PETSc.Mat, holds: object) -> None:
-        """Factor, and name a singular matrix: the first one is tried, later ones where the factorisation fails."""
+    def _factor(self, solver: UpdatableFactor, matrix: PETSc.Mat, version: object) -> None:
+        """Factor; report the first matrix if it is singular, and later ones where the factorisation fails."""
         try:
-            solver.factor(matrix, holds)
+            solver.factor(matrix, version)
         except PETSc.Error as error:
             if not is_numerical(error):
                 raise
             raise SolverFailure(f"{singular_message(matrix, self._space)} ({error})") from error
         if not self._tried and self.refines and is_singular(solver.ksp):
-            solver.holds = None
+            solver.version = None
             raise SolverFailure(singular_message(matrix, self._space))
         self._tried = True
 
-    def _bytes_of(self, solver: Solver) -> int:
-        """The most that a solver's factor takes on any rank (collective over space)."""
+    def _bytes_of(self, solver: UpdatableFactor) -> int:
+        """The largest number of bytes of a solver's factor on any rank (collective over space)."""
         own = factor_bytes(solver.ksp, self.parameters)
         return max(1, solver.matrix.comm.tompi4py().allreduce(own, op=MPI.MAX))
 
     def measure(self, matrix: PETSc.Mat) -> None:
-        """Find out what a factor takes, from a matrix with the entries of the others (collective over space)."""
-        solver, like = Solver(self.parameters, self._quick), with_finite_entries(matrix)
+        """Measure the bytes of a factor of a matrix with the nonzero pattern of the others (collective over space)."""
+        solver = UpdatableFactor(self.parameters, self._quick, prefix=self._prefix)
+        like = with_finite_entries(matrix)
         solver.factor(like if self._nullspace is None else self._nullspace.pinned(like), None)
         self.bytes = self._bytes_of(solver)
         solver.destroy()
@@ -280,41 +315,47 @@ class Factors:
 
     # -- solves --------------------------------------------------------------------------------------------------------
     def solve(self, stage, b: PETSc.Vec, x: PETSc.Vec, *, transposed: bool = False) -> None:
-        """``x = J^{-1} b`` for the stage's Jacobian, or with its transpose."""
+        """Solve ``J x = b`` with a stage's Jacobian, or with its transpose (collective over space).
+
+        Raises
+        ------
+        SolverFailure, PETSc.Error
+            If the matrix cannot be factored.
+        """
         solver = self.exact(stage)
         if solver is None:
             if self._refine(stage, b, x, transposed):
                 return
-            solver = self.factor(stage, stage.J, stage.token)
+            solver = self.factor(stage, stage.J, stage.version)
         self.counts["solve"] += 1
         solver.solve(b, x, transposed=transposed)
 
     def _refine(self, stage, b, x, transposed: bool) -> bool:
-        """Solve with a factor of another matrix; whether that reached round-off."""
+        """Solve with a factor of another matrix; whether the residual is round-off."""
         solver = self.nearby(stage)
-        left = PATIENCE - stage.spent if stage.may_refine and self.refines else 0
-        if solver is None or stage.needed > left or not self._is_near(solver, stage.J):
+        most = MOST_ITERATIONS - stage.iterations if stage.may_refine and self.refines else 0
+        if solver is None or stage.expected > most or not self._is_near(solver, stage.J):
             return False
-        if self._old is None:
-            self._old = _OldFactor(b.comm)
-        count, converged = self._old.solve(solver, stage.J, b, x, transposed=transposed, most=left)
+        if self._refinement is None:
+            self._refinement = _Refinement(b.comm)
+        count, converged = self._refinement.solve(solver, stage.J, b, x, transposed=transposed, most=most)
         self.counts["solve"] += 1 + count
-        stage.spent += count
+        stage.iterations += count
         converged = converged and self._is_solved(stage.J, b, x, transposed)
-        stage.needed = max(1, count) if converged else PATIENCE + 1  # not again in this linearisation
+        stage.expected = max(1, count) if converged else MOST_ITERATIONS + 1  # not again in this linearisation
         return converged
 
     @staticmethod
-    def _is_near(solver: Solver, matrix: PETSc.Mat) -> bool:
-        """Whether the diagonals of a solver's matrix and another one are alike: GMRES preconditioned by a matrix with
-        huge entries in some rows does not see the residual of these.
+    def _is_near(solver: UpdatableFactor, matrix: PETSc.Mat) -> bool:
+        """Whether the diagonals of a solver's matrix and another one are similar: GMRES does not reduce the residual in
+        rows where the preconditioner's matrix has huge entries.
         """
         a, b = solver.diagonal, diagonal(matrix)
-        return _largest(matrix, float(np.any(a > ALIKE * b) or np.any(b > ALIKE * a))) == 0
+        return _largest(matrix, float(np.any(a > SIMILAR * b) or np.any(b > SIMILAR * a))) == 0
 
     @staticmethod
     def _is_solved(matrix: PETSc.Mat, b: PETSc.Vec, x: PETSc.Vec, transposed: bool) -> bool:
-        """Whether the true residual is small beside what it is the difference of."""
+        """Whether the true residual is small relative to the terms that it is the difference of."""
         r = b.duplicate()
         (matrix.multTranspose if transposed else matrix.mult)(x, r)
         r.axpy(-1.0, b)
@@ -325,7 +366,7 @@ class Factors:
 
 
 def diagonal(matrix: PETSc.Mat) -> np.ndarray:
-    """Magnitudes of the own entries of a matrix's diagonal."""
+    """Magnitudes of the entries of a matrix's diagonal on own rows."""
     vector = matrix.createVecLeft()
     matrix.getDiagonal(vector)
     out = np.abs(vector.array_r)
@@ -334,26 +375,30 @@ def diagonal(matrix: PETSc.Mat) -> np.ndarray:
 
 
 def _largest(matrix: PETSc.Mat, value: float) -> float:
-    """Of the values of all ranks of a matrix (collective)."""
+    """The largest of the values on all ranks of a matrix (collective)."""
     comm = matrix.comm.tompi4py()
     return value if comm.size == 1 else comm.allreduce(value, op=MPI.MAX)
 
 
-class _OldFactor:
-    """GMRES preconditioned by a solver of another matrix."""
+class _Refinement:
+    """GMRES preconditioned by a factor of another matrix.
+
+    The preconditioner is a Python context, not the factor's ``PC``: with a nullspace the factor is that of a pinned
+    matrix, whose solves are between projections.
+    """
 
     def __init__(self, comm):
         self.ksp = PETSc.KSP().create(comm)
         self.ksp.setType(PETSc.KSP.Type.GMRES)
-        self.ksp.setGMRESRestart(PATIENCE)
+        self.ksp.setGMRESRestart(MOST_ITERATIONS)
         pc = self.ksp.getPC()
         pc.setType(PETSc.PC.Type.PYTHON)
-        # an object of its own: PETSc's objects hold on to their contexts, so one that led back here would never die
+        # a separate object: PETSc owns its contexts, so that one with a reference to this object would never be freed
         self._context = _Apply()
         pc.setPythonContext(self._context)
 
     def solve(self, solver, matrix, b, x, *, transposed: bool, most: int) -> tuple[int, bool]:
-        """Iterations, and whether they were enough."""
+        """Solve; the number of iterations, and whether GMRES has converged."""
         self._context.solver = solver
         self.ksp.setOperators(matrix)
         self.ksp.setTolerances(rtol=ROUND_OFF, atol=0.0, max_it=most)
@@ -362,15 +407,15 @@ class _OldFactor:
 
 
 class _Apply:
-    """Context of a Python preconditioner that applies a solver."""
+    """Context of a Python preconditioner that applies a factor."""
 
     def __init__(self):
-        self.solver: Solver | None = None
+        self.solver: UpdatableFactor | None = None
 
     def apply(self, pc, x, y):
-        """PETSc's PCApply."""
+        """Apply the factor."""
         self.solver.solve(x, y)
 
     def applyTranspose(self, pc, x, y):
-        """PETSc's PCApplyTranspose."""
+        """Apply the transposed factor."""
         self.solver.solve(x, y, transposed=True)

@@ -1,4 +1,4 @@
-r"""Spectra of pencils :math:`A x = \kappa M x` by iterations with distributed products: nothing is gathered."""
+r"""Spectra of pencils :math:`A x = \kappa M x` by Lanczos and Arnoldi iterations with distributed products."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from firedrake.petsc import PETSc
 __all__ = ["ACCURACY", "NotPositive", "Pencil"]
 
 ACCURACY = 1e-2
-"""Of the ends of a spectrum; the largest is rounded up by it."""
+"""Relative accuracy of the ends of a spectrum."""
 
 
 class NotPositive(ArithmeticError):
@@ -18,12 +18,12 @@ class NotPositive(ArithmeticError):
 
 
 class Pencil:
-    """A mass matrix on the free degrees of freedom; fixed ones are decoupled.
+    """A mass matrix on the free degrees of freedom, with which pencils are formed; fixed ones are decoupled.
 
     Parameters
     ----------
     M
-        Symmetric positive definite, rows and columns of the fixed ones those of the identity.
+        Symmetric positive definite, with rows and columns of the fixed ones those of the identity.
     fixed
         Own rows with a condition.
     """
@@ -31,7 +31,7 @@ class Pencil:
     def __init__(self, M: PETSc.Mat, fixed: np.ndarray):
         self.M, self.fixed, self.comm, self.size = M, fixed, M.comm, M.getSize()[0]
         self._b, self._x = M.createVecs()
-        # the mass matrix is well conditioned: this takes fewer than 20 products and no factorisation
+        # the mass matrix is well conditioned: some 20 products and no factorisation
         self.ksp = PETSc.KSP().create(M.comm)
         self.ksp.setOperators(M)
         self.ksp.setType("cg")
@@ -39,7 +39,13 @@ class Pencil:
         self.ksp.setTolerances(rtol=1e-8, max_it=1000)
 
     def solve_mass(self, b: np.ndarray) -> np.ndarray:
-        """``M^{-1} b``, own degrees of freedom."""
+        """The solution of ``M x = b``, own degrees of freedom.
+
+        Raises
+        ------
+        NotPositive
+            If conjugate gradients fail.
+        """
         self._b.array[:] = b
         self.ksp.solve(self._b, self._x)
         if self.ksp.getConvergedReason() < 0:
@@ -47,7 +53,7 @@ class Pencil:
         return self._x.array_r.copy()
 
     def product(self, A: PETSc.Mat) -> Callable[[np.ndarray], np.ndarray]:
-        """``x -> A x``, own degrees of freedom."""
+        """The map ``x -> A x`` on own degrees of freedom."""
 
         def apply(x):
             self._x.array[:] = x
@@ -57,9 +63,15 @@ class Pencil:
         return apply
 
     def ends(self, apply: Callable[[np.ndarray], np.ndarray], steps: int = 100) -> tuple[float, float]:
-        """Ends of the spectrum of ``apply(x) = kappa M x``, symmetric; the upper one moved outwards by its residual.
+        """Ends of the spectrum of ``apply(x) = kappa M x``, symmetric; the upper one increased by its residual.
 
-        Lanczos iteration in the mass inner product, without a basis: copies of ends that have converged do no harm.
+        By Lanczos iteration in the mass inner product without reorthogonalisation: copies of converged ends are
+        harmless.
+
+        Raises
+        ------
+        NotPositive
+            If the mass matrix is not positive definite.
         """
         comm = self.comm.tompi4py()
         dot = lambda x, y: comm.allreduce(float(x @ y))
@@ -88,14 +100,14 @@ class Pencil:
             w = w - alphas[-1] * q_dual - (beta * q_before if len(alphas) > 1 else 0)
 
     def ritz(self, apply: Callable[[np.ndarray], np.ndarray], steps: int = 40) -> tuple[np.ndarray, np.ndarray]:
-        """Ritz values of a map and their residuals, by Arnoldi iteration in the mass inner product."""
+        """Ritz values of a map and their residuals, ``(k,)`` each, by Arnoldi iteration in the mass inner product."""
         comm, mass = self.comm.tompi4py(), self.product(self.M)
         n = self.M.getLocalSize()[0]
         Q, H, w = np.zeros((steps + 1, n)), np.zeros((steps + 1, steps)), self._start()
         Q[0] = w / comm.allreduce(float(w @ mass(w))) ** 0.5
         for k in range(steps):
             w = apply(Q[k])
-            for _ in range(2):  # the second pass restores what the first loses to cancellation
+            for _ in range(2):  # the second pass corrects the cancellation of the first
                 h = comm.allreduce(Q[: k + 1] @ mass(w))
                 w = w - h @ Q[: k + 1]
                 H[: k + 1, k] += h
@@ -107,6 +119,7 @@ class Pencil:
         return values.astype(complex), H[k + 1, k] * np.abs(vectors[-1])
 
     def _start(self) -> np.ndarray:
+        """A random vector, zero on fixed rows."""
         start = np.random.default_rng(self.comm.rank).standard_normal(self.M.getLocalSize()[0])
         start[self.fixed] = 0
         return start

@@ -1,10 +1,10 @@
-r"""Geometric multigrid and patch preconditioners for the systems of a step, by PETSc's options.
+r"""Geometric multigrid and patch preconditioners for the systems of a step, chosen by PETSc's options.
 
 ``{"ksp_type": "cg", "ksp_rtol": 1e-12, "pc_type": "mg", "mg_levels_pc_type": "python", "mg_levels_pc_python_type":
 "firedrake.ASMStarPC"}`` is multigrid on the meshes below the evolution's in its ``MeshHierarchy``. For Maxwell's
 electric field (N1curl) patches around vertices make it converge independently of mesh and step (D. Arnold, R. Falk, R.
 Winther, Numer. Math. 85, 2000). Coarse matrices are Galerkin's, :math:`A_c = P^T A P`, with unit rows where conditions
-are: any assembled matrix can be solved with, such as what is left when a field is eliminated.
+are: any assembled matrix can be solved with, such as the Schur complement of an eliminated field.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ __all__ = ["Geometry"]
 
 
 class Geometry:
-    """The space of a system's unknowns and its conditions: what a preconditioner may want to know besides the matrix.
+    """The space of a system's unknowns and its conditions, which some preconditioners require besides the matrix.
 
     Parameters
     ----------
     space
-        Not mixed, for multigrid.
+        Space of the unknowns; for multigrid not a mixed one.
     bcs
         Conditions on it.
     """
@@ -38,12 +38,12 @@ class Geometry:
         self.space, self.bcs = space, tuple(bcs)
 
     def prepare(self, ksp: PETSc.KSP, parameters: Mapping) -> None:
-        """Tell a solver, before it reads its options.
+        """Set the space of a solver, and its levels for multigrid, before it reads its options (collective).
 
         Raises
         ------
         InputError
-            If multigrid is asked for on a mesh without hierarchy or in a mixed space.
+            If multigrid is chosen on a mesh without hierarchy or in a mixed space.
         """
         ksp.setDM(self.space.dm)
         ksp.setDMActive(PETSc.KSP.DMActive.ALL, False)
@@ -51,11 +51,12 @@ class Geometry:
             self._multigrid(ksp)
 
     def _multigrid(self, ksp: PETSc.KSP) -> None:
+        """Set the interpolations and matrices of all levels."""
         hierarchy, level = get_level(self.space.mesh().unique())
         if hierarchy is None or len(self.space) > 1 or level < 1:
             raise InputError(
-                "pc_type 'mg' wants an evolution on a finer mesh of a MeshHierarchy and a state (or what is left of it "
-                "when a field is eliminated) that is not mixed; give 'gamg' or a direct solver"
+                "pc_type 'mg' requires an evolution on a finer mesh of a MeshHierarchy and a state (or, with "
+                "eliminate=, the rest of it) that is not mixed; give 'gamg' or a direct solver"
             )
         if hierarchy.refinements_per_level != 1:
             raise InputError("pc_type 'mg': give a MeshHierarchy with refinements_per_level=1")

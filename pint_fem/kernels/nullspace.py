@@ -1,8 +1,8 @@
-r"""Nullspaces of the stages' systems, such as the constant pressure of an enclosed flow.
+r"""Projections and pins for stage systems with nullspaces, such as the constant pressure of an enclosed flow.
 
 Let the columns of ``N`` span the nullspace of a stage's matrix ``S`` and those of ``L`` that of its transpose, both
 orthonormal. A stage's equation determines its solution up to ``N``, and has one only for right-hand sides without a
-part in ``L``. As Firedrake's solvers do, both parts are removed:
+part in ``L``. As in Firedrake's solvers, both parts are removed:
 
 .. math::
     x = P_N\, S_\sigma^{-1} P_L\, b , \qquad P_N = I - N N^T , \quad P_L = I - L L^T , \qquad
@@ -11,7 +11,7 @@ part in ``L``. As Firedrake's solvers do, both parts are removed:
 The *pins* ``J`` are as many unknowns as there are vectors, such that the rows ``J`` of ``N`` and of ``L`` are regular:
 then :math:`S_\sigma` is regular, and as :math:`L^T S_\sigma x = \sum_j \sigma_j x_j L^T e_j` vanishes with
 :math:`L^T P_L b`, the pinned unknowns of :math:`S_\sigma^{-1} P_L b` are zero and ``S`` is solved exactly. So direct
-solvers need no care for small pivots; symmetry and definiteness stay, and the transpose is exactly
+solvers have no small pivots; symmetry and definiteness stay, and the transpose is exactly
 :math:`P_L S_\sigma^{-T} P_N`. Iterative solvers work with ``S`` and PETSc's own nullspaces, and build preconditioners
 of :math:`S_\sigma`. The solution has no part in ``N`` whatever the first guess was.
 
@@ -33,7 +33,7 @@ __all__ = ["Nullspace", "basis_vectors", "read_nullspace"]
 EXACT = 1e-8
 """Largest product of the matrix with a unit vector of its nullspace, relative to the matrix's norm."""
 DEPENDENT = 1e-8
-"""Relative length of what is left of a vector beside the others below which it depends on them."""
+"""Relative norm of a vector's part orthogonal to the others below which it depends on them."""
 _MAX = PETSc.NormType.NORM_INFINITY
 
 
@@ -47,12 +47,12 @@ def basis_vectors(basis, V, name: str) -> np.ndarray:
     V
         The state's space.
     name
-        Of the argument, for messages.
+        Name of the argument, for messages.
 
     Raises
     ------
     InputError
-        If it is none, or not on the space.
+        If it is no basis, or not on the space.
     """
     if isinstance(basis, VectorSpaceBasis):
         vectors = [get(_on(V, vector, name)) for vector in basis._vecs]
@@ -77,14 +77,14 @@ def basis_vectors(basis, V, name: str) -> np.ndarray:
 
 
 def _on(V, vector: Function, name: str) -> Function:
-    """A vector of a basis, which must be in the space of the state, or of the field at the basis's place."""
+    """A vector of a basis; raises unless it is in the state's space, or in that of the field at the basis's place."""
     if vector.function_space().dof_dset.layout_vec.getSizes() != V.dof_dset.layout_vec.getSizes():
         raise InputError(f"{name}: a vector is not in the state's space or the field's at its place")
     return vector
 
 
 def _orthonormal(rows: np.ndarray, comm, name: str) -> np.ndarray:
-    """Gram-Schmidt, twice, over space."""
+    """Orthonormal rows with the same span, by Gram-Schmidt over space (twice); raises if they are dependent."""
     rows = rows.copy()
     for i, row in enumerate(rows):
         before = np.sqrt(comm.allreduce(row @ row))
@@ -98,14 +98,19 @@ def _orthonormal(rows: np.ndarray, comm, name: str) -> np.ndarray:
 
 
 def read_nullspace(V, right, left, near) -> Nullspace | None:
-    """What a user gives as nullspaces of the stages' matrices and of their transposes, and for multigrid (collective).
+    """The nullspaces of the stages' matrices from Firedrake's bases (collective).
 
     Parameters
     ----------
     V
         The state's space.
     right, left, near
-        Firedrake's bases, or ``None``.
+        Bases of the nullspaces of the matrices and of their transposes, and for multigrid; or ``None``.
+
+    Returns
+    -------
+    Nullspace or None
+        ``None`` where no basis is given.
 
     Raises
     ------
@@ -138,16 +143,11 @@ class Nullspace:
     right, left
         Own values of orthonormal vectors that span them, ``(k, n)`` each; none where the matrix is regular.
     comm
-        Of the space.
+        Communicator of the space.
     pins
-        Own rows among those of ``J``; default: they are chosen.
+        Own rows among the pins ``J``; default: they are chosen (collective).
     near
         Own values of orthonormal vectors for algebraic multigrid, ``(k, n)``, or ``None``.
-
-    Attributes
-    ----------
-    pins : list of int
-        Own rows among those of ``J``.
 
     Raises
     ------
@@ -160,14 +160,14 @@ class Nullspace:
         self.pins = self._find_pins() if pins is None else pins
 
     def _find_pins(self) -> list[int]:
-        """Rows by pivoting on the product of what is left of both."""
+        """Own pins, by pivoting on the products of the norms of the columns that remain of both."""
         comm, pins, parts = self.comm, [], [self.right.copy(), self.left.copy()]
         for _ in self.right:
             norms = np.prod([np.linalg.norm(part, axis=0) for part in parts], axis=0)
             own = int(np.argmax(norms)) if norms.size else -1
             best = float(norms[own]) if norms.size else -1.0
             every = comm.allgather(best)
-            # the first rank of those that are equal up to round-off, so that groups of ranks choose alike
+            # the first rank of those that are equal up to round-off, so that groups of ranks make the same choice
             owner = next(rank for rank, value in enumerate(every) if value >= (1 - 1e-6) * max(every))
             if not every[owner] > DEPENDENT / comm.allreduce(norms.size):
                 raise InputError("nullspace and transpose_nullspace have no unknowns in common, which is not supported")
@@ -181,11 +181,11 @@ class Nullspace:
 
     @property
     def transposed(self) -> Nullspace:
-        """Of the transposed matrix."""
+        """The nullspace of the transposed matrix."""
         return Nullspace(self.left, self.right, self.comm, pins=self.pins, near=self.near)
 
     def _remove(self, vectors: np.ndarray, values: np.ndarray) -> np.ndarray:
-        """Remove from values ``(..., n)``, real or complex, in place, what they have in the span of vectors."""
+        """Remove the part of values ``(..., n)``, real or complex, in the span of vectors, in place."""
         for vector in vectors:  # few; a product of matrices may round a state with its place in the block
             parts = (values * vector).sum(axis=-1)
             if self.comm.size > 1:
@@ -202,12 +202,12 @@ class Nullspace:
         return self._remove(self.right if transposed else self.left, values)
 
     def check(self, matrix: PETSc.Mat) -> None:
-        """Compare with a matrix (collective).
+        """Require that the vectors are in the nullspaces of a matrix and its transpose (collective).
 
         Raises
         ------
         InputError
-            If the vectors are not in its nullspaces.
+            If they are not.
         """
         scale, (x, b) = matrix.norm(_MAX), matrix.createVecs()
         for name, vectors, multiply in (
@@ -225,7 +225,7 @@ class Nullspace:
         b.destroy()
 
     def pin(self, matrix: PETSc.Mat) -> None:
-        """Make :math:`S_\\sigma` of an assembled matrix, in place (collective)."""
+        """Add the pins to an assembled matrix, in place (collective)."""
         first = matrix.getOwnershipRange()[0]
         rows = [(first + row, matrix.getRow(first + row)[1]) for row in self.pins]
         matrix.setOption(PETSc.Mat.Option.NEW_NONZERO_ALLOCATION_ERR, False)
@@ -234,7 +234,7 @@ class Nullspace:
         matrix.assemble()
 
     def pinned(self, matrix: PETSc.Mat) -> PETSc.Mat:
-        """:math:`S_\\sigma` of a matrix, with the vectors for multigrid."""
+        """A copy of a matrix with the pins, and with the vectors for multigrid (collective)."""
         copy = matrix.copy()
         self.pin(copy)
         if self.near is not None and len(self.near):
@@ -242,13 +242,13 @@ class Nullspace:
         return copy
 
     def attach(self, matrix: PETSc.Mat) -> None:
-        """Make PETSc's iterative solvers of a matrix remove the nullspaces."""
+        """Set the nullspaces of a matrix, which PETSc's iterative solvers remove."""
         if len(self.right):
             matrix.setNullSpace(_petsc_nullspace(self.right, matrix))
             matrix.setTransposeNullSpace(_petsc_nullspace(self.left, matrix))
 
     def bases(self, V) -> dict[str, VectorSpaceBasis]:
-        """Arguments ``nullspace`` and ``transpose_nullspace`` of Firedrake's solvers."""
+        """The arguments ``nullspace`` and ``transpose_nullspace`` of Firedrake's solvers on a space."""
         made = {}
         for name, vectors in (("nullspace", self.right), ("transpose_nullspace", self.left)):
             functions = [Function(V) for _ in vectors]
@@ -259,13 +259,14 @@ class Nullspace:
         return made
 
     def restricted(self, rows) -> Nullspace:
-        """Of the Schur complement of some own rows, outside of which all vectors are zero."""
+        """The nullspace of the Schur complement of own rows, outside of which all vectors are zero."""
         right, left = (_orthonormal(part[:, rows], self.comm, "nullspace") for part in (self.right, self.left))
         near = None if self.near is None else _orthonormal(self.near[:, rows], self.comm, "near_nullspace")
         return Nullspace(right, left, self.comm, near=near)
 
 
 def _petsc_nullspace(vectors: np.ndarray, matrix: PETSc.Mat) -> PETSc.NullSpace:
+    """PETSc's nullspace with the layout of a matrix."""
     made = []
     for vector in vectors:
         made.append(matrix.createVecLeft())

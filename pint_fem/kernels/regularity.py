@@ -1,12 +1,12 @@
-r"""Singular matrices of stages are named as such, before they make round-off garbage.
+r"""Detection of singular stage matrices, before solves with them return round-off.
 
-A factorisation of a singular matrix ends with a pivot that is zero, or round-off, and then goes on. Whether a matrix
-``S`` is regular to working precision, in whatever units its rows and columns are, shows in a solve that is done again:
+A factorisation of a singular matrix has a pivot that is zero, or round-off, and then continues. Whether a matrix
+``S`` is regular to working precision, in any units of its rows and columns, follows from a solve that is repeated:
 
 .. math::  S x = b , \qquad S x' = S x , \qquad \|x' - x\|_\infty \le 10^{-3} \|x\|_\infty ,
 
 with entries of ``b`` as large as the largest ones of their rows. For a singular one ``x`` is a huge multiple of a
-vector of its nullspace, ``S x`` round-off, and ``x'`` has nothing to do with ``x``.
+vector of its nullspace, ``S x`` is round-off, and ``x'`` is unrelated to ``x``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pint_fem.kernels.arrays import own_size, rows_in_whole
 from pint_fem.kernels.blocks import Factor
 from pint_fem.kernels.nullspace import Nullspace
 
-__all__ = ["is_singular", "singular_message", "stage_factor"]
+__all__ = ["is_singular", "regular_factor", "singular_message"]
 
 REPEATABLE = 1e-3
 """Largest relative difference of the two solutions."""
@@ -56,17 +56,17 @@ def is_singular(ksp: PETSc.KSP) -> bool:
 
 
 def singular_message(matrix: PETSc.Mat, V) -> str:
-    """What to say of a singular matrix of a stage; names the fields whose constants are in its nullspace (collective).
+    """A message about a singular stage matrix, with the fields whose constants are in its nullspace (collective).
 
     Parameters
     ----------
     matrix
-        Rows and columns with a condition are those of the identity.
+        The matrix, with rows and columns of conditions those of the identity.
     V
-        Space of the unknowns, or ``None`` where they are a part of the state.
+        Space of the state; fields are named only where it is that of the unknowns.
     """
     text = "the stage matrix is singular: give nullspace=, or fix a value by a boundary condition"
-    if V is None or own_size(V) != matrix.getLocalSize()[0]:
+    if own_size(V) != matrix.getLocalSize()[0]:
         return text
     x, b = matrix.createVecs()
     scale, found = matrix.norm(_MAX), []
@@ -84,28 +84,29 @@ def singular_message(matrix: PETSc.Mat, V) -> str:
     return f"{text}. Constants {'of ' + named.removeprefix('of ') + ' ' if named else ''}are in its nullspace"
 
 
-def stage_factor(evolution, matrix: PETSc.Mat, nullspace: Nullspace | None, **given) -> Factor:
-    """Factor of a stage's matrix of a linear evolution (collective).
+def regular_factor(evolution, matrix: PETSc.Mat, nullspace: Nullspace | None, **given) -> Factor:
+    """The factor of a stage's matrix of a linear evolution, which has to be regular (collective).
 
     Parameters
     ----------
     evolution
-        With the solver's parameters.
+        The evolution, for its solver parameters and its space.
     matrix
-        Of the state, or of what is left of it where a field is eliminated.
+        The matrix, of the state or of the fields that are not eliminated.
     nullspace
-        Of the matrix.
+        Its nullspace, or ``None``.
     **given
-        See :class:`~pint_fem.kernels.blocks.Factor`.
+        Other parameters of :class:`~pint_fem.kernels.blocks.Factor`.
 
     Raises
     ------
     InputError
-        On every rank, if the matrix is singular and no nullspace says so.
+        On every rank, if the matrix is singular beyond the nullspace.
     """
     message = lambda: singular_message(matrix, evolution.V)
     try:
-        factor = Factor(matrix, evolution.solver_parameters, nullspace=nullspace, **given)
+        prefix = f"{evolution.options_prefix}pint_"
+        factor = Factor(matrix, evolution.solver_parameters, prefix=prefix, nullspace=nullspace, **given)
     except PETSc.Error as error:
         if not is_numerical(error):
             raise

@@ -1,20 +1,23 @@
-r"""What a misfit is: a function of what it observes of each point of the trajectory.
+r"""The interface of misfits: functionals :math:`\sum_n j_n` of the trajectory, with values and derivatives in blocks.
 
-A misfit is bound to a slab and written for blocks of points, so that no array with a state for each of them has to
-exist. ``rows`` are numbers of local points: row 0 is the slab's first point, the left neighbour's last; a rank's own
-points are rows ``1..k``.
+A misfit is bound to the time points of a rank. Local point 0 is the last point of the left neighbour (on the first
+rank the initial state) and points ``1..k`` are the rank's own, so states are arrays ``(k + 1, n)``. A
+:class:`BlockMisfit` is evaluated in three stages, so that no array with a state for each point has to exist:
 
-* ``observe`` takes states to a few numbers a point, :math:`y_n`; ``point_values`` makes of those of all local points
-  the share of each own point, summed over space, so that the sum over time is in point order;
-* ``pull_back`` takes what was observed to :math:`s_n`, and ``force`` these and states to :math:`dJ/du_n`, in rows
-  ``0..k-1`` (and ``k`` on the last rank), which is what the adjoint of the slab needs;
-* each has its derivative in a direction.
+* :meth:`~BlockMisfit.observe` maps states to a few numbers per point, the observations :math:`y_n`;
+* :meth:`~BlockMisfit.point_values` maps the observations of all local points to the contribution :math:`j_n` of each
+  own point, and :meth:`~BlockMisfit.pull_back` to the derivatives :math:`s_n = \partial J / \partial y_n`;
+* :meth:`~BlockMisfit.adjoint_source` maps these and the states to :math:`\partial J / \partial u_n`, the right-hand
+  side of the adjoint equation.
+
+Each of them has a derivative in a direction. Contributions are summed over space for each point, so that the sum over
+time is taken in the order of the points.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -24,49 +27,47 @@ from pint_fem.evolution.evolution import Evolution
 from pint_fem.kernels.blocks import WIDTH
 from pint_fem.spacetime import Slab, SpaceTime
 
-__all__ = ["BlockMisfit", "Misfit", "on_points", "on_slab"]
+__all__ = ["BLOCK", "BlockMisfit", "Misfit", "checked_slab", "checked_values"]
 
 BLOCK = 8 * WIDTH
-"""Points that are looked at together where all are stored."""
+"""Points of a block where the states at all points are stored."""
 
 
 class Misfit(ABC):
-    """On whole slabs: ``values`` and their derivative, ``gradient`` and its derivative."""
+    """A functional of the trajectory, evaluated on states at all local points."""
 
     #: Whether it is a quadratic function of the trajectory.
     quadratic = False
-    #: Whether :meth:`bind` has been called: the misfit is a functional's.
+    #: Whether :meth:`bind` has been called, that is, whether the misfit belongs to a reduced functional.
     is_bound = False
 
     def bind(self, evolution: Evolution, spacetime: SpaceTime, slab: Slab) -> None:
-        """Prepare for the points of a slab; called once, on every rank."""
+        """Prepare for the local points of a rank; called once, on every rank."""
         self.evolution, self.spacetime, self.slab, self.is_bound = evolution, spacetime, slab, True
 
     def given(self) -> dict:
-        """What the user has given it, by name, which all ranks have to be given alike: data that are not in forms, and
-        signatures of forms.
-        """
+        """The user's input by name, compared between ranks: arrays, numbers and signatures of forms."""
         return {}
 
     def has_changed(self) -> bool:
-        """Whether the user has changed data that are not in forms since they were read."""
+        """Whether the user has changed input other than functions in forms since it was read."""
         return False
 
     def update_data(self, changed: set, *, own: bool) -> None:
-        """Take new values of data (collective).
+        """Read new values of data (collective).
 
         Parameters
         ----------
         changed
-            Functions and constants of the evolution's private copies that have other values now.
+            Functions and constants of the evolution's private copies that have new values.
         own
-            Whether :meth:`has_changed` on any rank.
+            Whether :meth:`has_changed` is true on any rank.
         """
-        return  # nothing to take
+        return  # a misfit without data has nothing to update
 
     @abstractmethod
     def values(self, U: np.ndarray) -> np.ndarray:
-        """Share of each own point, ``(k,)``, from states ``(k + 1, n)``."""
+        """Contribution of each own point, ``(k,)``, from states ``(k + 1, n)``."""
 
     @abstractmethod
     def directional(self, U: np.ndarray, dU: np.ndarray) -> np.ndarray:
@@ -74,145 +75,148 @@ class Misfit(ABC):
 
     @abstractmethod
     def gradient(self, U: np.ndarray) -> np.ndarray:
-        """``dJ/dU_n``, ``(k + 1, n)``."""
+        """``dJ/dU_n``, ``(k + 1, n)``, in rows ``0..k-1`` and on the last rank ``k``; the other row is not used."""
 
     @abstractmethod
     def hessian(self, U: np.ndarray, dU: np.ndarray) -> np.ndarray:
         """Derivative of :meth:`gradient` in the direction ``dU``, ``(k + 1, n)``."""
 
     def nbytes(self) -> int:
-        """Bytes that it keeps for the points of the slab."""
+        """Bytes of the numpy arrays that are stored for the local points."""
         return 0
 
     def petsc_bytes(self) -> dict[str, int]:
-        """Bytes in PETSc's hands, by part."""
+        """Bytes of PETSc's objects on this rank, by part."""
         return {}
 
 
-def on_slab(work: Callable, U: np.ndarray, *dU: np.ndarray, shape: tuple[int, ...] | None = None) -> np.ndarray:
-    """What a misfit's ``work`` has for all local points, or an array of another shape."""
-    out, shape = work(U, *dU), shape or U.shape
+def checked_slab(method: Callable, U: np.ndarray, *dU: np.ndarray, shape: tuple[int, ...] | None = None) -> np.ndarray:
+    """The result of :meth:`Misfit.gradient` or :meth:`Misfit.hessian` for states (and a direction) ``(k + 1, n)``; an
+    ``InputError`` unless it has the given shape, by default that of ``U``.
+    """
+    out, shape = method(U, *dU), shape or U.shape
     if np.shape(out) != shape:
-        got, name = "None" if out is None else f"shape {np.shape(out)}", getattr(work, "__qualname__", work)
+        got, name = "None" if out is None else f"shape {np.shape(out)}", getattr(method, "__qualname__", method)
         raise InputError(f"{name} of a misfit returned {got}: return an array of shape {shape}")
     return out
 
 
-def on_points(work: Callable, U: np.ndarray, *dU: np.ndarray) -> np.ndarray:
-    """What a misfit's ``work`` has for the own points."""
-    return on_slab(work, U, *dU, shape=(len(U) - 1,))
+def checked_values(method: Callable, U: np.ndarray, *dU: np.ndarray) -> np.ndarray:
+    """The result of :meth:`Misfit.values` or :meth:`Misfit.directional`; an ``InputError`` unless it is ``(k,)``."""
+    return checked_slab(method, U, *dU, shape=(len(U) - 1,))
 
 
 class BlockMisfit(Misfit):
-    """On blocks of points; see the module.
+    """A misfit that is evaluated on blocks of points, through observations of a few numbers per point.
+
+    In all methods ``points`` is a slice of local points, ``u`` and ``du`` are states and directions at these,
+    ``(b, n)``, and ``Y``, ``dY``, ``S`` and ``dS`` are arrays ``(k + 1, width)`` of all local points.
 
     Attributes
     ----------
-    keeps_data : bool
-        Whether data that depend on time are kept for each point, a state each, or computed again where they are wanted.
-        Set before :meth:`bind`.
-    looks_back : bool
-        Whether :meth:`force` and the derivative of shares depend on what was observed.
-    observes, acts, forces : ndarray of bool, shape (k + 1,)
-        Points whose states :meth:`observe` (and its derivative) looks at; those where :meth:`force` may not vanish, and
-        of them those whose states it looks at. The same on all ranks in space.
+    stores_data : bool
+        Whether data that depend on time are stored for each point, as one state per point, or computed again when they
+        are used. Set before :meth:`bind`.
+    uses_observations : bool
+        Whether :meth:`adjoint_source` and :meth:`point_derivatives` depend on the observations.
+    observed, active, state_dependent : ndarray of bool, shape (k + 1,)
+        Points whose states :meth:`observe` and its derivative use; points where :meth:`adjoint_source` may be nonzero;
+        and those of the latter whose states it uses. The same on all ranks in space.
     """
 
-    keeps_data = True
-    looks_back = True
-    observes: np.ndarray
-    acts: np.ndarray
-    forces: np.ndarray
+    stores_data = True
+    uses_observations = True
+    observed: np.ndarray
+    active: np.ndarray
+    state_dependent: np.ndarray
 
     @property
     @abstractmethod
     def width(self) -> int:
-        """Numbers observed of a point."""
+        """Number of observations per point on this rank."""
 
     @abstractmethod
-    def observe(self, rows: np.ndarray, u: np.ndarray) -> np.ndarray:
-        """What is observed of states ``(b, n)``, ``(b, width)``."""
+    def observe(self, points: slice, u: np.ndarray) -> np.ndarray:
+        """Observations of states, ``(b, width)``."""
 
     @abstractmethod
-    def observe_tangent(self, rows: np.ndarray, u: np.ndarray, du: np.ndarray) -> np.ndarray:
-        """Its derivative in a direction."""
+    def observe_tangent(self, points: slice, u: np.ndarray, du: np.ndarray) -> np.ndarray:
+        """Derivative of :meth:`observe` at ``u`` in the direction ``du``, ``(b, width)``."""
 
     @abstractmethod
     def point_values(self, Y: np.ndarray) -> np.ndarray:
-        """Share of each own point, ``(k,)``, from the observations ``(k + 1, width)``."""
+        """Contribution of each own point, ``(k,)``, from the observations ``Y``."""
 
     @abstractmethod
-    def point_derivatives(self, Y: np.ndarray, dY: np.ndarray) -> np.ndarray:
-        """Its derivative."""
+    def point_derivatives(self, Y: np.ndarray | None, dY: np.ndarray) -> np.ndarray:
+        """Derivative of :meth:`point_values` at ``Y`` in the direction ``dY``, ``(k,)``."""
 
     def pull_back(self, Y: np.ndarray) -> np.ndarray:
-        """Derivatives of the sum of shares by what was observed, ``(k + 1, width)``; collective."""
+        """Derivatives of the functional by the observations, ``(k + 1, width)`` (collective)."""
         return Y
 
     def pull_back_tangent(self, dY: np.ndarray) -> np.ndarray:
-        """Its derivative."""
+        """Derivative of :meth:`pull_back` in the direction ``dY``, ``(k + 1, width)`` (collective)."""
         return dY
 
     @abstractmethod
-    def force(self, rows: np.ndarray, u: np.ndarray, S: np.ndarray | None) -> np.ndarray:
-        """``dJ/du_n`` of points, ``(b, n)``; ``S`` is what :meth:`pull_back` gave for all."""
+    def adjoint_source(self, points: slice, u: np.ndarray, S: np.ndarray | None) -> np.ndarray:
+        """``dJ/du_n`` at the points, ``(b, n)``; ``S`` is the result of :meth:`pull_back`, if observations are used."""
 
     @abstractmethod
-    def force_tangent(self, rows: np.ndarray, u: np.ndarray, du: np.ndarray, dS: np.ndarray) -> np.ndarray:
-        """Its derivative."""
+    def adjoint_source_tangent(self, points: slice, u: np.ndarray, du: np.ndarray, dS: np.ndarray | None) -> np.ndarray:
+        """Derivative of :meth:`adjoint_source` in the direction ``du``, ``(b, n)``, where ``S`` changes by ``dS``."""
 
-    # -- on slabs ------------------------------------------------------------------------------------------------------
-    def _check(self, *slabs: np.ndarray) -> None:
+    # -- states at all local points ------------------------------------------------------------------------------------
+    def _require_all_points(self, *slabs: np.ndarray) -> None:
         for slab in slabs:
             if len(slab) != self.slab.k + 1:
                 raise InputError(
                     f"{type(self).__name__}: {len(slab)} states, but the slab has {self.slab.k + 1} points; with mgrit "
-                    "storage 'C', whose slabs are of C-points only, ask ReducedProblem.observations and .states"
+                    "storage 'C', whose slabs are of C-points only, use ReducedProblem.observations and .states"
                 )
 
     def read(self, U: np.ndarray, dU: np.ndarray | None = None) -> np.ndarray:
-        """Observations of all local points, or their derivative; collective, what fails on a rank fails on all.
-
-        Raises
-        ------
-        InputError
-            If there is not a state for each local point.
+        """Observations of all local points, ``(k + 1, width)``, or their derivative in the direction ``dU``
+        (collective); an ``InputError`` on all ranks where ``U`` has not one state per local point.
         """
         return collectively(self.spacetime.comm, f"{type(self).__name__}.observe", self._read, U, dU)
 
     def _read(self, U, dU) -> np.ndarray:
-        self._check(U, *(() if dU is None else (dU,)))
+        self._require_all_points(U, *(() if dU is None else (dU,)))
         Y = np.zeros((len(U), self.width))
-        for rows in _blocks(len(U)):
-            Y[rows] = self.observe(rows, U[rows]) if dU is None else self.observe_tangent(rows, U[rows], dU[rows])
+        for points in _blocks(len(U)):
+            u = U[points]
+            Y[points] = self.observe(points, u) if dU is None else self.observe_tangent(points, u, dU[points])
         return Y
 
     def values(self, U):
-        """See :class:`Misfit`."""
+        """Contribution of each own point, ``(k,)``, from states ``(k + 1, n)``."""
         return self.point_values(self.read(U))
 
     def directional(self, U, dU):
-        """See :class:`Misfit`."""
-        return self.point_derivatives(self.read(U) if self.looks_back else None, self.read(U, dU))
+        """Derivative of :meth:`values` in the direction ``dU``, ``(k,)``."""
+        return self.point_derivatives(self.read(U) if self.uses_observations else None, self.read(U, dU))
 
     def gradient(self, U):
-        """See :class:`Misfit`."""
-        self._check(U)
-        S, out = self.pull_back(self.read(U)) if self.looks_back else None, np.empty_like(U)
-        for rows in _blocks(len(U)):
-            out[rows] = self.force(rows, U[rows], S)
+        """``dJ/dU_n``, ``(k + 1, n)``."""
+        self._require_all_points(U)
+        S, out = self.pull_back(self.read(U)) if self.uses_observations else None, np.empty_like(U)
+        for points in _blocks(len(U)):
+            out[points] = self.adjoint_source(points, U[points], S)
         return out
 
     def hessian(self, U, dU):
-        """See :class:`Misfit`."""
-        self._check(U, dU)
-        dS, out = self.pull_back_tangent(self.read(U, dU)) if self.looks_back else None, np.empty_like(U)
-        for rows in _blocks(len(U)):
-            out[rows] = self.force_tangent(rows, U[rows], dU[rows], dS)
+        """Derivative of :meth:`gradient` in the direction ``dU``, ``(k + 1, n)``."""
+        self._require_all_points(U, dU)
+        dS = self.pull_back_tangent(self.read(U, dU)) if self.uses_observations else None
+        out = np.empty_like(U)
+        for points in _blocks(len(U)):
+            out[points] = self.adjoint_source_tangent(points, U[points], dU[points], dS)
         return out
 
 
-def _blocks(count: int):
-    """Rows in blocks, all of the same size but the last."""
+def _blocks(count: int) -> Iterator[slice]:
+    """Slices of ``BLOCK`` points, the last one of the rest."""
     for first in range(0, count, BLOCK):
         yield slice(first, min(first + BLOCK, count))

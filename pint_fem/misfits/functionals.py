@@ -1,7 +1,6 @@
-"""Misfits: what of the trajectory is compared with data. ``J = sum of misfits + regularisation``.
+"""Misfits that are UFL functionals of the state at a time: summed over all steps, or at the final time.
 
-What a misfit has to offer is in :mod:`~pint_fem.misfits.base`. Data are copied when a functional is made; later
-changes of their values are seen after its ``update_data()`` only.
+Data in the forms are copied when a reduced functional is made; new values are read by its ``update_data()`` only.
 """
 
 from __future__ import annotations
@@ -18,21 +17,21 @@ from pint_fem.errors import InputError
 from pint_fem.evolution.private_copies import data_of
 from pint_fem.evolution.quadrature import with_fixed_degrees
 from pint_fem.kernels.arrays import get, put
-from pint_fem.misfits.base import BlockMisfit, Misfit
-from pint_fem.misfits.point_sensors import PointSensors
-from pint_fem.misfits.quadratic import QuadraticPoints
+from pint_fem.misfits.base import BlockMisfit
+from pint_fem.misfits.quadratic import QuadraticFunctional, row_products
 
-__all__ = ["Misfit", "PointSensors", "RunningMisfit", "TerminalMisfit"]
+__all__ = ["RunningMisfit", "TerminalMisfit"]
 
 
 class _FormMisfit(BlockMisfit):
-    r"""A UFL functional ``j(u, t)`` at some points with weights.
+    r"""The sum :math:`\sum_n w_n\, j(u_n, t_n)` of a UFL functional ``j``; its observation of a point is ``j`` itself.
 
-    Where its second derivative is constant, slabs are products with one matrix (:mod:`~pint_fem.misfits.quadratic`);
-    otherwise forms compiled once are assembled for each point.
+    Where the second derivative of ``j`` is constant, blocks of points are products with one matrix
+    (:class:`~pint_fem.misfits.quadratic.QuadraticFunctional`); otherwise forms that are compiled once are assembled for
+    each point.
     """
 
-    width, looks_back = 1, False
+    width, uses_observations = 1, False
 
     def __init__(self, form: ufl.Form):
         if not isinstance(form, ufl.Form) or form.arguments():
@@ -42,15 +41,21 @@ class _FormMisfit(BlockMisfit):
         self.form = form
 
     def given(self):
-        """See :class:`~pint_fem.misfits.base.Misfit`."""
+        """The signature of the functional."""
         return {"the functional": self.form.signature()[:16]}
 
     @abstractmethod
     def weights(self) -> np.ndarray:
-        """Weight of each local point, ``(k + 1,)``."""
+        """Weight ``w_n`` of each local point, ``(k + 1,)``."""
 
     def bind(self, evolution, spacetime, slab):
-        """See :class:`Misfit`."""
+        """Differentiate the functional and assemble what does not depend on the state.
+
+        Raises
+        ------
+        InputError
+            If the functional does not contain the evolution's ``u``, or contains a control.
+        """
         super().bind(evolution, spacetime, slab)
         form, t = evolution.functional(self.form, type(self).__name__)
         form = with_fixed_degrees(form)
@@ -62,32 +67,33 @@ class _FormMisfit(BlockMisfit):
             raise InputError(f"{type(self).__name__}: the functional contains a control; use regularisation= for it")
         self.weight = self.weights()
         self.times = evolution.time(np.arange(slab.lo, slab.hi + 1))
+        self.active = self.weight != 0
+        self.observed = self.active & (np.arange(slab.k + 1) > 0)  # point 0 is the left neighbour's
         self._du = Function(evolution.V)
         gradient = derivative(form, u, TestFunction(evolution.V))
         second = expand_derivatives(derivative(gradient, u, TrialFunction(evolution.V)))
-        moving = {u, t}
-        self.quadratic = second.empty() or not moving & set(extract_coefficients(second))
+        self.quadratic = second.empty() or not {u, t} & set(extract_coefficients(second))
+        self.state_dependent = self.active
         if self.quadratic:
-            self._parts = QuadraticPoints(
-                form, expand_derivatives(gradient), second, u, t, self.times, self.weight != 0,
+            self._functional = QuadraticFunctional(
+                form, expand_derivatives(gradient), second, u, t, self.times, self.active,
                 initial=get(evolution.initial), span=(evolution.time(0), evolution.time(evolution.nsteps)),
-                keep=self.keeps_data,
+                store=self.stores_data,
             )  # fmt: skip
+            if self._functional.Q is None:
+                self.state_dependent = np.zeros_like(self.active)
         else:
             self._assemble = [get_assembler(expand_derivatives(f)) for f in (form, gradient, action(second, self._du))]
-        self.acts = self.weight != 0
-        self.forces = self.acts if not self.quadratic or self._parts.Q is not None else np.zeros_like(self.acts)
-        self.observes = self.acts & (np.arange(slab.k + 1) > 0)  # row 0 is the left neighbour's
 
     def update_data(self, changed, *, own):
-        """See :class:`~pint_fem.misfits.base.Misfit`."""
-        if changed & {*self._data, self.evolution.initial}:  # the initial state may be the reference
+        """Bind again if data of the functional or the initial state, which may be its reference state, have changed."""
+        if changed & {*self._data, self.evolution.initial}:
             self.bind(self.evolution, self.spacetime, self.slab)
 
-    def _each(self, which: int, rows, u: np.ndarray, du: np.ndarray | None = None) -> np.ndarray:
-        """Assemble form ``which`` at each point with a weight."""
-        out = np.zeros(len(u) if which == 0 else u.shape)
-        for i, (weight, time) in enumerate(zip(self.weight[rows], self.times[rows], strict=True)):
+    def _assemble_at(self, order: int, points, u: np.ndarray, du: np.ndarray | None = None) -> np.ndarray:
+        """The functional's derivative of an order at each point with a weight."""
+        out = np.zeros(len(u) if order == 0 else u.shape)
+        for i, (weight, time) in enumerate(zip(self.weight[points], self.times[points], strict=True)):
             if not weight:
                 continue
             put(self.evolution.u, u[i])
@@ -95,64 +101,64 @@ class _FormMisfit(BlockMisfit):
                 put(self._du, du[i])
             if self._t is not None:
                 self._t.assign(time)
-            result = self._assemble[which].assemble()
-            out[i] = result if which == 0 else get(result)
+            result = self._assemble[order].assemble()
+            out[i] = result if order == 0 else get(result)
         return out
 
-    def observe(self, rows, u):
-        """The functional, or its part with ``u`` on this rank in space."""
+    def observe(self, points, u):
+        """The functional at each point; where it is quadratic, this space rank's part of what depends on ``u``."""
         if not self.quadratic:
-            return self._each(0, rows, u)[:, None]
-        return self._parts.local_values(rows, u)
+            return self._assemble_at(0, points, u)[:, None]
+        return self._functional.local_values(points, u)
 
-    def observe_tangent(self, rows, u, du):
-        """See :class:`~pint_fem.misfits.base.BlockMisfit`."""
-        return _dots(self.force(rows, u, None), du)
+    def observe_tangent(self, points, u, du):
+        """This space rank's part of the weighted derivative, ``(b, 1)``."""
+        return row_products(self.adjoint_source(points, u, None), du)
 
     def point_values(self, Y):
-        """See :class:`~pint_fem.misfits.base.BlockMisfit`."""
+        """The weighted functional at each own point, ``(k,)``."""
         values = Y[1:, 0]
         if self.quadratic:
-            values = self.spacetime.sum_over_space(values) + self._parts.constants(len(Y))[1:]
+            values = self.spacetime.sum_over_space(values) + self._functional.constants(len(Y))[1:]
         return self.weight[1:] * values
 
     def point_derivatives(self, Y, dY):
-        """See :class:`~pint_fem.misfits.base.BlockMisfit`."""
+        """The derivative of the weighted functional at each own point, ``(k,)``."""
         return self.spacetime.sum_over_space(dY[1:, 0])
 
-    def force(self, rows, u, S):
-        """See :class:`~pint_fem.misfits.base.BlockMisfit`."""
-        out = self._parts.gradient(rows, u) if self.quadratic else self._each(1, rows, u)
-        out *= self.weight[rows, None]
+    def adjoint_source(self, points, u, S):
+        """``w_n j_u(u_n, t_n)``, ``(b, n)``."""
+        out = self._functional.gradient(points, u) if self.quadratic else self._assemble_at(1, points, u)
+        out *= self.weight[points, None]
         return out
 
-    def force_tangent(self, rows, u, du, dS):
-        """See :class:`~pint_fem.misfits.base.BlockMisfit`."""
-        out = self._parts.product(rows, du) if self.quadratic else self._each(2, rows, u, du)
-        out *= self.weight[rows, None]
+    def adjoint_source_tangent(self, points, u, du, dS):
+        """``w_n j_uu(u_n, t_n) du_n``, ``(b, n)``."""
+        out = self._functional.product(points, du) if self.quadratic else self._assemble_at(2, points, u, du)
+        out *= self.weight[points, None]
         return out
 
     def nbytes(self):
-        """See :class:`~pint_fem.misfits.base.Misfit`."""
-        return self._parts.nbytes if self.quadratic else 0
+        """Bytes of the vectors of a quadratic functional that are stored for the points."""
+        return self._functional.nbytes if self.quadratic else 0
 
     def petsc_bytes(self):
-        """See :class:`~pint_fem.misfits.base.Misfit`."""
-        return self._parts.petsc_bytes if self.quadratic else {}
-
-
-def _dots(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Dot product of each row on this rank, ``(b, 1)``."""
-    return np.array([x @ y for x, y in zip(a, b, strict=True)]).reshape(-1, 1)
+        """Bytes of the matrix of a quadratic functional."""
+        return self._functional.petsc_bytes if self.quadratic else {}
 
 
 class RunningMisfit(_FormMisfit):
     r""":math:`\sum_{n=1}^{N} \Delta t\, j(u_n, t_n)`, for ``j`` a UFL functional of the evolution's ``u`` and ``t``.
 
+    Parameters
+    ----------
+    form
+        The functional ``j``, such as ``0.5*inner(u - d, u - d)*dx``.
+
     Raises
     ------
     InputError
-        If the form is no functional, or has no ``u``, or contains the control.
+        If the form is no functional; when a reduced functional is made of it, if ``u`` is not in it or a control is.
     """
 
     def weights(self):
@@ -164,7 +170,18 @@ class RunningMisfit(_FormMisfit):
 
 
 class TerminalMisfit(_FormMisfit):
-    """``j(u_N)``, for ``j`` a UFL functional of the evolution's ``u``; errors as for :class:`RunningMisfit`."""
+    """``j(u_N)``, for ``j`` a UFL functional of the evolution's ``u``.
+
+    Parameters
+    ----------
+    form
+        The functional ``j``, such as ``0.5*inner(u - d, u - d)*dx``.
+
+    Raises
+    ------
+    InputError
+        If the form is no functional; when a reduced functional is made of it, if ``u`` is not in it or a control is.
+    """
 
     def weights(self):
         """1 at the last point."""

@@ -1,4 +1,11 @@
-"""Sensors at points: the state there at some times is compared with readings."""
+r"""Point sensors: the squared difference between readings and the state at points in space, at any times.
+
+.. math::  J = \frac{w}{2} \sum_r \sum_s (u(x_s, t_r) - d_{rs})^2 , \qquad
+           u(x, t_r) = \theta_r u_n(x) + (1 - \theta_r) u_{n-1}(x) \quad\text{for } t_{n-1} < t_r \le t_n .
+
+The values at the sensors are the product of the state with a sparse matrix, Firedrake's interpolation to a
+``VertexOnlyMesh``. A reading belongs to the point ``n`` at the end of its step.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +23,7 @@ from pint_fem.misfits.base import BlockMisfit
 __all__ = ["PointSensors"]
 
 _NEAR = 0.1
-"""Readings that differ by no more than this from their mean, relative to it, are taken relative to it."""
+"""Relative distance of all readings from their mean up to which states and readings are taken relative to the mean."""
 
 
 class PointSensors(BlockMisfit):
@@ -43,6 +50,11 @@ class PointSensors(BlockMisfit):
     component
         Of a vector-valued state or field, counted from 0 (of a tensor row by row).
 
+    Attributes
+    ----------
+    local : ndarray of int
+        Numbers of the sensors on this rank in space; set by :meth:`bind`.
+
     Raises
     ------
     InputError
@@ -58,10 +70,11 @@ class PointSensors(BlockMisfit):
         self.field, self.component = field, component
         self.points, self.times, self.data, self.weight = points, times, values, weight
         self._users = self  # the object that the user has, also of a copy for a second functional
-        self._take()
+        self._read_input()
 
-    def _given(self) -> tuple[np.ndarray, ...]:
-        """Copies of what the user gave."""
+    # -- the user's input ----------------------------------------------------------------------------------------------
+    def _input(self) -> tuple[np.ndarray, ...]:
+        """Copies of points, times, readings and weight as the user's object has them now."""
         own = self._users
         try:
             points, times = np.array(own.points, float, ndmin=2), np.array(own.times, float, ndmin=1)
@@ -70,13 +83,13 @@ class PointSensors(BlockMisfit):
             raise InputError(f"sensors: points, times, readings and weight have to be numbers: {error}") from error
 
     def given(self):
-        """See :class:`~pint_fem.misfits.base.Misfit`."""
-        out = dict(zip(("points", "times", "readings", "weight"), self._given(), strict=True))
+        """The user's arrays, and which field and component are read."""
+        out = dict(zip(("points", "times", "readings", "weight"), self._input(), strict=True))
         return out | {"field": self.field, "component": self.component}
 
-    def _take(self) -> None:
-        """Take a copy of what the user gave, and check it."""
-        points, times, data, weight = self._given()
+    def _read_input(self) -> None:
+        """Copy the user's arrays and check them."""
+        points, times, data, weight = self._input()
         if weight.ndim:
             raise InputError(
                 f"sensors: weight of shape {weight.shape}: give one number, and sensors of another accuracy as "
@@ -103,26 +116,33 @@ class PointSensors(BlockMisfit):
         self._points, self._times, self._data, self._weight = points, times, data, float(weight)
 
     def has_changed(self):
-        """See :class:`~pint_fem.misfits.base.Misfit`."""
-        read = (self._points, self._times, self._data, self._weight)
-        return not all(np.array_equal(a, b, equal_nan=True) for a, b in zip(self._given(), read, strict=True))
+        """Whether the user's arrays have other values than when they were copied."""
+        copied = (self._points, self._times, self._data, self._weight)
+        return not all(np.array_equal(a, b, equal_nan=True) for a, b in zip(self._input(), copied, strict=True))
 
     def update_data(self, changed, *, own):
-        """See :class:`~pint_fem.misfits.base.Misfit`; new readings of the same sensors change nothing else."""
+        """Copy the user's arrays again; new readings of the same sensors at the same times change nothing else."""
         if not own:
             return
-        places = self._points, self._times
-        self._take()
-        if all(np.array_equal(a, b) for a, b in zip(places, (self._points, self._times), strict=True)):
-            self._take_readings()
+        before = self._points, self._times
+        self._read_input()
+        if all(np.array_equal(a, b) for a, b in zip(before, (self._points, self._times), strict=True)):
+            self._subtract_offset()
         else:
             self.bind(self.evolution, self.spacetime, self.slab)
 
+    # -- sensors and readings of this rank -----------------------------------------------------------------------------
     def bind(self, evolution, spacetime, slab):
-        """See :class:`Misfit`."""
+        """Locate the sensors in the mesh and the readings among the own points (collective).
+
+        Raises
+        ------
+        InputError
+            If sensors, times, field or component do not fit the evolution.
+        """
         super().bind(evolution, spacetime, slab)
-        self._take()
-        mesh, space = evolution.V.mesh().unique(), self._read_space(evolution.V)
+        self._read_input()
+        mesh, space = evolution.V.mesh().unique(), self._observed_space(evolution.V)
         if self._points.shape[1] != mesh.geometric_dimension:
             raise InputError(
                 f"sensors have {self._points.shape[1]} coordinates on a {mesh.geometric_dimension}-dimensional mesh"
@@ -135,49 +155,49 @@ class PointSensors(BlockMisfit):
             sensors = VertexOnlyMesh(mesh, self._points, missing_points_behaviour="error")
         except VertexOnlyMeshMissingPointsError as error:  # on every rank
             raise InputError(f"a sensor is outside the mesh: {str(error).splitlines()[0]}") from error
-        H = self._matrix(space, sensors)
-        self._at_sensors, self._at_sensors_T = BlockOperator(H), BlockOperator(H.transpose(type(H)()))
+        H = self._observation_matrix(space, sensors)
+        self._H, self._H_T = BlockOperator(H), BlockOperator(H.transpose(type(H)()))
         here = np.asarray(sensors.coordinates.dat.data_ro).reshape(-1, self._points.shape[1])
-        #: Numbers of the sensors that this space rank holds.
         self.local = np.array([int(np.argmin(((self._points - x) ** 2).sum(axis=1))) for x in here], dtype=int)
         # a reading at t in (t_{n-1}, t_n] belongs to point n: theta u_n + (1 - theta) u_{n-1}
         place = (self._times - evolution.t0) / evolution.dt
         point = np.clip(np.ceil(place - 1e-9), 1, N).astype(int)
-        own = np.flatnonzero((point > slab.lo) & (point <= slab.hi))
-        self._row, self._theta = point[own] - slab.lo, np.minimum(place[own] - (point[own] - 1), 1.0)
+        self._own = own = np.flatnonzero((point > slab.lo) & (point <= slab.hi))
+        self._point, self._theta = point[own] - slab.lo, np.minimum(place[own] - (point[own] - 1), 1.0)
         self._theta[np.abs(self._theta - 1) < 1e-9] = 1.0
-        self._own = own
-        self._take_readings()
-        self.observes, self.forces = np.zeros(slab.k + 1, dtype=bool), np.zeros(slab.k + 1, dtype=bool)
-        self.observes[self._row] = True
-        self.observes[self._row[self._theta != 1] - 1] = True
-        self.acts = self.observes.copy()
-        self.acts[0] = True  # by the left neighbour's readings
+        self._subtract_offset()
+        self.observed, self.state_dependent = np.zeros((2, slab.k + 1), dtype=bool)
+        self.observed[self._point] = True
+        self.observed[self._point[self._theta != 1] - 1] = True
+        self.active = self.observed.copy()
+        self.active[0] = True  # by the left neighbour's readings
 
-    def _take_readings(self) -> None:
-        """The own readings, relative to a number near all of them where there is one and functions of that value have
-        it as all their coefficients: interpolation of large values would lose small differences.
+    def _subtract_offset(self) -> None:
+        """Choose the offset that is subtracted from states and readings, and the own readings less the offset.
+
+        It is the mean of the readings if all are near it and a function of that value has it for all its coefficients:
+        the interpolation of large values would lose small differences. Otherwise it is zero.
         """
         mean = float(self._data.mean())
-        sums = self._observe(np.ones((1, self.evolution.state_size)))
+        sums = self._at_sensors(np.ones((1, self.evolution.state_size)))
         wrong = self.spacetime.sum_over_space(np.array([float((np.abs(sums - 1) > 1e-12).sum())]))[0]
         near = np.abs(self._data - mean).max() <= _NEAR * abs(mean)
         self._offset = mean if near and not wrong else 0.0
         self._own_data = self._data[self._own][:, self.local] - self._offset
 
-    def _read_space(self, V):
-        """The space of what is read, by itself."""
+    def _observed_space(self, V):
+        """The space of the state or of the field that is read, by itself."""
         if len(V) > 1:
             if self.field is None or not 0 <= self.field < len(V):
                 raise InputError(
                     f"PointSensors: the state has {len(V)} fields and field = {self.field}: give 0 to {len(V) - 1}"
                 )
-            self._rows = rows_in_whole(V.sub(self.field))
+            self._dofs = rows_in_whole(V.sub(self.field))
             V = V.sub(self.field).collapse()
         elif self.field is not None:
             raise InputError(f"PointSensors: field = {self.field} for a state that is not mixed: leave it out")
         else:
-            self._rows = None
+            self._dofs = None
         size = int(np.prod(V.value_shape))
         if V.value_shape and (self.component is None or not 0 <= self.component < size):
             raise InputError(
@@ -188,8 +208,8 @@ class PointSensors(BlockMisfit):
             raise InputError(f"PointSensors: component = {self.component} of a scalar: leave it out")
         return V
 
-    def _matrix(self, space, sensors):
-        """The matrix from the own values of what is read to the own sensors."""
+    def _observation_matrix(self, space, sensors) -> PETSc.Mat:
+        """The matrix from the own coefficients of a function of the observed space to the own sensors."""
         if not space.value_shape:
             return assemble(interpolate_(TrialFunction(space), FunctionSpace(sensors, "DG", 0))).petscmat
         at_sensors = TensorFunctionSpace(sensors, "DG", 0, shape=space.value_shape)
@@ -199,90 +219,91 @@ class PointSensors(BlockMisfit):
         (first, last) = H.getOwnershipRangeColumn()
         return H.createSubMatrix(rows, PETSc.IS().createStride(last - first, first, 1, comm=H.comm))
 
-    def _observe(self, U: np.ndarray) -> np.ndarray:
-        """Readings of states ``(k, n)`` at the own sensors, ``(k, own sensors)``."""
-        return self._at_sensors(U if self._rows is None else U[:, self._rows])
+    def _at_sensors(self, U: np.ndarray) -> np.ndarray:
+        """Values of states ``(b, n)`` at the own sensors, ``(b, own sensors)``."""
+        return self._H(U if self._dofs is None else U[:, self._dofs])
 
-    def _observe_T(self, S: np.ndarray) -> np.ndarray:
-        """The transpose."""
-        if self._rows is None:
-            return self._at_sensors_T(S)
+    def _at_sensors_transposed(self, S: np.ndarray) -> np.ndarray:
+        """The transpose of :meth:`_at_sensors`, ``(b, n)``."""
+        if self._dofs is None:
+            return self._H_T(S)
         out = np.zeros((len(S), self.evolution.state_size))
-        out[:, self._rows] = self._at_sensors_T(S)
+        out[:, self._dofs] = self._H_T(S)
         return out
 
-    @property
-    def width(self):
-        """Own sensors."""
-        return len(self.local)
-
-    def _readings(self, Y: np.ndarray) -> np.ndarray:
+    def _at_reading_times(self, Y: np.ndarray) -> np.ndarray:
+        """Observations ``(k + 1, own sensors)`` interpolated to the times of the own readings."""
         theta = self._theta[:, None]
-        return theta * Y[self._row] + (1 - theta) * Y[self._row - 1]
+        return theta * Y[self._point] + (1 - theta) * Y[self._point - 1]
+
+    def _at_reading_times_transposed(self, r: np.ndarray) -> np.ndarray:
+        """``w`` times the transpose of :meth:`_at_reading_times`, contributions of the left neighbour's readings to
+        point 0 included (collective).
+        """
+        S, theta = np.zeros((self.slab.k + 1, len(self.local))), self._weight * self._theta[:, None]
+        np.add.at(S, self._point, theta * r)
+        np.add.at(S, self._point - 1, (self._weight - theta) * r)
+        self.spacetime.add_shared_points(S)
+        return S
 
     def readings(self, Y: np.ndarray) -> np.ndarray:
-        """All readings ``(times, sensors)`` on every rank (data, not fields), from what was observed of the local
-        points, ``(k + 1, own sensors)``; collective.
+        """Predicted readings ``(times, sensors)`` on every rank from the observations of the local points (collective).
+
+        Parameters
+        ----------
+        Y
+            ``(k + 1, own sensors)``, as :meth:`read` or ``ReducedProblem.observations`` return them.
         """
         own = np.zeros(self._data.shape)
-        first = int(self.spacetime.time_comm.exscan(len(self._row)) or 0)
-        own[first : first + len(self._row), self.local] = self._readings(Y) + self._offset
+        first = int(self.spacetime.time_comm.exscan(len(self._point)) or 0)
+        own[first : first + len(self._point), self.local] = self._at_reading_times(Y) + self._offset
         return self.spacetime.sum_over_grid(own)
 
     def petsc_bytes(self):
-        """See :class:`~pint_fem.misfits.base.Misfit`."""
-        there, back = self._at_sensors.nbytes, self._at_sensors_T.nbytes
+        """Bytes of the interpolation matrix and its transpose on this rank, by part."""
+        there, back = self._H.nbytes, self._H_T.nbytes
         return {part: there[part] + back[part] for part in there}
 
-    # -- see BlockMisfit -----------------------------------------------------------------------------------------------
-    def observe(self, rows, u):
-        """The state at the sensors, less the offset."""
-        return self._observe(u - self._offset if self._offset else u)
+    # -- the stages of a block misfit ----------------------------------------------------------------------------------
+    @property
+    def width(self):
+        """Number of own sensors."""
+        return len(self.local)
 
-    def observe_tangent(self, rows, u, du):
-        """See :class:`~pint_fem.misfits.base.BlockMisfit`."""
-        return self._observe(du)
+    def observe(self, points, u):
+        """The state at the own sensors less the offset, ``(b, own sensors)``."""
+        return self._at_sensors(u - self._offset if self._offset else u)
+
+    def observe_tangent(self, points, u, du):
+        """The direction at the own sensors, ``(b, own sensors)``."""
+        return self._at_sensors(du)
 
     def _per_point(self, terms: np.ndarray) -> np.ndarray:
+        """Terms of the own readings and sensors summed for each own point and over space, times the weight."""
         out = np.zeros(self.slab.k)
-        np.add.at(out, self._row - 1, terms.sum(axis=1))
+        np.add.at(out, self._point - 1, terms.sum(axis=1))
         return self.spacetime.sum_over_space(self._weight * out)
 
     def point_values(self, Y):
-        """See :class:`~pint_fem.misfits.base.BlockMisfit`."""
-        return self._per_point(0.5 * (self._readings(Y) - self._own_data) ** 2)
+        """Half the weighted squares of the differences from the readings at each own point, ``(k,)``."""
+        return self._per_point(0.5 * (self._at_reading_times(Y) - self._own_data) ** 2)
 
     def point_derivatives(self, Y, dY):
-        """See :class:`~pint_fem.misfits.base.BlockMisfit`."""
-        return self._per_point((self._readings(Y) - self._own_data) * self._readings(dY))
+        """Derivative of :meth:`point_values`, ``(k,)``."""
+        return self._per_point((self._at_reading_times(Y) - self._own_data) * self._at_reading_times(dY))
 
     def pull_back(self, Y):
-        """See :class:`~pint_fem.misfits.base.BlockMisfit`."""
-        return self._on_points(self._readings(Y) - self._own_data)
+        """Weighted differences from the readings, distributed to the points, ``(k + 1, own sensors)``."""
+        return self._at_reading_times_transposed(self._at_reading_times(Y) - self._own_data)
 
     def pull_back_tangent(self, dY):
-        """See :class:`~pint_fem.misfits.base.BlockMisfit`."""
-        return self._on_points(self._readings(dY))
+        """Derivative of :meth:`pull_back`, ``(k + 1, own sensors)``."""
+        return self._at_reading_times_transposed(self._at_reading_times(dY))
 
-    def _on_points(self, r: np.ndarray) -> np.ndarray:
-        """Transpose of reading, with what the left neighbour's readings put on the ghost."""
-        S, theta = np.zeros((self.slab.k + 1, len(self.local))), self._weight * self._theta[:, None]
-        np.add.at(S, self._row, theta * r)
-        np.add.at(S, self._row - 1, (self._weight - theta) * r)
-        comm = self.spacetime.time_comm
-        send = None if self.slab.is_last else comm.Isend(S[-1].copy(), dest=comm.rank + 1, tag=1)
-        if not self.slab.is_first:
-            from_left = np.empty(len(self.local))
-            comm.Recv(from_left, source=comm.rank - 1, tag=1)
-            S[0] += from_left
-        if send is not None:
-            send.Wait()
-        return S
+    def adjoint_source(self, points, u, S):
+        """Transpose of the interpolation to the sensors, applied to ``S`` at the points, ``(b, n)``."""
+        return self._at_sensors_transposed(S[points])
 
-    def force(self, rows, u, S):
-        """See :class:`~pint_fem.misfits.base.BlockMisfit`."""
-        return self._observe_T(S[rows])
-
-    def force_tangent(self, rows, u, du, dS):
-        """See :class:`~pint_fem.misfits.base.BlockMisfit`."""
-        return self._observe_T(dS[rows])
+    def adjoint_source_tangent(self, points, u, du, dS):
+        """Transpose of the interpolation to the sensors, applied to ``dS`` at the points, ``(b, n)``."""
+        return self._at_sensors_transposed(dS[points])

@@ -1,4 +1,4 @@
-"""Optimisers that see a reduced functional only through its value, derivatives and inner product."""
+"""Minimisers of functions that are given by their values, derivatives and inner product."""
 
 from pint_fem.optimize.constraints import AffineConstraints
 from pint_fem.optimize.lbfgs import InverseLBFGS
@@ -10,16 +10,16 @@ from pint_fem.optimize.protocol import (
     GaussNewtonProblem,
     InexactProblem,
     NonFiniteError,
+    OneShotProblem,
     Preconditioner,
     Problem,
 )
-from pint_fem.optimize.records import IterationRecord, StopReason, TrustRegionResult
-from pint_fem.optimize.scipy_methods.adapter import scipy_minimize
+from pint_fem.optimize.records import CGStop, IterationRecord, StopReason, TrustRegionResult
+from pint_fem.optimize.scipy_methods.adapter import ScipyResult, scipy_minimize
 from pint_fem.optimize.trust_region.bounded import minimize_bounded
 from pint_fem.optimize.trust_region.inexact import InexactOptions
 from pint_fem.optimize.trust_region.multipliers import minimize_bounded_constrained
 from pint_fem.optimize.trust_region.newton_cg import minimize_trust_region
-from pint_fem.optimize.trust_region.steihaug import CGStop
 
 __all__ = [
     "AffineConstraints",
@@ -32,10 +32,12 @@ __all__ = [
     "IterationRecord",
     "LimitedMemoryPreconditioner",
     "NonFiniteError",
+    "OneShotProblem",
     "OneShotRecord",
     "OneShotResult",
     "Preconditioner",
     "Problem",
+    "ScipyResult",
     "StopReason",
     "TrustRegionResult",
     "minimize_bounded",

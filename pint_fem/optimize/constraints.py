@@ -1,4 +1,4 @@
-r"""Linear equality constraints on integrals of the control.
+r"""Minimisation under linear equality constraints, as a problem on their null space.
 
 Minimise :math:`J(x)` subject to :math:`(c_i, x) = b_i`, :math:`i = 1 \dots k`, in the problem's inner product: the mean
 of a source, the total dose of a control. Gram-Schmidt gives an orthonormal basis :math:`q_1, \dots, q_k` of the
@@ -9,9 +9,9 @@ and the orthogonal projection on their null space is
 
 Every feasible x is :math:`x_0 + z`, z in that null space, a Hilbert space with the same inner product. There the Riesz
 gradient of J is :math:`P g` and its Hessian is :math:`P H P` [1, Ch. 15]: a smaller unconstrained problem, which a
-minimiser started from a feasible point solves without knowing: all its steps are combinations of projected vectors.
-Round-off leaves in them a part off the null space. There :math:`P H P` is zero, so conjugate gradients run long enough
-would take it for a direction without curvature, along which to go far. With :math:`\mu\,(v - P v)` added,
+minimiser started from a feasible point solves without change: all its steps are combinations of projected vectors.
+Round-off leaves in them a part off the null space. There :math:`P H P` is zero, so conjugate gradients of many
+iterations would treat it as a direction without curvature and follow it far. With :math:`\mu\,(v - P v)` added,
 :math:`\mu = |(Pv, H Pv)|/|Pv|^2`, every CG step shortens the residual's part there instead, as
 :math:`0 \le \alpha_j \mu \le 1`.
 
@@ -31,37 +31,29 @@ from functools import partial
 
 import numpy as np
 
-__all__ = ["AffineConstraints"]
+from pint_fem.optimize.protocol import RETURNS
 
-_OPTIONAL = (
-    "advance",
-    "gauss_newton_action",
-    "gauss_newton_action_within",
-    "gauss_newton_model",
-    "gradient_within",
-    "hessian_action_within",
-    "hessian_model",
-    "value_within",
-)
+__all__ = ["AffineConstraints"]
 
 # A normal is dependent on those before it if less than this part of it is left outside their span.
 _DEPENDENT = 1e-10
 
-# (q_i, x) may differ from beta_i by this much of |x| + |beta|: far above round-off, far below anything meant.
+# (q_i, x) may differ from beta_i by this much of |x| + |beta|: far above round-off, far below deliberate differences.
 _FEASIBLE = 1e-8
 
 
 class AffineConstraints:
     """A problem on the null space of linear constraints; a problem itself.
 
-    Hand it to a minimiser with a feasible first guess:
-    ``minimize_trust_region(constrained, constrained.feasible(x0))``. Beside the methods below it has those of
-    `advance`, `gauss_newton_action`, `value_within`, `gradient_within`, `hessian_action_within`,
-    `gauss_newton_action_within`, `hessian_model` and `gauss_newton_model` that the problem has.
+    Pass it to a minimiser with a feasible first guess:
+    ``minimize_trust_region(constrained, constrained.feasible(x0))``. It has ``value``, ``gradient`` (P g),
+    ``hessian_action`` (P H P v, and a multiple of v - P v) and the optional methods of the problem, all with their
+    vectors projected (:data:`pint_fem.optimize.protocol.RETURNS`).
 
     Parameters
     ----------
     problem : Problem
+        The objective J and the inner product.
     normals : sequence of ndarray, shape (n,)
         The Riesz representers c_i, this process's parts: for the integral of x in L2 the function 1.
     values : sequence of float
@@ -70,7 +62,7 @@ class AffineConstraints:
     Attributes
     ----------
     problem : Problem
-        The one given.
+        The given problem.
 
     Raises
     ------
@@ -88,62 +80,39 @@ class AffineConstraints:
         self._beta = np.linalg.solve(self._R.T, b)
 
     # -- the problem on the null space --------------------------------------------------------------------------------
-    def value(self, x: np.ndarray) -> float:
-        """J(x)."""
-        self._insist(x)
-        return self.problem.value(x)
-
-    def gradient(self, x: np.ndarray) -> np.ndarray:
-        """P g, the Riesz representative of J'(x) on the null space."""
-        self._insist(x)
-        return self.project(self.problem.gradient(x))
-
-    def hessian_action(self, x: np.ndarray, v: np.ndarray) -> np.ndarray:
-        """P H P v, and a multiple of v - P v."""
-        return self._on_null_space(v, lambda pv: self.problem.hessian_action(x, pv))
-
     def inner(self, a: np.ndarray, b: np.ndarray) -> float:
-        """The problem's inner product."""
+        """The problem's inner product (a, b)."""
         return self.problem.inner(a, b)
 
     @property
-    def comm(self):
-        """The ranks that evaluate together, as the problem has it."""
+    def comm(self) -> object | None:
+        """The processes that evaluate collectively, None if the problem has no communicator."""
         return getattr(self.problem, "comm", None)
 
     @property
     def failure(self) -> Exception | None:
-        """Why the problem's last value was not finite, if it said so."""
+        """Why the problem's last value was not finite, if it reports that."""
         return getattr(self.problem, "failure", None)
 
     def __getattr__(self, name: str):
-        """An optional method of the problem, its vectors projected; absent where the problem lacks it."""
-        if name not in _OPTIONAL:
+        """A method of the problem on the null space; absent where the problem lacks it."""
+        if name not in RETURNS:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        return partial(getattr(self, f"_{name}"), getattr(self.problem, name))
+        method = getattr(self.problem, name)
+        if "_action" in name:
+            return lambda x, v, *args: self._on_null_space(v, lambda pv: method(x, pv, *args))
+        return partial(self._at_feasible, name, method)
 
-    def _value_within(self, method, x, tolerance):
-        self._insist(x)
-        return method(x, tolerance)
-
-    def _gradient_within(self, method, x, tolerance):
-        self._insist(x)
-        g, error = method(x, tolerance)
-        return self.project(g), error  # |P e| <= |e|
-
-    def _gauss_newton_action(self, method, x, v):
-        return self._on_null_space(v, lambda pv: method(x, pv))
-
-    def _hessian_action_within(self, method, x, v, rtol):
-        return self._on_null_space(v, lambda pv: method(x, pv, rtol))
-
-    _gauss_newton_action_within = _hessian_action_within
-
-    def _hessian_model(self, method, x, rtol):
-        model = method(x, rtol)
-        return lambda v: self._on_null_space(v, model)
-
-    _gauss_newton_model = _hessian_model
+    def _at_feasible(self, name: str, method, x: np.ndarray, *args):
+        """The result of a method at a feasible x, its vectors projected (an error does not grow: ``|P e| <= |e|``)."""
+        if RETURNS[name] == ("operator",):
+            model = method(x, *args)
+            return lambda v: self._on_null_space(v, model)
+        self._require_feasible(x)
+        out, kinds = method(x, *args), RETURNS[name]
+        parts = zip(out if len(kinds) > 1 else (out,), kinds, strict=True)
+        projected = tuple(self.project(part) if kind == "vector" else part for part, kind in parts)
+        return projected if len(kinds) > 1 else projected[0]
 
     def _on_null_space(self, v: np.ndarray, action) -> np.ndarray:
         """P H P v, with the Rayleigh quotient of P v for all that is off the null space."""
@@ -153,14 +122,9 @@ class AffineConstraints:
         quotient = abs(float(self.problem.inner(pv, h))) / square if square > 0 else 1.0
         return h + quotient * (v - pv)
 
-    def _advance(self, method, x):
-        self._insist(x)
-        value, g, residual = method(x)
-        return value, self.project(g), residual
-
     # -- the constraints ----------------------------------------------------------------------------------------------
     def project(self, v: np.ndarray) -> np.ndarray:
-        """P v, the part of v that the constraints do not see; a new array."""
+        """P v, the part of v on the null space; a new array."""
         return self._minus(v, self.components(v))
 
     def feasible(self, x: np.ndarray) -> np.ndarray:
@@ -185,8 +149,9 @@ class AffineConstraints:
         return self.components(x) - self._beta
 
     def distance(self, x: np.ndarray) -> tuple[float, float]:
-        """Distance of x from the constraints, and what it is to be compared with: the norms of x and the values."""
-        return float(np.linalg.norm(self.offsets(x))), self._size(x)
+        """Distance of x from the constraints, and the scale of it: the sum of the norms of x and of the values."""
+        size = math.sqrt(max(float(self.problem.inner(x, x)), 0.0)) + float(np.linalg.norm(self._beta))
+        return float(np.linalg.norm(self.offsets(x))), size
 
     def curvatures(self, x: np.ndarray) -> list[float]:
         """``|(q_i, H q_i)|`` of J at x."""
@@ -201,18 +166,16 @@ class AffineConstraints:
         return np.array([float(self.problem.inner(q, v)) for q in self._Q])
 
     def _minus(self, v: np.ndarray, components: np.ndarray) -> np.ndarray:
+        """``v - sum_i components_i q_i``, a new array."""
         out = np.array(v, dtype=np.float64)
         for q, component in zip(self._Q, components, strict=True):
             out -= component * q
         return out
 
-    def _size(self, x: np.ndarray) -> float:
-        return math.sqrt(max(float(self.problem.inner(x, x)), 0.0)) + float(np.linalg.norm(self._beta))
-
-    def _insist(self, x: np.ndarray) -> None:
-        """Refuse x off the constraints: a minimiser started there would keep (c_i, x) at the wrong value, silently."""
+    def _require_feasible(self, x: np.ndarray) -> None:
+        """Refuse an x off the constraints, as a minimiser started there would leave (c_i, x) at the wrong value."""
         gap, size = self.distance(x)
-        if gap > _FEASIBLE * size:  # false for an x that is not finite, which is for J to judge
+        if gap > _FEASIBLE * size:  # false for an x that is not finite, at which J is not finite either
             raise ValueError(
                 f"x misses the constraints: (c, x) - b = {self.violation(x)}; start from feasible(x), not from x"
             )

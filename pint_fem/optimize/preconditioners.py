@@ -1,4 +1,4 @@
-r"""Preconditioning conjugate gradients by what the last Newton iterations learned about the Hessian.
+r"""A preconditioner of conjugate gradients from the Hessian products of the last Newton iterations.
 
 Conjugate gradients at one iterate produce directions :math:`d_j` and products :math:`H d_j`. At the next iterate, where
 the Hessian is similar, they make an approximation of its inverse at no further product [1]: the operator of
@@ -6,9 +6,9 @@ the Hessian is similar, they make an approximation of its inverse at no further 
 :math:`y_i` to :math:`s_i` for all of them: were the Hessian the same, operator times Hessian would be the identity on
 their span. Applying it takes :math:`2m + 1` inner products and no PDE.
 
-Of the directions of a run those to keep are spread uniformly over it [1], as the late ones carry the small eigenvalues.
-Here a run too short to fill the memory, as preconditioning makes it, leaves the latest older pairs in their place, so
-that a good preconditioner does not undo itself.
+The stored directions of a run are spread uniformly over it [1], as the late ones belong to the small eigenvalues.
+A run of fewer iterations than the largest number of pairs, as preconditioning makes it, leaves the latest older pairs
+in place, so that a good preconditioner does not replace itself by a worse one.
 
 References
 ----------
@@ -24,7 +24,7 @@ import numpy as np
 
 from pint_fem.optimize.lbfgs import InverseLBFGS
 
-__all__ = ["LimitedMemoryPreconditioner", "chosen", "merged_pairs"]
+__all__ = ["LimitedMemoryPreconditioner", "make_preconditioner", "merged_pairs"]
 
 Pair = tuple[np.ndarray, np.ndarray]
 
@@ -42,9 +42,9 @@ class LimitedMemoryPreconditioner:
         self._operator = InverseLBFGS(inner, memory=None)
 
     def update(self, pairs: list[Pair]) -> None:
-        """Use these pairs instead of the last ones, the latest last; those without clear positive curvature count not.
+        """Use these pairs instead of the last ones, the latest last, except those without clearly positive curvature.
 
-        The arrays are kept without a copy.
+        The arrays are stored without a copy.
         """
         self._operator.restore([], 1.0)
         for direction, product in pairs:
@@ -55,16 +55,16 @@ class LimitedMemoryPreconditioner:
         return self._operator.apply(r)
 
 
-def chosen(preconditioner, inner: Callable[[np.ndarray, np.ndarray], float]) -> tuple[Callable | None, bool]:
-    """The preconditioner, made where it is given by its name, and whether it learns."""
+def make_preconditioner(preconditioner: Callable | str | None, inner: Callable) -> tuple[Callable | None, bool]:
+    """The preconditioner, made where it is given by its name, and whether it is updated by pairs."""
     if preconditioner == "limited-memory":
         preconditioner = LimitedMemoryPreconditioner(inner)
     return preconditioner, callable(getattr(preconditioner, "update", None))
 
 
 def merged_pairs(old: list[Pair], new: list[Pair], memory: int) -> list[Pair]:
-    """At most `memory` pairs: a uniform sample of the new ones, after the latest old ones there is room for."""
+    """At most `memory` pairs: a uniform sample of the new ones, after as many of the latest old ones as fit."""
     if len(new) > memory:
         new = [new[i] for i in np.linspace(0, len(new) - 1, memory).round().astype(int)] if memory > 1 else new[-1:]
-    room = memory - len(new)
-    return (old[-room:] if room else []) + new
+    rest = memory - len(new)
+    return (old[-rest:] if rest else []) + new

@@ -1,4 +1,10 @@
-"""What the minimisers ask of a problem, a preconditioner and a checkpoint, and the error of a problem that broke."""
+"""The methods that the minimisers call on a problem, a preconditioner and a checkpoint, and the error of values that
+are not finite.
+
+:data:`RETURNS` is the one place in which the methods of a problem are listed. From it follow what is checked in the
+results (:mod:`pint_fem.optimize.guarded_problem`) and what is projected on a null space
+(:mod:`pint_fem.optimize.constraints`): a further optional method is a line there and a method of the protocol.
+"""
 
 from __future__ import annotations
 
@@ -8,25 +14,46 @@ from typing import Protocol
 import numpy as np
 
 __all__ = [
+    "RETURNS",
     "Checkpoint",
     "GaussNewtonProblem",
     "GradientOverflowError",
     "InexactProblem",
     "NonFiniteError",
+    "OneShotProblem",
     "Preconditioner",
     "Problem",
 ]
 
+RETURNS: dict[str, tuple[str, ...]] = {
+    "value": ("number",),
+    "gradient": ("vector",),
+    "hessian_action": ("vector",),
+    # optional:
+    "gauss_newton_action": ("vector",),
+    "value_within": ("number", "error"),
+    "gradient_within": ("vector", "error"),
+    "hessian_action_within": ("vector",),
+    "gauss_newton_action_within": ("vector",),
+    "hessian_model": ("operator",),
+    "gauss_newton_model": ("operator",),
+    "advance": ("number", "vector", "residual"),
+}
+"""What each method of a problem returns, ``inner`` apart. The first argument is the point x; the methods with
+``_action`` in their names take a direction as the second.
+"""
+
 
 class Problem(Protocol):
-    """What the minimiser asks of an objective J on a Hilbert space.
+    """An objective J on a Hilbert space, as the minimisers call it.
 
     A vector is a 1-D float64 array: this process's part of a distributed vector. `value` and `inner` return the same
     number on every process. Arguments are not to be modified; results may be views of reused memory.
 
-    Two attributes are optional. ``comm``, an mpi4py communicator, are the processes that call together: options are
-    compared over it, and stops and failures are shared (:mod:`pint_fem.optimize.ranks`); give it where vectors are
-    distributed. ``failure`` is the exception because of which the last value is not finite, or None: monitors show it.
+    Two attributes are optional. ``comm``, an mpi4py communicator, contains the processes that call collectively:
+    options are compared over it, and stops and failures are shared (:mod:`pint_fem.optimize.ranks`); give it where
+    vectors are distributed. ``failure`` is the exception because of which the last value is not finite, or None:
+    monitors print it.
     """
 
     def value(self, x: np.ndarray) -> float:
@@ -45,19 +72,19 @@ class Problem(Protocol):
 class InexactProblem(Problem, Protocol):
     """A problem whose accuracy can be chosen; used with ``inexact=InexactOptions()`` only.
 
-    Each method is optional: what a problem does not offer is taken as exact. `x` is always the current iterate or the
-    trial point, so a problem that keeps the solutions at both answers a looser question for free, and a tighter one
-    from where it stopped. Errors are the same number on every process. An accuracy that cannot be reached is missed,
-    not refused: the larger error returned tells so, and is not asked for again at that `x`. A tolerance may be
-    infinite (at the first guess, where no scale is known yet: the cheapest answer with an honest error) or 0 (the best
-    that can be done).
+    Each method is optional: a quantity without such a method is treated as exact. `x` is always the current iterate or
+    the trial point, so a problem that stores the solutions at both returns a less accurate result at no cost, and
+    continues from the stored solution for a more accurate one. Errors are the same number on every process. A
+    tolerance that cannot be reached is no error: the larger estimate is returned, and that tolerance is not requested
+    again at the same `x`. A tolerance may be infinite (at the first guess, before any scale has been computed: the
+    cheapest result with a valid error estimate) or 0 (the best that can be done).
     """
 
     def value_within(self, x: np.ndarray, tolerance: float) -> tuple[float, float]:
-        """J(x) and its estimated absolute error, asked to be at most `tolerance`."""
+        """J(x) and its estimated absolute error, which should be at most `tolerance`."""
 
     def gradient_within(self, x: np.ndarray, tolerance: float) -> tuple[np.ndarray, float]:
-        """The gradient and the estimated norm of its error, asked to be at most `tolerance`."""
+        """The gradient and the estimated norm of its error, which should be at most `tolerance`."""
 
     def hessian_action_within(self, x: np.ndarray, v: np.ndarray, rtol: float) -> np.ndarray:
         """The h of `hessian_action` up to an error of norm `rtol` times its own."""
@@ -76,10 +103,25 @@ class GaussNewtonProblem(Problem, Protocol):
         """The Riesz representative of the Gauss-Newton form at `x` in direction `v`; same shape as `x`."""
 
     def gauss_newton_action_within(self, x: np.ndarray, v: np.ndarray, rtol: float) -> np.ndarray:
-        """The same up to an error of norm `rtol` times its own; optional."""
+        """The Gauss-Newton action up to an error of norm `rtol` times its own; optional."""
 
     def gauss_newton_model(self, x: np.ndarray, rtol: float) -> Callable[[np.ndarray], np.ndarray]:
-        """A self-adjoint operator within about `rtol` of it, as `hessian_model`; optional."""
+        """The action of a self-adjoint operator within a relative error of about `rtol` of the form; optional."""
+
+
+class OneShotProblem(Problem, Protocol):
+    """A problem whose solvers can be advanced by one iteration; the method is optional."""
+
+    def advance(self, x: np.ndarray) -> tuple[float, np.ndarray, float]:
+        """One iteration of the state and of the adjoint solver at x, from the iterates of the last call.
+
+        Returns
+        -------
+        value, gradient, residual
+            J and the Riesz gradient at the new iterates, inexact, and the norm of the residual of state and adjoint
+            relative to a typical size, >= 0 and the same on all processes; 0 if they are exact. Where the solvers
+            break down, return a `value` of inf or nan and go back to iterates that can be used at another design.
+        """
 
 
 class Preconditioner(Protocol):
@@ -89,24 +131,24 @@ class Preconditioner(Protocol):
         """P r; `r` is not to be modified."""
 
     def update(self, pairs: list[tuple[np.ndarray, np.ndarray]]) -> None:
-        """Learn from pairs (d, H d) of the last iterates, the latest last; optional.
+        """Build P from pairs (d, H d) of the last iterates, the latest last; optional.
 
         Called after each accepted step, and once when a run is continued from a checkpoint.
         """
 
 
 class Checkpoint(Protocol):
-    """Where a run is kept while it goes on; both methods are called on all processes."""
+    """Storage for the state of a run; both methods are called on all processes."""
 
     def save(self, scalars: dict[str, object], vectors: dict[str, np.ndarray]) -> None:
-        """Keep a state instead of the last one.
+        """Store a state instead of the last one.
 
         `scalars` can be written as JSON and is the same on every process. `vectors` holds distributed vectors: arrays
-        of the shape of x, which are not to be modified but may be kept without a copy.
+        of the shape of x, which are not to be modified but may be stored without a copy.
         """
 
     def load(self) -> tuple[dict[str, object], dict[str, np.ndarray]] | None:
-        """The last state, to the last bit, or None if there is none."""
+        """The last state, bitwise identical to what was saved, or None if there is none."""
 
 
 class NonFiniteError(FloatingPointError):
@@ -119,7 +161,7 @@ class NonFiniteError(FloatingPointError):
     """
 
     def __init__(self, message: str, x: np.ndarray):
-        """Say what broke in which iteration, and keep `x`."""
+        """Make the error from its message and the last good iterate."""
         super().__init__(message)
         self.x = x
 

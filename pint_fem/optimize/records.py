@@ -1,26 +1,36 @@
-"""What a minimisation tells: a record and a line an iteration, and the result."""
+"""Records of the iterations of a minimisation, their lines on a monitor, and the results."""
 
 from __future__ import annotations
 
+import html
 from dataclasses import dataclass
 from enum import Enum
 
 import numpy as np
 
-from pint_fem.optimize.trust_region.steihaug import CGStop
-
-__all__ = ["IterationRecord", "StopReason", "TrustRegionResult", "header"]
+__all__ = ["CGStop", "IterationRecord", "ResultSummary", "StopReason", "TrustRegionResult", "header"]
 
 # Columns of a line without accuracies: the longest reason why CG stopped fits in.
 _WIDTH = 99
+
+
+class CGStop(str, Enum):
+    """Why the conjugate gradient path of one iteration ended; compares equal to its text."""
+
+    NONE = ""
+    RESIDUAL = "residual"
+    BOUNDARY = "boundary"
+    NEGATIVE_CURVATURE = "negative curvature"
+    MAX_IT = "maximum iterations"
+    INEXACT = "inexact products"
 
 
 class StopReason(str, Enum):
     """Why a minimisation ended; compares equal to its text.
 
     "round-off" and "radius too small" far from a small gradient point to a derivative that is not that of J, or to a
-    J less accurate than `value_rtol` or its own error estimate say. "accuracy not reached": the estimated error of the
-    gradient is more than half its norm, however often a smaller one was asked for.
+    J less accurate than `value_rtol` or its own error estimate. "accuracy not reached": the estimated error of the
+    gradient is more than half its norm, although a smaller one was requested.
     """
 
     GRADIENT = "gradient tolerance"
@@ -33,10 +43,10 @@ class StopReason(str, Enum):
 
 
 def header(inexact: bool = False) -> str:
-    """The line above the monitor's, with the accuracies of an inexact problem on request."""
+    """The line above the monitor's, with the columns of the accuracies on request."""
     line = f"{'it':>4} {'J':>16} {'|g|':>10} {'radius':>10} {'|step|':>10} {'ratio':>9} {'':>8} {'CG':>4}  CG stop"
     if inexact:
-        line = f"{line:<{_WIDTH}}{'J asked':>9} {'J error':>8} {'g asked':>8} {'g error':>8} {'H rtol':>8}"
+        line = f"{line:<{_WIDTH}}{'J tol':>9} {'J error':>8} {'g tol':>8} {'g error':>8} {'H rtol':>8}"
     return line
 
 
@@ -49,21 +59,21 @@ class IterationRecord:
     iteration : int
     value, gradient_norm : float
         J and the norm of its gradient at the iterate the iteration ends with (unchanged by a rejected step, unless an
-        inexact problem was asked for better ones).
+        inexact problem has computed more accurate ones).
     radius, step_norm : float
         Radius the step was computed with and norm of the step, accepted or not; nan and 0 in record 0.
     ratio : float
         Actual over predicted reduction; 1 below the accuracy of J, nan where J was not finite and in record 0.
     accepted : bool
     cg_iterations : int
-        Conjugate gradient directions the step is made of. After a rejected step they are known already.
+        Conjugate gradient directions the step is made of. After a rejected step they are not computed again.
     cg_stop : CGStop
-    value_asked, value_error : float
-        Absolute error `value` was last asked for, and its estimate; 0 where J is exact.
-    gradient_asked, gradient_error : float
+    value_tolerance, value_error : float
+        Absolute error last allowed for `value`, and its estimate; 0 where J is exact.
+    gradient_tolerance, gradient_error : float
         The same for the gradient, in the problem's norm.
     hessian_rtol : float
-        Smallest relative error the Hessian products of the step were asked for; 0 where they are exact.
+        Smallest relative error allowed for the Hessian products of the step; 0 where they are exact.
     """
 
     iteration: int
@@ -75,30 +85,87 @@ class IterationRecord:
     accepted: bool
     cg_iterations: int
     cg_stop: CGStop
-    value_asked: float = 0.0
+    value_tolerance: float = 0.0
     value_error: float = 0.0
-    gradient_asked: float = 0.0
+    gradient_tolerance: float = 0.0
     gradient_error: float = 0.0
     hessian_rtol: float = 0.0
 
     def __str__(self) -> str:
-        """The monitor line; the accuracies follow where anything was asked for inexactly."""
+        """The monitor line; the accuracies follow where anything is inexact."""
         line = (
             f"{self.iteration:4d} {self.value:16.9e} {self.gradient_norm:10.3e} {self.radius:10.3e} "
             f"{self.step_norm:10.3e} {self.ratio:9.2e} {'' if self.accepted else 'rejected':>8} "
             f"{self.cg_iterations:4d}  {self.cg_stop.value}"
         ).rstrip()
-        if self.value_asked or self.gradient_asked or self.hessian_rtol:
+        if self.value_tolerance or self.gradient_tolerance or self.hessian_rtol:
             line = (
-                f"{line:<{_WIDTH}}{self.value_asked:9.1e} {self.value_error:8.1e} "
-                f"{self.gradient_asked:8.1e} {self.gradient_error:8.1e} {self.hessian_rtol:8.1e}"
+                f"{line:<{_WIDTH}}{self.value_tolerance:9.1e} {self.value_error:8.1e} "
+                f"{self.gradient_tolerance:8.1e} {self.gradient_error:8.1e} {self.hessian_rtol:8.1e}"
             )
         return line
 
 
-@dataclass(frozen=True)
-class TrustRegionResult:
-    """Where a minimisation ended, and how it got there.
+class ResultSummary:
+    """A summary of a result as a paragraph, a short representation and a table for notebooks.
+
+    A result has ``success``, ``message`` and ``nit``, and names its other entries in :meth:`_quantities`.
+    """
+
+    def _quantities(self) -> dict[str, float]:
+        """Numbers of the summary by their names: J, the norm of the gradient, counts of evaluations."""
+        raise NotImplementedError
+
+    def _outcome(self) -> str:
+        steps = "1 iteration" if self.nit == 1 else f"{self.nit} iterations"
+        return f"{'converged' if self.success else 'not converged'} after {steps} ({self.message})"
+
+    def __str__(self) -> str:
+        """One paragraph: the outcome, J, the norm of its gradient and the numbers of evaluations."""
+        return f"Minimisation {self._outcome()}: {', '.join(_formatted(self._quantities()))}."
+
+    def __repr__(self) -> str:
+        """The class, the outcome and J."""
+        return f"<{type(self).__name__}: {self._outcome()}, {_formatted(self._quantities())[0]}>"
+
+    def _repr_html_(self) -> str:
+        """A table for notebooks."""
+        entries = {"success": self.success, "message": self.message, "iterations": self.nit, **self._quantities()}
+        rows = (f"<tr><th>{html.escape(name)}</th><td>{_text(value)}</td></tr>" for name, value in entries.items())
+        return f"<table>{''.join(rows)}</table>"
+
+
+def _text(value: object) -> str:
+    return f"{value:.9g}" if isinstance(value, float) else html.escape(str(value))
+
+
+def _formatted(quantities: dict[str, float]) -> list[str]:
+    """Floats as ``name = value``, counts as ``count name``."""
+    return [f"{name} = {v:.9g}" if isinstance(v, float) else f"{v} {name}" for name, v in quantities.items()]
+
+
+class ReasonedResult(ResultSummary):
+    """A result with ``converged``, ``iterations`` and ``reason``, and the same in the terms of scipy's results."""
+
+    @property
+    def success(self) -> bool:
+        """Whether the minimiser exited successfully: `converged`."""
+        return bool(self.converged)
+
+    @property
+    def nit(self) -> int:
+        """Number of iterations: `iterations`."""
+        return self.iterations
+
+    @property
+    def message(self) -> str:
+        """Why the minimisation ended, the text of `reason`."""
+        return self.reason.value
+
+
+@dataclass(frozen=True, repr=False)
+class TrustRegionResult(ReasonedResult):
+    """The last iterate of a trust-region minimisation, and the history of the run.
 
     Attributes
     ----------
@@ -106,20 +173,23 @@ class TrustRegionResult:
         The last accepted iterate: no evaluated point has a lower J by more than the accuracy of J.
     value, gradient_norm : float
         J and the norm of its gradient at `x`.
-    iterations : int
+    iterations, nit : int
         Steps tried, accepted or not.
-    converged : bool
+    converged, success : bool
         Whether `reason` is the gradient tolerance.
     reason : StopReason
+        Why the run ended; its text is `message`.
     history : list of IterationRecord
         The first guess and every iteration: ``iterations + 1`` records.
     value_calls, gradient_calls, hessian_calls : int
         ``1 + iterations`` values; ``1 + accepted steps`` gradients, and one more if `reason` is round-off; the
-        conjugate gradient iterations of every step not preceded by a rejected one. An inexact problem is asked more
-        often. A continued run counts what was saved and what it did itself: directions found again after a rejected
-        step count twice.
+        conjugate gradient iterations of every step not preceded by a rejected one. An inexact problem is evaluated
+        more often. A continued run counts what was saved and what it did itself: directions computed again after a
+        rejected step count twice.
     value_error, gradient_error : float
-        Estimated errors of the last two; 0 where they are exact.
+        Estimated errors of `value` and `gradient_norm`; 0 where they are exact.
+    control : Function, EnsembleFunction or list of these, or None
+        The controls found, one or a list of several, where a functional's method minimised.
     """
 
     x: np.ndarray
@@ -134,3 +204,13 @@ class TrustRegionResult:
     hessian_calls: int
     value_error: float = 0.0
     gradient_error: float = 0.0
+    control: object = None
+
+    def _quantities(self) -> dict[str, float]:
+        return {
+            "J": float(self.value),
+            "|g|": float(self.gradient_norm),
+            "values": self.value_calls,
+            "gradients": self.gradient_calls,
+            "Hessian products": self.hessian_calls,
+        }

@@ -1,52 +1,51 @@
-"""The state of a trust-region run between two iterations, its way to a checkpoint and back, and what other runs share.
+"""The state of a run between two iterations, written to a checkpoint and read from it.
 
-Numbers that JSON does not know (infinities and nan) are written as text; all others come back to the last bit.
+Numbers that JSON does not represent (infinities and nan) are written as text; all numbers are read back bitwise
+identical.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from enum import Enum
 
 import numpy as np
 
-from pint_fem.optimize.evaluator import Estimate, Evaluator, ExactOracle, Gradient, Point
-from pint_fem.optimize.protocol import Checkpoint, Problem
-from pint_fem.optimize.ranks import holds_anywhere
-from pint_fem.optimize.records import IterationRecord, StopReason, TrustRegionResult
-from pint_fem.optimize.trust_region.steihaug import CGStop
+from pint_fem.optimize.guarded_problem import GuardedProblem
+from pint_fem.optimize.oracle import Estimate, ExactOracle, Gradient, Iterate
+from pint_fem.optimize.protocol import Checkpoint
+from pint_fem.optimize.records import CGStop, IterationRecord, StopReason, TrustRegionResult
 
-__all__ = ["State", "load", "read", "read_history", "restore", "save", "write", "write_history"]
+__all__ = ["RunState", "load", "read", "read_history", "restore", "save", "write", "write_history"]
 
-Inner = Callable[[np.ndarray, np.ndarray], float]
-
-_KIND = "trust region 1"
+_COLUMNS = {"value_asked": "value_tolerance", "gradient_asked": "gradient_tolerance"}
+"""Columns of the history whose names in a checkpoint are not those of the fields."""
 
 
 @dataclass
-class State:
+class RunState:
     """All that the next iteration depends on, except for the conjugate gradient path, which follows from it.
 
     Attributes
     ----------
-    point : Point
-        The iterate.
+    iterate : Iterate
+        The iterate with J and its gradient.
     first_norm : float
         Norm of the gradient at the first guess.
     forcing : float
         The CG forcing term of this iterate.
     radius : float or None
-        Of the next step; None before the first.
+        Radius of the next step; None before the first.
     history : list of IterationRecord
+        The records so far.
     pairs : list of pairs of ndarray
-        What the preconditioner was last updated with.
+        The pairs with which the preconditioner was last updated.
     reason : StopReason or None
         Why the run cannot go on, if so.
     """
 
-    point: Point
+    iterate: Iterate
     first_norm: float
     forcing: float
     radius: float | None = None
@@ -54,49 +53,51 @@ class State:
     pairs: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
     reason: StopReason | None = None
 
-    def result(self, evaluator: Evaluator, reason: StopReason) -> TrustRegionResult:
-        """What a run that ends here returns."""
-        value, gradient = self.point.value, self.point.gradient
+    def result(self, problem: GuardedProblem, reason: StopReason) -> TrustRegionResult:
+        """The result of a run that ends in this state."""
+        value, gradient = self.iterate.value, self.iterate.gradient
         return TrustRegionResult(
-            self.point.x,
+            self.iterate.x,
             value.value,
             gradient.norm,
             len(self.history) - 1,
             reason is StopReason.GRADIENT,
             reason,
             self.history,
-            evaluator.values,
-            evaluator.gradients,
-            evaluator.hessians,
+            problem.value_calls,
+            problem.gradient_calls,
+            problem.hessian_calls,
             value.error,
             gradient.error,
         )
 
 
 def write(number: float | None) -> float | str | None:
-    """A number as JSON takes it."""
+    """A number as JSON represents it."""
     if number is None:
         return None
     return float(number) if math.isfinite(number) else repr(float(number))
 
 
 def read(number: float | str | None) -> float | None:
-    """What `write` was given."""
+    """The number that :func:`write` has written."""
     return None if number is None else float(number)
 
 
 def write_history(history: list) -> dict[str, list]:
     """Records of one dataclass as a column for each field; enumerations by their values."""
+    written = {field: column for column, field in _COLUMNS.items()}
     names = [f.name for f in fields(history[0])] if history else []
     columns = {name: [getattr(record, name) for record in history] for name in names}
     return {
-        name: [write(v) if isinstance(v, float) else getattr(v, "value", v) for v in column]
+        written.get(name, name): [write(v) if isinstance(v, float) else getattr(v, "value", v) for v in column]
         for name, column in columns.items()
     }
 
 
 def read_history(columns: dict[str, list], record: type, **enumerations: type[Enum]) -> list:
-    """The records again; `enumerations` are the types of the fields that have one."""
+    """The records that :func:`write_history` has written; `enumerations` are the types of the fields that have one."""
+    columns = {_COLUMNS.get(name, name): column for name, column in columns.items()}
     kinds = {f.name: f.type for f in fields(record)}
     convert = {name: enumerations.get(name, read if kinds[name] == "float" else lambda v: v) for name in columns}
     rows = zip(*([convert[name](v) for v in column] for name, column in columns.items()), strict=True)
@@ -104,11 +105,9 @@ def read_history(columns: dict[str, list], record: type, **enumerations: type[En
 
 
 def load(
-    checkpoint: Checkpoint, kind: str, x0: np.ndarray, problem: Problem
+    checkpoint: Checkpoint, kind: str, x0: np.ndarray, problem: GuardedProblem
 ) -> tuple[dict, dict[str, np.ndarray]] | None:
     """The last state of a run of this kind in the space of `x0`; None if there is none.
-
-    The checkpoint is the minimiser's, which answers alike on all processes (:mod:`pint_fem.optimize.ranks`).
 
     Raises
     ------
@@ -122,38 +121,36 @@ def load(
     if scalars.get("kind") != kind:
         raise ValueError(f"the checkpoint holds a run of kind {scalars.get('kind')!r}: give one of {kind!r}")
     misfit = [np.shape(v) for v in vectors.values() if np.shape(v) != x0.shape]
-    if holds_anywhere(problem, x0, bool(misfit)):
+    if problem.holds_anywhere(x0, bool(misfit)):
         given = f"vectors of shape {misfit[0]}" if misfit else "vectors of another shape on another process"
         raise ValueError(f"the checkpoint holds {given}, x0 has shape {x0.shape}: give the space and processes it had")
     return scalars, vectors
 
 
-def save(checkpoint: Checkpoint, state: State, evaluator: Evaluator, oracle: ExactOracle, kind: str = _KIND) -> None:
-    """Hand a state of a run of this kind to the checkpoint."""
-    point = state.point
+def save(checkpoint: Checkpoint, state: RunState, oracle: ExactOracle, kind: str) -> None:
+    """Save the state of a run of this kind."""
+    iterate, problem = state.iterate, oracle.problem
     scalars = {
         "kind": kind,
-        "value": [write(v) for v in (point.value.value, point.value.asked, point.value.error)],
-        "gradient": [write(v) for v in (point.gradient.norm, point.gradient.asked, point.gradient.error)],
+        "value": [write(v) for v in (iterate.value.value, iterate.value.tolerance, iterate.value.error)],
+        "gradient": [write(v) for v in (iterate.gradient.norm, iterate.gradient.tolerance, iterate.gradient.error)],
         "first_norm": write(state.first_norm),
         "forcing": write(state.forcing),
         "radius": write(state.radius),
         "reason": None if state.reason is None else state.reason.value,
-        "calls": [evaluator.values, evaluator.gradients, evaluator.hessians],
-        "oracle": {name: write(v) for name, v in oracle.memory().items()},
+        "calls": [problem.value_calls, problem.gradient_calls, problem.hessian_calls],
+        "oracle": {name: write(v) for name, v in oracle.state().items()},
         "pairs": len(state.pairs),
         "history": write_history(state.history),
     }
-    vectors = {"x": point.x, "gradient": point.gradient.vector}
+    vectors = {"x": iterate.x, "gradient": iterate.gradient.vector}
     for i, (direction, product) in enumerate(state.pairs):
         vectors[f"direction_{i}"], vectors[f"product_{i}"] = direction, product
     checkpoint.save(scalars, vectors)
 
 
-def restore(
-    checkpoint: Checkpoint, x0: np.ndarray, evaluator: Evaluator, oracle: ExactOracle, kind: str = _KIND
-) -> State | None:
-    """The last state of the checkpoint, if it has any; counts and what the oracle learned go where they belong.
+def restore(checkpoint: Checkpoint, x0: np.ndarray, oracle: ExactOracle, kind: str) -> RunState | None:
+    """The last state of the checkpoint, if it has any; the counts of calls and the state of the oracle are set.
 
     Raises
     ------
@@ -161,20 +158,21 @@ def restore(
         On every process, if the state is not that of a run of this kind in the space of `x0` with as much control of
         the accuracy.
     """
-    loaded = load(checkpoint, kind, x0, evaluator.problem)
+    problem = oracle.problem
+    loaded = load(checkpoint, kind, x0, problem)
     if loaded is None:
         return None
     scalars, vectors = loaded
-    if set(scalars["oracle"]) != set(oracle.memory()):
+    if set(scalars["oracle"]) != set(oracle.state()):
         raise ValueError(
             f"the checkpoint holds a run {'with' if scalars['oracle'] else 'without'} inexact=InexactOptions(...): "
             "continue it likewise"
         )
     value, gradient = ([read(v) for v in scalars[name]] for name in ("value", "gradient"))
-    evaluator.values, evaluator.gradients, evaluator.hessians = scalars["calls"]
-    oracle.recall({name: read(v) for name, v in scalars["oracle"].items()})
-    return State(
-        Point(vectors["x"], Estimate(*value), Gradient(vectors["gradient"], *gradient)),
+    problem.value_calls, problem.gradient_calls, problem.hessian_calls = scalars["calls"]
+    oracle.restore({name: read(v) for name, v in scalars["oracle"].items()})
+    return RunState(
+        Iterate(vectors["x"], Estimate(*value), Gradient(vectors["gradient"], *gradient)),
         read(scalars["first_norm"]),
         read(scalars["forcing"]),
         read(scalars["radius"]),

@@ -1,4 +1,4 @@
-"""Fields for ParaView: every rank in time writes its own states, and one file lists them all. Nothing is gathered."""
+"""ParaView files of trajectories: each time rank writes its own states, and one file lists those of all ranks."""
 
 from __future__ import annotations
 
@@ -35,13 +35,22 @@ def write_fields(
 
     Parameters
     ----------
+    folder, name
+        Folder of the files, and their common name.
     states
-        Numbers of the first points and states ``(b, n)`` of blocks of local points, from left to right; see
-        :meth:`pint_fem.adjoint.problem.ReducedProblem.states`.
+        Blocks of local points in the order of time: number of the first point and states ``(b, n)``, as
+        :meth:`pint_fem.adjoint.problem.ReducedProblem.states` yields them.
+    space, slab, spacetime
+        Function space of the states, own steps and process grid.
     times
         Times of all points, ``(N + 1,)``.
     count, points
         About how many states, spread over the time axis, or the numbers of their points.
+
+    Returns
+    -------
+    Path
+        The file that lists all.
 
     Raises
     ------
@@ -51,11 +60,10 @@ def write_fields(
     rank, root = spacetime.time_comm.rank, spacetime.is_root
     what, part = f"fields in {folder} cannot be written", f"{name}_part{rank}"
     _written(spacetime.comm, what, partial((folder / part).mkdir, parents=True, exist_ok=True))
-    wanted = np.linspace(0, slab.nsteps, count).round().astype(int) if points is None else list(points)
-    wanted = np.unique(wanted).tolist()
-    own = [n for n in wanted if slab.lo < n <= slab.hi or (n == 0 and slab.is_first)]
+    written = np.linspace(0, slab.nsteps, count).round().astype(int) if points is None else list(points)
+    own = [n for n in np.unique(written).tolist() if slab.lo < n <= slab.hi or (n == 0 and slab.is_first)]
     problem = None
-    try:  # by the ranks that share a state; the others of the time axis hear of it below
+    try:  # by the ranks that share a state; a failure is raised on all time ranks below
         comm = spacetime.space_comm
         sheet = _written(comm, what, partial(VTKFile, str(folder / f"{part}.pvd"), comm=comm))
         f = Function(space, name=name)
@@ -63,7 +71,6 @@ def write_fields(
             for n in own:
                 if 0 <= n - slab.lo - first < len(block):
                     put(f, block[n - slab.lo - first])
-                    # a mixed state is its fields
                     _written(comm, what, partial(sheet.write, *f.subfunctions, time=times[n]))
     except InputError as error:
         problem = error
@@ -73,14 +80,14 @@ def write_fields(
         [(float(times[n]), f"{part}/{part}_{i}.{extension}") for i, n in enumerate(own)]
     )
     path = folder / f"{name}.pvd"
-    _written(spacetime.comm, what, partial(_write_collection if root else _nothing, path, entries))
+    _written(spacetime.comm, what, partial(_write_collection, path, entries) if root else lambda: None)
     if spacetime.space_comm.rank == 0:
         (folder / f"{part}.pvd").unlink(missing_ok=True)
     return path
 
 
 def write_functions(path: Path, functions: Sequence[Function], comm) -> None:
-    """Write functions of one space for ParaView (collective).
+    """Write functions of one space, named as they are, to a ``.pvd`` file (collective over ``comm``).
 
     Raises
     ------
@@ -94,9 +101,9 @@ def write_functions(path: Path, functions: Sequence[Function], comm) -> None:
 
 
 def _written(comm, what: str, work: Callable):
-    """What ``work`` returns; an error of the operating system on one rank is an ``InputError`` on all (collective).
+    """The result of ``work``; an error of the operating system on one rank is an ``InputError`` on all (collective).
 
-    Firedrake's writer communicates before it touches files and not afterwards, once its folder is there.
+    Firedrake's writer communicates before it writes to files and not afterwards, once its folder exists.
     """
 
     def guarded():
@@ -104,10 +111,6 @@ def _written(comm, what: str, work: Callable):
             return work()
 
     return collectively(comm, "", guarded)
-
-
-def _nothing(*args) -> None:
-    """What ranks do whose first rank works for all."""
 
 
 def _write_collection(path: Path, entries) -> None:

@@ -1,6 +1,4 @@
-"""Pictures and files of a result. No field is gathered: pictures are rasters of bounded size, ParaView files are
-written by their owners.
-"""
+"""Pictures of fields, sensors and convergence: fields are sampled at the pixels of a raster, and none is gathered."""
 
 from __future__ import annotations
 
@@ -14,8 +12,6 @@ from firedrake import interpolate as interpolate_
 from firedrake.assemble import assemble
 from mpi4py import MPI
 
-from pint_fem.output.paraview import write_fields, write_functions
-from pint_fem.output.summary import write_json
 from pint_fem.spacetime import SpaceTime
 
 mpl.use("Agg")
@@ -25,19 +21,16 @@ from matplotlib.animation import FuncAnimation, PillowWriter
 __all__ = [
     "Raster",
     "animate",
+    "gather_images",
     "plot_convergence",
     "plot_fields",
     "plot_sensors",
     "plot_snapshots",
-    "together_in_time",
-    "write_fields",
-    "write_functions",
-    "write_json",
 ]
 
 
 class Raster:
-    """Pixels over a plane mesh; fields are sampled at the pixels inside it.
+    """Pixels over a plane mesh, at which fields are sampled.
 
     Parameters
     ----------
@@ -45,6 +38,11 @@ class Raster:
         Distributed over ``comm = mesh.comm``.
     width
         Pixels along the longer side.
+
+    Attributes
+    ----------
+    extent, shape : tuple
+        Left, right, bottom and top of the image in the mesh's coordinates; pixels by rows and columns.
     """
 
     def __init__(self, mesh, width: int = 280):
@@ -64,9 +62,7 @@ class Raster:
         self._index = place[:, 1] * self.shape[1] + place[:, 0]
 
     def __call__(self, f) -> np.ndarray | None:
-        """Sample a function or a scalar expression of functions: the image on the first rank (NaN outside), ``None`` on
-        the others.
-        """
+        """The image of a function or a scalar expression on the first rank, NaN outside the mesh (collective)."""
         local = np.full(self.shape[0] * self.shape[1], -np.inf)
         local[self._index] = assemble(interpolate_(f, self._space)).dat.data_ro
         image = np.empty_like(local) if self.comm.rank == 0 else None
@@ -77,23 +73,33 @@ class Raster:
         return image.reshape(self.shape)
 
 
+def _save(fig, path: Path, dpi: int) -> None:
+    fig.savefig(path, dpi=dpi)
+    plt.close(fig)
+
+
+def _painter(images: Sequence[np.ndarray], extent):
+    """A function that shows an image in an axis, on one colour scale for all images, symmetric about zero."""
+    limit = max(np.nanmax(np.abs(image)) for image in images)
+    return lambda ax, image: ax.imshow(image, origin="lower", extent=extent, cmap="RdBu_r", vmin=-limit, vmax=limit)
+
+
 def plot_fields(path: Path, images: Sequence[tuple[str, np.ndarray]], extent, *, points=None, title: str = "") -> None:
-    """Images side by side on one colour scale, symmetric about zero."""
-    limit = max(np.nanmax(np.abs(image)) for _, image in images)
+    """Draw named images side by side on one colour scale, zero in its middle, and dots at ``points`` ``(count, 2)``."""
+    paint = _painter([image for _, image in images], extent)
     fig, axes = plt.subplots(
         1, len(images), figsize=(5.0 * len(images) + 0.8, 3.5), layout="constrained", sharey=True, squeeze=False
     )
     axes = axes[0]
     for (name, image), ax in zip(images, axes, strict=True):
-        shown = ax.imshow(image, origin="lower", extent=extent, cmap="RdBu_r", vmin=-limit, vmax=limit)
+        shown = paint(ax, image)
         ax.set(title=name, xlabel="x", aspect="equal")
         if points is not None:
             ax.plot(*points.T, "k.", ms=4)
     axes[0].set_ylabel("y")
     fig.colorbar(shown, ax=axes, shrink=0.9, label="dots: sensors" if points is not None else None)
     fig.suptitle(title)
-    fig.savefig(path, dpi=110)
-    plt.close(fig)
+    _save(fig, path, 110)
 
 
 def plot_sensors(
@@ -107,7 +113,7 @@ def plot_sensors(
     title: str = "",
     quantity: str = "temperature rise",
 ) -> None:
-    """Readings against prediction for some sensors, and all residuals."""
+    """Draw readings and predictions ``(times, sensors)`` of ``show`` sensors, and a histogram of all differences."""
     chosen = np.unique(np.linspace(0, measured.shape[1] - 1, min(show, measured.shape[1])).astype(int))
     fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     for colour, s in enumerate(chosen):
@@ -118,12 +124,13 @@ def plot_sensors(
     right.hist((predicted - measured).ravel(), bins=40, color="0.6")
     right.set(xlabel="fit - reading", ylabel="readings", title="residuals of all sensors")
     fig.suptitle(title)
-    fig.savefig(path, dpi=110)
-    plt.close(fig)
+    _save(fig, path, 110)
 
 
 def plot_convergence(path: Path, history, residuals: dict[str, Sequence[float]], *, bound: float | None = None) -> None:
-    """J and gradient over trust-region iterations; MGRIT residuals over cycles with the theory's rate."""
+    """Draw J and its gradient over the iterations of a history of records, and the residuals of one sweep of each kind
+    over its cycles, beside the two-level bound on their contraction.
+    """
     fig, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 4), layout="constrained")
     iterations = [r.iteration for r in history]
     left.semilogy(iterations, [r.value for r in history], "o-")
@@ -141,13 +148,13 @@ def plot_convergence(path: Path, history, residuals: dict[str, Sequence[float]],
     right.set(xlabel="MGRIT cycle", title="C-point residual, relative to the first")
     for ax in (left, middle, right):
         ax.xaxis.get_major_locator().set_params(integer=True)
-    fig.savefig(path, dpi=110)
-    plt.close(fig)
+    _save(fig, path, 110)
 
 
-def together_in_time(own: dict[int, np.ndarray | None], spacetime: SpaceTime) -> dict[int, np.ndarray]:
-    """Images by the number of their time point on the first rank, from the first rank in space of each time rank; empty
-    on the others.
+def gather_images(own: dict[int, np.ndarray | None], spacetime: SpaceTime) -> dict[int, np.ndarray]:
+    """Images of all time ranks on the first rank, by the number of their time point; empty on the others (collective).
+
+    Each time rank gives the images of its ``own`` points on its first rank in space.
     """
     parts = spacetime.time_comm.gather(own) if spacetime.space_comm.rank == 0 else None
     return dict(sorted(pair for part in parts for pair in part.items())) if parts is not None else {}
@@ -156,26 +163,24 @@ def together_in_time(own: dict[int, np.ndarray | None], spacetime: SpaceTime) ->
 def plot_snapshots(
     path: Path, images: Sequence[np.ndarray], titles: Sequence[str], extent, *, label: str = "", columns: int = 4
 ) -> None:
-    """Images in rows on one colour scale, symmetric about zero."""
-    limit, rows = max(np.nanmax(np.abs(image)) for image in images), -(-len(images) // columns)
+    """Draw images with their titles in rows of ``columns``, on one colour scale, symmetric about zero."""
+    paint, rows = _painter(images, extent), -(-len(images) // columns)
     fig, axes = plt.subplots(
         rows, columns, figsize=(2.6 * columns + 0.8, 2.7 * rows), layout="constrained", squeeze=False
     )
     for ax in axes.flat:
         ax.set_axis_off()
     for ax, image, title in zip(axes.flat, images, titles, strict=False):
-        shown = ax.imshow(image, origin="lower", extent=extent, cmap="RdBu_r", vmin=-limit, vmax=limit)
+        shown = paint(ax, image)
         ax.set_title(title, fontsize=9)
     fig.colorbar(shown, ax=axes, shrink=0.8, label=label)
-    fig.savefig(path, dpi=100)
-    plt.close(fig)
+    _save(fig, path, 100)
 
 
 def animate(path: Path, images: Sequence[np.ndarray], titles: Sequence[str], extent, *, label: str = "") -> None:
-    """An animated GIF on one colour scale, symmetric about zero."""
-    limit = max(np.nanmax(np.abs(image)) for image in images)
+    """Write images with their titles as an animated GIF, on one colour scale, symmetric about zero."""
     fig, ax = plt.subplots(figsize=(4.6, 4.0), layout="constrained")
-    shown = ax.imshow(images[0], origin="lower", extent=extent, cmap="RdBu_r", vmin=-limit, vmax=limit)
+    shown = _painter(images, extent)(ax, images[0])
     fig.colorbar(shown, ax=ax, label=label)
     title = ax.set_title(titles[0])
 

@@ -1,4 +1,4 @@
-"""The summary of a run for programs; needs numpy only."""
+"""The summary of a run as a JSON file; imports numpy only."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ __all__ = ["write_json"]
 
 
 def write_json(path: Path, data: dict) -> None:
-    """Write a summary whole or not at all; numbers that are not finite become ``null``.
+    """Write a summary; numbers that are not finite become ``null``, and other objects their text.
 
     Raises
     ------
     InputError
-        Where it cannot be written; the last one is left.
+        Where it cannot be written; an earlier file is then unchanged.
     """
 
     def plain(x):

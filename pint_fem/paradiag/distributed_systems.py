@@ -132,7 +132,9 @@ class PETScSystem:
         return self._mass(r, transposed=transposed)
 
 
-def distributed_system(parts: Sequence[PETSc.Mat], parameters: Mapping, weights: Weights = plain_weights):
+def distributed_system(
+    parts: Sequence[PETSc.Mat], parameters: Mapping, weights: Weights = plain_weights, prefix: str = "paradiag_"
+):
     """A system of PETSc's matrices.
 
     Parameters
@@ -141,13 +143,15 @@ def distributed_system(parts: Sequence[PETSc.Mat], parameters: Mapping, weights:
         See :class:`~pint_fem.paradiag.systems.SparseSystem`.
     parameters
         PETSc options; without any, one rank in space uses SuperLU for complex matrices.
+    prefix
+        Prefix of options in PETSc's database.
 
     Returns
     -------
     PETScSystem or SparseSystem
     """
     if parts[0].comm.size > 1 or parameters:
-        return PETScSystem(parts, weights, parameters)
+        return PETScSystem(parts, weights, parameters, prefix)
     return SparseSystem([_csr(X) for X in parts], weights)
 
 

@@ -85,7 +85,7 @@ class EliminatedSystem:
 
 
 def eliminated_system(
-    coupling: Coupling, h: float, parts: Sequence[PETSc.Mat], parameters: Mapping
+    coupling: Coupling, h: float, parts: Sequence[PETSc.Mat], parameters: Mapping, prefix: str = "paradiag_"
 ) -> EliminatedSystem:
     """The system of a stage.
 
@@ -95,8 +95,8 @@ def eliminated_system(
         See above.
     parts
         :math:`S_a`, :math:`M_a` and :math:`-G X`.
-    parameters
-        See :func:`~pint_fem.paradiag.distributed_systems.distributed_system`.
+    parameters, prefix
+        PETSc options of the system, and the prefix of options in PETSc's database.
     """
-    left = distributed_system(parts, parameters, lambda y: (1.0, -y, h * h / (1.0 - y)))
+    left = distributed_system(parts, parameters, lambda y: (1.0, -y, h * h / (1.0 - y)), prefix)
     return EliminatedSystem(left, coupling, h)

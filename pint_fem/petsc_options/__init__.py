@@ -1,1 +1,1 @@
-"""PETSc options: their names and types, checked before a solver reads them."""
+"""Checks of the names and types in PETSc options before a solver reads them."""

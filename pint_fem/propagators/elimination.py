@@ -1,4 +1,4 @@
-r"""Steps of a system of two coupled fields, one of which is eliminated from each stage.
+r"""Stages of a system of two coupled fields, one of which is eliminated.
 
 With the blocks of :mod:`pint_fem.evolution.fields` and :math:`X = M_b^{-1} D`, a stage of step ``h`` is
 
@@ -16,135 +16,98 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
+from firedrake.petsc import PETSc
 
 from pint_fem.evolution.fields import Fields
-from pint_fem.kernels.blocks import Factor, Workspace
+from pint_fem.kernels.blocks import Factor, StateBlock, multiply, new_states, product
 from pint_fem.propagators.recursion import Recursion
 
-__all__ = ["BlockFields", "EliminatedRecursion", "FieldBlocks", "StateFields"]
+__all__ = ["EliminatedRecursion", "FieldBlocks", "FieldRecursion"]
 
 
 class FieldBlocks:
-    """Products and solves with the blocks, on arrays ``(..., n_a)`` and ``(..., n_b)``; results are overwritten by the
-    next call of the same kind.
+    """Products and solves with the blocks of two fields, on arrays ``(..., n_a)`` and ``(..., n_b)``.
+
+    A result is overwritten by the next call for the same block.
 
     Parameters
     ----------
     fields
         The blocks.
     factors
-        Of matrices of the size of ``a``, by step.
+        Factors of matrices of the size of ``a``, by ``a_ii dt``.
+    single
+        Whether arrays are of one state, not of a block of states.
     """
 
-    def __init__(self, fields: Fields, factors: Mapping[float, Factor]):
-        self.fields, self.factors = fields, factors
+    def __init__(self, fields: Fields, factors: Mapping[float, Factor], *, single: bool):
+        self.fields, self._factors = fields, factors
+        self._products = {}
+        for name, matrix in fields.matrices.items():
+            source = new_states(matrix.getSizes()[1], matrix.comm, single=single)
+            self._products[name] = source, matrix, product(matrix, source)
+        mass = fields.matrices["M"]
+        self._r, self._s = (new_states(mass.getSizes()[0], mass.comm, single=single) for _ in range(2))
 
     @property
     def petsc_bytes(self) -> int:
-        """Bytes of the blocks that products and solves work on."""
-        return 0
-
-    def multiply(self, name: str, x: np.ndarray) -> np.ndarray:
-        """The product with the block of that name."""
-        raise NotImplementedError
-
-    def solve(self, h: float, r: np.ndarray, *, transposed: bool = False) -> np.ndarray:
-        """The solution for a right-hand side of ``a``."""
-        raise NotImplementedError
-
-
-class BlockFields(FieldBlocks):
-    """On blocks of ``WIDTH`` states."""
-
-    def __init__(self, fields, factors):
-        super().__init__(fields, factors)
-        self._products = {}
-        for name, matrix in fields.matrices.items():
-            source = Workspace.zeros(matrix.getSizes()[1], matrix.comm)
-            self._products[name] = source, matrix, Workspace(matrix.matMult(source.matrix))
-        sizes, comm = fields.matrices["M"].getSizes()[0], fields.matrices["M"].comm
-        self._r, self._s = Workspace.zeros(sizes, comm), Workspace.zeros(sizes, comm)
-
-    @property
-    def petsc_bytes(self):
-        """See :class:`FieldBlocks`."""
+        """Bytes of PETSc's blocks."""
         pairs = (source.array.nbytes + result.array.nbytes for source, _, result in self._products.values())
         return sum(pairs) + 2 * self._r.array.nbytes
 
-    def multiply(self, name, x):
-        """See :class:`FieldBlocks`."""
+    def multiply(self, name: str, x: np.ndarray) -> np.ndarray:
+        """The product of the block ``name`` with states."""
         source, matrix, result = self._products[name]
         source.array[...] = x
-        matrix.matMult(source.matrix, result.matrix)
+        multiply(matrix, source, result)
         return result.array
 
-    def solve(self, h, r, *, transposed=False):
-        """See :class:`FieldBlocks`."""
+    def solve(self, h: float, r: np.ndarray, *, transposed: bool = False) -> np.ndarray:
+        """The solution ``a`` of the system of ``a_ii dt = h`` for right-hand sides ``r``."""
         self._r.array[...] = r
-        self.factors[h].solve_block(self._r, self._s, transposed=transposed)
+        self._factors[h].solve(self._r, self._s, transposed=transposed)
         return self._s.array
 
 
-class StateFields(FieldBlocks):
-    """On one state."""
-
-    def __init__(self, fields, factors):
-        super().__init__(fields, factors)
-        self._products = {name: (*matrix.createVecs(), matrix) for name, matrix in fields.matrices.items()}
-        self._r, self._s = fields.matrices["M"].createVecs()
-
-    def multiply(self, name, x):
-        """See :class:`FieldBlocks`."""
-        source, result, matrix = self._products[name]
-        source.array[:] = x
-        matrix.mult(source, result)
-        return result.array_r
-
-    def solve(self, h, r, *, transposed=False):
-        """See :class:`FieldBlocks`."""
-        self._r.array[:] = r
-        self.factors[h].solve(self._r, self._s, transposed=transposed)
-        return self._s.array_r
-
-
-class EliminatedRecursion(Recursion):
-    """The recursion over the stages of a step, each by elimination.
+class FieldRecursion(Recursion):
+    """A recursion by the blocks of two fields.
 
     Parameters
     ----------
     blocks
-        With factors of the complements.
-    workspace
-        Of whole states, to start from: a :class:`~pint_fem.kernels.blocks.Workspace`, or an array.
-    *args
-        See :class:`~pint_fem.propagators.recursion.Recursion`.
+        Products and solves with the blocks.
+    start, *args
+        Parameters of :class:`~pint_fem.propagators.recursion.Recursion`.
     """
 
-    def __init__(self, blocks: FieldBlocks, workspace: Workspace | np.ndarray, *args):
-        self.blocks, self.workspace = blocks, workspace
-        self.w = workspace if isinstance(workspace, np.ndarray) else workspace.array
-        self.x, self.y = np.zeros_like(self.w), np.zeros_like(self.w)
+    def __init__(self, blocks: FieldBlocks, start: StateBlock | PETSc.Vec, *args):
+        self.blocks = blocks
+        self.x, self.y = np.zeros_like(start.array), np.zeros_like(start.array)
         self.yT = self.y
-        super().__init__(*args)
+        super().__init__(start, *args)
 
     @property
     def nbytes(self):
-        """See the base class."""
+        """Bytes of the arrays that are not PETSc's."""
         return super().nbytes + self.x.nbytes + self.y.nbytes
 
     @property
     def petsc_bytes(self):
-        """Of the blocks."""
+        """Bytes of the states and of the blocks."""
         return self.w.nbytes + self.blocks.petsc_bytes
 
+
+class EliminatedRecursion(FieldRecursion):
+    """The recursion over the stages of a Runge-Kutta step, each solved by elimination."""
+
     def mass(self, *, transposed=False):
-        """See the base class; the rows of ``b`` are those of the identity."""
+        """Compute ``y = M w``, or ``yT = M^T w``; the rows of ``b`` are those of the identity."""
         fields = self.blocks.fields
         self.y[..., fields.a] = self.blocks.multiply("MT" if transposed else "M", self.w[..., fields.a])
         self.y[..., fields.b] = self.w[..., fields.b]
 
     def solve(self, h, *, transposed=False):
-        """See the base class."""
+        """Compute the stage ``x`` from ``y``, or its transpose from ``yT``."""
         fields, (first, second) = self.blocks.fields, ("XT", "GT") if transposed else ("G", "X")
         r_b = self.y[..., fields.b]
         r_a = self.y[..., fields.a] - h * self.blocks.multiply(first, r_b)

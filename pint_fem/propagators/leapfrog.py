@@ -1,4 +1,4 @@
-r"""The leapfrog propagator: explicit in the coupling of two fields, for waves whose steps the CFL condition allows.
+r"""Leapfrog steps, explicit in the coupling of two fields, for waves with steps that the CFL condition allows.
 
 For the two parts of :mod:`~pint_fem.propagators.elimination`, from :math:`t` to :math:`t + \Delta t` with ``h`` half of
 it, :math:`X = M_b^{-1} D`, and the load at the midpoint,
@@ -9,35 +9,44 @@ it, :math:`X = M_b^{-1} D`, and the load at the midpoint,
     b_1 &= b_{1/2} - h X a_1 + M_b^{-1} h f_b .
 
 Two such half steps of ``b`` make the whole steps of the classical staggered scheme (Yee, IEEE Trans. Antennas Propag.
-14, 1966), with the damping :math:`K_a` implicit. Of second order; stable for :math:`\Delta t\,\omega < 2`,
+14, 1966), with the damping :math:`K_a` implicit. It is of second order, and stable for :math:`\Delta t\,\omega < 2`,
 :math:`\omega^2` the largest eigenvalue of :math:`-G X x = \omega^2 M_a x`. Only mass matrices are solved with.
 """
 
 from __future__ import annotations
 
 import numpy as np
+from irksome.tableaux.ButcherTableaux import ButcherTableau
 
 from pint_fem.errors import InputError
 from pint_fem.evolution.evolution import Evolution
+from pint_fem.evolution.fields import Fields
 from pint_fem.evolution.tableaux import ImplicitMidpoint
-from pint_fem.kernels.blocks import Workspace
 from pint_fem.kernels.lanczos import Pencil
-from pint_fem.kernels.regularity import stage_factor
 from pint_fem.propagators.base import FEPropagator
-from pint_fem.propagators.elimination import BlockFields, FieldBlocks, StateFields
+from pint_fem.propagators.elimination import FieldRecursion
 from pint_fem.propagators.linear import LinearPropagator
-from pint_fem.propagators.recursion import Recursion
 
 __all__ = ["LeapfrogPropagator", "leapfrog", "stable_step"]
 
 
 def stable_step(evolution: Evolution) -> float:
-    """Largest stable step of leapfrog, rounded down by 1 percent (collective over space).
+    """Largest stable step of leapfrog, at most 1 percent too small (collective over space).
+
+    Parameters
+    ----------
+    evolution
+        A linear evolution with constant operators and ``eliminate``.
+
+    Returns
+    -------
+    float
+        The step; infinite where nothing couples the fields.
 
     Raises
     ------
     InputError
-        If the evolution does not say which field to ``eliminate``.
+        If the evolution does not name a field to ``eliminate``.
     """
     fields = _fields(evolution)
     pencil = Pencil(fields.part(0.0), fields.fixed)
@@ -45,18 +54,28 @@ def stable_step(evolution: Evolution) -> float:
     return 2 / highest**0.5 if highest > 0 else np.inf
 
 
-def _fields(evolution: Evolution):
+def _fields(evolution: Evolution) -> Fields:
+    """The blocks of the fields, which leapfrog requires."""
     if evolution.fields is None:
         raise InputError(
-            "leapfrog wants a linear evolution with constant operators and the number of the field to step by halves: "
-            "give Evolution(..., eliminate=1)"
+            "leapfrog requires a linear evolution with constant operators and the number of the field to step by "
+            "halves: give Evolution(..., eliminate=1)"
         )
     return evolution.fields
 
 
-def leapfrog(evolution: Evolution, *, stride: int = 1, tableau=None) -> FEPropagator:
-    """Leapfrog on the finest level, the evolution's or the given implicit method on the others: a ``propagator`` for
+def leapfrog(evolution: Evolution, *, stride: int = 1, tableau: ButcherTableau | None = None) -> FEPropagator:
+    """Leapfrog on the finest level, an implicit method on the others: a ``propagator`` for
     :class:`~pint_fem.adjoint.TimeParallelReducedFunctional`.
+
+    Parameters
+    ----------
+    evolution
+        A linear evolution with constant operators and ``eliminate``.
+    stride
+        Step size of the level in fine steps; 1 on the finest.
+    tableau
+        Implicit method of the coarse levels; default: the evolution's.
 
     Raises
     ------
@@ -68,7 +87,12 @@ def leapfrog(evolution: Evolution, *, stride: int = 1, tableau=None) -> FEPropag
 
 
 class LeapfrogPropagator(LinearPropagator):
-    """See the module; the evolution's tableau is not used.
+    """Leapfrog steps; the evolution's tableau is not used.
+
+    Parameters
+    ----------
+    evolution, stride, tableau
+        As for every propagator; the tableau is ignored.
 
     Raises
     ------
@@ -76,7 +100,7 @@ class LeapfrogPropagator(LinearPropagator):
         If no field is named to be eliminated, or the step is too long.
     """
 
-    def __init__(self, evolution: Evolution, *, stride: int = 1, tableau=None):
+    def __init__(self, evolution: Evolution, *, stride: int = 1, tableau: ButcherTableau | None = None):
         evolution = evolution.private()
         _fields(evolution)
         limit = stable_step(evolution)
@@ -88,7 +112,7 @@ class LeapfrogPropagator(LinearPropagator):
         super().__init__(evolution, stride=stride, tableau=ImplicitMidpoint())
 
     def shifted_parts(self, h):
-        """There is none: the step is no Runge-Kutta method's.
+        """Raise, as the step is not that of a Runge-Kutta method.
 
         Raises
         ------
@@ -96,46 +120,24 @@ class LeapfrogPropagator(LinearPropagator):
             Always.
         """
         raise InputError(
-            "ParaDiag wants the steps of a diagonally implicit Runge-Kutta method, and leapfrog is none: leave "
+            "ParaDiag requires the steps of a diagonally implicit Runge-Kutta method, and leapfrog is none: leave "
             "propagator=leapfrog out (steps are then those of the evolution's tableau), or give time_solver 'mgrit'"
         )
 
     def _recursions(self, operators):
-        ev, given = self.evolution, (self.dirk, self.steps_of_stage, self.factors, self.bc_rows, False)
+        """Factor the matrix of half a step, and make the recursions on a block and on one state."""
         (h,) = self.steps_of_stage
-        known = dict(symmetric=self.fields.symmetric, geometry=self.fields.geometry)
-        self.factors[h] = stage_factor(ev, self.fields.part(h), self.fields.nullspace, **known)
-        workspace = Workspace.zeros((ev.state_size, None), self.fields.M_b.comm)
-        return (
-            _LeapfrogRecursion(BlockFields(self.fields, self.factors), workspace, *given),
-            _LeapfrogRecursion(StateFields(self.fields, self.factors), np.zeros(ev.state_size), *given),
-        )
+        self._factor(h, self.fields.part(h))
+        return self._field_recursions(_LeapfrogRecursion, False)
 
 
-class _LeapfrogRecursion(Recursion):
-    """A step and its transpose; see :class:`~pint_fem.propagators.elimination.EliminatedRecursion`."""
-
-    def __init__(self, blocks: FieldBlocks, workspace: Workspace | np.ndarray, *args):
-        self.blocks, self.workspace = blocks, workspace
-        self.w = workspace if isinstance(workspace, np.ndarray) else workspace.array
-        self._load, self._end = np.zeros_like(self.w), np.zeros_like(self.w)
-        super().__init__(*args)
-
-    @property
-    def nbytes(self):
-        """See the base class."""
-        return super().nbytes + self._load.nbytes + self._end.nbytes
-
-    @property
-    def petsc_bytes(self):
-        """Of the blocks."""
-        return self.w.nbytes + self.blocks.petsc_bytes
+class _LeapfrogRecursion(FieldRecursion):
+    """A leapfrog step and its transpose, on the arrays ``x`` (the end) and ``y`` (the load) of the base class."""
 
     def forward(self, load=None):
-        """See the base class."""
-        (h,), multiply, end = self.steps, self.blocks.multiply, self._end
+        """The step from the states in ``w``; ``load(rhs, 0)`` adds its load."""
+        (h,), multiply, end, given = self.steps, self.blocks.multiply, self.x, self.y
         a, b = self.blocks.fields.a, self.blocks.fields.b
-        given = self._load
         given[...] = 0
         if load is not None:
             load(given, 0)
@@ -149,17 +151,17 @@ class _LeapfrogRecursion(Recursion):
         return end
 
     def backward(self, on_stage=None):
-        """See the base class."""
-        (h,), multiply, end = self.steps, self.blocks.multiply, self._end
+        """The transposed step from the adjoints in ``w``; ``on_stage(0, y)`` is called with the load's adjoint."""
+        (h,), multiply, end = self.steps, self.blocks.multiply, self.x
         a, b = self.blocks.fields.a, self.blocks.fields.b
         b1 = self.w[..., b]
         a1 = self.w[..., a] - h * multiply("XT", b1)
         y = self.blocks.solve(h, 2 * a1, transposed=True)
         half = b1 - h * multiply("GT", y)
         if on_stage is not None:
-            self._load[..., a] = y
-            self._load[..., b] = b1 + half
-            on_stage(0, self._load)
+            self.y[..., a] = y
+            self.y[..., b] = b1 + half
+            on_stage(0, self.y)
         end[..., a] = multiply("MT", y) - a1
         end[..., a] -= h * multiply("XT", half)
         end[..., b] = half

@@ -1,48 +1,59 @@
-"""What is remembered of each step where it is linearised: stage values, matrices, factors, stage adjoints.
+"""Cached linearisations of steps: stage values, matrices, factors and stage adjoints of a control and a trajectory.
 
-A *linearisation* is a control with a trajectory. Everything that derivatives need of it is computed once for a step,
-when it is first asked for; sweeps are then products and triangular solves. What a later linearisation can use remains:
-factors as approximate ones (see :mod:`~pint_fem.kernels.factors`) and the remainders of first iterates, which save
-iterations and change no result (:mod:`~pint_fem.propagators.newton`), and the memory of matrices. So nothing grows
-from one linearisation to the next.
+All that derivatives require of a step is computed once, when first used; sweeps are then products and triangular
+solves. The next linearisation reuses what it can: factors as approximate ones (:mod:`~pint_fem.kernels.factors`), the
+corrections of first iterates, which save iterations and change no result (:mod:`~pint_fem.propagators.newton`), and the
+storage of matrices. So nothing grows from one linearisation to the next.
 
-Remembered of a step are ``4 s`` states for ``s`` stages (the diagonals of factors among them), two adjoints with
-``s + 2`` states each, a tangent with ``2 s + 1`` states and a control vector, and for each stage the Jacobian and those
-of the matrices ``F_W`` and ``F_z`` that move; and factors as far as their budget goes.
+A step with ``s`` stages has ``4 s`` states (with the diagonals of factors), two adjoints with ``s + 2`` states each, a
+tangent with ``2 s + 1`` states and a control vector, for each stage the Jacobian and those of the matrices ``F_W`` and
+``F_z`` that are not constant, and factors as far as their budget goes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from firedrake.petsc import PETSc
 from mpi4py import MPI
 
-from pint_fem.kernels.factors import Solver
+from pint_fem.kernels.factors import UpdatableFactor
+from pint_fem.propagators.base import FEPropagator
 from pint_fem.propagators.stage import StageForms
 
-__all__ = ["Memories", "Remainder", "StageMemory", "StepMemory"]
+__all__ = ["FirstCorrection", "LinearisationCache", "StageLinearisation", "StepLinearisation"]
 
 
-class Remainder(NamedTuple):
-    """What the first iterate of a stage's last solve lacked (see :mod:`~pint_fem.propagators.newton`).
+class FirstCorrection(NamedTuple):
+    """The difference between a stage's root and the first iterate of the solve that found it.
 
     Attributes
     ----------
-    holds : object
-        Stands for the matrix of the factor that the iterate was computed with.
+    version : object
+        Identifies the matrix whose factor the iterate was computed with.
     array : ndarray
-        The difference.
+        The difference, ``(n,)``.
     """
 
-    holds: object
+    version: object
     array: np.ndarray
 
 
-class StageMemory:
-    """Of a stage.
+class StageLinearisation:
+    """The linearisation of a stage, and what solves of the stage reuse.
+
+    Parameters
+    ----------
+    index, h
+        Number of the stage, and its coefficient ``a_ii dt``.
+    earlier
+        An earlier stage of the step with the same ``h``, or ``None``.
+    constant
+        Whether the Jacobian is constant.
+    may_keep, may_refine
+        Whether the stage may have a solver of its own, and whether solves may be by iterative refinement.
 
     Attributes
     ----------
@@ -50,40 +61,47 @@ class StageMemory:
         Base and stage value.
     J, F_W, F_z, F_U
         Matrices of the linearisation; shared where constant. ``F_U`` is without conditions, where controls are in them.
-    solver : Solver or None
-        Of its own, of this or an earlier Jacobian.
-    lender : StageMemory or None
-        An earlier stage of the step with the same coefficient.
-    token : object
-        Stands for the linearisation.
-    spent, needed : int
-        Corrections by refinement in this linearisation, in all and in the last solve.
-    remainder : Remainder or None
-        Of the last solve that began at its base value.
+    version : object
+        Identifies the linearisation.
+    solver : UpdatableFactor or None
+        The stage's own solver, with the factor of this or an earlier Jacobian.
+    iterations, expected : int
+        Iterations with a factor of another matrix in this linearisation, and those expected of the next solve.
+    correction : FirstCorrection or None
+        That of the last solve that began at its base value.
     sweep, moved, rate : object, float, float or None
         The sweep of the last solve; how far root and base value have moved since one began at the base value; the
         contraction of the last increments.
     """
 
-    def __init__(self, index: int, h: float, lender: StageMemory | None, *, constant: bool, **may: bool):
-        self.index, self.h, self.lender, self.constant = index, h, lender, constant
-        self.may_keep, self.may_refine = may["keep"], may["refine"]
+    def __init__(
+        self,
+        index: int,
+        h: float,
+        earlier: StageLinearisation | None,
+        *,
+        constant: bool,
+        may_keep: bool,
+        may_refine: bool,
+    ):
+        self.index, self.h, self.earlier, self.constant = index, h, earlier, constant
+        self.may_keep, self.may_refine = may_keep, may_refine
         self.W: np.ndarray | None = None
         self.U: np.ndarray | None = None
         self.J: PETSc.Mat | None = None
         self.F_W: PETSc.Mat | None = None
         self.F_U: PETSc.Mat | None = None
         self.F_z: list[PETSc.Mat | None] | None = None
-        self.solver: Solver | None = None
-        self.token: object = None
-        self.spent, self.needed = 0, 1
-        self.remainder: Remainder | None = None
+        self.version: object = None
+        self.solver: UpdatableFactor | None = None
+        self.iterations, self.expected = 0, 1
+        self.correction: FirstCorrection | None = None
         self.sweep: object = None
         self.moved, self.rate = 0.0, None
 
     def linearise(self, forms: StageForms) -> None:
-        """Assemble the matrices at the values that the forms hold."""
-        self.token, self.spent, self.needed = object(), 0, 1
+        """Assemble the matrices at the values that the forms have."""
+        self.version, self.iterations, self.expected = object(), 0, 1
         self.J, self.F_W = forms.J.matrix(self.h, self.J), forms.F_W.matrix(self.h, self.F_W)
         before = self.F_z or [None] * len(forms.F_z)
         self.F_z = [form.matrix(self.h, into) for form, into in zip(forms.F_z, before, strict=True)]
@@ -91,13 +109,13 @@ class StageMemory:
             self.F_U = forms.F_U.matrix(self.h, self.F_U)
 
 
-class StepMemory:
-    """Of a step.
+class StepLinearisation:
+    """The linearisation of a step.
 
     Parameters
     ----------
     forms
-        Of the level.
+        The forms of the level.
     keep
         Whether stages may have solvers of their own.
     refine
@@ -105,71 +123,83 @@ class StepMemory:
 
     Attributes
     ----------
-    stages : list of StageMemory
+    stages : list of StageLinearisation
+        Those of the stages.
     control : ndarray or None
-        Of the step at which the stages were solved; not to be changed.
+        The control of the step for which the stages were solved; not to be changed.
     current : bool
         Whether the matrices are those of the present linearisation.
     adjoints : dict
-        By use: an adjoint variable, and what came of it.
+        By use: an adjoint variable, and the results for it.
     tangent : tuple or None
-        The direction that was taken last, and what came of it.
+        The last direction, and the results for it.
     """
 
     def __init__(self, forms: StageForms, *, keep: bool = True, refine: bool = True):
-        self.stages: list[StageMemory] = []
+        self.stages: list[StageLinearisation] = []
         for index, h in enumerate(forms.step_sizes):
-            lender = next((stage for stage in self.stages if stage.h == h), None)
-            self.stages.append(StageMemory(index, h, lender, constant=forms.J.constant, keep=keep, refine=refine))
+            earlier = next((stage for stage in self.stages if stage.h == h), None)
+            given = dict(constant=forms.J.constant, may_keep=keep, may_refine=refine)
+            self.stages.append(StageLinearisation(index, h, earlier, **given))
         self.control: np.ndarray | None = None
         self.current = False
         self.adjoints: dict[str, tuple] = {}
         self.tangent: tuple | None = None
 
-    def renew(self) -> None:
-        """The control or the trajectory is another one now."""
+    def invalidate(self) -> None:
+        """Discard matrices and results, as the control or the trajectory has changed."""
         self.current = False
         self.adjoints.clear()
         self.tangent = None
 
-    def forget(self) -> None:
-        """What solves of the stages have left, too, but for factors."""
-        self.renew()
+    def reset(self, *, factors: bool = False) -> None:
+        """Discard also the first guesses of stages, and with ``factors`` the factors but for their structure."""
+        self.invalidate()
         self.control = None
         for stage in self.stages:
-            stage.W = stage.U = stage.remainder = stage.sweep = stage.rate = None
-
-    def restart(self) -> None:
-        """Go to another step: factors, too, are of no use but for their structure."""
-        self.forget()
-        for stage in self.stages:
-            if stage.solver is not None:
-                stage.solver.holds = None
+            stage.W = stage.U = stage.correction = stage.sweep = stage.rate = None
+            if factors and stage.solver is not None:
+                stage.solver.version = None
 
 
-class Memories:
-    """Of the own steps of all levels of a forward and a backward hierarchy.
+class LinearisationCache:
+    """The linearisations of a rank's steps on all levels, forward and backward in time.
 
-    The finest level's steps are the same in both; coarse ones have their own, as another fine step lends them its
-    control.
+    The finest level's steps are the same in both directions; coarse ones have linearisations of their own in each, as
+    their control is that of another fine step.
 
     Parameters
     ----------
     propagators
-        Of the levels.
+        Those of the levels.
     forward, backward
-        Own steps of each level.
+        Number of own steps on each level.
     comm
         All ranks.
     finest
-        Whether the finest level's steps are remembered.
+        Whether linearisations of the finest level's steps are cached.
+
+    Attributes
+    ----------
+    forward, backward : list
+        A list of linearisations for each level, or ``None``.
+    fine : list or None
+        Those of the finest level.
     """
 
     def __init__(
-        self, propagators: Sequence, forward: Sequence[int], backward: Sequence[int], comm, *, finest: bool = True
+        self,
+        propagators: Sequence[FEPropagator],
+        forward: Sequence[int],
+        backward: Sequence[int],
+        comm: MPI.Comm,
+        *,
+        finest: bool = True,
     ):
-        self._comm, often = comm, len(propagators) > 1
-        make = lambda counts: [p.memory(count, often=often) for p, count in zip(propagators, counts, strict=True)]
+        self._comm, repeated = comm, len(propagators) > 1
+        make = lambda counts: [
+            p.step_linearisations(count, repeated=repeated) for p, count in zip(propagators, counts, strict=True)
+        ]
         self.forward, self.backward = make([forward[0] if finest else 0, *forward[1:]]), make([0, *backward[1:]])
         if not finest:
             self.forward[0] = None
@@ -177,12 +207,12 @@ class Memories:
         self.backward[0] = None if self.fine is None else self.fine[::-1]
         self._at: tuple[np.ndarray, np.ndarray] | None = None
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[StepLinearisation]:
         for level in (*self.forward, *self.backward[1:]):
             yield from level or ()
 
     def linearise(self, z: np.ndarray | None, U: np.ndarray) -> None:
-        """Derivatives will be taken at a control and a trajectory ``(k + 1, n)``; collective."""
+        """Set the control and the trajectory ``(k + 1, n)`` at which derivatives are evaluated (collective)."""
         if all(level is None for level in self.forward):
             return
         z = np.zeros(0) if z is None else z
@@ -191,10 +221,10 @@ class Memories:
             return
         self._at = z.copy(), U.copy()
         for step in self:
-            step.renew()
+            step.invalidate()
 
-    def forget(self, *, factors: bool = False) -> None:
-        """Start as if nothing had been computed, but for factors, or with ``factors`` as if they had not, either."""
+    def reset(self, *, factors: bool = False) -> None:
+        """Discard all results and first guesses, and with ``factors`` the factors, too."""
         self._at = None
         for step in self:
-            step.restart() if factors else step.forget()
+            step.reset(factors=factors)

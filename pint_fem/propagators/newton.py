@@ -1,4 +1,4 @@
-r"""Simplified Newton for the stages: iterations with a cached factor of a nearby Jacobian.
+r"""Solution of the stages of a nonlinear step by simplified Newton iterations with a factor of a nearby Jacobian.
 
 .. math::  U \leftarrow U - P^{-1} F(U), \qquad \theta_k = \|\Delta_k\| / \|\Delta_{k-1}\|
 
@@ -9,13 +9,13 @@ would cost more than that.
 
 The result is a function of the stage's data: base value :math:`W`, control and time. A stage equation may have several
 roots; the one that counts is that to which Newton's method leads from :math:`W`, as it does in a plain Firedrake loop.
-Every solve therefore starts at :math:`W`, and what earlier solves have left saves iterations only:
+Every solve therefore starts at :math:`W`, and results of earlier solves save iterations only:
 
 * the factor :math:`P` of an earlier Jacobian;
-* the *remainder* :math:`D = U - (W - P^{-1} F(W))` that the first iterate had in the stage's last solve: it hardly
-  changes with the data, and is added to the first iterate.
+* the *correction* :math:`D = U - (W - P^{-1} F(W))` of the first iterate in the stage's last solve: it hardly changes
+  with the data, and is added to the first iterate.
 
-What is found with an earlier factor is accepted if
+A root that is found with an earlier factor is accepted if
 
 * the true residual has fallen: :math:`\|F(U)\| \le 10^{-8} \|F(W)\|`, or is round-off beside the diagonal of the
   Jacobian at ``U``, which is assembled for that where ``U`` hardly differs from ``W``. A factor of a Jacobian with
@@ -25,7 +25,7 @@ What is found with an earlier factor is accepted if
 
 Else the solve is repeated from :math:`W` with Jacobians of these data alone, by Newton's method as long as
 simplified iterations contract slowly. Where that does not converge, PETSc's Newton iterates from :math:`W`, and raises.
-A solve that fails leaves no factor behind.
+After a solve that fails the stage has no factor.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from collections.abc import Mapping
 
 import numpy as np
 from firedrake import NonlinearVariationalProblem, NonlinearVariationalSolver, TrialFunction, derivative
+from firedrake.petsc import PETSc
 from mpi4py import MPI
 from pyadjoint.tape import stop_annotating
 from ufl.algorithms import expand_derivatives
@@ -42,8 +43,8 @@ from ufl.algorithms import expand_derivatives
 from pint_fem.errors import SolverFailure, is_numerical
 from pint_fem.kernels.arrays import get, put
 from pint_fem.kernels.direct import require_finite
-from pint_fem.kernels.factors import Factors, Solver
-from pint_fem.propagators.linearisation import Remainder
+from pint_fem.kernels.factors import StageFactors, UpdatableFactor
+from pint_fem.propagators.linearisation import FirstCorrection, StageLinearisation
 from pint_fem.propagators.stage import StageForms
 
 __all__ = ["NEWTON", "StageNewton"]
@@ -55,65 +56,71 @@ NEWTON = {
     "snes_max_it": 25,
     "snes_linesearch_type": "basic",
 }
-"""Newton to round-off, as derivatives are those of the exact stage equations: after a last step of relative size
-1e-10 the error is its square.
+"""PETSc options of Newton's method to round-off, as derivatives are those of the exact stage equations: after a last
+step of relative size 1e-10 the error is its square.
 """
 ROUND_OFF = 1e-14
-"""Relative error that may remain."""
+"""Relative error that is accepted."""
 QUADRATIC = 1e-10
-"""Relative size of a step of Newton's own method that leaves round-off behind it."""
+"""Relative size of an increment with the Jacobian at the iterate after which the error is round-off."""
 SLOW, FLOOR = 0.3, 1e-12
-"""Increments that are no smaller than this relative to the last, and than this relative to the solution, are round-off
-of the residual."""
-HINT = 0.01
-"""A rate that was not measured by increments is trusted to be no better than this."""
-PATIENCE = 15
-"""Iterations left that a new factor is worth."""
+"""Increments that are larger than ``SLOW`` times the last one, and smaller than ``FLOOR`` relative to the solution, are
+round-off of the residual."""
+LEAST_RATE = 0.01
+"""Least contraction that is assumed where it was not measured by increments."""
+MOST_REMAINING = 15
+"""Largest number of remaining iterations that is cheaper than a new factor."""
 ITERATIONS = 50
+"""Largest number of iterations of a solve."""
 REDUCED = 1e-8
-"""Residual relative to that of the base value from which on a factor is not doubted."""
+"""Residual relative to that of the base value below which a root found with an earlier factor is accepted."""
 CONTRACTION = 0.5
-"""Largest contraction of the first iteration, from the base value to the root, with a factor of other data."""
+"""Largest contraction of the first iteration, from the base value to the root, with an earlier factor."""
 NEIGHBOURHOOD = 0.1
-"""How far root and base value may move, relative to the distance between them, before a solve begins at the base value
-again."""
+"""Largest movement of root and base value since a solve began at the base value, relative to their distance."""
 NEAR = 1e-8
-"""Relative distance from the base value within which a root is the base value's own."""
+"""Relative distance from the base value below which a root is the base value's own."""
 
 
 class StageNewton:
-    """Solves stages.
+    """Solves the equations of stages.
 
     Parameters
     ----------
     forms
-        The stage's forms; its values are set by the caller.
+        The stage's forms; their values are set by the caller.
     factors
-        Where factors come from.
+        The factors of the stages.
     parameters
         PETSc options of the linear solves; with ``snes_`` options among them, PETSc's Newton is used throughout.
     """
 
-    def __init__(self, forms: StageForms, factors: Factors, parameters: Mapping):
+    def __init__(self, forms: StageForms, factors: StageFactors, parameters: Mapping):
         self.forms, self.factors = forms, factors
         self._by_snes = any(name.startswith("snes_") for name in parameters)
         self._parameters = {**({"snes_type": "ksponly"} if forms.linear else NEWTON), **parameters}
         self._snes: NonlinearVariationalSolver | None = None
         with forms.U.dat.vec_ro as vec:
-            self._base, self._r, self._x = vec.duplicate(), vec.duplicate(), vec.duplicate()
+            self._start_residual, self._r, self._x = vec.duplicate(), vec.duplicate(), vec.duplicate()
 
-    def solve(self, stage, W: np.ndarray, t: float, sweep: object = None) -> np.ndarray:
-        """``U`` of a stage from its base value ``W``, in the step from ``t``.
+    def solve(self, stage: StageLinearisation, W: np.ndarray, t: float, sweep: object = None) -> np.ndarray:
+        """Solve a stage's equation for ``U`` (collective over space).
 
         Parameters
         ----------
+        stage
+            The stage, with results of earlier solves.
+        W
+            Its base value, ``(n,)``.
+        t
+            Start time of the step.
         sweep
-            Stands for a solve of all steps with one control, or ``None``.
+            Identifies a solve of all steps with one control, or ``None``.
 
         Raises
         ------
         SolverFailure, firedrake.exceptions.ConvergenceError, PETSc.Error
-            If it cannot be found.
+            If no root is found.
         """
         forms, factors = self.forms, self.factors
         forms.counts["newton"] += 1
@@ -137,7 +144,7 @@ class StageNewton:
 
     @staticmethod
     def _attempt(solve, *args) -> np.ndarray | None:
-        """What a solve that may fail returns; ``None`` after a numerical failure."""
+        """The result of a solve; ``None`` after a numerical failure."""
         try:
             return solve(*args)
         except Exception as error:
@@ -145,15 +152,16 @@ class StageNewton:
                 raise
             return None
 
-    def _continued(self, stage, W: np.ndarray, start: np.ndarray) -> np.ndarray | None:
-        """From the root that was found for this control, moved along with ``W``, if neither moves far."""
+    # -- where an iteration starts -------------------------------------------------------------------------------------
+    def _continued(self, stage: StageLinearisation, W: np.ndarray, start: np.ndarray) -> np.ndarray | None:
+        """Iterate from the root that was found for this control, translated with ``W``; ``None`` if one moves far."""
         solver = self.factors.nearby(stage)
         moved, length = self._largest(W - stage.W, stage.U - stage.W)
         if solver is None or stage.moved + 2 * moved > NEIGHBOURHOOD * length:
             return None
-        guess = self._moved_along(stage, W, start)
-        self.forms.residual(guess, self._base)
-        if self._base.norm() == 0:
+        guess = self._translated(stage, W, start)
+        self.forms.residual(guess, self._start_residual)
+        if self._start_residual.norm() == 0:
             return guess
         U = self._iterate(stage, guess, solver, rate=stage.rate)
         if U is None:
@@ -162,21 +170,21 @@ class StageNewton:
         stage.moved += sum(moves)
         return U if stage.moved <= NEIGHBOURHOOD * length else None
 
-    def _moved_along(self, stage, W: np.ndarray, start: np.ndarray) -> np.ndarray:
-        """The root of the last solve, moved along with ``W``."""
+    def _translated(self, stage: StageLinearisation, W: np.ndarray, start: np.ndarray) -> np.ndarray:
+        """The root of the last solve, translated with ``W``."""
         guess = stage.U + (W - stage.W)
         guess[self.forms.bc_rows] = start[self.forms.bc_rows]
         return self._project(guess)
 
     def _project(self, U: np.ndarray) -> np.ndarray:
-        """Take a nullspace's part out of values, in place."""
+        """Remove the part of values in the nullspace, in place."""
         nullspace = self.forms.evolution.nullspace
         return U if nullspace is None else nullspace.project_solution(U)
 
-    def _from_base(self, stage, W: np.ndarray, start: np.ndarray) -> np.ndarray:
+    def _from_base(self, stage: StageLinearisation, W: np.ndarray, start: np.ndarray) -> np.ndarray:
         """The root to which Newton's method leads from the base value."""
-        self.forms.residual(start, self._base)
-        norm, solver = self._base.norm(), self.factors.nearby(stage)
+        self.forms.residual(start, self._start_residual)
+        norm, solver = self._start_residual.norm(), self.factors.nearby(stage)
         if norm == 0:
             return start
         if not math.isfinite(norm):
@@ -191,68 +199,69 @@ class StageNewton:
             U = self._by_petsc(start)
         return U
 
+    # -- the iteration -------------------------------------------------------------------------------------------------
     def _iterate(
-        self, stage, start: np.ndarray, solver: Solver | None, W=None, base: float | None = None, rate=None
+        self,
+        stage: StageLinearisation,
+        start: np.ndarray,
+        solver: UpdatableFactor | None,
+        W: np.ndarray | None = None,
+        base: float | None = None,
+        rate: float | None = None,
     ) -> np.ndarray | None:
-        """Iterate from a start, whose residual is there.
+        """Iterate from ``start``, whose residual is in ``_start_residual``.
 
         Parameters
         ----------
         solver
-            The first factor; ``None``: of the Jacobian at the start.
+            The first factor; ``None``: that of the Jacobian at the start.
         W, base
-            Of a factor of other data: the base value, and the norm of its residual, by which it is judged.
+            For a factor of other data: the base value, and the norm of its residual, to which others are compared.
         rate
-            That of an earlier solve with this factor for the same control.
+            The contraction in an earlier solve with this factor for the same control.
 
         Returns
         -------
         ndarray or None
-            ``None`` if that does not converge, or to what may be another root.
+            ``None`` if the iteration does not converge, or to what may be another root.
         """
-        forms, factors, r, x = self.forms, self.factors, self._r, self._x
-        doubted = None if stage.constant or base is None else solver
-        U, first, old, floor = start.copy(), None, None, self._norm(start)
-        rate = None if rate is None else max(rate, HINT)
-        self._base.copy(r)
+        forms, r, x = self.forms, self._r, self._x
+        inherited = None if stage.constant or base is None else solver  # a factor whose results are to be checked
+        U, first, last_size, start_norm = start.copy(), None, None, self._norm(start)
+        rate = None if rate is None else max(rate, LEAST_RATE)
+        self._start_residual.copy(r)
         put(forms.U, U)
         norm = base
         for k in range(ITERATIONS):
-            fresh = stage.constant
-            if solver is None:  # of the Jacobian at U
-                solver = factors.factor(stage, forms.J.assemble(), object())
-                fresh, first, rate, old = True, None, None, None
-            factors.counts["solve"] += 1
-            solver.solve(r, x)
-            size = x.norm()
+            exact = stage.constant  # whether the factor is that of the Jacobian at U
+            if solver is None:
+                solver = self.factors.factor(stage, forms.J.assemble(), object())
+                exact, first, rate, last_size = True, None, None, None
+            size = self._increment(solver, r)
             if not math.isfinite(size):
                 return None
-            if old is not None:
-                rate = stage.rate = size / old
-                if not fresh and rate > SLOW and size > FLOOR * max(self._norm(U), floor):
-                    if solver is doubted:
+            if last_size is not None:
+                rate = stage.rate = size / last_size
+                if not exact and rate > SLOW and size > FLOOR * max(self._norm(U), start_norm):
+                    if solver is inherited:
                         return None
                     solver = None
                     continue
             U -= x.array_r
-            old = size
+            last_size = size
             if k == 0:
                 first = U.copy()
-                if base is not None and not fresh and self._jumped(stage, W, start, first, solver, size, U):
-                    old = None
+                if base is not None and not exact and self._add_correction(stage, W, start, first, solver, size, U):
+                    last_size = None
             elif rate is None and first is not None:
-                moved, left = self._largest(U - start, first - U)
-                rate = max(left / moved, HINT) if moved else None
+                moved, remaining = self._largest(U - start, first - U)
+                rate = max(remaining / moved, LEAST_RATE) if moved else None
             scale = self._norm(U)
-            done = size == 0 or (fresh and (forms.linear or size <= QUADRATIC * scale))
-            if rate is not None and not done:
-                done = rate < 1 and rate / (1 - rate) * size <= ROUND_OFF * scale
-                done = done or (rate > SLOW and size <= FLOOR * max(scale, floor))
-            if done:
-                if solver is doubted and norm > REDUCED * base and not self._is_small(U, base):
+            if self._has_converged(size, scale, max(scale, start_norm), rate, exact):
+                if solver is inherited and norm > REDUCED * base and not self._is_small(U, base):
                     return None
                 return self._accepted(stage, start, U, first, solver, base)
-            if rate is not None and self._iterations(rate, size, max(scale, floor)) > PATIENCE:
+            if rate is not None and self._remaining(rate, size, max(scale, start_norm)) > MOST_REMAINING:
                 solver = None
             forms.residual(U, r)
             norm = r.norm()
@@ -260,37 +269,66 @@ class StageNewton:
                 return None
         return None
 
-    def _jumped(self, stage, W, start, first, solver, size: float, U: np.ndarray) -> bool:
-        """Take ``U`` from the first iterate to where earlier solves suggest the root, in place; whether that was done.
+    def _increment(self, solver: UpdatableFactor, residual: PETSc.Vec) -> float:
+        """Solve for the increment, in ``_x``; its norm."""
+        self.factors.counts["solve"] += 1
+        solver.solve(residual, self._x)
+        return self._x.norm()
 
-        ``size``: of the first increment.
+    def _has_converged(self, size: float, scale: float, largest: float, rate: float | None, exact: bool) -> bool:
+        """Whether the error after an increment of norm ``size`` is round-off.
+
+        Parameters
+        ----------
+        size, scale, largest
+            Norms of the increment and of the iterate; the larger one of those of the iterate and the start.
+        rate
+            The contraction of the increments, if known.
+        exact
+            Whether the increment is that of Newton's method.
         """
-        if stage.remainder is not None and stage.remainder.holds is solver.holds:
-            far = stage.remainder.array
+        if size == 0 or (exact and (self.forms.linear or size <= QUADRATIC * scale)):
+            return True
+        if rate is None:
+            return False
+        small = rate < 1 and rate / (1 - rate) * size <= ROUND_OFF * scale
+        return small or (rate > SLOW and size <= FLOOR * largest)
+
+    @staticmethod
+    def _remaining(rate: float, size: float, scale: float) -> float:
+        """Number of iterations that remain at a contraction ``rate`` after an increment of norm ``size``."""
+        return math.inf if rate >= 1 else math.log(ROUND_OFF * scale / size) / math.log(rate)
+
+    def _add_correction(self, stage, W, start, first, solver, size: float, U: np.ndarray) -> bool:
+        """Move the first iterate ``U`` in place to where earlier solves suggest the root; whether that was done.
+
+        ``size`` is the norm of the first increment, which a correction must not exceed.
+        """
+        if stage.correction is not None and stage.correction.version is solver.version:
+            correction = stage.correction.array
         elif stage.U is not None:
-            far = self._moved_along(stage, W, start) - first
+            correction = self._translated(stage, W, start) - first
         else:
             return False
-        if not self._norm(far) <= size:
+        if not self._norm(correction) <= size:
             return False
-        U += far
+        U += correction
         return True
 
     def _accepted(self, stage, start, U, first, solver, base: float | None) -> np.ndarray | None:
-        """``U``, and its remainder for the next solve; ``None`` if what began with a factor of other data may have
-        found another root than Newton's method does from the start.
+        """The root ``U``, with its correction for the next solve; ``None`` if an iteration with a factor of other data
+        may have found another root than Newton's method does from the start.
         """
         if stage.constant or (base is None and first is None):
             return U
         if first is None:
-            self.factors.counts["solve"] += 1
-            solver.solve(self._base, self._x)
+            self._increment(solver, self._start_residual)
             first = start - self._x.array_r
         if base is not None and not self.forms.linear:
-            moved, left, largest = self._largest(U - start, first - U, U)
-            if not (moved <= NEAR * largest or left <= CONTRACTION * moved):
+            moved, remaining, largest = self._largest(U - start, first - U, U)
+            if not (moved <= NEAR * largest or remaining <= CONTRACTION * moved):
                 return None
-        stage.remainder = Remainder(solver.holds, U - first)
+        stage.correction = FirstCorrection(solver.version, U - first)
         return U
 
     def _is_small(self, U: np.ndarray, base: float) -> bool:
@@ -299,35 +337,32 @@ class StageNewton:
         return self._r.norm() <= REDUCED * base or self._is_round_off(U)
 
     def _is_round_off(self, U: np.ndarray) -> bool:
-        """Whether the residual, which is that of ``U``, is round-off beside the diagonal of the Jacobian there."""
+        """Whether the residual in ``_r``, that of ``U``, is round-off beside the diagonal of the Jacobian there."""
         matrix = self.forms.J.assemble()
         matrix.getDiagonal(self._x)
         bound = 10 * ROUND_OFF * self._norm(U) * np.abs(self._x.array_r)
         above = float(np.count_nonzero(~(np.abs(self._r.array_r) <= bound)))
         return self._sum(above) == 0
 
+    # -- over space ----------------------------------------------------------------------------------------------------
     def _sum(self, value: float) -> float:
         comm = self.forms.comm
         return value if comm.size == 1 else comm.allreduce(value, op=MPI.SUM)
 
     def _norm(self, array: np.ndarray) -> float:
-        """Euclidean norm over space."""
+        """Euclidean norm."""
         return math.sqrt(self._sum(float(array @ array)))
 
     def _largest(self, *arrays: np.ndarray) -> np.ndarray:
-        """Largest entry of each array over space."""
+        """Largest magnitude of the entries of each array."""
         comm, found = self.forms.comm, np.array([np.abs(a).max(initial=0.0) for a in arrays])
         if comm.size > 1:
             comm.Allreduce(MPI.IN_PLACE, found, op=MPI.MAX)
         return found
 
-    @staticmethod
-    def _iterations(rate: float, size: float, scale: float) -> float:
-        """How many are left at this rate."""
-        return math.inf if rate >= 1 else math.log(ROUND_OFF * scale / size) / math.log(rate)
-
+    # -- PETSc's Newton ------------------------------------------------------------------------------------------------
     def _by_petsc(self, U: np.ndarray) -> np.ndarray:
-        """PETSc's Newton from ``U``."""
+        """The root that PETSc's Newton finds from ``U``."""
         forms = self.forms
         if self._snes is None:
             J = expand_derivatives(derivative(forms.F, forms.U, TrialFunction(forms.U.function_space())))
@@ -340,13 +375,13 @@ class StageNewton:
             with stop_annotating():
                 self._snes.solve()
         except Exception:
-            self._snes = None  # what it has lagged is of a failed iteration
+            self._snes = None  # a lagged Jacobian would be that of a failed iteration
             raise
         forms.counts["petsc newton"] += 1
         return self._project(get(forms.U))
 
-    def _prepare(self, X, J) -> None:
-        """What PETSc's Newton calls with an iterate and its Jacobian."""
+    def _prepare(self, X: PETSc.Vec, J: PETSc.Mat) -> None:
+        """Callback of PETSc's Newton with an iterate and its Jacobian: require finite entries, and pin the matrix."""
         require_finite(J, "the Jacobian of a stage")
         if self.forms.evolution.nullspace is not None:
             self.forms.evolution.nullspace.pin(J)

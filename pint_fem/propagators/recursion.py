@@ -1,6 +1,6 @@
-r"""The recursion over the stages of a linear step and its transpose, in place, on a block of states or on one.
+r"""The recursion over the stages of a linear Runge-Kutta step and its transpose, on a block of states or on one state.
 
-With :math:`d_j = U_j - W_j` (see :class:`~pint_fem.evolution.tableaux.DIRK`)
+With :math:`d_j = U_j - W_j` (:class:`~pint_fem.evolution.tableaux.DIRK`)
 
 .. math::  W_i = u_0 + \sum_{j<i} \alpha_{ij} d_j , \qquad S_i U_i = M W_i + b_i ,
 
@@ -15,72 +15,78 @@ import numpy as np
 from firedrake.petsc import PETSc
 
 from pint_fem.evolution.tableaux import DIRK
-from pint_fem.kernels.blocks import Factor, Workspace
+from pint_fem.kernels.blocks import Factor, StateBlock, multiply, product
 
-__all__ = ["BlockRecursion", "Recursion", "StateRecursion"]
+__all__ = ["MatrixRecursion", "Recursion"]
 
 
 class Recursion:
-    """The recursion on the arrays ``w`` (what a stage starts from), ``x`` (a solution), ``y`` and ``yT`` (products).
+    """The recursion on arrays ``(WIDTH, n)`` of a block of states or ``(n,)`` of one state.
+
+    The arrays are ``w``, from which a stage starts, ``x``, its solution, and ``y`` and ``yT``, products of ``w`` with
+    ``M`` and ``M^T``. Those of PETSc's objects are taken from them each time, so that PETSc registers the changes.
 
     Parameters
     ----------
-    dirk, steps
-        Coefficients; :math:`a_{ii} \\Delta t` of each stage.
-    factors
-        Of :math:`S` by step.
+    start
+        The block or vector with the array ``w``.
+    dirk
+        Coefficients of the integrator.
+    steps
+        The coefficients ``a_ii dt`` of the stages.
     bc_rows
-        Rows with a condition.
+        Own rows with a condition.
     drop_rows
-        Whether nobody wants their adjoints; ``M^T`` does not see them.
+        Whether the adjoints of those rows are not required; ``M^T`` does not depend on them.
     """
 
-    w: np.ndarray
     x: np.ndarray
     y: np.ndarray
     yT: np.ndarray
 
     def __init__(
-        self,
-        dirk: DIRK,
-        steps: Sequence[float],
-        factors: Mapping[float, Factor],
-        bc_rows: np.ndarray,
-        drop_rows: bool,
+        self, start: StateBlock | PETSc.Vec, dirk: DIRK, steps: Sequence[float], bc_rows: np.ndarray, drop_rows: bool
     ):
-        self.dirk, self.steps, self.factors = dirk, steps, factors
+        self.start, self.dirk, self.steps = start, dirk, steps
         self.bc_rows, self.drop_rows = bc_rows, drop_rows
-        # stage increments that later stages or the end need
-        kept = dirk.stages - dirk.stiffly_accurate
-        self._stages = [np.zeros_like(self.w) for _ in range(kept)]
-        self._start, self._term = np.zeros_like(self.w), np.zeros_like(self.w)
+        # increments of stages that later stages or the end depend on
+        count = dirk.stages - dirk.stiffly_accurate
+        self._stages = [np.zeros_like(self.w) for _ in range(count)]
+        self._sum, self._term = np.zeros_like(self.w), np.zeros_like(self.w)
+
+    w = property(lambda self: self.start.array)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the arrays that are not PETSc's."""
-        return (len(self._stages) + 2) * self._start.nbytes
+        return (len(self._stages) + 2) * self._sum.nbytes
+
+    @property
+    def petsc_bytes(self) -> int:
+        """Bytes of PETSc's blocks."""
+        raise NotImplementedError
 
     def mass(self, *, transposed: bool = False) -> None:
-        """``y = M w``, or ``yT = M^T w``."""
+        """Compute ``y = M w``, or ``yT = M^T w``."""
         raise NotImplementedError
 
     def solve(self, h: float, *, transposed: bool = False) -> None:
-        """``x = S^{-1} y``, or ``x = S^{-T} yT``."""
+        """Compute ``x = S^{-1} y``, or ``x = S^{-T} yT``, for a stage with ``a_ii dt = h``."""
         raise NotImplementedError
 
     def forward(self, load: Callable[[np.ndarray, int], None] | None = None) -> np.ndarray:
-        """``u_1`` of what is in ``w``; ``load(rhs, i)`` adds to the right-hand side of stage ``i``."""
-        dirk, start, d = self.dirk, self._start, self._stages
+        """The step ``u_1`` from the states in ``w``; ``load(rhs, i)`` adds to the right-hand side of stage ``i``."""
+        dirk, out, d = self.dirk, self._sum, self._stages
         if len(d):
-            start[...] = self.w
+            out[...] = self.w
         for i, h in enumerate(self.steps):
             if i:
                 w = self.w
-                w[...] = start
+                w[...] = out
                 for j in range(i):
                     if dirk.alpha[i, j]:
                         w += np.multiply(d[j], dirk.alpha[i, j], out=self._term)
-                del w  # PETSc sees the change when the array is given back
+                del w  # PETSc registers the change when the array is released
             self.mass()
             if load is not None:
                 load(self.y, i)
@@ -90,12 +96,14 @@ class Recursion:
         if dirk.stiffly_accurate:
             return self.x
         for beta, di in zip(dirk.beta, d, strict=True):
-            start += np.multiply(di, beta, out=self._term)
-        return start
+            out += np.multiply(di, beta, out=self._term)
+        return out
 
     def backward(self, on_stage: Callable[[int, np.ndarray], None] | None = None) -> np.ndarray:
-        """The transpose, of what is in ``w``; ``on_stage(i, y)`` sees the adjoint of a stage's right-hand side."""
-        dirk, out, bar, accurate = self.dirk, self._start, self._stages, self.dirk.stiffly_accurate
+        """The transposed step from the adjoints in ``w``; ``on_stage(i, y)`` is called with the adjoint of the
+        right-hand side of stage ``i``.
+        """
+        dirk, out, bar, accurate = self.dirk, self._sum, self._stages, self.dirk.stiffly_accurate
         for di, beta in zip(bar, dirk.beta, strict=False):
             if accurate:
                 di[...] = 0
@@ -130,51 +138,41 @@ class Recursion:
         return out
 
 
-class BlockRecursion(Recursion):
-    """On a block of ``WIDTH`` states, arrays ``(WIDTH, n)``."""
+class MatrixRecursion(Recursion):
+    """The recursion with matrices of the whole state.
 
-    def __init__(self, M: PETSc.Mat, MT: PETSc.Mat, *args):
-        self._M, self._MT = M, MT
-        sizes = M.getSizes()[0]
-        self.workspace, self._x = Workspace.zeros(sizes, M.comm), Workspace.zeros(sizes, M.comm)
-        # products keep their data in the result: one for each operator
-        self._y = Workspace(M.matMult(self.workspace.matrix))
-        self._yT = self._y if MT is M else Workspace(MT.matMult(self.workspace.matrix))
-        self.w, self.x, self.y, self.yT = self.workspace.array, self._x.array, self._y.array, self._yT.array
-        super().__init__(*args)
+    Parameters
+    ----------
+    M, MT
+        The mass matrix and its transpose, the same object where it is symmetric.
+    factors
+        Factors of ``S`` by ``a_ii dt``.
+    start, *args
+        Parameters of :class:`Recursion`.
+    """
+
+    def __init__(
+        self, M: PETSc.Mat, MT: PETSc.Mat, factors: Mapping[float, Factor], start: StateBlock | PETSc.Vec, *args
+    ):
+        self._M, self._MT, self._factors = M, MT, factors
+        self._x, self._y = start.duplicate(), product(M, start)
+        self._yT = self._y if MT is M else product(MT, start)
+        super().__init__(start, *args)
+
+    x = property(lambda self: self._x.array)
+    y = property(lambda self: self._y.array)
+    yT = property(lambda self: self._yT.array)
 
     @property
-    def petsc_bytes(self) -> int:
-        """Bytes of the blocks."""
+    def petsc_bytes(self):
+        """Bytes of the three or four blocks."""
         return (3 if self._yT is self._y else 4) * self.w.nbytes
 
     def mass(self, *, transposed=False):
-        """See the base class."""
+        """Compute ``y = M w``, or ``yT = M^T w``."""
         M, y = (self._MT, self._yT) if transposed else (self._M, self._y)
-        M.matMult(self.workspace.matrix, y.matrix)
+        multiply(M, self.start, y)
 
     def solve(self, h, *, transposed=False):
-        """See the base class."""
-        self.factors[h].solve_block(self._yT if transposed else self._y, self._x, transposed=transposed)
-
-
-class StateRecursion(Recursion):
-    """On one state, arrays ``(n,)``; each is taken from its vector anew, so that PETSc knows of changes."""
-
-    def __init__(self, M: PETSc.Mat, MT: PETSc.Mat, *args):
-        self._M, self._MT = M, MT
-        self._w, self._x = M.createVecs()
-        self._y = self._w.duplicate()
-        super().__init__(*args)
-
-    w = property(lambda self: self._w.array)
-    x = property(lambda self: self._x.array)
-    y = yT = property(lambda self: self._y.array)
-
-    def mass(self, *, transposed=False):
-        """See the base class."""
-        (self._MT if transposed else self._M).mult(self._w, self._y)
-
-    def solve(self, h, *, transposed=False):
-        """See the base class."""
-        self.factors[h].solve(self._y, self._x, transposed=transposed)
+        """Compute ``x = S^{-1} y``, or ``x = S^{-T} yT``."""
+        self._factors[h].solve(self._yT if transposed else self._y, self._x, transposed=transposed)

@@ -1,4 +1,4 @@
-r"""Spatial coarsening between time levels: coarse levels step on coarser meshes of Firedrake's ``MeshHierarchy``.
+r"""Spatial coarsening: evolutions and transfers of coarse time levels on coarser meshes of a ``MeshHierarchy``.
 
 With :math:`P_0` the interpolation from the coarser mesh, ``I`` the degrees of freedom without and ``B`` those with a
 Dirichlet condition,
@@ -11,9 +11,9 @@ Dirichlet condition,
 boundary values. Corrections vanish on ``B``; a residual that is zero there stays zero. The adjoint takes
 :math:`P^T` and :math:`R^T`, which suit dual vectors.
 
-The coarse solve does not see all of a state at the C-points. What the coarser mesh cannot represent is damped by
-C-relaxation only, a fine mode with eigenvalue :math:`\lambda` by :math:`|\lambda|^m`: with F-relaxation alone the error
-propagation :math:`I - P A_c^{-1} R A` has the eigenvalue one, and with steps that are small for the fine mesh
+The coarse solve does not correct all of a state at the C-points. Modes that the coarser mesh does not represent are
+damped by C-relaxation only, one with eigenvalue :math:`\lambda` by :math:`|\lambda|^m`: with F-relaxation alone the
+error propagation :math:`I - P A_c^{-1} R A` has the eigenvalue one, and with steps that are small for the fine mesh
 (:math:`m\,\Delta t / \Delta x^2` far below one for the heat equation) cycles converge slowly. For P1 on a uniform
 mesh of width h the slowest such mode of the Laplacian has the eigenvalue :math:`3/h^2`.
 """
@@ -61,9 +61,9 @@ def mesh_transfer(V_fine, V_coarse, bcs: Sequence[DirichletBC] = (), coarse_bcs=
     Returns
     -------
     Transfer
-        Of blocks ``(k, own_size(V_fine))`` and ``(k, own_size(V_coarse))``. The bits of a state's result do not depend
-        on the others in its block or on its place there: PETSc's product of an AIJ matrix takes four columns at a time
-        through one loop that adds in the matrix's order, and ``blocks.WIDTH`` is a multiple of four.
+        Maps of blocks ``(k, own_size(V_fine))`` and ``(k, own_size(V_coarse))``. The result for a state is bitwise
+        independent of the others in its block and of its place there: PETSc's product of an AIJ matrix takes four
+        columns at a time in one loop that adds in the matrix's order, and ``blocks.WIDTH`` is a multiple of four.
 
     Raises
     ------
@@ -117,27 +117,28 @@ def _interpolation(V_fine, V_coarse) -> PETSc.Mat:
     worst = float(np.abs(_row_sums(P) - 1).max(initial=0))
     if V_fine.comm.allreduce(worst, op=MPI.MAX) > 1e-8:
         raise InputError(
-            f"{what}: averages of degrees of freedom want nodal values (CG or DG elements and vectors of them); "
+            f"{what}: averages of degrees of freedom require nodal values (CG or DG elements and vectors of them); "
             "coarsen in time only"
         )
     return P
 
 
-def _vector(like: PETSc.Vec, values: np.ndarray) -> PETSc.Vec:
+def _vector(like: PETSc.Vec, values: np.ndarray | float) -> PETSc.Vec:
+    """A vector with the layout of another one and the given own values."""
     vec = like.duplicate()
     vec.array[:] = values
     return vec
 
 
 def _free(like: PETSc.Vec, fixed: np.ndarray) -> PETSc.Vec:
-    """One, but zero in the rows with a condition."""
+    """A vector of ones, with zeros in the rows with a condition."""
     vec = _vector(like, 1.0)
     vec.array[fixed] = 0
     return vec
 
 
 def _row_sums(matrix: PETSc.Mat) -> np.ndarray:
-    """Sums of the own rows."""
+    """Sums of the entries of each own row."""
     ones, sums = matrix.createVecs()
     ones.set(1.0)
     matrix.mult(ones, sums)
@@ -145,10 +146,10 @@ def _row_sums(matrix: PETSc.Mat) -> np.ndarray:
 
 
 def _injection(BT: PETSc.Mat) -> PETSc.Mat:
-    """From the transposed interpolation between boundary nodes: the value of the fine node at the coarse one's place.
+    """The injection of the fine node's value at the place of each coarse one, from the transposed interpolation.
 
-    Where the fine mesh has no node there (unevenly spaced nodes), the average over those that the coarse one
-    contributes to.
+    Where the fine mesh has no node there (unevenly spaced nodes), the average over those to which the coarse one
+    contributes.
     """
     start, stop = BT.getOwnershipRange()
     pointers, columns, values = [0], [], []
@@ -167,17 +168,17 @@ def _injection(BT: PETSc.Mat) -> PETSc.Mat:
 
 # -- the evolution on a coarser mesh ---------------------------------------------------------------------------------
 def coarse_evolution(evolution: Evolution, meshes: int = 1) -> Evolution:
-    """The evolution posed again on a coarser mesh of its hierarchy, by Firedrake's own symbolic coarsening.
+    """Pose an evolution on a coarser mesh of its hierarchy, by Firedrake's symbolic coarsening.
 
-    It has a state, a control and a time function of its own. Coefficients of the residual and the conditions are
-    injected now (data: see :class:`Evolution`), ``Constant`` objects are shared.
+    The result has a state, controls and a time function of its own. Coefficients of the residual and the conditions are
+    injected, ``Constant`` objects are shared.
 
     Parameters
     ----------
     evolution
-        On a mesh of a ``MeshHierarchy`` that is not the coarsest.
+        An evolution on a mesh of a ``MeshHierarchy`` that is not the coarsest.
     meshes
-        How many meshes coarser.
+        Number of meshes by which the result is coarser.
 
     Raises
     ------
@@ -198,6 +199,7 @@ def coarse_evolution(evolution: Evolution, meshes: int = 1) -> Evolution:
 
 
 def _next_coarser(ev: Evolution) -> Evolution:
+    """The evolution on the next coarser mesh."""
     manager, mapping = TransferManager(), {}
     values = [boundary_value(bc) for bc in ev.bcs]
     found = dict.fromkeys(c for part in (ev.residual, *values) for c in extract_coefficients(part))
@@ -220,13 +222,13 @@ def _next_coarser(ev: Evolution) -> Evolution:
         t=mapping.get(ev.t), t0=ev.t0,
         initial=initial, bcs=bcs, solver_parameters=ev.solver_parameters, eliminate=ev.eliminate, **bases,
     )  # fmt: skip
-    made.copies = ev.copies
+    made.copies, made.options_prefix = ev.copies, ev.options_prefix
     made.injected = mapping | {ev.initial: initial}
     return made
 
 
 def _check_hierarchy(evolution: Evolution, meshes: int) -> int:
-    """Number of coarser meshes there are; at least ``meshes``."""
+    """Number of coarser meshes in the hierarchy, at least ``meshes``."""
     hierarchy, level = get_level(evolution.V.mesh().unique())
     if hierarchy is None:
         raise InputError(
@@ -243,25 +245,25 @@ def _check_hierarchy(evolution: Evolution, meshes: int) -> int:
 
 # -- all levels --------------------------------------------------------------------------------------------------------
 class SpatialLevels:
-    """The evolution and the space of every time level.
+    """The evolutions of all time levels, and transfers between their spaces.
 
     Parameters
     ----------
     evolution
-        On the finest level.
+        The finest level's.
     relax
         Relaxation scheme of each level but the coarsest (``"FCF"``), hence the number of coarse levels.
     coarsening
-        How many meshes coarser than the finest each coarse level is: whole numbers that do not decrease, the last one
-        going on (``[0, 1]``: the same mesh on level 1, the next coarser from level 2 on); ``True``: one more on each
-        level as far as the hierarchy goes; ``None`` or ``False``: the same mesh everywhere.
+        Number of meshes by which each coarse level is coarser than the finest: whole numbers that do not decrease, the
+        last one for all further levels (``[0, 1]``: the same mesh on level 1, the next coarser from level 2 on);
+        ``True``: one more on each level as far as the hierarchy goes; ``None`` or ``False``: the same mesh everywhere.
     coarse_evolutions
-        Instead: the evolution of each coarse level, posed by the user with the fine step size.
+        Instead of ``coarsening``: the evolution of each coarse level, posed by the user with the fine step size.
 
     Attributes
     ----------
     evolutions : list of Evolution
-        One a level; levels on the same mesh share it.
+        One per level; levels on the same mesh share it.
     transfers : list
         :class:`Transfer` from each level to the next, ``None`` on the same mesh.
 
@@ -269,7 +271,7 @@ class SpatialLevels:
     ------
     InputError
         On every rank, if the hierarchy is missing or too short, a level with spatial coarsening below it has
-        F-relaxation only, or an evolution handed in does not fit.
+        F-relaxation only, or a coarse evolution does not fit.
     """
 
     def __init__(self, evolution: Evolution, relax: Sequence[str], coarsening=None, coarse_evolutions=None):
@@ -279,6 +281,8 @@ class SpatialLevels:
                 raise InputError("give spatial_coarsening or coarse_evolutions, not both")
             given = _checked(evolution, coarse_evolutions, len(relax))
             self.evolutions += [ev.private(evolution.copies) for ev in given]
+            for ev in self.evolutions[1:]:
+                ev.options_prefix = evolution.options_prefix
         else:
             made = {0: evolution}
             for meshes in _meshes(evolution, coarsening, len(relax)):
@@ -294,18 +298,18 @@ class SpatialLevels:
             if "C" not in relax[index]:
                 raise InputError(
                     f"mgrit relax {relax[index]!r} on level {index} with spatial coarsening to the next: what the "
-                    "coarser mesh does not see is never corrected; give 'FCF'"
+                    "coarser mesh does not represent is never corrected; give 'FCF'"
                 )
             self.transfers.append(mesh_transfer(fine.V, coarse.V, fine.bcs, coarse.bcs))
         self._manager = TransferManager()
 
     @property
     def transposed_transfers(self) -> list[Transfer | None]:
-        """Those of the adjoint sweep."""
+        """The transfers of the adjoint sweep."""
         return [t if t is None else t.transposed for t in self.transfers]
 
     def update_data(self, changed: set) -> set:
-        """Inject data that have other values now to the coarser meshes; with the data there that have changed."""
+        """Inject changed data to the coarser meshes; the changed data of all levels."""
         changed = set(changed)
         for evolution in dict.fromkeys(self.evolutions):
             for fine, coarse in evolution.injected.items():
@@ -316,7 +320,7 @@ class SpatialLevels:
         return changed
 
     def states(self, index: int, u: np.ndarray | None) -> np.ndarray | None:
-        """States ``(k, n)`` of the finest level in the space of level ``index``."""
+        """States ``(k, n)`` of the finest level, restricted to the space of level ``index``."""
         for transfer in self.transfers[:index] if u is not None else ():
             u = u if transfer is None else transfer.restrict(u)
         return u
@@ -331,8 +335,8 @@ class SpatialLevels:
         rows = np.atleast_2d(z)
         out = np.empty((len(rows), coarse.control_size))
         with stop_annotating():
-            given, wanted = fine.split_controls(rows), coarse.split_controls(out)
-            for f, c, source, target in zip(fine.parameters, coarse.parameters, given, wanted, strict=True):
+            sources, targets = fine.split_controls(rows), coarse.split_controls(out)
+            for f, c, source, target in zip(fine.parameters, coarse.parameters, sources, targets, strict=True):
                 f, c = Function(f.function_space()), Function(c.function_space())
                 for value, injected in zip(source, target, strict=True):
                     put(f, value)
@@ -342,7 +346,7 @@ class SpatialLevels:
 
 
 def _meshes(evolution: Evolution, coarsening, count: int) -> list[int]:
-    """How many meshes coarser each of the ``count`` coarse levels is."""
+    """Number of meshes by which each of the ``count`` coarse levels is coarser than the finest."""
     if coarsening is None or coarsening is False:
         return [0] * count
     if coarsening is True:
@@ -362,7 +366,7 @@ def _meshes(evolution: Evolution, coarsening, count: int) -> list[int]:
 
 
 def _checked(evolution: Evolution, given, count: int) -> list[Evolution]:
-    """The user's coarse evolutions."""
+    """The coarse evolutions that a user gives, one for each coarse level."""
     given = list(given) if isinstance(given, (list, tuple)) else [given]
     if len(given) != count or not all(isinstance(ev, Evolution) for ev in given):
         what = [type(ev).__name__ for ev in given]

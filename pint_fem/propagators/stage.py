@@ -1,4 +1,4 @@
-r"""The forms of a stage, compiled once: residual, matrices of its first derivatives, vectors of its second ones.
+r"""Compiled forms of a stage: its residual, matrices of first derivatives and vectors of second derivatives.
 
 Stage ``i`` solves :math:`F(U, W, z) = 0` for ``U``. With an adjoint :math:`y` of the stage and :math:`L = F(U, W, z;
 y)`, first derivatives are the matrices :math:`F_U, F_W, F_z`, and second ones, in the direction :math:`(dU, dW, dz)`,
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections import Counter
 from functools import cached_property
-from itertools import pairwise
 
 import numpy as np
 from firedrake import Cofunction, Constant, Function, TestFunction, TrialFunction, derivative, replace
@@ -21,24 +20,33 @@ from ufl.algorithms import expand_derivatives
 from pint_fem.evolution.evolution import Evolution
 from pint_fem.evolution.private_copies import data_of
 from pint_fem.evolution.tableaux import DIRK
-from pint_fem.kernels.arrays import boundary_rows, get, is_real, own_size, put
+from pint_fem.kernels.arrays import boundary_rows, get, is_real, own_size, put, split_values
 
 __all__ = ["MatrixForm", "StageForms"]
 
 
 class MatrixForm:
-    """A bilinear form compiled once; ``empty`` where the derivative vanished, ``constant`` where nothing in it moves.
+    """The matrix of a bilinear form that is compiled once.
 
     Parameters
     ----------
     form
-        Bilinear.
+        The bilinear form.
     moving
         Functions whose values change.
     bcs
         Conditions whose rows and columns become those of the identity.
     counts, name
-        Assemblies are counted under the name.
+        Counter of assemblies, and the name under which they are counted.
+    mat_type
+        Firedrake's matrix type; ``None`` for a 1-form.
+
+    Attributes
+    ----------
+    empty, constant : bool
+        Whether the form vanishes; whether it contains none of the moving functions.
+    coefficients : set
+        Functions and constants in the form.
     """
 
     def __init__(self, form, moving: set, *, bcs=(), counts: Counter, name: str, mat_type: str | None = "aij"):
@@ -61,7 +69,15 @@ class MatrixForm:
         return self._work.petscmat
 
     def matrix(self, h: float, into: PETSc.Mat | None) -> PETSc.Mat | None:
-        """The matrix at the present values, in the memory of ``into`` where there is one; shared if constant."""
+        """A copy of the matrix at the present values, or ``None`` where the form vanishes.
+
+        Parameters
+        ----------
+        h
+            Coefficient of the stage; constant matrices are assembled once for each and shared.
+        into
+            A matrix that is overwritten by the copy, or ``None``.
+        """
         if self.empty:
             return None
         if self.constant:
@@ -75,7 +91,7 @@ class MatrixForm:
         return into
 
 
-class RealColumn(MatrixForm):
+class _RealColumn(MatrixForm):
     """The derivative by a real number as a matrix of one column; the first rank in space owns the number."""
 
     def __init__(self, F, control: Function, moving: set, *, counts: Counter):
@@ -84,7 +100,7 @@ class RealColumn(MatrixForm):
         self._space, self._owned = F.arguments()[0].function_space(), own_size(control.function_space())
 
     def assemble(self) -> PETSc.Mat:
-        """See :class:`MatrixForm`."""
+        """The column at the present values; the next call overwrites it."""
         if self._work is None:
             self._vector = Cofunction(self._space.dual())
             sizes = ((own_size(self._space), None), (self._owned, 1))
@@ -97,7 +113,7 @@ class RealColumn(MatrixForm):
 
 
 class _VectorForm:
-    """A 1-form compiled once; zero where the derivative vanished."""
+    """A 1-form that is compiled once; calls assemble it, and return zero where it vanishes."""
 
     def __init__(self, form, space):
         form = expand_derivatives(form)
@@ -110,12 +126,12 @@ class _VectorForm:
 
 
 class StageForms:
-    """See the module.
+    """The forms of the stages of one level, with the functions in them.
 
     Parameters
     ----------
     evolution
-        The problem.
+        A private evolution.
     dirk
         Coefficients of the integrator.
     dt
@@ -123,6 +139,17 @@ class StageForms:
 
     Attributes
     ----------
+    F : ufl.Form
+        The residual.
+    U, W, h
+        Stage value, base value and coefficient ``a_ii dt`` in the residual.
+    J, F_W, F_z, F_U : MatrixForm
+        Derivatives by ``U`` with conditions, ``W`` and each control, and that by ``U`` without conditions, which is
+        ``None`` unless controls are in boundary values.
+    bc_rows : ndarray
+        Own rows with a condition.
+    step_sizes : ndarray
+        Coefficients ``h`` of the stages.
     counts : Counter
         Assemblies of ``"residual"``, ``"jacobian"`` and ``"derivative"`` matrices.
     linear : bool
@@ -150,21 +177,19 @@ class StageForms:
         self.linear = self.U not in self.J.coefficients
         self.F_W = matrix(self.W, name="derivative")
         self.F_z = [
-            RealColumn(self.F, z, moving, counts=self.counts)
+            _RealColumn(self.F, z, moving, counts=self.counts)
             if is_real(z.function_space())
             else matrix(z, name="derivative")
             for z in self.controls
         ]
-        #: ``F_U`` without conditions, for controls in boundary values.
         self.F_U = None if evolution.boundary_controls is None else matrix(self.U, name="derivative")
         self._residual, self._tensor = get_assembler(self.F), Cofunction(V.dual())
-        self._sizes = np.cumsum([0, *(own_size(z.function_space()) for z in self.controls)])
         self._boundary: dict = {}
         self._control: np.ndarray | None = None
 
     @cached_property
     def second(self) -> tuple[_VectorForm, _VectorForm, list[_VectorForm]]:
-        """``D L_U``, ``D L_W`` and ``D L_z`` of each control; compiled when first asked for."""
+        """The forms ``D L_U``, ``D L_W`` and ``D L_z`` of each control; compiled when first used."""
         L = replace(self.F, {self.F.arguments()[0]: self.y})
         pairs = [(self.U, self.dU), (self.W, self.dW), *zip(self.controls, self.dz, strict=True)]
 
@@ -175,14 +200,14 @@ class StageForms:
         return along(self.U), along(self.W), [along(z) for z in self.controls]
 
     def update_data(self, changed: set) -> bool:
-        """Forget boundary values; ``False`` where data of matrices have changed that are assembled once."""
+        """Discard boundary values, as data have changed; ``False`` where these are in matrices that are shared."""
         self._boundary.clear()
         matrices = [form for form in (self.J, self.F_W, self.F_U, *self.F_z) if form is not None]
         return not any(form.constant and changed & form.coefficients for form in matrices)
 
     # -- values --------------------------------------------------------------------------------------------------------
     def set(self, t: float, control: np.ndarray | None, stage: int) -> None:
-        """Take the start time and the control of a step, and a stage's coefficient."""
+        """Set the control of the step from ``t``, and the time and coefficient of a stage."""
         ev = self.evolution
         self._control = control
         self._put_control(control)
@@ -191,24 +216,23 @@ class StageForms:
         self.h.assign(self.step_sizes[stage])
 
     def _put_control(self, vector: np.ndarray | None) -> None:
-        """Values of a step's control."""
+        """Assign a step's controls to their functions."""
         for z, part in zip(self.controls, self.parts(vector), strict=True):
             put(z, part)
 
     def _put_direction(self, vector: np.ndarray | None) -> None:
-        """Direction of a step's control; ``None`` is zero."""
+        """Assign a direction of a step's controls to its functions; ``None`` is zero."""
         for dz, part in zip(self.dz, self.parts(vector), strict=True):
             put(dz, 0.0 if part is None else part)
 
     def parts(self, vector: np.ndarray | None) -> list:
-        """A step's control vector cut into those of the control's functions."""
-        ends = self._sizes
-        return [None if vector is None else vector[a:b] for a, b in pairwise(ends)]
+        """Each control's part of a step's vector of controls; ``None`` for each where that is ``None``."""
+        return [None] * len(self.controls) if vector is None else split_values(vector, self.controls)
 
     def boundary(self, t: float, stage: int) -> np.ndarray:
-        """Values on the rows with a condition at the time of a stage of the step from ``t``, for the control set.
+        """Boundary values ``(len(bc_rows),)`` of a stage of the step from ``t``, for the control that is set.
 
-        They are affine in the controls: interpolated once for each time where the slope stays.
+        They are affine in the controls: interpolated once for each time unless their derivative depends on time.
         """
         controls = self.evolution.boundary_controls
         key = (float(t), stage) if self.evolution.depends_on_time else None
@@ -218,13 +242,14 @@ class StageForms:
             if controls is None:
                 self._boundary[key] = self._interpolated(t, stage)
             else:
-                self._put_control(np.zeros(self._sizes[-1]))
+                self._put_control(np.zeros(self.evolution.control_size))
                 self._boundary[key] = self._interpolated(t, stage)
                 self._put_control(self._control)
         values = self._boundary[key]
         return values if controls is None else values + controls.lift(self._control)[self.bc_rows]
 
     def _interpolated(self, t: float, stage: int) -> np.ndarray:
+        """Boundary values at the time of a stage, for the values that the controls' functions have."""
         lift = Function(self.evolution.V)
         if self.evolution.t is not None:
             self.evolution.t.assign(t + self.dirk.c[stage] * self.dt)
@@ -234,18 +259,18 @@ class StageForms:
 
     # -- assembled -----------------------------------------------------------------------------------------------------
     def put_state(self, W: np.ndarray, U: np.ndarray) -> None:
-        """Take a stage's values."""
+        """Set a stage's base value and value."""
         put(self.W, W)
         put(self.U, U)
 
     def residual(self, U: np.ndarray, out: PETSc.Vec) -> None:
-        """``F`` at ``U`` and the other values that are set, less what no ``U`` can make zero; zero on rows with a
-        condition.
+        """Assemble ``F`` at ``U`` and the other values that are set; zero on rows with a condition, and projected where
+        there is a nullspace.
         """
         put(self.U, U)
         self.counts["residual"] += 1
         if isinstance(self._residual, ParloopFormAssembler):
-            # what assemble() adds is checks of the tensor, which take a fifth of the time
+            # assemble() would check the tensor each time
             self._tensor.dat.zero()
             self._residual.execute_parloops(self._tensor)
         else:  # of forms with interpolations in them
@@ -257,8 +282,16 @@ class StageForms:
             self.evolution.nullspace.project_source(out.array)
 
     def second_order(self, pair, tangent, y: np.ndarray, dz) -> tuple:
-        """``D L_U``, ``D L_W`` and ``D L_z`` (of the control vector) at a stage's values ``(W, U)``, with
-        ``tangent = (dW, dU)``.
+        """The vectors ``D L_U``, ``D L_W`` and ``D L_z``.
+
+        Parameters
+        ----------
+        pair, tangent
+            Base value and value ``(W, U)`` of a stage, and their directions ``(dW, dU)``.
+        y
+            Adjoint of the stage.
+        dz
+            Direction of the controls, or ``None``.
         """
         for function, values in zip((self.W, self.U, self.dW, self.dU, self.y), (*pair, *tangent, y), strict=True):
             put(function, values)
@@ -266,9 +299,9 @@ class StageForms:
         of_U, of_W, of_z = self.second
         return of_U(), of_W(), self.control_vector([form() for form in of_z])
 
-    def control_vector(self, parts: list) -> np.ndarray:
-        """A step's control vector of the parts of the control's functions."""
-        out = np.zeros(self._sizes[-1])
+    def control_vector(self, parts: list[np.ndarray | float]) -> np.ndarray:
+        """A step's vector of controls ``(nz,)`` from each control's part."""
+        out = np.zeros(self.evolution.control_size)
         for place, part in zip(self.parts(out), parts, strict=True):
             place[:] = part
         return out

@@ -1,6 +1,6 @@
-"""The tape propagator: any Firedrake code for one step, recorded once by pyadjoint, derivatives by pyadjoint.
+"""Steps by any Firedrake code, recorded once by pyadjoint, with derivatives by pyadjoint.
 
-Always available and one state at a time: the reference. Costs 5-130 ms a step where the others cost 0.1-1 ms.
+These steps exist for every evolution and are the reference in tests; they are evaluated one state at a time, slowly.
 """
 
 from __future__ import annotations
@@ -10,19 +10,14 @@ from contextlib import contextmanager
 
 import numpy as np
 from firedrake import Cofunction, Function, solve
-from firedrake.adjoint import (
-    Control,
-    ReducedFunctional,
-    Tape,
-    continue_annotation,
-    pause_annotation,
-    set_working_tape,
-)
+from firedrake.adjoint import Control, ReducedFunctional, Tape, continue_annotation, pause_annotation, set_working_tape
 from firedrake.adjoint_utils.blocks.solving import GenericSolveBlock
+from irksome.tableaux.ButcherTableaux import ButcherTableau
 from pyadjoint import Block
 from pyadjoint.block_variable import BlockVariable
 from pyadjoint.tape import annotate_tape, get_working_tape, stop_annotating
 
+from pint_fem.errors import InputError
 from pint_fem.evolution.boundary import boundary_value
 from pint_fem.evolution.evolution import Evolution
 from pint_fem.evolution.private_copies import data_of
@@ -30,16 +25,20 @@ from pint_fem.evolution.tableaux import DIRK
 from pint_fem.kernels.arrays import get, put
 from pint_fem.kernels.direct import completed
 from pint_fem.kernels.nullspace import Nullspace
-from pint_fem.propagators.base import FEPropagator, direction
-from pint_fem.propagators.form import NEWTON
+from pint_fem.propagators.base import FEPropagator, StepData, direction
+from pint_fem.propagators.newton import NEWTON
 
 __all__ = ["TapePropagator", "recording"]
 
 
 @contextmanager
 def recording() -> Iterator[Tape]:
-    """A tape of its own, on which everything inside is recorded; afterwards the working tape and whether it records are
-    what they were.
+    """Record on a new tape; afterwards the working tape and whether it records are as before.
+
+    Yields
+    ------
+    Tape
+        The new tape.
     """
     annotating = annotate_tape()
     with set_working_tape() as tape:
@@ -51,8 +50,8 @@ def recording() -> Iterator[Tape]:
 
 
 class _ProjectedGuess(Block):
-    """Takes a nullspace's part out of the first guess of a solve, which would stay in its solution; derivatives do not
-    depend on it.
+    """Removes the part of the first guess of a solve in a nullspace, which would stay in the solution; derivatives do
+    not depend on it.
     """
 
     def __init__(self, U: Function, nullspace: Nullspace):
@@ -64,20 +63,20 @@ class _ProjectedGuess(Block):
         self.add_output(U.create_block_variable())
 
     def recompute_component(self, inputs, block_variable, idx, prepared):
-        """See pyadjoint."""
+        """The projected guess, when pyadjoint replays the tape."""
         U = inputs[0].copy(deepcopy=True)
         put(U, self._nullspace.project_solution(get(U)))
         return U
 
     def evaluate_tlm_component(self, inputs, tlm_inputs, block_variable, idx, prepared=None):
-        """See pyadjoint."""
+        """No tangent, as pyadjoint's derivatives do not depend on the guess."""
         return None
 
 
 def _copy_data(tape: Tape, controls: set[int]) -> None:
-    """Give functions that a tape reads only a value of its own on it, that which they have now.
+    """Store on a tape the present values of functions that it only reads.
 
-    pyadjoint keeps the value that a function had when any tape first read it, also for tapes of other times.
+    pyadjoint stores the value that a function had when any tape first read it, also for tapes of other times.
     """
     blocks = tape.get_blocks()
     written = [variable for block in blocks for variable in block.get_outputs()]
@@ -95,7 +94,7 @@ def _copy_data(tape: Tape, controls: set[int]) -> None:
 
 
 class TapePropagator(FEPropagator):
-    """See the module.
+    """Steps by recorded Firedrake code.
 
     Parameters
     ----------
@@ -106,11 +105,26 @@ class TapePropagator(FEPropagator):
         the user's own functions, or those of ``evolution`` where that is the private copy that a factory given as
         ``propagator=`` gets. Other functions are data and copied with the recording. Default: the evolution's own
         stages by ``firedrake.solve``.
+
+    Raises
+    ------
+    InputError
+        If ``one_step`` is given and the evolution's time is a ``Constant``.
     """
 
     def __init__(
-        self, evolution: Evolution, *, stride=1, tableau=None, one_step: Callable[[Function], Function] | None = None
+        self,
+        evolution: Evolution,
+        *,
+        stride: int = 1,
+        tableau: ButcherTableau | None = None,
+        one_step: Callable[[Function], Function] | None = None,
     ):
+        if one_step is not None and evolution.posed.time_constant is not None:
+            raise InputError(
+                "one_step= with a Constant as t: its value on the tape would be that of all steps; give "
+                "t=pint_fem.time_function(mesh), and read that in one_step"
+            )
         super().__init__(evolution, stride=stride, tableau=tableau)
         self._step = one_step or self._one_step
         self._record()
@@ -121,8 +135,8 @@ class TapePropagator(FEPropagator):
         self._zero = Cofunction(evolution.V.dual())
 
     def _options(self) -> tuple[dict, dict, dict]:
-        """Solver parameters, and arguments of forward and of adjoint solves with the evolution's nullspaces. Tapes know
-        of no pins: singular matrices are factored by MUMPS, which detects pivots that are zero.
+        """Solver parameters, and arguments of forward and of adjoint solves with the evolution's nullspaces. Singular
+        matrices are not pinned here, but factored by MUMPS, which detects pivots that are zero.
         """
         ev = self.evolution
         parameters = completed(ev.solver_parameters, ev.V.mesh().comm, ev.V.dim())
@@ -133,8 +147,8 @@ class TapePropagator(FEPropagator):
         turned = {"nullspace": "transpose_nullspace", "transpose_nullspace": "nullspace"}
         return parameters, bases, {turned[name]: basis for name, basis in bases.items()}
 
-    def _solve_tangents_likewise(self) -> None:
-        """pyadjoint solves tangent equations with default parameters and without nullspaces."""
+    def _set_tangent_options(self) -> None:
+        """Replace the tangent solves of pyadjoint, which has default parameters and no nullspaces there."""
         parameters, bases, _ = self._options()
 
         def assembled_solve(lhs, rhs, func, bcs, **kwargs):
@@ -146,12 +160,12 @@ class TapePropagator(FEPropagator):
                 block._assembled_solve = assembled_solve
 
     def update_data(self, changed):
-        """See :class:`FEPropagator`: the step is recorded again."""
+        """Record the step again, with the new values of data."""
         self._record()
         return True
 
     def _record(self) -> None:
-        """Record the step with the data as they are; what a user owns has its values again afterwards."""
+        """Record the step with the present data, and restore the values of the user's functions afterwards."""
         ev = self.evolution
         own, given = ([*e.parameters, *([] if e.t is None else [e.t])] for e in (ev, ev.posed))
         kept = [get(f) for f in given]
@@ -165,14 +179,14 @@ class TapePropagator(FEPropagator):
             controls = [start, *(a if id(a.block_variable) in read else b for a, b in pairs)]
             self.rf = ReducedFunctional(u1, controls, tape=self.tape)
         if ev.nullspace is not None and self._step == self._one_step:
-            self._solve_tangents_likewise()
+            self._set_tangent_options()
         with stop_annotating():
             for f, values in zip(given, kept, strict=True):
                 put(f, values)
             _copy_data(self.tape, {id(control.block_variable) for control in controls})
 
     def _one_step(self, u0: Function) -> Function:
-        """The stages of the tableau, taped; time-dependent data takes the value of each stage's time from ``t``."""
+        """The recorded stages of the tableau; ``t`` is set to the time of each stage."""
         ev, dirk = self.evolution, DIRK(self.tableau)
         linear, bases, turned = self._options()
         parameters = {**NEWTON, **linear}
@@ -200,13 +214,14 @@ class TapePropagator(FEPropagator):
         return out
 
     def _taped_bcs(self):
-        """The conditions with their values as functions made on the tape: what is in expressions is not replayed, and
-        a condition keeps the value that it had on its first tape.
+        """The conditions with functions on the tape as values: expressions are not replayed, and a condition keeps the
+        value that it had on its first tape.
         """
         taped = lambda bc: bc.reconstruct(g=Function(bc.function_space()).interpolate(boundary_value(bc)))
         return [taped(bc) if data_of(boundary_value(bc)) else bc for bc in self.evolution.bcs]
 
-    def _at(self, data, i: int, u: np.ndarray) -> Function:
+    def _evaluate(self, data: StepData, i: int, u: np.ndarray) -> Function:
+        """Replay the tape for step ``i`` of a block from the state ``u``; the end."""
         ev = self.evolution
         values = [u] if data.z is None else [u, *ev.split_controls(data.control(i))]
         for f, value in zip(self._inputs, values, strict=False):
@@ -215,7 +230,8 @@ class TapePropagator(FEPropagator):
             self._inputs[-1].assign(float(data.t[i]))
         return self.rf(self._inputs)
 
-    def _in_direction(self, du, dz) -> list[Function]:
+    def _in_direction(self, du: np.ndarray, dz: np.ndarray | None) -> list[Function]:
+        """The directions of the tape's controls."""
         for f in self._directions:
             f.zero()
         put(self._directions[0], du)
@@ -225,37 +241,38 @@ class TapePropagator(FEPropagator):
         return self._directions
 
     def _control_part(self, derivatives) -> np.ndarray:
-        """A step's vector of derivatives by the controls."""
+        """A step's vector of derivatives by the controls, ``(nz,)``."""
         count = len(self.evolution.parameters)
         return np.concatenate([np.zeros(0), *(get(d) for d in derivatives[1 : 1 + count])])
 
     def step(self, data, u, out, lane=0):
-        """See :class:`FEPropagator`."""
+        """Write ``Phi(u)`` of each step to ``out``."""
         for i in range(len(u)):
-            out[i] = get(self._at(data, i, u[i]))
+            out[i] = get(self._evaluate(data, i, u[i]))
 
     def tangent(self, data, du, dz, out, lane=0):
-        """See :class:`FEPropagator`."""
+        """Write ``Phi_u du + Phi_z dz`` of each step to ``out``."""
         for i in range(len(du)):
-            self._at(data, i, data.u[i])
+            self._evaluate(data, i, data.u[i])
             out[i] = get(self.rf.tlm(self._in_direction(du[i], direction(dz, i))))
 
-    def _derivative(self, data, i, lam):
-        self._at(data, i, data.u[i])
+    def _derivative(self, data: StepData, i: int, lam: np.ndarray) -> list[Cofunction]:
+        """Derivatives of a step by the tape's controls, with the adjoint ``lam``."""
+        self._evaluate(data, i, data.u[i])
         put(self._lam, lam)
         return self.rf.derivative(adj_input=self._lam)
 
     def adjoint(self, data, lam, out, lane=0):
-        """See :class:`FEPropagator`."""
+        """Write ``Phi_u^T lam`` of each step to ``out``."""
         for i in range(len(lam)):
             out[i] = get(self._derivative(data, i, lam[i])[0])
 
     def control_adjoint(self, data, lam, lane=0):
-        """See :class:`FEPropagator`."""
+        """``Phi_z^T lam``, by the tape's derivative."""
         return self._collect([self._control_part(self._derivative(data, i, lam[i])) for i in range(len(lam))])
 
     def second_order(self, data, du, dz, lam, end=None):
-        """See :class:`FEPropagator`."""
+        """Derivatives of :meth:`adjoint` and :meth:`control_adjoint` in a direction, by the tape's Hessian action."""
         out, rows = np.empty_like(lam), []
         for i in range(len(lam)):
             self._derivative(data, i, lam[i])

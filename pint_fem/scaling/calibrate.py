@@ -32,7 +32,7 @@ from pint_fem.scaling.network import Network
 from pint_fem.scaling.paradiag import FEW
 from pint_fem.scaling.timing import Measured, rounds
 from pint_fem.spacetime import SpaceTime
-from pint_fem.sweeps.paradiag import frequency_systems
+from pint_fem.sweeps.frequency_systems import frequency_systems
 
 __all__ = [
     "SMALL", "Action", "Case", "Stopwatch", "calibrate", "kernel_actions", "kernel_tables", "machine",
@@ -177,8 +177,8 @@ def kernel_actions(rf, sizes: Sequence[int] = SIZES) -> dict[tuple, Action]:
         Actions by kind, level and size; one level stands for all those with states of the same size.
     """
     sweeps, out, size = rf.problem.sweeps, {}, None
-    forward, backward = sweeps.solvers
-    for ahead, back, propagator in zip(forward.levels, backward.levels, sweeps.propagators, strict=True):
+    levels = zip(sweeps.solvers.tangent.levels, sweeps.solvers.adjoint.levels, sweeps.propagators, strict=True)
+    for ahead, back, propagator in levels:
         if propagator.evolution.state_size == size:
             break
         size, index = propagator.evolution.state_size, ahead.index

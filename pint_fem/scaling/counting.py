@@ -49,14 +49,14 @@ def count_cycles(pose: Callable, steps: int, menu: Sequence[Mapping], tolerances
         count = min(steps, PARADIAG_STEPS) if "time_solver" in options else steps
         rf = pose(SpaceTime("1x1", comm=MPI.COMM_SELF), count, solver_parameters(options, rtol=min(tolerances)))
         problem = rf.problem
-        problem.forget()
+        problem.invalidate()
         try:
             problem.derivative(rf.array([c.control for c in rf.controls]) + 1.0)
         except SolverFailure:
             continue
-        point = problem.points[0]
+        evaluation = problem.evaluations[0]
         for rtol in tolerances:
             met = lambda result, rtol=rtol: next(i for i, r in enumerate(result.residuals) if r <= rtol * result.scale)
-            entry = {"state": met(point.state), "adjoint": met(point.adjoint)}
+            entry = {"state": met(evaluation.state), "adjoint": met(evaluation.adjoint)}
             out.append({"options": dict(options), "rtol": rtol, **entry})
     return out

@@ -1,16 +1,19 @@
-r"""Trajectories of which the C-points are stored: F-points are computed again, a few intervals at a time.
+r"""Storage of the C-points only: states at F-points are computed again, for a group of intervals at a time.
 
-The own intervals go in *windows*, neighbours that advance in lock-step. From the stored state at the start of each,
+The own intervals are divided into *groups* of neighbours that advance in lock-step. From the stored state at the start
+of each interval,
 
 .. math::  u_{c+j+1} = \Phi_{c+j}(u_{c+j}, z), \qquad j = 0..m-2 ,
 
-gives the states ``(m, width, n)`` that derivatives, misfits and controls want; nothing has a row for each own step.
-What enters a linear sweep in an interval is *condensed*: taken to the C-point at the interval's end once before a
-solve, so that its cycles are homogeneous but for one row an interval (see :mod:`pint_fem.mgrit.c_point_relaxation`).
+gives the states ``(m, width, n)`` of a group, at which derivatives of steps and misfits are evaluated; no array has a
+row for each own step. The right-hand side of a linear sweep is *condensed*: propagated through each interval to the
+C-point at its end, once before a solve, so that the steps inside are homogeneous and there is one right-hand side per
+interval (:mod:`pint_fem.mgrit.c_point_relaxation`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -19,11 +22,13 @@ from pint_fem.kernels.blocks import WIDTH
 from pint_fem.propagators.base import FEPropagator, StepData
 from pint_fem.spacetime import Slab
 
-__all__ = ["Intervals", "Window"]
+__all__ = ["ControlDerivative", "IntervalGroup", "Intervals"]
 
 
-class Window(NamedTuple):
-    """Neighbouring intervals of ``m`` steps: number of the first on the time axis, its place among the own ones."""
+class IntervalGroup(NamedTuple):
+    """``count`` neighbouring intervals of ``m`` steps in lock-step; the first one has the number ``first`` on
+    the whole time axis and ``place`` among the own intervals.
+    """
 
     first: int
     place: int
@@ -32,39 +37,39 @@ class Window(NamedTuple):
 
     @property
     def starts(self) -> slice:
-        """Rows of the intervals' first points among the stored ones."""
+        """The intervals' first points among the stored C-points."""
         return slice(self.place, self.place + self.count)
 
     @property
     def ends(self) -> slice:
-        """Rows of their last points."""
+        """The intervals' last points among the stored C-points."""
         return slice(self.place + 1, self.place + self.count + 1)
 
-    def rows(self, j: int) -> slice:
-        """Their steps number ``j`` among the own steps, and the points from which these start among the local ones."""
+    def steps(self, j: int) -> slice:
+        """Step ``j`` of each interval among the own steps; also the points from which these start among the local."""
         return slice(self.place * self.m + j, (self.place + self.count - 1) * self.m + j + 1, self.m)
 
 
 class Intervals:
-    """The own intervals of the finest level.
+    """The own intervals of the finest level, and the work arrays of a group of them.
 
     Parameters
     ----------
     propagator
-        Of the finest level.
-    slab
-        Own steps; they begin and end at C-points.
-    m
-        Steps of an interval.
+        Propagator of the finest level.
+    slab, m
+        Own steps, of which the first and the last point are C-points, and steps of an interval.
     is_linear
-        Whether all levels are; else sweeps take one interval after the other.
+        Whether all levels are linear; otherwise a group is one interval.
 
     Attributes
     ----------
+    count : int
+        Number of own intervals.
     width : int
-        Intervals of a window: a block of the propagator's, or fewer, so that a window's states are no more than the
-        stored ones (one interval at least); one where sweeps take one interval after the other.
-    windows : list of Window
+        Intervals of a group: at most a block of the propagator, and no more states than the stored ones.
+    groups : list of IntervalGroup
+        The groups in the order of time.
     """
 
     def __init__(self, propagator: FEPropagator, slab: Slab, m: int, *, is_linear: bool):
@@ -75,124 +80,170 @@ class Intervals:
         while is_linear and 2 * self.width <= WIDTH and 2 * self.width * m <= self.count:
             self.width *= 2
         cuts = [first, *range(first + self.width - first % self.width, first + self.count, self.width)]
-        self.windows = [
-            Window(a, a - first, b - a, m) for a, b in zip(cuts, [*cuts[1:], first + self.count], strict=True)
+        self.groups = [
+            IntervalGroup(a, a - first, b - a, m) for a, b in zip(cuts, [*cuts[1:], first + self.count], strict=True)
         ]
-        self._kept = propagator.memory(m)
+        self._linearisations = propagator.step_linearisations(m)
         self._buffers: dict[str, np.ndarray] = {}
         self._affine: np.ndarray | None = None
         self.bind(None, None)
 
-    # -- memory --------------------------------------------------------------------------------------------------------
     def buffer(self, name: str, rows: int | None = None) -> np.ndarray:
-        """A work array ``(width, n)`` or ``(rows, width, n)``, the same one whenever asked for by this name."""
+        """The work array ``(width, n)`` or ``(rows, width, n)`` of this name, allocated once."""
         if name not in self._buffers:
             shape = (self.width, self.evolution.state_size)
             self._buffers[name] = np.empty(shape if rows is None else (rows, *shape))
         return self._buffers[name]
 
-    def zeros(self) -> np.ndarray:
-        """A state for each own interval and one more."""
-        return np.zeros((self.count + 1, self.evolution.state_size))
-
     def update_data(self) -> None:
-        """Data have other values now: forget what forcing comes to."""
+        """Invalidate what has been computed from data."""
         self._affine = None
 
-    # -- where steps are taken -----------------------------------------------------------------------------------------
     def bind(self, z: np.ndarray | None, U: np.ndarray | None) -> None:
-        """Take controls ``(nz,)`` or ``(k, nz)`` and the stored states ``(count + 1, n)`` from now on."""
-        self._z, self._U, self._here = z, U, None
+        """Set the controls ``(nz,)`` or ``(k, nz)`` and the stored states ``(count + 1, n)`` of the following calls."""
+        self._z, self._U, self._current = z, U, None
 
-    def data(self, window: Window, j: int, dz: np.ndarray | None = None, *, linearised: bool = True) -> StepData:
-        """Data of steps number ``j``; with the states of the window unless the propagator is linear."""
-        rows = window.rows(j)
-        t = self.evolution.time(self.slab.lo + np.arange(rows.start, rows.stop, rows.step))
-        z, dz = (x if x is None or x.ndim == 1 else x[rows] for x in (self._z, dz))
-        u = kept = None
-        if linearised and not self.propagator.is_linear:
-            u = self.states(window)[j]
-        if self._kept is not None:
-            kept = self._kept[j : j + 1]
-        return StepData(t, z, u, dz, kept)
+    def data(self, group: IntervalGroup, j: int, dz: np.ndarray | None = None, *, linearised: bool = True) -> StepData:
+        """Data of step ``j`` of the intervals; ``linearised``: with the states, unless the propagator is linear."""
+        steps = group.steps(j)
+        t = self.evolution.time(self.slab.lo + np.arange(steps.start, steps.stop, steps.step))
+        z, dz = (x if x is None or x.ndim == 1 else x[steps] for x in (self._z, dz))
+        u = self.states(group)[j] if linearised and not self.propagator.is_linear else None
+        return StepData(t, z, u, dz, None if self._linearisations is None else self._linearisations[j : j + 1])
 
     # -- forwards ------------------------------------------------------------------------------------------------------
-    def states(self, window: Window) -> np.ndarray:
-        """States at the starts of the steps, ``(m, count, n)``; valid until another window is asked for."""
-        W = self.buffer("states", self.m)[:, : window.count]
-        if self._here == window.first:
+    def states(self, group: IntervalGroup) -> np.ndarray:
+        """States from which the steps start, ``(m, count, n)``; valid until those of another group are computed."""
+        W = self.buffer("states", self.m)[:, : group.count]
+        if self._current == group.first:
             return W
-        self._here = None  # as long as a step may fail
-        for memory in self._kept or ():
-            memory.restart()
-        W[0] = self._U[window.starts]
+        self._current = None  # as long as a step may fail
+        for linearisation in self._linearisations or ():
+            linearisation.reset(factors=True)
+        W[0] = self._U[group.starts]
         for j in range(self.m - 1):
-            self.propagator.step(self.data(window, j, linearised=False), W[j], W[j + 1], window.first)
-        self._here = window.first
+            self.propagator.step(self.data(group, j, linearised=False), W[j], W[j + 1], group.first)
+        self._current = group.first
         return W
 
-    def tangents(self, window: Window, dz: np.ndarray | None, dU: np.ndarray) -> np.ndarray:
-        """The same of a tangent trajectory."""
-        D = self.buffer("tangents", self.m)[:, : window.count]
-        D[0] = dU[window.starts]
+    def tangents(self, group: IntervalGroup, dz: np.ndarray | None, dU: np.ndarray) -> np.ndarray:
+        """Tangents at the same points, ``(m, count, n)``, from those at C-points ``dU`` and the direction ``dz``."""
+        D = self.buffer("tangents", self.m)[:, : group.count]
+        D[0] = dU[group.starts]
         for j in range(self.m - 1):
-            data = self.data(window, j, dz)
-            self.propagator.tangent(data, D[j], data.dz, D[j + 1], window.first)
+            self._tangent(group, j, D[j], D[j + 1], dz)
         return D
+
+    def _tangent(self, group: IntervalGroup, j: int, du: np.ndarray, out: np.ndarray, dz) -> None:
+        data = self.data(group, j, dz)
+        self.propagator.tangent(data, du, data.dz, out, group.first)
 
     def forcing(self, z: np.ndarray | None) -> np.ndarray:
         """Condensed right-hand side of the state of a linear evolution, ``(count, n)``."""
         if self._affine is None:
-            self.bind(None, None)  # at no control
-            step = lambda window, j, u, out: self.propagator.step(self.data(window, j), u, out, window.first)
-            self._affine = self._taken_along(step, moves=self.evolution.depends_on_time)
+            self.bind(None, None)  # without control
+            step = lambda group, j, u, out: self.propagator.step(self.data(group, j), u, out, group.first)
+            self._affine = self._propagated_from_zero(step, moves=self.evolution.depends_on_time)
         return self._affine if z is None else self._affine + self.control_forcing(z)
 
     def control_forcing(self, dz: np.ndarray) -> np.ndarray:
-        """That of its tangent, ``(count, n)``."""
+        """Condensed right-hand side of the tangent of a linear evolution in the direction ``dz``, ``(count, n)``."""
         self.bind(None, None)
+        tangent = lambda group, j, u, out: self._tangent(group, j, u, out, dz)
+        return self._propagated_from_zero(tangent, moves=dz.ndim == 2 or self.evolution.controls_move)
 
-        def tangent(window, j, u, out):
-            data = self.data(window, j, dz)
-            self.propagator.tangent(data, u, data.dz, out, window.first)
-
-        return self._taken_along(tangent, moves=dz.ndim == 2 or self.evolution.controls_move)
-
-    def _taken_along(self, step, *, moves: bool) -> np.ndarray:
-        """Where steps lead from zero in each interval; in all alike where nothing ``moves``."""
+    def _propagated_from_zero(self, step: Callable, *, moves: bool) -> np.ndarray:
+        """The ends of the intervals where each begins with zero; where steps do not depend on time (``moves``), the end
+        of a single interval, repeated.
+        """
         out = np.empty((self.count if moves else 1, self.evolution.state_size))
-        for window in self.windows if moves else [Window(0, 0, 1, self.m)]:
-            a, b = (self.buffer(name)[: window.count] for name in "pq")
+        for group in self.groups if moves else [IntervalGroup(0, 0, 1, self.m)]:
+            a, b = self.pair(group)
             a[...] = 0
             for j in range(self.m):
-                step(window, j, a, b)
+                step(group, j, a, b)
                 a, b = b, a
-            out[window.place : window.place + window.count] = a
+            out[group.starts] = a
         return np.broadcast_to(out, (self.count, out.shape[1]))
 
+    def pair(self, group: IntervalGroup) -> list[np.ndarray]:
+        """Two work arrays ``(count, n)``, the argument and the result of a step by turns."""
+        return [self.buffer(name)[: group.count] for name in ("first", "second")]
+
     # -- backwards -----------------------------------------------------------------------------------------------------
-    def adjoint(self, window: Window, j: int, lam: np.ndarray, out: np.ndarray) -> None:
-        """``Phi_u^T lam`` of steps number ``j``; blocks are in the order of the adjoint sweep, as its lanes are."""
-        last = self.slab.nsteps // self.m - window.first - window.count
-        self.propagator.adjoint(_reversed(self.data(window, j)), lam[::-1], out[::-1], last)
+    def adjoint(self, group: IntervalGroup, j: int, lam: np.ndarray, out: np.ndarray) -> None:
+        """Write ``Phi_u^T lam`` of step ``j`` to ``out``, in blocks that are ordered as in the adjoint sweep."""
+        after = self.slab.nsteps // self.m - group.first - group.count
+        data = self.data(group, j).part(slice(None, None, -1))
+        self.propagator.adjoint(data, lam[::-1], out[::-1], after)
 
-    def control_adjoint(self, window: Window, j: int, lam: np.ndarray) -> np.ndarray:
-        """``Phi_z^T lam``: ``(count, nz)``, or their sum ``(nz,)``."""
-        return self.propagator.control_adjoint(self.data(window, j), lam, window.first)
+    def control_adjoint(self, group: IntervalGroup, j: int, lam: np.ndarray) -> np.ndarray:
+        """``Phi_z^T lam`` of step ``j``: ``(count, nz)``, or their sum ``(nz,)`` for a static control."""
+        return self.propagator.control_adjoint(self.data(group, j), lam, group.first)
 
-    def second_order(self, window: Window, j: int, du: np.ndarray, dz, lam: np.ndarray):
-        """Second derivatives of steps number ``j``, see :meth:`FEPropagator.second_order`."""
-        data = self.data(window, j, dz)
+    def second_order(self, group: IntervalGroup, j: int, du: np.ndarray, dz, lam: np.ndarray):
+        """Derivatives of ``Phi_u^T lam`` and ``Phi_z^T lam`` of step ``j`` in the direction ``(du, dz)``."""
+        data = self.data(group, j, dz)
         return self.propagator.second_order(data, du, data.dz, lam)
 
-    # -- for the solver ------------------------------------------------------------------------------------------------
     def linearised(self, steps: range, *, backwards: bool) -> StepData:
-        """Data of a step that is numbered in the sweep's direction; windows of one interval only."""
+        """Data of a single step with its number in the direction of the sweep, for groups of one interval."""
         (step,) = steps
         if backwards:
             step = self.slab.nsteps - 1 - step
-        return self.data(self.windows[(step - self.slab.lo) // self.m], step % self.m)
+        return self.data(self.groups[(step - self.slab.lo) // self.m], step % self.m)
 
 
-def _reversed(data: StepData) -> StepData:
-    return data.part(slice(None, None, -1))
+class ControlDerivative:
+    r"""The derivative by the controls, :math:`\Phi_{n,z}^T \lambda_{n+1}`, summed over the steps of the intervals.
+
+    Parameters
+    ----------
+    intervals
+        The own intervals.
+    begun
+        ``rows`` of another sum that is continued.
+
+    Attributes
+    ----------
+    rows : ndarray or None
+        ``(k, nz)`` per step. For static controls the sum ``(nz,)``; of a linear evolution the propagator's
+        ``control_sums`` of the adjoints, so that solves are made once, at the end.
+    """
+
+    def __init__(self, intervals: Intervals, begun: np.ndarray | None = None):
+        self._intervals, ev = intervals, intervals.evolution
+        self._sums_adjoints = intervals.propagator.is_linear and not ev.per_step
+        self._any_group = IntervalGroup(0, 0, 1, intervals.m)
+        self.rows = None
+        if not ev.parameters:
+            return
+        if begun is not None:
+            self.rows = begun.copy()
+        elif self._sums_adjoints:
+            self.rows = self._adjoint_sums(self._any_group, 0, np.zeros((1, ev.state_size)))
+        else:
+            self.rows = np.zeros((intervals.slab.k, ev.control_size) if ev.per_step else (ev.control_size,))
+
+    def _adjoint_sums(self, group: IntervalGroup, j: int, lam: np.ndarray) -> np.ndarray:
+        return self._intervals.propagator.control_sums(self._intervals.data(group, j), lam)
+
+    def add_adjoint(self, group: IntervalGroup, j: int, lam: np.ndarray) -> None:
+        """Add the derivative from adjoints ``(count, n)`` at the ends of step ``j`` of the intervals."""
+        if self._sums_adjoints and self.rows is not None:
+            self.rows += self._adjoint_sums(group, j, lam)
+        elif self.rows is not None:
+            self.add(group, j, self._intervals.control_adjoint(group, j, lam))
+
+    def add(self, group: IntervalGroup, j: int, derivative: np.ndarray) -> None:
+        """Add a derivative ``(count, nz)`` or ``(nz,)`` of step ``j`` of the intervals."""
+        if self.rows is not None:
+            target = self.rows[group.steps(j)] if self.rows.ndim == 2 else self.rows
+            target += derivative
+
+    def finish(self) -> np.ndarray | None:
+        """The derivative ``(nz,)`` or ``(k, nz)``; ``None`` without parameters."""
+        if self.rows is None or not self._sums_adjoints:
+            return self.rows
+        intervals = self._intervals
+        return intervals.propagator.control_adjoint_of_sums(intervals.data(self._any_group, 0), self.rows)

@@ -1,4 +1,4 @@
-"""The solver's check of user code, :func:`pint_fem.mgrit.check`, on the propagators of finite element sweeps."""
+"""Checks of the propagators of all levels, their derivatives and the transfers between meshes, on random vectors."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from pint_fem.sweeps.sweeps import Sweeps
 __all__ = ["check_sweeps"]
 
 
-class _Checked:
-    """A propagator with the signatures of :func:`pint_fem.mgrit.check`: any steps of a level, at a given control."""
+class _Steps:
+    """Any steps of a level at a given control, with the signatures that :func:`pint_fem.mgrit.check` calls."""
 
     def __init__(self, propagator: FEPropagator, z: np.ndarray | None):
         self.propagator, self.z = propagator, z
@@ -28,40 +28,43 @@ class _Checked:
         return StepData(evolution.time(start), own, u)
 
     def step(self, steps, u, out):
-        """See :class:`pint_fem.all_at_once.levels.Propagator`."""
+        """Write the results of steps from ``u`` to ``out``."""
         self.propagator.step(self._data(steps, u), u, out, steps.start // steps.step)
 
     def tangent(self, steps, u, du, out):
-        """See :class:`pint_fem.all_at_once.levels.Propagator`."""
+        """Write the derivatives of steps at ``u`` in the direction ``du`` to ``out``."""
         self.propagator.tangent(self._data(steps, u), du, None, out, steps.start // steps.step)
 
     def adjoint(self, steps, u, lam, out):
-        """See :class:`pint_fem.all_at_once.levels.Propagator`."""
+        """Write the transposed derivatives of steps at ``u``, applied to ``lam``, to ``out``."""
         self.propagator.adjoint(self._data(steps, u), lam, out, steps.start // steps.step)
 
     def _sweep(self, first, U, G):
-        """As the state sweep of a linear evolution: homogeneous steps with the forcing as right-hand side."""
+        """Take consecutive steps of a linear evolution: homogeneous ones with the forcing as right-hand side."""
         forcing = self.propagator.forcing(self._data(range(first, first + len(U) - 1), None), first)
         self.propagator.sweep(U, forcing if G is None else forcing + G)
 
 
 def check_sweeps(sweeps: Sweeps, z: np.ndarray | None = None, *, seed: int = 0, rtol: float = 1e-10) -> CheckReport:
-    """Check the propagators of all levels, their derivatives and the transfers (collective; for small problems).
+    """Check the propagators of all levels, their derivatives and the transfers between meshes (collective).
 
-    Every rank takes some hundred steps a level, and stores a control a step for all steps.
+    For small problems: every rank takes some hundred steps per level and stores the controls of all steps.
 
     Parameters
     ----------
     sweeps
-        Of a reduced functional: ``rf.problem.sweeps``.
+        The sweeps of a reduced functional: ``rf.problem.sweeps``.
     z
         Control ``(nz,)`` or ``(k, nz)`` of the own steps; default: the value of the evolution's control.
-    seed, rtol
-        See :func:`pint_fem.mgrit.check`.
+    seed
+        Seed of the random vectors.
+    rtol
+        Relative difference up to which two results count as equal.
 
     Returns
     -------
     CheckReport
+        What was checked, with the differences that were found; :func:`pint_fem.mgrit.check` describes the checks.
 
     Raises
     ------
@@ -75,16 +78,16 @@ def check_sweeps(sweeps: Sweeps, z: np.ndarray | None = None, *, seed: int = 0, 
         z = np.concatenate(spacetime.time_comm.allgather(z))
     try:
         return check(
-            [_Checked(p, sweeps.space.controls(level, z)) for level, p in enumerate(sweeps.propagators)],
+            [_Steps(p, sweeps.solvers.space.controls(level, z)) for level, p in enumerate(sweeps.propagators)],
             evolution.nsteps,
             sweeps.initial,
             coarsening=sweeps.options.coarsening,
-            transfers=sweeps.space.transfers,
+            transfers=sweeps.solvers.space.transfers,
             comm=spacetime.time_comm,
             space_comm=spacetime.space_comm,
             seed=seed,
             rtol=rtol,
-            printer=sweeps.printer,
+            printer=sweeps.solvers.printer,
         )
     except ValueError as error:
         raise InputError(str(error)) from error

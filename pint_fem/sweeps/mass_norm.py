@@ -1,4 +1,4 @@
-"""Norms of states in the inner product of their function space, for the residuals of time-parallel solves."""
+"""L2 norms of finite element states and of dual vectors, for the residuals of time-parallel solves."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ __all__ = ["MassNorm"]
 
 
 class MassNorm:
-    """Squared L2 norms of states: ``u^T M u`` of coefficients, ``l^T M^{-1} l`` of dual vectors (adjoints).
+    r"""Squared norms :math:`u^T M u` of coefficients, or :math:`l^T M^{-1} l` of dual vectors, with the mass matrix.
 
-    One product (solve) a state, so a state's bits do not depend on the others.
+    The result for a state is bitwise independent of the other states in its block.
 
     Parameters
     ----------
@@ -23,7 +23,7 @@ class MassNorm:
     spacetime
         Process grid.
     dual
-        Whether states are dual vectors.
+        Whether states are dual vectors (adjoints).
     """
 
     def __init__(self, V, spacetime: SpaceTime, *, dual: bool = False):
@@ -33,11 +33,11 @@ class MassNorm:
         self._factor = Factor(self.M, {}, symmetric=True) if dual else None
 
     def finite(self, block: np.ndarray) -> np.ndarray:
-        """Cheap squared norms, to find states that are not finite."""
+        """Squared Euclidean norms ``(k,)``, which find states that are not finite at less cost."""
         return self.spacetime.point_norms(block)
 
     def __call__(self, block: np.ndarray) -> np.ndarray:
-        """Squared norms of the states ``(k, own dofs)``, shape ``(k,)`` (collective over space)."""
+        """Squared norms ``(k,)`` of states ``(k, own dofs)`` (collective over space)."""
         out = np.empty(len(block))
         for i, row in enumerate(block):
             self._x.array[:] = row

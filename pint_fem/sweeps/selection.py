@@ -1,8 +1,10 @@
-"""Which solver the sweeps use: read from ``solver_parameters`` and PETSc's options, or chosen by theory."""
+"""The choice of the time solver and its options: from ``solver_parameters``, PETSc's options, or a-priori estimates of
+convergence, which are also printed before the first solve.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from firedrake.petsc import PETSc
@@ -13,12 +15,22 @@ from pint_fem.errors import InputError
 from pint_fem.evolution.evolution import Evolution
 from pint_fem.mgrit.options import MGRITOptions
 from pint_fem.paradiag.options import ParaDiagOptions
+from pint_fem.petsc_options.checks import require_types
 from pint_fem.petsc_options.spelling import refuse_near_misses
-from pint_fem.petsc_options.types import require_types
 from pint_fem.spacetime import SpaceTime
-from pint_fem.theory.estimates import mgrit_verdict, paradiag_contraction
+from pint_fem.theory.estimates import mgrit_estimate, paradiag_contraction
+from pint_fem.theory.two_level import ConvergenceEstimate
 
-__all__ = ["KINDS", "TimeSolver", "choose", "mgrit_options", "read_time_solver"]
+__all__ = [
+    "KINDS",
+    "TimeSolverChoice",
+    "choose",
+    "estimate_lines",
+    "krylov_options",
+    "mgrit_options",
+    "read_time_solver",
+    "require_supported",
+]
 
 KINDS = ("mgrit", "paradiag", "serial", "auto")
 CYCLES = 20
@@ -27,8 +39,8 @@ _PETSC = ("ksp_", "pc_", "mat_", "sub_")
 
 
 @dataclass(frozen=True)
-class TimeSolver:
-    """What to solve sweeps by.
+class TimeSolverChoice:
+    """A time solver and its options.
 
     Attributes
     ----------
@@ -39,7 +51,7 @@ class TimeSolver:
     systems : dict
         PETSc options of ParaDiag's shifted systems.
     why : str
-        One line, where it was chosen.
+        The reason in one line, where the solver was chosen by ``"auto"``.
     """
 
     kind: str
@@ -50,8 +62,14 @@ class TimeSolver:
 
 
 def mgrit_options(parameters: Mapping | MGRITOptions | None, prefix: str = "mgrit_") -> MGRITOptions:
-    """MGRIT options from a dictionary, with those of PETSc's options database (``-mgrit_levels 3 -mgrit_coarsening
-    8,4``) on top.
+    """MGRIT options from a dictionary, overridden by those in PETSc's options database (``-mgrit_levels 3``).
+
+    Parameters
+    ----------
+    parameters
+        Nested or flat options; ``None``: the defaults.
+    prefix
+        Prefix of the names in the database.
 
     Raises
     ------
@@ -67,21 +85,18 @@ def mgrit_options(parameters: Mapping | MGRITOptions | None, prefix: str = "mgri
 def _database(prefix: str) -> tuple[dict, dict]:
     """Options with a prefix in PETSc's database: a time solver's own, and those of PETSc's solvers."""
     found = PETSc.Options(prefix).getAll()
-    return {k: v for k, v in found.items() if not k.startswith(_PETSC)}, {
-        k: v for k, v in found.items() if k.startswith(_PETSC)
-    }
+    petsc = {name: found.pop(name) for name in list(found) if name.startswith(_PETSC)}
+    return found, petsc
 
 
-def _paradiag_options(given, mgrit: MGRITOptions) -> tuple[ParaDiagOptions, dict]:
-    """Options of ParaDiag, and PETSc's of its systems. What MGRIT's options say of stopping and showing holds for it,
-    too, where its own do not say otherwise.
-    """
+def _paradiag_options(given, mgrit: MGRITOptions, prefix: str) -> tuple[ParaDiagOptions, dict]:
+    """Options of ParaDiag, which default to MGRIT's for stopping and printing, and PETSc's options of its systems."""
     if given is not None and not isinstance(given, Mapping):
         raise InputError(f"paradiag {given!r}: give a dictionary of options, such as {{'alpha': 1e-4}}")
     given = dict(given or {})
     systems = {k: given.pop(k) for k in list(given) if str(k).startswith(_PETSC)}
-    database, petsc = _database("paradiag_")
-    require_types(systems, "paradiag_", "paradiag")
+    database, petsc = _database(prefix)
+    require_types(systems, prefix, "paradiag")
     plain = MGRITOptions()
     shared = {name: getattr(mgrit, name) for name in SHARED if getattr(mgrit, name) != getattr(plain, name)}
     try:
@@ -90,8 +105,36 @@ def _paradiag_options(given, mgrit: MGRITOptions) -> tuple[ParaDiagOptions, dict
         raise InputError(str(error)) from None
 
 
-def read_time_solver(parameters: dict, evolution: Evolution, spacetime: SpaceTime, coarse_tableau) -> TimeSolver:
-    """Take ``time_solver``, ``mgrit`` and ``paradiag`` out of the parameters; collective.
+def krylov_options(given, options_prefix: str = "") -> Mapping | None:
+    """PETSc options of a Krylov method around MGRIT; ``None`` where neither they nor ``-mgrit_ksp_...`` are given.
+
+    Raises
+    ------
+    InputError
+        On a type of solver that PETSc does not have, or a misspelt name.
+    """
+    prefix = f"{options_prefix}mgrit_"
+    if given is None and any(name.startswith("ksp_") for name in PETSc.Options(prefix).getAll()):
+        given = {}
+    if given is not None and not isinstance(given, Mapping):
+        raise InputError(f"krylov {given!r}: give PETSc options, such as {{'ksp_type': 'fgmres'}}")
+    require_types(given or {}, prefix, "krylov")
+    return given
+
+
+def read_time_solver(
+    parameters: dict, evolution: Evolution, spacetime: SpaceTime, coarse_tableau, options_prefix: str = ""
+) -> TimeSolverChoice:
+    """Take ``time_solver``, ``mgrit`` and ``paradiag`` out of the parameters (collective).
+
+    Parameters
+    ----------
+    parameters
+        A copy of the user's ``solver_parameters``, from which what is read is removed.
+    evolution, spacetime, coarse_tableau
+        The problem, the process grid and the integrator of the coarse levels.
+    options_prefix
+        Prefix of this functional's options in PETSc's database: ``-PREFIXmgrit_rtol``, ``-PREFIXparadiag_alpha``.
 
     Raises
     ------
@@ -100,27 +143,24 @@ def read_time_solver(parameters: dict, evolution: Evolution, spacetime: SpaceTim
         evolution that is not linear with constant operators.
     """
     require_same(
-        spacetime.comm,
-        nsteps=evolution.nsteps,
-        dt=evolution.dt,
-        t0=evolution.t0,
-        tableau=evolution.tableau,
-        coarse_tableau=coarse_tableau,
-        controls=len(evolution.controls),
-        given=parameters,
-    )
+        spacetime.comm, nsteps=evolution.nsteps, dt=evolution.dt, t0=evolution.t0, tableau=evolution.tableau,
+        coarse_tableau=coarse_tableau, controls=len(evolution.controls), given=parameters,
+        options_prefix=options_prefix,
+    )  # fmt: skip
     kind = parameters.pop("time_solver", "mgrit")
     if kind not in KINDS:
         raise InputError(f"time_solver {kind!r}: give one of {', '.join(map(repr, KINDS))}")
-    refuse_near_misses(PETSc.Options().getAll())
-    mgrit = mgrit_options(parameters.pop("mgrit", None))
-    unread = _database("mgrit_")[1]
+    refuse_near_misses(PETSc.Options().getAll(), options_prefix)
+    require_types(evolution.solver_parameters, f"{options_prefix}pint_")
+    prefix = f"{options_prefix}mgrit_"
+    mgrit = mgrit_options(parameters.pop("mgrit", None), prefix)
+    unread = _database(prefix)[1]
     if unread and parameters.get("krylov") is None and not any(name.startswith("ksp_") for name in unread):
         raise InputError(
-            f"-mgrit_{next(iter(unread))}: only a Krylov method around MGRIT reads it; give -mgrit_ksp_type fgmres as "
-            "well, or -pint_... for the solvers of a step"
+            f"-{prefix}{next(iter(unread))}: only a Krylov method around MGRIT reads it; give -{prefix}ksp_type fgmres "
+            f"as well, or -{options_prefix}pint_... for the solvers of a step"
         )
-    paradiag, systems = _paradiag_options(parameters.pop("paradiag", None), mgrit)
+    paradiag, systems = _paradiag_options(parameters.pop("paradiag", None), mgrit, f"{options_prefix}paradiag_")
     why = ""
     if kind == "auto":
         try:
@@ -129,18 +169,37 @@ def read_time_solver(parameters: dict, evolution: Evolution, spacetime: SpaceTim
             raise InputError(str(error)) from None
     if kind == "serial":
         mgrit = MGRITOptions.make(mgrit, levels=1, of_levels=())
-    return TimeSolver(kind, mgrit, paradiag, systems, why)
+    return TimeSolverChoice(kind, mgrit, paradiag, systems, why)
+
+
+def require_supported(options: MGRITOptions, factors: tuple, nsteps: int) -> None:
+    """Raise a ``ValueError`` on coarsening ``factors`` that do not fit ``nsteps`` equal steps, or their storage."""
+    uneven = [m for m in factors if not isinstance(m, int)]
+    if uneven:
+        raise ValueError(
+            f"mgrit coarsening {uneven[0]}: an evolution has equal steps on each level; give factors such as (8, 4)"
+        )
+    if options.storage == "C" and factors and nsteps % factors[0]:
+        m = factors[0]
+        raise ValueError(
+            f"mgrit storage 'C' with {nsteps} steps and coarsening {m}: state and adjoint have the same C-points only "
+            f"where the steps are a multiple of it; give {nsteps - nsteps % m} or {nsteps - nsteps % m + m} steps, "
+            "another coarsening or storage='all'"
+        )
 
 
 def choose(
     evolution: Evolution, spacetime: SpaceTime, mgrit: MGRITOptions, paradiag: ParaDiagOptions, coarse_tableau=None
 ) -> tuple[str, str]:
-    """The solver that theory prefers, and why in one line: MGRIT where its bound promises at most :data:`CYCLES`
-    cycles, else ParaDiag where no mode grows too much for it; where there is no theory, MGRIT.
+    """The time solver that a-priori convergence estimates favour (collective).
+
+    It is MGRIT where its estimate is at most :data:`CYCLES` cycles, else ParaDiag where no mode grows too much for it,
+    else sequential stepping; and MGRIT where there is no estimate.
 
     Returns
     -------
     str, str
+        The solver, and the reason in one line.
 
     Raises
     ------
@@ -150,22 +209,21 @@ def choose(
     kind, why = _choose(evolution, mgrit, paradiag, coarse_tableau)
     if kind != "serial" and spacetime.time_size == 1:
         why += "; on one time rank 'serial' is faster"
-    return spacetime.comm.bcast((kind, f"time_solver auto: {kind}, {why}"))  # one answer, whatever the round-off
+    return spacetime.comm.bcast((kind, f"time_solver auto: {kind}, {why}"))  # the same in spite of round-off
 
 
 def _choose(evolution: Evolution, mgrit: MGRITOptions, paradiag: ParaDiagOptions, coarse_tableau) -> tuple[str, str]:
-    too_few = "serial", f"{evolution.nsteps} steps are too few for a coarse level"
     try:
-        verdicts = mgrit_verdict(evolution, mgrit, coarse_tableau)
+        estimates = mgrit_estimate(evolution, mgrit, coarse_tableau)
     except ValueError:
         if mgrit.levels is not None:
             raise
-        return too_few
-    if verdicts == []:
-        return too_few
-    if verdicts is None:
+        estimates = []
+    if estimates == []:
+        return "serial", f"{evolution.nsteps} steps are too few for a coarse level"
+    if estimates is None:
         return "mgrit", "as there is no theory for this evolution (it is not linear with constant operators)"
-    worst = max(verdicts, key=lambda v: v.factor)
+    worst = max(estimates, key=lambda v: v.factor)
     bound = f"MGRIT's two-level bound is {worst.factor:.3g}"
     if worst.iterations <= CYCLES and worst.converges:
         return "mgrit", f"as {bound}: {worst.iterations:.0f} cycles for {worst.tolerance:g} at most"
@@ -173,3 +231,43 @@ def _choose(evolution: Evolution, mgrit: MGRITOptions, paradiag: ParaDiagOptions
     if rate is not None and rate < 0.5:
         return "paradiag", f"as {bound}, an iteration of ParaDiag contracts by {rate:.2g} (alpha {paradiag.alpha:g})"
     return "serial", f"as {bound}, and modes that grow leave ParaDiag a factor of {rate:.2g}"
+
+
+def estimate_lines(
+    evolution: Evolution, options: MGRITOptions | ParaDiagOptions, estimates: Sequence[ConvergenceEstimate]
+) -> Iterator[str]:
+    """Lines on the convergence of a time solver: warnings, and with the options ``monitor`` or ``view`` all estimates.
+
+    Collective over space.
+
+    Parameters
+    ----------
+    evolution
+        The problem.
+    options
+        Options of the time solver.
+    estimates
+        Estimate of each pair of MGRIT levels.
+    """
+    everything = options.monitor or options.view
+    if isinstance(options, ParaDiagOptions):
+        text, warns = _paradiag_estimate(evolution, options.alpha)
+        if everything or warns:
+            yield text
+    for level, estimate in enumerate(estimates):
+        where = f"levels {level} and {level + 1}"
+        if everything:
+            yield f"theory, {where}: {estimate}"
+        elif not estimate.converges:
+            yield f"warning, {where}: {estimate.warning}"
+
+
+def _paradiag_estimate(evolution: Evolution, alpha: float) -> tuple[str, bool]:
+    """A line on the contraction of ParaDiag, and whether it is a warning."""
+    rate = paradiag_contraction(evolution, alpha)
+    if rate is None:
+        return "theory: none for this evolution; ParaDiag uses operators averaged in time and reports its factor", False
+    text = f"an iteration of ParaDiag contracts by {rate:.3g} (alpha {alpha:g})"
+    if rate < 0.5:
+        return f"theory: {text}", False
+    return f"warning: {text}, as modes grow over the {evolution.nsteps} steps; use 'mgrit' or 'serial'", True

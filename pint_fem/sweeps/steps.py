@@ -1,4 +1,8 @@
-"""The steps of each sweep on a level: what MGRIT and ParaDiag call, bound to the own steps' data."""
+"""The steps of state, tangent and adjoint sweeps on one level, as time solvers call them: by their numbers.
+
+A propagator takes a block of steps with their data (times, controls, linearisation states). Here it is bound to the
+data of the own steps of a level, which are numbered in the direction of the sweep.
+"""
 
 from __future__ import annotations
 
@@ -10,64 +14,70 @@ from pint_fem.propagators.base import FEPropagator, StepData
 __all__ = ["AdjointStep", "LinearStep", "StateStep", "TangentStep"]
 
 
-class _Bound:
-    """A propagator bound to the own steps of one level: what MGRIT calls."""
+class _BoundStep:
+    """A propagator bound to the data of the own steps of one level.
 
-    block = WIDTH  # states in a block of the propagators
-    transposed = False
+    ``lo`` is the number of the first own step and ``data`` the data of all own steps, set before a solve;
+    ``linearised`` computes the linearisation data of steps at states that are not stored.
+    """
+
+    block = WIDTH  # states in a block
+    transposed = False  # whether the steps run backwards in time
 
     def __init__(self, propagator: FEPropagator):
         self.propagator = propagator
         self.lo = 0
         self.data: StepData | None = None
-        self.linearised: Callable[[range], StepData] | None = None  # states at F-points that are not stored
+        self.linearised: Callable[[range], StepData] | None = None
 
     def part(self, steps: range) -> StepData:
-        """Data of some steps, given by their numbers in the sweep's direction."""
+        """Data of some steps, given by their numbers in the direction of the sweep."""
         data = self.data.part(slice(steps.start - self.lo, steps.stop - self.lo, steps.step))
         if self.linearised is not None:
-            known = self.linearised(steps)
-            data = data._replace(u=known.u, kept=known.kept)
+            computed = self.linearised(steps)
+            data = data._replace(u=computed.u, linearisations=computed.linearisations)
         return data
 
     def step(self, steps, u, out):
-        """See :class:`pint_fem.all_at_once.levels.Propagator`."""
-        return self.take(steps, u, out, steps.start // steps.step)  # nothing, which the level checks
+        """Write the results of steps from ``u`` to ``out``; the lane of the first is its interval's number."""
+        return self.take(steps, u, out, steps.start // steps.step)  # None, which the level checks
 
 
-class StateStep(_Bound):
-    """``Phi`` with forcing."""
+class StateStep(_BoundStep):
+    r"""The step :math:`\Phi_n(u, z)`, forcing included."""
 
     def __init__(self, propagator: FEPropagator):
         super().__init__(propagator)
         self.uses_guess = propagator.uses_guess
 
     def take(self, steps, u, out, lane):
-        """Take a block of steps whose first has a place among its like."""
+        """Write the results of a block of steps to ``out``; ``lane`` is the number of the first one's interval."""
         return self.propagator.step(self.part(steps), u, out, lane)
 
 
-class TangentStep(_Bound):
-    """``Phi_u`` at the linearisation states, with ``Phi_z dz`` where the data has a direction."""
+class TangentStep(_BoundStep):
+    r"""The derivative :math:`\Phi_{n,u} u` at the linearisation states, with :math:`\Phi_{n,z}\,\delta z` if there is a
+    direction of the controls.
+    """
 
     def take(self, steps, u, out, lane):
-        """See :meth:`StateStep.take`."""
+        """Write the results of a block of steps to ``out``; ``lane`` is the number of the first one's interval."""
         data = self.part(steps)
         return self.propagator.tangent(data, u, data.dz, out, lane)
 
 
-class AdjointStep(_Bound):
-    """``Phi_u^T``, numbered backwards in time."""
+class AdjointStep(_BoundStep):
+    r"""The transpose :math:`\Phi_{n,u}^T u` at the linearisation states."""
 
     transposed = True
 
     def take(self, steps, u, out, lane):
-        """See :meth:`StateStep.take`."""
+        """Write the results of a block of steps to ``out``; ``lane`` is the number of the first one's interval."""
         return self.propagator.adjoint(self.part(steps), u, out, lane)
 
 
-class LinearStep(_Bound):
-    """``Phi_u`` of a linear propagator, or its transpose: no data."""
+class LinearStep(_BoundStep):
+    r"""The derivative :math:`\Phi_u` of a linear propagator or its transpose, the same for all steps."""
 
     def __init__(self, propagator, *, transposed: bool):
         super().__init__(propagator)
@@ -75,9 +85,9 @@ class LinearStep(_Bound):
         self._apply = propagator.apply_transposed if transposed else propagator.apply
 
     def take(self, steps, u, out, lane):
-        """See :meth:`StateStep.take`."""
+        """Write the results of a block of steps to ``out``; ``lane`` is the number of the first one's interval."""
         return self._apply(u, out, lane)
 
     def sweep(self, first, U, G):
-        """See :class:`pint_fem.all_at_once.levels.Propagator`."""
+        """Take consecutive steps with right-hand side ``G``, from ``U[0]``, in one call."""
         return self.propagator.sweep(U, G, transposed=self.transposed)

@@ -1,176 +1,184 @@
-r"""The four sweeps over all steps, each solved by MGRIT: state, adjoint, tangent and second-order adjoint.
+r"""The four sweeps over all time steps of an evolution: state, tangent, adjoint and second-order adjoint.
 
 .. math::
     u_{n+1} &= \Phi_n(u_n, z), \\
-    \lambda_n &= \Phi_{n,u}^T \lambda_{n+1} + g_n \quad\text{(backwards in time)}, \\
-    \delta u_{n+1} &= \Phi_{n,u}\, \delta u_n + g_n,
+    \delta u_{n+1} &= \Phi_{n,u}\, \delta u_n + \Phi_{n,z}\, \delta z, \\
+    \lambda_n &= \Phi_{n,u}^T \lambda_{n+1} + g_n \quad\text{(backwards in time)},
 
-the second-order adjoint being the adjoint with another right-hand side. The adjoint runs on the reversed communicator
-with reversed views of the slab's arrays: point ``n`` is point ``N - n`` there, and to MGRIT it is one more forward
-evolution. Where ``Phi`` is affine, the state sweep is the homogeneous one with the forcing as right-hand side, and
-all levels use the fast block propagators.
+the second-order adjoint being the adjoint with another right-hand side. The adjoint is solved on the reversed
+communicator with reversed views of the arrays: point ``n`` is point ``N - n`` there, so that the time solver solves one
+more forward evolution. Where ``Phi`` is affine, the state sweep is the homogeneous one with the forcing as right-hand
+side.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
-from functools import cached_property, partial
+from collections.abc import Callable, Iterable
+from functools import partial
 
 import numpy as np
 
-from pint_fem.all_at_once.levels import inject
 from pint_fem.all_at_once.stopping import DivergedError, SolveResult
 from pint_fem.collective import collectively, raise_collectively
 from pint_fem.errors import FAILURES
 from pint_fem.evolution.evolution import Evolution
 from pint_fem.kernels.arrays import get
 from pint_fem.kernels.garbage import clean
-from pint_fem.mgrit.solver import MGRIT
-from pint_fem.mgrit.transposed_cycles import TransposedAdjoint
 from pint_fem.paradiag.options import ParaDiagOptions
-from pint_fem.paradiag.solver import ParaDiag
-from pint_fem.paradiag.transposed_iterations import TransposedParaDiag
-from pint_fem.propagators.base import StepData
+from pint_fem.propagators.base import FEPropagator, StepData
 from pint_fem.spacetime import SpaceTime
-from pint_fem.sweeps.solvers import TimeSolvers
+from pint_fem.sweeps.c_points import Intervals
+from pint_fem.sweeps.time_solver import TimeSolver
+from pint_fem.sweeps.time_solvers import TimeSolvers
 
 __all__ = ["Sweeps"]
 
 
-def _nothing(*_) -> None:
-    """What is called after a solve where there is nothing to call."""
-
-
-class Sweeps(TimeSolvers):
+class Sweeps:
     """Time-parallel sweeps of one evolution on one process grid.
+
+    In all methods ``z`` are the controls of the own steps, ``(nz,)`` or ``(k, nz)``, or ``None`` without controls.
+    Trajectories are arrays of :meth:`new_slab`'s shape and are solved for in place, from the first guess in them;
+    keyword arguments ``rtol`` or ``cycles`` are the tolerance or the number of cycles of this solve alone. A guess is
+    ``cold`` if it is no solution of a nearby problem. All methods are collective, and solves raise ``SolverFailure`` or
+    ``DivergedError`` on every rank, where a step fails or the iteration does not converge.
 
     Parameters
     ----------
     evolution, spacetime
-        The problem and the grid.
+        The problem and the process grid.
     **given
-        See :class:`~pint_fem.sweeps.solvers.TimeSolvers`, which also raises.
+        Options and propagators: the keyword arguments of :class:`~pint_fem.sweeps.time_solvers.TimeSolvers`, which also
+        raises.
+
+    Attributes
+    ----------
+    solvers : TimeSolvers
+        What solves the sweeps.
+    evolution : Evolution
+        The private copy of the evolution that is solved.
+    slab : Slab
+        Own steps.
+    initial : ndarray
+        Initial condition ``(n,)``.
+    counts : dict
+        Number of solves by kind, and of cycles.
+    results : deque of (str, SolveResult)
+        Kinds and results of the last solves, for reports of a run.
+    on_sweep : callable or None
+        Called after each solve with its kind and result.
     """
 
     def __init__(self, evolution: Evolution, spacetime: SpaceTime, **given):
-        super().__init__(evolution, spacetime, **given)
-        self._cause: BaseException | None = None  # why a right-hand side could not be computed
-        self.initial = get(evolution.initial)
-        self.counts = {"state": 0, "adjoint": 0, "tangent": 0, "cycles": 0}
-        #: The last solves, for reports.
-        self.results: deque[tuple[str, SolveResult]] = deque(maxlen=500)
-        #: Called after each solve with its kind and result (progress).
-        self.on_sweep: Callable[[str, SolveResult], None] | None = None
-
-    def update_data(self, changed):
-        """See :class:`~pint_fem.sweeps.solvers.TimeSolvers`; also forgets what nonlinear steps start from."""
-        super().update_data(changed)
+        self.solvers = TimeSolvers(evolution, spacetime, **given)
+        self.evolution, self.spacetime, self.slab = self.solvers.evolution, spacetime, self.solvers.slab
         self.initial = get(self.evolution.initial)
-        self.forget()
+        self.counts = {"state": 0, "adjoint": 0, "tangent": 0, "cycles": 0}
+        self.results: deque[tuple[str, SolveResult]] = deque(maxlen=500)
+        self.on_sweep: Callable[[str, SolveResult], None] | None = None
+        self._cause: BaseException | None = None  # why a right-hand side could not be computed
 
     @property
-    def times(self) -> np.ndarray:
-        """Start times of the own steps."""
-        return self.evolution.time(np.arange(self.slab.lo, self.slab.hi))
+    def options(self):
+        """Options of the time solver of all sweeps."""
+        return self.solvers.options
 
+    @property
+    def propagators(self) -> list[FEPropagator]:
+        """The propagator of each level, the finest first."""
+        return self.solvers.propagators
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether the steps of all levels are affine."""
+        return self.solvers.is_linear
+
+    @property
+    def intervals(self) -> Intervals | None:
+        """Intervals between the stored C-points; ``None`` where all points are stored."""
+        return self.solvers.intervals
+
+    def update_data(self, changed: set) -> None:
+        """Read the new values of ``changed`` functions and constants of the evolution's private copies, and invalidate
+        what has been computed from the old ones.
+        """
+        self.solvers.update_data(changed)
+        self.initial = get(self.evolution.initial)
+        self.solvers.invalidate()
+
+    # -- arrays and data of the own steps ------------------------------------------------------------------------------
     @property
     def stored(self) -> tuple[slice, int]:
-        """Numbers of the local points that are stored among all that are, and how many these are."""
+        """Local points that are stored among all stored points of the time axis, and the number of the latter."""
         m = 1 if self.intervals is None else self.intervals.m
         return slice(self.slab.lo // m, self.slab.hi // m + 1), self.evolution.nsteps // m + 1
 
     def new_slab(self) -> np.ndarray:
-        """Zero states for the local points, ``(k + 1, n)``; for the C-points with ``storage="C"``."""
+        """Zero states at the stored local points: ``(k + 1, n)``, or one row per C-point with ``storage="C"``."""
         own, _ = self.stored
         return np.zeros((own.stop - own.start, self.evolution.state_size))
 
+    @property
+    def _rhs_shape(self) -> tuple[int, int]:
+        """Shape of right-hand sides of the own steps, or of those condensed to the C-points."""
+        own, _ = self.stored
+        return own.stop - own.start - 1, self.evolution.state_size
+
     def data(self, z, U: np.ndarray | None = None) -> StepData:
-        """Data of the own fine steps; ``U`` are states of the local points (then collective)."""
+        """Data of the own fine steps; with ``U``, states of the local points, linearised there."""
+        t = self.evolution.time(np.arange(self.slab.lo, self.slab.hi))
         if U is None:
-            return StepData(self.times, z)
-        self._memories.linearise(z, U)
-        return StepData(self.times, z, U[:-1], kept=self._memories.fine)
+            return StepData(t, z)
+        self.solvers.linearisations.linearise(z, U)
+        return StepData(t, z, U[:-1], linearisations=self.solvers.linearisations.fine)
 
-    def _bind(self, solver: MGRIT, z, U: np.ndarray | None, *, backwards: bool, dz=None) -> None:
-        """Give each level of a nonlinear solver its steps' times, controls and linearisation states."""
-        if isinstance(solver, ParaDiag):
-            solver.before_iteration = self._averaged.renewer(z, U)
-        states, sweep = [None] * len(solver.levels), object()
-        memories = self._memories.backward if backwards else self._memories.forward
-        if U is not None:
-            self._memories.linearise(z, U)
-            along = U[::-1] if backwards else U
-            if self.intervals is None:
-                states = inject(solver.levels, along)
-            else:  # what is stored is level 1
-                self.intervals.bind(z, U)
-                states = [None, *inject(solver.levels[1:], along)]
-        for level, u in zip(solver.levels, states, strict=True):
-            # fine step that lends its control to the level's step: the last one forwards, the first one in time
-            # backwards
-            steps = np.arange(level.lo, level.hi)
-            if backwards:
-                start = self.evolution.nsteps - (steps + 1) * level.stride
-                lender = start - self.slab.lo
-                u = None if u is None else u[1:]
-            else:
-                start = steps * level.stride
-                lender = start + level.stride - 1 - self.slab.lo
-                u = None if u is None else u[:-1]
-            own, along = (
-                self.space.controls(level.index, x if x is None or x.ndim == 1 else x[lender]) for x in (z, dz)
-            )
-            u = self.space.states(level.index, u)
-            guess = level.propagator.propagator.uses_guess
-            kept = memories[level.index]
-            level.propagator.data = StepData(self.evolution.time(start), own, u, along, kept, guess, sweep)
+    def _or_nan(self, compute: Callable[[], np.ndarray], shape: tuple[int, int]) -> np.ndarray:
+        """A right-hand side; NaN where it fails on this rank, so that the solver raises on every rank."""
+        try:
+            return compute()
+        except FAILURES as error:
+            self._cause = error
+            return np.full(shape, np.nan)
 
-    def _run(
-        self, solver: MGRIT, kind: str, U: np.ndarray, G, *, cold: bool = False, start: str = "", coarse_rhs=None,
-        **accuracy,
-    ):  # fmt: skip
+    # -- solves --------------------------------------------------------------------------------------------------------
+    def _solve(
+        self, solver: TimeSolver, kind: str, U: np.ndarray, G, *, cold: bool = False, start: str = "",
+        coarse_rhs: Callable[[], Iterable[np.ndarray]] | None = None, **accuracy,
+    ) -> SolveResult:  # fmt: skip
+        """Solve in place and count; ``cold``: ``U`` is no solution of a nearby problem."""
         clean(self.evolution.V.mesh().comm)
-        if not self._judged:
-            collectively(self.spacetime.comm, "theory", self._judge)
-        linear = self.is_linear or solver is not self._state
-        if linear and not cold and "cycles" not in accuracy and self._is_lost(solver, U, G, accuracy.get("rtol")):
+        self.solvers.report_estimates()
+        linear = self.is_linear or solver is not self.solvers.state
+        if linear and not cold and "cycles" not in accuracy and self._is_far(solver, U, G, accuracy.get("rtol")):
             U[1 if solver.levels[0].left is None else 0 :] = 0
             cold = True
-        solver.name = kind  # one solver serves both the state and the tangent of a linear evolution
+        solver.name = kind  # one solver solves for both the state and the tangent of a linear evolution
         start = start or ("nested" if cold and self.options.start == "auto" else self.options.start)
         given = None
-        if coarse_rhs is not None and start in ("skip", "nested") and isinstance(solver, MGRIT):
-            given = coarse_rhs()
+        if coarse_rhs is not None and start in ("skip", "nested") and not self.solvers.accelerated:
+            given = list(coarse_rhs())
         try:
             result = solver.solve(U, G, start=start, coarse_rhs=given, **accuracy)
         except FAILURES:  # on all ranks
             cause, self._cause = self._cause, None
             raise_collectively(self.spacetime.comm, cause, f"{kind} sweep: right-hand side")
             raise
-        finally:  # the slabs are the caller's: nobody else holds on to them
+        finally:  # the arrays belong to the caller
             solver.levels[0].U = solver.levels[0].G = None
         self.counts[kind] += 1
         self.counts["cycles"] += result.cycles
         self.results.append((kind, result))
-        collectively(self.spacetime.comm, "on_sweep", self.on_sweep or _nothing, kind, result)
+        collectively(self.spacetime.comm, "on_sweep", self.on_sweep or (lambda *_: None), kind, result)
         if not result.converged:
-            advice, name = "modes that grow? a larger alpha against round-off, on_divergence='serial'", "ParaDiag"
-            if not isinstance(solver.options, ParaDiagOptions):
-                advice, name = "a bound above one? see coarse_tableau, relax='FCF', smaller coarsening, ", "MGRIT"
-                advice += "on_divergence='serial'"
-            first, last = (result.residuals or [np.nan])[0], (result.residuals or [np.nan])[-1]
-            history = f"residual {last:.3e}, first {first:.3e}"
-            raise DivergedError(
-                f"{kind} sweep: {name} {result.reason}: {result.message} ({history}, rtol {solver.options.rtol:g}); "
-                f"{advice}, or levels=1 (sequential)"
-            )
+            raise DivergedError(_divergence(kind, result, solver.options))
         return result
 
-    def _is_lost(self, solver: MGRIT, U: np.ndarray, G: np.ndarray | None, rtol: float | None) -> bool:
-        """Whether the round-off of a first guess is more than the solution of a linear sweep may be off by: where data
-        are fitted or a direction is zero, the right-hand side vanishes and the guess is one of other magnitude
-        (collective, the same on all ranks).
+    def _is_far(self, solver: TimeSolver, U: np.ndarray, G: np.ndarray | None, rtol: float | None) -> bool:
+        """Whether the round-off of a first guess is larger than the tolerance of the solution of a linear sweep.
+
+        Where data are fitted or a direction is zero, the right-hand side vanishes, and the guess has another magnitude
+        than the solution.
         """
         rtol = solver.options.rtol if rtol is None else rtol
         if rtol == 0:
@@ -180,189 +188,156 @@ class Sweeps(TimeSolvers):
         guess, rhs = np.sqrt(self.spacetime.sum_over_grid(np.array(squares)))
         return bool(np.finfo(float).eps * guess > rtol * self.evolution.nsteps * rhs)
 
-    def _coarse_forcing(self, method: str, z) -> list[np.ndarray]:
-        """Forcing of the own steps of the coarse levels, for nested iteration of a linear evolution."""
-        out = []
-        for level, propagator in zip(self._tangent.levels[1:], self.propagators[1:], strict=True):
-            start = np.arange(level.lo, level.hi) * level.stride
-            own = z if z is None or z.ndim == 1 else z[start + level.stride - 1 - self.slab.lo]
-            own = self.space.controls(level.index, own)
-            data = StepData(self.evolution.time(start), own)
-            args = (data, level.lo) if method == "forcing" else (data, own, level.lo)
-            out.append(
-                self._safe(partial(getattr(propagator, method), *args), (level.k, propagator.evolution.state_size))
-            )
-        return out
-
-    def _safe(self, make: Callable[[], np.ndarray], shape: tuple[int, int]) -> np.ndarray:
-        """A right-hand side; NaN where it fails on this rank, which the solver carries to every rank (no hang)."""
-        try:
-            return make()
-        except FAILURES as error:
-            self._cause = error
-            return np.full(shape, np.nan)
+    def _coarse(self, compute: Callable[[FEPropagator, StepData, int], np.ndarray], z) -> Iterable[np.ndarray]:
+        """Right-hand sides of the own steps of the coarse levels, for nested iteration of a linear evolution."""
+        for propagator, lo, k, data in self.solvers.coarse_steps(z):
+            yield self._or_nan(partial(compute, propagator, data, lo), (k, propagator.evolution.state_size))
 
     def state(self, z, U: np.ndarray, *, initial=None, cold: bool = False, **accuracy) -> SolveResult:
-        """Solve for the state in place, from the first guess ``U`` ``(k + 1, n)``; ``z`` is ``(nz,)``, ``(k, nz)`` or
-        ``None``, ``initial`` the initial condition ``(n,)`` (default: the evolution's). ``cold``: the guess is no
-        solution of a nearby problem. ``accuracy``: ``rtol`` or ``cycles`` of this solve.
-        """
+        """Solve for the state ``U`` with an initial condition ``(n,)``; default: the evolution's."""
         if self.slab.is_first:
             U[0] = self.initial if initial is None else initial
-        if self.is_linear:
-            make = lambda: self.propagators[0].forcing(self.data(z), self.slab.lo)
-            if self.intervals is not None:
-                make = lambda: self.intervals.forcing(z)
-            G = self._safe(make, self._shape)
-            rhs = lambda: self._coarse_forcing("forcing", z)
-            return self._run(self._state, "state", U, G, cold=cold, coarse_rhs=rhs, **accuracy)
-        self._bind(self._state, z, None, backwards=False)
-        return self._run(self._state, "state", U, None, cold=cold, **accuracy)
+        if not self.is_linear:
+            self.solvers.bind(self.solvers.state, z, None, backwards=False)
+            return self._solve(self.solvers.state, "state", U, None, cold=cold, **accuracy)
+        forcing = lambda: self.propagators[0].forcing(self.data(z), self.slab.lo)
+        if self.intervals is not None:
+            forcing = lambda: self.intervals.forcing(z)
+        G = self._or_nan(forcing, self._rhs_shape)
+        coarse = lambda: self._coarse(lambda propagator, data, lo: propagator.forcing(data, lo), z)
+        return self._solve(self.solvers.state, "state", U, G, cold=cold, coarse_rhs=coarse, **accuracy)
 
     def tangent(
         self, z, U: np.ndarray, dz, dU: np.ndarray, *, initial=None, cold: bool = True, **accuracy
     ) -> SolveResult:
-        """Solve for the derivative of the state in the direction ``dz`` of the controls and ``initial`` of the initial
-        condition (``None``: zero), in place.
+        """Solve for the derivative ``dU`` of the state ``U`` in the direction ``dz`` of the controls and ``initial`` of
+        the initial condition; ``None`` for zero.
         """
-        fine, rhs, G = self.propagators[0], None, None
+        solver, coarse, G = self.solvers.tangent, None, None
         if self.slab.is_first:
             dU[0] = 0 if initial is None else initial
         if self.is_linear:
             if dz is not None:
-                make = lambda: fine.control_forcing(self.data(z), dz, self.slab.lo)
+                forcing = lambda: self.propagators[0].control_forcing(self.data(z), dz, self.slab.lo)
                 if self.intervals is not None:
-                    make = lambda: self.intervals.control_forcing(dz)
-                G = self._safe(make, self._shape)
-                rhs = lambda: self._coarse_forcing("control_forcing", dz)
-        elif isinstance(self._tangent, MGRIT):  # the steps are affine: no solves for a right-hand side
-            self._bind(self._tangent, z, U, backwards=False, dz=dz)
+                    forcing = lambda: self.intervals.control_forcing(dz)
+                G = self._or_nan(forcing, self._rhs_shape)
+                control_forcing = lambda propagator, data, lo: propagator.control_forcing(data, data.z, lo)
+                coarse = lambda: self._coarse(control_forcing, dz)
+        elif not self.solvers.accelerated:  # the steps contain the direction: no solves for a right-hand side
+            self.solvers.bind(solver, z, U, backwards=False, dz=dz)
         else:
-            self._bind(self._tangent, z, U, backwards=False)
+            self.solvers.bind(solver, z, U, backwards=False)
             if dz is not None:
                 data = self.data(z, U)
-                G = self._safe(lambda: self._control_tangent(data, dz), self._shape)
-        return self._run(self._tangent, "tangent", dU, G, cold=cold, coarse_rhs=rhs, **accuracy)
-
-    def state_residual(self, z, U: np.ndarray, *, initial=None) -> tuple[float, float]:
-        """Norms over the stored points of ``Phi(U) - U`` for the state's steps, and of ``U`` (collective).
-
-        One pass over the steps; ``U`` with current ghost rows is left as it is.
-        """
-        r = collectively(self.spacetime.comm, "residual of a state", self._steps_beyond, z, U)
-        first = self.slab.is_first
-        if first:
-            r = np.concatenate([U[:1] - (self.initial if initial is None else initial), r])
-        squares = [self.spacetime.point_norms(block).sum() for block in (r, U if first else U[1:])]
-        return tuple(np.sqrt(self.spacetime.sum_over_time(np.array(squares))).tolist())
-
-    def _steps_beyond(self, z, U: np.ndarray) -> np.ndarray:
-        """``Phi(U) - U`` at the own stored points but the first."""
-        fine, out = self.propagators[0], U[1:].copy()
-        if self.intervals is None:
-            fine.step(self.data(z)._replace(guess=fine.uses_guess), U[:-1], out, self.slab.lo)
-            return out - U[1:]
-        self.intervals.bind(z, U)
-        for window in self.intervals.windows:
-            last = self.intervals.states(window)[-1]
-            data = self.intervals.data(window, window.m - 1, linearised=False)
-            fine.step(data, last, out[window.starts], window.first)
-        return out - U[1:]
-
-    @property
-    def _shape(self) -> tuple[int, int]:
-        """Of right-hand sides of the own steps, or condensed to the stored C-points."""
-        own, _ = self.stored
-        return own.stop - own.start - 1, self.evolution.state_size
+                G = self._or_nan(lambda: self._control_tangent(data, dz), self._rhs_shape)
+        return self._solve(solver, "tangent", dU, G, cold=cold, coarse_rhs=coarse, **accuracy)
 
     def _control_tangent(self, data: StepData, dz) -> np.ndarray:
         """``Phi_z dz`` of the own steps of a nonlinear evolution."""
-        G = np.empty(self._shape)
+        G = np.empty(self._rhs_shape)
         self.propagators[0].tangent(data, np.zeros_like(G), dz, G, self.slab.lo)
         return G
 
     def adjoint(
         self, z, U: np.ndarray, gradient: np.ndarray, L: np.ndarray, *, cold: bool = False, **accuracy
     ) -> SolveResult:
-        """Solve for adjoints ``L`` ``(k + 1, n)`` in place; ``gradient`` rows ``0..k-1`` (``k`` on the last rank) are
-        the right-hand side. With ``storage="C"`` both are for the C-points, the right-hand side condensed.
+        """Solve for the adjoint ``L`` at the state ``U`` with the right-hand side ``gradient``, shaped as ``L``: rows
+        ``0..k-1`` and on the last rank also ``k``; with ``storage="C"`` condensed to the C-points.
         """
         if self.slab.is_last:
             L[-1] = gradient[-1]
         if not self.is_linear:
-            self._bind(self._adjoint, z, U, backwards=True)
-        return self._run(self._adjoint, "adjoint", L[::-1], gradient[:-1][::-1], cold=cold, **accuracy)
+            self.solvers.bind(self.solvers.adjoint, z, U, backwards=True)
+        return self._solve(self.solvers.adjoint, "adjoint", L[::-1], gradient[:-1][::-1], cold=cold, **accuracy)
 
-    @cached_property
-    def transposed_adjoint(self) -> TransposedAdjoint | TransposedParaDiag | None:
-        """Adjoint sweeps that are exactly the transposes of tangent ones of as many cycles from zero; ``None`` where
-        there are none.
-        """
-        if isinstance(self._adjoint, ParaDiag) and self.is_linear:
-            return TransposedParaDiag(self._adjoint, self.slab.k)
-        if not TransposedAdjoint.exists(self._adjoint, linear=self.is_linear, per_step=self.evolution.per_step):
-            return None
-        return TransposedAdjoint(self._adjoint, self.slab.k, is_last=self.slab.is_last, **self._backward)
-
-    @property
-    def has_model(self) -> bool:
-        """Whether :attr:`transposed_adjoint` has been made."""
-        return vars(self).get("transposed_adjoint") is not None
-
-    def forget(self, *, factors: bool = False) -> None:
-        """Forget what solves of nonlinear steps have left and what a linearisation has made; with ``factors`` those of
-        steps and of averaged operators, too.
-        """
-        self._memories.forget(factors=factors)
-        if factors and self._averaged is not None:
-            self._averaged.forget()
-
-    def adjoint_by_transposed_cycles(self, z, U: np.ndarray, gradient: np.ndarray, *, cycles: int):
-        """Adjoints ``(k + 1, n)`` by ``cycles`` transposed cycles from zero, in an array that the next call uses
-        again, and how they were solved; for :attr:`transposed_adjoint`.
+    def adjoint_by_transposed_cycles(
+        self, z, U: np.ndarray, gradient: np.ndarray, *, cycles: int
+    ) -> tuple[np.ndarray, SolveResult]:
+        """Adjoints ``(k + 1, n)`` by the transposes of ``cycles`` cycles from zero, in an array that the next call
+        overwrites, and the result of the solve; requires :attr:`TimeSolvers.transposed_adjoint`.
         """
         if not self.is_linear:
-            self._bind(self._adjoint, z, U, backwards=True)
-        sweep = self.transposed_adjoint
-        result = self._run(sweep.solver, "adjoint", *sweep.arrays(gradient), start=sweep.start, cycles=cycles)
+            self.solvers.bind(self.solvers.adjoint, z, U, backwards=True)
+        sweep = self.solvers.transposed_adjoint
+        result = self._solve(sweep.solver, "adjoint", *sweep.arrays(gradient), start=sweep.start, cycles=cycles)
         return sweep.collect(), result
 
+    # -- residuals and derivatives of given trajectories ---------------------------------------------------------------
+    def state_residual(self, z, U: np.ndarray, *, initial=None) -> tuple[float, float]:
+        """Norms over the stored points of ``Phi(U) - U`` and of ``U``, by one pass over the steps.
+
+        ``U``, whose first row on each rank is current, is not changed.
+        """
+        r = collectively(self.spacetime.comm, "residual of a state", self._step_residuals, z, U)
+        first = self.slab.is_first
+        if first:
+            r = np.concatenate([U[:1] - (self.initial if initial is None else initial), r])
+        squares = [self.spacetime.point_norms(block).sum() for block in (r, U if first else U[1:])]
+        return tuple(np.sqrt(self.spacetime.sum_over_time(np.array(squares))).tolist())
+
+    def _step_residuals(self, z, U: np.ndarray) -> np.ndarray:
+        """``Phi(U) - U`` at the own stored points but the first."""
+        fine, out = self.propagators[0], U[1:].copy()
+        if self.intervals is None:
+            fine.step(self.data(z)._replace(guess=fine.uses_guess), U[:-1], out, self.slab.lo)
+            return out - U[1:]
+        self.intervals.bind(z, U)
+        for group in self.intervals.groups:
+            last = self.intervals.states(group)[-1]
+            data = self.intervals.data(group, group.m - 1, linearised=False)
+            fine.step(data, last, out[group.starts], group.first)
+        return out - U[1:]
+
     def control_gradient(self, z, U: np.ndarray, L: np.ndarray) -> np.ndarray | None:
-        """``Phi_z^T lam_{n+1}`` of the own steps: their sum ``(nz,)``, or ``(k, nz)`` a step; ``None`` without
-        parameters.
+        """``Phi_z^T lam_{n+1}`` of the own steps: their sum ``(nz,)``, or ``(k, nz)`` for one control per step.
+
+        ``None`` for an evolution without parameters.
         """
         if not self.evolution.parameters:
             return None
         data = self.data(z, U)
-        work = partial(self.propagators[0].control_adjoint, data, L[1:], self.slab.lo)
-        return collectively(self.spacetime.comm, "derivative by the controls", work)
-
-    def _give_to_right(self, rows: np.ndarray) -> None:
-        """Add the last row of each slab to the first row of the next one, which is the same point."""
-        comm, send = self.spacetime.time_comm, None
-        if not self.slab.is_last:
-            send = comm.Isend(rows[-1].copy(), dest=comm.rank + 1, tag=2)
-        if not self.slab.is_first:
-            from_left = np.empty_like(rows[0])
-            comm.Recv(from_left, source=comm.rank - 1, tag=2)
-            rows[0] += from_left
-        if send is not None:
-            send.Wait()
+        compute = partial(self.propagators[0].control_adjoint, data, L[1:], self.slab.lo)
+        return collectively(self.spacetime.comm, "derivative by the controls", compute)
 
     def second_order(self, z, U, dz, dU, L, *, symmetric: bool = False) -> tuple[np.ndarray, np.ndarray] | None:
-        """Second derivatives of the steps as right-hand side of an adjoint sweep, ``(k + 1, n)``, and the controls'
-        part as in :meth:`control_gradient`; ``None`` where they vanish. ``symmetric``: as a symmetric form of
-        ``(dU, dz)`` also where ``dU`` is no exact tangent, for one more adjoint a step.
+        """Second derivatives of the steps along the tangent ``dU`` in the direction ``dz``, for the adjoint ``L``.
+
+        Parameters
+        ----------
+        symmetric
+            Whether they are a symmetric form of ``(dU, dz)`` also where ``dU`` is no exact tangent; this takes one more
+            adjoint per step.
+
+        Returns
+        -------
+        tuple of ndarray, or None
+            Right-hand side of the second-order adjoint, ``(k + 1, n)``, and the contribution to the derivative by the
+            controls, shaped as :meth:`control_gradient`'s; ``None`` where they vanish.
         """
         if self.is_linear:
             return None
-        end, su, data = None if symmetric else np.zeros(self._shape), self.new_slab(), self.data(z, U)
+        end, su, data = None if symmetric else np.zeros(self._rhs_shape), self.new_slab(), self.data(z, U)
         try:
             su[:-1], sz = self.propagators[0].second_order(data, dU[:-1], dz, L[1:], end)
-        except FAILURES as error:  # the sweep that takes it fails on every rank (no hang)
+        except FAILURES as error:  # the sweep with this right-hand side raises on every rank
             self._cause, su[...] = error, np.nan
             sz = np.zeros((self.slab.k, self.evolution.control_size)[0 if self.evolution.per_step else 1 :])
         if end is not None:
             su[1:] += end
-            self._give_to_right(su)
+            self.spacetime.add_shared_points(su)
         return su, sz
+
+
+def _divergence(kind: str, result: SolveResult, options) -> str:
+    """The message of a sweep that has not converged."""
+    advice, name = "modes that grow? a larger alpha against round-off, on_divergence='serial'", "ParaDiag"
+    if not isinstance(options, ParaDiagOptions):
+        advice, name = "a bound above one? see coarse_tableau, relax='FCF', smaller coarsening, ", "MGRIT"
+        advice += "on_divergence='serial'"
+    residuals = result.residuals or [np.nan]
+    history = f"residual {residuals[-1]:.3e}, first {residuals[0]:.3e}"
+    return (
+        f"{kind} sweep: {name} {result.reason}: {result.message} ({history}, rtol {options.rtol:g}); "
+        f"{advice}, or levels=1 (sequential)"
+    )

@@ -3,21 +3,19 @@
 from pint_fem.theory.alpha_circulant import contraction
 from pint_fem.theory.stability import dirk_stability
 from pint_fem.theory.two_level import (
-    Verdict,
-    error_propagation,
+    ConvergenceEstimate,
     expected_iterations,
     two_level_bound,
+    two_level_estimate,
     two_level_factors,
-    verdict,
 )
 
 __all__ = [
-    "Verdict",
+    "ConvergenceEstimate",
     "contraction",
     "dirk_stability",
-    "error_propagation",
     "expected_iterations",
     "two_level_bound",
+    "two_level_estimate",
     "two_level_factors",
-    "verdict",
 ]

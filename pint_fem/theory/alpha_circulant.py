@@ -1,30 +1,33 @@
-r"""Convergence of ParaDiag before it runs.
+r"""Contraction factors of ParaDiag's alpha-circulant iteration, from the eigenvalues of a step.
 
-Of a mode with eigenvalue :math:`\lambda` of :math:`\Phi`, an iteration multiplies the error at the last point, and from
-the second one on at all points, by
+An iteration multiplies the error of a mode with eigenvalue :math:`\lambda` of :math:`\Phi` by
 
-.. math::  \frac{\alpha \lambda^N}{1 - \alpha \lambda^N} .
+.. math::  \frac{\alpha \lambda^N}{1 - \alpha \lambda^N}
 
-(Gander, Halpern, Rannou, Ryan, SISC 41(5), 2019; Liu, Wu, SIMAX 41(4), 2020.) Round-off of the scaled transform adds
-about :math:`\epsilon / \alpha` times the correction, so that :math:`\alpha` below :math:`10^{-8}` gains nothing.
+at the last point, and from the second iteration on at all points (Gander, Halpern, Rannou, Ryan, SISC 41(5), 2019;
+Liu, Wu, SIMAX 41(4), 2020). Round-off of the scaled transform adds about :math:`\epsilon / \alpha` times the
+correction, so that :math:`\alpha` below :math:`10^{-8}` gains nothing.
 """
 
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 __all__ = ["block_contraction", "contraction"]
 
 
-def contraction(lam, alpha: float, nsteps: int) -> float:
-    """Largest factor by which an iteration multiplies the error of a mode.
+def contraction(lam: ArrayLike, alpha: float, nsteps: int) -> float:
+    """Largest factor by which an iteration of ParaDiag multiplies the error of a mode.
 
     Parameters
     ----------
     lam
-        Eigenvalues of the step.
-    alpha, nsteps
-        Between 0 and 1; ``N``.
+        Eigenvalues of the step ``Phi``.
+    alpha
+        Parameter of the circulant, between 0 and 1.
+    nsteps
+        Number of steps ``N``.
 
     Returns
     -------
@@ -37,15 +40,22 @@ def contraction(lam, alpha: float, nsteps: int) -> float:
     return float(np.max(np.where(np.isfinite(factors), factors, 1.0 if np.isinf(last).any() else np.inf)))
 
 
-def block_contraction(blocks, alpha: float, nsteps: int) -> float:
-    """The same for systems that are normal only in blocks, such as damped waves: the largest norm.
+def block_contraction(blocks: ArrayLike, alpha: float, nsteps: int) -> float:
+    """Largest norm by which an iteration of ParaDiag multiplies the error of a block of a block-normal system.
 
     Parameters
     ----------
     blocks
-        Step of each block, ``(..., d, d)``.
-    alpha, nsteps
-        See :func:`contraction`.
+        Step of each block, such as one damped wave, ``(..., d, d)``.
+    alpha
+        Parameter of the circulant, between 0 and 1.
+    nsteps
+        Number of steps ``N``.
+
+    Returns
+    -------
+    float
+        Largest 2-norm over the blocks; infinite where a block has the eigenvalue one of ``alpha Phi^N``.
     """
     blocks = np.asarray(blocks)
     with np.errstate(over="ignore", invalid="ignore"):

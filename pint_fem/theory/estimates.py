@@ -1,4 +1,10 @@
-"""What theory says of time-parallel solvers for a linear evolution before they run, from its spectrum."""
+"""A-priori convergence estimates of time-parallel solvers for a linear evolution, from its spectrum.
+
+The spectrum of the operators (:mod:`~pint_fem.theory.spectrum`) and the stability functions of the integrators
+(:mod:`~pint_fem.theory.stability`) give the eigenvalues of a step on each level, and these the bounds of two levels of
+MGRIT (:mod:`~pint_fem.theory.two_level`, :mod:`~pint_fem.theory.block_modes`) and of ParaDiag
+(:mod:`~pint_fem.theory.alpha_circulant`).
+"""
 
 from __future__ import annotations
 
@@ -6,38 +12,39 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
+from irksome.tableaux.ButcherTableaux import ButcherTableau
 
 from pint_fem.evolution.evolution import Evolution
 from pint_fem.evolution.tableaux import DIRK, SDIRK2, BackwardEuler
 from pint_fem.mgrit.options import MGRITOptions
 from pint_fem.theory.alpha_circulant import block_contraction, contraction
-from pint_fem.theory.block_modes import block_factors, damped_wave, runge_kutta_matrix
+from pint_fem.theory.block_modes import block_factors, damped_wave
 from pint_fem.theory.spectrum import Spectrum, spectrum
-from pint_fem.theory.stability import dirk_stability
-from pint_fem.theory.two_level import Verdict, two_level_factors, verdict
+from pint_fem.theory.stability import dirk_stability, runge_kutta_matrix
+from pint_fem.theory.two_level import ConvergenceEstimate, two_level_estimate, two_level_factors
 
-__all__ = ["mgrit_verdict", "paradiag_contraction"]
+__all__ = ["mgrit_estimate", "paradiag_contraction"]
 
 
-def mgrit_verdict(
-    evolution: Evolution, options: MGRITOptions | Mapping | None = None, coarse_tableau=None
-) -> list[Verdict] | None:
-    """Theory's verdict on each pair of consecutive levels; every rank of the evolution's ``space_comm`` calls it.
-
-    Costs a spectrum (heat, 64x64 P1: 0.05 s) and nothing for one level.
+def mgrit_estimate(
+    evolution: Evolution, options: MGRITOptions | Mapping | None = None, coarse_tableau: ButcherTableau | None = None
+) -> list[ConvergenceEstimate] | None:
+    """Two-level convergence estimate of each pair of consecutive levels of MGRIT (collective over space).
 
     Parameters
     ----------
-    evolution, options
-        The problem; levels, coarsening, relaxation, weights, tolerance.
+    evolution
+        The problem.
+    options
+        Levels, coarsening, relaxation, weights and tolerance.
     coarse_tableau
         Integrator of the coarse levels; default: the evolution's.
 
     Returns
     -------
-    list of Verdict, or None
-        ``None`` where there is no theory: see :func:`~pint_fem.theory.spectrum.spectrum`, and unevenly spaced
-        C-points.
+    list of ConvergenceEstimate, or None
+        Empty for one level. ``None`` where no theory applies: evolutions that are not linear with constant operators
+        and a symmetric positive definite mass matrix, and unevenly spaced C-points.
 
     Raises
     ------
@@ -51,32 +58,34 @@ def mgrit_verdict(
     if any(isinstance(m, tuple) for m in factors) or (found := spectrum(evolution)) is None:
         return None
     coarse_tableau = coarse_tableau or evolution.tableau
-    verdicts, stride, steps = [], 1, evolution.nsteps
+    estimates, stride, steps = [], 1, evolution.nsteps
     for index, m in enumerate(factors):
-        pair = _Pair(found, evolution, stride, steps, options.scheme(index), options.weight(index), is_first=not index)
+        pair = LevelPair(
+            found, evolution, stride, steps, options.scheme(index), options.weight(index), is_first=not index
+        )
         given = dict(tolerance=options.rtol if 0 < options.rtol < 1 else 1e-8)
-        judged = pair.verdict(coarse_tableau, m, **given)
-        if not judged.converges:
-            judged = pair.verdict(coarse_tableau, m, alternatives=pair.alternatives(coarse_tableau, m), **given)
-        if found.note:
-            judged = replace(judged, note=found.note)
-        verdicts.append(judged)
+        estimate = pair.estimate(coarse_tableau, m, **given)
+        if not estimate.converges:
+            estimate = pair.estimate(coarse_tableau, m, alternatives=pair.alternatives(coarse_tableau, m), **given)
+        estimates.append(replace(estimate, note=found.note) if found.note else estimate)
         stride, steps = stride * m, steps // m
-    return verdicts
+    return estimates
 
 
 def paradiag_contraction(evolution: Evolution, alpha: float) -> float | None:
-    """Theory's factor for an iteration of ParaDiag; every rank of the evolution's ``space_comm`` calls it.
+    """Bound of the factor by which an iteration of ParaDiag multiplies the error (collective over space).
 
     Parameters
     ----------
-    evolution, alpha
-        The problem, and the circulant's parameter.
+    evolution
+        The problem.
+    alpha
+        Parameter of the circulant, between 0 and 1.
 
     Returns
     -------
     float or None
-        ``None`` where there is no spectrum: see :func:`~pint_fem.theory.spectrum.spectrum`.
+        ``None`` where :func:`~pint_fem.theory.spectrum.spectrum` finds none.
     """
     found = spectrum(evolution)
     if found is None:
@@ -89,8 +98,20 @@ def paradiag_contraction(evolution: Evolution, alpha: float) -> float | None:
 
 
 @dataclass(frozen=True)
-class _Pair:
-    """A level of ``steps`` steps, each ``stride`` fine ones, and the next."""
+class LevelPair:
+    """A level of ``steps`` steps, each ``stride`` fine ones long, with the next coarser one.
+
+    Attributes
+    ----------
+    spectrum, evolution
+        The problem.
+    stride, steps
+        Length of the level's steps in fine steps, and their number.
+    relax, weight
+        Relaxation scheme and weight of C-relaxation.
+    is_first
+        Whether the level is the finest.
+    """
 
     spectrum: Spectrum
     evolution: Evolution
@@ -101,16 +122,18 @@ class _Pair:
     is_first: bool
 
     def _tableaux(self, coarse_tableau) -> tuple[DIRK, DIRK]:
+        """Integrators of the two levels."""
         return DIRK(self.evolution.tableau if self.is_first else coarse_tableau), DIRK(coarse_tableau)
 
-    def _eigenvalues(self, coarse_tableau, m: int):
+    def _eigenvalues(self, coarse_tableau, m: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Values of ``dt kappa``, and the eigenvalues of a fine and a coarse step that belong to them."""
         modes, strides = self.spectrum.sample(self.evolution.dt, max(128, 12 * m)), (self.stride, m * self.stride)
         tableaux = self._tableaux(coarse_tableau)
         lam, mu = (dirk_stability(d.A, d.b, -s * modes) for d, s in zip(tableaux, strides, strict=True))
         return modes, lam, mu
 
     def _factors(self, eigenvalues, coarse_tableau, m: int, relax: str, weight: float) -> np.ndarray:
-        """Bound of each mode."""
+        """Bound of the error factor of each mode."""
         if self.spectrum.kind != "damped wave":
             return two_level_factors(*eigenvalues[1:], m, self.steps // m, relax, weight)
         pairs, strides = damped_wave(*self.spectrum.pairs(self.evolution.dt)), (self.stride, m * self.stride)
@@ -118,14 +141,15 @@ class _Pair:
         fine, coarse = (runge_kutta_matrix(d.A, d.b, -s * pairs) for d, s in tableaux)
         return block_factors(fine, coarse, m, self.steps // m, relax, weight)
 
-    def verdict(self, coarse_tableau, m: int, **given) -> Verdict:
+    def estimate(self, coarse_tableau, m: int, **given) -> ConvergenceEstimate:
+        """Estimate for a coarse integrator and a coarsening factor; ``given`` as in :func:`two_level_estimate`."""
         modes, lam, mu = found = self._eigenvalues(coarse_tableau, m)
         factors = self._factors(found, coarse_tableau, m, self.relax, self.weight)
         given |= dict(weight=self.weight, modes=modes, factors=factors)
-        return verdict(lam, mu, m, self.steps // m, self.relax, **given)
+        return two_level_estimate(lam, mu, m, self.steps // m, self.relax, **given)
 
     def alternatives(self, coarse_tableau, m: int) -> dict[str, float]:
-        """Bounds of other choices, by what to write for them."""
+        """Bounds of other integrators, relaxations and coarsening factors, by the argument that chooses them."""
 
         def bound(tableau, m=m, relax=self.relax, weight=self.weight):
             return float(np.max(self._factors(self._eigenvalues(tableau, m), tableau, m, relax, weight)))

@@ -1,9 +1,10 @@
-r"""The spectrum of a linear evolution: the modes that theory of time-parallel solvers asks for.
+r"""The spectrum of a linear evolution, over which convergence bounds of time-parallel solvers are evaluated.
 
 For :math:`M \dot u + K u = f` a step maps an eigenvector of :math:`K x = \kappa M x` (free degrees of freedom only) to
 :math:`R(-\Delta t\, \kappa)` times itself. Symmetric ``K`` has real, skew-symmetric imaginary :math:`\kappa`, and their
-range is all that the two-level bound wants: it is a maximum over a curve. For another ``K`` it wants the boundary of a
-region, as the bound (a sum of moduli of analytic functions, where ``R`` has no pole) is subharmonic in :math:`\kappa`.
+range is all that the two-level bound requires: it is a maximum over a curve. For another ``K`` it requires the boundary
+of a region, as the bound (a sum of moduli of analytic functions, where ``R`` has no pole) is subharmonic in
+:math:`\kappa`.
 
 *Damped waves*, a symmetric positive part of ``K`` on some fields and a skew-symmetric coupling with the field that the
 evolution eliminates (:mod:`~pint_fem.evolution.fields`), are not normal. For an eigenvector's part ``a`` there, and
@@ -15,7 +16,7 @@ so that the ranges of damping and frequency, those of two symmetric pencils, hol
 the pairs with damping ``s`` and frequency :math:`\omega` (:mod:`~pint_fem.theory.block_modes`), a bound of norms in
 the energy's inner product where the damping is uniform.
 
-Nothing is gathered: on several ranks in space the ends come from Lanczos iteration with distributed products.
+On several ranks in space the ends come from Lanczos iteration with distributed products; nothing is gathered.
 """
 
 from __future__ import annotations
@@ -37,10 +38,10 @@ from pint_fem.kernels.lanczos import ACCURACY, NotPositive, Pencil
 __all__ = ["Spectrum", "spectrum"]
 
 FACTORED = 6_000
-"""Unknowns up to which the smallest eigenvalue is worth a factorisation; above it 0 is taken, which is safe."""
+"""Unknowns up to which the smallest eigenvalue is computed, by a factorisation; above it 0 is used, a lower bound."""
 
 DENSE = 800
-"""Unknowns up to which all eigenvalues of a general ``K`` are computed (900: 0.35 s)."""
+"""Unknowns up to which all eigenvalues of a general ``K`` are computed."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Spectrum:
     region : ndarray or None
         ``"general"``: the eigenvalues above the real axis, or corners of a convex region that holds them.
     estimate : str
-        How the region was made where it is not known to be right; empty where it is.
+        Origin of the region where it need not hold all eigenvalues; empty where it does.
     frequency : float
         Largest :math:`\omega` of damped waves.
     """
@@ -71,13 +72,26 @@ class Spectrum:
 
     @property
     def note(self) -> str:
-        """What to know of bounds over it."""
+        """Restriction of the validity of bounds over this spectrum; empty where there is none."""
         if self.kind == "general":
             return self.estimate or "mode by mode, of an operator that is not normal"
         return self.estimate
 
     def pairs(self, dt: float, per_decade: int = 48) -> tuple[np.ndarray, np.ndarray]:
-        r"""Values of :math:`\Delta t\, s` and :math:`\Delta t\, \omega` that cover those of damped waves."""
+        r"""Values of :math:`\Delta t\, s` and :math:`\Delta t\, \omega` that cover those of damped waves.
+
+        Parameters
+        ----------
+        dt
+            Step size, > 0.
+        per_decade
+            Frequencies per factor of ten.
+
+        Returns
+        -------
+        tuple of ndarray
+            Dampings and frequencies, ``(count,)`` each.
+        """
         low, high = self.low * dt, self.high * dt
         count = 1 if high <= low * (1 + 1e-6) else 2 + int(8 * np.log10(high / low))
         s, w = np.geomspace(low, high, count), _logarithmic(0.0, max(self.frequency * dt, 1e-12), per_decade)
@@ -114,7 +128,7 @@ class Spectrum:
 
 
 def _logarithmic(low: float, high: float, per_decade: int) -> np.ndarray:
-    """Log-spaced values with both ends; from ``1e-6`` on (slower modes make no error) where ``low`` is less."""
+    """Log-spaced values with both ends; from ``1e-6`` on, as slower modes make no error, where ``low`` is less."""
     low = max(low, min(1e-6, 1e-6 * high))
     return np.geomspace(low, high, 2 + int(per_decade * np.log10(high / low))) if low < high else np.array([high])
 
@@ -134,7 +148,7 @@ def _boundary(corners: np.ndarray, per_decade: int) -> np.ndarray:
 
 
 class _Operators(Pencil):
-    """``M`` and ``K`` on the free degrees of freedom; fixed ones have the eigenvalue 0."""
+    """The pencil of ``M`` and ``K`` on the free degrees of freedom; fixed ones have the eigenvalue 0."""
 
     def __init__(self, evolution: Evolution):
         mass, stiffness = evolution.linear_operators()
@@ -150,7 +164,7 @@ class _Operators(Pencil):
         self.K = K
 
     def matrix(self, A: PETSc.Mat, *, free: bool = False):
-        """As a scipy matrix, or its rows and columns of the free degrees of freedom (one rank)."""
+        """A PETSc matrix as a scipy matrix, or its rows and columns of the free degrees of freedom (one rank)."""
         from scipy.sparse import csr_matrix
 
         indptr, indices, data = A.getValuesCSR()
@@ -162,12 +176,17 @@ class _Operators(Pencil):
 
 
 def spectrum(evolution: Evolution) -> Spectrum | None:
-    """Where the eigenvalues of a linear evolution lie; every rank of its ``space_comm`` calls it.
+    """Region that holds the eigenvalues of a linear evolution (collective over space).
 
-    Symmetric and skew-symmetric ``K``: the largest by Lanczos iteration, at most 1 percent too large. The smallest by
-    shift and invert on one rank with up to ``FACTORED`` unknowns, else 0, which is safe. Waves: from 0. Waves that are
-    damped everywhere: the ranges of damping and frequency. General ``K``: all eigenvalues on one rank with up to
-    ``DENSE`` unknowns, else the convex hull of Ritz values, an estimate.
+    Symmetric and skew-symmetric ``K``: the largest eigenvalue by Lanczos iteration, at most 1 percent too large; the
+    smallest by shift and invert on one rank with up to ``FACTORED`` unknowns, else the lower bound 0. Waves: from 0.
+    Waves that are damped everywhere: the ranges of damping and frequency. General ``K``: all eigenvalues on one rank
+    with up to ``DENSE`` unknowns, else the convex hull of Ritz values, an estimate.
+
+    Parameters
+    ----------
+    evolution
+        The problem.
 
     Returns
     -------
@@ -197,6 +216,7 @@ def _damped_wave(fields: Fields | None) -> Spectrum | None:
 
 
 def _spectrum(ops: _Operators) -> Spectrum:
+    """Region of a symmetric, a skew-symmetric or a general ``K``."""
     K, alone = ops.K, ops.comm.size == 1
     if is_symmetric(K):
         low, high = ops.ends(ops.product(K))
@@ -216,7 +236,7 @@ def _spectrum(ops: _Operators) -> Spectrum:
 
 
 def _smallest(ops: _Operators, scale: float) -> float | None:
-    """Smallest eigenvalue of symmetric ``K`` by shift and invert; ``None`` where that does not work out."""
+    """Smallest eigenvalue of symmetric ``K`` by shift and invert; ``None`` where that does not converge."""
     from scipy.linalg import eigh
     from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh, splu
 
@@ -243,7 +263,7 @@ def _smallest(ops: _Operators, scale: float) -> float | None:
 
 
 def _all(ops: _Operators) -> np.ndarray:
-    """All eigenvalues, dense."""
+    """All eigenvalues, by dense algebra."""
     from scipy.linalg import cho_factor, cho_solve, eigvals
 
     M, K = (ops.matrix(A, free=True).toarray() for A in (ops.M, ops.K))
@@ -251,8 +271,8 @@ def _all(ops: _Operators) -> np.ndarray:
 
 
 def _hull(ops: _Operators) -> np.ndarray:
-    """Ritz values: of the map, which fill its numerical range, and the converged ones of its inverse (one rank), as
-    slow modes are out of its sight.
+    """Ritz values of ``M^{-1} K``, which fill its numerical range, and on one rank the converged ones of its inverse,
+    which resolve the slow modes.
     """
     product = ops.product(ops.K)
     values, _ = ops.ritz(lambda x: ops.solve_mass(product(x)))

@@ -1,4 +1,4 @@
-r"""Two-level convergence theory for linear problems.
+r"""Two-level convergence bounds of MGRIT from the eigenvalues of a fine and a coarse propagator.
 
 With eigenvalues :math:`\lambda` of the fine and :math:`\mu` of the coarse propagator, coarsening ``m`` and
 :math:`N_c` coarse steps, the error at the C-points contracts at least by (Dobrev, Kolev, Petersson, Schroder, SISC
@@ -34,21 +34,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from pint_fem.mgrit.cycle import exact_termination
 
-__all__ = [
-    "Verdict",
-    "error_propagation",
-    "expected_iterations",
-    "two_level_bound",
-    "two_level_factors",
-    "verdict",
-]
+__all__ = ["ConvergenceEstimate", "expected_iterations", "two_level_bound", "two_level_estimate", "two_level_factors"]
 
 
-def two_level_factors(fine, coarse, m: int, coarse_steps: float = math.inf, relax: str = "F", weight: float = 1.0):
-    """Bound of the two-level factor of each mode (see the module).
+def two_level_factors(
+    fine: ArrayLike, coarse: ArrayLike, m: int, coarse_steps: float = math.inf, relax: str = "F", weight: float = 1.0
+) -> np.ndarray:
+    """Bound of the factor by which a two-level cycle multiplies the error of each mode.
 
     Parameters
     ----------
@@ -57,11 +53,11 @@ def two_level_factors(fine, coarse, m: int, coarse_steps: float = math.inf, rela
     m
         Coarsening factor.
     coarse_steps
-        ``Nc``; may be infinite where ``|coarse| < 1``.
+        Number of coarse steps ``Nc``; may be infinite where ``|coarse| < 1``.
     relax
         ``"F"``, ``"FCF"`` or ``F(CF)^nu`` written out.
     weight
-        Of C-relaxation.
+        Weight of C-relaxation.
 
     Returns
     -------
@@ -74,7 +70,7 @@ def two_level_factors(fine, coarse, m: int, coarse_steps: float = math.inf, rela
     ValueError
         On another relaxation, coarsening, number of steps or weight.
     """
-    nu = _sweeps(relax)
+    nu = _c_relaxations(relax)
     _check(m, coarse_steps, weight)
     power, mu = np.broadcast_arrays(np.asarray(fine) ** m, np.asarray(coarse))
     size, a, b = np.abs(mu), 1 - weight, weight * power
@@ -90,55 +86,23 @@ def two_level_factors(fine, coarse, m: int, coarse_steps: float = math.inf, rela
         real = (np.imag(power) == 0) & (np.imag(mu) == 0) & (size < 1)
         total = np.where(real, np.minimum(total, on_circle), total)
         gap = np.abs(power - mu)
-        return np.where(gap == 0, 0, gap * total)  # a mode that both keep (lam = mu = 1) has no error
+        return np.where(gap == 0, 0, gap * total)  # a mode that both conserve (lam = mu = 1) has no error
 
 
 def two_level_bound(
-    fine, coarse, m: int, coarse_steps: float = math.inf, relax: str = "F", weight: float = 1.0
+    fine: ArrayLike, coarse: ArrayLike, m: int, coarse_steps: float = math.inf, relax: str = "F", weight: float = 1.0
 ) -> float:
-    """Largest of :func:`two_level_factors`: each unweighted C-relaxation is a factor ``|fine|^m`` and one coarse step
-    less.
-    """
+    """Largest bound of a two-level cycle's error factor over all modes; parameters as in :func:`two_level_factors`."""
     return float(np.max(two_level_factors(fine, coarse, m, coarse_steps, relax, weight)))
 
 
-def error_propagation(
-    lam: complex, mu: complex, m: int, coarse_steps: int, nu: int = 0, weight: float = 1.0
-) -> tuple[np.ndarray, float]:
-    """Matrix of one two-level cycle on the errors of one mode at the C-points behind the first, and its 2-norm.
-
-    Parameters
-    ----------
-    lam, mu
-        Eigenvalues of the fine and the coarse propagator.
-    m, coarse_steps
-        Coarsening factor and ``Nc``.
-    nu, weight
-        C-relaxations a cycle, and their weight.
+def expected_iterations(factor: float, tolerance: float) -> float:
+    """Number of cycles that reduce the error by ``tolerance`` where each reduces it by ``factor``.
 
     Returns
     -------
-    (Nc, Nc) ndarray, float
-
-    Raises
-    ------
-    ValueError
-        On a negative ``nu``, or what :func:`two_level_factors` refuses.
-    """
-    _check(m, coarse_steps, weight)
-    if not hasattr(coarse_steps, "__index__") or not hasattr(nu, "__index__") or nu < 0:
-        raise ValueError(f"coarse_steps {coarse_steps!r} and nu = {nu!r}: give whole numbers, nu at least 0")
-    eye, shift = np.eye(coarse_steps), np.eye(coarse_steps, k=-1)
-    fine, coarse = eye - lam**m * shift, eye - mu * shift
-    correction = eye - np.linalg.solve(coarse, fine)
-    relaxation = eye - weight * fine
-    E = correction @ np.linalg.matrix_power(relaxation, nu)
-    return E, float(np.linalg.norm(E, 2))
-
-
-def expected_iterations(factor: float, tolerance: float) -> float:
-    """Cycles in which an error that shrinks by ``factor`` a cycle shrinks by ``tolerance``; infinite for a factor of
-    one and more.
+    float
+        At least one; infinite for a factor of one and more.
 
     Raises
     ------
@@ -155,32 +119,32 @@ def expected_iterations(factor: float, tolerance: float) -> float:
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What theory says of MGRIT between two levels, before it runs.
+class ConvergenceEstimate:
+    """A-priori estimate of the convergence of MGRIT between two levels.
 
     Attributes
     ----------
     m : int
         Coarsening factor.
     relax : str
-        Relaxation.
+        Relaxation scheme.
     weight : float
-        Of C-relaxation.
+        Weight of C-relaxation.
     factor : float
-        Two-level bound: largest factor by which a mode's error shrinks a cycle.
+        Two-level bound: largest factor by which a cycle multiplies a mode's error.
     where : complex
         Mode of the worst case.
     exact_after : float
-        Cycles after which two levels are exact whatever the propagators: ``ceil(Nc/(1+nu))``; ``Nc`` with another
-        weight than 1.
+        Cycles after which two levels are exact for any propagators: ``ceil(Nc/(1+nu))``; ``Nc`` with a weight other
+        than 1.
     tolerance : float
-        Reduction that ``iterations`` is for.
+        Reduction of the error that ``iterations`` refers to.
     where_is : str
-        What ``where`` is: ``"dt*kappa"``, or ``"lam"`` for the eigenvalue of the fine propagator.
+        Meaning of ``where``: ``"dt*kappa"``, or ``"lam"`` for the eigenvalue of the fine propagator.
     warning : str
-        Why it does not converge and what would, or empty.
+        Why the method may not converge, with what to use instead; empty where the bound is below one.
     note : str
-        What to know of the bound, or empty.
+        Restriction of the bound's validity, or empty.
     """
 
     m: int
@@ -201,7 +165,7 @@ class Verdict:
 
     @property
     def iterations(self) -> float:
-        """Cycles expected to reduce the error by ``tolerance``: enough of them, by the bound."""
+        """Number of cycles that reduce the error by ``tolerance`` according to the bound."""
         return min(expected_iterations(self.factor, self.tolerance), self.exact_after)
 
     def __str__(self):
@@ -215,39 +179,39 @@ class Verdict:
         return f"{text}\n  {self.warning}" if self.warning else text
 
 
-def verdict(
-    fine,
-    coarse,
+def two_level_estimate(
+    fine: ArrayLike,
+    coarse: ArrayLike,
     m: int,
     coarse_steps: float = math.inf,
     relax: str = "FCF",
     *,
     tolerance: float = 1e-8,
     weight: float = 1.0,
-    modes=None,
+    modes: ArrayLike | None = None,
     alternatives: Mapping[str, float] | None = None,
-    factors=None,
-) -> Verdict:
-    """Judge two levels by the eigenvalues of their propagators.
+    factors: np.ndarray | None = None,
+) -> ConvergenceEstimate:
+    """Estimate the convergence of two levels from the eigenvalues of their propagators.
 
     Parameters
     ----------
     fine, coarse, m, coarse_steps, relax, weight
         As in :func:`two_level_factors`.
     tolerance
-        Wanted reduction of the error.
+        Required reduction of the error.
     modes
-        ``dt * kappa`` of the eigenvalues, for ``where``.
+        Values of ``dt * kappa`` that belong to the eigenvalues, for ``where``.
     alternatives
-        Bounds of other choices by what to call them: a warning names those below one. ``None``: it names what often
-        helps.
+        Bounds of other choices, by what a user gives to obtain them: a warning names those below one. Default: it
+        names what often helps.
     factors
-        Bounds of the modes where eigenvalues do not tell them (:mod:`~pint_fem.theory.block_modes`); default:
+        Bounds of the modes where they do not follow from eigenvalues (:mod:`~pint_fem.theory.block_modes`); default:
         :func:`two_level_factors`.
 
     Returns
     -------
-    Verdict
+    ConvergenceEstimate
 
     Raises
     ------
@@ -260,15 +224,15 @@ def verdict(
     if factors is None:
         factors = two_level_factors(fine, coarse, m, coarse_steps, relax, weight)
     worst = int(np.argmax(factors))
-    factor, nu = float(factors.flat[worst]), _sweeps(relax)
-    exact_after = exact_termination(coarse_steps, nu, weight)
+    factor = float(factors.flat[worst])
+    exact_after = exact_termination(coarse_steps, _c_relaxations(relax), weight)
     where = (fine if modes is None else np.atleast_1d(modes)).flat[worst].item()
-    expected_iterations(factor, tolerance)  # refuses a bad tolerance
+    expected_iterations(factor, tolerance)  # raises on a tolerance out of range
     warning = ""
     if not factor < 1:
         warning = _warning(factor, fine.flat[worst], coarse.flat[worst], m, relax, exact_after, alternatives)
     where_is = "lam" if modes is None else "dt*kappa"
-    return Verdict(m, relax, float(weight), factor, where, exact_after, tolerance, where_is, warning)
+    return ConvergenceEstimate(m, relax, float(weight), factor, where, exact_after, tolerance, where_is, warning)
 
 
 def _warning(factor, lam, mu, m, relax, exact_after, alternatives) -> str:
@@ -310,7 +274,8 @@ def _geometric(x: np.ndarray, count: float) -> np.ndarray:
     return np.where(x == 1, count, np.expm1(count * log) / np.expm1(log))
 
 
-def _sweeps(relax: str) -> int:
+def _c_relaxations(relax: str) -> int:
+    """Number ``nu`` of C-relaxations of a scheme ``F(CF)^nu``."""
     nu = str(relax).count("C")
     if relax != "F" + nu * "CF":
         raise ValueError(f"no bound for relaxation {relax!r}: give 'F', 'FCF', 'FCFCF' ...")
@@ -318,6 +283,7 @@ def _sweeps(relax: str) -> int:
 
 
 def _check(m, coarse_steps, weight) -> None:
+    """Raise a ``ValueError`` on a coarsening, a number of coarse steps or a weight out of range."""
     if not hasattr(m, "__index__") or m < 1:
         raise ValueError(f"coarsening m = {m!r}: give a whole number of at least 1")
     if not coarse_steps >= 1:
@@ -327,6 +293,6 @@ def _check(m, coarse_steps, weight) -> None:
 
 
 def _short(z: complex) -> str:
-    """A number in three digits."""
+    """A real or complex number with three digits."""
     z = complex(z)
     return f"{z.real:.3g}" if abs(z.imag) <= 1e-12 * abs(z) else f"{z:.3g}"

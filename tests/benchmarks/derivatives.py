@@ -50,7 +50,7 @@ class Derivatives:
     def move(self, scale: float | None = None) -> None:
         """Go to a new control and forget trajectories and stages, from which sweeps and Newton would start."""
         self.scale = 1.01 * self.scale if scale is None else scale
-        self.rf.problem.forget()
+        self.rf.problem.invalidate()
 
     def value(self) -> float:
         """``J``, with the state."""

@@ -4,8 +4,8 @@
 
 A cavity in vacuum with uniform conductivity, one unit of time, SDIRK2 on all levels, V-cycles with FCF-relaxation. The
 solution is zero and the start random, so that iterates are errors; their norm is the energy's at the C-points. Two
-levels: the bound of ``mgrit_verdict``. More: that of the V-cycle, over the same pairs of damping and frequency
-(:func:`pint_fem.theory.block_modes.v_cycle_norm`).
+levels: the bound of ``mgrit_estimate``. More: that of the V-cycle, over the same pairs of damping and frequency
+(:mod:`tests.benchmarks.v_cycle`).
 """
 
 from __future__ import annotations
@@ -23,10 +23,12 @@ import pint_fem as pf
 from pint_fem.evolution.tableaux import DIRK
 from pint_fem.kernels.blocks import BlockOperator
 from pint_fem.sweeps.sweeps import Sweeps
-from pint_fem.theory.block_modes import damped_wave, runge_kutta_matrix, v_cycle_norm
-from pint_fem.theory.estimates import mgrit_verdict
+from pint_fem.theory.block_modes import damped_wave
+from pint_fem.theory.estimates import mgrit_estimate
 from pint_fem.theory.spectrum import spectrum
+from pint_fem.theory.stability import runge_kutta_matrix
 from problems.maxwell import B, Medium, Region, Walls, perfect_conductor, residual, state_space
+from tests.benchmarks.v_cycle import v_cycle_norm
 
 __all__ = ["Case", "cases", "measure"]
 
@@ -79,7 +81,7 @@ def evolution(sigma: float, steps: int) -> pf.Evolution:
 def measure(ev: pf.Evolution, sigma: float, m: int, levels: int, *, cycles: int = 6, seed: int = 0) -> Case:
     """One row."""
     options = {"levels": levels, "coarsening": m, "relax": "FCF", "start": "guess"}
-    verdicts, N = mgrit_verdict(ev, options), ev.nsteps
+    verdicts, N = mgrit_estimate(ev, options), ev.nsteps
     sweeps = Sweeps(ev, pf.SpaceTime("1x1", comm=COMM_SELF), options=options)
     energy = BlockOperator(assemble(ev.linear_operators()[0], bcs=ev.bcs, mat_type="aij").petscmat)
     e = np.random.default_rng(seed).standard_normal((N + 1, ev.state_size))

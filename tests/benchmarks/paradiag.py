@@ -41,13 +41,13 @@ class Case:
 
     def invert(self) -> None:
         """A trust-region minimisation from zero."""
-        self.problem.forget()
+        self.problem.invalidate()
         start = self.rf.function(0 * self.z)
         self.x = self.rf.minimize_trust_region(start, gtol_rel=1e-3, preconditioner="limited-memory").x
 
     def gradient(self) -> None:
         """State and adjoint at a new control."""
-        self.problem.forget()
+        self.problem.invalidate()
         self.scale *= 1.01
         self.g = self.problem.derivative(self.scale * self.z)
 
@@ -104,7 +104,7 @@ def rows(repeats: int, comm=MPI.COMM_WORLD) -> list[dict]:
             actions += [(lambda: one.state(cycles=1), True)]  # noqa: B023
         sequential, single, solved, *on_one = together(comm, *actions, repeats=repeats)
         result = many.sweeps.results[-1][1]
-        systems = many.sweeps._tangent._frequency_solve.__self__
+        systems = many.sweeps.solvers.tangent._frequency_solve.__self__
         note = f"alpha {alpha:g}, residual after it {many_residual(many):.0e}; factors {systems.bytes / 1e6:.0f} MB"
         what = f"ParaDiag, {name}, {steps} steps: an iteration on {ranks} rank{plural} / sequential"
         out.append(row("f", what, single, sequential, steps, 3.0 if ranks == 1 else None, True, note))

@@ -127,7 +127,7 @@ def _norm(comm, block: np.ndarray) -> float:
 def _bookkeeping(integrator: str, repeats: int) -> Row:
     """Time of the cycles over the time of their propagator calls."""
     case = Case(STEPS, SpaceTime("1x1", comm=COMM_SELF), integrator, mgrit={"rtol": 1e-10})
-    solver, inside = case.sweeps._state, Stopwatch()
+    solver, inside = case.sweeps.solvers.state, Stopwatch()
     for level in solver.levels:
         level.propagator.step = inside.wrap(level.propagator.step)
         level.propagator.sweep = inside.wrap(level.propagator.sweep)

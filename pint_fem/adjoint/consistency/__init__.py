@@ -1,1 +1,1 @@
-"""Checks that all ranks hold the same problem, the same control and the same user data."""
+"""Checks that all ranks hold the same evolution, misfits, data and controls, and that data are as they were read."""

@@ -1,4 +1,4 @@
-"""A user's data as a functional has read them: what has changed since, and reading it again."""
+"""Detection of changes in the user's data after a functional has read them, and reading them again."""
 
 from __future__ import annotations
 
@@ -9,24 +9,36 @@ import numpy as np
 from mpi4py import MPI
 from pyadjoint.tape import stop_annotating
 
-from pint_fem.adjoint.consistency.same_problem import require_same_given, require_same_values
+from pint_fem.adjoint.consistency.problem_data import require_same_given, require_same_values
 from pint_fem.adjoint.regularisation import Regularisation
 from pint_fem.collective import collectively, raise_collectively
 from pint_fem.errors import FAILURES, InputError
 from pint_fem.misfits.base import Misfit
 from pint_fem.sweeps.sweeps import Sweeps
 
-__all__ = ["Data"]
+__all__ = ["UserData"]
 
 
-class Data:
-    """The data of all parts of a functional, in this order: functions and constants in forms and the initial condition,
-    boundary conditions, what misfits have beside forms, such as readings, and the coordinates of the mesh.
+class UserData:
+    """The user's data that a functional has read.
+
+    Masks of data have entries for, in this order, functions and constants in forms and the initial condition, boundary
+    conditions, data of misfits outside forms such as readings, and the coordinates of the mesh.
 
     Parameters
     ----------
     sweeps, misfits, regularisation
-        The parts.
+        The parts of the functional that contain data.
+
+    Attributes
+    ----------
+    failure : BaseException or None
+        The error on this rank in the last comparison.
+
+    Raises
+    ------
+    InputError
+        On every rank, if data differ between ranks.
     """
 
     def __init__(self, sweeps: Sweeps, misfits: Sequence[Misfit], regularisation: Regularisation | None):
@@ -34,18 +46,18 @@ class Data:
         self._copies, self._comm = sweeps.evolution.copies, sweeps.spacetime.comm
         self._coordinates = sweeps.evolution.V.mesh().unique().coordinates
         self._places = self._coordinates.dat.data_ro.copy()
-        #: What went wrong on this rank when data were last compared.
         self.failure: BaseException | None = None
         require_same_values(sweeps.spacetime, self._copies)
-        #: Sized at the first evaluation: parts that are made after this one add data of their own.
-        self._warned: np.ndarray | None = None
+        self._warned: np.ndarray | None = None  # sized at the first evaluation: later parts may add data
 
     def changed(self) -> np.ndarray:
-        """Which data are others on this rank than those that were read; where that fails see :attr:`failure`."""
+        """Return the mask of data that have other values on this rank than when they were read; an error is stored as
+        :attr:`failure`.
+        """
         self.failure, own = None, np.ones(len(self._misfits), dtype=bool)
         try:
             own[:] = [m.has_changed() for m in self._misfits]
-        except FAILURES as error:  # raised by all ranks together, when they have heard of it
+        except FAILURES as error:  # raised on all ranks by the check of the control
             self.failure = error
         moved = not np.array_equal(self._coordinates.dat.data_ro, self._places)
         return np.concatenate([self._copies.changed(), own, [moved]]).astype(bool)
@@ -56,12 +68,17 @@ class Data:
         return [name for name, chosen in zip(names, which, strict=True) if chosen]
 
     def warn(self, changed: np.ndarray) -> None:
-        """Warn of changes, once each, on the first rank; ``changed`` is the same on all ranks.
+        """Warn of each change once, on the first rank.
+
+        Parameters
+        ----------
+        changed
+            Mask of data, the same on all ranks.
 
         Raises
         ------
         InputError
-            On every rank, if the mesh has moved: forms see that, and what was assembled before does not.
+            On every rank, if the mesh has moved: assembled operators would be those of the old mesh, forms not.
         """
         self._refuse_moved(changed)
         before = np.zeros_like(changed) if self._warned is None else self._warned
@@ -79,12 +96,12 @@ class Data:
             raise InputError("the coordinates of the mesh changed after the functional was made: make a new functional")
 
     def update(self) -> list[str]:
-        """Read all data again and let the parts know; what has changed (collective).
+        """Read all data again, update the parts, and return the names of data with new values (collective).
 
         Raises
         ------
         InputError
-            On every rank, before anything is read, if ranks have other data than each other.
+            On every rank and before anything is read, if data differ between ranks.
         """
         which = self.changed()
         raise_collectively(self._comm, self.failure, "data given anew")
@@ -99,7 +116,7 @@ class Data:
         return self._labels(which)
 
     def _read(self, which: np.ndarray) -> set:
-        """Copies of functions and constants that have other values now; misfits and regularisation have taken them."""
+        """Update misfits and regularisation, and return the copies of functions and constants with new values."""
         misfits = which[len(which) - len(self._misfits) :]
         changed = self._copies.update(which[: len(which) - len(self._misfits)])
         for misfit, own in zip(self._misfits, misfits, strict=True):

@@ -1,66 +1,127 @@
-"""Checkpoints of optimisations: one HDF5 file, written by all ranks, replaced as a whole.
+"""Checkpoints of minimisations: one HDF5 file, written by all ranks, replaced as a whole.
 
-Each rank writes its own part; nothing is gathered. The file holds the optimiser's state, its vectors by control, and
-the trajectories that the next solves start from, so that a run that was killed goes on, on any number of time ranks
-and the same number of space ranks: with the same bits for a quadratic ``J`` on as many time ranks as before, and to
-round-off and the solvers' tolerance else. Sums over time have other round-off on another number of ranks. Where the
-evolution is nonlinear, the stage values that Newton starts from and the factors of earlier linearisations that it uses
-are not kept, as they are several times the trajectory. It is written under another name, forced to disk and then
-renamed: whenever the process is killed or the disk is full, the last complete file is there. Each row of each array has
-a checksum (:mod:`~pint_fem.adjoint.minimisation.checkpoint_file`), and one run at a time writes a file.
+Each rank writes its own part; nothing is gathered. The file contains the state of the minimiser, its vectors by
+control, and the trajectories from which the next solves start, so that an interrupted run continues on any number of
+time ranks and the same number of space ranks: with bitwise identical results for a quadratic ``J`` on as many time
+ranks as before, otherwise to round-off and the solvers' tolerance. Sums over time have other round-off on another
+number of ranks. Where the evolution is nonlinear, the stage values from which Newton's method starts and the factors of
+earlier linearisations are not stored, as they are several times as large as the trajectory. It is written under another
+name, forced to disk and then renamed: whenever the process is killed or the disk is full, the last complete file is
+there. Each row of each array has a checksum (:mod:`~pint_fem.adjoint.minimisation.checkpoint_file`), and one run at a
+time writes a file.
 
-A file goes on only with the evolution, method, inner product, bounds and constraints that it was written with
-(:mod:`~pint_fem.adjoint.minimisation.fingerprint`), and with misfits and a regularisation whose values on the trajectories in it
-are those that were written. The state in it has to solve the steps of this run, to the residual that it had: that is
-evaluated anew, in one pass over the steps.
+A run continues from a file only with the evolution, method, inner product, bounds and constraints that it was written
+with (:mod:`~pint_fem.adjoint.minimisation.fingerprint`), and with misfits and a regularisation whose values on the
+trajectories in it are those that were written. The state in it has to solve the steps of this run, to the residual that
+it had, which is evaluated anew in one pass over the steps.
 """
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import h5py
 import numpy as np
 
 from pint_fem import files
-from pint_fem.adjoint.evaluation import Point
+from pint_fem.adjoint.evaluation import Evaluation
 from pint_fem.adjoint.minimisation.checkpoint_file import Piece, Place, create_file, read_head, read_part, write_parts
-from pint_fem.adjoint.minimisation.fingerprint import control_label, differences, evolution_numbers, inner_number
+from pint_fem.adjoint.minimisation.fingerprint import (
+    bound_numbers,
+    constraint_numbers,
+    control_label,
+    differences,
+    evolution_numbers,
+    inner_number,
+)
 from pint_fem.adjoint.minimisation.objective import Objective
+from pint_fem.adjoint.problem import ReducedProblem
 from pint_fem.all_at_once.stopping import SolveResult
 from pint_fem.collective import collectively, on_first_rank
 from pint_fem.errors import InputError, SolverFailure
 from pint_fem.kernels.arrays import own_size
+from pint_fem.optimize.constraints import AffineConstraints
 
-__all__ = ["HDF5Checkpoint"]
+__all__ = ["HDF5Checkpoint", "open_checkpoint"]
 
-_VERSION = 2  # 1: the head an attribute, no checksums, nothing of the evolution but its sizes
-_SAME = 1e-7  # of values of one trajectory: stages of a nonlinear step are computed again, to Newton's tolerance
-_NOTHING = 1e-13  # round-off of the larger part
-_ABOVE = 10.0  # residuals of one trajectory in the norms over C-points and over all points
-_ABOVE_IN_OTHER_NORMS = 1e3  # the same where the recorded norm is not that of coefficients
+_VERSION = 2  # 1: the head an attribute, no checksums, only the sizes of the evolution
+_SAME = 1e-7  # of values of one trajectory, as nonlinear stages are computed again to Newton's tolerance
+_ROUND_OFF = 1e-13  # of the larger part
+_NORM_RATIO = 10.0  # of residuals of one trajectory in the norms over C-points and over all points
+_OTHER_NORM_RATIO = 1e3  # the same where the recorded norm is not that of coefficients
 
 
-class HDF5Checkpoint:
-    """What :class:`pint_fem.optimize.Checkpoint` asks for.
+@contextmanager
+def open_checkpoint(
+    given: object,
+    objective: Objective,
+    if_save_fails: str,
+    *,
+    method: str,
+    sides: Mapping[str, np.ndarray | float] | None = None,
+    constrained: AffineConstraints | None = None,
+    constraints: Sequence | None = None,
+) -> Iterator[object]:
+    """A checkpoint in a file of that name, locked for this run; any other checkpoint as it is (collective).
 
     Parameters
     ----------
-    path
+    given : str, pathlib.Path, Checkpoint or None
+        The file or the checkpoint.
+    objective : Objective
+        The objective.
+    if_save_fails : {"stop", "continue"}
+        As for :class:`HDF5Checkpoint`.
+    method, sides, constrained, constraints
+        The method, its bounds by name, the objective under constraints and these: a run continues only with the same.
+
+    Raises
+    ------
+    InputError
+        On every rank, if the functional is not that of one evolution, or the file cannot be written.
+    """
+    if not isinstance(given, (str, Path)):
+        yield given
+        return
+    if not isinstance(objective.problem, ReducedProblem):
+        raise InputError(
+            "checkpoint: a file keeps the run of one evolution's functional: leave it out for a sum, a multiple and "
+            "where the initial condition is an expression of controls"
+        )
+    layout, run = objective.problem.layout, {"method": method, "bounds": None, "constraints": None}
+    if sides is not None:
+        run["bounds"] = {name: bound_numbers(layout, side) for name, side in sides.items()}
+    if constraints:
+        run["constraints"] = constraint_numbers(layout, constrained, [float(value) for _, value in constraints])
+    printer = objective.problem.sweeps.solvers.printer
+    file = HDF5Checkpoint(given, objective, run, if_save_fails=if_save_fails, printer=printer)
+    file.reserve()
+    try:
+        yield file
+    finally:
+        file.release()
+
+
+class HDF5Checkpoint:
+    """A :class:`pint_fem.optimize.Checkpoint` in an HDF5 file.
+
+    Parameters
+    ----------
+    path : str or pathlib.Path
         The file; its folder has to exist.
-    objective
-        What is minimised: its controls, trajectories and error estimates are kept.
-    run
-        What else has to be the same in a run that goes on, for JSON: method, bounds, constraints.
-    if_save_fails
-        What a save does that fails, as on a full disk: ``"stop"`` raises, ``"continue"`` prints a line and leaves the
-        last complete file.
-    printer
-        For that line.
+    objective : Objective
+        The objective, whose controls, trajectories and error estimates are stored.
+    run : dict, optional
+        The method, bounds and constraints, for JSON, which have to be the same in a run that continues.
+    if_save_fails : {"stop", "continue"}
+        Where the file cannot be written, as on a full disk, ``"stop"`` raises, and ``"continue"`` prints a line and
+        leaves the last complete file.
+    printer : callable
+        Prints that line.
 
     Raises
     ------
@@ -94,19 +155,20 @@ class HDF5Checkpoint:
         self._fingerprint = self._describe() | (run or {})
 
     def _place(self, space, rows: tuple[slice, int] | None) -> Place:
+        """The place of functions of a space in the file, one per row of ``rows``, own rows and their total number."""
         first, _ = space.dof_dset.layout_vec.getOwnershipRange()
         own, size = slice(first, first + own_size(space)), space.dof_dset.layout_vec.getSize()
         column = (self._spacetime.space_comm.rank, self._spacetime.space_size)
         return Place((size,), (own,), column) if rows is None else Place((rows[1], size), (rows[0], own), column)
 
     def _check_path(self) -> bool:
-        """Whether the file is there."""
+        """Whether the file exists."""
         if not self.path.parent.is_dir():
             raise InputError(f"checkpoint {self.path}: there is no such folder {self.path.parent}")
         return files.require_regular(self.path, "checkpoint")
 
     def _describe(self) -> dict:
-        """What has to be the same in a run that goes on."""
+        """The numbers of the problem that have to be the same in a run that continues."""
         ev = self._problem.evolution
         placed = zip(ev.controls, self._controls, strict=True)
         return {
@@ -121,47 +183,49 @@ class HDF5Checkpoint:
 
     # -- one run at a time ---------------------------------------------------------------------------------------------
     def reserve(self) -> None:
-        """Take the right to write the file, and find out whether it can be written, before a run (collective).
+        """Lock the file, and check that it can be written, before a run (collective).
 
         Raises
         ------
         InputError
-            On every rank, if another run has it, or the folder cannot be written to.
+            On every rank, if another run has locked it, or the folder cannot be written to.
         """
         self._lock = self._lock or files.FileLock(self.path, "checkpoint")
         on_first_rank(self._comm, "", self._lock.acquire)
 
     def release(self) -> None:
-        """Let other runs write the file."""
+        """Unlock the file."""
         if self._lock is not None:
             self._lock.release()
 
     # -- writing -------------------------------------------------------------------------------------------------------
     def save(self, scalars: dict, vectors: dict[str, np.ndarray]) -> None:
-        """Write a state; the file of the last one is replaced when this one is complete and on disk."""
-        for point in self._problem.points:
-            if point.state is not None:
-                self._problem.reassess(point)  # a gradient may have solved for the state once more
+        """Write a state; the last file is replaced when this one is complete and on disk."""
+        for evaluation in self._problem.evaluations:
+            if evaluation.state is not None:
+                self._problem.reassess(evaluation)  # a gradient may have solved for the state once more
         try:
             self._save(scalars, vectors)
         except InputError as error:
             if not self._continues:
                 raise
             if self._comm.rank == 0:
-                self._printer(f"warning: {error}; the run goes on, and the last complete file stays")
+                self._printer(f"warning: {error}; the run continues, and the last complete file remains")
 
     def _save(self, scalars: dict, vectors: dict[str, np.ndarray]) -> None:
+        """Write a new file beside the last one, and replace that."""
         self.reserve()
         new = self.path.with_name(self.path.name + ".new")
         pieces = [piece for name, vector in vectors.items() for piece in self._vector(f"vectors/{name}", vector)]
-        pieces += [piece for i, point in enumerate(self._problem.points) for piece in self._point(f"points/{i}", point)]
+        for i, evaluation in enumerate(self._problem.evaluations):
+            pieces += self._evaluation_pieces(f"points/{i}", evaluation)
         head = {
             "version": _VERSION,
             "problem": self._fingerprint,
             "scalars": scalars,
             "vectors": list(vectors),
-            "objective": getattr(self.objective, "memory", dict)(),
-            "points": [_described(point) for point in self._problem.points],
+            "objective": getattr(self.objective, "state", dict)(),
+            "points": [_described(evaluation) for evaluation in self._problem.evaluations],
         }
         try:
             offsets = on_first_rank(self._comm, "", self._guarded, create_file, new, head, pieces)
@@ -174,30 +238,30 @@ class HDF5Checkpoint:
             raise
 
     def _guarded(self, work: Callable, *args):
-        """``work(*args)``; where the file cannot be written the message names it."""
+        """The result of ``work(*args)``; where the file cannot be written the message names it."""
         errors = (OSError, RuntimeError)  # HDF5 raises either
         with files.as_input_error(f"checkpoint {self.path} cannot be written", errors=errors):
             return work(*args)
 
     def _vector(self, name: str, vector: np.ndarray) -> list[Piece]:
-        """The controls of a vector, static ones by the first rank in time."""
+        """The pieces of a vector by control; the first rank in time writes those of static controls."""
         first = self._spacetime.time_comm.rank == 0
         return [
             Piece(f"{name}/{i}", place, part if part.ndim == 2 or first else None)
             for i, (part, place) in enumerate(zip(self._layout.parts(vector), self._controls, strict=True))
         ]
 
-    def _point(self, name: str, point: Point) -> list[Piece]:
-        """A control and its trajectories."""
+    def _evaluation_pieces(self, name: str, evaluation: Evaluation) -> list[Piece]:
+        """The pieces of an evaluation: the controls and the trajectories."""
         rows, columns = self._states.where
         skip = 0 if self._layout.slab.is_first else 1  # row 0 is the left neighbour's last
         own = self._states._replace(where=(slice(rows.start + skip, rows.stop), columns))
-        controls = [] if point.z is None else self._vector(f"{name}/z", point.z)
-        return [*controls, Piece(f"{name}/U", own, point.U[skip:]), Piece(f"{name}/L", own, point.L[skip:])]
+        controls = [] if evaluation.z is None else self._vector(f"{name}/z", evaluation.z)
+        return [*controls, Piece(f"{name}/U", own, evaluation.U[skip:]), Piece(f"{name}/L", own, evaluation.L[skip:])]
 
     # -- reading -------------------------------------------------------------------------------------------------------
     def load(self) -> tuple[dict, dict[str, np.ndarray]] | None:
-        """The last state, ``None`` if there is no file; the problem's trajectories and estimates are set."""
+        """The last state, ``None`` if there is no file; the problem's trajectories and error estimates are set."""
         if not on_first_rank(self._comm, "", self._check_path):
             return None
         head = collectively(self._comm, "", self._reading, lambda file: self._refuse_others(read_head(file)))
@@ -206,29 +270,31 @@ class HDF5Checkpoint:
             self._check_trajectories()
             self._check_values(head["points"])
         except Exception:
-            self._problem.forget()  # nothing of a file that is refused is a first guess
+            self._problem.invalidate()  # nothing of a file that is refused is a first guess
             raise
-        if hasattr(self.objective, "recall"):
-            self.objective.recall(head["objective"])
+        if hasattr(self.objective, "restore"):
+            self.objective.restore(head["objective"])
         return head["scalars"], vectors
 
     def _reading(self, work: Callable):
-        """``work(file)`` on this rank, without communication; what is damaged is refused."""
+        """The result of ``work(file)`` on this rank, without communication; a damaged file is refused."""
         advice = "give another file, or remove it to start anew"
         with files.refuse_unreadable(f"checkpoint {self.path}", advice), h5py.File(self.path, locking=False) as file:
             return work(file)
 
     def _check_trajectories(self) -> None:
-        """States solve this run's steps, to the residual that they had, unless the evolution is another one."""
+        """Check that the states solve this run's steps to the residual that they had: otherwise the evolution is
+        another.
+        """
         sweeps = self._problem.sweeps
-        usual = sweeps.options.time_norm == 2 and sweeps.norm == "l2" and not sweeps.accelerated
-        for point in self._problem.points:
-            result = point.state
-            if point.z is None or result is None or (result.reason == "its" and not result.residuals):
+        usual = sweeps.options.time_norm == 2 and sweeps.solvers.norm == "l2" and not sweeps.solvers.accelerated
+        for evaluation in self._problem.evaluations:
+            result = evaluation.state
+            if evaluation.z is None or result is None or (result.reason == "its" and not result.residuals):
                 continue
-            residual, size = self._problem.state_residual(point)
+            residual, size = self._problem.state_residual(evaluation)
             had = result.residuals[-1] if result.residuals else 0.0
-            limit = max((_ABOVE if usual else _ABOVE_IN_OTHER_NORMS) * had, _SAME * size)
+            limit = max((_NORM_RATIO if usual else _OTHER_NORM_RATIO) * had, _SAME * size)
             if not residual <= limit:
                 raise InputError(
                     f"checkpoint {self.path} is of another evolution: the state in it has a residual of {residual:.3e} "
@@ -236,19 +302,21 @@ class HDF5Checkpoint:
                 )
 
     def _check_values(self, described: list[dict]) -> None:
-        """Misfit and regularisation of the trajectories are what they were, unless the problem is another one."""
+        """Check that misfit and regularisation of the trajectories have their old values: otherwise the problem is
+        another.
+        """
         other = []
-        for point, given in zip(self._problem.points, described, strict=False):
-            kept = given.get("parts") or {}  # another version may not have them
-            finite = {name: value for name, value in kept.items() if math.isfinite(value)}
+        for evaluation, given in zip(self._problem.evaluations, described, strict=False):
+            stored = given.get("parts") or {}  # another version may not have them
+            finite = {name: value for name, value in stored.items() if math.isfinite(value)}
             if not finite:
                 continue
             try:
-                now = self._problem.reassess(point)
+                now = self._problem.reassess(evaluation)
             except SolverFailure as error:
                 other.append(str(error))
                 break
-            small = _NOTHING * max(map(abs, finite.values()))
+            small = _ROUND_OFF * max(map(abs, finite.values()))
             for name, value in finite.items():
                 if not abs(now[name] - value) <= max(_SAME * abs(value), small):
                     other.append(f"{name}: the file has {value}, this run {now[name]}")
@@ -259,44 +327,47 @@ class HDF5Checkpoint:
             )
 
     def _refuse_others(self, head: dict) -> dict:
-        """The head, unless this run cannot go on from the file."""
-        kept = head["problem"]
-        own = self._fingerprint if "version" in head else {k: v for k, v in self._fingerprint.items() if k in kept}
-        other = differences(kept, own)
+        """The head; refused where this run cannot continue from the file."""
+        stored = head["problem"]
+        own = self._fingerprint if "version" in head else {k: v for k, v in self._fingerprint.items() if k in stored}
+        other = differences(stored, own)
         if other:
             raise InputError(
                 f"checkpoint {self.path} is of another problem or run: {other}; give another file or remove it"
             )
-        kept, own = head["objective"], getattr(self.objective, "memory", dict)()
-        if bool(kept) != bool(own):
-            has = "with" if kept else "without"
+        stored, own = head["objective"], getattr(self.objective, "state", dict)()
+        if bool(stored) != bool(own):
+            has = "with" if stored else "without"
             raise InputError(
                 f"checkpoint {self.path} holds a run {has} inexact=: continue it likewise, or give another file"
             )
-        if set(kept) != set(own):
+        if set(stored) != set(own):
             raise InputError(
-                f"checkpoint {self.path} is of another version: it has {sorted(kept)}, not {sorted(own)}; "
+                f"checkpoint {self.path} is of another version: it has {sorted(stored)}, not {sorted(own)}; "
                 "give another file or remove it"
             )
         return head
 
     def _get_vector(self, file, name: str) -> np.ndarray:
+        """This rank's part of a vector of the file."""
         return self._layout.join([read_part(file, f"{name}/{i}", place) for i, place in enumerate(self._controls)])
 
     def _restore(self, file, head: dict) -> dict[str, np.ndarray]:
-        """Vectors; trajectories go where they belong."""
-        for i, (point, given) in enumerate(zip(self._problem.points, head["points"], strict=False)):
+        """The vectors of the minimiser; the trajectories are read into the evaluations of the problem."""
+        for i, (evaluation, given) in enumerate(zip(self._problem.evaluations, head["points"], strict=False)):
             z = self._get_vector(file, f"points/{i}/z") if given["solved"] else None
-            point.move_to(z)
-            point.U[:], point.L[:] = (read_part(file, f"points/{i}/{name}", self._states) for name in ("U", "L"))
-            point.cold = given["cold"]
-            point.rtol = {kind: np.inf if rtol is None else rtol for kind, rtol in given["rtol"].items()}
-            point.state, point.adjoint = (_result(given[kind]) for kind in ("state", "adjoint"))
+            evaluation.move_to(z)
+            evaluation.U[:], evaluation.L[:] = (
+                read_part(file, f"points/{i}/{name}", self._states) for name in ("U", "L")
+            )
+            evaluation.cold = given["cold"]
+            evaluation.rtol = {kind: np.inf if rtol is None else rtol for kind, rtol in given["rtol"].items()}
+            evaluation.state, evaluation.adjoint = (_result(given[kind]) for kind in ("state", "adjoint"))
         return {name: self._get_vector(file, f"vectors/{name}") for name in head["vectors"]}
 
 
-def _described(point: Point) -> dict:
-    """What is known of a point's solves, for JSON."""
+def _described(evaluation: Evaluation) -> dict:
+    """The results of an evaluation's solves, for JSON."""
 
     def result(r: SolveResult | None) -> list | None:
         if r is None:
@@ -304,12 +375,19 @@ def _described(point: Point) -> dict:
         residual = r.residuals[-1] if r.residuals else None
         return [r.converged, r.reason, residual, r.cycles, None if np.isnan(r.scale) else r.scale]
 
-    results = {"state": result(point.state), "adjoint": result(point.adjoint)}
-    rtol = {kind: float(value) if np.isfinite(value) else None for kind, value in point.rtol.items()}
-    return {"solved": point.z is not None, "cold": point.cold, "rtol": rtol, "parts": point.parts, **results}
+    results = {"state": result(evaluation.state), "adjoint": result(evaluation.adjoint)}
+    rtol = {kind: float(value) if np.isfinite(value) else None for kind, value in evaluation.rtol.items()}
+    return {
+        "solved": evaluation.z is not None,
+        "cold": evaluation.cold,
+        "rtol": rtol,
+        "parts": evaluation.parts,
+        **results,
+    }
 
 
 def _result(given: list | None) -> SolveResult | None:
+    """The result of a solve from its numbers in the file."""
     if given is None:
         return None
     converged, reason, residual, cycles, scale = given

@@ -1,9 +1,9 @@
-"""The HDF5 file of a checkpoint: arrays of all ranks, a checksum for each row, and a head.
+"""The HDF5 file of a checkpoint: a head, distributed arrays, and a checksum for each of their rows.
 
-The first rank makes the file: it reserves the space on the disk, writes the head (a dataset of bytes) and declares the
-arrays, contiguous and without values. Every rank then writes its own rows and columns at their places in the file. No
-call of HDF5 is collective, so a rank that fails leaves no other waiting, and a full disk is an error on the first rank
-before anything is written.
+The first rank creates the file: it reserves the space on the disk, writes the head (a dataset of bytes) and declares
+the arrays, contiguous and without values. Every rank then writes its own rows and columns at their places in the file.
+No call of HDF5 is collective, so no rank waits for one that fails, and a full disk is an error on the first rank before
+anything is written.
 
 Row ``i`` of an array has one checksum (CRC-32) for each rank in space, of that rank's columns, in ``checks/<name>``. So
 a file can be checked by any number of time ranks. Files of earlier versions have no checksums and keep their head in an
@@ -25,11 +25,11 @@ from pint_fem import files
 
 __all__ = ["Piece", "Place", "create_file", "read_head", "read_part", "write_parts"]
 
-_OVERHEAD = 4096  # bytes of HDF5's own for an array, generously
+_OVERHEAD = 4096  # upper bound of the bytes that HDF5 adds to an array
 
 
 class Place(NamedTuple):
-    """Shape of an array of all ranks, what this rank has of it, and this rank's column of checksums among all."""
+    """Shape of a distributed array, this rank's part of it, and its column among all columns of checksums."""
 
     shape: tuple[int, ...]
     where: tuple[slice, ...]
@@ -37,14 +37,14 @@ class Place(NamedTuple):
 
     @property
     def checks(self) -> tuple[tuple[int, int], tuple[slice, slice]]:
-        """Shape of the array of checksums and where this rank's are in it."""
+        """The shape of the array of checksums and this rank's part of it."""
         index, count = self.column
         rows = self.where[0] if len(self.shape) == 2 else slice(0, 1)
         return (self.shape[0] if len(self.shape) == 2 else 1, count), (rows, slice(index, index + 1))
 
 
 class Piece(NamedTuple):
-    """An array of the file and the values of its place that this rank writes; ``None``: another rank does."""
+    """An array of the file and this rank's part of its values; ``None`` where another rank writes them."""
 
     name: str
     place: Place
@@ -52,7 +52,7 @@ class Piece(NamedTuple):
 
 
 def create_file(path: Path, head: dict, pieces: Sequence[Piece]) -> dict[str, int]:
-    """Make a file with a head and arrays whose values are yet to be written; on one rank.
+    """Create a file with a head and arrays whose values are not written yet; on one rank.
 
     Returns
     -------
@@ -62,13 +62,13 @@ def create_file(path: Path, head: dict, pieces: Sequence[Piece]) -> dict[str, in
     Raises
     ------
     OSError, RuntimeError
-        If the disk is full, or the file cannot be made.
+        If the disk is full, or the file cannot be created.
     """
     text = json.dumps(head).encode()
     arrays = [(p.name, p.place.shape, "<f8") for p in pieces]
     arrays += [(f"checks/{p.name}", p.place.checks[0], "<u4") for p in pieces]
     size = len(text) + sum(int(np.prod(shape)) * int(kind[2]) + _OVERHEAD for _, shape, kind in arrays) + _OVERHEAD
-    files.create(path, size)  # a full disk shows here rather than while HDF5 closes a file
+    files.create(path, size)  # a full disk raises here rather than while HDF5 closes a file
     offsets = {}
     with h5py.File(path, "w", locking=False) as file:
         data = file.create_dataset("head", data=np.frombuffer(text, np.uint8))
@@ -104,7 +104,7 @@ def write_parts(path: Path, offsets: dict[str, int], pieces: Sequence[Piece]) ->
 
 
 def _placed(offset: int, rows: np.ndarray, width: int, where: tuple[slice, ...]):
-    """Offsets and buffers of rows ``(k, w)`` in an array of ``width`` columns: one where the rows are whole."""
+    """Offsets in the file and buffers of rows ``(k, w)`` in an array of ``width`` columns: one where ``w == width``."""
     first, column = (where[0].start if len(where) == 2 else 0), where[-1].start
     if rows.shape[1] == width:
         return [(offset + first * width * rows.itemsize, rows)]

@@ -1,8 +1,8 @@
-"""What tells one optimisation from another, in a few numbers that are the same on any number of time ranks.
+"""A few numbers that identify a minimisation problem, the same on any number of time ranks.
 
-Inner products, bounds and constraints are compared by what they do to a fixed vector, forms by UFL's signature, and
-the data in them (coefficients, constants, coordinates) by weighted sums of squares. Numbers are the same if they
-differ by no more than round-off of sums in another order may.
+Inner products, bounds and constraints are identified by their action on a fixed vector, forms by UFL's signature, and
+the data in them (coefficients, constants, coordinates) by weighted sums of squares. Numbers are equal if
+their difference is within the round-off of sums in another order.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ from tsfc.ufl_utils import extract_firedrake_constants
 from ufl.algorithms import extract_coefficients
 
 from pint_fem.adjoint.control_layout import ControlLayout
+from pint_fem.adjoint.minimisation.objective import Objective
 from pint_fem.evolution.boundary import boundary_value
 from pint_fem.evolution.evolution import Evolution
 from pint_fem.kernels.arrays import condition_rows, get
+from pint_fem.optimize.constraints import AffineConstraints
 
 __all__ = [
     "bound_numbers",
@@ -31,17 +33,17 @@ __all__ = [
     "probe",
 ]
 
-_RTOL = 1e-9  # far above round-off, far below anything meant
+_RTOL = 1e-9  # far above round-off, far below deliberate differences
 _DEFAULT_NAME = re.compile(r"(function|w)_\d+")  # Firedrake's and UFL's: numbers of a counter of the process
 
 
 def control_label(name: str, shape: tuple[int, ...]) -> str:
-    """A control by its shape, and its name if the user gave one."""
+    """The shape of a control, after its name if the user gave one."""
     return f"{'' if _DEFAULT_NAME.fullmatch(name) else name}{list(shape)}"
 
 
 def probe(layout: ControlLayout) -> np.ndarray:
-    """A vector between 1/2 and 3/2 that depends on the numbering of the space ranks only."""
+    """A vector with entries between 1/2 and 3/2 that depends on the numbering of the space ranks only."""
     out = np.empty(layout.size)
     for control in layout.evolution.controls:
         part = layout.part(out, control)
@@ -51,14 +53,14 @@ def probe(layout: ControlLayout) -> np.ndarray:
     return out
 
 
-def inner_number(layout: ControlLayout, objective) -> float:
-    """Squared norm of the functional whose coefficients are the probe."""
+def inner_number(layout: ControlLayout, objective: Objective) -> float:
+    """The squared norm of the functional whose coefficients are the probe."""
     dual = probe(layout)
     return layout.pairing(dual, objective.representative(dual))
 
 
 def bound_numbers(layout: ControlLayout, side: np.ndarray | float) -> dict[str, float]:
-    """Weighted means of a bound: of where it is finite, and of its positive and negative parts there."""
+    """Weighted means of a bound: of its finiteness, and of its positive and negative parts where it is finite."""
     weights, ones = probe(layout), np.ones(layout.size)
     side = np.broadcast_to(side, layout.size)
     finite = np.isfinite(side)
@@ -67,24 +69,32 @@ def bound_numbers(layout: ControlLayout, side: np.ndarray | float) -> dict[str, 
     return {name: layout.pairing(weights, part) / total for name, part in means.items()}
 
 
-def constraint_numbers(layout: ControlLayout, limited, values: list[float]) -> dict[str, float | list[float]]:
-    """Values of affine constraints, and squared norms of what projections on their set and null space make of the
-    probe.
-    """
+def constraint_numbers(
+    layout: ControlLayout, constrained: AffineConstraints, values: list[float]
+) -> dict[str, float | list[float]]:
+    """Values of affine constraints, and squared norms of the projections of the probe on their set and null space."""
     p = probe(layout)
-    ends = {"nearest": p + limited.feasible(p), "null space": p + limited.project(p)}  # with p: never mere round-off
-    return {"values": values} | {name: limited.inner(v, v) for name, v in ends.items()}
+    ends = {
+        "nearest": p + constrained.feasible(p),
+        "null space": p + constrained.project(p),
+    }  # with p: not only round-off
+    return {"values": values} | {name: constrained.inner(v, v) for name, v in ends.items()}
 
 
-def evolution_numbers(evolution: Evolution, comm) -> dict:
-    """What an evolution computes: residual and boundary values as signatures, their data, the tableau and the mesh.
+def evolution_numbers(evolution: Evolution, comm: MPI.Comm) -> dict:
+    """The problem of an evolution: signatures of residual and boundary values, their data, the tableau and the mesh.
 
     Parameters
     ----------
-    evolution
-        Its controls, the state and the time are left out: they have other values as a run goes on.
-    comm
+    evolution : Evolution
+        The evolution; its controls, the state and the time are left out, as their values change in a run.
+    comm : mpi4py communicator
         Communicator in space (collective).
+
+    Returns
+    -------
+    dict
+        Numbers and texts by name, for JSON.
     """
     mesh, (form, rate) = evolution.V.mesh().unique(), evolution.parts()
     values = [boundary_value(bc) for bc in evolution.bcs]
@@ -114,7 +124,7 @@ def evolution_numbers(evolution: Evolution, comm) -> dict:
 
 
 def _sums(f, comm) -> list[float]:
-    """Weighted sums of squares of a function's positive and of its negative values."""
+    """Weighted sums of squares of a function's positive and negative values, over all ranks in space."""
     values = get(f)
     first = comm.exscan(len(values)) or 0
     weights = 1 + 0.5 * np.cos(first + np.arange(len(values)))
@@ -125,13 +135,14 @@ def _sums(f, comm) -> list[float]:
     return total.tolist()
 
 
-def differences(kept: dict, given: dict) -> str:
-    """What two descriptions have that is not the same; empty if there is none."""
-    names = [name for name in {**given, **kept} if not _same(kept.get(name), given.get(name))]
-    return "; ".join(f"{name}: the file has {kept.get(name)}, this run {given.get(name)}" for name in names)
+def differences(stored: dict, given: dict) -> str:
+    """The entries in which the stored description differs from that of this run, as text; empty if there are none."""
+    names = [name for name in {**given, **stored} if not _same(stored.get(name), given.get(name))]
+    return "; ".join(f"{name}: the file has {stored.get(name)}, this run {given.get(name)}" for name in names)
 
 
 def _same(a, b) -> bool:
+    """Whether two descriptions are equal up to round-off of their numbers."""
     if isinstance(a, dict) and isinstance(b, dict):
         return a.keys() == b.keys() and all(_same(a[k], b[k]) for k in a)
     if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):

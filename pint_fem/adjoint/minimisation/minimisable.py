@@ -1,117 +1,332 @@
-"""The minimisation methods of a functional."""
+"""The methods by which a functional of controls is minimised, in the inner product of the controls."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from numbers import Real
+from pathlib import Path
 
 import numpy as np
+import ufl
+from pyadjoint.tape import stop_annotating
 
-from pint_fem.adjoint.minimisation.optimisers import named_array, one_shot, scipy_method, trust_region
+from pint_fem.adjoint.consistency.control_values import ControlConsistency
+from pint_fem.adjoint.minimisation.bounds_and_constraints import Controls, bound_arrays, constraint_normals, named_array
+from pint_fem.adjoint.minimisation.checkpoint import open_checkpoint
+from pint_fem.adjoint.minimisation.inexact_objective import InexactObjective
+from pint_fem.adjoint.minimisation.objective import Objective
+from pint_fem.adjoint.problem import ReducedProblem
+from pint_fem.adjoint.riesz import ControlInner
+from pint_fem.collective import ending_all_ranks, require_same
+from pint_fem.errors import InputError, SolverFailure
+from pint_fem.optimize.constraints import AffineConstraints
+from pint_fem.optimize.one_shot.method import minimize_one_shot
 from pint_fem.optimize.one_shot.records import OneShotResult
 from pint_fem.optimize.records import TrustRegionResult
+from pint_fem.optimize.scipy_methods.adapter import ScipyResult, scipy_minimize
+from pint_fem.optimize.trust_region.acceptance import UNLIMITED
+from pint_fem.optimize.trust_region.bounded import minimize_bounded
+from pint_fem.optimize.trust_region.inexact import InexactOptions
+from pint_fem.optimize.trust_region.multipliers import minimize_bounded_constrained
+from pint_fem.optimize.trust_region.newton_cg import minimize_trust_region
 
 __all__ = ["Minimisable"]
 
+# Forcing term for a quadratic J with inexact sweeps, about what one MGRIT cycle gives: for a plate with 64 steps this
+# takes the fewest cycles of 0.1, 0.02 and "superlinear", with and without a limited-memory preconditioner.
+_MODEL_FORCING = 0.02
+
 
 class Minimisable:
-    """What :class:`~pint_fem.adjoint.functional.ControlFunctional` offers to minimise itself by; it has ``problem``,
-    ``inner``, ``spacetime`` and ``array``.
+    """The part of a functional of controls that minimises it; it has ``problem``, ``inner``, ``spacetime``, ``layout``,
+    ``evolution``, ``array`` and ``function``.
     """
 
     def minimize_trust_region(
         self,
-        start=None,
+        start: Controls | None = None,
         *,
-        monitor: Callable[[str], None] | None = None,
-        inexact=None,
-        bounds=None,
-        constraints=None,
-        preconditioner=None,
-        checkpoint=None,
+        monitor: Callable[[str], object] | None = None,
+        inexact: bool | Mapping | InexactOptions | None = None,
+        bounds: Sequence | None = None,
+        constraints: Sequence[tuple[ufl.Form, float]] | None = None,
+        preconditioner: str | ufl.Form | Sequence[ufl.Form] | Callable | None = None,
+        checkpoint: str | Path | None = None,
         if_save_fails: str = "stop",
         **options,
     ) -> TrustRegionResult:
-        """Minimise by :func:`pint_fem.optimize.minimize_trust_region` in the controls' inner product.
+        """Minimise by :func:`pint_fem.optimize.minimize_trust_region` in the controls' inner product (collective).
 
         Parameters
         ----------
-        start
+        start : Function, EnsembleFunction or list of these, optional
             First controls; default: their values at construction.
-        monitor
-            Gets a line an iteration, on the first rank only.
-        inexact
-            ``True``, :class:`~pint_fem.optimize.InexactOptions` or a dictionary of them: sweeps are solved as
-            accurately as convergence needs and no more, at best to their ``rtol``.
-        bounds
+        monitor : callable, optional
+            Called with one line per iteration, on the first rank only.
+        inexact : bool, InexactOptions or mapping of its fields, optional
+            Sweeps are solved only as accurately as convergence requires, at best to their ``rtol``.
+        bounds : pair, optional
             ``(lower, upper)``, such as ``(0, None)``: each a number, ``None`` for no bound, values of the controls, or
-            a list with one of these for each control. The method is :func:`pint_fem.optimize.trust_region.bounded.minimize_bounded`,
-            together with ``constraints`` :func:`pint_fem.optimize.trust_region.multipliers.minimize_bounded_constrained`. The inner
-            product has to be diagonal; where it is not, ``"lumped"`` is used.
-        constraints
-            Pairs of a UFL functional that is affine in the controls and its value, such as ``[(q*dx, 1.0)]``.
-        preconditioner
-            Of conjugate gradients: ``"regularisation"`` (the inverse of its second derivative), a bilinear form or a
-            list with one a control, ``"limited-memory"``, or a callable on flat representatives.
-        checkpoint
-            A file (HDF5) that keeps the run after each iteration; if it is there, the run goes on from it. See
-            :mod:`pint_fem.adjoint.minimisation.checkpoint`.
-        if_save_fails
-            What happens where that file cannot be written, as on a full disk: ``"stop"`` raises ``InputError`` on every
-            rank, ``"continue"`` prints a line and goes on. The last complete file stays in either case.
+            a list with one of these for each control. The method is
+            :func:`~pint_fem.optimize.trust_region.bounded.minimize_bounded`, with ``constraints``
+            :func:`~pint_fem.optimize.trust_region.multipliers.minimize_bounded_constrained`. The inner product has to
+            be diagonal; where it is not, ``"lumped"`` is used.
+        constraints : list of pairs, optional
+            UFL functionals that are affine in the controls and their values, such as ``[(q*dx, 1.0)]``; for controls
+            with one value per step a functional is summed over the steps with weight ``dt``.
+        preconditioner : str, ufl.Form, list of ufl.Form or callable, optional
+            Preconditioner of conjugate gradients: ``"regularisation"`` (the inverse of its second derivative), a
+            bilinear form or a list with one per control, ``"limited-memory"``, or a callable on flat representatives.
+        checkpoint : str or pathlib.Path, optional
+            An HDF5 file with the state after each iteration, from which the run continues if the file exists
+            (:mod:`pint_fem.adjoint.minimisation.checkpoint`).
+        if_save_fails : {"stop", "continue"}
+            Where that file cannot be written, as on a full disk, ``"stop"`` raises ``InputError`` on every rank, and
+            ``"continue"`` prints a line and continues. The last complete file remains in either case.
         **options
-            Of the minimiser. For a quadratic ``J`` the first radius is unlimited by default.
+            Options of the minimiser. For a quadratic ``J`` the first radius is unlimited by default.
 
         Returns
         -------
         TrustRegionResult
-            The functional's own controls, ``controls``, take the values found, not the functions that the evolution was
-            given; ``x`` holds the own values of the minimiser; :meth:`function` makes
-            functions of them.
+            ``control`` holds the controls found, which are also the values of the functional's own ``controls`` (the
+            functions of the evolution keep theirs). ``x`` is this rank's part as an array.
 
         Raises
         ------
         InputError, ValueError
-            On options that do not fit, before anything is solved.
+            Options that do not fit, on every rank, before anything is solved.
         """
-        result = trust_region(
-            self, self._start(start), monitor=self._monitor(monitor), inexact=inexact, bounds=bounds,
-            constraints=constraints, preconditioner=preconditioner, checkpoint=checkpoint,
-            if_save_fails=if_save_fails, **options,
-        )  # fmt: skip
-        self._take(result.x)
-        return result
+        given = dict(inexact=inexact, bounds=bounds, constraints=constraints, preconditioner=preconditioner)
+        given |= dict(checkpoint=checkpoint, if_save_fails=if_save_fails)
+        with self._collective_run("trust_region", start, (), given | options) as start:
+            options["monitor"] = self._on_root(monitor)
+            result = self._trust_region(start, options, **given)
+        return self._with_control(result)
 
     def minimize_one_shot(
-        self, start=None, *, monitor=None, constraints=None, preconditioner=None, checkpoint=None,
-        if_save_fails: str = "stop", **options,
+        self, start: Controls | None = None, *, monitor: Callable[[str], object] | None = None,
+        constraints: Sequence[tuple[ufl.Form, float]] | None = None,
+        preconditioner: str | ufl.Form | Sequence[ufl.Form] | Callable | None = None,
+        checkpoint: str | Path | None = None, if_save_fails: str = "stop", **options,
     ) -> OneShotResult:  # fmt: skip
-        """Minimise while solving: one MGRIT cycle for state and adjoint between two updates of the controls.
+        """Minimise by :func:`pint_fem.optimize.minimize_one_shot`: between two updates of the controls one MGRIT cycle
+        for the state and one for the adjoint (collective).
 
-        See :func:`pint_fem.optimize.one_shot.method.minimize_one_shot` for options and result, and
-        :meth:`minimize_trust_region` for the arguments. ``memory``: 40 pairs by default, 10 where a control has a value
-        a step; as many as there are directions that the data determine make the run short.
+        Parameters
+        ----------
+        start, monitor, constraints, preconditioner, checkpoint, if_save_fails
+            As for :meth:`minimize_trust_region`; the preconditioner ``"limited-memory"`` is built in.
+        **options
+            Options of the minimiser. ``memory``, the number of pairs, is 40 by default, 10 where a control has one
+            value per step; the run is short where it is the number of directions that the data determine.
+
+        Returns
+        -------
+        OneShotResult
+            ``control`` holds the controls found, which are also the values of the functional's own ``controls``.
+
+        Raises
+        ------
+        InputError, ValueError
+            Options that do not fit, on every rank, before anything is solved.
         """
-        result = one_shot(
-            self, self._start(start), monitor=self._monitor(monitor), constraints=constraints,
-            preconditioner=preconditioner, checkpoint=checkpoint, if_save_fails=if_save_fails, **options,
-        )  # fmt: skip
-        self._take(result.x)
-        return result
+        given = dict(constraints=constraints, preconditioner=preconditioner)
+        given |= dict(checkpoint=checkpoint, if_save_fails=if_save_fails)
+        with self._collective_run("one_shot", start, (), given | options) as start:
+            options.setdefault("value_rtol", _value_rtol(self.problem))
+            options.setdefault("memory", 10 if self.evolution.stepwise else 40)  # static controls are small
+            self._require_residuals("one-shot")
+            if any(p.sweeps.solvers.accelerated for p in self.problem.leaves):
+                raise InputError("one-shot takes single MGRIT cycles: leave krylov out")
+            if preconditioner == "limited-memory":
+                raise InputError("one-shot has a limited-memory operator of its own: leave preconditioner= out")
+            options["preconditioner"] = self._preconditioner(self.inner, preconditioner)
+            options["monitor"] = self._on_root(monitor)
+            objective = Objective(self.problem, self.inner)
+            limited, start = self._constrained(objective, start, constraints)
+            run = dict(method="one-shot", constrained=limited, constraints=constraints)
+            with open_checkpoint(checkpoint, objective, if_save_fails, **run) as opened:
+                result = minimize_one_shot(limited, start, checkpoint=opened, **options)
+        return self._with_control(result)
 
-    def minimize_scipy(self, start=None, method: str = "trust-krylov", *, bounds=None, **options):
-        """Minimise by scipy, whose vectors are whole on each rank: for controls of moderate size.
+    def minimize_scipy(
+        self, start: Controls | None = None, method: str = "trust-krylov", *, bounds: Sequence | None = None, **options
+    ) -> ScipyResult:
+        """Minimise by scipy, whose vectors are whole on one rank: for controls of moderate size (collective).
 
-        See :func:`pint_fem.optimize.scipy_methods.adapter.scipy_minimize` for methods, options and result. The variables are
-        scaled by the root of the lumped mass matrix, and derivatives are exact in these coordinates (pyadjoint's
-        ``minimize`` hands scipy Riesz representatives).
+        The variables are scaled by the root of the lumped mass matrix, and derivatives are exact in these coordinates
+        (pyadjoint's ``minimize`` passes Riesz representatives to scipy).
+
+        Parameters
+        ----------
+        start, bounds
+            As for :meth:`minimize_trust_region`.
+        method : str
+            One of the methods of :func:`pint_fem.optimize.scipy_minimize`.
+        **options
+            Options of that function.
+
+        Returns
+        -------
+        ScipyResult
+            ``control`` holds the controls found, which are also the values of the functional's own ``controls``.
+
+        Raises
+        ------
+        InputError, ValueError
+            Arguments that do not fit, on every rank, before anything is solved.
         """
-        result = scipy_method(self, self._start(start), method, bounds=bounds, **options)
-        self._take(result.x)
-        return result
+        with self._collective_run("scipy_method", start, (method,), {"bounds": bounds} | options) as start:
+            scaling = self.inner.weights
+            if scaling is None:
+                scaling = ControlInner(self.layout, "lumped").weights
+            lower, upper = (None, None) if bounds is None else bound_arrays(self, bounds)
+            objective, comm = Objective(self.problem, self.inner, scaling=scaling), self.spacetime.comm
+            result = scipy_minimize(objective, start, method, comm=comm, lower=lower, upper=upper, **options)
+        return self._with_control(result)
 
-    def _start(self, start) -> np.ndarray:
-        return self._current() if start is None else named_array(self, start, "start")
+    # -- what the methods share ----------------------------------------------------------------------------------------
+    @contextmanager
+    def _collective_run(self, name: str, start, args: tuple, given: dict):
+        """The first controls as an array, after a comparison of all arguments and of static controls over the ranks."""
+        start = self._current() if start is None else named_array(self, start, "start")
+        comm = self.spacetime.comm
+        with ending_all_ranks(comm):
+            compared = {key: value for key, value in given.items() if key != "callback"}
+            require_same(comm, minimiser=name, method=args, given=compared)
+            ControlConsistency(self.layout).require({"start": start})
+            with stop_annotating():
+                yield start
 
-    def _monitor(self, monitor):
-        """On the first rank only."""
+    def _on_root(self, monitor: Callable | None) -> Callable | None:
+        """The monitor on the first rank, None on the others."""
         return monitor if self.spacetime.is_root else None
+
+    def _with_control(self, result):
+        """The result with its controls as functions, which become the values of the functional's controls."""
+        self._take(result.x)
+        control = self.function(result.x)
+        if isinstance(result, ScipyResult):
+            result.control = control
+            return result
+        return replace(result, control=control)
+
+    def _trust_region(
+        self, start: np.ndarray, options: dict, *, inexact, bounds, constraints, preconditioner, checkpoint,
+        if_save_fails,
+    ) -> TrustRegionResult:  # fmt: skip
+        """Choose options, objective and method, and run it."""
+        problem, inner = self.problem, self.inner
+        options.setdefault("value_rtol", _value_rtol(problem))
+        if problem.is_quadratic and bounds is None:
+            # the model is J itself: a bound would only cut steps short
+            options.setdefault("initial_radius", min(UNLIMITED, options.get("max_radius", np.inf)))
+        inexact = self._inexact_options(inexact)
+        if inexact is not None and problem.is_quadratic and options.get("cg_rtol") is None:
+            # for a quadratic J, looser first iterations gain nothing
+            options.setdefault("cg_forcing", _MODEL_FORCING)
+        if bounds is not None:
+            if inexact is not None:
+                raise InputError("bounds go with exact solves: leave inexact= out")
+            if inner.weights is None:
+                inner = ControlInner(self.layout, "lumped")
+        options["preconditioner"] = self._preconditioner(inner, preconditioner)
+        run = dict(method="trust region", constraints=constraints)
+        if bounds is not None:
+            lower, upper = bound_arrays(self, bounds)
+            objective = Objective(problem, inner)
+            _raise_tolerance(objective, start, checkpoint, options)
+            if constraints:
+                if checkpoint is not None:
+                    raise InputError("checkpoint= goes with bounds or with integral constraints, not with both")
+                normals, values = constraint_normals(self, objective, constraints)
+                return minimize_bounded_constrained(objective, start, lower, upper, normals, values, **options)
+            run = dict(method="trust region within bounds", sides={"lower": lower, "upper": upper})
+            with open_checkpoint(checkpoint, objective, if_save_fails, **run) as opened:
+                return minimize_bounded(objective, start, lower, upper, checkpoint=opened, **options)
+        objective = Objective(problem, inner) if inexact is None else InexactObjective(problem, inner)
+        limited, start = self._constrained(objective, start, constraints)
+        if inexact is None:
+            _raise_tolerance(objective, start, checkpoint, options)
+        try:
+            with open_checkpoint(checkpoint, objective, if_save_fails, constrained=limited, **run) as opened:
+                return minimize_trust_region(limited, start, inexact=inexact, checkpoint=opened, **options)
+        finally:
+            problem.keep_evaluations(1)
+
+    def _inexact_options(self, inexact) -> InexactOptions | None:
+        """The options of inexact sweeps; refused where their accuracy cannot be chosen."""
+        if isinstance(inexact, Mapping):
+            inexact = InexactOptions(**inexact)
+        inexact = InexactOptions() if inexact is True else inexact or None
+        if inexact is not None:
+            if not isinstance(self.problem, ReducedProblem):
+                raise InputError(
+                    "inexact= goes with the functional of one evolution: leave it out for a sum, a multiple and where "
+                    "the initial condition is an expression of controls"
+                )
+            self._require_residuals("inexact=")
+        return inexact
+
+    def _require_residuals(self, what: str) -> None:
+        """Refuse MGRIT without residuals where they decide on the accuracy."""
+        if any(p.sweeps.options.residual == "none" and p.sweeps.options.levels > 1 for p in self.problem.leaves):
+            raise InputError(f"{what} chooses accuracy by residuals: give mgrit residual='C' or 'full', not 'none'")
+
+    def _constrained(self, objective: Objective, start: np.ndarray, constraints):
+        """The objective on the controls that meet the constraints, and the nearest such control to the start."""
+        if not constraints:
+            return objective, start
+        normals, values = constraint_normals(self, objective, constraints)
+        try:
+            limited = AffineConstraints(objective, normals, values)
+        except ValueError as error:
+            raise InputError(f"constraints: {error}") from error
+        return limited, limited.feasible(start)
+
+    def _preconditioner(self, inner: ControlInner, given):
+        """An approximate inverse Hessian on representatives."""
+        if given is None or given == "limited-memory" or (callable(given) and not isinstance(given, ufl.Form)):
+            return given
+        if isinstance(given, str) and given == "regularisation":
+            given = [self._second_derivative(control) for control in self.evolution.controls]
+        elif isinstance(given, str):
+            raise InputError(
+                f"preconditioner {given!r}: give 'regularisation', 'limited-memory', a bilinear form or a callable"
+            )
+        prior = ControlInner(self.layout, given)
+        return lambda r: prior.primal(inner.dual(r))
+
+    def _second_derivative(self, control) -> ufl.Form:
+        """The second derivative of the regularisation by a control, as a bilinear form."""
+        second = self.problem.regularisation_hessian(control)
+        if second is None:
+            raise InputError(
+                f"preconditioner 'regularisation': the regularisation is not quadratic in control {control.name()!r}"
+            )
+        return second
+
+
+def _value_rtol(problem) -> float:
+    """Relative accuracy of ``J``, from that of the sweeps."""
+    return 10 * max(leaf.sweeps.options.rtol for leaf in problem.leaves)
+
+
+def _raise_tolerance(objective: Objective, start: np.ndarray, checkpoint, options: dict) -> None:
+    """Raise the tolerance of the gradient to its error where the start fits the data to round-off.
+
+    A tolerance relative to such a gradient is never reached. A run with a checkpoint may continue from another control.
+    """
+    given = options.get("gtol_abs", 0.0)
+    if checkpoint is not None or not isinstance(given, Real):
+        return
+    try:
+        error = objective.problem.gradient_error(start)
+    except SolverFailure:  # the minimisation reports what fails at the start
+        return
+    if error is not None:
+        error = objective.representative(error)
+        options["gtol_abs"] = max(float(given), float(np.sqrt(max(objective.inner(error, error), 0.0))))

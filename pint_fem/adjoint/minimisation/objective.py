@@ -1,4 +1,4 @@
-"""The reduced problem in an inner product, as optimisers see it: flat arrays in, representatives out."""
+"""The reduced problem as the minimisers call it: on flat arrays, with Riesz representatives of derivatives."""
 
 from __future__ import annotations
 
@@ -6,99 +6,94 @@ import numpy as np
 
 from pint_fem.adjoint.problem import ReducedProblem
 from pint_fem.adjoint.riesz import ControlInner
-from pint_fem.errors import SolverFailure, release
+from pint_fem.errors import SolverFailure
 
 __all__ = ["Objective"]
 
 
 class Objective:
-    """What :class:`pint_fem.optimize.Problem` asks for.
+    """A :class:`pint_fem.optimize.Problem` made of a reduced problem and an inner product.
 
     Parameters
     ----------
-    problem
-        Value and derivatives.
-    inner
+    problem : ReducedProblem or SumProblem
+        Value and derivatives, as dual vectors.
+    inner : ControlInner
         The inner product; gradients and Hessian actions are representatives in it.
-    scaling
-        What ``weights`` says instead of the inner product's diagonal.
+    scaling : ndarray, optional
+        Scaling of the variables for scipy, as ``weights``; default: the diagonal of the inner product.
 
     Attributes
     ----------
     comm : mpi4py communicator
-        The ranks that evaluate together.
+        The ranks that evaluate collectively.
     failure : SolverFailure or None
-        Why the last value was infinite.
+        Why the last value was not finite.
     """
 
     def __init__(self, problem: ReducedProblem, inner: ControlInner, *, scaling: np.ndarray | None = None):
         self.problem, self._inner, self._scaling = problem, inner, scaling
         self.failure: SolverFailure | None = None
-        #: Over which optimisers decide.
         self.comm = problem.spacetime.comm
 
-    def _failed(self, failure: SolverFailure) -> float:
-        """Keep why there is no value, and return what stands for it."""
-        release(failure)
-        self.failure = failure
-        return np.inf
-
     def value(self, x: np.ndarray) -> float:
-        """``J(x)``; infinite where a sweep fails for a numerical reason (on every rank): trial steps are then
-        shortened. What failed is kept as :attr:`failure`.
+        """``J(x)``.
+
+        Raises
+        ------
+        SolverFailure
+            If a sweep fails for a numerical reason, on every rank; minimisers then use infinity.
         """
-        self.failure = None
-        try:
-            value = self.problem.value(x)
-        except SolverFailure as failure:
-            return self._failed(failure)
-        self._name_parts(value)
+        value = self.problem.value(x)
+        self._report_parts(value)
         return value
 
-    def _name_parts(self, value: float) -> None:
-        """Keep which part of a value is not finite: data, weights or states that overflow."""
+    def _report_parts(self, value: float) -> None:
+        """Store the parts of a value that is not finite: data, weights or states overflow."""
+        self.failure = None
         if not np.isfinite(value):
             parts = ", ".join(f"{name} {part:g}" for name, part in self.problem.parts.items())
             self.failure = SolverFailure(f"J is not finite: {parts}; see data and weights")
 
     def gradient(self, x: np.ndarray) -> np.ndarray:
-        """Representative of ``J'(x)``."""
+        """The representative of ``J'(x)``."""
         return self._inner.primal(self.problem.derivative(x))
 
     def hessian_action(self, x: np.ndarray, v: np.ndarray) -> np.ndarray:
-        """Representative of ``J''(x) v``."""
+        """The representative of ``J''(x) v``."""
         return self._inner.primal(self.problem.hessian_action(x, v))
 
     def gauss_newton_action(self, x: np.ndarray, v: np.ndarray) -> np.ndarray:
-        """The same without the second derivatives of the steps."""
+        """The representative of ``J''(x) v`` without the second derivatives of the steps."""
         return self._inner.primal(self.problem.hessian_action(x, v, gauss_newton=True))
 
     def inner(self, a: np.ndarray, b: np.ndarray) -> float:
-        """The inner product."""
+        """The inner product (a, b) of the controls."""
         return self._inner.inner(a, b)
 
     def dual(self, g: np.ndarray) -> np.ndarray:
-        """Coefficients of the functional that ``g`` represents."""
+        """The coefficients of the functional that ``g`` represents."""
         return self._inner.dual(g)
 
     @property
     def weights(self) -> np.ndarray | None:
-        """The product's matrix where it is diagonal, else ``None``; or the scaling of the variables."""
+        """The scaling of the variables, or the product's diagonal matrix; ``None`` where that is not diagonal."""
         return self._inner.weights if self._scaling is None else self._scaling
 
     def representative(self, dual: np.ndarray) -> np.ndarray:
-        """Of a functional given by its coefficients."""
+        """The representative of a functional given by its coefficients."""
         return self._inner.primal(dual)
 
     def advance(self, x: np.ndarray) -> tuple[float, np.ndarray, float]:
-        """``J`` and its gradient after one MGRIT cycle for each sweep, and their relative residual; infinite where a
-        sweep fails (on every rank alike): it starts anew at the next design.
+        """``J`` and its gradient after one MGRIT cycle for each sweep, and the relative residual.
+
+        Raises
+        ------
+        SolverFailure
+            If a sweep fails, on every rank; it starts anew at the next design.
         """
         self.failure = None
-        try:
-            value, g, residual = self.problem.advance(x)
-        except SolverFailure as failure:
-            return self._failed(failure), np.zeros_like(x), np.inf
+        value, g, residual = self.problem.advance(x)
         return value, self._inner.primal(g), residual
 
     def update_copies(self, x: np.ndarray) -> None:
@@ -107,5 +102,5 @@ class Objective:
 
     @property
     def owned(self) -> np.ndarray:
-        """Which entries this rank contributes, the others being copies."""
+        """Which entries this rank contributes to the global vector; the others are copies."""
         return self.problem.layout.owned

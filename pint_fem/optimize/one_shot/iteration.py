@@ -1,6 +1,7 @@
-r"""The state of a simultaneous optimisation between two iterations, and what one iteration does to it.
+r"""One iteration of a simultaneous optimisation: evaluation, acceptance of the step, update of the operator B, next
+step.
 
-The method is that of :mod:`pint_fem.optimize.one_shot.method`.
+The method and the symbols are those of :mod:`pint_fem.optimize.one_shot.method`.
 """
 
 from __future__ import annotations
@@ -10,17 +11,17 @@ import math
 import numpy as np
 
 from pint_fem.optimize.lbfgs import InverseLBFGS
+from pint_fem.optimize.one_shot.inexact_evaluations import DesignEvaluation, InexactEvaluations
 from pint_fem.optimize.one_shot.records import DesignUpdate, OneShotRecord
-from pint_fem.optimize.one_shot.running_solvers import Reading, RunningSolvers
 from pint_fem.optimize.records import StopReason
-from pint_fem.optimize.trust_region.acceptance import is_lost
+from pint_fem.optimize.trust_region.acceptance import below_resolution
 
 __all__ = ["Run"]
 
 # delta: part of the linear model's reduction that a step must achieve.
 _DECREASE = 1e-4
 
-# Share of |(g, s)| the errors of J may have for values of J to judge a step.
+# Largest share of |(g, s)| in the errors of J with which values of J decide on a step.
 _VALUES_COUNT = 0.1
 
 # e |d| may be this part of |(g, d)|.
@@ -29,10 +30,10 @@ _DESCENT = 0.5
 # A shortened step keeps between these parts of its length.
 _SHORTEST, _LONGEST = 0.1, 0.5
 
-# The relative error asked of g is not halved below this part of `accuracy`.
+# The relative error allowed for g is not halved below this part of `accuracy`.
 _FINEST = 1e-2
 
-# A step along which the slope vanishes within its `_SHORTEST` part is learned from only where J rises as a quadratic
+# A step along which the slope vanishes within its `_SHORTEST` part is a pair for B only where J rises as a quadratic
 # with these slopes would, up to this part of that. A fourth power is off by 0.5, an exponential by nearly 1.
 _QUADRATIC = 0.4
 
@@ -44,7 +45,7 @@ _IDLE = 10
 
 
 class Run:
-    """The state between two iterations: the accepted design x, and the design z whose solution is under way.
+    """The state between two iterations: the accepted design x, and the design z that is being evaluated.
 
     All attributes but the options are in a checkpoint (:mod:`pint_fem.optimize.one_shot.restart`).
 
@@ -53,33 +54,33 @@ class Run:
     x, z : ndarray
         The same array where the accepted design is held.
     s, slope, tau : ndarray, float, float
-        z - x, (g, s), and s as part of the step -B g.
-    base, exact : Reading or None
-        The last reading of x that was accurate enough, None before the first; an accurate one, if there was any.
+        z - x, (g, s), and the length of s relative to the step -B g.
+    base, exact : DesignEvaluation or None
+        The last evaluation of x that was accurate enough, None before the first; the accurate one, if there was any.
     first_norm : float or None
         Norm of the first such gradient.
     theta : float
-        Relative error that is allowed at present.
+        Relative error of g that is allowed at present.
     residual : float
-        Of the last reading of x.
+        Residual of the last evaluation of x.
     count, measure : int, bool
-        Readings of z, and whether one is not enough.
+        Evaluations of z, and whether more than one is required.
     mark, since_mark : float, int
-        The residual of z when it last halved, and readings since.
+        The residual of z when it last halved, and evaluations since.
     rejections : int
-        In succession.
+        Rejected steps in succession.
     smallest, idle : float, int
         The smallest norm of a gradient so far, and steps below the accuracy of J without a smaller one.
     reason : StopReason or None
         Why the run has ended, if so.
-    wild : bool
-        Whether the step judged last led where J is no quadratic any more that has to do with J at x: it is shortened,
-        but its curvature is that of another place. Nothing that lasts.
+    not_quadratic : bool
+        Whether J along the last step is far from a quadratic with the slopes at its ends: the step is shortened, but
+        its curvature does not enter B. Set anew for each step.
     """
 
     def __init__(
         self,
-        solvers: RunningSolvers,
+        solvers: InexactEvaluations,
         x: np.ndarray,
         B: InverseLBFGS,
         *,
@@ -97,16 +98,16 @@ class Run:
         self.accuracy, self.theta, self.hold_max_it = accuracy, accuracy, hold_max_it
         self.initial_step, self.value_rtol = initial_step, value_rtol
         self.x = self.z = x
-        self.base: Reading | None = None
+        self.base: DesignEvaluation | None = None
         self.residual = math.inf
         self.reason: StopReason | None = None
         self.s, self.slope, self.tau = np.zeros_like(x), 0.0, 1.0
         self.count, self.measure = 0, True
         self.mark, self.since_mark = math.inf, 0
-        self.exact: Reading | None = None
+        self.exact: DesignEvaluation | None = None
         self.rejections = 0
         self.smallest, self.idle = math.inf, 0
-        self.wild = False
+        self.not_quadratic = False
 
     @property
     def tolerance(self) -> float:
@@ -114,78 +115,77 @@ class Run:
         return max(self.gtol_abs, self.gtol_rel * (self.first_norm or 0.0))
 
     def resume(self, reason: StopReason | None) -> None:
-        """Go on from a restored state, unless it was the end and still is."""
+        """Continue from a restored state, unless the run has ended and its end still holds."""
         if reason is StopReason.GRADIENT and self.exact.norm > self.tolerance:
             reason = None
         self.reason = reason
 
     def iterate(self, iteration: int) -> OneShotRecord:
-        """One iteration of the solvers at z and what follows from it."""
+        """One iteration of the solvers at z, and the decision on z."""
         step_norm, pairs = math.sqrt(self.inner(self.s, self.s)), len(self.B)
-        reading = self.solvers.read(self.z, iteration, self.x)
-        if reading is None and self.z is self.x:
-            raise self.solvers.exact.no_value(
+        found = self.solvers.evaluate(self.z, iteration, self.x)
+        if found is None and self.z is self.x:
+            raise self.solvers.problem.no_value(
                 f"iteration {iteration}: J is not finite at the first or an accepted design", self.x
             )
         self.count += 1
-        update = self._decide(reading, iteration)
+        update = self._decide(found, iteration)
         if iteration == 0:
             update = DesignUpdate.FIRST
-        if reading is None:
-            reading = Reading(self.z, math.nan, self.z, math.nan, math.nan, math.nan)
-        return OneShotRecord(
-            iteration, reading.value, reading.norm, reading.error, reading.residual, step_norm, pairs, update
-        )
+        if found is None:
+            found = DesignEvaluation(self.z, math.nan, self.z, math.nan, math.nan, math.nan)
+        return OneShotRecord(iteration, found.value, found.norm, found.error, found.residual, step_norm, pairs, update)
 
-    def _decide(self, reading: Reading | None, iteration: int) -> DesignUpdate:
-        if reading is not None and reading.residual <= 0.5 * self.mark:
-            self.mark, self.since_mark = reading.residual, 0
+    def _decide(self, found: DesignEvaluation | None, iteration: int) -> DesignUpdate:
+        """Hold, accept or reject z, and set the next design."""
+        if found is not None and found.residual <= 0.5 * self.mark:
+            self.mark, self.since_mark = found.residual, 0
         self.since_mark += 1
         stalls = self.since_mark >= self.hold_max_it
         if self.z is self.x:
-            self.residual = reading.residual
-            if self._believed(reading):
-                self._start(reading)
-                self._depart(iteration, stalls)
+            self.residual = found.residual
+            if self._is_accurate(found):
+                self._set_base(found)
+                self._leave(iteration, stalls)
             if stalls and self.z is self.x and self.reason is None:
                 self.reason = StopReason.ACCURACY
             return DesignUpdate.HELD
-        if reading is None:
+        if found is None:
             factor = _SHORTEST
-        elif self._believed(reading):
-            factor = self._judge(reading)
+        elif self._is_accurate(found):
+            factor = self._step_fraction(found)
         elif stalls:
             factor = _LONGEST
         else:
             return DesignUpdate.HELD
         if factor < 1:
-            if reading is None or not self._believed(reading) or not self._retry(reading):
+            if found is None or not self._is_accurate(found) or not self._retry_from_base(found):
                 self._reject(factor, iteration)
             return DesignUpdate.REJECTED
-        self._accept(reading)
-        self._depart(iteration, stalls)
+        self._accept(found)
+        self._leave(iteration, stalls)
         return DesignUpdate.ACCEPTED
 
-    def _believed(self, reading: Reading) -> bool:
-        """Whether a reading is accurate enough to judge a step by and to take the next one from."""
-        if self.measure and self.count == 1 and reading.residual > 0:
+    def _is_accurate(self, found: DesignEvaluation) -> bool:
+        """Whether an evaluation is accurate enough to decide on a step and to compute the next one."""
+        if self.measure and self.count == 1 and found.residual > 0:
             return False
-        return reading.error <= self.theta * max(reading.norm, self.tolerance)
+        return found.error <= self.theta * max(found.norm, self.tolerance)
 
-    def _start(self, reading: Reading) -> None:
-        """Take over a reading of x; the first one scales tolerance and step."""
+    def _set_base(self, found: DesignEvaluation) -> None:
+        """Use an evaluation of x for the next steps; the first one scales tolerance and step."""
         if self.base is None:
-            self.first_norm = reading.norm
-            if reading.norm > 0:
-                self.B.gamma = (self.initial_step or abs(reading.value) / reading.norm or 1.0) / reading.norm
-        self.base = reading
+            self.first_norm = found.norm
+            if found.norm > 0:
+                self.B.gamma = (self.initial_step or abs(found.value) / found.norm or 1.0) / found.norm
+        self.base = found
 
-    def _judge(self, reading: Reading) -> float:
+    def _step_fraction(self, found: DesignEvaluation) -> float:
         """1 if the step is accepted, else the part of it to try next."""
-        base, slope, slope_end, self.wild = self.base, self.slope, self.inner(reading.g, self.s), False
-        noise = base.value_error + reading.value_error
-        noise += self.value_rtol * max(abs(base.value), abs(reading.value))
-        rise = reading.value - base.value
+        base, slope, slope_end, self.not_quadratic = self.base, self.slope, self.inner(found.g, self.s), False
+        noise = base.value_error + found.value_error
+        noise += self.value_rtol * max(abs(base.value), abs(found.value))
+        rise = found.value - base.value
         if noise <= _VALUES_COUNT * abs(slope):
             fine = rise <= _DECREASE * slope + noise
         else:
@@ -196,16 +196,18 @@ class Run:
             return 1.0
         zero = slope / (slope - slope_end) if slope_end > slope else math.inf
         trapezoid = 0.5 * (slope + slope_end)
-        self.wild = zero < _SHORTEST and not abs(rise - trapezoid) <= _QUADRATIC * abs(trapezoid)
+        self.not_quadratic = zero < _SHORTEST and not abs(rise - trapezoid) <= _QUADRATIC * abs(trapezoid)
         return min(max(zero, _SHORTEST), _LONGEST)
 
-    def _retry(self, reading: Reading) -> bool:
-        """Learn from a rejected step, which says more of the Hessian than an accepted one, and step from x again."""
+    def _retry_from_base(self, found: DesignEvaluation) -> bool:
+        """Update B by a rejected step, which contains more information on the Hessian than an accepted one, and step
+        from x again; whether that was possible.
+        """
         base, longest = self.base, math.sqrt(self.inner(self.s, self.s))
-        if self.wild:
-            self.solvers.disregard()
+        if self.not_quadratic:
+            self.solvers.discard_measurements()
             return False
-        if self.rejections + 1 >= _PATIENCE or not self._learn(reading):
+        if self.rejections + 1 >= _PATIENCE or not self._update_operator(found):
             return False
         d = -self.B.apply(base.g)
         slope, length = self.inner(base.g, d), math.sqrt(self.inner(d, d))
@@ -213,55 +215,55 @@ class Run:
         if not 0 < length < math.inf or base.error * length > _DESCENT * abs(slope):
             return False
         self.rejections += 1
-        self._go(tau * d, tau * slope, tau)
+        self._set_step(tau * d, tau * slope, tau)
         return True
 
-    def _learn(self, reading: Reading) -> bool:
-        """Use the step to the reading's design as a pair; whether its curvature is known well enough."""
-        noise = self.base.error + reading.error
-        return self.B.update(self.s, reading.g - self.base.g, noise=noise)
+    def _update_operator(self, found: DesignEvaluation) -> bool:
+        """Add the pair of the step to B; whether its curvature is accurate enough for that."""
+        noise = self.base.error + found.error
+        return self.B.update(self.s, found.g - self.base.g, noise=noise)
 
     def _reject(self, factor: float, iteration: int) -> None:
-        """Try a part of the step: from a better reading of x, as the one it was judged by may be what is wrong."""
+        """Try a part of the step from a more accurate evaluation of x, as an inaccurate one may be the reason."""
         self.rejections += 1
         if self.base.residual == 0:
-            self._go(factor * self.s, factor * self.slope, factor * self.tau)
+            self._set_step(factor * self.s, factor * self.slope, factor * self.tau)
             return
         self.measure, self.tau = True, factor * self.tau
         self.theta = max(0.5 * self.theta, _FINEST * self.accuracy)
         self.s, self.slope = np.zeros_like(self.x), 0.0
         if self.rejections < _PATIENCE:
-            self._look_at(self.x)
+            self._move_to(self.x)
         else:
-            self._take_exactly(iteration)
-            self._depart(iteration, stalls=False)
+            self._use_exact(iteration)
+            self._leave(iteration, stalls=False)
 
-    def _take_exactly(self, iteration: int) -> None:
-        """Replace the reading of x by an accurate one, and learn from the difference."""
+    def _use_exact(self, iteration: int) -> None:
+        """Replace the evaluation of x by the accurate one, and measure errors by the difference."""
         exact = self.end(iteration)
-        self.solvers.compare(self.base, exact)
+        self.solvers.measure_by(exact, self.base)
         self.base = exact
 
-    def _accept(self, reading: Reading) -> None:
-        """Make z the design, and learn from the step."""
-        noise = self.base.error + reading.error
-        if self._learn(reading):
+    def _accept(self, found: DesignEvaluation) -> None:
+        """Make z the accepted design, and add the pair of the step to B."""
+        noise = self.base.error + found.error
+        if self._update_operator(found):
             self.theta = min(self.accuracy, 2 * self.theta)
         elif noise > 0:
             self.theta = max(0.5 * self.theta, _FINEST * self.accuracy)
-        if not len(self.B):  # the scale is all that is known: follow the steps, longer where J still falls at the end
-            steep = self.inner(reading.g, self.s) < 0.5 * self.slope
+        if not len(self.B):  # without pairs the scale follows the steps, longer where J still falls at the end
+            steep = self.inner(found.g, self.s) < 0.5 * self.slope
             self.B.gamma *= self.tau * (2 if steep else 1)
-        self.x, self.base, self.residual, self.exact = self.z, reading, reading.residual, None
+        self.x, self.base, self.residual, self.exact = self.z, found, found.residual, None
         self.measure, self.tau, self.rejections = False, 1.0, 0
-        below = abs(self.slope) <= self.value_rtol * abs(reading.value)
-        self.idle = self.idle + 1 if below and reading.norm >= self.smallest else 0
-        self.smallest = min(self.smallest, reading.norm)
+        below = abs(self.slope) <= self.value_rtol * abs(found.value)
+        self.idle = self.idle + 1 if below and found.norm >= self.smallest else 0
+        self.smallest = min(self.smallest, found.norm)
         if self.idle == _IDLE:
             self.reason = StopReason.ROUND_OFF
 
-    def _depart(self, iteration: int, stalls: bool) -> None:
-        """Leave x for a new design, hold it for a smaller residual or a better direction, or end."""
+    def _leave(self, iteration: int, stalls: bool) -> None:
+        """Set a new design, hold x for a smaller residual or a better direction, or end."""
         self.s, self.slope = np.zeros_like(self.x), 0.0
         if self.base.norm <= self.tolerance:
             if self.base.residual > self.residual_tol:
@@ -270,44 +272,46 @@ class Run:
             if exact.norm <= self.tolerance:
                 self.reason = StopReason.GRADIENT
                 return
-            if self.base.residual == 0:  # nothing to be measured, and nothing more to be had
+            if self.base.residual == 0:  # neither a measurement nor a more accurate evaluation is possible
                 self.reason = StopReason.ACCURACY
                 return
-            self._take_exactly(iteration)
+            self._use_exact(iteration)
         d = -self.B.apply(self.base.g)
         slope = self.inner(self.base.g, d)
         if self.base.error * math.sqrt(self.inner(d, d)) > _DESCENT * abs(slope):
             if not stalls:
                 return
-            self.B.forget()  # the error of g is small enough for -g
+            self.B.clear()  # the error of g is small enough for -g
             d = -self.B.apply(self.base.g)
             slope = self.inner(self.base.g, d)
-        self._go(self.tau * d, self.tau * slope, self.tau)
+        self._set_step(self.tau * d, self.tau * slope, self.tau)
 
-    def _go(self, s: np.ndarray, slope: float, tau: float) -> None:
+    def _set_step(self, s: np.ndarray, slope: float, tau: float) -> None:
+        """Move to the design x + s; end where s is below the round-off of x."""
         self.s, self.slope, self.tau = s, slope, tau
-        self._look_at(self.x + s)
-        if is_lost(math.sqrt(self.inner(s, s)), math.sqrt(self.inner(self.x, self.x)), 0.0):
+        self._move_to(self.x + s)
+        if below_resolution(math.sqrt(self.inner(s, s)), math.sqrt(self.inner(self.x, self.x)), 0.0):
             self.reason = StopReason.RADIUS
 
-    def _look_at(self, z: np.ndarray) -> None:
+    def _move_to(self, z: np.ndarray) -> None:
+        """Evaluate z from the next iteration on."""
         self.z, self.count = z, 0
         self.mark, self.since_mark = math.inf, 0
 
-    def end(self, iteration: int) -> Reading:
+    def end(self, iteration: int) -> DesignEvaluation:
         """The accurate J and gradient at x."""
         if self.exact is None and self.solvers.advance is None and self.base is not None:
             self.exact = self.base
         if self.exact is None:
-            self.exact = self.solvers.read_exactly(self.x, iteration, self.x)
+            self.exact = self.solvers.evaluate_exactly(self.x, iteration, self.x)
         if self.exact is None:
-            raise self.solvers.exact.no_value(
+            raise self.solvers.problem.no_value(
                 f"iteration {iteration}: the accurate J is not finite at an accepted design", self.x
             )
         return self.exact
 
-    def within(self, end: Reading) -> bool:
-        """Whether this is an end that was asked for, however the run came to it."""
+    def within(self, end: DesignEvaluation) -> bool:
+        """Whether the accurate evaluation `end` meets the tolerances, for whatever reason the run has ended."""
         if self.first_norm is None:
             self.first_norm = end.norm
         return end.norm <= self.tolerance and self.residual <= self.residual_tol

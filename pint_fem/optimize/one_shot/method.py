@@ -1,4 +1,4 @@
-r"""Simultaneous optimisation: the design moves while state and adjoint are still being solved for.
+r"""Simultaneous optimisation: the design changes while state and adjoint are still being solved for.
 
 One iteration is one iteration of the state solver and of the adjoint solver (one MGRIT cycle each) at the current
 design, from where the last one left them, and mostly a preconditioned design update: the One-shot method [1]
@@ -9,9 +9,9 @@ design, from where the last one left them, and mostly a preconditioned design up
 
 B an approximation of the inverse Hessian from limited-memory pairs (:mod:`pint_fem.optimize.lbfgs`) upon a
 preconditioner or the identity, which is the inverse of the regularisation's Hessian where that is the inner product.
-State and adjoint are solved to the end only once, together with the optimisation.
+State and adjoint are solved to their tolerance only once, simultaneously with the optimisation.
 
-**What the step must not do.** With solvers that contract by :math:`\varrho` a cycle, a step s leaves an error of
+**Errors of the gradient.** With solvers that contract by :math:`\varrho` a cycle, a step s leaves an error of
 :math:`\varrho\,|S s|` in the state, S its derivative by the design, and the adjoint follows with one more:
 
 .. math::
@@ -23,10 +23,10 @@ r the relative residual of both. The coupled iteration (1) descends on the doubl
 :math:`\tfrac\alpha2 |G - u|^2 + \tfrac\beta2 |L_u|^2 + L` if :math:`B^{-1}` dominates
 :math:`\alpha G_x^T G_x + \beta L_{ux}^T L_{ux} + L_{xx}`, where
 :math:`\sqrt{\alpha\beta}(1 - \varrho) > 1 + \tfrac\beta2 |L_{uu}|` [2]: for precise sensors :math:`|L_{uu}| \gg 1`, and
-that is a step as short in all directions as the stiffest one allows. The same descent is to be had for a few cycles, as
-(2) says: each one more at a design divides :math:`\delta g` by :math:`1/\varrho`, and how many make it harmless is
-logarithmic in the condition of the Hessian. So B here is the Newton-like operator of the reduced problem, and the error
-is measured and held below what direction, judgement and pairs can bear:
+that is a step as short in all directions as the stiffest one allows. The same descent costs a few cycles, by (2):
+each further one at a design divides :math:`\delta g` by :math:`1/\varrho`, and the number that makes it negligible
+is logarithmic in the condition of the Hessian. So B here is the Newton-like operator of the reduced problem, and
+the error is measured, and bounded so that direction, acceptance and pairs remain valid:
 
 * **Hold.** While the design stands still, :math:`g, r` become :math:`g', r'`. An error proportional to the residual
   has, whatever the signs in which the solvers' errors fall,
@@ -39,32 +39,32 @@ is measured and held below what direction, judgement and pairs can bear:
   .. math:: e = \kappa r \le \theta |g| \quad\text{and}\quad e |d| \le \tfrac12 |(g, d)| .               \tag{4}
 
   The first makes :math:`-g`, the second d a direction of descent of the true J. At the first design and after a step
-  that was rejected and taught nothing it is held at least once, so that too small a :math:`\kappa` is found out. The
-  error of J is measured alike.
-* **Judge.** The step s from x is accepted if J falls, :math:`J^+ \le J + \delta (g, s)` up to the errors of both.
+  that was rejected without a pair it is held at least once, so that too small a :math:`\kappa` is detected. The error
+  of J is measured in the same way.
+* **Accept.** The step s from x is accepted if J falls, :math:`J^+ \le J + \delta (g, s)` up to the errors of both.
   Where these exceed a tenth of :math:`|(g, s)|`, as they do near the optimum, the error being linear and the reduction
   quadratic in small quantities, the reduction is that of the trapezoidal rule,
 
   .. math:: \tfrac12 [(g, s) + (g^+, s)] \le \delta (g, s) .                                             \tag{5}
 
   This is the approximate Wolfe condition [3]: the same for a quadratic J, in terms of gradients only.
-* **Learn.** Both accepted and rejected steps are pairs for B, if their curvature is at least twice what the errors of
-  both gradients can make of it. A rejected one is only shortened where J is huge at its end, and no quadratic: that
-  curvature is the one of another place. A gradient that lags behind the design shows less curvature than there is, and
-  would make the next step too long. The pairs are made conjugate: for a quadratic J each new step is then the
-  minimiser over all directions seen so far, without a line search, and with accurate gradients the run ends after as
-  many designs as conjugate gradients take iterations, and one. A pair that is dropped halves :math:`\theta`; kept ones
-  let it grow.
-* **Try again.** After a rejected step that was learned from, the next one starts from x with the better B, no longer
-  than the last: the solvers need not go back to x. If nothing was learned, x is looked at again, as its reading may be
-  what is wrong, with :math:`\theta` halved, and the step from there is shortened towards the zero of the slope. For
-  short steps the conditions hold as J is differentiable, and the solvers are disturbed less: this ends. At the third
+* **Update B.** Both accepted and rejected steps are pairs for B, if their curvature is at least twice the error that
+  those of both gradients cause in it. A rejected one is only shortened where J is huge at its end, and no quadratic:
+  that curvature does not describe J near x. A gradient that lags behind the design shows less curvature than there is,
+  and would make the next step too long. The pairs are made conjugate: for a quadratic J each new step is then the
+  minimiser over all directions so far, without a line search, and with accurate gradients the run ends after as many
+  designs as conjugate gradients take iterations, and one. A pair that is refused halves :math:`\theta`; accepted ones
+  increase it.
+* **Try again.** After a rejected step that gave a pair, the next one starts from x with the better B, no longer than
+  the last: the solvers need not go back to x. Otherwise x is evaluated again, as an inaccurate gradient there may be
+  the reason, with :math:`\theta` halved, and the step from there is shortened towards the zero of the slope. For short
+  steps the conditions hold as J is differentiable, and the solvers are perturbed less, so this terminates. At the third
   rejection in succession x is solved accurately. Ten steps that lower neither J by more than its accuracy nor |g| end
   the run.
 
 So, as far as :math:`\kappa` is right, every step is one of a descent method with an inexact gradient of relative error
-below one half, which converges as the exact one does [4]. The end is checked by an accurate J and g; if they say no,
-they are a measurement of :math:`\kappa`, and the run goes on from there.
+below one half, which converges as the exact one does [4]. The end is checked by an accurate J and g; if g is above its
+tolerance, they are a measurement of :math:`\kappa`, and the run continues from there.
 
 References
 ----------
@@ -85,13 +85,13 @@ from collections.abc import Callable
 
 import numpy as np
 
-from pint_fem.optimize.argument_checks import check, check_callable, check_checkpoint, is_count
+from pint_fem.optimize.argument_checks import check, check_callable, check_checkpoint, check_count, check_stopping
 from pint_fem.optimize.lbfgs import InverseLBFGS
+from pint_fem.optimize.one_shot.inexact_evaluations import InexactEvaluations
 from pint_fem.optimize.one_shot.iteration import Run
 from pint_fem.optimize.one_shot.records import OneShotRecord, OneShotResult, header
 from pint_fem.optimize.one_shot.restart import restore, save
-from pint_fem.optimize.one_shot.running_solvers import OneShotProblem, RunningSolvers
-from pint_fem.optimize.protocol import Checkpoint, Problem
+from pint_fem.optimize.protocol import Checkpoint, OneShotProblem, Problem
 from pint_fem.optimize.ranks import on_all_ranks
 from pint_fem.optimize.records import StopReason
 
@@ -126,7 +126,8 @@ def minimize_one_shot(
     Parameters
     ----------
     problem : Problem
-        With ``advance`` (:class:`OneShotProblem`); ``value`` and ``gradient`` accurate; Hessians are not used.
+        With ``advance`` (:class:`~pint_fem.optimize.protocol.OneShotProblem`); ``value`` and ``gradient`` accurate;
+        Hessians are not used.
     x0 : ndarray, shape (n,)
         First guess; not modified.
     gtol_rel, gtol_abs : float
@@ -137,25 +138,25 @@ def minimize_one_shot(
     max_it : int
         Most iterations after the first.
     accuracy : float
-        Error of g relative to |g| up to which a step is judged and the next one taken; in (0, 1/2). At a small one
-        the solvers are run to that accuracy at every design.
+        Error of g relative to |g| up to which a step is accepted or rejected and the next one computed; in (0, 1/2).
+        With a small one the solvers are run to that accuracy at every design.
     hold_max_it : int
         Most iterations at one design without halving the residual. If g is not accurate by then, the step is rejected.
     initial_step : float, optional
         Length of the first step in the problem's norm. By default ``|J| / |g|``, with which the linear model loses all
         of J, or 1 if J is zero.
     memory : int
-        Pairs in the L-BFGS operator, two vectors each. As many as conjugate gradients would take iterations make
-        about as many designs; fewer make several times as many.
+        Most pairs in the L-BFGS operator, two vectors each. As many as conjugate gradients would take iterations lead
+        to about as many designs; fewer pairs to several times as many.
     value_rtol : float
         Relative accuracy of an accurate J.
     preconditioner : callable, optional
-        An approximate inverse Hessian, self-adjoint and positive definite in the inner product, that B is an update of
-        a multiple of: the inverse of the regularisation's Hessian, say. By default the identity, which is that already
-        where the regularisation's is the inner product.
+        An approximate inverse Hessian, self-adjoint and positive definite in the inner product; B is an update of a
+        multiple of it. An example is the inverse of the regularisation's Hessian, which is the identity, the default,
+        where that Hessian is the inner product.
     checkpoint : Checkpoint, optional
-        ``checkpoint.save`` keeps the state after each iteration; if ``checkpoint.load()`` returns one, the run goes on
-        from there as if it had not stopped, given the same problem and options and solvers where they were.
+        ``checkpoint.save`` stores the state after each iteration; if ``checkpoint.load()`` returns one, the run
+        continues from there as if it had not stopped, given the same problem, options and iterates of the solvers.
     monitor : callable, optional
         Called with a header and a line for each iteration; ``print``, on one process.
     callback : callable, optional
@@ -168,40 +169,34 @@ def minimize_one_shot(
     Raises
     ------
     ValueError
-        An option outside its range, an array of the wrong shape, a negative residual.
+        An option outside its range (InputTypeError, which is a TypeError as well, where its type is wrong), an array of
+        the wrong shape, a negative residual.
     NonFiniteError
         A FloatingPointError: J is not finite at the first or at an accepted design, or a gradient anywhere. It carries
         the last good design as ``x``. A J that is not finite at a new design is no error, nor is a gradient whose inner
         product with itself overflows: the step is shortened.
     """
-    check("gtol_rel", gtol_rel, "a number in [0, 1)", lambda v: 0 <= v < 1)
-    check("gtol_abs", gtol_abs, "a finite number >= 0", lambda v: 0 <= v < math.inf)
+    check_stopping(gtol_rel, gtol_abs, max_it)
     check("residual_tol", residual_tol, "a number >= 0", lambda v: v >= 0)
-    check("max_it", max_it, "an integer >= 0", is_count(0))
     check("accuracy", accuracy, "a number in (0, 0.5)", lambda v: 0 < v < 0.5)
-    check("hold_max_it", hold_max_it, "an integer >= 2", is_count(2))
+    check_count("hold_max_it", hold_max_it, 2)
     if initial_step is not None:
         check("initial_step", initial_step, "a finite number > 0, or None", lambda v: 0 < v < math.inf)
-    check("memory", memory, "an integer >= 0", is_count(0))
+    check_count("memory", memory, 0)
     check("value_rtol", value_rtol, "a number in [0, 1)", lambda v: 0 <= v < 1)
     check_callable("preconditioner", preconditioner)
     check_checkpoint(checkpoint)
     check_callable("monitor", monitor)
     check_callable("callback", callback)
 
-    solvers = RunningSolvers(problem)
+    solvers = InexactEvaluations(problem)
     run = Run(
         solvers,
         np.array(x0, dtype=np.float64),
         InverseLBFGS(solvers.inner, memory=memory, conjugate=True, preconditioner=preconditioner),
-        gtol_rel=gtol_rel,
-        gtol_abs=gtol_abs,
-        residual_tol=residual_tol,
-        accuracy=accuracy,
-        hold_max_it=hold_max_it,
-        initial_step=initial_step,
-        value_rtol=value_rtol,
-    )
+        gtol_rel=gtol_rel, gtol_abs=gtol_abs, residual_tol=residual_tol, accuracy=accuracy, hold_max_it=hold_max_it,
+        initial_step=initial_step, value_rtol=value_rtol,
+    )  # fmt: skip
     if monitor is not None:
         monitor(header())
     history = (None if checkpoint is None else restore(checkpoint, run)) or []
@@ -231,7 +226,7 @@ def minimize_one_shot(
         reason is StopReason.GRADIENT,
         reason or StopReason.MAX_IT,
         history,
-        solvers.advances,
-        solvers.exact.values,
-        solvers.exact.gradients,
+        problem.advance_calls,
+        problem.value_calls,
+        problem.gradient_calls,
     )

@@ -1,4 +1,4 @@
-"""What a simultaneous optimisation tells: a record and a line an iteration, and the result."""
+"""Records of the iterations of a simultaneous optimisation, their lines on a monitor, and its result."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from enum import Enum
 
 import numpy as np
 
-from pint_fem.optimize.records import StopReason
+from pint_fem.optimize.records import ReasonedResult, StopReason
 
 __all__ = ["DesignUpdate", "OneShotRecord", "OneShotResult", "header"]
 
@@ -18,7 +18,7 @@ def header() -> str:
 
 
 class DesignUpdate(str, Enum):
-    """What an iteration did with its design; compares equal to its text."""
+    """The treatment of the design in an iteration; compares equal to its text."""
 
     FIRST = "first guess"
     HELD = "held"
@@ -36,15 +36,15 @@ class OneShotRecord:
     value, gradient_norm : float
         The inexact J and the norm of the inexact gradient.
     gradient_error : float
-        Its estimate; infinite before the first measurement.
+        Estimated error of the gradient; infinite before the first measurement.
     residual : float
-        Relative, of state and adjoint.
+        Relative residual of state and adjoint.
     step_norm : float
         Distance of the design from the last accepted one.
     pairs : int
-        In the L-BFGS operator.
+        Number of pairs in the L-BFGS operator.
     update : DesignUpdate
-        Held to be looked at once more, accepted or rejected.
+        Whether the design is held for one more iteration, accepted or rejected.
     """
 
     iteration: int
@@ -64,9 +64,9 @@ class OneShotRecord:
         )
 
 
-@dataclass(frozen=True)
-class OneShotResult:
-    """Where a simultaneous optimisation ended, and how it got there.
+@dataclass(frozen=True, repr=False)
+class OneShotResult(ReasonedResult):
+    """The last design of a simultaneous optimisation, and the history of the run.
 
     Attributes
     ----------
@@ -75,19 +75,22 @@ class OneShotResult:
     value, gradient_norm : float
         J and the norm of its gradient at `x`, accurate.
     residual : float
-        Of state and adjoint at the last iteration at `x`.
-    iterations : int
+        Residual of state and adjoint at the last iteration at `x`.
+    iterations, nit : int
         Iterations of the solvers after the first.
-    converged : bool
+    converged, success : bool
         Whether `reason` is the gradient tolerance.
     reason : StopReason
+        Why the run ended; its text is `message`.
     history : list of OneShotRecord
         ``iterations + 1`` records.
     advance_calls : int
-        One a record; 0 if the problem has no ``advance``.
+        One per record; 0 if the problem has no ``advance``.
     value_calls, gradient_calls : int
-        Accurate values and gradients: one of each at the end, and one more for each end that was contradicted. Without
-        ``advance`` one a record; no gradient where J is not finite.
+        Accurate values and gradients: one of each at the end, and one more for each accurate gradient above the
+        tolerance before it. Without ``advance`` one per record; no gradient where J is not finite.
+    control : Function, EnsembleFunction or list of these, or None
+        The controls found, one or a list of several, where a functional's method minimised.
     """
 
     x: np.ndarray
@@ -101,3 +104,14 @@ class OneShotResult:
     advance_calls: int
     value_calls: int
     gradient_calls: int
+    control: object = None
+
+    def _quantities(self) -> dict[str, float]:
+        return {
+            "J": float(self.value),
+            "|g|": float(self.gradient_norm),
+            "residual": float(self.residual),
+            "solver iterations": self.advance_calls,
+            "accurate values": self.value_calls,
+            "accurate gradients": self.gradient_calls,
+        }

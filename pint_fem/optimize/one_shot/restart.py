@@ -1,6 +1,6 @@
-"""A simultaneous optimisation between two iterations, on its way to a checkpoint and back.
+"""The state of a simultaneous optimisation between two iterations, written to a checkpoint and read from it.
 
-The iterates of the solvers are the problem's to keep: a checkpoint that knows it saves and restores them.
+The iterates of the solvers belong to the problem: a checkpoint made for it saves and restores them.
 """
 
 from __future__ import annotations
@@ -8,9 +8,9 @@ from __future__ import annotations
 import numpy as np
 
 from pint_fem.optimize.lbfgs import SecantPair
+from pint_fem.optimize.one_shot.inexact_evaluations import DesignEvaluation
 from pint_fem.optimize.one_shot.iteration import Run
 from pint_fem.optimize.one_shot.records import DesignUpdate, OneShotRecord
-from pint_fem.optimize.one_shot.running_solvers import Reading
 from pint_fem.optimize.protocol import Checkpoint
 from pint_fem.optimize.records import StopReason
 from pint_fem.optimize.restart import load, read, read_history, write, write_history
@@ -24,22 +24,17 @@ _COUNTS = ("count", "measure", "since_mark", "rejections", "idle")
 
 
 def save(checkpoint: Checkpoint, run: Run, history: list[OneShotRecord]) -> None:
-    """Hand a run to the checkpoint."""
-    solvers, vectors = run.solvers, {"x": run.x, "s": run.s}
+    """Save the state of a run."""
+    solvers, problem, vectors = run.solvers, run.solvers.problem, {"x": run.x, "s": run.s}
     if run.z is not run.x:
         vectors["z"] = run.z
-    readings: dict[str, list] = {}
-
-    def keep(name: str, reading: Reading | None) -> None:
-        if reading is not None:
-            numbers = (reading.value, reading.norm, reading.residual, reading.error, reading.value_error)
-            readings[name], vectors[name] = [write(v) for v in numbers], reading.g
-
-    keep("base", run.base)
-    keep("exact", run.exact)
-    held = [r for r in solvers.held if r.x is run.z]
-    for i, reading in enumerate(held):
-        keep(f"held_{i}", reading)
+    evaluations: dict[str, list] = {}
+    named = {"base": run.base, "exact": run.exact}
+    named |= {f"held_{i}": found for i, found in enumerate(r for r in solvers.references if r.x is run.z)}
+    for name, found in named.items():
+        if found is not None:
+            numbers = (found.value, found.norm, found.residual, found.error, found.value_error)
+            evaluations[name], vectors[name] = [write(v) for v in numbers], found.g
     pairs = run.B.pairs
     for i, pair in enumerate(pairs):
         vectors[f"pair_{i}_s"], vectors[f"pair_{i}_y"] = pair.s, pair.y
@@ -48,39 +43,40 @@ def save(checkpoint: Checkpoint, run: Run, history: list[OneShotRecord]) -> None
         "numbers": {name: write(getattr(run, name)) for name in _NUMBERS},
         "counts": {name: int(getattr(run, name)) for name in _COUNTS},
         "reason": None if run.reason is None else run.reason.value,
-        "readings": readings,
+        "readings": evaluations,
         "factors": [[write(v) for v in pair] for pair in solvers.factors],
         "measured": solvers.measured,
         "gamma": write(run.B.gamma),
         "pairs": [[write(v) for v in (pair.noise, pair.sy, pair.ss, pair.yy)] for pair in pairs],
-        "calls": [solvers.advances, solvers.exact.values, solvers.exact.gradients],
+        "calls": [problem.advance_calls, problem.value_calls, problem.gradient_calls],
         "history": write_history(history),
     }
     checkpoint.save(scalars, vectors)
 
 
 def restore(checkpoint: Checkpoint, run: Run) -> list[OneShotRecord] | None:
-    """Put the run where it was; its history, or None if there is none.
+    """Set the run to the last saved state; its history, or None if there is none.
 
     Raises
     ------
     ValueError
         On every process, if the checkpoint is not that of a one-shot run in this space.
     """
-    loaded = load(checkpoint, _KIND, run.x, run.solvers.exact.problem)
+    solvers, problem = run.solvers, run.solvers.problem
+    loaded = load(checkpoint, _KIND, run.x, problem)
     if loaded is None:
         return None
     scalars, vectors = loaded
     run.x, run.s = vectors["x"], vectors["s"]
     run.z = vectors.get("z", run.x)
 
-    def kept(name: str, x: np.ndarray) -> Reading | None:
+    def evaluation(name: str, x: np.ndarray) -> DesignEvaluation | None:
         if name not in scalars["readings"]:
             return None
         value, norm, residual, error, value_error = (read(v) for v in scalars["readings"][name])
-        return Reading(x, value, vectors[name], norm, residual, error, value_error)
+        return DesignEvaluation(x, value, vectors[name], norm, residual, error, value_error)
 
-    run.base, run.exact = kept("base", run.x), kept("exact", run.x)
+    run.base, run.exact = evaluation("base", run.x), evaluation("exact", run.x)
     for name, value in scalars["numbers"].items():
         setattr(run, name, read(value))
     for name, value in scalars["counts"].items():
@@ -90,11 +86,11 @@ def restore(checkpoint: Checkpoint, run: Run) -> list[OneShotRecord] | None:
         [SecantPair(vectors[f"pair_{i}_s"], vectors[f"pair_{i}_y"], *(read(v) for v in pair)) for i, pair in pairs],
         read(scalars["gamma"]),
     )
-    solvers, held = run.solvers, []
-    while (reading := kept(f"held_{len(held)}", run.z)) is not None:
-        held.append(reading)
+    references = []
+    while (found := evaluation(f"held_{len(references)}", run.z)) is not None:
+        references.append(found)
     factors = [tuple(read(v) for v in pair) for pair in scalars["factors"]]
-    solvers.restore(held, factors, scalars.get("measured", 0))
-    solvers.advances, solvers.exact.values, solvers.exact.gradients = scalars["calls"]
+    solvers.restore(references, factors, scalars.get("measured", 0))
+    problem.advance_calls, problem.value_calls, problem.gradient_calls = scalars["calls"]
     run.resume(None if scalars["reason"] is None else StopReason(scalars["reason"]))
     return read_history(scalars["history"], OneShotRecord, update=DesignUpdate)

@@ -1,17 +1,17 @@
 r"""The minimisers of scipy on a problem with its own inner product.
 
-scipy measures gradients, steps and trust regions in the Euclidean norm of the variables it is given. With the product
-:math:`(a, b) = \sum_i w_i a_i b_i` it gets :math:`y = W^{1/2} x`, in which the problem's norm is the Euclidean one, so
-iteration counts are those of the problem's own geometry. From the coefficients :math:`J'(x) = \mathrm{dual}(g)` of the
+scipy measures gradients, steps and trust regions in the Euclidean norm of its variables. With the product :math:`(a, b)
+= \sum_i w_i a_i b_i` these are :math:`y = W^{1/2} x`, in which the problem's norm is the Euclidean one, so iteration
+counts are those of the problem's own geometry. From the coefficients :math:`J'(x) = \mathrm{dual}(g)` of the
 derivative, :math:`(g, v) = \sum_i \mathrm{dual}(g)_i v_i`,
 
 .. math:: \nabla_y J = W^{-1/2}\, \mathrm{dual}(g), \qquad
           \nabla_y^2 J\, p = W^{-1/2}\, \mathrm{dual}(H W^{-1/2} p).
 
-The first process runs scipy on the global vector, the local parts gathered in rank order, and tells the others what
-is asked for: all evaluate together, only one decides. (If all ran scipy they would have to decide alike to the last
-bit, which its trust-krylov, for one, does not.) That suits a control of up to some million values, and no trajectory:
-for large distributed controls use this package's own minimisers, which never gather.
+The first process runs scipy on the global vector, the local parts gathered in rank order, and broadcasts what is to be
+evaluated: evaluations are collective, decisions are those of one process. (If all ran scipy, their decisions would have
+to be bitwise identical, which those of trust-krylov, for one, are not.) That suits a control of up to some million
+values, and no trajectory: for large distributed controls use this package's own minimisers, which never gather.
 """
 
 from __future__ import annotations
@@ -26,11 +26,13 @@ from scipy.optimize import Bounds, OptimizeResult
 from pint_fem.collective import any_rank, collectively, ending_all_ranks, raise_collectively, require_same
 from pint_fem.errors import FAILURES
 from pint_fem.optimize.argument_checks import check, check_bounds, check_choice
+from pint_fem.optimize.guarded_problem import GuardedProblem
 from pint_fem.optimize.protocol import NonFiniteError, Problem
-from pint_fem.optimize.ranks import RankedProblem, check_run, ranked_callback
+from pint_fem.optimize.ranks import check_run, collective_callback
+from pint_fem.optimize.records import ResultSummary
 from pint_fem.optimize.scipy_methods.run import GTOL_REL, TOLERANCES, run
 
-__all__ = ["scipy_minimize"]
+__all__ = ["ScipyResult", "scipy_minimize"]
 
 _GRADIENT_METHODS = ("CG", "BFGS", "L-BFGS-B", "TNC", "SLSQP")
 _HESSIAN_METHODS = ("Newton-CG", "trust-ncg", "trust-krylov", "trust-constr")
@@ -42,19 +44,47 @@ _REFUSED = ("args", "bounds", "constraints", "fun", "hess", "hessp", "jac", "x0"
 _DUAL_RTOL = 1e-6
 
 
+class ScipyResult(ResultSummary, OptimizeResult):
+    """A result of scipy's with a summary of its own; its entries are those of :class:`scipy.optimize.OptimizeResult`.
+
+    Attributes
+    ----------
+    x : ndarray
+        This process's part of the minimiser.
+    fun : float
+        J there.
+    jac : ndarray
+        This process's part of the Riesz gradient there.
+    success : bool
+        Whether the minimiser exited successfully.
+    status, message : int, str
+        Why it ended.
+    nit, nfev, njev, nhev : int
+        Iterations and evaluations of J, of its gradient and of Hessian actions; those that the method has.
+    control : Function, EnsembleFunction or list of these, or None
+        The controls found, one or a list of several, where a functional's method minimised.
+    """
+
+    def _quantities(self) -> dict[str, float]:
+        counts = {"nfev": "values", "njev": "gradients", "nhev": "Hessian products"}
+        return {"J": float(self.fun), **{text: self[name] for name, text in counts.items() if name in self}}
+
+    __str__, __repr__ = ResultSummary.__str__, ResultSummary.__repr__
+
+
 def scipy_minimize(
     problem: Problem,
     x0: np.ndarray,
     method: str = "trust-krylov",
     *,
-    comm=None,
+    comm: MPI.Comm | None = None,
     lower: np.ndarray | float | None = None,
     upper: np.ndarray | float | None = None,
     hessian: str = "newton",
     gtol_rel: float | None = None,
     callback: Callable[[np.ndarray], object] | None = None,
     **options,
-) -> OptimizeResult:
+) -> ScipyResult:
     """Minimise by :func:`scipy.optimize.minimize` in the problem's inner product.
 
     With several processes call it on all of them with the same options.
@@ -72,7 +102,7 @@ def scipy_minimize(
         ``owned``
             Boolean array of the shape of x: the entries this process contributes to the global vector, all by default.
             The others are copies of other processes' entries. ``update_copies(x)`` has to set them in place; where it
-            is absent, a process that owns nothing is taken to hold a copy of the whole global vector.
+            is absent, a process that owns nothing holds a copy of the whole global vector.
     x0 : ndarray, shape (n,)
         First guess, this process's part; not modified.
     method : str
@@ -85,22 +115,22 @@ def scipy_minimize(
     hessian : {"newton", "gauss-newton"}
         Whose action: ``problem.hessian_action`` or ``problem.gauss_newton_action``.
     gtol_rel : float, optional
-        The run ends when the norm of the (projected) gradient has fallen by this. By default 1e-6, as of the trust
+        The run ends when the norm of the (projected) gradient has fallen by this. By default 1e-6, as in the trust
         region, or if ``tol`` or one of the method's tolerances is among the options, by those alone.
     callback : callable, optional
         ``callback(x)`` after each iteration, on all processes that have one, with a copy of the local part of the
         iterate; a true result on any of them stops.
     **options
-        Of :func:`scipy.optimize.minimize`: ``tol``, ``options``. Tolerances are in the coordinates y, and of J times
-        the factor of :mod:`pint_fem.optimize.scipy_methods.run` where J or its gradient is small at the start.
+        Arguments ``tol`` and ``options`` of :func:`scipy.optimize.minimize`. Tolerances are in the coordinates y, and
+        of J times the factor of :mod:`pint_fem.optimize.scipy_methods.run` where J or its gradient is small at the
+        start.
 
     Returns
     -------
-    OptimizeResult
-        scipy's, with ``x`` this process's part of the minimiser and ``jac`` that of the Riesz gradient there.
-        Entries in scipy's own coordinates (``hess``, ``hess_inv``, ``grad``, ``v`` ...) are left out. Where a method
-        breaks down, asking for something at a point or in a direction that is not finite, it is the best point so far,
-        with ``success`` false.
+    ScipyResult
+        scipy's result without the entries in its own coordinates (``hess``, ``hess_inv``, ``grad``, ``v`` ...), with
+        ``x`` this process's part of the minimiser and ``jac`` that of the Riesz gradient there. Where a method breaks
+        down at a point or in a direction that is not finite, it is the best point so far, with ``success`` false.
 
     Raises
     ------
@@ -109,33 +139,33 @@ def scipy_minimize(
         set here, a bad `x0`, or a derivative that contradicts ``inner``.
     NonFiniteError
         A gradient or a Hessian action is not finite, or J cannot be computed at `x0`. Where J is not finite elsewhere,
-        scipy gets a number larger than all before.
+        scipy uses a number larger than all before.
     """
     ranks = MPI.COMM_SELF if comm is None else comm
     with ending_all_ranks(ranks):
         bounded = (lower is not None, upper is not None)
         require_same(ranks, method=method, hessian=hessian, bounded=bounded, gtol_rel=gtol_rel, given=options)
         collectively(ranks, "", check_run, x0, None, callback)
-        callback = ranked_callback(ranks, callback) if any_rank(ranks, callback is not None) else None
-        ranked = RankedProblem(problem, ranks)
-        return _minimise(ranked, x0, method, ranks, lower, upper, hessian, gtol_rel, callback, options)
+        callback = collective_callback(ranks, callback) if any_rank(ranks, callback is not None) else None
+        guarded = GuardedProblem(problem, ranks)
+        return _minimise(guarded, x0, method, ranks, lower, upper, hessian, gtol_rel, callback, options)
 
 
 def _minimise(
     problem, x0: np.ndarray, method: str, comm, lower, upper, hessian: str, gtol_rel: float | None,
     callback: Callable | None, options: dict,
-) -> OptimizeResult:  # fmt: skip
+) -> ScipyResult:  # fmt: skip
     """The run, on all processes with the same arguments but for the parts of vectors."""
-    known = {name.lower(): name for name in _GRADIENT_METHODS + _HESSIAN_METHODS}
-    if not isinstance(method, str) or method.lower() not in known:
-        raise ValueError(f"method = {method!r} is refused: give one of {', '.join(known.values())}")
-    method = known[method.lower()]
+    methods = {name.lower(): name for name in _GRADIENT_METHODS + _HESSIAN_METHODS}
+    if not isinstance(method, str) or method.lower() not in methods:
+        raise ValueError(f"method = {method!r} is refused: give one of {', '.join(methods.values())}")
+    method = methods[method.lower()]
     for name in _REFUSED:
         if name in options:
             instead = {"bounds": "lower and upper", "constraints": "AffineConstraints(problem, ...)"}.get(name)
             raise ValueError(f"{name} is set by the problem" if instead is None else f"{name}: give {instead} instead")
     if (lower is not None or upper is not None) and method not in _BOUND_METHODS:
-        raise ValueError(f"method {method} knows no bounds: give one of {', '.join(_BOUND_METHODS)}")
+        raise ValueError(f"method {method} has no bounds: give one of {', '.join(_BOUND_METHODS)}")
     check_choice("hessian", hessian, ("newton", "gauss-newton"))
     action = "hessian_action" if hessian == "newton" else "gauss_newton_action"
     if method in _HESSIAN_METHODS and not callable(getattr(problem, action, None)):
@@ -153,15 +183,18 @@ def _minimise(
         raise NonFiniteError(f"no J at the first guess: {problem.failure}", x0) from problem.failure
     processes = _Processes(view)
     if processes.first:
-        own = processes.lead(lambda: run(processes.ask, y0, method, callback is not None, gtol_rel, options))
+        own = processes.lead(lambda: run(processes.evaluate, y0, method, callback is not None, gtol_rel, options))
     else:
         own = processes.follow()
     y = own.pop("y")
-    return OptimizeResult(x=view.point(y), jac=view.riesz_gradient(y), **own)
+    own["success"] = bool(own["success"])
+    return ScipyResult(x=view.point(y), jac=view.riesz_gradient(y), control=None, **own)
 
 
 def _tolerances(method: str, gtol_rel: float | None, options: dict) -> tuple[float | None, dict]:
-    """The fall of the gradient that ends the run, if any, and scipy's options with tolerances that leave it to that."""
+    """The reduction of the gradient that ends the run, if any, and scipy's options with tolerances that do not end it
+    before.
+    """
     given, own = dict(options.get("options") or {}), TOLERANCES[method]
     if gtol_rel is None and (options.get("tol") is not None or set(given) & {*own, "gtol", "ftol", "xtol"}):
         return None, {**options, "options": given}
@@ -169,27 +202,27 @@ def _tolerances(method: str, gtol_rel: float | None, options: dict) -> tuple[flo
 
 
 class _Processes:
-    """The first process asks, all answer; the view's methods fail on all where they fail on one."""
+    """Collective evaluations that the first process directs; the view's methods fail on all where they fail on one."""
 
     def __init__(self, view: _EuclideanView):
         self.view, self.comm = view, view.layout.comm
         self.first = self.comm is None or self.comm.rank == 0
-        self._asked = False  # something, and no answer yet
+        self._evaluating = False  # an evaluation has begun and not ended
 
-    def ask(self, name: str, *arguments):
-        """The first process's call of a method of the view, made on all."""
-        self._asked = True
+    def evaluate(self, name: str, *arguments) -> object:
+        """Call a method of the view on all processes, from the first one."""
+        self._evaluating = True
         self._send(name, arguments)
         answer = getattr(self.view, name)(*arguments)
-        self._asked = False
+        self._evaluating = False
         return answer
 
     def lead(self, run: Callable[[], dict]) -> dict:
-        """Run on the first process; the others get the result, or raise what was raised."""
+        """The result of `run` on the first process, which all others get; what it raises is raised on all."""
         try:
             result = run()
         except FAILURES as error:
-            if not self._asked and self.comm is not None:  # else it was raised on all processes
+            if not self._evaluating and self.comm is not None:  # else it was raised on all processes
                 self._send("raise", ())
                 raise_collectively(self.comm, error, "scipy")
             raise
@@ -197,7 +230,7 @@ class _Processes:
         return dict(result)
 
     def follow(self) -> dict:
-        """Serve the first process."""
+        """Evaluate what the first process requires, until it sends the result."""
         while True:
             name, arguments = self.comm.bcast(None)
             if name == "end":
@@ -212,7 +245,7 @@ class _Processes:
 
 
 class _EuclideanView:
-    """J as a function of the global y, remembering what it computed at the last y; called on all processes alike."""
+    """J as a function of the global y, with the results at the last y stored; its calls are collective."""
 
     def __init__(self, problem, x0: np.ndarray, comm, action: str, callback: Callable | None):
         self.problem, self.callback = problem, callback
@@ -227,7 +260,7 @@ class _EuclideanView:
         self._dual = getattr(problem, "dual", lambda g: w * g)
         self._action = getattr(problem, action, None)
         self._y = np.full(0, math.nan)
-        self._known: dict[str, object] = {}
+        self._results: dict[str, object] = {}
         self._checked = False
 
     # -- coordinates --------------------------------------------------------------------------------------------------
@@ -240,11 +273,11 @@ class _EuclideanView:
         return self.layout.scatter(p, 1 / self.root)
 
     def point(self, y: np.ndarray) -> np.ndarray:
-        """The local part x of a global y; the round-off of the scaling leads over no bound."""
+        """The local part x of a global y, within the bounds in spite of the round-off of the scaling."""
         return np.clip(self.direction(y), *self.box)
 
-    def bounds(self, lower, upper) -> Bounds:
-        """The box in y."""
+    def bounds(self, lower: np.ndarray | float | None, upper: np.ndarray | float | None) -> Bounds:
+        """The bounds in y."""
         sides = [-math.inf if lower is None else lower, math.inf if upper is None else upper]
         collectively(self.problem.comm, "", check_bounds, *sides)
         if self.layout.on_any(any(np.shape(side) not in ((), self.root.shape) for side in sides)):
@@ -260,19 +293,19 @@ class _EuclideanView:
 
     # -- the functions scipy calls ------------------------------------------------------------------------------------
     def _once(self, y: np.ndarray, name: str, compute: Callable[[np.ndarray], object]):
-        """The result of `compute` at the local part of y, kept until y changes: the same decision on all processes."""
+        """The result of `compute` at the local part of y, stored until y changes (the same on all processes)."""
         if not np.array_equal(y, self._y):
-            self._y, self._known = np.array(y), {"x": self.point(y)}
-        if name not in self._known:
-            self._known[name] = compute(self._known["x"])
-        return self._known[name]
+            self._y, self._results = np.array(y), {"x": self.point(y)}
+        if name not in self._results:
+            self._results[name] = compute(self._results["x"])
+        return self._results[name]
 
     def value(self, y: np.ndarray) -> float:
-        """J."""
+        """J at the global y."""
         return self._once(y, "value", lambda x: float(self.problem.value(x)))
 
     def riesz_gradient(self, y: np.ndarray) -> np.ndarray:
-        """This process's part of g."""
+        """This process's part of the Riesz gradient g."""
         return self._once(y, "riesz", lambda x: np.array(self.problem.gradient(x), dtype=float))
 
     def gradient(self, y: np.ndarray) -> np.ndarray:
@@ -312,7 +345,7 @@ class _EuclideanView:
 
 
 class _Layout:
-    """Which entries of the global vector are here."""
+    """The entries of the global vector that this process has."""
 
     def __init__(self, problem, x0: np.ndarray, comm):
         self.comm = comm if comm is not None and comm.size > 1 else None
@@ -333,7 +366,7 @@ class _Layout:
             )
 
     def on_any(self, condition: bool) -> bool:
-        """Whether it holds on any process, so that all refuse alike."""
+        """Whether a condition holds on any process, so that all of them refuse."""
         return bool(condition) if self.comm is None else any_rank(self.comm, condition)
 
     def gather(self, x: np.ndarray) -> np.ndarray:

@@ -1,16 +1,25 @@
-"""When a trust-region step is good enough, how the radius follows, and when lengths are lost in round-off."""
+"""The steps of trust-region methods: acceptance, the next radius, and lengths below floating-point resolution."""
 
 from __future__ import annotations
 
 import math
-from typing import Protocol
+from dataclasses import dataclass
 
 import numpy as np
 
-from pint_fem.optimize.evaluator import Estimate
-from pint_fem.optimize.trust_region.steihaug import CGStop
+from pint_fem.optimize.oracle import Estimate
+from pint_fem.optimize.records import CGStop
 
-__all__ = ["UNLIMITED", "is_lost", "is_wild", "judge", "next_radius"]
+__all__ = [
+    "UNLIMITED",
+    "Step",
+    "below_resolution",
+    "error_exceeds_scale",
+    "exit_length",
+    "first_radius",
+    "next_radius",
+    "reduction_ratio",
+]
 
 UNLIMITED = 1e99
 """A first radius that bounds no step; its square is finite."""
@@ -21,11 +30,45 @@ _POOR, _GOOD = 0.25, 0.75
 # How much larger the error of J may be at the trial point than at the iterate.
 _COMPARABLE = 10.0
 
+# The first radius in lengths of the Cauchy step: generous, as a retry needs no Hessian action.
+_FIRST_RADIUS = 10.0
+
 # Below this the square of a length is no normal number any more.
 _SMALLEST_LENGTH = math.sqrt(np.finfo(float).tiny)
 
 
-def judge(
+@dataclass(frozen=True)
+class Step:
+    """A step of conjugate gradients.
+
+    Attributes
+    ----------
+    trial : ndarray, shape (n,)
+        The point it leads to.
+    norm : float
+        Its length.
+    reduction : float
+        J minus the model at its end.
+    cg_iterations : int
+        Hessian products it is made of.
+    stop : CGStop
+        Why conjugate gradients ended.
+    model_norm : float
+        Norm of the model's gradient at its end; nan where it is not computed.
+    rtol : float
+        Smallest relative error allowed for the products; 0 where they are exact.
+    """
+
+    trial: np.ndarray
+    norm: float = 0.0
+    reduction: float = 0.0
+    cg_iterations: int = 0
+    stop: CGStop = CGStop.NONE
+    model_norm: float = math.nan
+    rtol: float = 0.0
+
+
+def reduction_ratio(
     value: Estimate, trial: Estimate, predicted: float, value_rtol: float, eta: float
 ) -> tuple[float, bool, bool]:
     """Actual over predicted reduction, whether both are below the accuracy of J, and whether the step is acceptable.
@@ -39,9 +82,9 @@ def judge(
     value_rtol : float
         Relative accuracy of J.
     eta : float
-        The ratio that makes a step acceptable.
+        The ratio above which a step is acceptable.
     """
-    if not math.isfinite(trial.value) or is_wild(value, trial, predicted):
+    if not math.isfinite(trial.value) or error_exceeds_scale(value, trial, predicted):
         return math.nan, False, False
     reduction, error = value.value - trial.value, value.error + trial.error
     noise = value_rtol * max(abs(value.value), abs(trial.value)) + error
@@ -53,22 +96,31 @@ def judge(
     return ratio, False, ratio - error / predicted > eta
 
 
-def is_wild(value: Estimate, trial: Estimate, predicted: float) -> bool:
-    """Whether J at the trial point is off by more than all that J is at the iterate: where a step went too far, values
-    and their errors are huge, and a change within such an error is none that is too small to be seen.
+def error_exceeds_scale(value: Estimate, trial: Estimate, predicted: float) -> bool:
+    """Whether the error of J at the trial point exceeds the size of J at the iterate.
+
+    Where a step went too far, values and their errors are huge, and a change of J within such an error is not one below
+    the accuracy of J.
     """
     return trial.error > abs(value.value) + predicted + _COMPARABLE * value.error
 
 
-class _Length(Protocol):
-    """What the radius follows of a step: its norm and why its conjugate gradients ended."""
+def first_radius(cauchy_length: float, otherwise: float) -> float:
+    """A multiple of the length of the Cauchy step, which scales as x does whatever the unit of J; a second length where
+    that is not finite.
+    """
+    return _FIRST_RADIUS * cauchy_length if math.isfinite(_FIRST_RADIUS * cauchy_length) else otherwise
 
-    norm: float
-    stop: CGStop
+
+def exit_length(pp: float, pd: float, dd: float, radius: float) -> float:
+    """The tau >= 0 with ``|p + tau d| = radius`` for p in the ball, from (p, p), (p, d), (d, d); no cancellation."""
+    gap = max(radius * radius - pp, 0.0)
+    root = math.sqrt(pd * pd + dd * gap)
+    return gap / (root + pd) if pd >= 0 else (root - pd) / dd
 
 
-def next_radius(radius: float, step: _Length, ratio: float, *, accepted: bool, most: float) -> tuple[float, bool]:
-    """The radius behind a step, at `most` so long, and whether it was reduced."""
+def next_radius(radius: float, step: Step, ratio: float, *, accepted: bool, most: float) -> tuple[float, bool]:
+    """The radius after a step, at most `most`, and whether it was reduced."""
     if not (accepted and ratio >= _POOR):
         return 0.25 * step.norm, True
     if ratio > _GOOD and step.stop in (CGStop.BOUNDARY, CGStop.NEGATIVE_CURVATURE):
@@ -76,6 +128,6 @@ def next_radius(radius: float, step: _Length, ratio: float, *, accepted: bool, m
     return radius, False
 
 
-def is_lost(radius: float, norm: float, least: float) -> bool:
-    """Whether a radius, or the length of a step, is at `least`, or in the round-off of an iterate of this norm."""
-    return radius <= max(least, np.finfo(float).eps * norm, _SMALLEST_LENGTH)
+def below_resolution(length: float, norm: float, least: float) -> bool:
+    """Whether a radius or the length of a step is at most `least` or the round-off of an iterate of this norm."""
+    return length <= max(least, np.finfo(float).eps * norm, _SMALLEST_LENGTH)

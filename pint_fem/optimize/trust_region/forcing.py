@@ -1,17 +1,17 @@
-r"""How far conjugate gradients are taken: the forcing terms of a truncated Newton method.
+r"""The forcing terms of a truncated Newton method: the residual at which conjugate gradients stop.
 
 Conjugate gradients at iterate :math:`k` stop at :math:`|g_k + H_k s| \le \eta_k |g_k|`. The choices are
 
 * "superlinear": :math:`\eta_k = \min(1/2, \sqrt{|g_k|/|g_0|})`;
 * a number: :math:`\eta_k` is that number, and :math:`|g_k|` converges linearly at best;
-* "eisenstat-walker-1": :math:`\eta_k = \big||g_k| - |g_{k-1} + H_{k-1} s_{k-1}|\big| / |g_{k-1}|`, how well the model
-  foretold the gradient; here :math:`s_{k-1}` is the accepted step, ended by the trust region or not;
+* "eisenstat-walker-1": :math:`\eta_k = \big||g_k| - |g_{k-1} + H_{k-1} s_{k-1}|\big| / |g_{k-1}|`, the error of
+  the gradient that the model predicted; here :math:`s_{k-1}` is the accepted step, ended by the trust region or not;
 * "eisenstat-walker-2": :math:`\eta_k = \gamma\,(|g_k|/|g_{k-1}|)^\alpha`, :math:`\gamma = 0.9`, :math:`\alpha = 2`.
 
 :math:`\eta_0 = 1/2`. The last two are the choices of Eisenstat and Walker [1] with their safeguards: :math:`\eta_k` is
 no smaller than :math:`\eta_{k-1}^{(1+\sqrt 5)/2}`, or :math:`\gamma\,\eta_{k-1}^2`, as long as that exceeds 0.1, and no
 larger than :math:`1/2`. Near a minimum with definite Hessian :math:`|g_k|` then converges superlinearly. A model that
-foretells the gradient exactly, as it does for a quadratic, would ask for an exact solution: :math:`\eta_k` is no
+predicts the gradient exactly, as it does for a quadratic, would require an exact solution: :math:`\eta_k` is no
 smaller than :math:`\tfrac12 \epsilon/|g_k|` for a run that ends at :math:`|g_k| \le \epsilon` [2], nor than
 :math:`10^{-6}`.
 
@@ -38,7 +38,7 @@ _SAFEGUARD = 0.1
 
 
 def first_forcing_term(choice: str | float) -> float:
-    """The term at the first guess."""
+    """The forcing term at the first guess."""
     return float(choice) if isinstance(choice, Real) else _LARGEST
 
 
@@ -52,20 +52,24 @@ def next_forcing_term(
     first_norm: float,
     final_norm: float,
 ) -> float:
-    """The term after an accepted step.
+    """The forcing term after an accepted step.
 
     Parameters
     ----------
-    choice
+    choice : str or float
         One of `CHOICES` or a number.
-    last
-        The term before the step.
-    norm, norm_before, first_norm
-        Of the gradient after and before the step and at the first guess.
-    model_norm
-        Of the model's gradient at the end of the step.
-    final_norm
-        Of the gradient where the run ends.
+    last : float
+        The forcing term before the step.
+    norm, norm_before, first_norm : float
+        Norms of the gradient after and before the step and at the first guess.
+    model_norm : float
+        Norm of the model's gradient at the end of the step.
+    final_norm : float
+        Norm of the gradient at which the run ends.
+
+    Returns
+    -------
+    float
     """
     if isinstance(choice, Real):
         return float(choice)
@@ -76,5 +80,5 @@ def next_forcing_term(
     else:
         term, safeguard = _GAMMA * (norm / norm_before) ** _ALPHA, _GAMMA * last**_ALPHA
     # A zero gradient ends the run, whatever its forcing term.
-    enough = 0.5 * final_norm / norm if norm > 0 else _LARGEST
-    return min(_LARGEST, max(term, safeguard if safeguard > _SAFEGUARD else 0.0, enough, _SMALLEST))
+    least = 0.5 * final_norm / norm if norm > 0 else _LARGEST
+    return min(_LARGEST, max(term, safeguard if safeguard > _SAFEGUARD else 0.0, least, _SMALLEST))

@@ -1,4 +1,7 @@
-"""The step of the bounded minimiser: the mathematics is in :mod:`pint_fem.optimize.trust_region.bounded`."""
+"""The step within bounds and a ball: projected Cauchy step, conjugate gradients on faces, projected searches.
+
+The mathematics and the symbols are those of :mod:`pint_fem.optimize.trust_region.bounded`.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +11,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pint_fem.optimize.evaluator import Evaluator, like
-from pint_fem.optimize.trust_region.steihaug import CGStop
+from pint_fem.optimize.oracle import ExactOracle, Iterate
+from pint_fem.optimize.records import CGStop
+from pint_fem.optimize.trust_region.acceptance import Step, exit_length, first_radius
 
-__all__ = ["Box", "BoxStep", "ProjectedSteps"]
+__all__ = ["Box", "ProjectedSteps"]
 
-# mu_0: the decrease asked for, relative to that of the linear model.
+# mu_0: the decrease required, relative to that of the linear model.
 _DECREASE = 0.01
 
 # The next trial of a search is the minimiser of the model towards the last one, within these parts of its length.
@@ -22,15 +26,12 @@ _SHORTEST, _LONGEST = 0.1, 0.5
 # Trials of one projected search; the Cauchy step stands if none succeeds.
 _TRIALS = 8
 
-# The first radius in lengths of the Cauchy step: generous, as a retry needs no Hessian action.
-_FIRST_RADIUS = 10.0
-
 # A step this close to the ball's boundary has reached it.
 _ON_BOUNDARY = 1 - 1e-10
 
 
 class Box:
-    """The bounds, this process's parts.
+    """The set of vectors within bounds, this process's parts.
 
     Parameters
     ----------
@@ -50,23 +51,23 @@ class Box:
         out = ((x <= self.lower) & (g > 0)) | ((x >= self.upper) & (g < 0)) | (self.lower == self.upper)
         return np.where(out, 0.0, g)
 
-    def start(self, x: np.ndarray) -> _Place:
+    def start(self, x: np.ndarray) -> _BoxPoint:
         """No step yet, no component held."""
-        return _Place(np.zeros_like(x), np.full(x.shape, math.nan))
+        return _BoxPoint(np.zeros_like(x), np.full(x.shape, math.nan))
 
-    def move(self, x: np.ndarray, place: _Place, p: np.ndarray) -> _Place:
+    def move(self, x: np.ndarray, place: _BoxPoint, p: np.ndarray) -> _BoxPoint:
         """P(x + s + p) - x; held components stay, and those that meet a bound are held there from now on."""
         y = x + place.s + p
         bound = np.where(y <= self.lower, self.lower, np.where(y >= self.upper, self.upper, math.nan))
         bound = np.where(place.held, place.bound, bound)
-        return _Place(np.where(np.isnan(bound), place.s + p, bound - x), bound)
+        return _BoxPoint(np.where(np.isnan(bound), place.s + p, bound - x), bound)
 
 
 @dataclass(frozen=True)
-class _Place:
+class _BoxPoint:
     """A step s and the bounds it has met.
 
-    The bounds themselves are kept because ``x + (l - x)`` need not be ``l``.
+    The bounds themselves are stored because ``x + (l - x)`` need not be ``l``.
     """
 
     s: np.ndarray
@@ -74,6 +75,7 @@ class _Place:
 
     @property
     def held(self) -> np.ndarray:
+        """Which components are on a bound that the step has met."""
         return ~np.isnan(self.bound)
 
     def free(self, v: np.ndarray) -> np.ndarray:
@@ -81,90 +83,82 @@ class _Place:
         return np.where(self.held, 0.0, v)
 
     def point(self, x: np.ndarray) -> np.ndarray:
+        """x + s, exactly on the bounds that are met."""
         return np.where(self.held, self.bound, x + self.s)
-
-
-@dataclass(frozen=True)
-class BoxStep:
-    """A trial point and what the model says about it.
-
-    Attributes
-    ----------
-    point : ndarray, shape (n,)
-        In the box; exactly on the bounds it met.
-    norm : float
-        Length of the step.
-    reduction : float
-        J(x) minus the model there.
-    cg_iterations : int
-        Hessian actions the step is made of.
-    stop : CGStop
-        Why the last conjugate gradients ended.
-    """
-
-    point: np.ndarray
-    norm: float
-    reduction: float
-    cg_iterations: int
-    stop: CGStop
 
 
 class ProjectedSteps:
     """Steps from one iterate, for one radius after another.
 
-    A smaller radius asks for the same Hessian actions up to where it interferes: they are remembered in order, so the
-    retry after a rejected step mostly needs none. All remembered pairs are in `pairs`.
+    A smaller radius requires the same Hessian actions until the ball interferes: they are stored in order, so the
+    retry after a rejected step mostly computes none.
+
+    Parameters
+    ----------
+    oracle : ExactOracle
+        Products with the Hessian.
+    box : Box
+        The bounds.
+    iterate : Iterate
+        The iterate; its gradient's norm is that of the projected one.
+    tolerance : float
+        Conjugate gradients end where the residual on the free components is no larger.
+    max_it : int
+        Most Hessian actions, but for those of a Cauchy step that meets bounds.
+    preconditioner : callable, optional
+        P, self-adjoint and positive definite; on the free components, selected by E, E P E is applied.
+    iteration : int
+        For error messages.
     """
 
     def __init__(
         self,
-        evaluator: Evaluator,
+        oracle: ExactOracle,
         box: Box,
-        x: np.ndarray,
-        g: np.ndarray,
+        iterate: Iterate,
         *,
         tolerance: float,
         max_it: int,
         preconditioner: Callable[[np.ndarray], np.ndarray] | None,
         iteration: int,
     ):
-        self.evaluator, self.inner, self.box = evaluator, evaluator.inner, box
-        self.x, self.g, self.iteration = x, g, iteration
+        self.oracle, self.inner, self.box = oracle, oracle.inner, box
+        self.x, self.g, self.iteration = iterate.x, iterate.gradient.vector, iteration
         self.tolerance, self.max_it, self.preconditioner = tolerance, max_it, preconditioner
-        self.descent = -box.projected_gradient(x, g)
+        self.descent = -box.projected_gradient(self.x, self.g)
         self.slope = self.inner(self.descent, self.descent)
-        self.pairs: list[tuple[np.ndarray, np.ndarray]] = []
+        self._pairs: list[tuple[np.ndarray, np.ndarray]] = []
         self._curvatures: list[float] = []
         self._used = 0
 
     # -- Hessian actions ----------------------------------------------------------------------------------------------
     def _product(self, d: np.ndarray) -> tuple[np.ndarray, float]:
-        """H d and (d, H d), remembered if the last step asked for the same at this place."""
-        if self._used < len(self.pairs):
-            gap = d - self.pairs[self._used][0]
+        """H d and (d, H d), stored if the last step used the same direction as its product of this number."""
+        if self._used < len(self._pairs):
+            gap = d - self._pairs[self._used][0]
             if self.inner(gap, gap) != 0:
-                del self.pairs[self._used :], self._curvatures[self._used :]
-        if self._used == len(self.pairs):
-            hd, curvature = self.evaluator.curvature(self.x, d, self.iteration)
-            self.pairs.append((d, hd))
+                del self._pairs[self._used :], self._curvatures[self._used :]
+        if self._used == len(self._pairs):
+            hd, curvature, _ = self.oracle.curvature(self.x, d, math.nan, self.iteration, math.nan)
+            self._pairs.append((d, hd))
             self._curvatures.append(curvature)
         self._used += 1
-        return self.pairs[self._used - 1][1], self._curvatures[self._used - 1]
+        return self._pairs[self._used - 1][1], self._curvatures[self._used - 1]
 
     def first_radius(self) -> float:
-        """Some lengths of the Cauchy step, which scales as x does whatever the unit of J."""
+        """A multiple of the length of the Cauchy step."""
         self._used = 0
         _, curvature = self._product(self.descent)
-        length = _FIRST_RADIUS * (self.slope / abs(curvature) * math.sqrt(self.slope) if curvature else math.inf)
-        return length if math.isfinite(length) else math.sqrt(self.slope)
+        cauchy = self.slope / abs(curvature) * math.sqrt(self.slope) if curvature else math.inf
+        return first_radius(cauchy, math.sqrt(self.slope))
 
-    def positive_pairs(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        """The (d, H d) of positive curvature, for a preconditioner that learns."""
-        return [pair for pair, curvature in zip(self.pairs, self._curvatures, strict=True) if curvature > 0]
+    def pairs(self, products: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        """The pairs (d, H d) of positive curvature: of the last step and of longer steps that were rejected."""
+        return [pair for pair, curvature in zip(self._pairs, self._curvatures, strict=True) if curvature > 0]
 
     # -- the step -----------------------------------------------------------------------------------------------------
-    def step(self, radius: float) -> BoxStep:
-        """Cauchy step, then conjugate gradients and projected searches on smaller and smaller faces."""
+    def step(self, radius: float) -> Step:
+        """The Cauchy step, then conjugate gradients and projected searches on smaller and smaller faces."""
         self._used = 0
         place, hs, stop, last = self._cauchy(radius)
         while True:
@@ -188,7 +182,7 @@ class ProjectedSteps:
             # Only conjugate gradients that ended with a small residual on one face are run again on the next.
             stop = None if cg_stop is CGStop.RESIDUAL and not complete else cg_stop
         reduction = -(self.inner(self.g, place.s) + 0.5 * self.inner(place.s, hs))
-        return BoxStep(self.box.project(place.point(self.x)), math.sqrt(ss), reduction, self._used, stop)
+        return Step(self.box.project(place.point(self.x)), math.sqrt(ss), reduction, self._used, stop)
 
     def _cauchy(self, radius: float):
         """The Cauchy step, H times it, the stop if it is complete, and the CG direction it is, if it met no bound."""
@@ -215,17 +209,18 @@ class ProjectedSteps:
         indicator = mask.astype(float)
         return self.inner(indicator, indicator) > 0
 
-    def _precondition(self, place: _Place, r: np.ndarray, rr: float) -> tuple[np.ndarray, float]:
+    def _precondition(self, place: _BoxPoint, r: np.ndarray, rr: float) -> tuple[np.ndarray, float]:
+        """z = E P r on the free components, and (r, z)."""
         if self.preconditioner is None:
             return r, rr
-        z = place.free(like(r, self.preconditioner(r), "preconditioner"))
+        z = place.free(self.preconditioner(r))
         rz = self.inner(r, z)
         if not 0 < rz < math.inf:
             raise ValueError(f"(r, P r) = {rz}: the preconditioner must be positive definite in the inner product")
         return z, rz
 
-    def _conjugate_gradients(self, place: _Place, r: np.ndarray, rr: float, radius: float, last):
-        """p on the free components with H p and why it ends there; at least one iteration.
+    def _conjugate_gradients(self, place: _BoxPoint, r: np.ndarray, rr: float, radius: float, last):
+        """The direction p on the free components, H p, and why it ends; at least one iteration.
 
         `last` is the direction before, with its (r, r), if it belongs to the same sequence.
         """
@@ -235,7 +230,8 @@ class ProjectedSteps:
         d = -z if last is None or self.preconditioner is not None else (rz / last[1]) * last[0] - z
         while True:
             hd, curvature = self._product(d)
-            tau = _exit_length(self.inner, s + p, d, radius)
+            sp = s + p
+            tau = exit_length(self.inner(sp, sp), self.inner(sp, d), self.inner(d, d), radius)
             alpha = rz / curvature if curvature > 0 else math.inf
             if tau <= alpha:
                 stop = CGStop.BOUNDARY if curvature > 0 else CGStop.NEGATIVE_CURVATURE
@@ -251,8 +247,8 @@ class ProjectedSteps:
             z, rz = self._precondition(place, r, rr)
             d = (rz / old) * d - z
 
-    def _search(self, place: _Place, hs: np.ndarray, r: np.ndarray, p: np.ndarray, hp: np.ndarray):
-        """The next place, H times its step and whether it is all of p; None if no trial lowers the model enough."""
+    def _search(self, place: _BoxPoint, hs: np.ndarray, r: np.ndarray, p: np.ndarray, hp: np.ndarray):
+        """The next step, H times it, and whether p was used in full; None if no trial lowers the model enough."""
         beta = 1.0
         for _ in range(_TRIALS):
             new = self.box.move(self.x, place, beta * p)
@@ -267,11 +263,3 @@ class ProjectedSteps:
                 return new, hs + h_moved, False
             beta *= min(max(-slope / curvature, _SHORTEST), _LONGEST) if curvature > 0 else _LONGEST
         return None
-
-
-def _exit_length(inner, s: np.ndarray, d: np.ndarray, radius: float) -> float:
-    """The tau >= 0 with |s + tau d| = radius for s in the ball, free of cancellation."""
-    sd, dd = inner(s, d), inner(d, d)
-    gap = max(radius * radius - inner(s, s), 0.0)
-    root = math.sqrt(sd * sd + dd * gap)
-    return gap / (root + sd) if sd >= 0 else (root - sd) / dd

@@ -1,19 +1,19 @@
 r"""The conjugate gradient path of Steihaug and Toint, preconditioned, in a ball of the problem's norm.
 
-The path is that of :mod:`pint_fem.optimize.trust_region.newton_cg`; with a preconditioner :math:`P`, self-adjoint and positive
-definite in :math:`(\cdot, \cdot)`, it runs along
+The path is that of :mod:`pint_fem.optimize.trust_region.newton_cg`; with a preconditioner :math:`P`, self-adjoint and
+positive definite in :math:`(\cdot, \cdot)`, it runs along
 
 .. math::
     z_j = P r_j, \quad d_j = -z_j + \frac{(r_j, z_j)}{(r_{j-1}, z_{j-1})} d_{j-1}, \quad
     \alpha_j = \frac{(r_j, z_j)}{(d_j, H d_j)}
 
 and is left where it first crosses the sphere :math:`|p| = \Delta`. Without :math:`P`, :math:`|p_j|` grows with
-:math:`j`; with it the path may come back into the ball later, which is not looked at. Either way the step for a
+:math:`j`; with it the path may come back into the ball later, which is not used. Either way the step for a
 smaller radius is the same path cut earlier.
 
-**Products that are inexact.** Let :math:`h_j = H d_j + e_j` be what the problem returns. The recurrences keep
-:math:`r_j = g + q_j`, :math:`q_j = \sum_{i<j} \alpha_i h_i`, and :math:`(r_j, d_j) = -(r_j, z_j)` as :math:`\alpha_j`
-uses :math:`(d_j, h_j)`. But the reduction :math:`\tau (r_j, z_j) - \tfrac12 \tau^2 (d_j, h_j)` along
+**Products that are inexact.** Let :math:`h_j = H d_j + e_j` be the product that the problem returns. The recurrences
+keep :math:`r_j = g + q_j`, :math:`q_j = \sum_{i<j} \alpha_i h_i`, and :math:`(r_j, d_j) = -(r_j, z_j)` as
+:math:`\alpha_j` uses :math:`(d_j, h_j)`. But the reduction :math:`\tau (r_j, z_j) - \tfrac12 \tau^2 (d_j, h_j)` along
 :math:`p_j + \tau d_j` supposes :math:`(p_j, h_j) = (q_j, d_j)`, which holds for a symmetric operator only. The
 prediction is therefore :math:`-(g, p) - \tfrac12 (p, q)` itself, whose increment is
 
@@ -21,8 +21,8 @@ prediction is therefore :math:`-(g, p) - \tfrac12 (p, q)` itself, whose incremen
     \quad (q_j, d_j) = -(r_j, z_j) - (g, d_j):
 
 two more inner products. It need not rise along the path any more. A part of the path at whose end it would be less than
-half of what it was at some earlier node is not taken, the step ends before: so it is never less than half the reduction
-of the Cauchy step, which is all that convergence needs.
+half of its value at some earlier node is not taken, the step ends before it. So the predicted reduction is never less
+than half that of the Cauchy step, which suffices for convergence.
 """
 
 from __future__ import annotations
@@ -30,40 +30,26 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from enum import Enum
 from itertools import count
 
 import numpy as np
 
-from pint_fem.optimize.evaluator import ExactOracle, Point, like
+from pint_fem.optimize.oracle import ExactOracle, Iterate
+from pint_fem.optimize.records import CGStop
+from pint_fem.optimize.trust_region.acceptance import Step, exit_length, first_radius
 
-__all__ = ["CGStop", "SteihaugPath"]
-
-
-# The first radius in lengths of the Cauchy step: generous, as a retry needs no Hessian action.
-_FIRST_RADIUS = 10.0
+__all__ = ["SteihaugPath"]
 
 # The prediction of a step in terms of the largest on its path, where products are inexact.
 _LEAST_SHARE = 0.5
 
 
-class CGStop(str, Enum):
-    """Why the conjugate gradient path of one iteration ended; compares equal to its text."""
-
-    NONE = ""
-    RESIDUAL = "residual"
-    BOUNDARY = "boundary"
-    NEGATIVE_CURVATURE = "negative curvature"
-    MAX_IT = "maximum iterations"
-    INEXACT = "inexact products"
-
-
 @dataclass(frozen=True)
 class _Segment:
-    """The path from p_j along d_j, with the numbers that say where it leaves a ball and how far it lowers the model."""
+    """The path from p_j along d_j, with the numbers that give its exit from a ball and the reduction of the model."""
 
     direction: np.ndarray
-    product: np.ndarray | None  # H d_j, where it is kept
+    product: np.ndarray | None  # H d_j, where it is stored
     length: float  # alpha_j, infinite along a direction of negative curvature
     curvature: float  # (d_j, H d_j)
     slope: float  # (r_j, z_j), corrected for inexact products
@@ -72,49 +58,31 @@ class _Segment:
     pd: float  # (p_j, d_j)
     dd: float  # (d_j, d_j)
     reduction: float  # J - m(p_j)
-    rtol: float  # relative error the product was asked for
-    rh: float  # (r_j, H d_j) and (H d_j, H d_j), nan unless the gradient of the model is followed
+    rtol: float  # relative error allowed for the product
+    rh: float  # (r_j, H d_j) and (H d_j, H d_j), nan unless follow_gradient
     hh: float
 
     def exit_length(self, radius: float) -> float:
-        """The tau >= 0 with |p_j + tau d_j| = radius, free of cancellation."""
-        gap = max(radius * radius - self.pp, 0.0)
-        root = math.sqrt(self.pd * self.pd + self.dd * gap)
-        return gap / (root + self.pd) if self.pd >= 0 else (root - self.pd) / self.dd
+        """The tau >= 0 with |p_j + tau d_j| = radius."""
+        return exit_length(self.pp, self.pd, self.dd, radius)
 
     def reduction_at(self, tau: float) -> float:
+        """J - m(p_j + tau d_j)."""
         return self.reduction + tau * self.slope - 0.5 * tau * tau * self.curvature
 
     def model_norm_at(self, tau: float) -> float:
-        """|g + H (p_j + tau d_j)|, nan unless followed."""
+        """|g + H (p_j + tau d_j)|, nan unless follow_gradient."""
         return math.sqrt(max(self.rr + 2 * tau * self.rh + tau * tau * self.hh, 0.0))
 
 
-@dataclass(frozen=True)
-class Step:
-    """A step, its norm, the reduction it promises, the norm of the model's gradient at its end and how CG got there."""
-
-    p: np.ndarray
-    norm: float
-    reduction: float
-    model_norm: float
-    cg_iterations: int
-    stop: CGStop
-    rtol: float
-
-    @classmethod
-    def none(cls, x: np.ndarray) -> Step:
-        """No step, as at the first guess."""
-        return cls(np.zeros_like(x), 0.0, 0.0, math.nan, 0, CGStop.NONE, 0.0)
-
-
 class SteihaugPath:
-    """The conjugate gradient path at one iterate, computed as far as the radii asked for need it.
+    """The conjugate gradient path at one iterate, computed as far as the radii of the steps require.
 
     Parameters
     ----------
     oracle : ExactOracle
-    point : Point
+        Products with the Hessian.
+    iterate : Iterate
         The iterate.
     tolerance : float
         The path ends where |r_j| is no larger.
@@ -123,17 +91,17 @@ class SteihaugPath:
     iteration : int
         For error messages.
     preconditioner : callable, optional
-        P.
+        P, self-adjoint and positive definite.
     keep_products : bool
-        Keep the Hessian products, for `pairs`.
+        Store the Hessian products, for :meth:`pairs`.
     follow_gradient : bool
-        Know the norm of the model's gradient on the boundary as well.
+        Compute the norm of the model's gradient on the boundary as well.
     """
 
     def __init__(
         self,
         oracle: ExactOracle,
-        point: Point,
+        iterate: Iterate,
         *,
         tolerance: float,
         max_it: int,
@@ -142,19 +110,19 @@ class SteihaugPath:
         keep_products: bool = False,
         follow_gradient: bool = False,
     ):
-        self.oracle, self.x, self.g, self.iteration = oracle, point.x, point.gradient.vector, iteration
+        self.oracle, self.x, self.g, self.iteration = oracle, iterate.x, iterate.gradient.vector, iteration
         self.tolerance, self.max_it, self.preconditioner = tolerance, max_it, preconditioner
         self.keep_products, self.follow_gradient = keep_products, follow_gradient
         self.segments: list[_Segment] = []
         self._p, self._r, self._d = np.zeros_like(self.x), self.g, None
-        self._rr, self._rz, self._pp, self._reduction = point.gradient.norm**2, math.nan, 0.0, 0.0
-        oracle.start_path(self.x, tolerance / point.gradient.norm)
+        self._rr, self._rz, self._pp, self._reduction = iterate.gradient.norm**2, math.nan, 0.0, 0.0
+        oracle.start_path(self.x, tolerance / iterate.gradient.norm)
 
-    def _turn(self) -> None:
+    def _next_direction(self) -> None:
         """The direction d_j from r_j."""
         z, rz = self._r, self._rr
         if self.preconditioner is not None:
-            z = like(self.x, self.preconditioner(self._r), "preconditioner")
+            z = self.preconditioner(self._r)
             rz = self.oracle.inner(self._r, z)
             if not 0 < rz < math.inf:
                 raise ValueError(
@@ -166,7 +134,7 @@ class SteihaugPath:
 
     def _extend(self) -> None:
         """Conjugate gradient iteration j: one Hessian action."""
-        self._turn()
+        self._next_direction()
         inner, p, d, rz, first = self.oracle.inner, self._p, self._d, self._rz, not self.segments
         dd = inner(d, d)
         target = self.tolerance / math.sqrt(self._rr)
@@ -191,7 +159,7 @@ class SteihaugPath:
             self._reduction = segment.reduction_at(alpha)
 
     def step(self, radius: float) -> Step:
-        """Follow the path from 0 to its end or to the boundary of the ball, whichever comes first."""
+        """The step along the path from 0 to its end or to the boundary of the ball, whichever comes first."""
         p, most = np.zeros_like(self.x), 0.0
         for j in count():
             if j == len(self.segments):
@@ -210,7 +178,8 @@ class SteihaugPath:
             if outside:
                 stop = CGStop.BOUNDARY if segment.curvature > 0 else CGStop.NEGATIVE_CURVATURE
                 p = p + tau * segment.direction
-                return Step(p, radius, reduction, segment.model_norm_at(tau), j + 1, stop, self._rtol(j + 1))
+                norm = segment.model_norm_at(tau)
+                return Step(self.x + p, radius, reduction, j + 1, stop, norm, self._rtol(j + 1))
             p += segment.length * segment.direction
 
     def _node(self, p: np.ndarray, j: int, stop: CGStop) -> Step:
@@ -219,20 +188,21 @@ class SteihaugPath:
         pp, rr, reduction = self._pp, self._rr, self._reduction
         if not last:
             pp, rr, reduction = self.segments[j].pp, self.segments[j].rr, self.segments[j].reduction
-        return Step(p, math.sqrt(pp), reduction, math.sqrt(rr), j, stop, self._rtol(j))
+        return Step(self.x + p, math.sqrt(pp), reduction, j, stop, math.sqrt(rr), self._rtol(j))
 
     def _rtol(self, directions: int) -> float:
+        """The smallest relative error allowed for the first products."""
         return min((segment.rtol for segment in self.segments[:directions]), default=0.0)
 
-    def pairs(self, directions: int) -> list[tuple[np.ndarray, np.ndarray]]:
-        """The (d_j, H d_j) of positive curvature among the first directions, where products are kept."""
-        return [(s.direction, s.product) for s in self.segments[:directions] if s.curvature > 0]
+    def pairs(self, products: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        """The pairs (d_j, H d_j) of positive curvature among the first products, where these are stored."""
+        return [(s.direction, s.product) for s in self.segments[:products] if s.curvature > 0]
 
     def first_radius(self) -> float:
-        """Some lengths of the Cauchy step, |g|^3 / |(g, Hg)|, which scales as x does whatever the unit of J."""
+        """A multiple of the length of the Cauchy step, |g|^3 / |(g, Hg)| without a preconditioner."""
         if not self.segments:
             self._extend()
         first = self.segments[0]
         slope = first.rr if self.preconditioner is None else first.slope
         cauchy = slope / abs(first.curvature) * math.sqrt(first.dd) if first.curvature else math.inf
-        return _FIRST_RADIUS * cauchy if math.isfinite(_FIRST_RADIUS * cauchy) else math.sqrt(first.rr)
+        return first_radius(cauchy, math.sqrt(first.rr))

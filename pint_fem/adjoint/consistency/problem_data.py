@@ -1,9 +1,10 @@
-r"""Whether all ranks were given the same problem: each takes its own steps with its own copy of the user's data.
+r"""Check that all ranks were given the same evolution, misfits, regularisation and data.
 
-Data that differ between ranks (readings with other noise, a coefficient that one rank has changed) would give the value
-and the derivative of no functional, silently. Forms are compared by UFL's signature, numbers and readings bit by bit on
-all ranks. Fields are compared as controls are (:mod:`~pint_fem.adjoint.consistency.same_control`) by the ranks of one place in space: by
-:math:`\|f\|` and :math:`(w, f)`, :math:`w_i = \cos i^2`, to a relative tolerance far above round-off.
+Each rank takes its own steps with its own copy of the user's data. Data that differ between ranks (readings with other
+noise, a coefficient that one rank has changed) would give value and derivative of no functional, without any error.
+Forms are compared by UFL's signature, numbers and readings bitwise on all ranks. Fields are compared by the ranks of
+one place in space by their norm and a weighted sum, to a relative tolerance far above round-off
+(:mod:`~pint_fem.adjoint.consistency.control_values`).
 """
 
 from __future__ import annotations
@@ -14,9 +15,8 @@ from collections.abc import Sequence
 import numpy as np
 import ufl
 from firedrake import Constant, dx, inner
-from mpi4py import MPI
 
-from pint_fem.adjoint.consistency.same_control import RTOL, sketch, sketch_weights
+from pint_fem.adjoint.consistency.control_values import compare_copies, norms_by_rank, sketch, sketch_weights
 from pint_fem.collective import collectively, require_same
 from pint_fem.errors import InputError
 from pint_fem.evolution.boundary import boundary_value
@@ -28,11 +28,14 @@ from pint_fem.spacetime import SpaceTime
 
 __all__ = ["require_same_forms", "require_same_given", "require_same_problem", "require_same_values"]
 
-_DEFAULT_NAME = re.compile(r" '(function|constant|cofunction|w|c)_\d+'")  # numbers of a counter of the process
+_DEFAULT_NAME = re.compile(r" '(function|constant|cofunction|w|c)_\d+'")
+"""Names that count the objects of a process, and may differ between ranks."""
 
 
-def require_same_problem(spacetime: SpaceTime, evolution: Evolution, misfits: Sequence[Misfit], regularisation) -> None:
-    """Require the same steps, misfits and forms on all ranks, before anything is made of them (collective).
+def require_same_problem(
+    spacetime: SpaceTime, evolution: Evolution, misfits: Sequence[Misfit], regularisation: Sequence[ufl.Form]
+) -> None:
+    """Require the same evolution, misfits and forms on all ranks, before anything is assembled (collective).
 
     Parameters
     ----------
@@ -40,10 +43,8 @@ def require_same_problem(spacetime: SpaceTime, evolution: Evolution, misfits: Se
         Process grid.
     evolution
         As the user posed it.
-    misfits
-        Of the functional.
-    regularisation
-        A functional, several, or ``None``.
+    misfits, regularisation
+        Those of the functional.
 
     Raises
     ------
@@ -52,20 +53,18 @@ def require_same_problem(spacetime: SpaceTime, evolution: Evolution, misfits: Se
     """
     if spacetime.comm.size == 1:
         return
-    require_same(spacetime.comm, misfits=misfits, regularisation=regularisation is not None)
+    require_same(spacetime.comm, misfits=misfits, regularisation=len(regularisation))
     require_same_given(spacetime, misfits)
     mesh, values = evolution.V.mesh().unique(), [boundary_value(bc) for bc in evolution.bcs]
     if evolution.initial_expression is not None:
         values.append(evolution.initial_expression)
     forms = {"the residual": [evolution.parts()[0]]}
     forms["boundary values and the initial condition"] = [inner(v, v) * dx(domain=mesh) for v in values]
-    several = isinstance(regularisation, (list, tuple))
-    forms["the regularisation"] = list(regularisation) if several else [regularisation]
-    require_same_forms(spacetime, **forms)
+    require_same_forms(spacetime, **forms, **{"the regularisation": regularisation})
 
 
-def require_same_forms(spacetime: SpaceTime, **forms: Sequence) -> None:
-    """Require forms, by what they are, to have the same signatures on all ranks (collective).
+def require_same_forms(spacetime: SpaceTime, **forms: Sequence[ufl.Form]) -> None:
+    """Require lists of forms, given by a description, to have the same signatures on all ranks (collective).
 
     Raises
     ------
@@ -76,8 +75,12 @@ def require_same_forms(spacetime: SpaceTime, **forms: Sequence) -> None:
         require_same(spacetime.comm, **{f"the form of {name}": _signatures(of) for name, of in forms.items()})
 
 
+def _signatures(forms: Sequence) -> list[str]:
+    return [form.signature()[:16] if isinstance(form, ufl.Form) else type(form).__name__ for form in forms]
+
+
 def require_same_given(spacetime: SpaceTime, misfits: Sequence[Misfit]) -> None:
-    """Require the same readings, and what else misfits are given, on all ranks (collective).
+    """Require that misfits have the same readings and other data outside forms on all ranks (collective).
 
     Raises
     ------
@@ -89,16 +92,12 @@ def require_same_given(spacetime: SpaceTime, misfits: Sequence[Misfit]) -> None:
 
 
 def _given(misfits: Sequence[Misfit]) -> dict:
-    """What misfits are given by themselves, by name."""
+    """Data of misfits outside forms, by name."""
     out = {}
     for number, misfit in enumerate(misfits, start=1):
         which = f" (misfit {number} of {len(misfits)})" if len(misfits) > 1 else ""
         out |= {f"{name} of {type(misfit).__name__}{which}": value for name, value in misfit.given().items()}
     return out
-
-
-def _signatures(forms: Sequence) -> list[str]:
-    return [form.signature()[:16] if isinstance(form, ufl.Form) else type(form).__name__ for form in forms]
 
 
 def require_same_values(spacetime: SpaceTime, copies: PrivateCopies) -> None:
@@ -110,7 +109,7 @@ def require_same_values(spacetime: SpaceTime, copies: PrivateCopies) -> None:
     spacetime
         Process grid.
     copies
-        Of the functional; what the user has now is compared.
+        Those of the functional; the user's current values are compared.
 
     Raises
     ------
@@ -133,24 +132,15 @@ def require_same_values(spacetime: SpaceTime, copies: PrivateCopies) -> None:
 
 
 def _require_near(spacetime: SpaceTime, fields: dict[str, np.ndarray]) -> None:
-    """Require the same own values on the ranks of one place in space, to round-off (collective)."""
-    numbers = np.array([_numbers(values) for values in fields.values()])
-    ends = np.stack([numbers, -numbers])
-    spacetime.time_comm.Allreduce(MPI.IN_PLACE, ends, op=MPI.MIN)
-    low, high = ends[0], -ends[1]
-    apart = (high - low > RTOL * np.maximum(high[:, :1], 1e-300)).any(axis=1)
-    spacetime.comm.Allreduce(MPI.IN_PLACE, apart, op=MPI.LOR)
-    if apart.any():
-        first = int(np.argmax(apart))
-        norms = spacetime.comm.allgather(float(numbers[first, 0]))
-        shown = ", ".join(f"{norm:.9g} on rank {rank}" for rank, norm in enumerate(norms[:4]))
+    """Require the same own values on the ranks of one place in space, up to round-off (collective)."""
+    sketches = np.array([sketch(values, sketch_weights(len(values))) for values in fields.values()])
+    sizes = np.array([len(values) for values in fields.values()])
+    numbers = np.column_stack([sketches, sizes * np.maximum(sketches[:, 0], 1.0)])
+    _, differ = compare_copies(spacetime, numbers)
+    if differ.any():
+        first = int(np.argmax(differ))
+        norms = norms_by_rank(spacetime.comm, numbers[first, 0])
         raise InputError(
             f"{list(fields)[first]} differs between ranks in time, which each hold a copy of it (norms of their own "
-            f"values: {shown}): give all of them the same values"
+            f"values: {norms}): give all of them the same values"
         )
-
-
-def _numbers(values: np.ndarray) -> np.ndarray:
-    """Norm, weighted sum and number of own values."""
-    found = sketch(values, sketch_weights(len(values)))
-    return np.append(found, len(values) * max(found[0], 1.0))

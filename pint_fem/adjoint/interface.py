@@ -1,0 +1,194 @@
+r"""The interface of a differentiable functional :math:`J(z)` of controls on flat arrays.
+
+Optimisers and the public functional use it. It has two implementations:
+:class:`~pint_fem.adjoint.problem.ReducedProblem` for one evolution, and
+:class:`~pint_fem.adjoint.composed.ComposedProblem` for weighted sums of such and for initial conditions that are
+expressions of controls. Whatever concerns each evolution by itself is implemented here, once for both.
+
+A control :math:`z` and a direction are float vectors ``(layout.size,)``, this rank's part of a distributed vector
+(:mod:`~pint_fem.adjoint.control_layout`); derivatives are dual vectors of the same shape. All methods are collective
+over all ranks, which have to pass the same static controls. A failure on one rank is raised on all of them:
+:class:`~pint_fem.errors.SolverFailure` if it is numerical, such as a NaN in a state or a diverging solve, otherwise
+:class:`~pint_fem.errors.InputError` or the exception itself.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import ufl
+from firedrake import Function
+
+from pint_fem.adjoint.control_layout import ControlLayout, ControlSet
+from pint_fem.adjoint.memory_estimate import MemoryEstimate
+from pint_fem.adjoint.regularisation import Regularisation
+from pint_fem.evolution.evolution import Evolution
+from pint_fem.misfits.base import BlockMisfit
+from pint_fem.spacetime import SpaceTime
+
+if TYPE_CHECKING:
+    from pint_fem.adjoint.composed import Selection
+    from pint_fem.adjoint.problem import ReducedProblem
+
+__all__ = ["ControlProblem", "Term", "as_vector"]
+
+
+def as_vector(z) -> np.ndarray:
+    """Return controls, given as an array or a list of any shape, as a flat float vector."""
+    return np.asarray(z, dtype=float).ravel()
+
+
+class Term(NamedTuple):
+    """One term ``weight * problem(map(z))`` of a composed problem."""
+
+    weight: float
+    problem: ControlProblem
+    map: Selection
+
+
+class ControlProblem(ABC):
+    """A functional of controls with its derivatives.
+
+    Attributes
+    ----------
+    evolution : Evolution or ControlSet
+        The controls: ``controls``, ``stepwise``, ``dt``, ``nsteps``.
+    spacetime : SpaceTime
+        The process grid.
+    layout : ControlLayout
+        Position of the controls in vectors.
+    regularisation : Regularisation or None
+        The part that depends on the controls alone, without that of the terms.
+    terms : sequence of Term
+        The terms of a composed problem; empty for that of one evolution.
+    """
+
+    evolution: Evolution | ControlSet
+    spacetime: SpaceTime
+    layout: ControlLayout
+    regularisation: Regularisation | None
+    terms: Sequence[Term] = ()
+
+    def __str__(self):
+        """One line: evolutions and misfits, controls, process grid."""
+        leaves = " + ".join(
+            f"{w:g} * ({p.description})" if w != 1 else p.description for w, p in self.weighted_leaves()
+        )
+        names = [repr(c.name()) + " per step" * (c in self.evolution.stepwise) for c in self.evolution.controls]
+        grid = f"grid {self.spacetime.space_size}x{self.spacetime.time_size}"
+        return f"{leaves}; controls {', '.join(names)}; {grid}"
+
+    # -- what the implementations differ in ----------------------------------------------------------------------------
+    @property
+    @abstractmethod
+    def is_quadratic(self) -> bool:
+        """Whether ``J`` is a quadratic function of the controls."""
+
+    @property
+    @abstractmethod
+    def parts(self) -> dict[str, float]:
+        """Value of the ``"misfit"`` and of the ``"regularisation"`` at the last control."""
+
+    @abstractmethod
+    def value(self, z: np.ndarray) -> float:
+        """Return ``J(z)``, the identical number on every rank."""
+
+    @abstractmethod
+    def derivative(self, z: np.ndarray) -> np.ndarray:
+        """Return ``J'(z)`` as a dual vector."""
+
+    @abstractmethod
+    def tangent_value(self, z: np.ndarray, dz: np.ndarray) -> float:
+        """Return ``J'(z) dz``, computed by a tangent sweep, the identical number on every rank."""
+
+    @abstractmethod
+    def hessian_action(self, z: np.ndarray, dz: np.ndarray, *, gauss_newton: bool = False) -> np.ndarray:
+        """Return ``J''(z) dz`` as a dual vector; with ``gauss_newton`` without second derivatives of the steps."""
+
+    @abstractmethod
+    def advance(self, z: np.ndarray) -> tuple[float, np.ndarray, float]:
+        """Return ``J`` and ``J'`` after one MGRIT cycle for the state and one for the adjoint, which start from the
+        current trajectories, and the largest relative residual after them.
+
+        Source: S. Guenther, N. R. Gauger, J. B. Schroder, arXiv:1801.06356.
+        """
+
+    @abstractmethod
+    def gradient_error(self, z: np.ndarray) -> np.ndarray | None:
+        """Return a dual vector of the size of the error of ``J'(z)`` where the state fits the data up to about its own
+        error, else ``None``.
+        """
+
+    @abstractmethod
+    def observations(self, z: np.ndarray, misfit: BlockMisfit) -> np.ndarray:
+        """Return what a misfit observes of the state at the local points, ``(k + 1, width)``, for either storage:
+        ``sensors.readings(problem.observations(z, sensors))``.
+
+        Raises
+        ------
+        InputError
+            If the misfit is not one of the problem's, or is defined on whole slabs only.
+        """
+
+    # -- what concerns each evolution by itself ------------------------------------------------------------------------
+    def leaf_terms(self, z: np.ndarray, weight: float = 1.0) -> list[tuple[float, ReducedProblem, np.ndarray]]:
+        """Return the problem of each evolution with its weight in ``J`` and its own controls at ``z``."""
+        return [
+            found for term in self.terms for found in term.problem.leaf_terms(term.map.value(z), weight * term.weight)
+        ]
+
+    def weighted_leaves(self, weight: float = 1.0) -> list[tuple[float, ReducedProblem]]:
+        """Return the problem of each evolution with its weight in ``J``; one in several terms comes several times."""
+        return [found for term in self.terms for found in term.problem.weighted_leaves(weight * term.weight)]
+
+    @property
+    def leaves(self) -> list[ReducedProblem]:
+        """The problem of each evolution; one that is in several terms comes several times."""
+        return [leaf for _, leaf in self.weighted_leaves()]
+
+    def regularisations(self, weight: float = 1.0) -> list[tuple[float, Regularisation]]:
+        """Return all regularisations with their weights in ``J``."""
+        own = [] if self.regularisation is None else [(weight, self.regularisation)]
+        return own + [found for term in self.terms for found in term.problem.regularisations(weight * term.weight)]
+
+    def regularisation_hessian(self, control: Function) -> ufl.Form | None:
+        """Return the second derivative of all regularisations by a control as a bilinear form; ``None`` where it is
+        zero or depends on the control.
+        """
+        found = self.regularisations()
+        if not all(regularisation.quadratic for _, regularisation in found):
+            return None
+        forms = [w * form for w, r in found if (form := r.second_derivative(control)) is not None]
+        return sum(forms[1:], start=forms[0]) if forms else None
+
+    def update_data(self) -> list[str]:
+        """Read the user's data again, and return the names of those that have other values than before.
+
+        Raises
+        ------
+        InputError
+            On every rank, if new values do not fit or differ between ranks.
+        """
+        changed = [name for term in self.terms for name in term.problem.update_data()]
+        for term in self.terms:
+            term.map.update_data()
+        return list(dict.fromkeys(changed))
+
+    def invalidate(self) -> None:
+        """Discard all solutions: the next solves start from the initial condition and from zero."""
+        for leaf in self.leaves:
+            leaf.invalidate()
+
+    def keep_evaluations(self, count: int) -> None:
+        """Store the trajectories of the last ``count`` controls, two slabs for each and each evolution."""
+        for leaf in self.leaves:
+            leaf.keep_evaluations(count)
+
+    def memory(self) -> MemoryEstimate:
+        """Return the memory of this rank by part, before or after a run: the sum over the evolutions, of which one at a
+        time is at its peak.
+        """
+        return MemoryEstimate.combined([leaf.memory() for leaf in dict.fromkeys(self.leaves)])

@@ -1,0 +1,195 @@
+r"""Loads of the stages of a linear evolution: :math:`b_i = h_i f(t_i, z)` with the lifting of boundary values.
+
+The load is affine in the controls. Its part at ``z = 0`` is assembled for each stage and time, or once where nothing
+depends on time. The part of the controls is a sum of *terms*, products of operators with the numbers of a control:
+those that are the same in all steps, and those with a weight in each step
+(:class:`~pint_fem.evolution.control_operators.SeparatedOperator`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+import ufl
+from firedrake import Constant, Function, assemble
+from firedrake.assemble import get_assembler
+
+from pint_fem.evolution.control_operators import ControlOperator, MatrixOperator
+from pint_fem.evolution.evolution import Evolution
+from pint_fem.evolution.tableaux import DIRK
+from pint_fem.kernels.arrays import get
+from pint_fem.kernels.compressed_vectors import CompressedVectors, sample_times
+
+__all__ = ["StageLoads", "Term"]
+
+
+class Term(NamedTuple):
+    """A part of the controls' loads.
+
+    Attributes
+    ----------
+    weights : ndarray
+        A factor for each step.
+    stages : sequence of int
+        The stages that it contributes to.
+    operators : list
+        Numbers of controls with their operators, of which the term is the sum.
+    constant : bool
+        Whether it is the part that is the same in all steps, with that of boundary values.
+    """
+
+    weights: np.ndarray
+    stages: Sequence[int]
+    operators: list[tuple[int, ControlOperator]]
+    constant: bool
+
+
+class StageLoads:
+    """The loads of one level's stages; forms are compiled and assembled when it is made (collective over space).
+
+    Parameters
+    ----------
+    evolution
+        A private evolution, linear with constant operators.
+    dirk
+        Coefficients of the integrator.
+    dt
+        Step size of the level.
+    bc_rows
+        Own rows with a condition.
+    store
+        Whether loads that depend on time are stored, one for each step and stage; else in compressed form where they
+        have a common basis of a few vectors.
+    """
+
+    def __init__(self, evolution: Evolution, dirk: DIRK, dt: float, bc_rows: np.ndarray, *, store: bool):
+        self.evolution, self.dirk, self.dt, self.bc_rows = evolution, dirk, dt, bc_rows
+        self.steps, self._store = dirk.diagonal * dt, store
+        form, rate = evolution.parts()
+        self._lift, self._h = Function(evolution.V, name="lift"), Constant(1.0)
+        at_zero = {evolution.u: self._lift, rate: self._lift / self._h}
+        at_zero |= {control: Function(control.function_space()) for control in evolution.parameters}
+        self._assembler = get_assembler(ufl.replace(form, at_zero))
+        self.update_data()
+        self._lifting: dict[float, MatrixOperator] = {}
+        if evolution.boundary_controls is not None:
+            M, K = evolution.linear_operators()
+            for h in dict.fromkeys(self.steps):
+                matrix = assemble(M + Constant(h) * K, mat_type="aij").petscmat
+                self._lifting[h] = MatrixOperator(matrix, bc_rows)
+
+    def update_data(self) -> None:
+        """Discard stored loads, as data in them have changed."""
+        self._loads: dict[tuple | int, np.ndarray] = {}
+        if not self._store:
+            ev = self.evolution
+            times = enumerate(sample_times(ev.time(0), ev.time(ev.nsteps)))
+            samples = [partial(self._assemble, t, i % self.dirk.stages) for i, t in times]
+            self._compressed = CompressedVectors(ev.V.mesh().comm, samples)
+
+    # -- the part at z = 0 ---------------------------------------------------------------------------------------------
+    def affine(self, t: float, i: int) -> np.ndarray:
+        """The load of stage ``i`` of the step from ``t`` at ``z = 0``, ``(n,)``."""
+        key = (float(t), i) if self.evolution.depends_on_time else i
+        if not self._store:
+            return self._compressed.get(key, lambda: self._assemble(t, i))
+        if key not in self._loads:
+            self._loads[key] = self._assemble(t, i)
+        return self._loads[key]
+
+    def _assemble(self, t: float, i: int) -> np.ndarray:
+        ev, h = self.evolution, self.steps[i]
+        if ev.t is not None:
+            ev.t.assign(t + self.dirk.c[i] * self.dt)
+        self._lift.zero()
+        if ev.boundary_controls is not None:
+            ev.put_controls(np.zeros(ev.control_size))
+        for bc in ev.bcs:
+            bc.apply(self._lift)
+        self._h.assign(h)
+        load = -h * get(self._assembler.assemble())
+        load[self.bc_rows] = get(self._lift)[self.bc_rows]
+        return self._scaled(load)
+
+    def _scaled(self, load: np.ndarray, *, transposed: bool = False) -> np.ndarray:
+        """A load as the recursion takes it: where a field is eliminated, times the inverse of its mass matrix."""
+        fields = self.evolution.fields
+        return load if fields is None else fields.scale(load, transposed=transposed)
+
+    # -- the part of the controls --------------------------------------------------------------------------------------
+    def terms(self, times: np.ndarray) -> list[Term]:
+        """The terms of the controls' loads for steps that start at ``times``."""
+        operators = list(enumerate(self.evolution.control_operators))
+        constant = [(p, op.terms[0]) for p, op in operators if op is not None and op.constant]
+        terms = []
+        if constant or self.evolution.boundary_controls is not None:
+            terms.append(Term(np.ones(len(times)), range(self.dirk.stages), constant, True))
+        for p, op in operators:
+            if op is not None and not op.constant:
+                for stage, c in enumerate(self.dirk.c):
+                    weights = op.coefficients(times + c * self.dt).T
+                    terms += [Term(w, (stage,), [(p, term)], False) for w, term in zip(weights, op.terms, strict=True)]
+        return terms
+
+    def of_term(self, term: Term, z: np.ndarray, h: float) -> np.ndarray:
+        """The load ``(n,)`` of a term with weight 1 in a stage with ``a_ii dt = h``, for controls ``(nz,)``."""
+        load, parts = np.zeros(self.evolution.state_size), self.evolution.split_controls(z)
+        for p, operator in term.operators:
+            load += h * operator(parts[p])
+        if term.constant and self.evolution.boundary_controls is not None:
+            lift = self.evolution.boundary_controls.lift(z)
+            load += lift - self._lifting[h](lift)
+        return self._scaled(load)
+
+    def pull_back(self, term: Term, adjoints: np.ndarray) -> np.ndarray:
+        """The transpose of :meth:`of_term`, ``(nz,)``, for adjoints of the stages' right-hand sides ``(stages, n)``."""
+        out, steps = np.zeros(self.evolution.control_size), self.steps[list(term.stages)]
+        parts = self.evolution.split_controls(out)
+        for h in dict.fromkeys(steps):
+            chosen = [i for i, own in zip(term.stages, steps, strict=True) if own == h]
+            y = self._scaled(np.add.reduce(adjoints[chosen], axis=0), transposed=True)
+            for p, operator in term.operators:
+                parts[p] += h * operator.transposed(y)
+            if term.constant and self.evolution.boundary_controls is not None:
+                out += self.evolution.boundary_controls.pull_back(y - self._lifting[h].transposed(y))
+        return out
+
+    def of_steps(self, times: np.ndarray, z: np.ndarray | None, *, affine: bool) -> Callable[[slice, int], np.ndarray]:
+        """The loads of steps that start at ``times``, as a function of a slice of the steps and the stage.
+
+        Parameters
+        ----------
+        times
+            Start times, ``(k,)``.
+        z
+            Controls, ``(nz,)`` or ``(k, nz)``; ``None`` for none.
+        affine
+            Whether the part at ``z = 0`` is included.
+        """
+        terms = [] if z is None else self.terms(times)
+        affine = affine and not self.evolution.is_homogeneous
+        cached: dict = {}  # loads of the terms for the present slice: stages with the same h share them
+
+        def of_term(rows, number, h):
+            if z.ndim == 2 and cached.get("rows") != rows:
+                cached.clear()
+                cached["rows"] = rows
+            if (number, h) not in cached:
+                controls = np.atleast_2d(z if z.ndim == 1 else z[rows])
+                cached[number, h] = np.array([self.of_term(terms[number], zi, h) for zi in controls])
+            return cached[number, h]
+
+        def loads(rows, i):
+            b = np.zeros((rows.stop - rows.start, self.evolution.state_size))
+            if affine:
+                b += [self.affine(t, i) for t in times[rows]]
+            for number, term in enumerate(terms):
+                if i in term.stages:
+                    load = of_term(rows, number, self.steps[i])
+                    b += load if term.constant else term.weights[rows, None] * load
+            return b
+
+        return loads
