@@ -59,7 +59,7 @@ def test_bad_grid_is_refused_on_every_rank(world):
     assert world.allreduce(1) == world.size
 
 
-@pytest.mark.parallel([1, 2, 4])
+@pytest.mark.parallel([1, 4])
 def test_grids_by_keywords(world):
     """Both numbers, or one of them, from which the other follows."""
     for space, time in grids(world.size):
@@ -89,7 +89,7 @@ def test_bad_keywords_are_refused_on_every_rank(world, given, text):
     assert world.allreduce(1) == world.size
 
 
-@pytest.mark.parallel([2, 3])
+@pytest.mark.parallel(3)
 def test_keywords_that_differ_between_ranks_are_refused_on_every_rank(world):
     for given in ({"space": 1 + world.rank}, {"time": 1} if world.rank else {}):
         with pytest.raises(InputError, match="is not the same on all ranks"):

@@ -420,9 +420,11 @@ class Timed:
         return J
 
 
-@pytest.mark.parallel([1, 2])
-@pytest.mark.parametrize("power", [1, 3])
-@pytest.mark.parametrize("solver", ["serial", "mgrit"])
+@pytest.mark.parallel([1, 3])
+@pytest.mark.parametrize(
+    ("power", "solver"),
+    cases([(p, s) for p in (1, 3) for s in ("serial", "mgrit")], on_ranks=[(1, "mgrit"), (3, "serial")]),
+)
 @time_limit(200)
 def test_a_constant_given_as_time(power, solver):
     """The same numbers as with a time function, and a plain loop's; the user's ``Constant`` is not written to."""
