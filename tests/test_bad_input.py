@@ -260,7 +260,7 @@ def test_error_that_only_one_rank_meets_ends_all(capfd, monkeypatch):
 
 
 @pytest.mark.starts_mpi
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.grid), 2])
 def test_whole_program(ranks, tmp_path):
     """As a user starts it: status and stderr of mpiexec itself."""
     env = os.environ | {

@@ -62,7 +62,7 @@ def test_kill_nine_at_random_moments(tmp_path, method, kills):
 
 
 @pytest.mark.starts_mpi
-@pytest.mark.parametrize("method", ["trust-region", "one-shot"])
+@pytest.mark.parametrize("method", ["trust-region", pytest.param("one-shot", marks=pytest.mark.grid)])
 def test_kill_nine_on_two_ranks(tmp_path, method):
     """One of two processes is killed at a random moment, the other by mpiexec; the next life ends as one that is whole.
 

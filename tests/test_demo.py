@@ -40,7 +40,7 @@ def test_beside_serial_pyadjoint(tmp_path):
         assert table[name]["relative_difference"] < limit, name
 
 
-@pytest.mark.parametrize("grid", ["1x2", "2x1"])
+@pytest.mark.parametrize("grid", [pytest.param("1x2", marks=pytest.mark.grid), "2x1"])
 def test_demo(grid, tmp_path):
     space, time = map(int, grid.split("x"))
     steps = ["--steps", 24, "--gtol", 1e-5, "-mgrit_coarsening", "4"]
@@ -77,7 +77,9 @@ def test_storage_of_c_points(tmp_path):
         assert np.isclose(results[1][name], results[0][name], rtol=1e-5), name
 
 
-@pytest.mark.parametrize(("regime", "solver"), [("lossy", "mgrit"), ("cavity", "paradiag")])
+@pytest.mark.parametrize(
+    ("regime", "solver"), [pytest.param("lossy", "mgrit", marks=pytest.mark.grid), ("cavity", "paradiag")]
+)
 def test_maxwell_demo(regime, solver, tmp_path):
     """Coarse: 8 x 8 cells of degree 1 and 16 steps; time ranks do not matter: test_maxwell_source."""
     small = ["--regime", regime, "--cells", 8, "--degree", 1, "--steps", 16, "--no-fields"]

@@ -158,6 +158,7 @@ print("peak", formula, peak - before)
 """
 
 
+@pytest.mark.grid
 def test_resident_set_is_that_of_the_formula():
     """All that a process takes, PETSc's part included, within 25%, of some 50 MB; C-points take less than half."""
     peaks = {}

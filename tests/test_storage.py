@@ -209,7 +209,8 @@ def test_what_it_costs():
         step._apply = p.apply_transposed if step.transposed else p.apply
     rf.problem.value(z)
     inside = (M - 1) * STEPS // M
-    assert calls["forward"] == sweeps.solvers.state.levels[0].phi_calls + inside + STEPS + M  # condensed: affine, and controls
+    # condensed: affine, and controls
+    assert calls["forward"] == sweeps.solvers.state.levels[0].phi_calls + inside + STEPS + M
     calls.update(forward=0, backward=0)
     rf.problem.derivative(z)
     assert calls["forward"] == inside

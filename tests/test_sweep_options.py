@@ -238,7 +238,7 @@ def test_view_says_memory():
 def test_propagators_pass_the_check():
     """The solver's own check of user code, on all levels; a wrong adjoint fails it. On one rank, not linear."""
     lines, linear = [], MPI.COMM_WORLD.size == 3
-    rf = functional(pf.SpaceTime(), linear=linear, steps=10, n=3, levels=2, coarsening=2, tableau="BE")
+    rf = functional(pf.SpaceTime(), linear=linear, steps=6, n=2, levels=2, coarsening=2, tableau="BE")
     rf.problem.sweeps.solvers.printer = lines.append
     report = check_sweeps(rf.problem.sweeps)
     report.raise_if_failed()
@@ -283,17 +283,17 @@ def test_failing_right_hand_side_is_a_failure_everywhere():
     bad = z.copy()
     if MPI.COMM_WORLD.rank == MPI.COMM_WORLD.size - 1:
         bad[-1] = np.nan
-    with pytest.raises(SolverFailure):
+    with pytest.raises(SolverFailure, match="state sweep: right-hand side"):
         rf.problem.value(bad)
     assert rf.problem.value(z) == pytest.approx(value, rel=1e-7)
 
 
 @pytest.mark.parallel(3)
 def test_a_failed_solve_in_space_does_not_spoil_the_next():
-    """P_space = 2: after NaN in the control, values are those of a new functional."""
+    """Three ranks in space: after NaN in the control, values are those of a new functional."""
     rf, fresh = (functional(pf.SpaceTime("3x1"), rtol=1e-8) for _ in range(2))
     z = rf.array(point_and_direction(rf)[0])
-    with pytest.raises(SolverFailure):
+    with pytest.raises(SolverFailure, match="state"):
         rf.problem.value(np.where(np.arange(len(z)) == 3, np.nan, z))
     assert rf.problem.value(z) == pytest.approx(fresh.problem.value(z), rel=1e-12)
     np.testing.assert_allclose(rf.problem.derivative(z), fresh.problem.derivative(z), rtol=1e-8, atol=1e-14)
