@@ -68,7 +68,7 @@ def test_options_of_paradiag_and_of_krylov():
             J = functional(prefix, time_solver="paradiag")
             cycles(J)
             systems = J.problem.sweeps.solvers.tangent._frequency_solve.__self__
-            assert getattr(systems._systems[0], "_parameters", {}).get("ksp_type") == kind
+            assert getattr(systems.systems[0], "_parameters", {}).get("ksp_type") == kind
 
 
 @pytest.mark.parametrize("linear", [True, False])
