@@ -473,7 +473,7 @@ def test_a_fault_on_one_process_is_refused_on_all():
     problem, lower, _, _ = box_problem(0)
     local = Distributed(problem, np.diag(problem.M).copy(), comm, 4)
     n = lower[local.part].size
-    crossed = np.full(n, 1.0 if comm.rank == 1 else -1.0)
+    crossed = np.full(n, 1.0 if comm.rank == comm.size - 1 else -1.0)
     with pytest.raises(ValueError, match="no value"):
         minimize_bounded(local, np.zeros(n), crossed, 0.0)
     misshapen = np.zeros(n + comm.rank)
