@@ -39,7 +39,7 @@ from tests.ranks import cases
 
 STEPS, DT = 8, 1 / 16
 SERIAL = {"time_solver": "serial"}
-C_POINTS = {"mgrit": {"levels": 2, "coarsening": 4, "storage": "C", "rtol": 1e-12}}
+C_POINTS = {"mgrit": {"levels": 2, "coarsening": 2, "storage": "C", "rtol": 1e-12}}
 
 
 def _mesh(n, comm):
