@@ -136,7 +136,8 @@ def test_reports_see_all_points(linear):
         assert rows == list(range(slab.k + 1))
         for others in rf.spacetime.time_comm.allgather(states):  # slabs of C-points are others
             states |= others
-        seen.append((np.array([states[n] for n in range(STEPS + 1)]), sensors.readings(rf.problem.observations(z, sensors))))
+        readings = sensors.readings(rf.problem.observations(z, sensors))
+        seen.append((np.array([states[n] for n in range(STEPS + 1)]), readings))
         with pytest.raises(InputError, match="a misfit of this problem"):
             rf.problem.observations(z, pf.RunningMisfit(rf.evolution.u**2 * dx))
     for a, b in zip(*seen, strict=True):
