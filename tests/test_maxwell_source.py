@@ -43,7 +43,7 @@ def test_against_pyadjoint(regime, time_solver):
     assert np.linalg.norm(g - g_serial) < 1e-8 * np.linalg.norm(g_serial)
 
 
-@pytest.mark.parallel([1, 2])
+@pytest.mark.parallel(3)
 def test_time_ranks_do_not_matter():
     """The same state on one time rank and on two."""
     alone, shared = posed().rf, posed(comm=COMM_WORLD).rf

@@ -8,7 +8,6 @@ from firedrake import (
     FunctionSpace,
     SpatialCoordinate,
     TestFunction,
-    UnitSquareMesh,
     dx,
     grad,
     inner,
@@ -30,12 +29,13 @@ from pint_fem.sweeps.sweeps import Sweeps
 from tests.cavity import cavity
 from tests.heat import heat, point_and_direction
 from tests.logs import logged
+from tests.meshes import square
 
 ALONE = dict(comm=MPI.COMM_SELF)
 
 
 def posed_heat(st, *, n=6, **given):
-    mesh = UnitSquareMesh(n, n, comm=st.space_comm, distribution_parameters={"partitioner_type": "simple"})
+    mesh = square(n, st.space_comm)
     return heat(mesh, **({"steps": 22, "dt": 0.01} | given))
 
 
@@ -57,7 +57,6 @@ def values(rf, per_step=False):
 
 
 # -- rates -------------------------------------------------------------------------------------------------------------
-@pytest.mark.parallel([1, 2])
 @pytest.mark.parametrize("alpha", [0.1, 0.01])
 def test_rates_without_losses_and_of_heat(alpha):
     """State and adjoint of the cavity contract by at most ``alpha/(1 - alpha)``, and nearly by that; heat, which
@@ -132,7 +131,7 @@ def test_derivatives(kind):
         np.testing.assert_allclose(H, H2, rtol=0, atol=1e-10 * np.abs(H2).max(initial=1e-300))
 
 
-@pytest.mark.parallel([1, 2])
+@pytest.mark.parallel([1, 3])
 def test_adjoint_identity():
     """``<dU, g> = <dz, Phi_z^T L>`` to 1e-12: the solves transpose each other, the factors being shared."""
     st = pf.SpaceTime()
@@ -154,7 +153,7 @@ def test_adjoint_identity():
 
 
 # -- grids -------------------------------------------------------------------------------------------------------------
-@pytest.mark.parallel([2, 3, 4])
+@pytest.mark.parallel(3)
 def test_same_bits_for_every_number_of_time_ranks():
     """States, adjoints, residuals and J, on one rank in space and on two."""
     size = MPI.COMM_WORLD.size
@@ -219,7 +218,6 @@ def test_coarsest_level_of_mgrit():
     assert "1 alpha-circulant iteration" in rf.problem.sweeps.solvers.view()
 
 
-@pytest.mark.parallel([1, 2])
 def test_choice_by_theory():
     """Heat: MGRIT. A cavity: ParaDiag. Nonlinear: MGRIT. One line each, on the first rank only."""
     st = pf.SpaceTime()
@@ -280,7 +278,7 @@ def test_bad_options(parameters, message):
         functional(posed_heat(st, n=2), st, **parameters)
 
 
-@pytest.mark.parallel([1, 2])
+@pytest.mark.parallel(3)
 def test_optimisation():
     """Trust region with exact and with inexact solves, and one iteration between updates: MGRIT's minimiser."""
     st = pf.SpaceTime()
@@ -300,7 +298,7 @@ def test_optimisation():
         np.testing.assert_allclose(x, minima[0], rtol=0, atol=1e-5 * np.abs(minima[0]).max())
 
 
-@pytest.mark.parallel(2)
+@pytest.mark.parallel(3)
 @pytest.mark.parametrize("kind", ["nonlinear", "moving coefficient"])
 def test_averaged_operators(kind):
     """Nonlinear evolutions and coefficients that move in time: J, gradient and Hessian action of sequential stepping;
@@ -308,7 +306,7 @@ def test_averaged_operators(kind):
     factors."""
     st, rates = pf.SpaceTime(), []
     for size in (1.0, 0.01):
-        mesh = UnitSquareMesh(3, 3, comm=st.space_comm, distribution_parameters={"partitioner_type": "simple"})
+        mesh = square(3, st.space_comm)
         V = FunctionSpace(mesh, "CG", 1)
         u, v, q, t = Function(V), TestFunction(V), Function(V), pf.time_function(mesh)
         x, y = SpatialCoordinate(mesh)

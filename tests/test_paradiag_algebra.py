@@ -85,7 +85,7 @@ def test_preconditioner_is_the_inverse_of_the_circulant(nsteps, alpha):
     np.testing.assert_allclose(P(r).ravel(), np.linalg.solve(dense, r.ravel()), rtol=0, atol=1e-12 / alpha)
 
 
-@pytest.mark.parallel([1, 2, 3, 4])
+@pytest.mark.parallel([1, 3])
 def test_rate_of_waves_without_losses():
     """Each iteration multiplies the residual by ``alpha/(1 - alpha)`` at most, and nearly that at the worst
     frequency, whatever the number of steps."""
@@ -136,7 +136,7 @@ def test_heat_in_one_and_in_two_iterations():
         assert np.linalg.norm(U - exact) <= error * np.linalg.norm(exact)
 
 
-@pytest.mark.parallel([1, 2, 3, 4])
+@pytest.mark.parallel([1, 3])
 @pytest.mark.parametrize("nsteps", [7, 40])
 def test_same_bits_for_every_number_of_time_ranks(nsteps):
     """Iterates and residuals, with slabs that are uneven and empty, forwards and backwards."""
@@ -165,7 +165,7 @@ def test_same_bits_for_every_number_of_time_ranks(nsteps):
             assert TimeTransposes(comm, bounds, nsteps // 2 + 1, size, backwards=True).own == mine
 
 
-@pytest.mark.parallel([1, 2, 3])
+@pytest.mark.parallel([1, 3])
 def test_transposed_preconditioner_and_solution():
     """Backwards in time with ``Phi^T``: ``<P^-1 x, y> = <x, P^-T y>``, and the same of the solutions, to 1e-12."""
     nsteps, size = 20, 5
@@ -228,7 +228,7 @@ def test_growing_modes():
     assert "stepping sequentially instead" in lines[0]
 
 
-@pytest.mark.parallel([1, 2, 3])
+@pytest.mark.parallel([1, 3])
 def test_failures_reach_every_rank():
     """A solve that raises on one rank, and one that gives NaN, name the frequency; the next solve is well."""
     nsteps, Phi = 12, rotation([0.3])
