@@ -99,7 +99,7 @@ def main():
         say(about)
     say(f"heat source inversion on {spacetime.space_size} x {spacetime.time_size} ranks (space x time)")
     start = time.perf_counter()
-    problem = posed.heat_source(spacetime, **settings, solver_parameters=solver, printer=say)
+    problem = posed.heat_source(spacetime, **settings, solver_parameters=solver)
     sweeps, rf = problem.rf.problem.sweeps, problem.rf
     times = {"set-up": time.perf_counter() - start}
     dofs = problem.evolution.V.dim()

@@ -108,7 +108,7 @@ def main():
         say(about)
     say(f"Maxwell source inversion, {opts.regime}, on {spacetime.space_size} x {spacetime.time_size} ranks")
     start = time.perf_counter()
-    problem = posed.maxwell_source(spacetime, **settings, solver_parameters=solver, printer=say)
+    problem = posed.maxwell_source(spacetime, **settings, solver_parameters=solver)
     sweeps, rf = problem.rf.problem.sweeps, problem.rf
     times = {"set-up": time.perf_counter() - start}
     V = problem.evolution.V

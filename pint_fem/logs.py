@@ -1,6 +1,7 @@
-"""Messages of the package to its user: the logger ``pint_fem`` and the category of its warnings.
+"""Messages of the package to its user: the logger ``pint_fem``.
 
-Monitors and descriptions of solvers are logged at level ``INFO`` by the first rank. A program that has set logging up
+Monitors and descriptions of solvers are logged at level ``INFO``, a-priori estimates above one and files that could not
+be written at level ``WARNING``, by the first rank only. A program that has set logging up
 (``logging.basicConfig()``, a handler of its own) receives them there; elsewhere they are printed to standard output.
 ``logging.getLogger("pint_fem").setLevel("WARNING")`` silences them.
 """
@@ -10,11 +11,7 @@ from __future__ import annotations
 import logging
 import sys
 
-__all__ = ["ConvergenceWarning", "logger"]
-
-
-class ConvergenceWarning(UserWarning):
-    """A time-parallel solver need not converge, or has been replaced by sequential stepping."""
+__all__ = ["logger"]
 
 
 class _StandardOutput(logging.Handler):
@@ -22,7 +19,10 @@ class _StandardOutput(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         if not logging.getLogger().handlers:
-            print(self.format(record), file=sys.stdout, flush=True)
+            try:
+                print(self.format(record), file=sys.stdout, flush=True)
+            except OSError:  # such as a closed pipe: logging reports it and the run goes on
+                self.handleError(record)
 
 
 logger = logging.getLogger("pint_fem")

@@ -70,7 +70,6 @@ def heat_source(
     beta: float = BETA,
     noise: float = NOISE,
     solver_parameters: dict | None = None,
-    printer=print,
 ) -> HeatSource:
     """Pose the problem on a process grid.
 
@@ -123,7 +122,6 @@ def heat_source(
         spacetime=spacetime,
         solver_parameters=solver_parameters,
         riesz_map=prior,
-        printer=printer,
     )
     truth = Function(V, name="true source").interpolate(true_source(SpatialCoordinate(plate)))
     return HeatSource(spacetime, data, evolution, sensors, rf, regularisation, truth)

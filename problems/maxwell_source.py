@@ -119,7 +119,6 @@ def maxwell_source(
     noise: float = NOISE,
     solver_parameters: dict | None = None,
     step_parameters: dict | None = None,
-    printer=print,
 ) -> MaxwellSource:
     """Pose the problem on a process grid.
 
@@ -189,7 +188,6 @@ def maxwell_source(
         solver_parameters=solver_parameters,
         riesz_map=prior(a, b),
         propagator=leapfrog if explicit else make_propagator,
-        printer=printer,
     )
     truth = Function(current.function_space(), name="true current").interpolate(true_current(mesh))
     return MaxwellSource(spacetime, given, data, evolution, sensors, rf, regularisation, truth)

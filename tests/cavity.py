@@ -6,7 +6,6 @@ from firedrake import (
     FunctionSpace,
     SpatialCoordinate,
     TestFunctions,
-    UnitSquareMesh,
     as_vector,
     cos,
     dx,
@@ -19,12 +18,13 @@ from firedrake import (
 from irksome import Dt
 
 import pint_fem as pf
+from tests.meshes import square
 
 
 def cavity(comm, *, n=6, steps=32, dt=None, tableau=None, t=None):
     """Transverse electric: ``E`` in N1curl, ``B`` in DG0, all units one; the control is the current's shape, its course
     is ``cos(2 t)`` with ``t`` and constant without. CFL number one by default."""
-    mesh = UnitSquareMesh(n, n, comm=comm, distribution_parameters={"partitioner_type": "simple"})
+    mesh = square(n, comm)
     N = FunctionSpace(mesh, FiniteElement("N1curl", triangle, 1))
     V = N * FunctionSpace(mesh, "DG", 0)
     u, J = Function(V), Function(N)

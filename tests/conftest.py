@@ -6,6 +6,7 @@ from collections import defaultdict
 from contextlib import nullcontext
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 
@@ -19,6 +20,12 @@ if "PYTEST_XDIST_WORKER" in os.environ:
             del os.environ[name]
     os.environ.pop("OMPI_MCA_pmix", None)
 
+# Drawn examples are the same in every run and on every rank. PINT_FEM_RANDOM=7 draws others, from the seed 7.
+SEED = os.environ.get("PINT_FEM_RANDOM")
+hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None)
+hypothesis.settings.register_profile("drawn", derandomize=False, database=None, deadline=None)
+hypothesis.settings.load_profile("drawn" if SEED else "fixed")
+
 PATIENCE = 120.0
 """Seconds that a rank whose test failed waits for the others."""
 _failed = pytest.StashKey[str]()
@@ -28,6 +35,15 @@ _files = defaultdict(set)
 
 def pytest_addoption(parser):
     parser.addoption("--files-by-ranks", help="folder: its file N will name the files with tests for N ranks")
+
+
+def pytest_configure(config):
+    if SEED:
+        hypothesis.core.global_force_seed = int(SEED)
+
+
+def pytest_report_header(config):
+    return f"drawn examples: {f'from the seed PINT_FEM_RANDOM={SEED}' if SEED else 'always the same'}"
 
 
 def pytest_deselected(items):
@@ -89,3 +105,12 @@ def _meet(world, either, item) -> bool:
             world.Abort(1)
         time.sleep(0.01)
     return True
+
+
+@pytest.fixture
+def log_lines():
+    """A list that gets the messages of the package on this rank."""
+    from tests.logs import logged
+
+    with logged() as lines:
+        yield lines

@@ -1,4 +1,4 @@
-"""A limit of time for tests that hang where the code is wrong: the hang becomes a failure."""
+"""Limits of time, which turn hangs into failures, and how slow this machine is: ``python -m tests.limits``."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ import faulthandler
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ["time_limit"]
+import numpy as np
+
+__all__ = ["slowness", "time_limit"]
 
 GRACE = 20.0
 """Seconds until a rank ends that its signal cannot interrupt, as it waits inside MPI."""
@@ -41,3 +44,25 @@ def time_limit(seconds: float) -> Iterator[None]:
         faulthandler.cancel_dump_traceback_later()
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+
+
+REFERENCE = 0.2
+"""Seconds of :func:`fixed_work` where the whole suite takes some ten minutes."""
+
+
+def fixed_work() -> float:
+    """Calls of small array operations from Python, as most tests do: the seconds they take."""
+    start, x, A = time.perf_counter(), np.ones(100), np.eye(100)
+    for _ in range(40_000):
+        x = 0.5 * (A @ x) + 0.5
+    assert np.all(x == 1)
+    return time.perf_counter() - start
+
+
+def slowness() -> float:
+    """How many times longer than there the fixed work takes here and now; at least 1."""
+    return max(1.0, min(fixed_work() for _ in range(3)) / REFERENCE)
+
+
+if __name__ == "__main__":
+    print(f"{slowness():.2f}")

@@ -17,7 +17,6 @@ from firedrake import (
     NonlinearVariationalSolver,
     SpatialCoordinate,
     TestFunction,
-    UnitSquareMesh,
     VectorFunctionSpace,
     as_vector,
     assemble,
@@ -36,6 +35,7 @@ import pint_fem as pf
 from pint_fem.evolution.tableaux import DIRK, named_tableau
 from pint_fem.propagators import make_propagator
 from pint_fem.propagators.tape import recording
+from tests.meshes import square
 
 __all__ = ["PROBLEMS", "Posed", "burgers", "conductivity", "functional", "tape_functional"]
 
@@ -60,7 +60,7 @@ class Posed(NamedTuple):
 
 
 def _mesh(n, comm):
-    return UnitSquareMesh(n, n, comm=comm, distribution_parameters={"partitioner_type": "simple"})
+    return square(n, comm)
 
 
 def burgers(n, steps, *, tableau="BackwardEuler", degree=2, comm=COMM_SELF, final_time=0.5, per_step=False) -> Posed:

@@ -18,7 +18,6 @@ from firedrake import (
     SpatialCoordinate,
     TestFunction,
     TrialFunction,
-    UnitSquareMesh,
     assemble,
     dx,
     exp,
@@ -35,6 +34,7 @@ from problems.heat_source import heat_source
 from problems.serial_minimise import minimise
 from problems.serial_pyadjoint import serial_heat_source
 from tests.heat_readings import some_readings
+from tests.meshes import square
 
 STEPS, DT = 9, 0.02
 
@@ -56,7 +56,10 @@ def at(V, values):
     return f
 
 
-@pytest.mark.parametrize("integrator", ["BackwardEuler", "ImplicitMidpoint", "SDIRK2"])
+@pytest.mark.parametrize(
+    "integrator",
+    ["SDIRK2", *(pytest.param(name, marks=pytest.mark.grid) for name in ("BackwardEuler", "ImplicitMidpoint"))],
+)
 def test_heat_source(integrator, tmp_path):
     mgrit, readings = {"rtol": 1e-12, "coarsening": (4,)}, some_readings(tmp_path / "readings.csv", 22)
     ours = heat_source(
@@ -91,7 +94,7 @@ def test_opponent_descends(tmp_path):
 
 def test_nonlinear():
     """Conductivity that depends on state and control, through Newton's method on every step."""
-    mesh = UnitSquareMesh(5, 5, comm=COMM_SELF)
+    mesh = square(5, COMM_SELF)
     V = FunctionSpace(mesh, "CG", 1)
     x, y = SpatialCoordinate(mesh)
     u, v, q = Function(V), TestFunction(V), Function(V)
@@ -141,7 +144,7 @@ def test_nonlinear():
 def test_one_control_a_step():
     """The tape has a control for each step, ours is one function of space and time."""
     spacetime = pf.SpaceTime("1x1", comm=COMM_SELF)
-    mesh = UnitSquareMesh(5, 5, comm=spacetime.space_comm)
+    mesh = square(5, spacetime.space_comm)
     V, Q = FunctionSpace(mesh, "CG", 1), FunctionSpace(mesh, "DG", 0)
     x, y = SpatialCoordinate(mesh)
     u, v, w, q = Function(V), TestFunction(V), TrialFunction(V), Function(Q)

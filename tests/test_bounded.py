@@ -307,7 +307,8 @@ def test_not_finite_is_refused(what):
         problem.df = lambda x: df(x) if (x == 0).all() else np.full(6, math.nan)
     else:
         problem.d2f = lambda x: np.diag(np.full(6, math.nan))
-    with pytest.raises(NonFiniteError) as caught:
+    words = {"value": "J = nan at the first guess", "gradient": "gradient", "hessian": "Hessian action"}
+    with pytest.raises(NonFiniteError, match=f"{words[what]}.* (is|where J is|are) .*finite") as caught:
         minimize_bounded(problem, np.zeros(6), -1, 1)
     np.testing.assert_array_equal(caught.value.x, np.zeros(6))
 
@@ -445,7 +446,7 @@ def test_indefinite_preconditioner_is_refused():
 # --- several processes -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parallel([1, 2, 3])
+@pytest.mark.parallel([1, 3])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_processes_take_the_path_of_one(seed):
     """Bounds that are active on one process only included: the records agree on all, with those of a serial run."""
@@ -465,14 +466,14 @@ def test_processes_take_the_path_of_one(seed):
     assert all(other == lines[0] for other in lines)
 
 
-@pytest.mark.parallel(2)
+@pytest.mark.parallel(3)
 def test_a_fault_on_one_process_is_refused_on_all():
     """lower above upper, a wrong shape: nobody waits for the others."""
     comm = MPI.COMM_WORLD
     problem, lower, _, _ = box_problem(0)
     local = Distributed(problem, np.diag(problem.M).copy(), comm, 4)
     n = lower[local.part].size
-    crossed = np.full(n, 1.0 if comm.rank == 1 else -1.0)
+    crossed = np.full(n, 1.0 if comm.rank == comm.size - 1 else -1.0)
     with pytest.raises(ValueError, match="no value"):
         minimize_bounded(local, np.zeros(n), crossed, 0.0)
     misshapen = np.zeros(n + comm.rank)

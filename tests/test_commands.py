@@ -137,7 +137,7 @@ BAD = {
 }
 
 
-@pytest.mark.parallel([1, 2])
+@pytest.mark.parallel([1, 3])
 @pytest.mark.parametrize("kind", BAD)
 def test_bad_input(kind, users, capfd):
     """Exit status 2 on every rank, and one line on the first."""
@@ -152,7 +152,7 @@ def test_bad_input(kind, users, capfd):
     assert all(word in line for line in lines for word in ["error: ", *words]), err
 
 
-@pytest.mark.parallel([1, 2])
+@pytest.mark.parallel([1, 3])
 @pytest.mark.parametrize("name", ["evolution", "functional"])
 def test_check_passes(name, users, capfd):
     command(["check", f"my_problem:{name}"])

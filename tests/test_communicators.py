@@ -45,7 +45,7 @@ def make(request, monkeypatch):
     return MAKERS[request.param]
 
 
-@pytest.mark.parallel([1, 2])
+@pytest.mark.parallel([1, 3])
 @time_limit(120)
 def test_grids_that_are_made_and_dropped_share_communicators(comm, make):
     shapes = [(1, comm.size), (comm.size, 1)]
@@ -59,7 +59,7 @@ def test_grids_that_are_made_and_dropped_share_communicators(comm, make):
     assert len(kept) == 2
 
 
-@pytest.mark.parallel([1, 2])
+@pytest.mark.parallel([1, 3])
 @time_limit(120)
 def test_what_is_given_back_is_freed_where_nobody_uses_it(comm, make):
     free = first_free(comm)
@@ -76,10 +76,10 @@ def test_what_is_given_back_is_freed_where_nobody_uses_it(comm, make):
     assert getattr(third, "space_comm", third.comm).allreduce(1) == comm.size
 
 
-@pytest.mark.parallel(2)
+@pytest.mark.parallel(3)
 @time_limit(60)
 def test_a_grid_that_one_rank_has_dropped_already_is_freed_on_both(comm, make):
-    first, second = make((1, 2), comm), make((1, 2), comm)
+    first, second = make((1, 3), comm), make((1, 3), comm)
     if comm.rank == 0:
         del second
     used = first_free(comm)
@@ -87,13 +87,13 @@ def test_a_grid_that_one_rank_has_dropped_already_is_freed_on_both(comm, make):
     assert first_free(comm) == used  # a rank has it
     if comm.rank == 1:
         del second
-    fresh = make((1, 2), comm)
+    fresh = make((1, 3), comm)
     assert fresh.comm.allreduce(1) == 2
     fresh.free()
     assert first_free(comm) != used
 
 
-@pytest.mark.parallel([1, 2])
+@pytest.mark.parallel([1, 3])
 @time_limit(60)
 def test_communicators_end_with_the_one_they_were_split_from(make):
     world = MPI.COMM_WORLD
@@ -107,7 +107,7 @@ def test_communicators_end_with_the_one_they_were_split_from(make):
     assert first_free(world) == free
 
 
-@pytest.mark.parallel([1, 2])
+@pytest.mark.parallel([1, 3])
 @time_limit(60)
 def test_grids_of_other_shapes_have_communicators_of_their_own(comm):
     rows, columns = SpaceTime((1, comm.size), comm), SpaceTime((comm.size, 1), comm)

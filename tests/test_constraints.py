@@ -185,7 +185,7 @@ def test_infeasible_start_is_refused(minimize):
         minimize(constrained, np.zeros(6))
 
 
-@pytest.mark.parallel([1, 2])
+@pytest.mark.parallel([1, 3])
 def test_distributed_vectors():
     """The same minimiser and multipliers on all processes."""
     comm = MPI.COMM_WORLD

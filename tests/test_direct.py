@@ -30,7 +30,7 @@ def residual(A, x, b):
     return r.norm() / b.norm()
 
 
-@pytest.mark.parallel([1, 2, 3])
+@pytest.mark.parallel([1, 3])
 @pytest.mark.parametrize("most", [REDUNDANT, 0], ids=["direct", "iterated"])
 @pytest.mark.parametrize("make", [curl_curl, advection_diffusion])
 def test_solves_to_round_off(make, most, monkeypatch):
@@ -56,7 +56,7 @@ def test_solves_to_round_off(make, most, monkeypatch):
     assert factor.nbytes["factors"] > factor.nbytes["matrices"] / 2
 
 
-@pytest.mark.parallel([2, 3])
+@pytest.mark.parallel(3)
 def test_bits_do_not_change_from_run_to_run():
     """Of repeated solves, and of solvers that are set up again."""
     A = curl_curl()
@@ -72,7 +72,7 @@ def test_bits_do_not_change_from_run_to_run():
     assert all(np.array_equal(found[0], y) for y in found)
 
 
-@pytest.mark.parallel([1, 2])
+@pytest.mark.parallel([1, 3])
 def test_symmetric_matrices_that_cholesky_spoils():
     """Pivots of 1e-17, which CHOLMOD takes without a word: another factorisation is found."""
     n = 40
@@ -93,7 +93,7 @@ def test_symmetric_matrices_that_cholesky_spoils():
     assert found == again.nbytes["factors"] / 2  # which has a factor of the transpose as well
 
 
-@pytest.mark.parallel([1, 2])
+@pytest.mark.parallel([1, 3])
 def test_factors_are_counted_as_they_are():
     """A dense matrix, of which all is known: CHOLMOD's own count of L, with the matrix that every rank has a copy of on
     several; twice the entries for LU; and asking again takes no other rank.
@@ -113,7 +113,7 @@ def test_factors_are_counted_as_they_are():
         assert cholesky.nbytes["factors"] > 0
 
 
-@pytest.mark.parallel([1, 2])
+@pytest.mark.parallel([1, 3])
 @pytest.mark.parametrize(
     "parameters",
     [{"pc_type": "gamg"}, {"ksp_type": "gmres", "pc_type": "jacobi"}, {"ksp_type": "cg"}, {"pc_type": "cholesky"},
@@ -131,7 +131,7 @@ def test_a_few_options_are_completed(parameters):
     assert residual(A, x, b) < 1e-11
 
 
-@pytest.mark.parallel([1, 2])
+@pytest.mark.parallel([1, 3])
 def test_large_systems_are_iterated_on():
     """Beyond the limit on several ranks only."""
     comm = MPI.COMM_WORLD

@@ -174,7 +174,7 @@ def test_tape_of_a_mixed_state():
     assert_close(*results, 1e-10)
 
 
-@pytest.mark.parallel(2)
+@pytest.mark.parallel(3)
 @pytest.mark.parametrize("dim", [2, 3])
 def test_elimination_in_space_parallel(dim):
     ev, whole = (driven(dim, 3 if dim == 2 else 2, eliminate=e) for e in (B, None))
@@ -269,7 +269,7 @@ def test_leapfrog_conserves_and_is_refused_beyond_cfl():
     assert isinstance(leapfrog(at(0.5 * limit), stride=8), LinearPropagator)
 
 
-@pytest.mark.parallel([1, 2])
+@pytest.mark.parallel([1, 3])
 @pytest.mark.parametrize("per_step", [False, True])
 def test_leapfrog_derivatives(per_step):
     """Affine and exactly transposed, with time-dependent boundary values and a current."""
@@ -374,7 +374,7 @@ def test_time_courses_of_static_controls():
 
 
 # -- probes -----------------------------------------------------------------------------------------------------------
-@pytest.mark.parallel([1, 2])
+@pytest.mark.parallel([1, 3])
 def test_probes_of_components():
     """What probes read is the component's value there; gradients are transposes."""
     ev = driven(n=4)

@@ -16,7 +16,7 @@ SMALL = dict(cells=8, degree=1, steps=64)
 
 def posed(regime="lossy", *, comm=COMM_SELF, time_solver="mgrit", **more):
     return maxwell_source(
-        pf.SpaceTime((1, comm.size), comm=comm), regime=regime, **SMALL | more, printer=lambda line: None,
+        pf.SpaceTime((1, comm.size), comm=comm), regime=regime, **SMALL | more,
         solver_parameters={"time_solver": time_solver, "mgrit": {"rtol": 1e-12, "coarsening": (4,)}},
     )  # fmt: skip
 
@@ -43,7 +43,7 @@ def test_against_pyadjoint(regime, time_solver):
     assert np.linalg.norm(g - g_serial) < 1e-8 * np.linalg.norm(g_serial)
 
 
-@pytest.mark.parallel([1, 2])
+@pytest.mark.parallel(3)
 def test_time_ranks_do_not_matter():
     """The same state on one time rank and on two."""
     alone, shared = posed().rf, posed(comm=COMM_WORLD).rf
@@ -72,7 +72,7 @@ def test_leapfrog_is_a_fine_propagator():
     values = []
     for solver in ("serial", "mgrit"):
         rf = maxwell_source(
-            pf.SpaceTime("1x1", comm=COMM_SELF), **given, printer=lambda line: None,
+            pf.SpaceTime("1x1", comm=COMM_SELF), **given,
             solver_parameters={"time_solver": solver, "mgrit": {"rtol": 1e-12, "coarsening": (4,)}},
         ).rf  # fmt: skip
         control, _ = points(rf.evolution.control.function_space())

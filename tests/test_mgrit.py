@@ -12,6 +12,7 @@ from mpi4py import MPI
 from pint_fem.errors import InputError
 from pint_fem.mgrit import MGRIT, MGRITOptions, SolverFailure, split_steps
 from pint_fem.theory import dirk_stability, two_level_bound
+from tests.logs import logged
 from tests.stepping import sequential
 
 GAMMA = 1 - 1 / math.sqrt(2)
@@ -362,7 +363,7 @@ def theory_calls(nsteps, factors, relax, cycles):
     return calls
 
 
-@pytest.mark.parallel([1, 2, 3, 4])
+@pytest.mark.parallel([1, 3])
 def test_calls_are_those_of_the_theory():
     """Counted over all ranks, for any number of them."""
     comm = MPI.COMM_WORLD
@@ -424,7 +425,7 @@ def assert_same_as_alone(comm, bounds, nsteps, factors, relax, *, kind=Counting,
     np.testing.assert_array_equal(start[own], alone[lo : hi + 1][own])
 
 
-@pytest.mark.parallel([1, 2, 3, 4])
+@pytest.mark.parallel([1, 3])
 @pytest.mark.parametrize("relax", ["F", "FCF"])
 @pytest.mark.parametrize("factors", [(), (2,), (4,), (5, 2), (2, 3), (2, 2, 2)])
 @pytest.mark.parametrize("nsteps", [24, 29])
@@ -439,7 +440,7 @@ def test_same_bits_on_any_number_of_ranks(nsteps, factors, relax):
     turned.Free()
 
 
-@pytest.mark.parallel([1, 2, 3, 4])
+@pytest.mark.parallel([1, 3])
 @pytest.mark.parametrize("relax", ["F", "FCF", "FCFCF"])
 def test_same_bits_on_hardly_any_steps(relax):
     """3 ranks and 4 points, and fewer steps than ranks: every splitting there is."""
@@ -451,7 +452,7 @@ def test_same_bits_on_hardly_any_steps(relax):
                     assert_same_as_alone(comm, [0, *inner, nsteps], nsteps, factors, relax)
 
 
-@pytest.mark.parallel([2, 4])
+@pytest.mark.parallel(3)
 def test_numbers_as_states_travel():
     """``U`` of shape ``(k + 1,)``: messages of single numbers."""
     comm, N = MPI.COMM_WORLD, 30
@@ -462,7 +463,7 @@ def test_numbers_as_states_travel():
     np.testing.assert_allclose(U, sequential(Counting(), 0.5, N)[level.lo : level.hi + 1], rtol=0, atol=1e-13)
 
 
-@pytest.mark.parallel([1, 2, 3])
+@pytest.mark.parallel([1, 3])
 def test_many_solvers_on_one_communicator():
     """Different hierarchies one after another do not take each other's messages."""
     comm = MPI.COMM_WORLD
@@ -490,7 +491,7 @@ def failing_solve(comm, level, *, kind=Failing, relax="FCF", factors=(4, 2), nst
     return texts[0]
 
 
-@pytest.mark.parallel([1, 2, 3, 4])
+@pytest.mark.parallel([1, 3])
 @pytest.mark.parametrize("kind", [Failing, Picky])
 @pytest.mark.parametrize("relax", ["F", "FCF"])
 def test_failure_at_any_step_is_named_everywhere(relax, kind):
@@ -509,7 +510,7 @@ def test_failure_at_any_step_is_named_everywhere(relax, kind):
             assert first <= n <= last
 
 
-@pytest.mark.parallel([1, 2, 3, 4])
+@pytest.mark.parallel([1, 3])
 @pytest.mark.parametrize("kind", [Failing, Picky])
 def test_failure_while_stepping_is_named_everywhere(kind):
     """With one level, on any rank."""
@@ -520,7 +521,7 @@ def test_failure_while_stepping_is_named_everywhere(kind):
         assert text.endswith(f"level 0, steps {n}..{n}: ArithmeticError: no root found")
 
 
-@pytest.mark.parallel([2, 3, 4])
+@pytest.mark.parallel(3)
 def test_failure_on_one_rank_only():
     """A rank that cannot step at all, each in turn; also with all steps on one rank."""
     comm = MPI.COMM_WORLD
@@ -542,7 +543,7 @@ class BadSweep(Counting):
         raise ArithmeticError("no sweep today")
 
 
-@pytest.mark.parallel([1, 2, 4])
+@pytest.mark.parallel([1, 3])
 def test_failing_sweep_is_a_failure():
     """Of the coarsest level, or of the only one, where some ranks have no steps."""
     comm = MPI.COMM_WORLD
@@ -561,7 +562,7 @@ class Hiding(Failing):
         super().step(steps, np.where(np.isfinite(u), u, 0), out)
 
 
-@pytest.mark.parallel([1, 2, 3])
+@pytest.mark.parallel([1, 3])
 def test_nan_that_the_next_step_hides_is_found():
     """The result would hold a NaN though all residuals are finite."""
     for relax in ("F", "FCF"):
@@ -569,7 +570,7 @@ def test_nan_that_the_next_step_hides_is_found():
         assert text.endswith("level 0, steps 5: value not finite")
 
 
-@pytest.mark.parallel([1, 2, 3])
+@pytest.mark.parallel([1, 3])
 def test_bad_data_is_found():
     """NaN in the initial value, the right-hand side, or a C-point of the first guess."""
     comm, N = MPI.COMM_WORLD, 22
@@ -587,7 +588,7 @@ def test_bad_data_is_found():
             solver.solve(U[lo : hi + 1], G[lo:hi])
 
 
-@pytest.mark.parallel([1, 2, 3])
+@pytest.mark.parallel([1, 3])
 def test_bad_arrays_are_refused_on_every_rank():
     """Wrong on the last rank only: the others do not wait for it."""
     comm = MPI.COMM_WORLD
@@ -605,7 +606,7 @@ def test_bad_arrays_are_refused_on_every_rank():
             solver.solve(np.zeros((k + 1, 3)) if last else good)
 
 
-@pytest.mark.parallel([1, 2, 3])
+@pytest.mark.parallel([1, 3])
 def test_failing_norm_is_a_failure():
     """The user's norm fails on the last rank: numerically, or as it is not one number a state."""
     comm = MPI.COMM_WORLD
@@ -653,7 +654,7 @@ def sequential_step(U):
     return out
 
 
-@pytest.mark.parallel([1, 2, 3])
+@pytest.mark.parallel([1, 3])
 @pytest.mark.parametrize("mu", [1.5, 40.0, 1e200])
 def test_divergence_is_reported(mu):
     """A coarse propagator that grows: diverged, or a failure once numbers overflow; no warnings either way."""
@@ -749,7 +750,7 @@ def test_bad_bounds_are_refused(bounds):
         MGRIT([Counting()], 10, bounds=bounds)
 
 
-@pytest.mark.parallel([2, 3])
+@pytest.mark.parallel(3)
 def test_bad_bounds_are_refused_on_every_rank():
     """Decreasing, or for another number of ranks."""
     comm = MPI.COMM_WORLD
@@ -758,13 +759,14 @@ def test_bad_bounds_are_refused_on_every_rank():
             MGRIT([Counting()], 10, bounds=bounds, comm=comm)
 
 
-@pytest.mark.parallel([1, 2])
+@pytest.mark.parallel([1, 3])
 def test_monitor_prints_a_line_a_cycle():
     """On the first rank only, with the factor that the history gives."""
-    comm, lines = MPI.COMM_WORLD, []
+    comm = MPI.COMM_WORLD
     options = dict(coarsening=4, monitor=True, rtol=1e-10)
-    solver = MGRIT([Counting(), Counting(4)], 32, options=options, comm=comm, printer=lines.append, name="state")
-    result = solver.solve(guess([1.0], 32)[: solver.local_rows])
+    solver = MGRIT([Counting(), Counting(4)], 32, options=options, comm=comm, name="state")
+    with logged() as lines:
+        result = solver.solve(guess([1.0], 32)[: solver.local_rows])
     assert len(lines) == (result.cycles + 1 if comm.rank == 0 else 0)
     if lines:
         assert lines[1].startswith("  state   1 residual ")

@@ -90,7 +90,7 @@ def total_calls(solver):
 
 
 # -- time grids and few points ---------------------------------------------------------------------------------------
-@pytest.mark.parallel([1, 2, 3])
+@pytest.mark.parallel([1, 3])
 def test_non_uniform_times():
     """Steps that grow a hundredfold, C-points closer where steps are small."""
     t = np.geomspace(1, 100, 41) - 1
@@ -107,7 +107,7 @@ def test_non_uniform_times():
     assert [len(p) for p in coarse_points(40, coarsening)] == [41, 9, 3]
 
 
-@pytest.mark.parallel([3, 4])
+@pytest.mark.parallel(3)
 def test_ranks_without_points_pass_through():
     """Three steps on three ranks, one coarse step; and ranks without any: they do nothing and keep nobody waiting."""
     for bounds, m in (([0, 1, 2, *[3] * (COMM.size - 2)], 3), ([0, *[0] * (COMM.size - 2), 2, 3], 2)):
@@ -124,21 +124,21 @@ def test_ranks_without_points_pass_through():
 
 
 # -- storage of C-points only ------------------------------------------------------------------------------------------
-@pytest.mark.parallel([1, 2])
+@pytest.mark.parallel([1, 3])
 def test_view_says_the_memory():
     """Rows times the size of a state: 1/8 MB each."""
     lines = {}
     for storage in ("all", "C"):
         options = dict(coarsening=8, storage=storage)
-        solver = MGRIT(decays(range(65), [8]), 64, options=options, comm=COMM)
+        solver = MGRIT(decays(range(73), [8]), 72, options=options, comm=COMM)
         lines[storage] = next(line for line in solver.view(2**17).splitlines() if "memory" in line)
-        rows = 64 // COMM.size // (8 if storage == "C" else 1) + 1
+        rows = 72 // COMM.size // (8 if storage == "C" else 1) + 1
         assert solver.local_rows == rows
         what = "C-points" if storage == "C" else "all points"
         assert f"{what} {rows / 8:.3g} MB" in lines[storage]
 
 
-@pytest.mark.parallel([1, 2, 3])
+@pytest.mark.parallel([1, 3])
 @pytest.mark.parametrize("fixed", [False, True])
 def test_states_gives_the_trajectory(fixed):
     """Every own point once and in order, with a tolerance or a fixed number of cycles."""
@@ -160,7 +160,7 @@ def test_states_gives_the_trajectory(fixed):
         np.testing.assert_allclose(block, exact[n : n + len(block)], rtol=0, atol=1e-13)
 
 
-@pytest.mark.parallel([1, 2, 3])
+@pytest.mark.parallel([1, 3])
 @pytest.mark.parametrize("options", [dict(), dict(start="nested"), dict(max_it=1, on_divergence="serial")])
 def test_condensed_right_hand_side(options):
     """A row an interval does as a row a step does; where F-points want theirs, or there are steps behind the last
@@ -190,7 +190,7 @@ def test_condensed_right_hand_side(options):
         solver.solve(np.zeros((solver.local_rows, 2)), np.zeros((solver.local_rows - 1, 2)))
 
 
-@pytest.mark.parallel([1, 2, 3])
+@pytest.mark.parallel([1, 3])
 @pytest.mark.parametrize("start", ["guess", "nested"])
 def test_storage_costs_no_calls(start):
     """With FCF-relaxation a cycle does 2 N calls either way; at the end C-relaxed points need no F-relaxation."""
@@ -208,7 +208,7 @@ def test_storage_costs_no_calls(start):
     assert cost["all"][0] == 2 * N
 
 
-@pytest.mark.parallel([1, 2, 3])
+@pytest.mark.parallel([1, 3])
 def test_bounds_off_the_c_points_are_refused():
     """On every rank; and one level has no C-points."""
     make = lambda bounds: MGRIT(
@@ -241,7 +241,7 @@ def residual_of(U, t):
     return out - U[1:]
 
 
-@pytest.mark.parallel([1, 2, 3])
+@pytest.mark.parallel([1, 3])
 @pytest.mark.parametrize("kind", [1, 2, "inf"])
 @pytest.mark.parametrize("check", ["relaxed", "cycle"])
 def test_norms_by_hand(kind, check):
@@ -264,7 +264,7 @@ def test_norms_by_hand(kind, check):
         np.testing.assert_allclose(a, b, rtol=1e-9)
 
 
-@pytest.mark.parallel([1, 2])
+@pytest.mark.parallel([1, 3])
 def test_what_the_tolerance_is_of():
     """The cycle before was above it."""
     for rtol_of in ("first", "trajectory"):
@@ -274,7 +274,7 @@ def test_what_the_tolerance_is_of():
         assert result.residuals[-1] <= 1e-7 * reference < result.residuals[-2]
 
 
-@pytest.mark.parallel([1, 2])
+@pytest.mark.parallel([1, 3])
 def test_fixed_cycles_look_at_nothing():
     """The user's norm is asked once, whether the result is finite, however many cycles; and no residual is kept."""
     asked = []
@@ -307,7 +307,7 @@ class Residual(Decay):
             self.said.update(steps)
 
 
-@pytest.mark.parallel([1, 2, 3])
+@pytest.mark.parallel([1, 3])
 def test_a_fixed_number_of_cycles_meets_once():
     """Norms gathered behind the last cycle are those of each; that one alone may be the last at a point, and is at all
     of them; what is not finite is found at the end and named.
@@ -317,7 +317,7 @@ def test_a_fixed_number_of_cycles_meets_once():
     def solve(bad=None, start="skip", monitor=False, cycles=2):
         fine = Residual(t, bad)
         bounds = split_steps(24, COMM.size)
-        solver = MGRIT([fine, Decay(t[::4])], 24, comm=COMM, bounds=bounds, printer=lambda text: None,
+        solver = MGRIT([fine, Decay(t[::4])], 24, comm=COMM, bounds=bounds,
                        options={**options, "monitor": monitor})  # fmt: skip
         U = np.ones((solver.local_rows, 2))
         return U, fine, solver.solve(U, start=start, cycles=cycles)
@@ -353,7 +353,7 @@ class Meetings(MPI.Intracomm):
         return super().allgather(*args)
 
 
-@pytest.mark.parallel([1, 2, 3])
+@pytest.mark.parallel([1, 3])
 @pytest.mark.parametrize("storage", ["all", "C"])
 @pytest.mark.parametrize("residual", ["none", "C"])
 def test_fixed_cycles_name_the_first_failure_early(storage, residual):
@@ -383,7 +383,7 @@ def test_fixed_cycles_name_the_first_failure_early(storage, residual):
     assert counts[9] == counts[8] + (COMM.size > 1)
 
 
-@pytest.mark.parallel([1, 2, 3])
+@pytest.mark.parallel([1, 3])
 def test_the_earliest_failure_is_named():
     """In a later cycle a step further left fails as well: on another rank, which would speak first."""
     t, began = np.linspace(0, 2, 25), [0]
@@ -404,7 +404,7 @@ def test_the_earliest_failure_is_named():
     assert COMM.allreduce(began[0]) > 2
 
 
-@pytest.mark.parallel([1, 2, 3])
+@pytest.mark.parallel([1, 3])
 def test_failures_between_stored_points_are_named():
     """F-points that are computed again for :meth:`MGRIT.states` fail on one rank: NaN there, and named everywhere."""
     t = np.linspace(0, 2, 25)
@@ -440,7 +440,7 @@ def test_reasons_are_numbered_as_petsc_does():
         assert SolveResult(reason=reason).converged_reason == number
 
 
-@pytest.mark.parallel([1, 2, 3])
+@pytest.mark.parallel([1, 3])
 @pytest.mark.parametrize("nu", [0, 1, 2])
 def test_check_before_relaxation_uses_its_calls_again(nu):
     """To see ``r`` residuals: ``(1 + nu) N r`` calls, or ``nu N`` fewer as the last one needs no relaxation."""
@@ -468,7 +468,7 @@ def solve_waves(N, **options):
     return solver.solve(guess(np.ones((12, 2)), N)[solver.levels[0].lo : solver.levels[0].hi + 1])
 
 
-@pytest.mark.parallel([1, 2])
+@pytest.mark.parallel([1, 3])
 def test_stagnation_is_reported_with_its_factor():
     """Undamped waves do not contract. Where cycles end exactly (``Nc / 2 <= max_it``) it is worth to go on."""
     result = solve_waves(512)
@@ -486,7 +486,7 @@ def test_stagnation_is_reported_with_its_factor():
     assert solve_waves(256, max_it=40, dtol=1e300).cycles > 20
 
 
-@pytest.mark.parallel([1, 2])
+@pytest.mark.parallel([1, 3])
 def test_divergence_is_reported_with_its_size():
     """A coarse propagator that grows by 3 a step."""
     solver = MGRIT([Modes([1.0]), Modes([3.0])], 512, options=dict(coarsening=4, relax="F"), comm=COMM)
@@ -496,10 +496,10 @@ def test_divergence_is_reported_with_its_size():
     assert f"grew by {result.residuals[-1] / result.residuals[0]:.2g} in {result.cycles} cycles" in result.message
 
 
-@pytest.mark.parallel([1, 2, 3])
+@pytest.mark.parallel([1, 3])
 @pytest.mark.parametrize("storage", ["all", "C"])
 @pytest.mark.parametrize("trouble", ["stagnates", "runs out", "grows", "raises", "nan", "nan in the guess"])
-def test_falls_back_to_stepping(storage, trouble):
+def test_falls_back_to_stepping(storage, trouble, log_lines):
     """The bits of sequential stepping, and a line that says so; without the option the trouble stays."""
     N, t, coarse = 64, np.arange(65) / 10, None
     fine, u0 = Decay(t), np.full((12, 2), 0.7)
@@ -510,11 +510,11 @@ def test_falls_back_to_stepping(storage, trouble):
     elif "nan" in trouble or trouble == "raises":
         coarse = Bad(t[::4], trouble == "raises")
     coarse = coarse or Decay(t[::4])
-    G, lines = 0.01 * np.random.default_rng(0).standard_normal((N, 12, 2)), []
+    G = 0.01 * np.random.default_rng(0).standard_normal((N, 12, 2))
 
     def solve(**more):
         options = dict(coarsening=4, storage=storage, rtol=1e-12, max_it=2 if trouble == "runs out" else 50, **more)
-        solver = MGRIT([fine, coarse], N, options=options, comm=COMM, printer=lines.append, name="state")
+        solver = MGRIT([fine, coarse], N, options=options, comm=COMM, name="state")
         lo, hi = solver.levels[0].lo, solver.levels[0].hi
         rows = np.array([lo, *(lo + c_rows(solver))]) if storage == "C" else np.arange(lo, hi + 1)
         U = guess(u0, N)
@@ -526,11 +526,11 @@ def test_falls_back_to_stepping(storage, trouble):
     U, result, rows = solve(on_divergence="serial")
     assert (result.converged, result.reason, result.converged_reason > 0) == (True, "serial", True)
     np.testing.assert_array_equal(U, sequential(fine, u0, N, G)[rows])
-    said = [line for line in lines if "stepping sequentially instead" in line]
-    assert len(said) == len(lines) == (1 if COMM.rank == 0 else 0)
+    said = [line for line in log_lines if "stepping sequentially instead" in line]
+    assert len(said) == len(log_lines) == (1 if COMM.rank == 0 else 0)
     assert all(result.message in line and "state" in line for line in said)
     if "nan" in trouble or trouble == "raises":
-        with pytest.raises(SolverFailure):
+        with pytest.raises(SolverFailure, match=r"state: level 1, steps .*(no root found|not finite)|not finite"):
             solve()
     else:
         assert not solve()[1].converged
@@ -552,7 +552,7 @@ class Newton:
         out[...] = v
 
 
-@pytest.mark.parallel([1, 2, 3])
+@pytest.mark.parallel([1, 3])
 @pytest.mark.parametrize(
     "options", [{}, dict(cycle="F"), dict(residual="full"), dict(check="cycle"), dict(c_weight=0.8)]
 )
@@ -588,7 +588,7 @@ def test_loose_implicit_steps_keep_the_solution(options, coarse_solver):
         np.testing.assert_allclose(U, expected, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parallel([1, 2, 3])
+@pytest.mark.parallel([1, 3])
 @pytest.mark.parametrize("storage", ["all", "C"])
 def test_fallback_with_guesses(storage):
     """Stepping begins each step from the value before it: what cycles left may be far away, or NaN."""
@@ -596,7 +596,7 @@ def test_fallback_with_guesses(storage):
     t = np.arange(N + 1) / 5
     options = dict(coarsening=4, storage=storage, on_divergence="serial")
     propagators = [Newton(t, 30, True), Bad(t[::4], False)]
-    solver = MGRIT(propagators, N, options=options, comm=COMM, printer=lambda line: None)
+    solver = MGRIT(propagators, N, options=options, comm=COMM)
     lo, hi = solver.levels[0].lo, solver.levels[0].hi
     rows = np.array([lo, *(lo + c_rows(solver))]) if storage == "C" else np.arange(lo, hi + 1)
     U = guess([1.5, -1.0], N)[rows]
@@ -685,7 +685,7 @@ def test_nothing_is_left_after_hundreds_of_cycles():
         assert COMM.size == 1 or COMM.allreduce(spy.count("send")) > 20
 
 
-@pytest.mark.parallel([2, 3])
+@pytest.mark.parallel(3)
 @pytest.mark.parametrize(
     ("what", "offset"),  # slabs begin at C-points where only these are stored
     [*itertools.product(["F-relaxation", "coarse right-hand side"], [0, 1, 3]), ("stored C-points", 0)],
@@ -732,7 +732,7 @@ class Silent:
         raise AssertionError(f"trace.{name} without a trace")
 
 
-@pytest.mark.parallel([1, 2, 3])
+@pytest.mark.parallel([1, 3])
 @pytest.mark.parametrize("storage", ["all", "C"])
 def test_trace(tmp_path, storage):
     """Chrome's format; its states are those counted; each send has its receive; written by the first rank alone."""
@@ -886,7 +886,7 @@ U[0] = 1
 assert MGRIT(propagators, 64, options={"coarsening": 4, "rtol": 1e-12}).solve(U).converged
 assert abs(U[-1, 0] - (1 + 1 / 64) ** -64) < 1e-12
 assert two_level_estimate([64 / 65], [64 / 68], 4, 16, "FCF", tolerance=1e-8).converges
-assert check(propagators, 64, np.ones(1), coarsening=4, printer=lambda line: None).passed
+assert check(propagators, 64, np.ones(1), coarsening=4).passed
 """
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("OMPI_", "PMIX", "ORTE", "PMI"))}
     environment |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}

@@ -1,7 +1,7 @@
 """Properties of MGRIT on drawn problems: the two-level bounds, exact terminations, adjoint identities, the fixed point
 of FAS, and the same bits on any number of time ranks.
 
-Examples are drawn from the test's own source (``derandomize``), so all ranks draw the same; :func:`together` checks it.
+All ranks draw the same examples (see conftest); :func:`together` checks it.
 The number of ranks is that of the run, the slabs are drawn, empty ones included.
 """
 
@@ -25,11 +25,10 @@ SCHEMES = ("F", "FCF", "FCFCF")
 
 
 def examples(count):
-    """Settings: the same examples in every run and on every rank; fewer where ranks share cores."""
+    """Settings: fewer examples where ranks share cores."""
     count = count if COMM.size < 3 else count // 2
     phases = [Phase.generate, *([Phase.shrink] if COMM.size == 1 else [])]
-    quiet = dict(deadline=None, suppress_health_check=list(HealthCheck))
-    return settings(derandomize=True, max_examples=count, phases=phases, **quiet)
+    return settings(max_examples=count, phases=phases, suppress_health_check=list(HealthCheck))
 
 
 class Draws:
@@ -218,7 +217,7 @@ def c_point_steps(coarsening, nsteps):
 
 
 # -- linear theory -----------------------------------------------------------------------------------------------------
-@pytest.mark.parallel([1, 2, 3, 4])
+@pytest.mark.parallel([1, 3])
 @given(data=st.data())
 @examples(40)
 @together
@@ -254,7 +253,7 @@ def test_error_stays_under_the_two_level_bound(data):
         before = after
 
 
-@pytest.mark.parallel([1, 2, 3, 4])
+@pytest.mark.parallel([1, 3])
 @given(data=st.data())
 @examples(40)
 @together
@@ -291,7 +290,7 @@ def test_exact_termination(data):
     assert stop == nsteps + 1
 
 
-@pytest.mark.parallel([1, 2, 3])
+@pytest.mark.parallel([1, 3])
 @given(data=st.data())
 @examples(40)
 @together
@@ -333,7 +332,7 @@ def matrix_problems(draw, irregular=True):
     return nsteps, coarsening, A, seed
 
 
-@pytest.mark.parallel([1, 2, 3, 4])
+@pytest.mark.parallel([1, 3])
 @given(data=st.data())
 @examples(40)
 @together
@@ -369,7 +368,7 @@ def test_adjoint_identity_of_the_whole_solve(data):
     assert abs(left - right) <= 1e-12 * np.linalg.norm(w) * np.linalg.norm(u)
 
 
-@pytest.mark.parallel([1, 2, 3])
+@pytest.mark.parallel([1, 3])
 @given(data=st.data())
 @examples(60)
 @together
@@ -419,7 +418,7 @@ def test_transposed_cycle_is_the_transpose(data):
 
 
 # -- nonlinear ---------------------------------------------------------------------------------------------------------
-@pytest.mark.parallel([1, 2, 3])
+@pytest.mark.parallel([1, 3])
 @given(data=st.data())
 @examples(30)
 @together
@@ -554,7 +553,7 @@ def history(result):
     return result.residuals, result.cycles, result.reason, result.converged, repr(result.scale)
 
 
-@pytest.mark.parallel([1, 2, 3, 4, 5, 7])
+@pytest.mark.parallel([1, 3, 5, 7])
 @given(data=st.data())
 @examples(60)
 @together
@@ -571,7 +570,7 @@ def test_same_bits_on_any_slabs(data):
         assert history(result) == history(one)
 
 
-@pytest.mark.parallel([1, 2, 3, 4])
+@pytest.mark.parallel([1, 3])
 @given(data=st.data())
 @examples(50)
 @together

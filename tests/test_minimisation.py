@@ -32,7 +32,7 @@ def best():
     return result.value, rf.function(result.x).dat.data_ro.copy()
 
 
-@pytest.mark.parallel(2)
+@pytest.mark.parallel(3)
 @pytest.mark.parametrize("method", ["trust-krylov", "trust-ncg", "L-BFGS-B", "Newton-CG"])
 def test_scipy(method, best):
     rf = functional(pf.SpaceTime(), rtol=1e-12, n=4)
@@ -41,7 +41,7 @@ def test_scipy(method, best):
     assert abs(rf(rf.function(result.x)) - best[0]) < 1e-9 * best[0]
 
 
-@pytest.mark.parallel([1, 2])
+@pytest.mark.parallel([1, 3])
 def test_inexact_finds_the_same_minimum_with_fewer_cycles(best):
     exact = functional(pf.SpaceTime(), rtol=1e-11, n=4)
     exact.minimize_trust_region(gtol_rel=1e-6)
@@ -57,7 +57,7 @@ def test_inexact_finds_the_same_minimum_with_fewer_cycles(best):
     assert len(rf.problem.evaluations) == 1
 
 
-@pytest.mark.parallel(2)
+@pytest.mark.parallel(3)
 def test_a_third_of_the_cycles_on_the_plate():
     """The heat source inversion: the minimum of exact sweeps by at least three times fewer cycles, as the demo does
     it; twice fewer with the same conjugate gradients.
@@ -99,7 +99,7 @@ def test_error_estimates():
         assert norm(objective.hessian_action_within(z, v, tolerance) - h) <= 10 * tolerance * norm(h)
 
 
-@pytest.mark.parallel(2)
+@pytest.mark.parallel(3)
 def test_one_shot(best):
     """The optimum, with fewer cycles than the trust region, and as many as on one rank in time."""
     results, cycles = [], []
@@ -117,7 +117,7 @@ def test_one_shot(best):
     assert cycles[0] < 0.7 * rf.problem.sweeps.counts["cycles"]
 
 
-@pytest.mark.parallel(2)
+@pytest.mark.parallel(3)
 def test_one_shot_not_linear():
     """The trust region's optimum of a nonlinear evolution."""
     make = lambda: functional(pf.SpaceTime(), linear=False, n=2, steps=8, rtol=1e-9)
@@ -144,7 +144,7 @@ def test_a_failing_sweep_shortens_the_step(monkeypatch):
     assert sum(np.isnan(r.value) for r in result.history) >= 1
 
 
-@pytest.mark.parallel([1, 2])
+@pytest.mark.parallel([1, 3])
 def test_bounds(best):
     """First-order conditions: no slope where free, the right sign where bound."""
     upper = float(np.median(best[1]))
@@ -161,7 +161,7 @@ def test_bounds(best):
         rf.minimize_trust_region(bounds=(0, 1), inexact=True)
 
 
-@pytest.mark.parallel(2)
+@pytest.mark.parallel(3)
 def test_integral_constraint():
     """The integral is kept, and the gradient is a multiple of the constraint's."""
     for kind in ("trust region", "one-shot"):
@@ -182,7 +182,7 @@ def test_integral_constraint():
         rf.minimize_trust_region(constraints=[(rf.evolution.u * dx, 1.0)])
 
 
-@pytest.mark.parallel(2)
+@pytest.mark.parallel(3)
 def test_constraint_on_controls_with_a_value_a_step():
     rf = several(pf.SpaceTime(), ("strength", "source"), n=2, steps=6)
     strength, source = rf.evolution.controls

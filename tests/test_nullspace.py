@@ -60,7 +60,7 @@ def singular_matrix(n, rank_loss, comm):
     return dense, matrix, Nullspace(right.copy(), left.copy(), comm), slice(start, stop)
 
 
-@pytest.mark.parallel([1, 2])
+@pytest.mark.parallel([1, 3])
 @pytest.mark.parametrize("parameters", [{}, {"ksp_type": "gmres", "pc_type": "jacobi", "ksp_rtol": 1e-13}])
 @pytest.mark.parametrize("rank_loss", [1, 2])
 @time_limit(60)
@@ -80,7 +80,7 @@ def test_solves_are_those_of_the_pseudo_inverse(parameters, rank_loss):
         np.testing.assert_allclose(blocks[1].array, wanted[:, own], atol=1e-10)
 
 
-@pytest.mark.parallel([1, 2])
+@pytest.mark.parallel([1, 3])
 @time_limit(60)
 def test_what_counts_as_singular():
     """Bad units do not make a matrix singular, a missing rank does, also in such units."""
@@ -213,7 +213,7 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parallel([1, 2])
+@pytest.mark.parallel([1, 3])
 @time_limit(200)
 def test_enclosed_stokes_flow():
     """Linear and form propagators; MGRIT, ParaDiag and sequential stepping; a functional of the pressure."""
@@ -228,7 +228,6 @@ def test_enclosed_stokes_flow():
             assert_same(ours, theirs, st.space_comm)
 
 
-@pytest.mark.parallel([1, 2])
 @time_limit(200)
 def test_tapes_have_nullspaces_in_all_directions():
     """pyadjoint's own tangent equations have none."""
@@ -238,7 +237,7 @@ def test_tapes_have_nullspaces_in_all_directions():
     assert_same(ours, theirs, st.space_comm)
 
 
-@pytest.mark.parallel([1, 2])
+@pytest.mark.parallel([1, 3])
 @time_limit(200)
 def test_navier_stokes_with_the_pressure_observed():
     for grid in GRIDS[MPI.COMM_WORLD.size]:
@@ -251,7 +250,6 @@ def test_navier_stokes_with_the_pressure_observed():
             assert_same(ours, theirs, st.space_comm, hessian=1e-5)
 
 
-@pytest.mark.parallel([1, 2])
 @time_limit(200)
 def test_a_potential_with_fluxes_given_all_around():
     """By direct and iterative solvers; the matrix is not symmetric."""
@@ -263,7 +261,6 @@ def test_a_potential_with_fluxes_given_all_around():
             assert_same(numbers(pose(task, st, solver_parameters=solver), task), theirs, st.space_comm, hessian=1e-5)
 
 
-@pytest.mark.parallel([1, 2])
 @time_limit(200)
 def test_internal_waves_with_the_buoyancy_eliminated():
     """Eliminated or not, by MGRIT or ParaDiag."""
@@ -276,7 +273,6 @@ def test_internal_waves_with_the_buoyancy_eliminated():
             assert_same(numbers(rf, task), theirs, st.space_comm)
 
 
-@pytest.mark.parallel([1, 2])
 @time_limit(100)
 def test_a_singular_stage_matrix_is_named():
     """On every rank, linear at construction, nonlinear at the first evaluation."""
@@ -291,7 +287,6 @@ def test_a_singular_stage_matrix_is_named():
             rf(rf.controls[0].control)
 
 
-@pytest.mark.parallel([1, 2])
 @time_limit(100)
 def test_bases_that_do_not_fit_are_refused():
     st = pf.SpaceTime(GRIDS[MPI.COMM_WORLD.size][0])
@@ -306,7 +301,7 @@ def test_bases_that_do_not_fit_are_refused():
             pose(task._replace(nullspace=nullspace), st)
 
 
-@pytest.mark.parallel([1, 2])
+@pytest.mark.parallel([1, 3])
 @time_limit(100)
 def test_rigid_motions_reach_multigrid():
     """``near_nullspace`` changes the preconditioner, not the result."""

@@ -118,7 +118,7 @@ def test_checkpoints_that_do_not_fit_are_refused():
         minimize_one_shot(make(), x0, checkpoint="run.h5")
 
 
-@pytest.mark.parallel([1, 2])
+@pytest.mark.parallel([1, 3])
 def test_processes_continue_alike():
     """Distributed designs, killed and continued: the records agree with those of the run that was not."""
     comm, serial = MPI.COMM_WORLD, FixedPoint(0.4)

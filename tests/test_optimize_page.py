@@ -9,7 +9,6 @@ import re
 from dataclasses import asdict
 from pathlib import Path
 
-import pytest
 from firedrake import assemble, dx
 from mpi4py import MPI
 
@@ -19,7 +18,6 @@ PAGE = Path(__file__).resolve().parent.parent / "pint_fem" / "optimize" / "READM
 BLOCKS = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
 
 
-@pytest.mark.parallel([1, 2])
 def test_code(tmp_path, capsys):
     """The blocks one after another; a run that goes on ends where one does that was never stopped, and all optimisers
     in the same minimum.

@@ -40,7 +40,6 @@ def cycles(J):
     return J.problem.sweeps.counts["cycles"]
 
 
-@pytest.mark.parallel([1, 2])
 def test_tolerances_of_two_functionals():
     """Cycles are those of separate dictionaries; options without prefix are a third functional's."""
     st, rtol = pf.SpaceTime(), ("1e-2", "1e-5", "1e-12")

@@ -8,7 +8,6 @@ from firedrake import (
     FunctionSpace,
     SpatialCoordinate,
     TestFunction,
-    UnitSquareMesh,
     dx,
     grad,
     inner,
@@ -29,22 +28,22 @@ from pint_fem.propagators import LinearPropagator
 from pint_fem.sweeps.sweeps import Sweeps
 from tests.cavity import cavity
 from tests.heat import heat, point_and_direction
+from tests.logs import logged
+from tests.meshes import square
 
 ALONE = dict(comm=MPI.COMM_SELF)
 
 
 def posed_heat(st, *, n=6, **given):
-    mesh = UnitSquareMesh(n, n, comm=st.space_comm, distribution_parameters={"partitioner_type": "simple"})
+    mesh = square(n, st.space_comm)
     return heat(mesh, **({"steps": 22, "dt": 0.01} | given))
 
 
-def functional(evolution, st, *, printer=print, **parameters):
+def functional(evolution, st, **parameters):
     u = evolution.u
     linear = (sum(f[0] for f in split(u)[:1]) if u.ufl_shape else u) * dx
     misfits = [pf.RunningMisfit(inner(u, u) * dx + linear), pf.TerminalMisfit(5 * inner(u, u) * dx)]
-    return pf.TimeParallelReducedFunctional(
-        evolution, misfits, spacetime=st, solver_parameters=parameters, printer=printer
-    )
+    return pf.TimeParallelReducedFunctional(evolution, misfits, spacetime=st, solver_parameters=parameters)
 
 
 def paradiag(**options):
@@ -58,7 +57,6 @@ def values(rf, per_step=False):
 
 
 # -- rates -------------------------------------------------------------------------------------------------------------
-@pytest.mark.parallel([1, 2])
 @pytest.mark.parametrize("alpha", [0.1, 0.01])
 def test_rates_without_losses_and_of_heat(alpha):
     """State and adjoint of the cavity contract by at most ``alpha/(1 - alpha)``, and nearly by that; heat, which
@@ -133,7 +131,7 @@ def test_derivatives(kind):
         np.testing.assert_allclose(H, H2, rtol=0, atol=1e-10 * np.abs(H2).max(initial=1e-300))
 
 
-@pytest.mark.parallel([1, 2])
+@pytest.mark.parallel([1, 3])
 def test_adjoint_identity():
     """``<dU, g> = <dz, Phi_z^T L>`` to 1e-12: the solves transpose each other, the factors being shared."""
     st = pf.SpaceTime()
@@ -155,7 +153,7 @@ def test_adjoint_identity():
 
 
 # -- grids -------------------------------------------------------------------------------------------------------------
-@pytest.mark.parallel([2, 3, 4])
+@pytest.mark.parallel(3)
 def test_same_bits_for_every_number_of_time_ranks():
     """States, adjoints, residuals and J, on one rank in space and on two."""
     size = MPI.COMM_WORLD.size
@@ -220,7 +218,6 @@ def test_coarsest_level_of_mgrit():
     assert "1 alpha-circulant iteration" in rf.problem.sweeps.solvers.view()
 
 
-@pytest.mark.parallel([1, 2])
 def test_choice_by_theory():
     """Heat: MGRIT. A cavity: ParaDiag. Nonlinear: MGRIT. One line each, on the first rank only."""
     st = pf.SpaceTime()
@@ -231,21 +228,20 @@ def test_choice_by_theory():
         (posed_heat(st, n=2, steps=6), MGRITOptions, "auto: serial, 6 steps are too few"),
     )
     for ev, kind, words in cases:
-        lines = []
-        rf = functional(ev, st, printer=lines.append, time_solver="auto", mgrit={"rtol": 1e-6})
+        with logged() as lines:
+            rf = functional(ev, st, time_solver="auto", mgrit={"rtol": 1e-6})
         assert type(rf.problem.sweeps.options) is kind
         assert rf.problem.sweeps.options.rtol == 1e-6
         assert len(lines) == (MPI.COMM_WORLD.rank == 0)
         assert all(words in line for line in lines)
 
 
-def test_theory_is_printed_before_the_first_solve():
+def test_theory_is_printed_before_the_first_solve(log_lines):
     """With a monitor; modes that grow beyond ``1/alpha`` warn in any case."""
     st = pf.SpaceTime("1x1", **ALONE)
-    lines = []
-    rf = functional(cavity(st.space_comm, n=3, steps=8), st, printer=lines.append, **paradiag(monitor=True))
+    rf = functional(cavity(st.space_comm, n=3, steps=8), st, **paradiag(monitor=True))
     rf(rf.controls[0].control)
-    assert lines[0].startswith("theory: an iteration of ParaDiag contracts by 0.0001")
+    assert log_lines[0].startswith("theory: an iteration of ParaDiag contracts by 0.0001")
 
 
 def test_options_from_the_database():
@@ -282,7 +278,7 @@ def test_bad_options(parameters, message):
         functional(posed_heat(st, n=2), st, **parameters)
 
 
-@pytest.mark.parallel([1, 2])
+@pytest.mark.parallel(3)
 def test_optimisation():
     """Trust region with exact and with inexact solves, and one iteration between updates: MGRIT's minimiser."""
     st = pf.SpaceTime()
@@ -302,7 +298,7 @@ def test_optimisation():
         np.testing.assert_allclose(x, minima[0], rtol=0, atol=1e-5 * np.abs(minima[0]).max())
 
 
-@pytest.mark.parallel(2)
+@pytest.mark.parallel(3)
 @pytest.mark.parametrize("kind", ["nonlinear", "moving coefficient"])
 def test_averaged_operators(kind):
     """Nonlinear evolutions and coefficients that move in time: J, gradient and Hessian action of sequential stepping;
@@ -310,7 +306,7 @@ def test_averaged_operators(kind):
     factors."""
     st, rates = pf.SpaceTime(), []
     for size in (1.0, 0.01):
-        mesh = UnitSquareMesh(3, 3, comm=st.space_comm, distribution_parameters={"partitioner_type": "simple"})
+        mesh = square(3, st.space_comm)
         V = FunctionSpace(mesh, "CG", 1)
         u, v, q, t = Function(V), TestFunction(V), Function(V), pf.time_function(mesh)
         x, y = SpatialCoordinate(mesh)

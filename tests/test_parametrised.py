@@ -3,7 +3,7 @@
 import firedrake as fd
 import numpy as np
 import pytest
-from firedrake import Function, FunctionSpace, TestFunction, UnitSquareMesh, assemble, dx, exp, grad, inner, sin, solve
+from firedrake import Function, FunctionSpace, TestFunction, assemble, dx, exp, grad, inner, sin, solve
 from firedrake.adjoint import Control, ReducedFunctional
 from irksome import Dt
 from mpi4py import MPI
@@ -13,10 +13,11 @@ from pint_fem.errors import InputError
 from pint_fem.kernels.arrays import get
 from pint_fem.propagators.tape import recording
 from tests.limits import time_limit
+from tests.meshes import square
 from tests.taylor import check_orders
 
 N, STEP = 4, 1 / 8
-GRIDS = {1: ["1x1"], 2: ["1x2", "2x1"]}
+GRIDS = {1: ["1x1"], 3: ["1x3", "3x1"]}
 
 
 class Posed:
@@ -25,7 +26,7 @@ class Posed:
     names = ("a", "b", "height", "shape")
 
     def __init__(self, st, *, affine=False):
-        mesh = UnitSquareMesh(3, 3, comm=st.space_comm, distribution_parameters={"partitioner_type": "simple"})
+        mesh = square(3, st.space_comm)
         self.st, self.V, self.affine = st, FunctionSpace(mesh, "CG", 1), affine
         R, self.x = FunctionSpace(mesh, "R", 0), fd.SpatialCoordinate(mesh)
         self.controls = [Function(R, name=name).assign(v) for name, v in (("a", 0.3), ("b", -0.2), ("height", 0.8))]
@@ -82,7 +83,7 @@ class Posed:
         return z, dz
 
 
-@pytest.mark.parallel([1, 2])
+@pytest.mark.parallel([1, 3])
 @time_limit(120)
 def test_value_and_derivatives_are_those_of_the_tape():
     """J, gradient, tangent and Hessian action where `initial=` is no affine expression, one control is in it and in the
@@ -108,7 +109,7 @@ def test_value_and_derivatives_are_those_of_the_tape():
     check_orders(J, z, dz)
 
 
-@pytest.mark.parallel([1, 2])
+@pytest.mark.parallel([1, 3])
 @time_limit(120)
 def test_minimum_of_an_affine_parametrisation():
     """Quadratic: the trust region takes one Newton step to where the tape's gradient vanishes; the state begins with
@@ -134,7 +135,6 @@ def test_minimum_of_an_affine_parametrisation():
             J.minimize_trust_region(inexact=True)
 
 
-@pytest.mark.parallel([1, 2])
 @time_limit(60)
 def test_expressions_without_controls_and_what_is_refused():
     """Data only are interpolated; the state itself, another shape and a control with a value a step are refused."""
@@ -181,7 +181,6 @@ def test_data_in_the_expression_are_read_again_when_asked():
     assert float(J.derivative().dat.data_ro[0]) == pytest.approx(2 * (36.0 + 18.0) / 3)
 
 
-@pytest.mark.parallel([1, 2])
 @time_limit(60)
 def test_a_real_number_in_the_state_is_refused_by_name():
     """As a part of a mixed state and alone: there is no matrix of it."""
@@ -205,7 +204,6 @@ def means(V, t, controls, initial, **options):
     )
 
 
-@pytest.mark.parallel([1, 2])
 @time_limit(60)
 def test_the_time_in_an_initial_expression_is_the_initial_time():
     """With a control in it and without: ``(a + t)^2`` at ``t0 = 1`` is ``(a + 1)^2``, whatever the time function is and
@@ -230,7 +228,7 @@ def test_the_time_in_an_initial_expression_is_the_initial_time():
             np.testing.assert_allclose(get(J.state(times=1.0)), (number + 1) ** 2, rtol=1e-12)
 
 
-@pytest.mark.parallel([1, 2])
+@pytest.mark.parallel([1, 3])
 @time_limit(60)
 def test_data_of_an_expression_without_controls_are_read_as_all_data():
     """Those of ``initial=c*d + t`` when the functional is made, not when the evolution was posed, and again when asked,
@@ -261,7 +259,6 @@ def test_data_of_an_expression_without_controls_are_read_as_all_data():
         assert float(J(q)) == pytest.approx((6 + moved) ** 2, rel=1e-10)
 
 
-@pytest.mark.parallel([1, 2])
 @time_limit(60)
 def test_data_of_a_regularisation_of_controls_in_the_initial_expression_only():
     """They are read with all other data: ``(a - d)^2`` with ``a = 1`` is 1/4 at ``d = 1/2`` and 1 at ``d = 2``."""
@@ -281,7 +278,6 @@ def test_data_of_a_regularisation_of_controls_in_the_initial_expression_only():
         assert float(J([a, q])) == pytest.approx(1 + end, rel=1e-10)
 
 
-@pytest.mark.parallel([1, 2])
 @time_limit(60)
 def test_a_misfit_of_a_control_of_the_initial_expression_is_refused():
     """Though the sweeps know nothing of that control."""

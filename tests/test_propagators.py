@@ -217,7 +217,7 @@ def test_nonsymmetric_operators(tableau):
     assert_close([U], [blocks], 1e-12)
 
 
-@pytest.mark.parallel(2)
+@pytest.mark.parallel(3)
 @pytest.mark.parametrize(("make", "tableau"), [(advection, "BE"), (heat, "SDIRK2")])
 def test_agreement_in_space_parallel(make, tableau):
     problem = make(tableau)
@@ -227,7 +227,7 @@ def test_agreement_in_space_parallel(make, tableau):
     assert_close(all_results(FormPropagator(problem), data, du, dz, lam), reference, 1e-10)
 
 
-@pytest.mark.parallel([1, 2])
+@pytest.mark.parallel([1, 3])
 def test_indefinite_operator():
     """M - c dt I with c dt > 1 on the constants: symmetric, not definite, in one and two space ranks."""
     mesh = UnitSquareMesh(4, 4, distribution_parameters={"partitioner_type": "simple"})

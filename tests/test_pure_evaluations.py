@@ -16,7 +16,6 @@ from firedrake import (
     NonlinearVariationalSolver,
     SpatialCoordinate,
     TestFunction,
-    UnitSquareMesh,
     assemble,
     conditional,
     dx,
@@ -35,10 +34,12 @@ from pint_fem.errors import SolverFailure
 from pint_fem.kernels.arrays import get, put
 from pint_fem.propagators import FormPropagator, TapePropagator, make_propagator
 from tests.limits import time_limit
+from tests.meshes import square
+from tests.ranks import cases
 
 STEPS = 8
 PLAIN = {"snes_rtol": 1e-11, "snes_stol": 1e-9, "snes_max_it": 50, "ksp_type": "preonly", "pc_type": "lu"}
-GRIDS = ["1x2", "2x1"] if MPI.COMM_WORLD.size == 2 else ["1x1"]
+GRIDS = ["1x3", "3x1"] if MPI.COMM_WORLD.size == 3 else ["1x1"]
 CONTROLS = {
     "zero": lambda x, y: 0 * x,
     "smooth": lambda x, y: 0.5 * sin(3 * x) * y,
@@ -53,7 +54,7 @@ SANE = ("zero", "smooth", "near", "low")
 
 def space(st, n=4):
     return FunctionSpace(
-        UnitSquareMesh(n, n, comm=st.space_comm, distribution_parameters={"partitioner_type": "simple"}), "CG", 1
+        square(n, st.space_comm), "CG", 1
     )
 
 
@@ -142,7 +143,7 @@ def fresh(kind, grid):
 CASES = [  # and the number of operations: as many as are quick
     ("nonlinear", "serial", make_propagator, {}, 40),
     ("nonlinear", "mgrit", make_propagator, {"coarsening": (2,)}, 16),
-    ("nonlinear", "mgrit", make_propagator, {"coarsening": (4,), "storage": "C"}, 12),
+    ("nonlinear", "mgrit", make_propagator, {"coarsening": (2,), "storage": "C"}, 12),
     ("nonlinear", "mgrit", partial(FormPropagator, factor_memory=0), {"coarsening": (4,), "relax": "FCF"}, 20),
     ("nonlinear", "paradiag", make_propagator, {}, 10),
     ("nonlinear", "serial", TapePropagator, {}, 5),
@@ -155,7 +156,7 @@ CASES = [  # and the number of operations: as many as are quick
 ]
 
 
-@pytest.mark.parallel([1, 2])
+@pytest.mark.parallel([1, 3])
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("kind", ["nonlinear", "linear"])
 @time_limit(120)
@@ -176,8 +177,8 @@ def test_fresh_functionals_are_right(kind, grid):
     assert along(reference["smooth"]["hessian_action"]) == pytest.approx(second, rel=1e-6)
 
 
-@pytest.mark.parallel([1, 2])
-@pytest.mark.parametrize("case", range(len(CASES)))
+@pytest.mark.parallel([1, 3])
+@pytest.mark.parametrize("case", cases(range(len(CASES)), on_ranks=[2, 3, 9, 10]))
 @time_limit(180)
 def test_random_sequences(case):
     """Any operations at any controls in any order give what a fresh functional gives."""
@@ -199,9 +200,9 @@ def test_random_sequences(case):
     assert right
 
 
-@pytest.mark.parallel([1, 2])
+@pytest.mark.parallel([1, 3])
 @pytest.mark.parametrize("grid", GRIDS)
-@pytest.mark.parametrize("solver", ["serial", "mgrit"])
+@pytest.mark.parametrize("solver", cases(["serial", "mgrit"], on_ranks=["mgrit"]))
 @time_limit(60)
 def test_a_wild_control_leaves_nothing_behind(solver, grid):
     """A real number in the exponent: J at 0 is what it was, after controls with all but infinite conductivities."""
@@ -212,8 +213,8 @@ def test_a_wild_control_leaves_nothing_behind(solver, grid):
         assert rf.problem.value(z) == pytest.approx(p.plain(z), rel=1e-8), value
 
 
-@pytest.mark.parallel([1, 2])
-@pytest.mark.parametrize("solver", ["serial", "mgrit"])
+@pytest.mark.parallel([1, 3])
+@pytest.mark.parametrize("solver", cases(["serial", "mgrit"], on_ranks=["mgrit"]))
 @time_limit(120)
 def test_twelve_searches(solver):
     """Log-conductivities sought from wild fields: each run's last J is plain Firedrake's, or the run fails."""

@@ -1,4 +1,4 @@
-"""pyadjoint's and scipy's optimisers on the time-parallel functional, on two ranks in time."""
+"""pyadjoint's and scipy's optimisers on the time-parallel functional, on three ranks in time."""
 
 import numpy as np
 import pytest
@@ -29,8 +29,10 @@ def best():
     return result.value, rf.function(result.x).dat.data_ro.copy()
 
 
-@pytest.mark.parallel(2)
-@pytest.mark.parametrize("kind", ["lmvm", "blmvm", "ntr", "bntr"])
+@pytest.mark.parallel(3)
+@pytest.mark.parametrize(
+    "kind", ["lmvm", "bntr", *(pytest.param(kind, marks=pytest.mark.grid) for kind in ("blmvm", "ntr"))]
+)
 def test_tao(kind, best):
     st = pf.SpaceTime()
     rf = functional(st, rtol=1e-11, n=4)
@@ -41,8 +43,8 @@ def test_tao(kind, best):
     assert abs(rf(solution) - best[0]) < 1e-8 * best[0]
 
 
-@pytest.mark.parallel(2)
-@pytest.mark.parametrize("method", ["L-BFGS-B", "SLSQP"])
+@pytest.mark.parallel(3)
+@pytest.mark.parametrize("method", ["L-BFGS-B", pytest.param("SLSQP", marks=pytest.mark.grid)])
 def test_minimize(method, best):
     """pyadjoint's minimize takes the functional as one of its own."""
     rf = functional(pf.SpaceTime(), rtol=1e-11, n=4, riesz_map="l2")
@@ -51,7 +53,7 @@ def test_minimize(method, best):
     assert abs(rf(solution) - best[0]) < 1e-7 * best[0]
 
 
-@pytest.mark.parallel([1, 2])
+@pytest.mark.parallel([1, 3])
 @time_limit(60)
 def test_the_unit_of_the_objective_does_not_matter(best):
     """A functional of 1e-12: scipy's absolute tolerances would end every run at the start. J, its derivative and the
@@ -81,7 +83,7 @@ def test_the_unit_of_the_objective_does_not_matter(best):
         assert functional_of.derivative()._ad_dot(start) == pytest.approx(difference, rel=1e-6)
 
 
-@pytest.mark.parallel([1, 2])
+@pytest.mark.parallel([1, 3])
 def test_minimize_with_bounds(best):
     st = pf.SpaceTime()
     upper = float(np.sort(best[1])[len(best[1]) // 2])
@@ -96,7 +98,7 @@ def test_minimize_with_bounds(best):
     assert gradient[~free].max() < 1e-7
 
 
-@pytest.mark.parallel(2)
+@pytest.mark.parallel(3)
 def test_minimize_with_an_integral_constraint():
     """SLSQP, with the integral of the control given."""
     rf = functional(pf.SpaceTime(), rtol=1e-11, n=4, riesz_map="l2")
@@ -107,7 +109,7 @@ def test_minimize_with_an_integral_constraint():
     assert abs(assemble(solution * dx) - 0.3) < 1e-9
 
 
-@pytest.mark.parallel(2)
+@pytest.mark.parallel(3)
 def test_several_controls():
     """Static controls of all kinds at once through TAO and scipy."""
     values, lmvm = [], {"tao_type": "lmvm", **TIGHT, "tao_gatol": 1e-3, "tao_max_it": 1000}

@@ -35,7 +35,7 @@ def table(first_cell):
 BLOCKS = blocks(README)
 
 
-@pytest.mark.parallel([1, 2])
+@pytest.mark.parallel([1, 3])
 @pytest.mark.parametrize("number", range(len(BLOCKS)))
 def test_block(number):
     names = {}
@@ -53,7 +53,7 @@ def test_there_are_blocks():
 
 
 # -- the page of the MGRIT core ----------------------------------------------------------------------------------------
-@pytest.mark.parallel([1, 2])
+@pytest.mark.parallel([1, 3])
 def test_block_of_the_core(capsys):
     """It gives what sequential stepping gives, within the theory's factor a cycle, and prints what the page shows."""
     names = {}

@@ -24,6 +24,7 @@ from problems.meshfile import read_mesh
 from problems.plate import BOUNDARIES, MESH, REGIONS
 from tests.broken_files import COMM, largest_file, shared
 from tests.limits import time_limit
+from tests.ranks import cases
 from tests.test_bad_input import Pieces, check, mgrit_database, outcome  # noqa: F401
 
 
@@ -63,8 +64,8 @@ REFUSED = {
 }
 
 
-@pytest.mark.parallel([1, 2])
-@pytest.mark.parametrize("kind", REFUSED)
+@pytest.mark.parallel([1, 3])
+@pytest.mark.parametrize("kind", cases(REFUSED, on_ranks=["steps", "a reading", "trace a folder", "checkpoint a FIFO"]))
 @time_limit(100)
 def test_command_line(kind, tmp_path, capfd, monkeypatch, mgrit_database):  # noqa: F811
     """Within the time of the set-up and without the memory that was asked for; nothing is solved."""
@@ -83,7 +84,7 @@ def test_command_line(kind, tmp_path, capfd, monkeypatch, mgrit_database):  # no
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000  # kB: what Firedrake loads
 
 
-@pytest.mark.parallel([1, 2])
+@pytest.mark.parallel([1, 3])
 @time_limit(60)
 def test_memory_of_a_machine_is_that_of_all_its_ranks():
     """What one rank may have, all together may not; the stated least is below what a run takes."""
@@ -100,7 +101,7 @@ def test_memory_of_a_machine_is_that_of_all_its_ranks():
     assert readable(15_100_000_000_000) == "15.1 TB"
 
 
-@pytest.mark.parallel([1, 2])
+@pytest.mark.parallel([1, 3])
 @time_limit(60)
 def test_data_and_weights_that_overflow_are_named():
     """Readings, the weight of sensors, data of a UFL misfit, weight of a regularisation."""
@@ -176,7 +177,7 @@ class Half:
         out[...] = u / 2
 
 
-@pytest.mark.parallel([1, 2])
+@pytest.mark.parallel([1, 3])
 @time_limit(60)
 def test_a_trace_that_cannot_be_written(tmp_path):
     """Before the solve where that can be seen; after it on all ranks, and the last trace stays."""
@@ -197,8 +198,8 @@ def test_a_trace_that_cannot_be_written(tmp_path):
     assert [p.name for p in path.parent.iterdir()] == ["t.json"]
 
 
-@pytest.mark.parallel([1, 2])
-@pytest.mark.parametrize("axis", ["time", "space"])
+@pytest.mark.parallel([1, 3])
+@pytest.mark.parametrize("axis", cases(["time"], on_ranks=["time", "space"]))
 @time_limit(200)
 def test_results_that_cannot_be_written(tmp_path, axis, capfd, monkeypatch):
     """The work is done and its summary is there; what is missing is named in one line on all ranks, status 2.

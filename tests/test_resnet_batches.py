@@ -13,7 +13,7 @@ from tests.limits import time_limit
 from tests.test_resnet_training import peaks_network, problem
 
 
-@pytest.mark.parallel([1, 2])
+@pytest.mark.parallel([1, 3])
 @time_limit(60)
 def test_a_shorter_last_batch_and_an_evaluation():
     """Both batches' memory comes back before the next one needs some; values are those of each batch alone."""
@@ -39,7 +39,7 @@ def test_memory_is_used_again_by_shape():
     assert sweeps.trajectory((10, 4), float).U is ten.U
 
 
-@pytest.mark.parallel([1, 2])
+@pytest.mark.parallel([1, 3])
 @time_limit(60)
 def test_the_one_shot_residual_of_cycles_that_failed_is_that_of_sequential_stepping(monkeypatch):
     """No residual was computed, and the values are those of the sequential sweep."""

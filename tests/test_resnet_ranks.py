@@ -19,23 +19,21 @@ from tests.test_resnet_training import ALONE, direction, peaks_network, problem
 LAST = COMM.rank == COMM.size - 1
 
 
-@pytest.mark.parallel([1, 2])
+@pytest.mark.parallel([1, 3])
 @time_limit(60)
 def test_a_direction_that_is_zero_on_one_rank():
     """J and its gradient at a point where one rank's parameters stay as they are; the others used to wait."""
     p, alone = problem(6, levels=2), problem(6, Grid(comm=ALONE), levels=2)
     for still in range(COMM.size):
         net, d = p.net, direction(p, 3)
-        moved = slice(0, net.nlayers // 2) if still == 1 else slice(net.nlayers // 2, None)
+        own = slice(*COMM.bcast((net.lo, net.hi), root=still))
         if COMM.size > 1 and COMM.rank == still:
             d[:] = 0
         whole = direction(alone, 3)
         for q in alone.net.stack:
             part = whole[alone._where(q)].reshape(q.shape)
             if COMM.size > 1:
-                keep = part[moved].copy()
-                part[:] = 0
-                part[moved] = keep
+                part[own] = 0
         if COMM.size > 1:
             for module, owner in ((alone.net.opening, 0), (alone.net.closing, COMM.size - 1)):
                 for q in module.parameters():
@@ -50,7 +48,7 @@ def test_a_direction_that_is_zero_on_one_rank():
         alone.set(z1)
 
 
-@pytest.mark.parallel([1, 2])
+@pytest.mark.parallel([1, 3])
 @time_limit(60)
 def test_frozen_layers_of_one_rank():
     """With all parameters of the first rank frozen the others' gradients are what they were."""
@@ -69,7 +67,7 @@ def test_frozen_layers_of_one_rank():
         assert p.grad is None if first else torch.equal(p.grad, g)
 
 
-@pytest.mark.parallel([2])
+@pytest.mark.parallel(2)
 @time_limit(60)
 def test_one_data_group_fails():
     """Its coarse steps give NaN; then both groups step serially, and the gradient is
@@ -114,7 +112,7 @@ def test_one_data_group_fails():
         assert torch.allclose(ours.grad, theirs.grad, rtol=1e-10, atol=1e-13)
 
 
-@pytest.mark.parallel([2])
+@pytest.mark.parallel(2)
 @time_limit(60)
 @pytest.mark.parametrize("shape", [(2, 1), (1, 2)])
 def test_a_batch_that_overflows_on_one_group_fails_on_all(shape):
@@ -137,7 +135,7 @@ class Short(list):
         super().__init__([(x, y)] * (1 if LAST else 2))
 
 
-@pytest.mark.parallel([1, 2])
+@pytest.mark.parallel([1, 3])
 @time_limit(60)
 @pytest.mark.parametrize("shape", ["data", "layers"])
 @pytest.mark.parametrize(
@@ -181,7 +179,7 @@ def test_a_function_of_the_training_raises_on_one_rank(shape, where):
     assert fails_here or isinstance(caught.value.__cause__, KeyError)
 
 
-@pytest.mark.parallel([2])
+@pytest.mark.parallel(2)
 @time_limit(60)
 def test_loaders_and_networks_that_differ_are_refused():
     net, x, y = peaks_network(4, Grid((2, 1)))
@@ -199,7 +197,7 @@ def test_loaders_and_networks_that_differ_are_refused():
         Grid(("2x1", "1x2")[COMM.rank])
 
 
-@pytest.mark.parallel([2])
+@pytest.mark.parallel(2)
 @time_limit(60)
 def test_batches_that_differ_on_ranks_that_share_layers_are_refused():
     """Shuffled otherwise; data groups have their own."""
@@ -225,7 +223,7 @@ def test_batches_that_differ_on_ranks_that_share_layers_are_refused():
     train_epoch(net, [(x[turned], y[turned])], torch.optim.SGD(net.parameters(), lr=0.1), data_comm=COMM)
 
 
-@pytest.mark.parallel([1, 2])
+@pytest.mark.parallel([1, 3])
 @time_limit(60)
 def test_an_evaluation_that_fails_in_one_group():
     """``accuracy`` over groups, where the last one's data are of another width."""
@@ -235,7 +233,7 @@ def test_an_evaluation_that_fails_in_one_group():
         accuracy(net, data, batch_size=30, grid=net.grid)
 
 
-@pytest.mark.parallel([1, 2])
+@pytest.mark.parallel([1, 3])
 @time_limit(60)
 def test_a_loss_without_second_derivative_fails_on_all_ranks():
     """It is known to the last rank only, which has the classification layer."""

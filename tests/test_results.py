@@ -18,6 +18,7 @@ from pint_fem.optimize import (
     minimize_trust_region,
     scipy_minimize,
 )
+from tests.ranks import cases
 
 
 class Bowl:
@@ -149,8 +150,8 @@ METHODS = {
 
 
 @pytest.mark.parametrize("several", [False, True])
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parallel([1, 2])
+@pytest.mark.parallel([1, 3])
+@pytest.mark.parametrize("method", cases(METHODS, on_ranks=["trust region", "scipy"]))
 def test_control(method, several):
     """The controls found are Functions in their spaces: x as functions, and the values of the functional's controls."""
     J = functional(pf.SpaceTime(), several=several)
@@ -171,7 +172,7 @@ def test_control(method, several):
     assert J(found) == pytest.approx(value, rel=1e-6)
 
 
-@pytest.mark.parallel(2)
+@pytest.mark.parallel(3)
 def test_control_with_one_value_per_step():
     """An EnsembleFunction."""
     J = functional(pf.SpaceTime(), several=False, per_step=True)

@@ -13,7 +13,7 @@ from pint_fem.errors import InputError
 from pint_fem.mgrit import MGRIT
 from tests.limits import time_limit
 
-GRIDS = ["2x1", "1x2"]
+GRIDS = ["3x1", "1x3"]
 STEPS = 4
 
 
@@ -57,9 +57,9 @@ EVERYWHERE = {
 IN_TIME = {"field": "the value of the function 'field' differs"}  # in space each rank has another part of it
 
 
-@pytest.mark.parallel(2)
+@pytest.mark.parallel(3)
 @pytest.mark.parametrize(
-    ("grid", "other"), [("1x2", o) for o in EVERYWHERE | IN_TIME] + [("2x1", o) for o in ("constant", "readings")]
+    ("grid", "other"), [("1x3", o) for o in EVERYWHERE | IN_TIME] + [("3x1", o) for o in ("constant", "readings")]
 )
 @time_limit(60)
 def test_data_that_differ_between_ranks_are_refused_when_the_functional_is_made(grid, other):
@@ -67,7 +67,7 @@ def test_data_that_differ_between_ranks_are_refused_when_the_functional_is_made(
         Posed(grid, other)
 
 
-@pytest.mark.parallel(2)
+@pytest.mark.parallel(3)
 @pytest.mark.parametrize("grid", GRIDS)
 @time_limit(60)
 def test_data_that_differ_between_ranks_are_refused_when_read_again_and_the_old_ones_stay(grid):
@@ -91,7 +91,7 @@ def test_data_that_differ_between_ranks_are_refused_when_read_again_and_the_old_
         J * (1.0 + posed.rank)
 
 
-@pytest.mark.parallel(2)
+@pytest.mark.parallel(3)
 @pytest.mark.parametrize("grid", GRIDS)
 @time_limit(60)
 def test_what_one_rank_gives_wrongly_is_refused_on_all(grid, tmp_path):
@@ -117,7 +117,7 @@ def test_what_one_rank_gives_wrongly_is_refused_on_all(grid, tmp_path):
     assert np.isfinite(J(z))
 
 
-@pytest.mark.parallel(2)
+@pytest.mark.parallel(3)
 @time_limit(60)
 def test_states_of_other_types_on_the_ranks_are_refused():
     class Euler:

@@ -132,8 +132,8 @@ def test_collective_ends_after_the_last_and_a_broadcast_after_its_root():
     assert [b for _, b in results] == [pytest.approx(x) for x in (sent, barrier + 10, sent, sent)]
 
 
-@settings(max_examples=30, deadline=None)
-@given(st.integers(1, 6), st.randoms(use_true_random=True))
+@settings(max_examples=30)
+@given(st.integers(1, 6), st.randoms(use_true_random=False))
 def test_clocks_never_go_back_and_work_is_conserved(size, random):
     """Random programs that do not deadlock: rounds of work, a ring of messages or a collective."""
     rounds = [(random.choice(["ring", "allgather", "bcast"]), [random.random() for _ in range(size)]) for _ in range(5)]
@@ -300,7 +300,7 @@ def test_two_level_cycle_by_hand():
     assert said.seconds == pytest.approx((m - 1) + 1 + 1 + ranks + (m - 1))
 
 
-@pytest.mark.parallel([1, 2, 3, 4])
+@pytest.mark.parallel([1, 3])
 @pytest.mark.parametrize("kind", [Halve, HalveBlocks])
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_schedule_is_that_of_a_real_run(config, kind):
@@ -309,7 +309,7 @@ def test_schedule_is_that_of_a_real_run(config, kind):
     assert said == real
 
 
-@pytest.mark.parallel([1, 2, 3, 4])
+@pytest.mark.parallel([1, 3])
 @pytest.mark.parametrize("kind", [Halve, HalveBlocks])
 def test_paradiag_is_that_of_a_real_run(kind):
     """Calls, solves, transforms, transposes with what they send, and messages, on every rank."""
@@ -352,7 +352,7 @@ def test_schedule_is_that_of_a_real_run_on_eight_ranks():
     assert done.stdout.split() == [str(2 * len(CONFIGS) + 2), "alike"]
 
 
-@pytest.mark.parallel([1, 2, 3])
+@pytest.mark.parallel([1, 3])
 def test_consistency_across_ranks():
     comm = MPI.COMM_WORLD
     assert consistent_across_ranks(comm, True, (1, 2), (True, False))

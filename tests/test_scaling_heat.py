@@ -14,7 +14,7 @@ from tests.scaling_traces import events
 OPTIONS = {"levels": 3, "coarsening": (4, 2), "relax": "FCF"}
 
 
-@pytest.mark.parallel([1, 2, 3])
+@pytest.mark.parallel([1, 3])
 def test_gradient_and_hessian_are_those_of_a_real_trace():
     comm = MPI.COMM_WORLD
     options = {**OPTIONS, "trace": "t", "rtol": 1e-6}
@@ -33,7 +33,7 @@ def test_gradient_and_hessian_are_those_of_a_real_trace():
     assert events(said.traces[comm.rank]) == events(sweeps.solvers.trace.events)
 
 
-@pytest.mark.parallel([1, 2, 3])
+@pytest.mark.parallel([1, 3])
 @pytest.mark.parametrize("solver", ["mgrit", "paradiag"])
 def test_model_of_an_inexact_hessian_is_that_of_a_real_trace(solver):
     """Tangent cycles from zero and their transposes."""

@@ -38,7 +38,7 @@ def calibration(**changes) -> Record:
     return c.with_changes(**changes)
 
 
-@pytest.mark.parallel([1, 2, 3, 4])
+@pytest.mark.parallel([1, 3])
 @pytest.mark.parametrize(("options", "iterations"), CONFIGS)
 def test_training_step_is_that_of_a_real_network(options, iterations):
     """Every call, message, peer and byte of both sweeps, on every rank, and messages with parameters."""

@@ -5,7 +5,7 @@ from pathlib import Path
 import firedrake as fd
 import numpy as np
 import pytest
-from firedrake import Function, FunctionSpace, TestFunction, UnitSquareMesh, assemble, dx, grad, inner, solve
+from firedrake import Function, FunctionSpace, TestFunction, assemble, dx, grad, inner, solve
 from firedrake.adjoint import Control, ReducedFunctional
 from irksome import Dt
 from mpi4py import MPI
@@ -15,16 +15,17 @@ from pint_fem.errors import InputError
 from pint_fem.kernels.arrays import get
 from pint_fem.propagators.tape import recording
 from tests.limits import time_limit
+from tests.meshes import square
 
 N, STEP = 8, 1 / 16
-GRIDS = {1: ["1x1"], 2: ["1x2", "2x1"]}
+GRIDS = {1: ["1x1"], 3: ["1x3", "3x1"]}
 
 
 class Posed:
     """A reaction-diffusion problem with an unknown source, by backward Euler."""
 
     def __init__(self, st, storage="all", **options):
-        mesh = UnitSquareMesh(3, 3, comm=st.space_comm, distribution_parameters={"partitioner_type": "simple"})
+        mesh = square(3, st.space_comm)
         self.st, self.V = st, FunctionSpace(mesh, "CG", 1)
         self.x = fd.SpatialCoordinate(mesh)
         self.u, v = Function(self.V, name="u"), TestFunction(self.V)
@@ -81,7 +82,7 @@ def grids():
     return GRIDS[MPI.COMM_WORLD.size]
 
 
-@pytest.mark.parallel([1, 2])
+@pytest.mark.parallel([1, 3])
 @pytest.mark.parametrize("storage", ["all", "C"])
 @time_limit(120)
 def test_states_and_adjoints_at_given_times(storage):
@@ -103,7 +104,7 @@ def test_states_and_adjoints_at_given_times(storage):
             np.testing.assert_allclose(get(assemble(field * w * dx)), get(slope), rtol=1e-7, atol=1e-10)
 
 
-@pytest.mark.parallel([1, 2])
+@pytest.mark.parallel([1, 3])
 @pytest.mark.parametrize("storage", ["all", "C"])
 @time_limit(120)
 def test_own_points_share_the_time_axis(storage):
@@ -126,7 +127,7 @@ def test_own_points_share_the_time_axis(storage):
             np.testing.assert_allclose(get(f), get(given[n]), rtol=1e-12)
 
 
-@pytest.mark.parallel([1, 2])
+@pytest.mark.parallel([1, 3])
 @time_limit(120)
 def test_files_for_paraview(tmp_path):
     """One list with the times in order and files that are there, of all ranks; with C-points, at given times, too."""
@@ -154,7 +155,7 @@ def test_files_for_paraview(tmp_path):
         posed.J.write(posed.z, folder / "state.vtu")
 
 
-@pytest.mark.parallel([1, 2])
+@pytest.mark.parallel([1, 3])
 @time_limit(120)
 def test_u_holds_the_final_state_only_if_asked():
     """By default no function of the user's changes; with final_state=u it is the loop's last state on all ranks."""
@@ -196,7 +197,6 @@ def test_what_is_refused():
             )
 
 
-@pytest.mark.parallel([1, 2])
 @time_limit(120)
 def test_terms_of_a_sum():
     """The state of one of two evolutions, and its adjoint with the term's weight."""

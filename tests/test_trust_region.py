@@ -747,7 +747,7 @@ def test_radii_that_contradict_each_other_are_refused():
 
 def test_options_are_keyword_only_and_numpy_numbers_are_numbers():
     """A forgotten keyword is no option; options read from arrays are."""
-    with pytest.raises(TypeError):
+    with pytest.raises(TypeError, match="positional argument"):
         minimize_trust_region(rosenbrock(2), np.ones(2), 1e-6)
     minimize_trust_region(rosenbrock(2), np.ones(2), max_it=np.int64(3), gtol_rel=np.float32(1e-3))
 

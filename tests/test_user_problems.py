@@ -9,9 +9,12 @@ from mpi4py import MPI
 import pint_fem as pf
 from pint_fem.propagators.tape import recording
 from tests.limits import time_limit
-from tests.user_tasks import TASKS, loop, pose
+from tests.ranks import cases
+from tests.user_tasks import TASKS, channel, extruded_column, loop, pose, stirred_tank
 
-GRIDS = {1: ["1x1"], 2: ["2x1", "1x2"]}
+ON_RANKS = [channel, extruded_column, stirred_tank]
+"""Nullspace, extruded mesh and several controls: these on grids in space and in time."""
+GRIDS = {1: ["1x1"], 3: ["3x1", "1x3"]}
 
 
 def with_values(space, value):
@@ -69,8 +72,10 @@ def distance(ours, theirs, comm) -> float:
     return float(np.sqrt(both[0] / both[1]))
 
 
-@pytest.mark.parallel([1, 2])
-@pytest.mark.parametrize("make", TASKS, ids=lambda make: make.__name__)
+@pytest.mark.parallel([1, 3])
+@pytest.mark.parametrize(
+    "make", cases([t for t in TASKS if t not in ON_RANKS], on_ranks=ON_RANKS), ids=lambda make: make.__name__
+)
 @time_limit(120)
 def test_against_a_loop_by_hand(make):
     for grid in GRIDS[MPI.COMM_WORLD.size]:

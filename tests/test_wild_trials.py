@@ -44,7 +44,7 @@ class Approaching:
 # --- one-shot --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parallel([1, 2])
+@pytest.mark.parallel([1, 3])
 @pytest.mark.parametrize("first", [20.0, 60.0, 200.0, 320.0, 900.0])
 @pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")
 @time_limit(60)

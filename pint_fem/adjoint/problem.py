@@ -30,8 +30,8 @@ from pint_fem.adjoint.regularisation import Regularisation
 from pint_fem.adjoint.trajectories import Source, trajectories
 from pint_fem.all_at_once.norms import gather_in_order
 from pint_fem.all_at_once.stopping import SolveResult
-from pint_fem.collective import collectively
 from pint_fem.errors import InputError
+from pint_fem.logs import logger
 from pint_fem.mgrit.options import MGRITOptions
 from pint_fem.misfits.base import BlockMisfit, Misfit
 from pint_fem.sweeps.sweeps import Sweeps
@@ -134,8 +134,9 @@ class ReducedProblem(ControlProblem):
         return estimate_memory(self)
 
     def _print_memory(self) -> None:
-        text, show = str(self.memory()), self.sweeps.solvers.printer if self.spacetime.is_root else len
-        collectively(self.spacetime.comm, "printer", show, text)
+        text = str(self.memory())
+        if self.spacetime.is_root:
+            logger.info(text)
 
     @property
     def evaluations(self) -> tuple[Evaluation, ...]:

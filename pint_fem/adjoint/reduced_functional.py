@@ -17,6 +17,7 @@ from pint_fem.adjoint.riesz import ControlInner
 from pint_fem.adjoint.states import FinalState
 from pint_fem.errors import InputError
 from pint_fem.evolution.evolution import Evolution
+from pint_fem.logs import logger
 from pint_fem.misfits.base import Misfit
 from pint_fem.petsc_options.spelling import require_prefix
 from pint_fem.propagators import make_propagator
@@ -73,8 +74,6 @@ class TimeParallelReducedFunctional(ControlFunctional):
         evolutions. Default: no function of the user changes. :meth:`state` returns states at all times.
     coarse_evolutions
         Instead of ``spatial_coarsening``: an evolution for each coarse level, on meshes of the same hierarchy.
-    printer
-        Prints the lines of monitors and views, on the first rank.
     options_prefix
         Prefix of this functional's options in PETSc's database, such as ``"heat_"`` for ``-heat_mgrit_rtol``,
         ``-heat_paradiag_alpha`` and ``-heat_pint_ksp_view``, so that functionals in one program have options of their
@@ -99,7 +98,6 @@ class TimeParallelReducedFunctional(ControlFunctional):
         propagator: Callable = make_propagator,
         coarse_evolutions: Sequence[Evolution] | None = None,
         final_state: Function | Sequence[Function] | None = None,
-        printer: Callable[[str], None] = print,
         options_prefix: str = "",
     ):
         forms = list(regularisation) if isinstance(regularisation, (list, tuple)) else [regularisation]
@@ -113,7 +111,7 @@ class TimeParallelReducedFunctional(ControlFunctional):
             space_comm = evolutions[0].V.mesh().comm
             spacetime = SpaceTime((space_comm.size, 1), comm=space_comm)
         steps = dict(coarse_tableau=coarse_tableau, propagator=propagator, coarse_evolutions=coarse_evolutions)
-        options = spacetime, solver_parameters, printer, options_prefix, steps
+        options = spacetime, solver_parameters, options_prefix, steps
         problems = [_problem(*own, *options) for own in zip(evolutions, own_misfits, own_forms, strict=True)]
         problem = sum_of_problems([(1.0, p) for p in problems]) if several else problems[0]
         final = [] if final_state is None else list(final_state) if several else [final_state]
@@ -152,7 +150,6 @@ def _problem(
     forms: list,
     spacetime: SpaceTime,
     solver_parameters: Mapping | None,
-    printer: Callable[[str], None],
     options_prefix: str,
     steps: dict,
 ) -> ControlProblem:
@@ -169,7 +166,7 @@ def _problem(
     own.options_prefix = require_prefix(options_prefix)
     solver = read_time_solver(parameters, own, spacetime, steps["coarse_tableau"], options_prefix=own.options_prefix)
     if solver.why and spacetime.is_root:
-        printer(solver.why)
+        logger.info(solver.why)
     spatial_coarsening = parameters.pop("spatial_coarsening", None)
     norm, krylov = parameters.pop("norm", "l2"), krylov_options(parameters.pop("krylov", None), own.options_prefix)
     if krylov is not None and solver.kind == "paradiag":
@@ -182,7 +179,7 @@ def _problem(
     try:
         sweeps = Sweeps(
             own, spacetime, options=solver.mgrit, paradiag=(solver.paradiag, solver.systems), time_solver=solver.kind,
-            spatial_coarsening=spatial_coarsening, krylov=krylov, norm=norm, printer=printer, **steps,
+            spatial_coarsening=spatial_coarsening, krylov=krylov, norm=norm, **steps,
         )  # fmt: skip
     except ValueError as error:
         raise InputError(str(error)) from error

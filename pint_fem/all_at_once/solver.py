@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -28,6 +28,7 @@ from pint_fem.all_at_once.trace import Trace, check_trace_file
 from pint_fem.collective import ending_all_ranks
 from pint_fem.digests import digest
 from pint_fem.errors import FAILURES
+from pint_fem.logs import logger
 
 __all__ = ["AllAtOnceSolver"]
 
@@ -53,8 +54,6 @@ class AllAtOnceSolver(ABC):
         ``finite(block)``, which decides whether all points are finite.
     name
         Named in monitor lines and errors.
-    printer
-        Prints a line.
     trace
         Shared by several solvers; default: one of its own with the option ``trace``.
     is_root
@@ -86,7 +85,6 @@ class AllAtOnceSolver(ABC):
         everyone=None,
         point_norms: PointNorms = euclidean,
         name: str,
-        printer: Callable[[str], None] = print,
         trace: Trace | None = None,
         is_root: bool | None = None,
         key: tuple = (),
@@ -96,7 +94,7 @@ class AllAtOnceSolver(ABC):
     ):
         self.levels, self.options = levels, options
         self.comm, self.everyone = comm, comm if everyone is None else everyone
-        self.nsteps, self.printer = levels[0].nsteps, printer
+        self.nsteps = levels[0].nsteps
         self.key = digest((self.nsteps, levels[0].bounds.digest, vars(options), *key))
         self._is_root = comm.rank == 0 if is_root is None else is_root
         if options.trace and trace is None:
@@ -275,9 +273,9 @@ class AllAtOnceSolver(ABC):
     def _print(self, text: str) -> None:
         if self._is_root:
             try:
-                self.printer(text)
+                logger.info(text)
             except FAILURES as error:  # on this rank only
-                self._failures.note("printer", error)
+                self._failures.note("logging", error)
 
     def _monitor(self, result: SolveResult) -> None:
         if self.options.monitor:

@@ -27,7 +27,7 @@ This module needs petsc4py and petsctools; :mod:`pint_fem.mgrit` does not import
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from petsc4py import PETSc
@@ -37,6 +37,7 @@ from pint_fem.all_at_once.levels import Level, Propagator
 from pint_fem.all_at_once.stopping import DivergedError, SolveResult
 from pint_fem.collective import any_rank, collectively, ending_all_ranks, raise_report
 from pint_fem.errors import FailureReport, InputError, SolverFailure
+from pint_fem.logs import logger
 from pint_fem.mgrit.options import MGRITOptions
 from pint_fem.mgrit.space_time_operator import Direction, Hierarchies, MGRITPreconditioner
 
@@ -65,8 +66,6 @@ class KrylovMGRIT:
     options_prefix
         Prefix in PETSc's database, which comes before ``solver_parameters``: ``-mgrit_ksp_type gcr
         -mgrit_ksp_monitor -mgrit_ksp_view``.
-    printer
-        Prints monitor lines.
 
     Raises
     ------
@@ -83,12 +82,11 @@ class KrylovMGRIT:
         solver_parameters: Mapping | None = None,
         options_prefix: str = "mgrit_",
         name: str = "mgrit",
-        printer: Callable[[str], None] = print,
         **hierarchy,
     ):
         self.options = options = MGRITOptions.make(options)
         self.hierarchies = Hierarchies(propagators, nsteps, options=options, name=name, **hierarchy)
-        self.name, self.printer, self.nsteps = name, printer, nsteps
+        self.name, self.nsteps = name, nsteps
         self._parameters, self._prefix = dict(solver_parameters or {}), options_prefix
         self._petsc_options: OptionsManager | None = None
         self.ksp: PETSc.KSP | None = None
@@ -316,7 +314,7 @@ class KrylovMGRIT:
 
     def _print(self, text: str) -> None:
         if self.hierarchies.petsc_comm.rank == 0:
-            self.printer(text)
+            logger.info(text)
 
     def view(self, state_nbytes: int | None = None) -> str:
         """Describe the hierarchy in a few lines; PETSc's ``ksp_view`` prints it as that of the preconditioner."""

@@ -60,7 +60,7 @@ class MGRIT(AllAtOnceSolver):
     name
         Named in monitor lines and errors.
     **given
-        ``everyone``, ``point_norms``, ``printer``, ``trace`` and ``is_root`` of
+        ``everyone``, ``point_norms``, ``trace`` and ``is_root`` of
         :class:`~pint_fem.all_at_once.solver.AllAtOnceSolver`.
 
     Raises

@@ -68,7 +68,7 @@ class ParaDiag(AllAtOnceSolver):
     circulant
         Makes the preconditioner, an :class:`~pint_fem.paradiag.circulant.AlphaCirculant` or one like it.
     **given
-        ``everyone``, ``point_norms``, ``printer``, ``trace`` and ``is_root`` of
+        ``everyone``, ``point_norms``, ``trace`` and ``is_root`` of
         :class:`~pint_fem.all_at_once.solver.AllAtOnceSolver`.
 
     Attributes

@@ -73,8 +73,6 @@ class LayerParallelResNet(nn.Module):
         Of the residual layers' initial parameters.
     dtype
         ``torch.float64`` or ``torch.float32``.
-    printer
-        Called with each line of the solver's monitor.
 
     Attributes
     ----------
@@ -111,7 +109,6 @@ class LayerParallelResNet(nn.Module):
         mgrit: MGRITOptions | Mapping | None = None,
         seed: int = 0,
         dtype: torch.dtype = torch.float32,
-        printer: Callable[[str], None] = print,
     ):
         super().__init__()
         self.grid = grid = grid or Grid()
@@ -148,7 +145,7 @@ class LayerParallelResNet(nn.Module):
         if not isinstance(mgrit, MGRITOptions):
             tolerance = 1e-12 if dtype == torch.float64 else 1e-6
             mgrit = {"rtol": tolerance, "on_divergence": "serial", **(mgrit or {})}
-        self.sweeps = LayerSweeps(layer, nlayers, self.h, grid, options=mgrit, printer=printer)
+        self.sweeps = LayerSweeps(layer, nlayers, self.h, grid, options=mgrit)
         self.forward_sweeps = Iterations(forward_iterations, adaptive)
         self.backward_sweeps = Iterations(backward_iterations, adaptive)
         self.lo, self.hi = self.sweeps.lo, self.sweeps.hi

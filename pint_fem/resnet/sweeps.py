@@ -13,7 +13,7 @@ the first half of a cycle, so sweeps of a fixed number of cycles report them, to
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -103,8 +103,6 @@ class LayerSweeps:
         The process grid.
     options
         MGRIT options: ``levels``, ``coarsening`` (factors), ``relax``, ``cycle``, ``rtol``, ``max_it`` ...
-    printer
-        Called with each line of the monitor.
 
     Attributes
     ----------
@@ -134,7 +132,6 @@ class LayerSweeps:
         grid: Grid,
         *,
         options: MGRITOptions | Mapping | None = None,
-        printer: Callable[[str], object] = print,
     ):
         self.layer, self.nlayers, self.h, self.grid = layer, nlayers, h, grid
         if nlayers < grid.layer_size:
@@ -159,7 +156,7 @@ class LayerSweeps:
         self.strides = [1]
         for m in factors:
             self.strides.append(self.strides[-1] * m)
-        common = dict(printer=printer, is_root=grid.is_root)
+        common = dict(is_root=grid.is_root)
         forward = dict(comm=grid.layer_comm, bounds=self.bounds, **common)
         backward = dict(comm=grid.reversed_layer_comm, bounds=reversed_bounds, **common)
         kinds = [("forward", forward, False), ("backward", backward, True), ("tangent", forward, True)]

@@ -87,7 +87,6 @@ def check_sweeps(sweeps: Sweeps, z: np.ndarray | None = None, *, seed: int = 0, 
             space_comm=spacetime.space_comm,
             seed=seed,
             rtol=rtol,
-            printer=sweeps.solvers.printer,
         )
     except ValueError as error:
         raise InputError(str(error)) from error

@@ -4,6 +4,7 @@ convergence, which are also printed before the first solve.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -235,10 +236,9 @@ def _choose(evolution: Evolution, mgrit: MGRITOptions, paradiag: ParaDiagOptions
 
 def estimate_lines(
     evolution: Evolution, options: MGRITOptions | ParaDiagOptions, estimates: Sequence[ConvergenceEstimate]
-) -> Iterator[str]:
-    """Lines on the convergence of a time solver: warnings, and with the options ``monitor`` or ``view`` all estimates.
-
-    Collective over space.
+) -> Iterator[tuple[int, str]]:
+    """Yield lines on the convergence of a time solver with their level of :mod:`logging` (collective over space):
+    warnings, and with the options ``monitor`` or ``view`` all estimates.
 
     Parameters
     ----------
@@ -253,13 +253,13 @@ def estimate_lines(
     if isinstance(options, ParaDiagOptions):
         text, warns = _paradiag_estimate(evolution, options.alpha)
         if everything or warns:
-            yield text
+            yield logging.WARNING if warns else logging.INFO, text
     for level, estimate in enumerate(estimates):
         where = f"levels {level} and {level + 1}"
         if everything:
-            yield f"theory, {where}: {estimate}"
+            yield logging.INFO, f"theory, {where}: {estimate}"
         elif not estimate.converges:
-            yield f"warning, {where}: {estimate.warning}"
+            yield logging.WARNING, f"warning, {where}: {estimate.warning}"
 
 
 def _paradiag_estimate(evolution: Evolution, alpha: float) -> tuple[str, bool]:

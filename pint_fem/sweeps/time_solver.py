@@ -19,7 +19,7 @@ class TimeSolver(Protocol):
     :class:`~pint_fem.mgrit.solver.MGRIT`, :class:`~pint_fem.paradiag.solver.ParaDiag` and
     :class:`~pint_fem.sweeps.krylov.AcceleratedSweep` have this interface. Their constructors take the steps of each
     level (:mod:`~pint_fem.sweeps.steps`), the number of steps and keyword arguments: communicators and ``bounds`` of
-    the ranks' steps, ``transfers`` between meshes, norm of states, ``options``, ``printer`` and ``trace``. An adjoint
+    the ranks' steps, ``transfers`` between meshes, norm of states, ``options`` and ``trace``. An adjoint
     sweep is solved by the same class: its steps run backwards in time, on the reversed communicator.
 
     Attributes

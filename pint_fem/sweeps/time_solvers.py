@@ -17,6 +17,7 @@ from pint_fem.capacity import require_memory
 from pint_fem.collective import collectively
 from pint_fem.evolution.evolution import Evolution
 from pint_fem.kernels.arrays import own_size
+from pint_fem.logs import logger
 from pint_fem.mgrit.options import MGRITOptions
 from pint_fem.mgrit.solver import MGRIT
 from pint_fem.mgrit.transposed_cycles import TransposedAdjoint
@@ -65,8 +66,6 @@ class TimeSolvers:
         (:mod:`pint_fem.mgrit.krylov`). Tolerances are then relative to the right-hand side.
     norm
         Norm of residuals and trajectories: ``"l2"`` of coefficients, or ``"L2"`` of functions (its dual for adjoints).
-    printer
-        Prints a line.
     time_solver
         ``"paradiag"`` for :class:`~pint_fem.paradiag.ParaDiag`; anything else is MGRIT.
     paradiag
@@ -98,11 +97,11 @@ class TimeSolvers:
         self, evolution: Evolution, spacetime: SpaceTime, *, options: MGRITOptions | Mapping | None = None,
         coarse_tableau=None, propagator: Callable[..., FEPropagator] = make_propagator, spatial_coarsening=None,
         coarse_evolutions=None, krylov: Mapping | None = None, norm: str = "l2",
-        printer: Callable[[str], None] = print, time_solver: str = "mgrit",
+        time_solver: str = "mgrit",
         paradiag: tuple[ParaDiagOptions, Mapping] | None = None,
     ):  # fmt: skip
         self.evolution = evolution = evolution.private()
-        self.spacetime, self.printer, self.norm = spacetime, printer, norm
+        self.spacetime, self.norm = spacetime, norm
         self._coarse_tableau, self._propagator, self._krylov = coarse_tableau, propagator, krylov
         self._is_paradiag = time_solver == "paradiag"
         self._paradiag = (ParaDiagOptions(), {}) if paradiag is None else paradiag
@@ -148,7 +147,7 @@ class TimeSolvers:
         if self._krylov is not None and options.residual == "full":
             raise ValueError("mgrit residual 'full' with krylov: PETSc's residual is that of all points; leave it out")
         common = dict(
-            options=options, printer=self.printer, trace=self.trace, is_root=spacetime.is_root, everyone=spacetime.comm
+            options=options, trace=self.trace, is_root=spacetime.is_root, everyone=spacetime.comm
         )
         forward = common | dict(
             comm=spacetime.time_comm, bounds=self.slab.bounds, transfers=self.space.transfers,
@@ -359,12 +358,12 @@ class TimeSolvers:
         return mgrit_estimate(self.evolution, self.options, self._coarse_tableau) if fits else None
 
     def report_estimates(self) -> None:
-        """Print the a-priori estimates or their warnings once, before the first solve (collective)."""
+        """Log the a-priori estimates or their warnings once, before the first solve (collective)."""
 
         def report() -> None:
-            for text in estimate_lines(self.evolution, self.options, self.estimates or []):
+            for level, text in estimate_lines(self.evolution, self.options, self.estimates or []):
                 if self.spacetime.is_root:
-                    self.printer(text)
+                    logger.log(level, text)
 
         if not self._reported:
             self._reported = True

@@ -21,7 +21,7 @@ from problems.serial_maxwell import serial_maxwell_source
 from tests.benchmarks.derivatives import Derivatives, difference, on_tape
 from tests.benchmarks.rows import Row, row, table
 
-__all__ = ["COARSENING", "SOLVERS", "maxwell_rows", "silent"]
+__all__ = ["COARSENING", "SOLVERS", "maxwell_rows"]
 
 STEPS = 64
 TARGET = 10
@@ -36,14 +36,10 @@ SOLVERS = {
 }
 
 
-def silent(text: str) -> None:
-    """Print nothing."""
-
-
 def maxwell_rows(regime: str, steps: int, say: Callable[[str], None], *, repeats: int = 2) -> list[Row]:
     """The tape over ours, for one regime."""
     pose = lambda parameters: maxwell_source(
-        SpaceTime("1x1", comm=COMM_SELF), regime=regime, steps=steps, solver_parameters=parameters, printer=silent
+        SpaceTime("1x1", comm=COMM_SELF), regime=regime, steps=steps, solver_parameters=parameters
     )
     posed = pose(SOLVERS[regime]["serial"])
     z = get(posed.true_current)

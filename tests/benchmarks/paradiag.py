@@ -19,7 +19,7 @@ from pint_fem.misfits import RunningMisfit
 from pint_fem.spacetime import SpaceTime
 from problems.heat_square import field, square
 from problems.maxwell_source import maxwell_source
-from tests.benchmarks.maxwell import COARSENING, silent
+from tests.benchmarks.maxwell import COARSENING
 from tests.benchmarks.rows import Row, row, write_rows
 from tests.benchmarks.time_parallel import together
 from tests.cavity import cavity
@@ -71,7 +71,7 @@ def waves(spacetime: SpaceTime, **parameters) -> Case:
 
 def lossy(spacetime: SpaceTime, **parameters) -> Case:
     """The lossy box, at its true current."""
-    posed = maxwell_source(spacetime, regime="lossy", steps=LOSSY_STEPS, solver_parameters=parameters, printer=silent)
+    posed = maxwell_source(spacetime, regime="lossy", steps=LOSSY_STEPS, solver_parameters=parameters)
     return Case(posed.rf, posed.rf.array(posed.true_current))
 
 

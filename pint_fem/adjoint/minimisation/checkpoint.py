@@ -44,6 +44,7 @@ from pint_fem.all_at_once.stopping import SolveResult
 from pint_fem.collective import collectively, on_first_rank
 from pint_fem.errors import InputError, SolverFailure
 from pint_fem.kernels.arrays import own_size
+from pint_fem.logs import logger
 from pint_fem.optimize.constraints import AffineConstraints
 
 __all__ = ["HDF5Checkpoint", "open_checkpoint"]
@@ -97,8 +98,7 @@ def open_checkpoint(
         run["bounds"] = {name: bound_numbers(layout, side) for name, side in sides.items()}
     if constraints:
         run["constraints"] = constraint_numbers(layout, constrained, [float(value) for _, value in constraints])
-    printer = objective.problem.sweeps.solvers.printer
-    file = HDF5Checkpoint(given, objective, run, if_save_fails=if_save_fails, printer=printer)
+    file = HDF5Checkpoint(given, objective, run, if_save_fails=if_save_fails)
     file.reserve()
     try:
         yield file
@@ -120,8 +120,6 @@ class HDF5Checkpoint:
     if_save_fails : {"stop", "continue"}
         Where the file cannot be written, as on a full disk, ``"stop"`` raises, and ``"continue"`` prints a line and
         leaves the last complete file.
-    printer : callable
-        Prints that line.
 
     Raises
     ------
@@ -138,12 +136,11 @@ class HDF5Checkpoint:
         run: dict | None = None,
         *,
         if_save_fails: str = "stop",
-        printer: Callable[[str], object] = print,
     ):
         if if_save_fails not in ("stop", "continue"):
             raise InputError(f"if_save_fails = {if_save_fails!r}: give 'stop' or 'continue'")
         self.path, self.objective, self._problem = Path(path), objective, objective.problem
-        self._continues, self._printer = if_save_fails == "continue", printer
+        self._continues = if_save_fails == "continue"
         self._layout, self._spacetime = self._problem.layout, self._problem.spacetime
         self._comm = self._spacetime.comm
         self._lock: files.FileLock | None = None
@@ -210,7 +207,7 @@ class HDF5Checkpoint:
             if not self._continues:
                 raise
             if self._comm.rank == 0:
-                self._printer(f"warning: {error}; the run continues, and the last complete file remains")
+                logger.warning("%s; the run continues, and the last complete file remains", error)
 
     def _save(self, scalars: dict, vectors: dict[str, np.ndarray]) -> None:
         """Write a new file beside the last one, and replace that."""

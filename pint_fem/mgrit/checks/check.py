@@ -12,7 +12,7 @@ run, so the failures name causes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from mpi4py import MPI
@@ -51,7 +51,6 @@ def check(
     space_comm=MPI.COMM_SELF,
     seed: int = 0,
     rtol: float = 1e-12,
-    printer: Callable[[str], None] = print,
 ) -> CheckReport:
     """Check propagators and transfers (collective over ``comm`` and ``space_comm``).
 
@@ -74,8 +73,6 @@ def check(
         Seed of the states and directions.
     rtol
         Relative accuracy of the steps and their derivatives.
-    printer
-        Prints the lines, on the first rank.
 
     Returns
     -------
@@ -99,7 +96,7 @@ def check(
     keys = {key for part in space_comm.allgather(comm.allgather(setup.key)) for key in part}
     if len(keys) > 1:
         raise InputError("check: the arguments differ: give all ranks the same steps, levels, transfers and steppers")
-    run = Runner(comm, is_root=comm.rank == 0 and space_comm.rank == 0, printer=printer)
+    run = Runner(comm, is_root=comm.rank == 0 and space_comm.rank == 0)
     space = Space(space_comm)
     levels, here, sound = [], setup.state, True
     for index, propagator in enumerate(setup.propagators):

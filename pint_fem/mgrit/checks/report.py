@@ -10,6 +10,7 @@ import numpy as np
 
 from pint_fem.collective import raise_collectively
 from pint_fem.errors import FAILURES
+from pint_fem.logs import logger
 
 __all__ = ["RANKS", "CheckReport", "Found", "Runner", "Space", "UserError", "patterns", "raise_first", "ratio"]
 
@@ -66,13 +67,11 @@ class Runner:
         Communicator of the ranks; all of them call the same checks in the same order.
     is_root
         Whether this rank prints.
-    printer
-        Prints a line.
     """
 
-    def __init__(self, comm, *, is_root: bool, printer: Callable[[str], None]):
+    def __init__(self, comm, *, is_root: bool):
         self.comm, self.report = comm, CheckReport()
-        self._print = printer if is_root else (lambda line: None)
+        self._print = logger.info if is_root else (lambda line: None)
         self.counts = dict.fromkeys(["passed", "failed", "reported", "not there", "not run"], 0)
 
     def add(self, where: str, name: str, status: str, text: str = "") -> None:

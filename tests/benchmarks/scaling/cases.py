@@ -62,12 +62,12 @@ def _square(size: int):
 
 
 def _plate(grid: SpaceTime, steps: int, parameters: dict) -> TimeParallelReducedFunctional:
-    return heat_source(grid, steps=steps, solver_parameters=parameters, printer=lambda text: None).rf
+    return heat_source(grid, steps=steps, solver_parameters=parameters).rf
 
 
 def _maxwell(regime: str):
     return lambda grid, steps, parameters: (
-        maxwell_source(grid, regime=regime, steps=steps, solver_parameters=parameters, printer=lambda text: None).rf
+        maxwell_source(grid, regime=regime, steps=steps, solver_parameters=parameters).rf
     )
 
 

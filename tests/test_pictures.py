@@ -1,0 +1,112 @@
+"""Pictures show the numbers that they are given: data, scales, names and titles of what is drawn."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from firedrake import COMM_SELF, SpatialCoordinate
+from matplotlib.image import imread
+
+from pint_fem.output import pictures
+from tests.meshes import square
+from tests.pictures import assert_drawn
+
+EXTENT = (0.0, 2.0, 0.0, 1.0)
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that are drawn, as matplotlib has them."""
+    kept, close = [], pictures.plt.close
+    monkeypatch.setattr(pictures.plt, "close", kept.append)
+    yield kept
+    for fig in kept:
+        close(fig)
+
+
+def images(count):
+    x, y = np.meshgrid(np.linspace(0, 2, 40), np.linspace(0, 1, 20))
+    return [(n + 1) * np.sin(3 * x + n) * y for n in range(count)]
+
+
+def test_rasters_are_samples():
+    mesh = square(4, COMM_SELF)
+    x, y = SpatialCoordinate(mesh)
+    raster = pictures.Raster(mesh, width=10)
+    centres = (np.arange(10) + 0.5) / 10
+    assert raster.shape == (10, 10)
+    assert raster.extent == (0, 1, 0, 1)
+    np.testing.assert_allclose(raster(2 * x - 3 * y), 2 * centres[None] - 3 * centres[:, None], atol=1e-12)
+
+
+def test_fields(tmp_path, figures):
+    """One symmetric scale for all, which the largest value sets; sensors as dots."""
+    path, (a, b), points = tmp_path / "fields.png", images(2), np.array([[0.5, 0.5], [1.5, 0.2], [1.0, 0.9]])
+    pictures.plot_fields(path, [("true", a), ("found", b)], EXTENT, points=points, title="sources")
+    (fig,), limit = figures, abs(b).max()
+    assert fig.get_suptitle() == "sources"
+    assert [ax.get_title() for ax in fig.axes[:2]] == ["true", "found"]
+    assert fig.axes[2].get_ylabel() == "dots: sensors"
+    for ax, image in zip(fig.axes, (a, b), strict=False):
+        (shown,), (dots,) = ax.images, ax.lines
+        np.testing.assert_array_equal(shown.get_array(), image)
+        assert shown.get_clim() == (-limit, limit)
+        assert tuple(shown.get_extent()) == EXTENT
+        np.testing.assert_array_equal(dots.get_xydata(), points)
+    assert_drawn(path, panels=2, colours=200)
+
+
+def test_sensors(tmp_path, figures):
+    """Readings and fit of as many sensors as asked for, and the residuals of all."""
+    path, times, rng = tmp_path / "sensors.png", np.linspace(0, 1, 9), np.random.default_rng(0)
+    measured, predicted = rng.standard_normal((2, 9, 5))
+    pictures.plot_sensors(path, times, measured, predicted, names="abcde", show=3, quantity="E")
+    left, right = figures[0].axes
+    assert left.get_ylabel() == "E"
+    assert [text.get_text() for text in left.get_legend().get_texts()] == [f"sensor {n}" for n in "ace"]
+    for n, s in enumerate((0, 2, 4)):
+        for line, values in zip(left.lines[2 * n : 2 * n + 2], (measured, predicted), strict=True):
+            np.testing.assert_array_equal(line.get_xydata(), np.stack([times, values[:, s]], axis=1))
+    heights, edges = np.histogram(predicted - measured, bins=40)
+    np.testing.assert_array_equal([bar.get_height() for bar in right.patches], heights)
+    assert right.patches[0].get_x() == pytest.approx(edges[0])
+    assert_drawn(path, colours=100)
+
+
+def test_convergence(tmp_path, figures):
+    """J and gradient of each iteration, residuals relative to the first, and the bound's line."""
+    path = tmp_path / "convergence.png"
+    history = [SimpleNamespace(iteration=n, value=10.0**-n, gradient_norm=2.0**-n if n < 3 else 0.0) for n in range(4)]
+    pictures.plot_convergence(path, history, {"state": [2.0, 0.2, 0.02], "adjoint": [3.0, 0.0]}, bound=0.1)
+    left, middle, right = figures[0].axes
+    np.testing.assert_allclose(left.lines[0].get_xydata(), [[n, 10.0**-n] for n in range(4)])
+    np.testing.assert_allclose(middle.lines[0].get_ydata(), [1, 0.5, 0.25, 1e-300])
+    state, adjoint, bound = right.lines
+    np.testing.assert_allclose(state.get_ydata(), [1, 0.1, 0.01])
+    np.testing.assert_allclose(adjoint.get_ydata(), [1])
+    np.testing.assert_allclose(bound.get_ydata(), [1, 0.1, 0.01])
+    texts = [text.get_text() for text in right.get_legend().get_texts()]
+    assert texts == ["first state sweep", "first adjoint sweep", "two-level bound 0.1 a cycle"]
+    assert all(ax.get_yscale() == "log" for ax in (left, middle, right))
+    assert_drawn(path, panels=3)
+
+
+def test_snapshots_and_animation(tmp_path, figures):
+    """All images on one scale, with their titles; a frame for each."""
+    path, shown, titles = tmp_path / "snapshots.png", images(5), [f"t = {n}" for n in range(5)]
+    limit = abs(shown[-1]).max()
+    pictures.plot_snapshots(path, shown, titles, EXTENT, label="field")
+    axes = [ax for ax in figures[0].axes if ax.images]
+    assert [ax.get_title() for ax in axes] == titles
+    for ax, image in zip(axes, shown, strict=True):
+        np.testing.assert_array_equal(ax.images[0].get_array(), image)
+        assert ax.images[0].get_clim() == (-limit, limit)
+    assert_drawn(path, colours=200)
+    moving = tmp_path / "field.gif"
+    pictures.animate(moving, shown, titles, EXTENT)
+    assert_drawn(moving)
+    from PIL import Image
+
+    with Image.open(moving) as gif:
+        assert gif.n_frames == 5
+    assert imread(moving).shape[:2] == (320, 368)
