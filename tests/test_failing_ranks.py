@@ -98,7 +98,7 @@ def test_a_step_fails_on_one_rank(error, log_lines):
 def test_a_step_fails_on_one_rank_in_a_krylov_method(error):
     for on_divergence in ("report", "serial"):
         made = solver(KrylovMGRIT, error, on_divergence=on_divergence)
-        U = np.zeros((made.hierarchies.solver.levels[0].k + 1, 2))
+        U = np.zeros((made.operator.level.k + 1, 2))
         U[0] = 1
         caught(error, made.solve, U)
 

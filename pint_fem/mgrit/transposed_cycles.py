@@ -1,9 +1,9 @@
 r"""Adjoint sweeps by a fixed number of transposed MGRIT cycles.
 
-The exact transpose of a forward cycle has the reversed grid of :mod:`pint_fem.mgrit.space_time_operator`: point ``i``
-is :math:`\lambda_{N+1-i}`, from :math:`\lambda_{N+1} = 0`, where the adjoint sweep begins with :math:`\lambda_N`. That
-makes a step in front, which gives zero, and C-points ``0, 1, 1 + m, ...``; point ``N + 1`` is :math:`\lambda_0`, an
-F-point. What follows from the symmetry is in :mod:`pint_fem.all_at_once.transposed`.
+The exact transpose of a forward cycle runs on the reversed grid: point ``i`` is :math:`\lambda_{N+1-i}`, from
+:math:`\lambda_{N+1} = 0`, where the adjoint sweep begins with :math:`\lambda_N`. That makes a step in front, which
+gives zero, and C-points ``0, 1, 1 + m, ...``; point ``N + 1`` is :math:`\lambda_0`, an F-point. What follows from the
+symmetry is in :mod:`pint_fem.all_at_once.transposed`.
 """
 
 from __future__ import annotations
@@ -16,18 +16,16 @@ from pint_fem.all_at_once.transposed import TransposedSweep
 from pint_fem.mgrit.options import MGRITOptions
 from pint_fem.mgrit.solver import MGRIT
 
-__all__ = ["LeadingZeroStep", "TransposedAdjoint"]
+__all__ = ["TransposedAdjoint"]
 
 
-class LeadingZeroStep:
-    """A propagator whose step 0 gives zero, whatever it starts from; the others are those of another propagator.
-
-    A subclass defines :meth:`_take` and :meth:`_run` for the steps from 1 on.
+class _Shifted:
+    """Steps of an adjoint level behind a leading one: step ``i`` is step ``i - 1`` there, and step 0 gives zero.
 
     Parameters
     ----------
     propagator
-        The other propagator, with an optional method ``sweep``.
+        The level's propagator, with a method ``take`` and an optional method ``sweep``.
     """
 
     def __init__(self, propagator):
@@ -41,23 +39,16 @@ class LeadingZeroStep:
         if steps.start == 0:
             out[:1] = 0
             steps, u, out, place = steps[1:], u[1:], out[1:], place + 1
-        return self._take(steps, u, out, place) if len(steps) else None  # nothing, which the level checks
+        if not steps:
+            return None
+        own = range(steps.start - 1, steps.stop - 1, steps.step)
+        return self.propagator.take(own, u, out, place)  # nothing, which the level checks
 
     def _sweep(self, first: int, U: np.ndarray, G: np.ndarray | None) -> None:
         if first == 0:
             U[1] = 0 if G is None else G[0]
             first, U, G = 1, U[1:], None if G is None else G[1:]
-        return self._run(first, U, G) if len(U) > 1 else None
-
-
-class _Shifted(LeadingZeroStep):
-    """Steps of an adjoint level behind a leading one: step ``i`` is step ``i - 1`` there."""
-
-    def _take(self, steps: range, u: np.ndarray, out: np.ndarray, place: int):
-        return self.propagator.take(range(steps.start - 1, steps.stop - 1, steps.step), u, out, place)
-
-    def _run(self, first: int, U: np.ndarray, G: np.ndarray | None):
-        return self.propagator.sweep(first - 1, U, G)
+        return self.propagator.sweep(first - 1, U, G) if len(U) > 1 else None
 
 
 class TransposedAdjoint(TransposedSweep):

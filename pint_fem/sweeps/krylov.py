@@ -33,7 +33,7 @@ class AcceleratedSweep(KrylovMGRIT):
     @property
     def levels(self) -> Sequence[Level]:
         """Levels of the hierarchy."""
-        return self.hierarchies.solver.levels
+        return self.operator.solver.levels
 
     def solve(
         self, U: np.ndarray, G: np.ndarray | None = None, *, start=None, coarse_rhs=None, rtol=None, cycles=None

@@ -316,7 +316,7 @@ class TimeSolvers:
     # -- properties and reports ----------------------------------------------------------------------------------------
     def __iter__(self) -> Iterator[TimeSolver]:
         for solver in dict.fromkeys((self.state, self.tangent, self.adjoint)):
-            yield solver.hierarchies.solver if isinstance(solver, AcceleratedSweep) else solver
+            yield solver.operator.solver if isinstance(solver, AcceleratedSweep) else solver
 
     @property
     def options(self) -> MGRITOptions | ParaDiagOptions:
