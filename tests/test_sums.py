@@ -164,7 +164,7 @@ def test_arithmetic():
 
 
 @pytest.mark.parallel([1, 3])
-@on_grids
+@pytest.mark.parametrize("grid", cases(["time"], on_ranks=["space"]))
 @time_limit(120)
 def test_minimisers_find_the_minimum_of_the_tape(grid):
     """Linear experiments: the trust region, one-shot, scipy's and pyadjoint's minimisers end at one J, whose gradient
