@@ -7,14 +7,14 @@ import time
 import numpy as np
 from firedrake import Function, assemble, dx, inner
 
-from pint_fem.output.paraview import write_fields, write_functions
-from pint_fem.output.pictures import (
+from demos.outputs import write_json
+from demos.pictures import (
     Raster,
     plot_convergence,
     plot_fields,
     plot_sensors,
 )
-from pint_fem.output.summary import write_json
+from pint_fem.paraview import write_fields, write_functions
 from problems.heat_readings import READINGS
 
 __all__ = ["convergence_picture", "mgrit_summary", "report", "result_summary"]

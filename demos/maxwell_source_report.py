@@ -8,9 +8,8 @@ import numpy as np
 from firedrake import Function, as_vector, assemble, cos, dx, exp, inner, sin
 
 from demos.heat_source_report import convergence_picture, mgrit_summary, result_summary
-from pint_fem.kernels.arrays import put
-from pint_fem.output.paraview import write_fields, write_functions
-from pint_fem.output.pictures import (
+from demos.outputs import write_json
+from demos.pictures import (
     Raster,
     animate,
     gather_images,
@@ -18,7 +17,8 @@ from pint_fem.output.pictures import (
     plot_sensors,
     plot_snapshots,
 )
-from pint_fem.output.summary import write_json
+from pint_fem.kernels.arrays import put
+from pint_fem.paraview import write_fields, write_functions
 from problems.maxwell import B
 from problems.maxwell_readings import readings_file
 from problems.maxwell_setting import true_current

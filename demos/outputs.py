@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 from mpi4py import MPI
 
 from pint_fem.collective import collectively, on_first_rank
 from pint_fem.errors import InputError
-from pint_fem.files import as_input_error, checked_folder
+from pint_fem.files import as_input_error, checked_folder, write_whole
 
-__all__ = ["Outputs", "output_folder"]
+__all__ = ["Outputs", "output_folder", "write_json"]
 
 
 def output_folder(path: Path, comm=MPI.COMM_WORLD) -> None:
@@ -67,3 +69,27 @@ class Outputs:
 
 def _nothing(*args) -> None:
     """What the other ranks do."""
+
+
+def write_json(path: Path, data: dict) -> None:
+    """Write the summary of a run; numbers that are not finite become ``null``, and other objects their text.
+
+    Raises
+    ------
+    InputError
+        Where it cannot be written; an earlier file is then unchanged.
+    """
+
+    def plain(x):
+        if isinstance(x, dict):
+            return {str(k): plain(v) for k, v in x.items()}
+        if isinstance(x, (list, tuple, np.ndarray)):
+            return [plain(v) for v in x]
+        if isinstance(x, np.generic):
+            x = x.item()
+        if isinstance(x, float) and not np.isfinite(x):
+            return None
+        return x if x is None or isinstance(x, (str, int, float, bool)) else str(x)
+
+    with as_input_error(f"{path} cannot be written"):
+        write_whole(path, (json.dumps(plain(data), indent=2) + "\n").encode())

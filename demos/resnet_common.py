@@ -115,10 +115,10 @@ def train(opts, grid, opening, layer, closing, data, test, *, dtype=None, net=No
     """Train, go on from a checkpoint, compare; curves and networks."""
     import torch
 
+    from demos.training_loop import Epoch, accuracy, train_epoch
     from pint_fem.errors import InputError
     from pint_fem.resnet import Regularisation, load_checkpoint, reserve_checkpoint, save_checkpoint
-    from pint_fem.resnet.training.data import shared_loader
-    from pint_fem.resnet.training.loop import Epoch, accuracy, train_epoch
+    from problems.classification import shared_loader
 
     say = print if grid.is_root else lambda *_: None
     net = net or make_network(opts, grid, opening, layer, closing, opts.layers, dtype)
@@ -176,8 +176,8 @@ def _settings(opts):
 
 def _curve(checkpoint, progress, settings):
     """The epochs of a checkpoint, unless it is of a training with other settings."""
+    from demos.training_loop import Epoch
     from pint_fem.errors import InputError
-    from pint_fem.resnet.training.loop import Epoch
 
     kept = progress.get("settings", {})
     names = [name for name in settings if name in kept and kept[name] != settings[name]]
@@ -200,9 +200,9 @@ def compare(opts, grid, opening, layer, closing, data, test, dtype=None):
     """The same training in plain serial torch, on the first rank with as many threads as there are ranks."""
     import torch
 
+    from demos.training_loop import Epoch, accuracy, train_epoch
     from pint_fem.resnet import Grid, SerialResNet
-    from pint_fem.resnet.training.data import shared_loader
-    from pint_fem.resnet.training.loop import Epoch, accuracy, train_epoch
+    from problems.classification import shared_loader
 
     curve = []
     if grid.is_root:
@@ -299,7 +299,7 @@ def report(opts, grid, outcome, facts, outputs):
 
 def _summarise(opts, grid, outcome, facts):
     """On the first rank."""
-    from pint_fem.output.summary import write_json
+    from demos.outputs import write_json
 
     net, curve, serial = outcome["network"], outcome["curve"], outcome["serial"]
     settings = {k: v for k, v in vars(opts).items() if k not in ("help", "out")}

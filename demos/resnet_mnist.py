@@ -52,7 +52,7 @@ def main():
     opts = arguments()
     import torch
 
-    from pint_fem.resnet.training.data import digits, mnist
+    from problems.classification import digits, mnist
 
     grid = build_grid(opts)
     require_memory(grid.comm, 36 * opts.channels**2, f"layers of {opts.channels} channels", "give fewer channels")

@@ -42,9 +42,9 @@ def full_batch(opts, grid, opening, layer, closing, data, test):
     """Train with the package's trust region, its one-shot method or scipy's L-BFGS; the outcome as of ``train``."""
     import torch
 
+    from demos.training_loop import Epoch, accuracy
     from pint_fem.optimize import minimize_one_shot, minimize_trust_region, scipy_minimize
     from pint_fem.resnet import Regularisation, TrainingProblem
-    from pint_fem.resnet.training.loop import Epoch, accuracy
 
     say = print if grid.is_root else None
     net = make_network(opts, grid, opening, layer, closing, opts.layers, torch.float64)
@@ -76,7 +76,7 @@ def plot_classes(path, opts, net, test, pixels=160):
     import numpy as np
     import torch
 
-    from pint_fem.resnet.training.data import peaks_class
+    from problems.classification import peaks_class
 
     side = (np.arange(pixels) + 0.5) / pixels * 6 - 3
     points = np.stack(np.meshgrid(side, side), axis=-1).reshape(-1, 2)
@@ -123,7 +123,7 @@ def main():
     from torch import nn
 
     from pint_fem.resnet import Dense
-    from pint_fem.resnet.training.data import peaks
+    from problems.classification import peaks
 
     grid = build_grid(opts)
     require_memory(grid.comm, 8 * opts.width**2, f"layers of width {opts.width}", "give narrower ones")

@@ -21,14 +21,14 @@ LAYERS = (
     ("theory",),
     ("sweeps",),
     ("misfits",),
-    ("output",),
+    ("paraview",),
     ("adjoint",),
     ("resnet",),
     ("scaling",),
     ("commands",),
 )
 HEIGHT = {part: height for height, layer in enumerate(LAYERS) for part in layer}
-FIREDRAKE = {"kernels", "evolution", "propagators", "theory", "sweeps", "misfits", "adjoint", "output", "spacetime"}
+FIREDRAKE = {"kernels", "evolution", "propagators", "theory", "sweeps", "misfits", "adjoint", "paraview", "spacetime"}
 """Packages that may import Firedrake."""
 FILES = sorted(PACKAGE.rglob("*.py"))
 

@@ -7,7 +7,7 @@ import pytest
 from firedrake import COMM_SELF, SpatialCoordinate
 from matplotlib.image import imread
 
-from pint_fem.output import pictures
+from demos import pictures
 from tests.meshes import square
 from tests.pictures import assert_drawn
 

@@ -20,7 +20,7 @@ from torch import nn
 from demos import resnet_mnist, resnet_peaks
 from pint_fem.errors import InputError
 from pint_fem.resnet import Dense, Grid, LayerParallelResNet
-from pint_fem.resnet.training.data import (
+from problems.classification import (
     digits,
     mnist,
     peaks,
@@ -185,7 +185,7 @@ def test_full_batch_demo(tmp_path, monkeypatch, capsys):
 
 def test_imports_without_firedrake_and_without_torch():
     """pint_fem.resnet leaves Firedrake alone, pint_fem and its MGRIT core leave torch alone."""
-    code = "import sys, pint_fem.resnet, pint_fem.resnet.training.data; sys.exit('firedrake' in sys.modules)"
+    code = "import sys, pint_fem.resnet, problems.classification; sys.exit('firedrake' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120)
     block = "import sys; sys.modules['torch'] = None\n"
     code = block + "import pint_fem, pint_fem.mgrit, pint_fem.optimize, pint_fem.cli\ntry:\n import pint_fem.resnet\n"

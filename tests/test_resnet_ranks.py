@@ -9,9 +9,9 @@ import torch
 from mpi4py import MPI
 from torch import nn
 
+from demos.training_loop import accuracy, train_epoch
 from pint_fem.errors import InputError, SolverFailure
 from pint_fem.resnet import Adaptive, Dense, Grid, LayerParallelResNet, TrainingProblem
-from pint_fem.resnet.training.loop import accuracy, train_epoch
 from tests.limits import time_limit
 from tests.test_resnet import COMM, one_thread  # noqa: F401
 from tests.test_resnet_training import ALONE, direction, peaks_network, problem

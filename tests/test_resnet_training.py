@@ -9,6 +9,7 @@ import torch
 from mpi4py import MPI
 from torch import nn
 
+from demos.training_loop import train_epoch
 from pint_fem.errors import InputError
 from pint_fem.optimize import minimize_one_shot, minimize_trust_region, scipy_minimize
 from pint_fem.resnet import (
@@ -22,8 +23,7 @@ from pint_fem.resnet import (
     refine,
     save_checkpoint,
 )
-from pint_fem.resnet.training.data import peaks, shared_loader
-from pint_fem.resnet.training.loop import train_epoch
+from problems.classification import peaks, shared_loader
 from tests.test_resnet import COMM, one_thread, step  # noqa: F401
 
 ALONE = MPI.COMM_SELF

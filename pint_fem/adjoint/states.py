@@ -28,7 +28,7 @@ from pint_fem.collective import collectively, require_same
 from pint_fem.errors import InputError
 from pint_fem.evolution.evolution import Evolution
 from pint_fem.kernels.arrays import put
-from pint_fem.output.paraview import write_fields
+from pint_fem.paraview import write_fields
 
 Times: TypeAlias = float | Sequence[float] | None
 """A time, several, or all points."""

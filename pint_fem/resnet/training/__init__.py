@@ -1,1 +1,1 @@
-"""Training of layer-parallel networks: data, the training loop, checkpoints, full-batch optimisation."""
+"""Training of layer-parallel networks: checkpoints, full-batch optimisation."""

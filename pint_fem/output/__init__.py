@@ -1,1 +1,0 @@
-"""Pictures, ParaView files and summaries of a run."""
