@@ -14,18 +14,16 @@ for all that the sensors do not see.
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from firedrake import Function, FunctionSpace, SpatialCoordinate, TestFunction, TrialFunction, dx, grad, inner
 
 from pint_fem.adjoint import TimeParallelReducedFunctional
-from pint_fem.errors import InputError
 from pint_fem.evolution import Evolution, named_tableau
 from pint_fem.misfits import PointSensors
 from pint_fem.spacetime import SpaceTime
 from problems.heat_readings import NOISE, READINGS
 from problems.meshfile import locate, read_mesh
 from problems.plate import BOUNDARIES, FINAL_TIME, MESH, REGIONS, boundary_conditions, residual, true_source
-from problems.readings import Readings, misfit_weight, read_readings
+from problems.readings import Readings, misfit_weight, read_readings, require_weights
 
 __all__ = ["HeatSource", "heat_source"]
 
@@ -93,9 +91,7 @@ def heat_source(
     InputError
         On every rank, on a bad file or value.
     """
-    for name, value in (("alpha", alpha), ("beta", beta), ("noise", noise)):
-        if not np.isfinite(value) or value < 0 or (value == 0 and name != "alpha"):
-            raise InputError(f"{name} = {value:g}: give a {'non-negative' if name == 'alpha' else 'positive'} number")
+    require_weights(alpha, beta, noise)
     tableau = named_tableau(integrator)
     data = read_readings(readings, FINAL_TIME)
     plate = read_mesh(mesh, spacetime.space_comm, REGIONS, BOUNDARIES)

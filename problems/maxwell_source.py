@@ -21,7 +21,6 @@ from firedrake import Function, TestFunction, TrialFunction, VectorFunctionSpace
 
 from pint_fem.adjoint import TimeParallelReducedFunctional
 from pint_fem.capacity import require_memory
-from pint_fem.errors import InputError
 from pint_fem.evolution import Evolution, named_tableau, time_function
 from pint_fem.misfits import PointSensors
 from pint_fem.propagators import make_propagator
@@ -31,7 +30,7 @@ from problems.maxwell import B, E, Medium, perfect_conductor, residual, state_sp
 from problems.maxwell_readings import COLUMNS, NOISE, readings_file
 from problems.maxwell_setting import CELLS, Setting, box_mesh, setting, signal, true_current
 from problems.meshfile import locate
-from problems.readings import Readings, misfit_weight, read_readings
+from problems.readings import Readings, misfit_weight, read_readings, require_weights
 
 __all__ = ["ALPHA", "BETA", "MaxwellSource", "evolution_of", "maxwell_source"]
 
@@ -135,12 +134,8 @@ def maxwell_source(
     steps, integrator
         Time steps and a name of :func:`pint_fem.propagators.named_tableau`, or ``"Leapfrog"`` with implicit midpoint
         steps on coarse levels; default: the regime's.
-    alpha, beta
-        Regularisation of the gradient and the size of J; not negative, beta positive; default: the regime's.
-    noise
-        Standard deviation of the readings' noise, relative to the largest reading.
-    solver_parameters
-        Of :class:`~pint_fem.adjoint.TimeParallelReducedFunctional`.
+    alpha, beta, noise, solver_parameters
+        As for :func:`problems.heat_source.heat_source`; default of the weights: the regime's.
     step_parameters
         PETSc options of the steps' systems for E.
 
@@ -152,9 +147,7 @@ def maxwell_source(
     given = setting(regime)
     alpha = ALPHA[regime] if alpha is None else alpha
     beta = BETA[regime] if beta is None else beta
-    for name, value in (("alpha", alpha), ("beta", beta), ("noise", noise)):
-        if not np.isfinite(value) or value < 0 or (value == 0 and name != "alpha"):
-            raise InputError(f"{name} = {value:g}: give a {'non-negative' if name == 'alpha' else 'positive'} number")
+    require_weights(alpha, beta, noise)
     integrator, steps = integrator or given.integrator, given.steps if steps is None else steps
     explicit = integrator == "Leapfrog"
     data = read_readings(readings or readings_file(regime), given.final_time, COLUMNS)

@@ -22,7 +22,7 @@ import numpy as np
 from pint_fem.errors import InputError
 from pint_fem.files import require_regular
 
-__all__ = ["COLUMNS", "FACTORISE_ONCE", "Readings", "misfit_weight", "read_readings"]
+__all__ = ["COLUMNS", "FACTORISE_ONCE", "Readings", "misfit_weight", "read_readings", "require_weights"]
 
 LARGEST = 1e100
 """Numbers beyond overflow where their squares are added up."""
@@ -225,3 +225,16 @@ def misfit_weight(readings: Readings, noise: float) -> float:
             f"{variance:g}, which is out of range; give another noise, or readings in other units"
         )
     return float(1 / (variance * readings.values.size))
+
+
+def require_weights(alpha: float, beta: float, noise: float) -> None:
+    """Refuse weights of a regularisation, and a relative noise of readings, that are not positive; alpha may be zero.
+
+    Raises
+    ------
+    InputError
+        Naming the one.
+    """
+    for name, value in (("alpha", alpha), ("beta", beta), ("noise", noise)):
+        if not np.isfinite(value) or value < 0 or (value == 0 and name != "alpha"):
+            raise InputError(f"{name} = {value:g}: give a {'non-negative' if name == 'alpha' else 'positive'} number")

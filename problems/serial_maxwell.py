@@ -53,18 +53,10 @@ _DIRECT = {"mat_type": "aij", "ksp_type": "preonly", "pc_type": "lu", "pc_factor
 
 
 def serial_maxwell_source(
-    *,
-    regime: str = "lossy",
-    cells: int = CELLS,
-    degree: int = DEGREE,
-    readings: str | Path | None = None,
-    steps: int | None = None,
-    integrator: str | None = None,
-    alpha: float | None = None,
-    beta: float | None = None,
-    noise: float = NOISE,
-    comm=COMM_SELF,
-) -> SerialSource:
+    *, regime: str = "lossy", cells: int = CELLS, degree: int = DEGREE, readings: str | Path | None = None,
+    steps: int | None = None, integrator: str | None = None, alpha: float | None = None, beta: float | None = None,
+    noise: float = NOISE, comm=COMM_SELF,
+) -> SerialSource:  # fmt: skip
     """Record the problem of :func:`problems.maxwell_source.maxwell_source`, with the same arguments.
 
     Raises

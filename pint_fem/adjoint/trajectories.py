@@ -112,15 +112,9 @@ class StoredTrajectories(_Trajectories):
         return None
 
     def hessian(
-        self,
-        evaluation: Evaluation,
-        z: Controls,
-        dz: Controls,
-        dU: np.ndarray,
-        *,
-        second: bool,
-        symmetric: bool = False,
-    ) -> Source:
+        self, evaluation: Evaluation, z: Controls, dz: Controls, dU: np.ndarray, *,
+        second: bool, symmetric: bool = False,
+    ) -> Source:  # fmt: skip
         """Right-hand side of the second-order adjoint equation.
 
         Parameters
@@ -274,15 +268,9 @@ class CPointTrajectories(_Trajectories):
         return lambda points, u: _sum(m.adjoint_source(points, u, s) for m, s in terms)
 
     def hessian(
-        self,
-        evaluation: Evaluation,
-        z: Controls,
-        dz: Controls,
-        dU: np.ndarray,
-        *,
-        second: bool,
-        symmetric: bool = False,
-    ) -> Source:
+        self, evaluation: Evaluation, z: Controls, dz: Controls, dU: np.ndarray, *,
+        second: bool, symmetric: bool = False,
+    ) -> Source:  # fmt: skip
         """Condensed right-hand side of the second-order adjoint equation; symmetric in any case, as tangents are exact
         inside the intervals.
         """

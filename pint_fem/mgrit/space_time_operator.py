@@ -23,7 +23,6 @@ from mpi4py import MPI
 from petsc4py import PETSc
 
 from pint_fem.all_at_once.levels import Propagator
-from pint_fem.all_at_once.trace import Trace
 from pint_fem.mgrit.cycle import Cycle
 from pint_fem.mgrit.options import MGRITOptions
 from pint_fem.mgrit.solver import MGRIT
@@ -36,14 +35,12 @@ class SpaceTimeOperator:
 
     Parameters
     ----------
-    propagators, nsteps, options, comm, bounds, transfers, name
-        Those of :class:`~pint_fem.mgrit.solver.MGRIT`; the propagators are linear. Of the options those of the
-        hierarchy and the cycle count.
+    propagators, nsteps, options, comm, name, **given
+        Those of :class:`~pint_fem.mgrit.solver.MGRIT`, ``bounds``, ``transfers`` and ``trace`` included; the
+        propagators are linear. Of the options those of the hierarchy and the cycle count.
     petsc_comm
         Communicator of vectors and operators: all ranks that share the space-time unknowns (space x time). Default:
         ``comm``.
-    trace
-        Records work and messages; default: none.
 
     Raises
     ------
@@ -52,18 +49,9 @@ class SpaceTimeOperator:
     """
 
     def __init__(
-        self,
-        propagators: Sequence[Propagator],
-        nsteps: int,
-        *,
-        options: MGRITOptions | Mapping | None = None,
-        comm=MPI.COMM_SELF,
-        bounds: Sequence[int] | None = None,
-        transfers: Sequence | None = None,
-        petsc_comm=None,
-        trace: Trace | None = None,
-        name: str = "mgrit",
-    ):
+        self, propagators: Sequence[Propagator], nsteps: int, *, options: MGRITOptions | Mapping | None = None,
+        comm=MPI.COMM_SELF, petsc_comm=None, name: str = "mgrit", **given,
+    ):  # fmt: skip
         if np.dtype(PETSc.ScalarType) != float:
             raise ValueError(f"{name}: PETSc was built for {np.dtype(PETSc.ScalarType)}, the slabs are float64")
         options = MGRITOptions.make(options)
@@ -74,8 +62,7 @@ class SpaceTimeOperator:
                     "works on all points and does the same cycle each time, and the norm is PETSc's; leave it out"
                 )
         one_cycle = MGRITOptions.make(options, residual="none", max_it=1, rtol=0.0, atol=0.0, view=False, trace="")
-        fit = dict(options=one_cycle, comm=comm, bounds=bounds, transfers=transfers)
-        self.solver = MGRIT(propagators, nsteps, name=name, linear=True, trace=trace, **fit)
+        self.solver = MGRIT(propagators, nsteps, options=one_cycle, comm=comm, name=name, linear=True, **given)
         self.level = self.solver.levels[0]
         self.comm, self.petsc_comm = comm, comm if petsc_comm is None else petsc_comm
         self.cycles = 0

@@ -47,10 +47,8 @@ def block_contraction(blocks: ArrayLike, alpha: float, nsteps: int) -> float:
     ----------
     blocks
         Step of each block, such as one damped wave, ``(..., d, d)``.
-    alpha
-        Parameter of the circulant, between 0 and 1.
-    nsteps
-        Number of steps ``N``.
+    alpha, nsteps
+        As for :func:`contraction`.
 
     Returns
     -------
