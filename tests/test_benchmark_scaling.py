@@ -120,7 +120,7 @@ def test_records_are_whole(name):
 @pytest.mark.parametrize("name", names("layers"))
 def test_records_of_networks_are_whole(name):
     pytest.importorskip("torch")
-    from pint_fem.scaling.layers import predict_training
+    from tests.benchmarks.scaling.layer_model import predict_training
 
     c = load(name)
     assert (c.problem, c.nsteps) == (name, int(name.split("-")[1]))

@@ -102,7 +102,6 @@ def line_of(report, where, name):
 def test_right_propagators_pass(kind, state):
     report = run(hierarchy(kind), state=state)
     assert report.passed, report.failures
-    report.raise_if_failed()
     assert "not run" not in report.lines[-1]
     assert "not bitwise identical" not in "\n".join(report.lines)
 
@@ -431,8 +430,6 @@ def test_wrong_propagators_fail_where_they_should(wrong, names, text, level):
     assert failed(report) == {(f"level {level}", name) for name in names}
     assert all(text in line for line in report.failures)
     assert not report.passed
-    with pytest.raises(ValueError, match=f"level {level}"):
-        report.raise_if_failed()
     if any(name.startswith(("step", "sweep", "guess")) for name in names):
         assert "not run" in line_of(report, "all", "MGRIT keeps the sequential solution")
 

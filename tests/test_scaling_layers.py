@@ -12,9 +12,9 @@ from pint_fem.all_at_once.trace import Trace
 from pint_fem.errors import InputError
 from pint_fem.resnet import Dense, Grid, LayerParallelResNet
 from pint_fem.scaling.costs import Kernel
-from pint_fem.scaling.layers import predict_training
 from pint_fem.scaling.network import Network
 from tests.benchmarks.scaling import training, training_table
+from tests.benchmarks.scaling.layer_model import predict_training
 from tests.benchmarks.scaling.records import Record
 from tests.scaling_traces import events
 

@@ -13,18 +13,6 @@ __all__ = ["DivergedError", "SolveResult", "SolverFailure", "Stopping"]
 RECENT = 5
 """Cycles whose mean factor decides about stagnation."""
 
-_PETSC_REASONS = {
-    "rtol": 2,  # KSP_CONVERGED_RTOL
-    "atol": 3,
-    "its": 4,
-    "exact": 4,
-    "serial": 4,
-    "max_it": -3,  # KSP_DIVERGED_ITS
-    "diverged": -4,  # KSP_DIVERGED_DTOL
-    "stagnated": -5,  # KSP_DIVERGED_BREAKDOWN
-    "": 0,
-}
-
 
 class DivergedError(SolverFailure):
     """The residual grew or stagnated, or the tolerance was not reached in ``max_it`` cycles."""
@@ -101,11 +89,6 @@ class SolveResult:
     def _mean_factor(self, cycles: int) -> float:
         r = [x for x in self.residuals if x > 0][-cycles - 1 :]
         return (r[-1] / r[0]) ** (1 / (len(r) - 1)) if len(r) > 1 else math.nan
-
-    @property
-    def converged_reason(self) -> int:
-        """The reason as PETSc's ``KSPConvergedReason``: positive where converged."""
-        return _PETSC_REASONS[self.reason]
 
 
 class Stopping:

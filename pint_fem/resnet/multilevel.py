@@ -1,9 +1,9 @@
 r"""Multilevel initialisation: the weights of a shallow network, interpolated in depth, as first guess of a deeper one.
 
 Weights are functions of time :math:`t_n = n h`. The deeper network's layer at :math:`t` takes the linear interpolant
-between the shallow one's layers around :math:`t` (constant after its last layer), or the layer before it
-(``"constant"``: each is repeated); the first and the last layer of the network are copied (Cyr, Günther, Schroder,
-arXiv:1912.08974). Rows travel only between ranks that hold neighbouring layers.
+between the shallow one's layers around :math:`t` (constant after its last layer); the first and the last layer of the
+network are copied (Cyr, Günther, Schroder, arXiv:1912.08974). Rows travel only between ranks that hold neighbouring
+layers.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pint_fem.resnet.row_exchange import RowExchange
 __all__ = ["refine"]
 
 
-def refine(coarse: LayerParallelResNet, fine: LayerParallelResNet, *, interpolation: str = "linear") -> None:
+def refine(coarse: LayerParallelResNet, fine: LayerParallelResNet) -> None:
     """Set a network's parameters from those of a shallower one on the same ranks (collective).
 
     Parameters
@@ -28,16 +28,12 @@ def refine(coarse: LayerParallelResNet, fine: LayerParallelResNet, *, interpolat
     coarse, fine
         The shallower network, and the deeper one whose parameters are overwritten: with the same kind of layers and
         final time, on the same grid.
-    interpolation
-        ``"linear"`` or ``"constant"``.
 
     Raises
     ------
     InputError
         Where the networks do not fit each other.
     """
-    if interpolation not in ("linear", "constant"):
-        raise InputError(f"interpolation {interpolation!r}: give 'linear' or 'constant'")
     if coarse.layer.shapes != fine.layer.shapes or coarse.final_time != fine.final_time:
         raise InputError(
             f"networks of layers {coarse.layer.shapes} to T = {coarse.final_time} and {fine.layer.shapes} to T = "
@@ -47,7 +43,7 @@ def refine(coarse: LayerParallelResNet, fine: LayerParallelResNet, *, interpolat
         raise InputError(
             f"grids of {coarse.grid.layer_size} and {fine.grid.layer_size} layer ranks: refine on the same grid"
         )
-    around = [_around(i, coarse.nlayers, fine.nlayers, interpolation) for i in range(fine.nlayers)]
+    around = [_around(i, coarse.nlayers, fine.nlayers) for i in range(fine.nlayers)]
     needed = [sorted({n for a, b, _ in around[lo:hi] for n in (a, b)}) for lo, hi in pairwise(fine.sweeps.bounds)]
     rows = RowExchange(coarse.grid.layer_comm, coarse.sweeps.bounds, needed)(coarse.stack)
     place = {n: i for i, n in enumerate(needed[coarse.grid.layer_comm.rank])}
@@ -62,10 +58,8 @@ def refine(coarse: LayerParallelResNet, fine: LayerParallelResNet, *, interpolat
                 getattr(fine, name).load_state_dict(getattr(coarse, name).state_dict())
 
 
-def _around(i: int, coarse: int, fine: int, interpolation: str) -> tuple[int, int, float]:
+def _around(i: int, coarse: int, fine: int) -> tuple[int, int, float]:
     """The shallow network's layers around the deep one's layer ``i``, and the weight of the second."""
     t = Fraction(i * coarse, fine)
     n = int(t)
-    if interpolation == "constant":
-        return n, n, 0.0
     return n, min(n + 1, coarse - 1), float(t - n)

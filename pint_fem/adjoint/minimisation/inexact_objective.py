@@ -37,6 +37,7 @@ __all__ = ["InexactObjective"]
 
 _TRIES = 3  # solves for one tolerance
 _FALLS = 0.99  # residuals of a model, from one number of cycles to the next
+_LOOSEST = 1e-2  # relative residual of a solve, with which solves start
 _SAFETY = 0.5  # of what a tolerance allows
 
 
@@ -49,14 +50,12 @@ class InexactObjective(Objective):
         Value and derivatives; the ``rtol`` of its sweeps is their smallest tolerance.
     inner : ControlInner
         The inner product.
-    loosest : float
-        Largest relative residual of a solve, with which solves start.
     """
 
-    def __init__(self, problem: ReducedProblem, inner: ControlInner, *, loosest: float = 1e-2):
+    def __init__(self, problem: ReducedProblem, inner: ControlInner):
         super().__init__(problem, inner)
         self.tightest = problem.sweeps.options.rtol
-        self.loosest = max(loosest, self.tightest)
+        self.loosest = max(_LOOSEST, self.tightest)
         self._state_factor: float | None = None  # c_u
         self._adjoint_factor = 0.0  # c_lambda
         self._weight: float | None = None  # norm of the last adjoint

@@ -44,11 +44,6 @@ class CheckReport:
         """Whether no check failed."""
         return not self.failures
 
-    def raise_if_failed(self) -> None:
-        """Raise ``ValueError`` with the lines of the failed checks, if there are any."""
-        if self.failures:
-            raise ValueError("\n".join([f"{len(self.failures)} checks failed:", *self.failures]))
-
 
 @dataclass(frozen=True)
 class Found:

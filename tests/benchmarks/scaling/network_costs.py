@@ -18,9 +18,9 @@ from pint_fem.resnet.network import LayerParallelResNet
 from pint_fem.resnet.serial import SerialResNet
 from pint_fem.scaling.actions import Action
 from pint_fem.scaling.calibrate import Stopwatch, kernel_tables, machine, measure_all_processes
-from pint_fem.scaling.layers import SWEEPS, predict_training
 from pint_fem.scaling.timing import rounds
 from pint_fem.scaling.validation import Comparison
+from tests.benchmarks.scaling.layer_model import SWEEPS, predict_training
 from tests.benchmarks.scaling.records import Record
 
 __all__ = ["calibrate_layers", "compare_layers", "count_errors"]

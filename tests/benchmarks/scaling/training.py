@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from pint_fem.scaling.layers import predict_training
 from pint_fem.scaling.network import Network
 from pint_fem.scaling.planner import describe
+from tests.benchmarks.scaling.layer_model import predict_training
 from tests.benchmarks.scaling.records import Record
 from tests.benchmarks.scaling.tables import powers
 
