@@ -7,7 +7,7 @@ from importlib.metadata import version
 
 from mpi4py import MPI
 
-from pint_fem.cli import Progress
+from demos.outputs import Progress
 
 __all__ = ["invert", "summary_of"]
 

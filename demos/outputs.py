@@ -1,8 +1,13 @@
-"""What a program writes at its end: one file that cannot be written costs none of the others."""
+"""What a program shows and writes: a status line, and files at its end, of which one that cannot be written costs none
+of the others.
+"""
 
 from __future__ import annotations
 
 import json
+import os
+import socket
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,9 +16,25 @@ from mpi4py import MPI
 
 from pint_fem.collective import collectively, on_first_rank
 from pint_fem.errors import InputError
-from pint_fem.files import as_input_error, checked_folder, write_whole
+from pint_fem.files import as_input_error, write_whole
 
-__all__ = ["Outputs", "output_folder", "write_json"]
+__all__ = ["Outputs", "Progress", "checked_folder", "output_folder", "write_json"]
+
+
+def checked_folder(path: Path, what: str) -> Path:
+    """Make a folder for results where it is missing, and return it.
+
+    Raises
+    ------
+    InputError
+        Beginning with ``what``, if it cannot be made or no files can be made in it.
+    """
+    with as_input_error(f"{what} {path}", "give a folder that can be written"):
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / f".writable-{socket.gethostname()}-{os.getpid()}"
+        probe.write_bytes(b"x")
+        probe.unlink()
+    return path
 
 
 def output_folder(path: Path, comm=MPI.COMM_WORLD) -> None:
@@ -93,3 +114,34 @@ def write_json(path: Path, data: dict) -> None:
 
     with as_input_error(f"{path} cannot be written"):
         write_whole(path, (json.dumps(plain(data), indent=2) + "\n").encode())
+
+
+class Progress:
+    """A status line on the first rank's terminal; nothing where stderr is no terminal.
+
+    Parameters
+    ----------
+    is_root
+        Whether this rank shows it.
+    """
+
+    def __init__(self, is_root: bool):
+        self._status = None
+        if is_root and sys.stderr.isatty():
+            from rich.console import Console
+
+            self._status = Console(stderr=True).status("starting")
+
+    def __enter__(self):
+        if self._status:
+            self._status.start()
+        return self
+
+    def __exit__(self, *exc):
+        if self._status:
+            self._status.stop()
+
+    def __call__(self, text: str) -> None:
+        """Show a text."""
+        if self._status:
+            self._status.update(text)

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from mpi4py import MPI
 
-from pint_fem.cli import Progress, positive, wait_quietly
+from demos.outputs import Progress
+from pint_fem.cli import positive, wait_quietly
 
 
 def add_options(parser, *, layers, epochs, batch, lr, out, final_time, coarsening):

@@ -1,4 +1,4 @@
-"""Programs on many ranks: their arguments, errors as one line, a status line, and waiting without load.
+"""Programs on many ranks: their arguments, errors as one line, and waiting without load.
 
 Bad input raises :class:`~pint_fem.errors.InputError` on every rank; :func:`run` prints it once and every rank exits
 with status 2. This module has to be imported before Firedrake.
@@ -19,7 +19,7 @@ from mpi4py import MPI
 from pint_fem.errors import InputError, SolverFailure
 from pint_fem.petsc_options.spelling import PREFIXES, nearest, refuse_near_misses
 
-__all__ = ["ProgramParser", "Progress", "file_name", "positive", "run", "wait_quietly"]
+__all__ = ["ProgramParser", "file_name", "positive", "run", "wait_quietly"]
 
 # the program's own options are in PETSc's database, too, which would report them as unused
 os.environ.setdefault("PETSC_OPTIONS", "-options_left no")
@@ -191,34 +191,3 @@ def wait_quietly(comm) -> None:
     request = comm.Ibarrier()
     while not request.Test():
         time.sleep(0.02)
-
-
-class Progress:
-    """A status line on the first rank's terminal; nothing where stderr is no terminal.
-
-    Parameters
-    ----------
-    is_root
-        Whether this rank shows it.
-    """
-
-    def __init__(self, is_root: bool):
-        self._status = None
-        if is_root and sys.stderr.isatty():
-            from rich.console import Console
-
-            self._status = Console(stderr=True).status("starting")
-
-    def __enter__(self):
-        if self._status:
-            self._status.start()
-        return self
-
-    def __exit__(self, *exc):
-        if self._status:
-            self._status.stop()
-
-    def __call__(self, text: str) -> None:
-        """Show a text."""
-        if self._status:
-            self._status.update(text)

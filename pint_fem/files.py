@@ -29,7 +29,6 @@ from pint_fem.errors import InputError
 __all__ = [
     "FileLock",
     "as_input_error",
-    "checked_folder",
     "checksums",
     "create",
     "force_to_disk",
@@ -151,22 +150,6 @@ def require_output(path: str | Path, what: str, *, makes_folder: bool = False) -
             pass
         if not exists:
             os.unlink(path)
-
-
-def checked_folder(path: Path, what: str) -> Path:
-    """Make a folder for results where it is missing, and return it.
-
-    Raises
-    ------
-    InputError
-        Beginning with ``what``, if it cannot be made or no files can be made in it.
-    """
-    with as_input_error(f"{what} {path}", "give a folder that can be written"):
-        path.mkdir(parents=True, exist_ok=True)
-        probe = path / f".writable-{socket.gethostname()}-{os.getpid()}"
-        probe.write_bytes(b"x")
-        probe.unlink()
-    return path
 
 
 # -- checksums -------------------------------------------------------------------------------------------------------

@@ -10,7 +10,8 @@ from functools import cache
 from math import prod
 from pathlib import Path
 
-from pint_fem.files import as_input_error, checked_folder, write_whole
+from demos.outputs import checked_folder
+from pint_fem.files import as_input_error, write_whole
 from pint_fem.scaling.model import Model, Solve
 from pint_fem.scaling.network import Network
 from pint_fem.scaling.planner import cycles_of, describe, least_time, options_key
