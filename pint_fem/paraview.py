@@ -28,7 +28,6 @@ def write_fields(
     spacetime: SpaceTime,
     times,
     *,
-    count: int = 17,
     points: Iterable[int] | None = None,
 ) -> Path:
     """Write states for ParaView: each time rank its own, and one ``NAME.pvd`` that lists them all.
@@ -44,8 +43,8 @@ def write_fields(
         Function space of the states, own steps and process grid.
     times
         Times of all points, ``(N + 1,)``.
-    count, points
-        About how many states, spread over the time axis, or the numbers of their points.
+    points
+        Numbers of the points whose states are written; default: about 17, spread over the time axis.
 
     Returns
     -------
@@ -60,7 +59,7 @@ def write_fields(
     rank, root = spacetime.time_comm.rank, spacetime.is_root
     what, part = f"fields in {folder} cannot be written", f"{name}_part{rank}"
     _written(spacetime.comm, what, partial((folder / part).mkdir, parents=True, exist_ok=True))
-    written = np.linspace(0, slab.nsteps, count).round().astype(int) if points is None else list(points)
+    written = np.linspace(0, slab.nsteps, 17).round().astype(int) if points is None else list(points)
     own = [n for n in np.unique(written).tolist() if slab.lo < n <= slab.hi or (n == 0 and slab.is_first)]
     problem = None
     try:  # by the ranks that share a state; a failure is raised on all time ranks below

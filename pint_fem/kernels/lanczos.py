@@ -11,6 +11,8 @@ __all__ = ["ACCURACY", "NotPositive", "Pencil"]
 
 ACCURACY = 1e-2
 """Relative accuracy of the ends of a spectrum."""
+LANCZOS_STEPS, ARNOLDI_STEPS = 100, 40
+"""Most steps of the iterations."""
 
 
 class NotPositive(ArithmeticError):
@@ -62,7 +64,7 @@ class Pencil:
 
         return apply
 
-    def ends(self, apply: Callable[[np.ndarray], np.ndarray], steps: int = 100) -> tuple[float, float]:
+    def ends(self, apply: Callable[[np.ndarray], np.ndarray]) -> tuple[float, float]:
         """Ends of the spectrum of ``apply(x) = kappa M x``, symmetric; the upper one increased by its residual.
 
         By Lanczos iteration in the mass inner product without reorthogonalisation: copies of converged ends are
@@ -86,10 +88,10 @@ class Pencil:
             if alphas:
                 T = np.diag(alphas) + np.diag(betas[1:], 1) + np.diag(betas[1:], -1)
                 done = beta <= 1e-10 * np.abs(T).max()
-                if done or len(alphas) % 5 == 0 or len(alphas) == steps:
+                if done or len(alphas) % 5 == 0 or len(alphas) == LANCZOS_STEPS:
                     values, vectors = np.linalg.eigh(T)
                     residuals = beta * np.abs(vectors[-1, [0, -1]])
-                    if done or len(alphas) == steps or residuals.max() <= ACCURACY * np.abs(values).max():
+                    if done or len(alphas) == LANCZOS_STEPS or residuals.max() <= ACCURACY * np.abs(values).max():
                         return float(values[0]), float(values[-1] + residuals[1])
             elif beta == 0:
                 return 0.0, 0.0
@@ -99,10 +101,10 @@ class Pencil:
             alphas.append(dot(q, w))
             w = w - alphas[-1] * q_dual - (beta * q_before if len(alphas) > 1 else 0)
 
-    def ritz(self, apply: Callable[[np.ndarray], np.ndarray], steps: int = 40) -> tuple[np.ndarray, np.ndarray]:
+    def ritz(self, apply: Callable[[np.ndarray], np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         """Ritz values of a map and their residuals, ``(k,)`` each, by Arnoldi iteration in the mass inner product."""
         comm, mass = self.comm.tompi4py(), self.product(self.M)
-        n = self.M.getLocalSize()[0]
+        n, steps = self.M.getLocalSize()[0], ARNOLDI_STEPS
         Q, H, w = np.zeros((steps + 1, n)), np.zeros((steps + 1, steps)), self._start()
         Q[0] = w / comm.allreduce(float(w @ mass(w))) ** 0.5
         for k in range(steps):

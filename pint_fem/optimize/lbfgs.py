@@ -51,7 +51,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Iterable
-from numbers import Integral, Real
+from numbers import Integral
 from typing import NamedTuple
 
 import numpy as np
@@ -94,9 +94,7 @@ class InverseLBFGS:
     inner : callable
         ``inner(a, b)``, the inner product of two vectors, reduced over all processes.
     memory : int or None
-        Most pairs stored, two vectors each; with 0 the operator is ``scale`` times P, None means no limit.
-    scale : float
-        B is ``scale`` times P until there is a pair; positive.
+        Most pairs stored, two vectors each; with 0 the operator is P, None means no limit.
     conjugate : bool
         Make the pairs conjugate.
     preconditioner : callable, optional
@@ -110,7 +108,7 @@ class InverseLBFGS:
     Raises
     ------
     ValueError
-        A negative or fractional memory, a scale that is not finite and positive.
+        A negative or fractional memory.
     """
 
     def __init__(
@@ -118,16 +116,13 @@ class InverseLBFGS:
         inner: Inner,
         *,
         memory: int | None = 10,
-        scale: float = 1.0,
         conjugate: bool = False,
         preconditioner: Callable[[np.ndarray], np.ndarray] | None = None,
     ):
         if memory is not None and (isinstance(memory, bool) or not isinstance(memory, Integral) or memory < 0):
             raise ValueError(f"memory = {memory!r} is refused: give an integer >= 0")
-        if not isinstance(scale, Real) or not 0 < scale < math.inf:
-            raise ValueError(f"scale = {scale!r} is refused: give a finite number > 0")
         self.inner, self.conjugate, self.preconditioner = inner, conjugate, preconditioner
-        self.gamma = float(scale)
+        self.gamma = 1.0
         self._pairs: deque[SecantPair] = deque(maxlen=memory)
 
     def __len__(self) -> int:

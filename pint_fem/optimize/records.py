@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 import numpy as np
@@ -144,8 +144,36 @@ def _formatted(quantities: dict[str, float]) -> list[str]:
     return [f"{name} = {v:.9g}" if isinstance(v, float) else f"{v} {name}" for name, v in quantities.items()]
 
 
+@dataclass(frozen=True, repr=False)
 class ReasonedResult(ResultSummary):
-    """A result with ``converged``, ``iterations`` and ``reason``, and the same in the terms of scipy's results."""
+    """What all methods of this package return, also in the terms of scipy's results.
+
+    Attributes
+    ----------
+    x : ndarray
+        The last accepted iterate.
+    value, gradient_norm : float
+        J and the norm of its gradient at `x`.
+    iterations, nit : int
+        Number of iterations.
+    converged, success : bool
+        Whether `reason` is the gradient tolerance.
+    reason : StopReason
+        Why the run ended; its text is `message`.
+    history : list
+        Records of the first guess and every iteration: ``iterations + 1`` records.
+    control : Function, EnsembleFunction or list of these, or None
+        The controls found, one or a list of several, where a functional's method minimised.
+    """
+
+    x: np.ndarray
+    value: float
+    gradient_norm: float
+    iterations: int
+    converged: bool
+    reason: StopReason
+    history: list
+    control: object = field(default=None, kw_only=True)
 
     @property
     def success(self) -> bool:
@@ -167,20 +195,11 @@ class ReasonedResult(ResultSummary):
 class TrustRegionResult(ReasonedResult):
     """The last iterate of a trust-region minimisation, and the history of the run.
 
+    No evaluated point has a lower J than `x` by more than the accuracy of J; iterations are steps tried, accepted or
+    not. Other attributes are those of :class:`ReasonedResult`, its records :class:`IterationRecord`.
+
     Attributes
     ----------
-    x : ndarray
-        The last accepted iterate: no evaluated point has a lower J by more than the accuracy of J.
-    value, gradient_norm : float
-        J and the norm of its gradient at `x`.
-    iterations, nit : int
-        Steps tried, accepted or not.
-    converged, success : bool
-        Whether `reason` is the gradient tolerance.
-    reason : StopReason
-        Why the run ended; its text is `message`.
-    history : list of IterationRecord
-        The first guess and every iteration: ``iterations + 1`` records.
     value_calls, gradient_calls, hessian_calls : int
         ``1 + iterations`` values; ``1 + accepted steps`` gradients, and one more if `reason` is round-off; the
         conjugate gradient iterations of every step not preceded by a rejected one. An inexact problem is evaluated
@@ -188,23 +207,13 @@ class TrustRegionResult(ReasonedResult):
         rejected step count twice.
     value_error, gradient_error : float
         Estimated errors of `value` and `gradient_norm`; 0 where they are exact.
-    control : Function, EnsembleFunction or list of these, or None
-        The controls found, one or a list of several, where a functional's method minimised.
     """
 
-    x: np.ndarray
-    value: float
-    gradient_norm: float
-    iterations: int
-    converged: bool
-    reason: StopReason
-    history: list[IterationRecord]
     value_calls: int
     gradient_calls: int
     hessian_calls: int
     value_error: float = 0.0
     gradient_error: float = 0.0
-    control: object = None
 
     def _quantities(self) -> dict[str, float]:
         return {

@@ -23,6 +23,9 @@ from numpy.typing import ArrayLike
 
 __all__ = ["block_factors", "block_norms", "damped_wave"]
 
+_CIRCLE = 64
+"""Points on the upper half of the unit circle at which a symbol is evaluated."""
+
 
 def damped_wave(s: ArrayLike, w: ArrayLike) -> np.ndarray:
     """Matrices ``[[s, -w], [w, 0]]`` of damped waves, ``(..., 2, 2)``.
@@ -46,13 +49,7 @@ def block_norms(X: np.ndarray) -> np.ndarray:
 
 
 def block_factors(
-    fine: np.ndarray,
-    coarse: np.ndarray,
-    m: int,
-    coarse_steps: int,
-    relax: str = "F",
-    weight: float = 1.0,
-    circle: int = 64,
+    fine: np.ndarray, coarse: np.ndarray, m: int, coarse_steps: int, relax: str = "F", weight: float = 1.0
 ) -> np.ndarray:
     """Bound of the two-level factor of each block, by norms of matrices.
 
@@ -68,8 +65,6 @@ def block_factors(
         ``"F"``, ``"FCF"`` or ``F(CF)^nu`` written out.
     weight
         Weight of C-relaxation.
-    circle
-        Points on the upper half of the unit circle at which the symbol is evaluated.
 
     Returns
     -------
@@ -91,7 +86,7 @@ def block_factors(
             break
     radius = np.abs(np.linalg.eigvals(coarse)).max(axis=-1)
     symbol = np.zeros_like(total)
-    for angle in np.linspace(0, np.pi, circle):
+    for angle in np.linspace(0, np.pi, _CIRCLE):
         zeta = np.exp(1j * angle)
         relaxed = np.linalg.matrix_power((1 - weight) * eye + weight * zeta * power, nu)
         with np.errstate(all="ignore"):

@@ -5,9 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-import numpy as np
-
-from pint_fem.optimize.records import ReasonedResult, StopReason
+from pint_fem.optimize.records import ReasonedResult
 
 __all__ = ["DesignUpdate", "OneShotRecord", "OneShotResult", "header"]
 
@@ -68,43 +66,24 @@ class OneShotRecord:
 class OneShotResult(ReasonedResult):
     """The last design of a simultaneous optimisation, and the history of the run.
 
+    J and the norm of its gradient are accurate; iterations are those of the solvers after the first. Other attributes
+    are those of :class:`~pint_fem.optimize.records.ReasonedResult`, its records :class:`OneShotRecord`.
+
     Attributes
     ----------
-    x : ndarray
-        The last accepted design.
-    value, gradient_norm : float
-        J and the norm of its gradient at `x`, accurate.
     residual : float
         Residual of state and adjoint at the last iteration at `x`.
-    iterations, nit : int
-        Iterations of the solvers after the first.
-    converged, success : bool
-        Whether `reason` is the gradient tolerance.
-    reason : StopReason
-        Why the run ended; its text is `message`.
-    history : list of OneShotRecord
-        ``iterations + 1`` records.
     advance_calls : int
         One per record; 0 if the problem has no ``advance``.
     value_calls, gradient_calls : int
         Accurate values and gradients: one of each at the end, and one more for each accurate gradient above the
         tolerance before it. Without ``advance`` one per record; no gradient where J is not finite.
-    control : Function, EnsembleFunction or list of these, or None
-        The controls found, one or a list of several, where a functional's method minimised.
     """
 
-    x: np.ndarray
-    value: float
-    gradient_norm: float
     residual: float
-    iterations: int
-    converged: bool
-    reason: StopReason
-    history: list[OneShotRecord]
     advance_calls: int
     value_calls: int
     gradient_calls: int
-    control: object = None
 
     def _quantities(self) -> dict[str, float]:
         return {
