@@ -111,13 +111,7 @@ def heat_source(
     a = TrialFunction(V)
     prior = (alpha * inner(grad(a), grad(v)) + beta * a * v) * dx
     regularisation = 0.5 * (alpha * inner(grad(q), grad(q)) + beta * q * q) * dx
-    rf = TimeParallelReducedFunctional(
-        evolution,
-        sensors,
-        regularisation=regularisation,
-        spacetime=spacetime,
-        solver_parameters=solver_parameters,
-        riesz_map=prior,
-    )
+    given = dict(spacetime=spacetime, solver_parameters=solver_parameters)
+    rf = TimeParallelReducedFunctional(evolution, sensors, regularisation=regularisation, riesz_map=prior, **given)
     truth = Function(V, name="true source").interpolate(true_source(SpatialCoordinate(plate)))
     return HeatSource(spacetime, data, evolution, sensors, rf, regularisation, truth)

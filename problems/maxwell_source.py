@@ -123,8 +123,8 @@ def maxwell_source(
 
     Parameters
     ----------
-    spacetime
-        Process grid.
+    spacetime, alpha, beta, noise, solver_parameters
+        As for :func:`problems.heat_source.heat_source`; default of the weights: the regime's.
     regime
         ``"lossy"`` or ``"cavity"`` (see :mod:`problems.maxwell_setting`).
     cells, degree
@@ -134,8 +134,6 @@ def maxwell_source(
     steps, integrator
         Time steps and a name of :func:`pint_fem.propagators.named_tableau`, or ``"Leapfrog"`` with implicit midpoint
         steps on coarse levels; default: the regime's.
-    alpha, beta, noise, solver_parameters
-        As for :func:`problems.heat_source.heat_source`; default of the weights: the regime's.
     step_parameters
         PETSc options of the steps' systems for E.
 

@@ -57,14 +57,8 @@ def block_factors(
     ----------
     fine, coarse
         Fine and coarse propagator of each block, ``(..., d, d)``, functions of one matrix, of norm at most one.
-    m
-        Coarsening factor.
-    coarse_steps
-        Number of coarse steps ``Nc``, finite.
-    relax
-        ``"F"``, ``"FCF"`` or ``F(CF)^nu`` written out.
-    weight
-        Weight of C-relaxation.
+    m, coarse_steps, relax, weight
+        As for :func:`~pint_fem.theory.two_level.two_level_factors`; the number of coarse steps is finite.
 
     Returns
     -------
