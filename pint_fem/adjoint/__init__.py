@@ -14,7 +14,7 @@ The misfits (``misfits``, summed over the trajectory by ``trajectories``) and th
 
 * The residual of a state in all steps: ``sweeps.sweeps.Sweeps.state_residual``; that of iterates: ``all_at_once``.
 * The symmetric approximation of the Hessian: ``ReducedProblem.symmetric_action``.
-* A NaN on one rank becomes ``errors.SolverFailure`` on all ranks (``collective``): optimisers take the value as infinite
+* The state residual of all steps: ``sweeps.sweeps.Sweeps.state_residual``; that of iterates: ``all_at_once``.
   and shorten the step (``optimize.guarded_problem``), and the next solve starts without the failed trajectory.
 """
 

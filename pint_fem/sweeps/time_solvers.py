@@ -146,9 +146,7 @@ class TimeSolvers:
             )
         if self._krylov is not None and options.residual == "full":
             raise ValueError("mgrit residual 'full' with krylov: PETSc's residual is that of all points; leave it out")
-        common = dict(
-            options=options, trace=self.trace, is_root=spacetime.is_root, everyone=spacetime.comm
-        )
+        common = dict(options=options, trace=self.trace, is_root=spacetime.is_root, everyone=spacetime.comm)
         forward = common | dict(
             comm=spacetime.time_comm, bounds=self.slab.bounds, transfers=self.space.transfers,
             point_norms=self._point_norms(dual=False),
