@@ -49,7 +49,7 @@ class GroupCommunicators:
         Number of objects on this rank that use them.
     """
 
-    def __init__(self, comm, n: int, ensemble: Callable | None = None):
+    def __init__(self, comm: MPI.Comm, n: int, ensemble: Callable | None = None):
         self.users = 0
         self.ensemble = None if ensemble is None else ensemble(comm, n)
         if self.ensemble is None:
@@ -79,7 +79,7 @@ _exiting: list[bool] = []
 atexit.register(_exiting.append, True)
 
 
-def _free_all(comm, keyval: int, cache: dict[tuple, GroupCommunicators]) -> None:
+def _free_all(comm: MPI.Comm, keyval: int, cache: dict[tuple, GroupCommunicators]) -> None:
     """Called by MPI where a communicator with groups is freed: on all ranks, in the same order of groups."""
     if _exiting:
         return
@@ -94,7 +94,7 @@ _KEYVAL = MPI.Comm.Create_keyval(delete_fn=_free_all)
 class SharedGroups:
     """A counted reference ``groups`` to the :class:`GroupCommunicators` of a communicator, made at the first use."""
 
-    def __init__(self, comm, n: int, ensemble: Callable | None = None):
+    def __init__(self, comm: MPI.Comm, n: int, ensemble: Callable | None = None):
         cache = comm.Get_attr(_KEYVAL)
         if cache is None:
             comm.Set_attr(_KEYVAL, cache := {})
@@ -159,7 +159,9 @@ class ProcessGrid:
     _released: Mapping[str, object]
     """Attributes that refer to communicators, with their values after :meth:`free`."""
 
-    def __init__(self, comm, grid, sizes: dict[str, int | None], inner: int, ensemble: Callable | None = None):
+    def __init__(
+        self, comm: MPI.Comm, grid, sizes: dict[str, int | None], inner: int, ensemble: Callable | None = None
+    ):
         self.comm, self._axes = comm, tuple(sizes)
         self.shape = _shape(comm, grid, sizes)
         self._shared = SharedGroups(comm, self.shape[inner], ensemble)
@@ -189,7 +191,7 @@ class ProcessGrid:
         return self.comm.rank == 0
 
 
-def _shape(comm, grid, sizes: dict[str, int | None]) -> tuple[int, int]:
+def _shape(comm: MPI.Comm, grid, sizes: dict[str, int | None]) -> tuple[int, int]:
     """Shape of a grid that is given in one of the ways of :class:`ProcessGrid` (collective)."""
     axes, given = tuple(sizes), {name: size for name, size in sizes.items() if size is not None}
     if grid is None:

@@ -56,7 +56,7 @@ class Slab:
         return self.hi == self.nsteps
 
 
-def _ensemble(comm, n: int):
+def _ensemble(comm: MPI.Comm, n: int):
     """The ``firedrake.Ensemble`` of groups of ``n`` ranks."""
     from firedrake import Ensemble
 

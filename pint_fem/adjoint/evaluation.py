@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 
@@ -120,7 +121,9 @@ class EvaluationCache:
         for evaluation in self.evaluations:
             evaluation.reset(self._sweeps.initial)
 
-    def find(self, z: np.ndarray, directions: Mapping[str, np.ndarray] | None = None, **accuracy) -> Evaluation | None:
+    def find(
+        self, z: np.ndarray, directions: Mapping[str, np.ndarray] | None = None, **accuracy: Any
+    ) -> Evaluation | None:
         """Return the evaluation of a control, or ``None``, on all ranks the same (one reduction over all ranks).
 
         The control, the ``directions`` (other vectors of the call by name) and the ``accuracy`` are compared between
@@ -135,7 +138,7 @@ class EvaluationCache:
         self._data.warn(~votes[len(same) :])
         return self.evaluations[int(np.argmax(found))] if found.any() else None
 
-    def at(self, z: np.ndarray, **accuracy) -> Evaluation:
+    def at(self, z: np.ndarray, **accuracy: Any) -> Evaluation:
         """Return the evaluation of a control and make it the latest (collective, as :meth:`find`). Where the control is
         a new one, it replaces the oldest evaluation and starts from the trajectories of the latest.
         """
@@ -152,7 +155,7 @@ class EvaluationCache:
         return evaluation
 
     # -- solves --------------------------------------------------------------------------------------------------------
-    def state(self, z: np.ndarray, **accuracy) -> Evaluation:
+    def state(self, z: np.ndarray, **accuracy: Any) -> Evaluation:
         """Return the evaluation of a control with its state solved."""
         evaluation = self.at(z, **accuracy)
         steps, initial = self._layout.steps(evaluation.z), self._layout.initial(evaluation.z)
@@ -160,14 +163,14 @@ class EvaluationCache:
         self._solve(evaluation, "state", accuracy, solve)
         return evaluation
 
-    def adjoint(self, z: np.ndarray, **accuracy) -> Evaluation:
+    def adjoint(self, z: np.ndarray, **accuracy: Any) -> Evaluation:
         """Return the evaluation of a control with its state and adjoint solved."""
         evaluation = self.state(z, **accuracy)
         if evaluation.rtol["adjoint"] > accuracy.get("rtol", self._sweeps.options.rtol):
             self.adjoint_of(evaluation, **accuracy)
         return evaluation
 
-    def adjoint_of(self, evaluation: Evaluation, **accuracy) -> None:
+    def adjoint_of(self, evaluation: Evaluation, **accuracy: Any) -> None:
         """Solve for the adjoint of the current state."""
         steps = self._layout.steps(evaluation.z)
         with self.resetting_on_failure(evaluation):

@@ -61,7 +61,7 @@ class ControlProblem(ABC):
     terms: Sequence[Term] = ()
     """Empty for the problem of one evolution."""
 
-    def __str__(self):
+    def __str__(self) -> str:
         """One line: evolutions and misfits, controls, process grid."""
         leaves = " + ".join(
             f"{w:g} * ({p.description})" if w != 1 else p.description for w, p in self.weighted_leaves()

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import ufl
 from firedrake import Function
+from irksome.tableaux.ButcherTableaux import ButcherTableau
 from mpi4py import MPI
 from ufl.algorithms import extract_coefficients
 
@@ -94,7 +95,7 @@ class TimeParallelReducedFunctional(ControlFunctional):
         spacetime: SpaceTime | None = None,
         solver_parameters: Mapping | None = None,
         riesz_map="L2",
-        coarse_tableau=None,
+        coarse_tableau: ButcherTableau | None = None,
         propagator: Callable = make_propagator,
         coarse_evolutions: Sequence[Evolution] | None = None,
         final_state: Function | Sequence[Function] | None = None,

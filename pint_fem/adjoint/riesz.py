@@ -12,6 +12,7 @@ import firedrake
 import numpy as np
 import ufl
 from firedrake import Cofunction, Function, TestFunction, TrialFunction, assemble, dx, grad, inner
+from firedrake.functionspaceimpl import WithGeometry
 
 from pint_fem.adjoint.control_layout import ControlLayout
 from pint_fem.errors import InputError
@@ -49,7 +50,7 @@ class RieszMap:
         If the kind is none of these, or the form does not fit.
     """
 
-    def __init__(self, space, kind):
+    def __init__(self, space: WithGeometry, kind):
         a, b = TrialFunction(space), TestFunction(space)
         given = isinstance(kind, ufl.Form)
         if given and [arg.function_space() for arg in kind.arguments()] != [space, space]:
@@ -107,7 +108,7 @@ class RieszMap:
         return self._y.array_r.copy()
 
 
-def _lumped(space, mass: ufl.Form) -> np.ndarray:
+def _lumped(space: WithGeometry, mass: ufl.Form) -> np.ndarray:
     """Diagonal of the mass matrix, scaled to the sum of the matrix's entries over each component."""
     matrix = assemble(mass, mat_type="aij").petscmat
     diagonal = matrix.getDiagonal()

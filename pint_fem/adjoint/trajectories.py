@@ -17,7 +17,7 @@ derivative by the controls is summed then, and returned with the right-hand side
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -84,7 +84,7 @@ class _Trajectories:
     def __init__(self, sweeps: Sweeps, misfits: Sequence[Misfit]):
         self.sweeps, self.misfits = sweeps, misfits
 
-    def _collectively(self, work: Callable, *args):
+    def _collectively(self, work: Callable, *args: Any):
         """The result of ``work``; what fails on one rank raises on all."""
         return collectively(self.sweeps.spacetime.comm, self.where, work, *args)
 
@@ -177,7 +177,7 @@ class CPointTrajectories(_Trajectories):
         return self.sweeps.intervals
 
     # -- observations --------------------------------------------------------------------------------------------------
-    def _read(self, evaluation: Evaluation, z: Controls, dz=None, dU=None) -> list[np.ndarray]:
+    def _read(self, evaluation: Evaluation, z: Controls, dz=None, dU: np.ndarray | None = None) -> list[np.ndarray]:
         """Observations of the local points by each misfit, or their derivatives along a tangent."""
         k, intervals, along = self.sweeps.slab.k, self.intervals, dU is not None
         intervals.bind(z, evaluation.U)
@@ -186,7 +186,7 @@ class CPointTrajectories(_Trajectories):
         # derivatives depend on the state where the misfit is not linear in it
         of_state = [m.observed & m.state_dependent if along else m.observed for m in self.misfits]
 
-        def observe(points: slice, u, du) -> None:
+        def observe(points: slice, u: np.ndarray, du: np.ndarray) -> None:
             for misfit, Y in zip(self.misfits, out, strict=True):
                 if misfit.observed[points].any():
                     Y[points] = misfit.observe_tangent(points, u, du) if along else misfit.observe(points, u)

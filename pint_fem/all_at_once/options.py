@@ -94,7 +94,7 @@ class SolverOptions:
     #: What a message about a string that cannot be read proposes, where that is no number.
     proposals: ClassVar[Mapping[str, str]] = {"monitor": "give true or false", "view": "give true or false"}
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, choices in self.choices.items():
             value = getattr(self, name)
             if not any(value == c and isinstance(value, str) == isinstance(c, str) for c in choices):
@@ -127,7 +127,7 @@ class SolverOptions:
         return sorted((f.name for f in fields(cls) if f.repr), key=lambda name: name in shared)
 
     @classmethod
-    def make(cls, options: Self | Mapping | None = None, **changes) -> Self:
+    def make(cls, options: Self | Mapping | None = None, **changes: Any) -> Self:
         """Options from options, a dictionary of them or nothing, with changes.
 
         Raises
@@ -177,7 +177,7 @@ class SolverOptions:
         return out
 
     @classmethod
-    def _parsed(cls, name: str, text: str):
+    def _parsed(cls, name: str, text: str) -> Any:
         """One option's value; the text of an unknown option stays as it is."""
         if text.lower() == "none":
             return None
@@ -201,7 +201,9 @@ SHARED = tuple(f.name for f in fields(SolverOptions) if f.name != "max_it")
 """Options that have the same meaning, and the same default, for all solvers."""
 
 
-def unknown_option(solver: str, name, names: Sequence[str], *, prefix: str = "", listed: str = "options") -> ValueError:
+def unknown_option(
+    solver: str, name: object, names: Sequence[str], *, prefix: str = "", listed: str = "options"
+) -> ValueError:
     """The error about an unknown option, with the nearest one or a list of all.
 
     Parameters
@@ -222,6 +224,6 @@ def unknown_option(solver: str, name, names: Sequence[str], *, prefix: str = "",
     return ValueError(f"unknown {solver} option {name!r}: {hint}")
 
 
-def is_number(value) -> bool:
+def is_number(value: object) -> bool:
     """Whether a value is a real number, other than NaN; booleans are none."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value

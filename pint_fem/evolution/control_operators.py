@@ -20,6 +20,7 @@ import numpy as np
 import ufl
 from firedrake import Cofunction, Function, TrialFunction, assemble, derivative, interpolate
 from firedrake.assemble import get_assembler
+from firedrake.functionspaceimpl import WithGeometry
 from firedrake.petsc import PETSc
 from mpi4py import MPI
 from ufl.algorithms import expand_derivatives, extract_coefficients
@@ -104,7 +105,7 @@ class MatrixOperator:
 class _RealOperator:
     """A :class:`ControlOperator` of a real number, which the first rank in space owns, by ``column(1)``."""
 
-    def __init__(self, space, column: Callable[[Function], Function | Cofunction], zero_rows: np.ndarray):
+    def __init__(self, space: WithGeometry, column: Callable[[Function], Function | Cofunction], zero_rows: np.ndarray):
         self._comm = space.mesh().comm
         self.column = get(column(Function(space).assign(1.0)))
         self.column[zero_rows] = 0.0
@@ -160,7 +161,7 @@ def expression_derivative(expression: ufl.core.expr.Expr, control: Function, dir
 
 
 def interpolation_operator(
-    expression: ufl.core.expr.Expr, control: Function, V, zero_rows: np.ndarray
+    expression: ufl.core.expr.Expr, control: Function, V: WithGeometry, zero_rows: np.ndarray
 ) -> ControlOperator:
     """The interpolation into ``V`` of an expression's derivative by a control (collective over space).
 

@@ -186,7 +186,7 @@ class Evolution:
         self.copies: PrivateCopies | None = None
         self.injected: dict[Function, Function] = {}
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         kinds = {c: " in each step" for c in self.stepwise} | {self.initial_control: " as initial condition"}
         controls = ", ".join(c.name() + kinds.get(c, "") for c in self.controls) or "none"
         return (

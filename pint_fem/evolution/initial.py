@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 import ufl
 from firedrake import Constant, Function
+from firedrake.functionspaceimpl import WithGeometry
 from pyadjoint.tape import stop_annotating
 from ufl.algorithms import extract_coefficients
 
@@ -101,7 +102,7 @@ class InitialExpression:
         Whether the expression is affine in the controls.
     """
 
-    def __init__(self, expression: ufl.core.expr.Expr, V, controls: Sequence[Function]):
+    def __init__(self, expression: ufl.core.expr.Expr, V: WithGeometry, controls: Sequence[Function]):
         self.V, self.controls, self._value = V, list(controls), expression
         self._directions = [Function(c.function_space()) for c in self.controls]
         pairs = zip(self.controls, self._directions, strict=True)

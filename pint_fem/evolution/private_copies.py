@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import ufl
 from firedrake import Cofunction, Constant, DirichletBC, Function, TestFunction, TrialFunction, assemble, dx, inner
+from firedrake.functionspaceimpl import WithGeometry
 from pyadjoint.tape import stop_annotating
 from ufl.algorithms import estimate_total_polynomial_degree, extract_coefficients
 from ufl.algorithms.analysis import extract_type
@@ -35,7 +36,7 @@ def name_of(given: Function | Constant | Cofunction) -> str:
     return given.name if isinstance(given, Constant) else given.name()
 
 
-def mass_degree(space) -> int:
+def mass_degree(space: WithGeometry) -> int:
     """Degree of the quadrature of a space's mass matrix."""
     return estimate_total_polynomial_degree(inner(TrialFunction(space), TestFunction(space)))
 
@@ -86,7 +87,7 @@ class PrivateCopies:
     the values that were read last.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._of: dict = {}
         self._data: list[_Datum] = []
         self._read: list[np.ndarray] = []  # values of each datum
@@ -135,7 +136,7 @@ class PrivateCopies:
         found = {given: self.datum(given) for given in data_of(expression)}
         return ufl.replace(expression, found) if found else expression
 
-    def interpolated(self, expression, space) -> Function:
+    def interpolated(self, expression, space: WithGeometry) -> Function:
         """A function with the interpolated values of an expression of data, which :meth:`update` updates."""
         made, own = Function(space), self.form(expression)
         with stop_annotating():

@@ -21,6 +21,7 @@ from collections import Counter
 from collections.abc import Mapping
 
 import numpy as np
+from firedrake.functionspaceimpl import WithGeometry
 from firedrake.petsc import PETSc
 from mpi4py import MPI
 from petsctools import flatten_parameters
@@ -90,7 +91,7 @@ class StageFactors:
     def __init__(
         self,
         parameters: Mapping,
-        space,
+        space: WithGeometry,
         memory: int,
         counts: Counter,
         nullspace: Nullspace | None = None,
@@ -254,7 +255,7 @@ class _Refinement:
     matrix, whose solves are between projections.
     """
 
-    def __init__(self, comm):
+    def __init__(self, comm: MPI.Comm):
         self.ksp = PETSc.KSP().create(comm)
         self.ksp.setType(PETSc.KSP.Type.GMRES)
         self.ksp.setGMRESRestart(MOST_ITERATIONS)
@@ -276,7 +277,7 @@ class _Refinement:
 class _Apply:
     """Context of a Python preconditioner that applies a factor."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.solver: UpdatableFactor | None = None
 
     def apply(self, pc, x, y):

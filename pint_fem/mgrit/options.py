@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import inf
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from pint_fem.all_at_once.grids import check_coarsening, is_integer
+from pint_fem.all_at_once.grids import Coarsening, check_coarsening, is_integer
 from pint_fem.all_at_once.options import STARTS, SolverOptions, is_number, unknown_option
 
 __all__ = ["MGRITOptions"]
@@ -111,7 +111,7 @@ class MGRITOptions(SolverOptions):
         "coarsening": "give whole numbers such as 8,4, or a level's C-points such as 0:4:8"
     }
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         set_ = lambda name, value: object.__setattr__(self, name, value)
         set_("coarsening", check_coarsening(self.coarsening))
         set_("relax", tuple(_scheme(r, self.relax) for r in _as_tuple(self.relax, "relax")))
@@ -122,7 +122,7 @@ class MGRITOptions(SolverOptions):
         super().__post_init__()
 
     @classmethod
-    def make(cls, options: MGRITOptions | Mapping | None = None, **changes) -> MGRITOptions:
+    def make(cls, options: MGRITOptions | Mapping | None = None, **changes: Any) -> MGRITOptions:
         """Options from options, a dictionary of them or nothing, with changes.
 
         Dictionaries may be nested: ``{"coarse": {"solver": "relax"}}`` is ``{"coarse_solver": "relax"}``, and
@@ -162,7 +162,7 @@ class MGRITOptions(SolverOptions):
         return made
 
     @classmethod
-    def _parsed(cls, name: str, text: str):
+    def _parsed(cls, name: str, text: str) -> Any:
         level, rest = _level_of(name)
         if level >= 0:
             value = cls._parsed(rest, text)
@@ -242,7 +242,7 @@ class MGRITOptions(SolverOptions):
                 )
         return tuple(chosen)
 
-    def coarsen(self, index: int):
+    def coarsen(self, index: int) -> Coarsening:
         """Coarsening from level ``index`` to the next."""
         return self.coarsening[min(index, len(self.coarsening) - 1)]
 
@@ -259,11 +259,11 @@ class MGRITOptions(SolverOptions):
         return self.c_weight[min(index, len(self.c_weight) - 1)]
 
 
-def _coarser(n: int, m) -> int:
+def _coarser(n: int, m: Coarsening) -> int:
     return n // m if is_integer(m) else len(m) - 1
 
 
-def _scheme(r, given) -> str:
+def _scheme(r: object, given: Any) -> str:
     if is_integer(r) and r > _MOST_SWEEPS:
         raise ValueError(f"mgrit relax {given!r}: give at most {_MOST_SWEEPS} FC-sweeps; 1 or 2 are usual")
     if is_integer(r) and r >= 0:
@@ -285,7 +285,7 @@ def _flat(options: Mapping, prefix: str = "") -> dict:
     return flat
 
 
-def _level_of(name) -> tuple[int, str]:
+def _level_of(name: object) -> tuple[int, str]:
     """``level_1_relax`` as ``(1, "relax")``."""
     parts = str(name).split("_", 2)
     if len(parts) == 3 and parts[0] == "level" and parts[1].isdigit():
@@ -293,7 +293,7 @@ def _level_of(name) -> tuple[int, str]:
     return -1, ""
 
 
-def _as_tuple(value, name: str) -> tuple:
+def _as_tuple(value: Any, name: str) -> tuple:
     items = tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else (value,)
     if not items:
         raise ValueError(f"mgrit {name} {value!r}: give at least one")

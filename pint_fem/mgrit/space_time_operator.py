@@ -200,7 +200,7 @@ class Hierarchies:
         *,
         transposed: Sequence[Propagator] | None = None,
         options: MGRITOptions | Mapping | None = None,
-        comm=MPI.COMM_SELF,
+        comm: MPI.Comm = MPI.COMM_SELF,
         bounds: Sequence[int] | None = None,
         transfers: Sequence | None = None,
         petsc_comm=None,

@@ -120,7 +120,14 @@ class QuadraticFunctional:
 
     # -- the reference state -------------------------------------------------------------------------------------------
     def _choose_reference(
-        self, form, u, t, initial: np.ndarray, span, *, moving: bool
+        self,
+        form: ufl.Form,
+        u: Function,
+        t: Function | None,
+        initial: np.ndarray,
+        span: tuple[float, float],
+        *,
+        moving: bool,
     ) -> tuple[Callable[[float], np.ndarray] | None, bool]:
         """The reference state as a function of time (``None``: it is zero), and whether it depends on time."""
         data = ReferenceValues(form, [u])

@@ -28,6 +28,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -103,7 +104,7 @@ class AffineConstraints:
             return lambda x, v, *args: self._on_null_space(v, lambda pv: method(x, pv, *args))
         return partial(self._at_feasible, name, method)
 
-    def _at_feasible(self, name: str, method, x: np.ndarray, *args):
+    def _at_feasible(self, name: str, method, x: np.ndarray, *args: Any):
         """The result of a method at a feasible x, its vectors projected (an error does not grow: ``|P e| <= |e|``)."""
         if RETURNS[name] == ("operator",):
             model = method(x, *args)

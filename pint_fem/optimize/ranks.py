@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from mpi4py import MPI
@@ -41,7 +42,7 @@ def on_all_ranks(minimise: Callable) -> Callable:
     """
 
     @functools.wraps(minimise)
-    def run(problem, x0, *args, monitor=None, callback=None, **options):
+    def run(problem, x0, *args: Any, monitor=None, callback=None, **options: Any):
         guarded = GuardedProblem(problem)
         comm = guarded.comm
         with ending_all_ranks(comm):
@@ -113,7 +114,7 @@ def collective_callback(comm: MPI.Comm, given: Callable | None) -> Callable[...,
     return lambda *args: any_rank(comm, collectively(comm, "callback", _stops, given or _no_op, *args))
 
 
-def _stops(callback: Callable, *args) -> bool:
+def _stops(callback: Callable, *args: Any) -> bool:
     """Whether the result of a callback is true."""
     answer = callback(*args)
     try:

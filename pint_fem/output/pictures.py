@@ -10,6 +10,7 @@ import numpy as np
 from firedrake import FunctionSpace, VertexOnlyMesh
 from firedrake import interpolate as interpolate_
 from firedrake.assemble import assemble
+from firedrake.mesh import MeshGeometry
 from mpi4py import MPI
 
 from pint_fem.spacetime import SpaceTime
@@ -45,7 +46,7 @@ class Raster:
         Left, right, bottom and top of the image in the mesh's coordinates; pixels by rows and columns.
     """
 
-    def __init__(self, mesh, width: int = 280):
+    def __init__(self, mesh: MeshGeometry, width: int = 280):
         self.comm = mesh.comm
         x = np.asarray(mesh.coordinates.dat.data_ro)
         low, high = np.full(2, np.inf), np.full(2, -np.inf)
@@ -78,13 +79,15 @@ def _save(fig, path: Path, dpi: int) -> None:
     plt.close(fig)
 
 
-def _painter(images: Sequence[np.ndarray], extent):
+def _painter(images: Sequence[np.ndarray], extent: Sequence[float]):
     """A function that shows an image in an axis, on one colour scale for all images, symmetric about zero."""
     limit = max(np.nanmax(np.abs(image)) for image in images)
     return lambda ax, image: ax.imshow(image, origin="lower", extent=extent, cmap="RdBu_r", vmin=-limit, vmax=limit)
 
 
-def plot_fields(path: Path, images: Sequence[tuple[str, np.ndarray]], extent, *, points=None, title: str = "") -> None:
+def plot_fields(
+    path: Path, images: Sequence[tuple[str, np.ndarray]], extent: Sequence[float], *, points=None, title: str = ""
+) -> None:
     """Draw named images side by side on one colour scale, zero in its middle, and dots at ``points`` ``(count, 2)``."""
     paint = _painter([image for _, image in images], extent)
     fig, axes = plt.subplots(
@@ -161,7 +164,13 @@ def gather_images(own: dict[int, np.ndarray | None], spacetime: SpaceTime) -> di
 
 
 def plot_snapshots(
-    path: Path, images: Sequence[np.ndarray], titles: Sequence[str], extent, *, label: str = "", columns: int = 4
+    path: Path,
+    images: Sequence[np.ndarray],
+    titles: Sequence[str],
+    extent: Sequence[float],
+    *,
+    label: str = "",
+    columns: int = 4,
 ) -> None:
     """Draw images with their titles in rows of ``columns``, on one colour scale, symmetric about zero."""
     paint, rows = _painter(images, extent), -(-len(images) // columns)
@@ -177,7 +186,9 @@ def plot_snapshots(
     _save(fig, path, 100)
 
 
-def animate(path: Path, images: Sequence[np.ndarray], titles: Sequence[str], extent, *, label: str = "") -> None:
+def animate(
+    path: Path, images: Sequence[np.ndarray], titles: Sequence[str], extent: Sequence[float], *, label: str = ""
+) -> None:
     """Write images with their titles as an animated GIF, on one colour scale, symmetric about zero."""
     fig, ax = plt.subplots(figsize=(4.6, 4.0), layout="constrained")
     shown = _painter(images, extent)(ax, images[0])

@@ -104,7 +104,7 @@ class PETScSystem(ShiftedSystem):
         self._sizes = (2 * local, 2 * size)
         self._b, self._z = (PETSc.Vec().createMPI(self._sizes, comm=self._comm) for _ in range(2))
 
-    def factor(self, y):
+    def factor(self, y: complex):
         """A PETSc solver with the factor for ``y``, and its size in bytes on the rank with the largest (collective)."""
         total = sum(w * part for w, part in zip(self._weights(y), self._parts, strict=True))
         data = np.empty(4 * len(total))
@@ -124,18 +124,18 @@ class PETScSystem(ShiftedSystem):
             self._bytes = self._comm.tompi4py().allreduce(own, op=MPI.MAX)
         return ksp, self._bytes
 
-    def solve(self, factor, y, r, *, transposed):
+    def solve(self, factor, y: complex, r: np.ndarray, *, transposed: bool) -> np.ndarray:
         """Solve for a complex vector with the matrix of ``y`` or its (not conjugate) transpose (collective)."""
         self._b.array[:] = (r.conj() if transposed else np.ascontiguousarray(r)).view(float)
         (factor.solveTranspose if transposed else factor.solve)(self._b, self._z)
         out = self._z.array_r.copy().view(complex)
         return out.conj() if transposed else out
 
-    def release(self, factor):
+    def release(self, factor) -> None:
         """Free the memory of a factor (collective)."""
         factor.destroy()
 
-    def mass(self, r, *, transposed):
+    def mass(self, r: np.ndarray, *, transposed: bool) -> np.ndarray:
         """``M r`` or ``M^T r`` (collective)."""
         return self._mass(r, transposed=transposed)
 

@@ -61,7 +61,7 @@ class EliminatedSystem(WrappedSystem):
         super().__init__(left)
         self._coupling, self._h = coupling, h
 
-    def solve(self, factor, y, r, *, transposed):
+    def solve(self, factor, y: complex, r: np.ndarray, *, transposed: bool) -> np.ndarray:
         """Solve for a complex vector with the matrix of ``y`` or its (not conjugate) transpose."""
         its, h, c = self._coupling, self._h, 1.0 - y
         first, second = (its.X, its.G) if transposed else (its.G, its.X)
@@ -71,7 +71,7 @@ class EliminatedSystem(WrappedSystem):
         out[its.b] = (r_b - h * second(a, transposed=transposed)) / c
         return out
 
-    def mass(self, r, *, transposed):
+    def mass(self, r: np.ndarray, *, transposed: bool) -> np.ndarray:
         """``M r`` or ``M^T r``; the block of ``b`` is the identity."""
         out, its = r.copy(), self._coupling
         out[its.a] = self._inner.mass(r[its.a], transposed=transposed)

@@ -141,11 +141,11 @@ class WrappedSystem(ShiftedSystem):
     def __init__(self, inner: ShiftedSystem):
         self._inner = inner
 
-    def factor(self, y):
+    def factor(self, y: complex):
         """A factor of the other system and its size in bytes."""
         return self._inner.factor(y)
 
-    def release(self, factor):
+    def release(self, factor) -> None:
         """Free the memory of a factor."""
         self._inner.release(factor)
 
@@ -175,13 +175,13 @@ class ProjectedSystem(WrappedSystem):
         super().__init__(system)
         self._nullspace = nullspace
 
-    def solve(self, factor, y, r, *, transposed):
+    def solve(self, factor, y: complex, r: np.ndarray, *, transposed: bool) -> np.ndarray:
         """Solve for a complex vector, with source and solution projected."""
         r = self._nullspace.project_source(np.array(r), transposed=transposed)
         out = self._inner.solve(factor, y, r, transposed=transposed)
         return self._nullspace.project_solution(out, transposed=transposed)
 
-    def mass(self, r, *, transposed):
+    def mass(self, r: np.ndarray, *, transposed: bool) -> np.ndarray:
         """``M r`` or ``M^T r``."""
         return self._inner.mass(r, transposed=transposed)
 
@@ -223,7 +223,7 @@ class SparseSystem(ShiftedSystem):
         self._parts = [on_pattern(csr_matrix(X[self._order][:, self._order].T), permuted.T) for X in parts]
         self._trial = np.exp(1j * np.arange(n) ** 2)
 
-    def factor(self, y):
+    def factor(self, y: complex):
         """SuperLU's factor of the matrix of ``y``, and its size in bytes."""
         data = sum(w * part for w, part in zip(self._weights(y), self._parts, strict=True))
         matrix = csc_matrix((data, self._indices, self._indptr), shape=self._shape)
@@ -237,13 +237,13 @@ class SparseSystem(ShiftedSystem):
             lu = splu(matrix, permc_spec="COLAMD", diag_pivot_thresh=1.0)
         return lu, 20 * lu.nnz  # a complex number and its row for each entry
 
-    def solve(self, factor, y, r, *, transposed):
+    def solve(self, factor, y: complex, r: np.ndarray, *, transposed: bool) -> np.ndarray:
         """Solve for a complex vector with the matrix of ``y`` or its (not conjugate) transpose."""
         out = np.empty_like(r)
         out[self._order] = factor.solve(r[self._order], "T" if transposed else "N")
         return out
 
-    def mass(self, r, *, transposed):
+    def mass(self, r: np.ndarray, *, transposed: bool) -> np.ndarray:
         """``M r`` or ``M^T r``."""
         return real_product(self._MT if transposed else self._M, r)
 

@@ -97,20 +97,20 @@ class FormPropagator(FEPropagator):
         self._control = _NO_CONTROL
         self._control_vecs: dict[int, tuple[PETSc.Vec, PETSc.Vec]] = {}
 
-    def update_data(self, changed):
+    def update_data(self, changed: set) -> bool:
         """Discard boundary values; ``False`` where data have changed in matrices that all steps share."""
         return self.forms.update_data(changed)
 
     # -- memory --------------------------------------------------------------------------------------------------------
-    def step_linearisations(self, count, *, repeated=True) -> list[StepLinearisation]:
+    def step_linearisations(self, count: int, *, repeated: bool = True) -> list[StepLinearisation]:
         """Empty linearisations of ``count`` steps, which factor at once where steps are evaluated repeatedly."""
         return [StepLinearisation(self.forms, refine=not repeated) for _ in range(count)]
 
-    def linearisation_nbytes(self):
+    def linearisation_nbytes(self) -> int:
         """Bytes of the stage values, adjoints and tangents in the linearisation of a step."""
         return 8 * ((8 * self.dirk.stages + 5) * self.evolution.state_size + self.evolution.control_size)
 
-    def petsc_bytes(self, count):
+    def petsc_bytes(self, count: int) -> dict[str, int]:
         """Bytes of matrices and of factors, as far as the budget goes, with ``count`` linearisations; a Jacobian is
         factored to measure it if none was before.
         """
@@ -334,24 +334,24 @@ class FormPropagator(FEPropagator):
         return bool(same if comm.size == 1 else comm.allreduce(same, op=MPI.LAND))
 
     # -- the interface -------------------------------------------------------------------------------------------------
-    def step(self, data, u, out, lane=0):
+    def step(self, data: StepData, u: np.ndarray, out: np.ndarray, lane: int = 0) -> None:
         """Write ``Phi(u)`` of each step to ``out``."""
         for i in range(len(u)):
             step = self._linearisation(data, i)
             step.invalidate()
             out[i] = self._solve_stages(step, data, i, u[i])
 
-    def tangent(self, data, du, dz, out, lane=0):
+    def tangent(self, data: StepData, du: np.ndarray, dz: np.ndarray | None, out: np.ndarray, lane: int = 0) -> None:
         """Write ``Phi_u du + Phi_z dz`` of each step to ``out``."""
         for i in range(len(du)):
             out[i] = self._tangent_step(self._linearised(data, i), du[i], direction(dz, i), data.t[i])[0]
 
-    def adjoint(self, data, lam, out, lane=0):
+    def adjoint(self, data: StepData, lam: np.ndarray, out: np.ndarray, lane: int = 0) -> None:
         """Write ``Phi_u^T lam`` of each step to ``out``."""
         for i in range(len(lam)):
             out[i] = self._adjoint_step(self._linearised(data, i), lam[i], "sweep")[0]
 
-    def control_adjoint(self, data, lam, lane=0):
+    def control_adjoint(self, data: StepData, lam: np.ndarray, lane: int = 0) -> np.ndarray:
         """``Phi_z^T lam``, from the stages' adjoints."""
         rows = []
         for i in range(len(lam)):
@@ -361,7 +361,9 @@ class FormPropagator(FEPropagator):
             rows.append(-sum(self._control_adjoint(stage, *pair, data.t[i]) for stage, pair in pairs))
         return self._collect(rows)
 
-    def second_order(self, data, du, dz, lam, end=None):
+    def second_order(
+        self, data: StepData, du: np.ndarray, dz: np.ndarray | None, lam: np.ndarray, end: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Derivatives of :meth:`adjoint` and :meth:`control_adjoint` in a direction, from those of ``L``."""
         deferred = self.dirk.stages - 1 if end is not None and self.dirk.stiffly_accurate else None
         out, rows = np.empty_like(lam), []

@@ -14,6 +14,7 @@ from functools import cached_property
 import numpy as np
 from firedrake import Cofunction, Constant, Function, TestFunction, TrialFunction, derivative, replace
 from firedrake.assemble import ParloopFormAssembler, get_assembler
+from firedrake.functionspaceimpl import WithGeometry
 from firedrake.petsc import PETSc
 from ufl.algorithms import expand_derivatives
 
@@ -115,7 +116,7 @@ class _RealColumn(MatrixForm):
 class _VectorForm:
     """A 1-form that is compiled once; calls assemble it, and return zero where it vanishes."""
 
-    def __init__(self, form, space):
+    def __init__(self, form, space: WithGeometry):
         form = expand_derivatives(form)
         self.empty = form.empty()
         self._tensor = Cofunction(space.dual())

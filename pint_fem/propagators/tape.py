@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 from firedrake import Cofunction, Function, solve
@@ -151,7 +152,7 @@ class TapePropagator(FEPropagator):
         """Replace the tangent solves of pyadjoint, which has default parameters and no nullspaces there."""
         parameters, bases, _ = self._options()
 
-        def assembled_solve(lhs, rhs, func, bcs, **kwargs):
+        def assembled_solve(lhs, rhs, func, bcs, **kwargs: Any):
             solve(lhs, func, rhs, solver_parameters=parameters, **bases, **kwargs)
             return func
 
@@ -159,7 +160,7 @@ class TapePropagator(FEPropagator):
             if isinstance(block, GenericSolveBlock):
                 block._assembled_solve = assembled_solve
 
-    def update_data(self, changed):
+    def update_data(self, changed: set) -> bool:
         """Record the step again, with the new values of data."""
         self._record()
         return True
@@ -245,12 +246,12 @@ class TapePropagator(FEPropagator):
         count = len(self.evolution.parameters)
         return np.concatenate([np.zeros(0), *(get(d) for d in derivatives[1 : 1 + count])])
 
-    def step(self, data, u, out, lane=0):
+    def step(self, data: StepData, u: np.ndarray, out: np.ndarray, lane: int = 0) -> None:
         """Write ``Phi(u)`` of each step to ``out``."""
         for i in range(len(u)):
             out[i] = get(self._evaluate(data, i, u[i]))
 
-    def tangent(self, data, du, dz, out, lane=0):
+    def tangent(self, data: StepData, du: np.ndarray, dz: np.ndarray | None, out: np.ndarray, lane: int = 0) -> None:
         """Write ``Phi_u du + Phi_z dz`` of each step to ``out``."""
         for i in range(len(du)):
             self._evaluate(data, i, data.u[i])
@@ -262,16 +263,18 @@ class TapePropagator(FEPropagator):
         put(self._lam, lam)
         return self.rf.derivative(adj_input=self._lam)
 
-    def adjoint(self, data, lam, out, lane=0):
+    def adjoint(self, data: StepData, lam: np.ndarray, out: np.ndarray, lane: int = 0) -> None:
         """Write ``Phi_u^T lam`` of each step to ``out``."""
         for i in range(len(lam)):
             out[i] = get(self._derivative(data, i, lam[i])[0])
 
-    def control_adjoint(self, data, lam, lane=0):
+    def control_adjoint(self, data: StepData, lam: np.ndarray, lane: int = 0) -> np.ndarray:
         """``Phi_z^T lam``, by the tape's derivative."""
         return self._collect([self._control_part(self._derivative(data, i, lam[i])) for i in range(len(lam))])
 
-    def second_order(self, data, du, dz, lam, end=None):
+    def second_order(
+        self, data: StepData, du: np.ndarray, dz: np.ndarray | None, lam: np.ndarray, end: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Derivatives of :meth:`adjoint` and :meth:`control_adjoint` in a direction, by the tape's Hessian action."""
         out, rows = np.empty_like(lam), []
         for i in range(len(lam)):

@@ -30,14 +30,14 @@ _SEED_STRIDE = 1_000_003
 _REGISTER = 32  # the size of a state is a multiple of it: two AVX-512 registers of float32, torch's unrolled loop
 
 
-def _is_count(value) -> bool:
+def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 class ScratchBuffer:
     """A contiguous buffer for intermediate results that is allocated again only where a larger one is needed."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._buffer: Tensor | None = None
 
     def __call__(self, like: Tensor) -> Tensor:

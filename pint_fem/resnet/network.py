@@ -12,7 +12,7 @@ import copy
 import math
 from collections.abc import Callable, Hashable, Mapping
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -280,7 +280,7 @@ class LayerParallelResNet(nn.Module):
         warm = self.warm_starts.get((kind, batch)) if batch is not None and training else None
         groups = training and (self.training or kind == "backward")
 
-        def attempt(**how):
+        def attempt(**how: Any):
             if not groups or self.grid.data_size == 1:
                 return solve(**how)
             return collectively(self.grid.comm, f"{kind} sweep", partial(solve, **how))
@@ -305,7 +305,7 @@ class LayerParallelResNet(nn.Module):
             first = np.ascontiguousarray(first)
         trajectory = self.sweeps.trajectory(shape, np.float64 if self.dtype == torch.float64 else np.float32)
 
-        def solve(**how):
+        def solve(**how: Any):
             return self.sweeps.forward(theta, first, trajectory, slopes=training, **how), trajectory.U
 
         self._sweep("forward", batch, training, solve)
@@ -315,7 +315,7 @@ class LayerParallelResNet(nn.Module):
         """The backward sweep: derivatives with respect to the first state and the parameters of the own layers."""
         first = gradients = None
 
-        def solve(**how):
+        def solve(**how: Any):
             nonlocal first, gradients
             result, L, gradients = self.sweeps.backward(trajectory, last, **how)
             first = L[-1]
@@ -329,7 +329,7 @@ class _LayerPropagation(torch.autograd.Function):
     """Propagation from the first state to the last one through the layers of all ranks."""
 
     @staticmethod
-    def forward(ctx, u0, network, shape, batch, training, anchor, *theta):
+    def forward(ctx: Any, u0, network: LayerParallelResNet, shape, batch, training, anchor, *theta):
         """The last state, on the last rank; ``anchor`` has a derivative on all ranks where one of them trains."""
         trajectory = network._propagate(u0, shape, batch, theta, training)
         ctx.network, ctx.batch, ctx.trajectory = network, batch, trajectory
@@ -343,7 +343,7 @@ class _LayerPropagation(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, gradient):
+    def backward(ctx: Any, gradient):
         """Derivatives with respect to the first state, on the first rank, and the own parameters."""
         network = ctx.network
         network.collective.check()
@@ -361,7 +361,7 @@ class _TrajectoryOwner:
     def __init__(self, sweeps: LayerSweeps, trajectory: Trajectory):
         self.sweeps, self.trajectory = sweeps, trajectory
 
-    def __del__(self):
+    def __del__(self) -> None:
         self.sweeps.recycle(self.trajectory)
 
 
@@ -369,7 +369,7 @@ class _BroadcastFromLast(torch.autograd.Function):
     """Broadcast of the last rank's output; each rank computes the same derivative, so the last one uses its own."""
 
     @staticmethod
-    def forward(ctx, out, network):
+    def forward(ctx: Any, out: np.ndarray, network: LayerParallelResNet):
         """The last rank's output, on all ranks."""
         ctx.network, ctx.shape = network, out.shape
         grid = network.grid
@@ -379,7 +379,7 @@ class _BroadcastFromLast(torch.autograd.Function):
         return torch.from_numpy(np.array(values))
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx: Any, gradient):
         """The derivative on the last rank, zero on the others."""
         ctx.network.collective.check()
         return gradient if ctx.network.grid.is_last else gradient.new_zeros(ctx.shape), None

@@ -74,7 +74,7 @@ def compare(
     steps: int,
     *,
     rtol: float = 1e-6,
-    comm=MPI.COMM_WORLD,
+    comm: MPI.Comm = MPI.COMM_WORLD,
     repeats: int = 5,
 ) -> list[Comparison]:
     """Time a cold state solve, an adjoint solve and a gradient on all ranks in time, and predict them (collective).

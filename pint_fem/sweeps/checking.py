@@ -27,19 +27,19 @@ class _Steps:
         own = self.z if self.z is None or self.z.ndim == 1 else self.z[start + stride - 1]
         return StepData(evolution.time(start), own, u)
 
-    def step(self, steps, u, out):
+    def step(self, steps: range, u: np.ndarray, out: np.ndarray) -> None:
         """Write the results of steps from ``u`` to ``out``."""
         self.propagator.step(self._data(steps, u), u, out, steps.start // steps.step)
 
-    def tangent(self, steps, u, du, out):
+    def tangent(self, steps: range, u: np.ndarray, du: np.ndarray, out: np.ndarray) -> None:
         """Write the derivatives of steps at ``u`` in the direction ``du`` to ``out``."""
         self.propagator.tangent(self._data(steps, u), du, None, out, steps.start // steps.step)
 
-    def adjoint(self, steps, u, lam, out):
+    def adjoint(self, steps: range, u: np.ndarray, lam: np.ndarray, out: np.ndarray) -> None:
         """Write the transposed derivatives of steps at ``u``, applied to ``lam``, to ``out``."""
         self.propagator.adjoint(self._data(steps, u), lam, out, steps.start // steps.step)
 
-    def _sweep(self, first, U, G):
+    def _sweep(self, first: int, U: np.ndarray, G: np.ndarray | None) -> None:
         """Take consecutive steps of a linear evolution: homogeneous ones with the forcing as right-hand side."""
         forcing = self.propagator.forcing(self._data(range(first, first + len(U) - 1), None), first)
         self.propagator.sweep(U, forcing if G is None else forcing + G)

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -73,7 +74,7 @@ class Sweeps:
         Called after each solve with its kind and result.
     """
 
-    def __init__(self, evolution: Evolution, spacetime: SpaceTime, **given):
+    def __init__(self, evolution: Evolution, spacetime: SpaceTime, **given: Any):
         self.solvers = TimeSolvers(evolution, spacetime, **given)
         self.evolution, self.spacetime, self.slab = self.solvers.evolution, spacetime, self.solvers.slab
         self.initial = get(self.evolution.initial)
@@ -146,8 +147,8 @@ class Sweeps:
 
     # -- solves --------------------------------------------------------------------------------------------------------
     def _solve(
-        self, solver: TimeSolver, kind: str, U: np.ndarray, G, *, cold: bool = False, start: str = "",
-        coarse_rhs: Callable[[], Iterable[np.ndarray]] | None = None, **accuracy,
+        self, solver: TimeSolver, kind: str, U: np.ndarray, G: np.ndarray | None, *, cold: bool = False,
+        start: str = "", coarse_rhs: Callable[[], Iterable[np.ndarray]] | None = None, **accuracy: Any,
     ) -> SolveResult:  # fmt: skip
         """Solve in place and count; ``cold``: ``U`` is no solution of a nearby problem."""
         clean(self.evolution.V.mesh().comm)
@@ -199,7 +200,7 @@ class Sweeps:
             yield self._or_nan(partial(compute, propagator, data, lo), (k, propagator.evolution.state_size))
 
     def state(
-        self, z: Controls, U: np.ndarray, *, initial: np.ndarray | None = None, cold: bool = False, **accuracy
+        self, z: Controls, U: np.ndarray, *, initial: np.ndarray | None = None, cold: bool = False, **accuracy: Any
     ) -> SolveResult:
         """Solve for the state ``U`` with an initial condition ``(n,)``; default: the evolution's."""
         if self.slab.is_first:
@@ -223,7 +224,7 @@ class Sweeps:
         *,
         initial: np.ndarray | None = None,
         cold: bool = True,
-        **accuracy,
+        **accuracy: Any,
     ) -> SolveResult:
         """Solve for the derivative ``dU`` of the state ``U`` in the direction ``dz`` of the controls and ``initial`` of
         the initial condition; ``None`` for zero.
@@ -255,7 +256,7 @@ class Sweeps:
         return G
 
     def adjoint(
-        self, z: Controls, U: np.ndarray, gradient: np.ndarray, L: np.ndarray, *, cold: bool = False, **accuracy
+        self, z: Controls, U: np.ndarray, gradient: np.ndarray, L: np.ndarray, *, cold: bool = False, **accuracy: Any
     ) -> SolveResult:
         """Solve for the adjoint ``L`` at the state ``U`` with the right-hand side ``gradient``, shaped as ``L``: rows
         ``0..k-1`` and on the last rank also ``k``; with ``storage="C"`` condensed to the C-points.
@@ -346,7 +347,7 @@ class Sweeps:
         return su, sz
 
 
-def _divergence(kind: str, result: SolveResult, options) -> str:
+def _divergence(kind: str, result: SolveResult, options: Any) -> str:
     """The message of a sweep that has not converged."""
     advice, name = "modes that grow? a larger alpha against round-off, on_divergence='serial'", "ParaDiag"
     if not isinstance(options, ParaDiagOptions):

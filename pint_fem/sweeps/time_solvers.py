@@ -6,10 +6,11 @@ of adjoint sweeps runs on the time communicator in reverse order, where point ``
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 
 import numpy as np
+from irksome.tableaux.ButcherTableaux import ButcherTableau
 
 from pint_fem.all_at_once.levels import inject
 from pint_fem.all_at_once.trace import Trace, check_trace_file
@@ -95,9 +96,10 @@ class TimeSolvers:
 
     def __init__(
         self, evolution: Evolution, spacetime: SpaceTime, *, options: MGRITOptions | Mapping | None = None,
-        coarse_tableau=None, propagator: Callable[..., FEPropagator] = make_propagator, spatial_coarsening=None,
-        coarse_evolutions=None, krylov: Mapping | None = None, norm: str = "l2",
-        time_solver: str = "mgrit",
+        coarse_tableau: ButcherTableau | None = None, propagator: Callable[..., FEPropagator] = make_propagator,
+        spatial_coarsening: bool | int | Sequence[int] | None = None,
+        coarse_evolutions: Sequence[Evolution] | None = None,
+        krylov: Mapping | None = None, norm: str = "l2", time_solver: str = "mgrit",
         paradiag: tuple[ParaDiagOptions, Mapping] | None = None,
     ):  # fmt: skip
         self.evolution = evolution = evolution.private()

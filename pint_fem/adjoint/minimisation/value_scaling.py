@@ -32,7 +32,7 @@ class ValueScaling:
         pyadjoint's factor.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.factor, self._scale, self._unit = 1.0, 1.0, 1.0
         self._is_first = False
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pint_fem.all_at_once.callbacks import require_nothing
+from pint_fem.all_at_once.levels import Propagator
 from pint_fem.mgrit.checks.report import Space, UserError, patterns, raise_first
 
 __all__ = ["Call", "LevelCalls", "TransferCalls", "has_method"]
@@ -51,7 +52,9 @@ class LevelCalls:
         Seed of the data; accuracy of repeated steps.
     """
 
-    def __init__(self, propagator, index: int, nsteps: int, strides, state: np.ndarray, space: Space, seed, rtol):
+    def __init__(
+        self, propagator: Propagator, index: int, nsteps: int, strides, state: np.ndarray, space: Space, seed, rtol
+    ):
         self.propagator, self.index, self.nsteps, self.space, self.rtol = propagator, index, nsteps, space, rtol
         self.where, self.state = f"level {index}", state
         self.uses_guess = bool(getattr(propagator, "uses_guess", False))
@@ -173,7 +176,7 @@ class TransferCalls:
         return result
 
 
-def has_method(propagator, method: str) -> bool:
+def has_method(propagator: Propagator, method: str) -> bool:
     """Whether a propagator has a method; for ``sweep``, whether MGRIT would call it."""
     return hasattr(propagator, method) and (method == "sweep" or getattr(propagator, method) is not None)
 

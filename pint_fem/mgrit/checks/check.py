@@ -13,6 +13,7 @@ run, so the failures name causes.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from mpi4py import MPI
@@ -47,8 +48,8 @@ def check(
     *,
     coarsening=(8, 4),
     transfers: Sequence | None = None,
-    comm=MPI.COMM_SELF,
-    space_comm=MPI.COMM_SELF,
+    comm: MPI.Comm = MPI.COMM_SELF,
+    space_comm: MPI.Comm = MPI.COMM_SELF,
     seed: int = 0,
     rtol: float = 1e-12,
 ) -> CheckReport:
@@ -215,7 +216,7 @@ def _coarse_step(fine: LevelCalls, coarse: LevelCalls, setup: _Setup) -> Found:
     return Found(fine.space.difference(coarse.phi(range(1), coarse.state[None]), U), "relative difference")
 
 
-def _round_trip(state: np.ndarray, comm) -> Found:
+def _round_trip(state: np.ndarray, comm: MPI.Comm) -> Found:
     """Send a state to the next rank and back; it has to be bitwise identical."""
     shapes = comm.allgather(state.shape)
     if len(set(shapes)) > 1:
@@ -230,7 +231,7 @@ def _round_trip(state: np.ndarray, comm) -> Found:
     return Found()
 
 
-def _fixed_point_of_cycles(setup: _Setup, levels: list[LevelCalls], comm) -> Found:
+def _fixed_point_of_cycles(setup: _Setup, levels: list[LevelCalls], comm: MPI.Comm) -> Found:
     """Residual of the sequential solution of a few steps, and of a cycle from it, over its norm."""
     n, factors = setup.short()
     fine, exact, error = levels[0], None, None
@@ -240,7 +241,7 @@ def _fixed_point_of_cycles(setup: _Setup, levels: list[LevelCalls], comm) -> Fou
         error = str(failure)
     raise_first(comm, error)  # before the solver, which needs all ranks
 
-    def solver(**options):
+    def solver(**options: Any):
         options |= dict(start="guess", levels=len(levels)) | (dict(coarsening=factors) if factors else {})
         norms = lambda block: fine.space.dots(block, block)
         return MGRIT(

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from mpi4py import MPI
@@ -83,7 +84,7 @@ def scipy_minimize(
     hessian: str = "newton",
     gtol_rel: float | None = None,
     callback: Callable[[np.ndarray], object] | None = None,
-    **options,
+    **options: Any,
 ) -> ScipyResult:
     """Minimise by :func:`scipy.optimize.minimize` in the problem's inner product.
 
@@ -152,8 +153,8 @@ def scipy_minimize(
 
 
 def _minimise(
-    problem, x0: np.ndarray, method: str, comm, lower, upper, hessian: str, gtol_rel: float | None,
-    callback: Callable | None, options: dict,
+    problem: GuardedProblem, x0: np.ndarray, method: str, comm: MPI.Comm, lower: np.ndarray | None,
+    upper: np.ndarray | None, hessian: str, gtol_rel: float | None, callback: Callable | None, options: dict,
 ) -> ScipyResult:  # fmt: skip
     """The run, on all processes with the same arguments but for the parts of vectors."""
     methods = {name.lower(): name for name in _GRADIENT_METHODS + _HESSIAN_METHODS}
@@ -247,7 +248,7 @@ class _Processes:
 class _EuclideanView:
     """J as a function of the global y, with the results at the last y stored; its calls are collective."""
 
-    def __init__(self, problem, x0: np.ndarray, comm, action: str, callback: Callable | None):
+    def __init__(self, problem, x0: np.ndarray, comm: MPI.Comm, action: str, callback: Callable | None):
         self.problem, self.callback = problem, callback
         self.layout = _Layout(problem, x0, comm)
         weights = getattr(problem, "weights", None)
@@ -347,7 +348,7 @@ class _EuclideanView:
 class _Layout:
     """The entries of the global vector that this process has."""
 
-    def __init__(self, problem, x0: np.ndarray, comm):
+    def __init__(self, problem, x0: np.ndarray, comm: MPI.Comm):
         self.comm = comm if comm is not None and comm.size > 1 else None
         owned = getattr(problem, "owned", None)
         self.owned = np.ones(x0.shape, dtype=bool) if owned is None else np.asarray(owned)

@@ -123,7 +123,7 @@ class InexactOptions:
     kappa_model: float = 1.0
     max_tightenings: int = 8
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         """Check types and ranges."""
         for name in ("kappa_grad", "omega", "forcing", "kappa_hess"):
             check(name, getattr(self, name), "a number in (0, 1)", lambda v: 0 < v < 1)
