@@ -192,7 +192,7 @@ def raise_report(comm: MPI.Comm, report: FailureReport, message: str, here: Base
     cause = report.cause() if here is None else here
     if report.kind != FailureKind.EXIT:
         classes = {FailureKind.INPUT: InputError, FailureKind.NUMERICAL: SolverFailure}
-        error = classes.get(report.kind, RuntimeError)(message)
+        error: BaseException = classes.get(report.kind, RuntimeError)(message)
     elif isinstance(cause, KeyboardInterrupt):
         error = KeyboardInterrupt(message)
     else:
@@ -203,7 +203,7 @@ def raise_report(comm: MPI.Comm, report: FailureReport, message: str, here: Base
 
 def _mark_shared(comm: MPI.Comm, error: BaseException) -> BaseException:
     """Mark an exception as one that all ranks of a communicator raise."""
-    error.raised_on_ranks = max(comm.size, getattr(error, "raised_on_ranks", 1))
+    error.raised_on_ranks = max(comm.size, getattr(error, "raised_on_ranks", 1))  # type: ignore[attr-defined]
     return error
 
 
@@ -234,14 +234,19 @@ def raise_collectively(comm: MPI.Comm, error: BaseException | None, where: str =
         return
     mine = None if error is None else FailureReport.of(error)
     reports = [mine] if comm.size == 1 else comm.allgather(mine)
-    rank = min((r for r, report in enumerate(reports) if report is not None), key=lambda r: reports[r].kind)
-    report, everywhere = reports[rank], len({r and (r.kind, r.text) for r in reports}) == 1
-    if where and error is not None and mine.kind == FailureKind.MISTAKE:
+    failed = {r: report for r, report in enumerate(reports) if report is not None}
+    rank = min(failed, key=lambda r: failed[r].kind)
+    report, kind, everywhere = (
+        failed[rank],
+        None if mine is None else mine.kind,
+        len({r and (r.kind, r.text) for r in reports}) == 1,
+    )
+    if where and error is not None and kind == FailureKind.MISTAKE:
         error.add_note(f"({where})")
-    if everywhere and (not report.is_numerical or isinstance(error, SolverFailure)):
+    if everywhere and error is not None and (not report.is_numerical or isinstance(error, SolverFailure)):
         raise _mark_shared(comm, error)
     place = ", ".join(part for part in (where, "" if everywhere else f"rank {rank}") if part)
-    here = error if error is not None and (comm.rank == rank or mine.kind == report.kind < FailureKind.INPUT) else None
+    here = error if error is not None and (comm.rank == rank or kind == report.kind < FailureKind.INPUT) else None
     raise_report(comm, report, f"{place}: {report.text}" if place else report.text, here)
 
 

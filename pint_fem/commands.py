@@ -266,7 +266,7 @@ def _check(arguments: Sequence[str]) -> None:
             raise InputError(f"{opts.problem}: a mesh on {space} of {world.size} ranks; give it SpaceTime().space_comm")
         sweeps = Sweeps(made, SpaceTime((space, world.size // space)), options=mgrit_options(None))
     else:
-        sweeps = getattr(getattr(made, "problem", None), "sweeps", None)
+        sweeps = getattr(getattr(made, "problem", None), "sweeps", None)  # type: ignore[assignment]
         if not isinstance(sweeps, Sweeps):
             kind = type(made).__name__
             raise InputError(f"{opts.problem}: give an Evolution or TimeParallelReducedFunctional, not {kind}")

@@ -14,7 +14,7 @@ from pint_fem.adjoint.composed import problem_with_initial_expression, sum_of_pr
 from pint_fem.adjoint.functional import ControlFunctional
 from pint_fem.adjoint.interface import ControlProblem
 from pint_fem.adjoint.problem import ReducedProblem
-from pint_fem.adjoint.riesz import ControlInner
+from pint_fem.adjoint.riesz import ControlInner, RieszKind
 from pint_fem.adjoint.states import FinalState
 from pint_fem.errors import InputError
 from pint_fem.evolution.evolution import Evolution
@@ -94,7 +94,7 @@ class TimeParallelReducedFunctional(ControlFunctional):
         regularisation: ufl.Form | Sequence[ufl.Form] | None = None,
         spacetime: SpaceTime | None = None,
         solver_parameters: Mapping | None = None,
-        riesz_map="L2",
+        riesz_map: RieszKind | Sequence[RieszKind] = "L2",
         coarse_tableau: ButcherTableau | None = None,
         propagator: Callable = make_propagator,
         coarse_evolutions: Sequence[Evolution] | None = None,
@@ -122,7 +122,9 @@ class TimeParallelReducedFunctional(ControlFunctional):
         super().__init__(problem, ControlInner(problem.layout, riesz_map), forms, final)
 
 
-def _shared_out(evolutions: list, misfits, forms: list, coarse_evolutions) -> tuple[list, list]:
+def _shared_out(
+    evolutions: list, misfits: object, forms: list, coarse_evolutions: Sequence[Evolution] | None
+) -> tuple[list, list]:
     """The misfits of each evolution, and the functionals of the regularisation that contain its controls."""
     if not evolutions or not all(isinstance(ev, Evolution) for ev in evolutions):
         raise InputError("evolution: give an Evolution or a list of them")
@@ -132,7 +134,8 @@ def _shared_out(evolutions: list, misfits, forms: list, coarse_evolutions) -> tu
         raise InputError(
             f"misfits: give a list with {len(evolutions)} entries, the misfit or misfits of each evolution"
         )
-    own, controls = [[] for _ in evolutions], [set(ev.sought) for ev in evolutions]
+    own: list[list[ufl.Form]] = [[] for _ in evolutions]
+    controls = [set(ev.sought) for ev in evolutions]
     for form in forms:
         found = set(extract_coefficients(form)) & set().union(*controls) if isinstance(form, ufl.Form) else set()
         places = [i for i, of in enumerate(controls) if found <= of]
@@ -147,7 +150,7 @@ def _shared_out(evolutions: list, misfits, forms: list, coarse_evolutions) -> tu
 
 def _problem(
     evolution: Evolution,
-    misfits,
+    misfits: Misfit | Sequence[Misfit],
     forms: list,
     spacetime: SpaceTime,
     solver_parameters: Mapping | None,

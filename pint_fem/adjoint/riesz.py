@@ -6,6 +6,7 @@ The Riesz map of an inner product :math:`(a, b) = a^T M b` takes a dual vector :
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 
 import firedrake
@@ -22,6 +23,8 @@ from pint_fem.kernels.blocks import Factor, is_symmetric
 __all__ = ["ControlInner", "RieszMap"]
 
 _KINDS = ("L2", "H1", "l2", "lumped")
+
+RieszKind = str | ufl.Form | firedrake.RieszMap
 
 
 class RieszMap:
@@ -50,7 +53,7 @@ class RieszMap:
         If the kind is none of these, or the form does not fit.
     """
 
-    def __init__(self, space: WithGeometry, kind):
+    def __init__(self, space: WithGeometry, kind: RieszKind):
         a, b = TrialFunction(space), TestFunction(space)
         given = isinstance(kind, ufl.Form)
         if given and [arg.function_space() for arg in kind.arguments()] != [space, space]:
@@ -133,7 +136,7 @@ class ControlInner:
         if one does not fit.
     """
 
-    def __init__(self, layout: ControlLayout, kinds):
+    def __init__(self, layout: ControlLayout, kinds: RieszKind | Sequence[RieszKind]):
         self.layout, self._dt = layout, layout.evolution.dt
         controls = layout.evolution.controls
         kinds = list(kinds) if isinstance(kinds, (list, tuple)) else [kinds] * len(controls)

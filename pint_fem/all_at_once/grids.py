@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -172,6 +172,6 @@ def check_coarsening(given: Any) -> tuple:
     return tuple(out)
 
 
-def is_integer(value: object) -> bool:
+def is_integer(value: object) -> TypeGuard[int]:
     """Whether a value can be used as an index; booleans cannot."""
     return hasattr(value, "__index__") and not isinstance(value, bool)

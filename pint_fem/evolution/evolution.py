@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
+from typing import TypeVar
 
 import numpy as np
 import ufl
-from firedrake import Constant, DirichletBC, Function, derivative
+from firedrake import Constant, DirichletBC, Function, MixedVectorSpaceBasis, VectorSpaceBasis, derivative
 from irksome.tableaux.ButcherTableaux import ButcherTableau
 from irksome.ufl.deriv import TimeDerivative, expand_time_derivatives
 from ufl.algorithms import expand_derivatives, extract_coefficients
@@ -33,6 +34,8 @@ from pint_fem.kernels.nullspace import read_nullspace
 from pint_fem.petsc_options.checks import require_types
 
 __all__ = ["Evolution"]
+
+Integrand = TypeVar("Integrand")
 
 
 class Evolution:
@@ -136,9 +139,9 @@ class Evolution:
         bcs: DirichletBC | Sequence[DirichletBC] = (),
         solver_parameters: dict | None = None,
         eliminate: int | None = None,
-        nullspace=None,
-        transpose_nullspace=None,
-        near_nullspace=None,
+        nullspace: VectorSpaceBasis | MixedVectorSpaceBasis | None = None,
+        transpose_nullspace: VectorSpaceBasis | MixedVectorSpaceBasis | None = None,
+        near_nullspace: VectorSpaceBasis | MixedVectorSpaceBasis | None = None,
     ):
         arguments.check_state_and_steps(u, dt, nsteps)
         residual, self.loads = without_loads(residual)
@@ -194,7 +197,7 @@ class Evolution:
             f"{self.V.ufl_element()} with {self.V.dim()} unknowns, controls: {controls})"
         )
 
-    def in_time(self, expression):
+    def in_time(self, expression: Integrand) -> Integrand:
         """A form or an expression with the time function in the place of a ``Constant`` that was given as ``t``."""
         return expression if self.time_constant is None else ufl.replace(expression, {self.time_constant: self.t})
 
@@ -340,7 +343,7 @@ class Evolution:
         return self._linear
 
     @cached_property
-    def _linear(self):
+    def _linear(self) -> tuple[ufl.Form, ufl.Form] | None:
         form, rate = self.parts()
         M = expand_derivatives(derivative(form, rate))
         K = expand_derivatives(derivative(form, self.u))

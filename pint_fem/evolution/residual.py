@@ -117,7 +117,7 @@ def check_time_derivatives(residual: ufl.Form, u: Function) -> None:
         )
 
 
-def without_loads(residual) -> tuple[ufl.BaseForm, dict[Function, Cofunction]]:
+def without_loads(residual: ufl.BaseForm) -> tuple[ufl.Form, dict[Function, Cofunction]]:
     """Replace the cofunctions in a residual by integrals of their Riesz representatives (collective over space).
 
     Parameters

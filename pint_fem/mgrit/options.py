@@ -75,7 +75,7 @@ class MGRITOptions(SolverOptions):
         On a value out of range, naming the option, what was given and what would do.
     """
 
-    levels: int | None = None
+    levels: int | None = None  # type: ignore[assignment]
     coarsening: int | Sequence = (8, 4)
     cycle: str = "V"
     f_cycles: int | None = None
@@ -92,7 +92,7 @@ class MGRITOptions(SolverOptions):
     of_levels: tuple[tuple[str, int], ...] = field(default=(), repr=False, compare=False)
 
     solver: ClassVar[str] = "mgrit"
-    choices: ClassVar[Mapping[str, Sequence]] = SolverOptions.choices | {
+    choices: ClassVar[dict[str, Sequence]] = SolverOptions.choices | {
         "cycle": ("V", "F"),
         "start": STARTS,
         "coarse_solver": ("sequential", "gathered", "relax", "paradiag"),
@@ -100,14 +100,14 @@ class MGRITOptions(SolverOptions):
         "residual": ("C", "full", "none"),
         "check": ("auto", "relaxed", "cycle"),
     }
-    counts: ClassVar[Mapping[str, int]] = SolverOptions.counts | {
+    counts: ClassVar[dict[str, int]] = SolverOptions.counts | {
         "levels": 1,
         "f_cycles": 0,
         "nested_cycles": 1,
         "coarse_sweeps": 1,
     }
     optional: ClassVar[Sequence[str]] = ("levels", "f_cycles", "stagnation")
-    proposals: ClassVar[Mapping[str, str]] = SolverOptions.proposals | {
+    proposals: ClassVar[dict[str, str]] = SolverOptions.proposals | {
         "coarsening": "give whole numbers such as 8,4, or a level's C-points such as 0:4:8"
     }
 
@@ -135,8 +135,9 @@ class MGRITOptions(SolverOptions):
             others leave without an effect.
         """
         base = options if isinstance(options, cls) else None
-        given = {**_flat(options or {}), **changes} if base is None else changes
-        plain, of_one_level = {}, {}
+        given = {**_flat(options or {}), **changes} if base is None else changes  # type: ignore[arg-type]
+        plain: dict[str, Any] = {}
+        of_one_level: dict[str, dict[int, Any]] = {}
         for name, value in given.items():
             level, rest = _level_of(name)
             if level < 0:
@@ -156,7 +157,8 @@ class MGRITOptions(SolverOptions):
             for level, value in changed.items():
                 values[level] = value
             added = {(name, level) for level in changed}
-            made = replace(made, **{name: values}, of_levels=tuple(sorted({*made.of_levels, *added})))
+            replaced: dict[str, Any] = {name: values, "of_levels": tuple(sorted({*made.of_levels, *added}))}
+            made = replace(made, **replaced)
         if base is None:
             made._refuse_unread(plain | of_one_level)
         return made
@@ -223,7 +225,8 @@ class MGRITOptions(SolverOptions):
         ValueError
             If there are so many levels that one has no step, or an option is for a level that there is not.
         """
-        chosen, n = [], nsteps
+        chosen: list[Coarsening] = []
+        n = nsteps
         if self.levels is None:
             while len(chosen) < 2 and _coarser(n, self.coarsen(len(chosen))) >= 4:
                 n = _coarser(n, self.coarsen(len(chosen)))
@@ -244,11 +247,11 @@ class MGRITOptions(SolverOptions):
 
     def coarsen(self, index: int) -> Coarsening:
         """Coarsening from level ``index`` to the next."""
-        return self.coarsening[min(index, len(self.coarsening) - 1)]
+        return _of_level(self.coarsening, index)
 
     def scheme(self, index: int) -> str:
         """Relaxation of level ``index``."""
-        return self.relax[min(index, len(self.relax) - 1)]
+        return _of_level(self.relax, index)
 
     def sweeps(self, index: int) -> int:
         """Number of FC-sweeps in the relaxation of level ``index``."""
@@ -256,11 +259,16 @@ class MGRITOptions(SolverOptions):
 
     def weight(self, index: int) -> float:
         """Weight of C-relaxation on level ``index``."""
-        return self.c_weight[min(index, len(self.c_weight) - 1)]
+        return _of_level(self.c_weight, index)
+
+
+def _of_level(values: Any, index: int) -> Any:
+    """The entry of a level in an option, which is a tuple once it is checked; the last one holds for all below."""
+    return values[min(index, len(values) - 1)]
 
 
 def _coarser(n: int, m: Coarsening) -> int:
-    return n // m if is_integer(m) else len(m) - 1
+    return n // m if isinstance(m, int) else len(m) - 1
 
 
 def _scheme(r: object, given: Any) -> str:

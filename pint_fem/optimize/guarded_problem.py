@@ -46,7 +46,7 @@ class GuardedProblem:
         How often J, its gradient and a product with the Hessian were evaluated, and the solvers advanced.
     """
 
-    def __init__(self, problem, comm: MPI.Comm = None):
+    def __init__(self, problem: Any, comm: MPI.Comm | None = None):
         comm = getattr(problem, "comm", None) if comm is None else comm
         self.given, self._failure = problem, None
         self.comm = MPI.COMM_SELF if comm is None else comm
@@ -61,7 +61,7 @@ class GuardedProblem:
         """The problem's inner product (a, b); called too often to be guarded."""
         return float(self.given.inner(a, b))
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Any:
         method = getattr(self.given, name)
         return functools.partial(self._call, name, method) if name in RETURNS and callable(method) else method
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -96,7 +97,7 @@ class ExactOracle:
     def _first_value(self, x: np.ndarray) -> Estimate:
         return Estimate(self.problem.value(x))
 
-    def gradient(self, x: np.ndarray, iteration: int, last_good: np.ndarray, **expected: float | None) -> Gradient:
+    def gradient(self, x: np.ndarray, iteration: int, last_good: np.ndarray, **expected: Any) -> Gradient:
         """The gradient at x.
 
         Parameters
@@ -114,7 +115,7 @@ class ExactOracle:
         g = self.problem.gradient(x)
         return Gradient(g, self.problem.gradient_norm(g, iteration, last_good))
 
-    def trial_gradient(self, x: np.ndarray, iteration: int, last_good: np.ndarray, **expected) -> Gradient | None:
+    def trial_gradient(self, x: np.ndarray, iteration: int, last_good: np.ndarray, **expected: Any) -> Gradient | None:
         """The gradient at a trial point, as from :meth:`gradient`; ``None`` where its square overflows."""
         try:
             return self.gradient(x, iteration, last_good, **expected)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 from dataclasses import dataclass
 from enum import Enum
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -112,6 +113,20 @@ class ResultSummary:
     A result has ``success``, ``message`` and ``nit``, and names its other entries in :meth:`_quantities`.
     """
 
+    if TYPE_CHECKING:  # entries or properties of the results
+
+        @property
+        def success(self) -> bool:
+            """Whether the minimiser exited successfully."""
+
+        @property
+        def message(self) -> str:
+            """Why the run ended."""
+
+        @property
+        def nit(self) -> int:
+            """Number of iterations."""
+
     def _quantities(self) -> dict[str, float]:
         """Numbers of the summary by their names: J, the norm of the gradient, counts of evaluations."""
         raise NotImplementedError
@@ -146,6 +161,10 @@ def _formatted(quantities: dict[str, float]) -> list[str]:
 
 class ReasonedResult(ResultSummary):
     """A result with ``converged``, ``iterations`` and ``reason``, and the same in the terms of scipy's results."""
+
+    converged: bool
+    iterations: int
+    reason: StopReason
 
     @property
     def success(self) -> bool:

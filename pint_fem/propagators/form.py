@@ -158,7 +158,8 @@ class FormPropagator(FEPropagator):
         self, step: StepLinearisation, data: StepData, i: int, u: np.ndarray, *, linearise: bool = False
     ) -> np.ndarray:
         """The end ``u_1`` of a step, with stage values and matrices stored in its linearisation."""
-        d, control = [], data.control(i)
+        d: list[np.ndarray] = []
+        control = data.control(i)
         given = _NO_CONTROL if control is None else control
         solved = linearise and step.control is not None  # mostly by the last evaluation in the state sweep
         solved = solved and self._same((step.stages[0].W, u), (step.control, given))
@@ -252,7 +253,7 @@ class FormPropagator(FEPropagator):
 
     def _residual_adjoint(self, stage: StageLinearisation, y: np.ndarray) -> np.ndarray:
         """The product ``F_z^T y``."""
-        parts = []
+        parts: list[np.ndarray | float] = []
         for index, F_z in enumerate(stage.F_z):
             if F_z is None:
                 parts.append(0.0)
@@ -272,7 +273,8 @@ class FormPropagator(FEPropagator):
             last_du, last_dz, *result = step.tangent
             if (last_dz is None) == (dz is None) and self._same((last_du, du), (last_dz, dz)):
                 return tuple(result)
-        d, pairs = [], []
+        d: list[np.ndarray] = []
+        pairs: list[tuple[np.ndarray, np.ndarray]] = []
         for stage in step.stages:
             dW = self._base(stage.index, du, d)
             rhs = self._base_tangent(stage, dW, self._control_tangent(stage, dz))
@@ -319,7 +321,7 @@ class FormPropagator(FEPropagator):
                 return tuple(result)
         ys = [None] * len(step.stages)
 
-        def stage_adjoint(stage, U_bar):
+        def stage_adjoint(stage: StageLinearisation, U_bar: np.ndarray) -> np.ndarray:
             y = self._solve(stage, U_bar, transposed=True)
             ys[stage.index] = y, U_bar[self.bc_rows]
             return -self._base_adjoint(stage, y)
@@ -373,7 +375,10 @@ class FormPropagator(FEPropagator):
             ys = self._adjoint_step(step, lam[i], "second order")[1]
             z_bar = np.zeros(self.evolution.control_size)
 
-            def stage_adjoint(stage, U_bar, i=i, dz=dzi, pairs=pairs, ys=ys, z_bar=z_bar):
+            def stage_adjoint(
+                stage: StageLinearisation, U_bar: np.ndarray, i: int = i, dz: np.ndarray | None = dzi,
+                pairs: list = pairs, ys: list = ys, z_bar: np.ndarray = z_bar,
+            ) -> np.ndarray:  # fmt: skip
                 j = stage.index
                 self.forms.set(data.t[i], data.control(i), j)
                 of_U, of_W, of_z = self.forms.second_order((stage.W, stage.U), pairs[j], ys[j][0], dz)

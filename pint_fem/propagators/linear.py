@@ -94,8 +94,8 @@ class LinearPropagator(FEPropagator):
         for h in dict.fromkeys(self.steps_of_stage):
             M, K = operators
             matrix = assemble(M + Constant(h) * K, bcs=ev.bcs, mat_type="aij").petscmat
-            given = dict(symmetric=symmetric, geometry=Geometry(ev.V, ev.bcs))
-            self.factors[h] = regular_factor(ev, matrix, ev.nullspace, **given)
+            how = dict(symmetric=symmetric, geometry=Geometry(ev.V, ev.bcs))
+            self.factors[h] = regular_factor(ev, matrix, ev.nullspace, **how)
         symmetric_mass = mass.isSymmetric(0.0) and not len(self.bc_rows)
         self.M = assemble(operators[0], mat_type="aij").petscmat.copy()
         self.M.zeroRows((self.bc_rows + self.M.getOwnershipRange()[0]).astype(PETSc.IntType), diag=0.0)
@@ -163,7 +163,7 @@ class LinearPropagator(FEPropagator):
             add = None
             if loads is not None:
 
-                def add(rhs, i, rows=rows, where=where):
+                def add(rhs: np.ndarray, i: int, rows: slice = rows, where: slice = where) -> None:
                     rhs[where] += loads(rows, i)
 
             out[rows] = self._block.forward(add)[where]
@@ -293,7 +293,7 @@ class LinearPropagator(FEPropagator):
         """Adjoints of the stages' right-hand sides, ``(stages, k, n)``."""
         adjoints = np.zeros((self.dirk.stages, *lam.shape))
 
-        def on_stage(rows, i, y):
+        def on_stage(rows: slice, i: int, y: np.ndarray) -> None:
             adjoints[i][rows] = y
 
         self.apply_transposed(lam, np.empty_like(lam), lane, on_stage)

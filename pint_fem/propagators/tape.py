@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-from firedrake import Cofunction, Function, solve
+import ufl
+from firedrake import Cofunction, DirichletBC, Function, solve
 from firedrake.adjoint import Control, ReducedFunctional, Tape, continue_annotation, pause_annotation, set_working_tape
 from firedrake.adjoint_utils.blocks.solving import GenericSolveBlock
 from irksome.tableaux.ButcherTableaux import ButcherTableau
@@ -63,15 +64,16 @@ class _ProjectedGuess(Block):
         get_working_tape().add_block(self)
         self.add_output(U.create_block_variable())
 
-    def recompute_component(self, inputs, block_variable, idx, prepared):
+    def recompute_component(self, inputs: list, block_variable: BlockVariable, idx: int, prepared: object) -> Function:
         """The projected guess, when pyadjoint replays the tape."""
         U = inputs[0].copy(deepcopy=True)
         put(U, self._nullspace.project_solution(get(U)))
         return U
 
-    def evaluate_tlm_component(self, inputs, tlm_inputs, block_variable, idx, prepared=None):
+    def evaluate_tlm_component(
+        self, inputs: list, tlm_inputs: list, block_variable: BlockVariable, idx: int, prepared: object = None
+    ) -> None:
         """No tangent, as pyadjoint's derivatives do not depend on the guess."""
-        return None
 
 
 def _copy_data(tape: Tape, controls: set[int]) -> None:
@@ -152,7 +154,7 @@ class TapePropagator(FEPropagator):
         """Replace the tangent solves of pyadjoint, which has default parameters and no nullspaces there."""
         parameters, bases, _ = self._options()
 
-        def assembled_solve(lhs, rhs, func, bcs, **kwargs: Any):
+        def assembled_solve(lhs: ufl.Form, rhs: Cofunction, func: Function, bcs: object, **kwargs: Any) -> Function:
             solve(lhs, func, rhs, solver_parameters=parameters, **bases, **kwargs)
             return func
 
@@ -192,7 +194,8 @@ class TapePropagator(FEPropagator):
         linear, bases, turned = self._options()
         parameters = {**NEWTON, **linear}
         adjoint = {"adj_kwargs": {"solver_parameters": parameters, **turned}} if bases else {}
-        d, U = [], None
+        d: list[Function] = []
+        U = None
         for i, h in enumerate(dirk.diagonal * self.dt):
             W = Function(ev.V).assign(u0)
             for j in range(i):
@@ -214,7 +217,7 @@ class TapePropagator(FEPropagator):
             out.assign(out + float(beta) * di)
         return out
 
-    def _taped_bcs(self):
+    def _taped_bcs(self) -> list[DirichletBC]:
         """The conditions with functions on the tape as values: expressions are not replayed, and a condition keeps the
         value that it had on its first tape.
         """
@@ -241,7 +244,7 @@ class TapePropagator(FEPropagator):
                 put(f, value)
         return self._directions
 
-    def _control_part(self, derivatives) -> np.ndarray:
+    def _control_part(self, derivatives: list[Cofunction]) -> np.ndarray:
         """A step's vector of derivatives by the controls, ``(nz,)``."""
         count = len(self.evolution.parameters)
         return np.concatenate([np.zeros(0), *(get(d) for d in derivatives[1 : 1 + count])])

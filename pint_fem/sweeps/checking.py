@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import numpy as np
 
 from pint_fem.errors import InputError
 from pint_fem.kernels.blocks import WIDTH
 from pint_fem.mgrit.checks.check import CheckReport, check
 from pint_fem.propagators.base import FEPropagator, StepData
+from pint_fem.propagators.linear import LinearPropagator
 from pint_fem.sweeps.sweeps import Sweeps
 
 __all__ = ["check_sweeps"]
@@ -41,8 +44,9 @@ class _Steps:
 
     def _sweep(self, first: int, U: np.ndarray, G: np.ndarray | None) -> None:
         """Take consecutive steps of a linear evolution: homogeneous ones with the forcing as right-hand side."""
-        forcing = self.propagator.forcing(self._data(range(first, first + len(U) - 1), None), first)
-        self.propagator.sweep(U, forcing if G is None else forcing + G)
+        propagator = cast(LinearPropagator, self.propagator)
+        forcing = propagator.forcing(self._data(range(first, first + len(U) - 1), None), first)
+        propagator.sweep(U, forcing if G is None else forcing + G)
 
 
 def check_sweeps(sweeps: Sweeps, z: np.ndarray | None = None, *, seed: int = 0, rtol: float = 1e-10) -> CheckReport:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from mpi4py import MPI
 
-from pint_fem.all_at_once.grids import coarse_points
+from pint_fem.all_at_once.grids import Coarsening, coarse_points
 from pint_fem.all_at_once.levels import Propagator
 from pint_fem.collective import collectively
 from pint_fem.errors import InputError
@@ -46,7 +46,7 @@ def check(
     nsteps: int,
     state: np.ndarray,
     *,
-    coarsening=(8, 4),
+    coarsening: int | Sequence = (8, 4),
     transfers: Sequence | None = None,
     comm: MPI.Comm = MPI.COMM_SELF,
     space_comm: MPI.Comm = MPI.COMM_SELF,
@@ -99,7 +99,8 @@ def check(
         raise InputError("check: the arguments differ: give all ranks the same steps, levels, transfers and steppers")
     run = Runner(comm, is_root=comm.rank == 0 and space_comm.rank == 0)
     space = Space(space_comm)
-    levels, here, sound = [], setup.state, True
+    levels: list[LevelCalls] = []
+    here, sound = setup.state, True
     for index, propagator in enumerate(setup.propagators):
         transfer = setup.transfers[index - 1] if index else None
         if transfer is not None and here is not None:
@@ -125,7 +126,10 @@ def check(
 class _Setup:
     """The arguments, checked against each other."""
 
-    def __init__(self, propagators, nsteps, state, coarsening, transfers, rtol, seed):
+    def __init__(
+        self, propagators: Propagator | Sequence[Propagator], nsteps: int, state: np.ndarray,
+        coarsening: int | Sequence, transfers: Sequence | None, rtol: float, seed: int,
+    ):  # fmt: skip
         if hasattr(propagators, "step") or not isinstance(propagators, Sequence):
             propagators = [propagators]
         self.propagators = list(propagators)
@@ -160,14 +164,15 @@ class _Setup:
 
     def short(self) -> tuple[int, list]:
         """A horizon of two steps on the coarsest level, in fine steps, and its coarsening."""
-        n, factors = min(2 if self.factors else 8, self.nsteps[-1]), []
+        n = min(2 if self.factors else 8, self.nsteps[-1])
+        factors: list[Coarsening] = []
         for m in reversed(self.factors):
             factors.insert(0, m if isinstance(m, int) else m[: n + 1])
             n = m * n if isinstance(m, int) else m[n]
         return n, factors
 
 
-def _strides(m) -> list[int]:
+def _strides(m: Coarsening) -> list[int]:
     """Lengths of the intervals between C-points, the least and the largest."""
     return [m] if isinstance(m, int) else [int(np.diff(m).min()), int(np.diff(m).max())]
 
@@ -241,7 +246,7 @@ def _fixed_point_of_cycles(setup: _Setup, levels: list[LevelCalls], comm: MPI.Co
         error = str(failure)
     raise_first(comm, error)  # before the solver, which needs all ranks
 
-    def solver(**options: Any):
+    def solver(**options: Any) -> MGRIT:
         options |= dict(start="guess", levels=len(levels)) | (dict(coarsening=factors) if factors else {})
         norms = lambda block: fine.space.dots(block, block)
         return MGRIT(

@@ -166,7 +166,7 @@ class Space:
     def __init__(self, comm: MPI.Comm):
         self.comm = comm
 
-    def total(self, values):
+    def total(self, values: np.ndarray) -> np.ndarray:
         """Sum of numbers or arrays over the ranks."""
         return values if self.comm.size == 1 else np.add.reduce(self.comm.allgather(values))
 

@@ -56,7 +56,7 @@ def train_epoch(
     *,
     loss_function: Callable = nn.functional.cross_entropy,
     regularisation: Callable[[], torch.Tensor] | None = None,
-    data_comm: MPI.Comm = None,
+    data_comm: MPI.Comm | None = None,
     on_batch: Callable[[int, float], None] | None = None,
     warm: bool = False,
     after_batch: Callable[[int], None] | None = None,
