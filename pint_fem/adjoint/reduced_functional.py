@@ -101,21 +101,24 @@ class TimeParallelReducedFunctional(ControlFunctional):
         final_state: Function | Sequence[Function] | None = None,
         options_prefix: str = "",
     ):
-        forms = list(regularisation) if isinstance(regularisation, (list, tuple)) else [regularisation]
+        forms: list = list(regularisation) if isinstance(regularisation, (list, tuple)) else [regularisation]
         forms = [form for form in forms if form is not None]
         several = isinstance(evolution, (list, tuple))
-        evolutions, own_misfits, own_forms = [evolution], [misfits], [forms]
+        evolutions: list = list(evolution) if isinstance(evolution, (list, tuple)) else [evolution]
+        own_misfits: list = [misfits]
+        own_forms: list = [forms]
         if several:
-            evolutions = list(evolution)
             own_misfits, own_forms = _shared_out(evolutions, misfits, forms, coarse_evolutions)
         if spacetime is None:
             space_comm = evolutions[0].V.mesh().comm
             spacetime = SpaceTime((space_comm.size, 1), comm=space_comm)
         steps = dict(coarse_tableau=coarse_tableau, propagator=propagator, coarse_evolutions=coarse_evolutions)
-        options = spacetime, solver_parameters, options_prefix, steps
-        problems = [_problem(*own, *options) for own in zip(evolutions, own_misfits, own_forms, strict=True)]
+        problems = [
+            _problem(*own, spacetime, solver_parameters, options_prefix, steps)
+            for own in zip(evolutions, own_misfits, own_forms, strict=True)
+        ]
         problem = sum_of_problems([(1.0, p) for p in problems]) if several else problems[0]
-        final = [] if final_state is None else list(final_state) if several else [final_state]
+        final: list = [] if final_state is None else list(final_state) if several else [final_state]
         if final and len(final) != len(problems):
             raise InputError(f"final_state: {len(final)} functions for {len(problems)} evolutions; give one for each")
         final = [FinalState(p.leaves[0], f) for p, f in zip(problems, final, strict=False)]

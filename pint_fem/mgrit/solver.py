@@ -142,9 +142,11 @@ class MGRIT(AllAtOnceSolver):
 
     def _make_cycle(self) -> Cycle:
         shape, dtype = self._state
-        flags = dict(linear=self.linear, transposed=self.transposed, dtype=dtype)
         try:
-            return Cycle(self.levels, self.options, shape, self.transfers, **flags)
+            return Cycle(
+                self.levels, self.options, shape, self.transfers, linear=self.linear, transposed=self.transposed,
+                dtype=dtype,
+            )  # fmt: skip
         except ValueError as error:
             raise InputError(f"{self.name}: {error}") from error
 
@@ -153,7 +155,9 @@ class MGRIT(AllAtOnceSolver):
     ) -> None:
         options, cycle, fine, fixed = self.options, self._cycle, self.levels[0], self._stop.cycles
         # norms before the last of a fixed number of cycles decide nothing: one message has them all, and no rank waits
-        deferred = [] if fixed is not None and options.residual == "C" and not options.monitor else None
+        deferred: list[np.ndarray] | None = (
+            [] if fixed is not None and options.residual == "C" and not options.monitor else None
+        )
         fine.set_may_be_last(not fixed)
         f_is_done = start in ("skip", "nested")
         if f_is_done:
@@ -244,7 +248,7 @@ class MGRIT(AllAtOnceSolver):
             yield fine.lo + 1, U[1:]
         else:
             self.prepare(U.shape[1:], U.dtype)
-            yield from self._cycle.relaxations[0].states(U, G)
+            yield from self._cycle.relaxations[0].states(U, G)  # type: ignore[attr-defined]
 
     def view(self, state_nbytes: int | None = None, *, kind: str = "MGRIT", tolerance: str = "") -> str:
         """Describe the hierarchy in a few lines, with the memory of this rank where the bytes of a state are given.

@@ -79,7 +79,8 @@ class _FormMisfit(BlockMisfit):
         if self.quadratic:
             self._functional = QuadraticFunctional(
                 form, expand_derivatives(gradient), second, u, t, self.times, self.active,
-                initial=get(evolution.initial), span=(evolution.time(0), evolution.time(evolution.nsteps)),
+                initial=get(evolution.initial),
+                span=(float(evolution.time(0)), float(evolution.time(evolution.nsteps))),
                 store=self.stores_data,
             )  # fmt: skip
             if self._functional.Q is None:

@@ -17,6 +17,7 @@ from firedrake import interpolate as interpolate_
 from firedrake.exceptions import VertexOnlyMeshMissingPointsError
 from firedrake.functionspaceimpl import WithGeometry
 from firedrake.petsc import PETSc
+from numpy.typing import ArrayLike
 
 from pint_fem.errors import InputError
 from pint_fem.evolution.evolution import Evolution
@@ -129,7 +130,7 @@ class PointSensors(BlockMisfit):
 
     def has_changed(self) -> bool:
         """Whether the user's arrays have other values than when they were copied."""
-        copied = (self._points, self._times, self._data, self._weight)
+        copied: tuple[ArrayLike, ...] = (self._points, self._times, self._data, self._weight)
         return not all(np.array_equal(a, b, equal_nan=True) for a, b in zip(self._input(), copied, strict=True))
 
     def update_data(self, changed: set, *, own: bool) -> None:
@@ -267,7 +268,7 @@ class PointSensors(BlockMisfit):
             ``(k + 1, own sensors)``, as :meth:`read` or ``ReducedProblem.observations`` return them.
         """
         own = np.zeros(self._data.shape)
-        first = int(self.spacetime.time_comm.exscan(len(self._point)) or 0)
+        first = int(self.spacetime.time_comm.exscan(len(self._point)) or 0)  # type: ignore[attr-defined]
         own[first : first + len(self._point), self.local] = self._at_reading_times(Y) + self._offset
         return self.spacetime.sum_over_grid(own)
 

@@ -97,7 +97,15 @@ class ExactOracle:
     def _first_value(self, x: np.ndarray) -> Estimate:
         return Estimate(self.problem.value(x))
 
-    def gradient(self, x: np.ndarray, iteration: int, last_good: np.ndarray, **expected: Any) -> Gradient:
+    def gradient(
+        self,
+        x: np.ndarray,
+        iteration: int,
+        last_good: np.ndarray,
+        *,
+        guess: float = math.inf,
+        radius: float | None = None,
+    ) -> Gradient:
         """The gradient at x.
 
         Parameters
@@ -108,9 +116,9 @@ class ExactOracle:
             The iteration, for messages.
         last_good : ndarray
             The last iterate at which J and its gradient were finite, for errors.
-        **expected
-            ``guess``, a norm that the gradient may have, and ``radius``, of the ball in which it is used: an inexact
-            oracle derives the accuracy from them.
+        guess, radius : float
+            A norm that the gradient may have, and the radius of the ball in which it is used: an inexact oracle derives
+            the accuracy from them.
         """
         g = self.problem.gradient(x)
         return Gradient(g, self.problem.gradient_norm(g, iteration, last_good))

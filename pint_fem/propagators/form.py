@@ -319,7 +319,7 @@ class FormPropagator(FEPropagator):
             if self._same((last, lam)):
                 step.adjoints[use] = (last, *result)
                 return tuple(result)
-        ys = [None] * len(step.stages)
+        ys: list = [None] * len(step.stages)
 
         def stage_adjoint(stage: StageLinearisation, U_bar: np.ndarray) -> np.ndarray:
             y = self._solve(stage, U_bar, transposed=True)
@@ -355,12 +355,12 @@ class FormPropagator(FEPropagator):
 
     def control_adjoint(self, data: StepData, lam: np.ndarray, lane: int = 0) -> np.ndarray:
         """``Phi_z^T lam``, from the stages' adjoints."""
-        rows = []
+        rows: list = []
         for i in range(len(lam)):
             step = self._linearised(data, i)
             ys = self._adjoint_step(step, lam[i], "sweep")[1]
             pairs = zip(step.stages, ys, strict=True)
-            rows.append(-sum(self._control_adjoint(stage, *pair, data.t[i]) for stage, pair in pairs))
+            rows.append(-sum(self._control_adjoint(stage, y, edge, data.t[i]) for stage, (y, edge) in pairs))
         return self._collect(rows)
 
     def second_order(
