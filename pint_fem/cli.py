@@ -13,7 +13,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from mpi4py import MPI
 
@@ -47,7 +47,7 @@ class ProgramParser(argparse.ArgumentParser):
         )
         self.add_argument("-h", "--help", action="store_true", help="show this and exit")
 
-    def error(self, message: str):
+    def error(self, message: str) -> NoReturn:
         """Raise :class:`InputError` with the message, where ``argparse`` exits."""
         raise InputError(message)
 
@@ -210,12 +210,12 @@ class Progress:
 
             self._status = Console(stderr=True).status("starting")
 
-    def __enter__(self):
+    def __enter__(self) -> Progress:
         if self._status:
             self._status.start()
         return self
 
-    def __exit__(self, *exc):
+    def __exit__(self, *exc: object) -> None:
         if self._status:
             self._status.stop()
 

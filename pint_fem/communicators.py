@@ -14,6 +14,7 @@ import atexit
 import re
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from types import TracebackType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -160,7 +161,12 @@ class ProcessGrid:
     """Attributes that refer to communicators, with their values after :meth:`free`."""
 
     def __init__(
-        self, comm: MPI.Comm, grid, sizes: dict[str, int | None], inner: int, ensemble: Callable | None = None
+        self,
+        comm: MPI.Comm,
+        grid: tuple[int, int] | str | None,
+        sizes: dict[str, int | None],
+        inner: int,
+        ensemble: Callable | None = None,
     ):
         self.comm, self._axes = comm, tuple(sizes)
         self.shape = _shape(comm, grid, sizes)
@@ -181,7 +187,9 @@ class ProcessGrid:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind, error, trace) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if error is None:  # a rank that fails alone must not wait for the others here
             self.free()
 
@@ -191,7 +199,7 @@ class ProcessGrid:
         return self.comm.rank == 0
 
 
-def _shape(comm: MPI.Comm, grid, sizes: dict[str, int | None]) -> tuple[int, int]:
+def _shape(comm: MPI.Comm, grid: tuple[int, int] | str | None, sizes: dict[str, int | None]) -> tuple[int, int]:
     """Shape of a grid that is given in one of the ways of :class:`ProcessGrid` (collective)."""
     axes, given = tuple(sizes), {name: size for name, size in sizes.items() if size is not None}
     if grid is None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -22,6 +22,9 @@ from pint_fem.adjoint.control_layout import ControlLayout
 from pint_fem.all_at_once.stopping import SolveResult
 from pint_fem.errors import FAILURES, SolverFailure
 from pint_fem.sweeps.sweeps import Sweeps
+
+if TYPE_CHECKING:
+    from pint_fem.adjoint.trajectories import CPointTrajectories, StoredTrajectories
 
 __all__ = ["Evaluation", "EvaluationCache", "relative_residual"]
 
@@ -98,7 +101,12 @@ class EvaluationCache:
     """
 
     def __init__(
-        self, sweeps: Sweeps, trajectories, layout: ControlLayout, data: UserData, before_first_solve: Callable | None
+        self,
+        sweeps: Sweeps,
+        trajectories: StoredTrajectories | CPointTrajectories,
+        layout: ControlLayout,
+        data: UserData,
+        before_first_solve: Callable | None,
     ):
         self._sweeps, self._layout, self._data, self._trajectories = sweeps, layout, data, trajectories
         self._consistency, self._before_first_solve = ControlConsistency(layout), before_first_solve

@@ -226,7 +226,7 @@ class CPointTrajectories(_Trajectories):
         """Contributions of the own points to each misfit, ``(k, misfits)``."""
         return np.stack(self._of_each_misfit("point_values", self._readings(evaluation, z)), axis=1)
 
-    def directional(self, evaluation: Evaluation, z: Controls, dz: Controls, dU: np.ndarray):
+    def directional(self, evaluation: Evaluation, z: Controls, dz: Controls, dU: np.ndarray) -> np.ndarray:
         """Derivatives of the contributions along a tangent, summed over the misfits, ``(k,)``."""
         readings = self._readings(evaluation, z) if self._uses_observations else [None] * len(self.misfits)
         along = self._collectively(self._read, evaluation, z, dz, dU)
@@ -357,7 +357,9 @@ class CPointTrajectories(_Trajectories):
             Lam[j - 1] += source(group.steps(j), W[j])
         return Lam
 
-    def control_gradient(self, evaluation: Evaluation, z: Controls, L: np.ndarray, controls: Controls):
+    def control_gradient(
+        self, evaluation: Evaluation, z: Controls, L: np.ndarray, controls: Controls
+    ) -> np.ndarray | None:
         """Derivative by the controls from an adjoint at the C-points and the ``controls`` of its :class:`Source`."""
         if not self.sweeps.evolution.parameters:
             return None

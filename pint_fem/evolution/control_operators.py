@@ -85,19 +85,19 @@ class MatrixOperator:
         self.matrix.zeroRows((zero_rows + first).astype(PETSc.IntType), diag=0.0)
         self._z, self._y = self.matrix.createVecs()
 
-    def __call__(self, z):
+    def __call__(self, z: np.ndarray) -> np.ndarray:
         """The product with the matrix, ``(n,)``."""
         self._z.array[:] = z
         self.matrix.mult(self._z, self._y)
         return self._y.array_r.copy()
 
-    def transposed(self, y):
+    def transposed(self, y: np.ndarray) -> np.ndarray:
         """The product with the transposed matrix, ``(nz,)``."""
         self._y.array[:] = y
         self.matrix.multTranspose(self._y, self._z)
         return self._z.array_r.copy()
 
-    def absolute(self):
+    def absolute(self) -> MatrixOperator:
         """The operator of the matrix of magnitudes."""
         return MatrixOperator(absolute(self.matrix), np.zeros(0, dtype=int))
 
@@ -110,19 +110,19 @@ class _RealOperator:
         self.column = get(column(Function(space).assign(1.0)))
         self.column[zero_rows] = 0.0
 
-    def __call__(self, z):
+    def __call__(self, z: np.ndarray) -> np.ndarray:
         """The number times the column, ``(n,)``."""
         value = np.empty(1)
         value[: len(z)] = z  # on the first rank
         self._comm.Bcast(value, root=0)
         return value * self.column
 
-    def transposed(self, y):
+    def transposed(self, y: np.ndarray) -> np.ndarray:
         """The dot product with the column over space, on the first rank, ``(1,)`` or ``(0,)``."""
         total = self._comm.allreduce(float(self.column @ y), op=MPI.SUM)
         return np.full(1 if self._comm.rank == 0 else 0, total)
 
-    def absolute(self):
+    def absolute(self) -> MatrixOperator:
         """The operator of the column of magnitudes."""
         made = copy(self)
         made.column = np.abs(self.column)
@@ -155,7 +155,9 @@ def control_operator(form: ufl.Form, control: Function, zero_rows: np.ndarray) -
     return MatrixOperator(assemble(slope(TrialFunction(space)), mat_type="aij").petscmat, zero_rows)
 
 
-def expression_derivative(expression: ufl.core.expr.Expr, control: Function, direction) -> ufl.core.expr.Expr:
+def expression_derivative(
+    expression: ufl.core.expr.Expr, control: Function, direction: Function | ufl.Argument
+) -> ufl.core.expr.Expr:
     """The derivative of an expression by a control in a direction, as an expression."""
     return apply_derivatives(apply_algebra_lowering(derivative(expression, control, direction)))
 
@@ -209,7 +211,14 @@ class SeparatedOperator:
         Whether ``MOST_TERMS`` terms are enough.
     """
 
-    def __init__(self, form: ufl.Form, control: Function, zero_rows: np.ndarray, t: Function | None, interval):
+    def __init__(
+        self,
+        form: ufl.Form,
+        control: Function,
+        zero_rows: np.ndarray,
+        t: Function | None,
+        interval: tuple[float, float],
+    ):
         if t is not None:  # samples are taken at times of its own
             moving, t = t, Function(t.function_space(), name="t")
             form = ufl.replace(form, {moving: t})
@@ -293,7 +302,7 @@ class SeparatedOperator:
 
 
 def separated_operator(
-    form: ufl.Form, control: Function, zero_rows: np.ndarray, t: Function | None, interval
+    form: ufl.Form, control: Function, zero_rows: np.ndarray, t: Function | None, interval: tuple[float, float]
 ) -> SeparatedOperator | None:
     """The operator of a control in a load, with the parameters of :class:`SeparatedOperator`; ``None`` where the form
     does not depend on the control (collective over space).

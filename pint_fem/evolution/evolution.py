@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import TypeVar
 
 import numpy as np
 import ufl
@@ -26,7 +25,7 @@ from pint_fem.evolution.boundary import boundary_controls, boundary_value
 from pint_fem.evolution.control_operators import SeparatedOperator, separated_operator
 from pint_fem.evolution.fields import Fields
 from pint_fem.evolution.initial import split_initial
-from pint_fem.evolution.private_copies import PrivateCopies, data_of
+from pint_fem.evolution.private_copies import Integrand, PrivateCopies, data_of
 from pint_fem.evolution.residual import check_time_derivatives, checked_time, fixed_degrees, time_among, without_loads
 from pint_fem.evolution.tableaux import DIRK
 from pint_fem.kernels.arrays import boundary_rows, get, own_size, put, split_values
@@ -34,8 +33,6 @@ from pint_fem.kernels.nullspace import read_nullspace
 from pint_fem.petsc_options.checks import require_types
 
 __all__ = ["Evolution"]
-
-Integrand = TypeVar("Integrand")
 
 
 class Evolution:

@@ -28,7 +28,12 @@ _NO_ROWS = np.zeros(0, dtype=int)
 
 
 def split_initial(
-    initial, u: Function, control, found: set, t: Function | None, t0: float
+    initial: Function | ufl.core.expr.Expr | None,
+    u: Function,
+    control: Function | Sequence[Function] | None,
+    found: set,
+    t: Function | None,
+    t0: float,
 ) -> tuple[ufl.core.expr.Expr | None, Function | None, Sequence | Function | None]:
     """Split what a user gives as ``initial=`` into an expression, a function and the evolution's controls.
 

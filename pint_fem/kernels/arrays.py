@@ -50,7 +50,7 @@ def split_values(vector: np.ndarray, functions: Sequence[Function]) -> list[np.n
     return np.split(vector, ends[:-1], axis=-1) if len(functions) else []
 
 
-def whole_space(space: WithGeometry):
+def whole_space(space: WithGeometry) -> WithGeometry:
     """The space that a sub-space (``W.sub(0)``, ``V.sub(1)``, ``W.sub(0).sub(1)``) is taken from, or itself."""
     while space.parent is not None:
         space = space.parent
@@ -70,7 +70,7 @@ def rows_in_whole(space: WithGeometry) -> np.ndarray:
     return rows
 
 
-def like_subspace(V: WithGeometry, bc: DirichletBC):
+def like_subspace(V: WithGeometry, bc: DirichletBC) -> WithGeometry:
     """The part of ``V`` that corresponds to a condition's part of its own space."""
     for index in bc._indices:
         V = V.sub(index)

@@ -13,7 +13,6 @@ from functools import cached_property
 
 import numpy as np
 from firedrake.petsc import PETSc
-from mpi4py import MPI
 from petsctools import OptionsManager
 
 from pint_fem.errors import InputError, is_numerical
@@ -59,7 +58,7 @@ class StateBlock:
         self.array = matrix.getDenseArray().T
 
     @classmethod
-    def zeros(cls, sizes, comm: MPI.Comm) -> StateBlock:
+    def zeros(cls, sizes: tuple[int, int | None], comm: PETSc.Comm) -> StateBlock:
         """Zero states, for local and global ``sizes`` of a state."""
         matrix = PETSc.Mat().createDense((sizes, (None, WIDTH)), comm=comm)
         matrix.setUp()
@@ -78,7 +77,7 @@ class StateBlock:
         self.array[where] = states
 
 
-def new_states(sizes, comm: MPI.Comm, *, single: bool) -> StateBlock | PETSc.Vec:
+def new_states(sizes: tuple[int, int | None], comm: PETSc.Comm, *, single: bool) -> StateBlock | PETSc.Vec:
     """A zero block of states, or a zero vector of a single one, for local and global ``sizes`` of a state."""
     if not single:
         return StateBlock.zeros(sizes, comm)

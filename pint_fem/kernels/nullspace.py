@@ -39,7 +39,7 @@ DEPENDENT = 1e-8
 _MAX = PETSc.NormType.NORM_INFINITY
 
 
-def basis_vectors(basis, V: WithGeometry, name: str) -> np.ndarray:
+def basis_vectors(basis: VectorSpaceBasis | MixedVectorSpaceBasis, V: WithGeometry, name: str) -> np.ndarray:
     """Own values ``(k, own_size(V))`` of Firedrake's basis of a nullspace (collective).
 
     Parameters
@@ -99,7 +99,12 @@ def _orthonormal(rows: np.ndarray, comm: MPI.Comm, name: str) -> np.ndarray:
     return rows
 
 
-def read_nullspace(V: WithGeometry, right, left, near) -> Nullspace | None:
+def read_nullspace(
+    V: WithGeometry,
+    right: VectorSpaceBasis | MixedVectorSpaceBasis | None,
+    left: VectorSpaceBasis | MixedVectorSpaceBasis | None,
+    near: VectorSpaceBasis | MixedVectorSpaceBasis | None,
+) -> Nullspace | None:
     """The nullspaces of the stages' matrices from Firedrake's bases (collective).
 
     Parameters
@@ -157,7 +162,14 @@ class Nullspace:
         If there are no pins.
     """
 
-    def __init__(self, right: np.ndarray, left: np.ndarray, comm: MPI.Comm, pins=None, near: np.ndarray | None = None):
+    def __init__(
+        self,
+        right: np.ndarray,
+        left: np.ndarray,
+        comm: MPI.Comm,
+        pins: list[int] | None = None,
+        near: np.ndarray | None = None,
+    ):
         self.right, self.left, self.comm, self.near = right, left, comm, near
         self.pins = self._find_pins() if pins is None else pins
 
@@ -260,7 +272,7 @@ class Nullspace:
                 made[name] = VectorSpaceBasis(functions, comm=self.comm)
         return made
 
-    def restricted(self, rows) -> Nullspace:
+    def restricted(self, rows: np.ndarray | slice) -> Nullspace:
         """The nullspace of the Schur complement of own rows, outside of which all vectors are zero."""
         right, left = (_orthonormal(part[:, rows], self.comm, "nullspace") for part in (self.right, self.left))
         near = None if self.near is None else _orthonormal(self.near[:, rows], self.comm, "near_nullspace")

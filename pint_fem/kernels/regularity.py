@@ -87,7 +87,7 @@ def singular_message(matrix: PETSc.Mat, V: WithGeometry) -> str:
     return f"{text}. Constants {'of ' + named.removeprefix('of ') + ' ' if named else ''}are in its nullspace"
 
 
-def regular_factor(evolution, matrix: PETSc.Mat, nullspace: Nullspace | None, **given: Any) -> Factor:
+def regular_factor(evolution: Any, matrix: PETSc.Mat, nullspace: Nullspace | None, **given: Any) -> Factor:
     """The factor of a stage's matrix of a linear evolution, which has to be regular (collective).
 
     Parameters

@@ -203,8 +203,8 @@ class Hierarchies:
         comm: MPI.Comm = MPI.COMM_SELF,
         bounds: Sequence[int] | None = None,
         transfers: Sequence | None = None,
-        petsc_comm=None,
-        reversed_comm=None,
+        petsc_comm: MPI.Comm | None = None,
+        reversed_comm: MPI.Comm | None = None,
         trace: Trace | None = None,
         name: str = "mgrit",
     ):

@@ -8,6 +8,7 @@ F-point. What follows from the symmetry is in :mod:`pint_fem.all_at_once.transpo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -80,7 +81,9 @@ class TransposedAdjoint(TransposedSweep):
 
     start = "guess"
 
-    def __init__(self, adjoint: MGRIT, steps: int, *, is_last: bool, options: MGRITOptions, bounds, **given: Any):
+    def __init__(
+        self, adjoint: MGRIT, steps: int, *, is_last: bool, options: MGRITOptions, bounds: Sequence[int], **given: Any
+    ):
         (N, *coarse) = [level.nsteps for level in adjoint.levels]
         self._steps = steps
         points = [(0, *range(1, n + 1, n // below)) for n, below in pairwise((N, *coarse))]
@@ -91,7 +94,7 @@ class TransposedAdjoint(TransposedSweep):
         super().__init__(solver, steps + 1 + int(is_last))
 
     @staticmethod
-    def exists(adjoint, *, linear: bool, per_step: bool) -> bool:
+    def exists(adjoint: object, *, linear: bool, per_step: bool) -> bool:
         """Whether an adjoint sweep has transposed cycles.
 
         It has to be a plain MGRIT sweep whose C-points are those of the forward sweep, with the steps of the forward

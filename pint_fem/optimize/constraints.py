@@ -26,7 +26,7 @@ References
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -72,7 +72,7 @@ class AffineConstraints:
         are not finite or not as many; ``value``, ``gradient`` and ``advance`` if x does not meet the constraints.
     """
 
-    def __init__(self, problem, normals: Sequence[np.ndarray], values: Sequence[float]):
+    def __init__(self, problem: Any, normals: Sequence[np.ndarray], values: Sequence[float]):
         self.problem = problem
         self._Q, self._R = _orthonormal(problem.inner, [np.array(c, dtype=np.float64) for c in normals])
         b = np.atleast_1d(np.asarray(values, dtype=np.float64))
@@ -95,7 +95,7 @@ class AffineConstraints:
         """Why the problem's last value was not finite, if it reports that."""
         return getattr(self.problem, "failure", None)
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Callable:
         """A method of the problem on the null space; absent where the problem lacks it."""
         if name not in RETURNS:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")

@@ -28,7 +28,7 @@ def write_fields(
     space: WithGeometry,
     slab: Slab,
     spacetime: SpaceTime,
-    times,
+    times: np.ndarray,
     *,
     count: int = 17,
     points: Iterable[int] | None = None,

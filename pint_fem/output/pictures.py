@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import matplotlib as mpl
 import numpy as np
+import ufl
 from firedrake import FunctionSpace, VertexOnlyMesh
 from firedrake import interpolate as interpolate_
 from firedrake.assemble import assemble
@@ -18,6 +20,9 @@ from pint_fem.spacetime import SpaceTime
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.animation import FuncAnimation, PillowWriter
+
+if TYPE_CHECKING:
+    from pint_fem.optimize.records import IterationRecord
 
 __all__ = [
     "Raster",
@@ -62,7 +67,7 @@ class Raster:
         place = np.rint((here - low) / pixel - 0.5).astype(int)
         self._index = place[:, 1] * self.shape[1] + place[:, 0]
 
-    def __call__(self, f) -> np.ndarray | None:
+    def __call__(self, f: ufl.core.expr.Expr) -> np.ndarray | None:
         """The image of a function or a scalar expression on the first rank, NaN outside the mesh (collective)."""
         local = np.full(self.shape[0] * self.shape[1], -np.inf)
         local[self._index] = assemble(interpolate_(f, self._space)).dat.data_ro
@@ -86,7 +91,12 @@ def _painter(images: Sequence[np.ndarray], extent: Sequence[float]):
 
 
 def plot_fields(
-    path: Path, images: Sequence[tuple[str, np.ndarray]], extent: Sequence[float], *, points=None, title: str = ""
+    path: Path,
+    images: Sequence[tuple[str, np.ndarray]],
+    extent: Sequence[float],
+    *,
+    points: np.ndarray | None = None,
+    title: str = "",
 ) -> None:
     """Draw named images side by side on one colour scale, zero in its middle, and dots at ``points`` ``(count, 2)``."""
     paint = _painter([image for _, image in images], extent)
@@ -107,9 +117,9 @@ def plot_fields(
 
 def plot_sensors(
     path: Path,
-    times,
-    measured,
-    predicted,
+    times: np.ndarray,
+    measured: np.ndarray,
+    predicted: np.ndarray,
     *,
     names: Sequence[str],
     show: int = 6,
@@ -130,7 +140,9 @@ def plot_sensors(
     _save(fig, path, 110)
 
 
-def plot_convergence(path: Path, history, residuals: dict[str, Sequence[float]], *, bound: float | None = None) -> None:
+def plot_convergence(
+    path: Path, history: Sequence[IterationRecord], residuals: dict[str, Sequence[float]], *, bound: float | None = None
+) -> None:
     """Draw J and its gradient over the iterations of a history of records, and the residuals of one sweep of each kind
     over its cycles, beside the two-level bound on their contraction.
     """

@@ -17,6 +17,7 @@ This module needs petsc4py, like :mod:`pint_fem.paradiag.distributed_systems`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from petsc4py import PETSc
@@ -61,7 +62,7 @@ class EliminatedSystem(WrappedSystem):
         super().__init__(left)
         self._coupling, self._h = coupling, h
 
-    def solve(self, factor, y: complex, r: np.ndarray, *, transposed: bool) -> np.ndarray:
+    def solve(self, factor: Any, y: complex, r: np.ndarray, *, transposed: bool) -> np.ndarray:
         """Solve for a complex vector with the matrix of ``y`` or its (not conjugate) transpose."""
         its, h, c = self._coupling, self._h, 1.0 - y
         first, second = (its.X, its.G) if transposed else (its.G, its.X)

@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 from firedrake import DirichletBC, Function, TransferManager
+from firedrake.functionspaceimpl import WithGeometry
 from firedrake.mg.interface import assemble_prolongation_aij
 from firedrake.mg.ufl_utils import ReconstructionError, coarsen
 from firedrake.mg.utils import get_level
@@ -47,7 +48,12 @@ __all__ = ["SpatialLevels", "coarse_evolution", "mesh_transfer"]
 
 
 # -- between two meshes --------------------------------------------------------------------------------------------
-def mesh_transfer(V_fine, V_coarse, bcs: Sequence[DirichletBC] = (), coarse_bcs=None) -> Transfer:
+def mesh_transfer(
+    V_fine: WithGeometry,
+    V_coarse: WithGeometry,
+    bcs: Sequence[DirichletBC] = (),
+    coarse_bcs: Sequence[DirichletBC] | None = None,
+) -> Transfer:
     """Restriction and prolongation between the same space on two meshes of a hierarchy.
 
     Parameters

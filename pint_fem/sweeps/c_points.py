@@ -181,7 +181,9 @@ class Intervals:
         """``Phi_z^T lam`` of step ``j``: ``(count, nz)``, or their sum ``(nz,)`` for a static control."""
         return self.propagator.control_adjoint(self.data(group, j), lam, group.first)
 
-    def second_order(self, group: IntervalGroup, j: int, du: np.ndarray, dz: np.ndarray | None, lam: np.ndarray):
+    def second_order(
+        self, group: IntervalGroup, j: int, du: np.ndarray, dz: np.ndarray | None, lam: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Derivatives of ``Phi_u^T lam`` and ``Phi_z^T lam`` of step ``j`` in the direction ``(du, dz)``."""
         data = self.data(group, j, dz)
         return self.propagator.second_order(data, du, data.dz, lam)

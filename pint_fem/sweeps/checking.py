@@ -9,6 +9,7 @@ import numpy as np
 from pint_fem.errors import InputError
 from pint_fem.kernels.blocks import WIDTH
 from pint_fem.mgrit.checks.check import CheckReport, check
+from pint_fem.mgrit.options import MGRITOptions
 from pint_fem.propagators.base import FEPropagator, StepData
 from pint_fem.propagators.linear import LinearPropagator
 from pint_fem.sweeps.sweeps import Sweeps
@@ -76,6 +77,7 @@ def check_sweeps(sweeps: Sweeps, z: np.ndarray | None = None, *, seed: int = 0, 
         On every rank, if the arguments do not fit.
     """
     evolution, spacetime = sweeps.evolution, sweeps.spacetime
+    options = sweeps.options if isinstance(sweeps.options, MGRITOptions) else MGRITOptions()  # of ParaDiag's one level
     if z is None and evolution.parameters:
         z = evolution.posed.get_controls()
     elif z is not None and z.ndim == 2:
@@ -85,7 +87,7 @@ def check_sweeps(sweeps: Sweeps, z: np.ndarray | None = None, *, seed: int = 0, 
             [_Steps(p, sweeps.solvers.space.controls(level, z)) for level, p in enumerate(sweeps.propagators)],
             evolution.nsteps,
             sweeps.initial,
-            coarsening=sweeps.options.coarsening,
+            coarsening=options.coarsening,
             transfers=sweeps.solvers.space.transfers,
             comm=spacetime.time_comm,
             space_comm=spacetime.space_comm,

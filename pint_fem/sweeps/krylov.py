@@ -43,8 +43,8 @@ class AcceleratedSweep(KrylovMGRIT):
         *,
         start: str | None = None,
         coarse_rhs: Sequence[np.ndarray | None] | None = None,
-        rtol=None,
-        cycles=None,
+        rtol: float | None = None,
+        cycles: int | None = None,
     ) -> SolveResult:
         """Solve in place (collective); right-hand sides of a first guess are restricted from ``G``.
 

@@ -26,6 +26,7 @@ from pint_fem.errors import FAILURES
 from pint_fem.evolution.evolution import Evolution
 from pint_fem.kernels.arrays import get
 from pint_fem.kernels.garbage import clean
+from pint_fem.mgrit.options import MGRITOptions
 from pint_fem.paradiag.options import ParaDiagOptions
 from pint_fem.propagators.base import FEPropagator, StepData
 from pint_fem.spacetime import SpaceTime
@@ -84,7 +85,7 @@ class Sweeps:
         self._cause: BaseException | None = None  # why a right-hand side could not be computed
 
     @property
-    def options(self):
+    def options(self) -> MGRITOptions | ParaDiagOptions:
         """Options of the time solver of all sweeps."""
         return self.solvers.options
 

@@ -254,7 +254,15 @@ class TimeSolvers:
         if factors and self.averaged is not None:
             self.averaged.invalidate()
 
-    def bind(self, solver: TimeSolver, z, U: np.ndarray | None, *, backwards: bool, dz=None) -> None:
+    def bind(
+        self,
+        solver: TimeSolver,
+        z: np.ndarray | None,
+        U: np.ndarray | None,
+        *,
+        backwards: bool,
+        dz: np.ndarray | None = None,
+    ) -> None:
         """Set the data of the steps of a solver for a nonlinear evolution.
 
         ``z`` and ``dz`` are the controls of the own steps and their direction, ``U`` the states of the local points at
@@ -290,7 +298,7 @@ class TimeSolvers:
         """Controls on level ``index``: those of some fine steps, or a static one."""
         return self.space.controls(index, z if z is None or z.ndim == 1 else z[fine - self.slab.lo])
 
-    def coarse_steps(self, z) -> Iterator[tuple[FEPropagator, int, int, StepData]]:
+    def coarse_steps(self, z: np.ndarray | None) -> Iterator[tuple[FEPropagator, int, int, StepData]]:
         """Of each coarse level of a linear evolution: propagator, first own step, number of own steps, their data."""
         for level, propagator in zip(self.tangent.levels[1:], self.propagators[1:], strict=True):
             start = np.arange(level.lo, level.hi) * level.stride

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -51,7 +51,7 @@ class Epoch:
 
 def train_epoch(
     net: nn.Module,
-    loader,
+    loader: Iterable,
     optimizer: torch.optim.Optimizer,
     *,
     loss_function: Callable = nn.functional.cross_entropy,
