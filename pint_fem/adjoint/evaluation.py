@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -130,7 +130,7 @@ class EvaluationCache:
             evaluation.reset(self._sweeps.initial)
 
     def find(
-        self, z: np.ndarray, directions: Mapping[str, np.ndarray] | None = None, **accuracy: Any
+        self, z: np.ndarray, directions: Mapping[str, np.ndarray] | None = None, **accuracy: float
     ) -> Evaluation | None:
         """Return the evaluation of a control, or ``None``, on all ranks the same (one reduction over all ranks).
 
@@ -146,7 +146,7 @@ class EvaluationCache:
         self._data.warn(~votes[len(same) :])
         return self.evaluations[int(np.argmax(found))] if found.any() else None
 
-    def at(self, z: np.ndarray, **accuracy: Any) -> Evaluation:
+    def at(self, z: np.ndarray, **accuracy: float) -> Evaluation:
         """Return the evaluation of a control and make it the latest (collective, as :meth:`find`). Where the control is
         a new one, it replaces the oldest evaluation and starts from the trajectories of the latest.
         """
@@ -163,7 +163,7 @@ class EvaluationCache:
         return evaluation
 
     # -- solves --------------------------------------------------------------------------------------------------------
-    def state(self, z: np.ndarray, **accuracy: Any) -> Evaluation:
+    def state(self, z: np.ndarray, **accuracy: float) -> Evaluation:
         """Return the evaluation of a control with its state solved."""
         evaluation = self.at(z, **accuracy)
         steps, initial = self._layout.steps(evaluation.z), self._layout.initial(evaluation.z)
@@ -171,14 +171,14 @@ class EvaluationCache:
         self._solve(evaluation, "state", accuracy, solve)
         return evaluation
 
-    def adjoint(self, z: np.ndarray, **accuracy: Any) -> Evaluation:
+    def adjoint(self, z: np.ndarray, **accuracy: float) -> Evaluation:
         """Return the evaluation of a control with its state and adjoint solved."""
         evaluation = self.state(z, **accuracy)
         if evaluation.rtol["adjoint"] > accuracy.get("rtol", self._sweeps.options.rtol):
             self.adjoint_of(evaluation, **accuracy)
         return evaluation
 
-    def adjoint_of(self, evaluation: Evaluation, **accuracy: Any) -> None:
+    def adjoint_of(self, evaluation: Evaluation, **accuracy: float) -> None:
         """Solve for the adjoint of the current state."""
         steps = self._layout.steps(evaluation.z)
         with self.resetting_on_failure(evaluation):

@@ -256,7 +256,7 @@ class _Refinement:
     matrix, whose solves are between projections.
     """
 
-    def __init__(self, comm: MPI.Comm):
+    def __init__(self, comm: PETSc.Comm):
         self.ksp = PETSc.KSP().create(comm)
         self.ksp.setType(PETSc.KSP.Type.GMRES)
         self.ksp.setGMRESRestart(MOST_ITERATIONS)

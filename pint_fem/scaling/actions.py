@@ -117,7 +117,7 @@ def extra_actions(rf: TimeParallelReducedFunctional) -> dict[str, Action]:
 
 
 def solve_actions(
-    rf: TimeParallelReducedFunctional, controls: np.ndarray, gradient: np.ndarray, **accuracy: Any
+    rf: TimeParallelReducedFunctional, controls: np.ndarray, gradient: np.ndarray, **accuracy: float
 ) -> dict[str, Action]:
     """Cold state and adjoint sweeps of a functional for given controls and derivative of the misfit, to a given
     accuracy.

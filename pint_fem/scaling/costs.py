@@ -228,10 +228,8 @@ def load(name: str | Path) -> Calibration:
         path = Path(name)
     try:
         return Calibration.from_json(path.read_text(encoding="utf-8"))
-    except OSError as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise InputError(
-            f"no calibration {str(name)!r} ({error.strerror}): give {', '.join(bundled())}, or a file that "
-            "pint-fem scaling calibrate has written"
+            f"no calibration {str(name)!r} ({getattr(error, 'strerror', error)}): give {', '.join(bundled())}, or a "
+            "file that pint-fem scaling calibrate has written"
         ) from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"no calibration {str(name)!r}: {error}") from None

@@ -149,7 +149,7 @@ class Sweeps:
     # -- solves --------------------------------------------------------------------------------------------------------
     def _solve(
         self, solver: TimeSolver, kind: str, U: np.ndarray, G: np.ndarray | None, *, cold: bool = False,
-        start: str = "", coarse_rhs: Callable[[], Iterable[np.ndarray]] | None = None, **accuracy: Any,
+        start: str = "", coarse_rhs: Callable[[], Iterable[np.ndarray]] | None = None, **accuracy: float,
     ) -> SolveResult:  # fmt: skip
         """Solve in place and count; ``cold``: ``U`` is no solution of a nearby problem."""
         clean(self.evolution.V.mesh().comm)
@@ -201,7 +201,7 @@ class Sweeps:
             yield self._or_nan(partial(compute, propagator, data, lo), (k, propagator.evolution.state_size))
 
     def state(
-        self, z: Controls, U: np.ndarray, *, initial: np.ndarray | None = None, cold: bool = False, **accuracy: Any
+        self, z: Controls, U: np.ndarray, *, initial: np.ndarray | None = None, cold: bool = False, **accuracy: float
     ) -> SolveResult:
         """Solve for the state ``U`` with an initial condition ``(n,)``; default: the evolution's."""
         if self.slab.is_first:
@@ -225,7 +225,7 @@ class Sweeps:
         *,
         initial: np.ndarray | None = None,
         cold: bool = True,
-        **accuracy: Any,
+        **accuracy: float,
     ) -> SolveResult:
         """Solve for the derivative ``dU`` of the state ``U`` in the direction ``dz`` of the controls and ``initial`` of
         the initial condition; ``None`` for zero.
@@ -257,7 +257,7 @@ class Sweeps:
         return G
 
     def adjoint(
-        self, z: Controls, U: np.ndarray, gradient: np.ndarray, L: np.ndarray, *, cold: bool = False, **accuracy: Any
+        self, z: Controls, U: np.ndarray, gradient: np.ndarray, L: np.ndarray, *, cold: bool = False, **accuracy: float
     ) -> SolveResult:
         """Solve for the adjoint ``L`` at the state ``U`` with the right-hand side ``gradient``, shaped as ``L``: rows
         ``0..k-1`` and on the last rank also ``k``; with ``storage="C"`` condensed to the C-points.

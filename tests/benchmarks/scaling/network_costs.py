@@ -76,7 +76,7 @@ def _kernel_actions(case, nlayers: int) -> tuple[dict[tuple, Action], tuple[int,
     sweeps, out = training.net.sweeps, {}
     opening, *_, x, _ = case.parts()
     with torch.no_grad():
-        shape = tuple(opening(x).shape)
+        shape = tuple(opening.to(x.dtype)(x).shape)
     forward = sweeps.trajectory(shape, np.float64)  # that of the training step, in memory that is used again
     values = np.random.default_rng(0).standard_normal((nlayers + 1, *shape))
     for kind, name in (("step", "forward"), ("adjoint", "backward")):
