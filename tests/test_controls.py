@@ -28,6 +28,7 @@ from mpi4py import MPI
 
 import pint_fem as pf
 from pint_fem.adjoint.riesz import RieszMap
+from pint_fem.evolution.boundary import BoundaryControls
 from pint_fem.propagators import FormPropagator, LinearPropagator, StepData, TapePropagator
 from tests.meshes import square
 from tests.taylor import check_orders
@@ -213,6 +214,21 @@ def test_boundary_value_that_moves_in_time():
     data = StepData(ev.time(np.arange(2)), rng.standard_normal(ev.control_size), u)
     a, b = (kind(ev).control_adjoint(data, lam) for kind in (FormPropagator, TapePropagator))
     assert np.allclose(a, b, rtol=1e-10)
+
+
+def test_where_conditions_overlap_the_last_one_holds():
+    """Changes of boundary values against what Firedrake's conditions write to a function, one after the other."""
+    mesh = square(3, MPI.COMM_SELF)
+    V, R = FunctionSpace(mesh, "CG", 1), FunctionSpace(mesh, "R", 0)
+    q, r, plain = Function(V, name="q"), Function(R, name="r"), Function(V)
+    bcs = [DirichletBC(V, 2 * q, "on_boundary"), DirichletBC(V, 3 * r, 1), DirichletBC(V, 0, 3)]
+    operator = BoundaryControls(bcs, V, (q, r), Function(V), None)
+    dz, y = np.random.default_rng(4).standard_normal((2, V.dim() + 1))
+    q.dat.data[:], r.dat.data[:] = dz[:-1], dz[-1]
+    for bc in bcs:
+        bc.apply(plain)
+    np.testing.assert_allclose(operator.lift(dz), plain.dat.data_ro, rtol=1e-14)
+    assert y[:-1] @ operator.lift(dz) == pytest.approx(operator.pull_back(y[:-1]) @ dz, rel=1e-12)
 
 
 def test_riesz_maps():

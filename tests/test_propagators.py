@@ -30,6 +30,7 @@ from irksome import Dt
 
 from pint_fem.evolution import SDIRK2, BackwardEuler, Evolution, ImplicitMidpoint, time_function
 from pint_fem.kernels.arrays import put
+from pint_fem.kernels.blocks import WIDTH, lanes
 from pint_fem.propagators import FormPropagator, LinearPropagator, StepData, TapePropagator, make_propagator
 
 TABLEAUX = {"BE": BackwardEuler, "midpoint": ImplicitMidpoint, "SDIRK2": SDIRK2}
@@ -141,6 +142,13 @@ def test_lanes_make_bits_independent_of_the_block():
     for a, b in ((0, 2), (2, 3), (3, 11), (11, 21)):
         p.apply(u[a:b], parts[a:b], 3 + a)
     assert np.array_equal(whole, parts)
+
+
+@pytest.mark.parametrize(("count", "lane"), [(1, 0), (8, 0), (3, 6), (21, 3), (0, 5)])
+def test_the_lane_of_a_state_is_its_number_modulo_the_width(count, lane):
+    blocks = [(range(count)[rows], range(WIDTH)[where]) for rows, where in lanes(count, lane)]
+    found = [pair for block in blocks for pair in zip(*block, strict=True)]
+    assert found == [(row, (lane + row) % WIDTH) for row in range(count)]
 
 
 @pytest.mark.parametrize(("tableau", "order"), [("BE", 1), ("midpoint", 2), ("SDIRK2", 2)])

@@ -1,5 +1,7 @@
 """Sweeps that store C-points only: the same numbers as with all points, on any grid, and what that costs."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 from firedrake import Function, TestFunction, dx, grad, inner, sin
@@ -8,6 +10,7 @@ from mpi4py import MPI
 
 import pint_fem as pf
 from pint_fem.errors import InputError
+from pint_fem.kernels.compressed_vectors import CompressedVectors, sample_times
 from pint_fem.mgrit import SolverFailure
 from pint_fem.misfits.base import Misfit
 from tests.heat import heat, point_and_direction
@@ -289,3 +292,16 @@ def test_failures_reach_every_rank(storage, method):
         ask(1.1 * z)
     raised.clear()
     assert np.isfinite(ask(1.1 * z)).all()
+
+
+def test_vectors_of_few_fields_are_stored_as_coefficients():
+    """Sums of two fields are computed once, others each time they are asked for; all are exact to round-off."""
+    a, b, other = np.random.default_rng(2).standard_normal((3, 40))
+    of = lambda t: np.cos(t) * a + 3 * np.sin(t) * b
+    vectors, calls = CompressedVectors(MPI.COMM_SELF, [partial(of, t) for t in sample_times(0.0, 2.0)]), []
+    for t in (0.3, 1.7, 0.3, 1.7):
+        np.testing.assert_allclose(vectors.get(t, lambda t=t: calls.append(t) or of(t)), of(t), rtol=0, atol=1e-13)
+    assert calls == [0.3, 1.7]
+    for _ in range(2):
+        assert np.array_equal(vectors.get("other", lambda: calls.append("other") or other), other)
+    assert calls[2:] == ["other"] * 2

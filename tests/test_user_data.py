@@ -288,6 +288,26 @@ def test_data_on_coarser_meshes():
         assert new[0] == pytest.approx(posed.reference(), rel=1e-9)
 
 
+@pytest.mark.parametrize("kind", [LinearPropagator, FormPropagator])
+def test_data_beside_a_control_in_a_boundary_value_are_read_again(kind):
+    """Twice the profile of what heats the wall: ``J``, quadratic in it, and its gradient are four times as large."""
+    mesh = square(3, MPI.COMM_SELF)
+    V, (_, y) = FunctionSpace(mesh, "CG", 1), SpatialCoordinate(mesh)
+    u, v, profile = Function(V), TestFunction(V), Function(V, name="profile").interpolate(1 + y)
+    level = Function(FunctionSpace(mesh, "R", 0), name="level").assign(0.7)
+    ev = pf.Evolution(
+        inner(Dt(u), v) * dx + inner(grad(u), grad(v)) * dx, u, tableau=pf.SDIRK2(), dt=STEP, nsteps=STEPS,
+        control=level, bcs=DirichletBC(V, profile * level, 1),
+    )  # fmt: skip
+    J = pf.TimeParallelReducedFunctional(
+        ev, pf.TerminalMisfit(inner(u, u) * dx), propagator=kind, solver_parameters=SOLVERS["serial"]
+    )
+    before = [float(J(level)), get(J.derivative())[0]]
+    profile.assign(2 * profile)
+    J.update_data()
+    assert [float(J(level)), get(J.derivative())[0]] == pytest.approx([4 * number for number in before], rel=1e-10)
+
+
 @pytest.mark.parallel([1, 3])
 @time_limit(100)
 def test_new_readings_in_place_of_an_array():
