@@ -254,6 +254,15 @@ def test_riesz_maps():
     assert np.isclose(rf.inner.inner(z, z), z[:9] @ RieszMap(rf.evolution.V, "H1").dual(z[:9]) + z[9] ** 2)
 
 
+def test_inner_product_of_a_control_with_a_value_in_each_step():
+    """The integral over time as well, and the representative of a value's dual is the value."""
+    rf = functional(pf.SpaceTime("1x1", comm=MPI.COMM_SELF), ("strength",), n=2, steps=4)
+    z = np.random.default_rng(3).standard_normal(rf.layout.size)
+    np.testing.assert_allclose(rf.inner.primal(rf.inner.dual(z)), z, rtol=1e-12)
+    integral = sum(fd.assemble(inner(f, f) * dx) for f in rf.function(z).subfunctions)
+    assert rf.inner.inner(z, z) == pytest.approx(rf.evolution.dt * integral, rel=1e-12)
+
+
 def test_bad_controls_are_refused():
     st = pf.SpaceTime("1x1", comm=MPI.COMM_SELF)
     mesh = square(2, st.space_comm)
