@@ -63,6 +63,20 @@ def test_a_linearisation_is_computed_once():
     assert counts["factorisation"] - before["factorisation"] <= stages
 
 
+def test_a_linearisation_is_that_of_the_stored_state():
+    """Of two states that are stored, derivatives at the earlier one, which is not solved for again."""
+    posed = burgers(3, 4)
+    problem, fresh = (functional(posed, time_solver="serial").problem for _ in range(2))
+    z, v = np.cos(np.arange(problem.layout.size)), np.sin(np.arange(problem.layout.size) ** 2)
+    problem.keep_evaluations(2)
+    for control in (z, 2 * v):
+        problem.derivative(control)
+    solved = problem.sweeps.counts["state"]
+    found, expected = (p.hessian_action(z, v) for p in (problem, fresh))
+    assert problem.sweeps.counts["state"] == solved
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-9 * np.abs(expected).max())
+
+
 @pytest.mark.parametrize("pivot", [0.0, 1e-18, 1e-6])
 def test_a_factor_without_pivoting_gives_way(pivot):
     """A pivot that is zero, or would cost all or some digits: UMFPACK takes over for this matrix, plain and transposed,
