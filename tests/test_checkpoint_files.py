@@ -26,6 +26,7 @@ from mpi4py import MPI
 import pint_fem as pf
 from pint_fem.adjoint.minimisation import checkpoint as checkpoint_module
 from pint_fem.adjoint.minimisation.checkpoint import HDF5Checkpoint
+from pint_fem.adjoint.minimisation.fingerprint import differences, evolution_numbers
 from pint_fem.adjoint.minimisation.objective import Objective
 from tests.broken_files import another_process, largest_file, shared
 from tests.limits import time_limit
@@ -35,14 +36,14 @@ from tests.ranks import cases
 COMM = MPI.COMM_WORLD
 
 
-def posed(grid=None, *, conductivity=1.0, load=0.0, side=1.0, tableau=pf.BackwardEuler, **mgrit):
+def posed(grid=None, *, conductivity=1.0, load=0.0, mirrored=False, side=1.0, tableau=pf.BackwardEuler, **mgrit):
     """A heat problem whose conductivity (a constant), load (a function) and boundary value differ as asked."""
     st = pf.SpaceTime(grid)
     mesh = square(3, st.space_comm)
     V = FunctionSpace(mesh, "CG", 1)
     u, v, q = Function(V), TestFunction(V), Function(V, name="source")
     x, _ = SpatialCoordinate(mesh)
-    f = Function(V).interpolate(load * x)
+    f = Function(V).interpolate(load * (1 - x if mirrored else x))
     F = Dt(u) * v * dx + Constant(conductivity) * inner(grad(u), grad(v)) * dx - (q + f) * v * dx
     ev = pf.Evolution(F, u, tableau=tableau(), dt=0.05, nsteps=8, control=q, bcs=DirichletBC(V, side, 1))
     return pf.TimeParallelReducedFunctional(
@@ -207,6 +208,17 @@ def test_another_evolution_is_refused(tmp_path, named, monkeypatch):
             run(**changes)
         found, limit = map(float, re.findall(r"\d\.\d+e[+-]\d+", str(caught.value)))
         assert found > 100 * limit
+
+
+@pytest.mark.parallel(1)
+@time_limit(60)
+def test_a_load_with_the_same_values_at_other_places_is_another():
+    numbers = [
+        evolution_numbers(posed(load=1.0, mirrored=mirrored).problem.sweeps.evolution, MPI.COMM_SELF)
+        for mirrored in (False, False, True)
+    ]
+    assert differences(numbers[0], numbers[1]) == ""
+    assert "data of the evolution" in differences(numbers[0], numbers[2])
 
 
 @pytest.mark.parallel([1, 3])

@@ -249,6 +249,12 @@ def test_propagators_pass_the_check():
     assert all("level 1" in line and "adjoint" in line for line in report.failures)
 
 
+def test_propagators_pass_the_check_with_paradiag():
+    """Whose options have no coarsening, as it has one level."""
+    rf = functional(pf.SpaceTime(), steps=6, n=2, tableau="BE", solver={"time_solver": "paradiag"})
+    check_sweeps(rf.problem.sweeps).raise_if_failed()
+
+
 @pytest.mark.parallel([1, 3])
 def test_theory_is_printed_before_the_first_solve():
     """With a monitor; a coarse level that does not damp warns in any case."""

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import ufl
 from firedrake import Function
+from irksome.tableaux.ButcherTableaux import ButcherTableau
 from mpi4py import MPI
 from ufl.algorithms import extract_coefficients
 
@@ -13,7 +14,7 @@ from pint_fem.adjoint.composed import problem_with_initial_expression, sum_of_pr
 from pint_fem.adjoint.functional import ControlFunctional
 from pint_fem.adjoint.interface import ControlProblem
 from pint_fem.adjoint.problem import ReducedProblem
-from pint_fem.adjoint.riesz import ControlInner
+from pint_fem.adjoint.riesz import ControlInner, RieszKind
 from pint_fem.adjoint.states import FinalState
 from pint_fem.errors import InputError
 from pint_fem.evolution.evolution import Evolution
@@ -93,35 +94,40 @@ class TimeParallelReducedFunctional(ControlFunctional):
         regularisation: ufl.Form | Sequence[ufl.Form] | None = None,
         spacetime: SpaceTime | None = None,
         solver_parameters: Mapping | None = None,
-        riesz_map="L2",
-        coarse_tableau=None,
+        riesz_map: RieszKind | Sequence[RieszKind] = "L2",
+        coarse_tableau: ButcherTableau | None = None,
         propagator: Callable = make_propagator,
         coarse_evolutions: Sequence[Evolution] | None = None,
         final_state: Function | Sequence[Function] | None = None,
         options_prefix: str = "",
     ):
-        forms = list(regularisation) if isinstance(regularisation, (list, tuple)) else [regularisation]
+        forms: list = list(regularisation) if isinstance(regularisation, (list, tuple)) else [regularisation]
         forms = [form for form in forms if form is not None]
         several = isinstance(evolution, (list, tuple))
-        evolutions, own_misfits, own_forms = [evolution], [misfits], [forms]
+        evolutions: list = list(evolution) if isinstance(evolution, (list, tuple)) else [evolution]
+        own_misfits: list = [misfits]
+        own_forms: list = [forms]
         if several:
-            evolutions = list(evolution)
             own_misfits, own_forms = _shared_out(evolutions, misfits, forms, coarse_evolutions)
         if spacetime is None:
             space_comm = evolutions[0].V.mesh().comm
             spacetime = SpaceTime((space_comm.size, 1), comm=space_comm)
         steps = dict(coarse_tableau=coarse_tableau, propagator=propagator, coarse_evolutions=coarse_evolutions)
-        options = spacetime, solver_parameters, options_prefix, steps
-        problems = [_problem(*own, *options) for own in zip(evolutions, own_misfits, own_forms, strict=True)]
+        problems = [
+            _problem(*own, spacetime, solver_parameters, options_prefix, steps)
+            for own in zip(evolutions, own_misfits, own_forms, strict=True)
+        ]
         problem = sum_of_problems([(1.0, p) for p in problems]) if several else problems[0]
-        final = [] if final_state is None else list(final_state) if several else [final_state]
+        final: list = [] if final_state is None else list(final_state) if several else [final_state]
         if final and len(final) != len(problems):
             raise InputError(f"final_state: {len(final)} functions for {len(problems)} evolutions; give one for each")
         final = [FinalState(p.leaves[0], f) for p, f in zip(problems, final, strict=False)]
         super().__init__(problem, ControlInner(problem.layout, riesz_map), forms, final)
 
 
-def _shared_out(evolutions: list, misfits, forms: list, coarse_evolutions) -> tuple[list, list]:
+def _shared_out(
+    evolutions: list, misfits: object, forms: list, coarse_evolutions: Sequence[Evolution] | None
+) -> tuple[list, list]:
     """The misfits of each evolution, and the functionals of the regularisation that contain its controls."""
     if not evolutions or not all(isinstance(ev, Evolution) for ev in evolutions):
         raise InputError("evolution: give an Evolution or a list of them")
@@ -131,7 +137,8 @@ def _shared_out(evolutions: list, misfits, forms: list, coarse_evolutions) -> tu
         raise InputError(
             f"misfits: give a list with {len(evolutions)} entries, the misfit or misfits of each evolution"
         )
-    own, controls = [[] for _ in evolutions], [set(ev.sought) for ev in evolutions]
+    own: list[list[ufl.Form]] = [[] for _ in evolutions]
+    controls = [set(ev.sought) for ev in evolutions]
     for form in forms:
         found = set(extract_coefficients(form)) & set().union(*controls) if isinstance(form, ufl.Form) else set()
         places = [i for i, of in enumerate(controls) if found <= of]
@@ -146,7 +153,7 @@ def _shared_out(evolutions: list, misfits, forms: list, coarse_evolutions) -> tu
 
 def _problem(
     evolution: Evolution,
-    misfits,
+    misfits: Misfit | Sequence[Misfit],
     forms: list,
     spacetime: SpaceTime,
     solver_parameters: Mapping | None,

@@ -13,6 +13,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+from mpi4py import MPI
 
 from pint_fem.all_at_once.callbacks import returned_block
 from pint_fem.all_at_once.levels import Level
@@ -52,11 +53,11 @@ class Failures:
     def __init__(
         self,
         levels: Sequence[Level],
-        comm,
+        comm: MPI.Comm,
         point_norms: PointNorms,
         name: str,
         *,
-        everyone,
+        everyone: MPI.Comm | None,
         keeps_all: bool = True,
     ):
         self.levels, self.comm, self.point_norms, self.name = levels, comm, point_norms, name

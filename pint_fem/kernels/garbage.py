@@ -9,12 +9,13 @@ function whose values have been copied to or from an array.
 
 from __future__ import annotations
 
+from mpi4py import MPI
 from petsc4py import PETSc
 
 __all__ = ["clean"]
 
 
-def clean(comm) -> None:
+def clean(comm: MPI.Comm) -> None:
     """Destroy the PETSc objects that all ranks of an mpi4py communicator have dropped (collective)."""
     if comm.size > 1:
         PETSc.garbage_cleanup(comm)

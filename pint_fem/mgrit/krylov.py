@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from petsc4py import PETSc
@@ -81,7 +82,7 @@ class KrylovMGRIT:
         solver_parameters: Mapping | None = None,
         options_prefix: str = "mgrit_",
         name: str = "mgrit",
-        **given,
+        **given: Any,
     ):
         self.options = options = MGRITOptions.make(options)
         self.operator = SpaceTimeOperator(propagators, nsteps, options=options, name=name, **given)

@@ -17,6 +17,7 @@ This module needs petsc4py; :mod:`pint_fem.mgrit` does not import it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from mpi4py import MPI
@@ -50,7 +51,7 @@ class SpaceTimeOperator:
 
     def __init__(
         self, propagators: Sequence[Propagator], nsteps: int, *, options: MGRITOptions | Mapping | None = None,
-        comm=MPI.COMM_SELF, petsc_comm=None, name: str = "mgrit", **given,
+        comm: MPI.Comm = MPI.COMM_SELF, petsc_comm: MPI.Comm | None = None, name: str = "mgrit", **given: Any,
     ):  # fmt: skip
         if np.dtype(PETSc.ScalarType) != float:
             raise ValueError(f"{name}: PETSc was built for {np.dtype(PETSc.ScalarType)}, the slabs are float64")

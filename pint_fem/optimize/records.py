@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -112,6 +113,20 @@ class ResultSummary:
     A result has ``success``, ``message`` and ``nit``, and names its other entries in :meth:`_quantities`.
     """
 
+    if TYPE_CHECKING:  # entries or properties of the results
+
+        @property
+        def success(self) -> bool:
+            """Whether the minimiser exited successfully."""
+
+        @property
+        def message(self) -> str:
+            """Why the run ended."""
+
+        @property
+        def nit(self) -> int:
+            """Number of iterations."""
+
     def _quantities(self) -> dict[str, float]:
         """Numbers of the summary by their names: J, the norm of the gradient, counts of evaluations."""
         raise NotImplementedError
@@ -174,6 +189,10 @@ class ReasonedResult(ResultSummary):
     reason: StopReason
     history: list
     control: object = field(default=None, kw_only=True)
+
+    converged: bool
+    iterations: int
+    reason: StopReason
 
     @property
     def success(self) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
+from mpi4py import MPI
 
 from pint_fem.collective import raise_collectively
 from pint_fem.errors import FAILURES
@@ -64,7 +65,7 @@ class Runner:
         Whether this rank prints.
     """
 
-    def __init__(self, comm, *, is_root: bool):
+    def __init__(self, comm: MPI.Comm, *, is_root: bool):
         self.comm, self.report = comm, CheckReport()
         self._print = logger.info if is_root else (lambda line: None)
         self.counts = dict.fromkeys(["passed", "failed", "reported", "not there", "not run"], 0)
@@ -157,10 +158,10 @@ class Runner:
 class Space:
     """Sums over the ranks that share a state, in rank order, and comparisons of blocks by them (collective)."""
 
-    def __init__(self, comm):
+    def __init__(self, comm: MPI.Comm):
         self.comm = comm
 
-    def total(self, values):
+    def total(self, values: np.ndarray) -> np.ndarray:
         """Sum of numbers or arrays over the ranks."""
         return values if self.comm.size == 1 else np.add.reduce(self.comm.allgather(values))
 
@@ -198,7 +199,7 @@ class Space:
         return max(map(ratio, gap, size))
 
 
-def raise_first(comm, error: str | None) -> None:
+def raise_first(comm: MPI.Comm, error: str | None) -> None:
     """Raise ``UserError`` on all ranks of a communicator if one has an error: they all continue or none does."""
     error = next((e for e in comm.allgather(error) if e), None)
     if error:
