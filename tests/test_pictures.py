@@ -1,6 +1,7 @@
 """Pictures and summaries show the numbers that they are given: data, scales, names and titles of what is drawn."""
 
 import json
+from itertools import pairwise
 from types import SimpleNamespace
 
 import numpy as np
@@ -133,10 +134,12 @@ def test_snapshots_and_animation(tmp_path, figures):
     moving = tmp_path / "field.gif"
     pictures.animate(moving, shown, titles, EXTENT)
     assert_drawn(moving)
-    from PIL import Image
+    from PIL import Image, ImageSequence
 
     with Image.open(moving) as gif:
         assert gif.n_frames == 5
+        middle = [np.asarray(f.convert("RGB"))[120:200, 100:200].astype(float) for f in ImageSequence.Iterator(gif)]
+    assert min(abs(a - b).mean() for a, b in pairwise(middle)) > 10
     assert imread(moving).shape[:2] == (320, 368)
 
 
