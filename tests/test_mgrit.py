@@ -605,6 +605,8 @@ def test_bad_arrays_are_refused_on_every_rank():
     if comm.size > 1:
         with pytest.raises(ValueError, match="different shapes"):
             solver.solve(np.zeros((k + 1, 3)) if last else good)
+        with pytest.raises(ValueError, match="None on some ranks only: give zeros"):
+            solver.solve(good, np.zeros((k, 2)) if last else None)
 
 
 @pytest.mark.parallel([1, 3])
