@@ -614,6 +614,22 @@ def test_loose_implicit_steps_keep_the_solution(options, coarse_solver):
 
 
 @pytest.mark.parallel([1, 3])
+@pytest.mark.parametrize("coarsening", [(4,), (3, 2)])
+def test_a_first_guess_of_sums_is_exact(coarsening):
+    """Steps that keep the state add up right-hand sides: coarse levels do so with their sums, whatever the weights."""
+    N = 29
+    G = np.random.default_rng(4).standard_normal((N, 2))
+    propagators, options = [Modes([1.0])] * (1 + len(coarsening)), dict(coarsening=coarsening)
+    solver = MGRIT(propagators, N, options=options, linear=True, comm=COMM)
+    lo, hi = solver.levels[0].lo, solver.levels[0].hi
+    U = np.zeros((hi - lo + 1, 1, 2))
+    result = solver.solve(U, G[lo:hi, None].copy(), start="skip")
+    assert (result.cycles, result.converged) == (0, True)
+    assert result.residuals[0] < 1e-13
+    np.testing.assert_allclose(U[1:, 0], np.cumsum(G, axis=0)[lo:hi], atol=1e-13)
+
+
+@pytest.mark.parallel([1, 3])
 def test_loose_steps_in_turn_begin_at_the_iterate():
     """Stepping begins a step at the iterate without its right-hand side: one Newton step keeps the solution."""
     N = 40
