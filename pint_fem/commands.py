@@ -160,7 +160,10 @@ def demo_arguments(choice: Choice) -> str:
 # -- scaling ---------------------------------------------------------------------------------------------------------
 def _scaling(arguments: Sequence[str]) -> None:
     """Measure the costs of a problem, or validate predictions from them."""
-    name, *rest = arguments or [""]
+    name, *rest = arguments or ["--help"]
+    if name in ("-h", "--help"):
+        _print(__doc__.strip())
+        return
     _choose(name, {"calibrate": _calibrate, "validate": _validate}, "scaling command")(rest)
 
 

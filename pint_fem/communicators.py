@@ -21,7 +21,7 @@ import numpy as np
 from mpi4py import MPI
 
 from pint_fem.collective import any_rank, require_same
-from pint_fem.errors import InputError
+from pint_fem.errors import InputError, InputTypeError
 
 if TYPE_CHECKING:
     from typing import Self
@@ -214,8 +214,10 @@ def _shape(comm: MPI.Comm, grid: tuple[int, int] | str | None, sizes: dict[str, 
             f"grid {text!r} and {' and '.join(given)}: give the grid or the number of ranks along its axes"
         )
     for name, size in given.items():
-        if not isinstance(size, int | np.integer) or isinstance(size, bool) or size < 1:
-            raise InputError(f"{name} = {size!r}: give a positive whole number of ranks")
+        whole = isinstance(size, int | np.integer) and not isinstance(size, bool)
+        if not whole or size < 1:
+            error = InputError if whole else InputTypeError
+            raise error(f"{name} = {size!r}: give a positive whole number of ranks")
         if comm.size % size:
             raise InputError(f"{name} = {size} does not divide the {comm.size} ranks that were started")
     first, second = (given.get(name) for name in axes)

@@ -24,6 +24,7 @@ from irksome import Dt
 from mpi4py import MPI
 
 import pint_fem as pf
+from pint_fem import files
 from pint_fem.adjoint.minimisation import checkpoint as checkpoint_module
 from pint_fem.adjoint.minimisation.checkpoint import HDF5Checkpoint
 from pint_fem.adjoint.minimisation.fingerprint import differences, evolution_numbers
@@ -219,6 +220,27 @@ def test_a_load_with_the_same_values_at_other_places_is_another():
     ]
     assert differences(numbers[0], numbers[1]) == ""
     assert "data of the evolution" in differences(numbers[0], numbers[2])
+
+
+def test_a_file_that_cannot_be_renamed_leaves_nothing(tmp_path):
+    """A folder has the name: it stays, and nothing is left beside it."""
+    path = tmp_path / "run.json"
+    path.mkdir()
+    with pytest.raises(OSError, match="directory"):
+        files.write_whole(path, b"new")
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_damaged_row_has_its_number_in_the_file():
+    """That of the rank's first row, and the place behind it."""
+    rows = np.arange(12.0).reshape(4, 3)
+    expected = files.checksums(rows)
+    files.require_checksums("u", rows, expected, 10)
+    rows[2, 1] += 1
+    with pytest.raises(ValueError, match="u is damaged in row 12: the checksum"):
+        files.require_checksums("u", rows, expected, 10)
+    with pytest.raises(ValueError, match="u is damaged: the checksum"):
+        files.require_checksums("u", rows, expected, None)
 
 
 @pytest.mark.parallel([1, 3])

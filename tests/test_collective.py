@@ -129,7 +129,9 @@ def test_what_differs_is_named(given, name):
 def test_what_is_the_same_passes():
     values = dict(a=1, b=[1.5, "x", None, (True,)], c={"y": np.arange(4), "x": 2}, f=np.sin, o=object(), p=Path("f"))
     require_same(COMM, **values)
-    require_same(COMM, **dict(reversed(values.items())) | {"c": {"x": 2, "y": np.arange(4)}})
+    if COMM.rank == 1:  # names in another order
+        values = dict(reversed(values.items())) | {"c": {"x": 2, "y": np.arange(4)}}
+    require_same(COMM, **values)
 
 
 def test_numerical_failures_are_told_from_mistakes():

@@ -126,6 +126,7 @@ BAD = {
     "petsc option": (["plan", "heat-source", "-ksp_view"], ["-ksp_view"]),
     "no calibration": (["plan", "my_problem.py"], ["not a calibration"]),
     "tolerance": (["plan", "heat-source", "--rtol", "0.5"], ["0.5", "1e-06"]),
+    "infinite tolerance": (["plan", "heat-source", "--rtol", "inf"], ["--rtol", "inf is not positive"]),
     "no colon": (["check", "my_problem"], ["my_problem", "module:name"]),
     "no module": (["check", "your_problem:evolution"], ["your_problem"]),
     "no function": (["check", "my_problem:evolutions"], ["my_problem", "evolutions"]),

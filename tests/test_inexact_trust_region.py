@@ -8,7 +8,7 @@ import pytest
 from pint_fem.optimize import CGStop, InexactOptions, StopReason, minimize_trust_region
 from pint_fem.optimize.guarded_problem import GuardedProblem
 from pint_fem.optimize.oracle import ExactOracle, Gradient, Iterate
-from pint_fem.optimize.trust_region.inexact import InexactOracle
+from pint_fem.optimize.trust_region.inexact import InexactOracle, _factor
 from pint_fem.optimize.trust_region.steihaug import SteihaugPath
 from tests.test_trust_region import bowl, norm, pairs, quadratic, random_quadratic, random_spd, rosenbrock
 
@@ -530,6 +530,15 @@ def test_estimates_wrong_by_a_factor_are_learned(name, excess):
     result = run(adversary, x0)
     assert result.converged
     assert norm(problem, problem.gradient(result.x)) <= 1e-6 * result.history[0].gradient_norm
+
+
+def test_a_factor_of_estimates_falls_by_half_at_most():
+    """Two results that differ by three times their errors raise it at once; those that agree halve it, down to one."""
+    assert _factor(1.0, 6.0, 2.0) == 3.0
+    assert _factor(8.0, 6.0, 2.0) == 4.0
+    assert _factor(8.0, 0.0, 2.0) == 4.0
+    assert _factor(1.5, 0.0, 2.0) == 1.0
+    assert _factor(8.0, 6.0, math.inf) == 4.0
 
 
 def test_answers_that_are_none_are_refused():

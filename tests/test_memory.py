@@ -47,7 +47,7 @@ def bytes_of_arrays() -> int:
 
 def measured(make):
     """Formula and measured bytes of arrays at the peak of evaluations."""
-    evaluate(small := make(steps=16), np.zeros(small.layout.size))  # tables of compiled code are there
+    evaluate(small := make(steps=32), np.zeros(small.layout.size))  # tables of compiled code are there
     del small
     tracemalloc.start()
     try:

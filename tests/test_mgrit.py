@@ -129,7 +129,7 @@ def xbraid_residuals(nsteps, relax, levels, cycles, skip=False):
     ],
 )
 def test_residuals_are_those_of_xbraid(nsteps, relax, levels, skip, expected):
-    """Recorded runs of ex-01 and ex-01-expanded (shared/ORACLES.md), to the digits given."""
+    """Recorded runs of ex-01 and ex-01-expanded of XBraid, to the digits given."""
     residuals = xbraid_residuals(nsteps, relax, levels, len(expected) - 1, skip)
     assert [f"{r:.6e}" for r in residuals] == [f"{r:.6e}" for r in expected]
 
@@ -572,7 +572,7 @@ def test_nan_that_the_next_step_hides_is_found():
 
 @pytest.mark.parallel([1, 3])
 def test_bad_data_is_found():
-    """NaN in the initial value, the right-hand side, or a C-point of the first guess."""
+    """NaN in the initial value, the right-hand side, or a C-point of the first guess; the step is named."""
     comm, N = MPI.COMM_WORLD, 22
     for where, factors in itertools.product(("initial", "rhs", "guess"), ((), (4,))):
         if (where, factors) == ("guess", ()):
@@ -584,7 +584,8 @@ def test_bad_data_is_found():
             G[13] = np.nan
         else:
             U[0 if where == "initial" else 16] = np.nan
-        with pytest.raises(SolverFailure, match=r"level 0, steps .*: value not finite"):
+        step = {"initial": 0, "rhs": 13, "guess": r"\d+"}[where]
+        with pytest.raises(SolverFailure, match=rf"level 0, steps {step}: value not finite"):
             solver.solve(U[lo : hi + 1], G[lo:hi])
 
 
@@ -604,6 +605,8 @@ def test_bad_arrays_are_refused_on_every_rank():
     if comm.size > 1:
         with pytest.raises(ValueError, match="different shapes"):
             solver.solve(np.zeros((k + 1, 3)) if last else good)
+        with pytest.raises(ValueError, match="None on some ranks only: give zeros"):
+            solver.solve(good, np.zeros((k, 2)) if last else None)
 
 
 @pytest.mark.parallel([1, 3])

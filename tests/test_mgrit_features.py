@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
+from pint_fem.all_at_once.levels import inject
+from pint_fem.all_at_once.stopping import SolveResult, Stopping
 from pint_fem.mgrit import MGRIT, MGRITOptions, SolverFailure, coarse_points, split_steps
 from pint_fem.mgrit.c_point_relaxation import CPointRelaxation
 from pint_fem.mgrit.relaxation import Relaxation
@@ -105,6 +107,20 @@ def test_non_uniform_times():
         assert solver.solve(U).converged
         np.testing.assert_allclose(U, exact[lo : hi + 1], rtol=0, atol=1e-13)
     assert [len(p) for p in coarse_points(40, coarsening)] == [41, 9, 3]
+
+
+@pytest.mark.parallel([1, 3])
+def test_trajectories_are_injected_into_all_levels():
+    """The states at the points of each level, the initial value and the left neighbour's last point included."""
+    N, coarsening = 29, (3, (0, 2, 5, 9))
+    solver = MGRIT([Modes([1.0])] * 3, N, options=dict(coarsening=coarsening), comm=COMM)
+    whole = np.random.default_rng(3).standard_normal((N + 1, 2))
+    fine = solver.levels[0]
+    for level, points, part in zip(
+        solver.levels, coarse_points(N, coarsening), inject(solver.levels, whole[fine.lo : fine.hi + 1]), strict=True
+    ):
+        if level.active:
+            np.testing.assert_array_equal(part, whole[np.asarray(points)[level.lo : level.hi + 1]])
 
 
 @pytest.mark.parallel(3)
@@ -466,6 +482,15 @@ def test_stagnation_is_reported_with_its_factor():
     assert solve_waves(256, max_it=40, dtol=1e300).cycles > 20
 
 
+@pytest.mark.parametrize(("max_it", "reason"), [(240, ""), (220, "stagnated")])
+def test_slow_cycles_go_on_where_enough_are_left(max_it, reason):
+    """A contraction of 0.98 a cycle reaches ``1e-2`` in 228 cycles."""
+    options = MGRITOptions.make(rtol=1e-2, max_it=max_it, stagnation=0.97)
+    result = SolveResult(residuals=[0.98**n for n in range(11)], cycles=10, scale=1.0)
+    assert Stopping(options, math.inf)(result) == bool(reason)
+    assert result.reason == reason
+
+
 @pytest.mark.parallel([1, 3])
 def test_divergence_is_reported_with_its_size():
     """A coarse propagator that grows by 3 a step."""
@@ -566,6 +591,36 @@ def test_loose_implicit_steps_keep_the_solution(options, coarse_solver):
         U, result, _, expected = solve(guess([1.5, -1.0], N), True, max_it=40, rtol=1e-14)
         assert result.converged
         np.testing.assert_allclose(U, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parallel([1, 3])
+@pytest.mark.parametrize("coarsening", [(4,), (3, 2)])
+def test_a_first_guess_of_sums_is_exact(coarsening):
+    """Steps that keep the state add up right-hand sides: coarse levels do so with their sums, whatever the weights."""
+    N = 29
+    G = np.random.default_rng(4).standard_normal((N, 2))
+    propagators, options = [Modes([1.0])] * (1 + len(coarsening)), dict(coarsening=coarsening)
+    solver = MGRIT(propagators, N, options=options, linear=True, comm=COMM)
+    lo, hi = solver.levels[0].lo, solver.levels[0].hi
+    U = np.zeros((hi - lo + 1, 1, 2))
+    result = solver.solve(U, G[lo:hi, None].copy(), start="skip")
+    assert (result.cycles, result.converged) == (0, True)
+    assert result.residuals[0] < 1e-13
+    np.testing.assert_allclose(U[1:, 0], np.cumsum(G, axis=0)[lo:hi], atol=1e-13)
+
+
+@pytest.mark.parallel([1, 3])
+def test_loose_steps_in_turn_begin_at_the_iterate():
+    """Stepping begins a step at the iterate without its right-hand side: one Newton step keeps the solution."""
+    N = 40
+    t = np.arange(N + 1) / 2
+    G = 0.1 * np.random.default_rng(2).standard_normal((N, 2))
+    exact = sequential(Newton(t, 40, False), [1.5, -1.0], N, G)
+    solver = MGRIT([Newton(t, 1, True)], N, comm=COMM)
+    lo, hi = solver.levels[0].lo, solver.levels[0].hi
+    U = exact[lo : hi + 1].copy()
+    assert solver.solve(U, G[lo:hi].copy()).reason == "exact"
+    np.testing.assert_allclose(U, exact[lo : hi + 1], rtol=0, atol=1e-14)
 
 
 @pytest.mark.parallel([1, 3])

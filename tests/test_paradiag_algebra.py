@@ -197,6 +197,9 @@ def test_warm_start_and_tolerances_of_a_solve():
     U = np.zeros((nsteps + 1, 4))
     U[0] = u0
     first = solver.solve(U, g, start="nested")
+    g[0] += Phi @ u0  # from zero the residual is the right-hand side
+    assert first.residuals[0] == pytest.approx(np.linalg.norm(g))
+    g[0] -= Phi @ u0
     again = solver.solve(U, g, start="guess")
     assert again.cycles == 0
     assert again.residuals[0] == pytest.approx(first.residuals[-1], rel=1e-2)
@@ -206,6 +209,27 @@ def test_warm_start_and_tolerances_of_a_solve():
     U[0] *= 1.001  # a guess nearby
     near = solver.solve(U, g)
     assert near.residuals[0] < 1e-2 * first.residuals[0]
+
+
+@pytest.mark.parallel([1, 3])
+def test_states_of_other_sizes():
+    """One solver for states of several sizes in turn."""
+
+    class Half:
+        def step(self, steps, u, out):
+            out[...] = u / 2
+
+    nsteps = 20
+    bounds, lo, hi = slabs(nsteps, COMM)
+    solver = ParaDiag(
+        Half(), nsteps, lambda k, mu, r: r / (1 - mu / 2), options=dict(rtol=1e-13), comm=COMM, bounds=bounds
+    )
+    for size in (3, 40, 17):
+        u0, g = problem(nsteps, size)
+        U = np.zeros((hi - lo + 1, size))
+        U[0] = u0 if lo == 0 else 0
+        assert solver.solve(U, g[lo:hi]).converged
+        np.testing.assert_allclose(U, sequential(Half(), u0, nsteps, g)[lo : hi + 1], rtol=0, atol=1e-11)
 
 
 def test_growing_modes():

@@ -1,13 +1,17 @@
-"""Pictures show the numbers that they are given: data, scales, names and titles of what is drawn."""
+"""Pictures and summaries show the numbers that they are given: data, scales, names and titles of what is drawn."""
 
+import json
+from itertools import pairwise
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from firedrake import COMM_SELF, SpatialCoordinate
+from firedrake import COMM_SELF, SpatialCoordinate, UnitTriangleMesh
 from matplotlib.image import imread
 
 from demos import pictures
+from demos.outputs import write_json
+from pint_fem.spacetime import SpaceTime
 from tests.meshes import square
 from tests.pictures import assert_drawn
 
@@ -37,6 +41,31 @@ def test_rasters_are_samples():
     assert raster.shape == (10, 10)
     assert raster.extent == (0, 1, 0, 1)
     np.testing.assert_allclose(raster(2 * x - 3 * y), 2 * centres[None] - 3 * centres[:, None], atol=1e-12)
+
+
+def test_pixels_outside_the_mesh_are_not_numbers():
+    """A triangle with the corners (0, 0), (2, 0) and (0, 1); near its long side values may be extrapolated."""
+    mesh = UnitTriangleMesh(2, comm=COMM_SELF)
+    mesh.coordinates.dat.data[:, 0] *= 2
+    x, y = SpatialCoordinate(mesh)
+    raster = pictures.Raster(mesh, width=10)
+    cx, cy = np.meshgrid(0.2 * (np.arange(10) + 0.5), 0.2 * (np.arange(5) + 0.5))
+    assert raster.shape == (5, 10)
+    assert raster.extent == EXTENT
+    image, inside, outside = raster(2 * x - 3 * y), cx / 2 + cy < 1, cx / 2 + cy > 1.3
+    np.testing.assert_allclose(image[inside], (2 * cx - 3 * cy)[inside], atol=1e-12)
+    assert np.isnan(image[outside]).all()
+
+
+@pytest.mark.parallel([1, 3])
+def test_images_of_all_ranks_in_the_order_of_time():
+    """On the first rank, by the number of the point; none on the others."""
+    spacetime = SpaceTime()
+    rank, size = spacetime.time_comm.rank, spacetime.time_comm.size
+    own = {n: np.full((2, 3), float(n)) for n in (2 * rank + 1, 2 * rank)}
+    found = pictures.gather_images(own, spacetime)
+    assert list(found) == (list(range(2 * size)) if rank == 0 else [])
+    assert all((image == n).all() for n, image in found.items())
 
 
 def test_fields(tmp_path, figures):
@@ -105,8 +134,21 @@ def test_snapshots_and_animation(tmp_path, figures):
     moving = tmp_path / "field.gif"
     pictures.animate(moving, shown, titles, EXTENT)
     assert_drawn(moving)
-    from PIL import Image
+    from PIL import Image, ImageSequence
 
     with Image.open(moving) as gif:
         assert gif.n_frames == 5
+        middle = [np.asarray(f.convert("RGB"))[120:200, 100:200].astype(float) for f in ImageSequence.Iterator(gif)]
+    assert min(abs(a - b).mean() for a, b in pairwise(middle)) > 10
     assert imread(moving).shape[:2] == (320, 368)
+
+
+def test_summary(tmp_path):
+    """Numbers as they are, arrays as lists, other objects as text; what is not finite is null, as JSON has no NaN."""
+    path = tmp_path / "summary.json"
+    data = {"J": np.float64(0.5), 4: [np.nan, -np.inf, np.int64(3)], "z": np.array([1.5, np.nan]), "path": path}
+    write_json(path, data | {"none": None, "yes": np.bool_(True)})
+    found = json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    expected = {"J": 0.5, "4": [None, None, 3], "z": [1.5, None], "path": str(path), "none": None, "yes": True}
+    assert found == expected
+    assert [type(found["4"][2]), found["yes"]] == [int, True]

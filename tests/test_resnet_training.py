@@ -291,6 +291,16 @@ def test_checkpoint_goes_on_with_the_same_bits(tmp_path):
         load_checkpoint(path, peaks_network(8)[0])
 
 
+def test_means_of_an_epoch_are_those_of_its_samples():
+    """Batches of 50, 50 and 30 with a rate of zero: loss and accuracy of all at once."""
+    data, net = peaks(130, 5), nn.Linear(2, 5).double()
+    loader = torch.utils.data.DataLoader(data, batch_size=50)
+    epoch = train_epoch(net, loader, torch.optim.SGD(net.parameters(), lr=0.0))
+    x, y = data.tensors
+    assert epoch["loss"] == pytest.approx(nn.functional.cross_entropy(net(x), y).item(), rel=1e-12)
+    assert epoch["train_accuracy"] == pytest.approx((net(x).argmax(1) == y).double().mean().item(), rel=1e-12)
+
+
 @pytest.mark.parallel([1, 3])
 def test_training_loop_with_a_data_loader():
     """An epoch of batches, some shorter: the loss falls, as the serial copy's does."""

@@ -31,6 +31,7 @@ from tests.scaling_traces import (
     HalveBlocks,
     calibration,
     paradiag_real_and_predicted,
+    planned_calibration,
     real_and_predicted,
 )
 
@@ -378,3 +379,13 @@ def test_memory_is_counted_in_states():
     assert 3 < alone.bytes_per_rank / four.bytes_per_rank < 4.5
     two = Model(c.with_changes(kernels={1: c.kernels[1], 2: c.kernels[1]}), {"levels": 1}, (2, 1)).run(Solve("state"))
     assert math.isclose(two.bytes_per_rank, Model(c, {"levels": 1}).run(Solve("state")).bytes_per_rank / 2)
+
+
+def test_a_control_gradient_is_reduced_and_broadcast():
+    """Two messages with the bytes of the control, one after the other."""
+
+    def seconds(nbytes):
+        model = Model(planned_calibration(control_bytes=nbytes), {"levels": 1}, (1, 2), network=Network(0.0, 1e3))
+        return model.run(Solve("adjoint"), task="derivative").seconds
+
+    assert seconds(3e3) - seconds(0.0) == pytest.approx(2 * 3.0)

@@ -7,7 +7,7 @@ from mpi4py import MPI
 
 pytest.importorskip("greenlet")
 
-from pint_fem.scaling.calibrate import Case, calibrate
+from pint_fem.scaling.calibrate import Case, calibrate, kernel_tables
 from pint_fem.scaling.costs import Calibration, Kernel
 from pint_fem.scaling.model import Model, Solve
 from pint_fem.scaling.network import Network
@@ -121,6 +121,17 @@ def test_a_problem_is_calibrated_and_validated():
         assert [row.task for row in rows] == ["state", "adjoint", "gradient"]
         assert all(min(row.measured, row.slower, row.predicted) > 0 for row in rows)
         assert all(row.ranks == comm.size for row in rows)
+
+
+def test_tables_of_kernels_by_hand():
+    """Blocks by their sizes for each level, single steps by the number of them."""
+    seconds = {("step", 0, 1): 1.0, ("step", 0, 8): 2.0, ("step", 1, 1): 3.0, ("step", 1, 8): 5.0, ("sweep", 0, 1): 0.5}
+    tables = kernel_tables(seconds)
+    assert [[kernel(n) for n in (1, 8)] for kernel in tables["step"]] == [[1.0, 2.0], [3.0, 5.0]]
+    assert [kernel(8) for kernel in tables["sweep"]] == [4.0]
+    (blocks, _), (single,) = kernel_tables(seconds, 8).values()
+    assert [blocks(8, 0), blocks(8, 4)] == [2.0, 2 * (1.0 + 3 / 7)]  # cut in the middle: two pieces of four
+    assert single(8) == 4.0
 
 
 def test_a_slower_machine_is_taken_out():

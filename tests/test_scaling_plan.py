@@ -6,7 +6,7 @@ pytest.importorskip("greenlet")
 
 from pint_fem.commands import demo_arguments
 from pint_fem.errors import InputError
-from pint_fem.scaling.costs import load
+from pint_fem.scaling.costs import Kernel, load
 from pint_fem.scaling.network import Network
 from pint_fem.scaling.planner import cycles_of, least_time, plan, predict
 from pint_fem.scaling.space import assumption, space_kernels, volume
@@ -55,6 +55,19 @@ def test_least_time_is_a_bound():
         work, chain = least_time(c, options, 1, cycles)
         for ranks in (1, 2, 8, 32):
             assert predict(c, options, (1, ranks), cycles).seconds >= max(work / ranks, chain) * (1 - 1e-12)
+
+
+def test_the_chain_of_coarse_steps_by_hand():
+    """Sixteen coarse steps of a second, in nested iteration and in each of the cycles, forwards and back."""
+    tables = [Kernel.constant(0.0), Kernel.constant(1.0)]
+    c = calibration(norm=0.0, overhead={}, extras={}, kernels={1: {"step": tables, "adjoint": tables}})
+    _, chain = least_time(c, {"levels": 2, "coarsening": 8}, 1, (3, 4), nsteps=128)
+    assert chain == (1 + 3) * 16 + (1 + 4) * 16
+
+
+def test_subdomains_overlap_on_all_sides():
+    """Ten by ten unknowns and two layers around them."""
+    assert volume(400, 4, 2) == 14**2
 
 
 def test_plan_refuses_what_was_not_counted():

@@ -8,8 +8,9 @@ from mpi4py import MPI
 from scipy.optimize import minimize
 
 from pint_fem.optimize import NonFiniteError
+from pint_fem.optimize.guarded_problem import GuardedProblem
 from pint_fem.optimize.scipy_methods import run as scipy_run
-from pint_fem.optimize.scipy_methods.adapter import scipy_minimize
+from pint_fem.optimize.scipy_methods.adapter import _EuclideanView, scipy_minimize
 from pint_fem.optimize.trust_region.bounded import minimize_bounded
 from tests.test_bounded import Distributed, box_problem
 from tests.test_trust_region import (
@@ -182,6 +183,17 @@ def test_nothing_is_computed_twice_at_one_point(method):
     for name in ("value", "gradient"):
         points = [call[1] for call in seen if call[0] == name]
         assert len(set(points)) == len(points)
+
+
+def test_a_point_that_is_moved_in_place_is_another_one():
+    """What is stored belongs to the values of a point, not to its array."""
+    view = _EuclideanView(GuardedProblem(rosenbrock(2)), np.zeros(2), MPI.COMM_SELF, "hessian_action", None)
+    y = np.zeros(2)
+    before = view.value(y), view.gradient(y).copy()
+    y += 1
+    assert (before[0], view.value(y)) == (rosenbrock(2).f(np.zeros(2)), 0.0)
+    np.testing.assert_allclose(view.gradient(y), 0, atol=1e-14)
+    assert np.linalg.norm(before[1]) > 1
 
 
 def test_callback_gets_local_iterates_and_stops():

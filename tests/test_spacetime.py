@@ -131,6 +131,18 @@ def test_slabs_cover_all_steps_once(world):
             assert len(set(st.space_comm.allgather((slab.lo, slab.hi)))) == 1
 
 
+@pytest.mark.parallel([1, 3])
+def test_slabs_of_whole_groups_of_steps(world):
+    """They cover all steps, and begin at multiples of the group's size."""
+    st = SpaceTime(comm=world)
+    for groups in (st.time_size, 7):
+        slab = st.slab(4 * groups, group=4)
+        assert [n for part in world.allgather(range(slab.lo, slab.hi)) for n in part] == list(range(4 * groups))
+        assert slab.bounds == tuple(4 * b for b in split_steps(groups, st.time_size))
+    with pytest.raises(InputError, match="30 time steps do not go in groups of 4"):
+        st.slab(30, group=4)
+
+
 @pytest.mark.parallel(3)
 def test_more_time_ranks_than_steps_are_refused_on_every_rank(world):
     """None is left waiting."""

@@ -128,14 +128,26 @@ def test_own_points_share_the_time_axis(storage):
             np.testing.assert_allclose(get(f), get(given[n]), rtol=1e-12)
 
 
+def largest_value(file):
+    """The largest value of the field in a file of ParaView's, by VTK's own reader."""
+    from vtkmodules.util.numpy_support import vtk_to_numpy
+    from vtkmodules.vtkIOXML import vtkXMLGenericDataObjectReader
+
+    reader = vtkXMLGenericDataObjectReader()
+    reader.SetFileName(str(file))
+    reader.Update()
+    return vtk_to_numpy(reader.GetOutput().GetPointData().GetArray(0)).max()
+
+
 @pytest.mark.parallel([1, 3])
 @time_limit(120)
 def test_files_for_paraview(tmp_path):
-    """One list with the times in order and files that are there, of all ranks; with C-points, at given times, too."""
+    """One list with the times in order and a plain loop's states, of all ranks; with C-points, at given times, too."""
     comm = MPI.COMM_WORLD
     folder = Path(comm.bcast(str(tmp_path)))
     for grid in grids():
         posed = Posed(pf.SpaceTime(grid), "C")
+        expected = [posed.start, *posed.steps(posed.start, N)]
         for name, times, count in (("all", None, N + 1), ("some", [1.0, 1 + STEP, 1.5], 3), ("one", 1.5, 1)):
             path = posed.J.write(posed.z, folder / grid / f"{name}.pvd", times=times)
             comm.barrier()
@@ -146,6 +158,10 @@ def test_files_for_paraview(tmp_path):
             assert found[-1] == 1.5
             files = [path.parent / row.split('file="')[1].split('"')[0] for row in rows]
             assert all(file.is_file() and file.stat().st_size > 500 for file in files)
+            for time, file in zip(found, files, strict=True):
+                state = expected[round((time - 1) / STEP)]
+                largest = posed.st.space_comm.allreduce(state.dat.data_ro.max(), op=MPI.MAX)
+                assert largest_value(file) == pytest.approx(largest, rel=1e-6)
     blocked = folder / "blocked"
     if comm.rank == 0:
         blocked.write_text("a file, no folder")

@@ -560,17 +560,21 @@ def test_a_retried_step_is_the_step_of_the_smaller_radius():
 
 def test_radius_rules():
     """A quarter of the step after a poor one, doubled after a good one on the boundary, never above the maximum."""
-    result = minimize_trust_region(rosenbrock(2), np.array([-1.2, 1.0]), initial_radius=0.01, max_radius=0.25)
-    on_boundary = (CGStop.BOUNDARY, CGStop.NEGATIVE_CURVATURE)
-    for now, after in zip(result.history[1:], result.history[2:], strict=False):
-        if now.ratio < 0.25:
-            expected = 0.25 * now.step_norm
-        elif now.ratio > 0.75 and now.cg_stop in on_boundary:
-            expected = min(2 * now.radius, 0.25)
-        else:
-            expected = now.radius
-        assert after.radius == expected
-    assert max(r.step_norm for r in result.history) == 0.25
+    on_boundary, inside = (CGStop.BOUNDARY, CGStop.NEGATIVE_CURVATURE), []
+    for initial, largest in ((0.01, 0.25), (1e3, 1e3)):
+        start = np.array([-1.2, 1.0])
+        result = minimize_trust_region(rosenbrock(2), start, initial_radius=initial, max_radius=largest)
+        for now, after in zip(result.history[1:], result.history[2:], strict=False):
+            if now.ratio < 0.25:
+                expected = 0.25 * now.step_norm
+                inside.append(now.step_norm < now.radius)
+            elif now.ratio > 0.75 and now.cg_stop in on_boundary:
+                expected = min(2 * now.radius, largest)
+            else:
+                expected = now.radius
+            assert after.radius == expected
+        assert initial == largest or max(r.step_norm for r in result.history) == largest
+    assert set(inside) == {False, True}  # poor steps that end on the boundary, and inside
 
 
 def test_monitor_gets_a_header_and_a_line_a_record():

@@ -30,6 +30,7 @@ from pint_fem.adjoint.regularisation import Regularisation
 from pint_fem.adjoint.trajectories import Source, trajectories
 from pint_fem.all_at_once.norms import gather_in_order
 from pint_fem.all_at_once.stopping import SolveResult
+from pint_fem.collective import on_first_rank
 from pint_fem.errors import InputError
 from pint_fem.logs import logger
 from pint_fem.mgrit.options import MGRITOptions
@@ -134,9 +135,7 @@ class ReducedProblem(ControlProblem):
         return estimate_memory(self)
 
     def _print_memory(self) -> None:
-        text = str(self.memory())
-        if self.spacetime.is_root:
-            logger.info(text)
+        on_first_rank(self.spacetime.comm, "logging", logger.info, str(self.memory()))
 
     @property
     def evaluations(self) -> tuple[Evaluation, ...]:

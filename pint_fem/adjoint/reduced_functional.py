@@ -16,7 +16,8 @@ from pint_fem.adjoint.interface import ControlProblem
 from pint_fem.adjoint.problem import ReducedProblem
 from pint_fem.adjoint.riesz import ControlInner, RieszKind
 from pint_fem.adjoint.states import FinalState
-from pint_fem.errors import InputError
+from pint_fem.collective import on_first_rank
+from pint_fem.errors import InputError, InputTypeError
 from pint_fem.evolution.evolution import Evolution
 from pint_fem.logs import logger
 from pint_fem.misfits.base import Misfit
@@ -83,7 +84,7 @@ class TimeParallelReducedFunctional(ControlFunctional):
     Raises
     ------
     InputError
-        On every rank, if an argument does not fit.
+        On every rank, if an argument does not fit; InputTypeError where one is no Evolution or SpaceTime.
     """
 
     def __init__(
@@ -109,6 +110,10 @@ class TimeParallelReducedFunctional(ControlFunctional):
         own_forms: list = [forms]
         if several:
             own_misfits, own_forms = _shared_out(evolutions, misfits, forms, coarse_evolutions)
+        if not all(isinstance(ev, Evolution) for ev in evolutions):
+            raise InputTypeError(f"evolution = {evolution!r}: give an Evolution or a list of them")
+        if not isinstance(spacetime, SpaceTime | None):
+            raise InputTypeError(f"spacetime = {spacetime!r}: give a process grid, such as SpaceTime(space=1)")
         if spacetime is None:
             space_comm = evolutions[0].V.mesh().comm
             spacetime = SpaceTime((space_comm.size, 1), comm=space_comm)
@@ -172,8 +177,8 @@ def _problem(
     parameters, own = dict(solver_parameters or {}), evolution.private()
     own.options_prefix = require_prefix(options_prefix)
     solver = read_time_solver(parameters, own, spacetime, steps["coarse_tableau"], options_prefix=own.options_prefix)
-    if solver.why and spacetime.is_root:
-        logger.info(solver.why)
+    if solver.why:
+        on_first_rank(spacetime.comm, "logging", logger.info, solver.why)
     spatial_coarsening = parameters.pop("spatial_coarsening", None)
     norm, krylov = parameters.pop("norm", "l2"), krylov_options(parameters.pop("krylov", None), own.options_prefix)
     if krylov is not None and solver.kind == "paradiag":

@@ -131,6 +131,17 @@ class ResultSummary:
         """Numbers of the summary by their names: J, the norm of the gradient, counts of evaluations."""
         raise NotImplementedError
 
+    def _entries(self) -> dict[str, object]:
+        """All entries by name, those that the class is constructed with."""
+        return vars(self)
+
+    def __copy__(self) -> ResultSummary:
+        return type(self)(**self._entries())
+
+    def __reduce__(self) -> tuple:
+        """Pickle and deep-copy without `control`: Firedrake's functions cannot be pickled, and `x` has their values."""
+        return _with_entries, (type(self), {**self._entries(), "control": None})
+
     def _outcome(self) -> str:
         steps = "1 iteration" if self.nit == 1 else f"{self.nit} iterations"
         return f"{'converged' if self.success else 'not converged'} after {steps} ({self.message})"
@@ -148,6 +159,10 @@ class ResultSummary:
         entries = {"success": self.success, "message": self.message, "iterations": self.nit, **self._quantities()}
         rows = (f"<tr><th>{html.escape(name)}</th><td>{_text(value)}</td></tr>" for name, value in entries.items())
         return f"<table>{''.join(rows)}</table>"
+
+
+def _with_entries(kind: type, entries: dict[str, object]) -> object:
+    return kind(**entries)
 
 
 def _text(value: object) -> str:
@@ -178,7 +193,8 @@ class ReasonedResult(ResultSummary):
     history : list
         Records of the first guess and every iteration: ``iterations + 1`` records.
     control : Function, EnsembleFunction or list of these, or None
-        The controls found, one or a list of several, where a functional's method minimised.
+        The controls found, one or a list of several, where a functional's method minimised; None in a pickled or deep
+        copy.
     """
 
     x: np.ndarray
@@ -189,10 +205,6 @@ class ReasonedResult(ResultSummary):
     reason: StopReason
     history: list
     control: object = field(default=None, kw_only=True)
-
-    converged: bool
-    iterations: int
-    reason: StopReason
 
     @property
     def success(self) -> bool:

@@ -59,17 +59,9 @@ class _Circulant(AlphaCirculant):
     """A circulant whose transforms take time only; ``unknowns`` of a state stand in the place of its one number."""
 
     def __init__(
-        self,
-        nsteps: int,
-        alpha: float,
-        solve: FrequencySolve,
-        size: int,
-        *,
-        world: World,
-        unknowns: int,
-        costs: Mapping,
-        **given: Any,
-    ):
+        self, nsteps: int, alpha: float, solve: FrequencySolve, size: int, *,
+        world: World, unknowns: int, costs: Mapping, **given: Any,
+    ):  # fmt: skip
         transposes = partial(_Transposes, world=world, pack=costs["pack"])
         super().__init__(nsteps, alpha, solve, unknowns, transposes=transposes, **given)
         self._world, self._costs = world, costs

@@ -37,15 +37,9 @@ class AcceleratedSweep(KrylovMGRIT):
         return self.operator.solver.levels
 
     def solve(
-        self,
-        U: np.ndarray,
-        G: np.ndarray | None = None,
-        *,
-        start: str | None = None,
-        coarse_rhs: Sequence[np.ndarray | None] | None = None,
-        rtol: float | None = None,
-        cycles: int | None = None,
-    ) -> SolveResult:
+        self, U: np.ndarray, G: np.ndarray | None = None, *, start: str | None = None,
+        coarse_rhs: Sequence[np.ndarray | None] | None = None, rtol: float | None = None, cycles: int | None = None,
+    ) -> SolveResult:  # fmt: skip
         """Solve in place (collective); right-hand sides of a first guess are restricted from ``G``.
 
         Raises

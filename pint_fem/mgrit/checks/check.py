@@ -97,7 +97,7 @@ def check(
     keys = {key for part in space_comm.allgather(comm.allgather(setup.key)) for key in part}
     if len(keys) > 1:
         raise InputError("check: the arguments differ: give all ranks the same steps, levels, transfers and steppers")
-    run = Runner(comm, is_root=comm.rank == 0 and space_comm.rank == 0)
+    run = Runner(comm, space_comm)
     space = Space(space_comm)
     levels: list[LevelCalls] = []
     here, sound = setup.state, True

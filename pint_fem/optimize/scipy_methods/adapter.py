@@ -63,12 +63,16 @@ class ScipyResult(ResultSummary, OptimizeResult):
     nit, nfev, njev, nhev : int
         Iterations and evaluations of J, of its gradient and of Hessian actions; those that the method has.
     control : Function, EnsembleFunction or list of these, or None
-        The controls found, one or a list of several, where a functional's method minimised.
+        The controls found, one or a list of several, where a functional's method minimised; None in a pickled or deep
+        copy.
     """
 
     def _quantities(self) -> dict[str, float]:
         counts = {"nfev": "values", "njev": "gradients", "nhev": "Hessian products"}
         return {"J": float(self.fun), **{text: self[name] for name, text in counts.items() if name in self}}
+
+    def _entries(self) -> dict[str, object]:
+        return dict(self)
 
     __str__, __repr__ = ResultSummary.__str__, ResultSummary.__repr__
 

@@ -177,14 +177,9 @@ class InexactOracle(ExactOracle):
         return max(self.options.kappa_grad * bound, _FINAL_SHARE * self.final)
 
     def gradient(
-        self,
-        x: np.ndarray,
-        iteration: int,
-        last_good: np.ndarray,
-        *,
-        guess: float = math.inf,
-        radius: float | None = None,
-    ) -> Gradient:
+        self, x: np.ndarray, iteration: int, last_good: np.ndarray, *,
+        guess: float = math.inf, radius: float | None = None,
+    ) -> Gradient:  # fmt: skip
         """The gradient at x, repeated more accurately until its error is small against its norm and the radius."""
         if self._gradient_within is None:
             return super().gradient(x, iteration, last_good)
