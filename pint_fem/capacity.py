@@ -45,7 +45,7 @@ def readable(nbytes: int) -> str:
     return f"{size:.3g} {_UNITS[unit]}"
 
 
-def require_memory(comm, nbytes: int, what: str, advice: str) -> None:
+def require_memory(comm: MPI.Comm, nbytes: int, what: str, advice: str) -> None:
     """Refuse a run that needs more memory than a machine has, on every rank (collective).
 
     Parameters

@@ -13,6 +13,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
 from mpi4py import MPI
 
@@ -39,14 +40,14 @@ class ProgramParser(argparse.ArgumentParser):
         As for :class:`argparse.ArgumentParser`.
     """
 
-    def __init__(self, *, petsc: bool = True, **kwargs):
+    def __init__(self, *, petsc: bool = True, **kwargs: Any):
         self._petsc = petsc
         super().__init__(
             allow_abbrev=False, add_help=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs
         )
         self.add_argument("-h", "--help", action="store_true", help="show this and exit")
 
-    def error(self, message: str):
+    def error(self, message: str) -> NoReturn:
         """Raise :class:`InputError` with the message, where ``argparse`` exits."""
         raise InputError(message)
 
@@ -127,7 +128,7 @@ def file_name(text: str) -> str:
     return text
 
 
-def run(main: Callable[[], None], comm=MPI.COMM_WORLD) -> None:
+def run(main: Callable[[], None], comm: MPI.Comm = MPI.COMM_WORLD) -> None:
     """Call ``main`` on every rank and exit.
 
     The status is 0, 2 after bad input (with one line on stderr), 130 after an interrupt, and 1 after another failure.
@@ -171,7 +172,7 @@ def _is_expected(error: BaseException) -> bool:
     return isinstance(error, (SolverFailure, NonFiniteError))
 
 
-def _leave(comm, code: int, text: str) -> int:
+def _leave(comm: MPI.Comm, code: int, text: str) -> int:
     """Print once if all ranks call this; abort the run if some have not after 20 s."""
     request, start = comm.Ibarrier(), time.monotonic()
     while not request.Test():
@@ -186,7 +187,7 @@ def _leave(comm, code: int, text: str) -> int:
     return code
 
 
-def wait_quietly(comm) -> None:
+def wait_quietly(comm: MPI.Comm) -> None:
     """Wait for all ranks without using a core, while another rank does long serial work (collective)."""
     request = comm.Ibarrier()
     while not request.Test():
@@ -209,12 +210,12 @@ class Progress:
 
             self._status = Console(stderr=True).status("starting")
 
-    def __enter__(self):
+    def __enter__(self) -> Progress:
         if self._status:
             self._status.start()
         return self
 
-    def __exit__(self, *exc):
+    def __exit__(self, *exc: object) -> None:
         if self._status:
             self._status.stop()
 

@@ -40,7 +40,7 @@ import numpy as np
 from mpi4py import MPI
 
 from pint_fem.digests import describe, digest
-from pint_fem.errors import FAILURES, FailureKind, FailureReport, InputError, SolverFailure
+from pint_fem.errors import FAILURES, FailureKind, FailureReport, InputError, SolverFailure, add_note
 
 __all__ = [
     "all_ranks",
@@ -56,7 +56,7 @@ __all__ = [
 
 
 # -- decisions and arguments -------------------------------------------------------------------------------------------
-def any_rank(comm, condition: Any) -> bool:
+def any_rank(comm: MPI.Comm, condition: Any) -> bool:
     """Whether a condition holds on any rank.
 
     Parameters
@@ -80,12 +80,12 @@ def any_rank(comm, condition: Any) -> bool:
     return not _all_votes(comm, vote if error is not None else 1 - vote, error)
 
 
-def all_ranks(comm, condition: Any) -> bool:
+def all_ranks(comm: MPI.Comm, condition: Any) -> bool:
     """Whether a condition holds on every rank; parameters and errors are those of :func:`any_rank`."""
     return _all_votes(comm, *_vote(condition))
 
 
-def consistent_across_ranks(comm, condition: Any, *values: tuple[int, ...] | None) -> bool:
+def consistent_across_ranks(comm: MPI.Comm, condition: Any, *values: tuple[int, ...] | None) -> bool:
     """Whether a condition holds on every rank and values are equal on all ranks, in one reduction.
 
     Parameters
@@ -102,7 +102,7 @@ _NO_TRUTH = -1
 """The vote of a rank whose condition has no truth value; the least of all votes."""
 
 
-def _vote(condition) -> tuple[int, Exception | None]:
+def _vote(condition: Any) -> tuple[int, Exception | None]:
     """A condition as 0 or 1, or the exception of its truth value, which raised here would leave others waiting."""
     try:
         return int(bool(condition)), None
@@ -110,7 +110,7 @@ def _vote(condition) -> tuple[int, Exception | None]:
         return _NO_TRUTH, error
 
 
-def _all_votes(comm, vote: int, error: Exception | None, *values: tuple[int, ...] | None) -> bool:
+def _all_votes(comm: MPI.Comm, vote: int, error: Exception | None, *values: tuple[int, ...] | None) -> bool:
     """Whether all votes are 1 and values are equal, by one minimum: ``min h = max h = ~(min ~h)`` for equal hashes."""
     if comm.size == 1 and error is None:
         return bool(vote)
@@ -127,7 +127,7 @@ def _all_votes(comm, vote: int, error: Exception | None, *values: tuple[int, ...
     return bool(least[0]) and all(a == absent or a == ~b for a, b in least[1:].reshape(-1, 2))
 
 
-def require_same(comm, **given: Any) -> None:
+def require_same(comm: MPI.Comm, **given: Any) -> None:
     """Refuse arguments that differ between ranks; one small reduction where they do not.
 
     Parameters
@@ -166,7 +166,7 @@ def _flat(given: Mapping) -> dict[str, Any]:
 
 
 # -- failures ----------------------------------------------------------------------------------------------------------
-def raise_report(comm, report: FailureReport, message: str, here: BaseException | None = None) -> NoReturn:
+def raise_report(comm: MPI.Comm, report: FailureReport, message: str, here: BaseException | None = None) -> NoReturn:
     """Raise a failure that all ranks have the report of.
 
     Parameters
@@ -192,7 +192,7 @@ def raise_report(comm, report: FailureReport, message: str, here: BaseException 
     cause = report.cause() if here is None else here
     if report.kind != FailureKind.EXIT:
         classes = {FailureKind.INPUT: InputError, FailureKind.NUMERICAL: SolverFailure}
-        error = classes.get(report.kind, RuntimeError)(message)
+        error: BaseException = classes.get(report.kind, RuntimeError)(message)
     elif isinstance(cause, KeyboardInterrupt):
         error = KeyboardInterrupt(message)
     else:
@@ -201,13 +201,13 @@ def raise_report(comm, report: FailureReport, message: str, here: BaseException 
     raise _mark_shared(comm, error) from cause
 
 
-def _mark_shared(comm, error: BaseException) -> BaseException:
+def _mark_shared(comm: MPI.Comm, error: BaseException) -> BaseException:
     """Mark an exception as one that all ranks of a communicator raise."""
-    error.raised_on_ranks = max(comm.size, getattr(error, "raised_on_ranks", 1))
+    error.raised_on_ranks = max(comm.size, getattr(error, "raised_on_ranks", 1))  # type: ignore[attr-defined]
     return error
 
 
-def raise_collectively(comm, error: BaseException | None, where: str = "") -> None:
+def raise_collectively(comm: MPI.Comm, error: BaseException | None, where: str = "") -> None:
     """Raise on every rank if an exception is given on any, and return on all of them otherwise.
 
     Parameters
@@ -234,18 +234,23 @@ def raise_collectively(comm, error: BaseException | None, where: str = "") -> No
         return
     mine = None if error is None else FailureReport.of(error)
     reports = [mine] if comm.size == 1 else comm.allgather(mine)
-    rank = min((r for r, report in enumerate(reports) if report is not None), key=lambda r: reports[r].kind)
-    report, everywhere = reports[rank], len({r and (r.kind, r.text) for r in reports}) == 1
-    if where and error is not None and mine.kind == FailureKind.MISTAKE:
-        error.add_note(f"({where})")
-    if everywhere and (not report.is_numerical or isinstance(error, SolverFailure)):
+    failed = {r: report for r, report in enumerate(reports) if report is not None}
+    rank = min(failed, key=lambda r: failed[r].kind)
+    report, kind, everywhere = (
+        failed[rank],
+        None if mine is None else mine.kind,
+        len({r and (r.kind, r.text) for r in reports}) == 1,
+    )
+    if where and error is not None and kind == FailureKind.MISTAKE:
+        add_note(error, f"({where})")
+    if everywhere and error is not None and (not report.is_numerical or isinstance(error, SolverFailure)):
         raise _mark_shared(comm, error)
     place = ", ".join(part for part in (where, "" if everywhere else f"rank {rank}") if part)
-    here = error if error is not None and (comm.rank == rank or mine.kind == report.kind < FailureKind.INPUT) else None
+    here = error if error is not None and (comm.rank == rank or kind == report.kind < FailureKind.INPUT) else None
     raise_report(comm, report, f"{place}: {report.text}" if place else report.text, here)
 
 
-def collectively(comm, where: str, work: Callable, *args) -> Any:
+def collectively(comm: MPI.Comm, where: str, work: Callable, *args: Any) -> Any:
     """Call ``work(*args)`` on all ranks, and raise on every one what fails on any.
 
     ``work`` may communicate as long as it does not fail before that on some ranks only.
@@ -273,7 +278,7 @@ def collectively(comm, where: str, work: Callable, *args) -> Any:
     return out
 
 
-def on_first_rank(comm, where: str, work: Callable, *args) -> Any:
+def on_first_rank(comm: MPI.Comm, where: str, work: Callable, *args: Any) -> Any:
     """Call ``work(*args)`` on rank 0, which writes a file for all ranks, for instance.
 
     ``work`` does not communicate. All ranks of ``comm`` wait for it, return its result, and raise what it raises by the
@@ -283,7 +288,7 @@ def on_first_rank(comm, where: str, work: Callable, *args) -> Any:
 
 
 @contextmanager
-def ending_all_ranks(comm) -> Iterator[None]:
+def ending_all_ranks(comm: MPI.Comm) -> Iterator[None]:
     """End the whole run where one rank is interrupted or exits by itself, which would leave the others waiting.
 
     An exit that all ranks raise (:func:`raise_collectively`) passes, and so does any on one rank. Another one, as the

@@ -19,6 +19,7 @@ from dataclasses import asdict
 from functools import partial
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from mpi4py import MPI
 
@@ -26,6 +27,9 @@ from pint_fem.cli import ProgramParser, file_name, positive, run
 from pint_fem.collective import on_first_rank
 from pint_fem.errors import InputError
 from pint_fem.files import as_input_error, require_output, write_whole
+
+if TYPE_CHECKING:
+    from pint_fem.scaling.planner import Choice
 
 __all__ = ["command", "demo_arguments", "main"]
 
@@ -74,11 +78,11 @@ def _print(text: str) -> None:
         print(text, flush=True)
 
 
-def _parser(name: str, about: str, **options) -> ProgramParser:
+def _parser(name: str, about: str | None, **options: Any) -> ProgramParser:
     return ProgramParser(prog=f"pint-fem {name}", description=about, **options)
 
 
-def _named_object(text: str, what: str):
+def _named_object(text: str, what: str) -> Any:
     """The object ``MODULE:NAME`` of a user's module, which may be in the current folder."""
     module, _, name = text.partition(":")
     if not module or not name:
@@ -145,7 +149,7 @@ def _plan(arguments: Sequence[str]) -> None:
         _print(f"assumed: {text}")
 
 
-def demo_arguments(choice) -> str:
+def demo_arguments(choice: Choice) -> str:
     """Arguments of the demos for a choice of :func:`pint_fem.scaling.planner.plan`."""
     grid, solver = "x".join(map(str, choice.grid)), choice.solver
     text = lambda value: ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
@@ -156,11 +160,14 @@ def demo_arguments(choice) -> str:
 # -- scaling ---------------------------------------------------------------------------------------------------------
 def _scaling(arguments: Sequence[str]) -> None:
     """Measure the costs of a problem, or validate predictions from them."""
-    name, *rest = arguments or [""]
+    name, *rest = arguments or ["--help"]
+    if name in ("-h", "--help"):
+        _print(__doc__.strip())
+        return
     _choose(name, {"calibrate": _calibrate, "validate": _validate}, "scaling command")(rest)
 
 
-def _case(text: str | None):
+def _case(text: str | None) -> Any:
     """The problem ``MODULE:NAME``, a ``Case`` or a function without arguments that returns one."""
     from pint_fem.scaling.calibrate import Case
 
@@ -262,7 +269,7 @@ def _check(arguments: Sequence[str]) -> None:
             raise InputError(f"{opts.problem}: a mesh on {space} of {world.size} ranks; give it SpaceTime().space_comm")
         sweeps = Sweeps(made, SpaceTime((space, world.size // space)), options=mgrit_options(None))
     else:
-        sweeps = getattr(getattr(made, "problem", None), "sweeps", None)
+        sweeps = getattr(getattr(made, "problem", None), "sweeps", None)  # type: ignore[assignment]
         if not isinstance(sweeps, Sweeps):
             kind = type(made).__name__
             raise InputError(f"{opts.problem}: give an Evolution or TimeParallelReducedFunctional, not {kind}")
@@ -287,7 +294,7 @@ def _info(arguments: Sequence[str]) -> None:
         _print(f"{name:36}{value}")
 
 
-def _built_in(PETSc, package: str) -> str:
+def _built_in(PETSc: Any, package: str) -> str:
     return "yes" if PETSc.Sys.hasExternalPackage(package) else "no"
 
 

@@ -14,13 +14,14 @@ import atexit
 import re
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from types import TracebackType
 from typing import TYPE_CHECKING
 
 import numpy as np
 from mpi4py import MPI
 
 from pint_fem.collective import any_rank, require_same
-from pint_fem.errors import InputError
+from pint_fem.errors import InputError, InputTypeError
 
 if TYPE_CHECKING:
     from typing import Self
@@ -49,7 +50,7 @@ class GroupCommunicators:
         Number of objects on this rank that use them.
     """
 
-    def __init__(self, comm, n: int, ensemble: Callable | None = None):
+    def __init__(self, comm: MPI.Comm, n: int, ensemble: Callable | None = None):
         self.users = 0
         self.ensemble = None if ensemble is None else ensemble(comm, n)
         if self.ensemble is None:
@@ -79,7 +80,7 @@ _exiting: list[bool] = []
 atexit.register(_exiting.append, True)
 
 
-def _free_all(comm, keyval: int, cache: dict[tuple, GroupCommunicators]) -> None:
+def _free_all(comm: MPI.Comm, keyval: int, cache: dict[tuple, GroupCommunicators]) -> None:
     """Called by MPI where a communicator with groups is freed: on all ranks, in the same order of groups."""
     if _exiting:
         return
@@ -94,7 +95,7 @@ _KEYVAL = MPI.Comm.Create_keyval(delete_fn=_free_all)
 class SharedGroups:
     """A counted reference ``groups`` to the :class:`GroupCommunicators` of a communicator, made at the first use."""
 
-    def __init__(self, comm, n: int, ensemble: Callable | None = None):
+    def __init__(self, comm: MPI.Comm, n: int, ensemble: Callable | None = None):
         cache = comm.Get_attr(_KEYVAL)
         if cache is None:
             comm.Set_attr(_KEYVAL, cache := {})
@@ -159,7 +160,14 @@ class ProcessGrid:
     _released: Mapping[str, object]
     """Attributes that refer to communicators, with their values after :meth:`free`."""
 
-    def __init__(self, comm, grid, sizes: dict[str, int | None], inner: int, ensemble: Callable | None = None):
+    def __init__(
+        self,
+        comm: MPI.Comm,
+        grid: tuple[int, int] | str | None,
+        sizes: dict[str, int | None],
+        inner: int,
+        ensemble: Callable | None = None,
+    ):
         self.comm, self._axes = comm, tuple(sizes)
         self.shape = _shape(comm, grid, sizes)
         self._shared = SharedGroups(comm, self.shape[inner], ensemble)
@@ -179,7 +187,9 @@ class ProcessGrid:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind, error, trace) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if error is None:  # a rank that fails alone must not wait for the others here
             self.free()
 
@@ -189,7 +199,7 @@ class ProcessGrid:
         return self.comm.rank == 0
 
 
-def _shape(comm, grid, sizes: dict[str, int | None]) -> tuple[int, int]:
+def _shape(comm: MPI.Comm, grid: tuple[int, int] | str | None, sizes: dict[str, int | None]) -> tuple[int, int]:
     """Shape of a grid that is given in one of the ways of :class:`ProcessGrid` (collective)."""
     axes, given = tuple(sizes), {name: size for name, size in sizes.items() if size is not None}
     if grid is None:
@@ -204,8 +214,10 @@ def _shape(comm, grid, sizes: dict[str, int | None]) -> tuple[int, int]:
             f"grid {text!r} and {' and '.join(given)}: give the grid or the number of ranks along its axes"
         )
     for name, size in given.items():
-        if not isinstance(size, int | np.integer) or isinstance(size, bool) or size < 1:
-            raise InputError(f"{name} = {size!r}: give a positive whole number of ranks")
+        whole = isinstance(size, int | np.integer) and not isinstance(size, bool)
+        if not whole or size < 1:
+            error = InputError if whole else InputTypeError
+            raise error(f"{name} = {size!r}: give a positive whole number of ranks")
         if comm.size % size:
             raise InputError(f"{name} = {size} does not divide the {comm.size} ranks that were started")
     first, second = (given.get(name) for name in axes)

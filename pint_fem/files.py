@@ -373,7 +373,7 @@ class FileLock:
             key.unlink()
         os.close(handle)
 
-    def __del__(self):
+    def __del__(self) -> None:
         """Release the lock with the object."""
         if getattr(self, "_key", None) is not None:
             self.release()

@@ -1,9 +1,10 @@
 """Messages of the package to its user: the logger ``pint_fem``.
 
 Monitors and descriptions of solvers are logged at level ``INFO``, a-priori estimates above one and files that could not
-be written at level ``WARNING``, by the first rank only. A program that has set logging up
-(``logging.basicConfig()``, a handler of its own) receives them there; elsewhere they are printed to standard output.
-``logging.getLogger("pint_fem").setLevel("WARNING")`` silences them.
+be written at level ``WARNING``, by the first rank only. A program that has set logging up (``logging.basicConfig()``, a
+handler of its own at this logger or the root) receives them there; elsewhere they are printed to standard output. The
+logger has the level ``INFO`` whatever that of the root logger is;
+``logging.getLogger("pint_fem").setLevel("WARNING")`` leaves the warnings only.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ __all__ = ["logger"]
 
 
 class _StandardOutput(logging.Handler):
-    """Prints where nobody has set logging up, to the ``sys.stdout`` of that moment."""
+    """Prints where the program has no handler, to the ``sys.stdout`` of that moment."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        if not logging.getLogger().handlers:
+        if logger.handlers == [self] and not logging.getLogger().handlers:
             try:
                 print(self.format(record), file=sys.stdout, flush=True)
             except OSError:  # such as a closed pipe: logging reports it and the run goes on

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from mpi4py import MPI
@@ -17,6 +18,9 @@ from pint_fem.all_at_once.grids import split_steps
 from pint_fem.all_at_once.norms import euclidean
 from pint_fem.communicators import ProcessGrid
 from pint_fem.errors import InputError
+
+if TYPE_CHECKING:
+    from firedrake import Ensemble
 
 __all__ = ["Slab", "SpaceTime"]
 
@@ -56,7 +60,7 @@ class Slab:
         return self.hi == self.nsteps
 
 
-def _ensemble(comm, n: int):
+def _ensemble(comm: MPI.Comm, n: int) -> Ensemble:
     """The ``firedrake.Ensemble`` of groups of ``n`` ranks."""
     from firedrake import Ensemble
 

@@ -80,7 +80,7 @@ def heat_source(
     mesh, readings
         A gmsh file with the tags of :mod:`problems.plate`, and a CSV as :mod:`problems.readings` reads it.
     steps, integrator
-        Time steps and a name of :func:`pint_fem.propagators.named_tableau`.
+        Time steps and a name of :func:`pint_fem.evolution.named_tableau`.
     alpha, beta
         Regularisation of the gradient and the size of q; not negative, beta positive.
     noise

@@ -84,7 +84,7 @@ def evolution_of(
     mesh, given
         A mesh and what is in it.
     steps, integrator, degree
-        Time steps, a name of :func:`pint_fem.propagators.named_tableau`, degree of the elements.
+        Time steps, a name of :func:`pint_fem.evolution.named_tableau`, degree of the elements.
     solver_parameters
         PETSc options of the steps' systems for E.
     """
@@ -133,7 +133,7 @@ def maxwell_source(
     readings
         A CSV as :mod:`problems.readings` reads it; default: the shipped one of the regime.
     steps, integrator
-        Time steps and a name of :func:`pint_fem.propagators.named_tableau`, or ``"Leapfrog"`` with implicit midpoint
+        Time steps and a name of :func:`pint_fem.evolution.named_tableau`, or ``"Leapfrog"`` with implicit midpoint
         steps on coarse levels; default: the regime's.
     alpha, beta
         Regularisation of the gradient and the size of J; not negative, beta positive; default: the regime's.

@@ -1,7 +1,7 @@
 """Settings shared by all tests."""
 
 import os
-import time
+import threading
 from collections import defaultdict
 from contextlib import nullcontext
 from pathlib import Path
@@ -28,7 +28,7 @@ hypothesis.settings.load_profile("drawn" if SEED else "fixed")
 
 PATIENCE = 120.0
 """Seconds that a rank whose test failed waits for the others."""
-_failed = pytest.StashKey[str]()
+_failed, _timer = pytest.StashKey[str](), pytest.StashKey[threading.Timer]()
 _files = defaultdict(set)
 """Files with tests for a number of ranks, as pytest collected them."""
 
@@ -65,46 +65,50 @@ def pytest_collection_finish(session):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
-    """Remember what failed, in whatever phase."""
+    """Print what failed on one of several ranks at once: its teardown may wait for ranks that are still in the test.
+    Where they do not come to an end within `PATIENCE`, all ranks are ended.
+    """
     report = yield
     if report.failed:
-        item.stash[_failed] = item.stash.get(_failed, "") + f"\n{report.when}: {report.longreprtext}"
+        from mpi4py import MPI
+
+        world, text = MPI.COMM_WORLD, f"\n{report.when}: {report.longreprtext}"
+        item.stash[_failed] = item.stash.get(_failed, "") + text
+        if world.size > 1 and _timer not in item.stash:
+            with _uncaptured(item):
+                print(f"\nFAILED on rank {world.rank} of {world.size}: {item.nodeid}{text}", flush=True)
+            item.stash[_timer] = threading.Timer(PATIENCE, _give_up, [world, item])
+            item.stash[_timer].daemon = True
+            item.stash[_timer].start()
     return report
+
+
+def _uncaptured(item):
+    capture = item.config.pluginmanager.getplugin("capturemanager")
+    return capture.global_and_fixture_disabled() if capture else nullcontext()
+
+
+def _give_up(world, item):
+    with _uncaptured(item):
+        print(f"FAILED: other ranks are not through with {item.nodeid}, given up", flush=True)
+    world.Abort(1)
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item, nextitem):
-    """A test that fails on some ranks may leave the others waiting in it: tell what failed, and end all of them. With
-    ``-x`` all ranks stop where one does.
-    """
+    """With ``-x`` all ranks stop where one does."""
     result = yield
     from mpi4py import MPI
 
     world = MPI.COMM_WORLD
     if world.size > 1:
-        capture = item.config.pluginmanager.getplugin("capturemanager")
-        with capture.global_and_fixture_disabled() if capture else nullcontext():
-            failed = _meet(world, MPI.LOR, item)
-        if failed and item.config.getoption("maxfail"):
+        anywhere = np.zeros(1, dtype=bool)
+        world.Allreduce(np.array([_failed in item.stash]), anywhere, op=MPI.LOR)
+        if _timer in item.stash:
+            item.stash[_timer].cancel()
+        if anywhere[0] and item.config.getoption("maxfail"):
             item.session.shouldfail = f"{item.nodeid} failed on a rank"
     return result
-
-
-def _meet(world, either, item) -> bool:
-    """Whether the test failed on any rank: all are through with it then. One where it did waits for `PATIENCE` only."""
-    text, anywhere = item.stash.get(_failed, None), np.zeros(1, dtype=bool)
-    request = world.Iallreduce(np.array([text is not None]), anywhere, op=either)
-    if text is None:
-        request.Wait()
-        return bool(anywhere[0])
-    print(f"\nFAILED on rank {world.rank} of {world.size}: {item.nodeid}{text}", flush=True)
-    end = time.monotonic() + PATIENCE
-    while not request.Test():
-        if time.monotonic() > end:
-            print(f"FAILED: other ranks are not through with {item.nodeid}, given up", flush=True)
-            world.Abort(1)
-        time.sleep(0.01)
-    return True
 
 
 @pytest.fixture

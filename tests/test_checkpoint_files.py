@@ -27,6 +27,7 @@ import pint_fem as pf
 from pint_fem import files
 from pint_fem.adjoint.minimisation import checkpoint as checkpoint_module
 from pint_fem.adjoint.minimisation.checkpoint import HDF5Checkpoint
+from pint_fem.adjoint.minimisation.fingerprint import differences, evolution_numbers
 from pint_fem.adjoint.minimisation.objective import Objective
 from tests.broken_files import another_process, largest_file, shared
 from tests.limits import time_limit
@@ -36,14 +37,14 @@ from tests.ranks import cases
 COMM = MPI.COMM_WORLD
 
 
-def posed(grid=None, *, conductivity=1.0, load=0.0, side=1.0, tableau=pf.BackwardEuler, **mgrit):
+def posed(grid=None, *, conductivity=1.0, load=0.0, mirrored=False, side=1.0, tableau=pf.BackwardEuler, **mgrit):
     """A heat problem whose conductivity (a constant), load (a function) and boundary value differ as asked."""
     st = pf.SpaceTime(grid)
     mesh = square(3, st.space_comm)
     V = FunctionSpace(mesh, "CG", 1)
     u, v, q = Function(V), TestFunction(V), Function(V, name="source")
     x, _ = SpatialCoordinate(mesh)
-    f = Function(V).interpolate(load * x)
+    f = Function(V).interpolate(load * (1 - x if mirrored else x))
     F = Dt(u) * v * dx + Constant(conductivity) * inner(grad(u), grad(v)) * dx - (q + f) * v * dx
     ev = pf.Evolution(F, u, tableau=tableau(), dt=0.05, nsteps=8, control=q, bcs=DirichletBC(V, side, 1))
     return pf.TimeParallelReducedFunctional(
@@ -100,7 +101,7 @@ def test_files_of_the_first_version_are_read(tmp_path):
 @pytest.mark.parallel(3)
 @pytest.mark.parametrize("rank", ["first", "last"])
 @time_limit(100)
-def test_a_save_that_fails_on_one_rank(tmp_path, rank, capfd, monkeypatch):
+def test_a_save_that_fails_on_one_rank(tmp_path, rank, log_lines, monkeypatch):
     """One line on all ranks, no half-written file, the last one as it was; a run that is to go on does."""
     path, rank = shared(tmp_path) / "run.h5", 0 if rank == "first" else COMM.size - 1
     rf = posed()
@@ -128,11 +129,11 @@ def test_a_save_that_fails_on_one_rank(tmp_path, rank, capfd, monkeypatch):
     with pytest.raises(pf.InputError, match="cannot be written"):
         rf.minimize_trust_region(max_it=1, checkpoint=other)
     rf.problem.invalidate()
-    capfd.readouterr()
+    log_lines.clear()
     zero = rf.function(np.zeros(rf.layout.size))
     went_on = rf.minimize_trust_region(zero, max_it=1, checkpoint=other, if_save_fails="continue")
     assert np.array_equal(went_on.x, alone.x)
-    lines = [line for line in capfd.readouterr().out.splitlines() if "cannot be written" in line]
+    lines = [line for line in log_lines if "cannot be written" in line]
     assert len(lines) == (2 if COMM.rank == 0 else 0)
     with pytest.raises(pf.InputError, match=r"if_save_fails = 'never': give 'stop' or 'continue'"):
         rf.minimize_trust_region(checkpoint=other, if_save_fails="never")
@@ -208,6 +209,17 @@ def test_another_evolution_is_refused(tmp_path, named, monkeypatch):
             run(**changes)
         found, limit = map(float, re.findall(r"\d\.\d+e[+-]\d+", str(caught.value)))
         assert found > 100 * limit
+
+
+@pytest.mark.parallel(1)
+@time_limit(60)
+def test_a_load_with_the_same_values_at_other_places_is_another():
+    numbers = [
+        evolution_numbers(posed(load=1.0, mirrored=mirrored).problem.sweeps.evolution, MPI.COMM_SELF)
+        for mirrored in (False, False, True)
+    ]
+    assert differences(numbers[0], numbers[1]) == ""
+    assert "data of the evolution" in differences(numbers[0], numbers[2])
 
 
 def test_a_file_that_cannot_be_renamed_leaves_nothing(tmp_path):

@@ -155,18 +155,18 @@ def test_bad_input(kind, users, capfd):
 
 @pytest.mark.parallel([1, 3])
 @pytest.mark.parametrize("name", ["evolution", "functional"])
-def test_check_passes(name, users, capfd):
+def test_check_passes(name, users, log_lines):
     command(["check", f"my_problem:{name}"])
-    out = capfd.readouterr().out
+    out = "\n".join(log_lines)
     assert ("passed" in out) == (COMM.rank == 0)
     assert "failed" not in re.sub(r"\b0 failed", "", out)
 
 
-def test_check_fails(users, capfd):
+def test_check_fails(users, log_lines):
     with pytest.raises(SystemExit) as stop:
         command(["check", "my_problem:wrong"])
     assert stop.value.code == 1
-    assert re.search(r"adjoint.*failed", capfd.readouterr().out)
+    assert re.search(r"adjoint.*failed", "\n".join(log_lines))
 
 
 def test_help_names_all_commands(capsys):

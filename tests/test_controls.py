@@ -28,6 +28,7 @@ from mpi4py import MPI
 
 import pint_fem as pf
 from pint_fem.adjoint.riesz import RieszMap
+from pint_fem.evolution.boundary import BoundaryControls
 from pint_fem.propagators import FormPropagator, LinearPropagator, StepData, TapePropagator
 from tests.meshes import square
 from tests.taylor import check_orders
@@ -215,6 +216,21 @@ def test_boundary_value_that_moves_in_time():
     assert np.allclose(a, b, rtol=1e-10)
 
 
+def test_where_conditions_overlap_the_last_one_holds():
+    """Changes of boundary values against what Firedrake's conditions write to a function, one after the other."""
+    mesh = square(3, MPI.COMM_SELF)
+    V, R = FunctionSpace(mesh, "CG", 1), FunctionSpace(mesh, "R", 0)
+    q, r, plain = Function(V, name="q"), Function(R, name="r"), Function(V)
+    bcs = [DirichletBC(V, 2 * q, "on_boundary"), DirichletBC(V, 3 * r, 1), DirichletBC(V, 0, 3)]
+    operator = BoundaryControls(bcs, V, (q, r), Function(V), None)
+    dz, y = np.random.default_rng(4).standard_normal((2, V.dim() + 1))
+    q.dat.data[:], r.dat.data[:] = dz[:-1], dz[-1]
+    for bc in bcs:
+        bc.apply(plain)
+    np.testing.assert_allclose(operator.lift(dz), plain.dat.data_ro, rtol=1e-14)
+    assert y[:-1] @ operator.lift(dz) == pytest.approx(operator.pull_back(y[:-1]) @ dz, rel=1e-12)
+
+
 def test_riesz_maps():
     """Each kind is symmetric and its own inverse; a firedrake.RieszMap gives what the form does; lumping keeps the
     measure.
@@ -236,6 +252,15 @@ def test_riesz_maps():
     rf = functional(pf.SpaceTime("1x1", comm=MPI.COMM_SELF), ("source", "level"), n=2, riesz_map=["H1", "l2"])
     z = rf.array(point_and_direction(rf)[0])
     assert np.isclose(rf.inner.inner(z, z), z[:9] @ RieszMap(rf.evolution.V, "H1").dual(z[:9]) + z[9] ** 2)
+
+
+def test_inner_product_of_a_control_with_a_value_in_each_step():
+    """The integral over time as well, and the representative of a value's dual is the value."""
+    rf = functional(pf.SpaceTime("1x1", comm=MPI.COMM_SELF), ("strength",), n=2, steps=4)
+    z = np.random.default_rng(3).standard_normal(rf.layout.size)
+    np.testing.assert_allclose(rf.inner.primal(rf.inner.dual(z)), z, rtol=1e-12)
+    integral = sum(fd.assemble(inner(f, f) * dx) for f in rf.function(z).subfunctions)
+    assert rf.inner.inner(z, z) == pytest.approx(rf.evolution.dt * integral, rel=1e-12)
 
 
 def test_bad_controls_are_refused():

@@ -23,7 +23,7 @@ from tests.limits import time_limit
 STEPS = 8
 EVALUATIONS = int(os.environ.get("PINT_FEM_EVALUATIONS", "5"))
 """Evaluations of a case; 500 where memory is to be seen flat in the long run."""
-FUNCTIONALS = int(os.environ.get("PINT_FEM_FUNCTIONALS", "6"))
+FUNCTIONALS = int(os.environ.get("PINT_FEM_FUNCTIONALS", "8"))
 
 CASES = {
     "linear": {},

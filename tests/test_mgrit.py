@@ -129,7 +129,7 @@ def xbraid_residuals(nsteps, relax, levels, cycles, skip=False):
     ],
 )
 def test_residuals_are_those_of_xbraid(nsteps, relax, levels, skip, expected):
-    """Recorded runs of ex-01 and ex-01-expanded (shared/ORACLES.md), to the digits given."""
+    """Recorded runs of ex-01 and ex-01-expanded of XBraid, to the digits given."""
     residuals = xbraid_residuals(nsteps, relax, levels, len(expected) - 1, skip)
     assert [f"{r:.6e}" for r in residuals] == [f"{r:.6e}" for r in expected]
 

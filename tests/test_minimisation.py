@@ -236,7 +236,7 @@ def test_gauss_newton():
     assert np.isclose(*found, rtol=1e-7)
 
 
-@pytest.mark.parallel([1, 2, 3])
+@pytest.mark.parallel([1, 3])
 def test_cycles_at_an_initial_control_converge_on_several_ranks():
     """The derivative by the initial condition is the adjoint of the first rank; others keep the rows of their own, from
     which their next cycle starts.

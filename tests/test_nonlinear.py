@@ -43,11 +43,16 @@ def test_taylor(make):
 
 
 def test_a_linearisation_is_computed_once():
-    """After a gradient, Hessian actions solve no stage and assemble no Jacobian; a stage is factored once at most."""
+    """After a gradient, Hessian actions solve no stage and assemble no Jacobian; a stage is factored once at most, and
+    not for a gradient, which Newton's factors are near enough for.
+    """
     rf = functional(burgers(4, 8, tableau="SDIRK2"), time_solver="serial")
     z, v = rf.array(rf.controls[0].control), np.cos(np.arange(rf.layout.size))
-    rf.problem.derivative(z)
+    rf.problem.value(z)
     counts, stages = rf.problem.sweeps.propagators[0].counts, 2 * 8
+    factored = counts["factorisation"]
+    rf.problem.derivative(z)
+    assert counts["factorisation"] == factored
     before = dict(counts)
     first = rf.problem.hessian_action(z, v)
     for k in range(8):
@@ -56,6 +61,20 @@ def test_a_linearisation_is_computed_once():
     for name in ("newton", "jacobian", "derivative"):
         assert counts[name] == before[name]
     assert counts["factorisation"] - before["factorisation"] <= stages
+
+
+def test_a_linearisation_is_that_of_the_stored_state():
+    """Of two states that are stored, derivatives at the earlier one, which is not solved for again."""
+    posed = burgers(3, 4)
+    problem, fresh = (functional(posed, time_solver="serial").problem for _ in range(2))
+    z, v = np.cos(np.arange(problem.layout.size)), np.sin(np.arange(problem.layout.size) ** 2)
+    problem.keep_evaluations(2)
+    for control in (z, 2 * v):
+        problem.derivative(control)
+    solved = problem.sweeps.counts["state"]
+    found, expected = (p.hessian_action(z, v) for p in (problem, fresh))
+    assert problem.sweeps.counts["state"] == solved
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-9 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("pivot", [0.0, 1e-18, 1e-6])

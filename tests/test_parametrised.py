@@ -89,7 +89,7 @@ def test_value_and_derivatives_are_those_of_the_tape():
     """J, gradient, tangent and Hessian action where `initial=` is no affine expression, one control is in it and in the
     conductivity, and others in one of the two.
     """
-    for grid in GRIDS[MPI.COMM_WORLD.size]:
+    for grid in GRIDS[MPI.COMM_WORLD.size][:1]:
         posed = Posed(pf.SpaceTime(grid))
         J, theirs = posed.functional(levels=2), posed.tape()
         assert [c.control.name() for c in J.controls] == list(posed.names)
@@ -115,7 +115,7 @@ def test_minimum_of_an_affine_parametrisation():
     """Quadratic: the trust region takes one Newton step to where the tape's gradient vanishes; the state begins with
     the expression of what was found; sums, bounds and new data work as for other functionals.
     """
-    for grid in GRIDS[MPI.COMM_WORLD.size]:
+    for grid in GRIDS[MPI.COMM_WORLD.size][-1:]:
         posed = Posed(pf.SpaceTime(grid), affine=True)
         J = posed.functional()
         assert J.problem.is_quadratic

@@ -27,9 +27,11 @@ from firedrake import (
     split,
 )
 from irksome import Dt
+from irksome.tableaux.ButcherTableaux import ButcherTableau
 
 from pint_fem.evolution import SDIRK2, BackwardEuler, Evolution, ImplicitMidpoint, time_function
 from pint_fem.kernels.arrays import put
+from pint_fem.kernels.blocks import WIDTH, lanes
 from pint_fem.propagators import FormPropagator, LinearPropagator, StepData, TapePropagator, make_propagator
 
 TABLEAUX = {"BE": BackwardEuler, "midpoint": ImplicitMidpoint, "SDIRK2": SDIRK2}
@@ -143,9 +145,22 @@ def test_lanes_make_bits_independent_of_the_block():
     assert np.array_equal(whole, parts)
 
 
-@pytest.mark.parametrize(("tableau", "order"), [("BE", 1), ("midpoint", 2), ("SDIRK2", 2)])
+@pytest.mark.parametrize(("count", "lane"), [(1, 0), (8, 0), (3, 6), (21, 3), (0, 5)])
+def test_the_lane_of_a_state_is_its_number_modulo_the_width(count, lane):
+    blocks = [(range(count)[rows], range(WIDTH)[where]) for rows, where in lanes(count, lane)]
+    found = [pair for block in blocks for pair in zip(*block, strict=True)]
+    assert found == [(row, (lane + row) % WIDTH) for row in range(count)]
+
+
+UNEQUAL = np.array([[0.25, 0], [0.25, 0.5]]), np.array([0.5, 0.5]), np.array([0.25, 0.75])
+"""``A``, ``b`` and ``c`` of a method of order 2 with another diagonal entry in each stage."""
+
+
+@pytest.mark.parametrize(("tableau", "order"), [("BE", 1), ("midpoint", 2), ("SDIRK2", 2), ("unequal", 2)])
 def test_order_in_time(tableau, order):
     """u' = -A u from a smooth state: end values for N, 2N, 4N steps give the order by Richardson's ratio."""
+    A, b, c = UNEQUAL
+    methods = TABLEAUX | {"unequal": lambda: ButcherTableau(A, b, None, c, 2, None, None)}
     mesh = UnitSquareMesh(6, 6)
     V = FunctionSpace(mesh, "CG", 1)
     x, y = SpatialCoordinate(mesh)
@@ -153,7 +168,7 @@ def test_order_in_time(tableau, order):
     for steps in (8, 16, 32):
         u, v = Function(V).interpolate(x * (1 - x) * y * (1 - y)), TestFunction(V)
         F = Dt(u) * v * dx + 0.1 * dot(grad(u), grad(v)) * dx
-        ev = Evolution(F, u, tableau=TABLEAUX[tableau](), dt=0.4 / steps, nsteps=steps)
+        ev = Evolution(F, u, tableau=methods[tableau](), dt=0.4 / steps, nsteps=steps)
         U = np.empty((steps + 1, ev.state_size))
         U[0] = u.dat.data_ro
         LinearPropagator(ev).sweep(U, None)

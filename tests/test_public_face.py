@@ -69,3 +69,22 @@ def test_a_part_is_imported_where_only_its_own_extra_is_installed(hidden, progra
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("OMPI_", "PMIX", "ORTE", "PMI"))}
     environment |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     subprocess.run([sys.executable, "-c", text], check=True, env=environment, timeout=120)
+
+
+def unannotated(tree, inside=None):
+    """Public functions and methods, with those of public classes, that lack a type of a parameter or the result."""
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+            yield from unannotated(node, node)
+        elif isinstance(node, ast.FunctionDef) and (not node.name.startswith("_") or node.name.startswith("__")):
+            given = node.args
+            parameters = [*given.posonlyargs, *given.args, *given.kwonlyargs, given.vararg, given.kwarg]
+            static = any(ast.unparse(decorator) == "staticmethod" for decorator in node.decorator_list)
+            typed = [p.annotation for p in parameters[int(inside is not None and not static) :] if p is not None]
+            if None in typed or (node.returns is None and node.name != "__init__"):
+                yield f"{inside.name + '.' if inside else ''}{node.name}"
+
+
+def test_public_functions_have_types():
+    found = {path.name: list(unannotated(ast.parse(path.read_text()))) for path in (ROOT / "pint_fem").rglob("*.py")}
+    assert {name: functions for name, functions in found.items() if functions} == {}

@@ -54,7 +54,7 @@ def test_there_are_blocks():
 
 # -- the page of the MGRIT core ----------------------------------------------------------------------------------------
 @pytest.mark.parallel([1, 3])
-def test_block_of_the_core(capsys):
+def test_block_of_the_core(log_lines):
     """It gives what sequential stepping gives, within the theory's factor a cycle, and prints what the page shows."""
     names = {}
     exec(compile(blocks(PAGE)[0], "page of the core", "exec"), names)
@@ -66,7 +66,7 @@ def test_block_of_the_core(capsys):
     # the residual is 1e-8 of the trajectory, and a step of the slowest mode keeps less than 0.97
     assert np.abs(U - sequential).max() <= 1e-7 * np.abs(sequential).max()
     assert result.factor <= float(dict(zip(["", *"2 4 8 16 64".split()], table_of_factors()[1], strict=True))["8"])
-    printed = [line.split() for line in capsys.readouterr().out.splitlines()]
+    printed = [line.split() for line in log_lines]
     shown = re.findall(r"^  mgrit +(\d+) residual (\S+) relative (\S+)", PAGE.read_text(), re.MULTILINE)
     assert int(shown[-1][0]) == result.cycles == len(printed) - 1
     for cycle, *values in shown:

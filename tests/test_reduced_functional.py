@@ -198,6 +198,18 @@ def test_warm_start_and_memory_of_values():
     assert rf.problem.sweeps.results[-1][1].cycles < cold
 
 
+def test_a_state_of_higher_accuracy_has_a_value_and_a_gradient_of_its_own():
+    st = pf.SpaceTime("1x1", comm=MPI.COMM_SELF)
+    loose, exact = (functional(st).problem for _ in range(2))
+    z = np.ones(loose.layout.size)
+    first, slope = loose.value(z, rtol=1e-2), loose.derivative(z, rtol=1e-2)
+    value, g = exact.value(z), exact.derivative(z)
+    assert abs(first - value) > 1e-8 * abs(value)
+    assert np.abs(slope - g).max() > 1e-8 * np.abs(g).max()
+    assert loose.value(z) == pytest.approx(value, rel=1e-11)
+    np.testing.assert_allclose(loose.derivative(z), g, rtol=0, atol=1e-10 * np.abs(g).max())
+
+
 def test_pyadjoint_taylor_test():
     rf = functional(pf.SpaceTime("1x1", comm=MPI.COMM_SELF))
     assert taylor_test(rf, *point_and_direction(rf)) > 1.95

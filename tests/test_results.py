@@ -1,5 +1,6 @@
 """Results of minimisers: the entries of scipy's OptimizeResult, summaries, and the controls found."""
 
+import copy
 import html
 import pickle
 import re
@@ -138,6 +139,21 @@ def functional(spacetime, *, several, per_step=False):
         ev, pf.RunningMisfit((u - x * y) ** 2 * fd.dx), regularisation=terms, spacetime=spacetime,
         solver_parameters={"mgrit": {"rtol": 1e-9, "coarsening": 2, "levels": 2}},
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("per_step", [False, True])
+@pytest.mark.parametrize("method", ["trust region", "one-shot", "scipy"])
+def test_results_of_functionals_are_pickled_and_copied(method, per_step):
+    """A copy shares the controls found; in pickled and deep copies they are their numbers ``x`` only."""
+    result = METHODS[method](functional(pf.SpaceTime(), several=True, per_step=per_step))
+    assert copy.copy(result).control is result.control
+    for again in (pickle.loads(pickle.dumps(result)), copy.deepcopy(result)):
+        assert type(again) is type(result)
+        assert str(again) == str(result)
+        assert again.control is None
+        assert again.x is not result.x
+        assert np.array_equal(again.x, result.x)
+    assert result.control is not None
 
 
 METHODS = {

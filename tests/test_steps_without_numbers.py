@@ -128,6 +128,7 @@ def test_matrices_that_are_not_finite_are_noticed(bad):
         ({"ksp_type": "gmress"}, "ksp_type 'gmress' .* 'gmres'"),
         ({"pc_type": "fieldsplit", "fieldsplit_0": {"pc_type": "ilux"}}, "fieldsplit_0_pc_type 'ilux' .* 'ilu'"),
         ({"pc_type": "lu", "pc_factor_mat_solver_type": "mump"}, "mat_solver_type 'mump' .* 'mumps'"),
+        ({"pc_type": "lu", "sub": {"pc_type": "qr", "pc_factor_mat_solver_type": "umfpack"}}, "'umfpack' is unknown"),
         ({"snes_type": "newton"}, "snes_type 'newton' .* 'newtonls'"),
         ({"pc_type": "lu", "pc_factor_mat_ordering_type": "nnd"}, "mat_ordering_type 'nnd' .* 'nd'"),
     ],

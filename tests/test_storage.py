@@ -1,5 +1,7 @@
 """Sweeps that store C-points only: the same numbers as with all points, on any grid, and what that costs."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 from firedrake import Function, TestFunction, dx, grad, inner, sin
@@ -8,6 +10,7 @@ from mpi4py import MPI
 
 import pint_fem as pf
 from pint_fem.errors import InputError
+from pint_fem.kernels.compressed_vectors import CompressedVectors, sample_times
 from pint_fem.mgrit import SolverFailure
 from pint_fem.misfits.base import Misfit
 from tests.heat import heat, point_and_direction
@@ -245,6 +248,49 @@ def test_refused():
         )  # fmt: skip
 
 
+def test_steps_backwards_have_the_lanes_of_all_points(monkeypatch):
+    """A block's first adjoint is that of the last of its intervals: its number is that of the intervals behind it."""
+    rf, steps, found = functional(pf.SpaceTime("1x1", comm=MPI.COMM_SELF), "C", steps=64), 64, []
+    ev, propagator = rf.evolution, rf.problem.sweeps.intervals.propagator
+    adjoint = propagator.adjoint
+
+    def recorded(data, lam, out, lane=0):
+        step = round(float(data.t.max() - ev.t0) / ev.dt)
+        found.append((lane, (steps - 1 - step) // M, len(lam)))
+        adjoint(data, lam, out, lane)
+
+    monkeypatch.setattr(propagator, "adjoint", recorded)
+    rf.problem.derivative(np.asarray(rf.array(rf.controls[0].control)))
+    lanes, behind, lengths = zip(*found, strict=True)
+    assert lanes == behind
+    assert max(lengths) > 1
+
+
+EVALUATE = {
+    "values": lambda problem, z: problem.value(z),
+    "directional": lambda problem, z: problem.tangent_value(z, z),
+    "gradient": lambda problem, z: problem.derivative(z),
+    "hessian": lambda problem, z: problem.hessian_action(z, z),
+}
+
+
+@pytest.mark.parametrize("method", EVALUATE)
+@pytest.mark.parametrize("given", ["None", "shape"])
+def test_what_a_misfit_of_the_users_own_returns(method, given):
+    """Without a result, or one of another shape: the method, and the shape that is required."""
+
+    class Own(Misfit):
+        values = directional = lambda self, U, *dU: np.zeros(len(U) - 1)
+        gradient = hessian = lambda self, U, *dU: np.zeros_like(U)
+
+    wrong = None if given == "None" else np.zeros(1)
+    setattr(Own, method, lambda self, U, *dU: wrong)
+    ev = heat(square(2, MPI.COMM_SELF), steps=4)
+    rf = pf.TimeParallelReducedFunctional(ev, Own(), solver_parameters={"time_solver": "serial"})
+    with pytest.raises(InputError, match=f"of a misfit returned {given}.*: return an array of shape"):
+        EVALUATE[method](rf.problem, np.zeros(rf.layout.size))
+
+
 def test_minimises_from_a_checkpoint(tmp_path):
     """The same iterates as with all points; a run that goes on from a file ends where one run does."""
     results = []
@@ -289,3 +335,16 @@ def test_failures_reach_every_rank(storage, method):
         ask(1.1 * z)
     raised.clear()
     assert np.isfinite(ask(1.1 * z)).all()
+
+
+def test_vectors_of_few_fields_are_stored_as_coefficients():
+    """Sums of two fields are computed once, others each time they are asked for; all are exact to round-off."""
+    a, b, other = np.random.default_rng(2).standard_normal((3, 40))
+    of = lambda t: np.cos(t) * a + 3 * np.sin(t) * b
+    vectors, calls = CompressedVectors(MPI.COMM_SELF, [partial(of, t) for t in sample_times(0.0, 2.0)]), []
+    for t in (0.3, 1.7, 0.3, 1.7):
+        np.testing.assert_allclose(vectors.get(t, lambda t=t: calls.append(t) or of(t)), of(t), rtol=0, atol=1e-13)
+    assert calls == [0.3, 1.7]
+    for _ in range(2):
+        assert np.array_equal(vectors.get("other", lambda: calls.append("other") or other), other)
+    assert calls[2:] == ["other"] * 2

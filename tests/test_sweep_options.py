@@ -178,7 +178,8 @@ def test_trace_of_all_sweeps(tmp_path_factory):
     receives = [(e["args"]["peer"], e["pid"]) for e in events if e["name"] == "receive posted"]
     assert sorted(sends) == sorted(receives)
     neighbours = {pair for r in range(comm.size - 1) for pair in ((r, r + 1), (r + 1, r))}
-    assert set(sends) == neighbours
+    assert neighbours <= set(sends)  # coarse levels also send past ranks without points
+    assert bool(sends) == (comm.size > 1)
 
 
 @pytest.mark.parallel([1, 3])
@@ -248,6 +249,12 @@ def test_propagators_pass_the_check():
     assert all("level 1" in line and "adjoint" in line for line in report.failures)
 
 
+def test_propagators_pass_the_check_with_paradiag():
+    """Whose options have no coarsening, as it has one level."""
+    rf = functional(pf.SpaceTime(), steps=6, n=2, tableau="BE", solver={"time_solver": "paradiag"})
+    check_sweeps(rf.problem.sweeps).raise_if_failed()
+
+
 @pytest.mark.parallel([1, 3])
 def test_theory_is_printed_before_the_first_solve():
     """With a monitor; a coarse level that does not damp warns in any case."""
@@ -287,7 +294,7 @@ def test_a_failed_solve_in_space_does_not_spoil_the_next():
     """Three ranks in space: after NaN in the control, values are those of a new functional."""
     rf, fresh = (functional(pf.SpaceTime("3x1"), rtol=1e-8) for _ in range(2))
     z = rf.array(point_and_direction(rf)[0])
-    with pytest.raises(SolverFailure, match="state"):
+    with pytest.raises(SolverFailure, match=r"state: level \d, steps .*not finite"):
         rf.problem.value(np.where(np.arange(len(z)) == 3, np.nan, z))
     assert rf.problem.value(z) == pytest.approx(fresh.problem.value(z), rel=1e-12)
     np.testing.assert_allclose(rf.problem.derivative(z), fresh.problem.derivative(z), rtol=1e-8, atol=1e-14)

@@ -35,9 +35,10 @@ from pint_fem.spacetime import SpaceTime
 from pint_fem.sweeps.sweeps import Sweeps
 from pint_fem.theory import estimates
 from pint_fem.theory import spectrum as spectrum_module
+from pint_fem.theory.block_modes import block_factors, damped_wave
 from pint_fem.theory.estimates import mgrit_estimate
 from pint_fem.theory.spectrum import Spectrum, spectrum
-from pint_fem.theory.stability import dirk_stability
+from pint_fem.theory.stability import dirk_stability, runge_kutta_matrix
 from pint_fem.theory.two_level import (
     expected_iterations,
     two_level_bound,
@@ -245,6 +246,31 @@ def test_samples_are_dense_enough(kind, fine, coarse):
         assert 0.99 * bounds[1] <= bounds[0] <= bounds[1] * (1 + 1e-2)
 
 
+def test_stability_functions_of_matrices():
+    """SDIRK2: ``(1 + (1 - 2 g) z)/(1 - g z)^2`` with a matrix that is not normal for ``z``."""
+    g, eye = 1 - math.sqrt(0.5), np.eye(2)
+    Z = -damped_wave([2.0, 0.3], [1.1, 4.0])
+    inverse = np.linalg.inv(eye - g * Z)
+    np.testing.assert_allclose(
+        runge_kutta_matrix([[g, 0], [1 - g, g]], [1 - g, g], Z), (eye + (1 - 2 * g) * Z) @ inverse @ inverse, rtol=1e-12
+    )
+
+
+@pytest.mark.parametrize("weight", [1.0, 1.4])
+@pytest.mark.parametrize("nu", [0, 1, 2])
+def test_factors_of_damped_waves_are_norms_of_their_error_propagation(nu, weight):
+    """Against the matrix of a cycle on the errors of a pair at the C-points, of two fields each."""
+    m, steps, Z = 4, 120, damped_wave([0.5, 0.4, 0.02], [0.3, 1.0, 0.2])
+    fine, coarse = (runge_kutta_matrix([[1.0]], [1.0], -h * Z) for h in (1, m))
+    found = block_factors(fine, coarse, m, steps, scheme(nu), weight)
+    for Phi, Psi, bound in zip(fine, coarse, found, strict=True):
+        eye, shift = np.eye(2 * steps), np.eye(steps, k=-1)
+        F, C = eye - np.kron(shift, np.linalg.matrix_power(Phi, m)), eye - np.kron(shift, Psi)
+        E = (eye - np.linalg.solve(C, F)) @ np.linalg.matrix_power(eye - weight * F, nu)
+        norm = np.linalg.norm(E, 2)
+        assert norm <= bound <= 1.05 * norm
+
+
 # -- spectra ---------------------------------------------------------------------------------------------------------
 def heat(n=8, tableau="SDIRK2", *, comm=MPI.COMM_SELF, dt=1e-2, nsteps=128, reaction=0.0, advection=0.0, free=False):
     mesh = square(n, comm)
@@ -261,7 +287,7 @@ def heat(n=8, tableau="SDIRK2", *, comm=MPI.COMM_SELF, dt=1e-2, nsteps=128, reac
     return Evolution(F, u, tableau=TABLEAUX[tableau](), dt=dt, nsteps=nsteps, bcs=bcs)
 
 
-def wave(mesh, tableau="midpoint", *, damping=0.0):
+def wave(mesh, tableau="midpoint", *, damping=0.0, fixed=False):
     W = FunctionSpace(mesh, *(("CG", 1) if mesh.geometric_dimension == 1 else ("RT", 1))) * FunctionSpace(mesh, "DG", 0)
     w, (tau, q) = Function(W), TestFunctions(W)
     s, p = split(w)
@@ -269,7 +295,8 @@ def wave(mesh, tableau="midpoint", *, damping=0.0):
         F = (Dt(s) * tau - p * tau.dx(0) + Dt(p) * q + s.dx(0) * q + damping * s * tau) * dx
     else:
         F = (inner(Dt(s), tau) - p * div(tau) + Dt(p) * q + div(s) * q + damping * inner(s, tau)) * dx
-    return Evolution(F, w, tableau=TABLEAUX[tableau](), dt=0.02, nsteps=64)
+    bcs = DirichletBC(W.sub(0), 0, "on_boundary") if fixed else ()
+    return Evolution(F, w, tableau=TABLEAUX[tableau](), dt=0.02, nsteps=64, bcs=bcs)
 
 
 def dense_eigenvalues(ev):
@@ -332,6 +359,15 @@ def test_waves_on_an_interval(n):
     sample = found.sample(0.02)
     assert abs(sample.real).max() == 0
     assert abs(sample).max() == pytest.approx(0.02 * found.high)
+
+
+def test_waves_between_fixed_ends():
+    """As on an interval, without the mode ``t = pi``, which moves the ends."""
+    n = 10
+    found, t = spectrum(wave(UnitIntervalMesh(n, comm=MPI.COMM_SELF), fixed=True)), math.pi * (1 - 1 / n)
+    assert found.kind == "wave"
+    top = n * math.sqrt(6 * (1 - math.cos(t)) / (2 + math.cos(t)))
+    assert top * (1 - 1e-6) <= found.high <= 1.01 * top
 
 
 def test_waves_on_a_square():

@@ -258,7 +258,7 @@ def test_new_data_cost_no_factorisation():
     made = [(p, *p.factors.values()) for p in J.problem.sweeps.propagators]
     for name in ("readings", "load", "factor", "wall", "initial", "target", "source", "weight"):
         posed.change(name)
-        J.update_data()
+        assert len(J.update_data()) == 1  # not what has been read again before
         results(J, posed)
     now = [(p, *p.factors.values()) for p in J.problem.sweeps.propagators]
     assert all(a is b for before, after in zip(made, now, strict=True) for a, b in zip(before, after, strict=True))
@@ -286,6 +286,28 @@ def test_data_on_coarser_meshes():
         assert abs(new[0] - old[0]) > 1e-3
         assert cycles == fresh.problem.sweeps.results[-1][1].cycles  # coarse levels have the new data, too
         assert new[0] == pytest.approx(posed.reference(), rel=1e-9)
+
+
+@pytest.mark.parametrize("kind", [LinearPropagator, FormPropagator])
+def test_data_beside_a_control_are_read_again(kind):
+    """Twice the profile of what heats plate and wall: ``J``, quadratic in it, and its gradient are four times as
+    large.
+    """
+    mesh = square(3, MPI.COMM_SELF)
+    V, (_, y) = FunctionSpace(mesh, "CG", 1), SpatialCoordinate(mesh)
+    u, v, profile = Function(V), TestFunction(V), Function(V, name="profile").interpolate(1 + y)
+    level = Function(FunctionSpace(mesh, "R", 0), name="level").assign(0.7)
+    ev = pf.Evolution(
+        inner(Dt(u), v) * dx + inner(grad(u), grad(v)) * dx - profile * level * v * dx, u, tableau=pf.SDIRK2(),
+        dt=STEP, nsteps=STEPS, control=level, bcs=DirichletBC(V, profile * level, 1),
+    )  # fmt: skip
+    J = pf.TimeParallelReducedFunctional(
+        ev, pf.TerminalMisfit(inner(u, u) * dx), propagator=kind, solver_parameters=SOLVERS["serial"]
+    )
+    before = [float(J(level)), get(J.derivative())[0]]
+    profile.assign(2 * profile)
+    J.update_data()
+    assert [float(J(level)), get(J.derivative())[0]] == pytest.approx([4 * number for number in before], rel=1e-10)
 
 
 @pytest.mark.parallel([1, 3])

@@ -12,9 +12,9 @@ A value goes from ``J(z)`` to a PETSc solve through these objects:
 
 The misfits (``misfits``, summed over the trajectory by ``trajectories``) and the ``regularisation`` give the value.
 
-* The residual of a state in all steps: ``sweeps.sweeps.Sweeps.state_residual``; that of iterates: ``all_at_once``.
+* The residual of a state in all steps: ``sweeps.sweeps.Sweeps.state_residual``; of iterates: ``all_at_once``.
 * The symmetric approximation of the Hessian: ``ReducedProblem.symmetric_action``.
-* A NaN on one rank becomes ``errors.SolverFailure`` on all ranks (``collective``): optimisers take the value as infinite
+* A NaN on one rank becomes ``errors.SolverFailure`` on all ranks (``collective``): optimisers use infinity as value
   and shorten the step (``optimize.guarded_problem``), and the next solve starts without the failed trajectory.
 """
 

@@ -89,15 +89,15 @@ class InitialConditionMap(Selection):
         for control, part in zip(self._inside, parts, strict=True):
             self.outer.part(out, control)[...] += weight * part
 
-    def value(self, z):
+    def value(self, z: np.ndarray) -> np.ndarray:
         """Return ``(z, E(z))``."""
         return self._joined(z, self._expression.value(self._arguments(z)))
 
-    def tangent(self, z, dz):
+    def tangent(self, z: np.ndarray, dz: np.ndarray) -> np.ndarray:
         """Return ``(dz, E'(z) dz)``."""
         return self._joined(dz, self._expression.tangent(self._arguments(z), self._arguments(dz)))
 
-    def add_adjoint(self, out, z, dual, weight):
+    def add_adjoint(self, out: np.ndarray, z: np.ndarray, dual: np.ndarray, weight: float) -> None:
         """Add the part of the given controls, and ``E'(z)^T`` of the part of the initial condition."""
         for control in self.inner.evolution.controls:
             if control is not self._initial:
@@ -105,12 +105,12 @@ class InitialConditionMap(Selection):
         first_adjoint = np.array(self.inner.part(dual, self._initial))
         self._add(out, self._expression.adjoint(self._arguments(z), first_adjoint), weight)
 
-    def add_second(self, out, z, dz, dual, weight):
+    def add_second(self, out: np.ndarray, z: np.ndarray, dz: np.ndarray, dual: np.ndarray, weight: float) -> None:
         """Add ``(E''(z) dz)^T`` of the part of the initial condition."""
         first_adjoint = self.inner.part(dual, self._initial)
         self._add(out, self._expression.second(self._arguments(z), self._arguments(dz), first_adjoint), weight)
 
-    def update_data(self):
+    def update_data(self) -> None:
         """Discard the cached derivative of the expression."""
         self._expression.invalidate()
 

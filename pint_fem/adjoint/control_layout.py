@@ -8,6 +8,7 @@ once in inner products.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 from firedrake import Function
@@ -69,7 +70,7 @@ class ControlSet:
         self.dt, self.nsteps = first.dt, first.nsteps
         self._only = first if len(own) == 1 and isinstance(first, Evolution) else None
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Any:
         if vars(self).get("_only") is None:
             raise AttributeError(f"several evolutions have no common {name!r}: use the one that is meant")
         return getattr(self._only, name)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -21,6 +22,9 @@ from pint_fem.adjoint.control_layout import ControlLayout
 from pint_fem.all_at_once.stopping import SolveResult
 from pint_fem.errors import FAILURES, SolverFailure
 from pint_fem.sweeps.sweeps import Sweeps
+
+if TYPE_CHECKING:
+    from pint_fem.adjoint.trajectories import CPointTrajectories, StoredTrajectories
 
 __all__ = ["Evaluation", "EvaluationCache", "relative_residual"]
 
@@ -97,7 +101,12 @@ class EvaluationCache:
     """
 
     def __init__(
-        self, sweeps: Sweeps, trajectories, layout: ControlLayout, data: UserData, before_first_solve: Callable | None
+        self,
+        sweeps: Sweeps,
+        trajectories: StoredTrajectories | CPointTrajectories,
+        layout: ControlLayout,
+        data: UserData,
+        before_first_solve: Callable | None,
     ):
         self._sweeps, self._layout, self._data, self._trajectories = sweeps, layout, data, trajectories
         self._consistency, self._before_first_solve = ControlConsistency(layout), before_first_solve
@@ -120,7 +129,9 @@ class EvaluationCache:
         for evaluation in self.evaluations:
             evaluation.reset(self._sweeps.initial)
 
-    def find(self, z: np.ndarray, directions: Mapping[str, np.ndarray] | None = None, **accuracy) -> Evaluation | None:
+    def find(
+        self, z: np.ndarray, directions: Mapping[str, np.ndarray] | None = None, **accuracy: float
+    ) -> Evaluation | None:
         """Return the evaluation of a control, or ``None``, on all ranks the same (one reduction over all ranks).
 
         The control, the ``directions`` (other vectors of the call by name) and the ``accuracy`` are compared between
@@ -135,7 +146,7 @@ class EvaluationCache:
         self._data.warn(~votes[len(same) :])
         return self.evaluations[int(np.argmax(found))] if found.any() else None
 
-    def at(self, z: np.ndarray, **accuracy) -> Evaluation:
+    def at(self, z: np.ndarray, **accuracy: float) -> Evaluation:
         """Return the evaluation of a control and make it the latest (collective, as :meth:`find`). Where the control is
         a new one, it replaces the oldest evaluation and starts from the trajectories of the latest.
         """
@@ -152,7 +163,7 @@ class EvaluationCache:
         return evaluation
 
     # -- solves --------------------------------------------------------------------------------------------------------
-    def state(self, z: np.ndarray, **accuracy) -> Evaluation:
+    def state(self, z: np.ndarray, **accuracy: float) -> Evaluation:
         """Return the evaluation of a control with its state solved."""
         evaluation = self.at(z, **accuracy)
         steps, initial = self._layout.steps(evaluation.z), self._layout.initial(evaluation.z)
@@ -160,14 +171,14 @@ class EvaluationCache:
         self._solve(evaluation, "state", accuracy, solve)
         return evaluation
 
-    def adjoint(self, z: np.ndarray, **accuracy) -> Evaluation:
+    def adjoint(self, z: np.ndarray, **accuracy: float) -> Evaluation:
         """Return the evaluation of a control with its state and adjoint solved."""
         evaluation = self.state(z, **accuracy)
         if evaluation.rtol["adjoint"] > accuracy.get("rtol", self._sweeps.options.rtol):
             self.adjoint_of(evaluation, **accuracy)
         return evaluation
 
-    def adjoint_of(self, evaluation: Evaluation, **accuracy) -> None:
+    def adjoint_of(self, evaluation: Evaluation, **accuracy: float) -> None:
         """Solve for the adjoint of the current state."""
         steps = self._layout.steps(evaluation.z)
         with self.resetting_on_failure(evaluation):

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from numbers import Real
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import ufl
 from firedrake import Cofunction, EnsembleCofunction, EnsembleFunction, EnsembleFunctionSpace, Function
 from firedrake.ensemble.ensemble_functionspace import EnsembleFunctionSpaceBase
+from firedrake.functionspaceimpl import WithGeometry
 from mpi4py import MPI
 from pyadjoint import AdjFloat, ReducedFunctional
 from pyadjoint.enlisting import Enlist
@@ -87,7 +88,7 @@ class ControlFunctional(Minimisable, StateAccess, AbstractReducedFunctional):
         self._controls = Enlist(controls[0] if len(controls) == 1 else controls)
         self._z: np.ndarray | None = None
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"{type(self).__name__}({self.problem})"
 
     # -- sums ----------------------------------------------------------------------------------------------------------
@@ -117,7 +118,9 @@ class ControlFunctional(Minimisable, StateAccess, AbstractReducedFunctional):
         """``-J``."""
         return self._combined(-1.0)
 
-    def _combined(self, weight: float, other_weight: float = 0.0, other: ControlFunctional | None = None):
+    def _combined(
+        self, weight: float, other_weight: float = 0.0, other: ControlFunctional | None = None
+    ) -> ControlFunctional:
         """``weight * self + other_weight * other``."""
         terms = [(weight, self)] + ([] if other is None else [(other_weight, other)])
         problem = sum_of_problems([(w, term.problem) for w, term in terms])
@@ -126,7 +129,7 @@ class ControlFunctional(Minimisable, StateAccess, AbstractReducedFunctional):
         forms = [form if w == 1 else w * form for w, term in terms for form in term.regularisation]
         return ControlFunctional(problem, inner, forms, [state for _, term in terms for state in term._final])
 
-    def _space(self, control: Function):
+    def _space(self, control: Function) -> WithGeometry:
         """The space of pyadjoint's values of a control."""
         space = control.function_space()
         if control not in self.evolution.stepwise:
@@ -139,7 +142,7 @@ class ControlFunctional(Minimisable, StateAccess, AbstractReducedFunctional):
                 "build the mesh with comm=spacetime.space_comm"
             ) from error
 
-    def _new(self, space, *, dual: bool = False) -> Value:
+    def _new(self, space: WithGeometry, *, dual: bool = False) -> Value:
         if isinstance(space, EnsembleFunctionSpaceBase):
             return EnsembleCofunction(space.dual()) if dual else EnsembleFunction(space)
         return Cofunction(space.dual()) if dual else Function(space)
@@ -174,7 +177,7 @@ class ControlFunctional(Minimisable, StateAccess, AbstractReducedFunctional):
             arrays.append(np.array([get(part) for part in f.subfunctions]) if stepwise else get(f))
         return self.layout.join(arrays)
 
-    def _array(self, values) -> np.ndarray:
+    def _array(self, values: Value | Sequence[Value]) -> np.ndarray:
         """:meth:`array`, which raises on all ranks if it does on one (collective)."""
         return collectively(self.spacetime.comm, "", self.array, values)
 
@@ -191,7 +194,7 @@ class ControlFunctional(Minimisable, StateAccess, AbstractReducedFunctional):
             self._fill(made, array)
         return self._controls.delist(made)
 
-    def _fill(self, functions, array: np.ndarray) -> None:
+    def _fill(self, functions: Any, array: np.ndarray) -> None:
         """Put own values into controls or derivatives."""
         for f, values in zip(functions, self.layout.parts(np.ravel(array)), strict=True):
             for part, row in zip(_parts(f), np.atleast_2d(values), strict=True):
@@ -249,7 +252,11 @@ class ControlFunctional(Minimisable, StateAccess, AbstractReducedFunctional):
             return self.function(self.inner.primal(g)) if apply_riesz else self.function(g, dual=True)
 
     def hessian(
-        self, m_dot: Value | Sequence[Value], hessian_input=None, evaluate_tlm: bool = True, apply_riesz: bool = False
+        self,
+        m_dot: Value | Sequence[Value],
+        hessian_input: object = None,
+        evaluate_tlm: bool = True,
+        apply_riesz: bool = False,
     ) -> Value | list[Value]:
         """Return ``J'' m_dot`` at the last controls, as :meth:`derivative` returns ``J'`` (collective).
 
@@ -315,7 +322,7 @@ class ControlFunctional(Minimisable, StateAccess, AbstractReducedFunctional):
             self._fill([control.control for control in self.controls], z)
 
 
-def _parts(f) -> list:
+def _parts(f: Any) -> list:
     """The functions of the own steps, or the function itself."""
     return list(f.subfunctions) if isinstance(f, (EnsembleFunction, EnsembleCofunction)) else [f]
 

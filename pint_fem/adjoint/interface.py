@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import ufl
 from firedrake import Function
+from numpy.typing import ArrayLike
 
 from pint_fem.adjoint.control_layout import ControlLayout, ControlSet
 from pint_fem.adjoint.memory_estimate import MemoryEstimate
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 __all__ = ["ControlProblem", "Term", "as_vector"]
 
 
-def as_vector(z) -> np.ndarray:
+def as_vector(z: ArrayLike) -> np.ndarray:
     """Return controls, given as an array or a list of any shape, as a flat float vector."""
     return np.asarray(z, dtype=float).ravel()
 
@@ -61,7 +62,7 @@ class ControlProblem(ABC):
     terms: Sequence[Term] = ()
     """Empty for the problem of one evolution."""
 
-    def __str__(self):
+    def __str__(self) -> str:
         """One line: evolutions and misfits, controls, process grid."""
         leaves = " + ".join(
             f"{w:g} * ({p.description})" if w != 1 else p.description for w, p in self.weighted_leaves()

@@ -73,7 +73,7 @@ class MemoryEstimate(NamedTuple):
         passing = {name: largest(name) for name in estimates[0].passing}
         return cls(_added([m.kept for m in estimates]), passing, _added([m.petsc for m in estimates]))
 
-    def __str__(self):
+    def __str__(self) -> str:
         text = lambda parts: ", ".join(f"{name} {size / 2**20:.3g}" for name, size in parts.items() if size)
         lines = [f"memory of a rank in MB: {text(self.kept)}; PETSc: {text(self.petsc)}"]
         for name, parts in self.passing.items():

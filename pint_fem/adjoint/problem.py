@@ -30,6 +30,7 @@ from pint_fem.adjoint.regularisation import Regularisation
 from pint_fem.adjoint.trajectories import Source, trajectories
 from pint_fem.all_at_once.norms import gather_in_order
 from pint_fem.all_at_once.stopping import SolveResult
+from pint_fem.collective import on_first_rank
 from pint_fem.errors import InputError
 from pint_fem.logs import logger
 from pint_fem.mgrit.options import MGRITOptions
@@ -134,9 +135,7 @@ class ReducedProblem(ControlProblem):
         return estimate_memory(self)
 
     def _print_memory(self) -> None:
-        text = str(self.memory())
-        if self.spacetime.is_root:
-            logger.info(text)
+        on_first_rank(self.spacetime.comm, "logging", logger.info, str(self.memory()))
 
     @property
     def evaluations(self) -> tuple[Evaluation, ...]:
@@ -153,12 +152,12 @@ class ReducedProblem(ControlProblem):
         """Adjoint of the last control, as :attr:`U`."""
         return self._cache.latest.L
 
-    def at(self, z: np.ndarray, **accuracy) -> Evaluation:
+    def at(self, z: np.ndarray, **accuracy: float) -> Evaluation:
         """Return the evaluation of a control, of which the state need not be solved, and make it the latest one."""
         return self._cache.at(z, **accuracy)
 
     # -- values --------------------------------------------------------------------------------------------------------
-    def value(self, z: np.ndarray, **accuracy) -> float:
+    def value(self, z: np.ndarray, **accuracy: float) -> float:
         """Return ``J(z)``, the identical number on every rank; ``rtol`` is the tolerance of the state, by default that
         of the options.
         """
@@ -235,14 +234,14 @@ class ReducedProblem(ControlProblem):
             total += self.layout.pairing(self.regularisation.gradient(evaluation.z), dz)
         return total
 
-    def _tangent(self, evaluation: Evaluation, dz: np.ndarray, **accuracy) -> tuple[np.ndarray, SolveResult]:
+    def _tangent(self, evaluation: Evaluation, dz: np.ndarray, **accuracy: float) -> tuple[np.ndarray, SolveResult]:
         """Return the derivative of the state in a direction, solved from zero, and the result of the solve."""
         dU = self.sweeps.new_slab()
         steps, direction = self.layout.steps(evaluation.z), self.layout.steps(dz)
         initial = self.layout.initial(dz)
         return dU, self.sweeps.tangent(steps, evaluation.U, direction, dU, initial=initial, **accuracy)
 
-    def derivative(self, z: np.ndarray, **accuracy) -> np.ndarray:
+    def derivative(self, z: np.ndarray, **accuracy: float) -> np.ndarray:
         """Return ``J'(z)`` as a dual vector; ``rtol`` is the tolerance of state and adjoint, by default that of the
         options.
         """
@@ -300,7 +299,9 @@ class ReducedProblem(ControlProblem):
         return error * self._pull_back(evaluation, M, terms.controls)
 
     # -- second derivatives --------------------------------------------------------------------------------------------
-    def _prepared(self, z: np.ndarray, dz: np.ndarray, gauss_newton: bool, **accuracy) -> tuple[Evaluation, bool]:
+    def _prepared(
+        self, z: np.ndarray, dz: np.ndarray, gauss_newton: bool, **accuracy: float
+    ) -> tuple[Evaluation, bool]:
         """Return the evaluation of a control for a Hessian action, and whether the action has second-order terms of the
         steps. A state and an adjoint that are cached are used as they are where the action has an accuracy of its own.
         """
@@ -312,7 +313,9 @@ class ReducedProblem(ControlProblem):
             evaluation = self._cache.adjoint(z)
         return evaluation, second
 
-    def hessian_action(self, z: np.ndarray, dz: np.ndarray, *, gauss_newton: bool = False, **accuracy) -> np.ndarray:
+    def hessian_action(
+        self, z: np.ndarray, dz: np.ndarray, *, gauss_newton: bool = False, **accuracy: float
+    ) -> np.ndarray:
         """Return ``J''(z) dz`` as a dual vector; with ``gauss_newton`` without second derivatives of the steps.
         ``rtol`` is the tolerance of the two sweeps, by default that of the options.
         """

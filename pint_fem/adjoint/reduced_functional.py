@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import ufl
 from firedrake import Function
+from irksome.tableaux.ButcherTableaux import ButcherTableau
 from mpi4py import MPI
 from ufl.algorithms import extract_coefficients
 
@@ -13,9 +14,10 @@ from pint_fem.adjoint.composed import problem_with_initial_expression, sum_of_pr
 from pint_fem.adjoint.functional import ControlFunctional
 from pint_fem.adjoint.interface import ControlProblem
 from pint_fem.adjoint.problem import ReducedProblem
-from pint_fem.adjoint.riesz import ControlInner
+from pint_fem.adjoint.riesz import ControlInner, RieszKind
 from pint_fem.adjoint.states import FinalState
-from pint_fem.errors import InputError
+from pint_fem.collective import on_first_rank
+from pint_fem.errors import InputError, InputTypeError
 from pint_fem.evolution.evolution import Evolution
 from pint_fem.logs import logger
 from pint_fem.misfits.base import Misfit
@@ -82,7 +84,7 @@ class TimeParallelReducedFunctional(ControlFunctional):
     Raises
     ------
     InputError
-        On every rank, if an argument does not fit.
+        On every rank, if an argument does not fit; InputTypeError where one is no Evolution or SpaceTime.
     """
 
     def __init__(
@@ -93,35 +95,44 @@ class TimeParallelReducedFunctional(ControlFunctional):
         regularisation: ufl.Form | Sequence[ufl.Form] | None = None,
         spacetime: SpaceTime | None = None,
         solver_parameters: Mapping | None = None,
-        riesz_map="L2",
-        coarse_tableau=None,
+        riesz_map: RieszKind | Sequence[RieszKind] = "L2",
+        coarse_tableau: ButcherTableau | None = None,
         propagator: Callable = make_propagator,
         coarse_evolutions: Sequence[Evolution] | None = None,
         final_state: Function | Sequence[Function] | None = None,
         options_prefix: str = "",
     ):
-        forms = list(regularisation) if isinstance(regularisation, (list, tuple)) else [regularisation]
+        forms: list = list(regularisation) if isinstance(regularisation, (list, tuple)) else [regularisation]
         forms = [form for form in forms if form is not None]
         several = isinstance(evolution, (list, tuple))
-        evolutions, own_misfits, own_forms = [evolution], [misfits], [forms]
+        evolutions: list = list(evolution) if isinstance(evolution, (list, tuple)) else [evolution]
+        own_misfits: list = [misfits]
+        own_forms: list = [forms]
         if several:
-            evolutions = list(evolution)
             own_misfits, own_forms = _shared_out(evolutions, misfits, forms, coarse_evolutions)
+        if not all(isinstance(ev, Evolution) for ev in evolutions):
+            raise InputTypeError(f"evolution = {evolution!r}: give an Evolution or a list of them")
+        if not isinstance(spacetime, SpaceTime | None):
+            raise InputTypeError(f"spacetime = {spacetime!r}: give a process grid, such as SpaceTime(space=1)")
         if spacetime is None:
             space_comm = evolutions[0].V.mesh().comm
             spacetime = SpaceTime((space_comm.size, 1), comm=space_comm)
         steps = dict(coarse_tableau=coarse_tableau, propagator=propagator, coarse_evolutions=coarse_evolutions)
-        options = spacetime, solver_parameters, options_prefix, steps
-        problems = [_problem(*own, *options) for own in zip(evolutions, own_misfits, own_forms, strict=True)]
+        problems = [
+            _problem(*own, spacetime, solver_parameters, options_prefix, steps)
+            for own in zip(evolutions, own_misfits, own_forms, strict=True)
+        ]
         problem = sum_of_problems([(1.0, p) for p in problems]) if several else problems[0]
-        final = [] if final_state is None else list(final_state) if several else [final_state]
+        final: list = [] if final_state is None else list(final_state) if several else [final_state]
         if final and len(final) != len(problems):
             raise InputError(f"final_state: {len(final)} functions for {len(problems)} evolutions; give one for each")
         final = [FinalState(p.leaves[0], f) for p, f in zip(problems, final, strict=False)]
         super().__init__(problem, ControlInner(problem.layout, riesz_map), forms, final)
 
 
-def _shared_out(evolutions: list, misfits, forms: list, coarse_evolutions) -> tuple[list, list]:
+def _shared_out(
+    evolutions: list, misfits: object, forms: list, coarse_evolutions: Sequence[Evolution] | None
+) -> tuple[list, list]:
     """The misfits of each evolution, and the functionals of the regularisation that contain its controls."""
     if not evolutions or not all(isinstance(ev, Evolution) for ev in evolutions):
         raise InputError("evolution: give an Evolution or a list of them")
@@ -131,7 +142,8 @@ def _shared_out(evolutions: list, misfits, forms: list, coarse_evolutions) -> tu
         raise InputError(
             f"misfits: give a list with {len(evolutions)} entries, the misfit or misfits of each evolution"
         )
-    own, controls = [[] for _ in evolutions], [set(ev.sought) for ev in evolutions]
+    own: list[list[ufl.Form]] = [[] for _ in evolutions]
+    controls = [set(ev.sought) for ev in evolutions]
     for form in forms:
         found = set(extract_coefficients(form)) & set().union(*controls) if isinstance(form, ufl.Form) else set()
         places = [i for i, of in enumerate(controls) if found <= of]
@@ -146,7 +158,7 @@ def _shared_out(evolutions: list, misfits, forms: list, coarse_evolutions) -> tu
 
 def _problem(
     evolution: Evolution,
-    misfits,
+    misfits: Misfit | Sequence[Misfit],
     forms: list,
     spacetime: SpaceTime,
     solver_parameters: Mapping | None,
@@ -165,8 +177,8 @@ def _problem(
     parameters, own = dict(solver_parameters or {}), evolution.private()
     own.options_prefix = require_prefix(options_prefix)
     solver = read_time_solver(parameters, own, spacetime, steps["coarse_tableau"], options_prefix=own.options_prefix)
-    if solver.why and spacetime.is_root:
-        logger.info(solver.why)
+    if solver.why:
+        on_first_rank(spacetime.comm, "logging", logger.info, solver.why)
     spatial_coarsening = parameters.pop("spatial_coarsening", None)
     norm, krylov = parameters.pop("norm", "l2"), krylov_options(parameters.pop("krylov", None), own.options_prefix)
     if krylov is not None and solver.kind == "paradiag":

@@ -6,12 +6,14 @@ The Riesz map of an inner product :math:`(a, b) = a^T M b` takes a dual vector :
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 
 import firedrake
 import numpy as np
 import ufl
 from firedrake import Cofunction, Function, TestFunction, TrialFunction, assemble, dx, grad, inner
+from firedrake.functionspaceimpl import WithGeometry
 
 from pint_fem.adjoint.control_layout import ControlLayout
 from pint_fem.errors import InputError
@@ -21,6 +23,8 @@ from pint_fem.kernels.blocks import Factor, is_symmetric
 __all__ = ["ControlInner", "RieszMap"]
 
 _KINDS = ("L2", "H1", "l2", "lumped")
+
+RieszKind = str | ufl.Form | firedrake.RieszMap
 
 
 class RieszMap:
@@ -49,7 +53,7 @@ class RieszMap:
         If the kind is none of these, or the form does not fit.
     """
 
-    def __init__(self, space, kind):
+    def __init__(self, space: WithGeometry, kind: RieszKind):
         a, b = TrialFunction(space), TestFunction(space)
         given = isinstance(kind, ufl.Form)
         if given and [arg.function_space() for arg in kind.arguments()] != [space, space]:
@@ -107,7 +111,7 @@ class RieszMap:
         return self._y.array_r.copy()
 
 
-def _lumped(space, mass: ufl.Form) -> np.ndarray:
+def _lumped(space: WithGeometry, mass: ufl.Form) -> np.ndarray:
     """Diagonal of the mass matrix, scaled to the sum of the matrix's entries over each component."""
     matrix = assemble(mass, mat_type="aij").petscmat
     diagonal = matrix.getDiagonal()
@@ -132,7 +136,7 @@ class ControlInner:
         if one does not fit.
     """
 
-    def __init__(self, layout: ControlLayout, kinds):
+    def __init__(self, layout: ControlLayout, kinds: RieszKind | Sequence[RieszKind]):
         self.layout, self._dt = layout, layout.evolution.dt
         controls = layout.evolution.controls
         kinds = list(kinds) if isinstance(kinds, (list, tuple)) else [kinds] * len(controls)

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from numbers import Real
 from pathlib import Path
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 from firedrake import Cofunction, Function
@@ -23,7 +23,7 @@ from pyadjoint.tape import stop_annotating
 
 from pint_fem.adjoint.interface import ControlProblem
 from pint_fem.adjoint.problem import ReducedProblem
-from pint_fem.adjoint.riesz import RieszMap
+from pint_fem.adjoint.riesz import RieszKind, RieszMap
 from pint_fem.collective import collectively, require_same
 from pint_fem.errors import InputError
 from pint_fem.evolution.evolution import Evolution
@@ -32,6 +32,9 @@ from pint_fem.output.paraview import write_fields
 
 Times: TypeAlias = float | Sequence[float] | None
 """A time, several, or all points."""
+
+if TYPE_CHECKING:
+    from pint_fem.adjoint.minimisation.bounds_and_constraints import Controls
 
 __all__ = ["FinalState", "StateAccess", "point_numbers"]
 
@@ -156,7 +159,7 @@ class StateAccess:
         return chosen.time(np.array(_own_points(leaf)))
 
     def state(
-        self, values=None, times: Times = None, *, evolution: Evolution | None = None
+        self, values: Controls | None = None, times: Times = None, *, evolution: Evolution | None = None
     ) -> Function | list[Function]:
         """Return the state at values of the controls as functions (collective).
 
@@ -184,7 +187,12 @@ class StateAccess:
         return _functions(leaf, leaf.states(own), times, lambda row: _filled(Function(leaf.evolution.V), row))
 
     def adjoint(
-        self, values=None, times: Times = None, *, riesz_map="L2", evolution: Evolution | None = None
+        self,
+        values: Controls | None = None,
+        times: Times = None,
+        *,
+        riesz_map: RieszKind | None = "L2",
+        evolution: Evolution | None = None,
     ) -> Function | Cofunction | list[Function] | list[Cofunction]:
         """Return the adjoint at values of the controls (collective): at a time ``t_n`` the derivative of ``J`` by the
         state at this time, from which the evolution continues.
@@ -221,7 +229,9 @@ class StateAccess:
             make = lambda row: _filled(Function(V), riesz.primal(weight * row))
         return _functions(leaf, leaf.adjoints(own), times, make)
 
-    def write(self, values, path: str | Path, times: Times = None, *, evolution: Evolution | None = None) -> Path:
+    def write(
+        self, values: Controls | None, path: str | Path, times: Times = None, *, evolution: Evolution | None = None
+    ) -> Path:
         """Write the state at values of the controls for ParaView (collective): each rank in time its own points, and
         one file that lists them all; nothing is gathered.
 

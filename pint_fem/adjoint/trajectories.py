@@ -17,7 +17,7 @@ derivative by the controls is summed then, and returned with the right-hand side
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -84,7 +84,7 @@ class _Trajectories:
     def __init__(self, sweeps: Sweeps, misfits: Sequence[Misfit]):
         self.sweeps, self.misfits = sweeps, misfits
 
-    def _collectively(self, work: Callable, *args):
+    def _collectively(self, work: Callable, *args: Any):
         """The result of ``work``; what fails on one rank raises on all."""
         return collectively(self.sweeps.spacetime.comm, self.where, work, *args)
 
@@ -177,7 +177,7 @@ class CPointTrajectories(_Trajectories):
         return self.sweeps.intervals
 
     # -- observations --------------------------------------------------------------------------------------------------
-    def _read(self, evaluation: Evaluation, z: Controls, dz=None, dU=None) -> list[np.ndarray]:
+    def _read(self, evaluation: Evaluation, z: Controls, dz=None, dU: np.ndarray | None = None) -> list[np.ndarray]:
         """Observations of the local points by each misfit, or their derivatives along a tangent."""
         k, intervals, along = self.sweeps.slab.k, self.intervals, dU is not None
         intervals.bind(z, evaluation.U)
@@ -186,7 +186,7 @@ class CPointTrajectories(_Trajectories):
         # derivatives depend on the state where the misfit is not linear in it
         of_state = [m.observed & m.state_dependent if along else m.observed for m in self.misfits]
 
-        def observe(points: slice, u, du) -> None:
+        def observe(points: slice, u: np.ndarray, du: np.ndarray) -> None:
             for misfit, Y in zip(self.misfits, out, strict=True):
                 if misfit.observed[points].any():
                     Y[points] = misfit.observe_tangent(points, u, du) if along else misfit.observe(points, u)
@@ -226,7 +226,7 @@ class CPointTrajectories(_Trajectories):
         """Contributions of the own points to each misfit, ``(k, misfits)``."""
         return np.stack(self._of_each_misfit("point_values", self._readings(evaluation, z)), axis=1)
 
-    def directional(self, evaluation: Evaluation, z: Controls, dz: Controls, dU: np.ndarray):
+    def directional(self, evaluation: Evaluation, z: Controls, dz: Controls, dU: np.ndarray) -> np.ndarray:
         """Derivatives of the contributions along a tangent, summed over the misfits, ``(k,)``."""
         readings = self._readings(evaluation, z) if self._uses_observations else [None] * len(self.misfits)
         along = self._collectively(self._read, evaluation, z, dz, dU)
@@ -357,7 +357,9 @@ class CPointTrajectories(_Trajectories):
             Lam[j - 1] += source(group.steps(j), W[j])
         return Lam
 
-    def control_gradient(self, evaluation: Evaluation, z: Controls, L: np.ndarray, controls: Controls):
+    def control_gradient(
+        self, evaluation: Evaluation, z: Controls, L: np.ndarray, controls: Controls
+    ) -> np.ndarray | None:
         """Derivative by the controls from an adjoint at the C-points and the ``controls`` of its :class:`Source`."""
         if not self.sweeps.evolution.parameters:
             return None

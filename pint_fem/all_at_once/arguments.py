@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
 import numpy as np
 
 from pint_fem.collective import consistent_across_ranks, raise_collectively, require_same
 from pint_fem.digests import digest
 from pint_fem.errors import InputError
 
+if TYPE_CHECKING:
+    from pint_fem.all_at_once.solver import AllAtOnceSolver
+
 __all__ = ["check_arrays"]
 
 
-def check_arrays(solver, U: np.ndarray, G: np.ndarray | None, coarse_rhs, **call) -> None:
+def check_arrays(
+    solver: AllAtOnceSolver,
+    U: np.ndarray,
+    G: np.ndarray | None,
+    coarse_rhs: Sequence[np.ndarray | None] | None,
+    **call: Any,
+) -> None:
     """Refuse arrays that do not fit, and a solve that is not the same on all ranks (collective).
 
     Parameters

@@ -9,10 +9,14 @@ call of each level must overwrite all of ``out``.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pint_fem.errors import InputError
+
+if TYPE_CHECKING:
+    from pint_fem.all_at_once.levels import Propagator
 
 __all__ = ["StepCalls", "read_only", "require_block", "require_nothing", "returned_block"]
 
@@ -34,7 +38,7 @@ def read_only(array: np.ndarray) -> np.ndarray:
     return view
 
 
-def require_nothing(name: str, result) -> None:
+def require_nothing(name: str, result: object) -> None:
     """Refuse a result of a method that has to write in place.
 
     Raises
@@ -46,7 +50,7 @@ def require_nothing(name: str, result) -> None:
         raise InputError(f"{name} returned a {type(result).__name__}, which would be lost: {_FORMS[name]}")
 
 
-def require_block(name: str, result, shape: tuple[int, ...]) -> np.ndarray:
+def require_block(name: str, result: object, shape: tuple[int, ...]) -> np.ndarray:
     """The result of a function that has to return a block, as an array.
 
     Raises
@@ -62,7 +66,7 @@ def require_block(name: str, result, shape: tuple[int, ...]) -> np.ndarray:
     return block
 
 
-def returned_block(name: str, function: Callable, shape: tuple[int, ...], *args) -> np.ndarray:
+def returned_block(name: str, function: Callable, shape: tuple[int, ...], *args: Any) -> np.ndarray:
     """The block that a function returns, called with arguments that are read-only where they are arrays.
 
     Raises
@@ -89,7 +93,7 @@ class StepCalls:
         can be written to.
     """
 
-    def __init__(self, propagator):
+    def __init__(self, propagator: Propagator):
         self._propagator = propagator
         self._protects = not getattr(propagator, "keeps_input", False)
         # a first guess in ``out`` may be the result already

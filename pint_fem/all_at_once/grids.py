@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import cached_property
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -70,7 +71,7 @@ def coarse_points(nsteps: int, coarsening: Sequence[Coarsening]) -> list[range |
     return points
 
 
-def _short(values) -> str:
+def _short(values: Sequence) -> str:
     text = ", ".join(map(str, values[:4]))
     return f"[{text}, ...]" if len(values) > 4 else f"[{text}]"
 
@@ -143,7 +144,7 @@ class Bounds(tuple):
         return self._cache[m]
 
 
-def check_coarsening(given) -> tuple:
+def check_coarsening(given: Any) -> tuple:
     """A coarsening as a tuple of factors and tuples of C-points, one entry per level.
 
     Raises
@@ -171,6 +172,6 @@ def check_coarsening(given) -> tuple:
     return tuple(out)
 
 
-def is_integer(value) -> bool:
+def is_integer(value: object) -> TypeGuard[int]:
     """Whether a value can be used as an index; booleans cannot."""
     return hasattr(value, "__index__") and not isinstance(value, bool)

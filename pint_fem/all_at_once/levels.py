@@ -11,11 +11,12 @@ keeps the initial value.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
+from mpi4py import MPI
 
 from pint_fem.all_at_once.callbacks import StepCalls
 from pint_fem.all_at_once.grids import Bounds, Coarsening, coarse_points
@@ -85,7 +86,7 @@ class FirstFailure:
         The present one.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.clear()
 
     def clear(self) -> None:
@@ -123,7 +124,15 @@ class Level:
         Ranks that own the neighbouring points.
     """
 
-    def __init__(self, index: int, bounds: Sequence[int], coarsening: Coarsening | None, points, propagator, comm):
+    def __init__(
+        self,
+        index: int,
+        bounds: Sequence[int],
+        coarsening: Coarsening | None,
+        points: Sequence[int] | np.ndarray,
+        propagator: Propagator,
+        comm: MPI.Comm,
+    ):
         self.index, self.bounds, self.points = index, Bounds.make(bounds), points
         self.propagator, self.comm = propagator, comm
         self.nsteps = self.bounds[-1]
@@ -182,7 +191,17 @@ class Level:
         if len(steps):
             self._call("phi", steps, u, out, self._calls.step, (steps, u, out), checks=self.checks_blocks)
 
-    def _call(self, name: str, steps: range, u: np.ndarray, out: np.ndarray, method, args, *, checks: bool) -> None:
+    def _call(
+        self,
+        name: str,
+        steps: range,
+        u: np.ndarray,
+        out: np.ndarray,
+        method: Callable[..., None],
+        args: Any,
+        *,
+        checks: bool,
+    ) -> None:
         """Call the propagator for steps from ``u`` to ``out``; norms carry the NaN of a failure to every rank."""
         self.phi_calls += len(steps)
         self.first_failure.calls += 1
@@ -237,7 +256,7 @@ class Level:
             self.note(f"steps {', '.join(str(steps[i]) for i in bad[:5])}: value not finite")
 
     # -- messages: one row to the right, one from the left; the tag is the level -----------------------------------
-    def post_receive(self, array: np.ndarray):
+    def post_receive(self, array: np.ndarray) -> MPI.Request | None:
         """Start receiving row 0 of ``array`` from the left; ``None`` where there is no neighbour."""
         if self.left is None:
             return None
@@ -245,7 +264,7 @@ class Level:
             self.trace.message("receive posted", self.index, self.comm, self.left, array[:1].nbytes)
         return self.comm.Irecv(array[:1], source=self.left, tag=self.index)
 
-    def post_send(self, array: np.ndarray):
+    def post_send(self, array: np.ndarray) -> MPI.Request | None:
         """Start sending the last row of ``array`` to the right; ``None`` where there is no neighbour."""
         if self.right is None:
             return None
@@ -253,7 +272,7 @@ class Level:
             self.trace.message("send", self.index, self.comm, self.right, array[-1:].nbytes)
         return self.comm.Isend(array[-1:], dest=self.right, tag=self.index)
 
-    def wait(self, *requests) -> None:
+    def wait(self, *requests: MPI.Request | None) -> None:
         """Wait for those of the requests that are not ``None``."""
         for request in requests:
             if request is not None:
@@ -283,7 +302,9 @@ class Level:
         self.wait(send)
 
 
-def build_levels(propagators: Sequence[Propagator], coarsening: Sequence[Coarsening], bounds: Sequence[int], comm):
+def build_levels(
+    propagators: Sequence[Propagator], coarsening: Sequence[Coarsening], bounds: Sequence[int], comm: MPI.Comm
+) -> list[Level]:
     """Build the hierarchy from the finest bounds.
 
     Parameters

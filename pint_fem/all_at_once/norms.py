@@ -12,6 +12,8 @@ from collections.abc import Callable
 import numpy as np
 from mpi4py import MPI
 
+from pint_fem.all_at_once.grids import Bounds
+
 __all__ = ["PointNorms", "euclidean", "gather_in_order", "norm_over_time"]
 
 PointNorms = Callable[[np.ndarray], np.ndarray]
@@ -33,7 +35,7 @@ def norm_over_time(squares: np.ndarray, kind: int | str) -> np.ndarray:
     return norms.sum(axis=0) if kind == 1 else norms.max(axis=0)
 
 
-def gather_in_order(values: np.ndarray, comm, bounds=None) -> np.ndarray:
+def gather_in_order(values: np.ndarray, comm: MPI.Comm, bounds: Bounds | None = None) -> np.ndarray:
     """Concatenate the ranks' ``(k_r, c)`` or ``(k_r,)`` arrays in rank order, on every rank.
 
     For a few numbers per point (norms, misfits), never for states.

@@ -10,7 +10,7 @@ import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from math import inf
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeGuard
 
 from pint_fem.all_at_once.grids import is_integer
 
@@ -78,7 +78,7 @@ class SolverOptions:
     #: Name of the solver in messages.
     solver: ClassVar[str] = "solver"
     #: The values that an option may have.
-    choices: ClassVar[Mapping[str, Sequence]] = {
+    choices: ClassVar[dict[str, Sequence]] = {
         "rtol_of": ("trajectory", "first"),
         "time_norm": (1, 2, "inf"),
         "on_divergence": ("report", "serial"),
@@ -86,15 +86,15 @@ class SolverOptions:
         "view": (False, True),
     }
     #: The least value of options that are whole numbers.
-    counts: ClassVar[Mapping[str, int]] = {"max_it": 1}
+    counts: ClassVar[dict[str, int]] = {"max_it": 1}
     #: Options that are real numbers.
     numbers: ClassVar[Sequence[str]] = ("rtol", "atol", "dtol", "stagnation")
     #: Options that may be ``None``.
     optional: ClassVar[Sequence[str]] = ("stagnation",)
     #: What a message about a string that cannot be read proposes, where that is no number.
-    proposals: ClassVar[Mapping[str, str]] = {"monitor": "give true or false", "view": "give true or false"}
+    proposals: ClassVar[dict[str, str]] = {"monitor": "give true or false", "view": "give true or false"}
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, choices in self.choices.items():
             value = getattr(self, name)
             if not any(value == c and isinstance(value, str) == isinstance(c, str) for c in choices):
@@ -127,7 +127,7 @@ class SolverOptions:
         return sorted((f.name for f in fields(cls) if f.repr), key=lambda name: name in shared)
 
     @classmethod
-    def make(cls, options: Self | Mapping | None = None, **changes) -> Self:
+    def make(cls, options: Self | Mapping | None = None, **changes: Any) -> Self:
         """Options from options, a dictionary of them or nothing, with changes.
 
         Raises
@@ -136,7 +136,7 @@ class SolverOptions:
             On an unknown name, proposing the nearest option, and on a bad value.
         """
         base = options if isinstance(options, cls) else None
-        given = changes if base is not None else {**(options or {}), **changes}
+        given = {**(options or {}), **changes} if base is None else changes  # type: ignore[dict-item]
         for name in given:
             if name not in (cls.names() if base is None else vars(base)):
                 raise unknown_option(cls.solver, name, cls.names())
@@ -177,7 +177,7 @@ class SolverOptions:
         return out
 
     @classmethod
-    def _parsed(cls, name: str, text: str):
+    def _parsed(cls, name: str, text: str) -> Any:
         """One option's value; the text of an unknown option stays as it is."""
         if text.lower() == "none":
             return None
@@ -201,7 +201,9 @@ SHARED = tuple(f.name for f in fields(SolverOptions) if f.name != "max_it")
 """Options that have the same meaning, and the same default, for all solvers."""
 
 
-def unknown_option(solver: str, name, names: Sequence[str], *, prefix: str = "", listed: str = "options") -> ValueError:
+def unknown_option(
+    solver: str, name: object, names: Sequence[str], *, prefix: str = "", listed: str = "options"
+) -> ValueError:
     """The error about an unknown option, with the nearest one or a list of all.
 
     Parameters
@@ -222,6 +224,6 @@ def unknown_option(solver: str, name, names: Sequence[str], *, prefix: str = "",
     return ValueError(f"unknown {solver} option {name!r}: {hint}")
 
 
-def is_number(value) -> bool:
+def is_number(value: object) -> TypeGuard[float]:
     """Whether a value is a real number, other than NaN; booleans are none."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value

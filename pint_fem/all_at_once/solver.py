@@ -16,6 +16,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import numpy as np
+from mpi4py import MPI
+from numpy.typing import DTypeLike
 
 from pint_fem.all_at_once.arguments import check_arrays
 from pint_fem.all_at_once.failures import Failures
@@ -81,8 +83,8 @@ class AllAtOnceSolver(ABC):
         levels: Sequence[Level],
         options: SolverOptions,
         *,
-        comm,
-        everyone=None,
+        comm: MPI.Comm,
+        everyone: MPI.Comm | None = None,
         point_norms: PointNorms = euclidean,
         name: str,
         trace: Trace | None = None,
@@ -192,7 +194,9 @@ class AllAtOnceSolver(ABC):
             self._failures.raise_at_points(U)
             return SolveResult(True, "exact", [0.0], 0)
 
-    def _iterate_or_step(self, U: np.ndarray, start: str, coarse_rhs) -> SolveResult:
+    def _iterate_or_step(
+        self, U: np.ndarray, start: str, coarse_rhs: Sequence[np.ndarray | None] | None
+    ) -> SolveResult:
         """Iterate; where that does not converge and the options permit it, step sequentially."""
         result, serial = SolveResult(), self.options.on_divergence == "serial"
         self.prepare(U.shape[1:], U.dtype)
@@ -214,14 +218,16 @@ class AllAtOnceSolver(ABC):
         return result
 
     @abstractmethod
-    def _iterate(self, U: np.ndarray, start: str, coarse_rhs, result: SolveResult) -> None:
+    def _iterate(
+        self, U: np.ndarray, start: str, coarse_rhs: Sequence[np.ndarray | None] | None, result: SolveResult
+    ) -> None:
         """Iterate on ``U`` and fill the result until the stopping criterion is met."""
 
     def _step_through(self) -> None:
         """Step sequentially, whatever the present iterate."""
         self.levels[0].solve_sequentially(fresh=True)
 
-    def prepare(self, shape: tuple[int, ...], dtype=float) -> None:
+    def prepare(self, shape: tuple[int, ...], dtype: DTypeLike = float) -> None:
         """Allocate the work arrays for states of a shape and type, where they are missing (collective)."""
         if self._iterates:
             self._state = tuple(shape), np.dtype(dtype)

@@ -12,6 +12,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
+
+from mpi4py import MPI
 
 from pint_fem import files
 from pint_fem.collective import collectively, on_first_rank
@@ -19,7 +22,7 @@ from pint_fem.collective import collectively, on_first_rank
 __all__ = ["Trace", "check_trace_file", "timed"]
 
 
-def check_trace_file(path: str | Path, comm) -> None:
+def check_trace_file(path: str | Path, comm: MPI.Comm) -> None:
     """Check before a run that its trace can be written (collective).
 
     Raises
@@ -31,7 +34,7 @@ def check_trace_file(path: str | Path, comm) -> None:
 
 
 @contextmanager
-def timed(trace: Trace | None, name: str, level: int, **args) -> Iterator[None]:
+def timed(trace: Trace | None, name: str, level: int, **args: Any) -> Iterator[None]:
     """Record what is done within as work, where there is a trace."""
     begin = trace.now() if trace else 0.0
     yield
@@ -51,7 +54,7 @@ class Trace:
         Returns seconds.
     """
 
-    def __init__(self, comm, clock: Callable[[], float] = time.perf_counter):
+    def __init__(self, comm: MPI.Comm, clock: Callable[[], float] = time.perf_counter):
         self.comm, self.events, self._clock = comm, [], clock
         comm.Barrier()
         self._start = clock()
@@ -60,19 +63,19 @@ class Trace:
         """Microseconds since the start."""
         return 1e6 * (self._clock() - self._start)
 
-    def work(self, name: str, level: int, begin: float, **args) -> None:
+    def work(self, name: str, level: int, begin: float, **args: Any) -> None:
         """Record some work that took from ``begin`` until now."""
         event = {"name": name, "cat": "work", "ph": "X", "ts": begin, "dur": self.now() - begin}
         self.events.append(event | {"pid": self.comm.rank, "tid": level, "args": args})
 
-    def message(self, name: str, level: int, comm, peer: int, nbytes: int) -> None:
+    def message(self, name: str, level: int, comm: MPI.Comm, peer: int, nbytes: int) -> None:
         """Record a message to or from rank ``peer`` of ``comm``."""
         if comm is not self.comm:
             peer = comm.group.Translate_ranks([peer], self.comm.group)[0]
         event = {"name": name, "cat": "message", "ph": "i", "s": "t", "ts": self.now()}
         self.events.append(event | {"pid": self.comm.rank, "tid": level, "args": {"peer": peer, "bytes": nbytes}})
 
-    def mark(self, name: str, **args) -> None:
+    def mark(self, name: str, **args: Any) -> None:
         """Record a point in the algorithm, such as the end of a cycle."""
         event = {"name": name, "cat": "cycle", "ph": "i", "s": "p", "ts": self.now()}
         self.events.append(event | {"pid": self.comm.rank, "tid": 0, "args": args})

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from numbers import Real
+from typing import Any
 
 import numpy as np
 import ufl
 from firedrake import DirichletBC, Function
+from firedrake.functionspaceimpl import WithGeometry
 from firedrake.utils import complex_mode
 
 from pint_fem.errors import InputError
@@ -34,7 +36,7 @@ def check_state_and_steps(u: Function, dt: float, nsteps: int) -> None:
         raise InputError(f"nsteps = {nsteps!r}: give a whole number of at least 1")
 
 
-def check_residual(residual: ufl.Form, V) -> None:
+def check_residual(residual: ufl.Form, V: WithGeometry) -> None:
     """Require a 1-form with a test function in the state's space, which has no real numbers."""
     if not isinstance(residual, ufl.Form) or len(residual.arguments()) != 1:
         raise InputError("residual is not a linear form: write F(Dt(u), u; v) with one TestFunction v, and no '== 0'")
@@ -50,7 +52,7 @@ def check_residual(residual: ufl.Form, V) -> None:
         )
 
 
-def checked_conditions(given, V) -> tuple[DirichletBC, ...]:
+def checked_conditions(given: Any, V: WithGeometry) -> tuple[DirichletBC, ...]:
     """The boundary conditions as a tuple; required are ``DirichletBC`` on the state's space or parts of it."""
     bcs = tuple(given) if isinstance(given, (list, tuple)) else (given,)
     if any(not isinstance(bc, DirichletBC) for bc in bcs):
@@ -60,7 +62,7 @@ def checked_conditions(given, V) -> tuple[DirichletBC, ...]:
     return bcs
 
 
-def checked_controls(given, u: Function, found: set, initial: Function | None) -> tuple[Function, ...]:
+def checked_controls(given: Any, u: Function, found: set, initial: Function | None) -> tuple[Function, ...]:
     """The controls as a tuple; required are different functions of the evolution.
 
     Parameters
@@ -97,7 +99,7 @@ def checked_controls(given, u: Function, found: set, initial: Function | None) -
     return controls
 
 
-def checked_per_step(given, controls: tuple[Function, ...], initial: Function | None) -> tuple[Function, ...]:
+def checked_per_step(given: Any, controls: tuple[Function, ...], initial: Function | None) -> tuple[Function, ...]:
     """The controls with a value of their own in each step, from ``True``, ``False`` or some of the controls."""
     if isinstance(given, (bool, np.bool_)):
         return tuple(c for c in controls if given and c is not initial)
@@ -109,7 +111,7 @@ def checked_per_step(given, controls: tuple[Function, ...], initial: Function | 
     return chosen
 
 
-def checked_field(given, V, bcs: tuple[DirichletBC, ...]) -> int | None:
+def checked_field(given: Any, V: WithGeometry, bcs: tuple[DirichletBC, ...]) -> int | None:
     """The number of the field to eliminate, or ``None``; it must have no boundary condition (collective)."""
     if given is None:
         return None

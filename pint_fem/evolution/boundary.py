@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import ufl
 from firedrake import DirichletBC, Function
+from firedrake.functionspaceimpl import WithGeometry
 from ufl.algorithms import extract_coefficients
 
 from pint_fem.errors import InputError
@@ -66,7 +67,14 @@ class BoundaryControls:
         If a boundary value is not affine in a control.
     """
 
-    def __init__(self, bcs: Sequence[DirichletBC], V, parameters: Sequence[Function], u: Function, t: Function | None):
+    def __init__(
+        self,
+        bcs: Sequence[DirichletBC],
+        V: WithGeometry,
+        parameters: Sequence[Function],
+        u: Function,
+        t: Function | None,
+    ):
         self._parameters, self._size = parameters, own_size(V)
         self._dependences: list[_Dependence] = []
         self.depends_on_time = False
@@ -121,7 +129,7 @@ class BoundaryControls:
 
 
 def boundary_controls(
-    bcs: Sequence[DirichletBC], V, parameters: Sequence[Function], u: Function, t: Function | None
+    bcs: Sequence[DirichletBC], V: WithGeometry, parameters: Sequence[Function], u: Function, t: Function | None
 ) -> BoundaryControls | None:
     """The operator of controls in boundary values, with the parameters and errors of :class:`BoundaryControls`;
     ``None`` where no value contains one.

@@ -20,6 +20,7 @@ import numpy as np
 import ufl
 from firedrake import Cofunction, Function, TrialFunction, assemble, derivative, interpolate
 from firedrake.assemble import get_assembler
+from firedrake.functionspaceimpl import WithGeometry
 from firedrake.petsc import PETSc
 from mpi4py import MPI
 from ufl.algorithms import expand_derivatives, extract_coefficients
@@ -84,19 +85,19 @@ class MatrixOperator:
         self.matrix.zeroRows((zero_rows + first).astype(PETSc.IntType), diag=0.0)
         self._z, self._y = self.matrix.createVecs()
 
-    def __call__(self, z):
+    def __call__(self, z: np.ndarray) -> np.ndarray:
         """The product with the matrix, ``(n,)``."""
         self._z.array[:] = z
         self.matrix.mult(self._z, self._y)
         return self._y.array_r.copy()
 
-    def transposed(self, y):
+    def transposed(self, y: np.ndarray) -> np.ndarray:
         """The product with the transposed matrix, ``(nz,)``."""
         self._y.array[:] = y
         self.matrix.multTranspose(self._y, self._z)
         return self._z.array_r.copy()
 
-    def absolute(self):
+    def absolute(self) -> MatrixOperator:
         """The operator of the matrix of magnitudes."""
         return MatrixOperator(absolute(self.matrix), np.zeros(0, dtype=int))
 
@@ -104,24 +105,24 @@ class MatrixOperator:
 class _RealOperator:
     """A :class:`ControlOperator` of a real number, which the first rank in space owns, by ``column(1)``."""
 
-    def __init__(self, space, column: Callable[[Function], Function | Cofunction], zero_rows: np.ndarray):
+    def __init__(self, space: WithGeometry, column: Callable[[Function], Function | Cofunction], zero_rows: np.ndarray):
         self._comm = space.mesh().comm
         self.column = get(column(Function(space).assign(1.0)))
         self.column[zero_rows] = 0.0
 
-    def __call__(self, z):
+    def __call__(self, z: np.ndarray) -> np.ndarray:
         """The number times the column, ``(n,)``."""
         value = np.empty(1)
         value[: len(z)] = z  # on the first rank
         self._comm.Bcast(value, root=0)
         return value * self.column
 
-    def transposed(self, y):
+    def transposed(self, y: np.ndarray) -> np.ndarray:
         """The dot product with the column over space, on the first rank, ``(1,)`` or ``(0,)``."""
         total = self._comm.allreduce(float(self.column @ y), op=MPI.SUM)
         return np.full(1 if self._comm.rank == 0 else 0, total)
 
-    def absolute(self):
+    def absolute(self) -> MatrixOperator:
         """The operator of the column of magnitudes."""
         made = copy(self)
         made.column = np.abs(self.column)
@@ -154,13 +155,15 @@ def control_operator(form: ufl.Form, control: Function, zero_rows: np.ndarray) -
     return MatrixOperator(assemble(slope(TrialFunction(space)), mat_type="aij").petscmat, zero_rows)
 
 
-def expression_derivative(expression: ufl.core.expr.Expr, control: Function, direction) -> ufl.core.expr.Expr:
+def expression_derivative(
+    expression: ufl.core.expr.Expr, control: Function, direction: Function | ufl.Argument
+) -> ufl.core.expr.Expr:
     """The derivative of an expression by a control in a direction, as an expression."""
     return apply_derivatives(apply_algebra_lowering(derivative(expression, control, direction)))
 
 
 def interpolation_operator(
-    expression: ufl.core.expr.Expr, control: Function, V, zero_rows: np.ndarray
+    expression: ufl.core.expr.Expr, control: Function, V: WithGeometry, zero_rows: np.ndarray
 ) -> ControlOperator:
     """The interpolation into ``V`` of an expression's derivative by a control (collective over space).
 
@@ -208,7 +211,14 @@ class SeparatedOperator:
         Whether ``MOST_TERMS`` terms are enough.
     """
 
-    def __init__(self, form: ufl.Form, control: Function, zero_rows: np.ndarray, t: Function | None, interval):
+    def __init__(
+        self,
+        form: ufl.Form,
+        control: Function,
+        zero_rows: np.ndarray,
+        t: Function | None,
+        interval: tuple[float, float],
+    ):
         if t is not None:  # samples are taken at times of its own
             moving, t = t, Function(t.function_space(), name="t")
             form = ufl.replace(form, {moving: t})
@@ -292,7 +302,7 @@ class SeparatedOperator:
 
 
 def separated_operator(
-    form: ufl.Form, control: Function, zero_rows: np.ndarray, t: Function | None, interval
+    form: ufl.Form, control: Function, zero_rows: np.ndarray, t: Function | None, interval: tuple[float, float]
 ) -> SeparatedOperator | None:
     """The operator of a control in a load, with the parameters of :class:`SeparatedOperator`; ``None`` where the form
     does not depend on the control (collective over space).

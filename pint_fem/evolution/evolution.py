@@ -13,7 +13,7 @@ from functools import cached_property
 
 import numpy as np
 import ufl
-from firedrake import Constant, DirichletBC, Function, derivative
+from firedrake import Constant, DirichletBC, Function, MixedVectorSpaceBasis, VectorSpaceBasis, derivative
 from irksome.tableaux.ButcherTableaux import ButcherTableau
 from irksome.ufl.deriv import TimeDerivative, expand_time_derivatives
 from ufl.algorithms import expand_derivatives, extract_coefficients
@@ -25,7 +25,7 @@ from pint_fem.evolution.boundary import boundary_controls, boundary_value
 from pint_fem.evolution.control_operators import SeparatedOperator, separated_operator
 from pint_fem.evolution.fields import Fields
 from pint_fem.evolution.initial import split_initial
-from pint_fem.evolution.private_copies import PrivateCopies, data_of
+from pint_fem.evolution.private_copies import Integrand, PrivateCopies, data_of
 from pint_fem.evolution.residual import check_time_derivatives, checked_time, fixed_degrees, time_among, without_loads
 from pint_fem.evolution.tableaux import DIRK
 from pint_fem.kernels.arrays import boundary_rows, get, own_size, put, split_values
@@ -136,9 +136,9 @@ class Evolution:
         bcs: DirichletBC | Sequence[DirichletBC] = (),
         solver_parameters: dict | None = None,
         eliminate: int | None = None,
-        nullspace=None,
-        transpose_nullspace=None,
-        near_nullspace=None,
+        nullspace: VectorSpaceBasis | MixedVectorSpaceBasis | None = None,
+        transpose_nullspace: VectorSpaceBasis | MixedVectorSpaceBasis | None = None,
+        near_nullspace: VectorSpaceBasis | MixedVectorSpaceBasis | None = None,
     ):
         arguments.check_state_and_steps(u, dt, nsteps)
         residual, self.loads = without_loads(residual)
@@ -186,7 +186,7 @@ class Evolution:
         self.copies: PrivateCopies | None = None
         self.injected: dict[Function, Function] = {}
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         kinds = {c: " in each step" for c in self.stepwise} | {self.initial_control: " as initial condition"}
         controls = ", ".join(c.name() + kinds.get(c, "") for c in self.controls) or "none"
         return (
@@ -194,7 +194,7 @@ class Evolution:
             f"{self.V.ufl_element()} with {self.V.dim()} unknowns, controls: {controls})"
         )
 
-    def in_time(self, expression):
+    def in_time(self, expression: Integrand) -> Integrand:
         """A form or an expression with the time function in the place of a ``Constant`` that was given as ``t``."""
         return expression if self.time_constant is None else ufl.replace(expression, {self.time_constant: self.t})
 
@@ -340,7 +340,7 @@ class Evolution:
         return self._linear
 
     @cached_property
-    def _linear(self):
+    def _linear(self) -> tuple[ufl.Form, ufl.Form] | None:
         form, rate = self.parts()
         M = expand_derivatives(derivative(form, rate))
         K = expand_derivatives(derivative(form, self.u))

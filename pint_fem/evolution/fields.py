@@ -13,10 +13,13 @@ small dense system. How a step uses it is in :mod:`~pint_fem.propagators.elimina
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 
 import numpy as np
+import ufl
 from firedrake import DirichletBC, assemble
+from firedrake.functionspaceimpl import WithGeometry
 from firedrake.petsc import PETSc
 
 from pint_fem.errors import InputError
@@ -115,7 +118,14 @@ class Fields:
         On every rank, if the system is not of this form or ``X`` is not sparse.
     """
 
-    def __init__(self, V, eliminate: int, operators, bcs=(), nullspace: Nullspace | None = None):
+    def __init__(
+        self,
+        V: WithGeometry,
+        eliminate: int,
+        operators: tuple[ufl.Form, ufl.Form],
+        bcs: Sequence[DirichletBC] = (),
+        nullspace: Nullspace | None = None,
+    ):
         self.comm = V.mesh().comm
         offsets = rows_in_whole(V.sub(eliminate))
         size = V.dof_dset.layout_vec.local_size
@@ -169,7 +179,7 @@ class Fields:
             self.matrices[name + "T"] = self.matrices[name].transpose(PETSc.Mat())
 
     @staticmethod
-    def _geometry(V, eliminate: int, bcs) -> Geometry | None:
+    def _geometry(V: WithGeometry, eliminate: int, bcs: Sequence[DirichletBC]) -> Geometry | None:
         if len(V) != 2:
             return None
         space, made = V.sub(1 - eliminate).collapse(), []

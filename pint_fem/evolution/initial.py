@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 import ufl
 from firedrake import Constant, Function
+from firedrake.functionspaceimpl import WithGeometry
 from pyadjoint.tape import stop_annotating
 from ufl.algorithms import extract_coefficients
 
@@ -27,7 +28,12 @@ _NO_ROWS = np.zeros(0, dtype=int)
 
 
 def split_initial(
-    initial, u: Function, control, found: set, t: Function | None, t0: float
+    initial: Function | ufl.core.expr.Expr | None,
+    u: Function,
+    control: Function | Sequence[Function] | None,
+    found: set,
+    t: Function | None,
+    t0: float,
 ) -> tuple[ufl.core.expr.Expr | None, Function | None, Sequence | Function | None]:
     """Split what a user gives as ``initial=`` into an expression, a function and the evolution's controls.
 
@@ -101,7 +107,7 @@ class InitialExpression:
         Whether the expression is affine in the controls.
     """
 
-    def __init__(self, expression: ufl.core.expr.Expr, V, controls: Sequence[Function]):
+    def __init__(self, expression: ufl.core.expr.Expr, V: WithGeometry, controls: Sequence[Function]):
         self.V, self.controls, self._value = V, list(controls), expression
         self._directions = [Function(c.function_space()) for c in self.controls]
         pairs = zip(self.controls, self._directions, strict=True)

@@ -7,11 +7,12 @@ propagator by itself) is made, and read again by an explicit call. Changes in be
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import ufl
 from firedrake import Cofunction, Constant, DirichletBC, Function, TestFunction, TrialFunction, assemble, dx, inner
+from firedrake.functionspaceimpl import WithGeometry
 from pyadjoint.tape import stop_annotating
 from ufl.algorithms import estimate_total_polynomial_degree, extract_coefficients
 from ufl.algorithms.analysis import extract_type
@@ -23,8 +24,11 @@ from pint_fem.kernels.blocks import Factor
 
 __all__ = ["PrivateCopies", "data_of", "mass_degree", "name_of", "riesz_representative"]
 
+Integrand = TypeVar("Integrand")
+"""A form or an expression."""
 
-def data_of(expression) -> list:
+
+def data_of(expression: ufl.BaseForm | ufl.core.expr.Expr) -> list:
     """Functions and Firedrake constants in a form or an expression, in an order that is the same on all ranks."""
     constants = sorted(extract_type(expression, Constant), key=lambda c: c.count())
     return [*extract_coefficients(expression), *constants]
@@ -35,7 +39,7 @@ def name_of(given: Function | Constant | Cofunction) -> str:
     return given.name if isinstance(given, Constant) else given.name()
 
 
-def mass_degree(space) -> int:
+def mass_degree(space: WithGeometry) -> int:
     """Degree of the quadrature of a space's mass matrix."""
     return estimate_total_polynomial_degree(inner(TrialFunction(space), TestFunction(space)))
 
@@ -86,7 +90,7 @@ class PrivateCopies:
     the values that were read last.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._of: dict = {}
         self._data: list[_Datum] = []
         self._read: list[np.ndarray] = []  # values of each datum
@@ -130,12 +134,12 @@ class PrivateCopies:
         self._read.append(datum.values())
         return datum.copy
 
-    def form(self, expression):
+    def form(self, expression: Integrand) -> Integrand:
         """A form or an expression with the copies in the place of the functions and constants in it."""
         found = {given: self.datum(given) for given in data_of(expression)}
         return ufl.replace(expression, found) if found else expression
 
-    def interpolated(self, expression, space) -> Function:
+    def interpolated(self, expression: ufl.core.expr.Expr, space: WithGeometry) -> Function:
         """A function with the interpolated values of an expression of data, which :meth:`update` updates."""
         made, own = Function(space), self.form(expression)
         with stop_annotating():

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 from weakref import WeakSet
 
 import ufl
 from firedrake import Cofunction, Constant, Function, FunctionSpace, TestFunction, dx, inner
+from firedrake.mesh import MeshGeometry
 from irksome.ufl.deriv import TimeDerivative
 from ufl.algorithms.analysis import extract_type
 
@@ -21,7 +23,7 @@ _TIMES: WeakSet[Function] = WeakSet()
 """The functions that :func:`time_function` has made."""
 
 
-def time_function(mesh, value: float = 0.0) -> Function:
+def time_function(mesh: MeshGeometry, value: float = 0.0) -> Function:
     """A time variable for use in forms: a function in the space of real numbers ``R``.
 
     Parameters
@@ -36,7 +38,7 @@ def time_function(mesh, value: float = 0.0) -> Function:
     return t
 
 
-def checked_time(given: Function | Constant | None, mesh) -> tuple[Function | None, Constant | None]:
+def checked_time(given: Function | Constant | None, mesh: MeshGeometry) -> tuple[Function | None, Constant | None]:
     """The time function of an evolution, from what a user gives as ``t=``, and the ``Constant`` that it replaces.
 
     Raises
@@ -53,7 +55,7 @@ def checked_time(given: Function | Constant | None, mesh) -> tuple[Function | No
     return given, None
 
 
-def _represents_time(given) -> bool:
+def _represents_time(given: Any) -> bool:
     """Whether a real number in a form is a time: made by :func:`time_function`, or named ``t`` or ``time``."""
     if given in _TIMES:
         return True
@@ -115,7 +117,7 @@ def check_time_derivatives(residual: ufl.Form, u: Function) -> None:
         )
 
 
-def without_loads(residual) -> tuple[ufl.BaseForm, dict[Function, Cofunction]]:
+def without_loads(residual: ufl.BaseForm) -> tuple[ufl.Form, dict[Function, Cofunction]]:
     """Replace the cofunctions in a residual by integrals of their Riesz representatives (collective over space).
 
     Parameters

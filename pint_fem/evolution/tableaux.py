@@ -14,11 +14,11 @@ __all__ = ["DIRK", "SDIRK2", "BackwardEuler", "ImplicitMidpoint", "named_tableau
 class SDIRK2(ButcherTableau):
     """The stiffly accurate, L-stable SDIRK method of order 2, ``gamma = 1 - 1/sqrt 2`` (Alexander, SINUM 14, 1977)."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         g = 1 - 1 / np.sqrt(2)
         super().__init__(np.array([[g, 0], [1 - g, g]]), np.array([1 - g, g]), None, np.array([g, 1.0]), 2, None, None)
 
-    def __str__(self):
+    def __str__(self) -> str:
         return "SDIRK2()"
 
 

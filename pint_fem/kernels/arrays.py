@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 from firedrake import Cofunction, DirichletBC, Function
+from firedrake.functionspaceimpl import WithGeometry
 
 __all__ = [
     "boundary_rows",
@@ -21,12 +22,12 @@ __all__ = [
 ]
 
 
-def own_size(V) -> int:
+def own_size(V: WithGeometry) -> int:
     """Number of degrees of freedom of a space that this rank owns."""
     return V.dof_dset.layout_vec.local_size
 
 
-def is_real(V) -> bool:
+def is_real(V: WithGeometry) -> bool:
     """Whether a space is one of real numbers, ``R``; the first rank owns them."""
     return V.ufl_element().family() == "Real"
 
@@ -49,14 +50,14 @@ def split_values(vector: np.ndarray, functions: Sequence[Function]) -> list[np.n
     return np.split(vector, ends[:-1], axis=-1) if len(functions) else []
 
 
-def whole_space(space):
+def whole_space(space: WithGeometry) -> WithGeometry:
     """The space that a sub-space (``W.sub(0)``, ``V.sub(1)``, ``W.sub(0).sub(1)``) is taken from, or itself."""
     while space.parent is not None:
         space = space.parent
     return space
 
 
-def rows_in_whole(space) -> np.ndarray:
+def rows_in_whole(space: WithGeometry) -> np.ndarray:
     """Rows of a sub-space's own degrees of freedom among those of the space that it is taken from."""
     rows = np.arange(own_size(space))
     while space.parent is not None:
@@ -69,7 +70,7 @@ def rows_in_whole(space) -> np.ndarray:
     return rows
 
 
-def like_subspace(V, bc: DirichletBC):
+def like_subspace(V: WithGeometry, bc: DirichletBC) -> WithGeometry:
     """The part of ``V`` that corresponds to a condition's part of its own space."""
     for index in bc._indices:
         V = V.sub(index)
@@ -86,7 +87,7 @@ def condition_rows(bc: DirichletBC) -> np.ndarray:
     return (nodes[:, None] * space.block_size + np.arange(space.block_size)).ravel()
 
 
-def boundary_rows(bcs: Iterable[DirichletBC], V) -> np.ndarray:
+def boundary_rows(bcs: Iterable[DirichletBC], V: WithGeometry) -> np.ndarray:
     """Sorted local rows of the own degrees of freedom of ``V`` that the conditions, on it or on parts of it, fix."""
     rows = [rows_in_whole(bc.function_space())[condition_rows(bc)] for bc in bcs]
     return np.unique(np.concatenate([np.zeros(0, dtype=int), *rows])).astype(np.int32)

@@ -58,7 +58,7 @@ class StateBlock:
         self.array = matrix.getDenseArray().T
 
     @classmethod
-    def zeros(cls, sizes, comm) -> StateBlock:
+    def zeros(cls, sizes: tuple[int, int | None], comm: PETSc.Comm) -> StateBlock:
         """Zero states, for local and global ``sizes`` of a state."""
         matrix = PETSc.Mat().createDense((sizes, (None, WIDTH)), comm=comm)
         matrix.setUp()
@@ -77,7 +77,7 @@ class StateBlock:
         self.array[where] = states
 
 
-def new_states(sizes, comm, *, single: bool) -> StateBlock | PETSc.Vec:
+def new_states(sizes: tuple[int, int | None], comm: PETSc.Comm, *, single: bool) -> StateBlock | PETSc.Vec:
     """A zero block of states, or a zero vector of a single one, for local and global ``sizes`` of a state."""
     if not single:
         return StateBlock.zeros(sizes, comm)
@@ -108,7 +108,7 @@ class _SolveRecord:
     calls.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.worst = 0
 
     def note(self, ksp: PETSc.KSP, b: PETSc.Vec, x: PETSc.Vec) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
+from mpi4py import MPI
 from petsc4py import PETSc
 from petsctools import flatten_parameters
 
@@ -33,7 +34,7 @@ _SUBDOMAINS = {"pc_type": "asm", "pc_asm_type": "basic", "pc_asm_overlap": 3}
 _BYTES = 12  # of an entry of a factor with its index
 
 
-def direct_solver(comm, unknowns: int, *, spd: bool = False) -> dict | None:
+def direct_solver(comm: MPI.Comm, unknowns: int, *, spd: bool = False) -> dict | None:
     """PETSc options of a factorisation whose solves are bitwise reproducible.
 
     On one rank a sparse factorisation. On several, every rank factors the whole of small systems, and a solve is one
@@ -63,7 +64,7 @@ def direct_solver(comm, unknowns: int, *, spd: bool = False) -> dict | None:
     return {"ksp_type": "preonly", "pc_type": "redundant", **{f"redundant_{k}": v for k, v in factor.items()}}
 
 
-def default_solver(comm, unknowns: int, *, spd: bool = False) -> dict:
+def default_solver(comm: MPI.Comm, unknowns: int, *, spd: bool = False) -> dict:
     """PETSc options of a bitwise reproducible solve to round-off: those of :func:`direct_solver`, with its parameters,
     and for large systems on several ranks a Krylov iteration with overlapping subdomains that are factored.
     """
@@ -73,7 +74,7 @@ def default_solver(comm, unknowns: int, *, spd: bool = False) -> dict:
     return {**_ITERATE, "ksp_type": "cg" if spd else "gmres", **_SUBDOMAINS, "sub_pc_type": "cholesky" if spd else "lu"}
 
 
-def completed(parameters: Mapping, comm, unknowns: int) -> dict:
+def completed(parameters: Mapping, comm: MPI.Comm, unknowns: int) -> dict:
     """A user's PETSc options, flat, with defaults for options that are not given.
 
     Options without ``ksp_`` or ``pc_`` are added to :func:`default_solver`; a factorisation alone is applied once; any

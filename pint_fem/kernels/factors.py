@@ -19,8 +19,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
+from firedrake.functionspaceimpl import WithGeometry
 from firedrake.petsc import PETSc
 from mpi4py import MPI
 from petsctools import flatten_parameters
@@ -90,7 +92,7 @@ class StageFactors:
     def __init__(
         self,
         parameters: Mapping,
-        space,
+        space: WithGeometry,
         memory: int,
         counts: Counter,
         nullspace: Nullspace | None = None,
@@ -110,21 +112,21 @@ class StageFactors:
         self._refinement: _Refinement | None = None
 
     # -- factors of stages ---------------------------------------------------------------------------------------------
-    def nearby(self, stage) -> UpdatableFactor | None:
+    def nearby(self, stage: Any) -> UpdatableFactor | None:
         """A stored solver of a nearby Jacobian of the same step: the stage's own one or that of an earlier stage."""
         if stage.constant:
             return self._constant.get(stage.h)
         solver = stage.earlier.solver if stage.solver is None and stage.earlier is not None else stage.solver
         return None if solver is None or solver.version is None else solver
 
-    def exact(self, stage) -> UpdatableFactor | None:
+    def exact(self, stage: Any) -> UpdatableFactor | None:
         """The solver whose matrix is the stage's present Jacobian, or ``None``."""
         if stage.constant:
             return self._constant.get(stage.h)
         solver = stage.solver or self._spare.get(stage.index)
         return solver if solver is not None and solver.version is stage.version else None
 
-    def factor(self, stage, matrix: PETSc.Mat, version: object) -> UpdatableFactor:
+    def factor(self, stage: Any, matrix: PETSc.Mat, version: object) -> UpdatableFactor:
         """Factor a Jacobian, identified by ``version``, in the stage's own solver, a new one within the budget, or a
         common one (collective over space).
 
@@ -152,7 +154,7 @@ class StageFactors:
                 self.stored -= 1
         return solver
 
-    def drop(self, stage) -> None:
+    def drop(self, stage: Any) -> None:
         """Discard the factors of a stage whose solve has failed."""
         stage.correction = None
         for solver in (stage.solver, self._spare.get(stage.index)):
@@ -190,7 +192,7 @@ class StageFactors:
             like.destroy()
 
     # -- solves --------------------------------------------------------------------------------------------------------
-    def solve(self, stage, b: PETSc.Vec, x: PETSc.Vec, *, transposed: bool = False) -> None:
+    def solve(self, stage: Any, b: PETSc.Vec, x: PETSc.Vec, *, transposed: bool = False) -> None:
         """Solve ``J x = b`` with a stage's Jacobian, or with its transpose (collective over space).
 
         Raises
@@ -206,7 +208,7 @@ class StageFactors:
         self.counts["solve"] += 1
         solver.solve(b, x, transposed=transposed)
 
-    def _refine(self, stage, b, x, transposed: bool) -> bool:
+    def _refine(self, stage: Any, b, x, transposed: bool) -> bool:
         """Solve with a factor of another matrix; whether the residual is round-off."""
         solver = self.nearby(stage)
         most = MOST_ITERATIONS - stage.iterations if stage.may_refine and self.refines else 0
@@ -254,7 +256,7 @@ class _Refinement:
     matrix, whose solves are between projections.
     """
 
-    def __init__(self, comm):
+    def __init__(self, comm: PETSc.Comm):
         self.ksp = PETSc.KSP().create(comm)
         self.ksp.setType(PETSc.KSP.Type.GMRES)
         self.ksp.setGMRESRestart(MOST_ITERATIONS)
@@ -276,7 +278,7 @@ class _Refinement:
 class _Apply:
     """Context of a Python preconditioner that applies a factor."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.solver: UpdatableFactor | None = None
 
     def apply(self, pc, x, y):

@@ -15,12 +15,13 @@ from __future__ import annotations
 import gc
 import weakref
 
+from mpi4py import MPI
 from petsc4py import PETSc
 
 __all__ = ["Dropped", "clean"]
 
 
-def clean(comm) -> None:
+def clean(comm: MPI.Comm) -> None:
     """Destroy the PETSc objects that all ranks of an mpi4py communicator have dropped (collective)."""
     if comm.size > 1:
         PETSc.garbage_cleanup(comm)

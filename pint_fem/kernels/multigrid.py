@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from firedrake import DirichletBC
+from firedrake.functionspaceimpl import WithGeometry
 from firedrake.mg.interface import assemble_prolongation_aij
 from firedrake.mg.utils import get_level
 from firedrake.petsc import PETSc
@@ -34,7 +35,7 @@ class Geometry:
         Conditions on it.
     """
 
-    def __init__(self, space, bcs: Sequence[DirichletBC] = ()):
+    def __init__(self, space: WithGeometry, bcs: Sequence[DirichletBC] = ()):
         self.space, self.bcs = space, tuple(bcs)
 
     def prepare(self, ksp: PETSc.KSP, parameters: Mapping) -> None:

@@ -23,7 +23,9 @@ from __future__ import annotations
 
 import numpy as np
 from firedrake import Function, MixedVectorSpaceBasis, VectorSpaceBasis
+from firedrake.functionspaceimpl import WithGeometry
 from firedrake.petsc import PETSc
+from mpi4py import MPI
 
 from pint_fem.errors import InputError
 from pint_fem.kernels.arrays import get, own_size, put
@@ -37,7 +39,7 @@ DEPENDENT = 1e-8
 _MAX = PETSc.NormType.NORM_INFINITY
 
 
-def basis_vectors(basis, V, name: str) -> np.ndarray:
+def basis_vectors(basis: VectorSpaceBasis | MixedVectorSpaceBasis, V: WithGeometry, name: str) -> np.ndarray:
     """Own values ``(k, own_size(V))`` of Firedrake's basis of a nullspace (collective).
 
     Parameters
@@ -76,14 +78,14 @@ def basis_vectors(basis, V, name: str) -> np.ndarray:
     return np.concatenate(found)
 
 
-def _on(V, vector: Function, name: str) -> Function:
+def _on(V: WithGeometry, vector: Function, name: str) -> Function:
     """A vector of a basis; raises unless it is in the state's space, or in that of the field at the basis's place."""
     if vector.function_space().dof_dset.layout_vec.getSizes() != V.dof_dset.layout_vec.getSizes():
         raise InputError(f"{name}: a vector is not in the state's space or the field's at its place")
     return vector
 
 
-def _orthonormal(rows: np.ndarray, comm, name: str) -> np.ndarray:
+def _orthonormal(rows: np.ndarray, comm: MPI.Comm, name: str) -> np.ndarray:
     """Orthonormal rows with the same span, by Gram-Schmidt over space (twice); raises if they are dependent."""
     rows = rows.copy()
     for i, row in enumerate(rows):
@@ -97,7 +99,12 @@ def _orthonormal(rows: np.ndarray, comm, name: str) -> np.ndarray:
     return rows
 
 
-def read_nullspace(V, right, left, near) -> Nullspace | None:
+def read_nullspace(
+    V: WithGeometry,
+    right: VectorSpaceBasis | MixedVectorSpaceBasis | None,
+    left: VectorSpaceBasis | MixedVectorSpaceBasis | None,
+    near: VectorSpaceBasis | MixedVectorSpaceBasis | None,
+) -> Nullspace | None:
     """The nullspaces of the stages' matrices from Firedrake's bases (collective).
 
     Parameters
@@ -155,7 +162,14 @@ class Nullspace:
         If there are no pins.
     """
 
-    def __init__(self, right: np.ndarray, left: np.ndarray, comm, pins=None, near: np.ndarray | None = None):
+    def __init__(
+        self,
+        right: np.ndarray,
+        left: np.ndarray,
+        comm: MPI.Comm,
+        pins: list[int] | None = None,
+        near: np.ndarray | None = None,
+    ):
         self.right, self.left, self.comm, self.near = right, left, comm, near
         self.pins = self._find_pins() if pins is None else pins
 
@@ -247,7 +261,7 @@ class Nullspace:
             matrix.setNullSpace(_petsc_nullspace(self.right, matrix))
             matrix.setTransposeNullSpace(_petsc_nullspace(self.left, matrix))
 
-    def bases(self, V) -> dict[str, VectorSpaceBasis]:
+    def bases(self, V: WithGeometry) -> dict[str, VectorSpaceBasis]:
         """The arguments ``nullspace`` and ``transpose_nullspace`` of Firedrake's solvers on a space."""
         made = {}
         for name, vectors in (("nullspace", self.right), ("transpose_nullspace", self.left)):
@@ -258,7 +272,7 @@ class Nullspace:
                 made[name] = VectorSpaceBasis(functions, comm=self.comm)
         return made
 
-    def restricted(self, rows) -> Nullspace:
+    def restricted(self, rows: np.ndarray | slice) -> Nullspace:
         """The nullspace of the Schur complement of own rows, outside of which all vectors are zero."""
         right, left = (_orthonormal(part[:, rows], self.comm, "nullspace") for part in (self.right, self.left))
         near = None if self.near is None else _orthonormal(self.near[:, rows], self.comm, "near_nullspace")

@@ -11,7 +11,10 @@ vector of its nullspace, ``S x`` is round-off, and ``x'`` is unrelated to ``x``.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+from firedrake.functionspaceimpl import WithGeometry
 from firedrake.petsc import PETSc
 
 from pint_fem.errors import InputError, is_numerical
@@ -55,7 +58,7 @@ def is_singular(ksp: PETSc.KSP) -> bool:
     return not difference <= REPEATABLE * size
 
 
-def singular_message(matrix: PETSc.Mat, V) -> str:
+def singular_message(matrix: PETSc.Mat, V: WithGeometry) -> str:
     """A message about a singular stage matrix, with the fields whose constants are in its nullspace (collective).
 
     Parameters
@@ -84,7 +87,7 @@ def singular_message(matrix: PETSc.Mat, V) -> str:
     return f"{text}. Constants {'of ' + named.removeprefix('of ') + ' ' if named else ''}are in its nullspace"
 
 
-def regular_factor(evolution, matrix: PETSc.Mat, nullspace: Nullspace | None, **given) -> Factor:
+def regular_factor(evolution: Any, matrix: PETSc.Mat, nullspace: Nullspace | None, **given: Any) -> Factor:
     """The factor of a stage's matrix of a linear evolution, which has to be regular (collective).
 
     Parameters

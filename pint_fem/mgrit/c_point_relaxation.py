@@ -147,7 +147,7 @@ class CPointRelaxation(Relaxation):
         """
         yield from self._walk(U, G, store=False)
 
-    def _walk(self, U, G, *, store: bool) -> Iterator[tuple[int, np.ndarray]]:
+    def _walk(self, U: np.ndarray, G: np.ndarray | None, *, store: bool) -> Iterator[tuple[int, np.ndarray]]:
         level = self.level
         longest = max((i.length for i in self.intervals), default=0)
         work = np.empty((longest + 1, *U.shape[1:]), U.dtype)

@@ -19,6 +19,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from pint_fem.all_at_once.callbacks import read_only, require_block, returned_block
 from pint_fem.all_at_once.levels import Level
@@ -63,7 +64,7 @@ class Cycle:
         *,
         transposed: bool = False,
         linear: bool = False,
-        dtype=float,
+        dtype: DTypeLike = float,
     ):
         self.levels, self.options, self.transfers = list(levels), options, list(transfers)
         self.transposed, self.linear, self.state_shape = transposed, linear, tuple(state_shape)

@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from petsc4py import PETSc
@@ -82,7 +83,7 @@ class KrylovMGRIT:
         solver_parameters: Mapping | None = None,
         options_prefix: str = "mgrit_",
         name: str = "mgrit",
-        **hierarchy,
+        **hierarchy: Any,
     ):
         self.options = options = MGRITOptions.make(options)
         self.hierarchies = Hierarchies(propagators, nsteps, options=options, name=name, **hierarchy)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import inf
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from pint_fem.all_at_once.grids import check_coarsening, is_integer
+from pint_fem.all_at_once.grids import Coarsening, check_coarsening, is_integer
 from pint_fem.all_at_once.options import STARTS, SolverOptions, is_number, unknown_option
 
 __all__ = ["MGRITOptions"]
@@ -75,7 +75,7 @@ class MGRITOptions(SolverOptions):
         On a value out of range, naming the option, what was given and what would do.
     """
 
-    levels: int | None = None
+    levels: int | None = None  # type: ignore[assignment]
     coarsening: int | Sequence = (8, 4)
     cycle: str = "V"
     f_cycles: int | None = None
@@ -92,7 +92,7 @@ class MGRITOptions(SolverOptions):
     of_levels: tuple[tuple[str, int], ...] = field(default=(), repr=False, compare=False)
 
     solver: ClassVar[str] = "mgrit"
-    choices: ClassVar[Mapping[str, Sequence]] = SolverOptions.choices | {
+    choices: ClassVar[dict[str, Sequence]] = SolverOptions.choices | {
         "cycle": ("V", "F"),
         "start": STARTS,
         "coarse_solver": ("sequential", "gathered", "relax", "paradiag"),
@@ -100,18 +100,18 @@ class MGRITOptions(SolverOptions):
         "residual": ("C", "full", "none"),
         "check": ("auto", "relaxed", "cycle"),
     }
-    counts: ClassVar[Mapping[str, int]] = SolverOptions.counts | {
+    counts: ClassVar[dict[str, int]] = SolverOptions.counts | {
         "levels": 1,
         "f_cycles": 0,
         "nested_cycles": 1,
         "coarse_sweeps": 1,
     }
     optional: ClassVar[Sequence[str]] = ("levels", "f_cycles", "stagnation")
-    proposals: ClassVar[Mapping[str, str]] = SolverOptions.proposals | {
+    proposals: ClassVar[dict[str, str]] = SolverOptions.proposals | {
         "coarsening": "give whole numbers such as 8,4, or a level's C-points such as 0:4:8"
     }
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         set_ = lambda name, value: object.__setattr__(self, name, value)
         set_("coarsening", check_coarsening(self.coarsening))
         set_("relax", tuple(_scheme(r, self.relax) for r in _as_tuple(self.relax, "relax")))
@@ -122,7 +122,7 @@ class MGRITOptions(SolverOptions):
         super().__post_init__()
 
     @classmethod
-    def make(cls, options: MGRITOptions | Mapping | None = None, **changes) -> MGRITOptions:
+    def make(cls, options: MGRITOptions | Mapping | None = None, **changes: Any) -> MGRITOptions:
         """Options from options, a dictionary of them or nothing, with changes.
 
         Dictionaries may be nested: ``{"coarse": {"solver": "relax"}}`` is ``{"coarse_solver": "relax"}``, and
@@ -135,8 +135,9 @@ class MGRITOptions(SolverOptions):
             others leave without an effect.
         """
         base = options if isinstance(options, cls) else None
-        given = {**_flat(options or {}), **changes} if base is None else changes
-        plain, of_one_level = {}, {}
+        given = {**_flat(options or {}), **changes} if base is None else changes  # type: ignore[arg-type]
+        plain: dict[str, Any] = {}
+        of_one_level: dict[str, dict[int, Any]] = {}
         for name, value in given.items():
             level, rest = _level_of(name)
             if level < 0:
@@ -156,13 +157,14 @@ class MGRITOptions(SolverOptions):
             for level, value in changed.items():
                 values[level] = value
             added = {(name, level) for level in changed}
-            made = replace(made, **{name: values}, of_levels=tuple(sorted({*made.of_levels, *added})))
+            replaced: dict[str, Any] = {name: values, "of_levels": tuple(sorted({*made.of_levels, *added}))}
+            made = replace(made, **replaced)
         if base is None:
             made._refuse_unread(plain | of_one_level)
         return made
 
     @classmethod
-    def _parsed(cls, name: str, text: str):
+    def _parsed(cls, name: str, text: str) -> Any:
         level, rest = _level_of(name)
         if level >= 0:
             value = cls._parsed(rest, text)
@@ -223,7 +225,8 @@ class MGRITOptions(SolverOptions):
         ValueError
             If there are so many levels that one has no step, or an option is for a level that there is not.
         """
-        chosen, n = [], nsteps
+        chosen: list[Coarsening] = []
+        n = nsteps
         if self.levels is None:
             while len(chosen) < 2 and _coarser(n, self.coarsen(len(chosen))) >= 4:
                 n = _coarser(n, self.coarsen(len(chosen)))
@@ -242,13 +245,13 @@ class MGRITOptions(SolverOptions):
                 )
         return tuple(chosen)
 
-    def coarsen(self, index: int):
+    def coarsen(self, index: int) -> Coarsening:
         """Coarsening from level ``index`` to the next."""
-        return self.coarsening[min(index, len(self.coarsening) - 1)]
+        return _of_level(self.coarsening, index)
 
     def scheme(self, index: int) -> str:
         """Relaxation of level ``index``."""
-        return self.relax[min(index, len(self.relax) - 1)]
+        return _of_level(self.relax, index)
 
     def sweeps(self, index: int) -> int:
         """Number of FC-sweeps in the relaxation of level ``index``."""
@@ -256,14 +259,19 @@ class MGRITOptions(SolverOptions):
 
     def weight(self, index: int) -> float:
         """Weight of C-relaxation on level ``index``."""
-        return self.c_weight[min(index, len(self.c_weight) - 1)]
+        return _of_level(self.c_weight, index)
 
 
-def _coarser(n: int, m) -> int:
-    return n // m if is_integer(m) else len(m) - 1
+def _of_level(values: Any, index: int) -> Any:
+    """The entry of a level in an option, which is a tuple once it is checked; the last one holds for all below."""
+    return values[min(index, len(values) - 1)]
 
 
-def _scheme(r, given) -> str:
+def _coarser(n: int, m: Coarsening) -> int:
+    return n // m if isinstance(m, int) else len(m) - 1
+
+
+def _scheme(r: object, given: Any) -> str:
     if is_integer(r) and r > _MOST_SWEEPS:
         raise ValueError(f"mgrit relax {given!r}: give at most {_MOST_SWEEPS} FC-sweeps; 1 or 2 are usual")
     if is_integer(r) and r >= 0:
@@ -285,7 +293,7 @@ def _flat(options: Mapping, prefix: str = "") -> dict:
     return flat
 
 
-def _level_of(name) -> tuple[int, str]:
+def _level_of(name: object) -> tuple[int, str]:
     """``level_1_relax`` as ``(1, "relax")``."""
     parts = str(name).split("_", 2)
     if len(parts) == 3 and parts[0] == "level" and parts[1].isdigit():
@@ -293,7 +301,7 @@ def _level_of(name) -> tuple[int, str]:
     return -1, ""
 
 
-def _as_tuple(value, name: str) -> tuple:
+def _as_tuple(value: Any, name: str) -> tuple:
     items = tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else (value,)
     if not items:
         raise ValueError(f"mgrit {name} {value!r}: give at least one")

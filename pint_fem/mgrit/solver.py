@@ -15,9 +15,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from mpi4py import MPI
+from numpy.typing import DTypeLike
 
 from pint_fem.all_at_once.failures import EXCHANGE_AFTER
 from pint_fem.all_at_once.grids import Bounds
@@ -77,13 +79,13 @@ class MGRIT(AllAtOnceSolver):
         nsteps: int,
         *,
         options: MGRITOptions | Mapping | None = None,
-        comm=MPI.COMM_SELF,
+        comm: MPI.Comm = MPI.COMM_SELF,
         bounds: Sequence[int] | None = None,
         transfers: Sequence | None = None,
         linear: bool = False,
         transposed: bool = False,
         name: str = "mgrit",
-        **given,
+        **given: Any,
     ):
         options, count = MGRITOptions.make(options), len(propagators)
         if options.levels not in (None, count):
@@ -126,7 +128,7 @@ class MGRIT(AllAtOnceSolver):
     def _step_through(self) -> None:
         self._cycle.relaxations[0].solve_sequentially()
 
-    def prepare(self, shape: tuple[int, ...], dtype=float) -> None:
+    def prepare(self, shape: tuple[int, ...], dtype: DTypeLike = float) -> None:
         """Allocate the work arrays for states of a shape and type, where they are missing (collective).
 
         Raises
@@ -140,16 +142,22 @@ class MGRIT(AllAtOnceSolver):
 
     def _make_cycle(self) -> Cycle:
         shape, dtype = self._state
-        flags = dict(linear=self.linear, transposed=self.transposed, dtype=dtype)
         try:
-            return Cycle(self.levels, self.options, shape, self.transfers, **flags)
+            return Cycle(
+                self.levels, self.options, shape, self.transfers, linear=self.linear, transposed=self.transposed,
+                dtype=dtype,
+            )  # fmt: skip
         except ValueError as error:
             raise InputError(f"{self.name}: {error}") from error
 
-    def _iterate(self, U: np.ndarray, start: str, coarse_rhs, result: SolveResult) -> None:
+    def _iterate(
+        self, U: np.ndarray, start: str, coarse_rhs: Sequence[np.ndarray | None] | None, result: SolveResult
+    ) -> None:
         options, cycle, fine, fixed = self.options, self._cycle, self.levels[0], self._stop.cycles
         # norms before the last of a fixed number of cycles decide nothing: one message has them all, and no rank waits
-        deferred = [] if fixed is not None and options.residual == "C" and not options.monitor else None
+        deferred: list[np.ndarray] | None = (
+            [] if fixed is not None and options.residual == "C" and not options.monitor else None
+        )
         fine.set_may_be_last(not fixed)
         f_is_done = start in ("skip", "nested")
         if f_is_done:
@@ -240,7 +248,7 @@ class MGRIT(AllAtOnceSolver):
             yield fine.lo + 1, U[1:]
         else:
             self.prepare(U.shape[1:], U.dtype)
-            yield from self._cycle.relaxations[0].states(U, G)
+            yield from self._cycle.relaxations[0].states(U, G)  # type: ignore[attr-defined]
 
     def view(self, state_nbytes: int | None = None, *, kind: str = "MGRIT", tolerance: str = "") -> str:
         """Describe the hierarchy in a few lines, with the memory of this rank where the bytes of a state are given.

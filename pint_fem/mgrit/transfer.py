@@ -8,12 +8,27 @@ transposes them, :math:`R \to P^T, P \to R^T`: then the adjoint's cycle is the e
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import numpy as np
 
 __all__ = ["Transfer"]
 
 BlockMap = Callable[[np.ndarray], np.ndarray]
+
+
+class Matrix(Protocol):
+    """What :meth:`Transfer.from_matrices` takes, such as a numpy array or a sparse matrix of scipy."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Numbers of rows and columns."""
+
+    @property
+    def T(self) -> Matrix:
+        """The transpose."""
+
+    def __matmul__(self, other: np.ndarray, /) -> np.ndarray: ...
 
 
 class Transfer:
@@ -38,7 +53,7 @@ class Transfer:
         self.restrict_transposed, self.prolong_transposed = restrict_transposed, prolong_transposed
 
     @classmethod
-    def from_matrices(cls, R, P) -> Transfer:
+    def from_matrices(cls, R: Matrix, P: Matrix) -> Transfer:
         """From matrices ``(n_coarse, n_fine)`` and ``(n_fine, n_coarse)``: anything with ``@`` and ``.T``."""
         if R.shape != P.shape[::-1]:
             raise ValueError(f"restriction {R.shape} and prolongation {P.shape} do not fit each other")
@@ -68,7 +83,7 @@ class Transfer:
         return Transfer(self.prolong_transposed, self.restrict_transposed, self.prolong, self.restrict)
 
 
-def _by_rows(A) -> BlockMap:
+def _by_rows(A: Matrix) -> BlockMap:
     """One product per state: a result does not depend on the size of the block."""
 
     def apply(block: np.ndarray) -> np.ndarray:

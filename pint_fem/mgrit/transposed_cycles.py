@@ -8,10 +8,13 @@ F-point. What follows from the symmetry is in :mod:`pint_fem.all_at_once.transpo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
+from pint_fem.all_at_once.levels import Propagator
 from pint_fem.all_at_once.transposed import TransposedSweep
 from pint_fem.mgrit.options import MGRITOptions
 from pint_fem.mgrit.solver import MGRIT
@@ -30,7 +33,7 @@ class LeadingZeroStep:
         The other propagator, with an optional method ``sweep``.
     """
 
-    def __init__(self, propagator):
+    def __init__(self, propagator: Propagator):
         self.propagator, self.block = propagator, getattr(propagator, "block", 0)
         if hasattr(propagator, "sweep"):
             self.sweep = self._sweep
@@ -78,7 +81,9 @@ class TransposedAdjoint(TransposedSweep):
 
     start = "guess"
 
-    def __init__(self, adjoint: MGRIT, steps: int, *, is_last: bool, options: MGRITOptions, bounds, **given):
+    def __init__(
+        self, adjoint: MGRIT, steps: int, *, is_last: bool, options: MGRITOptions, bounds: Sequence[int], **given: Any
+    ):
         (N, *coarse) = [level.nsteps for level in adjoint.levels]
         self._steps = steps
         points = [(0, *range(1, n + 1, n // below)) for n, below in pairwise((N, *coarse))]
@@ -89,7 +94,7 @@ class TransposedAdjoint(TransposedSweep):
         super().__init__(solver, steps + 1 + int(is_last))
 
     @staticmethod
-    def exists(adjoint, *, linear: bool, per_step: bool) -> bool:
+    def exists(adjoint: object, *, linear: bool, per_step: bool) -> bool:
         """Whether an adjoint sweep has transposed cycles.
 
         It has to be a plain MGRIT sweep whose C-points are those of the forward sweep, with the steps of the forward

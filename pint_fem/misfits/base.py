@@ -182,7 +182,7 @@ class BlockMisfit(Misfit):
         """
         return collectively(self.spacetime.comm, f"{type(self).__name__}.observe", self._read, U, dU)
 
-    def _read(self, U, dU) -> np.ndarray:
+    def _read(self, U: np.ndarray, dU: np.ndarray | None) -> np.ndarray:
         self._require_all_points(U, *(() if dU is None else (dU,)))
         Y = np.zeros((len(U), self.width))
         for points in _blocks(len(U)):
@@ -190,15 +190,15 @@ class BlockMisfit(Misfit):
             Y[points] = self.observe(points, u) if dU is None else self.observe_tangent(points, u, dU[points])
         return Y
 
-    def values(self, U):
+    def values(self, U: np.ndarray) -> np.ndarray:
         """Contribution of each own point, ``(k,)``, from states ``(k + 1, n)``."""
         return self.point_values(self.read(U))
 
-    def directional(self, U, dU):
+    def directional(self, U: np.ndarray, dU: np.ndarray) -> np.ndarray:
         """Derivative of :meth:`values` in the direction ``dU``, ``(k,)``."""
         return self.point_derivatives(self.read(U) if self.uses_observations else None, self.read(U, dU))
 
-    def gradient(self, U):
+    def gradient(self, U: np.ndarray) -> np.ndarray:
         """``dJ/dU_n``, ``(k + 1, n)``."""
         self._require_all_points(U)
         S, out = self.pull_back(self.read(U)) if self.uses_observations else None, np.empty_like(U)
@@ -206,7 +206,7 @@ class BlockMisfit(Misfit):
             out[points] = self.adjoint_source(points, U[points], S)
         return out
 
-    def hessian(self, U, dU):
+    def hessian(self, U: np.ndarray, dU: np.ndarray) -> np.ndarray:
         """Derivative of :meth:`gradient` in the direction ``dU``, ``(k + 1, n)``."""
         self._require_all_points(U, dU)
         dS = self.pull_back_tangent(self.read(U, dU)) if self.uses_observations else None

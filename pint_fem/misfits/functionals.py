@@ -14,11 +14,13 @@ from firedrake.assemble import get_assembler
 from ufl.algorithms import expand_derivatives, extract_coefficients
 
 from pint_fem.errors import InputError
+from pint_fem.evolution.evolution import Evolution
 from pint_fem.evolution.private_copies import data_of
 from pint_fem.evolution.quadrature import with_fixed_degrees
 from pint_fem.kernels.arrays import get, put
 from pint_fem.misfits.base import BlockMisfit
 from pint_fem.misfits.quadratic import QuadraticFunctional, row_products
+from pint_fem.spacetime import Slab, SpaceTime
 
 __all__ = ["RunningMisfit", "TerminalMisfit"]
 
@@ -40,7 +42,7 @@ class _FormMisfit(BlockMisfit):
             )
         self.form = form
 
-    def given(self):
+    def given(self) -> dict:
         """The signature of the functional."""
         return {"the functional": self.form.signature()[:16]}
 
@@ -48,7 +50,7 @@ class _FormMisfit(BlockMisfit):
     def weights(self) -> np.ndarray:
         """Weight ``w_n`` of each local point, ``(k + 1,)``."""
 
-    def bind(self, evolution, spacetime, slab):
+    def bind(self, evolution: Evolution, spacetime: SpaceTime, slab: Slab) -> None:
         """Differentiate the functional and assemble what does not depend on the state.
 
         Raises
@@ -77,7 +79,8 @@ class _FormMisfit(BlockMisfit):
         if self.quadratic:
             self._functional = QuadraticFunctional(
                 form, expand_derivatives(gradient), second, u, t, self.times, self.active,
-                initial=get(evolution.initial), span=(evolution.time(0), evolution.time(evolution.nsteps)),
+                initial=get(evolution.initial),
+                span=(float(evolution.time(0)), float(evolution.time(evolution.nsteps))),
                 store=self.stores_data,
             )  # fmt: skip
             if self._functional.Q is None:
@@ -85,12 +88,12 @@ class _FormMisfit(BlockMisfit):
         else:
             self._assemble = [get_assembler(expand_derivatives(f)) for f in (form, gradient, action(second, self._du))]
 
-    def update_data(self, changed, *, own):
+    def update_data(self, changed: set, *, own: bool) -> None:
         """Bind again if data of the functional or the initial state, which may be its reference state, have changed."""
         if changed & {*self._data, self.evolution.initial}:
             self.bind(self.evolution, self.spacetime, self.slab)
 
-    def _assemble_at(self, order: int, points, u: np.ndarray, du: np.ndarray | None = None) -> np.ndarray:
+    def _assemble_at(self, order: int, points: slice, u: np.ndarray, du: np.ndarray | None = None) -> np.ndarray:
         """The functional's derivative of an order at each point with a weight."""
         out = np.zeros(len(u) if order == 0 else u.shape)
         for i, (weight, time) in enumerate(zip(self.weight[points], self.times[points], strict=True)):
@@ -105,44 +108,44 @@ class _FormMisfit(BlockMisfit):
             out[i] = result if order == 0 else get(result)
         return out
 
-    def observe(self, points, u):
+    def observe(self, points: slice, u: np.ndarray) -> np.ndarray:
         """The functional at each point; where it is quadratic, this space rank's part of what depends on ``u``."""
         if not self.quadratic:
             return self._assemble_at(0, points, u)[:, None]
         return self._functional.local_values(points, u)
 
-    def observe_tangent(self, points, u, du):
+    def observe_tangent(self, points: slice, u: np.ndarray, du: np.ndarray) -> np.ndarray:
         """This space rank's part of the weighted derivative, ``(b, 1)``."""
         return row_products(self.adjoint_source(points, u, None), du)
 
-    def point_values(self, Y):
+    def point_values(self, Y: np.ndarray) -> np.ndarray:
         """The weighted functional at each own point, ``(k,)``."""
         values = Y[1:, 0]
         if self.quadratic:
             values = self.spacetime.sum_over_space(values) + self._functional.constants(len(Y))[1:]
         return self.weight[1:] * values
 
-    def point_derivatives(self, Y, dY):
+    def point_derivatives(self, Y: np.ndarray | None, dY: np.ndarray) -> np.ndarray:
         """The derivative of the weighted functional at each own point, ``(k,)``."""
         return self.spacetime.sum_over_space(dY[1:, 0])
 
-    def adjoint_source(self, points, u, S):
+    def adjoint_source(self, points: slice, u: np.ndarray, S: np.ndarray | None) -> np.ndarray:
         """``w_n j_u(u_n, t_n)``, ``(b, n)``."""
         out = self._functional.gradient(points, u) if self.quadratic else self._assemble_at(1, points, u)
         out *= self.weight[points, None]
         return out
 
-    def adjoint_source_tangent(self, points, u, du, dS):
+    def adjoint_source_tangent(self, points: slice, u: np.ndarray, du: np.ndarray, dS: np.ndarray | None) -> np.ndarray:
         """``w_n j_uu(u_n, t_n) du_n``, ``(b, n)``."""
         out = self._functional.product(points, du) if self.quadratic else self._assemble_at(2, points, u, du)
         out *= self.weight[points, None]
         return out
 
-    def nbytes(self):
+    def nbytes(self) -> int:
         """Bytes of the vectors of a quadratic functional that are stored for the points."""
         return self._functional.nbytes if self.quadratic else 0
 
-    def petsc_bytes(self):
+    def petsc_bytes(self) -> dict[str, int]:
         """Bytes of the matrix of a quadratic functional."""
         return self._functional.petsc_bytes if self.quadratic else {}
 
@@ -161,7 +164,7 @@ class RunningMisfit(_FormMisfit):
         If the form is no functional; when a reduced functional is made of it, if ``u`` is not in it or a control is.
     """
 
-    def weights(self):
+    def weights(self) -> np.ndarray:
         """``dt`` at the points ``1..N``."""
         weight = np.full(self.slab.k + 1, self.evolution.dt)
         if self.slab.is_first:
@@ -176,7 +179,7 @@ class TerminalMisfit(_FormMisfit):
     control.
     """
 
-    def weights(self):
+    def weights(self) -> np.ndarray:
         """1 at the last point."""
         weight = np.zeros(self.slab.k + 1)
         if self.slab.is_last:

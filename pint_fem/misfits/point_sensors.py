@@ -9,16 +9,22 @@ The values at the sensors are the product of the state with a sparse matrix, Fir
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from firedrake import FunctionSpace, TensorFunctionSpace, TrialFunction, VertexOnlyMesh, assemble
 from firedrake import interpolate as interpolate_
 from firedrake.exceptions import VertexOnlyMeshMissingPointsError
+from firedrake.functionspaceimpl import WithGeometry
 from firedrake.petsc import PETSc
+from numpy.typing import ArrayLike
 
 from pint_fem.errors import InputError
+from pint_fem.evolution.evolution import Evolution
 from pint_fem.kernels.arrays import rows_in_whole
 from pint_fem.kernels.blocks import BlockOperator
 from pint_fem.misfits.base import BlockMisfit
+from pint_fem.spacetime import Slab, SpaceTime
 
 __all__ = ["PointSensors"]
 
@@ -65,7 +71,14 @@ class PointSensors(BlockMisfit):
     quadratic = True
 
     def __init__(
-        self, points, times, values, *, weight: float = 1.0, field: int | None = None, component: int | None = None
+        self,
+        points: Sequence[Sequence[float]] | np.ndarray,
+        times: Sequence[float] | np.ndarray,
+        values: Sequence[Sequence[float]] | np.ndarray,
+        *,
+        weight: float = 1.0,
+        field: int | None = None,
+        component: int | None = None,
     ):
         self.field, self.component = field, component
         self.points, self.times, self.data, self.weight = points, times, values, weight
@@ -82,7 +95,7 @@ class PointSensors(BlockMisfit):
         except (TypeError, ValueError) as error:
             raise InputError(f"sensors: points, times, readings and weight have to be numbers: {error}") from error
 
-    def given(self):
+    def given(self) -> dict:
         """The user's arrays, and which field and component are read."""
         out = dict(zip(("points", "times", "readings", "weight"), self._input(), strict=True))
         return out | {"field": self.field, "component": self.component}
@@ -115,12 +128,12 @@ class PointSensors(BlockMisfit):
             raise InputError("two sensors are at the same point: merge their readings")
         self._points, self._times, self._data, self._weight = points, times, data, float(weight)
 
-    def has_changed(self):
+    def has_changed(self) -> bool:
         """Whether the user's arrays have other values than when they were copied."""
-        copied = (self._points, self._times, self._data, self._weight)
+        copied: tuple[ArrayLike, ...] = (self._points, self._times, self._data, self._weight)
         return not all(np.array_equal(a, b, equal_nan=True) for a, b in zip(self._input(), copied, strict=True))
 
-    def update_data(self, changed, *, own):
+    def update_data(self, changed: set, *, own: bool) -> None:
         """Copy the user's arrays again; new readings of the same sensors at the same times change nothing else."""
         if not own:
             return
@@ -132,7 +145,7 @@ class PointSensors(BlockMisfit):
             self.bind(self.evolution, self.spacetime, self.slab)
 
     # -- sensors and readings of this rank -----------------------------------------------------------------------------
-    def bind(self, evolution, spacetime, slab):
+    def bind(self, evolution: Evolution, spacetime: SpaceTime, slab: Slab) -> None:
         """Locate the sensors in the mesh and the readings among the own points (collective).
 
         Raises
@@ -185,7 +198,7 @@ class PointSensors(BlockMisfit):
         self._offset = mean if near and not wrong else 0.0
         self._own_data = self._data[self._own][:, self.local] - self._offset
 
-    def _observed_space(self, V):
+    def _observed_space(self, V: WithGeometry) -> WithGeometry:
         """The space of the state or of the field that is read, by itself."""
         if len(V) > 1:
             if self.field is None or not 0 <= self.field < len(V):
@@ -208,7 +221,7 @@ class PointSensors(BlockMisfit):
             raise InputError(f"PointSensors: component = {self.component} of a scalar: leave it out")
         return V
 
-    def _observation_matrix(self, space, sensors) -> PETSc.Mat:
+    def _observation_matrix(self, space: WithGeometry, sensors: WithGeometry) -> PETSc.Mat:
         """The matrix from the own coefficients of a function of the observed space to the own sensors."""
         if not space.value_shape:
             return assemble(interpolate_(TrialFunction(space), FunctionSpace(sensors, "DG", 0))).petscmat
@@ -255,26 +268,26 @@ class PointSensors(BlockMisfit):
             ``(k + 1, own sensors)``, as :meth:`read` or ``ReducedProblem.observations`` return them.
         """
         own = np.zeros(self._data.shape)
-        first = int(self.spacetime.time_comm.exscan(len(self._point)) or 0)
+        first = int(self.spacetime.time_comm.exscan(len(self._point)) or 0)  # type: ignore[attr-defined]
         own[first : first + len(self._point), self.local] = self._at_reading_times(Y) + self._offset
         return self.spacetime.sum_over_grid(own)
 
-    def petsc_bytes(self):
+    def petsc_bytes(self) -> dict[str, int]:
         """Bytes of the interpolation matrix and its transpose on this rank, by part."""
         there, back = self._H.nbytes, self._H_T.nbytes
         return {part: there[part] + back[part] for part in there}
 
     # -- the stages of a block misfit ----------------------------------------------------------------------------------
     @property
-    def width(self):
+    def width(self) -> int:
         """Number of own sensors."""
         return len(self.local)
 
-    def observe(self, points, u):
+    def observe(self, points: slice, u: np.ndarray) -> np.ndarray:
         """The state at the own sensors less the offset, ``(b, own sensors)``."""
         return self._at_sensors(u - self._offset if self._offset else u)
 
-    def observe_tangent(self, points, u, du):
+    def observe_tangent(self, points: slice, u: np.ndarray, du: np.ndarray) -> np.ndarray:
         """The direction at the own sensors, ``(b, own sensors)``."""
         return self._at_sensors(du)
 
@@ -284,26 +297,26 @@ class PointSensors(BlockMisfit):
         np.add.at(out, self._point - 1, terms.sum(axis=1))
         return self.spacetime.sum_over_space(self._weight * out)
 
-    def point_values(self, Y):
+    def point_values(self, Y: np.ndarray) -> np.ndarray:
         """Half the weighted squares of the differences from the readings at each own point, ``(k,)``."""
         return self._per_point(0.5 * (self._at_reading_times(Y) - self._own_data) ** 2)
 
-    def point_derivatives(self, Y, dY):
+    def point_derivatives(self, Y: np.ndarray | None, dY: np.ndarray) -> np.ndarray:
         """Derivative of :meth:`point_values`, ``(k,)``."""
         return self._per_point((self._at_reading_times(Y) - self._own_data) * self._at_reading_times(dY))
 
-    def pull_back(self, Y):
+    def pull_back(self, Y: np.ndarray) -> np.ndarray:
         """Weighted differences from the readings, distributed to the points, ``(k + 1, own sensors)``."""
         return self._at_reading_times_transposed(self._at_reading_times(Y) - self._own_data)
 
-    def pull_back_tangent(self, dY):
+    def pull_back_tangent(self, dY: np.ndarray) -> np.ndarray:
         """Derivative of :meth:`pull_back`, ``(k + 1, own sensors)``."""
         return self._at_reading_times_transposed(self._at_reading_times(dY))
 
-    def adjoint_source(self, points, u, S):
+    def adjoint_source(self, points: slice, u: np.ndarray, S: np.ndarray | None) -> np.ndarray:
         """Transpose of the interpolation to the sensors, applied to ``S`` at the points, ``(b, n)``."""
         return self._at_sensors_transposed(S[points])
 
-    def adjoint_source_tangent(self, points, u, du, dS):
+    def adjoint_source_tangent(self, points: slice, u: np.ndarray, du: np.ndarray, dS: np.ndarray | None) -> np.ndarray:
         """Transpose of the interpolation to the sensors, applied to ``dS`` at the points, ``(b, n)``."""
         return self._at_sensors_transposed(dS[points])

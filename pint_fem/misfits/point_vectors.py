@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 
 import numpy as np
+from mpi4py import MPI
 
 from pint_fem.kernels.compressed_vectors import MOST, CompressedVectors, sample_times
 
@@ -34,7 +35,7 @@ class PointVectors:
 
     def __init__(
         self, make: Callable[[float], np.ndarray | float], *, times: np.ndarray, active: np.ndarray, size: int | None,
-        moves: bool, span: tuple[float, float], store: bool, comm, floor: float = 0.0,
+        moves: bool, span: tuple[float, float], store: bool, comm: MPI.Comm, floor: float = 0.0,
     ):  # fmt: skip
         self._make, self._times, self._active, self.moves = make, times, active, moves
         self._shape = () if size is None else (size,)

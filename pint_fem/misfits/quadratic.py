@@ -109,9 +109,11 @@ class QuadraticFunctional:
         vectors = partial(PointVectors, times=times, active=active, size=own_size(V), span=span, comm=V.mesh().comm)
         self._reference = None if make is None else vectors(make, moves=moves, store=store)
         # the vectors below are computed from these objects and not from this one: a cycle would keep matrices alive
-        state, magnitudes, floor = (lambda time: np.zeros(own_size(V))), None, 0.0
+        state: Callable[[float], np.ndarray] = lambda time: np.zeros(own_size(V))
+        magnitudes, floor = None, 0.0
         if make is not None:
-            state, magnitudes = self._reference.at, absolute(self.Q.matrix)
+            state = self._reference.at  # type: ignore[assignment]
+            magnitudes = absolute(self.Q.matrix)
             floor = 0.0 if store else 0.25 * float(np.linalg.norm(_noise(magnitudes, state(span[0]))))
         rounded = partial(_rounded_gradient, assembler, state, magnitudes)
         self._g = vectors(rounded, moves=moves or gradient_moves, store=store, floor=floor)
@@ -120,7 +122,14 @@ class QuadraticFunctional:
 
     # -- the reference state -------------------------------------------------------------------------------------------
     def _choose_reference(
-        self, form, u, t, initial: np.ndarray, span, *, moving: bool
+        self,
+        form: ufl.Form,
+        u: Function,
+        t: Function | None,
+        initial: np.ndarray,
+        span: tuple[float, float],
+        *,
+        moving: bool,
     ) -> tuple[Callable[[float], np.ndarray] | None, bool]:
         """The reference state as a function of time (``None``: it is zero), and whether it depends on time."""
         data = ReferenceValues(form, [u])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from numbers import Integral, Real
+from typing import Any
 
 import numpy as np
 
@@ -26,7 +27,7 @@ __all__ = [
 ]
 
 
-def check(name: str, value: object, allowed: str, accepts: Callable[[Real], bool]) -> None:
+def check(name: str, value: object, allowed: str, accepts: Callable[[Any], bool]) -> None:
     """Check a real number.
 
     Parameters

@@ -26,8 +26,9 @@ References
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -71,7 +72,7 @@ class AffineConstraints:
         are not finite or not as many; ``value``, ``gradient`` and ``advance`` if x does not meet the constraints.
     """
 
-    def __init__(self, problem, normals: Sequence[np.ndarray], values: Sequence[float]):
+    def __init__(self, problem: Any, normals: Sequence[np.ndarray], values: Sequence[float]):
         self.problem = problem
         self._Q, self._R = _orthonormal(problem.inner, [np.array(c, dtype=np.float64) for c in normals])
         b = np.atleast_1d(np.asarray(values, dtype=np.float64))
@@ -94,7 +95,7 @@ class AffineConstraints:
         """Why the problem's last value was not finite, if it reports that."""
         return getattr(self.problem, "failure", None)
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Callable:
         """A method of the problem on the null space; absent where the problem lacks it."""
         if name not in RETURNS:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
@@ -103,7 +104,7 @@ class AffineConstraints:
             return lambda x, v, *args: self._on_null_space(v, lambda pv: method(x, pv, *args))
         return partial(self._at_feasible, name, method)
 
-    def _at_feasible(self, name: str, method, x: np.ndarray, *args):
+    def _at_feasible(self, name: str, method, x: np.ndarray, *args: Any):
         """The result of a method at a feasible x, its vectors projected (an error does not grow: ``|P e| <= |e|``)."""
         if RETURNS[name] == ("operator",):
             model = method(x, *args)

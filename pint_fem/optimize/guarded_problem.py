@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from mpi4py import MPI
@@ -45,7 +46,7 @@ class GuardedProblem:
         How often J, its gradient and a product with the Hessian were evaluated, and the solvers advanced.
     """
 
-    def __init__(self, problem, comm=None):
+    def __init__(self, problem: Any, comm: MPI.Comm | None = None):
         comm = getattr(problem, "comm", None) if comm is None else comm
         self.given, self._failure = problem, None
         self.comm = MPI.COMM_SELF if comm is None else comm
@@ -60,11 +61,11 @@ class GuardedProblem:
         """The problem's inner product (a, b); called too often to be guarded."""
         return float(self.given.inner(a, b))
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Any:
         method = getattr(self.given, name)
         return functools.partial(self._call, name, method) if name in RETURNS and callable(method) else method
 
-    def _call(self, name: str, method: Callable, x: np.ndarray, *args):
+    def _call(self, name: str, method: Callable, x: np.ndarray, *args: Any):
         """The checked result of a method on all processes; J is infinite where it fails for a numerical reason."""
         if RETURNS[name] != ("operator",):
             self._count(name)
@@ -153,7 +154,7 @@ class GuardedOperator:
         Called with the name before each application.
     """
 
-    def __init__(self, comm, name: str, given: Callable, count: Callable[[str], None] | None = None):
+    def __init__(self, comm: MPI.Comm, name: str, given: Callable, count: Callable[[str], None] | None = None):
         self._comm, self._name, self._given, self._count = comm, name, given, count
         if callable(getattr(given, "update", None)):
             self.update = self._update
@@ -179,7 +180,7 @@ class GuardedCheckpoint:
         The checkpoint.
     """
 
-    def __init__(self, comm, given):
+    def __init__(self, comm: MPI.Comm, given: Any):
         self._comm, self._given = comm, given
 
     def save(self, scalars: dict, vectors: dict[str, np.ndarray]) -> None:
@@ -211,7 +212,7 @@ class GuardedCheckpoint:
 
 
 # -- what methods return -----------------------------------------------------------------------------------------------
-def _checked(name: str, method: Callable, x: np.ndarray, *args):
+def _checked(name: str, method: Callable, x: np.ndarray, *args: Any):
     """The result of a method, called with copies of vectors, as a float, a new array, an operator or a tuple."""
     out = method(x.copy(), *(arg.copy() if isinstance(arg, np.ndarray) else arg for arg in args))
     kinds = RETURNS[name]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -96,7 +97,15 @@ class ExactOracle:
     def _first_value(self, x: np.ndarray) -> Estimate:
         return Estimate(self.problem.value(x))
 
-    def gradient(self, x: np.ndarray, iteration: int, last_good: np.ndarray, **expected: float | None) -> Gradient:
+    def gradient(
+        self,
+        x: np.ndarray,
+        iteration: int,
+        last_good: np.ndarray,
+        *,
+        guess: float = math.inf,
+        radius: float | None = None,
+    ) -> Gradient:
         """The gradient at x.
 
         Parameters
@@ -107,14 +116,14 @@ class ExactOracle:
             The iteration, for messages.
         last_good : ndarray
             The last iterate at which J and its gradient were finite, for errors.
-        **expected
-            ``guess``, a norm that the gradient may have, and ``radius``, of the ball in which it is used: an inexact
-            oracle derives the accuracy from them.
+        guess, radius : float
+            A norm that the gradient may have, and the radius of the ball in which it is used: an inexact oracle derives
+            the accuracy from them.
         """
         g = self.problem.gradient(x)
         return Gradient(g, self.problem.gradient_norm(g, iteration, last_good))
 
-    def trial_gradient(self, x: np.ndarray, iteration: int, last_good: np.ndarray, **expected) -> Gradient | None:
+    def trial_gradient(self, x: np.ndarray, iteration: int, last_good: np.ndarray, **expected: Any) -> Gradient | None:
         """The gradient at a trial point, as from :meth:`gradient`; ``None`` where its square overflows."""
         try:
             return self.gradient(x, iteration, last_good, **expected)

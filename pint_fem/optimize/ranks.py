@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 from mpi4py import MPI
@@ -21,11 +22,14 @@ from pint_fem.optimize.guarded_problem import GuardedCheckpoint, GuardedOperator
 
 __all__ = ["check_run", "collective_callback", "on_all_ranks"]
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
 _LOCAL = ("monitor", "callback", "lower", "upper", "normals")
 """Arguments that may differ between processes: their own functions, and parts of vectors."""
 
 
-def on_all_ranks(minimise: Callable) -> Callable:
+def on_all_ranks(minimise: Callable[P, R]) -> Callable[P, R]:
     """Make a minimiser behave the same on all processes (decorator).
 
     Parameters
@@ -41,7 +45,10 @@ def on_all_ranks(minimise: Callable) -> Callable:
     """
 
     @functools.wraps(minimise)
-    def run(problem, x0, *args, monitor=None, callback=None, **options):
+    def run(
+        problem: Any, x0: np.ndarray, *args: Any, monitor: Callable | None = None, callback: Callable | None = None,
+        **options: Any,
+    ) -> R:  # fmt: skip
         guarded = GuardedProblem(problem)
         comm = guarded.comm
         with ending_all_ranks(comm):
@@ -61,7 +68,7 @@ def on_all_ranks(minimise: Callable) -> Callable:
                 callback=collective_callback(comm, callback) if has_callback else None, **options,
             )  # fmt: skip
 
-    return run
+    return run  # type: ignore[return-value]
 
 
 def check_run(x0: np.ndarray, monitor: object, callback: object) -> None:
@@ -77,7 +84,7 @@ def check_run(x0: np.ndarray, monitor: object, callback: object) -> None:
     check_callable("callback", callback)
 
 
-def _no_op(*_) -> None:
+def _no_op(*_: object) -> None:
     """The monitor or callback of processes that were given none."""
 
 
@@ -113,7 +120,7 @@ def collective_callback(comm: MPI.Comm, given: Callable | None) -> Callable[...,
     return lambda *args: any_rank(comm, collectively(comm, "callback", _stops, given or _no_op, *args))
 
 
-def _stops(callback: Callable, *args) -> bool:
+def _stops(callback: Callable, *args: Any) -> bool:
     """Whether the result of a callback is true."""
     answer = callback(*args)
     try:

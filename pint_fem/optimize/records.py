@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 from dataclasses import dataclass
 from enum import Enum
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -112,9 +113,34 @@ class ResultSummary:
     A result has ``success``, ``message`` and ``nit``, and names its other entries in :meth:`_quantities`.
     """
 
+    if TYPE_CHECKING:  # entries or properties of the results
+
+        @property
+        def success(self) -> bool:
+            """Whether the minimiser exited successfully."""
+
+        @property
+        def message(self) -> str:
+            """Why the run ended."""
+
+        @property
+        def nit(self) -> int:
+            """Number of iterations."""
+
     def _quantities(self) -> dict[str, float]:
         """Numbers of the summary by their names: J, the norm of the gradient, counts of evaluations."""
         raise NotImplementedError
+
+    def _entries(self) -> dict[str, object]:
+        """All entries by name, those that the class is constructed with."""
+        return vars(self)
+
+    def __copy__(self):
+        return type(self)(**self._entries())
+
+    def __reduce__(self) -> tuple:
+        """Pickle and deep-copy without `control`: Firedrake's functions cannot be pickled, and `x` has their values."""
+        return _with_entries, (type(self), {**self._entries(), "control": None})
 
     def _outcome(self) -> str:
         steps = "1 iteration" if self.nit == 1 else f"{self.nit} iterations"
@@ -135,6 +161,10 @@ class ResultSummary:
         return f"<table>{''.join(rows)}</table>"
 
 
+def _with_entries(kind: type, entries: dict[str, object]):
+    return kind(**entries)
+
+
 def _text(value: object) -> str:
     return f"{value:.9g}" if isinstance(value, float) else html.escape(str(value))
 
@@ -146,6 +176,10 @@ def _formatted(quantities: dict[str, float]) -> list[str]:
 
 class ReasonedResult(ResultSummary):
     """A result with ``converged``, ``iterations`` and ``reason``, and the same in the terms of scipy's results."""
+
+    converged: bool
+    iterations: int
+    reason: StopReason
 
     @property
     def success(self) -> bool:
@@ -189,7 +223,8 @@ class TrustRegionResult(ReasonedResult):
     value_error, gradient_error : float
         Estimated errors of `value` and `gradient_norm`; 0 where they are exact.
     control : Function, EnsembleFunction or list of these, or None
-        The controls found, one or a list of several, where a functional's method minimised.
+        The controls found, one or a list of several, where a functional's method minimised; None in a pickled or deep
+        copy.
     """
 
     x: np.ndarray

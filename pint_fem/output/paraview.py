@@ -9,6 +9,8 @@ from xml.sax.saxutils import quoteattr
 
 import numpy as np
 from firedrake import Function, VTKFile
+from firedrake.functionspaceimpl import WithGeometry
+from mpi4py import MPI
 
 from pint_fem.collective import collectively, raise_collectively
 from pint_fem.errors import InputError
@@ -23,10 +25,10 @@ def write_fields(
     folder: Path,
     name: str,
     states: Iterable[tuple[int, np.ndarray]],
-    space,
+    space: WithGeometry,
     slab: Slab,
     spacetime: SpaceTime,
-    times,
+    times: np.ndarray,
     *,
     count: int = 17,
     points: Iterable[int] | None = None,
@@ -86,7 +88,7 @@ def write_fields(
     return path
 
 
-def write_functions(path: Path, functions: Sequence[Function], comm) -> None:
+def write_functions(path: Path, functions: Sequence[Function], comm: MPI.Comm) -> None:
     """Write functions of one space, named as they are, to a ``.pvd`` file (collective over ``comm``).
 
     Raises
@@ -100,7 +102,7 @@ def write_functions(path: Path, functions: Sequence[Function], comm) -> None:
     _written(comm, what, partial(sheet.write, *functions))
 
 
-def _written(comm, what: str, work: Callable):
+def _written(comm: MPI.Comm, what: str, work: Callable):
     """The result of ``work``; an error of the operating system on one rank is an ``InputError`` on all (collective).
 
     Firedrake's writer communicates before it writes to files and not afterwards, once its folder exists.

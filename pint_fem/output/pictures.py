@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import matplotlib as mpl
 import numpy as np
+import ufl
 from firedrake import FunctionSpace, VertexOnlyMesh
 from firedrake import interpolate as interpolate_
 from firedrake.assemble import assemble
+from firedrake.mesh import MeshGeometry
 from mpi4py import MPI
 
 from pint_fem.spacetime import SpaceTime
@@ -17,6 +20,9 @@ from pint_fem.spacetime import SpaceTime
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.animation import FuncAnimation, PillowWriter
+
+if TYPE_CHECKING:
+    from pint_fem.optimize.records import IterationRecord
 
 __all__ = [
     "Raster",
@@ -45,7 +51,7 @@ class Raster:
         Left, right, bottom and top of the image in the mesh's coordinates; pixels by rows and columns.
     """
 
-    def __init__(self, mesh, width: int = 280):
+    def __init__(self, mesh: MeshGeometry, width: int = 280):
         self.comm = mesh.comm
         x = np.asarray(mesh.coordinates.dat.data_ro)
         low, high = np.full(2, np.inf), np.full(2, -np.inf)
@@ -61,7 +67,7 @@ class Raster:
         place = np.rint((here - low) / pixel - 0.5).astype(int)
         self._index = place[:, 1] * self.shape[1] + place[:, 0]
 
-    def __call__(self, f) -> np.ndarray | None:
+    def __call__(self, f: ufl.core.expr.Expr) -> np.ndarray | None:
         """The image of a function or a scalar expression on the first rank, NaN outside the mesh (collective)."""
         local = np.full(self.shape[0] * self.shape[1], -np.inf)
         local[self._index] = assemble(interpolate_(f, self._space)).dat.data_ro
@@ -78,13 +84,20 @@ def _save(fig, path: Path, dpi: int) -> None:
     plt.close(fig)
 
 
-def _painter(images: Sequence[np.ndarray], extent):
+def _painter(images: Sequence[np.ndarray], extent: Sequence[float]):
     """A function that shows an image in an axis, on one colour scale for all images, symmetric about zero."""
     limit = max(np.nanmax(np.abs(image)) for image in images)
     return lambda ax, image: ax.imshow(image, origin="lower", extent=extent, cmap="RdBu_r", vmin=-limit, vmax=limit)
 
 
-def plot_fields(path: Path, images: Sequence[tuple[str, np.ndarray]], extent, *, points=None, title: str = "") -> None:
+def plot_fields(
+    path: Path,
+    images: Sequence[tuple[str, np.ndarray]],
+    extent: Sequence[float],
+    *,
+    points: np.ndarray | None = None,
+    title: str = "",
+) -> None:
     """Draw named images side by side on one colour scale, zero in its middle, and dots at ``points`` ``(count, 2)``."""
     paint = _painter([image for _, image in images], extent)
     fig, axes = plt.subplots(
@@ -104,9 +117,9 @@ def plot_fields(path: Path, images: Sequence[tuple[str, np.ndarray]], extent, *,
 
 def plot_sensors(
     path: Path,
-    times,
-    measured,
-    predicted,
+    times: np.ndarray,
+    measured: np.ndarray,
+    predicted: np.ndarray,
     *,
     names: Sequence[str],
     show: int = 6,
@@ -127,7 +140,9 @@ def plot_sensors(
     _save(fig, path, 110)
 
 
-def plot_convergence(path: Path, history, residuals: dict[str, Sequence[float]], *, bound: float | None = None) -> None:
+def plot_convergence(
+    path: Path, history: Sequence[IterationRecord], residuals: dict[str, Sequence[float]], *, bound: float | None = None
+) -> None:
     """Draw J and its gradient over the iterations of a history of records, and the residuals of one sweep of each kind
     over its cycles, beside the two-level bound on their contraction.
     """
@@ -161,7 +176,13 @@ def gather_images(own: dict[int, np.ndarray | None], spacetime: SpaceTime) -> di
 
 
 def plot_snapshots(
-    path: Path, images: Sequence[np.ndarray], titles: Sequence[str], extent, *, label: str = "", columns: int = 4
+    path: Path,
+    images: Sequence[np.ndarray],
+    titles: Sequence[str],
+    extent: Sequence[float],
+    *,
+    label: str = "",
+    columns: int = 4,
 ) -> None:
     """Draw images with their titles in rows of ``columns``, on one colour scale, symmetric about zero."""
     paint, rows = _painter(images, extent), -(-len(images) // columns)
@@ -177,7 +198,9 @@ def plot_snapshots(
     _save(fig, path, 100)
 
 
-def animate(path: Path, images: Sequence[np.ndarray], titles: Sequence[str], extent, *, label: str = "") -> None:
+def animate(
+    path: Path, images: Sequence[np.ndarray], titles: Sequence[str], extent: Sequence[float], *, label: str = ""
+) -> None:
     """Write images with their titles as an animated GIF, on one colour scale, symmetric about zero."""
     fig, ax = plt.subplots(figsize=(4.6, 4.0), layout="constrained")
     shown = _painter(images, extent)(ax, images[0])

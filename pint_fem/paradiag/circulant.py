@@ -20,6 +20,7 @@ from functools import lru_cache
 
 import numpy as np
 import scipy.fft
+from mpi4py import MPI
 
 from pint_fem.all_at_once.trace import Trace, timed
 from pint_fem.paradiag.distribution import TimeTransposes
@@ -90,7 +91,7 @@ class AlphaCirculant:
         solve: FrequencySolve,
         size: int,
         *,
-        comm,
+        comm: MPI.Comm,
         bounds: Sequence[int],
         backwards: bool = False,
         trace: Trace | None = None,

@@ -15,6 +15,7 @@ This module needs petsc4py and petsctools; :mod:`pint_fem.paradiag` does not imp
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from mpi4py import MPI
@@ -104,7 +105,7 @@ class PETScSystem(ShiftedSystem):
         self._sizes = (2 * local, 2 * size)
         self._b, self._z = (PETSc.Vec().createMPI(self._sizes, comm=self._comm) for _ in range(2))
 
-    def factor(self, y):
+    def factor(self, y: complex) -> tuple[Any, int]:
         """A PETSc solver with the factor for ``y``, and its size in bytes on the rank with the largest (collective)."""
         total = sum(w * part for w, part in zip(self._weights(y), self._parts, strict=True))
         data = np.empty(4 * len(total))
@@ -124,25 +125,25 @@ class PETScSystem(ShiftedSystem):
             self._bytes = self._comm.tompi4py().allreduce(own, op=MPI.MAX)
         return ksp, self._bytes
 
-    def solve(self, factor, y, r, *, transposed):
+    def solve(self, factor: Any, y: complex, r: np.ndarray, *, transposed: bool) -> np.ndarray:
         """Solve for a complex vector with the matrix of ``y`` or its (not conjugate) transpose (collective)."""
         self._b.array[:] = (r.conj() if transposed else np.ascontiguousarray(r)).view(float)
         (factor.solveTranspose if transposed else factor.solve)(self._b, self._z)
         out = self._z.array_r.copy().view(complex)
         return out.conj() if transposed else out
 
-    def release(self, factor):
+    def release(self, factor: Any) -> None:
         """Free the memory of a factor (collective)."""
         factor.destroy()
 
-    def mass(self, r, *, transposed):
+    def mass(self, r: np.ndarray, *, transposed: bool) -> np.ndarray:
         """``M r`` or ``M^T r`` (collective)."""
         return self._mass(r, transposed=transposed)
 
 
 def distributed_system(
     parts: Sequence[PETSc.Mat], parameters: Mapping, weights: Weights = plain_weights, prefix: str = "paradiag_"
-):
+) -> PETScSystem | SparseSystem:
     """A system of PETSc's matrices.
 
     Parameters

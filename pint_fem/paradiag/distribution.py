@@ -55,7 +55,7 @@ class TimeTransposes:
         Bytes that the last exchange has sent to other ranks.
     """
 
-    def __init__(self, comm, bounds: Sequence[int], frequencies: int, size: int, *, backwards: bool = False):
+    def __init__(self, comm: MPI.Comm, bounds: Sequence[int], frequencies: int, size: int, *, backwards: bool = False):
         self.comm, self.size, self.steps, self.frequencies = comm, size, bounds[-1], frequencies
         self.rows = _ranges(tuple(bounds))
         self._columns = _chunks(size, comm.size)

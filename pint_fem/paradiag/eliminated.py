@@ -17,6 +17,7 @@ This module needs petsc4py, like :mod:`pint_fem.paradiag.distributed_systems`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from petsc4py import PETSc
@@ -61,7 +62,7 @@ class EliminatedSystem(WrappedSystem):
         super().__init__(left)
         self._coupling, self._h = coupling, h
 
-    def solve(self, factor, y, r, *, transposed):
+    def solve(self, factor: Any, y: complex, r: np.ndarray, *, transposed: bool) -> np.ndarray:
         """Solve for a complex vector with the matrix of ``y`` or its (not conjugate) transpose."""
         its, h, c = self._coupling, self._h, 1.0 - y
         first, second = (its.X, its.G) if transposed else (its.G, its.X)
@@ -71,7 +72,7 @@ class EliminatedSystem(WrappedSystem):
         out[its.b] = (r_b - h * second(a, transposed=transposed)) / c
         return out
 
-    def mass(self, r, *, transposed):
+    def mass(self, r: np.ndarray, *, transposed: bool) -> np.ndarray:
         """``M r`` or ``M^T r``; the block of ``b`` is the identity."""
         out, its = r.copy(), self._coupling
         out[its.a] = self._inner.mass(r[its.a], transposed=transposed)

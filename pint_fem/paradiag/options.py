@@ -41,7 +41,7 @@ class ParaDiagOptions(SolverOptions):
     solver: ClassVar[str] = "paradiag"
     numbers: ClassVar[Sequence[str]] = (*SolverOptions.numbers, "alpha", "memory")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         for name, largest, proposal in (
             ("alpha", 1, "give a number between 0 and 1, such as 1e-4"),

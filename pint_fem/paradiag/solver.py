@@ -21,6 +21,7 @@ Needs numpy, scipy and mpi4py only. A scalar ODE::
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from mpi4py import MPI
@@ -92,12 +93,12 @@ class ParaDiag(AllAtOnceSolver):
         solve: FrequencySolve,
         *,
         options: ParaDiagOptions | Mapping | None = None,
-        comm=MPI.COMM_SELF,
+        comm: MPI.Comm = MPI.COMM_SELF,
         bounds: Sequence[int] | None = None,
         name: str = "paradiag",
         backwards: bool = False,
         circulant: Callable[..., AlphaCirculant] = AlphaCirculant,
-        **given,
+        **given: Any,
     ):
         options, bounds = ParaDiagOptions.make(options), Bounds.of_ranks(nsteps, comm.size, bounds)
         levels = build_levels([propagator], (), bounds, comm)
@@ -126,7 +127,9 @@ class ParaDiag(AllAtOnceSolver):
                 self._failures.note(f"frequency {k}", error)
             return np.full_like(r, np.nan)
 
-    def _iterate(self, U: np.ndarray, start: str, coarse_rhs, result: SolveResult) -> None:
+    def _iterate(
+        self, U: np.ndarray, start: str, coarse_rhs: Sequence[np.ndarray | None] | None, result: SolveResult
+    ) -> None:
         fine, size = self.levels[0], int(np.prod(U.shape[1:], dtype=int))
         precondition = self.circulant(size)
         from_zero = start in ("skip", "nested") and self.before_iteration is None

@@ -28,13 +28,13 @@ def _numerator(A: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.poly(np.linalg.eigvals(np.outer(np.ones(len(b)), b) - A)).real[::-1]
 
 
-def limit_at_infinity(A, b) -> float:
+def limit_at_infinity(A: np.ndarray, b: np.ndarray) -> float:
     r""":math:`R(-\infty) = 1 - b^T A^{-1} 1`, the factor by which a step multiplies boundary values."""
     A, b = np.asarray(A, dtype=float), np.asarray(b, dtype=float)
     return float(1 - b @ np.linalg.solve(A, np.ones(len(b))))
 
 
-def shifted_factors(A, b, mu: complex) -> tuple[complex, np.ndarray]:
+def shifted_factors(A: np.ndarray, b: np.ndarray, mu: complex) -> tuple[complex, np.ndarray]:
     r"""The scalar :math:`1/(1 - \mu R_\infty)` and the shifts :math:`y_j` of a diagonally implicit method.
 
     Parameters

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy.sparse import csc_matrix, csr_matrix, identity
 from scipy.sparse.linalg import splu
 
@@ -37,18 +38,18 @@ class ShiftedSystem(ABC):
     """The matrices ``S - y M`` for many complex ``y``."""
 
     @abstractmethod
-    def factor(self, y: complex):
+    def factor(self, y: complex) -> tuple[Any, int]:
         """Something that :meth:`solve` takes, and its size in bytes."""
 
     @abstractmethod
-    def solve(self, factor, y: complex, r: np.ndarray, *, transposed: bool) -> np.ndarray:
+    def solve(self, factor: Any, y: complex, r: np.ndarray, *, transposed: bool) -> np.ndarray:
         """Solve for a complex vector with the matrix of ``y`` or its (not conjugate) transpose."""
 
     @abstractmethod
     def mass(self, r: np.ndarray, *, transposed: bool) -> np.ndarray:
         """``M r`` or ``M^T r``."""
 
-    def release(self, factor) -> None:
+    def release(self, factor: Any) -> None:
         """Free the memory of a factor that is not cached, where that has to be done explicitly."""
         return None
 
@@ -75,7 +76,7 @@ class ShiftedSteps:
         Number of factorisations so far.
     """
 
-    def __init__(self, A, b, systems: Mapping[float, ShiftedSystem], memory: float):
+    def __init__(self, A: ArrayLike, b: ArrayLike, systems: Mapping[float, ShiftedSystem], memory: float):
         self.A, self.b = np.asarray(A, dtype=float), np.asarray(b, dtype=float)
         self.systems = [systems[a] for a in np.diag(self.A)]
         self._memory, self._factors, self._shifts = memory, {}, {}
@@ -141,11 +142,11 @@ class WrappedSystem(ShiftedSystem):
     def __init__(self, inner: ShiftedSystem):
         self._inner = inner
 
-    def factor(self, y):
+    def factor(self, y: complex) -> tuple[Any, int]:
         """A factor of the other system and its size in bytes."""
         return self._inner.factor(y)
 
-    def release(self, factor):
+    def release(self, factor: Any) -> None:
         """Free the memory of a factor."""
         self._inner.release(factor)
 
@@ -175,13 +176,13 @@ class ProjectedSystem(WrappedSystem):
         super().__init__(system)
         self._nullspace = nullspace
 
-    def solve(self, factor, y, r, *, transposed):
+    def solve(self, factor: Any, y: complex, r: np.ndarray, *, transposed: bool) -> np.ndarray:
         """Solve for a complex vector, with source and solution projected."""
         r = self._nullspace.project_source(np.array(r), transposed=transposed)
         out = self._inner.solve(factor, y, r, transposed=transposed)
         return self._nullspace.project_solution(out, transposed=transposed)
 
-    def mass(self, r, *, transposed):
+    def mass(self, r: np.ndarray, *, transposed: bool) -> np.ndarray:
         """``M r`` or ``M^T r``."""
         return self._inner.mass(r, transposed=transposed)
 
@@ -223,7 +224,7 @@ class SparseSystem(ShiftedSystem):
         self._parts = [on_pattern(csr_matrix(X[self._order][:, self._order].T), permuted.T) for X in parts]
         self._trial = np.exp(1j * np.arange(n) ** 2)
 
-    def factor(self, y):
+    def factor(self, y: complex) -> tuple[Any, int]:
         """SuperLU's factor of the matrix of ``y``, and its size in bytes."""
         data = sum(w * part for w, part in zip(self._weights(y), self._parts, strict=True))
         matrix = csc_matrix((data, self._indices, self._indptr), shape=self._shape)
@@ -237,13 +238,13 @@ class SparseSystem(ShiftedSystem):
             lu = splu(matrix, permc_spec="COLAMD", diag_pivot_thresh=1.0)
         return lu, 20 * lu.nnz  # a complex number and its row for each entry
 
-    def solve(self, factor, y, r, *, transposed):
+    def solve(self, factor: Any, y: complex, r: np.ndarray, *, transposed: bool) -> np.ndarray:
         """Solve for a complex vector with the matrix of ``y`` or its (not conjugate) transpose."""
         out = np.empty_like(r)
         out[self._order] = factor.solve(r[self._order], "T" if transposed else "N")
         return out
 
-    def mass(self, r, *, transposed):
+    def mass(self, r: np.ndarray, *, transposed: bool) -> np.ndarray:
         """``M r`` or ``M^T r``."""
         return real_product(self._MT if transposed else self._M, r)
 
@@ -257,7 +258,7 @@ _WRONG = 1e-9
 """Relative residual of a trial solve above which a factor is made anew with pivoting."""
 
 
-def ones(X) -> csr_matrix:
+def ones(X: csr_matrix) -> csr_matrix:
     """A matrix with ones where another has entries."""
     X = csr_matrix(X).copy()
     X.data[:] = 1.0

@@ -59,7 +59,8 @@ class StepData(NamedTuple):
     def part(self, rows: slice) -> StepData:
         """The data of a slice of the steps."""
         z, dz = (x if x is None or x.ndim == 1 else x[rows] for x in (self.z, self.dz))
-        u, linearisations = (None if x is None else x[rows] for x in (self.u, self.linearisations))
+        u = None if self.u is None else self.u[rows]
+        linearisations = None if self.linearisations is None else self.linearisations[rows]
         return StepData(self.t[rows], z, u, dz, linearisations, self.guess, self.sweep)
 
     def control(self, i: int) -> np.ndarray | None:

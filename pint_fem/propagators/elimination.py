@@ -14,6 +14,7 @@ positive definite. Transposes have :math:`X^T` in the place of ``G`` and :math:`
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from firedrake.petsc import PETSc
@@ -80,19 +81,19 @@ class FieldRecursion(Recursion):
         Parameters of :class:`~pint_fem.propagators.recursion.Recursion`.
     """
 
-    def __init__(self, blocks: FieldBlocks, start: StateBlock | PETSc.Vec, *args):
+    def __init__(self, blocks: FieldBlocks, start: StateBlock | PETSc.Vec, *args: Any):
         self.blocks = blocks
         self.x, self.y = np.zeros_like(start.array), np.zeros_like(start.array)
         self.yT = self.y
         super().__init__(start, *args)
 
     @property
-    def nbytes(self):
+    def nbytes(self) -> int:
         """Bytes of the arrays that are not PETSc's."""
         return super().nbytes + self.x.nbytes + self.y.nbytes
 
     @property
-    def petsc_bytes(self):
+    def petsc_bytes(self) -> int:
         """Bytes of the states and of the blocks."""
         return self.w.nbytes + self.blocks.petsc_bytes
 
@@ -100,13 +101,13 @@ class FieldRecursion(Recursion):
 class EliminatedRecursion(FieldRecursion):
     """The recursion over the stages of a Runge-Kutta step, each solved by elimination."""
 
-    def mass(self, *, transposed=False):
+    def mass(self, *, transposed: bool = False) -> None:
         """Compute ``y = M w``, or ``yT = M^T w``; the rows of ``b`` are those of the identity."""
         fields = self.blocks.fields
         self.y[..., fields.a] = self.blocks.multiply("MT" if transposed else "M", self.w[..., fields.a])
         self.y[..., fields.b] = self.w[..., fields.b]
 
-    def solve(self, h, *, transposed=False):
+    def solve(self, h: float, *, transposed: bool = False) -> None:
         """Compute the stage ``x`` from ``y``, or its transpose from ``yT``."""
         fields, (first, second) = self.blocks.fields, ("XT", "GT") if transposed else ("G", "X")
         r_b = self.y[..., fields.b]

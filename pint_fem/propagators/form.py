@@ -97,20 +97,20 @@ class FormPropagator(FEPropagator):
         self._control = _NO_CONTROL
         self._control_vecs: dict[int, tuple[PETSc.Vec, PETSc.Vec]] = {}
 
-    def update_data(self, changed):
+    def update_data(self, changed: set) -> bool:
         """Discard boundary values; ``False`` where data have changed in matrices that all steps share."""
         return self.forms.update_data(changed)
 
     # -- memory --------------------------------------------------------------------------------------------------------
-    def step_linearisations(self, count, *, repeated=True) -> list[StepLinearisation]:
+    def step_linearisations(self, count: int, *, repeated: bool = True) -> list[StepLinearisation]:
         """Empty linearisations of ``count`` steps, which factor at once where steps are evaluated repeatedly."""
         return [StepLinearisation(self.forms, refine=not repeated) for _ in range(count)]
 
-    def linearisation_nbytes(self):
+    def linearisation_nbytes(self) -> int:
         """Bytes of the stage values, adjoints and tangents in the linearisation of a step."""
         return 8 * ((8 * self.dirk.stages + 5) * self.evolution.state_size + self.evolution.control_size)
 
-    def petsc_bytes(self, count):
+    def petsc_bytes(self, count: int) -> dict[str, int]:
         """Bytes of matrices and of factors, as far as the budget goes, with ``count`` linearisations; a Jacobian is
         factored to measure it if none was before.
         """
@@ -158,7 +158,8 @@ class FormPropagator(FEPropagator):
         self, step: StepLinearisation, data: StepData, i: int, u: np.ndarray, *, linearise: bool = False
     ) -> np.ndarray:
         """The end ``u_1`` of a step, with stage values and matrices stored in its linearisation."""
-        d, control = [], data.control(i)
+        d: list[np.ndarray] = []
+        control = data.control(i)
         given = _NO_CONTROL if control is None else control
         solved = linearise and step.control is not None  # mostly by the last evaluation in the state sweep
         solved = solved and self._same((step.stages[0].W, u), (step.control, given))
@@ -252,7 +253,7 @@ class FormPropagator(FEPropagator):
 
     def _residual_adjoint(self, stage: StageLinearisation, y: np.ndarray) -> np.ndarray:
         """The product ``F_z^T y``."""
-        parts = []
+        parts: list[np.ndarray | float] = []
         for index, F_z in enumerate(stage.F_z):
             if F_z is None:
                 parts.append(0.0)
@@ -272,7 +273,8 @@ class FormPropagator(FEPropagator):
             last_du, last_dz, *result = step.tangent
             if (last_dz is None) == (dz is None) and self._same((last_du, du), (last_dz, dz)):
                 return tuple(result)
-        d, pairs = [], []
+        d: list[np.ndarray] = []
+        pairs: list[tuple[np.ndarray, np.ndarray]] = []
         for stage in step.stages:
             dW = self._base(stage.index, du, d)
             rhs = self._base_tangent(stage, dW, self._control_tangent(stage, dz))
@@ -317,9 +319,9 @@ class FormPropagator(FEPropagator):
             if self._same((last, lam)):
                 step.adjoints[use] = (last, *result)
                 return tuple(result)
-        ys = [None] * len(step.stages)
+        ys: list = [None] * len(step.stages)
 
-        def stage_adjoint(stage, U_bar):
+        def stage_adjoint(stage: StageLinearisation, U_bar: np.ndarray) -> np.ndarray:
             y = self._solve(stage, U_bar, transposed=True)
             ys[stage.index] = y, U_bar[self.bc_rows]
             return -self._base_adjoint(stage, y)
@@ -334,34 +336,36 @@ class FormPropagator(FEPropagator):
         return bool(same if comm.size == 1 else comm.allreduce(same, op=MPI.LAND))
 
     # -- the interface -------------------------------------------------------------------------------------------------
-    def step(self, data, u, out, lane=0):
+    def step(self, data: StepData, u: np.ndarray, out: np.ndarray, lane: int = 0) -> None:
         """Write ``Phi(u)`` of each step to ``out``."""
         for i in range(len(u)):
             step = self._linearisation(data, i)
             step.invalidate()
             out[i] = self._solve_stages(step, data, i, u[i])
 
-    def tangent(self, data, du, dz, out, lane=0):
+    def tangent(self, data: StepData, du: np.ndarray, dz: np.ndarray | None, out: np.ndarray, lane: int = 0) -> None:
         """Write ``Phi_u du + Phi_z dz`` of each step to ``out``."""
         for i in range(len(du)):
             out[i] = self._tangent_step(self._linearised(data, i), du[i], direction(dz, i), data.t[i])[0]
 
-    def adjoint(self, data, lam, out, lane=0):
+    def adjoint(self, data: StepData, lam: np.ndarray, out: np.ndarray, lane: int = 0) -> None:
         """Write ``Phi_u^T lam`` of each step to ``out``."""
         for i in range(len(lam)):
             out[i] = self._adjoint_step(self._linearised(data, i), lam[i], "sweep")[0]
 
-    def control_adjoint(self, data, lam, lane=0):
+    def control_adjoint(self, data: StepData, lam: np.ndarray, lane: int = 0) -> np.ndarray:
         """``Phi_z^T lam``, from the stages' adjoints."""
-        rows = []
+        rows: list = []
         for i in range(len(lam)):
             step = self._linearised(data, i)
             ys = self._adjoint_step(step, lam[i], "sweep")[1]
             pairs = zip(step.stages, ys, strict=True)
-            rows.append(-sum(self._control_adjoint(stage, *pair, data.t[i]) for stage, pair in pairs))
+            rows.append(-sum(self._control_adjoint(stage, y, edge, data.t[i]) for stage, (y, edge) in pairs))
         return self._collect(rows)
 
-    def second_order(self, data, du, dz, lam, end=None):
+    def second_order(
+        self, data: StepData, du: np.ndarray, dz: np.ndarray | None, lam: np.ndarray, end: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Derivatives of :meth:`adjoint` and :meth:`control_adjoint` in a direction, from those of ``L``."""
         deferred = self.dirk.stages - 1 if end is not None and self.dirk.stiffly_accurate else None
         out, rows = np.empty_like(lam), []
@@ -371,7 +375,10 @@ class FormPropagator(FEPropagator):
             ys = self._adjoint_step(step, lam[i], "second order")[1]
             z_bar = np.zeros(self.evolution.control_size)
 
-            def stage_adjoint(stage, U_bar, i=i, dz=dzi, pairs=pairs, ys=ys, z_bar=z_bar):
+            def stage_adjoint(
+                stage: StageLinearisation, U_bar: np.ndarray, i: int = i, dz: np.ndarray | None = dzi,
+                pairs: list = pairs, ys: list = ys, z_bar: np.ndarray = z_bar,
+            ) -> np.ndarray:  # fmt: skip
                 j = stage.index
                 self.forms.set(data.t[i], data.control(i), j)
                 of_U, of_W, of_z = self.forms.second_order((stage.W, stage.U), pairs[j], ys[j][0], dz)

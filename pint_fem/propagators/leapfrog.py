@@ -15,7 +15,11 @@ Two such half steps of ``b`` make the whole steps of the classical staggered sch
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
+import ufl
+from firedrake.petsc import PETSc
 from irksome.tableaux.ButcherTableaux import ButcherTableau
 
 from pint_fem.errors import InputError
@@ -26,6 +30,7 @@ from pint_fem.kernels.lanczos import Pencil
 from pint_fem.propagators.base import FEPropagator
 from pint_fem.propagators.elimination import FieldRecursion
 from pint_fem.propagators.linear import LinearPropagator
+from pint_fem.propagators.recursion import Recursion
 
 __all__ = ["LeapfrogPropagator", "leapfrog", "stable_step"]
 
@@ -111,7 +116,7 @@ class LeapfrogPropagator(LinearPropagator):
             )
         super().__init__(evolution, stride=stride, tableau=ImplicitMidpoint())
 
-    def shifted_parts(self, h):
+    def shifted_parts(self, h: float) -> tuple[PETSc.Mat, ...]:
         """Raise, as the step is not that of a Runge-Kutta method.
 
         Raises
@@ -124,7 +129,7 @@ class LeapfrogPropagator(LinearPropagator):
             "propagator=leapfrog out (steps are then those of the evolution's tableau), or give time_solver 'mgrit'"
         )
 
-    def _recursions(self, operators):
+    def _recursions(self, operators: tuple[ufl.Form, ufl.Form]) -> tuple[Recursion, Recursion]:
         """Factor the matrix of half a step, and make the recursions on a block and on one state."""
         (h,) = self.steps_of_stage
         self._factor(h, self.fields.part(h))
@@ -134,7 +139,7 @@ class LeapfrogPropagator(LinearPropagator):
 class _LeapfrogRecursion(FieldRecursion):
     """A leapfrog step and its transpose, on the arrays ``x`` (the end) and ``y`` (the load) of the base class."""
 
-    def forward(self, load=None):
+    def forward(self, load: Callable[[np.ndarray, int], None] | None = None) -> np.ndarray:
         """The step from the states in ``w``; ``load(rhs, 0)`` adds its load."""
         (h,), multiply, end, given = self.steps, self.blocks.multiply, self.x, self.y
         a, b = self.blocks.fields.a, self.blocks.fields.b
@@ -150,7 +155,7 @@ class _LeapfrogRecursion(FieldRecursion):
         end[..., b] = half - h * multiply("X", a1) + given[..., b]
         return end
 
-    def backward(self, on_stage=None):
+    def backward(self, on_stage: Callable[[int, np.ndarray], None] | None = None) -> np.ndarray:
         """The transposed step from the adjoints in ``w``; ``on_stage(0, y)`` is called with the load's adjoint."""
         (h,), multiply, end = self.steps, self.blocks.multiply, self.x
         a, b = self.blocks.fields.a, self.blocks.fields.b

@@ -94,8 +94,8 @@ class LinearPropagator(FEPropagator):
         for h in dict.fromkeys(self.steps_of_stage):
             M, K = operators
             matrix = assemble(M + Constant(h) * K, bcs=ev.bcs, mat_type="aij").petscmat
-            given = dict(symmetric=symmetric, geometry=Geometry(ev.V, ev.bcs))
-            self.factors[h] = regular_factor(ev, matrix, ev.nullspace, **given)
+            how = dict(symmetric=symmetric, geometry=Geometry(ev.V, ev.bcs))
+            self.factors[h] = regular_factor(ev, matrix, ev.nullspace, **how)
         symmetric_mass = mass.isSymmetric(0.0) and not len(self.bc_rows)
         self.M = assemble(operators[0], mat_type="aij").petscmat.copy()
         self.M.zeroRows((self.bc_rows + self.M.getOwnershipRange()[0]).astype(PETSc.IntType), diag=0.0)
@@ -163,7 +163,7 @@ class LinearPropagator(FEPropagator):
             add = None
             if loads is not None:
 
-                def add(rhs, i, rows=rows, where=where):
+                def add(rhs: np.ndarray, i: int, rows: slice = rows, where: slice = where) -> None:
                     rhs[where] += loads(rows, i)
 
             out[rows] = self._block.forward(add)[where]
@@ -201,7 +201,7 @@ class LinearPropagator(FEPropagator):
                 U[i + 1] += G[i]
 
     # -- forcing -------------------------------------------------------------------------------------------------------
-    def update_data(self, changed):
+    def update_data(self, changed: set) -> bool:
         """Discard loads; ``False`` where data of the operators have changed."""
         if changed & self.evolution.operator_data:
             return False
@@ -254,19 +254,19 @@ class LinearPropagator(FEPropagator):
         return out, [term.weights for term in moving]
 
     # -- the interface -------------------------------------------------------------------------------------------------
-    def step(self, data, u, out, lane=0):
+    def step(self, data: StepData, u: np.ndarray, out: np.ndarray, lane: int = 0) -> None:
         """Write ``Phi(u)`` of each step to ``out``."""
         self.apply(u, out, lane, self.loads.of_steps(data.t, data.z, affine=True))
 
-    def tangent(self, data, du, dz, out, lane=0):
+    def tangent(self, data: StepData, du: np.ndarray, dz: np.ndarray | None, out: np.ndarray, lane: int = 0) -> None:
         """Write ``Phi_u du + Phi_z dz`` of each step to ``out``."""
         self.apply(du, out, lane, None if dz is None else self.loads.of_steps(data.t, dz, affine=False))
 
-    def adjoint(self, data, lam, out, lane=0):
+    def adjoint(self, data: StepData, lam: np.ndarray, out: np.ndarray, lane: int = 0) -> None:
         """Write ``Phi_u^T lam`` of each step to ``out``."""
         self.apply_transposed(lam, out, lane)
 
-    def control_adjoint(self, data, lam, lane=0):
+    def control_adjoint(self, data: StepData, lam: np.ndarray, lane: int = 0) -> np.ndarray:
         """``Phi_z^T lam``; for a static control the adjoints are summed before the one solve for each term."""
         if not self.evolution.per_step:
             return self.control_adjoint_of_sums(data, self.control_sums(data, lam))
@@ -277,13 +277,13 @@ class LinearPropagator(FEPropagator):
                 gz += term.weights[row] * self.loads.pull_back(term, adjoints[:, row])
         return out
 
-    def control_sums(self, data, lam):
+    def control_sums(self, data: StepData, lam: np.ndarray) -> np.ndarray:
         """Sums of the adjoints of some steps, weighted as each term of the loads is, ``(terms, n)``."""
         terms = self.loads.terms(data.t)
         sums = [np.add.reduce(lam if term.constant else term.weights[:, None] * lam, axis=0) for term in terms]
         return np.array(sums).reshape(len(terms), self.evolution.state_size)
 
-    def control_adjoint_of_sums(self, data, sums):
+    def control_adjoint_of_sums(self, data: StepData, sums: np.ndarray) -> np.ndarray:
         """``Phi_z^T lam`` summed over all steps, ``(nz,)``, from the sums of :meth:`control_sums`."""
         adjoints = self._stage_adjoints(sums, 0)
         parts = (self.loads.pull_back(term, adjoints[:, row]) for row, term in enumerate(self.loads.terms(data.t)))
@@ -293,18 +293,20 @@ class LinearPropagator(FEPropagator):
         """Adjoints of the stages' right-hand sides, ``(stages, k, n)``."""
         adjoints = np.zeros((self.dirk.stages, *lam.shape))
 
-        def on_stage(rows, i, y):
+        def on_stage(rows: slice, i: int, y: np.ndarray) -> None:
             adjoints[i][rows] = y
 
         self.apply_transposed(lam, np.empty_like(lam), lane, on_stage)
         return adjoints
 
-    def second_order(self, data, du, dz, lam, end=None):
+    def second_order(
+        self, data: StepData, du: np.ndarray, dz: np.ndarray | None, lam: np.ndarray, end: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Zero, as the step is affine."""
         return np.zeros_like(lam), self._collect([np.zeros(self.evolution.control_size)] * len(lam))
 
     # -- memory --------------------------------------------------------------------------------------------------------
-    def data_nbytes(self, count):
+    def data_nbytes(self, count: int) -> int:
         """Bytes of loads and of the stages' own arrays for ``count`` steps."""
         stages = rows = self.dirk.stages
         if self.evolution.depends_on_time:
@@ -313,7 +315,7 @@ class LinearPropagator(FEPropagator):
             rows = 0
         return 8 * self.evolution.state_size * rows + self._block.nbytes + self._single.nbytes
 
-    def petsc_bytes(self, count):
+    def petsc_bytes(self, count: int) -> dict[str, int]:
         """Bytes of PETSc's blocks, matrices and factors on this rank, independent of ``count``."""
         if self.fields is not None:
             matrices = self.fields.held if self.stride == 1 else []  # levels share them

@@ -32,6 +32,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from firedrake import NonlinearVariationalProblem, NonlinearVariationalSolver, TrialFunction, derivative
@@ -144,7 +145,7 @@ class StageNewton:
         return U
 
     @staticmethod
-    def _attempt(solve, *args) -> np.ndarray | None:
+    def _attempt(solve, *args: Any) -> np.ndarray | None:
         """The result of a solve; ``None`` after a numerical failure."""
         try:
             return solve(*args)
@@ -308,7 +309,7 @@ class StageNewton:
         U += correction
         return True
 
-    def _accepted(self, stage, start, U, first, solver, base: float | None) -> np.ndarray | None:
+    def _accepted(self, stage, start, U: np.ndarray, first, solver, base: float | None) -> np.ndarray | None:
         """The root ``U``, with its correction for the next solve; ``None`` if an iteration with a factor of other data
         may have found another root than Newton's method does from the start.
         """

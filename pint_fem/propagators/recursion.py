@@ -10,6 +10,7 @@ and :math:`u_1 = U_s` for a stiffly accurate method, else :math:`u_1 = u_0 + \su
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from firedrake.petsc import PETSc
@@ -152,7 +153,7 @@ class MatrixRecursion(Recursion):
     """
 
     def __init__(
-        self, M: PETSc.Mat, MT: PETSc.Mat, factors: Mapping[float, Factor], start: StateBlock | PETSc.Vec, *args
+        self, M: PETSc.Mat, MT: PETSc.Mat, factors: Mapping[float, Factor], start: StateBlock | PETSc.Vec, *args: Any
     ):
         self._M, self._MT, self._factors = M, MT, factors
         self._x, self._y = start.duplicate(), product(M, start)
@@ -164,15 +165,15 @@ class MatrixRecursion(Recursion):
     yT = property(lambda self: self._yT.array)
 
     @property
-    def petsc_bytes(self):
+    def petsc_bytes(self) -> int:
         """Bytes of the three or four blocks."""
         return (3 if self._yT is self._y else 4) * self.w.nbytes
 
-    def mass(self, *, transposed=False):
+    def mass(self, *, transposed: bool = False) -> None:
         """Compute ``y = M w``, or ``yT = M^T w``."""
         M, y = (self._MT, self._yT) if transposed else (self._M, self._y)
         multiply(M, self.start, y)
 
-    def solve(self, h, *, transposed=False):
+    def solve(self, h: float, *, transposed: bool = False) -> None:
         """Compute ``x = S^{-1} y``, or ``x = S^{-T} yT``."""
         self._factors[h].solve(self._yT if transposed else self._y, self._x, transposed=transposed)

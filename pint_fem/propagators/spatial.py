@@ -24,9 +24,11 @@ from collections.abc import Sequence
 from fractions import Fraction
 from itertools import pairwise
 from numbers import Number
+from typing import Any
 
 import numpy as np
 from firedrake import DirichletBC, Function, TransferManager
+from firedrake.functionspaceimpl import WithGeometry
 from firedrake.mg.interface import assemble_prolongation_aij
 from firedrake.mg.ufl_utils import ReconstructionError, coarsen
 from firedrake.mg.utils import get_level
@@ -46,7 +48,12 @@ __all__ = ["SpatialLevels", "coarse_evolution", "mesh_transfer"]
 
 
 # -- between two meshes --------------------------------------------------------------------------------------------
-def mesh_transfer(V_fine, V_coarse, bcs: Sequence[DirichletBC] = (), coarse_bcs=None) -> Transfer:
+def mesh_transfer(
+    V_fine: WithGeometry,
+    V_coarse: WithGeometry,
+    bcs: Sequence[DirichletBC] = (),
+    coarse_bcs: Sequence[DirichletBC] | None = None,
+) -> Transfer:
     """Restriction and prolongation between the same space on two meshes of a hierarchy.
 
     Parameters
@@ -274,7 +281,13 @@ class SpatialLevels:
         F-relaxation only, or a coarse evolution does not fit.
     """
 
-    def __init__(self, evolution: Evolution, relax: Sequence[str], coarsening=None, coarse_evolutions=None):
+    def __init__(
+        self,
+        evolution: Evolution,
+        relax: Sequence[str],
+        coarsening: bool | int | Sequence[int] | None = None,
+        coarse_evolutions: Sequence[Evolution] | None = None,
+    ):
         self.evolutions = [evolution]
         if coarse_evolutions is not None:
             if coarsening not in (None, False):
@@ -345,7 +358,7 @@ class SpatialLevels:
         return out if z.ndim == 2 else out[0]
 
 
-def _meshes(evolution: Evolution, coarsening, count: int) -> list[int]:
+def _meshes(evolution: Evolution, coarsening: bool | int | Sequence[int] | None, count: int) -> list[int]:
     """Number of meshes by which each of the ``count`` coarse levels is coarser than the finest."""
     if coarsening is None or coarsening is False:
         return [0] * count
@@ -365,7 +378,7 @@ def _meshes(evolution: Evolution, coarsening, count: int) -> list[int]:
     return meshes
 
 
-def _checked(evolution: Evolution, given, count: int) -> list[Evolution]:
+def _checked(evolution: Evolution, given: Any, count: int) -> list[Evolution]:
     """The coarse evolutions that a user gives, one for each coarse level."""
     given = list(given) if isinstance(given, (list, tuple)) else [given]
     if len(given) != count or not all(isinstance(ev, Evolution) for ev in given):

@@ -9,11 +9,14 @@ the vectors :math:`D L_U, D L_W, D L_z` with :math:`D` the derivative in it. A m
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from functools import cached_property
 
 import numpy as np
-from firedrake import Cofunction, Constant, Function, TestFunction, TrialFunction, derivative, replace
+import ufl
+from firedrake import Cofunction, Constant, DirichletBC, Function, TestFunction, TrialFunction, derivative, replace
 from firedrake.assemble import ParloopFormAssembler, get_assembler
+from firedrake.functionspaceimpl import WithGeometry
 from firedrake.petsc import PETSc
 from ufl.algorithms import expand_derivatives
 
@@ -49,7 +52,16 @@ class MatrixForm:
         Functions and constants in the form.
     """
 
-    def __init__(self, form, moving: set, *, bcs=(), counts: Counter, name: str, mat_type: str | None = "aij"):
+    def __init__(
+        self,
+        form: ufl.Form,
+        moving: set,
+        *,
+        bcs: Sequence[DirichletBC] = (),
+        counts: Counter,
+        name: str,
+        mat_type: str | None = "aij",
+    ):
         form = expand_derivatives(form)
         self.empty = form.empty()
         coefficients = set() if self.empty else set(data_of(form))
@@ -115,7 +127,7 @@ class _RealColumn(MatrixForm):
 class _VectorForm:
     """A 1-form that is compiled once; calls assemble it, and return zero where it vanishes."""
 
-    def __init__(self, form, space):
+    def __init__(self, form: ufl.Form, space: WithGeometry):
         form = expand_derivatives(form)
         self.empty = form.empty()
         self._tensor = Cofunction(space.dual())
@@ -281,7 +293,13 @@ class StageForms:
         if self.evolution.nullspace is not None:
             self.evolution.nullspace.project_source(out.array)
 
-    def second_order(self, pair, tangent, y: np.ndarray, dz) -> tuple:
+    def second_order(
+        self,
+        pair: tuple[np.ndarray, np.ndarray],
+        tangent: tuple[np.ndarray, np.ndarray],
+        y: np.ndarray,
+        dz: np.ndarray | None,
+    ) -> tuple:
         """The vectors ``D L_U``, ``D L_W`` and ``D L_z``.
 
         Parameters

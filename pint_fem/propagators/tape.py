@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
-from firedrake import Cofunction, Function, solve
+import ufl
+from firedrake import Cofunction, DirichletBC, Function, solve
 from firedrake.adjoint import Control, ReducedFunctional, Tape, continue_annotation, pause_annotation, set_working_tape
 from firedrake.adjoint_utils.blocks.solving import GenericSolveBlock
 from irksome.tableaux.ButcherTableaux import ButcherTableau
@@ -62,15 +64,16 @@ class _ProjectedGuess(Block):
         get_working_tape().add_block(self)
         self.add_output(U.create_block_variable())
 
-    def recompute_component(self, inputs, block_variable, idx, prepared):
+    def recompute_component(self, inputs: list, block_variable: BlockVariable, idx: int, prepared: object) -> Function:
         """The projected guess, when pyadjoint replays the tape."""
         U = inputs[0].copy(deepcopy=True)
         put(U, self._nullspace.project_solution(get(U)))
         return U
 
-    def evaluate_tlm_component(self, inputs, tlm_inputs, block_variable, idx, prepared=None):
+    def evaluate_tlm_component(
+        self, inputs: list, tlm_inputs: list, block_variable: BlockVariable, idx: int, prepared: object = None
+    ) -> None:
         """No tangent, as pyadjoint's derivatives do not depend on the guess."""
-        return None
 
 
 def _copy_data(tape: Tape, controls: set[int]) -> None:
@@ -151,7 +154,7 @@ class TapePropagator(FEPropagator):
         """Replace the tangent solves of pyadjoint, which has default parameters and no nullspaces there."""
         parameters, bases, _ = self._options()
 
-        def assembled_solve(lhs, rhs, func, bcs, **kwargs):
+        def assembled_solve(lhs: ufl.Form, rhs: Cofunction, func: Function, bcs: object, **kwargs: Any) -> Function:
             solve(lhs, func, rhs, solver_parameters=parameters, **bases, **kwargs)
             return func
 
@@ -159,7 +162,7 @@ class TapePropagator(FEPropagator):
             if isinstance(block, GenericSolveBlock):
                 block._assembled_solve = assembled_solve
 
-    def update_data(self, changed):
+    def update_data(self, changed: set) -> bool:
         """Record the step again, with the new values of data."""
         self._record()
         return True
@@ -191,7 +194,8 @@ class TapePropagator(FEPropagator):
         linear, bases, turned = self._options()
         parameters = {**NEWTON, **linear}
         adjoint = {"adj_kwargs": {"solver_parameters": parameters, **turned}} if bases else {}
-        d, U = [], None
+        d: list[Function] = []
+        U = None
         for i, h in enumerate(dirk.diagonal * self.dt):
             W = Function(ev.V).assign(u0)
             for j in range(i):
@@ -213,7 +217,7 @@ class TapePropagator(FEPropagator):
             out.assign(out + float(beta) * di)
         return out
 
-    def _taped_bcs(self):
+    def _taped_bcs(self) -> list[DirichletBC]:
         """The conditions with functions on the tape as values: expressions are not replayed, and a condition keeps the
         value that it had on its first tape.
         """
@@ -240,17 +244,17 @@ class TapePropagator(FEPropagator):
                 put(f, value)
         return self._directions
 
-    def _control_part(self, derivatives) -> np.ndarray:
+    def _control_part(self, derivatives: list[Cofunction]) -> np.ndarray:
         """A step's vector of derivatives by the controls, ``(nz,)``."""
         count = len(self.evolution.parameters)
         return np.concatenate([np.zeros(0), *(get(d) for d in derivatives[1 : 1 + count])])
 
-    def step(self, data, u, out, lane=0):
+    def step(self, data: StepData, u: np.ndarray, out: np.ndarray, lane: int = 0) -> None:
         """Write ``Phi(u)`` of each step to ``out``."""
         for i in range(len(u)):
             out[i] = get(self._evaluate(data, i, u[i]))
 
-    def tangent(self, data, du, dz, out, lane=0):
+    def tangent(self, data: StepData, du: np.ndarray, dz: np.ndarray | None, out: np.ndarray, lane: int = 0) -> None:
         """Write ``Phi_u du + Phi_z dz`` of each step to ``out``."""
         for i in range(len(du)):
             self._evaluate(data, i, data.u[i])
@@ -262,16 +266,18 @@ class TapePropagator(FEPropagator):
         put(self._lam, lam)
         return self.rf.derivative(adj_input=self._lam)
 
-    def adjoint(self, data, lam, out, lane=0):
+    def adjoint(self, data: StepData, lam: np.ndarray, out: np.ndarray, lane: int = 0) -> None:
         """Write ``Phi_u^T lam`` of each step to ``out``."""
         for i in range(len(lam)):
             out[i] = get(self._derivative(data, i, lam[i])[0])
 
-    def control_adjoint(self, data, lam, lane=0):
+    def control_adjoint(self, data: StepData, lam: np.ndarray, lane: int = 0) -> np.ndarray:
         """``Phi_z^T lam``, by the tape's derivative."""
         return self._collect([self._control_part(self._derivative(data, i, lam[i])) for i in range(len(lam))])
 
-    def second_order(self, data, du, dz, lam, end=None):
+    def second_order(
+        self, data: StepData, du: np.ndarray, dz: np.ndarray | None, lam: np.ndarray, end: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Derivatives of :meth:`adjoint` and :meth:`control_adjoint` in a direction, by the tape's Hessian action."""
         out, rows = np.empty_like(lam), []
         for i in range(len(lam)):

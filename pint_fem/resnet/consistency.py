@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from mpi4py import MPI
 
 from pint_fem.collective import raise_collectively
 from pint_fem.digests import digest
@@ -42,7 +43,7 @@ class CollectiveBackward:
         Communicator of all ranks of the network.
     """
 
-    def __init__(self, comm):
+    def __init__(self, comm: MPI.Comm):
         self.comm = comm
         self._active, self._count, self._failed = False, 0, False
 

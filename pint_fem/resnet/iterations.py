@@ -40,7 +40,7 @@ class Adaptive:
     enough: float = 0.5
     most: int = 8
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.every < 1 or self.most < 1 or not 0 <= self.enough <= 1:
             raise InputError(f"{self}: give every >= 1, most >= 1 and 0 <= enough <= 1")
 
@@ -68,7 +68,7 @@ class Iterations:
     history: list[tuple[int, int, float]] = field(default_factory=list)
     batches: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         good = self.cycles is None or (isinstance(self.cycles, int) and self.cycles >= 1)
         if not good or isinstance(self.cycles, bool):
             raise InputError(f"iterations = {self.cycles!r}: give a positive whole number, or None for the tolerance")

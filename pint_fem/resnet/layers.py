@@ -30,14 +30,14 @@ _SEED_STRIDE = 1_000_003
 _REGISTER = 32  # the size of a state is a multiple of it: two AVX-512 registers of float32, torch's unrolled loop
 
 
-def _is_count(value) -> bool:
+def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 class ScratchBuffer:
     """A contiguous buffer for intermediate results that is allocated again only where a larger one is needed."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._buffer: Tensor | None = None
 
     def __call__(self, like: Tensor) -> Tensor:
@@ -139,7 +139,7 @@ class Dense(Layer):
         On a width that is no positive whole number, or an unknown activation.
     """
 
-    def __init__(self, width: int, activation="tanh"):
+    def __init__(self, width: int, activation: str | Callable[[Tensor], Tensor] = "tanh"):
         super().__init__(activation)
         if not _is_count(width):
             raise InputError(f"Dense width {width!r}: give a positive whole number")
@@ -209,7 +209,7 @@ class Convolution(Layer):
         On channels that are no positive whole number, an even kernel, or an unknown activation.
     """
 
-    def __init__(self, channels: int, kernel: int = 3, activation="relu"):
+    def __init__(self, channels: int, kernel: int = 3, activation: str | Callable[[Tensor], Tensor] = "relu"):
         super().__init__(activation)
         if not _is_count(channels):
             raise InputError(f"Convolution channels {channels!r}: give a positive whole number")
@@ -264,4 +264,5 @@ class Convolution(Layer):
 
     def serial(self, theta: Theta, u: Tensor) -> Tensor:
         """``L u + b`` of one layer in torch's own layout."""
-        return F.conv2d(u, *theta, padding=self.padding)
+        weight, bias = theta
+        return F.conv2d(u, weight, bias, padding=self.padding)

@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from mpi4py import MPI
 from torch import nn
 
+from pint_fem.all_at_once.stopping import SolveResult
 from pint_fem.capacity import require_memory
 from pint_fem.collective import collectively, raise_collectively, require_same
 from pint_fem.errors import FAILURES, InputError, SolverFailure
@@ -37,7 +38,7 @@ class _BatchReport(NamedTuple):
 
     failed: bool
     shape: tuple[int, ...] | None
-    count: int
+    size: int
     digest: int
     requires_grad: bool
 
@@ -149,8 +150,8 @@ class LayerParallelResNet(nn.Module):
         self.forward_sweeps = Iterations(forward_iterations, adaptive)
         self.backward_sweeps = Iterations(backward_iterations, adaptive)
         self.lo, self.hi = self.sweeps.lo, self.sweeps.hi
-        own = layer.initial(range(self.lo, self.hi), seed, dtype)
-        self.theta = nn.ParameterDict({name: nn.Parameter(p) for name, p in own.items()})
+        initial = layer.initial(range(self.lo, self.hi), seed, dtype)
+        self.theta = nn.ParameterDict({name: nn.Parameter(p) for name, p in initial.items()})
         self.opening = copy.deepcopy(opening).to(dtype) if grid.is_first else None
         self.closing = copy.deepcopy(closing).to(dtype) if grid.is_last else None
         if grid.data_size > 1:
@@ -230,7 +231,7 @@ class LayerParallelResNet(nn.Module):
         if any(r.failed for r in reports):
             raise_collectively(comm, failure, "opening layer")
         group = (reports[grid.data_comm.rank * grid.layer_size :] if shares else reports)[: grid.layer_size]
-        sizes = [r.count for r in group]
+        sizes = [r.size for r in group]
         problem = None
         if len(set(sizes)) > 1:
             problem = InputError(f"batches of {sizes} on the ranks that share the layers: give all the same")
@@ -280,7 +281,7 @@ class LayerParallelResNet(nn.Module):
         warm = self.warm_starts.get((kind, batch)) if batch is not None and training else None
         groups = training and (self.training or kind == "backward")
 
-        def attempt(**how):
+        def attempt(**how: Any) -> tuple[SolveResult, np.ndarray]:
             if not groups or self.grid.data_size == 1:
                 return solve(**how)
             return collectively(self.grid.comm, f"{kind} sweep", partial(solve, **how))
@@ -298,24 +299,28 @@ class LayerParallelResNet(nn.Module):
             if batch is not None:
                 self.warm_starts[kind, batch] = self.sweeps.c_points(kind, array)
 
-    def _propagate(self, u0, shape, batch: Hashable, theta, training: bool) -> Trajectory:
+    def _propagate(
+        self, u0: torch.Tensor, shape: Sequence[int], batch: Hashable, theta: Sequence[torch.Tensor], training: bool
+    ) -> Trajectory:
         """The forward sweep."""
         first = u0.detach().numpy() if self.grid.is_first else None
         if first is not None and not first.flags.c_contiguous:
             first = np.ascontiguousarray(first)
         trajectory = self.sweeps.trajectory(shape, np.float64 if self.dtype == torch.float64 else np.float32)
 
-        def solve(**how):
+        def solve(**how: Any) -> tuple[SolveResult, np.ndarray]:
             return self.sweeps.forward(theta, first, trajectory, slopes=training, **how), trajectory.U
 
         self._sweep("forward", batch, training, solve)
         return trajectory
 
-    def _propagate_back(self, trajectory: Trajectory, last: np.ndarray | None, batch: Hashable):
+    def _propagate_back(
+        self, trajectory: Trajectory, last: np.ndarray | None, batch: Hashable
+    ) -> tuple[np.ndarray, list[torch.Tensor]]:
         """The backward sweep: derivatives with respect to the first state and the parameters of the own layers."""
         first = gradients = None
 
-        def solve(**how):
+        def solve(**how: Any) -> tuple[SolveResult, np.ndarray]:
             nonlocal first, gradients
             result, L, gradients = self.sweeps.backward(trajectory, last, **how)
             first = L[-1]
@@ -329,7 +334,10 @@ class _LayerPropagation(torch.autograd.Function):
     """Propagation from the first state to the last one through the layers of all ranks."""
 
     @staticmethod
-    def forward(ctx, u0, network, shape, batch, training, anchor, *theta):
+    def forward(
+        ctx: Any, u0: torch.Tensor, network: LayerParallelResNet, shape: Sequence[int], batch: Hashable, training: bool,
+        anchor: torch.Tensor, *theta: torch.Tensor,
+    ) -> torch.Tensor:  # fmt: skip
         """The last state, on the last rank; ``anchor`` has a derivative on all ranks where one of them trains."""
         trajectory = network._propagate(u0, shape, batch, theta, training)
         ctx.network, ctx.batch, ctx.trajectory = network, batch, trajectory
@@ -343,7 +351,7 @@ class _LayerPropagation(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, gradient):
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Derivatives with respect to the first state, on the first rank, and the own parameters."""
         network = ctx.network
         network.collective.check()
@@ -361,7 +369,7 @@ class _TrajectoryOwner:
     def __init__(self, sweeps: LayerSweeps, trajectory: Trajectory):
         self.sweeps, self.trajectory = sweeps, trajectory
 
-    def __del__(self):
+    def __del__(self) -> None:
         self.sweeps.recycle(self.trajectory)
 
 
@@ -369,7 +377,7 @@ class _BroadcastFromLast(torch.autograd.Function):
     """Broadcast of the last rank's output; each rank computes the same derivative, so the last one uses its own."""
 
     @staticmethod
-    def forward(ctx, out, network):
+    def forward(ctx: Any, out: torch.Tensor, network: LayerParallelResNet) -> torch.Tensor:
         """The last rank's output, on all ranks."""
         ctx.network, ctx.shape = network, out.shape
         grid = network.grid
@@ -379,7 +387,7 @@ class _BroadcastFromLast(torch.autograd.Function):
         return torch.from_numpy(np.array(values))
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         """The derivative on the last rank, zero on the others."""
         ctx.network.collective.check()
         return gradient if ctx.network.grid.is_last else gradient.new_zeros(ctx.shape), None

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -101,7 +102,7 @@ class _Value(torch.autograd.Function):
     """Value of a regularisation, with its derivatives evaluated at the same time."""
 
     @staticmethod
-    def forward(ctx, regularisation, *parameters):
+    def forward(ctx: Any, regularisation, *parameters):
         n = len(regularisation.net.layer.shapes)
         theta, ends = [p.detach() for p in parameters[:n]], [p.detach() for p in parameters[n:]]
         value, of_layers, of_ends = regularisation.evaluate(theta, ends)
@@ -109,5 +110,5 @@ class _Value(torch.autograd.Function):
         return parameters[0].new_tensor(value)
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx: Any, gradient):
         return None, *(gradient * g for g in ctx.gradients)

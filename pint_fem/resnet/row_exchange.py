@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from mpi4py import MPI
 
 __all__ = ["RowExchange"]
 
@@ -28,7 +29,7 @@ class RowExchange:
         Local numbers of the rows to send to a rank, and their places in the result by the rank that they come from.
     """
 
-    def __init__(self, comm, bounds: Sequence[int], needed: Sequence[Sequence[int]]):
+    def __init__(self, comm: MPI.Comm, bounds: Sequence[int], needed: Sequence[Sequence[int]]):
         self.comm = comm
         lo, counts = bounds[comm.rank], [len(rows) for rows in needed]
         rows = np.fromiter((n for numbers in needed for n in numbers), int, sum(counts))

@@ -16,9 +16,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import DTypeLike
 
 from pint_fem.all_at_once.grids import Bounds, split_steps
 from pint_fem.all_at_once.norms import euclidean
@@ -78,7 +80,7 @@ class _Norms:
         Rows of the finest level at the ends of intervals: the points before C-points, and the last one.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.ends: np.ndarray | None = None
 
     def __call__(self, block: np.ndarray) -> np.ndarray:
@@ -219,7 +221,14 @@ class LayerSweeps:
 
     # -- sweeps --------------------------------------------------------------------------------------------------------
     def _solve(
-        self, name: str, U, G=None, *, cycles: int | None = None, serial: bool = False, warm=None
+        self,
+        name: str,
+        U: np.ndarray,
+        G: np.ndarray | None = None,
+        *,
+        cycles: int | None = None,
+        serial: bool = False,
+        warm=None,
     ) -> SolveResult:
         """Solve for ``U`` by MGRIT cycles, from the C-points ``warm`` if they are given, or by sequential steps."""
         if warm is not None:
@@ -235,7 +244,7 @@ class LayerSweeps:
             return slice(0, 0)
         return slice((level.lo // level.m + 1) * level.m - level.lo, level.k + 1, level.m)
 
-    def trajectory(self, shape: Sequence[int], dtype, *, curvatures: bool = False) -> Trajectory:
+    def trajectory(self, shape: Sequence[int], dtype: DTypeLike, *, curvatures: bool = False) -> Trajectory:
         """Arrays for a forward sweep of states of a shape and type; with records if ``curvatures`` are needed."""
         shape = (self.k + 1, *shape)
         layers = lambda: torch.from_numpy(np.zeros((self.k, *shape[1:]), dtype))
@@ -306,7 +315,7 @@ class LayerSweeps:
         return result
 
     def backward(
-        self, trajectory: Trajectory, last: np.ndarray | None, **how
+        self, trajectory: Trajectory, last: np.ndarray | None, **how: Any
     ) -> tuple[SolveResult, np.ndarray, list[torch.Tensor]]:
         """Derivatives of a loss with respect to the first state and all parameters (collective over ``layer_comm``).
 
@@ -337,7 +346,7 @@ class LayerSweeps:
         return result, L, gradients
 
     def adjoint(
-        self, trajectory: Trajectory, last: np.ndarray | None, G: np.ndarray | None, **how
+        self, trajectory: Trajectory, last: np.ndarray | None, G: np.ndarray | None, **how: Any
     ) -> tuple[SolveResult, np.ndarray]:
         """The backward sweep alone; arguments as for :meth:`backward`, and a right-hand side from the last layer on.
 

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import cycle
+from typing import Any
 
 import numpy as np
 import scipy.fft
 from mpi4py import MPI
 
+from pint_fem.adjoint.reduced_functional import TimeParallelReducedFunctional
 from pint_fem.paradiag.circulant import shifts
 from pint_fem.paradiag.distribution import TimeTransposes
 from pint_fem.paradiag.options import ParaDiagOptions
@@ -37,7 +39,7 @@ Action = tuple[Callable[[], object], float]
 """An action that is timed, and the number by which its seconds are divided."""
 
 
-def solver_parameters(options: Mapping, **more) -> dict:
+def solver_parameters(options: Mapping, **more: Any) -> dict:
     """The model's options as ``solver_parameters`` of a reduced functional; ``more`` are options of the solver, too."""
     options = {**options, **more}
     kind = options.pop("time_solver", "mgrit")
@@ -74,7 +76,7 @@ def _sweep_action(level, U: np.ndarray, G: np.ndarray, steps: int) -> Action:
     return run, steps
 
 
-def kernel_actions(rf, sizes: Sequence[int] = SIZES) -> dict[tuple, Action]:
+def kernel_actions(rf: TimeParallelReducedFunctional, sizes: Sequence[int] = SIZES) -> dict[tuple, Action]:
     """Kernels of the sweeps of a linear evolution's reduced functional, by kind, level and number of states per call;
     one level stands for all those with states of the same size.
     """
@@ -92,7 +94,7 @@ def kernel_actions(rf, sizes: Sequence[int] = SIZES) -> dict[tuple, Action]:
     return out
 
 
-def extra_actions(rf) -> dict[str, Action]:
+def extra_actions(rf: TimeParallelReducedFunctional) -> dict[str, Action]:
     """Work around the sweeps; ``"all steps"`` is for the cost of summing adjoints."""
     problem, sweeps = rf.problem, rf.problem.sweeps
     k, z = sweeps.slab.k, rf.array([c.control for c in rf.controls])
@@ -114,7 +116,9 @@ def extra_actions(rf) -> dict[str, Action]:
     return out
 
 
-def solve_actions(rf, controls: np.ndarray, gradient: np.ndarray, **accuracy) -> dict[str, Action]:
+def solve_actions(
+    rf: TimeParallelReducedFunctional, controls: np.ndarray, gradient: np.ndarray, **accuracy: float
+) -> dict[str, Action]:
     """Cold state and adjoint sweeps of a functional for given controls and derivative of the misfit, to a given
     accuracy.
     """

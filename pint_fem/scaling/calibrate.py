@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from mpi4py import MPI
 
+from pint_fem.adjoint.reduced_functional import TimeParallelReducedFunctional
 from pint_fem.cli import wait_quietly
 from pint_fem.errors import SolverFailure
 from pint_fem.scaling.actions import (
@@ -86,7 +87,7 @@ class Stopwatch:
         self.repeats = repeats
         self._all: list[Measured] = []
 
-    def __call__(self, actions: Mapping[object, Action], comm=MPI.COMM_SELF) -> dict:
+    def __call__(self, actions: Mapping[object, Action], comm: MPI.Comm = MPI.COMM_SELF) -> dict:
         """Median seconds at full speed, by name (collective over ``comm``)."""
         found = rounds({name: do for name, (do, _) in actions.items()}, self.repeats, comm=comm)
         self._all += found.values()
@@ -110,7 +111,7 @@ def kernel_tables(seconds: Mapping[tuple, float], width: int = 0) -> dict[str, l
     return out
 
 
-def _cold_solves(rf) -> dict[str, Action]:
+def _cold_solves(rf: TimeParallelReducedFunctional) -> dict[str, Action]:
     """Cold sweeps of two cycles."""
     return solve_actions(rf, rf.array([c.control for c in rf.controls]), np.ones_like(rf.problem.L), cycles=2)
 
@@ -127,7 +128,12 @@ def _overhead(seconds: Mapping[str, float], calibration: Calibration, options: d
 
 
 def calibrate(
-    case: Case, *, comm=MPI.COMM_WORLD, repeats: int = 15, small: int = SMALL, progress: Progress = lambda text: None
+    case: Case,
+    *,
+    comm: MPI.Comm = MPI.COMM_WORLD,
+    repeats: int = 15,
+    small: int = SMALL,
+    progress: Progress = lambda text: None,
 ) -> Calibration | None:
     """Measure the costs of a problem (collective).
 
@@ -164,7 +170,9 @@ def calibrate(
     return made.with_changes(kernels={**made.kernels, 2: kernels}, space_iterations=float(iterations), notes=notes)
 
 
-def _measure_alone(case: Case, rf, watch: Stopwatch, small: int, progress: Progress) -> Calibration:
+def _measure_alone(
+    case: Case, rf: TimeParallelReducedFunctional, watch: Stopwatch, small: int, progress: Progress
+) -> Calibration:
     """All costs that one process measures."""
     sweeps, work = rf.problem.sweeps, kernel_actions(rf)
     groups = {"extras": extra_actions(rf), "solves": _cold_solves(rf)}
@@ -193,7 +201,7 @@ def _measure_alone(case: Case, rf, watch: Stopwatch, small: int, progress: Progr
 
 
 def measure_all_processes(
-    made: Calibration | None, actions: Mapping[tuple, Action], watch: Stopwatch, comm
+    made: Calibration | None, actions: Mapping[tuple, Action], watch: Stopwatch, comm: MPI.Comm
 ) -> Calibration | None:
     """Complete the first rank's calibration by the slowdown of kernels on all processes at once, and the network
     (collective).
@@ -210,7 +218,7 @@ def measure_all_processes(
     return made.with_changes(slowdown=slowdown, network=network, notes=[*made.notes, f"{note}as long, median"])
 
 
-def _measure_network(comm) -> Network:
+def _measure_network(comm: MPI.Comm) -> Network:
     """Latency and bandwidth between the first two ranks: half a round trip of 8 bytes, and of 4 MB (collective)."""
 
     def round_trip(nbytes: int) -> Callable[[], None]:
@@ -229,7 +237,7 @@ def _measure_network(comm) -> Network:
     return Network(latency, large / max(long - latency, 1e-9), "measured: ping-pong on the calibrating machine")
 
 
-def _space_kernels(pose: Callable, comm, watch: Stopwatch, small: int) -> tuple[dict, int] | None:
+def _space_kernels(pose: Callable, comm: MPI.Comm, watch: Stopwatch, small: int) -> tuple[dict, int] | None:
     """Kernels on two space ranks, and the Krylov iterations of a solve, 0 for a direct one; ``None`` on all ranks but
     these two (collective).
     """

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import reduce
 from itertools import count
+from typing import Any
 
 import numpy as np
 from mpi4py import MPI
@@ -83,7 +84,7 @@ class VirtualComm:
         """The group of the members: the communicator itself."""
         return self
 
-    def Translate_ranks(self, ranks, other: VirtualComm) -> list[int]:
+    def Translate_ranks(self, ranks: Sequence[int], other: VirtualComm) -> list[int]:
         """Return the numbers of ranks in another group."""
         return [other._context.members.index(self._context.members[r]) for r in ranks]
 
@@ -96,19 +97,19 @@ class VirtualComm:
         members = self._context.members
         return self._context.number, members[source], members[dest], tag
 
-    def Isend(self, buf, dest: int, tag: int = 0) -> _Request:
+    def Isend(self, buf: Any, dest: int, tag: int = 0) -> _Request:
         """Send an array without blocking."""
         array = _array(buf)
         self.world.send(self._key(self.rank, dest, tag), array.copy(), self.represented_bytes(array.size, tag))
         return _Request(self.world)
 
-    def Irecv(self, buf, source: int, tag: int = 0) -> _Request:
+    def Irecv(self, buf: Any, source: int, tag: int = 0) -> _Request:
         """Receive an array from a given source without blocking."""
         return _Request(self.world, self._key(source, self.rank, tag), _array(buf))
 
     Send = Isend  # no send blocks
 
-    def Recv(self, buf, source: int, tag: int = 0) -> None:
+    def Recv(self, buf: Any, source: int, tag: int = 0) -> None:
         """Receive an array from a given source."""
         self.Irecv(buf, source, tag).Wait()
 
@@ -160,21 +161,21 @@ class VirtualComm:
         """Wait for all ranks."""
         self._collective("barrier", None, 0, lambda values: None)
 
-    def allgather(self, value) -> list:
+    def allgather(self, value: Any) -> list:
         """Gather an object from each rank; all ranks get the same list."""
         return self._collective("allgather", value, OBJECT_BYTES * self.size, list)
 
-    def bcast(self, value=None, root: int = 0):
+    def bcast(self, value: Any = None, root: int = 0) -> Any:
         """Broadcast an object; all ranks get the same one."""
         return self._collective("bcast", value, OBJECT_BYTES, lambda values: values[root], root)
 
-    def Allreduce(self, sendbuf, recvbuf, op=MPI.SUM) -> None:
+    def Allreduce(self, sendbuf: Any, recvbuf: Any, op: MPI.Op = MPI.SUM) -> None:
         """Reduce an array of each rank."""
         out = _array(recvbuf)
         own = out if sendbuf is MPI.IN_PLACE else _array(sendbuf)
         out[...] = self._collective("allreduce", own.copy(), own.nbytes, lambda values: _reduce(values, op))
 
-    def Reduce(self, sendbuf, recvbuf, op=MPI.SUM, root: int = 0) -> None:
+    def Reduce(self, sendbuf: Any, recvbuf: Any, op: MPI.Op = MPI.SUM, root: int = 0) -> None:
         """Reduce an array of each rank to the root."""
         own = _array(sendbuf)
         total = self._collective(
@@ -183,20 +184,20 @@ class VirtualComm:
         if self.rank == root:
             _array(recvbuf)[...] = total
 
-    def Bcast(self, buf, root: int = 0) -> None:
+    def Bcast(self, buf: Any, root: int = 0) -> None:
         """Broadcast an array."""
         array = _array(buf)
         array[...] = self._collective(
             "bcast", array.copy(), self.represented_bytes(array.size, 0), lambda v: v[root], root
         )
 
-    def Allgatherv(self, sendbuf, recvbuf) -> None:
+    def Allgatherv(self, sendbuf: Any, recvbuf: Any) -> None:
         """Gather parts of an array on all ranks."""
         own, out = _array(sendbuf), _array(recvbuf)
         whole = self._collective("allgather", own.ravel().copy(), out.nbytes, np.concatenate)
         out[...] = whole.reshape(out.shape)
 
-    def Gatherv(self, sendbuf, recvbuf, root: int = 0) -> None:
+    def Gatherv(self, sendbuf: Any, recvbuf: Any, root: int = 0) -> None:
         """Gather parts of an array on the root."""
         own = _array(sendbuf)
         nbytes = self.represented_bytes(
@@ -207,7 +208,7 @@ class VirtualComm:
             out = _array(recvbuf)
             out[...] = whole.reshape(out.shape)
 
-    def Scatterv(self, sendbuf, recvbuf, root: int = 0) -> None:
+    def Scatterv(self, sendbuf: Any, recvbuf: Any, root: int = 0) -> None:
         """Distribute parts of the root's array."""
         out, whole = _array(recvbuf), None if sendbuf is None else _array(sendbuf).ravel().copy()
         nbytes = self.represented_bytes((out if whole is None else whole).size, len(self._row_bytes or [0]) - 1)

@@ -12,6 +12,7 @@ from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any
 
 from pint_fem.errors import InputError
 from pint_fem.scaling.network import Network
@@ -46,7 +47,7 @@ class Kernel:
     width: int = 0
     _cache: dict = field(default_factory=dict, compare=False, repr=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if len(self.sizes) != len(self.seconds) or not self.sizes or sorted(set(self.sizes)) != list(self.sizes):
             raise InputError(
                 f"kernel sizes {self.sizes} and seconds {self.seconds}: give increasing sizes, a time each"
@@ -167,7 +168,7 @@ class Calibration:
         """
         return ranks == 1 or max(self.kernels) > 1
 
-    def with_changes(self, **changes) -> Calibration:
+    def with_changes(self, **changes: Any) -> Calibration:
         """A copy with other values of the given fields."""
         return replace(self, **changes)
 

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from pint_fem.resnet.layers import Layer
 from pint_fem.resnet.propagators import ForwardStep
@@ -46,7 +47,7 @@ class _Step:
         self.world.counts[self.kind, self.level] += n
         self.world.charge(seconds + n * self._per_state)
 
-    def step(self, steps, u, out):
+    def step(self, steps: range, u: np.ndarray, out: np.ndarray) -> None:
         seconds = self._kernel(len(steps))
         if steps.step > 1:  # a call of relaxation, which selects its rows
             self.world.counts["calls", self.level] += 1
@@ -54,7 +55,7 @@ class _Step:
         self._charge(seconds, len(steps))
         out[...] = u
 
-    def sweep(self, first, U, G):
+    def sweep(self, first: int, U: np.ndarray, G: np.ndarray | None) -> None:
         n = len(U) - 1
         self._charge(n * self._single(1), n)
         U[1:] = U[0]
@@ -71,7 +72,7 @@ class _VirtualLayer(Layer):
         self.kernels = {kind: [k.scaled(slowdown) for k in ks] for kind, ks in calibration.kernels[1].items()}
         self.overhead = {name: slowdown * s for name, s in calibration.overhead.items()}
 
-    def gradients(self, t, u):
+    def gradients(self, t: Tensor, u: Tensor) -> list[Tensor]:
         self.world.charge(self.kernels["gradients"][0](len(u)))
         return [torch.zeros(1)]
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from math import log2
+from typing import Any
 
 import numpy as np
+from numpy.typing import DTypeLike
 
-from pint_fem.paradiag.circulant import AlphaCirculant
+from pint_fem.paradiag.circulant import AlphaCirculant, FrequencySolve
 from pint_fem.paradiag.distribution import TimeTransposes
 from pint_fem.paradiag.systems import ShiftedSteps
 from pint_fem.scaling.costs import Kernel
@@ -26,17 +28,17 @@ _TABLEAUX = {1: ([[0.5]], [1.0]), 2: ([[0.25, 0.0], [0.75, 0.25]], [0.75, 0.25])
 class _Transposes(TimeTransposes):
     """Transposes that send as many bytes as the real ones, without data."""
 
-    def __init__(self, *args, world: World, pack: float, **kwargs):
+    def __init__(self, *args: Any, world: World, pack: float, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self._world, self._pack = world, pack
 
-    def spread(self, mine, rows):
+    def spread(self, mine: np.ndarray, rows: Sequence[range]) -> np.ndarray:
         """Take the time of sending all columns of the own rows to the ranks of the columns."""
         own = len(rows[self.comm.rank])
         self._take_time(own * (self.size - len(self.own_columns)), rows, mine.itemsize)
         return np.zeros((1, 1), mine.dtype)
 
-    def collect(self, columns, rows):
+    def collect(self, columns: np.ndarray, rows: Sequence[range]) -> np.ndarray:
         """Take the time of sending the own columns of all rows to the ranks of the rows."""
         own = len(rows[self.comm.rank])
         self._take_time((self._total(rows) - own) * len(self.own_columns), rows, columns.itemsize)
@@ -56,18 +58,29 @@ class _Transposes(TimeTransposes):
 class _Circulant(AlphaCirculant):
     """A circulant whose transforms take time only; ``unknowns`` of a state stand in the place of its one number."""
 
-    def __init__(self, nsteps, alpha, solve, size, *, world: World, unknowns: int, costs: Mapping, **given):
+    def __init__(
+        self,
+        nsteps: int,
+        alpha: float,
+        solve: FrequencySolve,
+        size: int,
+        *,
+        world: World,
+        unknowns: int,
+        costs: Mapping,
+        **given: Any,
+    ):
         transposes = partial(_Transposes, world=world, pack=costs["pack"])
         super().__init__(nsteps, alpha, solve, unknowns, transposes=transposes, **given)
         self._world, self._costs = world, costs
 
-    def rfft(self, columns):
+    def rfft(self, columns: np.ndarray) -> np.ndarray:
         return self._transform("fft", len(self.mu), complex)
 
-    def irfft(self, spectrum):
+    def irfft(self, spectrum: np.ndarray) -> np.ndarray:
         return self._transform("ifft", self.nsteps, float)
 
-    def _transform(self, kind: str, rows: int, dtype):
+    def _transform(self, kind: str, rows: int, dtype: DTypeLike):
         columns = len(self.transposes.own_columns)
         self._world.counts["fft", 0] += columns
         self._world.charge(self._costs[kind](columns))

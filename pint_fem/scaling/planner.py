@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from pint_fem.all_at_once.options import SHARED
 from pint_fem.errors import InputError
@@ -90,7 +91,7 @@ def cycles_of(calibration: Calibration, options: Mapping, rtol: float) -> tuple[
 
 
 def predict(
-    calibration: Calibration, options: Mapping, grid: tuple[int, int], cycles: tuple[int, int], **model
+    calibration: Calibration, options: Mapping, grid: tuple[int, int], cycles: tuple[int, int], **model: Any
 ) -> Choice:
     """Predict a gradient from a cold start with given cycles of the state and the adjoint; the other arguments are
     those of :class:`~pint_fem.scaling.model.Model`.

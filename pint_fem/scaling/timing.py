@@ -59,7 +59,7 @@ class SpeedMonitor:
     intervals of ``every`` seconds; in the main thread.
     """
 
-    def __init__(self, comm=MPI.COMM_SELF, every: float = 0.01):
+    def __init__(self, comm: MPI.Comm = MPI.COMM_SELF, every: float = 0.01):
         self.comm, self.every = comm, every
         self._starts: list[float] = []
         self._loops: list[float] = []
@@ -127,7 +127,7 @@ class SpeedMonitor:
 
 
 def rounds(
-    actions: Actions, repeats: int, *, comm=MPI.COMM_SELF, before: Actions | None = None
+    actions: Actions, repeats: int, *, comm: MPI.Comm = MPI.COMM_SELF, before: Actions | None = None
 ) -> dict[object, Measured]:
     """Median times of actions that are done in turn, so that a slow minute of the machine affects all of them
     (collective).

@@ -53,7 +53,16 @@ class Comparison:
         return self.predicted / self.measured - 1
 
     @classmethod
-    def of(cls, task: str, ranks: int, steps: int, cycles, found: Mapping, kernels: Mapping, seconds: float):
+    def of(
+        cls,
+        task: str,
+        ranks: int,
+        steps: int,
+        cycles: tuple[int, int],
+        found: Mapping,
+        kernels: Mapping,
+        seconds: float,
+    ) -> Comparison:
         """Compare a task with its prediction.
 
         ``found`` are the times of the task, by its name, and of kernels that were timed in turn with it; ``kernels``
@@ -74,7 +83,7 @@ def compare(
     steps: int,
     *,
     rtol: float = 1e-6,
-    comm=MPI.COMM_WORLD,
+    comm: MPI.Comm = MPI.COMM_WORLD,
     repeats: int = 5,
 ) -> list[Comparison]:
     """Time a cold state solve, an adjoint solve and a gradient on all ranks in time, and predict them (collective).

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from pint_fem.all_at_once.trace import Trace
+from pint_fem.scaling.communicator import VirtualComm
 from pint_fem.scaling.costs import Kernel
 from pint_fem.scaling.world import World
 
@@ -66,15 +69,15 @@ class VirtualNorms:
 class VirtualTrace(Trace):
     """A trace of one virtual rank by its clock, with the bytes that the numbers in its messages stand for."""
 
-    def __init__(self, comm):
+    def __init__(self, comm: VirtualComm):
         super().__init__(comm, clock=comm.world.now)
 
-    def work(self, name: str, level: int, begin: float, **args) -> None:
+    def work(self, name: str, level: int, begin: float, **args: Any) -> None:
         """Record work that began at ``begin``, as :meth:`pint_fem.all_at_once.trace.Trace.work`."""
         if "bytes" in args:
             args["bytes"] = round(self.comm.represented_bytes(args["bytes"] // 8, level))
         super().work(name, level, begin, **args)
 
-    def message(self, name: str, level: int, comm, peer: int, nbytes: int) -> None:
+    def message(self, name: str, level: int, comm: VirtualComm, peer: int, nbytes: int) -> None:
         """Record a message, as :meth:`pint_fem.all_at_once.trace.Trace.message`."""
         super().message(name, level, comm, peer, round(comm.represented_bytes(nbytes // 8, level)))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 from collections import Counter, deque
 from collections.abc import Callable
+from typing import Any
 
 from greenlet import getcurrent, greenlet
 
@@ -127,7 +128,7 @@ class World:
         """Let a suspended rank continue."""
         self._ready.append(rank)
 
-    def send(self, key: tuple, data, nbytes: float) -> None:
+    def send(self, key: tuple, data: Any, nbytes: float) -> None:
         """Send ``data``, which stands for ``nbytes`` bytes; ``key`` is ``(context, source, dest, tag)``."""
         self.counts["messages", key[3]] += 1
         self.counts["bytes", key[3]] += nbytes
@@ -136,7 +137,7 @@ class World:
         if receiver is not None:
             self.resume(receiver)
 
-    def receive(self, key: tuple):
+    def receive(self, key: tuple) -> Any:
         """Wait for the message of ``key`` and return its data."""
         if not self._messages.get(key):
             self._receivers[key] = self.current

@@ -134,7 +134,7 @@ class Intervals:
             self._tangent(group, j, D[j], D[j + 1], dz)
         return D
 
-    def _tangent(self, group: IntervalGroup, j: int, du: np.ndarray, out: np.ndarray, dz) -> None:
+    def _tangent(self, group: IntervalGroup, j: int, du: np.ndarray, out: np.ndarray, dz: np.ndarray | None) -> None:
         data = self.data(group, j, dz)
         self.propagator.tangent(data, du, data.dz, out, group.first)
 
@@ -181,7 +181,9 @@ class Intervals:
         """``Phi_z^T lam`` of step ``j``: ``(count, nz)``, or their sum ``(nz,)`` for a static control."""
         return self.propagator.control_adjoint(self.data(group, j), lam, group.first)
 
-    def second_order(self, group: IntervalGroup, j: int, du: np.ndarray, dz, lam: np.ndarray):
+    def second_order(
+        self, group: IntervalGroup, j: int, du: np.ndarray, dz: np.ndarray | None, lam: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Derivatives of ``Phi_u^T lam`` and ``Phi_z^T lam`` of step ``j`` in the direction ``(du, dz)``."""
         data = self.data(group, j, dz)
         return self.propagator.second_order(data, du, data.dz, lam)

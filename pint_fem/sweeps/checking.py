@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import numpy as np
 
 from pint_fem.errors import InputError
 from pint_fem.kernels.blocks import WIDTH
 from pint_fem.mgrit.checks.check import CheckReport, check
+from pint_fem.mgrit.options import MGRITOptions
 from pint_fem.propagators.base import FEPropagator, StepData
+from pint_fem.propagators.linear import LinearPropagator
 from pint_fem.sweeps.sweeps import Sweeps
 
 __all__ = ["check_sweeps"]
@@ -27,22 +31,23 @@ class _Steps:
         own = self.z if self.z is None or self.z.ndim == 1 else self.z[start + stride - 1]
         return StepData(evolution.time(start), own, u)
 
-    def step(self, steps, u, out):
+    def step(self, steps: range, u: np.ndarray, out: np.ndarray) -> None:
         """Write the results of steps from ``u`` to ``out``."""
         self.propagator.step(self._data(steps, u), u, out, steps.start // steps.step)
 
-    def tangent(self, steps, u, du, out):
+    def tangent(self, steps: range, u: np.ndarray, du: np.ndarray, out: np.ndarray) -> None:
         """Write the derivatives of steps at ``u`` in the direction ``du`` to ``out``."""
         self.propagator.tangent(self._data(steps, u), du, None, out, steps.start // steps.step)
 
-    def adjoint(self, steps, u, lam, out):
+    def adjoint(self, steps: range, u: np.ndarray, lam: np.ndarray, out: np.ndarray) -> None:
         """Write the transposed derivatives of steps at ``u``, applied to ``lam``, to ``out``."""
         self.propagator.adjoint(self._data(steps, u), lam, out, steps.start // steps.step)
 
-    def _sweep(self, first, U, G):
+    def _sweep(self, first: int, U: np.ndarray, G: np.ndarray | None) -> None:
         """Take consecutive steps of a linear evolution: homogeneous ones with the forcing as right-hand side."""
-        forcing = self.propagator.forcing(self._data(range(first, first + len(U) - 1), None), first)
-        self.propagator.sweep(U, forcing if G is None else forcing + G)
+        propagator = cast(LinearPropagator, self.propagator)
+        forcing = propagator.forcing(self._data(range(first, first + len(U) - 1), None), first)
+        propagator.sweep(U, forcing if G is None else forcing + G)
 
 
 def check_sweeps(sweeps: Sweeps, z: np.ndarray | None = None, *, seed: int = 0, rtol: float = 1e-10) -> CheckReport:
@@ -72,6 +77,7 @@ def check_sweeps(sweeps: Sweeps, z: np.ndarray | None = None, *, seed: int = 0, 
         On every rank, if the arguments do not fit.
     """
     evolution, spacetime = sweeps.evolution, sweeps.spacetime
+    options = sweeps.options if isinstance(sweeps.options, MGRITOptions) else MGRITOptions()  # of ParaDiag's one level
     if z is None and evolution.parameters:
         z = evolution.posed.get_controls()
     elif z is not None and z.ndim == 2:
@@ -81,7 +87,7 @@ def check_sweeps(sweeps: Sweeps, z: np.ndarray | None = None, *, seed: int = 0, 
             [_Steps(p, sweeps.solvers.space.controls(level, z)) for level, p in enumerate(sweeps.propagators)],
             evolution.nsteps,
             sweeps.initial,
-            coarsening=sweeps.options.coarsening,
+            coarsening=options.coarsening,
             transfers=sweeps.solvers.space.transfers,
             comm=spacetime.time_comm,
             space_comm=spacetime.space_comm,

@@ -121,7 +121,7 @@ class AveragedSystems:
         """Solve ``(I - mu Phi^T) v = r`` for frequency ``k``, complex arrays ``(n,)`` (collective over space)."""
         return self._systems.solve_transposed(k, mu, r)
 
-    def updater(self, z, U: np.ndarray | None) -> Callable[[np.ndarray, float | None], None]:
+    def updater(self, z: np.ndarray | None, U: np.ndarray | None) -> Callable[[np.ndarray, float | None], None]:
         """A function that the solver calls before each iteration with its iterate and the last contraction, and that
         averages the operators where that is necessary.
 

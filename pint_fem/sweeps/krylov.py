@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -25,7 +26,7 @@ class AcceleratedSweep(KrylovMGRIT):
         As for :class:`~pint_fem.mgrit.krylov.KrylovMGRIT`; arguments of MGRIT that it does not take are ignored.
     """
 
-    def __init__(self, propagators: Sequence, nsteps: int, **given):
+    def __init__(self, propagators: Sequence, nsteps: int, **given: Any):
         for unused in ("everyone", "linear", "point_norms", "is_root"):
             given.pop(unused, None)
         super().__init__(propagators, nsteps, **given)
@@ -36,7 +37,14 @@ class AcceleratedSweep(KrylovMGRIT):
         return self.hierarchies.solver.levels
 
     def solve(
-        self, U: np.ndarray, G: np.ndarray | None = None, *, start=None, coarse_rhs=None, rtol=None, cycles=None
+        self,
+        U: np.ndarray,
+        G: np.ndarray | None = None,
+        *,
+        start: str | None = None,
+        coarse_rhs: Sequence[np.ndarray | None] | None = None,
+        rtol: float | None = None,
+        cycles: int | None = None,
     ) -> SolveResult:
         """Solve in place (collective); right-hand sides of a first guess are restricted from ``G``.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 from firedrake import TestFunction, TrialFunction, assemble, dx, inner
+from firedrake.functionspaceimpl import WithGeometry
 
 from pint_fem.kernels.blocks import Factor
 from pint_fem.spacetime import SpaceTime
@@ -26,7 +27,7 @@ class MassNorm:
         Whether states are dual vectors (adjoints).
     """
 
-    def __init__(self, V, spacetime: SpaceTime, *, dual: bool = False):
+    def __init__(self, V: WithGeometry, spacetime: SpaceTime, *, dual: bool = False):
         self.spacetime, self.dual = spacetime, dual
         self.M = assemble(inner(TrialFunction(V), TestFunction(V)) * dx, mat_type="aij").petscmat
         self._x, self._y = self.M.createVecs()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -18,7 +19,7 @@ __all__ = ["CoarsestParaDiag", "paradiag_solver"]
 
 
 def paradiag_solver(
-    steps: Sequence, nsteps: int, *, paradiag: ParaDiagOptions, systems: ShiftedSteps | AveragedSystems, **given
+    steps: Sequence, nsteps: int, *, paradiag: ParaDiagOptions, systems: ShiftedSteps | AveragedSystems, **given: Any
 ) -> ParaDiag:
     """A solver for the single level ``steps[0]`` with options ``paradiag`` and the systems of the frequencies.
 

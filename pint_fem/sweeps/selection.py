@@ -7,8 +7,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from firedrake.petsc import PETSc
+from irksome.tableaux.ButcherTableaux import ButcherTableau
 
 from pint_fem.all_at_once.options import SHARED
 from pint_fem.collective import require_same
@@ -90,7 +92,7 @@ def _database(prefix: str) -> tuple[dict, dict]:
     return found, petsc
 
 
-def _paradiag_options(given, mgrit: MGRITOptions, prefix: str) -> tuple[ParaDiagOptions, dict]:
+def _paradiag_options(given: Any, mgrit: MGRITOptions, prefix: str) -> tuple[ParaDiagOptions, dict]:
     """Options of ParaDiag, which default to MGRIT's for stopping and printing, and PETSc's options of its systems."""
     if given is not None and not isinstance(given, Mapping):
         raise InputError(f"paradiag {given!r}: give a dictionary of options, such as {{'alpha': 1e-4}}")
@@ -106,7 +108,7 @@ def _paradiag_options(given, mgrit: MGRITOptions, prefix: str) -> tuple[ParaDiag
         raise InputError(str(error)) from None
 
 
-def krylov_options(given, options_prefix: str = "") -> Mapping | None:
+def krylov_options(given: Any, options_prefix: str = "") -> Mapping | None:
     """PETSc options of a Krylov method around MGRIT; ``None`` where neither they nor ``-mgrit_ksp_...`` are given.
 
     Raises
@@ -124,7 +126,11 @@ def krylov_options(given, options_prefix: str = "") -> Mapping | None:
 
 
 def read_time_solver(
-    parameters: dict, evolution: Evolution, spacetime: SpaceTime, coarse_tableau, options_prefix: str = ""
+    parameters: dict,
+    evolution: Evolution,
+    spacetime: SpaceTime,
+    coarse_tableau: ButcherTableau | None,
+    options_prefix: str = "",
 ) -> TimeSolverChoice:
     """Take ``time_solver``, ``mgrit`` and ``paradiag`` out of the parameters (collective).
 
@@ -190,7 +196,11 @@ def require_supported(options: MGRITOptions, factors: tuple, nsteps: int) -> Non
 
 
 def choose(
-    evolution: Evolution, spacetime: SpaceTime, mgrit: MGRITOptions, paradiag: ParaDiagOptions, coarse_tableau=None
+    evolution: Evolution,
+    spacetime: SpaceTime,
+    mgrit: MGRITOptions,
+    paradiag: ParaDiagOptions,
+    coarse_tableau: ButcherTableau | None = None,
 ) -> tuple[str, str]:
     """The time solver that a-priori convergence estimates favour (collective).
 
@@ -213,7 +223,9 @@ def choose(
     return spacetime.comm.bcast((kind, f"time_solver auto: {kind}, {why}"))  # the same in spite of round-off
 
 
-def _choose(evolution: Evolution, mgrit: MGRITOptions, paradiag: ParaDiagOptions, coarse_tableau) -> tuple[str, str]:
+def _choose(
+    evolution: Evolution, mgrit: MGRITOptions, paradiag: ParaDiagOptions, coarse_tableau: ButcherTableau | None
+) -> tuple[str, str]:
     try:
         estimates = mgrit_estimate(evolution, mgrit, coarse_tableau)
     except ValueError:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
+
 from pint_fem.kernels.blocks import WIDTH
 from pint_fem.propagators.base import FEPropagator, StepData
 
@@ -38,7 +40,7 @@ class _BoundStep:
             data = data._replace(u=computed.u, linearisations=computed.linearisations)
         return data
 
-    def step(self, steps, u, out):
+    def step(self, steps: range, u: np.ndarray, out: np.ndarray) -> None:
         """Write the results of steps from ``u`` to ``out``; the lane of the first is its interval's number."""
         return self.take(steps, u, out, steps.start // steps.step)  # None, which the level checks
 
@@ -50,7 +52,7 @@ class StateStep(_BoundStep):
         super().__init__(propagator)
         self.uses_guess = propagator.uses_guess
 
-    def take(self, steps, u, out, lane):
+    def take(self, steps: range, u: np.ndarray, out: np.ndarray, lane: int) -> None:
         """Write the results of a block of steps to ``out``; ``lane`` is the number of the first one's interval."""
         return self.propagator.step(self.part(steps), u, out, lane)
 
@@ -60,7 +62,7 @@ class TangentStep(_BoundStep):
     direction of the controls.
     """
 
-    def take(self, steps, u, out, lane):
+    def take(self, steps: range, u: np.ndarray, out: np.ndarray, lane: int) -> None:
         """Write the results of a block of steps to ``out``; ``lane`` is the number of the first one's interval."""
         data = self.part(steps)
         return self.propagator.tangent(data, u, data.dz, out, lane)
@@ -71,7 +73,7 @@ class AdjointStep(_BoundStep):
 
     transposed = True
 
-    def take(self, steps, u, out, lane):
+    def take(self, steps: range, u: np.ndarray, out: np.ndarray, lane: int) -> None:
         """Write the results of a block of steps to ``out``; ``lane`` is the number of the first one's interval."""
         return self.propagator.adjoint(self.part(steps), u, out, lane)
 
@@ -79,15 +81,15 @@ class AdjointStep(_BoundStep):
 class LinearStep(_BoundStep):
     r"""The derivative :math:`\Phi_u` of a linear propagator or its transpose, the same for all steps."""
 
-    def __init__(self, propagator, *, transposed: bool):
+    def __init__(self, propagator: FEPropagator, *, transposed: bool):
         super().__init__(propagator)
         self.transposed = transposed
         self._apply = propagator.apply_transposed if transposed else propagator.apply
 
-    def take(self, steps, u, out, lane):
+    def take(self, steps: range, u: np.ndarray, out: np.ndarray, lane: int) -> None:
         """Write the results of a block of steps to ``out``; ``lane`` is the number of the first one's interval."""
         return self._apply(u, out, lane)
 
-    def sweep(self, first, U, G):
+    def sweep(self, first: int, U: np.ndarray, G: np.ndarray | None) -> None:
         """Take consecutive steps with right-hand side ``G``, from ``U[0]``, in one call."""
         return self.propagator.sweep(U, G, transposed=self.transposed)

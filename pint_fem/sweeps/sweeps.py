@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -25,6 +26,7 @@ from pint_fem.errors import FAILURES
 from pint_fem.evolution.evolution import Evolution
 from pint_fem.kernels.arrays import get
 from pint_fem.kernels.garbage import clean
+from pint_fem.mgrit.options import MGRITOptions
 from pint_fem.paradiag.options import ParaDiagOptions
 from pint_fem.propagators.base import FEPropagator, StepData
 from pint_fem.spacetime import SpaceTime
@@ -73,7 +75,7 @@ class Sweeps:
         Called after each solve with its kind and result.
     """
 
-    def __init__(self, evolution: Evolution, spacetime: SpaceTime, **given):
+    def __init__(self, evolution: Evolution, spacetime: SpaceTime, **given: Any):
         self.solvers = TimeSolvers(evolution, spacetime, **given)
         self.evolution, self.spacetime, self.slab = self.solvers.evolution, spacetime, self.solvers.slab
         self.initial = get(self.evolution.initial)
@@ -83,7 +85,7 @@ class Sweeps:
         self._cause: BaseException | None = None  # why a right-hand side could not be computed
 
     @property
-    def options(self):
+    def options(self) -> MGRITOptions | ParaDiagOptions:
         """Options of the time solver of all sweeps."""
         return self.solvers.options
 
@@ -146,8 +148,8 @@ class Sweeps:
 
     # -- solves --------------------------------------------------------------------------------------------------------
     def _solve(
-        self, solver: TimeSolver, kind: str, U: np.ndarray, G, *, cold: bool = False, start: str = "",
-        coarse_rhs: Callable[[], Iterable[np.ndarray]] | None = None, **accuracy,
+        self, solver: TimeSolver, kind: str, U: np.ndarray, G: np.ndarray | None, *, cold: bool = False,
+        start: str = "", coarse_rhs: Callable[[], Iterable[np.ndarray]] | None = None, **accuracy: float,
     ) -> SolveResult:  # fmt: skip
         """Solve in place and count; ``cold``: ``U`` is no solution of a nearby problem."""
         clean(self.evolution.V.mesh().comm)
@@ -199,7 +201,7 @@ class Sweeps:
             yield self._or_nan(partial(compute, propagator, data, lo), (k, propagator.evolution.state_size))
 
     def state(
-        self, z: Controls, U: np.ndarray, *, initial: np.ndarray | None = None, cold: bool = False, **accuracy
+        self, z: Controls, U: np.ndarray, *, initial: np.ndarray | None = None, cold: bool = False, **accuracy: float
     ) -> SolveResult:
         """Solve for the state ``U`` with an initial condition ``(n,)``; default: the evolution's."""
         if self.slab.is_first:
@@ -223,7 +225,7 @@ class Sweeps:
         *,
         initial: np.ndarray | None = None,
         cold: bool = True,
-        **accuracy,
+        **accuracy: float,
     ) -> SolveResult:
         """Solve for the derivative ``dU`` of the state ``U`` in the direction ``dz`` of the controls and ``initial`` of
         the initial condition; ``None`` for zero.
@@ -255,7 +257,7 @@ class Sweeps:
         return G
 
     def adjoint(
-        self, z: Controls, U: np.ndarray, gradient: np.ndarray, L: np.ndarray, *, cold: bool = False, **accuracy
+        self, z: Controls, U: np.ndarray, gradient: np.ndarray, L: np.ndarray, *, cold: bool = False, **accuracy: float
     ) -> SolveResult:
         """Solve for the adjoint ``L`` at the state ``U`` with the right-hand side ``gradient``, shaped as ``L``: rows
         ``0..k-1`` and on the last rank also ``k``; with ``storage="C"`` condensed to the C-points.
@@ -346,7 +348,7 @@ class Sweeps:
         return su, sz
 
 
-def _divergence(kind: str, result: SolveResult, options) -> str:
+def _divergence(kind: str, result: SolveResult, options: Any) -> str:
     """The message of a sweep that has not converged."""
     advice, name = "modes that grow? a larger alpha against round-off, on_divergence='serial'", "ParaDiag"
     if not isinstance(options, ParaDiagOptions):

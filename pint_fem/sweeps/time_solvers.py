@@ -6,10 +6,11 @@ of adjoint sweeps runs on the time communicator in reverse order, where point ``
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 
 import numpy as np
+from irksome.tableaux.ButcherTableaux import ButcherTableau
 
 from pint_fem.all_at_once.levels import inject
 from pint_fem.all_at_once.trace import Trace, check_trace_file
@@ -95,9 +96,10 @@ class TimeSolvers:
 
     def __init__(
         self, evolution: Evolution, spacetime: SpaceTime, *, options: MGRITOptions | Mapping | None = None,
-        coarse_tableau=None, propagator: Callable[..., FEPropagator] = make_propagator, spatial_coarsening=None,
-        coarse_evolutions=None, krylov: Mapping | None = None, norm: str = "l2",
-        time_solver: str = "mgrit",
+        coarse_tableau: ButcherTableau | None = None, propagator: Callable[..., FEPropagator] = make_propagator,
+        spatial_coarsening: bool | int | Sequence[int] | None = None,
+        coarse_evolutions: Sequence[Evolution] | None = None,
+        krylov: Mapping | None = None, norm: str = "l2", time_solver: str = "mgrit",
         paradiag: tuple[ParaDiagOptions, Mapping] | None = None,
     ):  # fmt: skip
         self.evolution = evolution = evolution.private()
@@ -146,9 +148,7 @@ class TimeSolvers:
             )
         if self._krylov is not None and options.residual == "full":
             raise ValueError("mgrit residual 'full' with krylov: PETSc's residual is that of all points; leave it out")
-        common = dict(
-            options=options, trace=self.trace, is_root=spacetime.is_root, everyone=spacetime.comm
-        )
+        common = dict(options=options, trace=self.trace, is_root=spacetime.is_root, everyone=spacetime.comm)
         forward = common | dict(
             comm=spacetime.time_comm, bounds=self.slab.bounds, transfers=self.space.transfers,
             point_norms=self._point_norms(dual=False),
@@ -254,7 +254,15 @@ class TimeSolvers:
         if factors and self.averaged is not None:
             self.averaged.invalidate()
 
-    def bind(self, solver: TimeSolver, z, U: np.ndarray | None, *, backwards: bool, dz=None) -> None:
+    def bind(
+        self,
+        solver: TimeSolver,
+        z: np.ndarray | None,
+        U: np.ndarray | None,
+        *,
+        backwards: bool,
+        dz: np.ndarray | None = None,
+    ) -> None:
         """Set the data of the steps of a solver for a nonlinear evolution.
 
         ``z`` and ``dz`` are the controls of the own steps and their direction, ``U`` the states of the local points at
@@ -290,7 +298,7 @@ class TimeSolvers:
         """Controls on level ``index``: those of some fine steps, or a static one."""
         return self.space.controls(index, z if z is None or z.ndim == 1 else z[fine - self.slab.lo])
 
-    def coarse_steps(self, z) -> Iterator[tuple[FEPropagator, int, int, StepData]]:
+    def coarse_steps(self, z: np.ndarray | None) -> Iterator[tuple[FEPropagator, int, int, StepData]]:
         """Of each coarse level of a linear evolution: propagator, first own step, number of own steps, their data."""
         for level, propagator in zip(self.tangent.levels[1:], self.propagators[1:], strict=True):
             start = np.arange(level.lo, level.hi) * level.stride

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from irksome.tableaux.ButcherTableaux import ButcherTableau
@@ -121,18 +122,20 @@ class LevelPair:
     weight: float
     is_first: bool
 
-    def _tableaux(self, coarse_tableau) -> tuple[DIRK, DIRK]:
+    def _tableaux(self, coarse_tableau: ButcherTableau | None) -> tuple[DIRK, DIRK]:
         """Integrators of the two levels."""
         return DIRK(self.evolution.tableau if self.is_first else coarse_tableau), DIRK(coarse_tableau)
 
-    def _eigenvalues(self, coarse_tableau, m: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _eigenvalues(self, coarse_tableau: ButcherTableau | None, m: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Values of ``dt kappa``, and the eigenvalues of a fine and a coarse step that belong to them."""
         modes, strides = self.spectrum.sample(self.evolution.dt, max(128, 12 * m)), (self.stride, m * self.stride)
         tableaux = self._tableaux(coarse_tableau)
         lam, mu = (dirk_stability(d.A, d.b, -s * modes) for d, s in zip(tableaux, strides, strict=True))
         return modes, lam, mu
 
-    def _factors(self, eigenvalues, coarse_tableau, m: int, relax: str, weight: float) -> np.ndarray:
+    def _factors(
+        self, eigenvalues, coarse_tableau: ButcherTableau | None, m: int, relax: str, weight: float
+    ) -> np.ndarray:
         """Bound of the error factor of each mode."""
         if self.spectrum.kind != "damped wave":
             return two_level_factors(*eigenvalues[1:], m, self.steps // m, relax, weight)
@@ -141,14 +144,14 @@ class LevelPair:
         fine, coarse = (runge_kutta_matrix(d.A, d.b, -s * pairs) for d, s in tableaux)
         return block_factors(fine, coarse, m, self.steps // m, relax, weight)
 
-    def estimate(self, coarse_tableau, m: int, **given) -> ConvergenceEstimate:
+    def estimate(self, coarse_tableau: ButcherTableau | None, m: int, **given: Any) -> ConvergenceEstimate:
         """Estimate for a coarse integrator and a coarsening factor; ``given`` as in :func:`two_level_estimate`."""
         modes, lam, mu = found = self._eigenvalues(coarse_tableau, m)
         factors = self._factors(found, coarse_tableau, m, self.relax, self.weight)
         given |= dict(weight=self.weight, modes=modes, factors=factors)
         return two_level_estimate(lam, mu, m, self.steps // m, self.relax, **given)
 
-    def alternatives(self, coarse_tableau, m: int) -> dict[str, float]:
+    def alternatives(self, coarse_tableau: ButcherTableau | None, m: int) -> dict[str, float]:
         """Bounds of other integrators, relaxations and coarsening factors, by the argument that chooses them."""
 
         def bound(tableau, m=m, relax=self.relax, weight=self.weight):

@@ -168,7 +168,7 @@ class ConvergenceEstimate:
         """Number of cycles that reduce the error by ``tolerance`` according to the bound."""
         return min(expected_iterations(self.factor, self.tolerance), self.exact_after)
 
-    def __str__(self):
+    def __str__(self) -> str:
         weight = f" with weight {self.weight:g}" if self.weight != 1 and self.relax != "F" else ""
         count = self.iterations
         cycles = f"{count:.0f} cycle{'s' * (count != 1)}" if math.isfinite(count) else "no number of cycles"
@@ -235,7 +235,7 @@ def two_level_estimate(
     return ConvergenceEstimate(m, relax, float(weight), factor, where, exact_after, tolerance, where_is, warning)
 
 
-def _warning(factor, lam, mu, m, relax, exact_after, alternatives) -> str:
+def _warning(factor, lam: np.ndarray, mu, m, relax, exact_after, alternatives) -> str:
     """Why the bound is not below one, and what to use instead."""
     keeps, waves = abs(lam) ** m, abs(np.imag(lam)) > 1e-8 * abs(lam)
     everywhere = "an L-stable integrator on all levels, such as SDIRK2() or BackwardEuler()"

@@ -68,7 +68,7 @@ def compare_copies(spacetime: SpaceTime, sketches: np.ndarray, head: Sequence[fl
     return least[: len(head)], differ.any(axis=(1, 2))
 
 
-def norms_by_rank(comm, norm: float) -> str:
+def norms_by_rank(comm: MPI.Comm, norm: float) -> str:
     """Return the norms of a vector on the first four ranks, for messages (collective)."""
     norms = comm.allgather(float(norm))
     return ", ".join(f"{n:.9g} on rank {rank}" for rank, n in enumerate(norms[:4]))

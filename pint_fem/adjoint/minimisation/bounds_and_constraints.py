@@ -19,6 +19,9 @@ from pint_fem.kernels.arrays import get
 if TYPE_CHECKING:
     from pint_fem.adjoint.functional import ControlFunctional
 
+if TYPE_CHECKING:
+    from pint_fem.adjoint.reduced_functional import TimeParallelReducedFunctional
+
 __all__ = ["Controls", "bound_arrays", "constraint_normals", "named_array"]
 
 
@@ -66,7 +69,7 @@ def _is_number(side) -> bool:
     return side is None or isinstance(side, Real)
 
 
-def _side(rf, side, none: float):
+def _side(rf: TimeParallelReducedFunctional, side, none: float):
     """One of the two bounds; ``none`` is the number for no bound."""
     controls = rf.evolution.controls
     if _is_number(side):
@@ -115,7 +118,7 @@ def constraint_normals(
     return [objective.representative(dual) for dual, _ in found], values
 
 
-def _normal(rf, form) -> tuple[np.ndarray, float]:
+def _normal(rf: TimeParallelReducedFunctional, form) -> tuple[np.ndarray, float]:
     """The derivative of a constraint, a dual vector, and its value at zero."""
     controls = [c for c in rf.evolution.controls if isinstance(form, ufl.Form) and c in extract_coefficients(form)]
     if not controls or form.arguments():

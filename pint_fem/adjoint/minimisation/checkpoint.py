@@ -23,9 +23,11 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
+from firedrake.functionspaceimpl import WithGeometry
 
 from pint_fem import files
 from pint_fem.adjoint.evaluation import Evaluation
@@ -151,7 +153,7 @@ class HDF5Checkpoint:
         self._states = self._place(ev.V, self._problem.sweeps.stored)
         self._fingerprint = self._describe() | (run or {})
 
-    def _place(self, space, rows: tuple[slice, int] | None) -> Place:
+    def _place(self, space: WithGeometry, rows: tuple[slice, int] | None) -> Place:
         """The place of functions of a space in the file, one per row of ``rows``, own rows and their total number."""
         first, _ = space.dof_dset.layout_vec.getOwnershipRange()
         own, size = slice(first, first + own_size(space)), space.dof_dset.layout_vec.getSize()
@@ -234,7 +236,7 @@ class HDF5Checkpoint:
                     os.unlink(new)  # on a full disk it would be in the way
             raise
 
-    def _guarded(self, work: Callable, *args):
+    def _guarded(self, work: Callable, *args: Any):
         """The result of ``work(*args)``; where the file cannot be written the message names it."""
         errors = (OSError, RuntimeError)  # HDF5 raises either
         with files.as_input_error(f"checkpoint {self.path} cannot be written", errors=errors):

@@ -123,7 +123,7 @@ def evolution_numbers(evolution: Evolution, comm: MPI.Comm) -> dict:
     return out
 
 
-def _sums(f, comm) -> list[float]:
+def _sums(f, comm: MPI.Comm) -> list[float]:
     """Weighted sums of squares of a function's positive and negative values, over all ranks in space."""
     values = get(f)
     first = comm.exscan(len(values)) or 0

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from numbers import Real
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import ufl
@@ -55,7 +56,7 @@ class Minimisable:
         preconditioner: str | ufl.Form | Sequence[ufl.Form] | Callable | None = None,
         checkpoint: str | Path | None = None,
         if_save_fails: str = "stop",
-        **options,
+        **options: Any,
     ) -> TrustRegionResult:
         """Minimise by :func:`pint_fem.optimize.minimize_trust_region` in the controls' inner product (collective).
 
@@ -110,7 +111,7 @@ class Minimisable:
         self, start: Controls | None = None, *, monitor: Callable[[str], object] | None = None,
         constraints: Sequence[tuple[ufl.Form, float]] | None = None,
         preconditioner: str | ufl.Form | Sequence[ufl.Form] | Callable | None = None,
-        checkpoint: str | Path | None = None, if_save_fails: str = "stop", **options,
+        checkpoint: str | Path | None = None, if_save_fails: str = "stop", **options: Any,
     ) -> OneShotResult:  # fmt: skip
         """Minimise by :func:`pint_fem.optimize.minimize_one_shot`: between two updates of the controls one MGRIT cycle
         for the state and one for the adjoint (collective).
@@ -153,7 +154,12 @@ class Minimisable:
         return self._with_control(result)
 
     def minimize_scipy(
-        self, start: Controls | None = None, method: str = "trust-krylov", *, bounds: Sequence | None = None, **options
+        self,
+        start: Controls | None = None,
+        method: str = "trust-krylov",
+        *,
+        bounds: Sequence | None = None,
+        **options: Any,
     ) -> ScipyResult:
         """Minimise by scipy, whose vectors are whole on one rank: for controls of moderate size (collective).
 
@@ -205,7 +211,7 @@ class Minimisable:
         """The monitor on the first rank, None on the others."""
         return monitor if self.spacetime.is_root else None
 
-    def _with_control(self, result):
+    def _with_control(self, result: object):
         """The result with its controls as functions, which become the values of the functional's controls."""
         self._take(result.x)
         control = self.function(result.x)
@@ -287,7 +293,7 @@ class Minimisable:
             raise InputError(f"constraints: {error}") from error
         return limited, limited.feasible(start)
 
-    def _preconditioner(self, inner: ControlInner, given):
+    def _preconditioner(self, inner: ControlInner, given: Any):
         """An approximate inverse Hessian on representatives."""
         if given is None or given == "limited-memory" or (callable(given) and not isinstance(given, ufl.Form)):
             return given

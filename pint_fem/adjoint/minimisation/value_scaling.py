@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import numpy as np
+from firedrake import EnsembleFunction, Function
 from pyadjoint import Control
 
 from pint_fem.optimize.scipy_methods.run import unit_factor
@@ -32,7 +33,7 @@ class ValueScaling:
         pyadjoint's factor.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.factor, self._scale, self._unit = 1.0, 1.0, 1.0
         self._is_first = False
 
@@ -70,7 +71,7 @@ class ScaledControl(Control):
         The factor of the functional, which is 1 after an update of the control.
     """
 
-    def __init__(self, value, unit: ValueScaling):
+    def __init__(self, value: Function | EnsembleFunction, unit: ValueScaling):
         super().__init__(value)
         self._unit = unit
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from pint_fem.all_at_once.callbacks import require_nothing
+from pint_fem.all_at_once.levels import Propagator
 from pint_fem.mgrit.checks.report import Space, UserError, patterns, raise_first
+from pint_fem.mgrit.transfer import Transfer
 
 __all__ = ["Call", "LevelCalls", "TransferCalls", "has_method"]
 
@@ -51,7 +53,17 @@ class LevelCalls:
         Seed of the data; accuracy of repeated steps.
     """
 
-    def __init__(self, propagator, index: int, nsteps: int, strides, state: np.ndarray, space: Space, seed, rtol):
+    def __init__(
+        self,
+        propagator: Propagator,
+        index: int,
+        nsteps: int,
+        strides: Sequence[int],
+        state: np.ndarray,
+        space: Space,
+        seed: int,
+        rtol: float,
+    ):
         self.propagator, self.index, self.nsteps, self.space, self.rtol = propagator, index, nsteps, space, rtol
         self.where, self.state = f"level {index}", state
         self.uses_guess = bool(getattr(propagator, "uses_guess", False))
@@ -82,7 +94,15 @@ class LevelCalls:
         second = {"step": (), "tangent": (self.directions,), "adjoint": (self.adjoints,)}[method]
         return tuple(x[-k:] if last else x[:k] for x in (self.u, *second))
 
-    def call(self, method: str, steps: range, *inputs, guess=None, stride: int = 1, out_stride: int = 1) -> Call:
+    def call(
+        self,
+        method: str,
+        steps: range,
+        *inputs: np.ndarray,
+        guess: np.ndarray | None = None,
+        stride: int = 1,
+        out_stride: int = 1,
+    ) -> Call:
         """Call a method with arrays of some strides over rows; the guess is the state before the step by default."""
         laid = [_laid_out(x, stride) for x in inputs]
         if method != "step" or not self.uses_guess:
@@ -99,7 +119,7 @@ class LevelCalls:
             spilled += int((~_has_mark(whole)).sum())
         return Call(result, *map(int, self.space.total(np.array([missing, infinite, touched, spilled]))))
 
-    def apply(self, method: str, steps: range, *inputs, guess=None) -> np.ndarray:
+    def apply(self, method: str, steps: range, *inputs: np.ndarray, guess: np.ndarray | None = None) -> np.ndarray:
         """The result of a call, which has to be complete and finite."""
         c = self.call(method, steps, *inputs, guess=guess)
         if c.missing or c.infinite:
@@ -154,10 +174,12 @@ class TransferCalls:
         Sums over the ranks that share a state.
     """
 
-    def __init__(self, transfer, space: Space):
+    def __init__(self, transfer: Transfer, space: Space):
         self.transfer, self.space = transfer, space
 
-    def __call__(self, name: str, block: np.ndarray, shape: tuple[int, ...] | None = None, stride: int = 1):
+    def __call__(
+        self, name: str, block: np.ndarray, shape: tuple[int, ...] | None = None, stride: int = 1
+    ) -> np.ndarray:
         """Apply a map; ``shape``, where it is given, is that of a state in the result."""
         view, error = _laid_out(block, stride)[1], None
         function = lambda: np.array(getattr(self.transfer, name)(view), dtype=float)
@@ -173,7 +195,7 @@ class TransferCalls:
         return result
 
 
-def has_method(propagator, method: str) -> bool:
+def has_method(propagator: Propagator, method: str) -> bool:
     """Whether a propagator has a method; for ``sweep``, whether MGRIT would call it."""
     return hasattr(propagator, method) and (method == "sweep" or getattr(propagator, method) is not None)
 

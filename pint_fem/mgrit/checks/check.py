@@ -13,11 +13,12 @@ run, so the failures name causes.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from mpi4py import MPI
 
-from pint_fem.all_at_once.grids import coarse_points
+from pint_fem.all_at_once.grids import Coarsening, coarse_points
 from pint_fem.all_at_once.levels import Propagator
 from pint_fem.collective import collectively
 from pint_fem.errors import InputError
@@ -45,10 +46,10 @@ def check(
     nsteps: int,
     state: np.ndarray,
     *,
-    coarsening=(8, 4),
+    coarsening: int | Sequence = (8, 4),
     transfers: Sequence | None = None,
-    comm=MPI.COMM_SELF,
-    space_comm=MPI.COMM_SELF,
+    comm: MPI.Comm = MPI.COMM_SELF,
+    space_comm: MPI.Comm = MPI.COMM_SELF,
     seed: int = 0,
     rtol: float = 1e-12,
 ) -> CheckReport:
@@ -96,9 +97,10 @@ def check(
     keys = {key for part in space_comm.allgather(comm.allgather(setup.key)) for key in part}
     if len(keys) > 1:
         raise InputError("check: the arguments differ: give all ranks the same steps, levels, transfers and steppers")
-    run = Runner(comm, is_root=comm.rank == 0 and space_comm.rank == 0)
+    run = Runner(comm, space_comm)
     space = Space(space_comm)
-    levels, here, sound = [], setup.state, True
+    levels: list[LevelCalls] = []
+    here, sound = setup.state, True
     for index, propagator in enumerate(setup.propagators):
         transfer = setup.transfers[index - 1] if index else None
         if transfer is not None and here is not None:
@@ -124,7 +126,10 @@ def check(
 class _Setup:
     """The arguments, checked against each other."""
 
-    def __init__(self, propagators, nsteps, state, coarsening, transfers, rtol, seed):
+    def __init__(
+        self, propagators: Propagator | Sequence[Propagator], nsteps: int, state: np.ndarray,
+        coarsening: int | Sequence, transfers: Sequence | None, rtol: float, seed: int,
+    ):  # fmt: skip
         if hasattr(propagators, "step") or not isinstance(propagators, Sequence):
             propagators = [propagators]
         self.propagators = list(propagators)
@@ -159,14 +164,15 @@ class _Setup:
 
     def short(self) -> tuple[int, list]:
         """A horizon of two steps on the coarsest level, in fine steps, and its coarsening."""
-        n, factors = min(2 if self.factors else 8, self.nsteps[-1]), []
+        n = min(2 if self.factors else 8, self.nsteps[-1])
+        factors: list[Coarsening] = []
         for m in reversed(self.factors):
             factors.insert(0, m if isinstance(m, int) else m[: n + 1])
             n = m * n if isinstance(m, int) else m[n]
         return n, factors
 
 
-def _strides(m) -> list[int]:
+def _strides(m: Coarsening) -> list[int]:
     """Lengths of the intervals between C-points, the least and the largest."""
     return [m] if isinstance(m, int) else [int(np.diff(m).min()), int(np.diff(m).max())]
 
@@ -215,7 +221,7 @@ def _coarse_step(fine: LevelCalls, coarse: LevelCalls, setup: _Setup) -> Found:
     return Found(fine.space.difference(coarse.phi(range(1), coarse.state[None]), U), "relative difference")
 
 
-def _round_trip(state: np.ndarray, comm) -> Found:
+def _round_trip(state: np.ndarray, comm: MPI.Comm) -> Found:
     """Send a state to the next rank and back; it has to be bitwise identical."""
     shapes = comm.allgather(state.shape)
     if len(set(shapes)) > 1:
@@ -230,7 +236,7 @@ def _round_trip(state: np.ndarray, comm) -> Found:
     return Found()
 
 
-def _fixed_point_of_cycles(setup: _Setup, levels: list[LevelCalls], comm) -> Found:
+def _fixed_point_of_cycles(setup: _Setup, levels: list[LevelCalls], comm: MPI.Comm) -> Found:
     """Residual of the sequential solution of a few steps, and of a cycle from it, over its norm."""
     n, factors = setup.short()
     fine, exact, error = levels[0], None, None
@@ -240,7 +246,7 @@ def _fixed_point_of_cycles(setup: _Setup, levels: list[LevelCalls], comm) -> Fou
         error = str(failure)
     raise_first(comm, error)  # before the solver, which needs all ranks
 
-    def solver(**options):
+    def solver(**options: Any) -> MGRIT:
         options |= dict(start="guess", levels=len(levels)) | (dict(coarsening=factors) if factors else {})
         norms = lambda block: fine.space.dots(block, block)
         return MGRIT(

@@ -8,6 +8,7 @@ adjoint; of transfers shapes, linearity and transposes.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 
@@ -28,7 +29,7 @@ def check_method(run: Runner, level: LevelCalls, method: str, between: list[str]
     """Check a step, tangent or adjoint: whether results are right, and whether input is left alone."""
     calls, where, space, longest = [], level.where, level.space, max(level.ranges, key=len)
 
-    def call(steps, **kwargs):
+    def call(steps: range, **kwargs: Any):
         return level.call(method, steps, *level.inputs(method, len(steps)), **kwargs)
 
     def runs():
@@ -115,7 +116,7 @@ def check_sweep(run: Runner, level: LevelCalls, *, after: bool) -> bool:
     k = min(5, level.nsteps, len(level.u) - 1)
     guess, G = level.u[1 : k + 1], 0.1 * level.directions[:k]
 
-    def against_step(G):
+    def against_step(G: np.ndarray | None):
         worst = 0.0
         for first in {0, level.nsteps - k}:
             U = np.empty((k + 1, *level.state.shape))
@@ -182,7 +183,7 @@ def _taylor(level: LevelCalls) -> Found:
 def check_adjoint(run: Runner, level: LevelCalls, *, tangent: bool, after: bool) -> bool:
     """Check linearity and ``<T d, lam> = <d, A lam>``, by the tangent where that is right, else by differences."""
 
-    def tangent_or_differences(steps, u, d):
+    def tangent_or_differences(steps: range, u: np.ndarray, d):
         if tangent:
             return level.apply("tangent", steps, u, d)
         h = 0.1 * level.rtol**0.2  # of order 4: exact for affine steps

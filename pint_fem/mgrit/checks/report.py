@@ -7,8 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
+from mpi4py import MPI
 
-from pint_fem.collective import raise_collectively
+from pint_fem.collective import collectively, raise_collectively
 from pint_fem.errors import FAILURES
 from pint_fem.logs import logger
 
@@ -63,19 +64,21 @@ class Runner:
 
     Parameters
     ----------
-    comm
-        Communicator of the ranks; all of them call the same checks in the same order.
-    is_root
-        Whether this rank prints.
+    comm, space_comm
+        Communicators of the ranks in time and in space; all of them call the same checks in the same order. The first
+        rank of both prints.
     """
 
-    def __init__(self, comm, *, is_root: bool):
-        self.comm, self.report = comm, CheckReport()
-        self._print = logger.info if is_root else (lambda line: None)
+    def __init__(self, comm: MPI.Comm, space_comm: MPI.Comm):
+        self.comm, self._space_comm, self.report = comm, space_comm, CheckReport()
         self.counts = dict.fromkeys(["passed", "failed", "reported", "not there", "not run"], 0)
 
+    def _print(self, line: str) -> None:
+        log = logger.info if self.comm.rank == 0 and self._space_comm.rank == 0 else (lambda line: None)
+        collectively(self._space_comm, "", collectively, self.comm, "logging", log, line)
+
     def add(self, where: str, name: str, status: str, text: str = "") -> None:
-        """Add a line to the report and print it."""
+        """Add a line to the report and print it (collective)."""
         line = f"{where:10} {name:44} {status:9} {text}".rstrip()
         self.counts[status] += 1
         self.report.lines.append(line)
@@ -162,10 +165,10 @@ class Runner:
 class Space:
     """Sums over the ranks that share a state, in rank order, and comparisons of blocks by them (collective)."""
 
-    def __init__(self, comm):
+    def __init__(self, comm: MPI.Comm):
         self.comm = comm
 
-    def total(self, values):
+    def total(self, values: np.ndarray) -> np.ndarray:
         """Sum of numbers or arrays over the ranks."""
         return values if self.comm.size == 1 else np.add.reduce(self.comm.allgather(values))
 
@@ -203,7 +206,7 @@ class Space:
         return max(map(ratio, gap, size))
 
 
-def raise_first(comm, error: str | None) -> None:
+def raise_first(comm: MPI.Comm, error: str | None) -> None:
     """Raise ``UserError`` on all ranks of a communicator if one has an error: they all continue or none does."""
     error = next((e for e in comm.allgather(error) if e), None)
     if error:

@@ -82,10 +82,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import cast
 
 import numpy as np
 
 from pint_fem.optimize.argument_checks import check, check_callable, check_checkpoint, check_count, check_stopping
+from pint_fem.optimize.guarded_problem import GuardedProblem
 from pint_fem.optimize.lbfgs import InverseLBFGS
 from pint_fem.optimize.one_shot.inexact_evaluations import InexactEvaluations
 from pint_fem.optimize.one_shot.iteration import Run
@@ -189,7 +191,7 @@ def minimize_one_shot(
     check_callable("monitor", monitor)
     check_callable("callback", callback)
 
-    solvers = InexactEvaluations(problem)
+    solvers = InexactEvaluations(cast(GuardedProblem, problem))  # by the decorator
     run = Run(
         solvers,
         np.array(x0, dtype=np.float64),
@@ -226,7 +228,7 @@ def minimize_one_shot(
         reason is StopReason.GRADIENT,
         reason or StopReason.MAX_IT,
         history,
-        problem.advance_calls,
-        problem.value_calls,
-        problem.gradient_calls,
+        solvers.problem.advance_calls,
+        solvers.problem.value_calls,
+        solvers.problem.gradient_calls,
     )

@@ -90,7 +90,8 @@ class OneShotResult(ReasonedResult):
         Accurate values and gradients: one of each at the end, and one more for each accurate gradient above the
         tolerance before it. Without ``advance`` one per record; no gradient where J is not finite.
     control : Function, EnsembleFunction or list of these, or None
-        The controls found, one or a list of several, where a functional's method minimised.
+        The controls found, one or a list of several, where a functional's method minimised; None in a pickled or deep
+        copy.
     """
 
     x: np.ndarray

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from mpi4py import MPI
@@ -62,12 +63,16 @@ class ScipyResult(ResultSummary, OptimizeResult):
     nit, nfev, njev, nhev : int
         Iterations and evaluations of J, of its gradient and of Hessian actions; those that the method has.
     control : Function, EnsembleFunction or list of these, or None
-        The controls found, one or a list of several, where a functional's method minimised.
+        The controls found, one or a list of several, where a functional's method minimised; None in a pickled or deep
+        copy.
     """
 
     def _quantities(self) -> dict[str, float]:
         counts = {"nfev": "values", "njev": "gradients", "nhev": "Hessian products"}
         return {"J": float(self.fun), **{text: self[name] for name, text in counts.items() if name in self}}
+
+    def _entries(self) -> dict[str, object]:
+        return dict(self)
 
     __str__, __repr__ = ResultSummary.__str__, ResultSummary.__repr__
 
@@ -83,7 +88,7 @@ def scipy_minimize(
     hessian: str = "newton",
     gtol_rel: float | None = None,
     callback: Callable[[np.ndarray], object] | None = None,
-    **options,
+    **options: Any,
 ) -> ScipyResult:
     """Minimise by :func:`scipy.optimize.minimize` in the problem's inner product.
 
@@ -152,8 +157,8 @@ def scipy_minimize(
 
 
 def _minimise(
-    problem, x0: np.ndarray, method: str, comm, lower, upper, hessian: str, gtol_rel: float | None,
-    callback: Callable | None, options: dict,
+    problem: GuardedProblem, x0: np.ndarray, method: str, comm: MPI.Comm, lower: np.ndarray | float | None,
+    upper: np.ndarray | float | None, hessian: str, gtol_rel: float | None, callback: Callable | None, options: dict,
 ) -> ScipyResult:  # fmt: skip
     """The run, on all processes with the same arguments but for the parts of vectors."""
     methods = {name.lower(): name for name in _GRADIENT_METHODS + _HESSIAN_METHODS}
@@ -209,7 +214,7 @@ class _Processes:
         self.first = self.comm is None or self.comm.rank == 0
         self._evaluating = False  # an evaluation has begun and not ended
 
-    def evaluate(self, name: str, *arguments) -> object:
+    def evaluate(self, name: str, *arguments: object) -> Any:
         """Call a method of the view on all processes, from the first one."""
         self._evaluating = True
         self._send(name, arguments)
@@ -247,7 +252,7 @@ class _Processes:
 class _EuclideanView:
     """J as a function of the global y, with the results at the last y stored; its calls are collective."""
 
-    def __init__(self, problem, x0: np.ndarray, comm, action: str, callback: Callable | None):
+    def __init__(self, problem: GuardedProblem, x0: np.ndarray, comm: MPI.Comm, action: str, callback: Callable | None):
         self.problem, self.callback = problem, callback
         self.layout = _Layout(problem, x0, comm)
         weights = getattr(problem, "weights", None)
@@ -256,11 +261,11 @@ class _EuclideanView:
         if self.layout.on_any(bad):
             raise ValueError(f"weights of shape {w.shape}: give finite positive numbers of the shape of x, {x0.shape}")
         self.root = np.sqrt(w)
-        self.box = -math.inf, math.inf
+        self.box: tuple[np.ndarray | float, np.ndarray | float] = (-math.inf, math.inf)
         self._dual = getattr(problem, "dual", lambda g: w * g)
         self._action = getattr(problem, action, None)
         self._y = np.full(0, math.nan)
-        self._results: dict[str, object] = {}
+        self._results: dict[str, Any] = {}
         self._checked = False
 
     # -- coordinates --------------------------------------------------------------------------------------------------
@@ -288,11 +293,11 @@ class _EuclideanView:
         low, high = (self.coordinates(side) for side in local)
         if not (low <= high).all():
             raise ValueError("lower exceeds upper, or is not a number: give lower <= upper everywhere")
-        self.box = tuple(local)
+        self.box = local[0], local[1]
         return Bounds(low, high)
 
     # -- the functions scipy calls ------------------------------------------------------------------------------------
-    def _once(self, y: np.ndarray, name: str, compute: Callable[[np.ndarray], object]):
+    def _once(self, y: np.ndarray, name: str, compute: Callable[[np.ndarray], object]) -> Any:
         """The result of `compute` at the local part of y, stored until y changes (the same on all processes)."""
         if not np.array_equal(y, self._y):
             self._y, self._results = np.array(y), {"x": self.point(y)}
@@ -347,7 +352,7 @@ class _EuclideanView:
 class _Layout:
     """The entries of the global vector that this process has."""
 
-    def __init__(self, problem, x0: np.ndarray, comm):
+    def __init__(self, problem: GuardedProblem, x0: np.ndarray, comm: MPI.Comm):
         self.comm = comm if comm is not None and comm.size > 1 else None
         owned = getattr(problem, "owned", None)
         self.owned = np.ones(x0.shape, dtype=bool) if owned is None else np.asarray(owned)

@@ -77,7 +77,7 @@ class HessianActions:
     stored, and those beyond the limit are computed again.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._y = np.full(0, math.nan)
         self._stored: dict[bytes, np.ndarray] = {}
 

@@ -42,6 +42,7 @@ References
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 
@@ -69,7 +70,7 @@ def minimize_bounded(
     x0: np.ndarray,
     lower: np.ndarray | float = -math.inf,
     upper: np.ndarray | float = math.inf,
-    **options,
+    **options: Any,
 ) -> TrustRegionResult:
     """Minimise a function within bounds by trust-region Newton-CG in the problem's inner product.
 
@@ -153,7 +154,7 @@ class _BoxOracle(ExactOracle):
         return Gradient(g, math.sqrt(self.inner(projected, projected)))
 
 
-def _box(problem: GuardedProblem, x: np.ndarray, lower, upper) -> Box:
+def _box(problem: GuardedProblem, x: np.ndarray, lower: np.ndarray | None, upper: np.ndarray | None) -> Box:
     """The bounds as arrays of the shape of x.
 
     Raises

@@ -123,7 +123,7 @@ class InexactOptions:
     kappa_model: float = 1.0
     max_tightenings: int = 8
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         """Check types and ranges."""
         for name in ("kappa_grad", "omega", "forcing", "kappa_hess"):
             check(name, getattr(self, name), "a number in (0, 1)", lambda v: 0 < v < 1)
@@ -177,7 +177,13 @@ class InexactOracle(ExactOracle):
         return max(self.options.kappa_grad * bound, _FINAL_SHARE * self.final)
 
     def gradient(
-        self, x: np.ndarray, iteration: int, last_good: np.ndarray, *, guess=math.inf, radius=None
+        self,
+        x: np.ndarray,
+        iteration: int,
+        last_good: np.ndarray,
+        *,
+        guess: float = math.inf,
+        radius: float | None = None,
     ) -> Gradient:
         """The gradient at x, repeated more accurately until its error is small against its norm and the radius."""
         if self._gradient_within is None:

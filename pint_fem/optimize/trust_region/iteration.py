@@ -70,7 +70,7 @@ class NewtonOptions:
     monitor: Callable[[str], object] | None = None
     callback: Callable[[np.ndarray, IterationRecord], object] | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         """Check types and ranges."""
         check_stopping(self.gtol_rel, self.gtol_abs, self.max_it)
         low, high = self.min_radius, self.max_radius

@@ -25,6 +25,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -114,7 +115,7 @@ def minimize_bounded_constrained(
     preconditioner: Preconditioner | str | None = None,
     monitor: Callable[[str], object] | None = None,
     callback: Callable[[np.ndarray, IterationRecord], object] | None = None,
-    **options,
+    **options: Any,
 ) -> TrustRegionResult:
     """Minimise a function within bounds and under linear equality constraints.
 

@@ -49,11 +49,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import cast
 
 import numpy as np
 
 from pint_fem.errors import InputTypeError
 from pint_fem.optimize.argument_checks import check, check_choice
+from pint_fem.optimize.guarded_problem import GuardedProblem
 from pint_fem.optimize.oracle import ExactOracle, Iterate
 from pint_fem.optimize.protocol import Checkpoint, Preconditioner, Problem
 from pint_fem.optimize.ranks import on_all_ranks
@@ -188,10 +190,11 @@ def minimize_trust_region(
     cg_forcing = _forcing_choice(cg_rtol, cg_forcing)
     if not isinstance(inexact, InexactOptions | None):
         raise InputTypeError(f"inexact = {inexact!r} is refused: give InexactOptions(...) or None")
+    guarded = cast(GuardedProblem, problem)  # by the decorator
     if inexact is None:
-        oracle = ExactOracle(problem, hessian)
+        oracle = ExactOracle(guarded, hessian)
     else:
-        oracle = InexactOracle(problem, inexact, value_rtol, hessian)
+        oracle = InexactOracle(guarded, inexact, value_rtol, hessian)
     x0 = np.array(x0, dtype=np.float64)
     run = TrustRegionRun(oracle, options, x0, _KIND)
 

@@ -65,7 +65,7 @@ def _fingerprint(net: LayerParallelResNet) -> dict:
     }
 
 
-def _require_fit(path: Path, head: dict, net: LayerParallelResNet, optimizer) -> None:
+def _require_fit(path: Path, head: dict, net: LayerParallelResNet, optimizer: torch.optim.Optimizer) -> None:
     """Require the network and the kind of optimiser that were written (collective)."""
     written, own = head["network"], _fingerprint(net)
     names = [name for name in own if name in written and written[name] != own[name]]  # the first version has fewer
@@ -81,7 +81,7 @@ def _require_fit(path: Path, head: dict, net: LayerParallelResNet, optimizer) ->
         )
 
 
-def _class_name(optimizer) -> str | None:
+def _class_name(optimizer: torch.optim.Optimizer) -> str | None:
     """Name of an optimiser's class."""
     return None if optimizer is None else type(optimizer).__name__
 
@@ -221,7 +221,9 @@ def save_checkpoint(
         raise
 
 
-def _describe(net: LayerParallelResNet, optimizer, progress) -> tuple[dict, dict[str, torch.Tensor]]:
+def _describe(
+    net: LayerParallelResNet, optimizer: torch.optim.Optimizer, progress
+) -> tuple[dict, dict[str, torch.Tensor]]:
     """The head as far as it follows from this rank alone, and this rank's arrays."""
     if not isinstance(progress, Mapping | None):
         raise InputError(f"progress is a {type(progress).__name__}: give a mapping that JSON takes, such as a dict")
@@ -253,7 +255,9 @@ def _numbered(path: Path) -> list[Path]:
     return [p for p in path.iterdir() if p.name.isdecimal() and p.name.isascii()]
 
 
-def _write(folder: Path, net: LayerParallelResNet, optimizer, arrays: dict, kinds: dict) -> dict[str, int]:
+def _write(
+    folder: Path, net: LayerParallelResNet, optimizer: torch.optim.Optimizer, arrays: dict, kinds: dict
+) -> dict[str, int]:
     """Write this rank's rows, zero where it has no array, and its opening and classification layer; their checksums."""
     sums = {}
     if net.grid.data_comm.rank == 0:
@@ -340,7 +344,7 @@ def load_checkpoint(
     return head["progress"]
 
 
-def _read(folder: Path, head: dict, net: LayerParallelResNet, optimizer) -> Callable[[], None]:
+def _read(folder: Path, head: dict, net: LayerParallelResNet, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
     """Read this rank's part; the function that is returned sets it, once all ranks have read theirs."""
     checked = "version" in head
 

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -166,7 +167,7 @@ class TrainingProblem:
         rows = np.concatenate([ends[:1]] * net.grid.is_first + [own] + [ends[1:]] * net.grid.is_last)
         return float(gather_in_order(rows, net.grid.layer_comm).sum())
 
-    def _evaluate(self, cycles: int | None, **how) -> tuple[float, np.ndarray | None]:
+    def _evaluate(self, cycles: int | None, **how: Any) -> tuple[float, np.ndarray | None]:
         """J and its gradient by the network's autograd, with a number of cycles or, for ``None``, up to the tolerance.
 
         Where the propagation fails, J is infinite, the gradient ``None`` and ``failure`` the reason.

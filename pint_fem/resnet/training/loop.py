@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -51,12 +51,12 @@ class Epoch:
 
 def train_epoch(
     net: nn.Module,
-    loader,
+    loader: Iterable,
     optimizer: torch.optim.Optimizer,
     *,
     loss_function: Callable = nn.functional.cross_entropy,
     regularisation: Callable[[], torch.Tensor] | None = None,
-    data_comm=None,
+    data_comm: MPI.Comm | None = None,
     on_batch: Callable[[int, float], None] | None = None,
     warm: bool = False,
     after_batch: Callable[[int], None] | None = None,
@@ -156,7 +156,7 @@ def accuracy(net: nn.Module, data: Dataset, *, batch_size: int = 500, grid: Grid
     return (right if size == 1 else comm.allreduce(right)) / len(data)
 
 
-def _ranks(net: nn.Module, data_comm):
+def _ranks(net: nn.Module, data_comm: MPI.Comm):
     """Communicator of all ranks that train the network."""
     grid = getattr(net, "grid", None)
     if isinstance(grid, Grid):
@@ -164,7 +164,7 @@ def _ranks(net: nn.Module, data_comm):
     return MPI.COMM_SELF if data_comm is None else data_comm
 
 
-def _same_batches(loader, net: nn.Module, comm) -> Iterator:
+def _same_batches(loader, net: nn.Module, comm: MPI.Comm) -> Iterator:
     """Batches of a loader; requires as many on each rank, with the same labels on ranks that share the layers."""
     batches = iter(loader)
     grid = getattr(net, "grid", None)
