@@ -85,12 +85,6 @@ def add_note(error: BaseException, text: str) -> None:
         error.add_note(text)
 
 
-def add_note(error: BaseException, text: str) -> None:
-    """Add a line below an exception's message in its traceback, where Python has such notes (3.11 and later)."""
-    if hasattr(error, "add_note"):
-        error.add_note(text)
-
-
 def is_numerical(error: BaseException | None) -> bool:
     """Whether an exception is a numerical failure, of Python, numpy, scipy, PETSc, Firedrake, torch or this package.
 
