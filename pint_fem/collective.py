@@ -40,7 +40,7 @@ import numpy as np
 from mpi4py import MPI
 
 from pint_fem.digests import describe, digest
-from pint_fem.errors import FAILURES, FailureKind, FailureReport, InputError, SolverFailure
+from pint_fem.errors import FAILURES, FailureKind, FailureReport, InputError, SolverFailure, add_note
 
 __all__ = [
     "all_ranks",
@@ -242,7 +242,7 @@ def raise_collectively(comm: MPI.Comm, error: BaseException | None, where: str =
         len({r and (r.kind, r.text) for r in reports}) == 1,
     )
     if where and error is not None and kind == FailureKind.MISTAKE:
-        error.add_note(f"({where})")
+        add_note(error, f"({where})")
     if everywhere and error is not None and (not report.is_numerical or isinstance(error, SolverFailure)):
         raise _mark_shared(comm, error)
     place = ", ".join(part for part in (where, "" if everywhere else f"rank {rank}") if part)

@@ -32,6 +32,7 @@ __all__ = [
     "InputError",
     "InputTypeError",
     "SolverFailure",
+    "add_note",
     "causes",
     "is_numerical",
     "release",
@@ -76,6 +77,12 @@ _DOMAIN = ("math domain error", "Factor is exactly singular")
 """Messages of ``math.log(-1.0)`` (a ``ValueError``) and scipy's ``splu`` (a ``RuntimeError``), which have no types of
 their own.
 """
+
+
+def add_note(error: BaseException, text: str) -> None:
+    """Add a line below an exception's message in its traceback, where Python has such notes (3.11 and later)."""
+    if hasattr(error, "add_note"):
+        error.add_note(text)
 
 
 def is_numerical(error: BaseException | None) -> bool:
@@ -198,5 +205,5 @@ class FailureReport(NamedTuple):
             error.__cause__ = cause
         first = found[0] if found else RuntimeError(self.text)
         if self.trace:
-            first.add_note(f"there:\n{self.trace}")
+            add_note(first, f"there:\n{self.trace}")
         return first

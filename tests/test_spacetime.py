@@ -143,6 +143,17 @@ def test_slabs_of_whole_groups_of_steps(world):
         st.slab(30, group=4)
 
 
+@pytest.mark.parallel([1, 3])
+def test_shared_points_are_added_to_the_next_rank(world):
+    """The first row gets the last one of the rank before; all others stay."""
+    st = SpaceTime(comm=world)
+    rank = st.time_comm.rank
+    rows = np.full((3, 2), 10.0**rank)
+    st.add_shared_points(rows)
+    np.testing.assert_array_equal(rows[1:], 10.0**rank)
+    np.testing.assert_array_equal(rows[0], 10.0**rank + (10.0 ** (rank - 1) if rank else 0))
+
+
 @pytest.mark.parallel(3)
 def test_more_time_ranks_than_steps_are_refused_on_every_rank(world):
     """None is left waiting."""

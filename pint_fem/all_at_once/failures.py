@@ -19,7 +19,7 @@ from pint_fem.all_at_once.callbacks import returned_block
 from pint_fem.all_at_once.levels import Level
 from pint_fem.all_at_once.norms import PointNorms
 from pint_fem.collective import consistent_across_ranks, raise_report
-from pint_fem.errors import FAILURES, FailureKind, FailureReport, SolverFailure
+from pint_fem.errors import FAILURES, FailureKind, FailureReport, SolverFailure, add_note
 
 __all__ = ["EXCHANGE_AFTER", "Failures"]
 
@@ -119,7 +119,7 @@ class Failures:
         here = error if mine_too and (not report.is_numerical or mine[:-1] == chosen[:-1]) else None
         first.error = None
         if here is not None and not report.is_numerical:
-            here.add_note(f"(sweep {self.name}: {report.text})")
+            add_note(here, f"(sweep {self.name}: {report.text})")
         raise_report(self.everyone, report, f"{self.name}: {report.text}", here)
 
     def _in_array(self) -> tuple[float, str] | None:
