@@ -67,7 +67,7 @@ def measured(make):
 @pytest.mark.parallel(3)
 @pytest.mark.parametrize("per_step", [False, True])
 def test_arrays_are_those_of_the_formula(per_step):
-    """Within 10% and some of Firedrake's own functions, with data that depend on time; C-points take about half, on three ranks."""
+    """Within 10% and some of Firedrake's own functions, with data that depend on time; C-points about half."""
     peaks = {}
     for storage in ("all", "C"):
         formula, peak = measured(partial(functional, pf.SpaceTime(), storage, per_step=per_step))
@@ -160,7 +160,7 @@ print("peak", formula, peak - before)
 
 @pytest.mark.grid
 def test_resident_set_is_that_of_the_formula():
-    """All that a process takes, PETSc's part included, within 25%, of some 50 MB; C-points take about half, on three ranks."""
+    """All that a process takes, PETSc's part included, within 25%, of some 50 MB; C-points less than half."""
     peaks = {}
     for storage in ("all", "C"):
         command = [sys.executable, "-c", RUN, storage]

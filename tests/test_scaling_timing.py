@@ -55,7 +55,7 @@ def test_rounds_take_turns():
     assert comm.allgather(found) == [found] * comm.size
 
 
-@pytest.mark.parallel(3)
+@pytest.mark.parallel(2)
 def test_a_rank_that_waits_does_not_count():
     """One rank's loops stop while it waits in a message: the speed is that of the other one."""
     comm = MPI.COMM_WORLD
