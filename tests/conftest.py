@@ -46,6 +46,17 @@ def pytest_report_header(config):
     return f"drawn examples: {f'from the seed PINT_FEM_RANDOM={SEED}' if SEED else 'always the same'}"
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """On several ranks, tests that are marked as slow there are left to ``make test-all``, as the long grids are."""
+    from mpi4py import MPI
+
+    if MPI.COMM_WORLD.size > 1:
+        for item in items:
+            if item.get_closest_marker("slow_on_ranks"):
+                item.add_marker(pytest.mark.grid)
+
+
 def pytest_deselected(items):
     """``-m`` takes tests away here; :func:`pytest_collection_finish` sees those that stay."""
     for item in items:

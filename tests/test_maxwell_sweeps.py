@@ -87,6 +87,7 @@ def test_all_solvers_agree():
             assert np.abs(found - expected).max() <= 1e-11 * np.abs(expected).max(), solver
 
 
+@pytest.mark.slow_on_ranks
 @pytest.mark.parallel([1, 3])
 @pytest.mark.parametrize(
     ("tableau", "parameters"), [(pf.ImplicitMidpoint, {}), (pf.SDIRK2, MUMPS)], ids=["default", "mumps"]

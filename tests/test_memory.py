@@ -64,8 +64,8 @@ def measured(make):
         tracemalloc.stop()
 
 
-@pytest.mark.parallel(3)
-@pytest.mark.parametrize("per_step", [False, True])
+@pytest.mark.parallel(2)
+@pytest.mark.parametrize("per_step", [False, pytest.param(True, marks=pytest.mark.grid)])
 def test_arrays_are_those_of_the_formula(per_step):
     """Within 10% and some of Firedrake's own functions, with data that depend on time; C-points about half."""
     peaks = {}
@@ -114,6 +114,7 @@ def test_nothing_grows(storage):
     assert last[3] <= objects
 
 
+@pytest.mark.grid
 @pytest.mark.parallel(3)
 def test_nothing_grows_on_two_ranks():
     """All but the resident set, where ranks send C-points; the solver's messages alone: test_mgrit_features."""

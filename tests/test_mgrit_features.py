@@ -687,6 +687,7 @@ class Heard(Decay):
         super().step(steps, u, out)
 
 
+@pytest.mark.slow_on_ranks
 @pytest.mark.parallel([1, 3])
 def test_nothing_is_left_after_hundreds_of_cycles():
     """As many requests waited for as posted, portable tags, no memory that grows."""

@@ -57,6 +57,7 @@ def test_inexact_finds_the_same_minimum_with_fewer_cycles(best):
     assert len(rf.problem.evaluations) == 1
 
 
+@pytest.mark.grid
 @pytest.mark.parallel(3)
 def test_a_third_of_the_cycles_on_the_plate():
     """The heat source inversion: the minimum of exact sweeps by at least three times fewer cycles, as the demo does

@@ -213,6 +213,7 @@ OPTIONS = {
 }
 
 
+@pytest.mark.slow_on_ranks
 @pytest.mark.parallel([1, 3])
 @time_limit(200)
 def test_enclosed_stokes_flow():

@@ -232,7 +232,7 @@ def test_nonsymmetric_operators(tableau):
     assert_close([U], [blocks], 1e-12)
 
 
-@pytest.mark.parallel(3)
+@pytest.mark.parallel(2)
 @pytest.mark.parametrize(("make", "tableau"), [(advection, "BE"), (heat, "SDIRK2")])
 def test_agreement_in_space_parallel(make, tableau):
     problem = make(tableau)

@@ -156,6 +156,7 @@ CASES = [  # and the number of operations: as many as are quick
 ]
 
 
+@pytest.mark.slow_on_ranks
 @pytest.mark.parallel([1, 3])
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("kind", ["nonlinear", "linear"])
@@ -213,6 +214,7 @@ def test_a_wild_control_leaves_nothing_behind(solver, grid):
         assert rf.problem.value(z) == pytest.approx(p.plain(z), rel=1e-8), value
 
 
+@pytest.mark.slow_on_ranks
 @pytest.mark.parallel([1, 3])
 @pytest.mark.parametrize("solver", cases(["serial", "mgrit"], on_ranks=["mgrit"]))
 @time_limit(120)

@@ -29,7 +29,8 @@ def best():
     return result.value, rf.function(result.x).dat.data_ro.copy()
 
 
-@pytest.mark.parallel(3)
+@pytest.mark.slow_on_ranks
+@pytest.mark.parallel([1, 3])
 @pytest.mark.parametrize(
     "kind", ["lmvm", "bntr", *(pytest.param(kind, marks=pytest.mark.grid) for kind in ("blmvm", "ntr"))]
 )
@@ -109,7 +110,8 @@ def test_minimize_with_an_integral_constraint():
     assert abs(assemble(solution * dx) - 0.3) < 1e-9
 
 
-@pytest.mark.parallel(3)
+@pytest.mark.slow_on_ranks
+@pytest.mark.parallel([1, 3])
 def test_several_controls():
     """Static controls of all kinds at once through TAO and scipy."""
     values, lmvm = [], {"tao_type": "lmvm", **TIGHT, "tao_gatol": 1e-3, "tao_max_it": 1000}

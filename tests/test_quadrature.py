@@ -104,6 +104,7 @@ def _pairing(dual, primal) -> float:
         return a.dot(b)
 
 
+@pytest.mark.slow_on_ranks
 @pytest.mark.parallel([1, 3])
 @pytest.mark.parametrize("grid", cases(["1x1"], on_ranks=["3x1", "1x3"]))
 @time_limit(120)

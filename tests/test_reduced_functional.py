@@ -239,6 +239,7 @@ def test_sensors_reproduce_a_linear_trajectory():
     assert abs(shifted(q) - 1.5 * 12 * 0.25) < 1e-8
 
 
+@pytest.mark.slow_on_ranks
 @pytest.mark.parallel([1, 3])
 def test_tao(capsys):
     """pyadjoint's TAOSolver on the space communicator finds the trust region's minimum."""

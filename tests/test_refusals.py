@@ -198,6 +198,7 @@ def test_a_trace_that_cannot_be_written(tmp_path):
     assert [p.name for p in path.parent.iterdir()] == ["t.json"]
 
 
+@pytest.mark.slow_on_ranks
 @pytest.mark.parallel([1, 3])
 @pytest.mark.parametrize("axis", cases(["time"], on_ranks=["time", "space"]))
 @time_limit(200)

@@ -102,6 +102,7 @@ def point(posed, seed=0):
     return values, direction
 
 
+@pytest.mark.slow_on_ranks
 @pytest.mark.parallel([1, 3])
 @pytest.mark.parametrize(
     ("grid", "way"),
@@ -163,6 +164,7 @@ def test_arithmetic():
             wrong()
 
 
+@pytest.mark.slow_on_ranks
 @pytest.mark.parallel([1, 3])
 @pytest.mark.parametrize("grid", cases(["time"], on_ranks=["space"]))
 @time_limit(120)

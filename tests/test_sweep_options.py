@@ -78,6 +78,7 @@ def test_every_option_leads_to_the_sequential_solution(options, problem):
     assert reasons <= ({"its"} if options.get("residual") == "none" else {"rtol", "atol"})
 
 
+@pytest.mark.slow_on_ranks
 @pytest.mark.parallel([1, 3])
 @pytest.mark.parametrize("linear", [True, False])
 def test_krylov_acceleration(linear):

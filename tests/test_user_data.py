@@ -173,6 +173,7 @@ def direction(posed) -> Function:
     return Function(posed.V).interpolate(cos(3 * x) * y)
 
 
+@pytest.mark.slow_on_ranks
 @pytest.mark.parallel([1, 3])
 @on_cases
 @time_limit(300)
@@ -213,6 +214,7 @@ def assert_same(a: list, b: list, tolerance: float = 1e-9) -> None:
         assert np.abs(x - y).max(initial=0) <= tolerance * max(1, np.abs(y).max(initial=0))
 
 
+@pytest.mark.slow_on_ranks
 @pytest.mark.parallel([1, 3])
 @on_cases
 @time_limit(300)
@@ -442,6 +444,7 @@ class Timed:
         return J
 
 
+@pytest.mark.slow_on_ranks
 @pytest.mark.parallel([1, 3])
 @pytest.mark.parametrize(
     ("power", "solver"),
@@ -524,6 +527,7 @@ def test_second_derivatives_in_time_are_refused():
 
 
 # -- loads that are no integrals --------------------------------------------------------------------------------------
+@pytest.mark.slow_on_ranks
 @pytest.mark.parallel([1, 3])
 @pytest.mark.parametrize(
     "kind", cases([LinearPropagator, FormPropagator, TapePropagator], on_ranks=[LinearPropagator, FormPropagator])

@@ -72,9 +72,10 @@ def distance(ours, theirs, comm) -> float:
     return float(np.sqrt(both[0] / both[1]))
 
 
+@pytest.mark.slow_on_ranks
 @pytest.mark.parallel([1, 3])
 @pytest.mark.parametrize(
-    "make", cases([t for t in TASKS if t not in ON_RANKS], on_ranks=ON_RANKS), ids=lambda make: make.__name__
+    "make", cases(TASKS, on_ranks=ON_RANKS), ids=lambda make: make.__name__
 )
 @time_limit(120)
 def test_against_a_loop_by_hand(make):

@@ -14,8 +14,9 @@ The misfits (``misfits``, summed over the trajectory by ``trajectories``) and th
 
 * The residual of a state in all steps: ``sweeps.sweeps.Sweeps.state_residual``; of iterates: ``all_at_once``.
 * The symmetric approximation of the Hessian: ``ReducedProblem.symmetric_action``.
-* A NaN on one rank becomes ``errors.SolverFailure`` on all ranks (``collective``): optimisers use infinity as value
-  and shorten the step (``optimize.guarded_problem``), and the next solve starts without the failed trajectory.
+* A NaN on one rank is noted there and becomes ``errors.SolverFailure`` on all ranks at the next norm
+  (``all_at_once.failures.Failures.raise_unless``): optimisers use infinity as value and shorten the step
+  (``optimize.guarded_problem``), and the next solve starts without the failed trajectory.
 """
 
 from pint_fem.adjoint.reduced_functional import TimeParallelReducedFunctional
