@@ -37,7 +37,7 @@ from pint_fem.errors import InputError
 from pint_fem.kernels.arrays import get
 from pint_fem.propagators import FormPropagator, LinearPropagator, TapePropagator, make_propagator
 from tests.limits import time_limit
-from tests.meshes import square
+from tests.meshes import SIMPLE, square
 from tests.ranks import cases
 
 GRIDS = {1: ["1x1"], 3: ["3x1", "1x3"]}[MPI.COMM_WORLD.size]
@@ -356,7 +356,8 @@ def test_a_misfit_of_two_functionals():
 @time_limit(100)
 def test_what_cannot_be_read_again_is_refused():
     for grid in GRIDS:
-        posed = Posed(grid)
+        st = pf.SpaceTime(grid)
+        posed = Posed(grid, mesh=UnitSquareMesh(3, 3, comm=st.space_comm, distribution_parameters=SIMPLE))  # it moves
         J = posed.functional()
         before = J(posed.q)
         posed.bcs[0].set_value(5.0)
