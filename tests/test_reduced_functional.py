@@ -140,9 +140,7 @@ def test_all_grids_find_the_same_minimum():
 @pytest.mark.parametrize("m", [2, 4, 8])
 @pytest.mark.parametrize("tableau", ["BE", "SDIRK2"])
 def test_observed_factors_lie_under_the_bound(tableau, m, relax):
-    """Error of each iterate at the C-points in the mass norm, state and adjoint, against the two-level bound
-    (ORACLES).
-    """
+    """Error of each iterate at the C-points in the mass norm, state and adjoint, against the two-level bound."""
     mesh = square(8, MPI.COMM_SELF)
     V = FunctionSpace(mesh, "CG", 1)
     u, v, q = Function(V), TestFunction(V), Function(V)

@@ -188,7 +188,7 @@ def test_estimate_of_heat():
     z = np.logspace(-4, 4, 2001)
     judged = two_level_estimate(stability("BE", -z), stability("BE", -8 * z), 8, 64, "F", tolerance=1e-6, modes=z)
     assert judged.converges
-    assert judged.factor == pytest.approx(0.2489, abs=2e-4)  # ORACLES
+    assert judged.factor == pytest.approx(0.2489, abs=2e-4)  # supremum of the formula of Dobrev et al. (2017)
     assert judged.iterations == math.ceil(math.log(1e-6) / math.log(judged.factor))
     assert 0.1 < judged.where < 1
     assert judged.warning == ""
@@ -201,7 +201,7 @@ def test_estimate_of_heat():
 @pytest.mark.parametrize("relax", ["F", "FCF"])
 @pytest.mark.parametrize("coarse", ["BE", "midpoint"])
 def test_undamped_waves_do_not_converge(coarse, relax):
-    """|lam| = 1: bounds of 1.3-1.6 for backward Euler, above 100 for Crank-Nicolson at Nc = 64 (ORACLES)."""
+    """|lam| = 1: bounds of 1.3-1.6 for backward Euler, above 100 for Crank-Nicolson at Nc = 64."""
     m, steps, z = 4, 64, 1j * np.logspace(-4, 3, 4001)
     judged = two_level_estimate(stability("midpoint", z), stability(coarse, m * z), m, steps, relax, modes=z)
     assert not judged.converges
@@ -543,7 +543,7 @@ def test_spectra_on_several_ranks_in_space():
     assert world.allgather(judged) == [judged] * world.size
     for a, b in zip(judged, mgrit_estimate(alone, options), strict=True):
         assert b.factor * (1 - 1e-3) <= a.factor
-        assert a.factor <= 0.0116 * 1.01  # the supremum over all spectra (ORACLES)
+        assert a.factor <= 0.0116 * 1.01  # the supremum over all spectra
     mesh = lambda comm: square(6, comm)
     assert spectrum(wave(mesh(world))).high == pytest.approx(spectrum(wave(mesh(MPI.COMM_SELF))).high, rel=0.01)
     general = spectrum(heat(12, comm=world, advection=30.0))
