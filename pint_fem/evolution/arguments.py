@@ -11,6 +11,7 @@ from firedrake import DirichletBC, Function
 from firedrake.functionspaceimpl import WithGeometry
 from firedrake.utils import complex_mode
 
+from pint_fem.all_at_once.grids import is_integer
 from pint_fem.errors import InputError
 from pint_fem.kernels.arrays import is_real, rows_in_whole, whole_space
 
@@ -32,7 +33,7 @@ def check_state_and_steps(u: Function, dt: float, nsteps: int) -> None:
         raise InputError(f"state u is a {type(u).__name__}: give a firedrake Function")
     if not isinstance(dt, Real) or not 0 < dt < np.inf:
         raise InputError(f"time step dt = {dt!r}: give a positive number")
-    if not hasattr(nsteps, "__index__") or isinstance(nsteps, bool) or nsteps < 1:
+    if not is_integer(nsteps) or nsteps < 1:
         raise InputError(f"nsteps = {nsteps!r}: give a whole number of at least 1")
 
 
@@ -115,7 +116,7 @@ def checked_field(given: Any, V: WithGeometry, bcs: tuple[DirichletBC, ...]) -> 
     """The number of the field to eliminate, or ``None``; it must have no boundary condition (collective)."""
     if given is None:
         return None
-    if isinstance(given, bool) or not hasattr(given, "__index__") or not 0 <= given < len(V) or len(V) == 1:
+    if not is_integer(given) or not 0 <= given < len(V) or len(V) == 1:
         raise InputError(
             f"eliminate = {given!r}: give the number of a field of a mixed state, "
             + (f"0 to {len(V) - 1}" if len(V) > 1 else "this state is not mixed")

@@ -37,6 +37,7 @@ from mpi4py import MPI
 from pyadjoint.tape import stop_annotating
 from ufl.algorithms import extract_coefficients
 
+from pint_fem.all_at_once.grids import is_integer
 from pint_fem.errors import InputError
 from pint_fem.evolution.boundary import boundary_value
 from pint_fem.evolution.evolution import Evolution
@@ -366,7 +367,7 @@ def _meshes(evolution: Evolution, coarsening: bool | int | Sequence[int] | None,
         available = _check_hierarchy(evolution, 1)
         return [min(level + 1, available) for level in range(count)]
     given = list(coarsening) if isinstance(coarsening, (list, tuple)) else [coarsening]
-    whole = all(hasattr(k, "__index__") and not isinstance(k, bool) and k >= 0 for k in given)
+    whole = all(is_integer(k) and k >= 0 for k in given)
     if not given or not whole or sorted(given) != given:
         raise InputError(
             f"spatial_coarsening {coarsening!r}: give True, or for each coarse level how many meshes coarser than the "

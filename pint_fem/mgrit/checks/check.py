@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from mpi4py import MPI
 
-from pint_fem.all_at_once.grids import Coarsening, coarse_points
+from pint_fem.all_at_once.grids import Coarsening, coarse_points, is_integer
 from pint_fem.all_at_once.levels import Propagator
 from pint_fem.collective import collectively
 from pint_fem.errors import InputError
@@ -135,7 +135,7 @@ class _Setup:
         self.propagators = list(propagators)
         if not self.propagators:
             raise ValueError("no propagators: give one, or one per level")
-        if not hasattr(nsteps, "__index__") or isinstance(nsteps, bool) or nsteps < 1:
+        if not is_integer(nsteps) or nsteps < 1:
             raise ValueError(f"nsteps = {nsteps!r}: give a whole number of at least 1")
         if not isinstance(rtol, (int, float)) or not 0 < rtol < 1:
             raise ValueError(f"rtol {rtol!r}: give a number between 0 and 1, such as 1e-12")
