@@ -10,7 +10,6 @@ from collections.abc import Callable
 
 import numpy as np
 
-from pint_fem.kernels.blocks import WIDTH
 from pint_fem.propagators.base import FEPropagator, StepData
 
 __all__ = ["AdjointStep", "LinearStep", "StateStep", "TangentStep"]
@@ -23,7 +22,6 @@ class _BoundStep:
     ``linearised`` computes the linearisation data of steps at states that are not stored.
     """
 
-    block = WIDTH  # states in a block
     transposed = False  # whether the steps run backwards in time
 
     def __init__(self, propagator: FEPropagator):
@@ -40,10 +38,6 @@ class _BoundStep:
             data = data._replace(u=computed.u, linearisations=computed.linearisations)
         return data
 
-    def step(self, steps: range, u: np.ndarray, out: np.ndarray) -> None:
-        """Write the results of steps from ``u`` to ``out``; the lane of the first is its interval's number."""
-        return self.take(steps, u, out, steps.start // steps.step)  # None, which the level checks
-
 
 class StateStep(_BoundStep):
     r"""The step :math:`\Phi_n(u, z)`, forcing included."""
@@ -52,9 +46,9 @@ class StateStep(_BoundStep):
         super().__init__(propagator)
         self.uses_guess = propagator.uses_guess
 
-    def take(self, steps: range, u: np.ndarray, out: np.ndarray, lane: int) -> None:
-        """Write the results of a block of steps to ``out``; ``lane`` is the number of the first one's interval."""
-        return self.propagator.step(self.part(steps), u, out, lane)
+    def step(self, steps: range, u: np.ndarray, out: np.ndarray) -> None:
+        """Write the results of steps from ``u`` to ``out``."""
+        return self.propagator.step(self.part(steps), u, out)
 
 
 class TangentStep(_BoundStep):
@@ -62,10 +56,10 @@ class TangentStep(_BoundStep):
     direction of the controls.
     """
 
-    def take(self, steps: range, u: np.ndarray, out: np.ndarray, lane: int) -> None:
-        """Write the results of a block of steps to ``out``; ``lane`` is the number of the first one's interval."""
+    def step(self, steps: range, u: np.ndarray, out: np.ndarray) -> None:
+        """Write the results of steps from ``u`` to ``out``."""
         data = self.part(steps)
-        return self.propagator.tangent(data, u, data.dz, out, lane)
+        return self.propagator.tangent(data, u, data.dz, out)
 
 
 class AdjointStep(_BoundStep):
@@ -73,9 +67,9 @@ class AdjointStep(_BoundStep):
 
     transposed = True
 
-    def take(self, steps: range, u: np.ndarray, out: np.ndarray, lane: int) -> None:
-        """Write the results of a block of steps to ``out``; ``lane`` is the number of the first one's interval."""
-        return self.propagator.adjoint(self.part(steps), u, out, lane)
+    def step(self, steps: range, u: np.ndarray, out: np.ndarray) -> None:
+        """Write the results of steps from ``u`` to ``out``."""
+        return self.propagator.adjoint(self.part(steps), u, out)
 
 
 class LinearStep(_BoundStep):
@@ -86,9 +80,9 @@ class LinearStep(_BoundStep):
         self.transposed = transposed
         self._apply = propagator.apply_transposed if transposed else propagator.apply
 
-    def take(self, steps: range, u: np.ndarray, out: np.ndarray, lane: int) -> None:
-        """Write the results of a block of steps to ``out``; ``lane`` is the number of the first one's interval."""
-        return self._apply(u, out, lane)
+    def step(self, steps: range, u: np.ndarray, out: np.ndarray) -> None:
+        """Write the results of steps from ``u`` to ``out``."""
+        return self._apply(u, out)
 
     def sweep(self, first: int, U: np.ndarray, G: np.ndarray | None) -> None:
         """Take consecutive steps with right-hand side ``G``, from ``U[0]``, in one call."""

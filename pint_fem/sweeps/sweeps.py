@@ -193,12 +193,10 @@ class Sweeps:
         guess, rhs = np.sqrt(self.spacetime.sum_over_grid(np.array(squares)))
         return bool(np.finfo(float).eps * guess > rtol * self.evolution.nsteps * rhs)
 
-    def _coarse(
-        self, compute: Callable[[FEPropagator, StepData, int], np.ndarray], z: Controls
-    ) -> Iterable[np.ndarray]:
+    def _coarse(self, compute: Callable[[FEPropagator, StepData], np.ndarray], z: Controls) -> Iterable[np.ndarray]:
         """Right-hand sides of the own steps of the coarse levels, for nested iteration of a linear evolution."""
-        for propagator, lo, k, data in self.solvers.coarse_steps(z):
-            yield self._or_nan(partial(compute, propagator, data, lo), (k, propagator.evolution.state_size))
+        for propagator, k, data in self.solvers.coarse_steps(z):
+            yield self._or_nan(partial(compute, propagator, data), (k, propagator.evolution.state_size))
 
     def state(
         self, z: Controls, U: np.ndarray, *, initial: np.ndarray | None = None, cold: bool = False, **accuracy: float
@@ -209,11 +207,11 @@ class Sweeps:
         if not self.is_linear:
             self.solvers.bind(self.solvers.state, z, None, backwards=False)
             return self._solve(self.solvers.state, "state", U, None, cold=cold, **accuracy)
-        forcing = lambda: self.propagators[0].forcing(self.data(z), self.slab.lo)
+        forcing = lambda: self.propagators[0].forcing(self.data(z))
         if self.intervals is not None:
             forcing = lambda: self.intervals.forcing(z)
         G = self._or_nan(forcing, self._rhs_shape)
-        coarse = lambda: self._coarse(lambda propagator, data, lo: propagator.forcing(data, lo), z)
+        coarse = lambda: self._coarse(lambda propagator, data: propagator.forcing(data), z)
         return self._solve(self.solvers.state, "state", U, G, cold=cold, coarse_rhs=coarse, **accuracy)
 
     def tangent(
@@ -235,11 +233,11 @@ class Sweeps:
             dU[0] = 0 if initial is None else initial
         if self.is_linear:
             if dz is not None:
-                forcing = lambda: self.propagators[0].control_forcing(self.data(z), dz, self.slab.lo)
+                forcing = lambda: self.propagators[0].control_forcing(self.data(z), dz)
                 if self.intervals is not None:
                     forcing = lambda: self.intervals.control_forcing(dz)
                 G = self._or_nan(forcing, self._rhs_shape)
-                control_forcing = lambda propagator, data, lo: propagator.control_forcing(data, data.z, lo)
+                control_forcing = lambda propagator, data: propagator.control_forcing(data, data.z)
                 coarse = lambda: self._coarse(control_forcing, dz)
         elif not self.solvers.accelerated:  # the steps contain the direction: no solves for a right-hand side
             self.solvers.bind(solver, z, U, backwards=False, dz=dz)
@@ -253,7 +251,7 @@ class Sweeps:
     def _control_tangent(self, data: StepData, dz: Controls) -> np.ndarray:
         """``Phi_z dz`` of the own steps of a nonlinear evolution."""
         G = np.empty(self._rhs_shape)
-        self.propagators[0].tangent(data, np.zeros_like(G), dz, G, self.slab.lo)
+        self.propagators[0].tangent(data, np.zeros_like(G), dz, G)
         return G
 
     def adjoint(
@@ -297,13 +295,13 @@ class Sweeps:
         """``Phi(U) - U`` at the own stored points but the first."""
         fine, out = self.propagators[0], U[1:].copy()
         if self.intervals is None:
-            fine.step(self.data(z)._replace(guess=fine.uses_guess), U[:-1], out, self.slab.lo)
+            fine.step(self.data(z)._replace(guess=fine.uses_guess), U[:-1], out)
             return out - U[1:]
         self.intervals.bind(z, U)
         for group in self.intervals.groups:
             last = self.intervals.states(group)[-1]
             data = self.intervals.data(group, group.m - 1, linearised=False)
-            fine.step(data, last, out[group.starts], group.first)
+            fine.step(data, last, out[group.starts])
         return out - U[1:]
 
     def control_gradient(self, z: Controls, U: np.ndarray, L: np.ndarray) -> np.ndarray | None:
@@ -314,7 +312,7 @@ class Sweeps:
         if not self.evolution.parameters:
             return None
         data = self.data(z, U)
-        compute = partial(self.propagators[0].control_adjoint, data, L[1:], self.slab.lo)
+        compute = partial(self.propagators[0].control_adjoint, data, L[1:])
         return collectively(self.spacetime.comm, "derivative by the controls", compute)
 
     def second_order(
