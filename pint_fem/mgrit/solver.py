@@ -90,6 +90,11 @@ class MGRIT(AllAtOnceSolver):
         options, count = MGRITOptions.make(options), len(propagators)
         if options.levels not in (None, count):
             raise ValueError(f"{count} propagators for {options.levels} mgrit levels: give one per level")
+        if options.coarse_steps != 1:
+            raise ValueError(
+                f"mgrit coarse_steps {options.coarse_steps}: the propagators are given here; make coarse ones that take "
+                "shorter steps, and leave it out"
+            )
         options = MGRITOptions.make(options, levels=count)
         factors, compact = options.factors(nsteps), options.storage == "C"
         if not factors and compact:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 import numpy as np
 from firedrake.petsc import PETSc
@@ -58,8 +59,9 @@ class Recursion(ABC):
         """The step ``u_1`` from ``u_0``; states number ``i`` are added to the right-hand side of stage ``i``."""
         dirk, made = self.dirk, self.program()
         y, accurate = made.vector("y"), dirk.stiffly_accurate
-        if accurate and dirk.stages <= 2:
-            self._short(made, y)
+        if accurate and self._parts:
+            for part in self._parts:
+                self._short(made, y, part)
             return made
         # increments of stages that later stages or the end depend on
         needed = [not accurate or dirk.alpha[i + 1 :, i].any() for i in range(dirk.stages)]
@@ -85,22 +87,29 @@ class Recursion(ABC):
                 made.add(STATE, name, beta)
         return made
 
-    def _short(self, made: StepProgram, y: str) -> None:
-        """Append one or two stages of a stiffly accurate method: the second begins at a blend of start and first."""
-        for i, h in enumerate(self.steps):
-            if i:
-                made.blend(STATE, y, 1.0 - self.dirk.alpha[1, 0])
+    @property
+    def _parts(self) -> list[range]:
+        """The stages of the methods of one or two stages that the method is a sequence of; empty where it is none."""
+        parts = [range(a, b) for a, b in pairwise(self.dirk.restarts)]
+        return parts if all(len(part) <= 2 for part in parts) else []
+
+    def _short(self, made: StepProgram, y: str, stages: range) -> None:
+        """Append one or two stages: the second one begins at a blend of the start and the first."""
+        for i in stages:
+            if i > stages.start:
+                made.blend(STATE, y, 1.0 - self.dirk.alpha[i, i - 1])
             self.mass(made, y, STATE)
             made.load(y, i)
-            self.solve(made, y, h)
+            self.solve(made, y, self.steps[i])
         made.exchange(STATE, y)
 
     def backward(self) -> StepProgram:
         """The transposed step; states number ``i`` are the adjoints of the right-hand side of stage ``i``."""
         dirk, made = self.dirk, self.program()
         y, accurate, last = made.vector("y"), dirk.stiffly_accurate, dirk.stages - 1
-        if accurate and dirk.stages <= 2:
-            self._short_transposed(made, y)
+        if accurate and self._parts:
+            for part in reversed(self._parts):
+                self._short_transposed(made, y, part)
             return made
         v = made.vector("v")
         names = [made.vector(f"d{i}") for i in range(dirk.stages - accurate)]
@@ -136,18 +145,18 @@ class Recursion(ABC):
                     written.add(names[j])
         return made
 
-    def _short_transposed(self, made: StepProgram, y: str) -> None:
+    def _short_transposed(self, made: StepProgram, y: str, stages: range) -> None:
         """Append the transpose of :meth:`_short`."""
         made.exchange(y, STATE)
-        for i in reversed(range(self.dirk.stages)):
+        for i in reversed(stages):
             if self.drop_rows:
                 made.clear(y, self.bc_rows)
             self.solve(made, y, self.steps[i], transposed=True)
             made.store(y, i)
-            alpha = self.dirk.alpha[1, 0] if self.dirk.stages == 2 else 0.0
-            self.mass(made, STATE, y, transposed=True, keep=None if i == self.dirk.stages - 1 else 1.0 - alpha)
-            if i:
-                made.copy(y, STATE, alpha)
+            last = i == stages[-1]
+            self.mass(made, STATE, y, transposed=True, keep=None if last else 1.0 - self.dirk.alpha[i + 1, i])
+            if i > stages.start:
+                made.copy(y, STATE, self.dirk.alpha[i, i - 1])
 
 
 class MatrixRecursion(Recursion):

@@ -17,6 +17,7 @@ from pint_fem.all_at_once.trace import Trace, check_trace_file
 from pint_fem.capacity import require_memory
 from pint_fem.collective import collectively
 from pint_fem.evolution.evolution import Evolution
+from pint_fem.evolution.tableaux import Repeated
 from pint_fem.kernels.arrays import own_size
 from pint_fem.logs import logger
 from pint_fem.mgrit.options import MGRITOptions
@@ -125,7 +126,8 @@ class TimeSolvers:
             f"{N} time steps of {evolution.V.dim()} unknowns",
             "give fewer steps, more machines or mgrit storage='C'",
         )
-        self._mgrit = options = MGRITOptions.make(options, levels=len(factors) + 1)
+        self._coarse_steps = options.coarse_steps
+        self._mgrit = options = MGRITOptions.make(options, levels=len(factors) + 1, coarse_steps=1)
         schemes = [options.scheme(level) for level in range(len(factors))]
         self.space = SpatialLevels(evolution, schemes, spatial_coarsening, coarse_evolutions)
         traced = self._paradiag[0].trace if self._is_paradiag else options.trace
@@ -170,7 +172,10 @@ class TimeSolvers:
     def _make_propagators(self) -> list[FEPropagator]:
         """The propagator of each level."""
         evolutions, strides = self.space.evolutions, np.cumprod([1, *self._factors]).tolist()
-        tableaux = [self.evolution.tableau] + [self._coarse_tableau or ev.tableau for ev in evolutions[1:]]
+        coarse = [self._coarse_tableau or ev.tableau for ev in evolutions[1:]]
+        if self._coarse_steps > 1:
+            coarse = [Repeated(tableau, self._coarse_steps) for tableau in coarse]
+        tableaux = [self.evolution.tableau, *coarse]
         levels = zip(evolutions, strides, tableaux, strict=True)
         return [self._propagator(ev, stride=stride, tableau=tableau) for ev, stride, tableau in levels]
 
@@ -363,7 +368,8 @@ class TimeSolvers:
         if len(self.propagators) == 1:
             return []
         fits = all(type(p) is LinearPropagator and p.evolution is self.evolution for p in self.propagators)
-        return mgrit_estimate(self.evolution, self.options, self._coarse_tableau) if fits else None
+        options = MGRITOptions.make(self._mgrit, coarse_steps=self._coarse_steps)
+        return mgrit_estimate(self.evolution, options, self._coarse_tableau) if fits else None
 
     def report_estimates(self) -> None:
         """Log the a-priori estimates or their warnings once, before the first solve (collective)."""
