@@ -87,3 +87,7 @@ class LinearStep(_BoundStep):
     def sweep(self, first: int, U: np.ndarray, G: np.ndarray | None) -> None:
         """Take consecutive steps with right-hand side ``G``, from ``U[0]``, in one call."""
         return self.propagator.sweep(U, G, transposed=self.transposed)
+
+    def advance(self, first: int, stride: int, u: np.ndarray, out: np.ndarray, G: np.ndarray | None) -> None:
+        """Take consecutive steps with right-hand side ``G`` from each of the states ``u``, in one call."""
+        return self.propagator.advance(u, out, G, transposed=self.transposed)
