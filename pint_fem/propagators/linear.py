@@ -192,8 +192,17 @@ class LinearPropagator(FEPropagator):
             out[rows] = self._block.backward(record)[where]
 
     def sweep(self, U: np.ndarray, G: np.ndarray | None, *, transposed: bool = False) -> None:
-        """Take homogeneous steps one after another in place, ``U[i+1] = Phi_u U[i] + G[i]``, or transposed ones."""
+        """Take homogeneous steps one after another in place, ``U[i+1] = Phi_u U[i] + G[i]``, or transposed ones; of a
+        batch ``U`` is ``(k + 1, members, n)``.
+        """
         single = self._single
+        if U.ndim == 3:
+            apply = self.apply_transposed if transposed else self.apply
+            for i in range(len(U) - 1):
+                apply(U[i], U[i + 1], 0)
+                if G is not None:
+                    U[i + 1] += G[i]
+            return
         for i in range(len(U) - 1):
             single.w[...] = U[i]
             U[i + 1] = single.backward() if transposed else single.forward()

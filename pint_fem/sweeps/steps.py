@@ -2,11 +2,14 @@
 
 A propagator takes a block of steps with their data (times, controls, linearisation states). Here it is bound to the
 data of the own steps of a level, which are numbered in the direction of the sweep.
+
+States of linear sweeps may have a batch axis, ``(k, members, n)``. Steps with constant operators then take all
+``k * members`` states in one call. Other steps are linearised once for all members, which follow one after another.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -20,7 +23,8 @@ class _BoundStep:
     """A propagator bound to the data of the own steps of one level.
 
     ``lo`` is the number of the first own step and ``data`` the data of all own steps, set before a solve;
-    ``linearised`` computes the linearisation data of steps at states that are not stored.
+    ``linearised`` computes the linearisation data of steps at states that are not stored; ``directions`` has the
+    direction of the own steps' controls for each member of a batch.
     """
 
     block = WIDTH  # states in a block
@@ -30,6 +34,7 @@ class _BoundStep:
         self.propagator = propagator
         self.lo = 0
         self.data: StepData | None = None
+        self.directions: Sequence[np.ndarray] | None = None
         self.linearised: Callable[[range], StepData] | None = None
 
     def part(self, steps: range) -> StepData:
@@ -39,6 +44,18 @@ class _BoundStep:
             computed = self.linearised(steps)
             data = data._replace(u=computed.u, linearisations=computed.linearisations)
         return data
+
+    def members(
+        self, steps: range, u: np.ndarray, out: np.ndarray
+    ) -> Iterator[tuple[StepData, np.ndarray, np.ndarray]]:
+        """Data, states and results ``(k, n)`` of each member of a batch ``(k, members, n)``."""
+        data, rows = self.part(steps), slice(steps.start - self.lo, steps.stop - self.lo, steps.step)
+        for number in range(u.shape[1]):
+            own = data._replace(member=number)
+            if self.directions is not None:
+                dz = self.directions[number]
+                own = own._replace(dz=dz if dz.ndim == 1 else dz[rows])
+            yield own, np.ascontiguousarray(u[:, number]), out[:, number]
 
     def step(self, steps: range, u: np.ndarray, out: np.ndarray) -> None:
         """Write the results of steps from ``u`` to ``out``; the lane of the first is its interval's number."""
@@ -64,8 +81,12 @@ class TangentStep(_BoundStep):
 
     def take(self, steps: range, u: np.ndarray, out: np.ndarray, lane: int) -> None:
         """Write the results of a block of steps to ``out``; ``lane`` is the number of the first one's interval."""
-        data = self.part(steps)
-        return self.propagator.tangent(data, u, data.dz, out, lane)
+        if u.ndim == 2:
+            data = self.part(steps)
+            return self.propagator.tangent(data, u, data.dz, out, lane)
+        for data, own, result in self.members(steps, u, out):
+            self.propagator.tangent(data, own, data.dz, result, lane)
+        return None
 
 
 class AdjointStep(_BoundStep):
@@ -75,7 +96,11 @@ class AdjointStep(_BoundStep):
 
     def take(self, steps: range, u: np.ndarray, out: np.ndarray, lane: int) -> None:
         """Write the results of a block of steps to ``out``; ``lane`` is the number of the first one's interval."""
-        return self.propagator.adjoint(self.part(steps), u, out, lane)
+        if u.ndim == 2:
+            return self.propagator.adjoint(self.part(steps), u, out, lane)
+        for data, own, result in self.members(steps, u, out):
+            self.propagator.adjoint(data, own, result, lane)
+        return None
 
 
 class LinearStep(_BoundStep):
@@ -88,8 +113,17 @@ class LinearStep(_BoundStep):
 
     def take(self, steps: range, u: np.ndarray, out: np.ndarray, lane: int) -> None:
         """Write the results of a block of steps to ``out``; ``lane`` is the number of the first one's interval."""
-        return self._apply(u, out, lane)
+        if u.ndim == 2:
+            return self._apply(u, out, lane)
+        shape = (u.shape[0] * u.shape[1], u.shape[2])
+        result = out.reshape(shape)  # a copy where the steps are strided
+        self._apply(u.reshape(shape), result, lane * u.shape[1])
+        if not np.shares_memory(result, out):
+            out[...] = result.reshape(u.shape)
+        return None
 
     def sweep(self, first: int, U: np.ndarray, G: np.ndarray | None) -> None:
-        """Take consecutive steps with right-hand side ``G``, from ``U[0]``, in one call."""
+        """Take consecutive steps with right-hand side ``G``, from ``U[0]``, in one call; of a batch ``U`` is
+        ``(k + 1, members, n)``.
+        """
         return self.propagator.sweep(U, G, transposed=self.transposed)
