@@ -40,9 +40,6 @@ class Steps:
         for index in np.ndindex(u.shape[:-1]):
             out[index] = A @ u[index]
 
-    def take(self, steps, u, out, lane):
-        return self.step(steps, u, out)
-
 
 def data(seed=0):
     """Initial values ``(members, n)`` and right-hand sides ``(N, members, n)`` of very different sizes."""

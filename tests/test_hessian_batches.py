@@ -395,19 +395,17 @@ def test_directions_in_several_batches(kind):
 def test_batches_fit_the_memory(monkeypatch):
     """Half of a machine, less what an evaluation takes by formula, divided by the bytes of a direction."""
     rf = linear(alone())
-    p, z = rf.problem, current(rf)
+    p, z, some = rf.problem, current(rf), directions(rf, [1.0] * 7)
+    p.derivative(z)
+    p.hessian_actions(z, some)  # work vectors of kernels are there
     estimate = rf.memory()
     each = bytes_per_direction(p, estimate)
-    monkeypatch.setattr(capacity, "machine_memory", lambda: 2 * (estimate.peak() + 3 * each) + 1)
-    some = directions(rf, [1.0] * 7)
-    p.derivative(z)
-    counts = dict(p.sweeps.counts)
-    p.hessian_actions(z, some)
-    assert p.sweeps.counts["tangent"] - counts["tangent"] == 3
-    monkeypatch.setattr(capacity, "machine_memory", lambda: 1000)
-    del vars(p)["_most_members"]
-    p.hessian_actions(z, some)
-    assert p.sweeps.counts["tangent"] - counts["tangent"] == 3 + 7
+    for memory, sweeps in ((2 * (estimate.peak() + 3 * each) + 1, 3), (1000, 7)):
+        monkeypatch.setattr(capacity, "machine_memory", lambda memory=memory: memory)
+        del vars(p)["_most_members"]
+        before = p.sweeps.counts["tangent"]
+        p.hessian_actions(z, some)
+        assert p.sweeps.counts["tangent"] - before == sweeps
 
 
 @pytest.mark.parallel([1, 2])

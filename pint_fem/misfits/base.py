@@ -24,12 +24,11 @@ import numpy as np
 from pint_fem.collective import collectively
 from pint_fem.errors import InputError
 from pint_fem.evolution.evolution import Evolution
-from pint_fem.kernels.blocks import WIDTH
 from pint_fem.spacetime import Slab, SpaceTime
 
 __all__ = ["BLOCK", "BlockMisfit", "Misfit", "checked_slab", "checked_values", "hessian_products"]
 
-BLOCK = 8 * WIDTH
+BLOCK = 64
 """Points of a block where the states at all points are stored."""
 
 

@@ -22,7 +22,7 @@ from numpy.typing import ArrayLike
 from pint_fem.errors import InputError
 from pint_fem.evolution.evolution import Evolution
 from pint_fem.kernels.arrays import as_rows, rows_in_whole
-from pint_fem.kernels.blocks import BlockOperator
+from pint_fem.kernels.block_operator import BlockOperator
 from pint_fem.misfits.base import BlockMisfit
 from pint_fem.spacetime import Slab, SpaceTime
 

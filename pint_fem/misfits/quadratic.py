@@ -27,7 +27,7 @@ from ufl.algorithms import extract_coefficients
 
 from pint_fem.evolution.control_operators import absolute
 from pint_fem.kernels.arrays import as_rows, get, own_size, put
-from pint_fem.kernels.blocks import BlockOperator
+from pint_fem.kernels.block_operator import BlockOperator
 from pint_fem.misfits.point_vectors import PointVectors
 from pint_fem.misfits.reference import ReferenceValues
 

@@ -145,7 +145,7 @@ class FEPropagator(ABC):
         return {}
 
     @abstractmethod
-    def step(self, data: StepData, u: np.ndarray, out: np.ndarray, lane: int = 0) -> None:
+    def step(self, data: StepData, u: np.ndarray, out: np.ndarray) -> None:
         """Write ``Phi(u)`` of each step to ``out``.
 
         Parameters
@@ -154,20 +154,18 @@ class FEPropagator(ABC):
             The steps.
         u, out
             States ``(k, n)``.
-        lane
-            Number of the block's first state on the time axis (:mod:`~pint_fem.kernels.blocks`).
         """
 
     @abstractmethod
-    def tangent(self, data: StepData, du: np.ndarray, dz: np.ndarray | None, out: np.ndarray, lane: int = 0) -> None:
+    def tangent(self, data: StepData, du: np.ndarray, dz: np.ndarray | None, out: np.ndarray) -> None:
         """Write ``Phi_u du + Phi_z dz`` of each step to ``out``; ``dz`` is ``None``, ``(nz,)`` or ``(k, nz)``."""
 
     @abstractmethod
-    def adjoint(self, data: StepData, lam: np.ndarray, out: np.ndarray, lane: int = 0) -> None:
+    def adjoint(self, data: StepData, lam: np.ndarray, out: np.ndarray) -> None:
         """Write ``Phi_u^T lam`` of each step to ``out``."""
 
     @abstractmethod
-    def control_adjoint(self, data: StepData, lam: np.ndarray, lane: int = 0) -> np.ndarray:
+    def control_adjoint(self, data: StepData, lam: np.ndarray) -> np.ndarray:
         """``Phi_z^T lam``: ``(k, nz)`` for a control of each step, else summed over the block, ``(nz,)``."""
 
     def control_sums(self, data: StepData, lam: np.ndarray) -> np.ndarray:

@@ -338,25 +338,25 @@ class FormPropagator(FEPropagator):
         return bool(same if comm.size == 1 else comm.allreduce(same, op=MPI.LAND))
 
     # -- the interface -------------------------------------------------------------------------------------------------
-    def step(self, data: StepData, u: np.ndarray, out: np.ndarray, lane: int = 0) -> None:
+    def step(self, data: StepData, u: np.ndarray, out: np.ndarray) -> None:
         """Write ``Phi(u)`` of each step to ``out``."""
         for i in range(len(u)):
             step = self._linearisation(data, i)
             step.invalidate()
             out[i] = self._solve_stages(step, data, i, u[i])
 
-    def tangent(self, data: StepData, du: np.ndarray, dz: np.ndarray | None, out: np.ndarray, lane: int = 0) -> None:
+    def tangent(self, data: StepData, du: np.ndarray, dz: np.ndarray | None, out: np.ndarray) -> None:
         """Write ``Phi_u du + Phi_z dz`` of each step to ``out``."""
         for i in range(len(du)):
             step = self._linearised(data, i)
             out[i] = self._tangent_step(step, du[i], direction(dz, i), data.t[i], data.member)[0]
 
-    def adjoint(self, data: StepData, lam: np.ndarray, out: np.ndarray, lane: int = 0) -> None:
+    def adjoint(self, data: StepData, lam: np.ndarray, out: np.ndarray) -> None:
         """Write ``Phi_u^T lam`` of each step to ``out``."""
         for i in range(len(lam)):
             out[i] = self._adjoint_step(self._linearised(data, i), lam[i], "sweep", data.member)[0]
 
-    def control_adjoint(self, data: StepData, lam: np.ndarray, lane: int = 0) -> np.ndarray:
+    def control_adjoint(self, data: StepData, lam: np.ndarray) -> np.ndarray:
         """``Phi_z^T lam``, from the stages' adjoints."""
         rows: list = []
         for i in range(len(lam)):

@@ -10,10 +10,11 @@ States of linear sweeps may have a batch axis, ``(k, members, n)``. Steps with c
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import numpy as np
 
-from pint_fem.kernels.blocks import WIDTH
+from pint_fem.kernels.arrays import as_rows
 from pint_fem.propagators.base import FEPropagator, StepData
 
 __all__ = ["AdjointStep", "LinearStep", "StateStep", "TangentStep"]
@@ -27,7 +28,6 @@ class _BoundStep:
     direction of the own steps' controls for each member of a batch.
     """
 
-    block = WIDTH  # states in a block
     transposed = False  # whether the steps run backwards in time
 
     def __init__(self, propagator: FEPropagator):
@@ -57,10 +57,6 @@ class _BoundStep:
                 own = own._replace(dz=dz if dz.ndim == 1 else dz[rows])
             yield own, np.ascontiguousarray(u[:, number]), out[:, number]
 
-    def step(self, steps: range, u: np.ndarray, out: np.ndarray) -> None:
-        """Write the results of steps from ``u`` to ``out``; the lane of the first is its interval's number."""
-        return self.take(steps, u, out, steps.start // steps.step)  # None, which the level checks
-
 
 class StateStep(_BoundStep):
     r"""The step :math:`\Phi_n(u, z)`, forcing included."""
@@ -69,9 +65,9 @@ class StateStep(_BoundStep):
         super().__init__(propagator)
         self.uses_guess = propagator.uses_guess
 
-    def take(self, steps: range, u: np.ndarray, out: np.ndarray, lane: int) -> None:
-        """Write the results of a block of steps to ``out``; ``lane`` is the number of the first one's interval."""
-        return self.propagator.step(self.part(steps), u, out, lane)
+    def step(self, steps: range, u: np.ndarray, out: np.ndarray) -> None:
+        """Write the results of steps from ``u`` to ``out``."""
+        return self.propagator.step(self.part(steps), u, out)
 
 
 class TangentStep(_BoundStep):
@@ -79,13 +75,13 @@ class TangentStep(_BoundStep):
     direction of the controls.
     """
 
-    def take(self, steps: range, u: np.ndarray, out: np.ndarray, lane: int) -> None:
-        """Write the results of a block of steps to ``out``; ``lane`` is the number of the first one's interval."""
+    def step(self, steps: range, u: np.ndarray, out: np.ndarray) -> None:
+        """Write the results of steps from ``u`` to ``out``."""
         if u.ndim == 2:
             data = self.part(steps)
-            return self.propagator.tangent(data, u, data.dz, out, lane)
+            return self.propagator.tangent(data, u, data.dz, out)
         for data, own, result in self.members(steps, u, out):
-            self.propagator.tangent(data, own, data.dz, result, lane)
+            self.propagator.tangent(data, own, data.dz, result)
         return None
 
 
@@ -94,12 +90,12 @@ class AdjointStep(_BoundStep):
 
     transposed = True
 
-    def take(self, steps: range, u: np.ndarray, out: np.ndarray, lane: int) -> None:
-        """Write the results of a block of steps to ``out``; ``lane`` is the number of the first one's interval."""
+    def step(self, steps: range, u: np.ndarray, out: np.ndarray) -> None:
+        """Write the results of steps from ``u`` to ``out``."""
         if u.ndim == 2:
-            return self.propagator.adjoint(self.part(steps), u, out, lane)
+            return self.propagator.adjoint(self.part(steps), u, out)
         for data, own, result in self.members(steps, u, out):
-            self.propagator.adjoint(data, own, result, lane)
+            self.propagator.adjoint(data, own, result)
         return None
 
 
@@ -111,15 +107,14 @@ class LinearStep(_BoundStep):
         self.transposed = transposed
         self._apply = propagator.apply_transposed if transposed else propagator.apply
 
-    def take(self, steps: range, u: np.ndarray, out: np.ndarray, lane: int) -> None:
-        """Write the results of a block of steps to ``out``; ``lane`` is the number of the first one's interval."""
+    def step(self, steps: range, u: np.ndarray, out: np.ndarray) -> None:
+        """Write the results of steps from ``u`` to ``out``."""
         if u.ndim == 2:
-            return self._apply(u, out, lane)
-        shape = (u.shape[0] * u.shape[1], u.shape[2])
-        result = out.reshape(shape)  # a copy where the steps are strided
-        self._apply(u.reshape(shape), result, lane * u.shape[1])
+            return self._apply(u, out)
+        result = as_rows(out)  # a copy where the steps are strided
+        self._apply(as_rows(u), result)
         if not np.shares_memory(result, out):
-            out[...] = result.reshape(u.shape)
+            out[...] = result.reshape(out.shape)
         return None
 
     def sweep(self, first: int, U: np.ndarray, G: np.ndarray | None) -> None:
@@ -127,3 +122,17 @@ class LinearStep(_BoundStep):
         ``(k + 1, members, n)``.
         """
         return self.propagator.sweep(U, G, transposed=self.transposed)
+
+    def advance(self, first: int, stride: int, u: np.ndarray, out: np.ndarray, G: np.ndarray | None) -> None:
+        """Take consecutive steps with right-hand side ``G`` from each of the states ``u``, in one call; of a batch
+        ``(k, members, n)`` in one call for all states along the longer axis.
+        """
+        advance = partial(self.propagator.advance, transposed=self.transposed)
+        if u.ndim == 2:
+            return advance(u, out, G)
+        for i in range(min(u.shape[:2])):
+            if len(u) < u.shape[1]:
+                advance(u[i], out[i].swapaxes(0, 1), None if G is None else G[i].swapaxes(0, 1))
+            else:
+                advance(u[:, i], out[:, :, i], None if G is None else G[:, :, i])
+        return None

@@ -200,12 +200,10 @@ class Sweeps:
         guess, rhs = np.sqrt(self.spacetime.sum_over_grid(np.array(squares)))
         return (np.finfo(float).eps * guess > rtol * self.evolution.nsteps * rhs) & (rtol > 0)
 
-    def _coarse(
-        self, compute: Callable[[FEPropagator, StepData, int], np.ndarray], z: Controls
-    ) -> Iterable[np.ndarray]:
+    def _coarse(self, compute: Callable[[FEPropagator, StepData], np.ndarray], z: Controls) -> Iterable[np.ndarray]:
         """Right-hand sides of the own steps of the coarse levels, for nested iteration of a linear evolution."""
-        for propagator, lo, k, data in self.solvers.coarse_steps(z):
-            yield self._or_nan(partial(compute, propagator, data, lo), (k, propagator.evolution.state_size))
+        for propagator, k, data in self.solvers.coarse_steps(z):
+            yield self._or_nan(partial(compute, propagator, data), (k, propagator.evolution.state_size))
 
     def state(
         self, z: Controls, U: np.ndarray, *, initial: np.ndarray | None = None, cold: bool = False, **accuracy: float
@@ -216,11 +214,11 @@ class Sweeps:
         if not self.is_linear:
             self.solvers.bind(self.solvers.state, z, None, backwards=False)
             return self._solve(self.solvers.state, "state", U, None, cold=cold, **accuracy)
-        forcing = lambda: self.propagators[0].forcing(self.data(z), self.slab.lo)
+        forcing = lambda: self.propagators[0].forcing(self.data(z))
         if self.intervals is not None:
             forcing = lambda: self.intervals.forcing(z)
         G = self._or_nan(forcing, self._rhs_shape())
-        coarse = lambda: self._coarse(lambda propagator, data, lo: propagator.forcing(data, lo), z)
+        coarse = lambda: self._coarse(lambda propagator, data: propagator.forcing(data), z)
         return self._solve(self.solvers.state, "state", U, G, cold=cold, coarse_rhs=coarse, **accuracy)
 
     def tangent(
@@ -243,11 +241,11 @@ class Sweeps:
             dU[0] = 0 if initial is None else initial
         if self.is_linear:
             if dz is not None:
-                forcing = lambda dz: self.propagators[0].control_forcing(self.data(z), dz, self.slab.lo)
+                forcing = lambda dz: self.propagators[0].control_forcing(self.data(z), dz)
                 if self.intervals is not None:
                     forcing = self.intervals.control_forcing
                 G = self._or_nan(lambda: of_each(forcing, dz), shape)
-                control_forcing = lambda propagator, data, lo: propagator.control_forcing(data, data.z, lo)
+                control_forcing = lambda propagator, data: propagator.control_forcing(data, data.z)
                 own = lambda dz: self._coarse(control_forcing, dz)
                 coarse = lambda: stacked_levels([own(d) for d in dz]) if isinstance(dz, list) else own(dz)
         elif not self.solvers.accelerated:  # the steps contain the direction: no solves for a right-hand side
@@ -262,7 +260,7 @@ class Sweeps:
     def _control_tangent(self, data: StepData, dz: Controls) -> np.ndarray:
         """``Phi_z dz`` of the own steps of a nonlinear evolution."""
         G = np.empty(self._rhs_shape())
-        self.propagators[0].tangent(data, np.zeros_like(G), dz, G, self.slab.lo)
+        self.propagators[0].tangent(data, np.zeros_like(G), dz, G)
         return G
 
     def adjoint(
@@ -307,13 +305,13 @@ class Sweeps:
         """``Phi(U) - U`` at the own stored points but the first."""
         fine, out = self.propagators[0], U[1:].copy()
         if self.intervals is None:
-            fine.step(self.data(z)._replace(guess=fine.uses_guess), U[:-1], out, self.slab.lo)
+            fine.step(self.data(z)._replace(guess=fine.uses_guess), U[:-1], out)
             return out - U[1:]
         self.intervals.bind(z, U)
         for group in self.intervals.groups:
             last = self.intervals.states(group)[-1]
             data = self.intervals.data(group, group.m - 1, linearised=False)
-            fine.step(data, last, out[group.starts], group.first)
+            fine.step(data, last, out[group.starts])
         return out - U[1:]
 
     def control_gradient(self, z: Controls, U: np.ndarray, L: np.ndarray) -> np.ndarray | list | None:
@@ -325,7 +323,7 @@ class Sweeps:
         data = self.data(z, U)
 
         def of_member(number: int, lam: np.ndarray) -> np.ndarray:
-            return self.propagators[0].control_adjoint(data._replace(member=number), lam, self.slab.lo)
+            return self.propagators[0].control_adjoint(data._replace(member=number), lam)
 
         def compute() -> np.ndarray | list:
             if L.ndim == 2:

@@ -299,12 +299,12 @@ class TimeSolvers:
         """Controls on level ``index``: those of some fine steps, or a static one."""
         return self.space.controls(index, z if z is None or z.ndim == 1 else z[fine - self.slab.lo])
 
-    def coarse_steps(self, z: np.ndarray | None) -> Iterator[tuple[FEPropagator, int, int, StepData]]:
-        """Of each coarse level of a linear evolution: propagator, first own step, number of own steps, their data."""
+    def coarse_steps(self, z: np.ndarray | None) -> Iterator[tuple[FEPropagator, int, StepData]]:
+        """Of each coarse level of a linear evolution: propagator, number of own steps, their data."""
         for level, propagator in zip(self.tangent.levels[1:], self.propagators[1:], strict=True):
             start = np.arange(level.lo, level.hi) * level.stride
             own = self._controls(level.index, z, start + level.stride - 1)
-            yield propagator, level.lo, level.k, StepData(self.evolution.time(start), own)
+            yield propagator, level.k, StepData(self.evolution.time(start), own)
 
     @cached_property
     def transposed_adjoint(self) -> TransposedAdjoint | TransposedParaDiag | None:
