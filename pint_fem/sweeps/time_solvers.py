@@ -259,23 +259,23 @@ class TimeSolvers:
         if factors and self.averaged is not None:
             self.averaged.invalidate()
 
-    def bind(
-        self,
-        solver: TimeSolver,
-        z: np.ndarray | None,
-        U: np.ndarray | None,
-        *,
-        backwards: bool,
-        dz: np.ndarray | None = None,
-    ) -> None:
-        """Set the data of the steps of a solver for a nonlinear evolution.
+    def release_batch(self) -> None:
+        """Free what only batches use: cached results of steps, and the array of transposed cycles."""
+        self.linearisations.discard_members()
+        if self.has_transposed_adjoint:
+            self.transposed_adjoint.release()
 
-        ``z`` and ``dz`` are the controls of the own steps and their direction, ``U`` the states of the local points at
-        which the steps are linearised, ``None`` for the state's sweep; adjoint sweeps are ``backwards``.
+    def bind(
+        self, solver: TimeSolver, z: np.ndarray | None, U: np.ndarray | None, *, backwards: bool,
+        dz: np.ndarray | list[np.ndarray] | None = None,
+    ) -> None:  # fmt: skip
+        """Set the data of the steps of a solver for a nonlinear evolution: the controls ``z`` of the own steps, their
+        direction ``dz`` (a list of directions for a batch) and the states ``U`` of the local points at which the steps
+        are linearised, ``None`` for the state's sweep; adjoint sweeps are ``backwards``.
         """
         if isinstance(solver, ParaDiag):
             solver.before_iteration = self.averaged.updater(z, U)
-        states, sweep = [None] * len(solver.levels), object()
+        states, sweep, batch = [None] * len(solver.levels), object(), isinstance(dz, list)
         linearisations = self.linearisations.backward if backwards else self.linearisations.forward
         if U is not None:
             self.linearisations.linearise(z, U)
@@ -294,10 +294,11 @@ class TimeSolvers:
             else:
                 start = steps * level.stride
                 fine, u = start + level.stride - 1, None if u is None else u[:-1]
-            own, along = (self._controls(level.index, x, fine) for x in (z, dz))
+            own, *along = (self._controls(level.index, x, fine) for x in (z, *(dz if batch else [dz])))
+            level.propagator.directions = along if batch else None
             u, guess = self.space.states(level.index, u), level.propagator.propagator.uses_guess
             t, cached = self.evolution.time(start), linearisations[level.index]
-            level.propagator.data = StepData(t, own, u, along, cached, guess, sweep)
+            level.propagator.data = StepData(t, own, u, None if batch else along[0], cached, guess, sweep)
 
     def _controls(self, index: int, z: np.ndarray | None, fine: np.ndarray) -> np.ndarray | None:
         """Controls on level ``index``: those of some fine steps, or a static one."""
@@ -323,7 +324,7 @@ class TimeSolvers:
 
     @property
     def has_transposed_adjoint(self) -> bool:
-        """Whether :attr:`transposed_adjoint` has been made and has arrays of its own."""
+        """Whether :attr:`transposed_adjoint` has been made."""
         return vars(self).get("transposed_adjoint") is not None
 
     # -- properties and reports ----------------------------------------------------------------------------------------
