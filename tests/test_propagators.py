@@ -31,7 +31,6 @@ from irksome.tableaux.ButcherTableaux import ButcherTableau
 
 from pint_fem.evolution import SDIRK2, BackwardEuler, Evolution, ImplicitMidpoint, time_function
 from pint_fem.kernels.arrays import put
-from pint_fem.kernels.blocks import WIDTH, lanes
 from pint_fem.propagators import FormPropagator, LinearPropagator, StepData, TapePropagator, make_propagator
 
 TABLEAUX = {"BE": BackwardEuler, "midpoint": ImplicitMidpoint, "SDIRK2": SDIRK2}
@@ -134,22 +133,17 @@ def test_second_order_is_the_derivative_of_the_adjoint():
     assert np.abs((ends[0][1] - ends[1][1]) / (2 * eps) - sz).max() < 1e-7 * np.abs(sz).max()
 
 
-def test_lanes_make_bits_independent_of_the_block():
+def test_a_state_has_the_same_bits_in_every_block():
     ev = heat("SDIRK2", n=24)
     p = LinearPropagator(ev)
-    u = np.random.default_rng(1).standard_normal((21, ev.state_size))
+    u = np.random.default_rng(1).standard_normal((75, ev.state_size))
     whole, parts = np.empty_like(u), np.empty_like(u)
-    p.apply(u, whole, 3)
-    for a, b in ((0, 2), (2, 3), (3, 11), (11, 21)):
-        p.apply(u[a:b], parts[a:b], 3 + a)
+    p.apply(u, whole)
+    for a, b in ((0, 2), (2, 3), (3, 11), (11, 27), (27, 28), (28, 60), (60, 75)):
+        p.apply(u[a:b], parts[a:b])
     assert np.array_equal(whole, parts)
-
-
-@pytest.mark.parametrize(("count", "lane"), [(1, 0), (8, 0), (3, 6), (21, 3), (0, 5)])
-def test_the_lane_of_a_state_is_its_number_modulo_the_width(count, lane):
-    blocks = [(range(count)[rows], range(WIDTH)[where]) for rows, where in lanes(count, lane)]
-    found = [pair for block in blocks for pair in zip(*block, strict=True)]
-    assert found == [(row, (lane + row) % WIDTH) for row in range(count)]
+    p.sweep(steps := np.concatenate([u[:1], parts[:3]]), None)
+    assert np.array_equal(steps[1], whole[0])  # one step after another
 
 
 UNEQUAL = np.array([[0.25, 0], [0.25, 0.5]]), np.array([0.5, 0.5]), np.array([0.25, 0.75])
@@ -228,7 +222,7 @@ def test_nonsymmetric_operators(tableau):
     blocks = U.copy()
     p.sweep(U, None, transposed=True)
     for i in range(3):
-        p.apply_transposed(blocks[i : i + 1], blocks[i + 1 : i + 2], 0)
+        p.apply_transposed(blocks[i : i + 1], blocks[i + 1 : i + 2])
     assert_close([U], [blocks], 1e-12)
 
 

@@ -202,9 +202,9 @@ def test_what_it_costs():
     calls = {"forward": 0, "backward": 0}
 
     def counted(name, method):
-        def call(u, out, lane, more=None):
+        def call(u, out, more=None):
             calls[name] += len(u)
-            return method(u, out, lane, more)
+            return method(u, out, more)
 
         return call
 
@@ -246,24 +246,6 @@ def test_refused():
             rf.evolution, Whole(), spacetime=st,
             solver_parameters={"mgrit": dict(storage="C", coarsening=4)},
         )  # fmt: skip
-
-
-def test_steps_backwards_have_the_lanes_of_all_points(monkeypatch):
-    """A block's first adjoint is that of the last of its intervals: its number is that of the intervals behind it."""
-    rf, steps, found = functional(pf.SpaceTime("1x1", comm=MPI.COMM_SELF), "C", steps=64), 64, []
-    ev, propagator = rf.evolution, rf.problem.sweeps.intervals.propagator
-    adjoint = propagator.adjoint
-
-    def recorded(data, lam, out, lane=0):
-        step = round(float(data.t.max() - ev.t0) / ev.dt)
-        found.append((lane, (steps - 1 - step) // M, len(lam)))
-        adjoint(data, lam, out, lane)
-
-    monkeypatch.setattr(propagator, "adjoint", recorded)
-    rf.problem.derivative(np.asarray(rf.array(rf.controls[0].control)))
-    lanes, behind, lengths = zip(*found, strict=True)
-    assert lanes == behind
-    assert max(lengths) > 1
 
 
 EVALUATE = {

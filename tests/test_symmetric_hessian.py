@@ -108,7 +108,7 @@ def test_failure_behind_the_last_iteration_is_named():
     fine = sweep.solver.levels[0]
     sweep.solver.solve(*sweep.arrays(np.ones_like(sweep.adjoints)), start=sweep.start, cycles=1)
 
-    def fail(u, out, lane):
+    def fail(u, out):
         raise ArithmeticError("no such step")
 
     fine.propagator._apply = fail

@@ -18,7 +18,7 @@ from firedrake.functionspaceimpl import WithGeometry
 from pint_fem.adjoint.control_layout import ControlLayout
 from pint_fem.errors import InputError
 from pint_fem.kernels.arrays import get, is_real, own_size, put
-from pint_fem.kernels.blocks import Factor, is_symmetric
+from pint_fem.kernels.factor import Factor, is_symmetric
 
 __all__ = ["ControlInner", "RieszMap"]
 

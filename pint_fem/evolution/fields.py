@@ -23,8 +23,8 @@ from firedrake.functionspaceimpl import WithGeometry
 from firedrake.petsc import PETSc
 
 from pint_fem.errors import InputError
-from pint_fem.kernels.arrays import boundary_rows, rows_in_whole
-from pint_fem.kernels.blocks import Factor, is_symmetric
+from pint_fem.kernels.arrays import boundary_rows, own_size, rows_in_whole
+from pint_fem.kernels.factor import Factor, is_symmetric
 from pint_fem.kernels.multigrid import Geometry
 from pint_fem.kernels.nullspace import Nullspace
 
@@ -97,6 +97,8 @@ class Fields:
     ----------
     a, b : slice or ndarray
         Own rows of the two parts.
+    state_size : int
+        Number of own rows of a state.
     fixed : ndarray
         Own rows of ``a`` with a condition.
     matrices : dict
@@ -126,9 +128,9 @@ class Fields:
         bcs: Sequence[DirichletBC] = (),
         nullspace: Nullspace | None = None,
     ):
-        self.comm = V.mesh().comm
+        self.comm, self.state_size = V.mesh().comm, own_size(V)
         offsets = rows_in_whole(V.sub(eliminate))
-        size = V.dof_dset.layout_vec.local_size
+        size = self.state_size
         b = np.arange(offsets[0], offsets[-1] + 1) if len(offsets) else np.zeros(0, dtype=int)
         a = np.setdiff1d(np.arange(size), b)
         self.a, self.b = _slice(a), _slice(b)

@@ -20,7 +20,7 @@ from ufl.algorithms.analysis import extract_type
 from pint_fem.errors import InputError
 from pint_fem.evolution.boundary import boundary_value
 from pint_fem.kernels.arrays import get, put
-from pint_fem.kernels.blocks import Factor
+from pint_fem.kernels.factor import Factor
 
 __all__ = ["PrivateCopies", "data_of", "mass_degree", "name_of", "riesz_representative"]
 

@@ -172,7 +172,7 @@ class StageFactors:
             if not is_numerical(error):
                 raise
             raise SolverFailure(f"{singular_message(matrix, self._space)} ({error})") from error
-        if not self._tried and self.refines and is_singular(solver.ksp):
+        if not self._tried and self.refines and is_singular(solver.ksp.getOperators()[1], solver.ksp.solve):
             solver.version = None
             raise SolverFailure(singular_message(matrix, self._space))
         self._tried = True

@@ -11,6 +11,7 @@ vector of its nullspace, ``S x`` is round-off, and ``x'`` is unrelated to ``x``.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from firedrake.petsc import PETSc
 
 from pint_fem.errors import InputError, is_numerical
 from pint_fem.kernels.arrays import own_size, rows_in_whole
-from pint_fem.kernels.blocks import Factor
+from pint_fem.kernels.factor import Factor
 from pint_fem.kernels.nullspace import Nullspace
 
 __all__ = ["is_singular", "regular_factor", "singular_message"]
@@ -31,9 +32,16 @@ ZERO = 1e-12
 _MAX = PETSc.NormType.NORM_INFINITY
 
 
-def is_singular(ksp: PETSc.KSP) -> bool:
-    """Whether the matrix of a direct solver is singular to working precision (collective)."""
-    matrix = ksp.getOperators()[1]
+def is_singular(matrix: PETSc.Mat, solve: Callable[[PETSc.Vec, PETSc.Vec], None]) -> bool:
+    """Whether a matrix is singular to working precision (collective).
+
+    Parameters
+    ----------
+    matrix
+        The matrix.
+    solve
+        ``solve(b, x)`` of a direct solver.
+    """
     x, b = matrix.createVecs()
     again = x.duplicate()
     start, stop = b.getOwnershipRange()
@@ -41,13 +49,13 @@ def is_singular(ksp: PETSc.KSP) -> bool:
     largest = np.maximum.reduceat(np.append(np.abs(values), 0.0), pointers[:-1])  # no row is empty: it has a diagonal
     b.array[:] = largest * np.cos(np.arange(start, stop) ** 2)
     try:
-        ksp.solve(b, x)
+        solve(b, x)
         size = x.norm(_MAX)
         if not np.isfinite(size):
             return True
         matrix.mult(x, b)
-        ksp.solve(b, again)
-    except PETSc.Error as error:
+        solve(b, again)
+    except (PETSc.Error, ArithmeticError) as error:
         if not is_numerical(error):
             raise
         return True
@@ -99,7 +107,7 @@ def regular_factor(evolution: Any, matrix: PETSc.Mat, nullspace: Nullspace | Non
     nullspace
         Its nullspace, or ``None``.
     **given
-        Other parameters of :class:`~pint_fem.kernels.blocks.Factor`.
+        Other parameters of :class:`~pint_fem.kernels.factor.Factor`.
 
     Raises
     ------
@@ -114,6 +122,6 @@ def regular_factor(evolution: Any, matrix: PETSc.Mat, nullspace: Nullspace | Non
         if not is_numerical(error):
             raise
         raise InputError(f"{message()} ({error})") from error
-    if factor.is_direct and is_singular(factor.ksp):
+    if factor.is_direct and is_singular(factor.matrix, factor.solve_regular):
         raise InputError(message())
     return factor

@@ -28,7 +28,7 @@ class _Shifted:
     Parameters
     ----------
     propagator
-        The level's propagator, with a method ``take`` and an optional method ``sweep``.
+        The level's propagator, with an optional method ``sweep``.
     """
 
     def __init__(self, propagator: Propagator):
@@ -38,14 +38,13 @@ class _Shifted:
 
     def step(self, steps: range, u: np.ndarray, out: np.ndarray) -> None:
         """Write the new states of some steps ``(len(steps), *state)`` to ``out``."""
-        place = (steps.start - 1) // steps.step + 1  # of the interval on this grid
         if steps.start == 0:
             out[:1] = 0
-            steps, u, out, place = steps[1:], u[1:], out[1:], place + 1
+            steps, u, out = steps[1:], u[1:], out[1:]
         if not steps:
             return None
         own = range(steps.start - 1, steps.stop - 1, steps.step)
-        return self.propagator.take(own, u, out, place)  # nothing, which the level checks
+        return self.propagator.step(own, u, out)  # nothing, which the level checks
 
     def _sweep(self, first: int, U: np.ndarray, G: np.ndarray | None) -> None:
         if first == 0:
@@ -60,8 +59,7 @@ class TransposedAdjoint(TransposedSweep):
     Parameters
     ----------
     adjoint
-        The adjoint sweep, whose levels' steps (and their data) are used: by ``take(steps, u, out, place)``, with the
-        number of the first step's interval on the shifted grid.
+        The adjoint sweep, whose levels' steps (and their data) are used: by ``step(steps, u, out)``.
     steps
         Number of own steps ``k``.
     is_last
@@ -112,6 +110,6 @@ class TransposedAdjoint(TransposedSweep):
         Parameters
         ----------
         gradient
-            Misfit gradients of the own points, ``(k + 1, n)``.
+            Misfit gradients of the own points, ``(k + 1, n)``, or of a batch ``(k + 1, members, n)``.
         """
-        return self._zeros(gradient.shape[1])[::-1], gradient[: self.rows - 1][::-1]
+        return self._zeros(gradient.shape[1:])[::-1], gradient[: self.rows - 1][::-1]

@@ -40,8 +40,8 @@ class BlockSolve(Protocol):
         """Whether it can be called."""
 
     def __call__(self, frequencies: range, mu: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """Solutions for the right-hand sides of some frequencies, ``(frequencies, n)``, in the precision of ``rows``;
-        ``mu`` has the numbers of all frequencies, ``(N//2 + 1,)``.
+        """Solutions for the right-hand sides of some frequencies, ``(frequencies, batch, n)``, in the precision of
+        ``rows``; ``mu`` has the numbers of all frequencies, ``(N//2 + 1,)``.
         """
 
 

@@ -24,15 +24,22 @@ class GuardedSolve:
         ``(k, mu, r) -> v``.
     note
         Takes where a failure has happened, and the exception.
+
+    Attributes
+    ----------
+    members : int
+        States of a batch that the right-hand side of a frequency has, one after another.
     """
 
     def __init__(self, solve: FrequencySolve, note: Note):
-        self._solve, self._note = solve, note
+        self._solve, self._note, self.members = solve, note, 1
 
     def __call__(self, k: int, mu: complex, r: np.ndarray) -> np.ndarray:
         """Solve for a frequency; a failure becomes NaN, which the residual's norm carries to every rank."""
         try:
-            return returned_block("solve(k, mu, r)", self._solve, r.shape, k, mu, r)
+            rows = r.reshape(self.members, -1)
+            solve = lambda row: returned_block("solve(k, mu, r)", self._solve, row.shape, k, mu, row)
+            return solve(r) if self.members == 1 else np.concatenate([solve(row) for row in rows])
         except FAILURES as error:
             if np.isfinite(r).all() or not isinstance(error, Exception):
                 self._note(f"frequency {k}", error)
@@ -45,7 +52,7 @@ class GuardedBlocks:
     Parameters
     ----------
     blocks
-        Solves for several frequencies at once.
+        Solves for several frequencies at once, with the batch of a frequency's right-hand sides.
     solve
         The guarded solve of one frequency, which finds out which frequency has failed.
     note
@@ -63,7 +70,8 @@ class GuardedBlocks:
     def __call__(self, frequencies: range, mu: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """Solve for frequencies; failed solutions are NaN."""
         try:
-            return self._blocks(frequencies, mu, rows)
+            batch = rows.reshape(len(rows), self._solve.members, -1)
+            return self._blocks(frequencies, mu, batch).reshape(rows.shape)
         except FAILURES as error:
             if is_numerical(error):
                 solved = [

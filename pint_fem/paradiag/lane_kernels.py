@@ -7,7 +7,7 @@ are C-contiguous, of the kernels' type, and begin at multiples of 64 bytes where
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from ctypes import c_int64
+from ctypes import CDLL, c_int64
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -58,7 +58,7 @@ class LaneKernels:
         Type of real and imaginary parts; number of lanes ``W``.
     """
 
-    def __init__(self, shared, dtype: np.dtype, width: int):
+    def __init__(self, shared: CDLL, dtype: np.dtype, width: int):
         self._library, self.dtype, self.width = shared, dtype, width
         self.complex = np.result_type(dtype, np.complex64)
 

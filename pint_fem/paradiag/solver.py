@@ -140,20 +140,22 @@ class ParaDiag(AllAtOnceSolver):
         self, U: np.ndarray, start: str, coarse_rhs: Sequence[np.ndarray | None] | None, result: SolveResult
     ) -> None:
         fine, size = self.levels[0], int(np.prod(U.shape[1:], dtype=int))
+        members = U.shape[1] if self._failures.batch else 1
+        self._guarded.members = members
         precondition, single = self.circulant(size), self._is_single
         from_zero = start in ("skip", "nested") and self.before_iteration is None
         r = self._residual_from_zero(U) if from_zero else self._residual_at_all_points(U)
         while True:
             with timed(self.trace, "norm", 0, sweep=self.name):
                 squares = [self._failures.squares(block) for block in (r, U[1:])]
-                norm, result.scale = self._norms(squares, None)
-            result.residuals.append(norm)
+                norm, scale = self._norms(squares, None)
+            stops = self._decide(result, norm[None], scale)
             self._monitor(result)
-            if self._stop(result):
+            if stops:
                 break
             if self.before_iteration is not None:
                 previous = result.residuals[-2:-1]
-                self.before_iteration(U, norm / previous[0] if previous else None)
+                self.before_iteration(U, result.residuals[-1] / previous[0] if previous else None)
             U[1:] += precondition(r.reshape(fine.k, size), single=single).reshape(U[1:].shape)
             self._end_iteration(result)
             r = self._residual_at_all_points(U)

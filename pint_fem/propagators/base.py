@@ -46,6 +46,9 @@ class StepData(NamedTuple):
         Whether ``out`` of :meth:`FEPropagator.step` holds first guesses.
     sweep : object or None
         Identifies a solve of all steps with one control, in which steps may be evaluated repeatedly.
+    member : int
+        Number of the direction or right-hand side in a batch: what a linearisation caches for one member is not
+        overwritten by that of another.
     """
 
     t: np.ndarray
@@ -55,13 +58,14 @@ class StepData(NamedTuple):
     linearisations: list | None = None
     guess: bool = False
     sweep: object = None
+    member: int = 0
 
     def part(self, rows: slice) -> StepData:
         """The data of a slice of the steps."""
         z, dz = (x if x is None or x.ndim == 1 else x[rows] for x in (self.z, self.dz))
         u = None if self.u is None else self.u[rows]
         linearisations = None if self.linearisations is None else self.linearisations[rows]
-        return StepData(self.t[rows], z, u, dz, linearisations, self.guess, self.sweep)
+        return StepData(self.t[rows], z, u, dz, linearisations, self.guess, self.sweep, self.member)
 
     def control(self, i: int) -> np.ndarray | None:
         """The control ``(nz,)`` of step ``i`` of the block."""
@@ -141,7 +145,7 @@ class FEPropagator(ABC):
         return {}
 
     @abstractmethod
-    def step(self, data: StepData, u: np.ndarray, out: np.ndarray, lane: int = 0) -> None:
+    def step(self, data: StepData, u: np.ndarray, out: np.ndarray) -> None:
         """Write ``Phi(u)`` of each step to ``out``.
 
         Parameters
@@ -150,20 +154,18 @@ class FEPropagator(ABC):
             The steps.
         u, out
             States ``(k, n)``.
-        lane
-            Number of the block's first state on the time axis (:mod:`~pint_fem.kernels.blocks`).
         """
 
     @abstractmethod
-    def tangent(self, data: StepData, du: np.ndarray, dz: np.ndarray | None, out: np.ndarray, lane: int = 0) -> None:
+    def tangent(self, data: StepData, du: np.ndarray, dz: np.ndarray | None, out: np.ndarray) -> None:
         """Write ``Phi_u du + Phi_z dz`` of each step to ``out``; ``dz`` is ``None``, ``(nz,)`` or ``(k, nz)``."""
 
     @abstractmethod
-    def adjoint(self, data: StepData, lam: np.ndarray, out: np.ndarray, lane: int = 0) -> None:
+    def adjoint(self, data: StepData, lam: np.ndarray, out: np.ndarray) -> None:
         """Write ``Phi_u^T lam`` of each step to ``out``."""
 
     @abstractmethod
-    def control_adjoint(self, data: StepData, lam: np.ndarray, lane: int = 0) -> np.ndarray:
+    def control_adjoint(self, data: StepData, lam: np.ndarray) -> np.ndarray:
         """``Phi_z^T lam``: ``(k, nz)`` for a control of each step, else summed over the block, ``(nz,)``."""
 
     def control_sums(self, data: StepData, lam: np.ndarray) -> np.ndarray:

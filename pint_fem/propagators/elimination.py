@@ -16,20 +16,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-from firedrake.petsc import PETSc
-
 from pint_fem.evolution.fields import Fields
-from pint_fem.kernels.blocks import Factor, StateBlock, multiply, new_states, product
-from pint_fem.propagators.recursion import Recursion
+from pint_fem.kernels.factor import Factor
+from pint_fem.kernels.lanes.program import StepProgram
+from pint_fem.propagators.recursion import Recursion, append_solve
 
-__all__ = ["EliminatedRecursion", "FieldBlocks", "FieldRecursion"]
+__all__ = ["EliminatedRecursion", "FieldRecursion"]
 
 
-class FieldBlocks:
-    """Products and solves with the blocks of two fields, on arrays ``(..., n_a)`` and ``(..., n_b)``.
-
-    A result is overwritten by the next call for the same block.
+class FieldRecursion(Recursion):
+    """A recursion by the blocks of two fields, the parts ``"a"`` and ``"b"`` of a state.
 
     Parameters
     ----------
@@ -37,81 +33,44 @@ class FieldBlocks:
         The blocks.
     factors
         Factors of matrices of the size of ``a``, by ``a_ii dt``.
-    single
-        Whether arrays are of one state, not of a block of states.
-    """
-
-    def __init__(self, fields: Fields, factors: Mapping[float, Factor], *, single: bool):
-        self.fields, self._factors = fields, factors
-        self._products = {}
-        for name, matrix in fields.matrices.items():
-            source = new_states(matrix.getSizes()[1], matrix.comm, single=single)
-            self._products[name] = source, matrix, product(matrix, source)
-        mass = fields.matrices["M"]
-        self._r, self._s = (new_states(mass.getSizes()[0], mass.comm, single=single) for _ in range(2))
-
-    @property
-    def petsc_bytes(self) -> int:
-        """Bytes of PETSc's blocks."""
-        pairs = (source.array.nbytes + result.array.nbytes for source, _, result in self._products.values())
-        return sum(pairs) + 2 * self._r.array.nbytes
-
-    def multiply(self, name: str, x: np.ndarray) -> np.ndarray:
-        """The product of the block ``name`` with states."""
-        source, matrix, result = self._products[name]
-        source.array[...] = x
-        multiply(matrix, source, result)
-        return result.array
-
-    def solve(self, h: float, r: np.ndarray, *, transposed: bool = False) -> np.ndarray:
-        """The solution ``a`` of the system of ``a_ii dt = h`` for right-hand sides ``r``."""
-        self._r.array[...] = r
-        self._factors[h].solve(self._r, self._s, transposed=transposed)
-        return self._s.array
-
-
-class FieldRecursion(Recursion):
-    """A recursion by the blocks of two fields.
-
-    Parameters
-    ----------
-    blocks
-        Products and solves with the blocks.
-    start, *args
+    *args
         Parameters of :class:`~pint_fem.propagators.recursion.Recursion`.
     """
 
-    def __init__(self, blocks: FieldBlocks, start: StateBlock | PETSc.Vec, *args: Any):
-        self.blocks = blocks
-        self.x, self.y = np.zeros_like(start.array), np.zeros_like(start.array)
-        self.yT = self.y
-        super().__init__(start, *args)
+    def __init__(self, fields: Fields, factors: Mapping[float, Factor], *args: Any):
+        super().__init__(*args)
+        self.fields, self.factors = fields, factors
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the arrays that are not PETSc's."""
-        return super().nbytes + self.x.nbytes + self.y.nbytes
-
-    @property
-    def petsc_bytes(self) -> int:
-        """Bytes of the states and of the blocks."""
-        return self.w.nbytes + self.blocks.petsc_bytes
+    def program(self) -> StepProgram:
+        """A program for states of two parts, with a vector ``r`` of the first."""
+        made = StepProgram({"a": self.fields.a, "b": self.fields.b}, self.fields.state_size)
+        made.vector("r", ["a"])
+        return made
 
 
 class EliminatedRecursion(FieldRecursion):
     """The recursion over the stages of a Runge-Kutta step, each solved by elimination."""
 
-    def mass(self, *, transposed: bool = False) -> None:
-        """Compute ``y = M w``, or ``yT = M^T w``; the rows of ``b`` are those of the identity."""
-        fields = self.blocks.fields
-        self.y[..., fields.a] = self.blocks.multiply("MT" if transposed else "M", self.w[..., fields.a])
-        self.y[..., fields.b] = self.w[..., fields.b]
+    def mass(
+        self, program: StepProgram, out: str, x: str, *, transposed: bool = False, keep: float | None = None
+    ) -> None:
+        """Append ``out = M x``, or ``out = M^T x``; the rows of ``b`` are those of the identity; ``keep``: add ``keep
+        out``.
+        """
+        M, add = self.fields.matrices["MT" if transposed else "M"], keep is not None
+        program.multiply(out, M, x, add=add, scale=keep or 0.0, part="a", x_part="a")
+        if add:
+            program.copy(out, out, keep, part="b", x_part="b")
+            program.add(out, x, part="b", x_part="b")
+        else:
+            program.copy(out, x, part="b", x_part="b")
 
-    def solve(self, h: float, *, transposed: bool = False) -> None:
-        """Compute the stage ``x`` from ``y``, or its transpose from ``yT``."""
-        fields, (first, second) = self.blocks.fields, ("XT", "GT") if transposed else ("G", "X")
-        r_b = self.y[..., fields.b]
-        r_a = self.y[..., fields.a] - h * self.blocks.multiply(first, r_b)
-        a = self.blocks.solve(h, r_a, transposed=transposed)
-        self.x[..., fields.a] = a
-        self.x[..., fields.b] = r_b - h * self.blocks.multiply(second, a)
+    def solve(self, program: StepProgram, y: str, h: float, *, transposed: bool = False) -> None:
+        """Append the solution of a stage, or of its transpose."""
+        first, second = ("XT", "GT") if transposed else ("G", "X")
+        matrices = self.fields.matrices
+        program.copy("r", y, x_part="a")
+        program.multiply("r", matrices[first], y, -h, add=True, x_part="b")
+        append_solve(program, "r", self.factors[h], transposed=transposed)
+        program.copy(y, "r", part="a")
+        program.multiply(y, matrices[second], "r", -h, add=True, part="b")

@@ -15,7 +15,7 @@ Two such half steps of ``b`` make the whole steps of the classical staggered sch
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import ufl
@@ -27,10 +27,11 @@ from pint_fem.evolution.evolution import Evolution
 from pint_fem.evolution.fields import Fields
 from pint_fem.evolution.tableaux import ImplicitMidpoint
 from pint_fem.kernels.lanczos import Pencil
+from pint_fem.kernels.lanes.program import STATE, StepProgram
 from pint_fem.propagators.base import FEPropagator
 from pint_fem.propagators.elimination import FieldRecursion
 from pint_fem.propagators.linear import LinearPropagator
-from pint_fem.propagators.recursion import Recursion
+from pint_fem.propagators.recursion import Recursion, append_solve
 
 __all__ = ["LeapfrogPropagator", "leapfrog", "stable_step"]
 
@@ -129,45 +130,57 @@ class LeapfrogPropagator(LinearPropagator):
             "propagator=leapfrog out (steps are then those of the evolution's tableau), or give time_solver 'mgrit'"
         )
 
-    def _recursions(self, operators: tuple[ufl.Form, ufl.Form]) -> tuple[Recursion, Recursion]:
-        """Factor the matrix of half a step, and make the recursions on a block and on one state."""
+    def _recursion(self, operators: tuple[ufl.Form, ufl.Form]) -> Recursion:
+        """Factor the matrix of half a step, and make the recursion."""
         (h,) = self.steps_of_stage
         self._factor(h, self.fields.part(h))
-        return self._field_recursions(_LeapfrogRecursion, False)
+        given = self.dirk, self.steps_of_stage, self.bc_rows, False
+        return _LeapfrogRecursion(self.fields, self.factors, *given)
 
 
 class _LeapfrogRecursion(FieldRecursion):
-    """A leapfrog step and its transpose, on the arrays ``x`` (the end) and ``y`` (the load) of the base class."""
+    """A leapfrog step and its transpose, with the load in the vector ``y``."""
 
-    def forward(self, load: Callable[[np.ndarray, int], None] | None = None) -> np.ndarray:
-        """The step from the states in ``w``; ``load(rhs, 0)`` adds its load."""
-        (h,), multiply, end, given = self.steps, self.blocks.multiply, self.x, self.y
-        a, b = self.blocks.fields.a, self.blocks.fields.b
-        given[...] = 0
-        if load is not None:
-            load(given, 0)
-        a0 = self.w[..., a]
-        half = self.w[..., b] - h * multiply("X", a0) + given[..., b]
-        r = multiply("M", a0) + given[..., a]
-        r -= h * multiply("G", half)
-        a1 = 2 * self.blocks.solve(h, r) - a0
-        end[..., a] = a1
-        end[..., b] = half - h * multiply("X", a1) + given[..., b]
-        return end
+    def mass(self, *args: Any, **given: Any) -> None:
+        """Not used: a step has no stages."""
+        raise NotImplementedError
 
-    def backward(self, on_stage: Callable[[int, np.ndarray], None] | None = None) -> np.ndarray:
-        """The transposed step from the adjoints in ``w``; ``on_stage(0, y)`` is called with the load's adjoint."""
-        (h,), multiply, end = self.steps, self.blocks.multiply, self.x
-        a, b = self.blocks.fields.a, self.blocks.fields.b
-        b1 = self.w[..., b]
-        a1 = self.w[..., a] - h * multiply("XT", b1)
-        y = self.blocks.solve(h, 2 * a1, transposed=True)
-        half = b1 - h * multiply("GT", y)
-        if on_stage is not None:
-            self.y[..., a] = y
-            self.y[..., b] = b1 + half
-            on_stage(0, self.y)
-        end[..., a] = multiply("MT", y) - a1
-        end[..., a] -= h * multiply("XT", half)
-        end[..., b] = half
-        return end
+    solve = mass
+
+    def forward(self) -> StepProgram:
+        """The step; states number 0 are its load."""
+        (h,), matrices, made = self.steps, self.fields.matrices, self.program()
+        load, half = made.vector("y"), made.vector("half", ["b"])
+        made.zero(load)
+        made.load(load, 0)
+        made.copy(half, STATE, x_part="b")
+        made.multiply(half, matrices["X"], STATE, -h, add=True, x_part="a")
+        made.add(half, load, x_part="b")
+        made.multiply("r", matrices["M"], STATE, x_part="a")
+        made.add("r", load, x_part="a")
+        made.multiply("r", matrices["G"], half, -h, add=True)
+        append_solve(made, "r", self.factors[h])
+        made.copy(STATE, STATE, -1.0, part="a", x_part="a")
+        made.add(STATE, "r", 2.0, part="a")
+        made.copy(STATE, half, part="b")
+        made.multiply(STATE, matrices["X"], STATE, -h, add=True, part="b", x_part="a")
+        made.add(STATE, load, part="b", x_part="b")
+        return made
+
+    def backward(self) -> StepProgram:
+        """The transposed step; states number 0 are the adjoint of its load."""
+        (h,), matrices, made = self.steps, self.fields.matrices, self.program()
+        adjoint, end = made.vector("y"), made.vector("end", ["a"])
+        made.copy(end, STATE, x_part="a")
+        made.multiply(end, matrices["XT"], STATE, -h, add=True, x_part="b")
+        made.copy("r", end, 2.0)
+        append_solve(made, "r", self.factors[h], transposed=True)
+        made.copy(adjoint, "r", part="a")
+        made.copy(adjoint, STATE, part="b", x_part="b")
+        made.multiply(STATE, matrices["GT"], "r", -h, add=True, part="b")
+        made.add(adjoint, STATE, part="b", x_part="b")
+        made.store(adjoint, 0)
+        made.multiply(STATE, matrices["MT"], "r", part="a")
+        made.add(STATE, end, -1.0, part="a")
+        made.multiply(STATE, matrices["XT"], STATE, -h, add=True, part="a", x_part="b")
+        return made

@@ -13,8 +13,9 @@ stages are solved as in :mod:`~pint_fem.propagators.elimination`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import ufl
@@ -27,13 +28,14 @@ from pint_fem.evolution.evolution import Evolution
 from pint_fem.evolution.fields import Fields
 from pint_fem.evolution.tableaux import DIRK
 from pint_fem.kernels.arrays import boundary_rows
-from pint_fem.kernels.blocks import Factor, is_symmetric, lanes, new_states
 from pint_fem.kernels.compressed_vectors import MOST
 from pint_fem.kernels.direct import matrix_bytes
+from pint_fem.kernels.factor import Factor, is_symmetric
 from pint_fem.kernels.multigrid import Geometry
 from pint_fem.kernels.regularity import regular_factor
+from pint_fem.kernels.steps import Steps, execution
 from pint_fem.propagators.base import FEPropagator, StepData
-from pint_fem.propagators.elimination import EliminatedRecursion, FieldBlocks, FieldRecursion
+from pint_fem.propagators.elimination import EliminatedRecursion
 from pint_fem.propagators.loads import StageLoads
 from pint_fem.propagators.recursion import MatrixRecursion, Recursion
 
@@ -80,50 +82,37 @@ class LinearPropagator(FEPropagator):
         self.steps_of_stage = self.dirk.diagonal * self.dt
         self.fields: Fields | None = evolution.fields
         self.factors: dict[float, Factor] = {}
-        self._block, self._single = self._recursions(operators)
+        recursion, comm = self._recursion(operators), evolution.V.mesh().comm
+        self._forward: Steps = execution(recursion.forward(), comm)
+        self._backward: Steps = execution(recursion.backward(), comm)
 
-    def _recursions(self, operators: tuple[ufl.Form, ufl.Form]) -> tuple[Recursion, Recursion]:
-        """Factor the stages' matrices, and make the recursions on a block and on one state."""
+    def _recursion(self, operators: tuple[ufl.Form, ufl.Form]) -> Recursion:
+        """Factor the stages' matrices, and make the recursion."""
         ev = self.evolution
+        given = self.dirk, self.steps_of_stage, self.bc_rows, ev.boundary_controls is None
         if self.fields is not None:
             for h in dict.fromkeys(self.steps_of_stage):
                 self._factor(h, self.fields.complement(h))
-            return self._field_recursions(EliminatedRecursion, ev.boundary_controls is None)
+            return EliminatedRecursion(self.fields, self.factors, *given)
         parts = [assemble(form, mat_type="aij").petscmat for form in operators if not form.empty()]
         mass, symmetric = parts[0], all(is_symmetric(part) for part in parts)
         for h in dict.fromkeys(self.steps_of_stage):
             M, K = operators
             matrix = assemble(M + Constant(h) * K, bcs=ev.bcs, mat_type="aij").petscmat
-            how = dict(symmetric=symmetric, geometry=Geometry(ev.V, ev.bcs))
-            self.factors[h] = regular_factor(ev, matrix, ev.nullspace, **how)
+            self._factor(h, matrix, symmetric=symmetric, geometry=Geometry(ev.V, ev.bcs), nullspace=ev.nullspace)
         symmetric_mass = mass.isSymmetric(0.0) and not len(self.bc_rows)
         self.M = assemble(operators[0], mat_type="aij").petscmat.copy()
         self.M.zeroRows((self.bc_rows + self.M.getOwnershipRange()[0]).astype(PETSc.IntType), diag=0.0)
         self.MT = self.M if symmetric_mass else self.M.transpose(PETSc.Mat())
-        sizes, given = self.M.getSizes()[0], (self.dirk, self.steps_of_stage, self.bc_rows)
-        block, single = (
-            MatrixRecursion(
-                self.M, self.MT, self.factors, new_states(sizes, self.M.comm, single=single), *given,
-                ev.boundary_controls is None,
-            )
-            for single in (False, True)
-        )  # fmt: skip
-        return block, single
+        return MatrixRecursion(self.M, self.MT, self.factors, *given)
 
-    def _factor(self, h: float, matrix: PETSc.Mat) -> None:
-        """Factor a matrix of the field that is not eliminated, for the stages with ``a_ii dt = h``."""
-        given = dict(symmetric=self.fields.symmetric, geometry=self.fields.geometry)
-        self.factors[h] = regular_factor(self.evolution, matrix, self.fields.nullspace, **given)
-
-    def _field_recursions(self, kind: type[FieldRecursion], drop_rows: bool) -> tuple[Recursion, Recursion]:
-        """Recursions by the blocks of two fields, on a block and on one state."""
-        sizes, comm = (self.evolution.state_size, None), self.fields.M_b.comm
-        given = self.dirk, self.steps_of_stage, self.bc_rows, drop_rows
-        block, single = (
-            kind(FieldBlocks(self.fields, self.factors, single=one), new_states(sizes, comm, single=one), *given)
-            for one in (False, True)
-        )
-        return block, single
+    def _factor(self, h: float, matrix: PETSc.Mat, **given: Any) -> None:
+        """Factor a matrix, by default one of the field that is not eliminated, for the stages with ``a_ii dt = h``."""
+        if not given:
+            fields = self.fields
+            given = dict(symmetric=fields.symmetric, geometry=fields.geometry, nullspace=fields.nullspace)
+        like = next(iter(self.factors.values()), None)
+        self.factors[h] = regular_factor(self.evolution, matrix, given.pop("nullspace"), like=like, **given)
 
     def shifted_parts(self, h: float) -> tuple[PETSc.Mat, ...]:
         """The matrices of which ParaDiag's systems are sums, for a stage with ``a_ii dt = h``.
@@ -135,7 +124,7 @@ class LinearPropagator(FEPropagator):
             :math:`M_a` and :math:`-G X`.
         """
         if self.fields is None:
-            return self.factors[h].ksp.getOperators()[1], self.M
+            return self.factors[h].matrix, self.M
         return self.fields.regular_part(h), self.fields.matrices["M"], self.fields.stiffness()
 
     @cached_property
@@ -143,62 +132,61 @@ class LinearPropagator(FEPropagator):
         """The loads of the stages; compiled and assembled when first used (collective over space)."""
         return StageLoads(self.evolution, self.dirk, self.dt, self.bc_rows, store=self.stores_loads)
 
-    # -- on blocks -----------------------------------------------------------------------------------------------------
-    def apply(
-        self, u: np.ndarray, out: np.ndarray, lane: int, loads: Callable[[slice, int], np.ndarray] | None = None
-    ) -> None:
+    # -- on states -----------------------------------------------------------------------------------------------------
+    def apply(self, u: np.ndarray, out: np.ndarray, loads: Callable[[slice, int], np.ndarray] | None = None) -> None:
         """Write the step without forcing, or with given loads, to ``out``.
 
         Parameters
         ----------
         u, out
             States ``(k, n)``.
-        lane
-            Number of the first state (:mod:`~pint_fem.kernels.blocks`).
         loads
             Loads ``(rows, n)`` of a slice of the steps in a stage.
         """
-        for rows, where in lanes(len(u), lane):
-            self._block.start.load(u[rows], where)
-            add = None
-            if loads is not None:
+        if loads is None:
+            self._forward.run(u, out[:, None])
+            return
+        for rows in _chunks(len(u)):
+            given = [loads(rows, i)[:, None] for i in range(self.dirk.stages)]
+            self._forward.run(u[rows], out[rows, None], None, given)
 
-                def add(rhs: np.ndarray, i: int, rows: slice = rows, where: slice = where) -> None:
-                    rhs[where] += loads(rows, i)
-
-            out[rows] = self._block.forward(add)[where]
-
-    def apply_transposed(
-        self,
-        lam: np.ndarray,
-        out: np.ndarray,
-        lane: int,
-        on_stage: Callable[[slice, int, np.ndarray], None] | None = None,
-    ) -> None:
+    def apply_transposed(self, lam: np.ndarray, out: np.ndarray, stages: np.ndarray | None = None) -> None:
         """Write the transposed step to ``out``.
 
         Parameters
         ----------
         lam, out
             Adjoints ``(k, n)``.
-        lane
-            Number of the first adjoint.
-        on_stage
-            Called with a slice of the steps, a stage and the adjoints ``(rows, n)`` of its right-hand sides.
+        stages
+            If given, ``(stages, k, n)``, takes the adjoints of the stages' right-hand sides.
         """
-        for rows, where in lanes(len(lam), lane):
-            self._block.start.load(lam[rows], where)
-            record = None if on_stage is None else lambda i, y, rows=rows, where=where: on_stage(rows, i, y[where])
-            out[rows] = self._block.backward(record)[where]
+        self._backward.run(lam, out[:, None], None, () if stages is None else stages[:, :, None])
+
+    def advance(
+        self, u: np.ndarray, out: np.ndarray, added: np.ndarray | None = None, *, transposed: bool = False
+    ) -> None:
+        """Take homogeneous steps one after another from each of ``k`` states, ``out[:, j] = Phi_u out[:, j-1] +
+        added[:, j]``, or transposed ones.
+
+        Parameters
+        ----------
+        u
+            States ``(k, n)``.
+        out, added
+            Results ``(k, steps, n)``, and what is added to them, or ``None``.
+        transposed
+            Whether the steps are transposed.
+        """
+        (self._backward if transposed else self._forward).run(u, out, added)
 
     def sweep(self, U: np.ndarray, G: np.ndarray | None, *, transposed: bool = False) -> None:
-        """Take homogeneous steps one after another in place, ``U[i+1] = Phi_u U[i] + G[i]``, or transposed ones."""
-        single = self._single
-        for i in range(len(U) - 1):
-            single.w[...] = U[i]
-            U[i + 1] = single.backward() if transposed else single.forward()
-            if G is not None:
-                U[i + 1] += G[i]
+        """Take homogeneous steps one after another in place, ``U[i+1] = Phi_u U[i] + G[i]``, or transposed ones, of a
+        state ``U[i]`` ``(n,)`` or of several ``(batch, n)``.
+        """
+        u, rest = (U[:1], U[None, 1:]) if U.ndim == 2 else (U[0], U[1:].swapaxes(0, 1))
+        if G is not None:
+            G = G[None] if U.ndim == 2 else G.swapaxes(0, 1)
+        self.advance(u, rest, G, transposed=transposed)
 
     # -- forcing -------------------------------------------------------------------------------------------------------
     def update_data(self, changed: set) -> bool:
@@ -209,22 +197,22 @@ class LinearPropagator(FEPropagator):
             self.loads.update_data()
         return True
 
-    def forcing(self, data: StepData, lane: int = 0) -> np.ndarray:
+    def forcing(self, data: StepData) -> np.ndarray:
         """The affine part ``Phi(0, z)`` of each step, ``(k, n)``; a broadcast row where all are the same."""
-        return self._forced(data, data.z, True, lane)
+        return self._forced(data, data.z, affine=True)
 
-    def control_forcing(self, data: StepData, dz: np.ndarray, lane: int = 0) -> np.ndarray:
+    def control_forcing(self, data: StepData, dz: np.ndarray) -> np.ndarray:
         """The derivative ``Phi_z dz`` of each step, ``(k, n)``; a broadcast row where all are the same."""
-        return self._forced(data, dz, False, lane)
+        return self._forced(data, dz, affine=False)
 
-    def _forced(self, data: StepData, z: np.ndarray | None, affine: bool, lane: int) -> np.ndarray:
+    def _forced(self, data: StepData, z: np.ndarray | None, *, affine: bool) -> np.ndarray:
         """The ends of steps from zero with loads of controls, and the affine part where asked."""
         k, n, ev = len(data.t), self.evolution.state_size, self.evolution
         affine = affine and not ev.is_homogeneous
         if (affine and ev.depends_on_time) or (z is not None and z.ndim == 2):
             out = np.empty((k, n))
             loads = self.loads.of_steps(data.t, z, affine=affine)
-            self.apply(np.broadcast_to(np.zeros(n), out.shape), out, lane, loads)
+            self.apply(np.broadcast_to(np.zeros(n), out.shape), out, loads)
             return out
         rows, weights = self._responses(data, z, affine)
         if not weights:
@@ -250,27 +238,27 @@ class LinearPropagator(FEPropagator):
                     if i in term.stages:
                         loads[i, row] += self.loads.of_term(term, z, h)
         out = np.empty(loads.shape[1:])
-        self.apply(np.zeros_like(out), out, 0, lambda rows, i: loads[i, rows])
+        self.apply(np.zeros_like(out), out, lambda rows, i: loads[i, rows])
         return out, [term.weights for term in moving]
 
     # -- the interface -------------------------------------------------------------------------------------------------
-    def step(self, data: StepData, u: np.ndarray, out: np.ndarray, lane: int = 0) -> None:
+    def step(self, data: StepData, u: np.ndarray, out: np.ndarray) -> None:
         """Write ``Phi(u)`` of each step to ``out``."""
-        self.apply(u, out, lane, self.loads.of_steps(data.t, data.z, affine=True))
+        self.apply(u, out, self.loads.of_steps(data.t, data.z, affine=True))
 
-    def tangent(self, data: StepData, du: np.ndarray, dz: np.ndarray | None, out: np.ndarray, lane: int = 0) -> None:
+    def tangent(self, data: StepData, du: np.ndarray, dz: np.ndarray | None, out: np.ndarray) -> None:
         """Write ``Phi_u du + Phi_z dz`` of each step to ``out``."""
-        self.apply(du, out, lane, None if dz is None else self.loads.of_steps(data.t, dz, affine=False))
+        self.apply(du, out, None if dz is None else self.loads.of_steps(data.t, dz, affine=False))
 
-    def adjoint(self, data: StepData, lam: np.ndarray, out: np.ndarray, lane: int = 0) -> None:
+    def adjoint(self, data: StepData, lam: np.ndarray, out: np.ndarray) -> None:
         """Write ``Phi_u^T lam`` of each step to ``out``."""
-        self.apply_transposed(lam, out, lane)
+        self.apply_transposed(lam, out)
 
-    def control_adjoint(self, data: StepData, lam: np.ndarray, lane: int = 0) -> np.ndarray:
+    def control_adjoint(self, data: StepData, lam: np.ndarray) -> np.ndarray:
         """``Phi_z^T lam``; for a static control the adjoints are summed before the one solve for each term."""
         if not self.evolution.per_step:
             return self.control_adjoint_of_sums(data, self.control_sums(data, lam))
-        terms, adjoints = self.loads.terms(data.t), self._stage_adjoints(lam, lane)
+        terms, adjoints = self.loads.terms(data.t), self._stage_adjoints(lam)
         out = np.zeros((len(lam), self.evolution.control_size))
         for row, gz in enumerate(out):
             for term in terms:
@@ -285,18 +273,14 @@ class LinearPropagator(FEPropagator):
 
     def control_adjoint_of_sums(self, data: StepData, sums: np.ndarray) -> np.ndarray:
         """``Phi_z^T lam`` summed over all steps, ``(nz,)``, from the sums of :meth:`control_sums`."""
-        adjoints = self._stage_adjoints(sums, 0)
+        adjoints = self._stage_adjoints(sums)
         parts = (self.loads.pull_back(term, adjoints[:, row]) for row, term in enumerate(self.loads.terms(data.t)))
         return sum(parts, np.zeros(self.evolution.control_size))
 
-    def _stage_adjoints(self, lam: np.ndarray, lane: int) -> np.ndarray:
+    def _stage_adjoints(self, lam: np.ndarray) -> np.ndarray:
         """Adjoints of the stages' right-hand sides, ``(stages, k, n)``."""
         adjoints = np.zeros((self.dirk.stages, *lam.shape))
-
-        def on_stage(rows: slice, i: int, y: np.ndarray) -> None:
-            adjoints[i][rows] = y
-
-        self.apply_transposed(lam, np.empty_like(lam), lane, on_stage)
+        self.apply_transposed(lam, np.empty(lam.shape), adjoints)
         return adjoints
 
     def second_order(
@@ -307,23 +291,32 @@ class LinearPropagator(FEPropagator):
 
     # -- memory --------------------------------------------------------------------------------------------------------
     def data_nbytes(self, count: int) -> int:
-        """Bytes of loads and of the stages' own arrays for ``count`` steps."""
+        """Bytes of loads for ``count`` steps, and of the work vectors in use."""
         stages = rows = self.dirk.stages
         if self.evolution.depends_on_time:
             rows = stages * count if self.stores_loads else min(MOST, stages * count)
         if self.evolution.is_homogeneous:
             rows = 0
-        return 8 * self.evolution.state_size * rows + self._block.nbytes + self._single.nbytes
+        return 8 * self.evolution.state_size * rows + self._forward.nbytes + self._backward.nbytes
 
     def petsc_bytes(self, count: int) -> dict[str, int]:
-        """Bytes of PETSc's blocks, matrices and factors on this rank, independent of ``count``."""
+        """Bytes of matrices and factors on this rank, independent of ``count``."""
         if self.fields is not None:
             matrices = self.fields.held if self.stride == 1 else []  # levels share them
         else:
             matrices = [self.M] if self.MT is self.M else [self.M, self.MT]
         parts = [factor.nbytes for factor in self.factors.values()]
         return {
-            "blocks": self._block.petsc_bytes,
             "matrices": sum(map(matrix_bytes, matrices)) + sum(part["matrices"] for part in parts),
             "factors": sum(part["factors"] for part in parts),
         }
+
+
+def _chunks(count: int) -> Iterator[slice]:
+    """Slices of states whose loads are made together."""
+    for first in range(0, count, _CHUNK):
+        yield slice(first, min(first + _CHUNK, count))
+
+
+_CHUNK = 64
+"""Number of steps whose loads are in memory at the same time."""

@@ -9,28 +9,25 @@ and :math:`u_1 = U_s` for a stiffly accurate method, else :math:`u_1 = u_0 + \su
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 import numpy as np
 from firedrake.petsc import PETSc
 
 from pint_fem.evolution.tableaux import DIRK
-from pint_fem.kernels.blocks import Factor, StateBlock, multiply, product
+from pint_fem.kernels.factor import Factor
+from pint_fem.kernels.lanes.program import STATE, StepProgram
 
-__all__ = ["MatrixRecursion", "Recursion"]
+__all__ = ["MatrixRecursion", "Recursion", "append_solve"]
 
 
-class Recursion:
-    """The recursion on arrays ``(WIDTH, n)`` of a block of states or ``(n,)`` of one state.
-
-    The arrays are ``w``, from which a stage starts, ``x``, its solution, and ``y`` and ``yT``, products of ``w`` with
-    ``M`` and ``M^T``. Those of PETSc's objects are taken from them each time, so that PETSc registers the changes.
+class Recursion(ABC):
+    """Programs of the step and of the transposed step.
 
     Parameters
     ----------
-    start
-        The block or vector with the array ``w``.
     dirk
         Coefficients of the integrator.
     steps
@@ -41,102 +38,125 @@ class Recursion:
         Whether the adjoints of those rows are not required; ``M^T`` does not depend on them.
     """
 
-    x: np.ndarray
-    y: np.ndarray
-    yT: np.ndarray
+    def __init__(self, dirk: DIRK, steps: Sequence[float], bc_rows: np.ndarray, drop_rows: bool):
+        self.dirk, self.steps, self.bc_rows, self.drop_rows = dirk, steps, bc_rows, drop_rows
 
-    def __init__(
-        self, start: StateBlock | PETSc.Vec, dirk: DIRK, steps: Sequence[float], bc_rows: np.ndarray, drop_rows: bool
-    ):
-        self.start, self.dirk, self.steps = start, dirk, steps
-        self.bc_rows, self.drop_rows = bc_rows, drop_rows
+    @abstractmethod
+    def program(self) -> StepProgram:
+        """A program without operations, with the parts of a state and the vectors that stages use."""
+
+    @abstractmethod
+    def mass(
+        self, program: StepProgram, out: str, x: str, *, transposed: bool = False, keep: float | None = None
+    ) -> None:
+        """Append ``out = M x``, or ``out = M^T x``; ``keep``: add ``keep out``."""
+
+    @abstractmethod
+    def solve(self, program: StepProgram, y: str, h: float, *, transposed: bool = False) -> None:
+        """Append ``y = S^{-1} y``, or ``y = S^{-T} y``, for a stage with ``a_ii dt = h``."""
+
+    def forward(self) -> StepProgram:
+        """The step ``u_1`` from ``u_0``; states number ``i`` are added to the right-hand side of stage ``i``."""
+        dirk, made = self.dirk, self.program()
+        y, accurate = made.vector("y"), dirk.stiffly_accurate
+        if accurate and self._parts:
+            for part in self._parts:
+                self._short(made, y, part)
+            return made
         # increments of stages that later stages or the end depend on
-        count = dirk.stages - dirk.stiffly_accurate
-        self._stages = [np.zeros_like(self.w) for _ in range(count)]
-        self._sum, self._term = np.zeros_like(self.w), np.zeros_like(self.w)
-
-    w = property(lambda self: self.start.array)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the arrays that are not PETSc's."""
-        return (len(self._stages) + 2) * self._sum.nbytes
-
-    @property
-    def petsc_bytes(self) -> int:
-        """Bytes of PETSc's blocks."""
-        raise NotImplementedError
-
-    def mass(self, *, transposed: bool = False) -> None:
-        """Compute ``y = M w``, or ``yT = M^T w``."""
-        raise NotImplementedError
-
-    def solve(self, h: float, *, transposed: bool = False) -> None:
-        """Compute ``x = S^{-1} y``, or ``x = S^{-T} yT``, for a stage with ``a_ii dt = h``."""
-        raise NotImplementedError
-
-    def forward(self, load: Callable[[np.ndarray, int], None] | None = None) -> np.ndarray:
-        """The step ``u_1`` from the states in ``w``; ``load(rhs, i)`` adds to the right-hand side of stage ``i``."""
-        dirk, out, d = self.dirk, self._sum, self._stages
-        if len(d):
-            out[...] = self.w
+        needed = [not accurate or dirk.alpha[i + 1 :, i].any() for i in range(dirk.stages)]
+        names = [made.vector(f"d{i}") if needed[i] else "" for i in range(dirk.stages)]
+        made.copy(made.vector("start"), STATE)
         for i, h in enumerate(self.steps):
             if i:
-                w = self.w
-                w[...] = out
-                for j in range(i):
-                    if dirk.alpha[i, j]:
-                        w += np.multiply(d[j], dirk.alpha[i, j], out=self._term)
-                del w  # PETSc registers the change when the array is released
-            self.mass()
-            if load is not None:
-                load(self.y, i)
-            self.solve(h)
-            if i < len(d):
-                np.subtract(self.x, self.w, out=d[i])
-        if dirk.stiffly_accurate:
-            return self.x
-        for beta, di in zip(dirk.beta, d, strict=True):
-            out += np.multiply(di, beta, out=self._term)
-        return out
-
-    def backward(self, on_stage: Callable[[int, np.ndarray], None] | None = None) -> np.ndarray:
-        """The transposed step from the adjoints in ``w``; ``on_stage(i, y)`` is called with the adjoint of the
-        right-hand side of stage ``i``.
-        """
-        dirk, out, bar, accurate = self.dirk, self._sum, self._stages, self.dirk.stiffly_accurate
-        for di, beta in zip(bar, dirk.beta, strict=False):
-            if accurate:
-                di[...] = 0
-            else:
-                np.multiply(self.w, beta, out=di)
-        if not accurate:
-            out[...] = self.w
-        for i in reversed(range(dirk.stages)):
-            last = accurate and i == dirk.stages - 1
-            rhs = self.yT
-            rhs[...] = self.w if last else bar[i]
-            if self.drop_rows:
-                rhs[..., self.bc_rows] = 0
-            del rhs
-            self.solve(self.steps[i], transposed=True)
-            if on_stage is not None:
-                on_stage(i, self.x)
-            self.w[...] = self.x
-            self.mass(transposed=True)
-            W_bar = self.yT
-            if last and not len(bar):
-                return W_bar
-            if last:
-                out[...] = W_bar
-            else:
-                W_bar -= bar[i]
-                out += W_bar
+                made.copy(STATE, "start")
             for j in range(i):
                 if dirk.alpha[i, j]:
-                    bar[j] += np.multiply(W_bar, dirk.alpha[i, j], out=self._term)
-            del W_bar
-        return out
+                    made.add(STATE, names[j], dirk.alpha[i, j])
+            self.mass(made, y, STATE)
+            made.load(y, i)
+            self.solve(made, y, h)
+            if needed[i]:
+                made.copy(names[i], y)
+                made.add(names[i], STATE, -1.0)
+        if accurate:
+            made.exchange(STATE, y)
+        else:
+            made.copy(STATE, "start")
+            for beta, name in zip(dirk.beta, names, strict=True):
+                made.add(STATE, name, beta)
+        return made
+
+    @property
+    def _parts(self) -> list[range]:
+        """The stages of the methods of one or two stages that the method is a sequence of; empty where it is none."""
+        parts = [range(a, b) for a, b in pairwise(self.dirk.restarts)]
+        return parts if all(len(part) <= 2 for part in parts) else []
+
+    def _short(self, made: StepProgram, y: str, stages: range) -> None:
+        """Append one or two stages: the second one begins at a blend of the start and the first."""
+        for i in stages:
+            if i > stages.start:
+                made.blend(STATE, y, 1.0 - self.dirk.alpha[i, i - 1])
+            self.mass(made, y, STATE)
+            made.load(y, i)
+            self.solve(made, y, self.steps[i])
+        made.exchange(STATE, y)
+
+    def backward(self) -> StepProgram:
+        """The transposed step; states number ``i`` are the adjoints of the right-hand side of stage ``i``."""
+        dirk, made = self.dirk, self.program()
+        y, accurate, last = made.vector("y"), dirk.stiffly_accurate, dirk.stages - 1
+        if accurate and self._parts:
+            for part in reversed(self._parts):
+                self._short_transposed(made, y, part)
+            return made
+        v = made.vector("v")
+        names = [made.vector(f"d{i}") for i in range(dirk.stages - accurate)]
+        written = set()  # the other ones are zero still
+        if not accurate:
+            written.update(names)
+            for name, beta in zip(names, dirk.beta, strict=False):
+                made.copy(name, STATE, beta)
+        for i in reversed(range(dirk.stages)):
+            from_end = accurate and i == last
+            if from_end:
+                made.exchange(y, STATE)
+            elif names[i] in written:
+                made.copy(y, names[i])
+            else:
+                made.zero(y)
+            if self.drop_rows:
+                made.clear(y, self.bc_rows)
+            self.solve(made, y, self.steps[i], transposed=True)
+            made.store(y, i)
+            if from_end:
+                self.mass(made, STATE, y, transposed=True)
+                source = STATE
+            else:
+                self.mass(made, v, y, transposed=True)
+                if names[i] in written:
+                    made.add(v, names[i], -1.0)
+                made.add(STATE, v)
+                source = v
+            for j in range(i):
+                if dirk.alpha[i, j]:
+                    (made.add if names[j] in written else made.copy)(names[j], source, dirk.alpha[i, j])
+                    written.add(names[j])
+        return made
+
+    def _short_transposed(self, made: StepProgram, y: str, stages: range) -> None:
+        """Append the transpose of :meth:`_short`."""
+        made.exchange(y, STATE)
+        for i in reversed(stages):
+            if self.drop_rows:
+                made.clear(y, self.bc_rows)
+            self.solve(made, y, self.steps[i], transposed=True)
+            made.store(y, i)
+            last = i == stages[-1]
+            self.mass(made, STATE, y, transposed=True, keep=None if last else 1.0 - self.dirk.alpha[i + 1, i])
+            if i > stages.start:
+                made.copy(y, STATE, self.dirk.alpha[i, i - 1])
 
 
 class MatrixRecursion(Recursion):
@@ -148,32 +168,44 @@ class MatrixRecursion(Recursion):
         The mass matrix and its transpose, the same object where it is symmetric.
     factors
         Factors of ``S`` by ``a_ii dt``.
-    start, *args
+    *args
         Parameters of :class:`Recursion`.
     """
 
     def __init__(
-        self, M: PETSc.Mat, MT: PETSc.Mat, factors: Mapping[float, Factor], start: StateBlock | PETSc.Vec, *args: Any
+        self,
+        M: PETSc.Mat,
+        MT: PETSc.Mat,
+        factors: Mapping[float, Factor],
+        dirk: DIRK,
+        steps: Sequence[float],
+        bc_rows: np.ndarray,
+        drop_rows: bool,
     ):
+        super().__init__(dirk, steps, bc_rows, drop_rows)
         self._M, self._MT, self._factors = M, MT, factors
-        self._x, self._y = start.duplicate(), product(M, start)
-        self._yT = self._y if MT is M else product(MT, start)
-        super().__init__(start, *args)
 
-    x = property(lambda self: self._x.array)
-    y = property(lambda self: self._y.array)
-    yT = property(lambda self: self._yT.array)
+    def program(self) -> StepProgram:
+        """A program for states of one part."""
+        size = self._M.getLocalSize()[0]
+        return StepProgram({"whole": slice(0, size)}, size)
 
-    @property
-    def petsc_bytes(self) -> int:
-        """Bytes of the three or four blocks."""
-        return (3 if self._yT is self._y else 4) * self.w.nbytes
+    def mass(
+        self, program: StepProgram, out: str, x: str, *, transposed: bool = False, keep: float | None = None
+    ) -> None:
+        """Append ``out = M x``, or ``out = M^T x``; ``keep``: add ``keep out``."""
+        program.multiply(out, self._MT if transposed else self._M, x, add=keep is not None, scale=keep or 0.0)
 
-    def mass(self, *, transposed: bool = False) -> None:
-        """Compute ``y = M w``, or ``yT = M^T w``."""
-        M, y = (self._MT, self._yT) if transposed else (self._M, self._y)
-        multiply(M, self.start, y)
+    def solve(self, program: StepProgram, y: str, h: float, *, transposed: bool = False) -> None:
+        """Append ``y = S^{-1} y``, or ``y = S^{-T} y``."""
+        append_solve(program, y, self._factors[h], transposed=transposed)
 
-    def solve(self, h: float, *, transposed: bool = False) -> None:
-        """Compute ``x = S^{-1} y``, or ``x = S^{-T} yT``."""
-        self._factors[h].solve(self._yT if transposed else self._y, self._x, transposed=transposed)
+
+def append_solve(program: StepProgram, y: str, factor: Factor, *, transposed: bool = False) -> None:
+    """Append a solve between the projections that a nullspace of the matrix requires."""
+    nullspace = factor.nullspace
+    if nullspace is not None:
+        program.project(y, nullspace.right if transposed else nullspace.left)
+    program.solve(y, factor, transposed=transposed)
+    if nullspace is not None:
+        program.project(y, nullspace.left if transposed else nullspace.right)

@@ -42,7 +42,7 @@ from pint_fem.errors import InputError
 from pint_fem.evolution.boundary import boundary_value
 from pint_fem.evolution.evolution import Evolution
 from pint_fem.kernels.arrays import boundary_rows, get, like_subspace, put
-from pint_fem.kernels.blocks import BlockOperator
+from pint_fem.kernels.block_operator import BlockOperator
 from pint_fem.mgrit.transfer import Transfer
 
 __all__ = ["SpatialLevels", "coarse_evolution", "mesh_transfer"]

@@ -249,12 +249,12 @@ class TapePropagator(FEPropagator):
         count = len(self.evolution.parameters)
         return np.concatenate([np.zeros(0), *(get(d) for d in derivatives[1 : 1 + count])])
 
-    def step(self, data: StepData, u: np.ndarray, out: np.ndarray, lane: int = 0) -> None:
+    def step(self, data: StepData, u: np.ndarray, out: np.ndarray) -> None:
         """Write ``Phi(u)`` of each step to ``out``."""
         for i in range(len(u)):
             out[i] = get(self._evaluate(data, i, u[i]))
 
-    def tangent(self, data: StepData, du: np.ndarray, dz: np.ndarray | None, out: np.ndarray, lane: int = 0) -> None:
+    def tangent(self, data: StepData, du: np.ndarray, dz: np.ndarray | None, out: np.ndarray) -> None:
         """Write ``Phi_u du + Phi_z dz`` of each step to ``out``."""
         for i in range(len(du)):
             self._evaluate(data, i, data.u[i])
@@ -266,12 +266,12 @@ class TapePropagator(FEPropagator):
         put(self._lam, lam)
         return self.rf.derivative(adj_input=self._lam)
 
-    def adjoint(self, data: StepData, lam: np.ndarray, out: np.ndarray, lane: int = 0) -> None:
+    def adjoint(self, data: StepData, lam: np.ndarray, out: np.ndarray) -> None:
         """Write ``Phi_u^T lam`` of each step to ``out``."""
         for i in range(len(lam)):
             out[i] = get(self._derivative(data, i, lam[i])[0])
 
-    def control_adjoint(self, data: StepData, lam: np.ndarray, lane: int = 0) -> np.ndarray:
+    def control_adjoint(self, data: StepData, lam: np.ndarray) -> np.ndarray:
         """``Phi_z^T lam``, by the tape's derivative."""
         return self._collect([self._control_part(self._derivative(data, i, lam[i])) for i in range(len(lam))])
 

@@ -36,13 +36,9 @@ class VirtualPropagator:
 
     def step(self, steps: range, u: np.ndarray, out: np.ndarray) -> None:
         """Take the time of a block of steps, as ``step`` of :class:`pint_fem.all_at_once.levels.Propagator`."""
-        self.take(steps, u, out, steps.start // steps.step)
-
-    def take(self, steps: range, u: np.ndarray, out: np.ndarray, lane: int) -> None:
-        """Take the time of a block of steps whose first one is in lane ``lane``."""
         n = len(steps)
         self.world.counts[self.kind, self.level] += n
-        self.world.charge(self.kernel(n, lane) + n * self.overhead)
+        self.world.charge(self.kernel(n) + n * self.overhead)
         out[...] = u
 
     def _sweep(self, first: int, U: np.ndarray, G: np.ndarray | None) -> None:

@@ -18,11 +18,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pint_fem.kernels.blocks import WIDTH
 from pint_fem.propagators.base import FEPropagator, StepData
 from pint_fem.spacetime import Slab
 
 __all__ = ["ControlDerivative", "IntervalGroup", "Intervals"]
+
+WIDEST = 32
+"""Intervals of a group, at most: the states that the kernels of linear steps take at once."""
 
 
 class IntervalGroup(NamedTuple):
@@ -67,7 +69,7 @@ class Intervals:
     count : int
         Number of own intervals.
     width : int
-        Intervals of a group: at most a block of the propagator, and no more states than the stored ones.
+        Intervals of a group: at most :data:`WIDEST`, and no more states than the stored ones.
     groups : list of IntervalGroup
         The groups in the order of time.
     """
@@ -77,7 +79,7 @@ class Intervals:
         self.evolution = propagator.evolution
         self.count, first = slab.k // m, slab.lo // m
         self.width = 1
-        while is_linear and 2 * self.width <= WIDTH and 2 * self.width * m <= self.count:
+        while is_linear and 2 * self.width <= WIDEST and 2 * self.width * m <= self.count:
             self.width *= 2
         cuts = [first, *range(first + self.width - first % self.width, first + self.count, self.width)]
         self.groups = [
@@ -122,7 +124,7 @@ class Intervals:
             linearisation.reset(factors=True)
         W[0] = self._U[group.starts]
         for j in range(self.m - 1):
-            self.propagator.step(self.data(group, j, linearised=False), W[j], W[j + 1], group.first)
+            self.propagator.step(self.data(group, j, linearised=False), W[j], W[j + 1])
         self._current = group.first
         return W
 
@@ -136,13 +138,13 @@ class Intervals:
 
     def _tangent(self, group: IntervalGroup, j: int, du: np.ndarray, out: np.ndarray, dz: np.ndarray | None) -> None:
         data = self.data(group, j, dz)
-        self.propagator.tangent(data, du, data.dz, out, group.first)
+        self.propagator.tangent(data, du, data.dz, out)
 
     def forcing(self, z: np.ndarray | None) -> np.ndarray:
         """Condensed right-hand side of the state of a linear evolution, ``(count, n)``."""
         if self._affine is None:
             self.bind(None, None)  # without control
-            step = lambda group, j, u, out: self.propagator.step(self.data(group, j), u, out, group.first)
+            step = lambda group, j, u, out: self.propagator.step(self.data(group, j), u, out)
             self._affine = self._propagated_from_zero(step, moves=self.evolution.depends_on_time)
         return self._affine if z is None else self._affine + self.control_forcing(z)
 
@@ -172,14 +174,12 @@ class Intervals:
 
     # -- backwards -----------------------------------------------------------------------------------------------------
     def adjoint(self, group: IntervalGroup, j: int, lam: np.ndarray, out: np.ndarray) -> None:
-        """Write ``Phi_u^T lam`` of step ``j`` to ``out``, in blocks that are ordered as in the adjoint sweep."""
-        after = self.slab.nsteps // self.m - group.first - group.count
-        data = self.data(group, j).part(slice(None, None, -1))
-        self.propagator.adjoint(data, lam[::-1], out[::-1], after)
+        """Write ``Phi_u^T lam`` of step ``j`` to ``out``."""
+        self.propagator.adjoint(self.data(group, j), lam, out)
 
     def control_adjoint(self, group: IntervalGroup, j: int, lam: np.ndarray) -> np.ndarray:
         """``Phi_z^T lam`` of step ``j``: ``(count, nz)``, or their sum ``(nz,)`` for a static control."""
-        return self.propagator.control_adjoint(self.data(group, j), lam, group.first)
+        return self.propagator.control_adjoint(self.data(group, j), lam)
 
     def second_order(
         self, group: IntervalGroup, j: int, du: np.ndarray, dz: np.ndarray | None, lam: np.ndarray

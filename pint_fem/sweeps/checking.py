@@ -7,7 +7,6 @@ from typing import cast
 import numpy as np
 
 from pint_fem.errors import InputError
-from pint_fem.kernels.blocks import WIDTH
 from pint_fem.mgrit.checks.check import CheckReport, check
 from pint_fem.mgrit.options import MGRITOptions
 from pint_fem.propagators.base import FEPropagator, StepData
@@ -23,7 +22,7 @@ class _Steps:
     def __init__(self, propagator: FEPropagator, z: np.ndarray | None):
         self.propagator, self.z = propagator, z
         if propagator.is_linear:
-            self.block, self.sweep = WIDTH, self._sweep
+            self.sweep = self._sweep
 
     def _data(self, steps: range, u: np.ndarray | None) -> StepData:
         stride, evolution = self.propagator.stride, self.propagator.evolution
@@ -33,20 +32,20 @@ class _Steps:
 
     def step(self, steps: range, u: np.ndarray, out: np.ndarray) -> None:
         """Write the results of steps from ``u`` to ``out``."""
-        self.propagator.step(self._data(steps, u), u, out, steps.start // steps.step)
+        self.propagator.step(self._data(steps, u), u, out)
 
     def tangent(self, steps: range, u: np.ndarray, du: np.ndarray, out: np.ndarray) -> None:
         """Write the derivatives of steps at ``u`` in the direction ``du`` to ``out``."""
-        self.propagator.tangent(self._data(steps, u), du, None, out, steps.start // steps.step)
+        self.propagator.tangent(self._data(steps, u), du, None, out)
 
     def adjoint(self, steps: range, u: np.ndarray, lam: np.ndarray, out: np.ndarray) -> None:
         """Write the transposed derivatives of steps at ``u``, applied to ``lam``, to ``out``."""
-        self.propagator.adjoint(self._data(steps, u), lam, out, steps.start // steps.step)
+        self.propagator.adjoint(self._data(steps, u), lam, out)
 
     def _sweep(self, first: int, U: np.ndarray, G: np.ndarray | None) -> None:
         """Take consecutive steps of a linear evolution: homogeneous ones with the forcing as right-hand side."""
         propagator = cast(LinearPropagator, self.propagator)
-        forcing = propagator.forcing(self._data(range(first, first + len(U) - 1), None), first)
+        forcing = propagator.forcing(self._data(range(first, first + len(U) - 1), None))
         propagator.sweep(U, forcing if G is None else forcing + G)
 
 

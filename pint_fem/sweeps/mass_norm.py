@@ -6,7 +6,7 @@ import numpy as np
 from firedrake import TestFunction, TrialFunction, assemble, dx, inner
 from firedrake.functionspaceimpl import WithGeometry
 
-from pint_fem.kernels.blocks import Factor
+from pint_fem.kernels.factor import Factor
 from pint_fem.spacetime import SpaceTime
 
 __all__ = ["MassNorm"]

@@ -52,13 +52,16 @@ class CoarsestParaDiag:
         self._single = options.precision == "single"  # a given number of iterations
         self._circulant: AlphaCirculant | None = None
         self._level: Level | None = None
+        self._size = 0
 
     def __call__(self, level: Level, iterations: int) -> None:
         """Do some iterations for ``level.U`` and ``level.G``, on every rank of the level's communicator."""
-        if self._level is not level:
-            self._level = level
+        k, size = len(level.G), level.U[0].size
+        self._solve.members = level.U.shape[1] if level.U.ndim > 2 else 1
+        if self._level is not level or self._size != size:
+            self._level, self._size = level, size
             self._circulant = AlphaCirculant(
-                level.nsteps, self.alpha, self._solve, level.U[0].size, comm=level.comm, bounds=level.bounds,
+                level.nsteps, self.alpha, self._solve, size, comm=level.comm, bounds=level.bounds,
                 blocks=self._blocks, backwards=self._transposed, trace=level.trace,
             )  # fmt: skip
         r = np.empty_like(level.G)
@@ -66,7 +69,7 @@ class CoarsestParaDiag:
             level.phi_of_all(level.U, r)
             r += level.G
             r -= level.U[1:]
-            level.U[1:] += self._circulant(r, single=self._single)
+            level.U[1:] += self._circulant(r.reshape(k, size), single=self._single).reshape(r.shape)
         level.exchange(level.U)
 
     def _note(self, where: str, error: BaseException) -> None:

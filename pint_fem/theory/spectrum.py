@@ -32,7 +32,7 @@ from pint_fem.errors import is_numerical
 from pint_fem.evolution.evolution import Evolution
 from pint_fem.evolution.fields import Fields
 from pint_fem.kernels.arrays import boundary_rows
-from pint_fem.kernels.blocks import is_symmetric
+from pint_fem.kernels.factor import is_symmetric
 from pint_fem.kernels.lanczos import ACCURACY, NotPositive, Pencil
 
 __all__ = ["Spectrum", "spectrum"]

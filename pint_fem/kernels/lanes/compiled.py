@@ -24,7 +24,15 @@ __all__ = ["DISABLE", "address", "library"]
 
 DISABLE = "PINT_FEM_NO_KERNELS"
 """Environment variable that, if it is set, switches compiled kernels off."""
-_FLAGS = ("-fno-fast-math", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi")
+_FLAGS = (
+    "-fno-fast-math",
+    "-ffp-contract=fast",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fno-tree-vectorize",
+    "-fno-tree-slp-vectorize",
+    "-Wno-psabi",
+)
 
 
 @lru_cache(maxsize=None)

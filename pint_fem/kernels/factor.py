@@ -1,0 +1,251 @@
+"""Solves with a fixed matrix: by triangular factors for kernels on lanes, or by one of PETSc's solvers."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from functools import cached_property
+
+import numpy as np
+from firedrake.petsc import PETSc
+from petsctools import OptionsManager
+
+from pint_fem.collective import all_ranks, any_rank
+from pint_fem.errors import InputError, is_numerical
+from pint_fem.kernels.direct import (
+    completed,
+    default_solver,
+    direct_solver,
+    factor_bytes,
+    is_finite,
+    matrix_bytes,
+    trial_residual,
+)
+from pint_fem.kernels.lanes.structures import kernels
+from pint_fem.kernels.lanes.triangular import ACCURATE, TriangularFactors
+from pint_fem.kernels.multigrid import Geometry
+from pint_fem.kernels.nullspace import Nullspace
+from pint_fem.kernels.replication import Replication, whole_matrix
+
+__all__ = ["Factor", "is_symmetric"]
+
+
+def is_symmetric(matrix: PETSc.Mat) -> bool:
+    """Whether a matrix is symmetric up to round-off; without rows of boundary conditions, which have another scale."""
+    return bool(matrix.isSymmetric(1e-13 * matrix.norm(PETSc.NormType.INFINITY)))
+
+
+class _SolveRecord:
+    """The smallest ``KSPConvergedReason`` since it was last read; an object of its own, as PETSc's solver owns what it
+    calls.
+    """
+
+    def __init__(self) -> None:
+        self.worst = 0
+
+    def note(self, ksp: PETSc.KSP, b: PETSc.Vec, x: PETSc.Vec) -> None:
+        """Callback after each solve."""
+        self.worst = min(self.worst, int(ksp.getConvergedReason()))
+
+
+class Factor:
+    """Solves with a fixed matrix or its transpose.
+
+    Without options, small systems are factored for the kernels on lanes, on every rank in space; others, and those for
+    which these factors are not accurate, by PETSc.
+
+    Parameters
+    ----------
+    matrix
+        Assembled AIJ matrix.
+    parameters
+        PETSc options, completed by :func:`~pint_fem.kernels.direct.completed`; empty for the default solver.
+    symmetric
+        Whether the matrix is symmetric.
+    prefix
+        Options prefix.
+    geometry
+        Space of the unknowns, for preconditioners that require it.
+    nullspace
+        Nullspace of the matrix; right-hand sides are then projected in place.
+    like
+        A factor of a matrix with the same nonzero pattern, whose order of elimination is used.
+
+    Attributes
+    ----------
+    matrix : PETSc.Mat
+        The matrix, made regular where there is a nullspace.
+    triangular : TriangularFactors or None
+        The factors for kernels on lanes, the same on all ranks of the matrix.
+
+    Raises
+    ------
+    InputError
+        If the matrix is not finite, or the nullspace not that of the matrix.
+    """
+
+    def __init__(
+        self,
+        matrix: PETSc.Mat,
+        parameters: dict,
+        *,
+        symmetric: bool,
+        prefix: str = "pint_",
+        geometry: Geometry | None = None,
+        nullspace: Nullspace | None = None,
+        like: Factor | None = None,
+    ):
+        if not is_finite(matrix):
+            raise InputError(
+                "an operator has entries that are infinite or NaN, or too large: check the coefficients in the forms"
+            )
+        self.symmetric, self._geometry, self.nullspace = symmetric, geometry, nullspace
+        self._given, self._prefix = parameters, prefix
+        self._parameters: dict = {}
+        self._solves = _SolveRecord()
+        self._singular = matrix
+        self.matrix = matrix
+        if nullspace is not None:
+            nullspace.check(matrix)
+            self.matrix = nullspace.pinned(matrix)
+        self.triangular = self._triangular(like)
+        self._replication = Replication(matrix.getLocalSize()[0], matrix.comm.tompi4py())
+        if self.triangular is None:
+            _ = self.ksp  # a matrix that cannot be factored raises its error here
+
+    def _triangular(self, like: Factor | None) -> TriangularFactors | None:
+        """The factors for the kernels, where PETSc's options do not choose another solver (collective)."""
+        comm, unknowns = self.matrix.comm, self.matrix.getSize()[0]
+        chosen = self._given or PETSc.Options(self._prefix).getAll()
+        if chosen or not unknowns or direct_solver(comm, unknowns) is None:
+            return None
+        if any_rank(comm.tompi4py(), kernels() is None):
+            return None
+        whole, made = whole_matrix(self.matrix), None
+        order = None if like is None or like.triangular is None else like.triangular.order
+        with suppress(ArithmeticError, MemoryError):
+            made = TriangularFactors(whole, symmetric=self.symmetric, order=order)
+        return made if all_ranks(comm.tompi4py(), made is not None) else None
+
+    # -- PETSc ---------------------------------------------------------------------------------------------------------
+    @cached_property
+    def ksp(self) -> PETSc.KSP:
+        """PETSc's solver (collective when first used)."""
+        return self._build(self.matrix, self._singular)
+
+    @cached_property
+    def _ksp_transposed(self) -> PETSc.KSP:
+        """PETSc's solver of the transpose, which some solvers lack (collective when first used)."""
+        if self.symmetric:
+            return self.ksp
+        turned = singular = self.matrix.transpose(PETSc.Mat())
+        if self._singular is not self.matrix:
+            singular = self._singular.transpose(PETSc.Mat())
+        return self._build(turned, singular, transposed=True)
+
+    def _build(self, matrix: PETSc.Mat, singular: PETSc.Mat, *, transposed: bool = False) -> PETSc.KSP:
+        """A solver by the given options, or by Cholesky where that is accurate, else by LU."""
+        comm, unknowns = matrix.comm, matrix.getSize()[0]
+        if self._given:
+            given = completed(self._given, comm, unknowns)
+            if self.nullspace is None or given.get("ksp_type", "preonly") == "preonly":
+                return self._set_up(matrix, given)
+            (self.nullspace.transposed if transposed else self.nullspace).attach(singular)
+            return self._set_up(matrix, given, singular)
+        if self.symmetric and matrix.getDiagonal().min()[1] > 0:  # else it is not positive definite
+            matrix.setOption(PETSc.Mat.Option.SPD, True)
+            try:
+                ksp = self._set_up(matrix, default_solver(comm, unknowns, spd=True))
+                if self._is_accurate(ksp, matrix):
+                    return ksp
+            except (PETSc.Error, ArithmeticError) as error:
+                if not is_numerical(error):
+                    raise
+            matrix.setOption(PETSc.Mat.Option.SPD, False)  # it is not positive definite
+        return self._set_up(matrix, default_solver(comm, unknowns))
+
+    def _is_accurate(self, ksp: PETSc.KSP, matrix: PETSc.Mat) -> bool:
+        """Whether a trial solve is accurate to round-off: CHOLMOD factors indefinite matrices too, without pivots."""
+        x, b = matrix.createVecs()
+        start, stop = b.getOwnershipRange()
+        b.array[:] = np.cos(np.arange(start, stop) ** 2)
+        residual, norm = trial_residual(ksp, b, x), PETSc.NormType.NORM_INFINITY
+        self._check()
+        limit = ACCURATE * (matrix.norm(norm) * x.norm(norm) + b.norm(norm))
+        x.destroy()
+        b.destroy()
+        return residual <= limit
+
+    def _set_up(self, matrix: PETSc.Mat, parameters: dict, singular: PETSc.Mat | None = None) -> PETSc.KSP:
+        """A solver of a regular matrix, or of the singular one that it was made of with it as preconditioner."""
+        ksp = PETSc.KSP().create(matrix.comm)
+        ksp.setOperators(matrix if singular is None else singular, matrix)
+        self._parameters = parameters
+        options = OptionsManager(parameters, self._prefix)
+        if self._geometry is not None and parameters.get("pc_type") in ("mg", "python"):
+            self._geometry.prepare(ksp, parameters)
+        options.set_from_options(ksp)
+        ksp.setErrorIfNotConverged(True)
+        with options.inserted_options():
+            ksp.setUp()
+        if matrix.comm.size > 1 or ksp.getType() != PETSc.KSP.Type.PREONLY:
+            # all ranks have to continue after an error: failures are recorded, and raised afterwards
+            ksp.setErrorIfNotConverged(False)
+            ksp.setPostSolve(self._solves.note)
+        return ksp
+
+    def _check(self) -> None:
+        """Raise if a solve since the last call has failed; the solver remains usable."""
+        worst, self._solves.worst = self._solves.worst, 0
+        if worst < 0:
+            raise ArithmeticError(f"PETSc's linear solver failed (KSPConvergedReason {worst})")
+
+    # -- solves --------------------------------------------------------------------------------------------------------
+    @property
+    def is_direct(self) -> bool:
+        """Whether solves are by factors of the whole matrix."""
+        return self.triangular is not None or self.ksp.getType() == PETSc.KSP.Type.PREONLY
+
+    @property
+    def nbytes(self) -> dict[str, int]:
+        """Bytes of matrices and factors on this rank; collective where each rank has PETSc's factor of the whole."""
+        if self.triangular is not None:
+            return {"matrices": matrix_bytes(self.matrix), "factors": self.triangular.nbytes}
+        return self._petsc_bytes
+
+    @cached_property
+    def _petsc_bytes(self) -> dict[str, int]:
+        ksps = [self.ksp] if self.symmetric else [self.ksp, self._ksp_transposed]
+        return {
+            "matrices": sum(matrix_bytes(ksp.getOperators()[0]) for ksp in ksps),
+            "factors": sum(factor_bytes(ksp, self._parameters) for ksp in ksps),
+        }
+
+    def solve(self, b: PETSc.Vec, x: PETSc.Vec, *, transposed: bool = False) -> None:
+        """Solve for one vector, with the matrix or its transpose (collective).
+
+        Parameters
+        ----------
+        b, x
+            Right-hand side and solution; with a nullspace ``b`` is projected in place.
+        transposed
+            Whether to solve with the transpose.
+
+        Raises
+        ------
+        ArithmeticError, PETSc.Error
+            If the solver fails.
+        """
+        if self.nullspace is not None:
+            self.nullspace.project_source(b.array, transposed=transposed)
+        self.solve_regular(b, x, transposed=transposed)
+        if self.nullspace is not None:
+            self.nullspace.project_solution(x.array, transposed=transposed)
+
+    def solve_regular(self, b: PETSc.Vec, x: PETSc.Vec, *, transposed: bool = False) -> None:
+        """Solve for one vector with :attr:`matrix`, without projections (collective); errors as for :meth:`solve`."""
+        if self.triangular is not None:
+            whole = self._replication.gathered(b.array_r)
+            x.array[:] = self.triangular.solve(whole, transposed=transposed)[self._replication.own]
+        else:
+            (self._ksp_transposed if transposed else self.ksp).solve(b, x)
+            self._check()

@@ -1,0 +1,311 @@
+r"""Sparse factors :math:`P A P^T = L D R^T` for solves on lanes, with ``L`` and ``R`` unit lower triangular.
+
+The factors are SuperLU's, in an order that reduces the fill: minimum degree, or nested dissection by METIS, whichever
+has fewer nonzeros. Where the matrix is symmetric, ``R = L`` is stored once. Pivots are taken from the diagonal; a matrix
+for which a trial solve is then not accurate is factored with partial pivoting, where rows have another order than
+columns.
+
+Adjacent columns of ``L`` are stored as *panels*, dense blocks that include zeros where arithmetic with them costs less than
+another pass over the rows (``panels.c``).
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from petsc4py import PETSc
+from scipy.sparse import csc_matrix, csr_matrix, tril
+from scipy.sparse.linalg import splu
+
+from pint_fem.kernels.lanes.compiled import address
+from pint_fem.kernels.lanes.structures import FactorStruct, LowerStruct, aligned, kernels
+
+__all__ = ["ACCURATE", "Lower", "TriangularFactors", "fill_reducing_order"]
+
+ACCURATE = 1e-11
+"""Largest backward error of the trial solve with a factor."""
+COSTS = np.array([4.0, 1.5, 1.0])
+"""Estimated times of a panel, of each of its rows, and of each entry, in units of the last."""
+LARGE = 1_000_000
+"""Nonzeros of a factor above which only nested dissection is tried."""
+
+
+class Lower:
+    """A unit lower triangular matrix, stored by panels.
+
+    Parameters
+    ----------
+    matrix
+        The matrix; entries on and above the diagonal are not read.
+
+    Attributes
+    ----------
+    n, panels, entries : int
+        Rows, number of panels, and entries stored in them with explicit zeros.
+    """
+
+    def __init__(self, matrix: csc_matrix):
+        matrix = csc_matrix(matrix)
+        matrix.sort_indices()
+        compiled, self.n = kernels(), matrix.shape[0]
+        n = self.n
+        ptr, index = matrix.indptr.astype(np.int64), matrix.indices.astype(np.int32)
+        value = np.ascontiguousarray(matrix.data, dtype=float)
+        starts, counts, found = np.zeros(n + 1, np.int32), np.zeros(n + 1, np.int32), ctypes.c_void_p()
+        count = compiled.find_panels(
+            ctypes.c_int(n), address(ptr), address(index), address(COSTS), address(starts), address(counts),
+            ctypes.byref(found),
+        )  # fmt: skip
+        if count < 0:
+            raise MemoryError(f"no memory for the panels of a factor of {n} rows")
+        self.panels = int(count)
+        starts, counts = starts[: count + 1].copy(), counts[:count].astype(np.int64)
+        total = int(counts.sum())
+        own = np.ctypeslib.as_array(ctypes.cast(found, ctypes.POINTER(ctypes.c_int)), (total + 1,))[:total].copy()
+        compiled.release(found)
+        padded, widths = -(-counts // 4) * 4, np.diff(starts).astype(np.int64)
+        offsets = lambda sizes: np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+        self.starts, self.row_ptr = starts, offsets(padded)
+        self.triangle_ptr, self.tile_ptr = offsets(widths**2), offsets(widths * padded)
+        self.by_rows_ptr = offsets(-(-widths // 4) * 4 * padded)
+        self.rows = np.full(max(1, int(self.row_ptr[-1])), n, np.int32)
+        place_in_panel = np.arange(total) - np.repeat(offsets(counts)[:-1], counts)
+        self.rows[np.repeat(self.row_ptr[:-1], counts) + place_in_panel] = own
+        self.triangles, self.tiles = aligned(int(self.triangle_ptr[-1]) + 1), aligned(int(self.tile_ptr[-1]) + 1)
+        place = np.zeros(n + 1, np.int32)
+        failed = compiled.pack_panels(
+            ctypes.c_int(n), address(ptr), address(index), address(value), ctypes.c_int(self.panels), address(starts),
+            address(self.row_ptr), address(self.rows), address(self.triangle_ptr), address(self.triangles),
+            address(self.tile_ptr), address(self.tiles), address(place),
+        )  # fmt: skip
+        if failed:
+            raise ArithmeticError("an entry of a factor is in no panel")
+        self.entries = int(self.tile_ptr[-1] + self.triangle_ptr[-1])
+        self._kept: dict[tuple, tuple] = {}
+
+    @cached_property
+    def _by_rows(self) -> np.ndarray:
+        """The tiles by rows, padded to fours of columns, for single states."""
+        out = aligned(int(self.by_rows_ptr[-1]) + 1)
+        widths, counts = np.diff(self.starts), np.diff(self.row_ptr)
+        for width in np.unique(widths):
+            padded = -(-width // 4) * 4
+            for count in np.unique(counts[widths == width]):
+                if not count:
+                    continue
+                which = np.flatnonzero((widths == width) & (counts == count))
+                source = self.tile_ptr[which, None] + np.arange(count * width)
+                tiles = self.tiles[source].reshape(len(which), count // 4, width, 4).swapaxes(2, 3)
+                target = self.by_rows_ptr[which, None] + np.arange(count * padded)
+                at = target.reshape(len(which), count, padded)[:, :, :width]
+                out[at] = tiles.reshape(len(which), count, width)
+        return out
+
+    def struct(self, dtype: np.dtype, *, single: bool) -> LowerStruct:
+        """The struct of the kernels, with entries of a type; ``single``: with those for single states."""
+        key = np.dtype(dtype), single
+        if key not in self._kept:
+            entries = [self.triangles, self.tiles]
+            if dtype != np.float64:
+                entries = [_converted(part, dtype) for part in entries]
+            arrays = [
+                self.starts, self.rows, self.row_ptr, self.triangle_ptr, self.tile_ptr, self.by_rows_ptr, *entries,
+                self._by_rows if single else None,
+            ]  # fmt: skip
+            self._kept[key] = LowerStruct(self.n, self.panels, *(address(a) for a in arrays)), arrays
+        return self._kept[key][0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays in use."""
+        arrays = {id(a): a for _, kept in self._kept.values() for a in kept if a is not None}
+        for a in (self.starts, self.rows, self.row_ptr, self.triangles, self.tiles):
+            arrays[id(a)] = a
+        return sum(a.nbytes for a in arrays.values())
+
+
+def _converted(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """A copy with another type of numbers, aligned."""
+    out = aligned(array.shape, dtype)
+    out[...] = array
+    return out
+
+
+class TriangularFactors:
+    """The factors of a real sparse matrix.
+
+    Parameters
+    ----------
+    matrix
+        A square matrix.
+    symmetric
+        Whether it is symmetric.
+    order
+        Rows and columns in the order of elimination; default: :func:`fill_reducing_order`.
+
+    Attributes
+    ----------
+    order : ndarray
+        ``order[i]`` is the row and column that is eliminated as number ``i``, if no pivots were needed.
+    enter, leave : ndarray or None
+        Where pivots were needed, a right-hand side in this order has to be permuted before the solve, ``r[enter]``, and
+        the solution afterwards, ``x[leave]``; transposed solves take the arguments ``argsort(leave)``,
+        ``argsort(enter)``.
+    left, right : Lower
+        ``L`` and ``R``.
+    inverse_diagonal : ndarray
+        The inverse of ``D``.
+
+    Raises
+    ------
+    ArithmeticError
+        If a pivot is zero or the factors are not accurate: other packages may do better.
+    """
+
+    def __init__(self, matrix: csr_matrix, *, symmetric: bool, order: np.ndarray | None = None):
+        self.symmetric = symmetric
+        self.n = matrix.shape[0]
+        matrix = csc_matrix(matrix)
+        self.order, lu = fill_reducing_order(matrix) if order is None else (order, None)
+        self.enter: np.ndarray | None = None
+        self.leave: np.ndarray | None = None
+        self._structs: dict[tuple, FactorStruct] = {}
+        if not (self._factor_without_pivots(matrix, lu) and self.is_accurate(matrix)):
+            self.symmetric = False
+            self._factor_with_pivots(matrix)
+            if not self.is_accurate(matrix):
+                raise ArithmeticError("the triangular factors of a matrix are not accurate")
+
+    def _factor_without_pivots(self, matrix: csc_matrix, lu: Any | None) -> bool:
+        """Factor in the given order; whether no pivot is zero."""
+        if lu is None:
+            lu = _without_pivots(matrix[self.order][:, self.order])
+            if lu is None:
+                return False
+            if not np.array_equal(lu.perm_c, np.arange(self.n)):  # a subtree's columns follow each other: the same fill
+                self.enter, self.leave = np.argsort(lu.perm_c), lu.perm_c.astype(np.int64)
+        self._store(lu)
+        return True
+
+    def _factor_with_pivots(self, matrix: csc_matrix) -> None:
+        """Factor with partial pivoting, in an order of the columns that limits the fill for any pivots."""
+        ordered = matrix[self.order][:, self.order]
+        try:
+            lu = splu(ordered, permc_spec="COLAMD", diag_pivot_thresh=1.0)
+        except RuntimeError as error:
+            raise ArithmeticError(f"a matrix is singular ({error})") from error
+        self.enter, self.leave = np.argsort(lu.perm_r), lu.perm_c.astype(np.int64)
+        self._store(lu)
+
+    def _store(self, lu: Any) -> None:
+        U = lu.U.tocsr()
+        diagonal = U.diagonal()
+        if not np.isfinite(diagonal).all() or (diagonal == 0).any():
+            raise ArithmeticError("a pivot of a matrix is zero or not finite")
+        self.inverse_diagonal = aligned(self.n)
+        self.inverse_diagonal[:] = 1.0 / diagonal
+        self._structs.clear()
+        self.left = Lower(tril(lu.L, -1, format="csc"))
+        self.right = self.left
+        if not self.symmetric:
+            R = csr_matrix((U.data / np.repeat(diagonal, np.diff(U.indptr)), U.indices, U.indptr), U.shape).T
+            self.right = Lower(tril(R.tocsc(), -1, format="csc"))
+
+    def struct(self, dtype: np.dtype | type = float, *, single: bool = False) -> FactorStruct:
+        """The struct of the kernels with numbers of a type; ``single``: for single states."""
+        key = np.dtype(dtype), single
+        if key not in self._structs:
+            made = FactorStruct()
+            made.left = ctypes.pointer(self.left.struct(key[0], single=single))
+            made.right = ctypes.pointer(self.right.struct(key[0], single=single))
+            made.diagonal = self.inverse_diagonal if dtype == float else _converted(self.inverse_diagonal, key[0])
+            made.inverse_diagonal = made.diagonal.ctypes.data
+            self._structs[key] = made
+        return self._structs[key]
+
+    def solve(self, b: np.ndarray, *, transposed: bool = False) -> np.ndarray:
+        """Solve for one vector ``(n,)``, in the order of the matrix's rows."""
+        order = self.order if self.enter is None else self.order[np.argsort(self.leave) if transposed else self.enter]
+        x, run = aligned(self.n + 1), kernels().solve
+        x[:-1] = b[order]
+        run(ctypes.byref(self.struct(single=True)), address(x), ctypes.c_int(transposed))
+        out = np.empty(self.n)
+        leave = slice(-1) if self.enter is None else np.argsort(self.enter) if transposed else self.leave
+        out[self.order] = x[leave]
+        return out
+
+    def is_accurate(self, matrix: csc_matrix) -> bool:
+        """Whether the backward error of a trial solve is at round-off."""
+        b = np.cos(np.arange(self.n, dtype=float) ** 2)
+        x = self.solve(b)
+        largest = abs(matrix).sum(axis=1).max() if self.n else 0.0
+        residual = np.abs(matrix @ x - b).max(initial=0.0)
+        return bool(residual <= ACCURATE * (largest * np.abs(x).max(initial=0.0) + np.abs(b).max(initial=0.0)))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the factors."""
+        both = [self.left] if self.right is self.left else [self.left, self.right]
+        return sum(part.nbytes for part in both) + self.inverse_diagonal.nbytes
+
+
+def fill_reducing_order(matrix: csc_matrix) -> tuple[np.ndarray, Any | None]:
+    """The order of elimination with the fewest nonzeros in a factor: minimum degree or nested dissection.
+
+    Returns
+    -------
+    ndarray, object
+        The order ``(n,)``, and SuperLU's factor without pivots in this order; ``None`` where a pivot is zero.
+    """
+    dissection = _nested_dissection(matrix)
+    found = [] if dissection is None else [(dissection, "NATURAL")]
+    # minimum degree costs a factorisation, and has more fill in large three-dimensional problems
+    if dissection is None or _fill(matrix, dissection) < LARGE:
+        found.append((np.arange(matrix.shape[0]), "MMD_AT_PLUS_A"))
+    made = [(order, _without_pivots(matrix[order][:, order], kind)) for order, kind in found]
+    made = [(order, lu) for order, lu in made if lu is not None]
+    if not made:
+        return found[0][0], None
+    order, lu = min(made, key=lambda pair: pair[1].nnz)
+    return order[np.argsort(lu.perm_c)], lu
+
+
+def _without_pivots(matrix: csc_matrix, kind: str = "NATURAL") -> Any | None:
+    """SuperLU's factor with pivots on the diagonal, or ``None`` where there is none."""
+    try:
+        lu = splu(csc_matrix(matrix), permc_spec=kind, diag_pivot_thresh=0.0, options={"SymmetricMode": True})
+    except RuntimeError:  # a pivot is zero
+        return None
+    return lu if np.array_equal(lu.perm_c, lu.perm_r) else None
+
+
+def _nested_dissection(matrix: csc_matrix) -> np.ndarray | None:
+    """METIS's order of a matrix, or ``None`` where PETSc has been built without METIS."""
+    A = PETSc.Mat().createAIJ(matrix.shape, csr=_symmetric_pattern(matrix), comm=PETSc.COMM_SELF)
+    try:
+        rows, columns = A.getOrdering("metisnd")
+    except PETSc.Error:
+        return None
+    finally:
+        A.destroy()
+    order = rows.getIndices().astype(np.int64)
+    for found in (rows, columns):
+        found.destroy()
+    return order
+
+
+def _symmetric_pattern(matrix: csc_matrix) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Row pointers, columns and ones of the pattern of a matrix and its transpose."""
+    ones = csr_matrix((np.ones(len(matrix.data)), matrix.indices, matrix.indptr), matrix.shape)
+    both = csr_matrix(ones + ones.T)
+    return both.indptr, both.indices, np.ones(len(both.indices))
+
+
+def _fill(matrix: csc_matrix, order: np.ndarray) -> int:
+    """Number of nonzeros below the diagonal of a factor in an order of elimination."""
+    ptr, index, _ = _symmetric_pattern(matrix[order][:, order])
+    arrays = ptr.astype(np.int64), index.astype(np.int32), np.empty((2, len(order)), np.int32)
+    return int(kernels().count_fill(ctypes.c_int(len(order)), *(address(a) for a in arrays)))
