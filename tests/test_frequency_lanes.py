@@ -7,11 +7,12 @@ from scipy.sparse import bmat, csr_matrix, identity, kron, random
 
 from pint_fem.kernels.lanes.compiled import DISABLE, library
 from pint_fem.mgrit import SolverFailure
-from pint_fem.paradiag import ParaDiag, shifts
+from pint_fem.paradiag import AlphaCirculant, ParaDiag, shifts
 from pint_fem.paradiag.lane_kernels import WIDTHS, lane_kernels
 from pint_fem.paradiag.panels import Panels, minimum_degree, nested_dissection
 from pint_fem.paradiag.sparse_system import SparseSystem
 from pint_fem.paradiag.systems import FrequencyBlocks, ShiftedSteps
+from pint_fem.paradiag.transforms import time_transform
 from pint_fem.theory import dirk_stability
 from tests.stepping import sequential
 
@@ -318,3 +319,56 @@ def test_a_singular_frequency_is_named():
     solver = ParaDiag(steps, nsteps, steps.systems.solve, options=dict(precision="double"), blocks=blocks)
     with pytest.raises(SolverFailure, match="frequency 4: RuntimeError: Factor is exactly singular"):
         solver.solve(np.ones((nsteps + 1, 36)))
+
+
+# -- transforms --------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("kind", "fd")
+@pytest.mark.parametrize("nsteps", [1, 2, 3, 4, 7, 12, 30, 44, 49, 64, 66, 105, 122, 250])
+def test_transforms_are_those_of_numpy(nsteps, kind):
+    """Of even and odd lengths with all radices, on columns that do not fill the vectors, scaled on the way in and out;
+    the parts of a distributed transform have the same bits.
+    """
+    transform, eps = time_transform(nsteps, kind), {"f": 1e-6, "d": 1e-14}[kind]
+    rng, scale = np.random.default_rng(nsteps), 0.5 ** (np.arange(nsteps) / nsteps)
+    rows = rng.standard_normal((nsteps, 37))
+    exact = np.fft.rfft(rows * scale[:, None], axis=0)
+    found = transform.forward(rows, scale)
+    np.testing.assert_allclose(found, exact, rtol=0, atol=eps * np.abs(exact).max())
+    part = np.ascontiguousarray((rows * scale[:, None])[:, 16:32]).astype(kind)
+    assert np.array_equal(transform.forward(part), found[:, 16:32])
+    exact, U, V = np.fft.irfft(found.astype(complex), nsteps, axis=0), rows.copy(), rows.copy()
+    transform.backward(found, U, 1 / scale)
+    np.testing.assert_allclose(U, rows + exact / scale[:, None], rtol=0, atol=4 * eps * np.abs(U).max())
+    columns = np.empty((nsteps, 37), kind)
+    transform.backward(found, columns)
+    transform.add(columns, V, 1 / scale)
+    assert np.array_equal(U, V)
+    part = np.empty((nsteps, 16), kind)
+    transform.backward(np.ascontiguousarray(found[:, 16:32]), part)
+    assert np.array_equal(part, columns[:, 16:32])
+
+
+def test_lengths_without_kernels():
+    """A large prime factor is left to scipy."""
+    assert time_transform(2 * 67, "d") is None
+    nsteps, steps = 67, Steps()
+    blocks, U = FrequencyBlocks(steps.systems, transposed=False), np.ones((nsteps + 1, 36))
+    for precision in ("single", "double"):
+        U[1:] = 0
+        options = dict(rtol=1e-13, precision=precision)
+        assert ParaDiag(steps, nsteps, steps.systems.solve, options=options, blocks=blocks).solve(U).converged
+        exact = sequential(steps, np.ones(36), nsteps)
+        np.testing.assert_allclose(U, exact, rtol=0, atol=1e-12)
+
+
+def test_states_that_are_not_contiguous():
+    """Every second column of an array."""
+    nsteps, steps = 20, Steps()
+    blocks, memory = FrequencyBlocks(steps.systems, transposed=False), np.ones((nsteps + 1, 72))
+    circulant = AlphaCirculant(
+        nsteps, 1e-3, steps.systems.solve, 36, blocks=blocks, comm=MPI.COMM_SELF, bounds=[0, nsteps]
+    )
+    r = np.random.default_rng(0).standard_normal((nsteps, 72))[:, ::2]
+    circulant.add(r, memory[1:, ::2])
+    np.testing.assert_allclose(memory[1:, ::2], 1 + circulant(np.ascontiguousarray(r)), rtol=0, atol=1e-14)
+    assert (memory[:, 1::2] == 1).all()

@@ -25,6 +25,7 @@ from mpi4py import MPI
 
 from pint_fem.all_at_once.trace import Trace, timed
 from pint_fem.paradiag.distribution import TimeTransposes
+from pint_fem.paradiag.transforms import time_transform
 
 __all__ = ["AlphaCirculant", "BlockSolve", "FrequencySolve", "shifts"]
 
@@ -80,7 +81,8 @@ class AlphaCirculant:
     solve
         The solve of one frequency.
     blocks
-        Solves for several frequencies at once, instead of ``solve`` where they are available.
+        Solves for several frequencies at once, which are used instead of ``solve`` where they are available; transforms
+        are then those of :mod:`~pint_fem.paradiag.transforms`.
     size
         Local unknowns of a state.
     comm, bounds
@@ -127,34 +129,79 @@ class AlphaCirculant:
         return self.transposes.own
 
     def __call__(self, r: np.ndarray, *, single: bool = False) -> np.ndarray:
-        r""":math:`P_\alpha^{-1} r` of the own steps, ``(k, n)`` (collective).
+        r""":math:`P_\alpha^{-1} r` of the own steps, ``(k, n)`` (collective); arguments as for :meth:`add`."""
+        w = np.zeros(r.shape)
+        self.add(r, w, single=single)
+        return w
+
+    def add(self, r: np.ndarray, U: np.ndarray, *, single: bool = False) -> None:
+        r"""Add :math:`P_\alpha^{-1} r` to the states of the own steps, ``(k, n)`` (collective).
 
         Parameters
         ----------
-        r
-            Of the own steps, ``(k, n)``.
+        r, U
+            Residuals and states of the own steps, ``(k, n)``, or states ``(k, *state)`` of as many numbers.
         single
             Transform and solve in single precision, where several frequencies are solved at once: round-off is then
-            about :math:`6 \cdot 10^{-8}/\alpha`, relative to the result. All ranks have to give the same.
+            about :math:`10^{-7}/\alpha`, relative to the result. All ranks have to give the same.
         """
-        transposes, blocks = self.transposes, self._blocks
-        has_blocks = blocks is not None and blocks.available
-        scaled = np.empty(r.shape, np.float32 if single and has_blocks else float)
-        np.multiply(r, self._scale, out=scaled, casting="same_kind")
-        columns = self._transposed(transposes.to_columns, scaled)
+        if self._blocks is not None and self._blocks.available:
+            r, kind = np.ascontiguousarray(r, dtype=float), "f" if single else "d"
+            if U.flags.c_contiguous and U.dtype == float:
+                self._add_by_blocks(r, U, kind)
+            else:
+                w = np.zeros(r.shape)
+                self._add_by_blocks(r, w, kind)
+                U += w.reshape(U.shape)
+            return
+        transposes = self.transposes
+        columns = self._transposed(transposes.to_columns, r * self._scale)
         with timed(self._trace, "fft", 0):
             spectrum = self.rfft(columns)
         rows = self._transposed(transposes.to_frequencies, spectrum)
         with timed(self._trace, "frequencies", 0, states=len(rows)):
-            if has_blocks:
-                rows = blocks(self.own, self.mu, rows)
-            else:
-                for k, row in zip(self.own, rows, strict=True):
-                    row[...] = self._solve(k, complex(self.mu[k]), row)
+            for k, row in zip(self.own, rows, strict=True):
+                row[...] = self._solve(k, complex(self.mu[k]), row)
         spectrum = self._transposed(transposes.from_frequencies, rows)
         with timed(self._trace, "fft", 0):
             columns = self.irfft(spectrum)
-        return self._transposed(transposes.from_columns, columns) / self._scale
+        w = self._transposed(transposes.from_columns, columns)
+        w /= self._scale
+        U += w.reshape(U.shape)
+
+    def _add_by_blocks(self, r: np.ndarray, U: np.ndarray, kind: str) -> None:
+        """Add the result to C-contiguous states, with all own frequencies solved at once in a precision."""
+        transposes, transform = self.transposes, time_transform(self.nsteps, kind)
+        scale, inverse = self._scale[:, 0], 1 / self._scale[:, 0]
+        alone = transform is not None and transposes.comm.size == 1
+        columns = r
+        if not alone:
+            scaled = np.empty(r.shape, kind)
+            np.multiply(r, self._scale, out=scaled, casting="same_kind")
+            columns = self._transposed(transposes.to_columns, scaled)
+        with timed(self._trace, "fft", 0):
+            if transform is None:
+                spectrum = self.rfft(columns)
+            else:
+                spectrum = transform.forward(columns, scale if alone else None)
+        rows = self._transposed(transposes.to_frequencies, spectrum)
+        with timed(self._trace, "frequencies", 0, states=len(rows)):
+            rows = self._blocks(self.own, self.mu, rows)
+        spectrum = self._transposed(transposes.from_frequencies, rows)
+        with timed(self._trace, "fft", 0):
+            if alone:
+                transform.backward(spectrum, U, inverse)
+                return
+            if transform is None:
+                columns = self.irfft(spectrum)
+            else:
+                columns = np.empty((self.nsteps, spectrum.shape[1]), kind)
+                transform.backward(spectrum, columns)
+        w = self._transposed(transposes.from_columns, columns)
+        if transform is None:
+            U += (w * inverse[:, None]).reshape(U.shape)
+        else:
+            transform.add(w, U, inverse)
 
     def _transposed(self, work: Callable, array: np.ndarray) -> np.ndarray:
         """Change the layout of an array; the trace records the bytes sent."""

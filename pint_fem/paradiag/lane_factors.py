@@ -4,10 +4,11 @@ The matrix of a frequency is :math:`A = \sum_p w_p X_p` with real parts :math:`X
 boundary values have a diagonal entry only, while the columns may couple them to the others: with these columns in
 :math:`C`, :math:`A = B + C`,
 
-.. math:: A^{-1} r = B^{-1} (r - C D^{-1} r) , \qquad A^{-T} r = B^{-1} (r - C^T B^{-1} r) \quad (B = B^T) ,
+.. math:: A^{-1} r = B^{-1} (r - C D^{-1} r_b) , \qquad A^{-T} r = B^{-1} (r - C^T B^{-1} r)  \quad (B = B^T) ,
 
-where ``D`` is the diagonal and :math:`B` symmetric in most cases. Then the factor takes half of the memory, and
-reading it is what limits a solve. Rows and columns are scaled by powers of two, so that single precision has the range for them.
+where ``D`` is the diagonal and :math:`r_b` the boundary values; :math:`C^T` has their rows only. ``B`` is symmetric in
+most cases. Then the factor takes half of the memory, and reading it is what limits a solve. Rows and columns are scaled
+by powers of two, so that single precision has the range for them.
 """
 
 from __future__ import annotations

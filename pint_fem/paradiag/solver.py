@@ -156,7 +156,7 @@ class ParaDiag(AllAtOnceSolver):
             if self.before_iteration is not None:
                 previous = result.residuals[-2:-1]
                 self.before_iteration(U, result.residuals[-1] / previous[0] if previous else None)
-            U[1:] += precondition(r.reshape(fine.k, size), single=single).reshape(U[1:].shape)
+            precondition.add(r.reshape(fine.k, size), U[1:], single=single)
             self._end_iteration(result)
             r = self._residual_at_all_points(U)
         fine.exchange(U)

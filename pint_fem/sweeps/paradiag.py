@@ -69,7 +69,7 @@ class CoarsestParaDiag:
             level.phi_of_all(level.U, r)
             r += level.G
             r -= level.U[1:]
-            level.U[1:] += self._circulant(r.reshape(k, size), single=self._single).reshape(r.shape)
+            self._circulant.add(r.reshape(k, size), level.U[1:], single=self._single)
         level.exchange(level.U)
 
     def _note(self, where: str, error: BaseException) -> None:
