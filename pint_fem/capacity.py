@@ -11,8 +11,10 @@ from mpi4py import MPI
 
 from pint_fem.errors import InputError
 
-__all__ = ["machine_memory", "readable", "require_memory"]
+__all__ = ["machine_memory", "most_items", "readable", "require_memory"]
 
+_SHARE = 0.5
+"""Part of the memory that :func:`most_items` counts with."""
 _UNITS = ("bytes", "kB", "MB", "GB", "TB", "PB", "EB")
 
 
@@ -64,9 +66,7 @@ def require_memory(comm: MPI.Comm, nbytes: int, what: str, advice: str) -> None:
     InputError
         On every rank, if a rank exceeds the limit of its process or the ranks of a machine exceed its memory.
     """
-    own, _ = resource.getrlimit(resource.RLIMIT_AS)
-    limit = None if own == resource.RLIM_INFINITY else own
-    mine = (MPI.Get_processor_name(), int(nbytes), machine_memory(), limit)
+    mine = (MPI.Get_processor_name(), int(nbytes), machine_memory(), _limit())
     ranks = [mine] if comm.size == 1 else comm.allgather(mine)
     for machine, _, memory, _ in ranks:
         needed = sum(size for name, size, *_ in ranks if name == machine)
@@ -79,3 +79,30 @@ def require_memory(comm: MPI.Comm, nbytes: int, what: str, advice: str) -> None:
             raise InputError(
                 f"{what} need at least {readable(needed)} in a process, whose limit is {readable(limit)}: {advice}"
             )
+
+
+def most_items(comm: MPI.Comm, base: int, item: int) -> int:
+    """Return how many items of a size fit half of the memory beside all else, at least 1, the same on every rank
+    (collective). It depends on what machines and processes may have, not on what is free at the moment.
+
+    Parameters
+    ----------
+    comm
+        Communicator of all ranks that need memory; those on one machine share its memory.
+    base, item
+        Bytes of this rank for all else, and for an item.
+    """
+    mine = (MPI.Get_processor_name(), int(base), max(int(item), 1), machine_memory(), _limit())
+    ranks = [mine] if comm.size == 1 else comm.allgather(mine)
+    counts = [(_SHARE * limit - base) // item for _, base, item, _, limit in ranks if limit is not None]
+    for name, _, _, memory, _ in ranks:
+        there = [(base, item) for machine, base, item, *_ in ranks if machine == name]
+        bases, items = zip(*there, strict=True)
+        counts.append((_SHARE * memory - sum(bases)) // sum(items))
+    return max(int(min(counts)), 1)
+
+
+def _limit() -> int | None:
+    """Bytes of this process's address space, ``None`` without a limit."""
+    own, _ = resource.getrlimit(resource.RLIMIT_AS)
+    return None if own == resource.RLIM_INFINITY else own

@@ -22,7 +22,7 @@ from mpi4py import MPI
 
 from pint_fem.adjoint.consistency.problem_data import require_same_forms, require_same_values
 from pint_fem.adjoint.control_layout import ControlLayout, ControlSet
-from pint_fem.adjoint.interface import ControlProblem, Term, as_vector
+from pint_fem.adjoint.interface import ControlProblem, Term, as_vector, require_directions
 from pint_fem.adjoint.problem import ReducedProblem
 from pint_fem.adjoint.regularisation import Regularisation
 from pint_fem.collective import require_same
@@ -190,6 +190,32 @@ class ComposedProblem(ControlProblem):
             if not gauss_newton and not map.is_affine:
                 map.add_second(out, z, dz, problem.derivative(inner), weight)
         return out if self.regularisation is None else out + self.regularisation.hessian(z, dz)
+
+    def hessian_actions(
+        self,
+        z: np.ndarray,
+        directions: Sequence[np.ndarray],
+        *,
+        gauss_newton: bool = False,
+        at_once: int | None = None,
+    ) -> list[np.ndarray]:
+        """Return ``J''(z) dz`` for each of several directions; a sweep of a term has as many directions as fit the
+        memory, at most ``at_once``.
+        """
+        z, (vectors, _) = as_vector(z), require_directions(self.layout, directions, at_once)
+        out = [np.zeros(self.layout.size) for _ in vectors]
+        for weight, problem, map in self.terms:
+            inner = map.value(z)
+            along = [map.tangent(z, dz) for dz in vectors]
+            actions = problem.hessian_actions(inner, along, gauss_newton=gauss_newton, at_once=at_once)
+            g = None if gauss_newton or map.is_affine else problem.derivative(inner)
+            for total, dz, h in zip(out, vectors, actions, strict=True):
+                map.add_adjoint(total, z, h, weight)
+                if g is not None:
+                    map.add_second(total, z, dz, g, weight)
+        if self.regularisation is not None:
+            out = [total + self.regularisation.hessian(z, dz) for total, dz in zip(out, vectors, strict=True)]
+        return out
 
     def advance(self, z: np.ndarray) -> tuple[float, np.ndarray, float]:
         """Return ``J`` and ``J'`` after one MGRIT cycle for each state and adjoint, and the largest residual."""

@@ -271,6 +271,60 @@ class ControlFunctional(Minimisable, StateAccess, AbstractReducedFunctional):
             h = self._scaling.factor * self.problem.hessian_action(self._current(), self._array(m_dot))
             return self.function(self.inner.primal(h)) if apply_riesz else self.function(h, dual=True)
 
+    def hessian_actions(
+        self,
+        directions: Sequence[Value | Sequence[Value]],
+        *,
+        apply_riesz: bool = False,
+        at_once: int | None = None,
+    ) -> list:
+        """Return ``J'' m_dot`` at the last controls for each of several directions (collective).
+
+        The result is that of :meth:`hessian` for one direction after another, to the tolerance of the sweeps, which all
+        directions satisfy by themselves, however much their sizes differ. The sweeps are those of one action: a tangent
+        and a second-order adjoint, with the states of all directions in arrays ``(points, directions, n)``.
+
+        A direction takes about two trajectories and the coarse levels of the two sweeps. Where those of all directions
+        would take, with all that :meth:`memory` counts, more than half of a machine's memory (or of the limit of a
+        process), they are solved in several batches. The number of a batch's directions follows from the sizes of the
+        problem and the machine, so that a program that is repeated has the same batches.
+
+        Parameters
+        ----------
+        directions
+            At least one; each as for :meth:`hessian`: a function, or a list with one for each control.
+        apply_riesz
+            Whether the results are representatives in the controls' inner product, functions, rather than cofunctions.
+        at_once
+            Largest number of directions in one batch; default: as many as fit the memory.
+
+        Returns
+        -------
+        list
+            In the order of the directions; an entry is what :meth:`hessian` returns for it.
+
+        Raises
+        ------
+        InputError
+            On every rank, if ``directions`` is no list or an empty one, if a direction is not in the controls' spaces,
+            or if directions, their number or ``at_once`` differ between ranks.
+        SolverFailure
+            On every rank, if a sweep fails for a numerical reason.
+        """
+        with stop_annotating():
+            vectors = collectively(self.spacetime.comm, "", self._arrays, directions)
+            actions = self.problem.hessian_actions(self._current(), vectors, at_once=at_once)
+            scaled = (self._scaling.factor * h for h in actions)
+            if apply_riesz:
+                return [self.function(self.inner.primal(h)) for h in scaled]
+            return [self.function(h, dual=True) for h in scaled]
+
+    def _arrays(self, directions: Sequence[Value | Sequence[Value]]) -> list[np.ndarray]:
+        """The own values of several directions."""
+        if not isinstance(directions, (list, tuple)):
+            raise InputError(f"hessian_actions: {type(directions).__name__} given: give a list of directions")
+        return [self.array(values) for values in directions]
+
     def tlm(self, m_dot: Value | Sequence[Value]) -> AdjFloat:
         """Return ``J' m_dot`` at the last controls, computed by a tangent sweep (collective)."""
         with stop_annotating():

@@ -26,6 +26,9 @@ from numpy.typing import ArrayLike
 from pint_fem.adjoint.control_layout import ControlLayout, ControlSet
 from pint_fem.adjoint.memory_estimate import MemoryEstimate
 from pint_fem.adjoint.regularisation import Regularisation
+from pint_fem.all_at_once.grids import is_integer
+from pint_fem.collective import require_same
+from pint_fem.errors import InputError
 from pint_fem.evolution.evolution import Evolution
 from pint_fem.misfits.base import BlockMisfit
 from pint_fem.spacetime import SpaceTime
@@ -34,12 +37,31 @@ if TYPE_CHECKING:
     from pint_fem.adjoint.composed import Selection
     from pint_fem.adjoint.problem import ReducedProblem
 
-__all__ = ["ControlProblem", "Term", "as_vector"]
+__all__ = ["ControlProblem", "Term", "as_vector", "require_directions"]
 
 
 def as_vector(z: ArrayLike) -> np.ndarray:
     """Return controls, given as an array or a list of any shape, as a flat float vector."""
     return np.asarray(z, dtype=float).ravel()
+
+
+def require_directions(
+    layout: ControlLayout, directions: Sequence[ArrayLike], at_once: int | None
+) -> tuple[list[np.ndarray], dict[str, np.ndarray]]:
+    """Return several directions as flat vectors, in a list and by name (collective).
+
+    ``InputError`` is raised on every rank where there is none, their number differs between ranks, or ``at_once``, the
+    largest number of them in one sweep, is neither ``None`` nor a whole number of at least 1.
+    """
+    vectors = [as_vector(dz) for dz in directions]
+    require_same(layout.spacetime.comm, **{"number of directions": len(vectors), "at_once": at_once})
+    if not vectors:
+        raise InputError("hessian_actions: the list of directions is empty: give at least one")
+    if at_once is not None and (not is_integer(at_once) or at_once < 1):
+        raise InputError(
+            f"at_once = {at_once!r}: give a whole number of at least 1, or None for as many as fit the memory"
+        )
+    return vectors, {f"direction {i}": dz for i, dz in enumerate(vectors)}
 
 
 class Term(NamedTuple):
@@ -97,6 +119,19 @@ class ControlProblem(ABC):
     @abstractmethod
     def hessian_action(self, z: np.ndarray, dz: np.ndarray, *, gauss_newton: bool = False) -> np.ndarray:
         """Return ``J''(z) dz`` as a dual vector; with ``gauss_newton`` without second derivatives of the steps."""
+
+    @abstractmethod
+    def hessian_actions(
+        self,
+        z: np.ndarray,
+        directions: Sequence[np.ndarray],
+        *,
+        gauss_newton: bool = False,
+        at_once: int | None = None,
+    ) -> list[np.ndarray]:
+        """Return ``J''(z) dz`` for each of several directions, with one tangent and one adjoint sweep for as many of
+        them as fit the memory, at most ``at_once``. An empty list is an ``InputError``.
+        """
 
     @abstractmethod
     def advance(self, z: np.ndarray) -> tuple[float, np.ndarray, float]:

@@ -33,7 +33,7 @@ from pint_fem.misfits.base import BLOCK, BlockMisfit, Misfit
 if TYPE_CHECKING:
     from pint_fem.adjoint.problem import ReducedProblem
 
-__all__ = ["MemoryEstimate", "estimate_memory"]
+__all__ = ["MemoryEstimate", "bytes_per_direction", "estimate_memory"]
 
 
 def _added(parts: Sequence[dict[str, int]]) -> dict[str, int]:
@@ -135,6 +135,22 @@ def estimate_memory(problem: ReducedProblem) -> MemoryEstimate:
     }
     petsc = _added([p.petsc_bytes(count) for p, _, count in solvers.cached_steps] + of_misfits)
     return MemoryEstimate(kept, passing, {part: petsc.get(part, 0) for part in ("blocks", "matrices", "factors")})
+
+
+def bytes_per_direction(problem: ReducedProblem, estimate: MemoryEstimate) -> int:
+    """Return the bytes of this rank for one direction of a batch of Hessian actions (collective): what an action
+    allocates, the coarse levels of its two sweeps, and the results that linearised steps cache.
+
+    Parameters
+    ----------
+    problem, estimate
+        The problem of one evolution and the memory of its evaluations.
+    """
+    solvers, n = problem.sweeps.solvers, 8 * problem.sweeps.evolution.state_size
+    arrays = sum(size for name, size in estimate.passing["hessian"].items() if name != "blocks")
+    coarse = sum(_coarse(solver, n) for solver in list(solvers)[-2:])
+    linearised = sum(p.linearisation_nbytes() * count for p, _, count in solvers.cached_steps)
+    return arrays + coarse + linearised // 2
 
 
 def _of_misfits(misfits: Sequence[Misfit]) -> tuple[int, list[dict[str, int]]]:

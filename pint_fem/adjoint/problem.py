@@ -1,13 +1,12 @@
-r"""Value, gradient and Hessian action of the functional of one evolution, by time-parallel sweeps.
+r"""Value and gradient of the functional of one evolution, by time-parallel sweeps.
 
 .. math::
     J(z) = \sum_n j_n(u_n) + R(z), \qquad
-    J'(z) = \sum_n \Phi_{n,z}^T \lambda_{n+1} + R'(z), \qquad
-    J''(z)\,dz = \sum_n \Phi_{n,z}^T \mu_{n+1} + \text{second-order terms of the steps} + R''(z)\,dz,
+    J'(z) = \sum_n \Phi_{n,z}^T \lambda_{n+1} + R'(z),
 
-with the state :math:`u_{n+1} = \Phi_n(u_n, z)`, the adjoint :math:`\lambda` driven by :math:`j_n'(u_n)` and the
-second-order adjoint :math:`\mu` driven by :math:`j_n''(u_n)\,\delta u_n`. The derivative by the initial condition is
-:math:`\lambda_0`. The Gauss-Newton action omits the second-order terms of the steps.
+with the state :math:`u_{n+1} = \Phi_n(u_n, z)` and the adjoint :math:`\lambda` driven by :math:`j_n'(u_n)`. The
+derivative by the initial condition is :math:`\lambda_0`. Hessian actions are in
+:mod:`pint_fem.adjoint.second_derivatives`.
 
 Each trajectory is solved once for a control (:mod:`pint_fem.adjoint.evaluation`).
 """
@@ -27,9 +26,9 @@ from pint_fem.adjoint.evaluation import Evaluation, EvaluationCache, relative_re
 from pint_fem.adjoint.interface import ControlProblem, as_vector
 from pint_fem.adjoint.memory_estimate import MemoryEstimate, estimate_memory
 from pint_fem.adjoint.regularisation import Regularisation
-from pint_fem.adjoint.trajectories import Source, trajectories
+from pint_fem.adjoint.second_derivatives import SecondDerivatives
+from pint_fem.adjoint.trajectories import trajectories
 from pint_fem.all_at_once.norms import gather_in_order
-from pint_fem.all_at_once.stopping import SolveResult
 from pint_fem.collective import on_first_rank
 from pint_fem.errors import InputError
 from pint_fem.logs import logger
@@ -45,7 +44,7 @@ _NEAR = 1e3
 """A misfit is a fit to round-off where it is at most this many errors of the state."""
 
 
-class ReducedProblem(ControlProblem):
+class ReducedProblem(SecondDerivatives, ControlProblem):
     """The functional of one evolution on arrays.
 
     Parameters
@@ -234,13 +233,6 @@ class ReducedProblem(ControlProblem):
             total += self.layout.pairing(self.regularisation.gradient(evaluation.z), dz)
         return total
 
-    def _tangent(self, evaluation: Evaluation, dz: np.ndarray, **accuracy: float) -> tuple[np.ndarray, SolveResult]:
-        """Return the derivative of the state in a direction, solved from zero, and the result of the solve."""
-        dU = self.sweeps.new_slab()
-        steps, direction = self.layout.steps(evaluation.z), self.layout.steps(dz)
-        initial = self.layout.initial(dz)
-        return dU, self.sweeps.tangent(steps, evaluation.U, direction, dU, initial=initial, **accuracy)
-
     def derivative(self, z: np.ndarray, **accuracy: float) -> np.ndarray:
         """Return ``J'(z)`` as a dual vector; ``rtol`` is the tolerance of state and adjoint, by default that of the
         options.
@@ -263,11 +255,6 @@ class ReducedProblem(ControlProblem):
         """Return ``J'`` of the current state and adjoint without the regularisation (collective)."""
         g = self.gradient_of(evaluation)
         return g if self.regularisation is None else g - self.regularisation.gradient(evaluation.z)
-
-    def _pull_back(self, evaluation: Evaluation, L: np.ndarray, controls: np.ndarray | None) -> np.ndarray:
-        """Return the derivatives by the controls that follow from an adjoint and its right-hand side's ``controls``."""
-        rows = self._trajectories.control_gradient(evaluation, self.layout.steps(evaluation.z), L, controls)
-        return self.layout.gradient(rows, L[0])
 
     def advance(self, z: np.ndarray) -> tuple[float, np.ndarray, float]:
         """Return ``J`` and ``J'`` after one MGRIT cycle for state and adjoint, and the larger relative residual."""
@@ -297,75 +284,3 @@ class ReducedProblem(ControlProblem):
         M = self.sweeps.new_slab()
         self.sweeps.adjoint(steps, evaluation.U, terms.rows, M, cold=True)
         return error * self._pull_back(evaluation, M, terms.controls)
-
-    # -- second derivatives --------------------------------------------------------------------------------------------
-    def _prepared(
-        self, z: np.ndarray, dz: np.ndarray, gauss_newton: bool, **accuracy: float
-    ) -> tuple[Evaluation, bool]:
-        """Return the evaluation of a control for a Hessian action, and whether the action has second-order terms of the
-        steps. A state and an adjoint that are cached are used as they are where the action has an accuracy of its own.
-        """
-        evaluation = self._cache.find(z, {"direction": dz}, **accuracy)
-        if not accuracy or evaluation is None or evaluation.state is None:
-            evaluation = self._cache.state(z)
-        second = not gauss_newton and not self.sweeps.is_linear
-        if second and evaluation.adjoint is None:
-            evaluation = self._cache.adjoint(z)
-        return evaluation, second
-
-    def hessian_action(
-        self, z: np.ndarray, dz: np.ndarray, *, gauss_newton: bool = False, **accuracy: float
-    ) -> np.ndarray:
-        """Return ``J''(z) dz`` as a dual vector; with ``gauss_newton`` without second derivatives of the steps.
-        ``rtol`` is the tolerance of the two sweeps, by default that of the options.
-        """
-        dz = as_vector(dz)
-        evaluation, second = self._prepared(z, dz, gauss_newton, **accuracy)
-        source = self._second_source(evaluation, dz, self._tangent(evaluation, dz, **accuracy)[0], second=second)
-        M = self.sweeps.new_slab()
-        self.sweeps.adjoint(self.layout.steps(evaluation.z), evaluation.U, source.rows, M, cold=True, **accuracy)
-        return self._second_derivative(evaluation, dz, M, source)
-
-    def symmetric_action(
-        self, z: np.ndarray, dz: np.ndarray, cycles: int, *, gauss_newton: bool = False
-    ) -> tuple[np.ndarray, float]:
-        """Return the action of a symmetric operator near the Hessian.
-
-        Approximate tangent and second-order adjoint sweeps make the action unsymmetric. Here the adjoint sweep is the
-        exact transpose of the tangent's ``cycles`` cycles from zero (:mod:`pint_fem.mgrit.transposed_cycles`,
-        :mod:`pint_fem.paradiag.transposed_iterations`), for the state and adjoint that are cached.
-
-        Parameters
-        ----------
-        z, dz
-            The control and the direction.
-        cycles
-            Cycles of each sweep.
-        gauss_newton
-            Without second derivatives of the steps.
-
-        Returns
-        -------
-        ndarray, float
-            A dual vector, and the larger relative residual of the two sweeps.
-        """
-        sweeps, dz = self.sweeps, as_vector(dz)
-        evaluation, second = self._prepared(z, dz, gauss_newton, cycles=cycles)
-        start = sweeps.solvers.transposed_adjoint.start
-        dU, tangent = self._tangent(evaluation, dz, start=start, cycles=cycles)
-        source = self._second_source(evaluation, dz, dU, second=second, symmetric=True)
-        steps = self.layout.steps(evaluation.z)
-        M, result = sweeps.adjoint_by_transposed_cycles(steps, evaluation.U, source.rows, cycles=cycles)
-        return self._second_derivative(evaluation, dz, M, source), max(map(relative_residual, (tangent, result)))
-
-    def _second_source(
-        self, evaluation: Evaluation, dz: np.ndarray, dU: np.ndarray, *, second: bool, symmetric: bool = False
-    ) -> Source:
-        """Return the right-hand side of the second-order adjoint."""
-        steps, direction = self.layout.steps(evaluation.z), self.layout.steps(dz)
-        return self._trajectories.hessian(evaluation, steps, direction, dU, second=second, symmetric=symmetric)
-
-    def _second_derivative(self, evaluation: Evaluation, dz: np.ndarray, M: np.ndarray, source: Source) -> np.ndarray:
-        """Return ``J'' dz`` from a second-order adjoint."""
-        out = self._pull_back(evaluation, M, source.controls)
-        return out if self.regularisation is None else out + self.regularisation.hessian(evaluation.z, dz)

@@ -24,7 +24,7 @@ import numpy as np
 from pint_fem.adjoint.evaluation import Evaluation
 from pint_fem.collective import collectively
 from pint_fem.errors import InputError
-from pint_fem.misfits.base import BlockMisfit, Misfit, checked_slab, checked_values
+from pint_fem.misfits.base import BlockMisfit, Misfit, checked_slab, checked_values, hessian_products
 from pint_fem.sweeps.c_points import ControlDerivative, IntervalGroup, Intervals
 from pint_fem.sweeps.sweeps import Controls, Sweeps
 
@@ -37,14 +37,14 @@ class Source(NamedTuple):
     Attributes
     ----------
     rows : ndarray
-        ``(k + 1, n)``, or condensed to the C-points.
-    controls : ndarray or None
+        ``(k + 1, n)``, or condensed to the C-points; of a batch ``(k + 1, members, n)``.
+    controls : ndarray, list or None
         Contribution of the right-hand side to the derivative by the controls, beside that of the adjoint at the stored
-        points.
+        points; of a batch a list with that of each member.
     """
 
     rows: np.ndarray
-    controls: np.ndarray | None = None
+    controls: np.ndarray | list | None = None
 
 
 def trajectories(sweeps: Sweeps, misfits: Sequence[Misfit]) -> StoredTrajectories | CPointTrajectories:
@@ -112,7 +112,7 @@ class StoredTrajectories(_Trajectories):
         return None
 
     def hessian(
-        self, evaluation: Evaluation, z: Controls, dz: Controls, dU: np.ndarray, *,
+        self, evaluation: Evaluation, z: Controls, dz: Controls | list, dU: np.ndarray, *,
         second: bool, symmetric: bool = False,
     ) -> Source:  # fmt: skip
         """Right-hand side of the second-order adjoint equation.
@@ -120,13 +120,13 @@ class StoredTrajectories(_Trajectories):
         Parameters
         ----------
         dz, dU
-            Direction of the controls and the tangent in this direction.
+            Direction of the controls and the tangent in this direction; of a batch a list and ``(k + 1, members, n)``.
         second
             Whether the second derivatives of the steps are included.
         symmetric
             Whether they are a symmetric form of ``(dU, dz)`` also where ``dU`` is no exact tangent.
         """
-        g = _sum(self._collectively(checked_slab, m.hessian, evaluation.U, dU) for m in self.misfits)
+        g = _sum(self._collectively(hessian_products, m, evaluation.U, dU) for m in self.misfits)
         if not second:
             return Source(g)
         su, sz = self.sweeps.second_order(z, evaluation.U, dz, dU, evaluation.L, symmetric=symmetric)
@@ -134,13 +134,15 @@ class StoredTrajectories(_Trajectories):
         return Source(g, sz)
 
     def control_gradient(
-        self, evaluation: Evaluation, z: Controls, L: np.ndarray, controls: Controls
-    ) -> np.ndarray | None:
+        self, evaluation: Evaluation, z: Controls, L: np.ndarray, controls: Controls | list
+    ) -> np.ndarray | list | None:
         """Derivative by the controls from an adjoint ``L``, summed ``(nz,)`` or per step ``(k, nz)``; ``controls`` are
-        those of the adjoint's :class:`Source`. ``None`` without parameters.
+        those of the adjoint's :class:`Source`. ``None`` without parameters. Of a batch a list with that of each member.
         """
         rows = self.sweeps.control_gradient(z, evaluation.U, L)
-        return rows if rows is None or controls is None else rows + controls
+        if rows is None or controls is None:
+            return rows
+        return [a + b for a, b in zip(rows, controls, strict=True)] if L.ndim == 3 else rows + controls
 
     def observations(self, evaluation: Evaluation, z: Controls, index: int) -> np.ndarray:
         """Observations of misfit number ``index`` at all local points, ``(k + 1, width)``."""
@@ -268,12 +270,19 @@ class CPointTrajectories(_Trajectories):
         return lambda points, u: _sum(m.adjoint_source(points, u, s) for m, s in terms)
 
     def hessian(
-        self, evaluation: Evaluation, z: Controls, dz: Controls, dU: np.ndarray, *,
+        self, evaluation: Evaluation, z: Controls, dz: Controls | list, dU: np.ndarray, *,
         second: bool, symmetric: bool = False,
     ) -> Source:  # fmt: skip
         """Condensed right-hand side of the second-order adjoint equation; symmetric in any case, as tangents are exact
-        inside the intervals.
+        inside the intervals. For a batch one member follows another, as the intervals advance in lock-step anyway.
         """
+        if dU.ndim == 3:
+            each = zip(dz or [None] * dU.shape[1], np.moveaxis(dU, 1, 0), strict=True)
+            sources = [
+                self.hessian(evaluation, z, d, np.ascontiguousarray(du), second=second, symmetric=symmetric)
+                for d, du in each
+            ]
+            return Source(np.stack([s.rows for s in sources], axis=1), [s.controls for s in sources])
         dS = [None] * len(self.misfits)
         if self._uses_observations:
             dS = self._of_each_misfit("pull_back_tangent", self._collectively(self._read, evaluation, z, dz, dU))
@@ -346,11 +355,16 @@ class CPointTrajectories(_Trajectories):
         return Lam
 
     def control_gradient(
-        self, evaluation: Evaluation, z: Controls, L: np.ndarray, controls: Controls
-    ) -> np.ndarray | None:
-        """Derivative by the controls from an adjoint at the C-points and the ``controls`` of its :class:`Source`."""
+        self, evaluation: Evaluation, z: Controls, L: np.ndarray, controls: Controls | list
+    ) -> np.ndarray | list | None:
+        """Derivative by the controls from an adjoint at the C-points and the ``controls`` of its :class:`Source`; of a
+        batch a list with that of each member.
+        """
         if not self.sweeps.evolution.parameters:
             return None
+        if L.ndim == 3:
+            each = zip(np.moveaxis(L, 1, 0), controls, strict=True)
+            return [self.control_gradient(evaluation, z, np.ascontiguousarray(lam), own) for lam, own in each]
         return self._collectively(self._control_gradient, evaluation, z, L, controls)
 
     def _control_gradient(self, evaluation: Evaluation, z: Controls, L: np.ndarray, controls: Controls) -> np.ndarray:

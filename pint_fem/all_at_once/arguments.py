@@ -54,6 +54,8 @@ def check_arrays(
     ):
         what = f"{k} own steps" + ("" if solver.local_rows == k + 1 else f" with {solver.local_rows - 1} C-points")
         problem = f"U {U.shape} and G {None if G is None else G.shape} for {what}"
+    elif call.get("batch") and (U.ndim < 2 or not U.shape[1]):
+        problem = f"U {U.shape} for a batch: give (points, right-hand sides, *state) with at least one right-hand side"
     elif U.dtype not in (np.float64, np.float32) or (G is not None and G.dtype != U.dtype):
         problem = (
             f"U of type {U.dtype}{'' if G is None else f', G of {G.dtype}'}: give float64 or float32, the same for both"

@@ -23,6 +23,7 @@ __all__ = ["StepCalls", "read_only", "require_block", "require_nothing", "return
 _FORMS = {
     "step": "step(self, steps, u, out) writes the new states: out[...] = u / (1 + self.dt)",
     "sweep": "sweep(self, first, U, G) writes the states behind U[0]: U[i + 1] = U[i] / (1 + self.dt), plus G[i]",
+    "advance": "advance(self, first, m, u, out, G) writes steps from many states: out[:, j] follows from out[:, j - 1]",
     "tangent": "tangent(self, steps, u, du, out) writes the derivatives: out[...] = du / (1 + self.dt)",
     "adjoint": "adjoint(self, steps, u, lam, out) writes the transposed derivatives: out[...] = lam / (1 + self.dt)",
     "all_at_once": "all_at_once(self, level, iterations) writes the states behind level.U[0]: level.U[1:] = ...",
@@ -97,7 +98,7 @@ class StepCalls:
         self._propagator = propagator
         self._protects = not getattr(propagator, "keeps_input", False)
         # a first guess in ``out`` may be the result already
-        self._unchecked = set() if getattr(propagator, "uses_guess", False) else {"step", "sweep"}
+        self._unchecked = set() if getattr(propagator, "uses_guess", False) else {"step", "sweep", "advance"}
 
     def step(self, steps: range, u: np.ndarray, out: np.ndarray) -> None:
         """Call ``propagator.step(steps, u, out)``.
@@ -141,6 +142,26 @@ class StepCalls:
             if not np.array_equal(start, U[:1], equal_nan=True):
                 raise InputError(f"sweep changes U[0], the state that it starts from: {_FORMS['sweep']}")
             self._check_written("sweep", U[1:], mark)
+
+    def advance(self, first: int, stride: int, u: np.ndarray, out: np.ndarray, G: np.ndarray | None) -> None:
+        """Call ``propagator.advance(first, stride, u, out, G)``.
+
+        Raises
+        ------
+        InputError
+            If it returns its result, writes to ``u`` or ``G``, or leaves a part of ``out`` as it was.
+        """
+        mark = _mark(out) if "advance" in self._unchecked else None
+        if self._protects:
+            u, G = read_only(u), None if G is None else read_only(G)
+        try:
+            result = self._propagator.advance(first, stride, u, out, G)
+        except ValueError as error:
+            _refuse_writing("advance", error)
+            raise
+        require_nothing("advance", result)
+        if mark is not None:
+            self._check_written("advance", out, mark)
 
     def _check_written(self, name: str, written: np.ndarray, mark: np.generic) -> None:
         """Require that no mark is left, and set no marks in later calls."""

@@ -63,6 +63,8 @@ class Failures:
         self.levels, self.comm, self.point_norms, self.name = levels, comm, point_norms, name
         self.everyone = everyone
         self.keeps_all = keeps_all
+        #: Whether the first axis of a state numbers the members of a batch.
+        self.batch = False
 
     def clear(self) -> None:
         """Remove what an earlier solve has recorded."""
@@ -77,21 +79,25 @@ class Failures:
         self.levels[0].first_failure.note(f"{what}: {type(error).__name__}: {error}", error)
 
     def squares(self, block: np.ndarray, norms: PointNorms | None = None) -> np.ndarray:
-        """Squared norms of some states ``(k,)``; NaN where the user's function fails, and once a step has failed.
+        """Squared norms of some states ``(k,)``; NaN where the user's function fails, and once a step has failed. Of a
+        batch those of each member, ``(k, members)``.
 
         Relaxation may have replaced a failed step's NaN meanwhile. The norm of NaN, rather than NaN itself, carries the
         failure to the ranks that share the states in space as well.
         """
+        shape = block.shape[: 1 + self.batch]
         if not len(block):
-            return np.zeros(0)
+            return np.zeros(shape)
         if self.levels[0].failure:
             block = np.full_like(block, np.nan)
+        if self.batch:
+            block = block.reshape(shape[0] * shape[1], *block.shape[2:])
         try:
             squares = returned_block("point_norms", norms or self.point_norms, (len(block),), block)
-            return np.asarray(squares, dtype=float)
+            return np.asarray(squares, dtype=float).reshape(shape)
         except FAILURES as error:
             self.note("point_norms", error)
-            return np.full(len(block), np.nan)
+            return np.full(shape, np.nan)
 
     def raise_unless(self, finite: bool) -> None:
         """Raise on every rank if ``finite`` is false on any.

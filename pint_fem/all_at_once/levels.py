@@ -34,6 +34,11 @@ class Propagator(Protocol):
     ``sweep(first, U, G)``
         Takes the steps ``first, first + 1, ...`` one after another in place, from ``U[0]``. ``U`` has one row more than
         there are steps, with the iterate in it; ``G`` is ``None`` or has one row per step. Sequential solves use it.
+    ``advance(first, m, u, out, G)``
+        Takes steps one after another in each of ``k`` intervals, the steps ``first + i m, first + i m + 1, ...`` in
+        interval ``i``, from ``u`` of shape ``(k, *state)``. ``out`` and ``G`` have shape ``(k, steps, *state)``: ``out[:,
+        j] = Phi(out[:, j - 1]) + G[:, j]``, and ``G`` may be ``None``. A value that is not finite has to stay so in later
+        steps. F-relaxation uses it; it is not called for propagators with ``uses_guess`` or ``block``.
     ``block``
         The number of states in a full block: relaxation then advances groups of that many intervals.
     ``uses_guess``
@@ -216,6 +221,42 @@ class Level:
                 self._failed(steps, u, out)
         if self.trace:
             self.trace.work(name, self.index, begin, first=steps[0], states=len(steps))
+
+    @property
+    def advances(self) -> bool:
+        """Whether the propagator takes several steps from many states in one call."""
+        return hasattr(self.propagator, "advance") and not self.uses_guess and not self.block
+
+    def advance(self, first: int, stride: int, u: np.ndarray, out: np.ndarray, G: np.ndarray | None) -> None:
+        """Take steps one after another from each of ``k`` states, ``out[:, j] = Phi(out[:, j-1]) + G[:, j]``.
+
+        Parameters
+        ----------
+        first, stride
+            The first step from ``u[i]`` has the number ``first + i stride``.
+        u, out, G
+            ``(k, *state)``, and twice ``(k, steps, *state)``; ``G`` may be ``None``.
+        """
+        count = out.shape[1]
+        if not count or not len(u):
+            return
+        steps = range(first, first + len(u) * stride, stride)
+        self.first_failure.calls += 1
+        begin = self.trace.now() if self.trace else 0.0
+        self.phi_calls += len(u) * count
+        try:
+            self._calls.advance(first, stride, u, out, G)
+        except FAILURES as error:
+            out[...] = np.nan
+            self._failed(steps, u, out[:, 0], error)
+        else:
+            # what is not finite stays so
+            if not np.isfinite(out[:, -1]).all():
+                for j in range(count):
+                    shifted = range(first + j, first + j + len(u) * stride, stride)
+                    self._failed(shifted, out[:, j - 1] if j else u, out[:, j])
+        if self.trace:
+            self.trace.work("phi", self.index, begin, first=first, states=len(u) * count)
 
     def solve_sequentially(self, *, fresh: bool = False) -> None:
         """Take all steps of the level in turn, rank after rank; row 0 of the first rank is the initial value."""

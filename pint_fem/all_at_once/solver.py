@@ -108,7 +108,7 @@ class AllAtOnceSolver(ABC):
         self._failures = Failures(levels, comm, point_norms, name, everyone=self.everyone, keeps_all=keeps_all)
         self._stop = Stopping(options, exact_after)
         self._viewed, self._iterates = not options.view, iterates
-        self._state: tuple[tuple[int, ...], np.dtype] | None = None
+        self._state: tuple[tuple[int, ...], np.dtype, bool] | None = None
         self._residual: np.ndarray | None = None
         self.local_rows = levels[0].k + 1
 
@@ -135,6 +135,7 @@ class AllAtOnceSolver(ABC):
         coarse_rhs: Sequence[np.ndarray | None] | None = None,
         rtol: float | None = None,
         cycles: int | None = None,
+        batch: bool = False,
     ) -> SolveResult:
         """Solve in place (collective).
 
@@ -156,6 +157,10 @@ class AllAtOnceSolver(ABC):
             Tolerance of this solve instead of the options' (an ``atol`` of theirs still counts).
         cycles
             Take this many iterations, whatever the residual.
+        batch
+            Whether the first axis of a state numbers independent right-hand sides of the same linear evolution, ``U``
+            being ``(local_rows, members, ...)``: residuals are then those of each member, and each has to satisfy the
+            stopping criterion by itself, so that a small one is solved as accurately as a large one beside it.
 
         Returns
         -------
@@ -173,16 +178,17 @@ class AllAtOnceSolver(ABC):
             happened, as ``RuntimeError`` on the others.
         """
         fine = self.levels[0]
-        check_arrays(self, U, G, coarse_rhs, start=start, rtol=rtol, cycles=cycles)
+        check_arrays(self, U, G, coarse_rhs, start=start, rtol=rtol, cycles=cycles, batch=bool(batch))
         start = self.options.start if start is None else start
         if start not in STARTS:
             kinds = ", ".join(map(repr, STARTS))
             raise ValueError(f"{self.options.solver} start {start!r}: give one of {kinds}")
         self._stop.set(rtol=rtol, cycles=cycles)
         self._failures.clear()
+        self._failures.batch = bool(batch)
         if not self._viewed:
             self._viewed = True
-            self.prepare(U.shape[1:], U.dtype)
+            self.prepare(U.shape[1:], U.dtype, batch=batch)
             self._print(self.view(U[:1].nbytes))
         fine.U, fine.G = U, G
         fine.set_may_be_last(True)
@@ -199,7 +205,7 @@ class AllAtOnceSolver(ABC):
     ) -> SolveResult:
         """Iterate; where that does not converge and the options permit it, step sequentially."""
         result, serial = SolveResult(), self.options.on_divergence == "serial"
-        self.prepare(U.shape[1:], U.dtype)
+        self.prepare(U.shape[1:], U.dtype, batch=self._failures.batch)
         try:
             self._iterate(U, start, coarse_rhs, result)
             self._failures.raise_at_points(U)  # failures at points that no norm includes
@@ -214,7 +220,8 @@ class AllAtOnceSolver(ABC):
         self.levels[0].set_may_be_last(True)
         self._step_through()
         self._failures.raise_at_points(U)
-        result.converged, result.reason = True, "serial"
+        for each in (result, *result.members):
+            each.converged, each.reason = True, "serial"
         return result
 
     @abstractmethod
@@ -227,10 +234,13 @@ class AllAtOnceSolver(ABC):
         """Step sequentially, whatever the present iterate."""
         self.levels[0].solve_sequentially(fresh=True)
 
-    def prepare(self, shape: tuple[int, ...], dtype: DTypeLike = float) -> None:
-        """Allocate the work arrays for states of a shape and type, where they are missing (collective)."""
+    def prepare(self, shape: tuple[int, ...], dtype: DTypeLike = float, *, batch: bool = False) -> None:
+        """Allocate the work arrays for states of a shape and type, where they are missing (collective); ``batch``:
+        whether the first number of the shape is that of a batch's members.
+        """
+        self._failures.batch = bool(batch)
         if self._iterates:
-            self._state = tuple(shape), np.dtype(dtype)
+            self._state = tuple(shape), np.dtype(dtype), bool(batch)
 
     def raise_failures(self) -> None:
         """Raise on every rank if a step has failed on any since the last solve (collective).
@@ -241,21 +251,35 @@ class AllAtOnceSolver(ABC):
             Naming the step.
         """
         if self._state is not None:
-            shape, dtype = self._state
+            shape, dtype, _ = self._state
             self._failures.raise_noted(np.zeros((1, *shape), dtype))
 
     # -- residuals -----------------------------------------------------------------------------------------------------
-    def _norms(self, squares: Sequence[np.ndarray], bounds: Bounds | None) -> list[float]:
-        """Norms over time from the squared norms of own states (collective, one message for all of them).
+    def _norms(self, squares: Sequence[np.ndarray], bounds: Bounds | None) -> np.ndarray:
+        """Norms over time, ``(arrays,)``, from the squared norms of own states (collective, one message for all of
+        them); of each member of a batch, ``(arrays, members)``.
 
-        All arrays have as many entries, given for each rank by the bounds; ``None``: they are counted. Raises
+        All arrays have as many rows, given for each rank by the bounds; ``None``: they are counted. Raises
         ``SolverFailure`` on every rank if a norm is not finite.
         """
         local = squares[0] if len(squares) == 1 else np.stack(squares, axis=1)
         norms = norm_over_time(gather_in_order(local, self.comm, bounds), self.options.time_norm)
         if not np.isfinite(norms).all():
             self._failures.raise_unless(False)
-        return np.atleast_1d(norms).tolist()
+        return norms if len(squares) > 1 else np.asarray(norms)[None]
+
+    def _decide(self, result: SolveResult, norms: np.ndarray, scale: np.ndarray) -> bool:
+        """Add residual norms, ``(cycles,)`` or ``(cycles, members)``, to the result, and set the norm of the trajectory
+        or of each member's; returns whether to stop.
+        """
+        if self._failures.batch:
+            result.members = result.members or [SolveResult() for _ in scale]
+        for member, each, size in zip(
+            result.members or [result], np.reshape(norms, (len(norms), -1)).T, np.atleast_1d(scale), strict=True
+        ):
+            member.residuals += each.tolist()
+            member.scale = float(size)
+        return self._stop(result)
 
     def _residual_at_all_points(self, U: np.ndarray) -> np.ndarray:
         """``Phi(U) + G - U`` at all own points, in a work array (messages to the neighbours)."""

@@ -37,6 +37,10 @@ class SolveResult:
         Norm of the trajectory at the C-points when the last residual was computed.
     message : str
         Why it did not converge by cycles.
+    members : list of SolveResult
+        For a batch the result of each right-hand side; ``residuals`` and ``scale`` of the batch are those of the member
+        that is furthest from its tolerance, so that no other one has a larger relative residual. Empty where no
+        residual was computed, and without a batch.
     """
 
     converged: bool = False
@@ -45,6 +49,7 @@ class SolveResult:
     cycles: int = 0
     scale: float = math.nan
     message: str = ""
+    members: list[SolveResult] = field(default_factory=list)
 
     def __str__(self) -> str:
         outcome = "Converged" if self.converged else "Not converged"
@@ -125,7 +130,30 @@ class Stopping:
         self._rtol, self.cycles = self.options.rtol if rtol is None else rtol, cycles
 
     def __call__(self, result: SolveResult) -> bool:
-        """Set ``reason``, ``converged`` and ``message`` of the result; return whether to stop."""
+        """Set ``reason``, ``converged`` and ``message`` of the result; return whether to stop.
+
+        A batch has converged when each of its members has, and has failed as soon as one of them has.
+        """
+        return self._of_members(result) if result.members else self._of_one(result)
+
+    def _of_members(self, result: SolveResult) -> bool:
+        """The criterion for each member of a batch by itself; the batch takes the residuals of the worst one."""
+        members = result.members
+        for number, member in enumerate(members):
+            member.cycles, member.converged, member.reason, member.message = result.cycles, False, "", ""
+            self._of_one(member)
+            if member.message:
+                member.message = f"right-hand side {number} of {len(members)}: {member.message}"
+        failed = [member for member in members if member.reason and not member.converged]
+        worst = max(failed or members, key=lambda member: (not member.converged, member.relative_residual))
+        result.residuals, result.scale = list(worst.residuals), worst.scale
+        if not failed and not worst.converged:
+            return False
+        result.converged, result.reason, result.message = worst.converged, worst.reason, worst.message
+        return True
+
+    def _of_one(self, result: SolveResult) -> bool:
+        """The criterion for one right-hand side."""
         options, r, norm = self.options, result.residuals, result.residuals[-1]
         if self.cycles is not None:
             result.converged = result.cycles >= self.cycles

@@ -46,12 +46,17 @@ class TransposedSweep(ABC):
         self.solver, self.rows = solver, rows
         self._rows: np.ndarray | None = None
 
-    def _zeros(self, size: int) -> np.ndarray:
-        """The sweep's array ``(rows, n)``, set to zero."""
-        if self._rows is None:
-            self._rows = np.empty((self.rows, size))
+    def _zeros(self, shape: tuple[int, ...]) -> np.ndarray:
+        """The sweep's array ``(rows, *shape)``, set to zero."""
+        if self._rows is None or self._rows.shape[1:] != shape:
+            self._rows = np.empty((self.rows, *shape))
         self._rows[...] = 0
         return self._rows
+
+    def release(self) -> None:
+        """Free the sweep's array where it is that of a batch."""
+        if self._rows is not None and self._rows.ndim > 2:
+            self._rows = None
 
     @abstractmethod
     def arrays(self, gradient: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -60,8 +65,8 @@ class TransposedSweep(ABC):
         Parameters
         ----------
         gradient
-            Misfit gradients of the own points, ``(k + 1, n)``. The last row counts on the last rank; elsewhere the
-            sweep may overwrite it.
+            Misfit gradients of the own points, ``(k + 1, n)``, or of a batch ``(k + 1, members, n)``. The last row
+            counts on the last rank; elsewhere the sweep may overwrite it.
         """
 
     @property

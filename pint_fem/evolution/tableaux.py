@@ -8,7 +8,7 @@ from irksome.tableaux.ButcherTableaux import ButcherTableau
 
 from pint_fem.errors import InputError
 
-__all__ = ["DIRK", "SDIRK2", "BackwardEuler", "ImplicitMidpoint", "named_tableau"]
+__all__ = ["DIRK", "SDIRK2", "BackwardEuler", "ImplicitMidpoint", "Repeated", "named_tableau"]
 
 
 class SDIRK2(ButcherTableau):
@@ -20,6 +20,32 @@ class SDIRK2(ButcherTableau):
 
     def __str__(self) -> str:
         return "SDIRK2()"
+
+
+class Repeated(ButcherTableau):
+    """Several equal steps of a method as the stages of one step.
+
+    A coarse level of MGRIT with two steps for each of its intervals approximates the fine steps about four times as well
+    for a method of order two, and costs little where the coarse level is small.
+
+    Parameters
+    ----------
+    tableau
+        The method.
+    count
+        Number of steps.
+    """
+
+    def __init__(self, tableau: ButcherTableau, count: int):
+        self._of = tableau, count
+        A, b, c = (np.asarray(x, dtype=float) for x in (tableau.A, tableau.b, tableau.c))
+        before = np.tril(np.ones((count, count)), -1)
+        A = (np.kron(np.eye(count), A) + np.kron(before, np.outer(np.ones(len(b)), b))) / count
+        times = np.concatenate([(step + c) / count for step in range(count)])
+        super().__init__(A, np.tile(b, count) / count, None, times, tableau.order, None, None)
+
+    def __str__(self) -> str:
+        return f"{self._of[1]} steps of {self._of[0]}"
 
 
 def ImplicitMidpoint() -> ButcherTableau:
@@ -53,7 +79,8 @@ class DIRK:
         F\big((U_i - W_i)/(a_{ii}\Delta t),\, U_i,\, t + c_i \Delta t\big) = 0, \qquad
         u_1 = u_0 + \sum_i \beta_i d_i, \quad \beta_i = b_i/a_{ii},
 
-    and ``u_1 = U_s`` for a stiffly accurate method. Boundary values are those of the stage's time.
+    (:attr:`restarts` are the stages that begin at the one before them with nothing else of earlier ones, so that the
+    method is a sequence of shorter ones) and ``u_1 = U_s`` for a stiffly accurate method. Boundary values are those of the stage's time.
 
     Parameters
     ----------
@@ -81,3 +108,5 @@ class DIRK:
         self.beta = np.asarray(tableau.b, dtype=float) / self.diagonal
         self.stiffly_accurate = bool(tableau.is_stiffly_accurate)
         self.A, self.b = A, np.asarray(tableau.b, dtype=float)
+        same = [i for i in range(1, self.stages) if np.allclose(A[i:, :i], A[i - 1, :i], rtol=1e-14, atol=0)]
+        self.restarts = [0, *same, self.stages]

@@ -9,6 +9,7 @@ from firedrake import Cofunction, DirichletBC, Function
 from firedrake.functionspaceimpl import WithGeometry
 
 __all__ = [
+    "as_rows",
     "boundary_rows",
     "condition_rows",
     "get",
@@ -20,6 +21,11 @@ __all__ = [
     "split_values",
     "whole_space",
 ]
+
+
+def as_rows(states: np.ndarray) -> np.ndarray:
+    """States ``(..., n)`` as the rows of an array ``(count, n)``; a view where that is possible."""
+    return states.reshape(int(np.prod(states.shape[:-1], dtype=int)), states.shape[-1])
 
 
 def own_size(V: WithGeometry) -> int:

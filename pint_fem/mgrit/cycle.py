@@ -53,6 +53,8 @@ class Cycle:
         Whether the propagators are linear.
     dtype
         Type of the states: float64 or float32.
+    batch
+        Whether the first axis of a state numbers the members of a batch, each of which transfers map by itself.
     """
 
     def __init__(
@@ -65,10 +67,13 @@ class Cycle:
         transposed: bool = False,
         linear: bool = False,
         dtype: DTypeLike = float,
+        batch: bool = False,
     ):
         self.levels, self.options, self.transfers = list(levels), options, list(transfers)
+        if batch:
+            self.transfers = [None if transfer is None else transfer.of_batches() for transfer in self.transfers]
         self.transposed, self.linear, self.state_shape = transposed, linear, tuple(state_shape)
-        self.dtype = np.dtype(dtype)
+        self.state = self.state_shape, np.dtype(dtype), batch
         self.relaxations: list[Relaxation] = []
         #: Residual at the own C-points, in fine space; C-points' values in coarse space.
         self.residuals, self.restricted = [], []

@@ -52,6 +52,26 @@ def runs(intervals: list[Interval], j: int, lo: int, hi: int, first_number: int)
         yield Run(range(start, stop, length), slice(start - lo, stop - lo, length), slice(place, place + len(part)))
 
 
+class Chain(NamedTuple):
+    """Successive steps to F-points from each of some rows, in one propagator call."""
+
+    row: int  # the first
+    stride: int
+    count: int
+    steps: int
+
+    @property
+    def rows(self) -> slice:
+        """Rows that they start from."""
+        return slice(self.row, self.row + (self.count - 1) * self.stride + 1, self.stride)
+
+    def rows_of_steps(self, array: np.ndarray, first: int) -> np.ndarray:
+        """Rows of each step ``(count, steps, ...)``, those of the first step beginning with row ``row + first``."""
+        begin, (row, *rest) = array[self.row + first :], array.strides
+        shape = (self.count, self.steps, *array.shape[1:])
+        return np.lib.stride_tricks.as_strided(begin, shape, (self.stride * row, row, *rest), writeable=True)
+
+
 class Group(NamedTuple):
     """Intervals that advance through relaxation in the same calls."""
 
@@ -59,6 +79,7 @@ class Group(NamedTuple):
     f_runs: list[Run]
     waits: bool  # needs row 0
     ends: bool  # contains the last row
+    chain: Chain | None = None
 
 
 class Relaxation:
@@ -109,6 +130,9 @@ class Relaxation:
     def _groups(self) -> Iterator[Group]:
         """Groups from the last to the first. The one that needs row 0 is as small as whole blocks allow."""
         level, lo, hi = self.level, self.level.lo, self.level.hi
+        if level.advances:
+            yield from self._chains()
+            return
         partial = [i for i in self.intervals if i.start < lo]
         whole = [i for i in self.intervals if i.start >= lo]
         if level.block:
@@ -124,6 +148,19 @@ class Relaxation:
         for i in partial:  # one state after another, in the lanes of the whole interval
             f = [run for j in range(i.length - 1) for run in runs([i], j, lo, hi, self.first_number)]
             yield Group(partial, f, True, i is self.intervals[-1])
+
+    def _chains(self) -> Iterator[Group]:
+        """Groups from the last to the first, of neighbouring intervals with as many steps to own F-points."""
+        lo, hi = self.level.lo, self.level.hi
+
+        def steps(i: Interval) -> int:
+            return min(i.start + i.length - 1, hi) - max(i.start, lo)
+
+        parts = [list(part) for _, part in groupby(self.intervals, key=lambda i: (i.start < lo, i.length, steps(i)))]
+        for part in reversed(parts):
+            row = max(part[0].start - lo, 0)
+            chain = Chain(row, part[0].length, len(part), steps(part[0]))
+            yield Group(part, [], row == 0, part[-1] is self.intervals[-1], chain)
 
     @staticmethod
     def _f_steps(part: list[Interval], j: int) -> list[Interval]:
@@ -148,6 +185,14 @@ class Relaxation:
         if G is not None:
             out += G
 
+    def _advance(self, chain: Chain) -> None:
+        """Update the F-points of some intervals in one call."""
+        level, U = self.level, self.level.U
+        if not chain.steps:
+            return
+        G = None if level.G is None else chain.rows_of_steps(level.G, 0)
+        level.advance(level.lo + chain.row, chain.stride, U[chain.rows], chain.rows_of_steps(U, 1), G)
+
     def f_relax(self) -> None:
         """Update the F-points: ``U[n+1] = Phi_n(U[n]) + G[n]`` from each C-point on."""
         level = self.level
@@ -163,6 +208,8 @@ class Relaxation:
                 receive = None
             for run in group.f_runs:
                 self._phi(run, U[run.targets])
+            if group.chain is not None:
+                self._advance(group.chain)
             if group.ends and not self.last_is_c:
                 send = level.post_send(U)
         level.wait(receive, send)

@@ -90,6 +90,11 @@ class MGRIT(AllAtOnceSolver):
         options, count = MGRITOptions.make(options), len(propagators)
         if options.levels not in (None, count):
             raise ValueError(f"{count} propagators for {options.levels} mgrit levels: give one per level")
+        if options.coarse_steps != 1:
+            raise ValueError(
+                f"mgrit coarse_steps {options.coarse_steps}: the propagators are given here; make coarse ones that take "
+                "shorter steps, and leave it out"
+            )
         options = MGRITOptions.make(options, levels=count)
         factors, compact = options.factors(nsteps), options.storage == "C"
         if not factors and compact:
@@ -128,24 +133,25 @@ class MGRIT(AllAtOnceSolver):
     def _step_through(self) -> None:
         self._cycle.relaxations[0].solve_sequentially()
 
-    def prepare(self, shape: tuple[int, ...], dtype: DTypeLike = float) -> None:
-        """Allocate the work arrays for states of a shape and type, where they are missing (collective).
+    def prepare(self, shape: tuple[int, ...], dtype: DTypeLike = float, *, batch: bool = False) -> None:
+        """Allocate the work arrays for states of a shape and type, where they are missing (collective); ``batch``:
+        whether the first number of the shape is that of a batch's members.
 
         Raises
         ------
         InputError
             On every rank, on a transfer or a storage that does not fit.
         """
-        super().prepare(shape, dtype)
-        if self._iterates and (self._cycle is None or (self._cycle.state_shape, self._cycle.dtype) != self._state):
+        super().prepare(shape, dtype, batch=batch)
+        if self._iterates and (self._cycle is None or self._cycle.state != self._state):
             self._cycle = collectively(self.everyone, f"{self.name}: work arrays", self._make_cycle)
 
     def _make_cycle(self) -> Cycle:
-        shape, dtype = self._state
+        shape, dtype, batch = self._state
         try:
             return Cycle(
                 self.levels, self.options, shape, self.transfers, linear=self.linear, transposed=self.transposed,
-                dtype=dtype,
+                dtype=dtype, batch=batch,
             )  # fmt: skip
         except ValueError as error:
             raise InputError(f"{self.name}: {error}") from error
@@ -205,16 +211,16 @@ class MGRIT(AllAtOnceSolver):
             self._exchange_failures(r, 0, squares)
             V, coarse = self._failures.squares(self._cycle.relaxations[0].c_values(U)), self.levels[1].bounds
             if deferred is not None:
-                *result.residuals, result.scale = self._norms([*deferred, V], coarse)
-                return self._stop(result)
+                norms = self._norms([*deferred, V], coarse)
+                return self._decide(result, norms[:-1], norms[-1])
             if kind == "full":
                 every = self._failures.squares(self._residual_at_all_points(U))
-                [norm], [result.scale] = self._norms([every], self.levels[0].bounds), self._norms([V], coarse)
+                [norm], [scale] = self._norms([every], self.levels[0].bounds), self._norms([V], coarse)
             else:
-                norm, result.scale = self._norms([squares, V], coarse)
-        result.residuals.append(norm)
+                norm, scale = self._norms([squares, V], coarse)
+        stops = self._decide(result, np.array([norm]), scale)
         self._monitor(result)
-        return self._stop(result)
+        return stops
 
     def _exchange_failures(self, r: np.ndarray, cycles: int, values: np.ndarray) -> None:
         """Record the step behind a residual that is not finite; after some numbers of cycles exchange failures.

@@ -82,6 +82,22 @@ class Transfer:
             raise ValueError("the transfer has no transposed maps: give restrict_transposed and prolong_transposed")
         return Transfer(self.prolong_transposed, self.restrict_transposed, self.prolong, self.restrict)
 
+    def of_batches(self) -> Transfer:
+        """The transfer of batches of states, ``(k, members, *fine) -> (k, members, *coarse)`` and back."""
+        back = [None if f is None else _of_batch(f) for f in (self.restrict_transposed, self.prolong_transposed)]
+        return Transfer(_of_batch(self.restrict), _of_batch(self.prolong), *back)
+
+
+def _of_batch(apply: BlockMap) -> BlockMap:
+    """A map of blocks ``(k, *state)`` for batches ``(k, members, *state)``."""
+
+    def batched(block: np.ndarray) -> np.ndarray:
+        count = block.shape[0] * block.shape[1]
+        out = np.asarray(apply(block.reshape(count, *block.shape[2:])))
+        return out.reshape(*block.shape[:2], *out.shape[1:])
+
+    return batched
+
 
 def _by_rows(A: Matrix) -> BlockMap:
     """One product per state: a result does not depend on the size of the block."""

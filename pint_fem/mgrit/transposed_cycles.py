@@ -110,6 +110,6 @@ class TransposedAdjoint(TransposedSweep):
         Parameters
         ----------
         gradient
-            Misfit gradients of the own points, ``(k + 1, n)``.
+            Misfit gradients of the own points, ``(k + 1, n)``, or of a batch ``(k + 1, members, n)``.
         """
-        return self._zeros(gradient.shape[1])[::-1], gradient[: self.rows - 1][::-1]
+        return self._zeros(gradient.shape[1:])[::-1], gradient[: self.rows - 1][::-1]

@@ -26,7 +26,7 @@ from pint_fem.errors import InputError
 from pint_fem.evolution.evolution import Evolution
 from pint_fem.spacetime import Slab, SpaceTime
 
-__all__ = ["BLOCK", "BlockMisfit", "Misfit", "checked_slab", "checked_values"]
+__all__ = ["BLOCK", "BlockMisfit", "Misfit", "checked_slab", "checked_values", "hessian_products"]
 
 BLOCK = 64
 """Points of a block where the states at all points are stored."""
@@ -37,6 +37,8 @@ class Misfit(ABC):
 
     #: Whether it is a quadratic function of the trajectory.
     quadratic = False
+    #: Whether :meth:`hessian` also takes a batch of directions, ``(k + 1, members, n)``, and returns as many products.
+    takes_batches = False
     #: Whether :meth:`bind` has been called, that is, whether the misfit belongs to a reduced functional.
     is_bound = False
 
@@ -89,6 +91,16 @@ class Misfit(ABC):
         return {}
 
 
+def hessian_products(misfit: Misfit, U: np.ndarray, dU: np.ndarray) -> np.ndarray:
+    """The result of :meth:`Misfit.hessian` for a direction ``(k + 1, n)`` or a batch ``(k + 1, members, n)``."""
+    if dU.ndim == 2 or misfit.takes_batches:
+        return checked_slab(misfit.hessian, U, dU, shape=dU.shape)
+    products = np.empty_like(dU)
+    for member in range(dU.shape[1]):
+        products[:, member] = checked_slab(misfit.hessian, U, np.ascontiguousarray(dU[:, member]))
+    return products
+
+
 def checked_slab(method: Callable, U: np.ndarray, *dU: np.ndarray, shape: tuple[int, ...] | None = None) -> np.ndarray:
     """The result of :meth:`Misfit.gradient` or :meth:`Misfit.hessian` for states (and a direction) ``(k + 1, n)``; an
     ``InputError`` unless it has the given shape, by default that of ``U``.
@@ -109,7 +121,9 @@ class BlockMisfit(Misfit):
     """A misfit that is evaluated on blocks of points, through observations of a few numbers per point.
 
     In all methods ``points`` is a slice of local points, ``u`` and ``du`` are states and directions at these,
-    ``(b, n)``, and ``Y``, ``dY``, ``S`` and ``dS`` are arrays ``(k + 1, width)`` of all local points.
+    ``(b, n)``, and ``Y``, ``dY``, ``S`` and ``dS`` are arrays ``(k + 1, width)`` of all local points. Where
+    ``takes_batches`` is true, ``du`` may also be ``(b, members, n)``, then ``dY`` and ``dS`` are ``(k + 1, members,
+    width)``.
 
     Attributes
     ----------
@@ -183,8 +197,8 @@ class BlockMisfit(Misfit):
 
     def _read(self, U: np.ndarray, dU: np.ndarray | None) -> np.ndarray:
         self._require_all_points(U, *(() if dU is None else (dU,)))
-        Y = np.zeros((len(U), self.width))
-        for points in _blocks(len(U)):
+        Y = np.zeros((*(U if dU is None else dU).shape[:-1], self.width))
+        for points in _blocks(*Y.shape[:-1]):
             u = U[points]
             Y[points] = self.observe(points, u) if dU is None else self.observe_tangent(points, u, dU[points])
         return Y
@@ -206,16 +220,17 @@ class BlockMisfit(Misfit):
         return out
 
     def hessian(self, U: np.ndarray, dU: np.ndarray) -> np.ndarray:
-        """Derivative of :meth:`gradient` in the direction ``dU``, ``(k + 1, n)``."""
+        """Derivative of :meth:`gradient` in the direction ``dU``, shaped as this is."""
         self._require_all_points(U, dU)
         dS = self.pull_back_tangent(self.read(U, dU)) if self.uses_observations else None
-        out = np.empty_like(U)
-        for points in _blocks(len(U)):
+        out = np.empty_like(dU)
+        for points in _blocks(*dU.shape[:-1]):
             out[points] = self.adjoint_source_tangent(points, U[points], dU[points], dS)
         return out
 
 
-def _blocks(count: int) -> Iterator[slice]:
-    """Slices of ``BLOCK`` points, the last one of the rest."""
-    for first in range(0, count, BLOCK):
-        yield slice(first, min(first + BLOCK, count))
+def _blocks(count: int, members: int = 1) -> Iterator[slice]:
+    """Slices of points with ``BLOCK`` states in all members of a batch, the last one of the rest."""
+    size = max(BLOCK // members, 1)
+    for first in range(0, count, size):
+        yield slice(first, min(first + size, count))

@@ -83,6 +83,7 @@ class _FormMisfit(BlockMisfit):
                 span=(float(evolution.time(0)), float(evolution.time(evolution.nsteps))),
                 store=self.stores_data,
             )  # fmt: skip
+            self.takes_batches = True
             if self._functional.Q is None:
                 self.state_dependent = np.zeros_like(self.active)
         else:
@@ -136,9 +137,9 @@ class _FormMisfit(BlockMisfit):
         return out
 
     def adjoint_source_tangent(self, points: slice, u: np.ndarray, du: np.ndarray, dS: np.ndarray | None) -> np.ndarray:
-        """``w_n j_uu(u_n, t_n) du_n``, ``(b, n)``."""
+        """``w_n j_uu(u_n, t_n) du_n``, ``(b, n)``; of a batch ``(b, members, n)`` where it is quadratic."""
         out = self._functional.product(points, du) if self.quadratic else self._assemble_at(2, points, u, du)
-        out *= self.weight[points, None]
+        out *= self.weight[points].reshape(-1, *[1] * (du.ndim - 1))
         return out
 
     def nbytes(self) -> int:

@@ -21,7 +21,7 @@ from numpy.typing import ArrayLike
 
 from pint_fem.errors import InputError
 from pint_fem.evolution.evolution import Evolution
-from pint_fem.kernels.arrays import rows_in_whole
+from pint_fem.kernels.arrays import as_rows, rows_in_whole
 from pint_fem.kernels.block_operator import BlockOperator
 from pint_fem.misfits.base import BlockMisfit
 from pint_fem.spacetime import Slab, SpaceTime
@@ -68,7 +68,7 @@ class PointSensors(BlockMisfit):
         or component that is missing or not there.
     """
 
-    quadratic = True
+    quadratic = takes_batches = True
 
     def __init__(
         self,
@@ -233,27 +233,31 @@ class PointSensors(BlockMisfit):
         return H.createSubMatrix(rows, PETSc.IS().createStride(last - first, first, 1, comm=H.comm))
 
     def _at_sensors(self, U: np.ndarray) -> np.ndarray:
-        """Values of states ``(b, n)`` at the own sensors, ``(b, own sensors)``."""
-        return self._H(U if self._dofs is None else U[:, self._dofs])
+        """Values of states ``(..., n)`` at the own sensors, ``(..., own sensors)``."""
+        U = U if self._dofs is None else U[..., self._dofs]
+        return self._H(as_rows(U)).reshape(*U.shape[:-1], len(self.local))
 
     def _at_sensors_transposed(self, S: np.ndarray) -> np.ndarray:
-        """The transpose of :meth:`_at_sensors`, ``(b, n)``."""
+        """The transpose of :meth:`_at_sensors`, ``(..., n)``."""
+        rows = self._H_T(as_rows(S))
+        rows = rows.reshape(*S.shape[:-1], rows.shape[1])
         if self._dofs is None:
-            return self._H_T(S)
-        out = np.zeros((len(S), self.evolution.state_size))
-        out[:, self._dofs] = self._H_T(S)
+            return rows
+        out = np.zeros((*S.shape[:-1], self.evolution.state_size))
+        out[..., self._dofs] = rows
         return out
 
     def _at_reading_times(self, Y: np.ndarray) -> np.ndarray:
-        """Observations ``(k + 1, own sensors)`` interpolated to the times of the own readings."""
-        theta = self._theta[:, None]
+        """Observations ``(k + 1, ..., own sensors)`` interpolated to the times of the own readings."""
+        theta = self._theta.reshape(-1, *[1] * (Y.ndim - 1))
         return theta * Y[self._point] + (1 - theta) * Y[self._point - 1]
 
     def _at_reading_times_transposed(self, r: np.ndarray) -> np.ndarray:
         """``w`` times the transpose of :meth:`_at_reading_times`, contributions of the left neighbour's readings to
         point 0 included (collective).
         """
-        S, theta = np.zeros((self.slab.k + 1, len(self.local))), self._weight * self._theta[:, None]
+        S = np.zeros((self.slab.k + 1, *r.shape[1:]))
+        theta = self._weight * self._theta.reshape(-1, *[1] * (r.ndim - 1))
         np.add.at(S, self._point, theta * r)
         np.add.at(S, self._point - 1, (self._weight - theta) * r)
         self.spacetime.add_shared_points(S)

@@ -26,7 +26,7 @@ from firedrake.petsc import PETSc
 from ufl.algorithms import extract_coefficients
 
 from pint_fem.evolution.control_operators import absolute
-from pint_fem.kernels.arrays import get, own_size, put
+from pint_fem.kernels.arrays import as_rows, get, own_size, put
 from pint_fem.kernels.block_operator import BlockOperator
 from pint_fem.misfits.point_vectors import PointVectors
 from pint_fem.misfits.reference import ReferenceValues
@@ -173,13 +173,13 @@ class QuadraticFunctional:
         return u if self._reference is None else u - self._reference[points]
 
     def product(self, points: slice, du: np.ndarray) -> np.ndarray:
-        """``Q du`` at the active points, zero at the others, ``(b, n)``."""
+        """``Q du`` at the active points, zero at the others, for ``(b, n)`` or a batch ``(b, members, n)``."""
         some = np.flatnonzero(self._active[points])
         if self.Q is not None and len(some) == len(du):
-            return self.Q(du)
+            return _products(self.Q, du)
         out = np.zeros(du.shape)
         if self.Q is not None and len(some):
-            out[some] = self.Q(du[some])
+            out[some] = _products(self.Q, du[some])
         return out
 
     def local_values(self, points: slice, u: np.ndarray) -> np.ndarray:
@@ -211,6 +211,11 @@ class QuadraticFunctional:
     def petsc_bytes(self) -> dict[str, int]:
         """Bytes of the matrix and its blocks on this rank, by part."""
         return {} if self.Q is None else self.Q.nbytes
+
+
+def _products(Q: BlockOperator, states: np.ndarray) -> np.ndarray:
+    """Products of a square matrix with states ``(..., n)``, all in one call."""
+    return Q(as_rows(states)).reshape(states.shape)
 
 
 def _data_at(data: ReferenceValues, t: Function | None, time: float) -> np.ndarray | None:

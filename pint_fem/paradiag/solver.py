@@ -105,7 +105,7 @@ class ParaDiag(AllAtOnceSolver):
         super().__init__(levels, options, comm=comm, name=name, **given)
         self._frequency_solve, self._backwards, self._make_circulant = solve, backwards, circulant
         self._circulant: AlphaCirculant | None = None
-        self._size = 0
+        self._size, self._members = 0, 1
         self.before_iteration: Callable[[np.ndarray, float | None], None] | None = None
 
     def circulant(self, size: int) -> AlphaCirculant:
@@ -119,9 +119,13 @@ class ParaDiag(AllAtOnceSolver):
         return self._circulant
 
     def _guarded(self, k: int, mu: complex, r: np.ndarray) -> np.ndarray:
-        """Solve for a frequency; a failure becomes NaN, which the residual's norm carries to every rank."""
+        """Solve for a frequency, one member of a batch after another; a failure becomes NaN, which the residual's norm
+        carries to every rank.
+        """
         try:
-            return returned_block("solve(k, mu, r)", self._frequency_solve, r.shape, k, mu, r)
+            rows = r.reshape(self._members, -1)
+            solve = lambda row: returned_block("solve(k, mu, r)", self._frequency_solve, row.shape, k, mu, row)
+            return solve(r) if self._members == 1 else np.concatenate([solve(row) for row in rows])
         except FAILURES as error:
             if np.isfinite(r).all() or not isinstance(error, Exception):
                 self._failures.note(f"frequency {k}", error)
@@ -131,20 +135,21 @@ class ParaDiag(AllAtOnceSolver):
         self, U: np.ndarray, start: str, coarse_rhs: Sequence[np.ndarray | None] | None, result: SolveResult
     ) -> None:
         fine, size = self.levels[0], int(np.prod(U.shape[1:], dtype=int))
+        self._members = U.shape[1] if self._failures.batch else 1
         precondition = self.circulant(size)
         from_zero = start in ("skip", "nested") and self.before_iteration is None
         r = self._residual_from_zero(U) if from_zero else self._residual_at_all_points(U)
         while True:
             with timed(self.trace, "norm", 0, sweep=self.name):
                 squares = [self._failures.squares(block) for block in (r, U[1:])]
-                norm, result.scale = self._norms(squares, None)
-            result.residuals.append(norm)
+                norm, scale = self._norms(squares, None)
+            stops = self._decide(result, norm[None], scale)
             self._monitor(result)
-            if self._stop(result):
+            if stops:
                 break
             if self.before_iteration is not None:
                 previous = result.residuals[-2:-1]
-                self.before_iteration(U, norm / previous[0] if previous else None)
+                self.before_iteration(U, result.residuals[-1] / previous[0] if previous else None)
             U[1:] += precondition(r.reshape(fine.k, size)).reshape(U[1:].shape)
             self._end_iteration(result)
             r = self._residual_at_all_points(U)

@@ -52,7 +52,7 @@ class TransposedParaDiag(TransposedSweep):
             Misfit gradients of the own points, ``(k + 1, n)``. The last row counts on the last rank; on the others it
             is overwritten by the next rank's first.
         """
-        rows = self._zeros(gradient.shape[1])
+        rows = self._zeros(gradient.shape[1:])
         rows[-1] = gradient[0]
         self._pass(gradient[0], gradient[-1], 1)
         return rows[:-1], gradient[:0:-1]

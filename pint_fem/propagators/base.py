@@ -46,6 +46,9 @@ class StepData(NamedTuple):
         Whether ``out`` of :meth:`FEPropagator.step` holds first guesses.
     sweep : object or None
         Identifies a solve of all steps with one control, in which steps may be evaluated repeatedly.
+    member : int
+        Number of the direction or right-hand side in a batch: what a linearisation caches for one member is not
+        overwritten by that of another.
     """
 
     t: np.ndarray
@@ -55,13 +58,14 @@ class StepData(NamedTuple):
     linearisations: list | None = None
     guess: bool = False
     sweep: object = None
+    member: int = 0
 
     def part(self, rows: slice) -> StepData:
         """The data of a slice of the steps."""
         z, dz = (x if x is None or x.ndim == 1 else x[rows] for x in (self.z, self.dz))
         u = None if self.u is None else self.u[rows]
         linearisations = None if self.linearisations is None else self.linearisations[rows]
-        return StepData(self.t[rows], z, u, dz, linearisations, self.guess, self.sweep)
+        return StepData(self.t[rows], z, u, dz, linearisations, self.guess, self.sweep, self.member)
 
     def control(self, i: int) -> np.ndarray | None:
         """The control ``(nz,)`` of step ``i`` of the block."""

@@ -266,11 +266,11 @@ class FormPropagator(FEPropagator):
 
     # -- a step's derivatives ------------------------------------------------------------------------------------------
     def _tangent_step(
-        self, step: StepLinearisation, du: np.ndarray, dz: np.ndarray | None, t: float
+        self, step: StepLinearisation, du: np.ndarray, dz: np.ndarray | None, t: float, member: int
     ) -> tuple[np.ndarray, list]:
-        """The tangent ``du_1`` and the pairs ``(dW, dU)`` of the stages; those of the last direction are cached."""
-        if step.tangent is not None:
-            last_du, last_dz, *result = step.tangent
+        """The tangent ``du_1`` and the stages' ``(dW, dU)``; those of a batch member's last direction are cached."""
+        if member in step.tangents:
+            last_du, last_dz, *result = step.tangents[member]
             if (last_dz is None) == (dz is None) and self._same((last_du, du), (last_dz, dz)):
                 return tuple(result)
         d: list[np.ndarray] = []
@@ -289,7 +289,7 @@ class FormPropagator(FEPropagator):
             pairs.append((dW, dU))
             d.append(dU - dW)
         out = self._finish(du, dU, d)
-        step.tangent = (du.copy(), None if dz is None else dz.copy(), out, pairs)
+        step.tangents[member] = (du.copy(), None if dz is None else dz.copy(), out, pairs)
         return out, pairs
 
     def _reverse(
@@ -311,14 +311,16 @@ class FormPropagator(FEPropagator):
                 bar[j] = bar[j] + dirk.alpha[i, j] * W_bar
         return out
 
-    def _adjoint_step(self, step: StepLinearisation, lam: np.ndarray, use: str) -> tuple[np.ndarray, list]:
+    def _adjoint_step(
+        self, step: StepLinearisation, lam: np.ndarray, use: str, member: int = 0
+    ) -> tuple[np.ndarray, list]:
         """The adjoint ``lam_0`` and the stages' adjoints, with those of the rows with conditions; those of the last
-        ``lam`` of each use are cached.
+        ``lam`` of each use and of each member of a batch are cached.
         """
-        for last, *result in step.adjoints.values():
-            if self._same((last, lam)):
-                step.adjoints[use] = (last, *result)
-                return tuple(result)
+        for key in dict.fromkeys([(use, member), ("sweep", 0), ("second order", 0)]):
+            if key in step.adjoints and self._same((step.adjoints[key][0], lam)):
+                step.adjoints[use, member] = step.adjoints[key]
+                return step.adjoints[key][1:]
         ys: list = [None] * len(step.stages)
 
         def stage_adjoint(stage: StageLinearisation, U_bar: np.ndarray) -> np.ndarray:
@@ -327,7 +329,7 @@ class FormPropagator(FEPropagator):
             return -self._base_adjoint(stage, y)
 
         out = self._reverse(step, lam, stage_adjoint)
-        step.adjoints[use] = (lam.copy(), out, ys)
+        step.adjoints[use, member] = (lam.copy(), out, ys)
         return out, ys
 
     def _same(self, *pairs: tuple) -> bool:
@@ -346,19 +348,20 @@ class FormPropagator(FEPropagator):
     def tangent(self, data: StepData, du: np.ndarray, dz: np.ndarray | None, out: np.ndarray) -> None:
         """Write ``Phi_u du + Phi_z dz`` of each step to ``out``."""
         for i in range(len(du)):
-            out[i] = self._tangent_step(self._linearised(data, i), du[i], direction(dz, i), data.t[i])[0]
+            step = self._linearised(data, i)
+            out[i] = self._tangent_step(step, du[i], direction(dz, i), data.t[i], data.member)[0]
 
     def adjoint(self, data: StepData, lam: np.ndarray, out: np.ndarray) -> None:
         """Write ``Phi_u^T lam`` of each step to ``out``."""
         for i in range(len(lam)):
-            out[i] = self._adjoint_step(self._linearised(data, i), lam[i], "sweep")[0]
+            out[i] = self._adjoint_step(self._linearised(data, i), lam[i], "sweep", data.member)[0]
 
     def control_adjoint(self, data: StepData, lam: np.ndarray) -> np.ndarray:
         """``Phi_z^T lam``, from the stages' adjoints."""
         rows: list = []
         for i in range(len(lam)):
             step = self._linearised(data, i)
-            ys = self._adjoint_step(step, lam[i], "sweep")[1]
+            ys = self._adjoint_step(step, lam[i], "sweep", data.member)[1]
             pairs = zip(step.stages, ys, strict=True)
             rows.append(-sum(self._control_adjoint(stage, y, edge, data.t[i]) for stage, (y, edge) in pairs))
         return self._collect(rows)
@@ -371,7 +374,7 @@ class FormPropagator(FEPropagator):
         out, rows = np.empty_like(lam), []
         for i in range(len(lam)):
             step, dzi = self._linearised(data, i), direction(dz, i)
-            pairs = self._tangent_step(step, du[i], dzi, data.t[i])[1]
+            pairs = self._tangent_step(step, du[i], dzi, data.t[i], data.member)[1]
             ys = self._adjoint_step(step, lam[i], "second order")[1]
             z_bar = np.zeros(self.evolution.control_size)
 

@@ -121,9 +121,9 @@ class StepLinearisation:
     current : bool
         Whether the matrices are those of the present linearisation.
     adjoints : dict
-        By use: an adjoint variable, and the results for it.
-    tangent : tuple or None
-        The last direction, and the results for it.
+        By use and member of a batch: an adjoint variable, and the results for it.
+    tangents : dict
+        By member of a batch: the last direction, and the results for it.
     """
 
     def __init__(self, forms: StageForms, *, keep: bool = True, refine: bool = True):
@@ -133,14 +133,19 @@ class StepLinearisation:
             self.stages.append(StageLinearisation(index, h, earlier, forms.J.constant, keep, refine))
         self.control: np.ndarray | None = None
         self.current = False
-        self.adjoints: dict[str, tuple] = {}
-        self.tangent: tuple | None = None
+        self.adjoints: dict[tuple[str, int], tuple] = {}
+        self.tangents: dict[int, tuple] = {}
 
     def invalidate(self) -> None:
         """Discard matrices and results, as the control or the trajectory has changed."""
         self.current = False
         self.adjoints.clear()
-        self.tangent = None
+        self.tangents.clear()
+
+    def discard_members(self) -> None:
+        """Discard the results for the members of a batch but the first, which is what single sweeps use."""
+        self.adjoints = {key: result for key, result in self.adjoints.items() if key[1] == 0}
+        self.tangents = {member: result for member, result in self.tangents.items() if member == 0}
 
     def reset(self, *, factors: bool = False) -> None:
         """Discard also the first guesses of stages, and with ``factors`` the factors but for their structure."""
@@ -212,6 +217,11 @@ class LinearisationCache:
         self._at = z.copy(), U.copy()
         for step in self:
             step.invalidate()
+
+    def discard_members(self) -> None:
+        """Discard the results for the members of a batch but the first."""
+        for step in self:
+            step.discard_members()
 
     def reset(self, *, factors: bool = False) -> None:
         """Discard all results and first guesses, and with ``factors`` the factors, too."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -39,8 +40,10 @@ class AcceleratedSweep(KrylovMGRIT):
     def solve(
         self, U: np.ndarray, G: np.ndarray | None = None, *, start: str | None = None,
         coarse_rhs: Sequence[np.ndarray | None] | None = None, rtol: float | None = None, cycles: int | None = None,
+        batch: bool = False,
     ) -> SolveResult:  # fmt: skip
-        """Solve in place (collective); right-hand sides of a first guess are restricted from ``G``.
+        """Solve in place (collective); right-hand sides of a first guess are restricted from ``G``. The members of a
+        batch are solved one after another, as PETSc's method has one right-hand side.
 
         Raises
         ------
@@ -51,9 +54,20 @@ class AcceleratedSweep(KrylovMGRIT):
         """
         if rtol is not None or cycles is not None:
             raise ValueError("krylov: its tolerance is PETSc's (ksp_rtol), for all solves; leave krylov out")
+        if batch:
+            return self._solve_members(U, G, start)
         slab = np.ascontiguousarray(U)
         try:
             return super().solve(slab, G, start=start)
         finally:
             if slab is not U:
                 U[...] = slab
+
+    def _solve_members(self, U: np.ndarray, G: np.ndarray | None, start: str | None) -> SolveResult:
+        """Solve for each member of a batch; the result is that of the member with the largest relative residual."""
+        results = []
+        for member in range(U.shape[1]):
+            g = None if G is None else np.ascontiguousarray(G[:, member])
+            results.append(self.solve(U[:, member], g, start=start))
+        worst = max(results, key=lambda result: (not result.converged, result.relative_residual))
+        return replace(worst, cycles=sum(result.cycles for result in results), members=results)

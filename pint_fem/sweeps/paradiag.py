@@ -48,13 +48,16 @@ class CoarsestParaDiag:
         self.alpha, self._transposed = alpha, transposed
         self._circulant: AlphaCirculant | None = None
         self._level: Level | None = None
+        self._size, self._members = 0, 1
 
     def __call__(self, level: Level, iterations: int) -> None:
         """Do some iterations for ``level.U`` and ``level.G``, on every rank of the level's communicator."""
-        if self._level is not level:
-            self._level = level
+        k, size = len(level.G), level.U[0].size
+        self._members = level.U.shape[1] if level.U.ndim > 2 else 1
+        if self._level is not level or self._size != size:
+            self._level, self._size = level, size
             self._circulant = AlphaCirculant(
-                level.nsteps, self.alpha, self._solve_or_nan, level.U[0].size, comm=level.comm, bounds=level.bounds,
+                level.nsteps, self.alpha, self._solve_or_nan, size, comm=level.comm, bounds=level.bounds,
                 backwards=self._transposed, trace=level.trace,
             )  # fmt: skip
         r = np.empty_like(level.G)
@@ -62,13 +65,15 @@ class CoarsestParaDiag:
             level.phi_of_all(level.U, r)
             r += level.G
             r -= level.U[1:]
-            level.U[1:] += self._circulant(r)
+            level.U[1:] += self._circulant(r.reshape(k, size)).reshape(r.shape)
         level.exchange(level.U)
 
     def _solve_or_nan(self, k: int, mu: complex, r: np.ndarray) -> np.ndarray:
-        """The solution for a frequency; NaN where it fails, which reaches all ranks."""
+        """The solution for a frequency, one member of a batch after another; NaN where it fails, which reaches all
+        ranks.
+        """
         try:
-            return self._solve(k, mu, r)
+            return np.concatenate([self._solve(k, mu, row) for row in r.reshape(self._members, -1)])
         except FAILURES as error:
             if np.isfinite(r).all() or not isinstance(error, Exception):
                 self._level.note(f"frequency {k}", error)

@@ -30,6 +30,7 @@ from pint_fem.mgrit.options import MGRITOptions
 from pint_fem.paradiag.options import ParaDiagOptions
 from pint_fem.propagators.base import FEPropagator, StepData
 from pint_fem.spacetime import SpaceTime
+from pint_fem.sweeps.batches import member_squares, of_each, stacked_levels
 from pint_fem.sweeps.c_points import Intervals
 from pint_fem.sweeps.time_solver import TimeSolver
 from pint_fem.sweeps.time_solvers import TimeSolvers
@@ -48,6 +49,9 @@ class Sweeps:
     keyword arguments ``rtol`` or ``cycles`` are the tolerance or the number of cycles of this solve alone. A guess is
     ``cold`` if it is no solution of a nearby problem. All methods are collective, and solves raise ``SolverFailure`` or
     ``DivergedError`` on every rank, where a step fails or the iteration does not converge.
+
+    Tangents and adjoints may be *batches*, arrays ``(points, members, n)`` with a list of directions: one solve for all
+    members, each of which has to satisfy the stopping criterion by itself (:mod:`~pint_fem.sweeps.batches`).
 
     Parameters
     ----------
@@ -119,16 +123,17 @@ class Sweeps:
         m = 1 if self.intervals is None else self.intervals.m
         return slice(self.slab.lo // m, self.slab.hi // m + 1), self.evolution.nsteps // m + 1
 
-    def new_slab(self) -> np.ndarray:
-        """Zero states at the stored local points: ``(k + 1, n)``, or one row per C-point with ``storage="C"``."""
+    def new_slab(self, *members: int) -> np.ndarray:
+        """Zero states at the stored local points: ``(k + 1, n)``, or one row per C-point with ``storage="C"``; of a
+        batch ``(k + 1, members, n)``.
+        """
         own, _ = self.stored
-        return np.zeros((own.stop - own.start, self.evolution.state_size))
+        return np.zeros((own.stop - own.start, *members, self.evolution.state_size))
 
-    @property
-    def _rhs_shape(self) -> tuple[int, int]:
+    def _rhs_shape(self, *members: int) -> tuple[int, ...]:
         """Shape of right-hand sides of the own steps, or of those condensed to the C-points."""
         own, _ = self.stored
-        return own.stop - own.start - 1, self.evolution.state_size
+        return own.stop - own.start - 1, *members, self.evolution.state_size
 
     def data(self, z: Controls, U: np.ndarray | None = None) -> StepData:
         """Data of the own fine steps; with ``U``, states of the local points, linearised there."""
@@ -155,16 +160,19 @@ class Sweeps:
         clean(self.evolution.V.mesh().comm)
         self.solvers.report_estimates()
         linear = self.is_linear or solver is not self.solvers.state
-        if linear and not cold and "cycles" not in accuracy and self._is_far(solver, U, G, accuracy.get("rtol")):
-            U[1 if solver.levels[0].left is None else 0 :] = 0
-            cold = True
+        if linear and not cold and "cycles" not in accuracy:
+            far = self._is_far(solver, U, G, accuracy.get("rtol"))
+            guess = U[1 if solver.levels[0].left is None else 0 :]
+            if far.any():
+                guess[:, far if U.ndim == 3 else slice(None)] = 0
+            cold = bool(far.all())
         solver.name = kind  # one solver solves for both the state and the tangent of a linear evolution
         start = start or ("nested" if cold and self.options.start == "auto" else self.options.start)
         given = None
         if coarse_rhs is not None and start in ("skip", "nested") and not self.solvers.accelerated:
             given = list(coarse_rhs())
         try:
-            result = solver.solve(U, G, start=start, coarse_rhs=given, **accuracy)
+            result = solver.solve(U, G, start=start, coarse_rhs=given, batch=U.ndim == 3, **accuracy)
         except FAILURES:  # on all ranks
             cause, self._cause = self._cause, None
             raise_collectively(self.spacetime.comm, cause, f"{kind} sweep: right-hand side")
@@ -179,19 +187,18 @@ class Sweeps:
             raise DivergedError(_divergence(kind, result, solver.options))
         return result
 
-    def _is_far(self, solver: TimeSolver, U: np.ndarray, G: np.ndarray | None, rtol: float | None) -> bool:
-        """Whether the round-off of a first guess is larger than the tolerance of the solution of a linear sweep.
+    def _is_far(self, solver: TimeSolver, U: np.ndarray, G: np.ndarray | None, rtol: float | None) -> np.ndarray:
+        """Whether the round-off of a first guess is larger than the tolerance of the solution of a linear sweep,
+        ``(1,)``, or ``(members,)`` for each member of a batch.
 
         Where data are fitted or a direction is zero, the right-hand side vanishes, and the guess has another magnitude
         than the solution.
         """
         rtol = solver.options.rtol if rtol is None else rtol
-        if rtol == 0:
-            return False
         first = U[:1] if solver.levels[0].left is None else U[:0]
-        squares = [np.vdot(U[1:], U[1:]), np.vdot(first, first) + (0.0 if G is None else float((G**2).sum()))]
+        squares = [member_squares(U[1:]), member_squares(first) + (0.0 if G is None else member_squares(G))]
         guess, rhs = np.sqrt(self.spacetime.sum_over_grid(np.array(squares)))
-        return bool(np.finfo(float).eps * guess > rtol * self.evolution.nsteps * rhs)
+        return (np.finfo(float).eps * guess > rtol * self.evolution.nsteps * rhs) & (rtol > 0)
 
     def _coarse(self, compute: Callable[[FEPropagator, StepData], np.ndarray], z: Controls) -> Iterable[np.ndarray]:
         """Right-hand sides of the own steps of the coarse levels, for nested iteration of a linear evolution."""
@@ -210,7 +217,7 @@ class Sweeps:
         forcing = lambda: self.propagators[0].forcing(self.data(z))
         if self.intervals is not None:
             forcing = lambda: self.intervals.forcing(z)
-        G = self._or_nan(forcing, self._rhs_shape)
+        G = self._or_nan(forcing, self._rhs_shape())
         coarse = lambda: self._coarse(lambda propagator, data: propagator.forcing(data), z)
         return self._solve(self.solvers.state, "state", U, G, cold=cold, coarse_rhs=coarse, **accuracy)
 
@@ -218,7 +225,7 @@ class Sweeps:
         self,
         z: Controls,
         U: np.ndarray,
-        dz: Controls,
+        dz: Controls | list,
         dU: np.ndarray,
         *,
         initial: np.ndarray | None = None,
@@ -226,31 +233,33 @@ class Sweeps:
         **accuracy: float,
     ) -> SolveResult:
         """Solve for the derivative ``dU`` of the state ``U`` in the direction ``dz`` of the controls and ``initial`` of
-        the initial condition; ``None`` for zero.
+        the initial condition; ``None`` for zero. Of a batch ``dU`` is ``(k + 1, members, n)``, ``dz`` a list and
+        ``initial`` ``(members, n)``.
         """
-        solver, coarse, G = self.solvers.tangent, None, None
+        solver, coarse, G, shape = self.solvers.tangent, None, None, self._rhs_shape(*dU.shape[1:-1])
         if self.slab.is_first:
             dU[0] = 0 if initial is None else initial
         if self.is_linear:
             if dz is not None:
-                forcing = lambda: self.propagators[0].control_forcing(self.data(z), dz)
+                forcing = lambda dz: self.propagators[0].control_forcing(self.data(z), dz)
                 if self.intervals is not None:
-                    forcing = lambda: self.intervals.control_forcing(dz)
-                G = self._or_nan(forcing, self._rhs_shape)
+                    forcing = self.intervals.control_forcing
+                G = self._or_nan(lambda: of_each(forcing, dz), shape)
                 control_forcing = lambda propagator, data: propagator.control_forcing(data, data.z)
-                coarse = lambda: self._coarse(control_forcing, dz)
+                own = lambda dz: self._coarse(control_forcing, dz)
+                coarse = lambda: stacked_levels([own(d) for d in dz]) if isinstance(dz, list) else own(dz)
         elif not self.solvers.accelerated:  # the steps contain the direction: no solves for a right-hand side
             self.solvers.bind(solver, z, U, backwards=False, dz=dz)
         else:
             self.solvers.bind(solver, z, U, backwards=False)
             if dz is not None:
                 data = self.data(z, U)
-                G = self._or_nan(lambda: self._control_tangent(data, dz), self._rhs_shape)
+                G = self._or_nan(lambda: of_each(partial(self._control_tangent, data), dz), shape)
         return self._solve(solver, "tangent", dU, G, cold=cold, coarse_rhs=coarse, **accuracy)
 
     def _control_tangent(self, data: StepData, dz: Controls) -> np.ndarray:
         """``Phi_z dz`` of the own steps of a nonlinear evolution."""
-        G = np.empty(self._rhs_shape)
+        G = np.empty(self._rhs_shape())
         self.propagators[0].tangent(data, np.zeros_like(G), dz, G)
         return G
 
@@ -258,7 +267,8 @@ class Sweeps:
         self, z: Controls, U: np.ndarray, gradient: np.ndarray, L: np.ndarray, *, cold: bool = False, **accuracy: float
     ) -> SolveResult:
         """Solve for the adjoint ``L`` at the state ``U`` with the right-hand side ``gradient``, shaped as ``L``: rows
-        ``0..k-1`` and on the last rank also ``k``; with ``storage="C"`` condensed to the C-points.
+        ``0..k-1`` and on the last rank also ``k``; with ``storage="C"`` condensed to the C-points. Both are
+        ``(k + 1, members, n)`` for a batch.
         """
         if self.slab.is_last:
             L[-1] = gradient[-1]
@@ -269,8 +279,8 @@ class Sweeps:
     def adjoint_by_transposed_cycles(
         self, z: Controls, U: np.ndarray, gradient: np.ndarray, *, cycles: int
     ) -> tuple[np.ndarray, SolveResult]:
-        """Adjoints ``(k + 1, n)`` by the transposes of ``cycles`` cycles from zero, in an array that the next call
-        overwrites, and the result of the solve; requires :attr:`TimeSolvers.transposed_adjoint`.
+        """Adjoints, shaped as ``gradient``, by the transposes of ``cycles`` cycles from zero, in an array that the next
+        call overwrites, and the result of the solve; requires :attr:`TimeSolvers.transposed_adjoint`.
         """
         if not self.is_linear:
             self.solvers.bind(self.solvers.adjoint, z, U, backwards=True)
@@ -304,42 +314,66 @@ class Sweeps:
             fine.step(data, last, out[group.starts])
         return out - U[1:]
 
-    def control_gradient(self, z: Controls, U: np.ndarray, L: np.ndarray) -> np.ndarray | None:
-        """``Phi_z^T lam_{n+1}`` of the own steps: their sum ``(nz,)``, or ``(k, nz)`` for one control per step.
-
-        ``None`` for an evolution without parameters.
+    def control_gradient(self, z: Controls, U: np.ndarray, L: np.ndarray) -> np.ndarray | list | None:
+        """``Phi_z^T lam_{n+1}`` of the own steps: their sum ``(nz,)``, or ``(k, nz)`` for one control per step; of a
+        batch of adjoints a list of these. ``None`` for an evolution without parameters.
         """
         if not self.evolution.parameters:
             return None
         data = self.data(z, U)
-        compute = partial(self.propagators[0].control_adjoint, data, L[1:])
+
+        def of_member(number: int, lam: np.ndarray) -> np.ndarray:
+            return self.propagators[0].control_adjoint(data._replace(member=number), lam)
+
+        def compute() -> np.ndarray | list:
+            if L.ndim == 2:
+                return of_member(0, L[1:])
+            return [of_member(number, np.ascontiguousarray(L[1:, number])) for number in range(L.shape[1])]
+
         return collectively(self.spacetime.comm, "derivative by the controls", compute)
 
     def second_order(
-        self, z: Controls, U: np.ndarray, dz: Controls, dU: np.ndarray, L: np.ndarray, *, symmetric: bool = False
-    ) -> tuple[np.ndarray, np.ndarray] | None:
+        self, z: Controls, U: np.ndarray, dz: Controls | list, dU: np.ndarray, L: np.ndarray, *, symmetric: bool = False
+    ) -> tuple[np.ndarray, np.ndarray | list] | None:
         """Second derivatives of the steps along the tangent ``dU`` in the direction ``dz``, for the adjoint ``L``.
 
         Parameters
         ----------
+        z, U, L
+            Control, state and adjoint, ``(k + 1, n)``.
+        dz, dU
+            Direction and tangent; of a batch a list and ``(k + 1, members, n)``.
         symmetric
             Whether they are a symmetric form of ``(dU, dz)`` also where ``dU`` is no exact tangent; this takes one more
             adjoint per step.
 
         Returns
         -------
-        tuple of ndarray, or None
-            Right-hand side of the second-order adjoint, ``(k + 1, n)``, and the contribution to the derivative by the
-            controls, shaped as :meth:`control_gradient`'s; ``None`` where they vanish.
+        tuple, or None
+            Right-hand side of the second-order adjoint, shaped as ``dU``, and the contribution to the derivative by the
+            controls, as :meth:`control_gradient` returns it; ``None`` where they vanish.
         """
         if self.is_linear:
             return None
-        end, su, data = None if symmetric else np.zeros(self._rhs_shape), self.new_slab(), self.data(z, U)
+        data, su = self.data(z, U), np.zeros_like(dU)
+        end = None if symmetric else np.zeros_like(dU[1:])
+
+        def of_member(data: StepData, du: np.ndarray, dz: Controls, out: np.ndarray, own_end: np.ndarray | None):
+            out[:-1], controls = self.propagators[0].second_order(data, du, dz, L[1:], own_end)
+            return controls
+
         try:
-            su[:-1], sz = self.propagators[0].second_order(data, dU[:-1], dz, L[1:], end)
+            if dU.ndim == 2:
+                sz = of_member(data, dU[:-1], dz, su, end)
+            else:
+                sz, ends = [], [None] * dU.shape[1] if end is None else np.moveaxis(end, 1, 0)
+                for b, (d, own_end) in enumerate(zip(dz or [None] * dU.shape[1], ends, strict=True)):
+                    du = np.ascontiguousarray(dU[:-1, b])
+                    sz.append(of_member(data._replace(member=b), du, d, su[:, b], own_end))
         except FAILURES as error:  # the sweep with this right-hand side raises on every rank
             self._cause, su[...] = error, np.nan
             sz = np.zeros((self.slab.k, self.evolution.control_size)[0 if self.evolution.per_step else 1 :])
+            sz = sz if dU.ndim == 2 else [sz] * dU.shape[1]
         if end is not None:
             su[1:] += end
             self.spacetime.add_shared_points(su)

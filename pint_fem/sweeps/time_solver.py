@@ -45,6 +45,7 @@ class TimeSolver(Protocol):
         coarse_rhs: Sequence[np.ndarray] | None = None,
         rtol: float | None = None,
         cycles: int | None = None,
+        batch: bool = False,
     ) -> SolveResult:
         """Solve in place (collective); a ``SolverFailure`` on every rank where a step fails or values are not finite.
 
@@ -60,6 +61,9 @@ class TimeSolver(Protocol):
             sides of the coarse levels; default: the option.
         rtol, cycles
             Tolerance or number of iterations of this solve instead of the options'.
+        batch
+            Whether arrays are ``(k + 1, members, n)`` and ``(k, members, n)``, for several right-hand sides at once;
+            each of them has to satisfy the stopping criterion.
         """
 
     def view(self, state_nbytes: int | None = None) -> str:

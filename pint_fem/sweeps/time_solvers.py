@@ -17,6 +17,7 @@ from pint_fem.all_at_once.trace import Trace, check_trace_file
 from pint_fem.capacity import require_memory
 from pint_fem.collective import collectively
 from pint_fem.evolution.evolution import Evolution
+from pint_fem.evolution.tableaux import Repeated
 from pint_fem.kernels.arrays import own_size
 from pint_fem.logs import logger
 from pint_fem.mgrit.options import MGRITOptions
@@ -125,7 +126,8 @@ class TimeSolvers:
             f"{N} time steps of {evolution.V.dim()} unknowns",
             "give fewer steps, more machines or mgrit storage='C'",
         )
-        self._mgrit = options = MGRITOptions.make(options, levels=len(factors) + 1)
+        self._coarse_steps = options.coarse_steps
+        self._mgrit = options = MGRITOptions.make(options, levels=len(factors) + 1, coarse_steps=1)
         schemes = [options.scheme(level) for level in range(len(factors))]
         self.space = SpatialLevels(evolution, schemes, spatial_coarsening, coarse_evolutions)
         traced = self._paradiag[0].trace if self._is_paradiag else options.trace
@@ -170,7 +172,10 @@ class TimeSolvers:
     def _make_propagators(self) -> list[FEPropagator]:
         """The propagator of each level."""
         evolutions, strides = self.space.evolutions, np.cumprod([1, *self._factors]).tolist()
-        tableaux = [self.evolution.tableau] + [self._coarse_tableau or ev.tableau for ev in evolutions[1:]]
+        coarse = [self._coarse_tableau or ev.tableau for ev in evolutions[1:]]
+        if self._coarse_steps > 1:
+            coarse = [Repeated(tableau, self._coarse_steps) for tableau in coarse]
+        tableaux = [self.evolution.tableau, *coarse]
         levels = zip(evolutions, strides, tableaux, strict=True)
         return [self._propagator(ev, stride=stride, tableau=tableau) for ev, stride, tableau in levels]
 
@@ -254,23 +259,23 @@ class TimeSolvers:
         if factors and self.averaged is not None:
             self.averaged.invalidate()
 
-    def bind(
-        self,
-        solver: TimeSolver,
-        z: np.ndarray | None,
-        U: np.ndarray | None,
-        *,
-        backwards: bool,
-        dz: np.ndarray | None = None,
-    ) -> None:
-        """Set the data of the steps of a solver for a nonlinear evolution.
+    def release_batch(self) -> None:
+        """Free what only batches use: cached results of steps, and the array of transposed cycles."""
+        self.linearisations.discard_members()
+        if self.has_transposed_adjoint:
+            self.transposed_adjoint.release()
 
-        ``z`` and ``dz`` are the controls of the own steps and their direction, ``U`` the states of the local points at
-        which the steps are linearised, ``None`` for the state's sweep; adjoint sweeps are ``backwards``.
+    def bind(
+        self, solver: TimeSolver, z: np.ndarray | None, U: np.ndarray | None, *, backwards: bool,
+        dz: np.ndarray | list[np.ndarray] | None = None,
+    ) -> None:  # fmt: skip
+        """Set the data of the steps of a solver for a nonlinear evolution: the controls ``z`` of the own steps, their
+        direction ``dz`` (a list of directions for a batch) and the states ``U`` of the local points at which the steps
+        are linearised, ``None`` for the state's sweep; adjoint sweeps are ``backwards``.
         """
         if isinstance(solver, ParaDiag):
             solver.before_iteration = self.averaged.updater(z, U)
-        states, sweep = [None] * len(solver.levels), object()
+        states, sweep, batch = [None] * len(solver.levels), object(), isinstance(dz, list)
         linearisations = self.linearisations.backward if backwards else self.linearisations.forward
         if U is not None:
             self.linearisations.linearise(z, U)
@@ -289,10 +294,11 @@ class TimeSolvers:
             else:
                 start = steps * level.stride
                 fine, u = start + level.stride - 1, None if u is None else u[:-1]
-            own, along = (self._controls(level.index, x, fine) for x in (z, dz))
+            own, *along = (self._controls(level.index, x, fine) for x in (z, *(dz if batch else [dz])))
+            level.propagator.directions = along if batch else None
             u, guess = self.space.states(level.index, u), level.propagator.propagator.uses_guess
             t, cached = self.evolution.time(start), linearisations[level.index]
-            level.propagator.data = StepData(t, own, u, along, cached, guess, sweep)
+            level.propagator.data = StepData(t, own, u, None if batch else along[0], cached, guess, sweep)
 
     def _controls(self, index: int, z: np.ndarray | None, fine: np.ndarray) -> np.ndarray | None:
         """Controls on level ``index``: those of some fine steps, or a static one."""
@@ -318,7 +324,7 @@ class TimeSolvers:
 
     @property
     def has_transposed_adjoint(self) -> bool:
-        """Whether :attr:`transposed_adjoint` has been made and has arrays of its own."""
+        """Whether :attr:`transposed_adjoint` has been made."""
         return vars(self).get("transposed_adjoint") is not None
 
     # -- properties and reports ----------------------------------------------------------------------------------------
@@ -363,7 +369,8 @@ class TimeSolvers:
         if len(self.propagators) == 1:
             return []
         fits = all(type(p) is LinearPropagator and p.evolution is self.evolution for p in self.propagators)
-        return mgrit_estimate(self.evolution, self.options, self._coarse_tableau) if fits else None
+        options = MGRITOptions.make(self._mgrit, coarse_steps=self._coarse_steps)
+        return mgrit_estimate(self.evolution, options, self._coarse_tableau) if fits else None
 
     def report_estimates(self) -> None:
         """Log the a-priori estimates or their warnings once, before the first solve (collective)."""

@@ -82,7 +82,7 @@ class OperationStruct(Structure):
 
     _fields_ = [
         ("code", c_int), ("out", c_int), ("in_", c_int), ("object", c_int), ("out_row", c_int), ("in_row", c_int),
-        ("rows", c_int), ("flag", c_int), ("factor", c_double),
+        ("rows", c_int), ("flag", c_int), ("factor", c_double), ("scale", c_double),
     ]  # fmt: skip
 
 
