@@ -120,13 +120,9 @@ def _source() -> str:
 
 
 @lru_cache(maxsize=1)
-def _compiled() -> ctypes.CDLL | None:
-    return library(_source())
-
-
 def kernels() -> Kernels | None:
     """The compiled kernels, or ``None`` where there is no compiler (:func:`~pint_fem.kernels.lanes.compiled.library`)."""
-    found = _compiled()
+    found = library(_source())
     if found is None:
         return None
     product = {width: getattr(found, f"product_d{width}") for width in WIDTHS[np.dtype(float)]}
