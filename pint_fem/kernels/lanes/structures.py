@@ -100,6 +100,7 @@ class Kernels(NamedTuple):
 
     find_panels: ctypes._CFuncPtr
     pack_panels: ctypes._CFuncPtr
+    order_by_rows: ctypes._CFuncPtr
     release: ctypes._CFuncPtr
     count_fill: ctypes._CFuncPtr
     solve: ctypes._CFuncPtr
@@ -133,9 +134,11 @@ def kernels() -> Kernels | None:
         function.argtypes, function.restype = [c_void_p, c_int64, *[c_void_p] * 4], None
     found.find_panels.restype = c_int64
     found.count_fill.restype = c_int64
-    found.release.restype = None
+    for function in (found.release, found.order_by_rows, found.solve):
+        function.restype = None
     found.release.argtypes = [c_void_p]
-    return Kernels(found.find_panels, found.pack_panels, found.release, found.count_fill, found.solve, run, product)
+    single = (getattr(found, name) for name in Kernels._fields[:-2])
+    return Kernels(*single, run, product)
 
 
 def aligned(shape: int | tuple[int, ...], dtype: np.dtype | type = float) -> np.ndarray:

@@ -90,18 +90,8 @@ class Lower:
     def _by_rows(self) -> np.ndarray:
         """The tiles by rows, padded to fours of columns, for single states."""
         out = aligned(int(self.by_rows_ptr[-1]) + 1)
-        widths, counts = np.diff(self.starts), np.diff(self.row_ptr)
-        for width in np.unique(widths):
-            padded = -(-width // 4) * 4
-            for count in np.unique(counts[widths == width]):
-                if not count:
-                    continue
-                which = np.flatnonzero((widths == width) & (counts == count))
-                source = self.tile_ptr[which, None] + np.arange(count * width)
-                tiles = self.tiles[source].reshape(len(which), count // 4, width, 4).swapaxes(2, 3)
-                target = self.by_rows_ptr[which, None] + np.arange(count * padded)
-                at = target.reshape(len(which), count, padded)[:, :, :width]
-                out[at] = tiles.reshape(len(which), count, width)
+        arrays = self.starts, self.row_ptr, self.tile_ptr, self.tiles, self.by_rows_ptr, out
+        kernels().order_by_rows(ctypes.c_int(self.panels), *(address(a) for a in arrays))
         return out
 
     def struct(self, dtype: np.dtype, *, single: bool) -> LowerStruct:
