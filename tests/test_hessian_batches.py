@@ -16,6 +16,7 @@ from mpi4py import MPI
 import pint_fem as pf
 from pint_fem import capacity
 from pint_fem.adjoint.memory_estimate import bytes_per_direction
+from pint_fem.adjoint.minimisation.objective import Objective
 from pint_fem.errors import InputError, SolverFailure
 from pint_fem.kernels.arrays import get
 from pint_fem.misfits.base import Misfit
@@ -339,6 +340,16 @@ def test_functions_of_each_control_and_riesz_representatives():
     rf.scale = 0.5
     (half,) = rf.hessian_actions(some[:1])
     assert relative(get(half), get(rf.hessian(some[0]))) < 1e-12
+
+
+def test_an_objective_has_representatives_of_several_actions():
+    """What minimisers with several constraints call once for the curvatures of all normals."""
+    rf = controls(alone(), n=2, steps=12)
+    objective, z, some = Objective(rf.problem, rf.inner), current(rf), directions(rf)
+    counts = dict(rf.problem.sweeps.counts)
+    for found, v in zip(objective.hessian_actions(z, some), some, strict=True):
+        assert relative(found, objective.hessian_action(z, v)) < 1e-10
+    assert rf.problem.sweeps.counts["tangent"] - counts["tangent"] == 1 + len(some)
 
 
 class Quartic(Misfit):
