@@ -7,8 +7,10 @@ from firedrake.petsc import PETSc
 from mpi4py import MPI
 
 import pint_fem.kernels.direct
-from pint_fem.kernels.blocks import Factor, StateBlock
+import pint_fem.kernels.factor
 from pint_fem.kernels.direct import REDUNDANT, default_solver, direct_solver
+from pint_fem.kernels.factor import Factor
+from tests.solves import solutions
 
 
 def curl_curl(n=6, mass=1.0):
@@ -30,24 +32,34 @@ def residual(A, x, b):
     return r.norm() / b.norm()
 
 
+@pytest.fixture
+def without_kernels(monkeypatch):
+    """As on a machine without a compiler."""
+    monkeypatch.setattr(pint_fem.kernels.factor, "kernels", lambda: None)
+
+
 @pytest.mark.parallel([1, 3])
-@pytest.mark.parametrize("most", [REDUNDANT, 0], ids=["direct", "iterated"])
+@pytest.mark.parametrize("way", ["kernels", "direct", "iterated"])
 @pytest.mark.parametrize("make", [curl_curl, advection_diffusion])
-def test_solves_to_round_off(make, most, monkeypatch):
-    """One vector and a block, plain and transposed."""
-    monkeypatch.setattr(pint_fem.kernels.direct, "REDUNDANT", most)
+def test_solves_to_round_off(make, way, monkeypatch, request):
+    """One vector and several, plain and transposed."""
+    if way == "direct":
+        request.getfixturevalue("without_kernels")
+    elif way == "iterated":
+        monkeypatch.setattr(pint_fem.kernels.direct, "REDUNDANT", 0)
     A = make()
     factor = Factor(A, {}, symmetric=make is curl_curl)
     alone = A.comm.size == 1
-    assert factor.ksp.getPC().getType() == ("redundant" if most else "asm") or alone
+    assert (factor.triangular is not None) == (way == "kernels" or (way == "iterated" and alone))
+    assert factor.is_direct == (way != "iterated" or alone)
+    assert factor.ksp.getPC().getType() == ("asm" if way == "iterated" else "redundant") or alone
     x, b = A.createVecs()
     start, stop = b.getOwnershipRange()
-    B, X = (StateBlock.zeros(A.getSizes()[0], A.comm) for _ in range(2))
-    B.array[...] = np.sin(np.outer(np.arange(1, len(B.array) + 1), np.arange(start, stop) ** 2))
+    B = np.sin(np.outer(np.arange(1, 20), np.arange(start, stop) ** 2))
     for transposed in (False, True):
         matrix = A.transpose(PETSc.Mat()) if transposed else A
-        factor.solve(B, X, transposed=transposed)
-        for row, column in zip(B.array, X.array, strict=True):
+        X = solutions(factor, B, transposed=transposed)
+        for row, column in zip(B, X, strict=True):
             b.array[:] = row
             factor.solve(b, x, transposed=transposed)
             assert residual(matrix, x, b) < 1e-12
@@ -57,8 +69,31 @@ def test_solves_to_round_off(make, most, monkeypatch):
 
 
 @pytest.mark.parallel(3)
-def test_bits_do_not_change_from_run_to_run():
+@pytest.mark.parametrize("broken", ["compiler", "factors"])
+def test_kernels_are_used_on_all_ranks_or_on_none(broken, monkeypatch):
+    """One rank has no compiler, or no memory for its factors: the solves that they share are PETSc's."""
+    A = curl_curl()
+
+    def fail(*args, **given):
+        raise MemoryError
+
+    if A.comm.rank == 1:
+        name, replaced = ("kernels", lambda: None) if broken == "compiler" else ("TriangularFactors", fail)
+        monkeypatch.setattr(pint_fem.kernels.factor, name, replaced)
+    factor = Factor(A, {}, symmetric=True)
+    assert factor.triangular is None
+    x, b = A.createVecs()
+    b.set(1.0)
+    factor.solve(b, x)
+    assert residual(A, x, b) < 1e-12
+
+
+@pytest.mark.parallel(3)
+@pytest.mark.parametrize("way", ["kernels", "direct"])
+def test_bits_do_not_change_from_run_to_run(way, request):
     """Of repeated solves, and of solvers that are set up again."""
+    if way == "direct":
+        request.getfixturevalue("without_kernels")
     A = curl_curl()
     x, b = A.createVecs()
     start, stop = b.getOwnershipRange()
@@ -73,8 +108,11 @@ def test_bits_do_not_change_from_run_to_run():
 
 
 @pytest.mark.parallel([1, 3])
-def test_symmetric_matrices_that_cholesky_spoils():
+@pytest.mark.parametrize("way", ["kernels", "direct"])
+def test_symmetric_matrices_that_need_pivots(way, request):
     """Pivots of 1e-17, which CHOLMOD takes without a word: another factorisation is found."""
+    if way == "direct":
+        request.getfixturevalue("without_kernels")
     n = 40
     A = PETSc.Mat().createAIJ(((n, None), (n, None)), nnz=(2, 2), comm=MPI.COMM_WORLD)
     start, stop = A.getOwnershipRange()
@@ -84,8 +122,14 @@ def test_symmetric_matrices_that_cholesky_spoils():
     factor = Factor(A, {}, symmetric=True)
     x, b = A.createVecs()
     b.array[:] = np.sin(np.arange(start, stop))
-    factor.solve(b, x)
-    assert residual(A, x, b) < 1e-12
+    for transposed in (False, True):
+        factor.solve(b, x, transposed=transposed)
+        assert residual(A, x, b) < 1e-12
+        x.array[:] = solutions(factor, b.array_r[None], transposed=transposed)[0]
+        assert residual(A, x, b) < 1e-12
+    if way == "kernels":
+        assert factor.triangular is not None and not factor.triangular.symmetric
+        return
     # a chain of such pairs is symmetric, and LU all the same: of L and U, not of L alone
     found = factor.nbytes["factors"]
     again = Factor(A, factor._parameters, symmetric=False)
@@ -94,16 +138,12 @@ def test_symmetric_matrices_that_cholesky_spoils():
 
 
 @pytest.mark.parallel([1, 3])
-def test_factors_are_counted_as_they_are():
+def test_factors_are_counted_as_they_are(without_kernels):
     """A dense matrix, of which all is known: CHOLMOD's own count of L, with the matrix that every rank has a copy of on
     several; twice the entries for LU; and asking again takes no other rank.
     """
     n = 120
-    A = PETSc.Mat().createAIJ(((None, n), (None, n)), nnz=(n, n), comm=MPI.COMM_WORLD)
-    start, stop = A.getOwnershipRange()
-    D = np.cos(np.subtract.outer(np.arange(n), np.arange(n)) ** 2) + 2 * n * np.eye(n)
-    A.setValues(np.arange(start, stop, dtype="i"), np.arange(n, dtype="i"), D[start:stop])
-    A.assemble()
+    A = dense(n)
     copy = 12 * n * n + 4 * (n + 1) if A.comm.size > 1 else 0
     cholesky = Factor(A, {}, symmetric=True)
     assert 8 * n * n / 2 <= cholesky.nbytes["factors"] - copy <= 1.5 * 8 * n * n  # supernodes are dense squares
@@ -111,6 +151,31 @@ def test_factors_are_counted_as_they_are():
     assert lu.nbytes["factors"] - copy == 12 * n * n
     if A.comm.rank == 0:
         assert cholesky.nbytes["factors"] > 0
+
+
+@pytest.mark.parallel([1, 3])
+def test_factors_for_the_kernels_are_counted_as_they_are():
+    """Half of a dense matrix's entries for L, stored by columns for many states and by rows for one; as much again for
+    R where the matrix is not symmetric.
+    """
+    n = 120
+    for skew in (0.0, 0.5):
+        A = dense(n, skew)
+        factor = Factor(A, {}, symmetric=not skew)
+        entries = 2 * 8 * n * n / 2 * (2 if skew else 1)
+        if A.comm.rank == 0:  # takes no other rank
+            assert entries <= factor.nbytes["factors"] <= 1.1 * entries
+
+
+def dense(n, skew=0.0):
+    """A dense matrix, symmetric without a skew part."""
+    A = PETSc.Mat().createAIJ(((None, n), (None, n)), nnz=(n, n), comm=MPI.COMM_WORLD)
+    start, stop = A.getOwnershipRange()
+    D = np.cos(np.subtract.outer(np.arange(n), np.arange(n)) ** 2) + 2 * n * np.eye(n)
+    D += skew * np.sin(np.subtract.outer(np.arange(n), np.arange(n)))
+    A.setValues(np.arange(start, stop, dtype="i"), np.arange(n, dtype="i"), D[start:stop])
+    A.assemble()
+    return A
 
 
 @pytest.mark.parallel([1, 3])

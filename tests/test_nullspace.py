@@ -31,13 +31,15 @@ from firedrake.petsc import PETSc
 from mpi4py import MPI
 
 import pint_fem as pf
+import pint_fem.kernels.factor
 from pint_fem.errors import InputError
-from pint_fem.kernels.blocks import Factor, StateBlock
+from pint_fem.kernels.factor import Factor
 from pint_fem.kernels.nullspace import Nullspace
 from pint_fem.kernels.regularity import is_singular
 from pint_fem.mgrit import SolverFailure
 from pint_fem.propagators import FormPropagator, LinearPropagator, TapePropagator
 from tests.limits import time_limit
+from tests.solves import solutions
 from tests.test_user_problems import GRIDS, by_hand, distance, rows, with_values
 from tests.user_tasks import Task, navier_stokes, partitioned, pose
 
@@ -74,15 +76,13 @@ def test_solves_are_those_of_the_pseudo_inverse(parameters, rank_loss):
         b.array[:] = rhs[0, own]
         factor.solve(b, x, transposed=transposed)
         np.testing.assert_allclose(x.array_r, wanted[0, own], atol=1e-10)
-        blocks = [StateBlock.zeros((own.stop - own.start, 17), matrix.comm) for _ in range(2)]
-        blocks[0].array[...] = rhs[:, own]
-        factor.solve(*blocks, transposed=transposed)
-        np.testing.assert_allclose(blocks[1].array, wanted[:, own], atol=1e-10)
+        found = solutions(factor, rhs[:, own], transposed=transposed)
+        np.testing.assert_allclose(found, wanted[:, own], atol=1e-10)
 
 
 @pytest.mark.parallel([1, 3])
 @time_limit(60)
-def test_what_counts_as_singular():
+def test_what_counts_as_singular(monkeypatch):
     """Bad units do not make a matrix singular, a missing rank does, also in such units."""
     for loss, singular in ((0, False), (1, True)):
         _, matrix, _, own = singular_matrix(17, loss, COMM_WORLD)
@@ -90,7 +90,12 @@ def test_what_counts_as_singular():
             scaled, vec = matrix.copy(), matrix.createVecRight()
             vec.array[:] = scales[own]
             scaled.diagonalScale(vec, vec)
-            assert is_singular(Factor(scaled, {}, symmetric=False).ksp) == singular
+            for kernels in (True, False):
+                with monkeypatch.context() as patched:
+                    if not kernels:
+                        patched.setattr(pint_fem.kernels.factor, "kernels", lambda: None)
+                    factor = Factor(scaled, {}, symmetric=False)
+                assert is_singular(factor.matrix, factor.solve_regular) == singular
 
 
 # -- finite elements ---------------------------------------------------------------------------------------------------

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from functools import cached_property
 
 import numpy as np
 from firedrake.petsc import PETSc
 from petsctools import OptionsManager
 
+from pint_fem.collective import all_ranks, any_rank
 from pint_fem.errors import InputError, is_numerical
 from pint_fem.kernels.direct import (
-    REDUNDANT,
     completed,
     default_solver,
+    direct_solver,
     factor_bytes,
     is_finite,
     matrix_bytes,
@@ -114,13 +116,15 @@ class Factor:
         """The factors for the kernels, where PETSc's options do not choose another solver (collective)."""
         comm, unknowns = self.matrix.comm, self.matrix.getSize()[0]
         chosen = self._given or PETSc.Options(self._prefix).getAll()
-        if chosen or kernels() is None or not unknowns or (comm.size > 1 and unknowns > REDUNDANT):
+        if chosen or not unknowns or direct_solver(comm, unknowns) is None:
             return None
+        if any_rank(comm.tompi4py(), kernels() is None):
+            return None
+        whole, made = whole_matrix(self.matrix), None
         order = None if like is None or like.triangular is None else like.triangular.order
-        try:
-            return TriangularFactors(whole_matrix(self.matrix), symmetric=self.symmetric, order=order)
-        except (ArithmeticError, MemoryError):  # on all ranks, which have the same matrix
-            return None
+        with suppress(ArithmeticError, MemoryError):
+            made = TriangularFactors(whole, symmetric=self.symmetric, order=order)
+        return made if all_ranks(comm.tompi4py(), made is not None) else None
 
     # -- PETSc ---------------------------------------------------------------------------------------------------------
     @cached_property
@@ -133,8 +137,10 @@ class Factor:
         """PETSc's solver of the transpose, which some solvers lack (collective when first used)."""
         if self.symmetric:
             return self.ksp
-        turned = [A.transpose(PETSc.Mat()) for A in dict.fromkeys((self.matrix, self._singular))]
-        return self._build(turned[0], turned[-1], transposed=True)
+        turned = singular = self.matrix.transpose(PETSc.Mat())
+        if self._singular is not self.matrix:
+            singular = self._singular.transpose(PETSc.Mat())
+        return self._build(turned, singular, transposed=True)
 
     def _build(self, matrix: PETSc.Mat, singular: PETSc.Mat, *, transposed: bool = False) -> PETSc.KSP:
         """A solver by the given options, or by Cholesky where that is accurate, else by LU."""
@@ -208,7 +214,7 @@ class Factor:
 
     @cached_property
     def _petsc_bytes(self) -> dict[str, int]:
-        ksps = dict.fromkeys((self.ksp, self._ksp_transposed))
+        ksps = [self.ksp] if self.symmetric else [self.ksp, self._ksp_transposed]
         return {
             "matrices": sum(matrix_bytes(ksp.getOperators()[0]) for ksp in ksps),
             "factors": sum(factor_bytes(ksp, self._parameters) for ksp in ksps),

@@ -150,7 +150,8 @@ class PetscSteps:
         vec = lambda n: PETSc.Vec().createMPI((n, None), comm=comm)
         self._in, self._out = ({n: vec(n) for n in sorted(sizes)} for _ in range(2))
         calls = dict(multiply=self._multiply, solve=self._solve, copy=self._copy, add=self._add, zero=self._zero,
-                     clear=self._clear, project=self._project)  # fmt: skip
+                     clear=self._clear, project=self._project,
+                     blend=self._blend, exchange=self._exchange)  # fmt: skip
         self._calls: dict[str, Callable[[Operation], None]] = calls
 
     @property
@@ -198,6 +199,7 @@ class PetscSteps:
         a.array[:] = x
         op.what.mult(a, b)
         if op.flag:
+            y *= op.scale
             y += op.factor * b.array_r
         else:
             np.multiply(b.array_r, op.factor, out=y)
@@ -215,6 +217,15 @@ class PetscSteps:
     def _add(self, op: Operation) -> None:
         y = self._view(op.out, op.part)
         y += op.factor * self._view(op.x, op.x_part)
+
+    def _blend(self, op: Operation) -> None:
+        y = self._vectors[op.out]
+        y *= op.factor
+        y += (1.0 - op.factor) * self._vectors[op.x]
+
+    def _exchange(self, op: Operation) -> None:
+        y = self._vectors[op.out]
+        y[:], self._vectors[op.x][:] = self._vectors[op.x].copy(), y.copy()
 
     def _zero(self, op: Operation) -> None:
         self._vectors[op.out][:] = 0

@@ -52,6 +52,9 @@ class MGRITOptions(SolverOptions):
         coarsest; the last one repeats. One string is used on all levels.
     c_weight
         Weight of C-relaxation, for each level; the last one repeats.
+    coarse_steps
+        Steps of the coarse levels' integrator for each of their intervals: for evolutions, whose propagators are made
+        here. Two make the coarse level's error four times as small for integrators of order two.
     coarse_solver
         ``"sequential"``, ``"gathered"`` (on the first rank), ``"relax"``, which needs a coarsening factor for the
         coarsest level too, or ``"paradiag"``: iterations of an alpha-circulant solve, for propagators that have one.
@@ -83,6 +86,7 @@ class MGRITOptions(SolverOptions):
     nested_cycles: int = 1
     relax: str | int | Sequence = "FCF"
     c_weight: float | Sequence[float] = 1.0
+    coarse_steps: int = 1
     coarse_solver: str = "sequential"
     coarse_sweeps: int = 1
     storage: str = "all"
@@ -104,6 +108,7 @@ class MGRITOptions(SolverOptions):
         "levels": 1,
         "f_cycles": 0,
         "nested_cycles": 1,
+        "coarse_steps": 1,
         "coarse_sweeps": 1,
     }
     optional: ClassVar[Sequence[str]] = ("levels", "f_cycles", "stagnation")

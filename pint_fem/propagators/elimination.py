@@ -51,10 +51,19 @@ class FieldRecursion(Recursion):
 class EliminatedRecursion(FieldRecursion):
     """The recursion over the stages of a Runge-Kutta step, each solved by elimination."""
 
-    def mass(self, program: StepProgram, out: str, x: str, *, transposed: bool = False) -> None:
-        """Append ``out = M x``, or ``out = M^T x``; the rows of ``b`` are those of the identity."""
-        program.multiply(out, self.fields.matrices["MT" if transposed else "M"], x, part="a", x_part="a")
-        program.copy(out, x, part="b", x_part="b")
+    def mass(
+        self, program: StepProgram, out: str, x: str, *, transposed: bool = False, keep: float | None = None
+    ) -> None:
+        """Append ``out = M x``, or ``out = M^T x``; the rows of ``b`` are those of the identity; ``keep``: add ``keep
+        out``.
+        """
+        M, add = self.fields.matrices["MT" if transposed else "M"], keep is not None
+        program.multiply(out, M, x, add=add, scale=keep or 0.0, part="a", x_part="a")
+        if add:
+            program.copy(out, out, keep, part="b", x_part="b")
+            program.add(out, x, part="b", x_part="b")
+        else:
+            program.copy(out, x, part="b", x_part="b")
 
     def solve(self, program: StepProgram, y: str, h: float, *, transposed: bool = False) -> None:
         """Append the solution of a stage, or of its transpose."""

@@ -15,6 +15,8 @@ Two such half steps of ``b`` make the whole steps of the classical staggered sch
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import ufl
 from firedrake.petsc import PETSc
@@ -139,7 +141,7 @@ class LeapfrogPropagator(LinearPropagator):
 class _LeapfrogRecursion(FieldRecursion):
     """A leapfrog step and its transpose, with the load in the vector ``y``."""
 
-    def mass(self, program: StepProgram, out: str, x: str, *, transposed: bool = False) -> None:
+    def mass(self, *args: Any, **given: Any) -> None:
         """Not used: a step has no stages."""
         raise NotImplementedError
 

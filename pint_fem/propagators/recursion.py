@@ -10,7 +10,8 @@ and :math:`u_1 = U_s` for a stiffly accurate method, else :math:`u_1 = u_0 + \su
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from itertools import pairwise
 
 import numpy as np
 from firedrake.petsc import PETSc
@@ -37,7 +38,7 @@ class Recursion(ABC):
         Whether the adjoints of those rows are not required; ``M^T`` does not depend on them.
     """
 
-    def __init__(self, dirk: DIRK, steps: Sequence[float], bc_rows: np.ndarray, drop_rows: bool):
+    def __init__(self, dirk: DIRK, steps: np.ndarray, bc_rows: np.ndarray, drop_rows: bool):
         self.dirk, self.steps, self.bc_rows, self.drop_rows = dirk, steps, bc_rows, drop_rows
 
     @abstractmethod
@@ -45,8 +46,10 @@ class Recursion(ABC):
         """A program without operations, with the parts of a state and the vectors that stages use."""
 
     @abstractmethod
-    def mass(self, program: StepProgram, out: str, x: str, *, transposed: bool = False) -> None:
-        """Append ``out = M x``, or ``out = M^T x``."""
+    def mass(
+        self, program: StepProgram, out: str, x: str, *, transposed: bool = False, keep: float | None = None
+    ) -> None:
+        """Append ``out = M x``, or ``out = M^T x``; ``keep``: add ``keep out``."""
 
     @abstractmethod
     def solve(self, program: StepProgram, y: str, h: float, *, transposed: bool = False) -> None:
@@ -56,15 +59,16 @@ class Recursion(ABC):
         """The step ``u_1`` from ``u_0``; states number ``i`` are added to the right-hand side of stage ``i``."""
         dirk, made = self.dirk, self.program()
         y, accurate = made.vector("y"), dirk.stiffly_accurate
-        later = [range(i + 1, dirk.stages) for i in range(dirk.stages)]
+        if accurate and self._parts:
+            for part in self._parts:
+                self._short(made, y, part)
+            return made
         # increments of stages that later stages or the end depend on
-        needed = [not accurate or any(dirk.alpha[k, i] for k in later[i]) for i in range(dirk.stages)]
+        needed = [not accurate or dirk.alpha[i + 1 :, i].any() for i in range(dirk.stages)]
         names = [made.vector(f"d{i}") if needed[i] else "" for i in range(dirk.stages)]
-        keeps = not accurate or dirk.stages > 2  # the start is used after the second stage's base has been made
-        if keeps:
-            made.copy(made.vector("start"), STATE)
+        made.copy(made.vector("start"), STATE)
         for i, h in enumerate(self.steps):
-            if i > 1:
+            if i:
                 made.copy(STATE, "start")
             for j in range(i):
                 if dirk.alpha[i, j]:
@@ -76,40 +80,83 @@ class Recursion(ABC):
                 made.copy(names[i], y)
                 made.add(names[i], STATE, -1.0)
         if accurate:
-            made.copy(STATE, y)
+            made.exchange(STATE, y)
         else:
             made.copy(STATE, "start")
             for beta, name in zip(dirk.beta, names, strict=True):
                 made.add(STATE, name, beta)
         return made
 
+    @property
+    def _parts(self) -> list[range]:
+        """The stages of the methods of one or two stages that the method is a sequence of; empty where it is none."""
+        parts = [range(a, b) for a, b in pairwise(self.dirk.restarts)]
+        return parts if all(len(part) <= 2 for part in parts) else []
+
+    def _short(self, made: StepProgram, y: str, stages: range) -> None:
+        """Append one or two stages: the second one begins at a blend of the start and the first."""
+        for i in stages:
+            if i > stages.start:
+                made.blend(STATE, y, 1.0 - self.dirk.alpha[i, i - 1])
+            self.mass(made, y, STATE)
+            made.load(y, i)
+            self.solve(made, y, self.steps[i])
+        made.exchange(STATE, y)
+
     def backward(self) -> StepProgram:
         """The transposed step; states number ``i`` are the adjoints of the right-hand side of stage ``i``."""
         dirk, made = self.dirk, self.program()
-        y, v, accurate, last = made.vector("y"), made.vector("v"), dirk.stiffly_accurate, dirk.stages - 1
+        y, accurate, last = made.vector("y"), dirk.stiffly_accurate, dirk.stages - 1
+        if accurate and self._parts:
+            for part in reversed(self._parts):
+                self._short_transposed(made, y, part)
+            return made
+        v = made.vector("v")
         names = [made.vector(f"d{i}") for i in range(dirk.stages - accurate)]
-        for name, beta in zip(names, dirk.beta, strict=False):
-            if accurate:
-                made.zero(name)
-            else:
+        written = set()  # the other ones are zero still
+        if not accurate:
+            written.update(names)
+            for name, beta in zip(names, dirk.beta, strict=False):
                 made.copy(name, STATE, beta)
         for i in reversed(range(dirk.stages)):
             from_end = accurate and i == last
-            made.copy(y, STATE if from_end else names[i])
+            if from_end:
+                made.exchange(y, STATE)
+            elif names[i] in written:
+                made.copy(y, names[i])
+            else:
+                made.zero(y)
             if self.drop_rows:
                 made.clear(y, self.bc_rows)
             self.solve(made, y, self.steps[i], transposed=True)
             made.store(y, i)
-            self.mass(made, v, y, transposed=True)
             if from_end:
-                made.copy(STATE, v)
+                self.mass(made, STATE, y, transposed=True)
+                source = STATE
             else:
-                made.add(v, names[i], -1.0)
+                self.mass(made, v, y, transposed=True)
+                if names[i] in written:
+                    made.add(v, names[i], -1.0)
                 made.add(STATE, v)
+                source = v
             for j in range(i):
                 if dirk.alpha[i, j]:
-                    made.add(names[j], v, dirk.alpha[i, j])
+                    (made.add if names[j] in written else made.copy)(names[j], source, dirk.alpha[i, j])
+                    written.add(names[j])
         return made
+
+    def _short_transposed(self, made: StepProgram, y: str, stages: range) -> None:
+        """Append the transpose of :meth:`_short`."""
+        made.exchange(y, STATE)
+        for i in reversed(stages):
+            if self.drop_rows:
+                made.clear(y, self.bc_rows)
+            self.solve(made, y, self.steps[i], transposed=True)
+            made.store(y, i)
+            last = i == stages[-1]
+            self.mass(made, STATE, y, transposed=True, keep=None if last else 1.0 - self.dirk.alpha[i + 1, i])
+            if i > stages.start:
+                made.copy(y, STATE, self.dirk.alpha[i, i - 1])
 
 
 class MatrixRecursion(Recursion):
@@ -131,7 +178,7 @@ class MatrixRecursion(Recursion):
         MT: PETSc.Mat,
         factors: Mapping[float, Factor],
         dirk: DIRK,
-        steps: Sequence[float],
+        steps: np.ndarray,
         bc_rows: np.ndarray,
         drop_rows: bool,
     ):
@@ -143,9 +190,11 @@ class MatrixRecursion(Recursion):
         size = self._M.getLocalSize()[0]
         return StepProgram({"whole": slice(0, size)}, size)
 
-    def mass(self, program: StepProgram, out: str, x: str, *, transposed: bool = False) -> None:
-        """Append ``out = M x``, or ``out = M^T x``."""
-        program.multiply(out, self._MT if transposed else self._M, x)
+    def mass(
+        self, program: StepProgram, out: str, x: str, *, transposed: bool = False, keep: float | None = None
+    ) -> None:
+        """Append ``out = M x``, or ``out = M^T x``; ``keep``: add ``keep out``."""
+        program.multiply(out, self._MT if transposed else self._M, x, add=keep is not None, scale=keep or 0.0)
 
     def solve(self, program: StepProgram, y: str, h: float, *, transposed: bool = False) -> None:
         """Append ``y = S^{-1} y``, or ``y = S^{-T} y``."""

@@ -16,7 +16,7 @@ import numpy as np
 from irksome.tableaux.ButcherTableaux import ButcherTableau
 
 from pint_fem.evolution.evolution import Evolution
-from pint_fem.evolution.tableaux import DIRK, SDIRK2, BackwardEuler
+from pint_fem.evolution.tableaux import DIRK, SDIRK2, BackwardEuler, Repeated
 from pint_fem.mgrit.options import MGRITOptions
 from pint_fem.theory.alpha_circulant import block_contraction, contraction
 from pint_fem.theory.block_modes import block_factors, damped_wave
@@ -59,6 +59,8 @@ def mgrit_estimate(
     if any(isinstance(m, tuple) for m in factors) or (found := spectrum(evolution)) is None:
         return None
     coarse_tableau = coarse_tableau or evolution.tableau
+    if options.coarse_steps > 1:
+        coarse_tableau = Repeated(coarse_tableau, options.coarse_steps)
     estimates, stride, steps = [], 1, evolution.nsteps
     for index, m in enumerate(factors):
         pair = LevelPair(

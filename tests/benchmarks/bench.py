@@ -85,8 +85,8 @@ def per_step(steps: int, integrator: str, repeats: int) -> list[Row]:
             )
     sweep, block, block_transposed = timed(
         lambda: p.sweep(U, None),
-        lambda: p.apply(U[:-1], out, 0),
-        lambda: p.apply_transposed(U[:-1], out, 0),
+        lambda: p.apply(U[:-1], out),
+        lambda: p.apply_transposed(U[:-1], out),
         repeats=repeats,
     )
     for what, seconds in (("step", block), ("transposed step", block_transposed)):

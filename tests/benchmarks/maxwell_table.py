@@ -21,7 +21,7 @@ from rich.table import Table
 
 import pint_fem as pf
 from pint_fem.evolution.tableaux import DIRK
-from pint_fem.kernels.blocks import BlockOperator
+from pint_fem.kernels.block_operator import BlockOperator
 from pint_fem.sweeps.sweeps import Sweeps
 from pint_fem.theory.block_modes import damped_wave
 from pint_fem.theory.estimates import mgrit_estimate

@@ -27,12 +27,8 @@ from pint_fem.kernels.lanes.triangular import TriangularFactors
 
 __all__ = ["LaneSteps"]
 
-_CODES = {
-    name: number
-    for number, name in enumerate(
-        ("multiply", "solve", "copy", "add", "zero", "clear", "permute", "load", "store", "project")
-    )
-}
+_NAMES = "multiply solve copy add blend exchange zero clear permute load store project"
+_CODES = {name: number for number, name in enumerate(_NAMES.split())}
 _FIXED = 3
 """States before those of loads: the start, the results, what is added to these."""
 _CALL = 2e9
@@ -228,13 +224,13 @@ class _Compiled:
             number, rows = self._add(self._place[op.what].astype(np.int32)), len(op.what)
         elif op.kind in ("load", "store"):
             flag = _FIXED + op.what
-        return [OperationStruct(_CODES[op.kind], out, x, number, out_row, x_row, rows, flag, op.factor)]
+        return [OperationStruct(_CODES[op.kind], out, x, number, out_row, x_row, rows, flag, op.factor, op.scale)]
 
     def _solve(self, op: Operation) -> list[OperationStruct]:
         factors: TriangularFactors = op.what
         number = self._add(factors.struct(self._dtype, single=self._single), factors)
         out, rows, flag = self._numbers[op.out], self._sizes[op.out], int(op.flag)
-        struct = lambda name, out, x, number: OperationStruct(_CODES[name], out, x, number, 0, 0, rows, flag, 1.0)
+        struct = lambda name, out, x, number: OperationStruct(_CODES[name], out, x, number, 0, 0, rows, flag, 1.0, 1.0)
         if factors.enter is None:
             return [struct("solve", out, out, number)]
         enter, leave, work = factors.enter, factors.leave, self._numbers[f"{op.out}, permuted"]

@@ -100,16 +100,16 @@ static void NAME(backward)(const Lower *L, REAL *restrict x) {
 }
 #endif
 
-/* y = c A x, or y += c A x. */
-static void NAME(multiply)(const Matrix *A, double factor, const REAL *x, REAL *y, int add) {
-    const REAL *values = A->values, c = (REAL)factor;
+/* y = c A x, or y = s y + c A x. */
+static void NAME(multiply)(const Matrix *A, double factor, double scale, const REAL *x, REAL *y, int add) {
+    const REAL *values = A->values, c = (REAL)factor, s = (REAL)scale;
     for (int i = 0; i < A->rows; i++) {
         VEC t[V] = {0}, *out = ROW(y, i);
         for (int k = A->ptr[i]; k < A->ptr[i + 1]; k++) {
             const VEC *z = ROW(x, A->columns[k]);
             for (int v = 0; v < V; v++) t[v] += values[k] * z[v];
         }
-        if (add) for (int v = 0; v < V; v++) out[v] += c * t[v];
+        if (add) for (int v = 0; v < V; v++) out[v] = s * out[v] + c * t[v];
         else for (int v = 0; v < V; v++) out[v] = c * t[v];
     }
 }
@@ -122,47 +122,57 @@ static void NAME(project)(const Projection *p, int rows, REAL *x) {
     for (int i = 0; i < rows; i++) for (int v = 0; v < V; v++) ROW(x, i)[v] -= b[i] * t[v];
 }
 
-enum { NAME(SET), NAME(SUM), NAME(PUT) };
+/* x = c x + (1 - c) y, by one pass over the rows. */
+static void NAME(blend)(int64_t rows, double factor, REAL *x, const REAL *y) {
+    const REAL c = (REAL)factor, d = (REAL)(1.0 - factor);
+    for (int64_t i = 0; i < rows * V; i++) ((VEC *)x)[i] = c * ((VEC *)x)[i] + d * ((VEC *)y)[i];
+}
 
-/* Copy states of some lanes to x, add them to x, or copy x to them. */
-static void NAME(exchange)(const States *s, int64_t first, int lanes, int64_t step, REAL *x, int kind) {
-    double *base = s->base + first * s->lane + step * s->step;
+/* Copy states of some lanes to x (`set`), or add them to x, where there are any; then copy x to `put`. */
+static void NAME(transfer)(const States *set, const States *sum, const States *put, int64_t first, int lanes,
+                           int64_t step, REAL *x) {
+    const States *s = set ? set : sum, *any = s ? s : put;
+    const double *from = s ? s->base + first * s->lane + step * s->step : 0;
+    double *to = put ? put->base + first * put->lane + step * put->step : 0;
+    const int *place = any->place, size = any->size;
 #if W == 1
-    if (kind == NAME(SET)) for (int c = 0; c < s->size; c++) x[s->place[c]] = base[c];
-    else if (kind == NAME(SUM)) for (int c = 0; c < s->size; c++) x[s->place[c]] += base[c];
-    else for (int c = 0; c < s->size; c++) base[c] = x[s->place[c]];
+    if (set) for (int c = 0; c < size; c++) x[place[c]] = (REAL)from[c];
+    else if (sum) for (int c = 0; c < size; c++) x[place[c]] += (REAL)from[c];
+    if (put) for (int c = 0; c < size; c++) to[c] = x[place[c]];
 #else
     typedef REAL Part __attribute__((vector_size(8 * sizeof(REAL)), aligned(sizeof(REAL)), may_alias));
     for (int l = 0; l < W; l += 8) {
         const int own = lanes - l < 0 ? 0 : lanes - l < 8 ? lanes - l : 8;
-        if (!own && kind != NAME(SET)) break;
-        double *row = base + l * s->lane;
-        for (int c = 0; c < s->size; c += 8) {
-            const int width = s->size - c < 8 ? s->size - c : 8;
+        if (!own && !set) break;
+        for (int c = 0; c < size; c += 8) {
+            const int width = size - c < 8 ? size - c : 8;
             Eight v[8];
-            if (kind != NAME(PUT)) {
+            if (s) {
                 for (int i = 0; i < 8; i++) {
-                    if (i < own && width == 8) v[i] = *(Eight *)(row + i * s->lane + c);
+                    const double *row = from + (l + i) * s->lane + c;
+                    if (i < own && width == 8) v[i] = *(const Eight *)row;
                     else {
                         v[i] = (Eight){0};
-                        if (i < own) memcpy(&v[i], row + i * s->lane + c, sizeof(double) * width);
+                        if (i < own) memcpy(&v[i], row, sizeof(double) * width);
                     }
                 }
                 transpose(v);
                 for (int i = 0; i < width; i++) {
-                    Part *at = (Part *)(x + (int64_t)s->place[c + i] * W + l), new = __builtin_convertvector(v[i], Part);
-                    if (kind == NAME(SET)) *at = new;
-                    else *at += new;
+                    Part *at = (Part *)(x + (int64_t)place[c + i] * W + l), new = __builtin_convertvector(v[i], Part);
+                    if (!set) new += *at;
+                    *at = new;
+                    if (put) v[i] = __builtin_convertvector(new, Eight);
                 }
-            } else {
-                for (int i = 0; i < 8; i++) {
-                    const int at = s->place[i < width ? c + i : c];
-                    v[i] = __builtin_convertvector(*(Part *)(x + (int64_t)at * W + l), Eight);
-                }
+            } else
+                for (int i = 0; i < width; i++)
+                    v[i] = __builtin_convertvector(*(Part *)(x + (int64_t)place[c + i] * W + l), Eight);
+            if (put) {
+                for (int i = width; i < 8; i++) v[i] = (Eight){0};
                 transpose(v);
                 for (int i = 0; i < own; i++) {
-                    if (width == 8) *(Eight *)(row + i * s->lane + c) = v[i];
-                    else memcpy(row + i * s->lane + c, &v[i], sizeof(double) * width);
+                    double *row = to + (l + i) * put->lane + c;
+                    if (width == 8) *(Eight *)row = v[i];
+                    else memcpy(row, &v[i], sizeof(double) * width);
                 }
             }
         }
@@ -176,7 +186,7 @@ static void NAME(exchange)(const States *s, int64_t first, int lanes, int64_t st
 void NAME(run)(const Program *program, int64_t lanes, int64_t steps, const States *states) {
     for (int64_t first = 0; first < lanes; first += W) {
         const int own = (int)(lanes - first < W ? lanes - first : W);
-        NAME(exchange)(&states[0], first, own, 0, program->vector[0], NAME(SET));
+        NAME(transfer)(&states[0], 0, 0, first, own, 0, program->vector[0]);
         for (int64_t step = 0; step < steps; step++) {
             for (int o = 0; o < program->count; o++) {
                 const Operation *p = program->operations + o;
@@ -185,7 +195,7 @@ void NAME(run)(const Program *program, int64_t lanes, int64_t steps, const State
                 const void *object = p->object < 0 ? 0 : program->object[p->object];
                 const REAL c = (REAL)p->factor;
                 switch (p->code) {
-                case MULTIPLY: NAME(multiply)(object, p->factor, in, out, p->flag); break;
+                case MULTIPLY: NAME(multiply)(object, p->factor, p->scale, in, out, p->flag); break;
                 case SOLVE: {
                     const Factor *f = object;
                     NAME(forward)(p->flag ? f->right : f->left, f->inverse_diagonal, out);
@@ -194,17 +204,23 @@ void NAME(run)(const Program *program, int64_t lanes, int64_t steps, const State
                 }
                 case COPY: for (int64_t i = 0; i < (int64_t)p->rows * V; i++) ((VEC *)out)[i] = c * ((VEC *)in)[i]; break;
                 case ADD: for (int64_t i = 0; i < (int64_t)p->rows * V; i++) ((VEC *)out)[i] += c * ((VEC *)in)[i]; break;
+                case BLEND: NAME(blend)(p->rows, p->factor, out, in); break;
+                case EXCHANGE: {
+                    void *kept = program->vector[p->out];
+                    program->vector[p->out] = program->vector[p->in];
+                    program->vector[p->in] = kept;
+                    break;
+                }
                 case ZERO: memset(out, 0, (int64_t)p->rows * W * sizeof(REAL)); break;
                 case CLEAR_ROWS: for (int i = 0; i < p->rows; i++) memset(ROW(out, ((int *)object)[i]), 0, W * sizeof(REAL)); break;
                 case PERMUTE: for (int i = 0; i < p->rows; i++) memcpy(ROW(out, i), ROW(in, ((int *)object)[i]), W * sizeof(REAL)); break;
-                case LOAD: if (states[p->flag].base) NAME(exchange)(&states[p->flag], first, own, step, out, NAME(SUM)); break;
-                case STORE: if (states[p->flag].base) NAME(exchange)(&states[p->flag], first, own, step, (REAL *)in, NAME(PUT)); break;
+                case LOAD: if (states[p->flag].base) NAME(transfer)(0, &states[p->flag], 0, first, own, step, out); break;
+                case STORE: if (states[p->flag].base) NAME(transfer)(0, 0, &states[p->flag], first, own, step, (REAL *)in); break;
                 case PROJECT: NAME(project)(object, p->rows, out); break;
                 }
             }
-            REAL *result = program->vector[0];
-            if (states[2].base) NAME(exchange)(&states[2], first, own, step, result, NAME(SUM));
-            if (states[1].base) NAME(exchange)(&states[1], first, own, step, result, NAME(PUT));
+            const States *added = states[2].base ? &states[2] : 0;
+            NAME(transfer)(0, added, &states[1], first, own, step, program->vector[0]);
         }
     }
 }
@@ -213,8 +229,8 @@ void NAME(run)(const Program *program, int64_t lanes, int64_t steps, const State
 void NAME(product)(const Matrix *A, int64_t lanes, const States *in, const States *out, REAL *x, REAL *y) {
     for (int64_t first = 0; first < lanes; first += W) {
         const int own = (int)(lanes - first < W ? lanes - first : W);
-        NAME(exchange)(in, first, own, 0, x, NAME(SET));
-        NAME(multiply)(A, 1.0, x, y, 0);
-        NAME(exchange)(out, first, own, 0, y, NAME(PUT));
+        NAME(transfer)(in, 0, 0, first, own, 0, x);
+        NAME(multiply)(A, 1.0, 0.0, x, y, 0);
+        NAME(transfer)(0, 0, out, first, own, 0, y);
     }
 }

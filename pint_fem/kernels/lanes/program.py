@@ -1,7 +1,8 @@
 """A time step as a *program*: a sequence of operations on named vectors, executed on lanes or with PETSc's objects.
 
-A state consists of *parts*, one for a single field or two where a field is eliminated. A vector has some of the parts, one
-after the other, each in an order of its own. The vector ``"state"`` is a step's start at first, and its result at the end.
+A state consists of *parts*, one for a single field or two where a field is eliminated. A vector has some of the parts,
+one after the other, each in an order of its own. The vector ``"state"`` is a step's start at first, and its result at
+the end.
 """
 
 from __future__ import annotations
@@ -25,9 +26,10 @@ class Operation:
     Attributes
     ----------
     kind : str
-        ``"multiply"``: ``out = factor A x``, or ``out += factor A x`` with ``flag``; ``"solve"``: ``out = S^{-1} out``,
-        or with the transpose for ``flag``; ``"copy"``: ``out = factor x``; ``"add"``: ``out += factor x``; ``"zero"``:
-        ``out = 0``; ``"clear"``: zero some rows; ``"load"``: add given states; ``"store"``: return a copy;
+        ``"multiply"``: ``out = factor A x``, or ``out = scale out + factor A x`` with ``flag``; ``"solve"``: ``out =
+        S^{-1} out``, or with the transpose for ``flag``; ``"copy"``: ``out = factor x``; ``"add"``: ``out += factor
+        x``; ``"blend"``: ``out = factor out + (1 - factor) x``; ``"exchange"``: ``out`` and ``x`` change places;
+        ``"zero"``: ``out = 0``; ``"clear"``: zero some rows; ``"load"``: add given states; ``"store"``: return a copy;
         ``"project"``: subtract ``v (v . out)``.
     out, x : str
         Names of the vectors.
@@ -35,7 +37,7 @@ class Operation:
         Their parts; ``None`` for the whole vectors.
     what : object
         PETSc's matrix, a factor, own rows of a state, the number of states to load or store, or the vector ``v``.
-    factor, flag : float, bool
+    factor, flag, scale : float, bool, float
         See ``kind``.
     """
 
@@ -47,6 +49,7 @@ class Operation:
     what: Any = None
     factor: float = 1.0
     flag: bool = False
+    scale: float = 1.0
 
 
 class StepProgram:
@@ -80,10 +83,10 @@ class StepProgram:
         self.vectors[name] = self.vectors[STATE] if parts is None else tuple(parts)
         return name
 
-    def multiply(self, out: str, matrix: Any, x: str, factor: float = 1.0, *, add: bool = False,
+    def multiply(self, out: str, matrix: Any, x: str, factor: float = 1.0, *, add: bool = False, scale: float = 1.0,
                  part: str | None = None, x_part: str | None = None) -> None:  # fmt: skip
-        """``out = factor A x``, or ``out += factor A x``."""
-        self.operations.append(Operation("multiply", out, x, part, x_part, matrix, factor, add))
+        """``out = factor A x``, or with ``add`` ``out = scale out + factor A x``."""
+        self.operations.append(Operation("multiply", out, x, part, x_part, matrix, factor, add, scale))
 
     def solve(self, out: str, factor: Any, *, transposed: bool = False) -> None:
         """``out = S^{-1} out`` for a vector of one part, with a factor of ``S`` or its transpose."""
@@ -98,6 +101,14 @@ class StepProgram:
     def add(self, out: str, x: str, factor: float = 1.0, *, part: str | None = None, x_part: str | None = None) -> None:
         """``out += factor x``."""
         self.operations.append(Operation("add", out, x, part, x_part, factor=factor))
+
+    def blend(self, out: str, x: str, factor: float) -> None:
+        """``out = factor out + (1 - factor) x``."""
+        self.operations.append(Operation("blend", out, x, factor=factor))
+
+    def exchange(self, out: str, x: str) -> None:
+        """Exchange two vectors with the same parts."""
+        self.operations.append(Operation("exchange", out, x))
 
     def zero(self, out: str) -> None:
         """``out = 0``."""

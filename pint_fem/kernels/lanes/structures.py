@@ -82,7 +82,7 @@ class OperationStruct(Structure):
 
     _fields_ = [
         ("code", c_int), ("out", c_int), ("in_", c_int), ("object", c_int), ("out_row", c_int), ("in_row", c_int),
-        ("rows", c_int), ("flag", c_int), ("factor", c_double),
+        ("rows", c_int), ("flag", c_int), ("factor", c_double), ("scale", c_double),
     ]  # fmt: skip
 
 
@@ -125,7 +125,7 @@ def _compiled() -> ctypes.CDLL | None:
 
 
 def kernels() -> Kernels | None:
-    """The compiled kernels, or ``None`` where there is no compiler (:func:`~pint_fem.kernels.lanes.compiled.library`)."""
+    """The compiled kernels, or ``None`` where :func:`~pint_fem.kernels.lanes.compiled.library` has none."""
     found = _compiled()
     if found is None:
         return None

@@ -41,15 +41,15 @@ typedef struct {
 
 typedef struct {
     int code, out, in, object, out_row, in_row, rows, flag;
-    double factor;
+    double factor, scale;
 } Operation;
 
-enum { MULTIPLY, SOLVE, COPY, ADD, ZERO, CLEAR_ROWS, PERMUTE, LOAD, STORE, PROJECT };
+enum { MULTIPLY, SOLVE, COPY, ADD, BLEND, EXCHANGE, ZERO, CLEAR_ROWS, PERMUTE, LOAD, STORE, PROJECT };
 
 typedef struct {
     int count, vectors;
     const Operation *operations;
-    void *const *vector; /* work arrays (rows + 1, W) */
+    void **vector; /* work arrays (rows + 1, W), which EXCHANGE swaps */
     const void *const *object; /* what operations refer to */
 } Program;
 
