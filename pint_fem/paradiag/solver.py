@@ -27,7 +27,8 @@ import numpy as np
 from mpi4py import MPI
 
 from pint_fem.all_at_once.grids import Bounds
-from pint_fem.all_at_once.levels import Propagator, build_levels
+from pint_fem.all_at_once.levels import build_levels
+from pint_fem.all_at_once.propagator import Propagator
 from pint_fem.all_at_once.solver import AllAtOnceSolver
 from pint_fem.all_at_once.stopping import SolveResult
 from pint_fem.all_at_once.trace import timed
@@ -50,7 +51,7 @@ class ParaDiag(AllAtOnceSolver):
     ----------
     propagator
         The step ``Phi`` (affine in a tangent sweep of a nonlinear evolution), a
-        :class:`~pint_fem.all_at_once.levels.Propagator`.
+        :class:`~pint_fem.all_at_once.propagator.Propagator`.
     nsteps
         ``N``.
     solve
