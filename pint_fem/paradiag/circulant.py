@@ -174,8 +174,9 @@ class AlphaCirculant:
         transposes, transform = self.transposes, time_transform(self.nsteps, kind)
         scale, inverse = self._scale[:, 0], 1 / self._scale[:, 0]
         alone = transform is not None and transposes.comm.size == 1
-        columns = r
-        if not alone:
+        if alone:  # scaled by the transform
+            columns = self._transposed(transposes.to_columns, r)
+        else:
             scaled = np.empty(r.shape, kind)
             np.multiply(r, self._scale, out=scaled, casting="same_kind")
             columns = self._transposed(transposes.to_columns, scaled)
@@ -191,8 +192,8 @@ class AlphaCirculant:
         with timed(self._trace, "fft", 0):
             if alone:
                 transform.backward(spectrum, U, inverse)
-                return
-            if transform is None:
+                columns = U
+            elif transform is None:
                 columns = self.irfft(spectrum)
             else:
                 columns = np.empty((self.nsteps, spectrum.shape[1]), kind)
@@ -200,7 +201,7 @@ class AlphaCirculant:
         w = self._transposed(transposes.from_columns, columns)
         if transform is None:
             U += (w * inverse[:, None]).reshape(U.shape)
-        else:
+        elif not alone:
             transform.add(w, U, inverse)
 
     def _transposed(self, work: Callable, array: np.ndarray) -> np.ndarray:
