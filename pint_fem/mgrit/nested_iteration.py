@@ -1,7 +1,8 @@
 r"""Right-hand sides of coarse levels for a first guess by nested iteration.
 
 A right-hand side that enters ``c - i`` fine steps before the C-point ``c`` reaches it as :math:`\Phi^{c-i} g_i`.
-Between no step and a whole coarse step that is interpolated linearly,
+Where propagators are linear and take the steps of many intervals in one call, the sum over an interval is the residual
+after an F-relaxation from zero. Else, between no step and a whole coarse step that is interpolated linearly,
 
 .. math::  g^c = \sum_i (1 - \theta_i) g_i + \Phi^c \sum_i \theta_i g_i , \qquad \theta_i = (c - i)/m ,
 
@@ -23,6 +24,9 @@ def coarse_rhs(fine: Level, coarse: Level, relaxation: Relaxation, transfer: Tra
     """Set the right-hand side ``coarse.G`` from ``fine.G`` (collective over the ranks with steps on ``fine``)."""
     if not fine.active:
         return
+    if linear and fine.advances:
+        _propagate(fine, coarse, relaxation, transfer)
+        return
     early, late = _sums(fine, relaxation)
     if transfer is not None:
         early, late = transfer.restrict(early), transfer.restrict(late)
@@ -35,13 +39,26 @@ def coarse_rhs(fine: Level, coarse: Level, relaxation: Relaxation, transfer: Tra
         np.add(early, late, out=coarse.G)
 
 
+def _propagate(fine: Level, coarse: Level, relaxation: Relaxation, transfer: Transfer | None) -> None:
+    """Propagate the right-hand side to the C-points, from zero there; overwrites the points but the first of all."""
+    initial = fine.U[:1].copy()
+    fine.U[:1] = 0
+    relaxation.set_c_values(fine.U, 0)
+    relaxation.f_relax()
+    sums = np.empty((coarse.k, *fine.U.shape[1:]), fine.U.dtype)
+    relaxation.c_residual(sums)
+    coarse.G[...] = sums if transfer is None else transfer.restrict(sums)
+    fine.U[:1] = initial
+
+
 def _sums(fine: Level, relaxation: Relaxation) -> tuple[np.ndarray, np.ndarray]:
     """Sums with weights ``theta`` and ``1 - theta`` over each interval that ends on this rank.
 
     Parts of an interval on several ranks are added from left to right.
     """
     G, lo, shape = fine.G, fine.lo, fine.G.shape[1:]
-    sums = np.zeros((2, len(relaxation.intervals), *shape), G.dtype)
+    sums = np.zeros((2, len(relaxation.intervals), *shape), G.dtype)  # of all, and with weights 1 - theta
+    work = np.empty(sums.shape[1:], G.dtype)
     begun = np.zeros((1, 2, *shape), G.dtype)  # of an interval that the left neighbour has begun
     inside = bool(relaxation.intervals) and relaxation.intervals[0].start < lo
     unfinished = fine.k > 0 and not relaxation.last_is_c
@@ -50,9 +67,9 @@ def _sums(fine: Level, relaxation: Relaxation) -> tuple[np.ndarray, np.ndarray]:
         sums[:, 0] = begun[0]
     for j in range(max((i.length for i in relaxation.intervals), default=0)):
         for run in runs(relaxation.intervals, j, lo, fine.hi, relaxation.first_number):
-            length = run.steps.step
-            sums[0, run.places] += (length - 1 - j) / length * G[run.rows]
-            sums[1, run.places] += (1 + j) / length * G[run.rows]
+            sums[0, run.places] += G[run.rows]
+            sums[1, run.places] += np.multiply(G[run.rows], (1 + j) / run.steps.step, out=work[run.places])
     if unfinished and fine.right is not None:
         fine.wait(fine.post_send(np.ascontiguousarray(sums[:, -1])[None]))
-    return sums[0, : relaxation.count], sums[1, : relaxation.count]
+    late = sums[1, : relaxation.count]
+    return sums[0, : relaxation.count] - late, late

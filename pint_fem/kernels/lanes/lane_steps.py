@@ -134,7 +134,7 @@ class LaneSteps:
                 self._programs.clear()
             ends, start = np.cumsum([0, *rows[:-1]]) * width * self.dtype.itemsize, self._vectors.ctypes.data
             vectors = (ctypes.c_void_p * len(rows))(*(start + ends).tolist())
-            self._programs[width] = self._translation.program(vectors, single=width == 1), vectors
+            self._programs[width] = self._translation.program(vectors), vectors
         return self._programs[width][0]
 
     # -- widths --------------------------------------------------------------------------------------------------------
@@ -154,6 +154,11 @@ class LaneSteps:
                 best[count] = total, [*best[count - min(w, count)][1], (w, min(w, count))]
             self._cuts[lanes] = calls + best[lanes % widest][1]
         return self._cuts[lanes]
+
+    @property
+    def seconds(self) -> dict[int, float]:
+        """Measured seconds of a step of all lanes, for each width."""
+        return {width: self._time(width) for width in WIDTHS[self.dtype]}
 
     def _time(self, width: int) -> float:
         """Measured seconds of a step of ``width`` lanes."""

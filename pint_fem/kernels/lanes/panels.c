@@ -108,15 +108,3 @@ int pack_panels(int n, const int64_t *ptr, const int *index, const double *value
     }
     return 0;
 }
-
-/* Store the rows below of all panels by rows, padded by zeros to fours of columns, from tiles. */
-void order_by_rows(int panels, const int *starts, const int64_t *row_ptr, const int64_t *tile_ptr, const double *tiles,
-                   const int64_t *by_rows_ptr, double *by_rows) {
-    for (int s = 0; s < panels; s++) {
-        const int w = starts[s + 1] - starts[s], padded = (w + 3) / 4 * 4;
-        const double *a = tiles + tile_ptr[s];
-        double *b = by_rows + by_rows_ptr[s];
-        for (int64_t r = 0; r < row_ptr[s + 1] - row_ptr[s]; r++)
-            for (int j = 0; j < w; j++) b[r * padded + j] = a[(r / 4 * w + j) * 4 + r % 4];
-    }
-}

@@ -48,8 +48,7 @@ class LowerStruct(Structure):
 
     _fields_ = [
         ("n", c_int), ("panels", c_int), ("starts", c_void_p), ("rows", c_void_p), ("row_ptr", c_void_p),
-        ("triangle_ptr", c_void_p), ("tile_ptr", c_void_p), ("by_rows_ptr", c_void_p), ("triangles", c_void_p),
-        ("tiles", c_void_p), ("by_rows", c_void_p),
+        ("triangle_ptr", c_void_p), ("tile_ptr", c_void_p), ("triangles", c_void_p), ("tiles", c_void_p),
     ]  # fmt: skip
 
 
@@ -100,7 +99,6 @@ class Kernels(NamedTuple):
 
     find_panels: ctypes._CFuncPtr
     pack_panels: ctypes._CFuncPtr
-    order_by_rows: ctypes._CFuncPtr
     release: ctypes._CFuncPtr
     count_fill: ctypes._CFuncPtr
     solve: ctypes._CFuncPtr
@@ -115,14 +113,15 @@ def _source() -> str:
     for dtype, widths in WIDTHS.items():
         for width in widths:
             suffix = f"_{_SUFFIX[dtype]}{width}"
-            parts += [f"#define REAL {_C_TYPE[dtype]}\n#define W {width}\n#define NAME(x) x##{suffix}\n"]
-            parts += [read("lanes.c"), "#undef REAL\n#undef W\n#undef NAME\n"]
+            defined = {"REAL": _C_TYPE[dtype], "SIZE": dtype.itemsize, "W": width, "NAME(x)": f"x##{suffix}"}
+            parts += [f"#define {name} {value}" for name, value in defined.items()]
+            parts += [read("lanes.c"), "#undef REAL\n#undef SIZE\n#undef W\n#undef NAME\n"]
     return "\n".join(parts)
 
 
 @lru_cache(maxsize=1)
 def kernels() -> Kernels | None:
-    """The compiled kernels, or ``None`` where there is no compiler (:func:`~pint_fem.kernels.lanes.compiled.library`)."""
+    """The compiled kernels, or ``None`` where :func:`~pint_fem.kernels.lanes.compiled.library` has none."""
     found = library(_source())
     if found is None:
         return None
@@ -134,7 +133,7 @@ def kernels() -> Kernels | None:
         function.argtypes, function.restype = [c_void_p, c_int64, *[c_void_p] * 4], None
     found.find_panels.restype = c_int64
     found.count_fill.restype = c_int64
-    for function in (found.release, found.order_by_rows, found.solve):
+    for function in (found.release, found.solve):
         function.restype = None
     found.release.argtypes = [c_void_p]
     single = (getattr(found, name) for name in Kernels._fields[:-2])

@@ -72,15 +72,12 @@ class Translation:
         made = [struct for op in program.operations for struct in self._translated(op)]
         self._operations = (OperationStruct * max(1, len(made)))(*made)
         self._count = len(made)
-        self._tables: dict[bool, tuple] = {}
+        kept = [o.struct(self._dtype) if isinstance(o, TriangularFactors) else o for o in self._objects]
+        self._table = pointers(kept), kept
 
-    def program(self, vectors: ctypes.Array, *, single: bool) -> ProgramStruct:
-        """The program's struct with the addresses of its vectors, which the caller keeps; ``single``: for one state."""
-        if single not in self._tables:
-            struct = lambda o: o.struct(self._dtype, single=single) if isinstance(o, TriangularFactors) else o
-            kept = [struct(o) for o in self._objects]
-            self._tables[single] = pointers(kept), kept
-        addresses = ctypes.addressof(vectors), ctypes.addressof(self._tables[single][0])
+    def program(self, vectors: ctypes.Array) -> ProgramStruct:
+        """The program's struct with the addresses of its vectors, which the caller keeps."""
+        addresses = ctypes.addressof(vectors), ctypes.addressof(self._table[0])
         return ProgramStruct(self._count, len(self.rows), self._operations, *addresses)
 
     @property

@@ -3,13 +3,12 @@
 #include <string.h>
 
 /* A unit lower triangular matrix of n rows by panels of adjacent columns (panels.c). A panel has its triangle, w x w by
-   rows; its rows below in tiles of four, within a tile by columns; and these once more by rows, padded to fours of columns,
-   for single states. Rows are padded by row n to whole tiles: vectors have a scratch row there. */
+   rows, and its rows below in tiles of four, within a tile by columns. Rows are padded by row n to whole tiles: vectors have a scratch row there. */
 typedef struct {
     int n, panels;
     const int *starts, *rows;
-    const int64_t *row_ptr, *triangle_ptr, *tile_ptr, *by_rows_ptr;
-    const void *triangles, *tiles, *by_rows;
+    const int64_t *row_ptr, *triangle_ptr, *tile_ptr;
+    const void *triangles, *tiles;
 } Lower;
 
 /* L D R^T */
