@@ -51,6 +51,7 @@ class LaneSteps:
         self.program, self.dtype, self.size = program, np.dtype(dtype), program.size
         self._programs: dict[int, _Compiled] = {}
         self._seconds: dict[int, float] = {}
+        self._cuts: dict[int, list[tuple[int, int]]] = {}
         self._orders = {name: np.arange(len(rows)) for name, rows in program.parts.items()}
         for op in program.operations:
             if op.kind == "solve":
@@ -94,7 +95,9 @@ class LaneSteps:
         arrays = [u[:, None], out, added, *states, *[None] * (self.program.stored - len(states))]
         arrays = [None if a is None else _contiguous_states(a) for a in arrays]
         first = 0
-        for width, count in self._cut(lanes):
+        if lanes not in self._cuts:
+            self._cuts[lanes] = self._cut(lanes)
+        for width, count in self._cuts[lanes]:
             part = slice(first, first + count)
             first += count
             compiled = self._compiled(width)
