@@ -24,6 +24,7 @@ from pint_fem.kernels.lanes.structures import (
     pointers,
 )
 from pint_fem.kernels.lanes.triangular import TriangularFactors
+from pint_fem.kernels.lanes.widths import cut
 
 __all__ = ["LaneSteps"]
 
@@ -114,16 +115,7 @@ class LaneSteps:
         widths = WIDTHS[self.dtype]
         if lanes == 1:
             return [(widths[0], 1)]
-        seconds = self.seconds
-        widest = min(widths, key=lambda w: seconds[w] / w)
-        calls = [(widest, lanes // widest * widest)] if lanes >= widest else []
-        left = lanes % widest
-        best = {0: (0.0, [])}
-        for count in range(1, left + 1):
-            options = [(best[count - min(w, count)][0] + seconds[w], w) for w in widths]
-            time_, w = min(options)
-            best[count] = time_, [*best[count - min(w, count)][1], (w, min(w, count))]
-        return calls + best[left][1]
+        return cut(lanes, self.seconds)
 
     @property
     def seconds(self) -> dict[int, float]:
