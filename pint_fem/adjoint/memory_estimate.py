@@ -13,6 +13,9 @@ intervals              with ``storage="C"``: at most :math:`3 m w\,n` for ``w`` 
 data                   states of data that depend on time: loads (one per stage and step), linear parts of misfits
 linearisation          of a nonlinear evolution :math:`8 s + 5` states for each cached step: own steps of all levels,
                        with ``storage="C"`` those of coarse levels and of one interval
+batch                  for each further direction of Hessian actions on several: a sweep and a right-hand side of
+                       :math:`c\,n` each, coarse levels of two solvers, half of a linearisation for each cached step;
+                       freed afterwards (:func:`bytes_per_direction`)
 model                  for the symmetric model of the Hessian (inexact minimisation): a slab and its coarse levels
 PETSc                  blocks of ``WIDTH`` states, matrices, factors as PETSc counts or estimates them
 =====================  =================================================================================================
