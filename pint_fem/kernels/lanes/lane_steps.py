@@ -12,6 +12,7 @@ import numpy as np
 from pint_fem.kernels.lanes.program import StepProgram
 from pint_fem.kernels.lanes.structures import WIDTHS, ProgramStruct, StatesStruct, aligned, kernels
 from pint_fem.kernels.lanes.translation import LOADS, Translation
+from pint_fem.kernels.lanes.widths import cut
 
 __all__ = ["LaneSteps", "windows"]
 
@@ -152,13 +153,7 @@ class LaneSteps:
                 w for w, narrower in zip(every, (0, *every), strict=False) if narrower < lanes
             ]  # others gain nothing
             seconds = {w: self._time(w) if len(widths) > 1 else 1.0 for w in widths}
-            widest = min(widths, key=lambda w: seconds[w] / w)
-            calls = [(widest, lanes // widest * widest)] if lanes >= widest else []
-            best: dict[int, tuple[float, list]] = {0: (0.0, [])}
-            for count in range(1, lanes % widest + 1):
-                total, w = min((best[count - min(w, count)][0] + seconds[w], w) for w in widths)
-                best[count] = total, [*best[count - min(w, count)][1], (w, min(w, count))]
-            self._cuts[lanes] = calls + best[lanes % widest][1]
+            self._cuts[lanes] = cut(lanes, seconds)
         return self._cuts[lanes]
 
     @property
