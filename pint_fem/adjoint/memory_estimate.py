@@ -14,7 +14,8 @@ data                   states of data that depend on time: loads (one per stage 
 linearisation          of a nonlinear evolution :math:`8 s + 5` states for each cached step: own steps of all levels,
                        with ``storage="C"`` those of coarse levels and of one interval
 model                  for the symmetric model of the Hessian (inexact minimisation): a slab and its coarse levels
-PETSc                  blocks of ``WIDTH`` states, matrices, factors as PETSc counts or estimates them
+kernels                factors and copies of matrices for the kernels, and the work memory that they share
+PETSc                  vectors, matrices, and factors as PETSc counts or estimates them
 =====================  =================================================================================================
 
 The vectors of a Krylov method (``krylov=``), of Firedrake's functions and compiled code are not counted.
@@ -28,17 +29,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from pint_fem.collective import collectively
+from pint_fem.kernels.direct import added
 from pint_fem.misfits.base import BLOCK, BlockMisfit, Misfit
 
 if TYPE_CHECKING:
     from pint_fem.adjoint.problem import ReducedProblem
 
 __all__ = ["MemoryEstimate", "bytes_per_direction", "estimate_memory"]
-
-
-def _added(parts: Sequence[dict[str, int]]) -> dict[str, int]:
-    """The sum of numbers by name."""
-    return {name: sum(part.get(name, 0) for part in parts) for name in dict.fromkeys(n for part in parts for n in part)}
 
 
 class MemoryEstimate(NamedTuple):
@@ -71,7 +68,7 @@ class MemoryEstimate(NamedTuple):
         """Return the estimate of several problems of which one at a time is at its peak."""
         largest = lambda name: max((m.passing[name] for m in estimates), key=lambda parts: sum(parts.values()))
         passing = {name: largest(name) for name in estimates[0].passing}
-        return cls(_added([m.kept for m in estimates]), passing, _added([m.petsc for m in estimates]))
+        return cls(added(*(m.kept for m in estimates)), passing, added(*(m.petsc for m in estimates)))
 
     def __str__(self) -> str:
         text = lambda parts: ", ".join(f"{name} {size / 2**20:.3g}" for name, size in parts.items() if size)
@@ -133,8 +130,9 @@ def estimate_memory(problem: ReducedProblem) -> MemoryEstimate:
         "blocks": blocks,
         "controls": (3 if second else 2) * stepwise + 2 * (direct + layout),
     }
-    petsc = _added([p.petsc_bytes(count) for p, _, count in solvers.cached_steps] + of_misfits)
-    return MemoryEstimate(kept, passing, {part: petsc.get(part, 0) for part in ("blocks", "matrices", "factors")})
+    petsc = added(*(p.operator_nbytes(count) for p, _, count in solvers.cached_steps), *of_misfits)
+    kept["kernels"] = petsc.pop("kernels", 0) + max(p.work_nbytes() for p, _, _ in solvers.cached_steps)
+    return MemoryEstimate(kept, passing, {part: petsc.get(part, 0) for part in ("vectors", "matrices", "factors")})
 
 
 def bytes_per_direction(problem: ReducedProblem, estimate: MemoryEstimate) -> int:
@@ -154,8 +152,8 @@ def bytes_per_direction(problem: ReducedProblem, estimate: MemoryEstimate) -> in
 
 
 def _of_misfits(misfits: Sequence[Misfit]) -> tuple[int, list[dict[str, int]]]:
-    """Bytes of arrays of all misfits, and of each one in PETSc by part."""
-    return sum(m.nbytes() for m in misfits), [m.petsc_bytes() for m in misfits]
+    """Bytes of arrays of all misfits, and of each one's matrices by part."""
+    return sum(m.nbytes() for m in misfits), [m.operator_nbytes() for m in misfits]
 
 
 def _coarse(solver, n: int) -> int:

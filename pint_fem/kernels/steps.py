@@ -46,8 +46,12 @@ class Steps(Protocol):
         """
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of the work vectors in use."""
+    def nbytes(self) -> dict[str, int]:
+        """Bytes of arrays for the kernels, or of vectors for PETSc, without matrices and factors."""
+
+    @property
+    def work_nbytes(self) -> int:
+        """Bytes of the work memory of a call, which programs that run one after another share."""
 
 
 def execution(program: StepProgram, comm: MPI.Comm) -> Steps:
@@ -89,8 +93,12 @@ def execution(program: StepProgram, comm: MPI.Comm) -> Steps:
     return lanes if comm.size == 1 else _ReplicatedSteps(lanes, state, program)
 
 
+EXCHANGED = 64
+"""Number of states of which every rank in space has a copy at the same time."""
+
+
 class _ReplicatedSteps:
-    """Steps on copies of the states of all ranks in space."""
+    """Steps on copies of the states of all ranks in space, some states at a time."""
 
     def __init__(self, lanes: LaneSteps, replication: Replication, program: StepProgram):
         self._lanes, self._replication = lanes, replication
@@ -104,21 +112,41 @@ class _ReplicatedSteps:
         states: Sequence[np.ndarray | None] = (),
     ) -> None:
         """Take steps as :meth:`Steps.run` (collective over space)."""
+        lanes, steps = out.shape[:2]
+        for first in range(0, lanes, EXCHANGED):
+            group = slice(first, min(first + EXCHANGED, lanes))
+            start, few = self._replication.gathered(u[group]), EXCHANGED // (group.stop - group.start)
+            for begin in range(0, steps, few):
+                part = group, slice(begin, begin + few)
+                own = [None if a is None else a[part] for a in (out, added, *states)]
+                start = self._some(start, own[0], own[1], own[2:])
+
+    def _some(
+        self, start: np.ndarray, out: np.ndarray, added: np.ndarray | None, states: Sequence[np.ndarray | None]
+    ) -> np.ndarray:
+        """Take a few steps from copies of some states; copies of the last results."""
         gathered, total, own = self._replication.gathered, self._replication.total, self._replication.own
         new = lambda a: np.empty((*a.shape[:-1], total))
         results, copies = new(out), []
         for number, a in enumerate(states):
             copies.append(None if a is None else new(a) if number in self._writes else gathered(a))
-        self._lanes.run(gathered(u), results, None if added is None else gathered(added), copies)
+        self._lanes.run(start, results, None if added is None else gathered(added), copies)
         out[...] = results[..., own]
         for number in self._writes:
             if number < len(states) and states[number] is not None:
                 states[number][...] = copies[number][..., own]
+        return results[:, -1]
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of the work vectors in use."""
+    def nbytes(self) -> dict[str, int]:
+        """Bytes of the copies of matrices."""
         return self._lanes.nbytes
+
+    @property
+    def work_nbytes(self) -> int:
+        """Bytes of copies of states, two of each at least, and of the memory that kernels share."""
+        arrays = 3 + self._lanes.program.stored
+        return self._lanes.work_nbytes + 8 * arrays * EXCHANGED * self._replication.total
 
 
 class PetscSteps:
@@ -155,9 +183,14 @@ class PetscSteps:
         self._calls: dict[str, Callable[[Operation], None]] = calls
 
     @property
-    def nbytes(self) -> int:
+    def nbytes(self) -> dict[str, int]:
         """Bytes of the work vectors."""
-        return sum(v.nbytes for v in self._vectors.values()) + 16 * sum(self._in)
+        return {"vectors": sum(v.nbytes for v in self._vectors.values()) + 16 * sum(self._in)}
+
+    @property
+    def work_nbytes(self) -> int:
+        """Zero, as programs share no memory."""
+        return 0
 
     def run(
         self,

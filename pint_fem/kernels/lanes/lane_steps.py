@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from pint_fem.kernels.lanes.structures import (
     aligned,
     kernels,
     pointers,
+    scratch,
 )
 from pint_fem.kernels.lanes.triangular import TriangularFactors
 
@@ -65,14 +67,31 @@ class LaneSteps:
     """
 
     def __init__(self, program: StepProgram, dtype: np.dtype | type = np.float64):
-        self.program, self.dtype, self.size = program, np.dtype(dtype), program.size
+        self.dtype, self.size = np.dtype(dtype), program.size
         self._programs: dict[int, _Compiled] = {}
         self._seconds: dict[int, float] = {}
         self._orders = {name: np.arange(len(rows)) for name, rows in program.parts.items()}
         for op in program.operations:
             if op.kind == "solve":
                 self._orders[program.vectors[op.out][0]] = op.what.order
+        self.program = self._ordered(program)
         self.work = sum(self._work(op) for op in program.operations)
+
+    def _ordered(self, program: StepProgram) -> StepProgram:
+        """The program with copies of its matrices in the orders of the parts."""
+        made = StepProgram(program.parts, program.size)
+        made.vectors, copies = program.vectors, {}
+        for op in program.operations:
+            if op.kind == "multiply":
+                rows, columns = program.part(op.out, op.part), program.part(op.x, op.x_part)
+                key = id(op.what), rows, columns
+                if key not in copies:
+                    A = csr_matrix(op.what)[self._orders[rows]][:, self._orders[columns]].astype(self.dtype)
+                    A.indptr, A.indices = (part.astype(np.int32, copy=False) for part in (A.indptr, A.indices))
+                    copies[key] = A
+                op = replace(op, what=copies[key])
+            made.operations.append(op)
+        return made
 
     def _work(self, operation: Operation) -> float:
         """Multiplications of an operation for one state, about."""
@@ -164,9 +183,15 @@ class LaneSteps:
         return self._programs[width]
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of the work vectors in use."""
-        return sum(a.nbytes for compiled in self._programs.values() for a in compiled.vectors)
+    def nbytes(self) -> dict[str, int]:
+        """Bytes of the copies of matrices; work vectors are in the memory that all kernels share."""
+        matrices = {id(op.what): op.what for op in self.program.operations if op.kind == "multiply"}
+        return {"kernels": sum(part.nbytes for A in matrices.values() for part in (A.indptr, A.indices, A.data))}
+
+    @property
+    def work_nbytes(self) -> int:
+        """Bytes of the shared memory that steps of many states take."""
+        return self._compiled(max(WIDTHS[self.dtype])).work_nbytes
 
 
 def _contiguous_states(array: np.ndarray) -> np.ndarray:
@@ -177,7 +202,7 @@ def _contiguous_states(array: np.ndarray) -> np.ndarray:
 
 
 class _Compiled:
-    """A program with the work vectors of one width."""
+    """A program for one width."""
 
     def __init__(self, program: StepProgram, orders: Mapping[str, np.ndarray], dtype: np.dtype, width: int):
         self._run, self._dtype, self._single = kernels().run[dtype, width], dtype, width == 1
@@ -192,17 +217,27 @@ class _Compiled:
             if op.kind == "solve" and op.what.enter is not None:
                 sizes[f"{op.out}, permuted"] = sizes[op.out]
         self._sizes, self._numbers = sizes, {name: number for number, name in enumerate(sizes)}
-        self.vectors = [aligned((size + 1, width), dtype) for size in sizes.values()]
-        operations = [made for op in program.operations for made in self._translated(op)]
-        self._operations = (OperationStruct * max(1, len(operations)))(*operations)
-        self._pointers = pointers(self.vectors), pointers(self._objects)
-        addresses = [ctypes.addressof(array) for array in self._pointers]
-        self._program = ProgramStruct(len(operations), len(self.vectors), self._operations, *addresses)
+        self._vector_nbytes = [-(-(size + 1) * width * dtype.itemsize // 64) * 64 for size in sizes.values()]
+        self.work_nbytes = sum(self._vector_nbytes)
+        self._operations = [made for op in program.operations for made in self._translated(op)]
+        self._operations_array = (OperationStruct * max(1, len(self._operations)))(*self._operations)
+        self._objects_array = pointers(self._objects)
+        self._scratch: np.ndarray | None = None
 
     def __call__(self, arrays: Sequence[np.ndarray | None], lanes: int, steps: int) -> None:
         """Take steps from ``lanes`` states; arrays ``(lanes, steps, n)``."""
+        memory = scratch(self.work_nbytes)
+        if memory is not self._scratch:
+            self._place_vectors(memory)
         given = (StatesStruct * len(arrays))(*[self._states(a) for a in arrays])
         self._run(ctypes.byref(self._program), lanes, steps, given)
+
+    def _place_vectors(self, memory: np.ndarray) -> None:
+        """Place the work vectors in the shared memory."""
+        ends = np.cumsum([0, *self._vector_nbytes])
+        self._scratch, self._vectors = memory, pointers([memory[a:] for a in ends[:-1]])
+        addresses = [ctypes.addressof(array) for array in (self._vectors, self._objects_array)]
+        self._program = ProgramStruct(len(self._operations), len(self._vectors), self._operations_array, *addresses)
 
     def _states(self, array: np.ndarray | None) -> StatesStruct:
         if array is None:
@@ -219,10 +254,6 @@ class _Compiled:
             first += len(self._orders[name])
         return 0, first
 
-    def _order(self, vector: str, part: str | None) -> np.ndarray:
-        """The order of a part, or of a vector of one part."""
-        return self._orders[self._parts[vector][0] if part is None else part]
-
     def _translated(self, op: Operation) -> list[OperationStruct]:
         """The operations of the kernels for one of the program."""
         (out_row, rows), (x_row, _) = self._range(op.out, op.part), self._range(op.x, op.x_part)
@@ -230,12 +261,11 @@ class _Compiled:
         if op.kind == "solve":
             return self._solve(op)
         if op.kind == "multiply":
-            A = csr_matrix(op.what)[self._order(op.out, op.part)][:, self._order(op.x, op.x_part)]
-            arrays = A.indptr.astype(np.int32), A.indices.astype(np.int32), A.data.astype(self._dtype)
-            number = self._add(MatrixStruct(A.shape[0], *(address(a) for a in arrays)), *arrays)
+            A = op.what
+            number = self._add(MatrixStruct(A.shape[0], *(address(a) for a in (A.indptr, A.indices, A.data))), A)
         elif op.kind == "project":
             vector = aligned(rows, self._dtype)
-            vector[:] = op.what[self._order(op.out, None)]
+            vector[:] = op.what[self._orders[self._parts[op.out][0]]]
             number = self._add(ProjectionStruct(address(vector), address(vector)), vector)
         elif op.kind == "clear":
             number, rows = self._add(self._place[op.what].astype(np.int32)), len(op.what)
