@@ -46,7 +46,7 @@ class Recorded:
         self.steps = []
 
     def step(self, steps, u, out):
-        """See :class:`pint_fem.all_at_once.levels.Propagator`."""
+        """See :class:`pint_fem.all_at_once.propagator.Propagator`."""
         self.steps += steps
         out[...] = 0.5 * u
 

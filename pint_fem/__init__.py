@@ -12,7 +12,7 @@ __version__ = "0.2.0"
 
 if TYPE_CHECKING:
     from pint_fem.adjoint import TimeParallelReducedFunctional
-    from pint_fem.all_at_once.levels import Propagator
+    from pint_fem.all_at_once.propagator import Propagator
     from pint_fem.all_at_once.stopping import DivergedError, SolveResult
     from pint_fem.errors import InputError, InputTypeError, SolverFailure
     from pint_fem.evolution import SDIRK2, BackwardEuler, Evolution, ImplicitMidpoint, time_function
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "pint_fem.adjoint": ("TimeParallelReducedFunctional",),
-    "pint_fem.all_at_once.levels": ("Propagator",),
+    "pint_fem.all_at_once.propagator": ("Propagator",),
     "pint_fem.all_at_once.stopping": ("DivergedError", "SolveResult"),
     "pint_fem.errors": ("InputError", "InputTypeError", "SolverFailure"),
     "pint_fem.evolution": ("BackwardEuler", "Evolution", "ImplicitMidpoint", "SDIRK2", "time_function"),

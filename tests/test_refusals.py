@@ -18,7 +18,7 @@ from demos.heat_source_inversion import main
 from pint_fem.capacity import machine_memory, readable, require_memory
 from pint_fem.mgrit import MGRIT
 from pint_fem.optimize import NonFiniteError
-from pint_fem.sweeps.time_solvers import least_bytes
+from pint_fem.sweeps.memory import least_bytes
 from problems.heat_readings import READINGS
 from problems.meshfile import read_mesh
 from problems.plate import BOUNDARIES, MESH, REGIONS

@@ -16,7 +16,7 @@ import numpy as np
 from pint_fem.errors import InputError
 
 if TYPE_CHECKING:
-    from pint_fem.all_at_once.levels import Propagator
+    from pint_fem.all_at_once.propagator import Propagator
 
 __all__ = ["StepCalls", "read_only", "require_block", "require_nothing", "returned_block"]
 
@@ -90,8 +90,8 @@ class StepCalls:
     Parameters
     ----------
     propagator
-        A :class:`~pint_fem.all_at_once.levels.Propagator`. With a true attribute ``keeps_input`` it gets arrays that
-        can be written to.
+        A :class:`~pint_fem.all_at_once.propagator.Propagator`. With a true attribute ``keeps_input`` it gets arrays
+        that can be written to.
     """
 
     def __init__(self, propagator: Propagator):

@@ -25,8 +25,8 @@ class SDIRK2(ButcherTableau):
 class Repeated(ButcherTableau):
     """Several equal steps of a method as the stages of one step.
 
-    A coarse level of MGRIT with two steps for each of its intervals approximates the fine steps about four times as well
-    for a method of order two, and costs little where the coarse level is small.
+    A coarse level of MGRIT with two steps for each of its intervals approximates the fine steps about four times as
+    well for a method of order two, and costs little where the coarse level is small.
 
     Parameters
     ----------
@@ -79,13 +79,18 @@ class DIRK:
         F\big((U_i - W_i)/(a_{ii}\Delta t),\, U_i,\, t + c_i \Delta t\big) = 0, \qquad
         u_1 = u_0 + \sum_i \beta_i d_i, \quad \beta_i = b_i/a_{ii},
 
-    (:attr:`restarts` are the stages that begin at the one before them with nothing else of earlier ones, so that the
-    method is a sequence of shorter ones) and ``u_1 = U_s`` for a stiffly accurate method. Boundary values are those of the stage's time.
+    and ``u_1 = U_s`` for a stiffly accurate method. Boundary values are those of the stage's time.
 
     Parameters
     ----------
     tableau
         An Irksome tableau: lower triangular with a nonzero diagonal.
+
+    Attributes
+    ----------
+    restarts : list of int
+        Stages that begin at the one before them and depend on no earlier one otherwise, with 0 and the number of stages
+        at the ends: the method is a sequence of those between them.
 
     Raises
     ------

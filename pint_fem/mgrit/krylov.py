@@ -33,7 +33,7 @@ import numpy as np
 from petsc4py import PETSc
 from petsctools import OptionsManager
 
-from pint_fem.all_at_once.levels import Propagator
+from pint_fem.all_at_once.propagator import Propagator
 from pint_fem.all_at_once.stopping import DivergedError, SolveResult
 from pint_fem.collective import any_rank, collectively, ending_all_ranks, raise_report
 from pint_fem.errors import FailureReport, InputError, SolverFailure

@@ -23,7 +23,8 @@ from numpy.typing import DTypeLike
 
 from pint_fem.all_at_once.failures import EXCHANGE_AFTER
 from pint_fem.all_at_once.grids import Bounds
-from pint_fem.all_at_once.levels import Propagator, build_levels
+from pint_fem.all_at_once.levels import build_levels
+from pint_fem.all_at_once.propagator import Propagator
 from pint_fem.all_at_once.solver import AllAtOnceSolver
 from pint_fem.all_at_once.stopping import SolveResult
 from pint_fem.all_at_once.trace import timed
@@ -92,8 +93,8 @@ class MGRIT(AllAtOnceSolver):
             raise ValueError(f"{count} propagators for {options.levels} mgrit levels: give one per level")
         if options.coarse_steps != 1:
             raise ValueError(
-                f"mgrit coarse_steps {options.coarse_steps}: the propagators are given here; make coarse ones that take "
-                "shorter steps, and leave it out"
+                f"mgrit coarse_steps {options.coarse_steps}: the propagators are given here; make coarse ones that "
+                "take shorter steps, and leave it out"
             )
         options = MGRITOptions.make(options, levels=count)
         factors, compact = options.factors(nsteps), options.storage == "C"

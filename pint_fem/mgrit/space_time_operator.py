@@ -23,7 +23,7 @@ import numpy as np
 from mpi4py import MPI
 from petsc4py import PETSc
 
-from pint_fem.all_at_once.levels import Propagator
+from pint_fem.all_at_once.propagator import Propagator
 from pint_fem.mgrit.cycle import Cycle
 from pint_fem.mgrit.options import MGRITOptions
 from pint_fem.mgrit.solver import MGRIT

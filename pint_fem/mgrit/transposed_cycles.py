@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from pint_fem.all_at_once.levels import Propagator
+from pint_fem.all_at_once.propagator import Propagator
 from pint_fem.all_at_once.transposed import TransposedSweep
 from pint_fem.mgrit.options import MGRITOptions
 from pint_fem.mgrit.solver import MGRIT

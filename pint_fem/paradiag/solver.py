@@ -28,7 +28,8 @@ from mpi4py import MPI
 
 from pint_fem.all_at_once.callbacks import returned_block
 from pint_fem.all_at_once.grids import Bounds
-from pint_fem.all_at_once.levels import Propagator, build_levels
+from pint_fem.all_at_once.levels import build_levels
+from pint_fem.all_at_once.propagator import Propagator
 from pint_fem.all_at_once.solver import AllAtOnceSolver
 from pint_fem.all_at_once.stopping import SolveResult
 from pint_fem.all_at_once.trace import timed
@@ -51,7 +52,7 @@ class ParaDiag(AllAtOnceSolver):
     ----------
     propagator
         The step ``Phi`` (affine in a tangent sweep of a nonlinear evolution), a
-        :class:`~pint_fem.all_at_once.levels.Propagator`.
+        :class:`~pint_fem.all_at_once.propagator.Propagator`.
     nsteps
         ``N``.
     solve

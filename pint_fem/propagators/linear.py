@@ -160,7 +160,7 @@ class LinearPropagator(FEPropagator):
         stages
             If given, ``(stages, k, n)``, takes the adjoints of the stages' right-hand sides.
         """
-        self._backward.run(lam, out[:, None], None, () if stages is None else stages[:, :, None])
+        self._backward.run(lam, out[:, None], None, () if stages is None else list(stages[:, :, None]))
 
     def advance(
         self, u: np.ndarray, out: np.ndarray, added: np.ndarray | None = None, *, transposed: bool = False

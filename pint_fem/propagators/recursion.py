@@ -10,7 +10,7 @@ and :math:`u_1 = U_s` for a stiffly accurate method, else :math:`u_1 = u_0 + \su
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from itertools import pairwise
 
 import numpy as np
@@ -38,7 +38,7 @@ class Recursion(ABC):
         Whether the adjoints of those rows are not required; ``M^T`` does not depend on them.
     """
 
-    def __init__(self, dirk: DIRK, steps: Sequence[float], bc_rows: np.ndarray, drop_rows: bool):
+    def __init__(self, dirk: DIRK, steps: np.ndarray, bc_rows: np.ndarray, drop_rows: bool):
         self.dirk, self.steps, self.bc_rows, self.drop_rows = dirk, steps, bc_rows, drop_rows
 
     @abstractmethod
@@ -178,7 +178,7 @@ class MatrixRecursion(Recursion):
         MT: PETSc.Mat,
         factors: Mapping[float, Factor],
         dirk: DIRK,
-        steps: Sequence[float],
+        steps: np.ndarray,
         bc_rows: np.ndarray,
         drop_rows: bool,
     ):

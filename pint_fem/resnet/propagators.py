@@ -6,7 +6,7 @@ r"""Residual layers as the steps of an evolution: the maps :math:`\Phi_n` that M
     \Phi_{n,u}\, \delta u &= \delta u + h\, \sigma'(z_n)\, L_n \delta u .
 
 A coarse level steps with the layers at its points and a correspondingly larger ``h``. The adjoint runs on the reversed
-layers. The classes implement :class:`pint_fem.all_at_once.levels.Propagator`.
+layers. The classes implement :class:`pint_fem.all_at_once.propagator.Propagator`.
 """
 
 from __future__ import annotations

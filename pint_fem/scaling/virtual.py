@@ -35,14 +35,14 @@ class VirtualPropagator:
             self.sweep = self._sweep
 
     def step(self, steps: range, u: np.ndarray, out: np.ndarray) -> None:
-        """Take the time of a block of steps, as ``step`` of :class:`pint_fem.all_at_once.levels.Propagator`."""
+        """Take the time of a block of steps, as ``step`` of :class:`pint_fem.all_at_once.propagator.Propagator`."""
         n = len(steps)
         self.world.counts[self.kind, self.level] += n
         self.world.charge(self.kernel(n) + n * self.overhead)
         out[...] = u
 
     def _sweep(self, first: int, U: np.ndarray, G: np.ndarray | None) -> None:
-        """Take the time of steps one after another, as ``sweep`` of :class:`pint_fem.all_at_once.levels.Propagator`."""
+        """Take the time of steps one after another, as ``sweep`` of a propagator."""
         n = len(U) - 1
         self.world.counts[f"{self.kind} sweep", self.level] += n
         self.world.charge(self._sweep_kernel(n))

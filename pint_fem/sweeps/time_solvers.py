@@ -18,7 +18,6 @@ from pint_fem.capacity import require_memory
 from pint_fem.collective import collectively
 from pint_fem.evolution.evolution import Evolution
 from pint_fem.evolution.tableaux import Repeated
-from pint_fem.kernels.arrays import own_size
 from pint_fem.logs import logger
 from pint_fem.mgrit.options import MGRITOptions
 from pint_fem.mgrit.solver import MGRIT
@@ -31,11 +30,12 @@ from pint_fem.propagators.base import FEPropagator, StepData
 from pint_fem.propagators.linear import LinearPropagator
 from pint_fem.propagators.linearisation import LinearisationCache
 from pint_fem.propagators.spatial import SpatialLevels
-from pint_fem.spacetime import Slab, SpaceTime
+from pint_fem.spacetime import SpaceTime
 from pint_fem.sweeps.c_points import Intervals
 from pint_fem.sweeps.frequency_systems import AveragedSystems, frequency_systems
 from pint_fem.sweeps.krylov import AcceleratedSweep
 from pint_fem.sweeps.mass_norm import MassNorm
+from pint_fem.sweeps.memory import least_bytes
 from pint_fem.sweeps.paradiag import CoarsestParaDiag, paradiag_solver
 from pint_fem.sweeps.selection import estimate_lines, require_supported
 from pint_fem.sweeps.steps import AdjointStep, LinearStep, StateStep, TangentStep
@@ -43,7 +43,7 @@ from pint_fem.sweeps.time_solver import TimeSolver
 from pint_fem.theory.estimates import mgrit_estimate
 from pint_fem.theory.two_level import ConvergenceEstimate
 
-__all__ = ["TimeSolvers", "least_bytes"]
+__all__ = ["TimeSolvers"]
 
 
 class TimeSolvers:
@@ -391,14 +391,3 @@ class TimeSolvers:
         if self.trace is not None:
             work = self.trace.write if self.spacetime.space_comm.rank == 0 else lambda path: None
             collectively(self.spacetime.comm, "", work, self.options.trace)
-
-
-def least_bytes(evolution: Evolution, slab: Slab, m: int = 1) -> int:
-    """Bytes that any optimisation requires on a rank with a slab's steps of which every ``m``-th point is stored.
-
-    They are those of state, adjoint, a sweep and its right-hand side at the stored points, and of three vectors of the
-    controls that have one value per step.
-    """
-    rows = slab.k // m + 1
-    stepwise = sum(own_size(control.function_space()) for control in evolution.stepwise)
-    return 8 * (4 * rows * evolution.state_size + 3 * slab.k * stepwise)

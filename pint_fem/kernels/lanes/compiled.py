@@ -13,7 +13,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +35,7 @@ _FLAGS = (
 )
 
 
-@lru_cache(maxsize=None)
+@cache
 def library(source: str, flags: Sequence[str] = ()) -> ctypes.CDLL | None:
     """A shared library of C functions, compiled once on each machine.
 

@@ -29,25 +29,8 @@ from pint_fem.kernels.lanes.triangular import TriangularFactors
 
 __all__ = ["LaneSteps"]
 
-_CODES = {
-    name: number
-    for number, name in enumerate(
-        (
-            "multiply",
-            "solve",
-            "copy",
-            "add",
-            "blend",
-            "exchange",
-            "zero",
-            "clear",
-            "permute",
-            "load",
-            "store",
-            "project",
-        )  # fmt: skip
-    )
-}
+_NAMES = "multiply solve copy add blend exchange zero clear permute load store project"
+_CODES = {name: number for number, name in enumerate(_NAMES.split())}
 _FIXED = 3
 """States before those of loads: the start, the results, what is added to these."""
 _CALL = 2e9

@@ -1,7 +1,8 @@
 """A time step as a *program*: a sequence of operations on named vectors, executed on lanes or with PETSc's objects.
 
-A state consists of *parts*, one for a single field or two where a field is eliminated. A vector has some of the parts, one
-after the other, each in an order of its own. The vector ``"state"`` is a step's start at first, and its result at the end.
+A state consists of *parts*, one for a single field or two where a field is eliminated. A vector has some of the parts,
+one after the other, each in an order of its own. The vector ``"state"`` is a step's start at first, and its result at
+the end.
 """
 
 from __future__ import annotations
@@ -25,9 +26,10 @@ class Operation:
     Attributes
     ----------
     kind : str
-        ``"multiply"``: ``out = factor A x``, or ``out = scale out + factor A x`` with ``flag``; ``"solve"``: ``out = S^{-1} out``,
-        or with the transpose for ``flag``; ``"copy"``: ``out = factor x``; ``"add"``: ``out += factor x``; ``"blend"``:
-        ``out = factor out + (1 - factor) x``; ``"exchange"``: ``out`` and ``x`` change places; ``"zero"``: ``out = 0``; ``"clear"``: zero some rows; ``"load"``: add given states; ``"store"``: return a copy;
+        ``"multiply"``: ``out = factor A x``, or ``out = scale out + factor A x`` with ``flag``; ``"solve"``: ``out =
+        S^{-1} out``, or with the transpose for ``flag``; ``"copy"``: ``out = factor x``; ``"add"``: ``out += factor
+        x``; ``"blend"``: ``out = factor out + (1 - factor) x``; ``"exchange"``: ``out`` and ``x`` change places;
+        ``"zero"``: ``out = 0``; ``"clear"``: zero some rows; ``"load"``: add given states; ``"store"``: return a copy;
         ``"project"``: subtract ``v (v . out)``.
     out, x : str
         Names of the vectors.

@@ -126,7 +126,7 @@ def _compiled() -> ctypes.CDLL | None:
 
 
 def kernels() -> Kernels | None:
-    """The compiled kernels, or ``None`` where there is no compiler (:func:`~pint_fem.kernels.lanes.compiled.library`)."""
+    """The compiled kernels, or ``None`` where :func:`~pint_fem.kernels.lanes.compiled.library` has none."""
     found = _compiled()
     if found is None:
         return None

@@ -1,12 +1,12 @@
 r"""Sparse factors :math:`P A P^T = L D R^T` for solves on lanes, with ``L`` and ``R`` unit lower triangular.
 
 The factors are SuperLU's, in an order that reduces the fill: minimum degree, or nested dissection by METIS, whichever
-has fewer nonzeros. Where the matrix is symmetric, ``R = L`` is stored once. Pivots are taken from the diagonal; a matrix
-for which a trial solve is then not accurate is factored with partial pivoting, where rows have another order than
-columns.
+has fewer nonzeros. Where the matrix is symmetric, ``R = L`` is stored once. Pivots are taken from the diagonal; a
+matrix for which a trial solve is then not accurate is factored with partial pivoting, where rows have another order
+than columns.
 
-Adjacent columns of ``L`` are stored as *panels*, dense blocks that include zeros where arithmetic with them costs less than
-another pass over the rows (``panels.c``).
+Adjacent columns of ``L`` are stored as *panels*, dense blocks that include zeros where arithmetic with them costs less
+than another pass over the rows (``panels.c``).
 """
 
 from __future__ import annotations
@@ -224,7 +224,7 @@ class TriangularFactors:
             made = FactorStruct()
             made.left = ctypes.pointer(self.left.struct(key[0], single=single))
             made.right = ctypes.pointer(self.right.struct(key[0], single=single))
-            made.diagonal = self.inverse_diagonal if dtype == float else _converted(self.inverse_diagonal, key[0])
+            made.diagonal = self.inverse_diagonal if key[0] == np.float64 else _converted(self.inverse_diagonal, key[0])
             made.inverse_diagonal = made.diagonal.ctypes.data
             self._structs[key] = made
         return self._structs[key]

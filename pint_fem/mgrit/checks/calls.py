@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pint_fem.all_at_once.callbacks import require_nothing
-from pint_fem.all_at_once.levels import Propagator
+from pint_fem.all_at_once.propagator import Propagator
 from pint_fem.mgrit.checks.report import Space, UserError, patterns, raise_first
 from pint_fem.mgrit.transfer import Transfer
 

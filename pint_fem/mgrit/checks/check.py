@@ -19,7 +19,7 @@ import numpy as np
 from mpi4py import MPI
 
 from pint_fem.all_at_once.grids import Coarsening, coarse_points, is_integer
-from pint_fem.all_at_once.levels import Propagator
+from pint_fem.all_at_once.propagator import Propagator
 from pint_fem.collective import collectively
 from pint_fem.errors import InputError
 from pint_fem.mgrit.checks.calls import LevelCalls, TransferCalls, has_method
