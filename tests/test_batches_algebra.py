@@ -219,6 +219,20 @@ def test_a_step_that_fails_for_a_batch_raises_on_every_rank(kind):
 
 
 @pytest.mark.parallel([1, 3])
+def test_a_frequency_that_fails_for_one_member_raises_on_every_rank():
+    def solve(k, mu, r):
+        if k == 2 and np.abs(r).max() > 1e8:  # of the huge member only
+            raise np.linalg.LinAlgError("planted")
+        return frequency_solve(k, mu, r)
+
+    made = ParaDiag(Steps(), N, solve, comm=COMM, options=dict(rtol=RTOL))
+    with pytest.raises(SolverFailure, match="planted"):
+        made.solve(*slab(made, *data()), batch=True)
+    u0, G = data()
+    assert made.solve(*slab(made, u0[:2], np.ascontiguousarray(G[:, :2])), batch=True).converged
+
+
+@pytest.mark.parallel([1, 3])
 def test_arrays_that_are_no_batch_are_refused():
     made = solver("mgrit", COMM)
     k = made.levels[0].k

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
+from pint_fem.errors import InputError
 from pint_fem.optimize import minimize_trust_region
 from pint_fem.optimize.constraints import AffineConstraints
+from pint_fem.optimize.guarded_problem import GuardedProblem
 from pint_fem.optimize.one_shot.method import minimize_one_shot
 from tests.test_bounded import Distributed
 from tests.test_trust_region import bowl, mass_matrix, norm, quadratic, random_spd, rosenbrock
@@ -142,6 +144,34 @@ def test_optional_methods_are_those_of_the_problem():
     np.testing.assert_array_equal(constrained.hessian_action_within(x, v, 3.0), constrained.hessian_action(x, v))
     np.testing.assert_allclose(constrained.gauss_newton_action(x, v), 2 * v, atol=1e-14)  # v - P v times 2 as well
     assert asked == [1.0, 2.0, 3.0]
+
+
+def test_several_directions_at_once():
+    """One call for the curvatures of all normals; on the null space as single actions; guarded like these."""
+    problem, normals, values, x, _ = constrained_quadratic()
+    expected = AffineConstraints(problem, normals, values).curvatures(x)
+    calls, single = [], problem.hessian_action
+    problem.hessian_actions = lambda x, vs: calls.append(len(vs)) or [single(x, v) for v in vs]
+    problem.hessian_action = None
+    constrained = AffineConstraints(problem, normals, values)
+    np.testing.assert_allclose(constrained.curvatures(x), expected, rtol=1e-13)
+    assert calls == [3]
+    problem.hessian_action = single
+    rng = np.random.default_rng(3)
+    some = [constrained.feasible(rng.standard_normal(12)) for _ in range(2)]
+    guarded = GuardedProblem(constrained)
+    for found, v in zip(guarded.hessian_actions(x, some), some, strict=True):
+        np.testing.assert_allclose(found, constrained.hessian_action(x, v), rtol=1e-13)
+    assert guarded.hessian_calls == 2
+    overwrites = lambda x, vs: [np.multiply(v, 2, out=v) for v in vs]
+    problem.hessian_actions = overwrites
+    before = [v.copy() for v in some]
+    GuardedProblem(problem).hessian_actions(x, some)
+    np.testing.assert_array_equal(some, before)
+    for wrong, text in ((lambda x, vs: vs[:1], "a list of 2"), (lambda x, vs: [v[1:] for v in vs], "shape")):
+        problem.hessian_actions = wrong
+        with pytest.raises(InputError, match=text):
+            GuardedProblem(problem).hessian_actions(x, some)
 
 
 def test_nearly_dependent_normals_are_projected_out_to_round_off():

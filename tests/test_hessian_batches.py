@@ -9,16 +9,18 @@ from functools import partial
 
 import numpy as np
 import pytest
-from firedrake import Function, FunctionSpace, TestFunction, TrialFunction, assemble, dx, grad, inner
+from firedrake import Function, FunctionSpace, SpatialCoordinate, TestFunction, TrialFunction, assemble, dx, grad, inner
 from irksome import Dt
 from mpi4py import MPI
 
 import pint_fem as pf
 from pint_fem import capacity
 from pint_fem.adjoint.memory_estimate import bytes_per_direction
+from pint_fem.adjoint.minimisation.objective import Objective
 from pint_fem.errors import InputError, SolverFailure
 from pint_fem.kernels.arrays import get
 from pint_fem.misfits.base import Misfit
+from pint_fem.sweeps.steps import LinearStep
 from tests.limits import time_limit
 from tests.meshes import square
 from tests.nonlinear import burgers, tape_functional
@@ -159,6 +161,19 @@ def nonlinear(st, per_step=False, n=3, **parameters):
     return nonlinear_functional(posed, st, **({"mgrit": {"coarsening": (2,), "rtol": 1e-12}} | parameters))
 
 
+def initial(st, nonlinear=False, **mgrit):
+    """The initial condition is the only control: no step has a direction."""
+    mesh = square(4, st.space_comm)
+    V = FunctionSpace(mesh, "CG", 1)
+    u, v, u0 = Function(V), TestFunction(V), Function(V).interpolate(SpatialCoordinate(mesh)[0])
+    F = Dt(u) * v * dx + (1 + (u**2 if nonlinear else 0)) * inner(grad(u), grad(v)) * dx(degree=4)
+    ev = pf.Evolution(F, u, tableau=pf.BackwardEuler(), dt=0.02, nsteps=12, control=u0, initial=u0)
+    misfits = [pf.RunningMisfit((u - 1) ** 2 * dx), pf.TerminalMisfit(u**4 * dx(degree=4))]
+    return pf.TimeParallelReducedFunctional(
+        ev, misfits, spacetime=st, solver_parameters={"mgrit": {"coarsening": (3,), "rtol": 1e-13} | mgrit}
+    )
+
+
 PARADIAG = {"time_solver": "paradiag", "paradiag": {"rtol": 1e-12}}
 KINDS = {
     "mgrit": linear,
@@ -176,6 +191,10 @@ KINDS = {
     "all kinds, C-points": partial(
         controls, n=2, steps=12, solver={"mgrit": {"coarsening": (3,), "rtol": 1e-13, "storage": "C"}}
     ),
+    "initial condition": initial,
+    "initial condition, C-points": partial(initial, storage="C"),
+    "nonlinear, initial condition": partial(initial, nonlinear=True),
+    "nonlinear, initial condition, C-points": partial(initial, nonlinear=True, storage="C"),
     "coarser meshes": partial(spatial, n=2, refinements=1),
     "nonlinear": nonlinear,
     "nonlinear, serial": partial(nonlinear, time_solver="serial"),
@@ -187,11 +206,15 @@ KINDS = {
 }
 
 
+ON_RANKS = [(kind, "time") for kind in ("mgrit", "C-points", "all kinds", "nonlinear", "paradiag", "initial condition")]
+ON_RANKS += [(kind, "space") for kind in ("mgrit", "all kinds", "nonlinear")]
+
+
 @pytest.mark.parallel([1, 3])
-@pytest.mark.parametrize("kind", cases(KINDS, on_ranks=["mgrit", "C-points", "all kinds", "nonlinear", "paradiag"]))
-def test_each_action_is_that_of_a_single_one(kind):
+@pytest.mark.parametrize(("kind", "ranks"), cases([(kind, "time") for kind in KINDS], on_ranks=ON_RANKS))
+def test_each_action_is_that_of_a_single_one(kind, ranks):
     """Of a tiny, a zero and a huge direction, too; a batch of one is a single action."""
-    rf = KINDS[kind](grid())
+    rf = KINDS[kind](grid() if ranks == "time" else pf.SpaceTime((COMM.size, 1)))
     p, z, some = rf.problem, current(rf), directions(rf)
     p.derivative(z)
     single = [p.hessian_action(z, v) for v in some]
@@ -237,6 +260,7 @@ def test_symmetric_actions(kind):
             assert relative(a, b) <= 1e-11
             assert own <= residual * (1 + 1e-9)
         pair = rf.layout.pairing
+        assert p.sweeps.solvers.transposed_adjoint._rows.ndim == 2  # the batch's array is freed
         scale = np.sqrt(abs(pair(many[0], some[0]) * pair(many[1], some[1])))
         assert abs(pair(many[0], some[1]) - pair(many[1], some[0])) <= 1e-12 * scale
         errors.append(COMM.allreduce(np.sum((many[0] - exact) ** 2)) / COMM.allreduce(np.sum(exact**2)))
@@ -265,9 +289,10 @@ def test_same_bits_for_every_number_of_time_ranks(kind):
 
 
 @pytest.mark.parallel([1, 2])
-@pytest.mark.parametrize("where", ["apply", "hessian"])
+@pytest.mark.parametrize("where", ["apply", "hessian", "control_forcing", "second_order"])
 def test_a_failure_on_one_rank_reaches_all(monkeypatch, where):
-    rf = linear(grid())
+    """In a step, a misfit's products, a right-hand side; afterwards all is as before."""
+    rf = nonlinear(grid()) if where == "second_order" else linear(grid())
     p, z, some = rf.problem, current(rf), directions(rf)
     before = p.hessian_actions(z, some)
 
@@ -282,7 +307,8 @@ def test_a_failure_on_one_rank_reaches_all(monkeypatch, where):
             step = p.sweeps.solvers.tangent.levels[0].propagator
             patch.setattr(step, "_apply", partial(fails, step._apply))
         else:
-            patch.setattr(p.misfits[0], "hessian", partial(fails, p.misfits[0].hessian))
+            thing = p.misfits[0] if where == "hessian" else p.sweeps.propagators[0]
+            patch.setattr(thing, where, partial(fails, getattr(thing, where)))
         with pytest.raises(SolverFailure, match="planted"):
             p.hessian_actions(z, some)
     assert all(np.array_equal(a, b) for a, b in zip(p.hessian_actions(z, some), before, strict=True))
@@ -321,6 +347,57 @@ def test_what_is_refused():
             rf.hessian_actions([q] if COMM.rank else [])
 
 
+def test_a_guess_of_another_magnitude_is_zero_for_its_member_alone():
+    """Round-off of a huge guess is larger than the solution: that member starts from zero, the others from theirs."""
+    rf = linear(alone())
+    p, sweeps, z = rf.problem, rf.problem.sweeps, current(rf)
+    some = [p.layout.steps(v) for v in directions(rf, (1.0, 1.0))]
+    steps, exact = p.layout.steps(z), sweeps.new_slab(2)
+    p.derivative(z)
+    sweeps.tangent(steps, p.U, some, exact)
+    for far in ([1], [0, 1]):
+        guess = exact.copy()
+        guess[1:, far] = 1e22
+        guess[1:, 0] *= 1 + 1e-9
+        result = sweeps.tangent(steps, p.U, some, guess, cold=False)
+        assert relative(guess, exact) < 1e-11
+        if far == [1]:  # the first guess of the other is used
+            assert result.members[0].residuals[0] < 1e-6 * result.members[1].residuals[0]
+
+
+@pytest.mark.parametrize(("intervals", "members"), [(2, 5), (5, 2), (1, 3), (3, 3)])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_steps_of_a_batch_have_the_bits_of_single_ones(intervals, members, transposed):
+    """Strided rows of intervals; one call for each, for several steps in a row, and for a whole sweep."""
+    propagator = linear(alone()).problem.sweeps.propagators[0]
+    step, n, m = LinearStep(propagator, transposed=transposed), propagator.evolution.state_size, 4
+    rng = np.random.default_rng(0)
+    U, G = rng.standard_normal((2, intervals * m + 1, members, n))
+    one, several, swept = U.copy(), U.copy(), U.copy()
+    rows = slice(0, (intervals - 1) * m + 1, m)
+    step.step(range(0, intervals * m, m), U[rows], one[1:][rows])
+    inner = lambda array, first: array[first : first + intervals * m].reshape(intervals, m, members, n)[:, : m - 1]
+    step.advance(0, m, several[rows], inner(several, 1), inner(G, 0))
+    step.sweep(0, swept, G[:-1])
+    for b in range(members):
+        u = np.ascontiguousarray(U[:, b])
+        for i in range(len(u) - 1):
+            out = np.empty((1, n))
+            step.step(range(i, i + 1), u[i : i + 1], out)
+            if i % m == 0:
+                assert np.array_equal(one[i + 1, b], out[0])
+            u[i + 1] = out[0] + G[i, b]
+            if (i + 1) % m == 0:
+                assert np.array_equal(several[i + 1, b], U[i + 1, b])  # C-points stay
+                following = u[i + 1].copy()
+                u[i + 1] = U[i + 1, b]
+            else:
+                assert np.array_equal(several[i + 1, b], u[i + 1])
+                following = u[i + 1]
+            if i < m:
+                assert np.array_equal(swept[i + 1, b], following)
+
+
 # -- the public method -------------------------------------------------------------------------------------------------
 def test_functions_of_each_control_and_riesz_representatives():
     """Cofunctions or functions as ``hessian`` returns them, ``J.scale`` and numbers included."""
@@ -339,6 +416,16 @@ def test_functions_of_each_control_and_riesz_representatives():
     rf.scale = 0.5
     (half,) = rf.hessian_actions(some[:1])
     assert relative(get(half), get(rf.hessian(some[0]))) < 1e-12
+
+
+def test_an_objective_has_representatives_of_several_actions():
+    """What minimisers with several constraints call once for the curvatures of all normals."""
+    rf = controls(alone(), n=2, steps=12)
+    objective, z, some = Objective(rf.problem, rf.inner), current(rf), directions(rf)
+    counts = dict(rf.problem.sweeps.counts)
+    for found, v in zip(objective.hessian_actions(z, some), some, strict=True):
+        assert relative(found, objective.hessian_action(z, v)) < 1e-10
+    assert rf.problem.sweeps.counts["tangent"] - counts["tangent"] == 1 + len(some)
 
 
 class Quartic(Misfit):

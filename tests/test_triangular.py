@@ -186,8 +186,10 @@ def test_bytes_of_panels_are_those_of_their_arrays():
     L = Lower(tril(regular("spd", 40, 3)[0], -1, format="csc"))
     assert L.nbytes == sum(a.nbytes for a in (L.starts, L.rows, L.row_ptr, L.triangles, L.tiles))
     before = L.nbytes
-    L.struct(np.dtype(float), single=True)
-    assert L.nbytes >= before + 8 * int(L.by_rows_ptr[-1])
+    L.struct(np.dtype(float))
+    assert L.nbytes == before + sum(a.nbytes for a in (L.triangle_ptr, L.tile_ptr))
+    L.struct(np.dtype(np.float32))
+    assert L.nbytes >= before + (L.triangles.nbytes + L.tiles.nbytes) // 2
 
 
 # -- finite elements ---------------------------------------------------------------------------------------------------

@@ -13,6 +13,9 @@ intervals              with ``storage="C"``: at most :math:`3 m w\,n` for ``w`` 
 data                   states of data that depend on time: loads (one per stage and step), linear parts of misfits
 linearisation          of a nonlinear evolution :math:`8 s + 5` states for each cached step: own steps of all levels,
                        with ``storage="C"`` those of coarse levels and of one interval
+batch                  for each further direction of Hessian actions on several: a sweep and a right-hand side of
+                       :math:`c\,n` each, coarse levels of two solvers, half of a linearisation for each cached step;
+                       freed afterwards (:func:`bytes_per_direction`)
 model                  for the symmetric model of the Hessian (inexact minimisation): a slab and its coarse levels
 kernels                factors and copies of matrices for the kernels, and the work memory that they share
 PETSc                  vectors, matrices, and factors as PETSc counts or estimates them
@@ -131,7 +134,7 @@ def estimate_memory(problem: ReducedProblem) -> MemoryEstimate:
         "controls": (3 if second else 2) * stepwise + 2 * (direct + layout),
     }
     petsc = added(*(p.operator_nbytes(count) for p, _, count in solvers.cached_steps), *of_misfits)
-    kept["kernels"] = petsc.pop("kernels", 0) + max(p.work_nbytes() for p, _, _ in solvers.cached_steps)
+    kept["kernels"] = petsc.pop("kernels", 0) + max(p.work_nbytes(k) for p, k, _ in solvers.cached_steps)
     return MemoryEstimate(kept, passing, {part: petsc.get(part, 0) for part in ("vectors", "matrices", "factors")})
 
 

@@ -14,11 +14,15 @@ import numpy as np
 from firedrake.petsc import PETSc
 from mpi4py import MPI
 
-from pint_fem.kernels.lanes.lane_steps import LaneSteps
+from pint_fem.kernels.lanes.lane_steps import LaneSteps, windows
 from pint_fem.kernels.lanes.program import STATE, Operation, StepProgram
+from pint_fem.kernels.lanes.structures import WIDTHS
 from pint_fem.kernels.replication import Replication, whole_matrix
 
 __all__ = ["PetscSteps", "Steps", "execution"]
+
+_COPIED = 4e6
+"""Numbers, about, of the states that are copied to all ranks at a time."""
 
 
 class Steps(Protocol):
@@ -49,9 +53,8 @@ class Steps(Protocol):
     def nbytes(self) -> dict[str, int]:
         """Bytes of arrays for the kernels, or of vectors for PETSc, without matrices and factors."""
 
-    @property
-    def work_nbytes(self) -> int:
-        """Bytes of the work memory of a call, which programs that run one after another share."""
+    def work_nbytes(self, states: int) -> int:
+        """Bytes of the work memory of a call with a number of states, which programs that run one after another share."""
 
 
 def execution(program: StepProgram, comm: MPI.Comm) -> Steps:
@@ -93,10 +96,6 @@ def execution(program: StepProgram, comm: MPI.Comm) -> Steps:
     return lanes if comm.size == 1 else _ReplicatedSteps(lanes, state, program)
 
 
-EXCHANGED = 64
-"""Number of states of which every rank in space has a copy at the same time."""
-
-
 class _ReplicatedSteps:
     """Steps on copies of the states of all ranks in space, some states at a time."""
 
@@ -112,41 +111,31 @@ class _ReplicatedSteps:
         states: Sequence[np.ndarray | None] = (),
     ) -> None:
         """Take steps as :meth:`Steps.run` (collective over space)."""
-        lanes, steps = out.shape[:2]
-        for first in range(0, lanes, EXCHANGED):
-            group = slice(first, min(first + EXCHANGED, lanes))
-            start, few = self._replication.gathered(u[group]), EXCHANGED // (group.stop - group.start)
-            for begin in range(0, steps, few):
-                part = group, slice(begin, begin + few)
-                own = [None if a is None else a[part] for a in (out, added, *states)]
-                start = self._some(start, own[0], own[1], own[2:])
-
-    def _some(
-        self, start: np.ndarray, out: np.ndarray, added: np.ndarray | None, states: Sequence[np.ndarray | None]
-    ) -> np.ndarray:
-        """Take a few steps from copies of some states; copies of the last results."""
-        gathered, total, own = self._replication.gathered, self._replication.total, self._replication.own
-        new = lambda a: np.empty((*a.shape[:-1], total))
-        results, copies = new(out), []
-        for number, a in enumerate(states):
-            copies.append(None if a is None else new(a) if number in self._writes else gathered(a))
-        self._lanes.run(start, results, None if added is None else gathered(added), copies)
-        out[...] = results[..., own]
-        for number in self._writes:
-            if number < len(states) and states[number] is not None:
-                states[number][...] = copies[number][..., own]
-        return results[:, -1]
+        total, own = self._replication.total, self._replication.own
+        for rows, window in windows(*out.shape[:2], _COPIED / total, max(WIDTHS[self._lanes.dtype])):
+            part = lambda a: None if a is None else a[rows, window]  # noqa: B023
+            gathered = lambda a: None if a is None else self._replication.gathered(a)
+            results = np.empty((*part(out).shape[:2], total))
+            copies: list[np.ndarray | None] = []
+            for number, a in enumerate(states):
+                new = a is not None and number in self._writes
+                copies.append(np.empty_like(results) if new else gathered(part(a)))
+            start = out[rows, window.start - 1] if window.start else u[rows]
+            self._lanes.run(gathered(start), results, gathered(part(added)), copies)
+            out[rows, window] = results[..., own]
+            for number in self._writes:
+                if number < len(states) and states[number] is not None:
+                    states[number][rows, window] = copies[number][..., own]
 
     @property
     def nbytes(self) -> dict[str, int]:
         """Bytes of the copies of matrices."""
         return self._lanes.nbytes
 
-    @property
-    def work_nbytes(self) -> int:
-        """Bytes of copies of states, two of each at least, and of the memory that kernels share."""
-        arrays = 3 + self._lanes.program.stored
-        return self._lanes.work_nbytes + 8 * arrays * EXCHANGED * self._replication.total
+    def work_nbytes(self, states: int) -> int:
+        """Bytes of copies of states, and of the memory that kernels share."""
+        copied = min(states, max(int(_COPIED / self._replication.total), max(WIDTHS[self._lanes.dtype])))
+        return self._lanes.work_nbytes(states) + 8 * self._lanes.arrays * copied * self._replication.total
 
 
 class PetscSteps:
@@ -174,9 +163,14 @@ class PetscSteps:
                 first += size
             self._slices[name, None] = slice(0, first)
             self._vectors[name] = np.zeros(first)
-        sizes = {size for a, b in self._slices.items() if a for size in [b.stop - b.start]}
-        vec = lambda n: PETSc.Vec().createMPI((n, None), comm=comm)
-        self._in, self._out = ({n: vec(n) for n in sorted(sizes)} for _ in range(2))
+        # by part, not by size: parts with equal sizes on one rank have other ones on the next
+        vec = lambda size: PETSc.Vec().createMPI((size, None), comm=comm)
+        self._comm, self._in, self._out = comm, {}, {}
+        for op in program.operations:
+            if op.kind in ("multiply", "solve"):
+                for vectors, name, part in ((self._in, op.x, op.x_part), (self._out, op.out, op.part)):
+                    if self._key(name, part) not in vectors:
+                        vectors[self._key(name, part)] = vec(len(self._view(name, part)))
         calls = dict(multiply=self._multiply, solve=self._solve, copy=self._copy, add=self._add, zero=self._zero,
                      clear=self._clear, project=self._project,
                      blend=self._blend, exchange=self._exchange)  # fmt: skip
@@ -185,10 +179,10 @@ class PetscSteps:
     @property
     def nbytes(self) -> dict[str, int]:
         """Bytes of the work vectors."""
-        return {"vectors": sum(v.nbytes for v in self._vectors.values()) + 16 * sum(self._in)}
+        vecs = [*self._in.values(), *self._out.values()]
+        return {"vectors": sum(v.nbytes for v in self._vectors.values()) + 8 * sum(v.local_size for v in vecs)}
 
-    @property
-    def work_nbytes(self) -> int:
+    def work_nbytes(self, states: int) -> int:
         """Zero, as programs share no memory."""
         return 0
 
@@ -226,9 +220,14 @@ class PetscSteps:
     def _view(self, name: str, part: str | None) -> np.ndarray:
         return self._vectors[name][self._slices[name, part]]
 
+    def _key(self, name: str, part: str | None) -> str | tuple[str, ...]:
+        """The part of a vector, or all of its parts."""
+        parts = self.program.vectors[name]
+        return parts if part is None and len(parts) > 1 else part or parts[0]
+
     def _multiply(self, op: Operation) -> None:
         x, y = self._view(op.x, op.x_part), self._view(op.out, op.part)
-        a, b = self._in[len(x)], self._out[len(y)]
+        a, b = self._in[self._key(op.x, op.x_part)], self._out[self._key(op.out, op.part)]
         a.array[:] = x
         op.what.mult(a, b)
         if op.flag:
@@ -238,8 +237,8 @@ class PetscSteps:
             np.multiply(b.array_r, op.factor, out=y)
 
     def _solve(self, op: Operation) -> None:
-        y = self._vectors[op.out]
-        a, b = self._in[len(y)], self._out[len(y)]
+        y, key = self._vectors[op.out], self._key(op.out, None)
+        a, b = self._in[key], self._out[key]
         a.array[:] = y
         op.what.solve_regular(a, b, transposed=op.flag)
         y[:] = b.array_r
@@ -269,6 +268,6 @@ class PetscSteps:
     def _project(self, op: Operation) -> None:
         y, v = self._vectors[op.out], op.what
         part = float(v @ y)
-        if self._in[len(y)].comm.size > 1:
-            part = self._in[len(y)].comm.tompi4py().allreduce(part)
+        if self._comm.size > 1:
+            part = self._comm.allreduce(part)
         y -= part * v

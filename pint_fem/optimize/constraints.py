@@ -100,6 +100,8 @@ class AffineConstraints:
         if name not in RETURNS:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         method = getattr(self.problem, name)
+        if name == "hessian_actions":
+            return partial(self._actions_on_null_space, method)
         if "_action" in name:
             return lambda x, v, *args: self._on_null_space(v, lambda pv: method(x, pv, *args))
         return partial(self._at_feasible, name, method)
@@ -122,6 +124,11 @@ class AffineConstraints:
         square = float(self.problem.inner(pv, pv))
         quotient = abs(float(self.problem.inner(pv, h))) / square if square > 0 else 1.0
         return h + quotient * (v - pv)
+
+    def _actions_on_null_space(self, method, x: np.ndarray, vs: list[np.ndarray]) -> list[np.ndarray]:
+        """P H P v for each of several directions."""
+        actions = method(x, [self.project(v) for v in vs])
+        return [self._on_null_space(v, lambda _, h=h: h) for v, h in zip(vs, actions, strict=True)]
 
     # -- the constraints ----------------------------------------------------------------------------------------------
     def project(self, v: np.ndarray) -> np.ndarray:
@@ -156,7 +163,9 @@ class AffineConstraints:
 
     def curvatures(self, x: np.ndarray) -> list[float]:
         """``|(q_i, H q_i)|`` of J at x."""
-        return [abs(float(self.problem.inner(q, self.problem.hessian_action(x, q)))) for q in self._Q]
+        one_by_one = lambda x, vs: [self.problem.hessian_action(x, v) for v in vs]
+        actions = getattr(self.problem, "hessian_actions", one_by_one)(x, list(self._Q))
+        return [abs(float(self.problem.inner(q, h))) for q, h in zip(self._Q, actions, strict=True)]
 
     def combined(self, coefficients: np.ndarray, v: np.ndarray) -> np.ndarray:
         """``v + sum_i coefficients_i q_i``, a new array."""

@@ -68,7 +68,7 @@ class GuardedProblem:
     def _call(self, name: str, method: Callable, x: np.ndarray, *args: Any):
         """The checked result of a method on all processes; J is infinite where it fails for a numerical reason."""
         if RETURNS[name] != ("operator",):
-            self._count(name)
+            self._count(name, len(args[0]) if RETURNS[name] == ("vectors",) else 1)
         evaluates = RETURNS[name][0] == "number"
         if evaluates:
             self._failure = None
@@ -84,10 +84,10 @@ class GuardedProblem:
             return None if any_rank(self.comm, out is None) else GuardedOperator(self.comm, name, out, self._count)
         return out
 
-    def _count(self, name: str) -> None:
-        """Count a call of a method of this name."""
+    def _count(self, name: str, calls: int = 1) -> None:
+        """Count a call of a method of this name, or the products of one with several directions."""
         counter = _COUNTERS.get(name.removesuffix("_within"), "hessian_calls")
-        setattr(self, counter, getattr(self, counter) + 1)
+        setattr(self, counter, getattr(self, counter) + calls)
 
     def no_value(self, message: str, x: np.ndarray) -> NonFiniteError:
         """The error of a J that is not finite where it has to be, with the reason as its cause."""
@@ -214,9 +214,10 @@ class GuardedCheckpoint:
 # -- what methods return -----------------------------------------------------------------------------------------------
 def _checked(name: str, method: Callable, x: np.ndarray, *args: Any):
     """The result of a method, called with copies of vectors, as a float, a new array, an operator or a tuple."""
-    out = method(x.copy(), *(arg.copy() if isinstance(arg, np.ndarray) else arg for arg in args))
-    kinds = RETURNS[name]
+    out, kinds = method(x.copy(), *map(_copied, args)), RETURNS[name]
     parts = (out,)
+    if kinds == ("vectors",) and (not isinstance(out, (tuple, list)) or len(out) != len(args[0])):
+        raise InputError(f"{name} returned {type(out).__name__}: give a list of {len(args[0])}, one for each direction")
     if len(kinds) > 1:
         if not isinstance(out, (tuple, list)) or len(out) != len(kinds):
             raise InputError(f"{name} returned {type(out).__name__}: give a tuple of {len(kinds)}")
@@ -227,6 +228,13 @@ def _checked(name: str, method: Callable, x: np.ndarray, *args: Any):
             return _without_value(name, value, x)
     checked = tuple(_CHECKS[kind](name, part, x) for kind, part in zip(kinds, parts, strict=True))
     return checked if len(checked) > 1 else checked[0]
+
+
+def _copied(arg: Any) -> Any:
+    """A copy of a vector or of a list of them; what is neither as it is."""
+    if isinstance(arg, np.ndarray):
+        return arg.copy()
+    return [v.copy() for v in arg] if isinstance(arg, list) else arg
 
 
 def _without_value(name: str, value: float, x: np.ndarray):
@@ -247,6 +255,11 @@ def _vector(name: str, v: np.ndarray, x: np.ndarray) -> np.ndarray:
     if v.shape != x.shape:
         raise InputError(f"{name} returned an array of shape {v.shape}: give one of the shape of x, {x.shape}")
     return v
+
+
+def _vectors(name: str, vectors: list, x: np.ndarray) -> list[np.ndarray]:
+    """New arrays of floats of the shape of `x`."""
+    return [_vector(name, v, x) for v in vectors]
 
 
 def _number(name: str, value: float, _=None) -> float:
@@ -282,6 +295,7 @@ def _operator(name: str, operator: Callable | None, _=None) -> Callable | None:
 _CHECKS = {
     "number": _number,
     "vector": _vector,
+    "vectors": _vectors,
     "error": _error_estimate,
     "residual": _residual,
     "operator": _operator,

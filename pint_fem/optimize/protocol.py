@@ -30,6 +30,7 @@ RETURNS: dict[str, tuple[str, ...]] = {
     "gradient": ("vector",),
     "hessian_action": ("vector",),
     # optional:
+    "hessian_actions": ("vectors",),
     "gauss_newton_action": ("vector",),
     "value_within": ("number", "error"),
     "gradient_within": ("vector", "error"),
@@ -40,7 +41,7 @@ RETURNS: dict[str, tuple[str, ...]] = {
     "advance": ("number", "vector", "residual"),
 }
 """What each method of a problem returns, ``inner`` apart. The first argument is the point x; the methods with
-``_action`` in their names take a direction as the second.
+``_action`` in their names take a direction as the second, ``hessian_actions`` a list of them.
 """
 
 
@@ -50,7 +51,10 @@ class Problem(Protocol):
     A vector is a 1-D float64 array: this process's part of a distributed vector. `value` and `inner` return the same
     number on every process. Arguments are not to be modified; results may be views of reused memory.
 
-    Two attributes are optional. ``comm``, an mpi4py communicator, contains the processes that call collectively:
+    A method ``hessian_actions(x, vs)`` is optional: the list of ``hessian_action(x, v)`` for a list of directions,
+    where several at once cost less than one after another.
+
+    Two attributes are optional, too. ``comm``, an mpi4py communicator, contains the processes that call collectively:
     options are compared over it, and stops and failures are shared (:mod:`pint_fem.optimize.ranks`); give it where
     vectors are distributed. ``failure`` is the exception because of which the last value is not finite, or None:
     monitors print it.

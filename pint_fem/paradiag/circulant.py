@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from typing import Protocol
 
 import numpy as np
 import scipy.fft
@@ -24,11 +25,25 @@ from mpi4py import MPI
 
 from pint_fem.all_at_once.trace import Trace, timed
 from pint_fem.paradiag.distribution import TimeTransposes
+from pint_fem.paradiag.transforms import time_transform
 
-__all__ = ["AlphaCirculant", "FrequencySolve", "shifts"]
+__all__ = ["AlphaCirculant", "BlockSolve", "FrequencySolve", "shifts"]
 
 FrequencySolve = Callable[[int, complex, np.ndarray], np.ndarray]
 r"""``(k, mu, r) -> v`` with :math:`(I - \mu \Phi) v = r`, complex ``(n,)`` arrays; ``k`` numbers the frequency."""
+
+
+class BlockSolve(Protocol):
+    """Solves for several frequencies at once."""
+
+    @property
+    def available(self) -> bool:
+        """Whether it can be called."""
+
+    def __call__(self, frequencies: range, mu: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """Solutions for the right-hand sides of some frequencies, ``(frequencies, batch, n)``, in the precision of
+        ``rows``; ``mu`` has the numbers of all frequencies, ``(N//2 + 1,)``.
+        """
 
 
 def shifts(nsteps: int, alpha: float) -> np.ndarray:
@@ -65,6 +80,9 @@ class AlphaCirculant:
         ``N`` and :math:`\alpha`.
     solve
         The solve of one frequency.
+    blocks
+        Solves for several frequencies at once, which are used instead of ``solve`` where they are available; transforms
+        are then those of :mod:`~pint_fem.paradiag.transforms`.
     size
         Local unknowns of a state.
     comm, bounds
@@ -93,11 +111,13 @@ class AlphaCirculant:
         *,
         comm: MPI.Comm,
         bounds: Sequence[int],
+        blocks: BlockSolve | None = None,
         backwards: bool = False,
         trace: Trace | None = None,
         transposes: Callable[..., TimeTransposes] = TimeTransposes,
     ):
         self.nsteps, self.alpha, self._solve, self._trace = nsteps, alpha, solve, trace
+        self._blocks = blocks
         self.mu = _shared_shifts(nsteps, alpha)
         self.transposes = transposes(comm, bounds, len(self.mu), size, backwards=backwards)
         lo, hi = bounds[comm.rank], bounds[comm.rank + 1]
@@ -108,8 +128,32 @@ class AlphaCirculant:
         """Frequencies that this rank solves for."""
         return self.transposes.own
 
-    def __call__(self, r: np.ndarray) -> np.ndarray:
-        r""":math:`P_\alpha^{-1} r` of the own steps, ``(k, n)`` (collective)."""
+    def __call__(self, r: np.ndarray, *, single: bool = False) -> np.ndarray:
+        r""":math:`P_\alpha^{-1} r` of the own steps, ``(k, n)`` (collective); arguments as for :meth:`add`."""
+        w = np.zeros(r.shape)
+        self.add(r, w, single=single)
+        return w
+
+    def add(self, r: np.ndarray, U: np.ndarray, *, single: bool = False) -> None:
+        r"""Add :math:`P_\alpha^{-1} r` to the states of the own steps, ``(k, n)`` (collective).
+
+        Parameters
+        ----------
+        r, U
+            Residuals and states of the own steps, ``(k, n)``, or states ``(k, *state)`` of as many numbers.
+        single
+            Transform and solve in single precision, where several frequencies are solved at once: round-off is then
+            about :math:`10^{-7}/\alpha`, relative to the result. All ranks have to give the same.
+        """
+        if self._blocks is not None and self._blocks.available:
+            r, kind = np.ascontiguousarray(r, dtype=float), "f" if single else "d"
+            if U.flags.c_contiguous and U.dtype == float:
+                self._add_by_blocks(r, U, kind)
+            else:
+                w = np.zeros(r.shape)
+                self._add_by_blocks(r, w, kind)
+                U += w.reshape(U.shape)
+            return
         transposes = self.transposes
         columns = self._transposed(transposes.to_columns, r * self._scale)
         with timed(self._trace, "fft", 0):
@@ -123,7 +167,41 @@ class AlphaCirculant:
             columns = self.irfft(spectrum)
         w = self._transposed(transposes.from_columns, columns)
         w /= self._scale
-        return w
+        U += w.reshape(U.shape)
+
+    def _add_by_blocks(self, r: np.ndarray, U: np.ndarray, kind: str) -> None:
+        """Add the result to C-contiguous states, with all own frequencies solved at once in a precision."""
+        transposes, transform = self.transposes, time_transform(self.nsteps, kind)
+        scale, inverse = self._scale[:, 0], 1 / self._scale[:, 0]
+        alone = transform is not None and transposes.comm.size == 1
+        columns = r
+        if not alone:
+            scaled = np.empty(r.shape, kind)
+            np.multiply(r, self._scale, out=scaled, casting="same_kind")
+            columns = self._transposed(transposes.to_columns, scaled)
+        with timed(self._trace, "fft", 0):
+            if transform is None:
+                spectrum = self.rfft(columns)
+            else:
+                spectrum = transform.forward(columns, scale if alone else None)
+        rows = self._transposed(transposes.to_frequencies, spectrum)
+        with timed(self._trace, "frequencies", 0, states=len(rows)):
+            rows = self._blocks(self.own, self.mu, rows)
+        spectrum = self._transposed(transposes.from_frequencies, rows)
+        with timed(self._trace, "fft", 0):
+            if alone:
+                transform.backward(spectrum, U, inverse)
+                return
+            if transform is None:
+                columns = self.irfft(spectrum)
+            else:
+                columns = np.empty((self.nsteps, spectrum.shape[1]), kind)
+                transform.backward(spectrum, columns)
+        w = self._transposed(transposes.from_columns, columns)
+        if transform is None:
+            U += (w * inverse[:, None]).reshape(U.shape)
+        else:
+            transform.add(w, U, inverse)
 
     def _transposed(self, work: Callable, array: np.ndarray) -> np.ndarray:
         """Change the layout of an array; the trace records the bytes sent."""
@@ -137,11 +215,11 @@ class AlphaCirculant:
     def rfft(self, columns: np.ndarray) -> np.ndarray:
         """Transform of all steps, ``(N, c) -> (N//2 + 1, c)``."""
         if not columns.shape[1]:
-            return np.empty((len(columns) // 2 + 1, 0), complex)
+            return np.empty((len(columns) // 2 + 1, 0), np.result_type(columns, np.complex64))
         return scipy.fft.rfft(columns, axis=0)
 
     def irfft(self, spectrum: np.ndarray) -> np.ndarray:
         """Inverse transform of all steps, ``(N//2 + 1, c) -> (N, c)``."""
         if not spectrum.shape[1]:
-            return np.empty((self.nsteps, 0))
+            return np.empty((self.nsteps, 0), spectrum.real.dtype)
         return scipy.fft.irfft(spectrum, self.nsteps, axis=0, overwrite_x=True)

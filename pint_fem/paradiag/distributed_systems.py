@@ -24,15 +24,10 @@ from petsctools import OptionsManager
 from scipy.sparse import csr_matrix
 
 from pint_fem.kernels.direct import completed, direct_solver, factor_bytes, matrix_bytes
-from pint_fem.paradiag.systems import (
-    ShiftedSystem,
-    SparseSystem,
-    Weights,
-    on_pattern,
-    ones,
-    plain_weights,
-    real_product,
-)
+from pint_fem.paradiag.lane_kernels import LaneKernels, RealMatrix
+from pint_fem.paradiag.panels import on_pattern, ones, real_product
+from pint_fem.paradiag.sparse_system import SparseSystem, Weights, plain_weights
+from pint_fem.paradiag.systems import ShiftedSystem
 
 __all__ = ["PETScSystem", "Product", "distributed_system"]
 
@@ -52,6 +47,7 @@ class Product:
         self._X = X
         self._columns, self._rows = X.createVecs()
         self._alone = (_csr(X), csr_matrix(_csr(X).T)) if X.comm.size == 1 else None
+        self._lanes: dict[tuple, RealMatrix] = {}
 
     def __call__(self, r: np.ndarray, *, transposed: bool = False) -> np.ndarray:
         """The product with a complex vector of own unknowns, ``(n,)`` (collective)."""
@@ -64,6 +60,13 @@ class Product:
             (self._X.multTranspose if transposed else self._X.mult)(source, target)
             where[:] = target.array_r
         return out
+
+    def on_lanes(self, kernels: LaneKernels, r: np.ndarray, *, transposed: bool = False) -> np.ndarray:
+        """The product with lanes ``(batch, n, 2, W)``, on one rank in space."""
+        key = transposed, kernels.dtype.char
+        if key not in self._lanes:
+            self._lanes[key] = RealMatrix.of(self._alone[transposed], kernels.dtype)
+        return kernels.product(self._lanes[key], r)
 
 
 class PETScSystem(ShiftedSystem):
@@ -153,7 +156,7 @@ def distributed_system(
     weights
         Weights of the parts as a function of the shift.
     parameters
-        PETSc options; without any, one rank in space uses SuperLU for complex matrices.
+        PETSc options; without any, one rank in space has a :class:`~pint_fem.paradiag.sparse_system.SparseSystem`.
     prefix
         Prefix of options in PETSc's database.
 

@@ -24,7 +24,8 @@ from pint_fem.all_at_once.grids import split_steps
 
 __all__ = ["LANES", "TimeTransposes"]
 
-LANES = 8
+LANES = 16
+_TYPES = {"d": MPI.DOUBLE, "D": MPI.C_DOUBLE_COMPLEX, "f": MPI.FLOAT, "F": MPI.C_FLOAT_COMPLEX}
 
 
 class TimeTransposes:
@@ -105,7 +106,7 @@ class TimeTransposes:
         return [width * len(r) for r in rows], [width * r.start for r in rows]
 
     def _exchange(self, send, receive, send_counts, send_places, counts, places) -> None:
-        kind = MPI.C_DOUBLE_COMPLEX if send.dtype.kind == "c" else MPI.DOUBLE
+        kind = _TYPES[send.dtype.char]
         if send_places is None:
             send_places = _offsets(send_counts)
         if places is None:

@@ -23,6 +23,7 @@ import numpy as np
 from petsc4py import PETSc
 
 from pint_fem.paradiag.distributed_systems import Product, distributed_system
+from pint_fem.paradiag.lane_kernels import LaneKernels
 from pint_fem.paradiag.systems import ShiftedSystem, WrappedSystem
 
 __all__ = ["Coupling", "EliminatedSystem", "eliminated_system"]
@@ -78,6 +79,27 @@ class EliminatedSystem(WrappedSystem):
         out[its.a] = self._inner.mass(r[its.a], transposed=transposed)
         return out
 
+    def solve_lanes(
+        self, kernels: LaneKernels, factor: Any, y: np.ndarray, r: np.ndarray, *, transposed: bool
+    ) -> np.ndarray:
+        """Solve for lanes ``(batch, n, 2, W)``."""
+        its, h, c = self._coupling, self._h, 1.0 - y
+        first, second = (its.X, its.G) if transposed else (its.G, its.X)
+        out, r_b = kernels.empty(*r.shape[:2]), r[:, its.b].copy()
+        r_a = r[:, its.a].copy()
+        kernels.add_multiple(-h / c, first.on_lanes(kernels, r_b, transposed=transposed), r_a)
+        a = self._inner.solve_lanes(kernels, factor, y, r_a, transposed=transposed)
+        kernels.multiply(1 / c, r_b)
+        kernels.add_multiple(-h / c, second.on_lanes(kernels, a, transposed=transposed), r_b)
+        out[:, its.a], out[:, its.b] = a, r_b
+        return out
+
+    def mass_lanes(self, kernels: LaneKernels, r: np.ndarray, *, transposed: bool) -> np.ndarray:
+        """``M r`` or ``M^T r`` of lanes ``(batch, n, 2, W)``."""
+        out, its = r.copy(), self._coupling
+        out[:, its.a] = self._inner.mass_lanes(kernels, r[:, its.a], transposed=transposed)
+        return out
+
 
 def eliminated_system(
     coupling: Coupling, h: float, parts: Sequence[PETSc.Mat], parameters: Mapping, prefix: str = "paradiag_"
@@ -91,8 +113,8 @@ def eliminated_system(
     parts
         :math:`S_a`, :math:`M_a` and :math:`-G X`.
     parameters, prefix
-        PETSc options of the remaining system, and their prefix in PETSc's database; without any, one rank in space uses
-        SuperLU for complex matrices.
+        PETSc options of the remaining system, and their prefix in PETSc's database; without any, one rank in space
+        has a :class:`~pint_fem.paradiag.sparse_system.SparseSystem`.
     """
     left = distributed_system(parts, parameters, lambda y: (1.0, -y, h * h / (1.0 - y)), prefix)
     return EliminatedSystem(left, coupling, h)

@@ -9,7 +9,10 @@ from typing import ClassVar
 
 from pint_fem.all_at_once.options import SolverOptions, is_number
 
-__all__ = ["ParaDiagOptions"]
+__all__ = ["SINGLE", "ParaDiagOptions"]
+
+SINGLE = 2e-5
+"""Smallest ``alpha`` for which iterations are in single precision by default."""
 
 
 @dataclass(frozen=True)
@@ -20,9 +23,14 @@ class ParaDiagOptions(SolverOptions):
     Parameters
     ----------
     alpha
-        Between 0 and 1. An iteration contracts by ``alpha/(1 - alpha)``; its round-off is about ``1e-16/alpha``.
+        Between 0 and 1. An iteration contracts by ``alpha/(1 - alpha)``; its round-off is about ``1e-16/alpha``, in
+        single precision ``6e-8/alpha``.
     memory
         Gigabytes of factors that a rank keeps; frequencies beyond them are factored anew at each solve.
+    precision
+        Of transforms and solves of an iteration, where several frequencies are solved at once: ``"single"``,
+        ``"double"``, or ``"auto"``: single in solves to a tolerance where ``alpha`` is at least :data:`SINGLE`, else
+        double. Residuals and solutions are in double precision in any case.
     max_it
         Largest number of iterations.
     rtol, rtol_of, atol, time_norm, dtol, stagnation, on_divergence, monitor, view, trace
@@ -36,9 +44,11 @@ class ParaDiagOptions(SolverOptions):
 
     alpha: float = 1e-4
     memory: float = 4.0
+    precision: str = "auto"
     max_it: int = 20
 
     solver: ClassVar[str] = "paradiag"
+    choices: ClassVar[dict[str, Sequence]] = {**SolverOptions.choices, "precision": ("auto", "single", "double")}
     numbers: ClassVar[Sequence[str]] = (*SolverOptions.numbers, "alpha", "memory")
 
     def __post_init__(self) -> None:

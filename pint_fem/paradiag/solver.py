@@ -26,16 +26,15 @@ from typing import Any
 import numpy as np
 from mpi4py import MPI
 
-from pint_fem.all_at_once.callbacks import returned_block
 from pint_fem.all_at_once.grids import Bounds
 from pint_fem.all_at_once.levels import build_levels
 from pint_fem.all_at_once.propagator import Propagator
 from pint_fem.all_at_once.solver import AllAtOnceSolver
 from pint_fem.all_at_once.stopping import SolveResult
 from pint_fem.all_at_once.trace import timed
-from pint_fem.errors import FAILURES
-from pint_fem.paradiag.circulant import AlphaCirculant, FrequencySolve
-from pint_fem.paradiag.options import ParaDiagOptions
+from pint_fem.paradiag.circulant import AlphaCirculant, BlockSolve, FrequencySolve
+from pint_fem.paradiag.guarded_solves import GuardedBlocks, GuardedSolve
+from pint_fem.paradiag.options import SINGLE, ParaDiagOptions
 
 __all__ = ["ParaDiag"]
 
@@ -69,6 +68,9 @@ class ParaDiag(AllAtOnceSolver):
         ``comm`` is another communicator in reverse order (adjoint sweeps): ranks keep their frequencies.
     circulant
         Makes the preconditioner, an :class:`~pint_fem.paradiag.circulant.AlphaCirculant` or one like it.
+    blocks
+        Solves for several frequencies at once (:class:`~pint_fem.paradiag.circulant.BlockSolve`), which are used
+        instead of ``solve`` where they are available; without them, everything is in double precision.
     **given
         ``everyone``, ``point_norms``, ``trace`` and ``is_root`` of
         :class:`~pint_fem.all_at_once.solver.AllAtOnceSolver`.
@@ -99,14 +101,17 @@ class ParaDiag(AllAtOnceSolver):
         name: str = "paradiag",
         backwards: bool = False,
         circulant: Callable[..., AlphaCirculant] = AlphaCirculant,
+        blocks: BlockSolve | None = None,
         **given: Any,
     ):
         options, bounds = ParaDiagOptions.make(options), Bounds.of_ranks(nsteps, comm.size, bounds)
         levels = build_levels([propagator], (), bounds, comm)
         super().__init__(levels, options, comm=comm, name=name, **given)
         self._frequency_solve, self._backwards, self._make_circulant = solve, backwards, circulant
+        self._guarded = GuardedSolve(solve, self._note)
+        self._blocks = None if blocks is None else GuardedBlocks(blocks, self._guarded, self._note)
         self._circulant: AlphaCirculant | None = None
-        self._size, self._members = 0, 1
+        self._size = 0
         self.before_iteration: Callable[[np.ndarray, float | None], None] | None = None
 
     def circulant(self, size: int) -> AlphaCirculant:
@@ -115,29 +120,30 @@ class ParaDiag(AllAtOnceSolver):
             self._size = size
             self._circulant = self._make_circulant(
                 self.nsteps, self.options.alpha, self._guarded, size, comm=self.comm, bounds=self.levels[0].bounds,
-                backwards=self._backwards, trace=self.trace,
+                blocks=self._blocks, backwards=self._backwards, trace=self.trace,
             )  # fmt: skip
         return self._circulant
 
-    def _guarded(self, k: int, mu: complex, r: np.ndarray) -> np.ndarray:
-        """Solve for a frequency, one member of a batch after another; a failure becomes NaN, which the residual's norm
-        carries to every rank.
-        """
-        try:
-            rows = r.reshape(self._members, -1)
-            solve = lambda row: returned_block("solve(k, mu, r)", self._frequency_solve, row.shape, k, mu, row)
-            return solve(r) if self._members == 1 else np.concatenate([solve(row) for row in rows])
-        except FAILURES as error:
-            if np.isfinite(r).all() or not isinstance(error, Exception):
-                self._failures.note(f"frequency {k}", error)
-            return np.full_like(r, np.nan)
+    def _note(self, where: str, error: BaseException) -> None:
+        self._failures.note(where, error)
+
+    @property
+    def _is_single(self) -> bool:
+        """Whether the present solve is preconditioned in single precision; the same on all ranks."""
+        precision = self.options.precision
+        if precision == "auto":
+            # a given number of iterations has no residual to meet, and its transpose has to be the transpose
+            is_fixed = self._stop.cycles is not None or self.options.is_fixed
+            return not is_fixed and self.options.alpha >= SINGLE
+        return precision == "single"
 
     def _iterate(
         self, U: np.ndarray, start: str, coarse_rhs: Sequence[np.ndarray | None] | None, result: SolveResult
     ) -> None:
         fine, size = self.levels[0], int(np.prod(U.shape[1:], dtype=int))
-        self._members = U.shape[1] if self._failures.batch else 1
-        precondition = self.circulant(size)
+        members = U.shape[1] if self._failures.batch else 1
+        self._guarded.members = members
+        precondition, single = self.circulant(size), self._is_single
         from_zero = start in ("skip", "nested") and self.before_iteration is None
         r = self._residual_from_zero(U) if from_zero else self._residual_at_all_points(U)
         while True:
@@ -151,7 +157,7 @@ class ParaDiag(AllAtOnceSolver):
             if self.before_iteration is not None:
                 previous = result.residuals[-2:-1]
                 self.before_iteration(U, result.residuals[-1] / previous[0] if previous else None)
-            U[1:] += precondition(r.reshape(fine.k, size)).reshape(U[1:].shape)
+            precondition.add(r.reshape(fine.k, size), U[1:], single=single)
             self._end_iteration(result)
             r = self._residual_at_all_points(U)
         fine.exchange(U)

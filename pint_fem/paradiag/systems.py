@@ -6,6 +6,9 @@ rows, so that boundary values are right, too. (With *different* diagonal entries
 boundary values of a state reach its neighbours; one more iteration corrects that.) A factor is applied as
 :math:`I + y_j (S_j - y_j M)^{-1} M`. State, tangent and, transposed, adjoint use the same factors. Factors beyond the
 memory limit are made again at each solve.
+
+Where a system has kernels for several frequencies at once, all frequencies of a rank are solved in groups, on *lanes*
+(:mod:`~pint_fem.paradiag.lane_kernels`), in single precision where the right-hand sides are.
 """
 
 from __future__ import annotations
@@ -16,22 +19,11 @@ from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.sparse import csc_matrix, csr_matrix, identity
-from scipy.sparse.linalg import splu
 
+from pint_fem.paradiag.lane_kernels import LaneKernels, groups
 from pint_fem.paradiag.stage_shifts import shifted_factors
 
-__all__ = [
-    "ProjectedSystem",
-    "ShiftedSteps",
-    "ShiftedSystem",
-    "SparseSystem",
-    "WrappedSystem",
-    "on_pattern",
-    "ones",
-    "plain_weights",
-    "real_product",
-]
+__all__ = ["FrequencyBlocks", "ProjectedSystem", "ShiftedSteps", "ShiftedSystem", "WrappedSystem"]
 
 
 class ShiftedSystem(ABC):
@@ -53,6 +45,25 @@ class ShiftedSystem(ABC):
         """Free the memory of a factor that is not cached, where that has to be done explicitly."""
         return None
 
+    @property
+    def has_lanes(self) -> bool:
+        """Whether the methods for several frequencies at once can be called."""
+        return False
+
+    def factor_lanes(self, kernels: LaneKernels, y: np.ndarray) -> tuple[Any, int]:
+        """Factors for at most W shifts ``y``, and their size in bytes."""
+        raise NotImplementedError
+
+    def solve_lanes(
+        self, kernels: LaneKernels, factor: Any, y: np.ndarray, r: np.ndarray, *, transposed: bool
+    ) -> np.ndarray:
+        """Solve for lanes ``(batch, n, 2, W)`` with the matrices of W shifts or their transposes."""
+        raise NotImplementedError
+
+    def mass_lanes(self, kernels: LaneKernels, r: np.ndarray, *, transposed: bool) -> np.ndarray:
+        """``M r`` or ``M^T r`` of lanes ``(batch, n, 2, W)``."""
+        raise NotImplementedError
+
 
 class ShiftedSteps:
     r""":math:`(I - \mu \Phi)^{-1}` and its transpose.
@@ -73,7 +84,7 @@ class ShiftedSteps:
     bytes, kept : int
         Size and number of the cached factors.
     factorisations : int
-        Number of factorisations so far.
+        Number of factorisations so far, each frequency, stage and precision counting as one.
     """
 
     def __init__(self, A: ArrayLike, b: ArrayLike, systems: Mapping[float, ShiftedSystem], memory: float):
@@ -81,7 +92,7 @@ class ShiftedSteps:
         self.systems = [systems[a] for a in np.diag(self.A)]
         self._memory, self._factors, self._shifts = memory, {}, {}
         self.bytes = self.kept = self.factorisations = 0
-        self._largest = 0
+        self._largest: dict[tuple, int] = {}
 
     def solve(self, k: int, mu: complex, r: np.ndarray) -> np.ndarray:
         """Solve ``(I - mu_k Phi) v = r`` for frequency ``k``, complex arrays ``(n,)``."""
@@ -108,8 +119,9 @@ class ShiftedSteps:
 
     def release(self) -> None:
         """Release all factors (collective over space), for example when the operators change."""
-        for (_, j), factor in self._factors.items():
-            self.systems[j].release(factor)
+        for (_, j, *lanes), factor in self._factors.items():
+            if not lanes:  # those on lanes are numpy's
+                self.systems[j].release(factor)
         self._factors.clear()
         self.bytes = self.kept = 0
 
@@ -119,15 +131,109 @@ class ShiftedSteps:
         return self._shifts[k][1:]
 
     def _factor(self, k: int, j: int, y: complex):
-        factor = self._factors.get((k, j))
+        return self._cached((k, j), 1, lambda: self.systems[j].factor(y))
+
+    def _cached(self, key: tuple, count: int, make: Callable[[], tuple[Any, int]]) -> Any:
+        """The cached factor of ``key``, or a new one of ``count`` frequencies, which is cached where it has room."""
+        factor = self._factors.get(key)
         if factor is None:
-            factor, size = self.systems[j].factor(y)
-            self.factorisations += 1
-            self._largest = max(self._largest, size)
-            if self.bytes + self._largest <= self._memory:
-                self._factors[k, j] = factor
-                self.bytes, self.kept = self.bytes + size, self.kept + 1
+            factor, size = make()
+            self.factorisations += count
+            self._largest[key[2:]] = largest = max(self._largest.get(key[2:], 0), size)
+            if self.bytes + largest <= self._memory:
+                self._factors[key] = factor
+                self.bytes, self.kept = self.bytes + size, self.kept + count
         return factor
+
+    # -- several frequencies at once -----------------------------------------------------------------------------------
+    @property
+    def has_lanes(self) -> bool:
+        """Whether :meth:`solve_all` can be called."""
+        return all(system.has_lanes for system in self.systems)
+
+    def solve_all(
+        self, frequencies: range, mu: np.ndarray, rows: np.ndarray, *, transposed: bool = False
+    ) -> np.ndarray:
+        """Solve ``(I - mu_k Phi) v = r``, or with ``Phi^T``, for some frequencies.
+
+        Parameters
+        ----------
+        frequencies
+            Their numbers ``k``.
+        mu
+            The numbers ``mu_k`` of all frequencies.
+        rows
+            Right-hand sides, complex ``(frequencies, n)`` or ``(frequencies, batch, n)``, with which each factor is
+            read once for a batch. Factors are in single precision for right-hand sides of type ``complex64``.
+
+        Returns
+        -------
+        ndarray
+            The solutions, shaped and typed like ``rows``. Those of a frequency are bitwise identical whatever the other
+            frequencies.
+
+        Raises
+        ------
+        RuntimeError
+            If a matrix is singular.
+        """
+        out = np.empty(rows.shape, rows.dtype)
+        given, results = (x if x.ndim == 3 else x[:, None] for x in (rows, out))
+        begin = 0
+        for own, kernels in groups(frequencies, "f" if rows.dtype == np.complex64 else "d"):
+            count, part = len(own), slice(begin, begin + len(own))
+            padded = [*range(count), *[count - 1] * (kernels.width - count)]
+            scales, shifts = (
+                np.array(v)[padded] for v in zip(*(self._at(k, complex(mu[k])) for k in own), strict=True)
+            )
+            lanes = self._solve_lanes(kernels, own, shifts, kernels.to_lanes(given[part]), transposed=transposed)
+            kernels.multiply(scales, lanes)
+            kernels.from_lanes(lanes, results[part])
+            begin += count
+        return out
+
+    def _solve_lanes(
+        self, kernels: LaneKernels, own: range, shifts: np.ndarray, r: np.ndarray, *, transposed: bool
+    ) -> np.ndarray:
+        """The product of the stages' solves, on lanes; ``r`` is overwritten."""
+        stages = list(enumerate(zip(self.systems, shifts.T, strict=True)))
+        for j, (system, y) in reversed(stages) if transposed else stages:
+            key = own[0], j, kernels.dtype.char, len(own)
+            factor = self._cached(key, len(own), lambda s=system, y=y: s.factor_lanes(kernels, y[: len(own)]))
+            if transposed:
+                z = system.mass_lanes(
+                    kernels, system.solve_lanes(kernels, factor, y, r, transposed=True), transposed=True
+                )
+            else:
+                z = system.solve_lanes(
+                    kernels, factor, y, system.mass_lanes(kernels, r, transposed=False), transposed=False
+                )
+            kernels.add_multiple(y, z, r)
+        return r
+
+
+class FrequencyBlocks:
+    """Solves for several frequencies at once, a :class:`~pint_fem.paradiag.circulant.BlockSolve`.
+
+    Parameters
+    ----------
+    systems
+        :class:`ShiftedSteps`, or an object with the same ``has_lanes`` and ``solve_all``.
+    transposed
+        Whether it is ``Phi^T`` that is solved with.
+    """
+
+    def __init__(self, systems: Any, *, transposed: bool):
+        self._systems, self._transposed = systems, transposed
+
+    @property
+    def available(self) -> bool:
+        """Whether the systems have kernels for several frequencies."""
+        return self._systems.has_lanes
+
+    def __call__(self, frequencies: range, mu: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """Solutions for the right-hand sides of some frequencies."""
+        return self._systems.solve_all(frequencies, mu, rows, transposed=self._transposed)
 
 
 class WrappedSystem(ShiftedSystem):
@@ -149,6 +255,15 @@ class WrappedSystem(ShiftedSystem):
     def release(self, factor: Any) -> None:
         """Free the memory of a factor."""
         self._inner.release(factor)
+
+    @property
+    def has_lanes(self) -> bool:
+        """Whether the other system can be solved for several frequencies at once."""
+        return self._inner.has_lanes
+
+    def factor_lanes(self, kernels: LaneKernels, y: np.ndarray) -> tuple[Any, int]:
+        """Factors of the other system for at most W shifts, and their size in bytes."""
+        return self._inner.factor_lanes(kernels, y)
 
 
 class Projection(Protocol):
@@ -186,89 +301,23 @@ class ProjectedSystem(WrappedSystem):
         """``M r`` or ``M^T r``."""
         return self._inner.mass(r, transposed=transposed)
 
+    def solve_lanes(
+        self, kernels: LaneKernels, factor: Any, y: np.ndarray, r: np.ndarray, *, transposed: bool
+    ) -> np.ndarray:
+        """Solve for lanes ``(batch, n, 2, W)``, with source and solution projected."""
+        r = self._projected(self._nullspace.project_source, kernels, r, transposed=transposed)
+        out = self._inner.solve_lanes(kernels, factor, y, r, transposed=transposed)
+        return self._projected(self._nullspace.project_solution, kernels, out, transposed=transposed)
 
-Weights = Callable[[complex], Sequence[complex]]
+    @staticmethod
+    def _projected(project: Callable, kernels: LaneKernels, r: np.ndarray, *, transposed: bool) -> np.ndarray:
+        """A projection of the frequencies, one after the other."""
+        rows = np.empty((kernels.width, len(r), r.shape[1]), kernels.complex)
+        kernels.from_lanes(r, rows)
+        for row in rows.reshape(-1, r.shape[1]):
+            row[...] = project(row.astype(complex), transposed=transposed)
+        return kernels.to_lanes(rows)
 
-
-def plain_weights(y: complex) -> Sequence[complex]:
-    """The weights of ``S`` and ``M`` in ``S - y M``."""
-    return 1.0, -y
-
-
-class SparseSystem(ShiftedSystem):
-    """A system on one rank: SuperLU for complex matrices, with one ordering for all shifts.
-
-    Parameters
-    ----------
-    parts
-        Real matrices whose weighted sum the system is: ``S``, ``M``, and others; with structurally symmetric union.
-    weights
-        Weights of the parts as a function of the shift.
-    """
-
-    def __init__(self, parts: Sequence[csr_matrix], weights: Weights = plain_weights):
-        self._M, self._MT, self._weights = csr_matrix(parts[1]), csr_matrix(parts[1].T), weights
-        n = parts[0].shape[0]
-        pattern = sum((ones(X) + ones(X.T) for X in parts), identity(n, format="csr"))
-        # the ordering depends on the pattern alone, with the entries that couple boundary values: without them there is
-        # several times the fill when they are not zero; a dominant diagonal, as that of a saddle point has zeros
-        first = splu(
-            csc_matrix(ones(pattern) + 2 * np.diff(pattern.indptr).max() * identity(n)),
-            permc_spec="MMD_AT_PLUS_A", diag_pivot_thresh=0.0, options={"SymmetricMode": True},
-        )  # fmt: skip
-        self._order = np.argsort(first.perm_c)
-        permuted = csc_matrix(pattern[self._order][:, self._order])
-        permuted.sort_indices()
-        self._indices, self._indptr, self._shape = permuted.indices, permuted.indptr, (n, n)
-        # by columns: rows of the transpose
-        self._parts = [on_pattern(csr_matrix(X[self._order][:, self._order].T), permuted.T) for X in parts]
-        self._trial = np.exp(1j * np.arange(n) ** 2)
-
-    def factor(self, y: complex) -> tuple[Any, int]:
-        """SuperLU's factor of the matrix of ``y``, and its size in bytes."""
-        data = sum(w * part for w, part in zip(self._weights(y), self._parts, strict=True))
-        matrix = csc_matrix((data, self._indices, self._indptr), shape=self._shape)
-        # pivots off the diagonal would ruin the ordering, and are hardly ever needed: real parts of these matrices are
-        # positive definite for heat, and complex shifts keep those of waves away from zero; a trial solve shows it
-        try:
-            lu = splu(matrix, permc_spec="NATURAL", diag_pivot_thresh=0.0, options={"SymmetricMode": True})
-        except RuntimeError:  # a pivot is zero, as in a saddle point
-            lu = None
-        if lu is None or not np.abs(matrix @ lu.solve(self._trial) - self._trial).max(initial=0) <= _WRONG:
-            lu = splu(matrix, permc_spec="COLAMD", diag_pivot_thresh=1.0)
-        return lu, 20 * lu.nnz  # a complex number and its row for each entry
-
-    def solve(self, factor: Any, y: complex, r: np.ndarray, *, transposed: bool) -> np.ndarray:
-        """Solve for a complex vector with the matrix of ``y`` or its (not conjugate) transpose."""
-        out = np.empty_like(r)
-        out[self._order] = factor.solve(r[self._order], "T" if transposed else "N")
-        return out
-
-    def mass(self, r: np.ndarray, *, transposed: bool) -> np.ndarray:
-        """``M r`` or ``M^T r``."""
-        return real_product(self._MT if transposed else self._M, r)
-
-
-def real_product(X: csr_matrix, r: np.ndarray) -> np.ndarray:
-    """A real sparse matrix times a complex vector."""
-    return (X @ np.ascontiguousarray(r).view(float).reshape(-1, 2)).reshape(-1).view(complex)
-
-
-_WRONG = 1e-9
-"""Relative residual of a trial solve above which a factor is made anew with pivoting."""
-
-
-def ones(X: csr_matrix) -> csr_matrix:
-    """A matrix with ones where another has entries."""
-    X = csr_matrix(X).copy()
-    X.data[:] = 1.0
-    return X
-
-
-def on_pattern(X: csr_matrix, pattern: csr_matrix) -> np.ndarray:
-    """Entries of a matrix on a larger pattern, whose columns are sorted."""
-    rows, columns = X.shape
-    number = lambda Y: np.repeat(np.arange(rows, dtype=np.int64), np.diff(Y.indptr)) * columns + Y.indices
-    out = np.zeros(pattern.nnz)
-    out[np.searchsorted(number(pattern), number(X))] = X.data
-    return out
+    def mass_lanes(self, kernels: LaneKernels, r: np.ndarray, *, transposed: bool) -> np.ndarray:
+        """``M r`` or ``M^T r`` of lanes ``(batch, n, 2, W)``."""
+        return self._inner.mass_lanes(kernels, r, transposed=transposed)

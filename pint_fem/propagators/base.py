@@ -146,8 +146,8 @@ class FEPropagator(ABC):
         """
         return {}
 
-    def work_nbytes(self) -> int:
-        """Bytes of work memory in a step, which all propagators share."""
+    def work_nbytes(self, count: int) -> int:
+        """Bytes of work memory in a call with ``count`` steps, which all propagators share."""
         return 0
 
     @abstractmethod

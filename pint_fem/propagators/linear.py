@@ -299,9 +299,9 @@ class LinearPropagator(FEPropagator):
             rows = 0
         return 8 * self.evolution.state_size * rows
 
-    def work_nbytes(self) -> int:
-        """Bytes of work memory in a step, which all propagators share."""
-        return max(self._forward.work_nbytes, self._backward.work_nbytes)
+    def work_nbytes(self, count: int) -> int:
+        """Bytes of work memory in a call with ``count`` steps, which all propagators share."""
+        return max(self._forward.work_nbytes(count), self._backward.work_nbytes(count))
 
     def operator_nbytes(self, count: int) -> dict[str, int]:
         """Bytes of matrices and factors on this rank by part, independent of ``count``."""

@@ -121,6 +121,17 @@ class AveragedSystems:
         """Solve ``(I - mu Phi^T) v = r`` for frequency ``k``, complex arrays ``(n,)`` (collective over space)."""
         return self._systems.solve_transposed(k, mu, r)
 
+    @property
+    def has_lanes(self) -> bool:
+        """Whether :meth:`solve_all` can be called, once operators have been averaged."""
+        return self._systems is not None and self._systems.has_lanes
+
+    def solve_all(
+        self, frequencies: range, mu: np.ndarray, rows: np.ndarray, *, transposed: bool = False
+    ) -> np.ndarray:
+        """Solve for several frequencies at once (:meth:`pint_fem.paradiag.systems.ShiftedSteps.solve_all`)."""
+        return self._systems.solve_all(frequencies, mu, rows, transposed=transposed)
+
     def updater(self, z: np.ndarray | None, U: np.ndarray | None) -> Callable[[np.ndarray, float | None], None]:
         """A function that the solver calls before each iteration with its iterate and the last contraction, and that
         averages the operators where that is necessary.

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 
 from pint_fem.all_at_once.levels import Level
-from pint_fem.errors import FAILURES
 from pint_fem.paradiag.circulant import AlphaCirculant
+from pint_fem.paradiag.guarded_solves import GuardedBlocks, GuardedSolve
 from pint_fem.paradiag.options import ParaDiagOptions
 from pint_fem.paradiag.solver import ParaDiag
-from pint_fem.paradiag.systems import ShiftedSteps
+from pint_fem.paradiag.systems import FrequencyBlocks, ShiftedSteps
 from pint_fem.sweeps.frequency_systems import AveragedSystems
 
 __all__ = ["CoarsestParaDiag", "paradiag_solver"]
@@ -29,7 +29,8 @@ def paradiag_solver(
         given.pop(unused, None)
     (step,) = steps
     solve = systems.solve_transposed if step.transposed else systems.solve
-    return ParaDiag(step, nsteps, solve, options=paradiag, backwards=step.transposed, **given)
+    blocks = FrequencyBlocks(systems, transposed=step.transposed)
+    return ParaDiag(step, nsteps, solve, options=paradiag, backwards=step.transposed, blocks=blocks, **given)
 
 
 class CoarsestParaDiag:
@@ -37,44 +38,39 @@ class CoarsestParaDiag:
 
     Parameters
     ----------
-    systems, alpha
-        The systems of the frequencies of the level's propagator; parameter of the circulant.
+    systems, options
+        The systems of the frequencies of the level's propagator; options of ParaDiag, of which ``alpha`` and
+        ``precision`` are used.
     transposed
         Whether the level is that of an adjoint sweep.
     """
 
-    def __init__(self, systems: ShiftedSteps, alpha: float, *, transposed: bool):
-        self._solve = systems.solve_transposed if transposed else systems.solve
-        self.alpha, self._transposed = alpha, transposed
+    def __init__(self, systems: ShiftedSteps, options: ParaDiagOptions, *, transposed: bool):
+        self._solve = GuardedSolve(systems.solve_transposed if transposed else systems.solve, self._note)
+        self._blocks = GuardedBlocks(FrequencyBlocks(systems, transposed=transposed), self._solve, self._note)
+        self.alpha, self._transposed = options.alpha, transposed
+        self._single = options.precision == "single"  # a given number of iterations
         self._circulant: AlphaCirculant | None = None
         self._level: Level | None = None
-        self._size, self._members = 0, 1
+        self._size = 0
 
     def __call__(self, level: Level, iterations: int) -> None:
         """Do some iterations for ``level.U`` and ``level.G``, on every rank of the level's communicator."""
         k, size = len(level.G), level.U[0].size
-        self._members = level.U.shape[1] if level.U.ndim > 2 else 1
+        self._solve.members = level.U.shape[1] if level.U.ndim > 2 else 1
         if self._level is not level or self._size != size:
             self._level, self._size = level, size
             self._circulant = AlphaCirculant(
-                level.nsteps, self.alpha, self._solve_or_nan, size, comm=level.comm, bounds=level.bounds,
-                backwards=self._transposed, trace=level.trace,
+                level.nsteps, self.alpha, self._solve, size, comm=level.comm, bounds=level.bounds,
+                blocks=self._blocks, backwards=self._transposed, trace=level.trace,
             )  # fmt: skip
         r = np.empty_like(level.G)
         for _ in range(iterations):
             level.phi_of_all(level.U, r)
             r += level.G
             r -= level.U[1:]
-            level.U[1:] += self._circulant(r.reshape(k, size)).reshape(r.shape)
+            self._circulant.add(r.reshape(k, size), level.U[1:], single=self._single)
         level.exchange(level.U)
 
-    def _solve_or_nan(self, k: int, mu: complex, r: np.ndarray) -> np.ndarray:
-        """The solution for a frequency, one member of a batch after another; NaN where it fails, which reaches all
-        ranks.
-        """
-        try:
-            return np.concatenate([self._solve(k, mu, row) for row in r.reshape(self._members, -1)])
-        except FAILURES as error:
-            if np.isfinite(r).all() or not isinstance(error, Exception):
-                self._level.note(f"frequency {k}", error)
-            return np.full_like(r, np.nan)
+    def _note(self, where: str, error: BaseException) -> None:
+        self._level.note(where, error)

@@ -165,7 +165,7 @@ class TimeSolvers:
             systems = frequency_systems(self.propagators[-1], *self._paradiag)
             for solver in (self.tangent, self.adjoint):
                 step = solver.levels[-1].propagator
-                step.all_at_once = CoarsestParaDiag(systems, self._paradiag[0].alpha, transposed=step.transposed)
+                step.all_at_once = CoarsestParaDiag(systems, self._paradiag[0], transposed=step.transposed)
         own = [[level.k for level in solver.levels] for solver in (self.state, self.adjoint)]
         self.linearisations = LinearisationCache(self.propagators, *own, spacetime.comm, finest=not self._compact)
 

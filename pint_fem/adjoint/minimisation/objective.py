@@ -63,6 +63,10 @@ class Objective:
         """The representative of ``J''(x) v``."""
         return self._inner.primal(self.problem.hessian_action(x, v))
 
+    def hessian_actions(self, x: np.ndarray, vs: list[np.ndarray]) -> list[np.ndarray]:
+        """The representatives of ``J''(x) v`` for several directions, by sweeps of all of them at once."""
+        return [self._inner.primal(h) for h in self.problem.hessian_actions(x, vs)]
+
     def gauss_newton_action(self, x: np.ndarray, v: np.ndarray) -> np.ndarray:
         """The representative of ``J''(x) v`` without the second derivatives of the steps."""
         return self._inner.primal(self.problem.hessian_action(x, v, gauss_newton=True))

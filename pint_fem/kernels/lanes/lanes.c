@@ -8,7 +8,7 @@
 #define V 1
 typedef REAL VEC;
 #else
-#define V (W * (int)sizeof(REAL) / VECTOR > 0 ? W * (int)sizeof(REAL) / VECTOR : 1)
+#define V (W * SIZE > VECTOR ? W * SIZE / VECTOR : 1)
 typedef REAL VEC __attribute__((vector_size(W * sizeof(REAL) / V), aligned(W * sizeof(REAL) / V), may_alias));
 #endif
 #define ROW(x, i) ((VEC *)((REAL *)(x) + (int64_t)(i) * W))
@@ -46,50 +46,47 @@ static void NAME(forward)(const Lower *L, const REAL *inverse_diagonal, REAL *re
     }
 }
 
-/* Subtract the products with some rows of a panel from C of its columns. */
+/* Products of C columns of a panel with its rows number i and i + 1 of each tile, in sums of their own. */
 #undef PRODUCTS
-#define PRODUCTS(C, first, stop)                                                                                       \
-    for (int r = first; r < stop; r += 4) {                                                                            \
-        const REAL *b = a + (int64_t)r * w + 4 * j;                                                                    \
-        for (int i = 0; i < 4; i++) {                                                                                  \
-            const VEC *y = ROW(x, rows[r + i]);                                                                        \
-            for (int v = 0; v < V; v++) {                                                                              \
-                const VEC z = y[v];                                                                                    \
-                for (int c = 0; c < C; c++) t[c][v] -= b[4 * c + i] * z;                                               \
-            }                                                                                                          \
+#define PRODUCTS(C, i)                                                                                                 \
+    VEC t[C][V], u[C][V];                                                                                              \
+    memset(t, 0, sizeof(t)), memset(u, 0, sizeof(u));                                                                  \
+    for (int r = 0; r < count; r += 4) {                                                                               \
+        const REAL *b = a + (int64_t)r * w + 4 * j + i;                                                                \
+        const VEC *y = ROW(x, rows[r + i]), *z = ROW(x, rows[r + i + 1]);                                              \
+        for (int v = 0; v < V; v++) {                                                                                  \
+            const VEC p = y[v], q = z[v];                                                                              \
+            for (int c = 0; c < C; c++) t[c][v] += b[4 * c] * p, u[c][v] += b[4 * c + 1] * q;                          \
         }                                                                                                              \
     }
 #undef COLUMNS
 #define COLUMNS(C)                                                                                                     \
     {                                                                                                                  \
-        VEC t[C][V];                                                                                                   \
-        for (int c = 0; c < C; c++) for (int v = 0; v < V; v++) t[c][v] = xp[(j + c) * V + v];                         \
-        PRODUCTS(C, 0, half)                                                                                           \
-        for (int c = 0; c < C; c++) for (int v = 0; v < V; v++) xp[(j + c) * V + v] = t[c][v];                         \
-        if (count > half) {                                                                                            \
-            memset(t, 0, sizeof(t));                                                                                   \
-            PRODUCTS(C, half, count)                                                                                   \
-            for (int c = 0; c < C; c++) for (int v = 0; v < V; v++) xp[(j + c) * V + v] += t[c][v];                    \
+        VEC sum[C][V];                                                                                                 \
+        {                                                                                                              \
+            PRODUCTS(C, 0)                                                                                             \
+            for (int c = 0; c < C; c++) for (int v = 0; v < V; v++) sum[c][v] = t[c][v] + u[c][v];                     \
         }                                                                                                              \
+        PRODUCTS(C, 2)                                                                                                 \
+        for (int c = 0; c < C; c++)                                                                                    \
+            for (int v = 0; v < V; v++) xp[(j + c) * V + v] -= sum[c][v] + (t[c][v] + u[c][v]);                        \
     }
 
-/* Solve L^T x = x in place; a panel's rows are in two sums, as for single states. */
+/* Solve L^T x = x in place; there are four sums of products, one for each row of the tiles, as for single states. */
 static void NAME(backward)(const Lower *L, REAL *restrict x) {
     const REAL *triangles = L->triangles, *tiles = L->tiles;
     memset(ROW(x, L->n), 0, sizeof(REAL) * W);
     for (int s = L->panels - 1; s >= 0; s--) {
         const int c0 = L->starts[s], w = L->starts[s + 1] - c0;
         const int *rows = L->rows + L->row_ptr[s], count = (int)(L->row_ptr[s + 1] - L->row_ptr[s]);
-        const int half = (count / 4 + 1) / 2 * 4;
         const REAL *d = triangles + L->triangle_ptr[s], *a = tiles + L->tile_ptr[s];
         VEC *xp = ROW(x, c0);
         int j = 0;
+#if V < 4
         for (; j + 4 <= w; j += 4) COLUMNS(4)
-        switch (w - j) {
-        case 3: COLUMNS(3) break;
-        case 2: COLUMNS(2) break;
-        case 1: COLUMNS(1) break;
-        }
+#endif
+        for (; j + 2 <= w; j += 2) COLUMNS(2)
+        if (j < w) COLUMNS(1)
         for (int k = w - 2; k >= 0; k--) {
             VEC y[V];
             for (int v = 0; v < V; v++) y[v] = xp[k * V + v];

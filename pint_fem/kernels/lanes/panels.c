@@ -60,8 +60,10 @@ int64_t find_panels(int n, const int64_t *ptr, const int *index, const double *c
     for (int s = 0; s < count; s++) total += counts[s];
     *rows = malloc(sizeof(int) * (total + 1));
     if (!*rows) return -1;
-    for (int s = 0, k = 0; s < count; k += counts[s], s++) {
-        memcpy(*rows + k, of[s], sizeof(int) * counts[s]);
+    total = 0;
+    for (int s = 0; s < count; s++) {
+        memcpy(*rows + total, of[s], sizeof(int) * counts[s]);
+        total += counts[s];
         free(of[s]);
     }
     free(of);

@@ -49,8 +49,7 @@ class LowerStruct(Structure):
 
     _fields_ = [
         ("n", c_int), ("panels", c_int), ("starts", c_void_p), ("rows", c_void_p), ("row_ptr", c_void_p),
-        ("triangle_ptr", c_void_p), ("tile_ptr", c_void_p), ("by_rows_ptr", c_void_p), ("triangles", c_void_p),
-        ("tiles", c_void_p), ("by_rows", c_void_p),
+        ("triangle_ptr", c_void_p), ("tile_ptr", c_void_p), ("triangles", c_void_p), ("tiles", c_void_p),
     ]  # fmt: skip
 
 
@@ -115,19 +114,16 @@ def _source() -> str:
     for dtype, widths in WIDTHS.items():
         for width in widths:
             suffix = f"_{_SUFFIX[dtype]}{width}"
-            parts += [f"#define REAL {_C_TYPE[dtype]}\n#define W {width}\n#define NAME(x) x##{suffix}\n"]
-            parts += [read("lanes.c"), "#undef REAL\n#undef W\n#undef NAME\n"]
+            defined = {"REAL": _C_TYPE[dtype], "SIZE": dtype.itemsize, "W": width, "NAME(x)": f"x##{suffix}"}
+            parts += [f"#define {name} {value}" for name, value in defined.items()]
+            parts += [read("lanes.c"), "#undef REAL\n#undef SIZE\n#undef W\n#undef NAME\n"]
     return "\n".join(parts)
 
 
 @lru_cache(maxsize=1)
-def _compiled() -> ctypes.CDLL | None:
-    return library(_source())
-
-
 def kernels() -> Kernels | None:
     """The compiled kernels, or ``None`` where :func:`~pint_fem.kernels.lanes.compiled.library` has none."""
-    found = _compiled()
+    found = library(_source())
     if found is None:
         return None
     product = {width: getattr(found, f"product_d{width}") for width in WIDTHS[np.dtype(float)]}
@@ -138,9 +134,11 @@ def kernels() -> Kernels | None:
         function.argtypes, function.restype = [c_void_p, c_int64, *[c_void_p] * 4], None
     found.find_panels.restype = c_int64
     found.count_fill.restype = c_int64
-    found.release.restype = None
+    for function in (found.release, found.solve):
+        function.restype = None
     found.release.argtypes = [c_void_p]
-    return Kernels(found.find_panels, found.pack_panels, found.release, found.count_fill, found.solve, run, product)
+    single = (getattr(found, name) for name in Kernels._fields[:-2])
+    return Kernels(*single, run, product)
 
 
 def aligned(shape: int | tuple[int, ...], dtype: np.dtype | type = float) -> np.ndarray:

@@ -12,7 +12,6 @@ than another pass over the rows (``panels.c``).
 from __future__ import annotations
 
 import ctypes
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -70,7 +69,6 @@ class Lower:
         offsets = lambda sizes: np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
         self.starts, self.row_ptr = starts, offsets(padded)
         self.triangle_ptr, self.tile_ptr = offsets(widths**2), offsets(widths * padded)
-        self.by_rows_ptr = offsets(-(-widths // 4) * 4 * padded)
         self.rows = np.full(max(1, int(self.row_ptr[-1])), n, np.int32)
         place_in_panel = np.arange(total) - np.repeat(offsets(counts)[:-1], counts)
         self.rows[np.repeat(self.row_ptr[:-1], counts) + place_in_panel] = own
@@ -86,37 +84,15 @@ class Lower:
         self.entries = int(self.tile_ptr[-1] + self.triangle_ptr[-1])
         self._kept: dict[tuple, tuple] = {}
 
-    @cached_property
-    def _by_rows(self) -> np.ndarray:
-        """The tiles by rows, padded to fours of columns, for single states."""
-        out = aligned(int(self.by_rows_ptr[-1]) + 1)
-        widths, counts = np.diff(self.starts), np.diff(self.row_ptr)
-        for width in np.unique(widths):
-            padded = -(-width // 4) * 4
-            for count in np.unique(counts[widths == width]):
-                if not count:
-                    continue
-                which = np.flatnonzero((widths == width) & (counts == count))
-                source = self.tile_ptr[which, None] + np.arange(count * width)
-                tiles = self.tiles[source].reshape(len(which), count // 4, width, 4).swapaxes(2, 3)
-                target = self.by_rows_ptr[which, None] + np.arange(count * padded)
-                at = target.reshape(len(which), count, padded)[:, :, :width]
-                out[at] = tiles.reshape(len(which), count, width)
-        return out
-
-    def struct(self, dtype: np.dtype, *, single: bool) -> LowerStruct:
-        """The struct of the kernels, with entries of a type; ``single``: with those for single states."""
-        key = np.dtype(dtype), single
-        if key not in self._kept:
+    def struct(self, dtype: np.dtype) -> LowerStruct:
+        """The struct of the kernels, with entries of a type."""
+        if dtype not in self._kept:
             entries = [self.triangles, self.tiles]
             if dtype != np.float64:
                 entries = [_converted(part, dtype) for part in entries]
-            arrays = [
-                self.starts, self.rows, self.row_ptr, self.triangle_ptr, self.tile_ptr, self.by_rows_ptr, *entries,
-                self._by_rows if single else None,
-            ]  # fmt: skip
-            self._kept[key] = LowerStruct(self.n, self.panels, *(address(a) for a in arrays)), arrays
-        return self._kept[key][0]
+            arrays = [self.starts, self.rows, self.row_ptr, self.triangle_ptr, self.tile_ptr, *entries]
+            self._kept[dtype] = LowerStruct(self.n, self.panels, *(address(a) for a in arrays)), arrays
+        return self._kept[dtype][0]
 
     @property
     def nbytes(self) -> int:
@@ -217,24 +193,23 @@ class TriangularFactors:
             self.right = Lower(tril(R.tocsc(), -1, format="csc"))
         return True
 
-    def struct(self, dtype: np.dtype | type = float, *, single: bool = False) -> FactorStruct:
-        """The struct of the kernels with numbers of a type; ``single``: for single states."""
-        key = np.dtype(dtype), single
-        if key not in self._structs:
+    def struct(self, dtype: np.dtype | type = float) -> FactorStruct:
+        """The struct of the kernels with numbers of a type."""
+        dtype = np.dtype(dtype)
+        if dtype not in self._structs:
             made = FactorStruct()
-            made.left = ctypes.pointer(self.left.struct(key[0], single=single))
-            made.right = ctypes.pointer(self.right.struct(key[0], single=single))
-            made.diagonal = self.inverse_diagonal if key[0] == np.float64 else _converted(self.inverse_diagonal, key[0])
+            made.left, made.right = (ctypes.pointer(part.struct(dtype)) for part in (self.left, self.right))
+            made.diagonal = _converted(self.inverse_diagonal, dtype)
             made.inverse_diagonal = made.diagonal.ctypes.data
-            self._structs[key] = made
-        return self._structs[key]
+            self._structs[dtype] = made
+        return self._structs[dtype]
 
     def solve(self, b: np.ndarray, *, transposed: bool = False) -> np.ndarray:
         """Solve for one vector ``(n,)``, in the order of the matrix's rows."""
         order = self.order if self.enter is None else self.order[np.argsort(self.leave) if transposed else self.enter]
         x, run = aligned(self.n + 1), kernels().solve
         x[:-1] = b[order]
-        run(ctypes.byref(self.struct(single=True)), address(x), ctypes.c_int(transposed))
+        run(ctypes.byref(self.struct()), address(x), ctypes.c_int(transposed))
         out = np.empty(self.n)
         leave = slice(-1) if self.enter is None else np.argsort(self.enter) if transposed else self.leave
         out[self.order] = x[leave]
