@@ -176,8 +176,9 @@ def paradiag_actions(pose: Callable, nsteps: int, small: int) -> tuple[dict[str,
             actions[f"{name}fft"] = (lambda columns=columns: scipy.fft.rfft(columns, axis=0), count)
             actions[f"{name}ifft"] = (lambda spectrum=spectrum: scipy.fft.irfft(spectrum, nsteps, axis=0), count)
         else:
-            spectrum = transform.forward(columns, scale)
-            forward = partial(transform.forward, columns, scale)
+            spectrum = np.empty((nsteps // 2 + 1, count), transform.complex)
+            forward = partial(transform.forward, columns, spectrum, scale)
+            forward()
             backward = partial(transform.backward, spectrum, columns.copy(), scale)
             actions[f"{name}fft"], actions[f"{name}ifft"] = (forward, count), (backward, count)
     maps = TimeTransposes(MPI.COMM_SELF, [0, small], len(mu), size)
