@@ -1,5 +1,7 @@
 """Sparse complex systems of several frequencies at once, against numpy's dense solves."""
 
+import platform
+
 import numpy as np
 import pytest
 from mpi4py import MPI
@@ -15,6 +17,7 @@ from pint_fem.paradiag.systems import FrequencyBlocks, ShiftedSteps
 from pint_fem.paradiag.transforms import time_transform
 from pint_fem.theory import dirk_stability
 from tests.stepping import sequential
+from tests.test_without_compiler import run
 
 pytestmark = pytest.mark.skipif(lane_kernels("f", 4) is None, reason="no compiler")
 KINDS = [(kind, width) for kind, widths in WIDTHS.items() for width in widths]
@@ -345,6 +348,41 @@ def forward(transform, rows, *scale):
     out = np.empty((len(rows) // 2 + 1, rows.shape[1]), transform.complex)
     transform.forward(rows, out, *scale)
     return out
+
+
+BITS = """
+import hashlib
+import numpy as np
+from pint_fem.paradiag import shifts
+from pint_fem.paradiag.lane_kernels import WIDTHS
+from pint_fem.paradiag.transforms import time_transform
+from tests.test_frequency_lanes import Steps, forward, right_hand_sides
+
+digest, widths = hashlib.sha256(), dict(WIDTHS)
+steps, mu, rows = Steps(), shifts(40, 1e-2), right_hand_sides(21, 2, 36)
+for kind in "fd":
+    given = rows.astype(np.dtype(kind.upper()))
+    results = []
+    for each in (widths[kind], widths[kind][1:]):
+        WIDTHS[kind] = each
+        results.append(Steps().systems.solve_all(range(21), mu, given))
+    assert np.array_equal(*results)
+    exact = [np.linalg.solve(np.eye(36) - m * steps.Phi, r.T).T for m, r in zip(mu, rows)]
+    assert np.abs(results[0] - exact).max() < {"f": 1e-4, "d": 1e-11}[kind] * np.abs(exact).max()
+    WIDTHS[kind] = widths[kind]
+    digest.update(results[0].tobytes())
+    digest.update(forward(time_transform(30, kind), rows.real[:15].reshape(30, 36).copy(), np.ones(30)).tobytes())
+print("digest", digest.hexdigest())
+"""
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="flags of another processor")
+def test_bits_are_the_same_with_narrower_vectors():
+    """Without AVX-512, and for both widths; without fused sums the results are right, too."""
+    flags = "", "-mno-avx512f", "-mno-avx512f -mno-avx2 -mno-avx -mno-fma"
+    found = [run(BITS, PYOP2_CFLAGS=each)[0] for each in flags]
+    assert found[0]["digest"] == found[1]["digest"]
+    assert found[2]["digest"]
 
 
 # -- transforms --------------------------------------------------------------------------------------------------------
