@@ -54,7 +54,7 @@ class Steps(Protocol):
         """Bytes of arrays for the kernels, or of vectors for PETSc, without matrices and factors."""
 
     def work_nbytes(self, states: int) -> int:
-        """Bytes of the work memory of a call with a number of states, which programs that run one after another share."""
+        """Bytes of the work memory of a call with a number of states, which all programs share."""
 
 
 def execution(program: StepProgram, comm: MPI.Comm) -> Steps:
