@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -50,11 +51,15 @@ class Steps(Protocol):
         """
 
     @property
+    def in_single(self) -> Steps:
+        """The steps with kernels in single precision, where there are any."""
+
+    @property
     def nbytes(self) -> dict[str, int]:
         """Bytes of arrays for the kernels, or of vectors for PETSc, without matrices and factors."""
 
     def work_nbytes(self, states: int) -> int:
-        """Bytes of the work memory of a call with a number of states, which all programs share."""
+        """Bytes of the work memory of a call with a number of states, which programs share."""
 
 
 def execution(program: StepProgram, comm: MPI.Comm) -> Steps:
@@ -101,7 +106,13 @@ class _ReplicatedSteps:
 
     def __init__(self, lanes: LaneSteps, replication: Replication, program: StepProgram):
         self._lanes, self._replication = lanes, replication
+        self._program = program
         self._writes = {op.what for op in program.operations if op.kind == "store"}
+
+    @cached_property
+    def in_single(self) -> _ReplicatedSteps:
+        """The same steps with kernels in single precision."""
+        return _ReplicatedSteps(self._lanes.in_single, self._replication, self._program)
 
     def run(
         self,
@@ -175,6 +186,11 @@ class PetscSteps:
                      clear=self._clear, project=self._project,
                      blend=self._blend, exchange=self._exchange)  # fmt: skip
         self._calls: dict[str, Callable[[Operation], None]] = calls
+
+    @property
+    def in_single(self) -> PetscSteps:
+        """These steps: PETSc's numbers have one precision."""
+        return self
 
     @property
     def nbytes(self) -> dict[str, int]:

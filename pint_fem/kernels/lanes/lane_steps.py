@@ -5,12 +5,14 @@ from __future__ import annotations
 import ctypes
 import time
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 
 import numpy as np
 
 from pint_fem.kernels.lanes.program import StepProgram
 from pint_fem.kernels.lanes.structures import WIDTHS, ProgramStruct, StatesStruct, kernels, scratch
 from pint_fem.kernels.lanes.translation import LOADS, Translation
+from pint_fem.kernels.lanes.widths import cut
 
 __all__ = ["LaneSteps", "windows"]
 
@@ -57,7 +59,7 @@ class LaneSteps:
 
     def __init__(self, program: StepProgram, dtype: np.dtype | type = np.float64):
         self.dtype, self.size = np.dtype(dtype), program.size
-        self._translation = Translation(program, self.dtype)
+        self._source, self._translation = program, Translation(program, self.dtype)
         self.arrays = LOADS + program.stored
         self._written = [1, *sorted({LOADS + op.what for op in program.operations if op.kind == "store"})]
         self._memory: np.ndarray | None = None
@@ -137,6 +139,11 @@ class LaneSteps:
             self._programs[width] = self._translation.program(vectors), vectors
         return self._programs[width][0]
 
+    @cached_property
+    def in_single(self) -> LaneSteps:
+        """The same program in single precision; states remain float64."""
+        return LaneSteps(self._source, np.float32)
+
     # -- widths --------------------------------------------------------------------------------------------------------
     def _cut(self, lanes: int) -> list[tuple[int, int]]:
         """Widths and numbers of lanes in each call, of the least estimated time; results do not depend on them."""
@@ -146,13 +153,7 @@ class LaneSteps:
                 w for w, narrower in zip(every, (0, *every), strict=False) if narrower < lanes
             ]  # others gain nothing
             seconds = {w: self._time(w) if len(widths) > 1 else 1.0 for w in widths}
-            widest = min(widths, key=lambda w: seconds[w] / w)
-            calls = [(widest, lanes // widest * widest)] if lanes >= widest else []
-            best: dict[int, tuple[float, list]] = {0: (0.0, [])}
-            for count in range(1, lanes % widest + 1):
-                total, w = min((best[count - min(w, count)][0] + seconds[w], w) for w in widths)
-                best[count] = total, [*best[count - min(w, count)][1], (w, min(w, count))]
-            self._cuts[lanes] = calls + best[lanes % widest][1]
+            self._cuts[lanes] = cut(lanes, seconds)
         return self._cuts[lanes]
 
     @property
