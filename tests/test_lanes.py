@@ -7,7 +7,7 @@ from scipy.sparse import csr_matrix
 from pint_fem.kernels.lanes import lane_steps
 from pint_fem.kernels.lanes.lane_steps import LaneSteps
 from pint_fem.kernels.lanes.products import LaneProduct
-from pint_fem.kernels.lanes.structures import WIDTHS
+from pint_fem.kernels.lanes.structures import WIDTHS, scratch
 from pint_fem.kernels.lanes.triangular import TriangularFactors
 from tests.lane_programs import dense_steps, random_program, states
 from tests.random_matrices import regular
@@ -235,7 +235,8 @@ def test_work_vectors_are_written_before_they_are_read(monkeypatch):
         steps = LaneSteps(program)
         of_width(steps, width, monkeypatch)
         expected = run(steps, u, 2, added, given)
-        steps._vectors[:] = np.nan
+        memory = scratch(0)
+        memory[: memory.size // 8 * 8].view(float)[:] = np.nan
         assert same(run(steps, u, 2, added, given), expected)
 
 

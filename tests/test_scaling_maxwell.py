@@ -35,8 +35,8 @@ def test_gradient_and_hessian_are_those_of_a_real_trace(regime):
     problem.hessian_action(z, 2 * z)
     solves = [Solve(kind, "nested", result.cycles) for kind, result in sweeps.results]
     assert [s.kind for s in solves] == ["state", "adjoint", "tangent", "adjoint"]
-    one, single = [Kernel.constant(1.0, 8)], [Kernel.constant(1.0)]
-    work = {"step": one, "adjoint": one, "sweep": single, "adjoint sweep": single}
+    one = [Kernel.constant(1.0, lanes=True)]
+    work = {"step": one, "adjoint": one}
     stages = sweeps.propagators[0].dirk.stages
     size = rf.evolution.state_size
     calibration = Calibration(regime, "none", size, STEPS, {1: work}, paradiag=PARADIAG, stages=stages)

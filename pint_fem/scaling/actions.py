@@ -1,7 +1,7 @@
 """Actions that are timed for a calibration: kernels, the work around sweeps, whole solves, and the parts of ParaDiag.
 
-Kernels are timed through the solver's own levels, as relaxation calls them: on strided rows of a slab, one group of
-intervals after another, with the right-hand side added.
+Kernels are timed through the solver's own levels, as relaxation calls them: several steps in some intervals of a slab,
+one group of intervals after another, with the right-hand side added.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import scipy.fft
 from mpi4py import MPI
 
 from pint_fem.adjoint.reduced_functional import TimeParallelReducedFunctional
+from pint_fem.kernels.lanes.structures import WIDTHS
 from pint_fem.paradiag.circulant import shifts
 from pint_fem.paradiag.distribution import TimeTransposes
 from pint_fem.paradiag.options import ParaDiagOptions
@@ -30,7 +31,7 @@ __all__ = [
 
 PARADIAG = {"time_solver": "paradiag", "alpha": 1e-4}
 """Options of ParaDiag for the measurement of its parts."""
-SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 16, 64)
+SIZES = WIDTHS[np.dtype(np.float64)]
 STRIDE = 8
 SMALL = 128
 """Steps of the solves that kernels and overhead are timed with."""
@@ -46,27 +47,23 @@ def solver_parameters(options: Mapping, **more: Any) -> dict:
     return {"time_solver": kind, "paradiag" if kind == "paradiag" else "mgrit": options}
 
 
-def _block_action(level, U: np.ndarray, G: np.ndarray, size: int) -> Action:
-    """``level.phi`` on a block and the addition of the right-hand side, each time on other rows of the slab."""
-    span = STRIDE * size
+def _lanes_action(level, U: np.ndarray, G: np.ndarray, size: int) -> Action:
+    """Successive steps in ``size`` intervals by ``level.advance``, each time on other rows of the slab."""
+    span, steps = STRIDE * size, STRIDE - 1
     groups = cycle(range(0, len(G), span))
 
     def run():
-        first = next(groups)
-        for row in range(first, first + STRIDE - 1):
-            source, target = (
-                slice(row, row + span - STRIDE + 1, STRIDE),
-                slice(row + 1, row + span - STRIDE + 2, STRIDE),
-            )
-            # the first lane is that of step 0: sizes up to a block's width are one piece
-            level.phi(range(0, span, STRIDE), U[source], U[target])
-            U[target] += G[source]
+        rows = slice(first := next(groups), first + span)
+        inside = lambda a: a.reshape(size, STRIDE, -1)
+        results = inside(U[rows.start + 1 : rows.stop + 1])[:, :steps]
+        level.advance(0, STRIDE, U[rows][::STRIDE], results, inside(G[rows])[:, :steps])
 
-    return run, STRIDE - 1
+    return run, steps
 
 
-def _sweep_action(level, U: np.ndarray, G: np.ndarray, steps: int) -> Action:
-    """A step of ``level.sweep_steps``, each time on other rows of the slab."""
+def _sweep_action(level, U: np.ndarray, G: np.ndarray) -> Action:
+    """Steps of one state by ``level.sweep_steps``, each time on other rows of the slab."""
+    steps = min(len(G), STRIDE * STRIDE)
     parts = cycle(range(0, len(G), steps))
 
     def run():
@@ -87,10 +84,10 @@ def kernel_actions(rf: TimeParallelReducedFunctional, sizes: Sequence[int] = SIZ
         if propagator.evolution.state_size == size:
             break
         size, index = propagator.evolution.state_size, ahead.index
-        for kind, sweep, level in (("step", "sweep", ahead), ("adjoint", "adjoint sweep", back)):
+        for kind, level in (("step", ahead), ("adjoint", back)):
             U, G = rng.standard_normal((rows + 1, size)), rng.standard_normal((rows, size))
-            out |= {(kind, index, n): _block_action(level, U, G, n) for n in sizes}
-            out[sweep, index, 1] = _sweep_action(level, U, G, max(sizes))
+            made = lambda n, *given: _sweep_action(*given) if n == 1 else _lanes_action(*given, n)
+            out |= {(kind, index, n): made(n, level, U, G) for n in sizes}
     return out
 
 
@@ -104,7 +101,7 @@ def extra_actions(rf: TimeParallelReducedFunctional) -> dict[str, Action]:
     out = {
         "misfit value": (lambda: [m.values(U) for m in misfits], k),
         "misfit gradient": (lambda: sum(m.gradient(U) for m in misfits), k),
-        "forcing": (lambda: fine.forcing(sweeps.data(steps), sweeps.slab.lo), 1),
+        "forcing": (lambda: fine.forcing(sweeps.data(steps)), 1),
         "control gradient": (transpose(1), 1),
         "all steps": (transpose(k), 1),
         "optimiser": (lambda: rf.inner.primal(rf.inner.dual(z)), 1),
