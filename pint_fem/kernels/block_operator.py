@@ -42,7 +42,7 @@ class BlockOperator:
         """The products ``(k, rows)`` with states ``(k, columns)``, for the same ``k`` on all ranks (collective)."""
         out = np.empty((len(states), self.rows))
         if self._product is not None:
-            self._product(np.ascontiguousarray(states, dtype=float), out)
+            self._product(np.require(states, float, "CA"), out)
             return out
         for state, result in zip(states, out, strict=True):
             self._x.array[:] = state
