@@ -26,6 +26,7 @@ class LaneProduct:
 
     def __init__(self, matrix: csr_matrix):
         rows, columns = matrix.shape
+        self._products = kernels().product
         self._arrays = matrix.indptr.astype(np.int32), matrix.indices.astype(np.int32), matrix.data.astype(float)
         self._matrix = MatrixStruct(rows, *(address(a) for a in self._arrays))
         self._places = [np.arange(n, dtype=np.int32) for n in (columns, rows)]
@@ -41,7 +42,7 @@ class LaneProduct:
         memory, first = scratch(sum(self._vector_nbytes)), self._vector_nbytes[0]
         work = address(memory), address(memory[first:])
         structs = [ctypes.byref(s) for s in (self._matrix, *given)]
-        kernels().product[width](structs[0], len(states), structs[1], structs[2], *work)
+        self._products[width](structs[0], len(states), structs[1], structs[2], *work)
 
     @property
     def nbytes(self) -> int:
