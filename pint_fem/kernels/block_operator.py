@@ -37,9 +37,12 @@ class BlockOperator:
         copies = 8 * (self.rows + self._columns) if self._product is None else self._product.nbytes
         return {"matrices": matrix_bytes(self.matrix), "blocks": copies}
 
-    def __call__(self, states: np.ndarray) -> np.ndarray:
-        """The products ``(k, rows)`` with states ``(k, columns)``, for the same ``k`` on all ranks (collective)."""
-        out = np.empty((len(states), self.rows))
+    def __call__(self, states: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+        """The products ``(k, rows)`` with states ``(k, columns)``, for the same ``k`` on all ranks (collective); in
+        ``out`` where it is given, with contiguous rows of float64.
+        """
+        if out is None:
+            out = np.empty((len(states), self.rows))
         if self._product is not None:
             self._product(np.ascontiguousarray(states, dtype=float), out)
             return out
