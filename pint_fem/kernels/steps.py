@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -48,6 +49,10 @@ class Steps(Protocol):
         states
             What the operations ``load`` read and ``store`` write, by their numbers, ``(k, steps, n)`` or ``None``.
         """
+
+    @property
+    def in_single(self) -> Steps:
+        """The steps in single precision where that is faster, for states that are required to about 1e-6."""
 
     @property
     def nbytes(self) -> int:
@@ -98,7 +103,13 @@ class _ReplicatedSteps:
 
     def __init__(self, lanes: LaneSteps, replication: Replication, program: StepProgram):
         self._lanes, self._replication = lanes, replication
+        self._program = program
         self._writes = {op.what for op in program.operations if op.kind == "store"}
+
+    @cached_property
+    def in_single(self) -> _ReplicatedSteps:
+        """The same steps with kernels in single precision."""
+        return _ReplicatedSteps(self._lanes.in_single, self._replication, self._program)
 
     def run(
         self,
@@ -167,6 +178,11 @@ class PetscSteps:
                      clear=self._clear, project=self._project,
                      blend=self._blend, exchange=self._exchange)  # fmt: skip
         self._calls: dict[str, Callable[[Operation], None]] = calls
+
+    @property
+    def in_single(self) -> PetscSteps:
+        """These steps: PETSc's numbers have one precision."""
+        return self
 
     @property
     def nbytes(self) -> int:

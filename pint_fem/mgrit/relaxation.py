@@ -10,7 +10,7 @@ sent as soon as it is computed, and only the group that begins with the row from
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import NamedTuple
 
@@ -79,7 +79,7 @@ class Group(NamedTuple):
     f_runs: list[Run]
     waits: bool  # needs row 0
     ends: bool  # contains the last row
-    chain: Chain | None = None
+    chains: Sequence[Chain] = ()
 
 
 class Relaxation:
@@ -150,17 +150,26 @@ class Relaxation:
             yield Group(partial, f, True, i is self.intervals[-1])
 
     def _chains(self) -> Iterator[Group]:
-        """Groups from the last to the first, of neighbouring intervals with as many steps to own F-points."""
+        """Groups from the last to the first, of neighbouring intervals with as many steps to own F-points; a longer last
+        one, which ends with the time axis, takes these steps with the others and then its own.
+        """
         lo, hi = self.level.lo, self.level.hi
 
         def steps(i: Interval) -> int:
             return min(i.start + i.length - 1, hi) - max(i.start, lo)
 
         parts = [list(part) for _, part in groupby(self.intervals, key=lambda i: (i.start < lo, i.length, steps(i)))]
+        longer = 0
+        if len(parts) > 1 and parts[-2][0].start >= lo and len(parts[-1]) == 1:
+            longer = max(steps(parts[-1][0]) - steps(parts[-2][0]), 0) if steps(parts[-2][0]) else 0
+        if longer:
+            parts[-2:] = [[*parts[-2], *parts[-1]]]
         for part in reversed(parts):
-            row = max(part[0].start - lo, 0)
-            chain = Chain(row, part[0].length, len(part), steps(part[0]))
-            yield Group(part, [], row == 0, part[-1] is self.intervals[-1], chain)
+            row, count = max(part[0].start - lo, 0), steps(part[0])
+            chains = [Chain(row, part[0].length, len(part), count)]
+            if longer and part is parts[-1]:
+                chains.append(Chain(part[-1].start - lo + count, part[-1].length, 1, longer))
+            yield Group(part, [], row == 0, part[-1] is self.intervals[-1], chains)
 
     @staticmethod
     def _f_steps(part: list[Interval], j: int) -> list[Interval]:
@@ -208,8 +217,8 @@ class Relaxation:
                 receive = None
             for run in group.f_runs:
                 self._phi(run, U[run.targets])
-            if group.chain is not None:
-                self._advance(group.chain)
+            for chain in group.chains:
+                self._advance(chain)
             if group.ends and not self.last_is_c:
                 send = level.post_send(U)
         level.wait(receive, send)

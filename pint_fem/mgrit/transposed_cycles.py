@@ -28,13 +28,15 @@ class _Shifted:
     Parameters
     ----------
     propagator
-        The level's propagator, with an optional method ``sweep``.
+        The level's propagator, with optional methods ``sweep`` and ``advance``.
     """
 
     def __init__(self, propagator: Propagator):
         self.propagator, self.block = propagator, getattr(propagator, "block", 0)
         if hasattr(propagator, "sweep"):
             self.sweep = self._sweep
+        if hasattr(propagator, "advance"):
+            self.advance = self._advance
 
     def step(self, steps: range, u: np.ndarray, out: np.ndarray) -> None:
         """Write the new states of some steps ``(len(steps), *state)`` to ``out``."""
@@ -51,6 +53,10 @@ class _Shifted:
             U[1] = 0 if G is None else G[0]
             first, U, G = 1, U[1:], None if G is None else G[1:]
         return self.propagator.sweep(first - 1, U, G) if len(U) > 1 else None
+
+    def _advance(self, first: int, stride: int, u: np.ndarray, out: np.ndarray, G: np.ndarray | None) -> None:
+        # step 0 leads to a C-point, so that it is none of these
+        return self.propagator.advance(first - 1, stride, u, out, G)
 
 
 class TransposedAdjoint(TransposedSweep):

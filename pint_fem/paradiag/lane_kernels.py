@@ -26,7 +26,9 @@ WIDTHS = {"f": (16, 4), "d": (8, 2)}
 def aligned(shape: Sequence[int], dtype: np.dtype, *, zero: bool = False) -> np.ndarray:
     """An array that begins at a multiple of 64 bytes, so that no vector lies in two lines of the cache."""
     nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-    memory = (np.zeros if zero else np.empty)(nbytes + 64, np.uint8)
+    memory = np.empty(nbytes + 64, np.uint8)  # on large pages, where there are any
+    if zero:
+        memory[:] = 0
     start = -memory.ctypes.data % 64
     return memory[start : start + nbytes].view(dtype).reshape(shape)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import time
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 
 import numpy as np
 
@@ -58,7 +59,7 @@ class LaneSteps:
 
     def __init__(self, program: StepProgram, dtype: np.dtype | type = np.float64):
         self.dtype, self.size = np.dtype(dtype), program.size
-        self._translation = Translation(program, self.dtype)
+        self._source, self._translation = program, Translation(program, self.dtype)
         self._count = LOADS + program.stored
         self._written = [1, *sorted({LOADS + op.what for op in program.operations if op.kind == "store"})]
         self._vectors = aligned(0, self.dtype)
@@ -137,6 +138,11 @@ class LaneSteps:
             vectors = (ctypes.c_void_p * len(rows))(*(start + ends).tolist())
             self._programs[width] = self._translation.program(vectors), vectors
         return self._programs[width][0]
+
+    @cached_property
+    def in_single(self) -> LaneSteps:
+        """The same program in single precision; states remain float64."""
+        return LaneSteps(self._source, np.float32)
 
     # -- widths --------------------------------------------------------------------------------------------------------
     def _cut(self, lanes: int) -> list[tuple[int, int]]:
