@@ -33,9 +33,10 @@ class BlockOperator:
 
     @property
     def nbytes(self) -> dict[str, int]:
-        """Bytes of the matrix and of its copy for the kernels on this rank."""
-        copies = 8 * (self.rows + self._columns) if self._product is None else self._product.nbytes
-        return {"matrices": matrix_bytes(self.matrix), "blocks": copies}
+        """Bytes of the matrix on this rank, and of its copy for the kernels or of PETSc's work vectors."""
+        if self._product is not None:
+            return {"matrices": matrix_bytes(self.matrix), "kernels": self._product.nbytes}
+        return {"matrices": matrix_bytes(self.matrix), "vectors": 8 * (self.rows + self._columns)}
 
     def __call__(self, states: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
         """The products ``(k, rows)`` with states ``(k, columns)``, for the same ``k`` on all ranks (collective); in

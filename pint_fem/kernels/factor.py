@@ -207,9 +207,11 @@ class Factor:
 
     @property
     def nbytes(self) -> dict[str, int]:
-        """Bytes of matrices and factors on this rank; collective where each rank has PETSc's factor of the whole."""
+        """Bytes on this rank of PETSc's matrices and factors, or of the factors for the kernels; collective where each
+        rank has PETSc's factor of the whole.
+        """
         if self.triangular is not None:
-            return {"matrices": matrix_bytes(self.matrix), "factors": self.triangular.nbytes}
+            return {"matrices": matrix_bytes(self.matrix), "kernels": self.triangular.nbytes}
         return self._petsc_bytes
 
     @cached_property

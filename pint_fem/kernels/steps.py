@@ -52,11 +52,14 @@ class Steps(Protocol):
 
     @property
     def in_single(self) -> Steps:
-        """The steps in single precision where that is faster, for states that are required to about 1e-6."""
+        """The steps with kernels in single precision, where there are any."""
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of the work vectors in use."""
+    def nbytes(self) -> dict[str, int]:
+        """Bytes of arrays for the kernels, or of vectors for PETSc, without matrices and factors."""
+
+    def work_nbytes(self, states: int) -> int:
+        """Bytes of the work memory of a call with a number of states, which programs share."""
 
 
 def execution(program: StepProgram, comm: MPI.Comm) -> Steps:
@@ -99,7 +102,7 @@ def execution(program: StepProgram, comm: MPI.Comm) -> Steps:
 
 
 class _ReplicatedSteps:
-    """Steps on copies of the states of all ranks in space."""
+    """Steps on copies of the states of all ranks in space, some states at a time."""
 
     def __init__(self, lanes: LaneSteps, replication: Replication, program: StepProgram):
         self._lanes, self._replication = lanes, replication
@@ -136,9 +139,14 @@ class _ReplicatedSteps:
                     states[number][rows, window] = copies[number][..., own]
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of the work vectors in use."""
+    def nbytes(self) -> dict[str, int]:
+        """Bytes of the copies of matrices."""
         return self._lanes.nbytes
+
+    def work_nbytes(self, states: int) -> int:
+        """Bytes of copies of states, and of the memory that kernels share."""
+        copied = min(states, max(int(_COPIED / self._replication.total), max(WIDTHS[self._lanes.dtype])))
+        return self._lanes.work_nbytes(states) + 8 * self._lanes.arrays * copied * self._replication.total
 
 
 class PetscSteps:
@@ -185,10 +193,14 @@ class PetscSteps:
         return self
 
     @property
-    def nbytes(self) -> int:
+    def nbytes(self) -> dict[str, int]:
         """Bytes of the work vectors."""
         vecs = [*self._in.values(), *self._out.values()]
-        return sum(v.nbytes for v in self._vectors.values()) + 8 * sum(v.local_size for v in vecs)
+        return {"vectors": sum(v.nbytes for v in self._vectors.values()) + 8 * sum(v.local_size for v in vecs)}
+
+    def work_nbytes(self, states: int) -> int:
+        """Zero, as programs share no memory."""
+        return 0
 
     def run(
         self,

@@ -29,7 +29,7 @@ from pint_fem.evolution.fields import Fields
 from pint_fem.evolution.tableaux import DIRK
 from pint_fem.kernels.arrays import boundary_rows
 from pint_fem.kernels.compressed_vectors import MOST
-from pint_fem.kernels.direct import matrix_bytes
+from pint_fem.kernels.direct import added, matrix_bytes
 from pint_fem.kernels.factor import Factor, is_symmetric
 from pint_fem.kernels.multigrid import Geometry
 from pint_fem.kernels.regularity import regular_factor
@@ -315,25 +315,26 @@ class LinearPropagator(FEPropagator):
 
     # -- memory --------------------------------------------------------------------------------------------------------
     def data_nbytes(self, count: int) -> int:
-        """Bytes of loads for ``count`` steps, and of the work vectors in use."""
+        """Bytes of loads for ``count`` steps."""
         stages = rows = self.dirk.stages
         if self.evolution.depends_on_time:
             rows = stages * count if self.stores_loads else min(MOST, stages * count)
         if self.evolution.is_homogeneous:
             rows = 0
-        return 8 * self.evolution.state_size * rows + self._forward.nbytes + self._backward.nbytes
+        return 8 * self.evolution.state_size * rows
 
-    def petsc_bytes(self, count: int) -> dict[str, int]:
-        """Bytes of matrices and factors on this rank, independent of ``count``."""
+    def work_nbytes(self, count: int) -> int:
+        """Bytes of work memory in a call with ``count`` steps, which all propagators share."""
+        return max(self._forward.work_nbytes(count), self._backward.work_nbytes(count))
+
+    def operator_nbytes(self, count: int) -> dict[str, int]:
+        """Bytes of matrices and factors on this rank by part, independent of ``count``."""
         if self.fields is not None:
             matrices = self.fields.held if self.stride == 1 else []  # levels share them
         else:
             matrices = [self.M] if self.MT is self.M else [self.M, self.MT]
-        parts = [factor.nbytes for factor in self.factors.values()]
-        return {
-            "matrices": sum(map(matrix_bytes, matrices)) + sum(part["matrices"] for part in parts),
-            "factors": sum(part["factors"] for part in parts),
-        }
+        parts = [{"matrices": sum(map(matrix_bytes, matrices))}, *(factor.nbytes for factor in self.factors.values())]
+        return added(*parts, self._forward.nbytes, self._backward.nbytes)
 
 
 def _chunks(count: int) -> Iterator[slice]:

@@ -129,9 +129,9 @@ def _bookkeeping(integrator: str, repeats: int) -> Row:
     case = Case(STEPS, SpaceTime("1x1", comm=COMM_SELF), integrator, mgrit={"rtol": 1e-10})
     solver, inside = case.sweeps.solvers.state, Stopwatch()
     for level in solver.levels:
-        level.propagator.step = inside.wrap(level.propagator.step)
-        level.propagator.sweep = inside.wrap(level.propagator.sweep)
-    G = case.sweeps.propagators[0].forcing(case.sweeps.data(case.z), 0)
+        for name in ("step", "advance", "sweep"):
+            setattr(level.propagator, name, inside.wrap(getattr(level.propagator, name)))
+    G = case.sweeps.propagators[0].forcing(case.sweeps.data(case.z))
     parts = []
     for _ in range(repeats + 1):
         U = np.zeros_like(case.problem.U)

@@ -10,7 +10,7 @@ from functools import cached_property
 import numpy as np
 
 from pint_fem.kernels.lanes.program import StepProgram
-from pint_fem.kernels.lanes.structures import WIDTHS, ProgramStruct, StatesStruct, aligned, kernels
+from pint_fem.kernels.lanes.structures import WIDTHS, ProgramStruct, StatesStruct, kernels, scratch
 from pint_fem.kernels.lanes.translation import LOADS, Translation
 from pint_fem.kernels.lanes.widths import cut
 
@@ -60,9 +60,9 @@ class LaneSteps:
     def __init__(self, program: StepProgram, dtype: np.dtype | type = np.float64):
         self.dtype, self.size = np.dtype(dtype), program.size
         self._source, self._translation = program, Translation(program, self.dtype)
-        self._count = LOADS + program.stored
+        self.arrays = LOADS + program.stored
         self._written = [1, *sorted({LOADS + op.what for op in program.operations if op.kind == "store"})]
-        self._vectors = aligned(0, self.dtype)
+        self._memory: np.ndarray | None = None
         self._programs: dict[int, tuple[ProgramStruct, ctypes.Array]] = {}
         self._seconds: dict[int, float] = {}
         self._cuts: dict[int, list[tuple[int, int]]] = {}
@@ -94,8 +94,8 @@ class LaneSteps:
             If arrays do not fit each other and the program, or cannot be written.
         """
         lanes, steps = out.shape[:2]
-        given = [u[:, None], out, added, *states][: self._count]
-        given += [None] * (self._count - len(given))
+        given = [u[:, None], out, added, *states][: self.arrays]
+        given += [None] * (self.arrays - len(given))
         for number, a in enumerate(given):
             if a is not None and a.shape != (lanes, steps if number else 1, self.size):
                 raise ValueError(f"states have the shape {a.shape}: {(lanes, steps, self.size)} is required")
@@ -128,13 +128,13 @@ class LaneSteps:
         return StatesStruct(array.ctypes.data, lane, step, self._translation.place.ctypes.data, self.size)
 
     def _program(self, width: int) -> ProgramStruct:
-        """The program of a width; those of all widths use the same work vectors, in one array that grows."""
-        rows = self._translation.rows
+        """The program of a width, with work vectors in the memory that all kernels share, which moves when it grows."""
+        rows, memory = self._translation.rows, scratch(self._vectors_nbytes(width))
+        if memory is not self._memory:
+            self._programs.clear()
+            self._memory = memory
         if width not in self._programs:
-            if len(self._vectors) < sum(rows) * width:
-                self._vectors = aligned(sum(rows) * width, self.dtype)
-                self._programs.clear()
-            ends, start = np.cumsum([0, *rows[:-1]]) * width * self.dtype.itemsize, self._vectors.ctypes.data
+            ends, start = np.cumsum([0, *rows[:-1]]) * width * self.dtype.itemsize, memory.ctypes.data
             vectors = (ctypes.c_void_p * len(rows))(*(start + ends).tolist())
             self._programs[width] = self._translation.program(vectors), vectors
         return self._programs[width][0]
@@ -165,7 +165,7 @@ class LaneSteps:
         """Measured seconds of a step of ``width`` lanes."""
         if width not in self._seconds:
             out = np.zeros((width, 1, self.size))
-            arrays = [out, out, *[None] * (self._count - 2)]
+            arrays = [out, out, *[None] * (self.arrays - 2)]
             found = []
             for _ in range(3):
                 begin = time.perf_counter()
@@ -174,10 +174,19 @@ class LaneSteps:
             self._seconds[width] = min(found)
         return self._seconds[width]
 
+    def _vectors_nbytes(self, width: int) -> int:
+        """Bytes of the work vectors of a width."""
+        return sum(self._translation.rows) * width * self.dtype.itemsize
+
     @property
-    def nbytes(self) -> int:
-        """Bytes of the work vectors in use, and of the matrices."""
-        return self._vectors.nbytes + self._translation.nbytes
+    def nbytes(self) -> dict[str, int]:
+        """Bytes of the copies of matrices."""
+        return {"kernels": self._translation.nbytes}
+
+    def work_nbytes(self, states: int) -> int:
+        """Bytes of the work vectors for a number of states, in the memory that all kernels share."""
+        widths = WIDTHS[self.dtype]
+        return self._vectors_nbytes(next((w for w in widths if w >= states), widths[-1]))
 
 
 def _in_place(array: np.ndarray | None) -> np.ndarray | None:

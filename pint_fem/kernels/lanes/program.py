@@ -83,6 +83,10 @@ class StepProgram:
         self.vectors[name] = self.vectors[STATE] if parts is None else tuple(parts)
         return name
 
+    def part(self, vector: str, part: str | None) -> str:
+        """The name of a vector's part; ``None`` for that of a vector of one part."""
+        return self.vectors[vector][0] if part is None else part
+
     def multiply(self, out: str, matrix: Any, x: str, factor: float = 1.0, *, add: bool = False, scale: float = 1.0,
                  part: str | None = None, x_part: str | None = None) -> None:  # fmt: skip
         """``out = factor A x``, or with ``add`` ``out = scale out + factor A x``."""

@@ -26,6 +26,7 @@ __all__ = [
     "aligned",
     "kernels",
     "pointers",
+    "scratch",
 ]
 
 WIDTHS = {np.dtype(np.float64): (1, 8, 16, 32), np.dtype(np.float32): (16, 32)}
@@ -153,3 +154,15 @@ def pointers(arrays: Sequence[np.ndarray | Structure]) -> ctypes.Array:
     """An array of the addresses of arrays and structs, which the caller keeps."""
     found = [a.ctypes.data if isinstance(a, np.ndarray) else ctypes.addressof(a) for a in arrays]
     return (c_void_p * max(1, len(found)))(*found)
+
+
+_SCRATCH = [aligned(0, np.uint8)]
+
+
+def scratch(size: int) -> np.ndarray:
+    """The work memory that all kernels of a process share, of at least ``size`` bytes; it moves when it grows, and its
+    contents are arbitrary.
+    """
+    if _SCRATCH[0].size < size:
+        _SCRATCH[0] = aligned(size, np.uint8)
+    return _SCRATCH[0]
