@@ -7,7 +7,7 @@ from scipy.sparse import csr_matrix
 from pint_fem.kernels.lanes import lane_steps
 from pint_fem.kernels.lanes.lane_steps import LaneSteps
 from pint_fem.kernels.lanes.products import LaneProduct
-from pint_fem.kernels.lanes.structures import WIDTHS
+from pint_fem.kernels.lanes.structures import WIDTHS, scratch
 from pint_fem.kernels.lanes.triangular import TriangularFactors
 from tests.lane_programs import dense_steps, random_program, states
 from tests.random_matrices import regular
