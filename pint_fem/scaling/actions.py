@@ -177,7 +177,7 @@ def paradiag_actions(pose: Callable, nsteps: int, small: int) -> tuple[dict[str,
         backward = lambda spectrum=spectrum: scipy.fft.irfft(spectrum, nsteps, axis=0)
         if transform is not None:
             forward = lambda columns=columns: transform.forward(columns)
-            backward = lambda spectrum=spectrum, out=columns.copy(): transform.backward(spectrum, out)
+            backward = lambda spectrum=spectrum, out=np.empty_like(columns): transform.backward(spectrum, out)
         actions[f"{name}fft"], actions[f"{name}ifft"] = (forward, count), (backward, count)
     maps = TimeTransposes(MPI.COMM_SELF, [0, small], len(mu), size)
     slab = rng.standard_normal((small, size))
