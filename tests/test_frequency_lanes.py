@@ -216,6 +216,26 @@ def test_all_frequencies_of_steps(transposed, dtype):
     assert np.array_equal(single, found[3:8, 1])  # another group, without a batch
 
 
+def test_bits_do_not_depend_on_frequencies_of_the_group_that_have_other_factors():
+    """Two frequencies in double precision and one by SuperLU: the others are solved as without these."""
+    mu, rows, found = shifts(40, 1e-2), right_hand_sides(21, 2, 36).astype(np.complex64), []
+    for parts in ([range(21)], [range(0, 5), range(5, 16), range(16, 21)]):
+        steps = Steps()
+        lanes, at = steps.systems.systems[0]._lanes, steps.systems._at
+        special = {kind: [y for k in ks for y in at(k, mu[k])[1]] for kind, ks in {"f": (2, 9), "d": (9,)}.items()}
+        lanes.inaccurate = lambda factor, special=special: [
+            i for i, y in enumerate(factor.y[: factor.count]) if y in special[factor.kernels.dtype.char]
+        ]
+        found.append(np.concatenate([steps.systems.solve_all(p, mu, rows[p.start : p.stop]) for p in parts]))
+    assert np.array_equal(*found)
+    plain = Steps().systems.solve_all(range(21), mu, rows)
+    others = [k for k in range(21) if k not in (2, 9)]
+    assert np.array_equal(plain[others], found[0][others])
+    for k in (2, 9):
+        exact = np.linalg.solve(np.eye(36) - mu[k] * Steps().Phi, rows[k].T).T
+        np.testing.assert_allclose(found[0][k], exact, rtol=0, atol=1e-6 * np.abs(exact).max())
+
+
 def test_memory_of_factors_on_lanes():
     """Groups that have no room are factored at each solve, to the same results."""
     mu, found = shifts(80, 1e-2), []
@@ -321,6 +341,12 @@ def test_a_singular_frequency_is_named():
         solver.solve(np.ones((nsteps + 1, 36)))
 
 
+def forward(transform, rows, *scale):
+    out = np.empty((len(rows) // 2 + 1, rows.shape[1]), transform.complex)
+    transform.forward(rows, out, *scale)
+    return out
+
+
 # -- transforms --------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("kind", "fd")
 @pytest.mark.parametrize("nsteps", [1, 2, 3, 4, 7, 12, 30, 44, 49, 64, 66, 105, 122, 250])
@@ -332,10 +358,10 @@ def test_transforms_are_those_of_numpy(nsteps, kind):
     rng, scale = np.random.default_rng(nsteps), 0.5 ** (np.arange(nsteps) / nsteps)
     rows = rng.standard_normal((nsteps, 37))
     exact = np.fft.rfft(rows * scale[:, None], axis=0)
-    found = transform.forward(rows, scale)
+    found = forward(transform, rows, scale)
     np.testing.assert_allclose(found, exact, rtol=0, atol=eps * np.abs(exact).max())
     part = np.ascontiguousarray((rows * scale[:, None])[:, 16:32]).astype(kind)
-    assert np.array_equal(transform.forward(part), found[:, 16:32])
+    assert np.array_equal(forward(transform, part), found[:, 16:32])
     exact, U, V = np.fft.irfft(found.astype(complex), nsteps, axis=0), rows.copy(), rows.copy()
     transform.backward(found, U, 1 / scale)
     np.testing.assert_allclose(U, rows + exact / scale[:, None], rtol=0, atol=4 * eps * np.abs(U).max())

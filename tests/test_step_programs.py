@@ -1,4 +1,4 @@
-"""Programs of time steps: on lanes as by PETSc's solvers and by dense algebra, and their transposes as exact adjoints."""
+"""Programs of steps: on lanes as by PETSc's solvers and by dense algebra, and their transposes as adjoints."""
 
 import numpy as np
 import pytest

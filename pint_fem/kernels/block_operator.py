@@ -45,7 +45,7 @@ class BlockOperator:
         if out is None:
             out = np.empty((len(states), self.rows))
         if self._product is not None:
-            self._product(np.ascontiguousarray(states, dtype=float), out)
+            self._product(np.require(states, float, "CA"), out)
             return out
         for state, result in zip(states, out, strict=True):
             self._x.array[:] = state

@@ -163,14 +163,17 @@ class ParaDiag(AllAtOnceSolver):
 
     def _residual_from_zero(self, U: np.ndarray) -> np.ndarray:
         """Set ``U`` to zero but for the initial value; the residual there costs one step."""
-        fine, r = self.levels[0], np.zeros_like(U[1:])
+        fine, r = self.levels[0], self._residual
+        if r is None or (r.shape, r.dtype) != (U[1:].shape, U.dtype):
+            r = self._residual = np.empty_like(U[1:])
+        r[...] = 0 if fine.G is None else fine.G
         if fine.left is None and fine.k:
-            fine.phi(range(1), U[:1], r[:1])
+            first = np.empty_like(r[:1])
+            fine.phi(range(1), U[:1], first)
+            r[:1] += first
         elif fine.left is not None:
             U[0] = 0
         U[1:] = 0
-        if fine.G is not None:
-            r += fine.G
         return r
 
     def view(self, state_nbytes: int | None = None) -> str:

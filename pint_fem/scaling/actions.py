@@ -7,6 +7,7 @@ one group of intervals after another, with the right-hand side added.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import cycle
 from typing import Any
 
@@ -18,8 +19,7 @@ from pint_fem.adjoint.reduced_functional import TimeParallelReducedFunctional
 from pint_fem.kernels.lanes.structures import WIDTHS
 from pint_fem.paradiag.circulant import shifts
 from pint_fem.paradiag.distribution import TimeTransposes
-from pint_fem.paradiag.lane_kernels import WIDTHS as LANES_OF_FREQUENCIES
-from pint_fem.paradiag.lane_kernels import lane_kernels
+from pint_fem.paradiag.lane_kernels import groups
 from pint_fem.paradiag.options import ParaDiagOptions
 from pint_fem.paradiag.stage_shifts import shifted_factors
 from pint_fem.paradiag.transforms import time_transform
@@ -36,10 +36,10 @@ PARADIAG = {"time_solver": "paradiag", "alpha": 1e-4}
 """Options of ParaDiag for the measurement of its parts."""
 SIZES = WIDTHS[np.dtype(np.float64)]
 STRIDE = 8
-WIDEST = LANES_OF_FREQUENCIES["d"][0]
-"""Frequencies that are solved at once."""
 SMALL = 128
 """Steps of the solves that kernels and overhead are timed with."""
+MANY, FEW_FACTORS = 64, 24
+"""Frequencies that ParaDiag's solves are timed with, several at once and one after the other."""
 
 Action = tuple[Callable[[], object], float]
 """An action that is timed, and the number by which its seconds are divided."""
@@ -146,39 +146,39 @@ def paradiag_actions(pose: Callable, nsteps: int, small: int) -> tuple[dict[str,
     rf = pose(SpaceTime("1x1", comm=MPI.COMM_SELF), small, solver_parameters(PARADIAG))
     size, mu, rng = rf.evolution.state_size, shifts(small, PARADIAG["alpha"]), np.random.default_rng(2)
     systems = frequency_systems(rf.problem.sweeps.propagators[0], ParaDiagOptions(), {})
-    shifted = [complex(m) for m in mu]
-    r = rng.standard_normal(size) + 1j * rng.standard_normal(size)
-    if systems.has_lanes:
-        systems.solve_all(range(WIDEST), mu, np.tile(r, (WIDEST, 1)))
-    else:
-        systems.solve(0, shifted[0], r)
-    nbytes = systems.bytes / systems.kept
     # so many factors that they are read from memory, as in a solve
-    some = range(int(np.clip(5e8 / (nbytes * len(systems.b)), 4, min(24, len(mu)))))
-    y = np.array([shifted_factors(systems.A, systems.b, m)[1][0] for m in shifted[1 : 1 + WIDEST]])
-    once = lambda solve: lambda: [solve(k, shifted[k], r) for k in some]
-    solves = {"solve": once(systems.solve), "solve transposed": once(systems.solve_transposed)}
-    factor = lambda: systems.systems[0].factor(y[0]), 1
+    some = range(min(MANY if systems.has_lanes else FEW_FACTORS, len(mu)))
+    rows = rng.standard_normal((len(some), size)) + 1j * rng.standard_normal((len(some), size))
+    solves = {"solve": systems.solve, "solve transposed": systems.solve_transposed}
+    y = np.array([shifted_factors(systems.A, systems.b, complex(m))[1][0] for m in mu])
+    transform = None
     if systems.has_lanes:
-        some = range(max(len(some) // WIDEST, 1) * WIDEST)
-        rows = np.tile(r, (len(some), 1))
-        both = lambda rows, **given: lambda: systems.solve_all(some, mu, rows, **given)
-        solves = {"solve": both(rows), "solve transposed": both(rows, transposed=True)}
-        solves["single solve"] = both(rows.astype(np.complex64))
-        factor = lambda: systems.systems[0].factor_lanes(lane_kernels("d", WIDEST), y), WIDEST
-    actions = {name: (solve, len(some)) for name, solve in solves.items()} | {"factor": factor}
+        transform, single = time_transform(nsteps, "d"), rows.astype(np.complex64)
+        once = lambda rows, **given: (lambda: systems.solve_all(some, mu, rows, **given), len(some))
+        actions = {"solve": once(rows), "solve transposed": once(rows, transposed=True), "single solve": once(single)}
+        # factors in single precision, as those of solves to a tolerance are
+        own, kernels = next(groups(some, "f"))
+        actions["factor"] = (lambda: systems.systems[0].factor_lanes(kernels, y[list(own)]), len(own))
+    else:
+        once = lambda solve: lambda: [solve(k, complex(mu[k]), rows[k]) for k in some]
+        actions = {name: (once(solve), len(some)) for name, solve in solves.items()}
+        actions["factor"] = (lambda: systems.systems[0].factor(y[1]), 1)
+    actions["single solve" if systems.has_lanes else "solve"][0]()
+    nbytes = systems.bytes / systems.kept
     # of all unknowns of a rank at once, in memory, or of few, in the caches
-    most = max(min(size, 2**23 // nsteps), FEW + 1)
-    transform = time_transform(nsteps, "d") if systems.has_lanes else None
+    most, scale = max(min(size, 2**23 // nsteps), FEW + 1), np.ones(nsteps)
     for name, count in (("few ", FEW), ("", most)):
         columns = rng.standard_normal((nsteps, count))
-        spectrum = scipy.fft.rfft(columns, axis=0)
-        forward = lambda columns=columns: scipy.fft.rfft(columns, axis=0)
-        backward = lambda spectrum=spectrum: scipy.fft.irfft(spectrum, nsteps, axis=0)
-        if transform is not None:
-            forward = lambda columns=columns: transform.forward(columns)
-            backward = lambda spectrum=spectrum, out=np.empty_like(columns): transform.backward(spectrum, out)
-        actions[f"{name}fft"], actions[f"{name}ifft"] = (forward, count), (backward, count)
+        if transform is None:
+            spectrum = scipy.fft.rfft(columns, axis=0)
+            actions[f"{name}fft"] = (lambda columns=columns: scipy.fft.rfft(columns, axis=0), count)
+            actions[f"{name}ifft"] = (lambda spectrum=spectrum: scipy.fft.irfft(spectrum, nsteps, axis=0), count)
+        else:
+            spectrum = np.empty((nsteps // 2 + 1, count), transform.complex)
+            forward = partial(transform.forward, columns, spectrum, scale)
+            forward()
+            backward = partial(transform.backward, spectrum, columns.copy(), scale)
+            actions[f"{name}fft"], actions[f"{name}ifft"] = (forward, count), (backward, count)
     maps = TimeTransposes(MPI.COMM_SELF, [0, small], len(mu), size)
     slab = rng.standard_normal((small, size))
     actions["pack"] = (lambda: maps.collect(maps.spread(slab, maps.rows), maps.rows), 4 * slab.nbytes)

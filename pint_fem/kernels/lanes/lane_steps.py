@@ -196,4 +196,4 @@ def _in_place(array: np.ndarray | None) -> np.ndarray | None:
     states = array.strides[-1] == array.itemsize or array.shape[-1] == 1
     if array.dtype == float and array.flags.aligned and states and not any(s % array.itemsize for s in array.strides):
         return array
-    return np.ascontiguousarray(array, dtype=float)
+    return np.require(array, float, "CA")

@@ -178,7 +178,7 @@ class TriangularFactors:
 
     def _store(self, lu: Any) -> bool:
         """Store factors of SuperLU; whether all pivots and their inverses are finite."""
-        U = lu.U.tocsr()
+        U = lu.U
         diagonal = U.diagonal()
         self.inverse_diagonal = aligned(self.n)
         with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
@@ -189,6 +189,7 @@ class TriangularFactors:
         self.left = Lower(tril(lu.L, -1, format="csc"))
         self.right = self.left
         if not self.symmetric:
+            U = U.tocsr()
             R = csr_matrix((U.data / np.repeat(diagonal, np.diff(U.indptr)), U.indices, U.indptr), U.shape).T
             self.right = Lower(tril(R.tocsc(), -1, format="csc"))
         return True
