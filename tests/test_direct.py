@@ -129,7 +129,8 @@ def test_symmetric_matrices_that_need_pivots(way, request):
         x.array[:] = solutions(factor, b.array_r[None], transposed=transposed)[0]
         assert residual(A, x, b) < 1e-12
     if way == "kernels":
-        assert factor.triangular is not None and not factor.triangular.symmetric
+        assert factor.triangular is not None
+        assert not factor.triangular.symmetric
         return
     # a chain of such pairs is symmetric, and LU all the same: of L and U, not of L alone
     found = factor.nbytes["factors"]
@@ -163,7 +164,7 @@ def test_factors_for_the_kernels_are_counted_as_they_are():
         factor = Factor(A, {}, symmetric=not skew)
         entries = 8 * n * n / 2 * (2 if skew else 1)
         if A.comm.rank == 0:  # takes no other rank
-            assert entries <= factor.nbytes["kernels"] <= 1.1 * entries
+            assert entries <= factor.nbytes["kernels"] <= 1.25 * entries  # triangles are squares
 
 
 def dense(n, skew=0.0):

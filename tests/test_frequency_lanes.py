@@ -1,5 +1,7 @@
 """Sparse complex systems of several frequencies at once, against numpy's dense solves."""
 
+import platform
+
 import numpy as np
 import pytest
 from mpi4py import MPI
@@ -15,6 +17,7 @@ from pint_fem.paradiag.systems import FrequencyBlocks, ShiftedSteps
 from pint_fem.paradiag.transforms import time_transform
 from pint_fem.theory import dirk_stability
 from tests.stepping import sequential
+from tests.test_without_compiler import run
 
 pytestmark = pytest.mark.skipif(lane_kernels("f", 4) is None, reason="no compiler")
 KINDS = [(kind, width) for kind, widths in WIDTHS.items() for width in widths]
@@ -216,6 +219,26 @@ def test_all_frequencies_of_steps(transposed, dtype):
     assert np.array_equal(single, found[3:8, 1])  # another group, without a batch
 
 
+def test_bits_do_not_depend_on_frequencies_of_the_group_that_have_other_factors():
+    """Two frequencies in double precision and one by SuperLU: the others are solved as without these."""
+    mu, rows, found = shifts(40, 1e-2), right_hand_sides(21, 2, 36).astype(np.complex64), []
+    for parts in ([range(21)], [range(0, 5), range(5, 16), range(16, 21)]):
+        steps = Steps()
+        lanes, at = steps.systems.systems[0]._lanes, steps.systems._at
+        special = {kind: [y for k in ks for y in at(k, mu[k])[1]] for kind, ks in {"f": (2, 9), "d": (9,)}.items()}
+        lanes.inaccurate = lambda factor, special=special: [
+            i for i, y in enumerate(factor.y[: factor.count]) if y in special[factor.kernels.dtype.char]
+        ]
+        found.append(np.concatenate([steps.systems.solve_all(p, mu, rows[p.start : p.stop]) for p in parts]))
+    assert np.array_equal(*found)
+    plain = Steps().systems.solve_all(range(21), mu, rows)
+    others = [k for k in range(21) if k not in (2, 9)]
+    assert np.array_equal(plain[others], found[0][others])
+    for k in (2, 9):
+        exact = np.linalg.solve(np.eye(36) - mu[k] * Steps().Phi, rows[k].T).T
+        np.testing.assert_allclose(found[0][k], exact, rtol=0, atol=1e-6 * np.abs(exact).max())
+
+
 def test_memory_of_factors_on_lanes():
     """Groups that have no room are factored at each solve, to the same results."""
     mu, found = shifts(80, 1e-2), []
@@ -321,6 +344,47 @@ def test_a_singular_frequency_is_named():
         solver.solve(np.ones((nsteps + 1, 36)))
 
 
+def forward(transform, rows, *scale):
+    out = np.empty((len(rows) // 2 + 1, rows.shape[1]), transform.complex)
+    transform.forward(rows, out, *scale)
+    return out
+
+
+BITS = """
+import hashlib
+import numpy as np
+from pint_fem.paradiag import shifts
+from pint_fem.paradiag.lane_kernels import WIDTHS
+from pint_fem.paradiag.transforms import time_transform
+from tests.test_frequency_lanes import Steps, forward, right_hand_sides
+
+digest, widths = hashlib.sha256(), dict(WIDTHS)
+steps, mu, rows = Steps(), shifts(40, 1e-2), right_hand_sides(21, 2, 36)
+for kind in "fd":
+    given = rows.astype(np.dtype(kind.upper()))
+    results = []
+    for each in (widths[kind], widths[kind][1:]):
+        WIDTHS[kind] = each
+        results.append(Steps().systems.solve_all(range(21), mu, given))
+    assert np.array_equal(*results)
+    exact = [np.linalg.solve(np.eye(36) - m * steps.Phi, r.T).T for m, r in zip(mu, rows)]
+    assert np.abs(results[0] - exact).max() < {"f": 1e-4, "d": 1e-11}[kind] * np.abs(exact).max()
+    WIDTHS[kind] = widths[kind]
+    digest.update(results[0].tobytes())
+    digest.update(forward(time_transform(30, kind), rows.real[:15].reshape(30, 36).copy(), np.ones(30)).tobytes())
+print("digest", digest.hexdigest())
+"""
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="flags of another processor")
+def test_bits_are_the_same_with_narrower_vectors():
+    """Without AVX-512, and for both widths; without fused sums the results are right, too."""
+    flags = "", "-mno-avx512f", "-mno-avx512f -mno-avx2 -mno-avx -mno-fma"
+    found = [run(BITS, PYOP2_CFLAGS=each)[0] for each in flags]
+    assert found[0]["digest"] == found[1]["digest"]
+    assert found[2]["digest"]
+
+
 # -- transforms --------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("kind", "fd")
 @pytest.mark.parametrize("nsteps", [1, 2, 3, 4, 7, 12, 30, 44, 49, 64, 66, 105, 122, 250])
@@ -332,10 +396,10 @@ def test_transforms_are_those_of_numpy(nsteps, kind):
     rng, scale = np.random.default_rng(nsteps), 0.5 ** (np.arange(nsteps) / nsteps)
     rows = rng.standard_normal((nsteps, 37))
     exact = np.fft.rfft(rows * scale[:, None], axis=0)
-    found = transform.forward(rows, scale)
+    found = forward(transform, rows, scale)
     np.testing.assert_allclose(found, exact, rtol=0, atol=eps * np.abs(exact).max())
     part = np.ascontiguousarray((rows * scale[:, None])[:, 16:32]).astype(kind)
-    assert np.array_equal(transform.forward(part), found[:, 16:32])
+    assert np.array_equal(forward(transform, part), found[:, 16:32])
     exact, U, V = np.fft.irfft(found.astype(complex), nsteps, axis=0), rows.copy(), rows.copy()
     transform.backward(found, U, 1 / scale)
     np.testing.assert_allclose(U, rows + exact / scale[:, None], rtol=0, atol=4 * eps * np.abs(U).max())

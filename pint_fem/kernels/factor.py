@@ -181,6 +181,7 @@ class Factor:
         ksp.setOperators(matrix if singular is None else singular, matrix)
         self._parameters = parameters
         options = OptionsManager(parameters, self._prefix)
+        ksp.setOptionsPrefix(options.options_prefix)  # solvers on multigrid's levels take theirs from it
         if self._geometry is not None and parameters.get("pc_type") in ("mg", "python"):
             self._geometry.prepare(ksp, parameters)
         options.set_from_options(ksp)

@@ -7,6 +7,7 @@ one group of intervals after another, with the right-hand side added.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import cycle
 from typing import Any
 
@@ -18,8 +19,10 @@ from pint_fem.adjoint.reduced_functional import TimeParallelReducedFunctional
 from pint_fem.kernels.lanes.structures import WIDTHS
 from pint_fem.paradiag.circulant import shifts
 from pint_fem.paradiag.distribution import TimeTransposes
+from pint_fem.paradiag.lane_kernels import groups
 from pint_fem.paradiag.options import ParaDiagOptions
 from pint_fem.paradiag.stage_shifts import shifted_factors
+from pint_fem.paradiag.transforms import time_transform
 from pint_fem.scaling.paradiag import FEW
 from pint_fem.spacetime import SpaceTime
 from pint_fem.sweeps.frequency_systems import frequency_systems
@@ -35,6 +38,8 @@ SIZES = WIDTHS[np.dtype(np.float64)]
 STRIDE = 8
 SMALL = 128
 """Steps of the solves that kernels and overhead are timed with."""
+MANY, FEW_FACTORS = 64, 24
+"""Frequencies that ParaDiag's solves are timed with, several at once and one after the other."""
 
 Action = tuple[Callable[[], object], float]
 """An action that is timed, and the number by which its seconds are divided."""
@@ -141,25 +146,39 @@ def paradiag_actions(pose: Callable, nsteps: int, small: int) -> tuple[dict[str,
     rf = pose(SpaceTime("1x1", comm=MPI.COMM_SELF), small, solver_parameters(PARADIAG))
     size, mu, rng = rf.evolution.state_size, shifts(small, PARADIAG["alpha"]), np.random.default_rng(2)
     systems = frequency_systems(rf.problem.sweeps.propagators[0], ParaDiagOptions(), {})
-    r = rng.standard_normal(size) + 1j * rng.standard_normal(size)
-    systems.solve(0, complex(mu[0]), r)
-    nbytes = systems.bytes / systems.kept
     # so many factors that they are read from memory, as in a solve
-    some = range(int(np.clip(5e8 / (nbytes * len(systems.b)), 4, min(24, len(mu)))))
-    once = lambda solve: lambda: [solve(k, complex(mu[k]), r) for k in some]
-    y = shifted_factors(systems.A, systems.b, complex(mu[1]))[1][0]
-    actions = {
-        "solve": (once(systems.solve), len(some)),
-        "solve transposed": (once(systems.solve_transposed), len(some)),
-        "factor": (lambda: systems.systems[0].factor(y), 1),
-    }
+    some = range(min(MANY if systems.has_lanes else FEW_FACTORS, len(mu)))
+    rows = rng.standard_normal((len(some), size)) + 1j * rng.standard_normal((len(some), size))
+    solves = {"solve": systems.solve, "solve transposed": systems.solve_transposed}
+    y = np.array([shifted_factors(systems.A, systems.b, complex(m))[1][0] for m in mu])
+    transform = None
+    if systems.has_lanes:
+        transform, single = time_transform(nsteps, "d"), rows.astype(np.complex64)
+        once = lambda rows, **given: (lambda: systems.solve_all(some, mu, rows, **given), len(some))
+        actions = {"solve": once(rows), "solve transposed": once(rows, transposed=True), "single solve": once(single)}
+        # factors in single precision, as those of solves to a tolerance are
+        own, kernels = next(groups(some, "f"))
+        actions["factor"] = (lambda: systems.systems[0].factor_lanes(kernels, y[list(own)]), len(own))
+    else:
+        once = lambda solve: lambda: [solve(k, complex(mu[k]), rows[k]) for k in some]
+        actions = {name: (once(solve), len(some)) for name, solve in solves.items()}
+        actions["factor"] = (lambda: systems.systems[0].factor(y[1]), 1)
+    actions["single solve" if systems.has_lanes else "solve"][0]()
+    nbytes = systems.bytes / systems.kept
     # of all unknowns of a rank at once, in memory, or of few, in the caches
-    most = max(min(size, 2**23 // nsteps), FEW + 1)
+    most, scale = max(min(size, 2**23 // nsteps), FEW + 1), np.ones(nsteps)
     for name, count in (("few ", FEW), ("", most)):
         columns = rng.standard_normal((nsteps, count))
-        spectrum = scipy.fft.rfft(columns, axis=0)
-        actions[f"{name}fft"] = (lambda columns=columns: scipy.fft.rfft(columns, axis=0), count)
-        actions[f"{name}ifft"] = (lambda spectrum=spectrum: scipy.fft.irfft(spectrum, nsteps, axis=0), count)
+        if transform is None:
+            spectrum = scipy.fft.rfft(columns, axis=0)
+            actions[f"{name}fft"] = (lambda columns=columns: scipy.fft.rfft(columns, axis=0), count)
+            actions[f"{name}ifft"] = (lambda spectrum=spectrum: scipy.fft.irfft(spectrum, nsteps, axis=0), count)
+        else:
+            spectrum = np.empty((nsteps // 2 + 1, count), transform.complex)
+            forward = partial(transform.forward, columns, spectrum, scale)
+            forward()
+            backward = partial(transform.backward, spectrum, columns.copy(), scale)
+            actions[f"{name}fft"], actions[f"{name}ifft"] = (forward, count), (backward, count)
     maps = TimeTransposes(MPI.COMM_SELF, [0, small], len(mu), size)
     slab = rng.standard_normal((small, size))
     actions["pack"] = (lambda: maps.collect(maps.spread(slab, maps.rows), maps.rows), 4 * slab.nbytes)
