@@ -33,7 +33,15 @@ class LaneProduct:
         self._vector_nbytes = [8 * (n + 1) * _WIDE for n in (columns, rows)]
 
     def __call__(self, states: np.ndarray, out: np.ndarray) -> None:
-        """Write the products with states ``(k, columns)`` to ``out``, ``(k, rows)``; states are contiguous."""
+        """Write the products with states ``(k, columns)`` to ``out``, ``(k, rows)``; states are contiguous.
+
+        Raises
+        ------
+        ValueError
+            If arrays have other shapes.
+        """
+        if any(a.shape != (len(out), len(place)) for a, place in zip((states, out), self._places, strict=True)):
+            raise ValueError(f"products of states {states.shape} for {out.shape} do not fit the matrix")
         width = 1 if len(states) == 1 else _NARROW if len(states) <= _NARROW else _WIDE
         given = [
             StatesStruct(a.ctypes.data, a.strides[0] // 8, 0, place.ctypes.data, len(place))

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from ctypes import POINTER, Structure, c_double, c_int, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
+from threading import local
 from typing import NamedTuple
 
 import numpy as np
@@ -178,13 +179,19 @@ def pointers(arrays: Sequence[np.ndarray | Structure]) -> ctypes.Array:
     return (c_void_p * max(1, len(found)))(*found)
 
 
-_SCRATCH = [aligned(0, np.uint8)]
+class _Scratch(local):
+    """The work memory of a thread: calls of C let other threads run."""
+
+    memory = aligned(0, np.uint8)
+
+
+_SCRATCH = _Scratch()
 
 
 def scratch(size: int) -> np.ndarray:
-    """The work memory that all kernels of a process share, of at least ``size`` bytes; it moves when it grows, and its
+    """The work memory that all kernels of a thread share, of at least ``size`` bytes; it moves when it grows, and its
     contents are arbitrary.
     """
-    if _SCRATCH[0].size < size:
-        _SCRATCH[0] = aligned(size, np.uint8)
-    return _SCRATCH[0]
+    if _SCRATCH.memory.size < size:
+        _SCRATCH.memory = aligned(size, np.uint8)
+    return _SCRATCH.memory
