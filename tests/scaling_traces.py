@@ -6,6 +6,7 @@ import numpy as np
 from mpi4py import MPI
 
 from pint_fem.all_at_once.trace import Trace
+from pint_fem.kernels.lanes.structures import kernels
 from pint_fem.mgrit import MGRIT, split_steps
 from pint_fem.paradiag import ParaDiag
 from pint_fem.scaling.costs import Calibration, Kernel
@@ -111,6 +112,8 @@ def real_and_predicted(config, kind):
 
 PARADIAG = {"solve": 4.0, "solve transposed": 5.0, "factor": 7.0, "factor bytes": 1e3, "fft": 0.5, "ifft": 0.25,
             "few fft": 0.5, "few ifft": 0.25, "fft steps": 50, "fft columns": 100, "pack": 1e-3}  # fmt: skip
+#: Where finite elements have frequencies on lanes.
+FREQUENCY_LANES = {} if kernels() is None else {"single": 0.5}
 
 
 def paradiag_real_and_predicted(kind):

@@ -368,6 +368,20 @@ def test_paradiag_by_hand():
         Model(c, {"time_solver": "paradiag", "alhpa": 1.0})
 
 
+def test_paradiag_on_lanes_by_hand():
+    """Solves and transforms to a tolerance take the time of single precision where alpha permits it; those of an inexact
+    Hessian action do not.
+    """
+    c = calibration(0.0, paradiag=PARADIAG | {"factor": 0.0, "single": 0.25})
+    nsteps, size = 64, 100
+    iteration = size * 0.75 * nsteps * math.log2(nsteps) / (50 * math.log2(50)) + 33 * 4.0
+    for alpha, factor in ((1e-4, 0.25), (1e-6, 1.0)):
+        model = Model(c, {"time_solver": "paradiag", "alpha": alpha}, nsteps=nsteps)
+        assert model.run(Solve("state", "nested", 2)).seconds == pytest.approx(2 * factor * iteration)
+        inexact = model.run(Solve("tangent", "nested", 2), Solve("adjoint", "transposed", 2)).seconds
+        assert inexact == pytest.approx(2 * (2 * iteration + 33 * 1.0))
+
+
 @pytest.mark.starts_mpi
 def test_schedule_is_that_of_a_real_run_on_eight_ranks():
     """The same on ranks of their own."""

@@ -16,7 +16,7 @@ from pint_fem.scaling.validation import Comparison, compare
 from problems.heat_square import square
 from tests.benchmarks.scaling.inversions import best_inversion, count_inversion, inversion_seconds, serial_inversion
 from tests.benchmarks.scaling.records import Record
-from tests.scaling_traces import events
+from tests.scaling_traces import FREQUENCY_LANES, events
 
 STEPS = 40
 MGRIT = {"levels": 3, "coarsening": [4, 2], "relax": "FCF"}
@@ -29,7 +29,8 @@ def calibration(**changes) -> Record:
     work = {"step": one, "adjoint": one}
     costs = {"solve": 1e-3, "solve transposed": 1e-3, "factor": 0.5, "factor bytes": 1e4, "pack": 0.0, "fft steps": 40,
              "fft columns": 64, "fft": 1e-6, "ifft": 1e-6, "few fft": 1e-6, "few ifft": 1e-6}  # fmt: skip
-    c = Record("test", "none", 36, STEPS, {1: work}, network=Network(1e-6, 1e10, "fast"), paradiag=costs, stages=2)
+    c = Record("test", "none", 36, STEPS, {1: work}, network=Network(1e-6, 1e10, "fast"), stages=2,
+               paradiag=costs | FREQUENCY_LANES)  # fmt: skip
     return c.with_changes(**changes)
 
 

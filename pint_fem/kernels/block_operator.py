@@ -38,9 +38,12 @@ class BlockOperator:
             return {"matrices": matrix_bytes(self.matrix), "kernels": self._product.nbytes}
         return {"matrices": matrix_bytes(self.matrix), "vectors": 8 * (self.rows + self._columns)}
 
-    def __call__(self, states: np.ndarray) -> np.ndarray:
-        """The products ``(k, rows)`` with states ``(k, columns)``, for the same ``k`` on all ranks (collective)."""
-        out = np.empty((len(states), self.rows))
+    def __call__(self, states: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+        """The products ``(k, rows)`` with states ``(k, columns)``, for the same ``k`` on all ranks (collective); in
+        ``out`` where it is given, with contiguous rows of float64.
+        """
+        if out is None:
+            out = np.empty((len(states), self.rows))
         if self._product is not None:
             self._product(np.require(states, float, "CA"), out)
             return out

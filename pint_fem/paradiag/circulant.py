@@ -26,7 +26,7 @@ from numpy.typing import DTypeLike
 
 from pint_fem.all_at_once.trace import Trace, timed
 from pint_fem.paradiag.distribution import TimeTransposes
-from pint_fem.paradiag.transforms import time_transform
+from pint_fem.paradiag.transforms import TimeTransform, time_transform
 
 __all__ = ["AlphaCirculant", "BlockSolve", "FrequencySolve", "shifts"]
 
@@ -181,7 +181,7 @@ class AlphaCirculant:
 
     def _add_by_blocks(self, r: np.ndarray, U: np.ndarray, kind: str) -> None:
         """Add the result to C-contiguous states, with all own frequencies solved at once in a precision."""
-        transposes, transform = self.transposes, time_transform(self.nsteps, kind)
+        transposes, transform = self.transposes, self.transform(kind)
         scale, inverse = self._scale[:, 0], 1 / self._scale[:, 0]
         alone = transform is not None and transposes.comm.size == 1
         if alone:  # scaled by the transform
@@ -216,6 +216,10 @@ class AlphaCirculant:
             U += (w * inverse[:, None]).reshape(U.shape)
         elif not alone:
             transform.add(w, U, inverse)
+
+    def transform(self, kind: str) -> TimeTransform | None:
+        """The kernels of transforms in a precision, ``"f"`` or ``"d"``, if there are any."""
+        return time_transform(self.nsteps, kind)
 
     def _buffer(self, name: str, shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
         """An array that is allocated once: new memory costs about as much as a transform."""

@@ -34,7 +34,7 @@ from pint_fem.all_at_once.stopping import SolveResult
 from pint_fem.all_at_once.trace import timed
 from pint_fem.paradiag.circulant import AlphaCirculant, BlockSolve, FrequencySolve
 from pint_fem.paradiag.guarded_solves import GuardedBlocks, GuardedSolve
-from pint_fem.paradiag.options import SINGLE, ParaDiagOptions
+from pint_fem.paradiag.options import ParaDiagOptions
 
 __all__ = ["ParaDiag"]
 
@@ -131,11 +131,10 @@ class ParaDiag(AllAtOnceSolver):
     def _is_single(self) -> bool:
         """Whether the present solve is preconditioned in single precision; the same on all ranks."""
         precision = self.options.precision
-        if precision == "auto":
-            # a given number of iterations has no residual to meet, and its transpose has to be the transpose
-            is_fixed = self._stop.cycles is not None or self.options.is_fixed
-            return not is_fixed and self.options.alpha >= SINGLE
-        return precision == "single"
+        # a given number of iterations has no residual to meet, and its transpose has to be the transpose
+        if precision != "auto" or self._stop.cycles is not None or self.options.is_fixed:
+            return precision == "single"
+        return self.options.precision_for_tolerances == "single"
 
     def _iterate(
         self, U: np.ndarray, start: str, coarse_rhs: Sequence[np.ndarray | None] | None, result: SolveResult

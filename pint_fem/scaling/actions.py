@@ -152,20 +152,18 @@ def paradiag_actions(pose: Callable, nsteps: int, small: int) -> tuple[dict[str,
     solves = {"solve": systems.solve, "solve transposed": systems.solve_transposed}
     y = np.array([shifted_factors(systems.A, systems.b, complex(m))[1][0] for m in mu])
     transform = None
-    if systems.has_lanes:  # in single precision, as solves to a tolerance are
-        rows, transform = rows.astype(np.complex64), time_transform(nsteps, "f")
-        blocks = {name: name != "solve" for name in solves}
-        actions = {
-            name: (lambda transposed=transposed: systems.solve_all(some, mu, rows, transposed=transposed), len(some))
-            for name, transposed in blocks.items()
-        }
+    if systems.has_lanes:
+        transform, single = time_transform(nsteps, "d"), rows.astype(np.complex64)
+        once = lambda rows, **given: (lambda: systems.solve_all(some, mu, rows, **given), len(some))
+        actions = {"solve": once(rows), "solve transposed": once(rows, transposed=True), "single solve": once(single)}
+        # factors in single precision, as those of solves to a tolerance are
         own, kernels = next(groups(some, "f"))
         actions["factor"] = (lambda: systems.systems[0].factor_lanes(kernels, y[list(own)]), len(own))
     else:
         once = lambda solve: lambda: [solve(k, complex(mu[k]), rows[k]) for k in some]
         actions = {name: (once(solve), len(some)) for name, solve in solves.items()}
         actions["factor"] = (lambda: systems.systems[0].factor(y[1]), 1)
-    actions["solve"][0]()
+    actions["single solve" if systems.has_lanes else "solve"][0]()
     nbytes = systems.bytes / systems.kept
     # of all unknowns of a rank at once, in memory, or of few, in the caches
     most, scale = max(min(size, 2**23 // nsteps), FEW + 1), np.ones(nsteps)

@@ -193,7 +193,10 @@ def _measure_alone(
     if any("time_solver" in options for options in case.menu):
         progress("ParaDiag")
         parts, sizes = paradiag_actions(case.pose, case.nsteps, small)
-        made = made.with_changes(paradiag=watch(parts) | sizes)
+        found = watch(parts)
+        if "single solve" in found:
+            found["single"] = found.pop("single solve") / found["solve"]
+        made = made.with_changes(paradiag=found | sizes)
         few = small if made.unknowns < LARGE else min(small, 32)
         diagonal = case.pose(SpaceTime("1x1", comm=MPI.COMM_SELF), few, solver_parameters(PARADIAG))
         overhead = _overhead(watch(_cold_solves(diagonal)), made, PARADIAG, few)

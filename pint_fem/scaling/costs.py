@@ -109,7 +109,8 @@ class Calibration:
         Costs of ParaDiag on one space rank, empty where they were not measured: seconds of a frequency's ``"solve"``
         and ``"solve transposed"``, of a ``"factor"`` (per frequency and stage) and its ``"factor bytes"``, of an
         unknown's ``"fft"`` and ``"ifft"`` over ``"fft steps"`` steps among ``"fft columns"`` unknowns (with ``few``
-        in front: among 32), of packing a byte (``"pack"``); and the overhead of sweeps.
+        in front: among 32), of packing a byte (``"pack"``); and the overhead of sweeps. Where frequencies are solved
+        on lanes: ``"single"``, the seconds of solves in single precision relative to double precision.
     slowdown, network : mapping, Network
         Seconds of a kernel with a number of processes at work (the key), relative to one process alone; the measured
         network.

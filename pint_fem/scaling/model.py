@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 
 import numpy as np
@@ -27,7 +27,7 @@ from pint_fem.paradiag.transposed_iterations import TransposedParaDiag
 from pint_fem.scaling.communicator import VirtualComm, communicators
 from pint_fem.scaling.costs import Calibration, Kernel
 from pint_fem.scaling.network import Network
-from pint_fem.scaling.paradiag import virtual_circulant, virtual_systems
+from pint_fem.scaling.paradiag import VirtualBlocks, virtual_circulant, virtual_systems
 from pint_fem.scaling.space import space_kernels
 from pint_fem.scaling.virtual import VirtualNorms, VirtualPropagator, VirtualTrace
 from pint_fem.scaling.world import World
@@ -220,13 +220,17 @@ class _Rank:
         forward = dict(comm=comm, bounds=shared.bounds, name="state", **common)
         backward = dict(comm=comm.Split(0, -comm.rank), bounds=shared.reversed_bounds, name="adjoint", **common)
         if model.solver == "paradiag":
-            costs = {k: v if k == "factor bytes" else shared.slowdown * v for k, v in c.paradiag.items()}
+            sizes = "factor bytes", "single"
+            costs = {k: v if k in sizes else shared.slowdown * v for k, v in c.paradiag.items()}
             self.systems = virtual_systems(shared.world, costs, c.stages, 1e9 * model.options.memory)
             made_by = virtual_circulant(shared.world, c.paradiag, c.unknowns, model.nsteps, shared.slowdown)
-            make = partial(ParaDiag, nsteps=model.nsteps, circulant=made_by)
-            self.forward = make(shared.forward[0], solve=self.systems.solve, **forward)
-            transposed = self.systems.solve_transposed
-            self.backward = make(shared.backward[0], solve=transposed, backwards=True, **backward)
+            make, blocks = partial(ParaDiag, nsteps=model.nsteps, circulant=made_by), lambda transposed: None
+            if "single" in costs:
+                blocks = partial(VirtualBlocks, self.systems, single=costs["single"])
+            given = dict(solve=self.systems.solve, blocks=blocks(transposed=False))
+            self.forward = make(shared.forward[0], **given, **forward)
+            given = dict(solve=self.systems.solve_transposed, blocks=blocks(transposed=True), backwards=True)
+            self.backward = make(shared.backward[0], **given, **backward)
         else:
             self.forward = MGRIT(shared.forward, model.nsteps, linear=True, **forward)
             self.backward = MGRIT(shared.backward, model.nsteps, linear=True, **backward)
@@ -264,6 +268,11 @@ class _Rank:
 
     def perform(self, task: str, solves: Sequence[Solve]) -> None:
         """Run a task of :meth:`Model.run_all`."""
+        if self.systems is not None:  # numbers of cycles stand for tolerances, but in an inexact Hessian action
+            options = self.model.options
+            if not any(solve.start == "transposed" for solve in solves):
+                options = replace(options, precision=options.precision_for_tolerances)
+            self.forward.options = self.backward.options = options
         for number, solve in enumerate(solves):
             if task == "solves":
                 self.solve(solve)

@@ -131,7 +131,7 @@ def _kernels(model: Model, pose: Callable) -> dict[object, Action]:
     count = min(SMALL, model.nsteps)
     if model.solver == "paradiag":
         actions, _ = paradiag_actions(pose, model.calibration.nsteps, count)
-        return {key: do for key, do in actions.items() if "solve" in key}
+        return {key: do for key, do in actions.items() if key in ("solve", "solve transposed")}
     rf = pose(SpaceTime("1x1", comm=MPI.COMM_SELF), count, {"mgrit": {"levels": 1}})
     return {key: do for key, do in kernel_actions(rf, (1, MANY)).items() if key[1] == 0}
 
