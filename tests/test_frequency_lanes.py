@@ -7,7 +7,8 @@ import pytest
 from mpi4py import MPI
 from scipy.sparse import bmat, csr_matrix, identity, kron, random
 
-from pint_fem.kernels.lanes.compiled import DISABLE, library
+from pint_fem.kernels.lanes import compiled
+from pint_fem.kernels.lanes.compiled import DISABLE
 from pint_fem.mgrit import SolverFailure
 from pint_fem.paradiag import AlphaCirculant, ParaDiag, shifts
 from pint_fem.paradiag.lane_kernels import WIDTHS, lane_kernels
@@ -352,45 +353,33 @@ def test_without_a_compiler(monkeypatch):
     for switch in (False, True):
         if switch:
             monkeypatch.setenv(DISABLE, "1")
-            for cached in (library, lane_kernels):
-                cached.cache_clear()
+            compiled._library.cache_clear()
         steps, U = Steps(), np.ones((41, 36))
         blocks = FrequencyBlocks(steps.systems, transposed=False)
         assert blocks.available != switch
         ParaDiag(steps, 40, steps.systems.solve, options=dict(rtol=1e-13), blocks=blocks).solve(U)
         assert all(len(key) == (2 if switch else 4) for key in steps.systems._factors)
         found.append(U)
-    for cached in (library, lane_kernels):
-        cached.cache_clear()
+    compiled._library.cache_clear()
     np.testing.assert_allclose(found[1], found[0], rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("precision", ["single", "double"])
-def test_a_batch_has_the_bits_of_its_members(precision):
-    """Three trajectories solved at once, and each alone by as many iterations."""
-    nsteps, steps, rng = 24, Steps(), np.random.default_rng(4)
-
-    class Members:
-        def step(self, which, u, out):
-            for row, target in zip(u.reshape(-1, 36), out.reshape(-1, 36), strict=True):
-                target[...] = steps.Phi @ row
-
-    U, g = np.zeros((nsteps + 1, 3, 36)), rng.standard_normal((nsteps, 3, 36))
-    U[0] = rng.standard_normal((3, 36))
-    make = lambda: ParaDiag(
-        Members(), nsteps, steps.systems.solve, options=dict(precision=precision, rtol=1e-12),
-        blocks=FrequencyBlocks(steps.systems, transposed=False),
-    )  # fmt: skip
-    V = U.copy()
-    make().solve(V, g, batch=True)
-    exact = [sequential(steps, U[0, i], nsteps, g[:, i]) for i in range(3)]
-    np.testing.assert_allclose(V, np.stack(exact, axis=1), rtol=0, atol=1e-10)
-    make().solve(U, g, batch=True, cycles=2)
-    for i in range(3):
-        alone = np.zeros((nsteps + 1, 36))
-        alone[0] = U[0, i]
-        make().solve(alone, np.ascontiguousarray(g[:, i]), cycles=2)
-        assert np.array_equal(alone, U[:, i])
+@pytest.mark.parallel([1, 2])
+def test_a_rank_without_a_compiler(monkeypatch):
+    """All ranks then solve one frequency after the other."""
+    nsteps, steps = 24, Steps()
+    bounds = [nsteps * r // COMM.size for r in range(COMM.size + 1)]
+    lo, hi = bounds[COMM.rank], bounds[COMM.rank + 1]
+    if COMM.rank == COMM.size - 1:
+        monkeypatch.setattr("pint_fem.paradiag.circulant.lane_kernels", lambda kind, width: None)
+    blocks, U = FrequencyBlocks(steps.systems, transposed=False), np.ones((hi - lo + 1, 36))
+    solver = ParaDiag(
+        steps, nsteps, steps.systems.solve, options=dict(rtol=1e-13), comm=COMM, bounds=bounds, blocks=blocks
+    )
+    solver.solve(U)
+    assert all(len(key) == 2 for key in steps.systems._factors)
+    exact = sequential(steps, np.ones(36), nsteps)
+    np.testing.assert_allclose(U[1:], exact[lo + 1 : hi + 1], rtol=0, atol=1e-12)
 
 
 @pytest.mark.parallel([1, 2])

@@ -25,7 +25,9 @@ from mpi4py import MPI
 from numpy.typing import DTypeLike
 
 from pint_fem.all_at_once.trace import Trace, timed
+from pint_fem.collective import all_ranks
 from pint_fem.paradiag.distribution import TimeTransposes
+from pint_fem.paradiag.lane_kernels import WIDTHS, lane_kernels
 from pint_fem.paradiag.transforms import TimeTransform, time_transform
 
 __all__ = ["AlphaCirculant", "BlockSolve", "FrequencySolve", "shifts"]
@@ -126,6 +128,8 @@ class AlphaCirculant:
         transposes: Callable[..., TimeTransposes] = TimeTransposes,
     ):
         self.nsteps, self.alpha, self._solve, self._trace = nsteps, alpha, solve, trace
+        if blocks is not None and not all_ranks(comm, lane_kernels("f", WIDTHS["f"][-1]) is not None):
+            blocks = None  # a rank without a compiler: all have the same precision
         self._blocks = blocks
         self.mu = _shared_shifts(nsteps, alpha)
         self.transposes = transposes(comm, bounds, len(self.mu), size, backwards=backwards)

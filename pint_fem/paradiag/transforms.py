@@ -4,6 +4,7 @@ way in and out. An unknown's numbers do not depend on the other unknowns of a ra
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from ctypes import CDLL
 from functools import cache
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from pint_fem.kernels.lanes.compiled import address, library
-from pint_fem.paradiag.lane_kernels import WIDTHS, aligned, long
+from pint_fem.paradiag.lane_kernels import VECTORISED, WIDTHS, aligned, long
 
 __all__ = ["TimeTransform", "time_transform"]
 
@@ -34,7 +35,7 @@ class TimeTransform:
         Lengths of the passes, whose product is ``N/2``, or ``N`` where that is odd.
     """
 
-    def __init__(self, shared: CDLL, nsteps: int, dtype: np.dtype, radices: list[int]):
+    def __init__(self, shared: CDLL, nsteps: int, dtype: np.dtype, radices: Sequence[int]):
         self._library, self.nsteps, self.dtype = shared, nsteps, dtype
         self.complex = np.result_type(dtype, np.complex64)
         length = nsteps // 2 if nsteps % 2 == 0 else nsteps
@@ -69,21 +70,33 @@ class TimeTransform:
         self._library.add_scaled(len(rows), long(rows.shape[1]), address(rows), address(scale), address(out))
 
 
-@cache
 def time_transform(nsteps: int, kind: str) -> TimeTransform | None:
-    """Transforms of single (``"f"``) or double precision (``"d"``), ``None`` without a compiler or where the length
-    has a prime factor above :data:`LARGEST`.
+    """Transforms of single (``"f"``) or double precision (``"d"``), ``None`` without kernels or where the length has a
+    prime factor above :data:`LARGEST`.
     """
-    rest, radices = nsteps // 2 if nsteps % 2 == 0 else nsteps, []
-    for prime in (4, 2, 3, *range(5, LARGEST, 2)):
-        while rest % prime == 0:
-            radices.append(prime)
-            rest //= prime
-    if rest > 1:
+    radices = _radices(nsteps)
+    if radices is None:
         return None
     real = {"f": "float", "d": "double"}[kind]
-    shared = library(_SOURCE, (f"-DREAL={real}", f"-DW={WIDTHS[kind][0]}"))
-    return None if shared is None else TimeTransform(shared, nsteps, np.dtype(kind), radices)
+    # products and sums are not fused: results added to states are the same whether that is a pass of its own or not
+    shared = library(_SOURCE, (*VECTORISED, "-ffp-contract=off", f"-DREAL={real}", f"-DW={WIDTHS[kind][0]}"))
+    return None if shared is None else _transform(shared, nsteps, kind, radices)
+
+
+@cache
+def _transform(shared: CDLL, nsteps: int, kind: str, radices: tuple[int, ...]) -> TimeTransform:
+    return TimeTransform(shared, nsteps, np.dtype(kind), radices)
+
+
+@cache
+def _radices(nsteps: int) -> tuple[int, ...] | None:
+    """Lengths of the passes of a transform, ``None`` where there is a large prime factor."""
+    rest, radices = nsteps // 2 if nsteps % 2 == 0 else nsteps, []
+    for radix in (4, 2, 3, *range(5, LARGEST, 2)):
+        while rest % radix == 0:
+            radices.append(radix)
+            rest //= radix
+    return None if rest > 1 else tuple(radices)
 
 
 _SOURCE = Path(__file__).with_name("time_transform.c").read_text()
