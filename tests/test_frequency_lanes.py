@@ -101,6 +101,30 @@ def test_bits_depend_neither_on_the_lane_nor_on_the_width(matrix, kind):
         assert np.array_equal(alone[0, 0], together[k, 1])
 
 
+@pytest.mark.parametrize("mass", [0.0, 3.0])
+@pytest.mark.parametrize("kind", "fd")
+@pytest.mark.parametrize("transposed", [False, True])
+def test_stages_with_boundary_rows(mass, kind, transposed):
+    """``r + y (S - y M)^-1 M r``, where the mass of boundary values is zero or not, and its transpose."""
+    S, M = matrices("boundary")
+    boundary = [0, 3, 4, 20]
+    M = M.tolil()
+    M[boundary, boundary] = mass
+    M, system, kernels = csr_matrix(M), SparseSystem([S, M]), lane_kernels(kind, WIDTHS[kind][1])
+    y = np.exp(1j * np.arange(kernels.width)) / 2
+    rows = right_hand_sides(kernels.width, 2, S.shape[0])
+    factor, _ = system.factor_lanes(kernels, y)
+    lanes = kernels.to_lanes(rows)
+    system.step_lanes(kernels, factor, y, lanes, transposed=transposed)
+    assert system._lanes.masks_boundary == (mass == 0)
+    found = np.empty(rows.shape, kernels.complex)
+    kernels.from_lanes(lanes, found)
+    for k, shift in enumerate(y):
+        step = np.eye(S.shape[0]) + shift * np.linalg.solve((S - shift * M).toarray(), M.toarray())
+        exact = rows[k] @ (step if transposed else step.T)
+        np.testing.assert_allclose(found[k], exact, rtol=0, atol=EPSILON[kind] * np.abs(exact).max())
+
+
 @pytest.mark.parametrize("kind", "fd")
 def test_a_frequency_that_requires_pivots(kind):
     """A zero pivot in one frequency of a group, and a saddle point, where every frequency has some."""
@@ -322,6 +346,52 @@ def test_without_a_compiler(monkeypatch):
     for cached in (library, lane_kernels):
         cached.cache_clear()
     np.testing.assert_allclose(found[1], found[0], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("precision", ["single", "double"])
+def test_a_batch_has_the_bits_of_its_members(precision):
+    """Three trajectories solved at once, and each alone by as many iterations."""
+    nsteps, steps, rng = 24, Steps(), np.random.default_rng(4)
+
+    class Members:
+        def step(self, which, u, out):
+            for row, target in zip(u.reshape(-1, 36), out.reshape(-1, 36), strict=True):
+                target[...] = steps.Phi @ row
+
+    U, g = np.zeros((nsteps + 1, 3, 36)), rng.standard_normal((nsteps, 3, 36))
+    U[0] = rng.standard_normal((3, 36))
+    make = lambda: ParaDiag(
+        Members(), nsteps, steps.systems.solve, options=dict(precision=precision, rtol=1e-12),
+        blocks=FrequencyBlocks(steps.systems, transposed=False),
+    )  # fmt: skip
+    V = U.copy()
+    make().solve(V, g, batch=True)
+    exact = [sequential(steps, U[0, i], nsteps, g[:, i]) for i in range(3)]
+    np.testing.assert_allclose(V, np.stack(exact, axis=1), rtol=0, atol=1e-10)
+    make().solve(U, g, batch=True, cycles=2)
+    for i in range(3):
+        alone = np.zeros((nsteps + 1, 36))
+        alone[0] = U[0, i]
+        make().solve(alone, np.ascontiguousarray(g[:, i]), cycles=2)
+        assert np.array_equal(alone, U[:, i])
+
+
+def test_an_error_of_all_frequencies_is_reported():
+    """A mistake in a program ends the solve with its own exception; the next solve is well."""
+    nsteps, steps, broken = 12, Steps(), [True]
+
+    class Blocks(FrequencyBlocks):
+        def __call__(self, *args):
+            if broken[0]:
+                raise KeyError("missing")
+            super().__call__(*args)
+
+    blocks, U = Blocks(steps.systems, transposed=False), np.ones((nsteps + 1, 36))
+    solver = ParaDiag(steps, nsteps, steps.systems.solve, blocks=blocks)
+    with pytest.raises(KeyError, match="missing"):
+        solver.solve(U)
+    broken[0] = False
+    assert solver.solve(np.ones((nsteps + 1, 36))).converged
 
 
 def test_a_singular_frequency_is_named():
