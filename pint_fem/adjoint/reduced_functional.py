@@ -176,7 +176,12 @@ def _problem(
         )
     parameters, own = dict(solver_parameters or {}), evolution.private()
     own.options_prefix = require_prefix(options_prefix)
-    solver = read_time_solver(parameters, own, spacetime, steps["coarse_tableau"], options_prefix=own.options_prefix)
+    plain = steps["propagator"] is make_propagator and steps["coarse_evolutions"] is None
+    plain = plain and all(parameters.get(name) is None for name in ("spatial_coarsening", "krylov"))
+    prefix = own.options_prefix
+    solver = read_time_solver(parameters, own, spacetime, steps["coarse_tableau"], prefix, own_steps=plain)
+    if plain:
+        steps = steps | {"propagator": solver.propagator}
     if solver.why:
         on_first_rank(spacetime.comm, "logging", logger.info, solver.why)
     spatial_coarsening = parameters.pop("spatial_coarsening", None)

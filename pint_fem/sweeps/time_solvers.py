@@ -357,7 +357,10 @@ class TimeSolvers:
 
     def view(self) -> str:
         """Describe the hierarchy in a few lines."""
-        return self.state.view(8 * self.evolution.state_size)
+        text = self.state.view(8 * self.evolution.state_size)
+        if self._coarse_steps > 1 and self._factors:
+            text += f"\n  coarse levels: {self._coarse_steps} steps of the integrator for each interval"
+        return text
 
     @cached_property
     def estimates(self) -> list[ConvergenceEstimate] | None:
