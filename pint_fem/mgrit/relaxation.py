@@ -150,8 +150,8 @@ class Relaxation:
             yield Group(partial, f, True, i is self.intervals[-1])
 
     def _chains(self) -> Iterator[Group]:
-        """Groups from the last to the first, of neighbouring intervals with as many steps to own F-points; a longer last
-        one, which ends with the time axis, takes these steps with the others and then its own.
+        """Groups from the last to the first, of neighbouring intervals with as many steps to own F-points; a longer
+        last one, which ends with the time axis, takes these steps with the others and then its own.
         """
         lo, hi = self.level.lo, self.level.hi
 

@@ -2,8 +2,8 @@ r"""The time solver and the options of MGRIT with the least predicted time, from
 
 The time of a step of ``W`` states is measured on the fine propagator (those of coarse levels have factors of the same
 size), the numbers of cycles are those of :mod:`~pint_fem.theory.model_residuals`, and
-:mod:`~pint_fem.theory.costs` predicts the time of a solve. A minimiser that adapts its accuracy solves to tolerances
-from the loosest to ``rtol``: the time of a candidate is the mean of those to ``rtol`` and its square root.
+:mod:`~pint_fem.theory.costs` predicts the time of a solve to the tolerance ``typical_rtol`` of most solves. Unless it is
+given, the time of a candidate is the mean of those to ``rtol`` and to its square root.
 
 Times are measured once in a process for each size of a problem; those of the first rank decide on all of them, rounded,
 so that two runs differ only where a choice hardly matters.
@@ -12,7 +12,7 @@ so that two runs differ only where a choice hardly matters.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from irksome.tableaux.ButcherTableaux import ButcherTableau
@@ -34,7 +34,7 @@ __all__ = ["Automatic", "MadePropagator", "automatic", "candidates", "measured_s
 
 CANONICAL = (TwoLevel(16, 2, "F"), TwoLevel(32, 2, "F"))
 """Options that are preferred where no other ones are clearly faster."""
-PARADIAG = 1.2
+PARADIAG = 1.6
 """Time of an iteration of ParaDiag on one rank over that of a sequential sweep, about; ranks share it."""
 MOST_CYCLES = 12
 _SECONDS: dict[tuple, dict[int, float]] = {}
@@ -72,9 +72,7 @@ class MadePropagator:
     def __init__(self, made: FEPropagator | None = None):
         self.made = made
 
-    def __call__(
-        self, evolution: Evolution, *, stride: int = 1, tableau: ButcherTableau | None = None
-    ) -> FEPropagator:
+    def __call__(self, evolution: Evolution, *, stride: int = 1, tableau: ButcherTableau | None = None) -> FEPropagator:
         """The propagator of a level."""
         made = self.made
         if made is not None and stride == 1 and evolution is made.evolution and tableau in (None, made.tableau):
@@ -125,6 +123,7 @@ def automatic(
     paradiag: ParaDiagOptions,
     coarse_tableau: ButcherTableau | None,
     propagator: MadePropagator,
+    typical_rtol: float | None = None,
 ) -> Automatic | None:
     """The fastest time solver by predicted times, the same on all ranks; ``None`` where nothing is predicted: for
     evolutions that are not linear with constant operators, steps that are not taken on lanes, and numbers of steps
@@ -140,6 +139,8 @@ def automatic(
         Integrator of the coarse levels; default: the evolution's.
     propagator
         Takes the step that is made for the measurement.
+    typical_rtol
+        Relative tolerance of most solves; ``None``: between ``rtol`` and its square root.
     """
     if evolution.linear_operators() is None or not candidates(evolution.nsteps, spacetime.time_size):
         return None
@@ -147,38 +148,35 @@ def automatic(
     if found is None or (seconds := measured_seconds(evolution, spacetime, propagator)) is None:
         return None
     rtol = mgrit.rtol if 0 < mgrit.rtol < 1 else 1e-8
-    times = mgrit_ratios(
-        seconds, evolution.nsteps, spacetime.time_size, ModelResiduals(found, evolution, coarse_tableau), rtol
-    )
+    tolerances = [rtol, math.sqrt(rtol)] if typical_rtol is None else [max(typical_rtol, rtol)]
+    ranks, residuals = spacetime.time_size, ModelResiduals(found, evolution, coarse_tableau)
+    times = mgrit_ratios(seconds, evolution.nsteps, ranks, residuals, tolerances)
     rate = paradiag_contraction(evolution, paradiag.alpha)
-    return spacetime.comm.bcast(_decide(times, paradiag_ratio(rate, spacetime.time_size, rtol), mgrit))
-
-
-def tolerances(rtol: float) -> list[float]:
-    """Tolerances of which the times are averaged."""
-    return [rtol, math.sqrt(rtol)]
+    return spacetime.comm.bcast(_decide(times, paradiag_ratio(rate, ranks, tolerances), mgrit))
 
 
 def mgrit_ratios(
-    seconds: Mapping[int, float], steps: int, ranks: int, residuals: ModelResiduals, rtol: float
+    seconds: Mapping[int, float], steps: int, ranks: int, residuals: ModelResiduals, tolerances: Sequence[float]
 ) -> dict[TwoLevel, float]:
-    """Predicted times of MGRIT over that of sequential stepping; without candidates that need too many cycles."""
+    """Predicted times of MGRIT over that of sequential stepping, means of solves to some tolerances; without candidates
+    that take too many cycles.
+    """
     ratios = {}
     for options in candidates(steps, ranks):
-        cycles = residuals.cycles(options.m, options.coarse_steps, options.relax, tolerances(rtol), MOST_CYCLES)
+        cycles = residuals.cycles(options.m, options.coarse_steps, options.relax, tolerances, MOST_CYCLES)
         if all(map(math.isfinite, cycles)):
             each = [mgrit_seconds(seconds, steps, ranks, options, int(k)) for k in cycles]
             ratios[options] = sum(each) / len(each) / sequential_seconds(seconds, steps)
     return ratios
 
 
-def paradiag_ratio(rate: float | None, ranks: int, rtol: float) -> float:
+def paradiag_ratio(rate: float | None, ranks: int, tolerances: Sequence[float]) -> float:
     """Predicted time of ParaDiag over that of sequential stepping, where an iteration contracts by ``rate``; infinite
     where it hardly does.
     """
     if rate is None or not rate < 0.5:
         return math.inf
-    iterations = [max(1, math.ceil(math.log(tol) / math.log(rate) * (1 - 1e-12))) for tol in tolerances(rtol)]
+    iterations = [max(1, math.ceil(math.log(tol) / math.log(rate) * (1 - 1e-12))) for tol in tolerances]
     return PARADIAG / ranks * sum(iterations) / len(iterations)
 
 
@@ -199,5 +197,5 @@ def _decide(times: Mapping[TwoLevel, float], paradiag: float, mgrit: MGRITOption
     if paradiag < CLEARLY:
         return Automatic("paradiag", mgrit, said("paradiag", "for all steps at once", paradiag))
     least = min(ratio, paradiag)
-    why = f"MGRIT and ParaDiag take {least:.2g} of it" if math.isfinite(least) else "neither MGRIT nor ParaDiag converge"
+    why = f"MGRIT or ParaDiag take {least:.2g} of its time" if math.isfinite(least) else "no other solver converges"
     return Automatic("serial", mgrit, f"time_solver auto: serial, sequential stepping is fastest: {why}")

@@ -12,7 +12,7 @@ from typing import Any
 from firedrake.petsc import PETSc
 from irksome.tableaux.ButcherTableaux import ButcherTableau
 
-from pint_fem.all_at_once.options import SHARED
+from pint_fem.all_at_once.options import SHARED, is_number
 from pint_fem.collective import require_same
 from pint_fem.errors import InputError
 from pint_fem.evolution.evolution import Evolution
@@ -139,7 +139,7 @@ def read_time_solver(
     *,
     own_steps: bool = True,
 ) -> TimeSolverChoice:
-    """Take ``time_solver``, ``mgrit`` and ``paradiag`` out of the parameters (collective).
+    """Take ``time_solver``, ``typical_rtol``, ``mgrit`` and ``paradiag`` out of the parameters (collective).
 
     Parameters
     ----------
@@ -164,6 +164,9 @@ def read_time_solver(
         options_prefix=options_prefix,
     )  # fmt: skip
     kind = parameters.pop("time_solver", "mgrit")
+    typical = parameters.pop("typical_rtol", None)
+    if typical is not None and (not is_number(typical) or not 0 < typical < 1):
+        raise InputError(f"typical_rtol {typical!r}: give a number between 0 and 1, such as 1e-2")
     if kind not in KINDS:
         raise InputError(f"time_solver {kind!r}: give one of {', '.join(map(repr, KINDS))}")
     refuse_near_misses(PETSc.Options().getAll(), options_prefix)
@@ -182,7 +185,7 @@ def read_time_solver(
     if kind == "auto":
         try:
             if own_steps and not has_shape:
-                chosen = automatic(evolution, spacetime, mgrit, paradiag, coarse_tableau, propagator)
+                chosen = automatic(evolution, spacetime, mgrit, paradiag, coarse_tableau, propagator, typical)
             if chosen is not None:
                 kind, mgrit, why = chosen.kind, chosen.mgrit, chosen.why
             else:

@@ -343,6 +343,11 @@ class TimeSolvers:
         return len(self.propagators) == 1 and not self._is_paradiag
 
     @property
+    def kind(self) -> str:
+        """``"paradiag"``, ``"serial"`` or ``"mgrit"``."""
+        return "paradiag" if self._is_paradiag else "serial" if self.is_sequential else "mgrit"
+
+    @property
     def accelerated(self) -> bool:
         """Whether linear sweeps are accelerated by a Krylov method."""
         return isinstance(self.adjoint, AcceleratedSweep)
@@ -357,10 +362,9 @@ class TimeSolvers:
 
     def view(self) -> str:
         """Describe the hierarchy in a few lines."""
-        text = self.state.view(8 * self.evolution.state_size)
-        if self._coarse_steps > 1 and self._factors:
-            text += f"\n  coarse levels: {self._coarse_steps} steps of the integrator for each interval"
-        return text
+        text, count = self.state.view(8 * self.evolution.state_size), self._coarse_steps
+        own = f"\n  coarse levels: {count} steps of the integrator for each interval"
+        return text + own if count > 1 and self._factors else text
 
     @cached_property
     def estimates(self) -> list[ConvergenceEstimate] | None:

@@ -17,6 +17,7 @@ residual is the larger one of both.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -115,7 +116,7 @@ class ModelResiduals:
             found = [relative_residuals(fine, mu, g, relax.count("C"), cycles) for g in (constant, impulse)]
         return np.max(found, axis=0)
 
-    def cycles(self, m: int, coarse_steps: int, relax: str, tolerances: list[float], most: int) -> list[float]:
+    def cycles(self, m: int, coarse_steps: int, relax: str, tolerances: Sequence[float], most: int) -> list[float]:
         """Number of cycles to each relative residual; infinite for more than ``most`` cycles."""
         residuals = self.of(m, coarse_steps, relax, most)
         below = [np.flatnonzero(residuals <= tolerance) for tolerance in tolerances]
