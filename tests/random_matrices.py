@@ -94,7 +94,7 @@ def regular(kind, n, seed):
 
 
 def ill_scaled(n, seed, *, symmetric):
-    """``D A`` or ``D A D`` with well-conditioned ``A`` and ``D`` from 1e-12 (1e-6) to 1e12 (1e6): the factors and ``D``."""
+    """Well-conditioned ``A``, and ``D`` for the matrix ``D A`` (1e-12 to 1e12) or ``D A D`` (1e-6 to 1e6)."""
     rng = np.random.default_rng([seed, n, 1])
     A = (_spd if symmetric else _nonsymmetric)(rng, n)
     return A, 10.0 ** rng.uniform(-6, 6, n) if symmetric else 10.0 ** rng.uniform(-12, 12, n)

@@ -101,7 +101,7 @@ def test_modes_are_solved():
 def test_records_are_whole(name):
     c = load(name)
     assert c.problem == name
-    assert c.kernels[1]["step"][0].width == 8
+    assert c.kernels[1]["step"][0].lanes
     assert 1 in c.kernels
     assert all(cycles_of(c, e["options"], e["rtol"]) for e in c.cycles)
     assert {e["rtol"] for e in c.cycles} == {1e-6, 1e-9}

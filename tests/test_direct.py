@@ -65,7 +65,8 @@ def test_solves_to_round_off(make, way, monkeypatch, request):
             assert residual(matrix, x, b) < 1e-12
             x.array[:] = column
             assert residual(matrix, x, b) < 1e-12
-    assert factor.nbytes["factors"] > factor.nbytes["matrices"] / 2
+    size = factor.nbytes
+    assert size["factors" if factor.triangular is None else "kernels"] > size["matrices"] / 2
 
 
 @pytest.mark.parallel(3)
@@ -128,7 +129,8 @@ def test_symmetric_matrices_that_need_pivots(way, request):
         x.array[:] = solutions(factor, b.array_r[None], transposed=transposed)[0]
         assert residual(A, x, b) < 1e-12
     if way == "kernels":
-        assert factor.triangular is not None and not factor.triangular.symmetric
+        assert factor.triangular is not None
+        assert not factor.triangular.symmetric
         return
     # a chain of such pairs is symmetric, and LU all the same: of L and U, not of L alone
     found = factor.nbytes["factors"]
@@ -155,16 +157,14 @@ def test_factors_are_counted_as_they_are(without_kernels):
 
 @pytest.mark.parallel([1, 3])
 def test_factors_for_the_kernels_are_counted_as_they_are():
-    """Half of a dense matrix's entries for L, stored by columns for many states and by rows for one; as much again for
-    R where the matrix is not symmetric.
-    """
+    """Half of a dense matrix's entries for L, and as many for R where the matrix is not symmetric."""
     n = 120
     for skew in (0.0, 0.5):
         A = dense(n, skew)
         factor = Factor(A, {}, symmetric=not skew)
-        entries = 2 * 8 * n * n / 2 * (2 if skew else 1)
+        entries = 8 * n * n / 2 * (2 if skew else 1)
         if A.comm.rank == 0:  # takes no other rank
-            assert entries <= factor.nbytes["factors"] <= 1.1 * entries
+            assert entries <= factor.nbytes["kernels"] <= 1.25 * entries  # triangles are squares
 
 
 def dense(n, skew=0.0):

@@ -669,13 +669,11 @@ def test_space_and_time():
 class FiniteElements:
     """The linear part of a step of a :class:`LinearPropagator`."""
 
-    block = 8
-
     def __init__(self, propagator):
         self.propagator = propagator
 
     def step(self, steps, u, out):
-        self.propagator.apply(u, out, steps.start // steps.step)
+        self.propagator.apply(u, out)
 
     def sweep(self, first, U, G):
         self.propagator.sweep(U, G)

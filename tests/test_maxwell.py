@@ -187,11 +187,14 @@ def test_one_state_is_a_block_of_one():
     p, U = LinearPropagator(ev), np.zeros((4, ev.state_size))
     for transposed in (False, True):
         U[0] = np.random.default_rng(0).standard_normal(ev.state_size)
-        blocks = U.copy()
+        blocks, again = U.copy(), U.copy()
         p.sweep(U, None, transposed=transposed)
+        apply = p.apply_transposed if transposed else p.apply
         for i in range(3):
-            (p.apply_transposed if transposed else p.apply)(blocks[i : i + 1], blocks[i + 1 : i + 2], 0)
-        assert_close([U], [blocks], 1e-12)
+            apply(blocks[i : i + 1], blocks[i + 1 : i + 2])
+        assert np.array_equal(U, blocks)
+        apply(U[:-1], again[1:])
+        assert np.array_equal(U, again)
 
 
 def test_sparse_solution():
@@ -433,12 +436,16 @@ def test_star_multigrid():
         u = np.random.default_rng(0).standard_normal((2, direct.evolution.state_size))
         u[:, direct.bc_rows] = 0
         out = np.zeros((2, *u.shape))
-        direct.apply(u, out[0], 0)
-        iterative.apply(u, out[1], 0)
+        direct.apply(u, out[0])
+        iterative.apply(u, out[1])
         assert_close([out[1]], [out[0]], 1e-9)
-        counts.append(next(iter(iterative.factors.values())).ksp.getIterationNumber())
-    assert max(counts) <= min(counts) + 4
-    assert max(counts) < 25
+        (factor,) = iterative.factors.values()
+        counts.append(factor.ksp.getIterationNumber())
+        smoother = factor.ksp.getPC().getMGSmoother(refinements)
+        assert type(smoother.getPC().getPythonContext()).__name__ == "ASMStarPC"  # as the options choose
+    assert min(counts) > 0
+    assert max(counts) <= min(counts) + 2
+    assert max(counts) < 20
 
 
 def test_multigrid_without_hierarchy_is_refused():

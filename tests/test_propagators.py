@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import ufl
 from firedrake import (
+    COMM_WORLD,
     DirichletBC,
     Function,
     FunctionSpace,
@@ -29,8 +30,10 @@ from firedrake import (
 from irksome import Dt
 from irksome.tableaux.ButcherTableaux import ButcherTableau
 
+import pint_fem.kernels.factor
 from pint_fem.evolution import SDIRK2, BackwardEuler, Evolution, ImplicitMidpoint, time_function
 from pint_fem.kernels.arrays import put
+from pint_fem.kernels.lanes.structures import scratch
 from pint_fem.propagators import FormPropagator, LinearPropagator, StepData, TapePropagator, make_propagator
 
 TABLEAUX = {"BE": BackwardEuler, "midpoint": ImplicitMidpoint, "SDIRK2": SDIRK2}
@@ -144,6 +147,38 @@ def test_a_state_has_the_same_bits_in_every_block():
     assert np.array_equal(whole, parts)
     p.sweep(steps := np.concatenate([u[:1], parts[:3]]), None)
     assert np.array_equal(steps[1], whole[0])  # one step after another
+
+
+def test_results_do_not_depend_on_what_the_work_memory_holds():
+    """All programs of a process share it: each writes what it reads, whatever another one has left there."""
+    ev = heat("SDIRK2")
+    p = LinearPropagator(ev)
+    given = block(ev, 21)[:4]
+    wanted = all_results(p, *given)
+    scratch(0).view(float)[:] = np.nan
+    found = all_results(p, *given)
+    assert all(np.array_equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parallel([1, 2])
+@pytest.mark.parametrize(("lanes", "steps"), [(70, 3), (3, 50)])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_many_steps_in_a_call_are_single_steps(lanes, steps, transposed, monkeypatch):
+    """More states than ranks in space exchange at a time; without a compiler, to round-off."""
+    ev = heat("SDIRK2", comm=COMM_WORLD)
+    p = LinearPropagator(ev)
+    rng = np.random.default_rng(COMM_WORLD.rank)
+    u, added = rng.standard_normal((lanes, ev.state_size)), rng.standard_normal((lanes, steps, ev.state_size))
+    out = np.empty_like(added)
+    p.advance(u, out, added, transposed=transposed)
+    one = np.empty_like(u)
+    for i in range(steps):
+        (p.apply_transposed if transposed else p.apply)(out[:, i - 1] if i else u, one)
+        assert np.array_equal(one + added[:, i], out[:, i])
+    monkeypatch.setattr(pint_fem.kernels.factor, "kernels", lambda: None)
+    again = np.empty_like(out)
+    LinearPropagator(ev).advance(u, again, added, transposed=transposed)
+    assert_close([again], [out], 1e-12)
 
 
 UNEQUAL = np.array([[0.25, 0], [0.25, 0.5]]), np.array([0.5, 0.5]), np.array([0.25, 0.75])

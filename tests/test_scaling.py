@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from pint_fem.all_at_once.grids import Bounds
 from pint_fem.collective import consistent_across_ranks
 from pint_fem.errors import InputError
+from pint_fem.kernels.lanes.widths import cut
 from pint_fem.mgrit import split_steps
 from pint_fem.scaling.communicator import communicators
 from pint_fem.scaling.costs import Calibration, Kernel
@@ -29,7 +30,7 @@ from tests.scaling_traces import (
     CONFIGS,
     PARADIAG,
     Halve,
-    HalveBlocks,
+    HalveLanes,
     calibration,
     paradiag_real_and_predicted,
     planned_calibration,
@@ -202,19 +203,34 @@ def test_error_of_a_rank_is_raised():
 
 
 # -- costs -------------------------------------------------------------------------------------------------------------
-def test_kernel_counts_blocks_by_lanes():
-    kernel = Kernel((1, 4, 8, 16), (1.0, 2.0, 3.0, 5.0), width=8)  # a call 1, a full block 2
-    assert kernel(8) == 3
-    assert kernel(16) == 5
-    assert kernel(4) == 2
-    assert kernel(4, lane=4) == 2
-    assert kernel(8, lane=4) == 2 + (2 - 1)  # two halves
-    assert kernel(8, lane=12) == kernel(8, lane=4)
-    assert kernel(24) == 7
+def test_kernels_on_lanes_take_the_least_time():
+    """By hand, and as exhaustive search over all numbers of calls of each width does."""
+    kernel = Kernel((1, 8, 16), (1.0, 3.0, 5.0), lanes=True)
+    assert [kernel(n) for n in (1, 2, 3, 4, 8, 9, 11, 16, 17, 19, 24, 32)] == [1, 2, 3, 3, 3, 4, 5, 5, 6, 8, 8, 10]
+    wide = Kernel((1, 4, 8), (1.0, 1.5, 4.5), lanes=True)  # eight lanes are slower than twice four
+    for count in range(1, 41):
+        pairs = itertools.product(range(count + 1), range(count // 4 + 2))
+        assert wide(count) == min(singles + 1.5 * fours for singles, fours in pairs if singles + 4 * fours >= count)
+    assert kernel.scaled(2.0, per_state=0.5, per_call=0.25)(24) == 2 * 8 + 24 * 0.5 + 2 * 0.25
+
+
+def test_other_kernels_are_linear_between_sizes():
     plain = Kernel((1, 4), (1.0, 2.5))
     assert [plain(n) for n in (1, 2, 4, 6)] == [1.0, 1.5, 2.5, 3.5]
-    assert Kernel.constant(0.5)(6) == 3.0
-    assert Kernel.constant(0.5, 8)(5) == 0.5
+    assert Kernel.constant(0.5)(6) == Kernel.constant(0.5, lanes=True)(6) == 3.0
+    assert plain.scaled(2.0, per_state=0.5)(2) == 4.0
+
+
+def test_states_are_divided_among_calls():
+    """Widths and numbers of states of the calls: of the fastest width first, the rest by the least time."""
+    seconds = {1: 1.0, 8: 3.0, 16: 5.0}
+    assert cut(1, seconds) == [(1, 1)]
+    assert cut(16, seconds) == [(16, 16)]
+    assert cut(45, seconds) == [(16, 32), (16, 13)] or cut(45, seconds) == [(16, 32), (8, 5), (8, 8)]
+    for count in range(1, 50):
+        calls = cut(count, seconds)
+        assert sum(n for _, n in calls) == count
+        assert all(n <= w or n % w == 0 for w, n in calls)
 
 
 @pytest.mark.parametrize(
@@ -257,21 +273,21 @@ def test_bounds_share_what_follows_from_them():
 @pytest.mark.parametrize("solves", [1, 3])
 def test_one_rank_takes_the_serial_sum(solves):
     """P = 1: the sum of all kernels, norms and overhead, whatever the network."""
-    c = calibration(0.5, sweep=0.25, norm=0.01, overhead={"state": 0.125, "adjoint": 0.0625})
+    c = calibration(0.5, lanes=True, norm=0.01, overhead={"state": 0.125, "adjoint": 0.0625})
     said = Model(c, {"coarsening": (4, 4), "levels": 3}, nsteps=64).run(
         *[s for _ in range(solves) for s in (Solve("state", "nested", 2), Solve("adjoint", "guess", 1))]
     )
     n = said.counts
     states = {kind: sum(m for (k, _), m in n.items() if k == kind) for kind in ("step", "adjoint", "step sweep")}
-    expected = states["step"] * 0.625 + states["adjoint"] * 1.0625 + states["step sweep"] * 0.25
-    expected += sum(m for (k, _), m in n.items() if k == "adjoint sweep") * 0.5 + n["norm", 0] * 0.01
+    expected = states["step"] * 0.625 + states["adjoint"] * 1.0625 + states["step sweep"] * 0.5
+    expected += sum(m for (k, _), m in n.items() if k == "adjoint sweep") * 1.0 + n["norm", 0] * 0.01
     assert said.seconds == pytest.approx(expected, rel=1e-12)
     assert said.work == [pytest.approx(said.seconds)]
 
 
 def test_serial_stepping_is_a_chain():
     """Rank after rank: the time does not depend on the number of ranks, on a free network."""
-    c = calibration(1.0, sweep=0.5)
+    c = calibration(0.5, lanes=True)
     for ranks in (1, 2, 4):
         said = Model(c, {"levels": 1}, (1, ranks), nsteps=64).run(Solve("state"))
         assert said.seconds == pytest.approx(32.0)
@@ -302,8 +318,16 @@ def test_two_level_cycle_by_hand():
     assert said.seconds == pytest.approx((m - 1) + 1 + 1 + ranks + (m - 1))
 
 
+def test_coarse_steps_by_hand():
+    """The chain of coarse steps takes as many times as long; nothing else does."""
+    options = {"levels": 2, "coarsening": 4, "relax": "F", "residual": "none", "max_it": 1, "start": "guess"}
+    made = lambda n: Model(calibration(1.0), {**options, "coarse_steps": n}, (1, 8), nsteps=32)
+    run = lambda n: made(n).run(Solve("state", "guess"))
+    assert run(3).seconds - run(1).seconds == pytest.approx((1 + 8) * 2)  # and the coarse right-hand side
+
+
 @pytest.mark.parallel([1, 3])
-@pytest.mark.parametrize("kind", [Halve, HalveBlocks])
+@pytest.mark.parametrize("kind", [Halve, HalveLanes])
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_schedule_is_that_of_a_real_run(config, kind):
     """Every call, message, peer and byte of a real trace, on every rank, forwards and backwards."""
@@ -312,7 +336,7 @@ def test_schedule_is_that_of_a_real_run(config, kind):
 
 
 @pytest.mark.parallel([1, 3])
-@pytest.mark.parametrize("kind", [Halve, HalveBlocks])
+@pytest.mark.parametrize("kind", [Halve, HalveLanes])
 def test_paradiag_is_that_of_a_real_run(kind):
     """Calls, solves, transforms, transposes with what they send, and messages, on every rank."""
     real, said = paradiag_real_and_predicted(kind)
@@ -342,6 +366,20 @@ def test_paradiag_by_hand():
         Model(c, options, (2, 1))
     with pytest.raises(InputError, match="did you mean 'alpha'"):
         Model(c, {"time_solver": "paradiag", "alhpa": 1.0})
+
+
+def test_paradiag_on_lanes_by_hand():
+    """Solves and transforms to a tolerance take the time of single precision where alpha permits it; those of an inexact
+    Hessian action do not.
+    """
+    c = calibration(0.0, paradiag=PARADIAG | {"factor": 0.0, "single": 0.25})
+    nsteps, size = 64, 100
+    iteration = size * 0.75 * nsteps * math.log2(nsteps) / (50 * math.log2(50)) + 33 * 4.0
+    for alpha, factor in ((1e-4, 0.25), (1e-6, 1.0)):
+        model = Model(c, {"time_solver": "paradiag", "alpha": alpha}, nsteps=nsteps)
+        assert model.run(Solve("state", "nested", 2)).seconds == pytest.approx(2 * factor * iteration)
+        inexact = model.run(Solve("tangent", "nested", 2), Solve("adjoint", "transposed", 2)).seconds
+        assert inexact == pytest.approx(2 * (2 * iteration + 33 * 1.0))
 
 
 @pytest.mark.starts_mpi

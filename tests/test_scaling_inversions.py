@@ -16,7 +16,7 @@ from pint_fem.scaling.validation import Comparison, compare
 from problems.heat_square import square
 from tests.benchmarks.scaling.inversions import best_inversion, count_inversion, inversion_seconds, serial_inversion
 from tests.benchmarks.scaling.records import Record
-from tests.scaling_traces import events
+from tests.scaling_traces import FREQUENCY_LANES, events
 
 STEPS = 40
 MGRIT = {"levels": 3, "coarsening": [4, 2], "relax": "FCF"}
@@ -24,12 +24,13 @@ PARADIAG = {"time_solver": "paradiag", "alpha": 1e-4}
 
 
 def calibration(**changes) -> Record:
-    """A millisecond a state, half of it in blocks."""
-    one = [Kernel((1, 8), (1e-3, 4e-3), 8)]
-    work = {"step": one, "adjoint": one, "sweep": [Kernel.constant(1e-3)], "adjoint sweep": [Kernel.constant(1e-3)]}
+    """A millisecond a state, half of it on lanes."""
+    one = [Kernel((1, 8), (1e-3, 4e-3), lanes=True)]
+    work = {"step": one, "adjoint": one}
     costs = {"solve": 1e-3, "solve transposed": 1e-3, "factor": 0.5, "factor bytes": 1e4, "pack": 0.0, "fft steps": 40,
              "fft columns": 64, "fft": 1e-6, "ifft": 1e-6, "few fft": 1e-6, "few ifft": 1e-6}  # fmt: skip
-    c = Record("test", "none", 36, STEPS, {1: work}, network=Network(1e-6, 1e10, "fast"), paradiag=costs, stages=2)
+    c = Record("test", "none", 36, STEPS, {1: work}, network=Network(1e-6, 1e10, "fast"), stages=2,
+               paradiag=costs | FREQUENCY_LANES)  # fmt: skip
     return c.with_changes(**changes)
 
 
@@ -124,14 +125,14 @@ def test_a_problem_is_calibrated_and_validated():
 
 
 def test_tables_of_kernels_by_hand():
-    """Blocks by their sizes for each level, single steps by the number of them."""
-    seconds = {("step", 0, 1): 1.0, ("step", 0, 8): 2.0, ("step", 1, 1): 3.0, ("step", 1, 8): 5.0, ("sweep", 0, 1): 0.5}
+    """By kind and level; on lanes and between sizes."""
+    seconds = {("step", 0, 1): 1.0, ("step", 0, 8): 2.0, ("step", 1, 1): 3.0, ("step", 1, 8): 5.0}
+    seconds["adjoint", 0, 1] = 0.5
     tables = kernel_tables(seconds)
-    assert [[kernel(n) for n in (1, 8)] for kernel in tables["step"]] == [[1.0, 2.0], [3.0, 5.0]]
-    assert [kernel(8) for kernel in tables["sweep"]] == [4.0]
-    (blocks, _), (single,) = kernel_tables(seconds, 8).values()
-    assert [blocks(8, 0), blocks(8, 4)] == [2.0, 2 * (1.0 + 3 / 7)]  # cut in the middle: two pieces of four
-    assert single(8) == 4.0
+    assert [[kernel(n) for n in (1, 2, 8, 9)] for kernel in tables["step"]] == [[1, 2, 2, 3], [3, 5, 5, 8]]
+    assert [kernel(8) for kernel in tables["adjoint"]] == [4.0]
+    (plain, _), _ = kernel_tables(seconds, lanes=False).values()
+    assert [plain(n) for n in (1, 8, 15)] == [1.0, 2.0, 3.0]
 
 
 def test_a_slower_machine_is_taken_out():

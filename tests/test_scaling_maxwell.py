@@ -11,7 +11,7 @@ from pint_fem.scaling.costs import Calibration, Kernel
 from pint_fem.scaling.model import Model, Solve
 from pint_fem.spacetime import SpaceTime
 from problems.maxwell_source import maxwell_source
-from tests.scaling_traces import PARADIAG, events
+from tests.scaling_traces import FREQUENCY_LANES, PARADIAG, events
 
 STEPS = 32
 CASES = {
@@ -35,11 +35,11 @@ def test_gradient_and_hessian_are_those_of_a_real_trace(regime):
     problem.hessian_action(z, 2 * z)
     solves = [Solve(kind, "nested", result.cycles) for kind, result in sweeps.results]
     assert [s.kind for s in solves] == ["state", "adjoint", "tangent", "adjoint"]
-    one, single = [Kernel.constant(1.0, 8)], [Kernel.constant(1.0)]
-    work = {"step": one, "adjoint": one, "sweep": single, "adjoint sweep": single}
+    one = [Kernel.constant(1.0, lanes=True)]
+    work = {"step": one, "adjoint": one}
     stages = sweeps.propagators[0].dirk.stages
     size = rf.evolution.state_size
-    calibration = Calibration(regime, "none", size, STEPS, {1: work}, paradiag=PARADIAG, stages=stages)
+    calibration = Calibration(regime, "none", size, STEPS, {1: work}, paradiag=PARADIAG | FREQUENCY_LANES, stages=stages)
     model = Model(calibration, options, (1, comm.size))
     said = model.run_all([("gradient", solves[:2]), ("hessian", solves[2:])], trace=True)
     assert events(said.traces[comm.rank]) == events(sweeps.solvers.trace.events)

@@ -8,7 +8,7 @@ from pint_fem.commands import demo_arguments
 from pint_fem.errors import InputError
 from pint_fem.scaling.costs import Kernel, load
 from pint_fem.scaling.network import Network
-from pint_fem.scaling.planner import cycles_of, least_time, plan, predict
+from pint_fem.scaling.planner import cycles_of, describe, least_time, plan, predict
 from pint_fem.scaling.space import assumption, space_kernels, volume
 from tests.scaling_traces import FAST, MENU
 from tests.scaling_traces import planned_calibration as calibration
@@ -63,6 +63,9 @@ def test_the_chain_of_coarse_steps_by_hand():
     c = calibration(norm=0.0, overhead={}, extras={}, kernels={1: {"step": tables, "adjoint": tables}})
     _, chain = least_time(c, {"levels": 2, "coarsening": 8}, 1, (3, 4), nsteps=128)
     assert chain == (1 + 3) * 16 + (1 + 4) * 16
+    options = {"levels": 2, "coarsening": [8], "relax": "F", "coarse_steps": 3}
+    assert least_time(c, options, 1, (3, 4), nsteps=128)[1] == 3 * chain
+    assert describe(options) == "8 F, 3 steps"
 
 
 def test_subdomains_overlap_on_all_sides():
@@ -85,10 +88,10 @@ def test_space_model_is_the_measured_one_where_it_was_measured():
     assert space_kernels(c, 2, FAST)["step"] == two["step"]
     free = Network(0.0, 1e30, "free")
     ratio = volume(10000, 8, 3) / volume(10000, 2, 3)
-    assert space_kernels(c, 8, free)["sweep"][0](1) == pytest.approx(ratio * two["sweep"][0](1))
+    assert space_kernels(c, 8, free)["step"][0](1) == pytest.approx(ratio * two["step"][0](1))
     slow = Network(1.0, 1e30, "slow")
     # five iterations a stage, two reductions over three doublings and an exchange
-    seconds = [space_kernels(c, 8, network)["sweep"][0](1) for network in (slow, free)]
+    seconds = [space_kernels(c, 8, network)["step"][0](1) for network in (slow, free)]
     assert seconds[0] - seconds[1] == pytest.approx(5 * (2 * 3 + 2))
 
 

@@ -247,7 +247,7 @@ def test_a_cycle_with_the_adjoints_transfers_is_the_transpose(levels):
     fine.sweep(e[N - 1 :], None)
     one_cycle(sweeps.solvers.tangent, e, False)
     Phi_e = np.empty_like(e[1:])
-    fine.apply(e[:-1], Phi_e, 0)
+    fine.apply(e[:-1], Phi_e)
     Kr = (e[1:] - Phi_e)[:-1]
     lam = np.zeros((N + 1, ev.state_size))  # backwards in time
     lam[1:N] = w[::-1]

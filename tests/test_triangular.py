@@ -100,7 +100,7 @@ def test_rows_of_another_scale_are_not_less_accurate():
 
 
 def test_a_field_of_small_units_that_needs_pivots():
-    """The trial solve tests each row on its own scale: in the norm of all rows, the garbage of these ones is round-off."""
+    """The trial solve tests each row on its own scale: in the norm of all rows, garbage in these ones is round-off."""
     small, pivots = 1e-12, np.array([[1e-20, 1.0], [1.0, 1.0]])
     A = np.kron(np.eye(3), pivots) * small
     A = csr_matrix(np.block([[np.diag([1e3, 2e3]), np.zeros((2, 6))], [np.zeros((6, 2)), A]]))
@@ -172,14 +172,17 @@ def test_panels_store_the_matrix(costs, monkeypatch):
             A.eliminate_zeros()
         L = Lower(A)
         assert np.array_equal(unpacked(L), A.toarray())
-        assert L.starts[0] == 0 and L.starts[-1] == n and (np.diff(L.starts) > 0).all()
+        assert L.starts[[0, -1]].tolist() == [0, n]
+        assert (np.diff(L.starts) > 0).all()
         widths |= set(np.diff(L.starts).tolist())
         counts |= set(np.diff(L.row_ptr).tolist())
         assert not {count % 4 for count in counts} - {0}
     assert max(widths) <= 16
     assert costs is None or max(widths) == (16 if costs[0] else max(widths))
     if costs is None or costs[0]:
-        assert len(widths) > 12 and 16 in widths and 0 in counts
+        assert len(widths) > 12
+        assert 16 in widths
+        assert 0 in counts
 
 
 def test_bytes_of_panels_are_those_of_their_arrays():

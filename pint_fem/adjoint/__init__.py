@@ -8,7 +8,8 @@ A value goes from ``J(z)`` to a PETSc solve through these objects:
 4. ``sweeps.sweeps.Sweeps``: boundary data and right-hand sides of all steps;
 5. ``mgrit.solver.MGRIT`` or ``paradiag.solver.ParaDiag``: cycles over all steps on all time ranks;
 6. ``sweeps.steps``: one step of one level as the solver requires it;
-7. ``propagators``: the stages of a step, and ``kernels.blocks.Factor``: PETSc's solve for a block of states.
+7. ``propagators``: the stages of a step as a program, and ``kernels.steps``: its execution for many states at once by
+   compiled kernels, or by PETSc's solvers for one state after another.
 
 The misfits (``misfits``, summed over the trajectory by ``trajectories``) and the ``regularisation`` give the value.
 

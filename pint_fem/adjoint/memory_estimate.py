@@ -17,7 +17,8 @@ batch                  for each further direction of Hessian actions on several:
                        :math:`c\,n` each, coarse levels of two solvers, half of a linearisation for each cached step;
                        freed afterwards (:func:`bytes_per_direction`)
 model                  for the symmetric model of the Hessian (inexact minimisation): a slab and its coarse levels
-PETSc                  blocks of ``WIDTH`` states, matrices, factors as PETSc counts or estimates them
+kernels                factors and copies of matrices for the kernels, and the work memory that they share
+PETSc                  vectors, matrices, and factors as PETSc counts or estimates them
 =====================  =================================================================================================
 
 The vectors of a Krylov method (``krylov=``), of Firedrake's functions and compiled code are not counted.
@@ -31,17 +32,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from pint_fem.collective import collectively
+from pint_fem.kernels.direct import added
 from pint_fem.misfits.base import BLOCK, BlockMisfit, Misfit
 
 if TYPE_CHECKING:
     from pint_fem.adjoint.problem import ReducedProblem
 
 __all__ = ["MemoryEstimate", "bytes_per_direction", "estimate_memory"]
-
-
-def _added(parts: Sequence[dict[str, int]]) -> dict[str, int]:
-    """The sum of numbers by name."""
-    return {name: sum(part.get(name, 0) for part in parts) for name in dict.fromkeys(n for part in parts for n in part)}
 
 
 class MemoryEstimate(NamedTuple):
@@ -74,7 +71,7 @@ class MemoryEstimate(NamedTuple):
         """Return the estimate of several problems of which one at a time is at its peak."""
         largest = lambda name: max((m.passing[name] for m in estimates), key=lambda parts: sum(parts.values()))
         passing = {name: largest(name) for name in estimates[0].passing}
-        return cls(_added([m.kept for m in estimates]), passing, _added([m.petsc for m in estimates]))
+        return cls(added(*(m.kept for m in estimates)), passing, added(*(m.petsc for m in estimates)))
 
     def __str__(self) -> str:
         text = lambda parts: ", ".join(f"{name} {size / 2**20:.3g}" for name, size in parts.items() if size)
@@ -136,8 +133,9 @@ def estimate_memory(problem: ReducedProblem) -> MemoryEstimate:
         "blocks": blocks,
         "controls": (3 if second else 2) * stepwise + 2 * (direct + layout),
     }
-    petsc = _added([p.petsc_bytes(count) for p, _, count in solvers.cached_steps] + of_misfits)
-    return MemoryEstimate(kept, passing, {part: petsc.get(part, 0) for part in ("blocks", "matrices", "factors")})
+    petsc = added(*(p.operator_nbytes(count) for p, _, count in solvers.cached_steps), *of_misfits)
+    kept["kernels"] = petsc.pop("kernels", 0) + max(p.work_nbytes(k) for p, k, _ in solvers.cached_steps)
+    return MemoryEstimate(kept, passing, {part: petsc.get(part, 0) for part in ("vectors", "matrices", "factors")})
 
 
 def bytes_per_direction(problem: ReducedProblem, estimate: MemoryEstimate) -> int:
@@ -157,8 +155,8 @@ def bytes_per_direction(problem: ReducedProblem, estimate: MemoryEstimate) -> in
 
 
 def _of_misfits(misfits: Sequence[Misfit]) -> tuple[int, list[dict[str, int]]]:
-    """Bytes of arrays of all misfits, and of each one in PETSc by part."""
-    return sum(m.nbytes() for m in misfits), [m.petsc_bytes() for m in misfits]
+    """Bytes of arrays of all misfits, and of each one's matrices by part."""
+    return sum(m.nbytes() for m in misfits), [m.operator_nbytes() for m in misfits]
 
 
 def _coarse(solver, n: int) -> int:

@@ -33,15 +33,19 @@ class BlockOperator:
 
     @property
     def nbytes(self) -> dict[str, int]:
-        """Bytes of the matrix and of its copy for the kernels on this rank."""
-        copies = 8 * (self.rows + self._columns) if self._product is None else self._product.nbytes
-        return {"matrices": matrix_bytes(self.matrix), "blocks": copies}
-
-    def __call__(self, states: np.ndarray) -> np.ndarray:
-        """The products ``(k, rows)`` with states ``(k, columns)``, for the same ``k`` on all ranks (collective)."""
-        out = np.empty((len(states), self.rows))
+        """Bytes of the matrix on this rank, and of its copy for the kernels or of PETSc's work vectors."""
         if self._product is not None:
-            self._product(np.ascontiguousarray(states, dtype=float), out)
+            return {"matrices": matrix_bytes(self.matrix), "kernels": self._product.nbytes}
+        return {"matrices": matrix_bytes(self.matrix), "vectors": 8 * (self.rows + self._columns)}
+
+    def __call__(self, states: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+        """The products ``(k, rows)`` with states ``(k, columns)``, for the same ``k`` on all ranks (collective); in
+        ``out`` where it is given, with contiguous rows of float64.
+        """
+        if out is None:
+            out = np.empty((len(states), self.rows))
+        if self._product is not None:
+            self._product(np.require(states, float, "CA"), out)
             return out
         for state, result in zip(states, out, strict=True):
             self._x.array[:] = state

@@ -16,6 +16,7 @@ from pint_fem.errors import SolverFailure
 
 __all__ = [
     "REDUNDANT",
+    "added",
     "completed",
     "default_solver",
     "direct_solver",
@@ -151,6 +152,11 @@ def matrix_bytes(matrix: PETSc.Mat) -> int:
     if "dense" in matrix.getType():
         return np.dtype(PETSc.ScalarType).itemsize * entries
     return (np.dtype(PETSc.ScalarType).itemsize + index) * entries + index * (matrix.getLocalSize()[0] + 1)
+
+
+def added(*parts: Mapping[str, int]) -> dict[str, int]:
+    """The sum of numbers by name."""
+    return {name: sum(part.get(name, 0) for part in parts) for name in dict.fromkeys(n for part in parts for n in part)}
 
 
 def factor_bytes(ksp: PETSc.KSP, parameters: Mapping) -> int:

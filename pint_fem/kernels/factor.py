@@ -181,6 +181,7 @@ class Factor:
         ksp.setOperators(matrix if singular is None else singular, matrix)
         self._parameters = parameters
         options = OptionsManager(parameters, self._prefix)
+        ksp.setOptionsPrefix(options.options_prefix)  # solvers on multigrid's levels take theirs from it
         if self._geometry is not None and parameters.get("pc_type") in ("mg", "python"):
             self._geometry.prepare(ksp, parameters)
         options.set_from_options(ksp)
@@ -207,9 +208,11 @@ class Factor:
 
     @property
     def nbytes(self) -> dict[str, int]:
-        """Bytes of matrices and factors on this rank; collective where each rank has PETSc's factor of the whole."""
+        """Bytes on this rank of PETSc's matrices and factors, or of the factors for the kernels; collective where each
+        rank has PETSc's factor of the whole.
+        """
         if self.triangular is not None:
-            return {"matrices": matrix_bytes(self.matrix), "factors": self.triangular.nbytes}
+            return {"matrices": matrix_bytes(self.matrix), "kernels": self.triangular.nbytes}
         return self._petsc_bytes
 
     @cached_property

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -50,8 +51,15 @@ class Steps(Protocol):
         """
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of the work vectors in use."""
+    def in_single(self) -> Steps:
+        """The steps with kernels in single precision, where there are any."""
+
+    @property
+    def nbytes(self) -> dict[str, int]:
+        """Bytes of arrays for the kernels, or of vectors for PETSc, without matrices and factors."""
+
+    def work_nbytes(self, states: int) -> int:
+        """Bytes of the work memory of a call with a number of states, which programs share."""
 
 
 def execution(program: StepProgram, comm: MPI.Comm) -> Steps:
@@ -94,11 +102,17 @@ def execution(program: StepProgram, comm: MPI.Comm) -> Steps:
 
 
 class _ReplicatedSteps:
-    """Steps on copies of the states of all ranks in space."""
+    """Steps on copies of the states of all ranks in space, some states at a time."""
 
     def __init__(self, lanes: LaneSteps, replication: Replication, program: StepProgram):
         self._lanes, self._replication = lanes, replication
+        self._program = program
         self._writes = {op.what for op in program.operations if op.kind == "store"}
+
+    @cached_property
+    def in_single(self) -> _ReplicatedSteps:
+        """The same steps with kernels in single precision."""
+        return _ReplicatedSteps(self._lanes.in_single, self._replication, self._program)
 
     def run(
         self,
@@ -130,9 +144,14 @@ class _ReplicatedSteps:
         return self._lanes.seconds
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of the work vectors in use."""
+    def nbytes(self) -> dict[str, int]:
+        """Bytes of the copies of matrices."""
         return self._lanes.nbytes
+
+    def work_nbytes(self, states: int) -> int:
+        """Bytes of copies of states, and of the memory that kernels share."""
+        copied = min(states, max(int(_COPIED / self._replication.total), max(WIDTHS[self._lanes.dtype])))
+        return self._lanes.work_nbytes(states) + 8 * self._lanes.arrays * copied * self._replication.total
 
 
 class PetscSteps:
@@ -174,10 +193,19 @@ class PetscSteps:
         self._calls: dict[str, Callable[[Operation], None]] = calls
 
     @property
-    def nbytes(self) -> int:
+    def in_single(self) -> PetscSteps:
+        """These steps: PETSc's numbers have one precision."""
+        return self
+
+    @property
+    def nbytes(self) -> dict[str, int]:
         """Bytes of the work vectors."""
         vecs = [*self._in.values(), *self._out.values()]
-        return sum(v.nbytes for v in self._vectors.values()) + 8 * sum(v.local_size for v in vecs)
+        return {"vectors": sum(v.nbytes for v in self._vectors.values()) + 8 * sum(v.local_size for v in vecs)}
+
+    def work_nbytes(self, states: int) -> int:
+        """Zero, as programs share no memory."""
+        return 0
 
     def run(
         self,

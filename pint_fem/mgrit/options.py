@@ -20,6 +20,7 @@ _READ_WITH = (
 )
 """Options that are read with some values of another one only."""
 _MOST_SWEEPS = 10_000
+ROUGH = 1e-4  # the smallest tolerance of solves in single precision
 _MOST_LEVELS = 64
 """No hierarchy of steps numbered by 64 bits has more levels."""
 
@@ -55,6 +56,11 @@ class MGRITOptions(SolverOptions):
     coarse_steps
         Steps of the coarse levels' integrator for each of their intervals: for evolutions, whose propagators are made
         here. Two make the coarse level's error four times as small for integrators of order two.
+    precision
+        Of F-relaxation in sweeps of linear evolutions with constant operators: ``"double"``, or single precision for
+        solves with a tolerance ``rtol`` of at least 1e-3 (``"auto"``) or 1e-4 (``"single"``), if the measured error of
+        the steps of an interval is a tenth of that at most. Residuals, C-points and the coarsest level are in double
+        precision in any case.
     coarse_solver
         ``"sequential"``, ``"gathered"`` (on the first rank), ``"relax"``, which needs a coarsening factor for the
         coarsest level too, or ``"paradiag"``: iterations of an alpha-circulant solve, for propagators that have one.
@@ -87,6 +93,7 @@ class MGRITOptions(SolverOptions):
     relax: str | int | Sequence = "FCF"
     c_weight: float | Sequence[float] = 1.0
     coarse_steps: int = 1
+    precision: str = "auto"
     coarse_solver: str = "sequential"
     coarse_sweeps: int = 1
     storage: str = "all"
@@ -100,6 +107,7 @@ class MGRITOptions(SolverOptions):
         "cycle": ("V", "F"),
         "start": STARTS,
         "coarse_solver": ("sequential", "gathered", "relax", "paradiag"),
+        "precision": ("auto", "single", "double"),
         "storage": ("all", "C"),
         "residual": ("C", "full", "none"),
         "check": ("auto", "relaxed", "cycle"),
@@ -125,6 +133,10 @@ class MGRITOptions(SolverOptions):
             raise self._error("c_weight", "give positive numbers, such as 1.0")
         set_("c_weight", tuple(float(w) for w in weights))
         super().__post_init__()
+        if self.precision == "single" and self.rtol < ROUGH:
+            raise self._error(
+                "precision", f"give an rtol of at least {ROUGH:g} with it (it is {self.rtol:g}), or leave it out"
+            )
 
     @classmethod
     def make(cls, options: MGRITOptions | Mapping | None = None, **changes: Any) -> MGRITOptions:

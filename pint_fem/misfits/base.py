@@ -86,8 +86,8 @@ class Misfit(ABC):
         """Bytes of the numpy arrays that are stored for the local points."""
         return 0
 
-    def petsc_bytes(self) -> dict[str, int]:
-        """Bytes of PETSc's objects on this rank, by part."""
+    def operator_nbytes(self) -> dict[str, int]:
+        """Bytes of matrices on this rank by part, as :meth:`FEPropagator.operator_nbytes` names them."""
         return {}
 
 

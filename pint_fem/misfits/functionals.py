@@ -146,9 +146,9 @@ class _FormMisfit(BlockMisfit):
         """Bytes of the vectors of a quadratic functional that are stored for the points."""
         return self._functional.nbytes if self.quadratic else 0
 
-    def petsc_bytes(self) -> dict[str, int]:
+    def operator_nbytes(self) -> dict[str, int]:
         """Bytes of the matrix of a quadratic functional."""
-        return self._functional.petsc_bytes if self.quadratic else {}
+        return self._functional.operator_nbytes if self.quadratic else {}
 
 
 class RunningMisfit(_FormMisfit):

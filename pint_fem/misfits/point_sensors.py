@@ -23,6 +23,7 @@ from pint_fem.errors import InputError
 from pint_fem.evolution.evolution import Evolution
 from pint_fem.kernels.arrays import as_rows, rows_in_whole
 from pint_fem.kernels.block_operator import BlockOperator
+from pint_fem.kernels.direct import added
 from pint_fem.misfits.base import BlockMisfit
 from pint_fem.spacetime import Slab, SpaceTime
 
@@ -276,10 +277,9 @@ class PointSensors(BlockMisfit):
         own[first : first + len(self._point), self.local] = self._at_reading_times(Y) + self._offset
         return self.spacetime.sum_over_grid(own)
 
-    def petsc_bytes(self) -> dict[str, int]:
+    def operator_nbytes(self) -> dict[str, int]:
         """Bytes of the interpolation matrix and its transpose on this rank, by part."""
-        there, back = self._H.nbytes, self._H_T.nbytes
-        return {part: there[part] + back[part] for part in there}
+        return added(self._H.nbytes, self._H_T.nbytes)
 
     # -- the stages of a block misfit ----------------------------------------------------------------------------------
     @property

@@ -208,8 +208,8 @@ class QuadraticFunctional:
         return self._g.nbytes + (0 if self._reference is None else self._reference.nbytes)
 
     @property
-    def petsc_bytes(self) -> dict[str, int]:
-        """Bytes of the matrix and its blocks on this rank, by part."""
+    def operator_nbytes(self) -> dict[str, int]:
+        """Bytes of the matrix and its copy for the kernels on this rank, by part."""
         return {} if self.Q is None else self.Q.nbytes
 
 

@@ -22,10 +22,11 @@ from typing import Protocol
 import numpy as np
 import scipy.fft
 from mpi4py import MPI
+from numpy.typing import DTypeLike
 
 from pint_fem.all_at_once.trace import Trace, timed
 from pint_fem.paradiag.distribution import TimeTransposes
-from pint_fem.paradiag.transforms import time_transform
+from pint_fem.paradiag.transforms import TimeTransform, time_transform
 
 __all__ = ["AlphaCirculant", "BlockSolve", "FrequencySolve", "shifts"]
 
@@ -40,9 +41,17 @@ class BlockSolve(Protocol):
     def available(self) -> bool:
         """Whether it can be called."""
 
-    def __call__(self, frequencies: range, mu: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """Solutions for the right-hand sides of some frequencies, ``(frequencies, batch, n)``, in the precision of
-        ``rows``; ``mu`` has the numbers of all frequencies, ``(N//2 + 1,)``.
+    def __call__(self, frequencies: range, mu: np.ndarray, rows: np.ndarray, out: np.ndarray) -> None:
+        """Write the solutions for some frequencies to ``out``.
+
+        Parameters
+        ----------
+        frequencies
+            Their numbers ``k``.
+        mu
+            The numbers of all frequencies, ``(N//2 + 1,)``.
+        rows, out
+            Right-hand sides and solutions, ``(frequencies, batch, n)``, whose type is the precision.
         """
 
 
@@ -121,6 +130,7 @@ class AlphaCirculant:
         self.mu = _shared_shifts(nsteps, alpha)
         self.transposes = transposes(comm, bounds, len(self.mu), size, backwards=backwards)
         lo, hi = bounds[comm.rank], bounds[comm.rank + 1]
+        self._memory: dict[str, np.ndarray] = {}
         self._scale = alpha ** (np.arange(lo, hi) / nsteps)[:, None]
 
     @property
@@ -171,11 +181,12 @@ class AlphaCirculant:
 
     def _add_by_blocks(self, r: np.ndarray, U: np.ndarray, kind: str) -> None:
         """Add the result to C-contiguous states, with all own frequencies solved at once in a precision."""
-        transposes, transform = self.transposes, time_transform(self.nsteps, kind)
+        transposes, transform = self.transposes, self.transform(kind)
         scale, inverse = self._scale[:, 0], 1 / self._scale[:, 0]
         alone = transform is not None and transposes.comm.size == 1
-        columns = r
-        if not alone:
+        if alone:  # scaled by the transform
+            columns = self._transposed(transposes.to_columns, r)
+        else:
             scaled = np.empty(r.shape, kind)
             np.multiply(r, self._scale, out=scaled, casting="same_kind")
             columns = self._transposed(transposes.to_columns, scaled)
@@ -183,16 +194,19 @@ class AlphaCirculant:
             if transform is None:
                 spectrum = self.rfft(columns)
             else:
-                spectrum = transform.forward(columns, scale if alone else None)
+                shape = len(self.mu), columns.shape[1]
+                spectrum = self._buffer("spectrum", shape, transform.complex)
+                transform.forward(columns, spectrum, scale if alone else None)
         rows = self._transposed(transposes.to_frequencies, spectrum)
         with timed(self._trace, "frequencies", 0, states=len(rows)):
-            rows = self._blocks(self.own, self.mu, rows)
-        spectrum = self._transposed(transposes.from_frequencies, rows)
+            solutions = self._buffer("solutions", rows.shape, rows.dtype)
+            self._blocks(self.own, self.mu, rows, solutions)
+        spectrum = self._transposed(transposes.from_frequencies, solutions)
         with timed(self._trace, "fft", 0):
             if alone:
                 transform.backward(spectrum, U, inverse)
-                return
-            if transform is None:
+                columns = U
+            elif transform is None:
                 columns = self.irfft(spectrum)
             else:
                 columns = np.empty((self.nsteps, spectrum.shape[1]), kind)
@@ -200,8 +214,19 @@ class AlphaCirculant:
         w = self._transposed(transposes.from_columns, columns)
         if transform is None:
             U += (w * inverse[:, None]).reshape(U.shape)
-        else:
+        elif not alone:
             transform.add(w, U, inverse)
+
+    def transform(self, kind: str) -> TimeTransform | None:
+        """The kernels of transforms in a precision, ``"f"`` or ``"d"``, if there are any."""
+        return time_transform(self.nsteps, kind)
+
+    def _buffer(self, name: str, shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
+        """An array that is allocated once: new memory costs about as much as a transform."""
+        array = self._memory.get(name)
+        if array is None or array.shape != shape or array.dtype != dtype:
+            array = self._memory[name] = np.empty(shape, dtype)
+        return array
 
     def _transposed(self, work: Callable, array: np.ndarray) -> np.ndarray:
         """Change the layout of an array; the trace records the bytes sent."""

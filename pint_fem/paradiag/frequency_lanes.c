@@ -362,6 +362,22 @@ void add_multiple(int64_t size, const Z *factor, Z *x, Z *y) {
     }
 }
 
+/* r += y A^-1 M r for a frequency's matrix A and the rows of M or, transposed, r += y M^T A^-T r for those of M^T, where L
+ * and U are exchanged by the caller; t and x are scratch arrays of batch * n. */
+void stage(int32_t transposed, int32_t n, int32_t count, const int32_t *first, const int64_t *begin, const int32_t *rows,
+           const int64_t *start, const Z *L, const Z *U, const Z *invD, const int32_t *order, const REAL *scale,
+           const int32_t *ptr, const int32_t *idx, const REAL *values, int32_t batch, const Z *y, Z *r, Z *t, Z *x) {
+    if (transposed) {
+        solve(n, count, first, begin, rows, start, L, U, invD, order, scale, batch, r, t, x);
+        product(n, n, ptr, idx, values, batch, t, x);
+        add_multiple((int64_t)batch * n, y, x, r);
+    } else {
+        product(n, n, ptr, idx, values, batch, r, t);
+        solve(n, count, first, begin, rows, start, L, U, invD, order, scale, batch, t, t, x);
+        add_multiple((int64_t)batch * n, y, t, r);
+    }
+}
+
 /* ---- layouts ------------------------------------------------------------------------------------------------------ */
 
 /* Rows of frequencies, (count, n) complex numbers of this precision, to lanes (n, 2, W); rows that are missing are zero.

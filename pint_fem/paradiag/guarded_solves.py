@@ -67,17 +67,15 @@ class GuardedBlocks:
         """Whether there are such solves."""
         return self._blocks.available
 
-    def __call__(self, frequencies: range, mu: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """Solve for frequencies; failed solutions are NaN."""
+    def __call__(self, frequencies: range, mu: np.ndarray, rows: np.ndarray, out: np.ndarray) -> None:
+        """Write the solutions for frequencies to ``out``; those that fail are NaN."""
+        batch = len(rows), self._solve.members, -1
         try:
-            batch = rows.reshape(len(rows), self._solve.members, -1)
-            return self._blocks(frequencies, mu, batch).reshape(rows.shape)
+            self._blocks(frequencies, mu, rows.reshape(batch), out.reshape(batch))
         except FAILURES as error:
             if is_numerical(error):
-                solved = [
-                    self._solve(k, complex(mu[k]), row.astype(complex))
-                    for k, row in zip(frequencies, rows, strict=True)
-                ]
-                return np.array(solved, dtype=rows.dtype).reshape(rows.shape)
-            self._note(f"frequencies {frequencies.start} to {frequencies.stop - 1}", error)
-            return np.full_like(rows, np.nan)
+                for k, row, solution in zip(frequencies, rows, out, strict=True):
+                    solution[...] = self._solve(k, complex(mu[k]), row.astype(complex))
+            else:
+                self._note(f"frequencies {frequencies.start} to {frequencies.stop - 1}", error)
+                out[...] = np.nan

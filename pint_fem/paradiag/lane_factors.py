@@ -208,6 +208,25 @@ class LaneSystem:
         )  # fmt: skip
         return out
 
+    @cached_property
+    def masks_boundary(self) -> bool:
+        """Whether part 1 times anything has no boundary values, so that ``C`` does not matter in :meth:`step`."""
+        _, outer, rows = self._split
+        return not outer or not self._parts[1][rows].count_nonzero()
+
+    def step(self, factor: LaneFactor, y: np.ndarray, r: np.ndarray, *, transposed: bool) -> None:
+        r"""Add :math:`y A^{-1} X_1 r` to lanes ``(batch, n, 2, W)``, or :math:`y X_1^T A^{-T} r`, in place; where
+        :attr:`masks_boundary`.
+        """
+        kernels, panels = factor.kernels, self.panels
+        X = self._matrix(kernels, ("part", 1, transposed), lambda: self._parts[1].T if transposed else self._parts[1])
+        first, second = (factor.upper, factor.lower) if transposed else (factor.lower, factor.upper)
+        kernels.call(
+            "stage", transposed, self.n, panels.count, panels.first, panels.begin, panels.rows, panels.start, first,
+            second, factor.inverse, panels.order, self._scale_of(kernels), X.indptr, X.indices, X.values, len(r),
+            kernels.weights(y), r, *kernels.scratch(len(r), self.n),
+        )  # fmt: skip
+
     def multiply(self, kernels: LaneKernels, p: int, r: np.ndarray, *, transposed: bool) -> np.ndarray:
         """Part ``p``, or its transpose, times lanes ``(batch, n, 2, W)``."""
         X = self._parts[p]

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from ctypes import CDLL, c_int64
 from functools import cache
+from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,8 +26,10 @@ WIDTHS = {"f": (16, 4), "d": (8, 2)}
 
 def aligned(shape: Sequence[int], dtype: np.dtype, *, zero: bool = False) -> np.ndarray:
     """An array that begins at a multiple of 64 bytes, so that no vector lies in two lines of the cache."""
-    nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-    memory = (np.zeros if zero else np.empty)(nbytes + 64, np.uint8)
+    nbytes = prod(shape) * dtype.itemsize
+    memory = np.empty(nbytes + 64, np.uint8)  # on large pages, where there are any
+    if zero:
+        memory[:] = 0
     start = -memory.ctypes.data % 64
     return memory[start : start + nbytes].view(dtype).reshape(shape)
 
@@ -60,11 +63,18 @@ class LaneKernels:
 
     def __init__(self, shared: CDLL, dtype: np.dtype, width: int):
         self._library, self.dtype, self.width = shared, dtype, width
+        self._scratch: list[np.ndarray] = []
         self.complex = np.result_type(dtype, np.complex64)
 
     def empty(self, *shape: int) -> np.ndarray:
         """Lanes of uninitialised numbers, ``(*shape, 2, W)``."""
         return aligned((*shape, 2, self.width), self.dtype)
+
+    def scratch(self, batch: int, n: int) -> Sequence[np.ndarray]:
+        """Two arrays of lanes ``(batch, n, 2, W)`` for use within a kernel, the same ones at every call."""
+        if not self._scratch or self._scratch[0].shape[:2] != (batch, n):
+            self._scratch = [self.empty(batch, n) for _ in range(2)]
+        return self._scratch
 
     def weights(self, values: np.ndarray) -> np.ndarray:
         """Complex numbers ``(..., W)`` as lanes ``(..., 2, W)``."""
@@ -72,11 +82,11 @@ class LaneKernels:
         out[..., 0, :], out[..., 1, :] = values.real, values.imag
         return out
 
-    def to_lanes(self, rows: np.ndarray) -> np.ndarray:
-        """At most W rows of frequencies ``(w, batch, n)`` as lanes ``(batch, n, 2, W)``."""
+    def to_lanes(self, rows: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+        """At most W rows of frequencies ``(w, batch, n)`` as lanes ``(batch, n, 2, W)``, in ``out`` if it is given."""
         rows = np.ascontiguousarray(rows, dtype=self.complex)
         count, batch, n = rows.shape
-        out = self.empty(batch, n)
+        out = self.empty(batch, n) if out is None else out
         for b in range(batch):
             self._library.to_lanes(count, long(n), long(batch * n), address(rows[:, b]), address(out[b]))
         return out

@@ -60,3 +60,10 @@ class ParaDiagOptions(SolverOptions):
             value = getattr(self, name)
             if not is_number(value) or not 0 < value < largest:
                 raise self._error(name, proposal)
+
+    @property
+    def precision_for_tolerances(self) -> str:
+        """The precision of solves to a tolerance."""
+        if self.precision != "auto":
+            return self.precision
+        return "single" if self.alpha >= SINGLE else "double"

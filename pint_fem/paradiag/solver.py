@@ -34,7 +34,7 @@ from pint_fem.all_at_once.stopping import SolveResult
 from pint_fem.all_at_once.trace import timed
 from pint_fem.paradiag.circulant import AlphaCirculant, BlockSolve, FrequencySolve
 from pint_fem.paradiag.guarded_solves import GuardedBlocks, GuardedSolve
-from pint_fem.paradiag.options import SINGLE, ParaDiagOptions
+from pint_fem.paradiag.options import ParaDiagOptions
 
 __all__ = ["ParaDiag"]
 
@@ -131,11 +131,10 @@ class ParaDiag(AllAtOnceSolver):
     def _is_single(self) -> bool:
         """Whether the present solve is preconditioned in single precision; the same on all ranks."""
         precision = self.options.precision
-        if precision == "auto":
-            # a given number of iterations has no residual to meet, and its transpose has to be the transpose
-            is_fixed = self._stop.cycles is not None or self.options.is_fixed
-            return not is_fixed and self.options.alpha >= SINGLE
-        return precision == "single"
+        # a given number of iterations has no residual to meet, and its transpose has to be the transpose
+        if precision != "auto" or self._stop.cycles is not None or self.options.is_fixed:
+            return precision == "single"
+        return self.options.precision_for_tolerances == "single"
 
     def _iterate(
         self, U: np.ndarray, start: str, coarse_rhs: Sequence[np.ndarray | None] | None, result: SolveResult
@@ -164,14 +163,17 @@ class ParaDiag(AllAtOnceSolver):
 
     def _residual_from_zero(self, U: np.ndarray) -> np.ndarray:
         """Set ``U`` to zero but for the initial value; the residual there costs one step."""
-        fine, r = self.levels[0], np.zeros_like(U[1:])
+        fine, r = self.levels[0], self._residual
+        if r is None or (r.shape, r.dtype) != (U[1:].shape, U.dtype):
+            r = self._residual = np.empty_like(U[1:])
+        r[...] = 0 if fine.G is None else fine.G
         if fine.left is None and fine.k:
-            fine.phi(range(1), U[:1], r[:1])
+            first = np.empty_like(r[:1])
+            fine.phi(range(1), U[:1], first)
+            r[:1] += first
         elif fine.left is not None:
             U[0] = 0
         U[1:] = 0
-        if fine.G is not None:
-            r += fine.G
         return r
 
     def view(self, state_nbytes: int | None = None) -> str:

@@ -127,6 +127,15 @@ class SparseSystem(ShiftedSystem):
                 target[:, 0], target[:, 1] = x.real, x.imag
         return out
 
+    def step_lanes(
+        self, kernels: LaneKernels, factor: LaneFactor, y: np.ndarray, r: np.ndarray, *, transposed: bool
+    ) -> None:
+        """Add ``y (S - y M)^-1 M r`` to lanes, or ``y M^T (S - y M)^-T r``, in place."""
+        if factor.others or not self._lanes.masks_boundary:
+            super().step_lanes(kernels, factor, y, r, transposed=transposed)
+        else:
+            self._lanes.step(factor, y, r, transposed=transposed)
+
     def mass_lanes(self, kernels: LaneKernels, r: np.ndarray, *, transposed: bool) -> np.ndarray:
         """``M r`` or ``M^T r`` of lanes ``(batch, n, 2, W)``."""
         return self._lanes.multiply(kernels, 1, r, transposed=transposed)

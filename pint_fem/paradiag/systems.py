@@ -64,6 +64,14 @@ class ShiftedSystem(ABC):
         """``M r`` or ``M^T r`` of lanes ``(batch, n, 2, W)``."""
         raise NotImplementedError
 
+    def step_lanes(self, kernels: LaneKernels, factor: Any, y: np.ndarray, r: np.ndarray, *, transposed: bool) -> None:
+        """Add ``y (S - y M)^-1 M r`` to lanes, or ``y M^T (S - y M)^-T r``, in place."""
+        if transposed:
+            z = self.mass_lanes(kernels, self.solve_lanes(kernels, factor, y, r, transposed=True), transposed=True)
+        else:
+            z = self.solve_lanes(kernels, factor, y, self.mass_lanes(kernels, r, transposed=False), transposed=False)
+        kernels.add_multiple(y, z, r)
+
 
 class ShiftedSteps:
     r""":math:`(I - \mu \Phi)^{-1}` and its transpose.
@@ -152,7 +160,13 @@ class ShiftedSteps:
         return all(system.has_lanes for system in self.systems)
 
     def solve_all(
-        self, frequencies: range, mu: np.ndarray, rows: np.ndarray, *, transposed: bool = False
+        self,
+        frequencies: range,
+        mu: np.ndarray,
+        rows: np.ndarray,
+        *,
+        transposed: bool = False,
+        out: np.ndarray | None = None,
     ) -> np.ndarray:
         """Solve ``(I - mu_k Phi) v = r``, or with ``Phi^T``, for some frequencies.
 
@@ -165,6 +179,10 @@ class ShiftedSteps:
         rows
             Right-hand sides, complex ``(frequencies, n)`` or ``(frequencies, batch, n)``, with which each factor is
             read once for a batch. Factors are in single precision for right-hand sides of type ``complex64``.
+        transposed
+            Whether it is ``Phi^T``.
+        out
+            Where the solutions are written to, shaped and typed like ``rows``; default: a new array.
 
         Returns
         -------
@@ -177,16 +195,20 @@ class ShiftedSteps:
         RuntimeError
             If a matrix is singular.
         """
-        out = np.empty(rows.shape, rows.dtype)
+        out = np.empty(rows.shape, rows.dtype) if out is None else out
         given, results = (x if x.ndim == 3 else x[:, None] for x in (rows, out))
-        begin = 0
+        begin, memory = 0, None
         for own, kernels in groups(frequencies, "f" if rows.dtype == np.complex64 else "d"):
             count, part = len(own), slice(begin, begin + len(own))
             padded = [*range(count), *[count - 1] * (kernels.width - count)]
             scales, shifts = (
                 np.array(v)[padded] for v in zip(*(self._at(k, complex(mu[k])) for k in own), strict=True)
             )
-            lanes = self._solve_lanes(kernels, own, shifts, kernels.to_lanes(given[part]), transposed=transposed)
+            if memory is None or memory.shape[-1] != kernels.width:
+                memory = kernels.empty(*given.shape[1:])
+            lanes = self._solve_lanes(
+                kernels, own, shifts, kernels.to_lanes(given[part], memory), transposed=transposed
+            )
             kernels.multiply(scales, lanes)
             kernels.from_lanes(lanes, results[part])
             begin += count
@@ -200,15 +222,7 @@ class ShiftedSteps:
         for j, (system, y) in reversed(stages) if transposed else stages:
             key = own[0], j, kernels.dtype.char, len(own)
             factor = self._cached(key, len(own), lambda s=system, y=y: s.factor_lanes(kernels, y[: len(own)]))
-            if transposed:
-                z = system.mass_lanes(
-                    kernels, system.solve_lanes(kernels, factor, y, r, transposed=True), transposed=True
-                )
-            else:
-                z = system.solve_lanes(
-                    kernels, factor, y, system.mass_lanes(kernels, r, transposed=False), transposed=False
-                )
-            kernels.add_multiple(y, z, r)
+            system.step_lanes(kernels, factor, y, r, transposed=transposed)
         return r
 
 
@@ -231,9 +245,9 @@ class FrequencyBlocks:
         """Whether the systems have kernels for several frequencies."""
         return self._systems.has_lanes
 
-    def __call__(self, frequencies: range, mu: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """Solutions for the right-hand sides of some frequencies."""
-        return self._systems.solve_all(frequencies, mu, rows, transposed=self._transposed)
+    def __call__(self, frequencies: range, mu: np.ndarray, rows: np.ndarray, out: np.ndarray) -> None:
+        """Write the solutions for the right-hand sides of some frequencies to ``out``."""
+        self._systems.solve_all(frequencies, mu, rows, transposed=self._transposed, out=out)
 
 
 class WrappedSystem(ShiftedSystem):

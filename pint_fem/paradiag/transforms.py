@@ -44,17 +44,15 @@ class TimeTransform:
         self._work = [aligned((length, 2, WIDTHS[dtype.char][0]), dtype) for _ in range(2)]
         self._fixed = nsteps, length, len(radices), *map(address, (self._radices, self._roots, self._half))
 
-    def forward(self, rows: np.ndarray, scale: np.ndarray | None = None) -> np.ndarray:
-        """The transform ``(N//2 + 1, c)`` of C-contiguous rows ``(N, c)``: in the transforms' precision, or, with one
-        number ``scale`` for each row by which it is multiplied, in double precision.
+    def forward(self, rows: np.ndarray, out: np.ndarray, scale: np.ndarray | None = None) -> None:
+        """Write the transform of C-contiguous rows ``(N, c)`` to ``(N//2 + 1, c)``: rows in the transforms' precision,
+        or in double precision, multiplied by one number ``scale`` for each.
         """
         columns = rows.shape[1]
-        out = np.empty((self.nsteps // 2 + 1, columns), self.complex)
         self._library.forward_transform(
             *self._fixed, long(columns), long(columns), address(rows), address(scale), long(columns), address(out),
             *map(address, self._work),
         )  # fmt: skip
-        return out
 
     def backward(self, spectrum: np.ndarray, out: np.ndarray, scale: np.ndarray | None = None) -> None:
         """The inverse transform of ``(N//2 + 1, c)`` to C-contiguous ``(N, c)``: written to it in the transforms'

@@ -140,9 +140,15 @@ class FEPropagator(ABC):
         """Bytes of arrays in the linearisation of a step."""
         return 0
 
-    def petsc_bytes(self, count: int) -> dict[str, int]:
-        """Bytes of PETSc's objects on this rank by part, with ``count`` linearisations (collective over space)."""
+    def operator_nbytes(self, count: int) -> dict[str, int]:
+        """Bytes of operators and factors on this rank with ``count`` linearisations (collective over space): of PETSc's
+        ``"matrices"``, ``"factors"`` and ``"vectors"``, and of arrays for the ``"kernels"``.
+        """
         return {}
+
+    def work_nbytes(self, count: int) -> int:
+        """Bytes of work memory in a call with ``count`` steps, which all propagators share."""
+        return 0
 
     @abstractmethod
     def step(self, data: StepData, u: np.ndarray, out: np.ndarray) -> None:

@@ -110,7 +110,7 @@ class FormPropagator(FEPropagator):
         """Bytes of the stage values, adjoints and tangents in the linearisation of a step."""
         return 8 * ((8 * self.dirk.stages + 5) * self.evolution.state_size + self.evolution.control_size)
 
-    def petsc_bytes(self, count: int) -> dict[str, int]:
+    def operator_nbytes(self, count: int) -> dict[str, int]:
         """Bytes of matrices and of factors, as far as the budget goes, with ``count`` linearisations; a Jacobian is
         factored to measure it if none was before.
         """

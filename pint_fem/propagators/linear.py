@@ -29,7 +29,7 @@ from pint_fem.evolution.fields import Fields
 from pint_fem.evolution.tableaux import DIRK
 from pint_fem.kernels.arrays import boundary_rows
 from pint_fem.kernels.compressed_vectors import MOST
-from pint_fem.kernels.direct import matrix_bytes
+from pint_fem.kernels.direct import added, matrix_bytes
 from pint_fem.kernels.factor import Factor, is_symmetric
 from pint_fem.kernels.multigrid import Geometry
 from pint_fem.kernels.regularity import regular_factor
@@ -163,7 +163,13 @@ class LinearPropagator(FEPropagator):
         self._backward.run(lam, out[:, None], None, () if stages is None else list(stages[:, :, None]))
 
     def advance(
-        self, u: np.ndarray, out: np.ndarray, added: np.ndarray | None = None, *, transposed: bool = False
+        self,
+        u: np.ndarray,
+        out: np.ndarray,
+        added: np.ndarray | None = None,
+        *,
+        transposed: bool = False,
+        single: bool = False,
     ) -> None:
         """Take homogeneous steps one after another from each of ``k`` states, ``out[:, j] = Phi_u out[:, j-1] +
         added[:, j]``, or transposed ones.
@@ -176,8 +182,26 @@ class LinearPropagator(FEPropagator):
             Results ``(k, steps, n)``, and what is added to them, or ``None``.
         transposed
             Whether the steps are transposed.
+        single
+            Whether single precision is enough; :attr:`error_of_single_precision` is that of a step.
         """
-        (self._backward if transposed else self._forward).run(u, out, added)
+        steps = self._backward if transposed else self._forward
+        (steps.in_single if single else steps).run(u, out, added)
+
+    @cached_property
+    def error_of_single_precision(self) -> float:
+        """The largest difference of a step and its transpose in single precision for smooth states, relative to their
+        norms (collective over space when first used).
+        """
+        worst, comm, shape = 0.0, self.evolution.V.mesh().comm, (1, 1, self.evolution.state_size)
+        size = lambda a: np.sqrt(comm.allreduce(float(np.vdot(a, a))))
+        for transposed in (False, True):
+            smooth, single = np.empty((1, 4, shape[-1])), np.empty(shape)
+            self.advance(np.cos(np.arange(shape[-1]) ** 2)[None], smooth, transposed=transposed)
+            self.advance(smooth[:, 2], single, transposed=transposed, single=True)
+            start = size(smooth[:, 2])
+            worst = max(worst, size(single[0] - smooth[:, 3]) / start if start > 0 else 0.0)
+        return worst if np.isfinite(worst) else np.inf
 
     def sweep(self, U: np.ndarray, G: np.ndarray | None, *, transposed: bool = False) -> None:
         """Take homogeneous steps one after another in place, ``U[i+1] = Phi_u U[i] + G[i]``, or transposed ones, of a
@@ -297,25 +321,26 @@ class LinearPropagator(FEPropagator):
 
     # -- memory --------------------------------------------------------------------------------------------------------
     def data_nbytes(self, count: int) -> int:
-        """Bytes of loads for ``count`` steps, and of the work vectors in use."""
+        """Bytes of loads for ``count`` steps."""
         stages = rows = self.dirk.stages
         if self.evolution.depends_on_time:
             rows = stages * count if self.stores_loads else min(MOST, stages * count)
         if self.evolution.is_homogeneous:
             rows = 0
-        return 8 * self.evolution.state_size * rows + self._forward.nbytes + self._backward.nbytes
+        return 8 * self.evolution.state_size * rows
 
-    def petsc_bytes(self, count: int) -> dict[str, int]:
-        """Bytes of matrices and factors on this rank, independent of ``count``."""
+    def work_nbytes(self, count: int) -> int:
+        """Bytes of work memory in a call with ``count`` steps, which all propagators share."""
+        return max(self._forward.work_nbytes(count), self._backward.work_nbytes(count))
+
+    def operator_nbytes(self, count: int) -> dict[str, int]:
+        """Bytes of matrices and factors on this rank by part, independent of ``count``."""
         if self.fields is not None:
             matrices = self.fields.held if self.stride == 1 else []  # levels share them
         else:
             matrices = [self.M] if self.MT is self.M else [self.M, self.MT]
-        parts = [factor.nbytes for factor in self.factors.values()]
-        return {
-            "matrices": sum(map(matrix_bytes, matrices)) + sum(part["matrices"] for part in parts),
-            "factors": sum(part["factors"] for part in parts),
-        }
+        parts = [{"matrices": sum(map(matrix_bytes, matrices))}, *(factor.nbytes for factor in self.factors.values())]
+        return added(*parts, self._forward.nbytes, self._backward.nbytes)
 
 
 def _chunks(count: int) -> Iterator[slice]:

@@ -70,8 +70,7 @@ def mesh_transfer(
     -------
     Transfer
         Maps of blocks ``(k, own_size(V_fine))`` and ``(k, own_size(V_coarse))``. The result for a state is bitwise
-        independent of the others in its block and of its place there: PETSc's product of an AIJ matrix takes four
-        columns at a time in one loop that adds in the matrix's order, and ``blocks.WIDTH`` is a multiple of four.
+        independent of the others in its block and of its place there.
 
     Raises
     ------

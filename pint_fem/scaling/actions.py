@@ -1,12 +1,13 @@
 """Actions that are timed for a calibration: kernels, the work around sweeps, whole solves, and the parts of ParaDiag.
 
-Kernels are timed through the solver's own levels, as relaxation calls them: on strided rows of a slab, one group of
-intervals after another, with the right-hand side added.
+Kernels are timed through the solver's own levels, as relaxation calls them: several steps in some intervals of a slab,
+one group of intervals after another, with the right-hand side added.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import cycle
 from typing import Any
 
@@ -15,10 +16,13 @@ import scipy.fft
 from mpi4py import MPI
 
 from pint_fem.adjoint.reduced_functional import TimeParallelReducedFunctional
+from pint_fem.kernels.lanes.structures import WIDTHS
 from pint_fem.paradiag.circulant import shifts
 from pint_fem.paradiag.distribution import TimeTransposes
+from pint_fem.paradiag.lane_kernels import groups
 from pint_fem.paradiag.options import ParaDiagOptions
 from pint_fem.paradiag.stage_shifts import shifted_factors
+from pint_fem.paradiag.transforms import time_transform
 from pint_fem.scaling.paradiag import FEW
 from pint_fem.spacetime import SpaceTime
 from pint_fem.sweeps.frequency_systems import frequency_systems
@@ -30,10 +34,12 @@ __all__ = [
 
 PARADIAG = {"time_solver": "paradiag", "alpha": 1e-4}
 """Options of ParaDiag for the measurement of its parts."""
-SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 16, 64)
+SIZES = WIDTHS[np.dtype(np.float64)]
 STRIDE = 8
 SMALL = 128
 """Steps of the solves that kernels and overhead are timed with."""
+MANY, FEW_FACTORS = 64, 24
+"""Frequencies that ParaDiag's solves are timed with, several at once and one after the other."""
 
 Action = tuple[Callable[[], object], float]
 """An action that is timed, and the number by which its seconds are divided."""
@@ -46,27 +52,23 @@ def solver_parameters(options: Mapping, **more: Any) -> dict:
     return {"time_solver": kind, "paradiag" if kind == "paradiag" else "mgrit": options}
 
 
-def _block_action(level, U: np.ndarray, G: np.ndarray, size: int) -> Action:
-    """``level.phi`` on a block and the addition of the right-hand side, each time on other rows of the slab."""
-    span = STRIDE * size
+def _lanes_action(level, U: np.ndarray, G: np.ndarray, size: int) -> Action:
+    """Successive steps in ``size`` intervals by ``level.advance``, each time on other rows of the slab."""
+    span, steps = STRIDE * size, STRIDE - 1
     groups = cycle(range(0, len(G), span))
 
     def run():
-        first = next(groups)
-        for row in range(first, first + STRIDE - 1):
-            source, target = (
-                slice(row, row + span - STRIDE + 1, STRIDE),
-                slice(row + 1, row + span - STRIDE + 2, STRIDE),
-            )
-            # the first lane is that of step 0: sizes up to a block's width are one piece
-            level.phi(range(0, span, STRIDE), U[source], U[target])
-            U[target] += G[source]
+        rows = slice(first := next(groups), first + span)
+        inside = lambda a: a.reshape(size, STRIDE, -1)
+        results = inside(U[rows.start + 1 : rows.stop + 1])[:, :steps]
+        level.advance(0, STRIDE, U[rows][::STRIDE], results, inside(G[rows])[:, :steps])
 
-    return run, STRIDE - 1
+    return run, steps
 
 
-def _sweep_action(level, U: np.ndarray, G: np.ndarray, steps: int) -> Action:
-    """A step of ``level.sweep_steps``, each time on other rows of the slab."""
+def _sweep_action(level, U: np.ndarray, G: np.ndarray) -> Action:
+    """Steps of one state by ``level.sweep_steps``, each time on other rows of the slab."""
+    steps = min(len(G), STRIDE * STRIDE)
     parts = cycle(range(0, len(G), steps))
 
     def run():
@@ -87,10 +89,10 @@ def kernel_actions(rf: TimeParallelReducedFunctional, sizes: Sequence[int] = SIZ
         if propagator.evolution.state_size == size:
             break
         size, index = propagator.evolution.state_size, ahead.index
-        for kind, sweep, level in (("step", "sweep", ahead), ("adjoint", "adjoint sweep", back)):
+        for kind, level in (("step", ahead), ("adjoint", back)):
             U, G = rng.standard_normal((rows + 1, size)), rng.standard_normal((rows, size))
-            out |= {(kind, index, n): _block_action(level, U, G, n) for n in sizes}
-            out[sweep, index, 1] = _sweep_action(level, U, G, max(sizes))
+            made = lambda n, *given: _sweep_action(*given) if n == 1 else _lanes_action(*given, n)
+            out |= {(kind, index, n): made(n, level, U, G) for n in sizes}
     return out
 
 
@@ -104,7 +106,7 @@ def extra_actions(rf: TimeParallelReducedFunctional) -> dict[str, Action]:
     out = {
         "misfit value": (lambda: [m.values(U) for m in misfits], k),
         "misfit gradient": (lambda: sum(m.gradient(U) for m in misfits), k),
-        "forcing": (lambda: fine.forcing(sweeps.data(steps), sweeps.slab.lo), 1),
+        "forcing": (lambda: fine.forcing(sweeps.data(steps)), 1),
         "control gradient": (transpose(1), 1),
         "all steps": (transpose(k), 1),
         "optimiser": (lambda: rf.inner.primal(rf.inner.dual(z)), 1),
@@ -144,25 +146,39 @@ def paradiag_actions(pose: Callable, nsteps: int, small: int) -> tuple[dict[str,
     rf = pose(SpaceTime("1x1", comm=MPI.COMM_SELF), small, solver_parameters(PARADIAG))
     size, mu, rng = rf.evolution.state_size, shifts(small, PARADIAG["alpha"]), np.random.default_rng(2)
     systems = frequency_systems(rf.problem.sweeps.propagators[0], ParaDiagOptions(), {})
-    r = rng.standard_normal(size) + 1j * rng.standard_normal(size)
-    systems.solve(0, complex(mu[0]), r)
-    nbytes = systems.bytes / systems.kept
     # so many factors that they are read from memory, as in a solve
-    some = range(int(np.clip(5e8 / (nbytes * len(systems.b)), 4, min(24, len(mu)))))
-    once = lambda solve: lambda: [solve(k, complex(mu[k]), r) for k in some]
-    y = shifted_factors(systems.A, systems.b, complex(mu[1]))[1][0]
-    actions = {
-        "solve": (once(systems.solve), len(some)),
-        "solve transposed": (once(systems.solve_transposed), len(some)),
-        "factor": (lambda: systems.systems[0].factor(y), 1),
-    }
+    some = range(min(MANY if systems.has_lanes else FEW_FACTORS, len(mu)))
+    rows = rng.standard_normal((len(some), size)) + 1j * rng.standard_normal((len(some), size))
+    solves = {"solve": systems.solve, "solve transposed": systems.solve_transposed}
+    y = np.array([shifted_factors(systems.A, systems.b, complex(m))[1][0] for m in mu])
+    transform = None
+    if systems.has_lanes:
+        transform, single = time_transform(nsteps, "d"), rows.astype(np.complex64)
+        once = lambda rows, **given: (lambda: systems.solve_all(some, mu, rows, **given), len(some))
+        actions = {"solve": once(rows), "solve transposed": once(rows, transposed=True), "single solve": once(single)}
+        # factors in single precision, as those of solves to a tolerance are
+        own, kernels = next(groups(some, "f"))
+        actions["factor"] = (lambda: systems.systems[0].factor_lanes(kernels, y[list(own)]), len(own))
+    else:
+        once = lambda solve: lambda: [solve(k, complex(mu[k]), rows[k]) for k in some]
+        actions = {name: (once(solve), len(some)) for name, solve in solves.items()}
+        actions["factor"] = (lambda: systems.systems[0].factor(y[1]), 1)
+    actions["single solve" if systems.has_lanes else "solve"][0]()
+    nbytes = systems.bytes / systems.kept
     # of all unknowns of a rank at once, in memory, or of few, in the caches
-    most = max(min(size, 2**23 // nsteps), FEW + 1)
+    most, scale = max(min(size, 2**23 // nsteps), FEW + 1), np.ones(nsteps)
     for name, count in (("few ", FEW), ("", most)):
         columns = rng.standard_normal((nsteps, count))
-        spectrum = scipy.fft.rfft(columns, axis=0)
-        actions[f"{name}fft"] = (lambda columns=columns: scipy.fft.rfft(columns, axis=0), count)
-        actions[f"{name}ifft"] = (lambda spectrum=spectrum: scipy.fft.irfft(spectrum, nsteps, axis=0), count)
+        if transform is None:
+            spectrum = scipy.fft.rfft(columns, axis=0)
+            actions[f"{name}fft"] = (lambda columns=columns: scipy.fft.rfft(columns, axis=0), count)
+            actions[f"{name}ifft"] = (lambda spectrum=spectrum: scipy.fft.irfft(spectrum, nsteps, axis=0), count)
+        else:
+            spectrum = np.empty((nsteps // 2 + 1, count), transform.complex)
+            forward = partial(transform.forward, columns, spectrum, scale)
+            forward()
+            backward = partial(transform.backward, spectrum, columns.copy(), scale)
+            actions[f"{name}fft"], actions[f"{name}ifft"] = (forward, count), (backward, count)
     maps = TimeTransposes(MPI.COMM_SELF, [0, small], len(mu), size)
     slab = rng.standard_normal((small, size))
     actions["pack"] = (lambda: maps.collect(maps.spread(slab, maps.rows), maps.rows), 4 * slab.nbytes)

@@ -101,13 +101,14 @@ class Stopwatch:
         return f"{time.strftime('%Y-%m-%d')}, kernels: median of {self.repeats} at {full}"
 
 
-def kernel_tables(seconds: Mapping[tuple, float], width: int = 0) -> dict[str, list[Kernel]]:
-    """Tables of kernels by kind and level, from seconds by kind, level and size."""
+def kernel_tables(seconds: Mapping[tuple, float], *, lanes: bool = True) -> dict[str, list[Kernel]]:
+    """Tables of kernels by kind and level, from seconds by kind, level and size; ``lanes`` as for
+    :class:`~pint_fem.scaling.costs.Kernel`.
+    """
     out: dict[str, list[Kernel]] = {}
     for kind, level in dict.fromkeys(key[:2] for key in seconds):
         table = {size: value for (*key, size), value in seconds.items() if key == [kind, level]}
-        made = Kernel.constant(table[1]) if "sweep" in kind else Kernel(tuple(table), tuple(table.values()), width)
-        out.setdefault(kind, []).append(made)
+        out.setdefault(kind, []).append(Kernel(tuple(table), tuple(table.values()), lanes))
     return out
 
 
@@ -159,7 +160,7 @@ def calibrate(
     if comm.size == 1:
         return made.with_changes(notes=[*made.notes, "one process: network assumed, space ranks not measured"])
     progress("all processes at once, network")
-    actions = {key: do for key, do in kernel_actions(rf).items() if key[1] == 0 and key[2] in (1, 8, 64)}
+    actions = {key: do for key, do in kernel_actions(rf).items() if key[1] == 0}
     made = measure_all_processes(made, actions, watch, comm)
     progress("kernels on two space ranks")
     found = _space_kernels(case.pose, comm, watch, small)
@@ -181,7 +182,7 @@ def _measure_alone(
     extras["adjoint sum"] = max(extras.pop("all steps") - extras["control gradient"], 0.0) / max(sweeps.slab.k - 1, 1)
     made = Calibration(
         case.name, machine(), rf.evolution.V.dim(), case.nsteps,
-        {1: kernel_tables({key: seconds[key] for key in work}, sweeps.solvers.adjoint.levels[0].block)},
+        {1: kernel_tables({key: seconds[key] for key in work})},
         norm=extras.pop("norm"),
         extras=extras,
         control_bytes=8.0 * rf.layout.size,
@@ -192,7 +193,10 @@ def _measure_alone(
     if any("time_solver" in options for options in case.menu):
         progress("ParaDiag")
         parts, sizes = paradiag_actions(case.pose, case.nsteps, small)
-        made = made.with_changes(paradiag=watch(parts) | sizes)
+        found = watch(parts)
+        if "single solve" in found:
+            found["single"] = found.pop("single solve") / found["solve"]
+        made = made.with_changes(paradiag=found | sizes)
         few = small if made.unknowns < LARGE else min(small, 32)
         diagonal = case.pose(SpaceTime("1x1", comm=MPI.COMM_SELF), few, solver_parameters(PARADIAG))
         overhead = _overhead(watch(_cold_solves(diagonal)), made, PARADIAG, few)
@@ -250,7 +254,7 @@ def _space_kernels(pose: Callable, comm: MPI.Comm, watch: Stopwatch, small: int)
     factor = next(iter(sweeps.propagators[0].factors.values()))
     is_direct = factor.ksp.getPC().getType() == "redundant"
     iterations = 0 if is_direct else max(factor.ksp.getIterationNumber(), 1)
-    return kernel_tables(seconds, sweeps.solvers.adjoint.levels[0].block), iterations
+    return kernel_tables(seconds), iterations
 
 
 def count_cycles(case: Case) -> list[dict]:

@@ -1,8 +1,7 @@
 """Measured costs of a problem's arithmetic: a calibration, kept as one JSON file.
 
-A calibration has tables of seconds for each kind of kernel: ``"step"`` and ``"adjoint"`` (blocks of states),
-``"sweep"`` and ``"adjoint sweep"`` (one state after another). Each kind has one table per level; the last one holds for
-all coarser levels.
+A calibration has tables of seconds for each kind of kernel: ``"step"`` and ``"adjoint"``, by the number of states that
+take a step in one call. Each kind has one table per level; the last one holds for all coarser levels.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pint_fem.errors import InputError
+from pint_fem.kernels.lanes.widths import cut
 from pint_fem.scaling.network import Network
 
 __all__ = ["BUNDLED", "Calibration", "Kernel", "bundled", "load"]
@@ -30,11 +30,10 @@ class Kernel:
     Parameters
     ----------
     sizes, seconds : tuple
-        Measured numbers of states per call, increasing, and the seconds of a call. Between, and beyond from the last
-        two, they are linear.
-    width : int
-        Number of lanes of the propagator's blocks (:mod:`pint_fem.kernels.blocks`): a call is cut where the lane is a
-        multiple of ``width``, and each piece costs what a call of its size does. 0: a call is one piece.
+        Measured numbers of states per call, increasing, and the seconds of a call.
+    lanes : bool
+        Whether the sizes are widths of kernels on lanes (:mod:`pint_fem.kernels.lanes`): states are divided among calls
+        of these, of the least time in all. Else the seconds are linear between the sizes, and beyond from the last two.
 
     Raises
     ------
@@ -44,7 +43,7 @@ class Kernel:
 
     sizes: tuple[int, ...]
     seconds: tuple[float, ...]
-    width: int = 0
+    lanes: bool = False
     _cache: dict = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -56,43 +55,31 @@ class Kernel:
             raise InputError(f"kernel seconds {self.seconds}: give no negative time")
 
     @classmethod
-    def constant(cls, seconds: float, width: int = 0) -> Kernel:
-        """A kernel that takes ``seconds`` per state, or per block with ``width`` lanes."""
-        return cls((1, width), (seconds, seconds), width) if width > 1 else cls((1, 2), (seconds, 2 * seconds))
+    def constant(cls, seconds: float, lanes: bool = False) -> Kernel:
+        """A kernel that takes ``seconds`` per state."""
+        return cls((1,), (seconds,), lanes)
 
-    def scaled(self, factor: float, more: float = 0.0) -> Kernel:
-        """The kernel with times multiplied, and ``more`` seconds added per block (per call, without ``width``)."""
-        blocks = [n / self.width if self.width and n > self.width else 1 if self.width else n for n in self.sizes]
-        seconds = tuple(factor * s + more * b for s, b in zip(self.seconds, blocks, strict=True))
-        return Kernel(self.sizes, seconds, self.width)
+    def scaled(self, factor: float, per_state: float = 0.0, per_call: float = 0.0) -> Kernel:
+        """The kernel with times multiplied, and seconds added per state and per call (per call of each width)."""
+        seconds = tuple(factor * s + per_state * n + per_call for n, s in zip(self.sizes, self.seconds, strict=True))
+        return Kernel(self.sizes, seconds, self.lanes)
 
-    def _piece(self, count: int) -> float:
-        """Seconds of one piece of a call."""
+    def _call(self, count: int) -> float:
         sizes, seconds = self.sizes, self.seconds
+        if self.lanes:
+            by_width = dict(zip(sizes, seconds, strict=True))
+            return sum(-(-n // width) * by_width[width] for width, n in cut(count, by_width))
         if count <= sizes[0] or len(sizes) == 1:
-            return seconds[0] if count == sizes[0] or self.width else seconds[0] * count / sizes[0]
+            return seconds[0] * count / sizes[0]
         i = min(max(bisect_left(sizes, count), 1), len(sizes) - 1)
         slope = (seconds[i] - seconds[i - 1]) / (sizes[i] - sizes[i - 1])
         return seconds[i] + slope * (count - sizes[i])
 
-    def _call(self, count: int, lane: int) -> float:
-        width = self.width
-        if not width:
-            return self._piece(count)
-        first = min(width - lane, count)
-        full, rest = divmod(count - first, width)
-        block = next_block = self._piece(width)
-        if self.sizes[-1] > width:
-            next_block = (self._piece(self.sizes[-1]) - block) / (self.sizes[-1] / width - 1)
-        per_call = max(block - next_block, 0.0)  # what a call costs beside its blocks
-        return self._piece(first) + full * next_block + (max(self._piece(rest) - per_call, 0.0) if rest else 0.0)
-
-    def __call__(self, count: int, lane: int = 0) -> float:
-        """Seconds of a call with ``count`` states, the first of them in lane ``lane`` (modulo ``width``)."""
-        key = count, lane % self.width if self.width else 0
-        if key not in self._cache:
-            self._cache[key] = self._call(*key)
-        return self._cache[key]
+    def __call__(self, count: int) -> float:
+        """Seconds of a call with ``count`` states."""
+        if count not in self._cache:
+            self._cache[count] = self._call(count)
+        return self._cache[count]
 
 
 @dataclass(frozen=True)
@@ -122,7 +109,8 @@ class Calibration:
         Costs of ParaDiag on one space rank, empty where they were not measured: seconds of a frequency's ``"solve"``
         and ``"solve transposed"``, of a ``"factor"`` (per frequency and stage) and its ``"factor bytes"``, of an
         unknown's ``"fft"`` and ``"ifft"`` over ``"fft steps"`` steps among ``"fft columns"`` unknowns (with ``few``
-        in front: among 32), of packing a byte (``"pack"``); and the overhead of sweeps.
+        in front: among 32), of packing a byte (``"pack"``); and the overhead of sweeps. Where frequencies are solved
+        on lanes: ``"single"``, the seconds of solves in single precision relative to double precision.
     slowdown, network : mapping, Network
         Seconds of a kernel with a number of processes at work (the key), relative to one process alone; the measured
         network.
@@ -174,7 +162,7 @@ class Calibration:
 
     def to_json(self) -> str:
         """The calibration as text, one field per line."""
-        table = lambda k: {"sizes": k.sizes, "seconds": k.seconds, "width": k.width}
+        table = lambda k: {"sizes": k.sizes, "seconds": k.seconds, "lanes": k.lanes}
         data = {f.name: getattr(self, f.name) for f in fields(self)}
         data["kernels"] = {
             space: {kind: [table(k) for k in levels] for kind, levels in kinds.items()}
@@ -196,7 +184,7 @@ class Calibration:
         try:
             given = json.loads(text)
             data = {f.name: given[f.name] for f in fields(cls) if f.name in given}
-            kernel = lambda t: Kernel(tuple(t["sizes"]), tuple(t["seconds"]), t["width"])
+            kernel = lambda t: Kernel(tuple(t["sizes"]), tuple(t["seconds"]), t["lanes"])
             data["kernels"] = {
                 int(space): {kind: [kernel(t) for t in levels] for kind, levels in kinds.items()}
                 for space, kinds in data["kernels"].items()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 
 import numpy as np
@@ -25,9 +25,9 @@ from pint_fem.paradiag.options import ParaDiagOptions
 from pint_fem.paradiag.solver import ParaDiag
 from pint_fem.paradiag.transposed_iterations import TransposedParaDiag
 from pint_fem.scaling.communicator import VirtualComm, communicators
-from pint_fem.scaling.costs import Calibration
+from pint_fem.scaling.costs import Calibration, Kernel
 from pint_fem.scaling.network import Network
-from pint_fem.scaling.paradiag import virtual_circulant, virtual_systems
+from pint_fem.scaling.paradiag import VirtualBlocks, virtual_circulant, virtual_systems
 from pint_fem.scaling.space import space_kernels
 from pint_fem.scaling.virtual import VirtualNorms, VirtualPropagator, VirtualTrace
 from pint_fem.scaling.world import World
@@ -88,7 +88,8 @@ class Model:
         Costs of the problem; numbers of space and time ranks.
     options
         MGRIT's, as a dictionary or object; ``{"levels": 1}`` is sequential stepping. ``check`` is ``"cycle"`` unless
-        given, as for finite element sweeps. With ``"time_solver": "paradiag"`` the others are ParaDiag's.
+        given, as for finite element sweeps. A step of a coarse level costs ``coarse_steps`` of its kernels. With
+        ``"time_solver": "paradiag"`` the others are ParaDiag's.
     nsteps, network
         Fine steps and network; default: the calibration's.
 
@@ -119,7 +120,7 @@ class Model:
         if min(self.grid) < 1 or self.grid[1] > self.nsteps:
             raise InputError(f"grid {grid[0]}x{grid[1]} for {self.nsteps} steps: use at most one time rank a step")
         self.slowdown = calibration.slowdown_with(self.grid[0] * self.grid[1])
-        given = options if isinstance(options, MGRITOptions) else dict(options or {})
+        given, self._coarse_steps = options if isinstance(options, MGRITOptions) else dict(options or {}), 1
         self.solver = "mgrit" if isinstance(given, MGRITOptions) else given.pop("time_solver", "mgrit")
         try:
             if self.solver == "paradiag":
@@ -128,8 +129,9 @@ class Model:
                 options = MGRITOptions.make(given)
                 check = "cycle" if options.check == "auto" else options.check
                 levels = len(options.factors(self.nsteps)) + 1
+                self._coarse_steps = options.coarse_steps
                 self.options = MGRITOptions.make(
-                    options, check=check, levels=levels, trace="", view=False, monitor=False
+                    options, check=check, levels=levels, coarse_steps=1, trace="", view=False, monitor=False
                 )
         except ValueError as error:
             raise InputError(str(error)) from None
@@ -141,6 +143,11 @@ class Model:
                 f"{'one' if calibration.paradiag else 'none'}"
             )
         self.kernels = space_kernels(calibration, self.grid[0], self.network)
+
+    def kernel(self, kind: str, level: int) -> Kernel:
+        """The kernel of a level on the grid's space ranks: of all steps of the integrator for a step of the level."""
+        kernel = self.kernels[kind][min(level, len(self.kernels[kind]) - 1)]
+        return kernel.scaled(self._coarse_steps) if level else kernel
 
     def run(self, *solves: Solve, task: str = "solves", trace: bool = False) -> Prediction:
         """Run solves one after another as one task, see :meth:`run_all`."""
@@ -187,15 +194,13 @@ class _Shared:
         self.reversed_bounds = Bounds(N - b for b in reversed(self.bounds))
         overhead = c.paradiag if model.solver == "paradiag" else c.overhead
 
-        def propagators(kind: str, sweep: str, name: str) -> list[VirtualPropagator]:
-            blocks, sweeps = ([k.scaled(self.slowdown) for k in model.kernels.get(t, ())] for t in (kind, sweep))
+        def propagators(kind: str, name: str) -> list[VirtualPropagator]:
             seconds = self.slowdown * overhead.get(name, 0.0) / space
-            pick = lambda table, level: table[min(level, len(table) - 1)] if table else None
-            levels = range(model.options.levels)
-            return [VirtualPropagator(world, i, kind, pick(blocks, i), pick(sweeps, i), seconds) for i in levels]
+            kernels = [model.kernel(kind, level).scaled(self.slowdown) for level in range(model.options.levels)]
+            return [VirtualPropagator(world, i, kind, kernel, seconds) for i, kernel in enumerate(kernels)]
 
-        self.forward = propagators("step", "sweep", "state")
-        self.backward = propagators("adjoint", "adjoint sweep", "adjoint")
+        self.forward = propagators("step", "state")
+        self.backward = propagators("adjoint", "adjoint")
         self.norms = VirtualNorms(world, self.slowdown * c.norm / space, model.network.collective(space, 8 * 2))
 
     def charge(self, name: str, steps: int = 1) -> None:
@@ -215,13 +220,17 @@ class _Rank:
         forward = dict(comm=comm, bounds=shared.bounds, name="state", **common)
         backward = dict(comm=comm.Split(0, -comm.rank), bounds=shared.reversed_bounds, name="adjoint", **common)
         if model.solver == "paradiag":
-            costs = {k: v if k == "factor bytes" else shared.slowdown * v for k, v in c.paradiag.items()}
+            sizes = "factor bytes", "single"
+            costs = {k: v if k in sizes else shared.slowdown * v for k, v in c.paradiag.items()}
             self.systems = virtual_systems(shared.world, costs, c.stages, 1e9 * model.options.memory)
             made_by = virtual_circulant(shared.world, c.paradiag, c.unknowns, model.nsteps, shared.slowdown)
-            make = partial(ParaDiag, nsteps=model.nsteps, circulant=made_by)
-            self.forward = make(shared.forward[0], solve=self.systems.solve, **forward)
-            transposed = self.systems.solve_transposed
-            self.backward = make(shared.backward[0], solve=transposed, backwards=True, **backward)
+            make, blocks = partial(ParaDiag, nsteps=model.nsteps, circulant=made_by), lambda transposed: None
+            if "single" in costs:
+                blocks = partial(VirtualBlocks, self.systems, single=costs["single"])
+            given = dict(solve=self.systems.solve, blocks=blocks(transposed=False))
+            self.forward = make(shared.forward[0], **given, **forward)
+            given = dict(solve=self.systems.solve_transposed, blocks=blocks(transposed=True), backwards=True)
+            self.backward = make(shared.backward[0], **given, **backward)
         else:
             self.forward = MGRIT(shared.forward, model.nsteps, linear=True, **forward)
             self.backward = MGRIT(shared.backward, model.nsteps, linear=True, **backward)
@@ -259,6 +268,11 @@ class _Rank:
 
     def perform(self, task: str, solves: Sequence[Solve]) -> None:
         """Run a task of :meth:`Model.run_all`."""
+        if self.systems is not None:  # numbers of cycles stand for tolerances, but in an inexact Hessian action
+            options = self.model.options
+            if not any(solve.start == "transposed" for solve in solves):
+                options = replace(options, precision=options.precision_for_tolerances)
+            self.forward.options = self.backward.options = options
         for number, solve in enumerate(solves):
             if task == "solves":
                 self.solve(solve)

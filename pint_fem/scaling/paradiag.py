@@ -16,7 +16,7 @@ from pint_fem.paradiag.systems import ShiftedSteps
 from pint_fem.scaling.costs import Kernel
 from pint_fem.scaling.world import World
 
-__all__ = ["FEW", "virtual_circulant", "virtual_systems"]
+__all__ = ["FEW", "VirtualBlocks", "virtual_circulant", "virtual_systems"]
 
 FEW = 32
 """Unknowns of the smallest transform that is measured."""
@@ -67,16 +67,66 @@ class _Circulant(AlphaCirculant):
         self._world, self._costs = world, costs
 
     def rfft(self, columns: np.ndarray) -> np.ndarray:
-        return self._transform("fft", len(self.mu), complex)
+        return self.transformed("fft", len(self.mu), complex)
 
     def irfft(self, spectrum: np.ndarray) -> np.ndarray:
-        return self._transform("ifft", self.nsteps, float)
+        return self.transformed("ifft", self.nsteps, float)
 
-    def _transform(self, kind: str, rows: int, dtype: DTypeLike):
+    def transform(self, kind: str) -> _Transform:
+        return _Transform(self, kind)
+
+    def transformed(self, kind: str, rows: int, dtype: DTypeLike) -> np.ndarray:
+        """Take the time of the transforms of the own unknowns; the result."""
         columns = len(self.transposes.own_columns)
         self._world.counts["fft", 0] += columns
-        self._world.charge(self._costs[kind](columns))
+        single = np.dtype(dtype).char in "fF"
+        self._world.charge(self._costs[kind](columns) * (self._costs["single"] if single else 1.0))
         return np.zeros((rows if self.transposes.comm.size == 1 else 1, 1), dtype)
+
+
+class _Transform:
+    """Transforms by kernels (:class:`~pint_fem.paradiag.transforms.TimeTransform`), which take time only."""
+
+    def __init__(self, circulant: _Circulant, kind: str):
+        self._circulant, self._dtype = circulant, np.dtype(kind)
+        self.complex = np.result_type(self._dtype, np.complex64)
+
+    def forward(self, rows: np.ndarray, out: np.ndarray, scale: np.ndarray | None = None) -> None:
+        """Take the time of a transform."""
+        self._circulant.transformed("fft", 1, self.complex)
+
+    def backward(self, spectrum: np.ndarray, out: np.ndarray, scale: np.ndarray | None = None) -> None:
+        """Take the time of an inverse transform."""
+        self._circulant.transformed("ifft", 1, self._dtype)
+
+    def add(self, rows: np.ndarray, out: np.ndarray, scale: np.ndarray) -> None:
+        """Add the result, whose time is part of the transform's."""
+
+
+class VirtualBlocks:
+    """Solves for all frequencies of a rank on lanes (:class:`~pint_fem.paradiag.circulant.BlockSolve`), which take time
+    only.
+
+    Parameters
+    ----------
+    systems, transposed, single
+        The systems of one rank; whether their transposes are solved; seconds of a solve in single precision relative to
+        double precision.
+    """
+
+    available = True
+
+    def __init__(self, systems: ShiftedSteps, *, transposed: bool, single: float):
+        self._solve = systems.solve_transposed if transposed else systems.solve
+        self._systems, self._single = systems, single
+
+    def __call__(self, frequencies: range, mu: np.ndarray, rows: np.ndarray, out: np.ndarray) -> None:
+        """Take the time of the solves."""
+        for system in self._systems.systems:
+            system.relative = self._single if rows.dtype == np.complex64 else 1.0
+        for k in frequencies:
+            self._solve(k, complex(mu[k]), np.zeros(1, complex))
+        out[...] = 0
 
 
 class _System:
@@ -85,7 +135,7 @@ class _System:
     """
 
     def __init__(self, world: World, costs: Mapping[str, float], stages: int):
-        self._world, self._costs, self._stages = world, costs, stages
+        self._world, self._costs, self._stages, self.relative = world, costs, stages, 1.0
 
     def factor(self, y):
         self._world.counts["factor", 0] += 1
@@ -94,7 +144,8 @@ class _System:
 
     def solve(self, factor, y, r, *, transposed):
         self._world.counts["frequency solve", 0] += 1
-        self._world.charge(self._costs["solve transposed" if transposed else "solve"] / self._stages)
+        seconds = self._costs["solve transposed" if transposed else "solve"] * self.relative
+        self._world.charge(seconds / self._stages)
         return r
 
     def release(self, factor):
@@ -132,7 +183,7 @@ def virtual_circulant(
     """
     measured, many = costs["fft steps"], int(costs["fft columns"])
     ratio = factor * nsteps * log2(max(nsteps, 2)) / (measured * log2(measured))
-    times = {"pack": factor * costs["pack"]}
+    times = {"pack": factor * costs["pack"], "single": costs.get("single", 1.0)}
     for kind in ("fft", "ifft"):
         few = FEW * costs[f"few {kind}"]
         times[kind] = Kernel((FEW, many), (ratio * few, ratio * max(many * costs[kind], few)))

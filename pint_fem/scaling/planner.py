@@ -69,7 +69,10 @@ def describe(options: Mapping) -> str:
     """A short text for options of the model, such as ``"8x4 FCF"``."""
     if options.get("time_solver") == "paradiag":
         return f"ParaDiag, alpha {options['alpha']:g}"
-    return f"{'x'.join(map(str, options['coarsening']))} {options['relax']}" if "coarsening" in options else "serial"
+    if "coarsening" not in options:
+        return "serial"
+    repeated = f", {options['coarse_steps']} steps" if options.get("coarse_steps", 1) > 1 else ""
+    return f"{'x'.join(map(str, options['coarsening']))} {options['relax']}{repeated}"
 
 
 def options_key(options: Mapping) -> tuple[str, MGRITOptions | ParaDiagOptions]:
@@ -208,7 +211,6 @@ def least_time(
         return work - (factors if factored else 0.0), 0.0
     for m in model.options.factors(steps):
         steps //= m
-    for kind, sweep, n in (("step", "sweep", cycles[0]), ("adjoint", "adjoint sweep", cycles[1])):
-        table = model.kernels.get(sweep) or model.kernels[kind]
-        chain += (n + 1) * steps * table[min(model.options.levels, len(table)) - 1](1)
+    for kind, n in (("step", cycles[0]), ("adjoint", cycles[1])):
+        chain += (n + 1) * steps * model.kernel(kind, model.options.levels - 1)(1)
     return work, chain

@@ -4,13 +4,13 @@ On a subdomain with :math:`n/p` unknowns in two dimensions the solver works on t
 neighbours', :math:`V(p) = (\sqrt{n/p} + 2 o)^2`; a kernel then takes
 
 .. math::  T(p) = T(q) \frac{V(p)}{V(q)}
-           + s\, i \left( 2 \lceil\log_2 p\rceil\, \ell + 2 (\ell + 8 w \sqrt{n/p} / \beta) \right)
+           + s\, i \left( 2 \lceil\log_2 p\rceil\, \ell + 2 (\ell + 8 \sqrt{n/p} / \beta) \right)
 
-with ``q`` the largest measured number of space ranks, ``s`` stages, ``i`` Krylov iterations (as many as on ``q``), each
-with two reductions and an exchange of ``w`` states at once with the neighbours.
+for each state, with ``q`` the largest measured number of space ranks, ``s`` stages, ``i`` Krylov iterations (as many as
+on ``q``), each with two reductions and an exchange with the neighbours.
 
 Small systems, of which every rank has the whole factor (:mod:`pint_fem.kernels.direct`), have ``i = 0``: more ranks do
-not shorten a solve, and its right-hand side takes longer to reach them, with a message from each of them per state.
+not shorten a step, and its state takes longer to reach them, with a message from each of them per call.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ def space_kernels(calibration: Calibration, ranks: int, network: Network) -> dic
     ratio = volume(c.unknowns, ranks, c.overlap) / volume(c.unknowns, measured, c.overlap) if iterations else 1.0
     out = {}
     for kind, levels in c.kernels[measured].items():
-        states = max(levels[0].width, 1) if "sweep" not in kind else 1
+        per_call = per_state = 0.0
         if iterations:
-            halo = 8 * states * sqrt(c.unknowns / ranks)
-            message = iterations * (2 * ceil(log2(ranks)) * network.latency + 2 * network.message(halo))
+            halo = 8 * sqrt(c.unknowns / ranks)
+            per_state = c.stages * iterations * (2 * ceil(log2(ranks)) * network.latency + 2 * network.message(halo))
         else:
-            others = 8 * states * c.unknowns * (1 / measured - 1 / ranks)
-            message = states * (ranks - measured) * network.latency + others / network.bandwidth
-        out[kind] = [k.scaled(ratio, c.stages * message) for k in levels]
+            per_call = (ranks - measured) * network.latency
+            per_state = 8 * c.unknowns * (1 / measured - 1 / ranks) / network.bandwidth
+        out[kind] = [k.scaled(ratio, per_state, per_call) for k in levels]
     return out
 
 

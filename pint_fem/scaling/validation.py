@@ -127,13 +127,13 @@ def compare(
 
 
 def _kernels(model: Model, pose: Callable) -> dict[object, Action]:
-    """Kernels in which a solver's sweeps spend their time: those of the finest level, in calls with many states."""
+    """Kernels in which a solver's sweeps spend their time: those of the finest level, with one state and with many."""
     count = min(SMALL, model.nsteps)
     if model.solver == "paradiag":
         actions, _ = paradiag_actions(pose, model.calibration.nsteps, count)
-        return {key: do for key, do in actions.items() if "solve" in key}
+        return {key: do for key, do in actions.items() if key in ("solve", "solve transposed")}
     rf = pose(SpaceTime("1x1", comm=MPI.COMM_SELF), count, {"mgrit": {"levels": 1}})
-    return {key: do for key, do in kernel_actions(rf, (MANY,)).items() if key[1] == 0}
+    return {key: do for key, do in kernel_actions(rf, (1, MANY)).items() if key[1] == 0}
 
 
 def _kernel_seconds(model: Model, key, times: float, counts: Mapping) -> tuple[float, float]:
@@ -146,5 +146,5 @@ def _kernel_seconds(model: Model, key, times: float, counts: Mapping) -> tuple[f
         return model.slowdown * seconds * times, spent
     kind, _, size = key
     seconds = c.kernels[1][kind][0](size)
-    stepped = sum(n for (what, _), n in counts.items() if what == ("step sweep" if kind == "sweep" else kind))
+    stepped = sum(n for (what, _), n in counts.items() if what == (f"{kind} sweep" if size == 1 else kind))
     return model.slowdown * seconds * times, stepped * seconds / size

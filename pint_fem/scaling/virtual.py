@@ -21,31 +21,38 @@ class VirtualPropagator:
     ----------
     world, level, kind
         The virtual ranks; what work is counted under.
-    kernel, sweep, overhead
-        Cost of a call on a block of states, and of steps one after another (without it the propagator has no method
-        ``sweep``); seconds per state that the solver takes beside the kernel.
+    kernel, overhead
+        Cost of a call that takes a step from some states; seconds per state stepped that the solver takes beside it. A
+        kernel on lanes is that of a propagator with the methods ``sweep`` and ``advance``.
     """
 
-    def __init__(
-        self, world: World, level: int, kind: str, kernel: Kernel, sweep: Kernel | None = None, overhead: float = 0.0
-    ):
-        self.world, self.level, self.kind, self.kernel = world, level, kind, kernel
-        self.overhead, self.block, self._sweep_kernel = overhead, kernel.width, sweep
-        if sweep is not None:
-            self.sweep = self._sweep
+    def __init__(self, world: World, level: int, kind: str, kernel: Kernel, overhead: float = 0.0):
+        self.world, self.level, self.kind, self.kernel, self.overhead = world, level, kind, kernel, overhead
+        if kernel.lanes:
+            self.sweep, self.advance = self._sweep, self._advance
 
     def step(self, steps: range, u: np.ndarray, out: np.ndarray) -> None:
-        """Take the time of a block of steps, as ``step`` of :class:`pint_fem.all_at_once.propagator.Propagator`."""
-        n = len(steps)
-        self.world.counts[self.kind, self.level] += n
-        self.world.charge(self.kernel(n) + n * self.overhead)
+        """Take the time of a block of steps, as ``step`` of :class:`pint_fem.all_at_once.levels.Propagator`."""
+        self._take(len(steps), 1)
         out[...] = u
 
+    def _take(self, states: int, steps: int) -> None:
+        """Take the time of steps one after another from each of some states."""
+        self.world.counts[self.kind, self.level] += states * steps
+        self.world.charge(steps * (self.kernel(states) + states * self.overhead))
+
+    def _advance(self, first: int, stride: int, u: np.ndarray, out: np.ndarray, G: np.ndarray | None) -> None:
+        """Take the time of steps one after another from each of some states, as ``advance`` of
+        :class:`pint_fem.all_at_once.levels.Propagator`.
+        """
+        self._take(len(u), out.shape[1])
+        out[...] = u[:, None]
+
     def _sweep(self, first: int, U: np.ndarray, G: np.ndarray | None) -> None:
-        """Take the time of steps one after another, as ``sweep`` of a propagator."""
+        """Take the time of steps one after another, as ``sweep`` of :class:`pint_fem.all_at_once.levels.Propagator`."""
         n = len(U) - 1
         self.world.counts[f"{self.kind} sweep", self.level] += n
-        self.world.charge(self._sweep_kernel(n))
+        self.world.charge(n * self.kernel(1))
         U[1:] = U[0]
 
 

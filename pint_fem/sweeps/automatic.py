@@ -2,8 +2,8 @@ r"""The time solver and the options of MGRIT with the least predicted time, from
 
 The time of a step of ``W`` states is measured on the fine propagator (those of coarse levels have factors of the same
 size), the numbers of cycles are those of :mod:`~pint_fem.theory.model_residuals`, and
-:mod:`~pint_fem.theory.costs` predicts the time of a solve to the tolerance ``typical_rtol`` of most solves. Unless it is
-given, the time of a candidate is the mean of those to ``rtol`` and to its square root.
+:mod:`~pint_fem.theory.costs` predicts the time of a solve to the tolerance ``typical_rtol`` of most solves. Unless it
+is given, the time of a candidate is the mean of those to ``rtol`` and to its square root.
 
 Times are measured once in a process for each size of a problem; those of the first rank decide on all of them, rounded,
 so that two runs differ only where a choice hardly matters.

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 import numpy as np
 from firedrake import assemble, derivative
@@ -126,11 +127,9 @@ class AveragedSystems:
         """Whether :meth:`solve_all` can be called, once operators have been averaged."""
         return self._systems is not None and self._systems.has_lanes
 
-    def solve_all(
-        self, frequencies: range, mu: np.ndarray, rows: np.ndarray, *, transposed: bool = False
-    ) -> np.ndarray:
+    def solve_all(self, frequencies: range, mu: np.ndarray, rows: np.ndarray, **given: Any) -> np.ndarray:
         """Solve for several frequencies at once (:meth:`pint_fem.paradiag.systems.ShiftedSteps.solve_all`)."""
-        return self._systems.solve_all(frequencies, mu, rows, transposed=transposed)
+        return self._systems.solve_all(frequencies, mu, rows, **given)
 
     def updater(self, z: np.ndarray | None, U: np.ndarray | None) -> Callable[[np.ndarray, float | None], None]:
         """A function that the solver calls before each iteration with its iterate and the last contraction, and that

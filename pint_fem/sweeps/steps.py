@@ -9,15 +9,19 @@ States of linear sweeps may have a batch axis, ``(k, members, n)``. Steps with c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 
+from pint_fem.all_at_once.levels import Level
 from pint_fem.kernels.arrays import as_rows
+from pint_fem.mgrit.options import ROUGH, MGRITOptions
 from pint_fem.propagators.base import FEPropagator, StepData
+from pint_fem.sweeps.time_solver import TimeSolver
 
-__all__ = ["AdjointStep", "LinearStep", "StateStep", "TangentStep"]
+__all__ = ["AdjointStep", "LinearStep", "StateStep", "TangentStep", "set_precision"]
 
 
 class _BoundStep:
@@ -100,11 +104,17 @@ class AdjointStep(_BoundStep):
 
 
 class LinearStep(_BoundStep):
-    r"""The derivative :math:`\Phi_u` of a linear propagator or its transpose, the same for all steps."""
+    r"""The derivative :math:`\Phi_u` of a linear propagator or its transpose, the same for all steps.
+
+    Attributes
+    ----------
+    single : bool
+        Whether :meth:`advance` may use single precision; set before a solve.
+    """
 
     def __init__(self, propagator: FEPropagator, *, transposed: bool):
         super().__init__(propagator)
-        self.transposed = transposed
+        self.transposed, self.single = transposed, False
         self._apply = propagator.apply_transposed if transposed else propagator.apply
 
     def step(self, steps: range, u: np.ndarray, out: np.ndarray) -> None:
@@ -127,7 +137,7 @@ class LinearStep(_BoundStep):
         """Take consecutive steps with right-hand side ``G`` from each of the states ``u``, in one call; of a batch
         ``(k, members, n)`` in one call for all states along the longer axis.
         """
-        advance = partial(self.propagator.advance, transposed=self.transposed)
+        advance = partial(self.propagator.advance, transposed=self.transposed, single=self.single)
         if u.ndim == 2:
             return advance(u, out, G)
         for i in range(min(u.shape[:2])):
@@ -136,3 +146,40 @@ class LinearStep(_BoundStep):
             else:
                 advance(u[:, i], out[:, :, i], None if G is None else G[:, :, i])
         return None
+
+
+LOOSE = 1e-3
+"""Tolerance from which on single precision is used where it is not asked for."""
+
+
+def set_precision(solver: TimeSolver, accuracy: Mapping[str, Any], *, accelerated: bool) -> None:
+    """Set the precision of F-relaxation for a solve by MGRIT (the option ``precision``).
+
+    Parameters
+    ----------
+    solver
+        The time solver.
+    accuracy
+        Arguments ``rtol`` and ``cycles`` of its solve, if they are given. A given number of cycles is done in double
+        precision, as its transpose has to be the transpose.
+    accelerated
+        Whether cycles precondition a Krylov method.
+    """
+    options = solver.options
+    if not isinstance(options, MGRITOptions):
+        return
+    rtol = accuracy.get("rtol")
+    rtol = options.rtol if rtol is None else rtol
+    measured = options.residual != "none" and accuracy.get("cycles") is None and not accelerated
+    limit = {"double": np.inf, "single": ROUGH, "auto": LOOSE}[options.precision]
+    for level in solver.levels:
+        step = level.propagator
+        if isinstance(step, LinearStep):
+            step.single = measured and rtol >= limit and _error_of_interval(level) <= rtol / 10
+
+
+def _error_of_interval(level: Level) -> float:
+    """The error of single precision in the steps of an interval, relative to their start (collective over space)."""
+    if not level.m:
+        return np.inf
+    return level.m * level.propagator.propagator.error_of_single_precision

@@ -32,6 +32,7 @@ from pint_fem.propagators.base import FEPropagator, StepData
 from pint_fem.spacetime import SpaceTime
 from pint_fem.sweeps.batches import member_squares, of_each, stacked_levels
 from pint_fem.sweeps.c_points import Intervals
+from pint_fem.sweeps.steps import set_precision
 from pint_fem.sweeps.time_solver import TimeSolver
 from pint_fem.sweeps.time_solvers import TimeSolvers
 
@@ -168,6 +169,7 @@ class Sweeps:
             cold = bool(far.all())
         solver.name = kind  # one solver solves for both the state and the tangent of a linear evolution
         start = start or ("nested" if cold and self.options.start == "auto" else self.options.start)
+        set_precision(solver, accuracy, accelerated=self.solvers.accelerated)
         given = None
         if coarse_rhs is not None and start in ("skip", "nested") and not self.solvers.accelerated:
             given = list(coarse_rhs())

@@ -1,11 +1,11 @@
 """Ratios measured side by side: ``python -m tests.benchmarks.bench [--quick] [--out results/bench]``.
 
-Heat conduction, P1 on a 64 x 64 unit square: (a, b, d) 256 steps, medians of the repeats; (c, e) 512 steps, on one
-rank and on two, see ``time_parallel``; (f) nonlinear evolutions, see ``nonlinear``; (g) ParaDiag on heat and waves, see
-``paradiag``; then PyMGRIT and XBraid's ex-02, see ``compare``; (l) training steps of residual networks, see ``layers``;
-and the table of optimisers, see ``optimisers`` (serial pyadjoint with TAO's LMVM). Two things that make up a ratio are
-timed in turn, so that a busy machine slows both. ``--quick`` shortens all but (c, e, g). A missed target is reported
-and is no error.
+Heat conduction, P1 on a 64 x 64 unit square: (a, b, d) 256 steps, medians of the repeats; (c, e) 512 and 4,096 steps,
+on one rank and on two, see ``time_parallel``; (f) ParaDiag on heat and waves, see ``paradiag``, and nonlinear
+evolutions, see ``nonlinear``; (k) solves on lanes, see ``lanes``; then PyMGRIT and XBraid's ex-02, see ``compare``; (l)
+training steps of residual networks, see ``layers``; and the table of optimisers, see ``optimisers`` (serial pyadjoint
+with TAO's LMVM). Two things that make up a ratio are timed in turn, so that a busy machine slows both. ``--quick``
+shortens all but (c, e) and ParaDiag. A missed target is reported and is no error.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ from pint_fem.spacetime import SpaceTime
 from problems.heat_square import SIZE, field, square
 from problems.serial_pyadjoint import serial_square, square_functionals
 from tests.benchmarks.compare import compare_rows
-from tests.benchmarks.derivatives import Derivatives, difference, on_tape
+from tests.benchmarks.derivatives import MORE, Derivatives, difference, on_tape
+from tests.benchmarks.lanes import lane_rows
 from tests.benchmarks.maxwell import SOLVERS, maxwell_rows
 from tests.benchmarks.maxwell import STEPS as MAXWELL_STEPS
 from tests.benchmarks.nonlinear import TABLEAUX, nonlinear_rows
@@ -118,21 +119,22 @@ def against_pyadjoint(steps: int, repeats: int, hessians: int, say: Callable[[st
     z, dz = (get(Function(V).interpolate(square_functionals(V)[name]())) for name in ("control", "direction"))
     theirs = on_tape(tape.rf, z, dz, repeats=repeats, hessians=hessians, say=lambda text: say(f"pyadjoint: {text}"))
     out = []
-    for name, parameters in (
-        ("serial", {"time_solver": "serial"}),
-        ("mgrit rtol 1e-10", {"mgrit": {"rtol": 1e-10}}),
-        ("mgrit rtol 1e-6", {"mgrit": {"rtol": 1e-6}}),
+    for name, parameters, (first, second) in (
+        ("serial", {"time_solver": "serial"}, (80, 400)),
+        ("mgrit rtol 1e-10", {"mgrit": {"rtol": 1e-10}}, (15, 60)),
+        ("mgrit rtol 1e-6", {"mgrit": {"rtol": 1e-6}}, (15, 60)),
     ):
         rf = square(steps, **parameters)
-        ours = Derivatives(rf, field(rf, "control"), field(rf, "direction")).measure(repeats)
+        ours = Derivatives(rf, field(rf, "control"), field(rf, "direction")).measure(repeats, more=True)
         seconds = [(m.seconds["value"], m.seconds["gradient"], m.seconds["hessian"]) for m in (ours, theirs)]
         differ = {key: f"differs by {difference(ours.values[key], theirs.values[key]):.0e}" for key in ours.values}
         (value, gradient, hessian), (their_value, their_gradient, their_hessian) = seconds
         pairs = (
             ("value", value, their_value, None, differ["value"]),
-            ("gradient alone", gradient, their_gradient, 15, differ["gradient"]),
+            ("gradient alone", gradient, their_gradient, first, differ["gradient"]),
             ("value + gradient", value + gradient, their_value + their_gradient, 15, ""),
-            ("Hessian action", hessian, their_hessian, 60, differ["hessian"]),
+            ("Hessian action", hessian, their_hessian, second, differ["hessian"]),
+            (f"Hessian action in a batch of {MORE}", ours.seconds["batch"], their_hessian, None, ""),
         )
         out += [
             row("b", f"pyadjoint / {name}: {what}", a, b, steps, target, False, note)
@@ -158,6 +160,7 @@ def main(argv: list[str] | None = None) -> int:
             "single steps and blocks",
             lambda: per_step(steps, "BackwardEuler", 2 * repeats) + per_step(steps, "SDIRK2", 2 * repeats),
         ),
+        ("kernels on lanes", lambda: lane_rows(2 * repeats, args.quick, say)),
         ("MGRIT on one time rank and on two", lambda: both("tests.benchmarks.time_parallel", 2 * repeats)),
         ("against pyadjoint", lambda: against_pyadjoint(steps, repeats, hessians, say)),
         ("ParaDiag on one time rank and on two", lambda: both("tests.benchmarks.paradiag", repeats)),

@@ -5,12 +5,14 @@ from __future__ import annotations
 import ctypes
 import time
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 
 import numpy as np
 
 from pint_fem.kernels.lanes.program import StepProgram
-from pint_fem.kernels.lanes.structures import WIDTHS, ProgramStruct, StatesStruct, aligned, kernels
+from pint_fem.kernels.lanes.structures import WIDTHS, ProgramStruct, StatesStruct, kernels, scratch
 from pint_fem.kernels.lanes.translation import LOADS, Translation
+from pint_fem.kernels.lanes.widths import cut
 
 __all__ = ["LaneSteps", "windows"]
 
@@ -57,10 +59,11 @@ class LaneSteps:
 
     def __init__(self, program: StepProgram, dtype: np.dtype | type = np.float64):
         self.dtype, self.size = np.dtype(dtype), program.size
-        self._translation = Translation(program, self.dtype)
-        self._count = LOADS + program.stored
+        self._source, self._translation = program, Translation(program, self.dtype)
+        self._run = kernels().run
+        self.arrays = LOADS + program.stored
         self._written = [1, *sorted({LOADS + op.what for op in program.operations if op.kind == "store"})]
-        self._vectors = aligned(0, self.dtype)
+        self._memory: np.ndarray | None = None
         self._programs: dict[int, tuple[ProgramStruct, ctypes.Array]] = {}
         self._seconds: dict[int, float] = {}
         self._cuts: dict[int, list[tuple[int, int]]] = {}
@@ -92,8 +95,8 @@ class LaneSteps:
             If arrays do not fit each other and the program, or cannot be written.
         """
         lanes, steps = out.shape[:2]
-        given = [u[:, None], out, added, *states][: self._count]
-        given += [None] * (self._count - len(given))
+        given = [u[:, None], out, added, *states][: self.arrays]
+        given += [None] * (self.arrays - len(given))
         for number, a in enumerate(given):
             if a is not None and a.shape != (lanes, steps if number else 1, self.size):
                 raise ValueError(f"states have the shape {a.shape}: {(lanes, steps, self.size)} is required")
@@ -117,7 +120,7 @@ class LaneSteps:
     def _call(self, width: int, arrays: Sequence[np.ndarray | None], steps: int) -> None:
         """Take steps from some states with one width; arrays ``(lanes, steps, n)``."""
         given = (StatesStruct * len(arrays))(*[self._states(a) for a in arrays])
-        kernels().run[self.dtype, width](ctypes.byref(self._program(width)), len(arrays[0]), steps, given)
+        self._run[self.dtype, width](ctypes.byref(self._program(width)), len(arrays[0]), steps, given)
 
     def _states(self, array: np.ndarray | None) -> StatesStruct:
         if array is None:
@@ -126,16 +129,21 @@ class LaneSteps:
         return StatesStruct(array.ctypes.data, lane, step, self._translation.place.ctypes.data, self.size)
 
     def _program(self, width: int) -> ProgramStruct:
-        """The program of a width; those of all widths use the same work vectors, in one array that grows."""
-        rows = self._translation.rows
+        """The program of a width, with work vectors in the memory that all kernels share, which moves when it grows."""
+        rows, memory = self._translation.rows, scratch(self._vectors_nbytes(width))
+        if memory is not self._memory:
+            self._programs.clear()
+            self._memory = memory
         if width not in self._programs:
-            if len(self._vectors) < sum(rows) * width:
-                self._vectors = aligned(sum(rows) * width, self.dtype)
-                self._programs.clear()
-            ends, start = np.cumsum([0, *rows[:-1]]) * width * self.dtype.itemsize, self._vectors.ctypes.data
+            ends, start = np.cumsum([0, *rows[:-1]]) * width * self.dtype.itemsize, memory.ctypes.data
             vectors = (ctypes.c_void_p * len(rows))(*(start + ends).tolist())
             self._programs[width] = self._translation.program(vectors), vectors
         return self._programs[width][0]
+
+    @cached_property
+    def in_single(self) -> LaneSteps:
+        """The same program in single precision; states remain float64."""
+        return LaneSteps(self._source, np.float32)
 
     # -- widths --------------------------------------------------------------------------------------------------------
     def _cut(self, lanes: int) -> list[tuple[int, int]]:
@@ -146,13 +154,7 @@ class LaneSteps:
                 w for w, narrower in zip(every, (0, *every), strict=False) if narrower < lanes
             ]  # others gain nothing
             seconds = {w: self._time(w) if len(widths) > 1 else 1.0 for w in widths}
-            widest = min(widths, key=lambda w: seconds[w] / w)
-            calls = [(widest, lanes // widest * widest)] if lanes >= widest else []
-            best: dict[int, tuple[float, list]] = {0: (0.0, [])}
-            for count in range(1, lanes % widest + 1):
-                total, w = min((best[count - min(w, count)][0] + seconds[w], w) for w in widths)
-                best[count] = total, [*best[count - min(w, count)][1], (w, min(w, count))]
-            self._cuts[lanes] = calls + best[lanes % widest][1]
+            self._cuts[lanes] = cut(lanes, seconds)
         return self._cuts[lanes]
 
     @property
@@ -164,7 +166,7 @@ class LaneSteps:
         """Measured seconds of a step of ``width`` lanes."""
         if width not in self._seconds:
             out = np.zeros((width, 1, self.size))
-            arrays = [out, out, *[None] * (self._count - 2)]
+            arrays = [out, out, *[None] * (self.arrays - 2)]
             found = []
             for _ in range(3):
                 begin = time.perf_counter()
@@ -173,10 +175,19 @@ class LaneSteps:
             self._seconds[width] = min(found)
         return self._seconds[width]
 
+    def _vectors_nbytes(self, width: int) -> int:
+        """Bytes of the work vectors of a width."""
+        return sum(self._translation.rows) * width * self.dtype.itemsize
+
     @property
-    def nbytes(self) -> int:
-        """Bytes of the work vectors in use, and of the matrices."""
-        return self._vectors.nbytes + self._translation.nbytes
+    def nbytes(self) -> dict[str, int]:
+        """Bytes of the copies of matrices."""
+        return {"kernels": self._translation.nbytes}
+
+    def work_nbytes(self, states: int) -> int:
+        """Bytes of the work vectors for a number of states, in the memory that all kernels share."""
+        widths = WIDTHS[self.dtype]
+        return self._vectors_nbytes(next((w for w in widths if w >= states), widths[-1]))
 
 
 def _in_place(array: np.ndarray | None) -> np.ndarray | None:
@@ -186,4 +197,4 @@ def _in_place(array: np.ndarray | None) -> np.ndarray | None:
     states = array.strides[-1] == array.itemsize or array.shape[-1] == 1
     if array.dtype == float and array.flags.aligned and states and not any(s % array.itemsize for s in array.strides):
         return array
-    return np.ascontiguousarray(array, dtype=float)
+    return np.require(array, float, "CA")

@@ -83,6 +83,10 @@ class StepProgram:
         self.vectors[name] = self.vectors[STATE] if parts is None else tuple(parts)
         return name
 
+    def part(self, vector: str, part: str | None) -> str:
+        """The name of a vector's part; ``None`` for that of a vector of one part."""
+        return self.vectors[vector][0] if part is None else part
+
     def multiply(self, out: str, matrix: Any, x: str, factor: float = 1.0, *, add: bool = False, scale: float = 1.0,
                  part: str | None = None, x_part: str | None = None) -> None:  # fmt: skip
         """``out = factor A x``, or with ``add`` ``out = scale out + factor A x``."""
@@ -107,7 +111,15 @@ class StepProgram:
         self.operations.append(Operation("blend", out, x, factor=factor))
 
     def exchange(self, out: str, x: str) -> None:
-        """Exchange two vectors with the same parts."""
+        """Exchange two vectors with the same parts.
+
+        Raises
+        ------
+        ValueError
+            If their parts differ: kernels exchange the memory of vectors.
+        """
+        if self.vectors[out] != self.vectors[x]:
+            raise ValueError(f"exchange of {out} and {x}, which have other parts")
         self.operations.append(Operation("exchange", out, x))
 
     def zero(self, out: str) -> None:

@@ -148,6 +148,7 @@ class TriangularFactors:
         self.order, lu = fill_reducing_order(matrix) if order is None else (order, None)
         self.enter: np.ndarray | None = None
         self.leave: np.ndarray | None = None
+        self._kernels = kernels()
         self._structs: dict[tuple, FactorStruct] = {}
         if not (self._factor_without_pivots(matrix, lu) and self.is_accurate(matrix)):
             self.symmetric = False
@@ -178,7 +179,7 @@ class TriangularFactors:
 
     def _store(self, lu: Any) -> bool:
         """Store factors of SuperLU; whether all pivots and their inverses are finite."""
-        U = lu.U.tocsr()
+        U = lu.U
         diagonal = U.diagonal()
         self.inverse_diagonal = aligned(self.n)
         with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
@@ -189,6 +190,7 @@ class TriangularFactors:
         self.left = Lower(tril(lu.L, -1, format="csc"))
         self.right = self.left
         if not self.symmetric:
+            U = U.tocsr()
             R = csr_matrix((U.data / np.repeat(diagonal, np.diff(U.indptr)), U.indices, U.indptr), U.shape).T
             self.right = Lower(tril(R.tocsc(), -1, format="csc"))
         return True
@@ -207,7 +209,7 @@ class TriangularFactors:
     def solve(self, b: np.ndarray, *, transposed: bool = False) -> np.ndarray:
         """Solve for one vector ``(n,)``, in the order of the matrix's rows."""
         order = self.order if self.enter is None else self.order[np.argsort(self.leave) if transposed else self.enter]
-        x, run = aligned(self.n + 1), kernels().solve
+        x, run = aligned(self.n + 1), self._kernels.solve
         x[:-1] = b[order]
         run(ctypes.byref(self.struct()), address(x), ctypes.c_int(transposed))
         out = np.empty(self.n)

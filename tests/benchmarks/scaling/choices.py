@@ -23,7 +23,7 @@ from tests.benchmarks.scaling.records import load
 
 __all__ = ["CHOICES", "Row", "block_ratio", "family", "fastest", "over_published", "study"]
 
-CHOICES = ("SDIRK2", "lock-step blocks", "spatial coarsening", "nested iteration", "inexact, 1e-6", "warm start")
+CHOICES = ("SDIRK2", "lanes", "spatial coarsening", "nested iteration", "inexact, 1e-6", "warm start")
 DEEP = (16, *[2] * 9)
 MENU = ((16, 4, 4), (8, 4, 4, 4))
 SPACES = (4, 16, 64)
@@ -53,9 +53,9 @@ class Row:
 
 
 def block_ratio(name: str = "heat-square") -> float:
-    """Measured cost of a state in a full block relative to one of sequential stepping."""
-    work = load(name).kernels[1]
-    return work["step"][0](8) / 8 / work["sweep"][0](1)
+    """Measured cost of a state among eight on lanes relative to one of sequential stepping."""
+    kernel = load(name).kernels[1]["step"][0]
+    return kernel(8) / 8 / kernel(1)
 
 
 def family(
@@ -81,7 +81,7 @@ def family(
         how = dict(start=start, rtol=rtol, nearby=nearby, nsteps=nsteps, longer=NSTEPS / nsteps)
         cycles = count_on_modes(options, tableau, **how)
         coarse = 0.25 if "spatial coarsening" in has else 1.0
-        blocks = block if "lock-step blocks" in has else 1.0
+        blocks = block if "lanes" in has else 1.0
         out.append(Setting("x".join(map(str, factors)), options, cycles, start, stages, blocks, coarse, nsteps))
     return out
 
@@ -94,7 +94,7 @@ def _bound(setting: Setting, space: int) -> tuple[float, float]:
     for m in model.options.factors(steps):
         steps //= m
     solves = setting.cycles + (setting.start != "guess")
-    return sum(said.work), solves * steps * model.kernels["sweep"][model.options.levels - 1](1)
+    return sum(said.work), solves * steps * model.kernel("step", model.options.levels - 1)(1)
 
 
 def fastest(settings: Sequence[Setting], counts: Sequence[int], spaces: Sequence[int] = SPACES) -> tuple[list, dict]:

@@ -132,7 +132,7 @@ def calibrate_layers(
         parameters = sum(int(np.prod(s)) for s in case.parts()[1].shapes.values())
         made = Record(
             name, machine(), int(np.prod(shape)), case.nlayers,
-            {1: kernel_tables(_increasing({key: seconds[key] for key in actions}))},
+            {1: kernel_tables(_increasing({key: seconds[key] for key in actions}), lanes=False)},
             control_bytes=8.0 * parameters, kind="layers",
         )  # fmt: skip
         made = _with_rest(made, [seconds[key] for key in nets])

@@ -92,8 +92,8 @@ class Setting:
     cycles : int
     start : str
     stages, block, coarse : float
-        Cost of a step in solves; cost of a state in a full block relative to one alone; cost of a level's step relative
-        to that of the finer one.
+        Cost of a step in solves; cost of a state among eight on lanes relative to one alone; cost of a level's step
+        relative to that of the finer one.
     nsteps : int
     """
 
@@ -112,16 +112,9 @@ class Setting:
         levels = range(self.options["levels"])
         unit = STEP * self.stages
         factor = [max(self.coarse**i, 1e-3) for i in levels]
-        if self.block < 1:
-            block = lambda f: Kernel((1, 8), (f * unit, f * unit * 8 * self.block), 0)
-        else:
-            block = lambda f: Kernel.constant(f * unit)
-        one = {
-            "step": [block(f) for f in factor],
-            "adjoint": [block(f) for f in factor],
-            "sweep": [Kernel.constant(f * unit) for f in factor],
-            "adjoint sweep": [Kernel.constant(f * unit) for f in factor],
-        }
+        # one state alone, or eight of them on lanes
+        kernels = [Kernel((1, 8), (f * unit, f * unit * 8 * self.block), lanes=True) for f in factor]
+        one = {"step": kernels, "adjoint": kernels}
         return Calibration(
             self.name, "published", n, self.nsteps, {1: one}, network=NETWORK, space_iterations=SPACE_ITERATIONS,
             stages=self.stages, overlap=1,
