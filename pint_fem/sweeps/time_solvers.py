@@ -204,9 +204,8 @@ class TimeSolvers:
                 systems = self.averaged = AveragedSystems(*given)
             return (partial(paradiag_solver, paradiag=options, systems=systems),) * 2
         if self._krylov is not None and self._factors:
-            prefix = f"{self.evolution.options_prefix}mgrit_"
-            given = dict(solver_parameters=self._krylov, petsc_comm=self.spacetime.comm, options_prefix=prefix)
-            return partial(AcceleratedSweep, **given), MGRIT
+            own = dict(petsc_comm=self.spacetime.comm, options_prefix=f"{self.evolution.options_prefix}mgrit_")
+            return partial(AcceleratedSweep, solver_parameters=self._krylov, **own), MGRIT
         return MGRIT, MGRIT
 
     def _make_solvers(self, forward: dict, backward: dict) -> None:
@@ -364,9 +363,8 @@ class TimeSolvers:
 
     def view(self) -> str:
         """Describe the hierarchy in a few lines."""
-        text, count = self.state.view(8 * self.evolution.state_size), self._coarse_steps
-        own = f"\n  coarse levels: {count} steps of the integrator for each interval"
-        return text + own if count > 1 and self._factors else text
+        own = f"\n  coarse levels: {self._coarse_steps} steps of the integrator for each interval"
+        return self.state.view(8 * self.evolution.state_size) + own * (self._coarse_steps > 1 and bool(self._factors))
 
     @cached_property
     def estimates(self) -> list[ConvergenceEstimate] | None:
