@@ -1,5 +1,7 @@
 """Sparse complex systems of several frequencies at once, against numpy's dense solves."""
 
+import platform
+
 import numpy as np
 import pytest
 from mpi4py import MPI
@@ -15,6 +17,7 @@ from pint_fem.paradiag.systems import FrequencyBlocks, ShiftedSteps
 from pint_fem.paradiag.transforms import time_transform
 from pint_fem.theory import dirk_stability
 from tests.stepping import sequential
+from tests.test_without_compiler import run
 
 pytestmark = pytest.mark.skipif(lane_kernels("f", 4) is None, reason="no compiler")
 KINDS = [(kind, width) for kind, widths in WIDTHS.items() for width in widths]
@@ -96,6 +99,30 @@ def test_bits_depend_neither_on_the_lane_nor_on_the_width(matrix, kind):
         assert np.array_equal(first[0], together[k])
         assert np.array_equal(pair[1], together[k])
         assert np.array_equal(alone[0, 0], together[k, 1])
+
+
+@pytest.mark.parametrize("mass", [0.0, 3.0])
+@pytest.mark.parametrize("kind", "fd")
+@pytest.mark.parametrize("transposed", [False, True])
+def test_stages_with_boundary_rows(mass, kind, transposed):
+    """``r + y (S - y M)^-1 M r``, where the mass of boundary values is zero or not, and its transpose."""
+    S, M = matrices("boundary")
+    boundary = [0, 3, 4, 20]
+    M = M.tolil()
+    M[boundary, boundary] = mass
+    M, system, kernels = csr_matrix(M), SparseSystem([S, M]), lane_kernels(kind, WIDTHS[kind][1])
+    y = np.exp(1j * np.arange(kernels.width)) / 2
+    rows = right_hand_sides(kernels.width, 2, S.shape[0])
+    factor, _ = system.factor_lanes(kernels, y)
+    lanes = kernels.to_lanes(rows)
+    system.step_lanes(kernels, factor, y, lanes, transposed=transposed)
+    assert system._lanes.masks_boundary == (mass == 0)
+    found = np.empty(rows.shape, kernels.complex)
+    kernels.from_lanes(lanes, found)
+    for k, shift in enumerate(y):
+        step = np.eye(S.shape[0]) + shift * np.linalg.solve((S - shift * M).toarray(), M.toarray())
+        exact = rows[k] @ (step if transposed else step.T)
+        np.testing.assert_allclose(found[k], exact, rtol=0, atol=EPSILON[kind] * np.abs(exact).max())
 
 
 @pytest.mark.parametrize("kind", "fd")
@@ -321,6 +348,52 @@ def test_without_a_compiler(monkeypatch):
     np.testing.assert_allclose(found[1], found[0], rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("precision", ["single", "double"])
+def test_a_batch_has_the_bits_of_its_members(precision):
+    """Three trajectories solved at once, and each alone by as many iterations."""
+    nsteps, steps, rng = 24, Steps(), np.random.default_rng(4)
+
+    class Members:
+        def step(self, which, u, out):
+            for row, target in zip(u.reshape(-1, 36), out.reshape(-1, 36), strict=True):
+                target[...] = steps.Phi @ row
+
+    U, g = np.zeros((nsteps + 1, 3, 36)), rng.standard_normal((nsteps, 3, 36))
+    U[0] = rng.standard_normal((3, 36))
+    make = lambda: ParaDiag(
+        Members(), nsteps, steps.systems.solve, options=dict(precision=precision, rtol=1e-12),
+        blocks=FrequencyBlocks(steps.systems, transposed=False),
+    )  # fmt: skip
+    V = U.copy()
+    make().solve(V, g, batch=True)
+    exact = [sequential(steps, U[0, i], nsteps, g[:, i]) for i in range(3)]
+    np.testing.assert_allclose(V, np.stack(exact, axis=1), rtol=0, atol=1e-10)
+    make().solve(U, g, batch=True, cycles=2)
+    for i in range(3):
+        alone = np.zeros((nsteps + 1, 36))
+        alone[0] = U[0, i]
+        make().solve(alone, np.ascontiguousarray(g[:, i]), cycles=2)
+        assert np.array_equal(alone, U[:, i])
+
+
+def test_an_error_of_all_frequencies_is_reported():
+    """A mistake in a program ends the solve with its own exception; the next solve is well."""
+    nsteps, steps, broken = 12, Steps(), [True]
+
+    class Blocks(FrequencyBlocks):
+        def __call__(self, *args):
+            if broken[0]:
+                raise KeyError("missing")
+            super().__call__(*args)
+
+    blocks, U = Blocks(steps.systems, transposed=False), np.ones((nsteps + 1, 36))
+    solver = ParaDiag(steps, nsteps, steps.systems.solve, blocks=blocks)
+    with pytest.raises(KeyError, match="missing"):
+        solver.solve(U)
+    broken[0] = False
+    assert solver.solve(np.ones((nsteps + 1, 36))).converged
+
+
 def test_a_singular_frequency_is_named():
     """A matrix that no factorisation solves is reported with its frequency; the others are not blamed."""
     nsteps, steps = 12, Steps()
@@ -345,6 +418,41 @@ def forward(transform, rows, *scale):
     out = np.empty((len(rows) // 2 + 1, rows.shape[1]), transform.complex)
     transform.forward(rows, out, *scale)
     return out
+
+
+BITS = """
+import hashlib
+import numpy as np
+from pint_fem.paradiag import shifts
+from pint_fem.paradiag.lane_kernels import WIDTHS
+from pint_fem.paradiag.transforms import time_transform
+from tests.test_frequency_lanes import Steps, forward, right_hand_sides
+
+digest, widths = hashlib.sha256(), dict(WIDTHS)
+steps, mu, rows = Steps(), shifts(40, 1e-2), right_hand_sides(21, 2, 36)
+for kind in "fd":
+    given = rows.astype(np.dtype(kind.upper()))
+    results = []
+    for each in (widths[kind], widths[kind][1:]):
+        WIDTHS[kind] = each
+        results.append(Steps().systems.solve_all(range(21), mu, given))
+    assert np.array_equal(*results)
+    exact = [np.linalg.solve(np.eye(36) - m * steps.Phi, r.T).T for m, r in zip(mu, rows)]
+    assert np.abs(results[0] - exact).max() < {"f": 1e-4, "d": 1e-11}[kind] * np.abs(exact).max()
+    WIDTHS[kind] = widths[kind]
+    digest.update(results[0].tobytes())
+    digest.update(forward(time_transform(30, kind), rows.real[:15].reshape(30, 36).copy(), np.ones(30)).tobytes())
+print("digest", digest.hexdigest())
+"""
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="flags of another processor")
+def test_bits_are_the_same_with_narrower_vectors():
+    """Without AVX-512, and for both widths; without fused sums the results are right, too."""
+    flags = "", "-mno-avx512f", "-mno-avx512f -mno-avx2 -mno-avx -mno-fma"
+    found = [run(BITS, PYOP2_CFLAGS=each)[0] for each in flags]
+    assert found[0]["digest"] == found[1]["digest"]
+    assert found[2]["digest"]
 
 
 # -- transforms --------------------------------------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """Programs on lanes against dense algebra, and the same bits in every lane, for every width and every layout."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 from scipy.sparse import csr_matrix
@@ -275,6 +277,34 @@ def test_products():
                 part = np.full((k, rows), np.nan)
                 product(states[first : first + k], part)
                 assert np.array_equal(part, out[first : first + k])
+
+
+def test_products_of_arrays_that_do_not_fit():
+    product = LaneProduct(csr_matrix(np.ones((3, 4))))
+    for states, out in (((5, 3), (5, 3)), ((5, 4), (5, 4)), ((4, 4), (5, 3)), ((5, 4), (4, 3))):
+        with pytest.raises(ValueError, match="do not fit"):
+            product(np.zeros(states), np.zeros(out))
+
+
+def test_vectors_of_other_parts_are_not_exchanged():
+    program = random_program(0, parts=2)
+    with pytest.raises(ValueError, match="other parts"):
+        program.exchange("v", "of a")
+
+
+def test_threads_have_their_own_work_memory():
+    """Calls of C let other threads run, which use other programs."""
+    programs = [random_program(seed, parts=2, sizes=(300, 200), kinds=("spd",)) for seed in range(2)]
+    given = [states(seed, 32, 4, program.size) for seed, program in enumerate(programs)]
+    expected = [run(LaneSteps(p), u, 4, added, loads) for p, (u, added, loads) in zip(programs, given, strict=True)]
+    steps = [LaneSteps(p) for p in programs]
+
+    def work(number):
+        u, added, loads = given[number]
+        return all(same(run(steps[number], u, 4, added, loads), expected[number]) for _ in range(50))
+
+    with ThreadPoolExecutor(2) as pool:
+        assert all(pool.map(work, range(2)))
 
 
 def test_factors_of_one_part_have_one_order():

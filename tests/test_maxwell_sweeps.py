@@ -112,6 +112,24 @@ def test_frequencies_of_the_whole_state_and_of_one_field_are_the_same(tableau, p
     assert part.bytes < whole.bytes
 
 
+@pytest.mark.parametrize("eliminate", [None, B])
+@pytest.mark.parametrize("tableau", [pf.ImplicitMidpoint, pf.SDIRK2])
+def test_all_frequencies_at_once_are_those_one_after_the_other(eliminate, tableau):
+    """Of both fields and of E alone, with moving walls, transposed, in both precisions, for a batch."""
+    st = pf.SpaceTime("1x1", **ALONE)
+    p = LinearPropagator(posed(st, moving_walls=True, eliminate=eliminate, tableau=tableau).evolution)
+    systems = frequency_systems(p, ParaDiagOptions(), {})
+    assert systems.has_lanes
+    mu, rng = np.exp(-0.05 + 1j * np.linspace(0.0, np.pi, 11)), np.random.default_rng(0)
+    shape = 11, 2, p.evolution.state_size
+    rows = rng.standard_normal(shape) + 1j * rng.standard_normal(shape)
+    for solve, transposed in ((systems.solve, False), (systems.solve_transposed, True)):
+        expected = np.array([[solve(k, complex(mu[k]), r) for r in rows[k]] for k in range(11)])
+        for dtype, tolerance in ((complex, 1e-11), (np.complex64, 1e-4)):
+            found = systems.solve_all(range(11), mu, rows.astype(dtype), transposed=transposed)
+            assert np.abs(found - expected).max() <= tolerance * np.abs(expected).max()
+
+
 def test_contraction_of_damped_waves():
     """ParaDiag on uniformly damped waves, normal in pairs only: under its bound, the norm of a pair's factor."""
     st, alpha = pf.SpaceTime("1x1", **ALONE), 0.1

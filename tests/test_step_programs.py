@@ -276,6 +276,7 @@ def test_copies_on_several_ranks_are_made_for_some_states_at_a_time(monkeypatch)
 
 
 @pytest.mark.parallel(2)
+@time_limit(60)
 def test_steps_by_petsc_where_parts_have_other_sizes_on_each_rank():
     """Two parts that are as large as each other on one rank and not on the next one: each has its own vectors."""
     comm = COMM_WORLD

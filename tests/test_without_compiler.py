@@ -7,7 +7,15 @@ import sys
 
 import numpy as np
 import pytest
+from firedrake import COMM_WORLD, dx
+from mpi4py import MPI
 
+import pint_fem as pf
+from pint_fem.kernels.lanes import compiled as compilation
+from pint_fem.kernels.lanes.structures import kernels
+from tests.heat import heat
+from tests.limits import time_limit
+from tests.meshes import square
 from tests.test_commands import ROOT
 
 SOLVE = """
@@ -113,3 +121,32 @@ def test_bits_are_the_same_for_all_widths_with_narrower_vectors():
     found = [run(BITS, PYOP2_CFLAGS=flags)[0] for flags in NARROWER]
     assert all(lines["kernels"] == "True" for lines in found)
     assert found[0]["digest"] == found[1]["digest"]
+
+
+@pytest.mark.parallel([1, 2])
+@time_limit(120)
+def test_kernels_are_used_on_all_ranks_or_on_none(monkeypatch, caplog):
+    """Two ranks in time, of which the second cannot compile: both take PETSc's solvers; states are those of one."""
+    results = []
+    grids = [pf.SpaceTime((1, COMM_WORLD.size)), pf.SpaceTime("1x1", comm=MPI.COMM_SELF)]
+    real = compilation._library
+    monkeypatch.setattr(compilation, "_switched_off", False)
+    for st in grids:
+        missing = COMM_WORLD.rank == COMM_WORLD.size - 1
+        if missing or st is grids[1]:
+            monkeypatch.setattr(compilation, "_library", lambda *a: None)
+        ev = heat(square(4, st.space_comm), steps=16, dt=0.01)
+        rf = pf.TimeParallelReducedFunctional(
+            ev, [pf.RunningMisfit(ev.u**2 * dx)], spacetime=st, solver_parameters={"mgrit": {"coarsening": (4,)}}
+        )
+        assert kernels() is None
+        factors = [f for p in rf.problem.sweeps.propagators for f in p.factors.values()]
+        assert all(f.triangular is None for f in factors)
+        results.append((rf(ev.control), rf.derivative().dat.data_ro.copy()))
+    assert results[0][0] == results[1][0]
+    assert np.allclose(results[0][1], results[1][1], rtol=1e-12)
+    told = [record for record in caplog.records if "another rank cannot compile" in record.getMessage()]
+    assert len(told) == (COMM_WORLD.size == 2 and COMM_WORLD.rank == 0)
+    monkeypatch.setattr(compilation, "_library", real)
+    monkeypatch.setattr(compilation, "_switched_off", False)
+    assert kernels() is not None

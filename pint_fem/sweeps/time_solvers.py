@@ -18,6 +18,7 @@ from pint_fem.capacity import require_memory
 from pint_fem.collective import collectively
 from pint_fem.evolution.evolution import Evolution
 from pint_fem.evolution.tableaux import Repeated
+from pint_fem.kernels.lanes.structures import kernels_on_all_or_none
 from pint_fem.logs import logger
 from pint_fem.mgrit.options import MGRITOptions
 from pint_fem.mgrit.solver import MGRIT
@@ -141,6 +142,7 @@ class TimeSolvers:
         spacetime, options, factors, N = self.spacetime, self._mgrit, self._factors, self.evolution.nsteps
         self.averaged: AveragedSystems | None = None
         self._reported = False
+        kernels_on_all_or_none(spacetime.comm)
         self.propagators = collectively(spacetime.comm, "propagator", self._make_propagators)
         self.is_linear = all(p.is_linear for p in self.propagators)
         if options.coarse_solver == "gathered" and factors and not self.is_linear:

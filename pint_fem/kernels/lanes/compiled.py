@@ -20,7 +20,7 @@ import numpy as np
 
 from pint_fem.logs import logger
 
-__all__ = ["DISABLE", "address", "library"]
+__all__ = ["DISABLE", "address", "library", "switch_off"]
 
 DISABLE = "PINT_FEM_NO_KERNELS"
 """Environment variable that, if it is set, switches compiled kernels off."""
@@ -35,7 +35,16 @@ _FLAGS = (
 )
 
 
-@cache
+_switched_off = False
+"""Whether :func:`switch_off` has been called."""
+
+
+def switch_off() -> None:
+    """Compile nothing from now on; what has been compiled before can still be called."""
+    global _switched_off
+    _switched_off = True
+
+
 def library(source: str, flags: Sequence[str] = ()) -> ctypes.CDLL | None:
     """A shared library of C functions, compiled once on each machine.
 
@@ -52,6 +61,11 @@ def library(source: str, flags: Sequence[str] = ()) -> ctypes.CDLL | None:
         ``None`` where there is no PyOP2 or no compiler that works, or where the environment variable :data:`DISABLE`
         is set; the reason is logged once.
     """
+    return None if _switched_off else _library(source, flags)
+
+
+@cache
+def _library(source: str, flags: Sequence[str]) -> ctypes.CDLL | None:
     if os.environ.get(DISABLE):
         return None
     try:
@@ -63,13 +77,18 @@ def library(source: str, flags: Sequence[str] = ()) -> ctypes.CDLL | None:
         with _one_at_a_time():
             return load(source, "c", cppargs=(*_FLAGS, *flags), ldargs=("-lm",), comm=COMM_SELF)
     except Exception as error:  # PyOP2 raises whatever its steps raise: no compiler, no space, an old cache
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        logger.warning(
-            "kernels are not compiled, PETSc's solvers are used instead, which are several times slower (%s: %s)",
-            type(error).__name__,
-            reason[0],
-        )
+        _report(type(error).__name__, next(iter(str(error).strip().splitlines()), ""))
         return None
+
+
+@cache
+def _report(kind: str, reason: str) -> None:
+    """Log why there are no kernels, once for all sources."""
+    logger.warning(
+        "kernels are not compiled, PETSc's solvers are used instead, which are several times slower (%s: %s)",
+        kind,
+        reason,
+    )
 
 
 @contextmanager

@@ -60,6 +60,7 @@ class LaneSteps:
     def __init__(self, program: StepProgram, dtype: np.dtype | type = np.float64):
         self.dtype, self.size = np.dtype(dtype), program.size
         self._source, self._translation = program, Translation(program, self.dtype)
+        self._run = kernels().run
         self.arrays = LOADS + program.stored
         self._written = [1, *sorted({LOADS + op.what for op in program.operations if op.kind == "store"})]
         self._memory: np.ndarray | None = None
@@ -119,7 +120,7 @@ class LaneSteps:
     def _call(self, width: int, arrays: Sequence[np.ndarray | None], steps: int) -> None:
         """Take steps from some states with one width; arrays ``(lanes, steps, n)``."""
         given = (StatesStruct * len(arrays))(*[self._states(a) for a in arrays])
-        kernels().run[self.dtype, width](ctypes.byref(self._program(width)), len(arrays[0]), steps, given)
+        self._run[self.dtype, width](ctypes.byref(self._program(width)), len(arrays[0]), steps, given)
 
     def _states(self, array: np.ndarray | None) -> StatesStruct:
         if array is None:

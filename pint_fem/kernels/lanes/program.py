@@ -111,7 +111,15 @@ class StepProgram:
         self.operations.append(Operation("blend", out, x, factor=factor))
 
     def exchange(self, out: str, x: str) -> None:
-        """Exchange two vectors with the same parts."""
+        """Exchange two vectors with the same parts.
+
+        Raises
+        ------
+        ValueError
+            If their parts differ: kernels exchange the memory of vectors.
+        """
+        if self.vectors[out] != self.vectors[x]:
+            raise ValueError(f"exchange of {out} and {x}, which have other parts")
         self.operations.append(Operation("exchange", out, x))
 
     def zero(self, out: str) -> None:

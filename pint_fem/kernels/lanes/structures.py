@@ -5,13 +5,17 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from ctypes import POINTER, Structure, c_double, c_int, c_int64, c_void_p
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
+from threading import local
 from typing import NamedTuple
 
 import numpy as np
+from mpi4py import MPI
 
-from pint_fem.kernels.lanes.compiled import library
+from pint_fem.collective import all_ranks
+from pint_fem.kernels.lanes.compiled import library, switch_off
+from pint_fem.logs import logger
 
 __all__ = [
     "WIDTHS",
@@ -25,6 +29,7 @@ __all__ = [
     "StatesStruct",
     "aligned",
     "kernels",
+    "kernels_on_all_or_none",
     "pointers",
     "scratch",
 ]
@@ -107,6 +112,7 @@ class Kernels(NamedTuple):
     product: dict[int, ctypes._CFuncPtr]
 
 
+@cache
 def _source() -> str:
     """The C code of all kernels: the one on lanes for each type and width."""
     read = lambda name: (Path(__file__).parent / name).read_text()
@@ -120,12 +126,29 @@ def _source() -> str:
     return "\n".join(parts)
 
 
-@lru_cache(maxsize=1)
+def kernels_on_all_or_none(comm: MPI.Comm) -> None:
+    """Do without compiled kernels from now on where a rank has none, so that all ranks round alike (collective).
+
+    Parameters
+    ----------
+    comm
+        Communicator of ranks whose results have to be the same as on one rank.
+    """
+    here = kernels() is not None
+    if comm.size > 1 and not all_ranks(comm, here) and here:
+        logger.warning("kernels are not used, as another rank cannot compile them")
+        switch_off()
+
+
 def kernels() -> Kernels | None:
     """The compiled kernels, or ``None`` where :func:`~pint_fem.kernels.lanes.compiled.library` has none."""
     found = library(_source())
-    if found is None:
-        return None
+    return None if found is None else _functions(found)
+
+
+@cache
+def _functions(found: ctypes.CDLL) -> Kernels:
+    """The functions of the library with the types of their arguments."""
     product = {width: getattr(found, f"product_d{width}") for width in WIDTHS[np.dtype(float)]}
     run = {(dtype, w): getattr(found, f"run_{_SUFFIX[dtype]}{w}") for dtype, widths in WIDTHS.items() for w in widths}
     for function in run.values():
@@ -156,13 +179,19 @@ def pointers(arrays: Sequence[np.ndarray | Structure]) -> ctypes.Array:
     return (c_void_p * max(1, len(found)))(*found)
 
 
-_SCRATCH = [aligned(0, np.uint8)]
+class _Scratch(local):
+    """The work memory of a thread: calls of C let other threads run."""
+
+    memory = aligned(0, np.uint8)
+
+
+_SCRATCH = _Scratch()
 
 
 def scratch(size: int) -> np.ndarray:
-    """The work memory that all kernels of a process share, of at least ``size`` bytes; it moves when it grows, and its
+    """The work memory that all kernels of a thread share, of at least ``size`` bytes; it moves when it grows, and its
     contents are arbitrary.
     """
-    if _SCRATCH[0].size < size:
-        _SCRATCH[0] = aligned(size, np.uint8)
-    return _SCRATCH[0]
+    if _SCRATCH.memory.size < size:
+        _SCRATCH.memory = aligned(size, np.uint8)
+    return _SCRATCH.memory

@@ -148,6 +148,7 @@ class TriangularFactors:
         self.order, lu = fill_reducing_order(matrix) if order is None else (order, None)
         self.enter: np.ndarray | None = None
         self.leave: np.ndarray | None = None
+        self._kernels = kernels()
         self._structs: dict[tuple, FactorStruct] = {}
         if not (self._factor_without_pivots(matrix, lu) and self.is_accurate(matrix)):
             self.symmetric = False
@@ -208,7 +209,7 @@ class TriangularFactors:
     def solve(self, b: np.ndarray, *, transposed: bool = False) -> np.ndarray:
         """Solve for one vector ``(n,)``, in the order of the matrix's rows."""
         order = self.order if self.enter is None else self.order[np.argsort(self.leave) if transposed else self.enter]
-        x, run = aligned(self.n + 1), kernels().solve
+        x, run = aligned(self.n + 1), self._kernels.solve
         x[:-1] = b[order]
         run(ctypes.byref(self.struct()), address(x), ctypes.c_int(transposed))
         out = np.empty(self.n)
