@@ -129,7 +129,7 @@ def test_choice_by_times_of_a_step(monkeypatch):
     assert len(lines) == (MPI.COMM_WORLD.rank == 0)
     assert all("auto: mgrit, m = " in line and "of sequential stepping" in line for line in lines)
     assert len(set(MPI.COMM_WORLD.allgather(solvers.view().split("memory")[0]))) == 1
-    monkeypatch.setattr(automatic, "PARADIAG", 10.0)
+    monkeypatch.setattr(automatic, "PARADIAG", 20.0)
     slow, lines = choose(monkeypatch, st, {1: 1.0, 8: 8.0, 16: 16.0, 32: 32.0})
     assert slow.problem.sweeps.solvers.kind == "serial"
     assert all("auto: serial" in line for line in lines)
@@ -206,6 +206,6 @@ def test_candidates():
     ("rate", "ranks", "expected"), [(1e-4, 1, 1.5), (1e-4, 4, 0.375), (0.6, 1, np.inf), (None, 1, np.inf)]
 )
 def test_iterations_of_paradiag(monkeypatch, rate, ranks, expected):
-    """One to 1e-2, two to 1e-8, each of which takes 1.0."""
-    monkeypatch.setattr(automatic, "PARADIAG", 1.0)
-    assert automatic.paradiag_ratio(rate, ranks, [1e-2, 1e-8]) == pytest.approx(expected)
+    """One to 1e-2, two to 1e-8, each of which takes four times as long as steps in blocks of eight."""
+    monkeypatch.setattr(automatic, "PARADIAG", 4.0)
+    assert automatic.paradiag_ratio({1: 2.0, 8: 4.0}, rate, ranks, [1e-2, 1e-8]) == pytest.approx(expected)

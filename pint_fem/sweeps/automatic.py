@@ -34,8 +34,8 @@ __all__ = ["Automatic", "MadePropagator", "automatic", "candidates", "measured_s
 
 CANONICAL = (TwoLevel(16, 2, "F"), TwoLevel(32, 2, "F"))
 """Options that are preferred where no other ones are clearly faster."""
-PARADIAG = 1.6
-"""Time of an iteration of ParaDiag on one rank over that of a sequential sweep, about; ranks share it."""
+PARADIAG = 10.0
+"""Time of an iteration of ParaDiag for each step over that of a step in the best block, about; ranks share it."""
 MOST_CYCLES = 12
 _SECONDS: dict[tuple, dict[int, float]] = {}
 
@@ -152,7 +152,7 @@ def automatic(
     ranks, residuals = spacetime.time_size, ModelResiduals(found, evolution, coarse_tableau)
     times = mgrit_ratios(seconds, evolution.nsteps, ranks, residuals, tolerances)
     rate = paradiag_contraction(evolution, paradiag.alpha)
-    return spacetime.comm.bcast(_decide(times, paradiag_ratio(rate, ranks, tolerances), mgrit))
+    return spacetime.comm.bcast(_decide(times, paradiag_ratio(seconds, rate, ranks, tolerances), mgrit))
 
 
 def mgrit_ratios(
@@ -170,14 +170,15 @@ def mgrit_ratios(
     return ratios
 
 
-def paradiag_ratio(rate: float | None, ranks: int, tolerances: Sequence[float]) -> float:
-    """Predicted time of ParaDiag over that of sequential stepping, where an iteration contracts by ``rate``; infinite
-    where it hardly does.
+def paradiag_ratio(seconds: Mapping[int, float], rate: float | None, ranks: int, tolerances: Sequence[float]) -> float:
+    """Predicted time of ParaDiag over that of sequential stepping, the mean of solves to some tolerances, where an
+    iteration contracts by ``rate``; infinite where it hardly does.
     """
     if rate is None or not rate < 0.5:
         return math.inf
     iterations = [max(1, math.ceil(math.log(tol) / math.log(rate) * (1 - 1e-12))) for tol in tolerances]
-    return PARADIAG / ranks * sum(iterations) / len(iterations)
+    block = min(t / w for w, t in seconds.items()) / seconds[1]
+    return PARADIAG * block / ranks * sum(iterations) / len(iterations)
 
 
 def _decide(times: Mapping[TwoLevel, float], paradiag: float, mgrit: MGRITOptions) -> Automatic:
