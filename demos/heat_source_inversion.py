@@ -50,7 +50,12 @@ def arguments():
         choices=["stop", "continue"],
         help="what to do where the checkpoint cannot be written, as on a full disk (stop)",
     )
-    add("--time-solver", default="mgrit", help="mgrit, or serial for sequential stepping on one time rank (mgrit)")
+    add(
+        "--time-solver",
+        default="auto",
+        choices=["auto", "mgrit", "paradiag", "serial"],
+        help="auto (the fastest by measured times of a step), mgrit, paradiag, or serial for sequential stepping (auto)",
+    )
     add("--out", type=Path, default=Path("results/heat_source"), help="folder of the results (results/heat_source)")
     add("--no-fields", action="store_true", help="write no ParaView files")
     add(
@@ -69,6 +74,8 @@ def main():
     from pint_fem.spacetime import SpaceTime
 
     solver = {"time_solver": opts.time_solver, "mgrit": {"rtol": opts.rtol}}
+    if not opts.exact:
+        solver["typical_rtol"] = 1e-2  # of products with the Hessian, which are most of the solves
     grid, about = planned_grid(
         opts.grid,
         "heat-source",

@@ -83,7 +83,8 @@ def test_storage_of_c_points(tmp_path):
 def test_maxwell_demo(regime, solver, tmp_path):
     """Coarse: 8 x 8 cells of degree 1 and 16 steps; time ranks do not matter: test_maxwell_source."""
     small = ["--regime", regime, "--cells", 8, "--degree", 1, "--steps", 16, "--no-fields"]
-    done = run(2, *small, "--grid", "1x2", "--out", tmp_path, program="maxwell_source_inversion")
+    small += ["--time-solver", solver, "--grid", "1x2"]
+    done = run(2, *small, "--out", tmp_path, program="maxwell_source_inversion")
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["time_solver"] == solver
     assert summary["grid"] == {"space": 1, "time": 2}

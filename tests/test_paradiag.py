@@ -220,7 +220,9 @@ def test_coarsest_level_of_mgrit():
 
 
 def test_choice_by_theory():
-    """Heat: MGRIT. A cavity: ParaDiag. Nonlinear: MGRIT. One line each, on the first rank only."""
+    """With given options of MGRIT. Heat: MGRIT. A cavity: ParaDiag. Nonlinear: MGRIT. One line each, on the first rank
+    only.
+    """
     st = pf.SpaceTime()
     cases = (
         (posed_heat(st, steps=64), MGRITOptions, "auto: mgrit, as MGRIT's two-level bound is 0.0"),
@@ -230,7 +232,7 @@ def test_choice_by_theory():
     )
     for ev, kind, words in cases:
         with logged() as lines:
-            rf = functional(ev, st, time_solver="auto", mgrit={"rtol": 1e-6})
+            rf = functional(ev, st, time_solver="auto", mgrit={"rtol": 1e-6, "coarsening": (8, 4)})
         assert type(rf.problem.sweeps.options) is kind
         assert rf.problem.sweeps.options.rtol == 1e-6
         assert len(lines) == (MPI.COMM_WORLD.rank == 0)

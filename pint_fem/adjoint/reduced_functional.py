@@ -54,13 +54,17 @@ class TimeParallelReducedFunctional(ControlFunctional):
         Process grid; the evolution's mesh lives on its ``space_comm``. Default: all ranks of the mesh's communicator
         in space.
     solver_parameters
-        ``{"mgrit": {...}, "paradiag": {...}, "time_solver": "mgrit" | "paradiag" | "serial" | "auto",
-        "spatial_coarsening": [0, 1]}``; options of the time solvers also from the command line (``-mgrit_rtol 1e-8``,
-        ``-paradiag_alpha 1e-4``). ``"auto"`` chooses by a-priori convergence estimates and prints the choice and the
-        reason. ``spatial_coarsening`` uses coarser meshes of the evolution's ``MeshHierarchy`` on coarse levels: for
-        each level the number of refinements less than on the finest (the last number holds for all further levels), or
-        ``True`` for one less on each (:class:`~pint_fem.propagators.spatial.SpatialLevels`). It changes the iterates,
-        not their limit. ``"norm"``: residuals in ``"l2"`` of coefficients or ``"L2"``.
+        ``{"mgrit": {...}, "paradiag": {...}, "time_solver": "mgrit" | "paradiag" | "serial" | "auto", "typical_rtol":
+        1e-2, "spatial_coarsening": [0, 1]}``; options of the time solvers also from the command line (``-mgrit_rtol
+        1e-8``, ``-paradiag_alpha 1e-4``). ``"auto"`` chooses the fastest one by measured times of a step and predicted
+        residuals, and with it the levels, coarsening, relaxation and coarse steps of MGRIT where none of these are
+        given (:mod:`~pint_fem.sweeps.automatic`); where times are not measured, the time solver by a-priori convergence
+        estimates. It prints the choice and the reason. ``typical_rtol`` is the relative tolerance of most solves, 1e-2
+        with an inexact minimiser; default: between ``rtol`` and its square root. ``spatial_coarsening`` uses coarser
+        meshes of the evolution's ``MeshHierarchy`` on coarse levels: for each level the number of refinements less than
+        on the finest (the last number holds for all further levels), or ``True`` for one less on each
+        (:class:`~pint_fem.propagators.spatial.SpatialLevels`). It changes the iterates, not their limit. ``"norm"``:
+        residuals in ``"l2"`` of coefficients or ``"L2"``.
         ``"krylov": {"ksp_type": "fgmres"}`` accelerates linear sweeps (also ``-mgrit_ksp_type``...).
     riesz_map
         The inner product of the trust region and of ``apply_riesz``: a kind of
@@ -176,7 +180,12 @@ def _problem(
         )
     parameters, own = dict(solver_parameters or {}), evolution.private()
     own.options_prefix = require_prefix(options_prefix)
-    solver = read_time_solver(parameters, own, spacetime, steps["coarse_tableau"], options_prefix=own.options_prefix)
+    plain = steps["propagator"] is make_propagator and steps["coarse_evolutions"] is None
+    plain = plain and all(parameters.get(name) is None for name in ("spatial_coarsening", "krylov"))
+    prefix = own.options_prefix
+    solver = read_time_solver(parameters, own, spacetime, steps["coarse_tableau"], prefix, own_steps=plain)
+    if plain:
+        steps = steps | {"propagator": solver.propagator}
     if solver.why:
         on_first_rank(spacetime.comm, "logging", logger.info, solver.why)
     spatial_coarsening = parameters.pop("spatial_coarsening", None)
@@ -186,7 +195,7 @@ def _problem(
     if parameters:
         raise InputError(
             f"unknown solver parameters {sorted(parameters)}: there are 'mgrit', 'paradiag', "
-            "'time_solver', 'spatial_coarsening', 'krylov' and 'norm'"
+            "'time_solver', 'typical_rtol', 'spatial_coarsening', 'krylov' and 'norm'"
         )
     try:
         sweeps = Sweeps(

@@ -212,6 +212,12 @@ class LinearPropagator(FEPropagator):
             G = G[None] if U.ndim == 2 else G.swapaxes(0, 1)
         self.advance(u, rest, G, transposed=transposed)
 
+    def lane_seconds(self) -> dict[int, float] | None:
+        """Measured seconds of a step of as many states at once as kernels are compiled for; ``None`` where steps are
+        taken by PETSc, for one state after another.
+        """
+        return getattr(self._forward, "seconds", None)
+
     # -- forcing -------------------------------------------------------------------------------------------------------
     def update_data(self, changed: set) -> bool:
         """Discard loads; ``False`` where data of the operators have changed."""

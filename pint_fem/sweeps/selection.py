@@ -12,7 +12,7 @@ from typing import Any
 from firedrake.petsc import PETSc
 from irksome.tableaux.ButcherTableaux import ButcherTableau
 
-from pint_fem.all_at_once.options import SHARED
+from pint_fem.all_at_once.options import SHARED, is_number
 from pint_fem.collective import require_same
 from pint_fem.errors import InputError
 from pint_fem.evolution.evolution import Evolution
@@ -21,6 +21,7 @@ from pint_fem.paradiag.options import ParaDiagOptions
 from pint_fem.petsc_options.checks import require_types
 from pint_fem.petsc_options.spelling import refuse_near_misses
 from pint_fem.spacetime import SpaceTime
+from pint_fem.sweeps.automatic import MadePropagator, automatic
 from pint_fem.theory.estimates import mgrit_estimate, paradiag_contraction
 from pint_fem.theory.two_level import ConvergenceEstimate
 
@@ -38,6 +39,7 @@ __all__ = [
 KINDS = ("mgrit", "paradiag", "serial", "auto")
 CYCLES = 20
 """MGRIT cycles that cost about as much as two iterations of ParaDiag on many ranks, factorisations included."""
+_SHAPE = ("levels", "coarsening", "relax", "c_weight", "coarse_steps", "coarse_solver", "cycle", "start", "storage")
 _PETSC = ("ksp_", "pc_", "mat_", "sub_")
 
 
@@ -55,6 +57,8 @@ class TimeSolverChoice:
         PETSc options of ParaDiag's shifted systems.
     why : str
         The reason in one line, where the solver was chosen by ``"auto"``.
+    propagator : MadePropagator
+        Makes the propagators; it has that of the finest level where times of its steps were measured.
     """
 
     kind: str
@@ -62,6 +66,7 @@ class TimeSolverChoice:
     paradiag: ParaDiagOptions
     systems: dict = field(default_factory=dict)
     why: str = ""
+    propagator: MadePropagator = field(default_factory=MadePropagator)
 
 
 def mgrit_options(parameters: Mapping | MGRITOptions | None, prefix: str = "mgrit_") -> MGRITOptions:
@@ -131,8 +136,10 @@ def read_time_solver(
     spacetime: SpaceTime,
     coarse_tableau: ButcherTableau | None,
     options_prefix: str = "",
+    *,
+    own_steps: bool = True,
 ) -> TimeSolverChoice:
-    """Take ``time_solver``, ``mgrit`` and ``paradiag`` out of the parameters (collective).
+    """Take ``time_solver``, ``typical_rtol``, ``mgrit`` and ``paradiag`` out of the parameters (collective).
 
     Parameters
     ----------
@@ -142,6 +149,8 @@ def read_time_solver(
         The problem, the process grid and the integrator of the coarse levels.
     options_prefix
         Prefix of this functional's options in PETSc's database: ``-PREFIXmgrit_rtol``, ``-PREFIXparadiag_alpha``.
+    own_steps
+        Whether the steps of all levels are made here, on one mesh: only then are times of them measured.
 
     Raises
     ------
@@ -155,12 +164,16 @@ def read_time_solver(
         options_prefix=options_prefix,
     )  # fmt: skip
     kind = parameters.pop("time_solver", "mgrit")
+    typical = parameters.pop("typical_rtol", None)
+    if typical is not None and (not is_number(typical) or not 0 < typical < 1):
+        raise InputError(f"typical_rtol {typical!r}: give a number between 0 and 1, such as 1e-2")
     if kind not in KINDS:
         raise InputError(f"time_solver {kind!r}: give one of {', '.join(map(repr, KINDS))}")
     refuse_near_misses(PETSc.Options().getAll(), options_prefix)
     require_types(evolution.solver_parameters, f"{options_prefix}pint_")
     prefix = f"{options_prefix}mgrit_"
-    mgrit = mgrit_options(parameters.pop("mgrit", None), prefix)
+    given = parameters.pop("mgrit", None)
+    mgrit, has_shape = mgrit_options(given, prefix), _has_shape(given, prefix)
     unread = _database(prefix)[1]
     if unread and parameters.get("krylov") is None and not any(name.startswith("ksp_") for name in unread):
         raise InputError(
@@ -168,15 +181,27 @@ def read_time_solver(
             f"as well, or -{options_prefix}pint_... for the solvers of a step"
         )
     paradiag, systems = _paradiag_options(parameters.pop("paradiag", None), mgrit, f"{options_prefix}paradiag_")
-    why = ""
+    why, propagator, chosen = "", MadePropagator(), None
     if kind == "auto":
         try:
-            kind, why = choose(evolution, spacetime, mgrit, paradiag, coarse_tableau)
+            if own_steps and not has_shape:
+                chosen = automatic(evolution, spacetime, mgrit, paradiag, coarse_tableau, propagator, typical)
+            if chosen is not None:
+                kind, mgrit, why = chosen.kind, chosen.mgrit, chosen.why
+            else:
+                kind, why = choose(evolution, spacetime, mgrit, paradiag, coarse_tableau)
         except ValueError as error:
             raise InputError(str(error)) from None
     if kind == "serial":
         mgrit = MGRITOptions.make(mgrit, levels=1, of_levels=())
-    return TimeSolverChoice(kind, mgrit, paradiag, systems, why)
+    return TimeSolverChoice(kind, mgrit, paradiag, systems, why, propagator)
+
+
+def _has_shape(given: Any, prefix: str) -> bool:
+    """Whether options of MGRIT that decide on the work of a cycle are given."""
+    made, plain = mgrit_options(given, prefix), MGRITOptions()
+    names = {*(given if isinstance(given, Mapping) else ()), *_database(prefix)[0]}
+    return any(name in names or getattr(made, name) != getattr(plain, name) for name in _SHAPE)
 
 
 def require_supported(options: MGRITOptions, factors: tuple, nsteps: int) -> None:

@@ -204,9 +204,8 @@ class TimeSolvers:
                 systems = self.averaged = AveragedSystems(*given)
             return (partial(paradiag_solver, paradiag=options, systems=systems),) * 2
         if self._krylov is not None and self._factors:
-            prefix = f"{self.evolution.options_prefix}mgrit_"
-            given = dict(solver_parameters=self._krylov, petsc_comm=self.spacetime.comm, options_prefix=prefix)
-            return partial(AcceleratedSweep, **given), MGRIT
+            own = dict(petsc_comm=self.spacetime.comm, options_prefix=f"{self.evolution.options_prefix}mgrit_")
+            return partial(AcceleratedSweep, solver_parameters=self._krylov, **own), MGRIT
         return MGRIT, MGRIT
 
     def _make_solvers(self, forward: dict, backward: dict) -> None:
@@ -345,6 +344,11 @@ class TimeSolvers:
         return len(self.propagators) == 1 and not self._is_paradiag
 
     @property
+    def kind(self) -> str:
+        """``"paradiag"``, ``"serial"`` or ``"mgrit"``."""
+        return "paradiag" if self._is_paradiag else "serial" if self.is_sequential else "mgrit"
+
+    @property
     def accelerated(self) -> bool:
         """Whether linear sweeps are accelerated by a Krylov method."""
         return isinstance(self.adjoint, AcceleratedSweep)
@@ -359,7 +363,8 @@ class TimeSolvers:
 
     def view(self) -> str:
         """Describe the hierarchy in a few lines."""
-        return self.state.view(8 * self.evolution.state_size)
+        own = f"\n  coarse levels: {self._coarse_steps} steps of the integrator for each interval"
+        return self.state.view(8 * self.evolution.state_size) + own * (self._coarse_steps > 1 and bool(self._factors))
 
     @cached_property
     def estimates(self) -> list[ConvergenceEstimate] | None:

@@ -1,0 +1,202 @@
+r"""The time solver and the options of MGRIT with the least predicted time, from measured times of a step.
+
+The time of a step of ``W`` states is measured on the fine propagator (those of coarse levels have factors of the same
+size), the numbers of cycles are those of :mod:`~pint_fem.theory.model_residuals`, and
+:mod:`~pint_fem.theory.costs` predicts the time of a solve to the tolerance ``typical_rtol`` of most solves. Unless it
+is given, the time of a candidate is the mean of those to ``rtol`` and to its square root.
+
+Times are measured once in a process for each size of a problem; those of the first rank decide on all of them, rounded,
+so that two runs differ only where a choice hardly matters.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from irksome.tableaux.ButcherTableaux import ButcherTableau
+
+from pint_fem.collective import collectively
+from pint_fem.evolution.evolution import Evolution
+from pint_fem.mgrit.options import MGRITOptions
+from pint_fem.paradiag.options import ParaDiagOptions
+from pint_fem.propagators import make_propagator
+from pint_fem.propagators.base import FEPropagator
+from pint_fem.propagators.linear import LinearPropagator
+from pint_fem.spacetime import SpaceTime
+from pint_fem.theory.costs import CLEARLY, TwoLevel, fastest, mgrit_seconds, rounded, sequential_seconds
+from pint_fem.theory.estimates import paradiag_contraction
+from pint_fem.theory.model_residuals import ModelResiduals
+from pint_fem.theory.spectrum import spectrum
+
+__all__ = ["Automatic", "MadePropagator", "automatic", "candidates", "measured_seconds"]
+
+CANONICAL = (TwoLevel(16, 2, "F"), TwoLevel(32, 2, "F"))
+"""Options that are preferred where no other ones are clearly faster."""
+PARADIAG = 10.0
+"""Time of an iteration of ParaDiag for each step over that of a step in the best block, about; ranks share it."""
+MOST_CYCLES = 12
+_SECONDS: dict[tuple, dict[int, float]] = {}
+
+
+@dataclass
+class Automatic:
+    """A time solver, chosen by predicted times.
+
+    Attributes
+    ----------
+    kind : str
+        ``"mgrit"``, ``"paradiag"`` or ``"serial"``.
+    mgrit : MGRITOptions
+        With the levels, coarsening, relaxation and steps of the coarse level of ``"mgrit"``.
+    why : str
+        The reason in one line.
+    """
+
+    kind: str
+    mgrit: MGRITOptions
+    why: str
+
+
+class MadePropagator:
+    """``propagator(evolution, stride=, tableau=)`` that returns a propagator that has been made before, once, and
+    otherwise makes one.
+
+    Parameters
+    ----------
+    made
+        A step of the finest level, or ``None``.
+    """
+
+    def __init__(self, made: FEPropagator | None = None):
+        self.made = made
+
+    def __call__(self, evolution: Evolution, *, stride: int = 1, tableau: ButcherTableau | None = None) -> FEPropagator:
+        """The propagator of a level."""
+        made = self.made
+        if made is not None and stride == 1 and evolution is made.evolution and tableau in (None, made.tableau):
+            self.made = None
+            return made
+        return make_propagator(evolution, stride=stride, tableau=tableau)
+
+
+def candidates(steps: int, ranks: int) -> list[TwoLevel]:
+    """Options of MGRIT whose intervals are equal and at least as many as ranks and four.
+
+    Parameters
+    ----------
+    steps, ranks
+        Numbers of time steps and of ranks in time.
+    """
+    factors = [m for m in (4, 8, 16, 32, 64, 128) if steps % m == 0 and steps // m >= max(4, ranks)]
+    return [TwoLevel(m, s, relax) for m in factors for s in (1, 2, 3, 4) for relax in ("F", "FCF") if s < m]
+
+
+def measured_seconds(evolution: Evolution, spacetime: SpaceTime, propagator: MadePropagator) -> dict[int, float] | None:
+    """Seconds of a step by the number of states, relative to one state and rounded; ``None`` where steps are not taken
+    on lanes (collective).
+
+    Parameters
+    ----------
+    evolution, spacetime
+        The problem and the process grid.
+    propagator
+        Takes the step that is made for the measurement.
+    """
+    key = str(evolution.V.ufl_element()), evolution.V.dim(), repr(evolution.tableau), evolution.fields is None
+    key = (*key, len(evolution.bcs), spacetime.space_size, spacetime.time_size)
+    if key not in _SECONDS:
+        propagator.made = collectively(spacetime.comm, "propagator", LinearPropagator, evolution)
+        seconds = propagator.made.lane_seconds()
+        found = spacetime.comm.bcast(None if seconds is None else rounded(seconds))
+        if found is None:
+            return None
+        _SECONDS[key] = found
+    return _SECONDS[key]
+
+
+def automatic(
+    evolution: Evolution,
+    spacetime: SpaceTime,
+    mgrit: MGRITOptions,
+    paradiag: ParaDiagOptions,
+    coarse_tableau: ButcherTableau | None,
+    propagator: MadePropagator,
+    typical_rtol: float | None = None,
+) -> Automatic | None:
+    """The fastest time solver by predicted times, the same on all ranks; ``None`` where nothing is predicted: for
+    evolutions that are not linear with constant operators, steps that are not taken on lanes, and numbers of steps
+    without equal intervals (collective).
+
+    Parameters
+    ----------
+    evolution, spacetime
+        The problem and the process grid.
+    mgrit, paradiag
+        Options for stopping, and ParaDiag's ``alpha``.
+    coarse_tableau
+        Integrator of the coarse levels; default: the evolution's.
+    propagator
+        Takes the step that is made for the measurement.
+    typical_rtol
+        Relative tolerance of most solves; ``None``: between ``rtol`` and its square root.
+    """
+    if evolution.linear_operators() is None or not candidates(evolution.nsteps, spacetime.time_size):
+        return None
+    found = spectrum(evolution)
+    if found is None or (seconds := measured_seconds(evolution, spacetime, propagator)) is None:
+        return None
+    rtol = mgrit.rtol if 0 < mgrit.rtol < 1 else 1e-8
+    tolerances = [rtol, math.sqrt(rtol)] if typical_rtol is None else [max(typical_rtol, rtol)]
+    ranks, residuals = spacetime.time_size, ModelResiduals(found, evolution, coarse_tableau)
+    times = mgrit_ratios(seconds, evolution.nsteps, ranks, residuals, tolerances)
+    rate = paradiag_contraction(evolution, paradiag.alpha)
+    return spacetime.comm.bcast(_decide(times, paradiag_ratio(seconds, rate, ranks, tolerances), mgrit))
+
+
+def mgrit_ratios(
+    seconds: Mapping[int, float], steps: int, ranks: int, residuals: ModelResiduals, tolerances: Sequence[float]
+) -> dict[TwoLevel, float]:
+    """Predicted times of MGRIT over that of sequential stepping, means of solves to some tolerances; without candidates
+    that take too many cycles.
+    """
+    ratios = {}
+    for options in candidates(steps, ranks):
+        cycles = residuals.cycles(options.m, options.coarse_steps, options.relax, tolerances, MOST_CYCLES)
+        if all(map(math.isfinite, cycles)):
+            each = [mgrit_seconds(seconds, steps, ranks, options, int(k)) for k in cycles]
+            ratios[options] = sum(each) / len(each) / sequential_seconds(seconds, steps)
+    return ratios
+
+
+def paradiag_ratio(seconds: Mapping[int, float], rate: float | None, ranks: int, tolerances: Sequence[float]) -> float:
+    """Predicted time of ParaDiag over that of sequential stepping, the mean of solves to some tolerances, where an
+    iteration contracts by ``rate``; infinite where it hardly does.
+    """
+    if rate is None or not rate < 0.5:
+        return math.inf
+    iterations = [max(1, math.ceil(math.log(tol) / math.log(rate) * (1 - 1e-12))) for tol in tolerances]
+    block = min(t / w for w, t in seconds.items()) / seconds[1]
+    return PARADIAG * block / ranks * sum(iterations) / len(iterations)
+
+
+def _decide(times: Mapping[TwoLevel, float], paradiag: float, mgrit: MGRITOptions) -> Automatic:
+    """The choice between MGRIT, ParaDiag and sequential stepping, given times relative to the last one."""
+    best = fastest(times, CANONICAL) if times else None
+    ratio = math.inf if best is None else times[best]
+    said = lambda kind, what, ratio: (
+        f"time_solver auto: {kind}, {what}: by measured times of a step a solve takes about {ratio:.2g} of sequential "
+        "stepping"
+    )
+    if best is not None and ratio < CLEARLY and not paradiag < CLEARLY * ratio:
+        options = MGRITOptions.make(
+            mgrit, levels=2, coarsening=best.m, relax=best.relax, coarse_steps=best.coarse_steps
+        )
+        what = f"m = {best.m}, {best.relax}-relaxation, {best.coarse_steps} coarse steps an interval"
+        return Automatic("mgrit", options, said("mgrit", what, ratio))
+    if paradiag < CLEARLY:
+        return Automatic("paradiag", mgrit, said("paradiag", "for all steps at once", paradiag))
+    least = min(ratio, paradiag)
+    why = f"MGRIT or ParaDiag take {least:.2g} of its time" if math.isfinite(least) else "no other solver converges"
+    return Automatic("serial", mgrit, f"time_solver auto: serial, sequential stepping is fastest: {why}")
