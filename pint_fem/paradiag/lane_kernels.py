@@ -18,7 +18,7 @@ from scipy.sparse import csr_matrix
 
 from pint_fem.kernels.lanes.compiled import address, library
 
-__all__ = ["VECTORISED", "WIDTHS", "LaneKernels", "RealMatrix", "aligned", "groups", "lane_kernels", "long"]
+__all__ = ["WIDTHS", "LaneKernels", "RealMatrix", "aligned", "groups", "lane_kernels", "long"]
 
 WIDTHS = {"f": (16, 4), "d": (8, 2)}
 """Numbers of lanes by type: the widest vectors, and those of a few frequencies that remain."""
@@ -32,10 +32,6 @@ def aligned(shape: Sequence[int], dtype: np.dtype, *, zero: bool = False) -> np.
         memory[:] = 0
     start = -memory.ctypes.data % 64
     return memory[start : start + nbytes].view(dtype).reshape(shape)
-
-
-VECTORISED = ("-ftree-loop-vectorize", "-ftree-slp-vectorize")
-"""Flags of the compiler for loops over lanes; sums are not over lanes, so that their order stays as it is."""
 
 
 class RealMatrix(NamedTuple):
@@ -134,7 +130,7 @@ def long(number: int) -> c_int64:
 def lane_kernels(kind: str, width: int) -> LaneKernels | None:
     """The kernels for single (``"f"``) or double precision (``"d"``), ``None`` where there are none."""
     real = {"f": "float", "d": "double"}[kind]
-    shared = library(_SOURCE, (*VECTORISED, f"-DREAL={real}", f"-DW={width}"))
+    shared = library(_SOURCE, (f"-DREAL={real}", f"-DW={width}"))
     return None if shared is None else _kernels(shared, kind, width)
 
 

@@ -12,12 +12,18 @@ from pathlib import Path
 import numpy as np
 
 from pint_fem.kernels.lanes.compiled import address, library
-from pint_fem.paradiag.lane_kernels import VECTORISED, WIDTHS, aligned, long
+from pint_fem.paradiag.lane_kernels import WIDTHS, aligned, long
 
 __all__ = ["TimeTransform", "time_transform"]
 
 LARGEST = 64
 """Largest prime factor of a length that the kernels transform."""
+
+
+_VECTORISED = ("-ftree-loop-vectorize", "-ftree-slp-vectorize", "-ffp-contract=off")
+"""Flags for loops that convert and interleave numbers. Products and sums are not fused: results that are added to states
+are the same whether that is a pass of its own or not.
+"""
 
 
 class TimeTransform:
@@ -78,8 +84,7 @@ def time_transform(nsteps: int, kind: str) -> TimeTransform | None:
     if radices is None:
         return None
     real = {"f": "float", "d": "double"}[kind]
-    # products and sums are not fused: results added to states are the same whether that is a pass of its own or not
-    shared = library(_SOURCE, (*VECTORISED, "-ffp-contract=off", f"-DREAL={real}", f"-DW={WIDTHS[kind][0]}"))
+    shared = library(_SOURCE, (*_VECTORISED, f"-DREAL={real}", f"-DW={WIDTHS[kind][0]}"))
     return None if shared is None else _transform(shared, nsteps, kind, radices)
 
 
