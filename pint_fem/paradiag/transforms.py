@@ -21,8 +21,8 @@ LARGEST = 64
 
 
 _VECTORISED = ("-ftree-loop-vectorize", "-ftree-slp-vectorize", "-ffp-contract=off")
-"""Flags for loops that convert and interleave numbers. Products and sums are not fused: results that are added to states
-are the same whether that is a pass of its own or not.
+"""Flags for loops that convert and interleave numbers. Products and sums are not fused: results that are added to
+states are the same whether that is a pass of its own or not.
 """
 
 
