@@ -204,3 +204,17 @@ def test_large_systems_are_iterated_on():
     large = default_solver(comm, REDUNDANT + 1, spd=True)
     assert large["ksp_type"] == ("preonly" if comm.size == 1 else "cg")
     assert (direct_solver(comm, REDUNDANT + 1) is None) == (comm.size > 1)
+
+
+def test_large_factors_are_left_to_petsc(monkeypatch):
+    A = curl_curl()
+    ours = Factor(A, {}, symmetric=True)
+    monkeypatch.setattr(pint_fem.kernels.lanes.triangular, "LARGEST", 10)
+    theirs = Factor(A, {}, symmetric=True)
+    assert ours.triangular is not None
+    assert theirs.triangular is None
+    x, b = A.createVecs()
+    b.array[:] = np.sin(np.arange(len(b.array)))
+    for factor in (ours, theirs):
+        factor.solve(b, x)
+        assert residual(A, x, b) < 1e-12

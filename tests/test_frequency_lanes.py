@@ -151,6 +151,23 @@ def test_a_frequency_that_requires_pivots(kind):
         np.testing.assert_allclose(found[k], exact, rtol=0, atol=EPSILON[kind] * np.abs(exact).max())
 
 
+@pytest.mark.parametrize("kind", "fd")
+@pytest.mark.parametrize("transposed", [False, True])
+def test_stages_of_a_frequency_that_requires_pivots(kind, transposed):
+    """One frequency of a group has another factor than the rest."""
+    S, kernels = csr_matrix(np.array([[1.0, 2, 0], [2, 1, 1], [0, 1, 3]])), lane_kernels(kind, WIDTHS[kind][1])
+    system, y, rows = SparseSystem([S, csr_matrix(np.eye(3))]), np.array([1.0, 0.5]), right_hand_sides(2, 2, 3)
+    factor, _ = system.factor_lanes(kernels, y)
+    assert len(factor.others) == 1
+    padded = np.concatenate([y, np.repeat(y[-1:], kernels.width - 2)])
+    lanes, found = kernels.to_lanes(rows), np.empty(rows.shape, kernels.complex)
+    system.step_lanes(kernels, factor, padded, lanes, transposed=transposed)
+    kernels.from_lanes(lanes, found)
+    for k, shift in enumerate(y):  # symmetric
+        exact = rows[k] @ (np.eye(3) + shift * np.linalg.inv(S.toarray() - shift * np.eye(3)))
+        np.testing.assert_allclose(found[k], exact, rtol=0, atol=EPSILON[kind] * np.abs(exact).max())
+
+
 def test_frequencies_that_are_not_accurate_in_single_precision_have_double():
     """Nearly singular matrices lose digits; their frequencies are solved to single precision's round-off."""
     S, M = matrices("symmetric")
@@ -376,9 +393,12 @@ def test_a_batch_has_the_bits_of_its_members(precision):
         assert np.array_equal(alone, U[:, i])
 
 
+@pytest.mark.parallel([1, 2])
 def test_an_error_of_all_frequencies_is_reported():
-    """A mistake in a program ends the solve with its own exception; the next solve is well."""
-    nsteps, steps, broken = 12, Steps(), [True]
+    """A mistake in a program on one rank ends the solve on all; the next solve is well."""
+    nsteps, steps, broken = 12, Steps(), [COMM.rank == COMM.size - 1]
+    bounds = [nsteps * r // COMM.size for r in range(COMM.size + 1)]
+    rows = bounds[COMM.rank + 1] - bounds[COMM.rank] + 1
 
     class Blocks(FrequencyBlocks):
         def __call__(self, *args):
@@ -386,12 +406,12 @@ def test_an_error_of_all_frequencies_is_reported():
                 raise KeyError("missing")
             super().__call__(*args)
 
-    blocks, U = Blocks(steps.systems, transposed=False), np.ones((nsteps + 1, 36))
-    solver = ParaDiag(steps, nsteps, steps.systems.solve, blocks=blocks)
-    with pytest.raises(KeyError, match="missing"):
-        solver.solve(U)
+    blocks = Blocks(steps.systems, transposed=False)
+    solver = ParaDiag(steps, nsteps, steps.systems.solve, comm=COMM, bounds=bounds, blocks=blocks)
+    with pytest.raises(KeyError if broken[0] else RuntimeError, match="missing"):
+        solver.solve(np.ones((rows, 36)))
     broken[0] = False
-    assert solver.solve(np.ones((nsteps + 1, 36))).converged
+    assert solver.solve(np.ones((rows, 36))).converged
 
 
 def test_a_singular_frequency_is_named():
@@ -470,6 +490,7 @@ def test_transforms_are_those_of_numpy(nsteps, kind):
     np.testing.assert_allclose(found, exact, rtol=0, atol=eps * np.abs(exact).max())
     part = np.ascontiguousarray((rows * scale[:, None])[:, 16:32]).astype(kind)
     assert np.array_equal(forward(transform, part), found[:, 16:32])
+    found += 1j * rng.standard_normal(found.shape).astype(kind)  # imaginary parts of the ends are ignored
     exact, U, V = np.fft.irfft(found.astype(complex), nsteps, axis=0), rows.copy(), rows.copy()
     transform.backward(found, U, 1 / scale)
     np.testing.assert_allclose(U, rows + exact / scale[:, None], rtol=0, atol=4 * eps * np.abs(U).max())

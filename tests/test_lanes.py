@@ -281,9 +281,9 @@ def test_products():
 
 def test_products_of_arrays_that_do_not_fit():
     product = LaneProduct(csr_matrix(np.ones((3, 4))))
-    for states, out in (((5, 3), (5, 3)), ((5, 4), (5, 4)), ((4, 4), (5, 3)), ((5, 4), (4, 3))):
+    for given, out in (((5, 3), (5, 3)), ((5, 4), (5, 4)), ((4, 4), (5, 3)), ((5, 4), (4, 3))):
         with pytest.raises(ValueError, match="do not fit"):
-            product(np.zeros(states), np.zeros(out))
+            product(np.zeros(given), np.zeros(out))
 
 
 def test_vectors_of_other_parts_are_not_exchanged():

@@ -776,3 +776,21 @@ def test_monitor_prints_a_line_a_cycle():
         assert f"factor {result.residuals[1] / result.residuals[0]:.3f}" in lines[1]
     assert "level 1: 8 steps, sequential" in solver.view()
     assert "level 0: 32 steps, m = 4, FCF-relaxation" in solver.view()
+
+
+def test_the_step_that_is_not_finite_is_found_where_only_the_last_state_of_a_sweep_is_checked():
+    """A propagator that takes several steps in one call: its values stay not finite once they are."""
+
+    class Fails:
+        def step(self, steps, u, out):
+            out[...] = u
+
+        def sweep(self, first, U, G):
+            for i in range(len(U) - 1):
+                U[i + 1] = np.nan if first + i == 5 else U[i]
+
+        def advance(self, first, stride, u, out, G):
+            out[...] = u[:, None]
+
+    with pytest.raises(SolverFailure, match=r"steps 5: value not finite"):
+        MGRIT([Fails()], 12, options={"levels": 1}).solve(np.ones((13, 1)))

@@ -34,6 +34,7 @@ import numpy as np
 from pint_fem.collective import collectively
 from pint_fem.kernels.direct import added
 from pint_fem.misfits.base import BLOCK, BlockMisfit, Misfit
+from pint_fem.sweeps.steps import set_precision
 
 if TYPE_CHECKING:
     from pint_fem.adjoint.problem import ReducedProblem
@@ -94,6 +95,8 @@ def estimate_memory(problem: ReducedProblem) -> MemoryEstimate:
     sweeps, ev, slab = problem.sweeps, problem.sweeps.evolution, problem.sweeps.slab
     solvers, levels = sweeps.solvers, sweeps.solvers.adjoint.levels
     n, intervals = 8 * ev.state_size, sweeps.intervals
+    for solver in solvers:
+        set_precision(solver, {}, accelerated=solvers.accelerated)  # kernels in single precision are counted if used
     own, _ = sweeps.stored
     rows, second = own.stop - own.start, not sweeps.is_linear
     observed = [m for m in problem.misfits if isinstance(m, BlockMisfit)]

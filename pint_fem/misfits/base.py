@@ -180,6 +180,16 @@ class BlockMisfit(Misfit):
     def adjoint_source_tangent(self, points: slice, u: np.ndarray, du: np.ndarray, dS: np.ndarray | None) -> np.ndarray:
         """Derivative of :meth:`adjoint_source` in the direction ``du``, ``(b, n)``, where ``S`` changes by ``dS``."""
 
+    def write_source(self, points: slice, u: np.ndarray, S: np.ndarray | None, out: np.ndarray) -> None:
+        """Write :meth:`adjoint_source` to ``out``."""
+        out[...] = self.adjoint_source(points, u, S)
+
+    def write_source_tangent(
+        self, points: slice, u: np.ndarray, du: np.ndarray, dS: np.ndarray | None, out: np.ndarray
+    ) -> None:
+        """Write :meth:`adjoint_source_tangent` to ``out``."""
+        out[...] = self.adjoint_source_tangent(points, u, du, dS)
+
     # -- states at all local points ------------------------------------------------------------------------------------
     def _require_all_points(self, *slabs: np.ndarray) -> None:
         for slab in slabs:
@@ -216,7 +226,7 @@ class BlockMisfit(Misfit):
         self._require_all_points(U)
         S, out = self.pull_back(self.read(U)) if self.uses_observations else None, np.empty_like(U)
         for points in _blocks(len(U)):
-            out[points] = self.adjoint_source(points, U[points], S)
+            self.write_source(points, U[points], S, out[points])
         return out
 
     def hessian(self, U: np.ndarray, dU: np.ndarray) -> np.ndarray:
@@ -225,7 +235,7 @@ class BlockMisfit(Misfit):
         dS = self.pull_back_tangent(self.read(U, dU)) if self.uses_observations else None
         out = np.empty_like(dU)
         for points in _blocks(*dU.shape[:-1]):
-            out[points] = self.adjoint_source_tangent(points, U[points], dU[points], dS)
+            self.write_source_tangent(points, U[points], dU[points], dS, out[points])
         return out
 
 

@@ -132,15 +132,39 @@ class _FormMisfit(BlockMisfit):
 
     def adjoint_source(self, points: slice, u: np.ndarray, S: np.ndarray | None) -> np.ndarray:
         """``w_n j_u(u_n, t_n)``, ``(b, n)``."""
-        out = self._functional.gradient(points, u) if self.quadratic else self._assemble_at(1, points, u)
+        if self.quadratic:
+            self.write_source(points, u, S, out := np.empty(u.shape))
+            return out
+        out = self._assemble_at(1, points, u)
         out *= self.weight[points, None]
         return out
 
     def adjoint_source_tangent(self, points: slice, u: np.ndarray, du: np.ndarray, dS: np.ndarray | None) -> np.ndarray:
         """``w_n j_uu(u_n, t_n) du_n``, ``(b, n)``; of a batch ``(b, members, n)`` where it is quadratic."""
-        out = self._functional.product(points, du) if self.quadratic else self._assemble_at(2, points, u, du)
-        out *= self.weight[points].reshape(-1, *[1] * (du.ndim - 1))
+        if self.quadratic:
+            self.write_source_tangent(points, u, du, dS, out := np.empty(du.shape))
+            return out
+        out = self._assemble_at(2, points, u, du)
+        out *= self.weight[points, None]
         return out
+
+    def write_source(self, points: slice, u: np.ndarray, S: np.ndarray | None, out: np.ndarray) -> None:
+        """Write :meth:`adjoint_source` to ``out``."""
+        if not self.quadratic:
+            return super().write_source(points, u, S, out)
+        self._functional.gradient(points, u, out)
+        out *= self.weight[points, None]
+        return None
+
+    def write_source_tangent(
+        self, points: slice, u: np.ndarray, du: np.ndarray, dS: np.ndarray | None, out: np.ndarray
+    ) -> None:
+        """Write :meth:`adjoint_source_tangent` to ``out``."""
+        if not self.quadratic:
+            return super().write_source_tangent(points, u, du, dS, out)
+        self._functional.product(points, du, out)
+        out *= self.weight[points].reshape(-1, *[1] * (du.ndim - 1))
+        return None
 
     def nbytes(self) -> int:
         """Bytes of the vectors of a quadratic functional that are stored for the points."""

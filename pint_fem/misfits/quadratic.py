@@ -172,14 +172,18 @@ class QuadraticFunctional:
     def _difference(self, points: slice, u: np.ndarray) -> np.ndarray:
         return u if self._reference is None else u - self._reference[points]
 
-    def product(self, points: slice, du: np.ndarray) -> np.ndarray:
-        """``Q du`` at the active points, zero at the others, for ``(b, n)`` or a batch ``(b, members, n)``."""
+    def product(self, points: slice, du: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+        """``Q du`` at the active points, zero at the others, for ``(b, n)`` or a batch ``(b, members, n)``; in ``out``
+        where it is given.
+        """
         some = np.flatnonzero(self._active[points])
-        if self.Q is not None and len(some) == len(du):
-            return _products(self.Q, du)
-        out = np.zeros(du.shape)
+        out = np.empty(du.shape) if out is None else out
+        if self.Q is not None and len(some) == len(du) and out.flags.c_contiguous:
+            self.Q(as_rows(du), as_rows(out))
+            return out
+        out[...] = 0.0
         if self.Q is not None and len(some):
-            out[some] = _products(self.Q, du[some])
+            out[some] = self.Q(as_rows(du[some])).reshape(len(some), *du.shape[1:])
         return out
 
     def local_values(self, points: slice, u: np.ndarray) -> np.ndarray:
@@ -195,9 +199,9 @@ class QuadraticFunctional:
         """The constant term of ``j`` at all local points, ``(count,)``, the same on all ranks in space."""
         return np.broadcast_to(self._constant[:], count)
 
-    def gradient(self, points: slice, u: np.ndarray) -> np.ndarray:
-        """``j_u`` of states, ``(b, n)``."""
-        out = self.product(points, self._difference(points, u))
+    def gradient(self, points: slice, u: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+        """``j_u`` of states, ``(b, n)``; in ``out`` where it is given."""
+        out = self.product(points, self._difference(points, u), out)
         if not self._g.is_zero:
             out += self._g[points]
         return out
@@ -211,11 +215,6 @@ class QuadraticFunctional:
     def operator_nbytes(self) -> dict[str, int]:
         """Bytes of the matrix and its copy for the kernels on this rank, by part."""
         return {} if self.Q is None else self.Q.nbytes
-
-
-def _products(Q: BlockOperator, states: np.ndarray) -> np.ndarray:
-    """Products of a square matrix with states ``(..., n)``, all in one call."""
-    return Q(as_rows(states)).reshape(states.shape)
 
 
 def _data_at(data: ReferenceValues, t: Function | None, time: float) -> np.ndarray | None:

@@ -187,7 +187,7 @@ class AlphaCirculant:
         if alone:  # scaled by the transform
             columns = self._transposed(transposes.to_columns, r)
         else:
-            scaled = np.empty(r.shape, kind)
+            scaled = self._buffer("scaled", r.shape, np.dtype(kind))
             np.multiply(r, self._scale, out=scaled, casting="same_kind")
             columns = self._transposed(transposes.to_columns, scaled)
         with timed(self._trace, "fft", 0):
@@ -209,7 +209,7 @@ class AlphaCirculant:
             elif transform is None:
                 columns = self.irfft(spectrum)
             else:
-                columns = np.empty((self.nsteps, spectrum.shape[1]), kind)
+                columns = self._buffer("columns", (self.nsteps, spectrum.shape[1]), np.dtype(kind))
                 transform.backward(spectrum, columns)
         w = self._transposed(transposes.from_columns, columns)
         if transform is None:

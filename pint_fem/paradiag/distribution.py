@@ -60,7 +60,7 @@ class TimeTransposes:
         self.comm, self.size, self.steps, self.frequencies = comm, size, bounds[-1], frequencies
         self.rows = _ranges(tuple(bounds))
         self._columns = _chunks(size, comm.size)
-        self.sent = 0
+        self.sent, self._memory = 0, {}
         self._places = own_frequencies(frequencies, comm.size, backwards=backwards)
         self.own_columns = self._columns[comm.rank]
         self.own = self._places[comm.rank]
@@ -82,23 +82,35 @@ class TimeTransposes:
         return rows if self.comm.size == 1 else self.spread(rows, self._places)
 
     def spread(self, mine: np.ndarray, rows: Sequence[range]) -> np.ndarray:
-        """All columns of own rows to own columns of all rows."""
-        packed = np.concatenate([mine[:, _part(c)].ravel() for c in self._columns])
-        out = np.empty((sum(map(len, rows)), len(self.own_columns)), mine.dtype)
-        self._exchange(packed, out, [len(mine) * len(c) for c in self._columns], None, *self._counts(rows))
+        """All columns of own rows to own columns of all rows, in an array that the next call overwrites."""
+        packed, place = self._buffer("packed", (mine.size,), mine.dtype), 0
+        sizes = [len(mine) * len(c) for c in self._columns]
+        for c, size in zip(self._columns, sizes, strict=True):
+            packed[place : place + size].reshape(len(mine), len(c))[...] = mine[:, _part(c)]
+            place += size
+        out = self._buffer("spread", (sum(map(len, rows)), len(self.own_columns)), mine.dtype)
+        self._exchange(packed, out, sizes, None, *self._counts(rows))
         return out
 
     def collect(self, columns: np.ndarray, rows: Sequence[range]) -> np.ndarray:
-        """Own columns of all rows to all columns of own rows."""
+        """Own columns of all rows to all columns of own rows, in an array that the next call overwrites."""
         count = len(rows[self.comm.rank])
-        packed = np.empty(count * self.size, columns.dtype)
+        packed = self._buffer("packed", (count * self.size,), columns.dtype)
         sizes = [count * len(c) for c in self._columns]
         self._exchange(np.ascontiguousarray(columns), packed, *self._counts(rows), sizes, None)
-        out, place = np.empty((count, self.size), columns.dtype), 0
+        out, place = self._buffer("collected", (count, self.size), columns.dtype), 0
         for c, size in zip(self._columns, sizes, strict=True):
             out[:, _part(c)] = packed[place : place + size].reshape(count, len(c))
             place += size
         return out
+
+    def _buffer(self, name: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        """An array in memory that is allocated once: new memory costs about as much as a message."""
+        count = int(np.prod(shape)) * dtype.itemsize
+        memory = self._memory.get(name)
+        if memory is None or len(memory) < count:
+            memory = self._memory[name] = np.empty(count, np.uint8)
+        return memory[:count].view(dtype).reshape(shape)
 
     def _counts(self, rows: Sequence[range]) -> tuple[list[int], list[int]]:
         """Sizes and places of the ranks' rows in an array of own columns."""

@@ -175,8 +175,7 @@ INLINE void backward_of(const int is_double, int32_t N, int32_t m, int32_t passe
         for (int32_t k = 0; k < m; k++) {
             int32_t other = m == N ? (k > N / 2 ? N - k : k) : m - k;
             Z a = load_complex(spectrum + 2 * ((m == N ? other : k) * stride + c), count);
-            if (m == N) {
-                if (k == 0) a.im = (V){0};
+            if (m == N) { /* an imaginary part of frequency 0 has no effect on real parts */
                 if (k <= N / 2) a.im = -a.im;
                 x[k] = a;
                 continue;

@@ -55,7 +55,7 @@ WIDTHS = (8, 16, 32)
 BLOCK = 8
 """States of PETSc's block."""
 MANY = 8
-"""Successive solves or products in one step, from which the time of one is determined."""
+"""Successive solves, products or steps, by whose time the time of one is determined."""
 STEP = 4e-4
 """``h``."""
 
@@ -128,20 +128,22 @@ class System:
         b.array[:] = self.states[0]
         return lambda: self.ksp.solve(b, x)
 
-    def lanes(self, width: int, *, solves: int = 1, products: int = 0) -> Callable[[], None]:
-        """A step of ``width`` states: some solves, or products with the mass matrix, transposes in and out included."""
+    def lanes(self, width: int, *, solves: int = 1, products: int = 0, steps: int = 1) -> Callable[[], None]:
+        """Steps of ``width`` states: some solves, or products with the mass matrix, transposes in and out included;
+        several steps with a right-hand side.
+        """
         program = StepProgram({"whole": slice(0, self.n)}, self.n)
         for _ in range(solves):
             program.solve(STATE, self.factors)
         y = program.vector("y") if products else None
         for _ in range(products):
             program.multiply(y, self.mass, STATE)
-        steps = LaneSteps(program)
-        steps._cuts[width] = [(width, width)]
-        out = np.empty((width, 1, self.n))
-        u = self.states[:width]
+        made = LaneSteps(program)
+        made._cuts[width] = [(width, width)]
+        out, u = np.empty((width, steps, self.n)), self.states[:width]
+        added = np.zeros(out.shape) if steps > 1 else None
         self.results = out
-        return lambda: steps.run(u, out)
+        return lambda: made.run(u, out, added)
 
 
 def _csr(matrix: PETSc.Mat) -> csr_matrix:
@@ -203,10 +205,11 @@ double fused(long count) {
     return sum[0][0] + sum[0][5];
 }
 
-double stream(const double *x, long count) {
+double stream(const double *x, long count, long times) {
     Vector sum[8] = {0};
-    for (long k = 0; k + 64 <= count; k += 64)
-        for (int i = 0; i < 8; i++) sum[i] += *(const Vector *)(x + k + 8 * i);
+    while (times--)
+        for (long k = 0; k + 64 <= count; k += 64)
+            for (int i = 0; i < 8; i++) sum[i] += *(const Vector *)(x + k + 8 * i);
     for (int i = 1; i < 8; i++) sum[0] += sum[i];
     return sum[0][0] + sum[0][3];
 }
@@ -227,10 +230,12 @@ class Peaks:
         return lambda: self._library.fused(ctypes.c_long(count)), count * 16 * 8 * 2.0
 
     def stream(self, nbytes: float) -> tuple[Callable[[], None], float]:
-        """A sum over an array, and its bytes."""
+        """Sums over an array of so many bytes, again and again where it is short, and the bytes that are read."""
         x = aligned(max(64, int(nbytes) // 512 * 64))
         x[:] = 1.0
-        return lambda: self._library.stream(address(x), ctypes.c_long(len(x))), float(x.nbytes)
+        times = max(1, 2**24 // x.nbytes)
+        run = lambda: self._library.stream(address(x), ctypes.c_long(len(x)), ctypes.c_long(times))
+        return run, float(x.nbytes * times)
 
 
 @dataclass
@@ -270,7 +275,7 @@ def roofline(system: System, peaks: Peaks, repeats: int) -> list[Kernel]:
         # forward and backward: both read the factor; rows below a panel are read and written, and then read
         "triangular solves": (4 * entries + n, 2 * factor_bytes, 8 * (3 * rows + 4 * n), "solves"),
         "product": (2 * nnz, 12 * nnz, 8 * (nnz + n), "products"),
-        "transposes in and out": (0.0, 0.0, 8 * 4 * n, None),
+        "transposes in and out": (n, 0.0, 8 * 4 * n, "steps"),
     }
     fused, flops = peaks.fused()
     out = []
@@ -278,16 +283,12 @@ def roofline(system: System, peaks: Peaks, repeats: int) -> list[Kernel]:
         stream, streamed = peaks.stream(shared / 2 if kind == "solves" else shared or 8 * n * max(WIDTHS))
         actions = []
         for w in (1, *WIDTHS):
-            counts = {"solves": 0, "products": 0}
-            actions.append(system.lanes(w, **counts))
-            if kind:
-                actions.append(system.lanes(w, **{**counts, kind: MANY}))
+            for count in (1, 1 + MANY):
+                actions.append(system.lanes(w, **{"solves": 0, kind: count}))
         *found, peak, read = _seconds([*actions, fused, stream], repeats)
         for place, w in enumerate((1, *WIDTHS)):
-            seconds = found[place] / w
-            if kind:
-                without, with_many = found[2 * place : 2 * place + 2]
-                seconds = (with_many - without) / MANY / w
+            with_one, with_many = found[2 * place : 2 * place + 2]
+            seconds = (with_many - with_one) / MANY / w
             nbytes = shared / w + own
             rates = operations / seconds, nbytes / seconds
             relative = rates[0] / (flops / peak), shared / w / seconds / (streamed / read)
@@ -337,9 +338,10 @@ def show(kernels: list[Kernel]) -> None:
     print("| kernel | lanes | us a state | operations | bytes | GFlop/s | GB/s | of peak | of stream |")
     print("|---|---|---|---|---|---|---|---|---|")
     for k in kernels:
+        streamed = f"{k.of_stream:.0%}" if k.of_stream else ""
         print(
             f"| {k.name} | {k.lanes} | {k.microseconds:.3g} | {k.operations:.3g} | {k.nbytes:.3g} | {k.gflops:.3g} | "
-            f"{k.gbytes:.3g} | {k.of_peak:.0%} | {k.of_stream:.0%} |"
+            f"{k.gbytes:.3g} | {k.of_peak:.0%} | {streamed} |"
         )
 
 

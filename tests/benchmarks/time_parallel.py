@@ -48,7 +48,7 @@ SETTINGS = (
     Setting(STEPS, TWO_LEVELS | {"coarsening": 32, "coarse_steps": 3},
             TWO_LEVELS | ONE_CYCLE | {"coarsening": 32, "coarse_steps": 2}, (0.75, 0.45)),
     Setting(4096, TWO_LEVELS | {"coarsening": 64, "coarse_steps": 2},
-            TWO_LEVELS | ONE_CYCLE | {"coarsening": 64, "coarse_steps": 3}, (0.55, 0.3)),
+            TWO_LEVELS | ONE_CYCLE | {"coarsening": 128, "coarse_steps": 3}, (0.55, 0.3)),
 )  # fmt: skip
 """Options of solves to 1e-6 and of solves to the accuracy of the time discretisation."""
 

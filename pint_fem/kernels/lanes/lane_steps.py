@@ -181,8 +181,11 @@ class LaneSteps:
 
     @property
     def nbytes(self) -> dict[str, int]:
-        """Bytes of the copies of matrices."""
-        return {"kernels": self._translation.nbytes}
+        """Bytes of the matrices and of their copies, in both precisions once both are in use."""
+        matrices = {id(op.what): op.what for op in self._source.operations if op.kind == "multiply"}
+        source = sum(part.nbytes for A in matrices.values() for part in (A.indptr, A.indices, A.data))
+        single = vars(self).get("in_single")
+        return {"kernels": source + self._translation.nbytes + (single._translation.nbytes if single else 0)}
 
     def work_nbytes(self, states: int) -> int:
         """Bytes of the work vectors for a number of states, in the memory that all kernels share."""

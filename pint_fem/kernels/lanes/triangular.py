@@ -30,6 +30,8 @@ COSTS = np.array([4.0, 1.5, 1.0])
 """Estimated times of a panel, of each of its rows, and of each entry, in units of the last."""
 LARGE = 1_000_000
 """Nonzeros of a factor above which only nested dissection is tried."""
+LARGEST = 20_000_000
+"""Nonzeros of a factor above which there is none: SuperLU takes much longer than packages with dense kernels then."""
 
 
 class Lower:
@@ -138,7 +140,7 @@ class TriangularFactors:
     Raises
     ------
     ArithmeticError
-        If a pivot is zero or the factors are not accurate: other packages may do better.
+        If a pivot is zero, the factors are not accurate or have too many nonzeros: other packages may do better.
     """
 
     def __init__(self, matrix: csr_matrix, *, symmetric: bool, order: np.ndarray | None = None):
@@ -238,11 +240,19 @@ def fill_reducing_order(matrix: csc_matrix) -> tuple[np.ndarray, Any | None]:
     -------
     ndarray, object
         The order ``(n,)``, and SuperLU's factor without pivots in this order; ``None`` where a pivot is zero.
+
+    Raises
+    ------
+    ArithmeticError
+        If the factor has more than :data:`LARGEST` nonzeros.
     """
     dissection = _nested_dissection(matrix)
     found = [] if dissection is None else [(dissection, "NATURAL")]
+    fill = 0 if dissection is None else _fill(matrix, dissection)
+    if fill > LARGEST or (dissection is None and matrix.shape[0] > LARGEST // 100):
+        raise ArithmeticError("a matrix is too large for triangular factors: its factor is left to PETSc")
     # minimum degree costs a factorisation, and has more fill in large three-dimensional problems
-    if dissection is None or _fill(matrix, dissection) < LARGE:
+    if fill < LARGE:
         found.append((np.arange(matrix.shape[0]), "MMD_AT_PLUS_A"))
     made = [(order, _without_pivots(matrix[order][:, order], kind)) for order, kind in found]
     made = [(order, lu) for order, lu in made if lu is not None]

@@ -53,6 +53,11 @@ def _menu(*coarsenings: tuple[int, ...]) -> tuple[dict, ...]:
     )
 
 
+def _repeated(*levels: tuple[int, int]) -> tuple[dict, ...]:
+    """Two levels with F-relaxation and several coarse steps for each interval."""
+    return tuple({"levels": 2, "coarsening": [m], "relax": "F", "coarse_steps": steps} for m, steps in levels)
+
+
 #: An iteration contracts by ``alpha``; round-off is about 1e-16 over it.
 PARADIAG = tuple({"time_solver": "paradiag", "alpha": alpha} for alpha in (1e-4, 1e-6))
 
@@ -72,14 +77,16 @@ def _maxwell(regime: str):
 
 
 HEAT_SOURCE = Case(  # the plate of demos/heat_source_inversion.py, P1, SDIRK2
-    "heat-source", _plate, 512, _menu((8, 4), (8,), (16,), (8, 8), (4, 4, 4), (4, 4)) + PARADIAG
-)
+    "heat-source", _plate, 512,
+    _menu((8, 4), (8,), (16,), (8, 8), (4, 4, 4), (4, 4)) + _repeated((16, 2), (32, 3)) + PARADIAG,
+)  # fmt: skip
 HEAT_SQUARE = Case(  # heat on the unit square, 128 x 128 P1, SDIRK2, distributed control, running misfit
-    "heat-square", _square(128), 16384, _menu((8, 4, 4), (8, 4, 4, 4), (16, 8), (16, 8, 8), (4, 4, 4, 4, 4)) + PARADIAG,
+    "heat-square", _square(128), 16384,
+    _menu((8, 4, 4), (8, 4, 4, 4), (16, 8), (16, 8, 8), (4, 4, 4, 4, 4)) + _repeated((64, 2), (128, 2)) + PARADIAG,
     smaller=_square(32),
 )  # fmt: skip
 MAXWELL_LOSSY = Case(  # the lossy box of demos/maxwell_source_inversion.py, degree 2, SDIRK2
-    "maxwell-lossy", _maxwell("lossy"), 256, _menu((4, 4), (8, 4), (8,), (4,)) + PARADIAG
+    "maxwell-lossy", _maxwell("lossy"), 256, _menu((4, 4), (8, 4), (8,), (4,)) + _repeated((8, 2), (8, 4)) + PARADIAG
 )
 MAXWELL_CAVITY = Case(  # the cavity without losses of that demo, degree 2, implicit midpoint
     "maxwell-cavity", _maxwell("cavity"), 256, PARADIAG, solver=PARADIAG[0]
