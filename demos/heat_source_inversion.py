@@ -54,7 +54,7 @@ def arguments():
         "--time-solver",
         default="auto",
         choices=["auto", "mgrit", "paradiag", "serial"],
-        help="auto (the fastest by measured times of a step), mgrit, paradiag, or serial for sequential stepping (auto)",
+        help="auto (the fastest by measured times of a step), mgrit, paradiag, serial (sequential stepping)",
     )
     add("--out", type=Path, default=Path("results/heat_source"), help="folder of the results (results/heat_source)")
     add("--no-fields", action="store_true", help="write no ParaView files")

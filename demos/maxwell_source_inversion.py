@@ -44,8 +44,7 @@ def arguments():
         "--time-solver",
         default="auto",
         choices=["auto", "mgrit", "paradiag", "serial"],
-        help="auto (the fastest by measured times of a step), mgrit (lossy), paradiag, or serial for sequential stepping "
-        "(auto)",
+        help="auto (the fastest by measured times of a step), mgrit (lossy), paradiag, serial (sequential stepping)",
     )
     add("--out", type=Path, help="folder of the results (results/maxwell_REGIME)")
     add("--no-fields", action="store_true", help="write no ParaView files")

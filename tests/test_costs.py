@@ -113,6 +113,7 @@ def test_predicted_cycles_are_those_of_real_sweeps(m, coarse_steps, relax):
 def choose(monkeypatch, st, seconds, **options):
     """The functional of a heat equation that is chosen for times of a step, and the lines about it."""
     monkeypatch.setattr(automatic, "measured_seconds", lambda *given: seconds)
+    monkeypatch.setattr(automatic, "PARADIAG", 1e3)
     with logged() as lines:
         rf = functional(posed_heat(st, n=4, steps=256), st, time_solver="auto", **options)
     return rf, lines
@@ -129,7 +130,6 @@ def test_choice_by_times_of_a_step(monkeypatch):
     assert len(lines) == (MPI.COMM_WORLD.rank == 0)
     assert all("auto: mgrit, m = " in line and "of sequential stepping" in line for line in lines)
     assert len(set(MPI.COMM_WORLD.allgather(solvers.view().split("memory")[0]))) == 1
-    monkeypatch.setattr(automatic, "PARADIAG", 20.0)
     slow, lines = choose(monkeypatch, st, {1: 1.0, 8: 8.0, 16: 16.0, 32: 32.0})
     assert slow.problem.sweeps.solvers.kind == "serial"
     assert all("auto: serial" in line for line in lines)
@@ -147,6 +147,17 @@ def test_given_options_are_kept(monkeypatch):
     rf, _ = choose(monkeypatch, st, cheap, mgrit={"max_it": 9})
     assert rf.problem.sweeps.options.max_it == 9
     assert len(rf.problem.sweeps.solvers.propagators) == 2
+
+
+def test_cheap_iterations_of_paradiag_are_chosen(monkeypatch):
+    st = pf.SpaceTime("1x1", comm=MPI.COMM_SELF)
+    monkeypatch.setattr(automatic, "measured_seconds", lambda *given: {1: 1.0, 8: 8.0})
+    monkeypatch.setattr(automatic, "PARADIAG", 0.1)
+    monkeypatch.setattr(automatic, "LEAST", 0.1)
+    with logged() as lines:
+        rf = functional(posed_heat(st, n=4, steps=64), st, time_solver="auto")
+    assert rf.problem.sweeps.solvers.kind == "paradiag"
+    assert "about 0.25 of sequential stepping" in lines[0]  # three iterations to 1e-8 and two to 1e-4, each by 6e-4
 
 
 def test_coarse_steps_are_shown():
@@ -203,9 +214,14 @@ def test_candidates():
 
 
 @pytest.mark.parametrize(
-    ("rate", "ranks", "expected"), [(1e-4, 1, 1.5), (1e-4, 4, 0.375), (0.6, 1, np.inf), (None, 1, np.inf)]
+    ("rate", "ranks", "expected"), [(1e-4, 1, 3.0), (1e-4, 4, 0.75), (0.6, 1, np.inf), (None, 1, np.inf)]
 )
 def test_iterations_of_paradiag(monkeypatch, rate, ranks, expected):
-    """One to 1e-2, two to 1e-8, each of which takes four times as long as steps in blocks of eight."""
-    monkeypatch.setattr(automatic, "PARADIAG", 4.0)
+    """One to 1e-2, two to 1e-8, each of which takes eight times as long as steps in blocks of eight."""
+    monkeypatch.setattr(automatic, "PARADIAG", 8.0)
     assert automatic.paradiag_ratio({1: 2.0, 8: 4.0}, rate, ranks, [1e-2, 1e-8]) == pytest.approx(expected)
+
+
+def test_iterations_of_paradiag_take_at_least_a_multiple_of_a_sweep():
+    """However cheap blocks are, transforms remain."""
+    assert automatic.paradiag_ratio({1: 1.0, 32: 0.0}, 1e-4, 2, [1e-2]) == automatic.LEAST / 2

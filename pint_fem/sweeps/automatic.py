@@ -34,8 +34,12 @@ __all__ = ["Automatic", "MadePropagator", "automatic", "candidates", "measured_s
 
 CANONICAL = (TwoLevel(16, 2, "F"), TwoLevel(32, 2, "F"))
 """Options that are preferred where no other ones are clearly faster."""
-PARADIAG = 10.0
-"""Time of an iteration of ParaDiag for each step over that of a step in the best block, about; ranks share it."""
+PARADIAG, LEAST = 10.0, 1.6
+"""Time of an iteration of ParaDiag for each step over that of a step in the best block, about, and the least one over
+that of a single step; ranks share it.
+"""
+SINGLE = 6e-8
+"""Round-off of single precision, which ``alpha`` enlarges."""
 MOST_CYCLES = 12
 _SECONDS: dict[tuple, dict[int, float]] = {}
 
@@ -152,6 +156,7 @@ def automatic(
     ranks, residuals = spacetime.time_size, ModelResiduals(found, evolution, coarse_tableau)
     times = mgrit_ratios(seconds, evolution.nsteps, ranks, residuals, tolerances)
     rate = paradiag_contraction(evolution, paradiag.alpha)
+    rate = None if rate is None else max(rate, paradiag.alpha, SINGLE / paradiag.alpha)
     return spacetime.comm.bcast(_decide(times, paradiag_ratio(seconds, rate, ranks, tolerances), mgrit))
 
 
@@ -178,7 +183,7 @@ def paradiag_ratio(seconds: Mapping[int, float], rate: float | None, ranks: int,
         return math.inf
     iterations = [max(1, math.ceil(math.log(tol) / math.log(rate) * (1 - 1e-12))) for tol in tolerances]
     block = min(t / w for w, t in seconds.items()) / seconds[1]
-    return PARADIAG * block / ranks * sum(iterations) / len(iterations)
+    return max(PARADIAG * block, LEAST) / ranks * sum(iterations) / len(iterations)
 
 
 def _decide(times: Mapping[TwoLevel, float], paradiag: float, mgrit: MGRITOptions) -> Automatic:
