@@ -369,8 +369,8 @@ def test_paradiag_by_hand():
 
 
 def test_paradiag_on_lanes_by_hand():
-    """Solves and transforms to a tolerance take the time of single precision where alpha permits it; those of an inexact
-    Hessian action do not.
+    """Solves and transforms to a tolerance take the time of single precision where alpha permits it; those of an
+    inexact Hessian action do not.
     """
     c = calibration(0.0, paradiag=PARADIAG | {"factor": 0.0, "single": 0.25})
     nsteps, size = 64, 100

@@ -39,7 +39,8 @@ def test_gradient_and_hessian_are_those_of_a_real_trace(regime):
     work = {"step": one, "adjoint": one}
     stages = sweeps.propagators[0].dirk.stages
     size = rf.evolution.state_size
-    calibration = Calibration(regime, "none", size, STEPS, {1: work}, paradiag=PARADIAG | FREQUENCY_LANES, stages=stages)
+    costs = PARADIAG | FREQUENCY_LANES
+    calibration = Calibration(regime, "none", size, STEPS, {1: work}, paradiag=costs, stages=stages)
     model = Model(calibration, options, (1, comm.size))
     said = model.run_all([("gradient", solves[:2]), ("hessian", solves[2:])], trace=True)
     assert events(said.traces[comm.rank]) == events(sweeps.solvers.trace.events)
