@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from irksome.tableaux.ButcherTableaux import ButcherTableau
 
-from pint_fem.collective import collectively
+from pint_fem.collective import any_rank, collectively
 from pint_fem.evolution.evolution import Evolution
 from pint_fem.mgrit.options import MGRITOptions
 from pint_fem.paradiag.options import ParaDiagOptions
@@ -110,7 +110,7 @@ def measured_seconds(evolution: Evolution, spacetime: SpaceTime, propagator: Mad
     """
     key = str(evolution.V.ufl_element()), evolution.V.dim(), repr(evolution.tableau), evolution.fields is None
     key = (*key, len(evolution.bcs), spacetime.space_size, spacetime.time_size)
-    if key not in _SECONDS:
+    if any_rank(spacetime.comm, key not in _SECONDS):  # some ranks may have been in another grid of this size
         propagator.made = collectively(spacetime.comm, "propagator", LinearPropagator, evolution)
         seconds = propagator.made.lane_seconds()
         found = spacetime.comm.bcast(None if seconds is None else rounded(seconds))
