@@ -19,6 +19,8 @@ GOOD = {
     "start": ("nested", "nested"),
     "nested_cycles": ("2", 2),
     "coarse_solver": ("relax", "relax"),
+    "coarse_steps": ("2", 2),
+    "precision": ("double", "double"),
     "coarse_sweeps": ("3", 3),
     "storage": ("C", "C"),
     "residual": ("full", "full"),

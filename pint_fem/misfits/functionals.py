@@ -133,7 +133,7 @@ class _FormMisfit(BlockMisfit):
     def adjoint_source(self, points: slice, u: np.ndarray, S: np.ndarray | None) -> np.ndarray:
         """``w_n j_u(u_n, t_n)``, ``(b, n)``."""
         if self.quadratic:
-            self.write_source(points, u, S, out := np.empty(u.shape))
+            self._write(points, u, out := np.empty(u.shape), self._functional.gradient)
             return out
         out = self._assemble_at(1, points, u)
         out *= self.weight[points, None]
@@ -142,7 +142,7 @@ class _FormMisfit(BlockMisfit):
     def adjoint_source_tangent(self, points: slice, u: np.ndarray, du: np.ndarray, dS: np.ndarray | None) -> np.ndarray:
         """``w_n j_uu(u_n, t_n) du_n``, ``(b, n)``; of a batch ``(b, members, n)`` where it is quadratic."""
         if self.quadratic:
-            self.write_source_tangent(points, u, du, dS, out := np.empty(du.shape))
+            self._write(points, du, out := np.empty(du.shape), self._functional.product)
             return out
         out = self._assemble_at(2, points, u, du)
         out *= self.weight[points, None]
@@ -150,21 +150,22 @@ class _FormMisfit(BlockMisfit):
 
     def write_source(self, points: slice, u: np.ndarray, S: np.ndarray | None, out: np.ndarray) -> None:
         """Write :meth:`adjoint_source` to ``out``."""
-        if not self.quadratic:
+        if not self.quadratic or type(self).adjoint_source is not _FormMisfit.adjoint_source:
             return super().write_source(points, u, S, out)
-        self._functional.gradient(points, u, out)
-        out *= self.weight[points, None]
-        return None
+        return self._write(points, u, out, self._functional.gradient)
 
     def write_source_tangent(
         self, points: slice, u: np.ndarray, du: np.ndarray, dS: np.ndarray | None, out: np.ndarray
     ) -> None:
         """Write :meth:`adjoint_source_tangent` to ``out``."""
-        if not self.quadratic:
+        if not self.quadratic or type(self).adjoint_source_tangent is not _FormMisfit.adjoint_source_tangent:
             return super().write_source_tangent(points, u, du, dS, out)
-        self._functional.product(points, du, out)
-        out *= self.weight[points].reshape(-1, *[1] * (du.ndim - 1))
-        return None
+        return self._write(points, du, out, self._functional.product)
+
+    def _write(self, points: slice, u: np.ndarray, out: np.ndarray, derivative: Callable[..., None]) -> None:
+        """Write the weighted derivative of a quadratic functional at states or in directions to ``out``."""
+        derivative(points, u, out)
+        out *= self.weight[points].reshape(-1, *[1] * (u.ndim - 1))
 
     def nbytes(self) -> int:
         """Bytes of the vectors of a quadratic functional that are stored for the points."""
