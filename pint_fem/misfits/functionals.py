@@ -6,6 +6,7 @@ Data in the forms are copied when a reduced functional is made; new values are r
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 
 import numpy as np
 import ufl
