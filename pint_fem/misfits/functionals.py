@@ -163,7 +163,7 @@ class _FormMisfit(BlockMisfit):
             return super().write_source_tangent(points, u, du, dS, out)
         return self._write(points, du, out, self._functional.product)
 
-    def _write(self, points: slice, u: np.ndarray, out: np.ndarray, derivative: Callable[..., None]) -> None:
+    def _write(self, points: slice, u: np.ndarray, out: np.ndarray, derivative: Callable) -> None:
         """Write the weighted derivative of a quadratic functional at states or in directions to ``out``."""
         derivative(points, u, out)
         out *= self.weight[points].reshape(-1, *[1] * (u.ndim - 1))
