@@ -74,6 +74,18 @@ def test_a_tight_solve_is_in_double_precision():
     assert np.linalg.norm(rf.problem.U - U) < 1e-10 * np.linalg.norm(U)
 
 
+def test_transposed_cycles_are_in_double_precision_after_a_rough_adjoint():
+    """They are the transposes of cycles in double precision, whatever was solved before."""
+    rf, *_ = swept(pf.SpaceTime("1x1", comm=MPI.COMM_SELF), rtol=1e-3)
+    sweeps, z = rf.problem.sweeps, field(rf, "control")
+    source = np.random.default_rng(0).standard_normal(rf.problem.U.shape)
+    expected = sweeps.adjoint_by_transposed_cycles(z, rf.problem.U, source, cycles=2)[0].copy()
+    sweeps.adjoint(z, rf.problem.U, source, np.zeros_like(source), cold=True)
+    assert sweeps.solvers.adjoint.levels[0].propagator.single
+    again = sweeps.adjoint_by_transposed_cycles(z, rf.problem.U, source, cycles=2)[0]
+    assert np.array_equal(again, expected)
+
+
 def test_single_precision_is_refused_for_tolerances_that_it_cannot_meet():
     with pytest.raises(InputError, match=r"precision 'single'.*rtol"):
         swept(pf.SpaceTime("1x1", comm=MPI.COMM_SELF), rtol=1e-9, precision="single")

@@ -21,7 +21,7 @@ from pint_fem.mgrit.options import ROUGH, MGRITOptions
 from pint_fem.propagators.base import FEPropagator, StepData
 from pint_fem.sweeps.time_solver import TimeSolver
 
-__all__ = ["AdjointStep", "LinearStep", "StateStep", "TangentStep", "set_precision"]
+__all__ = ["AdjointStep", "LinearStep", "StateStep", "TangentStep", "error_at_f_points", "set_precision"]
 
 
 class _BoundStep:
@@ -174,12 +174,28 @@ def set_precision(solver: TimeSolver, accuracy: Mapping[str, Any], *, accelerate
     limit = {"double": np.inf, "single": ROUGH, "auto": LOOSE}[options.precision]
     for level in solver.levels:
         step = level.propagator
+        if not isinstance(step, LinearStep):  # transposed cycles use the adjoint's steps by others
+            step = getattr(step, "propagator", None)
         if isinstance(step, LinearStep):
-            step.single = measured and rtol >= limit and _error_of_interval(level) <= rtol / 10
+            step.single = measured and rtol >= limit and _error_of_interval(level, step) <= rtol / 10
 
 
-def _error_of_interval(level: Level) -> float:
+def _error_of_interval(level: Level, step: LinearStep) -> float:
     """The error of single precision in the steps of an interval, relative to their start (collective over space)."""
-    if not level.m:
-        return np.inf
-    return level.m * level.propagator.propagator.error_of_single_precision
+    return level.m * step.propagator.error_of_single_precision if level.m else np.inf
+
+
+def error_at_f_points(options: object, propagator: FEPropagator) -> float:
+    """The error of a step to an F-point that single precision may have left, relative to the state (collective over
+    space); 0 where relaxation is in double precision.
+
+    Parameters
+    ----------
+    options
+        Options of the time solver.
+    propagator
+        The step of the finest level.
+    """
+    if not isinstance(options, MGRITOptions) or options.precision == "double" or options.levels == 1:
+        return 0.0
+    return getattr(propagator, "error_of_single_precision", 0.0)

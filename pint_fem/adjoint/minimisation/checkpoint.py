@@ -48,6 +48,7 @@ from pint_fem.errors import InputError, SolverFailure
 from pint_fem.kernels.arrays import own_size
 from pint_fem.logs import logger
 from pint_fem.optimize.constraints import AffineConstraints
+from pint_fem.sweeps.steps import error_at_f_points
 
 __all__ = ["HDF5Checkpoint", "open_checkpoint"]
 
@@ -294,6 +295,7 @@ class HDF5Checkpoint:
             residual, size = self._problem.state_residual(evaluation)
             had = result.residuals[-1] if result.residuals else 0.0
             limit = max((_NORM_RATIO if usual else _OTHER_NORM_RATIO) * had, _SAME * size)
+            limit = max(limit, _NORM_RATIO * error_at_f_points(sweeps.options, sweeps.propagators[0]) * size)
             if not residual <= limit:
                 raise InputError(
                     f"checkpoint {self.path} is of another evolution: the state in it has a residual of {residual:.3e} "
