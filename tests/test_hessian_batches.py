@@ -134,6 +134,7 @@ def test_all_unit_vectors_give_the_dense_hessian(solver):
     assert [now[kind] - counts[kind] for kind in ("state", "tangent", "adjoint")] == [0, 1, 1]
 
 
+@pytest.mark.slow_on_ranks
 @pytest.mark.parallel([1, 3])
 def test_an_initial_expression_agrees_with_differences_of_gradients():
     """Pyadjoint has no Hessian of such an interpolation: central differences of its gradients."""
@@ -211,6 +212,7 @@ ON_RANKS = [(kind, "time") for kind in ("mgrit", "C-points", "all kinds", "nonli
 ON_RANKS += [(kind, "space") for kind in ("mgrit", "all kinds", "nonlinear")]
 
 
+@pytest.mark.slow_on_ranks
 @pytest.mark.parallel([1, 3])
 @pytest.mark.parametrize(("kind", "ranks"), cases([(kind, "time") for kind in KINDS], on_ranks=ON_RANKS))
 def test_each_action_is_that_of_a_single_one(kind, ranks):
