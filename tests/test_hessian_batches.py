@@ -208,11 +208,9 @@ KINDS = {
 }
 
 
-ON_RANKS = [(kind, "time") for kind in ("mgrit", "C-points", "all kinds", "nonlinear", "paradiag", "initial condition")]
-ON_RANKS += [(kind, "space") for kind in ("mgrit", "all kinds", "nonlinear")]
+ON_RANKS = [("C-points", "time"), ("paradiag", "time"), ("all kinds", "space"), ("nonlinear", "space")]
 
 
-@pytest.mark.slow_on_ranks
 @pytest.mark.parallel([1, 3])
 @pytest.mark.parametrize(("kind", "ranks"), cases([(kind, "time") for kind in KINDS], on_ranks=ON_RANKS))
 def test_each_action_is_that_of_a_single_one(kind, ranks):
