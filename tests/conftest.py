@@ -129,3 +129,22 @@ def log_lines():
 
     with logged() as lines:
         yield lines
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure(config):
+    """On several ranks: collect what Python still holds, and keep one object of PETSc on the common communicator.
+
+    PETSc's clean-up at the end is collective on it, but only on ranks where an object has used it: a rank without one
+    would leave the others waiting after the last test.
+    """
+    if "OMPI_COMM_WORLD_SIZE" not in os.environ or int(os.environ["OMPI_COMM_WORLD_SIZE"]) == 1:
+        return
+    import ctypes
+    import gc
+
+    from firedrake.petsc import PETSc
+
+    gc.collect()
+    kept = PETSc.Vec().createMPI((1, None), comm=PETSc.COMM_WORLD)
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(kept))  # never destroyed by Python
