@@ -9,10 +9,11 @@ from scipy.sparse import bmat, csr_matrix, identity, kron, random
 
 from pint_fem.kernels.lanes import compiled
 from pint_fem.kernels.lanes.compiled import DISABLE
+from pint_fem.kernels.lanes.ordering import nested_dissection
 from pint_fem.mgrit import SolverFailure
 from pint_fem.paradiag import AlphaCirculant, ParaDiag, shifts
 from pint_fem.paradiag.lane_kernels import WIDTHS, lane_kernels
-from pint_fem.paradiag.panels import Panels, minimum_degree, nested_dissection
+from pint_fem.paradiag.panels import Panels, minimum_degree
 from pint_fem.paradiag.sparse_system import SparseSystem
 from pint_fem.paradiag.systems import FrequencyBlocks, ShiftedSteps
 from pint_fem.paradiag.transforms import time_transform

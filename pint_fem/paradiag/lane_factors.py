@@ -20,8 +20,10 @@ from typing import Any
 import numpy as np
 from scipy.sparse import csr_matrix, identity
 
-from pint_fem.paradiag.lane_kernels import LaneKernels, RealMatrix, aligned, long
-from pint_fem.paradiag.panels import Panels, minimum_degree, nested_dissection, on_pattern, ones, permuted, real_product
+from pint_fem.kernels.lanes.compiled import aligned
+from pint_fem.kernels.lanes.ordering import nested_dissection
+from pint_fem.paradiag.lane_kernels import LaneKernels, RealMatrix, long
+from pint_fem.paradiag.panels import Panels, minimum_degree, on_pattern, ones, permuted, real_product
 
 __all__ = ["INACCURATE", "LaneFactor", "LaneSystem"]
 
@@ -143,7 +145,7 @@ class LaneSystem:
         panels, count = self._panels(kernels), len(y)
         y = np.concatenate([y, np.repeat(y[-1:], kernels.width - count)])
         weights = np.array([self._weights(complex(v)) for v in y], complex).T
-        packed = aligned((len(weights), 2, kernels.width), np.dtype(float))
+        packed = aligned((len(weights), 2, kernels.width), zero=False)
         packed[:, 0], packed[:, 1] = weights.real, weights.imag
 
         def total(values: np.ndarray, places: np.ndarray | None, entries: int) -> np.ndarray:

@@ -9,29 +9,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from ctypes import CDLL, c_int64
 from functools import cache
-from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.sparse import csr_matrix
 
-from pint_fem.kernels.lanes.compiled import address, library
+from pint_fem.kernels.lanes.compiled import address, aligned, library
 
-__all__ = ["WIDTHS", "LaneKernels", "RealMatrix", "aligned", "groups", "lane_kernels", "long"]
+__all__ = ["WIDTHS", "LaneKernels", "RealMatrix", "groups", "lane_kernels", "long"]
 
 WIDTHS = {"f": (16, 4), "d": (8, 2)}
 """Numbers of lanes by type: the widest vectors, and those of a few frequencies that remain."""
-
-
-def aligned(shape: Sequence[int], dtype: np.dtype, *, zero: bool = False) -> np.ndarray:
-    """An array that begins at a multiple of 64 bytes, so that no vector lies in two lines of the cache."""
-    nbytes = prod(shape) * dtype.itemsize
-    memory = np.empty(nbytes + 64, np.uint8)  # on large pages, where there are any
-    if zero:
-        memory[:] = 0
-    start = -memory.ctypes.data % 64
-    return memory[start : start + nbytes].view(dtype).reshape(shape)
 
 
 class RealMatrix(NamedTuple):
@@ -68,7 +57,7 @@ class LaneKernels:
 
     def empty(self, *shape: int) -> np.ndarray:
         """Lanes of uninitialised numbers, ``(*shape, 2, W)``."""
-        return aligned((*shape, 2, self.width), self.dtype)
+        return aligned((*shape, 2, self.width), self.dtype, zero=False)
 
     def scratch(self, batch: int, n: int) -> Sequence[np.ndarray]:
         """Two arrays of lanes ``(batch, n, 2, W)`` for use within a kernel, the same ones at every call."""

@@ -13,7 +13,7 @@ from scipy.sparse.linalg import splu
 
 from pint_fem.paradiag.lane_kernels import LaneKernels, long
 
-__all__ = ["Panels", "minimum_degree", "nested_dissection", "on_pattern", "ones", "permuted", "real_product"]
+__all__ = ["Panels", "minimum_degree", "on_pattern", "ones", "permuted", "real_product"]
 
 
 def minimum_degree(pattern: csr_matrix) -> np.ndarray:
@@ -25,26 +25,6 @@ def minimum_degree(pattern: csr_matrix) -> np.ndarray:
         permc_spec="MMD_AT_PLUS_A", diag_pivot_thresh=0.0, options={"SymmetricMode": True},
     )  # fmt: skip
     return np.argsort(first.perm_c)
-
-
-def nested_dissection(pattern: csr_matrix) -> np.ndarray | None:
-    """METIS's ordering of a symmetric pattern, or ``None`` where there is none."""
-    try:
-        from petsc4py import PETSc
-    except ImportError:
-        return None
-    n = pattern.shape[0]
-    csr = pattern.indptr.astype(PETSc.IntType), pattern.indices.astype(PETSc.IntType), np.ones(pattern.nnz)
-    matrix = PETSc.Mat().createAIJ((n, n), csr=csr, comm=PETSc.COMM_SELF)
-    try:
-        rows, columns = matrix.getOrdering("metisnd")
-    except (PETSc.Error, AttributeError):  # PETSc has been built without METIS
-        return None
-    finally:
-        matrix.destroy()
-    order = rows.indices.copy()
-    rows.destroy(), columns.destroy()
-    return order
 
 
 def permuted(pattern: csr_matrix, order: np.ndarray) -> csr_matrix:

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pint_fem.kernels.lanes.compiled import address, library
-from pint_fem.paradiag.lane_kernels import WIDTHS, aligned, long
+from pint_fem.kernels.lanes.compiled import address, aligned, library
+from pint_fem.paradiag.lane_kernels import WIDTHS, long
 
 __all__ = ["TimeTransform", "time_transform"]
 
@@ -48,7 +48,7 @@ class TimeTransform:
         self._radices = np.array(radices, np.int32)
         self._roots = np.exp(-2j * np.pi * np.arange(length) / length).astype(self.complex)
         self._half = np.exp(-2j * np.pi * np.arange(nsteps // 2 + 1) / nsteps).astype(self.complex)
-        self._work = [aligned((length, 2, WIDTHS[dtype.char][0]), dtype) for _ in range(2)]
+        self._work = [aligned((length, 2, WIDTHS[dtype.char][0]), dtype, zero=False) for _ in range(2)]
         self._fixed = nsteps, length, len(radices), *map(address, (self._radices, self._roots, self._half))
 
     def forward(self, rows: np.ndarray, out: np.ndarray, scale: np.ndarray | None = None) -> None:

@@ -38,10 +38,9 @@ from firedrake import (
 from firedrake.petsc import PETSc
 from scipy.sparse import csr_matrix
 
-from pint_fem.kernels.lanes.compiled import address, library
+from pint_fem.kernels.lanes.compiled import address, aligned, library
 from pint_fem.kernels.lanes.lane_steps import LaneSteps
 from pint_fem.kernels.lanes.program import STATE, StepProgram
-from pint_fem.kernels.lanes.structures import aligned
 from pint_fem.kernels.lanes.triangular import TriangularFactors
 from pint_fem.paradiag.circulant import shifts
 from pint_fem.paradiag.options import ParaDiagOptions

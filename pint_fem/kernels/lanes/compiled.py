@@ -20,7 +20,7 @@ import numpy as np
 
 from pint_fem.logs import logger
 
-__all__ = ["DISABLE", "address", "library", "switch_off"]
+__all__ = ["DISABLE", "address", "aligned", "library", "switch_off"]
 
 DISABLE = "PINT_FEM_NO_KERNELS"
 """Environment variable that, if it is set, switches compiled kernels off."""
@@ -109,3 +109,16 @@ def _one_at_a_time() -> Iterator[None]:
 def address(array: np.ndarray | None) -> ctypes.c_void_p:
     """The address of an array's first entry; the caller keeps the array, and knows its type and strides."""
     return ctypes.c_void_p(None if array is None else array.ctypes.data)
+
+
+def aligned(shape: int | tuple[int, ...], dtype: np.dtype | type = float, *, zero: bool = True) -> np.ndarray:
+    """An array whose first entry has an address that is a multiple of 64 bytes, so that no vector lies in two lines of
+    the cache; ``zero``: of zeros, else with arbitrary entries.
+    """
+    dtype = np.dtype(dtype)
+    nbytes = int(np.prod(shape, dtype=int)) * dtype.itemsize
+    memory = np.empty(nbytes + 64, np.uint8)  # on large pages, where there are any
+    if zero:
+        memory[:] = 0
+    first = -memory.ctypes.data % 64
+    return memory[first : first + nbytes].view(dtype).reshape(shape)

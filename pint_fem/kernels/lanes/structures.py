@@ -14,7 +14,7 @@ import numpy as np
 from mpi4py import MPI
 
 from pint_fem.collective import all_ranks
-from pint_fem.kernels.lanes.compiled import library, switch_off
+from pint_fem.kernels.lanes.compiled import aligned, library, switch_off
 from pint_fem.logs import logger
 
 __all__ = [
@@ -27,7 +27,6 @@ __all__ = [
     "ProgramStruct",
     "ProjectionStruct",
     "StatesStruct",
-    "aligned",
     "kernels",
     "kernels_on_all_or_none",
     "pointers",
@@ -162,15 +161,6 @@ def _functions(found: ctypes.CDLL) -> Kernels:
     found.release.argtypes = [c_void_p]
     single = (getattr(found, name) for name in Kernels._fields[:-2])
     return Kernels(*single, run, product)
-
-
-def aligned(shape: int | tuple[int, ...], dtype: np.dtype | type = float) -> np.ndarray:
-    """An array of zeros whose first entry has an address that is a multiple of 64 bytes."""
-    dtype = np.dtype(dtype)
-    size = int(np.prod(shape)) * dtype.itemsize
-    raw = np.zeros(size + 64, np.uint8)
-    first = -raw.ctypes.data % 64
-    return raw[first : first + size].view(dtype).reshape(shape)
 
 
 def pointers(arrays: Sequence[np.ndarray | Structure]) -> ctypes.Array:

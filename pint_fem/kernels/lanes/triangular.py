@@ -15,12 +15,12 @@ import ctypes
 from typing import Any
 
 import numpy as np
-from petsc4py import PETSc
 from scipy.sparse import csc_matrix, csr_matrix, tril
 from scipy.sparse.linalg import splu
 
-from pint_fem.kernels.lanes.compiled import address
-from pint_fem.kernels.lanes.structures import FactorStruct, LowerStruct, aligned, kernels
+from pint_fem.kernels.lanes.compiled import address, aligned
+from pint_fem.kernels.lanes.ordering import nested_dissection
+from pint_fem.kernels.lanes.structures import FactorStruct, LowerStruct, kernels
 
 __all__ = ["ACCURATE", "Lower", "TriangularFactors", "fill_reducing_order"]
 
@@ -246,7 +246,7 @@ def fill_reducing_order(matrix: csc_matrix) -> tuple[np.ndarray, Any | None]:
     ArithmeticError
         If the factor has more than :data:`LARGEST` nonzeros.
     """
-    dissection = _nested_dissection(matrix)
+    dissection = nested_dissection(_symmetric_pattern(matrix))
     found = [] if dissection is None else [(dissection, "NATURAL")]
     fill = 0 if dissection is None else _fill(matrix, dissection)
     if fill > LARGEST or (dissection is None and matrix.shape[0] > LARGEST // 100):
@@ -271,30 +271,14 @@ def _without_pivots(matrix: csc_matrix, kind: str = "NATURAL") -> Any | None:
     return lu if np.array_equal(lu.perm_c, lu.perm_r) else None
 
 
-def _nested_dissection(matrix: csc_matrix) -> np.ndarray | None:
-    """METIS's order of a matrix, or ``None`` where PETSc has been built without METIS."""
-    A = PETSc.Mat().createAIJ(matrix.shape, csr=_symmetric_pattern(matrix), comm=PETSc.COMM_SELF)
-    try:
-        rows, columns = A.getOrdering("metisnd")
-    except PETSc.Error:
-        return None
-    finally:
-        A.destroy()
-    order = rows.getIndices().astype(np.int64)
-    for found in (rows, columns):
-        found.destroy()
-    return order
-
-
-def _symmetric_pattern(matrix: csc_matrix) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Row pointers, columns and ones of the pattern of a matrix and its transpose."""
+def _symmetric_pattern(matrix: csc_matrix) -> csr_matrix:
+    """The pattern of a matrix and its transpose."""
     ones = csr_matrix((np.ones(len(matrix.data)), matrix.indices, matrix.indptr), matrix.shape)
-    both = csr_matrix(ones + ones.T)
-    return both.indptr, both.indices, np.ones(len(both.indices))
+    return csr_matrix(ones + ones.T)
 
 
 def _fill(matrix: csc_matrix, order: np.ndarray) -> int:
     """Number of nonzeros below the diagonal of a factor in an order of elimination."""
-    ptr, index, _ = _symmetric_pattern(matrix[order][:, order])
-    arrays = ptr.astype(np.int64), index.astype(np.int32), np.empty((2, len(order)), np.int32)
+    both = _symmetric_pattern(matrix[order][:, order])
+    arrays = both.indptr.astype(np.int64), both.indices.astype(np.int32), np.empty((2, len(order)), np.int32)
     return int(kernels().count_fill(ctypes.c_int(len(order)), *(address(a) for a in arrays)))
