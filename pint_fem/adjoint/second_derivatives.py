@@ -54,9 +54,13 @@ class SecondDerivatives:
         parts = [part(own) for own in dz]
         return None if parts[0] is None else parts
 
+    def _new_slab(self, dz: Directions) -> np.ndarray:
+        """Return zero states for a direction, or for each of a batch."""
+        return self.sweeps.new_slab(*((len(dz),) if isinstance(dz, list) else ()))
+
     def _tangent(self, evaluation: Evaluation, dz: Directions, **accuracy: float) -> tuple[np.ndarray, SolveResult]:
         """Return the derivative of the state in a direction, solved from zero, and the result of the solve."""
-        dU = self.sweeps.new_slab(*((len(dz),) if isinstance(dz, list) else ()))
+        dU = self._new_slab(dz)
         steps, direction = self.layout.steps(evaluation.z), self._along(self.layout.steps, dz)
         initial = self._along(self.layout.initial, dz)
         return dU, self.sweeps.tangent(steps, evaluation.U, direction, dU, initial=initial, **accuracy)
@@ -67,6 +71,28 @@ class SecondDerivatives:
         """Return the right-hand side of the second-order adjoint."""
         steps, direction = self.layout.steps(evaluation.z), self._along(self.layout.steps, dz)
         return self._trajectories.hessian(evaluation, steps, direction, dU, second=second, symmetric=symmetric)
+
+    def _second_adjoint(
+        self, evaluation: Evaluation, dz: Directions, *, second: bool, **accuracy: float
+    ) -> tuple[np.ndarray, Source]:
+        """Return the second-order adjoint, and its right-hand side."""
+        source = self._second_source(evaluation, dz, self._tangent(evaluation, dz, **accuracy)[0], second=second)
+        M = self._new_slab(dz)
+        self.sweeps.adjoint(self.layout.steps(evaluation.z), evaluation.U, source.rows, M, cold=True, **accuracy)
+        return M, source
+
+    def _symmetric_adjoint(
+        self, evaluation: Evaluation, dz: Directions, cycles: int, *, second: bool
+    ) -> tuple[np.ndarray, Source, float]:
+        """Return the second-order adjoint by the transposes of the tangent's cycles, its right-hand side, and the
+        larger relative residual of the two sweeps.
+        """
+        start = self.sweeps.solvers.transposed_adjoint.start
+        dU, tangent = self._tangent(evaluation, dz, start=start, cycles=cycles)
+        source = self._second_source(evaluation, dz, dU, second=second, symmetric=True)
+        steps = self.layout.steps(evaluation.z)
+        M, result = self.sweeps.adjoint_by_transposed_cycles(steps, evaluation.U, source.rows, cycles=cycles)
+        return M, source, max(map(relative_residual, (tangent, result)))
 
     def _pull_back(self, evaluation: Evaluation, L: np.ndarray, controls: np.ndarray | None) -> np.ndarray:
         """Return the derivatives by the controls that follow from an adjoint and its right-hand side's ``controls``."""
@@ -105,9 +131,7 @@ class SecondDerivatives:
         """
         dz = as_vector(dz)
         evaluation, second = self._prepared(z, {"direction": dz}, gauss_newton, **accuracy)
-        source = self._second_source(evaluation, dz, self._tangent(evaluation, dz, **accuracy)[0], second=second)
-        M = self.sweeps.new_slab()
-        self.sweeps.adjoint(self.layout.steps(evaluation.z), evaluation.U, source.rows, M, cold=True, **accuracy)
+        M, source = self._second_adjoint(evaluation, dz, second=second, **accuracy)
         return self._regularised(evaluation, dz, self._pull_back(evaluation, M, source.controls))
 
     def symmetric_action(
@@ -133,15 +157,10 @@ class SecondDerivatives:
         ndarray, float
             A dual vector, and the larger relative residual of the two sweeps.
         """
-        sweeps, dz = self.sweeps, as_vector(dz)
+        dz = as_vector(dz)
         evaluation, second = self._prepared(z, {"direction": dz}, gauss_newton, cycles=cycles)
-        start = sweeps.solvers.transposed_adjoint.start
-        dU, tangent = self._tangent(evaluation, dz, start=start, cycles=cycles)
-        source = self._second_source(evaluation, dz, dU, second=second, symmetric=True)
-        steps = self.layout.steps(evaluation.z)
-        M, result = sweeps.adjoint_by_transposed_cycles(steps, evaluation.U, source.rows, cycles=cycles)
-        action = self._regularised(evaluation, dz, self._pull_back(evaluation, M, source.controls))
-        return action, max(map(relative_residual, (tangent, result)))
+        M, source, residual = self._symmetric_adjoint(evaluation, dz, cycles, second=second)
+        return self._regularised(evaluation, dz, self._pull_back(evaluation, M, source.controls)), residual
 
     # -- several directions --------------------------------------------------------------------------------------------
     def hessian_actions(
@@ -159,12 +178,7 @@ class SecondDerivatives:
         vectors, named = require_directions(self.layout, directions, at_once)
         evaluation, second = self._prepared(z, named, gauss_newton, **accuracy)
 
-        def sweeps(dz: list[np.ndarray]) -> tuple[np.ndarray, Source]:
-            source = self._second_source(evaluation, dz, self._tangent(evaluation, dz, **accuracy)[0], second=second)
-            M = self.sweeps.new_slab(len(dz))
-            self.sweeps.adjoint(self.layout.steps(evaluation.z), evaluation.U, source.rows, M, cold=True, **accuracy)
-            return M, source
-
+        sweeps = lambda dz: self._second_adjoint(evaluation, dz, second=second, **accuracy)
         return self._in_batches(evaluation, vectors, at_once, sweeps)
 
     def symmetric_actions(
@@ -181,14 +195,11 @@ class SecondDerivatives:
         """
         vectors, named = require_directions(self.layout, directions, at_once)
         evaluation, second = self._prepared(z, named, gauss_newton, cycles=cycles)
-        transposed, residuals = self.sweeps.solvers.transposed_adjoint, []
+        residuals: list[float] = []
 
         def sweeps(dz: list[np.ndarray]) -> tuple[np.ndarray, Source]:
-            dU, tangent = self._tangent(evaluation, dz, start=transposed.start, cycles=cycles)
-            source = self._second_source(evaluation, dz, dU, second=second, symmetric=True)
-            steps = self.layout.steps(evaluation.z)
-            M, result = self.sweeps.adjoint_by_transposed_cycles(steps, evaluation.U, source.rows, cycles=cycles)
-            residuals.extend(map(relative_residual, (tangent, result)))
+            M, source, residual = self._symmetric_adjoint(evaluation, dz, cycles, second=second)
+            residuals.append(residual)
             return M, source
 
         return self._in_batches(evaluation, vectors, at_once, sweeps), max(residuals)
