@@ -21,16 +21,25 @@ from pint_fem.kernels.factor import Factor
 from pint_fem.kernels.lanes.program import StepProgram
 from pint_fem.propagators.recursion import Recursion, append_solve
 
-__all__ = ["EliminatedRecursion", "FieldRecursion"]
+__all__ = ["EliminatedRecursion", "field_program"]
 
 
-class FieldRecursion(Recursion):
-    """A recursion by the blocks of two fields, the parts ``"a"`` and ``"b"`` of a state.
+def field_program(fields: Fields) -> StepProgram:
+    """A program without operations for states of two fields, the parts ``"a"`` and ``"b"``, with a vector ``r`` of the
+    first.
+    """
+    made = StepProgram({"a": fields.a, "b": fields.b}, fields.state_size)
+    made.vector("r", ["a"])
+    return made
+
+
+class EliminatedRecursion(Recursion):
+    """The recursion over the stages of a Runge-Kutta step, each solved by elimination.
 
     Parameters
     ----------
     fields
-        The blocks.
+        The blocks of the two fields.
     factors
         Factors of matrices of the size of ``a``, by ``a_ii dt``.
     *args
@@ -42,14 +51,8 @@ class FieldRecursion(Recursion):
         self.fields, self.factors = fields, factors
 
     def program(self) -> StepProgram:
-        """A program for states of two parts, with a vector ``r`` of the first."""
-        made = StepProgram({"a": self.fields.a, "b": self.fields.b}, self.fields.state_size)
-        made.vector("r", ["a"])
-        return made
-
-
-class EliminatedRecursion(FieldRecursion):
-    """The recursion over the stages of a Runge-Kutta step, each solved by elimination."""
+        """A program for states of two parts."""
+        return field_program(self.fields)
 
     def mass(
         self, program: StepProgram, out: str, x: str, *, transposed: bool = False, keep: float | None = None

@@ -15,8 +15,6 @@ Two such half steps of ``b`` make the whole steps of the classical staggered sch
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import ufl
 from firedrake.petsc import PETSc
@@ -26,12 +24,13 @@ from pint_fem.errors import InputError
 from pint_fem.evolution.evolution import Evolution
 from pint_fem.evolution.fields import Fields
 from pint_fem.evolution.tableaux import ImplicitMidpoint
+from pint_fem.kernels.factor import Factor
 from pint_fem.kernels.lanczos import Pencil
 from pint_fem.kernels.lanes.program import STATE, StepProgram
 from pint_fem.propagators.base import FEPropagator
-from pint_fem.propagators.elimination import FieldRecursion
+from pint_fem.propagators.elimination import field_program
 from pint_fem.propagators.linear import LinearPropagator
-from pint_fem.propagators.recursion import Recursion, append_solve
+from pint_fem.propagators.recursion import StepPrograms, append_solve
 
 __all__ = ["LeapfrogPropagator", "leapfrog", "stable_step"]
 
@@ -130,26 +129,22 @@ class LeapfrogPropagator(LinearPropagator):
             "propagator=leapfrog out (steps are then those of the evolution's tableau), or give time_solver 'mgrit'"
         )
 
-    def _recursion(self, operators: tuple[ufl.Form, ufl.Form]) -> Recursion:
-        """Factor the matrix of half a step, and make the recursion."""
+    def _recursion(self, operators: tuple[ufl.Form, ufl.Form]) -> StepPrograms:
+        """Factor the matrix of half a step, and make the programs."""
         (h,) = self.steps_of_stage
         self._factor(h, self.fields.part(h))
-        given = self.dirk, self.steps_of_stage, self.bc_rows, False
-        return _LeapfrogRecursion(self.fields, self.factors, *given)
+        return _LeapfrogPrograms(self.fields, self.factors[h], h)
 
 
-class _LeapfrogRecursion(FieldRecursion):
-    """A leapfrog step and its transpose, with the load in the vector ``y``."""
+class _LeapfrogPrograms(StepPrograms):
+    """A leapfrog step of twice ``h`` and its transpose, with the load in the vector ``y``."""
 
-    def mass(self, *args: Any, **given: Any) -> None:
-        """Not used: a step has no stages."""
-        raise NotImplementedError
-
-    solve = mass
+    def __init__(self, fields: Fields, factor: Factor, h: float):
+        self.fields, self.factor, self.h = fields, factor, h
 
     def forward(self) -> StepProgram:
         """The step; states number 0 are its load."""
-        (h,), matrices, made = self.steps, self.fields.matrices, self.program()
+        h, matrices, made = self.h, self.fields.matrices, field_program(self.fields)
         load, half = made.vector("y"), made.vector("half", ["b"])
         made.zero(load)
         made.load(load, 0)
@@ -159,7 +154,7 @@ class _LeapfrogRecursion(FieldRecursion):
         made.multiply("r", matrices["M"], STATE, x_part="a")
         made.add("r", load, x_part="a")
         made.multiply("r", matrices["G"], half, -h, add=True)
-        append_solve(made, "r", self.factors[h])
+        append_solve(made, "r", self.factor)
         made.copy(STATE, STATE, -1.0, part="a", x_part="a")
         made.add(STATE, "r", 2.0, part="a")
         made.copy(STATE, half, part="b")
@@ -169,12 +164,12 @@ class _LeapfrogRecursion(FieldRecursion):
 
     def backward(self) -> StepProgram:
         """The transposed step; states number 0 are the adjoint of its load."""
-        (h,), matrices, made = self.steps, self.fields.matrices, self.program()
+        h, matrices, made = self.h, self.fields.matrices, field_program(self.fields)
         adjoint, end = made.vector("y"), made.vector("end", ["a"])
         made.copy(end, STATE, x_part="a")
         made.multiply(end, matrices["XT"], STATE, -h, add=True, x_part="b")
         made.copy("r", end, 2.0)
-        append_solve(made, "r", self.factors[h], transposed=True)
+        append_solve(made, "r", self.factor, transposed=True)
         made.copy(adjoint, "r", part="a")
         made.copy(adjoint, STATE, part="b", x_part="b")
         made.multiply(STATE, matrices["GT"], "r", -h, add=True, part="b")

@@ -37,7 +37,7 @@ from pint_fem.kernels.steps import Steps, execution
 from pint_fem.propagators.base import FEPropagator, StepData
 from pint_fem.propagators.elimination import EliminatedRecursion
 from pint_fem.propagators.loads import StageLoads
-from pint_fem.propagators.recursion import MatrixRecursion, Recursion
+from pint_fem.propagators.recursion import MatrixRecursion, StepPrograms
 
 __all__ = ["LinearPropagator"]
 
@@ -86,7 +86,7 @@ class LinearPropagator(FEPropagator):
         self._forward: Steps = execution(recursion.forward(), comm)
         self._backward: Steps = execution(recursion.backward(), comm)
 
-    def _recursion(self, operators: tuple[ufl.Form, ufl.Form]) -> Recursion:
+    def _recursion(self, operators: tuple[ufl.Form, ufl.Form]) -> StepPrograms:
         """Factor the stages' matrices, and make the recursion."""
         ev = self.evolution
         given = self.dirk, self.steps_of_stage, self.bc_rows, ev.boundary_controls is None

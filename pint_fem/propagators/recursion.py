@@ -20,11 +20,23 @@ from pint_fem.evolution.tableaux import DIRK
 from pint_fem.kernels.factor import Factor
 from pint_fem.kernels.lanes.program import STATE, StepProgram
 
-__all__ = ["MatrixRecursion", "Recursion", "append_solve"]
+__all__ = ["MatrixRecursion", "Recursion", "StepPrograms", "append_solve"]
 
 
-class Recursion(ABC):
-    """Programs of the step and of the transposed step.
+class StepPrograms(ABC):
+    """A step of a linear evolution and its transpose, as programs."""
+
+    @abstractmethod
+    def forward(self) -> StepProgram:
+        """The step; states that are given are added to the right-hand sides of stages by their numbers."""
+
+    @abstractmethod
+    def backward(self) -> StepProgram:
+        """The transposed step; states that are asked for are the adjoints of the stages' right-hand sides."""
+
+
+class Recursion(StepPrograms):
+    """The recursion over the stages of a Runge-Kutta step.
 
     Parameters
     ----------
