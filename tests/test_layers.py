@@ -21,6 +21,7 @@ LAYERS = (
     ("theory",),
     ("sweeps",),
     ("misfits",),
+    ("inverse",),
     ("paraview",),
     ("adjoint",),
     ("resnet",),
@@ -28,7 +29,10 @@ LAYERS = (
     ("commands",),
 )
 HEIGHT = {part: height for height, layer in enumerate(LAYERS) for part in layer}
-FIREDRAKE = {"kernels", "evolution", "propagators", "theory", "sweeps", "misfits", "adjoint", "paraview", "spacetime"}
+FIREDRAKE = {
+    *("kernels", "evolution", "propagators", "theory", "sweeps", "misfits", "inverse", "adjoint", "paraview"),
+    "spacetime",
+}
 """Packages that may import Firedrake."""
 FILES = sorted(PACKAGE.rglob("*.py"))
 

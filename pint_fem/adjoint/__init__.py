@@ -2,7 +2,7 @@
 
 A value goes from ``J(z)`` to a PETSc solve through these objects:
 
-1. ``functional.ControlFunctional``: Firedrake functions become a flat array (``control_layout.ControlLayout``);
+1. ``functional.ControlFunctional``: Firedrake functions become a flat array (``ControlLayout`` of ``evolution``);
 2. ``problem.ReducedProblem`` (of a sum ``composed.ComposedProblem``, term by term): ``value(z)``;
 3. ``evaluation.EvaluationCache``: the cached state of this control, or a solve that starts from the last trajectory;
 4. ``sweeps.sweeps.Sweeps``: boundary data and right-hand sides of all steps;

@@ -21,12 +21,12 @@ import ufl
 from mpi4py import MPI
 
 from pint_fem.adjoint.consistency.problem_data import require_same_forms, require_same_values
-from pint_fem.adjoint.control_layout import ControlLayout, ControlSet
 from pint_fem.adjoint.interface import ControlProblem, Term, as_vector, require_directions
 from pint_fem.adjoint.problem import ReducedProblem
 from pint_fem.adjoint.regularisation import Regularisation
 from pint_fem.collective import require_same
 from pint_fem.errors import InputError
+from pint_fem.evolution.control_layout import ControlLayout, ControlSet
 from pint_fem.evolution.initial import InitialExpression
 from pint_fem.misfits.base import BlockMisfit
 

@@ -18,9 +18,9 @@ import numpy as np
 
 from pint_fem.adjoint.consistency.control_values import ControlConsistency
 from pint_fem.adjoint.consistency.user_data import UserData
-from pint_fem.adjoint.control_layout import ControlLayout
 from pint_fem.all_at_once.stopping import SolveResult
 from pint_fem.errors import FAILURES, SolverFailure
+from pint_fem.evolution.control_layout import ControlLayout
 from pint_fem.sweeps.sweeps import Sweeps
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ Optimisers and the public functional use it. It has two implementations:
 expressions of controls. Whatever concerns each evolution by itself is implemented here, once for both.
 
 A control :math:`z` and a direction are float vectors ``(layout.size,)``, this rank's part of a distributed vector
-(:mod:`~pint_fem.adjoint.control_layout`); derivatives are dual vectors of the same shape. All methods are collective
+(:mod:`~pint_fem.evolution.control_layout`); derivatives are dual vectors of the same shape. All methods are collective
 over all ranks, which have to pass the same static controls. A failure on one rank is raised on all of them:
 :class:`~pint_fem.errors.SolverFailure` if it is numerical, such as a NaN in a state or a diverging solve, otherwise
 :class:`~pint_fem.errors.InputError` or the exception itself.
@@ -23,12 +23,12 @@ import ufl
 from firedrake import Function
 from numpy.typing import ArrayLike
 
-from pint_fem.adjoint.control_layout import ControlLayout, ControlSet
 from pint_fem.adjoint.memory_estimate import MemoryEstimate
 from pint_fem.adjoint.regularisation import Regularisation
 from pint_fem.all_at_once.grids import is_integer
 from pint_fem.collective import require_same
 from pint_fem.errors import InputError
+from pint_fem.evolution.control_layout import ControlLayout, ControlSet
 from pint_fem.evolution.evolution import Evolution
 from pint_fem.misfits.base import BlockMisfit
 from pint_fem.spacetime import SpaceTime

@@ -21,7 +21,6 @@ import ufl
 
 from pint_fem.adjoint.consistency.problem_data import require_same_problem
 from pint_fem.adjoint.consistency.user_data import UserData
-from pint_fem.adjoint.control_layout import ControlLayout
 from pint_fem.adjoint.evaluation import Evaluation, EvaluationCache, relative_residual
 from pint_fem.adjoint.interface import ControlProblem, as_vector
 from pint_fem.adjoint.memory_estimate import MemoryEstimate, estimate_memory
@@ -31,6 +30,7 @@ from pint_fem.adjoint.trajectories import trajectories
 from pint_fem.all_at_once.norms import gather_in_order
 from pint_fem.collective import on_first_rank
 from pint_fem.errors import InputError
+from pint_fem.evolution.control_layout import ControlLayout
 from pint_fem.logs import logger
 from pint_fem.mgrit.options import MGRITOptions
 from pint_fem.misfits.base import BlockMisfit, Misfit

@@ -18,9 +18,9 @@ from firedrake import Function, TestFunction, TrialFunction, assemble, derivativ
 from firedrake.assemble import get_assembler
 from ufl.algorithms import expand_derivatives, extract_coefficients
 
-from pint_fem.adjoint.control_layout import ControlLayout
 from pint_fem.all_at_once.norms import gather_in_order
 from pint_fem.errors import InputError
+from pint_fem.evolution.control_layout import ControlLayout
 from pint_fem.evolution.control_operators import ControlOperator, control_operator
 from pint_fem.evolution.evolution import Evolution
 from pint_fem.evolution.private_copies import data_of

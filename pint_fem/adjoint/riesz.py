@@ -15,8 +15,8 @@ import ufl
 from firedrake import Cofunction, Function, TestFunction, TrialFunction, assemble, dx, grad, inner
 from firedrake.functionspaceimpl import WithGeometry
 
-from pint_fem.adjoint.control_layout import ControlLayout
 from pint_fem.errors import InputError
+from pint_fem.evolution.control_layout import ControlLayout
 from pint_fem.kernels.arrays import get, is_real, own_size, put
 from pint_fem.kernels.factor import Factor, is_symmetric
 

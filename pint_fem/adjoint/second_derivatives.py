@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pint_fem.adjoint.control_layout import ControlLayout
 from pint_fem.adjoint.evaluation import Evaluation, EvaluationCache, relative_residual
 from pint_fem.adjoint.interface import as_vector, require_directions
 from pint_fem.adjoint.memory_estimate import bytes_per_direction, estimate_memory
@@ -26,6 +25,7 @@ from pint_fem.adjoint.regularisation import Regularisation
 from pint_fem.adjoint.trajectories import CPointTrajectories, Source, StoredTrajectories
 from pint_fem.all_at_once.stopping import SolveResult
 from pint_fem.capacity import most_items
+from pint_fem.evolution.control_layout import ControlLayout
 from pint_fem.sweeps.sweeps import Sweeps
 
 if TYPE_CHECKING:

@@ -13,10 +13,10 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from mpi4py import MPI
 
-from pint_fem.adjoint.control_layout import ControlLayout
 from pint_fem.collective import raise_collectively, require_same
 from pint_fem.digests import digest
 from pint_fem.errors import InputError
+from pint_fem.evolution.control_layout import ControlLayout
 from pint_fem.spacetime import SpaceTime
 
 __all__ = ["ControlConsistency", "compare_copies", "norms_by_rank", "sketch", "sketch_weights"]

@@ -16,9 +16,9 @@ from mpi4py import MPI
 from tsfc.ufl_utils import extract_firedrake_constants
 from ufl.algorithms import extract_coefficients
 
-from pint_fem.adjoint.control_layout import ControlLayout
 from pint_fem.adjoint.minimisation.objective import Objective
 from pint_fem.evolution.boundary import boundary_value
+from pint_fem.evolution.control_layout import ControlLayout
 from pint_fem.evolution.evolution import Evolution
 from pint_fem.kernels.arrays import condition_rows, get
 from pint_fem.optimize.constraints import AffineConstraints
