@@ -46,7 +46,7 @@ class _Functional:
         seconds = [h for row in along for h in row if not h.empty()]
         self.quadratic = not any(set(functions) & set(extract_coefficients(h)) for h in seconds)
         if self.quadratic:
-            self._operators = self._constant_operators(gradients)
+            self.operators = self._constant_operators(gradients)
             self._expand(form, gradients)
         else:
             self._value = get_assembler(form)
@@ -70,7 +70,7 @@ class _Functional:
                 self._reference, self._constant = row, constant
         self._put(values.values(), self._reference)
         self._linear = np.concatenate([get(assemble(ufl.replace(g, values))) for g in gradients])
-        magnitudes = {pair: (operator.absolute(), turned) for pair, (operator, turned) in self._operators.items()}
+        magnitudes = {pair: (operator.absolute(), turned) for pair, (operator, turned) in self.operators.items()}
         self._linear[np.abs(self._linear) <= NOISE * self._product(np.abs(self._reference), magnitudes)] = 0.0
 
     def split(self, vector: np.ndarray) -> list[np.ndarray]:
@@ -95,7 +95,7 @@ class _Functional:
         """Return ``Q z``, or the product with other operators."""
         out = np.zeros_like(z)
         targets, sources = self.split(out), self.split(z)
-        for (i, j), (operator, turned) in (self._operators if operators is None else operators).items():
+        for (i, j), (operator, turned) in (self.operators if operators is None else operators).items():
             targets[i] += (operator.transposed if turned else operator)(sources[j])
         return out
 
@@ -191,6 +191,11 @@ class Regularisation:
                 if f in extract_coefficients(found[-1]):
                     return None
         return sum(found[1:], start=found[0]) if found else None
+
+    @property
+    def couples_controls(self) -> bool:
+        """Whether a second derivative of a quadratic functional couples different controls."""
+        return any(i != j for functional, _ in self._terms if functional.quadratic for i, j in functional.operators)
 
     @property
     def quadratic(self) -> bool:

@@ -9,7 +9,9 @@ with the readings :math:`y_0` at zero controls. Each sensor takes one adjoint sw
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from functools import cached_property
+from numbers import Real
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.sparse.linalg import LinearOperator
@@ -20,13 +22,33 @@ from pint_fem.collective import collectively
 from pint_fem.errors import InputError
 from pint_fem.evolution.control_layout import ControlLayout
 from pint_fem.inverse.impulse_responses import LAGS, sequential_responses
+from pint_fem.inverse.partition import Partition
 from pint_fem.inverse.readings import ReadingTable
+from pint_fem.inverse.reduction import ReducedRows
 from pint_fem.inverse.response_rows import collectors, own_readings
 from pint_fem.propagators.linear import LinearPropagator
 from pint_fem.spacetime import SpaceTime
 from pint_fem.sweeps.sweeps import Sweeps
 
-__all__ = ["ParameterToObservable", "require_map"]
+__all__ = ["ParameterToObservable", "PriorForms", "require_map"]
+
+
+class PriorForms(NamedTuple):
+    """What the default prior follows from.
+
+    Attributes
+    ----------
+    forms : list of ufl.Form or None
+        Second derivatives of the regularisation by each control, ``None`` where it is zero or not constant.
+    gradient : ndarray, shape (layout.size,), or None
+        Derivative of the regularisation at zero.
+    inner : object
+        Inner product of the controls, for the prior ``"riesz_map"``.
+    """
+
+    forms: list
+    gradient: np.ndarray | None
+    inner: Any
 
 
 def require_map(sweeps: Sweeps) -> LinearPropagator:
@@ -63,6 +85,10 @@ class ParameterToObservable(LinearOperator):
         Bound misfits whose observations are finitely many.
     offset
         Readings at zero controls, ``(m,)``.
+    functions
+        What converts controls, with methods ``array(values)`` and ``function(array, dual=)``; default: none.
+    regularisation
+        The functional's, from which the default prior follows.
 
     Attributes
     ----------
@@ -76,8 +102,18 @@ class ParameterToObservable(LinearOperator):
         Their rows for the static controls and the initial condition, own columns of this rank in space.
     """
 
-    def __init__(self, sweeps: Sweeps, layout: ControlLayout, misfits: Sequence, offset: np.ndarray):
+    def __init__(
+        self,
+        sweeps: Sweeps,
+        layout: ControlLayout,
+        misfits: Sequence,
+        offset: np.ndarray,
+        *,
+        functions: Any = None,
+        regularisation: PriorForms | None = None,
+    ):
         self.layout, self.spacetime = layout, layout.spacetime
+        self.functions, self.regularisation = functions, regularisation
         self.propagator = require_map(sweeps)
         self.table = ReadingTable(misfits)
         self.offset, self.data, self.weights = offset, self.table.values, self.table.weights
@@ -146,6 +182,26 @@ class ParameterToObservable(LinearOperator):
     def _rmatmat(self, X: np.ndarray) -> np.ndarray:
         return self.transposed_product(np.ascontiguousarray(X.T)).T
 
-    def predict(self, z: np.ndarray) -> np.ndarray:
-        """The readings at controls ``(layout.size,)``, ``(m,)`` (collective)."""
-        return self.offset + self._matvec(z)
+    def dot(self, x: Any) -> np.ndarray:
+        """``F x`` for a control (a function, or a list with one for each control) or for flat vectors."""
+        return super().dot(x if isinstance(x, (np.ndarray, LinearOperator)) else self._array(x))
+
+    def _array(self, values: Any) -> np.ndarray:
+        if self.functions is None or isinstance(values, Real):
+            return values
+        return collectively(self.spacetime.comm, "", self.functions.array, values)
+
+    def predict(self, z: Any) -> np.ndarray:
+        """The readings at a control, a function or a flat vector, ``(m,)`` (collective)."""
+        return self.offset + self.dot(z)
+
+    # -- inversion -----------------------------------------------------------------------------------------------------
+    @cached_property
+    def partition(self) -> Partition:
+        """Division of parameter vectors among the ranks in time."""
+        return Partition(self.layout)
+
+    @cached_property
+    def reduced(self) -> ReducedRows:
+        """Reduced rows of static controls (collective when first used)."""
+        return ReducedRows(self.rows, [own.rows for own in self.readings], self.numbers, self.spacetime)
