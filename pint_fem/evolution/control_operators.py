@@ -60,7 +60,7 @@ class ControlOperator(Protocol):
         """The product of the transpose with a dual vector ``(n,)``, ``(nz,)``."""
 
     def transposed_rows(self, rows: np.ndarray) -> np.ndarray:
-        """:meth:`transposed` of each of several dual vectors ``(k, n)``, ``(k, nz)``; ``k`` is the same on all ranks."""
+        """:meth:`transposed` of several dual vectors ``(k, n)``, ``(k, nz)``; ``k`` is the same on all ranks."""
 
     def absolute(self) -> ControlOperator:
         """The operator with the magnitudes of its entries."""
@@ -136,7 +136,7 @@ class _RealOperator:
         return np.full(1 if self._comm.rank == 0 else 0, total)
 
     def transposed_rows(self, rows: np.ndarray) -> np.ndarray:
-        """The dot products of rows ``(k, n)`` with the column over space, on the first rank, ``(k, 1)`` or ``(k, 0)``."""
+        """The dot products of rows ``(k, n)`` with the column, ``(k, 1)`` on the first rank in space, else ``(k, 0)``."""
         totals = self._comm.allreduce(rows @ self.column, op=MPI.SUM)
         return totals[:, None] if self._comm.rank == 0 else np.zeros((len(rows), 0))
 

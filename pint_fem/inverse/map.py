@@ -22,12 +22,15 @@ from pint_fem.collective import collectively
 from pint_fem.errors import InputError
 from pint_fem.evolution.control_layout import ControlLayout
 from pint_fem.inverse.impulse_responses import LAGS, sequential_responses
+from pint_fem.inverse.noise import Noise, make_noise
 from pint_fem.inverse.partition import Partition
+from pint_fem.inverse.posterior import GaussianPosterior
+from pint_fem.inverse.priors import Prior, make_prior
 from pint_fem.inverse.readings import ReadingTable
 from pint_fem.inverse.reduction import ReducedRows
 from pint_fem.inverse.response_rows import collectors, own_readings
+from pint_fem.inverse.spectra import DataSpace, ParameterSpace, Spectrum
 from pint_fem.propagators.linear import LinearPropagator
-from pint_fem.spacetime import SpaceTime
 from pint_fem.sweeps.sweeps import Sweeps
 
 __all__ = ["ParameterToObservable", "PriorForms", "require_map"]
@@ -63,7 +66,8 @@ def require_map(sweeps: Sweeps) -> LinearPropagator:
     if not isinstance(propagator, LinearPropagator):
         raise InputError(
             "parameter_to_observable: the steps are not those of a linear evolution with constant operators "
-            f"({type(propagator).__name__}), so that responses do not depend on the lag alone: use minimize_trust_region"
+            f"({type(propagator).__name__}), so that responses do not depend on the lag alone: use "
+            "minimize_trust_region"
         )
     return propagator
 
@@ -205,3 +209,48 @@ class ParameterToObservable(LinearOperator):
     def reduced(self) -> ReducedRows:
         """Reduced rows of static controls (collective when first used)."""
         return ReducedRows(self.rows, [own.rows for own in self.readings], self.numbers, self.spacetime)
+
+    def posterior(
+        self, prior: Any = None, noise: Any = None, *, alpha: float = 1.0, mean: np.ndarray | None = None
+    ) -> GaussianPosterior:
+        """The Gaussian posterior of the controls (collective).
+
+        Parameters
+        ----------
+        prior
+            The controls' prior, as :func:`~pint_fem.inverse.priors.make_prior` takes it; default: that of the
+            functional's regularisation, so that the posterior's mean minimises the functional.
+        noise
+            The readings' noise, as :func:`~pint_fem.inverse.noise.make_noise` takes it; default: that of the misfits'
+            weights.
+        alpha
+            Weight of the prior: a factor of its precision.
+        mean
+            The prior's mean, a flat vector; default: the minimiser of the regularisation, or zero.
+
+        Raises
+        ------
+        InputError
+            On every rank, if prior, noise or weight do not fit.
+        """
+        forms = self.regularisation or PriorForms([None] * len(self.layout.evolution.controls), None, None)
+        law = make_prior(
+            prior,
+            self.layout,
+            regularisation_forms=forms.forms,
+            regularisation_gradient=forms.gradient,
+            mean=mean,
+            inner=forms.inner,
+        )
+        noise = collectively(
+            self.spacetime.comm, "", make_noise, noise, self.weights, self.table.sensor, self.table.sensors
+        )
+        return GaussianPosterior(self, law, noise, self._spectrum(law, noise), alpha=alpha)
+
+    def _spectrum(self, prior: Prior, noise: Noise) -> Spectrum:
+        """The spectral decomposition in the smaller one of the spaces of readings and of controls (collective)."""
+        unknowns = int(self.spacetime.space_comm.allreduce(self.layout.static_size))
+        if unknowns <= self.table.sensors or unknowns <= self.reduced.size:
+            return ParameterSpace(self, prior, noise, self.partition)
+        covered = prior.covariance(self.reduced.C, shared=False)
+        return DataSpace(self.reduced, covered, noise, self.partition)

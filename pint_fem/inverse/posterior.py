@@ -12,15 +12,18 @@ All that depends on the readings, on :math:`\alpha` or on a vector follows from 
 from __future__ import annotations
 
 from copy import copy
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pint_fem.collective import require_same
 from pint_fem.errors import InputError
-from pint_fem.inverse.map import ParameterToObservable
 from pint_fem.inverse.noise import Noise
 from pint_fem.inverse.priors import Prior
 from pint_fem.inverse.spectra import Spectrum
+
+if TYPE_CHECKING:
+    from pint_fem.inverse.map import ParameterToObservable
 
 __all__ = ["GaussianPosterior"]
 
@@ -101,6 +104,30 @@ class GaussianPosterior:
         made = copy(self)
         made._set(alpha, self.data)
         return made
+
+    # -- as functions --------------------------------------------------------------------------------------------------
+    def _functions(self, x: np.ndarray) -> Any:
+        if self.F.functions is None:
+            raise InputError("the map was made without functions: use the flat vectors x, variance() and sample()")
+        return self.F.functions.function(x)
+
+    @property
+    def mean(self) -> Any:
+        """The mean, which is the maximum a posteriori: a function, or a list with one for each control."""
+        return self._functions(self.x)
+
+    def standard_deviation(self) -> Any:
+        """The standard deviation of each coefficient of the controls, as :attr:`mean` (collective)."""
+        return self._functions(np.sqrt(self.variance()))
+
+    def samples(self, count: int, seed: int = 0) -> list:
+        """Samples of the controls, each as :attr:`mean` (collective); the same for the same seed."""
+        return [self._functions(x) for x in self.sample(count, seed)]
+
+    @property
+    def predicted(self) -> np.ndarray:
+        """The readings at the mean, ``(m,)`` (collective)."""
+        return self.F.predict(self.x)
 
     # -- numbers -------------------------------------------------------------------------------------------------------
     def misfit(self, alpha: float | np.ndarray | None = None) -> np.ndarray:

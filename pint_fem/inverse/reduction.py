@@ -1,9 +1,9 @@
 r"""Rows of a map from controls to readings, reduced to as many for each sensor as are linearly independent.
 
 The readings of a sensor at many times depend on few combinations of the controls: diffusion damps all others. With the
-singular value decomposition :math:`F_s = Q_s C_s` of a sensor's rows, truncated at round-off, the map is :math:`F = Q C`
-with orthonormal columns of :math:`Q`, block by block, and what is left of the readings outside the range of :math:`Q`
-does not depend on the controls.
+singular value decomposition :math:`F_s = Q_s C_s` of a sensor's rows, truncated at round-off, the map is :math:`F = Q
+C` with orthonormal columns of :math:`Q`, block by block, and what is left of the readings outside the range of
+:math:`Q` does not depend on the controls.
 """
 
 from __future__ import annotations

@@ -25,17 +25,20 @@ SIAM J. Sci. Comput. 35(6), 2013, for the prior-preconditioned Hessian.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy.linalg import cholesky, eigh, solve_triangular
 
 from pint_fem.collective import collectively
 from pint_fem.errors import SolverFailure
-from pint_fem.inverse.map import ParameterToObservable
 from pint_fem.inverse.noise import Noise
 from pint_fem.inverse.partition import Partition
 from pint_fem.inverse.priors import Prior
 from pint_fem.inverse.reduction import ReducedRows
+
+if TYPE_CHECKING:
+    from pint_fem.inverse.map import ParameterToObservable
 
 __all__ = ["DataSpace", "ParameterSpace", "Spectrum"]
 
