@@ -36,7 +36,7 @@ __all__ = ["command", "demo_arguments", "main"]
 LIBRARIES = ("pint_fem", "firedrake", "petsc4py", "irksome", "mpi4py", "numpy", "scipy", "torch", "greenlet")
 PACKAGES = {"MUMPS": "mumps", "CHOLMOD": "cholmod", "UMFPACK": "umfpack", "hypre": "hypre", "PT-Scotch": "ptscotch"}
 """What PETSc may be built with, by name and PETSc's own name."""
-PARTS = ("costs", "cycles")
+PARTS = ("costs", "cycles", "map")
 
 
 def main() -> None:
@@ -207,6 +207,8 @@ def _calibrate(arguments: Sequence[str]) -> None:
     if opts.only in ("", "cycles") and case.menu:
         cycles = on_first_rank(comm, "", measure.count_cycles, case)
         made = made and made.with_changes(cycles=cycles)
+    if opts.only == "map":
+        made = on_first_rank(comm, "", partial(measure.measure_map, case, made, repeats=opts.repeats))
     _write(path, "" if made is None else made.to_json())
     _print(f"written: {path}")
 
