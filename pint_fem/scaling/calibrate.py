@@ -38,7 +38,8 @@ from pint_fem.scaling.timing import Measured, rounds
 from pint_fem.spacetime import SpaceTime
 
 __all__ = [
-    "Case", "Stopwatch", "calibrate", "count_cycles", "kernel_tables", "machine", "measure_all_processes", "measure_map",
+    "Case", "Stopwatch", "calibrate", "count_cycles", "kernel_tables", "machine", "measure_all_processes",
+    "measure_map",
 ]  # fmt: skip
 
 MGRIT = {"coarsening": (8, 4)}

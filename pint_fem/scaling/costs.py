@@ -115,8 +115,8 @@ class Calibration:
         Seconds of a kernel with a number of processes at work (the key), relative to one process alone; the measured
         network.
     linear_inverse : mapping
-        Costs of an inversion by the map from controls to readings (:mod:`~pint_fem.scaling.linear_inverse`), empty where
-        there is none: see :func:`~pint_fem.scaling.inverse_costs.inverse_costs`.
+        Costs of an inversion by the map from controls to readings, empty where there is none: those of
+        :func:`~pint_fem.scaling.inverse_costs.inverse_costs`.
     cycles, notes : sequences of mappings and of str
         Cycles of cold solves, counted in real runs: ``options``, ``rtol``, and the cycles of ``state`` and ``adjoint``;
         how the numbers were measured.

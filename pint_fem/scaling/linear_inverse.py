@@ -1,13 +1,14 @@
-r"""Predicted times of linear inverse problems solved by the map from controls to readings (:mod:`pint_fem.inverse`).
+r"""Predicted times of linear inverse problems that are solved by the map from controls to readings.
 
-On :math:`P_{space}` ranks in space and ``T`` in time, the sensors are divided among ``g`` groups of ``k`` ranks in time,
-:math:`g k \le T`. A group with one rank takes the transposed steps of its sensors one after another, with the sensors
-on lanes; a group with several solves the adjoint of each of its sensors in turn by MGRIT or ParaDiag, on virtual ranks
-(:class:`~pint_fem.scaling.model.Model`), and its ranks collect the rows of their own lags, which are then summed. All
-that follows is dense algebra whose sizes are known, with ``m`` readings, ``n`` controls and ``r`` reduced rows:
+The map is that of :mod:`pint_fem.inverse`. On :math:`P_{space}` ranks in space and ``T`` in time, the sensors are
+divided among ``g`` groups of ``k`` ranks in time, :math:`g k \le T`. A group with one rank takes the transposed steps of
+its sensors one after another, with the sensors on lanes; a group with several solves the adjoint of each of its sensors
+in turn by MGRIT or ParaDiag, on virtual ranks (:class:`~pint_fem.scaling.model.Model`), and its ranks collect the rows
+of their own lags, which are then summed. All that follows is dense algebra whose sizes are known, with ``m`` readings,
+``n`` controls and ``r`` reduced rows:
 
-* the reduction of each sensor's rows, :math:`C \Gamma` of a rank's own reduced rows, and their exchange, after which each
-  of the ``T`` ranks has all rows of its part of the columns;
+* the reduction of each sensor's rows, :math:`C \Gamma` of a rank's own reduced rows, and their exchange, after which
+  each of the ``T`` ranks has all rows of its part of the columns;
 * the data space: products of :math:`r \times n` matrices by columns, an eigenproblem of size ``r`` on one rank, and its
   broadcast; or, where ``n`` is smaller than ``r``, the parameter space with an eigenproblem of size ``n``.
 
@@ -19,20 +20,19 @@ surrounds the sweep are measured (``linear_inverse`` of a calibration).
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
+from itertools import pairwise
 from math import ceil, log2
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from pint_fem.all_at_once.grids import split_steps
 from pint_fem.errors import InputError
 from pint_fem.scaling.costs import Calibration
 from pint_fem.scaling.model import Model, Solve
 from pint_fem.scaling.network import Network
-from pint_fem.scaling.planner import options_key, space_ranks
 
-__all__ = ["Division", "Exchange", "LinearInverse", "MapPrediction", "plan_map"]
+__all__ = ["Division", "Exchange", "LinearInverse", "MapPrediction"]
 
 PRIOR_BLOCK = 256
 """Columns of the prior's precision that :mod:`pint_fem.inverse.spectra` computes at once."""
@@ -302,7 +302,7 @@ class LinearInverse:
             yield Exchange("dense", "alltoall", time, 8 * self.own_sensors * self.readings * columns)
             yield Exchange("dense", "broadcast", ranks, 8 * n * m, ranks)
             parts = split_steps(n, ranks)
-            calls = sum(ceil((b - a) / PRIOR_BLOCK) for a, b in zip(parts, parts[1:], strict=False))
+            calls = sum(ceil((b - a) / PRIOR_BLOCK) for a, b in pairwise(parts))
             yield Exchange("prior", "gather", time, 8 * n * columns, calls)
             yield Exchange("prior", "broadcast", time, 8 * n * columns, calls)
             yield Exchange("dense", "objects", ranks, 2 * 8 * n**2, 2)
@@ -330,92 +330,3 @@ class LinearInverse:
 def _triangle(rows: float, columns: int) -> float:
     """Operations of the triangular factor of a matrix, zero where it has too few rows to be reduced."""
     return 2 * rows * columns**2 - 2 * columns**3 / 3 if rows > columns else 0.0
-
-
-def plan_map(
-    calibration: Calibration,
-    ranks: int,
-    *,
-    nsteps: int | None = None,
-    network: Network | None = None,
-    rtol: float | None = None,
-    deviation: bool = False,
-) -> MapPrediction:
-    """Find the fastest division of at most ``ranks`` ranks for an inversion by the map.
-
-    Parameters
-    ----------
-    calibration, nsteps, network
-        As for :class:`LinearInverse`.
-    ranks
-        Largest number of processes.
-    rtol
-        Tolerance of adjoint sweeps of groups with several ranks in time; default: the smallest counted.
-    deviation
-        Whether the time includes that of the standard deviation.
-
-    Raises
-    ------
-    InputError
-        As for :class:`LinearInverse`.
-    """
-    if ranks < 1:
-        raise InputError(f"{ranks} ranks: give at least 1")
-    given: dict[str, Any] = dict(nsteps=nsteps, network=network)
-    time_of = lambda found: found.with_deviation if deviation else found.seconds
-    alone = LinearInverse(calibration, **given)
-    best = alone.predict()
-    for space in space_ranks(calibration, ranks):
-        for time in _sizes(ranks // space, alone.sensors):
-            division = Division(space, time, min(time, alone.sensors), 1)
-            best = min(best, LinearInverse(calibration, division, **given).predict(), key=time_of)
-    for least, made in sorted(_with_groups(calibration, ranks, rtol, given), key=lambda pair: pair[0]):
-        if least >= time_of(best):
-            break
-        best = min(best, made.predict(), key=time_of)
-    return best
-
-
-def _sizes(most: int, sensors: int) -> list[int]:
-    """Numbers of ranks in time that are tried: all divisions of the sensors into fewer, powers of two, and the most."""
-    some = {ceil(sensors / own) for own in range(1, sensors + 1)} | {1 << i for i in range(most.bit_length())} | {most}
-    return sorted(time for time in some if 1 <= time <= most)
-
-
-def _with_groups(
-    calibration: Calibration, ranks: int, rtol: float | None, given: Mapping
-) -> Iterator[tuple[float, LinearInverse]]:
-    """Inversions with one sensor per group of several ranks in time, and lower bounds of their times: the share of the
-    work of a sweep, its chain of coarse steps, and all other parts.
-    """
-    alone = LinearInverse(calibration, **given)
-    tolerance = rtol or min((entry["rtol"] for entry in calibration.cycles), default=0.0)
-    menu = {options_key(e["options"]): e for e in calibration.cycles if e["rtol"] == tolerance}
-    least = cache(lambda key, space: _least_sweep(calibration, menu[key], space, alone.lags, alone.network))
-    for space in space_ranks(calibration, ranks):
-        most = ranks // space // alone.sensors
-        for each in sorted({1 << i for i in range(1, most.bit_length())} | {most}):
-            if not 1 < each <= alone.lags:
-                continue
-            division = Division(space, alone.sensors * each, alone.sensors, each)
-            for key, entry in menu.items():
-                with suppress(InputError):  # more levels than so few steps have; no ParaDiag on several space ranks
-                    work, chain = least(key, space)
-                    options = dict(options=entry["options"], cycles=entry["adjoint"])
-                    made = LinearInverse(calibration, division, **options, **given)
-                    yield max(work / each, chain) + made.predict(sweep=0.0).seconds, made
-
-
-def _least_sweep(
-    calibration: Calibration, entry: Mapping, space: int, lags: int, network: Network
-) -> tuple[float, float]:
-    """Seconds of work of an adjoint sweep on one rank in time, without ParaDiag's factors, and of its coarse steps."""
-    model = Model(calibration, entry["options"], (space, 1), nsteps=lags, network=network)
-    found, chain, steps = model.run(Solve("adjoint", "nested", entry["adjoint"])), 0.0, lags
-    if model.solver == "paradiag":
-        factors = found.counts["factor", 0] * model.slowdown * calibration.paradiag["factor"]
-        return sum(found.work) - factors, chain
-    for m in model.options.factors(steps):
-        steps //= m
-    chain = (entry["adjoint"] + 1) * steps * model.kernel("adjoint", model.options.levels - 1)(1)
-    return sum(found.work), chain

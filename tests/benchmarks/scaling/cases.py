@@ -19,7 +19,7 @@ from problems.maxwell_source import maxwell_source
 from problems.serial_maxwell import serial_maxwell_source
 from problems.serial_pyadjoint import SQUARE_TIME, SerialSource, serial_heat_source, serial_square, square_functionals
 
-__all__ = ["HEAT_SOURCE", "HEAT_SQUARE", "LAYERS", "MAXWELL_CAVITY", "MAXWELL_LOSSY", "STUDIES", "LayersCase", "Study"]
+__all__ = ["HEAT_SOURCE", "HEAT_SQUARE", "LAYERS", "MAXWELL_CAVITY", "MAXWELL_LOSSY", "STUDIES", "LayersCase", "Study", "square_with_sensors"]
 
 
 SERIAL = {"levels": 1}
@@ -74,7 +74,7 @@ def _square(size: int):
     return lambda grid, steps, parameters: square(steps, "SDIRK2", size=size, spacetime=grid, **parameters)
 
 
-def _square_with_sensors(size: int, side: int = 8, times: int = 64):
+def square_with_sensors(size: int, side: int = 8, times: int = 64):
     """The square with ``side x side`` sensors in the place of the running misfit, for which there is no finite number
     of readings; the source is that of the square's control, and a hundredth of the largest reading is noise.
     """
@@ -115,7 +115,7 @@ HEAT_SOURCE = Case(  # the plate of demos/heat_source_inversion.py, P1, SDIRK2
 HEAT_SQUARE = Case(  # heat on the unit square, 128 x 128 P1, SDIRK2, distributed control, running misfit
     "heat-square", _square(128), 16384,
     _menu((8, 4, 4), (8, 4, 4, 4), (16, 8), (16, 8, 8), (4, 4, 4, 4, 4)) + _repeated((64, 2), (128, 2)) + PARADIAG,
-    smaller=_square(32), with_sensors=_square_with_sensors(128),
+    smaller=_square(32), with_sensors=square_with_sensors(128),
 )  # fmt: skip
 MAXWELL_LOSSY = Case(  # the lossy box of demos/maxwell_source_inversion.py, degree 2, SDIRK2
     "maxwell-lossy", _maxwell("lossy"), 256, _menu((4, 4), (8, 4), (8,), (4,)) + _repeated((8, 2), (8, 4)) + PARADIAG
@@ -136,7 +136,7 @@ STUDIES = {
         lambda steps: serial_square(n=128, steps=steps, integrator="SDIRK2"),
         (SERIAL, *_menu((8, 4, 4))[:1], *_menu((16, 8))[:1], PARADIAG[0]),
         inversion_steps=1024,
-        with_sensors=_square_with_sensors(32),
+        with_sensors=square_with_sensors(32),
     ),
     "maxwell-lossy": Study(
         MAXWELL_LOSSY,
