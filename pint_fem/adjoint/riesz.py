@@ -46,6 +46,8 @@ class RieszMap:
     ----------
     diagonal : ndarray, shape (n,), or None
         The diagonal of the product's matrix where it is diagonal.
+    form : ufl.Form or None
+        The bilinear form of the product where that is what it is computed by.
 
     Raises
     ------
@@ -68,6 +70,7 @@ class RieszMap:
             )
         self.space = space
         self.diagonal: np.ndarray | None = None
+        self.form: ufl.Form | None = None
         self._given: firedrake.RieszMap | None = None
         mass, stiffness = inner(a, b) * dx, inner(grad(a), grad(b)) * dx
         if isinstance(kind, firedrake.RieszMap):
@@ -81,8 +84,8 @@ class RieszMap:
         elif kind == "lumped":
             self.diagonal = _lumped(space, mass)
         else:
-            form = kind if given else {"L2": mass, "H1": mass + stiffness}[kind]
-            self._matrix = assemble(form, mat_type="aij").petscmat
+            self.form = kind if given else {"L2": mass, "H1": mass + stiffness}[kind]
+            self._matrix = assemble(self.form, mat_type="aij").petscmat
             if not is_symmetric(self._matrix):
                 raise InputError("riesz map: the bilinear form is not symmetric")
             self._factor = Factor(self._matrix, {}, symmetric=True, prefix="pint_riesz_")

@@ -116,9 +116,11 @@ class ControlLayout:
 
     # -- between the vector and the controls' own values ---------------------------------------------------------------
     def part(self, z: np.ndarray, control: Function) -> np.ndarray:
-        """Return a view of a control's values in a vector: ``(n,)``, or ``(k, n)`` for one value per step."""
-        view = z[self._slices[control]]
-        return view.reshape(self.slab.k, -1) if control in self.evolution.stepwise else view
+        """Return a view of a control's values in a vector: ``(n,)``, or ``(k, n)`` for one value per step; in the rows
+        of an array ``(..., size)``, ``(..., n)`` or ``(..., k, n)``.
+        """
+        view, k = z[..., self._slices[control]], self.slab.k
+        return view.reshape(*z.shape[:-1], k, view.shape[-1] // k) if control in self.evolution.stepwise else view
 
     def parts(self, z: np.ndarray) -> list[np.ndarray]:
         """Return views of all controls' values, in the order of the evolution's ``controls``."""

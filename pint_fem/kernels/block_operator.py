@@ -1,16 +1,22 @@
-"""Products of an assembled matrix with many states."""
+"""Products of an assembled matrix with many states, and solves for many right-hand sides."""
 
 from __future__ import annotations
+
+from functools import cached_property
 
 import numpy as np
 from firedrake.petsc import PETSc
 
 from pint_fem.kernels.direct import matrix_bytes
+from pint_fem.kernels.factor import Factor
+from pint_fem.kernels.lanes.lane_steps import LaneSteps
 from pint_fem.kernels.lanes.products import LaneProduct
+from pint_fem.kernels.lanes.program import STATE, StepProgram
 from pint_fem.kernels.lanes.structures import kernels
-from pint_fem.kernels.replication import whole_matrix
+from pint_fem.kernels.replication import Replication, whole_matrix
+from pint_fem.kernels.steps import execution
 
-__all__ = ["BlockOperator"]
+__all__ = ["BlockOperator", "ManySolves"]
 
 
 class BlockOperator:
@@ -51,4 +57,74 @@ class BlockOperator:
             self._x.array[:] = state
             self.matrix.mult(self._x, self._y)
             result[:] = self._y.array_r
+        return out
+
+
+class ManySolves:
+    """Solves ``A x[i] = b[i]`` for many right-hand sides, bitwise the same for any number of them.
+
+    Parameters
+    ----------
+    factor
+        A factor of a regular matrix; its triangular factors, where it has them, are applied on lanes.
+
+    Attributes
+    ----------
+    own, total : slice, int
+        The own unknowns among all, and the number of all.
+    """
+
+    _COPIED = 4e6  # numbers, about, in the vectors of all unknowns at a time
+
+    def __init__(self, factor: Factor):
+        self.factor, self.size = factor, factor.matrix.getLocalSize()[0]
+        comm = factor.matrix.comm.tompi4py()
+        replication = Replication(self.size, comm)
+        self.own, self.total = replication.own, replication.total
+        self._steps = execution(self._program(self.size, factor), comm)
+
+    @staticmethod
+    def _program(size: int, factor: object) -> StepProgram:
+        program = StepProgram({"whole": slice(0, size)}, size)
+        program.solve(STATE, factor)
+        return program
+
+    @property
+    def nbytes(self) -> dict[str, int]:
+        """Bytes of arrays for the kernels, or of vectors for PETSc, without the matrix and its factors."""
+        return self._steps.nbytes
+
+    def __call__(self, rows: np.ndarray) -> np.ndarray:
+        """The solutions ``(k, n)`` for right-hand sides ``(k, n)``, own unknowns, the same ``k`` on all ranks
+        (collective).
+
+        Raises
+        ------
+        ArithmeticError, PETSc.Error
+            If a solver fails.
+        """
+        out = np.empty((len(rows), self.size))
+        self._steps.run(np.require(rows, float, "CA"), out[:, None])
+        return out
+
+    @cached_property
+    def _root(self) -> LaneSteps:
+        return LaneSteps(self._program(self.total, self.factor.triangular.inverse_root()))
+
+    @property
+    def has_root(self) -> bool:
+        """Whether there is :meth:`root`: the matrix is positive definite, and its factors are triangular ones."""
+        return self.factor.triangular is not None and self.factor.triangular.is_positive
+
+    def root(self, rows: np.ndarray) -> np.ndarray:
+        """The products ``(k, n)`` of a matrix ``S``, ``S S^T = A^{-1}``, with vectors ``(k, total)`` that are the same
+        on all ranks; own unknowns of the results. All ranks compute all of them, as for solves.
+        """
+        out = np.empty((len(rows), self.size))
+        most = max(1, int(self._COPIED / max(1, self.total)))
+        for first in range(0, len(rows), most):
+            part = np.require(rows[first : first + most], float, "CA")
+            results = np.empty((len(part), 1, self.total))
+            self._root.run(part, results)
+            out[first : first + most] = results[:, 0, self.own]
         return out

@@ -1,22 +1,27 @@
-r"""Spectra of pencils :math:`A x = \kappa M x` by Lanczos and Arnoldi iterations with distributed products."""
+r"""Spectra of pencils :math:`A x = \kappa M x`, and products :math:`A^{-1/2} b`, by Lanczos and Arnoldi iterations with
+distributed products.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from firedrake.petsc import PETSc
+from scipy.linalg import eigh_tridiagonal
 
-__all__ = ["ACCURACY", "NotPositive", "Pencil"]
+__all__ = ["ACCURACY", "NotPositive", "Pencil", "inverse_root"]
 
 ACCURACY = 1e-2
 """Relative accuracy of the ends of a spectrum."""
 LANCZOS_STEPS, ARNOLDI_STEPS = 100, 40
 """Most steps of the iterations."""
+ROOT_STEPS, ROOT_CHECK = 4000, 10
+"""Most steps of the iteration for a root, and the number of steps between checks of its accuracy."""
 
 
 class NotPositive(ArithmeticError):
-    """The mass matrix is not symmetric positive definite."""
+    """A matrix is not symmetric positive definite."""
 
 
 class Pencil:
@@ -125,3 +130,85 @@ class Pencil:
         start = np.random.default_rng(self.comm.rank).standard_normal(self.M.getLocalSize()[0])
         start[self.fixed] = 0
         return start
+
+
+def inverse_root(
+    apply: Callable[[np.ndarray], np.ndarray],
+    rows: np.ndarray,
+    dot: Callable[[np.ndarray, np.ndarray], np.ndarray],
+    *,
+    rtol: float = 1e-10,
+) -> np.ndarray:
+    r"""Return :math:`A^{-1/2} b` for several vectors ``b``.
+
+    After ``m`` steps of the Lanczos iteration that starts at ``b``, with the basis ``V`` and the tridiagonal matrix
+    ``T``, the approximation is :math:`\|b\| V T^{-1/2} e_1`. It is accepted when its last change over some steps is at
+    most ``rtol`` of its norm; the basis is then computed a second time rather than stored.
+
+    Parameters
+    ----------
+    apply
+        Products ``(k, n)`` of a symmetric matrix with vectors ``(k, n)``, own unknowns.
+    rows
+        The vectors ``b``, ``(k, n)``.
+    dot
+        Dot products ``(k,)`` of the rows of two arrays, summed over all ranks and identical on them.
+    rtol
+        Relative accuracy.
+
+    Raises
+    ------
+    NotPositive
+        If the matrix is not positive definite.
+    ArithmeticError
+        If the accuracy is not reached.
+
+    Notes
+    -----
+    E. Chow, Y. Saad, Preconditioned Krylov subspace methods for sampling multivariate Gaussian distributions, SIAM J.
+    Sci. Comput. 36 (2014) A588-A608.
+    """
+    norms = np.sqrt(dot(rows, rows))
+    start = rows / np.where(norms > 0, norms, 1.0)[:, None]
+    weights: list[np.ndarray | None] = [np.zeros(0) if norm == 0 else None for norm in norms]
+    alphas, betas = np.zeros((len(rows), 0)), np.zeros((len(rows), 0))
+    last: list[np.ndarray] = [np.zeros(0)] * len(rows)
+    for m, (_, alpha, beta) in enumerate(_lanczos(apply, start, dot), 1):
+        alphas, betas = np.column_stack([alphas, alpha]), np.column_stack([betas, beta])
+        for i in [i for i, found in enumerate(weights) if found is None]:
+            ended = beta[i] == 0
+            if not (ended or m % ROOT_CHECK == 0):
+                continue
+            values, vectors = eigh_tridiagonal(alphas[i], betas[i, :-1])
+            if not values[0] > 0:
+                raise NotPositive
+            y = vectors @ (vectors[0] / np.sqrt(values))
+            before, last[i] = np.pad(last[i], (0, m - len(last[i]))), y
+            if ended or np.linalg.norm(y - before) <= rtol * np.linalg.norm(y):
+                weights[i] = y
+        if all(found is not None for found in weights):
+            break
+        if m == ROOT_STEPS:
+            raise ArithmeticError(f"the Lanczos iteration for a root has not converged in {m} steps")
+    out, steps = np.zeros(rows.shape), max((len(w) for w in weights if w is not None), default=0)
+    padded = np.array([np.pad(w, (0, steps - len(w))) for w in weights if w is not None])
+    for m, (v, _, _) in zip(range(steps), _lanczos(apply, start, dot)):  # noqa: B905
+        out += (norms * padded[:, m])[:, None] * v
+    return out
+
+
+def _lanczos(apply, start: np.ndarray, dot) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Yield the basis vectors ``(k, n)``, the entries of ``T`` on the diagonal and those below it, ``(k,)`` each; zero
+    below it, and zero vectors from there on, where the vectors span an invariant space.
+    """
+    before, v, beta = np.zeros_like(start), start, np.zeros(len(start))
+    scale = np.zeros(len(start))
+    while True:
+        w = apply(v) - beta[:, None] * before
+        alpha = dot(w, v)
+        w -= alpha[:, None] * v
+        beta = np.sqrt(np.maximum(dot(w, w), 0.0))
+        scale = np.maximum(scale, np.abs(alpha) + beta)
+        beta = np.where(beta <= 1e-14 * scale, 0.0, beta)
+        yield v, alpha, beta
+        before, v = v, np.where(beta[:, None] > 0, w, 0.0) / np.where(beta > 0, beta, 1.0)[:, None]

@@ -12,6 +12,7 @@ than another pass over the rows (``panels.c``).
 from __future__ import annotations
 
 import ctypes
+from copy import copy
 from typing import Any
 
 import numpy as np
@@ -218,6 +219,29 @@ class TriangularFactors:
         leave = slice(-1) if self.enter is None else np.argsort(self.enter) if transposed else self.leave
         out[self.order] = x[leave]
         return out
+
+    @property
+    def is_positive(self) -> bool:
+        """Whether the matrix is symmetric positive definite: factored without pivots, and all entries of ``D`` are
+        positive (Sylvester's law of inertia).
+        """
+        return self.symmetric and bool((self.inverse_diagonal > 0).all())
+
+    @property
+    def log_det(self) -> float:
+        """Logarithm of the determinant of a positive definite matrix."""
+        return -float(np.log(self.inverse_diagonal).sum())
+
+    def inverse_root(self) -> TriangularFactors:
+        """Factors by which a solve is the product with :math:`S = P^T L^{-T} D^{-1/2}` (and a permutation), for which
+        :math:`S S^T = A^{-1}`; of a positive definite matrix.
+        """
+        made = copy(self)
+        made.symmetric, made._structs = False, {}
+        made.left = Lower(csc_matrix((self.n, self.n)))
+        made.inverse_diagonal = aligned(self.n)
+        made.inverse_diagonal[:] = np.sqrt(self.inverse_diagonal)
+        return made
 
     def is_accurate(self, matrix: csc_matrix) -> bool:
         """Whether the backward error of a trial solve is at round-off in each row, whose scales may differ widely."""
