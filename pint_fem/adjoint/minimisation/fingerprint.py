@@ -7,7 +7,6 @@ their difference is within the round-off of sums in another order.
 
 from __future__ import annotations
 
-import math
 import re
 
 import numpy as np
@@ -27,13 +26,11 @@ __all__ = [
     "bound_numbers",
     "constraint_numbers",
     "control_label",
-    "differences",
     "evolution_numbers",
     "inner_number",
     "probe",
 ]
 
-_RTOL = 1e-9  # far above round-off, far below deliberate differences
 _DEFAULT_NAME = re.compile(r"(function|w)_\d+")  # Firedrake's and UFL's: numbers of a counter of the process
 
 
@@ -133,20 +130,3 @@ def _sums(f, comm: MPI.Comm) -> list[float]:
     total = np.empty_like(own)
     comm.Allreduce(own, total, op=MPI.SUM)
     return total.tolist()
-
-
-def differences(stored: dict, given: dict) -> str:
-    """The entries in which the stored description differs from that of this run, as text; empty if there are none."""
-    names = [name for name in {**given, **stored} if not _same(stored.get(name), given.get(name))]
-    return "; ".join(f"{name}: the file has {stored.get(name)}, this run {given.get(name)}" for name in names)
-
-
-def _same(a, b) -> bool:
-    """Whether two descriptions are equal up to round-off of their numbers."""
-    if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(_same(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
-        return len(a) == len(b) and all(map(_same, a, b))
-    if isinstance(a, float) and isinstance(b, float):
-        return math.isclose(a, b, rel_tol=_RTOL)
-    return a == b
