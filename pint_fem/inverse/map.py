@@ -21,13 +21,13 @@ from pint_fem.capacity import require_memory
 from pint_fem.collective import collectively
 from pint_fem.errors import InputError
 from pint_fem.evolution.control_layout import ControlLayout
-from pint_fem.inverse.impulse_responses import LAGS, sequential_responses
+from pint_fem.inverse.impulse_responses import GROUP, lags_of_block, sequential_responses
 from pint_fem.inverse.noise import Noise, make_noise
 from pint_fem.inverse.partition import Partition
 from pint_fem.inverse.posterior import GaussianPosterior
 from pint_fem.inverse.priors import Prior, make_prior
 from pint_fem.inverse.readings import ReadingTable
-from pint_fem.inverse.reduction import ReducedRows
+from pint_fem.inverse.reduction import ReducedRows, estimated_size
 from pint_fem.inverse.response_rows import collectors, own_readings
 from pint_fem.inverse.spectra import DataSpace, ParameterSpace, Spectrum
 from pint_fem.propagators.linear import LinearPropagator
@@ -143,7 +143,8 @@ class ParameterToObservable(LinearOperator):
     def nbytes(self) -> int:
         """Bytes of the rows of this rank, and of the sweep's blocks of lags."""
         ev, stages = self.propagator.evolution, self.propagator.dirk.stages
-        work = len(self.sensors) * (LAGS + 1) * (1 + 2 * stages) * ev.state_size
+        lags = lags_of_block(ev.V.mesh().comm, ev.state_size)
+        work = min(GROUP, len(self.sensors)) * (lags + 1) * (1 + 2 * stages) * ev.state_size
         return 8 * (len(self.numbers) * self.layout.static_size + work)
 
     def _build(self) -> None:
@@ -152,12 +153,12 @@ class ParameterToObservable(LinearOperator):
         lags = int(self.table.point.max(initial=0)) + (ev.initial_control is not None)
 
         def sweep() -> None:
-            if not len(self.sensors):
-                return
-            found, self._steps = collectors(self.propagator, self.readings, self.rows, lags)
-            for block in sequential_responses(self.propagator, self.table.impulses(self.sensors), lags):
-                for collector in found:
-                    collector.add(block)
+            for first in range(0, len(self.sensors), GROUP):
+                sensors, readings = self.sensors[first : first + GROUP], self.readings[first : first + GROUP]
+                found, self._steps = collectors(self.propagator, readings, self.rows, lags)
+                for block in sequential_responses(self.propagator, self.table.impulses(sensors), lags):
+                    for collector in found:
+                        collector.add(block)
 
         collectively(self.spacetime.comm, "map from controls to readings", sweep)
 
@@ -250,7 +251,8 @@ class ParameterToObservable(LinearOperator):
     def _spectrum(self, prior: Prior, noise: Noise) -> Spectrum:
         """The spectral decomposition in the smaller one of the spaces of readings and of controls (collective)."""
         unknowns = int(self.spacetime.space_comm.allreduce(self.layout.static_size))
-        if unknowns <= self.table.sensors or unknowns <= self.reduced.size:
+        few = unknowns <= self.table.sensors
+        if few or unknowns <= estimated_size(self.rows, [own.rows for own in self.readings], self.spacetime):
             return ParameterSpace(self, prior, noise, self.partition)
         covered = prior.covariance(self.reduced.C, shared=False)
         return DataSpace(self.reduced, covered, noise, self.partition)
