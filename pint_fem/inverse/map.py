@@ -8,9 +8,10 @@ with the readings :math:`y_0` at zero controls. Each sensor takes one adjoint sw
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from numbers import Real
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,6 +22,7 @@ from pint_fem.capacity import require_memory
 from pint_fem.collective import collectively
 from pint_fem.errors import InputError
 from pint_fem.evolution.control_layout import ControlLayout
+from pint_fem.inverse.files import load_map, save_map
 from pint_fem.inverse.impulse_responses import GROUP, lags_of_block, sequential_responses
 from pint_fem.inverse.noise import Noise, make_noise
 from pint_fem.inverse.partition import Partition
@@ -88,11 +90,16 @@ class ParameterToObservable(LinearOperator):
     misfits
         Bound misfits whose observations are finitely many.
     offset
-        Readings at zero controls, ``(m,)``.
+        Readings at zero controls, ``(m,)``, or a function that returns them (collective).
     functions
         What converts controls, with methods ``array(values)`` and ``function(array, dual=)``; default: none.
     regularisation
         The functional's, from which the default prior follows.
+    description
+        Returns the description of the problem as it is now (:mod:`pint_fem.inverse.files`), for files and to find that
+        the operators have changed; default: none.
+    load
+        A file of :meth:`save`, from which the rows are read in place of being computed.
 
     Attributes
     ----------
@@ -111,16 +118,18 @@ class ParameterToObservable(LinearOperator):
         sweeps: Sweeps,
         layout: ControlLayout,
         misfits: Sequence,
-        offset: np.ndarray,
+        offset: np.ndarray | Callable[[], np.ndarray],
         *,
         functions: Any = None,
         regularisation: PriorForms | None = None,
+        description: Callable[[], dict] | None = None,
+        load: str | Path | None = None,
     ):
         self.layout, self.spacetime = layout, layout.spacetime
         self.functions, self.regularisation = functions, regularisation
         self.propagator = require_map(sweeps)
         self.table = ReadingTable(misfits)
-        self.offset, self.data, self.weights = offset, self.table.values, self.table.weights
+        self.data, self.weights = self.table.values, self.table.weights
         super().__init__(float, (self.table.size, layout.size))
         time_comm = self.spacetime.time_comm
         bounds = split_steps(self.table.sensors, time_comm.size)
@@ -128,6 +137,12 @@ class ParameterToObservable(LinearOperator):
         self.numbers, self.readings = own_readings(self.table, self.sensors)
         self._require_memory()
         self.rows = np.zeros((len(self.numbers), layout.static_size))
+        self._description = description
+        self._problem = {} if description is None else description()
+        if load is not None:
+            self.offset = load_map(self, load, self._problem)
+            return
+        self.offset = offset() if callable(offset) else offset
         self._build()
 
     def _require_memory(self) -> None:
@@ -161,6 +176,17 @@ class ParameterToObservable(LinearOperator):
                         collector.add(block)
 
         collectively(self.spacetime.comm, "map from controls to readings", sweep)
+
+    def save(self, path: str | Path) -> None:
+        """Write the map to an HDF5 file, from which ``J.parameter_to_observable(load=path)`` of the same problem makes
+        it without a sweep on any number of ranks in time and as many in space (collective).
+
+        Raises
+        ------
+        InputError
+            On every rank, if the file cannot be written.
+        """
+        save_map(self, path, self._problem)
 
     # -- products ------------------------------------------------------------------------------------------------------
     def product(self, z: np.ndarray) -> np.ndarray:
