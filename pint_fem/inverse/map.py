@@ -43,17 +43,14 @@ class PriorForms(NamedTuple):
 
     Attributes
     ----------
-    forms : list of ufl.Form or None
+    forms : list of (ufl.Form or None), or None
         Second derivatives of the regularisation by each control, ``None`` where it is zero or not constant.
     gradient : ndarray, shape (layout.size,), or None
         Derivative of the regularisation at zero.
-    inner : object
-        Inner product of the controls, for the prior ``"riesz_map"``.
     """
 
-    forms: list
+    forms: list | None
     gradient: np.ndarray | None
-    inner: Any
 
 
 def require_map(sweeps: Sweeps) -> LinearPropagator:
@@ -94,7 +91,9 @@ class ParameterToObservable(LinearOperator):
     functions
         What converts controls, with methods ``array(values)`` and ``function(array, dual=)``; default: none.
     regularisation
-        The functional's, from which the default prior follows.
+        Returns what the default prior follows from.
+    inner
+        The inner product of the controls, for the prior ``"riesz_map"``.
     description
         Returns the description of the problem as it is now (:mod:`pint_fem.inverse.files`), for files and to find that
         the operators have changed; default: none.
@@ -121,12 +120,13 @@ class ParameterToObservable(LinearOperator):
         offset: np.ndarray | Callable[[], np.ndarray],
         *,
         functions: Any = None,
-        regularisation: PriorForms | None = None,
+        regularisation: Callable[[], PriorForms] | None = None,
+        inner: Any = None,
         description: Callable[[], dict] | None = None,
         load: str | Path | None = None,
     ):
         self.layout, self.spacetime = layout, layout.spacetime
-        self.functions, self.regularisation = functions, regularisation
+        self.functions, self.regularisation, self._inner = functions, regularisation, inner
         self.propagator = require_map(sweeps)
         self.table = ReadingTable(misfits)
         self.data, self.weights = self.table.values, self.table.weights
@@ -215,11 +215,12 @@ class ParameterToObservable(LinearOperator):
 
     def dot(self, x: Any) -> np.ndarray:
         """``F x`` for a control (a function, or a list with one for each control) or for flat vectors."""
-        return super().dot(x if isinstance(x, (np.ndarray, LinearOperator)) else self._array(x))
+        return super().dot(x if isinstance(x, (Real, LinearOperator)) else self._flat(x))
 
-    def _array(self, values: Any) -> np.ndarray:
-        if self.functions is None or isinstance(values, Real):
-            return values
+    def _flat(self, values: Any) -> np.ndarray:
+        """Controls as a flat vector, from functions or from such a vector."""
+        if self.functions is None or isinstance(values, np.ndarray):
+            return np.asarray(values)
         return collectively(self.spacetime.comm, "", self.functions.array, values)
 
     def predict(self, z: Any) -> np.ndarray:
@@ -238,7 +239,7 @@ class ParameterToObservable(LinearOperator):
         return ReducedRows(self.rows, [own.rows for own in self.readings], self.numbers, self.spacetime)
 
     def posterior(
-        self, prior: Any = None, noise: Any = None, *, alpha: float = 1.0, mean: np.ndarray | None = None
+        self, prior: Any = None, noise: Any = None, *, alpha: float = 1.0, mean: Any = None
     ) -> GaussianPosterior:
         """The Gaussian posterior of the controls (collective).
 
@@ -253,21 +254,24 @@ class ParameterToObservable(LinearOperator):
         alpha
             Weight of the prior: a factor of its precision.
         mean
-            The prior's mean, a flat vector; default: the minimiser of the regularisation, or zero.
+            The prior's mean, as controls or a flat vector; default: the minimiser of the regularisation, or zero.
 
         Raises
         ------
         InputError
             On every rank, if prior, noise or weight do not fit.
         """
-        forms = self.regularisation or PriorForms([None] * len(self.layout.evolution.controls), None, None)
+        forms = PriorForms(None, None)
+        by_default = prior is None or (isinstance(prior, (list, tuple)) and any(one is None for one in prior))
+        if by_default and self.regularisation is not None:
+            forms = self.regularisation()
         law = make_prior(
             prior,
             self.layout,
             regularisation_forms=forms.forms,
             regularisation_gradient=forms.gradient,
-            mean=mean,
-            inner=forms.inner,
+            mean=None if mean is None else self._flat(mean),
+            inner=self._inner,
         )
         noise = collectively(
             self.spacetime.comm, "", make_noise, noise, self.weights, self.table.sensor, self.table.sensors
