@@ -1,4 +1,4 @@
-"""A small linear inverse problem with two kinds of controls, and the plain loop of steps that its map is compared with."""
+"""A small linear inverse problem with two kinds of controls, and its readings by a sweep of the state."""
 
 import numpy as np
 from firedrake import (

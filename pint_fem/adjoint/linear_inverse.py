@@ -14,6 +14,7 @@ from pint_fem.adjoint.problem import ReducedProblem
 from pint_fem.collective import collectively
 from pint_fem.errors import InputError
 from pint_fem.inverse.map import ParameterToObservable, PriorForms, require_map
+from pint_fem.inverse.memory import require_rows_argument
 from pint_fem.misfits.sensor_readings import SensorReadings
 
 if TYPE_CHECKING:
@@ -45,7 +46,9 @@ class LinearInverse:
     ``spacetime``, ``array`` and ``function``.
     """
 
-    def parameter_to_observable(self, *, load: str | Path | None = None) -> ParameterToObservable:
+    def parameter_to_observable(
+        self, *, load: str | Path | None = None, rows: str = "memory", path: str | Path | None = None
+    ) -> ParameterToObservable:
         """Return the map from controls to readings as a matrix, by one adjoint sweep per sensor (collective).
 
         It exists for evolutions that are linear with constant operators and misfits of finitely many readings,
@@ -58,6 +61,10 @@ class LinearInverse:
             A file that ``F.save(path)`` wrote for the same evolution, controls, sensors and times of readings, from
             which the map is read; it may have been written on another number of ranks in time. Readings, noise and
             regularisation may be others.
+        rows, path
+            ``"memory"``, or ``"file"``: the rows of each rank are then in a file without a name in the folder ``path``,
+            for maps that are larger than the memory. What fits no machine is refused before the sweep; the time
+            solver's option ``view`` prints the memory that is needed.
 
         Raises
         ------
@@ -66,6 +73,7 @@ class LinearInverse:
             read or is that of another problem; the message names the differences.
         """
         with stop_annotating():
+            require_rows_argument(self.spacetime.comm, rows, path)
             problem = collectively(self.spacetime.comm, "", _require_readings, self)
             return ParameterToObservable(
                 problem.sweeps,
@@ -77,6 +85,7 @@ class LinearInverse:
                 inner=self.inner,
                 description=partial(map_numbers, problem),
                 load=load,
+                folder=path,
             )
 
 
