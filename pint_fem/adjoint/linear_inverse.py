@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from pyadjoint.tape import stop_annotating
 
+from pint_fem.adjoint.minimisation.fingerprint import map_numbers
 from pint_fem.adjoint.problem import ReducedProblem
 from pint_fem.collective import collectively
 from pint_fem.errors import InputError
 from pint_fem.inverse.map import ParameterToObservable, PriorForms, require_map
+from pint_fem.inverse.memory import require_rows_argument
 from pint_fem.misfits.sensor_readings import SensorReadings
 
 if TYPE_CHECKING:
@@ -43,28 +46,46 @@ class LinearInverse:
     ``spacetime``, ``array`` and ``function``.
     """
 
-    def parameter_to_observable(self) -> ParameterToObservable:
+    def parameter_to_observable(
+        self, *, load: str | Path | None = None, rows: str = "memory", path: str | Path | None = None
+    ) -> ParameterToObservable:
         """Return the map from controls to readings as a matrix, by one adjoint sweep per sensor (collective).
 
         It exists for evolutions that are linear with constant operators and misfits of finitely many readings,
         ``PointSensors`` and ``LinearObservations``. From it the minimiser and the whole Gaussian posterior follow
         without another sweep (:class:`~pint_fem.inverse.map.ParameterToObservable`).
 
+        Parameters
+        ----------
+        load
+            A file that ``F.save(path)`` wrote for the same evolution, controls, sensors and times of readings, from
+            which the map is read; it may have been written on another number of ranks in time. Readings, noise and
+            regularisation may be others.
+        rows, path
+            ``"memory"``, or ``"file"``: the rows of each rank are then in a file without a name in the folder ``path``,
+            for maps that are larger than the memory. What fits no machine is refused before the sweep; the time
+            solver's option ``view`` prints the memory that is needed.
+
         Raises
         ------
         InputError
-            On every rank, where there is none; the message names what to use.
+            On every rank, where there is no map; the message names what to use. With ``load``, if the file cannot be
+            read or is that of another problem; the message names the differences.
         """
         with stop_annotating():
+            require_rows_argument(self.spacetime.comm, rows, path)
             problem = collectively(self.spacetime.comm, "", _require_readings, self)
             return ParameterToObservable(
                 problem.sweeps,
                 problem.layout,
                 problem.misfits,
-                _readings_at_zero(problem),
+                partial(_readings_at_zero, problem),
                 functions=self,
                 regularisation=partial(_prior_forms, problem),
                 inner=self.inner,
+                description=partial(map_numbers, problem),
+                load=load,
+                folder=path,
             )
 
 

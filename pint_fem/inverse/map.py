@@ -11,17 +11,19 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from numbers import Real
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.sparse.linalg import LinearOperator
 
 from pint_fem.all_at_once.grids import split_steps
-from pint_fem.capacity import require_memory
 from pint_fem.collective import collectively
 from pint_fem.errors import InputError
 from pint_fem.evolution.control_layout import ControlLayout
+from pint_fem.inverse.files import load_map, save_map
 from pint_fem.inverse.impulse_responses import GROUP, lags_of_block, sequential_responses
+from pint_fem.inverse.memory import allocate_rows, map_bytes, posterior_bytes, state_memory
 from pint_fem.inverse.noise import Noise, make_noise
 from pint_fem.inverse.partition import Partition
 from pint_fem.inverse.posterior import GaussianPosterior
@@ -85,13 +87,20 @@ class ParameterToObservable(LinearOperator):
     misfits
         Bound misfits whose observations are finitely many.
     offset
-        Readings at zero controls, ``(m,)``.
+        Readings at zero controls, ``(m,)``, or a function that returns them (collective).
     functions
         What converts controls, with methods ``array(values)`` and ``function(array, dual=)``; default: none.
     regularisation
         Returns what the default prior follows from.
     inner
         The inner product of the controls, for the prior ``"riesz_map"``.
+    description
+        Returns the description of the problem as it is now (:mod:`pint_fem.inverse.files`), for files and to find that
+        the operators have changed; default: none.
+    load
+        A file of :meth:`save`, from which the rows are read in place of being computed.
+    folder
+        A folder on a disk, where the rows are kept in files; default: they are in memory.
 
     Attributes
     ----------
@@ -110,42 +119,43 @@ class ParameterToObservable(LinearOperator):
         sweeps: Sweeps,
         layout: ControlLayout,
         misfits: Sequence,
-        offset: np.ndarray,
+        offset: np.ndarray | Callable[[], np.ndarray],
         *,
         functions: Any = None,
         regularisation: Callable[[], PriorForms] | None = None,
         inner: Any = None,
+        description: Callable[[], dict] | None = None,
+        load: str | Path | None = None,
+        folder: str | Path | None = None,
     ):
         self.layout, self.spacetime = layout, layout.spacetime
         self.functions, self.regularisation, self._inner = functions, regularisation, inner
         self.propagator = require_map(sweeps)
         self.table = ReadingTable(misfits)
-        self.offset, self.data, self.weights = offset, self.table.values, self.table.weights
+        self.data, self.weights = self.table.values, self.table.weights
         super().__init__(float, (self.table.size, layout.size))
         time_comm = self.spacetime.time_comm
         bounds = split_steps(self.table.sensors, time_comm.size)
         self.sensors = np.arange(bounds[time_comm.rank], bounds[time_comm.rank + 1])
         self.numbers, self.readings = own_readings(self.table, self.sensors)
-        self._require_memory()
-        self.rows = np.zeros((len(self.numbers), layout.static_size))
+        self.view, self.on_disk = sweeps.options.view, folder is not None
+        self._state_memory()
+        self.rows = allocate_rows(self.spacetime.comm, (len(self.numbers), layout.static_size), folder)
+        self._description = description
+        self._problem = {} if description is None else description()
+        if load is not None:
+            self.offset = load_map(self, load, self._problem)
+            return
+        self.offset = offset() if callable(offset) else offset
         self._build()
 
-    def _require_memory(self) -> None:
+    def _state_memory(self) -> None:
         """Refuse a map that does not fit the memory of the machines (collective)."""
-        require_memory(
-            self.spacetime.comm,
-            self.nbytes,
-            f"{self.table.size} rows of the map from controls to readings",
-            "give fewer readings, a coarser control, or more ranks",
-        )
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the rows of this rank, and of the sweep's blocks of lags."""
-        ev, stages = self.propagator.evolution, self.propagator.dirk.stages
-        lags = lags_of_block(ev.V.mesh().comm, ev.state_size)
-        work = min(GROUP, len(self.sensors)) * (lags + 1) * (1 + 2 * stages) * ev.state_size
-        return 8 * (len(self.numbers) * self.layout.static_size + work)
+        ev, advice = self.propagator.evolution, "give fewer readings, a coarser control, or more ranks"
+        parts = map_bytes(self, GROUP, lags_of_block(ev.V.mesh().comm, ev.state_size))
+        if not self.on_disk:
+            advice += ", or rows='file' and path=, a folder on a disk"
+        state_memory(self, parts, f"{self.table.size} rows of the map from controls to readings", advice)
 
     def _build(self) -> None:
         """Compute the rows by the sweep of this rank's sensors (collective)."""
@@ -161,6 +171,17 @@ class ParameterToObservable(LinearOperator):
                         collector.add(block)
 
         collectively(self.spacetime.comm, "map from controls to readings", sweep)
+
+    def save(self, path: str | Path) -> None:
+        """Write the map to an HDF5 file, from which ``J.parameter_to_observable(load=path)`` of the same problem makes
+        it without a sweep on any number of ranks in time and as many in space (collective).
+
+        Raises
+        ------
+        InputError
+            On every rank, if the file cannot be written.
+        """
+        save_map(self, path, self._problem)
 
     # -- products ------------------------------------------------------------------------------------------------------
     def product(self, z: np.ndarray) -> np.ndarray:
@@ -257,6 +278,14 @@ class ParameterToObservable(LinearOperator):
         unknowns = int(self.spacetime.space_comm.allreduce(self.layout.static_size))
         few = unknowns <= self.table.sensors
         if few or unknowns <= estimated_size(self.rows, [own.rows for own in self.readings], self.spacetime):
+            self._state_posterior_memory(int(self.spacetime.comm.allreduce(len(self.partition.own))), data_space=False)
             return ParameterSpace(self, prior, noise, self.partition)
+        self._state_posterior_memory(self.reduced.size, data_space=True)
         covered = prior.covariance(self.reduced.C, shared=False)
         return DataSpace(self.reduced, covered, noise, self.partition)
+
+    def _state_posterior_memory(self, modes: int, *, data_space: bool) -> None:
+        """Refuse a posterior that does not fit the memory of the machines (collective)."""
+        parts = posterior_bytes(self, modes, data_space=data_space)
+        what = f"the posterior in the space of {modes} {'combinations of readings' if data_space else 'controls'}"
+        state_memory(self, parts, what, "give fewer readings, a coarser control, or more ranks")
