@@ -24,11 +24,12 @@ from pint_fem.evolution.control_layout import ControlLayout
 from pint_fem.inverse.impulse_responses import GROUP, lags_of_block, sequential_responses
 from pint_fem.inverse.noise import Noise, make_noise
 from pint_fem.inverse.partition import Partition
+from pint_fem.inverse.per_step.toeplitz import ToeplitzMap, step_map_bytes
 from pint_fem.inverse.posterior import GaussianPosterior
 from pint_fem.inverse.priors import Prior, make_prior
 from pint_fem.inverse.readings import ReadingTable
 from pint_fem.inverse.reduction import ReducedRows
-from pint_fem.inverse.response_rows import collectors, own_readings
+from pint_fem.inverse.response_rows import StepTerm, collectors, own_readings, step_terms
 from pint_fem.inverse.spectra import DataSpace, ParameterSpace, Spectrum
 from pint_fem.propagators.linear import LinearPropagator
 from pint_fem.sweeps.sweeps import Sweeps
@@ -104,6 +105,8 @@ class ParameterToObservable(LinearOperator):
         The readings whose rows this rank in time has, sensor after sensor.
     rows : ndarray, shape (len(numbers), layout.static_size)
         Their rows for the static controls and the initial condition, own columns of this rank in space.
+    steps : ToeplitzMap or None
+        The part of the map for controls with one value per step.
     """
 
     def __init__(
@@ -128,6 +131,7 @@ class ParameterToObservable(LinearOperator):
         self.numbers, self.readings = own_readings(self.table, self.sensors)
         self._require_memory()
         self.rows = np.zeros((len(self.numbers), layout.static_size))
+        self.steps: ToeplitzMap | None = None
         self._build()
 
     def _require_memory(self) -> None:
@@ -145,34 +149,45 @@ class ParameterToObservable(LinearOperator):
         ev, stages = self.propagator.evolution, self.propagator.dirk.stages
         lags = lags_of_block(ev.V.mesh().comm, ev.state_size)
         work = min(GROUP, len(self.sensors)) * (lags + 1) * (1 + 2 * stages) * ev.state_size
-        return 8 * (len(self.numbers) * self.layout.static_size + work)
+        steps = step_map_bytes(self.propagator, self.table, self.sensors, self.layout) if ev.per_step else 0
+        return 8 * (len(self.numbers) * self.layout.static_size + work) + steps
 
     def _build(self) -> None:
         """Compute the rows by the sweep of this rank's sensors (collective)."""
         ev = self.propagator.evolution
         lags = int(self.table.point.max(initial=0)) + (ev.initial_control is not None)
 
-        def sweep() -> None:
+        def sweep() -> list[StepTerm]:
+            terms = step_terms(self.propagator, len(self.sensors), lags)
             for first in range(0, len(self.sensors), GROUP):
-                sensors, readings = self.sensors[first : first + GROUP], self.readings[first : first + GROUP]
-                found, self._steps = collectors(self.propagator, readings, self.rows, lags)
-                for block in sequential_responses(self.propagator, self.table.impulses(sensors), lags):
+                group = slice(first, first + GROUP)
+                parts = [term.responses[group] for term in terms]
+                found = collectors(self.propagator, self.readings[group], self.rows, parts)
+                impulses = self.table.impulses(self.sensors[group])
+                for block in sequential_responses(self.propagator, impulses, lags):
                     for collector in found:
                         collector.add(block)
+            return terms
 
-        collectively(self.spacetime.comm, "map from controls to readings", sweep)
+        terms = collectively(self.spacetime.comm, "map from controls to readings", sweep)
+        if ev.per_step:
+            self.steps = ToeplitzMap(terms, self.table, self.sensors, self.layout)
 
     # -- products ------------------------------------------------------------------------------------------------------
     def product(self, z: np.ndarray) -> np.ndarray:
         """``F z`` for several controls ``(k, layout.size)``, ``(k, m)``, on every rank (collective)."""
         out = np.zeros((len(z), self.shape[0]))
         out[:, self.numbers] = z[:, : self.layout.static_size] @ self.rows.T
+        if self.steps is not None:
+            out += self.steps.product(z)
         return self.spacetime.sum_over_grid(out)
 
     def transposed_product(self, y: np.ndarray) -> np.ndarray:
         """``F^T y`` for several data vectors ``(k, m)``, dual vectors ``(k, layout.size)`` (collective over time)."""
         out = np.zeros((len(y), self.layout.size))
         out[:, : self.layout.static_size] = self.spacetime.sum_over_time(y[:, self.numbers] @ self.rows)
+        if self.steps is not None:
+            self.steps.transposed_product(y, out)
         return out
 
     def _matvec(self, x: np.ndarray) -> np.ndarray:
