@@ -28,7 +28,7 @@ from pint_fem.inverse.per_step.toeplitz import ToeplitzMap, step_map_bytes
 from pint_fem.inverse.posterior import GaussianPosterior
 from pint_fem.inverse.priors import Prior, make_prior
 from pint_fem.inverse.readings import ReadingTable
-from pint_fem.inverse.reduction import ReducedRows
+from pint_fem.inverse.reduction import ReducedRows, estimated_size
 from pint_fem.inverse.response_rows import StepTerm, collectors, own_readings, step_terms
 from pint_fem.inverse.spectra import DataSpace, ParameterSpace, Spectrum
 from pint_fem.propagators.linear import LinearPropagator
@@ -266,7 +266,8 @@ class ParameterToObservable(LinearOperator):
     def _spectrum(self, prior: Prior, noise: Noise) -> Spectrum:
         """The spectral decomposition in the smaller one of the spaces of readings and of controls (collective)."""
         unknowns = int(self.spacetime.space_comm.allreduce(self.layout.static_size))
-        if unknowns <= self.table.sensors or unknowns <= self.reduced.size:
+        few = unknowns <= self.table.sensors
+        if few or unknowns <= estimated_size(self.rows, [own.rows for own in self.readings], self.spacetime):
             return ParameterSpace(self, prior, noise, self.partition)
         covered = prior.covariance(self.reduced.C, shared=False)
         return DataSpace(self.reduced, covered, noise, self.partition)
