@@ -8,7 +8,7 @@ with the readings :math:`y_0` at zero controls. Each sensor takes one adjoint sw
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from numbers import Real
 from typing import Any, NamedTuple
@@ -42,17 +42,14 @@ class PriorForms(NamedTuple):
 
     Attributes
     ----------
-    forms : list of ufl.Form or None
+    forms : list of (ufl.Form or None), or None
         Second derivatives of the regularisation by each control, ``None`` where it is zero or not constant.
     gradient : ndarray, shape (layout.size,), or None
         Derivative of the regularisation at zero.
-    inner : object
-        Inner product of the controls, for the prior ``"riesz_map"``.
     """
 
-    forms: list
+    forms: list | None
     gradient: np.ndarray | None
-    inner: Any
 
 
 def require_map(sweeps: Sweeps) -> LinearPropagator:
@@ -93,7 +90,9 @@ class ParameterToObservable(LinearOperator):
     functions
         What converts controls, with methods ``array(values)`` and ``function(array, dual=)``; default: none.
     regularisation
-        The functional's, from which the default prior follows.
+        Returns what the default prior follows from.
+    inner
+        The inner product of the controls, for the prior ``"riesz_map"``.
 
     Attributes
     ----------
@@ -117,10 +116,11 @@ class ParameterToObservable(LinearOperator):
         offset: np.ndarray,
         *,
         functions: Any = None,
-        regularisation: PriorForms | None = None,
+        regularisation: Callable[[], PriorForms] | None = None,
+        inner: Any = None,
     ):
         self.layout, self.spacetime = layout, layout.spacetime
-        self.functions, self.regularisation = functions, regularisation
+        self.functions, self.regularisation, self._inner = functions, regularisation, inner
         self.propagator = require_map(sweeps)
         self.table = ReadingTable(misfits)
         self.offset, self.data, self.weights = offset, self.table.values, self.table.weights
@@ -204,11 +204,12 @@ class ParameterToObservable(LinearOperator):
 
     def dot(self, x: Any) -> np.ndarray:
         """``F x`` for a control (a function, or a list with one for each control) or for flat vectors."""
-        return super().dot(x if isinstance(x, (np.ndarray, LinearOperator)) else self._array(x))
+        return super().dot(x if isinstance(x, (Real, LinearOperator)) else self._flat(x))
 
-    def _array(self, values: Any) -> np.ndarray:
-        if self.functions is None or isinstance(values, Real):
-            return values
+    def _flat(self, values: Any) -> np.ndarray:
+        """Controls as a flat vector, from functions or from such a vector."""
+        if self.functions is None or isinstance(values, np.ndarray):
+            return np.asarray(values)
         return collectively(self.spacetime.comm, "", self.functions.array, values)
 
     def predict(self, z: Any) -> np.ndarray:
@@ -227,7 +228,7 @@ class ParameterToObservable(LinearOperator):
         return ReducedRows(self.rows, [own.rows for own in self.readings], self.numbers, self.spacetime)
 
     def posterior(
-        self, prior: Any = None, noise: Any = None, *, alpha: float = 1.0, mean: np.ndarray | None = None
+        self, prior: Any = None, noise: Any = None, *, alpha: float = 1.0, mean: Any = None
     ) -> GaussianPosterior:
         """The Gaussian posterior of the controls (collective).
 
@@ -242,21 +243,24 @@ class ParameterToObservable(LinearOperator):
         alpha
             Weight of the prior: a factor of its precision.
         mean
-            The prior's mean, a flat vector; default: the minimiser of the regularisation, or zero.
+            The prior's mean, as controls or a flat vector; default: the minimiser of the regularisation, or zero.
 
         Raises
         ------
         InputError
             On every rank, if prior, noise or weight do not fit.
         """
-        forms = self.regularisation or PriorForms([None] * len(self.layout.evolution.controls), None, None)
+        forms = PriorForms(None, None)
+        by_default = prior is None or (isinstance(prior, (list, tuple)) and any(one is None for one in prior))
+        if by_default and self.regularisation is not None:
+            forms = self.regularisation()
         law = make_prior(
             prior,
             self.layout,
             regularisation_forms=forms.forms,
             regularisation_gradient=forms.gradient,
-            mean=mean,
-            inner=forms.inner,
+            mean=None if mean is None else self._flat(mean),
+            inner=self._inner,
         )
         noise = collectively(
             self.spacetime.comm, "", make_noise, noise, self.weights, self.table.sensor, self.table.sensors
