@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -62,7 +63,8 @@ class LinearInverse:
                 problem.misfits,
                 _readings_at_zero(problem),
                 functions=self,
-                regularisation=_prior_forms(self, problem),
+                regularisation=partial(_prior_forms, problem),
+                inner=self.inner,
             )
 
 
@@ -78,11 +80,9 @@ def _readings_at_zero(problem: ReducedProblem) -> np.ndarray:
     return np.concatenate([misfit.readings(Y)[misfit.present] for misfit, Y in pairs])
 
 
-def _prior_forms(functional: ControlFunctional, problem: ReducedProblem) -> PriorForms:
-    """What the default prior follows from."""
-    forms: list = [None] * len(problem.evolution.controls)
+def _prior_forms(problem: ReducedProblem) -> PriorForms:
+    """What the default prior follows from; an ``InputError`` where the regularisation couples controls."""
     gradient, regularisation = None, problem.regularisation
-    if regularisation is not None and regularisation.quadratic and not regularisation.couples_controls:
-        forms = [problem.regularisation_hessian(control) for control in problem.evolution.controls]
+    if regularisation is not None and regularisation.quadratic:
         gradient = regularisation.gradient(np.zeros(problem.layout.size))
-    return PriorForms(forms, gradient, functional.inner)
+    return PriorForms(problem.regularisation_hessians(), gradient)

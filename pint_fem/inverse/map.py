@@ -8,7 +8,7 @@ with the readings :math:`y_0` at zero controls. Each sensor takes one adjoint sw
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from numbers import Real
 from typing import Any, NamedTuple
@@ -21,14 +21,14 @@ from pint_fem.capacity import require_memory
 from pint_fem.collective import collectively
 from pint_fem.errors import InputError
 from pint_fem.evolution.control_layout import ControlLayout
-from pint_fem.inverse.impulse_responses import LAGS, sequential_responses
+from pint_fem.inverse.impulse_responses import GROUP, lags_of_block, sequential_responses
 from pint_fem.inverse.inference.sensor_choice import SensorChoice, choose_sensors
 from pint_fem.inverse.noise import Noise, make_noise
 from pint_fem.inverse.partition import Partition
 from pint_fem.inverse.posterior import GaussianPosterior
 from pint_fem.inverse.priors import Prior, make_prior
 from pint_fem.inverse.readings import ReadingTable
-from pint_fem.inverse.reduction import ReducedRows
+from pint_fem.inverse.reduction import ReducedRows, estimated_size
 from pint_fem.inverse.response_rows import collectors, own_readings
 from pint_fem.inverse.spectra import DataSpace, ParameterSpace, Spectrum
 from pint_fem.propagators.linear import LinearPropagator
@@ -42,17 +42,14 @@ class PriorForms(NamedTuple):
 
     Attributes
     ----------
-    forms : list of ufl.Form or None
+    forms : list of (ufl.Form or None), or None
         Second derivatives of the regularisation by each control, ``None`` where it is zero or not constant.
     gradient : ndarray, shape (layout.size,), or None
         Derivative of the regularisation at zero.
-    inner : object
-        Inner product of the controls, for the prior ``"riesz_map"``.
     """
 
-    forms: list
+    forms: list | None
     gradient: np.ndarray | None
-    inner: Any
 
 
 def require_map(sweeps: Sweeps) -> LinearPropagator:
@@ -93,7 +90,9 @@ class ParameterToObservable(LinearOperator):
     functions
         What converts controls, with methods ``array(values)`` and ``function(array, dual=)``; default: none.
     regularisation
-        The functional's, from which the default prior follows.
+        Returns what the default prior follows from.
+    inner
+        The inner product of the controls, for the prior ``"riesz_map"``.
 
     Attributes
     ----------
@@ -115,10 +114,11 @@ class ParameterToObservable(LinearOperator):
         offset: np.ndarray,
         *,
         functions: Any = None,
-        regularisation: PriorForms | None = None,
+        regularisation: Callable[[], PriorForms] | None = None,
+        inner: Any = None,
     ):
         self.layout, self.spacetime = layout, layout.spacetime
-        self.functions, self.regularisation = functions, regularisation
+        self.functions, self.regularisation, self._inner = functions, regularisation, inner
         self.propagator = require_map(sweeps)
         self.table = ReadingTable(misfits)
         self.offset, self.data, self.weights = offset, self.table.values, self.table.weights
@@ -144,7 +144,8 @@ class ParameterToObservable(LinearOperator):
     def nbytes(self) -> int:
         """Bytes of the rows of this rank, and of the sweep's blocks of lags."""
         ev, stages = self.propagator.evolution, self.propagator.dirk.stages
-        work = len(self.sensors) * (LAGS + 1) * (1 + 2 * stages) * ev.state_size
+        lags = lags_of_block(ev.V.mesh().comm, ev.state_size)
+        work = min(GROUP, len(self.sensors)) * (lags + 1) * (1 + 2 * stages) * ev.state_size
         return 8 * (len(self.numbers) * self.layout.static_size + work)
 
     def _build(self) -> None:
@@ -153,12 +154,12 @@ class ParameterToObservable(LinearOperator):
         lags = int(self.table.point.max(initial=0)) + (ev.initial_control is not None)
 
         def sweep() -> None:
-            if not len(self.sensors):
-                return
-            found, self._steps = collectors(self.propagator, self.readings, self.rows, lags)
-            for block in sequential_responses(self.propagator, self.table.impulses(self.sensors), lags):
-                for collector in found:
-                    collector.add(block)
+            for first in range(0, len(self.sensors), GROUP):
+                sensors, readings = self.sensors[first : first + GROUP], self.readings[first : first + GROUP]
+                found, self._steps = collectors(self.propagator, readings, self.rows, lags)
+                for block in sequential_responses(self.propagator, self.table.impulses(sensors), lags):
+                    for collector in found:
+                        collector.add(block)
 
         collectively(self.spacetime.comm, "map from controls to readings", sweep)
 
@@ -189,11 +190,12 @@ class ParameterToObservable(LinearOperator):
 
     def dot(self, x: Any) -> np.ndarray:
         """``F x`` for a control (a function, or a list with one for each control) or for flat vectors."""
-        return super().dot(x if isinstance(x, (np.ndarray, LinearOperator)) else self._array(x))
+        return super().dot(x if isinstance(x, (Real, LinearOperator)) else self._flat(x))
 
-    def _array(self, values: Any) -> np.ndarray:
-        if self.functions is None or isinstance(values, Real):
-            return values
+    def _flat(self, values: Any) -> np.ndarray:
+        """Controls as a flat vector, from functions or from such a vector."""
+        if self.functions is None or isinstance(values, np.ndarray):
+            return np.asarray(values)
         return collectively(self.spacetime.comm, "", self.functions.array, values)
 
     def predict(self, z: Any) -> np.ndarray:
@@ -212,7 +214,7 @@ class ParameterToObservable(LinearOperator):
         return ReducedRows(self.rows, [own.rows for own in self.readings], self.numbers, self.spacetime)
 
     def posterior(
-        self, prior: Any = None, noise: Any = None, *, alpha: float = 1.0, mean: np.ndarray | None = None
+        self, prior: Any = None, noise: Any = None, *, alpha: float = 1.0, mean: Any = None
     ) -> GaussianPosterior:
         """The Gaussian posterior of the controls (collective).
 
@@ -227,7 +229,7 @@ class ParameterToObservable(LinearOperator):
         alpha
             Weight of the prior: a factor of its precision.
         mean
-            The prior's mean, a flat vector; default: the minimiser of the regularisation, or zero.
+            The prior's mean, as controls or a flat vector; default: the minimiser of the regularisation, or zero.
 
         Raises
         ------
@@ -274,16 +276,19 @@ class ParameterToObservable(LinearOperator):
         law, noise = self._laws(prior, noise, None)
         return choose_sensors(self, law, noise, count, criterion, candidates=candidates, product=inner_product)
 
-    def _laws(self, prior: Any, noise: Any, mean: np.ndarray | None) -> tuple[Prior, Noise]:
+    def _laws(self, prior: Any, noise: Any, mean: Any) -> tuple[Prior, Noise]:
         """The prior and the noise that a user describes (collective)."""
-        forms = self.regularisation or PriorForms([None] * len(self.layout.evolution.controls), None, None)
+        forms = PriorForms(None, None)
+        by_default = prior is None or (isinstance(prior, (list, tuple)) and any(one is None for one in prior))
+        if by_default and self.regularisation is not None:
+            forms = self.regularisation()
         law = make_prior(
             prior,
             self.layout,
             regularisation_forms=forms.forms,
             regularisation_gradient=forms.gradient,
-            mean=mean,
-            inner=forms.inner,
+            mean=None if mean is None else self._flat(mean),
+            inner=self._inner,
         )
         return law, collectively(
             self.spacetime.comm, "", make_noise, noise, self.weights, self.table.sensor, self.table.sensors
@@ -292,7 +297,8 @@ class ParameterToObservable(LinearOperator):
     def _spectrum(self, prior: Prior, noise: Noise) -> Spectrum:
         """The spectral decomposition in the smaller one of the spaces of readings and of controls (collective)."""
         unknowns = int(self.spacetime.space_comm.allreduce(self.layout.static_size))
-        if unknowns <= self.table.sensors or unknowns <= self.reduced.size:
+        few = unknowns <= self.table.sensors
+        if few or unknowns <= estimated_size(self.rows, [own.rows for own in self.readings], self.spacetime):
             return ParameterSpace(self, prior, noise, self.partition)
         covered = prior.covariance(self.reduced.C, shared=False)
         return DataSpace(self.reduced, covered, noise, self.partition)

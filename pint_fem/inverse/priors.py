@@ -83,8 +83,8 @@ class Prior(ABC):
         ----------
         samples
             Number ``N`` of samples of which it is estimated, with the standard error :math:`\sqrt{2/N}` relative to
-            each variance. Default: exactly, where a field has at most 20,000 coefficients (2,000 with one of Firedrake's
-            covariance operators), and otherwise of 2,000 samples (standard error 3.2 %).
+            each variance. Default: exactly, where a field has at most 20,000 coefficients (2,000 with one of
+            Firedrake's covariance operators), and otherwise of 2,000 samples (standard error 3.2 %).
         """
 
     def log_det_precision(self) -> float | None:

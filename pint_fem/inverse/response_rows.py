@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from scipy.linalg.blas import dgemm
 
 from pint_fem.inverse.impulse_responses import LagBlock
 from pint_fem.inverse.readings import ReadingTable
@@ -116,7 +117,8 @@ class StaticRows(Collector):
         else:
             P, lags = self._responses(block.stages), slice(block.first, block.first + block.stages.shape[2])
             for own, responses in zip(self._readings, P, strict=True):
-                self._out[own.rows] += self._weights_of_lags(own)[:, lags] @ responses
+                weights, target = self._weights_of_lags(own)[:, lags], self._out[own.rows]
+                dgemm(1.0, responses.T, weights.T, beta=1.0, c=target.T, overwrite_c=True)
 
     def _add_partial_sums(self, block: LagBlock) -> None:
         """Add a block of a term whose weight is 1 in all steps: rows are partial sums of the responses."""
@@ -124,7 +126,12 @@ class StaticRows(Collector):
         # a partial sum is needed after the lags of which a reading's point is the number
         ends = self._points[(self._points > block.first) & (self._points <= block.first + lags)] - block.first
         starts = np.unique(np.concatenate([[0], ends[ends < lags]])).astype(int)
-        segments = block.stages if len(starts) == lags else np.add.reduceat(block.stages, starts, axis=2)
+        segments = block.stages
+        if len(starts) < lags:
+            chosen = np.zeros((len(starts), lags))
+            for row, (a, b) in enumerate(zip(starts, [*starts[1:], lags], strict=True)):
+                chosen[row, a:b] = 1.0
+            segments = chosen @ block.stages
         P = self._responses(segments)
         sums = np.cumsum(P, axis=1)
         sums += self._sums[:, None]
