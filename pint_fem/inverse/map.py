@@ -23,6 +23,7 @@ from pint_fem.errors import InputError
 from pint_fem.evolution.control_layout import ControlLayout
 from pint_fem.inverse.files import load_map, save_map
 from pint_fem.inverse.impulse_responses import GROUP, lags_of_block, sequential_responses
+from pint_fem.inverse.inference.sensor_choice import SensorChoice, choose_sensors
 from pint_fem.inverse.memory import allocate_rows, map_bytes, posterior_bytes, state_memory
 from pint_fem.inverse.noise import Noise, make_noise
 from pint_fem.inverse.partition import Partition
@@ -272,6 +273,48 @@ class ParameterToObservable(LinearOperator):
         InputError
             On every rank, if prior, noise or weight do not fit.
         """
+        law, noise = self._laws(prior, noise, mean)
+        return GaussianPosterior(self, law, noise, self._spectrum(law, noise), alpha=alpha)
+
+    def choose_sensors(
+        self,
+        count: int,
+        criterion: str = "A",
+        *,
+        prior: Any = None,
+        noise: Any = None,
+        candidates: Sequence[int] | None = None,
+        inner_product: Any = None,
+    ) -> SensorChoice:
+        """Choose the sensors whose readings determine the controls best, one after another (collective).
+
+        All sensors of the map are candidates, and the readings do not matter.
+
+        Parameters
+        ----------
+        count
+            How many.
+        criterion
+            ``"A"``: the least trace of the posterior covariance; ``"D"``: the most information, which is the least
+            determinant of the covariance.
+        prior, noise
+            As for :meth:`posterior`; the noise of different sensors is independent.
+        candidates
+            Numbers of the sensors to choose from, those of one misfit after the other; default: all.
+        inner_product
+            For ``"A"``: ``"L2"`` or a bilinear form, or a list with one for each control, in which variances are
+            integrated; default: the sum of the variances of the coefficients.
+
+        Raises
+        ------
+        InputError
+            On every rank, if an argument does not fit, the noise couples sensors, or a control has one value per step.
+        """
+        law, noise = self._laws(prior, noise, None)
+        return choose_sensors(self, law, noise, count, criterion, candidates=candidates, product=inner_product)
+
+    def _laws(self, prior: Any, noise: Any, mean: Any) -> tuple[Prior, Noise]:
+        """The prior and the noise that a user describes (collective)."""
         forms = PriorForms(None, None)
         by_default = prior is None or (isinstance(prior, (list, tuple)) and any(one is None for one in prior))
         if by_default and self.regularisation is not None:
@@ -284,10 +327,9 @@ class ParameterToObservable(LinearOperator):
             mean=None if mean is None else self._flat(mean),
             inner=self._inner,
         )
-        noise = collectively(
+        return law, collectively(
             self.spacetime.comm, "", make_noise, noise, self.weights, self.table.sensor, self.table.sensors
         )
-        return GaussianPosterior(self, law, noise, self._spectrum(law, noise), alpha=alpha)
 
     def _spectrum(self, prior: Prior, noise: Noise) -> Spectrum:
         """The spectral decomposition in the smaller one of the spaces of readings and of controls (collective)."""
