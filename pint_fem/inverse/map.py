@@ -9,6 +9,7 @@ with the readings :math:`y_0` at zero controls. Each sensor takes one adjoint sw
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import copy
 from functools import cached_property
 from numbers import Real
 from pathlib import Path
@@ -330,6 +331,58 @@ class ParameterToObservable(LinearOperator):
         return law, collectively(
             self.spacetime.comm, "", make_noise, noise, self.weights, self.table.sensor, self.table.sensors
         )
+
+    @cached_property
+    def default_posterior(self) -> GaussianPosterior:
+        """The posterior with the prior of the functional's regularisation (collective when first used)."""
+        return self.posterior()
+
+    def with_readings(self, table: ReadingTable, offset: np.ndarray, regularisation: Callable | None, *, same: bool):
+        """The map with other readings of the same sensors at the same times, which shares its rows (collective).
+
+        Parameters
+        ----------
+        table, offset, regularisation
+            The readings, those at zero controls, and what the default prior follows from.
+        same : bool
+            Whether the regularisation and the weights of the readings are those of this map, so that the posterior has
+            the same spectrum.
+        """
+        made = copy(self)
+        made.table, made.offset, made.regularisation = table, offset, regularisation
+        made.data, made.weights = table.values, table.weights
+        found = vars(made).pop("default_posterior", None)
+        if same and found is not None:
+            made.default_posterior = GaussianPosterior(made, found.prior, found.noise, found.spectrum)
+        return made
+
+    def minimize(self, start: Any = None, **options: Any) -> Any:
+        """Minimise the functional that the map was made of, with the readings of the map: the misfit by products with
+        the map, the regularisation by its own form, which need not be quadratic (collective).
+
+        Parameters
+        ----------
+        start
+            First controls; default: the last ones of the functional.
+        **options
+            Those of ``minimize_trust_region`` of the functional, such as ``bounds=(0, None)``, ``constraints=[(q*dx,
+            1.0)]``, ``gtol_rel=`` and ``monitor=``. The preconditioner is the posterior's covariance where the
+            regularisation is quadratic and positive definite: without bounds and constraints one iteration then gives
+            the posterior's mean.
+
+        Returns
+        -------
+        TrustRegionResult
+            ``control`` holds the controls found, which are also the values of the functional's own ``controls``.
+
+        Raises
+        ------
+        InputError
+            On every rank, if an option does not fit, or the map is not that of a functional.
+        """
+        if self.functions is None:
+            raise InputError("minimize: the map has no functional with a regularisation: use posterior(prior=...).x")
+        return self.functions.on_map(self).minimize(start, **options)
 
     def _spectrum(self, prior: Prior, noise: Noise) -> Spectrum:
         """The spectral decomposition in the smaller one of the spaces of readings and of controls (collective)."""
