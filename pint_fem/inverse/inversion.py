@@ -12,11 +12,11 @@ from pint_fem.collective import collectively
 from pint_fem.errors import InputError
 from pint_fem.evolution.control_layout import ControlLayout
 from pint_fem.inverse.inference.sensor_choice import SensorChoice, choose_sensors
+from pint_fem.inverse.laws.noise import Noise, make_noise
+from pint_fem.inverse.laws.priors import Prior, make_prior
 from pint_fem.inverse.memory import posterior_bytes, state_memory
-from pint_fem.inverse.noise import Noise, make_noise
 from pint_fem.inverse.partition import Partition
 from pint_fem.inverse.posterior import GaussianPosterior
-from pint_fem.inverse.priors import Prior, make_prior
 from pint_fem.inverse.readings import ReadingTable
 from pint_fem.inverse.reduction import ReducedRows, estimated_size
 from pint_fem.inverse.response_rows import SensorReadingRows
@@ -75,10 +75,10 @@ class Inversion:
         Parameters
         ----------
         prior
-            The controls' prior, as :func:`~pint_fem.inverse.priors.make_prior` takes it; default: that of the
+            The controls' prior, as :func:`~pint_fem.inverse.laws.priors.make_prior` takes it; default: that of the
             functional's regularisation, so that the posterior's mean minimises the functional.
         noise
-            The readings' noise, as :func:`~pint_fem.inverse.noise.make_noise` takes it; default: that of the misfits'
+            The readings' noise, as :func:`~pint_fem.inverse.laws.noise.make_noise` takes it; default: that of the misfits'
             weights.
         alpha
             Weight of the prior: a factor of its precision.
