@@ -2,7 +2,6 @@
 differentiates.
 """
 
-
 import numpy as np
 import pytest
 from firedrake import (
