@@ -23,6 +23,7 @@ from pyadjoint.tape import stop_annotating
 
 from pint_fem.adjoint.composed import sum_of_problems
 from pint_fem.adjoint.interface import ControlProblem
+from pint_fem.adjoint.linear_inverse import LinearInverse
 from pint_fem.adjoint.memory_estimate import MemoryEstimate
 from pint_fem.adjoint.minimisation.minimisable import Minimisable
 from pint_fem.adjoint.minimisation.value_scaling import ScaledControl, ValueScaling
@@ -38,7 +39,7 @@ Value: TypeAlias = Function | Cofunction | EnsembleFunction | EnsembleCofunction
 """A control, a direction or a derivative as pyadjoint has it; of controls with one value per step an ensemble's."""
 
 
-class ControlFunctional(Minimisable, StateAccess, AbstractReducedFunctional):
+class ControlFunctional(Minimisable, LinearInverse, StateAccess, AbstractReducedFunctional):
     """A functional ``J(z)`` of controls that pyadjoint's and this package's optimisers can minimise.
 
     Functionals are added, subtracted and multiplied by numbers, ``J1 + 2 * J2``: the sum's controls are those of its

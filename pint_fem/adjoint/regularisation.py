@@ -46,7 +46,7 @@ class _Functional:
         seconds = [h for row in along for h in row if not h.empty()]
         self.quadratic = not any(set(functions) & set(extract_coefficients(h)) for h in seconds)
         if self.quadratic:
-            self._operators = self._constant_operators(gradients)
+            self.operators = self._constant_operators(gradients)
             self._expand(form, gradients)
         else:
             self._value = get_assembler(form)
@@ -70,13 +70,13 @@ class _Functional:
                 self._reference, self._constant = row, constant
         self._put(values.values(), self._reference)
         self._linear = np.concatenate([get(assemble(ufl.replace(g, values))) for g in gradients])
-        magnitudes = {pair: (operator.absolute(), turned) for pair, (operator, turned) in self._operators.items()}
+        magnitudes = {pair: (operator.absolute(), turned) for pair, (operator, turned) in self.operators.items()}
         self._linear[np.abs(self._linear) <= NOISE * self._product(np.abs(self._reference), magnitudes)] = 0.0
 
     @property
     def coupled(self) -> bool:
         """Whether it is quadratic with mixed second derivatives by different functions."""
-        return self.quadratic and any(i != j for i, j in self._operators)
+        return self.quadratic and any(i != j for i, j in self.operators)
 
     def split(self, vector: np.ndarray) -> list[np.ndarray]:
         """Return views of the functions' parts of a vector ``(nz,)``."""
@@ -100,7 +100,7 @@ class _Functional:
         """Return ``Q z``, or the product with other operators."""
         out = np.zeros_like(z)
         targets, sources = self.split(out), self.split(z)
-        for (i, j), (operator, turned) in (self._operators if operators is None else operators).items():
+        for (i, j), (operator, turned) in (self.operators if operators is None else operators).items():
             targets[i] += (operator.transposed if turned else operator)(sources[j])
         return out
 

@@ -127,6 +127,21 @@ class BoundaryControls:
             parts[index] += operator.transposed(values)
         return out
 
+    def pull_back_rows(self, rows: np.ndarray) -> np.ndarray:
+        """:meth:`pull_back` of each of several vectors ``(k, n)``, ``(k, nz)``; ``k`` is the same on all ranks."""
+        out = np.zeros((len(rows), sum(own_size(c.function_space()) for c in self._parameters)))
+        parts = split_values(out, self._parameters)
+        for operator, (index, _, space, local, own) in zip(self._assembled(), self._dependences, strict=True):
+            values = np.zeros((len(rows), own_size(space)))
+            values[:, local] = rows[:, own]
+            parts[index] += operator.transposed_rows(values)
+        return out
+
+    @property
+    def indices(self) -> set[int]:
+        """Numbers of the parameters that boundary values contain."""
+        return {dependence.index for dependence in self._dependences}
+
 
 def boundary_controls(
     bcs: Sequence[DirichletBC], V: WithGeometry, parameters: Sequence[Function], u: Function, t: Function | None

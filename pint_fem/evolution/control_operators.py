@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import copy
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -29,6 +30,7 @@ from ufl.algorithms.apply_derivatives import apply_derivatives
 
 from pint_fem.errors import InputError
 from pint_fem.kernels.arrays import get, is_real, own_size, put
+from pint_fem.kernels.block_operator import BlockOperator
 
 __all__ = [
     "ControlOperator",
@@ -56,6 +58,9 @@ class ControlOperator(Protocol):
 
     def transposed(self, y: np.ndarray) -> np.ndarray:
         """The product of the transpose with a dual vector ``(n,)``, ``(nz,)``."""
+
+    def transposed_rows(self, rows: np.ndarray) -> np.ndarray:
+        """:meth:`transposed` of several dual vectors ``(k, n)``, ``(k, nz)``; ``k`` is the same on all ranks."""
 
     def absolute(self) -> ControlOperator:
         """The operator with the magnitudes of its entries."""
@@ -97,6 +102,14 @@ class MatrixOperator:
         self.matrix.multTranspose(self._y, self._z)
         return self._z.array_r.copy()
 
+    @cached_property
+    def _turned(self) -> BlockOperator:
+        return BlockOperator(self.matrix.transpose(PETSc.Mat()))
+
+    def transposed_rows(self, rows: np.ndarray) -> np.ndarray:
+        """The products of the transposed matrix with rows ``(k, n)``, ``(k, nz)``."""
+        return self._turned(rows)
+
     def absolute(self) -> MatrixOperator:
         """The operator of the matrix of magnitudes."""
         return MatrixOperator(absolute(self.matrix), np.zeros(0, dtype=int))
@@ -121,6 +134,11 @@ class _RealOperator:
         """The dot product with the column over space, on the first rank, ``(1,)`` or ``(0,)``."""
         total = self._comm.allreduce(float(self.column @ y), op=MPI.SUM)
         return np.full(1 if self._comm.rank == 0 else 0, total)
+
+    def transposed_rows(self, rows: np.ndarray) -> np.ndarray:
+        """The dot products of rows ``(k, n)`` with the column, ``(k, 1)`` on the first rank in space, else ``(k, 0)``."""
+        totals = self._comm.allreduce(rows @ self.column, op=MPI.SUM)
+        return totals[:, None] if self._comm.rank == 0 else np.zeros((len(rows), 0))
 
     def absolute(self) -> MatrixOperator:
         """The operator of the column of magnitudes."""

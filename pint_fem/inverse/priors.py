@@ -60,8 +60,10 @@ class Prior(ABC):
         self.mean = np.zeros(layout.size) if mean is None else _checked_mean(layout, mean)
 
     @abstractmethod
-    def covariance(self, rows: np.ndarray) -> np.ndarray:
-        """Return the products of the covariance with dual vectors, primal vectors of the same shape (collective)."""
+    def covariance(self, rows: np.ndarray, *, shared: bool = True) -> np.ndarray:
+        """Return the products of the covariance with dual vectors, primal vectors of the same shape (collective; over
+        space only where the vectors are not ``shared``: each rank in time then has static vectors of its own).
+        """
 
     @abstractmethod
     def precision(self, rows: np.ndarray) -> np.ndarray:
@@ -141,9 +143,9 @@ class ScaledPrior(Prior):
         super().__init__(prior.layout, prior.mean)
         self._prior, self.alpha = prior, float(alpha)
 
-    def covariance(self, rows: np.ndarray) -> np.ndarray:
+    def covariance(self, rows: np.ndarray, *, shared: bool = True) -> np.ndarray:
         """Return the covariance's products divided by the factor."""
-        return self._prior.covariance(rows) / self.alpha
+        return self._prior.covariance(rows, shared=shared) / self.alpha
 
     def precision(self, rows: np.ndarray) -> np.ndarray:
         """Return the precision's products times the factor."""
@@ -214,9 +216,10 @@ class FieldPrior(Prior):
                 part(out, control)[...] *= self.layout.evolution.dt**power
         return out
 
-    def covariance(self, rows: np.ndarray) -> np.ndarray:
+    def covariance(self, rows: np.ndarray, *, shared: bool = True) -> np.ndarray:
         """Return the products with the covariance, all rows and steps of a control in one block of solves."""
-        return self._share(self._products(rows, "covariance", -1))
+        products = self._products(rows, "covariance", -1)
+        return self._share(products) if shared else products
 
     def precision(self, rows: np.ndarray) -> np.ndarray:
         """Return the products with the precision."""

@@ -162,6 +162,12 @@ class LinearPropagator(FEPropagator):
         """
         self._backward.run(lam, out[:, None], None, () if stages is None else list(stages[:, :, None]))
 
+    def transposed_with_stages(self, lam: np.ndarray, out: np.ndarray, stages: np.ndarray) -> None:
+        """Take transposed steps one after another from each of ``k`` adjoints ``(k, n)``: results ``(k, steps, n)`` and
+        the adjoints of the stages' right-hand sides ``(stages, k, steps, n)``.
+        """
+        self._backward.run(lam, out, None, list(stages))
+
     def advance(
         self,
         u: np.ndarray,

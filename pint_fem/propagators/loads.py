@@ -74,6 +74,7 @@ class StageLoads:
         at_zero |= {control: Function(control.function_space()) for control in evolution.parameters}
         self._assembler = get_assembler(ufl.replace(form, at_zero))
         self.update_data()
+        self._loads_field: dict[int, bool] = {}
         self._lifting: dict[float, MatrixOperator] = {}
         if evolution.boundary_controls is not None:
             M, K = evolution.linear_operators()
@@ -156,6 +157,41 @@ class StageLoads:
             if term.constant and self.evolution.boundary_controls is not None:
                 out += self.evolution.boundary_controls.pull_back(y - self._lifting[h].transposed(y))
         return out
+
+    def pull_back_rows(self, term: Term, adjoints: np.ndarray) -> np.ndarray:
+        """:meth:`pull_back` of several adjoints, ``(k, nz)`` from ``(stages, k, n)`` (collective over space)."""
+        out, steps = np.zeros((adjoints.shape[1], self.evolution.control_size)), self.steps[list(term.stages)]
+        parts, boundary = self.evolution.split_controls(out), None
+        if term.constant:
+            boundary = self.evolution.boundary_controls
+        for h in dict.fromkeys(steps):
+            chosen = [i for i, own in zip(term.stages, steps, strict=True) if own == h]
+            y = np.add.reduce(adjoints[chosen], axis=0) if len(chosen) > 1 else adjoints[chosen[0]]
+            if boundary is not None or any(self._loads_eliminated_field(operator) for _, operator in term.operators):
+                y = np.array(y)
+                for row in y:
+                    self._scaled(row, transposed=True)
+            for p, operator in term.operators:
+                products = operator.transposed_rows(y)
+                products *= h
+                if len(parts) == 1 and boundary is None and len(chosen) == len(steps):
+                    return products
+                parts[p] += products
+            if boundary is not None:
+                out += boundary.pull_back_rows(y - self._lifting[h].transposed_rows(y))
+        return out
+
+    def _loads_eliminated_field(self, operator: ControlOperator) -> bool:
+        """Whether a control loads the field that is eliminated, so that adjoints are scaled (collective over space)."""
+        fields = self.evolution.fields
+        if fields is None:
+            return False
+        if id(operator) not in self._loads_field:
+            magnitudes = operator.absolute()
+            total = magnitudes(np.ones(magnitudes.transposed(np.zeros(self.evolution.state_size)).size))
+            found = self.evolution.V.mesh().comm.allreduce(float(total[fields.b].max(initial=0.0)))
+            self._loads_field[id(operator)] = found > 0
+        return self._loads_field[id(operator)]
 
     def of_steps(self, times: np.ndarray, z: np.ndarray | None, *, affine: bool) -> Callable[[slice, int], np.ndarray]:
         """The loads of steps that start at ``times``, as a function of a slice of the steps and the stage.

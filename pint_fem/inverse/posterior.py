@@ -1,0 +1,183 @@
+r"""The Gaussian posterior of the controls of a linear inverse problem.
+
+For readings :math:`d = F z + y_0 + \eta` with noise :math:`\eta \sim N(0, N)` and a prior :math:`z \sim N(m_0,
+\alpha^{-1} \Gamma)` the posterior is Gaussian. Its mean is the control that minimises
+
+.. math::  \tfrac12 |d - y_0 - F z|^2_{N^{-1}} + \tfrac\alpha2 |z - m_0|^2_{\Gamma^{-1}} .
+
+All that depends on the readings, on :math:`\alpha` or on a vector follows from one spectral decomposition
+(:mod:`pint_fem.inverse.spectra`) in milliseconds.
+"""
+
+from __future__ import annotations
+
+from copy import copy
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pint_fem.collective import require_same
+from pint_fem.errors import InputError
+from pint_fem.inverse.noise import Noise
+from pint_fem.inverse.priors import Prior
+from pint_fem.inverse.spectra import Spectrum
+
+if TYPE_CHECKING:
+    from pint_fem.inverse.map import ParameterToObservable
+
+__all__ = ["GaussianPosterior"]
+
+
+class GaussianPosterior:
+    """The posterior of the controls for the readings of a map.
+
+    Parameters
+    ----------
+    F
+        The map from controls to readings.
+    prior, noise
+        Prior of the controls and noise of the readings.
+    spectrum
+        Their spectral decomposition.
+    alpha
+        Weight of the prior.
+    data
+        Readings ``(m,)``; default: those of the map.
+
+    Attributes
+    ----------
+    alpha : float
+    data : ndarray, shape (m,)
+    x : ndarray, shape (layout.size,)
+        The mean, which is the maximum a posteriori, as a flat vector.
+    """
+
+    def __init__(
+        self,
+        F: ParameterToObservable,
+        prior: Prior,
+        noise: Noise,
+        spectrum: Spectrum,
+        *,
+        alpha: float = 1.0,
+        data: np.ndarray | None = None,
+    ):
+        self.F, self.prior, self.noise, self.spectrum = F, prior, noise, spectrum
+        self._predicted_by_prior = F.predict(prior.mean)
+        self._set(alpha, F.data if data is None else data)
+
+    def _set(self, alpha: float, data: np.ndarray) -> None:
+        """Compute the mean for a weight and readings (collective)."""
+        self.alpha, self.data = float(alpha), data
+        r = data - self._predicted_by_prior
+        self._squares = float(r @ self.noise.inverse(r[None])[0])
+        self._beta = self.spectrum.beta(r[None])[0]
+        self.x = self.prior.mean + self.spectrum.expand((self._beta / (self.alpha + self.spectrum.lam))[None])[0]
+
+    def with_data(self, data: np.ndarray) -> GaussianPosterior:
+        """The posterior for other readings ``(m,)`` of the same sensors at the same times (collective).
+
+        Raises
+        ------
+        InputError
+            On every rank, if they are not ``m`` finite numbers, the same on all ranks.
+        """
+        data = np.array(data, dtype=float).ravel()
+        require_same(self.F.spacetime.comm, readings=data)
+        if data.shape != self.F.data.shape or not np.isfinite(data).all():
+            raise InputError(f"posterior: readings of shape {data.shape}: give {len(self.F.data)} finite numbers")
+        made = copy(self)
+        made._set(self.alpha, data)
+        return made
+
+    def with_alpha(self, alpha: float) -> GaussianPosterior:
+        """The posterior with another weight of the prior (collective).
+
+        Raises
+        ------
+        InputError
+            On every rank, if it is not a positive number, the same on all ranks.
+        """
+        require_same(self.F.spacetime.comm, alpha=float(alpha))
+        if not 0 < alpha < np.inf:
+            raise InputError(f"posterior: alpha = {alpha}: give a positive number, the weight of the prior")
+        made = copy(self)
+        made._set(alpha, self.data)
+        return made
+
+    # -- as functions --------------------------------------------------------------------------------------------------
+    def _functions(self, x: np.ndarray) -> Any:
+        if self.F.functions is None:
+            raise InputError("the map was made without functions: use the flat vectors x, variance() and sample()")
+        return self.F.functions.function(x)
+
+    @property
+    def mean(self) -> Any:
+        """The mean, which is the maximum a posteriori: a function, or a list with one for each control."""
+        return self._functions(self.x)
+
+    def standard_deviation(self) -> Any:
+        """The standard deviation of each coefficient of the controls, as :attr:`mean` (collective)."""
+        return self._functions(np.sqrt(self.variance()))
+
+    def samples(self, count: int, seed: int = 0) -> list:
+        """Samples of the controls, each as :attr:`mean` (collective); the same for the same seed."""
+        return [self._functions(x) for x in self.sample(count, seed)]
+
+    @property
+    def predicted(self) -> np.ndarray:
+        """The readings at the mean, ``(m,)`` (collective)."""
+        return self.F.predict(self.x)
+
+    # -- numbers -------------------------------------------------------------------------------------------------------
+    def misfit(self, alpha: float | np.ndarray | None = None) -> np.ndarray:
+        """The squared norm of the residual at the mean, :math:`|d - y_0 - F z|^2_{N^{-1}}`, for one weight of the prior
+        or for each of an array of them.
+        """
+        alpha, lam, b = self._terms(alpha)
+        return self._squares - (b * (2 / (alpha + lam) - lam / (alpha + lam) ** 2)).sum(axis=-1)
+
+    def size(self, alpha: float | np.ndarray | None = None) -> np.ndarray:
+        """The squared norm of the mean, :math:`|z - m_0|^2_{\\Gamma^{-1}}`, as :meth:`misfit`."""
+        alpha, lam, b = self._terms(alpha)
+        return (b / (alpha + lam) ** 2).sum(axis=-1)
+
+    def degrees_of_freedom(self, alpha: float | np.ndarray | None = None) -> np.ndarray:
+        """The number of combinations of the controls that the readings determine, :math:`\\sum \\lambda / (\\alpha +
+        \\lambda)`, as :meth:`misfit`.
+        """
+        alpha, lam, _ = self._terms(alpha)
+        return (lam / (alpha + lam)).sum(axis=-1)
+
+    def log_evidence(self, alpha: float | np.ndarray | None = None) -> np.ndarray:
+        """The logarithm of the probability density of the readings, the controls integrated out, as :meth:`misfit`."""
+        alpha, lam, b = self._terms(alpha)
+        exponent = self._squares - (b / (alpha + lam)).sum(axis=-1)
+        m = len(self.data)
+        return -0.5 * (exponent + self.noise.log_det + np.log1p(lam / alpha).sum(axis=-1) + m * np.log(2 * np.pi))
+
+    def _terms(self, alpha: float | np.ndarray | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Weights ``(..., 1)``, eigenvalues, and the squares ``beta^2 lam / s``."""
+        spectrum = self.spectrum
+        alpha = np.asarray(self.alpha if alpha is None else alpha, dtype=float)[..., None]
+        ratio = np.divide(spectrum.lam, spectrum.scale, out=np.ones_like(spectrum.lam), where=spectrum.scale > 0)
+        return alpha, spectrum.lam, self._beta**2 * ratio
+
+    # -- the distribution ----------------------------------------------------------------------------------------------
+    def covariance(self, g: np.ndarray) -> np.ndarray:
+        """The posterior covariance applied to dual vectors ``(k, layout.size)``, primal vectors (collective)."""
+        weights = self.spectrum.scale / (self.alpha + self.spectrum.lam)
+        return (self.prior.covariance(g) - self.spectrum.expand(weights * self.spectrum.contract(g))) / self.alpha
+
+    def variance(self) -> np.ndarray:
+        """The variance of each entry of the controls, ``(layout.size,)`` (collective)."""
+        weights = self.spectrum.scale / (self.alpha + self.spectrum.lam)
+        return np.maximum(self.prior.variance() - self.spectrum.squares(weights), 0.0) / self.alpha
+
+    def sample(self, count: int, seed: int = 0) -> np.ndarray:
+        """Samples of the controls, ``(count, layout.size)`` (collective); the same for the same seed."""
+        ratio = np.sqrt(self.alpha / (self.alpha + self.spectrum.lam))
+        weights = self.spectrum.scale / ((self.alpha + self.spectrum.lam) * (1 + ratio))
+        x = self.prior.sample(count, seed)
+        x -= self.spectrum.expand(weights * self.spectrum.contract(self.prior.precision(x)))
+        return self.x + x / np.sqrt(self.alpha)

@@ -1,0 +1,208 @@
+r"""Spectral form of linear inverse problems with Gaussian prior and noise.
+
+With the prior covariance :math:`\Gamma = A^{-1}`, the noise covariance :math:`N` and a weight :math:`\alpha` of the
+prior, the mean and the covariance of the posterior are
+
+.. math::
+    z = m_0 + W^T (\alpha + \Lambda)^{-1} \beta(r), \qquad
+    \mathrm{Cov} = \alpha^{-1} \big(\Gamma - W^T S\, (\alpha + \Lambda)^{-1} W\big), \qquad r = d - y_0 - F m_0 ,
+
+for any :math:`\alpha` once the eigenvalues :math:`\Lambda` of the misfit's Hessian relative to the prior are computed.
+They are those of a dense matrix in the smaller one of two spaces.
+
+* *Data space.* With reduced rows :math:`F = Q C` (:mod:`pint_fem.inverse.reduction`) and :math:`Q^T N^{-1} Q = T T^T`,
+  :math:`T^T C\, \Gamma\, C^T T = U \Lambda U^T`; then :math:`W = U^T T^T C\, \Gamma`, :math:`S = I` and
+  :math:`\beta = U^T T^{-1} Q^T N^{-1} r`.
+* *Parameter space.* :math:`F^T N^{-1} F\, V = A V \Lambda` with :math:`V^T A V = I`; then :math:`W = V^T`,
+  :math:`S = \Lambda` and :math:`\beta = V^T F^T N^{-1} r`.
+
+The vectors of :math:`W` are divided by columns among all ranks; matrices of the smaller space are on all of them.
+
+Sources: A. Tarantola, Inverse Problem Theory, SIAM 2005, section 3.2; T. Bui-Thanh, O. Ghattas, J. Martin, G. Stadler,
+SIAM J. Sci. Comput. 35(6), 2013, for the prior-preconditioned Hessian.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
+
+import numpy as np
+from scipy.linalg import cholesky, eigh, solve_triangular
+
+from pint_fem.collective import collectively
+from pint_fem.errors import SolverFailure
+from pint_fem.inverse.noise import Noise
+from pint_fem.inverse.partition import Partition
+from pint_fem.inverse.priors import Prior
+from pint_fem.inverse.reduction import ReducedRows
+
+if TYPE_CHECKING:
+    from pint_fem.inverse.map import ParameterToObservable
+
+__all__ = ["DataSpace", "ParameterSpace", "Spectrum"]
+
+
+class Spectrum(ABC):
+    r"""Eigenvalues and vectors of an inverse problem.
+
+    Attributes
+    ----------
+    lam, scale : ndarray, shape (modes,)
+        :math:`\Lambda` and :math:`S`.
+    """
+
+    lam: np.ndarray
+    scale: np.ndarray
+
+    @abstractmethod
+    def beta(self, r: np.ndarray) -> np.ndarray:
+        """:math:`\\beta` of several data vectors ``(k, m)``, ``(k, modes)`` (collective)."""
+
+    @abstractmethod
+    def expand(self, c: np.ndarray) -> np.ndarray:
+        """:math:`W^T c` for several vectors ``(k, modes)``, primal vectors ``(k, layout.size)`` (collective)."""
+
+    @abstractmethod
+    def contract(self, g: np.ndarray) -> np.ndarray:
+        """:math:`W g` for several dual vectors ``(k, layout.size)``, ``(k, modes)`` (collective)."""
+
+    @abstractmethod
+    def squares(self, weights: np.ndarray) -> np.ndarray:
+        """:math:`\\sum_i w_i W_i^2` in each entry, ``(layout.size,)`` (collective)."""
+
+
+class _DenseModes(Spectrum):
+    """Modes stored by columns, those of this rank's part of a parameter vector.
+
+    Attributes
+    ----------
+    W : ndarray, shape (modes, own)
+    """
+
+    W: np.ndarray
+    partition: Partition
+
+    def expand(self, c: np.ndarray) -> np.ndarray:
+        """:math:`W^T c`, ``(k, layout.size)`` (collective)."""
+        return self.partition.spread(c @ self.W)
+
+    def contract(self, g: np.ndarray) -> np.ndarray:
+        """:math:`W g`, ``(k, modes)`` (collective)."""
+        return self.partition.layout.spacetime.sum_over_grid(g[:, self.partition.own] @ self.W.T)
+
+    def squares(self, weights: np.ndarray) -> np.ndarray:
+        """:math:`\\sum_i w_i W_i^2`, ``(layout.size,)`` (collective)."""
+        return self.partition.spread((weights @ self.W**2)[None])[0]
+
+
+class DataSpace(_DenseModes):
+    """The spectrum in the space of reduced readings, for static controls and initial conditions.
+
+    Parameters
+    ----------
+    rows
+        Reduced rows of the map.
+    covered
+        ``C Γ`` for the rows of this rank, primal vectors ``(own reduced rows, static_size)``.
+    noise
+        Noise of the readings.
+    partition
+        Division of parameter vectors among the ranks in time.
+    """
+
+    def __init__(self, rows: ReducedRows, covered: np.ndarray, noise: Noise, partition: Partition):
+        self.partition, self._rows, self._noise = partition, rows, noise
+        spacetime = partition.layout.spacetime
+        D = partition.columns(covered)
+        gram = spacetime.sum_over_grid(partition.columns(rows.C) @ D.T)
+
+        def factored() -> tuple[np.ndarray, ...]:
+            M = rows.gram(noise, len(noise.variance()))
+            T = cholesky(0.5 * (M + M.T), lower=True, check_finite=False)
+            G = T.T @ gram @ T
+            lam, U = eigh(0.5 * (G + G.T), driver="evd", check_finite=False)
+            return T, np.maximum(lam, 0.0), U
+
+        self._T, self.lam, self._U = _on_first(spacetime.comm, factored)
+        self.scale = np.ones(len(self.lam))
+        self.W = (self._T @ self._U).T @ D
+
+    def beta(self, r: np.ndarray) -> np.ndarray:
+        """:math:`U^T T^{-1} Q^T N^{-1} r`, ``(k, modes)``."""
+        b = self._rows.contract(self._noise.inverse(r))
+        return solve_triangular(self._T, b.T, lower=True, check_finite=False).T @ self._U
+
+
+class ParameterSpace(_DenseModes):
+    """The spectrum in the space of the controls, for few static ones.
+
+    Parameters
+    ----------
+    F
+        The map.
+    prior, noise
+        Prior of the controls and noise of the readings.
+    partition
+        Division of parameter vectors among the ranks in time.
+    """
+
+    def __init__(self, F: ParameterToObservable, prior: Prior, noise: Noise, partition: Partition):
+        self.partition, self._F, self._noise = partition, F, noise
+        comm, own = F.spacetime.comm, len(partition.own)
+        sizes = np.array(comm.allgather(own))
+        ends = np.cumsum([0, *sizes])
+        mine = slice(ends[comm.rank], ends[comm.rank + 1])
+        order = np.argsort(np.concatenate(F.spacetime.time_comm.allgather(F.numbers)), kind="stable")
+        columns = noise.whitened(np.ascontiguousarray(partition.columns(F.rows)[order].T))  # (own, m)
+        H = np.zeros((int(ends[-1]),) * 2)
+        H[mine, mine] = 0.5 * (columns @ columns.T)
+        for rank, size in enumerate(sizes):  # of a product with another rank's columns each has one half
+            other = columns if rank == comm.rank else np.empty((size, columns.shape[1]))
+            comm.Bcast(other, root=rank)
+            if comm.rank < rank:
+                H[mine, ends[rank] : ends[rank] + size // 2] = columns @ other[: size // 2].T
+            elif comm.rank > rank:
+                H[mine.start + own // 2 : mine.stop, ends[rank] : ends[rank + 1]] = columns[own // 2 :] @ other.T
+        A = np.zeros_like(H)
+        for rank, size in enumerate(sizes):
+            for first in range(0, size, _UNITS):
+                count = min(_UNITS, size - first)
+                units = np.zeros((count, own))
+                if rank == comm.rank:
+                    units[:, first : first + count] = np.eye(count)
+                A[ends[rank] + first : ends[rank] + first + count, mine] = prior.precision(partition.spread(units))[
+                    :, partition.own
+                ]
+        H, A = comm.allreduce(H), comm.allreduce(A)
+
+        def factored() -> tuple[np.ndarray, np.ndarray]:
+            return eigh(H + H.T, 0.5 * (A + A.T), driver="gvd", check_finite=False)
+
+        lam, V = _on_first(comm, factored)
+        self.lam = np.maximum(lam, 0.0)
+        self.scale = self.lam
+        self.W = np.ascontiguousarray(V.T[:, mine])
+
+    def beta(self, r: np.ndarray) -> np.ndarray:
+        """:math:`V^T F^T N^{-1} r`, ``(k, modes)``."""
+        return self.contract(self._F.transposed_product(self._noise.inverse(r)))
+
+
+def _on_first(comm, work):
+    """The result of dense algebra on the first rank, on all of them: equal bits on unequal machines (collective)."""
+
+    def guarded():
+        if comm.rank:
+            return None
+        try:
+            return work()
+        except np.linalg.LinAlgError as error:
+            raise SolverFailure(f"posterior: {error}") from error
+
+    made = collectively(comm, "posterior", guarded)
+    return made if comm.size == 1 else comm.bcast(made)
+
+
+_UNITS = 256
+"""Unit vectors whose products with the prior's precision are computed at once."""
