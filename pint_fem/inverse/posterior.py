@@ -12,9 +12,11 @@ All that depends on the readings, on :math:`\alpha` or on a vector follows from 
 from __future__ import annotations
 
 from copy import copy
-from typing import TYPE_CHECKING
+from numbers import Real
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from mpi4py import MPI
 
 from pint_fem.collective import collectively, require_same
 from pint_fem.errors import InputError
@@ -68,7 +70,7 @@ class GaussianPosterior(GaussianLaw):
         self.F, self.prior, self.noise, self.spectrum = F, prior, noise, spectrum
         self._predicted_by_prior = F.predict(prior.mean)
         self._factor: InnovationFactor | None = None
-        self._set(alpha, F.data if data is None else data)
+        self._set(_checked_weight(F.spacetime.comm, alpha), F.data if data is None else data)
 
     def _set(self, alpha: float, data: np.ndarray) -> None:
         """Compute the mean for a weight and readings (collective)."""
@@ -104,11 +106,8 @@ class GaussianPosterior(GaussianLaw):
         InputError
             On every rank, if it is not a positive number, the same on all ranks.
         """
-        require_same(self.F.spacetime.comm, alpha=float(alpha))
-        if not 0 < alpha < np.inf:
-            raise InputError(f"posterior: alpha = {alpha}: give a positive number, the weight of the prior")
         made = copy(self)
-        made._set(alpha, self.data)
+        made._set(_checked_weight(self.F.spacetime.comm, alpha), self.data)
         return made
 
     # -- numbers -------------------------------------------------------------------------------------------------------
@@ -207,3 +206,11 @@ class GaussianPosterior(GaussianLaw):
         x = self.prior.sample(count, seed)
         x -= self.spectrum.expand(weights * self.spectrum.contract(self.prior.precision(x)))
         return self.x + x / np.sqrt(self.alpha)
+
+
+def _checked_weight(comm: MPI.Comm, alpha: float) -> float:
+    """The weight of a prior, the same positive number on all ranks (collective)."""
+    require_same(comm, alpha=alpha)
+    if isinstance(alpha, bool) or not isinstance(alpha, Real) or not 0 < alpha < np.inf:
+        raise InputError(f"posterior: alpha = {alpha!r}: give a positive number, the weight of the prior")
+    return float(alpha)
