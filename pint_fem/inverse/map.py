@@ -18,12 +18,13 @@ from scipy.sparse.linalg import LinearOperator
 
 from pint_fem.all_at_once.grids import split_steps
 from pint_fem.capacity import require_memory
-from pint_fem.collective import collectively
+from pint_fem.collective import collectively, require_same
 from pint_fem.errors import InputError
 from pint_fem.evolution.control_layout import ControlLayout
 from pint_fem.inverse.impulse_responses import GROUP, lags_of_block, sequential_responses
 from pint_fem.inverse.noise import Noise, make_noise
 from pint_fem.inverse.partition import Partition
+from pint_fem.inverse.per_step.applied_modes import LARGEST_DENSE, low_rank_modes, step_modes
 from pint_fem.inverse.per_step.toeplitz import ToeplitzMap, step_map_bytes
 from pint_fem.inverse.posterior import GaussianPosterior
 from pint_fem.inverse.priors import Prior, make_prior
@@ -228,7 +229,13 @@ class ParameterToObservable(LinearOperator):
         return ReducedRows(self.rows, [own.rows for own in self.readings], self.numbers, self.spacetime)
 
     def posterior(
-        self, prior: Any = None, noise: Any = None, *, alpha: float = 1.0, mean: Any = None
+        self,
+        prior: Any = None,
+        noise: Any = None,
+        *,
+        alpha: float = 1.0,
+        mean: Any = None,
+        tolerance: float = 1e-6,
     ) -> GaussianPosterior:
         """The Gaussian posterior of the controls (collective).
 
@@ -244,12 +251,19 @@ class ParameterToObservable(LinearOperator):
             Weight of the prior: a factor of its precision.
         mean
             The prior's mean, as controls or a flat vector; default: the minimiser of the regularisation, or zero.
+        tolerance
+            Where there are too many readings and controls for dense matrices: the bound of eigenvalues of the misfit's
+            Hessian relative to the prior that may be left out. An estimate of the largest one of these is
+            ``posterior.spectrum.remainder``.
 
         Raises
         ------
         InputError
-            On every rank, if prior, noise or weight do not fit.
+            On every rank, if prior, noise, weight or tolerance do not fit.
         """
+        require_same(self.spacetime.comm, tolerance=tolerance)
+        if not isinstance(tolerance, Real) or not 0 < tolerance < np.inf:
+            raise InputError(f"posterior: tolerance = {tolerance!r}: give a positive number, such as 1e-6")
         forms = PriorForms(None, None)
         by_default = prior is None or (isinstance(prior, (list, tuple)) and any(one is None for one in prior))
         if by_default and self.regularisation is not None:
@@ -265,13 +279,19 @@ class ParameterToObservable(LinearOperator):
         noise = collectively(
             self.spacetime.comm, "", make_noise, noise, self.weights, self.table.sensor, self.table.sensors
         )
-        return GaussianPosterior(self, law, noise, self._spectrum(law, noise), alpha=alpha)
+        return GaussianPosterior(self, law, noise, self._spectrum(law, noise, tolerance), alpha=alpha)
 
-    def _spectrum(self, prior: Prior, noise: Noise) -> Spectrum:
+    def _spectrum(self, prior: Prior, noise: Noise, tolerance: float = 1e-6) -> Spectrum:
         """The spectral decomposition in the smaller one of the spaces of readings and of controls (collective)."""
+        if self.steps is not None:
+            return step_modes(self, prior, noise, tolerance=tolerance)
         unknowns = int(self.spacetime.space_comm.allreduce(self.layout.static_size))
-        few = unknowns <= self.table.sensors
-        if few or unknowns <= estimated_size(self.rows, [own.rows for own in self.readings], self.spacetime):
+        if unknowns <= self.table.sensors:
+            return ParameterSpace(self, prior, noise, self.partition)
+        estimated = estimated_size(self.rows, [own.rows for own in self.readings], self.spacetime)
+        if min(unknowns, estimated) > LARGEST_DENSE:
+            return low_rank_modes(self, prior, noise, tolerance=tolerance)
+        if unknowns <= estimated:
             return ParameterSpace(self, prior, noise, self.partition)
         covered = prior.covariance(self.reduced.C, shared=False)
         return DataSpace(self.reduced, covered, noise, self.partition)
