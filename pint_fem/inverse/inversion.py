@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from numbers import Real
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from pint_fem.collective import collectively
+from pint_fem.collective import collectively, require_same
 from pint_fem.errors import InputError
 from pint_fem.evolution.control_layout import ControlLayout
 from pint_fem.inverse.inference.sensor_choice import SensorChoice, choose_sensors
@@ -16,6 +17,8 @@ from pint_fem.inverse.laws.noise import Noise, make_noise
 from pint_fem.inverse.laws.priors import Prior, make_prior
 from pint_fem.inverse.memory import posterior_bytes, state_memory
 from pint_fem.inverse.partition import Partition
+from pint_fem.inverse.per_step.applied_modes import LARGEST_DENSE, low_rank_modes, step_modes
+from pint_fem.inverse.per_step.toeplitz import ToeplitzMap
 from pint_fem.inverse.posterior import GaussianPosterior
 from pint_fem.inverse.readings import ReadingTable
 from pint_fem.inverse.reduction import ReducedRows, estimated_size
@@ -51,6 +54,7 @@ class Inversion:
     table: ReadingTable
     readings: list[SensorReadingRows]
     numbers: np.ndarray
+    steps: ToeplitzMap | None
     rows: np.ndarray
     weights: np.ndarray
     functions: Any
@@ -68,7 +72,13 @@ class Inversion:
         return ReducedRows(self.rows, [own.rows for own in self.readings], self.numbers, self.spacetime)
 
     def posterior(
-        self, prior: Any = None, noise: Any = None, *, alpha: float = 1.0, mean: Any = None
+        self,
+        prior: Any = None,
+        noise: Any = None,
+        *,
+        alpha: float = 1.0,
+        mean: Any = None,
+        tolerance: float = 1e-6,
     ) -> GaussianPosterior:
         """The Gaussian posterior of the controls (collective).
 
@@ -84,14 +94,21 @@ class Inversion:
             Weight of the prior: a factor of its precision.
         mean
             The prior's mean, as controls or a flat vector; default: the minimiser of the regularisation, or zero.
+        tolerance
+            Where there are too many readings and controls for dense matrices: the bound of eigenvalues of the misfit's
+            Hessian relative to the prior that may be left out. An estimate of the largest one of these is
+            ``posterior.spectrum.remainder``.
 
         Raises
         ------
         InputError
-            On every rank, if prior, noise or weight do not fit.
+            On every rank, if prior, noise, weight or tolerance do not fit.
         """
+        require_same(self.spacetime.comm, tolerance=tolerance)
+        if not isinstance(tolerance, Real) or not 0 < tolerance < np.inf:
+            raise InputError(f"posterior: tolerance = {tolerance!r}: give a positive number, such as 1e-6")
         law, noise = self._laws(prior, noise, mean)
-        return GaussianPosterior(self, law, noise, self._spectrum(law, noise), alpha=alpha)
+        return GaussianPosterior(self, law, noise, self._spectrum(law, noise, tolerance), alpha=alpha)
 
     def choose_sensors(
         self,
@@ -181,11 +198,16 @@ class Inversion:
             raise InputError("minimize: the map has no functional with a regularisation: use posterior(prior=...).x")
         return self.functions.on_map(self).minimize(start, **options)
 
-    def _spectrum(self, prior: Prior, noise: Noise) -> Spectrum:
+    def _spectrum(self, prior: Prior, noise: Noise, tolerance: float) -> Spectrum:
         """The spectral decomposition in the smaller one of the spaces of readings and of controls (collective)."""
-        unknowns = int(self.spacetime.space_comm.allreduce(self.layout.static_size))
-        few = unknowns <= self.table.sensors
-        if few or unknowns <= estimated_size(self.rows, [own.rows for own in self.readings], self.spacetime):
+        if self.steps is not None:
+            return step_modes(self, prior, noise, tolerance=tolerance)
+        unknowns, estimated = int(self.spacetime.space_comm.allreduce(self.layout.static_size)), np.inf
+        if unknowns > self.table.sensors:
+            estimated = estimated_size(self.rows, [own.rows for own in self.readings], self.spacetime)
+        if min(unknowns, estimated) > LARGEST_DENSE:
+            return low_rank_modes(self, prior, noise, tolerance=tolerance)
+        if unknowns <= estimated:
             self._state_posterior_memory(int(self.spacetime.comm.allreduce(len(self.partition.own))), data_space=False)
             return ParameterSpace(self, prior, noise, self.partition)
         self._state_posterior_memory(self.reduced.size, data_space=True)
