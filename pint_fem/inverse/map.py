@@ -9,29 +9,32 @@ with the readings :math:`y_0` at zero controls. Each sensor takes one adjoint sw
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import copy
 from functools import cached_property
 from numbers import Real
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.sparse.linalg import LinearOperator
 
 from pint_fem.all_at_once.grids import split_steps
-from pint_fem.capacity import require_memory
 from pint_fem.collective import collectively, require_same
 from pint_fem.errors import InputError
 from pint_fem.evolution.control_layout import ControlLayout
+from pint_fem.inverse.files import load_map, save_map
 from pint_fem.inverse.impulse_responses import GROUP, lags_of_block, sequential_responses
+from pint_fem.inverse.inference.sensor_choice import SensorChoice, choose_sensors
+from pint_fem.inverse.memory import allocate_rows, map_bytes, state_memory
 from pint_fem.inverse.noise import Noise, make_noise
 from pint_fem.inverse.partition import Partition
-from pint_fem.inverse.per_step.applied_modes import LARGEST_DENSE, low_rank_modes, step_modes
+from pint_fem.inverse.per_step.spectrum_choice import choose_spectrum
 from pint_fem.inverse.per_step.toeplitz import ToeplitzMap, step_map_bytes
 from pint_fem.inverse.posterior import GaussianPosterior
 from pint_fem.inverse.priors import Prior, make_prior
 from pint_fem.inverse.readings import ReadingTable
-from pint_fem.inverse.reduction import ReducedRows, estimated_size
+from pint_fem.inverse.reduction import ReducedRows
 from pint_fem.inverse.response_rows import StepTerm, collectors, own_readings, step_terms
-from pint_fem.inverse.spectra import DataSpace, ParameterSpace, Spectrum
 from pint_fem.propagators.linear import LinearPropagator
 from pint_fem.sweeps.sweeps import Sweeps
 
@@ -87,13 +90,20 @@ class ParameterToObservable(LinearOperator):
     misfits
         Bound misfits whose observations are finitely many.
     offset
-        Readings at zero controls, ``(m,)``.
+        Readings at zero controls, ``(m,)``, or a function that returns them (collective).
     functions
         What converts controls, with methods ``array(values)`` and ``function(array, dual=)``; default: none.
     regularisation
         Returns what the default prior follows from.
     inner
         The inner product of the controls, for the prior ``"riesz_map"``.
+    description
+        Returns the description of the problem as it is now (:mod:`pint_fem.inverse.files`), for files and to find that
+        the operators have changed; default: none.
+    load
+        A file of :meth:`save`, from which the rows are read in place of being computed.
+    folder
+        A folder on a disk, where the rows are kept in files; default: they are in memory.
 
     Attributes
     ----------
@@ -114,52 +124,53 @@ class ParameterToObservable(LinearOperator):
         sweeps: Sweeps,
         layout: ControlLayout,
         misfits: Sequence,
-        offset: np.ndarray,
+        offset: np.ndarray | Callable[[], np.ndarray],
         *,
         functions: Any = None,
         regularisation: Callable[[], PriorForms] | None = None,
         inner: Any = None,
+        description: Callable[[], dict] | None = None,
+        load: str | Path | None = None,
+        folder: str | Path | None = None,
     ):
         self.layout, self.spacetime = layout, layout.spacetime
         self.functions, self.regularisation, self._inner = functions, regularisation, inner
         self.propagator = require_map(sweeps)
         self.table = ReadingTable(misfits)
-        self.offset, self.data, self.weights = offset, self.table.values, self.table.weights
+        self.data, self.weights = self.table.values, self.table.weights
         super().__init__(float, (self.table.size, layout.size))
         time_comm = self.spacetime.time_comm
         bounds = split_steps(self.table.sensors, time_comm.size)
         self.sensors = np.arange(bounds[time_comm.rank], bounds[time_comm.rank + 1])
         self.numbers, self.readings = own_readings(self.table, self.sensors)
-        self._require_memory()
-        self.rows = np.zeros((len(self.numbers), layout.static_size))
-        self.steps: ToeplitzMap | None = None
-        self._build()
+        self.view, self.on_disk = sweeps.options.view, folder is not None
+        self._state_memory()
+        self.rows = allocate_rows(self.spacetime.comm, (len(self.numbers), layout.static_size), folder)
+        self._description = description
+        self._problem = {} if description is None else description()
+        lags = int(self.table.point.max(initial=0)) + (self.propagator.evolution.initial_control is not None)
+        terms = step_terms(self.propagator, len(self.sensors), lags)
+        if load is not None:
+            self.offset = load_map(self, load, self._problem, terms)
+        else:
+            self.offset = offset() if callable(offset) else offset
+            self._build(terms, lags)
+        self.steps = ToeplitzMap(terms, self.table, self.sensors, layout) if layout.evolution.per_step else None
 
-    def _require_memory(self) -> None:
+    def _state_memory(self) -> None:
         """Refuse a map that does not fit the memory of the machines (collective)."""
-        require_memory(
-            self.spacetime.comm,
-            self.nbytes,
-            f"{self.table.size} rows of the map from controls to readings",
-            "give fewer readings, a coarser control, or more ranks",
-        )
+        ev, advice = self.propagator.evolution, "give fewer readings, a coarser control, or more ranks"
+        parts = map_bytes(self, GROUP, lags_of_block(ev.V.mesh().comm, ev.state_size))
+        if ev.per_step:
+            parts["responses of steps"] = step_map_bytes(self.propagator, self.table, self.sensors, self.layout)
+        if not self.on_disk:
+            advice += ", or rows='file' and path=, a folder on a disk"
+        state_memory(self, parts, f"{self.table.size} rows of the map from controls to readings", advice)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the rows of this rank, and of the sweep's blocks of lags."""
-        ev, stages = self.propagator.evolution, self.propagator.dirk.stages
-        lags = lags_of_block(ev.V.mesh().comm, ev.state_size)
-        work = min(GROUP, len(self.sensors)) * (lags + 1) * (1 + 2 * stages) * ev.state_size
-        steps = step_map_bytes(self.propagator, self.table, self.sensors, self.layout) if ev.per_step else 0
-        return 8 * (len(self.numbers) * self.layout.static_size + work) + steps
+    def _build(self, terms: Sequence[StepTerm], lags: int) -> None:
+        """Compute the rows, and the responses of terms, by the sweep of this rank's sensors (collective)."""
 
-    def _build(self) -> None:
-        """Compute the rows by the sweep of this rank's sensors (collective)."""
-        ev = self.propagator.evolution
-        lags = int(self.table.point.max(initial=0)) + (ev.initial_control is not None)
-
-        def sweep() -> list[StepTerm]:
-            terms = step_terms(self.propagator, len(self.sensors), lags)
+        def sweep() -> None:
             for first in range(0, len(self.sensors), GROUP):
                 group = slice(first, first + GROUP)
                 parts = [term.responses[group] for term in terms]
@@ -168,11 +179,19 @@ class ParameterToObservable(LinearOperator):
                 for block in sequential_responses(self.propagator, impulses, lags):
                     for collector in found:
                         collector.add(block)
-            return terms
 
-        terms = collectively(self.spacetime.comm, "map from controls to readings", sweep)
-        if ev.per_step:
-            self.steps = ToeplitzMap(terms, self.table, self.sensors, self.layout)
+        collectively(self.spacetime.comm, "map from controls to readings", sweep)
+
+    def save(self, path: str | Path) -> None:
+        """Write the map to an HDF5 file, from which ``J.parameter_to_observable(load=path)`` of the same problem makes
+        it without a sweep on any number of ranks in time and as many in space (collective).
+
+        Raises
+        ------
+        InputError
+            On every rank, if the file cannot be written.
+        """
+        save_map(self, path, self._problem)
 
     # -- products ------------------------------------------------------------------------------------------------------
     def product(self, z: np.ndarray) -> np.ndarray:
@@ -264,6 +283,48 @@ class ParameterToObservable(LinearOperator):
         require_same(self.spacetime.comm, tolerance=tolerance)
         if not isinstance(tolerance, Real) or not 0 < tolerance < np.inf:
             raise InputError(f"posterior: tolerance = {tolerance!r}: give a positive number, such as 1e-6")
+        law, noise = self._laws(prior, noise, mean)
+        return GaussianPosterior(self, law, noise, choose_spectrum(self, law, noise, tolerance), alpha=alpha)
+
+    def choose_sensors(
+        self,
+        count: int,
+        criterion: str = "A",
+        *,
+        prior: Any = None,
+        noise: Any = None,
+        candidates: Sequence[int] | None = None,
+        inner_product: Any = None,
+    ) -> SensorChoice:
+        """Choose the sensors whose readings determine the controls best, one after another (collective).
+
+        All sensors of the map are candidates, and the readings do not matter.
+
+        Parameters
+        ----------
+        count
+            How many.
+        criterion
+            ``"A"``: the least trace of the posterior covariance; ``"D"``: the most information, which is the least
+            determinant of the covariance.
+        prior, noise
+            As for :meth:`posterior`; the noise of different sensors is independent.
+        candidates
+            Numbers of the sensors to choose from, those of one misfit after the other; default: all.
+        inner_product
+            For ``"A"``: ``"L2"`` or a bilinear form, or a list with one for each control, in which variances are
+            integrated; default: the sum of the variances of the coefficients.
+
+        Raises
+        ------
+        InputError
+            On every rank, if an argument does not fit, the noise couples sensors, or a control has one value per step.
+        """
+        law, noise = self._laws(prior, noise, None)
+        return choose_sensors(self, law, noise, count, criterion, candidates=candidates, product=inner_product)
+
+    def _laws(self, prior: Any, noise: Any, mean: Any) -> tuple[Prior, Noise]:
+        """The prior and the noise that a user describes (collective)."""
         forms = PriorForms(None, None)
         by_default = prior is None or (isinstance(prior, (list, tuple)) and any(one is None for one in prior))
         if by_default and self.regularisation is not None:
@@ -276,22 +337,58 @@ class ParameterToObservable(LinearOperator):
             mean=None if mean is None else self._flat(mean),
             inner=self._inner,
         )
-        noise = collectively(
+        return law, collectively(
             self.spacetime.comm, "", make_noise, noise, self.weights, self.table.sensor, self.table.sensors
         )
-        return GaussianPosterior(self, law, noise, self._spectrum(law, noise, tolerance), alpha=alpha)
 
-    def _spectrum(self, prior: Prior, noise: Noise, tolerance: float = 1e-6) -> Spectrum:
-        """The spectral decomposition in the smaller one of the spaces of readings and of controls (collective)."""
-        if self.steps is not None:
-            return step_modes(self, prior, noise, tolerance=tolerance)
-        unknowns = int(self.spacetime.space_comm.allreduce(self.layout.static_size))
-        if unknowns <= self.table.sensors:
-            return ParameterSpace(self, prior, noise, self.partition)
-        estimated = estimated_size(self.rows, [own.rows for own in self.readings], self.spacetime)
-        if min(unknowns, estimated) > LARGEST_DENSE:
-            return low_rank_modes(self, prior, noise, tolerance=tolerance)
-        if unknowns <= estimated:
-            return ParameterSpace(self, prior, noise, self.partition)
-        covered = prior.covariance(self.reduced.C, shared=False)
-        return DataSpace(self.reduced, covered, noise, self.partition)
+    @cached_property
+    def default_posterior(self) -> GaussianPosterior:
+        """The posterior with the prior of the functional's regularisation (collective when first used)."""
+        return self.posterior()
+
+    def with_readings(self, table: ReadingTable, offset: np.ndarray, regularisation: Callable | None, *, same: bool):
+        """The map with other readings of the same sensors at the same times, which shares its rows (collective).
+
+        Parameters
+        ----------
+        table, offset, regularisation
+            The readings, those at zero controls, and what the default prior follows from.
+        same : bool
+            Whether the regularisation and the weights of the readings are those of this map, so that the posterior has
+            the same spectrum.
+        """
+        made = copy(self)
+        made.table, made.offset, made.regularisation = table, offset, regularisation
+        made.data, made.weights = table.values, table.weights
+        found = vars(made).pop("default_posterior", None)
+        if same and found is not None:
+            made.default_posterior = GaussianPosterior(made, found.prior, found.noise, found.spectrum)
+        return made
+
+    def minimize(self, start: Any = None, **options: Any) -> Any:
+        """Minimise the functional that the map was made of, with the readings of the map: the misfit by products with
+        the map, the regularisation by its own form, which need not be quadratic (collective).
+
+        Parameters
+        ----------
+        start
+            First controls; default: the last ones of the functional.
+        **options
+            Those of ``minimize_trust_region`` of the functional, such as ``bounds=(0, None)``, ``constraints=[(q*dx,
+            1.0)]``, ``gtol_rel=`` and ``monitor=``. The preconditioner is the posterior's covariance where the
+            regularisation is quadratic and positive definite: without bounds and constraints one iteration then gives
+            the posterior's mean.
+
+        Returns
+        -------
+        TrustRegionResult
+            ``control`` holds the controls found, which are also the values of the functional's own ``controls``.
+
+        Raises
+        ------
+        InputError
+            On every rank, if an option does not fit, or the map is not that of a functional.
+        """
+        if self.functions is None:
+            raise InputError("minimize: the map has no functional with a regularisation: use posterior(prior=...).x")
+        return self.functions.on_map(self).minimize(start, **options)

@@ -130,9 +130,9 @@ class StaticRows(Collector):
             P, lags = self._responses(block.stages), slice(block.first, block.first + block.stages.shape[2])
             for own, responses in zip(self._readings, P, strict=True):
                 weights, target = self._weights_of_lags(own)[:, lags], self._out[own.rows]
-                added = dgemm(1.0, responses.T, weights.T, beta=1.0, c=target.T, overwrite_c=True)
-                if not target.flags.c_contiguous:  # as beside an initial condition: a copy was added to
-                    target[...] = added.T
+                total = dgemm(1.0, responses.T, weights.T, beta=1.0, c=target.T, overwrite_c=True)
+                if not np.may_share_memory(total, target):  # where rows have columns of other controls, c is copied
+                    target[...] = total.T
 
     def _add_partial_sums(self, block: LagBlock) -> None:
         """Add a block of a term whose weight is 1 in all steps: rows are partial sums of the responses."""
