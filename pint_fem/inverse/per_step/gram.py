@@ -1,8 +1,8 @@
-r"""The covariance :math:`G = F \Gamma F^T` of readings that follows from the prior, for controls with one value per step.
+r"""The covariance :math:`G = F \Gamma F^T` of readings by the prior, for controls with one value per step.
 
 With prior covariances :math:`\Gamma_1` of a step's controls, independent of the step, and reduced responses
-:math:`p^t_{s,j} = \sum_a Q^t_s(j, a)\, C_{s,a}` (:class:`~pint_fem.inverse.reduction.ReducedRows` of all lags and terms),
-the covariance of what the sensors ``s`` and ``s'`` read at the points ``n`` and ``n'`` is
+:math:`p^t_{s,j} = \sum_a Q^t_s(j, a)\, C_{s,a}` (:class:`~pint_fem.inverse.reduction.ReducedRows` of all lags and
+terms), the covariance of what the sensors ``s`` and ``s'`` read at the points ``n`` and ``n'`` is
 
 .. math::
     G_{ss'}(n, n') = \sum_i A_{i,s}(n)\, K_{ss'}\, A_{i,s'}(n')^T, \qquad K = C\, \Gamma_1 C^T, \qquad
@@ -26,7 +26,7 @@ from pint_fem.inverse.reduction import ReducedRows
 if TYPE_CHECKING:
     from pint_fem.inverse.map import ParameterToObservable
 
-__all__ = ["data_gram"]
+__all__ = ["CoveredResponses", "covered_responses", "data_gram"]
 
 _NUMBERS = 2e7
 """Numbers in the parameter vectors that are multiplied by the prior's covariance at once."""
@@ -42,20 +42,14 @@ def data_gram(F: ParameterToObservable, prior: Prior) -> np.ndarray:
     prior
         The controls' prior, the same in all steps and independent between them.
     """
-    steps, spacetime = F.steps, F.spacetime
-    assert steps is not None
-    reduced = _reduced_responses(steps)
+    spacetime = F.spacetime
     static = F.reduced.C if F.layout.static_size else np.zeros((0, 0))
-    covered, covered_steps = _covered(prior, static, reduced.C, steps)
-    columns = steps.columns
-    K = columns.columns(reduced.C, reduced.counts, axis=0) @ columns.columns(covered_steps, reduced.counts, axis=0).T
-    K = spacetime.sum_over_grid(K)
+    steps, covered = covered_responses(F, prior, static)
     G = np.zeros((F.table.size, F.table.size))
-    of_sensors = _OfSensors(steps, reduced, K)
-    if len(steps.terms) == 1 and (steps.terms[0].weights == 1).all():
-        of_sensors.add_diagonal_sums(G)
+    if steps.invariant:
+        steps.add_diagonal_sums(G)
     else:
-        of_sensors.add_steps(G)
+        steps.add_steps(G)
     G = spacetime.sum_over_time(G)
     if spacetime.space_comm.allreduce(F.layout.static_size):
         partition = F.partition
@@ -64,9 +58,24 @@ def data_gram(F: ParameterToObservable, prior: Prior) -> np.ndarray:
     return 0.5 * (G + G.T)
 
 
+def covered_responses(
+    F: ParameterToObservable, prior: Prior, static: np.ndarray
+) -> tuple[CoveredResponses, np.ndarray]:
+    """The reduced responses with their products with the prior's covariance, and such products of this rank's static
+    dual vectors ``(a, static_size)`` (collective).
+    """
+    steps = F.steps
+    assert steps is not None
+    reduced = _reduced_responses(steps)
+    covered, rows = _covered(prior, static, reduced.C, steps)
+    D = steps.columns.columns(rows, reduced.counts, axis=0)
+    K = F.spacetime.sum_over_grid(steps.columns.columns(reduced.C, reduced.counts, axis=0) @ D.T)
+    return CoveredResponses(steps, reduced, D, K), covered
+
+
 def _reduced_responses(steps: ToeplitzMap) -> ReducedRows:
-    """The own sensors' responses at all lags to all terms as reduced rows; row ``(t, j)`` of sensor ``s`` has the number
-    ``(s * terms + t) * lags + j`` (collective).
+    """The own sensors' responses at all lags to all terms as reduced rows; row ``(t, j)`` of sensor ``s`` has the
+    number ``(s * terms + t) * lags + j`` (collective).
     """
     spacetime, own = steps.layout.spacetime, steps.sensors[steps.layout.spacetime.time_comm.rank]
     stacked = np.stack([term.responses[:, : steps.lags] for term in steps.terms], axis=1)
@@ -77,8 +86,8 @@ def _reduced_responses(steps: ToeplitzMap) -> ReducedRows:
 
 
 def _covered(prior: Prior, static: np.ndarray, rows: np.ndarray, steps: ToeplitzMap) -> tuple[np.ndarray, np.ndarray]:
-    """Products of the prior's covariance with this rank's static dual vectors ``(a, static_size)`` and duals of a step's
-    controls ``(b, nz)``, packed into parameter vectors (collective over space).
+    """Products of the prior's covariance with this rank's static dual vectors ``(a, static_size)`` and duals of a
+    step's controls ``(b, nz)``, packed into parameter vectors (collective over space).
     """
     layout = steps.layout
     largest = layout.spacetime.space_comm.allreduce(layout.size, op=MPI.MAX)
@@ -97,8 +106,8 @@ def _covered(prior: Prior, static: np.ndarray, rows: np.ndarray, steps: Toeplitz
     return out, out_rows
 
 
-class _OfSensors:
-    """Rows of the covariance for the readings of this rank's sensors.
+class CoveredResponses:
+    """Reduced responses of all sensors with their covariance.
 
     Parameters
     ----------
@@ -106,22 +115,45 @@ class _OfSensors:
         The map for controls with one value per step.
     reduced
         The sensors' reduced responses.
+    D
+        :math:`C\\, \\Gamma_1`, own columns of all reduced rows.
     K
         Covariance of the reduced rows, ``(rows, rows)``.
+
+    Attributes
+    ----------
+    invariant : bool
+        Whether the one term has the weight 1 in all steps, so that covariances do not change when all times are moved.
     """
 
-    def __init__(self, steps: ToeplitzMap, reduced: ReducedRows, K: np.ndarray):
+    def __init__(self, steps: ToeplitzMap, reduced: ReducedRows, D: np.ndarray, K: np.ndarray):
+        self.steps, self.D, self.K = steps, D, K
         self._lags, self._weights = steps.lags, np.array([term.weights for term in steps.terms])
+        self.invariant = len(steps.terms) == 1 and bool((self._weights == 1).all())
         terms, table = len(steps.terms), steps.table
         ends = np.cumsum([0, *(Q.shape[1] for _, Q in reduced.blocks)])
         order = np.concatenate(steps.sensors).astype(int)
         self._own = set(steps.sensors[steps.layout.spacetime.time_comm.rank].tolist())
-        self._K, self._sensors = K, []
+        self._sensors = []
         for sensor, (_, Q), a, b in zip(order, reduced.blocks, ends, ends[1:], strict=False):
             numbers = table.of_sensor(sensor)
             R = steps.readings[numbers][:, sensor :: table.sensors]
             Q = Q.reshape(terms, self._lags, -1) if Q.size else np.zeros((terms, self._lags, 0))
             self._sensors.append((int(sensor), numbers, R, Q, slice(a, b)))
+
+    def of_readings(self, numbers: np.ndarray, step: int) -> np.ndarray:
+        """Coefficients ``(len(numbers), rows)`` of the derivatives of readings by a step's controls in terms of the
+        reduced rows.
+        """
+        table, out = self.steps.table, np.zeros((len(numbers), len(self.K)))
+        point, theta, sensors = table.point[numbers], table.theta[numbers], table.sensor[numbers]
+        for sensor, _, _, Q, part in self._sensors:
+            own = np.flatnonzero(sensors == sensor)
+            mixed = np.tensordot(self._weights[:, step], Q, axes=1)
+            for lag, share in ((point - 1 - step, theta), (point - 2 - step, 1 - theta)):
+                some = own[lag[own] >= 0]
+                out[some, part] += share[some, None] * mixed[lag[some]]
+        return out
 
     def add_diagonal_sums(self, G: np.ndarray) -> None:
         """Add the covariances of one term with weight 1."""
@@ -132,7 +164,7 @@ class _OfSensors:
             for _, others, R_other, Q_other, other in self._sensors:
                 # in rows of length 2L, an entry per diagonal and column: entry (n, n') is number 2nL + n' - n
                 skewed = np.zeros(2 * L * L)
-                skewed[: L * (2 * L - 1)].reshape(L, 2 * L - 1)[:, :L] = Q[0] @ self._K[part, other] @ Q_other[0].T
+                skewed[: L * (2 * L - 1)].reshape(L, 2 * L - 1)[:, :L] = Q[0] @ self.K[part, other] @ Q_other[0].T
                 sums = np.cumsum(skewed.reshape(L, 2 * L), axis=0).ravel()
                 at_points = sums[: L * (2 * L - 1)].reshape(L, 2 * L - 1)[:, :L]
                 G[np.ix_(numbers, others)] = R @ (R_other @ at_points.T).T
@@ -148,6 +180,6 @@ class _OfSensors:
             for (s, *_, part), (numbers, rows) in zip(self._sensors, A, strict=True):
                 if s not in self._own:
                     continue
-                product = rows @ self._K[part]
+                product = rows @ self.K[part]
                 for (*_, other), (others, other_rows) in zip(self._sensors, A, strict=True):
                     G[np.ix_(numbers, others)] += product[:, other] @ other_rows.T
