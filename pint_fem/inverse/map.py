@@ -21,7 +21,7 @@ from pint_fem.all_at_once.grids import split_steps
 from pint_fem.collective import collectively
 from pint_fem.errors import InputError
 from pint_fem.evolution.control_layout import ControlLayout
-from pint_fem.inverse.files import load_map, save_map
+from pint_fem.inverse.files import load_map, require_same_map, save_map
 from pint_fem.inverse.impulse_responses import GROUP, lags_of_block, sequential_responses
 from pint_fem.inverse.memory import allocate_rows, map_bytes, posterior_bytes, state_memory
 from pint_fem.inverse.noise import Noise, make_noise
@@ -81,11 +81,11 @@ class ParameterToObservable(LinearOperator):
     Parameters
     ----------
     sweeps
-        The solvers of the evolution.
+        The solvers of the evolution; ``None`` in derived classes that have several.
     layout
         The controls.
     misfits
-        Bound misfits whose observations are finitely many.
+        Bound misfits whose observations are finitely many, or the table of their readings.
     offset
         Readings at zero controls, ``(m,)``, or a function that returns them (collective).
     functions
@@ -101,6 +101,10 @@ class ParameterToObservable(LinearOperator):
         A file of :meth:`save`, from which the rows are read in place of being computed.
     folder
         A folder on a disk, where the rows are kept in files; default: they are in memory.
+    sensors
+        The sensors whose rows this rank has, increasing; default: their division among the ranks in time.
+    view
+        Whether the memory is printed; default: the time solver's option.
 
     Attributes
     ----------
@@ -116,9 +120,9 @@ class ParameterToObservable(LinearOperator):
 
     def __init__(
         self,
-        sweeps: Sweeps,
+        sweeps: Sweeps | None,
         layout: ControlLayout,
-        misfits: Sequence,
+        misfits: Sequence | ReadingTable,
         offset: np.ndarray | Callable[[], np.ndarray],
         *,
         functions: Any = None,
@@ -127,18 +131,23 @@ class ParameterToObservable(LinearOperator):
         description: Callable[[], dict] | None = None,
         load: str | Path | None = None,
         folder: str | Path | None = None,
+        sensors: np.ndarray | None = None,
+        view: bool | None = None,
     ):
         self.layout, self.spacetime = layout, layout.spacetime
         self.functions, self.regularisation, self._inner = functions, regularisation, inner
-        self.propagator = require_map(sweeps)
-        self.table = ReadingTable(misfits)
+        self.sweeps, self.view, self.on_disk = sweeps, view, folder is not None
+        if sweeps is not None:
+            self.propagator = require_map(sweeps)
+            self.view = sweeps.options.view if view is None else view
+        self.table = misfits if isinstance(misfits, ReadingTable) else ReadingTable(misfits)
         self.data, self.weights = self.table.values, self.table.weights
         super().__init__(float, (self.table.size, layout.size))
         time_comm = self.spacetime.time_comm
         bounds = split_steps(self.table.sensors, time_comm.size)
-        self.sensors = np.arange(bounds[time_comm.rank], bounds[time_comm.rank + 1])
+        own = np.arange(bounds[time_comm.rank], bounds[time_comm.rank + 1])
+        self.sensors = own if sensors is None else sensors
         self.numbers, self.readings = own_readings(self.table, self.sensors)
-        self.view, self.on_disk = sweeps.options.view, folder is not None
         self._state_memory()
         self.rows = allocate_rows(self.spacetime.comm, (len(self.numbers), layout.static_size), folder)
         self._description = description
@@ -233,6 +242,23 @@ class ParameterToObservable(LinearOperator):
         """Reduced rows of static controls (collective when first used)."""
         return ReducedRows(self.rows, [own.rows for own in self.readings], self.numbers, self.spacetime)
 
+    def read_again(self) -> np.ndarray:
+        """Take readings and weights as the misfits have them now, after ``J.update_data()``, and return the readings
+        ``(m,)`` (collective).
+
+        Raises
+        ------
+        InputError
+            On every rank, if anything else has changed that the map depends on.
+        """
+        if self._description is not None:
+            advice = "make the map again, J.parameter_to_observable()"
+            what = "the map from controls to readings was made before an update of data"
+            collectively(self.spacetime.comm, "", require_same_map, self._problem, self._description(), what, advice)
+        self.table.read_again()
+        self.data, self.weights = self.table.values, self.table.weights
+        return self.data
+
     def posterior(
         self, prior: Any = None, noise: Any = None, *, alpha: float = 1.0, mean: Any = None
     ) -> GaussianPosterior:
@@ -254,8 +280,9 @@ class ParameterToObservable(LinearOperator):
         Raises
         ------
         InputError
-            On every rank, if prior, noise or weight do not fit.
+            On every rank, if prior, noise or weight do not fit, or ``J.update_data()`` has read other operators.
         """
+        self.read_again()
         forms = PriorForms(None, None)
         by_default = prior is None or (isinstance(prior, (list, tuple)) and any(one is None for one in prior))
         if by_default and self.regularisation is not None:
