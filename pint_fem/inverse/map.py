@@ -23,14 +23,16 @@ from pint_fem.errors import InputError
 from pint_fem.evolution.control_layout import ControlLayout
 from pint_fem.inverse.files import load_map, require_same_map, save_map
 from pint_fem.inverse.impulse_responses import GROUP, lags_of_block, sequential_responses
+from pint_fem.inverse.inference.sensor_choice import SensorChoice, choose_sensors
 from pint_fem.inverse.memory import allocate_rows, map_bytes, posterior_bytes, state_memory
 from pint_fem.inverse.noise import Noise, make_noise
 from pint_fem.inverse.partition import Partition
+from pint_fem.inverse.per_step.toeplitz import ToeplitzMap, step_map_bytes
 from pint_fem.inverse.posterior import GaussianPosterior
 from pint_fem.inverse.priors import Prior, make_prior
 from pint_fem.inverse.readings import ReadingTable
 from pint_fem.inverse.reduction import ReducedRows, estimated_size
-from pint_fem.inverse.response_rows import collectors, own_readings
+from pint_fem.inverse.response_rows import StepTerm, collectors, own_readings, step_terms
 from pint_fem.inverse.spectra import DataSpace, ParameterSpace, Spectrum
 from pint_fem.propagators.linear import LinearPropagator
 from pint_fem.sweeps.sweeps import Sweeps
@@ -116,6 +118,8 @@ class ParameterToObservable(LinearOperator):
         The readings whose rows this rank in time has, sensor after sensor.
     rows : ndarray, shape (len(numbers), layout.static_size)
         Their rows for the static controls and the initial condition, own columns of this rank in space.
+    steps : ToeplitzMap or None
+        The part of the map for controls with one value per step.
     """
 
     def __init__(
@@ -150,6 +154,7 @@ class ParameterToObservable(LinearOperator):
         self.numbers, self.readings = own_readings(self.table, self.sensors)
         self._state_memory()
         self.rows = allocate_rows(self.spacetime.comm, (len(self.numbers), layout.static_size), folder)
+        self.steps: ToeplitzMap | None = None
         self._description = description
         self._problem = {} if description is None else description()
         if load is not None:
@@ -162,6 +167,8 @@ class ParameterToObservable(LinearOperator):
         """Refuse a map that does not fit the memory of the machines (collective)."""
         ev, advice = self.propagator.evolution, "give fewer readings, a coarser control, or more ranks"
         parts = map_bytes(self, GROUP, lags_of_block(ev.V.mesh().comm, ev.state_size))
+        if ev.per_step:
+            parts["responses of steps"] = step_map_bytes(self.propagator, self.table, self.sensors, self.layout)
         if not self.on_disk:
             advice += ", or rows='file' and path=, a folder on a disk"
         state_memory(self, parts, f"{self.table.size} rows of the map from controls to readings", advice)
@@ -171,15 +178,21 @@ class ParameterToObservable(LinearOperator):
         ev = self.propagator.evolution
         lags = int(self.table.point.max(initial=0)) + (ev.initial_control is not None)
 
-        def sweep() -> None:
+        def sweep() -> list[StepTerm]:
+            terms = step_terms(self.propagator, len(self.sensors), lags)
             for first in range(0, len(self.sensors), GROUP):
-                sensors, readings = self.sensors[first : first + GROUP], self.readings[first : first + GROUP]
-                found, self._steps = collectors(self.propagator, readings, self.rows, lags)
-                for block in sequential_responses(self.propagator, self.table.impulses(sensors), lags):
+                group = slice(first, first + GROUP)
+                parts = [term.responses[group] for term in terms]
+                found = collectors(self.propagator, self.readings[group], self.rows, parts)
+                impulses = self.table.impulses(self.sensors[group])
+                for block in sequential_responses(self.propagator, impulses, lags):
                     for collector in found:
                         collector.add(block)
+            return terms
 
-        collectively(self.spacetime.comm, "map from controls to readings", sweep)
+        terms = collectively(self.spacetime.comm, "map from controls to readings", sweep)
+        if ev.per_step:
+            self.steps = ToeplitzMap(terms, self.table, self.sensors, self.layout)
 
     def save(self, path: str | Path) -> None:
         """Write the map to an HDF5 file, from which ``J.parameter_to_observable(load=path)`` of the same problem makes
@@ -197,12 +210,16 @@ class ParameterToObservable(LinearOperator):
         """``F z`` for several controls ``(k, layout.size)``, ``(k, m)``, on every rank (collective)."""
         out = np.zeros((len(z), self.shape[0]))
         out[:, self.numbers] = z[:, : self.layout.static_size] @ self.rows.T
+        if self.steps is not None:
+            out += self.steps.product(z)
         return self.spacetime.sum_over_grid(out)
 
     def transposed_product(self, y: np.ndarray) -> np.ndarray:
         """``F^T y`` for several data vectors ``(k, m)``, dual vectors ``(k, layout.size)`` (collective over time)."""
         out = np.zeros((len(y), self.layout.size))
         out[:, : self.layout.static_size] = self.spacetime.sum_over_time(y[:, self.numbers] @ self.rows)
+        if self.steps is not None:
+            self.steps.transposed_product(y, out)
         return out
 
     def _matvec(self, x: np.ndarray) -> np.ndarray:
@@ -283,6 +300,49 @@ class ParameterToObservable(LinearOperator):
             On every rank, if prior, noise or weight do not fit, or ``J.update_data()`` has read other operators.
         """
         self.read_again()
+        law, noise = self._laws(prior, noise, mean)
+        return GaussianPosterior(self, law, noise, self._spectrum(law, noise), alpha=alpha)
+
+    def choose_sensors(
+        self,
+        count: int,
+        criterion: str = "A",
+        *,
+        prior: Any = None,
+        noise: Any = None,
+        candidates: Sequence[int] | None = None,
+        inner_product: Any = None,
+    ) -> SensorChoice:
+        """Choose the sensors whose readings determine the controls best, one after another (collective).
+
+        All sensors of the map are candidates, and the readings do not matter.
+
+        Parameters
+        ----------
+        count
+            How many.
+        criterion
+            ``"A"``: the least trace of the posterior covariance; ``"D"``: the most information, which is the least
+            determinant of the covariance.
+        prior, noise
+            As for :meth:`posterior`; the noise of different sensors is independent.
+        candidates
+            Numbers of the sensors to choose from, those of one misfit after the other; default: all.
+        inner_product
+            For ``"A"``: ``"L2"`` or a bilinear form, or a list with one for each control, in which variances are
+            integrated; default: the sum of the variances of the coefficients.
+
+        Raises
+        ------
+        InputError
+            On every rank, if an argument does not fit, the noise couples sensors, or a control has one value per step.
+        """
+        self.read_again()
+        law, noise = self._laws(prior, noise, None)
+        return choose_sensors(self, law, noise, count, criterion, candidates=candidates, product=inner_product)
+
+    def _laws(self, prior: Any, noise: Any, mean: Any) -> tuple[Prior, Noise]:
+        """The prior and the noise that a user describes (collective)."""
         forms = PriorForms(None, None)
         by_default = prior is None or (isinstance(prior, (list, tuple)) and any(one is None for one in prior))
         if by_default and self.regularisation is not None:
@@ -295,10 +355,9 @@ class ParameterToObservable(LinearOperator):
             mean=None if mean is None else self._flat(mean),
             inner=self._inner,
         )
-        noise = collectively(
+        return law, collectively(
             self.spacetime.comm, "", make_noise, noise, self.weights, self.table.sensor, self.table.sensors
         )
-        return GaussianPosterior(self, law, noise, self._spectrum(law, noise), alpha=alpha)
 
     def _spectrum(self, prior: Prior, noise: Noise) -> Spectrum:
         """The spectral decomposition in the smaller one of the spaces of readings and of controls (collective)."""

@@ -72,13 +72,13 @@ def require_readings(called: str, given: dict[str, np.ndarray], sensors: int) ->
     """
     times, data, missing, weight = (given[name] for name in ("times", "readings", "missing readings", "weight"))
     shape = (len(times), sensors)
+    if data.shape != shape:
+        raise InputError(f"readings have shape {data.shape}: give (times, {called}) = {shape}")
     if weight.shape not in ((), shape[1:], shape):
         raise InputError(
             f"{called}: weight of shape {weight.shape}: give a number, one for each of the {called}, {shape[1:]}, or "
             f"one for each reading, {shape}"
         )
-    if data.shape != shape:
-        raise InputError(f"readings have shape {data.shape}: give (times, {called}) = {shape}")
     if not all(np.isfinite(a).all() for name, a in given.items() if name != "weight"):
         raise InputError(
             f"{called}: {', '.join(name for name in given if name not in OF_READINGS)} and readings must be finite "
