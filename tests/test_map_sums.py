@@ -21,7 +21,14 @@ def two(st, **changes):
     q = Function(V, name="source")
     first = posed(st, control=q)
     second = posed(
-        st, control=q, conductivity=0.4, points=POINTS[1:], times=TIMES[1:4], steps=9, tableau=pf.BackwardEuler, **changes
+        st,
+        control=q,
+        conductivity=0.4,
+        points=POINTS[1:],
+        times=TIMES[1:4],
+        steps=9,
+        tableau=pf.BackwardEuler,
+        **changes,
     )
     return first, second
 

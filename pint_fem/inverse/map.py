@@ -158,7 +158,9 @@ class ParameterToObservable(LinearOperator):
         self._description = description
         self._problem = {} if description is None else description()
         if load is not None:
-            self.offset = load_map(self, load, self._problem)
+            terms = self._step_terms()
+            self.offset = load_map(self, load, self._problem, terms)
+            self._add_steps(terms)
             return
         self.offset = offset() if callable(offset) else offset
         self._build()
@@ -173,26 +175,35 @@ class ParameterToObservable(LinearOperator):
             advice += ", or rows='file' and path=, a folder on a disk"
         state_memory(self, parts, f"{self.table.size} rows of the map from controls to readings", advice)
 
+    @property
+    def _lags(self) -> int:
+        return int(self.table.point.max(initial=0)) + (self.propagator.evolution.initial_control is not None)
+
+    def _step_terms(self) -> list[StepTerm]:
+        """The terms of controls with one value per step, with responses of zero (collective over space)."""
+        return step_terms(self.propagator, len(self.sensors), self._lags) if self.layout.evolution.stepwise else []
+
+    def _add_steps(self, terms: list[StepTerm]) -> None:
+        """Set up the products with the responses of controls with one value per step (collective)."""
+        if self.layout.evolution.stepwise:
+            self.steps = ToeplitzMap(terms, self.table, self.sensors, self.layout)
+
     def _build(self) -> None:
         """Compute the rows by the sweep of this rank's sensors (collective)."""
-        ev = self.propagator.evolution
-        lags = int(self.table.point.max(initial=0)) + (ev.initial_control is not None)
 
         def sweep() -> list[StepTerm]:
-            terms = step_terms(self.propagator, len(self.sensors), lags)
+            terms = self._step_terms()
             for first in range(0, len(self.sensors), GROUP):
                 group = slice(first, first + GROUP)
                 parts = [term.responses[group] for term in terms]
                 found = collectors(self.propagator, self.readings[group], self.rows, parts)
                 impulses = self.table.impulses(self.sensors[group])
-                for block in sequential_responses(self.propagator, impulses, lags):
+                for block in sequential_responses(self.propagator, impulses, self._lags):
                     for collector in found:
                         collector.add(block)
             return terms
 
-        terms = collectively(self.spacetime.comm, "map from controls to readings", sweep)
-        if ev.per_step:
-            self.steps = ToeplitzMap(terms, self.table, self.sensors, self.layout)
+        self._add_steps(collectively(self.spacetime.comm, "map from controls to readings", sweep))
 
     def save(self, path: str | Path) -> None:
         """Write the map to an HDF5 file, from which ``J.parameter_to_observable(load=path)`` of the same problem makes
