@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from pint_fem.errors import InputError
-from pint_fem.inverse.noise import make_noise
+from pint_fem.inverse.laws.noise import make_noise
 
 WEIGHTS = np.array([4.0, 1.0, 0.25, 2.0, 8.0])
 GROUPS = np.array([0, 1, 2, 0, 2])  # two times; the reading of sensor 1 at the second one is missing

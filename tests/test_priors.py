@@ -33,9 +33,9 @@ import pint_fem as pf
 from pint_fem.adjoint.riesz import ControlInner
 from pint_fem.errors import InputError
 from pint_fem.evolution.control_layout import ControlLayout
-from pint_fem.inverse.covariance_fields import BilaplacianPrior, OperatorField, gaussian_field
-from pint_fem.inverse.gaussian_fields import DiagonalField, FormField, GaussianField
-from pint_fem.inverse.priors import FieldPrior, ScaledPrior, make_prior
+from pint_fem.inverse.laws.covariance_fields import BilaplacianPrior, OperatorField, gaussian_field
+from pint_fem.inverse.laws.gaussian_fields import DiagonalField, FormField, GaussianField
+from pint_fem.inverse.laws.priors import FieldPrior, ScaledPrior, make_prior
 from pint_fem.kernels.block_operator import ManySolves
 from pint_fem.kernels.lanczos import NotPositive, inverse_root
 from tests.meshes import square
@@ -170,7 +170,7 @@ def test_variances_are_estimated_with_the_stated_error(monkeypatch):
     error = field.variance() / exact - 1
     assert 0.5 < np.sqrt((error**2).mean()) / np.sqrt(2 / 2000) < 1.5
     # in blocks, whose noise differs
-    monkeypatch.setattr("pint_fem.inverse.gaussian_fields._BLOCK", 49 * 100)
+    monkeypatch.setattr("pint_fem.inverse.laws.gaussian_fields._BLOCK", 49 * 100)
     blocks = field.variance(samples=800) / exact - 1
     assert 0.5 < np.sqrt((blocks**2).mean()) / np.sqrt(2 / 800) < 1.5
     assert 49 * [0] != (blocks - error).tolist()
@@ -179,7 +179,7 @@ def test_variances_are_estimated_with_the_stated_error(monkeypatch):
 def test_exact_variances_do_not_depend_on_blocks(monkeypatch):
     space = space_of("CG1", 6)
     whole = gaussian_field(space, form(space), "q").variance()
-    monkeypatch.setattr("pint_fem.inverse.gaussian_fields._BLOCK", 49 * 10)
+    monkeypatch.setattr("pint_fem.inverse.laws.gaussian_fields._BLOCK", 49 * 10)
     np.testing.assert_array_equal(gaussian_field(space, form(space), "q").variance(), whole)
 
 

@@ -9,10 +9,10 @@ with the readings :math:`y_0` at zero controls. Each sensor takes one adjoint sw
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from copy import copy
 from numbers import Real
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from scipy.sparse.linalg import LinearOperator
@@ -23,36 +23,16 @@ from pint_fem.errors import InputError
 from pint_fem.evolution.control_layout import ControlLayout
 from pint_fem.inverse.files import load_map, require_same_map, save_map
 from pint_fem.inverse.impulse_responses import GROUP, lags_of_block, sequential_responses
-from pint_fem.inverse.inference.sensor_choice import SensorChoice, choose_sensors
-from pint_fem.inverse.memory import allocate_rows, map_bytes, posterior_bytes, state_memory
-from pint_fem.inverse.noise import Noise, make_noise
-from pint_fem.inverse.partition import Partition
+from pint_fem.inverse.inversion import Inversion, PriorForms
+from pint_fem.inverse.memory import allocate_rows, map_bytes, state_memory
 from pint_fem.inverse.per_step.toeplitz import ToeplitzMap, step_map_bytes
 from pint_fem.inverse.posterior import GaussianPosterior
-from pint_fem.inverse.priors import Prior, make_prior
 from pint_fem.inverse.readings import ReadingTable
-from pint_fem.inverse.reduction import ReducedRows, estimated_size
 from pint_fem.inverse.response_rows import StepTerm, collectors, own_readings, step_terms
-from pint_fem.inverse.spectra import DataSpace, ParameterSpace, Spectrum
 from pint_fem.propagators.linear import LinearPropagator
 from pint_fem.sweeps.sweeps import Sweeps
 
-__all__ = ["ParameterToObservable", "PriorForms", "require_map"]
-
-
-class PriorForms(NamedTuple):
-    """What the default prior follows from.
-
-    Attributes
-    ----------
-    forms : list of (ufl.Form or None), or None
-        Second derivatives of the regularisation by each control, ``None`` where it is zero or not constant.
-    gradient : ndarray, shape (layout.size,), or None
-        Derivative of the regularisation at zero.
-    """
-
-    forms: list | None
-    gradient: np.ndarray | None
+__all__ = ["ParameterToObservable", "require_map"]
 
 
 def require_map(sweeps: Sweeps) -> LinearPropagator:
@@ -73,7 +53,7 @@ def require_map(sweeps: Sweeps) -> LinearPropagator:
     return propagator
 
 
-class ParameterToObservable(LinearOperator):
+class ParameterToObservable(Inversion, LinearOperator):
     """The map from controls to readings, a ``scipy.sparse.linalg.LinearOperator`` of shape ``(m, layout.size)``.
 
     Vectors of controls are a rank's own part ``(layout.size,)`` of a distributed vector, and ``F.T @ y`` is a dual
@@ -139,7 +119,7 @@ class ParameterToObservable(LinearOperator):
         view: bool | None = None,
     ):
         self.layout, self.spacetime = layout, layout.spacetime
-        self.functions, self.regularisation, self._inner = functions, regularisation, inner
+        self.functions, self.regularisation, self.inner = functions, regularisation, inner
         self.sweeps, self.view, self.on_disk = sweeps, view, folder is not None
         if sweeps is not None:
             self.propagator = require_map(sweeps)
@@ -259,17 +239,6 @@ class ParameterToObservable(LinearOperator):
         """The readings at a control, a function or a flat vector, ``(m,)`` (collective)."""
         return self.offset + self.dot(z)
 
-    # -- inversion -----------------------------------------------------------------------------------------------------
-    @cached_property
-    def partition(self) -> Partition:
-        """Division of parameter vectors among the ranks in time."""
-        return Partition(self.layout)
-
-    @cached_property
-    def reduced(self) -> ReducedRows:
-        """Reduced rows of static controls (collective when first used)."""
-        return ReducedRows(self.rows, [own.rows for own in self.readings], self.numbers, self.spacetime)
-
     def read_again(self) -> np.ndarray:
         """Take readings and weights as the misfits have them now, after ``J.update_data()``, and return the readings
         ``(m,)`` (collective).
@@ -287,102 +256,23 @@ class ParameterToObservable(LinearOperator):
         self.data, self.weights = self.table.values, self.table.weights
         return self.data
 
-    def posterior(
-        self, prior: Any = None, noise: Any = None, *, alpha: float = 1.0, mean: Any = None
-    ) -> GaussianPosterior:
-        """The Gaussian posterior of the controls (collective).
+    def with_readings(self, table: ReadingTable, offset: np.ndarray, regularisation: Callable | None, *, same: bool):
+        """The map with other readings of the same sensors at the same times, which shares its rows (collective).
 
         Parameters
         ----------
-        prior
-            The controls' prior, as :func:`~pint_fem.inverse.priors.make_prior` takes it; default: that of the
-            functional's regularisation, so that the posterior's mean minimises the functional.
-        noise
-            The readings' noise, as :func:`~pint_fem.inverse.noise.make_noise` takes it; default: that of the misfits'
-            weights.
-        alpha
-            Weight of the prior: a factor of its precision.
-        mean
-            The prior's mean, as controls or a flat vector; default: the minimiser of the regularisation, or zero.
-
-        Raises
-        ------
-        InputError
-            On every rank, if prior, noise or weight do not fit, or ``J.update_data()`` has read other operators.
+        table, offset, regularisation
+            The readings, those at zero controls, and what the default prior follows from.
+        same : bool
+            Whether the regularisation and the weights of the readings are those of this map, so that the posterior has
+            the same spectrum.
         """
-        self.read_again()
-        law, noise = self._laws(prior, noise, mean)
-        return GaussianPosterior(self, law, noise, self._spectrum(law, noise), alpha=alpha)
-
-    def choose_sensors(
-        self,
-        count: int,
-        criterion: str = "A",
-        *,
-        prior: Any = None,
-        noise: Any = None,
-        candidates: Sequence[int] | None = None,
-        inner_product: Any = None,
-    ) -> SensorChoice:
-        """Choose the sensors whose readings determine the controls best, one after another (collective).
-
-        All sensors of the map are candidates, and the readings do not matter.
-
-        Parameters
-        ----------
-        count
-            How many.
-        criterion
-            ``"A"``: the least trace of the posterior covariance; ``"D"``: the most information, which is the least
-            determinant of the covariance.
-        prior, noise
-            As for :meth:`posterior`; the noise of different sensors is independent.
-        candidates
-            Numbers of the sensors to choose from, those of one misfit after the other; default: all.
-        inner_product
-            For ``"A"``: ``"L2"`` or a bilinear form, or a list with one for each control, in which variances are
-            integrated; default: the sum of the variances of the coefficients.
-
-        Raises
-        ------
-        InputError
-            On every rank, if an argument does not fit, the noise couples sensors, or a control has one value per step.
-        """
-        self.read_again()
-        law, noise = self._laws(prior, noise, None)
-        return choose_sensors(self, law, noise, count, criterion, candidates=candidates, product=inner_product)
-
-    def _laws(self, prior: Any, noise: Any, mean: Any) -> tuple[Prior, Noise]:
-        """The prior and the noise that a user describes (collective)."""
-        forms = PriorForms(None, None)
-        by_default = prior is None or (isinstance(prior, (list, tuple)) and any(one is None for one in prior))
-        if by_default and self.regularisation is not None:
-            forms = self.regularisation()
-        law = make_prior(
-            prior,
-            self.layout,
-            regularisation_forms=forms.forms,
-            regularisation_gradient=forms.gradient,
-            mean=None if mean is None else self._flat(mean),
-            inner=self._inner,
-        )
-        return law, collectively(
-            self.spacetime.comm, "", make_noise, noise, self.weights, self.table.sensor, self.table.sensors
-        )
-
-    def _spectrum(self, prior: Prior, noise: Noise) -> Spectrum:
-        """The spectral decomposition in the smaller one of the spaces of readings and of controls (collective)."""
-        unknowns = int(self.spacetime.space_comm.allreduce(self.layout.static_size))
-        few = unknowns <= self.table.sensors
-        if few or unknowns <= estimated_size(self.rows, [own.rows for own in self.readings], self.spacetime):
-            self._state_posterior_memory(int(self.spacetime.comm.allreduce(len(self.partition.own))), data_space=False)
-            return ParameterSpace(self, prior, noise, self.partition)
-        self._state_posterior_memory(self.reduced.size, data_space=True)
-        covered = prior.covariance(self.reduced.C, shared=False)
-        return DataSpace(self.reduced, covered, noise, self.partition)
-
-    def _state_posterior_memory(self, modes: int, *, data_space: bool) -> None:
-        """Refuse a posterior that does not fit the memory of the machines (collective)."""
-        parts = posterior_bytes(self, modes, data_space=data_space)
-        what = f"the posterior in the space of {modes} {'combinations of readings' if data_space else 'controls'}"
-        state_memory(self, parts, what, "give fewer readings, a coarser control, or more ranks")
+        made = copy(self)
+        made.table, made.offset, made.regularisation = table, offset, regularisation
+        made.data, made.weights = table.values, table.weights
+        if self._description is not None and not same:
+            made._problem = self._description()
+        found = vars(made).pop("default_posterior", None)
+        if same and found is not None:
+            made.default_posterior = GaussianPosterior(made, found.prior, found.noise, found.spectrum)
+        return made

@@ -21,8 +21,8 @@ from mpi4py import MPI
 from pint_fem.collective import collectively, require_same
 from pint_fem.errors import InputError
 from pint_fem.inverse.inference.regularisation_choice import RegularisationCurve, RegularisedFit, choose_alpha
-from pint_fem.inverse.noise import Noise
-from pint_fem.inverse.priors import Prior
+from pint_fem.inverse.laws.noise import Noise
+from pint_fem.inverse.laws.priors import Prior
 from pint_fem.inverse.spectra import Spectrum
 
 if TYPE_CHECKING:

@@ -32,9 +32,9 @@ from scipy.linalg import cholesky, eigh, solve_triangular
 
 from pint_fem.collective import collectively
 from pint_fem.errors import SolverFailure
-from pint_fem.inverse.noise import Noise
+from pint_fem.inverse.laws.noise import Noise
+from pint_fem.inverse.laws.priors import Prior
 from pint_fem.inverse.partition import Partition
-from pint_fem.inverse.priors import Prior
 from pint_fem.inverse.reduction import ReducedRows
 
 if TYPE_CHECKING:

@@ -32,9 +32,9 @@ from scipy.linalg import cholesky, solve_triangular
 from pint_fem.all_at_once.grids import is_integer
 from pint_fem.collective import collectively, require_same
 from pint_fem.errors import InputError
-from pint_fem.inverse.gaussian_fields import EXACT
-from pint_fem.inverse.noise import Noise
-from pint_fem.inverse.priors import Prior, make_prior
+from pint_fem.inverse.laws.gaussian_fields import EXACT
+from pint_fem.inverse.laws.noise import Noise
+from pint_fem.inverse.laws.priors import Prior, make_prior
 
 if TYPE_CHECKING:
     from pint_fem.inverse.map import ParameterToObservable

@@ -7,7 +7,7 @@ one of
 * diagonal (:class:`DiagonalField`), as for a real number;
 * a Riesz map (:class:`MapField`).
 
-Further ones are in :mod:`pint_fem.inverse.covariance_fields`.
+Further ones are in :mod:`pint_fem.inverse.laws.covariance_fields`.
 
 Samples are :math:`S w` with white noise ``w`` and any ``S`` with :math:`S S^T = Q^{-1}`. Where a matrix has triangular
 factors for the kernels on lanes, :math:`Q = P^T L D L^T P`, ``S`` is the half solve :math:`P^T L^{-T} D^{-1/2}`. All
