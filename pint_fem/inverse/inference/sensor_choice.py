@@ -209,7 +209,7 @@ def choose_sensors(
     among = _numbers(range(sensors) if candidates is None else candidates, sensors)
     if not is_integer(count) or not 0 < count <= len(among):
         raise InputError(f"choose_sensors: count = {count!r}: give a whole number from 1 to {len(among)}")
-    if F.layout.size > F.layout.static_size:
+    if F.layout.evolution.stepwise:
         raise InputError(
             "choose_sensors: there are controls with one value per step: it is for static controls and initial "
             "conditions"

@@ -49,7 +49,7 @@ SAMPLES = 2000
 """Samples of which larger variances are estimates."""
 _SINGULAR = 1e-14
 """Smallest eigenvalue of a regular matrix, scaled to a diagonal of ones."""
-_BLOCK = 1e7  # numbers in the columns of the identity at a time
+_BLOCK = 5e5  # numbers in the columns of the identity at a time
 
 _REMEDY = (
     "add a multiple of the mass, such as 1e-2*inner(a, b)*dx in a bilinear form or 0.5e-2*inner(q, q)*dx in the "
