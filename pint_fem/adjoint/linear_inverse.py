@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from copy import copy
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +18,7 @@ from pint_fem.adjoint.minimisation.method_choice import choose_method
 from pint_fem.adjoint.problem import ReducedProblem
 from pint_fem.collective import all_ranks, collectively, on_first_rank, require_same
 from pint_fem.errors import InputError
+from pint_fem.inverse.inference.prediction import require_predictions
 from pint_fem.inverse.inversion import PriorForms
 from pint_fem.inverse.map import ParameterToObservable, require_map
 from pint_fem.inverse.memory import require_rows_argument
@@ -55,7 +58,12 @@ class LinearInverse:
     """
 
     def parameter_to_observable(
-        self, *, load: str | Path | None = None, rows: str = "memory", path: str | Path | None = None
+        self,
+        *,
+        load: str | Path | None = None,
+        rows: str = "memory",
+        path: str | Path | None = None,
+        predict: SensorReadings | Sequence[SensorReadings] = (),
     ) -> ParameterToObservable:
         """Return the map from controls to readings as a matrix, by one adjoint sweep per sensor (collective).
 
@@ -73,6 +81,10 @@ class LinearInverse:
             ``"memory"``, or ``"file"``: the rows of each rank are then in a file without a name in the folder ``path``,
             for maps that are larger than the memory. What fits no machine is refused before the sweep; the time
             solver's option ``view`` prints the memory that is needed.
+        predict
+            ``PointSensors`` and ``LinearObservations`` of which nothing is measured, and the values do not matter:
+            readings at points and times without sensors, averages and fluxes, which a posterior predicts without
+            another sweep (``posterior.predict()``). Their rows are computed also with ``load``, and are in memory.
 
         Raises
         ------
@@ -83,7 +95,7 @@ class LinearInverse:
         with stop_annotating():
             require_rows_argument(self.spacetime.comm, rows, path)
             problem = collectively(self.spacetime.comm, "", _require_readings, self)
-            return ParameterToObservable(
+            F = ParameterToObservable(
                 problem.sweeps,
                 problem.layout,
                 problem.misfits,
@@ -95,6 +107,10 @@ class LinearInverse:
                 load=load,
                 folder=path,
             )
+            named = collectively(self.spacetime.comm, "", require_predictions, predict)
+            if named:
+                F.predictions = _predictions(problem, named, functions=self)
+            return F
 
     def on_map(self, F: ParameterToObservable | None = None) -> MapFunctional:
         """Return the functional on its map, with all methods that minimise it and none that sweeps (collective).
@@ -215,15 +231,35 @@ class CachedMap:
         return same and all_ranks(problem.spacetime.comm, np.array_equal(table.impulses(F.sensors), self._impulses))
 
 
-def _readings_at_zero(problem: ReducedProblem) -> np.ndarray:
-    """The readings at zero controls, ``(m,)``; without a sweep where the state is zero then."""
+def _predictions(problem: ReducedProblem, named: list[SensorReadings], functions: LinearInverse) -> Any:
+    """The map to readings without data (collective)."""
+    sensors = [copy(one) for one in named]
+    for one in sensors:
+        ev, spacetime = problem.sweeps.evolution, problem.spacetime
+        collectively(spacetime.comm, "predict", one.bind, ev, spacetime, problem.sweeps.slab)
+    offset = partial(_readings_at_zero, problem, sensors)
+    return ParameterToObservable(problem.sweeps, problem.layout, sensors, offset, functions=functions)
+
+
+def _readings_at_zero(problem: ReducedProblem, sensors: Sequence[SensorReadings] | None = None) -> np.ndarray:
+    """The readings at zero controls, ``(m,)``, those of the problem's misfits or of other sensors; without a sweep
+    where the state is zero then.
+    """
+    misfits = problem.misfits if sensors is None else sensors
     initial = problem.sweeps.evolution.initial_control is None and problem.sweeps.initial.any()
     moved = not problem.sweeps.evolution.is_homogeneous or initial
     if not problem.spacetime.comm.allreduce(int(moved)):
-        return np.zeros(sum(int(misfit.present.sum()) for misfit in problem.misfits))
+        return np.zeros(sum(int(misfit.present.sum()) for misfit in misfits))
     z = np.zeros(problem.layout.size)
-    observed = [problem.observations(z, misfit) for misfit in problem.misfits]
-    pairs = zip(problem.misfits, observed, strict=True)
+    if sensors is None:
+        observed = [problem.observations(z, misfit) for misfit in misfits]
+    else:
+        observed = [np.zeros((problem.sweeps.slab.k + 1, misfit.width)) for misfit in misfits]
+        for first, U in problem.states(z):
+            points = slice(first, first + len(U))
+            for Y, misfit in zip(observed, misfits, strict=True):
+                Y[points] = misfit.observe(points, U)
+    pairs = zip(misfits, observed, strict=True)
     return np.concatenate([misfit.readings(Y)[misfit.present] for misfit, Y in pairs])
 
 
