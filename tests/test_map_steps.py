@@ -118,3 +118,15 @@ def test_products_are_the_readings_of_a_plain_loop():
     n, s, theta = table.point, table.sensor, table.theta
     expected = theta * at_points[n, s] + (1 - theta) * at_points[n - 1, s]
     np.testing.assert_allclose(F.predict(z), expected, rtol=0, atol=1e-12 * np.abs(expected).max())
+
+
+@pytest.mark.parallel([1, 2])
+def test_a_saved_map_is_loaded_on_another_number_of_ranks(tmp_path):
+    path = COMM.bcast(tmp_path / "map.h5")
+    made = functional(pf.SpaceTime(), steps=5).parameter_to_observable()
+    made.save(path)
+    J = functional(pf.SpaceTime("1x1", comm=MPI.COMM_SELF), steps=5)
+    F, z = J.parameter_to_observable(load=path), vectors(J, 1)
+    expected = swept(J, z[0])
+    np.testing.assert_allclose(F.predict(z[0]), expected, rtol=0, atol=1e-12 * np.abs(expected).max())
+    made.spacetime.comm.barrier()

@@ -1,6 +1,7 @@
 """Maps from controls to readings in HDF5 files, written and read by all ranks.
 
-The file has the readings at zero controls and, for each static control, one row per reading, sensor after sensor. Each
+The file has the readings at zero controls and, for each static control, one row per reading, sensor after sensor; for
+each control with one value per step and each term of its load, one row per sensor and lag. Each
 rank writes the rows of its own sensors and the columns of its own unknowns, and reads those that it owns in the run
 that loads the file, so that nothing is gathered and the number of ranks in time may be another. A file is complete or
 not there, and each row has a checksum (:mod:`pint_fem.array_file`).
@@ -11,7 +12,7 @@ stored, and a file of another problem is refused. What was measured, noise and r
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,7 +25,8 @@ from pint_fem.array_file import Piece, Place, read_head, read_part, write_file
 from pint_fem.collective import collectively, on_first_rank
 from pint_fem.digests import differences
 from pint_fem.errors import InputError
-from pint_fem.kernels.arrays import own_size
+from pint_fem.inverse.response_rows import StepTerm
+from pint_fem.kernels.arrays import own_size, split_values
 
 if TYPE_CHECKING:
     from pint_fem.inverse.map import ParameterToObservable
@@ -64,6 +66,11 @@ def save_map(F: ParameterToObservable, path: str | Path, numbers: Mapping) -> No
 
     pieces = [Piece("offset", _offset_place(F), F.offset if comm.rank == 0 else None)]
     pieces += [Piece(name, place, F.layout.part(F.rows, control)) for name, control, place in _places(F)]
+    if F.steps is not None:
+        pieces += [
+            Piece(name, place, np.ascontiguousarray(responses).reshape(-1, responses.shape[-1]))
+            for name, responses, place in _step_places(F, F.steps.terms)
+        ]
     head = {"version": _VERSION, "what": _WHAT, "problem": dict(numbers)}
     on_first_rank(comm, "", checked)
     try:
@@ -72,8 +79,9 @@ def save_map(F: ParameterToObservable, path: str | Path, numbers: Mapping) -> No
         lock.release()
 
 
-def load_map(F: ParameterToObservable, path: str | Path, numbers: Mapping) -> np.ndarray:
-    """Read the own rows of a map into ``F.rows``, and return the readings at zero controls ``(m,)`` (collective).
+def load_map(F: ParameterToObservable, path: str | Path, numbers: Mapping, terms: Sequence[StepTerm]) -> np.ndarray:
+    """Read the own rows of a map into ``F.rows`` and the own responses into those of ``terms``, and return the readings
+    at zero controls ``(m,)`` (collective).
 
     Parameters
     ----------
@@ -83,6 +91,8 @@ def load_map(F: ParameterToObservable, path: str | Path, numbers: Mapping) -> np
         The file.
     numbers
         Description of the problem of this run.
+    terms
+        Terms of controls with one value per step.
 
     Raises
     ------
@@ -90,7 +100,7 @@ def load_map(F: ParameterToObservable, path: str | Path, numbers: Mapping) -> np
         On every rank, if the file cannot be read, is damaged, is no map or that of another problem; the message names
         the differences.
     """
-    path, places = Path(path), _places(F)
+    path, places, step_places = Path(path), _places(F), list(_step_places(F, terms))
 
     def read() -> np.ndarray:
         advice = "give another file, or make the map again"
@@ -103,6 +113,8 @@ def load_map(F: ParameterToObservable, path: str | Path, numbers: Mapping) -> np
             require_same_map(head["problem"], numbers, f"{_WHAT} {path} is that of another problem", advice)
             for name, control, place in places:
                 F.layout.part(F.rows, control)[...] = read_part(file, name, place)
+            for name, responses, place in step_places:
+                responses[...] = read_part(file, name, place).reshape(responses.shape)
             return read_part(file, "offset", _offset_place(F))
 
     return collectively(F.spacetime.comm, "", read)
@@ -156,3 +168,20 @@ def _each_place(F: ParameterToObservable) -> Iterator[tuple[str, Function, Place
             shape = (F.table.size, space.dof_dset.layout_vec.getSize())
             columns = slice(start, start + own_size(space))
             yield f"rows/{i}", control, Place(shape, (rows, columns), (spacetime.space_comm.rank, spacetime.space_size))
+
+
+def _step_places(F: ParameterToObservable, terms: Sequence[StepTerm]) -> Iterator[tuple[str, np.ndarray, Place]]:
+    """Of each term and each control with one value per step its name in the file, views of this rank's responses
+    ``(sensors, lags, own columns)``, and the place of these, one row per sensor and lag (collective).
+    """
+    spacetime, ev = F.spacetime, F.layout.evolution
+    stepwise = [c for c in ev.parameters if c in ev.stepwise]
+    for number, term in enumerate(terms):
+        sensors, lags, _ = term.responses.shape
+        first = (spacetime.time_comm.exscan(sensors) or 0) * lags
+        for i, (control, part) in enumerate(zip(stepwise, split_values(term.responses, stepwise), strict=True)):
+            layout = control.function_space().dof_dset.layout_vec
+            start, end = layout.getOwnershipRange()
+            where = slice(first, first + sensors * lags), slice(start, end)
+            shape = (F.table.sensors * lags, layout.getSize())
+            yield f"steps/{number}/{i}", part, Place(shape, where, (spacetime.space_comm.rank, spacetime.space_size))

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from numbers import Real
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from pint_fem.collective import collectively
+from pint_fem.collective import collectively, require_same
 from pint_fem.errors import InputError
 from pint_fem.evolution.control_layout import ControlLayout
 from pint_fem.inverse.inference.sensor_choice import SensorChoice, choose_sensors
 from pint_fem.inverse.laws.noise import Noise, make_noise
 from pint_fem.inverse.laws.priors import Prior, make_prior
-from pint_fem.inverse.memory import posterior_bytes, state_memory
 from pint_fem.inverse.partition import Partition
+from pint_fem.inverse.per_step.spectrum_choice import choose_spectrum
+from pint_fem.inverse.per_step.toeplitz import ToeplitzMap
 from pint_fem.inverse.posterior import GaussianPosterior
 from pint_fem.inverse.readings import ReadingTable
-from pint_fem.inverse.reduction import ReducedRows, estimated_size
+from pint_fem.inverse.reduction import ReducedRows
 from pint_fem.inverse.response_rows import SensorReadingRows
-from pint_fem.inverse.spectra import DataSpace, ParameterSpace, Spectrum
 from pint_fem.spacetime import SpaceTime
 
 __all__ = ["Inversion", "PriorForms"]
@@ -51,6 +52,7 @@ class Inversion:
     table: ReadingTable
     readings: list[SensorReadingRows]
     numbers: np.ndarray
+    steps: ToeplitzMap | None
     rows: np.ndarray
     weights: np.ndarray
     functions: Any
@@ -68,7 +70,13 @@ class Inversion:
         return ReducedRows(self.rows, [own.rows for own in self.readings], self.numbers, self.spacetime)
 
     def posterior(
-        self, prior: Any = None, noise: Any = None, *, alpha: float = 1.0, mean: Any = None
+        self,
+        prior: Any = None,
+        noise: Any = None,
+        *,
+        alpha: float = 1.0,
+        mean: Any = None,
+        tolerance: float = 1e-6,
     ) -> GaussianPosterior:
         """The Gaussian posterior of the controls (collective).
 
@@ -78,20 +86,27 @@ class Inversion:
             The controls' prior, as :func:`~pint_fem.inverse.laws.priors.make_prior` takes it; default: that of the
             functional's regularisation, so that the posterior's mean minimises the functional.
         noise
-            The readings' noise, as :func:`~pint_fem.inverse.laws.noise.make_noise` takes it; default: that of the misfits'
-            weights.
+            The readings' noise, as :func:`~pint_fem.inverse.laws.noise.make_noise` takes it; default: that of the
+            misfits' weights.
         alpha
             Weight of the prior: a factor of its precision.
         mean
             The prior's mean, as controls or a flat vector; default: the minimiser of the regularisation, or zero.
+        tolerance
+            Where there are too many readings and controls for dense matrices: the bound of eigenvalues of the misfit's
+            Hessian relative to the prior that may be left out. An estimate of the largest one of these is
+            ``posterior.spectrum.remainder``.
 
         Raises
         ------
         InputError
-            On every rank, if prior, noise or weight do not fit.
+            On every rank, if prior, noise, weight or tolerance do not fit.
         """
+        require_same(self.spacetime.comm, tolerance=tolerance)
+        if not isinstance(tolerance, Real) or not 0 < tolerance < np.inf:
+            raise InputError(f"posterior: tolerance = {tolerance!r}: give a positive number, such as 1e-6")
         law, noise = self._laws(prior, noise, mean)
-        return GaussianPosterior(self, law, noise, self._spectrum(law, noise), alpha=alpha)
+        return GaussianPosterior(self, law, noise, choose_spectrum(self, law, noise, tolerance), alpha=alpha)
 
     def choose_sensors(
         self,
@@ -180,20 +195,3 @@ class Inversion:
         if self.functions is None:
             raise InputError("minimize: the map has no functional with a regularisation: use posterior(prior=...).x")
         return self.functions.on_map(self).minimize(start, **options)
-
-    def _spectrum(self, prior: Prior, noise: Noise) -> Spectrum:
-        """The spectral decomposition in the smaller one of the spaces of readings and of controls (collective)."""
-        unknowns = int(self.spacetime.space_comm.allreduce(self.layout.static_size))
-        few = unknowns <= self.table.sensors
-        if few or unknowns <= estimated_size(self.rows, [own.rows for own in self.readings], self.spacetime):
-            self._state_posterior_memory(int(self.spacetime.comm.allreduce(len(self.partition.own))), data_space=False)
-            return ParameterSpace(self, prior, noise, self.partition)
-        self._state_posterior_memory(self.reduced.size, data_space=True)
-        covered = prior.covariance(self.reduced.C, shared=False)
-        return DataSpace(self.reduced, covered, noise, self.partition)
-
-    def _state_posterior_memory(self, modes: int, *, data_space: bool) -> None:
-        """Refuse a posterior that does not fit the memory of the machines (collective)."""
-        parts = posterior_bytes(self, modes, data_space=data_space)
-        what = f"the posterior in the space of {modes} {'combinations of readings' if data_space else 'controls'}"
-        state_memory(self, parts, what, "give fewer readings, a coarser control, or more ranks")

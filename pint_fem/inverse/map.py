@@ -222,7 +222,9 @@ class ParameterToObservable(Inversion, LinearOperator):
         """The readings at a control, a function or a flat vector, ``(m,)`` (collective)."""
         return self.offset + self.dot(z)
 
-    def with_readings(self, table: ReadingTable, offset: np.ndarray, regularisation: Callable | None, *, same: bool):
+    def with_readings(
+        self, table: ReadingTable, offset: np.ndarray, regularisation: Callable | None, *, same: bool
+    ) -> ParameterToObservable:
         """The map with other readings of the same sensors at the same times, which shares its rows (collective).
 
         Parameters

@@ -172,8 +172,9 @@ def inverse_root(
     Notes
     -----
     E. Chow, Y. Saad, Preconditioned Krylov subspace methods for sampling multivariate Gaussian distributions, SIAM J.
-    Sci. Comput. 36 (2014) A588-A608. The bound follows from :math:`A^{-1/2} = \frac{2}{\pi} \int_0^\infty (A + s^2)^{-1}
-    ds`, as the residual of conjugate gradients for ``A + s^2`` is a multiple of :math:`r_m` that is no longer than it.
+    Sci. Comput. 36 (2014) A588-A608. The bound follows from :math:`A^{-1/2} = \frac{2}{\pi} \int_0^\infty (A +
+    s^2)^{-1} ds`, as the residual of conjugate gradients for ``A + s^2`` is a multiple of :math:`r_m` that is no longer
+    than it.
     """
     norms = np.sqrt(dot(rows, rows))
     start = rows / np.where(norms > 0, norms, 1.0)[:, None]

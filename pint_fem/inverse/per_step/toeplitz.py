@@ -183,7 +183,7 @@ class ToeplitzMap:
         self.sensors = [sensors] if comm.size == 1 else comm.allgather(sensors)
         self.lags = max(1, int(table.point.max(initial=0)))
         self._length = next_fast_len(2 * self.lags - 1, real=True)
-        self._readings = reading_matrix(table, self.lags)
+        self.readings = reading_matrix(table, self.lags)
         self._kernels = [self._transformed(term) for term in terms]
 
     def _transformed(self, term: StepTerm) -> tuple[np.ndarray | None, np.ndarray, np.ndarray]:
@@ -222,7 +222,7 @@ class ToeplitzMap:
                 transforms = rfft(part, n=self._length, axis=1)
                 total += transforms.transpose(1, 0, 2) @ kernel.transpose(0, 2, 1)
             values = irfft(total, n=self._length, axis=0)[: self.lags]
-            out[batch] = (self._readings @ values.transpose(0, 2, 1).reshape(-1, len(Z))).T
+            out[batch] = (self.readings @ values.transpose(0, 2, 1).reshape(-1, len(Z))).T
         return out
 
     def transposed_product(self, y: np.ndarray, out: np.ndarray) -> None:
@@ -230,7 +230,7 @@ class ToeplitzMap:
         layout.size)`` (collective over time).
         """
         for batch in self._batches(len(y)):
-            Y = self._readings.T @ y[batch].T
+            Y = self.readings.T @ y[batch].T
             Y = Y.reshape(self.lags, self.table.sensors, -1).transpose(0, 2, 1)
             transforms = rfft(Y, n=self._length, axis=0).conj()
             columns = np.zeros((Y.shape[1], self.layout.slab.nsteps, self.columns.width))
