@@ -8,6 +8,8 @@ back to the common controls (:mod:`pint_fem.inverse.sums`).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from copy import copy
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -28,7 +30,15 @@ from pint_fem.misfits.sensor_readings import SensorReadings
 if TYPE_CHECKING:
     from pint_fem.adjoint.functional import ControlFunctional
 
-__all__ = ["EvolutionPath", "evolution_paths", "make_map", "prior_forms", "readings_at_zero", "require_readings"]
+__all__ = [
+    "EvolutionPath",
+    "evolution_paths",
+    "make_map",
+    "map_of_predictions",
+    "prior_forms",
+    "readings_at_zero",
+    "require_readings",
+]
 
 
 class EvolutionPath(NamedTuple):
@@ -86,7 +96,9 @@ def require_readings(functional: ControlFunctional) -> list[EvolutionPath]:
     return paths
 
 
-def make_map(functional: ControlFunctional, *, load: str | Path | None, folder: str | Path | None):
+def make_map(
+    functional: ControlFunctional, *, load: str | Path | None, folder: str | Path | None
+) -> ParameterToObservable:
     """Return the map of a functional (collective); arguments and errors are those of ``parameter_to_observable``."""
     problem = functional.problem
     paths = collectively(problem.spacetime.comm, "", require_readings, functional)
@@ -120,15 +132,40 @@ def _leaf_map(own: EvolutionPath, folder: str | Path | None, sensors: np.ndarray
     return _map_of(own.problem, folder=folder, sensors=sensors)
 
 
-def readings_at_zero(problem: ReducedProblem) -> np.ndarray:
-    """The readings at zero controls, ``(m,)``; without a sweep where the state is zero then."""
+def map_of_predictions(functional: ControlFunctional, named: Sequence[SensorReadings]) -> ParameterToObservable:
+    """Return the map to readings without data (collective); ``InputError`` is raised for several evolutions."""
+    problem = functional.problem
+    if not isinstance(problem, ReducedProblem):
+        raise InputError(
+            "predict: the functional is a sum, a multiple or has an initial condition that is an expression of controls: "
+            "give predict= to the functional of one evolution with the initial condition as a control"
+        )
+    sensors, spacetime = [copy(one) for one in named], problem.spacetime
+    for one in sensors:
+        collectively(spacetime.comm, "predict", one.bind, problem.sweeps.evolution, spacetime, problem.sweeps.slab)
+    offset = partial(readings_at_zero, problem, sensors)
+    return ParameterToObservable(problem.sweeps, problem.layout, sensors, offset, functions=functional)
+
+
+def readings_at_zero(problem: ReducedProblem, sensors: Sequence[SensorReadings] | None = None) -> np.ndarray:
+    """The readings at zero controls, ``(m,)``, those of the problem's misfits or of other sensors; without a sweep
+    where the state is zero then.
+    """
+    misfits = problem.misfits if sensors is None else sensors
     initial = problem.sweeps.evolution.initial_control is None and problem.sweeps.initial.any()
     moved = not problem.sweeps.evolution.is_homogeneous or initial
     if not problem.spacetime.comm.allreduce(int(moved)):
-        return np.zeros(sum(int(misfit.present.sum()) for misfit in problem.misfits))
+        return np.zeros(sum(int(misfit.present.sum()) for misfit in misfits))
     z = np.zeros(problem.layout.size)
-    observed = [problem.observations(z, misfit) for misfit in problem.misfits]
-    pairs = zip(problem.misfits, observed, strict=True)
+    if sensors is None:
+        observed = [problem.observations(z, misfit) for misfit in misfits]
+    else:
+        observed = [np.zeros((problem.sweeps.slab.k + 1, misfit.width)) for misfit in misfits]
+        for first, U in problem.states(z):
+            points = slice(first, first + len(U))
+            for Y, misfit in zip(observed, misfits, strict=True):
+                Y[points] = misfit.observe(points, U)
+    pairs = zip(misfits, observed, strict=True)
     return np.concatenate([misfit.readings(Y)[misfit.present] for misfit, Y in pairs])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from pyadjoint.tape import stop_annotating
 
-from pint_fem.adjoint.composed_map import make_map, prior_forms, readings_at_zero, require_readings
+from pint_fem.adjoint.composed_map import make_map, map_of_predictions, prior_forms, readings_at_zero, require_readings
 from pint_fem.adjoint.minimisation.bounds_and_constraints import Controls
 from pint_fem.adjoint.minimisation.map_problem import MapFunctional, trust_region_options
 from pint_fem.adjoint.minimisation.method_choice import choose_method
 from pint_fem.adjoint.problem import ReducedProblem
 from pint_fem.collective import all_ranks, collectively, on_first_rank, require_same
 from pint_fem.errors import InputError
+from pint_fem.inverse.inference.prediction import require_predictions
 from pint_fem.inverse.map import ParameterToObservable
 from pint_fem.inverse.memory import require_rows_argument
 from pint_fem.inverse.readings import ReadingTable
@@ -46,7 +48,12 @@ class LinearInverse:
     """
 
     def parameter_to_observable(
-        self, *, load: str | Path | None = None, rows: str = "memory", path: str | Path | None = None
+        self,
+        *,
+        load: str | Path | None = None,
+        rows: str = "memory",
+        path: str | Path | None = None,
+        predict: SensorReadings | Sequence[SensorReadings] = (),
     ) -> ParameterToObservable:
         """Return the map from controls to readings as a matrix, by one adjoint sweep per sensor (collective).
 
@@ -65,6 +72,10 @@ class LinearInverse:
             ``"memory"``, or ``"file"``: the rows of each rank are then in a file without a name in the folder ``path``,
             for maps that are larger than the memory. What fits no machine is refused before the sweep; the time
             solver's option ``view`` prints the memory that is needed.
+        predict
+            ``PointSensors`` and ``LinearObservations`` of which nothing is measured, and the values do not matter:
+            readings at points and times without sensors, averages and fluxes, which a posterior predicts without
+            another sweep (``posterior.predict()``). Their rows are computed also with ``load``, and are in memory.
 
         Raises
         ------
@@ -74,7 +85,11 @@ class LinearInverse:
         """
         with stop_annotating():
             require_rows_argument(self.spacetime.comm, rows, path)
-            return make_map(self, load=load, folder=path)
+            named = collectively(self.spacetime.comm, "", require_predictions, predict)
+            F = make_map(self, load=load, folder=path)
+            if named:
+                F.predictions = map_of_predictions(self, named)
+            return F
 
     def on_map(self, F: ParameterToObservable | None = None) -> MapFunctional:
         """Return the functional on its map, with all methods that minimise it and none that sweeps (collective).

@@ -100,6 +100,8 @@ class ParameterToObservable(Inversion, LinearOperator):
         Their rows for the static controls and the initial condition, own columns of this rank in space.
     steps : ToeplitzMap or None
         The part of the map for controls with one value per step.
+    predictions : ParameterToObservable or None
+        The map to readings without data, for ``posterior.predict()``.
     """
 
     def __init__(
@@ -135,6 +137,7 @@ class ParameterToObservable(Inversion, LinearOperator):
         self._state_memory()
         self.rows = allocate_rows(self.spacetime.comm, (len(self.numbers), layout.static_size), folder)
         self.steps: ToeplitzMap | None = None
+        self.predictions: ParameterToObservable | None = None
         self._description = description
         self._problem = {} if description is None else description()
         if load is not None:
