@@ -137,8 +137,8 @@ def map_of_predictions(functional: ControlFunctional, named: Sequence[SensorRead
     problem = functional.problem
     if not isinstance(problem, ReducedProblem):
         raise InputError(
-            "predict: the functional is a sum, a multiple or has an initial condition that is an expression of controls: "
-            "give predict= to the functional of one evolution with the initial condition as a control"
+            "predict: the functional is a sum, a multiple or has an initial condition that is an expression of "
+            "controls: give predict= to the functional of one evolution with the initial condition as a control"
         )
     sensors, spacetime = [copy(one) for one in named], problem.spacetime
     for one in sensors:

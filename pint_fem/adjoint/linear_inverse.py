@@ -22,6 +22,7 @@ from pint_fem.inverse.map import ParameterToObservable
 from pint_fem.inverse.memory import require_rows_argument
 from pint_fem.inverse.readings import ReadingTable
 from pint_fem.logs import logger
+from pint_fem.misfits.sensor_readings import SensorReadings
 
 if TYPE_CHECKING:
     from pint_fem.adjoint.functional import ControlFunctional
