@@ -195,6 +195,8 @@ class ReasonedResult(ResultSummary):
     control : Function, EnsembleFunction or list of these, or None
         The controls found, one or a list of several, where a functional's method minimised; None in a pickled or deep
         copy.
+    choice : str
+        The method and why it was chosen, where a functional's ``minimize`` chose it.
     """
 
     x: np.ndarray
@@ -205,6 +207,7 @@ class ReasonedResult(ResultSummary):
     reason: StopReason
     history: list
     control: object = field(default=None, kw_only=True)
+    choice: str = field(default="", kw_only=True)
 
     @property
     def success(self) -> bool:

@@ -36,6 +36,8 @@ class UserData:
     ----------
     failure : BaseException or None
         The error on this rank in the last comparison.
+    updates : int
+        How often functions or constants have been read again with other values, the same on all ranks.
     """
 
     def __init__(self, sweeps: Sweeps, misfits: Sequence[Misfit], regularisation: Regularisation | None):
@@ -44,6 +46,7 @@ class UserData:
         self._coordinates = sweeps.evolution.V.mesh().unique().coordinates
         self._places = self._coordinates.dat.data_ro.copy()
         self.failure: BaseException | None = None
+        self.updates = 0
         require_same_values(sweeps.spacetime, self._copies)
         self._warned: np.ndarray | None = None  # sized at the first evaluation: later parts may add data
 
@@ -98,6 +101,7 @@ class UserData:
         with stop_annotating():
             changed = collectively(self._comm, "reading data again", self._read, which[:-1])
             self._sweeps.update_data(changed)
+        self.updates += bool(changed)
         self._warned = None
         return self._labels(which)
 

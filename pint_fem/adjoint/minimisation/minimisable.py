@@ -56,6 +56,7 @@ class Minimisable:
         preconditioner: str | ufl.Form | Sequence[ufl.Form] | Callable | None = None,
         checkpoint: str | Path | None = None,
         if_save_fails: str = "stop",
+        choice: str = "",
         **options: Any,
     ) -> TrustRegionResult:
         """Minimise by :func:`pint_fem.optimize.minimize_trust_region` in the controls' inner product (collective).
@@ -86,6 +87,8 @@ class Minimisable:
         if_save_fails : {"stop", "continue"}
             Where that file cannot be written, as on a full disk, ``"stop"`` raises ``InputError`` on every rank, and
             ``"continue"`` prints a line and continues. The last complete file remains in either case.
+        choice : str, optional
+            Why this method was chosen, for the result.
         **options
             Options of the minimiser. For a quadratic ``J`` the first radius is unlimited by default.
 
@@ -104,7 +107,7 @@ class Minimisable:
         given |= dict(checkpoint=checkpoint, if_save_fails=if_save_fails)
         with self._collective_run("trust_region", start, (), given | options) as start:
             options["monitor"] = self._on_root(monitor)
-            result = self._trust_region(start, options, **given)
+            result = replace(self._trust_region(start, options, **given), choice=choice)
         return self._with_control(result)
 
     def minimize_one_shot(
