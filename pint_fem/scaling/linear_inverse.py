@@ -1,8 +1,8 @@
 r"""Predicted times of linear inverse problems that are solved by the map from controls to readings.
 
-The map is that of :mod:`pint_fem.inverse`. On :math:`P_{space}` ranks in space and ``T`` in time, sensors are divided
-among ``g`` groups of ``k`` ranks in time, :math:`g k \le T`. A group with one rank takes the transposed steps of
-its sensors one after another, with the sensors on lanes; a group with several solves the adjoint of each of its sensors
+The map is that of :mod:`pint_fem.inverse`. On :math:`P_{space}` ranks in space and ``T`` in time, the sensors are
+divided among ``g`` groups of ``k`` ranks in time, :math:`g k \le T`. A group with one rank takes the transposed steps
+of its sensors one after another, with the sensors on lanes; a group with several solves the adjoint of each sensor
 in turn by MGRIT or ParaDiag, on virtual ranks (:class:`~pint_fem.scaling.model.Model`), and its ranks collect the rows
 of their own lags, which are then summed. All that follows is dense algebra whose sizes are known, with ``m`` readings,
 ``n`` controls and ``r`` reduced rows:
@@ -297,6 +297,7 @@ class LinearInverse:
                 self.own_sensors,
             )
             yield Exchange("reduction", "gather", time, 8 * (self.readings * r + m))
+        yield Exchange("prior", "broadcast", time, 8 * columns)  # its mean
         if self.in_parameter_space:
             yield Exchange("dense", "gather", time, 8 * m)
             yield Exchange("dense", "alltoall", time, 8 * self.own_sensors * self.readings * columns)
