@@ -26,7 +26,7 @@ OTHER_TIMES = np.array([0.02, 0.035, 0.08])
 """Of the last sensor, a misfit of its own."""
 
 
-def problem(spacetime, *, readings=None, n=4, seed=0, noise=1e-3, steps=16):
+def problem(spacetime, *, readings=None, times=(TIMES, OTHER_TIMES), n=4, seed=0, noise=1e-3, steps=16):
     """A heat source, constant in time, from three sensors at six times and one at three others; the functional.
 
     ``readings`` are those of the first three sensors, ``(6, 3)``, and of the last one, ``(3, 1)``.
@@ -41,8 +41,8 @@ def problem(spacetime, *, readings=None, n=4, seed=0, noise=1e-3, steps=16):
     rng = np.random.default_rng(seed)
     a, b = (rng.standard_normal((6, 3)), rng.standard_normal((3, 1))) if readings is None else readings
     misfits = [
-        pf.PointSensors(POINTS[:3], TIMES, a, weight=1 / noise**2),
-        pf.PointSensors(POINTS[3:], OTHER_TIMES, b, weight=1 / noise**2),
+        pf.PointSensors(POINTS[:3], times[0], a, weight=1 / noise**2),
+        pf.PointSensors(POINTS[3:], times[1], b, weight=1 / noise**2),
     ]
     regularisation = 0.5 * (0.02 * inner(grad(q), grad(q)) + 1.5 * q**2) * dx
     return pf.TimeParallelReducedFunctional(

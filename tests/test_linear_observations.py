@@ -5,7 +5,6 @@ import pytest
 from firedrake import (
     COMM_SELF,
     COMM_WORLD,
-    Cofunction,
     Constant,
     DirichletBC,
     FacetNormal,
@@ -32,6 +31,7 @@ from firedrake.adjoint import Control, ReducedFunctional
 from irksome import Dt
 
 import pint_fem as pf
+from pint_fem.collective import on_first_rank
 from pint_fem.errors import InputError
 from pint_fem.kernels.arrays import get
 from pint_fem.propagators.tape import recording
@@ -140,11 +140,8 @@ def source(posed, which=0):
     return Function(posed.Q).interpolate([1 + x + 3 * y**2, x * y - 0.3, (x - y) ** 2][which])
 
 
-@pytest.mark.parallel([1, 2, 3])
-@pytest.mark.parametrize("kind", PROBLEMS)
-def test_value_gradient_and_predictions_are_those_of_serial_pyadjoint(kind):
-    """On one rank, three in time and two in space."""
-    st = pf.SpaceTime("2x1" if COMM_WORLD.size == 2 else None)
+def by_pyadjoint(kind):
+    """J, its derivatives along two directions, and the functionals' values at all points, on one rank."""
     serial = PROBLEMS[kind](COMM_SELF)
     q = source(serial)
     with recording() as tape:
@@ -153,20 +150,26 @@ def test_value_gradient_and_predictions_are_those_of_serial_pyadjoint(kind):
             for s in np.flatnonzero(~MISSING[r]):
                 predicted = theta * y[n][s] + (1 - theta) * y[n - 1][s]
                 J += 0.5 * WEIGHTS[r, s] * (predicted - DATA[r, s]) ** 2
-        reference = ReducedFunctional(J, Control(q), tape=tape)
-    gradient = reference.derivative(apply_riesz=False)
-    assert isinstance(gradient, Cofunction)
-    slope = get(gradient) @ get(source(serial, 1))
+        gradient = get(ReducedFunctional(J, Control(q), tape=tape).derivative(apply_riesz=False))
+    slopes = [float(gradient @ get(source(serial, i))) for i in (1, 2)]
+    return float(J), slopes, np.array([[float(value) for value in row] for row in y])
 
+
+@pytest.mark.parallel([1, 2, 3])
+@pytest.mark.parametrize("kind", PROBLEMS)
+def test_value_gradient_and_predictions_are_those_of_serial_pyadjoint(kind):
+    """On one rank, three in time and two in space."""
+    st = pf.SpaceTime("2x1" if COMM_WORLD.size == 2 else None)
+    J, slopes, y = on_first_rank(COMM_WORLD, "pyadjoint", by_pyadjoint, kind)
     posed = PROBLEMS[kind](st.space_comm)
     rf = functional(posed, st, solver={"mgrit": {"coarsening": 2, "rtol": 1e-13}})
     z, dz, dw = (rf.array(source(posed, i)) for i in range(3))
     p = rf.problem
-    assert p.value(z) == pytest.approx(float(J), rel=1e-10)
-    assert rf.layout.pairing(p.derivative(z), dz) == pytest.approx(slope, rel=1e-9)
-    assert p.tangent_value(z, dz) == pytest.approx(slope, rel=1e-9)
+    assert p.value(z) == pytest.approx(J, rel=1e-10)
+    for d, slope in zip((dz, dw), slopes, strict=True):
+        assert rf.layout.pairing(p.derivative(z), d) == pytest.approx(slope, rel=1e-9)
+        assert p.tangent_value(z, d) == pytest.approx(slope, rel=1e-9)
     (observations,) = p.misfits
-    y = np.array([[float(value) for value in row] for row in y])
     expected = THETA[:, None] * y[POINT] + (1 - THETA)[:, None] * y[POINT - 1]
     found = observations.predicted(p.observations(z, observations))
     np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-12)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from pint_fem.errors import InputError
-from pint_fem.inverse.noise import make_noise
+from pint_fem.inverse.laws.noise import make_noise
 
 WEIGHTS = np.array([4.0, 1.0, 0.25, 2.0, 8.0])
 GROUPS = np.array([0, 1, 2, 0, 2])  # two times; the reading of sensor 1 at the second one is missing
@@ -40,7 +40,8 @@ CASES = {
 def test_products_determinant_and_variances_are_those_of_the_dense_covariance(case):
     given, N, diagonal = CASES[case]
     noise = make_noise(given, WEIGHTS, GROUPS)
-    assert noise.is_diagonal == diagonal and noise.size == 5
+    assert noise.is_diagonal == diagonal
+    assert noise.size == 5
     for rows in (ROWS, ROWS[0]):
         np.testing.assert_allclose(noise.covariance(rows), rows @ N, rtol=1e-12, atol=1e-12)
         np.testing.assert_allclose(noise.inverse(rows), rows @ np.linalg.inv(N), rtol=1e-11, atol=1e-13)
@@ -88,7 +89,9 @@ def test_a_noise_is_returned_as_it_is():
 def test_without_readings():
     for given in (None, 1.0, np.zeros((0, 0))):
         noise = make_noise(given, np.zeros(0), np.zeros(0))
-        assert noise.size == 0 and noise.log_det == 0 and noise.sample(2, 0).shape == (2, 0)
+        assert noise.size == 0
+        assert noise.log_det == 0
+        assert noise.sample(2, 0).shape == (2, 0)
 
 
 def test_as_many_sensors_as_readings_is_ambiguous_unless_the_orders_agree():
@@ -144,7 +147,7 @@ def test_what_does_not_fit_is_refused_with_a_remedy(case):
 
 def test_a_reading_with_the_weight_zero_has_no_variance():
     weights = np.array([1, 1, 0, 1, 1.0])
-    with pytest.raises(InputError, match="entry 2 is 0.*leave it out of the data, or give noise="):
+    with pytest.raises(InputError, match=r"entry 2 is 0.*leave it out of the data, or give noise="):
         make_noise(None, weights, GROUPS)
     assert make_noise(1.0, weights, GROUPS).size == 5
 

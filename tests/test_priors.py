@@ -11,6 +11,7 @@ from firedrake import (
     Constant,
     Function,
     FunctionSpace,
+    PointEvaluator,
     SpatialCoordinate,
     TestFunction,
     TrialFunction,
@@ -33,9 +34,9 @@ import pint_fem as pf
 from pint_fem.adjoint.riesz import ControlInner
 from pint_fem.errors import InputError
 from pint_fem.evolution.control_layout import ControlLayout
-from pint_fem.inverse.covariance_fields import BilaplacianPrior, OperatorField, gaussian_field
-from pint_fem.inverse.gaussian_fields import DiagonalField, FormField, GaussianField
-from pint_fem.inverse.priors import FieldPrior, ScaledPrior, make_prior
+from pint_fem.inverse.laws.covariance_fields import BilaplacianPrior, OperatorField, gaussian_field
+from pint_fem.inverse.laws.gaussian_fields import DiagonalField, FormField, GaussianField
+from pint_fem.inverse.laws.priors import FieldPrior, ScaledPrior, make_prior
 from pint_fem.kernels.block_operator import ManySolves
 from pint_fem.kernels.lanczos import NotPositive, inverse_root
 from tests.meshes import square
@@ -126,9 +127,9 @@ def space_of(element, n=2):
 
 @pytest.mark.parametrize("element", ELEMENTS)
 @pytest.mark.parametrize("by", ["kernels", "PETSc"])
-def test_a_form_is_the_precision(element, by, monkeypatch):
+def test_a_form_is_the_precision(element, by):
     if by == "PETSc":
-        set_option(monkeypatch)
+        set_option()
     space = space_of(element)
     field, Q = gaussian_field(space, form(space), "q"), dense(form(space))
     eye, C = np.eye(space.dim()), np.linalg.inv(Q)
@@ -140,18 +141,16 @@ def test_a_form_is_the_precision(element, by, monkeypatch):
     if field.log_det_precision is not None:
         assert field.log_det_precision == pytest.approx(np.linalg.slogdet(Q)[1], rel=1e-11)
     assert (field.log_det_precision is None) == (by == "PETSc" and element != "R")
-    samples = field.samples([(3, 1), (3, 2)], 3000)
-    check_law(samples.reshape(6000, -1), Q)
+    samples = field.samples([(3, 1), (3, 2)], 2000 if by == "kernels" else 400)
+    check_law(samples.reshape(-1, space.dim()), Q)
     check_law((samples[:, 0] + samples[:, 1]) / np.sqrt(2), Q)  # of independent ones
     few = field.samples([(3, 2)], 5)[:, 0]
     np.testing.assert_allclose(few, samples[:5, 1], rtol=0, atol=0 if by == "kernels" else 1e-9)
 
 
-def set_option(monkeypatch):
+def set_option():
     """An option of PETSc's, with which factors are PETSc's."""
-    options = PETSc.Options("pint_prior_")
-    options["ksp_max_it"] = 900
-    monkeypatch.setattr(PETSc.Options, "unset", lambda self: options.delValue("ksp_max_it"), raising=False)
+    PETSc.Options("pint_prior_")["ksp_max_it"] = 900
 
 
 @pytest.fixture(autouse=True)
@@ -170,7 +169,7 @@ def test_variances_are_estimated_with_the_stated_error(monkeypatch):
     error = field.variance() / exact - 1
     assert 0.5 < np.sqrt((error**2).mean()) / np.sqrt(2 / 2000) < 1.5
     # in blocks, whose noise differs
-    monkeypatch.setattr("pint_fem.inverse.gaussian_fields._BLOCK", 49 * 100)
+    monkeypatch.setattr("pint_fem.inverse.laws.gaussian_fields._BLOCK", 49 * 100)
     blocks = field.variance(samples=800) / exact - 1
     assert 0.5 < np.sqrt((blocks**2).mean()) / np.sqrt(2 / 800) < 1.5
     assert 49 * [0] != (blocks - error).tolist()
@@ -179,7 +178,7 @@ def test_variances_are_estimated_with_the_stated_error(monkeypatch):
 def test_exact_variances_do_not_depend_on_blocks(monkeypatch):
     space = space_of("CG1", 6)
     whole = gaussian_field(space, form(space), "q").variance()
-    monkeypatch.setattr("pint_fem.inverse.gaussian_fields._BLOCK", 49 * 10)
+    monkeypatch.setattr("pint_fem.inverse.laws.gaussian_fields._BLOCK", 49 * 10)
     np.testing.assert_array_equal(gaussian_field(space, form(space), "q").variance(), whole)
 
 
@@ -219,7 +218,9 @@ def test_the_variance_of_a_bilaplacian_prior_inside_is_that_of_the_plane():
     gamma, delta = 0.02, 20.0  # correlation length 0.09
     variance = Function(space)
     variance.dat.data[:] = gaussian_field(space, BilaplacianPrior(gamma, delta), "q").variance()
-    assert variance.at((0.5, 0.5)) == pytest.approx(1 / (4 * np.pi * gamma * delta), rel=0.03)
+    assert PointEvaluator(space.mesh(), [[0.5, 0.5]]).evaluate(variance)[0] == pytest.approx(
+        1 / (4 * np.pi * gamma * delta), rel=0.03
+    )
 
 
 @pytest.mark.parametrize("order", [0, 4])
@@ -238,7 +239,7 @@ def test_a_covariance_operator_of_firedrake_is_used_as_it_is(order):
     np.testing.assert_allclose(field.covariance(eye), C, rtol=1e-8, atol=1e-10)
     np.testing.assert_allclose(field.precision(eye) @ C, eye, atol=1e-6)
     np.testing.assert_allclose(field.variance(), C.diagonal(), rtol=1e-8)
-    samples = field.samples([(4, 0)], 600)[:, 0]
+    samples = field.samples([(4, 0)], 200)[:, 0]
     check_law(samples, np.linalg.inv((C + C.T) / 2))
     np.testing.assert_array_equal(field.samples([(4, 1), (4, 0)], 3)[:, 1], samples[:3])
     assert not np.array_equal(field.samples([(4, 1)], 3)[:, 0], samples[:3])
@@ -336,7 +337,7 @@ def test_a_regularisation_that_couples_controls_or_is_not_quadratic_is_no_prior(
         lay.evolution, [pf.RunningMisfit(lay.evolution.u**2 * dx)], regularisation=R, spacetime=alone(),
         solver_parameters={"mgrit": {"levels": 1}},
     )  # fmt: skip
-    with pytest.raises(InputError, match="couples the controls 'CG1', 'R'.*give prior= with a bilinear form for each"):
+    with pytest.raises(InputError, match=r"couples the controls 'CG1', 'R'.*give prior= with a bilinear form for each"):
         make((q - r) ** 2 * dx).problem.regularisation_hessians()
     for R in ([q**4 * dx + r**2 * dx], [q**2 * dx]):
         found = make(R).problem.regularisation_hessians()
@@ -351,16 +352,17 @@ def test_a_regularisation_that_couples_controls_or_is_not_quadratic_is_no_prior(
 @pytest.mark.parametrize("kind", ["L2", "H1", "l2", "lumped", "firedrake"])
 def test_the_riesz_map_is_a_prior(kind):
     kinds = ("CG1", "DG0 per step", "R", "R per step")
-    lay = layout(in_time(), kinds)
+    slow = kind == "firedrake"  # one vector after another
+    lay = layout(in_time(), kinds[:1] if slow else kinds)
     given = kind
-    if kind == "firedrake":
+    if slow:
         given = [fd.RieszMap(c.function_space(), "L2", constant_jacobian=True) for c in lay.evolution.controls]
     inner_product = ControlInner(lay, given)
     prior, rows = make_prior("riesz_map", lay, inner=inner_product), rows_of(lay, 3)
     for row, covariance, precision in zip(rows, prior.covariance(rows), prior.precision(rows), strict=True):
         np.testing.assert_allclose(covariance, inner_product.primal(row), rtol=1e-8, atol=1e-8)
         np.testing.assert_allclose(precision, inner_product.dual(row), rtol=1e-10, atol=1e-12)
-    samples = prior.sample(1000, 2)
+    samples = prior.sample(20 if slow else 1000, 2)
     for c in lay.evolution.controls:
         space, weight = c.function_space(), DT if c in lay.evolution.stepwise else 1
         riesz = inner_product.maps[c]
@@ -391,9 +393,10 @@ def test_a_multiple_of_the_precision():
 
 def test_determinants_that_are_not_cheap():
     lay = layout(alone(), ("CG1", "R"))
-    B = AutoregressiveCovariance(lay.evolution.controls[0].function_space(), L=0.4)
+    B = AutoregressiveCovariance(lay.evolution.controls[0].function_space(), L=0.4, m=4)
     prior = make_prior([B, form(lay.evolution.controls[1].function_space())], lay)
-    assert prior.log_det_precision() is None and prior.scaled(2.0).log_det_precision() is None
+    assert prior.log_det_precision() is None
+    assert prior.scaled(2.0).log_det_precision() is None
 
 
 def test_a_prior_is_returned_as_it_is_or_with_another_mean():
@@ -403,7 +406,8 @@ def test_a_prior_is_returned_as_it_is_or_with_another_mean():
     mean = np.arange(lay.size, dtype=float)
     moved = make_prior(prior, lay, mean=mean)
     np.testing.assert_array_equal(moved.mean, mean)
-    assert not np.shares_memory(moved.mean, mean) and not prior.mean.any()
+    assert not np.shares_memory(moved.mean, mean)
+    assert not prior.mean.any()
     with pytest.raises(InputError, match="the Prior is one of other controls"):
         make_prior(prior, other)
 
@@ -423,13 +427,13 @@ def test_a_mean_that_does_not_fit_is_refused_on_every_rank():
 # -- several ranks in space --------------------------------------------------------------------------------------------
 @pytest.mark.parallel(2)
 @pytest.mark.parametrize("by", ["kernels", "PETSc"])
-def test_two_ranks_in_space(by, monkeypatch):
+def test_two_ranks_in_space(by):
     st = pf.SpaceTime("2x1")
     kinds = ("CG1", "DG0 per step", "R", "R per step", "RT")
     whole = layout(alone(), kinds, n=4)
     expected = make_prior(forms(whole), whole)
     if by == "PETSc":
-        set_option(monkeypatch)
+        set_option()
     lay = layout(st, kinds, n=4)
     prior = make_prior(forms(lay), lay)
     a, b = np.random.default_rng(st.space_comm.rank).standard_normal((2, 3, lay.size))
@@ -444,7 +448,7 @@ def test_two_ranks_in_space(by, monkeypatch):
         np.testing.assert_allclose(np.sort(mine), np.sort(both[1].ravel()), rtol=1e-9)
     if by == "kernels":
         assert prior.log_det_precision() == pytest.approx(expected.log_det_precision(), rel=1e-11)
-    count = 400
+    count = 400 if by == "kernels" else 60
     samples = prior.sample(count, 3)
     total = int(st.space_comm.allreduce(lay.size))
     squares = [lay.pairing(Qx, x) for Qx, x in zip(prior.precision(samples), samples, strict=True)]
@@ -460,11 +464,11 @@ def test_two_ranks_in_space(by, monkeypatch):
 def test_the_own_part_of_exact_variances_and_operators_on_two_ranks_in_space():
     st = pf.SpaceTime("2x1")
     space = FunctionSpace(square(4, st.space_comm), "CG", 1)
-    for prior in (BilaplacianPrior(0.2, 3), AutoregressiveCovariance(space, L=0.4, m=4)):
+    for prior, count in ((BilaplacianPrior(0.2, 3), 800), (AutoregressiveCovariance(space, L=0.4, m=4), 60)):
         field = gaussian_field(space, prior, "q")
-        samples = field.samples([(1, 0)], 800)[:, 0]
+        samples = field.samples([(1, 0)], count)[:, 0]
         error = np.concatenate(st.space_comm.allgather((samples**2).mean(axis=0) / field.variance() - 1))
-        assert 0.5 < np.sqrt((error**2).mean()) / np.sqrt(2 / 800) < 1.6
+        assert 0.5 < np.sqrt((error**2).mean()) / np.sqrt(2 / count) < 1.6
         rows = np.random.default_rng(st.space_comm.rank).standard_normal((2, field.size))
         np.testing.assert_allclose(field.precision(field.covariance(rows)), rows, atol=1e-5)
         np.testing.assert_array_equal(field.samples([(1, 0)], 2)[:, 0], samples[:2])
@@ -484,9 +488,9 @@ def test_the_static_part_is_the_same_on_all_ranks_in_time_with_two_in_space():
 
 # -- what is refused ---------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("by", ["kernels", "PETSc"])
-def test_forms_that_are_no_precision(by, monkeypatch):
+def test_forms_that_are_no_precision(by):
     if by == "PETSc":
-        set_option(monkeypatch)
+        set_option()
     space, constants = space_of("CG1", 8), space_of("R")
     a, b = TrialFunction(space), TestFunction(space)
     mass, stiffness = a * b * dx, dot(grad(a), grad(b)) * dx
@@ -506,14 +510,12 @@ def test_forms_that_are_no_precision(by, monkeypatch):
 def test_priors_that_do_not_fit_a_control():
     space, other = space_of("CG1"), space_of("CG2")
     mixed = space * other
-    for wrong in (form(other), inner(TestFunction(space), TestFunction(space)) * dx(domain=space.mesh()), 1.0 * ds,
-                  inner(TrialFunction(mixed), TestFunction(mixed)) * dx):  # fmt: skip
-        if len(getattr(wrong, "arguments", lambda: [])()) == 1:
-            continue
-        with pytest.raises(InputError, match="prior of 'q': the form has .*give a bilinear form on the control's own"):
+    linear = TestFunction(space) * dx
+    for wrong in (form(other), linear, inner(TrialFunction(mixed), TestFunction(mixed)) * dx):
+        with pytest.raises(InputError, match=r"prior of 'q': the form has .*give a bilinear form on the control's own"):
             gaussian_field(space, wrong, "q")
     with pytest.raises(InputError, match="the covariance operator is on"):
-        OperatorField(space, AutoregressiveCovariance(other, L=0.3), "q")
+        OperatorField(space, AutoregressiveCovariance(other, L=0.3, m=4), "q")
     with pytest.raises(InputError, match="the law is on another function space"):
         gaussian_field(space, gaussian_field(other, form(other), "p"), "q")
     with pytest.raises(InputError, match="give a bilinear form, a BilaplacianPrior"):
@@ -587,7 +589,8 @@ def test_solves_for_many_right_hand_sides_do_not_depend_on_their_number(monkeypa
     field = gaussian_field(space, form(space), "q")
     rows = np.random.default_rng(0).standard_normal((37, 49))
     solves = field.solves
-    assert isinstance(solves, ManySolves) and sum(solves.nbytes.values()) > 0
+    assert isinstance(solves, ManySolves)
+    assert sum(solves.nbytes.values()) > 0
     for apply in (solves, solves.root):
         whole = apply(rows)
         np.testing.assert_array_equal(apply(rows[5:7]), whole[5:7])

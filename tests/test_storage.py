@@ -53,8 +53,13 @@ def numbers(rf):
     p = rf.problem
     along = lambda dual: rf.layout.pairing(dual, dz)
     return np.array(
-        [p.value(z), p.tangent_value(z, dz), along(p.derivative(z)), along(p.hessian_action(z, dz)),
-         along(p.hessian_action(z, dz, gauss_newton=True))]
+        [
+            p.value(z),
+            p.tangent_value(z, dz),
+            along(p.derivative(z)),
+            along(p.hessian_action(z, dz)),
+            along(p.hessian_action(z, dz, gauss_newton=True)),
+        ]
     )
 
 

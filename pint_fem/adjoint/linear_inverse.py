@@ -16,7 +16,8 @@ from pint_fem.adjoint.minimisation.method_choice import choose_method
 from pint_fem.adjoint.problem import ReducedProblem
 from pint_fem.collective import all_ranks, collectively, on_first_rank, require_same
 from pint_fem.errors import InputError
-from pint_fem.inverse.map import ParameterToObservable, PriorForms, require_map
+from pint_fem.inverse.inversion import PriorForms
+from pint_fem.inverse.map import ParameterToObservable, require_map
 from pint_fem.inverse.memory import require_rows_argument
 from pint_fem.inverse.readings import ReadingTable
 from pint_fem.logs import logger

@@ -26,7 +26,7 @@ from pint_fem.collective import collectively, on_first_rank
 from pint_fem.digests import differences
 from pint_fem.errors import InputError
 from pint_fem.inverse.response_rows import StepTerm
-from pint_fem.kernels.arrays import own_size, split_values
+from pint_fem.kernels.arrays import as_rows, own_size, split_values
 
 if TYPE_CHECKING:
     from pint_fem.inverse.map import ParameterToObservable
@@ -67,10 +67,7 @@ def save_map(F: ParameterToObservable, path: str | Path, numbers: Mapping) -> No
     pieces = [Piece("offset", _offset_place(F), F.offset if comm.rank == 0 else None)]
     pieces += [Piece(name, place, F.layout.part(F.rows, control)) for name, control, place in _places(F)]
     if F.steps is not None:
-        pieces += [
-            Piece(name, place, np.ascontiguousarray(responses).reshape(-1, responses.shape[-1]))
-            for name, responses, place in _step_places(F, F.steps.terms)
-        ]
+        pieces += [Piece(name, place, as_rows(responses)) for name, responses, place in _step_places(F, F.steps.terms)]
     head = {"version": _VERSION, "what": _WHAT, "problem": dict(numbers)}
     on_first_rank(comm, "", checked)
     try:

@@ -34,8 +34,8 @@ _LAGS = 2, 64
 
 
 def lags_of_block(comm: MPI.Comm, n: int) -> int:
-    """Lags of a block for states of ``n`` own unknowns, a power of two that depends on the largest ``n`` of the ranks in
-    space only (collective over space).
+    """Lags of a block for states of ``n`` own unknowns: a power of two that depends on the largest ``n`` of the ranks
+    in space only (collective over space).
     """
     fitting = max(_LAGS[0], _NUMBERS // max(1, comm.allreduce(n, op=MPI.MAX)))
     return min(_LAGS[1], 1 << (fitting.bit_length() - 1))

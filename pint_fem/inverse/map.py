@@ -10,50 +10,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from copy import copy
-from functools import cached_property
 from numbers import Real
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from scipy.sparse.linalg import LinearOperator
 
 from pint_fem.all_at_once.grids import split_steps
-from pint_fem.collective import collectively, require_same
+from pint_fem.collective import collectively
 from pint_fem.errors import InputError
 from pint_fem.evolution.control_layout import ControlLayout
 from pint_fem.inverse.files import load_map, save_map
 from pint_fem.inverse.impulse_responses import GROUP, lags_of_block, sequential_responses
-from pint_fem.inverse.inference.sensor_choice import SensorChoice, choose_sensors
+from pint_fem.inverse.inversion import Inversion, PriorForms
 from pint_fem.inverse.memory import allocate_rows, map_bytes, state_memory
-from pint_fem.inverse.noise import Noise, make_noise
-from pint_fem.inverse.partition import Partition
-from pint_fem.inverse.per_step.spectrum_choice import choose_spectrum
 from pint_fem.inverse.per_step.toeplitz import ToeplitzMap, step_map_bytes
 from pint_fem.inverse.posterior import GaussianPosterior
-from pint_fem.inverse.priors import Prior, make_prior
 from pint_fem.inverse.readings import ReadingTable
-from pint_fem.inverse.reduction import ReducedRows
 from pint_fem.inverse.response_rows import StepTerm, collectors, own_readings, step_terms
 from pint_fem.propagators.linear import LinearPropagator
 from pint_fem.sweeps.sweeps import Sweeps
 
-__all__ = ["ParameterToObservable", "PriorForms", "require_map"]
-
-
-class PriorForms(NamedTuple):
-    """What the default prior follows from.
-
-    Attributes
-    ----------
-    forms : list of (ufl.Form or None), or None
-        Second derivatives of the regularisation by each control, ``None`` where it is zero or not constant.
-    gradient : ndarray, shape (layout.size,), or None
-        Derivative of the regularisation at zero.
-    """
-
-    forms: list | None
-    gradient: np.ndarray | None
+__all__ = ["ParameterToObservable", "require_map"]
 
 
 def require_map(sweeps: Sweeps) -> LinearPropagator:
@@ -74,7 +53,7 @@ def require_map(sweeps: Sweeps) -> LinearPropagator:
     return propagator
 
 
-class ParameterToObservable(LinearOperator):
+class ParameterToObservable(Inversion, LinearOperator):
     """The map from controls to readings, a ``scipy.sparse.linalg.LinearOperator`` of shape ``(m, layout.size)``.
 
     Vectors of controls are a rank's own part ``(layout.size,)`` of a distributed vector, and ``F.T @ y`` is a dual
@@ -134,7 +113,7 @@ class ParameterToObservable(LinearOperator):
         folder: str | Path | None = None,
     ):
         self.layout, self.spacetime = layout, layout.spacetime
-        self.functions, self.regularisation, self._inner = functions, regularisation, inner
+        self.functions, self.regularisation, self.inner = functions, regularisation, inner
         self.propagator = require_map(sweeps)
         self.table = ReadingTable(misfits)
         self.data, self.weights = self.table.values, self.table.weights
@@ -236,116 +215,6 @@ class ParameterToObservable(LinearOperator):
         """The readings at a control, a function or a flat vector, ``(m,)`` (collective)."""
         return self.offset + self.dot(z)
 
-    # -- inversion -----------------------------------------------------------------------------------------------------
-    @cached_property
-    def partition(self) -> Partition:
-        """Division of parameter vectors among the ranks in time."""
-        return Partition(self.layout)
-
-    @cached_property
-    def reduced(self) -> ReducedRows:
-        """Reduced rows of static controls (collective when first used)."""
-        return ReducedRows(self.rows, [own.rows for own in self.readings], self.numbers, self.spacetime)
-
-    def posterior(
-        self,
-        prior: Any = None,
-        noise: Any = None,
-        *,
-        alpha: float = 1.0,
-        mean: Any = None,
-        tolerance: float = 1e-6,
-    ) -> GaussianPosterior:
-        """The Gaussian posterior of the controls (collective).
-
-        Parameters
-        ----------
-        prior
-            The controls' prior, as :func:`~pint_fem.inverse.priors.make_prior` takes it; default: that of the
-            functional's regularisation, so that the posterior's mean minimises the functional.
-        noise
-            The readings' noise, as :func:`~pint_fem.inverse.noise.make_noise` takes it; default: that of the misfits'
-            weights.
-        alpha
-            Weight of the prior: a factor of its precision.
-        mean
-            The prior's mean, as controls or a flat vector; default: the minimiser of the regularisation, or zero.
-        tolerance
-            Where there are too many readings and controls for dense matrices: the bound of eigenvalues of the misfit's
-            Hessian relative to the prior that may be left out. An estimate of the largest one of these is
-            ``posterior.spectrum.remainder``.
-
-        Raises
-        ------
-        InputError
-            On every rank, if prior, noise, weight or tolerance do not fit.
-        """
-        require_same(self.spacetime.comm, tolerance=tolerance)
-        if not isinstance(tolerance, Real) or not 0 < tolerance < np.inf:
-            raise InputError(f"posterior: tolerance = {tolerance!r}: give a positive number, such as 1e-6")
-        law, noise = self._laws(prior, noise, mean)
-        return GaussianPosterior(self, law, noise, choose_spectrum(self, law, noise, tolerance), alpha=alpha)
-
-    def choose_sensors(
-        self,
-        count: int,
-        criterion: str = "A",
-        *,
-        prior: Any = None,
-        noise: Any = None,
-        candidates: Sequence[int] | None = None,
-        inner_product: Any = None,
-    ) -> SensorChoice:
-        """Choose the sensors whose readings determine the controls best, one after another (collective).
-
-        All sensors of the map are candidates, and the readings do not matter.
-
-        Parameters
-        ----------
-        count
-            How many.
-        criterion
-            ``"A"``: the least trace of the posterior covariance; ``"D"``: the most information, which is the least
-            determinant of the covariance.
-        prior, noise
-            As for :meth:`posterior`; the noise of different sensors is independent.
-        candidates
-            Numbers of the sensors to choose from, those of one misfit after the other; default: all.
-        inner_product
-            For ``"A"``: ``"L2"`` or a bilinear form, or a list with one for each control, in which variances are
-            integrated; default: the sum of the variances of the coefficients.
-
-        Raises
-        ------
-        InputError
-            On every rank, if an argument does not fit, the noise couples sensors, or a control has one value per step.
-        """
-        law, noise = self._laws(prior, noise, None)
-        return choose_sensors(self, law, noise, count, criterion, candidates=candidates, product=inner_product)
-
-    def _laws(self, prior: Any, noise: Any, mean: Any) -> tuple[Prior, Noise]:
-        """The prior and the noise that a user describes (collective)."""
-        forms = PriorForms(None, None)
-        by_default = prior is None or (isinstance(prior, (list, tuple)) and any(one is None for one in prior))
-        if by_default and self.regularisation is not None:
-            forms = self.regularisation()
-        law = make_prior(
-            prior,
-            self.layout,
-            regularisation_forms=forms.forms,
-            regularisation_gradient=forms.gradient,
-            mean=None if mean is None else self._flat(mean),
-            inner=self._inner,
-        )
-        return law, collectively(
-            self.spacetime.comm, "", make_noise, noise, self.weights, self.table.sensor, self.table.sensors
-        )
-
-    @cached_property
-    def default_posterior(self) -> GaussianPosterior:
-        """The posterior with the prior of the functional's regularisation (collective when first used)."""
-        return self.posterior()
-
     def with_readings(self, table: ReadingTable, offset: np.ndarray, regularisation: Callable | None, *, same: bool):
         """The map with other readings of the same sensors at the same times, which shares its rows (collective).
 
@@ -364,31 +233,3 @@ class ParameterToObservable(LinearOperator):
         if same and found is not None:
             made.default_posterior = GaussianPosterior(made, found.prior, found.noise, found.spectrum)
         return made
-
-    def minimize(self, start: Any = None, **options: Any) -> Any:
-        """Minimise the functional that the map was made of, with the readings of the map: the misfit by products with
-        the map, the regularisation by its own form, which need not be quadratic (collective).
-
-        Parameters
-        ----------
-        start
-            First controls; default: the last ones of the functional.
-        **options
-            Those of ``minimize_trust_region`` of the functional, such as ``bounds=(0, None)``, ``constraints=[(q*dx,
-            1.0)]``, ``gtol_rel=`` and ``monitor=``. The preconditioner is the posterior's covariance where the
-            regularisation is quadratic and positive definite: without bounds and constraints one iteration then gives
-            the posterior's mean.
-
-        Returns
-        -------
-        TrustRegionResult
-            ``control`` holds the controls found, which are also the values of the functional's own ``controls``.
-
-        Raises
-        ------
-        InputError
-            On every rank, if an option does not fit, or the map is not that of a functional.
-        """
-        if self.functions is None:
-            raise InputError("minimize: the map has no functional with a regularisation: use posterior(prior=...).x")
-        return self.functions.on_map(self).minimize(start, **options)

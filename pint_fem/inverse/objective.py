@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pint_fem.inverse.noise import Noise, make_noise
+from pint_fem.inverse.laws.noise import Noise, make_noise
 
 if TYPE_CHECKING:
     from pint_fem.inverse.map import ParameterToObservable

@@ -13,16 +13,19 @@ from __future__ import annotations
 
 from copy import copy
 from numbers import Real
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from mpi4py import MPI
 
 from pint_fem.collective import collectively, require_same
 from pint_fem.errors import InputError
+from pint_fem.inverse.inference.gaussian_law import GaussianLaw
 from pint_fem.inverse.inference.regularisation_choice import RegularisationCurve, RegularisedFit, choose_alpha
-from pint_fem.inverse.noise import Noise
-from pint_fem.inverse.priors import Prior
+from pint_fem.inverse.inference.streaming import InnovationFactor, ReadingStream, StreamedPosterior
+from pint_fem.inverse.laws.noise import Noise
+from pint_fem.inverse.laws.priors import Prior
+from pint_fem.inverse.per_step.window import SlidingWindow
 from pint_fem.inverse.spectra import Spectrum
 
 if TYPE_CHECKING:
@@ -31,7 +34,7 @@ if TYPE_CHECKING:
 __all__ = ["GaussianPosterior"]
 
 
-class GaussianPosterior:
+class GaussianPosterior(GaussianLaw):
     """The posterior of the controls for the readings of a map.
 
     Parameters
@@ -67,6 +70,7 @@ class GaussianPosterior:
     ):
         self.F, self.prior, self.noise, self.spectrum = F, prior, noise, spectrum
         self._predicted_by_prior = F.predict(prior.mean)
+        self._factor: InnovationFactor | None = None
         self._set(_checked_weight(F.spacetime.comm, alpha), F.data if data is None else data)
 
     def _set(self, alpha: float, data: np.ndarray) -> None:
@@ -106,30 +110,6 @@ class GaussianPosterior:
         made = copy(self)
         made._set(_checked_weight(self.F.spacetime.comm, alpha), self.data)
         return made
-
-    # -- as functions --------------------------------------------------------------------------------------------------
-    def _functions(self, x: np.ndarray) -> Any:
-        if self.F.functions is None:
-            raise InputError("the map was made without functions: use the flat vectors x, variance() and sample()")
-        return self.F.functions.function(x)
-
-    @property
-    def mean(self) -> Any:
-        """The mean, which is the maximum a posteriori: a function, or a list with one for each control."""
-        return self._functions(self.x)
-
-    def standard_deviation(self) -> Any:
-        """The standard deviation of each coefficient of the controls, as :attr:`mean` (collective)."""
-        return self._functions(np.sqrt(self.variance()))
-
-    def samples(self, count: int, seed: int = 0) -> list:
-        """Samples of the controls, each as :attr:`mean` (collective); the same for the same seed."""
-        return [self._functions(x) for x in self.sample(count, seed)]
-
-    @property
-    def predicted(self) -> np.ndarray:
-        """The readings at the mean, ``(m,)`` (collective)."""
-        return self.F.predict(self.x)
 
     # -- numbers -------------------------------------------------------------------------------------------------------
     def misfit(self, alpha: float | np.ndarray | None = None) -> np.ndarray:
@@ -195,9 +175,29 @@ class GaussianPosterior:
         chosen = collectively(comm, "", lambda: choose_alpha(self._fit, method, target))
         return self.with_alpha(comm.bcast(chosen))
 
+    # -- readings that come in -----------------------------------------------------------------------------------------
+    def stream(self) -> ReadingStream:
+        """The posteriors of the readings up to each time in turn (collective): ``stream.update(values)`` adds the
+        readings of the next time.
+        """
+        if self._factor is None or self._factor.posterior.alpha != self.alpha:
+            stream = ReadingStream(self)
+            self._factor = stream.factor
+            return stream
+        return ReadingStream(self, self._factor)
+
+    def until(self, time: float) -> StreamedPosterior:
+        """The posterior of the readings up to a time, this included (collective)."""
+        return self.stream().until(time)
+
+    def window(self, steps: int) -> SlidingWindow:
+        """A window of the last ``steps`` steps that moves with the readings, for controls with one value per step
+        (collective); parameters and errors are those of :class:`~pint_fem.inverse.per_step.window.SlidingWindow`.
+        """
+        return SlidingWindow(self, steps)
+
     # -- the distribution ----------------------------------------------------------------------------------------------
-    def covariance(self, g: np.ndarray) -> np.ndarray:
-        """The posterior covariance applied to dual vectors ``(k, layout.size)``, primal vectors (collective)."""
+    def _covariance(self, g: np.ndarray) -> np.ndarray:
         weights = self.spectrum.scale / (self.alpha + self.spectrum.lam)
         return (self.prior.covariance(g) - self.spectrum.expand(weights * self.spectrum.contract(g))) / self.alpha
 

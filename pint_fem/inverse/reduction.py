@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.linalg import qr, svd
 
-from pint_fem.inverse.noise import Noise
+from pint_fem.inverse.laws.noise import Noise
 from pint_fem.spacetime import SpaceTime
 
 __all__ = ["ReducedRows", "estimated_size"]

@@ -32,15 +32,15 @@ from scipy.linalg import cholesky, eigh, solve_triangular
 
 from pint_fem.collective import collectively
 from pint_fem.errors import SolverFailure
-from pint_fem.inverse.noise import Noise
+from pint_fem.inverse.laws.noise import Noise
+from pint_fem.inverse.laws.priors import Prior
 from pint_fem.inverse.partition import Partition
-from pint_fem.inverse.priors import Prior
 from pint_fem.inverse.reduction import ReducedRows
 
 if TYPE_CHECKING:
     from pint_fem.inverse.map import ParameterToObservable
 
-__all__ = ["DataSpace", "ParameterSpace", "Spectrum"]
+__all__ = ["DataSpace", "ParameterSpace", "Spectrum", "on_first_rank"]
 
 
 class Spectrum(ABC):
@@ -124,7 +124,7 @@ class DataSpace(_DenseModes):
             lam, U = eigh(0.5 * (G + G.T), driver="evd", check_finite=False)
             return T, np.maximum(lam, 0.0), U
 
-        self._T, self.lam, self._U = _on_first(spacetime.comm, factored)
+        self._T, self.lam, self._U = on_first_rank(spacetime.comm, factored)
         self.scale = np.ones(len(self.lam))
         self.W = (self._T @ self._U).T @ D
 
@@ -179,7 +179,7 @@ class ParameterSpace(_DenseModes):
         def factored() -> tuple[np.ndarray, np.ndarray]:
             return eigh(H + H.T, 0.5 * (A + A.T), driver="gvd", check_finite=False)
 
-        lam, V = _on_first(comm, factored)
+        lam, V = on_first_rank(comm, factored)
         self.lam = np.maximum(lam, 0.0)
         self.scale = self.lam
         self.W = np.ascontiguousarray(V.T[:, mine])
@@ -189,7 +189,7 @@ class ParameterSpace(_DenseModes):
         return self.contract(self._F.transposed_product(self._noise.inverse(r)))
 
 
-def _on_first(comm, work):
+def on_first_rank(comm, work):
     """The result of dense algebra on the first rank, on all of them: equal bits on unequal machines (collective)."""
 
     def guarded():

@@ -14,8 +14,8 @@ from scipy.linalg import eigh, qr, svd
 from pint_fem.adjoint.reduced_functional import TimeParallelReducedFunctional
 from pint_fem.errors import InputError
 from pint_fem.inverse.impulse_responses import GROUP, LagBlock, lags_of_block
+from pint_fem.inverse.laws.priors import make_prior
 from pint_fem.inverse.map import ParameterToObservable
-from pint_fem.inverse.priors import make_prior
 from pint_fem.inverse.readings import ReadingTable
 from pint_fem.inverse.response_rows import collectors, own_readings
 from pint_fem.scaling.actions import Action

@@ -1,7 +1,7 @@
 r"""Predicted times of linear inverse problems that are solved by the map from controls to readings.
 
-The map is that of :mod:`pint_fem.inverse`. On :math:`P_{space}` ranks in space and ``T`` in time, the sensors are
-divided among ``g`` groups of ``k`` ranks in time, :math:`g k \le T`. A group with one rank takes the transposed steps of
+The map is that of :mod:`pint_fem.inverse`. On :math:`P_{space}` ranks in space and ``T`` in time, sensors are divided
+among ``g`` groups of ``k`` ranks in time, :math:`g k \le T`. A group with one rank takes the transposed steps of
 its sensors one after another, with the sensors on lanes; a group with several solves the adjoint of each of its sensors
 in turn by MGRIT or ParaDiag, on virtual ranks (:class:`~pint_fem.scaling.model.Model`), and its ranks collect the rows
 of their own lags, which are then summed. All that follows is dense algebra whose sizes are known, with ``m`` readings,

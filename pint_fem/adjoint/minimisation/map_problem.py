@@ -160,7 +160,7 @@ class MapFunctional(Minimisable):
         inexact
             Ignored: products with the map are exact.
         preconditioner
-            As for :meth:`minimize_trust_region`, or ``"posterior"``: the posterior's covariance, or ``"limited-memory"``
+            As for :meth:`minimize_trust_region`, or ``"posterior"``: the posterior's covariance, ``"limited-memory"``
             where there is none. Default: ``"posterior"`` without bounds, none with them, under which it gains nothing.
         checkpoint
             An object with ``load`` and ``save``.

@@ -32,9 +32,9 @@ from scipy.linalg import cholesky, solve_triangular
 from pint_fem.all_at_once.grids import is_integer
 from pint_fem.collective import collectively, require_same
 from pint_fem.errors import InputError
-from pint_fem.inverse.gaussian_fields import EXACT
-from pint_fem.inverse.noise import Noise
-from pint_fem.inverse.priors import Prior, make_prior
+from pint_fem.inverse.laws.gaussian_fields import EXACT
+from pint_fem.inverse.laws.noise import Noise
+from pint_fem.inverse.laws.priors import Prior, make_prior
 
 if TYPE_CHECKING:
     from pint_fem.inverse.map import ParameterToObservable
@@ -209,7 +209,7 @@ def choose_sensors(
     among = _numbers(range(sensors) if candidates is None else candidates, sensors)
     if not is_integer(count) or not 0 < count <= len(among):
         raise InputError(f"choose_sensors: count = {count!r}: give a whole number from 1 to {len(among)}")
-    if F.layout.size > F.layout.static_size:
+    if F.layout.evolution.stepwise:
         raise InputError(
             "choose_sensors: there are controls with one value per step: it is for static controls and initial "
             "conditions"

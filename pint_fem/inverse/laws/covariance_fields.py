@@ -32,7 +32,15 @@ from firedrake.functionspaceimpl import WithGeometry
 from pyadjoint.tape import stop_annotating
 
 from pint_fem.errors import InputError
-from pint_fem.inverse.gaussian_fields import EXACT, DiagonalField, FormField, GaussianField, Key, at_one, form_field
+from pint_fem.inverse.laws.gaussian_fields import (
+    EXACT,
+    DiagonalField,
+    FormField,
+    GaussianField,
+    Key,
+    at_one,
+    form_field,
+)
 from pint_fem.kernels.arrays import get, is_real, own_size, put
 
 __all__ = ["BilaplacianField", "BilaplacianPrior", "OperatorField", "gaussian_field"]
