@@ -57,8 +57,8 @@ def check(J, rtol=1e-12):
         r = F.weights * (expected - F.data)
         g = J.problem.derivative(z) - J.problem.regularisation.gradient(z)
         error, size = F.T @ r - g, np.abs(g).max(initial=0.0)
-        comm = J.spacetime.comm
-        assert comm.allreduce(np.abs(error).max(initial=0.0), op=MPI.MAX) <= 20 * rtol * comm.allreduce(size, op=MPI.MAX)
+        largest = lambda x: J.spacetime.comm.allreduce(x, op=MPI.MAX)
+        assert largest(np.abs(error).max(initial=0.0)) <= 20 * rtol * largest(size)
     w = np.cos(np.arange(F.shape[0]))
     left, right = w @ (F @ z), layout.pairing(F.T @ w, z)
     assert left == pytest.approx(right, rel=1e-13, abs=1e-13 * np.abs(w) @ np.abs(F @ z))

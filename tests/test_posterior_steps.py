@@ -6,8 +6,7 @@ from mpi4py import MPI
 
 import pint_fem as pf
 from pint_fem.errors import InputError
-from pint_fem.inverse import inversion
-from pint_fem.inverse.per_step import applied_modes, gram
+from pint_fem.inverse.per_step import applied_modes, gram, spectrum_choice
 from pint_fem.inverse.per_step.low_rank import BLOCK, low_rank_eigenpairs
 from tests.inverse_problems import heat
 from tests.ranks import cases
@@ -108,16 +107,14 @@ def test_ranks_in_time_and_space(wanted):
 @pytest.mark.parametrize("static", cases([True, False], on_ranks=[False]))
 def test_low_rank_where_both_spaces_are_large(static, monkeypatch):
     """The exact posterior for the combinations of the readings that are kept: deviations are not too small."""
-    monkeypatch.setattr(applied_modes, "LARGEST_DENSE", 10)
-    monkeypatch.setattr(inversion, "LARGEST_DENSE", 10)
+    monkeypatch.setattr(spectrum_choice, "LARGEST_DENSE", 10)
     st = pf.SpaceTime()
     count = 30
     J = heat(st, ("source", "initial"), n=6, steps=count) if static else functional(st, n=4, steps=count, weight=5.0)
     F = J.parameter_to_observable()
     monkeypatch.undo()
     exact = F.posterior()
-    monkeypatch.setattr(applied_modes, "LARGEST_DENSE", 5)
-    monkeypatch.setattr(inversion, "LARGEST_DENSE", 5)
+    monkeypatch.setattr(spectrum_choice, "LARGEST_DENSE", 5)
     for tolerance in (0.5, 1e-7):
         found = F.posterior(tolerance=tolerance)
         assert isinstance(found.spectrum, applied_modes.AppliedModes)

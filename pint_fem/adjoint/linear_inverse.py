@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,15 +10,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from pyadjoint.tape import stop_annotating
 
+from pint_fem.adjoint.composed_map import make_map, map_of_predictions, prior_forms, readings_at_zero, require_readings
 from pint_fem.adjoint.minimisation.bounds_and_constraints import Controls
-from pint_fem.adjoint.minimisation.fingerprint import map_numbers
 from pint_fem.adjoint.minimisation.map_problem import MapFunctional, trust_region_options
 from pint_fem.adjoint.minimisation.method_choice import choose_method
 from pint_fem.adjoint.problem import ReducedProblem
 from pint_fem.collective import all_ranks, collectively, on_first_rank, require_same
 from pint_fem.errors import InputError
-from pint_fem.inverse.inversion import PriorForms
-from pint_fem.inverse.map import ParameterToObservable, require_map
+from pint_fem.inverse.inference.prediction import require_predictions
+from pint_fem.inverse.map import ParameterToObservable
 from pint_fem.inverse.memory import require_rows_argument
 from pint_fem.inverse.readings import ReadingTable
 from pint_fem.logs import logger
@@ -32,21 +33,14 @@ _METHODS = ("auto", "map", "trust-region", "one-shot")
 
 
 def _require_readings(functional: ControlFunctional) -> ReducedProblem:
-    """The problem of a functional that has a map; an ``InputError`` names what to use where it has none."""
-    problem = functional.problem
-    if not isinstance(problem, ReducedProblem):
+    """The problem of a functional of one evolution that has a map; an ``InputError`` names what to use elsewhere."""
+    if not isinstance(functional.problem, ReducedProblem):
         raise InputError(
-            "parameter_to_observable: the functional is a sum, a multiple or has an initial condition that is an "
-            "expression of controls: use minimize_trust_region, or make the map of one evolution"
+            "the functional is a sum, a multiple or has an initial condition that is an expression of controls: use "
+            "minimize_trust_region, or the posterior of its map, J.parameter_to_observable().posterior()"
         )
-    for misfit in problem.misfits:
-        if not isinstance(misfit, SensorReadings):
-            raise InputError(
-                f"parameter_to_observable: {type(misfit).__name__} observes the state everywhere, which is no finite "
-                "number of readings: use minimize_trust_region, or give PointSensors or LinearObservations"
-            )
-    require_map(problem.sweeps)
-    return problem
+    (path,) = require_readings(functional)
+    return path.problem
 
 
 class LinearInverse:
@@ -55,12 +49,18 @@ class LinearInverse:
     """
 
     def parameter_to_observable(
-        self, *, load: str | Path | None = None, rows: str = "memory", path: str | Path | None = None
+        self,
+        *,
+        load: str | Path | None = None,
+        rows: str = "memory",
+        path: str | Path | None = None,
+        predict: SensorReadings | Sequence[SensorReadings] = (),
     ) -> ParameterToObservable:
         """Return the map from controls to readings as a matrix, by one adjoint sweep per sensor (collective).
 
         It exists for evolutions that are linear with constant operators and misfits of finitely many readings,
-        ``PointSensors`` and ``LinearObservations``. From it the minimiser and the whole Gaussian posterior follow
+        ``PointSensors`` and ``LinearObservations``; of a sum its rows are those of all evolutions, and an initial
+        condition may be an affine expression of controls. From it the minimiser and the whole Gaussian posterior follow
         without another sweep (:class:`~pint_fem.inverse.map.ParameterToObservable`).
 
         Parameters
@@ -73,6 +73,10 @@ class LinearInverse:
             ``"memory"``, or ``"file"``: the rows of each rank are then in a file without a name in the folder ``path``,
             for maps that are larger than the memory. What fits no machine is refused before the sweep; the time
             solver's option ``view`` prints the memory that is needed.
+        predict
+            ``PointSensors`` and ``LinearObservations`` of which nothing is measured, and the values do not matter:
+            readings at points and times without sensors, averages and fluxes, which a posterior predicts without
+            another sweep (``posterior.predict()``). Their rows are computed also with ``load``, and are in memory.
 
         Raises
         ------
@@ -82,19 +86,11 @@ class LinearInverse:
         """
         with stop_annotating():
             require_rows_argument(self.spacetime.comm, rows, path)
-            problem = collectively(self.spacetime.comm, "", _require_readings, self)
-            return ParameterToObservable(
-                problem.sweeps,
-                problem.layout,
-                problem.misfits,
-                partial(_readings_at_zero, problem),
-                functions=self,
-                regularisation=partial(_prior_forms, problem),
-                inner=self.inner,
-                description=partial(map_numbers, problem),
-                load=load,
-                folder=path,
-            )
+            named = collectively(self.spacetime.comm, "", require_predictions, predict)
+            F = make_map(self, load=load, folder=path)
+            if named:
+                F.predictions = map_of_predictions(self, named)
+            return F
 
     def on_map(self, F: ParameterToObservable | None = None) -> MapFunctional:
         """Return the functional on its map, with all methods that minimise it and none that sweeps (collective).
@@ -198,8 +194,8 @@ class CachedMap:
             known = self._F = self._functional.parameter_to_observable()
             self._impulses = table.impulses(known.sensors)
         elif updates != self._updates:
-            forms = partial(_prior_forms, problem)
-            self._F = known.with_readings(table, _readings_at_zero(problem), forms, same=False)
+            forms = partial(prior_forms, problem)
+            self._F = known.with_readings(table, readings_at_zero(problem), forms, same=False)
         elif not (np.array_equal(table.values, known.data) and np.array_equal(table.weights, known.weights)):
             same = np.array_equal(table.weights, known.weights)
             self._F = known.with_readings(table, known.offset, known.regularisation, same=same)
@@ -213,23 +209,3 @@ class CachedMap:
         same = same and all(np.array_equal(getattr(own, name), getattr(table, name)) for name in pairs)
         same = all_ranks(problem.spacetime.comm, same)  # impulses are computed collectively
         return same and all_ranks(problem.spacetime.comm, np.array_equal(table.impulses(F.sensors), self._impulses))
-
-
-def _readings_at_zero(problem: ReducedProblem) -> np.ndarray:
-    """The readings at zero controls, ``(m,)``; without a sweep where the state is zero then."""
-    initial = problem.sweeps.evolution.initial_control is None and problem.sweeps.initial.any()
-    moved = not problem.sweeps.evolution.is_homogeneous or initial
-    if not problem.spacetime.comm.allreduce(int(moved)):
-        return np.zeros(sum(int(misfit.present.sum()) for misfit in problem.misfits))
-    z = np.zeros(problem.layout.size)
-    observed = [problem.observations(z, misfit) for misfit in problem.misfits]
-    pairs = zip(problem.misfits, observed, strict=True)
-    return np.concatenate([misfit.readings(Y)[misfit.present] for misfit, Y in pairs])
-
-
-def _prior_forms(problem: ReducedProblem) -> PriorForms:
-    """What the default prior follows from; an ``InputError`` where the regularisation couples controls."""
-    gradient, regularisation = None, problem.regularisation
-    if regularisation is not None and regularisation.quadratic:
-        gradient = regularisation.gradient(np.zeros(problem.layout.size))
-    return PriorForms(problem.regularisation_hessians(), gradient)

@@ -15,15 +15,13 @@ from pint_fem.evolution.control_layout import ControlLayout
 from pint_fem.inverse.inference.sensor_choice import SensorChoice, choose_sensors
 from pint_fem.inverse.laws.noise import Noise, make_noise
 from pint_fem.inverse.laws.priors import Prior, make_prior
-from pint_fem.inverse.memory import posterior_bytes, state_memory
 from pint_fem.inverse.partition import Partition
-from pint_fem.inverse.per_step.applied_modes import LARGEST_DENSE, low_rank_modes, step_modes
+from pint_fem.inverse.per_step.spectrum_choice import choose_spectrum
 from pint_fem.inverse.per_step.toeplitz import ToeplitzMap
 from pint_fem.inverse.posterior import GaussianPosterior
 from pint_fem.inverse.readings import ReadingTable
-from pint_fem.inverse.reduction import ReducedRows, estimated_size
+from pint_fem.inverse.reduction import ReducedRows
 from pint_fem.inverse.response_rows import SensorReadingRows
-from pint_fem.inverse.spectra import DataSpace, ParameterSpace, Spectrum
 from pint_fem.spacetime import SpaceTime
 
 __all__ = ["Inversion", "PriorForms"]
@@ -60,6 +58,7 @@ class Inversion:
     functions: Any
     inner: Any
     regularisation: Callable[[], PriorForms] | None
+    read_again: Callable[[], np.ndarray]
 
     @cached_property
     def partition(self) -> Partition:
@@ -88,8 +87,8 @@ class Inversion:
             The controls' prior, as :func:`~pint_fem.inverse.laws.priors.make_prior` takes it; default: that of the
             functional's regularisation, so that the posterior's mean minimises the functional.
         noise
-            The readings' noise, as :func:`~pint_fem.inverse.laws.noise.make_noise` takes it; default: that of the misfits'
-            weights.
+            The readings' noise, as :func:`~pint_fem.inverse.laws.noise.make_noise` takes it; default: that of the
+            misfits' weights.
         alpha
             Weight of the prior: a factor of its precision.
         mean
@@ -102,13 +101,15 @@ class Inversion:
         Raises
         ------
         InputError
-            On every rank, if prior, noise, weight or tolerance do not fit.
+            On every rank, if prior, noise, weight or tolerance do not fit, or ``J.update_data()`` has read other
+            operators.
         """
         require_same(self.spacetime.comm, tolerance=tolerance)
         if not isinstance(tolerance, Real) or not 0 < tolerance < np.inf:
             raise InputError(f"posterior: tolerance = {tolerance!r}: give a positive number, such as 1e-6")
+        self.read_again()
         law, noise = self._laws(prior, noise, mean)
-        return GaussianPosterior(self, law, noise, self._spectrum(law, noise, tolerance), alpha=alpha)
+        return GaussianPosterior(self, law, noise, choose_spectrum(self, law, noise, tolerance), alpha=alpha)
 
     def choose_sensors(
         self,
@@ -144,6 +145,7 @@ class Inversion:
         InputError
             On every rank, if an argument does not fit, the noise couples sensors, or a control has one value per step.
         """
+        self.read_again()
         law, noise = self._laws(prior, noise, None)
         return choose_sensors(self, law, noise, count, criterion, candidates=candidates, product=inner_product)
 
@@ -197,25 +199,3 @@ class Inversion:
         if self.functions is None:
             raise InputError("minimize: the map has no functional with a regularisation: use posterior(prior=...).x")
         return self.functions.on_map(self).minimize(start, **options)
-
-    def _spectrum(self, prior: Prior, noise: Noise, tolerance: float) -> Spectrum:
-        """The spectral decomposition in the smaller one of the spaces of readings and of controls (collective)."""
-        if self.steps is not None:
-            return step_modes(self, prior, noise, tolerance=tolerance)
-        unknowns, estimated = int(self.spacetime.space_comm.allreduce(self.layout.static_size)), np.inf
-        if unknowns > self.table.sensors:
-            estimated = estimated_size(self.rows, [own.rows for own in self.readings], self.spacetime)
-        if min(unknowns, estimated) > LARGEST_DENSE:
-            return low_rank_modes(self, prior, noise, tolerance=tolerance)
-        if unknowns <= estimated:
-            self._state_posterior_memory(int(self.spacetime.comm.allreduce(len(self.partition.own))), data_space=False)
-            return ParameterSpace(self, prior, noise, self.partition)
-        self._state_posterior_memory(self.reduced.size, data_space=True)
-        covered = prior.covariance(self.reduced.C, shared=False)
-        return DataSpace(self.reduced, covered, noise, self.partition)
-
-    def _state_posterior_memory(self, modes: int, *, data_space: bool) -> None:
-        """Refuse a posterior that does not fit the memory of the machines (collective)."""
-        parts = posterior_bytes(self, modes, data_space=data_space)
-        what = f"the posterior in the space of {modes} {'combinations of readings' if data_space else 'controls'}"
-        state_memory(self, parts, what, "give fewer readings, a coarser control, or more ranks")

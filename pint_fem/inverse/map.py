@@ -21,7 +21,7 @@ from pint_fem.all_at_once.grids import split_steps
 from pint_fem.collective import collectively
 from pint_fem.errors import InputError
 from pint_fem.evolution.control_layout import ControlLayout
-from pint_fem.inverse.files import load_map, save_map
+from pint_fem.inverse.files import load_map, require_same_map, save_map
 from pint_fem.inverse.impulse_responses import GROUP, lags_of_block, sequential_responses
 from pint_fem.inverse.inversion import Inversion, PriorForms
 from pint_fem.inverse.memory import allocate_rows, map_bytes, state_memory
@@ -63,11 +63,11 @@ class ParameterToObservable(Inversion, LinearOperator):
     Parameters
     ----------
     sweeps
-        The solvers of the evolution.
+        The solvers of the evolution; ``None`` in derived classes that have several.
     layout
         The controls.
     misfits
-        Bound misfits whose observations are finitely many.
+        Bound misfits whose observations are finitely many, or the table of their readings.
     offset
         Readings at zero controls, ``(m,)``, or a function that returns them (collective).
     functions
@@ -83,6 +83,10 @@ class ParameterToObservable(Inversion, LinearOperator):
         A file of :meth:`save`, from which the rows are read in place of being computed.
     folder
         A folder on a disk, where the rows are kept in files; default: they are in memory.
+    sensors
+        The sensors whose rows this rank has, increasing; default: their division among the ranks in time.
+    view
+        Whether the memory is printed; default: the time solver's option.
 
     Attributes
     ----------
@@ -96,13 +100,15 @@ class ParameterToObservable(Inversion, LinearOperator):
         Their rows for the static controls and the initial condition, own columns of this rank in space.
     steps : ToeplitzMap or None
         The part of the map for controls with one value per step.
+    predictions : ParameterToObservable or None
+        The map to readings without data, for ``posterior.predict()``.
     """
 
     def __init__(
         self,
-        sweeps: Sweeps,
+        sweeps: Sweeps | None,
         layout: ControlLayout,
-        misfits: Sequence,
+        misfits: Sequence | ReadingTable,
         offset: np.ndarray | Callable[[], np.ndarray],
         *,
         functions: Any = None,
@@ -111,30 +117,36 @@ class ParameterToObservable(Inversion, LinearOperator):
         description: Callable[[], dict] | None = None,
         load: str | Path | None = None,
         folder: str | Path | None = None,
+        sensors: np.ndarray | None = None,
+        view: bool | None = None,
     ):
         self.layout, self.spacetime = layout, layout.spacetime
         self.functions, self.regularisation, self.inner = functions, regularisation, inner
-        self.propagator = require_map(sweeps)
-        self.table = ReadingTable(misfits)
+        self.sweeps, self.view, self.on_disk = sweeps, view, folder is not None
+        if sweeps is not None:
+            self.propagator = require_map(sweeps)
+            self.view = sweeps.options.view if view is None else view
+        self.table = misfits if isinstance(misfits, ReadingTable) else ReadingTable(misfits)
         self.data, self.weights = self.table.values, self.table.weights
         super().__init__(float, (self.table.size, layout.size))
         time_comm = self.spacetime.time_comm
         bounds = split_steps(self.table.sensors, time_comm.size)
-        self.sensors = np.arange(bounds[time_comm.rank], bounds[time_comm.rank + 1])
+        own = np.arange(bounds[time_comm.rank], bounds[time_comm.rank + 1])
+        self.sensors = own if sensors is None else sensors
         self.numbers, self.readings = own_readings(self.table, self.sensors)
-        self.view, self.on_disk = sweeps.options.view, folder is not None
         self._state_memory()
         self.rows = allocate_rows(self.spacetime.comm, (len(self.numbers), layout.static_size), folder)
+        self.steps: ToeplitzMap | None = None
+        self.predictions: ParameterToObservable | None = None
         self._description = description
         self._problem = {} if description is None else description()
-        lags = int(self.table.point.max(initial=0)) + (self.propagator.evolution.initial_control is not None)
-        terms = step_terms(self.propagator, len(self.sensors), lags)
         if load is not None:
+            terms = self._step_terms()
             self.offset = load_map(self, load, self._problem, terms)
-        else:
-            self.offset = offset() if callable(offset) else offset
-            self._build(terms, lags)
-        self.steps = ToeplitzMap(terms, self.table, self.sensors, layout) if layout.evolution.per_step else None
+            self._add_steps(terms)
+            return
+        self.offset = offset() if callable(offset) else offset
+        self._build()
 
     def _state_memory(self) -> None:
         """Refuse a map that does not fit the memory of the machines (collective)."""
@@ -146,20 +158,35 @@ class ParameterToObservable(Inversion, LinearOperator):
             advice += ", or rows='file' and path=, a folder on a disk"
         state_memory(self, parts, f"{self.table.size} rows of the map from controls to readings", advice)
 
-    def _build(self, terms: Sequence[StepTerm], lags: int) -> None:
-        """Compute the rows, and the responses of terms, by the sweep of this rank's sensors (collective)."""
+    @property
+    def _lags(self) -> int:
+        return int(self.table.point.max(initial=0)) + (self.propagator.evolution.initial_control is not None)
 
-        def sweep() -> None:
+    def _step_terms(self) -> list[StepTerm]:
+        """The terms of controls with one value per step, with responses of zero (collective over space)."""
+        return step_terms(self.propagator, len(self.sensors), self._lags) if self.layout.evolution.stepwise else []
+
+    def _add_steps(self, terms: list[StepTerm]) -> None:
+        """Set up the products with the responses of controls with one value per step (collective)."""
+        if self.layout.evolution.stepwise:
+            self.steps = ToeplitzMap(terms, self.table, self.sensors, self.layout)
+
+    def _build(self) -> None:
+        """Compute the rows by the sweep of this rank's sensors (collective)."""
+
+        def sweep() -> list[StepTerm]:
+            terms = self._step_terms()
             for first in range(0, len(self.sensors), GROUP):
                 group = slice(first, first + GROUP)
                 parts = [term.responses[group] for term in terms]
                 found = collectors(self.propagator, self.readings[group], self.rows, parts)
                 impulses = self.table.impulses(self.sensors[group])
-                for block in sequential_responses(self.propagator, impulses, lags):
+                for block in sequential_responses(self.propagator, impulses, self._lags):
                     for collector in found:
                         collector.add(block)
+            return terms
 
-        collectively(self.spacetime.comm, "map from controls to readings", sweep)
+        self._add_steps(collectively(self.spacetime.comm, "map from controls to readings", sweep))
 
     def save(self, path: str | Path) -> None:
         """Write the map to an HDF5 file, from which ``J.parameter_to_observable(load=path)`` of the same problem makes
@@ -215,7 +242,26 @@ class ParameterToObservable(Inversion, LinearOperator):
         """The readings at a control, a function or a flat vector, ``(m,)`` (collective)."""
         return self.offset + self.dot(z)
 
-    def with_readings(self, table: ReadingTable, offset: np.ndarray, regularisation: Callable | None, *, same: bool):
+    def read_again(self) -> np.ndarray:
+        """Take readings and weights as the misfits have them now, after ``J.update_data()``, and return the readings
+        ``(m,)`` (collective).
+
+        Raises
+        ------
+        InputError
+            On every rank, if anything else has changed that the map depends on.
+        """
+        if self._description is not None:
+            advice = "make the map again, J.parameter_to_observable()"
+            what = "the map from controls to readings was made before an update of data"
+            collectively(self.spacetime.comm, "", require_same_map, self._problem, self._description(), what, advice)
+        self.table.read_again()
+        self.data, self.weights = self.table.values, self.table.weights
+        return self.data
+
+    def with_readings(
+        self, table: ReadingTable, offset: np.ndarray, regularisation: Callable | None, *, same: bool
+    ) -> ParameterToObservable:
         """The map with other readings of the same sensors at the same times, which shares its rows (collective).
 
         Parameters
@@ -229,6 +275,8 @@ class ParameterToObservable(Inversion, LinearOperator):
         made = copy(self)
         made.table, made.offset, made.regularisation = table, offset, regularisation
         made.data, made.weights = table.values, table.weights
+        if self._description is not None and not same:
+            made._problem = self._description()
         found = vars(made).pop("default_posterior", None)
         if same and found is not None:
             made.default_posterior = GaussianPosterior(made, found.prior, found.noise, found.spectrum)

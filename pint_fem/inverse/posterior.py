@@ -83,15 +83,17 @@ class GaussianPosterior(GaussianLaw):
         self._fit = RegularisedFit(spectrum.lam, spectrum.scale, beta, squares, len(data), self.noise.log_det)
         self.x = self.prior.mean + spectrum.expand((beta / (self.alpha + spectrum.lam))[None])[0]
 
-    def with_data(self, data: np.ndarray) -> GaussianPosterior:
-        """The posterior for other readings ``(m,)`` of the same sensors at the same times (collective).
+    def with_data(self, data: np.ndarray | None = None) -> GaussianPosterior:
+        """The posterior for other readings ``(m,)`` of the same sensors at the same times (collective); default: those
+        that the functional has now, after ``J.update_data()``.
 
         Raises
         ------
         InputError
-            On every rank, if they are not ``m`` finite numbers, the same on all ranks.
+            On every rank, if they are not ``m`` finite numbers, the same on all ranks, or by default if
+            ``J.update_data()`` has read other operators.
         """
-        data = np.array(data, dtype=float).ravel()
+        data = np.array(self.F.read_again() if data is None else data, dtype=float).ravel()
         require_same(self.F.spacetime.comm, readings=data)
         if data.shape != self.F.data.shape or not np.isfinite(data).all():
             raise InputError(f"posterior: readings of shape {data.shape}: give {len(self.F.data)} finite numbers")

@@ -6,10 +6,18 @@ from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import ufl
 from firedrake import Cofunction
 
-from pint_fem.collective import collectively
+from pint_fem.collective import all_ranks, collectively
 from pint_fem.errors import InputError
+from pint_fem.inverse.inference.prediction import (
+    FunctionalPrediction,
+    Prediction,
+    functional,
+    predict,
+    value_and_derivative,
+)
 from pint_fem.kernels.arrays import get
 
 if TYPE_CHECKING:
@@ -92,6 +100,55 @@ class GaussianLaw(ABC):
             return self._covariance(fits).reshape(g.shape)
         rows = collectively(layout.spacetime.comm, "", self._dual, g)
         return self._functions(self._covariance(rows[None])[0])
+
+    # -- predictions ---------------------------------------------------------------------------------------------------
+    def predict(self, of: ParameterToObservable | None = None) -> Prediction:
+        """Mean and standard deviation of readings at points and times without sensors, or of averages and fluxes
+        (collective). No sweep is needed.
+
+        Parameters
+        ----------
+        of
+            A map of the same controls, such as the one of the readings themselves; default: what was named when the map
+            was made, ``J.parameter_to_observable(predict=[...])``.
+
+        Raises
+        ------
+        InputError
+            On every rank, if nothing was named, or the map is one of other controls.
+        """
+        P = self.F.predictions if of is None else of
+        if P is None:
+            raise InputError(
+                "predict: the map has no rows of predictions: name them in parameter_to_observable(predict=["
+                "PointSensors(points, times, values)]), of which the values do not matter; for the sensors of the map "
+                "give predict(F)"
+            )
+        layout = self.F.layout
+        same = P.layout.evolution.controls == layout.evolution.controls and P.layout.size == layout.size
+        if not all_ranks(layout.spacetime.comm, same):
+            raise InputError("predict: the map is one of other controls")
+        return predict(self, P)
+
+    def functional(self, form: Any) -> FunctionalPrediction:
+        """Mean and standard deviation of a functional of the controls alone (collective).
+
+        Parameters
+        ----------
+        form
+            A UFL functional that is affine in the controls, such as ``q*dx(1)``; or its derivative, a cofunction or a
+            list with one for each control, of which the constant part is zero.
+
+        Raises
+        ------
+        InputError
+            On every rank, if it does not fit the controls, is not affine, or contains a control with one value per step
+            and is no cofunction.
+        """
+        comm = self.F.spacetime.comm
+        if isinstance(form, ufl.Form):
+            return functional(self, *collectively(comm, "", value_and_derivative, form, self.F.layout))
+        return functional(self, 0.0, collectively(comm, "", self._dual, form))
 
     def _dual(self, given: Any) -> np.ndarray:
         """The flat vector of cofunctions."""

@@ -1,8 +1,9 @@
 r"""Gaussian priors :math:`z \sim N(m_0, A^{-1})` of all controls, on flat vectors.
 
-The precision ``A`` is block-diagonal. A static control has a block ``Q`` (:mod:`pint_fem.inverse.laws.gaussian_fields`); of
-a control with one value per step the steps are independent, each with the precision :math:`\Delta t\, Q`. This is the
-second derivative of the regularisation :math:`R(q) + \sum_n \Delta t\, R(z_n)`, whose minimiser is the mean.
+The precision ``A`` is block-diagonal. A static control has a block ``Q``
+(:mod:`pint_fem.inverse.laws.gaussian_fields`); of a control with one value per step the steps are independent, each
+with the precision :math:`\Delta t\, Q`. This is the second derivative of the regularisation :math:`R(q) + \sum_n \Delta
+t\, R(z_n)`, whose minimiser is the mean.
 
 Noise is seeded by the seed, the control and the step, so that samples do not depend on the number of ranks in time. On
 several ranks in space they have the same law for every number of them, and are reproducible for a given one.
@@ -297,9 +298,9 @@ def make_prior(
     ----------
     given
         ``None`` for that of the regularisation; a symmetric positive definite bilinear form, a
-        :class:`~pint_fem.inverse.laws.covariance_fields.BilaplacianPrior` or one of Firedrake's covariance operators, for
-        one control or for all; a list with one of these for each control, ``None`` for the regularisation's; the string
-        ``"riesz_map"``; or a :class:`Prior`.
+        :class:`~pint_fem.inverse.laws.covariance_fields.BilaplacianPrior` or one of Firedrake's covariance operators,
+        for one control or for all; a list with one of these for each control, ``None`` for the regularisation's; the
+        string ``"riesz_map"``; or a :class:`Prior`.
     layout
         The controls.
     regularisation_forms

@@ -33,10 +33,8 @@ from pint_fem.inverse.spectra import Spectrum
 if TYPE_CHECKING:
     from pint_fem.inverse.map import ParameterToObservable
 
-__all__ = ["LARGEST_DENSE", "AppliedModes", "dense_modes", "low_rank_modes", "step_modes"]
+__all__ = ["AppliedModes", "dense_modes", "low_rank_modes"]
 
-LARGEST_DENSE = 6000
-"""The largest number of readings for which a dense matrix of them is diagonalised."""
 _NUMBERS = 2e7
 """Numbers in the parameter vectors of some modes that are computed at once."""
 
@@ -153,16 +151,3 @@ def low_rank_modes(
 
     found = low_rank_eigenpairs(product, F.table.size, tolerance=tolerance, comm=F.spacetime.comm, seed=seed)
     return AppliedModes(F, prior, noise, *found)
-
-
-def step_modes(F: ParameterToObservable, prior: Prior, noise: Noise, *, tolerance: float) -> AppliedModes:
-    """The modes for controls with one value per step: all of them where the readings are not many, else those of
-    :func:`low_rank_modes`, which finds the whole spectrum of few unknowns at less cost (collective).
-    """
-    spacetime, layout = F.spacetime, F.layout
-    assert F.steps is not None
-    static, step = spacetime.sum_over_space(np.array([layout.static_size, F.steps.columns.size]))
-    unknowns = static + layout.slab.nsteps * step
-    if F.table.size <= min(LARGEST_DENSE, 2 * unknowns):
-        return dense_modes(F, prior, noise)
-    return low_rank_modes(F, prior, noise, tolerance=tolerance)
