@@ -207,7 +207,7 @@ class StepResponses(Collector):
         shape = block.stages.shape
         rows = self._loads.pull_back_rows(self._term, block.stages.reshape(shape[0], shape[1] * shape[2], shape[3]))
         lags = slice(block.first, block.first + shape[2])
-        self.responses[:, lags] = rows[:, self._start :].reshape(shape[1], shape[2], -1)
+        self.responses[:, lags] = rows[:, self._start :].reshape(*shape[1:3], self.responses.shape[-1])
 
 
 def terms_of_controls(propagator: LinearPropagator) -> list[tuple[Term, bool, bool]]:

@@ -43,7 +43,8 @@ def data_gram(F: ParameterToObservable, prior: Prior) -> np.ndarray:
         The controls' prior, the same in all steps and independent between them.
     """
     spacetime = F.spacetime
-    static = F.reduced.C if F.layout.static_size else np.zeros((0, 0))
+    with_static = spacetime.space_comm.allreduce(F.layout.static_size) > 0
+    static = F.reduced.C if with_static else np.zeros((0, 0))
     steps, covered = covered_responses(F, prior, static)
     G = np.zeros((F.table.size, F.table.size))
     if steps.invariant:
@@ -51,7 +52,7 @@ def data_gram(F: ParameterToObservable, prior: Prior) -> np.ndarray:
     else:
         steps.add_steps(G)
     G = spacetime.sum_over_time(G)
-    if spacetime.space_comm.allreduce(F.layout.static_size):
+    if with_static:
         partition = F.partition
         gram = spacetime.sum_over_grid(partition.columns(static) @ partition.columns(covered).T)
         G += F.reduced.expand(F.reduced.expand(gram, F.table.size).T, F.table.size)
@@ -82,7 +83,7 @@ def _reduced_responses(steps: ToeplitzMap) -> ReducedRows:
     count = stacked.shape[1] * stacked.shape[2]
     numbers = (own[:, None] * count + np.arange(count)).ravel()
     slices = [slice(i * count, (i + 1) * count) for i in range(len(own))]
-    return ReducedRows(stacked.reshape(len(own) * count, -1), slices, numbers, spacetime)
+    return ReducedRows(stacked.reshape(len(own) * count, stacked.shape[-1]), slices, numbers, spacetime)
 
 
 def _covered(prior: Prior, static: np.ndarray, rows: np.ndarray, steps: ToeplitzMap) -> tuple[np.ndarray, np.ndarray]:
@@ -99,10 +100,10 @@ def _covered(prior: Prior, static: np.ndarray, rows: np.ndarray, steps: Toeplitz
         packed, padded = np.zeros((count, layout.size)), np.zeros((count * k, rows.shape[1]))
         packed[: len(static[own]), : layout.static_size] = static[own]
         padded[: len(rows[own_rows])] = rows[own_rows]
-        steps.columns.put_steps(packed, padded.reshape(count, k, -1))
+        steps.columns.put_steps(packed, padded.reshape(count, k, rows.shape[1]))
         product = prior.covariance(packed, shared=False)
         out[own] = product[: len(static[own]), : layout.static_size]
-        out_rows[own_rows] = steps.columns.steps(product).reshape(count * k, -1)[: len(rows[own_rows])]
+        out_rows[own_rows] = steps.columns.steps(product).reshape(padded.shape)[: len(rows[own_rows])]
     return out, out_rows
 
 
