@@ -22,6 +22,7 @@ import matplotlib.pyplot as plt
 from matplotlib.animation import FuncAnimation, PillowWriter
 
 if TYPE_CHECKING:
+    from pint_fem.inverse.inference.regularisation_choice import RegularisationCurve
     from pint_fem.optimize.records import IterationRecord
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "gather_images",
     "plot_convergence",
     "plot_fields",
+    "plot_regularisation",
     "plot_sensors",
     "plot_snapshots",
 ]
@@ -163,6 +165,29 @@ def plot_convergence(
     right.set(xlabel="MGRIT cycle", title="C-point residual, relative to the first")
     for ax in (left, middle, right):
         ax.xaxis.get_major_locator().set_params(integer=True)
+    _save(fig, path, 110)
+
+
+def plot_regularisation(path: Path, curve: RegularisationCurve, choices: dict[str, float], *, readings: int) -> None:
+    """Draw the L-curve of a posterior, and its misfit, generalised cross-validation and evidence over the weight of the
+    prior, with the weights that were chosen, by the names of the methods.
+    """
+    fig, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
+    left.loglog(curve.misfit, curve.size, "k-", lw=1)
+    left.set(xlabel="squared residual", ylabel="squared size in the prior's norm", title="L-curve")
+    right.loglog(curve.alpha, curve.misfit / readings, "C0-", label="squared residual / readings")
+    right.loglog(curve.alpha, curve.gcv / readings, "C1-", label="generalised cross-validation / readings")
+    right.axhline(1, color="C0", lw=0.5)
+    density = right.twinx()
+    density.semilogx(curve.alpha, curve.log_evidence, "C2-")
+    density.set_ylabel("log evidence", color="C2")
+    right.set(xlabel="weight of the prior", title="criteria")
+    for n, (name, alpha) in enumerate(choices.items()):
+        place = [np.exp(np.interp(np.log(alpha), np.log(curve.alpha), np.log(y))) for y in (curve.misfit, curve.size)]
+        left.plot(*place, "os^Dv"[n % 5], color=f"C{n + 3}", label=f"{name}: {alpha:.3g}")
+        right.axvline(alpha, color=f"C{n + 3}", lw=1, ls="--")
+    left.legend(fontsize=8)
+    right.legend(fontsize=8)
     _save(fig, path, 110)
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from pint_fem.errors import InputError, InputTypeError, SolverFailure
     from pint_fem.evolution import SDIRK2, BackwardEuler, Evolution, ImplicitMidpoint, time_function
     from pint_fem.mgrit import MGRIT, MGRITOptions, Transfer
-    from pint_fem.misfits import BlockMisfit, Misfit, PointSensors, RunningMisfit, TerminalMisfit
+    from pint_fem.misfits import BlockMisfit, LinearObservations, Misfit, PointSensors, RunningMisfit, TerminalMisfit
     from pint_fem.optimize import (
         InexactOptions,
         NonFiniteError,
@@ -46,7 +46,14 @@ _MODULES = {
     "pint_fem.errors": ("InputError", "InputTypeError", "SolverFailure"),
     "pint_fem.evolution": ("BackwardEuler", "Evolution", "ImplicitMidpoint", "SDIRK2", "time_function"),
     "pint_fem.mgrit": ("MGRIT", "MGRITOptions", "Transfer"),
-    "pint_fem.misfits": ("BlockMisfit", "Misfit", "PointSensors", "RunningMisfit", "TerminalMisfit"),
+    "pint_fem.misfits": (
+        "BlockMisfit",
+        "LinearObservations",
+        "Misfit",
+        "PointSensors",
+        "RunningMisfit",
+        "TerminalMisfit",
+    ),
     "pint_fem.optimize": (
         "InexactOptions",
         "NonFiniteError",

@@ -1,6 +1,7 @@
 """Command line of the package: plans, measurements, the check of a user's evolution, and what is installed.
 
-pint-fem plan PROBLEM --ranks P    the fastest grid, levels and solver by predicted times, and alternatives
+pint-fem plan PROBLEM --ranks P    the fastest grid, levels and solver by predicted times, and alternatives; a whole
+                                   linear inversion by the map from controls to readings
 pint-fem scaling calibrate --case MODULE:NAME    measure a problem's costs (mpiexec -n 2: network and space ranks, too)
 pint-fem scaling validate --case MODULE:NAME     time solves on the available ranks, beside the predictions
 pint-fem check MODULE:FUNCTION     check steps, derivatives and transfers of an evolution or a reduced functional
@@ -36,7 +37,7 @@ __all__ = ["command", "demo_arguments", "main"]
 LIBRARIES = ("pint_fem", "firedrake", "petsc4py", "irksome", "mpi4py", "numpy", "scipy", "torch", "greenlet")
 PACKAGES = {"MUMPS": "mumps", "CHOLMOD": "cholmod", "UMFPACK": "umfpack", "hypre": "hypre", "PT-Scotch": "ptscotch"}
 """What PETSc may be built with, by name and PETSc's own name."""
-PARTS = ("costs", "cycles")
+PARTS = ("costs", "cycles", "map")
 
 
 def main() -> None:
@@ -145,8 +146,34 @@ def _plan(arguments: Sequence[str]) -> None:
         numbers = f"{choice.seconds:>11.4g}{choice.bytes_per_rank / 1e6:>13.3g}{choice.efficiency:>6.0%}"
         _print(f"{choice.solver:8}{f'{choice.grid[0]} x {choice.grid[1]}':>14}  {what:34}{cycles:>7}{numbers}")
     _print(f"run: {demo_arguments(made.best)}")
+    found = on_first_rank(MPI.COMM_WORLD, "", partial(_plan_map, opts.problem, opts.ranks, given))
+    for line in found:
+        _print(line)
     for text in made.assumptions:
         _print(f"assumed: {text}")
+
+
+def _plan_map(problem: Path, ranks: int, given: dict) -> list[str]:
+    """Lines on an inversion by the map from controls to readings, none where the calibration has no costs of it."""
+    from pint_fem.scaling.costs import load
+    from pint_fem.scaling.planner import describe, plan_map
+
+    calibration = load(problem)
+    costs = calibration.linear_inverse
+    if not costs:
+        return []
+    found = plan_map(calibration, ranks, **given)
+    (space, time, groups, each), how = found.division, "sequential steps"
+    if each > 1:
+        how = describe(found.options)
+    parts = ", ".join(f"{part} {seconds:.3g}" for part, seconds in found.parts.items())
+    return [
+        f"map from controls to readings, {costs['sensors']:.0f} sensors: the whole inversion in {found.seconds:.3g} s, "
+        f"{found.with_deviation:.3g} s with the standard deviation, on {found.division.ranks} of {ranks} ranks",
+        f"  {groups} groups of sensors x {each} in time x {space} in space ({space} x {time}), {how}; "
+        f"{found.bytes_per_rank / 1e6:.3g} MB per rank",
+        f"  seconds: {parts}",
+    ]
 
 
 def demo_arguments(choice: Choice) -> str:
@@ -207,6 +234,8 @@ def _calibrate(arguments: Sequence[str]) -> None:
     if opts.only in ("", "cycles") and case.menu:
         cycles = on_first_rank(comm, "", measure.count_cycles, case)
         made = made and made.with_changes(cycles=cycles)
+    if opts.only == "map":
+        made = on_first_rank(comm, "", partial(measure.measure_map, case, made, repeats=opts.repeats))
     _write(path, "" if made is None else made.to_json())
     _print(f"written: {path}")
 

@@ -1,17 +1,22 @@
-"""Hash numbers of values, equal in every process, by which ranks compare what they are given without exchanging it."""
+"""Hash numbers of values, equal in every process, by which ranks compare what they are given without exchanging it, and
+differences of descriptions, by which a run finds that a file is of another problem.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import hashlib
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-__all__ = ["describe", "digest"]
+__all__ = ["describe", "differences", "digest"]
+
+_RTOL = 1e-9  # far above round-off, far below deliberate differences
 
 
 def digest(value: Any) -> int:
@@ -84,3 +89,20 @@ def describe(value: Any) -> str:
     simple = isinstance(value, (bool, int, float, complex, str, type(None), Mapping, Sequence, np.generic))
     text = repr(value) if simple else _qualified_name(value)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def differences(stored: dict, given: dict) -> str:
+    """The entries in which the stored description differs from that of this run, as text; empty if there are none."""
+    names = [name for name in {**given, **stored} if not _same(stored.get(name), given.get(name))]
+    return "; ".join(f"{name}: the file has {stored.get(name)}, this run {given.get(name)}" for name in names)
+
+
+def _same(a, b) -> bool:
+    """Whether two descriptions are equal up to round-off of their numbers."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        return len(a) == len(b) and all(map(_same, a, b))
+    if isinstance(a, float) and isinstance(b, float):
+        return math.isclose(a, b, rel_tol=_RTOL)
+    return a == b

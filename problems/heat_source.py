@@ -61,7 +61,7 @@ def heat_source(
     spacetime: SpaceTime,
     *,
     mesh: str | Path = MESH,
-    readings: str | Path = READINGS,
+    readings: str | Path | Readings = READINGS,
     steps: int = 512,
     integrator: str = "SDIRK2",
     alpha: float = ALPHA,
@@ -76,7 +76,8 @@ def heat_source(
     spacetime
         Process grid.
     mesh, readings
-        A gmsh file with the tags of :mod:`problems.plate`, and a CSV as :mod:`problems.readings` reads it.
+        A gmsh file with the tags of :mod:`problems.plate`, and a CSV as :mod:`problems.readings` reads it, or what was
+        read.
     steps, integrator
         Time steps and a name of :func:`pint_fem.evolution.named_tableau`.
     alpha, beta

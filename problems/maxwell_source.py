@@ -110,7 +110,7 @@ def maxwell_source(
     regime: str = "lossy",
     cells: int = CELLS,
     degree: int = DEGREE,
-    readings: str | Path | None = None,
+    readings: str | Path | Readings | None = None,
     steps: int | None = None,
     integrator: str | None = None,
     alpha: float | None = None,
@@ -130,7 +130,7 @@ def maxwell_source(
     cells, degree
         Mesh and elements.
     readings
-        A CSV as :mod:`problems.readings` reads it; default: the shipped one of the regime.
+        A CSV as :mod:`problems.readings` reads it, or what was read; default: the shipped one of the regime.
     steps, integrator
         Time steps and a name of :func:`pint_fem.evolution.named_tableau`, or ``"Leapfrog"`` with implicit midpoint
         steps on coarse levels; default: the regime's.

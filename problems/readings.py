@@ -51,7 +51,8 @@ class Readings:
     times : numpy.ndarray, shape (nt,)
         Reading times, ascending.
     values : numpy.ndarray, shape (nt, ns) or (nt, ns, nq)
-        ``values[k, s]`` is the temperature at ``points[s]`` and ``times[k]``, or what several columns say.
+        ``values[k, s]`` is the temperature at ``points[s]`` and ``times[k]``, or what several columns say. Files have
+        all of them; of a ``numpy.ma.MaskedArray`` given in their place masked entries are missing.
     path : pathlib.Path
         The file they come from.
     sensors : tuple of str
@@ -70,8 +71,8 @@ def read_readings(path, final_time, columns=COLUMNS) -> Readings:
 
     Parameters
     ----------
-    path : str or pathlib.Path
-        A CSV file as described in the module's docstring.
+    path : str or pathlib.Path or Readings
+        A CSV file as described in the module's docstring; readings that have been read are returned as they are.
     final_time : float
         End of the simulated interval (0, final_time]; later readings are refused.
     columns : tuple of str
@@ -87,6 +88,8 @@ def read_readings(path, final_time, columns=COLUMNS) -> Readings:
     InputError
         If the file cannot be read, or a line of it cannot be used; the message names the file and the line.
     """
+    if isinstance(path, Readings):
+        return path
     path = Path(path)
     expected = ",".join(columns)
     rows = _rows(path, expected)
@@ -212,19 +215,19 @@ def misfit_weight(readings: Readings, noise: float) -> float:
     InputError
         If all readings are zero, or the variance or the weight is not an ordinary number.
     """
-    largest = np.abs(readings.values).max()
+    largest, count = np.abs(readings.values).max(), int(np.ma.count(readings.values))
     if largest == 0:
         raise InputError(
-            f"{readings.path}: all {readings.values.size} readings are zero, and so is the noise that is "
+            f"{readings.path}: all {count} readings are zero, and so is the noise that is "
             f"{noise:g} of the largest; give readings that are not"
         )
     variance = (noise * largest) ** 2
-    if not np.finfo(float).tiny <= variance * readings.values.size < np.inf:
+    if not np.finfo(float).tiny <= variance * count < np.inf:
         raise InputError(
             f"{readings.path}: noise of {noise:g} of the largest reading, {largest:g}, has a variance of "
             f"{variance:g}, which is out of range; give another noise, or readings in other units"
         )
-    return float(1 / (variance * readings.values.size))
+    return float(1 / (variance * count))
 
 
 def require_weights(alpha: float, beta: float, noise: float) -> None:

@@ -26,6 +26,7 @@ from firedrake import (
     curl,
     ds,
     dx,
+    elem_mult,
     grad,
     inner,
     interpolate,
@@ -42,7 +43,7 @@ from problems.maxwell_readings import COLUMNS, NOISE, readings_file
 from problems.maxwell_setting import CELLS, box_mesh, setting, signal
 from problems.maxwell_source import ALPHA, BETA, DEGREE
 from problems.meshfile import locate
-from problems.readings import read_readings
+from problems.readings import Readings, read_readings
 from problems.serial_pyadjoint import SCHEMES, SerialSource, control_with_prior
 
 __all__ = ["serial_maxwell_source"]
@@ -53,7 +54,7 @@ _DIRECT = {"mat_type": "aij", "ksp_type": "preonly", "pc_type": "lu", "pc_factor
 
 
 def serial_maxwell_source(
-    *, regime: str = "lossy", cells: int = CELLS, degree: int = DEGREE, readings: str | Path | None = None,
+    *, regime: str = "lossy", cells: int = CELLS, degree: int = DEGREE, readings: str | Path | Readings | None = None,
     steps: int | None = None, integrator: str | None = None, alpha: float | None = None, beta: float | None = None,
     noise: float = NOISE, comm=COMM_SELF,
 ) -> SerialSource:  # fmt: skip
@@ -75,8 +76,9 @@ def serial_maxwell_source(
     probes = locate(data.points, mesh, data.sensors)
     V, medium = state_space(mesh, degree), Medium(mesh, given.regions)
     J = Function(VectorFunctionSpace(mesh, "CG", 1), name="current")
-    sigma = noise * np.abs(data.values).max()
-    weight = 1 / (sigma**2 * data.values.size)
+    values, there = np.ma.filled(data.values, 0.0), 1.0 - np.ma.getmaskarray(data.values)
+    sigma = noise * np.abs(values).max()
+    weight = 1 / (sigma**2 * there.sum())
     prior = lambda a, b: (alpha * inner(grad(a), grad(b)) + beta * inner(a, b)) * dx
     before, theta = _place(data.times, steps, given.final_time)
     wanted = set(before + 1) | set(before[theta < 1])
@@ -90,11 +92,13 @@ def serial_maxwell_source(
             seen[n] = assemble(interpolate(split(u)[E], at_probes))
             for r in np.flatnonzero(before == n - 1):
                 with stop_annotating():
-                    d.dat.data_wo[:] = data.values[r]
+                    d.dat.data_wo[:] = values[r]
                     target = assemble(interpolate(d, at_probes))
+                    d.dat.data_wo[:] = there[r]
+                    present = None if there[r].all() else assemble(interpolate(d, at_probes))
                 w = float(theta[r])  # UFL does not take numpy's numbers before vectors
                 predicted = seen[n] if w == 1 else w * seen[n] + (1 - w) * seen[n - 1]
-                misfit = predicted - target
+                misfit = predicted - target if present is None else elem_mult(present, predicted - target)
                 functional += assemble(0.5 * float(weight) * inner(misfit, misfit) * dx)
     rf = ReducedFunctional(functional, control_with_prior(J, prior), tape=tape)
     return SerialSource(rf, J, steps, time.perf_counter() - start)

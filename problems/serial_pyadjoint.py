@@ -69,7 +69,7 @@ from problems.plate import (
     RHO_C,
     boundary_conditions,
 )
-from problems.readings import read_readings
+from problems.readings import Readings, read_readings
 
 __all__ = [
     "SCHEMES",
@@ -153,7 +153,7 @@ def control_with_prior(q: Function, prior) -> Control:
 def serial_heat_source(
     *,
     mesh: str | Path = MESH,
-    readings: str | Path = READINGS,
+    readings: str | Path | Readings = READINGS,
     steps: int = 512,
     integrator: str = "SDIRK2",
     alpha: float = 1e-4,
@@ -185,8 +185,9 @@ def serial_heat_source(
         FunctionSpace(sensors.input_ordering, "DG", 0),
     )
     q, d = Function(V, name="source"), Function(as_given)
-    sigma = noise * np.abs(data.values).max()
-    weight = 1 / (sigma**2 * data.values.size)
+    values, there = np.ma.filled(data.values, 0.0), 1.0 - np.ma.getmaskarray(data.values)
+    sigma = noise * np.abs(values).max()
+    weight = 1 / (sigma**2 * there.sum())
     prior = lambda a, b: (alpha * inner(grad(a), grad(b)) + beta * a * b) * dx
 
     # reading r lies between the points before[r] and before[r] + 1, at theta of the way
@@ -217,10 +218,12 @@ def serial_heat_source(
             seen[n] = assemble(interpolate(u, at_sensors))
             for r in np.flatnonzero(before == n - 1):
                 with stop_annotating():
-                    d.dat.data_wo[:] = data.values[r]
+                    d.dat.data_wo[:] = values[r]
                     target = assemble(interpolate(d, at_sensors))
+                    d.dat.data_wo[:] = there[r]
+                    present = 1 if there[r].all() else assemble(interpolate(d, at_sensors))
                 predicted = seen[n] if theta[r] == 1 else theta[r] * seen[n] + (1 - theta[r]) * seen[n - 1]
-                J += assemble(0.5 * weight * (predicted - target) ** 2 * dx)
+                J += assemble(0.5 * weight * present * (predicted - target) ** 2 * dx)
     rf = ReducedFunctional(J, control_with_prior(q, prior), tape=tape)
     return SerialSource(rf, q, steps, time.perf_counter() - start)
 

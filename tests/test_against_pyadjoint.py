@@ -2,6 +2,7 @@
 differentiates.
 """
 
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -31,6 +32,8 @@ import pint_fem as pf
 from pint_fem.propagators import FormPropagator
 from pint_fem.propagators.tape import recording
 from problems.heat_source import heat_source
+from problems.plate import FINAL_TIME
+from problems.readings import read_readings
 from problems.serial_minimise import minimise
 from problems.serial_pyadjoint import serial_heat_source
 from tests.heat_readings import some_readings
@@ -61,7 +64,20 @@ def at(V, values):
     ["SDIRK2", *(pytest.param(name, marks=pytest.mark.grid) for name in ("BackwardEuler", "ImplicitMidpoint"))],
 )
 def test_heat_source(integrator, tmp_path):
-    mgrit, readings = {"rtol": 1e-12, "coarsening": (4,)}, some_readings(tmp_path / "readings.csv", 22)
+    assert_same_heat_source(some_readings(tmp_path / "readings.csv", 22), integrator)
+
+
+def test_heat_source_with_missing_readings(tmp_path):
+    """One in three, and one sensor's and one time's altogether."""
+    read = read_readings(some_readings(tmp_path / "readings.csv", 22), FINAL_TIME)
+    missing = np.random.default_rng(0).uniform(size=read.values.shape) < 1 / 3
+    missing[1], missing[:, 3] = True, True
+    values = np.ma.MaskedArray(np.where(missing, 1e9, read.values), missing)
+    assert_same_heat_source(replace(read, values=values), "BackwardEuler")
+
+
+def assert_same_heat_source(readings, integrator):
+    mgrit = {"rtol": 1e-12, "coarsening": (4,)}
     ours = heat_source(
         pf.SpaceTime("1x1", comm=COMM_SELF), readings=readings, steps=8, integrator=integrator,
         solver_parameters={"mgrit": mgrit},

@@ -640,9 +640,7 @@ class Shared:
 def test_states_shared_by_several_ranks():
     comm = MPI.COMM_WORLD
     state = np.linspace(1, 2, 3 + comm.rank)
-    check_ = lambda **kw: run(
-        [Shared(comm, **kw), Shared(comm, 3)], state=state, coarsening=3, space_comm=comm
-    )
+    check_ = lambda **kw: run([Shared(comm, **kw), Shared(comm, 3)], state=state, coarsening=3, space_comm=comm)
 
     def run(*args, **kwargs):
         return check(args[0], N, **kwargs)

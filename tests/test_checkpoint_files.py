@@ -27,8 +27,9 @@ import pint_fem as pf
 from pint_fem import files
 from pint_fem.adjoint.minimisation import checkpoint as checkpoint_module
 from pint_fem.adjoint.minimisation.checkpoint import HDF5Checkpoint
-from pint_fem.adjoint.minimisation.fingerprint import differences, evolution_numbers
+from pint_fem.adjoint.minimisation.fingerprint import evolution_numbers
 from pint_fem.adjoint.minimisation.objective import Objective
+from pint_fem.digests import differences
 from tests.broken_files import another_process, largest_file, shared
 from tests.limits import time_limit
 from tests.meshes import square

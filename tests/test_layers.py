@@ -11,7 +11,7 @@ LAYERS = (
     ("errors", "digests", "logs"),
     ("collective",),
     ("communicators", "files", "capacity", "petsc_options"),
-    ("all_at_once",),
+    ("all_at_once", "array_file"),
     ("spacetime",),
     ("kernels", "optimize", "mgrit"),
     ("paradiag",),

@@ -103,7 +103,7 @@ def test_energy_and_divergence(dim):
     ev, medium = cavity(dim, 4 if dim == 2 else 2, dt=0.02, steps=1000, regions=regions)
     U, f = swept(LinearPropagator(ev), 1000), Function(ev.V)
     energies = []
-    for state in U[:: 100]:
+    for state in U[::100]:
         put(f, state)
         energies.append(assemble(energy(f, medium)))
         if dim == 3:

@@ -1,5 +1,7 @@
 """The Maxwell source inversion: Taylor tests, agreement with serial pyadjoint, and theory of MGRIT on it."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from firedrake import COMM_SELF, COMM_WORLD
@@ -7,7 +9,10 @@ from pyadjoint import taylor_to_dict
 
 import pint_fem as pf
 from demos.maxwell_source_report import points
+from problems.maxwell_readings import COLUMNS, readings_file
+from problems.maxwell_setting import setting
 from problems.maxwell_source import maxwell_source
+from problems.readings import read_readings
 from problems.serial_maxwell import serial_maxwell_source
 from tests.benchmarks.maxwell_table import evolution, measure
 
@@ -31,7 +36,21 @@ def test_taylor():
 
 @pytest.mark.parametrize(("regime", "time_solver"), [("lossy", "mgrit"), ("cavity", "serial")])
 def test_against_pyadjoint(regime, time_solver):
-    few = SMALL | {"steps": 16}
+    assert_same(regime, time_solver)
+
+
+@pytest.mark.grid
+def test_against_pyadjoint_with_missing_readings():
+    """One component in three, and one probe's and one time's altogether."""
+    read = read_readings(readings_file("cavity"), setting("cavity").final_time, COLUMNS)
+    missing = np.random.default_rng(0).uniform(size=read.values.shape) < 1 / 3
+    missing[4], missing[:, 3] = True, True
+    values = np.ma.MaskedArray(np.where(missing, 1e9, read.values), missing)
+    assert_same("cavity", "serial", readings=replace(read, values=values))
+
+
+def assert_same(regime, time_solver, **readings):
+    few = SMALL | {"steps": 16} | readings
     ours, theirs = posed(regime, time_solver=time_solver, **few).rf, serial_maxwell_source(regime=regime, **few).rf
     values = []
     for rf in (ours, theirs):

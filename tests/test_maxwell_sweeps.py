@@ -54,9 +54,7 @@ def posed(st, *, moving_walls=False, regions=LOSSY, eliminate=B, steps=16, dt=0.
         pf.PointSensors([(0.3, 0.4), (0.7, 0.6)], times, np.ones((5, 2)), field=E, component=1),
     ]
     propagator = {"propagator": given.pop("propagator")} if "propagator" in given else {}
-    return pf.TimeParallelReducedFunctional(
-        ev, misfits, spacetime=st, solver_parameters=given, **propagator
-    )
+    return pf.TimeParallelReducedFunctional(ev, misfits, spacetime=st, solver_parameters=given, **propagator)
 
 
 def numbers(rf):

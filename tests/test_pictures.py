@@ -11,6 +11,7 @@ from matplotlib.image import imread
 
 from demos import pictures
 from demos.outputs import write_json
+from pint_fem.inverse.inference.regularisation_choice import RegularisedFit
 from pint_fem.spacetime import SpaceTime
 from tests.meshes import square
 from tests.pictures import assert_drawn
@@ -118,6 +119,22 @@ def test_convergence(tmp_path, figures):
     assert texts == ["first state sweep", "first adjoint sweep", "two-level bound 0.1 a cycle"]
     assert all(ax.get_yscale() == "log" for ax in (left, middle, right))
     assert_drawn(path, panels=3)
+
+
+def test_regularisation(tmp_path, figures):
+    """The curve, the criteria and a mark on the curve for each choice, of one eigenvalue in closed form."""
+    path, fit = tmp_path / "regularisation.png", RegularisedFit(*np.array([[4.0], [1.0], [3.0]]), 10.0, 5, 0.0)
+    alphas = np.geomspace(1e-2, 1e2, 401)
+    pictures.plot_regularisation(path, fit.curve(alphas), {"one": 4.0, "other": 0.5}, readings=5)
+    left, right, density = figures[0].axes
+    line, *marks = left.lines
+    np.testing.assert_allclose(line.get_xdata(), 1 + 9 * (alphas / (alphas + 4)) ** 2)
+    np.testing.assert_allclose(line.get_ydata(), 36 / (alphas + 4) ** 2)
+    np.testing.assert_allclose([mark.get_xydata()[0] for mark in marks], [[3.25, 0.5625], [10 / 9, 16 / 9]], rtol=1e-3)
+    assert [text.get_text() for text in left.get_legend().get_texts()] == ["one: 4", "other: 0.5"]
+    np.testing.assert_allclose(right.lines[0].get_ydata(), line.get_xdata() / 5)
+    np.testing.assert_allclose(density.lines[0].get_ydata(), fit.log_evidence(alphas))
+    assert_drawn(path, panels=2)
 
 
 def test_snapshots_and_animation(tmp_path, figures):

@@ -53,9 +53,7 @@ SANE = ("zero", "smooth", "near", "low")
 
 
 def space(st, n=4):
-    return FunctionSpace(
-        square(n, st.space_comm), "CG", 1
-    )
+    return FunctionSpace(square(n, st.space_comm), "CG", 1)
 
 
 def diffusion(kind, rate, u, q, v):

@@ -57,25 +57,28 @@ def test_reads_what_spreadsheets_save(tmp_path):
     np.testing.assert_array_equal(read_readings(csv_file(tmp_path, saved), 1.0).values, [[1.0, 3.0], [2.0, 4.0]])
 
 
-@pytest.mark.parametrize(("old", "new", "line", "match"), [
-    (HEADER, "sensor,x,y,temperature", 3, "wrong columns .got 'sensor,x,y,temperature'"),
-    (HEADER, "sensor,x,y,temperature,time", 3, "wrong columns"),
-    (HEADER + "\n", "", 3, "wrong columns"),
-    ("0.5,1.0", "0.5", 4, "wrong number of fields .got 4"),
-    ("0.5,1.0", "0.5,1.0,", 4, "wrong number of fields .got 6"),
-    ("0.5,1.0", "0.5,warm", 4, "temperature is not a number .got 'warm'"),
-    ("0.5,1.0", "0.5,", 4, "temperature is not a number .got ''"),
-    ("0.5,1.0", "0.5,nan", 4, "temperature is not finite .got 'nan'"),
-    ("0.5,1.0", "0.5,1e999", 4, "temperature is not finite"),
-    ("0.1,0.2,0.5", "0.1,-inf,0.5", 4, "y is not finite"),
-    ("0.2,0.5,1.0", "0.2,0.0,1.0", 4, "time is not positive .got 0"),
-    ("0.2,0.5,1.0", "0.2,-0.5,1.0", 4, "time is not positive .got -0.5"),
-    ("0.2,1.0,2.0", "0.2,1.5,2.0", 5, "time is beyond the final time .got 1.5; should be at most 1"),
-    ("0.2,1.0,2.0", "0.2,0.5,2.0", 5, "duplicate reading .sensor a at time 0.5 is already on line 4"),
-    ("0.4,0.5", "0.41,0.5", 8, "sensor b has moved .*line 7"),
-    ("b,0.3,0.4,0.5,3.0\n", "", 7, "missing reading .sensor b, first named on this line, has none at time 0.5"),
-    ("a,0.1,0.2,0.5", ",0.1,0.2,0.5", 4, "sensor has no name"),
-])
+@pytest.mark.parametrize(
+    ("old", "new", "line", "match"),
+    [
+        (HEADER, "sensor,x,y,temperature", 3, "wrong columns .got 'sensor,x,y,temperature'"),
+        (HEADER, "sensor,x,y,temperature,time", 3, "wrong columns"),
+        (HEADER + "\n", "", 3, "wrong columns"),
+        ("0.5,1.0", "0.5", 4, "wrong number of fields .got 4"),
+        ("0.5,1.0", "0.5,1.0,", 4, "wrong number of fields .got 6"),
+        ("0.5,1.0", "0.5,warm", 4, "temperature is not a number .got 'warm'"),
+        ("0.5,1.0", "0.5,", 4, "temperature is not a number .got ''"),
+        ("0.5,1.0", "0.5,nan", 4, "temperature is not finite .got 'nan'"),
+        ("0.5,1.0", "0.5,1e999", 4, "temperature is not finite"),
+        ("0.1,0.2,0.5", "0.1,-inf,0.5", 4, "y is not finite"),
+        ("0.2,0.5,1.0", "0.2,0.0,1.0", 4, "time is not positive .got 0"),
+        ("0.2,0.5,1.0", "0.2,-0.5,1.0", 4, "time is not positive .got -0.5"),
+        ("0.2,1.0,2.0", "0.2,1.5,2.0", 5, "time is beyond the final time .got 1.5; should be at most 1"),
+        ("0.2,1.0,2.0", "0.2,0.5,2.0", 5, "duplicate reading .sensor a at time 0.5 is already on line 4"),
+        ("0.4,0.5", "0.41,0.5", 8, "sensor b has moved .*line 7"),
+        ("b,0.3,0.4,0.5,3.0\n", "", 7, "missing reading .sensor b, first named on this line, has none at time 0.5"),
+        ("a,0.1,0.2,0.5", ",0.1,0.2,0.5", 4, "sensor has no name"),
+    ],
+)
 def test_refuses_a_line(tmp_path, old, new, line, match):
     """The message names the line at fault."""
     assert old in GOOD
@@ -86,11 +89,14 @@ def test_refuses_a_line(tmp_path, old, new, line, match):
     refuse_one_line(excinfo, path)
 
 
-@pytest.mark.parametrize(("content", "match"), [
-    ("", ":1: the file is empty"),
-    ("\n# nothing\n\n", ":1: the file is empty"),
-    (f"# no rows\n{HEADER}\n", ":2: no readings"),
-])
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        ("", ":1: the file is empty"),
+        ("\n# nothing\n\n", ":1: the file is empty"),
+        (f"# no rows\n{HEADER}\n", ":2: no readings"),
+    ],
+)
 def test_refuses_a_file_without_readings(tmp_path, content, match):
     """Empty, only comments, or only column names."""
     path = csv_file(tmp_path, content)
@@ -103,8 +109,11 @@ def test_refuses_what_is_not_a_text_file(tmp_path):
     """Missing, a directory, or binary."""
     binary = tmp_path / "readings.csv"
     binary.write_bytes(b"\x89PNG\xff\xfe\x00")
-    for path, match in ((tmp_path / "none.csv", "no such file"), (tmp_path, "is a directory"),
-                        (binary, "not a text file")):
+    for path, match in (
+        (tmp_path / "none.csv", "no such file"),
+        (tmp_path, "is a directory"),
+        (binary, "not a text file"),
+    ):
         with pytest.raises(InputError, match=match) as excinfo:
             read_readings(path, 1.0)
         refuse_one_line(excinfo, path)
@@ -168,19 +177,25 @@ $EndElements
 """
 
 
-@pytest.mark.parametrize(("edit", "match"), [
-    (lambda text: "not a mesh", "not a gmsh mesh"),
-    (lambda text: "", "not a gmsh mesh"),
-    (lambda text: text[:len(text) // 2], "truncated mesh"),
-    (lambda text: text[:len(text) // 2] + "\n$EndElements\n", "not a readable mesh"),
-    (lambda text: text.replace("2.2 0 8", "9.9 0 8"), "not a readable mesh"),
-    (lambda text: text.replace(" 2 2 2 2 ", " 2 2 2 2 99999 ", 1), r"\d: not a readable mesh .an element's corners"),
-    (lambda text: text.replace("\n1 0 0 0\n", "\n1 nan 0 0\n"), "coordinates that are not finite"),
-    (lambda text: TETRAHEDRON, "not a mesh of triangles"),
-    (lambda text: text.replace("\n1 0 0 0\n", "\n1 0 0 0.5\n"), "not a plane mesh .its z coordinates span 0.5"),
-    (lambda text: text.replace(" 2 2 2 2 ", " 2 2 3 2 "), r"no Physical Surface 2 \(it has 1, 3"),
-    (lambda text: text.replace(" 1 2 13 ", " 1 2 11 "), r"no Physical Curve 13 \(it has 11, 12, 14"),
-])
+@pytest.mark.parametrize(
+    ("edit", "match"),
+    [
+        (lambda text: "not a mesh", "not a gmsh mesh"),
+        (lambda text: "", "not a gmsh mesh"),
+        (lambda text: text[: len(text) // 2], "truncated mesh"),
+        (lambda text: text[: len(text) // 2] + "\n$EndElements\n", "not a readable mesh"),
+        (lambda text: text.replace("2.2 0 8", "9.9 0 8"), "not a readable mesh"),
+        (
+            lambda text: text.replace(" 2 2 2 2 ", " 2 2 2 2 99999 ", 1),
+            r"\d: not a readable mesh .an element's corners",
+        ),
+        (lambda text: text.replace("\n1 0 0 0\n", "\n1 nan 0 0\n"), "coordinates that are not finite"),
+        (lambda text: TETRAHEDRON, "not a mesh of triangles"),
+        (lambda text: text.replace("\n1 0 0 0\n", "\n1 0 0 0.5\n"), "not a plane mesh .its z coordinates span 0.5"),
+        (lambda text: text.replace(" 2 2 2 2 ", " 2 2 3 2 "), r"no Physical Surface 2 \(it has 1, 3"),
+        (lambda text: text.replace(" 1 2 13 ", " 1 2 11 "), r"no Physical Curve 13 \(it has 11, 12, 14"),
+    ],
+)
 def test_refuses_a_mesh(tmp_path, edit, match):
     """Not gmsh's, truncated, garbled, of the wrong dimension, or with tags missing."""
     path = mesh_file(tmp_path, edit)
@@ -201,8 +216,11 @@ def test_refuses_what_is_not_a_mesh_file(tmp_path):
     other = tmp_path / "plate.geo"
     shutil.copy(MESH, other)
     (tmp_path / "folder.msh").mkdir()
-    for path, match in ((tmp_path / "none.msh", "no such file"), (tmp_path / "folder.msh", "is a directory"),
-                        (other, "not a .msh file")):
+    for path, match in (
+        (tmp_path / "none.msh", "no such file"),
+        (tmp_path / "folder.msh", "is a directory"),
+        (other, "not a .msh file"),
+    ):
         with pytest.raises(InputError, match=match) as excinfo:
             read_mesh(path, COMM_WORLD)
         refuse_one_line(excinfo, path)
@@ -233,9 +251,13 @@ def test_all_ranks_refuse(tmp_path):
     COMM_WORLD.barrier()
     messages = []
     mesh = read_mesh(MESH, COMM_WORLD, REGIONS, BOUNDARIES)
-    for refused in (lambda: read_mesh(bad, COMM_WORLD), lambda: read_mesh(MESH, COMM_WORLD, [7]),
-                    lambda: read_mesh("none.msh", COMM_WORLD), lambda: locate([(0.2, 0.2), (0.45, 0.8)], mesh),
-                    lambda: locate([(9.0, 9.0)], RectangleMesh(4, 4, 2, 2))):
+    for refused in (
+        lambda: read_mesh(bad, COMM_WORLD),
+        lambda: read_mesh(MESH, COMM_WORLD, [7]),
+        lambda: read_mesh("none.msh", COMM_WORLD),
+        lambda: locate([(0.2, 0.2), (0.45, 0.8)], mesh),
+        lambda: locate([(9.0, 9.0)], RectangleMesh(4, 4, 2, 2)),
+    ):
         with pytest.raises(InputError) as excinfo:
             refused()
         messages.append(str(excinfo.value))

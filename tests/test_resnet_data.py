@@ -72,14 +72,17 @@ def test_idx_of_other_types(tmp_path):
     assert np.array_equal(read_idx(tmp_path / "x"), values)
 
 
-@pytest.mark.parametrize(("content", "match"), [
-    (b"", "no IDX file"),
-    (b"<html>", "no IDX file"),
-    (bytes([0, 0, 8, 3, 0, 0]), "ends within its header"),
-    (bytes([0, 0, 8, 1, 0, 0, 0, 9, 1, 2]), r"\(9,\) values of 1 bytes \(9\), has 2"),
-    (bytes([0, 0, 8, 2, 255, 255, 255, 255, 255, 255, 255, 255]), "has 0"),
-    (gzip.compress(bytes([0, 0, 8, 1, 0, 0, 0, 1, 7]), mtime=0)[:-6], "cannot be read|damaged"),
-])
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        (b"", "no IDX file"),
+        (b"<html>", "no IDX file"),
+        (bytes([0, 0, 8, 3, 0, 0]), "ends within its header"),
+        (bytes([0, 0, 8, 1, 0, 0, 0, 9, 1, 2]), r"\(9,\) values of 1 bytes \(9\), has 2"),
+        (bytes([0, 0, 8, 2, 255, 255, 255, 255, 255, 255, 255, 255]), "has 0"),
+        (gzip.compress(bytes([0, 0, 8, 1, 0, 0, 0, 1, 7]), mtime=0)[:-6], "cannot be read|damaged"),
+    ],
+)
 def test_damaged_files_are_refused(tmp_path, content, match):
     (tmp_path / "f").write_bytes(content)
     with pytest.raises(InputError, match=match):

@@ -78,6 +78,7 @@ def test_taylor_remainders_of_the_training_problem(levels, inner):
 @pytest.mark.parallel([1, 3])
 def test_lbfgs_reproduces_itself(capsys):
     """Acceptance: 32 layers, full batch, L-BFGS: the same for every number of ranks and of levels."""
+
     def run(grid, levels):
         p = problem(32, grid, levels=levels, rtol=1e-13)
         result = scipy_minimize(p, p.x0, "L-BFGS-B", comm=p.net.grid.layer_comm, options={"maxiter": 12})

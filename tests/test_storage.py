@@ -4,7 +4,7 @@ from functools import partial
 
 import numpy as np
 import pytest
-from firedrake import Function, TestFunction, dx, grad, inner, sin
+from firedrake import Function, TestFunction, ds, dx, grad, inner, sin
 from irksome import Dt
 from mpi4py import MPI
 
@@ -25,6 +25,7 @@ def misfits(ev, kinds):
     made = {
         "running": lambda: pf.RunningMisfit(inner(u - sin(30 * t), u - sin(30 * t)) * dx),
         "sensors": lambda: pf.PointSensors([(0.3, 0.4), (0.7, 0.6)], times, np.ones((5, 2)), weight=3.0),
+        "functionals": lambda: pf.LinearObservations([u * dx, grad(u)[0] * ds(2)], times, np.ones((5, 2))),
         "terminal": lambda: pf.TerminalMisfit((u - t) ** 2 * dx),
         "quartic": lambda: pf.RunningMisfit((u**4 + t * u**2) * dx),
     }
@@ -52,8 +53,13 @@ def numbers(rf):
     p = rf.problem
     along = lambda dual: rf.layout.pairing(dual, dz)
     return np.array(
-        [p.value(z), p.tangent_value(z, dz), along(p.derivative(z)), along(p.hessian_action(z, dz)),
-         along(p.hessian_action(z, dz, gauss_newton=True))]
+        [
+            p.value(z),
+            p.tangent_value(z, dz),
+            along(p.derivative(z)),
+            along(p.hessian_action(z, dz)),
+            along(p.hessian_action(z, dz, gauss_newton=True)),
+        ]
     )
 
 
@@ -63,7 +69,7 @@ def compare(st, rtol, **problem):
     assert b[1] == pytest.approx(b[2], rel=1e-12)
 
 
-@pytest.mark.parametrize("kinds", ["running+sensors", "terminal", "quartic"])
+@pytest.mark.parametrize("kinds", ["running+sensors", "functionals", "terminal", "quartic"])
 @pytest.mark.parametrize("per_step", [False, True])
 def test_linear(kinds, per_step):
     compare(pf.SpaceTime(), 1e-13, kinds=kinds, per_step=per_step)

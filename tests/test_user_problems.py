@@ -74,9 +74,7 @@ def distance(ours, theirs, comm) -> float:
 
 @pytest.mark.slow_on_ranks
 @pytest.mark.parallel([1, 3])
-@pytest.mark.parametrize(
-    "make", cases(TASKS, on_ranks=ON_RANKS), ids=lambda make: make.__name__
-)
+@pytest.mark.parametrize("make", cases(TASKS, on_ranks=ON_RANKS), ids=lambda make: make.__name__)
 @time_limit(120)
 def test_against_a_loop_by_hand(make):
     for grid in GRIDS[MPI.COMM_WORLD.size]:

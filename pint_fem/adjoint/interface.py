@@ -185,6 +185,18 @@ class ControlProblem(ABC):
         forms = [w * form for w, r in found if (form := r.second_derivative(control)) is not None]
         return sum(forms[1:], start=forms[0]) if forms else None
 
+    def regularisation_hessians(self) -> list[ufl.Form | None]:
+        """Return the second derivative of all regularisations by each control, as :meth:`regularisation_hessian` does;
+        ``InputError`` is raised if one couples controls, so that these are not the whole second derivative.
+        """
+        coupled = [names for _, regularisation in self.regularisations() for names in regularisation.coupled]
+        if coupled:
+            raise InputError(
+                f"prior: the regularisation couples the controls {', '.join(map(repr, coupled[0]))}: give prior= with "
+                "a bilinear form for each control, or regularise each by itself"
+            )
+        return [self.regularisation_hessian(control) for control in self.evolution.controls]
+
     def update_data(self) -> list[str]:
         """Read the user's data again, and return the names of those that have other values than before. Values that do
         not fit or differ between ranks are an ``InputError`` on every rank.

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from functools import cached_property
+from functools import cached_property, partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from pyadjoint.tape import stop_annotating
 
 from pint_fem.adjoint.minimisation.bounds_and_constraints import Controls
+from pint_fem.adjoint.minimisation.fingerprint import map_numbers
 from pint_fem.adjoint.minimisation.map_problem import MapFunctional, trust_region_options
 from pint_fem.adjoint.minimisation.method_choice import choose_method
 from pint_fem.adjoint.problem import ReducedProblem
 from pint_fem.collective import all_ranks, collectively, on_first_rank, require_same
 from pint_fem.errors import InputError
-from pint_fem.inverse.map import ParameterToObservable, PriorForms, require_map
+from pint_fem.inverse.inversion import PriorForms
+from pint_fem.inverse.map import ParameterToObservable, require_map
+from pint_fem.inverse.memory import require_rows_argument
 from pint_fem.inverse.readings import ReadingTable
 from pint_fem.logs import logger
 from pint_fem.misfits.sensor_readings import SensorReadings
@@ -50,27 +54,46 @@ class LinearInverse:
     ``spacetime``, ``array`` and ``function``.
     """
 
-    def parameter_to_observable(self) -> ParameterToObservable:
+    def parameter_to_observable(
+        self, *, load: str | Path | None = None, rows: str = "memory", path: str | Path | None = None
+    ) -> ParameterToObservable:
         """Return the map from controls to readings as a matrix, by one adjoint sweep per sensor (collective).
 
         It exists for evolutions that are linear with constant operators and misfits of finitely many readings,
         ``PointSensors`` and ``LinearObservations``. From it the minimiser and the whole Gaussian posterior follow
         without another sweep (:class:`~pint_fem.inverse.map.ParameterToObservable`).
 
+        Parameters
+        ----------
+        load
+            A file that ``F.save(path)`` wrote for the same evolution, controls, sensors and times of readings, from
+            which the map is read; it may have been written on another number of ranks in time. Readings, noise and
+            regularisation may be others.
+        rows, path
+            ``"memory"``, or ``"file"``: the rows of each rank are then in a file without a name in the folder ``path``,
+            for maps that are larger than the memory. What fits no machine is refused before the sweep; the time
+            solver's option ``view`` prints the memory that is needed.
+
         Raises
         ------
         InputError
-            On every rank, where there is none; the message names what to use.
+            On every rank, where there is no map; the message names what to use. With ``load``, if the file cannot be
+            read or is that of another problem; the message names the differences.
         """
         with stop_annotating():
+            require_rows_argument(self.spacetime.comm, rows, path)
             problem = collectively(self.spacetime.comm, "", _require_readings, self)
             return ParameterToObservable(
                 problem.sweeps,
                 problem.layout,
                 problem.misfits,
-                _readings_at_zero(problem),
+                partial(_readings_at_zero, problem),
                 functions=self,
-                regularisation=_prior_forms(self, problem),
+                regularisation=partial(_prior_forms, problem),
+                inner=self.inner,
+                description=partial(map_numbers, problem),
+                load=load,
+                folder=path,
             )
 
     def on_map(self, F: ParameterToObservable | None = None) -> MapFunctional:
@@ -175,8 +198,8 @@ class CachedMap:
             known = self._F = self._functional.parameter_to_observable()
             self._impulses = table.impulses(known.sensors)
         elif updates != self._updates:
-            offset, forms = _readings_at_zero(problem), _prior_forms(self._functional, problem)
-            self._F = known.with_readings(table, offset, forms, same=False)
+            forms = partial(_prior_forms, problem)
+            self._F = known.with_readings(table, _readings_at_zero(problem), forms, same=False)
         elif not (np.array_equal(table.values, known.data) and np.array_equal(table.weights, known.weights)):
             same = np.array_equal(table.weights, known.weights)
             self._F = known.with_readings(table, known.offset, known.regularisation, same=same)
@@ -204,11 +227,9 @@ def _readings_at_zero(problem: ReducedProblem) -> np.ndarray:
     return np.concatenate([misfit.readings(Y)[misfit.present] for misfit, Y in pairs])
 
 
-def _prior_forms(functional: ControlFunctional, problem: ReducedProblem) -> PriorForms:
-    """What the default prior follows from."""
-    forms: list = [None] * len(problem.evolution.controls)
+def _prior_forms(problem: ReducedProblem) -> PriorForms:
+    """What the default prior follows from; an ``InputError`` where the regularisation couples controls."""
     gradient, regularisation = None, problem.regularisation
-    if regularisation is not None and regularisation.quadratic and not regularisation.couples_controls:
-        forms = [problem.regularisation_hessian(control) for control in problem.evolution.controls]
+    if regularisation is not None and regularisation.quadratic:
         gradient = regularisation.gradient(np.zeros(problem.layout.size))
-    return PriorForms(forms, gradient, functional.inner)
+    return PriorForms(problem.regularisation_hessians(), gradient)

@@ -75,7 +75,7 @@ class ReducedProblem(SecondDerivatives, ControlProblem):
         self.sweeps, self.evolution, self.spacetime = sweeps, sweeps.evolution.posed, sweeps.spacetime
         self._given = [misfits] if isinstance(misfits, Misfit) else list(misfits)
         if not self._given or not all(isinstance(m, Misfit) for m in self._given):
-            raise InputError("misfits: give RunningMisfit, TerminalMisfit or PointSensors objects")
+            raise InputError("misfits: give RunningMisfit, TerminalMisfit, PointSensors or LinearObservations objects")
         self.misfits = [copy(m) if m.is_bound else m for m in self._given]
         require_same_problem(self.spacetime, self.evolution, self.misfits, regularisation)
         if not self.evolution.controls:

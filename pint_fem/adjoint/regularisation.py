@@ -73,6 +73,11 @@ class _Functional:
         magnitudes = {pair: (operator.absolute(), turned) for pair, (operator, turned) in self.operators.items()}
         self._linear[np.abs(self._linear) <= NOISE * self._product(np.abs(self._reference), magnitudes)] = 0.0
 
+    @property
+    def coupled(self) -> bool:
+        """Whether it is quadratic with mixed second derivatives by different functions."""
+        return self.quadratic and any(i != j for i, j in self.operators)
+
     def split(self, vector: np.ndarray) -> list[np.ndarray]:
         """Return views of the functions' parts of a vector ``(nz,)``."""
         return np.split(vector, np.cumsum(self._sizes)[:-1])
@@ -193,9 +198,9 @@ class Regularisation:
         return sum(found[1:], start=found[0]) if found else None
 
     @property
-    def couples_controls(self) -> bool:
-        """Whether a second derivative of a quadratic functional couples different controls."""
-        return any(i != j for functional, _ in self._terms if functional.quadratic for i, j in functional.operators)
+    def coupled(self) -> list[tuple[str, ...]]:
+        """Names of the controls of each quadratic functional that has mixed second derivatives by several of them."""
+        return [tuple(c.name() for c in controls) for functional, controls in self._terms if functional.coupled]
 
     @property
     def quadratic(self) -> bool:

@@ -136,7 +136,7 @@ class _RealOperator:
         return np.full(1 if self._comm.rank == 0 else 0, total)
 
     def transposed_rows(self, rows: np.ndarray) -> np.ndarray:
-        """The dot products of rows ``(k, n)`` with the column, ``(k, 1)`` on the first rank in space, else ``(k, 0)``."""
+        """Dot products of rows ``(k, n)`` with the column: ``(k, 1)`` on the first rank in space, else ``(k, 0)``."""
         totals = self._comm.allreduce(rows @ self.column, op=MPI.SUM)
         return totals[:, None] if self._comm.rank == 0 else np.zeros((len(rows), 0))
 

@@ -19,13 +19,26 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
+from mpi4py import MPI
 
 from pint_fem.propagators.linear import LinearPropagator
 
-__all__ = ["LAGS", "LagBlock", "sequential_responses"]
+__all__ = ["GROUP", "LagBlock", "lags_of_block", "sequential_responses"]
 
-LAGS = 16
-"""Lags of a block: few enough for its arrays to stay in a cache, and the same on all ranks."""
+GROUP = 32
+"""Sensors whose adjoints are computed together: the most lanes that kernels take."""
+_NUMBERS = 140_000
+"""Numbers, about, of a sensor's adjoints in a block of lags: a group's arrays then have some 30 MB."""
+_LAGS = 2, 64
+"""Least and largest number of lags of a block."""
+
+
+def lags_of_block(comm: MPI.Comm, n: int) -> int:
+    """Lags of a block for states of ``n`` own unknowns: a power of two that depends on the largest ``n`` of the ranks
+    in space only (collective over space).
+    """
+    fitting = max(_LAGS[0], _NUMBERS // max(1, comm.allreduce(n, op=MPI.MAX)))
+    return min(_LAGS[1], 1 << (fitting.bit_length() - 1))
 
 
 class LagBlock(NamedTuple):
@@ -60,11 +73,12 @@ def sequential_responses(propagator: LinearPropagator, sources: np.ndarray, lags
         Number of lags.
     """
     count, n = sources.shape
-    adjoints = np.empty((count, LAGS + 1, n))
-    stages = np.empty((propagator.dirk.stages, count, LAGS, n))
+    most = lags_of_block(propagator.evolution.V.mesh().comm, n)
+    adjoints = np.empty((count, most + 1, n))
+    stages = np.empty((propagator.dirk.stages, count, most, n))
     adjoints[:, 0] = sources
-    for first in range(0, lags, LAGS):
-        block = min(LAGS, lags - first)
+    for first in range(0, lags, most):
+        block = min(most, lags - first)
         start = adjoints[:, 0].copy()
         propagator.transposed_with_stages(start, adjoints[:, 1 : block + 1], stages[:, :, :block])
         yield LagBlock(first, adjoints[:, :block], stages[:, :, :block])

@@ -8,51 +8,31 @@ with the readings :math:`y_0` at zero controls. Each sensor takes one adjoint sw
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import copy
-from functools import cached_property
 from numbers import Real
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from scipy.sparse.linalg import LinearOperator
 
 from pint_fem.all_at_once.grids import split_steps
-from pint_fem.capacity import require_memory
 from pint_fem.collective import collectively
 from pint_fem.errors import InputError
 from pint_fem.evolution.control_layout import ControlLayout
-from pint_fem.inverse.impulse_responses import LAGS, sequential_responses
-from pint_fem.inverse.noise import Noise, make_noise
-from pint_fem.inverse.partition import Partition
+from pint_fem.inverse.files import load_map, save_map
+from pint_fem.inverse.impulse_responses import GROUP, lags_of_block, sequential_responses
+from pint_fem.inverse.inversion import Inversion, PriorForms
+from pint_fem.inverse.memory import allocate_rows, map_bytes, state_memory
+from pint_fem.inverse.per_step.toeplitz import ToeplitzMap, step_map_bytes
 from pint_fem.inverse.posterior import GaussianPosterior
-from pint_fem.inverse.priors import Prior, make_prior
 from pint_fem.inverse.readings import ReadingTable
-from pint_fem.inverse.reduction import ReducedRows
-from pint_fem.inverse.response_rows import collectors, own_readings
-from pint_fem.inverse.spectra import DataSpace, ParameterSpace, Spectrum
+from pint_fem.inverse.response_rows import StepTerm, collectors, own_readings, step_terms
 from pint_fem.propagators.linear import LinearPropagator
 from pint_fem.sweeps.sweeps import Sweeps
 
-__all__ = ["ParameterToObservable", "PriorForms", "require_map"]
-
-
-class PriorForms(NamedTuple):
-    """What the default prior follows from.
-
-    Attributes
-    ----------
-    forms : list of ufl.Form or None
-        Second derivatives of the regularisation by each control, ``None`` where it is zero or not constant.
-    gradient : ndarray, shape (layout.size,), or None
-        Derivative of the regularisation at zero.
-    inner : object
-        Inner product of the controls, for the prior ``"riesz_map"``.
-    """
-
-    forms: list
-    gradient: np.ndarray | None
-    inner: Any
+__all__ = ["ParameterToObservable", "require_map"]
 
 
 def require_map(sweeps: Sweeps) -> LinearPropagator:
@@ -73,7 +53,7 @@ def require_map(sweeps: Sweeps) -> LinearPropagator:
     return propagator
 
 
-class ParameterToObservable(LinearOperator):
+class ParameterToObservable(Inversion, LinearOperator):
     """The map from controls to readings, a ``scipy.sparse.linalg.LinearOperator`` of shape ``(m, layout.size)``.
 
     Vectors of controls are a rank's own part ``(layout.size,)`` of a distributed vector, and ``F.T @ y`` is a dual
@@ -89,11 +69,20 @@ class ParameterToObservable(LinearOperator):
     misfits
         Bound misfits whose observations are finitely many.
     offset
-        Readings at zero controls, ``(m,)``.
+        Readings at zero controls, ``(m,)``, or a function that returns them (collective).
     functions
         What converts controls, with methods ``array(values)`` and ``function(array, dual=)``; default: none.
     regularisation
-        The functional's, from which the default prior follows.
+        Returns what the default prior follows from.
+    inner
+        The inner product of the controls, for the prior ``"riesz_map"``.
+    description
+        Returns the description of the problem as it is now (:mod:`pint_fem.inverse.files`), for files and to find that
+        the operators have changed; default: none.
+    load
+        A file of :meth:`save`, from which the rows are read in place of being computed.
+    folder
+        A folder on a disk, where the rows are kept in files; default: they are in memory.
 
     Attributes
     ----------
@@ -105,6 +94,8 @@ class ParameterToObservable(LinearOperator):
         The readings whose rows this rank in time has, sensor after sensor.
     rows : ndarray, shape (len(numbers), layout.static_size)
         Their rows for the static controls and the initial condition, own columns of this rank in space.
+    steps : ToeplitzMap or None
+        The part of the map for controls with one value per step.
     """
 
     def __init__(
@@ -112,67 +103,94 @@ class ParameterToObservable(LinearOperator):
         sweeps: Sweeps,
         layout: ControlLayout,
         misfits: Sequence,
-        offset: np.ndarray,
+        offset: np.ndarray | Callable[[], np.ndarray],
         *,
         functions: Any = None,
-        regularisation: PriorForms | None = None,
+        regularisation: Callable[[], PriorForms] | None = None,
+        inner: Any = None,
+        description: Callable[[], dict] | None = None,
+        load: str | Path | None = None,
+        folder: str | Path | None = None,
     ):
         self.layout, self.spacetime = layout, layout.spacetime
-        self.functions, self.regularisation = functions, regularisation
+        self.functions, self.regularisation, self.inner = functions, regularisation, inner
         self.propagator = require_map(sweeps)
         self.table = ReadingTable(misfits)
-        self.offset, self.data, self.weights = offset, self.table.values, self.table.weights
+        self.data, self.weights = self.table.values, self.table.weights
         super().__init__(float, (self.table.size, layout.size))
         time_comm = self.spacetime.time_comm
         bounds = split_steps(self.table.sensors, time_comm.size)
         self.sensors = np.arange(bounds[time_comm.rank], bounds[time_comm.rank + 1])
         self.numbers, self.readings = own_readings(self.table, self.sensors)
-        self._require_memory()
-        self.rows = np.zeros((len(self.numbers), layout.static_size))
+        self.view, self.on_disk = sweeps.options.view, folder is not None
+        self._state_memory()
+        self.rows = allocate_rows(self.spacetime.comm, (len(self.numbers), layout.static_size), folder)
+        self.steps: ToeplitzMap | None = None
+        self._description = description
+        self._problem = {} if description is None else description()
+        if load is not None:
+            self.offset = load_map(self, load, self._problem)
+            return
+        self.offset = offset() if callable(offset) else offset
         self._build()
 
-    def _require_memory(self) -> None:
+    def _state_memory(self) -> None:
         """Refuse a map that does not fit the memory of the machines (collective)."""
-        require_memory(
-            self.spacetime.comm,
-            self.nbytes,
-            f"{self.table.size} rows of the map from controls to readings",
-            "give fewer readings, a coarser control, or more ranks",
-        )
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the rows of this rank, and of the sweep's blocks of lags."""
-        ev, stages = self.propagator.evolution, self.propagator.dirk.stages
-        work = len(self.sensors) * (LAGS + 1) * (1 + 2 * stages) * ev.state_size
-        return 8 * (len(self.numbers) * self.layout.static_size + work)
+        ev, advice = self.propagator.evolution, "give fewer readings, a coarser control, or more ranks"
+        parts = map_bytes(self, GROUP, lags_of_block(ev.V.mesh().comm, ev.state_size))
+        if ev.per_step:
+            parts["responses of steps"] = step_map_bytes(self.propagator, self.table, self.sensors, self.layout)
+        if not self.on_disk:
+            advice += ", or rows='file' and path=, a folder on a disk"
+        state_memory(self, parts, f"{self.table.size} rows of the map from controls to readings", advice)
 
     def _build(self) -> None:
         """Compute the rows by the sweep of this rank's sensors (collective)."""
         ev = self.propagator.evolution
         lags = int(self.table.point.max(initial=0)) + (ev.initial_control is not None)
 
-        def sweep() -> None:
-            if not len(self.sensors):
-                return
-            found, self._steps = collectors(self.propagator, self.readings, self.rows, lags)
-            for block in sequential_responses(self.propagator, self.table.impulses(self.sensors), lags):
-                for collector in found:
-                    collector.add(block)
+        def sweep() -> list[StepTerm]:
+            terms = step_terms(self.propagator, len(self.sensors), lags)
+            for first in range(0, len(self.sensors), GROUP):
+                group = slice(first, first + GROUP)
+                parts = [term.responses[group] for term in terms]
+                found = collectors(self.propagator, self.readings[group], self.rows, parts)
+                impulses = self.table.impulses(self.sensors[group])
+                for block in sequential_responses(self.propagator, impulses, lags):
+                    for collector in found:
+                        collector.add(block)
+            return terms
 
-        collectively(self.spacetime.comm, "map from controls to readings", sweep)
+        terms = collectively(self.spacetime.comm, "map from controls to readings", sweep)
+        if ev.per_step:
+            self.steps = ToeplitzMap(terms, self.table, self.sensors, self.layout)
+
+    def save(self, path: str | Path) -> None:
+        """Write the map to an HDF5 file, from which ``J.parameter_to_observable(load=path)`` of the same problem makes
+        it without a sweep on any number of ranks in time and as many in space (collective).
+
+        Raises
+        ------
+        InputError
+            On every rank, if the file cannot be written.
+        """
+        save_map(self, path, self._problem)
 
     # -- products ------------------------------------------------------------------------------------------------------
     def product(self, z: np.ndarray) -> np.ndarray:
         """``F z`` for several controls ``(k, layout.size)``, ``(k, m)``, on every rank (collective)."""
         out = np.zeros((len(z), self.shape[0]))
         out[:, self.numbers] = z[:, : self.layout.static_size] @ self.rows.T
+        if self.steps is not None:
+            out += self.steps.product(z)
         return self.spacetime.sum_over_grid(out)
 
     def transposed_product(self, y: np.ndarray) -> np.ndarray:
         """``F^T y`` for several data vectors ``(k, m)``, dual vectors ``(k, layout.size)`` (collective over time)."""
         out = np.zeros((len(y), self.layout.size))
         out[:, : self.layout.static_size] = self.spacetime.sum_over_time(y[:, self.numbers] @ self.rows)
+        if self.steps is not None:
+            self.steps.transposed_product(y, out)
         return out
 
     def _matvec(self, x: np.ndarray) -> np.ndarray:
@@ -189,71 +207,21 @@ class ParameterToObservable(LinearOperator):
 
     def dot(self, x: Any) -> np.ndarray:
         """``F x`` for a control (a function, or a list with one for each control) or for flat vectors."""
-        return super().dot(x if isinstance(x, (np.ndarray, LinearOperator)) else self._array(x))
+        return super().dot(x if isinstance(x, (Real, LinearOperator)) else self._flat(x))
 
-    def _array(self, values: Any) -> np.ndarray:
-        if self.functions is None or isinstance(values, Real):
-            return values
+    def _flat(self, values: Any) -> np.ndarray:
+        """Controls as a flat vector, from functions or from such a vector."""
+        if self.functions is None or isinstance(values, np.ndarray):
+            return np.asarray(values)
         return collectively(self.spacetime.comm, "", self.functions.array, values)
 
     def predict(self, z: Any) -> np.ndarray:
         """The readings at a control, a function or a flat vector, ``(m,)`` (collective)."""
         return self.offset + self.dot(z)
 
-    # -- inversion -----------------------------------------------------------------------------------------------------
-    @cached_property
-    def partition(self) -> Partition:
-        """Division of parameter vectors among the ranks in time."""
-        return Partition(self.layout)
-
-    @cached_property
-    def reduced(self) -> ReducedRows:
-        """Reduced rows of static controls (collective when first used)."""
-        return ReducedRows(self.rows, [own.rows for own in self.readings], self.numbers, self.spacetime)
-
-    def posterior(
-        self, prior: Any = None, noise: Any = None, *, alpha: float = 1.0, mean: np.ndarray | None = None
-    ) -> GaussianPosterior:
-        """The Gaussian posterior of the controls (collective).
-
-        Parameters
-        ----------
-        prior
-            The controls' prior, as :func:`~pint_fem.inverse.priors.make_prior` takes it; default: that of the
-            functional's regularisation, so that the posterior's mean minimises the functional.
-        noise
-            The readings' noise, as :func:`~pint_fem.inverse.noise.make_noise` takes it; default: that of the misfits'
-            weights.
-        alpha
-            Weight of the prior: a factor of its precision.
-        mean
-            The prior's mean, a flat vector; default: the minimiser of the regularisation, or zero.
-
-        Raises
-        ------
-        InputError
-            On every rank, if prior, noise or weight do not fit.
-        """
-        forms = self.regularisation or PriorForms([None] * len(self.layout.evolution.controls), None, None)
-        law = make_prior(
-            prior,
-            self.layout,
-            regularisation_forms=forms.forms,
-            regularisation_gradient=forms.gradient,
-            mean=mean,
-            inner=forms.inner,
-        )
-        noise = collectively(
-            self.spacetime.comm, "", make_noise, noise, self.weights, self.table.sensor, self.table.sensors
-        )
-        return GaussianPosterior(self, law, noise, self._spectrum(law, noise), alpha=alpha)
-
-    @cached_property
-    def default_posterior(self) -> GaussianPosterior:
-        """The posterior with the prior of the functional's regularisation (collective when first used)."""
-        return self.posterior()
-
-    def with_readings(self, table: ReadingTable, offset: np.ndarray, regularisation: PriorForms | None, *, same: bool):
+    def with_readings(
+        self, table: ReadingTable, offset: np.ndarray, regularisation: Callable[[], PriorForms] | None, *, same: bool
+    ) -> ParameterToObservable:
         """The map with other readings of the same sensors at the same times, which shares its rows (collective).
 
         Parameters
@@ -271,39 +239,3 @@ class ParameterToObservable(LinearOperator):
         if same and found is not None:
             made.default_posterior = GaussianPosterior(made, found.prior, found.noise, found.spectrum)
         return made
-
-    def minimize(self, start: Any = None, **options: Any) -> Any:
-        """Minimise the functional that the map was made of, with the readings of the map: the misfit by products with
-        the map, the regularisation by its own form, which need not be quadratic (collective).
-
-        Parameters
-        ----------
-        start
-            First controls; default: the last ones of the functional.
-        **options
-            Those of ``minimize_trust_region`` of the functional, such as ``bounds=(0, None)``, ``constraints=[(q*dx,
-            1.0)]``, ``gtol_rel=`` and ``monitor=``. The preconditioner is the posterior's covariance where the
-            regularisation is quadratic and positive definite: without bounds and constraints one iteration then gives
-            the posterior's mean.
-
-        Returns
-        -------
-        TrustRegionResult
-            ``control`` holds the controls found, which are also the values of the functional's own ``controls``.
-
-        Raises
-        ------
-        InputError
-            On every rank, if an option does not fit, or the map is not that of a functional.
-        """
-        if self.functions is None:
-            raise InputError("minimize: the map has no functional with a regularisation: use posterior(prior=...).x")
-        return self.functions.on_map(self).minimize(start, **options)
-
-    def _spectrum(self, prior: Prior, noise: Noise) -> Spectrum:
-        """The spectral decomposition in the smaller one of the spaces of readings and of controls (collective)."""
-        unknowns = int(self.spacetime.space_comm.allreduce(self.layout.static_size))
-        if unknowns <= self.table.sensors or unknowns <= self.reduced.size:
-            return ParameterSpace(self, prior, noise, self.partition)
-        covered = prior.covariance(self.reduced.C, shared=False)
-        return DataSpace(self.reduced, covered, noise, self.partition)

@@ -62,4 +62,4 @@ class Partition:
         width = self.static.stop - self.static.start
         received = np.empty(int(counts.sum()) * width)
         self._comm.Alltoallv([sent, len(rows) * sizes], [received, counts * width])
-        return received.reshape(-1, width)
+        return received.reshape(int(counts.sum()), width)

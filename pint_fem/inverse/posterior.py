@@ -12,14 +12,19 @@ All that depends on the readings, on :math:`\alpha` or on a vector follows from 
 from __future__ import annotations
 
 from copy import copy
-from typing import TYPE_CHECKING, Any
+from numbers import Real
+from typing import TYPE_CHECKING
 
 import numpy as np
+from mpi4py import MPI
 
-from pint_fem.collective import require_same
+from pint_fem.collective import collectively, require_same
 from pint_fem.errors import InputError
-from pint_fem.inverse.noise import Noise
-from pint_fem.inverse.priors import Prior
+from pint_fem.inverse.inference.gaussian_law import GaussianLaw
+from pint_fem.inverse.inference.regularisation_choice import RegularisationCurve, RegularisedFit, choose_alpha
+from pint_fem.inverse.inference.streaming import InnovationFactor, ReadingStream, StreamedPosterior
+from pint_fem.inverse.laws.noise import Noise
+from pint_fem.inverse.laws.priors import Prior
 from pint_fem.inverse.spectra import Spectrum
 
 if TYPE_CHECKING:
@@ -28,7 +33,7 @@ if TYPE_CHECKING:
 __all__ = ["GaussianPosterior"]
 
 
-class GaussianPosterior:
+class GaussianPosterior(GaussianLaw):
     """The posterior of the controls for the readings of a map.
 
     Parameters
@@ -64,15 +69,18 @@ class GaussianPosterior:
     ):
         self.F, self.prior, self.noise, self.spectrum = F, prior, noise, spectrum
         self._predicted_by_prior = F.predict(prior.mean)
-        self._set(alpha, F.data if data is None else data)
+        self._factor: InnovationFactor | None = None
+        self._set(_checked_weight(F.spacetime.comm, alpha), F.data if data is None else data)
 
     def _set(self, alpha: float, data: np.ndarray) -> None:
         """Compute the mean for a weight and readings (collective)."""
         self.alpha, self.data = float(alpha), data
         r = data - self._predicted_by_prior
-        self._squares = float(r @ self.noise.inverse(r[None])[0])
-        self._beta = self.spectrum.beta(r[None])[0]
-        self.x = self.prior.mean + self.spectrum.expand((self._beta / (self.alpha + self.spectrum.lam))[None])[0]
+        spectrum = self.spectrum
+        beta = spectrum.beta(r[None])[0]
+        squares = float(r @ self.noise.inverse(r[None])[0])
+        self._fit = RegularisedFit(spectrum.lam, spectrum.scale, beta, squares, len(data), self.noise.log_det)
+        self.x = self.prior.mean + spectrum.expand((beta / (self.alpha + spectrum.lam))[None])[0]
 
     def with_data(self, data: np.ndarray) -> GaussianPosterior:
         """The posterior for other readings ``(m,)`` of the same sensors at the same times (collective).
@@ -98,74 +106,91 @@ class GaussianPosterior:
         InputError
             On every rank, if it is not a positive number, the same on all ranks.
         """
-        require_same(self.F.spacetime.comm, alpha=float(alpha))
-        if not 0 < alpha < np.inf:
-            raise InputError(f"posterior: alpha = {alpha}: give a positive number, the weight of the prior")
         made = copy(self)
-        made._set(alpha, self.data)
+        made._set(_checked_weight(self.F.spacetime.comm, alpha), self.data)
         return made
-
-    # -- as functions --------------------------------------------------------------------------------------------------
-    def _functions(self, x: np.ndarray) -> Any:
-        if self.F.functions is None:
-            raise InputError("the map was made without functions: use the flat vectors x, variance() and sample()")
-        return self.F.functions.function(x)
-
-    @property
-    def mean(self) -> Any:
-        """The mean, which is the maximum a posteriori: a function, or a list with one for each control."""
-        return self._functions(self.x)
-
-    def standard_deviation(self) -> Any:
-        """The standard deviation of each coefficient of the controls, as :attr:`mean` (collective)."""
-        return self._functions(np.sqrt(self.variance()))
-
-    def samples(self, count: int, seed: int = 0) -> list:
-        """Samples of the controls, each as :attr:`mean` (collective); the same for the same seed."""
-        return [self._functions(x) for x in self.sample(count, seed)]
-
-    @property
-    def predicted(self) -> np.ndarray:
-        """The readings at the mean, ``(m,)`` (collective)."""
-        return self.F.predict(self.x)
 
     # -- numbers -------------------------------------------------------------------------------------------------------
     def misfit(self, alpha: float | np.ndarray | None = None) -> np.ndarray:
         """The squared norm of the residual at the mean, :math:`|d - y_0 - F z|^2_{N^{-1}}`, for one weight of the prior
-        or for each of an array of them.
+        or for each of an array of them; default: that of the posterior.
         """
-        alpha, lam, b = self._terms(alpha)
-        return self._squares - (b * (2 / (alpha + lam) - lam / (alpha + lam) ** 2)).sum(axis=-1)
+        return self._fit.misfit(self.alpha if alpha is None else alpha)
 
     def size(self, alpha: float | np.ndarray | None = None) -> np.ndarray:
         """The squared norm of the mean, :math:`|z - m_0|^2_{\\Gamma^{-1}}`, as :meth:`misfit`."""
-        alpha, lam, b = self._terms(alpha)
-        return (b / (alpha + lam) ** 2).sum(axis=-1)
+        return self._fit.size(self.alpha if alpha is None else alpha)
 
     def degrees_of_freedom(self, alpha: float | np.ndarray | None = None) -> np.ndarray:
         """The number of combinations of the controls that the readings determine, :math:`\\sum \\lambda / (\\alpha +
         \\lambda)`, as :meth:`misfit`.
         """
-        alpha, lam, _ = self._terms(alpha)
-        return (lam / (alpha + lam)).sum(axis=-1)
+        return self._fit.degrees_of_freedom(self.alpha if alpha is None else alpha)
 
     def log_evidence(self, alpha: float | np.ndarray | None = None) -> np.ndarray:
         """The logarithm of the probability density of the readings, the controls integrated out, as :meth:`misfit`."""
-        alpha, lam, b = self._terms(alpha)
-        exponent = self._squares - (b / (alpha + lam)).sum(axis=-1)
-        m = len(self.data)
-        return -0.5 * (exponent + self.noise.log_det + np.log1p(lam / alpha).sum(axis=-1) + m * np.log(2 * np.pi))
+        return self._fit.log_evidence(self.alpha if alpha is None else alpha)
 
-    def _terms(self, alpha: float | np.ndarray | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Weights ``(..., 1)``, eigenvalues, and the squares ``beta^2 lam / s``."""
-        spectrum = self.spectrum
-        alpha = np.asarray(self.alpha if alpha is None else alpha, dtype=float)[..., None]
-        ratio = np.divide(spectrum.lam, spectrum.scale, out=np.ones_like(spectrum.lam), where=spectrum.scale > 0)
-        return alpha, spectrum.lam, self._beta**2 * ratio
+    # -- the weight of the prior ---------------------------------------------------------------------------------------
+    def curve(self, alphas: np.ndarray | None = None) -> RegularisationCurve:
+        """Misfit, size, degrees of freedom, evidence and other criteria for several weights of the prior.
+
+        Parameters
+        ----------
+        alphas
+            Positive numbers ``(k,)``; default: 200 in geometric progression over the range of the eigenvalues.
+
+        Raises
+        ------
+        InputError
+            If a weight is not positive and finite, or the readings do not depend on the controls.
+        """
+        weights = self._fit.weights(200) if alphas is None else np.array(alphas, dtype=float).ravel()
+        if not ((weights > 0) & (weights < np.inf)).all():
+            raise InputError("curve: give positive weights of the prior")
+        return self._fit.curve(weights)
+
+    def choose(self, method: str, *, target: float | None = None) -> GaussianPosterior:
+        """The posterior with the weight of the prior that the readings determine (collective).
+
+        Parameters
+        ----------
+        method
+            ``"discrepancy"``: the squared residual is the number of readings; ``"l-curve"``: the point of largest
+            curvature of size over misfit; ``"gcv"``: generalised cross-validation, which does not depend on the noise's
+            scale; ``"evidence"``: the readings are most probable; ``"upre"``: the least estimate of the predictive
+            risk. Sources: :mod:`pint_fem.inverse.inference.regularisation_choice`.
+        target
+            The squared residual of the discrepancy principle, such as the number of readings less
+            :meth:`degrees_of_freedom`; default: the number of readings.
+
+        Raises
+        ------
+        InputError
+            On every rank, if there is no such method, or no weight fulfils its condition; the message has the reason.
+        """
+        comm = self.F.spacetime.comm
+        require_same(comm, method=method, target=target)
+        chosen = collectively(comm, "", lambda: choose_alpha(self._fit, method, target))
+        return self.with_alpha(comm.bcast(chosen))
+
+    # -- readings that come in -----------------------------------------------------------------------------------------
+    def stream(self) -> ReadingStream:
+        """The posteriors of the readings up to each time in turn (collective): ``stream.update(values)`` adds the
+        readings of the next time.
+        """
+        if self._factor is None or self._factor.posterior.alpha != self.alpha:
+            stream = ReadingStream(self)
+            self._factor = stream.factor
+            return stream
+        return ReadingStream(self, self._factor)
+
+    def until(self, time: float) -> StreamedPosterior:
+        """The posterior of the readings up to a time, this included (collective)."""
+        return self.stream().until(time)
 
     # -- the distribution ----------------------------------------------------------------------------------------------
-    def covariance(self, g: np.ndarray) -> np.ndarray:
-        """The posterior covariance applied to dual vectors ``(k, layout.size)``, primal vectors (collective)."""
+    def _covariance(self, g: np.ndarray) -> np.ndarray:
         weights = self.spectrum.scale / (self.alpha + self.spectrum.lam)
         return (self.prior.covariance(g) - self.spectrum.expand(weights * self.spectrum.contract(g))) / self.alpha
 
@@ -181,3 +206,11 @@ class GaussianPosterior:
         x = self.prior.sample(count, seed)
         x -= self.spectrum.expand(weights * self.spectrum.contract(self.prior.precision(x)))
         return self.x + x / np.sqrt(self.alpha)
+
+
+def _checked_weight(comm: MPI.Comm, alpha: float) -> float:
+    """The weight of a prior, the same positive number on all ranks (collective)."""
+    require_same(comm, alpha=alpha)
+    if isinstance(alpha, bool) or not isinstance(alpha, Real) or not 0 < alpha < np.inf:
+        raise InputError(f"posterior: alpha = {alpha!r}: give a positive number, the weight of the prior")
+    return float(alpha)

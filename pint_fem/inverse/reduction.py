@@ -13,9 +13,13 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.linalg import qr, svd
 
+from pint_fem.inverse.laws.noise import Noise
 from pint_fem.spacetime import SpaceTime
 
-__all__ = ["ReducedRows"]
+__all__ = ["ReducedRows", "estimated_size"]
+
+_SAMPLED = 2
+"""Sensors of each rank from which the number of reduced rows is estimated."""
 
 _ROUND_OFF = 1e-15
 """Singular values below this part of a sensor's largest one are left out."""
@@ -72,6 +76,26 @@ class ReducedRows:
             out[:, numbers] = c[:, place : place + Q.shape[1]] @ Q.T
             place += Q.shape[1]
         return out
+
+    def gram(self, noise: Noise, m: int) -> np.ndarray:
+        """:math:`Q^T N^{-1} Q` for the noise of the ``m`` readings, ``(size, size)``."""
+        if not noise.is_diagonal:
+            return self.contract(noise.inverse(self.expand(np.eye(self.size), m)))
+        precision, place = 1.0 / noise.variance(), 0
+        out = np.zeros((self.size, self.size))
+        for numbers, Q in self.blocks:
+            own = slice(place, place + Q.shape[1])
+            out[own, own] = Q.T @ (precision[numbers, None] * Q)
+            place = own.stop
+        return out
+
+
+def estimated_size(rows: np.ndarray, sensors: Sequence[slice], spacetime: SpaceTime) -> float:
+    """Number of reduced rows of all ranks if all sensors had as many as the first few of each rank (collective)."""
+    some = sensors[:_SAMPLED]
+    ranks = [_range(rows[part], spacetime).shape[1] for part in some]
+    mean = float(np.mean(ranks)) if ranks else 0.0
+    return sum(spacetime.time_comm.allgather(mean * len(sensors)))
 
 
 def _range(rows: np.ndarray, spacetime: SpaceTime) -> np.ndarray:

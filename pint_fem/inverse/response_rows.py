@@ -18,13 +18,26 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from scipy.linalg.blas import dgemm
 
+from pint_fem.evolution.evolution import Evolution
 from pint_fem.inverse.impulse_responses import LagBlock
 from pint_fem.inverse.readings import ReadingTable
 from pint_fem.propagators.linear import LinearPropagator
 from pint_fem.propagators.loads import StageLoads, Term
 
-__all__ = ["Collector", "InitialRows", "SensorReadingRows", "StaticRows", "StepResponses", "collectors", "own_readings"]
+__all__ = [
+    "Collector",
+    "InitialRows",
+    "SensorReadingRows",
+    "StaticRows",
+    "StepResponses",
+    "StepTerm",
+    "collectors",
+    "own_readings",
+    "step_terms",
+    "terms_of_controls",
+]
 
 
 class SensorReadingRows(NamedTuple):
@@ -116,7 +129,10 @@ class StaticRows(Collector):
         else:
             P, lags = self._responses(block.stages), slice(block.first, block.first + block.stages.shape[2])
             for own, responses in zip(self._readings, P, strict=True):
-                self._out[own.rows] += self._weights_of_lags(own)[:, lags] @ responses
+                weights, target = self._weights_of_lags(own)[:, lags], self._out[own.rows]
+                total = dgemm(1.0, responses.T, weights.T, beta=1.0, c=target.T, overwrite_c=True)
+                if not np.may_share_memory(total, target):  # where rows have columns of other controls, c is copied
+                    target[...] = total.T
 
     def _add_partial_sums(self, block: LagBlock) -> None:
         """Add a block of a term whose weight is 1 in all steps: rows are partial sums of the responses."""
@@ -124,7 +140,12 @@ class StaticRows(Collector):
         # a partial sum is needed after the lags of which a reading's point is the number
         ends = self._points[(self._points > block.first) & (self._points <= block.first + lags)] - block.first
         starts = np.unique(np.concatenate([[0], ends[ends < lags]])).astype(int)
-        segments = block.stages if len(starts) == lags else np.add.reduceat(block.stages, starts, axis=2)
+        segments = block.stages
+        if len(starts) < lags:
+            chosen = np.zeros((len(starts), lags))
+            for row, (a, b) in enumerate(zip(starts, [*starts[1:], lags], strict=True)):
+                chosen[row, a:b] = 1.0
+            segments = chosen @ block.stages
         P = self._responses(segments)
         sums = np.cumsum(P, axis=1)
         sums += self._sums[:, None]
@@ -150,6 +171,21 @@ class StaticRows(Collector):
         return self._lag_weights[key]
 
 
+class StepTerm(NamedTuple):
+    """One term of the loads of controls with one value per step.
+
+    Attributes
+    ----------
+    weights : ndarray, shape (nsteps,)
+        Its factor in each step.
+    responses : ndarray, shape (sensors, lags, nz)
+        Derivatives of each sensor by a step's controls, lag by lag.
+    """
+
+    weights: np.ndarray
+    responses: np.ndarray
+
+
 class StepResponses(Collector):
     """Responses of controls with one value per step, from one term of their loads.
 
@@ -165,7 +201,6 @@ class StepResponses(Collector):
 
     def __init__(self, loads: StageLoads, term: Term, start: int, responses: np.ndarray):
         self._loads, self._term, self._start, self.responses = loads, term, start, responses
-        self.weights = term.weights
 
     def add(self, block: LagBlock) -> None:
         """Store the responses of a block."""
@@ -175,36 +210,59 @@ class StepResponses(Collector):
         self.responses[:, lags] = rows[:, self._start :].reshape(shape[1], shape[2], -1)
 
 
+def terms_of_controls(propagator: LinearPropagator) -> list[tuple[Term, bool, bool]]:
+    """The terms of the controls' loads in all steps, whether static controls are in them, and whether others are
+    (collective over space).
+    """
+    ev, loads = propagator.evolution, propagator.loads
+    static = [c not in ev.stepwise for c in ev.parameters]
+    boundary = set() if ev.boundary_controls is None else ev.boundary_controls.indices
+    found = []
+    for term in loads.terms(ev.time(np.arange(ev.nsteps))) if ev.parameters else []:
+        inside = {p for p, _ in term.operators} | (boundary if term.constant else set())
+        found.append((term, any(static[p] for p in inside), not all(static[p] for p in inside)))
+    return found
+
+
+def _static_size(ev: Evolution) -> int:
+    """Length of the static part of a step's vector of controls, which comes first."""
+    parts = ev.split_controls(np.zeros(ev.control_size))
+    return sum(len(part) for part, c in zip(parts, ev.parameters, strict=True) if c not in ev.stepwise)
+
+
+def step_terms(propagator: LinearPropagator, sensors: int, lags: int) -> list[StepTerm]:
+    """The terms of the loads of controls with one value per step, with responses of zero (collective over space)."""
+    shape = sensors, lags, propagator.evolution.control_size - _static_size(propagator.evolution)
+    return [StepTerm(term.weights, np.zeros(shape)) for term, _, in_steps in terms_of_controls(propagator) if in_steps]
+
+
 def collectors(
-    propagator: LinearPropagator, readings: Sequence[SensorReadingRows], dense: np.ndarray, lags: int
-) -> tuple[list[Collector], list[StepResponses]]:
-    """What collects the map of an evolution, and what of it is for controls with one value per step.
+    propagator: LinearPropagator,
+    readings: Sequence[SensorReadingRows],
+    dense: np.ndarray,
+    steps: Sequence[np.ndarray],
+) -> list[Collector]:
+    """What collects the map of an evolution from the responses of some sensors.
 
     Parameters
     ----------
     propagator
         The finest level's.
     readings
-        The readings of each sensor of this rank.
+        The readings of each of the sensors.
     dense
         Rows of the static controls and then of the initial condition, ``(readings, static size)``, zero at first.
-    lags
-        Number of lags.
+    steps
+        The sensors' responses to be filled, ``(sensors, lags, nz)`` for each of the terms of :func:`step_terms`.
     """
-    ev, loads = propagator.evolution, propagator.loads
-    static = [c not in ev.stepwise for c in ev.parameters]
-    sizes = [part.shape[0] for part in ev.split_controls(np.zeros(ev.control_size))]
-    nstatic = sum(size for size, own in zip(sizes, static, strict=True) if own)
+    ev, loads, nstatic = propagator.evolution, propagator.loads, _static_size(propagator.evolution)
     found: list[Collector] = []
     if ev.initial_control is not None:
         found.append(InitialRows(readings, dense[:, nstatic:]))
-    steps: list[StepResponses] = []
-    boundary = set() if ev.boundary_controls is None else ev.boundary_controls.indices
-    for term in loads.terms(ev.time(np.arange(ev.nsteps))) if ev.parameters else []:
-        inside = {p for p, _ in term.operators} | (boundary if term.constant else set())
-        if any(static[p] for p in inside):
+    of_steps = iter(steps)
+    for term, in_static, in_steps in terms_of_controls(propagator):
+        if in_static:
             found.append(StaticRows(loads, term, readings, dense[:, :nstatic]))
-        if not all(static[p] for p in inside):
-            responses = np.zeros((len(readings), lags, ev.control_size - nstatic))
-            steps.append(StepResponses(loads, term, nstatic, responses))
-    return [*found, *steps], steps
+        if in_steps:
+            found.append(StepResponses(loads, term, nstatic, next(of_steps)))
+    return found

@@ -32,15 +32,15 @@ from scipy.linalg import cholesky, eigh, solve_triangular
 
 from pint_fem.collective import collectively
 from pint_fem.errors import SolverFailure
-from pint_fem.inverse.noise import Noise
+from pint_fem.inverse.laws.noise import Noise
+from pint_fem.inverse.laws.priors import Prior
 from pint_fem.inverse.partition import Partition
-from pint_fem.inverse.priors import Prior
 from pint_fem.inverse.reduction import ReducedRows
 
 if TYPE_CHECKING:
     from pint_fem.inverse.map import ParameterToObservable
 
-__all__ = ["DataSpace", "ParameterSpace", "Spectrum"]
+__all__ = ["DataSpace", "ParameterSpace", "Spectrum", "on_first_rank"]
 
 
 class Spectrum(ABC):
@@ -118,14 +118,13 @@ class DataSpace(_DenseModes):
         gram = spacetime.sum_over_grid(partition.columns(rows.C) @ D.T)
 
         def factored() -> tuple[np.ndarray, ...]:
-            basis = rows.expand(np.eye(rows.size), len(noise.variance()))
-            M = rows.contract(noise.inverse(basis))
+            M = rows.gram(noise, len(noise.variance()))
             T = cholesky(0.5 * (M + M.T), lower=True, check_finite=False)
             G = T.T @ gram @ T
             lam, U = eigh(0.5 * (G + G.T), driver="evd", check_finite=False)
             return T, np.maximum(lam, 0.0), U
 
-        self._T, self.lam, self._U = _on_first(spacetime.comm, factored)
+        self._T, self.lam, self._U = on_first_rank(spacetime.comm, factored)
         self.scale = np.ones(len(self.lam))
         self.W = (self._T @ self._U).T @ D
 
@@ -155,13 +154,16 @@ class ParameterSpace(_DenseModes):
         ends = np.cumsum([0, *sizes])
         mine = slice(ends[comm.rank], ends[comm.rank + 1])
         order = np.argsort(np.concatenate(F.spacetime.time_comm.allgather(F.numbers)), kind="stable")
-        columns = np.ascontiguousarray(partition.columns(F.rows)[order].T)  # (own, m)
-        weighted = noise.inverse(columns)
+        columns = noise.whitened(np.ascontiguousarray(partition.columns(F.rows)[order].T))  # (own, m)
         H = np.zeros((int(ends[-1]),) * 2)
-        for rank, size in enumerate(sizes):
+        H[mine, mine] = 0.5 * (columns @ columns.T)
+        for rank, size in enumerate(sizes):  # of a product with another rank's columns each has one half
             other = columns if rank == comm.rank else np.empty((size, columns.shape[1]))
             comm.Bcast(other, root=rank)
-            H[mine, ends[rank] : ends[rank + 1]] = weighted @ other.T
+            if comm.rank < rank:
+                H[mine, ends[rank] : ends[rank] + size // 2] = columns @ other[: size // 2].T
+            elif comm.rank > rank:
+                H[mine.start + own // 2 : mine.stop, ends[rank] : ends[rank + 1]] = columns[own // 2 :] @ other.T
         A = np.zeros_like(H)
         for rank, size in enumerate(sizes):
             for first in range(0, size, _UNITS):
@@ -175,9 +177,9 @@ class ParameterSpace(_DenseModes):
         H, A = comm.allreduce(H), comm.allreduce(A)
 
         def factored() -> tuple[np.ndarray, np.ndarray]:
-            return eigh(0.5 * (H + H.T), 0.5 * (A + A.T), driver="gvd", check_finite=False)
+            return eigh(H + H.T, 0.5 * (A + A.T), driver="gvd", check_finite=False)
 
-        lam, V = _on_first(comm, factored)
+        lam, V = on_first_rank(comm, factored)
         self.lam = np.maximum(lam, 0.0)
         self.scale = self.lam
         self.W = np.ascontiguousarray(V.T[:, mine])
@@ -187,7 +189,7 @@ class ParameterSpace(_DenseModes):
         return self.contract(self._F.transposed_product(self._noise.inverse(r)))
 
 
-def _on_first(comm, work):
+def on_first_rank(comm, work):
     """The result of dense algebra on the first rank, on all of them: equal bits on unequal machines (collective)."""
 
     def guarded():

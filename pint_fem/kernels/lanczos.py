@@ -142,8 +142,14 @@ def inverse_root(
     r"""Return :math:`A^{-1/2} b` for several vectors ``b``.
 
     After ``m`` steps of the Lanczos iteration that starts at ``b``, with the basis ``V`` and the tridiagonal matrix
-    ``T``, the approximation is :math:`\|b\| V T^{-1/2} e_1`. It is accepted when its last change over some steps is at
-    most ``rtol`` of its norm; the basis is then computed a second time rather than stored.
+    ``T``, the approximation is :math:`\|b\| V T^{-1/2} e_1`. Its error is at most
+    :math:`\lambda_{\min}^{-1/2} \|r_m\|` with the residual of conjugate gradients for :math:`A x = b`, which follows
+    from the pivots :math:`d_j` of ``T``, as does :math:`\|A^{-1/2} b\|^2 \ge \|b\|^2 (T^{-1})_{11}`:
+
+    .. math:: \|r_m\| = \|b\| \prod_{j \le m} \beta_j / d_j, \qquad
+              (T^{-1})_{11} = \sum_j (\|r_{j-1}\| / \|b\|)^2 / d_j .
+
+    The basis is computed a second time rather than stored.
 
     Parameters
     ----------
@@ -166,26 +172,31 @@ def inverse_root(
     Notes
     -----
     E. Chow, Y. Saad, Preconditioned Krylov subspace methods for sampling multivariate Gaussian distributions, SIAM J.
-    Sci. Comput. 36 (2014) A588-A608.
+    Sci. Comput. 36 (2014) A588-A608. The bound follows from :math:`A^{-1/2} = \frac{2}{\pi} \int_0^\infty (A +
+    s^2)^{-1} ds`, as the residual of conjugate gradients for ``A + s^2`` is a multiple of :math:`r_m` that is no longer
+    than it.
     """
     norms = np.sqrt(dot(rows, rows))
     start = rows / np.where(norms > 0, norms, 1.0)[:, None]
     weights: list[np.ndarray | None] = [np.zeros(0) if norm == 0 else None for norm in norms]
     alphas, betas = np.zeros((len(rows), 0)), np.zeros((len(rows), 0))
-    last: list[np.ndarray] = [np.zeros(0)] * len(rows)
+    pivot, residual, square = np.full(len(rows), np.inf), np.ones(len(rows)), np.zeros(len(rows))
     for m, (_, alpha, beta) in enumerate(_lanczos(apply, start, dot), 1):
+        missing = np.array([found is None for found in weights], dtype=bool)
+        pivot = np.where(missing, alpha - (betas[:, -1] ** 2 if m > 1 else 0.0) / pivot, 1.0)
+        if not (pivot > 0).all():
+            raise NotPositive
+        square, residual = square + residual**2 / pivot, np.where(missing, residual * beta / pivot, 0.0)
         alphas, betas = np.column_stack([alphas, alpha]), np.column_stack([betas, beta])
-        for i in [i for i, found in enumerate(weights) if found is None]:
-            ended = beta[i] == 0
-            if not (ended or m % ROOT_CHECK == 0):
+        for i in np.flatnonzero(missing & (residual <= rtol)):  # as lambda_min (T^-1)_11 is at most one
+            if beta[i] and m % ROOT_CHECK:
                 continue
-            values, vectors = eigh_tridiagonal(alphas[i], betas[i, :-1])
-            if not values[0] > 0:
-                raise NotPositive
-            y = vectors @ (vectors[0] / np.sqrt(values))
-            before, last[i] = np.pad(last[i], (0, m - len(last[i]))), y
-            if ended or np.linalg.norm(y - before) <= rtol * np.linalg.norm(y):
-                weights[i] = y
+            least = eigh_tridiagonal(alphas[i], betas[i, :-1], eigvals_only=True, select="i", select_range=(0, 0))[0]
+            if beta[i] == 0 or residual[i] <= rtol * np.sqrt(max(least, 0.0) * square[i]):
+                values, vectors = eigh_tridiagonal(alphas[i], betas[i, :-1])
+                if not values[0] > 0:
+                    raise NotPositive
+                weights[i] = vectors @ (vectors[0] / np.sqrt(values))
         if all(found is not None for found in weights):
             break
         if m == ROOT_STEPS:

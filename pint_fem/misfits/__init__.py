@@ -2,6 +2,7 @@
 
 from pint_fem.misfits.base import BlockMisfit, Misfit
 from pint_fem.misfits.functionals import RunningMisfit, TerminalMisfit
+from pint_fem.misfits.linear_observations import LinearObservations
 from pint_fem.misfits.point_sensors import PointSensors
 
-__all__ = ["BlockMisfit", "Misfit", "PointSensors", "RunningMisfit", "TerminalMisfit"]
+__all__ = ["BlockMisfit", "LinearObservations", "Misfit", "PointSensors", "RunningMisfit", "TerminalMisfit"]

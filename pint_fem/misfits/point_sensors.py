@@ -1,6 +1,6 @@
 r"""Point sensors: the squared difference between readings and the state at points in space, at any times.
 
-.. math::  J = \frac{w}{2} \sum_r \sum_s (u(x_s, t_r) - d_{rs})^2 , \qquad
+.. math::  J = \frac12 \sum_r \sum_s w_{rs} (u(x_s, t_r) - d_{rs})^2 , \qquad
            u(x, t_r) = \theta_r u_n(x) + (1 - \theta_r) u_{n-1}(x) \quad\text{for } t_{n-1} < t_r \le t_n .
 
 The values at the sensors are the product of the state with a sparse matrix, Firedrake's interpolation to a
@@ -10,26 +10,26 @@ in general (:mod:`~pint_fem.misfits.sensor_readings`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 from firedrake import FunctionSpace, TensorFunctionSpace, TrialFunction, VertexOnlyMesh, assemble
 from firedrake import interpolate as interpolate_
 from firedrake.exceptions import VertexOnlyMeshMissingPointsError
 from firedrake.functionspaceimpl import WithGeometry
 from firedrake.petsc import PETSc
+from numpy.typing import ArrayLike
 
 from pint_fem.errors import InputError
 from pint_fem.kernels.arrays import as_rows, rows_in_whole
 from pint_fem.kernels.block_operator import BlockOperator
 from pint_fem.kernels.direct import added
-from pint_fem.misfits.sensor_readings import SensorReadings, real_numbers
+from pint_fem.misfits.given_readings import real_numbers
+from pint_fem.misfits.sensor_readings import SensorReadings
 
 __all__ = ["PointSensors"]
 
 
 class PointSensors(SensorReadings):
-    r"""Sensors at points: :math:`\frac{w}{2} \sum_r \sum_s (u(x_s, t_r) - d_{rs})^2`, ``u`` linear in time between
+    r"""Sensors at points: :math:`\frac12 \sum_r \sum_s w_{rs} (u(x_s, t_r) - d_{rs})^2`, ``u`` linear in time between
     steps.
 
     ``u`` is the state, or a component of it or of one of its fields.
@@ -42,11 +42,13 @@ class PointSensors(SensorReadings):
     points
         ``(sensors, dim)`` coordinates, distinct.
     times
-        ``(readings,)``, increasing, within the evolution's interval.
+        ``(times,)``, increasing, within the evolution's interval.
     values
-        ``(readings, sensors)``.
+        ``(times, sensors)``. Masked entries of a ``numpy.ma.MaskedArray`` are missing readings, which have no part in
+        the misfit: sensors that are read at different times have the union of these as ``times``.
     weight
-        ``w``, for instance one over (variance times number of values).
+        ``w``, for instance one over (variance times number of values): a number for all readings, one per sensor
+        ``(sensors,)``, or one per reading ``(times, sensors)``; none of them negative.
     field
         Number of the field of a mixed state that is read.
     component
@@ -60,17 +62,17 @@ class PointSensors(SensorReadings):
     Raises
     ------
     InputError
-        On shapes that do not match, values that are not finite, times out of range, a sensor outside the mesh, a field
-        or component that is missing or not there.
+        On shapes that do not match, values that are not finite, readings that are all missing, times out of range, a
+        sensor outside the mesh, a field or component that is missing or not there.
     """
 
     def __init__(
         self,
-        points: Sequence[Sequence[float]] | np.ndarray,
-        times: Sequence[float] | np.ndarray,
-        values: Sequence[Sequence[float]] | np.ndarray,
+        points: ArrayLike,
+        times: ArrayLike,
+        values: ArrayLike,
         *,
-        weight: float = 1.0,
+        weight: ArrayLike = 1.0,
         field: int | None = None,
         component: int | None = None,
     ):

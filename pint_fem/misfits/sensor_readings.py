@@ -13,7 +13,6 @@ states.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -22,29 +21,13 @@ from numpy.typing import ArrayLike
 from pint_fem.errors import InputError
 from pint_fem.evolution.evolution import Evolution
 from pint_fem.misfits.base import BlockMisfit
+from pint_fem.misfits.given_readings import OF_READINGS, copied_readings, require_readings
 from pint_fem.spacetime import Slab, SpaceTime
 
-__all__ = ["SensorReadings", "real_numbers"]
+__all__ = ["SensorReadings"]
 
 _NEAR = 0.1
 """Relative distance of all readings from their mean up to which states and readings are taken relative to the mean."""
-
-
-def real_numbers(name: str, given: ArrayLike, ndmin: int = 0) -> np.ndarray:
-    """A copy of an array of real numbers of which none is missing.
-
-    Raises
-    ------
-    InputError
-        If the entries are no numbers, or some are masked.
-    """
-    try:
-        out = np.array(given, float, ndmin=ndmin)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{name} have to be numbers: {error}") from error
-    if np.ma.is_masked(given):
-        raise InputError(f"{name} are masked in places: only readings may be missing; leave those entries out")
-    return out
 
 
 class SensorReadings(BlockMisfit):
@@ -64,8 +47,11 @@ class SensorReadings(BlockMisfit):
         ``(times,)``, increasing, within the evolution's interval.
     values
         ``(times, sensors)``.
+        Masked entries of a ``numpy.ma.MaskedArray`` are missing, and have no part in anything but :meth:`readings`,
+        which predicts them. So sensors that are read at different times have the union of these as ``times``.
     weight
-        Of all readings.
+        A number for all readings, one per sensor ``(sensors,)``, or one per reading ``(times, sensors)``; none of them
+        negative.
 
     Attributes
     ----------
@@ -84,9 +70,9 @@ class SensorReadings(BlockMisfit):
 
     def __init__(
         self,
-        times: Sequence[float] | np.ndarray,
-        values: Sequence[Sequence[float]] | np.ndarray,
-        weight: float,
+        times: ArrayLike,
+        values: ArrayLike,
+        weight: ArrayLike,
     ):
         self.times, self.data, self.weight = times, values, weight
         self._users = self  # the object that the user has, also of a copy for a second functional
@@ -112,12 +98,8 @@ class SensorReadings(BlockMisfit):
     # -- the user's input ----------------------------------------------------------------------------------------------
     def _input(self) -> dict[str, np.ndarray]:
         """Copies of times, readings and weight as the user's object has them now."""
-        own, what = self._users, f"{self.called}: times, readings and weight"
-        return {
-            "times": real_numbers(what, own.times, ndmin=1),
-            "readings": real_numbers(what, own.data),
-            "weight": real_numbers(what, own.weight),
-        }
+        own = self._users
+        return copied_readings(self.called, own.times, own.data, own.weight)
 
     def given(self) -> dict:
         """The user's arrays."""
@@ -131,28 +113,7 @@ class SensorReadings(BlockMisfit):
 
     def _check(self, given: dict[str, np.ndarray]) -> None:
         """Raise an ``InputError`` where arrays do not fit together."""
-        times, data, weight = given["times"], given["readings"], given["weight"]
-        if weight.ndim:
-            raise InputError(
-                f"{self.called}: weight of shape {weight.shape}: give one number, and {self.called} of another "
-                f"accuracy as {type(self).__name__} of their own"
-            )
-        if data.shape != (shape := (len(times), self._count(given))):
-            raise InputError(f"readings have shape {data.shape}: give (times, {self.called}) = {shape}")
-        if not all(np.isfinite(a).all() for name, a in given.items() if name != "weight"):
-            raise InputError(f"{self.called}: {', '.join(n for n in given if n != 'weight')} must be finite numbers")
-        if not np.isfinite(weight):
-            raise InputError(f"{self.called}: weight = {weight}: give a finite number, such as 1/(variance * readings)")
-        with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-            total = 0.5 * weight * np.square(data).sum()
-        if not np.isfinite(total):
-            largest = np.abs(data).max()
-            raise InputError(
-                f"{self.called}: readings as large as {largest:g} with weight {weight:g} overflow in the sum of "
-                "squares; give readings in other units, or repair them"
-            )
-        if len(times) == 0 or (np.diff(times) <= 0).any():
-            raise InputError(f"{self.called}: times of readings must increase")
+        require_readings(self.called, given, self._count(given))
 
     def has_changed(self) -> bool:
         """Whether the user's arrays have other values than when they were copied."""
@@ -165,8 +126,7 @@ class SensorReadings(BlockMisfit):
             return
         before = self._copied
         self._read_input()
-        of_readings = ("readings", "weight")
-        if all(np.array_equal(before[name], now) for name, now in self._copied.items() if name not in of_readings):
+        if all(np.array_equal(before[name], now) for name, now in self._copied.items() if name not in OF_READINGS):
             self._take_own_readings()
         else:
             self.bind(self.evolution, self.spacetime, self.slab)
@@ -211,14 +171,17 @@ class SensorReadings(BlockMisfit):
         It is the mean of the readings if all are near it and a function of that value has it for all its coefficients
         and observations: sums of large values would lose small differences. Otherwise it is zero.
         """
-        data = self._copied["readings"]
-        mean = float(data.mean())
+        data, present, weight = self.measured, self.present, self._copied["weight"]
+        mean = float(data.mean() if present.all() else data[present].mean())
         sums = self._at_sensors(np.ones((1, self.evolution.state_size)))
         wrong = self.spacetime.sum_over_space(np.array([float((np.abs(sums - 1) > 1e-12).sum())]))[0]
-        near = np.abs(data - mean).max() <= _NEAR * abs(mean)
+        near = np.abs(data[present] - mean).max() <= _NEAR * abs(mean)
         self._offset = mean if near and not wrong else 0.0
         self._own_data = data[self._own][:, self.local] - self._offset
-        self._scale = float(self._copied["weight"])
+        self._scale, self._relative = (1.0 if weight.ndim else float(weight)), None
+        if weight.ndim or not present.all():
+            relative = np.where(present, weight if weight.ndim else 1.0, 0.0)
+            self._relative = relative[self._own][:, self.local]
 
     # -- for the map from sources to readings --------------------------------------------------------------------------
     @property
@@ -239,7 +202,7 @@ class SensorReadings(BlockMisfit):
     @property
     def present(self) -> np.ndarray:
         """Which readings are not missing, bool ``(times, sensors)``."""
-        return np.ones(self.measured.shape, dtype=bool)
+        return ~self._copied["missing readings"]
 
     @property
     def weights(self) -> np.ndarray:
@@ -310,10 +273,17 @@ class SensorReadings(BlockMisfit):
         theta = self._theta.reshape(-1, *[1] * (Y.ndim - 1))
         return theta * Y[self._point] + (1 - theta) * Y[self._point - 1]
 
+    def _with_relative_weights(self, r: np.ndarray) -> np.ndarray:
+        """Terms ``(own readings, ..., local)`` times the weights that are not the same for all readings."""
+        if self._relative is None:
+            return r
+        return r * self._relative.reshape(len(r), *[1] * (r.ndim - 2), r.shape[-1])
+
     def _at_reading_times_transposed(self, r: np.ndarray) -> np.ndarray:
-        """The transpose of :meth:`_at_reading_times` applied to weighted residuals, contributions of the left
+        """The transpose of :meth:`_at_reading_times` applied to residuals times weights, contributions of the left
         neighbour's readings to point 0 included (collective).
         """
+        r = self._with_relative_weights(r)
         S = np.zeros((self.slab.k + 1, *r.shape[1:]))
         theta = self._scale * self._theta.reshape(-1, *[1] * (r.ndim - 1))
         np.add.at(S, self._point, theta * r)
@@ -322,9 +292,9 @@ class SensorReadings(BlockMisfit):
         return S
 
     def _per_point(self, terms: np.ndarray) -> np.ndarray:
-        """Terms of the own readings and sensors summed for each own point and over space, times the weight."""
+        """Terms of the own readings and sensors times weights, summed for each own point and over space."""
         out = np.zeros(self.slab.k)
-        np.add.at(out, self._point - 1, terms.sum(axis=1))
+        np.add.at(out, self._point - 1, self._with_relative_weights(terms).sum(axis=1))
         out = self._scale * out
         return out if self.replicated else self.spacetime.sum_over_space(out)
 

@@ -172,7 +172,11 @@ class StageLoads:
                 for row in y:
                     self._scaled(row, transposed=True)
             for p, operator in term.operators:
-                parts[p] += h * operator.transposed_rows(y)
+                products = operator.transposed_rows(y)
+                products *= h
+                if len(parts) == 1 and boundary is None and len(chosen) == len(steps):
+                    return products
+                parts[p] += products
             if boundary is not None:
                 out += boundary.pull_back_rows(y - self._lifting[h].transposed_rows(y))
         return out

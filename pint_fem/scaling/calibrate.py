@@ -31,18 +31,24 @@ from pint_fem.scaling.actions import (
     solver_parameters,
 )
 from pint_fem.scaling.costs import Calibration, Kernel
+from pint_fem.scaling.inverse_costs import inverse_costs
 from pint_fem.scaling.model import Model, Solve
 from pint_fem.scaling.network import Network
 from pint_fem.scaling.timing import Measured, rounds
 from pint_fem.spacetime import SpaceTime
 
-__all__ = ["Case", "Stopwatch", "calibrate", "count_cycles", "kernel_tables", "machine", "measure_all_processes"]
+__all__ = [
+    "Case", "Stopwatch", "calibrate", "count_cycles", "kernel_tables", "machine", "measure_all_processes",
+    "measure_map",
+]  # fmt: skip
 
 MGRIT = {"coarsening": (8, 4)}
 """Options of the whole solves that the overhead is determined from."""
 LARGE = 5000
 """Unknowns beyond which ParaDiag's factors of many steps take gigabytes."""
 Progress = Callable[[str], None]
+MAP_STEPS = 1024
+"""Most steps of the map whose parts are timed."""
 PARADIAG_STEPS = 512
 """Most steps for the counts of ParaDiag's iterations, whose number does not depend on the steps."""
 
@@ -64,6 +70,9 @@ class Case:
         Relative tolerances of the solves whose cycles are counted; options of the solves that are validated.
     smaller : callable or None
         As ``pose``, on a coarser mesh, for the counts of cycles; default: ``pose``.
+    with_sensors : callable or None
+        As ``pose``, with sensors in the place of a misfit that observes the state everywhere, for the costs of the map
+        from controls to readings; default: ``pose``.
     """
 
     name: str
@@ -73,6 +82,7 @@ class Case:
     rtol: Sequence[float] = (1e-6, 1e-9)
     solver: Mapping = field(default_factory=lambda: {"levels": 3, "coarsening": [8, 4], "relax": "FCF"})
     smaller: Callable | None = None
+    with_sensors: Callable | None = None
 
 
 def machine() -> str:
@@ -201,7 +211,28 @@ def _measure_alone(
         diagonal = case.pose(SpaceTime("1x1", comm=MPI.COMM_SELF), few, solver_parameters(PARADIAG))
         overhead = _overhead(watch(_cold_solves(diagonal)), made, PARADIAG, few)
         made = made.with_changes(paradiag={**made.paradiag, **overhead})
+    progress("map from controls to readings")
+    made = made.with_changes(linear_inverse=_map_costs(case, watch, None))
     return made.with_changes(notes=[f"{watch.about}, one process at work"])
+
+
+def _map_costs(case: Case, watch: Stopwatch, made: Calibration | None) -> dict[str, float]:
+    pose, steps = case.with_sensors or case.pose, min(case.nsteps, MAP_STEPS)
+    rf = pose(SpaceTime("1x1", comm=MPI.COMM_SELF), steps, {"mgrit": {"levels": 1}})
+    return inverse_costs(rf, watch, None if made is None else made.kernels[1]["adjoint"][0])
+
+
+def measure_map(case: Case, made: Calibration, *, repeats: int = 15) -> Calibration:
+    """Complete a calibration by the costs of an inversion by the map from controls to readings, measured on this
+    process and scaled by the ratio of the calibrated seconds of a step to the present ones.
+    """
+    watch, kept = Stopwatch(repeats), [note for note in made.notes if not note.startswith(_MAP)]
+    found = _map_costs(case, watch, made)
+    note = f"{_MAP}: {watch.about}, relative to a step of the adjoint, which is calibrated"
+    return made.with_changes(linear_inverse=found, notes=[*kept, note] if found else kept)
+
+
+_MAP = "map from controls to readings"
 
 
 def measure_all_processes(

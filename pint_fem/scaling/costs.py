@@ -114,6 +114,9 @@ class Calibration:
     slowdown, network : mapping, Network
         Seconds of a kernel with a number of processes at work (the key), relative to one process alone; the measured
         network.
+    linear_inverse : mapping
+        Costs of an inversion by the map from controls to readings, empty where there is none: those of
+        :func:`~pint_fem.scaling.inverse_costs.inverse_costs`.
     cycles, notes : sequences of mappings and of str
         Cycles of cold solves, counted in real runs: ``options``, ``rtol``, and the cycles of ``state`` and ``adjoint``;
         how the numbers were measured.
@@ -133,6 +136,7 @@ class Calibration:
     stages: int = 1
     paradiag: Mapping[str, float] = field(default_factory=dict)
     overlap: int = 3
+    linear_inverse: Mapping[str, float] = field(default_factory=dict)
     slowdown: Mapping[int, float] = field(default_factory=lambda: {1: 1.0})
     network: Network = Network(1e-6, 1e10, "assumed")  # noqa: RUF009
     cycles: Sequence[Mapping] = ()

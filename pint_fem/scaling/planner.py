@@ -3,12 +3,18 @@
 Candidates are sequential stepping on each number of space ranks, and each split of the ranks with each configuration of
 MGRIT and ParaDiag whose cycles the calibration has, counted in real runs. A candidate is run on virtual ranks unless a
 lower bound of its time, its share of the work or its chain of coarse steps, exceeds the best time so far.
+
+Of a linear inverse problem with finitely many readings :func:`plan_map` finds the fastest division of the ranks for the
+whole inversion by the map from controls to readings.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +23,15 @@ from pint_fem.errors import InputError
 from pint_fem.mgrit.options import MGRITOptions
 from pint_fem.paradiag.options import ParaDiagOptions
 from pint_fem.scaling.costs import Calibration, load
+from pint_fem.scaling.linear_inverse import Division, LinearInverse, MapPrediction
 from pint_fem.scaling.model import Model, Solve
 from pint_fem.scaling.network import Network
 from pint_fem.scaling.space import assumption
 
-__all__ = ["Choice", "Plan", "cycles_of", "describe", "least_time", "options_key", "plan", "predict", "space_ranks"]
+__all__ = [
+    "Choice", "Plan", "cycles_of", "describe", "least_time", "options_key", "plan", "plan_map", "predict",
+    "space_ranks",
+]  # fmt: skip
 
 ALTERNATIVES = 6
 """Most alternatives in a plan."""
@@ -214,3 +224,92 @@ def least_time(
     for kind, n in (("step", cycles[0]), ("adjoint", cycles[1])):
         chain += (n + 1) * steps * model.kernel(kind, model.options.levels - 1)(1)
     return work, chain
+
+
+def plan_map(
+    calibration: Calibration,
+    ranks: int,
+    *,
+    nsteps: int | None = None,
+    network: Network | None = None,
+    rtol: float | None = None,
+    deviation: bool = False,
+) -> MapPrediction:
+    """Find the fastest division of at most ``ranks`` ranks for an inversion by the map.
+
+    Parameters
+    ----------
+    calibration, nsteps, network
+        As for :class:`LinearInverse`.
+    ranks
+        Largest number of processes.
+    rtol
+        Tolerance of adjoint sweeps of groups with several ranks in time; default: the smallest counted.
+    deviation
+        Whether the time includes that of the standard deviation.
+
+    Raises
+    ------
+    InputError
+        As for :class:`LinearInverse`.
+    """
+    if ranks < 1:
+        raise InputError(f"{ranks} ranks: give at least 1")
+    given: dict[str, Any] = dict(nsteps=nsteps, network=network)
+    time_of = lambda found: found.with_deviation if deviation else found.seconds
+    alone = LinearInverse(calibration, **given)
+    best = alone.predict()
+    for space in space_ranks(calibration, ranks):
+        for time in _sizes(ranks // space, alone.sensors):
+            division = Division(space, time, min(time, alone.sensors), 1)
+            best = min(best, LinearInverse(calibration, division, **given).predict(), key=time_of)
+    for least, made in sorted(_with_groups(calibration, ranks, rtol, given), key=lambda pair: pair[0]):
+        if least >= time_of(best):
+            break
+        best = min(best, made.predict(), key=time_of)
+    return best
+
+
+def _sizes(most: int, sensors: int) -> list[int]:
+    """Numbers of ranks in time that are tried: all divisions of the sensors into fewer, powers of two, and the most."""
+    some = {ceil(sensors / own) for own in range(1, sensors + 1)} | {1 << i for i in range(most.bit_length())} | {most}
+    return sorted(time for time in some if 1 <= time <= most)
+
+
+def _with_groups(
+    calibration: Calibration, ranks: int, rtol: float | None, given: Mapping
+) -> Iterator[tuple[float, LinearInverse]]:
+    """Inversions with one sensor per group of several ranks in time, and lower bounds of their times: the share of the
+    work of a sweep, its chain of coarse steps, and all other parts.
+    """
+    alone = LinearInverse(calibration, **given)
+    tolerance = rtol or min((entry["rtol"] for entry in calibration.cycles), default=0.0)
+    menu = {options_key(e["options"]): e for e in calibration.cycles if e["rtol"] == tolerance}
+    least = cache(lambda key, space: _least_sweep(calibration, menu[key], space, alone.lags, alone.network))
+    for space in space_ranks(calibration, ranks):
+        most = ranks // space // alone.sensors
+        for each in sorted({1 << i for i in range(1, most.bit_length())} | {most}):
+            if not 1 < each <= alone.lags:
+                continue
+            division = Division(space, alone.sensors * each, alone.sensors, each)
+            for key, entry in menu.items():
+                with suppress(InputError):  # more levels than so few steps have; no ParaDiag on several space ranks
+                    work, chain = least(key, space)
+                    options = dict(options=entry["options"], cycles=entry["adjoint"])
+                    made = LinearInverse(calibration, division, **options, **given)
+                    yield max(work / each, chain) + made.predict(sweep=0.0).seconds, made
+
+
+def _least_sweep(
+    calibration: Calibration, entry: Mapping, space: int, lags: int, network: Network
+) -> tuple[float, float]:
+    """Seconds of work of an adjoint sweep on one rank in time, without ParaDiag's factors, and of its coarse steps."""
+    model = Model(calibration, entry["options"], (space, 1), nsteps=lags, network=network)
+    found, chain, steps = model.run(Solve("adjoint", "nested", entry["adjoint"])), 0.0, lags
+    if model.solver == "paradiag":
+        factors = found.counts["factor", 0] * model.slowdown * calibration.paradiag["factor"]
+        return sum(found.work) - factors, chain
+    for m in model.options.factors(steps):
+        steps //= m
+    chain = (entry["adjoint"] + 1) * steps * model.kernel("adjoint", model.options.levels - 1)(1)
+    return sum(found.work), chain

@@ -54,9 +54,7 @@ class Row:
         return self.ratio <= self.target if self.at_most else self.ratio >= self.target
 
 
-def timed(
-    *actions: Callable[[], object], repeats: int, clock: Callable[[], float] = time.perf_counter
-) -> list[float]:
+def timed(*actions: Callable[[], object], repeats: int, clock: Callable[[], float] = time.perf_counter) -> list[float]:
     """Median seconds of each action by a clock; they take turns."""
     seconds = [[] for _ in actions]
     gc.collect()

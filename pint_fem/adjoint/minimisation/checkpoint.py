@@ -7,7 +7,7 @@ ranks as before, otherwise to round-off and the solvers' tolerance. Sums over ti
 number of ranks. Where the evolution is nonlinear, the stage values from which Newton's method starts and the factors of
 earlier linearisations are not stored, as they are several times as large as the trajectory. It is written under another
 name, forced to disk and then renamed: whenever the process is killed or the disk is full, the last complete file is
-there. Each row of each array has a checksum (:mod:`~pint_fem.adjoint.minimisation.checkpoint_file`), and one run at a
+there. Each row of each array has a checksum (:mod:`~pint_fem.array_file`), and one run at a
 time writes a file.
 
 A run continues from a file only with the evolution, method, inner product, bounds and constraints that it was written
@@ -19,11 +19,9 @@ it had, which is evaluated anew in one pass over the steps.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import h5py
 import numpy as np
@@ -31,19 +29,19 @@ from firedrake.functionspaceimpl import WithGeometry
 
 from pint_fem import files
 from pint_fem.adjoint.evaluation import Evaluation
-from pint_fem.adjoint.minimisation.checkpoint_file import Piece, Place, create_file, read_head, read_part, write_parts
 from pint_fem.adjoint.minimisation.fingerprint import (
     bound_numbers,
     constraint_numbers,
     control_label,
-    differences,
     evolution_numbers,
     inner_number,
 )
 from pint_fem.adjoint.minimisation.objective import Objective
 from pint_fem.adjoint.problem import ReducedProblem
 from pint_fem.all_at_once.stopping import SolveResult
+from pint_fem.array_file import Piece, Place, read_head, read_part, write_file
 from pint_fem.collective import collectively, on_first_rank
+from pint_fem.digests import differences
 from pint_fem.errors import InputError, SolverFailure
 from pint_fem.kernels.arrays import own_size
 from pint_fem.logs import logger
@@ -215,7 +213,6 @@ class HDF5Checkpoint:
     def _save(self, scalars: dict, vectors: dict[str, np.ndarray]) -> None:
         """Write a new file beside the last one, and replace that."""
         self.reserve()
-        new = self.path.with_name(self.path.name + ".new")
         pieces = [piece for name, vector in vectors.items() for piece in self._vector(f"vectors/{name}", vector)]
         for i, evaluation in enumerate(self._problem.evaluations):
             pieces += self._evaluation_pieces(f"points/{i}", evaluation)
@@ -227,21 +224,7 @@ class HDF5Checkpoint:
             "objective": getattr(self.objective, "state", dict)(),
             "points": [_described(evaluation) for evaluation in self._problem.evaluations],
         }
-        try:
-            offsets = on_first_rank(self._comm, "", self._guarded, create_file, new, head, pieces)
-            collectively(self._comm, "", self._guarded, write_parts, new, offsets, pieces)
-            on_first_rank(self._comm, "", self._guarded, files.replace, new, self.path)
-        except InputError:  # on all ranks: none of them is about to open it any more
-            if self._comm.rank == 0:
-                with suppress(OSError):
-                    os.unlink(new)  # on a full disk it would be in the way
-            raise
-
-    def _guarded(self, work: Callable, *args: Any):
-        """The result of ``work(*args)``; where the file cannot be written the message names it."""
-        errors = (OSError, RuntimeError)  # HDF5 raises either
-        with files.as_input_error(f"checkpoint {self.path} cannot be written", errors=errors):
-            return work(*args)
+        write_file(self._comm, self.path, "checkpoint", head, pieces)
 
     def _vector(self, name: str, vector: np.ndarray) -> list[Piece]:
         """The pieces of a vector by control; the first rank in time writes those of static controls."""

@@ -7,8 +7,8 @@ their difference is within the round-off of sums in another order.
 
 from __future__ import annotations
 
-import math
 import re
+import zlib
 
 import numpy as np
 from firedrake import dx, inner
@@ -16,6 +16,7 @@ from mpi4py import MPI
 from tsfc.ufl_utils import extract_firedrake_constants
 from ufl.algorithms import extract_coefficients
 
+from pint_fem.adjoint.interface import ControlProblem
 from pint_fem.adjoint.minimisation.objective import Objective
 from pint_fem.evolution.boundary import boundary_value
 from pint_fem.evolution.control_layout import ControlLayout
@@ -27,13 +28,14 @@ __all__ = [
     "bound_numbers",
     "constraint_numbers",
     "control_label",
-    "differences",
     "evolution_numbers",
     "inner_number",
+    "map_numbers",
     "probe",
 ]
 
-_RTOL = 1e-9  # far above round-off, far below deliberate differences
+_SENSORS = 32
+"""Sensors whose functionals are in memory at the same time."""
 _DEFAULT_NAME = re.compile(r"(function|w)_\d+")  # Firedrake's and UFL's: numbers of a counter of the process
 
 
@@ -123,30 +125,60 @@ def evolution_numbers(evolution: Evolution, comm: MPI.Comm) -> dict:
     return out
 
 
+def map_numbers(problem: ControlProblem) -> dict:
+    """The problem of a map from controls to readings: evolutions, controls, sensors and times of readings (collective).
+
+    What was measured, weights and the regularisation are left out.
+
+    Parameters
+    ----------
+    problem : ControlProblem
+        The problem of one evolution or a composed one, whose misfits are readings of sensors.
+
+    Returns
+    -------
+    dict
+        Numbers and texts by name, for JSON.
+    """
+    layout, comm, controls = problem.layout, problem.spacetime.space_comm, problem.layout.evolution
+    sizes = [c.function_space().dof_dset.layout_vec.getSize() for c in controls.controls]
+    steps = ["one value per step, " * (c in controls.stepwise) for c in controls.controls]
+    named = zip(controls.controls, sizes, steps, strict=True)
+    out: dict = {
+        "space ranks": comm.size,
+        "controls": [step + control_label(c.name(), (size,)) for c, size, step in named],
+    }
+    ends = [problem.leaf_terms(z) for z in (np.zeros(layout.size), probe(layout))]
+    for number, ((_, leaf, start), (_, _, end)) in enumerate(zip(*ends, strict=True)):
+        where, ev = f" of evolution {number}" if len(ends[0]) > 1 else "", leaf.evolution
+        found = {"dt": ev.dt, "t0": ev.t0, "number of steps": ev.nsteps}
+        weights = probe(leaf.layout)
+        found["dependence on the controls"] = [leaf.layout.pairing(weights, z**2) for z in (start, end)]
+        for name, value in evolution_numbers(leaf.sweeps.evolution, comm).items():
+            found |= value if isinstance(value, dict) else {name: value}
+        for m, misfit in enumerate(leaf.misfits):
+            found[f"number of sensors of misfit {m}"] = misfit.sensors
+            found[f"times of misfit {m}"] = misfit.reading_times.tolist()
+            found[f"missing readings of misfit {m}"] = zlib.crc32(np.packbits(misfit.present).tobytes())
+            for first in range(0, misfit.sensors, _SENSORS):
+                some = range(first, min(first + _SENSORS, misfit.sensors))
+                sums = _sums_of_rows(misfit.impulses(np.array(some)), comm)
+                found |= {f"sensor {i} of misfit {m}": own for i, own in zip(some, sums, strict=True)}
+        out |= {name + where: value for name, value in found.items()}
+    return out
+
+
 def _sums(f, comm: MPI.Comm) -> list[float]:
     """Weighted sums of squares of a function's positive and negative values, over all ranks in space."""
-    values = get(f)
-    first = comm.exscan(len(values)) or 0
-    weights = 1 + 0.5 * np.cos(first + np.arange(len(values)))
+    return _sums_of_rows(get(f)[None], comm)[0]
+
+
+def _sums_of_rows(rows: np.ndarray, comm: MPI.Comm) -> list[list[float]]:
+    """Weighted sums of squares of positive and negative values of each row of ``(k, n)``, over all ranks in space."""
+    first = comm.exscan(rows.shape[1]) or 0
+    weights = 1 + 0.5 * np.cos(first + np.arange(rows.shape[1]))
     with np.errstate(over="ignore"):
-        own = np.array([weights @ np.maximum(values, 0) ** 2, weights @ np.minimum(values, 0) ** 2])
+        own = np.array([[np.maximum(row, 0) ** 2 @ weights, np.minimum(row, 0) ** 2 @ weights] for row in rows])
     total = np.empty_like(own)
     comm.Allreduce(own, total, op=MPI.SUM)
     return total.tolist()
-
-
-def differences(stored: dict, given: dict) -> str:
-    """The entries in which the stored description differs from that of this run, as text; empty if there are none."""
-    names = [name for name in {**given, **stored} if not _same(stored.get(name), given.get(name))]
-    return "; ".join(f"{name}: the file has {stored.get(name)}, this run {given.get(name)}" for name in names)
-
-
-def _same(a, b) -> bool:
-    """Whether two descriptions are equal up to round-off of their numbers."""
-    if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(_same(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
-        return len(a) == len(b) and all(map(_same, a, b))
-    if isinstance(a, float) and isinstance(b, float):
-        return math.isclose(a, b, rel_tol=_RTOL)
-    return a == b

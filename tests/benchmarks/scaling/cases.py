@@ -5,17 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from pint_fem.adjoint import TimeParallelReducedFunctional
+from pint_fem.misfits import PointSensors
 from pint_fem.scaling.calibrate import Case
 from pint_fem.spacetime import SpaceTime
 from problems import layers
 from problems.heat_source import heat_source
+from problems.heat_square import field as square_field
 from problems.heat_square import square
 from problems.maxwell_source import maxwell_source
 from problems.serial_maxwell import serial_maxwell_source
-from problems.serial_pyadjoint import SerialSource, serial_heat_source, serial_square
+from problems.serial_pyadjoint import SQUARE_TIME, SerialSource, serial_heat_source, serial_square, square_functionals
 
-__all__ = ["HEAT_SOURCE", "HEAT_SQUARE", "LAYERS", "MAXWELL_CAVITY", "MAXWELL_LOSSY", "STUDIES", "LayersCase", "Study"]
+__all__ = ["HEAT_SOURCE", "HEAT_SQUARE", "LAYERS", "MAXWELL_CAVITY", "MAXWELL_LOSSY", "STUDIES", "LayersCase", "Study", "square_with_sensors"]
 
 
 SERIAL = {"levels": 1}
@@ -35,6 +39,9 @@ class Study:
     inversions, inversion_steps, gtol
         Options of the solvers with which whole inversions are counted, their steps and the relative tolerance of their
         gradients.
+    with_sensors
+        As a case's ``pose``, with sensors in the place of a misfit that observes the state everywhere: the inversion by
+        sequential stepping that the map is compared with; default: the case's.
     """
 
     case: Case
@@ -42,6 +49,7 @@ class Study:
     inversions: tuple[dict, ...]
     inversion_steps: int = 512
     gtol: float = 1e-6
+    with_sensors: Callable | None = None
 
 
 def _menu(*coarsenings: tuple[int, ...]) -> tuple[dict, ...]:
@@ -66,6 +74,30 @@ def _square(size: int):
     return lambda grid, steps, parameters: square(steps, "SDIRK2", size=size, spacetime=grid, **parameters)
 
 
+def square_with_sensors(size: int, side: int = 8, times: int = 64):
+    """The square with ``side x side`` sensors in the place of the running misfit, for which there is no finite number
+    of readings; the source is that of the square's control, and a hundredth of the largest reading is noise.
+    """
+
+    def pose(grid: SpaceTime, steps: int, parameters: dict) -> TimeParallelReducedFunctional:
+        whole = square(steps, "SDIRK2", size=size, spacetime=grid, **parameters)
+        evolution, control = whole.evolution, whole.evolution.control
+        along = (np.arange(side) + 0.5) / side
+        points = np.stack(np.meshgrid(along, along), axis=-1).reshape(-1, 2)
+        at = SQUARE_TIME * np.arange(1, times + 1) / times
+        regularisation = square_functionals(control.function_space())["regularisation"](control)
+        given = dict(regularisation=regularisation, spacetime=grid, solver_parameters=parameters)
+        sensors = PointSensors(points, at, np.zeros((times, side**2)))
+        posed = TimeParallelReducedFunctional(evolution, sensors, **given)
+        exact = sensors.readings(posed.problem.observations(square_field(whole, "control"), sensors))
+        noise = 1e-2 * np.abs(exact).max()
+        values = exact + noise * np.random.default_rng(0).standard_normal(exact.shape)
+        measured = PointSensors(points, at, values, weight=1 / (noise**2 * values.size))
+        return TimeParallelReducedFunctional(evolution, measured, **given)
+
+    return pose
+
+
 def _plate(grid: SpaceTime, steps: int, parameters: dict) -> TimeParallelReducedFunctional:
     return heat_source(grid, steps=steps, solver_parameters=parameters).rf
 
@@ -83,7 +115,7 @@ HEAT_SOURCE = Case(  # the plate of demos/heat_source_inversion.py, P1, SDIRK2
 HEAT_SQUARE = Case(  # heat on the unit square, 128 x 128 P1, SDIRK2, distributed control, running misfit
     "heat-square", _square(128), 16384,
     _menu((8, 4, 4), (8, 4, 4, 4), (16, 8), (16, 8, 8), (4, 4, 4, 4, 4)) + _repeated((64, 2), (128, 2)) + PARADIAG,
-    smaller=_square(32),
+    smaller=_square(32), with_sensors=square_with_sensors(128),
 )  # fmt: skip
 MAXWELL_LOSSY = Case(  # the lossy box of demos/maxwell_source_inversion.py, degree 2, SDIRK2
     "maxwell-lossy", _maxwell("lossy"), 256, _menu((4, 4), (8, 4), (8,), (4,)) + _repeated((8, 2), (8, 4)) + PARADIAG
@@ -104,6 +136,7 @@ STUDIES = {
         lambda steps: serial_square(n=128, steps=steps, integrator="SDIRK2"),
         (SERIAL, *_menu((8, 4, 4))[:1], *_menu((16, 8))[:1], PARADIAG[0]),
         inversion_steps=1024,
+        with_sensors=square_with_sensors(32),
     ),
     "maxwell-lossy": Study(
         MAXWELL_LOSSY,

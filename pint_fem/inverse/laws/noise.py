@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -148,7 +149,7 @@ class BlockNoise(Noise):
     def __init__(self, blocks: Sequence[np.ndarray]):
         self.blocks = [np.array(block, dtype=float) for block in blocks]
         ends = np.cumsum([0, *(len(block) for block in self.blocks)]).tolist()
-        self._places = [slice(a, b) for a, b in zip(ends, ends[1:], strict=False)]
+        self._places = [slice(a, b) for a, b in pairwise(ends)]
         self.size = ends[-1]
         names = [f" (block {i} of {len(self.blocks)})" if len(self.blocks) > 1 else "" for i in range(len(self.blocks))]
         self._factors = [_cholesky(block, name) for block, name in zip(self.blocks, names, strict=True)]
@@ -206,8 +207,8 @@ def _cholesky(block: np.ndarray, name: str) -> np.ndarray:
     asymmetry = np.abs(block - block.T).max()
     if asymmetry > _SYMMETRIC * np.abs(block).max():
         raise InputError(
-            f"noise{name}: the covariance is not symmetric, by up to {asymmetry:.2g}: give (C + C.T)/2 if that is what is "
-            "meant"
+            f"noise{name}: the covariance is not symmetric, by up to {asymmetry:.2g}: give (C + C.T)/2 if that is "
+            "what is meant"
         )
     try:
         L = np.linalg.cholesky(block)
@@ -282,8 +283,8 @@ def make_noise(given: Any, weights: ArrayLike, groups: ArrayLike, sensors: int |
 
 
 _UNUSED = (
-    "a reading with the weight zero is not used by the functional, and has no variance: leave it out of the data, or give "
-    "noise="
+    "a reading with the weight zero is not used by the functional, and has no variance: leave it out of the data, or "
+    "give noise="
 )
 
 

@@ -1,4 +1,4 @@
-"""The HDF5 file of a checkpoint: a head, distributed arrays, and a checksum for each of their rows.
+"""An HDF5 file of distributed arrays: a head, the arrays, and a checksum for each of their rows.
 
 The first rank creates the file: it reserves the space on the disk, writes the head (a dataset of bytes) and declares
 the arrays, contiguous and without values. Every rank then writes its own rows and columns at their places in the file.
@@ -13,17 +13,22 @@ attribute (of at most 64 KiB); they are read as well.
 from __future__ import annotations
 
 import json
+import os
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import h5py
 import numpy as np
+from mpi4py import MPI
 
 from pint_fem import files
+from pint_fem.collective import collectively, on_first_rank
+from pint_fem.errors import InputError
 
-__all__ = ["Piece", "Place", "create_file", "read_head", "read_part", "write_parts"]
+__all__ = ["Piece", "Place", "create_file", "read_head", "read_part", "write_file", "write_parts"]
 
 _OVERHEAD = 4096  # upper bound of the bytes that HDF5 adds to an array
 
@@ -109,6 +114,41 @@ def _placed(offset: int, rows: np.ndarray, width: int, where: tuple[slice, ...])
     if rows.shape[1] == width:
         return [(offset + first * width * rows.itemsize, rows)]
     return [(offset + ((first + i) * width + column) * rows.itemsize, row) for i, row in enumerate(rows)]
+
+
+def write_file(comm: MPI.Comm, path: Path, what: str, head: dict, pieces: Sequence[Piece]) -> None:
+    """Write a file beside its final place and rename it when it is complete and on the disk (collective).
+
+    Parameters
+    ----------
+    comm
+        Communicator of all ranks.
+    path, what
+        The file, and what it is for: ``"checkpoint"``.
+    head, pieces
+        The head, for JSON, and the arrays with this rank's parts of their values.
+
+    Raises
+    ------
+    InputError
+        On every rank, if the file cannot be written; one of the same name is left as it is.
+    """
+    new = path.with_name(path.name + ".new")
+
+    def guarded(work: Callable, *args: Any):
+        errors = (OSError, RuntimeError)  # HDF5 raises either
+        with files.as_input_error(f"{what} {path} cannot be written", errors=errors):
+            return work(*args)
+
+    try:
+        offsets = on_first_rank(comm, "", guarded, create_file, new, head, pieces)
+        collectively(comm, "", guarded, write_parts, new, offsets, pieces)
+        on_first_rank(comm, "", guarded, files.replace, new, path)
+    except InputError:  # on all ranks: none of them is about to open it any more
+        if comm.rank == 0:
+            with suppress(OSError):
+                os.unlink(new)  # on a full disk it would be in the way
+        raise
 
 
 def read_head(file: h5py.File) -> dict:

@@ -7,7 +7,7 @@ one of
 * diagonal (:class:`DiagonalField`), as for a real number;
 * a Riesz map (:class:`MapField`).
 
-Further ones are in :mod:`pint_fem.inverse.covariance_fields`.
+Further ones are in :mod:`pint_fem.inverse.laws.covariance_fields`.
 
 Samples are :math:`S w` with white noise ``w`` and any ``S`` with :math:`S S^T = Q^{-1}`. Where a matrix has triangular
 factors for the kernels on lanes, :math:`Q = P^T L D L^T P`, ``S`` is the half solve :math:`P^T L^{-T} D^{-1/2}`. All
@@ -49,7 +49,7 @@ SAMPLES = 2000
 """Samples of which larger variances are estimates."""
 _SINGULAR = 1e-14
 """Smallest eigenvalue of a regular matrix, scaled to a diagonal of ones."""
-_BLOCK = 1e7  # numbers in the columns of the identity at a time
+_BLOCK = 5e5  # numbers in the columns of the identity at a time
 
 _REMEDY = (
     "add a multiple of the mass, such as 1e-2*inner(a, b)*dx in a bilinear form or 0.5e-2*inner(q, q)*dx in the "

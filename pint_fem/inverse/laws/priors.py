@@ -1,6 +1,6 @@
 r"""Gaussian priors :math:`z \sim N(m_0, A^{-1})` of all controls, on flat vectors.
 
-The precision ``A`` is block-diagonal. A static control has a block ``Q`` (:mod:`pint_fem.inverse.gaussian_fields`); of
+The precision ``A`` is block-diagonal. A static control has a block ``Q`` (:mod:`pint_fem.inverse.laws.gaussian_fields`); of
 a control with one value per step the steps are independent, each with the precision :math:`\Delta t\, Q`. This is the
 second derivative of the regularisation :math:`R(q) + \sum_n \Delta t\, R(z_n)`, whose minimiser is the mean.
 
@@ -26,8 +26,8 @@ from pint_fem.all_at_once.grids import is_integer
 from pint_fem.collective import all_ranks, collectively
 from pint_fem.errors import InputError
 from pint_fem.evolution.control_layout import ControlLayout
-from pint_fem.inverse.covariance_fields import BilaplacianPrior, gaussian_field
-from pint_fem.inverse.gaussian_fields import DiagonalField, FormField, GaussianField, MapField
+from pint_fem.inverse.laws.covariance_fields import BilaplacianPrior, gaussian_field
+from pint_fem.inverse.laws.gaussian_fields import DiagonalField, FormField, GaussianField, MapField
 
 __all__ = ["FieldPrior", "Prior", "ScaledPrior", "make_prior", "riesz_fields"]
 
@@ -83,8 +83,8 @@ class Prior(ABC):
         ----------
         samples
             Number ``N`` of samples of which it is estimated, with the standard error :math:`\sqrt{2/N}` relative to
-            each variance. Default: exactly, where a field has at most 20,000 coefficients (2,000 with one of Firedrake's
-            covariance operators), and otherwise of 2,000 samples (standard error 3.2 %).
+            each variance. Default: exactly, where a field has at most 20,000 coefficients (2,000 with one of
+            Firedrake's covariance operators), and otherwise of 2,000 samples (standard error 3.2 %).
         """
 
     def log_det_precision(self) -> float | None:
@@ -297,7 +297,7 @@ def make_prior(
     ----------
     given
         ``None`` for that of the regularisation; a symmetric positive definite bilinear form, a
-        :class:`~pint_fem.inverse.covariance_fields.BilaplacianPrior` or one of Firedrake's covariance operators, for
+        :class:`~pint_fem.inverse.laws.covariance_fields.BilaplacianPrior` or one of Firedrake's covariance operators, for
         one control or for all; a list with one of these for each control, ``None`` for the regularisation's; the string
         ``"riesz_map"``; or a :class:`Prior`.
     layout

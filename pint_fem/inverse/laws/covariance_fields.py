@@ -32,7 +32,15 @@ from firedrake.functionspaceimpl import WithGeometry
 from pyadjoint.tape import stop_annotating
 
 from pint_fem.errors import InputError
-from pint_fem.inverse.gaussian_fields import EXACT, DiagonalField, FormField, GaussianField, Key, at_one, form_field
+from pint_fem.inverse.laws.gaussian_fields import (
+    EXACT,
+    DiagonalField,
+    FormField,
+    GaussianField,
+    Key,
+    at_one,
+    form_field,
+)
 from pint_fem.kernels.arrays import get, is_real, own_size, put
 
 __all__ = ["BilaplacianField", "BilaplacianPrior", "OperatorField", "gaussian_field"]
@@ -113,8 +121,8 @@ def checked_form(space: WithGeometry, form: ufl.Form, name: str) -> ufl.Form:
     spaces = [argument.function_space() for argument in form.arguments()]
     if spaces != [space, space]:
         raise InputError(
-            f"prior of {name!r}: the form has {len(spaces)} arguments or is on another space, as one that couples "
-            "several controls is: give a bilinear form on the control's own function space"
+            f"prior of {name!r}: the form has {len(spaces)} arguments or is on another space, as one that "
+            "couples several controls is: give a bilinear form on the control's own function space"
         )
     return form
 
@@ -154,8 +162,8 @@ def gaussian_field(space: WithGeometry, given: Any, name: str) -> GaussianField:
 
 
 class BilaplacianField(GaussianField):
-    r"""The law whose precision is :math:`A M^{-1} A`, with the mass matrix ``M``: covariances are two solves, and samples
-    are :math:`A^{-1} M x` with :math:`x \sim N(0, M^{-1})`.
+    r"""The law whose precision is :math:`A M^{-1} A`, with the mass matrix ``M``: covariances are two solves, and
+    samples are :math:`A^{-1} M x` with :math:`x \sim N(0, M^{-1})`.
 
     Parameters
     ----------

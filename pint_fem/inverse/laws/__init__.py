@@ -1,0 +1,1 @@
+"""Gaussian laws of controls and of readings: priors and noise."""

@@ -1,0 +1,1 @@
+"""Controls with one value per step: block Toeplitz products, the spectrum of their posterior, a sliding window."""
