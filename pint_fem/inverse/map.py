@@ -260,7 +260,7 @@ class ParameterToObservable(Inversion, LinearOperator):
         return self.data
 
     def with_readings(
-        self, table: ReadingTable, offset: np.ndarray, regularisation: Callable | None, *, same: bool
+        self, table: ReadingTable, offset: np.ndarray, regularisation: Callable[[], PriorForms] | None, *, same: bool
     ) -> ParameterToObservable:
         """The map with other readings of the same sensors at the same times, which shares its rows (collective).
 
