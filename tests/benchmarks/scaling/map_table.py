@@ -55,12 +55,9 @@ def map_table(record: Record, say, largest: int, network: Network | None) -> tup
     if sequential is not None:
         say(f"  sequential trust-region inversion of the same readings on one core: {sequential:.4g} s, predicted")
     best = min(out, key=lambda row: row["seconds"])
-    claim = (
-        f"{record.problem}, whole inversion by the map: {out[0]['seconds'] / best['seconds']:.3g} at {best['ranks']} ranks "
-        f"over the map on one core"
-    )
+    gain, at = out[0]["seconds"] / best["seconds"], best["ranks"]
+    claim = f"{record.problem}, whole inversion by the map: {gain:.3g} at {at} ranks over the map on one core"
     if sequential is not None:
-        claim += (
-            f", {sequential / best['seconds']:.3g} ({sequential / out[0]['seconds']:.3g} at 1) over sequential stepping"
-        )
+        gain, alone = sequential / best["seconds"], sequential / out[0]["seconds"]
+        claim += f", {gain:.3g} ({alone:.3g} at 1) over sequential stepping"
     return out, f"{claim}. Measured: kernels, dense algebra, prior (calibration). Predicted: all times."

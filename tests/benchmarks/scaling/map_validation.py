@@ -1,7 +1,7 @@
 """Predicted times of inversions by the map beside measured ones on the available ranks, all of them in time.
 
-As in :mod:`pint_fem.scaling.validation`, steps of the adjoint are timed in turn with the inversion on all ranks at once,
-and predictions are multiplied by the ratio of their times to the calibrated ones.
+As in :mod:`pint_fem.scaling.validation`, steps of the adjoint are timed in turn with the inversion on all ranks at
+once, and predictions are multiplied by the ratio of their times to the calibrated ones.
 """
 
 from __future__ import annotations
