@@ -99,22 +99,49 @@ def plot_fields(
     *,
     points: np.ndarray | None = None,
     title: str = "",
+    deviations: Sequence[tuple[str, np.ndarray]] = (),
+    columns: int | None = None,
+    label: str = "",
 ) -> None:
-    """Draw named images side by side on one colour scale, zero in its middle, and dots at ``points`` ``(count, 2)``."""
-    paint = _painter([image for _, image in images], extent)
+    """Draw named images on one colour scale, zero in its middle, and dots at ``points`` ``(count, 2)``.
+
+    Standard deviations follow on a colour scale of their own, from zero. Panels are in rows of ``columns``; default:
+    one row. ``label`` is that of the colour bars, the quantity with its unit.
+    """
+    paint, panels = _painter([image for _, image in images], extent), [*images, *deviations]
+    columns = columns or len(panels)
+    rows = -(-len(panels) // columns)
+    height = 4.6 * (extent[3] - extent[2]) / (extent[1] - extent[0]) + 0.7
     fig, axes = plt.subplots(
-        1, len(images), figsize=(5.0 * len(images) + 0.8, 3.5), layout="constrained", sharey=True, squeeze=False
+        rows, columns, figsize=(5.0 * columns + 0.8, height * rows), layout="constrained", sharey=True, squeeze=False
     )
-    axes = axes[0]
-    for (name, image), ax in zip(images, axes, strict=True):
-        shown = paint(ax, image)
-        ax.set(title=name, xlabel="x", aspect="equal")
+    for ax in axes.flat[len(panels) :]:
+        ax.set_axis_off()
+    used = axes.flat[: len(panels)]
+    for n, ((name, image), ax) in enumerate(zip(panels, used, strict=True)):
+        if n < len(images):
+            shown = paint(ax, image)
+        else:
+            shown = _paint_deviation(ax, image, extent, max(np.nanmax(image) for _, image in deviations))
+        ax.set(title=name, aspect="equal")
+        if n + columns >= len(panels):
+            ax.set_xlabel("x")
+        if n % columns == 0:
+            ax.set_ylabel("y")
         if points is not None:
-            ax.plot(*points.T, "k.", ms=4)
-    axes[0].set_ylabel("y")
-    fig.colorbar(shown, ax=axes, shrink=0.9, label="dots: sensors" if points is not None else None)
-    fig.suptitle(title)
+            ax.plot(*points.T, "k." if n < len(images) else "w.", ms=4)
+        if deviations:
+            fig.colorbar(shown, ax=ax, shrink=0.85, label=label)
+    if not deviations:
+        fig.colorbar(shown, ax=axes, shrink=0.9, label=label)
+    note = "dots: sensors" if points is not None else ""
+    fig.suptitle("; ".join(part for part in (title, note) if part), fontsize=11)
     _save(fig, path, 110)
+
+
+def _paint_deviation(ax, image: np.ndarray, extent: Sequence[float], largest: float):
+    """Show a standard deviation from zero to the largest one, with white dots readable on it."""
+    return ax.imshow(image, origin="lower", extent=extent, cmap="viridis", vmin=0, vmax=largest)
 
 
 def plot_sensors(
@@ -127,14 +154,21 @@ def plot_sensors(
     show: int = 6,
     title: str = "",
     quantity: str = "temperature rise",
+    deviation: np.ndarray | None = None,
 ) -> None:
-    """Draw readings and predictions ``(times, sensors)`` of ``show`` sensors, and a histogram of all differences."""
+    """Draw readings and predictions ``(times, sensors)`` of ``show`` sensors, with bands of two standard deviations
+    ``deviation`` of the predictions, and a histogram of all differences.
+    """
     chosen = np.unique(np.linspace(0, measured.shape[1] - 1, min(show, measured.shape[1])).astype(int))
     fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     for colour, s in enumerate(chosen):
         left.plot(times, measured[:, s], ".", ms=4, color=f"C{colour}")
-        left.plot(times, predicted[:, s], "-", color=f"C{colour}", label=f"sensor {names[s]}")
-    left.set(xlabel="t", ylabel=quantity, title="readings (dots) and fit (lines)")
+        left.plot(times, predicted[:, s], "-", lw=1, color=f"C{colour}", label=f"sensor {names[s]}")
+        if deviation is not None:
+            low, high = (predicted[:, s] + sign * 2 * deviation[:, s] for sign in (-1, 1))
+            left.fill_between(times, low, high, color=f"C{colour}", alpha=0.35, lw=0)
+    band = "" if deviation is None else ",\nband: mean ± 2 standard deviations without noise"
+    left.set(xlabel="t", ylabel=quantity, title=f"readings (dots) and fit (lines){band}")
     left.legend(fontsize=8, ncols=2)
     right.hist((predicted - measured).ravel(), bins=40, color="0.6")
     right.set(xlabel="fit - reading", ylabel="readings", title="residuals of all sensors")
