@@ -21,7 +21,7 @@ from problems.heat_readings import READINGS
 
 __all__ = ["UNIT", "convergence_picture", "mgrit_summary", "report", "result_summary"]
 
-UNIT = "source in 10 kW/m³ per K"
+UNIT = "source in 10 kW/m³"
 """The unit of the source follows from those of the plate (:mod:`problems.plate`), the temperature being in K."""
 
 
@@ -38,10 +38,11 @@ def report(problem, result, posterior, opts, summary: dict, say, outputs) -> Non
         error = np.sqrt(assemble(inner(q - truth, q - truth) * dx) / assemble(inner(truth, truth) * dx))
         summary["result"]["relative_source_error"] = float(error)
         say(f"relative L2 error of the recovered source {error:.3f}; misfit {misfit['misfit']:.4f} (0.5 is the noise)")
-    band = None
+    band, noise = None, 0.0
     if posterior is not None:
         summary["posterior"] = posterior_summary(posterior, result, say, truth=get(truth) if shipped else None)
         band = posterior.predict(posterior.F).standard_deviation.reshape(predicted.shape)
+        noise = float(np.sqrt(posterior.noise.variance()[0]))
     mgrit_summary(problem, summary, say)
 
     outputs.on_root("summary.json", write_json, out / "summary.json", summary)  # before anything else can fail
@@ -60,7 +61,8 @@ def report(problem, result, posterior, opts, summary: dict, say, outputs) -> Non
         plot_fields(out / "source.png", images, raster.extent, **given, columns=2 if deviations and shipped else None)
         names = [str(name) for name in problem.readings.sensors]
         readings = problem.readings.times, problem.readings.values, predicted
-        plot_sensors(out / "sensors.png", *readings, names=names, quantity="temperature rise in K", deviation=band)
+        shown = dict(names=names, quantity="temperature rise in K", deviation=band, noise=noise)
+        plot_sensors(out / "sensors.png", *readings, **shown)
         if posterior is None:
             convergence_picture(out / "convergence.png", sweeps, result, summary)
         else:

@@ -105,7 +105,7 @@ def plot_fields(
 ) -> None:
     """Draw named images on one colour scale, zero in its middle, and dots at ``points`` ``(count, 2)``.
 
-    Standard deviations follow on a colour scale of their own, from zero. Panels are in rows of ``columns``; default:
+    Standard deviations follow on a colour scale of their own. Panels are in rows of ``columns``; default:
     one row. ``label`` is that of the colour bars, the quantity with its unit.
     """
     paint, panels = _painter([image for _, image in images], extent), [*images, *deviations]
@@ -122,7 +122,7 @@ def plot_fields(
         if n < len(images):
             shown = paint(ax, image)
         else:
-            shown = _paint_deviation(ax, image, extent, max(np.nanmax(image) for _, image in deviations))
+            shown = _paint_deviation(ax, image, extent, _deviation_limits([image for _, image in deviations]))
         ax.set(title=name, aspect="equal")
         if n + columns >= len(panels):
             ax.set_xlabel("x")
@@ -131,7 +131,7 @@ def plot_fields(
         if points is not None:
             ax.plot(*points.T, "k." if n < len(images) else "w.", ms=4)
         if deviations:
-            fig.colorbar(shown, ax=ax, shrink=0.85, label=label)
+            fig.colorbar(shown, ax=ax, shrink=0.85, label=label, extend="neither" if n < len(images) else "max")
     if not deviations:
         fig.colorbar(shown, ax=axes, shrink=0.9, label=label)
     note = "dots: sensors" if points is not None else ""
@@ -139,9 +139,15 @@ def plot_fields(
     _save(fig, path, 110)
 
 
-def _paint_deviation(ax, image: np.ndarray, extent: Sequence[float], largest: float):
-    """Show a standard deviation from zero to the largest one, with white dots readable on it."""
-    return ax.imshow(image, origin="lower", extent=extent, cmap="viridis", vmin=0, vmax=largest)
+def _paint_deviation(ax, image: np.ndarray, extent: Sequence[float], limits: tuple[float, float]):
+    """Show a standard deviation between two limits."""
+    return ax.imshow(image, origin="lower", extent=extent, cmap="viridis", vmin=limits[0], vmax=limits[1])
+
+
+def _deviation_limits(images: Sequence[np.ndarray]) -> tuple[float, float]:
+    """The least standard deviation, and the one that a hundredth of the pixels exceeds, as corners of a domain do."""
+    every = np.concatenate([image.ravel() for image in images])
+    return float(np.nanmin(every)), float(np.nanquantile(every, 0.99))
 
 
 def plot_sensors(
@@ -155,21 +161,39 @@ def plot_sensors(
     title: str = "",
     quantity: str = "temperature rise",
     deviation: np.ndarray | None = None,
+    noise: float = 0.0,
 ) -> None:
-    """Draw readings and predictions ``(times, sensors)`` of ``show`` sensors, with bands of two standard deviations
-    ``deviation`` of the predictions, and a histogram of all differences.
+    """Draw readings and predictions ``(times, sensors)`` of ``show`` sensors, and a histogram of all differences.
+
+    With standard deviations ``deviation`` of the predictions their bands are drawn, and the differences of the sensor
+    with the widest band: two standard deviations of the predictions alone, and with the noise of the readings.
     """
     chosen = np.unique(np.linspace(0, measured.shape[1] - 1, min(show, measured.shape[1])).astype(int))
-    fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    count = 2 if deviation is None else 3
+    fig, (left, *between, right) = plt.subplots(1, count, figsize=(5.5 * count, 4), layout="constrained")
     for colour, s in enumerate(chosen):
         left.plot(times, measured[:, s], ".", ms=4, color=f"C{colour}")
         left.plot(times, predicted[:, s], "-", lw=1, color=f"C{colour}", label=f"sensor {names[s]}")
         if deviation is not None:
             low, high = (predicted[:, s] + sign * 2 * deviation[:, s] for sign in (-1, 1))
             left.fill_between(times, low, high, color=f"C{colour}", alpha=0.35, lw=0)
-    band = "" if deviation is None else ",\nband: mean ± 2 standard deviations without noise"
-    left.set(xlabel="t", ylabel=quantity, title=f"readings (dots) and fit (lines){band}")
+    bands = "" if deviation is None else ", ± 2 standard deviations"
+    left.set(xlabel="t", ylabel=quantity, title=f"readings (dots) and fit (lines{bands})")
     left.legend(fontsize=8, ncols=2)
+    for ax in between:
+        s = int(np.argmax(deviation.mean(axis=0)))
+        ax.plot(times, measured[:, s] - predicted[:, s], ".", ms=4, color="k")
+        for width, shade, what in (
+            (np.hypot(deviation[:, s], noise), 0.15, "fit and noise"),
+            (deviation[:, s], 0.45, "fit"),
+        ):
+            ax.fill_between(
+                times, -2 * width, 2 * width, color="C0", alpha=shade, lw=0, label=f"± 2 standard deviations, {what}"
+            )
+        ax.axhline(0, color="C0", lw=1)
+        ax.set(xlabel="t", ylabel=quantity, title=f"reading - fit of sensor {names[s]}, which has the widest band")
+        ax.margins(y=0.25)
+        ax.legend(fontsize=8, loc="upper right")
     right.hist((predicted - measured).ravel(), bins=40, color="0.6")
     right.set(xlabel="fit - reading", ylabel="readings", title="residuals of all sensors")
     fig.suptitle(title)
@@ -215,13 +239,13 @@ def plot_regularisation(path: Path, curve: RegularisationCurve, choices: dict[st
     density = right.twinx()
     density.semilogx(curve.alpha, curve.log_evidence, "C2-")
     density.set_ylabel("log evidence", color="C2")
-    right.set(xlabel="weight of the prior", title="criteria")
+    right.set(xlabel="weight of the prior", title="criteria and chosen weights (dashed)")
     for n, (name, alpha) in enumerate(choices.items()):
         place = [np.exp(np.interp(np.log(alpha), np.log(curve.alpha), np.log(y))) for y in (curve.misfit, curve.size)]
-        left.plot(*place, "os^Dv"[n % 5], color=f"C{n + 3}", label=f"{name}: {alpha:.3g}")
+        left.plot(*place, "os^Dv"[n % 5], color=f"C{n + 3}", mec="k", mew=0.5, label=f"{name}: {alpha:.3g}")
         right.axvline(alpha, color=f"C{n + 3}", lw=1, ls="--")
-    left.legend(fontsize=8)
-    right.legend(fontsize=8)
+    left.legend(fontsize=8, title="weights")
+    right.legend(fontsize=8, loc="center left")
     _save(fig, path, 110)
 
 

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 __all__ = ["posterior_summary", "regularisation_picture"]
 
+BEYOND = 300.0
+"""How far pictures go beyond the chosen weights of the prior."""
+
 
 def posterior_summary(posterior: GaussianPosterior, result: MapResult, say, *, truth: np.ndarray | None = None) -> dict:
     """Sizes, deviations and evidence of a posterior in plain values, and the weights of the prior by all methods
@@ -66,8 +69,7 @@ def posterior_summary(posterior: GaussianPosterior, result: MapResult, say, *, t
 
 def regularisation_picture(path, posterior: GaussianPosterior, summary: dict) -> None:
     """Of the L-curve and the criteria, with the given weight of the prior and those of all methods."""
-    curve = posterior.curve()
     choices = {"given": 1.0} | {name: alpha for name, alpha in summary["alpha"].items() if alpha is not None}
-    plot_regularisation(
-        path, replace(curve, alpha=curve.alpha / posterior.alpha), choices, readings=len(posterior.data)
-    )
+    weights = np.geomspace(min(choices.values()) / BEYOND, max(choices.values()) * BEYOND, 400)
+    curve = replace(posterior.curve(weights * posterior.alpha), alpha=weights)
+    plot_regularisation(path, curve, choices, readings=len(posterior.data))
