@@ -58,7 +58,7 @@ def report(problem, result, posterior, opts, summary: dict, say, outputs) -> Non
 
     def pictures():
         given = dict(points=problem.readings.points, deviations=deviations, label=UNIT)
-        plot_fields(out / "source.png", images, raster.extent, **given, columns=2 if deviations and shipped else None)
+        plot_fields(out / "source.png", images, raster.extent, **given, rows=2 if deviations and shipped else 1)
         names = [str(name) for name in problem.readings.sensors]
         readings = problem.readings.times, problem.readings.values, predicted
         shown = dict(names=names, quantity="temperature rise in K", deviation=band, noise=noise)

@@ -66,7 +66,7 @@ def report(problem, result, posterior, opts, summary: dict, say, outputs) -> Non
     moving = _moving_pictures(problem, result.x, raster, out)
 
     def pictures():
-        shown = dict(points=readings.points, deviations=deviations, columns=2, label="current density")
+        shown = dict(points=readings.points, deviations=deviations, rows=2, label="current density")
         plot_fields(out / "current.png", images, raster.extent, **shown)
         moving()
         flat = lambda values: values.reshape(len(values), -1)

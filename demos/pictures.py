@@ -20,6 +20,7 @@ from pint_fem.spacetime import SpaceTime
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.animation import FuncAnimation, PillowWriter
+from matplotlib.ticker import LogLocator, NullFormatter
 
 if TYPE_CHECKING:
     from pint_fem.inverse.inference.regularisation_choice import RegularisationCurve
@@ -100,34 +101,28 @@ def plot_fields(
     points: np.ndarray | None = None,
     title: str = "",
     deviations: Sequence[tuple[str, np.ndarray]] = (),
-    columns: int | None = None,
+    rows: int = 1,
     label: str = "",
 ) -> None:
     """Draw named images on one colour scale, zero in its middle, and dots at ``points`` ``(count, 2)``.
 
-    Standard deviations follow on a colour scale of their own. Panels are in rows of ``columns``; default:
-    one row. ``label`` is that of the colour bars, the quantity with its unit.
+    Standard deviations follow on a colour scale of their own. Panels are in columns of ``rows``. ``label`` is that of
+    the colour bars, the quantity with its unit.
     """
     paint, panels = _painter([image for _, image in images], extent), [*images, *deviations]
-    columns = columns or len(panels)
-    rows = -(-len(panels) // columns)
-    height = 4.6 * (extent[3] - extent[2]) / (extent[1] - extent[0]) + 0.7
+    columns = -(-len(panels) // rows)
+    height = 4.0 * (extent[3] - extent[2]) / (extent[1] - extent[0]) + 0.6
     fig, axes = plt.subplots(
-        rows, columns, figsize=(5.0 * columns + 0.8, height * rows), layout="constrained", sharey=True, squeeze=False
+        rows, columns, figsize=(5.0 * columns + 0.8, height * rows + 0.3), layout="constrained", squeeze=False
     )
-    for ax in axes.flat[len(panels) :]:
+    for ax in axes.T.flat[len(panels) :]:
         ax.set_axis_off()
-    used = axes.flat[: len(panels)]
-    for n, ((name, image), ax) in enumerate(zip(panels, used, strict=True)):
+    for n, ((name, image), ax) in enumerate(zip(panels, axes.T.flat, strict=False)):
         if n < len(images):
             shown = paint(ax, image)
         else:
             shown = _paint_deviation(ax, image, extent, _deviation_limits([image for _, image in deviations]))
-        ax.set(title=name, aspect="equal")
-        if n + columns >= len(panels):
-            ax.set_xlabel("x")
-        if n % columns == 0:
-            ax.set_ylabel("y")
+        ax.set(title=name, aspect="equal", xlabel="x" if n % rows == rows - 1 else "", ylabel="y" if n < rows else "")
         if points is not None:
             ax.plot(*points.T, "k." if n < len(images) else "w.", ms=4)
         if deviations:
@@ -233,6 +228,7 @@ def plot_regularisation(path: Path, curve: RegularisationCurve, choices: dict[st
     fig, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
     left.loglog(curve.misfit, curve.size, "k-", lw=1)
     left.set(xlabel="squared residual", ylabel="squared size in the prior's norm", title="L-curve")
+    left.xaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), minor_formatter=NullFormatter(), major_formatter="{x:g}")
     right.loglog(curve.alpha, curve.misfit / readings, "C0-", label="squared residual / readings")
     right.loglog(curve.alpha, curve.gcv / readings, "C1-", label="generalised cross-validation / readings")
     right.axhline(1, color="C0", lw=0.5)

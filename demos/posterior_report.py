@@ -47,7 +47,7 @@ def posterior_summary(posterior: GaussianPosterior, result: MapResult, say, *, t
         "controls": int(space.allreduce(F.shape[1])),
         "readings": F.shape[0],
         "modes": len(posterior.spectrum.lam),
-        "space": "data" if len(posterior.spectrum.lam) < space.allreduce(F.shape[1]) else "parameter",
+        "space": type(posterior.spectrum).__name__,
         "degrees_of_freedom": float(posterior.degrees_of_freedom()),
         "squared_residual": float(posterior.misfit()),
         "mean_standard_deviation": mean_over_coefficients(result.standard_deviation, space),
