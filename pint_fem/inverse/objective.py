@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pint_fem.inverse.laws.noise import Noise, make_noise
-from pint_fem.inverse.per_step.applied_modes import LARGEST_DENSE
+from pint_fem.inverse.per_step.spectrum_choice import LARGEST_DENSE
 from pint_fem.inverse.reduction import estimated_size
 
 if TYPE_CHECKING:

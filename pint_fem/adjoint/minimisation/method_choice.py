@@ -19,7 +19,7 @@ import numpy as np
 from pint_fem.capacity import readable, require_memory
 from pint_fem.collective import collectively
 from pint_fem.errors import InputError
-from pint_fem.inverse.per_step.applied_modes import LARGEST_DENSE
+from pint_fem.inverse.per_step.spectrum_choice import LARGEST_DENSE
 from pint_fem.inverse.readings import ReadingTable
 from pint_fem.propagators.linear import LinearPropagator
 from pint_fem.theory.costs import block_seconds
