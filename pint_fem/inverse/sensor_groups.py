@@ -24,7 +24,7 @@ from pint_fem.collective import collectively, require_same
 from pint_fem.communicators import SharedGroups
 from pint_fem.errors import InputError
 from pint_fem.inverse.impulse_responses import GROUP, LagBlock, lags_of_block
-from pint_fem.inverse.response_rows import StepTerm, collectors, own_readings
+from pint_fem.inverse.response_rows import SensorReadingRows, StepTerm, collectors, own_readings
 from pint_fem.propagators.linear import LinearPropagator
 from pint_fem.spacetime import SpaceTime
 from pint_fem.sweeps.sweeps import Sweeps
@@ -147,15 +147,36 @@ class SensorGroup:
             numbers, readings = own_readings(F.table, [sensor for own in sensors for sensor in own])
             rows = np.zeros((len(numbers), F.layout.static_size))
             parts = [np.zeros((len(readings), *term.responses.shape[1:])) for term in terms]
-            found = collectors(self.propagator, readings, rows, parts)
-            for block in self.blocks(F.table.impulses(np.concatenate(sensors)), lags):
-                for collector in found:
-                    collector.add(block)
-            for collector in found:
-                collector.finish()
+            given = np.concatenate(sensors), readings, rows, parts, lags
+            collectively(self.spacetime.comm, "map from controls to readings", self._collect, F, *given)
             self._share_out(F, sensors, readings, rows, terms, parts)
 
-    def _share_out(self, F: ParameterToObservable, sensors, readings, rows, terms, parts) -> None:
+    def _collect(
+        self,
+        F: ParameterToObservable,
+        sensors: np.ndarray,
+        readings: Sequence[SensorReadingRows],
+        rows: np.ndarray,
+        parts: Sequence[np.ndarray],
+        lags: int,
+    ) -> None:
+        """Add the contribution of this rank's lags to the rows and responses of a batch (collective over the group)."""
+        found = collectors(self.propagator, readings, rows, parts)
+        for block in self.blocks(F.table.impulses(sensors), lags):
+            for collector in found:
+                collector.add(block)
+        for collector in found:
+            collector.finish()
+
+    def _share_out(
+        self,
+        F: ParameterToObservable,
+        sensors: Sequence[np.ndarray],
+        readings: Sequence[SensorReadingRows],
+        rows: np.ndarray,
+        terms: Sequence[StepTerm],
+        parts: Sequence[np.ndarray],
+    ) -> None:
         """Sum rows and responses of a batch over the group, each on the rank that owns the sensors."""
         comm, place = self.spacetime.time_comm, 0
         for owner, own in enumerate(sensors):
