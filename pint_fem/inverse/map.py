@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from firedrake.petsc import PETSc
 from scipy.sparse.linalg import LinearOperator
 
 from pint_fem.all_at_once.grids import split_steps
@@ -26,6 +27,7 @@ from pint_fem.inverse.impulse_responses import GROUP, lags_of_block, sequential_
 from pint_fem.inverse.inversion import Inversion, PriorForms
 from pint_fem.inverse.memory import allocate_rows, map_bytes, state_memory
 from pint_fem.inverse.per_step.toeplitz import ToeplitzMap, step_map_bytes
+from pint_fem.inverse.petsc_mat import make_petsc_mat
 from pint_fem.inverse.posterior import GaussianPosterior
 from pint_fem.inverse.readings import ReadingTable
 from pint_fem.inverse.response_rows import StepTerm, collectors, own_readings, step_terms
@@ -238,6 +240,12 @@ class ParameterToObservable(Inversion, LinearOperator):
             return np.asarray(values)
         return collectively(self.spacetime.comm, "", self.functions.array, values)
 
+    def petsc_mat(self) -> PETSc.Mat:
+        """The map as a Python matrix of PETSc on all ranks: readings are divided among the ranks, and each entry of the
+        controls is on one, those numbered ``partition.own`` in a flat vector on this one (collective).
+        """
+        return make_petsc_mat(self)
+
     def predict(self, z: Any) -> np.ndarray:
         """The readings at a control, a function or a flat vector, ``(m,)`` (collective)."""
         return self.offset + self.dot(z)
@@ -260,7 +268,7 @@ class ParameterToObservable(Inversion, LinearOperator):
         return self.data
 
     def with_readings(
-        self, table: ReadingTable, offset: np.ndarray, regularisation: Callable | None, *, same: bool
+        self, table: ReadingTable, offset: np.ndarray, regularisation: Callable[[], PriorForms] | None, *, same: bool
     ) -> ParameterToObservable:
         """The map with other readings of the same sensors at the same times, which shares its rows (collective).
 
