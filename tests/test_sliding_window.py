@@ -82,8 +82,9 @@ def test_one_factor_serves_all_shifts(monkeypatch):
     monkeypatch.setattr(window_module, "cho_factor", lambda *given: factors.append(1) or factor(*given))
     posterior = F.posterior().with_data(data)
     window = posterior.window(10).advance(36)
-    # while the window grows, and then for two phases: one sensor reads in every second step
-    assert len(factors) == 10 + 2
+    # while the window grows; two with the reading that is missing at point 3; then two phases, as one sensor reads in
+    # every second step
+    assert len(factors) == 10 + 2 + 2
     batch = posterior.x.reshape(40, -1)[12:24]
     found = window.x.reshape(40, -1)[12:24]
     far = np.abs(batch - x[12:24]).max()
