@@ -1,10 +1,11 @@
-"""Recover an unknown heat source in a plate from 24 sensors, parallel in time.
+"""Recover an unknown heat source in a plate from 24 sensors, with its standard deviation, parallel in time.
 
     mpiexec -n 4 python demos/heat_source_inversion.py --grid 2x2            (2 ranks in space x 2 in time)
+    python demos/heat_source_inversion.py --method trust-region              (sweeps in each iteration)
 
-Writes to --out: source.png, sensors.png, convergence.png, fields/*.pvd for ParaView and summary.json.
-MGRIT options of PETSc's kind follow with one dash: -mgrit_levels 3 -mgrit_coarsening 8,4 -mgrit_relax FCF
--mgrit_monitor
+Writes to --out: source.png, sensors.png, l_curve.png (of the trust region: convergence.png), fields/*.pvd for ParaView
+and summary.json. MGRIT options of PETSc's kind follow with one dash: -mgrit_levels 3 -mgrit_coarsening 8,4
+-mgrit_relax FCF -mgrit_monitor
 """
 
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
+from demos.inversion import add_method, add_trust_region, settle_method
 from pint_fem.cli import ProgramParser, file_name, positive, run
 
 
@@ -21,6 +23,7 @@ def arguments():
     """Options of the program."""
     parser = ProgramParser(prog="heat_source_inversion.py", description=__doc__)
     add = parser.add_argument
+    add_method(add)
     add("--grid", default="auto", metavar="SxT", help="ranks in space x ranks in time (default: as is fastest)")
     add(
         "--mesh",
@@ -34,22 +37,6 @@ def arguments():
     add("--alpha", type=positive(float, zero=True), help="weight of the source's gradient in the regularisation")
     add("--beta", type=positive(float), help="weight of the source's size in the regularisation")
     add("--noise", type=positive(float), help="noise of the readings relative to the largest")
-    add("--rtol", type=positive(float), default=1e-9, help="relative tolerance of the time-parallel solves (1e-9)")
-    add("--gtol", type=positive(float), default=1e-8, help="relative tolerance of the gradient (1e-8)")
-    add("--max-iterations", type=positive(int), default=30, help="trust-region iterations (30)")
-    add("--exact", action="store_true", help="solve every sweep to --rtol, not only as accurately as convergence needs")
-    add(
-        "--checkpoint",
-        type=file_name,
-        metavar="FILE.h5",
-        help="keep each iterate there, and go on from an existing file",
-    )
-    add(
-        "--if-save-fails",
-        default="stop",
-        choices=["stop", "continue"],
-        help="what to do where the checkpoint cannot be written, as on a full disk (stop)",
-    )
     add(
         "--time-solver",
         default="auto",
@@ -63,7 +50,10 @@ def arguments():
         action="store_true",
         help="solve with plain serial Firedrake + pyadjoint too (tens of minutes)",
     )
-    return parser.read()
+    add_trust_region(parser, gtol="1e-8", checkpoints=True)
+    opts = parser.read()
+    settle_method(opts)
+    return opts
 
 
 def main():
@@ -74,14 +64,14 @@ def main():
     from pint_fem.spacetime import SpaceTime
 
     solver = {"time_solver": opts.time_solver, "mgrit": {"rtol": opts.rtol}}
-    if not opts.exact:
+    if not opts.exact and opts.method != "map":
         solver["typical_rtol"] = 1e-2  # of products with the Hessian, which are most of the solves
     grid, about = planned_grid(
         opts.grid,
         "heat-source",
         solver=solver,
         steps=opts.steps,
-        calibrated=opts.mesh is None and opts.integrator == "SDIRK2",
+        calibrated=opts.mesh is None and opts.integrator == "SDIRK2" and opts.method == "trust-region",
     )
     spacetime = SpaceTime(grid)
     output_folder(opts.out)
@@ -115,10 +105,10 @@ def main():
     from demos.heat_source_report import report
     from demos.inversion import invert, summary_of
 
-    outputs, keep = Outputs(), dict(checkpoint=opts.checkpoint, if_save_fails=opts.if_save_fails)
-    result, times["inversion"] = invert(rf, opts, say, outputs, inexact=not opts.exact, **keep)
+    outputs = Outputs()
+    result, posterior = invert(rf, opts, say, outputs, times)
     summary = summary_of("heat source inversion", settings, spacetime, dofs, times)
-    report(problem, result, opts, summary, say, outputs)
+    report(problem, result, posterior, opts, summary, say, outputs)
 
 
 if __name__ == "__main__":

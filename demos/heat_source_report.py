@@ -14,13 +14,18 @@ from demos.pictures import (
     plot_fields,
     plot_sensors,
 )
+from demos.posterior_report import posterior_summary, regularisation_picture
+from pint_fem.kernels.arrays import get
 from pint_fem.paraview import write_fields, write_functions
 from problems.heat_readings import READINGS
 
-__all__ = ["convergence_picture", "mgrit_summary", "report", "result_summary"]
+__all__ = ["UNIT", "convergence_picture", "mgrit_summary", "report", "result_summary"]
+
+UNIT = "source in 10 kW/m³"
+"""The unit of the source follows from those of the plate (:mod:`problems.plate`), the temperature being in K."""
 
 
-def report(problem, result, opts, summary: dict, say, outputs) -> None:
+def report(problem, result, posterior, opts, summary: dict, say, outputs) -> None:
     """Write everything; ``summary`` is completed and written last. What cannot be written is reported at the end."""
     rf, spacetime, slab = problem.rf, problem.spacetime, problem.rf.problem.sweeps.slab
     sweeps = rf.problem.sweeps
@@ -33,22 +38,35 @@ def report(problem, result, opts, summary: dict, say, outputs) -> None:
         error = np.sqrt(assemble(inner(q - truth, q - truth) * dx) / assemble(inner(truth, truth) * dx))
         summary["result"]["relative_source_error"] = float(error)
         say(f"relative L2 error of the recovered source {error:.3f}; misfit {misfit['misfit']:.4f} (0.5 is the noise)")
+    band, noise = None, 0.0
+    if posterior is not None:
+        summary["posterior"] = posterior_summary(posterior, result, say, truth=get(truth) if shipped else None)
+        band = posterior.predict(posterior.F).standard_deviation.reshape(predicted.shape)
+        noise = float(np.sqrt(posterior.noise.variance()[0]))
     mgrit_summary(problem, summary, say)
 
     outputs.on_root("summary.json", write_json, out / "summary.json", summary)  # before anything else can fail
     raster = Raster(problem.evolution.V.mesh())
-    images = []
+    images, deviations = [], []
     if spacetime.time_comm.rank == 0:
+        if posterior is not None:
+            deviations = [("standard deviation", raster(rf.function(result.standard_deviation)))]
         images = [("true source", raster(truth))] if shipped else []
         images += [("recovered source", raster(q))]
         if shipped:
             images.append(("recovered - true", raster(Function(truth.function_space()).assign(q - truth))))
 
     def pictures():
-        plot_fields(out / "source.png", images, raster.extent, points=problem.readings.points)
+        given = dict(points=problem.readings.points, deviations=deviations, label=UNIT)
+        plot_fields(out / "source.png", images, raster.extent, **given, rows=2 if deviations and shipped else 1)
         names = [str(name) for name in problem.readings.sensors]
-        plot_sensors(out / "sensors.png", problem.readings.times, problem.readings.values, predicted, names=names)
-        convergence_picture(out / "convergence.png", sweeps, result, summary)
+        readings = problem.readings.times, problem.readings.values, predicted
+        shown = dict(names=names, quantity="temperature rise in K", deviation=band, noise=noise)
+        plot_sensors(out / "sensors.png", *readings, **shown)
+        if posterior is None:
+            convergence_picture(out / "convergence.png", sweeps, result, summary)
+        else:
+            regularisation_picture(out / "l_curve.png", posterior, summary["posterior"])
 
     outputs.on_root(f"pictures in {out}", pictures)
     if not opts.no_fields:
@@ -58,6 +76,10 @@ def report(problem, result, opts, summary: dict, say, outputs) -> None:
         q.rename("recovered_source")
         truth.rename("true_source")
         shown = [q, truth] if shipped else [q]
+        if posterior is not None:
+            deviation = rf.function(result.standard_deviation)
+            deviation.rename("standard_deviation")
+            shown.append(deviation)
         work = write_functions if spacetime.time_comm.rank == 0 else lambda *_: None
         outputs("fields", work, out / "fields" / "source.pvd", shown, spacetime.space_comm)
     if opts.compare_serial:
@@ -79,7 +101,7 @@ def result_summary(rf, result, predicted, measured) -> dict:
         "gradient_norm": result.gradient_norm,
         "iterations": result.iterations,
         "converged": result.converged,
-        "reason": result.reason.value,
+        "reason": str.__str__(result.reason),
         "rms_residual": float(np.sqrt(np.mean((predicted - measured) ** 2))),
         "history": [
             {"iteration": r.iteration, "J": r.value, "gradient_norm": r.gradient_norm, "cg": r.cg_iterations}

@@ -1,10 +1,13 @@
-"""Recover an unknown current in a box from 64 probes of the electric field, parallel in time.
+"""Recover an unknown current in a box from 64 probes of the electric field, with its standard deviation, parallel in
+time.
 
     mpiexec -n 4 python demos/maxwell_source_inversion.py --grid 2x2           (2 ranks in space x 2 in time)
     python demos/maxwell_source_inversion.py --regime cavity                   (no losses: fields ring)
+    python demos/maxwell_source_inversion.py --method trust-region             (sweeps in each iteration)
 
-Writes to --out: current.png, snapshots.png, field.gif, sensors.png, convergence.png, fields/*.pvd for ParaView and
-summary.json. MGRIT options of PETSc's kind follow with one dash: -mgrit_levels 3 -mgrit_coarsening 4,4 -mgrit_monitor
+Writes to --out: current.png, snapshots.png, field.gif, sensors.png, l_curve.png (of the trust region: convergence.png),
+fields/*.pvd for ParaView and summary.json. MGRIT options of PETSc's kind follow with one dash: -mgrit_levels 3
+-mgrit_coarsening 4,4 -mgrit_monitor
 """
 
 import sys
@@ -14,6 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
+from demos.inversion import add_method, add_trust_region, settle_method
 from pint_fem.cli import ProgramParser, file_name, positive, run
 
 
@@ -21,6 +25,7 @@ def arguments():
     """Options of the program."""
     parser = ProgramParser(prog="maxwell_source_inversion.py", description=__doc__)
     add = parser.add_argument
+    add_method(add)
     add("--regime", default="lossy", choices=["lossy", "cavity"], help="lossy or cavity (lossy)")
     add("--grid", default="auto", metavar="SxT", help="ranks in space x ranks in time (default: as is fastest)")
     add("--cells", type=positive(int), default=16, help="cells along a side, a multiple of 8 (16)")
@@ -36,10 +41,6 @@ def arguments():
     add("--alpha", type=positive(float, zero=True), help="weight of the current's gradient in the regularisation")
     add("--beta", type=positive(float), help="weight of the current's size in the regularisation")
     add("--noise", type=positive(float), help="noise of the readings relative to the largest")
-    add("--rtol", type=positive(float), default=1e-9, help="relative tolerance of the time-parallel solves (1e-9)")
-    add("--gtol", type=positive(float), help="relative tolerance of the gradient (1e-5; --compare-serial: 1e-8)")
-    add("--exact", action="store_true", help="every time-parallel solve to --rtol, whatever the optimiser needs")
-    add("--max-iterations", type=positive(int), default=30, help="trust-region iterations (30)")
     add(
         "--time-solver",
         default="auto",
@@ -49,7 +50,10 @@ def arguments():
     add("--out", type=Path, help="folder of the results (results/maxwell_REGIME)")
     add("--no-fields", action="store_true", help="write no ParaView files")
     add("--compare-serial", action="store_true", help="solve with plain serial Firedrake + pyadjoint too (long)")
-    return parser.read()
+    add_trust_region(parser, gtol="1e-5; --compare-serial: 1e-8", checkpoints=False)
+    opts = parser.read()
+    settle_method(opts, gtol=1e-8 if opts.compare_serial else 1e-5)
+    return opts
 
 
 def solver_parameters(opts, kind):
@@ -59,7 +63,7 @@ def solver_parameters(opts, kind):
     given = {"time_solver": kind, "mgrit": {"rtol": opts.rtol}, "paradiag": {"rtol": opts.rtol}}
     if kind == "mgrit":
         given["mgrit"] |= {"levels": 2, "coarsening": 4}  # coarser steps damp what fields still carry
-    if not opts.exact:
+    if not opts.exact and opts.method != "map":
         given["typical_rtol"] = 1e-2  # of products with the Hessian, which are most of the solves
     return given
 
@@ -79,7 +83,7 @@ def main():
         f"maxwell-{opts.regime}",
         solver=solver_parameters(opts, planned) if opts.time_solver == "auto" else solver,
         steps=opts.steps or given.steps,
-        calibrated=(opts.cells, opts.degree, opts.integrator) == (16, 2, None),
+        calibrated=(opts.method, opts.cells, opts.degree, opts.integrator) == ("trust-region", 16, 2, None),
     )
     spacetime = SpaceTime(grid)
     opts.out = opts.out or Path("results") / f"maxwell_{opts.regime}"
@@ -91,7 +95,6 @@ def main():
         if spacetime.is_root:
             print(text, flush=True)
 
-    opts.gtol = opts.gtol or (1e-8 if opts.compare_serial else 1e-5)
     settings = {
         "regime": opts.regime,
         "cells": opts.cells,
@@ -120,10 +123,10 @@ def main():
     from demos.maxwell_source_report import report
 
     outputs = Outputs()
-    result, times["inversion"] = invert(rf, opts, say, outputs, inexact=not opts.exact)
+    result, posterior = invert(rf, opts, say, outputs, times)
     summary = summary_of("Maxwell source inversion", settings, spacetime, V.dim(), times)
     summary["time_solver"] = sweeps.solvers.kind
-    report(problem, result, opts, summary, say, outputs)
+    report(problem, result, posterior, opts, summary, say, outputs)
 
 
 if __name__ == "__main__":

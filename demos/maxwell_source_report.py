@@ -17,7 +17,8 @@ from demos.pictures import (
     plot_sensors,
     plot_snapshots,
 )
-from pint_fem.kernels.arrays import put
+from demos.posterior_report import posterior_summary, regularisation_picture
+from pint_fem.kernels.arrays import get, put
 from pint_fem.paraview import write_fields, write_functions
 from problems.maxwell import B
 from problems.maxwell_readings import readings_file
@@ -29,7 +30,7 @@ FRAMES = 48
 SNAPSHOTS = 8
 
 
-def report(problem, result, opts, summary: dict, say, outputs) -> None:
+def report(problem, result, posterior, opts, summary: dict, say, outputs) -> None:
     """Write everything; ``summary`` is completed and written last. What cannot be written is reported at the end."""
     rf, spacetime, sweeps = problem.rf, problem.spacetime, problem.rf.problem.sweeps
     out, truth = opts.out, problem.true_current
@@ -44,35 +45,48 @@ def report(problem, result, opts, summary: dict, say, outputs) -> None:
         error = float(np.sqrt(square(difference) / square(truth)))
         summary["result"]["relative_current_error"] = error
         say(f"relative L2 error of the recovered current {error:.3f}; misfit {misfit:.4f} (0.5 is the noise)")
+    band, noise = None, 0.0
+    if posterior is not None:
+        summary["posterior"] = posterior_summary(posterior, result, say, truth=get(truth).ravel() if shipped else None)
+        split = posterior.predict(posterior.F)
+        band = np.ma.dstack(split.split(split.standard_deviation)).filled(np.nan)
+        noise = float(np.sqrt(posterior.noise.variance()[0]))
     mgrit_summary(problem, summary, say)
     outputs.on_root("summary.json", write_json, out / "summary.json", summary)  # before anything else can fail
 
     raster = Raster(problem.evolution.V.mesh().unique(), width=160)
-    images = []
+    images, deviations = [], []
     if spacetime.time_comm.rank == 0:
-        for i, name in enumerate(("x", "y")):
-            images += [(f"true J_{name}", raster(truth[i]))] if shipped else []
-            images.append((f"recovered J_{name}", raster(current[i])))
+        parts = [("true", truth)] if shipped else []
+        parts.append(("recovered", current))
+        images = [(f"{name} J_{c}", raster(f[i])) for name, f in parts for i, c in enumerate("xy")]
+        if posterior is not None:
+            deviation = rf.function(result.standard_deviation)
+            deviations = [(f"standard deviation of J_{c}", raster(deviation[i])) for i, c in enumerate("xy")]
     moving = _moving_pictures(problem, result.x, raster, out)
 
     def pictures():
-        plot_fields(out / "current.png", images, raster.extent, points=readings.points)
+        shown = dict(points=readings.points, deviations=deviations, rows=2, label="current density")
+        plot_fields(out / "current.png", images, raster.extent, **shown)
         moving()
         flat = lambda values: values.reshape(len(values), -1)
         names = [f"{name} E_{c}" for name in readings.sensors for c in "xy"]
-        plot_sensors(
-            out / "sensors.png",
-            readings.times,
-            flat(readings.values),
-            flat(predicted),
-            names=names,
-            quantity="electric field",
-        )
-        convergence_picture(out / "convergence.png", sweeps, result, summary)
+        given = readings.times, flat(readings.values), flat(predicted)
+        shown = dict(names=names, quantity="electric field", deviation=None if band is None else flat(band))
+        plot_sensors(out / "sensors.png", *given, noise=noise, **shown)
+        if posterior is None:
+            convergence_picture(out / "convergence.png", sweeps, result, summary)
+        else:
+            regularisation_picture(out / "l_curve.png", posterior, summary["posterior"])
 
     outputs.on_root(f"pictures in {out}", pictures)
     if not opts.no_fields:
-        _paraview(problem, current, truth if shipped else None, result.x, out, outputs)
+        named = {"recovered_current": current}
+        if shipped:
+            named["true_current"] = truth
+        if posterior is not None:
+            named["standard_deviation"] = rf.function(result.standard_deviation)
+        _paraview(problem, named, result.x, out, outputs)
     if opts.compare_serial:
         from problems.compare_serial import compare
         from problems.serial_maxwell import serial_maxwell_source
@@ -130,16 +144,13 @@ def _moving_pictures(problem, z: np.ndarray, raster: Raster, out):
     return write
 
 
-def _paraview(problem, current, truth, z, out, outputs) -> None:
-    """Fields for ParaView, written by their owners."""
+def _paraview(problem, named, z, out, outputs) -> None:
+    """Fields for ParaView, written by their owners: the trajectory and the controls by their names."""
     ev, spacetime = problem.evolution, problem.spacetime
     times = ev.time(np.arange(ev.nsteps + 1))
     slab, states = problem.rf.problem.sweeps.slab, problem.rf.problem.states(z)
     outputs("fields", write_fields, out / "fields", "field", states, ev.V, slab, spacetime, times)
-    current.rename("recovered_current")
-    shown = [current]
-    if truth is not None:
-        truth.rename("true_current")
-        shown.append(truth)
+    for name, function in named.items():
+        function.rename(name)
     work = write_functions if spacetime.time_comm.rank == 0 else lambda *_: None
-    outputs("fields", work, out / "fields" / "current.pvd", shown, spacetime.space_comm)
+    outputs("fields", work, out / "fields" / "current.pvd", list(named.values()), spacetime.space_comm)

@@ -20,6 +20,7 @@ from pint_fem.spacetime import SpaceTime
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.animation import FuncAnimation, PillowWriter
+from matplotlib.ticker import LogLocator, NullFormatter
 
 if TYPE_CHECKING:
     from pint_fem.inverse.inference.regularisation_choice import RegularisationCurve
@@ -99,22 +100,49 @@ def plot_fields(
     *,
     points: np.ndarray | None = None,
     title: str = "",
+    deviations: Sequence[tuple[str, np.ndarray]] = (),
+    rows: int = 1,
+    label: str = "",
 ) -> None:
-    """Draw named images side by side on one colour scale, zero in its middle, and dots at ``points`` ``(count, 2)``."""
-    paint = _painter([image for _, image in images], extent)
+    """Draw named images on one colour scale, zero in its middle, and dots at ``points`` ``(count, 2)``.
+
+    Standard deviations follow on a colour scale of their own. Panels are in columns of ``rows``. ``label`` is that of
+    the colour bars, the quantity with its unit.
+    """
+    paint, panels = _painter([image for _, image in images], extent), [*images, *deviations]
+    columns = -(-len(panels) // rows)
+    height = 4.0 * (extent[3] - extent[2]) / (extent[1] - extent[0]) + 0.6
     fig, axes = plt.subplots(
-        1, len(images), figsize=(5.0 * len(images) + 0.8, 3.5), layout="constrained", sharey=True, squeeze=False
+        rows, columns, figsize=(5.0 * columns + 0.8, height * rows + 0.3), layout="constrained", squeeze=False
     )
-    axes = axes[0]
-    for (name, image), ax in zip(images, axes, strict=True):
-        shown = paint(ax, image)
-        ax.set(title=name, xlabel="x", aspect="equal")
+    for ax in axes.T.flat[len(panels) :]:
+        ax.set_axis_off()
+    for n, ((name, image), ax) in enumerate(zip(panels, axes.T.flat, strict=False)):
+        if n < len(images):
+            shown = paint(ax, image)
+        else:
+            shown = _paint_deviation(ax, image, extent, _deviation_limits([image for _, image in deviations]))
+        ax.set(title=name, aspect="equal", xlabel="x" if n % rows == rows - 1 else "", ylabel="y" if n < rows else "")
         if points is not None:
-            ax.plot(*points.T, "k.", ms=4)
-    axes[0].set_ylabel("y")
-    fig.colorbar(shown, ax=axes, shrink=0.9, label="dots: sensors" if points is not None else None)
-    fig.suptitle(title)
+            ax.plot(*points.T, "k." if n < len(images) else "w.", ms=4)
+        if deviations:
+            fig.colorbar(shown, ax=ax, shrink=0.85, label=label, extend="neither" if n < len(images) else "max")
+    if not deviations:
+        fig.colorbar(shown, ax=axes, shrink=0.9, label=label)
+    note = "dots: sensors" if points is not None else ""
+    fig.suptitle("; ".join(part for part in (title, note) if part), fontsize=11)
     _save(fig, path, 110)
+
+
+def _paint_deviation(ax, image: np.ndarray, extent: Sequence[float], limits: tuple[float, float]):
+    """Show a standard deviation between two limits."""
+    return ax.imshow(image, origin="lower", extent=extent, cmap="viridis", vmin=limits[0], vmax=limits[1])
+
+
+def _deviation_limits(images: Sequence[np.ndarray]) -> tuple[float, float]:
+    """The least standard deviation, and the one that a hundredth of the pixels exceeds, as corners of a domain do."""
+    every = np.concatenate([image.ravel() for image in images])
+    return float(np.nanmin(every)), float(np.nanquantile(every, 0.99))
 
 
 def plot_sensors(
@@ -127,15 +155,40 @@ def plot_sensors(
     show: int = 6,
     title: str = "",
     quantity: str = "temperature rise",
+    deviation: np.ndarray | None = None,
+    noise: float = 0.0,
 ) -> None:
-    """Draw readings and predictions ``(times, sensors)`` of ``show`` sensors, and a histogram of all differences."""
+    """Draw readings and predictions ``(times, sensors)`` of ``show`` sensors, and a histogram of all differences.
+
+    With standard deviations ``deviation`` of the predictions their bands are drawn, and the differences of the sensor
+    with the widest band: two standard deviations of the predictions alone, and with the noise of the readings.
+    """
     chosen = np.unique(np.linspace(0, measured.shape[1] - 1, min(show, measured.shape[1])).astype(int))
-    fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    count = 2 if deviation is None else 3
+    fig, (left, *between, right) = plt.subplots(1, count, figsize=(5.5 * count, 4), layout="constrained")
     for colour, s in enumerate(chosen):
         left.plot(times, measured[:, s], ".", ms=4, color=f"C{colour}")
-        left.plot(times, predicted[:, s], "-", color=f"C{colour}", label=f"sensor {names[s]}")
-    left.set(xlabel="t", ylabel=quantity, title="readings (dots) and fit (lines)")
+        left.plot(times, predicted[:, s], "-", lw=1, color=f"C{colour}", label=f"sensor {names[s]}")
+        if deviation is not None:
+            low, high = (predicted[:, s] + sign * 2 * deviation[:, s] for sign in (-1, 1))
+            left.fill_between(times, low, high, color=f"C{colour}", alpha=0.35, lw=0)
+    bands = "" if deviation is None else ", ± 2 standard deviations"
+    left.set(xlabel="t", ylabel=quantity, title=f"readings (dots) and fit (lines{bands})")
     left.legend(fontsize=8, ncols=2)
+    for ax in between:
+        s = int(np.argmax(deviation.mean(axis=0)))
+        ax.plot(times, measured[:, s] - predicted[:, s], ".", ms=4, color="k")
+        for width, shade, what in (
+            (np.hypot(deviation[:, s], noise), 0.15, "fit and noise"),
+            (deviation[:, s], 0.45, "fit"),
+        ):
+            ax.fill_between(
+                times, -2 * width, 2 * width, color="C0", alpha=shade, lw=0, label=f"± 2 standard deviations, {what}"
+            )
+        ax.axhline(0, color="C0", lw=1)
+        ax.set(xlabel="t", ylabel=quantity, title=f"reading - fit of sensor {names[s]}, which has the widest band")
+        ax.margins(y=0.25)
+        ax.legend(fontsize=8, loc="upper right")
     right.hist((predicted - measured).ravel(), bins=40, color="0.6")
     right.set(xlabel="fit - reading", ylabel="readings", title="residuals of all sensors")
     fig.suptitle(title)
@@ -175,19 +228,20 @@ def plot_regularisation(path: Path, curve: RegularisationCurve, choices: dict[st
     fig, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
     left.loglog(curve.misfit, curve.size, "k-", lw=1)
     left.set(xlabel="squared residual", ylabel="squared size in the prior's norm", title="L-curve")
+    left.xaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), minor_formatter=NullFormatter(), major_formatter="{x:g}")
     right.loglog(curve.alpha, curve.misfit / readings, "C0-", label="squared residual / readings")
     right.loglog(curve.alpha, curve.gcv / readings, "C1-", label="generalised cross-validation / readings")
     right.axhline(1, color="C0", lw=0.5)
     density = right.twinx()
     density.semilogx(curve.alpha, curve.log_evidence, "C2-")
     density.set_ylabel("log evidence", color="C2")
-    right.set(xlabel="weight of the prior", title="criteria")
+    right.set(xlabel="weight of the prior", title="criteria and chosen weights (dashed)")
     for n, (name, alpha) in enumerate(choices.items()):
         place = [np.exp(np.interp(np.log(alpha), np.log(curve.alpha), np.log(y))) for y in (curve.misfit, curve.size)]
-        left.plot(*place, "os^Dv"[n % 5], color=f"C{n + 3}", label=f"{name}: {alpha:.3g}")
+        left.plot(*place, "os^Dv"[n % 5], color=f"C{n + 3}", mec="k", mew=0.5, label=f"{name}: {alpha:.3g}")
         right.axvline(alpha, color=f"C{n + 3}", lw=1, ls="--")
-    left.legend(fontsize=8)
-    right.legend(fontsize=8)
+    left.legend(fontsize=8, title="weights")
+    right.legend(fontsize=8, loc="center left")
     _save(fig, path, 110)
 
 

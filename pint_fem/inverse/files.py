@@ -25,7 +25,7 @@ from pint_fem.array_file import Piece, Place, read_head, read_part, write_file
 from pint_fem.collective import collectively, on_first_rank
 from pint_fem.digests import differences
 from pint_fem.errors import InputError
-from pint_fem.kernels.arrays import own_size
+from pint_fem.kernels.arrays import as_rows, own_size
 
 if TYPE_CHECKING:
     from pint_fem.inverse.map import ParameterToObservable
@@ -67,9 +67,7 @@ def save_map(F: ParameterToObservable, path: str | Path, numbers: Mapping) -> No
     pieces = [Piece("offset", _offset_place(F), F.offset if comm.rank == 0 else None)]
     pieces += [Piece(name, place, F.layout.part(F.rows, control)) for name, control, place in _places(F)]
     terms = [] if F.steps is None else F.steps.terms
-    pieces += [
-        Piece(name, place, values.reshape(-1, values.shape[-1])) for name, values, place in _step_places(F, terms)
-    ]
+    pieces += [Piece(name, place, as_rows(values)) for name, values, place in _step_places(F, terms)]
     head = {"version": _VERSION, "what": _WHAT, "problem": dict(numbers)}
     on_first_rank(comm, "", checked)
     try:

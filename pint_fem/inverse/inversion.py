@@ -198,4 +198,5 @@ class Inversion:
         """
         if self.functions is None:
             raise InputError("minimize: the map has no functional with a regularisation: use posterior(prior=...).x")
+        self.read_again()
         return self.functions.on_map(self).minimize(start, **options)

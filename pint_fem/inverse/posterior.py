@@ -21,10 +21,12 @@ from mpi4py import MPI
 from pint_fem.collective import collectively, require_same
 from pint_fem.errors import InputError
 from pint_fem.inverse.inference.gaussian_law import GaussianLaw
+from pint_fem.inverse.inference.innovations import InnovationFactor
 from pint_fem.inverse.inference.regularisation_choice import RegularisationCurve, RegularisedFit, choose_alpha
-from pint_fem.inverse.inference.streaming import InnovationFactor, ReadingStream, StreamedPosterior
+from pint_fem.inverse.inference.streaming import ReadingStream, StreamedPosterior
 from pint_fem.inverse.laws.noise import Noise
 from pint_fem.inverse.laws.priors import Prior
+from pint_fem.inverse.per_step.window import SlidingWindow
 from pint_fem.inverse.spectra import Spectrum
 
 if TYPE_CHECKING:
@@ -190,6 +192,12 @@ class GaussianPosterior(GaussianLaw):
     def until(self, time: float) -> StreamedPosterior:
         """The posterior of the readings up to a time, this included (collective)."""
         return self.stream().until(time)
+
+    def window(self, steps: int) -> SlidingWindow:
+        """A window of the last ``steps`` steps that moves with the readings, for controls with one value per step
+        (collective); parameters and errors are those of :class:`~pint_fem.inverse.per_step.window.SlidingWindow`.
+        """
+        return SlidingWindow(self, steps)
 
     # -- the distribution ----------------------------------------------------------------------------------------------
     def _covariance(self, g: np.ndarray) -> np.ndarray:

@@ -391,6 +391,10 @@ class TimeSolvers:
             self._reported = True
             collectively(self.spacetime.comm, "theory", report)
 
+    def omit_estimates(self) -> None:
+        """Do not log the a-priori estimates, as solvers of the same evolution have done so."""
+        self._reported = True
+
     def write_trace(self) -> None:
         """Write the work and messages of all sweeps so far to the file of the option ``trace``, if there is one
         (collective); an ``InputError`` on every rank where it cannot be written.

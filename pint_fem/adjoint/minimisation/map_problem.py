@@ -220,7 +220,7 @@ class MapFunctional(Minimisable):
         no prior: not quadratic, with terms that couple controls, or singular (collective when first used).
         """
         regularisation = self.problem.regularisation
-        if regularisation is None or not regularisation.quadratic or regularisation.couples_controls:
+        if regularisation is None or not regularisation.quadratic or regularisation.coupled:
             return None
         try:
             return self.F.default_posterior.covariance
