@@ -13,7 +13,7 @@ With :math:`k = 1` there is no communication; a larger group pays where there ar
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from mpi4py import MPI
@@ -23,14 +23,11 @@ from pint_fem.capacity import most_items
 from pint_fem.collective import collectively, require_same
 from pint_fem.communicators import SharedGroups
 from pint_fem.errors import InputError
-from pint_fem.evolution.evolution import Evolution
 from pint_fem.inverse.impulse_responses import GROUP, LagBlock, lags_of_block
 from pint_fem.inverse.response_rows import SensorReadingRows, StepTerm, collectors, own_readings
-from pint_fem.mgrit.options import MGRITOptions
-from pint_fem.propagators import make_propagator
-from pint_fem.propagators.base import FEPropagator
 from pint_fem.propagators.linear import LinearPropagator
 from pint_fem.spacetime import SpaceTime
+from pint_fem.sweeps.regridding import sweeps_on_grid
 from pint_fem.sweeps.sweeps import Sweeps
 
 if TYPE_CHECKING:
@@ -99,7 +96,7 @@ class SensorGroup:
             return
         self._shared = SharedGroups(everyone.comm, size * everyone.space_size)
         self.spacetime = SpaceTime((everyone.space_size, size), comm=self._shared.groups.inner)
-        self.sweeps = collectively(everyone.comm, "time_ranks", _on_grid, sweeps, self.spacetime)
+        self.sweeps = collectively(everyone.comm, "time_ranks", sweeps_on_grid, sweeps, self.spacetime)
 
     def blocks(self, sources: np.ndarray, lags: int) -> Iterator[LagBlock]:
         """Yield the adjoints of sensors at this rank's lags, a block of lags after the other (collective over the
@@ -208,21 +205,6 @@ class SensorGroup:
         per_step = stepwise // max(1, F.layout.slab.k)
         numbers = 4 * len(self.sweeps.new_slab()) * self.propagator.evolution.state_size
         return 8 * int(numbers + readings * F.layout.static_size + terms * lags * per_step)
-
-
-def _on_grid(sweeps: Sweeps, spacetime: SpaceTime) -> Sweeps:
-    """The sweeps of the same evolution with the same options and propagators on another process grid, whose space
-    communicator is congruent; all points are stored (collective over that grid).
-    """
-    given = sweeps.given | {"options": MGRITOptions.make(sweeps.given.get("options"), storage="all", trace="")}
-    make, known = given.pop("propagator", make_propagator), {p.stride: p for p in sweeps.propagators}
-
-    def propagator(evolution: Evolution, *, stride: int, tableau: Any) -> FEPropagator:
-        return known.get(stride) or make(evolution, stride=stride, tableau=tableau)
-
-    made = Sweeps(sweeps.evolution, spacetime, propagator=propagator, **given)
-    made.solvers.reported = True  # the estimates, by the solvers on all ranks
-    return made
 
 
 def _batches(sensors: Sequence[np.ndarray], size: int) -> Iterator[list[np.ndarray]]:

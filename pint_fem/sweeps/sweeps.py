@@ -64,8 +64,10 @@ class Sweeps:
 
     Attributes
     ----------
-    solvers, given : TimeSolvers, dict
-        What solves the sweeps, and its keyword arguments.
+    solvers : TimeSolvers
+        What solves the sweeps.
+    given : dict
+        The options and propagators as given.
     evolution : Evolution
         The private copy of the evolution that is solved.
     slab : Slab
