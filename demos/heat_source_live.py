@@ -76,9 +76,7 @@ def main():
     clock("set-up")
     read = problem.readings
     shown = np.unique(np.linspace(0, len(read.points) - 1, min(SHOWN, len(read.points))).astype(int))
-    F = problem.rf.parameter_to_observable(
-        predict=PointSensors(read.points[shown], read.times, read.values[:, shown])
-    )
+    F = problem.rf.parameter_to_observable(predict=PointSensors(read.points[shown], read.times, read.values[:, shown]))
     clock("map")
     posterior = posterior_of(F)
     posterior.stream()  # the factors of all readings in the order of time, which do not depend on their values

@@ -15,11 +15,9 @@ from mpi4py import MPI
 from demos.heat_source_report import UNIT
 from demos.inversion import mean_over_coefficients
 from demos.outputs import write_json
-from demos.pictures import Raster, plt
+from demos.pictures import PillowWriter, Raster, plt
 from problems.heat_readings import READINGS
 from problems.readings import Readings
-
-from matplotlib.animation import PillowWriter  # isort: skip
 
 __all__ = ["Frame", "LivePicture", "play", "report", "write_animation", "write_frames"]
 
@@ -164,7 +162,7 @@ def _window(setting: Setting, first: Frame, say):
             view = LivePicture(setting, first)
             plt.pause(0.001)
             return view
-        except Exception:  # a toolkit that is missing, or a display that cannot be reached: each has an error of its own
+        except Exception:  # a toolkit that is missing, a display that cannot be reached: each has its own error
             plt.close("all")
     plt.switch_backend("Agg")
     say("no window: matplotlib finds no toolkit that can open one, such as PyQt6 or tkinter")
@@ -291,7 +289,8 @@ def report(frames: list[Frame], setting: Setting, difference: float, out, summar
         The folder, the summary, which is completed, what prints a line, and the files.
     """
     took = 1e3 * np.array([frame.seconds for frame in frames[1:]])
-    say(f"{len(took)} updates with mean and standard deviation: {np.median(took):.2f} ms each, at most {took.max():.2f}")
+    each = f"{np.median(took):.2f} ms each, at most {took.max():.2f}"
+    say(f"{len(took)} updates with mean and standard deviation: {each}")
     for frame in frames[:: max(1, len(frames) // 8)]:
         error = "" if frame.error is None else f", relative error of the source {frame.error:.3f}"
         say(f"  t = {frame.time:.3f}: standard deviation {frame.average:.3g} on average{error}")

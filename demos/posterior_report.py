@@ -60,8 +60,8 @@ def posterior_summary(posterior: GaussianPosterior, result: MapResult, say, *, t
     )
     if truth is not None:
         inside = (np.abs(truth - result.x) <= 2 * result.standard_deviation).astype(float)
-        summary["true_within_two_deviations"] = mean_over_coefficients(inside, space)
-        say(f"the truth is within two standard deviations at {100 * summary['true_within_two_deviations']:.0f}% of nodes")
+        share = summary["true_within_two_deviations"] = mean_over_coefficients(inside, space)
+        say(f"the truth is within two standard deviations at {100 * share:.0f}% of the nodes")
     found = ", ".join(f"{name} {alpha:.3g}" for name, alpha in alphas.items() if alpha is not None)
     say(f"weight of the prior relative to the given one: {found or 'no method applies'}")
     return summary

@@ -27,7 +27,7 @@ POINTS = np.array([[0.3, 0.3], [0.7, 0.6], [0.45, 0.8]])
 def functional(
     st, wanted=KINDS, *, n=4, steps=8, dt=0.02, tableau="SDIRK2", weight=50.0, homogeneous=False, terms=True
 ):
-    """Readings of three sensors between the steps and at different times for two groups of sensors, some of them missing."""
+    """Readings of three sensors between the steps and at different times for two groups, some of them missing."""
     mesh = square(n, st.space_comm)
     V, D, R = FunctionSpace(mesh, "CG", 1), FunctionSpace(mesh, "DG", 0), FunctionSpace(mesh, "R", 0)
     x, y = SpatialCoordinate(mesh)

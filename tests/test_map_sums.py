@@ -54,6 +54,9 @@ def test_the_map_of_a_sum_has_the_rows_of_all_evolutions(tmp_path):
     assert F.shape[0] == 20 + 9
     np.testing.assert_allclose(F.predict(z), readings(J, z), rtol=0, atol=1e-12)
     assert J.layout.pairing(F.T @ y, z) == pytest.approx(y @ (F @ z), rel=1e-12)
+    if COMM.size > 1:  # each evolution's sensors by all time ranks together
+        grouped = J.parameter_to_observable(time_ranks=COMM.size)
+        np.testing.assert_allclose(grouped.rows, F.rows, rtol=0, atol=1e-14)
     np.testing.assert_array_equal(F.weights, [400.0] * 20 + [800.0] * 9)
     posterior = F.posterior()
     g, start = J.problem.derivative(posterior.x), J.problem.derivative(np.zeros(J.layout.size))

@@ -4,6 +4,9 @@ import numpy as np
 import pytest
 
 from pint_fem.errors import InputError
+from pint_fem.inverse.inference.innovations import ParameterInnovations, ReadingInnovations
+from pint_fem.inverse.posterior import GaussianPosterior
+from pint_fem.inverse.spectra import ParameterSpace
 from pint_fem.spacetime import SpaceTime
 from tests.inverse_problems import heat
 from tests.linear_inverse import OTHER_TIMES, TIMES, dense, problem, simulated
@@ -12,9 +15,14 @@ NOISE = 0.02
 ALL_TIMES = np.union1d(TIMES, OTHER_TIMES)
 
 
-@pytest.fixture(scope="module")
-def posterior():
-    made = problem(SpaceTime()).parameter_to_observable().posterior(noise=NOISE, alpha=1.7)
+@pytest.fixture(scope="module", params=["readings", "controls"])
+def posterior(request):
+    """By the spectrum in either space."""
+    F = problem(SpaceTime()).parameter_to_observable()
+    made = F.posterior(noise=NOISE, alpha=1.7)
+    if request.param == "controls":
+        spectrum = ParameterSpace(F, made.prior, made.noise, F.partition)
+        made = GaussianPosterior(F, made.prior, made.noise, spectrum, alpha=1.7)
     return made.with_data(simulated(made, NOISE))
 
 
@@ -38,6 +46,8 @@ def up_to(posterior, time):
 @pytest.mark.parallel([1, 3])
 def test_after_each_time_the_posterior_is_that_of_the_readings_so_far(posterior):
     case, stream = dense(posterior), posterior.stream()
+    reduced = isinstance(posterior.spectrum, ParameterSpace)
+    assert type(stream.factor) is (ParameterInnovations if reduced else ReadingInnovations)
     np.testing.assert_allclose(stream.times, ALL_TIMES, rtol=1e-12)
     assert stream.posterior.log_evidence() == 0
     np.testing.assert_allclose(stream.posterior.variance(), np.diag(np.linalg.inv(case.A)) / 1.7, rtol=1e-9)

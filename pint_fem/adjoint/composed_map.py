@@ -97,7 +97,7 @@ def require_readings(functional: ControlFunctional) -> list[EvolutionPath]:
 
 
 def make_map(
-    functional: ControlFunctional, *, load: str | Path | None, folder: str | Path | None
+    functional: ControlFunctional, *, load: str | Path | None, folder: str | Path | None, time_ranks: int | None
 ) -> ParameterToObservable:
     """Return the map of a functional (collective); arguments and errors are those of ``parameter_to_observable``."""
     problem = functional.problem
@@ -111,10 +111,10 @@ def make_map(
         "folder": folder,
     }
     if isinstance(problem, ReducedProblem):
-        return _map_of(problem, **given)
+        return _map_of(problem, time_ranks=time_ranks, **given)
     zero = np.zeros(problem.layout.size)
     leaves = [
-        Leaf(own.weight, own.problem.misfits, own.at(zero), own.pull_back, partial(_leaf_map, own, folder))
+        Leaf(own.weight, own.problem.misfits, own.at(zero), own.pull_back, partial(_leaf_map, own, folder, time_ranks))
         for own in paths
     ]
     view = any(own.problem.sweeps.options.view for own in paths)
@@ -127,9 +127,11 @@ def _map_of(problem: ReducedProblem, **given: Any) -> ParameterToObservable:
     return ParameterToObservable(problem.sweeps, problem.layout, problem.misfits, offset, **given)
 
 
-def _leaf_map(own: EvolutionPath, folder: str | Path | None, sensors: np.ndarray) -> ParameterToObservable:
+def _leaf_map(
+    own: EvolutionPath, folder: str | Path | None, time_ranks: int | None, sensors: np.ndarray
+) -> ParameterToObservable:
     """The map of an evolution in a sum, with the rows of some sensors (collective)."""
-    return _map_of(own.problem, folder=folder, sensors=sensors)
+    return _map_of(own.problem, folder=folder, sensors=sensors, time_ranks=time_ranks)
 
 
 def map_of_predictions(functional: ControlFunctional, named: Sequence[SensorReadings]) -> ParameterToObservable:

@@ -54,6 +54,7 @@ class LinearInverse:
         load: str | Path | None = None,
         rows: str = "memory",
         path: str | Path | None = None,
+        time_ranks: int | None = None,
         predict: SensorReadings | Sequence[SensorReadings] = (),
     ) -> ParameterToObservable:
         """Return the map from controls to readings as a matrix, by one adjoint sweep per sensor (collective).
@@ -73,6 +74,11 @@ class LinearInverse:
             ``"memory"``, or ``"file"``: the rows of each rank are then in a file without a name in the folder ``path``,
             for maps that are larger than the memory. What fits no machine is refused before the sweep; the time
             solver's option ``view`` prints the memory that is needed.
+        time_ranks
+            Number of time ranks that solve for the adjoints of a sensor together, by the functional's time solver, the
+            tolerance of which is then that of the map; it divides the number of time ranks. Default: 1, a sequential
+            sweep of the sensors of each rank; with fewer sensors than time ranks the smallest number with which no rank
+            is idle, if sweeps are sequential or have a tolerance of at most 1e-10.
         predict
             ``PointSensors`` and ``LinearObservations`` of which nothing is measured, and the values do not matter:
             readings at points and times without sensors, averages and fluxes, which a posterior predicts without
@@ -87,7 +93,7 @@ class LinearInverse:
         with stop_annotating():
             require_rows_argument(self.spacetime.comm, rows, path)
             named = collectively(self.spacetime.comm, "", require_predictions, predict)
-            F = make_map(self, load=load, folder=path)
+            F = make_map(self, load=load, folder=path, time_ranks=time_ranks)
             if named:
                 F.predictions = map_of_predictions(self, named)
             return F

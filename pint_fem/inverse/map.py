@@ -31,6 +31,7 @@ from pint_fem.inverse.petsc_mat import make_petsc_mat
 from pint_fem.inverse.posterior import GaussianPosterior
 from pint_fem.inverse.readings import ReadingTable
 from pint_fem.inverse.response_rows import StepTerm, collectors, own_readings, step_terms
+from pint_fem.inverse.sensor_groups import SensorGroup, ranks_of_group
 from pint_fem.propagators.linear import LinearPropagator
 from pint_fem.sweeps.sweeps import Sweeps
 
@@ -89,6 +90,9 @@ class ParameterToObservable(Inversion, LinearOperator):
         The sensors whose rows this rank has, increasing; default: their division among the ranks in time.
     view
         Whether the memory is printed; default: the time solver's option.
+    time_ranks
+        Number of time ranks that solve for the adjoints of a sensor together
+        (:func:`~pint_fem.inverse.sensor_groups.ranks_of_group`).
 
     Attributes
     ----------
@@ -121,6 +125,7 @@ class ParameterToObservable(Inversion, LinearOperator):
         folder: str | Path | None = None,
         sensors: np.ndarray | None = None,
         view: bool | None = None,
+        time_ranks: int | None = None,
     ):
         self.layout, self.spacetime = layout, layout.spacetime
         self.functions, self.regularisation, self.inner = functions, regularisation, inner
@@ -135,6 +140,7 @@ class ParameterToObservable(Inversion, LinearOperator):
         bounds = split_steps(self.table.sensors, time_comm.size)
         own = np.arange(bounds[time_comm.rank], bounds[time_comm.rank + 1])
         self.sensors = own if sensors is None else sensors
+        self._time_ranks = 1 if sweeps is None else ranks_of_group(sweeps, self.table.sensors, time_ranks)
         self.numbers, self.readings = own_readings(self.table, self.sensors)
         self._state_memory()
         self.rows = allocate_rows(self.spacetime.comm, (len(self.numbers), layout.static_size), folder)
@@ -178,6 +184,9 @@ class ParameterToObservable(Inversion, LinearOperator):
 
         def sweep() -> list[StepTerm]:
             terms = self._step_terms()
+            if self._time_ranks > 1:
+                SensorGroup(self.sweeps, self._time_ranks).build(self, terms, self._lags)
+                return terms
             for first in range(0, len(self.sensors), GROUP):
                 group = slice(first, first + GROUP)
                 parts = [term.responses[group] for term in terms]

@@ -21,8 +21,9 @@ from mpi4py import MPI
 from pint_fem.collective import collectively, require_same
 from pint_fem.errors import InputError
 from pint_fem.inverse.inference.gaussian_law import GaussianLaw
+from pint_fem.inverse.inference.innovations import InnovationFactor
 from pint_fem.inverse.inference.regularisation_choice import RegularisationCurve, RegularisedFit, choose_alpha
-from pint_fem.inverse.inference.streaming import InnovationFactor, ReadingStream, StreamedPosterior
+from pint_fem.inverse.inference.streaming import ReadingStream, StreamedPosterior
 from pint_fem.inverse.laws.noise import Noise
 from pint_fem.inverse.laws.priors import Prior
 from pint_fem.inverse.per_step.window import SlidingWindow

@@ -7,10 +7,10 @@ and what is left, :math:`r`, depends on the window's values only:
 .. math::
     c = (G_w + \alpha N_w)^{-1} r, \qquad z_i = m_i + \Gamma_1 C^T A_i^T c, \qquad G_w = \sum_{i=n-l}^{n-1} A_i K A_i^T
 
-with the reduced responses of :mod:`pint_fem.inverse.per_step.gram`. With constant operators :math:`A_i` depends on the
-lag only, so that the matrix is the same wherever the window is, if the readings come at the same times after its start:
-it is factored once, and each shift takes one solve with it and small products. No field is computed before it is asked
-for.
+with the reduced responses of :mod:`pint_fem.inverse.per_step.covered_responses`. With constant operators :math:`A_i`
+depends on the lag only, so that the matrix is the same wherever the window is, if the readings come at the same times
+after its start. It is factored once, or once for each phase where sensors do not read in each step, and each shift
+takes one solve with it and small products. No field is computed before it is asked for.
 
 The covariance is that of the window's values for given earlier ones: it does not contain the uncertainty of these,
 which is small where the window is longer than the sensors' memory. A window over all steps gives the posterior itself.
@@ -29,13 +29,15 @@ from scipy.linalg import cho_factor, cho_solve
 from pint_fem.all_at_once.grids import is_integer
 from pint_fem.collective import on_first_rank, require_same
 from pint_fem.errors import InputError
-from pint_fem.inverse.per_step.gram import covered_responses
+from pint_fem.inverse.per_step.covered_responses import covered_responses
 
 if TYPE_CHECKING:
     from pint_fem.inverse.posterior import GaussianPosterior
 
 __all__ = ["SlidingWindow"]
 
+_KEPT = 8
+"""Factored matrices that are kept: those of all phases where sensors read in every eighth step at least."""
 _SAME_TIME = 1e-9
 """Difference of two shares of a step that is round-off of the times of readings."""
 
@@ -81,6 +83,7 @@ class SlidingWindow:
         self._data = posterior.data
         self._numbers = np.zeros(0, dtype=int)
         self._solver: _Solver | None = None
+        self._solvers: list[_Solver] = []
 
     @property
     def first(self) -> int:
@@ -135,18 +138,18 @@ class SlidingWindow:
         point, first = self._table.point, self.first
         self._numbers = np.flatnonzero((point > first) & (point <= now))
         solver = _Solver(self._posterior, self._responses, self._numbers, first, now)
-        if self._solver is None or not self._solver.is_same(solver):
+        cached = next((other for other in self._solvers if other.is_same(solver)), None)
+        if cached is None:
             solver.factor()
-            self._solver = solver
+            self._solvers = [solver, *self._solvers[: _KEPT - 1]]
+        self._solver = solver if cached is None else cached
         c = self._solver.solve(self._residual[self._numbers])
         for A, coefficients in zip(self._solver.A, self._coefficients[first:now], strict=True):
             coefficients[:] = A.T @ c
 
     def _fix(self, step: int) -> None:
         """Hold the value of a step, and subtract what it contributes to later readings."""
-        later = np.flatnonzero(self._table.point > step)
-        A = self._responses.of_readings(later, step)
-        self._residual[later] -= A @ (self._responses.K @ self._coefficients[step])
+        self._residual -= self._responses.contributions(step, self._responses.K @ self._coefficients[step])
 
     # -- results -------------------------------------------------------------------------------------------------------
     @property
