@@ -27,7 +27,7 @@ POINTS = np.array([[0.3, 0.3], [0.7, 0.6], [0.45, 0.8]])
 def functional(
     st, wanted=KINDS, *, n=4, steps=8, dt=0.02, tableau="SDIRK2", weight=50.0, homogeneous=False, terms=True
 ):
-    """Readings of three sensors between the steps and at different times for two groups of sensors."""
+    """Readings of three sensors between the steps and at different times for two groups, some of them missing."""
     mesh = square(n, st.space_comm)
     V, D, R = FunctionSpace(mesh, "CG", 1), FunctionSpace(mesh, "DG", 0), FunctionSpace(mesh, "R", 0)
     x, y = SpatialCoordinate(mesh)
@@ -49,7 +49,8 @@ def functional(
         per_step=[f[name] for name in STEPWISE if name in wanted], t=t, bcs=bcs, initial=f["initial"],
     )  # fmt: skip
     times = dt * np.concatenate([[0.0, 0.4], np.arange(1, steps - 1) - 0.3, [steps - 1]])
-    data = np.cos(np.arange(3 * len(times))).reshape(-1, 3)
+    data = np.ma.masked_array(np.cos(np.arange(3 * len(times))).reshape(-1, 3), mask=False)
+    data[1, 0] = data[4, 2] = np.ma.masked
     misfits = [
         pf.PointSensors(POINTS, times, data, weight=weight),
         pf.PointSensors(POINTS[:1] + 0.1, times[2::2], data[2::2, :1], weight=weight),

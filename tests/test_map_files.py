@@ -8,6 +8,7 @@ from mpi4py import MPI
 import pint_fem as pf
 from pint_fem.errors import InputError
 from tests.broken_files import largest_file, shared
+from tests.inverse_problems import heat, random_control, readings_by_sweep
 from tests.limits import time_limit
 from tests.small_maps import DATA, POINTS, TIMES, a_control, posed, swept
 
@@ -31,6 +32,25 @@ def test_a_map_comes_back_on_any_number_of_ranks_in_time(tmp_path):
     assert J.problem.sweeps.counts["state"] == 0
     np.testing.assert_allclose(G.predict(z), F.predict(a_control(F.layout)), rtol=0, atol=1e-14)
     np.testing.assert_allclose(G.predict(z), swept(J, z), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parallel([1, 2])
+@time_limit(100)
+def test_responses_of_controls_with_one_value_per_step_come_back(tmp_path):
+    """With static ones, in several terms and fields; by products with both maps."""
+    path, kinds = shared(tmp_path) / "map.h5", ("source", "amplitude", "strength", "initial")
+    F = heat(pf.SpaceTime(), kinds).parameter_to_observable()
+    F.save(path)
+    J = heat(pf.SpaceTime((1, 1), comm=MPI.COMM_SELF), kinds)
+    G, y = J.parameter_to_observable(load=path), np.cos(np.arange(F.shape[0]))
+    assert J.problem.sweeps.counts["state"] == 0
+    z = random_control(J)
+    np.testing.assert_allclose(G.predict(z), readings_by_sweep(J, z), rtol=0, atol=1e-11)
+    a, b = F.layout.parts(F.T @ y), J.layout.parts(G.T @ y)
+    for control, own, whole in zip(F.layout.evolution.controls, a, b, strict=True):
+        stepwise = control in F.layout.evolution.stepwise
+        part = whole[F.layout.slab.lo : F.layout.slab.hi] if stepwise else whole
+        np.testing.assert_allclose(own, part, rtol=0, atol=1e-13 * np.abs(whole).max())
 
 
 @time_limit(100)

@@ -35,7 +35,7 @@ COMM = MPI.COMM_WORLD
 @pytest.mark.parametrize("tableau", cases(["BE", "SDIRK2", "midpoint"], on_ranks=["SDIRK2"]))
 def test_products_are_the_readings_of_the_sweeps_and_their_adjoint(tableau, monkeypatch):
     """Fields, reals and boundary values with one value per step, loads that depend on time, beside a static source and
-    the initial condition; readings between steps, at different times for two groups of sensors.
+    the initial condition; readings between steps, at different times for two groups of sensors, some missing.
     """
     monkeypatch.setattr(toeplitz, "_WORK", 1)  # one vector after another
     for grid in ["1x1", (1, COMM.size), (COMM.size, 1)][int(COMM.size > 1) : 1 + min(2, COMM.size)]:

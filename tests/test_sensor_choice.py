@@ -7,9 +7,17 @@ import pytest
 
 from pint_fem.errors import InputError
 from pint_fem.inverse.inference import sensor_choice
-from pint_fem.inverse.inference.sensor_choice import SensorDesign
+from pint_fem.inverse.inference.sensor_designs import ParameterDesign, ReadingDesign
 from pint_fem.spacetime import SpaceTime
 from tests.linear_inverse import dense, mass, problem
+
+
+@pytest.fixture(params=["readings", "controls"])
+def space(request, monkeypatch):
+    """Both spaces in which sets of sensors are evaluated."""
+    if request.param == "controls":
+        monkeypatch.setattr(sensor_choice, "estimated_size", lambda *_: np.inf)
+    return request.param
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +38,7 @@ def log_det(case):
 
 @pytest.mark.parallel([1, 3])
 @pytest.mark.parametrize("criterion", ["D", "A", "L2"])
-def test_greedy_choice_by_dense_algebra(posterior, criterion):
+def test_greedy_choice_by_dense_algebra(posterior, criterion, space):
     """Each step takes the best of the sensors left; values and contributions are those of dense matrices."""
     F, case = posterior.F, dense(posterior)
     M = mass(posterior) if criterion == "L2" else np.eye(F.layout.size)
@@ -38,6 +46,7 @@ def test_greedy_choice_by_dense_algebra(posterior, criterion):
     sign = 1 if criterion == "D" else -1
     extra = {"inner_product": "L2"} if criterion == "L2" else {}
     choice = F.choose_sensors(4, "A" if criterion == "L2" else criterion, noise=0.03, **extra)
+    assert type(choice.design) is (ReadingDesign if space == "readings" else ParameterDesign)
     before = []
     for step, chosen in enumerate(choice.order):
         values = {s: value(of(posterior, case, [*before, s])) for s in range(4) if s not in before}
@@ -54,22 +63,26 @@ def test_greedy_choice_by_dense_algebra(posterior, criterion):
     assert both[1] == pytest.approx(sign * (choice.value([1, 3]) - choice.value([1])), rel=1e-6)
 
 
-def random_design(seed, traces, sensors=7, rows=2, n=9):
-    """Sensors with two rows each, and their dense matrices."""
+def random_design(seed, traces, controls=False, sensors=7, rows=2, n=9):
+    """Sensors with two rows each, in the space of readings or of controls, and their dense matrices."""
     rng = np.random.default_rng(seed)
     B = rng.standard_normal((sensors * rows, n)) * rng.uniform(0.2, 3, n)
     M = np.diag(rng.uniform(0.5, 2, n))
-    design = SensorDesign(B @ B.T, [slice(rows * s, rows * s + rows) for s in range(sensors)])
+    if controls:
+        numbers = np.arange(sensors * rows).reshape(sensors, rows)
+        return ParameterDesign(B, list(numbers), M if traces else None), B, M
+    design = ReadingDesign(B @ B.T, [slice(rows * s, rows * s + rows) for s in range(sensors)])
     if traces:
-        design = SensorDesign(B @ B.T, design.blocks, B @ M @ B.T, np.trace(M))
+        design = ReadingDesign(B @ B.T, design.blocks, B @ M @ B.T, np.trace(M))
     return design, B, M
 
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("traces", [False, True])
-def test_greedy_beside_brute_force(seed, traces):
+@pytest.mark.parametrize("controls", [False, True])
+def test_greedy_beside_brute_force(seed, traces, controls):
     """The first sensor is the best one, all values are those of dense matrices, and D reaches 1 - 1/e of the best."""
-    design, B, M = random_design(seed, traces)
+    design, B, M = random_design(seed, traces, controls)
 
     def value(sensors):
         part = np.concatenate([B[2 * s : 2 * s + 2] for s in sensors])
@@ -103,14 +116,14 @@ def test_information_is_submodular():
 def test_of_equal_sensors_the_first_and_of_blind_ones_the_last():
     """Three equal rows, and a sensor without rows, which adds nothing."""
     B = np.array([[1.0, 2.0], [1.0, 2.0], [1.0, 2.0]])
-    design = SensorDesign(B @ B.T, [slice(0, 0), slice(0, 1), slice(1, 2), slice(2, 3)])
+    design = ReadingDesign(B @ B.T, [slice(0, 0), slice(0, 1), slice(1, 2), slice(2, 3)])
     order, values = design.choose(4, [0, 3, 1, 2])
     assert order == [3, 1, 2, 0]
     np.testing.assert_allclose(values, [0, *np.log([6, 11, 16, 16])], rtol=1e-12)
 
 
 @pytest.mark.parallel([1, 3])
-def test_candidates_and_correlated_noise(posterior):
+def test_candidates_and_correlated_noise(posterior, space):
     """Among two only; noise that is correlated in each sensor is allowed, between sensors it is not."""
     F = posterior.F
     assert set(F.choose_sensors(2, "D", candidates=[1, 3]).order) == {1, 3}

@@ -1,22 +1,28 @@
 """Posteriors of the readings up to each time: against dense matrices, and functionals that have only these readings."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 
 from pint_fem.errors import InputError
-from pint_fem.inverse.inference.data_covariance import DataCovariance
+from pint_fem.inverse.inference.innovations import ParameterInnovations, ReadingInnovations
+from pint_fem.inverse.posterior import GaussianPosterior
+from pint_fem.inverse.spectra import ParameterSpace
 from pint_fem.spacetime import SpaceTime
+from tests.inverse_problems import heat
 from tests.linear_inverse import OTHER_TIMES, TIMES, dense, problem, simulated
 
 NOISE = 0.02
 ALL_TIMES = np.union1d(TIMES, OTHER_TIMES)
 
 
-@pytest.fixture(scope="module")
-def posterior():
-    made = problem(SpaceTime()).parameter_to_observable().posterior(noise=NOISE, alpha=1.7)
+@pytest.fixture(scope="module", params=["readings", "controls"])
+def posterior(request):
+    """By the spectrum in either space."""
+    F = problem(SpaceTime()).parameter_to_observable()
+    made = F.posterior(noise=NOISE, alpha=1.7)
+    if request.param == "controls":
+        spectrum = ParameterSpace(F, made.prior, made.noise, F.partition)
+        made = GaussianPosterior(F, made.prior, made.noise, spectrum, alpha=1.7)
     return made.with_data(simulated(made, NOISE))
 
 
@@ -40,6 +46,8 @@ def up_to(posterior, time):
 @pytest.mark.parallel([1, 3])
 def test_after_each_time_the_posterior_is_that_of_the_readings_so_far(posterior):
     case, stream = dense(posterior), posterior.stream()
+    reduced = isinstance(posterior.spectrum, ParameterSpace)
+    assert type(stream.factor) is (ParameterInnovations if reduced else ReadingInnovations)
     np.testing.assert_allclose(stream.times, ALL_TIMES, rtol=1e-12)
     assert stream.posterior.log_evidence() == 0
     np.testing.assert_allclose(stream.posterior.variance(), np.diag(np.linalg.inv(case.A)) / 1.7, rtol=1e-9)
@@ -153,21 +161,12 @@ def test_what_does_not_fit_is_refused_on_every_rank(posterior):
         stream.update()
 
 
-def test_covariances_without_reduced_rows(posterior):
-    """What is computed for controls with one value per step is the same for static ones."""
-    F, case = posterior.F, dense(posterior)
-    layout = SimpleNamespace(evolution=SimpleNamespace(stepwise=(1,)))
-    other = SimpleNamespace(
-        spacetime=F.spacetime,
-        partition=F.partition,
-        shape=F.shape,
-        layout=layout,
-        transposed_product=F.transposed_product,
-    )
-    numbers = np.array([4, 1, 17])
-    for made in (DataCovariance(F, posterior.prior), DataCovariance(other, posterior.prior)):
-        Z = np.linalg.solve(case.A, case.F.T)
-        np.testing.assert_allclose(
-            made.between(numbers, numbers + 1), (case.F @ Z)[np.ix_(numbers, numbers + 1)], rtol=1e-9
-        )
-        np.testing.assert_allclose(made.with_controls(numbers), Z.T[numbers], rtol=1e-8, atol=1e-12)
+@pytest.mark.parallel([1, 3])
+def test_controls_with_one_value_per_step():
+    """A field per step beside a static one: after some times by dense matrices, and in the end the posterior itself."""
+    made = heat(SpaceTime(), ("strength", "source"), n=2, steps=5).parameter_to_observable().posterior("riesz_map")
+    states = list(made.stream())
+    np.testing.assert_allclose(states[-1].x, made.x, rtol=1e-8, atol=1e-9)
+    np.testing.assert_allclose(states[-1].variance(), made.variance(), rtol=1e-8)
+    if made.F.spacetime.comm.size == 1:
+        assert_same(states[2], dense(made).restricted(states[2].numbers), 1.0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from copy import copy
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,16 +10,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from pyadjoint.tape import stop_annotating
 
+from pint_fem.adjoint.composed_map import make_map, map_of_predictions, prior_forms, readings_at_zero, require_readings
 from pint_fem.adjoint.minimisation.bounds_and_constraints import Controls
-from pint_fem.adjoint.minimisation.fingerprint import map_numbers
 from pint_fem.adjoint.minimisation.map_problem import MapFunctional, trust_region_options
 from pint_fem.adjoint.minimisation.method_choice import choose_method
 from pint_fem.adjoint.problem import ReducedProblem
 from pint_fem.collective import all_ranks, collectively, on_first_rank, require_same
 from pint_fem.errors import InputError
 from pint_fem.inverse.inference.prediction import require_predictions
-from pint_fem.inverse.inversion import PriorForms
-from pint_fem.inverse.map import ParameterToObservable, require_map
+from pint_fem.inverse.map import ParameterToObservable
 from pint_fem.inverse.memory import require_rows_argument
 from pint_fem.inverse.readings import ReadingTable
 from pint_fem.logs import logger
@@ -35,21 +33,14 @@ _METHODS = ("auto", "map", "trust-region", "one-shot")
 
 
 def _require_readings(functional: ControlFunctional) -> ReducedProblem:
-    """The problem of a functional that has a map; an ``InputError`` names what to use where it has none."""
-    problem = functional.problem
-    if not isinstance(problem, ReducedProblem):
+    """The problem of a functional of one evolution that has a map; an ``InputError`` names what to use elsewhere."""
+    if not isinstance(functional.problem, ReducedProblem):
         raise InputError(
-            "parameter_to_observable: the functional is a sum, a multiple or has an initial condition that is an "
-            "expression of controls: use minimize_trust_region, or make the map of one evolution"
+            "the functional is a sum, a multiple or has an initial condition that is an expression of controls: use "
+            "minimize_trust_region, or the posterior of its map, J.parameter_to_observable().posterior()"
         )
-    for misfit in problem.misfits:
-        if not isinstance(misfit, SensorReadings):
-            raise InputError(
-                f"parameter_to_observable: {type(misfit).__name__} observes the state everywhere, which is no finite "
-                "number of readings: use minimize_trust_region, or give PointSensors or LinearObservations"
-            )
-    require_map(problem.sweeps)
-    return problem
+    (path,) = require_readings(functional)
+    return path.problem
 
 
 class LinearInverse:
@@ -63,12 +54,14 @@ class LinearInverse:
         load: str | Path | None = None,
         rows: str = "memory",
         path: str | Path | None = None,
+        time_ranks: int | None = None,
         predict: SensorReadings | Sequence[SensorReadings] = (),
     ) -> ParameterToObservable:
         """Return the map from controls to readings as a matrix, by one adjoint sweep per sensor (collective).
 
         It exists for evolutions that are linear with constant operators and misfits of finitely many readings,
-        ``PointSensors`` and ``LinearObservations``. From it the minimiser and the whole Gaussian posterior follow
+        ``PointSensors`` and ``LinearObservations``; of a sum its rows are those of all evolutions, and an initial
+        condition may be an affine expression of controls. From it the minimiser and the whole Gaussian posterior follow
         without another sweep (:class:`~pint_fem.inverse.map.ParameterToObservable`).
 
         Parameters
@@ -81,6 +74,11 @@ class LinearInverse:
             ``"memory"``, or ``"file"``: the rows of each rank are then in a file without a name in the folder ``path``,
             for maps that are larger than the memory. What fits no machine is refused before the sweep; the time
             solver's option ``view`` prints the memory that is needed.
+        time_ranks
+            Number of time ranks that solve for the adjoints of a sensor together, by the functional's time solver, the
+            tolerance of which is then that of the map; it divides the number of time ranks. Default: 1, a sequential
+            sweep of the sensors of each rank; with fewer sensors than time ranks the smallest number with which no rank
+            is idle, if sweeps are sequential or have a tolerance of at most 1e-10.
         predict
             ``PointSensors`` and ``LinearObservations`` of which nothing is measured, and the values do not matter:
             readings at points and times without sensors, averages and fluxes, which a posterior predicts without
@@ -94,22 +92,10 @@ class LinearInverse:
         """
         with stop_annotating():
             require_rows_argument(self.spacetime.comm, rows, path)
-            problem = collectively(self.spacetime.comm, "", _require_readings, self)
-            F = ParameterToObservable(
-                problem.sweeps,
-                problem.layout,
-                problem.misfits,
-                partial(_readings_at_zero, problem),
-                functions=self,
-                regularisation=partial(_prior_forms, problem),
-                inner=self.inner,
-                description=partial(map_numbers, problem),
-                load=load,
-                folder=path,
-            )
             named = collectively(self.spacetime.comm, "", require_predictions, predict)
+            F = make_map(self, load=load, folder=path, time_ranks=time_ranks)
             if named:
-                F.predictions = _predictions(problem, named, functions=self)
+                F.predictions = map_of_predictions(self, named)
             return F
 
     def on_map(self, F: ParameterToObservable | None = None) -> MapFunctional:
@@ -214,8 +200,8 @@ class CachedMap:
             known = self._F = self._functional.parameter_to_observable()
             self._impulses = table.impulses(known.sensors)
         elif updates != self._updates:
-            forms = partial(_prior_forms, problem)
-            self._F = known.with_readings(table, _readings_at_zero(problem), forms, same=False)
+            forms = partial(prior_forms, problem)
+            self._F = known.with_readings(table, readings_at_zero(problem), forms, same=False)
         elif not (np.array_equal(table.values, known.data) and np.array_equal(table.weights, known.weights)):
             same = np.array_equal(table.weights, known.weights)
             self._F = known.with_readings(table, known.offset, known.regularisation, same=same)
@@ -229,43 +215,3 @@ class CachedMap:
         same = same and all(np.array_equal(getattr(own, name), getattr(table, name)) for name in pairs)
         same = all_ranks(problem.spacetime.comm, same)  # impulses are computed collectively
         return same and all_ranks(problem.spacetime.comm, np.array_equal(table.impulses(F.sensors), self._impulses))
-
-
-def _predictions(problem: ReducedProblem, named: list[SensorReadings], functions: LinearInverse) -> Any:
-    """The map to readings without data (collective)."""
-    sensors = [copy(one) for one in named]
-    for one in sensors:
-        ev, spacetime = problem.sweeps.evolution, problem.spacetime
-        collectively(spacetime.comm, "predict", one.bind, ev, spacetime, problem.sweeps.slab)
-    offset = partial(_readings_at_zero, problem, sensors)
-    return ParameterToObservable(problem.sweeps, problem.layout, sensors, offset, functions=functions)
-
-
-def _readings_at_zero(problem: ReducedProblem, sensors: Sequence[SensorReadings] | None = None) -> np.ndarray:
-    """The readings at zero controls, ``(m,)``, those of the problem's misfits or of other sensors; without a sweep
-    where the state is zero then.
-    """
-    misfits = problem.misfits if sensors is None else sensors
-    initial = problem.sweeps.evolution.initial_control is None and problem.sweeps.initial.any()
-    moved = not problem.sweeps.evolution.is_homogeneous or initial
-    if not problem.spacetime.comm.allreduce(int(moved)):
-        return np.zeros(sum(int(misfit.present.sum()) for misfit in misfits))
-    z = np.zeros(problem.layout.size)
-    if sensors is None:
-        observed = [problem.observations(z, misfit) for misfit in misfits]
-    else:
-        observed = [np.zeros((problem.sweeps.slab.k + 1, misfit.width)) for misfit in misfits]
-        for first, U in problem.states(z):
-            points = slice(first, first + len(U))
-            for Y, misfit in zip(observed, misfits, strict=True):
-                Y[points] = misfit.observe(points, U)
-    pairs = zip(misfits, observed, strict=True)
-    return np.concatenate([misfit.readings(Y)[misfit.present] for misfit, Y in pairs])
-
-
-def _prior_forms(problem: ReducedProblem) -> PriorForms:
-    """What the default prior follows from; an ``InputError`` where the regularisation couples controls."""
-    gradient, regularisation = None, problem.regularisation
-    if regularisation is not None and regularisation.quadratic:
-        gradient = regularisation.gradient(np.zeros(problem.layout.size))
-    return PriorForms(problem.regularisation_hessians(), gradient)

@@ -1,10 +1,10 @@
 """Maps from controls to readings in HDF5 files, written and read by all ranks.
 
-The file has the readings at zero controls and, for each static control, one row per reading, sensor after sensor; for
-each control with one value per step and each term of its load, one row per sensor and lag. Each
-rank writes the rows of its own sensors and the columns of its own unknowns, and reads those that it owns in the run
-that loads the file, so that nothing is gathered and the number of ranks in time may be another. A file is complete or
-not there, and each row has a checksum (:mod:`pint_fem.array_file`).
+The file has the readings at zero controls; for each static control one row per reading, sensor after sensor; and for
+controls with one value per step the responses of each sensor at each lag. Each rank writes the rows of its own sensors
+and the columns of its own unknowns, and reads those that it owns in the run that loads the file, so that nothing is
+gathered and the number of ranks in time may be another. A file is complete or not there, and each row has a checksum
+(:mod:`pint_fem.array_file`).
 
 A map is that of a problem: of its evolution, integrator, controls, sensors and times of readings. Their description is
 stored, and a file of another problem is refused. What was measured, noise and regularisation are no part of it.
@@ -12,7 +12,7 @@ stored, and a file of another problem is refused. What was measured, noise and r
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,11 +25,11 @@ from pint_fem.array_file import Piece, Place, read_head, read_part, write_file
 from pint_fem.collective import collectively, on_first_rank
 from pint_fem.digests import differences
 from pint_fem.errors import InputError
-from pint_fem.inverse.response_rows import StepTerm
-from pint_fem.kernels.arrays import own_size, split_values
+from pint_fem.kernels.arrays import as_rows, own_size
 
 if TYPE_CHECKING:
     from pint_fem.inverse.map import ParameterToObservable
+    from pint_fem.inverse.response_rows import StepTerm
 
 __all__ = ["load_map", "require_same_map", "save_map"]
 
@@ -66,11 +66,8 @@ def save_map(F: ParameterToObservable, path: str | Path, numbers: Mapping) -> No
 
     pieces = [Piece("offset", _offset_place(F), F.offset if comm.rank == 0 else None)]
     pieces += [Piece(name, place, F.layout.part(F.rows, control)) for name, control, place in _places(F)]
-    if F.steps is not None:
-        pieces += [
-            Piece(name, place, np.ascontiguousarray(responses).reshape(-1, responses.shape[-1]))
-            for name, responses, place in _step_places(F, F.steps.terms)
-        ]
+    terms = [] if F.steps is None else F.steps.terms
+    pieces += [Piece(name, place, as_rows(values)) for name, values, place in _step_places(F, terms)]
     head = {"version": _VERSION, "what": _WHAT, "problem": dict(numbers)}
     on_first_rank(comm, "", checked)
     try:
@@ -79,9 +76,11 @@ def save_map(F: ParameterToObservable, path: str | Path, numbers: Mapping) -> No
         lock.release()
 
 
-def load_map(F: ParameterToObservable, path: str | Path, numbers: Mapping, terms: Sequence[StepTerm]) -> np.ndarray:
-    """Read the own rows of a map into ``F.rows`` and the own responses into those of ``terms``, and return the readings
-    at zero controls ``(m,)`` (collective).
+def load_map(
+    F: ParameterToObservable, path: str | Path, numbers: Mapping, terms: Sequence[StepTerm] = ()
+) -> np.ndarray:
+    """Read the own rows of a map into ``F.rows`` and the own responses of controls with one value per step, and return
+    the readings at zero controls ``(m,)`` (collective).
 
     Parameters
     ----------
@@ -92,7 +91,7 @@ def load_map(F: ParameterToObservable, path: str | Path, numbers: Mapping, terms
     numbers
         Description of the problem of this run.
     terms
-        Terms of controls with one value per step.
+        Of the controls with one value per step, with responses to be filled.
 
     Raises
     ------
@@ -100,7 +99,7 @@ def load_map(F: ParameterToObservable, path: str | Path, numbers: Mapping, terms
         On every rank, if the file cannot be read, is damaged, is no map or that of another problem; the message names
         the differences.
     """
-    path, places, step_places = Path(path), _places(F), list(_step_places(F, terms))
+    path, places, steps = Path(path), _places(F), _step_places(F, terms)
 
     def read() -> np.ndarray:
         advice = "give another file, or make the map again"
@@ -113,8 +112,8 @@ def load_map(F: ParameterToObservable, path: str | Path, numbers: Mapping, terms
             require_same_map(head["problem"], numbers, f"{_WHAT} {path} is that of another problem", advice)
             for name, control, place in places:
                 F.layout.part(F.rows, control)[...] = read_part(file, name, place)
-            for name, responses, place in step_places:
-                responses[...] = read_part(file, name, place).reshape(responses.shape)
+            for name, values, step in steps:
+                values[...] = read_part(file, name, step).reshape(values.shape)
             return read_part(file, "offset", _offset_place(F))
 
     return collectively(F.spacetime.comm, "", read)
@@ -154,34 +153,37 @@ def _offset_place(F: ParameterToObservable) -> Place:
 
 def _places(F: ParameterToObservable) -> list[tuple[str, Function, Place]]:
     """Of each static control its name in the file, and the place of this rank's rows and columns (collective)."""
-    return list(_each_place(F))
-
-
-def _each_place(F: ParameterToObservable) -> Iterator[tuple[str, Function, Place]]:
-    spacetime, controls = F.spacetime, F.layout.evolution
-    first = spacetime.time_comm.exscan(len(F.numbers)) or 0
+    controls = F.layout.evolution
+    first = F.spacetime.time_comm.exscan(len(F.numbers)) or 0
     rows = slice(first, first + len(F.numbers))
-    for i, control in enumerate(controls.controls):
-        if control not in controls.stepwise:
-            space = control.function_space()
-            start, _ = space.dof_dset.layout_vec.getOwnershipRange()
-            shape = (F.table.size, space.dof_dset.layout_vec.getSize())
-            columns = slice(start, start + own_size(space))
-            yield f"rows/{i}", control, Place(shape, (rows, columns), (spacetime.space_comm.rank, spacetime.space_size))
+    return [
+        (f"rows/{i}", control, _columns(F, control, F.table.size, rows))
+        for i, control in enumerate(controls.controls)
+        if control not in controls.stepwise
+    ]
 
 
-def _step_places(F: ParameterToObservable, terms: Sequence[StepTerm]) -> Iterator[tuple[str, np.ndarray, Place]]:
-    """Of each term and each control with one value per step its name in the file, views of this rank's responses
-    ``(sensors, lags, own columns)``, and the place of these, one row per sensor and lag (collective).
+def _step_places(F: ParameterToObservable, terms: Sequence[StepTerm]) -> list[tuple[str, np.ndarray, Place]]:
+    """Of each term and each control with one value per step the name in the file, the own responses ``(sensors, lags,
+    nz)``, and their place: a row for each sensor and lag (collective).
     """
-    spacetime, ev = F.spacetime, F.layout.evolution
-    stepwise = [c for c in ev.parameters if c in ev.stepwise]
+    controls = F.layout.evolution
+    found, stepwise = [], [c for c in controls.parameters if c in controls.stepwise]
+    ends = np.cumsum([0, *(own_size(c.function_space()) for c in stepwise)])
+    first = F.spacetime.time_comm.exscan(len(F.sensors)) or 0
     for number, term in enumerate(terms):
-        sensors, lags, _ = term.responses.shape
-        first = (spacetime.time_comm.exscan(sensors) or 0) * lags
-        for i, (control, part) in enumerate(zip(stepwise, split_values(term.responses, stepwise), strict=True)):
-            layout = control.function_space().dof_dset.layout_vec
-            start, end = layout.getOwnershipRange()
-            where = slice(first, first + sensors * lags), slice(start, end)
-            shape = (F.table.sensors * lags, layout.getSize())
-            yield f"steps/{number}/{i}", part, Place(shape, where, (spacetime.space_comm.rank, spacetime.space_size))
+        lags = term.responses.shape[1]
+        rows = slice(first * lags, (first + len(F.sensors)) * lags)
+        for control, a, b in zip(stepwise, ends, ends[1:], strict=False):
+            place = _columns(F, control, F.table.sensors * lags, rows)
+            found.append((f"steps/{number}/{controls.controls.index(control)}", term.responses[..., a:b], place))
+    return found
+
+
+def _columns(F: ParameterToObservable, control: Function, count: int, rows: slice) -> Place:
+    """The place of own rows of an array with ``count`` rows, and of a control's own columns."""
+    space, spacetime = control.function_space(), F.spacetime
+    start, _ = space.dof_dset.layout_vec.getOwnershipRange()
+    shape = (count, space.dof_dset.layout_vec.getSize())
+    columns = slice(start, start + own_size(space))
+    return Place(shape, (rows, columns), (spacetime.space_comm.rank, spacetime.space_size))

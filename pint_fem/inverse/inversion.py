@@ -58,6 +58,7 @@ class Inversion:
     functions: Any
     inner: Any
     regularisation: Callable[[], PriorForms] | None
+    read_again: Callable[[], np.ndarray]
 
     @cached_property
     def partition(self) -> Partition:
@@ -100,11 +101,13 @@ class Inversion:
         Raises
         ------
         InputError
-            On every rank, if prior, noise, weight or tolerance do not fit.
+            On every rank, if prior, noise, weight or tolerance do not fit, or ``J.update_data()`` has read other
+            operators.
         """
         require_same(self.spacetime.comm, tolerance=tolerance)
         if not isinstance(tolerance, Real) or not 0 < tolerance < np.inf:
             raise InputError(f"posterior: tolerance = {tolerance!r}: give a positive number, such as 1e-6")
+        self.read_again()
         law, noise = self._laws(prior, noise, mean)
         return GaussianPosterior(self, law, noise, choose_spectrum(self, law, noise, tolerance), alpha=alpha)
 
@@ -142,6 +145,7 @@ class Inversion:
         InputError
             On every rank, if an argument does not fit, the noise couples sensors, or a control has one value per step.
         """
+        self.read_again()
         law, noise = self._laws(prior, noise, None)
         return choose_sensors(self, law, noise, count, criterion, candidates=candidates, product=inner_product)
 
@@ -194,4 +198,5 @@ class Inversion:
         """
         if self.functions is None:
             raise InputError("minimize: the map has no functional with a regularisation: use posterior(prior=...).x")
+        self.read_again()
         return self.functions.on_map(self).minimize(start, **options)

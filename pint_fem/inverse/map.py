@@ -15,20 +15,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from firedrake.petsc import PETSc
 from scipy.sparse.linalg import LinearOperator
 
 from pint_fem.all_at_once.grids import split_steps
 from pint_fem.collective import collectively
 from pint_fem.errors import InputError
 from pint_fem.evolution.control_layout import ControlLayout
-from pint_fem.inverse.files import load_map, save_map
+from pint_fem.inverse.files import load_map, require_same_map, save_map
 from pint_fem.inverse.impulse_responses import GROUP, lags_of_block, sequential_responses
 from pint_fem.inverse.inversion import Inversion, PriorForms
 from pint_fem.inverse.memory import allocate_rows, map_bytes, state_memory
 from pint_fem.inverse.per_step.toeplitz import ToeplitzMap, step_map_bytes
+from pint_fem.inverse.petsc_mat import make_petsc_mat
 from pint_fem.inverse.posterior import GaussianPosterior
 from pint_fem.inverse.readings import ReadingTable
 from pint_fem.inverse.response_rows import StepTerm, collectors, own_readings, step_terms
+from pint_fem.inverse.sensor_groups import SensorGroup, ranks_of_group
 from pint_fem.propagators.linear import LinearPropagator
 from pint_fem.sweeps.sweeps import Sweeps
 
@@ -63,11 +66,11 @@ class ParameterToObservable(Inversion, LinearOperator):
     Parameters
     ----------
     sweeps
-        The solvers of the evolution.
+        The solvers of the evolution; ``None`` in derived classes that have several.
     layout
         The controls.
     misfits
-        Bound misfits whose observations are finitely many.
+        Bound misfits whose observations are finitely many, or the table of their readings.
     offset
         Readings at zero controls, ``(m,)``, or a function that returns them (collective).
     functions
@@ -83,6 +86,13 @@ class ParameterToObservable(Inversion, LinearOperator):
         A file of :meth:`save`, from which the rows are read in place of being computed.
     folder
         A folder on a disk, where the rows are kept in files; default: they are in memory.
+    sensors
+        The sensors whose rows this rank has, increasing; default: their division among the ranks in time.
+    view
+        Whether the memory is printed; default: the time solver's option.
+    time_ranks
+        Number of time ranks that solve for the adjoints of a sensor together
+        (:func:`~pint_fem.inverse.sensor_groups.ranks_of_group`).
 
     Attributes
     ----------
@@ -102,9 +112,9 @@ class ParameterToObservable(Inversion, LinearOperator):
 
     def __init__(
         self,
-        sweeps: Sweeps,
+        sweeps: Sweeps | None,
         layout: ControlLayout,
-        misfits: Sequence,
+        misfits: Sequence | ReadingTable,
         offset: np.ndarray | Callable[[], np.ndarray],
         *,
         functions: Any = None,
@@ -113,18 +123,25 @@ class ParameterToObservable(Inversion, LinearOperator):
         description: Callable[[], dict] | None = None,
         load: str | Path | None = None,
         folder: str | Path | None = None,
+        sensors: np.ndarray | None = None,
+        view: bool | None = None,
+        time_ranks: int | None = None,
     ):
         self.layout, self.spacetime = layout, layout.spacetime
         self.functions, self.regularisation, self.inner = functions, regularisation, inner
-        self.propagator = require_map(sweeps)
-        self.table = ReadingTable(misfits)
+        self.sweeps, self.view, self.on_disk = sweeps, view, folder is not None
+        if sweeps is not None:
+            self.propagator = require_map(sweeps)
+            self.view = sweeps.options.view if view is None else view
+        self.table = misfits if isinstance(misfits, ReadingTable) else ReadingTable(misfits)
         self.data, self.weights = self.table.values, self.table.weights
         super().__init__(float, (self.table.size, layout.size))
         time_comm = self.spacetime.time_comm
         bounds = split_steps(self.table.sensors, time_comm.size)
-        self.sensors = np.arange(bounds[time_comm.rank], bounds[time_comm.rank + 1])
+        own = np.arange(bounds[time_comm.rank], bounds[time_comm.rank + 1])
+        self.sensors = own if sensors is None else sensors
+        self._time_ranks = 1 if sweeps is None else ranks_of_group(sweeps, self.table.sensors, time_ranks)
         self.numbers, self.readings = own_readings(self.table, self.sensors)
-        self.view, self.on_disk = sweeps.options.view, folder is not None
         self._state_memory()
         self.rows = allocate_rows(self.spacetime.comm, (len(self.numbers), layout.static_size), folder)
         self.steps: ToeplitzMap | None = None
@@ -132,7 +149,9 @@ class ParameterToObservable(Inversion, LinearOperator):
         self._description = description
         self._problem = {} if description is None else description()
         if load is not None:
-            self.offset = load_map(self, load, self._problem)
+            terms = self._step_terms()
+            self.offset = load_map(self, load, self._problem, terms)
+            self._add_steps(terms)
             return
         self.offset = offset() if callable(offset) else offset
         self._build()
@@ -147,26 +166,38 @@ class ParameterToObservable(Inversion, LinearOperator):
             advice += ", or rows='file' and path=, a folder on a disk"
         state_memory(self, parts, f"{self.table.size} rows of the map from controls to readings", advice)
 
+    @property
+    def _lags(self) -> int:
+        return int(self.table.point.max(initial=0)) + (self.propagator.evolution.initial_control is not None)
+
+    def _step_terms(self) -> list[StepTerm]:
+        """The terms of controls with one value per step, with responses of zero (collective over space)."""
+        return step_terms(self.propagator, len(self.sensors), self._lags) if self.layout.evolution.stepwise else []
+
+    def _add_steps(self, terms: list[StepTerm]) -> None:
+        """Set up the products with the responses of controls with one value per step (collective)."""
+        if self.layout.evolution.stepwise:
+            self.steps = ToeplitzMap(terms, self.table, self.sensors, self.layout)
+
     def _build(self) -> None:
         """Compute the rows by the sweep of this rank's sensors (collective)."""
-        ev = self.propagator.evolution
-        lags = int(self.table.point.max(initial=0)) + (ev.initial_control is not None)
 
         def sweep() -> list[StepTerm]:
-            terms = step_terms(self.propagator, len(self.sensors), lags)
+            terms = self._step_terms()
+            if self._time_ranks > 1:
+                SensorGroup(self.sweeps, self._time_ranks).build(self, terms, self._lags)
+                return terms
             for first in range(0, len(self.sensors), GROUP):
                 group = slice(first, first + GROUP)
                 parts = [term.responses[group] for term in terms]
                 found = collectors(self.propagator, self.readings[group], self.rows, parts)
                 impulses = self.table.impulses(self.sensors[group])
-                for block in sequential_responses(self.propagator, impulses, lags):
+                for block in sequential_responses(self.propagator, impulses, self._lags):
                     for collector in found:
                         collector.add(block)
             return terms
 
-        terms = collectively(self.spacetime.comm, "map from controls to readings", sweep)
-        if ev.per_step:
-            self.steps = ToeplitzMap(terms, self.table, self.sensors, self.layout)
+        self._add_steps(collectively(self.spacetime.comm, "map from controls to readings", sweep))
 
     def save(self, path: str | Path) -> None:
         """Write the map to an HDF5 file, from which ``J.parameter_to_observable(load=path)`` of the same problem makes
@@ -218,12 +249,35 @@ class ParameterToObservable(Inversion, LinearOperator):
             return np.asarray(values)
         return collectively(self.spacetime.comm, "", self.functions.array, values)
 
+    def petsc_mat(self) -> PETSc.Mat:
+        """The map as a Python matrix of PETSc on all ranks: readings are divided among the ranks, and each entry of the
+        controls is on one, those numbered ``partition.own`` in a flat vector on this one (collective).
+        """
+        return make_petsc_mat(self)
+
     def predict(self, z: Any) -> np.ndarray:
         """The readings at a control, a function or a flat vector, ``(m,)`` (collective)."""
         return self.offset + self.dot(z)
 
+    def read_again(self) -> np.ndarray:
+        """Take readings and weights as the misfits have them now, after ``J.update_data()``, and return the readings
+        ``(m,)`` (collective).
+
+        Raises
+        ------
+        InputError
+            On every rank, if anything else has changed that the map depends on.
+        """
+        if self._description is not None:
+            advice = "make the map again, J.parameter_to_observable()"
+            what = "the map from controls to readings was made before an update of data"
+            collectively(self.spacetime.comm, "", require_same_map, self._problem, self._description(), what, advice)
+        self.table.read_again()
+        self.data, self.weights = self.table.values, self.table.weights
+        return self.data
+
     def with_readings(
-        self, table: ReadingTable, offset: np.ndarray, regularisation: Callable | None, *, same: bool
+        self, table: ReadingTable, offset: np.ndarray, regularisation: Callable[[], PriorForms] | None, *, same: bool
     ) -> ParameterToObservable:
         """The map with other readings of the same sensors at the same times, which shares its rows (collective).
 
@@ -238,6 +292,8 @@ class ParameterToObservable(Inversion, LinearOperator):
         made = copy(self)
         made.table, made.offset, made.regularisation = table, offset, regularisation
         made.data, made.weights = table.values, table.weights
+        if self._description is not None and not same:
+            made._problem = self._description()
         found = vars(made).pop("default_posterior", None)
         if same and found is not None:
             made.default_posterior = GaussianPosterior(made, found.prior, found.noise, found.spectrum)

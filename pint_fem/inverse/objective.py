@@ -7,8 +7,8 @@ With readings :math:`d`, predicted as :math:`y_0 + F z`, and the covariance :mat
     M'(z) = F^T N^{-1} r(z), \quad M''\, v = F^T N^{-1} F v :
 
 products with matrices, without a sweep. For static controls these are the reduced rows :math:`F = Q C` of
-:mod:`pint_fem.inverse.reduction`, of which there are as many as combinations of the controls that are observed. The
-residual itself is computed, not the expanded square, so that a small misfit has no error of the size of :math:`|d|^2`.
+:mod:`pint_fem.inverse.reduction` where they are clearly fewer than the readings, as diffusion makes them. The residual
+itself is computed, not the expanded square, so that a small misfit has no error of the size of :math:`|d|^2`.
 """
 
 from __future__ import annotations
@@ -18,11 +18,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pint_fem.inverse.laws.noise import Noise, make_noise
+from pint_fem.inverse.per_step.spectrum_choice import LARGEST_DENSE
+from pint_fem.inverse.reduction import estimated_size
 
 if TYPE_CHECKING:
     from pint_fem.inverse.map import ParameterToObservable
 
 __all__ = ["MapMisfit"]
+
+_FEWER = 0.7
+"""Part of the readings that reduced rows are at most where computing them saves time."""
 
 
 class MapMisfit:
@@ -42,7 +47,7 @@ class MapMisfit:
         if noise is None:
             noise = make_noise(None, F.weights, F.table.sensor, F.table.sensors)
         self.noise = noise
-        self._reduced = None if F.layout.evolution.stepwise else F.reduced
+        self._reduced = F.reduced if _reduction_pays(F) else None
         if self._reduced is not None:
             ends = np.cumsum([0, *self._reduced.counts])
             rank = F.spacetime.time_comm.rank
@@ -78,6 +83,18 @@ class MapMisfit:
     def hessian(self, directions: np.ndarray) -> np.ndarray:
         """``M'' v`` for several directions ``(k, size)``, dual vectors of the same shape."""
         return self._pulled_back(self.noise.inverse(self._observed(directions)))
+
+
+def _reduction_pays(F: ParameterToObservable) -> bool:
+    """Whether reduced rows are stored anyhow, or are few enough for a dense matrix of them and fewer than the rows
+    (collective).
+    """
+    if F.layout.evolution.stepwise:
+        return False
+    if "reduced" in vars(F):
+        return True
+    estimated = estimated_size(F.rows, [own.rows for own in F.readings], F.spacetime)
+    return estimated <= min(_FEWER * F.table.size, LARGEST_DENSE)
 
 
 def _product(rows: np.ndarray, matrix: np.ndarray) -> np.ndarray:

@@ -21,10 +21,12 @@ from mpi4py import MPI
 from pint_fem.collective import collectively, require_same
 from pint_fem.errors import InputError
 from pint_fem.inverse.inference.gaussian_law import GaussianLaw
+from pint_fem.inverse.inference.innovations import InnovationFactor
 from pint_fem.inverse.inference.regularisation_choice import RegularisationCurve, RegularisedFit, choose_alpha
-from pint_fem.inverse.inference.streaming import InnovationFactor, ReadingStream, StreamedPosterior
+from pint_fem.inverse.inference.streaming import ReadingStream, StreamedPosterior
 from pint_fem.inverse.laws.noise import Noise
 from pint_fem.inverse.laws.priors import Prior
+from pint_fem.inverse.per_step.window import SlidingWindow
 from pint_fem.inverse.spectra import Spectrum
 
 if TYPE_CHECKING:
@@ -82,15 +84,17 @@ class GaussianPosterior(GaussianLaw):
         self._fit = RegularisedFit(spectrum.lam, spectrum.scale, beta, squares, len(data), self.noise.log_det)
         self.x = self.prior.mean + spectrum.expand((beta / (self.alpha + spectrum.lam))[None])[0]
 
-    def with_data(self, data: np.ndarray) -> GaussianPosterior:
-        """The posterior for other readings ``(m,)`` of the same sensors at the same times (collective).
+    def with_data(self, data: np.ndarray | None = None) -> GaussianPosterior:
+        """The posterior for other readings ``(m,)`` of the same sensors at the same times (collective); default: those
+        that the functional has now, after ``J.update_data()``.
 
         Raises
         ------
         InputError
-            On every rank, if they are not ``m`` finite numbers, the same on all ranks.
+            On every rank, if they are not ``m`` finite numbers, the same on all ranks, or by default if
+            ``J.update_data()`` has read other operators.
         """
-        data = np.array(data, dtype=float).ravel()
+        data = np.array(self.F.read_again() if data is None else data, dtype=float).ravel()
         require_same(self.F.spacetime.comm, readings=data)
         if data.shape != self.F.data.shape or not np.isfinite(data).all():
             raise InputError(f"posterior: readings of shape {data.shape}: give {len(self.F.data)} finite numbers")
@@ -188,6 +192,12 @@ class GaussianPosterior(GaussianLaw):
     def until(self, time: float) -> StreamedPosterior:
         """The posterior of the readings up to a time, this included (collective)."""
         return self.stream().until(time)
+
+    def window(self, steps: int) -> SlidingWindow:
+        """A window of the last ``steps`` steps that moves with the readings, for controls with one value per step
+        (collective); parameters and errors are those of :class:`~pint_fem.inverse.per_step.window.SlidingWindow`.
+        """
+        return SlidingWindow(self, steps)
 
     # -- the distribution ----------------------------------------------------------------------------------------------
     def _covariance(self, g: np.ndarray) -> np.ndarray:

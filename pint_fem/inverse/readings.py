@@ -48,11 +48,17 @@ class ReadingTable:
             found.append((*parts, misfit.measured[times, sensors], misfit.weights[times, sensors]))
         columns = [np.concatenate(parts) for parts in zip(*found, strict=True)]
         self.sensor, self.point, self.theta, self.values, self.weights = columns
-        self.size = len(self.sensor)
+        self.size, self._factors = len(self.sensor), np.ones(len(self.sensor))
 
-    def read_values(self) -> np.ndarray:
-        """The measured values as the misfits have them now, ``(m,)``."""
-        return np.concatenate([misfit.measured[misfit.present] for misfit in self.misfits])
+    def scale_weights(self, factors: np.ndarray) -> None:
+        """Multiply the weights of the readings of each sensor by a factor, ``(sensors,)``."""
+        self._factors = factors[self.sensor]
+        self.weights = self._factors * self.weights
+
+    def read_again(self) -> None:
+        """Take values and weights as the misfits have them now."""
+        self.values = np.concatenate([misfit.measured[misfit.present] for misfit in self.misfits])
+        self.weights = self._factors * np.concatenate([misfit.weights[misfit.present] for misfit in self.misfits])
 
     def of_sensor(self, number: int) -> np.ndarray:
         """The numbers of a sensor's readings, in the order of time."""

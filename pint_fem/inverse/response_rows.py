@@ -63,7 +63,7 @@ class Collector:
     """What collects a part of the map from blocks of lags."""
 
     def add(self, block: LagBlock) -> None:
-        """Add the contribution of a block; blocks come in the order of lags."""
+        """Add the contribution of a block; blocks are consecutive, from lag 0 or a later one on."""
         raise NotImplementedError
 
     def finish(self) -> None:
@@ -112,6 +112,7 @@ class StaticRows(Collector):
         self._nz = out.shape[1]
         self._constant = bool((term.weights == 1).all())
         self._sums = np.zeros((len(readings), self._nz))  # of the responses so far
+        self._last: int | None = None  # the point after which these are
         needed = [np.concatenate([own.point, own.point[own.theta != 1] - 1]) for own in readings]
         self._points = np.unique(np.concatenate([np.zeros(0, dtype=int), *needed]))
         self._lag_weights: dict[bytes, np.ndarray] = {}
@@ -156,6 +157,18 @@ class StaticRows(Collector):
                 some = np.flatnonzero((points > block.first) & (points <= block.first + lags) & (shares != 0))
                 target[some] += shares[some, None] * after[np.searchsorted(stops, points[some])]
         self._sums[:] = sums[:, -1]
+        self._last = block.first + lags
+
+    def finish(self) -> None:
+        """Add the sum of all responses to readings after the last lag: other ranks have the lags between."""
+        if not self._constant or self._last is None:
+            return
+        for own, total in zip(self._readings, self._sums, strict=True):
+            shares = np.where(own.point > self._last, own.theta, 0) + np.where(
+                own.point - 1 > self._last, 1 - own.theta, 0
+            )
+            some = np.flatnonzero(shares)
+            self._out[own.rows][some] += shares[some, None] * total
 
     def _weights_of_lags(self, own: SensorReadingRows) -> np.ndarray:
         """Weights ``(readings, lags)`` of the responses in the rows of a sensor."""
@@ -207,7 +220,7 @@ class StepResponses(Collector):
         shape = block.stages.shape
         rows = self._loads.pull_back_rows(self._term, block.stages.reshape(shape[0], shape[1] * shape[2], shape[3]))
         lags = slice(block.first, block.first + shape[2])
-        self.responses[:, lags] = rows[:, self._start :].reshape(shape[1], shape[2], -1)
+        self.responses[:, lags] = rows[:, self._start :].reshape(*shape[1:3], self.responses.shape[-1])
 
 
 def terms_of_controls(propagator: LinearPropagator) -> list[tuple[Term, bool, bool]]:

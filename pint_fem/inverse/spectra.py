@@ -25,9 +25,11 @@ SIAM J. Sci. Comput. 35(6), 2013, for the prior-preconditioned Hessian.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from mpi4py import MPI
 from scipy.linalg import cholesky, eigh, solve_triangular
 
 from pint_fem.collective import collectively
@@ -189,10 +191,13 @@ class ParameterSpace(_DenseModes):
         return self.contract(self._F.transposed_product(self._noise.inverse(r)))
 
 
-def on_first_rank(comm, work):
-    """The result of dense algebra on the first rank, on all of them: equal bits on unequal machines (collective)."""
+def on_first_rank(comm: MPI.Comm, work: Callable[[], Any]) -> Any:
+    """The result of dense algebra on the first rank, on all of them: equal bits on unequal machines (collective).
 
-    def guarded():
+    A matrix that cannot be factored is a ``SolverFailure`` on every rank.
+    """
+
+    def guarded() -> Any:
         if comm.rank:
             return None
         try:

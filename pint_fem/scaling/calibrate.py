@@ -20,6 +20,7 @@ from mpi4py import MPI
 from pint_fem.adjoint.reduced_functional import TimeParallelReducedFunctional
 from pint_fem.cli import wait_quietly
 from pint_fem.errors import SolverFailure
+from pint_fem.inverse.readings import ReadingTable
 from pint_fem.scaling.actions import (
     PARADIAG,
     SMALL,
@@ -38,8 +39,8 @@ from pint_fem.scaling.timing import Measured, rounds
 from pint_fem.spacetime import SpaceTime
 
 __all__ = [
-    "Case", "Stopwatch", "calibrate", "count_cycles", "kernel_tables", "machine", "measure_all_processes",
-    "measure_map",
+    "Case", "Stopwatch", "calibrate", "count_cycles", "count_impulses", "kernel_tables", "machine",
+    "measure_all_processes", "measure_map",
 ]  # fmt: skip
 
 MGRIT = {"coarsening": (8, 4)}
@@ -286,6 +287,37 @@ def _space_kernels(pose: Callable, comm: MPI.Comm, watch: Stopwatch, small: int)
     is_direct = factor.ksp.getPC().getType() == "redundant"
     iterations = 0 if is_direct else max(factor.ksp.getIterationNumber(), 1)
     return kernel_tables(seconds), iterations
+
+
+def count_impulses(pose: Callable, steps: int, cycles: Sequence[Mapping]) -> list[dict]:
+    """Complete counted cycles by those of the adjoint of one sensor's reading, from a cold start, in real runs.
+
+    Its source is a point in space and in time, so that it may take more cycles than a misfit's. They are counted for
+    the smallest tolerance, under ``impulse``, which is ``None`` where a configuration does not converge.
+
+    Parameters
+    ----------
+    pose, steps
+        As for :class:`Case`, of a problem with sensors.
+    cycles
+        ``cycles`` of :class:`~pint_fem.scaling.costs.Calibration`.
+    """
+    rtol, out = min(entry["rtol"] for entry in cycles), []
+    for entry in cycles:
+        out.append(dict(entry))
+        if entry["rtol"] != rtol:
+            continue
+        count = min(steps, PARADIAG_STEPS) if "time_solver" in entry["options"] else steps
+        rf = pose(SpaceTime("1x1", comm=MPI.COMM_SELF), count, solver_parameters(entry["options"], rtol=rtol))
+        problem, table = rf.problem, ReadingTable(rf.problem.misfits)
+        source = np.zeros_like(problem.L)
+        source[-1] = table.impulses(np.array([table.sensors // 2]))[0]
+        try:
+            solve_actions(rf, np.zeros(problem.layout.size), source)["adjoint"][0]()
+            out[-1]["impulse"] = problem.sweeps.results[-1][1].cycles
+        except SolverFailure:
+            out[-1]["impulse"] = None
+    return out
 
 
 def count_cycles(case: Case) -> list[dict]:

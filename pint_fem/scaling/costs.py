@@ -118,7 +118,8 @@ class Calibration:
         Costs of an inversion by the map from controls to readings, empty where there is none: those of
         :func:`~pint_fem.scaling.inverse_costs.inverse_costs`.
     cycles, notes : sequences of mappings and of str
-        Cycles of cold solves, counted in real runs: ``options``, ``rtol``, and the cycles of ``state`` and ``adjoint``;
+        Cycles of cold solves, counted in real runs: ``options``, ``rtol``, and the cycles of ``state`` and ``adjoint``,
+        and for the smallest ``rtol`` those of the adjoint of one reading, ``impulse``, where they were counted;
         how the numbers were measured.
     """
 

@@ -14,6 +14,7 @@ from scipy.linalg import eigh, qr, svd
 from pint_fem.adjoint.reduced_functional import TimeParallelReducedFunctional
 from pint_fem.errors import InputError
 from pint_fem.inverse.impulse_responses import GROUP, LagBlock, lags_of_block
+from pint_fem.inverse.inversion import PriorForms
 from pint_fem.inverse.laws.priors import make_prior
 from pint_fem.inverse.map import ParameterToObservable
 from pint_fem.inverse.readings import ReadingTable
@@ -50,7 +51,8 @@ def inverse_costs(
     Returns
     -------
     dict
-        ``linear_inverse`` of :class:`~pint_fem.scaling.costs.Calibration`; empty where the functional has no map.
+        ``linear_inverse`` of :class:`~pint_fem.scaling.costs.Calibration`; empty where the functional has no map, or
+        controls with one value per step, which the model does not cover.
         Counts: ``sensors``; ``readings`` of a sensor; ``columns``, the controls; ``reduced``, reduced rows of all
         sensors; ``last``, the share of the steps up to the last reading; ``constant``, 1 where all loads are constant
         in time. Seconds: ``stages``, a step with the adjoints of its stages relative to one without; ``pull back`` of
@@ -58,6 +60,8 @@ def inverse_costs(
         of the map; ``prior``, to make it; ``prior solve`` and ``prior product`` with a vector; ``mean``, for new
         readings; ``gemm`` and ``qr`` of an operation; ``svd``, ``eigh`` and ``eigh general``, of the cube of the size.
     """
+    if rf.evolution.stepwise:
+        return {}
     try:
         F = rf.parameter_to_observable()
     except InputError:
@@ -118,9 +122,7 @@ class _Parts:
         middle = (self.points - self.lags) // 2
         self._block = LagBlock(middle, self._adjoints[:, : self.lags], self._stages)
         numbers, readings = own_readings(F.table, list(self.sensors))
-        self._found = collectors(
-            self.propagator, readings, np.zeros((len(numbers), F.layout.static_size)), self.points
-        )[0]
+        self._found = collectors(self.propagator, readings, np.zeros((len(numbers), F.layout.static_size)), [])
         steps = rf.evolution.time(np.arange(rf.evolution.nsteps))
         self.terms = self.propagator.loads.terms(steps) if rf.evolution.parameters else []
         self.constant = all((term.weights == 1).all() for term in self.terms)
@@ -152,18 +154,14 @@ class _Parts:
         table = ReadingTable(self.rf.problem.misfits)
         numbers, readings = own_readings(table, list(self.F.sensors))
         table.impulses(self.F.sensors)
-        collectors(self.propagator, readings, np.zeros((len(numbers), self.F.layout.static_size)), self.points)
-        problem = self.rf.problem
-        if problem.regularisation is not None:
-            for control in problem.evolution.controls:
-                problem.regularisation_hessian(control)
-            problem.regularisation.gradient(np.zeros(problem.layout.size))
+        collectors(self.propagator, readings, np.zeros((len(numbers), self.F.layout.static_size)), [])
 
     def prior(self) -> None:
         """The default prior."""
-        forms = self.F.regularisation
-        given = {} if forms is None else {"regularisation_forms": forms.forms, "inner": forms.inner}
-        make_prior(None, self.F.layout, **given)
+        F = self.F
+        found = PriorForms(None, None) if F.regularisation is None else F.regularisation()
+        given = {"regularisation_forms": found.forms, "regularisation_gradient": found.gradient}
+        make_prior(None, F.layout, inner=F.inner, **given)
 
 
 def _dense(columns: int, readings: int) -> dict[object, Action]:

@@ -1,14 +1,15 @@
 r"""Predicted times of linear inverse problems that are solved by the map from controls to readings.
 
-The map is that of :mod:`pint_fem.inverse`. On :math:`P_{space}` ranks in space and ``T`` in time, sensors are divided
-among ``g`` groups of ``k`` ranks in time, :math:`g k \le T`. A group with one rank takes the transposed steps of
-its sensors one after another, with the sensors on lanes; a group with several solves the adjoint of each of its sensors
+The map is that of :mod:`pint_fem.inverse`. On :math:`P_{space}` ranks in space and ``T`` in time, the sensors are
+divided among ``g`` groups of ``k`` ranks in time, :math:`g k \le T`. A group with one rank takes the transposed steps
+of its sensors one after another, with the sensors on lanes; a group with several solves the adjoint of each sensor
 in turn by MGRIT or ParaDiag, on virtual ranks (:class:`~pint_fem.scaling.model.Model`), and its ranks collect the rows
 of their own lags, which are then summed. All that follows is dense algebra whose sizes are known, with ``m`` readings,
 ``n`` controls and ``r`` reduced rows:
 
-* the reduction of each sensor's rows, :math:`C \Gamma` of a rank's own reduced rows, and their exchange, after which
-  each of the ``T`` ranks has all rows of its part of the columns;
+* an estimate of ``r`` from two sensors of each rank;
+* for the data space the reduction of each sensor's rows, and :math:`C \Gamma` of a rank's own reduced rows; the
+  exchange of rows, after which each of the ``T`` ranks has all of them in its part of the columns;
 * the data space: products of :math:`r \times n` matrices by columns, an eigenproblem of size ``r`` on one rank, and its
   broadcast; or, where ``n`` is smaller than ``r``, the parameter space with an eigenproblem of size ``n``.
 
@@ -36,6 +37,8 @@ __all__ = ["Division", "Exchange", "LinearInverse", "MapPrediction"]
 
 PRIOR_BLOCK = 256
 """Columns of the prior's precision that :mod:`pint_fem.inverse.spectra` computes at once."""
+SAMPLED = 2
+"""Sensors of a rank from which the number of reduced rows is estimated, as in :mod:`pint_fem.inverse.reduction`."""
 LAG_NUMBERS, LAGS = 140_000, (2, 64)
 """Rule for the lags of a block, as in :mod:`pint_fem.inverse.impulse_responses`."""
 PICKLED = 2
@@ -236,12 +239,15 @@ class LinearInverse:
         solver, sweep = self._sweep() if sweep is None else ("", sweep)
         gathered = own * (self.lags * c["collect"] + self.pulled_back * c["pull back"]) / (space * each)
         tall = _triangle(columns, rows) + (_triangle(space * min(rows, columns), rows) if space > 1 else 0.0)
-        reduction = own * (c["qr"] * tall + c["svd"] * rows**3) + c["gemm"] * 2 * rows * columns * reduced
+        basis, sampled = c["qr"] * tall + c["svd"] * rows**3, min(SAMPLED, own)
+        reduction = sampled * basis  # an estimate of the number of reduced rows
+        if n <= self.sensors:
+            reduction = 0.0
+        elif not self.in_parameter_space:
+            reduction += own * basis + c["gemm"] * 2 * rows * columns * reduced
         work = {"solver": solver, "setup": c["setup"], "sweep": sweep, "rows": gathered, "reduction": reduction}
-        if n <= self.sensors:  # the parameter space without a reduction
-            work["reduction"] = 0.0
         if self.in_parameter_space:
-            product = c["gemm"] * 2 * self.own_columns * m * n
+            product = c["gemm"] * self.own_columns * m * n  # of a symmetric matrix each rank computes half its rows
             work |= {"prior": c["prior"] + n * c["prior product"], "dense": product, "modes": 0.0}
             work["eigenproblem"] = c["eigh general"] * n**3
             modes = n
@@ -249,7 +255,7 @@ class LinearInverse:
             dense = c["gemm"] * 2 * r**2 * self.own_columns
             work |= {"prior": c["prior"] + reduced * c["prior solve"], "dense": dense}
             work["modes"] = c["gemm"] * 2 * r**3 + dense
-            work["eigenproblem"] = c["eigh"] * r**3 + c["gemm"] * (4 * r**2 * rows + (4 + 1 / 3) * r**3)
+            work["eigenproblem"] = c["eigh"] * r**3 + c["gemm"] * (2 * r**2 * rows / self.sensors + (4 + 1 / 3) * r**3)
             modes = r
         work["mean"] = c["mean"]
         work["deviation"] = n * c["prior solve"] + c["gemm"] * 3 * modes * self.own_columns
@@ -287,16 +293,13 @@ class LinearInverse:
 
         yield Exchange("rows", "reduce", each, 8 * self.own_sensors * self.readings * columns)
         if n > self.sensors:
+            count = min(SAMPLED, self.own_sensors) + (0 if self.in_parameter_space else self.own_sensors)
             triangle = 8 * self.readings * min(self.readings, columns)
-            yield Exchange("reduction", "gather", space, self.own_sensors * space * triangle, self.own_sensors)
-            yield Exchange(
-                "reduction",
-                "broadcast",
-                space,
-                8 * self.own_sensors * self.readings * r / self.sensors,
-                self.own_sensors,
-            )
+            yield Exchange("reduction", "gather", space, count * space * triangle, count)
+            yield Exchange("reduction", "broadcast", space, 8 * count * self.readings * r / self.sensors, count)
+        if not self.in_parameter_space:
             yield Exchange("reduction", "gather", time, 8 * (self.readings * r + m))
+        yield Exchange("prior", "broadcast", time, 8 * columns)  # its mean
         if self.in_parameter_space:
             yield Exchange("dense", "gather", time, 8 * m)
             yield Exchange("dense", "alltoall", time, 8 * self.own_sensors * self.readings * columns)

@@ -284,7 +284,11 @@ def _with_groups(
     """
     alone = LinearInverse(calibration, **given)
     tolerance = rtol or min((entry["rtol"] for entry in calibration.cycles), default=0.0)
-    menu = {options_key(e["options"]): e for e in calibration.cycles if e["rtol"] == tolerance}
+    menu = {
+        options_key(e["options"]): {"options": e["options"], "cycles": e.get("impulse", e["adjoint"])}
+        for e in calibration.cycles
+        if e["rtol"] == tolerance and e.get("impulse", e["adjoint"]) is not None
+    }
     least = cache(lambda key, space: _least_sweep(calibration, menu[key], space, alone.lags, alone.network))
     for space in space_ranks(calibration, ranks):
         most = ranks // space // alone.sensors
@@ -295,8 +299,7 @@ def _with_groups(
             for key, entry in menu.items():
                 with suppress(InputError):  # more levels than so few steps have; no ParaDiag on several space ranks
                     work, chain = least(key, space)
-                    options = dict(options=entry["options"], cycles=entry["adjoint"])
-                    made = LinearInverse(calibration, division, **options, **given)
+                    made = LinearInverse(calibration, division, **entry, **given)
                     yield max(work / each, chain) + made.predict(sweep=0.0).seconds, made
 
 
@@ -305,11 +308,11 @@ def _least_sweep(
 ) -> tuple[float, float]:
     """Seconds of work of an adjoint sweep on one rank in time, without ParaDiag's factors, and of its coarse steps."""
     model = Model(calibration, entry["options"], (space, 1), nsteps=lags, network=network)
-    found, chain, steps = model.run(Solve("adjoint", "nested", entry["adjoint"])), 0.0, lags
+    found, chain, steps = model.run(Solve("adjoint", "nested", entry["cycles"])), 0.0, lags
     if model.solver == "paradiag":
         factors = found.counts["factor", 0] * model.slowdown * calibration.paradiag["factor"]
         return sum(found.work) - factors, chain
     for m in model.options.factors(steps):
         steps //= m
-    chain = (entry["adjoint"] + 1) * steps * model.kernel("adjoint", model.options.levels - 1)(1)
+    chain = (entry["cycles"] + 1) * steps * model.kernel("adjoint", model.options.levels - 1)(1)
     return sum(found.work), chain

@@ -66,6 +66,8 @@ class Sweeps:
     ----------
     solvers : TimeSolvers
         What solves the sweeps.
+    given : dict
+        The options and propagators as given.
     evolution : Evolution
         The private copy of the evolution that is solved.
     slab : Slab
@@ -81,7 +83,7 @@ class Sweeps:
     """
 
     def __init__(self, evolution: Evolution, spacetime: SpaceTime, **given: Any):
-        self.solvers = TimeSolvers(evolution, spacetime, **given)
+        self.solvers, self.given = TimeSolvers(evolution, spacetime, **given), given
         self.evolution, self.spacetime, self.slab = self.solvers.evolution, spacetime, self.solvers.slab
         self.initial = get(self.evolution.initial)
         self.counts = {"state": 0, "adjoint": 0, "tangent": 0, "cycles": 0}

@@ -141,7 +141,7 @@ class TimeSolvers:
         """Make the propagators and the solvers."""
         spacetime, options, factors, N = self.spacetime, self._mgrit, self._factors, self.evolution.nsteps
         self.averaged: AveragedSystems | None = None
-        self._reported = False
+        self.reported = False
         kernels_on_all_or_none(spacetime.comm)
         self.propagators = collectively(spacetime.comm, "propagator", self._make_propagators)
         self.is_linear = all(p.is_linear for p in self.propagators)
@@ -387,8 +387,8 @@ class TimeSolvers:
                 if self.spacetime.is_root:
                     logger.log(level, text)
 
-        if not self._reported:
-            self._reported = True
+        if not self.reported:
+            self.reported = True
             collectively(self.spacetime.comm, "theory", report)
 
     def write_trace(self) -> None:

@@ -3,7 +3,8 @@ r"""The functional of a linear inverse problem on its map from controls to readi
 The misfit is that of :mod:`pint_fem.inverse.objective`, a few products with matrices, and the regularisation is the
 functional's own, which need not be quadratic. Where it is, and positive definite, the posterior's covariance is the
 exact inverse of the Hessian. As the preconditioner of conjugate gradients it gives the minimiser in one iteration, and
-few iterations under bounds and constraints.
+under linear constraints :math:`C z = b` its part on their null space does,
+:math:`\mathrm{Cov} - V (C V)^{-1} V^T` with :math:`V = \mathrm{Cov}\, C^T`.
 """
 
 from __future__ import annotations
@@ -15,8 +16,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pint_fem.adjoint.interface import ControlProblem, as_vector, require_directions
+from pint_fem.adjoint.minimisation.bounds_and_constraints import constraint_normals
 from pint_fem.adjoint.minimisation.minimisable import Minimisable
+from pint_fem.adjoint.minimisation.objective import Objective
 from pint_fem.adjoint.problem import ReducedProblem
+from pint_fem.adjoint.riesz import ControlInner
 from pint_fem.errors import InputError
 from pint_fem.inverse.map import ParameterToObservable
 from pint_fem.inverse.objective import MapMisfit
@@ -26,11 +30,11 @@ from pint_fem.optimize.records import TrustRegionResult
 if TYPE_CHECKING:
     from pint_fem.adjoint.functional import ControlFunctional
 
-__all__ = ["MapFunctional", "MapProblem"]
+__all__ = ["MapFunctional", "MapProblem", "trust_region_options"]
 
 _VALUE_RTOL = 1e-13
 """Relative accuracy of a sum of squares of predicted less measured readings."""
-_GTOL_REL = 1e-9
+_GTOL_REL = 1e-10
 """Default tolerance of the gradient: products cost little, and the first step has the error of the covariance."""
 _ROUND_OFF = 1e-12
 """Error of a gradient relative to that at zero controls, of which the data are the right-hand side."""
@@ -139,6 +143,7 @@ class MapFunctional(Minimisable):
         self.layout, self.evolution = functional.layout, functional.evolution
         self.array, self.function = functional.array, functional.function
         self._current, self._take = functional._current, functional._take
+        self._constraints: Sequence | None = None
 
     def minimize(
         self,
@@ -160,8 +165,9 @@ class MapFunctional(Minimisable):
         inexact
             Ignored: products with the map are exact.
         preconditioner
-            As for :meth:`minimize_trust_region`, or ``"posterior"``: the posterior's covariance, ``"limited-memory"``
-            where there is none. Default: ``"posterior"`` without bounds, none with them, under which it gains nothing.
+            As for :meth:`minimize_trust_region`, or ``"posterior"``: the posterior's covariance, or
+            ``"limited-memory"`` where there is none. Default: ``"posterior"`` without bounds; none with bounds, under
+            which it saves no products.
         checkpoint
             An object with ``load`` and ``save``.
 
@@ -183,16 +189,30 @@ class MapFunctional(Minimisable):
 
     def _trust_region(self, start: np.ndarray, options: dict, **given: Any) -> TrustRegionResult:
         options.setdefault("value_rtol", _VALUE_RTOL)
+        self._constraints = given["constraints"]
         return super()._trust_region(start, options, **given)
 
-    def _preconditioner(self, inner: Any, given: Any) -> Any:
-        """An approximate inverse Hessian on representatives."""
+    def _preconditioner(self, inner: ControlInner, given: Any) -> Any:
+        """An approximate inverse Hessian on representatives; under constraints one on their null space."""
         if not isinstance(given, str) or given != "posterior":
             return super()._preconditioner(inner, given)
         covariance = self.covariance
         if covariance is None:
             return "limited-memory"
-        return lambda r: covariance(inner.dual(r)[None])[0]
+        if not self._constraints:
+            return lambda r: covariance(inner.dual(r)[None])[0]
+        # inverse on the null space of C: Cov - V S^-1 V^T, V = Cov C^T, S = C V
+        normals, _ = constraint_normals(self, Objective(self.problem, inner), self._constraints)
+        duals = [inner.dual(normal) for normal in normals]
+        V = covariance(np.array(duals))
+        products = lambda x: np.array([self.layout.pairing(dual, x) for dual in duals])
+        S = np.array([products(v) for v in V])
+
+        def constrained(r: np.ndarray) -> np.ndarray:
+            x = covariance(inner.dual(r)[None])[0]
+            return x - np.linalg.lstsq(S, products(x), rcond=None)[0] @ V
+
+        return constrained
 
     @property
     def covariance(self) -> Any:
@@ -200,7 +220,7 @@ class MapFunctional(Minimisable):
         no prior: not quadratic, with terms that couple controls, or singular (collective when first used).
         """
         regularisation = self.problem.regularisation
-        if regularisation is None or not regularisation.quadratic or regularisation.couples_controls:
+        if regularisation is None or not regularisation.quadratic or regularisation.coupled:
             return None
         try:
             return self.F.default_posterior.covariance

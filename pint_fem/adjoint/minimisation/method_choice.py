@@ -19,6 +19,7 @@ import numpy as np
 from pint_fem.capacity import readable, require_memory
 from pint_fem.collective import collectively
 from pint_fem.errors import InputError
+from pint_fem.inverse.per_step.spectrum_choice import LARGEST_DENSE
 from pint_fem.inverse.readings import ReadingTable
 from pint_fem.propagators.linear import LinearPropagator
 from pint_fem.theory.costs import block_seconds
@@ -34,7 +35,7 @@ SWEEPS = 60
 RATE = 3e9
 """Multiplications and additions of a core in a second, in products of dense matrices, about."""
 COMBINATIONS = 20
-"""Combinations of the controls that the readings of one sensor depend on, about."""
+"""Combinations of static controls that the readings of one sensor depend on, about."""
 
 
 class MapWork(NamedTuple):
@@ -75,7 +76,8 @@ class MapWork(NamedTuple):
     @property
     def modes(self) -> int:
         """Size of the dense matrices, about."""
-        return min(self.readings, self.unknowns + self.stepwise * self.lags, COMBINATIONS * self.sensors)
+        most = self.readings if self.stepwise else COMBINATIONS * self.sensors
+        return min(self.readings, self.unknowns + self.stepwise * self.lags, most, LARGEST_DENSE)
 
     @property
     def nbytes(self) -> int:

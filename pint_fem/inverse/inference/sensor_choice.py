@@ -11,7 +11,8 @@ a set :math:`S` of sensors with independent noise has
 The first is twice the expected gain of information, the second the trace of the posterior covariance :math:`M
 \mathrm{Cov}`, with the matrix of an inner product or :math:`M = I`. With the sensors chosen so far both gains of a
 further sensor are those of its diagonal blocks of :math:`I + G` and :math:`H`, conditioned on the chosen ones by Schur
-complements: nothing is factored again for a candidate.
+complements: nothing is factored again for a candidate. With fewer controls than reduced rows the same follows in the
+space of the controls (:mod:`~pint_fem.inverse.inference.sensor_designs`).
 
 The D-optimal value of a set is submodular, so that a greedy choice reaches at least :math:`1 - 1/e` of the optimal one
 (G. L. Nemhauser, L. A. Wolsey, M. L. Fisher, Math. Program. 14, 1978). Criteria: A. Alexanderian, Inverse Problems
@@ -27,19 +28,22 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from firedrake import TestFunction, TrialFunction, dx, inner
-from scipy.linalg import cholesky, solve_triangular
+from scipy.linalg import cholesky
 
 from pint_fem.all_at_once.grids import is_integer
 from pint_fem.collective import collectively, require_same
 from pint_fem.errors import InputError
+from pint_fem.inverse.inference.sensor_designs import ParameterDesign, ReadingDesign, SensorDesign
 from pint_fem.inverse.laws.gaussian_fields import EXACT
 from pint_fem.inverse.laws.noise import Noise
 from pint_fem.inverse.laws.priors import Prior, make_prior
+from pint_fem.inverse.reduction import estimated_size
+from pint_fem.inverse.spectra import ParameterSpace
 
 if TYPE_CHECKING:
     from pint_fem.inverse.map import ParameterToObservable
 
-__all__ = ["SensorChoice", "SensorDesign", "choose_sensors"]
+__all__ = ["SensorChoice", "choose_sensors"]
 
 CRITERIA = ("A", "D")
 """Names of the criteria."""
@@ -47,103 +51,6 @@ _ROWS = 256
 """Rows that are multiplied by a matrix at once."""
 _SAMPLES = 2000
 """Samples of the prior from which the trace of a large covariance is estimated."""
-
-
-class SensorDesign:
-    """Values of sets of sensors.
-
-    Parameters
-    ----------
-    G
-        Covariance of the reduced readings of all sensors, relative to their noise, ``(r, r)``.
-    blocks
-        The rows of each sensor.
-    H
-        ``B Γ M Γ B^T``, ``(r, r)``, for the trace of the covariance; default: the criterion is the determinant.
-    trace
-        Trace of the prior covariance.
-    """
-
-    def __init__(self, G: np.ndarray, blocks: Sequence[slice], H: np.ndarray | None = None, trace: float = 0.0):
-        self.blocks, self.trace, self._H = list(blocks), trace, H
-        self._P = np.eye(len(G)) + 0.5 * (G + G.T)
-
-    @property
-    def sensors(self) -> int:
-        """Number of sensors."""
-        return len(self.blocks)
-
-    def _rows(self, sensors: Sequence[int]) -> tuple[np.ndarray, list[slice]]:
-        """The rows of some sensors, and where those of each are among them."""
-        rows = [np.arange(self.blocks[s].start, self.blocks[s].stop) for s in sensors]
-        ends = np.cumsum([0, *map(len, rows)]).tolist()
-        places = [slice(a, b) for a, b in pairwise(ends)]
-        return np.concatenate([np.zeros(0, dtype=int), *rows]), places
-
-    def _gain(self, P: np.ndarray, H: np.ndarray | None) -> float:
-        """What readings add whose blocks of ``I + G`` and of ``H`` are given."""
-        if not len(P):
-            return 0.0
-        L = cholesky(P, lower=True, check_finite=False)
-        if H is None:
-            return float(2 * np.log(L.diagonal()).sum())
-        half = solve_triangular(L, H, lower=True, check_finite=False)
-        return float(np.trace(solve_triangular(L, half.T, lower=True, check_finite=False)))
-
-    def _after(self, gains: float) -> float:
-        return gains if self._H is None else self.trace - gains
-
-    def value(self, sensors: Sequence[int]) -> float:
-        """The criterion of a set of sensors: the logarithm of the determinant, or the trace of the covariance."""
-        rows, _ = self._rows(sensors)
-        at = np.ix_(rows, rows)
-        return self._after(self._gain(self._P[at], None if self._H is None else self._H[at]))
-
-    def contributions(self, sensors: Sequence[int]) -> np.ndarray:
-        """What each sensor of a set adds to the others, ``(len(sensors),)``: by how much the logarithm of the
-        determinant is less, or the trace of the covariance more, without it.
-        """
-        rows, places = self._rows(sensors)
-        at = np.ix_(rows, rows)
-        L = cholesky(self._P[at], lower=True, check_finite=False)
-        half = solve_triangular(L, np.eye(len(L)), lower=True, check_finite=False)
-        R = half.T @ half
-        if self._H is None:
-            return np.array([-float(np.linalg.slogdet(R[p, p])[1]) for p in places])
-        X = R @ self._H[at] @ R
-        return np.array([float(np.trace(np.linalg.solve(R[p, p], X[p, p]))) for p in places])
-
-    def choose(self, count: int, candidates: Sequence[int]) -> tuple[list[int], list[float]]:
-        """Choose one sensor after another, each time the one that adds most; of equal ones the first.
-
-        Returns
-        -------
-        order : list of int
-            The chosen sensors.
-        values : list of float
-            The criterion before the first and after each.
-        """
-        rows, places = self._rows(candidates)
-        at = np.ix_(rows, rows)
-        P, H = self._P[at], None if self._H is None else self._H[at]
-        left, order, total = dict(zip(candidates, places, strict=True)), [], 0.0
-        values = [self._after(0.0)]
-        for _ in range(count):
-            gains = {s: self._gain(P[p, p], None if H is None else H[p, p]) for s, p in left.items()}
-            best = max(gains, key=gains.__getitem__)
-            total += gains[best]
-            order.append(best)
-            values.append(self._after(total))
-            p = left.pop(best)
-            L = cholesky(P[p, p], lower=True, check_finite=False)
-            X = solve_triangular(L, P[p], lower=True, check_finite=False)
-            if H is not None:
-                Y = solve_triangular(L, H[p], lower=True, check_finite=False)
-                Z = solve_triangular(L, Y[:, p].T, lower=True, check_finite=False)
-                cross = X.T @ (Y - 0.5 * Z @ X)
-                H = H - cross - cross.T
-            P = P - X.T @ X
-        return order, values
 
 
 @dataclass(frozen=True)
@@ -252,26 +159,48 @@ def _inner_product(F: ParameterToObservable, product: Any) -> Prior | None:
 
 
 def _design(F: ParameterToObservable, prior: Prior, noise: Noise, product: Prior | None, traces: bool) -> SensorDesign:
-    """The matrices of all sensors (collective)."""
-    rows, partition, spacetime = F.reduced, F.partition, F.spacetime
+    """The matrices of all sensors in the smaller space (collective)."""
+    spacetime, partition = F.spacetime, F.partition
+    unknowns = int(spacetime.space_comm.allreduce(F.layout.static_size))
+    if unknowns <= F.table.sensors or unknowns <= estimated_size(F.rows, [own.rows for own in F.readings], spacetime):
+        return _parameter_design(F, prior, noise, product, traces)
+    rows = F.reduced
     D = partition.columns(prior.covariance(rows.C, shared=False))
-    basis = rows.expand(np.eye(rows.size), len(F.data))
-    M = rows.contract(noise.inverse(basis))
+    M = rows.gram(noise, len(F.data))
     ends = np.cumsum([0, *(Q.shape[1] for _, Q in rows.blocks)]).tolist()
     blocks = [slice(a, b) for a, b in pairwise(ends)]
-    T = np.zeros_like(M)
-    for p in blocks:
-        if p.stop > p.start:
-            T[p, p] = cholesky(0.5 * (M[p, p] + M[p, p].T), lower=True, check_finite=False)
-    G = T.T @ spacetime.sum_over_grid(partition.columns(rows.C) @ D.T) @ T
+    T = [cholesky(M[p, p], lower=True, check_finite=False) if p.stop > p.start else M[p, p] for p in blocks]
+
+    def whitened(A: np.ndarray) -> np.ndarray:
+        A = np.concatenate([A[:0], *(t.T @ A[p] for t, p in zip(T, blocks, strict=True))])
+        return np.concatenate([A[:, :0], *(A[:, p] @ t for t, p in zip(T, blocks, strict=True))], axis=1)
+
+    G = whitened(spacetime.sum_over_grid(partition.columns(rows.C) @ D.T))
     if not traces:
-        return SensorDesign(G, blocks)
-    MD = D
-    if product is not None:
-        parts = [D[i : i + _ROWS] for i in range(0, len(D), _ROWS)]
-        MD = np.concatenate([D[:0], *(product.precision(partition.spread(p))[:, partition.own] for p in parts)])
-    H = T.T @ spacetime.sum_over_grid(D @ MD.T) @ T
-    return SensorDesign(G, blocks, 0.5 * (H + H.T), _trace(prior, product))
+        return ReadingDesign(G, blocks)
+    H = whitened(spacetime.sum_over_grid(D @ _products(F, product, D).T))
+    return ReadingDesign(G, blocks, 0.5 * (H + H.T), _trace(prior, product))
+
+
+def _products(F: ParameterToObservable, product: Prior | None, D: np.ndarray) -> np.ndarray:
+    """The inner product's matrix times own entries of primal vectors, ``(k, own)`` (collective)."""
+    if product is None:
+        return D
+    parts = [F.partition.spread(D[i : i + _ROWS]) for i in range(0, len(D), _ROWS)]
+    return np.concatenate([D[:0], *(product.precision(part)[:, F.partition.own] for part in parts)])
+
+
+def _parameter_design(
+    F: ParameterToObservable, prior: Prior, noise: Noise, product: Prior | None, traces: bool
+) -> SensorDesign:
+    """The matrices of all sensors in the space of the controls (collective)."""
+    spectrum = ParameterSpace(F, prior, noise, F.partition)
+    B = noise.whitened(F.product(spectrum.expand(np.eye(len(spectrum.lam))))).T
+    rows = [F.table.of_sensor(s) for s in range(F.table.sensors)]
+    if not traces:
+        return ParameterDesign(B, rows)
+    X = F.spacetime.sum_over_grid(spectrum.W @ _products(F, product, spectrum.W).T)
+    return ParameterDesign(B, rows, 0.5 * (X + X.T))
 
 
 def _trace(prior: Prior, product: Prior | None) -> float:

@@ -9,8 +9,8 @@ L^{-1} F \Gamma / \alpha`, the posterior of the first :math:`p` readings has
 
 where :math:`L_p` and :math:`V_p` are the first rows of :math:`L` and :math:`V`: those of a further time are added to
 what there is, as in a Kalman filter of a constant state. :math:`L` and :math:`V` do not depend on the readings and are
-computed once for all times; a time is then a product with its rows. Where a reading turns out to be missing, the rows
-of all later times are computed as they come.
+computed once for all times (:mod:`~pint_fem.inverse.inference.innovations`); a time is then a product with its rows.
+Where a reading turns out to be missing, the rows of all later times are computed as they come.
 
 Source: A. H. Sayed, T. Kailath, IEEE Signal Process. Mag. 11(3), 1994 (innovations).
 """
@@ -18,92 +18,26 @@ Source: A. H. Sayed, T. Kailath, IEEE Signal Process. Mag. 11(3), 1994 (innovati
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.linalg import cholesky, solve_triangular
 
-from pint_fem.capacity import require_memory
 from pint_fem.collective import collectively, require_same
 from pint_fem.errors import InputError
-from pint_fem.inverse.inference.data_covariance import DataCovariance
 from pint_fem.inverse.inference.gaussian_law import GaussianLaw
-from pint_fem.inverse.spectra import on_first_rank
+from pint_fem.inverse.inference.innovations import InnovationFactor, innovation_factor
 
 if TYPE_CHECKING:
     from pint_fem.inverse.posterior import GaussianPosterior
 
-__all__ = ["InnovationFactor", "ReadingStream", "StreamedPosterior"]
+__all__ = ["ReadingStream", "StreamedPosterior"]
 
 _SAME_TIME = 1e-9
 """Readings whose times differ by less than this part of a step belong together."""
 _SAMPLES = 2**40
 """What is added to the seed of samples for the noise in them."""
-
-
-class InnovationFactor:
-    """Rows of ``L`` and ``V`` for readings in the order in which they are appended (collective).
-
-    Parameters
-    ----------
-    posterior
-        Prior, noise, map and weight of the prior.
-
-    Attributes
-    ----------
-    order : ndarray of int, shape (p,)
-        Numbers of the readings.
-    L : ndarray, shape (p, p)
-        On every rank.
-    V : ndarray, shape (p, own)
-        The entries that this rank works on.
-    """
-
-    def __init__(self, posterior: GaussianPosterior):
-        F = posterior.F
-        m, own = F.shape[0], len(F.partition.own)
-        require_memory(
-            F.spacetime.comm,
-            8 * m * (3 * m + 2 * own),
-            f"factors of the covariance of {m} readings for a stream of them",
-            "give fewer readings, or more ranks",
-        )
-        self.posterior, self._covariance = posterior, DataCovariance(F, posterior.prior)
-        self.order = np.zeros(0, dtype=int)
-        self.L, self.V = np.zeros((0, 0)), np.zeros((0, own))
-
-    @cached_property
-    def prior_variance(self) -> np.ndarray:
-        """Variances of the prior with its weight, ``(layout.size,)`` (collective when first used)."""
-        return self.posterior.prior.variance() / self.posterior.alpha
-
-    def append(self, numbers: np.ndarray) -> None:
-        """Append the rows of readings of some numbers (collective)."""
-        alpha, noise, p = self.posterior.alpha, self.posterior.noise, len(self.order)
-        order = np.concatenate([self.order, numbers])
-        units = np.zeros((len(numbers), noise.size))
-        units[np.arange(len(numbers)), numbers] = 1.0
-
-        def factored() -> tuple[np.ndarray, np.ndarray]:
-            S = self._covariance.between(numbers, order) / alpha + noise.covariance(units)[:, order]
-            X = solve_triangular(self.L, S[:, :p].T, lower=True, check_finite=False) if p else np.zeros((0, len(S)))
-            return X, cholesky(S[:, p:] - X.T @ X, lower=True, check_finite=False)
-
-        X, corner = on_first_rank(self.posterior.F.spacetime.comm, factored)
-        D = self._covariance.with_controls(numbers) / alpha - X.T @ self.V
-        self.V = np.concatenate([self.V, solve_triangular(corner, D, lower=True, check_finite=False)])
-        self.L = np.block([[self.L, np.zeros((p, len(numbers)))], [X.T, corner]])
-        self.order = order
-
-    def first(self, p: int) -> InnovationFactor:
-        """A copy with the first ``p`` readings only."""
-        made = object.__new__(InnovationFactor)
-        made.__dict__.update(self.__dict__)
-        made.order, made.L, made.V = self.order[:p], self.L[:p, :p], self.V[:p]
-        return made
 
 
 class StreamedPosterior(GaussianLaw):
@@ -124,9 +58,11 @@ class StreamedPosterior(GaussianLaw):
         x: np.ndarray,
         squares: np.ndarray,
         y: np.ndarray,
+        readings: np.ndarray,
         log_evidence: float,
     ):
-        self.F, self._factor, self.time, self.x = factor.posterior.F, factor, time, x
+        self.F, self._factor, self._of = factor.posterior.F, factor, factor.posterior
+        self.time, self.x, self._readings = time, x, readings
         self._squares, self._y, self._log_evidence = squares, y, log_evidence
         self.numbers = factor.order[: len(y)]
 
@@ -148,8 +84,8 @@ class StreamedPosterior(GaussianLaw):
         p, posterior = len(self._y), self._factor.posterior
         x = posterior.prior.sample(count, seed) / np.sqrt(posterior.alpha)
         differences = (self.F.product(x) + posterior.noise.sample(count, int(seed) + _SAMPLES))[:, self.numbers]
-        half = _solved(self._factor.L[:p, :p], differences.T).T
-        return self.x + x - self.F.partition.spread(half @ self._factor.V[:p])
+        y = self._factor.innovations(differences)
+        return self.x + x - self.F.partition.spread(y @ self._factor.V[:p])
 
     def log_evidence(self) -> float:
         """The logarithm of the probability density of its readings, the controls integrated out."""
@@ -157,14 +93,10 @@ class StreamedPosterior(GaussianLaw):
 
     def misfit(self) -> float:
         """The squared norm of the residual of its readings at the mean, relative to the noise."""
-        p, noise = len(self._y), self._factor.posterior.noise
-        weights = np.zeros(noise.size)
-        weights[self.numbers] = _solved(self._factor.L[:p, :p], self._y, trans="T")
-        return float(weights @ noise.covariance(weights[None])[0])
-
-
-def _solved(L: np.ndarray, right: np.ndarray, trans: str = "N") -> np.ndarray:
-    return solve_triangular(L, right, lower=True, trans=trans, check_finite=False) if len(L) else right
+        there = np.zeros(len(self._of.data), dtype=bool)
+        there[self.numbers] = True
+        r = self._readings[np.argsort(self.numbers)] - self.predicted[there]
+        return float(r @ self._of.noise.restricted(there).inverse(r[None])[0]) if len(r) else 0.0
 
 
 class ReadingStream:
@@ -199,13 +131,13 @@ class ReadingStream:
         self.numbers = [np.sort(order[a:b]) for a, b in pairwise(ends)]
         self.times = ev.t0 + ev.dt * place[order[starts]]
         if factor is None:
-            factor = InnovationFactor(posterior)
-            factor.append(np.concatenate([np.zeros(0, dtype=int), *self.numbers]))
+            factor = innovation_factor(posterior)
+            factor.append_all(self.numbers)
         self.factor, self._ahead = factor, True
-        self._residual_of_prior = posterior.F.predict(posterior.prior.mean)
+        self._predicted_by_prior = posterior.F.predict(posterior.prior.mean)
         self.count = 0
         self.posterior = StreamedPosterior(
-            factor, None, posterior.prior.mean.copy(), np.zeros(len(F.partition.own)), np.zeros(0), 0.0
+            factor, None, posterior.prior.mean.copy(), np.zeros(len(F.partition.own)), *np.zeros((2, 0)), 0.0
         )
 
     def __iter__(self) -> Iterator[StreamedPosterior]:
@@ -242,10 +174,9 @@ class ReadingStream:
         if not self._ahead:
             self.factor.append(numbers[there])
         k = int(there.sum())
-        L, V = self.factor.L[p : p + k], self.factor.V[p : p + k]
-        residual = given[there] - self._residual_of_prior[numbers[there]]
-        corner = L[:, p : p + k]
-        y = _solved(corner, residual - L[:, :p] @ before._y)
+        V, corner = self.factor.V[p : p + k], self.factor.corner(p, k)
+        residual = given[there] - self._predicted_by_prior[numbers[there]]
+        y = self.factor.innovation(p, residual, before._y)
         exponent = y @ y + 2 * np.log(corner.diagonal()).sum() + k * np.log(2 * np.pi)
         self.posterior = StreamedPosterior(
             self.factor if self._ahead else self.factor.first(p + k),
@@ -253,6 +184,7 @@ class ReadingStream:
             before.x + self._of.F.partition.spread((y @ V)[None])[0],
             before._squares + (V**2).sum(axis=0),
             np.concatenate([before._y, y]),
+            np.concatenate([before._readings, given[there]]),
             before.log_evidence() - 0.5 * float(exponent),
         )
         self.count += 1

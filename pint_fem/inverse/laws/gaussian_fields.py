@@ -21,7 +21,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -82,6 +81,7 @@ class GaussianField(ABC):
 
     def __init__(self, space: WithGeometry):
         self.space, self.size = space, own_size(space)
+        self._variance: np.ndarray | None = None
         self._replication = Replication(self.size, space.mesh().comm)
         self.total = self._replication.total
 
@@ -99,7 +99,7 @@ class GaussianField(ABC):
         not depend on ``count``.
         """
 
-    def variance(self, samples: int | None = None) -> np.ndarray:
+    def variance(self, samples: int | None = None, among: MPI.Comm = MPI.COMM_SELF) -> np.ndarray:
         r"""Return the variance of each coefficient, ``(n,)``.
 
         Parameters
@@ -108,9 +108,14 @@ class GaussianField(ABC):
             Number ``N`` of samples of which it is an estimate, with the standard error :math:`\sqrt{2/N}` relative to
             each variance. Default: the diagonal of the covariance itself, by a solve for each coefficient, where there
             are at most ``largest_exact`` of them, else 2000 samples (standard error 3.2 %).
+        among
+            Ranks that have this law with the same coefficients, all of which call this method: the solves are divided
+            among them.
         """
         if samples is None and self.total <= self.largest_exact:
-            return self._exact_variance.copy()
+            if self._variance is None:
+                self._variance = self._exact_variance(among)
+            return self._variance.copy()
         count = SAMPLES if samples is None else samples
         total, each = np.zeros(self.size), max(1, int(_BLOCK / max(1, self.total)))
         for number, first in enumerate(range(0, count, each)):
@@ -118,17 +123,17 @@ class GaussianField(ABC):
             total += np.einsum("ij,ij->j", drawn, drawn)
         return total / count
 
-    @cached_property
-    def _exact_variance(self) -> np.ndarray:
+    def _exact_variance(self, among: MPI.Comm) -> np.ndarray:
         out, own = np.zeros(self.size), self._replication.own
+        start, stop = (self.total * rank // among.size for rank in (among.rank, among.rank + 1))
         each = max(1, int(_BLOCK / max(1, self.total)))
-        for first in range(0, self.total, each):
-            columns = range(first, min(first + each, self.total))
+        for first in range(start, stop, each):
+            columns = range(first, min(first + each, stop))
             mine = np.arange(max(own.start, columns.start), min(own.stop, columns.stop))
             rows = np.zeros((len(columns), self.size))
             rows[mine - first, mine - own.start] = 1.0
             out[mine - own.start] = self.covariance(rows)[mine - first, mine - own.start]
-        return out
+        return out if among.size == 1 else among.allreduce(out)
 
 
 class FormField(GaussianField):
@@ -277,8 +282,7 @@ class DiagonalField(GaussianField):
         """Return scaled white noise."""
         return white_noise([(*key, self._rank) for key in keys], count, self.size) / np.sqrt(self._diagonal)
 
-    @cached_property
-    def _exact_variance(self) -> np.ndarray:
+    def _exact_variance(self, among: MPI.Comm) -> np.ndarray:
         return 1 / self._diagonal
 
 

@@ -246,7 +246,8 @@ class FieldPrior(Prior):
             raise InputError(f"variance: samples = {samples!r}: give a whole number of at least 1, or None")
         out = np.empty(self.layout.size)
         for control, field in self._fields.items():
-            self.layout.part(out, control)[...] = field.variance(samples) / self._weight(control)
+            found = field.variance(samples, self.layout.spacetime.time_comm)
+            self.layout.part(out, control)[...] = found / self._weight(control)
         return self._share(out)
 
     def log_det_precision(self) -> float | None:

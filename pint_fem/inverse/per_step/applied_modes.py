@@ -26,8 +26,8 @@ from pint_fem.collective import on_first_rank
 from pint_fem.inverse.laws.noise import Noise
 from pint_fem.inverse.laws.priors import Prior
 from pint_fem.inverse.memory import state_memory
-from pint_fem.inverse.per_step.gram import data_gram
 from pint_fem.inverse.per_step.low_rank import low_rank_eigenpairs
+from pint_fem.inverse.per_step.reading_covariance import ReadingCovariance
 from pint_fem.inverse.spectra import Spectrum
 
 if TYPE_CHECKING:
@@ -52,6 +52,9 @@ class AppliedModes(Spectrum):
         Eigenvalues ``(modes,)`` and orthonormal vectors ``(m, modes)`` of the whitened covariance of the readings.
     remainder
         Estimate of the largest eigenvalue that is left out.
+    covariance
+        Covariance of the readings, where a dense matrix ``(m, m)`` is not large: variances then take no product with
+        the map.
 
     Attributes
     ----------
@@ -67,8 +70,10 @@ class AppliedModes(Spectrum):
         lam: np.ndarray,
         U: np.ndarray,
         remainder: float = 0.0,
+        *,
+        covariance: ReadingCovariance | None = None,
     ):
-        self._F, self._prior, self._noise, self._U = F, prior, noise, U
+        self._F, self._prior, self._noise, self._U, self._covariance = F, prior, noise, U, covariance
         self.lam, self.scale, self.remainder = lam, np.ones(len(lam)), remainder
 
     def beta(self, r: np.ndarray) -> np.ndarray:
@@ -84,7 +89,12 @@ class AppliedModes(Spectrum):
         return self._noise.whitened(self._F.product(self._prior.covariance(g))) @ self._U
 
     def squares(self, weights: np.ndarray) -> np.ndarray:
-        """:math:`\\sum_i w_i W_i^2`, ``(layout.size,)``, by a product for each mode that matters (collective)."""
+        """:math:`\\sum_i w_i W_i^2`, ``(layout.size,)``, by a dense matrix of the readings, or by a product for each
+        mode that matters (collective).
+        """
+        if self._covariance is not None:
+            half = self._noise.inverse(self._noise.correlated(self._U.T))  # rows: L^{-T} U
+            return self._covariance.squares((half.T * weights) @ half)
         # a mode's share of a variance is at most w lam times the prior's variance
         some = np.flatnonzero(np.abs(weights) * self.lam > np.finfo(float).eps / max(1, len(weights)))
         out, each = np.zeros(self._F.layout.size), _vectors_at_once(self._F)
@@ -117,14 +127,16 @@ def dense_modes(F: ParameterToObservable, prior: Prior, noise: Noise) -> Applied
     m, comm = F.table.size, F.spacetime.comm
     parts = {"dense matrices": 8 * (5 if comm.rank == 0 else 3) * m**2}
     state_memory(F, parts, f"the posterior in the space of {m} readings", "give fewer readings")
-    gram = data_gram(F, prior)
+    covariance = ReadingCovariance(F, prior)
+    gram = covariance.dense()
 
     def diagonalised() -> tuple[np.ndarray, np.ndarray]:
         G = noise.whitened(noise.whitened(gram).T)
         lam, U = eigh(0.5 * (G + G.T), driver="evd", check_finite=False)
         return np.maximum(lam, 0.0), U
 
-    return AppliedModes(F, prior, noise, *on_first_rank(comm, "posterior", diagonalised))
+    lam, U = on_first_rank(comm, "posterior", diagonalised)
+    return AppliedModes(F, prior, noise, lam, U, covariance=covariance)
 
 
 def low_rank_modes(
@@ -144,8 +156,11 @@ def low_rank_modes(
         Of the random vectors.
     """
     each = _vectors_at_once(F)
+    covariance = None if F.steps is None else ReadingCovariance(F, prior)
 
     def product(rows: np.ndarray) -> np.ndarray:
+        if covariance is not None:
+            return noise.whitened(covariance.product(noise.inverse(noise.correlated(rows))))
         parts = [_covered(F, prior, noise, rows[first : first + each]) for first in range(0, len(rows), each)]
         return noise.whitened(np.concatenate([F.product(part) for part in parts]))
 

@@ -25,7 +25,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from scipy.fft import irfft, next_fast_len, rfft
-from scipy.sparse import coo_matrix
+from scipy.sparse import coo_matrix, csr_matrix
 
 from pint_fem.all_at_once.grids import split_steps
 from pint_fem.evolution.control_layout import ControlLayout
@@ -126,7 +126,7 @@ def _exchange(comm, parts: Sequence[np.ndarray], shapes: Sequence[tuple[int, ...
     return [part.reshape(shape) for part, shape in zip(np.split(received, ends), shapes, strict=True)]
 
 
-def reading_matrix(table: ReadingTable, lags: int):
+def reading_matrix(table: ReadingTable, lags: int) -> csr_matrix:
     """The sparse matrix ``(m, lags * sensors)`` from what all sensors read at the points ``1 .. lags`` to readings."""
     rows, columns, values = [], [], []
     for point, share in ((table.point, table.theta), (table.point - 1, 1 - table.theta)):

@@ -4,6 +4,7 @@ report                 strong and weak scaling, XBraid's experiment, a Gantt cha
 plan NETWORK           the fastest options of a network's training step
 calibrate NETWORK      measure the costs of a network (mpiexec -n 2 for MPI's), serial torch and gradient errors
 validate NETWORK       time training steps on all ranks beside the predictions (mpiexec -n 1, 2)
+validate-map PROBLEM   time whole inversions by the map on all ranks beside the predictions (mpiexec -n 1, 2)
 count PROBLEM          count whole inversions by real runs
 pyadjoint PROBLEM      time serial pyadjoint
 
@@ -111,7 +112,21 @@ def _validate(opts) -> None:
             )
 
 
+def _validate_map(opts) -> None:
+    from tests.benchmarks.scaling.map_validation import compare_map
+
+    case, record = _case(opts.problem, False).case, records.load(opts.problem)
+    for row in compare_map(record, case, repeats=opts.repeats or 5):
+        if MPI.COMM_WORLD.rank == 0:
+            print(
+                f"{opts.problem}, {row.ranks} ranks, {row.task}: measured {row.measured:.4g} s, predicted "
+                f"{row.predicted:.4g} s, error {row.error:+.1%} (steps of the adjoint, timed in turn with it, took "
+                f"{row.slower:.2f} times as long as calibrated)"
+            )
+
+
 def _count(opts) -> None:
+    from tests.benchmarks.scaling.cases import SERIAL
     from tests.benchmarks.scaling.inversions import count_inversion
 
     study, record = _case(opts.problem, False), records.load(opts.problem)
@@ -121,6 +136,11 @@ def _count(opts) -> None:
         found = count_inversion(case.smaller or case.pose, study.inversion_steps, options, **given)
         others = [c for c in record.inversions if c["options"] != found["options"]]
         record = record.with_changes(inversions=[*others, found])
+    if study.with_sensors:
+        found = count_inversion(
+            study.with_sensors, study.inversion_steps, SERIAL, gtol=study.gtol, rtol=min(study.case.rtol)
+        )
+        record = record.with_changes(with_sensors=found)
     print(f"written: {records.save(record)}")
 
 
@@ -133,7 +153,7 @@ def _pyadjoint(opts) -> None:
 
 COMMANDS = {
     "report": _report, "plan": _plan, "calibrate": _calibrate, "validate": _validate, "count": _count,
-    "pyadjoint": _pyadjoint,
+    "pyadjoint": _pyadjoint, "validate-map": _validate_map,
 }  # fmt: skip
 
 if __name__ == "__main__":

@@ -19,7 +19,17 @@ from problems.maxwell_source import maxwell_source
 from problems.serial_maxwell import serial_maxwell_source
 from problems.serial_pyadjoint import SQUARE_TIME, SerialSource, serial_heat_source, serial_square, square_functionals
 
-__all__ = ["HEAT_SOURCE", "HEAT_SQUARE", "LAYERS", "MAXWELL_CAVITY", "MAXWELL_LOSSY", "STUDIES", "LayersCase", "Study", "square_with_sensors"]
+__all__ = [
+    "HEAT_SOURCE",
+    "HEAT_SQUARE",
+    "LAYERS",
+    "MAXWELL_CAVITY",
+    "MAXWELL_LOSSY",
+    "STUDIES",
+    "LayersCase",
+    "Study",
+    "square_with_sensors",
+]
 
 
 SERIAL = {"levels": 1}

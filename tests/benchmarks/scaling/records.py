@@ -13,7 +13,7 @@ from pint_fem.scaling import costs
 __all__ = ["CALIBRATIONS", "COUNTED", "Record", "load", "names", "save"]
 
 CALIBRATIONS, COUNTED = (Path(__file__).parent / name for name in ("calibrations", "counted"))
-OWN = ("inversions", "baseline", "gradient_errors")
+OWN = ("inversions", "baseline", "gradient_errors", "with_sensors")
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,15 @@ class Record(costs.Calibration):
         name what does not depend on the steps. Of a network: a ``"step"`` of serial torch, and its ``"threads"``.
     gradient_errors
         Of a network: ``options``, ``iterations`` and the relative ``error`` of the gradient of a cold training step.
+    with_sensors
+        An inversion by sequential stepping with sensors in the place of a misfit that observes the state everywhere, as
+        one of ``inversions``; empty where the problem has sensors.
     """
 
     inversions: Sequence[Mapping] = ()
     baseline: Mapping[str, float] = field(default_factory=dict)
     gradient_errors: Sequence[Mapping] = ()
+    with_sensors: Mapping = field(default_factory=dict)
 
 
 def names(kind: str | None = None) -> list[str]:

@@ -16,6 +16,7 @@ from pint_fem.scaling.model import Model, Solve
 from pint_fem.scaling.network import Network
 from pint_fem.scaling.planner import cycles_of, describe, least_time, options_key
 from pint_fem.scaling.space import assumption
+from tests.benchmarks.scaling.map_table import map_table
 from tests.benchmarks.scaling.published_tables import published_tables
 from tests.benchmarks.scaling.records import Record, load
 from tests.benchmarks.scaling.records import names as record_names
@@ -92,6 +93,9 @@ def report(
             data[name], claim = training(c, out, say, largest, network)
         else:
             data[name], claim = _problem(c, out, say, largest, network, rtol)
+            if c.linear_inverse:
+                claims.append(claim)
+                data[name]["map"], claim = map_table(c, say, largest, network)
         claims.append(claim)
     data["published"] = published_tables(say, min(largest, 16384), choices=choices)
     say("\nIn short")
