@@ -87,7 +87,7 @@ def test_map(grid, tmp_path):
     for name, panels in (("source.png", 2), ("sensors.png", 2), ("l_curve.png", 2)):
         assert_drawn(tmp_path / name, panels=panels)
     assert not (tmp_path / "convergence.png").exists()
-    assert "standard_deviation" in next((tmp_path / "fields").rglob("source*.*vtu")).read_bytes().decode(errors="ignore")
+    assert b"standard_deviation" in next((tmp_path / "fields").rglob("source_*.vtu")).read_bytes()
 
 
 def test_live(tmp_path):
