@@ -259,7 +259,7 @@ def write_frames(path, frames: list[Frame], setting: Setting) -> None:
     ends = np.unique(np.geomspace(1, len(frames) - 1, KEPT).round().astype(int))
     left, right, bottom, top = setting.extent
     size = 3.3 * len(ends) + 1, 6.0 * (top - bottom) / (right - left) + 1.2
-    fig, axes = plt.subplots(2, len(ends), figsize=size, layout="constrained", squeeze=False)
+    fig, axes = plt.subplots(2, len(ends), figsize=size, layout="constrained", squeeze=False, sharey=True)
     for column, n in enumerate(ends):
         frame = frames[n]
         means, deviations = axes[:, column]

@@ -86,6 +86,8 @@ COMMAND_LINE = {
     "no steps": (["--steps", "0"], ["--steps", "0"]),
     "negative noise": (["--noise", "-1"], ["--noise"]),
     "tolerance nan": (["--rtol", "nan"], ["--rtol"]),
+    "no such method": (["--method", "magic"], ["magic", "trust-region"]),
+    "options of another method": (["--exact", "--gtol", "1e-6"], ["--gtol", "--exact", "--method trust-region"]),
     "integrator": (["--integrator", "RK4"], ["RK4", "SDIRK2"]),
     "time solver": (["--time-solver", "magic"], ["magic", "serial"]),
     "grid no grid": (["--grid", "two"], ["two", "SPACExTIME"]),

@@ -72,17 +72,32 @@ def test_images_of_all_ranks_in_the_order_of_time():
 def test_fields(tmp_path, figures):
     """One symmetric scale for all, which the largest value sets; sensors as dots."""
     path, (a, b), points = tmp_path / "fields.png", images(2), np.array([[0.5, 0.5], [1.5, 0.2], [1.0, 0.9]])
-    pictures.plot_fields(path, [("true", a), ("found", b)], EXTENT, points=points, title="sources")
+    pictures.plot_fields(path, [("true", a), ("found", b)], EXTENT, points=points, title="sources", label="in W")
     (fig,), limit = figures, abs(b).max()
-    assert fig.get_suptitle() == "sources"
+    assert fig.get_suptitle() == "sources; dots: sensors"
     assert [ax.get_title() for ax in fig.axes[:2]] == ["true", "found"]
-    assert fig.axes[2].get_ylabel() == "dots: sensors"
+    assert fig.axes[2].get_ylabel() == "in W"
     for ax, image in zip(fig.axes, (a, b), strict=False):
         (shown,), (dots,) = ax.images, ax.lines
         np.testing.assert_array_equal(shown.get_array(), image)
         assert shown.get_clim() == (-limit, limit)
         assert tuple(shown.get_extent()) == EXTENT
         np.testing.assert_array_equal(dots.get_xydata(), points)
+    assert_drawn(path, panels=2, colours=200)
+
+
+def test_fields_and_deviations(tmp_path, figures):
+    """Deviations in the last column, on a scale of their own between the least one and the one of most pixels."""
+    path, (a, b), deviation = tmp_path / "fields.png", images(2), 1 + np.abs(images(1)[0])
+    given = [("true", a), ("found", b), ("difference", a - b)]
+    pictures.plot_fields(path, given, EXTENT, deviations=[("deviation", deviation)], rows=2, label="in W")
+    panels = {ax.get_title(): ax for ax in figures[0].axes if ax.get_title()}
+    places = {name: ax.get_subplotspec().get_geometry()[2] for name, ax in panels.items()}
+    assert places == {"true": 0, "found": 2, "difference": 1, "deviation": 3}  # numbers of a grid of two by two
+    assert panels["deviation"].images[0].get_clim() == (deviation.min(), np.quantile(deviation, 0.99))
+    limit = max(abs(image).max() for _, image in given)
+    assert all(panels[name].images[0].get_clim() == (-limit, limit) for name, _ in given)
+    assert [ax.get_ylabel() for ax in figures[0].axes if not ax.get_title()] == 4 * ["in W"]
     assert_drawn(path, panels=2, colours=200)
 
 
@@ -101,6 +116,24 @@ def test_sensors(tmp_path, figures):
     np.testing.assert_array_equal([bar.get_height() for bar in right.patches], heights)
     assert right.patches[0].get_x() == pytest.approx(edges[0])
     assert_drawn(path, colours=100)
+
+
+def test_bands_of_sensors(tmp_path, figures):
+    """Two deviations around the fit, and of the sensor with the widest band without and with the noise."""
+    path, times, rng = tmp_path / "sensors.png", np.linspace(0, 1, 9), np.random.default_rng(0)
+    measured, predicted = rng.standard_normal((2, 9, 5))
+    deviation = np.full((9, 5), 0.3) + 0.1 * (np.arange(5) == 3)
+    given = dict(names="abcde", show=3, deviation=deviation, noise=0.3)
+    pictures.plot_sensors(path, times, measured, predicted, **given)
+    left, middle, _ = figures[0].axes
+    for band, s in zip(left.collections, (0, 2, 4), strict=True):
+        heights = band.get_paths()[0].vertices[:, 1]
+        assert np.isclose(heights.max(), (predicted[:, s] + 0.6).max())
+        assert np.isclose(heights.min(), (predicted[:, s] - 0.6).min())
+    np.testing.assert_allclose(middle.lines[0].get_ydata(), (measured - predicted)[:, 3])
+    assert [band.get_paths()[0].vertices[:, 1].max() for band in middle.collections] == pytest.approx([1.0, 0.8])
+    assert "sensor d" in middle.get_title()
+    assert_drawn(path, panels=3, colours=100)
 
 
 def test_convergence(tmp_path, figures):

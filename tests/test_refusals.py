@@ -77,7 +77,7 @@ def test_command_line(kind, tmp_path, capfd, monkeypatch, mgrit_database):  # no
     if "--out" not in arguments:
         arguments += ["--out", f"{folder}/out"]
     if not kind.startswith("steps"):
-        arguments += ["--steps", "16", "--max-iterations", "1"]
+        arguments += ["--steps", "16", "--method", "trust-region", "--max-iterations", "1"]
     mgrit_database(arguments)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     check(*outcome(main, capfd, monkeypatch, arguments), *words)
@@ -209,7 +209,8 @@ def test_results_that_cannot_be_written(tmp_path, axis, capfd, monkeypatch):
     of more than 20 kB, as on a full disk: fields have some 60 kB on each rank, the summary 2 kB.
     """
     folder, grid = shared(tmp_path), f"1x{COMM.size}" if axis == "time" else f"{COMM.size}x1"
-    given = ["--grid", grid, "--steps", "8", "--max-iterations", "1", "--exact", "--checkpoint", f"{folder}/run.h5"]
+    given = ["--grid", grid, "--steps", "8", "--method", "trust-region", "--max-iterations", "1", "--exact"]
+    given += ["--checkpoint", f"{folder}/run.h5"]
     arguments = [*given, "--out", f"{folder}/out", "-mgrit_coarsening", "2"]
     code, err = outcome(main, capfd, monkeypatch, arguments)
     assert code == 0, err

@@ -27,6 +27,7 @@ from pint_fem.inverse.impulse_responses import GROUP, LagBlock, lags_of_block
 from pint_fem.inverse.response_rows import SensorReadingRows, StepTerm, collectors, own_readings
 from pint_fem.propagators.linear import LinearPropagator
 from pint_fem.spacetime import SpaceTime
+from pint_fem.sweeps.regridding import sweeps_on_grid
 from pint_fem.sweeps.sweeps import Sweeps
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ class SensorGroup:
             return
         self._shared = SharedGroups(everyone.comm, size * everyone.space_size)
         self.spacetime = SpaceTime((everyone.space_size, size), comm=self._shared.groups.inner)
-        self.sweeps = collectively(everyone.comm, "time_ranks", sweeps.on_grid, self.spacetime)
+        self.sweeps = collectively(everyone.comm, "time_ranks", sweeps_on_grid, sweeps, self.spacetime)
 
     def blocks(self, sources: np.ndarray, lags: int) -> Iterator[LagBlock]:
         """Yield the adjoints of sensors at this rank's lags, a block of lags after the other (collective over the

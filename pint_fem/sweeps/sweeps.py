@@ -28,7 +28,6 @@ from pint_fem.kernels.arrays import get
 from pint_fem.kernels.garbage import clean
 from pint_fem.mgrit.options import MGRITOptions
 from pint_fem.paradiag.options import ParaDiagOptions
-from pint_fem.propagators import make_propagator
 from pint_fem.propagators.base import FEPropagator, StepData
 from pint_fem.spacetime import SpaceTime
 from pint_fem.sweeps.batches import member_squares, of_each, stacked_levels
@@ -67,6 +66,8 @@ class Sweeps:
     ----------
     solvers : TimeSolvers
         What solves the sweeps.
+    given : dict
+        The options and propagators as given.
     evolution : Evolution
         The private copy of the evolution that is solved.
     slab : Slab
@@ -82,32 +83,13 @@ class Sweeps:
     """
 
     def __init__(self, evolution: Evolution, spacetime: SpaceTime, **given: Any):
-        self.solvers, self._given = TimeSolvers(evolution, spacetime, **given), given
+        self.solvers, self.given = TimeSolvers(evolution, spacetime, **given), given
         self.evolution, self.spacetime, self.slab = self.solvers.evolution, spacetime, self.solvers.slab
         self.initial = get(self.evolution.initial)
         self.counts = {"state": 0, "adjoint": 0, "tangent": 0, "cycles": 0}
         self.results: deque[tuple[str, SolveResult]] = deque(maxlen=500)
         self.on_sweep: Callable[[str, SolveResult], None] | None = None
         self._cause: BaseException | None = None  # why a right-hand side could not be computed
-
-    def on_grid(self, spacetime: SpaceTime) -> Sweeps:
-        """The sweeps of the same evolution with the same options and propagators on another process grid, whose space
-        communicator is congruent; all points are stored (collective over that grid).
-
-        Raises
-        ------
-        InputError
-            On every rank of the grid, if it has more time ranks than steps, or groups of steps.
-        """
-        given = self._given | {"options": MGRITOptions.make(self._given.get("options"), storage="all", trace="")}
-        make, known = given.pop("propagator", make_propagator), {p.stride: p for p in self.propagators}
-
-        def propagator(evolution: Evolution, *, stride: int, tableau: Any) -> FEPropagator:
-            return known.get(stride) or make(evolution, stride=stride, tableau=tableau)
-
-        made = Sweeps(self.evolution, spacetime, propagator=propagator, **given)
-        made.solvers.omit_estimates()
-        return made
 
     @property
     def options(self) -> MGRITOptions | ParaDiagOptions:

@@ -82,8 +82,8 @@ class TimeSolvers:
         Own steps.
     space : SpatialLevels
         Evolutions of the levels and transfers between their meshes.
-    propagators, is_linear : list of FEPropagator, bool
-        The step of each level, and whether all are linear.
+    propagators, is_linear, reported : list of FEPropagator, bool, bool
+        The step of each level, whether all are linear, and whether the a-priori estimates have been logged.
     state, tangent, adjoint : TimeSolver
         The solvers; of a linear evolution ``state`` and ``tangent`` are the same.
     intervals, linearisations, averaged, trace
@@ -141,7 +141,7 @@ class TimeSolvers:
         """Make the propagators and the solvers."""
         spacetime, options, factors, N = self.spacetime, self._mgrit, self._factors, self.evolution.nsteps
         self.averaged: AveragedSystems | None = None
-        self._reported = False
+        self.reported = False
         kernels_on_all_or_none(spacetime.comm)
         self.propagators = collectively(spacetime.comm, "propagator", self._make_propagators)
         self.is_linear = all(p.is_linear for p in self.propagators)
@@ -387,13 +387,9 @@ class TimeSolvers:
                 if self.spacetime.is_root:
                     logger.log(level, text)
 
-        if not self._reported:
-            self._reported = True
+        if not self.reported:
+            self.reported = True
             collectively(self.spacetime.comm, "theory", report)
-
-    def omit_estimates(self) -> None:
-        """Do not log the a-priori estimates, as solvers of the same evolution have done so."""
-        self._reported = True
 
     def write_trace(self) -> None:
         """Write the work and messages of all sweeps so far to the file of the option ``trace``, if there is one
