@@ -238,7 +238,7 @@ def plot_regularisation(path: Path, curve: RegularisationCurve, choices: dict[st
     right.set(xlabel="weight of the prior", title="criteria and chosen weights (dashed)")
     for n, (name, alpha) in enumerate(choices.items()):
         place = [np.exp(np.interp(np.log(alpha), np.log(curve.alpha), np.log(y))) for y in (curve.misfit, curve.size)]
-        left.plot(*place, "os^Dv"[n % 5], color=f"C{n + 3}", mec="k", mew=0.5, label=f"{name}: {alpha:.3g}")
+        left.plot(*place, "os^Dv"[n % 5], color=f"C{n + 3}", ms=8, mec="w", mew=0.5, label=f"{name}: {alpha:.3g}")
         right.axvline(alpha, color=f"C{n + 3}", lw=1, ls="--")
     left.legend(fontsize=8, title="weights")
     right.legend(fontsize=8, loc="center left")

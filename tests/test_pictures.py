@@ -133,7 +133,7 @@ def test_bands_of_sensors(tmp_path, figures):
     np.testing.assert_allclose(middle.lines[0].get_ydata(), (measured - predicted)[:, 3])
     assert [band.get_paths()[0].vertices[:, 1].max() for band in middle.collections] == pytest.approx([1.0, 0.8])
     assert "sensor d" in middle.get_title()
-    assert_drawn(path, panels=3, colours=100)
+    assert_drawn(path, panels=2, colours=100)
 
 
 def test_convergence(tmp_path, figures):
