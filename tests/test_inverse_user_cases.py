@@ -70,8 +70,9 @@ def test_the_transpose_is_a_linear_operator():
 
 
 @pytest.mark.parallel(2)
-def test_what_differs_between_ranks_is_refused_on_all_of_them():
-    posterior = (F := functional().parameter_to_observable()).posterior()
+def test_what_differs_between_ranks_is_refused_on_all_of_them(tmp_path):
+    posterior = (F := (J := functional()).parameter_to_observable()).posterior()
+    sensors = pf.PointSensors(POINTS, [0.1], np.zeros((1, 3)))
     second, (m, n) = MPI.COMM_WORLD.rank == 1, F.shape
     cases = {
         "controls of shape": lambda: F @ np.ones(n + second),
@@ -80,6 +81,10 @@ def test_what_differs_between_ranks_is_refused_on_all_of_them():
         "seed is not the same": lambda: posterior.sample(1, seed=int(second)),
         "time is not the same": lambda: posterior.until(0.02 + 0.05 * second),
         "prior is not the same": lambda: F.posterior(prior="riesz_map" if second else None),
+        "load is not the same": lambda: J.parameter_to_observable(load=tmp_path / "map.h5" if second else None),
+        "time_ranks is not the same": lambda: J.parameter_to_observable(time_ranks=1 if second else None),
+        "predictions is not the same": lambda: J.parameter_to_observable(predict=[] if second else sensors),
+        "path is not the same": lambda: F.save(tmp_path / f"map{int(second)}.h5"),
         "mean is not the same": lambda: F.posterior(mean=np.ones(n) if second else None),
     }
     for match, call in cases.items():

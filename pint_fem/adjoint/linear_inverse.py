@@ -92,7 +92,9 @@ class LinearInverse:
         """
         with stop_annotating():
             require_rows_argument(self.spacetime.comm, rows, path)
+            require_same(self.spacetime.comm, load=None if load is None else str(load), time_ranks=time_ranks)
             named = collectively(self.spacetime.comm, "", require_predictions, predict)
+            require_same(self.spacetime.comm, predictions=[type(one).__name__ for one in named])
             F = make_map(self, load=load, folder=path, time_ranks=time_ranks)
             if named:
                 F.predictions = map_of_predictions(self, named)

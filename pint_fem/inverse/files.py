@@ -22,7 +22,7 @@ from firedrake import Function
 
 from pint_fem import files
 from pint_fem.array_file import Piece, Place, read_head, read_part, write_file
-from pint_fem.collective import collectively, on_first_rank
+from pint_fem.collective import collectively, on_first_rank, require_same
 from pint_fem.digests import differences
 from pint_fem.errors import InputError
 from pint_fem.kernels.arrays import as_rows, own_size
@@ -58,6 +58,7 @@ def save_map(F: ParameterToObservable, path: str | Path, numbers: Mapping) -> No
         as it is.
     """
     path, comm = Path(path), F.spacetime.comm
+    require_same(comm, path=str(path))
     lock = files.FileLock(path, _WHAT)
 
     def checked() -> None:
