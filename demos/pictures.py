@@ -226,7 +226,7 @@ def plot_regularisation(path: Path, curve: RegularisationCurve, choices: dict[st
     prior, with the weights that were chosen, by the names of the methods.
     """
     fig, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
-    left.loglog(curve.misfit, curve.size, "k-", lw=1)
+    left.loglog(curve.misfit, curve.size, "C0-", lw=1)
     left.set(xlabel="squared residual", ylabel="squared size in the prior's norm", title="L-curve")
     left.xaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), minor_formatter=NullFormatter(), major_formatter="{x:g}")
     right.loglog(curve.alpha, curve.misfit / readings, "C0-", label="squared residual / readings")

@@ -101,8 +101,9 @@ def test_without_firedrake(arguments, tmp_path):
 def test_plan(tmp_path):
     """Its lines are those of the planner."""
     pytest.importorskip("greenlet")
+    from pint_fem.scaling.costs import load
     from pint_fem.scaling.network import Network
-    from pint_fem.scaling.planner import plan
+    from pint_fem.scaling.planner import plan, plan_map
 
     code, out, _ = start(
         tmp_path, "plan", "heat-source", "--ranks", 4, "--steps", 64, "--network", "2us,12GB/s", "--rtol", 1e-6
@@ -113,6 +114,9 @@ def test_plan(tmp_path):
     for choice in [made.best, *made.alternatives]:
         assert re.search(rf"{choice.solver} .*{choice.grid[0]} x {choice.grid[1]} .*{choice.seconds:.4g}", out)
     assert out.count("assumed: ") == len(made.assumptions)
+    found = plan_map(load("heat-source"), 4, nsteps=64, rtol=1e-6, network=Network.parse("2us,12GB/s"))
+    assert f"24 sensors: the whole inversion in {found.seconds:.3g} s" in out
+    assert "  4 groups of sensors x 1 in time x 1 in space (1 x 4), sequential steps" in out
 
 
 BAD = {

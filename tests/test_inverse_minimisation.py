@@ -54,27 +54,40 @@ class Posed:
     forms: list
 
 
-def posed(st, *, quartic=False, coupled=False, per_step=False, nonlinear=False, weight=200.0, spacetime_options=None):
+def posed(
+    st,
+    *,
+    few=False,
+    quartic=False,
+    coupled=False,
+    per_step=False,
+    nonlinear=False,
+    weight=200.0,
+    spacetime_options=None,
+):
     """Heat with a source field, the initial condition and a real strength as controls."""
     mesh = square(3, st.space_comm)
     V, R = FunctionSpace(mesh, "CG", 1), FunctionSpace(mesh, "R", 0)
     x, y = SpatialCoordinate(mesh)
     u, v, t = Function(V), TestFunction(V), pf.time_function(mesh)
-    q, u0, strength = Function(V, name="q"), Function(V, name="u0"), Function(R, name="strength")
+    Q = FunctionSpace(mesh, "DG", 0) if few else V
+    q, u0, strength = Function(Q, name="q"), Function(V, name="u0"), Function(R, name="strength")
     load, kappa, size = Function(V, name="load"), Constant(0.4), Constant(BETA)
     load.interpolate(0.3 + x)
     k = kappa * (1 + u**2) if nonlinear else kappa
     f = q * (1 + sin(20 * t)) + strength * x * y + load
     F = Dt(u) * v * dx + k * dot(grad(u), grad(v)) * dx - f * v * dx
     ev = pf.Evolution(
-        F, u, tableau=pf.SDIRK2(), dt=0.02, nsteps=10, control=[q, u0, strength], t=t, bcs=[DirichletBC(V, 0, 1)],
-        initial=u0, per_step=[q] if per_step else False,
+        F, u, tableau=pf.SDIRK2(), dt=0.02, nsteps=10, control=[q, strength] if few else [q, u0, strength], t=t,
+        bcs=[DirichletBC(V, 0, 1)], initial=u0, per_step=[q] if per_step else False,
     )  # fmt: skip
     forms = [
         0.5 * (ALPHA * inner(grad(q), grad(q)) + size * q * q) * dx,
         0.5 * BETA * (u0 * u0 + 0.1 * inner(grad(u0), grad(u0))) * dx,
         0.5 * BETA * (strength - 1) ** 2 * dx,
     ]
+    if few:
+        del forms[1]
     if coupled:
         forms.append(0.5 * BETA * (q - u0) ** 2 * dx)
     if quartic:
@@ -284,6 +297,29 @@ def test_derivatives_on_the_map_are_those_of_sweeps():
     for found, dz in zip(on_map.hessian_actions(z, [a, b]), (a, b), strict=True):
         close(found, sweeps.hessian_action(z, dz))
         close(on_map.hessian_action(z, dz), found)
+
+
+@pytest.mark.parallel([1, 2, 3])
+def test_the_matrix_of_few_controls_has_the_products_of_sweeps():
+    p = posed(pf.SpaceTime({1: "1x1", 2: "2x1", 3: "1x3"}[MPI.COMM_WORLD.size]), few=True)
+    rng = np.random.default_rng(5)
+    z, dz = (p.J.function(np.zeros(p.J.layout.size)) for _ in range(2))
+    for f in (z, dz):
+        for part in f:
+            part.interpolate(SpatialCoordinate(part.function_space().mesh())[0] ** 2 + rng.standard_normal())
+    z, dz = p.J.array(z), p.J.array(dz)
+    expected, F = p.J.problem.hessian_action(z, dz), p.J.parameter_to_observable()
+    close = lambda x: np.testing.assert_allclose(x, expected, rtol=0, atol=1e-11 * np.abs(expected).max())
+    first = p.J.on_map(F).problem
+    for _ in range(12):
+        close(first.hessian_action(z, dz))
+    assert first.misfit._matrix is not None
+    close(np.array(first.hessian_actions(z, [2 * dz, dz]))[1])
+    matrix = F.default_posterior.spectrum.misfit_matrix
+    second = p.J.on_map(F).problem
+    close(second.hessian_action(z, dz))
+    assert second.misfit._matrix is matrix
+    np.testing.assert_allclose(matrix.whole(), matrix.whole().T, rtol=0, atol=1e-12 * np.abs(matrix.whole()).max())
 
 
 @pytest.fixture

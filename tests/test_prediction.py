@@ -9,6 +9,8 @@ import pint_fem as pf
 from pint_fem.errors import InputError
 from pint_fem.inverse.inference.gaussian_law import GaussianLaw
 from pint_fem.inverse.laws.priors import make_prior
+from pint_fem.inverse.posterior import GaussianPosterior
+from pint_fem.inverse.spectra import ParameterSpace
 from pint_fem.kernels.arrays import get
 from pint_fem.spacetime import SpaceTime
 from tests.inverse_problems import heat
@@ -177,3 +179,22 @@ def test_controls_with_one_value_per_step():
     wrong = [Cofunction(c.function_space().dual()) for c in layout.evolution.controls]
     with pytest.raises(InputError, match="an EnsembleCofunction"):
         law.functional(wrong)
+
+
+@pytest.mark.parallel([2])
+@pytest.mark.parametrize("space", ["readings", "controls"])
+def test_ranks_in_space(space):
+    """Two ranks in space and two in time have the same predictions, streams, choices of alpha and functionals."""
+    found = []
+    for grid in ("2x1", "1x2"):
+        rf = problem(SpaceTime(grid))
+        F = rf.parameter_to_observable(predict=virtual(rf.evolution.u))
+        made = F.posterior(noise=NOISE)
+        if space == "controls":
+            made = GaussianPosterior(F, made.prior, made.noise, ParameterSpace(F, made.prior, made.noise, F.partition))
+        made = made.with_data(simulated(made, NOISE))
+        now = made.until(0.035)
+        integral = now.functional(rf.evolution.controls[0] * dx)
+        numbers = now.log_evidence(), now.misfit(), *integral, made.choose("discrepancy").alpha
+        found.append(np.concatenate([now.predict().standard_deviation, now.predict().mean, numbers]))
+    np.testing.assert_allclose(*found, rtol=1e-6)

@@ -292,6 +292,8 @@ class ParameterToObservable(Inversion, LinearOperator):
         made = copy(self)
         made.table, made.offset, made.regularisation = table, offset, regularisation
         made.data, made.weights = table.values, table.weights
+        if not np.array_equal(offset, self.offset):
+            made.predictions = None  # their values at zero controls are of the old data
         if self._description is not None and not same:
             made._problem = self._description()
         found = vars(made).pop("default_posterior", None)

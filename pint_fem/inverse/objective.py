@@ -7,8 +7,9 @@ With readings :math:`d`, predicted as :math:`y_0 + F z`, and the covariance :mat
     M'(z) = F^T N^{-1} r(z), \quad M''\, v = F^T N^{-1} F v :
 
 products with matrices, without a sweep. For static controls these are the reduced rows :math:`F = Q C` of
-:mod:`pint_fem.inverse.reduction` where they are clearly fewer than the readings, as diffusion makes them. The residual
-itself is computed, not the expanded square, so that a small misfit has no error of the size of :math:`|d|^2`.
+:mod:`pint_fem.inverse.reduction` where they are clearly fewer than the readings, as diffusion makes them. For few
+controls :math:`F^T N^{-1} F` is a matrix after the first products, or that of the posterior where there is one. The
+residual itself is computed, not the expanded square, so that a small misfit has no error of the size of :math:`|d|^2`.
 """
 
 from __future__ import annotations
@@ -20,12 +21,15 @@ import numpy as np
 from pint_fem.inverse.laws.noise import Noise, make_noise
 from pint_fem.inverse.per_step.spectrum_choice import LARGEST_DENSE
 from pint_fem.inverse.reduction import estimated_size
+from pint_fem.inverse.spectra import MisfitMatrix
 
 if TYPE_CHECKING:
     from pint_fem.inverse.map import ParameterToObservable
 
 __all__ = ["MapMisfit"]
 
+_PRODUCTS = 10
+"""Products with the Hessian by the rows, after which its matrix is computed for few controls."""
 _FEWER = 0.7
 """Part of the readings that reduced rows are at most where computing them saves time."""
 
@@ -44,10 +48,16 @@ class MapMisfit:
 
     def __init__(self, F: ParameterToObservable, noise: Noise | None = None):
         self.F = F
+        known = vars(F).get("default_posterior")
+        if noise is None and known is not None:
+            noise = known.noise
         if noise is None:
             noise = make_noise(None, F.weights, F.table.sensor, F.table.sensors)
         self.noise = noise
-        self._reduced = F.reduced if _reduction_pays(F) else None
+        self._matrix: MisfitMatrix | None = None
+        self._products = 0
+        reduces, self._is_small = _kinds(F)
+        self._reduced = F.reduced if reduces else None
         if self._reduced is not None:
             ends = np.cumsum([0, *self._reduced.counts])
             rank = F.spacetime.time_comm.rank
@@ -82,19 +92,34 @@ class MapMisfit:
 
     def hessian(self, directions: np.ndarray) -> np.ndarray:
         """``M'' v`` for several directions ``(k, size)``, dual vectors of the same shape."""
+        matrix = self._misfit_matrix()
+        if matrix is not None:
+            return matrix.product(directions)
+        self._products += len(directions)
         return self._pulled_back(self.noise.inverse(self._observed(directions)))
 
+    def _misfit_matrix(self) -> MisfitMatrix | None:
+        """The Hessian as a matrix for few controls: that of the posterior, or, after some products, one of its own."""
+        if self._matrix is None and self._is_small:
+            found = vars(self.F).get("default_posterior")
+            if found is not None and found.noise is self.noise:
+                self._matrix = getattr(found.spectrum, "misfit_matrix", None)
+            elif self._products >= _PRODUCTS:
+                self._matrix = MisfitMatrix(self.F, self.noise, self.F.partition)
+        return self._matrix
 
-def _reduction_pays(F: ParameterToObservable) -> bool:
-    """Whether reduced rows are stored anyhow, or are few enough for a dense matrix of them and fewer than the rows
-    (collective).
+
+def _kinds(F: ParameterToObservable) -> tuple[bool, bool]:
+    """Whether reduced rows are used, which are stored anyhow or clearly fewer than the rows, and whether the controls
+    are static and no more than those (collective).
     """
     if F.layout.evolution.stepwise:
-        return False
-    if "reduced" in vars(F):
-        return True
+        return False, False
     estimated = estimated_size(F.rows, [own.rows for own in F.readings], F.spacetime)
-    return estimated <= min(_FEWER * F.table.size, LARGEST_DENSE)
+    unknowns = F.spacetime.space_comm.allreduce(F.layout.static_size)
+    if unknowns <= min(estimated, LARGEST_DENSE):
+        return False, True
+    return "reduced" in vars(F) or estimated <= min(_FEWER * F.table.size, LARGEST_DENSE), False
 
 
 def _product(rows: np.ndarray, matrix: np.ndarray) -> np.ndarray:

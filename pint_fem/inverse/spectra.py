@@ -42,7 +42,7 @@ from pint_fem.inverse.reduction import ReducedRows
 if TYPE_CHECKING:
     from pint_fem.inverse.map import ParameterToObservable
 
-__all__ = ["DataSpace", "ParameterSpace", "Spectrum", "on_first_rank"]
+__all__ = ["DataSpace", "MisfitMatrix", "ParameterSpace", "Spectrum", "on_first_rank"]
 
 
 class Spectrum(ABC):
@@ -152,21 +152,10 @@ class ParameterSpace(_DenseModes):
     def __init__(self, F: ParameterToObservable, prior: Prior, noise: Noise, partition: Partition):
         self.partition, self._F, self._noise = partition, F, noise
         comm, own = F.spacetime.comm, len(partition.own)
-        sizes = np.array(comm.allgather(own))
-        ends = np.cumsum([0, *sizes])
-        mine = slice(ends[comm.rank], ends[comm.rank + 1])
-        order = np.argsort(np.concatenate(F.spacetime.time_comm.allgather(F.numbers)), kind="stable")
-        columns = noise.whitened(np.ascontiguousarray(partition.columns(F.rows)[order].T))  # (own, m)
-        H = np.zeros((int(ends[-1]),) * 2)
-        H[mine, mine] = 0.5 * (columns @ columns.T)
-        for rank, size in enumerate(sizes):  # of a product with another rank's columns each has one half
-            other = columns if rank == comm.rank else np.empty((size, columns.shape[1]))
-            comm.Bcast(other, root=rank)
-            if comm.rank < rank:
-                H[mine, ends[rank] : ends[rank] + size // 2] = columns @ other[: size // 2].T
-            elif comm.rank > rank:
-                H[mine.start + own // 2 : mine.stop, ends[rank] : ends[rank + 1]] = columns[own // 2 :] @ other.T
-        A = np.zeros_like(H)
+        matrix = MisfitMatrix(F, noise, partition)
+        ends, mine = matrix.ends, matrix.mine
+        sizes = np.diff(ends)
+        A = np.zeros((int(ends[-1]),) * 2)
         for rank, size in enumerate(sizes):
             for first in range(0, size, _UNITS):
                 count = min(_UNITS, size - first)
@@ -176,19 +165,67 @@ class ParameterSpace(_DenseModes):
                 A[ends[rank] + first : ends[rank] + first + count, mine] = prior.precision(partition.spread(units))[
                     :, partition.own
                 ]
-        H, A = comm.allreduce(H), comm.allreduce(A)
+        A, H = comm.allreduce(A), matrix.whole()
 
         def factored() -> tuple[np.ndarray, np.ndarray]:
-            return eigh(H + H.T, 0.5 * (A + A.T), driver="gvd", check_finite=False)
+            return eigh(H, 0.5 * (A + A.T), driver="gvd", check_finite=False)
 
         lam, V = on_first_rank(comm, factored)
         self.lam = np.maximum(lam, 0.0)
-        self.scale = self.lam
+        self.scale, self.misfit_matrix = self.lam, matrix
         self.W = np.ascontiguousarray(V.T[:, mine])
 
     def beta(self, r: np.ndarray) -> np.ndarray:
         """:math:`V^T F^T N^{-1} r`, ``(k, modes)``."""
         return self.contract(self._F.transposed_product(self._noise.inverse(r)))
+
+
+class MisfitMatrix:
+    """The matrix :math:`F^T N^{-1} F` for few static controls, its rows divided among all ranks (collective).
+
+    Parameters
+    ----------
+    F, noise, partition
+        As for :class:`ParameterSpace`.
+
+    Attributes
+    ----------
+    ends : ndarray of int
+        Where the rows of each rank end among all, beginning with 0.
+    mine : slice
+        The rows of this rank.
+    rows : ndarray, shape (own, all)
+    """
+
+    def __init__(self, F: ParameterToObservable, noise: Noise, partition: Partition):
+        self._partition, self._comm = partition, F.spacetime.comm
+        comm, own = self._comm, len(partition.own)
+        self.ends = ends = np.cumsum([0, *comm.allgather(own)])
+        self.mine = mine = slice(int(ends[comm.rank]), int(ends[comm.rank + 1]))
+        order = np.argsort(np.concatenate(F.spacetime.time_comm.allgather(F.numbers)), kind="stable")
+        columns = noise.whitened(np.ascontiguousarray(partition.columns(F.rows)[order].T))  # (own, m)
+        H = np.zeros((int(ends[-1]),) * 2)
+        H[mine, mine] = 0.5 * (columns @ columns.T)
+        for rank, size in enumerate(np.diff(ends)):  # of a product with another rank's columns each has one half
+            other = columns if rank == comm.rank else np.empty((size, columns.shape[1]))
+            comm.Bcast(other, root=rank)
+            if comm.rank < rank:
+                H[mine, ends[rank] : ends[rank] + size // 2] = columns @ other[: size // 2].T
+            elif comm.rank > rank:
+                H[mine.start + own // 2 : mine.stop, ends[rank] : ends[rank + 1]] = columns[own // 2 :] @ other.T
+        H = comm.allreduce(H)
+        self.rows = H[mine] + H[:, mine].T
+
+    def whole(self) -> np.ndarray:
+        """The whole matrix on every rank (collective)."""
+        return self.rows if self._comm.size == 1 else np.concatenate(self._comm.allgather(self.rows))
+
+    def product(self, z: np.ndarray) -> np.ndarray:
+        """The products with controls ``(k, layout.size)``, dual vectors of the same shape (collective)."""
+        own = z[:, self._partition.own]
+        if self._comm.size > 1:
+            own = np.concatenate(self._comm.allgather(own), axis=1)
+        return self._partition.spread(own @ self.rows.T)
 
 
 def on_first_rank(comm: MPI.Comm, work: Callable[[], Any]) -> Any:

@@ -258,7 +258,7 @@ class LinearInverse:
             work["eigenproblem"] = c["eigh"] * r**3 + c["gemm"] * (2 * r**2 * rows / self.sensors + (4 + 1 / 3) * r**3)
             modes = r
         work["mean"] = c["mean"]
-        work["deviation"] = n * c["prior solve"] + c["gemm"] * 3 * modes * self.own_columns
+        work["deviation"] = ceil(n / self.division.time) * c["prior solve"] + c["gemm"] * 3 * modes * self.own_columns
         return work
 
     def _sweep(self) -> tuple[str, float]:
@@ -320,6 +320,7 @@ class LinearInverse:
         yield from total("mean", m)
         yield Exchange("mean", "gather", time, 8 * columns)
         if deviation:
+            yield Exchange("deviation", "objects", time, 8 * columns)
             yield Exchange("deviation", "broadcast", time, 8 * columns)
             yield Exchange("deviation", "gather", time, 8 * columns)
 

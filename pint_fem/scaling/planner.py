@@ -292,7 +292,7 @@ def _with_groups(
     least = cache(lambda key, space: _least_sweep(calibration, menu[key], space, alone.lags, alone.network))
     for space in space_ranks(calibration, ranks):
         most = ranks // space // alone.sensors
-        for each in sorted({1 << i for i in range(1, most.bit_length())} | {most}):
+        for each in sorted({1 << max(most.bit_length() - 1, 0), most}):
             if not 1 < each <= alone.lags:
                 continue
             division = Division(space, alone.sensors * each, alone.sensors, each)

@@ -82,8 +82,8 @@ class TimeSolvers:
         Own steps.
     space : SpatialLevels
         Evolutions of the levels and transfers between their meshes.
-    propagators, is_linear : list of FEPropagator, bool
-        The step of each level, and whether all are linear.
+    propagators, is_linear, reported : list of FEPropagator, bool, bool
+        The step of each level, whether all are linear, and whether the a-priori estimates have been logged.
     state, tangent, adjoint : TimeSolver
         The solvers; of a linear evolution ``state`` and ``tangent`` are the same.
     intervals, linearisations, averaged, trace

@@ -2,10 +2,11 @@
 
 Heat conduction, P1 on a 64 x 64 unit square: (a, b, d) 256 steps, medians of the repeats; (c, e) 512 and 4,096 steps,
 on one rank and on two, see ``time_parallel``; (f) ParaDiag on heat and waves, see ``paradiag``, and nonlinear
-evolutions, see ``nonlinear``; (k) solves on lanes, see ``lanes``; then PyMGRIT and XBraid's ex-02, see ``compare``; (l)
-training steps of residual networks, see ``layers``; and the table of optimisers, see ``optimisers`` (serial pyadjoint
-with TAO's LMVM). Two things that make up a ratio are timed in turn, so that a busy machine slows both. ``--quick``
-shortens all but (c, e) and ParaDiag. A missed target is reported and is no error.
+evolutions, see ``nonlinear``; (k) solves on lanes, see ``lanes``; (n) linear inverse problems by the map from controls
+to readings, see ``linear_inverse`` (milliseconds of a whole inversion); then PyMGRIT and XBraid's ex-02, see
+``compare``; (l) training steps of residual networks, see ``layers``; and the table of optimisers, see ``optimisers``
+(serial pyadjoint with TAO's LMVM). Two things that make up a ratio are timed in turn, so that a busy machine slows
+both. ``--quick`` shortens all but (c, e) and ParaDiag. A missed target is reported and is no error.
 """
 
 from __future__ import annotations
@@ -175,6 +176,10 @@ def main(argv: list[str] | None = None) -> int:
         (
             "Maxwell",
             lambda: [r for regime in SOLVERS for r in maxwell_rows(regime, MAXWELL_STEPS // shorter, say)],
+        ),
+        (
+            "linear inverse problems by the map, on one rank and on two",
+            lambda: both("tests.benchmarks.linear_inverse", 2 if args.quick else 3),
         ),
         ("PyMGRIT and XBraid's ex-02", lambda: compare_rows(args.quick, say)),
     ):

@@ -15,7 +15,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from copy import copy
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -152,25 +152,25 @@ class ParameterInnovations(InnovationFactor):
 
     def append(self, numbers: np.ndarray) -> None:
         """Append a set of rows, whose covariance is that given the readings before."""
-        if not len(numbers):
-            return
-        noise, own = self.posterior.noise.variance()[numbers], self._B[numbers]
-
-        def factored() -> tuple[np.ndarray, np.ndarray]:
-            Y = own @ self._K
-            corner = cholesky(Y @ own.T + np.diag(noise), lower=True, check_finite=False)
-            return corner, _solved(corner, Y)
-
-        corner, X = on_first_rank(self.posterior.F.spacetime.comm, factored)
-        self._K = self._K - X.T @ X
-        self._starts, self._corners = [*self._starts, len(self.order)], [*self._corners, corner]
-        self._X, self.order = np.concatenate([self._X, X]), np.concatenate([self.order, numbers])
-        self.V = np.concatenate([self.V, X @ self.posterior.spectrum.W])
+        self.append_all([numbers])
 
     def append_all(self, numbers: Sequence[np.ndarray]) -> None:
         """Append the rows of one set after another."""
+        variance, comm = self.posterior.noise.variance(), self.posterior.F.spacetime.comm
+        made, starts, corners, place = [np.zeros((0, len(self._K)))], [], [], len(self.order)
         for some in numbers:
-            self.append(some)
+            if not len(some):
+                continue
+            corner, X = on_first_rank(comm, partial(_conditioned, self._B[some], self._K, variance[some]))
+            self._K = self._K - X.T @ X
+            starts.append(place)
+            corners.append(corner)
+            made.append(X)
+            place += len(some)
+        rows = np.concatenate(made)
+        self._starts, self._corners = self._starts + starts, self._corners + corners
+        self._X, self.order = np.concatenate([self._X, rows]), np.concatenate([self.order, *numbers])
+        self.V = np.concatenate([self.V, rows @ self.posterior.spectrum.W])
 
     def first(self, p: int) -> ParameterInnovations:
         """A copy with the first readings; the covariance of the coefficients is that after these."""
@@ -198,6 +198,13 @@ class ParameterInnovations(InnovationFactor):
             if a < p:
                 y = np.concatenate([y, self.innovation(a, r[:, a:b], y)], axis=1)
         return y
+
+
+def _conditioned(B: np.ndarray, K: np.ndarray, variance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """``L`` of ``B K B^T`` and independent noise, and ``L^{-1} B K``."""
+    Y = B @ K
+    corner = cholesky(Y @ B.T + np.diag(variance), lower=True, check_finite=False)
+    return corner, _solved(corner, Y)
 
 
 def innovation_factor(posterior: GaussianPosterior) -> InnovationFactor:
