@@ -431,7 +431,7 @@ def test_refusals_on_every_rank():
     F.functions = None
     with pytest.raises(InputError, match=r"use posterior\(prior=...\)"):
         F.minimize()
-    with pytest.raises(InputError, match="a map is that of one evolution"):
+    with pytest.raises(InputError, match="its map has no minimize"):
         MapFunctional(2 * p.J, p.J.parameter_to_observable())
     if st.comm.size > 1:
         with pytest.raises(InputError, match="method is not the same on all ranks"):

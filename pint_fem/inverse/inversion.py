@@ -151,6 +151,8 @@ class Inversion:
 
     def _laws(self, prior: Any, noise: Any, mean: Any) -> tuple[Prior, Noise]:
         """The prior and the noise that a user describes (collective)."""
+        kinds = [_kind(one) for one in prior] if isinstance(prior, (list, tuple)) else _kind(prior)
+        require_same(self.spacetime.comm, prior=kinds, mean=_kind(mean))
         forms = PriorForms(None, None)
         by_default = prior is None or (isinstance(prior, (list, tuple)) and any(one is None for one in prior))
         if by_default and self.regularisation is not None:
@@ -200,3 +202,8 @@ class Inversion:
             raise InputError("minimize: the map has no functional with a regularisation: use posterior(prior=...).x")
         self.read_again()
         return self.functions.on_map(self).minimize(start, **options)
+
+
+def _kind(given: Any) -> str:
+    """What a user gives for a prior or a mean, for comparison between ranks: other ones are computed otherwise."""
+    return given if isinstance(given, str) else type(given).__name__

@@ -38,6 +38,9 @@ from pint_fem.sweeps.sweeps import Sweeps
 __all__ = ["ParameterToObservable", "require_map"]
 
 
+_OWN_PART = "own part of each control, as J.array(q) returns it, or give functions"
+
+
 def require_map(sweeps: Sweeps) -> LinearPropagator:
     """The finest propagator of an evolution for which the map exists.
 
@@ -50,8 +53,9 @@ def require_map(sweeps: Sweeps) -> LinearPropagator:
     if not isinstance(propagator, LinearPropagator):
         raise InputError(
             "parameter_to_observable: the steps are not those of a linear evolution with constant operators "
-            f"({type(propagator).__name__}), so that responses do not depend on the lag alone: use "
-            "minimize_trust_region"
+            f"({type(propagator).__name__}), or a control in a boundary value has a factor that depends on time, so "
+            "that responses do not depend on the lag alone: use minimize_trust_region, or give a boundary value "
+            "without such a factor, also with one value per step (per_step=)"
         )
     return propagator
 
@@ -241,7 +245,16 @@ class ParameterToObservable(Inversion, LinearOperator):
 
     def dot(self, x: Any) -> np.ndarray:
         """``F x`` for a control (a function, or a list with one for each control) or for flat vectors."""
-        return super().dot(x if isinstance(x, (Real, LinearOperator)) else self._flat(x))
+        if isinstance(x, (Real, LinearOperator)):
+            return super().dot(x)
+        x = self._flat(x)
+        collectively(self.spacetime.comm, "", _require_vectors, x, self.shape[1], "F: controls", _OWN_PART)
+        return super().dot(x)
+
+    def _transpose(self) -> LinearOperator:
+        return _Transposed(self)
+
+    _adjoint = _transpose
 
     def _flat(self, values: Any) -> np.ndarray:
         """Controls as a flat vector, from functions or from such a vector."""
@@ -300,3 +313,46 @@ class ParameterToObservable(Inversion, LinearOperator):
         if same and found is not None:
             made.default_posterior = GaussianPosterior(made, found.prior, found.noise, found.spectrum)
         return made
+
+
+class _Transposed(LinearOperator):
+    """``F.T``: dual vectors of controls from vectors of readings, which all ranks give (collective)."""
+
+    def __init__(self, F: ParameterToObservable):
+        self._F = F
+        super().__init__(float, F.shape[::-1])
+
+    def dot(self, x: Any) -> np.ndarray:
+        """``F^T y`` for data vectors ``(m,)`` or ``(m, k)``."""
+        if isinstance(x, (Real, LinearOperator)):
+            return super().dot(x)
+        x, comm = np.asarray(x), self._F.spacetime.comm
+        order = "readings, one misfit after the other, time by time, such as values.ravel()"
+        collectively(comm, "", _require_vectors, x, self.shape[1], "F.T: readings", order)
+        return super().dot(x)
+
+    def _matvec(self, x: np.ndarray) -> np.ndarray:
+        return self._F._rmatvec(x)
+
+    def _rmatvec(self, x: np.ndarray) -> np.ndarray:
+        return self._F._matvec(x)
+
+    def _matmat(self, X: np.ndarray) -> np.ndarray:
+        return self._F._rmatmat(X)
+
+    def _rmatmat(self, X: np.ndarray) -> np.ndarray:
+        return self._F._matmat(X)
+
+    def _transpose(self) -> LinearOperator:
+        return self._F
+
+    _adjoint = _transpose
+
+
+def _require_vectors(x: np.ndarray, size: int, what: str, fits: str) -> None:
+    """Refuse an array that is neither one vector nor columns of real numbers, on one rank before others wait for it."""
+    if x.ndim not in (1, 2) or x.shape[0] != size or x.dtype.kind not in "buif":
+        raise InputError(
+            f"{what} of shape {x.shape} and type {x.dtype}: give ({size},), or ({size}, k) for several, real numbers: "
+            f"the {fits}"
+        )

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pint_fem.inverse.laws.noise import Noise, make_noise
+from pint_fem.inverse.laws.noise import DiagonalNoise, Noise
 from pint_fem.inverse.per_step.spectrum_choice import LARGEST_DENSE
 from pint_fem.inverse.reduction import estimated_size
 from pint_fem.inverse.spectra import MisfitMatrix
@@ -52,7 +52,8 @@ class MapMisfit:
         if noise is None and known is not None:
             noise = known.noise
         if noise is None:
-            noise = make_noise(None, F.weights, F.table.sensor, F.table.sensors)
+            with np.errstate(divide="ignore", over="ignore"):
+                noise = DiagonalNoise(1 / F.weights)  # infinite where the weight is zero: such a reading has no part
         self.noise = noise
         self._matrix: MisfitMatrix | None = None
         self._products = 0

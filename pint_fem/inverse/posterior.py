@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from mpi4py import MPI
+from numpy.typing import ArrayLike
 
 from pint_fem.collective import collectively, require_same
 from pint_fem.errors import InputError
@@ -27,6 +28,7 @@ from pint_fem.inverse.inference.streaming import ReadingStream, StreamedPosterio
 from pint_fem.inverse.laws.noise import Noise
 from pint_fem.inverse.laws.priors import Prior
 from pint_fem.inverse.per_step.window import SlidingWindow
+from pint_fem.inverse.readings import ReadingTable
 from pint_fem.inverse.spectra import Spectrum
 
 if TYPE_CHECKING:
@@ -84,20 +86,22 @@ class GaussianPosterior(GaussianLaw):
         self._fit = RegularisedFit(spectrum.lam, spectrum.scale, beta, squares, len(data), self.noise.log_det)
         self.x = self.prior.mean + spectrum.expand((beta / (self.alpha + spectrum.lam))[None])[0]
 
-    def with_data(self, data: np.ndarray | None = None) -> GaussianPosterior:
-        """The posterior for other readings ``(m,)`` of the same sensors at the same times (collective); default: those
-        that the functional has now, after ``J.update_data()``.
+    def with_data(self, data: ArrayLike | None = None) -> GaussianPosterior:
+        """The posterior for other readings of the same sensors at the same times (collective), ``(m,)`` or, of a single
+        misfit without missing readings, ``(times, sensors)``; default: those that the functional has now, after
+        ``J.update_data()``. Prior and noise stay: where ``J.update_data()`` has read other weights or another
+        regularisation, make the posterior again, ``F.posterior()``.
 
         Raises
         ------
         InputError
-            On every rank, if they are not ``m`` finite numbers, the same on all ranks, or by default if
-            ``J.update_data()`` has read other operators.
+            On every rank, if they have another shape, are masked, not finite or not the same on all ranks, or by
+            default if ``J.update_data()`` has read other operators.
         """
-        data = np.array(self.F.read_again() if data is None else data, dtype=float).ravel()
-        require_same(self.F.spacetime.comm, readings=data)
-        if data.shape != self.F.data.shape or not np.isfinite(data).all():
-            raise InputError(f"posterior: readings of shape {data.shape}: give {len(self.F.data)} finite numbers")
+        comm = self.F.spacetime.comm
+        given = self.F.read_again() if data is None else data
+        data = collectively(comm, "", _checked_readings, given, self.F.table)
+        require_same(comm, readings=data)
         made = copy(self)
         made._set(self.alpha, data)
         return made
@@ -216,6 +220,27 @@ class GaussianPosterior(GaussianLaw):
         x = self.prior.sample(count, seed)
         x -= self.spectrum.expand(weights * self.spectrum.contract(self.prior.precision(x)))
         return self.x + x / np.sqrt(self.alpha)
+
+
+def _checked_readings(given: ArrayLike, table: ReadingTable) -> np.ndarray:
+    """Readings as a data vector, or an ``InputError``: an array of another shape would be read in another order."""
+    fits = f"give {table.size} finite numbers, one misfit after the other, time by time"
+    shapes: list[tuple[int, ...]] = [(table.size,)]
+    if len(table.misfits) == 1 and table.misfits[0].present.all():
+        shapes.append(table.misfits[0].present.shape)
+        fits += f", or an array (times, sensors) = {shapes[1]}"
+    try:
+        masked = np.ma.array(given, dtype=float)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"posterior: readings {given!r}: {fits}") from error
+    if np.ma.getmaskarray(masked).any():
+        raise InputError(
+            "posterior: readings are masked in places: give those to stream(), which takes missing ones, or make the "
+            "map again with them in the misfit's data"
+        )
+    if masked.shape not in shapes or not np.isfinite(masked.data).all():
+        raise InputError(f"posterior: readings of shape {masked.shape}: {fits}")
+    return masked.data.ravel()
 
 
 def _checked_weight(comm: MPI.Comm, alpha: float) -> float:

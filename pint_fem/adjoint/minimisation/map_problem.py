@@ -137,7 +137,10 @@ class MapFunctional(Minimisable):
 
     def __init__(self, functional: ControlFunctional, F: ParameterToObservable):
         if not isinstance(functional.problem, ReducedProblem):
-            raise InputError("a map is that of one evolution: make it by parameter_to_observable() of its functional")
+            raise InputError(
+                "the functional is a sum, a multiple or has an initial condition that is an expression of controls, "
+                "and its map has no minimize(): use minimize_trust_region of the functional, or posterior().mean"
+            )
         self.problem = MapProblem(functional.problem, MapMisfit(F))
         self.F, self.inner, self.spacetime = F, functional.inner, functional.spacetime
         self.layout, self.evolution = functional.layout, functional.evolution

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import pairwise
+from numbers import Real
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -123,6 +124,11 @@ class ReadingStream:
 
     def __init__(self, posterior: GaussianPosterior, factor: InnovationFactor | None = None):
         F = posterior.F
+        if F.sweeps is None:
+            raise InputError(
+                "stream: the map is that of a sum, or of an initial condition that is an expression, without common "
+                "times: make the map of one evolution, or leave later readings out and give posterior()"
+            )
         self._of, table, ev = posterior, F.table, F.propagator.evolution
         place = table.point - 1 + table.theta
         order = np.argsort(np.round(place / _SAME_TIME), kind="stable")
@@ -196,8 +202,11 @@ class ReadingStream:
         Raises
         ------
         InputError
-            On every rank, if the stream has later readings already.
+            On every rank, if it is no number, not the same on all ranks, or the stream has later readings already.
         """
+        require_same(self._of.F.spacetime.comm, time=time)
+        if not isinstance(time, Real) or np.isnan(time):
+            raise InputError(f"until: time = {time!r}: give a number")
         slack = 2 * _SAME_TIME * self._of.F.propagator.evolution.dt
         if self.count and self.times[self.count - 1] > time + slack:
             raise InputError(

@@ -24,7 +24,7 @@ from firedrake import Function
 from firedrake.adjoint.covariance_operator import CovarianceOperatorBase
 
 from pint_fem.all_at_once.grids import is_integer
-from pint_fem.collective import all_ranks, collectively
+from pint_fem.collective import all_ranks, collectively, require_same
 from pint_fem.errors import InputError
 from pint_fem.evolution.control_layout import ControlLayout
 from pint_fem.inverse.laws.covariance_fields import BilaplacianPrior, gaussian_field
@@ -228,6 +228,7 @@ class FieldPrior(Prior):
 
     def sample(self, count: int, seed: int) -> np.ndarray:
         """Return samples of all controls."""
+        require_same(self.layout.spacetime.comm, count=count, seed=seed)
         for name, number in (("count", count), ("seed", seed)):
             if not is_integer(number) or number < 0:
                 raise InputError(f"samples: {name} = {number!r}: give a whole number of at least 0")
@@ -242,6 +243,7 @@ class FieldPrior(Prior):
 
     def variance(self, samples: int | None = None) -> np.ndarray:
         """Return the variances, computed once for all steps of a control."""
+        require_same(self.layout.spacetime.comm, samples=samples)
         if samples is not None and (not is_integer(samples) or samples < 1):
             raise InputError(f"variance: samples = {samples!r}: give a whole number of at least 1, or None")
         out = np.empty(self.layout.size)
