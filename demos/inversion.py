@@ -95,6 +95,8 @@ def settle_method(opts, **defaults: Any) -> None:
         )
     for name in defaults.keys() - set(given):
         setattr(opts, name, defaults[name])
+    if opts.time_solver is None:  # the map takes sequential sweeps of its sensors, and choosing takes time
+        opts.time_solver = "serial" if opts.method == "map" else "auto"
 
 
 # -- the inversion -----------------------------------------------------------------------------------------------------

@@ -196,7 +196,7 @@ class LivePicture:
         frame, times = frames[-1], [f.time for f in frames]
         self._mean.set_data(frame.mean)
         self._deviation.set_data(frame.deviation)
-        self.figure.suptitle(f"posterior of the readings up to t = {frame.time:.3f} (dots: sensors)")
+        self.figure.suptitle(f"posterior of the readings up to t = {frame.time:.3f} (dots: sensors)\n", fontsize=11)
         self._show_data(frame)
         ax = self._history
         ax.clear()
@@ -219,10 +219,11 @@ class LivePicture:
             ax.plot(read.times[past], read.values[past, s], ".", ms=4, color=f"C{n}")
         ax.axvline(frame.time, color="k", lw=0.5)
         low, high = read.values.min(), read.values.max()
-        margin = 0.25 * (high - low)
-        ax.set(xlim=(0, read.times[-1]), ylim=(low - margin, high + margin), xlabel="t", ylabel="temperature rise in K")
+        margin = 0.3 * (high - low)
+        ax.set(xlim=(0, read.times[-1]), ylim=(low - 1.5 * margin, high + margin))
+        ax.set(xlabel="t", ylabel="temperature rise in K")
         ax.set_title("readings, fit and prediction ± 2 standard deviations")
-        ax.legend(fontsize=8, ncols=len(self._setting.sensors), loc="lower right")
+        ax.legend(fontsize=8, ncols=2, loc="lower right")
 
     def close(self) -> None:
         """Close the window."""

@@ -43,9 +43,9 @@ def arguments():
     add("--noise", type=positive(float), help="noise of the readings relative to the largest")
     add(
         "--time-solver",
-        default="auto",
         choices=["auto", "mgrit", "paradiag", "serial"],
-        help="auto (the fastest by measured times of a step), mgrit (lossy), paradiag, serial (sequential stepping)",
+        help="auto (the fastest by measured times of a step), mgrit (lossy), paradiag, serial (sequential stepping); "
+        "default: serial with --method map, else auto",
     )
     add("--out", type=Path, help="folder of the results (results/maxwell_REGIME)")
     add("--no-fields", action="store_true", help="write no ParaView files")

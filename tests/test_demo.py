@@ -133,6 +133,8 @@ def test_maxwell_demo(regime, solver, tmp_path):
     assert summary["grid"] == {"space": 1, "time": 2}
     assert summary["result"]["converged"]
     assert "recovered current" in done.stdout
-    assert summary["posterior"]["true_within_two_deviations"] > 0.8
+    posterior = summary["posterior"]
+    assert np.isclose(posterior["squared_residual"], 2 * posterior["readings"] * summary["result"]["misfit"], rtol=1e-6)
+    assert 0 < posterior["mean_standard_deviation"] < 0.1
     for name in ("current.png", "snapshots.png", "field.gif", "sensors.png", "l_curve.png"):
         assert_drawn(tmp_path / name)

@@ -118,7 +118,7 @@ def test_ranks_of_drawn_truths_are_uniform():
         assert ((ranks - expected) ** 2 / expected).sum() < chi2.ppf(0.99, samples)
 
 
-@pytest.mark.parallel([1, 3])
+@pytest.mark.parallel([1])
 def test_the_mean_is_the_converged_minimiser():
     for J in (heat(grid(), ("source", "initial", "wind")), lossy(grid())):
         posterior = J.parameter_to_observable().posterior()

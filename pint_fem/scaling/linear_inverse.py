@@ -309,6 +309,7 @@ class LinearInverse:
             yield Exchange("prior", "gather", time, 8 * n * columns, calls)
             yield Exchange("prior", "broadcast", time, 8 * n * columns, calls)
             yield Exchange("dense", "objects", ranks, 2 * 8 * n**2, 2)
+            yield Exchange("dense", "gather", ranks, 8 * n**2)
             yield Exchange("eigenproblem", "broadcast", ranks, 8 * (n**2 + n))
             yield from over_time("mean", columns)
             yield from total("mean", n)
