@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from pint_fem.all_at_once.stopping import DivergedError, SolveResult
     from pint_fem.errors import InputError, InputTypeError, SolverFailure
     from pint_fem.evolution import SDIRK2, BackwardEuler, Evolution, ImplicitMidpoint, time_function
+    from pint_fem.inverse.laws.covariance_fields import BilaplacianPrior
     from pint_fem.mgrit import MGRIT, MGRITOptions, Transfer
     from pint_fem.misfits import BlockMisfit, LinearObservations, Misfit, PointSensors, RunningMisfit, TerminalMisfit
     from pint_fem.optimize import (
@@ -45,6 +46,7 @@ _MODULES = {
     "pint_fem.all_at_once.stopping": ("DivergedError", "SolveResult"),
     "pint_fem.errors": ("InputError", "InputTypeError", "SolverFailure"),
     "pint_fem.evolution": ("BackwardEuler", "Evolution", "ImplicitMidpoint", "SDIRK2", "time_function"),
+    "pint_fem.inverse.laws.covariance_fields": ("BilaplacianPrior",),
     "pint_fem.mgrit": ("MGRIT", "MGRITOptions", "Transfer"),
     "pint_fem.misfits": (
         "BlockMisfit",

@@ -103,3 +103,5 @@ def test_what_is_not_there_is_said_with_what_to_use():
         functional().parameter_to_observable().posterior().until("now")
     with pytest.raises(InputError, match="a boundary value without such a factor"):
         functional(course=True).parameter_to_observable()
+    with pytest.raises(InputError, match="first controls as start="):
+        functional().minimize(np.ones(16))

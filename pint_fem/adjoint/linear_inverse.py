@@ -145,9 +145,12 @@ class LinearInverse:
             On every rank: another method, the map where there is none, options that do not fit.
         """
         comm = self.spacetime.comm
-        require_same(comm, method=method)
-        if method not in _METHODS:
-            raise InputError(f"minimize: method = {method!r}: give one of {', '.join(map(repr, _METHODS))}")
+        require_same(comm, method=method if isinstance(method, str) else type(method).__name__)
+        if not isinstance(method, str) or method not in _METHODS:
+            raise InputError(
+                f"minimize: method = {method!r}: give one of {', '.join(map(repr, _METHODS))}, and first controls as "
+                "start="
+            )
         why = "as given"
         if method == "auto":
             with stop_annotating():
