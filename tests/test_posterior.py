@@ -195,4 +195,6 @@ def test_bad_input():
     if MPI.COMM_WORLD.size > 1:
         with pytest.raises(InputError, match="readings"):
             posterior.with_data(F.data + MPI.COMM_WORLD.rank)
+        with pytest.raises(InputError, match="noise"):
+            F.posterior(noise=0.1 + MPI.COMM_WORLD.rank)
     assert random_control(J).shape == posterior.x.shape

@@ -152,7 +152,8 @@ class Inversion:
     def _laws(self, prior: Any, noise: Any, mean: Any) -> tuple[Prior, Noise]:
         """The prior and the noise that a user describes (collective)."""
         kinds = [_kind(one) for one in prior] if isinstance(prior, (list, tuple)) else _kind(prior)
-        require_same(self.spacetime.comm, prior=kinds, mean=_kind(mean))
+        law_of_readings = _kind(noise) if isinstance(noise, Noise) else noise
+        require_same(self.spacetime.comm, prior=kinds, mean=_kind(mean), noise=law_of_readings)
         forms = PriorForms(None, None)
         by_default = prior is None or (isinstance(prior, (list, tuple)) and any(one is None for one in prior))
         if by_default and self.regularisation is not None:
