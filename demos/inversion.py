@@ -4,6 +4,7 @@ the trust region; and the beginning of its summary.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -96,7 +97,8 @@ def settle_method(opts, **defaults: Any) -> None:
     for name in defaults.keys() - set(given):
         setattr(opts, name, defaults[name])
     if opts.time_solver is None:  # the map takes sequential sweeps of its sensors, and choosing takes time
-        opts.time_solver = "serial" if opts.method == "map" else "auto"
+        chosen = any(word.startswith(("-mgrit_", "-paradiag_")) for word in sys.argv)
+        opts.time_solver = "serial" if opts.method == "map" and not chosen else "auto"
 
 
 # -- the inversion -----------------------------------------------------------------------------------------------------
