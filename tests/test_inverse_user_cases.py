@@ -105,3 +105,16 @@ def test_what_is_not_there_is_said_with_what_to_use():
         functional(course=True).parameter_to_observable()
     with pytest.raises(InputError, match="first controls as start="):
         functional().minimize(np.ones(16))
+
+
+@pytest.mark.parallel([1])
+def test_a_posterior_with_the_noise_of_other_weights_is_refused():
+    J = functional()
+    F = J.parameter_to_observable()
+    posterior, given = F.posterior(), F.posterior(noise=0.3)
+    J.problem.misfits[0]._users.weight = 5.0
+    J.update_data()
+    with pytest.raises(InputError, match=r"other weights.*F.posterior\(\)"):
+        posterior.with_data()
+    np.testing.assert_array_equal(given.with_data().x, given.x)
+    np.testing.assert_allclose(F.posterior().x, J.minimize_trust_region(gtol_rel=1e-12).x, rtol=0, atol=1e-8)

@@ -108,8 +108,10 @@ class Inversion:
         if not isinstance(tolerance, Real) or not 0 < tolerance < np.inf:
             raise InputError(f"posterior: tolerance = {tolerance!r}: give a positive number, such as 1e-6")
         self.read_again()
+        weights = self.weights if noise is None else None
         law, noise = self._laws(prior, noise, mean)
-        return GaussianPosterior(self, law, noise, choose_spectrum(self, law, noise, tolerance), alpha=alpha)
+        spectrum = choose_spectrum(self, law, noise, tolerance)
+        return GaussianPosterior(self, law, noise, spectrum, alpha=alpha, weights=weights)
 
     def choose_sensors(
         self,

@@ -52,6 +52,8 @@ class GaussianPosterior(GaussianLaw):
         Weight of the prior.
     data
         Readings ``(m,)``; default: those of the map.
+    weights
+        The weights of the readings in the functional, if the noise is that of these.
 
     Attributes
     ----------
@@ -70,7 +72,9 @@ class GaussianPosterior(GaussianLaw):
         *,
         alpha: float = 1.0,
         data: np.ndarray | None = None,
+        weights: np.ndarray | None = None,
     ):
+        self._weights = weights
         self.F, self.prior, self.noise, self.spectrum = F, prior, noise, spectrum
         self._predicted_by_prior = F.predict(prior.mean)
         self._factor: InnovationFactor | None = None
@@ -89,17 +93,21 @@ class GaussianPosterior(GaussianLaw):
     def with_data(self, data: ArrayLike | None = None) -> GaussianPosterior:
         """The posterior for other readings of the same sensors at the same times (collective), ``(m,)`` or, of a single
         misfit without missing readings, ``(times, sensors)``; default: those that the functional has now, after
-        ``J.update_data()``. Prior and noise stay: where ``J.update_data()`` has read other weights or another
-        regularisation, make the posterior again, ``F.posterior()``.
+        ``J.update_data()``. Prior and noise stay: where ``J.update_data()`` has read another regularisation, make the
+        posterior again, ``F.posterior()``.
 
         Raises
         ------
         InputError
             On every rank, if they have another shape, are masked, not finite or not the same on all ranks, or by
-            default if ``J.update_data()`` has read other operators.
+            default if ``J.update_data()`` has read other operators, or other weights from which the noise follows.
         """
         comm = self.F.spacetime.comm
         given = self.F.read_again() if data is None else data
+        if data is None and self._weights is not None and not np.array_equal(self._weights, self.F.weights):
+            raise InputError(
+                "posterior: readings have other weights now, from which the noise follows: use F.posterior()"
+            )
         data = collectively(comm, "", _checked_readings, given, self.F.table)
         require_same(comm, readings=data)
         made = copy(self)
