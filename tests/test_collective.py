@@ -217,6 +217,11 @@ def test_an_interrupt_of_one_rank_ends_all(tmp_path):
     env = {k: v for k, v in os.environ.items() if not k.startswith(("OMPI_COMM", "OMPI_UNIVERSE", "PMIX", "ORTE"))}
     command = ["mpiexec", "-n", "2", sys.executable, "-c", INTERRUPTED, str(tmp_path / "run.h5"), "0.013"]
     root = Path(__file__).resolve().parent.parent
-    done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode not in (0, -signal.SIGKILL)
-    assert "KeyboardInterrupt" in done.stderr
+    for _ in range(4):
+        done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode not in (0, -signal.SIGKILL)
+        if "KeyboardInterrupt" in done.stderr:
+            return
+        # in the middle of a message the other rank may fail, and end the run, before the interrupted one has spoken
+        assert "MPI_ERR_TRUNCATE" in done.stderr
+    pytest.fail("no run named the interrupt")
