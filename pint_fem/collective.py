@@ -284,7 +284,8 @@ def on_first_rank(comm: MPI.Comm, where: str, work: Callable, *args: Any) -> Any
     ``work`` does not communicate. All ranks of ``comm`` wait for it, return its result, and raise what it raises by the
     rules of :func:`raise_collectively`; ``where`` is what is being done, for the message.
     """
-    return comm.bcast(collectively(comm, where, work if comm.rank == 0 else (lambda *_: None), *args))
+    made = collectively(comm, where, work if comm.rank == 0 else (lambda *_: None), *args)
+    return made if comm.size == 1 else comm.bcast(made)
 
 
 @contextmanager

@@ -25,15 +25,12 @@ SIAM J. Sci. Comput. 35(6), 2013, for the prior-preconditioned Hessian.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-from mpi4py import MPI
 from scipy.linalg import cholesky, eigh, solve_triangular
 
-from pint_fem.collective import collectively
-from pint_fem.errors import SolverFailure
+from pint_fem.collective import on_first_rank
 from pint_fem.inverse.laws.noise import Noise
 from pint_fem.inverse.laws.priors import Prior
 from pint_fem.inverse.partition import Partition
@@ -42,7 +39,7 @@ from pint_fem.inverse.reduction import ReducedRows
 if TYPE_CHECKING:
     from pint_fem.inverse.map import ParameterToObservable
 
-__all__ = ["DataSpace", "MisfitMatrix", "ParameterSpace", "Spectrum", "on_first_rank"]
+__all__ = ["DataSpace", "MisfitMatrix", "ParameterSpace", "Spectrum"]
 
 
 class Spectrum(ABC):
@@ -126,7 +123,7 @@ class DataSpace(_DenseModes):
             lam, U = eigh(0.5 * (G + G.T), driver="evd", check_finite=False)
             return T, np.maximum(lam, 0.0), U
 
-        self._T, self.lam, self._U = on_first_rank(spacetime.comm, factored)
+        self._T, self.lam, self._U = on_first_rank(spacetime.comm, "posterior", factored)
         self.scale = np.ones(len(self.lam))
         self.W = (self._T @ self._U).T @ D
 
@@ -170,7 +167,7 @@ class ParameterSpace(_DenseModes):
         def factored() -> tuple[np.ndarray, np.ndarray]:
             return eigh(H, 0.5 * (A + A.T), driver="gvd", check_finite=False)
 
-        lam, V = on_first_rank(comm, factored)
+        lam, V = on_first_rank(comm, "posterior", factored)
         self.lam = np.maximum(lam, 0.0)
         self.scale, self.misfit_matrix = self.lam, matrix
         self.W = np.ascontiguousarray(V.T[:, mine])
@@ -226,24 +223,6 @@ class MisfitMatrix:
         if self._comm.size > 1:
             own = np.concatenate(self._comm.allgather(own), axis=1)
         return self._partition.spread(own @ self.rows.T)
-
-
-def on_first_rank(comm: MPI.Comm, work: Callable[[], Any]) -> Any:
-    """The result of dense algebra on the first rank, on all of them: equal bits on unequal machines (collective).
-
-    A matrix that cannot be factored is a ``SolverFailure`` on every rank.
-    """
-
-    def guarded() -> Any:
-        if comm.rank:
-            return None
-        try:
-            return work()
-        except np.linalg.LinAlgError as error:
-            raise SolverFailure(f"posterior: {error}") from error
-
-    made = collectively(comm, "posterior", guarded)
-    return made if comm.size == 1 else comm.bcast(made)
 
 
 _UNITS = 256

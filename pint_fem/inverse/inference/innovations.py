@@ -15,15 +15,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from copy import copy
-from functools import cached_property, partial
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy.linalg import cholesky, solve_triangular
 
 from pint_fem.capacity import require_memory
+from pint_fem.collective import on_first_rank
 from pint_fem.inverse.inference.data_covariance import DataCovariance
-from pint_fem.inverse.spectra import ParameterSpace, on_first_rank
+from pint_fem.inverse.spectra import ParameterSpace
 
 if TYPE_CHECKING:
     from pint_fem.inverse.posterior import GaussianPosterior
@@ -106,7 +107,7 @@ class ReadingInnovations(InnovationFactor):
             X = _solved(self.L, S[:, :p].T)
             return X, cholesky(S[:, p:] - X.T @ X, lower=True, check_finite=False)
 
-        X, corner = on_first_rank(self.posterior.F.spacetime.comm, factored)
+        X, corner = on_first_rank(self.posterior.F.spacetime.comm, "posterior", factored)
         D = self._covariance.with_controls(numbers) / alpha - X.T @ self.V
         self.V = np.concatenate([self.V, _solved(corner, D)])
         self.L = np.block([[self.L, np.zeros((p, len(numbers)))], [X.T, corner]])
@@ -161,7 +162,7 @@ class ParameterInnovations(InnovationFactor):
         for some in numbers:
             if not len(some):
                 continue
-            corner, X = on_first_rank(comm, partial(_conditioned, self._B[some], self._K, variance[some]))
+            corner, X = on_first_rank(comm, "posterior", _conditioned, self._B[some], self._K, variance[some])
             self._K = self._K - X.T @ X
             starts.append(place)
             corners.append(corner)
