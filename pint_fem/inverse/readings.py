@@ -84,8 +84,3 @@ class ReadingTable:
             out.append(values)
             place += int(present.sum())
         return out
-
-    def predicted(self, observations: Sequence[np.ndarray]) -> np.ndarray:
-        """The data vector of the local observations of all misfits, ``(k + 1, width)`` each (collective)."""
-        pairs = zip(self.misfits, observations, strict=True)
-        return np.concatenate([misfit.readings(Y)[misfit.present] for misfit, Y in pairs])

@@ -14,6 +14,7 @@ responses :math:`O_k^T y_j` themselves are stored, as the rows of all readings o
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -59,15 +60,16 @@ def own_readings(table: ReadingTable, sensors: Sequence[int]) -> tuple[np.ndarra
     return np.concatenate([np.zeros(0, dtype=int), *numbers]), found
 
 
-class Collector:
+class Collector(ABC):
     """What collects a part of the map from blocks of lags."""
 
+    @abstractmethod
     def add(self, block: LagBlock) -> None:
         """Add the contribution of a block; blocks are consecutive, from lag 0 or a later one on."""
-        raise NotImplementedError
 
     def finish(self) -> None:
-        """Complete the rows after the last block."""
+        """Complete the rows after the last block; most are complete."""
+        return
 
 
 class InitialRows(Collector):
