@@ -191,7 +191,7 @@ def test_ranks_in_space(space):
         F = rf.parameter_to_observable(predict=virtual(rf.evolution.u))
         made = F.posterior(noise=NOISE)
         if space == "controls":
-            made = GaussianPosterior(F, made.prior, made.noise, ParameterSpace(F, made.prior, made.noise, F.partition))
+            made = GaussianPosterior(F, made.prior, made.noise, ParameterSpace(F, made.prior, made.noise))
         made = made.with_data(simulated(made, NOISE))
         now = made.until(0.035)
         integral = now.functional(rf.evolution.controls[0] * dx)

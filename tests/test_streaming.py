@@ -21,7 +21,7 @@ def posterior(request):
     F = problem(SpaceTime()).parameter_to_observable()
     made = F.posterior(noise=NOISE, alpha=1.7)
     if request.param == "controls":
-        spectrum = ParameterSpace(F, made.prior, made.noise, F.partition)
+        spectrum = ParameterSpace(F, made.prior, made.noise)
         made = GaussianPosterior(F, made.prior, made.noise, spectrum, alpha=1.7)
     return made.with_data(simulated(made, NOISE))
 

@@ -106,7 +106,7 @@ class MapMisfit:
             if found is not None and found.noise is self.noise:
                 self._matrix = getattr(found.spectrum, "misfit_matrix", None)
             elif self._products >= _PRODUCTS:
-                self._matrix = MisfitMatrix(self.F, self.noise, self.F.partition)
+                self._matrix = MisfitMatrix(self.F, self.noise)
         return self._matrix
 
 

@@ -31,10 +31,10 @@ import numpy as np
 from scipy.linalg import cholesky, eigh, solve_triangular
 
 from pint_fem.collective import on_first_rank
+from pint_fem.inverse.inference.data_covariance import DataCovariance
 from pint_fem.inverse.laws.noise import Noise
 from pint_fem.inverse.laws.priors import Prior
 from pint_fem.inverse.partition import Partition
-from pint_fem.inverse.reduction import ReducedRows
 
 if TYPE_CHECKING:
     from pint_fem.inverse.map import ParameterToObservable
@@ -100,32 +100,26 @@ class DataSpace(_DenseModes):
 
     Parameters
     ----------
-    rows
-        Reduced rows of the map.
-    covered
-        ``C Γ`` for the rows of this rank, primal vectors ``(own reduced rows, static_size)``.
-    noise
-        Noise of the readings.
-    partition
-        Division of parameter vectors among the ranks in time.
+    F
+        The map.
+    prior, noise
+        Prior of the controls and noise of the readings.
     """
 
-    def __init__(self, rows: ReducedRows, covered: np.ndarray, noise: Noise, partition: Partition):
-        self.partition, self._rows, self._noise = partition, rows, noise
-        spacetime = partition.layout.spacetime
-        D = partition.columns(covered)
-        gram = spacetime.sum_over_grid(partition.columns(rows.C) @ D.T)
+    def __init__(self, F: ParameterToObservable, prior: Prior, noise: Noise):
+        rows, covariance = F.reduced, DataCovariance(F, prior)
+        self.partition, self._rows, self._noise = F.partition, rows, noise
 
         def factored() -> tuple[np.ndarray, ...]:
             M = rows.gram(noise, len(noise.variance()))
             T = cholesky(0.5 * (M + M.T), lower=True, check_finite=False)
-            G = T.T @ gram @ T
+            G = T.T @ covariance.G @ T
             lam, U = eigh(0.5 * (G + G.T), driver="evd", check_finite=False)
             return T, np.maximum(lam, 0.0), U
 
-        self._T, self.lam, self._U = on_first_rank(spacetime.comm, "posterior", factored)
+        self._T, self.lam, self._U = on_first_rank(F.spacetime.comm, "posterior", factored)
         self.scale = np.ones(len(self.lam))
-        self.W = (self._T @ self._U).T @ D
+        self.W = (self._T @ self._U).T @ covariance.D
 
     def beta(self, r: np.ndarray) -> np.ndarray:
         """:math:`U^T T^{-1} Q^T N^{-1} r`, ``(k, modes)``."""
@@ -142,14 +136,13 @@ class ParameterSpace(_DenseModes):
         The map.
     prior, noise
         Prior of the controls and noise of the readings.
-    partition
-        Division of parameter vectors among the ranks in time.
     """
 
-    def __init__(self, F: ParameterToObservable, prior: Prior, noise: Noise, partition: Partition):
-        self.partition, self._F, self._noise = partition, F, noise
+    def __init__(self, F: ParameterToObservable, prior: Prior, noise: Noise):
+        self.partition = partition = F.partition
+        self._F, self._noise = F, noise
         comm, own = F.spacetime.comm, len(partition.own)
-        matrix = MisfitMatrix(F, noise, partition)
+        matrix = MisfitMatrix(F, noise)
         ends, mine = matrix.ends, matrix.mine
         sizes = np.diff(ends)
         A = np.zeros((int(ends[-1]),) * 2)
@@ -182,7 +175,7 @@ class MisfitMatrix:
 
     Parameters
     ----------
-    F, noise, partition
+    F, noise
         As for :class:`ParameterSpace`.
 
     Attributes
@@ -194,8 +187,9 @@ class MisfitMatrix:
     rows : ndarray, shape (own, all)
     """
 
-    def __init__(self, F: ParameterToObservable, noise: Noise, partition: Partition):
-        self._partition, self._comm = partition, F.spacetime.comm
+    def __init__(self, F: ParameterToObservable, noise: Noise):
+        self._partition = partition = F.partition
+        self._comm = F.spacetime.comm
         comm, own = self._comm, len(partition.own)
         self.ends = ends = np.cumsum([0, *comm.allgather(own)])
         self.mine = mine = slice(int(ends[comm.rank]), int(ends[comm.rank + 1]))

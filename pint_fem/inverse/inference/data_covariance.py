@@ -6,6 +6,7 @@ prior covariance for each of them is enough; with controls that have one value p
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -32,29 +33,37 @@ class DataCovariance:
 
     Attributes
     ----------
-    Q : ndarray, shape (m, r)
-        On every rank; also ``r = m`` where rows are not reduced.
     G : ndarray, shape (r, r)
-        On every rank.
+        On every rank; ``r = m`` where rows are not reduced.
     D : ndarray, shape (r, own)
         Primal vectors, the entries that this rank works on (:mod:`pint_fem.inverse.partition`).
     """
 
     def __init__(self, F: ParameterToObservable, prior: Prior):
         spacetime, partition, m = F.spacetime, F.partition, F.shape[0]
+        self._F = F
         if not F.layout.evolution.stepwise:
             rows = F.reduced
-            self.Q = np.ascontiguousarray(rows.expand(np.eye(rows.size), m).T)
             self.D = partition.columns(prior.covariance(rows.C, shared=False))
             own = partition.columns(rows.C)
         else:
-            self.Q, parts = np.eye(m), [(np.zeros((0, len(partition.own))),) * 2]
+            units, parts = np.eye(m), [(np.zeros((0, len(partition.own))),) * 2]
             for first in range(0, m, _ROWS):
-                g = F.transposed_product(self.Q[first : first + _ROWS])
+                g = F.transposed_product(units[first : first + _ROWS])
                 parts.append((g[:, partition.own], prior.covariance(g)[:, partition.own]))
             own, self.D = (np.concatenate(part) for part in zip(*parts, strict=True))
         G = spacetime.sum_over_grid(own @ self.D.T)
         self.G = 0.5 * (G + G.T)
+
+    @cached_property
+    def Q(self) -> np.ndarray:
+        """The matrix ``(m, r)`` from reduced readings to readings, on every rank; the identity where rows are not
+        reduced.
+        """
+        m = self._F.shape[0]
+        if self._F.layout.evolution.stepwise:
+            return np.eye(m)
+        return np.ascontiguousarray(self._F.reduced.expand(np.eye(self._F.reduced.size), m).T)
 
     def between(self, rows: np.ndarray, others: np.ndarray) -> np.ndarray:
         """Covariances ``(rows, others)`` of readings of some numbers with others."""

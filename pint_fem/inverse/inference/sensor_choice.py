@@ -194,7 +194,7 @@ def _parameter_design(
     F: ParameterToObservable, prior: Prior, noise: Noise, product: Prior | None, traces: bool
 ) -> SensorDesign:
     """The matrices of all sensors in the space of the controls (collective)."""
-    spectrum = ParameterSpace(F, prior, noise, F.partition)
+    spectrum = ParameterSpace(F, prior, noise)
     B = noise.whitened(F.product(spectrum.expand(np.eye(len(spectrum.lam))))).T
     rows = [F.table.of_sensor(s) for s in range(F.table.sensors)]
     if not traces:

@@ -55,10 +55,9 @@ def choose_spectrum(F: ParameterToObservable, prior: Prior, noise: Noise, tolera
         return low_rank_modes(F, prior, noise, tolerance=tolerance)
     if few or unknowns <= estimated:
         _state_memory(F, int(F.spacetime.comm.allreduce(len(F.partition.own))), data_space=False)
-        return ParameterSpace(F, prior, noise, F.partition)
+        return ParameterSpace(F, prior, noise)
     _state_memory(F, F.reduced.size, data_space=True)
-    covered = prior.covariance(F.reduced.C, shared=False)
-    return DataSpace(F.reduced, covered, noise, F.partition)
+    return DataSpace(F, prior, noise)
 
 
 def _state_memory(F: ParameterToObservable, modes: int, *, data_space: bool) -> None:
