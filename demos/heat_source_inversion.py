@@ -15,8 +15,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
-from demos.inversion import add_method, add_trust_region, settle_method
-from pint_fem.cli import ProgramParser, file_name, positive, run
+from demos.inversion import add_method, add_plate, add_trust_region, settle_method
+from pint_fem.cli import ProgramParser, positive, run
 
 
 def arguments():
@@ -25,14 +25,7 @@ def arguments():
     add = parser.add_argument
     add_method(add)
     add("--grid", default="auto", metavar="SxT", help="ranks in space x ranks in time (default: as is fastest)")
-    add(
-        "--mesh",
-        type=file_name,
-        metavar="FILE.msh",
-        help="gmsh mesh tagged as problems/plate.py (default: the shipped)",
-    )
-    add("--sensors", type=file_name, metavar="FILE.csv", help="sensor,x,y,time,temperature (default: the shipped)")
-    add("--steps", type=positive(int), default=512, help="time steps (512)")
+    add_plate(add)
     add("--integrator", default="SDIRK2", help="BackwardEuler, SDIRK2 or ImplicitMidpoint (SDIRK2)")
     add("--alpha", type=positive(float, zero=True), help="weight of the source's gradient in the regularisation")
     add("--beta", type=positive(float), help="weight of the source's size in the regularisation")

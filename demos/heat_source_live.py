@@ -17,7 +17,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
-from pint_fem.cli import ProgramParser, file_name, positive, run
+from demos.inversion import add_plate
+from pint_fem.cli import ProgramParser, run
 
 SHOWN = 4
 """Number of sensors whose readings are drawn."""
@@ -28,14 +29,7 @@ def arguments():
     parser = ProgramParser(prog="heat_source_live.py", description=__doc__)
     add = parser.add_argument
     add("--grid", default="auto", metavar="SxT", help="ranks in space x ranks in time (default: all in time)")
-    add(
-        "--mesh",
-        type=file_name,
-        metavar="FILE.msh",
-        help="gmsh mesh tagged as problems/plate.py (default: the shipped)",
-    )
-    add("--sensors", type=file_name, metavar="FILE.csv", help="sensor,x,y,time,temperature (default: the shipped)")
-    add("--steps", type=positive(int), default=512, help="time steps (512)")
+    add_plate(add)
     add("--live", action="store_true", help="draw in a window, too, where there are a display and a terminal")
     add("--out", type=Path, default=Path("results/heat_source_live"), help="folder (results/heat_source_live)")
     return parser.read()

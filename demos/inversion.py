@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = [
     "MapResult",
     "add_method",
+    "add_plate",
     "add_trust_region",
     "invert",
     "mean_over_coefficients",
@@ -47,6 +48,18 @@ def add_method(add) -> None:
         help="map (one adjoint sweep per sensor, from which the whole posterior follows), trust-region (sweeps in each "
         "iteration), auto (the one of less estimated time) (map)",
     )
+
+
+def add_plate(add) -> None:
+    """Add the options of the plate's mesh, readings and steps to a parser, whose ``add_argument`` is given."""
+    add(
+        "--mesh",
+        type=file_name,
+        metavar="FILE.msh",
+        help="gmsh mesh tagged as problems/plate.py (default: the shipped)",
+    )
+    add("--sensors", type=file_name, metavar="FILE.csv", help="sensor,x,y,time,temperature (default: the shipped)")
+    add("--steps", type=positive(int), default=512, help="time steps (512)")
 
 
 def add_trust_region(parser: ProgramParser, *, gtol: str, checkpoints: bool) -> None:
