@@ -327,9 +327,7 @@ class Evolution:
 
     @cached_property
     def fields(self) -> Fields | None:
-        """Blocks of the operators where a field is eliminated, shared by all levels, for the values that controls had
-        when they were computed (collective).
-        """
+        """Blocks where a field is eliminated, at the first values of the controls; computed once (collective)."""
         parts = None if self.eliminate is None else self.affine_parts
         if parts is None or touches_field(parts, self.eliminate):
             return None
@@ -346,8 +344,8 @@ class Evolution:
     @cached_property
     def affine_parts(self) -> AffineParts | None:
         """Operators and load where the same holds for given controls, some of which may be in the operators."""
-        separable = self._parts is not None and all(op is None or op.separable for op in self.control_operators)
-        return self._parts if separable else None
+        found = self._parts is not None and all(op is None or op.separable for op in self.control_operators)
+        return self._parts if found else None
 
     @property
     def has_controlled_operators(self) -> bool:

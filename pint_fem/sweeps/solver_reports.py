@@ -47,9 +47,6 @@ class SolverReports:
             return []
         kinds = (LinearPropagator, CoefficientPropagator)
         fits = all(type(p) in kinds and p.evolution is self.evolution for p in self.propagators)
-            type(p) in (LinearPropagator, CoefficientPropagator) and p.evolution is self.evolution
-            for p in self.propagators
-        )
         options = MGRITOptions.make(self._mgrit, coarse_steps=self._coarse_steps)
         return mgrit_estimate(self.evolution, options, self._coarse_tableau) if fits else None
 
