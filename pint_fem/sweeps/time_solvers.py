@@ -31,11 +31,11 @@ from pint_fem.propagators.linearisation import LinearisationCache
 from pint_fem.propagators.spatial import SpatialLevels
 from pint_fem.spacetime import SpaceTime
 from pint_fem.sweeps.c_points import Intervals
-from pint_fem.sweeps.frequency_systems import AveragedSystems, frequency_systems
+from pint_fem.sweeps.frequencies.solver import CoarsestParaDiag, paradiag_solver
+from pint_fem.sweeps.frequencies.systems import AveragedSystems, frequency_systems
 from pint_fem.sweeps.krylov import AcceleratedSweep
 from pint_fem.sweeps.mass_norm import MassNorm
 from pint_fem.sweeps.memory import least_bytes
-from pint_fem.sweeps.paradiag import CoarsestParaDiag, paradiag_solver
 from pint_fem.sweeps.selection import require_supported
 from pint_fem.sweeps.solver_reports import SolverReports
 from pint_fem.sweeps.steps import AdjointStep, LinearStep, StateStep, TangentStep
