@@ -1,4 +1,4 @@
-"""The process grid space x time x experiments: which ranks share a state or the time axis, which steps a rank owns.
+"""The process grid space x time x experiments: which ranks share a state or the time axis, and which steps they own.
 
 ``P = P_space * P_time * P_experiments`` ranks form ``P_experiments`` groups of neighbouring ranks. Each group solves its
 own experiments (evolutions of which a functional is the sum) on a space x time grid of its own: the ranks that share

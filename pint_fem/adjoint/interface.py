@@ -37,7 +37,15 @@ if TYPE_CHECKING:
     from pint_fem.adjoint.composed import Selection
     from pint_fem.adjoint.problem import ReducedProblem
 
-__all__ = ["ControlProblem", "SweepAccuracy", "SweepLimits", "Term", "as_vector", "require_directions"]
+__all__ = [
+    "ControlProblem",
+    "SweepAccuracy",
+    "SweepLimits",
+    "Term",
+    "as_vector",
+    "regularisation_value",
+    "require_directions",
+]
 
 
 def as_vector(z: ArrayLike) -> np.ndarray:
@@ -266,6 +274,22 @@ class ControlProblem(ABC):
         """Return the problem of each evolution with its weight in ``J``; one in several terms comes several times."""
         return [found for term in self.terms for found in term.problem.weighted_leaves(weight * term.weight)]
 
+    def leaf_numbers(self) -> list[int]:
+        """Return the number of each of the :attr:`leaves` among those of all groups of experiments."""
+        out, first = [], 0
+        for term in self.terms:
+            out += [first + number for number in term.problem.leaf_numbers()]
+            first += len(term.problem.leaf_weights())
+        return out
+
+    def leaf_weights(self) -> list[tuple[int, float]]:
+        """Return the number and the weight of each leaf, those of all groups of experiments."""
+        out: list[tuple[int, float]] = []
+        for term in self.terms:
+            first = len(out)
+            out += [(first + number, term.weight * weight) for number, weight in term.problem.leaf_weights()]
+        return out
+
     @property
     def leaves(self) -> list[ReducedProblem]:
         """The problem of each evolution; one that is in several terms comes several times."""
@@ -322,3 +346,11 @@ class ControlProblem(ABC):
         time is at its peak.
         """
         return MemoryEstimate.combined([leaf.memory() for leaf in dict.fromkeys(self.leaves)])
+
+
+def regularisation_value(problem: ControlProblem, z: np.ndarray) -> float:
+    """Return the sum of all regularisations of a problem that are not those of single evolutions (collective)."""
+    if not problem.terms:
+        return 0.0
+    own = 0.0 if problem.regularisation is None else problem.regularisation.value(z)
+    return own + sum(term.weight * regularisation_value(term.problem, term.map.value(z)) for term in problem.terms)

@@ -99,6 +99,14 @@ class ReducedProblem(SecondDerivatives, ControlProblem):
         """Return the weight, the problem itself and its controls."""
         return [(weight, self, z)]
 
+    def leaf_numbers(self) -> list[int]:
+        """Return the number of the only leaf."""
+        return [0]
+
+    def leaf_weights(self) -> list[tuple[int, float]]:
+        """Return the number and the weight of the only leaf."""
+        return [(0, 1.0)]
+
     @property
     def evolutions(self) -> list[Evolution]:
         """The evolution, as the user posed it."""

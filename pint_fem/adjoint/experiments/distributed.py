@@ -181,6 +181,14 @@ class DistributedExperiments(ComposedProblem):
         """Return the number of the group of ranks that solves an evolution."""
         return self.spacetime.group_of_experiment(self._all.index(evolution), len(self._all))
 
+    def leaf_numbers(self) -> list[int]:
+        """Return the numbers of the own experiments among all."""
+        return list(self._own_numbers)
+
+    def leaf_weights(self) -> list[tuple[int, float]]:
+        """Return the number and the weight of each experiment."""
+        return [(number, 1.0) for number in range(len(self._all))]
+
     def experiment_values(self, z: np.ndarray, **accuracy: float) -> np.ndarray:
         """Return the misfits of all experiments in their order."""
         z = as_vector(z)
@@ -305,9 +313,10 @@ class DistributedExperiments(ComposedProblem):
         """Read the user's data again, and return the names of those of all experiments that have other values."""
         changed = self._together(self._own.update_data)
         self.terms[0].map.update_data()
-        if self._data is not None:
-            changed = [*changed, *self._data.update()]
-        groups = self.spacetime.experiments_comm.allgather(changed)
+        groups = [
+            *self.spacetime.experiments_comm.allgather(changed),
+            [] if self._data is None else self._data.update(),
+        ]
         return list(dict.fromkeys(name for names in groups for name in names))
 
 
