@@ -1,8 +1,8 @@
 """The process grid space x time x experiments: which ranks share a state or the time axis, and which steps they own.
 
-``P = P_space * P_time * P_experiments`` ranks form ``P_experiments`` groups of neighbouring ranks. Each group solves its
-own experiments (evolutions of which a functional is the sum) on a space x time grid of its own: the ranks that share
-one state have the communicator ``space_comm``, those with the same place in them share the time axis over
+``P = P_space * P_time * P_experiments`` ranks form ``P_experiments`` groups of neighbouring ranks. Each group solves
+its own experiments (evolutions of which a functional is the sum) on a space x time grid of its own: the ranks that
+share one state have the communicator ``space_comm``, those with the same place in them share the time axis over
 ``time_comm``. The grid of a group is that of ``firedrake.Ensemble``; without Firedrake (plain numpy, torch) the same
 communicators are split off here.
 """
@@ -103,6 +103,9 @@ class SpaceTime(ProcessGrid):
         The ranks of the same place in space and time in all groups, in the order of the groups.
     ensemble : firedrake.Ensemble or None
         That of this group, where there is Firedrake.
+    prints : bool
+        Whether lines and files that all groups of experiments would repeat are those of this grid: of the grid of all
+        ranks, and of that of the first group.
 
     Notes
     -----
@@ -132,12 +135,12 @@ class SpaceTime(ProcessGrid):
         super().__init__(comm, grid, {"space": space, "time": time, "experiments": experiments}, optional=1)
         self.space_size, self.time_size, self.experiments_size = self.shape
         self._group: SpaceTime | None = None
-        self._prints = True
+        self.prints = True
         if self.experiments_size > 1:
             of_experiments = self._groups(comm, self.space_size * self.time_size)
             self.experiments_comm = of_experiments.outer
             self._group = SpaceTime(self.shape[:2], of_experiments.inner)
-            self._group._prints = self.experiments_comm.rank == 0
+            self._group.prints = self.experiments_comm.rank == 0
             for name in ("space_comm", "time_comm", "reversed_time_comm", "ensemble"):
                 setattr(self, name, getattr(self._group, name))
             return
@@ -164,11 +167,11 @@ class SpaceTime(ProcessGrid):
         """Whether this is the first rank of the whole run, which prints and writes the files; of the grid of another
         group of experiments than the first it is none.
         """
-        return self._prints and self.comm.rank == 0
+        return self.prints and self.comm.rank == 0
 
     def log(self, text: str) -> None:
         """Log a line on the first rank of the whole run (collective over ``comm``)."""
-        on_first_rank(self.comm, "logging", logger.info if self._prints else _print_nothing, text)
+        on_first_rank(self.comm, "logging", logger.info if self.prints else _print_nothing, text)
 
     def free(self) -> None:
         """Free the communicators if no other grid of this shape on ``comm`` uses them (collective over ``comm``).

@@ -24,6 +24,7 @@ from pint_fem.misfits.base import Misfit
 from pint_fem.petsc_options.spelling import require_prefix
 from pint_fem.propagators import make_propagator
 from pint_fem.spacetime import SpaceTime
+from pint_fem.sweeps.automatic import share_measured_seconds
 from pint_fem.sweeps.selection import krylov_options, mgrit_options, read_time_solver
 from pint_fem.sweeps.sweeps import Sweeps
 
@@ -129,6 +130,8 @@ class TimeParallelReducedFunctional(ControlFunctional):
         problem: ControlProblem
         if several:
             make = lambda e: _problem(evolutions[e], own_misfits[e], [], *given)
+            if spacetime.experiments_size > 1 and (solver_parameters or {}).get("time_solver") == "auto":
+                share_measured_seconds(evolutions[0].private(), spacetime)
             problem = _problem_of_experiments(evolutions, own_misfits, forms, spacetime, make)
         elif spacetime.experiments_size > 1:
             space, _, groups = spacetime.shape
