@@ -301,26 +301,25 @@ def test_a_run_continues_on_another_grid(grid, inexact, tmp_path):
     ranks in space the numbering of unknowns is another, and the message says so.
     """
     folder = WORLD.bcast(str(tmp_path))
-    options = dict(inexact=inexact, cg_max_it=3, gtol_rel=1e-7)
+    options = dict(inexact=inexact, cg_max_it=3, gtol_rel=1e-12)
 
     def run(where, path=None, **given):
         posed = alone(levels=2) if where == "alone" else Heating(pf.SpaceTime(where), levels=2)
         return posed.J.minimize_trust_region(checkpoint=path, **options, **given), posed
 
-    whole, _ = run("alone")
+    whole, _ = run("alone", max_it=5)
     for first, then in (("alone", grid), (grid, "alone")):
         path = f"{folder}/{first}.h5"
-        for where, most in ((first, 2), (then, 100)):
+        for where, most in ((first, 2), (then, 5)):
             if where != "alone" or WORLD.rank == 0:
-                if most == 100 and grid[0] != "1":
+                if most == 5 and grid[0] != "1":
                     with pytest.raises(InputError, match="space ranks: the file has"):
                         run(where, path)
                     continue
                 result, _ = run(where, path, max_it=most)
-                if most == 100:
-                    assert result.iterations == whole.iterations
+                if most == 5:
+                    assert result.iterations == whole.iterations == 5
                     assert result.value == pytest.approx(whole.value, rel=1e-10)
-                    assert len(result.history) == len(whole.history)
             WORLD.barrier()
 
 
