@@ -2,8 +2,8 @@
 pyadjoint tape: what the tests of coefficients compare.
 
 A :class:`Problem` has its residual as a Python function of rates, fields and test functions. With ``Dt(u)`` it is the
-residual of an :class:`~pint_fem.evolution.Evolution`; with ``(U - W)/h`` it is a stage of a Runge-Kutta method, which the
-serial loop solves by Firedrake's ``solve``. All forms have an explicit quadrature degree, as pyadjoint estimates the
+residual of an :class:`~pint_fem.evolution.Evolution`; with ``(U - W)/h`` it is a stage of a Runge-Kutta method, which
+the serial loop solves by Firedrake's ``solve``. All forms have an explicit quadrature degree, as pyadjoint estimates the
 degree of each derivative anew.
 """
 
@@ -55,17 +55,15 @@ from pyadjoint.enlisting import Enlist
 import pint_fem as pf
 from pint_fem.kernels.arrays import get
 from pint_fem.propagators.tape import recording
-from problems.serial_pyadjoint import SCHEMES
+from problems.serial_pyadjoint import NODES, SCHEMES
 from tests.meshes import square
 
 __all__ = [
-    "DIRECT", "NODES", "TABLEAUX", "Problem", "acoustics", "assert_same", "assert_same_as_serial", "conduction", "elastic",
+    "DIRECT", "TABLEAUX", "Problem", "acoustics", "assert_same", "assert_same_as_serial", "conduction", "elastic",
     "facet_diffusion", "heat", "maxwell", "point_and_direction", "results", "serial_functional", "time_parallel",
 ]  # fmt: skip
 
 TABLEAUX = {"BackwardEuler": pf.BackwardEuler, "ImplicitMidpoint": pf.ImplicitMidpoint, "SDIRK2": pf.SDIRK2}
-NODES = {"BackwardEuler": (1.0,), "ImplicitMidpoint": (0.5,), "SDIRK2": (1 - 0.5**0.5, 1.0)}
-"""Time of each stage in its step."""
 DIRECT = {"mat_type": "aij", "ksp_type": "preonly", "pc_type": "lu", "pc_factor_mat_solver_type": "mumps"}
 DEGREE = 4
 """Quadrature degree of all forms."""
@@ -222,7 +220,7 @@ def _leapfrog(problem: Problem):
         yield a, b
 
 
-# -- comparison -----------------------------------------------------------------------------------------------------------
+# -- comparison --------------------------------------------------------------------------------------------------------
 def point_and_direction(problem: Problem) -> tuple[list[Function], list[Function]]:
     """Functions with the values and the directions of the controls."""
     spaces = [c.function_space() for c in problem.controls]
@@ -264,7 +262,7 @@ def assert_same_as_serial(problem: Problem, st, integrator: str, *solvers: dict,
     return made
 
 
-# -- problems -------------------------------------------------------------------------------------------------------------
+# -- problems ----------------------------------------------------------------------------------------------------------
 def _space(mesh, name: str):
     """A space of controls: ``"P1"``, ``"P2"``, ``"DG0"``, ``"R"``."""
     return FunctionSpace(mesh, "R", 0) if name == "R" else FunctionSpace(mesh, name.rstrip("012"), int(name[-1]))
@@ -401,7 +399,9 @@ def maxwell(st, *, eliminate: int | None = None, controls=("DG0", "P1"), n: int 
     )  # fmt: skip
 
 
-def acoustics(st, *, eliminate: int | None = None, control: str = "DG0", where: str = "mass", n: int = 4, dt=0.04) -> Problem:
+def acoustics(
+    st, *, eliminate: int | None = None, control: str = "DG0", where: str = "mass", n: int = 4, dt: float = 0.04
+) -> Problem:
     """First-order acoustics, velocity in RT and pressure in DG0, the wave speed ``c = exp(q)`` sought, with a damping
     layer: ``where`` the speed is, beside the rate of the pressure (``"mass"``) or the divergence (``"stiffness"``).
     """

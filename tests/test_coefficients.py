@@ -11,11 +11,7 @@ from mpi4py import MPI
 
 import pint_fem as pf
 from pint_fem.kernels.arrays import get
-from pint_fem.propagators import FormPropagator
-try:
-    from pint_fem.propagators import CoefficientPropagator
-except ImportError:
-    CoefficientPropagator = FormPropagator
+from pint_fem.propagators import CoefficientPropagator, FormPropagator
 from tests.coefficients import (
     acoustics,
     assert_same,
@@ -49,7 +45,7 @@ def fast(*functionals):
     return all(isinstance(finest(rf), CoefficientPropagator) for rf in functionals)
 
 
-# -- conductivity and heat capacity ---------------------------------------------------------------------------------------
+# -- conductivity and heat capacity ------------------------------------------------------------------------------------
 def test_log_conductivity_by_all_time_solvers_also_where_the_control_is_zero():
     """Boundary values that depend on time; the tape is evaluated at two controls."""
     problem = heat(ALONE, conduction(exp))
@@ -82,7 +78,7 @@ def capacity_and_convection(capacity):
     [
         (exp, ("P2", "R"), "ImplicitMidpoint", "inhomogeneous", (SERIAL, PARADIAG)),
         (lambda q: 0.2 + q, ("DG0", "P1"), "BackwardEuler", "none", (SERIAL, MGRIT)),
-        pytest.param(lambda q: 1 + q**2, ("R", "R"), "SDIRK2", "time-dependent", (SERIAL, MGRIT), marks=pytest.mark.grid),
+        pytest.param(lambda q: 1 + q**2, ("R", "R"), "SDIRK2", "inhomogeneous", (SERIAL, MGRIT), marks=pytest.mark.grid),
     ],
 )
 def test_heat_capacity_and_convection(capacity, controls, integrator, walls, solvers):
@@ -102,7 +98,7 @@ def test_conductivity_in_other_spaces(control, integrator):
     assert fast(*assert_same_as_serial(problem, ALONE, integrator, SERIAL, MGRIT, PARADIAG))
 
 
-# -- controls in operators and in loads -------------------------------------------------------------------------------------
+# -- controls in operators and in loads --------------------------------------------------------------------------------
 def test_source_and_conductivity_at_once():
     term = lambda rate, u, v, t, q, dx, ds, x: (
         rate * v + exp(q[0]) * inner(grad(u), grad(v)) - (1 + sin(8 * t)) * q[1] * v
@@ -137,7 +133,7 @@ def test_without_a_state_the_derivatives_are_those_of_the_regularisation():
         assert np.abs(h - get(assemble(derivative(gradient, z[0], dz[0])))).max() < 1e-15
 
 
-# -- waves ------------------------------------------------------------------------------------------------------------------
+# -- waves -------------------------------------------------------------------------------------------------------------
 def test_permittivity_and_conductivity():
     """Both at once, with an absorbing wall that depends on the permittivity; with and without eliminating B."""
     problem = maxwell(ALONE)
@@ -187,7 +183,7 @@ def test_wave_speed_by_leapfrog(where):
     assert_same_as_serial(acoustics(ALONE, eliminate=1, where=where), ALONE, "leapfrog", SERIAL, MGRIT)
 
 
-# -- what stays with the form propagator ------------------------------------------------------------------------------------
+# -- what stays with the form propagator -------------------------------------------------------------------------------
 def test_a_coefficient_with_a_course_stays_with_the_form_propagator_which_reports_it(caplog):
     """``a(x) s(t)``: the operators of the steps differ."""
     term = lambda rate, u, v, t, q, dx, ds, x: (
@@ -201,7 +197,7 @@ def test_a_coefficient_with_a_course_stays_with_the_form_propagator_which_report
     assert "time" in caplog.text
 
 
-# -- Taylor orders ------------------------------------------------------------------------------------------------------------
+# -- Taylor orders -----------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("make", "integrator", "solver", "length"),
     [
@@ -222,7 +218,7 @@ def test_taylor_orders(make, integrator, solver, length):
     check_orders(time_parallel(problem, ALONE, integrator, **solver), one(z), one(dz))
 
 
-# -- process grids ------------------------------------------------------------------------------------------------------------
+# -- process grids -----------------------------------------------------------------------------------------------------
 GRIDS = {1: ["1x1"], 2: ["1x2", "2x1"], 4: ["2x2"]}.get(MPI.COMM_WORLD.size, [])
 
 
