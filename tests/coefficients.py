@@ -3,8 +3,8 @@ pyadjoint tape: what the tests of coefficients compare.
 
 A :class:`Problem` has its residual as a Python function of rates, fields and test functions. With ``Dt(u)`` it is the
 residual of an :class:`~pint_fem.evolution.Evolution`; with ``(U - W)/h`` it is a stage of a Runge-Kutta method, which
-the serial loop solves by Firedrake's ``solve``. All forms have an explicit quadrature degree, as pyadjoint estimates the
-degree of each derivative anew.
+the serial loop solves by Firedrake's ``solve``. All forms have an explicit quadrature degree, as pyadjoint estimates
+the degree of each derivative anew.
 """
 
 from __future__ import annotations

@@ -213,8 +213,16 @@ def _least(cases: dict[str, Derivatives], comm, repeats: int) -> dict[str, dict[
     return {name: {what: min(part[what] for part in parts) for what in parts[0]} for name, parts in found.items()}
 
 
-def rows(repeats: int, comm=MPI.COMM_WORLD, *, steps: int = STEPS, tape_steps: int = TAPE_STEPS, size: int = SIZE,
-         parts: str = "source tape experiments", say: Callable[[str], None] = lambda text: None) -> list[Row]:  # fmt: skip
+def rows(
+    repeats: int,
+    comm=MPI.COMM_WORLD,
+    *,
+    steps: int = STEPS,
+    tape_steps: int = TAPE_STEPS,
+    size: int = SIZE,
+    parts: str = "source tape experiments",
+    say: Callable[[str], None] = lambda text: None,
+) -> list[Row]:
     """Ratios on the ranks of ``comm``, those of the first rank.
 
     Parameters
