@@ -173,7 +173,9 @@ class Regularisation:
             variation = form if isinstance(form, TotalVariation) else None
             for f in () if variation is None else variation.fields:
                 if f not in controls:
-                    raise InputError(f"regularisation: TotalVariation of {f.name()!r}, which is no control: leave it out")
+                    raise InputError(
+                        f"regularisation: TotalVariation of {f.name()!r}, which is no control: leave it out"
+                    )
             form, t = own.functional(form, "regularisation")
             if t is not None:
                 raise InputError("regularisation: a functional contains the time function t; controls have no time")
@@ -195,18 +197,23 @@ class Regularisation:
                 made = _Functional(functional.form, functional.functions, self.layout.spacetime.sum_over_space)
                 self._terms[i] = made, controls
 
-    def second_derivative(self, control: Function) -> ufl.Form | None:
+    def second_derivative(self, control: Function, *, quadratic_part: bool = False) -> ufl.Form | None:
         """Return the second derivative by one of the user's controls as a bilinear form; ``None`` where it is zero or
-        depends on the control.
+        depends on the control. With ``quadratic_part`` it is that of the functionals for which it does not depend on
+        the control, an empty form where there is none.
         """
         found, space = [], control.function_space()
         for functional, controls in self._terms:
             if control in controls:
                 f = functional.functions[controls.index(control)]
                 gradient = derivative(functional.form, f, TestFunction(space))
-                found.append(expand_derivatives(derivative(gradient, f, TrialFunction(space))))
-                if f in extract_coefficients(found[-1]):
+                second = expand_derivatives(derivative(gradient, f, TrialFunction(space)))
+                if f not in extract_coefficients(second):
+                    found.append(second)
+                elif not quadratic_part:
                     return None
+        if quadratic_part:
+            return sum(found, start=ufl.Form([]))
         return sum(found[1:], start=found[0]) if found else None
 
     @property

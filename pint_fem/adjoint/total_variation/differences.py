@@ -12,6 +12,7 @@ import numpy as np
 from finat.ufl import FiniteElement, TensorElement
 from firedrake import FunctionSpace, TestFunction, TrialFunction, as_tensor, assemble, dS, dx, grad, inner, jump
 from firedrake.functionspaceimpl import WithGeometry
+from firedrake.petsc import PETSc
 
 from pint_fem.adjoint.total_variation.functional import is_on_facets
 from pint_fem.evolution.control_operators import MatrixOperator
@@ -69,3 +70,18 @@ class Differences:
         whole = np.zeros((len(self._inside), self.components))
         whole[self._inside] = flux
         return self._matrix.transposed(whole.ravel())
+
+    def product_matrix(self, blocks: np.ndarray) -> PETSc.Mat:
+        r"""The matrix of :math:`(d, v) \mapsto \sum_i \omega_i\, B_i \nabla d(x_i) \cdot \nabla v(x_i)` for symmetric
+        ``B`` of shape ``(points, components, components)`` (collective over space).
+        """
+        D, m = self._matrix.matrix, self.components
+        whole = np.zeros((len(self._inside), m, m))
+        whole[self._inside] = blocks / self.weights[:, None, None]
+        first, last = D.getOwnershipRange()
+        columns = np.repeat(np.arange(first, last).reshape(-1, 1, m), m, axis=1)
+        pointers = m * np.arange(last - first + 1)
+        csr = tuple(a.astype(PETSc.IntType) for a in (pointers, columns.ravel()))
+        sizes = (D.getSizes()[0], D.getSizes()[0])
+        between = PETSc.Mat().createAIJ(sizes, csr=(*csr, whole.ravel()), comm=D.comm)
+        return between.ptap(D)

@@ -107,7 +107,9 @@ class TotalVariation(ufl.Form):
             if not 0 < number < np.inf:
                 raise InputError(f"TotalVariation: {name} = {number} is refused: give a positive number")
         if model not in MODELS:
-            raise InputError(f"TotalVariation: model = {model!r} is refused: give one of {', '.join(map(repr, MODELS))}")
+            raise InputError(
+                f"TotalVariation: model = {model!r} is refused: give one of {', '.join(map(repr, MODELS))}"
+            )
         self.fields, self.weight, self.smoothing, self.model = fields, float(weight), float(smoothing), model
         mesh = fields[0].function_space().mesh()
         facets = is_on_facets(fields[0].function_space())
@@ -152,7 +154,9 @@ def is_on_facets(space: WithGeometry) -> bool:
 def _require_fields(fields: Sequence) -> None:
     """Refuse what has no total variation, and fields that have none in common."""
     if not fields:
-        raise InputError("TotalVariation: the list of controls is empty: give a control, such as TotalVariation(q, ...)")
+        raise InputError(
+            "TotalVariation: the list of controls is empty: give a control, such as TotalVariation(q, ...)"
+        )
     for f in fields:
         if not isinstance(f, Function):
             raise InputTypeError(

@@ -17,9 +17,8 @@ symmetrised, in the place of the second derivative, which it is where :math:`w =
 
 .. math:: \delta w = \frac1N \left(\nabla \delta q - w\, (p \cdot \nabla \delta q)\right) + p - w,
 
-p and N those before the step. At each point :math:`s = 1` where :math:`|w + \delta w| \le 1`, and otherwise :math:`s` is
-a part of the length to the boundary of the unit ball, so that :math:`|w| < 1` holds always ([2], where one length is
-taken for all points). The trust region compares the model with the functional itself, so the operator decides on the
+p and N those before the step. The length is :math:`s = 1` where then :math:`|w| \le 1` at all points, and otherwise a
+part of the largest for which that holds, so that :math:`|w| < 1` always [1, 2]. The trust region compares the model with the functional itself, so the operator decides on the
 number of iterations, not on the result.
 
 The dual begins with zero, for which :math:`H_w` is the operator of lagged diffusivity.
@@ -38,6 +37,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from firedrake import Function
+from firedrake.petsc import PETSc
+from mpi4py import MPI
 
 from pint_fem.adjoint.total_variation.smoothed import SmoothedVariation
 from pint_fem.collective import any_rank
@@ -59,6 +60,8 @@ class DualField:
     ----------
     variation
         The total variation.
+    space_comm
+        The ranks in space.
     fixed
         Keep the dual zero: the operator of lagged diffusivity.
 
@@ -68,8 +71,8 @@ class DualField:
         The dual at the own points; several rows for a control with one value per step.
     """
 
-    def __init__(self, variation: SmoothedVariation, *, fixed: bool = False):
-        self.variation, self._fixed = variation, fixed
+    def __init__(self, variation: SmoothedVariation, space_comm: MPI.Comm, *, fixed: bool = False):
+        self.variation, self._space_comm, self._fixed = variation, space_comm, fixed
         self.w = np.zeros((0, 0, 0))
         self._G: np.ndarray | None = None
 
@@ -80,10 +83,24 @@ class DualField:
             self.w = np.zeros_like(G)
         elif not self._fixed:
             dw = (G - self._G - self.w * _dot(self._p, G - self._G)) / self._N + self._p - self.w
-            self.w = self.w + longest_steps(self.w, dw) * dw
+            lengths = longest_steps(self.w, dw).min(axis=(1, 2), initial=1.0)
+            self.w = self.w + self._least(lengths)[:, None, None] * dw
         self._G = G
         self._N = np.sqrt(_dot(G, G) + self.variation.smoothing)
         self._p = G / self._N
+
+    def _least(self, lengths: np.ndarray) -> np.ndarray:
+        """The smallest of each entry over the ranks in space (collective over space)."""
+        least = np.empty_like(lengths)
+        self._space_comm.Allreduce(lengths, least, op=MPI.MIN)
+        return least
+
+    def matrix(self, row: int, number: int) -> PETSc.Mat:
+        """Return the matrix of the operator of a row for one of the functions (collective over space)."""
+        w, p, N = self.w[row], self._p[row], self._N[row]
+        blocks = 0.5 * (w[:, :, None] * p[:, None, :] + p[:, :, None] * w[:, None, :])
+        blocks = (np.eye(w.shape[1]) - blocks) / N[:, :, None]
+        return self.variation.matrix(blocks, number)
 
     def difference(self, row: int, dz: np.ndarray) -> np.ndarray:
         """Return the difference of the operator and of the second derivative, applied to a direction ``(nz,)``: a dual
@@ -117,9 +134,10 @@ class _Node:
     def __init__(self, problem: ControlProblem, weight: float):
         self.regularisation: Regularisation | None = problem.regularisation
         self.duals: list[tuple[DualField, tuple[Function, ...]]] = []
+        space_comm = problem.spacetime.space_comm
         if self.regularisation is not None and weight > 0:
             self.duals = [
-                (DualField(functional, fixed=functional.model == "lagged-diffusivity"), controls)
+                (DualField(functional, space_comm, fixed=functional.model == "lagged-diffusivity"), controls)
                 for functional, controls in self.regularisation.variations
                 if functional.model != "newton"
             ]
@@ -137,6 +155,26 @@ class _Node:
             dual.move_to(self.regularisation.rows(z, controls))
         for term, node in self.terms:
             node.move_to(term.map.value(z))
+
+    def matrices(self, control: Function) -> list[PETSc.Mat]:
+        """The matrices of the operators of all total variations of a control, one per row; none where there are none.
+
+        They are those of :class:`~pint_fem.adjoint.composed.Selection`, by which a control of a term is one of the sum.
+        """
+        found = [
+            [dual.matrix(row, controls.index(control)) for row in range(len(dual.w))]
+            for dual, controls in self.duals
+            if control in controls
+        ]
+        for term, node in self.terms:
+            rows = node.matrices(control)
+            for matrix in rows:
+                matrix.scale(term.weight)
+            found += [rows] if rows else []
+        for others in found[1:]:
+            for total, matrix in zip(found[0], others, strict=True):
+                total.axpy(1.0, matrix, structure=PETSc.Mat.Structure.DIFFERENT_NONZERO_PATTERN)
+        return found[0] if found else []
 
     def difference(self, z: np.ndarray, dz: np.ndarray) -> np.ndarray:
         """The sum of all operators' differences, applied to a direction."""
@@ -180,6 +218,17 @@ class PrimalDualModel:
         if self.duals and any_rank(self._comm, self._z is None or not np.array_equal(self._z, z)):
             self._root.move_to(z)
             self._z = np.array(z)
+
+    @property
+    def iterate(self) -> np.ndarray | None:
+        """The last iterate, not to be modified; ``None`` before the first."""
+        return self._z
+
+    def matrices(self, control: Function) -> list[PETSc.Mat]:
+        """Return the matrices of the operators of a control at the iterate, new ones: one, or one for each own step;
+        none where the control has no total variation (collective over space).
+        """
+        return self._root.matrices(control)
 
     def add(self, action: np.ndarray, dz: np.ndarray) -> np.ndarray:
         """Return a Hessian action at the iterate, a dual vector, with the operators in the place of the second

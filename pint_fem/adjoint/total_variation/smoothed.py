@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import ufl
 from firedrake import Function
+from firedrake.petsc import PETSc
 
 from pint_fem.adjoint.total_variation.differences import Differences
 from pint_fem.adjoint.total_variation.functional import TotalVariation
@@ -76,6 +77,14 @@ class SmoothedVariation:
         ends = np.cumsum([of.components for of in self._differences])[:-1]
         parts = np.split(self.weight * flux, ends, axis=1)
         return np.concatenate([of.transposed(part) for of, part in zip(self._differences, parts, strict=True)])
+
+    def matrix(self, blocks: np.ndarray, number: int) -> PETSc.Mat:
+        """Return the matrix of a form, given by matrices ``(points, components, components)`` between gradients, for
+        one of the functions.
+        """
+        ends = np.cumsum([0, *(of.components for of in self._differences)])
+        own = slice(ends[number], ends[number + 1])
+        return self._differences[number].product_matrix(self.weight * blocks[:, own, own])
 
     def value(self, z: np.ndarray) -> float:
         """Return ``R(z)``."""
