@@ -40,8 +40,8 @@ __all__ = ["Minimisable"]
 # takes the fewest cycles of 0.1, 0.02 and "superlinear", with and without a limited-memory preconditioner.
 _MODEL_FORCING = 0.02
 
-# Residual of conjugate gradients with total variation: the update of its dual supposes Newton's step, and the iterations
-# grow with looser ones.
+# Residual of conjugate gradients with total variation: the update of its dual supposes Newton's step, and looser ones
+# take more iterations.
 _VARIATION_RTOL = 1e-2
 
 
@@ -326,7 +326,8 @@ class Minimisable:
             given = [self._second_derivative(control) for control in self.evolution.controls]
         elif isinstance(given, str):
             raise InputError(
-                f"preconditioner {given!r}: give 'regularisation', 'limited-memory', 'none', a bilinear form or a callable"
+                f"preconditioner {given!r}: give 'regularisation', 'limited-memory', 'none', a bilinear form or a "
+                "callable"
             )
         prior = ControlInner(self.layout, given)
         return lambda r: prior.primal(inner.dual(r))

@@ -1,9 +1,10 @@
 r"""Gradients of a field at quadrature points, or its jumps at facets, as a sparse matrix.
 
 With the points :math:`x_i` and weights :math:`\omega_i` of the rule on all cells, the matrix :math:`D` has
-:math:`(D q)_i = \omega_i \nabla q(x_i)`. The sum of a function of gradients is then one of vectors
-:math:`G = \operatorname{diag}(\omega)^{-1} D q` of shape ``(points, components)``, and its derivatives are products with
-:math:`D` and :math:`D^T`. Of a field that is constant in each cell :math:`G` are the jumps, one point per interior facet.
+:math:`(D q)_i = \omega_i \nabla q(x_i)`. An integral of a function of the gradient is then a sum over the rows of
+:math:`G = \operatorname{diag}(\omega)^{-1} D q`, of shape ``(points, components)``, and its derivatives are products
+with :math:`D` and :math:`D^T`. Of a field that is constant in each cell, :math:`G` are the jumps, with one point per
+interior facet.
 """
 
 from __future__ import annotations

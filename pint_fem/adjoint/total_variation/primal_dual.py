@@ -18,8 +18,9 @@ symmetrised, in the place of the second derivative, which it is where :math:`w =
 .. math:: \delta w = \frac1N \left(\nabla \delta q - w\, (p \cdot \nabla \delta q)\right) + p - w,
 
 p and N those before the step. The length is :math:`s = 1` where then :math:`|w| \le 1` at all points, and otherwise a
-part of the largest for which that holds, so that :math:`|w| < 1` always [1, 2]. The trust region compares the model with the functional itself, so the operator decides on the
-number of iterations, not on the result.
+part of the largest for which that holds, so that :math:`|w| < 1` always [1, 2].
+The trust region compares the model with the functional itself, so the operator decides on the number of iterations,
+not on the result.
 
 The dual begins with zero, for which :math:`H_w` is the operator of lagged diffusivity.
 

@@ -5,7 +5,8 @@ With gradients :math:`G = \nabla q` at the points of a quadrature rule
 
 .. math::
     R(q) &= \alpha \sum_i \omega_i N_i, \qquad R'(q)\,v = \alpha \sum_i \omega_i\, p_i \cdot \nabla v, \\
-    R''(q)(d, v) &= \alpha \sum_i \frac{\omega_i}{N_i} \left(\nabla d - p_i\, (p_i \cdot \nabla d)\right) \cdot \nabla v.
+    R''(q)(d, v) &= \alpha \sum_i \frac{\omega_i}{N_i}
+        \left(\nabla d - p_i\, (p_i \cdot \nabla d)\right) \cdot \nabla v.
 
 No form is assembled after construction.
 """
