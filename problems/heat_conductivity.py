@@ -31,6 +31,7 @@ from firedrake import (
     inner,
     sqrt,
 )
+from ufl import Form
 
 from pint_fem.adjoint import TimeParallelReducedFunctional
 from pint_fem.adjoint.total_variation.functional import TotalVariation
@@ -161,10 +162,8 @@ def heat_conductivity(
         )
 
     evolutions, every = [evolution(number) for number in chosen], point_misfits(data, noise)
-    misfits, prior = (
-        [every[number] for number in chosen],
-        prior_of(ALPHA["h1"] if regularisation == "tv" else alpha, beta),
-    )
+    misfits, tv = [every[number] for number in chosen], regularisation == "tv"
+    prior = prior_of(ALPHA["h1"] if tv else alpha, beta)
     added: list = [0.5 * prior(q, q)]
     if tv:
         added = [TotalVariation(q, weight=alpha, smoothing=SMOOTHING), 0.5 * beta * q * q * dx]
