@@ -113,7 +113,7 @@ def plot_fields(
     """
     paint, panels = _painter([image for _, image in images], extent), [*images, *deviations]
     columns = -(-len(panels) // rows)
-    height = 4.0 * (extent[3] - extent[2]) / (extent[1] - extent[0]) + 0.6
+    height = 4.0 * (extent[3] - extent[2]) / (extent[1] - extent[0]) + 0.8
     fig, axes = plt.subplots(
         rows, columns, figsize=(5.0 * columns + 0.8, height * rows + 0.3), layout="constrained", squeeze=False
     )
