@@ -402,16 +402,19 @@ def test_lagged_diffusivity_converges_to_the_same_minimiser():
 
 def test_edges_are_sharper_than_with_h1_at_the_same_misfit():
     """The error in L1 of the block, H1 solved by Firedrake with the weight that gives the misfit of total variation."""
-    J, d = denoising(pf.SpaceTime(comm=MPI.COMM_SELF), 1e-6, weight=0.01)
-    V, truth = d.function_space(), block(d.function_space())
-    found = J.minimize_trust_region().control
+    st = pf.SpaceTime(comm=MPI.COMM_SELF)
+    V = space_on(st)
+    q, truth, d = Function(V), block(V), block(V)
+    d.dat.data[:] += 0.25 * np.random.default_rng(0).standard_normal(d.dat.data.shape)
+    J = identity(V, q, d, pf.TotalVariation(q, weight=0.01, smoothing=1e-4), st)
+    found = J.minimize_trust_region(gtol_rel=1e-4).control
     misfit = assemble((found - d) ** 2 * dx)
     a, v, smooth, low, high = TrialFunction(V), TestFunction(V), Function(V), 1e-8, 1.0
-    for _ in range(30):
+    for _ in range(18):
         weight = np.sqrt(low * high)
         solve(a * v * dx + weight * inner(grad(a), grad(v)) * dx == d * v * dx, smooth)
         low, high = (weight, high) if assemble((smooth - d) ** 2 * dx) < misfit else (low, weight)
-    assert assemble((smooth - d) ** 2 * dx) == pytest.approx(misfit, rel=1e-4)
+    assert assemble((smooth - d) ** 2 * dx) == pytest.approx(misfit, rel=1e-3)
     assert assemble(abs(found - truth) * dx) < 0.6 * assemble(abs(smooth - truth) * dx)
 
 
