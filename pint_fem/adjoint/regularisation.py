@@ -145,7 +145,8 @@ class Regularisation:
     layout
         The controls.
     own
-        A private copy of the evolution, whose functions are set to the controls' values.
+        A private copy of the evolution, whose functions are set to the controls' values; or what has its attributes
+        ``posed``, ``copies`` and ``functional``.
 
     Raises
     ------

@@ -18,7 +18,6 @@ from pint_fem.adjoint.minimisation.bounds_and_constraints import Controls, bound
 from pint_fem.adjoint.minimisation.checkpoint import open_checkpoint
 from pint_fem.adjoint.minimisation.inexact_objective import InexactObjective
 from pint_fem.adjoint.minimisation.objective import Objective
-from pint_fem.adjoint.problem import ReducedProblem
 from pint_fem.adjoint.riesz import ControlInner
 from pint_fem.adjoint.total_variation.preconditioner import VariationPreconditioner
 from pint_fem.collective import ending_all_ranks, require_same
@@ -151,7 +150,7 @@ class Minimisable:
             options.setdefault("value_rtol", _value_rtol(self.problem))
             options.setdefault("memory", 10 if self.evolution.stepwise else 40)  # static controls are small
             self._require_residuals("one-shot")
-            if any(p.sweeps.solvers.accelerated for p in self.problem.leaves):
+            if self.problem.limits.accelerated:
                 raise InputError("one-shot takes single MGRIT cycles: leave krylov out")
             if preconditioner == "limited-memory":
                 raise InputError("one-shot has a limited-memory operator of its own: leave preconditioner= out")
@@ -291,17 +290,14 @@ class Minimisable:
             inexact = InexactOptions(**inexact)
         inexact = InexactOptions() if inexact is True else inexact or None
         if inexact is not None:
-            if not isinstance(self.problem, ReducedProblem):
-                raise InputError(
-                    "inexact= goes with the functional of one evolution: leave it out for a sum, a multiple and where "
-                    "the initial condition is an expression of controls"
-                )
+            if not self.problem.chooses_accuracy:
+                raise InputError("inexact= chooses the accuracy of sweeps, which this functional does without")
             self._require_residuals("inexact=")
         return inexact
 
     def _require_residuals(self, what: str) -> None:
         """Refuse MGRIT without residuals where they decide on the accuracy."""
-        if any(p.sweeps.options.residual == "none" and p.sweeps.options.levels > 1 for p in self.problem.leaves):
+        if not self.problem.limits.has_residuals:
             raise InputError(f"{what} chooses accuracy by residuals: give mgrit residual='C' or 'full', not 'none'")
 
     def _constrained(self, objective: Objective, start: np.ndarray, constraints):
@@ -343,7 +339,7 @@ class Minimisable:
 
 def _value_rtol(problem) -> float:
     """Relative accuracy of ``J``, from that of the sweeps."""
-    return 10 * max(leaf.sweeps.options.rtol for leaf in problem.leaves)
+    return 10 * problem.limits.rtol
 
 
 def _raise_tolerance(objective: Objective, start: np.ndarray, checkpoint, options: dict) -> None:
