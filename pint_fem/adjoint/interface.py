@@ -300,6 +300,11 @@ class ControlProblem(ABC):
         own = [] if self.regularisation is None else [(weight, self.regularisation)]
         return own + [found for term in self.terms for found in term.problem.regularisations(weight * term.weight)]
 
+    @property
+    def has_variation(self) -> bool:
+        """Whether a total variation is among the functionals of the regularisations."""
+        return any(regularisation.variations for _, regularisation in self.regularisations())
+
     def regularisation_hessian(self, control: Function) -> ufl.Form | None:
         """Return the second derivative of all regularisations by a control as a bilinear form; ``None`` where it is
         zero or depends on the control.

@@ -178,7 +178,7 @@ class MapFunctional(Minimisable):
         preconditioner
             As for :meth:`minimize_trust_region`, or ``"posterior"``: the posterior's covariance, or
             ``"limited-memory"`` where there is none. Default: ``"posterior"`` without bounds; none with bounds, under
-            which it saves no products.
+            which it saves no products, and with a total variation that of :meth:`minimize_trust_region`.
         checkpoint
             An object with ``load`` and ``save``.
 
@@ -193,7 +193,8 @@ class MapFunctional(Minimisable):
                 "method='trust-region'"
             )
         if isinstance(preconditioner, str) and preconditioner == "default":
-            preconditioner = "posterior" if bounds is None else None
+            varies = self.problem.has_variation
+            preconditioner = "posterior" if bounds is None and not varies else None
         options = {"gtol_rel": _GTOL_REL} | options
         given = dict(bounds=bounds, constraints=constraints, preconditioner=preconditioner, checkpoint=checkpoint)
         return self.minimize_trust_region(start, **given, **options)
@@ -244,8 +245,8 @@ def trust_region_options(functional: ControlFunctional, given: Mapping) -> dict:
     be chosen, and a limited-memory preconditioner.
     """
     problem = functional.problem
-    made: dict = {"preconditioner": "limited-memory"}
-    if given.get("preconditioner", "limited-memory") == "limited-memory":
+    made: dict = {} if problem.has_variation else {"preconditioner": "limited-memory"}
+    if given.get("preconditioner", made.get("preconditioner")) == "limited-memory":
         made["preconditioner_memory"] = 10 if functional.evolution.stepwise else 40
     if problem.chooses_accuracy and given.get("bounds") is None and problem.limits.has_residuals:
         made["inexact"] = True
