@@ -76,7 +76,8 @@ def report(
         names = [f"{s}, experiment {e}" for e, r in enumerate(problem.data.readings) for s in r.sensors]
         per = predicted.shape[1] // len(names)
         names = [name for name in names for _ in range(per)]
-        plot_sensors(out / "sensors.png", data.times, measured, predicted, names=names, quantity=quantity)
+        shown = dict(names=names, quantity=quantity, chosen=_series(predicted, len(problem.data.readings)))
+        plot_sensors(out / "sensors.png", data.times, measured, predicted, **shown)
         convergence_picture(out / "convergence.png", rf.problem.leaves[0].sweeps, result, summary)
 
     outputs.on_root(f"pictures in {out}", pictures)
@@ -118,6 +119,13 @@ def _flat(problem: CoefficientProblem, predicted: list[np.ndarray]) -> tuple[np.
     """Predicted and measured readings ``(times, series)``, where all experiments have the same number of times."""
     flat = lambda tables: np.ma.concatenate([np.ma.asarray(t).reshape(len(t), -1) for t in tables], axis=1)
     return np.asarray(flat(predicted)), flat([r.values for r in problem.data.readings])
+
+
+def _series(predicted: np.ndarray, experiments: int, show: int = 6) -> list[int]:
+    """Numbers of the series that are drawn: in some experiments one that is larger than nine tenths of the others."""
+    series, sizes = np.array_split(np.arange(predicted.shape[1]), experiments), np.ptp(predicted, axis=0)
+    some = np.unique(np.linspace(0, experiments - 1, min(show, experiments)).astype(int))
+    return [int(series[e][np.argsort(sizes[series[e]])[int(0.9 * len(series[e]))]]) for e in some]
 
 
 def _images(problem: CoefficientProblem, found: list, shipped: bool) -> list:

@@ -127,6 +127,7 @@ def plot_fields(
         ax.set(title=name, aspect="equal", xlabel="x" if n % rows == rows - 1 else "", ylabel="y" if n < rows else "")
         if points is not None:
             ax.plot(*points.T, "k." if n < len(images) else "w.", ms=4)
+        ax.set_facecolor("0.8")  # holes, which are not to be taken for zero
         if sources is not None:
             ax.plot(*sources[1].T, "^", color="gold", mec="k", mew=0.8, ms=8)
         if deviations:
@@ -157,17 +158,20 @@ def plot_sensors(
     *,
     names: Sequence[str],
     show: int = 6,
+    chosen: Sequence[int] | None = None,
     title: str = "",
     quantity: str = "temperature rise",
     deviation: np.ndarray | None = None,
     noise: float = 0.0,
 ) -> None:
-    """Draw readings and predictions ``(times, sensors)`` of ``show`` sensors, and a histogram of all differences.
+    """Draw readings and predictions ``(times, sensors)`` of ``show`` sensors, or of those with the numbers ``chosen``,
+    and a histogram of all differences.
 
     With standard deviations ``deviation`` of the predictions their bands are drawn, and the differences of the sensor
     with the widest band: two standard deviations of the predictions alone, and with the noise of the readings.
     """
-    chosen = np.unique(np.linspace(0, measured.shape[1] - 1, min(show, measured.shape[1])).astype(int))
+    if chosen is None:
+        chosen = np.unique(np.linspace(0, measured.shape[1] - 1, min(show, measured.shape[1])).astype(int))
     count = 2 if deviation is None else 3
     fig, (left, *between, right) = plt.subplots(1, count, figsize=(5.5 * count, 4), layout="constrained")
     for colour, s in enumerate(chosen):
@@ -203,24 +207,25 @@ def plot_convergence(
     path: Path, history: Sequence[IterationRecord], residuals: dict[str, Sequence[float]], *, bound: float | None = None
 ) -> None:
     """Draw J and its gradient over the iterations of a history of records, and the residuals of one sweep of each kind
-    over its cycles, beside the two-level bound on their contraction.
+    over its cycles, beside the two-level bound on their contraction; nothing of sweeps where no cycles were taken.
     """
-    fig, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 4), layout="constrained")
+    count = 3 if residuals else 2
+    fig, (left, middle, *last) = plt.subplots(1, count, figsize=(4.7 * count, 4), layout="constrained")
     iterations = [r.iteration for r in history]
     left.semilogy(iterations, [r.value for r in history], "o-")
     left.set(xlabel="trust-region iteration", title="objective J")
     middle.semilogy(iterations, [max(r.gradient_norm, 1e-300) for r in history], "s-", color="C1")
     middle.set(xlabel="trust-region iteration", title="norm of the gradient")
-    for name, values in residuals.items():
-        relative = [v / values[0] for v in values if v > 0]
-        right.semilogy(range(len(relative)), relative, ".-", label=f"first {name} sweep")
-    if bound and residuals:
-        cycles = np.arange(max(map(len, residuals.values())))
-        right.semilogy(cycles, bound**cycles, "k--", lw=1, label=f"two-level bound {bound:.3g} a cycle")
-    if residuals:
+    for right in last:
+        for name, values in residuals.items():
+            relative = [v / values[0] for v in values if v > 0]
+            right.semilogy(range(len(relative)), relative, ".-", label=f"first {name} sweep")
+        if bound:
+            cycles = np.arange(max(map(len, residuals.values())))
+            right.semilogy(cycles, bound**cycles, "k--", lw=1, label=f"two-level bound {bound:.3g} a cycle")
         right.legend(fontsize=8)
-    right.set(xlabel="MGRIT cycle", title="C-point residual, relative to the first")
-    for ax in (left, middle, right):
+        right.set(xlabel="MGRIT cycle", title="C-point residual, relative to the first")
+    for ax in (left, middle, *last):
         ax.xaxis.get_major_locator().set_params(integer=True)
     _save(fig, path, 110)
 

@@ -35,8 +35,8 @@ from problems.readings import FACTORISE_ONCE
 __all__ = ["NOISE", "READINGS", "SEED", "STEPS", "TIMES", "simulate", "write"]
 
 READINGS = Path(__file__).resolve().parent / "heat_conductivity_readings.csv"
-STEPS = 512
-TIMES = 32
+STEPS = 256
+TIMES = 64
 NOISE = 0.02
 SEED = 20262
 
