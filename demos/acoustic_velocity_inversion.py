@@ -82,7 +82,7 @@ def main():
         quantity="pressure",
         sources="shots",
         stages=[(f"band of {band:g} Hz", {"band": band}) for band in opts.bands or BANDS],
-        minimisation={"hessian": "gauss-newton"},
+        minimisation={"hessian": "gauss-newton", "initial_radius": 0.1, "cg_forcing": 0.1, "cg_max_it": 12},
         pictures=pictures,
     )
 
