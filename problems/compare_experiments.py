@@ -154,12 +154,9 @@ def _serial(J, fields, ours, record, say) -> dict:
     say(f"  recorded in {serial.seconds:.1f} s")
     controls, directions = formulas(Enlist(serial.q))
     one = Enlist(serial.q).delist
-    for compiled in (
-        lambda: serial.rf(one(controls)),
-        serial.rf.derivative,
-        lambda: serial.rf.hessian(one(directions)),
-    ):
-        compiled()  # kernels, which are then cached
+    action = lambda: serial.rf.hessian(one(directions))
+    for first in (lambda: serial.rf(one(controls)), serial.rf.derivative, action):
+        first()  # compiles kernels, which are then cached
     J_serial, t_value = _timed(lambda: float(serial.rf(one(controls))))
     gradient, t_gradient = _timed(serial.rf.derivative)
     say("  one Hessian action ...")
