@@ -146,7 +146,9 @@ def invert_coefficients(
             say(problem.rf.problem.leaves[0].sweeps.solvers.view())
         if label:
             say(f"stage {number + 1} of {len(stages)}: {label}")
-        given = dict(minimisation or {}) | ({} if start is None else {"start": start})
+        given = dict(minimisation or {})
+        if start is not None:
+            given["start"] = problem.rf.function(start)  # on the mesh of this stage, which is divided alike
         if problem.bounds is not None:
             given["bounds"] = problem.bounds
         if opts.checkpoint is not None and len(stages) > 1:
@@ -154,7 +156,7 @@ def invert_coefficients(
         seconds: dict[str, float] = {}
         result, _ = invert(problem.rf, opts, say, outputs, seconds, **given)
         times["inversion"] += seconds["inversion"]
-        start, history = result.control, [*history, *result.history]
+        start, history = result.x, [*history, *result.history]
         own_calls = result.value_calls, result.gradient_calls, result.hessian_calls
         calls = [a + b for a, b in zip(calls, own_calls, strict=True)]
         if len(stages) > 1:
