@@ -24,9 +24,9 @@ def arguments():
     parser = ProgramParser(prog="heat_conductivity_inversion.py", description=__doc__)
     add_plate(parser.add_argument, columns="experiment,sensor,x,y,time,temperature", steps=128)
     parser.add_argument("--integrator", default="SDIRK2", help="BackwardEuler, SDIRK2 or ImplicitMidpoint (SDIRK2)")
-    add_coefficients(parser, out="results/heat_conductivity")
+    add_coefficients(parser, out="results/heat_conductivity", gtol="1e-3")
     opts = parser.read()
-    settle_coefficients(opts)
+    settle_coefficients(opts, gtol=1e-3)
     return opts
 
 

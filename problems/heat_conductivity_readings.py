@@ -36,7 +36,7 @@ __all__ = ["NOISE", "READINGS", "SEED", "STEPS", "TIMES", "simulate", "write"]
 
 READINGS = Path(__file__).resolve().parent / "heat_conductivity_readings.csv"
 STEPS = 256
-TIMES = 32
+TIMES = 64
 NOISE = 0.02
 SEED = 20262
 
