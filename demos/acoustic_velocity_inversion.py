@@ -19,6 +19,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from demos.coefficient_inversion import add_coefficients, invert_coefficients, settle_coefficients
 from pint_fem.cli import ProgramParser, file_name, positive, run
 
+MINIMISATION = {"hessian": "gauss-newton", "initial_radius": 0.1, "cg_forcing": 0.1, "cg_max_it": 12}
+"""Options of the trust region; steps of Gauss and Newton, as far from the result the Hessian is indefinite."""
+
 
 def bands(text: str) -> tuple[float, ...]:
     """Return the peak frequencies of bands, given as ``2,3,4.5``."""
@@ -55,7 +58,7 @@ def arguments():
 def main():
     """Run the inversion."""
     opts = arguments()
-    from demos.acoustic_velocity_report import pictures
+    from demos.acoustic_velocity_report import further_report
     from problems import acoustic_velocity as posed
     from problems.acoustic_readings import NOISE, READINGS
     from problems.acoustic_setting import BANDS
@@ -82,8 +85,8 @@ def main():
         quantity="pressure",
         sources="shots",
         stages=[(f"band of {band:g} Hz", {"band": band}) for band in opts.bands or BANDS],
-        minimisation={"hessian": "gauss-newton", "initial_radius": 0.1, "cg_forcing": 0.1, "cg_max_it": 12},
-        pictures=pictures,
+        minimisation=MINIMISATION,
+        further=further_report,
     )
 
 

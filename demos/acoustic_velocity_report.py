@@ -1,4 +1,4 @@
-"""Pictures of the inversion for the wave speed: the speeds, and records of shots beside those of the fit."""
+"""The wave speed's error, and pictures of the speeds and of records of shots beside those of the fit."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
-from firedrake import SpatialCoordinate
+from firedrake import And, SpatialCoordinate, assemble, conditional, dx
 
 from demos.pictures import Raster
 from problems.acoustic_setting import DEPTH, WIDTH, start_speed, true_speed
@@ -17,13 +17,24 @@ from problems.experiments import CoefficientProblem
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
-__all__ = ["pictures", "plot_shots", "plot_speeds"]
+__all__ = ["further_report", "plot_shots", "plot_speeds", "speed_error"]
 
 WIDTH_IN_PIXELS = 250
 
 
-def pictures(problem: CoefficientProblem, result, out: Path, *, shipped: bool) -> Callable[[], None]:
-    """Return what draws ``speed.png`` and ``shots.png`` on the first rank (collective).
+def speed_error(speed, mesh) -> float:
+    """Return the relative L2 error of a speed in UFL within the section, without the absorbing layer (collective)."""
+    x = SpatialCoordinate(mesh)
+    inside = conditional(And(And(x[0] > 0, x[0] < WIDTH), x[1] > -DEPTH), 1.0, 0.0)
+    square = lambda f: assemble(inside * f**2 * dx(domain=mesh, degree=8))
+    return float(np.sqrt(square(speed - true_speed(x)) / square(true_speed(x))))
+
+
+def further_report(
+    problem: CoefficientProblem, result, out: Path, summary: dict, say: Callable, *, shipped: bool
+) -> Callable[[], None]:
+    """Add the speed's error to the summary, and return what draws ``speed.png`` and ``shots.png`` on the first rank
+    (collective).
 
     Parameters
     ----------
@@ -31,12 +42,20 @@ def pictures(problem: CoefficientProblem, result, out: Path, *, shipped: bool) -
         The posed problem of the last band and its minimisation.
     out
         Folder of the pictures.
+    summary, say
+        The summary, and what prints a line.
     shipped
         Whether the true speed is known.
     """
     control = problem.rf.function(result.x)
     mesh = control.function_space().mesh()
     x, images, extent = SpatialCoordinate(mesh), [], None
+    if shipped:
+        errors = {"recovered": speed_error(speed_of(control, x), mesh), "start": speed_error(start_speed(x), mesh)}
+        summary["result"]["relative_speed_error"] = errors
+        say(
+            f"relative L2 error of the speed in the section {errors['recovered']:.3f}, of the start {errors['start']:.3f}"
+        )
     if problem.spacetime.time_comm.rank == 0:
         raster = Raster(mesh, width=WIDTH_IN_PIXELS)
         speeds = [("true", true_speed(x))] if shipped else []

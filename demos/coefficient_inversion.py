@@ -87,7 +87,7 @@ def invert_coefficients(
     sources: str,
     stages: Sequence[tuple[str, Mapping[str, Any]]] = (("", {}),),
     minimisation: Mapping[str, Any] | None = None,
-    pictures: Callable | None = None,
+    further: Callable | None = None,
 ) -> None:
     """Pose the problem, minimise it and write the results (collective).
 
@@ -113,9 +113,9 @@ def invert_coefficients(
         Labels and further settings of the minimisations, of which each starts where the one before ended.
     minimisation
         Further options of the minimisation.
-    pictures
-        ``pictures(problem, result, out, shipped=...)`` is called by all ranks and returns what draws further pictures
-        on the first one.
+    further
+        ``further(problem, result, out, summary, say, shipped=...)`` adds to the summary and returns what draws further
+        pictures on the first rank (collective).
     """
     from demos.coefficient_report import coefficient_summary, report
     from demos.inversion import invert, summary_of
@@ -186,7 +186,7 @@ def invert_coefficients(
         )
     report(
         problem, result, opts, summary, say, outputs,
-        shipped=shipped, quantity=quantity, sources=sources, compare=compare, pictures=pictures,
+        shipped=shipped, quantity=quantity, sources=sources, compare=compare, further=further,
     )  # fmt: skip
 
 

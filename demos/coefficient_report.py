@@ -31,7 +31,7 @@ def report(
     quantity: str,
     sources: str,
     compare: Callable[[], dict] | None,
-    pictures: Callable | None = None,
+    further: Callable | None = None,
 ) -> None:
     """Write everything (collective); ``summary`` is completed and written last.
 
@@ -47,8 +47,9 @@ def report(
         What is read, with its unit, and what the experiments' sources are called.
     compare
         Compares with serial pyadjoint and returns the entry of the summary.
-    pictures
-        ``pictures(problem, result, out, shipped=...)`` returns what draws further pictures on the first rank.
+    further
+        ``further(problem, result, out, summary, say, shipped=...)`` adds to the summary and returns what draws further
+        pictures on the first rank (collective).
 
     Raises
     ------
@@ -70,7 +71,7 @@ def report(
     outputs.on_root("summary.json", write_json, out / "summary.json", summary)  # before anything else can fail
     images = _images(problem, found, shipped)
     data = problem.data.readings[0]
-    more = None if pictures is None else pictures(problem, result, out, shipped=shipped)
+    more = None if further is None else further(problem, result, out, summary, say, shipped=shipped)
 
     def draw() -> None:
         points = np.unique(np.concatenate([r.points for r in problem.data.readings]), axis=0)

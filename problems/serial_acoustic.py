@@ -89,7 +89,11 @@ def serial_acoustic_velocity(
     data = filtered(read_experiments(readings, RECORD_END, COLUMNS, count=len(SHOTS)), band)
     mesh = ground_mesh(cells, comm)
     space, x = state_space(mesh, degree), SpatialCoordinate(mesh)
-    q, prior, weight = Function(FunctionSpace(mesh, "CG", 1), name="log speed"), prior_of(alpha, beta), data.weight(noise)
+    q, prior, weight = (
+        Function(FunctionSpace(mesh, "CG", 1), name="log speed"),
+        prior_of(alpha, beta),
+        data.weight(noise),
+    )
     inside, wall = dx(degree=2 * degree + 1), ds(WALLS, degree=2 * degree + 1)
     fields = lambda w: (w[0], as_vector((w[1], w[2])))  # also of a sum of functions, which split() does not take
 

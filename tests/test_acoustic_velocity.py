@@ -10,7 +10,6 @@ from firedrake import (
     Function,
     FunctionSpace,
     SpatialCoordinate,
-    TestFunction,
     UnitSquareMesh,
     as_vector,
     assemble,
