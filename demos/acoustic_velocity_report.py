@@ -53,9 +53,8 @@ def further_report(
     if shipped:
         errors = {"recovered": speed_error(speed_of(control, x), mesh), "start": speed_error(start_speed(x), mesh)}
         summary["result"]["relative_speed_error"] = errors
-        say(
-            f"relative L2 error of the speed in the section {errors['recovered']:.3f}, of the start {errors['start']:.3f}"
-        )
+        recovered, start = errors["recovered"], errors["start"]
+        say(f"relative L2 error of the speed in the section {recovered:.3f}, of the start {start:.3f}")
     if problem.spacetime.time_comm.rank == 0:
         raster = Raster(mesh, width=WIDTH_IN_PIXELS)
         speeds = [("true", true_speed(x))] if shipped else []

@@ -64,7 +64,7 @@ from problems.readings import require_weights
 __all__ = ["ALPHA", "BETA", "DEGREE", "INTEGRATOR", "STEPS", "acoustic_velocity", "prior_of", "speed_of"]
 
 ALPHA = 2e-2
-BETA = 1e-2
+BETA = 1e-4
 STEPS = 200
 DEGREE = 2
 INTEGRATOR = "ImplicitMidpoint"
