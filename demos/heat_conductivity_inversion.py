@@ -24,6 +24,12 @@ def arguments():
     parser = ProgramParser(prog="heat_conductivity_inversion.py", description=__doc__)
     add_plate(parser.add_argument, columns="experiment,sensor,x,y,time,temperature", steps=128)
     parser.add_argument("--integrator", default="SDIRK2", help="BackwardEuler, SDIRK2 or ImplicitMidpoint (SDIRK2)")
+    parser.add_argument(
+        "--regularisation",
+        default="h1",
+        choices=["h1", "tv"],
+        help="h1 (squared gradient) or tv (total variation) (h1)",
+    )
     add_coefficients(parser, out="results/heat_conductivity", gtol="1e-3")
     opts = parser.read()
     settle_coefficients(opts, gtol=1e-3)
@@ -43,7 +49,8 @@ def main():
         "readings": str(opts.sensors or READINGS),
         "steps": opts.steps,
         "integrator": opts.integrator,
-        "alpha": posed.ALPHA if opts.alpha is None else opts.alpha,
+        "regularisation": opts.regularisation,
+        "alpha": posed.weight_of(opts.regularisation, opts.alpha),
         "beta": opts.beta or posed.BETA,
         "noise": opts.noise or NOISE,
         "bounds": opts.bounds,

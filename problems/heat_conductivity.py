@@ -9,7 +9,8 @@ control :math:`q` is in P1; and
            + \frac{1}{2} \int \alpha |\nabla q|^2 + \beta q^2 ,
 
 for n readings with noise of standard deviation sigma: the misfit is 1/2 where a conductivity explains the readings up
-to their noise. The regularisation's own inner product is the trust region's.
+to their noise. The inner product of this regularisation is the trust region's. With total variation
+:math:`\int \alpha \sqrt{|\nabla q|^2 + \varepsilon}` is in the place of the squared gradient, for edges.
 """
 
 from __future__ import annotations
@@ -28,9 +29,13 @@ from firedrake import (
     exp,
     grad,
     inner,
+    sqrt,
 )
+from ufl import Form
 
 from pint_fem.adjoint import TimeParallelReducedFunctional
+from pint_fem.adjoint.total_variation.functional import TotalVariation
+from pint_fem.errors import InputError
 from pint_fem.evolution import Evolution, named_tableau, time_function
 from pint_fem.spacetime import SpaceTime
 from problems.experiments import Coefficient, CoefficientProblem, ExperimentReadings, point_misfits, read_experiments
@@ -40,10 +45,25 @@ from problems.meshfile import locate, read_mesh
 from problems.plate import BOUNDARIES, FINAL_TIME, MESH, REGIONS, boundary_conditions, residual
 from problems.readings import require_weights
 
-__all__ = ["ALPHA", "BETA", "LABEL", "STEPS", "heat_conductivity", "prior_of"]
+__all__ = [
+    "ALPHA",
+    "BETA",
+    "LABEL",
+    "REGULARISATIONS",
+    "SMOOTHING",
+    "STEPS",
+    "heat_conductivity",
+    "prior_of",
+    "variation",
+    "weight_of",
+]
 
-ALPHA = 3e-4
-BETA = 1e-4
+REGULARISATIONS = ("h1", "tv")
+#: Weight of the gradient with each regularisation, and of the size.
+ALPHA = {"h1": 1e-4, "tv": 1e-3}
+BETA = 1e-5
+#: Smoothing of the total variation; a jump by the factor 3 over one cell has a gradient with the square 500.
+SMOOTHING = 0.1
 STEPS = 128
 LABEL = "log₂(conductivity / that of the metal)"
 
@@ -53,6 +73,24 @@ def prior_of(alpha: float, beta: float):
     return lambda a, b: (alpha * inner(grad(a), grad(b)) + beta * a * b) * dx
 
 
+def weight_of(regularisation: str, alpha: float | None) -> float:
+    """Return the given weight, or the default one of a regularisation.
+
+    Raises
+    ------
+    InputError
+        If there is no such regularisation.
+    """
+    if regularisation not in REGULARISATIONS:
+        raise InputError(f"regularisation = {regularisation!r}: give one of {', '.join(REGULARISATIONS)}")
+    return ALPHA[regularisation] if alpha is None else alpha
+
+
+def variation(q: Function, alpha: float, beta: float) -> Form:
+    """Return the regularisation with total variation of a control as a UFL functional."""
+    return (alpha * sqrt(inner(grad(q), grad(q)) + SMOOTHING) + 0.5 * beta * q * q) * dx
+
+
 def heat_conductivity(
     spacetime: SpaceTime,
     *,
@@ -60,7 +98,8 @@ def heat_conductivity(
     readings: str | Path | ExperimentReadings = READINGS,
     steps: int = STEPS,
     integrator: str = "SDIRK2",
-    alpha: float = ALPHA,
+    regularisation: str = "h1",
+    alpha: float | None = None,
     beta: float = BETA,
     noise: float = NOISE,
     bounds: tuple[float, float] | None = None,
@@ -78,8 +117,10 @@ def heat_conductivity(
         was read.
     steps, integrator
         Time steps and a name of :func:`pint_fem.evolution.named_tableau`.
+    regularisation
+        ``"h1"`` or ``"tv"``, total variation.
     alpha, beta
-        Regularisation of the gradient and the size of q; not negative, beta positive.
+        Weights of the gradient and the size of q in it; positive. Default of alpha: that of the regularisation.
     noise
         Standard deviation of the readings' noise, relative to the largest reading.
     bounds
@@ -94,6 +135,7 @@ def heat_conductivity(
     InputError
         On every rank, on a bad file or value.
     """
+    alpha = weight_of(regularisation, alpha)
     require_weights(alpha, beta, noise)
     tableau = named_tableau(integrator)
     data = read_experiments(readings, FINAL_TIME, COLUMNS, count=len(HEATERS))
@@ -120,11 +162,15 @@ def heat_conductivity(
         )
 
     evolutions, every = [evolution(number) for number in chosen], point_misfits(data, noise)
-    misfits, prior = [every[number] for number in chosen], prior_of(alpha, beta)
+    misfits, tv = [every[number] for number in chosen], regularisation == "tv"
+    prior = prior_of(ALPHA["h1"] if tv else alpha, beta)
+    added: list = [0.5 * prior(q, q)]
+    if tv:
+        added = [TotalVariation(q, weight=alpha, smoothing=SMOOTHING), 0.5 * beta * q * q * dx]
     rf = TimeParallelReducedFunctional(
         evolutions,
         misfits,
-        regularisation=0.5 * prior(q, q),
+        regularisation=added,
         spacetime=spacetime,
         solver_parameters=solver_parameters,
         riesz_map=prior(a, v),

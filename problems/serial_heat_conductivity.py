@@ -16,7 +16,7 @@ from firedrake.adjoint import ReducedFunctional
 
 from pint_fem.propagators.tape import recording
 from problems.experiments import ExperimentReadings, read_experiments
-from problems.heat_conductivity import ALPHA, BETA, STEPS, prior_of
+from problems.heat_conductivity import ALPHA, BETA, STEPS, prior_of, variation, weight_of
 from problems.heat_conductivity_readings import NOISE, READINGS
 from problems.heat_conductivity_setting import COLUMNS, HEATERS, course, heater
 from problems.meshfile import locate, read_mesh
@@ -43,7 +43,8 @@ def serial_heat_conductivity(
     readings: str | Path | ExperimentReadings = READINGS,
     steps: int = STEPS,
     integrator: str = "SDIRK2",
-    alpha: float = ALPHA,
+    regularisation: str = "h1",
+    alpha: float | None = None,
     beta: float = BETA,
     noise: float = NOISE,
     experiments: Sequence[int] | None = None,
@@ -54,7 +55,7 @@ def serial_heat_conductivity(
 
     Parameters
     ----------
-    mesh, readings, steps, integrator, alpha, beta, noise, experiments
+    mesh, readings, steps, integrator, regularisation, alpha, beta, noise, experiments
         As there.
     comm
         Communicator of the mesh.
@@ -70,9 +71,10 @@ def serial_heat_conductivity(
     data = read_experiments(readings, FINAL_TIME, COLUMNS, count=len(HEATERS))
     plate = read_mesh(mesh, comm, REGIONS, BOUNDARIES)
     V, x, heaters = FunctionSpace(plate, "CG", 1), SpatialCoordinate(plate), FunctionSpace(plate, "CG", 2)
-    q, prior, weight = Function(V, name="log conductivity"), prior_of(alpha, beta), data.weight(noise)
+    q, weight, alpha = Function(V, name="log conductivity"), data.weight(noise), weight_of(regularisation, alpha)
+    prior = prior_of(ALPHA["h1"] if regularisation == "tv" else alpha, beta)
     with recording() as tape:
-        J = assemble(0.5 * prior(q, q))
+        J = assemble(variation(q, alpha, beta) if regularisation == "tv" else 0.5 * prior(q, q))
         for number in range(len(HEATERS)) if experiments is None else experiments:
             power, own = Function(heaters).interpolate(heater(x, number)), data.readings[number]
             states = trajectory(

@@ -187,9 +187,11 @@ def test_taylor():
     assert min(rates["R2"]["Rate"]) > 2.8
 
 
-def test_beside_serial_pyadjoint():
-    """Two experiments of the eight: J, gradient and a Hessian action."""
-    ours, theirs = posed().rf, serial_heat_conductivity(readings=few_readings(), **SMALL).rf
+@pytest.mark.parametrize("regularisation", [pytest.param("h1", marks=pytest.mark.grid), "tv"])
+def test_beside_serial_pyadjoint(regularisation):
+    """One experiment with its weight in the sum of two: J, gradient and a Hessian action."""
+    one = dict(steps=3, experiments=(1,), regularisation=regularisation)
+    ours, theirs = posed(**one).rf, serial_heat_conductivity(readings=few_readings(), **one).rf
     found = []
     for rf in (ours, theirs):
         (control,), (direction,) = formulas([c.control for c in rf.controls])
@@ -197,6 +199,11 @@ def test_beside_serial_pyadjoint():
         found.append((J, rf.derivative().dat.data_ro.copy(), rf.hessian(direction).dat.data_ro.copy()))
     for mine, serial, limit in zip(*found, (1e-8, 1e-8, 1e-7), strict=True):
         assert np.linalg.norm(mine - serial) <= limit * np.linalg.norm(serial)
+
+
+def test_unknown_regularisation_is_refused():
+    with pytest.raises(InputError, match="regularisation = 'l1': give one of h1, tv"):
+        posed(regularisation="l1")
 
 
 @pytest.mark.parallel(2)
