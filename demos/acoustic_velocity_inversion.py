@@ -51,9 +51,9 @@ def arguments():
     )
     add("--steps", type=positive(int), default=200, help="time steps of the highest band, lower ones have fewer (200)")
     add("--integrator", default="ImplicitMidpoint", help="ImplicitMidpoint, SDIRK2 or BackwardEuler (the first)")
-    add_coefficients(parser, out="results/acoustic_velocity", gtol="2e-2")
+    add_coefficients(parser, out="results/acoustic_velocity", gtol="1e-3")
     opts = parser.read()
-    settle_coefficients(opts, gtol=2e-2, max_iterations=8)
+    settle_coefficients(opts, gtol=1e-3, max_iterations=8)
     return opts
 
 
