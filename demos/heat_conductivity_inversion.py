@@ -26,9 +26,9 @@ def arguments():
     parser.add_argument("--integrator", default="SDIRK2", help="BackwardEuler, SDIRK2 or ImplicitMidpoint (SDIRK2)")
     parser.add_argument(
         "--regularisation",
-        default="h1",
+        default="tv",
         choices=["h1", "tv"],
-        help="h1 (squared gradient) or tv (total variation) (h1)",
+        help="tv (total variation) or h1 (squared gradient) (tv)",
     )
     add_coefficients(parser, out="results/heat_conductivity", gtol="1e-3")
     opts = parser.read()

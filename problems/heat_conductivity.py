@@ -60,7 +60,7 @@ __all__ = [
 
 REGULARISATIONS = ("h1", "tv")
 #: Weight of the gradient with each regularisation, and of the size.
-ALPHA = {"h1": 1e-4, "tv": 1e-3}
+ALPHA = {"h1": 1e-4, "tv": 7e-4}
 BETA = 1e-5
 #: Smoothing of the total variation; a jump by the factor 3 over one cell has a gradient with the square 500.
 SMOOTHING = 0.1
@@ -98,7 +98,7 @@ def heat_conductivity(
     readings: str | Path | ExperimentReadings = READINGS,
     steps: int = STEPS,
     integrator: str = "SDIRK2",
-    regularisation: str = "h1",
+    regularisation: str = "tv",
     alpha: float | None = None,
     beta: float = BETA,
     noise: float = NOISE,
@@ -118,7 +118,7 @@ def heat_conductivity(
     steps, integrator
         Time steps and a name of :func:`pint_fem.evolution.named_tableau`.
     regularisation
-        ``"h1"`` or ``"tv"``, total variation.
+        ``"tv"``, total variation, or ``"h1"``, the squared gradient.
     alpha, beta
         Weights of the gradient and the size of q in it; positive. Default of alpha: that of the regularisation.
     noise

@@ -43,7 +43,7 @@ def serial_heat_conductivity(
     readings: str | Path | ExperimentReadings = READINGS,
     steps: int = STEPS,
     integrator: str = "SDIRK2",
-    regularisation: str = "h1",
+    regularisation: str = "tv",
     alpha: float | None = None,
     beta: float = BETA,
     noise: float = NOISE,
