@@ -31,6 +31,7 @@ def report(
     quantity: str,
     sources: str,
     compare: Callable[[], dict] | None,
+    further: Callable | None = None,
 ) -> None:
     """Write everything (collective); ``summary`` is completed and written last.
 
@@ -46,6 +47,9 @@ def report(
         What is read, with its unit, and what the experiments' sources are called.
     compare
         Compares with serial pyadjoint and returns the entry of the summary.
+    further
+        ``further(problem, result, out, summary, say, shipped=...)`` adds to the summary and returns what draws further
+        pictures on the first rank (collective).
 
     Raises
     ------
@@ -67,8 +71,9 @@ def report(
     outputs.on_root("summary.json", write_json, out / "summary.json", summary)  # before anything else can fail
     images = _images(problem, found, shipped)
     data = problem.data.readings[0]
+    more = None if further is None else further(problem, result, out, summary, say, shipped=shipped)
 
-    def pictures() -> None:
+    def draw() -> None:
         points = np.unique(np.concatenate([r.points for r in problem.data.readings]), axis=0)
         for c, (extent, own) in zip(problem.coefficients, images, strict=True):
             shown = dict(points=points, sources=(sources, problem.sources), label=c.label)
@@ -80,7 +85,9 @@ def report(
         plot_sensors(out / "sensors.png", data.times, measured, predicted, **shown)
         convergence_picture(out / "convergence.png", rf.problem.leaves[0].sweeps, result, summary)
 
-    outputs.on_root(f"pictures in {out}", pictures)
+    outputs.on_root(f"pictures in {out}", draw)
+    if more is not None:
+        outputs.on_root(f"further pictures in {out}", more)
     if not opts.no_fields:
         shown = []
         for c, f in zip(problem.coefficients, found, strict=True):
