@@ -85,6 +85,7 @@ def invert_coefficients(
     shipped: bool,
     quantity: str,
     sources: str,
+    gathers: int = 0,
     stages: Sequence[tuple[str, Mapping[str, Any]]] = (("", {}),),
 ) -> None:
     """Pose the problem, minimise it and write the results (collective).
@@ -107,6 +108,8 @@ def invert_coefficients(
         Whether the readings are the shipped ones, whose coefficients are known.
     quantity, sources
         What is read, with its unit, and what the experiments' sources are called, for pictures.
+    gathers
+        Number of experiments whose readings are drawn over time and place.
     stages
         Labels and further settings of the minimisations, of which each starts where the one before ended.
     """
@@ -170,7 +173,7 @@ def invert_coefficients(
         )
     report(
         problem, result, opts, summary, say, outputs,
-        shipped=shipped, quantity=quantity, sources=sources, compare=compare,
+        shipped=shipped, quantity=quantity, sources=sources, compare=compare, gathers=gathers,
     )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from demos.heat_source_report import convergence_picture, mgrit_summary, result_summary
 from demos.outputs import write_json
-from demos.pictures import Raster, plot_fields, plot_sensors
+from demos.pictures import Raster, plot_fields, plot_gathers, plot_sensors
 from pint_fem.paraview import write_functions
 from problems.experiments import CoefficientProblem, relative_error
 
@@ -31,6 +31,7 @@ def report(
     quantity: str,
     sources: str,
     compare: Callable[[], dict] | None,
+    gathers: int = 0,
 ) -> None:
     """Write everything (collective); ``summary`` is completed and written last.
 
@@ -46,6 +47,9 @@ def report(
         What is read, with its unit, and what the experiments' sources are called.
     compare
         Compares with serial pyadjoint and returns the entry of the summary.
+    gathers
+        Number of experiments whose readings are drawn over time and the first coordinate, ``gathers.png``, for sensors
+        along a line.
 
     Raises
     ------
@@ -53,7 +57,8 @@ def report(
         On every rank, where something could not be written.
     """
     rf, out = problem.rf, opts.out
-    predicted, measured = _flat(problem, problem.predicted(result.x))
+    tables = problem.predicted(result.x)
+    predicted, measured = _flat(problem, tables)
     summary["result"] = result_summary(rf, result, predicted, measured)
     summary["result"]["noise"] = problem.data.deviation(summary["settings"]["noise"])
     found = rf.function(result.x)
@@ -77,6 +82,8 @@ def report(
         per = predicted.shape[1] // len(names)
         names = [name for name in names for _ in range(per)]
         plot_sensors(out / "sensors.png", data.times, measured, predicted, names=names, quantity=quantity)
+        if gathers:
+            plot_gathers(out / "gathers.png", data.times, _gathers(problem, tables, gathers), quantity=quantity)
         convergence_picture(out / "convergence.png", rf.problem.leaves[0].sweeps, result, summary)
 
     outputs.on_root(f"pictures in {out}", pictures)
@@ -118,6 +125,14 @@ def _flat(problem: CoefficientProblem, predicted: list[np.ndarray]) -> tuple[np.
     """Predicted and measured readings ``(times, series)``, where all experiments have the same number of times."""
     flat = lambda tables: np.ma.concatenate([np.ma.asarray(t).reshape(len(t), -1) for t in tables], axis=1)
     return np.asarray(flat(predicted)), flat([r.values for r in problem.data.readings])
+
+
+def _gathers(problem: CoefficientProblem, predicted: list[np.ndarray], count: int) -> list:
+    """Name, positions, readings and fit of the first quantity of some experiments."""
+    every = problem.data.readings
+    chosen = np.unique(np.linspace(0, len(every) - 1, min(count, len(every))).round().astype(int))
+    table = lambda values: values if values.ndim == 2 else values[..., 0]
+    return [(f"experiment {e}", every[e].points[:, 0], table(every[e].values), table(predicted[e])) for e in chosen]
 
 
 def _images(problem: CoefficientProblem, found: list, shipped: bool) -> list:

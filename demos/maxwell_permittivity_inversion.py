@@ -5,7 +5,7 @@ in time.
     mpiexec -n 4 python demos/maxwell_permittivity_inversion.py --grid 2x2      (2 ranks in space x 2 in time)
     python demos/maxwell_permittivity_inversion.py --compare-serial             (beside plain Firedrake + pyadjoint)
 
-Writes to --out: permittivity.png, conductivity.png, radargrams.png, sensors.png, convergence.png,
+Writes to --out: permittivity.png, conductivity.png, gathers.png, sensors.png, convergence.png,
 fields/coefficients.pvd for ParaView and summary.json. MGRIT options of PETSc's kind follow with one dash:
 -mgrit_levels 3 -mgrit_coarsening 4,4 -mgrit_monitor
 """
@@ -52,6 +52,7 @@ def main():
         "alpha_conductivity": given(opts.alpha_conductivity, posed.ALPHA_CONDUCTIVITY),
         "beta": opts.beta or posed.BETA,
         "noise": opts.noise or posed.NOISE,
+        "bounds": opts.bounds,
     }
     invert_coefficients(
         "Maxwell permittivity inversion",
@@ -59,9 +60,10 @@ def main():
         pose=posed.maxwell_permittivity,
         record=serial_maxwell_permittivity,
         settings=settings,
-        shipped=opts.sensors is None,
+        shipped=settings["readings"] == str(posed.READINGS),
         quantity="electric field",
         sources="antennas",
+        gathers=4,
     )
 
 

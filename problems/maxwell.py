@@ -150,9 +150,7 @@ def tangential(n, v):
     return n[0] * v[1] - n[1] * v[0] if len(n) == 2 else cross(n, v)
 
 
-def residual(
-    u: Function, medium, *, current=None, walls: Walls | None = None, degree: int | None = None
-) -> ufl.Form:
+def residual(u: Function, medium, *, current=None, walls: Walls | None = None, degree: int | None = None) -> ufl.Form:
     """Semi-discrete residual, to be stepped by Irksome or by ``pint_fem``.
 
     Parameters

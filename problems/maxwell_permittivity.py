@@ -43,7 +43,6 @@ from firedrake import (
     exp,
     grad,
     inner,
-    sqrt,
 )
 from irksome.tableaux.ButcherTableaux import ButcherTableau
 
@@ -196,6 +195,7 @@ def maxwell_permittivity(
     alpha_conductivity: float = ALPHA_CONDUCTIVITY,
     beta: float = BETA,
     noise: float = NOISE,
+    bounds: tuple[float, float] | None = None,
     experiments: Sequence[int] | None = None,
     solver_parameters: dict | None = None,
     step_parameters: dict | None = None,
@@ -216,6 +216,8 @@ def maxwell_permittivity(
         Weights of the regularisation: of the gradient of m and of s, and of the size of both.
     noise
         Standard deviation of the readings' noise relative to the largest reading.
+    bounds
+        Of the permittivity over its background, or ``None``.
     experiments
         Numbers of the antennas in the functional, each with its weight in the sum of all; default: all.
     solver_parameters
@@ -283,4 +285,5 @@ def maxwell_permittivity(
         )
     ]
     sources = np.array([ANTENNAS[k] for k in chosen])
-    return CoefficientProblem(spacetime, data, evolutions, misfits, rf, coefficients, priors, sources)
+    limits = None if bounds is None else tuple([math.log(bound), None] for bound in bounds)
+    return CoefficientProblem(spacetime, data, evolutions, misfits, rf, coefficients, priors, sources, limits)

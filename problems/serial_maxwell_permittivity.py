@@ -58,9 +58,10 @@ def serial_maxwell_permittivity(
     *, cells: int = CELLS, degree: int = DEGREE, readings: str | Path | ExperimentReadings = READINGS,
     steps: int = STEPS, integrator: str = "ImplicitMidpoint", alpha: float = ALPHA,
     alpha_conductivity: float = ALPHA_CONDUCTIVITY, beta: float = BETA, noise: float = NOISE,
-    experiments: Sequence[int] | None = None, comm=COMM_SELF,
+    experiments: Sequence[int] | None = None, comm=COMM_SELF, **ignored,
 ) -> SerialSource:  # fmt: skip
-    """Record the problem of :func:`problems.maxwell_permittivity.maxwell_permittivity`, with the same arguments.
+    """Record the problem of :func:`problems.maxwell_permittivity.maxwell_permittivity`, with the same arguments;
+    ``ignored`` are those of the minimisation.
 
     Raises
     ------
@@ -104,7 +105,7 @@ def serial_maxwell_permittivity(
                 integrator=integrator,
                 course=pulse,
                 constant=False,
-                solver_parameters=_DIRECT,
+                parameters=_DIRECT,
             )
             receivers = locate(own.points, mesh, own.sensors)
             length = dict(steps=steps, final_time=FINAL_TIME)
