@@ -29,13 +29,14 @@ if TYPE_CHECKING:
     )
     from pint_fem.paradiag import ParaDiag, ParaDiagOptions
     from pint_fem.propagators import (
+        CoefficientPropagator,
         FEPropagator,
         FormPropagator,
         LinearPropagator,
         TapePropagator,
         make_propagator,
     )
-    from pint_fem.propagators.leapfrog import leapfrog
+    from pint_fem.propagators.choice import leapfrog
     from pint_fem.resnet import LayerParallelResNet
     from pint_fem.spacetime import SpaceTime
     from pint_fem.sweeps.checking import check_sweeps
@@ -66,13 +67,14 @@ _MODULES = {
     ),
     "pint_fem.paradiag": ("ParaDiag", "ParaDiagOptions"),
     "pint_fem.propagators": (
+        "CoefficientPropagator",
         "FEPropagator",
         "FormPropagator",
         "LinearPropagator",
         "TapePropagator",
         "make_propagator",
     ),
-    "pint_fem.propagators.leapfrog": ("leapfrog",),
+    "pint_fem.propagators.choice": ("leapfrog",),
     "pint_fem.resnet": ("LayerParallelResNet",),
     "pint_fem.spacetime": ("SpaceTime",),
     "pint_fem.sweeps.checking": ("check_sweeps",),

@@ -24,7 +24,7 @@ from pint_fem.capacity import require_memory
 from pint_fem.evolution import Evolution, named_tableau, time_function
 from pint_fem.misfits import PointSensors
 from pint_fem.propagators import make_propagator
-from pint_fem.propagators.leapfrog import leapfrog
+from pint_fem.propagators.choice import leapfrog
 from pint_fem.spacetime import SpaceTime
 from problems.maxwell import B, E, Medium, perfect_conductor, residual, state_space
 from problems.maxwell_readings import COLUMNS, NOISE, readings_file

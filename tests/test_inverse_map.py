@@ -20,7 +20,7 @@ from mpi4py import MPI
 
 import pint_fem as pf
 from pint_fem.errors import InputError
-from pint_fem.propagators.leapfrog import leapfrog
+from pint_fem.propagators.choice import leapfrog
 from tests.inverse_problems import (
     POINTS,
     STATIC,

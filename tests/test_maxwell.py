@@ -43,7 +43,8 @@ from pint_fem.propagators import (
     make_propagator,
     mesh_transfer,
 )
-from pint_fem.propagators.leapfrog import LeapfrogPropagator, leapfrog, stable_step
+from pint_fem.propagators.choice import leapfrog
+from pint_fem.propagators.leapfrog import LeapfrogPropagator, stable_step
 from problems.maxwell import B, E, Medium, Region, Walls, energy, perfect_conductor, residual, state_space
 from tests.maxwell import box, cavity, mode
 from tests.test_propagators import all_results, assert_close, block

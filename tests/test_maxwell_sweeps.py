@@ -21,8 +21,8 @@ import pint_fem as pf
 from pint_fem.errors import InputError
 from pint_fem.paradiag import ParaDiagOptions
 from pint_fem.propagators import LinearPropagator
-from pint_fem.propagators.leapfrog import leapfrog
-from pint_fem.sweeps.frequency_systems import frequency_systems
+from pint_fem.propagators.choice import leapfrog
+from pint_fem.sweeps.frequencies.systems import frequency_systems
 from pint_fem.theory.alpha_circulant import block_contraction, contraction
 from pint_fem.theory.block_modes import damped_wave
 from pint_fem.theory.estimates import paradiag_contraction

@@ -142,7 +142,7 @@ def programs(made, *, drop):
     """Programs of the step and its transpose."""
     given = made.dirk, made.steps_of_stage, made.bc_rows, drop
     if isinstance(made, LeapfrogPropagator):
-        recursion = made._recursion(())
+        recursion = made._recursion()
     elif made.fields is not None:
         recursion = EliminatedRecursion(made.fields, made.factors, *given)
     else:

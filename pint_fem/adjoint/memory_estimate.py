@@ -98,7 +98,7 @@ def estimate_memory(problem: ReducedProblem) -> MemoryEstimate:
     for solver in solvers:
         set_precision(solver, {}, accelerated=solvers.accelerated)  # kernels in single precision are counted if used
     own, _ = sweeps.stored
-    rows, second = own.stop - own.start, not sweeps.is_linear
+    rows, second = own.stop - own.start, not sweeps.is_affine
     observed = [m for m in problem.misfits if isinstance(m, BlockMisfit)]
     layout, evaluations = problem.layout.size * 8, len(problem.evaluations)
     kept = {name: evaluations * rows * n for name in ("state", "adjoint")}

@@ -112,7 +112,7 @@ class ReducedProblem(SecondDerivatives, ControlProblem):
     def is_quadratic(self) -> bool:
         """Whether ``J`` is a quadratic function of the controls: affine steps, quadratic misfits and regularisation."""
         regularisation = self.regularisation is None or self.regularisation.quadratic
-        return self.sweeps.is_linear and all(m.quadratic for m in self.misfits) and regularisation
+        return self.sweeps.is_affine and all(m.quadratic for m in self.misfits) and regularisation
 
     def invalidate(self) -> None:
         """Discard all solutions: the next solves start from the initial condition and from zero."""

@@ -117,7 +117,7 @@ class SecondDerivatives:
         evaluation = self._cache.find(z, directions, **accuracy)
         if not accuracy or evaluation is None or evaluation.state is None:
             evaluation = self._cache.state(z)
-        second = not gauss_newton and not self.sweeps.is_linear
+        second = not gauss_newton and not self.sweeps.is_affine
         if second and evaluation.adjoint is None:
             evaluation = self._cache.adjoint(z)
         return evaluation, second

@@ -192,7 +192,7 @@ class CPointTrajectories(_Trajectories):
                 continue
             inside = _any_inside(observed, group)
             W = D = None
-            if inside and (_any_inside(of_state, group) or not self.sweeps.is_linear):
+            if inside and (_any_inside(of_state, group) or not self.sweeps.is_affine):
                 W = intervals.states(group)
             if inside and along:
                 D = intervals.tangents(group, dz, dU)
@@ -317,7 +317,7 @@ class CPointTrajectories(_Trajectories):
             if not steps:
                 continue
             W = D = Lam = None
-            if not self.sweeps.is_linear or _any_inside(states, group):
+            if not self.sweeps.is_affine or _any_inside(states, group):
                 W = intervals.states(group)
             if second or (along and _any_inside([m.state_dependent for m in self.misfits], group)):
                 D = intervals.tangents(group, dz, dU)

@@ -21,6 +21,7 @@ from ufl.algorithms.analysis import has_type
 
 from pint_fem.errors import InputError
 from pint_fem.evolution import arguments
+from pint_fem.evolution.affine_parts import AffineParts, affine_parts, touches_field
 from pint_fem.evolution.boundary import boundary_controls, boundary_value
 from pint_fem.evolution.control_operators import SeparatedOperator, separated_operator
 from pint_fem.evolution.fields import Fields
@@ -326,40 +327,41 @@ class Evolution:
 
     @cached_property
     def fields(self) -> Fields | None:
-        """Blocks of the operators where a field is eliminated, shared by all levels; computed once (collective)."""
-        operators = None if self.eliminate is None else self.linear_operators()
-        return None if operators is None else Fields(self.V, self.eliminate, operators, self.bcs, self.nullspace)
+        """Blocks where a field is eliminated, at the first values of the controls; computed once (collective)."""
+        parts = None if self.eliminate is None else self.affine_parts
+        if parts is None or touches_field(parts, self.eliminate):
+            return None
+        return Fields(self.V, self.eliminate, (parts.M, parts.K), self.bcs, self.nullspace)
 
     def linear_operators(self) -> tuple[ufl.Form, ufl.Form] | None:
-        r"""``(M, K)`` as bilinear forms where the residual is ``M Dt(u) + K u - f(t, z)``, else ``None``.
-
-        Required: affine in ``u`` and in the controls, with none of them, nor time, in ``M`` and ``K``, and none of them
-        in the controls' operators, which depend on time by some scalar factors only
-        (:class:`~pint_fem.evolution.control_operators.SeparatedOperator`).
+        """``(M, K)`` as bilinear forms where the residual is ``M Dt(u) + K u - f(t, z)`` with constant operators and a
+        load that is affine in the controls, whose operators depend on time by some scalar factors only
+        (:class:`~pint_fem.evolution.control_operators.SeparatedOperator`); else ``None``.
         """
-        return self._linear
+        parts = self.affine_parts
+        return None if parts is None or parts.in_operators else (parts.M, parts.K)
 
     @cached_property
-    def _linear(self) -> tuple[ufl.Form, ufl.Form] | None:
-        form, rate = self.parts()
-        M = expand_derivatives(derivative(form, rate))
-        K = expand_derivatives(derivative(form, self.u))
-        moving = {self.u, rate, *self.parameters}
-        operators = [expand_derivatives(derivative(form, control)) for control in self.parameters]
-        found = lambda f, what: not f.empty() and bool(what & set(extract_coefficients(f)))
-        with_time = moving | ({self.t} if self.t is not None else set())
-        if M.empty() or any(found(f, with_time) for f in (M, K)) or any(found(f, moving) for f in operators):
-            return None
-        if self.boundary_controls is not None and self.boundary_controls.depends_on_time:
-            return None
-        return (M, K) if all(op is None or op.separable for op in self.control_operators) else None
+    def affine_parts(self) -> AffineParts | None:
+        """Operators and load where the same holds for given controls, some of which may be in the operators."""
+        found = self._parts is not None and all(op is None or op.separable for op in self.control_operators)
+        return self._parts if found else None
+
+    @property
+    def has_controlled_operators(self) -> bool:
+        """Whether the evolution is linear with operators that depend on static controls, and not on time."""
+        return self.affine_parts is not None and bool(self.affine_parts.in_operators)
+
+    @cached_property
+    def _parts(self) -> AffineParts | None:
+        return affine_parts(self)
 
     @cached_property
     def control_operators(self) -> list[SeparatedOperator | None]:
         """Derivatives of the load by each of the parameters, in which it is affine; shared by all levels."""
-        form, _ = self.parts()
+        load = self._parts.load
         rows, interval = boundary_rows(self.bcs, self.V), (self.t0, self.t0 + self.nsteps * self.dt)
-        return [separated_operator(-form, control, rows, self.t, interval) for control in self.parameters]
+        return [separated_operator(load, control, rows, self.t, interval) for control in self.parameters]
 
     @property
     def controls_move(self) -> bool:
@@ -385,13 +387,14 @@ class Evolution:
         if self.boundary_controls is not None:
             self.boundary_controls.update_data()
         if operators:
-            for name in ("_linear", "control_operators", "fields"):
+            for name in ("_parts", "affine_parts", "control_operators", "fields"):
                 vars(self).pop(name, None)
 
     @cached_property
     def is_homogeneous(self) -> bool:
         """Whether the residual has no load other than the controls' and boundary values are zero."""
         form, rate = self.parts()
+        form = form if self._parts is None else self._parts.load  # operators may not be defined for zero controls
         nothing = {f: ufl.classes.Zero(f.ufl_shape) for f in (self.u, rate, *self.parameters)}
         zero = all(isinstance(boundary_value(bc), ufl.classes.Zero) for bc in self.bcs)
         return zero and expand_derivatives(ufl.replace(form, nothing)).empty()

@@ -14,6 +14,7 @@ small dense system. How a step uses it is in :mod:`~pint_fem.propagators.elimina
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from functools import cached_property
 
 import numpy as np
@@ -140,6 +141,7 @@ class Fields:
         M, K = (assemble(form, mat_type="aij").petscmat for form in operators)
         start = M.getOwnershipRange()[0]
         is_a, is_b = (PETSc.IS().createGeneral((r + start).astype(PETSc.IntType), comm=M.comm) for r in (a, b))
+        self._is_a = is_a
         block = lambda A, row, column: A.createSubMatrix(row, column)
         size_of = lambda A: A.norm(PETSc.NormType.INFINITY)
         for name, A, pairs in (("M", M, ((is_a, is_b), (is_b, is_a))), ("K", K, ((is_b, is_b),))):
@@ -161,24 +163,40 @@ class Fields:
             )
         self.P = G.matMult(X)
         self.P.scale(-1.0)
-        self.symmetric = all(is_symmetric(A) for A in (self._M_a, self._K_a, self.P))
         both = D.transpose(PETSc.Mat())
         scale = both.norm(PETSc.NormType.INFINITY)
         both.axpy(1.0, G, structure=PETSc.Mat.Structure.DIFFERENT_NONZERO_PATTERN)
-        self.is_wave = self.symmetric and is_symmetric(self.M_b)
-        self.is_wave &= both.norm(PETSc.NormType.INFINITY) <= 1e-13 * scale
+        self._couples_as_wave = is_symmetric(self.M_b) and both.norm(PETSc.NormType.INFINITY) <= 1e-13 * scale
+        self._coupling_is_symmetric = is_symmetric(self.P)
         self._rows = (self.fixed + self._M_a.getOwnershipRange()[0]).astype(PETSc.IntType)
-        mass = self._M_a.copy()
-        for A in (mass, G):
-            A.setOption(PETSc.Mat.Option.KEEP_NONZERO_PATTERN, True)
-            A.zeroRows(self._rows, diag=0.0)
+        self._without_conditions(G)
         XT = X.transpose(PETSc.Mat())
         XT.setOption(PETSc.Mat.Option.KEEP_NONZERO_PATTERN, True)
         XT.zeroRows(self._rows, diag=0.0)
         X = XT.transpose(PETSc.Mat())
-        self.matrices = {"M": mass, "G": G, "X": X, "XT": XT}
-        for name in ("M", "G"):
-            self.matrices[name + "T"] = self.matrices[name].transpose(PETSc.Mat())
+        self.matrices = {"G": G, "GT": G.transpose(PETSc.Mat()), "X": X, "XT": XT}
+        self._add_masses()
+
+    def _without_conditions(self, A: PETSc.Mat) -> PETSc.Mat:
+        """The matrix with rows of conditions zero, in place."""
+        A.setOption(PETSc.Mat.Option.KEEP_NONZERO_PATTERN, True)
+        A.zeroRows(self._rows, diag=0.0)
+        return A
+
+    def _add_masses(self) -> None:
+        """Set what depends on :math:`M_a` and :math:`K_a`."""
+        self.symmetric = self._coupling_is_symmetric and all(is_symmetric(A) for A in (self._M_a, self._K_a))
+        self.is_wave = self.symmetric and self._couples_as_wave
+        self.matrices["M"] = self._without_conditions(self._M_a.copy())
+        self.matrices["MT"] = self.matrices["M"].transpose(PETSc.Mat())
+
+    def with_operators(self, M: PETSc.Mat, K: PETSc.Mat) -> Fields:
+        """The blocks for other operators, which differ in :math:`M_a` and :math:`K_a` only (collective)."""
+        made = copy(self)
+        made._M_a, made._K_a = (A.createSubMatrix(self._is_a, self._is_a) for A in (M, K))
+        made.matrices = dict(self.matrices)
+        made._add_masses()
+        return made
 
     @staticmethod
     def _geometry(V: WithGeometry, eliminate: int, bcs: Sequence[DirichletBC]) -> Geometry | None:

@@ -49,6 +49,9 @@ class StepData(NamedTuple):
     member : int
         Number of the direction or right-hand side in a batch: what a linearisation caches for one member is not
         overwritten by that of another.
+    ends, tangent_ends : ndarray, shape (k, n), or None
+        States, and tangents in the direction for which second derivatives are evaluated, at the ends of the steps,
+        where they are available.
     """
 
     t: np.ndarray
@@ -59,13 +62,17 @@ class StepData(NamedTuple):
     guess: bool = False
     sweep: object = None
     member: int = 0
+    ends: np.ndarray | None = None
+    tangent_ends: np.ndarray | None = None
 
     def part(self, rows: slice) -> StepData:
         """The data of a slice of the steps."""
         z, dz = (x if x is None or x.ndim == 1 else x[rows] for x in (self.z, self.dz))
-        u = None if self.u is None else self.u[rows]
-        linearisations = None if self.linearisations is None else self.linearisations[rows]
-        return StepData(self.t[rows], z, u, dz, linearisations, self.guess, self.sweep, self.member)
+        u, ends, tangent_ends = (x if x is None else x[rows] for x in (self.u, self.ends, self.tangent_ends))
+        return self._replace(
+            t=self.t[rows], z=z, dz=dz, u=u, ends=ends, tangent_ends=tangent_ends,
+            linearisations=None if self.linearisations is None else self.linearisations[rows],
+        )  # fmt: skip
 
     def control(self, i: int) -> np.ndarray | None:
         """The control ``(nz,)`` of step ``i`` of the block."""
@@ -90,8 +97,10 @@ class FEPropagator(ABC):
         Butcher tableau of the level; default: the evolution's.
     """
 
-    #: Whether derivatives do not depend on the state and the control.
+    #: Whether steps are affine in the state with the same operators in all steps, for a given control.
     is_linear = False
+    #: Whether steps are affine in state and control at once: derivatives depend on neither.
+    is_affine = False
     #: Whether :meth:`step` makes use of first guesses in ``out`` (``StepData.guess``).
     uses_guess = False
 
@@ -99,6 +108,12 @@ class FEPropagator(ABC):
         self.evolution, self.stride = evolution.private(), stride
         self.dt = evolution.dt * stride
         self.tableau = evolution.tableau if tableau is None else tableau
+
+    def update(self, z: np.ndarray | None) -> bool:
+        """Assemble and factor the operators of a static control ``(nz,)``, where they depend on it and it is not that
+        of the last call; whether they have changed (collective over space).
+        """
+        return False
 
     def update_data(self, changed: set) -> bool:
         """Discard what was assembled from data, which have changed; it is assembled again when next used.
@@ -173,6 +188,10 @@ class FEPropagator(ABC):
     @abstractmethod
     def control_adjoint(self, data: StepData, lam: np.ndarray) -> np.ndarray:
         """``Phi_z^T lam``: ``(k, nz)`` for a control of each step, else summed over the block, ``(nz,)``."""
+
+    def zero_control_sums(self, data: StepData) -> np.ndarray:
+        """Sums of no adjoints, shaped as those of :meth:`control_sums`; ``data`` of any step."""
+        return self.control_sums(data, np.zeros((1, self.evolution.state_size)))
 
     def control_sums(self, data: StepData, lam: np.ndarray) -> np.ndarray:
         """Sums of a linear propagator's adjoints from which :meth:`control_adjoint_of_sums` computes the derivative by

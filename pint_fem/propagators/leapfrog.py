@@ -16,7 +16,6 @@ Two such half steps of ``b`` make the whole steps of the classical staggered sch
 from __future__ import annotations
 
 import numpy as np
-import ufl
 from firedrake.petsc import PETSc
 from irksome.tableaux.ButcherTableaux import ButcherTableau
 
@@ -27,12 +26,11 @@ from pint_fem.evolution.tableaux import ImplicitMidpoint
 from pint_fem.kernels.factor import Factor
 from pint_fem.kernels.lanczos import Pencil
 from pint_fem.kernels.lanes.program import STATE, StepProgram
-from pint_fem.propagators.base import FEPropagator
 from pint_fem.propagators.elimination import field_program
 from pint_fem.propagators.linear import LinearPropagator
 from pint_fem.propagators.recursion import StepPrograms, append_solve
 
-__all__ = ["LeapfrogPropagator", "leapfrog", "stable_step"]
+__all__ = ["LeapfrogPropagator", "require_fields", "stable_step"]
 
 
 def stable_step(evolution: Evolution) -> float:
@@ -53,13 +51,16 @@ def stable_step(evolution: Evolution) -> float:
     InputError
         If the evolution does not name a field to ``eliminate``.
     """
-    fields = _fields(evolution)
+    return _stable_step(require_fields(evolution))
+
+
+def _stable_step(fields: Fields) -> float:
     pencil = Pencil(fields.part(0.0), fields.fixed)
     highest = pencil.ends(pencil.product(fields.stiffness()))[1]
     return 2 / highest**0.5 if highest > 0 else np.inf
 
 
-def _fields(evolution: Evolution) -> Fields:
+def require_fields(evolution: Evolution) -> Fields:
     """The blocks of the fields, which leapfrog requires."""
     if evolution.fields is None:
         raise InputError(
@@ -67,28 +68,6 @@ def _fields(evolution: Evolution) -> Fields:
             "halves: give Evolution(..., eliminate=1)"
         )
     return evolution.fields
-
-
-def leapfrog(evolution: Evolution, *, stride: int = 1, tableau: ButcherTableau | None = None) -> FEPropagator:
-    """Leapfrog on the finest level, an implicit method on the others: a ``propagator`` for
-    :class:`~pint_fem.adjoint.TimeParallelReducedFunctional`.
-
-    Parameters
-    ----------
-    evolution
-        A linear evolution with constant operators and ``eliminate``.
-    stride
-        Step size of the level in fine steps; 1 on the finest.
-    tableau
-        Implicit method of the coarse levels; default: the evolution's.
-
-    Raises
-    ------
-    InputError
-        If the step of the finest level is not stable.
-    """
-    kind = LeapfrogPropagator if stride == 1 else LinearPropagator
-    return kind(evolution, stride=stride, tableau=tableau)
 
 
 class LeapfrogPropagator(LinearPropagator):
@@ -106,15 +85,11 @@ class LeapfrogPropagator(LinearPropagator):
     """
 
     def __init__(self, evolution: Evolution, *, stride: int = 1, tableau: ButcherTableau | None = None):
-        evolution = evolution.private()
-        _fields(evolution)
-        limit = stable_step(evolution)
-        if stride * evolution.dt > limit:
-            raise InputError(
-                f"leapfrog with dt = {stride * evolution.dt:.4g} is not stable on this mesh: give at most {limit:.4g} "
-                "(more steps), or an implicit integrator"
-            )
         super().__init__(evolution, stride=stride, tableau=ImplicitMidpoint())
+
+    def _require_operators(self) -> None:
+        """Raise where no field is named to be eliminated."""
+        require_fields(self.evolution)
 
     def shifted_parts(self, h: float) -> tuple[PETSc.Mat, ...]:
         """Raise, as the step is not that of a Runge-Kutta method.
@@ -129,8 +104,14 @@ class LeapfrogPropagator(LinearPropagator):
             "propagator=leapfrog out (steps are then those of the evolution's tableau), or give time_solver 'mgrit'"
         )
 
-    def _recursion(self, operators: tuple[ufl.Form, ufl.Form]) -> StepPrograms:
-        """Factor the matrix of half a step, and make the programs."""
+    def _recursion(self) -> StepPrograms:
+        """Factor the matrix of half a step, and make the programs; an ``InputError`` where the step is not stable."""
+        limit = _stable_step(self.fields)
+        if self.dt > limit:
+            raise InputError(
+                f"leapfrog with dt = {self.dt:.4g} is not stable on this mesh: give at most {limit:.4g} (more steps), "
+                "or an implicit integrator"
+            )
         (h,) = self.steps_of_stage
         self._factor(h, self.fields.part(h))
         return _LeapfrogPrograms(self.fields, self.factors[h], h)
@@ -162,13 +143,19 @@ class _LeapfrogPrograms(StepPrograms):
         made.add(STATE, load, part="b", x_part="b")
         return made
 
-    def backward(self) -> StepProgram:
-        """The transposed step; states number 0 are the adjoint of its load."""
+    def backward(self, *, sources: bool = False) -> StepProgram:
+        """The transposed step; states number 0 are the adjoint of its load. With ``sources`` states number 1 are added
+        to the right-hand side of the transposed solve, and those number 2 to the product of its solution with ``M^T``.
+        """
         h, matrices, made = self.h, self.fields.matrices, field_program(self.fields)
         adjoint, end = made.vector("y"), made.vector("end", ["a"])
         made.copy(end, STATE, x_part="a")
         made.multiply(end, matrices["XT"], STATE, -h, add=True, x_part="b")
         made.copy("r", end, 2.0)
+        if sources:
+            made.zero(adjoint)
+            made.load(adjoint, 1)
+            made.add("r", adjoint, x_part="a")
         append_solve(made, "r", self.factor, transposed=True)
         made.copy(adjoint, "r", part="a")
         made.copy(adjoint, STATE, part="b", x_part="b")
@@ -178,4 +165,8 @@ class _LeapfrogPrograms(StepPrograms):
         made.multiply(STATE, matrices["MT"], "r", part="a")
         made.add(STATE, end, -1.0, part="a")
         made.multiply(STATE, matrices["XT"], STATE, -h, add=True, part="a", x_part="b")
+        if sources:
+            made.zero(adjoint)
+            made.load(adjoint, 2)
+            made.add(STATE, adjoint, part="a", x_part="a")
         return made

@@ -18,7 +18,6 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-import ufl
 from firedrake import Constant, assemble
 from firedrake.petsc import PETSc
 from irksome.tableaux.ButcherTableaux import ButcherTableau
@@ -68,25 +67,32 @@ class LinearPropagator(FEPropagator):
         If the evolution is not linear with constant operators, or a stage's matrix is singular.
     """
 
-    is_linear = True
+    is_linear = is_affine = True
+    _like: Factor | None = None  # a factor of a matrix with the same pattern
 
     def __init__(self, evolution: Evolution, *, stride: int = 1, tableau: ButcherTableau | None = None):
         super().__init__(evolution, stride=stride, tableau=tableau)
-        evolution = self.evolution
-        operators = evolution.linear_operators()
-        if operators is None:
-            raise InputError("the evolution is not linear with constant operators: use the form propagator")
+        self._require_operators()
         self.stores_loads = True
         self.dirk = DIRK(self.tableau)
-        self.bc_rows = boundary_rows(evolution.bcs, evolution.V)
+        self.bc_rows = boundary_rows(self.evolution.bcs, self.evolution.V)
         self.steps_of_stage = self.dirk.diagonal * self.dt
-        self.fields: Fields | None = evolution.fields
+        self.fields: Fields | None = self._fields()
         self.factors: dict[float, Factor] = {}
-        recursion, comm = self._recursion(operators), evolution.V.mesh().comm
-        self._forward: Steps = execution(recursion.forward(), comm)
-        self._backward: Steps = execution(recursion.backward(), comm)
+        self._programs, self._comm = self._recursion(), self.evolution.V.mesh().comm
+        self._forward: Steps = execution(self._programs.forward(), self._comm)
+        self._backward: Steps = execution(self._programs.backward(), self._comm)
 
-    def _recursion(self, operators: tuple[ufl.Form, ufl.Form]) -> StepPrograms:
+    def _require_operators(self) -> None:
+        """Raise where the evolution has no operators of the kind that steps are made for."""
+        if self.evolution.linear_operators() is None:
+            raise InputError("the evolution is not linear with constant operators: use the form propagator")
+
+    def _fields(self) -> Fields | None:
+        """The blocks of the operators where a field is eliminated."""
+        return self.evolution.fields
+
+    def _recursion(self) -> StepPrograms:
         """Factor the stages' matrices, and make the recursion."""
         ev = self.evolution
         given = self.dirk, self.steps_of_stage, self.bc_rows, ev.boundary_controls is None
@@ -94,24 +100,29 @@ class LinearPropagator(FEPropagator):
             for h in dict.fromkeys(self.steps_of_stage):
                 self._factor(h, self.fields.complement(h))
             return EliminatedRecursion(self.fields, self.factors, *given)
-        parts = [assemble(form, mat_type="aij").petscmat for form in operators if not form.empty()]
-        mass, symmetric = parts[0], all(is_symmetric(part) for part in parts)
-        for h in dict.fromkeys(self.steps_of_stage):
-            M, K = operators
-            matrix = assemble(M + Constant(h) * K, bcs=ev.bcs, mat_type="aij").petscmat
-            self._factor(h, matrix, symmetric=symmetric, geometry=Geometry(ev.V, ev.bcs), nullspace=ev.nullspace)
-        symmetric_mass = mass.isSymmetric(0.0) and not len(self.bc_rows)
-        self.M = assemble(operators[0], mat_type="aij").petscmat.copy()
+        self.M = self._factor_stages()
+        symmetric_mass = self.M.isSymmetric(0.0) and not len(self.bc_rows)
         self.M.zeroRows((self.bc_rows + self.M.getOwnershipRange()[0]).astype(PETSc.IntType), diag=0.0)
         self.MT = self.M if symmetric_mass else self.M.transpose(PETSc.Mat())
         return MatrixRecursion(self.M, self.MT, self.factors, *given)
+
+    def _factor_stages(self) -> PETSc.Mat:
+        """Factor the matrices of the stages; a copy of the mass matrix without conditions."""
+        ev = self.evolution
+        M, K = ev.linear_operators()
+        parts = [assemble(form, mat_type="aij").petscmat for form in (M, K) if not form.empty()]
+        symmetric = all(is_symmetric(part) for part in parts)
+        for h in dict.fromkeys(self.steps_of_stage):
+            matrix = assemble(M + Constant(h) * K, bcs=ev.bcs, mat_type="aij").petscmat
+            self._factor(h, matrix, symmetric=symmetric, geometry=Geometry(ev.V, ev.bcs), nullspace=ev.nullspace)
+        return assemble(M, mat_type="aij").petscmat.copy()
 
     def _factor(self, h: float, matrix: PETSc.Mat, **given: Any) -> None:
         """Factor a matrix, by default one of the field that is not eliminated, for the stages with ``a_ii dt = h``."""
         if not given:
             fields = self.fields
             given = dict(symmetric=fields.symmetric, geometry=fields.geometry, nullspace=fields.nullspace)
-        like = next(iter(self.factors.values()), None)
+        like = next(iter(self.factors.values()), self._like)
         self.factors[h] = regular_factor(self.evolution, matrix, given.pop("nullspace"), like=like, **given)
 
     def shifted_parts(self, h: float) -> tuple[PETSc.Mat, ...]:
@@ -294,7 +305,7 @@ class LinearPropagator(FEPropagator):
         """``Phi_z^T lam``; for a static control the adjoints are summed before the one solve for each term."""
         if not self.evolution.per_step:
             return self.control_adjoint_of_sums(data, self.control_sums(data, lam))
-        terms, adjoints = self.loads.terms(data.t), self._stage_adjoints(lam)
+        terms, adjoints = self.loads.terms(data.t), self.stage_adjoints(lam)
         out = np.zeros((len(lam), self.evolution.control_size))
         for row, gz in enumerate(out):
             for term in terms:
@@ -309,12 +320,12 @@ class LinearPropagator(FEPropagator):
 
     def control_adjoint_of_sums(self, data: StepData, sums: np.ndarray) -> np.ndarray:
         """``Phi_z^T lam`` summed over all steps, ``(nz,)``, from the sums of :meth:`control_sums`."""
-        adjoints = self._stage_adjoints(sums)
+        adjoints = self.stage_adjoints(sums)
         parts = (self.loads.pull_back(term, adjoints[:, row]) for row, term in enumerate(self.loads.terms(data.t)))
         return sum(parts, np.zeros(self.evolution.control_size))
 
-    def _stage_adjoints(self, lam: np.ndarray) -> np.ndarray:
-        """Adjoints of the stages' right-hand sides, ``(stages, k, n)``."""
+    def stage_adjoints(self, lam: np.ndarray) -> np.ndarray:
+        """Adjoints ``(stages, k, n)`` of the stages' right-hand sides from those of the ends ``(k, n)``."""
         adjoints = np.zeros((self.dirk.stages, *lam.shape))
         self.apply_transposed(lam, np.empty(lam.shape), adjoints)
         return adjoints

@@ -68,19 +68,25 @@ class StageLoads:
     def __init__(self, evolution: Evolution, dirk: DIRK, dt: float, bc_rows: np.ndarray, *, store: bool):
         self.evolution, self.dirk, self.dt, self.bc_rows = evolution, dirk, dt, bc_rows
         self.steps, self._store = dirk.diagonal * dt, store
+        self._lift = Function(evolution.V, name="lift")
+        self._loads_field: dict[int, bool] = {}
+        self._lifting: dict[float, MatrixOperator] = {}
+        self._prepare()
+        self.update_data()
+
+    def _prepare(self) -> None:
+        """Compile the forms, and assemble the matrices that lift controls in boundary values."""
+        evolution = self.evolution
         form, rate = evolution.parts()
-        self._lift, self._h = Function(evolution.V, name="lift"), Constant(1.0)
+        self._h = Constant(1.0)
         at_zero = {evolution.u: self._lift, rate: self._lift / self._h}
         at_zero |= {control: Function(control.function_space()) for control in evolution.parameters}
         self._assembler = get_assembler(ufl.replace(form, at_zero))
-        self.update_data()
-        self._loads_field: dict[int, bool] = {}
-        self._lifting: dict[float, MatrixOperator] = {}
         if evolution.boundary_controls is not None:
             M, K = evolution.linear_operators()
             for h in dict.fromkeys(self.steps):
                 matrix = assemble(M + Constant(h) * K, mat_type="aij").petscmat
-                self._lifting[h] = MatrixOperator(matrix, bc_rows)
+                self._lifting[h] = MatrixOperator(matrix, self.bc_rows)
 
     def update_data(self) -> None:
         """Discard stored loads, as data in them have changed."""
@@ -101,8 +107,11 @@ class StageLoads:
             self._loads[key] = self._assemble(t, i)
         return self._loads[key]
 
-    def _assemble(self, t: float, i: int) -> np.ndarray:
-        ev, h = self.evolution, self.steps[i]
+    def _lift_boundary_values(self, t: float, i: int) -> None:
+        """Set the time of stage ``i`` of the step from ``t``, and the lifting to the boundary values without the
+        controls' part.
+        """
+        ev = self.evolution
         if ev.t is not None:
             ev.t.assign(t + self.dirk.c[i] * self.dt)
         self._lift.zero()
@@ -110,6 +119,10 @@ class StageLoads:
             ev.put_controls(np.zeros(ev.control_size))
         for bc in ev.bcs:
             bc.apply(self._lift)
+
+    def _assemble(self, t: float, i: int) -> np.ndarray:
+        h = self.steps[i]
+        self._lift_boundary_values(t, i)
         self._h.assign(h)
         load = -h * get(self._assembler.assemble())
         load[self.bc_rows] = get(self._lift)[self.bc_rows]

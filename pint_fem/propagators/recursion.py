@@ -115,11 +115,36 @@ class Recursion(StepPrograms):
             self.solve(made, y, self.steps[i])
         made.exchange(STATE, y)
 
-    def backward(self) -> StepProgram:
-        """The transposed step; states number ``i`` are the adjoints of the right-hand side of stage ``i``."""
+    def first_stages(self) -> StepProgram:
+        """The stages but the last; states number ``i`` are added to the right-hand side of stage ``i``, states number
+        ``stages + i`` are its value.
+        """
+        dirk, made = self.dirk, self.program()
+        y = made.vector("y")
+        names = [made.vector(f"d{i}") for i in range(dirk.stages - 1)]
+        made.copy(made.vector("start"), STATE)
+        for i, name in enumerate(names):
+            if i:
+                made.copy(STATE, "start")
+            for j in range(i):
+                if dirk.alpha[i, j]:
+                    made.add(STATE, names[j], dirk.alpha[i, j])
+            self.mass(made, y, STATE)
+            made.load(y, i)
+            self.solve(made, y, self.steps[i])
+            made.store(y, dirk.stages + i)
+            made.copy(name, y)
+            made.add(name, STATE, -1.0)
+        return made
+
+    def backward(self, *, sources: bool = False) -> StepProgram:
+        """The transposed step; states number ``i`` are the adjoints of the right-hand side of stage ``i``. With
+        ``sources`` states number ``stages + i`` are added to the right-hand side of the transposed stage, and those
+        number ``2 stages + i`` to the product of its solution with ``M^T``.
+        """
         dirk, made = self.dirk, self.program()
         y, accurate, last = made.vector("y"), dirk.stiffly_accurate, dirk.stages - 1
-        if accurate and self._parts:
+        if accurate and self._parts and not sources:
             for part in reversed(self._parts):
                 self._short_transposed(made, y, part)
             return made
@@ -138,15 +163,21 @@ class Recursion(StepPrograms):
                 made.copy(y, names[i])
             else:
                 made.zero(y)
+            if sources:
+                made.load(y, dirk.stages + i)
             if self.drop_rows:
                 made.clear(y, self.bc_rows)
             self.solve(made, y, self.steps[i], transposed=True)
             made.store(y, i)
             if from_end:
                 self.mass(made, STATE, y, transposed=True)
+                if sources:
+                    made.load(STATE, 2 * dirk.stages + i)
                 source = STATE
             else:
                 self.mass(made, v, y, transposed=True)
+                if sources:
+                    made.load(v, 2 * dirk.stages + i)
                 if names[i] in written:
                     made.add(v, names[i], -1.0)
                 made.add(STATE, v)

@@ -25,7 +25,7 @@ from pint_fem.paradiag.stage_shifts import shifted_factors
 from pint_fem.paradiag.transforms import time_transform
 from pint_fem.scaling.paradiag import FEW
 from pint_fem.spacetime import SpaceTime
-from pint_fem.sweeps.frequency_systems import frequency_systems
+from pint_fem.sweeps.frequencies.systems import frequency_systems
 
 __all__ = [
     "PARADIAG", "SMALL", "Action", "extra_actions", "kernel_actions", "paradiag_actions", "solve_actions",

@@ -18,12 +18,12 @@ from dataclasses import dataclass
 from irksome.tableaux.ButcherTableaux import ButcherTableau
 
 from pint_fem.collective import any_rank, collectively
+from pint_fem.errors import SolverFailure
 from pint_fem.evolution.evolution import Evolution
 from pint_fem.mgrit.options import MGRITOptions
 from pint_fem.paradiag.options import ParaDiagOptions
 from pint_fem.propagators import make_propagator
 from pint_fem.propagators.base import FEPropagator
-from pint_fem.propagators.linear import LinearPropagator
 from pint_fem.spacetime import SpaceTime
 from pint_fem.theory.costs import CLEARLY, TwoLevel, fastest, mgrit_seconds, rounded, sequential_seconds
 from pint_fem.theory.estimates import paradiag_contraction
@@ -111,8 +111,11 @@ def measured_seconds(evolution: Evolution, spacetime: SpaceTime, propagator: Mad
     key = str(evolution.V.ufl_element()), evolution.V.dim(), repr(evolution.tableau), evolution.fields is None
     key = (*key, len(evolution.bcs), spacetime.space_size, spacetime.time_size)
     if any_rank(spacetime.comm, key not in _SECONDS):  # some ranks may have been in another grid of this size
-        propagator.made = collectively(spacetime.comm, "propagator", LinearPropagator, evolution)
-        seconds = propagator.made.lane_seconds()
+        propagator.made = collectively(spacetime.comm, "propagator", make_propagator, evolution)
+        try:
+            seconds = collectively(spacetime.comm, "measured steps", propagator.made.lane_seconds)
+        except SolverFailure:  # the operators are not defined for the controls' first values
+            seconds = None
         found = spacetime.comm.bcast(None if seconds is None else rounded(seconds))
         if found is None:
             return None
@@ -146,7 +149,7 @@ def automatic(
     typical_rtol
         Relative tolerance of most solves; ``None``: between ``rtol`` and its square root.
     """
-    if evolution.linear_operators() is None or not candidates(evolution.nsteps, spacetime.time_size):
+    if evolution.affine_parts is None or not candidates(evolution.nsteps, spacetime.time_size):
         return None
     found = spectrum(evolution)
     if found is None or (seconds := measured_seconds(evolution, spacetime, propagator)) is None:

@@ -110,8 +110,12 @@ class Intervals:
         steps = group.steps(j)
         t = self.evolution.time(self.slab.lo + np.arange(steps.start, steps.stop, steps.step))
         z, dz = (x if x is None or x.ndim == 1 else x[steps] for x in (self._z, dz))
-        u = self.states(group)[j] if linearised and not self.propagator.is_linear else None
-        return StepData(t, z, u, dz, None if self._linearisations is None else self._linearisations[j : j + 1])
+        u = ends = None
+        if linearised and not self.propagator.is_affine:
+            states = self.states(group)
+            u, ends = states[j], states[j + 1] if j + 1 < self.m else self._U[group.ends]
+        cached = None if self._linearisations is None else self._linearisations[j : j + 1]
+        return StepData(t, z, u, dz, cached, ends=ends)
 
     # -- forwards ------------------------------------------------------------------------------------------------------
     def states(self, group: IntervalGroup) -> np.ndarray:
@@ -142,17 +146,22 @@ class Intervals:
 
     def forcing(self, z: np.ndarray | None) -> np.ndarray:
         """Condensed right-hand side of the state of a linear evolution, ``(count, n)``."""
-        if self._affine is None:
-            self.bind(None, None)  # without control
-            step = lambda group, j, u, out: self.propagator.step(self.data(group, j), u, out)
-            self._affine = self._propagated_from_zero(step, moves=self.evolution.depends_on_time)
-        return self._affine if z is None else self._affine + self.control_forcing(z)
+        affine = self.propagator.is_affine
+        if self._affine is None or not affine:
+            self.bind(None if affine else z, None)  # an affine step's part without control is the same for all controls
+            step = lambda group, j, u, out: self.propagator.step(self.data(group, j, linearised=False), u, out)
+            moves = self.evolution.depends_on_time or (not affine and self.evolution.controls_move)
+            self._affine = self._propagated_from_zero(step, moves=moves)
+        return self._affine if z is None or not affine else self._affine + self.control_forcing(z)
 
-    def control_forcing(self, dz: np.ndarray) -> np.ndarray:
-        """Condensed right-hand side of the tangent of a linear evolution in the direction ``dz``, ``(count, n)``."""
-        self.bind(None, None)
+    def control_forcing(self, dz: np.ndarray, z: np.ndarray | None = None, U: np.ndarray | None = None) -> np.ndarray:
+        """Condensed right-hand side of the tangent of a linear evolution in the direction ``dz``, ``(count, n)``; ``z``
+        and the stored states ``U`` are required where the steps are not affine in the controls.
+        """
+        self.bind(z, U)
         tangent = lambda group, j, u, out: self._tangent(group, j, u, out, dz)
-        return self._propagated_from_zero(tangent, moves=dz.ndim == 2 or self.evolution.controls_move)
+        moves = dz.ndim == 2 or self.evolution.controls_move or not self.propagator.is_affine
+        return self._propagated_from_zero(tangent, moves=moves)
 
     def _propagated_from_zero(self, step: Callable, *, moves: bool) -> np.ndarray:
         """The ends of the intervals where each begins with zero; where steps do not depend on time (``moves``), the end
@@ -182,10 +191,20 @@ class Intervals:
         return self.propagator.control_adjoint(self.data(group, j), lam)
 
     def second_order(
-        self, group: IntervalGroup, j: int, du: np.ndarray, dz: np.ndarray | None, lam: np.ndarray
+        self,
+        group: IntervalGroup,
+        j: int,
+        du: np.ndarray,
+        dz: np.ndarray | None,
+        lam: np.ndarray,
+        du_ends: np.ndarray | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Derivatives of ``Phi_u^T lam`` and ``Phi_z^T lam`` of step ``j`` in the direction ``(du, dz)``."""
+        """Derivatives of ``Phi_u^T lam`` and ``Phi_z^T lam`` of step ``j`` in the direction ``(du, dz)``, with the
+        tangents at the ends of the steps where they are available.
+        """
         data = self.data(group, j, dz)
+        if du_ends is not None:
+            data = data._replace(tangent_ends=du_ends)
         return self.propagator.second_order(data, du, data.dz, lam)
 
     def linearised(self, steps: range, *, backwards: bool) -> StepData:
@@ -210,7 +229,8 @@ class ControlDerivative:
     ----------
     rows : ndarray or None
         ``(k, nz)`` per step. For static controls the sum ``(nz,)``; of a linear evolution the propagator's
-        ``control_sums`` of the adjoints, so that solves are made once, at the end.
+        ``control_sums`` of the adjoints, so that solves are made once, at the end; where steps are not affine in the
+        controls, these end with a derivative ``(nz,)``.
     """
 
     def __init__(self, intervals: Intervals, begun: np.ndarray | None = None):
@@ -223,7 +243,8 @@ class ControlDerivative:
         if begun is not None:
             self.rows = begun.copy()
         elif self._sums_adjoints:
-            self.rows = self._adjoint_sums(self._any_group, 0, np.zeros((1, ev.state_size)))
+            data = intervals.data(self._any_group, 0, linearised=False)
+            self.rows = intervals.propagator.zero_control_sums(data)
         else:
             self.rows = np.zeros((intervals.slab.k, ev.control_size) if ev.per_step else (ev.control_size,))
 
@@ -241,6 +262,8 @@ class ControlDerivative:
         """Add a derivative ``(count, nz)`` or ``(nz,)`` of step ``j`` of the intervals."""
         if self.rows is not None:
             target = self.rows[group.steps(j)] if self.rows.ndim == 2 else self.rows
+            if self._sums_adjoints:
+                target = target[len(target) - len(derivative) :]
             target += derivative
 
     def finish(self) -> np.ndarray | None:
@@ -248,4 +271,5 @@ class ControlDerivative:
         if self.rows is None or not self._sums_adjoints:
             return self.rows
         intervals = self._intervals
-        return intervals.propagator.control_adjoint_of_sums(intervals.data(self._any_group, 0), self.rows)
+        data = intervals.data(self._any_group, 0, linearised=False)
+        return intervals.propagator.control_adjoint_of_sums(data, self.rows)

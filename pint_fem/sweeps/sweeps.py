@@ -32,6 +32,7 @@ from pint_fem.propagators.base import FEPropagator, StepData
 from pint_fem.spacetime import SpaceTime
 from pint_fem.sweeps.batches import member_squares, of_each, stacked_levels
 from pint_fem.sweeps.c_points import Intervals
+from pint_fem.sweeps.given_trajectories import GivenTrajectories
 from pint_fem.sweeps.steps import set_precision
 from pint_fem.sweeps.time_solver import TimeSolver
 from pint_fem.sweeps.time_solvers import TimeSolvers
@@ -42,7 +43,7 @@ Controls = np.ndarray | None
 """Controls of the own steps, or a direction of them: ``(nz,)`` or ``(k, nz)``; ``None`` without controls."""
 
 
-class Sweeps:
+class Sweeps(GivenTrajectories):
     """Time-parallel sweeps of one evolution on one process grid.
 
     In all methods ``z`` are the controls of the own steps, ``(nz,)`` or ``(k, nz)``, or ``None`` without controls.
@@ -103,8 +104,13 @@ class Sweeps:
 
     @property
     def is_linear(self) -> bool:
-        """Whether the steps of all levels are affine."""
+        """Whether the steps of all levels are affine in the state, with the same operators in all steps."""
         return self.solvers.is_linear
+
+    @property
+    def is_affine(self) -> bool:
+        """Whether the steps of all levels are affine in state and control at once."""
+        return self.solvers.is_affine
 
     @property
     def intervals(self) -> Intervals | None:
@@ -144,7 +150,7 @@ class Sweeps:
         if U is None:
             return StepData(t, z)
         self.solvers.linearisations.linearise(z, U)
-        return StepData(t, z, U[:-1], linearisations=self.solvers.linearisations.fine)
+        return StepData(t, z, U[:-1], linearisations=self.solvers.linearisations.fine, ends=U[1:])
 
     def _or_nan(self, compute: Callable[[], np.ndarray], shape: tuple[int, int]) -> np.ndarray:
         """A right-hand side; NaN where it fails on this rank, so that the solver raises on every rank."""
@@ -204,9 +210,22 @@ class Sweeps:
         guess, rhs = np.sqrt(self.spacetime.sum_over_grid(np.array(squares)))
         return (np.finfo(float).eps * guess > rtol * self.evolution.nsteps * rhs) & (rtol > 0)
 
-    def _coarse(self, compute: Callable[[FEPropagator, StepData], np.ndarray], z: Controls) -> Iterable[np.ndarray]:
+    def _update(self, z: Controls, kind: str) -> None:
+        """Assemble and factor the operators of all levels where they depend on the control and that is a new one; a
+        ``SolverFailure`` is raised on every rank where that fails for a numerical reason.
+        """
+        if not self.is_affine:
+            collectively(self.spacetime.comm, f"{kind} sweep: operators", self.solvers.update, z)
+
+    def _coarse(
+        self,
+        compute: Callable[[FEPropagator, StepData], np.ndarray],
+        z: Controls,
+        dz: Controls = None,
+        U: np.ndarray | None = None,
+    ) -> Iterable[np.ndarray]:
         """Right-hand sides of the own steps of the coarse levels, for nested iteration of a linear evolution."""
-        for propagator, k, data in self.solvers.coarse_steps(z):
+        for propagator, k, data in self.solvers.coarse_steps(z, dz, U):
             yield self._or_nan(partial(compute, propagator, data), (k, propagator.evolution.state_size))
 
     def state(
@@ -218,6 +237,7 @@ class Sweeps:
         if not self.is_linear:
             self.solvers.bind(self.solvers.state, z, None, backwards=False)
             return self._solve(self.solvers.state, "state", U, None, cold=cold, **accuracy)
+        self._update(z, "state")
         forcing = lambda: self.propagators[0].forcing(self.data(z))
         if self.intervals is not None:
             forcing = lambda: self.intervals.forcing(z)
@@ -244,13 +264,15 @@ class Sweeps:
         if self.slab.is_first:
             dU[0] = 0 if initial is None else initial
         if self.is_linear:
+            self._update(z, "tangent")
             if dz is not None:
-                forcing = lambda dz: self.propagators[0].control_forcing(self.data(z), dz)
+                at = None if self.is_affine else U
+                forcing = lambda dz: self.propagators[0].control_forcing(self.data(z, at), dz)
                 if self.intervals is not None:
-                    forcing = self.intervals.control_forcing
+                    forcing = lambda dz: self.intervals.control_forcing(dz, z, at)
                 G = self._or_nan(lambda: of_each(forcing, dz), shape)
-                control_forcing = lambda propagator, data: propagator.control_forcing(data, data.z)
-                own = lambda dz: self._coarse(control_forcing, dz)
+                control_forcing = lambda propagator, data: propagator.control_forcing(data, data.dz)
+                own = lambda dz: self._coarse(control_forcing, z, dz, at)
                 coarse = lambda: stacked_levels([own(d) for d in dz]) if isinstance(dz, list) else own(dz)
         elif not self.solvers.accelerated:  # the steps contain the direction: no solves for a right-hand side
             self.solvers.bind(solver, z, U, backwards=False, dz=dz)
@@ -276,9 +298,15 @@ class Sweeps:
         """
         if self.slab.is_last:
             L[-1] = gradient[-1]
-        if not self.is_linear:
-            self.solvers.bind(self.solvers.adjoint, z, U, backwards=True)
+        self._bind_adjoint(z, U)
         return self._solve(self.solvers.adjoint, "adjoint", L[::-1], gradient[:-1][::-1], cold=cold, **accuracy)
+
+    def _bind_adjoint(self, z: Controls, U: np.ndarray) -> None:
+        """Prepare the steps of the adjoint sweep for a control and a state."""
+        if self.is_linear:
+            self._update(z, "adjoint")
+        else:
+            self.solvers.bind(self.solvers.adjoint, z, U, backwards=True)
 
     def adjoint_by_transposed_cycles(
         self, z: Controls, U: np.ndarray, gradient: np.ndarray, *, cycles: int
@@ -286,102 +314,10 @@ class Sweeps:
         """Adjoints, shaped as ``gradient``, by the transposes of ``cycles`` cycles from zero, in an array that the next
         call overwrites, and the result of the solve; requires :attr:`TimeSolvers.transposed_adjoint`.
         """
-        if not self.is_linear:
-            self.solvers.bind(self.solvers.adjoint, z, U, backwards=True)
+        self._bind_adjoint(z, U)
         sweep = self.solvers.transposed_adjoint
         result = self._solve(sweep.solver, "adjoint", *sweep.arrays(gradient), start=sweep.start, cycles=cycles)
         return sweep.collect(), result
-
-    # -- residuals and derivatives of given trajectories ---------------------------------------------------------------
-    def state_residual(self, z: Controls, U: np.ndarray, *, initial: np.ndarray | None = None) -> tuple[float, float]:
-        """Norms over the stored points of ``Phi(U) - U`` and of ``U``, by one pass over the steps.
-
-        ``U``, whose first row on each rank is current, is not changed.
-        """
-        r = collectively(self.spacetime.comm, "residual of a state", self._step_residuals, z, U)
-        first = self.slab.is_first
-        if first:
-            r = np.concatenate([U[:1] - (self.initial if initial is None else initial), r])
-        squares = [self.spacetime.point_norms(block).sum() for block in (r, U if first else U[1:])]
-        return tuple(np.sqrt(self.spacetime.sum_over_time(np.array(squares))).tolist())
-
-    def _step_residuals(self, z: Controls, U: np.ndarray) -> np.ndarray:
-        """``Phi(U) - U`` at the own stored points but the first."""
-        fine, out = self.propagators[0], U[1:].copy()
-        if self.intervals is None:
-            fine.step(self.data(z)._replace(guess=fine.uses_guess), U[:-1], out)
-            return out - U[1:]
-        self.intervals.bind(z, U)
-        for group in self.intervals.groups:
-            last = self.intervals.states(group)[-1]
-            data = self.intervals.data(group, group.m - 1, linearised=False)
-            fine.step(data, last, out[group.starts])
-        return out - U[1:]
-
-    def control_gradient(self, z: Controls, U: np.ndarray, L: np.ndarray) -> np.ndarray | list | None:
-        """``Phi_z^T lam_{n+1}`` of the own steps: their sum ``(nz,)``, or ``(k, nz)`` for one control per step; of a
-        batch of adjoints a list of these. ``None`` for an evolution without parameters.
-        """
-        if not self.evolution.parameters:
-            return None
-        data = self.data(z, U)
-
-        def of_member(number: int, lam: np.ndarray) -> np.ndarray:
-            return self.propagators[0].control_adjoint(data._replace(member=number), lam)
-
-        def compute() -> np.ndarray | list:
-            if L.ndim == 2:
-                return of_member(0, L[1:])
-            return [of_member(number, np.ascontiguousarray(L[1:, number])) for number in range(L.shape[1])]
-
-        return collectively(self.spacetime.comm, "derivative by the controls", compute)
-
-    def second_order(
-        self, z: Controls, U: np.ndarray, dz: Controls | list, dU: np.ndarray, L: np.ndarray, *, symmetric: bool = False
-    ) -> tuple[np.ndarray, np.ndarray | list] | None:
-        """Second derivatives of the steps along the tangent ``dU`` in the direction ``dz``, for the adjoint ``L``.
-
-        Parameters
-        ----------
-        z, U, L
-            Control, state and adjoint, ``(k + 1, n)``.
-        dz, dU
-            Direction and tangent; of a batch a list and ``(k + 1, members, n)``.
-        symmetric
-            Whether they are a symmetric form of ``(dU, dz)`` also where ``dU`` is no exact tangent; this takes one more
-            adjoint per step.
-
-        Returns
-        -------
-        tuple, or None
-            Right-hand side of the second-order adjoint, shaped as ``dU``, and the contribution to the derivative by the
-            controls, as :meth:`control_gradient` returns it; ``None`` where they vanish.
-        """
-        if self.is_linear:
-            return None
-        data, su = self.data(z, U), np.zeros_like(dU)
-        end = None if symmetric else np.zeros_like(dU[1:])
-
-        def of_member(data: StepData, du: np.ndarray, dz: Controls, out: np.ndarray, own_end: np.ndarray | None):
-            out[:-1], controls = self.propagators[0].second_order(data, du, dz, L[1:], own_end)
-            return controls
-
-        try:
-            if dU.ndim == 2:
-                sz = of_member(data, dU[:-1], dz, su, end)
-            else:
-                sz, ends = [], [None] * dU.shape[1] if end is None else np.moveaxis(end, 1, 0)
-                for b, (d, own_end) in enumerate(zip(dz or [None] * dU.shape[1], ends, strict=True)):
-                    du = np.ascontiguousarray(dU[:-1, b])
-                    sz.append(of_member(data._replace(member=b), du, d, su[:, b], own_end))
-        except FAILURES as error:  # the sweep with this right-hand side raises on every rank
-            self._cause, su[...] = error, np.nan
-            sz = np.zeros((self.slab.k, self.evolution.control_size)[0 if self.evolution.per_step else 1 :])
-            sz = sz if dU.ndim == 2 else [sz] * dU.shape[1]
-        if end is not None:
-            su[1:] += end
-            self.spacetime.add_shared_points(su)
-        return su, sz
 
 
 def _divergence(kind: str, result: SolveResult, options: Any) -> str:

@@ -19,7 +19,6 @@ from pint_fem.collective import collectively
 from pint_fem.evolution.evolution import Evolution
 from pint_fem.evolution.tableaux import Repeated
 from pint_fem.kernels.lanes.structures import kernels_on_all_or_none
-from pint_fem.logs import logger
 from pint_fem.mgrit.options import MGRITOptions
 from pint_fem.mgrit.solver import MGRIT
 from pint_fem.mgrit.transposed_cycles import TransposedAdjoint
@@ -28,26 +27,24 @@ from pint_fem.paradiag.solver import ParaDiag
 from pint_fem.paradiag.transposed_iterations import TransposedParaDiag
 from pint_fem.propagators import make_propagator
 from pint_fem.propagators.base import FEPropagator, StepData
-from pint_fem.propagators.linear import LinearPropagator
 from pint_fem.propagators.linearisation import LinearisationCache
 from pint_fem.propagators.spatial import SpatialLevels
 from pint_fem.spacetime import SpaceTime
 from pint_fem.sweeps.c_points import Intervals
-from pint_fem.sweeps.frequency_systems import AveragedSystems, frequency_systems
+from pint_fem.sweeps.frequencies.solver import CoarsestParaDiag, paradiag_solver
+from pint_fem.sweeps.frequencies.systems import AveragedSystems, frequency_systems
 from pint_fem.sweeps.krylov import AcceleratedSweep
 from pint_fem.sweeps.mass_norm import MassNorm
 from pint_fem.sweeps.memory import least_bytes
-from pint_fem.sweeps.paradiag import CoarsestParaDiag, paradiag_solver
-from pint_fem.sweeps.selection import estimate_lines, require_supported
+from pint_fem.sweeps.selection import require_supported
+from pint_fem.sweeps.solver_reports import SolverReports
 from pint_fem.sweeps.steps import AdjointStep, LinearStep, StateStep, TangentStep
 from pint_fem.sweeps.time_solver import TimeSolver
-from pint_fem.theory.estimates import mgrit_estimate
-from pint_fem.theory.two_level import ConvergenceEstimate
 
 __all__ = ["TimeSolvers"]
 
 
-class TimeSolvers:
+class TimeSolvers(SolverReports):
     """The time solvers of one evolution on one process grid, and what they share.
 
     Iterating over it yields the solvers, one for both the state and the tangent of a linear evolution.
@@ -82,8 +79,11 @@ class TimeSolvers:
         Own steps.
     space : SpatialLevels
         Evolutions of the levels and transfers between their meshes.
-    propagators, is_linear, reported : list of FEPropagator, bool, bool
-        The step of each level, whether all are linear, and whether the a-priori estimates have been logged.
+    propagators : list of FEPropagator
+        The step of each level.
+    is_linear, is_affine, reported : bool
+        Whether the steps of all levels are affine in the state with the same operators in all steps; affine in state
+        and control at once; and whether the a-priori estimates have been logged.
     state, tangent, adjoint : TimeSolver
         The solvers; of a linear evolution ``state`` and ``tangent`` are the same.
     intervals, linearisations, averaged, trace
@@ -145,6 +145,7 @@ class TimeSolvers:
         kernels_on_all_or_none(spacetime.comm)
         self.propagators = collectively(spacetime.comm, "propagator", self._make_propagators)
         self.is_linear = all(p.is_linear for p in self.propagators)
+        self.is_affine = all(p.is_affine for p in self.propagators)
         if options.coarse_solver == "gathered" and factors and not self.is_linear:
             raise ValueError(
                 "mgrit coarse_solver 'gathered': the first rank has the data of its own steps only; "
@@ -266,6 +267,14 @@ class TimeSolvers:
         if self.has_transposed_adjoint:
             self.transposed_adjoint.release()
 
+    def update(self, z: np.ndarray | None) -> None:
+        """Assemble and factor the operators of all levels for a static control, where they depend on it and it is not
+        that of the last call (collective over space).
+        """
+        changed = [p.update(self._controls(index, z, np.zeros(0))) for index, p in enumerate(self.propagators)]
+        if any(changed) and self.intervals is not None:
+            self.intervals.update_data()
+
     def bind(
         self, solver: TimeSolver, z: np.ndarray | None, U: np.ndarray | None, *, backwards: bool,
         dz: np.ndarray | list[np.ndarray] | None = None,
@@ -305,12 +314,22 @@ class TimeSolvers:
         """Controls on level ``index``: those of some fine steps, or a static one."""
         return self.space.controls(index, z if z is None or z.ndim == 1 else z[fine - self.slab.lo])
 
-    def coarse_steps(self, z: np.ndarray | None) -> Iterator[tuple[FEPropagator, int, StepData]]:
-        """Of each coarse level of a linear evolution: propagator, number of own steps, their data."""
-        for level, propagator in zip(self.tangent.levels[1:], self.propagators[1:], strict=True):
+    def coarse_steps(
+        self, z: np.ndarray | None, dz: np.ndarray | None = None, U: np.ndarray | None = None
+    ) -> Iterator[tuple[FEPropagator, int, StepData]]:
+        """Of each coarse level of a linear evolution: propagator, number of own steps, their data with a direction of
+        the controls and the states at which they are linearised, where these are given.
+        """
+        levels = self.tangent.levels
+        states: list[np.ndarray | None] = [None] * len(levels)
+        if U is not None:
+            states = inject(levels, U) if self.intervals is None else [None, *inject(levels[1:], U)]
+        for level, propagator, u in zip(levels[1:], self.propagators[1:], states[1:], strict=True):
             start = np.arange(level.lo, level.hi) * level.stride
-            own = self._controls(level.index, z, start + level.stride - 1)
-            yield propagator, level.k, StepData(self.evolution.time(start), own)
+            own, along = (self._controls(level.index, x, start + level.stride - 1) for x in (z, dz))
+            u = None if u is None else self.space.states(level.index, u)
+            ends = {} if u is None else {"u": u[:-1], "ends": u[1:]}
+            yield propagator, level.k, StepData(self.evolution.time(start), own, dz=along, **ends)
 
     @cached_property
     def transposed_adjoint(self) -> TransposedAdjoint | TransposedParaDiag | None:
@@ -365,36 +384,3 @@ class TimeSolvers:
         """Describe the hierarchy in a few lines."""
         own = f"\n  coarse levels: {self._coarse_steps} steps of the integrator for each interval"
         return self.state.view(8 * self.evolution.state_size) + own * (self._coarse_steps > 1 and bool(self._factors))
-
-    @cached_property
-    def estimates(self) -> list[ConvergenceEstimate] | None:
-        """A-priori convergence estimate of each pair of MGRIT levels, empty for one level (collective over space).
-
-        ``None`` where there is none: for evolutions that are not linear, a user's propagators, and coarser meshes on
-        coarse levels.
-        """
-        if len(self.propagators) == 1:
-            return []
-        fits = all(type(p) is LinearPropagator and p.evolution is self.evolution for p in self.propagators)
-        options = MGRITOptions.make(self._mgrit, coarse_steps=self._coarse_steps)
-        return mgrit_estimate(self.evolution, options, self._coarse_tableau) if fits else None
-
-    def report_estimates(self) -> None:
-        """Log the a-priori estimates or their warnings once, before the first solve (collective)."""
-
-        def report() -> None:
-            for level, text in estimate_lines(self.evolution, self.options, self.estimates or []):
-                if self.spacetime.is_root:
-                    logger.log(level, text)
-
-        if not self.reported:
-            self.reported = True
-            collectively(self.spacetime.comm, "theory", report)
-
-    def write_trace(self) -> None:
-        """Write the work and messages of all sweeps so far to the file of the option ``trace``, if there is one
-        (collective); an ``InputError`` on every rank where it cannot be written.
-        """
-        if self.trace is not None:
-            work = self.trace.write if self.spacetime.space_comm.rank == 0 else lambda path: None
-            collectively(self.spacetime.comm, "", work, self.options.trace)

@@ -32,6 +32,7 @@ from pint_fem.errors import is_numerical
 from pint_fem.evolution.evolution import Evolution
 from pint_fem.evolution.fields import Fields
 from pint_fem.kernels.arrays import boundary_rows
+from pint_fem.kernels.direct import is_finite
 from pint_fem.kernels.factor import is_symmetric
 from pint_fem.kernels.lanczos import ACCURACY, NotPositive, Pencil
 
@@ -151,10 +152,10 @@ class _Operators(Pencil):
     """The pencil of ``M`` and ``K`` on the free degrees of freedom; fixed ones have the eigenvalue 0."""
 
     def __init__(self, evolution: Evolution):
-        mass, stiffness = evolution.linear_operators()
+        mass, stiffness, *_ = evolution.affine_parts
         M = assemble(mass, mat_type="aij").petscmat
         K = M.duplicate() if stiffness.empty() else assemble(stiffness, mat_type="aij").petscmat
-        if not is_symmetric(M) or M.getDiagonal().min()[1] <= 0:
+        if not (is_finite(M) and is_finite(K)) or not is_symmetric(M) or M.getDiagonal().min()[1] <= 0:
             raise NotPositive
         fixed = boundary_rows(evolution.bcs, evolution.V)
         rows = (fixed + M.getOwnershipRange()[0]).astype(PETSc.IntType)
@@ -191,14 +192,24 @@ def spectrum(evolution: Evolution) -> Spectrum | None:
     Returns
     -------
     Spectrum or None
-        ``None`` where the evolution is not linear with constant operators, or ``M`` not symmetric positive definite.
+        ``None`` where the evolution is not linear with constant operators for given controls, or ``M`` not symmetric
+        positive definite.
     """
-    if evolution.linear_operators() is None:
+    if evolution.affine_parts is None:
         return None
     try:
-        return _damped_wave(evolution.fields) or _spectrum(_Operators(evolution))
+        return _damped_wave(_fields(evolution)) or _spectrum(_Operators(evolution))
     except (NotPositive, np.linalg.LinAlgError):
         return None
+
+
+def _fields(evolution: Evolution) -> Fields | None:
+    """The blocks of the operators at the values that controls have."""
+    fields = evolution.fields
+    if fields is None or not evolution.has_controlled_operators:
+        return fields
+    M, K = (assemble(form, mat_type="aij").petscmat for form in evolution.affine_parts[:2])
+    return fields.with_operators(M, K)
 
 
 def _damped_wave(fields: Fields | None) -> Spectrum | None:

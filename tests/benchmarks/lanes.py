@@ -44,7 +44,7 @@ from pint_fem.kernels.lanes.program import STATE, StepProgram
 from pint_fem.kernels.lanes.triangular import TriangularFactors
 from pint_fem.paradiag.circulant import shifts
 from pint_fem.paradiag.options import ParaDiagOptions
-from pint_fem.sweeps.frequency_systems import frequency_systems
+from pint_fem.sweeps.frequencies.systems import frequency_systems
 from problems.heat_square import square
 from tests.benchmarks.rows import Row, table, timed
 

@@ -27,6 +27,7 @@ from pint_fem.paradiag.eliminated import Coupling, eliminated_system
 from pint_fem.paradiag.options import ParaDiagOptions
 from pint_fem.paradiag.systems import ProjectedSystem, ShiftedSteps
 from pint_fem.propagators.base import FEPropagator
+from pint_fem.propagators.coefficients.propagator import CoefficientPropagator
 from pint_fem.propagators.linear import LinearPropagator
 from pint_fem.spacetime import Slab, SpaceTime
 
@@ -40,7 +41,9 @@ UPDATES = 4
 """Averages in a solve of the state, at most."""
 
 
-def frequency_systems(propagator: FEPropagator, options: ParaDiagOptions, parameters: Mapping) -> ShiftedSteps:
+def frequency_systems(
+    propagator: FEPropagator, options: ParaDiagOptions, parameters: Mapping
+) -> ShiftedSteps | CurrentSystems:
     """The systems of the frequencies of a linear propagator.
 
     Parameters
@@ -55,6 +58,8 @@ def frequency_systems(propagator: FEPropagator, options: ParaDiagOptions, parame
     ValueError
         If the propagator has no constant operators.
     """
+    if isinstance(propagator, CoefficientPropagator):
+        return CurrentSystems(propagator, options, parameters)
     if not isinstance(propagator, LinearPropagator):
         raise ValueError(
             "mgrit coarse_solver 'paradiag' requires an evolution that is linear with constant operators; "
@@ -81,6 +86,48 @@ def _shifted_steps(scheme, systems: dict, evolution: Evolution, options: ParaDia
     if evolution.nullspace is not None:
         systems = {a: ProjectedSystem(system, evolution.nullspace) for a, system in systems.items()}
     return ShiftedSteps(scheme.dirk.A, scheme.dirk.b, systems, 1e9 * options.memory)
+
+
+class CurrentSystems:
+    """The systems of the frequencies of a propagator whose operators depend on a control: those of the present one.
+
+    Parameters
+    ----------
+    propagator, options, parameters
+        As for :func:`frequency_systems`.
+    """
+
+    def __init__(self, propagator: CoefficientPropagator, options: ParaDiagOptions, parameters: Mapping):
+        self._propagator, self._options, self._parameters = propagator, options, parameters
+        self._of: LinearPropagator | None = None
+        self._made: ShiftedSteps | None = None
+
+    @property
+    def _systems(self) -> ShiftedSteps:
+        """The systems; factored again where the operators have changed (collective over space)."""
+        frozen = self._propagator.frozen
+        if self._made is None or self._of is not frozen:
+            if self._made is not None:
+                self._made.release()
+            self._made, self._of = frequency_systems(frozen, self._options, self._parameters), frozen
+        return self._made
+
+    def solve(self, k: int, mu: complex, r: np.ndarray) -> np.ndarray:
+        """Solve ``(I - mu Phi) v = r`` for frequency ``k``, complex arrays ``(n,)`` (collective over space)."""
+        return self._systems.solve(k, mu, r)
+
+    def solve_transposed(self, k: int, mu: complex, r: np.ndarray) -> np.ndarray:
+        """Solve ``(I - mu Phi^T) v = r`` for frequency ``k``, complex arrays ``(n,)`` (collective over space)."""
+        return self._systems.solve_transposed(k, mu, r)
+
+    @property
+    def has_lanes(self) -> bool:
+        """Whether :meth:`solve_all` can be called."""
+        return self._systems.has_lanes
+
+    def solve_all(self, frequencies: range, mu: np.ndarray, rows: np.ndarray, **given: Any) -> np.ndarray:
+        """Solve for several frequencies at once (:meth:`pint_fem.paradiag.systems.ShiftedSteps.solve_all`)."""
+        return self._systems.solve_all(frequencies, mu, rows, **given)
 
 
 class AveragedSystems:

@@ -13,7 +13,7 @@ from pint_fem.paradiag.guarded_solves import GuardedBlocks, GuardedSolve
 from pint_fem.paradiag.options import ParaDiagOptions
 from pint_fem.paradiag.solver import ParaDiag
 from pint_fem.paradiag.systems import FrequencyBlocks, ShiftedSteps
-from pint_fem.sweeps.frequency_systems import AveragedSystems
+from pint_fem.sweeps.frequencies.systems import AveragedSystems
 
 __all__ = ["CoarsestParaDiag", "paradiag_solver"]
 
