@@ -18,6 +18,7 @@ from firedrake import (
     Function,
     FunctionSpace,
     SpatialCoordinate,
+    as_vector,
     assemble,
     conditional,
     curl,
@@ -82,11 +83,11 @@ def serial_maxwell_permittivity(
     inside = dx(degree=OPERATOR_DEGREE)
 
     def mass(w, v):
-        (e, b), (f, c) = split(w), split(v)
+        (e, b), (f, c) = _fields(w), _fields(v)
         return (epsilon * inner(e, f) + inner(b, c)) * inside
 
     def stiffness(w, v):
-        (e, b), (f, c) = split(w), split(v)
+        (e, b), (f, c) = _fields(w), _fields(v)
         lossy = (sigma * inner(e, f) - inner(b, curl(f)) + inner(curl(e), c)) * inside
         return lossy + admittance * inner(tangential(n, e), tangential(n, f)) * ds
 
@@ -112,3 +113,8 @@ def serial_maxwell_permittivity(
             J = add_squares(J, states, own, weight, receivers, **length, observed=lambda u: split(u)[E][0])
     rf = ReducedFunctional(J, [control_with_prior(*pair) for pair in zip(controls, priors, strict=True)], tape=tape)
     return SerialSource(rf, controls, steps, time.perf_counter() - start)
+
+
+def _fields(w):
+    """E and B of a function of the mixed space or of a combination of such."""
+    return as_vector((w[0], w[1])), w[2]

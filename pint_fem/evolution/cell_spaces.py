@@ -44,7 +44,7 @@ class CellUnknowns:
 
     def __init__(self, V: WithGeometry, fields: Sequence[int] | None = None):
         self.comm, self._size = V.mesh().comm, own_size(V)
-        cells, found = V.mesh().cell_set.size, []
+        cells, found = V.mesh().unique().cell_set.size, []
         local_rows = V.dof_dset.lgmap.indices
         offset = 0
         for number, part in enumerate(V):
@@ -123,7 +123,7 @@ class CellVectors:
             broken = TensorElement(BrokenElement(element), shape=(components, *shape))
             space = FunctionSpace(V.mesh().unique(), broken)
             self.functions.append(Function(space))
-            self._nodes.append((space.cell_node_map().values[: V.mesh().cell_set.size], part.block_size))
+            self._nodes.append((space.cell_node_map().values[: V.mesh().unique().cell_set.size], part.block_size))
 
     @property
     def size(self) -> int:
@@ -149,11 +149,13 @@ class CellVectors:
                 return function[index]
             inner = ufl.indices(len(function.ufl_shape) - 1)
             return ufl.as_tensor(function[(index, *inner)], inner)
+        first = self.functions[0]
+        none = 0.0 * first[(index, *(0 for _ in first.ufl_shape[1:]))]  # a zero with the free index
         components: list = []
         for number, part in enumerate(self._V):
             shape = part.value_shape
             for inner in np.ndindex(*shape):
-                components.append(made[number][(index, *inner)] if number in made else ufl.as_ufl(0.0))
+                components.append(made[number][(index, *inner)] if number in made else none)
         return ufl.as_vector(components)
 
 
