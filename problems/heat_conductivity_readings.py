@@ -35,7 +35,7 @@ from problems.readings import FACTORISE_ONCE
 __all__ = ["NOISE", "READINGS", "SEED", "STEPS", "TIMES", "simulate", "write"]
 
 READINGS = Path(__file__).resolve().parent / "heat_conductivity_readings.csv"
-STEPS = 512
+STEPS = 256
 TIMES = 32
 NOISE = 0.02
 SEED = 20262

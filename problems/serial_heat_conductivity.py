@@ -78,7 +78,7 @@ def serial_heat_conductivity(
             states = trajectory(
                 lambda w, v: sum(RHO_C[r] * w * v * dx(r) for r in REGIONS),
                 lambda w, v: (
-                    sum(KAPPA[r] * exp(q) * inner(grad(w), grad(v)) * dx(r) for r in REGIONS)
+                    sum(KAPPA[r] * exp(q) * inner(grad(w), grad(v)) * dx(r, degree=2) for r in REGIONS)
                     + CONVECTION * w * v * ds((OUTER_EDGE, HOLE_1))
                 ),
                 lambda v, power=power: power * v * dx,

@@ -70,7 +70,7 @@ def affine_parts(evolution: Evolution) -> AffineParts | None:
     else:
         slopes = [expand_derivatives(derivative(f, c)) for f in (M, K) if not f.empty() for c in in_operators]
         kinds = {integral.integral_type() for slope in slopes if not slope.empty() for integral in slope.integrals()}
-        if not kinds <= {"cell", "exterior_facet"} or evolution.V.mesh().extruded:
+        if not kinds <= {"cell", "exterior_facet"} or evolution.V.mesh().unique().extruded:
             return None
         load = _zero(-form, (evolution.u, rate))
     fixed = {evolution.u, rate, *evolution.parameters}

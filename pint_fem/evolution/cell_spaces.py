@@ -149,13 +149,12 @@ class CellVectors:
                 return function[index]
             inner = ufl.indices(len(function.ufl_shape) - 1)
             return ufl.as_tensor(function[(index, *inner)], inner)
-        first = self.functions[0]
-        none = 0.0 * first[(index, *(0 for _ in first.ufl_shape[1:]))]  # a zero with the free index
+        zero = ufl.classes.Zero((), (index.count(),), (self._components,))
         components: list = []
         for number, part in enumerate(self._V):
             shape = part.value_shape
             for inner in np.ndindex(*shape):
-                components.append(made[number][(index, *inner)] if number in made else none)
+                components.append(made[number][(index, *inner)] if number in made else zero)
         return ufl.as_vector(components)
 
 
