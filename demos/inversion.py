@@ -264,7 +264,7 @@ def summary_of(name: str, settings: dict, spacetime, unknowns: int, seconds: dic
     return {
         "problem": name,
         "settings": settings,
-        "grid": {"space": spacetime.space_size, "time": spacetime.time_size},
+        "grid": dict(zip(("space", "time", "experiments"), spacetime.used_shape, strict=False)),
         "unknowns": unknowns,
         "seconds": seconds,
         "versions": {name: version(name) for name in ("pint_fem", "firedrake", "petsc4py", "irksome", "pyadjoint-ad")},

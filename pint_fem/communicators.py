@@ -1,4 +1,4 @@
-"""Process grids of ``P = n_1 x n_2`` ranks and their communicators, which all grids of one shape share.
+"""Process grids of ``P = n_1 x n_2 (x n_3)`` ranks and their communicators, which all grids of one shape share.
 
 A grid of ``P`` ranks in groups of ``n`` neighbours has an *inner* communicator (the ranks of a group), an *outer* one
 (the ranks with the same place in their groups), and both in reverse order. An MPI library has some thousands of
@@ -11,6 +11,7 @@ ranks call. This module needs mpi4py and numpy only.
 from __future__ import annotations
 
 import atexit
+import math
 import re
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -118,26 +119,29 @@ class SharedGroups:
             self.groups.free()
 
 
-def parse_grid(text: str, size: int, axes: Sequence[str] = ("space", "time")) -> tuple[int, int]:
+def parse_grid(text: str, size: int, axes: Sequence[str] = ("space", "time"), optional: int = 0) -> tuple[int, ...]:
     """Numbers of ranks along the ``axes`` of a grid of ``size`` ranks, from a text such as ``"2x4"``.
 
-    ``"auto"`` puts all ranks along the second axis.
+    ``"auto"`` puts all ranks along the second axis. The last ``optional`` axes may be left out, and have one rank then.
 
     Raises
     ------
     InputError
         If the text is no grid or its product is not ``size``.
     """
+    least = len(axes) - optional
     if text == "auto":
-        return 1, size
-    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text.strip())
-    if not match:
-        raise InputError(f"grid {text!r} is not of the form {axes[0].upper()}x{axes[1].upper()}, such as 1x{size}")
-    first, second = int(match[1]), int(match[2])
-    if first * second != size:
-        n = first * second
-        raise InputError(f"grid {first}x{second} requires {n} ranks, started were {size}: mpiexec -n {n}")
-    return first, second
+        return (1, size) + (1,) * (len(axes) - 2)
+    numbers = text.strip().split("x")
+    if not least <= len(numbers) <= len(axes) or not all(re.fullmatch(r"[1-9]\d*", n) for n in numbers):
+        named = [axis.upper() for axis in axes]
+        forms = ["x".join(named[:count]) for count in range(least, len(axes) + 1)]
+        raise InputError(f"grid {text!r} is not of the form {' or '.join(forms)}, such as 1x{size}")
+    shape = [int(n) for n in numbers]
+    if math.prod(shape) != size:
+        n = math.prod(shape)
+        raise InputError(f"grid {'x'.join(numbers)} requires {n} ranks, started were {size}: mpiexec -n {n}")
+    return tuple(shape) + (1,) * (len(axes) - len(shape))
 
 
 class ProcessGrid:
@@ -150,38 +154,45 @@ class ProcessGrid:
     grid
         ``"2x4"``, ``(2, 4)``, ``"auto"`` or ``None``.
     sizes
-        Numbers of ranks by the names of both axes, ``None`` where they are not given.
-    inner
-        Number of the axis along which neighbouring ranks lie.
-    ensemble
-        As for :class:`GroupCommunicators`.
+        Numbers of ranks by the names of the axes, ``None`` where they are not given.
+    optional
+        Number of the last axes that may be left out, and have one rank then.
+
+    Attributes
+    ----------
+    shape : tuple of int
+        Numbers of ranks along all axes.
     """
 
     _released: Mapping[str, object]
     """Attributes that refer to communicators, with their values after :meth:`free`."""
 
     def __init__(
-        self,
-        comm: MPI.Comm,
-        grid: tuple[int, int] | str | None,
-        sizes: dict[str, int | None],
-        inner: int,
-        ensemble: Callable | None = None,
+        self, comm: MPI.Comm, grid: tuple[int, ...] | str | None, sizes: dict[str, int | None], optional: int = 0
     ):
-        self.comm, self._axes = comm, tuple(sizes)
-        self.shape = _shape(comm, grid, sizes)
-        self._shared = SharedGroups(comm, self.shape[inner], ensemble)
+        self.comm, self._axes, self._optional = comm, tuple(sizes), optional
+        self.shape = _shape(comm, grid, sizes, optional)
+        self._shared: list[SharedGroups] = []
+
+    def _groups(self, comm: MPI.Comm, n: int, ensemble: Callable | None = None) -> GroupCommunicators:
+        """The communicators of groups of ``n`` neighbouring ranks of a communicator (collective); they are released
+        with this grid, the last ones first.
+        """
+        self._shared.append(SharedGroups(comm, n, ensemble))
+        return self._shared[-1].groups
 
     def __repr__(self) -> str:
-        shape = ", ".join(f"{name}={size}" for name, size in zip(self._axes, self.shape, strict=True))
-        return f"{type(self).__name__}({shape}, rank {self.comm.rank} of {self.comm.size})"
+        named = list(zip(self._axes, self.shape, strict=True))
+        shown = [f"{name}={n}" for i, (name, n) in enumerate(named) if n > 1 or i < len(named) - self._optional]
+        return f"{type(self).__name__}({', '.join(shown)}, rank {self.comm.rank} of {self.comm.size})"
 
     def free(self) -> None:
         """Free the communicators if no other grid of this shape on ``comm`` uses them (collective over ``comm``).
 
         To be called when nothing that was made on this grid is used any more: meshes, functionals, networks.
         """
-        self._shared.free()
+        while self._shared:
+            self._shared.pop().free()
         vars(self).update(self._released)
 
     def __enter__(self) -> Self:
@@ -199,7 +210,9 @@ class ProcessGrid:
         return self.comm.rank == 0
 
 
-def _shape(comm: MPI.Comm, grid: tuple[int, int] | str | None, sizes: dict[str, int | None]) -> tuple[int, int]:
+def _shape(
+    comm: MPI.Comm, grid: tuple[int, ...] | str | None, sizes: dict[str, int | None], optional: int
+) -> tuple[int, ...]:
     """Shape of a grid that is given in one of the ways of :class:`ProcessGrid` (collective)."""
     axes, given = tuple(sizes), {name: size for name, size in sizes.items() if size is not None}
     if grid is None:
@@ -208,7 +221,7 @@ def _shape(comm: MPI.Comm, grid: tuple[int, int] | str | None, sizes: dict[str, 
         text = "x".join(map(str, grid)) if np.iterable(grid) and not isinstance(grid, str) else str(grid)
     require_same(comm, grid=text, **sizes)
     if not given:
-        return parse_grid(text, comm.size, axes)
+        return parse_grid(text, comm.size, axes, optional)
     if text is not None:
         raise InputError(
             f"grid {text!r} and {' and '.join(given)}: give the grid or the number of ranks along its axes"
@@ -220,5 +233,17 @@ def _shape(comm: MPI.Comm, grid: tuple[int, int] | str | None, sizes: dict[str, 
             raise error(f"{name} = {size!r}: give a positive whole number of ranks")
         if comm.size % size:
             raise InputError(f"{name} = {size} does not divide the {comm.size} ranks that were started")
-    first, second = (given.get(name) for name in axes)
-    return parse_grid(f"{first or comm.size // second}x{second or comm.size // first}", comm.size, axes)
+    first, second, *others = (given.get(name) for name in axes)
+    last = [n or 1 for n in others]
+    left, rest = divmod(comm.size, math.prod(last))
+    if not rest and not (first and second):  # the other one follows; all that are left are in the second
+        first = first or (left // second if second else 1)
+        rest = left % first
+        second = second or left // first
+    if rest:
+        named = ", ".join(f"{name} = {size}" for name, size in given.items())
+        raise InputError(f"{named}: the product does not divide the {comm.size} ranks that were started")
+    shown = [first or 1, second or 1, *last]
+    while len(shown) > len(axes) - optional and shown[-1] == 1:
+        shown.pop()
+    return parse_grid("x".join(map(str, shown)), comm.size, axes, optional)

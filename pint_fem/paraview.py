@@ -58,7 +58,7 @@ def write_fields(
     InputError
         On every rank, where a file cannot be written, as on a full disk.
     """
-    rank, root = spacetime.time_comm.rank, spacetime.is_root
+    rank, root = spacetime.time_comm.rank, spacetime.comm.rank == 0
     what, part = f"fields in {folder} cannot be written", f"{name}_part{rank}"
     _written(spacetime.comm, what, partial((folder / part).mkdir, parents=True, exist_ok=True))
     written = np.linspace(0, slab.nsteps, 17).round().astype(int) if points is None else list(points)

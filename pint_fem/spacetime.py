@@ -1,8 +1,10 @@
-"""The process grid space x time: which ranks share a state, which share the time axis, and which steps a rank owns.
+"""The process grid space x time x experiments: which ranks share a state or the time axis, and which steps they own.
 
-``P = P_space * P_time`` ranks form ``P_time`` groups (ensemble members). A group shares one state in space over
-``space_comm``; the ranks with the same place in their groups share the time axis over ``time_comm``. The grid is that
-of ``firedrake.Ensemble``; without Firedrake (plain numpy, torch) the same communicators are split off here.
+``P = P_space * P_time * P_experiments`` ranks form ``P_experiments`` groups of neighbouring ranks. Each group solves
+its own experiments (evolutions of which a functional is the sum) on a space x time grid of its own: the ranks that
+share one state have the communicator ``space_comm``, those with the same place in them share the time axis over
+``time_comm``. The grid of a group is that of ``firedrake.Ensemble``; without Firedrake (plain numpy, torch) the same
+communicators are split off here.
 """
 
 from __future__ import annotations
@@ -16,8 +18,10 @@ from mpi4py import MPI
 
 from pint_fem.all_at_once.grids import split_steps
 from pint_fem.all_at_once.norms import euclidean
+from pint_fem.collective import on_first_rank
 from pint_fem.communicators import ProcessGrid
 from pint_fem.errors import InputError
+from pint_fem.logs import logger
 
 if TYPE_CHECKING:
     from firedrake import Ensemble
@@ -67,28 +71,41 @@ def _ensemble(comm: MPI.Comm, n: int) -> Ensemble:
     return Ensemble(comm, n)
 
 
+def _print_nothing(text: str) -> None:
+    """What groups of experiments other than the first log."""
+
+
 class SpaceTime(ProcessGrid):
-    """A space x time grid of processes.
+    """A space x time grid of processes, or several of them for groups of experiments.
 
     Parameters
     ----------
     grid
-        ``(P_space, P_time)``, a string such as ``"2x4"``, or ``None`` for all ranks in time.
+        ``(P_space, P_time)`` or ``(P_space, P_time, P_experiments)``, a string such as ``"2x4"`` or ``"1x2x4"``, or
+        ``None`` for all ranks in time. Two numbers stand for one group of experiments.
     comm
         The communicator to split; default the world. All grids of the same shape on one communicator share what it is
         split into, so that any number of them can be made and dropped.
-    space, time
-        In place of ``grid``: the number of ranks in space and in time, ``SpaceTime(space=2, time=4)``. From one of them
-        the other follows.
+    space, time, experiments
+        In place of ``grid``: the numbers of ranks along the axes, ``SpaceTime(space=2, time=4, experiments=2)``. Of
+        space and time one follows from the other; there is one group of experiments by default.
 
     Attributes
     ----------
-    space_size, time_size : int
-        Number of ranks in space and in time.
+    comm : mpi4py communicator
+        All ranks. Errors and comparisons of arguments are collective over them.
+    space_size, time_size, experiments_size : int
+        Number of ranks in space and in time, and of groups of experiments.
     space_comm, time_comm, reversed_time_comm : mpi4py communicators
-        Of a state's degrees of freedom; of the slabs; of the slabs from the last to the first, for adjoint sweeps.
+        Of a state's degrees of freedom; of the slabs; of the slabs from the last to the first, for adjoint sweeps. They
+        are those of this rank's group.
+    experiments_comm : mpi4py communicator
+        The ranks of the same place in space and time in all groups, in the order of the groups.
     ensemble : firedrake.Ensemble or None
-        That of this grid, where there is Firedrake.
+        That of this group, where there is Firedrake.
+    prints : bool
+        Whether lines and files that all groups of experiments would repeat are those of this grid: of the grid of all
+        ranks, and of that of the first group.
 
     Notes
     -----
@@ -101,22 +118,108 @@ class SpaceTime(ProcessGrid):
         On every rank, if the grid does not match the number of ranks, is given in two ways or differs between ranks.
     """
 
-    _released = dict.fromkeys(("space_comm", "time_comm", "reversed_time_comm"), MPI.COMM_NULL) | {"ensemble": None}
+    _released = dict.fromkeys(("space_comm", "time_comm", "reversed_time_comm", "experiments_comm"), MPI.COMM_NULL) | {
+        "ensemble": None,
+        "_group": None,
+    }
 
     def __init__(
         self,
-        grid: tuple[int, int] | str | None = None,
+        grid: tuple[int, ...] | str | None = None,
         comm: MPI.Comm = MPI.COMM_WORLD,
         *,
         space: int | None = None,
         time: int | None = None,
+        experiments: int | None = None,
     ):
+        super().__init__(comm, grid, {"space": space, "time": time, "experiments": experiments}, optional=1)
+        self.space_size, self.time_size, self.experiments_size = self.shape
+        self._group: SpaceTime | None = None
+        self.prints = True
+        if self.experiments_size > 1:
+            of_experiments = self._groups(comm, self.space_size * self.time_size)
+            self.experiments_comm = of_experiments.outer
+            self._group = SpaceTime(self.shape[:2], of_experiments.inner)
+            self._group.prints = self.experiments_comm.rank == 0
+            for name in ("space_comm", "time_comm", "reversed_time_comm", "ensemble"):
+                setattr(self, name, getattr(self._group, name))
+            return
+        self.experiments_comm = MPI.COMM_SELF
         ensemble = _ensemble if importlib.util.find_spec("firedrake") is not None else None
-        super().__init__(comm, grid, {"space": space, "time": time}, 0, ensemble)
-        self.space_size, self.time_size = self.shape
-        groups = self._shared.groups
+        groups = self._groups(comm, self.space_size, ensemble)
         self.space_comm, self.time_comm, self.ensemble = groups.inner, groups.outer, groups.ensemble
         self.reversed_time_comm = groups.reversed_outer
+
+    @property
+    def group(self) -> SpaceTime:
+        """The space x time grid of this rank's group of experiments, on which sweeps are collective; the grid itself
+        where there is one group.
+        """
+        return self if self._group is None else self._group
+
+    @property
+    def used_shape(self) -> tuple[int, ...]:
+        """Numbers of ranks in space and in time, and of groups of experiments where there are several."""
+        return self.shape if self.experiments_size > 1 else self.shape[:2]
+
+    @property
+    def is_root(self) -> bool:
+        """Whether this is the first rank of the whole run, which prints and writes the files; of the grid of another
+        group of experiments than the first it is none.
+        """
+        return self.prints and self.comm.rank == 0
+
+    def log(self, text: str) -> None:
+        """Log a line on the first rank of the whole run (collective over ``comm``)."""
+        on_first_rank(self.comm, "logging", logger.info if self.prints else _print_nothing, text)
+
+    def free(self) -> None:
+        """Free the communicators if no other grid of this shape on ``comm`` uses them (collective over ``comm``).
+
+        To be called when nothing that was made on this grid is used any more: meshes, functionals.
+        """
+        if self._group is not None:
+            self._group.free()
+        super().free()
+
+    def own_experiments(self, count: int) -> range:
+        """Distribute experiments over the groups in contiguous, nearly equal parts.
+
+        Parameters
+        ----------
+        count
+            Number of experiments.
+
+        Returns
+        -------
+        range
+            The numbers of those of this rank's group.
+
+        Raises
+        ------
+        InputError
+            On every rank, if there are more groups than experiments.
+        """
+        bounds = self._experiment_bounds(count)
+        place = self.experiments_comm.rank
+        return range(bounds[place], bounds[place + 1])
+
+    def group_of_experiment(self, number: int, count: int) -> int:
+        """Number of the group that has an experiment out of ``count``."""
+        return int(np.searchsorted(self._experiment_bounds(count), number, side="right")) - 1
+
+    def _experiment_bounds(self, count: int) -> list[int]:
+        """The first experiment of each group, and ``count``."""
+        groups = self.experiments_size
+        if count < groups:
+            given = f"{count} experiment" + ("s" if count != 1 else "")
+            best = max(n for n in range(1, count + 1) if self.comm.size % (n * self.space_size) == 0)
+            instead = (self.space_size, self.comm.size // (self.space_size * best), best)
+            raise InputError(
+                f"grid {'x'.join(map(str, self.shape))} (space x time x experiments) has {groups} groups of ranks for "
+                f"{given}: give at most one group per experiment, such as {'x'.join(map(str, instead))}"
+            )
+        return split_steps(count, groups)
 
     def slab(self, nsteps: int, group: int = 1) -> Slab:
         """Distribute time steps over the time ranks in contiguous, nearly equal parts.
@@ -169,12 +272,40 @@ class SpaceTime(ProcessGrid):
         return np.add.reduce(parts, axis=0)
 
     def sum_over_grid(self, values: np.ndarray) -> np.ndarray:
-        """Sum of a small array over all ranks, bitwise identical on every rank (collective)."""
+        """Sum of a small array over all ranks of a group, bitwise identical on each of them (collective over these)."""
         return self.sum_over_time(self.sum_over_space(values))
 
     def point_norms(self, block: np.ndarray) -> np.ndarray:
         """Squared Euclidean norm ``(k,)`` of each state of a block ``(k, local_dofs)`` over space."""
         return self.sum_over_space(euclidean(block))
+
+    def sum_over_experiments(self, array: np.ndarray) -> np.ndarray:
+        """Sum of an array over the groups of experiments, in the order of the groups, bitwise identical on all ranks of
+        one place in space and time (collective over ``experiments_comm``).
+
+        Each rank adds up one part of the array and sends it to the others.
+        """
+        comm = self.experiments_comm
+        if comm.size == 1:
+            return array
+        flat = np.ascontiguousarray(array, dtype=float).reshape(-1)
+        bounds = split_steps(len(flat), comm.size)
+        counts, mine = np.diff(bounds), bounds[comm.rank + 1] - bounds[comm.rank]
+        parts = np.empty((comm.size, mine))
+        received = [mine] * comm.size, [mine * r for r in range(comm.size)]
+        comm.Alltoallv([flat, (counts, bounds[:-1]), MPI.DOUBLE], [parts, received, MPI.DOUBLE])
+        total = np.empty_like(flat)
+        comm.Allgatherv(np.add.reduce(parts, axis=0), [total, (counts, bounds[:-1]), MPI.DOUBLE])
+        return total.reshape(array.shape)
+
+    def from_group(self, number: int, array: np.ndarray | None, shape: tuple[int, ...]) -> np.ndarray:
+        """An array of floats of a group of experiments on the ranks of the same place in all groups (collective over
+        ``experiments_comm``). ``array`` is given in that group only, ``shape`` everywhere.
+        """
+        out = np.empty(shape) if array is None else np.ascontiguousarray(array, dtype=float)
+        if self.experiments_comm.size > 1:
+            self.experiments_comm.Bcast(out, root=number)
+        return out
 
     def add_shared_points(self, rows: np.ndarray) -> None:
         """Add the last row of each time rank's array to the first row of the next rank's, which is the same time point

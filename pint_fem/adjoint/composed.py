@@ -21,7 +21,7 @@ import ufl
 from mpi4py import MPI
 
 from pint_fem.adjoint.consistency.problem_data import require_same_forms, require_same_values
-from pint_fem.adjoint.interface import ControlProblem, Term, as_vector, require_directions
+from pint_fem.adjoint.interface import ControlProblem, SweepAccuracy, Term, as_vector, require_directions
 from pint_fem.adjoint.problem import ReducedProblem
 from pint_fem.adjoint.regularisation import Regularisation
 from pint_fem.collective import require_same
@@ -30,7 +30,13 @@ from pint_fem.evolution.control_layout import ControlLayout, ControlSet
 from pint_fem.evolution.initial import InitialExpression
 from pint_fem.misfits.base import BlockMisfit
 
-__all__ = ["ComposedProblem", "problem_with_initial_expression", "sum_of_problems"]
+__all__ = [
+    "ComposedProblem",
+    "Selection",
+    "problem_with_initial_expression",
+    "require_no_control_as_data",
+    "sum_of_problems",
+]
 
 
 class Selection:
@@ -157,20 +163,42 @@ class ComposedProblem(ControlProblem):
             term.map.add_adjoint(out, z, dual, term.weight)
         return out
 
-    def value(self, z: np.ndarray) -> float:
+    @property
+    def chooses_accuracy(self) -> bool:  # type: ignore[override]
+        """Whether solves take a tolerance of their own and report how accurate they are."""
+        return all(term.problem.chooses_accuracy for term in self.terms)
+
+    def value(self, z: np.ndarray, **accuracy: float) -> float:
         """Return ``J(z)``, the identical number on every rank."""
         z = as_vector(z)
-        total = sum(term.weight * term.problem.value(term.map.value(z)) for term in self.terms)
+        total = sum(self.experiment_values(z, **accuracy).tolist())
         if self.regularisation is None:
             return total
         self._own_part = self.regularisation.value(z)
         return total + self._own_part
 
-    def derivative(self, z: np.ndarray) -> np.ndarray:
+    def experiment_values(self, z: np.ndarray, **accuracy: float) -> np.ndarray:
+        """Return the weighted terms, ``(experiments,)``."""
+        z = as_vector(z)
+        return np.array([term.weight * term.problem.value(term.map.value(z), **accuracy) for term in self.terms])
+
+    def derivative(self, z: np.ndarray, **accuracy: float) -> np.ndarray:
         """Return ``J'(z)`` as a dual vector."""
         z = as_vector(z)
-        g = self._collected([term.problem.derivative(term.map.value(z)) for term in self.terms], z)
+        g = self._collected([term.problem.derivative(term.map.value(z), **accuracy) for term in self.terms], z)
         return g if self.regularisation is None else g + self.regularisation.gradient(z)
+
+    def current_derivative(self, z: np.ndarray, *, regularised: bool = True) -> np.ndarray:
+        """Return ``J'(z)`` from the cached states and adjoints."""
+        z = as_vector(z)
+        terms = [t.problem.current_derivative(t.map.value(z), regularised=regularised) for t in self.terms]
+        g = self._collected(terms, z)
+        return g + self.regularisation.gradient(z) if regularised and self.regularisation is not None else g
+
+    def accuracy_at(self, z: np.ndarray) -> SweepAccuracy:
+        """Return how accurately the trajectories of all terms are solved."""
+        z = as_vector(z)
+        return SweepAccuracy.of_all([(t.weight, t.problem.accuracy_at(t.map.value(z))) for t in self.terms])
 
     def tangent_value(self, z: np.ndarray, dz: np.ndarray) -> float:
         """Return ``J'(z) dz``, computed by a tangent sweep for each term."""
@@ -180,16 +208,32 @@ class ComposedProblem(ControlProblem):
             total += self.layout.pairing(self.regularisation.gradient(z), dz)
         return total
 
-    def hessian_action(self, z: np.ndarray, dz: np.ndarray, *, gauss_newton: bool = False) -> np.ndarray:
+    def hessian_action(
+        self, z: np.ndarray, dz: np.ndarray, *, gauss_newton: bool = False, **accuracy: float
+    ) -> np.ndarray:
         """Return ``J''(z) dz`` as a dual vector; with ``gauss_newton`` without second derivatives of steps and maps."""
         z, dz, out = as_vector(z), as_vector(dz), np.zeros(self.layout.size)
         for weight, problem, map in self.terms:
             inner = map.value(z)
-            h = problem.hessian_action(inner, map.tangent(z, dz), gauss_newton=gauss_newton)
+            h = problem.hessian_action(inner, map.tangent(z, dz), gauss_newton=gauss_newton, **accuracy)
             map.add_adjoint(out, z, h, weight)
             if not gauss_newton and not map.is_affine:
-                map.add_second(out, z, dz, problem.derivative(inner), weight)
+                map.add_second(out, z, dz, problem.derivative(inner, **accuracy), weight)
         return out if self.regularisation is None else out + self.regularisation.hessian(z, dz)
+
+    def symmetric_action(
+        self, z: np.ndarray, dz: np.ndarray, cycles: int, *, gauss_newton: bool = False
+    ) -> tuple[np.ndarray, float]:
+        """Return the action of a symmetric operator near the Hessian, and the largest relative residual."""
+        z, dz, out, residuals = as_vector(z), as_vector(dz), np.zeros(self.layout.size), []
+        for weight, problem, map in self.terms:
+            inner = map.value(z)
+            h, residual = problem.symmetric_action(inner, map.tangent(z, dz), cycles, gauss_newton=gauss_newton)
+            map.add_adjoint(out, z, h, weight)
+            if not gauss_newton and not map.is_affine:
+                map.add_second(out, z, dz, problem.current_derivative(inner), weight)
+            residuals.append(residual)
+        return out if self.regularisation is None else out + self.regularisation.hessian(z, dz), max(residuals)
 
     def hessian_actions(
         self,
@@ -248,6 +292,18 @@ class ComposedProblem(ControlProblem):
         return changed
 
 
+def require_no_control_as_data(controls: ControlSet, problems: Sequence[ControlProblem]) -> None:
+    """Raise ``InputError`` where a control of a sum is a datum of the evolution of one of the problems."""
+    for leaf in (leaf for problem in problems for leaf in problem.leaves):
+        data = leaf.sweeps.evolution.copies.data
+        if fixed := [repr(c.name()) for c in controls.controls if c in data]:
+            raise InputError(
+                f"a sum of functionals: {', '.join(fixed)} is a control of one evolution and data of another one, "
+                "which would keep its value: give it in the control= of both (the same Function), or give the "
+                "other one a copy, q.copy(deepcopy=True), if it is to keep its value"
+            )
+
+
 def sum_of_problems(terms: Sequence[tuple[float, ControlProblem]]) -> ComposedProblem:
     """Return the weighted sum of problems, in which equal controls are shared.
 
@@ -260,22 +316,15 @@ def sum_of_problems(terms: Sequence[tuple[float, ControlProblem]]) -> ComposedPr
     if not np.isfinite(weights).all():
         raise InputError(f"a sum of functionals with weights {weights}: give finite numbers")
     for other in problems[1:]:
-        grids = [(p.spacetime.space_size, p.spacetime.time_size) for p in (problems[0], other)]
+        grids = [p.spacetime.used_shape for p in (problems[0], other)]
         same = MPI.Comm.Compare(spacetime.comm, other.spacetime.comm) in (MPI.IDENT, MPI.CONGRUENT)
         if grids[0] != grids[1] or not same:
             raise InputError(
-                f"a sum of functionals on process grids {grids[0]} and {grids[1]} (space, time): build all of them "
-                "with the same spacetime="
+                f"a sum of functionals on process grids {grids[0]} and {grids[1]} (space, time and, if given, "
+                "experiments): build all of them with the same spacetime="
             )
     controls = ControlSet([problem.evolution for problem in problems])
-    for leaf in (leaf for problem in problems for leaf in problem.leaves):
-        data = leaf.sweeps.evolution.copies.data
-        if fixed := [repr(c.name()) for c in controls.controls if c in data]:
-            raise InputError(
-                f"a sum of functionals: {', '.join(fixed)} is a control of one evolution and data of another one, "
-                "which would keep its value: give it in the control= of both (the same Function), or give the "
-                "other one a copy, q.copy(deepcopy=True), if it is to keep its value"
-            )
+    require_no_control_as_data(controls, problems)
     slabs = [problem.layout.slab for problem in problems if problem.evolution.stepwise]
     if len({slab.bounds for slab in slabs}) > 1:
         raise InputError(

@@ -79,6 +79,12 @@ def evolution_paths(problem: ControlProblem) -> list[EvolutionPath]:
 
 def require_readings(functional: ControlFunctional) -> list[EvolutionPath]:
     """The evolutions of a functional that has a map; an ``InputError`` names what to use where it has none."""
+    if functional.spacetime.experiments_size > 1:
+        grid = "x".join(map(str, functional.spacetime.shape))
+        raise InputError(
+            f"parameter_to_observable: the grid {grid} has groups of experiments, over which a map is not divided: use "
+            "minimize_trust_region, or a grid of two numbers"
+        )
     paths = evolution_paths(functional.problem)
     for path in paths:
         if not all(own.is_affine for own in path.maps):

@@ -37,7 +37,15 @@ if TYPE_CHECKING:
     from pint_fem.adjoint.composed import Selection
     from pint_fem.adjoint.problem import ReducedProblem
 
-__all__ = ["ControlProblem", "Term", "as_vector", "require_directions"]
+__all__ = [
+    "ControlProblem",
+    "SweepAccuracy",
+    "SweepLimits",
+    "Term",
+    "as_vector",
+    "regularisation_value",
+    "require_directions",
+]
 
 
 def as_vector(z: ArrayLike) -> np.ndarray:
@@ -72,6 +80,58 @@ class Term(NamedTuple):
     map: Selection
 
 
+class SweepAccuracy(NamedTuple):
+    """How accurately the trajectories of a control are solved; of several evolutions, all of them.
+
+    Attributes
+    ----------
+    state, adjoint : float
+        Largest relative residual of a state and of an adjoint; infinite where it was not computed, NaN where an adjoint
+        is not solved.
+    state_residual, adjoint_norm : float
+        Norm of the residuals of all states, and of all adjoints times the weights of their terms.
+    """
+
+    state: float
+    adjoint: float
+    state_residual: float
+    adjoint_norm: float
+
+    @classmethod
+    def of_all(cls, parts: Sequence[tuple[float, SweepAccuracy]]) -> SweepAccuracy:
+        """Return the accuracy of a sum of problems, given their weights and accuracies."""
+        weights, rows = np.array([w for w, _ in parts]), np.array([own for _, own in parts])
+        norms = np.sqrt(np.add.reduce(rows[:, 2] ** 2)), np.sqrt(np.add.reduce((weights * rows[:, 3]) ** 2))
+        return cls(float(rows[:, 0].max()), float(rows[:, 1].max()), float(norms[0]), float(norms[1]))
+
+
+class SweepLimits(NamedTuple):
+    """What the options of the sweeps allow; of several evolutions, of all of them.
+
+    Attributes
+    ----------
+    rtol : float
+        Smallest relative tolerance of a solve.
+    max_it : int
+        Largest number of cycles.
+    has_residuals : bool
+        Whether solves compute residuals.
+    accelerated : bool
+        Whether a Krylov method accelerates sweeps.
+    """
+
+    rtol: float
+    max_it: int
+    has_residuals: bool
+    accelerated: bool
+
+    @classmethod
+    def of_all(cls, parts: Sequence[SweepLimits]) -> SweepLimits:
+        """Return the limits of several evolutions."""
+        rtol, most, residuals, accelerated = zip(*parts, strict=True)
+        return cls(max(rtol), min(most), all(residuals), any(accelerated))
+
+
 class ControlProblem(ABC):
     """A functional of controls with its derivatives."""
 
@@ -83,6 +143,8 @@ class ControlProblem(ABC):
     """The part that depends on the controls alone, without those of the terms."""
     terms: Sequence[Term] = ()
     """Empty for the problem of one evolution."""
+    chooses_accuracy = False
+    """Whether solves take a tolerance of their own (``rtol=``) and report how accurate they are."""
 
     def __str__(self) -> str:
         """One line: evolutions and misfits, controls, process grid."""
@@ -90,8 +152,7 @@ class ControlProblem(ABC):
             f"{w:g} * ({p.description})" if w != 1 else p.description for w, p in self.weighted_leaves()
         )
         names = [repr(c.name()) + " per step" * (c in self.evolution.stepwise) for c in self.evolution.controls]
-        grid = f"grid {self.spacetime.space_size}x{self.spacetime.time_size}"
-        return f"{leaves}; controls {', '.join(names)}; {grid}"
+        return f"{leaves}; controls {', '.join(names)}; grid {'x'.join(map(str, self.spacetime.used_shape))}"
 
     # -- what the implementations differ in ----------------------------------------------------------------------------
     @property
@@ -105,11 +166,14 @@ class ControlProblem(ABC):
         """Value of the ``"misfit"`` and of the ``"regularisation"`` at the last control."""
 
     @abstractmethod
-    def value(self, z: np.ndarray) -> float:
-        """Return ``J(z)``, the identical number on every rank."""
+    def value(self, z: np.ndarray, **accuracy: float) -> float:
+        """Return ``J(z)``, the identical number on every rank. Where the problem chooses accuracy, ``rtol`` is the
+        tolerance of the states here, and of all sweeps in derivatives and Hessian actions; by default that of the
+        options.
+        """
 
     @abstractmethod
-    def derivative(self, z: np.ndarray) -> np.ndarray:
+    def derivative(self, z: np.ndarray, **accuracy: float) -> np.ndarray:
         """Return ``J'(z)`` as a dual vector."""
 
     @abstractmethod
@@ -117,7 +181,9 @@ class ControlProblem(ABC):
         """Return ``J'(z) dz``, computed by a tangent sweep, the identical number on every rank."""
 
     @abstractmethod
-    def hessian_action(self, z: np.ndarray, dz: np.ndarray, *, gauss_newton: bool = False) -> np.ndarray:
+    def hessian_action(
+        self, z: np.ndarray, dz: np.ndarray, *, gauss_newton: bool = False, **accuracy: float
+    ) -> np.ndarray:
         """Return ``J''(z) dz`` as a dual vector; with ``gauss_newton`` without second derivatives of the steps."""
 
     @abstractmethod
@@ -154,7 +220,50 @@ class ControlProblem(ABC):
         on whole slabs only, is an ``InputError``.
         """
 
+    # -- accuracy, where it can be chosen ------------------------------------------------------------------------------
+    def accuracy_at(self, z: np.ndarray) -> SweepAccuracy:
+        """Return how accurately the trajectories of a control are solved; its state has to be (collective)."""
+        raise NotImplementedError
+
+    def current_derivative(self, z: np.ndarray, *, regularised: bool = True) -> np.ndarray:
+        """Return ``J'(z)`` from the states and adjoints that are cached, without further solves (collective); without
+        ``regularised`` the part of the misfits.
+        """
+        raise NotImplementedError
+
+    def symmetric_action(
+        self, z: np.ndarray, dz: np.ndarray, cycles: int, *, gauss_newton: bool = False
+    ) -> tuple[np.ndarray, float]:
+        """Return the action of a symmetric operator near the Hessian by that many cycles of each sweep, a dual vector,
+        and the largest relative residual of the sweeps (collective).
+        """
+        raise NotImplementedError
+
+    def has_symmetric_actions(self) -> bool:
+        """Return whether there is :meth:`symmetric_action` (collective)."""
+        return all(leaf.has_symmetric_actions() for leaf in self.leaves)
+
+    @property
+    def limits(self) -> SweepLimits:
+        """What the options of all sweeps allow."""
+        return SweepLimits.of_all([leaf.limits for leaf in self.leaves])
+
     # -- what concerns each evolution by itself ------------------------------------------------------------------------
+    def experiment_values(self, z: np.ndarray, **accuracy: float) -> np.ndarray:
+        """Return the terms of ``J(z)`` that are experiments, in their order, ``(experiments,)``; their sum is ``J(z)``
+        where the problem has no regularisation of its own. The numbers are identical on every rank.
+        """
+        return np.array([self.value(z, **accuracy)])
+
+    @property
+    def evolutions(self) -> list[Evolution]:
+        """All evolutions, each once, in the order of the terms, those of other groups of experiments included."""
+        return list(dict.fromkeys(ev for term in self.terms for ev in term.problem.evolutions))
+
+    def group_of(self, evolution: Evolution) -> int:
+        """Return the number of the group of experiments that solves an evolution."""
+        return next((t.problem.group_of(evolution) for t in self.terms if evolution in t.problem.evolutions), 0)
+
     def leaf_terms(self, z: np.ndarray, weight: float = 1.0) -> list[tuple[float, ReducedProblem, np.ndarray]]:
         """Return the problem of each evolution with its weight in ``J`` and its own controls at ``z``."""
         return [
@@ -164,6 +273,22 @@ class ControlProblem(ABC):
     def weighted_leaves(self, weight: float = 1.0) -> list[tuple[float, ReducedProblem]]:
         """Return the problem of each evolution with its weight in ``J``; one in several terms comes several times."""
         return [found for term in self.terms for found in term.problem.weighted_leaves(weight * term.weight)]
+
+    def leaf_numbers(self) -> list[int]:
+        """Return the number of each of the :attr:`leaves` among those of all groups of experiments."""
+        out, first = [], 0
+        for term in self.terms:
+            out += [first + number for number in term.problem.leaf_numbers()]
+            first += len(term.problem.leaf_weights())
+        return out
+
+    def leaf_weights(self) -> list[tuple[int, float]]:
+        """Return the number and the weight of each leaf, those of all groups of experiments."""
+        out: list[tuple[int, float]] = []
+        for term in self.terms:
+            first = len(out)
+            out += [(first + number, term.weight * weight) for number, weight in term.problem.leaf_weights()]
+        return out
 
     @property
     def leaves(self) -> list[ReducedProblem]:
@@ -221,3 +346,11 @@ class ControlProblem(ABC):
         time is at its peak.
         """
         return MemoryEstimate.combined([leaf.memory() for leaf in dict.fromkeys(self.leaves)])
+
+
+def regularisation_value(problem: ControlProblem, z: np.ndarray) -> float:
+    """Return the sum of all regularisations of a problem that are not those of single evolutions (collective)."""
+    if not problem.terms:
+        return 0.0
+    own = 0.0 if problem.regularisation is None else problem.regularisation.value(z)
+    return own + sum(term.weight * regularisation_value(term.problem, term.map.value(z)) for term in problem.terms)

@@ -22,16 +22,15 @@ import ufl
 from pint_fem.adjoint.consistency.problem_data import require_same_problem
 from pint_fem.adjoint.consistency.user_data import UserData
 from pint_fem.adjoint.evaluation import Evaluation, EvaluationCache, relative_residual
-from pint_fem.adjoint.interface import ControlProblem, as_vector
+from pint_fem.adjoint.interface import ControlProblem, SweepAccuracy, SweepLimits, as_vector
 from pint_fem.adjoint.memory_estimate import MemoryEstimate, estimate_memory
 from pint_fem.adjoint.regularisation import Regularisation
 from pint_fem.adjoint.second_derivatives import SecondDerivatives
 from pint_fem.adjoint.trajectories import trajectories
 from pint_fem.all_at_once.norms import gather_in_order
-from pint_fem.collective import on_first_rank
 from pint_fem.errors import InputError
 from pint_fem.evolution.control_layout import ControlLayout
-from pint_fem.logs import logger
+from pint_fem.evolution.evolution import Evolution
 from pint_fem.mgrit.options import MGRITOptions
 from pint_fem.misfits.base import BlockMisfit, Misfit
 from pint_fem.sweeps.sweeps import Sweeps
@@ -89,6 +88,8 @@ class ReducedProblem(SecondDerivatives, ControlProblem):
         view = self._print_memory if sweeps.options.view else None
         self._cache = EvaluationCache(sweeps, self._trajectories, self.layout, self.data, view)
 
+    chooses_accuracy = True
+
     # -- the interface's part for one evolution ------------------------------------------------------------------------
     def weighted_leaves(self, weight: float = 1.0) -> list[tuple[float, ReducedProblem]]:
         """Return the weight and the problem itself."""
@@ -97,6 +98,19 @@ class ReducedProblem(SecondDerivatives, ControlProblem):
     def leaf_terms(self, z: np.ndarray, weight: float = 1.0) -> list[tuple[float, ReducedProblem, np.ndarray]]:
         """Return the weight, the problem itself and its controls."""
         return [(weight, self, z)]
+
+    def leaf_numbers(self) -> list[int]:
+        """Return the number of the only leaf."""
+        return [0]
+
+    def leaf_weights(self) -> list[tuple[int, float]]:
+        """Return the number and the weight of the only leaf."""
+        return [(0, 1.0)]
+
+    @property
+    def evolutions(self) -> list[Evolution]:
+        """The evolution, as the user posed it."""
+        return [self.evolution]
 
     @property
     def description(self) -> str:
@@ -134,7 +148,7 @@ class ReducedProblem(SecondDerivatives, ControlProblem):
         return estimate_memory(self)
 
     def _print_memory(self) -> None:
-        on_first_rank(self.spacetime.comm, "logging", logger.info, str(self.memory()))
+        self.spacetime.log(str(self.memory()))
 
     @property
     def evaluations(self) -> tuple[Evaluation, ...]:
@@ -251,10 +265,33 @@ class ReducedProblem(SecondDerivatives, ControlProblem):
                 evaluation.gradient += self.regularisation.gradient(evaluation.z)
         return evaluation.gradient.copy()
 
-    def adjoint_part(self, evaluation: Evaluation) -> np.ndarray:
-        """Return ``J'`` of the current state and adjoint without the regularisation (collective)."""
+    def current_derivative(self, z: np.ndarray, *, regularised: bool = True) -> np.ndarray:
+        """Return ``J'(z)`` from the cached state and adjoint (collective)."""
+        evaluation = self.at(z)
         g = self.gradient_of(evaluation)
-        return g if self.regularisation is None else g - self.regularisation.gradient(evaluation.z)
+        return g if regularised or self.regularisation is None else g - self.regularisation.gradient(evaluation.z)
+
+    def accuracy_at(self, z: np.ndarray) -> SweepAccuracy:
+        """Return how accurately state and adjoint are solved; sequential solves have no residual."""
+        evaluation = self.at(z)
+        state, adjoint = evaluation.state, evaluation.adjoint
+        size = lambda result: result.scale if result is not None and np.isfinite(result.scale) else 0.0
+        relative = np.inf if state is None else relative_residual(state)
+        residual = relative * size(state) if size(state) else 0.0
+        return SweepAccuracy(
+            relative, np.nan if adjoint is None else relative_residual(adjoint), residual, size(adjoint)
+        )
+
+    def has_symmetric_actions(self) -> bool:
+        """Return whether there are transposed cycles or iterations, which are made here (collective)."""
+        return self.sweeps.solvers.transposed_adjoint is not None
+
+    @property
+    def limits(self) -> SweepLimits:
+        """What the options of the sweeps allow."""
+        options = self.sweeps.options
+        has_residuals = not (options.residual == "none" and options.levels > 1)
+        return SweepLimits(options.rtol, options.max_it, has_residuals, self.sweeps.solvers.accelerated)
 
     def advance(self, z: np.ndarray) -> tuple[float, np.ndarray, float]:
         """Return ``J`` and ``J'`` after one MGRIT cycle for state and adjoint, and the larger relative residual."""

@@ -11,19 +11,20 @@ from mpi4py import MPI
 from ufl.algorithms import extract_coefficients
 
 from pint_fem.adjoint.composed import problem_with_initial_expression, sum_of_problems
+from pint_fem.adjoint.experiments.distributed import DistributedExperiments
 from pint_fem.adjoint.functional import ControlFunctional
 from pint_fem.adjoint.interface import ControlProblem
 from pint_fem.adjoint.problem import ReducedProblem
 from pint_fem.adjoint.riesz import ControlInner, RieszKind
 from pint_fem.adjoint.states import FinalState
-from pint_fem.collective import on_first_rank
+from pint_fem.collective import collectively, require_same
 from pint_fem.errors import InputError, InputTypeError
 from pint_fem.evolution.evolution import Evolution
-from pint_fem.logs import logger
 from pint_fem.misfits.base import Misfit
 from pint_fem.petsc_options.spelling import require_prefix
 from pint_fem.propagators import make_propagator
 from pint_fem.spacetime import SpaceTime
+from pint_fem.sweeps.automatic import share_measured_seconds
 from pint_fem.sweeps.selection import krylov_options, mgrit_options, read_time_solver
 from pint_fem.sweeps.sweeps import Sweeps
 
@@ -43,8 +44,11 @@ class TimeParallelReducedFunctional(ControlFunctional):
     Parameters
     ----------
     evolution
-        The problem, with one or several controls. A list stands for several experiments on one process grid: ``J`` is
-        their sum, and controls that are the same Function are shared.
+        The problem, with one or several controls. A list stands for several experiments: ``J`` is their sum, and
+        controls that are the same Function are shared. On a grid with several groups of experiments, such as
+        ``SpaceTime("1x2x4")``, each group of ranks solves a part of the list
+        (:mod:`~pint_fem.adjoint.experiments.distributed`); the program is the same on all ranks, and gives the whole
+        list.
     misfits
         One or several of :mod:`pint_fem.misfits.functionals`; for a list of evolutions a list with as many entries.
     regularisation
@@ -52,7 +56,7 @@ class TimeParallelReducedFunctional(ControlFunctional):
         ``dt``. With several evolutions it counts once, and the controls in each functional are of one evolution.
     spacetime
         Process grid; the evolution's mesh lives on its ``space_comm``. Default: all ranks of the mesh's communicator
-        in space.
+        in space. Groups of experiments require a list of at least as many evolutions.
     solver_parameters
         ``{"mgrit": {...}, "paradiag": {...}, "time_solver": "mgrit" | "paradiag" | "serial" | "auto", "typical_rtol":
         1e-2, "spatial_coarsening": [0, 1]}``; options of the time solvers also from the command line (``-mgrit_rtol
@@ -77,7 +81,8 @@ class TimeParallelReducedFunctional(ControlFunctional):
     final_state
         A Function in the state's space that holds the final state after each evaluation ``J(z)``, on all ranks in time,
         such as the evolution's ``u`` (which then needs ``initial=`` a function of its own); a list for several
-        evolutions. Default: no function of the user changes. :meth:`state` returns states at all times.
+        evolutions, whose functions are set on all ranks. Default: no function of the user changes. :meth:`state`
+        returns states at all times.
     coarse_evolutions
         Instead of ``spatial_coarsening``: an evolution for each coarse level, on meshes of the same hierarchy.
     options_prefix
@@ -111,9 +116,8 @@ class TimeParallelReducedFunctional(ControlFunctional):
         several = isinstance(evolution, (list, tuple))
         evolutions: list = list(evolution) if isinstance(evolution, (list, tuple)) else [evolution]
         own_misfits: list = [misfits]
-        own_forms: list = [forms]
         if several:
-            own_misfits, own_forms = _shared_out(evolutions, misfits, forms, coarse_evolutions)
+            own_misfits = _misfits_of_each(evolutions, misfits, forms, coarse_evolutions)
         if not all(isinstance(ev, Evolution) for ev in evolutions):
             raise InputTypeError(f"evolution = {evolution!r}: give an Evolution or a list of them")
         if not isinstance(spacetime, SpaceTime | None):
@@ -122,22 +126,45 @@ class TimeParallelReducedFunctional(ControlFunctional):
             space_comm = evolutions[0].V.mesh().comm
             spacetime = SpaceTime((space_comm.size, 1), comm=space_comm)
         steps = dict(coarse_tableau=coarse_tableau, propagator=propagator, coarse_evolutions=coarse_evolutions)
-        problems = [
-            _problem(*own, spacetime, solver_parameters, options_prefix, steps)
-            for own in zip(evolutions, own_misfits, own_forms, strict=True)
-        ]
-        problem = sum_of_problems([(1.0, p) for p in problems]) if several else problems[0]
+        given = spacetime.group, solver_parameters, options_prefix, steps
+        problem: ControlProblem
+        if several:
+            make = lambda e: _problem(evolutions[e], own_misfits[e], [], *given)
+            if spacetime.experiments_size > 1 and (solver_parameters or {}).get("time_solver") == "auto":
+                share_measured_seconds(evolutions[0].private(), spacetime)
+            problem = _problem_of_experiments(evolutions, own_misfits, forms, spacetime, make)
+        elif spacetime.experiments_size > 1:
+            space, _, groups = spacetime.shape
+            raise InputError(
+                f"one evolution on the grid {'x'.join(map(str, spacetime.shape))} (space x time x experiments), which "
+                f"has {groups} groups of ranks for experiments: give a list of evolutions and of their misfits, or a "
+                f"grid of two numbers, such as {space}x{spacetime.comm.size // space}"
+            )
+        else:
+            problem = _problem(evolutions[0], own_misfits[0], forms, *given)
         final: list = [] if final_state is None else list(final_state) if several else [final_state]
-        if final and len(final) != len(problems):
-            raise InputError(f"final_state: {len(final)} functions for {len(problems)} evolutions; give one for each")
-        final = [FinalState(p.leaves[0], f) for p, f in zip(problems, final, strict=False)]
+        if final and len(final) != len(evolutions):
+            raise InputError(f"final_state: {len(final)} functions for {len(evolutions)} evolutions; give one for each")
+        final = [FinalState(problem, ev, f) for ev, f in zip(evolutions, final, strict=False)]
         super().__init__(problem, ControlInner(problem.layout, riesz_map), forms, final)
 
 
-def _shared_out(
+def _problem_of_experiments(
+    evolutions: list, misfits: list, forms: list, spacetime: SpaceTime, make: Callable[[int], ControlProblem]
+) -> ControlProblem:
+    """The problem of several experiments, of which ``make(number)`` returns that of one of the own group."""
+    own = spacetime.own_experiments(len(evolutions))
+    require_same(spacetime.comm, experiments=len(evolutions), steps=[(ev.dt, ev.nsteps) for ev in evolutions])
+    problems = collectively(spacetime.comm, "", lambda: [make(number) for number in own])
+    together = collectively(spacetime.comm, "", sum_of_problems, [(1.0, problem) for problem in problems])
+    lists = [[of] if isinstance(of, Misfit) else list(of) for of in misfits]
+    return DistributedExperiments(together, evolutions, lists, forms, spacetime)
+
+
+def _misfits_of_each(
     evolutions: list, misfits: object, forms: list, coarse_evolutions: Sequence[Evolution] | None
-) -> tuple[list, list]:
-    """The misfits of each evolution, and the functionals of the regularisation that contain its controls."""
+) -> list:
+    """The misfits of each evolution, after a check of the arguments for several."""
     if not evolutions or not all(isinstance(ev, Evolution) for ev in evolutions):
         raise InputError("evolution: give an Evolution or a list of them")
     if coarse_evolutions is not None:
@@ -146,18 +173,15 @@ def _shared_out(
         raise InputError(
             f"misfits: give a list with {len(evolutions)} entries, the misfit or misfits of each evolution"
         )
-    own: list[list[ufl.Form]] = [[] for _ in evolutions]
     controls = [set(ev.sought) for ev in evolutions]
     for form in forms:
         found = set(extract_coefficients(form)) & set().union(*controls) if isinstance(form, ufl.Form) else set()
-        places = [i for i, of in enumerate(controls) if found <= of]
-        if not places:
+        if not any(found <= of for of in controls):
             raise InputError(
                 "regularisation: a functional contains controls that no evolution has all of: give a list of "
                 "functionals, each of controls of one evolution"
             )
-        own[places[0]].append(form)
-    return list(misfits), own
+    return list(misfits)
 
 
 def _problem(
@@ -187,7 +211,7 @@ def _problem(
     if plain:
         steps = steps | {"propagator": solver.propagator}
     if solver.why:
-        on_first_rank(spacetime.comm, "logging", logger.info, solver.why)
+        spacetime.log(solver.why)
     spatial_coarsening = parameters.pop("spatial_coarsening", None)
     norm, krylov = parameters.pop("norm", "l2"), krylov_options(parameters.pop("krylov", None), own.options_prefix)
     if krylov is not None and solver.kind == "paradiag":

@@ -161,9 +161,12 @@ class ControlInner:
         return out
 
     def primal(self, dual: np.ndarray) -> np.ndarray:
-        """Return the representative of a dual vector; its static part is identical on all ranks in time."""
-        out = self._apply("primal", dual, 1 / self._dt)
-        if self.layout.spacetime.space_size > 1:  # solvers with ranks in space may differ by round-off between groups
+        """Return the representative of a dual vector; its static part is identical on all ranks in time, and all of it
+        in all groups of experiments.
+        """
+        out, spacetime = self._apply("primal", dual, 1 / self._dt), self.layout.spacetime
+        # solvers with ranks in space may differ by round-off between groups of ranks, and groups on other machines
+        if spacetime.space_size > 1 or spacetime.experiments_size > 1:
             self.layout.share(out)
         return out
 

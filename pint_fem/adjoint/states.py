@@ -2,8 +2,9 @@ r"""State and adjoint at a control as Firedrake functions, at all own points or 
 
 Each point of the time axis belongs to one rank in time: the points ``lo + 1 .. hi`` to the rank that steps to them, the
 initial value to the first rank. Functions at *given* times are sent from their owners to all ranks in time, one state
-for each time and never a trajectory. Where only C-points are stored, the states between them are recomputed one
-interval after another.
+for each time and never a trajectory. On a grid with groups of experiments the points belong to ranks of the group that
+solves the evolution; states at given times are sent to the other groups, too. Where only C-points are stored, the
+states between them are recomputed one interval after another.
 
 The adjoint :math:`\lambda_n = dJ/du_n` is the derivative of :math:`J` by the state at :math:`t_n`, from which the
 evolution continues; it is a vector of the dual space, and :math:`\lambda_0` the derivative by the initial condition. As
@@ -15,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from numbers import Real
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import numpy as np
 from firedrake import Cofunction, Function
@@ -24,11 +25,12 @@ from pyadjoint.tape import stop_annotating
 from pint_fem.adjoint.interface import ControlProblem
 from pint_fem.adjoint.problem import ReducedProblem
 from pint_fem.adjoint.riesz import RieszKind, RieszMap
-from pint_fem.collective import collectively, require_same
+from pint_fem.collective import any_rank, collectively, require_same
 from pint_fem.errors import InputError
 from pint_fem.evolution.evolution import Evolution
 from pint_fem.kernels.arrays import put
 from pint_fem.paraview import write_fields
+from pint_fem.spacetime import SpaceTime
 
 Times: TypeAlias = float | Sequence[float] | None
 """A time, several, or all points."""
@@ -73,7 +75,7 @@ def point_numbers(evolution: Evolution, times: Sequence[float]) -> list[int]:
 
 def _chosen(problem: ControlProblem, evolution: Evolution | None) -> Evolution:
     """The evolution that is meant: the one that is given, or the only one."""
-    found = list(dict.fromkeys(leaf.evolution for leaf in problem.leaves))
+    found = problem.evolutions
     if evolution is None and len(found) > 1:
         raise InputError(f"the functional has {len(found)} evolutions: give the one that is meant as evolution=")
     if evolution is not None and evolution not in found:
@@ -81,22 +83,38 @@ def _chosen(problem: ControlProblem, evolution: Evolution | None) -> Evolution:
     return found[0] if evolution is None else evolution
 
 
-def _terms(
-    problem: ControlProblem, z: np.ndarray, evolution: Evolution | None
-) -> list[tuple[float, ReducedProblem, np.ndarray]]:
-    """The problems of an evolution, the same one on all ranks, with their weights and controls (collective)."""
-    comm = problem.spacetime.comm
-    chosen = collectively(comm, "", _chosen, problem, evolution)
-    require_same(comm, evolution=[leaf.evolution for leaf in problem.leaves].index(chosen))
-    terms = collectively(comm, "", problem.leaf_terms, np.ravel(z))
-    return [term for term in terms if term[1].evolution is chosen]
+class _Solved(NamedTuple):
+    """An evolution of a functional, the group of experiments that solves it, and its problems with their weights and
+    controls, of which there are none in other groups.
+    """
+
+    evolution: Evolution
+    spacetime: SpaceTime
+    group: int
+    terms: list[tuple[float, ReducedProblem, np.ndarray]]
+
+    @property
+    def leaf(self) -> ReducedProblem | None:
+        """The problem in the group that solves it."""
+        return self.terms[0][1] if self.terms else None
 
 
-def _checked_numbers(problem: ReducedProblem, times: Times) -> list[int] | None:
+def _solved(problem: ControlProblem, z: np.ndarray, evolution: Evolution | None) -> _Solved:
+    """The evolution that is meant, the same one on all ranks (collective)."""
+    spacetime = problem.spacetime
+    chosen = collectively(spacetime.comm, "", _chosen, problem, evolution)
+    require_same(spacetime.comm, evolution=problem.evolutions.index(chosen))
+    terms = collectively(spacetime.comm, "", problem.leaf_terms, np.ravel(z))
+    group = problem.group_of(chosen)
+    own = [t for t in terms if t[1].evolution is chosen and spacetime.experiments_comm.rank == group]
+    return _Solved(chosen, spacetime, group, own)
+
+
+def _checked_numbers(solved: _Solved, times: Times) -> list[int] | None:
     """Numbers of the points at one or several times, which have to be the same on all ranks (collective)."""
-    comm, given = problem.spacetime.comm, [times] if isinstance(times, Real) else times
-    numbers = collectively(comm, "", lambda: None if given is None else point_numbers(problem.evolution, given))
-    require_same(comm, times=None if numbers is None else problem.evolution.time(np.array(numbers)).tolist())
+    comm, ev, given = solved.spacetime.comm, solved.evolution, [times] if isinstance(times, Real) else times
+    numbers = collectively(comm, "", lambda: None if given is None else point_numbers(ev, given))
+    require_same(comm, times=None if numbers is None else ev.time(np.array(numbers)).tolist())
     return numbers
 
 
@@ -115,27 +133,36 @@ def _filled(f: Function | Cofunction, row: np.ndarray) -> Function | Cofunction:
     return f
 
 
-def _functions(leaf: ReducedProblem, blocks: Iterable[tuple[int, np.ndarray]], times, make: Callable):
-    """Functions that ``make`` returns for the rows of a rank's own points, or of given times on all ranks in time."""
-    slab, single, numbers = leaf.sweeps.slab, isinstance(times, Real), _checked_numbers(leaf, times)
-    rows = {n: None for n in _own_points(leaf) if numbers is None or n in numbers}
-    with stop_annotating():
-        for first, block in blocks:
-            for n, row in enumerate(block, start=slab.lo + first):
+def _functions(solved: _Solved, blocks: Callable[[], Iterable[tuple[int, np.ndarray]]], times: Times, make: Callable):
+    """Functions that ``make`` returns for the rows of a rank's own points, or of given times on all ranks (collective).
+
+    ``blocks()`` yields the states of the local points in the group that solves the evolution.
+    """
+    single, numbers, leaf = isinstance(times, Real), _checked_numbers(solved, times), solved.leaf
+    rows: dict = {} if leaf is None else {n: None for n in _own_points(leaf) if numbers is None or n in numbers}
+
+    def collect() -> None:
+        for first, block in blocks() if leaf is not None else ():
+            for n, row in enumerate(block, start=leaf.sweeps.slab.lo + first):
                 if n in rows:
                     rows[n] = make(row) if numbers is None else row.copy()
+
+    with stop_annotating():
+        collectively(solved.spacetime.comm, "", collect)
         if numbers is None:
             return list(rows.values())
-        made = [make(_sent(rows.get(n), n, leaf)) for n in numbers]
+        made = [make(_sent(rows.get(n), n, solved)) for n in numbers]
     return made[0] if single else made
 
 
-def _sent(row: np.ndarray | None, n: int, leaf: ReducedProblem) -> np.ndarray:
-    """The row of a point on all ranks in time, from its owner."""
-    owner = max(int(np.searchsorted(leaf.sweeps.slab.bounds, n)) - 1, 0)
-    row = np.empty(leaf.evolution.state_size) if row is None else np.ascontiguousarray(row)
-    leaf.spacetime.time_comm.Bcast(row, root=owner)
-    return row
+def _sent(row: np.ndarray | None, n: int, solved: _Solved) -> np.ndarray:
+    """The row of a point on all ranks in time and in all groups of experiments, from its owner."""
+    shape, leaf = (solved.evolution.state_size,), solved.leaf
+    if leaf is not None:
+        owner = max(int(np.searchsorted(leaf.sweeps.slab.bounds, n)) - 1, 0)
+        row = np.empty(shape) if row is None else np.ascontiguousarray(row)
+        leaf.spacetime.time_comm.Bcast(row, root=owner)
+    return solved.spacetime.from_group(solved.group, row, shape)
 
 
 class StateAccess:
@@ -146,7 +173,8 @@ class StateAccess:
     def own_times(self, evolution: Evolution | None = None) -> np.ndarray:
         """Return the times of the points that belong to this rank in time, in order.
 
-        Those of all ranks are ``t0 + n dt`` for ``n = 0 .. nsteps``.
+        Those of all ranks are ``t0 + n dt`` for ``n = 0 .. nsteps``. There are none in groups of experiments that do
+        not solve this evolution.
 
         Parameters
         ----------
@@ -155,8 +183,9 @@ class StateAccess:
 
         """
         chosen = _chosen(self.problem, evolution)
-        leaf = next(leaf for leaf in self.problem.leaves if leaf.evolution is chosen)
-        return chosen.time(np.array(_own_points(leaf)))
+        own = self.problem.spacetime.experiments_comm.rank == self.problem.group_of(chosen)
+        leaf = next((leaf for leaf in self.problem.leaves if own and leaf.evolution is chosen), None)
+        return chosen.time(np.array([] if leaf is None else _own_points(leaf), dtype=int))
 
     def state(
         self, values: Controls | None = None, times: Times = None, *, evolution: Evolution | None = None
@@ -169,22 +198,25 @@ class StateAccess:
             Of the controls; default: those of the last evaluation.
         times
             A time or several, each of which is a point of the evolution. ``None``: the points that belong to this rank
-            in time (:meth:`own_times`), which are this rank's part of the trajectory.
+            in time (:meth:`own_times`), which are this rank's part of the trajectory: none in groups of experiments
+            that do not solve this evolution.
         evolution
             Which one, where the functional is a sum.
 
         Returns
         -------
         Function or list of Function
-            At given times the same on all ranks in time, in their order; for a single time a single function.
+            At given times the same on all ranks in time and in all groups of experiments, in their order; for a single
+            time a single function.
 
         Raises
         ------
         InputError
             On every rank, if a time is not one of the evolution's or another argument does not fit.
         """
-        (_, leaf, own), *_ = _terms(self.problem, self._at(values), evolution)
-        return _functions(leaf, leaf.states(own), times, lambda row: _filled(Function(leaf.evolution.V), row))
+        solved = _solved(self.problem, self._at(values), evolution)
+        make = lambda row: _filled(Function(solved.evolution.V), row)
+        return _functions(solved, lambda: solved.leaf.states(solved.terms[0][2]), times, make)
 
     def adjoint(
         self,
@@ -215,19 +247,20 @@ class StateAccess:
         InputError
             On every rank, if an argument does not fit, or the evolution is in several terms of a sum.
         """
-        terms = _terms(self.problem, self._at(values), evolution)
-        weight, leaf, own = sum(w for w, _, _ in terms), terms[0][1], terms[0][2]
-        if any(other is not leaf for _, other, _ in terms):
+        solved = _solved(self.problem, self._at(values), evolution)
+        terms, comm, V = solved.terms, solved.spacetime.comm, solved.evolution.V
+        if any_rank(comm, any(other is not solved.leaf for _, other, _ in terms)):
             raise InputError(
                 "adjoint: the evolution is in several terms of the sum, each with an adjoint of its own: use the terms"
             )
-        V = leaf.evolution.V
+        own = None if solved.leaf is None else np.array([sum(w for w, _, _ in terms)])
+        weight = float(solved.spacetime.from_group(solved.group, own, (1,))[0])
         if riesz_map is None:
             make = lambda row: _filled(Cofunction(V.dual()), weight * row)
         else:
-            riesz = collectively(leaf.spacetime.comm, "", RieszMap, V, riesz_map)
+            riesz = collectively(comm, "", RieszMap, V, riesz_map)
             make = lambda row: _filled(Function(V), riesz.primal(weight * row))
-        return _functions(leaf, leaf.adjoints(own), times, make)
+        return _functions(solved, lambda: solved.leaf.adjoints(terms[0][2]), times, make)
 
     def write(
         self, values: Controls | None, path: str | Path, times: Times = None, *, evolution: Evolution | None = None
@@ -259,13 +292,18 @@ class StateAccess:
         z, comm = self._at(values), self.problem.spacetime.comm
         path = collectively(comm, "", _checked_path, path)
         require_same(comm, path=str(path))
-        (_, leaf, own), *_ = _terms(self.problem, z, evolution)
-        ev, points = leaf.evolution, _checked_numbers(leaf, times)
-        points = range(ev.nsteps + 1) if points is None else points
-        all_times, slab = ev.time(np.arange(ev.nsteps + 1)), leaf.sweeps.slab
+        solved = _solved(self.problem, z, evolution)
+        leaf, ev, numbers = solved.leaf, solved.evolution, _checked_numbers(solved, times)
+        points, all_times = range(ev.nsteps + 1) if numbers is None else numbers, ev.time(np.arange(ev.nsteps + 1))
+
+        def write() -> None:
+            if leaf is not None:  # by the group of experiments that solves the evolution
+                given = leaf.states(solved.terms[0][2]), ev.V, leaf.sweeps.slab, leaf.spacetime, all_times
+                write_fields(path.parent, path.stem, *given, points=points)
+
         with stop_annotating():
-            states = leaf.states(own)
-            return write_fields(path.parent, path.stem, states, ev.V, slab, leaf.spacetime, all_times, points=points)
+            collectively(comm, "", write)
+        return path
 
 
 class FinalState:
@@ -274,8 +312,8 @@ class FinalState:
     Other functions, the initial condition and controls of the evolution are refused by ``InputError``.
     """
 
-    def __init__(self, problem: ReducedProblem, function: Function):
-        ev = problem.evolution
+    def __init__(self, problem: ControlProblem, evolution: Evolution, function: Function):
+        ev = evolution
         if not isinstance(function, Function) or function.function_space() != ev.V:
             raise InputError("final_state: give a Function in the state's space, such as the evolution's u")
         if function is ev.initial or function in ev.controls:
@@ -283,9 +321,15 @@ class FinalState:
                 "final_state: the function is the initial condition or a control, which evaluations leave as they are: "
                 "give another one, and initial= a function of its own where u is to hold the final state"
             )
-        self.problem, self.function = problem, function
+        group = problem.group_of(ev)
+        own = problem.spacetime.experiments_comm.rank == group
+        leaf = next((leaf for leaf in problem.leaves if own and leaf.evolution is ev), None)
+        # of one evolution only the problem is read, none of the controls
+        terms = [] if leaf is None else [(1.0, leaf, np.zeros(0))]
+        self._solved, self.function = _Solved(ev, problem.spacetime, group, terms), function
 
     def update(self) -> None:
-        """Set the function to the final state of the last control (collective over time)."""
-        row = self.problem.U[-1].copy() if self.problem.sweeps.slab.is_last else None
-        put(self.function, _sent(row, self.problem.evolution.nsteps, self.problem))
+        """Set the function to the final state of the last control (collective)."""
+        leaf = self._solved.leaf
+        row = leaf.U[-1].copy() if leaf is not None and leaf.sweeps.slab.is_last else None
+        put(self.function, _sent(row, self._solved.evolution.nsteps, self._solved))

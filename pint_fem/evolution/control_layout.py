@@ -2,7 +2,8 @@
 
 A rank's part of the vector holds, in this order, its own values of the static controls, of the initial condition, and
 of the controls with one value per step for its own steps. Static values are the same on all ranks in time, and count
-once in inner products.
+once in inner products. On a grid with several groups of experiments each group has a copy of the whole vector, and
+numbers are those of the first group.
 """
 
 from __future__ import annotations
@@ -93,7 +94,8 @@ class ControlLayout:
     static_size : int
         Number of its first entries that belong to static controls and the initial condition.
     owned : ndarray of bool, shape (size,)
-        Entries that this rank contributes; the others are copies of those of the first rank in time.
+        Entries that this rank contributes; the others are copies of those of the first rank in time or of the first
+        group of experiments.
     """
 
     def __init__(self, evolution: Evolution | ControlSet, spacetime: SpaceTime, slab: Slab):
@@ -110,7 +112,7 @@ class ControlLayout:
         self.size = place
         self.static_size = min((self._slices[c].start for c in evolution.stepwise), default=place)
         self._nstatic = sum(own_size(c.function_space()) for c in self._static)
-        self.owned = np.ones(self.size, dtype=bool)
+        self.owned = np.full(self.size, spacetime.experiments_comm.rank == 0)
         if spacetime.time_comm.rank:
             self.owned[: self.static_size] = False
 
@@ -188,11 +190,16 @@ class ControlLayout:
         split = self.static_size
         local = np.array([dual[:split] @ primal[:split], dual[split:] @ primal[split:]])
         local = self.spacetime.sum_over_space(local)
-        return float(local[0] + (self.spacetime.sum_over_time(local[1:])[0] if self.evolution.per_step else 0.0))
+        value = local[0] + (self.spacetime.sum_over_time(local[1:])[0] if self.evolution.per_step else 0.0)
+        return float(self.spacetime.from_group(0, np.array([value]), (1,))[0])
 
     def share(self, z: np.ndarray) -> None:
-        """Overwrite the static part of a vector by that of the first rank in time (collective over time)."""
+        """Overwrite the static part of a vector by that of the first rank in time, and all of it by that of the first
+        group of experiments (collective over both).
+        """
         if self.spacetime.time_comm.size > 1:
             static = np.ascontiguousarray(z[: self.static_size])
             self.spacetime.time_comm.Bcast(static, root=0)
             z[: self.static_size] = static
+        if self.spacetime.experiments_size > 1:
+            z[:] = self.spacetime.from_group(0, z, z.shape)

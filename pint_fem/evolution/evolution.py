@@ -17,7 +17,6 @@ from firedrake import Constant, DirichletBC, Function, MixedVectorSpaceBasis, Ve
 from irksome.tableaux.ButcherTableaux import ButcherTableau
 from irksome.ufl.deriv import TimeDerivative, expand_time_derivatives
 from ufl.algorithms import expand_derivatives, extract_coefficients
-from ufl.algorithms.analysis import has_type
 
 from pint_fem.errors import InputError
 from pint_fem.evolution import arguments
@@ -27,7 +26,14 @@ from pint_fem.evolution.control_operators import SeparatedOperator, separated_op
 from pint_fem.evolution.fields import Fields
 from pint_fem.evolution.initial import split_initial
 from pint_fem.evolution.private_copies import Integrand, PrivateCopies, data_of
-from pint_fem.evolution.residual import check_time_derivatives, checked_time, fixed_degrees, time_among, without_loads
+from pint_fem.evolution.residual import (
+    check_time_derivatives,
+    checked_time,
+    fixed_degrees,
+    private_functional,
+    time_among,
+    without_loads,
+)
 from pint_fem.evolution.tableaux import DIRK
 from pint_fem.kernels.arrays import boundary_rows, get, own_size, put, split_values
 from pint_fem.kernels.nullspace import read_nullspace
@@ -266,16 +272,7 @@ class Evolution:
         InputError
             If it contains a time derivative, or a time function that is not the evolution's.
         """
-        if has_type(form, TimeDerivative):
-            raise InputError(
-                f"{what} contains Dt(u): a functional depends on states at points in time, not on their rates; make "
-                "the rate a field of a mixed state, or compare differences of states by a misfit of your own"
-            )
-        form = self.posed.in_time(form)
-        found = data_of(form)
-        t = time_among(found, self.posed.t, what)
-        own = self.copies.variable(t) if t in found else None
-        return self.copies.form(form), own
+        return private_functional(self.posed, self.copies, form, what)
 
     @property
     def state_size(self) -> int:

@@ -3,21 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
 import ufl
 from firedrake import Cofunction, Constant, Function, FunctionSpace, TestFunction, dx, inner
 from firedrake.mesh import MeshGeometry
 from irksome.ufl.deriv import TimeDerivative
-from ufl.algorithms.analysis import extract_type
+from ufl.algorithms.analysis import extract_type, has_type
 
 from pint_fem.errors import InputError
-from pint_fem.evolution.private_copies import mass_degree, name_of, riesz_representative
+from pint_fem.evolution.private_copies import PrivateCopies, data_of, mass_degree, name_of, riesz_representative
 from pint_fem.evolution.quadrature import with_fixed_degrees
 from pint_fem.kernels.arrays import is_real
 
-__all__ = ["check_time_derivatives", "checked_time", "fixed_degrees", "time_among", "time_function", "without_loads"]
+if TYPE_CHECKING:
+    from pint_fem.evolution.evolution import Evolution
+
+__all__ = [
+    "check_time_derivatives",
+    "checked_time",
+    "fixed_degrees",
+    "private_functional",
+    "time_among",
+    "time_function",
+    "without_loads",
+]
 
 _TIMES: WeakSet[Function] = WeakSet()
 """The functions that :func:`time_function` has made."""
@@ -164,3 +175,21 @@ def fixed_degrees(residual: ufl.Form, u: Function) -> ufl.Form:
     rate = Function(u.function_space())
     plain = with_fixed_degrees(ufl.replace(residual, {TimeDerivative(u): rate}))
     return ufl.replace(plain, {rate: TimeDerivative(u)})
+
+
+def private_functional(
+    posed: Evolution, copies: PrivateCopies, form: ufl.Form, what: str
+) -> tuple[ufl.Form, Function | None]:
+    """A user's functional in private copies, and the time function in it, if any, for an evolution as it was posed; an
+    ``InputError`` where it contains a time derivative, or a time function that is not the evolution's.
+    """
+    if has_type(form, TimeDerivative):
+        raise InputError(
+            f"{what} contains Dt(u): a functional depends on states at points in time, not on their rates; make "
+            "the rate a field of a mixed state, or compare differences of states by a misfit of your own"
+        )
+    form = posed.in_time(form)
+    found = data_of(form)
+    t = time_among(found, posed.t, what)
+    own = copies.variable(t) if t in found else None
+    return copies.form(form), own

@@ -51,9 +51,9 @@ class Grid(ProcessGrid):
         data: int | None = None,
         layers: int | None = None,
     ):
-        super().__init__(comm, grid, {"data": data, "layers": layers}, 1)
+        super().__init__(comm, grid, {"data": data, "layers": layers})
         self.data_size, self.layer_size = self.shape
-        groups = self._shared.groups
+        groups = self._groups(comm, self.layer_size)
         self.layer_comm, self.data_comm = groups.inner, groups.outer
         self.reversed_layer_comm = groups.reversed_inner
 

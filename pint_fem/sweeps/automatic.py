@@ -30,7 +30,7 @@ from pint_fem.theory.estimates import paradiag_contraction
 from pint_fem.theory.model_residuals import ModelResiduals
 from pint_fem.theory.spectrum import spectrum
 
-__all__ = ["Automatic", "MadePropagator", "automatic", "candidates", "measured_seconds"]
+__all__ = ["Automatic", "MadePropagator", "automatic", "candidates", "measured_seconds", "share_measured_seconds"]
 
 CANONICAL = (TwoLevel(16, 2, "F"), TwoLevel(32, 2, "F"))
 """Options that are preferred where no other ones are clearly faster."""
@@ -121,6 +121,15 @@ def measured_seconds(evolution: Evolution, spacetime: SpaceTime, propagator: Mad
             return None
         _SECONDS[key] = found
     return _SECONDS[key]
+
+
+def share_measured_seconds(evolution: Evolution, spacetime: SpaceTime) -> None:
+    """Measure the steps of an evolution, and use the times of the first group of experiments in all groups, which then
+    make the same choice for evolutions of this size (collective over all ranks).
+    """
+    if evolution.linear_operators() is not None:
+        measured_seconds(evolution, spacetime.group, MadePropagator())
+        _SECONDS.update(spacetime.experiments_comm.bcast(_SECONDS))
 
 
 def automatic(

@@ -132,6 +132,7 @@ class TimeSolvers(SolverReports):
         schemes = [options.scheme(level) for level in range(len(factors))]
         self.space = SpatialLevels(evolution, schemes, spatial_coarsening, coarse_evolutions)
         traced = self._paradiag[0].trace if self._is_paradiag else options.trace
+        traced = traced if spacetime.prints else None  # one file, of the first group of experiments
         if traced:
             check_trace_file(traced, spacetime.comm)
         self.trace = Trace(spacetime.time_comm) if traced else None

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from mpi4py import MPI
 
-from pint_fem.collective import raise_collectively, require_same
+from pint_fem.collective import any_rank, raise_collectively, require_same
 from pint_fem.digests import digest
 from pint_fem.errors import InputError
 from pint_fem.evolution.control_layout import ControlLayout
@@ -80,6 +80,7 @@ class ControlConsistency:
     def __init__(self, layout: ControlLayout):
         self.layout, self._spacetime, self._comm = layout, layout.spacetime, layout.spacetime.comm
         self._weights = sketch_weights(layout.static_size)
+        self._or_groups = " or groups of experiments" if self._spacetime.experiments_size > 1 else ""
 
     def require(
         self,
@@ -128,14 +129,36 @@ class ControlConsistency:
         self._refuse_sizes(vectors, bool(all_fit))
         if low_key != -high_key:
             require_same(self._comm, **(call or {}))
+        self._require_same_steps(vectors)
         if differ.any():
             name = list(vectors)[int(np.argmax(differ))]
             norms = norms_by_rank(self._comm, np.linalg.norm(np.ravel(vectors[name])[static]))
             raise InputError(
-                f"{name} differs between ranks in time, which each hold a copy of what is static (norms {norms}): "
+                f"{name} differs between ranks in time{self._or_groups}, which each hold a copy of what is static "
+                f"(norms {norms}): "
                 "give all of them the same values, such as a start that one rank makes and broadcasts"
             )
         return least[: len(votes)] > 0
+
+    def _require_same_steps(self, vectors: Mapping[str, np.ndarray]) -> None:
+        """Require the same values of controls with one value per step in all groups of experiments, each of which has a
+        copy of them (collective).
+        """
+        spacetime, first = self._spacetime, self.layout.static_size
+        if spacetime.experiments_size == 1 or not self.layout.evolution.stepwise:
+            return
+        weights = sketch_weights(self.layout.size - first)
+        own = np.array([sketch(np.ravel(z)[first:], weights) for z in vectors.values()])
+        ends = np.array([own, -own])
+        spacetime.experiments_comm.Allreduce(MPI.IN_PLACE, ends, op=MPI.MIN)
+        differ = (-ends[1] - ends[0] > _RTOL * np.maximum(-ends[1][:, :1], 1e-300)).any(axis=1)
+        differ = np.array([any_rank(self._comm, one) for one in differ])
+        if differ.any():
+            name = list(vectors)[int(np.argmax(differ))]
+            raise InputError(
+                f"{name} differs between the groups of experiments, which each hold a copy of all values: give all of "
+                "them the same values"
+            )
 
     def _refuse_sizes(self, vectors: Mapping[str, np.ndarray], fits: bool) -> None:
         if not fits:

@@ -68,14 +68,15 @@ class UserData:
         return [name for name, chosen in zip(names, which, strict=True) if chosen]
 
     def warn(self, changed: np.ndarray) -> None:
-        """Warn of each change once, on the first rank, given the mask of data that have changed on any rank.
+        """Warn of each change once, on the first rank of each group of experiments, given the mask of data that have
+        changed on any of its ranks.
 
         A moved mesh is an ``InputError``: assembled operators would be those of the old mesh, and forms not.
         """
         self._refuse_moved(changed)
         before = np.zeros_like(changed) if self._warned is None else self._warned
         new, self._warned = changed & ~before, changed | before
-        if new.any() and self._sweeps.spacetime.is_root:
+        if new.any() and self._comm.rank == 0:
             warnings.warn(
                 f"changed after the functional was made: {', '.join(self._labels(new))}. The values read then are "
                 "used; update_data() of the functional reads them again",

@@ -123,7 +123,7 @@ def _normal(rf: TimeParallelReducedFunctional, form) -> tuple[np.ndarray, float]
     controls = [c for c in rf.evolution.controls if isinstance(form, ufl.Form) and c in extract_coefficients(form)]
     if not controls or form.arguments():
         raise InputError("constraints: give pairs of a functional of the controls, such as q*dx, and its value")
-    moving = {f for leaf in rf.problem.leaves for f in (leaf.evolution.u, leaf.evolution.t)}
+    moving = {f for ev in rf.problem.evolutions for f in (ev.u, ev.t)}
     if moving & set(extract_coefficients(form)):
         raise InputError("constraints: a functional contains the state u or the time t: give one of controls and data")
     form = with_fixed_degrees(form)

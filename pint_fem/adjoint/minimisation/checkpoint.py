@@ -1,14 +1,14 @@
 """Checkpoints of minimisations: one HDF5 file, written by all ranks, replaced as a whole.
 
 Each rank writes its own part; nothing is gathered. The file contains the state of the minimiser, its vectors by
-control, and the trajectories from which the next solves start, so that an interrupted run continues on any number of
-time ranks and the same number of space ranks: with bitwise identical results for a quadratic ``J`` on as many time
-ranks as before, otherwise to round-off and the solvers' tolerance. Sums over time have other round-off on another
-number of ranks. Where the evolution is nonlinear, the stage values from which Newton's method starts and the factors of
-earlier linearisations are not stored, as they are several times as large as the trajectory. It is written under another
-name, forced to disk and then renamed: whenever the process is killed or the disk is full, the last complete file is
-there. Each row of each array has a checksum (:mod:`~pint_fem.array_file`), and one run at a
-time writes a file.
+control, and the trajectories of each evolution from which the next solves start, so that an interrupted run continues
+on any number of time ranks and of groups of experiments, and the same number of space ranks: with bitwise identical
+results for a quadratic ``J`` on the grid as before, otherwise to round-off and the solvers' tolerance. Sums over time
+and over experiments have other round-off on another number of ranks. Where the evolution is nonlinear, the stage values
+from which Newton's method starts and the factors of earlier linearisations are not stored, as they are several times as
+large as the trajectory. It is written under another name, forced to disk and then renamed: whenever the process is
+killed or the disk is full, the last complete file is there. Each row of each array has a checksum
+(:mod:`~pint_fem.array_file`), and one run at a time writes a file.
 
 A run continues from a file only with the evolution, method, inner product, bounds and constraints that it was written
 with (:mod:`~pint_fem.adjoint.minimisation.fingerprint`), and with misfits and a regularisation whose values on the
@@ -18,43 +18,36 @@ it had, which is evaluated anew in one pass over the steps.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
-from firedrake.functionspaceimpl import WithGeometry
 
 from pint_fem import files
-from pint_fem.adjoint.evaluation import Evaluation
+from pint_fem.adjoint.interface import ControlProblem, regularisation_value
 from pint_fem.adjoint.minimisation.fingerprint import (
     bound_numbers,
     constraint_numbers,
     control_label,
-    evolution_numbers,
     inner_number,
+    probe,
 )
 from pint_fem.adjoint.minimisation.objective import Objective
+from pint_fem.adjoint.minimisation.stored_evolution import ControlVectors, StoredEvolution
 from pint_fem.adjoint.problem import ReducedProblem
-from pint_fem.all_at_once.stopping import SolveResult
-from pint_fem.array_file import Piece, Place, read_head, read_part, write_file
+from pint_fem.array_file import Piece, Place, read_head, write_file
 from pint_fem.collective import collectively, on_first_rank
 from pint_fem.digests import differences
-from pint_fem.errors import InputError, SolverFailure
-from pint_fem.kernels.arrays import own_size
+from pint_fem.errors import InputError
 from pint_fem.logs import logger
 from pint_fem.optimize.constraints import AffineConstraints
-from pint_fem.sweeps.steps import error_at_f_points
 
 __all__ = ["HDF5Checkpoint", "open_checkpoint"]
 
 _VERSION = 2  # 1: the head an attribute, no checksums, only the sizes of the evolution
-_SAME = 1e-7  # of values of one trajectory, as nonlinear stages are computed again to Newton's tolerance
-_ROUND_OFF = 1e-13  # of the larger part
-_NORM_RATIO = 10.0  # of residuals of one trajectory in the norms over C-points and over all points
-_OTHER_NORM_RATIO = 1e3  # the same where the recorded norm is not that of coefficients
 
 
 @contextmanager
@@ -84,16 +77,11 @@ def open_checkpoint(
     Raises
     ------
     InputError
-        On every rank, if the functional is not that of one evolution, or the file cannot be written.
+        On every rank, if the file cannot be written.
     """
     if not isinstance(given, (str, Path)):
         yield given
         return
-    if not isinstance(objective.problem, ReducedProblem):
-        raise InputError(
-            "checkpoint: a file keeps the run of one evolution's functional: leave it out for a sum, a multiple and "
-            "where the initial condition is an expression of controls"
-        )
     layout, run = objective.problem.layout, {"method": method, "bounds": None, "constraints": None}
     if sides is not None:
         run["bounds"] = {name: bound_numbers(layout, side) for name, side in sides.items()}
@@ -142,22 +130,13 @@ class HDF5Checkpoint:
             raise InputError(f"if_save_fails = {if_save_fails!r}: give 'stop' or 'continue'")
         self.path, self.objective, self._problem = Path(path), objective, objective.problem
         self._continues = if_save_fails == "continue"
-        self._layout, self._spacetime = self._problem.layout, self._problem.spacetime
+        self._spacetime, self._controls = self._problem.spacetime, ControlVectors(self._problem.layout)
         self._comm = self._spacetime.comm
         self._lock: files.FileLock | None = None
         on_first_rank(self._comm, "", self._check_path)
-        slab, ev = self._layout.slab, self._problem.evolution
-        rows = (slice(slab.lo, slab.hi), ev.nsteps)
-        self._controls = [self._place(c.function_space(), rows if c in ev.stepwise else None) for c in ev.controls]
-        self._states = self._place(ev.V, self._problem.sweeps.stored)
+        self._single = isinstance(self._problem, ReducedProblem)
+        self._own = _stored(self._problem)
         self._fingerprint = self._describe() | (run or {})
-
-    def _place(self, space: WithGeometry, rows: tuple[slice, int] | None) -> Place:
-        """The place of functions of a space in the file, one per row of ``rows``, own rows and their total number."""
-        first, _ = space.dof_dset.layout_vec.getOwnershipRange()
-        own, size = slice(first, first + own_size(space)), space.dof_dset.layout_vec.getSize()
-        column = (self._spacetime.space_comm.rank, self._spacetime.space_size)
-        return Place((size,), (own,), column) if rows is None else Place((rows[1], size), (rows[0], own), column)
 
     def _check_path(self) -> bool:
         """Whether the file exists."""
@@ -167,17 +146,27 @@ class HDF5Checkpoint:
 
     def _describe(self) -> dict:
         """The numbers of the problem that have to be the same in a run that continues."""
-        ev = self._problem.evolution
-        placed = zip(ev.controls, self._controls, strict=True)
-        return {
+        controls, layout = self._problem.evolution.controls, self._problem.layout
+        out = {
             "space ranks": self._spacetime.space_size,
-            "controls": [control_label(c.name(), place.shape) for c, place in placed],
-            "states": list(self._states.shape),
-            "dt": ev.dt,
-            "t0": ev.t0,
-            "inner product": inner_number(self._layout, self.objective),
-            **evolution_numbers(self._problem.sweeps.evolution, self._spacetime.space_comm),
+            "controls": [
+                control_label(c.name(), place.shape) for c, place in zip(controls, self._controls.places, strict=True)
+            ],
+            "inner product": inner_number(layout, self.objective),
         }
+        of_each = self._of_all(lambda stored: stored.numbers())
+        if self._single:
+            return out | of_each["0"]
+        at = regularisation_value(self._problem, probe(layout))
+        weights = [list(w) for w in self._problem.leaf_weights()]
+        return out | {"experiments": of_each, "weights": weights, "regularisation at a fixed control": at}
+
+    def _of_all(self, numbers: Callable[[StoredEvolution], Any]) -> dict[str, Any]:
+        """What a function returns for each evolution, those of all groups of experiments (collective)."""
+        own = collectively(self._comm, "", lambda: {name: numbers(stored) for name, stored in self._own.items()})
+        groups = self._spacetime.experiments_comm.allgather(own)
+        found = {name: value for group in groups for name, value in group.items()}
+        return {name: found[name] for name in sorted(found, key=int)}
 
     # -- one run at a time ---------------------------------------------------------------------------------------------
     def reserve(self) -> None:
@@ -199,48 +188,41 @@ class HDF5Checkpoint:
     # -- writing -------------------------------------------------------------------------------------------------------
     def save(self, scalars: dict, vectors: dict[str, np.ndarray]) -> None:
         """Write a state; the last file is replaced when this one is complete and on disk."""
-        for evaluation in self._problem.evaluations:
-            if evaluation.state is not None:
-                self._problem.reassess(evaluation)  # a gradient may have solved for the state once more
+        described = self._of_all(_reassessed)
         try:
-            self._save(scalars, vectors)
+            self._save(scalars, vectors, described)
         except InputError as error:
             if not self._continues:
                 raise
             if self._comm.rank == 0:
                 logger.warning("%s; the run continues, and the last complete file remains", error)
 
-    def _save(self, scalars: dict, vectors: dict[str, np.ndarray]) -> None:
+    def _save(self, scalars: dict, vectors: dict[str, np.ndarray], described: dict[str, list[dict]]) -> None:
         """Write a new file beside the last one, and replace that."""
         self.reserve()
-        pieces = [piece for name, vector in vectors.items() for piece in self._vector(f"vectors/{name}", vector)]
-        for i, evaluation in enumerate(self._problem.evaluations):
-            pieces += self._evaluation_pieces(f"points/{i}", evaluation)
+        pieces = [
+            piece for name, vector in vectors.items() for piece in self._controls.pieces(f"vectors/{name}", vector)
+        ]
+        pieces += [piece for stored in self._own.values() for piece in stored.pieces()]
         head = {
             "version": _VERSION,
             "problem": self._fingerprint,
             "scalars": scalars,
             "vectors": list(vectors),
             "objective": getattr(self.objective, "state", dict)(),
-            "points": [_described(evaluation) for evaluation in self._problem.evaluations],
+            "points": described["0"] if self._single else described,
         }
-        write_file(self._comm, self.path, "checkpoint", head, pieces)
+        write_file(self._comm, self.path, "checkpoint", head, pieces + self._of_other_groups(pieces))
 
-    def _vector(self, name: str, vector: np.ndarray) -> list[Piece]:
-        """The pieces of a vector by control; the first rank in time writes those of static controls."""
-        first = self._spacetime.time_comm.rank == 0
+    def _of_other_groups(self, pieces: Sequence[Piece]) -> list[Piece]:
+        """Pieces of other groups of experiments, which the first rank reserves space for (collective)."""
+        own = {piece.name for piece in pieces}
+        groups = self._spacetime.experiments_comm.allgather([(p.name, p.place.shape, p.place.column) for p in pieces])
+        others = {name: (shape, column) for group in groups for name, shape, column in group if name not in own}
+        empty = slice(0, 0)
         return [
-            Piece(f"{name}/{i}", place, part if part.ndim == 2 or first else None)
-            for i, (part, place) in enumerate(zip(self._layout.parts(vector), self._controls, strict=True))
+            Piece(name, Place(shape, (empty,) * len(shape), column), None) for name, (shape, column) in others.items()
         ]
-
-    def _evaluation_pieces(self, name: str, evaluation: Evaluation) -> list[Piece]:
-        """The pieces of an evaluation: the controls and the trajectories."""
-        rows, columns = self._states.where
-        skip = 0 if self._layout.slab.is_first else 1  # row 0 is the left neighbour's last
-        own = self._states._replace(where=(slice(rows.start + skip, rows.stop), columns))
-        controls = [] if evaluation.z is None else self._vector(f"{name}/z", evaluation.z)
-        return [*controls, Piece(f"{name}/U", own, evaluation.U[skip:]), Piece(f"{name}/L", own, evaluation.L[skip:])]
 
     # -- reading -------------------------------------------------------------------------------------------------------
     def load(self) -> tuple[dict, dict[str, np.ndarray]] | None:
@@ -250,8 +232,7 @@ class HDF5Checkpoint:
         head = collectively(self._comm, "", self._reading, lambda file: self._refuse_others(read_head(file)))
         try:
             vectors = collectively(self._comm, "", self._reading, lambda file: self._restore(file, head))
-            self._check_trajectories()
-            self._check_values(head["points"])
+            collectively(self._comm, "", self._check, self._points(head))
         except Exception:
             self._problem.invalidate()  # nothing of a file that is refused is a first guess
             raise
@@ -265,50 +246,15 @@ class HDF5Checkpoint:
         with files.refuse_unreadable(f"checkpoint {self.path}", advice), h5py.File(self.path, locking=False) as file:
             return work(file)
 
-    def _check_trajectories(self) -> None:
-        """Check that the states solve this run's steps to the residual that they had: otherwise the evolution is
-        another.
-        """
-        sweeps = self._problem.sweeps
-        usual = sweeps.options.time_norm == 2 and sweeps.solvers.norm == "l2" and not sweeps.solvers.accelerated
-        for evaluation in self._problem.evaluations:
-            result = evaluation.state
-            if evaluation.z is None or result is None or (result.reason == "its" and not result.residuals):
-                continue
-            residual, size = self._problem.state_residual(evaluation)
-            had = result.residuals[-1] if result.residuals else 0.0
-            limit = max((_NORM_RATIO if usual else _OTHER_NORM_RATIO) * had, _SAME * size)
-            limit = max(limit, _NORM_RATIO * error_at_f_points(sweeps.options, sweeps.propagators[0]) * size)
-            if not residual <= limit:
-                raise InputError(
-                    f"checkpoint {self.path} is of another evolution: the state in it has a residual of {residual:.3e} "
-                    f"in this run's steps, at most {limit:.3e} was expected; give another file or remove it"
-                )
+    def _points(self, head: dict) -> dict[str, list[dict]]:
+        """The descriptions of the evaluations of each evolution in the file."""
+        return {"0": head["points"]} if self._single else head["points"]
 
-    def _check_values(self, described: list[dict]) -> None:
-        """Check that misfit and regularisation of the trajectories have their old values: otherwise the problem is
-        another.
-        """
-        other = []
-        for evaluation, given in zip(self._problem.evaluations, described, strict=False):
-            stored = given.get("parts") or {}  # another version may not have them
-            finite = {name: value for name, value in stored.items() if math.isfinite(value)}
-            if not finite:
-                continue
-            try:
-                now = self._problem.reassess(evaluation)
-            except SolverFailure as error:
-                other.append(str(error))
-                break
-            small = _ROUND_OFF * max(map(abs, finite.values()))
-            for name, value in finite.items():
-                if not abs(now[name] - value) <= max(_SAME * abs(value), small):
-                    other.append(f"{name}: the file has {value}, this run {now[name]}")
-        if other:
-            raise InputError(
-                f"checkpoint {self.path} is of another evolution, misfit, data or regularisation: {'; '.join(other)}; "
-                "give another file or remove it"
-            )
+    def _check(self, points: dict[str, list[dict]]) -> None:
+        """Check that the trajectories are those of this run's problem (collective over the own group)."""
+        for name, stored in self._own.items():
+            stored.check_trajectories(f"checkpoint {self.path}")
+            stored.check_values(f"checkpoint {self.path}", points[name])
 
     def _refuse_others(self, head: dict) -> dict:
         """The head; refused where this run cannot continue from the file."""
@@ -332,48 +278,25 @@ class HDF5Checkpoint:
             )
         return head
 
-    def _get_vector(self, file, name: str) -> np.ndarray:
-        """This rank's part of a vector of the file."""
-        return self._layout.join([read_part(file, f"{name}/{i}", place) for i, place in enumerate(self._controls)])
-
-    def _restore(self, file, head: dict) -> dict[str, np.ndarray]:
+    def _restore(self, file: h5py.File, head: dict) -> dict[str, np.ndarray]:
         """The vectors of the minimiser; the trajectories are read into the evaluations of the problem."""
-        for i, (evaluation, given) in enumerate(zip(self._problem.evaluations, head["points"], strict=False)):
-            z = self._get_vector(file, f"points/{i}/z") if given["solved"] else None
-            evaluation.move_to(z)
-            evaluation.U[:], evaluation.L[:] = (
-                read_part(file, f"points/{i}/{name}", self._states) for name in ("U", "L")
-            )
-            evaluation.cold = given["cold"]
-            evaluation.rtol = {kind: np.inf if rtol is None else rtol for kind, rtol in given["rtol"].items()}
-            evaluation.state, evaluation.adjoint = (_result(given[kind]) for kind in ("state", "adjoint"))
-        return {name: self._get_vector(file, f"vectors/{name}") for name in head["vectors"]}
+        points = self._points(head)
+        for name, stored in self._own.items():
+            stored.restore(file, points[name])
+        return {name: self._controls.read(file, f"vectors/{name}") for name in head["vectors"]}
 
 
-def _described(evaluation: Evaluation) -> dict:
-    """The results of an evaluation's solves, for JSON."""
-
-    def result(r: SolveResult | None) -> list | None:
-        if r is None:
-            return None
-        residual = r.residuals[-1] if r.residuals else None
-        return [r.converged, r.reason, residual, r.cycles, None if np.isnan(r.scale) else r.scale]
-
-    results = {"state": result(evaluation.state), "adjoint": result(evaluation.adjoint)}
-    rtol = {kind: float(value) if np.isfinite(value) else None for kind, value in evaluation.rtol.items()}
-    return {
-        "solved": evaluation.z is not None,
-        "cold": evaluation.cold,
-        "rtol": rtol,
-        "parts": evaluation.parts,
-        **results,
-    }
+def _stored(problem: ControlProblem) -> dict[str, StoredEvolution]:
+    """The evolutions of the own group by their numbers among all, each once."""
+    if isinstance(problem, ReducedProblem):
+        return {"0": StoredEvolution(problem, "points")}
+    found: dict[ReducedProblem, int] = {}
+    for number, leaf in zip(problem.leaf_numbers(), problem.leaves, strict=True):
+        found.setdefault(leaf, number)
+    return {str(number): StoredEvolution(leaf, f"experiments/{number}/points") for leaf, number in found.items()}
 
 
-def _result(given: list | None) -> SolveResult | None:
-    """The result of a solve from its numbers in the file."""
-    if given is None:
-        return None
-    converged, reason, residual, cycles, scale = given
-    residuals = [] if residual is None else [residual]
-    return SolveResult(converged, reason, residuals, cycles, np.nan if scale is None else scale)
+def _reassessed(stored: StoredEvolution) -> list[dict]:
+    """The results of the evaluations of an evolution, with values of their present states."""
+    stored.reassess()
+    return stored.described()

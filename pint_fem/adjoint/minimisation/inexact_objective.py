@@ -13,6 +13,7 @@ is computed again more accurately,
 
 .. math::  c_u = \|g_{\text{new}} - g_{\text{old}}\| / \rho_{u,\text{old}} .
 
+Of a sum over several evolutions these are the norms of all states and all adjoints, and the largest relative residuals.
 Hessian products are those of a symmetric operator near the Hessian, a fixed number of cycles and their transposes
 (:mod:`~pint_fem.mgrit.transposed_cycles`, :mod:`~pint_fem.paradiag.transposed_iterations`), where there is one, and
 otherwise solves to a tolerance of their own.
@@ -28,9 +29,8 @@ from functools import partial
 
 import numpy as np
 
-from pint_fem.adjoint.evaluation import Evaluation, relative_residual
+from pint_fem.adjoint.interface import ControlProblem
 from pint_fem.adjoint.minimisation.objective import Objective
-from pint_fem.adjoint.problem import ReducedProblem
 from pint_fem.adjoint.riesz import ControlInner
 
 __all__ = ["InexactObjective"]
@@ -46,15 +46,15 @@ class InexactObjective(Objective):
 
     Parameters
     ----------
-    problem : ReducedProblem
-        Value and derivatives; the ``rtol`` of its sweeps is their smallest tolerance.
+    problem : ControlProblem
+        Value and derivatives, whose accuracy can be chosen; the ``rtol`` of its sweeps is their smallest tolerance.
     inner : ControlInner
         The inner product.
     """
 
-    def __init__(self, problem: ReducedProblem, inner: ControlInner):
+    def __init__(self, problem: ControlProblem, inner: ControlInner):
         super().__init__(problem, inner)
-        self.tightest = problem.sweeps.options.rtol
+        self.tightest, self._most_cycles = problem.limits.rtol, problem.limits.max_it
         self.loosest = max(_LOOSEST, self.tightest)
         self._state_factor: float | None = None  # c_u
         self._adjoint_factor = 0.0  # c_lambda
@@ -88,25 +88,24 @@ class InexactObjective(Objective):
         self.failure = None
         problem, rtol = self.problem, self.loosest
         for _ in range(_TRIES):
-            value, evaluation = problem.value(x, rtol=rtol), problem.at(x)
+            value = problem.value(x, rtol=rtol)
             if not np.isfinite(value):  # with any accuracy
                 self._report_parts(value)
                 return value, 0.0
             if self._weight is None:
                 problem.derivative(x, rtol=rtol)
-                self._measure_adjoint(evaluation)
-            relative = relative_residual(evaluation.state)
-            error = self._weight * relative * _scale(evaluation)
-            if error <= tolerance or relative <= self.tightest:
+                self._measure_adjoint(x)
+            accuracy = problem.accuracy_at(x)
+            error = self._weight * accuracy.state_residual
+            if error <= tolerance or accuracy.state <= self.tightest:
                 break
-            rtol = self._clip(_SAFETY * relative * tolerance / error)
+            rtol = self._clip(_SAFETY * accuracy.state * tolerance / error)
         return value, error
 
-    def _measure_adjoint(self, evaluation: Evaluation) -> None:
+    def _measure_adjoint(self, x: np.ndarray) -> None:
         """Compute the norms of the adjoint and of its part of the gradient; sequential solves have no residuals."""
-        scale = evaluation.adjoint.scale
-        self._weight = scale if np.isfinite(scale) else 0.0
-        self._adjoint_factor = self._norm(self._inner.primal(self.problem.adjoint_part(evaluation)))
+        self._weight = self.problem.accuracy_at(x).adjoint_norm
+        self._adjoint_factor = self._norm(self._inner.primal(self.problem.current_derivative(x, regularised=False)))
 
     def _norm(self, v: np.ndarray) -> float:
         """The norm of a vector in the inner product."""
@@ -135,26 +134,24 @@ class InexactObjective(Objective):
 
     def _residuals(self, x: np.ndarray) -> tuple[float, float]:
         """The relative residuals of state and adjoint."""
-        evaluation = self.problem.at(x)
-        return relative_residual(evaluation.state), relative_residual(evaluation.adjoint)
+        return self.problem.accuracy_at(x)[:2]
 
     def _gradient(self, x: np.ndarray, rtol: float) -> np.ndarray:
         """The gradient with both residuals at most ``rtol``; measures the factors."""
-        evaluation = self.problem.at(x)
-        before = None
-        if evaluation.adjoint is not None and evaluation.state is not None:
-            before = self.current_gradient(evaluation), self._residuals(x)
+        before, accuracy = None, self.problem.accuracy_at(x)
+        if np.isfinite(accuracy.state) and np.isfinite(accuracy.adjoint):
+            before = self.current_gradient(x), accuracy[:2]
         g = self._inner.primal(self.problem.derivative(x, rtol=rtol))
-        self._measure_adjoint(evaluation)
+        self._measure_adjoint(x)
         if before is not None:
             old, (state, adjoint) = before
             if state >= adjoint and state > 0 and max(self._residuals(x)) <= 0.1 * state:
                 self._state_factor = self._norm(g - old) / state
         return g
 
-    def current_gradient(self, evaluation: Evaluation) -> np.ndarray:
-        """The representative of the gradient from the trajectories of an evaluation, without further solves."""
-        return self._inner.primal(self.problem.gradient_of(evaluation))
+    def current_gradient(self, x: np.ndarray) -> np.ndarray:
+        """The representative of the gradient from the cached trajectories, without further solves."""
+        return self._inner.primal(self.problem.current_derivative(x))
 
     @property
     def hessian_model(self) -> Callable[[np.ndarray, float], Callable[[np.ndarray], np.ndarray]]:
@@ -176,12 +173,12 @@ class InexactObjective(Objective):
         return self._model_factory(gauss_newton=True)
 
     def _model_factory(self, *, gauss_newton: bool):
-        if self.problem.sweeps.solvers.transposed_adjoint is None:
+        if not self.problem.has_symmetric_actions():
             raise AttributeError("no model: the sweeps have no transposed cycles")
         return partial(self._model, gauss_newton=gauss_newton)
 
     def _model(self, x: np.ndarray, rtol: float, *, gauss_newton: bool) -> Callable[[np.ndarray], np.ndarray]:
-        rtol, most, cycles = self._clip(rtol), self.problem.sweeps.options.max_it, None
+        rtol, most, cycles = self._clip(rtol), self._most_cycles, None
 
         def action(v: np.ndarray) -> np.ndarray:
             nonlocal cycles
@@ -192,20 +189,15 @@ class InexactObjective(Objective):
                 # where residuals do not decrease (round-off, growing modes), neither do errors
                 if cycles is not None or residual <= rtol or taken >= most or residual > _FALLS * before:
                     cycles = taken
-                    return self._inner.primal(h)
+                    return self._product(h, v)
                 self._cycles, before = taken + 1, residual
 
         return action
 
     def hessian_action_within(self, x: np.ndarray, v: np.ndarray, rtol: float) -> np.ndarray:
         """The Hessian action with relative residuals of its two sweeps of at most ``rtol``."""
-        return self._inner.primal(self.problem.hessian_action(x, v, rtol=self._clip(rtol)))
+        return self._product(self.problem.hessian_action(x, v, rtol=self._clip(rtol)), v)
 
     def gauss_newton_action_within(self, x: np.ndarray, v: np.ndarray, rtol: float) -> np.ndarray:
         """As :meth:`hessian_action_within`, without the second derivatives of the steps."""
-        return self._inner.primal(self.problem.hessian_action(x, v, gauss_newton=True, rtol=self._clip(rtol)))
-
-
-def _scale(evaluation: Evaluation) -> float:
-    """The norm of the state, zero where it was solved sequentially and has no residual."""
-    return evaluation.state.scale if np.isfinite(evaluation.state.scale) else 0.0
+        return self._product(self.problem.hessian_action(x, v, gauss_newton=True, rtol=self._clip(rtol)), v)

@@ -22,6 +22,7 @@ from pint_fem.adjoint.minimisation.objective import Objective
 from pint_fem.adjoint.problem import ReducedProblem
 from pint_fem.adjoint.riesz import ControlInner
 from pint_fem.errors import InputError
+from pint_fem.evolution.evolution import Evolution
 from pint_fem.inverse.map import ParameterToObservable
 from pint_fem.inverse.objective import MapMisfit
 from pint_fem.misfits.base import BlockMisfit
@@ -66,6 +67,11 @@ class MapProblem(ControlProblem):
         return self.given.leaf_terms(z, weight)
 
     @property
+    def evolutions(self) -> list[Evolution]:
+        """Those of the functional by sweeps."""
+        return self.given.evolutions
+
+    @property
     def is_quadratic(self) -> bool:
         """Whether the regularisation is quadratic; the misfit is."""
         return self.regularisation is None or self.regularisation.quadratic
@@ -75,14 +81,14 @@ class MapProblem(ControlProblem):
         """Value of the ``"misfit"`` and of the ``"regularisation"`` at the last control."""
         return dict(self._parts)
 
-    def value(self, z: np.ndarray) -> float:
-        """Return ``J(z)``, the identical number on every rank."""
+    def value(self, z: np.ndarray, **accuracy: float) -> float:
+        """Return ``J(z)``, the identical number on every rank; without sweeps there is no accuracy to choose."""
         z = as_vector(z)
         regularisation = 0.0 if self.regularisation is None else self.regularisation.value(z)
         self._parts = {"misfit": self.misfit.value(z), "regularisation": regularisation}
         return sum(self._parts.values())
 
-    def derivative(self, z: np.ndarray) -> np.ndarray:
+    def derivative(self, z: np.ndarray, **accuracy: float) -> np.ndarray:
         """Return ``J'(z)`` as a dual vector."""
         z = as_vector(z)
         g = self.misfit.gradient(z)
@@ -92,7 +98,9 @@ class MapProblem(ControlProblem):
         """Return ``J'(z) dz``."""
         return self.layout.pairing(self.derivative(z), as_vector(dz))
 
-    def hessian_action(self, z: np.ndarray, dz: np.ndarray, *, gauss_newton: bool = False) -> np.ndarray:
+    def hessian_action(
+        self, z: np.ndarray, dz: np.ndarray, *, gauss_newton: bool = False, **accuracy: float
+    ) -> np.ndarray:
         """Return ``J''(z) dz`` as a dual vector."""
         return self.hessian_actions(z, [dz])[0]
 
@@ -235,11 +243,10 @@ def trust_region_options(functional: ControlFunctional, given: Mapping) -> dict:
     """The options of an inversion by sweeps, with those of the user in front: inexact sweeps where their accuracy can
     be chosen, and a limited-memory preconditioner.
     """
-    leaves = functional.problem.leaves
-    measured = not any(p.sweeps.options.residual == "none" and p.sweeps.options.levels > 1 for p in leaves)
+    problem = functional.problem
     made: dict = {"preconditioner": "limited-memory"}
     if given.get("preconditioner", "limited-memory") == "limited-memory":
         made["preconditioner_memory"] = 10 if functional.evolution.stepwise else 40
-    if isinstance(functional.problem, ReducedProblem) and given.get("bounds") is None and measured:
+    if problem.chooses_accuracy and given.get("bounds") is None and problem.limits.has_residuals:
         made["inexact"] = True
     return made | dict(given)

@@ -18,8 +18,8 @@ from pint_fem.adjoint.minimisation.bounds_and_constraints import Controls, bound
 from pint_fem.adjoint.minimisation.checkpoint import open_checkpoint
 from pint_fem.adjoint.minimisation.inexact_objective import InexactObjective
 from pint_fem.adjoint.minimisation.objective import Objective
-from pint_fem.adjoint.problem import ReducedProblem
 from pint_fem.adjoint.riesz import ControlInner
+from pint_fem.adjoint.total_variation.preconditioner import VariationPreconditioner
 from pint_fem.collective import ending_all_ranks, require_same
 from pint_fem.errors import InputError, SolverFailure
 from pint_fem.optimize.constraints import AffineConstraints
@@ -38,6 +38,10 @@ __all__ = ["Minimisable"]
 # Forcing term for a quadratic J with inexact sweeps, about what one MGRIT cycle gives: for a plate with 64 steps this
 # takes the fewest cycles of 0.1, 0.02 and "superlinear", with and without a limited-memory preconditioner.
 _MODEL_FORCING = 0.02
+
+# Residual of conjugate gradients with total variation: the update of its dual supposes Newton's step, and looser ones
+# take more iterations.
+_VARIATION_RTOL = 1e-2
 
 
 class Minimisable:
@@ -81,6 +85,8 @@ class Minimisable:
         preconditioner : str, ufl.Form, list of ufl.Form or callable, optional
             Preconditioner of conjugate gradients: ``"regularisation"`` (the inverse of its second derivative), a
             bilinear form or a list with one per control, ``"limited-memory"``, or a callable on flat representatives.
+            With a total variation ``"regularisation"`` is
+            :mod:`pint_fem.adjoint.total_variation.preconditioner`, and the default; ``"none"`` is none.
         checkpoint : str or pathlib.Path, optional
             An HDF5 file with the state after each iteration, from which the run continues if the file exists
             (:mod:`pint_fem.adjoint.minimisation.checkpoint`).
@@ -90,7 +96,8 @@ class Minimisable:
         choice : str, optional
             Why this method was chosen, for the result.
         **options
-            Options of the minimiser. For a quadratic ``J`` the first radius is unlimited by default.
+            Options of the minimiser. For a quadratic ``J`` the first radius is unlimited by default; with a total
+            variation ``cg_rtol`` is 0.01.
 
         Returns
         -------
@@ -143,7 +150,7 @@ class Minimisable:
             options.setdefault("value_rtol", _value_rtol(self.problem))
             options.setdefault("memory", 10 if self.evolution.stepwise else 40)  # static controls are small
             self._require_residuals("one-shot")
-            if any(p.sweeps.solvers.accelerated for p in self.problem.leaves):
+            if self.problem.limits.accelerated:
                 raise InputError("one-shot takes single MGRIT cycles: leave krylov out")
             if preconditioner == "limited-memory":
                 raise InputError("one-shot has a limited-memory operator of its own: leave preconditioner= out")
@@ -242,11 +249,14 @@ class Minimisable:
                 raise InputError("bounds go with exact solves: leave inexact= out")
             if inner.weights is None:
                 inner = ControlInner(self.layout, "lumped")
-        options["preconditioner"] = self._preconditioner(inner, preconditioner)
+        varies = any(r.variations for _, r in problem.regularisations())
+        if not (varies and preconditioner == "regularisation"):
+            options["preconditioner"] = self._preconditioner(inner, preconditioner)
         run = dict(method="trust region", constraints=constraints)
         if bounds is not None:
             lower, upper = bound_arrays(self, bounds)
             objective = Objective(problem, inner)
+            self._choose_for_variations(objective, inner, preconditioner, options)
             _raise_tolerance(objective, start, checkpoint, options)
             if constraints:
                 if checkpoint is not None:
@@ -257,6 +267,7 @@ class Minimisable:
             with open_checkpoint(checkpoint, objective, if_save_fails, **run) as opened:
                 return minimize_bounded(objective, start, lower, upper, checkpoint=opened, **options)
         objective = Objective(problem, inner) if inexact is None else InexactObjective(problem, inner)
+        self._choose_for_variations(objective, inner, preconditioner, options)
         limited, start = self._constrained(objective, start, constraints)
         if inexact is None:
             _raise_tolerance(objective, start, checkpoint, options)
@@ -266,23 +277,28 @@ class Minimisable:
         finally:
             problem.keep_evaluations(1)
 
+    def _choose_for_variations(self, objective: Objective, inner: ControlInner, given: Any, options: dict) -> None:
+        """Set the preconditioner and the tolerance of conjugate gradients where total variations are in the model."""
+        if objective.model.duals:
+            if given is None or (isinstance(given, str) and given == "regularisation"):
+                options["preconditioner"] = VariationPreconditioner(objective, inner)
+            if options.get("cg_rtol") is None and "cg_forcing" not in options:
+                options["cg_rtol"] = _VARIATION_RTOL
+
     def _inexact_options(self, inexact) -> InexactOptions | None:
         """The options of inexact sweeps; refused where their accuracy cannot be chosen."""
         if isinstance(inexact, Mapping):
             inexact = InexactOptions(**inexact)
         inexact = InexactOptions() if inexact is True else inexact or None
         if inexact is not None:
-            if not isinstance(self.problem, ReducedProblem):
-                raise InputError(
-                    "inexact= goes with the functional of one evolution: leave it out for a sum, a multiple and where "
-                    "the initial condition is an expression of controls"
-                )
+            if not self.problem.chooses_accuracy:
+                raise InputError("inexact= chooses the accuracy of sweeps, which this functional does without")
             self._require_residuals("inexact=")
         return inexact
 
     def _require_residuals(self, what: str) -> None:
         """Refuse MGRIT without residuals where they decide on the accuracy."""
-        if any(p.sweeps.options.residual == "none" and p.sweeps.options.levels > 1 for p in self.problem.leaves):
+        if not self.problem.limits.has_residuals:
             raise InputError(f"{what} chooses accuracy by residuals: give mgrit residual='C' or 'full', not 'none'")
 
     def _constrained(self, objective: Objective, start: np.ndarray, constraints):
@@ -298,13 +314,16 @@ class Minimisable:
 
     def _preconditioner(self, inner: ControlInner, given: Any):
         """An approximate inverse Hessian on representatives."""
-        if given is None or given == "limited-memory" or (callable(given) and not isinstance(given, ufl.Form)):
+        if given is None or (isinstance(given, str) and given == "none"):
+            return None
+        if given == "limited-memory" or (callable(given) and not isinstance(given, ufl.Form)):
             return given
         if isinstance(given, str) and given == "regularisation":
             given = [self._second_derivative(control) for control in self.evolution.controls]
         elif isinstance(given, str):
             raise InputError(
-                f"preconditioner {given!r}: give 'regularisation', 'limited-memory', a bilinear form or a callable"
+                f"preconditioner {given!r}: give 'regularisation', 'limited-memory', 'none', a bilinear form or a "
+                "callable"
             )
         prior = ControlInner(self.layout, given)
         return lambda r: prior.primal(inner.dual(r))
@@ -321,7 +340,7 @@ class Minimisable:
 
 def _value_rtol(problem) -> float:
     """Relative accuracy of ``J``, from that of the sweeps."""
-    return 10 * max(leaf.sweeps.options.rtol for leaf in problem.leaves)
+    return 10 * problem.limits.rtol
 
 
 def _raise_tolerance(objective: Objective, start: np.ndarray, checkpoint, options: dict) -> None:

@@ -1,0 +1,1 @@
+"""Functionals that are sums over several experiments, which are divided over groups of ranks."""
