@@ -1,5 +1,6 @@
 """The inversion of the radar for permittivity and conductivity: its physics, derivatives, and serial pyadjoint."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -33,7 +34,9 @@ from problems.maxwell_permittivity import (
 )
 from problems.maxwell_soil import ANTENNAS, FINAL_TIME, current, receivers_of, soil_mesh, true_controls
 from problems.serial_maxwell_permittivity import serial_maxwell_permittivity
+from tests.pictures import assert_drawn
 from tests.taylor import check_orders
+from tests.test_demo import run
 
 SMALL = dict(cells=4, degree=1, steps=6, experiments=[1, 6])
 
@@ -152,3 +155,33 @@ def test_bounds_are_those_of_the_permittivity():
     assert np.allclose(np.exp([lower[0], upper[0]]), (0.2, 5.0))
     assert lower[1] is None
     assert upper[1] is None
+
+
+# -- the demo ----------------------------------------------------------------------------------------------------------
+@pytest.mark.starts_mpi
+def test_demo(tmp_path):
+    """Two iterations on a coarse mesh, on two time ranks."""
+    small = [
+        "--cells",
+        4,
+        "--degree",
+        1,
+        "--steps",
+        16,
+        "--time-solver",
+        "serial",
+        "--max-iterations",
+        2,
+        "--no-fields",
+    ]
+    done = run(2, "--grid", "1x2", *small, "--out", tmp_path, program="maxwell_permittivity_inversion")
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["experiments"] == 8
+    history = summary["result"]["history"]
+    assert history[-1]["J"] < history[0]["J"]
+    found = summary["result"]["coefficients"]
+    assert found["permittivity"]["inclusions"]["wet lens"]["true_contrast"] == 1.8
+    assert found["conductivity"]["inclusions"]["wet lens"]["true_contrast"] == 6.0
+    assert "8 experiments" in done.stdout
+    for name, panels in (("permittivity.png", 3), ("conductivity.png", 3), ("gathers.png", 4), ("sensors.png", 1)):
+        assert_drawn(tmp_path / name, panels=panels)
