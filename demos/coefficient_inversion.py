@@ -85,8 +85,9 @@ def invert_coefficients(
     shipped: bool,
     quantity: str,
     sources: str,
-    gathers: int = 0,
     stages: Sequence[tuple[str, Mapping[str, Any]]] = (("", {}),),
+    minimisation: Mapping[str, Any] | None = None,
+    pictures: Callable | None = None,
 ) -> None:
     """Pose the problem, minimise it and write the results (collective).
 
@@ -108,12 +109,15 @@ def invert_coefficients(
         Whether the readings are the shipped ones, whose coefficients are known.
     quantity, sources
         What is read, with its unit, and what the experiments' sources are called, for pictures.
-    gathers
-        Number of experiments whose readings are drawn over time and place.
     stages
         Labels and further settings of the minimisations, of which each starts where the one before ended.
+    minimisation
+        Further options of the minimisation.
+    pictures
+        ``pictures(problem, result, out, shipped=...)`` is called by all ranks and returns what draws further pictures
+        on the first one.
     """
-    from demos.coefficient_report import report
+    from demos.coefficient_report import coefficient_summary, report
     from demos.inversion import invert, summary_of
     from demos.outputs import Outputs, output_folder
     from pint_fem.spacetime import SpaceTime
@@ -132,7 +136,7 @@ def invert_coefficients(
         return pose(spacetime, **{**settings, **own}, experiments=experiments, solver_parameters=solver)
 
     say(f"{title} on {spacetime.space_size} x {spacetime.time_size} ranks (space x time)")
-    start, history, calls = None, [], [0, 0, 0]
+    start, history, calls, finished = None, [], [0, 0, 0], []
     for number, (label, own) in enumerate(stages):
         clock = time.perf_counter()
         problem = posed(own)
@@ -142,7 +146,7 @@ def invert_coefficients(
             say(problem.rf.problem.leaves[0].sweeps.solvers.view())
         if label:
             say(f"stage {number + 1} of {len(stages)}: {label}")
-        given = {} if start is None else {"start": start}
+        given = dict(minimisation or {}) | ({} if start is None else {"start": start})
         if problem.bounds is not None:
             given["bounds"] = problem.bounds
         if opts.checkpoint is not None and len(stages) > 1:
@@ -153,8 +157,15 @@ def invert_coefficients(
         start, history = result.control, [*history, *result.history]
         own_calls = result.value_calls, result.gradient_calls, result.hessian_calls
         calls = [a + b for a, b in zip(calls, own_calls, strict=True)]
+        if len(stages) > 1:
+            finished.append(_stage(label, own, problem, result, seconds["inversion"]))
+            found = problem.rf.function(result.x)
+            found = found if isinstance(found, list) else [found]
+            finished[-1]["coefficients"] = coefficient_summary(problem, found, shipped, say)
     summary = summary_of(title, {**settings}, spacetime, problem.evolutions[0].V.dim(), times)
     summary["experiments"] = len(problem.evolutions)
+    if finished:
+        summary["stages"] = finished
     compare = None
     if opts.compare_serial:
         from problems.compare_experiments import compare_experiments
@@ -173,8 +184,24 @@ def invert_coefficients(
         )
     report(
         problem, result, opts, summary, say, outputs,
-        shipped=shipped, quantity=quantity, sources=sources, compare=compare, gathers=gathers,
+        shipped=shipped, quantity=quantity, sources=sources, compare=compare, pictures=pictures,
     )  # fmt: skip
+
+
+def _stage(label: str, settings: Mapping[str, Any], problem, result, seconds: float) -> dict:
+    """The minimisation of a stage in plain values."""
+    return {
+        "stage": label,
+        **settings,
+        "J": result.value,
+        **problem.rf.problem.parts,
+        "iterations": result.nit,
+        "evaluations": result.value_calls,
+        "gradients": result.gradient_calls,
+        "hessian_actions": result.hessian_calls,
+        "converged": result.converged,
+        "seconds": seconds,
+    }
 
 
 def _sizes(problem) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 
 from demos.heat_source_report import convergence_picture, mgrit_summary, result_summary
 from demos.outputs import write_json
-from demos.pictures import Raster, plot_fields, plot_gathers, plot_sensors
+from demos.pictures import Raster, plot_fields, plot_sensors
 from pint_fem.paraview import write_functions
 from problems.experiments import CoefficientProblem, relative_error
 
@@ -31,7 +31,7 @@ def report(
     quantity: str,
     sources: str,
     compare: Callable[[], dict] | None,
-    gathers: int = 0,
+    pictures: Callable | None = None,
 ) -> None:
     """Write everything (collective); ``summary`` is completed and written last.
 
@@ -47,9 +47,8 @@ def report(
         What is read, with its unit, and what the experiments' sources are called.
     compare
         Compares with serial pyadjoint and returns the entry of the summary.
-    gathers
-        Number of experiments whose readings are drawn over time and the first coordinate, ``gathers.png``, for sensors
-        along a line.
+    pictures
+        ``pictures(problem, result, out, shipped=...)`` returns what draws further pictures on the first rank.
 
     Raises
     ------
@@ -57,8 +56,7 @@ def report(
         On every rank, where something could not be written.
     """
     rf, out = problem.rf, opts.out
-    tables = problem.predicted(result.x)
-    predicted, measured = _flat(problem, tables)
+    predicted, measured = _flat(problem, problem.predicted(result.x))
     summary["result"] = result_summary(rf, result, predicted, measured)
     summary["result"]["noise"] = problem.data.deviation(summary["settings"]["noise"])
     found = rf.function(result.x)
@@ -72,8 +70,9 @@ def report(
     outputs.on_root("summary.json", write_json, out / "summary.json", summary)  # before anything else can fail
     images = _images(problem, found, shipped)
     data = problem.data.readings[0]
+    more = None if pictures is None else pictures(problem, result, out, shipped=shipped)
 
-    def pictures() -> None:
+    def draw() -> None:
         points = np.unique(np.concatenate([r.points for r in problem.data.readings]), axis=0)
         for c, (extent, own) in zip(problem.coefficients, images, strict=True):
             shown = dict(points=points, sources=(sources, problem.sources), label=c.label)
@@ -82,11 +81,11 @@ def report(
         per = predicted.shape[1] // len(names)
         names = [name for name in names for _ in range(per)]
         plot_sensors(out / "sensors.png", data.times, measured, predicted, names=names, quantity=quantity)
-        if gathers:
-            plot_gathers(out / "gathers.png", data.times, _gathers(problem, tables, gathers), quantity=quantity)
         convergence_picture(out / "convergence.png", rf.problem.leaves[0].sweeps, result, summary)
 
-    outputs.on_root(f"pictures in {out}", pictures)
+    outputs.on_root(f"pictures in {out}", draw)
+    if more is not None:
+        outputs.on_root(f"further pictures in {out}", more)
     if not opts.no_fields:
         shown = []
         for c, f in zip(problem.coefficients, found, strict=True):
@@ -125,14 +124,6 @@ def _flat(problem: CoefficientProblem, predicted: list[np.ndarray]) -> tuple[np.
     """Predicted and measured readings ``(times, series)``, where all experiments have the same number of times."""
     flat = lambda tables: np.ma.concatenate([np.ma.asarray(t).reshape(len(t), -1) for t in tables], axis=1)
     return np.asarray(flat(predicted)), flat([r.values for r in problem.data.readings])
-
-
-def _gathers(problem: CoefficientProblem, predicted: list[np.ndarray], count: int) -> list:
-    """Name, positions, readings and fit of the first quantity of some experiments."""
-    every = problem.data.readings
-    chosen = np.unique(np.linspace(0, len(every) - 1, min(count, len(every))).round().astype(int))
-    table = lambda values: values if values.ndim == 2 else values[..., 0]
-    return [(f"experiment {e}", every[e].points[:, 0], table(every[e].values), table(predicted[e])) for e in chosen]
 
 
 def _images(problem: CoefficientProblem, found: list, shipped: bool) -> list:

@@ -5,7 +5,7 @@ in time.
     mpiexec -n 4 python demos/maxwell_permittivity_inversion.py --grid 2x2      (2 ranks in space x 2 in time)
     python demos/maxwell_permittivity_inversion.py --compare-serial             (beside plain Firedrake + pyadjoint)
 
-Writes to --out: permittivity.png, conductivity.png, gathers.png, sensors.png, convergence.png,
+Writes to --out: soil.png, permittivity.png, conductivity.png, gathers.png, sensors.png, convergence.png,
 fields/coefficients.pvd for ParaView and summary.json. MGRIT options of PETSc's kind follow with one dash:
 -mgrit_levels 3 -mgrit_coarsening 4,4 -mgrit_monitor
 """
@@ -29,15 +29,16 @@ def arguments():
     add("--steps", type=positive(int), default=192, help="time steps (192)")
     add("--integrator", default="ImplicitMidpoint", help="ImplicitMidpoint, SDIRK2 or BackwardEuler (the first)")
     add("--alpha-conductivity", type=positive(float, zero=True), help="--alpha of the conductivity")
-    add_coefficients(parser, out="results/maxwell_permittivity")
+    add_coefficients(parser, out="results/maxwell_permittivity", gtol="1e-2")
     opts = parser.read()
-    settle_coefficients(opts)
+    settle_coefficients(opts, gtol=1e-2, max_iterations=25)
     return opts
 
 
 def main():
     """Run the inversion."""
     opts = arguments()
+    from demos.maxwell_permittivity_report import pictures
     from problems import maxwell_permittivity as posed
     from problems.serial_maxwell_permittivity import serial_maxwell_permittivity
 
@@ -63,7 +64,8 @@ def main():
         shipped=settings["readings"] == str(posed.READINGS),
         quantity="electric field",
         sources="antennas",
-        gathers=4,
+        minimisation={"hessian": "gauss-newton", "initial_radius": 0.1, "cg_forcing": 0.1, "cg_max_it": 20},
+        pictures=pictures,
     )
 
 

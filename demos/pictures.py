@@ -33,6 +33,7 @@ __all__ = [
     "plot_convergence",
     "plot_fields",
     "plot_gathers",
+    "plot_values",
     "plot_regularisation",
     "plot_sensors",
     "plot_snapshots",
@@ -197,6 +198,37 @@ def plot_sensors(
     right.hist((predicted - measured).ravel(), bins=40, color="0.6")
     right.set(xlabel="fit - reading", ylabel="readings", title="residuals of all sensors")
     fig.suptitle(title)
+    _save(fig, path, 110)
+
+
+def plot_values(
+    path: Path,
+    rows: Sequence[tuple[str, Sequence[tuple[str, np.ndarray]]]],
+    extent: Sequence[float],
+    *,
+    points: np.ndarray,
+    sources: np.ndarray,
+) -> None:
+    """Draw rows of named images of a positive quantity, of which each row has a colour scale and a label, with dots at
+    ``points`` and triangles at ``sources``, both ``(count, 2)``; where an image is not a number nothing is drawn.
+    """
+    columns = len(rows[0][1])
+    fig, axes = plt.subplots(
+        len(rows), columns, figsize=(5 * columns + 1, 3.5 * len(rows)), layout="constrained", squeeze=False
+    )
+    for line, (label, images) in zip(axes, rows, strict=True):
+        low, high = (f([f(image[np.isfinite(image)]) for _, image in images]) for f in (np.min, np.max))
+        for ax, (name, image) in zip(line, images, strict=True):
+            shown = ax.imshow(image, origin="lower", extent=extent, vmin=low, vmax=high, interpolation="nearest")
+            ax.plot(*points.T, "k.", ms=3)
+            ax.plot(*sources.T, "^", color="gold", mec="k", mew=0.6, ms=7)
+            ax.set(
+                title=name,
+                aspect="equal",
+                xlabel="x" if line is axes[-1] else "",
+                ylabel="y" if not ax.get_subplotspec().colspan.start else "",
+            )
+        fig.colorbar(shown, ax=line, label=label, shrink=0.9)
     _save(fig, path, 110)
 
 
