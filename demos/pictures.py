@@ -33,10 +33,10 @@ __all__ = [
     "plot_convergence",
     "plot_fields",
     "plot_gathers",
-    "plot_values",
     "plot_regularisation",
     "plot_sensors",
     "plot_snapshots",
+    "plot_values",
 ]
 
 
@@ -226,7 +226,7 @@ def plot_values(
                 title=name,
                 aspect="equal",
                 xlabel="x" if line is axes[-1] else "",
-                ylabel="y" if not ax.get_subplotspec().colspan.start else "",
+                ylabel="y" if ax is line[0] else "",
             )
         fig.colorbar(shown, ax=line, label=label, shrink=0.9)
     _save(fig, path, 110)
