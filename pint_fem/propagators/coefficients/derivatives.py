@@ -81,7 +81,7 @@ class OperatorDerivatives:
         fields: Sequence[int],
     ):
         self._form, self._evolution, self._unknowns, self._bc_rows = form, evolution, unknowns, bc_rows
-        self._fields, self._mesh = fields, evolution.V.mesh()
+        self._fields, self._mesh = fields, evolution.V.mesh().unique()
         present = set(extract_coefficients(form))
         self._controls = [(i, c) for i, c in enumerate(evolution.parameters) if c in present]
         self._directions = {c: Function(c.function_space(), name="direction") for _, c in self._controls}
