@@ -265,6 +265,30 @@ def test_final_states_of_all_experiments_are_on_all_ranks(grid):
         np.testing.assert_array_equal(get(final), get(J.state(times=float(ev.time(ev.nsteps)), evolution=ev)))
 
 
+@pytest.mark.parallel([2, 4])
+@on_grids
+@time_limit(60)
+def test_readings_of_all_experiments_are_on_all_ranks(grid):
+    """The state at the sensors."""
+    posed = Heating(pf.SpaceTime(grid))
+    points, times = np.array([[0.3, 0.4], [0.7, 0.6]]), [0.04, 0.16]
+    sensors = [pf.PointSensors(points, times, np.zeros((2, 2))) for _ in posed.evolutions]
+    J = pf.TimeParallelReducedFunctional(posed.evolutions, sensors, spacetime=posed.st)
+    J(J.function(posed.vector(0)))
+    other, z = alone(), None
+    other.J(other.J.function(other.vector(0)))
+    for ev, one, theirs in zip(posed.evolutions, sensors, other.evolutions, strict=True):
+        expected = [[u.at(p) for p in points] for u in other.J.state(times=times, evolution=theirs)]
+        np.testing.assert_allclose(J.readings(one, z), expected, rtol=1e-10)
+        if posed.st.experiments_comm.rank != J.problem.group_of(ev):
+            with pytest.raises(InputError, match="they are on the ranks of group"):
+                J.problem.observations(posed.vector(0), one)
+        else:
+            assert J.problem.observations(posed.vector(0), one).shape[1] == 2
+    with pytest.raises(InputError, match="give a misfit of one of the experiments"):
+        J.readings(pf.PointSensors(points, times, np.zeros((2, 2))))
+
+
 # -- data --------------------------------------------------------------------------------------------------------------
 @pytest.mark.parallel([2, 4])
 @on_grids
