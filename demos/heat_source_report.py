@@ -7,6 +7,7 @@ import time
 import numpy as np
 from firedrake import Function, assemble, dx, inner
 
+from demos.inversion import sum_of_counts
 from demos.outputs import write_json
 from demos.pictures import (
     Raster,
@@ -94,7 +95,7 @@ def report(problem, result, posterior, opts, summary: dict, say, outputs) -> Non
 
 
 def result_summary(rf, result, predicted, measured) -> dict:
-    """The minimisation in plain values."""
+    """The minimisation in plain values; predicted and measured readings are arrays of one shape."""
     return {
         "J": result.value,
         **rf.problem.parts,
@@ -122,15 +123,17 @@ def convergence_picture(path, sweeps, result, summary: dict) -> None:
 
 def mgrit_summary(problem, summary: dict, say) -> None:
     """Cycles and observed factors, beside the theory's bound over the problem's spectrum."""
-    sweeps = problem.rf.problem.sweeps
-    summary["sweeps"] = dict(sweeps.counts)
+    every = [leaf.sweeps for leaf in problem.rf.problem.leaves]
+    sweeps, counts = every[0], sum_of_counts(every)
+    summary["sweeps"] = counts
     levels, options = sweeps.solvers.adjoint.levels, sweeps.options
     if len(levels) == 1:
         return
     verdict = (sweeps.solvers.estimates or [None])[0]
-    factors = [r.factor for _, r in sweeps.results if r.cycles > 1 and np.isfinite(r.factor)]
-    solves = sum(n for kind, n in sweeps.counts.items() if kind != "cycles")
-    cycles = sweeps.counts["cycles"] / solves if solves else None  # none where a finished run is read again
+    results = [r for own in every for _, r in own.results]
+    factors = [r.factor for r in results if r.cycles > 1 and np.isfinite(r.factor)]
+    solves = sum(n for kind, n in counts.items() if kind != "cycles")
+    cycles = counts["cycles"] / solves if solves else None  # none where a finished run is read again
     summary["mgrit"] = {
         "levels": len(levels),
         "coarsening": [level.m for level in levels[:-1]],

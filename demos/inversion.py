@@ -21,6 +21,7 @@ from pint_fem.errors import InputError
 if TYPE_CHECKING:
     from pint_fem.inverse.map import ParameterToObservable
     from pint_fem.inverse.posterior import GaussianPosterior
+    from pint_fem.sweeps.sweeps import Sweeps
 
 __all__ = [
     "MapResult",
@@ -31,6 +32,7 @@ __all__ = [
     "mean_over_coefficients",
     "posterior_of",
     "settle_method",
+    "sum_of_counts",
     "summary_of",
 ]
 
@@ -50,23 +52,27 @@ def add_method(add) -> None:
     )
 
 
-def add_plate(add) -> None:
-    """Add the options of the plate's mesh, readings and steps to a parser, whose ``add_argument`` is given."""
+def add_plate(add, *, columns: str = "sensor,x,y,time,temperature", steps: int = 512) -> None:
+    """Add the options of the plate's mesh, readings and steps to a parser, whose ``add_argument`` is given; the columns
+    of the readings and the number of steps are those of the problem.
+    """
     add(
         "--mesh",
         type=file_name,
         metavar="FILE.msh",
         help="gmsh mesh tagged as problems/plate.py (default: the shipped)",
     )
-    add("--sensors", type=file_name, metavar="FILE.csv", help="sensor,x,y,time,temperature (default: the shipped)")
-    add("--steps", type=positive(int), default=512, help="time steps (512)")
+    add("--sensors", type=file_name, metavar="FILE.csv", help=f"{columns} (default: the shipped)")
+    add("--steps", type=positive(int), default=steps, help=f"time steps ({steps})")
 
 
-def add_trust_region(parser: ProgramParser, *, gtol: str, checkpoints: bool) -> None:
-    """Add the options of ``--method trust-region``, with or without those of checkpoints; ``gtol`` is the default of
-    the tolerance in words.
+def add_trust_region(
+    parser: ProgramParser, *, gtol: str, checkpoints: bool, heading: str = "only with --method trust-region or auto"
+) -> None:
+    """Add the options of ``--method trust-region``, with or without those of checkpoints, below a heading; ``gtol`` is
+    the default of the tolerance in words.
     """
-    add = parser.add_argument_group("only with --method trust-region or auto").add_argument
+    add = parser.add_argument_group(heading).add_argument
     add("--rtol", type=positive(float), help="relative tolerance of the time-parallel solves (1e-9)")
     add("--gtol", type=positive(float), help=f"relative tolerance of the gradient ({gtol})")
     add("--max-iterations", type=positive(int), help="trust-region iterations (30)")
@@ -173,7 +179,7 @@ def invert(rf, opts, say, outputs, times: dict, **given) -> tuple[Any, GaussianP
     start = time.perf_counter()
     result = _by_iterations(rf, opts, say, outputs, **given)
     times["inversion"] = time.perf_counter() - start
-    outputs("trace", rf.problem.sweeps.solvers.write_trace)
+    outputs("trace", rf.problem.leaves[0].sweeps.solvers.write_trace)
     if opts.method == "auto" and result.choice.startswith("map"):
         return _by_map(rf, say, outputs, times, rf.on_map().F)
     rf.problem.value(result.x)
@@ -182,19 +188,30 @@ def invert(rf, opts, say, outputs, times: dict, **given) -> tuple[Any, GaussianP
 
 
 def _by_iterations(rf, opts, say, outputs, **given):
-    """The result of ``rf.minimize``, with a line on the terminal for each sweep."""
-    sweeps = rf.problem.sweeps
+    """The result of ``rf.minimize``, with a line on the terminal for each sweep.
+
+    Sweeps are inexact only where the functional is that of one evolution and there are no bounds.
+    """
+    every = [leaf.sweeps for leaf in rf.problem.leaves]
+    inexact = not opts.exact and not rf.problem.terms and given.get("bounds") is None
     options = dict(monitor=say, gtol_rel=opts.gtol, max_it=opts.max_iterations)
     if opts.checkpoint is not None:
         given = dict(checkpoint=opts.checkpoint, if_save_fails=opts.if_save_fails) | given
-    with Progress(sweeps.spacetime.is_root) as progress:
-        sweeps.on_sweep = lambda kind, result: progress(
-            f"{kind} sweep: {result.cycles} cycles; so far " + ", ".join(f"{n} {k}" for k, n in sweeps.counts.items())
-        )
+    with Progress(rf.spacetime.is_root) as progress:
+        for sweeps in every:
+            sweeps.on_sweep = lambda kind, result: progress(
+                f"{kind} sweep: {result.cycles} cycles; so far "
+                + ", ".join(f"{n} {k}" for k, n in sum_of_counts(every).items())
+            )
         if opts.method == "auto":
-            return rf.minimize("auto", inexact=not opts.exact, **options, **given)
+            return rf.minimize("auto", inexact=inexact, **options, **given)
         learned = dict(preconditioner="limited-memory", preconditioner_memory=40)
-        return rf.minimize_trust_region(inexact=not opts.exact, **options, **learned, **given)
+        return rf.minimize_trust_region(inexact=inexact or None, **options, **learned, **given)
+
+
+def sum_of_counts(every: Sequence[Sweeps]) -> dict[str, int]:
+    """The numbers of solves of each kind, and of cycles, of several evolutions."""
+    return {kind: sum(sweeps.counts[kind] for sweeps in every) for kind in every[0].counts}
 
 
 def _by_map(rf, say, outputs, times: dict, F=None) -> tuple[MapResult, GaussianPosterior]:

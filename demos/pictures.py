@@ -99,12 +99,14 @@ def plot_fields(
     extent: Sequence[float],
     *,
     points: np.ndarray | None = None,
+    sources: tuple[str, np.ndarray] | None = None,
     title: str = "",
     deviations: Sequence[tuple[str, np.ndarray]] = (),
     rows: int = 1,
     label: str = "",
 ) -> None:
-    """Draw named images on one colour scale, zero in its middle, and dots at ``points`` ``(count, 2)``.
+    """Draw named images on one colour scale, zero in its middle, dots at ``points`` ``(count, 2)``, and triangles at
+    ``sources``, which are named.
 
     Standard deviations follow on a colour scale of their own. Panels are in columns of ``rows``. ``label`` is that of
     the colour bars, the quantity with its unit.
@@ -125,12 +127,14 @@ def plot_fields(
         ax.set(title=name, aspect="equal", xlabel="x" if n % rows == rows - 1 else "", ylabel="y" if n < rows else "")
         if points is not None:
             ax.plot(*points.T, "k." if n < len(images) else "w.", ms=4)
+        if sources is not None:
+            ax.plot(*sources[1].T, "^", color="gold", mec="k", mew=0.8, ms=8)
         if deviations:
             fig.colorbar(shown, ax=ax, shrink=0.85, label=label, extend="neither" if n < len(images) else "max")
     if not deviations:
         fig.colorbar(shown, ax=axes, shrink=0.9, label=label)
-    note = "dots: sensors" if points is not None else ""
-    fig.suptitle("; ".join(part for part in (title, note) if part), fontsize=11)
+    notes = [title, "dots: sensors" if points is not None else "", f"triangles: {sources[0]}" if sources else ""]
+    fig.suptitle("; ".join(part for part in notes if part), fontsize=11)
     _save(fig, path, 110)
 
 

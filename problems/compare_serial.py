@@ -95,7 +95,7 @@ def _ours(rf, V, points) -> dict:
 
 
 def together(spacetime, V, own: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
-    """Coordinates and values of a P1 field, sorted, on the first rank."""
+    """Coordinates and values of a field with values at nodes, sorted, on the first rank."""
     nodes = _nodes(V)
     parts = spacetime.space_comm.gather((nodes, own.reshape(len(nodes), -1)))
     if parts is None:
@@ -104,9 +104,9 @@ def together(spacetime, V, own: np.ndarray) -> tuple[np.ndarray, np.ndarray] | N
 
 
 def _nodes(V) -> np.ndarray:
-    """Coordinates of the own nodes of a P1 space."""
-    mesh = V.mesh()
-    nodes = Function(VectorFunctionSpace(mesh, "CG", 1)).interpolate(SpatialCoordinate(mesh))
+    """Coordinates of the own nodes of a space, scalar or vector-valued."""
+    mesh, scalar = V.mesh(), V.sub(0) if V.value_size > 1 else V
+    nodes = Function(VectorFunctionSpace(mesh, scalar.ufl_element())).interpolate(SpatialCoordinate(mesh))
     return get(nodes).reshape(-1, mesh.geometric_dimension)
 
 

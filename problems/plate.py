@@ -89,7 +89,7 @@ SENSORS = np.array(
 )
 
 
-def residual(u, v, q):
+def residual(u, v, q, factor=1):
     """Semi-discrete residual of the heat equation, to be stepped by Irksome or by `pint_fem`.
 
     Parameters
@@ -100,13 +100,15 @@ def residual(u, v, q):
         From the space of `u`.
     q : ufl.core.expr.Expr
         Heat source, for instance a `Function`, a control or `true_source`.
+    factor : ufl.core.expr.Expr, optional
+        By which the conductivities `KAPPA` are multiplied.
 
     Returns
     -------
     ufl.Form
         Linear in `v`; zero for the solution. Contains ``Dt(u)``.
     """
-    inside = sum((RHO_C[r] * Dt(u) * v + KAPPA[r] * dot(grad(u), grad(v))) * dx(r) for r in REGIONS)
+    inside = sum((RHO_C[r] * Dt(u) * v + KAPPA[r] * factor * dot(grad(u), grad(v))) * dx(r) for r in REGIONS)
     convection = CONVECTION * (u - AMBIENT) * v * ds((OUTER_EDGE, HOLE_1))
     return inside + convection - q * v * dx
 

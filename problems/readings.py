@@ -22,7 +22,17 @@ import numpy as np
 from pint_fem.errors import InputError
 from pint_fem.files import require_regular
 
-__all__ = ["COLUMNS", "FACTORISE_ONCE", "Readings", "misfit_weight", "read_readings", "require_weights"]
+__all__ = [
+    "COLUMNS",
+    "FACTORISE_ONCE",
+    "Readings",
+    "checked_rows",
+    "misfit_weight",
+    "noise_deviation",
+    "read_readings",
+    "readings_of_rows",
+    "require_weights",
+]
 
 LARGEST = 1e100
 """Numbers beyond overflow where their squares are added up."""
@@ -91,6 +101,29 @@ def read_readings(path, final_time, columns=COLUMNS) -> Readings:
     if isinstance(path, Readings):
         return path
     path = Path(path)
+    return readings_of_rows(path, checked_rows(path, columns), final_time, columns)
+
+
+def checked_rows(path: Path, columns: tuple[str, ...]) -> list[tuple[int, list[str]]]:
+    """Return the numbers and the fields of a file's lines of readings, below the checked line of column names.
+
+    Parameters
+    ----------
+    path
+        A CSV file as described in the module's docstring.
+    columns
+        The line of column names.
+
+    Returns
+    -------
+    list of (int, list of str)
+        At least one; a line has as many fields as there are columns.
+
+    Raises
+    ------
+    InputError
+        If the file cannot be read, has other columns or no readings, or a line has another number of fields.
+    """
     expected = ",".join(columns)
     rows = _rows(path, expected)
     line, header = next(rows, (None, None))
@@ -101,7 +134,40 @@ def read_readings(path, final_time, columns=COLUMNS) -> Readings:
             f"{path}:{line}: wrong columns (got '{','.join(header)}'; the first line that is not a "
             f"comment should be '{expected}')"
         )
+    found = []
+    for number, row in rows:
+        if len(row) != len(columns):
+            raise InputError(
+                f"{path}:{number}: wrong number of fields (got {len(row)}; should be {len(columns)}: {expected})"
+            )
+        found.append((number, row))
+    if not found:
+        raise InputError(
+            f"{path}:{line}: no readings (the file ends after the line of column names; it should go on "
+            f"with lines '{expected}')"
+        )
+    return found
 
+
+def readings_of_rows(
+    path: Path, rows: list[tuple[int, list[str]]], final_time: float, columns: tuple[str, ...] = COLUMNS
+) -> Readings:
+    """Return the readings in some lines of a file, checked.
+
+    Parameters
+    ----------
+    path
+        The file, for messages.
+    rows
+        Numbers and fields of its lines, as :func:`checked_rows` returns them.
+    final_time, columns
+        As for :func:`read_readings`.
+
+    Raises
+    ------
+    InputError
+        If a line cannot be used or a reading is missing; the message names the file and the line.
+    """
     points, first_line, values, seen = {}, {}, {}, {}
     for line, row in rows:
         name, point, time, value = _reading(f"{path}:{line}", row, final_time, columns)
@@ -118,12 +184,6 @@ def read_readings(path, final_time, columns=COLUMNS) -> Readings:
             )
         seen[name, time] = line
         values[name, time] = value
-    if not values:
-        raise InputError(
-            f"{path}:{line}: no readings (the file ends after the line of column names; it should go on "
-            f"with lines '{expected}')"
-        )
-
     times = sorted({time for _, time in values})
     for name in points:
         for time in times:
@@ -168,10 +228,6 @@ def _rows(path, expected):
 
 def _reading(where, row, final_time, columns):
     """Turn the fields of one line into (sensor, (x, y), time, temperature or several quantities)."""
-    if len(row) != len(columns):
-        raise InputError(
-            f"{where}: wrong number of fields (got {len(row)}; should be {len(columns)}: {','.join(columns)})"
-        )
     name, *fields = row
     if not name:
         raise InputError(f"{where}: sensor has no name (got an empty field; give it a number or a name)")
@@ -215,19 +271,30 @@ def misfit_weight(readings: Readings, noise: float) -> float:
     InputError
         If all readings are zero, or the variance or the weight is not an ordinary number.
     """
-    largest, count = np.abs(readings.values).max(), int(np.ma.count(readings.values))
+    count = int(np.ma.count(readings.values))
+    return 1 / (noise_deviation(readings.path, np.abs(readings.values).max(), count, noise) ** 2 * count)
+
+
+def noise_deviation(path: Path, largest: float, count: int, noise: float) -> float:
+    """Return the standard deviation of the noise of ``count`` readings from a file, ``noise`` times the largest one.
+
+    Raises
+    ------
+    InputError
+        If all readings are zero, or the variance or the weight that follows from it is not an ordinary number.
+    """
     if largest == 0:
         raise InputError(
-            f"{readings.path}: all {count} readings are zero, and so is the noise that is "
+            f"{path}: all {count} readings are zero, and so is the noise that is "
             f"{noise:g} of the largest; give readings that are not"
         )
     variance = (noise * largest) ** 2
     if not np.finfo(float).tiny <= variance * count < np.inf:
         raise InputError(
-            f"{readings.path}: noise of {noise:g} of the largest reading, {largest:g}, has a variance of "
+            f"{path}: noise of {noise:g} of the largest reading, {largest:g}, has a variance of "
             f"{variance:g}, which is out of range; give another noise, or readings in other units"
         )
-    return float(1 / (variance * count))
+    return float(noise * largest)
 
 
 def require_weights(alpha: float, beta: float, noise: float) -> None:

@@ -26,15 +26,12 @@ from firedrake import (
     curl,
     ds,
     dx,
-    elem_mult,
     grad,
     inner,
-    interpolate,
     split,
     sqrt,
 )
 from firedrake.adjoint import ReducedFunctional
-from pyadjoint.tape import stop_annotating
 
 from pint_fem.errors import InputError
 from pint_fem.propagators.tape import recording
@@ -44,12 +41,10 @@ from problems.maxwell_setting import CELLS, box_mesh, setting, signal
 from problems.maxwell_source import ALPHA, BETA, DEGREE
 from problems.meshfile import locate
 from problems.readings import Readings, read_readings
-from problems.serial_pyadjoint import SCHEMES, SerialSource, control_with_prior
+from problems.serial_pyadjoint import NODES, SCHEMES, SerialSource, add_squares, control_with_prior
 
 __all__ = ["serial_maxwell_source"]
 
-#: Time of each stage in its step.
-_NODES = {"BackwardEuler": (1.0,), "ImplicitMidpoint": (0.5,), "SDIRK2": (1 - 0.5**0.5, 1.0)}
 _DIRECT = {"mat_type": "aij", "ksp_type": "preonly", "pc_type": "lu", "pc_factor_mat_solver_type": "umfpack"}
 
 
@@ -76,46 +71,23 @@ def serial_maxwell_source(
     probes = locate(data.points, mesh, data.sensors)
     V, medium = state_space(mesh, degree), Medium(mesh, given.regions)
     J = Function(VectorFunctionSpace(mesh, "CG", 1), name="current")
-    values, there = np.ma.filled(data.values, 0.0), 1.0 - np.ma.getmaskarray(data.values)
-    sigma = noise * np.abs(values).max()
+    there = 1.0 - np.ma.getmaskarray(data.values)
+    sigma = noise * np.abs(np.ma.filled(data.values, 0.0)).max()
     weight = 1 / (sigma**2 * there.sum())
     prior = lambda a, b: (alpha * inner(grad(a), grad(b)) + beta * inner(a, b)) * dx
-    before, theta = _place(data.times, steps, given.final_time)
-    wanted = set(before + 1) | set(before[theta < 1])
-    at_probes, as_given = (VectorFunctionSpace(m, "DG", 0) for m in (probes, probes.input_ordering))
-    d = Function(as_given)
     with recording() as tape:
-        seen, functional = {}, assemble(0.5 * prior(J, J))
-        for n, u in _trajectory(V, medium, given, J, dt=given.final_time / steps, steps=steps, integrator=integrator):
-            if n not in wanted:
-                continue
-            seen[n] = assemble(interpolate(split(u)[E], at_probes))
-            for r in np.flatnonzero(before == n - 1):
-                with stop_annotating():
-                    d.dat.data_wo[:] = values[r]
-                    target = assemble(interpolate(d, at_probes))
-                    d.dat.data_wo[:] = there[r]
-                    present = None if there[r].all() else assemble(interpolate(d, at_probes))
-                w = float(theta[r])  # UFL does not take numpy's numbers before vectors
-                predicted = seen[n] if w == 1 else w * seen[n] + (1 - w) * seen[n - 1]
-                misfit = predicted - target if present is None else elem_mult(present, predicted - target)
-                functional += assemble(0.5 * float(weight) * inner(misfit, misfit) * dx)
+        functional = assemble(0.5 * prior(J, J))
+        states = _trajectory(V, medium, given, J, dt=given.final_time / steps, steps=steps, integrator=integrator)
+        of_E = dict(observed=lambda u: split(u)[E], space=VectorFunctionSpace)
+        length = dict(steps=steps, final_time=given.final_time)
+        functional = add_squares(functional, states, data, weight, probes, **length, **of_E)
     rf = ReducedFunctional(functional, control_with_prior(J, prior), tape=tape)
     return SerialSource(rf, J, steps, time.perf_counter() - start)
 
 
-def _place(times, steps: int, final_time: float):
-    """The step before each reading, and how far behind its start the reading is."""
-    place = times * steps / final_time
-    before = np.clip(np.ceil(place - 1e-9), 1, steps).astype(int) - 1
-    theta = place - before
-    theta[np.abs(theta - 1) < 1e-9] = 1.0
-    return before, theta
-
-
 def _trajectory(V, medium: Medium, given, J: Function, *, dt: float, steps: int, integrator: str):
     """Step from zero; yield ``(0, u), (1, u), ..., (steps, u)``."""
-    (length, weights), nodes = SCHEMES[integrator], _NODES[integrator]
+    (length, weights), nodes = SCHEMES[integrator], NODES[integrator]
     h, w, v = Constant(length * dt), TrialFunctions(V), TestFunctions(V)
     mass = lambda a: (medium.epsilon * inner(a[0], v[0]) + inner(a[1], v[1]) / medium.mu) * dx
     stiffness = (

@@ -1,15 +1,17 @@
-"""Recover the source from a pyadjoint tape with pyadjoint's own optimiser: the opponent's half of the comparison."""
+"""Recover the controls of a pyadjoint tape with pyadjoint's own optimiser: the baseline of the comparison."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from firedrake import Function
 from firedrake.petsc import PETSc
-from pyadjoint import MinimizationProblem, TAOSolver
-from pyadjoint.optimization.tao_solver import TAOConvergenceError
+from pyadjoint import Control, MinimizationProblem, TAOSolver
+from pyadjoint.enlisting import Enlist
+from pyadjoint.optimization.tao_solver import PETScVecInterface, TAOConvergenceError
+from pyadjoint.reduced_functional import AbstractReducedFunctional
 from pyadjoint.tape import stop_annotating
 
 from problems.serial_pyadjoint import SerialSource
@@ -23,7 +25,7 @@ class SerialResult:
 
     Attributes
     ----------
-    control : Function
+    control : Function or list of Function
     value, gradient_norm : float
         At ``control``; the norm is the prior's.
     iterations, evaluations, gradients, hessians : int
@@ -32,7 +34,7 @@ class SerialResult:
     converged : bool
     """
 
-    control: Function
+    control: Function | list[Function]
     value: float
     gradient_norm: float
     iterations: int
@@ -63,6 +65,33 @@ class _Counts:
     history: list = field(default_factory=list)
 
 
+class _Counted(AbstractReducedFunctional):
+    """A functional that counts its calls; TAO takes the inner products of its controls."""
+
+    def __init__(self, rf: AbstractReducedFunctional, controls: Sequence[Control] | None = None):
+        self.rf, self.counts = rf, _Counts()
+        self._controls = rf.controls if controls is None else Enlist(controls)
+
+    @property
+    def controls(self):
+        return self._controls
+
+    def __call__(self, values):
+        self.counts.evaluations += 1
+        return self.rf(values)
+
+    def derivative(self, adj_input=1.0, apply_riesz=False):
+        self.counts.gradients += 1
+        return self.rf.derivative(adj_input=adj_input, apply_riesz=apply_riesz)
+
+    def hessian(self, m_dot, hessian_input=None, evaluate_tlm=True, apply_riesz=False):
+        self.counts.hessians += 1
+        return self.rf.hessian(m_dot, hessian_input, evaluate_tlm=evaluate_tlm, apply_riesz=apply_riesz)
+
+    def tlm(self, m_dot):
+        return self.rf.tlm(m_dot)
+
+
 def minimise(
     serial: SerialSource,
     *,
@@ -70,10 +99,11 @@ def minimise(
     gttol: float = 1e-8,
     max_it: int = 200,
     printer: Callable[[str], object] | None = print,
-    callback: Callable[[Function], object] | None = None,
+    callback: Callable[[object], object] | None = None,
     parameters: dict | None = None,
+    controls: Sequence[Control] | None = None,
 ) -> SerialResult:
-    """Recover the source with pyadjoint's own ``TAOSolver``.
+    """Recover the controls with pyadjoint's own ``TAOSolver``.
 
     Parameters
     ----------
@@ -89,21 +119,14 @@ def minimise(
     printer
         Gets a line an iteration.
     callback
-        Gets the source of each iteration.
+        Gets the controls of each iteration.
     parameters
         More PETSc options of TAO.
+    controls
+        With the inner products of TAO's method; default: the functional's own.
     """
-    rf, counts = serial.rf, _Counts()
-    start = time.perf_counter()
-    before = rf.eval_cb_post, rf.derivative_cb_post, rf.hessian_cb_post
-
-    def count(name, result=None):
-        setattr(counts, name, getattr(counts, name) + 1)
-        return result
-
-    rf.eval_cb_post = lambda *_: count("evaluations")
-    rf.derivative_cb_post = lambda checkpoint, derivatives, controls: count("gradients", derivatives)
-    rf.hessian_cb_post = lambda *_: count("hessians")
+    rf, start = _Counted(serial.rf, controls), time.perf_counter()
+    counts, sought = rf.counts, Enlist(serial.q)
     options = {
         **_METHODS[method],
         "tao_gatol": 0.0,
@@ -112,7 +135,7 @@ def minimise(
         "tao_max_it": max_it,
         **(parameters or {}),
     }
-    comm = serial.q.function_space().mesh().comm
+    comm = sought[0].function_space().mesh().comm
     # TAO's quasi-Newton matrix keeps 5 pairs by default, which costs 10 times the iterations here; it ignores the
     # solver's options prefix
     database, pairs = PETSc.Options(), "tao_lmvm_mat_lmvm_hist_size"
@@ -125,6 +148,11 @@ def minimise(
         if not given:
             database.delValue(pairs)
 
+    def values_of(x):
+        values = [Function(q.function_space(), name=q.name()) for q in sought]
+        PETScVecInterface(values, comm=comm).from_petsc(x, values)
+        return sought.delist(values)
+
     def monitor(tao):
         if printer is not None:
             if not counts.history:
@@ -135,12 +163,11 @@ def minimise(
                 f"{iteration:4d} {value:16.9e} {norm:10.3e} {counts.evaluations:8d} {time.perf_counter() - start:8.1f}"
             )
         if callback is not None:
-            q = Function(serial.q.function_space())
-            q._ad_from_petsc(tao.getSolution())
-            callback(q)
+            callback(values_of(tao.getSolution()))
 
     solver.tao.setMonitor(monitor)
-    rf.controls[0].update(serial.q.copy(deepcopy=True))  # start there, wherever the tape was evaluated last
+    for control, q in zip(rf.controls, sought, strict=True):  # start there, wherever the tape was evaluated last
+        control.update(q.copy(deepcopy=True))
     converged = True
     try:
         with stop_annotating():
@@ -154,13 +181,9 @@ def minimise(
         converged = False
         if printer is not None:
             printer(f"  not converged, TAO's reason {solver.tao.getConvergedReason()} ({error})")
-    finally:
-        rf.eval_cb_post, rf.derivative_cb_post, rf.hessian_cb_post = before
-    q = Function(serial.q.function_space(), name="source")
-    q._ad_from_petsc(solver.x)
     iterations, value, norm, *_ = solver.tao.getSolutionStatus()
     return SerialResult(
-        q,
+        values_of(solver.x),
         value,
         norm,
         iterations,

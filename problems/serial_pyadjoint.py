@@ -21,7 +21,7 @@ SDIRK2             :math:`\gamma` dt                              :math:`(1-\gam
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,6 +43,7 @@ from firedrake import (
     cos,
     ds,
     dx,
+    elem_mult,
     exp,
     grad,
     inner,
@@ -51,6 +52,8 @@ from firedrake import (
     sin,
 )
 from firedrake.adjoint import Control, ReducedFunctional
+from firedrake.mesh import MeshGeometry
+from pyadjoint import AdjFloat
 from pyadjoint.tape import stop_annotating
 
 from pint_fem.errors import InputError
@@ -72,13 +75,17 @@ from problems.plate import (
 from problems.readings import Readings, read_readings
 
 __all__ = [
+    "NODES",
     "SCHEMES",
     "SQUARE_TIME",
     "SerialSource",
+    "add_squares",
     "control_with_prior",
+    "reading_places",
     "serial_heat_source",
     "serial_square",
     "square_functionals",
+    "trajectory",
 ]
 
 _GAMMA = 1 - 1 / np.sqrt(2)
@@ -88,6 +95,8 @@ SCHEMES = {
     "ImplicitMidpoint": (0.5, (2.0,)),
     "SDIRK2": (_GAMMA, ((1 - _GAMMA) / _GAMMA, 1.0)),
 }
+#: Time of each stage in its step.
+NODES = {"BackwardEuler": (1.0,), "ImplicitMidpoint": (0.5,), "SDIRK2": (_GAMMA, 1.0)}
 _DIRECT = {"ksp_type": "preonly", "pc_type": "cholesky", "pc_factor_mat_solver_type": "cholmod"}
 
 #: Time interval of :func:`serial_square`.
@@ -101,47 +110,142 @@ class SerialSource:
     Attributes
     ----------
     rf : ReducedFunctional
-        Of the source; its control's Riesz map is the prior's.
-    q : Function
-        The control, with the value at which the tape was recorded (zero).
+        Of the controls, whose Riesz maps are the priors'.
+    q : Function or list of Function
+        The controls, with the values at which the tape was recorded.
     steps : int
     seconds : float
         Time to build the solvers and record the tape.
     """
 
     rf: ReducedFunctional
-    q: Function
+    q: Function | list[Function]
     steps: int
     seconds: float
 
 
-def _trajectory(
-    mass, stiffness, load, V: FunctionSpace, bcs, *, dt: float, steps: int, integrator: str
+def trajectory(
+    mass: Callable,
+    stiffness: Callable,
+    load: Callable,
+    V: FunctionSpace,
+    bcs: Sequence[DirichletBC],
+    *,
+    dt: float,
+    steps: int,
+    integrator: str,
+    course: Callable[[float], float] | None = None,
+    constant: bool = True,
 ) -> Iterator[tuple[int, Function]]:
-    """Step from zero; yield ``(0, u), (1, u), ..., (steps, u)``.
+    """Step from zero; yield ``(0, u), (1, u), ..., (steps, u)``, on the tape that is being recorded.
 
-    ``mass(w, v)``, ``stiffness(w, v)`` and ``load(v)`` make UFL forms.
+    Parameters
+    ----------
+    mass, stiffness
+        Make the bilinear forms ``mass(w, v)`` and ``stiffness(w, v)``.
+    load
+        Makes the linear form ``load(v)``; with ``course`` that is multiplied by the time course.
+    V, bcs
+        Space of the state and its boundary conditions, with values that do not depend on time.
+    dt, steps, integrator
+        Step size, number of steps, and a name in :data:`SCHEMES`.
+    course
+        Time course of the load, a function of the time.
+    constant
+        Whether the operators depend on no control, so that their factors stay when the tape is evaluated again.
+
+    Raises
+    ------
+    InputError
+        On an unknown integrator.
     """
     if integrator not in SCHEMES:
         raise InputError(f"unknown integrator {integrator!r}: give one of {', '.join(SCHEMES)}")
     length, weights = SCHEMES[integrator]
     h, w, v = Constant(length * dt), TrialFunction(V), TestFunction(V)
-    u, solvers = Function(V, name="state"), []
+    u, solvers, courses = Function(V, name="state"), [], []
     W = u
     for c in weights:
-        # combinations of stages go into the right-hand side's form: on the tape that is cheaper than an assignment
-        U = Function(V)
+        # combinations of stages go into the right-hand side's form: on the tape that is cheaper than an assignment.
+        # The time course's value is a function of R that each step assigns
+        U, s = Function(V), 1 if course is None else Function(FunctionSpace(V.mesh(), "R", 0))
         equation = LinearVariationalProblem(
-            mass(w, v) + h * stiffness(w, v), mass(W, v) + h * load(v), U, bcs=bcs, constant_jacobian=True
+            mass(w, v) + h * stiffness(w, v), mass(W, v) + h * s * load(v), U, bcs=bcs, constant_jacobian=constant
         )
         solvers.append(LinearVariationalSolver(equation, solver_parameters=_DIRECT))
+        courses.append(s)
         W = U if c == 1 else (1 - c) * W + c * U
     yield 0, u
     for n in range(1, steps + 1):
-        for solver in solvers:
+        for solver, s, node in zip(solvers, courses, NODES[integrator], strict=True):
+            if course is not None:
+                s.assign(course((n - 1 + node) * dt))
             solver.solve()
         u.assign(W)
         yield n, u
+
+
+def reading_places(times: np.ndarray, steps: int, final_time: float) -> tuple[np.ndarray, np.ndarray]:
+    """Return the step at whose start, or after it, each reading is, ``(nt,)`` counted from 0, and how far behind its
+    start in steps, in (0, 1].
+    """
+    place = times * steps / final_time
+    before = np.clip(np.ceil(place - 1e-9), 1, steps).astype(int) - 1
+    theta = place - before
+    theta[np.abs(theta - 1) < 1e-9] = 1.0
+    return before, theta
+
+
+def add_squares(
+    J: AdjFloat,
+    states: Iterable[tuple[int, Function]],
+    data: Readings,
+    weight: float,
+    sensors: MeshGeometry,
+    *,
+    steps: int,
+    final_time: float,
+    observed: Callable = lambda u: u,
+    space: Callable = FunctionSpace,
+) -> AdjFloat:
+    """Add the weighted squares of the readings' residuals to a functional, on the tape that is being recorded.
+
+    Parameters
+    ----------
+    J
+        The functional so far.
+    states
+        Numbers and states of all points, of :func:`trajectory`.
+    data, weight, sensors
+        Readings, the weight of each square, and the ``VertexOnlyMesh`` of the sensors.
+    steps, final_time
+        Of the trajectory.
+    observed, space
+        The observed part of a state, and what makes its space on the sensors: ``VectorFunctionSpace`` for vectors.
+    """
+    at_sensors, as_given = space(sensors, "DG", 0), space(sensors.input_ordering, "DG", 0)
+    values, there = np.ma.filled(data.values, 0.0), 1.0 - np.ma.getmaskarray(data.values)
+    # reading r lies between the points before[r] and before[r] + 1, at theta of the way
+    before, theta = reading_places(data.times, steps, final_time)
+    needed, seen, d = set(before + 1) | set(before[theta < 1]), {}, Function(as_given)
+
+    def on_sensors(numbers):
+        with stop_annotating():
+            d.dat.data_wo[:] = numbers
+            return assemble(interpolate(d, at_sensors))
+
+    for n, u in states:
+        if n not in needed:
+            continue
+        seen[n] = assemble(interpolate(observed(u), at_sensors))
+        for r in np.flatnonzero(before == n - 1):
+            w = float(theta[r])  # UFL does not take numpy's numbers before vectors
+            residual = (seen[n] if w == 1 else w * seen[n] + (1 - w) * seen[n - 1]) - on_sensors(values[r])
+            if not there[r].all():
+                present = on_sensors(there[r])
+                residual = elem_mult(present, residual) if present.ufl_shape else present * residual
+            J += assemble(0.5 * float(weight) * inner(residual, residual) * dx)
+    return J
 
 
 def control_with_prior(q: Function, prior) -> Control:
@@ -179,26 +283,14 @@ def serial_heat_source(
     data = read_readings(readings, FINAL_TIME)
     plate = read_mesh(mesh, comm, REGIONS, BOUNDARIES)
     sensors = locate(data.points, plate, data.sensors)
-    V, at_sensors, as_given = (
-        FunctionSpace(plate, "CG", 1),
-        FunctionSpace(sensors, "DG", 0),
-        FunctionSpace(sensors.input_ordering, "DG", 0),
-    )
-    q, d = Function(V, name="source"), Function(as_given)
-    values, there = np.ma.filled(data.values, 0.0), 1.0 - np.ma.getmaskarray(data.values)
-    sigma = noise * np.abs(values).max()
+    V = FunctionSpace(plate, "CG", 1)
+    q = Function(V, name="source")
+    there = 1.0 - np.ma.getmaskarray(data.values)
+    sigma = noise * np.abs(np.ma.filled(data.values, 0.0)).max()
     weight = 1 / (sigma**2 * there.sum())
     prior = lambda a, b: (alpha * inner(grad(a), grad(b)) + beta * a * b) * dx
-
-    # reading r lies between the points before[r] and before[r] + 1, at theta of the way
-    place = data.times * steps / FINAL_TIME
-    before = np.clip(np.ceil(place - 1e-9), 1, steps).astype(int) - 1
-    theta = place - before
-    theta[np.abs(theta - 1) < 1e-9] = 1.0
-    wanted = set(before + 1) | set(before[theta < 1])
-
     with recording() as tape:
-        trajectory = _trajectory(
+        states = trajectory(
             lambda w, v: sum(RHO_C[r] * w * v * dx(r) for r in REGIONS),
             lambda w, v: (
                 sum(KAPPA[r] * inner(grad(w), grad(v)) * dx(r) for r in REGIONS)
@@ -211,19 +303,8 @@ def serial_heat_source(
             steps=steps,
             integrator=integrator,
         )
-        seen, J = {}, assemble(0.5 * prior(q, q))
-        for n, u in trajectory:
-            if n not in wanted:
-                continue
-            seen[n] = assemble(interpolate(u, at_sensors))
-            for r in np.flatnonzero(before == n - 1):
-                with stop_annotating():
-                    d.dat.data_wo[:] = values[r]
-                    target = assemble(interpolate(d, at_sensors))
-                    d.dat.data_wo[:] = there[r]
-                    present = 1 if there[r].all() else assemble(interpolate(d, at_sensors))
-                predicted = seen[n] if theta[r] == 1 else theta[r] * seen[n] + (1 - theta[r]) * seen[n - 1]
-                J += assemble(0.5 * weight * present * (predicted - target) ** 2 * dx)
+        J = assemble(0.5 * prior(q, q))
+        J = add_squares(J, states, data, weight, sensors, steps=steps, final_time=FINAL_TIME)
     rf = ReducedFunctional(J, control_with_prior(q, prior), tape=tape)
     return SerialSource(rf, q, steps, time.perf_counter() - start)
 
@@ -258,7 +339,7 @@ def serial_square(*, n: int = 64, steps: int = 256, integrator: str = "BackwardE
     forms = square_functionals(V)
     q = Function(V, name="source")
     with recording() as tape:
-        trajectory = _trajectory(
+        states = trajectory(
             lambda w, v: w * v * dx,
             lambda w, v: inner(grad(w), grad(v)) * dx,
             lambda v: q * v * dx,
@@ -269,7 +350,7 @@ def serial_square(*, n: int = 64, steps: int = 256, integrator: str = "BackwardE
             integrator=integrator,
         )
         J = assemble(forms["regularisation"](q))
-        for k, u in trajectory:
+        for k, u in states:
             if k:
                 J += assemble(dt * forms["misfit"](u))
     rf = ReducedFunctional(J, control_with_prior(q, lambda a, b: a * b * dx), tape=tape)

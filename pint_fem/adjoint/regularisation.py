@@ -18,6 +18,8 @@ from firedrake import Function, TestFunction, TrialFunction, assemble, derivativ
 from firedrake.assemble import get_assembler
 from ufl.algorithms import expand_derivatives, extract_coefficients
 
+from pint_fem.adjoint.total_variation.functional import TotalVariation
+from pint_fem.adjoint.total_variation.smoothed import SmoothedVariation
 from pint_fem.all_at_once.norms import gather_in_order
 from pint_fem.errors import InputError
 from pint_fem.evolution.control_layout import ControlLayout
@@ -154,7 +156,7 @@ class Regularisation:
 
     def __init__(self, forms: Sequence[ufl.Form], layout: ControlLayout, own: Evolution):
         self.layout, ev, spacetime = layout, layout.evolution, layout.spacetime
-        self._terms: list[tuple[_Functional, tuple[Function, ...]]] = []
+        self._terms: list[tuple[_Functional | SmoothedVariation, tuple[Function, ...]]] = []
         for form in forms:
             found = set(extract_coefficients(form)) if isinstance(form, ufl.Form) and not form.arguments() else set()
             controls = tuple(c for c in ev.controls if c in found)
@@ -169,33 +171,50 @@ class Regularisation:
                     "regularisation: a functional contains static controls and some with one value per step: give a "
                     "list with a functional of each kind"
                 )
+            variation = form if isinstance(form, TotalVariation) else None
+            for f in () if variation is None else variation.fields:
+                if f not in controls:
+                    raise InputError(
+                        f"regularisation: TotalVariation of {f.name()!r}, which is no control: leave it out"
+                    )
             form, t = own.functional(form, "regularisation")
             if t is not None:
                 raise InputError("regularisation: a functional contains the time function t; controls have no time")
             functions = [own.copies.variable(c) for c in controls]
-            self._terms.append((_Functional(with_fixed_degrees(form), functions, spacetime.sum_over_space), controls))
+            space_sum = spacetime.sum_over_space
+            if variation is not None:
+                self._terms.append((SmoothedVariation(variation, form, functions, space_sum), controls))
+            else:
+                self._terms.append((_Functional(with_fixed_degrees(form), functions, space_sum), controls))
 
     def update_data(self, changed: set | None = None) -> None:
         """Assemble again what contains data with new values, given as the private copies of functions and constants;
         by default everything.
         """
         for i, (functional, controls) in enumerate(self._terms):
+            if isinstance(functional, SmoothedVariation):
+                continue  # it has no data
             if changed is None or changed & set(data_of(functional.form)):
                 made = _Functional(functional.form, functional.functions, self.layout.spacetime.sum_over_space)
                 self._terms[i] = made, controls
 
-    def second_derivative(self, control: Function) -> ufl.Form | None:
+    def second_derivative(self, control: Function, *, quadratic_part: bool = False) -> ufl.Form | None:
         """Return the second derivative by one of the user's controls as a bilinear form; ``None`` where it is zero or
-        depends on the control.
+        depends on the control. With ``quadratic_part`` it is that of the functionals for which it does not depend on
+        the control, an empty form where there is none.
         """
         found, space = [], control.function_space()
         for functional, controls in self._terms:
             if control in controls:
                 f = functional.functions[controls.index(control)]
                 gradient = derivative(functional.form, f, TestFunction(space))
-                found.append(expand_derivatives(derivative(gradient, f, TrialFunction(space))))
-                if f in extract_coefficients(found[-1]):
+                second = expand_derivatives(derivative(gradient, f, TrialFunction(space)))
+                if f not in extract_coefficients(second):
+                    found.append(second)
+                elif not quadratic_part:
                     return None
+        if quadratic_part:
+            return sum(found, start=ufl.Form([]))
         return sum(found[1:], start=found[0]) if found else None
 
     @property
@@ -208,8 +227,13 @@ class Regularisation:
         """Whether it is a quadratic function of the controls."""
         return all(functional.quadratic for functional, _ in self._terms)
 
-    def _rows(self, z: np.ndarray, controls) -> np.ndarray:
-        """The vectors of some controls, one per step or a single one, ``(rows, nz)``."""
+    @property
+    def variations(self) -> list[tuple[SmoothedVariation, tuple[Function, ...]]]:
+        """The total variations among the functionals, with their controls."""
+        return [(f, controls) for f, controls in self._terms if isinstance(f, SmoothedVariation)]
+
+    def rows(self, z: np.ndarray, controls: Sequence[Function]) -> np.ndarray:
+        """Return the vectors of some controls, one per step or a single one, ``(rows, nz)``."""
         parts = [self.layout.part(z, c) for c in controls]
         return np.atleast_2d(np.concatenate(parts, axis=-1))
 
@@ -220,28 +244,38 @@ class Regularisation:
         """Return ``R(z)``, the identical number on every rank (collective)."""
         total = 0.0
         for functional, controls in self._terms:
-            rows = np.array([functional.value(row) for row in self._rows(z, controls)])
+            rows = np.array([functional.value(row) for row in self.rows(z, controls)])
             if self._is_stepwise(controls):
                 rows = self.layout.evolution.dt * gather_in_order(rows, self.layout.spacetime.time_comm)
             total += float(rows.sum())
         return total
 
-    def _collect(self, apply, z: np.ndarray, *directions: np.ndarray) -> np.ndarray:
-        """Sum the dual vectors that ``apply(functional, z, ...)`` returns for each functional and step."""
+    def add_rows(
+        self,
+        out: np.ndarray,
+        controls: Sequence[Function],
+        functional: _Functional | SmoothedVariation,
+        rows: Sequence[np.ndarray],
+    ) -> None:
+        """Add the dual vectors of a functional of some controls, one per step or a single one, to a vector ``out``."""
+        weight = self.layout.evolution.dt if self._is_stepwise(controls) else 1.0
+        for i, row in enumerate(rows):
+            for control, part in zip(controls, functional.split(weight * row), strict=True):
+                target = self.layout.part(out, control)
+                (target[i] if target.ndim == 2 else target)[...] += part
+
+    def _collect(self, name: str, z: np.ndarray, *directions: np.ndarray) -> np.ndarray:
+        """Sum the dual vectors that a method of the functionals returns for each of them and each step."""
         out = np.zeros_like(z)
         for functional, controls in self._terms:
-            weight = self.layout.evolution.dt if self._is_stepwise(controls) else 1.0
-            for i, arguments in enumerate(zip(*(self._rows(v, controls) for v in (z, *directions)), strict=True)):
-                parts = functional.split(weight * apply(functional, *arguments))
-                for control, part in zip(controls, parts, strict=True):
-                    target = self.layout.part(out, control)
-                    (target[i] if target.ndim == 2 else target)[...] += part
+            rows = zip(*(self.rows(v, controls) for v in (z, *directions)), strict=True)
+            self.add_rows(out, controls, functional, [getattr(functional, name)(*row) for row in rows])
         return out
 
     def gradient(self, z: np.ndarray) -> np.ndarray:
         """Return ``R'(z)``, a dual vector ``(layout.size,)`` (collective over space)."""
-        return self._collect(_Functional.gradient, z)
+        return self._collect("gradient", z)
 
     def hessian(self, z: np.ndarray, dz: np.ndarray) -> np.ndarray:
         """Return ``R''(z) dz``, a dual vector ``(layout.size,)`` (collective over space)."""
-        return self._collect(_Functional.hessian, z, dz)
+        return self._collect("hessian", z, dz)

@@ -119,7 +119,8 @@ class CellVectors:
             part = V[number]
             element, shape = part.ufl_element(), ()
             if isinstance(element, (VectorElement, TensorElement)):
-                shape, element = element._shape, element.sub_elements[0]
+                shape = element._shape if isinstance(element, TensorElement) else (element.num_sub_elements,)
+                element = element.sub_elements[0]
             broken = TensorElement(BrokenElement(element), shape=(components, *shape))
             space = FunctionSpace(V.mesh().unique(), broken)
             self.functions.append(Function(space))

@@ -138,6 +138,12 @@ class ExactOracle:
         """
         return iterate, Estimate(self.problem.value(trial))
 
+    def prepare(self, x: np.ndarray) -> None:
+        """Let the problem prepare its products at an iterate, if it has a method for that."""
+        prepare = getattr(self.problem, "prepare", None)
+        if callable(prepare):
+            prepare(x)
+
     def start_path(self, x: np.ndarray, target: float) -> None:
         """Prepare products at x for conjugate gradients that stop at the residual `target` relative to |g|."""
 

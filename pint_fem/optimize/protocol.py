@@ -39,6 +39,7 @@ RETURNS: dict[str, tuple[str, ...]] = {
     "hessian_model": ("operator",),
     "gauss_newton_model": ("operator",),
     "advance": ("number", "vector", "residual"),
+    "prepare": ("nothing",),
 }
 """What each method of a problem returns, ``inner`` apart. The first argument is the point x; the methods with
 ``_action`` in their names take a direction as the second, ``hessian_actions`` a list of them.
@@ -53,6 +54,9 @@ class Problem(Protocol):
 
     A method ``hessian_actions(x, vs)`` is optional: the list of ``hessian_action(x, v)`` for a list of directions,
     where several at once cost less than one after another.
+
+    A method ``prepare(x)`` is optional: it is called at each iterate before the products there, so that a problem may
+    return products with another symmetric operator than the Hessian, which depends on the iterates before.
 
     Two attributes are optional, too. ``comm``, an mpi4py communicator, contains the processes that call collectively:
     options are compared over it, and stops and failures are shared (:mod:`pint_fem.optimize.ranks`); give it where

@@ -3,10 +3,11 @@
 Heat conduction, P1 on a 64 x 64 unit square: (a, b, d) 256 steps, medians of the repeats; (c, e) 512 and 4,096 steps,
 on one rank and on two, see ``time_parallel``; (f) ParaDiag on heat and waves, see ``paradiag``, and nonlinear
 evolutions, see ``nonlinear``; (k) solves on lanes, see ``lanes``; (n) linear inverse problems by the map from controls
-to readings, see ``linear_inverse`` (milliseconds of a whole inversion); then PyMGRIT and XBraid's ex-02, see
-``compare``; (l) training steps of residual networks, see ``layers``; and the table of optimisers, see ``optimisers``
-(serial pyadjoint with TAO's LMVM). Two things that make up a ratio are timed in turn, so that a busy machine slows
-both. ``--quick`` shortens all but (c, e) and ParaDiag. A missed target is reported and is no error.
+to readings, see ``linear_inverse`` (milliseconds of a whole inversion); (p) a log-conductivity beside a source and
+several experiments beside one, see ``coefficients``; then PyMGRIT and XBraid's ex-02, see ``compare``; (l) training
+steps of residual networks, see ``layers``; and the table of optimisers, see ``optimisers`` (serial pyadjoint with TAO's
+LMVM). Two things that make up a ratio are timed in turn, so that a busy machine slows both. ``--quick`` shortens all
+but (c, e) and ParaDiag. A missed target is reported and is no error.
 """
 
 from __future__ import annotations
@@ -154,7 +155,7 @@ def main(argv: list[str] | None = None) -> int:
     steps = QUICK_STEPS if args.quick else STEPS
     repeats, hessians = (3, 1) if args.quick else (5, 2)
     say = lambda text: console.print(f"  {text}")
-    both = lambda module, count: on_ranks(module, 1, count) + on_ranks(module, 2, count)
+    both = lambda module, count, *more: on_ranks(module, 1, count, *more) + on_ranks(module, 2, count, *more)
     start, rows, shorter = time.perf_counter(), [], 4 if args.quick else 1
     for what, part in (
         (
@@ -180,6 +181,10 @@ def main(argv: list[str] | None = None) -> int:
         (
             "linear inverse problems by the map, on one rank and on two",
             lambda: both("tests.benchmarks.linear_inverse", 2 if args.quick else 3),
+        ),
+        (
+            "coefficients and experiments, on one rank and on two",
+            lambda: both("tests.benchmarks.coefficients", repeats, *["--quick"] * args.quick),
         ),
         ("PyMGRIT and XBraid's ex-02", lambda: compare_rows(args.quick, say)),
     ):

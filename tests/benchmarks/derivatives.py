@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +16,7 @@ from firedrake import Function
 from pint_fem.adjoint import TimeParallelReducedFunctional
 from pint_fem.kernels.arrays import get
 
-__all__ = ["MORE", "Derivatives", "Measured", "difference", "on_tape"]
+__all__ = ["MORE", "Derivatives", "Measured", "difference", "in_turn", "on_tape"]
 
 NAMES, MORE = ("value", "gradient", "hessian"), 8
 
@@ -88,19 +89,41 @@ class Derivatives:
         """Times of ``repeats`` new controls; one more before them warms up, and gives the values. With ``more`` that of
         ``"more"`` Hessian actions, too, one after another and in a ``"batch"``.
         """
-        self.move(1.0)
-        values = {name: getattr(self, name)() for name in NAMES}
-        parts = {name: [] for name in (*NAMES, *(["more", "batch"] if more else []))}
+        values, parts = self.first(), []
         for _ in range(repeats):
-            self.move()
-            for name in NAMES:
-                start = time.process_time()
-                getattr(self, name)()
-                parts[name].append(time.process_time() - start)
+            parts.append(self.once())
             if more:
-                parts["more"].append(self.more_hessians())
-                parts["batch"].append(self.batched_hessians())
-        return Measured({name: statistics.median(part) for name, part in parts.items()}, values)
+                parts[-1] |= {"more": self.more_hessians(), "batch": self.batched_hessians()}
+        return _medians(parts, values)
+
+    def first(self) -> dict[str, object]:
+        """The values of :data:`NAMES` at the control given, from cold."""
+        self.move(1.0)
+        return {name: getattr(self, name)() for name in NAMES}
+
+    def once(self, clock: Callable[[], float] = time.process_time) -> dict[str, float]:
+        """Seconds of each of :data:`NAMES` at a new control by a clock."""
+        self.move()
+        seconds = {}
+        for name in NAMES:
+            start = clock()
+            getattr(self, name)()
+            seconds[name] = clock() - start
+        return seconds
+
+
+def _medians(parts: list[dict[str, float]], values: dict[str, object]) -> Measured:
+    """Medians of several measurements."""
+    return Measured({name: statistics.median(part[name] for part in parts) for name in parts[0]}, values)
+
+
+def in_turn(cases: Mapping[str, Derivatives], repeats: int) -> dict[str, Measured]:
+    """:meth:`Derivatives.measure` of several cases that take turns, so that a busy machine slows all of them."""
+    values, parts = {name: case.first() for name, case in cases.items()}, {name: [] for name in cases}
+    for _ in range(repeats):
+        for name, case in cases.items():
+            parts[name].append(case.once())
+    return {name: _medians(parts[name], values[name]) for name in cases}
 
 
 def on_tape(rf, z: np.ndarray, dz: np.ndarray, *, repeats: int, hessians: int, say=lambda text: None) -> Measured:

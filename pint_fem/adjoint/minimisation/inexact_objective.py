@@ -189,15 +189,15 @@ class InexactObjective(Objective):
                 # where residuals do not decrease (round-off, growing modes), neither do errors
                 if cycles is not None or residual <= rtol or taken >= most or residual > _FALLS * before:
                     cycles = taken
-                    return self._inner.primal(h)
+                    return self._product(h, v)
                 self._cycles, before = taken + 1, residual
 
         return action
 
     def hessian_action_within(self, x: np.ndarray, v: np.ndarray, rtol: float) -> np.ndarray:
         """The Hessian action with relative residuals of its two sweeps of at most ``rtol``."""
-        return self._inner.primal(self.problem.hessian_action(x, v, rtol=self._clip(rtol)))
+        return self._product(self.problem.hessian_action(x, v, rtol=self._clip(rtol)), v)
 
     def gauss_newton_action_within(self, x: np.ndarray, v: np.ndarray, rtol: float) -> np.ndarray:
         """As :meth:`hessian_action_within`, without the second derivatives of the steps."""
-        return self._inner.primal(self.problem.hessian_action(x, v, gauss_newton=True, rtol=self._clip(rtol)))
+        return self._product(self.problem.hessian_action(x, v, gauss_newton=True, rtol=self._clip(rtol)), v)

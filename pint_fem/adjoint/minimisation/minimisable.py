@@ -19,6 +19,7 @@ from pint_fem.adjoint.minimisation.checkpoint import open_checkpoint
 from pint_fem.adjoint.minimisation.inexact_objective import InexactObjective
 from pint_fem.adjoint.minimisation.objective import Objective
 from pint_fem.adjoint.riesz import ControlInner
+from pint_fem.adjoint.total_variation.preconditioner import VariationPreconditioner
 from pint_fem.collective import ending_all_ranks, require_same
 from pint_fem.errors import InputError, SolverFailure
 from pint_fem.optimize.constraints import AffineConstraints
@@ -37,6 +38,10 @@ __all__ = ["Minimisable"]
 # Forcing term for a quadratic J with inexact sweeps, about what one MGRIT cycle gives: for a plate with 64 steps this
 # takes the fewest cycles of 0.1, 0.02 and "superlinear", with and without a limited-memory preconditioner.
 _MODEL_FORCING = 0.02
+
+# Residual of conjugate gradients with total variation: the update of its dual supposes Newton's step, and looser ones
+# take more iterations.
+_VARIATION_RTOL = 1e-2
 
 
 class Minimisable:
@@ -80,6 +85,8 @@ class Minimisable:
         preconditioner : str, ufl.Form, list of ufl.Form or callable, optional
             Preconditioner of conjugate gradients: ``"regularisation"`` (the inverse of its second derivative), a
             bilinear form or a list with one per control, ``"limited-memory"``, or a callable on flat representatives.
+            With a total variation ``"regularisation"`` is
+            :mod:`pint_fem.adjoint.total_variation.preconditioner`, and the default; ``"none"`` is none.
         checkpoint : str or pathlib.Path, optional
             An HDF5 file with the state after each iteration, from which the run continues if the file exists
             (:mod:`pint_fem.adjoint.minimisation.checkpoint`).
@@ -89,7 +96,8 @@ class Minimisable:
         choice : str, optional
             Why this method was chosen, for the result.
         **options
-            Options of the minimiser. For a quadratic ``J`` the first radius is unlimited by default.
+            Options of the minimiser. For a quadratic ``J`` the first radius is unlimited by default; with a total
+            variation ``cg_rtol`` is 0.01.
 
         Returns
         -------
@@ -241,11 +249,14 @@ class Minimisable:
                 raise InputError("bounds go with exact solves: leave inexact= out")
             if inner.weights is None:
                 inner = ControlInner(self.layout, "lumped")
-        options["preconditioner"] = self._preconditioner(inner, preconditioner)
+        varies = any(r.variations for _, r in problem.regularisations())
+        if not (varies and preconditioner == "regularisation"):
+            options["preconditioner"] = self._preconditioner(inner, preconditioner)
         run = dict(method="trust region", constraints=constraints)
         if bounds is not None:
             lower, upper = bound_arrays(self, bounds)
             objective = Objective(problem, inner)
+            self._choose_for_variations(objective, inner, preconditioner, options)
             _raise_tolerance(objective, start, checkpoint, options)
             if constraints:
                 if checkpoint is not None:
@@ -256,6 +267,7 @@ class Minimisable:
             with open_checkpoint(checkpoint, objective, if_save_fails, **run) as opened:
                 return minimize_bounded(objective, start, lower, upper, checkpoint=opened, **options)
         objective = Objective(problem, inner) if inexact is None else InexactObjective(problem, inner)
+        self._choose_for_variations(objective, inner, preconditioner, options)
         limited, start = self._constrained(objective, start, constraints)
         if inexact is None:
             _raise_tolerance(objective, start, checkpoint, options)
@@ -264,6 +276,14 @@ class Minimisable:
                 return minimize_trust_region(limited, start, inexact=inexact, checkpoint=opened, **options)
         finally:
             problem.keep_evaluations(1)
+
+    def _choose_for_variations(self, objective: Objective, inner: ControlInner, given: Any, options: dict) -> None:
+        """Set the preconditioner and the tolerance of conjugate gradients where total variations are in the model."""
+        if objective.model.duals:
+            if given is None or (isinstance(given, str) and given == "regularisation"):
+                options["preconditioner"] = VariationPreconditioner(objective, inner)
+            if options.get("cg_rtol") is None and "cg_forcing" not in options:
+                options["cg_rtol"] = _VARIATION_RTOL
 
     def _inexact_options(self, inexact) -> InexactOptions | None:
         """The options of inexact sweeps; refused where their accuracy cannot be chosen."""
@@ -294,13 +314,16 @@ class Minimisable:
 
     def _preconditioner(self, inner: ControlInner, given: Any):
         """An approximate inverse Hessian on representatives."""
-        if given is None or given == "limited-memory" or (callable(given) and not isinstance(given, ufl.Form)):
+        if given is None or (isinstance(given, str) and given == "none"):
+            return None
+        if given == "limited-memory" or (callable(given) and not isinstance(given, ufl.Form)):
             return given
         if isinstance(given, str) and given == "regularisation":
             given = [self._second_derivative(control) for control in self.evolution.controls]
         elif isinstance(given, str):
             raise InputError(
-                f"preconditioner {given!r}: give 'regularisation', 'limited-memory', a bilinear form or a callable"
+                f"preconditioner {given!r}: give 'regularisation', 'limited-memory', 'none', a bilinear form or a "
+                "callable"
             )
         prior = ControlInner(self.layout, given)
         return lambda r: prior.primal(inner.dual(r))

@@ -6,6 +6,7 @@ import numpy as np
 
 from pint_fem.adjoint.interface import ControlProblem
 from pint_fem.adjoint.riesz import ControlInner
+from pint_fem.adjoint.total_variation.primal_dual import PrimalDualModel
 from pint_fem.errors import SolverFailure
 
 __all__ = ["Objective"]
@@ -27,6 +28,9 @@ class Objective:
     ----------
     comm : mpi4py communicator
         The ranks that evaluate collectively.
+    model : PrimalDualModel
+        What stands for the second derivatives of total variations in products at an iterate that :meth:`prepare` was
+        called for.
     failure : SolverFailure or None
         Why the last value was not finite.
     """
@@ -35,6 +39,7 @@ class Objective:
         self.problem, self._inner, self._scaling = problem, inner, scaling
         self.failure: SolverFailure | None = None
         self.comm = problem.spacetime.comm
+        self.model = PrimalDualModel(problem)
 
     def value(self, x: np.ndarray) -> float:
         """``J(x)``.
@@ -61,15 +66,25 @@ class Objective:
 
     def hessian_action(self, x: np.ndarray, v: np.ndarray) -> np.ndarray:
         """The representative of ``J''(x) v``."""
-        return self._inner.primal(self.problem.hessian_action(x, v))
+        return self._product(self.problem.hessian_action(x, v), v)
 
     def hessian_actions(self, x: np.ndarray, vs: list[np.ndarray]) -> list[np.ndarray]:
         """The representatives of ``J''(x) v`` for several directions, by sweeps of all of them at once."""
-        return [self._inner.primal(h) for h in self.problem.hessian_actions(x, vs)]
+        return [self._product(h, v) for h, v in zip(self.problem.hessian_actions(x, vs), vs, strict=True)]
 
     def gauss_newton_action(self, x: np.ndarray, v: np.ndarray) -> np.ndarray:
         """The representative of ``J''(x) v`` without the second derivatives of the steps."""
-        return self._inner.primal(self.problem.hessian_action(x, v, gauss_newton=True))
+        return self._product(self.problem.hessian_action(x, v, gauss_newton=True), v)
+
+    def prepare(self, x: np.ndarray) -> None:
+        """Let the products that follow be those at the iterate ``x`` of a trust region, with the primal-dual operators
+        of total variations.
+        """
+        self.model.move_to(x)
+
+    def _product(self, h: np.ndarray, v: np.ndarray) -> np.ndarray:
+        """The representative of a Hessian action in direction ``v``, with those operators."""
+        return self._inner.primal(self.model.add(h, v))
 
     def inner(self, a: np.ndarray, b: np.ndarray) -> float:
         """The inner product (a, b) of the controls."""

@@ -166,6 +166,7 @@ class TrustRegionRun:
                 break
             if steps is None:
                 gradient = state.iterate.gradient
+                oracle.prepare(state.iterate.x)
                 steps = steps_at(state.iterate, iteration, max(state.forcing * gradient.norm, gradient.error))
             if self._step(steps, iteration, cg_forcing, tolerance):
                 steps = None

@@ -71,6 +71,8 @@ class AugmentedLagrangian:
         self.comm = constraints.comm
         if callable(getattr(self.problem, "gauss_newton_action", None)):
             self.gauss_newton_action = lambda x, v: self._with_penalty(v, self.problem.gauss_newton_action(x, v))
+        if callable(getattr(self.problem, "prepare", None)):
+            self.prepare = self.problem.prepare
 
     @property
     def failure(self) -> Exception | None:

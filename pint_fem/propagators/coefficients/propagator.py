@@ -134,8 +134,10 @@ class CoefficientPropagator(FEPropagator):
             return False
         same = [np.array_equal(cached.z, z) for cached in self._cached]
         comm = self.evolution.V.mesh().comm
-        if comm.size > 1:
-            same = np.array(comm.allreduce(np.array(same, dtype=int), op=MPI.MIN), dtype=bool).tolist()
+        if comm.size > 1:  # the parts of all ranks in space are those of the same control
+            votes = np.array(same, dtype=np.int32)
+            comm.Allreduce(MPI.IN_PLACE, votes, op=MPI.MIN)
+            same = votes.astype(bool).tolist()
         if same and same[0]:
             return False
         found = self._cached.pop(same.index(True)) if any(same) else self._factored(z)

@@ -1,0 +1,184 @@
+"""The program that the demos of coefficients from several experiments share: options, run, progress and report.
+
+A demo names its problem: what poses it (:class:`problems.experiments.CoefficientProblem`), what records the same on a
+serial tape, its own options and settings. One or several stages are minimised one after another, each from the
+controls of the one before, as in frequency continuation.
+"""
+
+from __future__ import annotations
+
+import time
+from argparse import ArgumentTypeError
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from demos.inversion import add_trust_region, settle_method
+from pint_fem.cli import ProgramParser, positive
+
+__all__ = ["add_coefficients", "factors", "invert_coefficients", "settle_coefficients"]
+
+
+# -- options -----------------------------------------------------------------------------------------------------------
+def factors(text: str) -> tuple[float, float]:
+    """Return the bounds of a coefficient over its background, given as ``LOW,HIGH``."""
+    try:
+        low, high = (float(part) for part in text.split(","))
+    except ValueError:
+        raise ArgumentTypeError(f"{text!r}: give two numbers, such as 0.2,5") from None
+    if not 0 < low <= 1 <= high < float("inf"):
+        raise ArgumentTypeError(f"{text!r}: give 0 < LOW <= 1 <= HIGH, factors of the background, such as 0.2,5")
+    return low, high
+
+
+def add_coefficients(parser: ProgramParser, *, out: str, gtol: str = "1e-4", taped: int = 1) -> None:
+    """Add the options that all demos of coefficients have.
+
+    Parameters
+    ----------
+    parser
+        Of the program.
+    out, gtol
+        Default folder of the results, and the default tolerance of the gradient in words.
+    taped
+        Default number of experiments of ``--compare-serial``.
+    """
+    add = parser.add_argument
+    add("--grid", default="auto", metavar="SxT", help="ranks in space x ranks in time (default: all ranks in time)")
+    add("--alpha", type=positive(float, zero=True), help="weight of the coefficient's gradient in the regularisation")
+    add("--beta", type=positive(float), help="weight of the coefficient's size in the regularisation")
+    add("--noise", type=positive(float), help="noise of the readings relative to the largest")
+    add("--bounds", type=factors, metavar="LOW,HIGH", help="bounds of the coefficient over its background, as 0.2,5")
+    add(
+        "--time-solver",
+        default="auto",
+        choices=["auto", "mgrit", "paradiag", "serial"],
+        help="auto (the fastest by measured times of a step), mgrit, paradiag, serial (sequential stepping) (auto)",
+    )
+    add("--out", type=Path, default=Path(out), help=f"folder of the results ({out})")
+    add("--no-fields", action="store_true", help="write no ParaView files")
+    add(
+        "--compare-serial",
+        nargs="?",
+        type=positive(int),
+        const=taped,
+        metavar="EXPERIMENTS",
+        help=f"evaluate so many experiments ({taped}) with plain serial Firedrake + pyadjoint too, and extrapolate",
+    )
+    add_trust_region(parser, gtol=gtol, checkpoints=True, heading="options of the minimisation")
+
+
+def settle_coefficients(opts, *, gtol: float = 1e-4, max_iterations: int = 50) -> None:
+    """Give the options of the minimisation their defaults."""
+    opts.method = "trust-region"
+    settle_method(opts, gtol=gtol, max_iterations=max_iterations)
+
+
+# -- the run -----------------------------------------------------------------------------------------------------------
+def invert_coefficients(
+    title: str,
+    opts,
+    *,
+    pose: Callable,
+    record: Callable,
+    settings: Mapping[str, Any],
+    shipped: bool,
+    quantity: str,
+    sources: str,
+    stages: Sequence[tuple[str, Mapping[str, Any]]] = (("", {}),),
+) -> None:
+    """Pose the problem, minimise it and write the results (collective).
+
+    Parameters
+    ----------
+    title
+        Of the inversion, for sentences.
+    opts
+        Options of the command line, settled.
+    pose
+        ``pose(spacetime, **settings, solver_parameters=..., experiments=...)`` returns a
+        :class:`~problems.experiments.CoefficientProblem`; ``experiments`` are the numbers of those that are in the
+        functional, ``None`` for all.
+    record
+        ``record(**settings, experiments=..., comm=...)`` records the same on a serial tape.
+    settings
+        Arguments of both.
+    shipped
+        Whether the readings are the shipped ones, whose coefficients are known.
+    quantity, sources
+        What is read, with its unit, and what the experiments' sources are called, for pictures.
+    stages
+        Labels and further settings of the minimisations, of which each starts where the one before ended.
+    """
+    from demos.coefficient_report import report
+    from demos.inversion import invert, summary_of
+    from demos.outputs import Outputs, output_folder
+    from pint_fem.spacetime import SpaceTime
+
+    spacetime, outputs, times = SpaceTime(opts.grid), Outputs(), {"set-up": 0.0, "inversion": 0.0}
+    output_folder(opts.out)
+    solver = {"time_solver": opts.time_solver, "mgrit": {"rtol": opts.rtol}, "paradiag": {"rtol": opts.rtol}}
+    if not opts.exact:
+        solver["typical_rtol"] = 1e-2  # of products with the Hessian, which are most of the solves
+
+    def say(text: str = "") -> None:
+        if spacetime.is_root:
+            print(text, flush=True)
+
+    def posed(own: Mapping[str, Any], experiments: Sequence[int] | None = None):
+        return pose(spacetime, **{**settings, **own}, experiments=experiments, solver_parameters=solver)
+
+    say(f"{title} on {spacetime.space_size} x {spacetime.time_size} ranks (space x time)")
+    start, history, calls = None, [], [0, 0, 0]
+    for number, (label, own) in enumerate(stages):
+        clock = time.perf_counter()
+        problem = posed(own)
+        times["set-up"] += time.perf_counter() - clock
+        if not number:
+            say(_sizes(problem))
+            say(problem.rf.problem.leaves[0].sweeps.solvers.view())
+        if label:
+            say(f"stage {number + 1} of {len(stages)}: {label}")
+        given = {} if start is None else {"start": start}
+        if problem.bounds is not None:
+            given["bounds"] = problem.bounds
+        if opts.checkpoint is not None and len(stages) > 1:
+            given["checkpoint"] = opts.checkpoint.with_stem(f"{opts.checkpoint.stem}_stage{number + 1}")
+        seconds: dict[str, float] = {}
+        result, _ = invert(problem.rf, opts, say, outputs, seconds, **given)
+        times["inversion"] += seconds["inversion"]
+        start, history = result.control, [*history, *result.history]
+        own_calls = result.value_calls, result.gradient_calls, result.hessian_calls
+        calls = [a + b for a, b in zip(calls, own_calls, strict=True)]
+    summary = summary_of(title, {**settings}, spacetime, problem.evolutions[0].V.dim(), times)
+    summary["experiments"] = len(problem.evolutions)
+    compare = None
+    if opts.compare_serial:
+        from problems.compare_experiments import compare_experiments
+
+        own = stages[-1][1]
+        few = range(min(opts.compare_serial, len(problem.evolutions)))
+        compare = lambda: compare_experiments(
+            problem,
+            result,
+            calls=calls,
+            pose=lambda experiments: posed(own, experiments),
+            record=lambda experiments, comm: record(**{**settings, **own}, experiments=experiments, comm=comm),
+            experiments=list(few),
+            seconds=times["set-up"] + times["inversion"],
+            say=say,
+        )
+    report(
+        problem, result, opts, summary, say, outputs,
+        shipped=shipped, quantity=quantity, sources=sources, compare=compare,
+    )  # fmt: skip
+
+
+def _sizes(problem) -> str:
+    """One line: experiments, unknowns, steps, readings, controls."""
+    ev, rf = problem.evolutions[0], problem.rf
+    controls = " + ".join(str(c.function_space().dim()) for c in rf.evolution.controls)
+    return (
+        f"{len(problem.evolutions)} experiments of {ev.V.dim()} unknowns and {ev.nsteps} steps, "
+        f"{problem.data.count} readings, {controls} values of controls"
+    )
