@@ -26,7 +26,8 @@ class Heating:
     source with one value per step.
     """
 
-    def __init__(self, st, experiments=3, unknown="source", *, levels=1, steps=8, rtol=1e-13, other=lambda i: 0.0):
+    def __init__(self, st, experiments=3, unknown="source", *, levels=1, steps=8, rtol=1e-13, other=lambda i: 0.0,
+                 variation=False):
         self.st, self.unknown = st, unknown
         mesh = square(5, st.space_comm)
         self.V, self.x = FunctionSpace(mesh, "CG", 1), fd.SpatialCoordinate(mesh)
@@ -35,10 +36,12 @@ class Heating:
         self.evolutions = [self.evolution(i, steps, other(i)) for i in range(experiments)]
         misfits = [[self.misfit(i, ev)] for i, ev in enumerate(self.evolutions)]
         mgrit = {"levels": levels, "rtol": rtol} | ({"coarsening": 2} if levels > 1 else {})
+        forms = [self.gain * (self.q**2 + dot(grad(self.q), grad(self.q))) * dx]
+        if variation:
+            forms.append(pf.TotalVariation(self.q, weight=0.1, smoothing=0.1))
         self.J = pf.TimeParallelReducedFunctional(
-            self.evolutions, misfits, regularisation=self.gain * (self.q**2 + dot(grad(self.q), grad(self.q))) * dx,
-            spacetime=st, solver_parameters={"mgrit": mgrit},
-        )  # fmt: skip
+            self.evolutions, misfits, regularisation=forms, spacetime=st, solver_parameters={"mgrit": mgrit}
+        )
 
     def evolution(self, i, steps, amount):
         u, v, (x, y) = Function(self.V), TestFunction(self.V), self.x
@@ -137,9 +140,10 @@ def test_minimisation_is_that_of_one_rank(grid, method):
 
 @pytest.mark.parallel([2, 4])
 @on_grids
+@pytest.mark.parametrize("variation", [False, True])
 @time_limit(120)
-def test_a_nonlinear_minimisation_is_that_of_one_rank(grid):
-    given = dict(unknown="conductivity", steps=4)
+def test_a_nonlinear_minimisation_is_that_of_one_rank(grid, variation):
+    given = dict(unknown="conductivity", steps=4, variation=variation)
     posed = Heating(pf.SpaceTime(grid), **given), alone(**given)
     runs = [one.J.minimize_trust_region(gtol_rel=1e-7) for one in posed]
     assert runs[0].iterations == runs[1].iterations
