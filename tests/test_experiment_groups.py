@@ -263,7 +263,9 @@ def test_final_states_of_all_experiments_are_on_all_ranks(grid):
     posed = Heating(pf.SpaceTime(grid))
     finals = [Function(posed.V) for _ in posed.evolutions]
     misfits = [posed.misfit(i, ev) for i, ev in enumerate(posed.evolutions)]
-    J = pf.TimeParallelReducedFunctional(posed.evolutions, misfits, spacetime=posed.st, final_state=finals)
+    J = pf.TimeParallelReducedFunctional(
+        posed.evolutions, misfits, spacetime=posed.st, final_state=finals, solver_parameters={"mgrit": {"levels": 1}}
+    )
     J(J.function(posed.vector(0)))
     for ev, final in zip(posed.evolutions, finals, strict=True):
         np.testing.assert_array_equal(get(final), get(J.state(times=float(ev.time(ev.nsteps)), evolution=ev)))
@@ -277,7 +279,9 @@ def test_readings_of_all_experiments_are_on_all_ranks(grid):
     posed = Heating(pf.SpaceTime(grid))
     points, times = np.array([[0.3, 0.4], [0.7, 0.6]]), [0.04, 0.16]
     sensors = [pf.PointSensors(points, times, np.zeros((2, 2))) for _ in posed.evolutions]
-    J = pf.TimeParallelReducedFunctional(posed.evolutions, sensors, spacetime=posed.st)
+    J = pf.TimeParallelReducedFunctional(
+        posed.evolutions, sensors, spacetime=posed.st, solver_parameters={"mgrit": {"levels": 1}}
+    )
     J(J.function(posed.vector(0)))
     other, z = alone(), None
     other.J(other.J.function(other.vector(0)))
