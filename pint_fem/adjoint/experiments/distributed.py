@@ -7,8 +7,9 @@ A process grid of space x time x experiments has several groups of ranks, and gr
 :math:`e_g \le e < e_{g+1}`. It solves them on its own space x time grid, as the problem of the own experiments does,
 and knows nothing of the others' forms. What the groups compute is then combined:
 
-* values :math:`J_e` are exchanged and added in the order of the experiments, so that :math:`J` has bitwise the same
-  value on every rank and for every number of groups;
+* values :math:`J_e` are exchanged and added in the order of the experiments, so that :math:`J` is bitwise the same on
+  every rank and, where sweeps are sequential, for every number of groups (experiments that are iterated at once take
+  the same cycles, so that iterates depend on the group up to the tolerance);
 * dual vectors (gradient, Hessian actions) are added in the order of the groups: bitwise the same on all ranks, and for
   another number of groups the same up to the round-off of a sum.
 
@@ -197,7 +198,7 @@ class DistributedExperiments(ComposedProblem):
         return self._in_order(self._together(self._own.experiment_values, self._own_controls(z), **accuracy))
 
     def value(self, z: np.ndarray, **accuracy: float) -> float:
-        """Return ``J(z)``, the identical number on every rank and for every number of groups."""
+        """Return ``J(z)``, the identical number on every rank."""
         z = as_vector(z)
         self._misfit = sum(self.experiment_values(z, **accuracy).tolist())
         self._own_part = 0.0 if self.regularisation is None else self.regularisation.value(z)
