@@ -33,12 +33,8 @@ from pint_fem.misfits.base import BlockMisfit, Misfit
 from pint_fem.misfits.sensor_readings import SensorReadings
 
 __all__ = [
-    "ComposedProblem",
-    "Selection",
-    "problem_with_initial_expression",
-    "require_no_control_as_data",
-    "sum_of_problems",
-]
+    "ComposedProblem", "Selection", "problem_with_initial_expression", "require_no_control_as_data", "sum_of_problems",
+]  # fmt: skip
 
 
 class Selection:
