@@ -351,7 +351,8 @@ def test_a_run_continues_on_another_grid(grid, inexact, tmp_path):
                 result, _ = run(where, path, max_it=most)
                 if most == 5:
                     assert result.iterations == whole.iterations == 5
-                    assert result.value == pytest.approx(whole.value, rel=1e-10)
+                    # experiments that are iterated at once take the same cycles: inexact iterates depend on the grid
+                    assert result.value == pytest.approx(whole.value, rel=1e-8 if inexact else 1e-10)
             WORLD.barrier()
 
 
