@@ -93,7 +93,7 @@ def report(
         for c, f in zip(problem.coefficients, found, strict=True):
             f.rename(f"recovered {c.name}".replace(" ", "_"))
             shown.append(f)
-        work = write_functions if problem.spacetime.time_comm.rank == 0 else lambda *_: None
+        work = write_functions if problem.spacetime.owns_static else lambda *_: None
         outputs("fields", work, out / "fields" / "coefficients.pvd", shown, problem.spacetime.space_comm)
     if compare is not None:
         start = time.perf_counter()
@@ -136,8 +136,10 @@ def _series(predicted: np.ndarray, experiments: int, show: int = 6) -> list[int]
 
 
 def _images(problem: CoefficientProblem, found: list, shipped: bool) -> list:
-    """Extent and named images of each coefficient; ranks in time other than the first make none."""
-    if problem.spacetime.time_comm.rank:
+    """Extent and named images of each coefficient; ranks other than the first in time and of other groups of
+    experiments make none.
+    """
+    if not problem.spacetime.owns_static:
         return [None] * len(found)
     out = []
     for c, f in zip(problem.coefficients, found, strict=True):

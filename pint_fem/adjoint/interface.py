@@ -30,7 +30,8 @@ from pint_fem.collective import require_same
 from pint_fem.errors import InputError
 from pint_fem.evolution.control_layout import ControlLayout, ControlSet
 from pint_fem.evolution.evolution import Evolution
-from pint_fem.misfits.base import BlockMisfit
+from pint_fem.misfits.base import BlockMisfit, Misfit
+from pint_fem.misfits.sensor_readings import SensorReadings
 from pint_fem.spacetime import SpaceTime
 
 if TYPE_CHECKING:
@@ -219,6 +220,16 @@ class ControlProblem(ABC):
         ``sensors.readings(problem.observations(z, sensors))``. A misfit that is not one of the problem's, or is defined
         on whole slabs only, is an ``InputError``.
         """
+
+    def has_misfit(self, misfit: Misfit) -> bool:
+        """Return whether a misfit is one of the problem's, those of other groups of experiments included."""
+        return any(leaf.index_of(misfit) is not None for leaf in self.leaves)
+
+    def readings(self, z: np.ndarray, misfit: SensorReadings) -> np.ndarray:
+        """Return the readings of a misfit of sensors at a control's state, ``(times, sensors)``, on every rank, for the
+        experiments of all groups (collective). A misfit that is not one of the problem's is an ``InputError``.
+        """
+        raise InputError(f"readings of {misfit!r}: this functional has no states")
 
     # -- accuracy, where it can be chosen ------------------------------------------------------------------------------
     def accuracy_at(self, z: np.ndarray) -> SweepAccuracy:

@@ -26,6 +26,7 @@ from pint_fem.evolution.evolution import Evolution
 from pint_fem.inverse.map import ParameterToObservable
 from pint_fem.inverse.objective import MapMisfit
 from pint_fem.misfits.base import BlockMisfit
+from pint_fem.misfits.sensor_readings import SensorReadings
 from pint_fem.optimize.records import TrustRegionResult
 
 if TYPE_CHECKING:
@@ -130,6 +131,10 @@ class MapProblem(ControlProblem):
     def observations(self, z: np.ndarray, misfit: BlockMisfit) -> np.ndarray:
         """Return what a misfit observes, by a sweep."""
         return self.given.observations(z, misfit)
+
+    def readings(self, z: np.ndarray, misfit: SensorReadings) -> np.ndarray:
+        """Return the readings of a misfit, by a sweep."""
+        return self.given.readings(z, misfit)
 
 
 class MapFunctional(Minimisable):
