@@ -255,4 +255,4 @@ GROUPS = {1: ["1x1"], 2: ["1x1x2", "1x2"], 4: ["1x2x2", "2x1x2"]}.get(MPI.COMM_W
 def test_several_experiments(grid):
     """Three experiments with one conductivity, on one rank and divided over groups of ranks."""
     st = pf.SpaceTime(grid)
-    assert_same_as_serial(heating_experiments(st, conduction(exp), 3), st, "SDIRK2", SERIAL, MGRIT)
+    assert_same_as_serial(heating_experiments(st, conduction(exp), 3), st, "BackwardEuler", SERIAL, MGRIT)
