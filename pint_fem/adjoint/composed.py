@@ -21,6 +21,7 @@ import ufl
 from mpi4py import MPI
 
 from pint_fem.adjoint.consistency.problem_data import require_same_forms, require_same_values
+from pint_fem.adjoint.experiments.joint import JointProblems, joint_problems
 from pint_fem.adjoint.interface import ControlProblem, SweepAccuracy, Term, as_vector, require_directions
 from pint_fem.adjoint.problem import ReducedProblem
 from pint_fem.adjoint.regularisation import Regularisation
@@ -138,6 +139,17 @@ class ComposedProblem(ControlProblem):
         self.terms, self.layout, self.evolution, self.spacetime = terms, layout, layout.evolution, layout.spacetime
         self.regularisation = regularisation
         self._own_part = 0.0  # the regularisation's last value
+        self._find_joint()
+
+    def _find_joint(self) -> None:
+        """Find the terms whose sweeps can be solved at once."""
+        problems = [term.problem for term in self.terms]
+        self._joint = [(group, JointProblems([problems[i] for i in group])) for group in joint_problems(problems)]
+        self._alone = [i for i in range(len(problems)) if not any(i in group for group, _ in self._joint)]
+
+    def _inner(self, z: np.ndarray) -> list[np.ndarray]:
+        """Return the controls of each term."""
+        return [term.map.value(z) for term in self.terms]
 
     @property
     def is_quadratic(self) -> bool:
@@ -179,13 +191,19 @@ class ComposedProblem(ControlProblem):
 
     def experiment_values(self, z: np.ndarray, **accuracy: float) -> np.ndarray:
         """Return the weighted terms, ``(experiments,)``."""
-        z = as_vector(z)
-        return np.array([term.weight * term.problem.value(term.map.value(z), **accuracy) for term in self.terms])
+        inner = self._inner(as_vector(z))
+        for group, joint in self._joint:
+            joint.solve_states([inner[i] for i in group], **accuracy)
+        return np.array([t.weight * t.problem.value(own, **accuracy) for t, own in zip(self.terms, inner, strict=True)])
 
     def derivative(self, z: np.ndarray, **accuracy: float) -> np.ndarray:
         """Return ``J'(z)`` as a dual vector."""
         z = as_vector(z)
-        g = self._collected([term.problem.derivative(term.map.value(z), **accuracy) for term in self.terms], z)
+        inner = self._inner(z)
+        for group, joint in self._joint:
+            joint.solve_adjoints([inner[i] for i in group], **accuracy)
+        terms = zip(self.terms, inner, strict=True)
+        g = self._collected([term.problem.derivative(own, **accuracy) for term, own in terms], z)
         return g if self.regularisation is None else g + self.regularisation.gradient(z)
 
     def current_derivative(self, z: np.ndarray, *, regularised: bool = True) -> np.ndarray:
@@ -213,12 +231,19 @@ class ComposedProblem(ControlProblem):
     ) -> np.ndarray:
         """Return ``J''(z) dz`` as a dual vector; with ``gauss_newton`` without second derivatives of steps and maps."""
         z, dz, out = as_vector(z), as_vector(dz), np.zeros(self.layout.size)
-        for weight, problem, map in self.terms:
-            inner = map.value(z)
-            h = problem.hessian_action(inner, map.tangent(z, dz), gauss_newton=gauss_newton, **accuracy)
-            map.add_adjoint(out, z, h, weight)
+        inner, along = self._inner(z), [term.map.tangent(z, dz) for term in self.terms]
+        actions = {
+            i: self.terms[i].problem.hessian_action(inner[i], along[i], gauss_newton=gauss_newton, **accuracy)
+            for i in self._alone
+        }
+        for group, joint in self._joint:
+            given = [inner[i] for i in group], [along[i] for i in group]
+            found = joint.hessian_actions(*given, gauss_newton=gauss_newton, **accuracy)
+            actions |= dict(zip(group, found, strict=True))
+        for i, (weight, problem, map) in enumerate(self.terms):
+            map.add_adjoint(out, z, actions[i], weight)
             if not gauss_newton and not map.is_affine:
-                map.add_second(out, z, dz, problem.derivative(inner, **accuracy), weight)
+                map.add_second(out, z, dz, problem.derivative(inner[i], **accuracy), weight)
         return out if self.regularisation is None else out + self.regularisation.hessian(z, dz)
 
     def symmetric_action(
@@ -226,13 +251,20 @@ class ComposedProblem(ControlProblem):
     ) -> tuple[np.ndarray, float]:
         """Return the action of a symmetric operator near the Hessian, and the largest relative residual."""
         z, dz, out, residuals = as_vector(z), as_vector(dz), np.zeros(self.layout.size), []
-        for weight, problem, map in self.terms:
-            inner = map.value(z)
-            h, residual = problem.symmetric_action(inner, map.tangent(z, dz), cycles, gauss_newton=gauss_newton)
-            map.add_adjoint(out, z, h, weight)
-            if not gauss_newton and not map.is_affine:
-                map.add_second(out, z, dz, problem.current_derivative(inner), weight)
+        inner, along, actions = self._inner(z), [term.map.tangent(z, dz) for term in self.terms], {}
+        for i in self._alone:
+            given = inner[i], along[i], cycles
+            actions[i], residual = self.terms[i].problem.symmetric_action(*given, gauss_newton=gauss_newton)
             residuals.append(residual)
+        for group, joint in self._joint:
+            directions = [inner[i] for i in group], [along[i] for i in group]
+            found, residual = joint.symmetric_actions(*directions, cycles, gauss_newton=gauss_newton)
+            actions |= dict(zip(group, found, strict=True))
+            residuals.append(residual)
+        for i, (weight, problem, map) in enumerate(self.terms):
+            map.add_adjoint(out, z, actions[i], weight)
+            if not gauss_newton and not map.is_affine:
+                map.add_second(out, z, dz, problem.current_derivative(inner[i]), weight)
         return out if self.regularisation is None else out + self.regularisation.hessian(z, dz), max(residuals)
 
     def hessian_actions(
@@ -289,6 +321,7 @@ class ComposedProblem(ControlProblem):
         changed = super().update_data()
         if self.regularisation is not None:
             self.regularisation.update_data()
+        self._find_joint()  # constants of operators may have other values
         return changed
 
 

@@ -10,7 +10,7 @@ solved again, one that is less accurate is the first guess. ``cycles`` runs that
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -24,9 +24,9 @@ from pint_fem.evolution.control_layout import ControlLayout
 from pint_fem.sweeps.sweeps import Sweeps
 
 if TYPE_CHECKING:
-    from pint_fem.adjoint.trajectories import CPointTrajectories, StoredTrajectories
+    from pint_fem.adjoint.trajectories import CPointTrajectories, Source, StoredTrajectories
 
-__all__ = ["Evaluation", "EvaluationCache", "relative_residual"]
+__all__ = ["Evaluation", "EvaluationCache", "relative_residual", "solve_for"]
 
 
 class Evaluation:
@@ -178,11 +178,14 @@ class EvaluationCache:
             self.adjoint_of(evaluation, **accuracy)
         return evaluation
 
+    def adjoint_source(self, evaluation: Evaluation) -> Source:
+        """Return the right-hand side of the adjoint equation at the current state."""
+        with self.resetting_on_failure(evaluation):
+            return self._trajectories.gradient(evaluation, self._layout.steps(evaluation.z))
+
     def adjoint_of(self, evaluation: Evaluation, **accuracy: float) -> None:
         """Solve for the adjoint of the current state."""
-        steps = self._layout.steps(evaluation.z)
-        with self.resetting_on_failure(evaluation):
-            source = self._trajectories.gradient(evaluation, steps)
+        steps, source = self._layout.steps(evaluation.z), self.adjoint_source(evaluation)
         solve = lambda L, cold: self._sweeps.adjoint(steps, evaluation.U, source.rows, L, cold=cold, **accuracy)
         self._solve(evaluation, "adjoint", accuracy, solve)
         evaluation.controls = source.controls
@@ -198,42 +201,91 @@ class EvaluationCache:
             raise
 
     def _solve(self, evaluation: Evaluation, kind: str, accuracy: dict, solve: Callable) -> None:
-        """Solve for the state or the adjoint, unless it is cached to the required tolerance.
+        """Solve for the state or the adjoint of an evaluation, by ``solve(trajectory, cold=)``."""
+        solve_for(kind, [(self, evaluation)], accuracy, lambda _, trajectories, cold: solve(*trajectories, cold=cold))
 
-        A solve that fails from a first guess is repeated from the initial condition or from zero, so that no failure is
-        due to earlier controls.
-        """
-        rtol = accuracy.get("rtol", self._sweeps.options.rtol)
-        if "cycles" not in accuracy and evaluation.rtol[kind] <= rtol:
-            return
+    def before_solve(self) -> None:
+        """Do what is to be done before the first solve, once."""
         if self._before_first_solve is not None:
             show, self._before_first_solve = self._before_first_solve, None
             show()
+
+    def is_cached(self, evaluation: Evaluation, kind: str, accuracy: dict) -> bool:
+        """Return whether a trajectory is cached to the required tolerance."""
+        rtol = accuracy.get("rtol", self._sweeps.options.rtol)
+        return "cycles" not in accuracy and evaluation.rtol[kind] <= rtol
+
+    def restart(self, evaluation: Evaluation, kind: str, *, failed: bool = False) -> None:
+        """Set a trajectory to the first guess of a cold solve, after a ``failed`` solve without all linearisations."""
         trajectory = evaluation.U if kind == "state" else evaluation.L
-        evaluation.rtol[kind] = np.inf
-        first_guess = self._sweeps.initial if kind == "state" else 0
-        retries = not ("cycles" in accuracy or self._sweeps.solvers.is_sequential)
-        for cold in (True,) if evaluation.cold[kind] else (False, True):
-            if cold:
-                trajectory[:] = first_guess
-            try:
-                result = solve(trajectory, cold=cold)
-                break
-            except FAILURES as failure:
-                trajectory[:] = first_guess
-                self._sweeps.solvers.invalidate(factors=True)
-                if cold or not retries or not isinstance(failure, SolverFailure):
-                    evaluation.cold[kind] = True
-                    evaluation.move_to(None) if kind == "state" else evaluation.state_changed()
-                    raise
+        trajectory[:] = self._sweeps.initial if kind == "state" else 0
+        if failed:
+            self._sweeps.solvers.invalidate(factors=True)
+
+    def accept(self, evaluation: Evaluation, kind: str, result: SolveResult, accuracy: dict) -> None:
+        """Note the result of a solve."""
         evaluation.cold[kind] = False
         if kind == "state":
             evaluation.state_changed()
             evaluation.state = result
         else:
             evaluation.gradient, evaluation.adjoint = None, result
-        exact = result.reason in ("exact", "serial")
+        rtol, exact = accuracy.get("rtol", self._sweeps.options.rtol), result.reason in ("exact", "serial")
         evaluation.rtol[kind] = 0.0 if exact else np.inf if "cycles" in accuracy else rtol
+
+    @property
+    def retries(self) -> bool:
+        """Whether solves depend on a first guess."""
+        return not self._sweeps.solvers.is_sequential
+
+
+def solve_for(
+    kind: str, pairs: Sequence[tuple[EvaluationCache, Evaluation]], accuracy: dict, solve: Callable[..., SolveResult]
+) -> None:
+    """Solve for the states or the adjoints of one or several evaluations, unless they are cached to the required
+    tolerance.
+
+    A solve that fails from first guesses is repeated from the initial conditions or from zero, so that no failure is
+    due to earlier controls.
+
+    Parameters
+    ----------
+    kind
+        ``"state"`` or ``"adjoint"``.
+    pairs
+        Evaluations with their caches.
+    accuracy
+        ``rtol`` or ``cycles`` of this solve.
+    solve
+        ``solve(which, trajectories, cold=)`` for those of the evaluations with the numbers ``which``.
+    """
+    which = [i for i, (cache, evaluation) in enumerate(pairs) if not cache.is_cached(evaluation, kind, accuracy)]
+    if not which:
+        return
+    pending = [pairs[i] for i in which]
+    for cache, evaluation in pending:
+        cache.before_solve()
+        evaluation.rtol[kind] = np.inf
+    retries = "cycles" not in accuracy and pending[0][0].retries
+    trajectories = [evaluation.U if kind == "state" else evaluation.L for _, evaluation in pending]
+    for cold in (True,) if all(evaluation.cold[kind] for _, evaluation in pending) else (False, True):
+        for cache, evaluation in pending:
+            if cold or evaluation.cold[kind]:
+                cache.restart(evaluation, kind)
+        try:
+            result = solve(which, trajectories, cold=cold)
+            break
+        except FAILURES as failure:
+            final = cold or not retries or not isinstance(failure, SolverFailure)
+            for cache, evaluation in pending:
+                cache.restart(evaluation, kind, failed=True)
+                if final:
+                    evaluation.cold[kind] = True
+                    evaluation.move_to(None) if kind == "state" else evaluation.state_changed()
+            if final:
+                raise
+    for cache, evaluation in pending:
+        cache.accept(evaluation, kind, result, accuracy)
 
 
 def relative_residual(result: SolveResult) -> float:

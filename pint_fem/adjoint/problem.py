@@ -151,6 +151,11 @@ class ReducedProblem(SecondDerivatives, ControlProblem):
         self.spacetime.log(str(self.memory()))
 
     @property
+    def cache(self) -> EvaluationCache:
+        """The evaluations of the last controls, and solves for their trajectories."""
+        return self._cache
+
+    @property
     def evaluations(self) -> tuple[Evaluation, ...]:
         """The cached evaluations, that of the last control first."""
         return tuple(self._cache.evaluations)

@@ -26,7 +26,8 @@ from pint_fem.petsc_options.spelling import require_prefix
 from pint_fem.propagators import make_propagator
 from pint_fem.spacetime import SpaceTime
 from pint_fem.sweeps.automatic import share_measured_seconds
-from pint_fem.sweeps.selection import krylov_options, mgrit_options, read_time_solver
+from pint_fem.sweeps.selection import READ, TimeSolverChoice, krylov_options, mgrit_options, read_time_solver
+from pint_fem.sweeps.shared.operators import have_same_operators, sharing
 from pint_fem.sweeps.sweeps import Sweeps
 
 __all__ = ["TimeParallelReducedFunctional", "mgrit_options"]
@@ -130,7 +131,8 @@ class TimeParallelReducedFunctional(ControlFunctional):
         given = spacetime.group, solver_parameters, options_prefix, steps
         problem: ControlProblem
         if several:
-            make = lambda e: _problem(evolutions[e], own_misfits[e], [], *given)
+            made: list[tuple[Sweeps, TimeSolverChoice]] = []
+            make = lambda e: _problem(evolutions[e], own_misfits[e], [], *given, made)
             if spacetime.experiments_size > 1 and (solver_parameters or {}).get("time_solver") == "auto":
                 share_measured_seconds(evolutions[0].private(), spacetime)
             problem = _problem_of_experiments(evolutions, own_misfits, forms, spacetime, make)
@@ -193,9 +195,11 @@ def _problem(
     solver_parameters: Mapping | None,
     options_prefix: str,
     steps: dict,
+    made: list[tuple[Sweeps, TimeSolverChoice]] | None = None,
 ) -> ControlProblem:
     """The problem of one evolution, with arguments as for :class:`TimeParallelReducedFunctional`; ``steps``: those that
-    are passed on to the sweeps.
+    are passed on to the sweeps. ``made`` has the sweeps of other evolutions, whose operators are used where they are
+    the same, with the choice of their time solver; those of this evolution are added.
     """
     space_comm = evolution.V.mesh().comm
     if MPI.Comm.Compare(spacetime.space_comm, space_comm) not in (MPI.IDENT, MPI.CONGRUENT):
@@ -208,11 +212,19 @@ def _problem(
     plain = steps["propagator"] is make_propagator and steps["coarse_evolutions"] is None
     plain = plain and all(parameters.get(name) is None for name in ("spatial_coarsening", "krylov"))
     prefix = own.options_prefix
-    solver = read_time_solver(parameters, own, spacetime, steps["coarse_tableau"], prefix, own_steps=plain)
+    like, solver = None, None
     if plain:
-        steps = steps | {"propagator": solver.propagator}
-    if solver.why:
-        spacetime.log(solver.why)
+        alike = ((s, choice) for s, choice in made or () if have_same_operators(s.evolution, own))
+        like, solver = next(alike, (None, None))
+    if solver is None:
+        solver = read_time_solver(parameters, own, spacetime, steps["coarse_tableau"], prefix, own_steps=plain)
+        if solver.why:
+            spacetime.log(solver.why)
+    else:
+        for name in READ:
+            parameters.pop(name, None)
+    if plain:
+        steps = steps | {"propagator": solver.propagator if like is None else sharing(like)}
     spatial_coarsening = parameters.pop("spatial_coarsening", None)
     norm, krylov = parameters.pop("norm", "l2"), krylov_options(parameters.pop("krylov", None), own.options_prefix)
     if krylov is not None and solver.kind == "paradiag":
@@ -229,7 +241,10 @@ def _problem(
         )  # fmt: skip
     except ValueError as error:
         raise InputError(str(error)) from error
-    if plain and (why := obstacle(own)):
+    if made is not None:
+        sweeps.solvers.reported |= like is not None  # the same estimates
+        made.append((sweeps, solver))
+    if plain and like is None and (why := obstacle(own)):
         stages = evolution.nsteps * own.dirk.stages
         spacetime.log(
             f"form propagator: controls are in the operators, and {why}: each sweep assembles and factors {stages} "

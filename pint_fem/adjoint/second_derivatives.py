@@ -65,7 +65,7 @@ class SecondDerivatives:
         initial = self._along(self.layout.initial, dz)
         return dU, self.sweeps.tangent(steps, evaluation.U, direction, dU, initial=initial, **accuracy)
 
-    def _second_source(
+    def second_source(
         self, evaluation: Evaluation, dz: Directions, dU: np.ndarray, *, second: bool, symmetric: bool = False
     ) -> Source:
         """Return the right-hand side of the second-order adjoint."""
@@ -76,7 +76,7 @@ class SecondDerivatives:
         self, evaluation: Evaluation, dz: Directions, *, second: bool, **accuracy: float
     ) -> tuple[np.ndarray, Source]:
         """Return the second-order adjoint, and its right-hand side."""
-        source = self._second_source(evaluation, dz, self._tangent(evaluation, dz, **accuracy)[0], second=second)
+        source = self.second_source(evaluation, dz, self._tangent(evaluation, dz, **accuracy)[0], second=second)
         M = self._new_slab(dz)
         self.sweeps.adjoint(self.layout.steps(evaluation.z), evaluation.U, source.rows, M, cold=True, **accuracy)
         return M, source
@@ -89,7 +89,7 @@ class SecondDerivatives:
         """
         start = self.sweeps.solvers.transposed_adjoint.start
         dU, tangent = self._tangent(evaluation, dz, start=start, cycles=cycles)
-        source = self._second_source(evaluation, dz, dU, second=second, symmetric=True)
+        source = self.second_source(evaluation, dz, dU, second=second, symmetric=True)
         steps = self.layout.steps(evaluation.z)
         M, result = self.sweeps.adjoint_by_transposed_cycles(steps, evaluation.U, source.rows, cycles=cycles)
         return M, source, max(map(relative_residual, (tangent, result)))
@@ -108,7 +108,7 @@ class SecondDerivatives:
         """Return an action of the misfits with that of the regularisation."""
         return action if self.regularisation is None else action + self.regularisation.hessian(evaluation.z, dz)
 
-    def _prepared(
+    def prepared(
         self, z: np.ndarray, directions: Mapping[str, np.ndarray], gauss_newton: bool, **accuracy: float
     ) -> tuple[Evaluation, bool]:
         """Return the evaluation of a control for a Hessian action, and whether the action has second-order terms of the
@@ -130,8 +130,11 @@ class SecondDerivatives:
         ``rtol`` is the tolerance of the two sweeps, by default that of the options.
         """
         dz = as_vector(dz)
-        evaluation, second = self._prepared(z, {"direction": dz}, gauss_newton, **accuracy)
-        M, source = self._second_adjoint(evaluation, dz, second=second, **accuracy)
+        evaluation, second = self.prepared(z, {"direction": dz}, gauss_newton, **accuracy)
+        return self.action(evaluation, dz, *self._second_adjoint(evaluation, dz, second=second, **accuracy))
+
+    def action(self, evaluation: Evaluation, dz: np.ndarray, M: np.ndarray, source: Source) -> np.ndarray:
+        """Return a Hessian action from the second-order adjoint and its right-hand side."""
         return self._regularised(evaluation, dz, self._pull_back(evaluation, M, source.controls))
 
     def symmetric_action(
@@ -158,9 +161,9 @@ class SecondDerivatives:
             A dual vector, and the larger relative residual of the two sweeps.
         """
         dz = as_vector(dz)
-        evaluation, second = self._prepared(z, {"direction": dz}, gauss_newton, cycles=cycles)
+        evaluation, second = self.prepared(z, {"direction": dz}, gauss_newton, cycles=cycles)
         M, source, residual = self._symmetric_adjoint(evaluation, dz, cycles, second=second)
-        return self._regularised(evaluation, dz, self._pull_back(evaluation, M, source.controls)), residual
+        return self.action(evaluation, dz, M, source), residual
 
     # -- several directions --------------------------------------------------------------------------------------------
     def hessian_actions(
@@ -176,7 +179,7 @@ class SecondDerivatives:
         which are one tangent and one adjoint for as many directions as fit the memory, at most ``at_once``.
         """
         vectors, named = require_directions(self.layout, directions, at_once)
-        evaluation, second = self._prepared(z, named, gauss_newton, **accuracy)
+        evaluation, second = self.prepared(z, named, gauss_newton, **accuracy)
 
         sweeps = lambda dz: self._second_adjoint(evaluation, dz, second=second, **accuracy)
         return self._in_batches(evaluation, vectors, at_once, sweeps)
@@ -194,7 +197,7 @@ class SecondDerivatives:
         sweeps; ``at_once`` is the largest number of directions of a sweep.
         """
         vectors, named = require_directions(self.layout, directions, at_once)
-        evaluation, second = self._prepared(z, named, gauss_newton, cycles=cycles)
+        evaluation, second = self.prepared(z, named, gauss_newton, cycles=cycles)
         residuals: list[float] = []
 
         def sweeps(dz: list[np.ndarray]) -> tuple[np.ndarray, Source]:

@@ -154,6 +154,10 @@ class PrivateCopies:
         self._conditions.append((given, given._original_arg))
         return type(bc)(bc.function_space(), copied, bc.sub_domain)
 
+    def originals(self) -> dict:
+        """The user's functions and constants by their copies."""
+        return {copy: given for given, copy in self._of.items()}
+
     @property
     def data(self) -> set[Function | Constant | Cofunction]:
         """The user's objects that are data."""

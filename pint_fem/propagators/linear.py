@@ -14,6 +14,7 @@ stages are solved as in :mod:`~pint_fem.propagators.elimination`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from copy import copy
 from functools import cached_property
 from typing import Any
 
@@ -87,6 +88,16 @@ class LinearPropagator(FEPropagator):
         """Raise where the evolution has no operators of the kind that steps are made for."""
         if self.evolution.linear_operators() is None:
             raise InputError("the evolution is not linear with constant operators: use the form propagator")
+
+    def for_evolution(self, evolution: Evolution) -> LinearPropagator:
+        """The propagator of a private evolution that differs in loads and boundary values only, with the same matrices
+        and factors.
+        """
+        made = copy(self)
+        made.evolution = evolution
+        vars(made).pop("loads", None)
+        vars(evolution)["fields"] = self.evolution.fields
+        return made
 
     def _fields(self) -> Fields | None:
         """The blocks of the operators where a field is eliminated."""

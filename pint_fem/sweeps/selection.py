@@ -27,6 +27,7 @@ from pint_fem.theory.two_level import ConvergenceEstimate
 
 __all__ = [
     "KINDS",
+    "READ",
     "TimeSolverChoice",
     "choose",
     "estimate_lines",
@@ -37,6 +38,8 @@ __all__ = [
 ]
 
 KINDS = ("mgrit", "paradiag", "serial", "auto")
+READ = ("time_solver", "typical_rtol", "mgrit", "paradiag")
+"""Entries of ``solver_parameters`` that :func:`read_time_solver` reads and removes."""
 CYCLES = 20
 """MGRIT cycles that cost about as much as two iterations of ParaDiag on many ranks, factorisations included."""
 _SHAPE = ("levels", "coarsening", "relax", "c_weight", "coarse_steps", "coarse_solver", "cycle", "start", "storage")

@@ -37,10 +37,12 @@ from pint_fem.sweeps.steps import set_precision
 from pint_fem.sweeps.time_solver import TimeSolver
 from pint_fem.sweeps.time_solvers import TimeSolvers
 
-__all__ = ["Controls", "Sweeps"]
+__all__ = ["Controls", "Source", "Sweeps"]
 
 Controls = np.ndarray | None
 """Controls of the own steps, or a direction of them: ``(nz,)`` or ``(k, nz)``; ``None`` without controls."""
+Source = tuple[np.ndarray | None, Callable[[], Iterable[np.ndarray]] | None]
+"""The right-hand side of the own steps, and what computes those of coarse levels; ``None`` where they are zero."""
 
 
 class Sweeps(GivenTrajectories):
@@ -161,7 +163,7 @@ class Sweeps(GivenTrajectories):
             return np.full(shape, np.nan)
 
     # -- solves --------------------------------------------------------------------------------------------------------
-    def _solve(
+    def solve(
         self, solver: TimeSolver, kind: str, U: np.ndarray, G: np.ndarray | None, *, cold: bool = False,
         start: str = "", coarse_rhs: Callable[[], Iterable[np.ndarray]] | None = None, **accuracy: float,
     ) -> SolveResult:  # fmt: skip
@@ -232,18 +234,22 @@ class Sweeps(GivenTrajectories):
         self, z: Controls, U: np.ndarray, *, initial: np.ndarray | None = None, cold: bool = False, **accuracy: float
     ) -> SolveResult:
         """Solve for the state ``U`` with an initial condition ``(n,)``; default: the evolution's."""
+        G, coarse = self.state_source(z, U, initial)
+        return self.solve(self.solvers.state, "state", U, G, cold=cold, coarse_rhs=coarse, **accuracy)
+
+    def state_source(self, z: Controls, U: np.ndarray, initial: np.ndarray | None = None) -> Source:
+        """Prepare the solve for a state: its initial condition is written to ``U``; the right-hand side is returned."""
         if self.slab.is_first:
             U[0] = self.initial if initial is None else initial
         if not self.is_linear:
             self.solvers.bind(self.solvers.state, z, None, backwards=False)
-            return self._solve(self.solvers.state, "state", U, None, cold=cold, **accuracy)
+            return None, None
         self._update(z, "state")
         forcing = lambda: self.propagators[0].forcing(self.data(z))
         if self.intervals is not None:
             forcing = lambda: self.intervals.forcing(z)
         G = self._or_nan(forcing, self._rhs_shape())
-        coarse = lambda: self._coarse(lambda propagator, data: propagator.forcing(data), z)
-        return self._solve(self.solvers.state, "state", U, G, cold=cold, coarse_rhs=coarse, **accuracy)
+        return G, lambda: self._coarse(lambda propagator, data: propagator.forcing(data), z)
 
     def tangent(
         self,
@@ -260,6 +266,13 @@ class Sweeps(GivenTrajectories):
         the initial condition; ``None`` for zero. Of a batch ``dU`` is ``(k + 1, members, n)``, ``dz`` a list and
         ``initial`` ``(members, n)``.
         """
+        G, coarse = self.tangent_source(z, U, dz, dU, initial)
+        return self.solve(self.solvers.tangent, "tangent", dU, G, cold=cold, coarse_rhs=coarse, **accuracy)
+
+    def tangent_source(
+        self, z: Controls, U: np.ndarray, dz: Controls | list, dU: np.ndarray, initial: np.ndarray | None = None
+    ) -> Source:
+        """Prepare the solve for a tangent: its start is written to ``dU``; the right-hand side is returned."""
         solver, coarse, G, shape = self.solvers.tangent, None, None, self._rhs_shape(*dU.shape[1:-1])
         if self.slab.is_first:
             dU[0] = 0 if initial is None else initial
@@ -281,7 +294,7 @@ class Sweeps(GivenTrajectories):
             if dz is not None:
                 data = self.data(z, U)
                 G = self._or_nan(lambda: of_each(partial(self._control_tangent, data), dz), shape)
-        return self._solve(solver, "tangent", dU, G, cold=cold, coarse_rhs=coarse, **accuracy)
+        return G, coarse
 
     def _control_tangent(self, data: StepData, dz: Controls) -> np.ndarray:
         """``Phi_z dz`` of the own steps of a nonlinear evolution."""
@@ -298,10 +311,10 @@ class Sweeps(GivenTrajectories):
         """
         if self.slab.is_last:
             L[-1] = gradient[-1]
-        self._bind_adjoint(z, U)
-        return self._solve(self.solvers.adjoint, "adjoint", L[::-1], gradient[:-1][::-1], cold=cold, **accuracy)
+        self.bind_adjoint(z, U)
+        return self.solve(self.solvers.adjoint, "adjoint", L[::-1], gradient[:-1][::-1], cold=cold, **accuracy)
 
-    def _bind_adjoint(self, z: Controls, U: np.ndarray) -> None:
+    def bind_adjoint(self, z: Controls, U: np.ndarray) -> None:
         """Prepare the steps of the adjoint sweep for a control and a state."""
         if self.is_linear:
             self._update(z, "adjoint")
@@ -314,9 +327,9 @@ class Sweeps(GivenTrajectories):
         """Adjoints, shaped as ``gradient``, by the transposes of ``cycles`` cycles from zero, in an array that the next
         call overwrites, and the result of the solve; requires :attr:`TimeSolvers.transposed_adjoint`.
         """
-        self._bind_adjoint(z, U)
+        self.bind_adjoint(z, U)
         sweep = self.solvers.transposed_adjoint
-        result = self._solve(sweep.solver, "adjoint", *sweep.arrays(gradient), start=sweep.start, cycles=cycles)
+        result = self.solve(sweep.solver, "adjoint", *sweep.arrays(gradient), start=sweep.start, cycles=cycles)
         return sweep.collect(), result
 
 

@@ -20,6 +20,7 @@ All of them are evaluated for many steps at once.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from copy import copy
 from typing import NamedTuple
 
 import numpy as np
@@ -99,6 +100,9 @@ class CoefficientPropagator(FEPropagator):
         )  # fmt: skip
         self._loads: CoefficientLoads | None = None
         self._cached: list[_Cached] = []
+        self._shared: CoefficientPropagator | None = None  # whose operators are used
+        self._of_shared: FrozenSteps | None = None
+        self._own: FrozenSteps | None = None
 
     # -- operators -----------------------------------------------------------------------------------------------------
     @property
@@ -112,9 +116,27 @@ class CoefficientPropagator(FEPropagator):
     @property
     def frozen(self) -> FrozenSteps:
         """The steps with the present operators; at first those of the controls' own values (collective over space)."""
+        if self._shared is not None:
+            steps = self._shared.frozen
+            if self._of_shared is not steps:
+                self._of_shared, self._own = steps, steps.for_evolution(self.evolution)
+                vars(self._own)["loads"] = self.loads
+                self.loads.set_operators(steps.lifting)
+            return self._own
         if not self._cached:
             self.update(self.evolution.get_controls())
         return self._cached[0].steps
+
+    def for_evolution(self, evolution: Evolution) -> CoefficientPropagator:
+        """The propagator of a private evolution that differs in loads and boundary values only and has the same
+        controls, with the operators of this one.
+        """
+        made = copy(self)
+        made.evolution, made._loads, made._cached = evolution, None, []
+        made._shared = self if self._shared is None else self._shared
+        made._of_shared = made._own = None
+        vars(evolution)["fields"] = self.evolution.fields
+        return made
 
     def update(self, z: np.ndarray | None) -> bool:
         """Assemble and factor the operators of a control ``(nz,)``, unless it is one of the last two (collective over
@@ -130,6 +152,12 @@ class CoefficientPropagator(FEPropagator):
         ArithmeticError
             If a matrix is singular or not finite for this control, or an explicit step not stable.
         """
+        if self._shared is not None:
+            self._shared.update(z)
+            changed = self._of_shared is not self._shared.frozen
+            if changed and z is not None:
+                self.evolution.put_controls(z)
+            return changed and self.frozen is not None
         if z is None:
             return False
         same = [np.array_equal(cached.z, z) for cached in self._cached]
