@@ -44,7 +44,12 @@ def add_coefficients(parser: ProgramParser, *, out: str, gtol: str = "1e-4", tap
         Default number of experiments of ``--compare-serial``.
     """
     add = parser.add_argument
-    add("--grid", default="auto", metavar="SxT", help="ranks in space x ranks in time (default: all ranks in time)")
+    add(
+        "--grid",
+        default="auto",
+        metavar="SxT[xE]",
+        help="ranks in space x ranks in time x groups of experiments (default: all ranks in time)",
+    )
     add("--alpha", type=positive(float, zero=True), help="weight of the coefficient's gradient in the regularisation")
     add("--beta", type=positive(float), help="weight of the coefficient's size in the regularisation")
     add("--noise", type=positive(float), help="noise of the readings relative to the largest")
@@ -86,6 +91,8 @@ def invert_coefficients(
     quantity: str,
     sources: str,
     stages: Sequence[tuple[str, Mapping[str, Any]]] = (("", {}),),
+    minimisation: Mapping[str, Any] | None = None,
+    further: Callable | None = None,
 ) -> None:
     """Pose the problem, minimise it and write the results (collective).
 
@@ -109,8 +116,13 @@ def invert_coefficients(
         What is read, with its unit, and what the experiments' sources are called, for pictures.
     stages
         Labels and further settings of the minimisations, of which each starts where the one before ended.
+    minimisation
+        Further options of the minimisation.
+    further
+        ``further(problem, result, out, summary, say, shipped=...)`` adds to the summary and returns what draws further
+        pictures on the first rank (collective).
     """
-    from demos.coefficient_report import report
+    from demos.coefficient_report import coefficient_summary, report
     from demos.inversion import invert, summary_of
     from demos.outputs import Outputs, output_folder
     from pint_fem.spacetime import SpaceTime
@@ -128,8 +140,8 @@ def invert_coefficients(
     def posed(own: Mapping[str, Any], experiments: Sequence[int] | None = None):
         return pose(spacetime, **{**settings, **own}, experiments=experiments, solver_parameters=solver)
 
-    say(f"{title} on {spacetime.space_size} x {spacetime.time_size} ranks (space x time)")
-    start, history, calls = None, [], [0, 0, 0]
+    say(f"{title} on {' x '.join(map(str, spacetime.shape))} ranks (space x time x experiments)")
+    start, history, calls, finished = None, [], [0, 0, 0], []
     for number, (label, own) in enumerate(stages):
         clock = time.perf_counter()
         problem = posed(own)
@@ -139,7 +151,9 @@ def invert_coefficients(
             say(problem.rf.problem.leaves[0].sweeps.solvers.view())
         if label:
             say(f"stage {number + 1} of {len(stages)}: {label}")
-        given = {} if start is None else {"start": start}
+        given = dict(minimisation or {})
+        if start is not None:
+            given["start"] = problem.rf.function(start)  # on the mesh of this stage, which is divided alike
         if problem.bounds is not None:
             given["bounds"] = problem.bounds
         if opts.checkpoint is not None and len(stages) > 1:
@@ -147,17 +161,24 @@ def invert_coefficients(
         seconds: dict[str, float] = {}
         result, _ = invert(problem.rf, opts, say, outputs, seconds, **given)
         times["inversion"] += seconds["inversion"]
-        start, history = result.control, [*history, *result.history]
+        start, history = result.x, [*history, *result.history]
         own_calls = result.value_calls, result.gradient_calls, result.hessian_calls
         calls = [a + b for a, b in zip(calls, own_calls, strict=True)]
+        if len(stages) > 1:
+            finished.append(_stage(label, own, problem, result, seconds["inversion"]))
+            found = problem.rf.function(result.x)
+            found = found if isinstance(found, list) else [found]
+            finished[-1]["coefficients"] = coefficient_summary(problem, found, shipped, say)
     summary = summary_of(title, {**settings}, spacetime, problem.evolutions[0].V.dim(), times)
     summary["experiments"] = len(problem.evolutions)
+    if finished:
+        summary["stages"] = finished
     compare = None
     if opts.compare_serial:
         from problems.compare_experiments import compare_experiments
 
         own = stages[-1][1]
-        few = range(min(opts.compare_serial, len(problem.evolutions)))
+        few = range(min(max(opts.compare_serial, spacetime.experiments_size), len(problem.evolutions)))
         compare = lambda: compare_experiments(
             problem,
             result,
@@ -170,8 +191,24 @@ def invert_coefficients(
         )
     report(
         problem, result, opts, summary, say, outputs,
-        shipped=shipped, quantity=quantity, sources=sources, compare=compare,
+        shipped=shipped, quantity=quantity, sources=sources, compare=compare, further=further,
     )  # fmt: skip
+
+
+def _stage(label: str, settings: Mapping[str, Any], problem, result, seconds: float) -> dict:
+    """The minimisation of a stage in plain values."""
+    return {
+        "stage": label,
+        **settings,
+        "J": result.value,
+        **problem.rf.problem.parts,
+        "iterations": result.nit,
+        "evaluations": result.value_calls,
+        "gradients": result.gradient_calls,
+        "hessian_actions": result.hessian_calls,
+        "converged": result.converged,
+        "seconds": seconds,
+    }
 
 
 def _sizes(problem) -> str:

@@ -31,6 +31,7 @@ def report(
     quantity: str,
     sources: str,
     compare: Callable[[], dict] | None,
+    further: Callable | None = None,
 ) -> None:
     """Write everything (collective); ``summary`` is completed and written last.
 
@@ -46,6 +47,9 @@ def report(
         What is read, with its unit, and what the experiments' sources are called.
     compare
         Compares with serial pyadjoint and returns the entry of the summary.
+    further
+        ``further(problem, result, out, summary, say, shipped=...)`` adds to the summary and returns what draws further
+        pictures on the first rank (collective).
 
     Raises
     ------
@@ -67,8 +71,9 @@ def report(
     outputs.on_root("summary.json", write_json, out / "summary.json", summary)  # before anything else can fail
     images = _images(problem, found, shipped)
     data = problem.data.readings[0]
+    more = None if further is None else further(problem, result, out, summary, say, shipped=shipped)
 
-    def pictures() -> None:
+    def draw() -> None:
         points = np.unique(np.concatenate([r.points for r in problem.data.readings]), axis=0)
         for c, (extent, own) in zip(problem.coefficients, images, strict=True):
             shown = dict(points=points, sources=(sources, problem.sources), label=c.label)
@@ -80,13 +85,15 @@ def report(
         plot_sensors(out / "sensors.png", data.times, measured, predicted, **shown)
         convergence_picture(out / "convergence.png", rf.problem.leaves[0].sweeps, result, summary)
 
-    outputs.on_root(f"pictures in {out}", pictures)
+    outputs.on_root(f"pictures in {out}", draw)
+    if more is not None:
+        outputs.on_root(f"further pictures in {out}", more)
     if not opts.no_fields:
         shown = []
         for c, f in zip(problem.coefficients, found, strict=True):
             f.rename(f"recovered {c.name}".replace(" ", "_"))
             shown.append(f)
-        work = write_functions if problem.spacetime.time_comm.rank == 0 else lambda *_: None
+        work = write_functions if problem.spacetime.owns_static else lambda *_: None
         outputs("fields", work, out / "fields" / "coefficients.pvd", shown, problem.spacetime.space_comm)
     if compare is not None:
         start = time.perf_counter()
@@ -129,8 +136,10 @@ def _series(predicted: np.ndarray, experiments: int, show: int = 6) -> list[int]
 
 
 def _images(problem: CoefficientProblem, found: list, shipped: bool) -> list:
-    """Extent and named images of each coefficient; ranks in time other than the first make none."""
-    if problem.spacetime.time_comm.rank:
+    """Extent and named images of each coefficient; ranks other than the first in time and of other groups of
+    experiments make none.
+    """
+    if not problem.spacetime.owns_static:
         return [None] * len(found)
     out = []
     for c, f in zip(problem.coefficients, found, strict=True):

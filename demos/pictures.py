@@ -32,9 +32,11 @@ __all__ = [
     "gather_images",
     "plot_convergence",
     "plot_fields",
+    "plot_gathers",
     "plot_regularisation",
     "plot_sensors",
     "plot_snapshots",
+    "plot_values",
 ]
 
 
@@ -201,6 +203,82 @@ def plot_sensors(
     right.set(xlabel="fit - reading", ylabel="readings", title="residuals of all sensors")
     fig.suptitle(title)
     _save(fig, path, 110)
+
+
+def plot_values(
+    path: Path,
+    rows: Sequence[tuple[str, Sequence[tuple[str, np.ndarray]]]],
+    extent: Sequence[float],
+    *,
+    points: np.ndarray,
+    sources: np.ndarray,
+) -> None:
+    """Draw rows of named images of a positive quantity, of which each row has a colour scale and a label, with dots at
+    ``points`` and triangles at ``sources``, both ``(count, 2)``; where an image is not a number nothing is drawn.
+    """
+    columns = len(rows[0][1])
+    fig, axes = plt.subplots(
+        len(rows), columns, figsize=(5 * columns + 1, 3.5 * len(rows)), layout="constrained", squeeze=False
+    )
+    for line, (label, images) in zip(axes, rows, strict=True):
+        low, high = (f([f(image[np.isfinite(image)]) for _, image in images]) for f in (np.min, np.max))
+        for ax, (name, image) in zip(line, images, strict=True):
+            shown = ax.imshow(image, origin="lower", extent=extent, vmin=low, vmax=high, interpolation="nearest")
+            ax.plot(*points.T, "k.", ms=3)
+            ax.plot(*sources.T, "^", color="gold", mec="k", mew=0.6, ms=7)
+            ax.set(
+                title=name,
+                aspect="equal",
+                xlabel="x" if line is axes[-1] else "",
+                ylabel="y" if ax is line[0] else "",
+            )
+        fig.colorbar(shown, ax=line, label=label, shrink=0.9)
+    _save(fig, path, 110)
+
+
+def plot_gathers(
+    path: Path,
+    times: np.ndarray,
+    gathers: Sequence[tuple[str, np.ndarray, np.ndarray, np.ndarray]],
+    *,
+    quantity: str,
+) -> None:
+    """Draw the readings of a line of sensors over time, their fit, and the difference, a column for each experiment.
+
+    Parameters
+    ----------
+    path
+        File to write.
+    times
+        ``(nt,)`` reading times.
+    gathers
+        Name of the experiment, ``(ns,)`` positions along the line, ``(nt, ns)`` readings and fit.
+    quantity
+        What is read.
+    """
+    every = np.ma.concatenate([np.ma.abs(measured).ravel() for _, _, measured, _ in gathers])
+    limit = float(np.percentile(np.ma.compressed(every), 97))
+    fig, axes = plt.subplots(
+        3, len(gathers), figsize=(3.4 * len(gathers) + 1, 9), layout="constrained", squeeze=False, sharey=True
+    )
+    for column, (name, positions, measured, predicted) in zip(axes.T, gathers, strict=True):
+        order = np.argsort(positions)
+        x = positions[order]
+        spacing = np.diff(x)
+        gaps = np.flatnonzero(spacing > 1.6 * np.median(spacing))  # without sensors: nothing is drawn there
+        x = np.insert(x, gaps + 1, x[gaps] + np.median(spacing))
+        for ax, values, title in zip(
+            column, (measured, predicted, measured - predicted), ("readings", "fit", "readings - fit"), strict=True
+        ):
+            table = np.insert(np.ma.filled(values[:, order].astype(float), np.nan), gaps + 1, np.nan, axis=1)
+            shown = ax.pcolormesh(x, times, table, cmap="RdBu_r", vmin=-limit, vmax=limit, shading="nearest")
+            ax.set(title=f"{title}, {name}", xlabel="x" if ax is column[-1] else "")
+            ax.set_facecolor("0.85")
+    for ax in axes[:, 0]:
+        ax.set_ylabel("t")
+    axes[0, 0].invert_yaxis()
+    fig.colorbar(shown, ax=axes, shrink=0.6, label=quantity, extend="both")
+    _save(fig, path, 100)
 
 
 def plot_convergence(

@@ -21,9 +21,10 @@ SDIRK2             :math:`\gamma` dt                              :math:`(1-\gam
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from firedrake import (
@@ -136,6 +137,7 @@ def trajectory(
     integrator: str,
     course: Callable[[float], float] | None = None,
     constant: bool = True,
+    parameters: Mapping[str, Any] = _DIRECT,
 ) -> Iterator[tuple[int, Function]]:
     """Step from zero; yield ``(0, u), (1, u), ..., (steps, u)``, on the tape that is being recorded.
 
@@ -153,6 +155,8 @@ def trajectory(
         Time course of the load, a function of the time.
     constant
         Whether the operators depend on no control, so that their factors stay when the tape is evaluated again.
+    parameters
+        PETSc options of the stages' systems; by default for symmetric positive definite ones.
 
     Raises
     ------
@@ -165,14 +169,14 @@ def trajectory(
     h, w, v = Constant(length * dt), TrialFunction(V), TestFunction(V)
     u, solvers, courses = Function(V, name="state"), [], []
     W = u
-    for c in weights:
+    for c in map(float, weights):  # UFL does not take numpy's numbers before vectors
         # combinations of stages go into the right-hand side's form: on the tape that is cheaper than an assignment.
         # The time course's value is a function of R that each step assigns
-        U, s = Function(V), 1 if course is None else Function(FunctionSpace(V.mesh(), "R", 0))
+        U, s = Function(V), 1 if course is None else Function(FunctionSpace(V.mesh().unique(), "R", 0))
         equation = LinearVariationalProblem(
             mass(w, v) + h * stiffness(w, v), mass(W, v) + h * s * load(v), U, bcs=bcs, constant_jacobian=constant
         )
-        solvers.append(LinearVariationalSolver(equation, solver_parameters=_DIRECT))
+        solvers.append(LinearVariationalSolver(equation, solver_parameters=parameters))
         courses.append(s)
         W = U if c == 1 else (1 - c) * W + c * U
     yield 0, u
