@@ -10,7 +10,7 @@ from firedrake import SpatialCoordinate, conditional, exp
 
 from demos.pictures import Raster, plot_gathers, plot_values
 from problems.experiments import CoefficientProblem
-from problems.maxwell_soil import BACKGROUND, in_soil
+from problems.maxwell_soil import BACKGROUND, RECEIVERS, in_soil
 
 __all__ = ["pictures"]
 
@@ -46,7 +46,7 @@ def pictures(problem: CoefficientProblem, result, out: Path, *, shipped: bool) -
     chosen = np.unique(np.linspace(0, len(every) - 1, min(SHOTS, len(every))).round().astype(int))
 
     def draw() -> None:
-        plot_values(out / "soil.png", rows, extent, points=every[0].points, sources=problem.sources)
+        plot_values(out / "soil.png", rows, extent, points=RECEIVERS, sources=problem.sources)
         shots = [(f"antenna {k}", every[k].points[:, 0], every[k].values, predicted[k][..., 0]) for k in chosen]
         plot_gathers(out / "gathers.png", every[0].times, shots, quantity="electric field")
 

@@ -265,12 +265,15 @@ def plot_gathers(
         order = np.argsort(positions)
         x = positions[order]
         spacing = np.diff(x)
-        gaps = np.flatnonzero(spacing > 1.6 * np.median(spacing))  # without sensors: nothing is drawn there
-        x = np.insert(x, gaps + 1, x[gaps] + np.median(spacing))
+        usual = np.median(spacing)
+        # without sensors nothing is drawn: a column without numbers at either end of each gap
+        gaps = np.repeat(np.flatnonzero(spacing > 1.6 * usual) + 1, 2)
+        ends = [side for g in gaps[::2] for side in (x[g - 1] + usual, x[g] - usual)]
+        x = np.insert(x, gaps, ends)
         for ax, values, title in zip(
             column, (measured, predicted, measured - predicted), ("readings", "fit", "readings - fit"), strict=True
         ):
-            table = np.insert(np.ma.filled(values[:, order].astype(float), np.nan), gaps + 1, np.nan, axis=1)
+            table = np.insert(np.ma.filled(values[:, order].astype(float), np.nan), gaps, np.nan, axis=1)
             shown = ax.pcolormesh(x, times, table, cmap="RdBu_r", vmin=-limit, vmax=limit, shading="nearest")
             ax.set(title=f"{title}, {name}", xlabel="x" if ax is column[-1] else "")
             ax.set_facecolor("0.85")
