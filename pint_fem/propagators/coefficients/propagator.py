@@ -99,11 +99,10 @@ class CoefficientPropagator(FEPropagator):
         unknowns = CellUnknowns(ev.V, fields)
         parts = ev.affine_parts
         given = dict(evolution=ev, unknowns=unknowns, bc_rows=self.bc_rows, fields=fields)
-        self._of_M, self._of_K = (
-            None if form.empty() or not set(form.coefficients()) & set(parts.in_operators)
-            else OperatorDerivatives(form, **given)
-            for form in (parts.M, parts.K)
-        )  # fmt: skip
+        found = [form for form in (parts.M, parts.K) if not form.empty()]
+        found = [form for form in found if set(form.coefficients()) & set(parts.in_operators)]
+        of = {form: made for form in found if not (made := OperatorDerivatives(form, **given)).vanish}
+        self._of_M, self._of_K = of.get(parts.M), of.get(parts.K)
         self._loads: CoefficientLoads | None = None
         self._cached: list[_Cached] = []
         self._controls_load = _has_controlled_loads(ev)
