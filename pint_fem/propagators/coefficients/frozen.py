@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from firedrake.assemble import get_assembler
@@ -24,7 +24,7 @@ from pint_fem.propagators.leapfrog import LeapfrogPropagator
 from pint_fem.propagators.linear import LinearPropagator
 from pint_fem.propagators.loads import StageLoads
 
-__all__ = ["FrozenLeapfrog", "FrozenSteps", "OperatorMatrices"]
+__all__ = ["CachedSteps", "FrozenLeapfrog", "FrozenSteps", "OperatorMatrices"]
 
 
 class OperatorMatrices:
@@ -205,3 +205,10 @@ class FrozenSteps(LinearPropagator):
 
 class FrozenLeapfrog(FrozenSteps, LeapfrogPropagator):
     """Leapfrog steps; where the step is not stable for the controls, an ``InputError`` is raised."""
+
+
+class CachedSteps(NamedTuple):
+    """The steps of a value of the controls ``(nz,)``."""
+
+    z: np.ndarray
+    steps: FrozenSteps

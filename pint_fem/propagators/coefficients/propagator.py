@@ -21,7 +21,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from copy import copy
-from typing import NamedTuple
 
 import numpy as np
 from irksome.tableaux.ButcherTableaux import ButcherTableau
@@ -34,26 +33,14 @@ from pint_fem.evolution.tableaux import DIRK
 from pint_fem.kernels.arrays import boundary_rows
 from pint_fem.propagators.base import FEPropagator, StepData
 from pint_fem.propagators.coefficients.derivatives import OperatorDerivatives
-from pint_fem.propagators.coefficients.frozen import FrozenSteps, OperatorMatrices
-from pint_fem.propagators.coefficients.loads import CoefficientLoads
+from pint_fem.propagators.coefficients.frozen import CachedSteps, FrozenSteps, OperatorMatrices
+from pint_fem.propagators.coefficients.loads import CoefficientLoads, has_controlled_loads
 from pint_fem.propagators.coefficients.sums import ControlSums, Direction, Stages
 
 __all__ = ["CoefficientPropagator"]
 
 _CHUNK = 64
 """Steps whose stages are in memory at the same time."""
-
-
-def _has_controlled_loads(evolution: Evolution) -> bool:
-    """Whether controls are in the load or in boundary values."""
-    return bool(any(evolution.control_operators)) or evolution.boundary_controls is not None
-
-
-class _Cached(NamedTuple):
-    """The steps of a value of the controls ``(nz,)``."""
-
-    z: np.ndarray
-    steps: FrozenSteps
 
 
 class CoefficientPropagator(FEPropagator):
@@ -72,8 +59,6 @@ class CoefficientPropagator(FEPropagator):
         The steps with the present operators.
     dirk, bc_rows : DIRK, ndarray
         Coefficients of the integrator, and own rows with a condition.
-    outdated : bool
-        Whether data of the operators have changed, so that another propagator replaces this one.
 
     Raises
     ------
@@ -104,9 +89,9 @@ class CoefficientPropagator(FEPropagator):
         of = {form: made for form in found if not (made := OperatorDerivatives(form, **given)).vanish}
         self._of_M, self._of_K = of.get(parts.M), of.get(parts.K)
         self._loads: CoefficientLoads | None = None
-        self._cached: list[_Cached] = []
-        self._controls_load = _has_controlled_loads(ev)
-        self.outdated = False
+        self._cached: list[CachedSteps] = []
+        self._controls_load = has_controlled_loads(ev)
+        self.outdated = False  # whether data of the operators have changed: another one replaces this one
         self._shared: CoefficientPropagator | None = None  # whose operators are used
         self._of_shared: FrozenSteps | None = None
         self._own: FrozenSteps | None = None
@@ -141,9 +126,8 @@ class CoefficientPropagator(FEPropagator):
         made = copy(self)
         made.evolution, made._loads, made._cached = evolution, None, []
         made._shared = self if self._shared is None else self._shared
-        made._of_shared = made._own = None
-        made.outdated = False
-        made._controls_load = _has_controlled_loads(evolution)
+        made._of_shared, made._own, made.outdated = None, None, False
+        made._controls_load = has_controlled_loads(evolution)
         vars(evolution)["fields"] = self.evolution.fields
         return made
 
@@ -184,7 +168,7 @@ class CoefficientPropagator(FEPropagator):
         self.loads.set_operators(found.steps.lifting)
         return True
 
-    def _factored(self, z: np.ndarray) -> _Cached:
+    def _factored(self, z: np.ndarray) -> CachedSteps:
         """The steps of a control, with the order of elimination of earlier ones."""
         ev = self.evolution
         ev.put_controls(z)
@@ -199,14 +183,12 @@ class CoefficientPropagator(FEPropagator):
             )  # fmt: skip
         except InputError as error:  # a matter of this control, for which the optimiser has another one
             raise ArithmeticError(f"operators at this control: {error}") from error
-        return _Cached(z.copy(), steps)
+        return CachedSteps(z.copy(), steps)
 
     def update_data(self, changed: set) -> bool:
         """Discard loads; ``False`` where data of the operators have changed."""
-        if self._shared is not None and self._shared.outdated:
-            return False
-        if changed & self.evolution.operator_data:
-            self.outdated = True
+        self.outdated = bool(changed & self.evolution.operator_data)
+        if self.outdated or (self._shared is not None and self._shared.outdated):
             return False
         if changed and self._loads is not None:
             self._loads.update_data()
@@ -274,11 +256,8 @@ class CoefficientPropagator(FEPropagator):
         return stages
 
     def _set_controls(self) -> None:
-        """Set the controls in the forms of derivatives to those of the present operators: other levels have the same
-        functions, and a control whose operators could not be factored may be in them.
-        """
-        owner = self if self._shared is None else self._shared
-        if owner._cached:
+        """Set the controls in forms to those of the operators, as other levels or a failed factorisation leave others."""
+        if (owner := self._shared or self)._cached:
             owner.evolution.put_controls(owner._cached[0].z)
 
     def _direction(self, dz: np.ndarray | None) -> Direction:
