@@ -256,7 +256,7 @@ class CoefficientPropagator(FEPropagator):
         return stages
 
     def _set_controls(self) -> None:
-        """Set the controls in forms to those of the operators, as other levels or a failed factorisation leave others."""
+        """Set the controls in forms to those of the operators; other levels or failed factorisations leave others."""
         if (owner := self._shared or self)._cached:
             owner.evolution.put_controls(owner._cached[0].z)
 
