@@ -265,7 +265,8 @@ class CoefficientPropagator(FEPropagator):
         """The matrices of a direction of the controls."""
         if dz is None:
             return Direction(None, None)
-        return Direction(*(None if of is None else of.matrices(dz) for of in (self._of_M, self._of_K)))
+        at = (self._shared or self).frozen
+        return Direction(*(None if of is None else of.matrices(dz, at) for of in (self._of_M, self._of_K)))
 
     def _tangent_loads(
         self, data: StepData, stages: Stages, along: Direction, dz: np.ndarray | None
