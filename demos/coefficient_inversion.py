@@ -44,7 +44,12 @@ def add_coefficients(parser: ProgramParser, *, out: str, gtol: str = "1e-4", tap
         Default number of experiments of ``--compare-serial``.
     """
     add = parser.add_argument
-    add("--grid", default="auto", metavar="SxT", help="ranks in space x ranks in time (default: all ranks in time)")
+    add(
+        "--grid",
+        default="auto",
+        metavar="SxT[xE]",
+        help="ranks in space x ranks in time x groups of experiments (default: all ranks in time)",
+    )
     add("--alpha", type=positive(float, zero=True), help="weight of the coefficient's gradient in the regularisation")
     add("--beta", type=positive(float), help="weight of the coefficient's size in the regularisation")
     add("--noise", type=positive(float), help="noise of the readings relative to the largest")
@@ -135,7 +140,7 @@ def invert_coefficients(
     def posed(own: Mapping[str, Any], experiments: Sequence[int] | None = None):
         return pose(spacetime, **{**settings, **own}, experiments=experiments, solver_parameters=solver)
 
-    say(f"{title} on {spacetime.space_size} x {spacetime.time_size} ranks (space x time)")
+    say(f"{title} on {' x '.join(map(str, spacetime.shape))} ranks (space x time x experiments)")
     start, history, calls, finished = None, [], [0, 0, 0], []
     for number, (label, own) in enumerate(stages):
         clock = time.perf_counter()
@@ -173,7 +178,7 @@ def invert_coefficients(
         from problems.compare_experiments import compare_experiments
 
         own = stages[-1][1]
-        few = range(min(opts.compare_serial, len(problem.evolutions)))
+        few = range(min(max(opts.compare_serial, spacetime.experiments_size), len(problem.evolutions)))
         compare = lambda: compare_experiments(
             problem,
             result,

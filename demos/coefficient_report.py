@@ -81,7 +81,8 @@ def report(
         names = [f"{s}, experiment {e}" for e, r in enumerate(problem.data.readings) for s in r.sensors]
         per = predicted.shape[1] // len(names)
         names = [name for name in names for _ in range(per)]
-        plot_sensors(out / "sensors.png", data.times, measured, predicted, names=names, quantity=quantity)
+        shown = dict(names=names, quantity=quantity, chosen=_series(predicted, len(problem.data.readings)))
+        plot_sensors(out / "sensors.png", data.times, measured, predicted, **shown)
         convergence_picture(out / "convergence.png", rf.problem.leaves[0].sweeps, result, summary)
 
     outputs.on_root(f"pictures in {out}", draw)
@@ -92,7 +93,7 @@ def report(
         for c, f in zip(problem.coefficients, found, strict=True):
             f.rename(f"recovered {c.name}".replace(" ", "_"))
             shown.append(f)
-        work = write_functions if problem.spacetime.time_comm.rank == 0 else lambda *_: None
+        work = write_functions if problem.spacetime.owns_static else lambda *_: None
         outputs("fields", work, out / "fields" / "coefficients.pvd", shown, problem.spacetime.space_comm)
     if compare is not None:
         start = time.perf_counter()
@@ -127,9 +128,18 @@ def _flat(problem: CoefficientProblem, predicted: list[np.ndarray]) -> tuple[np.
     return np.asarray(flat(predicted)), flat([r.values for r in problem.data.readings])
 
 
+def _series(predicted: np.ndarray, experiments: int, show: int = 6) -> list[int]:
+    """Numbers of the series that are drawn: in some experiments one that is larger than nine tenths of the others."""
+    series, sizes = np.array_split(np.arange(predicted.shape[1]), experiments), np.ptp(predicted, axis=0)
+    some = np.unique(np.linspace(0, experiments - 1, min(show, experiments)).astype(int))
+    return [int(series[e][np.argsort(sizes[series[e]])[int(0.9 * len(series[e]))]]) for e in some]
+
+
 def _images(problem: CoefficientProblem, found: list, shipped: bool) -> list:
-    """Extent and named images of each coefficient; ranks in time other than the first make none."""
-    if problem.spacetime.time_comm.rank:
+    """Extent and named images of each coefficient; ranks other than the first in time and of other groups of
+    experiments make none.
+    """
+    if not problem.spacetime.owns_static:
         return [None] * len(found)
     out = []
     for c, f in zip(problem.coefficients, found, strict=True):

@@ -32,9 +32,11 @@ __all__ = [
     "gather_images",
     "plot_convergence",
     "plot_fields",
+    "plot_gathers",
     "plot_regularisation",
     "plot_sensors",
     "plot_snapshots",
+    "plot_values",
 ]
 
 
@@ -113,7 +115,7 @@ def plot_fields(
     """
     paint, panels = _painter([image for _, image in images], extent), [*images, *deviations]
     columns = -(-len(panels) // rows)
-    height = 4.0 * (extent[3] - extent[2]) / (extent[1] - extent[0]) + 0.6
+    height = 4.0 * (extent[3] - extent[2]) / (extent[1] - extent[0]) + 0.8
     fig, axes = plt.subplots(
         rows, columns, figsize=(5.0 * columns + 0.8, height * rows + 0.3), layout="constrained", squeeze=False
     )
@@ -127,6 +129,7 @@ def plot_fields(
         ax.set(title=name, aspect="equal", xlabel="x" if n % rows == rows - 1 else "", ylabel="y" if n < rows else "")
         if points is not None:
             ax.plot(*points.T, "k." if n < len(images) else "w.", ms=4)
+        ax.set_facecolor("0.8")  # holes, which are not to be taken for zero
         if sources is not None:
             ax.plot(*sources[1].T, "^", color="gold", mec="k", mew=0.8, ms=8)
         if deviations:
@@ -157,17 +160,20 @@ def plot_sensors(
     *,
     names: Sequence[str],
     show: int = 6,
+    chosen: Sequence[int] | None = None,
     title: str = "",
     quantity: str = "temperature rise",
     deviation: np.ndarray | None = None,
     noise: float = 0.0,
 ) -> None:
-    """Draw readings and predictions ``(times, sensors)`` of ``show`` sensors, and a histogram of all differences.
+    """Draw readings and predictions ``(times, sensors)`` of ``show`` sensors, or of those with the numbers ``chosen``,
+    and a histogram of all differences.
 
     With standard deviations ``deviation`` of the predictions their bands are drawn, and the differences of the sensor
     with the widest band: two standard deviations of the predictions alone, and with the noise of the readings.
     """
-    chosen = np.unique(np.linspace(0, measured.shape[1] - 1, min(show, measured.shape[1])).astype(int))
+    if chosen is None:
+        chosen = np.unique(np.linspace(0, measured.shape[1] - 1, min(show, measured.shape[1])).astype(int))
     count = 2 if deviation is None else 3
     fig, (left, *between, right) = plt.subplots(1, count, figsize=(5.5 * count, 4), layout="constrained")
     for colour, s in enumerate(chosen):
@@ -199,28 +205,108 @@ def plot_sensors(
     _save(fig, path, 110)
 
 
+def plot_values(
+    path: Path,
+    rows: Sequence[tuple[str, Sequence[tuple[str, np.ndarray]]]],
+    extent: Sequence[float],
+    *,
+    points: np.ndarray,
+    sources: np.ndarray,
+) -> None:
+    """Draw rows of named images of a positive quantity, of which each row has a colour scale and a label, with dots at
+    ``points`` and triangles at ``sources``, both ``(count, 2)``; where an image is not a number nothing is drawn.
+    """
+    columns = len(rows[0][1])
+    fig, axes = plt.subplots(
+        len(rows), columns, figsize=(5 * columns + 1, 3.5 * len(rows)), layout="constrained", squeeze=False
+    )
+    for line, (label, images) in zip(axes, rows, strict=True):
+        low, high = (f([f(image[np.isfinite(image)]) for _, image in images]) for f in (np.min, np.max))
+        for ax, (name, image) in zip(line, images, strict=True):
+            shown = ax.imshow(image, origin="lower", extent=extent, vmin=low, vmax=high, interpolation="nearest")
+            ax.plot(*points.T, "k.", ms=3)
+            ax.plot(*sources.T, "^", color="gold", mec="k", mew=0.6, ms=7)
+            ax.set(
+                title=name,
+                aspect="equal",
+                xlabel="x" if line is axes[-1] else "",
+                ylabel="y" if ax is line[0] else "",
+            )
+        fig.colorbar(shown, ax=line, label=label, shrink=0.9)
+    _save(fig, path, 110)
+
+
+def plot_gathers(
+    path: Path,
+    times: np.ndarray,
+    gathers: Sequence[tuple[str, np.ndarray, np.ndarray, np.ndarray]],
+    *,
+    quantity: str,
+) -> None:
+    """Draw the readings of a line of sensors over time, their fit, and the difference, a column for each experiment.
+
+    Parameters
+    ----------
+    path
+        File to write.
+    times
+        ``(nt,)`` reading times.
+    gathers
+        Name of the experiment, ``(ns,)`` positions along the line, ``(nt, ns)`` readings and fit.
+    quantity
+        What is read.
+    """
+    every = np.ma.concatenate([np.ma.abs(measured).ravel() for _, _, measured, _ in gathers])
+    limit = float(np.percentile(np.ma.compressed(every), 97))
+    fig, axes = plt.subplots(
+        3, len(gathers), figsize=(3.4 * len(gathers) + 1, 9), layout="constrained", squeeze=False, sharey=True
+    )
+    for column, (name, positions, measured, predicted) in zip(axes.T, gathers, strict=True):
+        order = np.argsort(positions)
+        x = positions[order]
+        spacing = np.diff(x)
+        usual = np.median(spacing)
+        # without sensors nothing is drawn: a column without numbers at either end of each gap
+        gaps = np.repeat(np.flatnonzero(spacing > 1.6 * usual) + 1, 2)
+        ends = [side for g in gaps[::2] for side in (x[g - 1] + usual, x[g] - usual)]
+        x = np.insert(x, gaps, ends)
+        for ax, values, title in zip(
+            column, (measured, predicted, measured - predicted), ("readings", "fit", "readings - fit"), strict=True
+        ):
+            table = np.insert(np.ma.filled(values[:, order].astype(float), np.nan), gaps, np.nan, axis=1)
+            shown = ax.pcolormesh(x, times, table, cmap="RdBu_r", vmin=-limit, vmax=limit, shading="nearest")
+            ax.set(title=f"{title}, {name}", xlabel="x" if ax is column[-1] else "")
+            ax.set_facecolor("0.85")
+    for ax in axes[:, 0]:
+        ax.set_ylabel("t")
+    axes[0, 0].invert_yaxis()
+    fig.colorbar(shown, ax=axes, shrink=0.6, label=quantity, extend="both")
+    _save(fig, path, 100)
+
+
 def plot_convergence(
     path: Path, history: Sequence[IterationRecord], residuals: dict[str, Sequence[float]], *, bound: float | None = None
 ) -> None:
     """Draw J and its gradient over the iterations of a history of records, and the residuals of one sweep of each kind
-    over its cycles, beside the two-level bound on their contraction.
+    over its cycles, beside the two-level bound on their contraction; nothing of sweeps where no cycles were taken.
     """
-    fig, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 4), layout="constrained")
+    count = 3 if residuals else 2
+    fig, (left, middle, *last) = plt.subplots(1, count, figsize=(4.7 * count, 4), layout="constrained")
     iterations = [r.iteration for r in history]
     left.semilogy(iterations, [r.value for r in history], "o-")
     left.set(xlabel="trust-region iteration", title="objective J")
     middle.semilogy(iterations, [max(r.gradient_norm, 1e-300) for r in history], "s-", color="C1")
     middle.set(xlabel="trust-region iteration", title="norm of the gradient")
-    for name, values in residuals.items():
-        relative = [v / values[0] for v in values if v > 0]
-        right.semilogy(range(len(relative)), relative, ".-", label=f"first {name} sweep")
-    if bound and residuals:
-        cycles = np.arange(max(map(len, residuals.values())))
-        right.semilogy(cycles, bound**cycles, "k--", lw=1, label=f"two-level bound {bound:.3g} a cycle")
-    if residuals:
+    for right in last:
+        for name, values in residuals.items():
+            relative = [v / values[0] for v in values if v > 0]
+            right.semilogy(range(len(relative)), relative, ".-", label=f"first {name} sweep")
+        if bound:
+            cycles = np.arange(max(map(len, residuals.values())))
+            right.semilogy(cycles, bound**cycles, "k--", lw=1, label=f"two-level bound {bound:.3g} a cycle")
         right.legend(fontsize=8)
-    right.set(xlabel="MGRIT cycle", title="C-point residual, relative to the first")
-    for ax in (left, middle, right):
+        right.set(xlabel="MGRIT cycle", title="C-point residual, relative to the first")
+    for ax in (left, middle, *last):
         ax.xaxis.get_major_locator().set_params(integer=True)
     _save(fig, path, 110)
 

@@ -128,25 +128,33 @@ def _plan(arguments: Sequence[str]) -> None:
     add = parser.add_argument
     add("problem", type=file_name, help=f"{', '.join(bundled())}, or a file of pint-fem scaling calibrate")
     add("--ranks", type=positive(int), default=256, help="most processes (256)")
+    add("--experiments", type=positive(int), default=1, help="experiments of which J is the sum (1)")
     add("--steps", type=positive(int), help="time steps (default: the problem's)")
     add("--rtol", type=positive(float), help="relative tolerance of the solves (default: the smallest counted)")
     add("--network", help="latency and bandwidth, such as 2us,12GB/s (default: as measured)")
     opts = parser.read(arguments)
     network = None if opts.network is None else Network.parse(opts.network)
     given = dict(nsteps=opts.steps, rtol=opts.rtol, network=network)
-    made = on_first_rank(MPI.COMM_WORLD, "", partial(plan, opts.problem, opts.ranks, **given))
+    several = dict(experiments=opts.experiments)
+    made = on_first_rank(MPI.COMM_WORLD, "", partial(plan, opts.problem, opts.ranks, **given, **several))
+    of = f" of {opts.experiments} experiments" if opts.experiments > 1 else ""
     _print(
-        f"{made.problem} on {made.ranks} ranks, one gradient from cold to rtol {made.rtol:g} (all figures predicted)"
+        f"{made.problem} on {made.ranks} ranks, one gradient{of} from cold to rtol {made.rtol:g} (all figures "
+        "predicted)"
     )
     head = f"{'cycles':>7}{'seconds':>11}{'MB per rank':>13}{'busy':>6}"
-    _print(f"{'solver':8}{'space x time':>14}  {'coarsening, relaxation':34}{head}")
+    axes = "space x time" + " x experiments" * (opts.experiments > 1)
+    width = len(axes) + 2
+    _print(f"{'solver':8}{axes:>{width}}  {'coarsening, relaxation':34}{head}")
     for choice in [made.best, *made.alternatives]:
         serial = choice.solver == "serial"
         what, cycles = ("", "") if serial else (describe(choice.options), f"{choice.cycles[0]}+{choice.cycles[1]}")
         numbers = f"{choice.seconds:>11.4g}{choice.bytes_per_rank / 1e6:>13.3g}{choice.efficiency:>6.0%}"
-        _print(f"{choice.solver:8}{f'{choice.grid[0]} x {choice.grid[1]}':>14}  {what:34}{cycles:>7}{numbers}")
+        _print(f"{choice.solver:8}{' x '.join(map(str, choice.grid)):>{width}}  {what:34}{cycles:>7}{numbers}")
     _print(f"run: {demo_arguments(made.best)}")
-    found = on_first_rank(MPI.COMM_WORLD, "", partial(_plan_map, opts.problem, opts.ranks, given))
+    found = []
+    if opts.experiments == 1:  # a map is not divided over groups of experiments
+        found = on_first_rank(MPI.COMM_WORLD, "", partial(_plan_map, opts.problem, opts.ranks, given))
     for line in found:
         _print(line)
     for text in made.assumptions:

@@ -169,6 +169,13 @@ class SpaceTime(ProcessGrid):
         """
         return self.prints and self.comm.rank == 0
 
+    @property
+    def owns_static(self) -> bool:
+        """Whether this rank's part of a static field is the one that counts, as it does for files: that of the ranks in
+        space that are the first in time of the first group of experiments; all others have copies.
+        """
+        return self.time_comm.rank == 0 and self.experiments_comm.rank == 0
+
     def log(self, text: str) -> None:
         """Log a line on the first rank of the whole run (collective over ``comm``)."""
         on_first_rank(self.comm, "logging", logger.info if self.prints else _print_nothing, text)

@@ -349,5 +349,5 @@ class CoefficientProblem:
 
     def predicted(self, z: np.ndarray) -> list[np.ndarray]:
         """Return the readings ``(nt, ns, quantities)`` of each experiment at a control's state (collective)."""
-        observed = self.rf.problem.observations
-        return [np.stack([m.readings(observed(z, m)) for m in own], axis=-1) for own in self.misfits]
+        readings = self.rf.problem.readings
+        return [np.stack([readings(z, m) for m in own], axis=-1) for own in self.misfits]

@@ -113,6 +113,8 @@ class Medium:
     Attributes
     ----------
     epsilon, mu, sigma : Function
+    admittance
+        That of impedance walls, :math:`\\sqrt{\\epsilon/\\mu}`.
     """
 
     def __init__(self, mesh, regions: Sequence[Region] = VACUUM):
@@ -122,6 +124,7 @@ class Medium:
             for region in regions[1:]:
                 value = conditional(region.where(x), float(getattr(region, name)), value)
             setattr(self, name, Function(cells, name=name).interpolate(value))
+        self.admittance = sqrt(self.epsilon / self.mu)
         self.lossless = not any(region.sigma for region in regions)
 
 
@@ -147,7 +150,7 @@ def tangential(n, v):
     return n[0] * v[1] - n[1] * v[0] if len(n) == 2 else cross(n, v)
 
 
-def residual(u: Function, medium: Medium, *, current=None, walls: Walls | None = None) -> ufl.Form:
+def residual(u: Function, medium, *, current=None, walls: Walls | None = None, degree: int | None = None) -> ufl.Form:
     """Semi-discrete residual, to be stepped by Irksome or by ``pint_fem``.
 
     Parameters
@@ -155,11 +158,14 @@ def residual(u: Function, medium: Medium, *, current=None, walls: Walls | None =
     u
         State in :func:`state_space`.
     medium
-        On its mesh.
+        :class:`Medium` on its mesh, or an object with the same attributes, whose ``epsilon`` and ``sigma`` may contain
+        controls.
     current
         The impressed current J, a vector in UFL; ``None`` for none.
     walls
         Those of perfect conductors want :func:`perfect_conductor` besides.
+    degree
+        Quadrature degree of all but the load; default: as estimated.
 
     Returns
     -------
@@ -174,12 +180,12 @@ def residual(u: Function, medium: Medium, *, current=None, walls: Walls | None =
         inner(epsilon * Dt(electric) + sigma * electric, v)
         - inner(magnetic / mu, curl(v))
         + inner((Dt(magnetic) + curl(electric)) / mu, c)
-    ) * dx
+    ) * dx(degree=degree)
     if current is not None:
         form += inner(current, v) * dx
     if walls is not None and len(walls.impedance):
         n = FacetNormal(u.function_space().mesh().unique())
-        loss = sqrt(epsilon / mu) * inner(tangential(n, electric), tangential(n, v))
+        loss = medium.admittance * inner(tangential(n, electric), tangential(n, v))
         form += loss * ds(tuple(walls.impedance))
     return form
 

@@ -169,7 +169,7 @@ def trajectory(
     h, w, v = Constant(length * dt), TrialFunction(V), TestFunction(V)
     u, solvers, courses = Function(V, name="state"), [], []
     W = u
-    for c in weights:
+    for c in map(float, weights):  # UFL does not take numpy's numbers before vectors
         # combinations of stages go into the right-hand side's form: on the tape that is cheaper than an assignment.
         # The time course's value is a function of R that each step assigns
         U, s = Function(V), 1 if course is None else Function(FunctionSpace(V.mesh().unique(), "R", 0))

@@ -10,7 +10,7 @@ the degree of each derivative anew.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import ufl
@@ -60,7 +60,8 @@ from tests.meshes import square
 
 __all__ = [
     "DIRECT", "TABLEAUX", "Problem", "acoustics", "assert_same", "assert_same_as_serial", "conduction", "elastic",
-    "facet_diffusion", "heat", "maxwell", "point_and_direction", "results", "serial_functional", "time_parallel",
+    "facet_diffusion", "heat", "heating_experiments", "maxwell", "point_and_direction", "results", "serial_functional",
+    "time_parallel",
 ]  # fmt: skip
 
 TABLEAUX = {"BackwardEuler": pf.BackwardEuler, "ImplicitMidpoint": pf.ImplicitMidpoint, "SDIRK2": pf.SDIRK2}
@@ -135,50 +136,62 @@ class Problem:
 
 
 def time_parallel(
-    problem: Problem, st, integrator: str, *, propagator=None, **solver_parameters
+    problem: Problem | list[Problem], st, integrator: str, **solver_parameters
 ) -> pf.TimeParallelReducedFunctional:
-    """The functional of a problem; with the integrator ``"leapfrog"`` by leapfrog."""
-    V = problem.V
-    u, v = problem.initial(), TestFunctions(V) if problem.mixed else (TestFunction(V),)
-    t = pf.time_function(V.mesh().unique()) if problem.moves else None
-    fields, given = problem.fields(u), {} if propagator is None else {"propagator": propagator}
-    spaces = problem.spaces
-    if integrator == "leapfrog":
-        integrator, given = "ImplicitMidpoint", {"propagator": pf.leapfrog}
-    evolution = pf.Evolution(
-        sum(problem.residual([Dt(f) for f in fields], fields, v, t)), u, tableau=TABLEAUX[integrator](), dt=problem.dt,
-        nsteps=problem.steps, control=problem.controls, t=t, bcs=problem.conditions(spaces, t),
-        eliminate=problem.eliminate,
-    )  # fmt: skip
+    """The functional of a problem, or of several experiments with the same controls; with the integrator ``"leapfrog"``
+    by leapfrog.
+    """
+    several = isinstance(problem, list)
+    posed = [_posed(p, integrator) for p in (problem if several else [problem])]
+    first = problem[0] if several else problem
+    evolutions, misfits = ([p[i] for p in posed] for i in (0, 1))
     return pf.TimeParallelReducedFunctional(
-        evolution,
-        [pf.RunningMisfit(problem.running(fields)), pf.TerminalMisfit(problem.terminal(fields))],
-        regularisation=problem.regularisation(problem.controls),
+        evolutions if several else evolutions[0],
+        misfits if several else misfits[0],
+        regularisation=first.regularisation(first.controls),
         spacetime=st,
         solver_parameters=solver_parameters,
-        **given,
+        **({"propagator": pf.leapfrog} if integrator == "leapfrog" else {}),
     )
 
 
-def serial_functional(problem: Problem, integrator: str) -> ReducedFunctional:
-    """The same functional on a tape of plain Firedrake: a loop over the steps, a ``solve`` for each stage."""
-    controls = problem.controls
-    for control, value in zip(controls, problem.values, strict=True):
+def _posed(problem: Problem, integrator: str) -> tuple[pf.Evolution, list]:
+    """The evolution and the misfits."""
+    V = problem.V
+    u, v = problem.initial(), TestFunctions(V) if problem.mixed else (TestFunction(V),)
+    t = pf.time_function(V.mesh().unique()) if problem.moves else None
+    fields, spaces = problem.fields(u), problem.spaces
+    tableau = TABLEAUX["ImplicitMidpoint" if integrator == "leapfrog" else integrator]()
+    evolution = pf.Evolution(
+        sum(problem.residual([Dt(f) for f in fields], fields, v, t)), u, tableau=tableau, dt=problem.dt,
+        nsteps=problem.steps, control=problem.controls, t=t, bcs=problem.conditions(spaces, t),
+        eliminate=problem.eliminate,
+    )  # fmt: skip
+    return evolution, [pf.RunningMisfit(problem.running(fields)), pf.TerminalMisfit(problem.terminal(fields))]
+
+
+def serial_functional(problem: Problem | list[Problem], integrator: str) -> ReducedFunctional:
+    """The same functional on a tape of plain Firedrake: a loop over the steps of each experiment, a ``solve`` for each
+    stage.
+    """
+    experiments = problem if isinstance(problem, list) else [problem]
+    controls = experiments[0].controls
+    for control, value in zip(controls, experiments[0].values, strict=True):
         control.interpolate(value)
-    u = problem.initial()
     with recording() as tape:
-        J = assemble(problem.regularisation(controls))
-        trajectory = _leapfrog(problem) if integrator == "leapfrog" else _runge_kutta(problem, u, integrator)
-        for fields in trajectory:
-            J += assemble(problem.dt * problem.running(fields))
-            last = fields
-        J += assemble(problem.terminal(last))
+        J = assemble(experiments[0].regularisation(controls))
+        for one in experiments:
+            trajectory = _leapfrog(one) if integrator == "leapfrog" else _runge_kutta(one, integrator)
+            for fields in trajectory:
+                J += assemble(one.dt * one.running(fields))
+                last = fields
+            J += assemble(one.terminal(last))
     return ReducedFunctional(J, Enlist([Control(c) for c in controls]).delist(), tape=tape)
 
 
-def _runge_kutta(problem: Problem, u: Function, integrator: str):
+def _runge_kutta(problem: Problem, integrator: str):
     """Yield the fields after each step; the stages of a step are solved for their values."""
-    V, (length, weights) = problem.V, SCHEMES[integrator]
+    u, V, (length, weights) = problem.initial(), problem.V, SCHEMES[integrator]
     trials = TrialFunctions(V) if problem.mixed else (TrialFunction(V),)
     tests = TestFunctions(V) if problem.mixed else (TestFunction(V),)
     spaces, h = problem.spaces, Constant(length * problem.dt)
@@ -221,8 +234,9 @@ def _leapfrog(problem: Problem):
 
 
 # -- comparison --------------------------------------------------------------------------------------------------------
-def point_and_direction(problem: Problem) -> tuple[list[Function], list[Function]]:
+def point_and_direction(problem: Problem | list[Problem]) -> tuple[list[Function], list[Function]]:
     """Functions with the values and the directions of the controls."""
+    problem = problem[0] if isinstance(problem, list) else problem
     spaces = [c.function_space() for c in problem.controls]
     both = [
         [Function(Q).interpolate(e) for Q, e in zip(spaces, given, strict=True)]
@@ -250,13 +264,15 @@ def assert_same(ours, theirs, comm) -> None:
             assert apart <= tolerance * norm, f"{name} by control {i}: relative difference {apart / norm:.1e}"
 
 
-def assert_same_as_serial(problem: Problem, st, integrator: str, *solvers: dict, theirs=None, **given) -> list:
+def assert_same_as_serial(
+    problem: Problem | list[Problem], st, integrator: str, *solvers: dict, theirs=None
+) -> list[pf.TimeParallelReducedFunctional]:
     """Compare the functional with the tape for each of some ``solver_parameters``; return the functionals."""
     z, dz = point_and_direction(problem)
     theirs = results(serial_functional(problem, integrator), z, dz) if theirs is None else theirs
     made = []
     for parameters in solvers:
-        rf = time_parallel(problem, st, integrator, **parameters, **given)
+        rf = time_parallel(problem, st, integrator, **parameters)
         assert_same(results(rf, z, dz), theirs, st.space_comm)
         made.append(rf)
     return made
@@ -342,6 +358,24 @@ def heat(
         conditions=lambda spaces, t: [] if walls == "none" else [DirichletBC(spaces[0], wall(t), 1)],
         moves=moves or walls == "time-dependent",
     )  # fmt: skip
+
+
+def heating_experiments(st, term: Callable, count: int) -> list[Problem]:
+    """Several experiments of :func:`heat` with one log-conductivity: other sources, starts, wall values and misfits."""
+    first = heat(st, term)
+    (dx,), x = _measures(first.V.mesh(), "dx"), SpatialCoordinate(first.V.mesh())
+
+    def experiment(i: int) -> Problem:
+        residual = lambda rates, fields, tests, t: (
+            first.residual(rates, fields, tests, t)[0] - i * cos(i * x[1] + t) * tests[0] * dx,
+        )
+        return replace(
+            first, residual=residual, start=[sin((3 + i) * x[0]) * x[1]],
+            running=lambda fields: (fields[0] - (1 + i) * x[0] * x[1]) ** 2 * dx,
+            conditions=lambda spaces, t: [DirichletBC(spaces[0], x[1] * cos(9 * t + i), 1)],
+        )  # fmt: skip
+
+    return [experiment(i) for i in range(count)]
 
 
 def conduction(slope: Callable) -> Callable:

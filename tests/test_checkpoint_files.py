@@ -25,7 +25,7 @@ from mpi4py import MPI
 
 import pint_fem as pf
 from pint_fem import files
-from pint_fem.adjoint.minimisation import checkpoint as checkpoint_module
+from pint_fem.adjoint.minimisation import stored_evolution
 from pint_fem.adjoint.minimisation.checkpoint import HDF5Checkpoint
 from pint_fem.adjoint.minimisation.fingerprint import evolution_numbers
 from pint_fem.adjoint.minimisation.objective import Objective
@@ -194,7 +194,7 @@ def test_another_evolution_is_refused(tmp_path, named, monkeypatch):
     path = shared(tmp_path) / "run.h5"
     grid, storage = (None, "all") if named else (f"{COMM.size}x1", "C")
     if not named:
-        monkeypatch.setattr(checkpoint_module, "evolution_numbers", lambda *_: {})
+        monkeypatch.setattr(stored_evolution, "evolution_numbers", lambda *_: {})
     run = lambda **changes: posed(grid, storage=storage, **changes).minimize_trust_region(
         checkpoint=path, max_it=30, gtol_rel=1e-6
     )

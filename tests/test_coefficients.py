@@ -20,6 +20,7 @@ from tests.coefficients import (
     elastic,
     facet_diffusion,
     heat,
+    heating_experiments,
     maxwell,
     point_and_direction,
     results,
@@ -78,7 +79,7 @@ def capacity_and_convection(capacity):
     [
         (exp, ("P2", "R"), "ImplicitMidpoint", "inhomogeneous", (SERIAL, PARADIAG)),
         (lambda q: 0.2 + q, ("DG0", "P1"), "BackwardEuler", "none", (SERIAL, MGRIT)),
-        pytest.param(lambda q: 1 + q**2, ("R", "R"), "SDIRK2", "inhomogeneous", (SERIAL, MGRIT), marks=pytest.mark.grid),
+        pytest.param(lambda q: 1 + q**2, ("R", "R"), "SDIRK2", "inhomogeneous", (MGRIT,), marks=pytest.mark.grid),
     ],
 )
 def test_heat_capacity_and_convection(capacity, controls, integrator, walls, solvers):
@@ -113,10 +114,12 @@ def test_a_load_that_is_nonlinear_in_the_control_of_the_operator():
     assert_same_as_serial(heat(ALONE, term), ALONE, "BackwardEuler", SERIAL, MGRIT)
 
 
-def test_conductivity_on_interior_facets():
-    """Discontinuous elements; any propagator."""
+def test_conductivity_on_interior_facets(caplog):
+    """Discontinuous elements; any propagator, a slow one is reported."""
     problem = heat(ALONE, facet_diffusion, ("DG0",), walls="none", discontinuous=True)
-    assert_same_as_serial(problem, ALONE, "BackwardEuler", SERIAL)
+    with caplog.at_level(logging.INFO, logger="pint_fem"):
+        (rf,) = assert_same_as_serial(problem, ALONE, "BackwardEuler", SERIAL)
+    assert fast(rf) != ("interior facets" in caplog.text)
 
 
 def test_without_a_state_the_derivatives_are_those_of_the_regularisation():
@@ -194,7 +197,8 @@ def test_a_coefficient_with_a_course_stays_with_the_form_propagator_which_report
         (rf,) = assert_same_as_serial(problem, ALONE, "BackwardEuler", MGRIT)
     assert isinstance(finest(rf), FormPropagator)
     assert "form propagator" in caplog.text
-    assert "time" in caplog.text
+    assert "they depend on time" in caplog.text
+    assert f"{problem.steps} matrices" in caplog.text
 
 
 # -- Taylor orders -----------------------------------------------------------------------------------------------------
@@ -241,3 +245,14 @@ GRIDS = {1: ["1x1"], 2: ["1x2", "2x1"], 4: ["2x2"]}.get(MPI.COMM_WORLD.size, [])
 def test_on_process_grids(make, integrator, solvers, grid):
     st = pf.SpaceTime(grid)
     assert_same_as_serial(make(st), st, integrator, *solvers)
+
+
+GROUPS = {1: ["1x1"], 2: ["1x1x2", "1x2"], 4: ["1x2x2", "2x1x2"]}.get(MPI.COMM_WORLD.size, [])
+
+
+@pytest.mark.parallel([1, 2, 4])
+@pytest.mark.parametrize("grid", GROUPS)
+def test_several_experiments(grid):
+    """Three experiments with one conductivity, on one rank and divided over groups of ranks."""
+    st = pf.SpaceTime(grid)
+    assert_same_as_serial(heating_experiments(st, conduction(exp), 3), st, "BackwardEuler", SERIAL, MGRIT)

@@ -26,7 +26,8 @@ class Heating:
     source with one value per step.
     """
 
-    def __init__(self, st, experiments=3, unknown="source", *, levels=1, steps=8, rtol=1e-13, other=lambda i: 0.0):
+    def __init__(self, st, experiments=3, unknown="source", *, levels=1, steps=8, rtol=1e-13, other=lambda i: 0.0,
+                 variation=False):
         self.st, self.unknown = st, unknown
         mesh = square(5, st.space_comm)
         self.V, self.x = FunctionSpace(mesh, "CG", 1), fd.SpatialCoordinate(mesh)
@@ -35,10 +36,12 @@ class Heating:
         self.evolutions = [self.evolution(i, steps, other(i)) for i in range(experiments)]
         misfits = [[self.misfit(i, ev)] for i, ev in enumerate(self.evolutions)]
         mgrit = {"levels": levels, "rtol": rtol} | ({"coarsening": 2} if levels > 1 else {})
+        forms = [self.gain * (self.q**2 + dot(grad(self.q), grad(self.q))) * dx]
+        if variation:
+            forms.append(pf.TotalVariation(self.q, weight=0.1, smoothing=0.1))
         self.J = pf.TimeParallelReducedFunctional(
-            self.evolutions, misfits, regularisation=self.gain * (self.q**2 + dot(grad(self.q), grad(self.q))) * dx,
-            spacetime=st, solver_parameters={"mgrit": mgrit},
-        )  # fmt: skip
+            self.evolutions, misfits, regularisation=forms, spacetime=st, solver_parameters={"mgrit": mgrit}
+        )
 
     def evolution(self, i, steps, amount):
         u, v, (x, y) = Function(self.V), TestFunction(self.V), self.x
@@ -137,9 +140,10 @@ def test_minimisation_is_that_of_one_rank(grid, method):
 
 @pytest.mark.parallel([2, 4])
 @on_grids
+@pytest.mark.parametrize("variation", [False, True])
 @time_limit(120)
-def test_a_nonlinear_minimisation_is_that_of_one_rank(grid):
-    given = dict(unknown="conductivity", steps=4)
+def test_a_nonlinear_minimisation_is_that_of_one_rank(grid, variation):
+    given = dict(unknown="conductivity", steps=4, variation=variation)
     posed = Heating(pf.SpaceTime(grid), **given), alone(**given)
     runs = [one.J.minimize_trust_region(gtol_rel=1e-7) for one in posed]
     assert runs[0].iterations == runs[1].iterations
@@ -259,10 +263,38 @@ def test_final_states_of_all_experiments_are_on_all_ranks(grid):
     posed = Heating(pf.SpaceTime(grid))
     finals = [Function(posed.V) for _ in posed.evolutions]
     misfits = [posed.misfit(i, ev) for i, ev in enumerate(posed.evolutions)]
-    J = pf.TimeParallelReducedFunctional(posed.evolutions, misfits, spacetime=posed.st, final_state=finals)
+    J = pf.TimeParallelReducedFunctional(
+        posed.evolutions, misfits, spacetime=posed.st, final_state=finals, solver_parameters={"mgrit": {"levels": 1}}
+    )
     J(J.function(posed.vector(0)))
     for ev, final in zip(posed.evolutions, finals, strict=True):
         np.testing.assert_array_equal(get(final), get(J.state(times=float(ev.time(ev.nsteps)), evolution=ev)))
+
+
+@pytest.mark.parallel([2, 4])
+@on_grids
+@time_limit(60)
+def test_readings_of_all_experiments_are_on_all_ranks(grid):
+    """The state at the sensors."""
+    posed = Heating(pf.SpaceTime(grid))
+    points, times = np.array([[0.3, 0.4], [0.7, 0.6]]), [0.04, 0.16]
+    sensors = [pf.PointSensors(points, times, np.zeros((2, 2))) for _ in posed.evolutions]
+    J = pf.TimeParallelReducedFunctional(
+        posed.evolutions, sensors, spacetime=posed.st, solver_parameters={"mgrit": {"levels": 1}}
+    )
+    J(J.function(posed.vector(0)))
+    other, z = alone(), None
+    other.J(other.J.function(other.vector(0)))
+    for ev, one, theirs in zip(posed.evolutions, sensors, other.evolutions, strict=True):
+        expected = [[u.at(p) for p in points] for u in other.J.state(times=times, evolution=theirs)]
+        np.testing.assert_allclose(J.readings(one, z), expected, rtol=1e-10)
+        if posed.st.experiments_comm.rank != J.problem.group_of(ev):
+            with pytest.raises(InputError, match="they are on the ranks of group"):
+                J.problem.observations(posed.vector(0), one)
+        else:
+            assert J.problem.observations(posed.vector(0), one).shape[1] == 2
+    with pytest.raises(InputError, match="give a misfit of one of the experiments"):
+        J.readings(pf.PointSensors(points, times, np.zeros((2, 2))))
 
 
 # -- data --------------------------------------------------------------------------------------------------------------
@@ -297,30 +329,34 @@ def test_data_are_read_again_in_all_groups(grid):
 @pytest.mark.parametrize("inexact", [False, True])
 @time_limit(240)
 def test_a_run_continues_on_another_grid(grid, inexact, tmp_path):
-    """From one rank to groups and back: the iterations and the minimiser of a run without interruption. With several
-    ranks in space the numbering of unknowns is another, and the message says so.
+    """From one rank to groups and back: the iterates of a run without interruption, and with inexact solves, whose
+    iterates depend on which experiments are iterated at once, its minimiser. With several ranks in space the numbering
+    of unknowns is another, and the message says so.
     """
     folder = WORLD.bcast(str(tmp_path))
-    options = dict(inexact=inexact, cg_max_it=3, gtol_rel=1e-12)
+    options = dict(inexact=True, gtol_rel=1e-9) if inexact else dict(inexact=False, cg_max_it=3, gtol_rel=1e-12)
+    some, all_of_them = (1, 50) if inexact else (2, 5)
 
-    def run(where, path=None, **given):
+    def run(where, most, path=None):
         posed = alone(levels=2) if where == "alone" else Heating(pf.SpaceTime(where), levels=2)
-        return posed.J.minimize_trust_region(checkpoint=path, **options, **given), posed
+        return posed.J.minimize_trust_region(checkpoint=path, max_it=most, **options)
 
-    whole, _ = run("alone", max_it=5)
+    whole = run("alone", all_of_them)
     for first, then in (("alone", grid), (grid, "alone")):
         path = f"{folder}/{first}.h5"
-        for where, most in ((first, 2), (then, 5)):
-            if where != "alone" or WORLD.rank == 0:
-                if most == 5 and grid[0] != "1":
-                    with pytest.raises(InputError, match="space ranks: the file has"):
-                        run(where, path)
-                    continue
-                result, _ = run(where, path, max_it=most)
-                if most == 5:
-                    assert result.iterations == whole.iterations == 5
-                    assert result.value == pytest.approx(whole.value, rel=1e-10)
-            WORLD.barrier()
+        if first != "alone" or WORLD.rank == 0:
+            run(first, some, path)
+        WORLD.barrier()
+        if then != "alone" or WORLD.rank == 0:
+            if grid[0] != "1":
+                with pytest.raises(InputError, match="space ranks: the file has"):
+                    run(then, all_of_them, path)
+            else:
+                result = run(then, all_of_them, path)
+                assert result.value == pytest.approx(whole.value, rel=1e-10)
+                assert result.converged == inexact
+                assert inexact or result.iterations == whole.iterations == all_of_them
+        WORLD.barrier()
 
 
 @pytest.mark.parallel(2)

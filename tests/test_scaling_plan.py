@@ -1,5 +1,7 @@
 """The planner: the fastest of all grids and solvers, and what it refuses."""
 
+import math
+
 import pytest
 
 pytest.importorskip("greenlet")
@@ -132,3 +134,34 @@ def test_options_are_compared_by_what_they_mean():
     for same in (other_order, tuples, {**tuples, "rtol": entry["rtol"], "monitor": True}):
         assert cycles_of(c, same, entry["rtol"]) == expected
     assert cycles_of(c, {**options, "relax": "FCFCFCF"}, entry["rtol"]) is None
+
+
+@pytest.mark.parametrize(("ranks", "experiments"), [(1, 4), (8, 8), (6, 4), (16, 3), (32, 4)])
+def test_experiments_divide_over_groups(ranks, experiments):
+    """As exhaustive search over all numbers of groups does; the sum over the groups counts."""
+    c, net = calibration(), Network(1e-5, 1e9, "given")
+    made = plan(c, ranks, network=net, experiments=experiments)
+    times = {}
+    for groups in range(1, min(ranks, experiments) + 1):
+        one = plan(c, ranks // groups, network=net).best
+        nbytes = c.state_bytes / one.grid[0]
+        added = 0 if groups == 1 else (groups - 1) * 1e-5 + nbytes / 1e9 + math.ceil(math.log2(groups)) * 1e-5
+        added += nbytes / 1e9 if groups > 1 else 0
+        times[groups] = -(-experiments // groups) * one.seconds + added
+    assert made.best.seconds == pytest.approx(min(times.values()))
+    *_, groups = made.best.grid
+    assert times[groups] == pytest.approx(min(times.values()))
+    assert math.prod(made.best.grid) <= ranks
+    if ranks <= experiments and experiments % ranks == 0:
+        assert made.best.grid == (1, 1, ranks)
+        assert made.best.efficiency == pytest.approx(1, abs=0.05)
+    assert f"--grid {'x'.join(map(str, made.best.grid))} " in demo_arguments(made.best)
+    assert made.best.bytes_per_rank > 0
+
+
+def test_groups_are_slowed_down_by_all_ranks():
+    """The ranks of all groups share the memory of a machine."""
+    c = calibration().with_changes(slowdown={1: 1.0, 4: 2.0})
+    assert plan(c, 4, experiments=4).best.seconds == pytest.approx(2 * plan(c, 1).best.seconds, rel=1e-3)
+    with pytest.raises(InputError, match="0 experiments: give at least 1"):
+        plan(c, 4, experiments=0)

@@ -102,6 +102,60 @@ def test_two_numbers_whose_product_is_another_are_refused(world):
         SpaceTime(comm=world, space=2, time=4)
 
 
+# -- groups of experiments ---------------------------------------------------------------------------------------------
+@pytest.mark.parallel(4)
+@pytest.mark.parametrize("shape", [(1, 1, 4), (1, 2, 2), (2, 1, 2), (2, 2, 1)])
+def test_groups_of_experiments_have_grids_of_their_own(world, shape):
+    """Neighbouring ranks form a group; the ranks of one place in all groups share what belongs to a place."""
+    space, time, groups = shape
+    with SpaceTime("x".join(map(str, shape)), world) as st:
+        assert (st.space_comm.size, st.time_comm.size, st.experiments_comm.size) == shape
+        assert (st.comm.size, st.group.comm.size) == (4, space * time)
+        assert st.experiments_comm.rank == world.rank // (space * time)
+        assert st.group.comm.allgather(world.rank)[0] == st.experiments_comm.rank * space * time
+        assert (st.group.space_size, st.group.time_size, st.group.experiments_size) == (space, time, 1)
+        assert world.allreduce(int(st.is_root)) == world.allreduce(int(st.group.is_root)) == 1
+        assert world.allreduce(int(st.owns_static)) == space
+        assert (f"experiments={groups}" in repr(st)) == (groups > 1)
+        place = world.rank % (space * time)
+        own = np.arange(7.0) * (1 + world.rank)
+        ranks = place + space * time * np.arange(groups)
+        np.testing.assert_array_equal(st.sum_over_experiments(own), np.arange(7.0) * (1 + ranks).sum())
+        last = groups - 1
+        sent = st.from_group(last, own if st.experiments_comm.rank == last else None, (7,))
+        np.testing.assert_array_equal(sent, np.arange(7.0) * (1 + ranks[last]))
+        found = st.experiments_comm.allgather(list(st.own_experiments(6)))
+        assert [e for numbers in found for e in numbers] == list(range(6))
+        assert [st.group_of_experiment(e, 6) for e in found[last]] == [last] * len(found[last])
+        if groups > 1:
+            with pytest.raises(InputError, match=f"has {groups} groups of ranks for 1 experiment: .* such as {space}x"):
+                st.own_experiments(1)
+    assert st.space_comm == st.experiments_comm == MPI.COMM_NULL or groups == 1
+
+
+@pytest.mark.parallel(4)
+def test_grids_of_three_numbers_by_keywords(world):
+    """Space or time follows from the others; what does not fit is refused on every rank."""
+    for given, shape in (
+        (dict(experiments=4), (1, 1, 4)),
+        (dict(experiments=2), (1, 2, 2)),
+        (dict(space=2, experiments=2), (2, 1, 2)),
+        (dict(time=1, experiments=2), (2, 1, 2)),
+        (dict(space=1, time=2, experiments=2), (1, 2, 2)),
+        (dict(space=2), (2, 2, 1)),
+    ):
+        assert SpaceTime(comm=world, **given).shape == shape
+    for given, text in (
+        (dict(experiments=3), "experiments = 3 does not divide the 4 ranks"),
+        (dict(space=4, experiments=2), "space = 4, experiments = 2: the product does not divide the 4 ranks"),
+        (dict(grid="1x2x4"), "grid 1x2x4 requires 8 ranks, started were 4: mpiexec -n 8"),
+        (dict(grid="1x2x2x1"), "not of the form SPACExTIME or SPACExTIMExEXPERIMENTS, such as 1x4"),
+    ):
+        with pytest.raises(InputError, match=text):
+            SpaceTime(comm=world, **given)
+    assert world.allreduce(1) == 4
+
+
 # -- slabs -------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("nsteps", [0, 1, 2, 7, 24, 101])
 @pytest.mark.parametrize("parts", [1, 2, 3, 7, 16])

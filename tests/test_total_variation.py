@@ -25,7 +25,6 @@ from firedrake import (
     jump,
     lt,
     sin,
-    solve,
     sqrt,
 )
 from irksome import Dt
@@ -159,32 +158,33 @@ def test_value_and_derivatives_are_those_of_the_form(case):
     np.testing.assert_allclose(own.hessian(z, dz), expected, atol=1e-12 * max(1, np.abs(expected).max(initial=0)))
 
 
-@pytest.mark.parametrize("form", ["vector", "several"])
-def test_the_vectorial_variation_couples_components(form):
+def test_the_vectorial_variation_couples_components():
+    """Of a vector, and of two fields, against the derivatives of the form."""
     st = pf.SpaceTime(comm=MPI.COMM_SELF)
     mesh = UnitSquareMesh(3, 3, comm=st.space_comm)
     V, W, (x, y) = FunctionSpace(mesh, "CG", 1), VectorFunctionSpace(mesh, "CG", 1), SpatialCoordinate(mesh)
-    a, b = x**2 + sin(3 * y), cos(2 * x * y)
-    size = sqrt(sum(inner(grad(Function(V).interpolate(c)), grad(Function(V).interpolate(c))) for c in (a, b)) + 0.1)
-    if form == "vector":
-        q = Function(W).interpolate(as_vector([a, b]))
-        J = identity(W, q, Function(W), pf.TotalVariation(q, weight=1.0, smoothing=0.1), st)
-        dq = Function(W).interpolate(10 * as_vector([y, sin(5 * x)]))
-    else:
-        u, v = Function(V), TestFunction(V)
-        p, q = Function(V, name="p").interpolate(a), Function(V, name="q").interpolate(b)
-        ev = pf.Evolution(
-            Dt(u) * v * dx - p * v * dx, u, tableau=pf.BackwardEuler(), dt=1.0, nsteps=1, control=[p, q], initial=q
-        )
-        variation = pf.TotalVariation([p, q], weight=1.0, smoothing=0.1)
-        J = pf.TimeParallelReducedFunctional(
-            ev, pf.TerminalMisfit(u**2 * dx), regularisation=variation, spacetime=st, solver_parameters=SERIAL
-        )
-        q, dq = [p, q], [Function(V).interpolate(10 * f) for f in (y, sin(5 * x))]
-    assert J.problem.regularisation.value(J.array([c.control for c in J.controls])) == pytest.approx(
-        assemble(size * dx(degree=0)), rel=1e-12
+    q = Function(W).interpolate(as_vector([x**2 + sin(3 * y), cos(2 * x * y)]))
+    dq = Function(W).interpolate(as_vector([y, sin(5 * x)]))
+    J = identity(W, q, Function(W), pf.TotalVariation(q, weight=0.3, smoothing=0.1), st)
+    own, z, dz = J.problem.regularisation, J.array(q), J.array(dq)
+    form = 0.3 * sqrt(inner(grad(q), grad(q)) + 0.1) * dx(degree=0)
+    gradient = derivative(form, q, TestFunction(W))
+    assert own.value(z) == pytest.approx(assemble(form), rel=1e-12)
+    np.testing.assert_allclose(own.gradient(z), get(assemble(gradient)), atol=1e-13)
+    second = get(assemble(derivative(gradient, q, dq)))
+    np.testing.assert_allclose(own.hessian(z, dz), second, atol=1e-13)
+
+    u, v = Function(V), TestFunction(V)
+    p, r = Function(V, name="p"), Function(V, name="r")
+    ev = pf.Evolution((Dt(u) - p) * v * dx, u, tableau=pf.BackwardEuler(), dt=1.0, nsteps=1, control=[p, r], initial=r)
+    variation = pf.TotalVariation([p, r], weight=0.3, smoothing=0.1)
+    J = pf.TimeParallelReducedFunctional(
+        ev, pf.TerminalMisfit(u**2 * dx), regularisation=variation, spacetime=st, solver_parameters=SERIAL
     )
-    check_orders(J, q, dq)
+    of = lambda f: J.array([Function(V).interpolate(f[i]) for i in range(2)])
+    own, z, dz = J.problem.regularisation, of(q), of(dq)
+    assert own.value(z) == pytest.approx(assemble(form), rel=1e-12)
+    np.testing.assert_allclose(np.ravel(J.layout.parts(own.hessian(z, dz)), order="F"), second, atol=1e-13)
 
 
 def test_taylor_orders_with_an_evolution_and_a_multiple():
@@ -272,11 +272,11 @@ def test_the_dual_is_updated_by_newtons_method():
     V = space_on(st, cells=1)
     q, (x, y) = Function(V, name="q"), SpatialCoordinate(V.mesh())
     J = identity(V, q, Function(V), pf.TotalVariation(q, weight=1.0, smoothing=0.5), st)
-    first, second = (Function(V).interpolate(f) for f in (x + 0.2 * y, 1.3 * x - 0.4 * y))
+    first, second = (Function(V).interpolate(f) for f in (x + 0.2 * y, 0.9 * x + 0.0 * y))
     model = model_at(J, [first])
     (dual,) = model.duals
     dual.w[:] = w = np.array([0.3, -0.1])
-    G, dG = np.array([1, 0.2]), np.array([0.3, -0.6])
+    G, dG = np.array([1, 0.2]), np.array([-0.1, -0.2])
     N = np.sqrt(G @ G + 0.5)
     dw = np.linalg.solve(N * np.eye(2), dG - w * (G @ dG) / N - (N * w - G))
     model.move_to(J.array(second))
@@ -331,10 +331,10 @@ def test_the_dual_is_feasible_at_all_iterates_and_the_duality_gap_closes():
     assert gaps[-1] < 1e-6 < 1e-2 < gaps[0]
 
 
-@pytest.mark.parametrize(("family", "degree", "tolerance"), [("DG", 0, 1e-5), ("CG", 1, 0.03)])
+@pytest.mark.parametrize(("family", "degree", "tolerance"), [("DG", 0, 2e-4), ("CG", 1, 1 / 64)])
 def test_a_step_loses_contrast_by_the_weight_over_the_length(family, degree, tolerance):
     """The minimiser of 1/2 |q - d|^2 + a TV(q) for a step of height 1 at x = 1/4: 4 a on the left, 1 - 4 a/3 on the
-    right.
+    right, up to a part of a cell where the step takes a cell.
     """
     st, a = pf.SpaceTime(comm=MPI.COMM_SELF), 0.05
     V = space_on(st, family, degree, cells=64, dim=1)
@@ -347,8 +347,8 @@ def test_a_step_loses_contrast_by_the_weight_over_the_length(family, degree, tol
     result = J.minimize_trust_region(gtol_rel=1e-8, max_it=60)
     assert result.converged
     assert assemble(abs(result.control - exact) * dx) < tolerance
-    ends = get(result.control)[[0, -1]] if family == "DG" else np.array([f for f in result.control.at([[0.1], [0.7]])])
-    np.testing.assert_allclose(np.sort(ends), [4 * a, 1 - 4 * a / 3], atol=2e-3 if family == "CG" else 1e-5)
+    ends = get(result.control)[[0, -1]] if family == "DG" else np.array(result.control.at([[0.1], [0.7]]))
+    np.testing.assert_allclose(np.sort(ends), [4 * a, 1 - 4 * a / 3], atol=tolerance)
 
 
 # -- iterations --------------------------------------------------------------------------------------------------------
@@ -380,8 +380,8 @@ def test_conductivity_takes_fewer_iterations_than_newtons_method(smoothing):
 
 def test_the_preconditioner_saves_most_products():
     st = pf.SpaceTime(comm=MPI.COMM_SELF)
-    J, _ = conduction(st, lambda q: pf.TotalVariation(q, weight=0.05, smoothing=1e-4))
-    options = dict(gtol_rel=1e-5, max_it=25, cg_rtol=1e-2, cg_max_it=400)
+    J, truth = conduction(st, lambda q: pf.TotalVariation(q, weight=0.05, smoothing=1e-4))
+    options = dict(start=Function(truth.function_space()), gtol_rel=1e-5, max_it=25, cg_rtol=1e-2, cg_max_it=400)
     with_it, without = (J.minimize_trust_region(preconditioner=p, **options) for p in ("regularisation", "none"))
     assert with_it.converged
     assert with_it.value == pytest.approx(without.value, rel=1e-5)
@@ -399,21 +399,6 @@ def test_lagged_diffusivity_converges_to_the_same_minimiser():
     assert results[1].iterations > 2 * results[0].iterations
 
 
-def test_edges_are_sharper_than_with_h1_at_the_same_misfit():
-    """The error in L1 of the block, H1 solved by Firedrake with the weight that gives the misfit of total variation."""
-    J, d = denoising(pf.SpaceTime(comm=MPI.COMM_SELF), 1e-6, weight=0.01)
-    V, truth = d.function_space(), block(d.function_space())
-    found = J.minimize_trust_region().control
-    misfit = assemble((found - d) ** 2 * dx)
-    a, v, smooth, low, high = TrialFunction(V), TestFunction(V), Function(V), 1e-8, 1.0
-    for _ in range(30):
-        weight = np.sqrt(low * high)
-        solve(a * v * dx + weight * inner(grad(a), grad(v)) * dx == d * v * dx, smooth)
-        low, high = (weight, high) if assemble((smooth - d) ** 2 * dx) < misfit else (low, weight)
-    assert assemble((smooth - d) ** 2 * dx) == pytest.approx(misfit, rel=1e-4)
-    assert assemble(abs(found - truth) * dx) < 0.6 * assemble(abs(smooth - truth) * dx)
-
-
 # -- with the other options --------------------------------------------------------------------------------------------
 def test_bounds():
     """Against scipy's L-BFGS-B, which uses the gradient alone."""
@@ -424,7 +409,7 @@ def test_bounds():
     assert x.min() == 0.1
     assert x.max() == 0.7
     other = J.minimize_scipy(method="L-BFGS-B", bounds=(0.1, 0.7), options={"maxiter": 2000, "ftol": 0, "gtol": 1e-9})
-    assert result.value <= other.value * (1 + 1e-8)
+    assert result.value <= other.fun * (1 + 1e-8)
     assert np.abs(get(other.control) - x).max() < 1e-3
 
 
@@ -443,16 +428,16 @@ def test_bounds_of_a_log_conductivity_with_small_smoothing():
 
 def test_constraints_of_the_mean():
     J, d = denoising(pf.SpaceTime(comm=MPI.COMM_SELF), 1e-4, cells=8)
-    (c,), mean = J.controls, 0.9 * assemble(d * dx)
-    result = J.minimize_trust_region(constraints=[(c.control * dx, mean)], max_it=40)
+    (q,), mean = J.evolution.controls, 0.9 * assemble(d * dx)
+    result = J.minimize_trust_region(constraints=[(q * dx, mean)], max_it=40)
     assert result.converged
     assert assemble(result.control * dx) == pytest.approx(mean, rel=1e-9)
 
 
 def test_bounds_with_a_constraint():
     J, d = denoising(pf.SpaceTime(comm=MPI.COMM_SELF), 1e-4, cells=8)
-    (c,), mean = J.controls, 0.9 * assemble(d * dx)
-    result = J.minimize_trust_region(constraints=[(c.control * dx, mean)], bounds=(0, 1), max_it=100)
+    (q,), mean = J.evolution.controls, 0.9 * assemble(d * dx)
+    result = J.minimize_trust_region(constraints=[(q * dx, mean)], bounds=(0, 1), max_it=100)
     assert result.converged
     assert assemble(result.control * dx) == pytest.approx(mean, rel=1e-5)
     assert 0 <= get(result.control).min()
@@ -499,6 +484,26 @@ def test_sums_and_multiples_have_the_operator_with_their_weight():
     assert not isinstance(-1 * twice, pf.TotalVariation)
     assert assemble(-twice) == pytest.approx(-assemble(twice))
     assert sum([twice]) is twice
+
+
+def test_on_the_map_of_a_source_and_by_sweeps():
+    st = pf.SpaceTime(comm=MPI.COMM_SELF)
+    V = space_on(st, cells=6)
+    u, v, q = Function(V), TestFunction(V), Function(V, name="q")
+    ev = pf.Evolution(
+        (Dt(u) * v + inner(grad(u), grad(v)) - 10 * q * v) * dx, u, tableau=pf.BackwardEuler(), dt=0.05, nsteps=4,
+        control=q, bcs=DirichletBC(V, 0, "on_boundary"),
+    )  # fmt: skip
+    points = [[(i + 0.5) / 4, (j + 0.5) / 4] for i in range(4) for j in range(4)]
+    readings = np.fromfunction(lambda n, s: 0.1 * (n + 1) * (s % 4 // 2), (2, 16))
+    J = pf.TimeParallelReducedFunctional(
+        ev, pf.PointSensors(points, [0.1, 0.2], readings, weight=100), spacetime=st, solver_parameters=SERIAL,
+        regularisation=[pf.TotalVariation(q, weight=1e-2, smoothing=1e-4), 1e-6 * q**2 * dx],
+    )  # fmt: skip
+    by_map, by_sweeps = (J.minimize(method=m, gtol_rel=1e-6, max_it=40) for m in ("map", "trust-region"))
+    assert by_map.converged
+    assert by_sweeps.converged
+    assert by_map.value == pytest.approx(by_sweeps.value, rel=1e-8)
 
 
 # -- on several ranks --------------------------------------------------------------------------------------------------

@@ -29,15 +29,12 @@ from pint_fem.collective import require_same
 from pint_fem.errors import InputError
 from pint_fem.evolution.control_layout import ControlLayout, ControlSet
 from pint_fem.evolution.initial import InitialExpression
-from pint_fem.misfits.base import BlockMisfit
+from pint_fem.misfits.base import BlockMisfit, Misfit
+from pint_fem.misfits.sensor_readings import SensorReadings
 
 __all__ = [
-    "ComposedProblem",
-    "Selection",
-    "problem_with_initial_expression",
-    "require_no_control_as_data",
-    "sum_of_problems",
-]
+    "ComposedProblem", "Selection", "problem_with_initial_expression", "require_no_control_as_data", "sum_of_problems",
+]  # fmt: skip
 
 
 class Selection:
@@ -311,10 +308,24 @@ class ComposedProblem(ControlProblem):
 
     def observations(self, z: np.ndarray, misfit: BlockMisfit) -> np.ndarray:
         """Return what a misfit of one of the terms observes at the local points, ``(k + 1, width)``."""
+        term = self._term_of(misfit, "observations")
+        return term.problem.observations(term.map.value(as_vector(z)), misfit)
+
+    def readings(self, z: np.ndarray, misfit: SensorReadings) -> np.ndarray:
+        """Return the readings of a misfit of one of the terms, ``(times, sensors)`` (collective)."""
+        term = self._term_of(misfit, "readings")
+        return term.problem.readings(term.map.value(as_vector(z)), misfit)
+
+    def has_misfit(self, misfit: Misfit) -> bool:
+        """Return whether a misfit is one of the terms'."""
+        return any(term.problem.has_misfit(misfit) for term in self.terms)
+
+    def _term_of(self, misfit: Misfit, what: str) -> Term:
+        """The term that has a misfit."""
         for term in self.terms:
-            if any(leaf.index_of(misfit) is not None for leaf in term.problem.leaves):
-                return term.problem.observations(term.map.value(as_vector(z)), misfit)
-        raise InputError(f"observations of {misfit!r}: give a misfit of one of the terms")
+            if term.problem.has_misfit(misfit):
+                return term
+        raise InputError(f"{what} of {misfit!r}: give a misfit of one of the terms")
 
     def update_data(self) -> list[str]:
         """Read the user's data again, and return the names of those that have other values than before."""

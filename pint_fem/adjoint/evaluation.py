@@ -50,6 +50,8 @@ class Evaluation:
         Value of misfit and regularisation.
     controls : ndarray or None
         Part of the gradient that was computed with the adjoint's right-hand side.
+    computed : dict
+        What second derivatives of the steps have computed from state and adjoint alone.
     readings : list of ndarray or None
         Observations of each misfit, where the state is not stored at all points.
     """
@@ -78,6 +80,7 @@ class Evaluation:
         self.value: float | None = None
         self.gradient = self.controls = self.readings = None
         self.parts: dict[str, float] = {}
+        self.computed: dict = {}
 
 
 class EvaluationCache:
@@ -229,7 +232,7 @@ class EvaluationCache:
             evaluation.state_changed()
             evaluation.state = result
         else:
-            evaluation.gradient, evaluation.adjoint = None, result
+            evaluation.gradient, evaluation.adjoint, evaluation.computed = None, result, {}
         rtol, exact = accuracy.get("rtol", self._sweeps.options.rtol), result.reason in ("exact", "serial")
         evaluation.rtol[kind] = 0.0 if exact else np.inf if "cycles" in accuracy else rtol
 
@@ -265,7 +268,7 @@ def solve_for(
     pending = [pairs[i] for i in which]
     for cache, evaluation in pending:
         cache.before_solve()
-        evaluation.rtol[kind] = np.inf
+        evaluation.rtol[kind], evaluation.computed = np.inf, {}
     retries = "cycles" not in accuracy and pending[0][0].retries
     trajectories = [evaluation.U if kind == "state" else evaluation.L for _, evaluation in pending]
     for cold in (True,) if all(evaluation.cold[kind] for _, evaluation in pending) else (False, True):

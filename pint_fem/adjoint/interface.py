@@ -30,7 +30,8 @@ from pint_fem.collective import require_same
 from pint_fem.errors import InputError
 from pint_fem.evolution.control_layout import ControlLayout, ControlSet
 from pint_fem.evolution.evolution import Evolution
-from pint_fem.misfits.base import BlockMisfit
+from pint_fem.misfits.base import BlockMisfit, Misfit
+from pint_fem.misfits.sensor_readings import SensorReadings
 from pint_fem.spacetime import SpaceTime
 
 if TYPE_CHECKING:
@@ -220,6 +221,16 @@ class ControlProblem(ABC):
         on whole slabs only, is an ``InputError``.
         """
 
+    def has_misfit(self, misfit: Misfit) -> bool:
+        """Return whether a misfit is one of the problem's, those of other groups of experiments included."""
+        return any(leaf.index_of(misfit) is not None for leaf in self.leaves)
+
+    def readings(self, z: np.ndarray, misfit: SensorReadings) -> np.ndarray:
+        """Return the readings of a misfit of sensors at a control's state, ``(times, sensors)``, on every rank, for the
+        experiments of all groups (collective). A misfit that is not one of the problem's is an ``InputError``.
+        """
+        raise InputError(f"readings of {misfit!r}: this functional has no states")
+
     # -- accuracy, where it can be chosen ------------------------------------------------------------------------------
     def accuracy_at(self, z: np.ndarray) -> SweepAccuracy:
         """Return how accurately the trajectories of a control are solved; its state has to be (collective)."""
@@ -299,6 +310,11 @@ class ControlProblem(ABC):
         """Return all regularisations with their weights in ``J``."""
         own = [] if self.regularisation is None else [(weight, self.regularisation)]
         return own + [found for term in self.terms for found in term.problem.regularisations(weight * term.weight)]
+
+    @property
+    def has_variation(self) -> bool:
+        """Whether a total variation is among the functionals of the regularisations."""
+        return any(regularisation.variations for _, regularisation in self.regularisations())
 
     def regularisation_hessian(self, control: Function) -> ufl.Form | None:
         """Return the second derivative of all regularisations by a control as a bilinear form; ``None`` where it is

@@ -33,6 +33,7 @@ from pint_fem.evolution.control_layout import ControlLayout
 from pint_fem.evolution.evolution import Evolution
 from pint_fem.mgrit.options import MGRITOptions
 from pint_fem.misfits.base import BlockMisfit, Misfit
+from pint_fem.misfits.sensor_readings import SensorReadings
 from pint_fem.sweeps.sweeps import Sweeps
 
 __all__ = ["ReducedProblem"]
@@ -216,6 +217,13 @@ class ReducedProblem(SecondDerivatives, ControlProblem):
             raise InputError(f"observations of {misfit!r}: give a misfit of this problem that is a BlockMisfit")
         evaluation = self._cache.state(z)
         return self._trajectories.observations(evaluation, self.layout.steps(evaluation.z), index)
+
+    def readings(self, z: np.ndarray, misfit: SensorReadings) -> np.ndarray:
+        """Return the readings of a misfit of sensors at a control's state, ``(times, sensors)`` (collective)."""
+        index = self.index_of(misfit)
+        if index is None or not isinstance(misfit, SensorReadings):
+            raise InputError(f"readings of {misfit!r}: give a misfit of this problem that has sensors")
+        return self.misfits[index].readings(self.observations(z, misfit))
 
     def states(self, z: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
         """Yield the state at all local points from left to right, for either storage: the number of the first point of

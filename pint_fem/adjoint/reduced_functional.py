@@ -19,6 +19,7 @@ from pint_fem.adjoint.riesz import ControlInner, RieszKind
 from pint_fem.adjoint.states import FinalState
 from pint_fem.collective import collectively, require_same
 from pint_fem.errors import InputError, InputTypeError
+from pint_fem.evolution.affine_parts import obstacle
 from pint_fem.evolution.evolution import Evolution
 from pint_fem.misfits.base import Misfit
 from pint_fem.petsc_options.spelling import require_prefix
@@ -243,6 +244,13 @@ def _problem(
     if made is not None:
         sweeps.solvers.reported |= like is not None  # the same estimates
         made.append((sweeps, solver))
+    if plain and like is None and (why := obstacle(own)):
+        stages = evolution.nsteps * own.dirk.stages
+        spacetime.log(
+            f"form propagator: controls are in the operators, and {why}: each sweep assembles and factors {stages} "
+            "matrices, one step after another, where operators that depend on static controls only take one of each "
+            "stage for a control"
+        )
     if evolution.initial_expression is None:
         return ReducedProblem(sweeps, misfits, forms)
     only = set(evolution.sought) - set(evolution.controls)  # controls of the initial condition alone

@@ -29,6 +29,7 @@ from pint_fem.collective import any_rank, collectively, require_same
 from pint_fem.errors import InputError
 from pint_fem.evolution.evolution import Evolution
 from pint_fem.kernels.arrays import put
+from pint_fem.misfits.sensor_readings import SensorReadings
 from pint_fem.paraview import write_fields
 from pint_fem.spacetime import SpaceTime
 
@@ -261,6 +262,24 @@ class StateAccess:
             riesz = collectively(comm, "", RieszMap, V, riesz_map)
             make = lambda row: _filled(Function(V), riesz.primal(weight * row))
         return _functions(solved, lambda: solved.leaf.adjoints(terms[0][2]), times, make)
+
+    def readings(self, misfit: SensorReadings, values: Controls | None = None) -> np.ndarray:
+        """Return the readings of a misfit of sensors at the state, ``(times, sensors)``, on all ranks (collective).
+
+        Parameters
+        ----------
+        misfit
+            ``PointSensors`` or ``LinearObservations`` that the functional was made with, of any of its experiments.
+        values
+            Of the controls; default: those of the last evaluation.
+
+        Raises
+        ------
+        InputError
+            On every rank, if the misfit is not one of the functional's.
+        """
+        with stop_annotating():
+            return self.problem.readings(self._at(values), misfit)
 
     def write(
         self, values: Controls | None, path: str | Path, times: Times = None, *, evolution: Evolution | None = None

@@ -129,7 +129,8 @@ class StoredTrajectories(_Trajectories):
         g = _sum(self._collectively(hessian_products, m, evaluation.U, dU) for m in self.misfits)
         if not second:
             return Source(g)
-        su, sz = self.sweeps.second_order(z, evaluation.U, dz, dU, evaluation.L, symmetric=symmetric)
+        given = dict(symmetric=symmetric, computed=evaluation.computed)
+        su, sz = self.sweeps.second_order(z, evaluation.U, dz, dU, evaluation.L, **given)
         g += su
         return Source(g, sz)
 

@@ -19,7 +19,7 @@ from ufl.algorithms import expand_derivatives, extract_coefficients
 if TYPE_CHECKING:
     from pint_fem.evolution.evolution import Evolution
 
-__all__ = ["AffineParts", "affine_parts", "touches_field"]
+__all__ = ["AffineParts", "affine_parts", "obstacle", "touches_field"]
 
 
 class AffineParts(NamedTuple):
@@ -78,6 +78,23 @@ def affine_parts(evolution: Evolution) -> AffineParts | None:
         if _coefficients(expand_derivatives(derivative(load, control))) & fixed:
             return None
     return AffineParts(M, K, load, in_operators)
+
+
+def obstacle(evolution: Evolution) -> str:
+    """What keeps a residual that is affine in the state, with controls in its operators, from having
+    :func:`affine_parts`, as the end of a sentence; empty for all other evolutions.
+    """
+    form, rate = evolution.parts()
+    M, K = (expand_derivatives(derivative(form, x)) for x in (rate, evolution.u))
+    found = _coefficients(M) | _coefficients(K)
+    affine = not found & {evolution.u, rate}
+    if not affine or not found & set(evolution.parameters) or evolution.affine_parts is not None:
+        return ""
+    if evolution.t in found:
+        return "they depend on time as well"
+    if found & set(evolution.stepwise):
+        return "these have one value per step"
+    return "the integrals over interior facets, the loads or the boundary values with controls do not allow more"
 
 
 def touches_field(parts: AffineParts, field: int) -> bool:

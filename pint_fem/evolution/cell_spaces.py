@@ -73,6 +73,14 @@ class CellUnknowns:
         copies = self._size + np.searchsorted(others, rows)
         return np.where(own, rows - first, copies)
 
+    def local_rows(self, own: np.ndarray) -> np.ndarray:
+        """Numbers of unknowns in the arrays of :meth:`local`, on all ranks that have copies of them, from the numbers
+        of own unknowns on each rank (collective).
+        """
+        marks = np.zeros((1, self._size))
+        marks[0, own] = 1.0
+        return np.flatnonzero(self.local(marks)[0])
+
     def local(self, states: np.ndarray) -> np.ndarray:
         """States ``(k, n)`` with copies of the unknowns of other ranks that own cells have, ``(k, n + copies)``; for
         the same ``k`` on all ranks (collective).

@@ -52,6 +52,8 @@ class StepData(NamedTuple):
     ends, tangent_ends : ndarray, shape (k, n), or None
         States, and tangents in the direction for which second derivatives are evaluated, at the ends of the steps,
         where they are available.
+    computed : dict or None
+        Results for the states and adjoints of a block, kept by the caller as long as these do not change.
     """
 
     t: np.ndarray
@@ -64,6 +66,7 @@ class StepData(NamedTuple):
     member: int = 0
     ends: np.ndarray | None = None
     tangent_ends: np.ndarray | None = None
+    computed: dict | None = None
 
     def part(self, rows: slice) -> StepData:
         """The data of a slice of the steps."""

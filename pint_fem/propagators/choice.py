@@ -6,7 +6,8 @@ from irksome.tableaux.ButcherTableaux import ButcherTableau
 
 from pint_fem.evolution.evolution import Evolution
 from pint_fem.propagators.base import FEPropagator
-from pint_fem.propagators.coefficients.propagator import CoefficientLeapfrog, CoefficientPropagator
+from pint_fem.propagators.coefficients.leapfrog import CoefficientLeapfrog
+from pint_fem.propagators.coefficients.propagator import CoefficientPropagator
 from pint_fem.propagators.form import FormPropagator
 from pint_fem.propagators.leapfrog import LeapfrogPropagator
 from pint_fem.propagators.linear import LinearPropagator

@@ -68,7 +68,7 @@ class StageLoads:
     def __init__(self, evolution: Evolution, dirk: DIRK, dt: float, bc_rows: np.ndarray, *, store: bool):
         self.evolution, self.dirk, self.dt, self.bc_rows = evolution, dirk, dt, bc_rows
         self.steps, self._store = dirk.diagonal * dt, store
-        self._lift = Function(evolution.V, name="lift")
+        self._lift, self._size = Function(evolution.V, name="lift"), evolution.state_size
         self._loads_field: dict[int, bool] = {}
         self._lifting: dict[float, MatrixOperator] = {}
         self._prepare()
@@ -90,12 +90,18 @@ class StageLoads:
 
     def update_data(self) -> None:
         """Discard stored loads, as data in them have changed."""
-        self._loads: dict[tuple | int, np.ndarray] = {}
+        self._discard()
         if not self._store:
             ev = self.evolution
             times = enumerate(sample_times(ev.time(0), ev.time(ev.nsteps)))
             samples = [partial(self._assemble, t, i % self.dirk.stages) for i, t in times]
             self._compressed = CompressedVectors(ev.V.mesh().comm, samples)
+
+    def _discard(self) -> None:
+        """Discard the loads of all steps."""
+        self._loads: dict[tuple | int, np.ndarray] = {}
+        self._blocks: dict[int, np.ndarray] = {}
+        self._longest: tuple[int, float, float] = (0, 0.0, 0.0)
 
     # -- the part at z = 0 ---------------------------------------------------------------------------------------------
     def affine(self, t: float, i: int) -> np.ndarray:
@@ -106,6 +112,22 @@ class StageLoads:
         if key not in self._loads:
             self._loads[key] = self._assemble(t, i)
         return self._loads[key]
+
+    def _affine_rows(self, times: np.ndarray, rows: slice, i: int) -> np.ndarray:
+        """The loads of stage ``i`` at ``z = 0`` of a slice of the steps that start at ``times``, ``(rows, n)``, not to
+        be written to. Those of the longest ``times`` so far are stored as one array, of which rows need not be copied.
+        """
+        if not self.evolution.depends_on_time:
+            return np.broadcast_to(self.affine(times[rows.start], i), (rows.stop - rows.start, self._size))
+        steps = len(times), float(times[0]), float(times[-1])
+        if self._store and steps > self._longest:
+            self._longest, self._blocks = steps, {}
+        if not self._store or steps != self._longest:
+            return np.array([self.affine(t, i) for t in times[rows]])
+        if i not in self._blocks:
+            self._blocks[i] = block = np.array([self.affine(t, i) for t in times])
+            self._loads |= {(float(t), i): row for t, row in zip(times, block, strict=True)}
+        return self._blocks[i][rows]
 
     def _lift_boundary_values(self, t: float, i: int) -> None:
         """Set the time of stage ``i`` of the step from ``t``, and the lifting to the boundary values without the
@@ -217,6 +239,11 @@ class StageLoads:
             Controls, ``(nz,)`` or ``(k, nz)``; ``None`` for none.
         affine
             Whether the part at ``z = 0`` is included.
+
+        Returns
+        -------
+        callable
+            Its results ``(rows, n)`` are not to be written to.
         """
         terms = [] if z is None else self.terms(times)
         affine = affine and not self.evolution.is_homogeneous
@@ -232,13 +259,13 @@ class StageLoads:
             return cached[number, h]
 
         def loads(rows, i):
-            b = np.zeros((rows.stop - rows.start, self.evolution.state_size))
-            if affine:
-                b += [self.affine(t, i) for t in times[rows]]
+            b = self._affine_rows(times, rows, i) if affine else None
             for number, term in enumerate(terms):
                 if i in term.stages:
                     load = of_term(rows, number, self.steps[i])
-                    b += load if term.constant else term.weights[rows, None] * load
-            return b
+                    load = load if term.constant else term.weights[rows, None] * load
+                    b = load if b is None else b + load
+            shape = rows.stop - rows.start, self._size
+            return np.zeros(shape) if b is None else np.broadcast_to(b, shape)
 
         return loads

@@ -4,6 +4,10 @@ Candidates are sequential stepping on each number of space ranks, and each split
 MGRIT and ParaDiag whose cycles the calibration has, counted in real runs. A candidate is run on virtual ranks unless a
 lower bound of its time, its share of the work or its chain of coarse steps, exceeds the best time so far.
 
+Several experiments divide over groups of ranks, each with a space x time grid of its own on which it computes the
+gradients of its experiments one after another; the gradients of the groups are then added
+(:meth:`pint_fem.spacetime.SpaceTime.sum_over_experiments`).
+
 Of a linear inverse problem with finitely many readings :func:`plan_map` finds the fastest division of the ranks for the
 whole inversion by the map from controls to readings.
 """
@@ -12,9 +16,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
-from math import ceil
+from math import ceil, prod
 from pathlib import Path
 from typing import Any
 
@@ -46,14 +50,15 @@ class Choice:
     solver, options : str, dict
         ``"serial"``, ``"mgrit"`` or ``"paradiag"``, and its options.
     grid, cycles : tuple of int
-        Numbers of space and time ranks; cycles of the state and the adjoint.
+        Numbers of space and time ranks and, for several experiments, of groups of experiments; cycles of the state and
+        the adjoint.
     seconds, bytes_per_rank, efficiency : float
         Predicted time of a gradient from a cold start; largest memory of a rank's states and factors; work over ranks
         times seconds.
     """
 
     solver: str
-    grid: tuple[int, int]
+    grid: tuple[int, ...]
     options: dict
     cycles: tuple[int, int]
     seconds: float
@@ -129,8 +134,9 @@ def plan(
     nsteps: int | None = None,
     rtol: float | None = None,
     network: Network | None = None,
+    experiments: int = 1,
 ) -> Plan:
-    """Find the fastest way to compute a gradient from a cold start.
+    """Find the fastest way to compute a gradient from a cold start, for one experiment or a sum over several.
 
     Parameters
     ----------
@@ -142,15 +148,20 @@ def plan(
         Time steps, and network; default: the calibration's.
     rtol
         Relative tolerance; default: the smallest for which cycles were counted.
+    experiments
+        Number of experiments, each with the costs of the calibration.
 
     Raises
     ------
     InputError
-        If there is no such calibration, it is a network's, or it has no cycles for ``rtol``.
+        If there is no such calibration, it is a network's, it has no cycles for ``rtol``, or there is no experiment.
     """
     calibration = problem if isinstance(problem, Calibration) else load(problem)
-    if ranks < 1:
-        raise InputError(f"{ranks} ranks: give at least 1")
+    for count, what in ((ranks, "ranks"), (experiments, "experiments")):
+        if count < 1:
+            raise InputError(f"{count} {what}: give at least 1")
+    if experiments > 1:
+        return _plan_groups(calibration, ranks, experiments, nsteps=nsteps, rtol=rtol, network=network)
     if calibration.kind != "evolution":
         raise InputError(f"calibration {calibration.problem} is that of a network: give one of an evolution")
     steps = nsteps or calibration.nsteps
@@ -185,6 +196,40 @@ def plan(
     if calibration.has_space_ranks(2):
         assumed = assumption(calibration)
     return Plan(calibration.problem, ranks, rtol, done[0], done[1 : 1 + ALTERNATIVES], [assumed, *calibration.notes])
+
+
+def _plan_groups(
+    calibration: Calibration, ranks: int, experiments: int, *, network: Network | None, **given: Any
+) -> Plan:
+    """The fastest way for several experiments: of all numbers of groups that have fewer experiments each than the next
+    smaller number, with the fastest grids of a group.
+    """
+    groups = sorted({ceil(experiments / own) for own in range(1, experiments + 1)})
+    done, made = [], None
+    for count in groups:
+        if count > ranks:
+            break
+        busy = calibration.slowdown_with(count * (ranks // count))  # by the ranks of all groups at once
+        made = plan(calibration.with_changes(slowdown={1: busy}), ranks // count, network=network, **given)
+        for choice in (made.best, *made.alternatives):
+            done.append(_of_groups(calibration, choice, experiments, count, network or calibration.network))
+    assert made is not None
+    done.sort(key=lambda choice: (choice.seconds, prod(choice.grid)))
+    assumed = [f"{experiments} experiments with the same costs, those of a group one after another", *made.assumptions]
+    return Plan(made.problem, ranks, made.rtol, done[0], done[1 : 1 + ALTERNATIVES], assumed)
+
+
+def _of_groups(calibration: Calibration, choice: Choice, experiments: int, groups: int, network: Network) -> Choice:
+    """A choice for one experiment on the grid of a group, for all experiments on several of them. A control is as large
+    as a state.
+    """
+    own, nbytes = ceil(experiments / groups), calibration.state_bytes / choice.grid[0]
+    added = 0.0 if groups == 1 else network.alltoall(groups, nbytes) + network.collective(groups, nbytes)
+    seconds, work = own * choice.seconds + added, experiments * choice.efficiency * choice.seconds
+    return replace(
+        choice, grid=(*choice.grid, groups), seconds=seconds, bytes_per_rank=own * choice.bytes_per_rank,
+        efficiency=work / max(groups * seconds, 1e-300),
+    )  # fmt: skip
 
 
 def least_time(

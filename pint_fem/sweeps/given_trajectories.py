@@ -82,8 +82,9 @@ class GivenTrajectories:
         return collectively(self.spacetime.comm, "derivative by the controls", compute)
 
     def second_order(
-        self, z: Controls, U: np.ndarray, dz: Controls | list, dU: np.ndarray, L: np.ndarray, *, symmetric: bool = False
-    ) -> tuple[np.ndarray, np.ndarray | list] | None:
+        self, z: Controls, U: np.ndarray, dz: Controls | list, dU: np.ndarray, L: np.ndarray, *,
+        symmetric: bool = False, computed: dict | None = None,
+    ) -> tuple[np.ndarray, np.ndarray | list] | None:  # fmt: skip
         """Second derivatives of the steps along the tangent ``dU`` in the direction ``dz``, for the adjoint ``L``.
 
         Parameters
@@ -95,6 +96,8 @@ class GivenTrajectories:
         symmetric
             Whether they are a symmetric form of ``(dU, dz)`` also where ``dU`` is no exact tangent; this takes one more
             adjoint per step.
+        computed
+            What earlier calls have computed from ``U`` and ``L`` alone, to which it is added.
 
         Returns
         -------
@@ -106,7 +109,7 @@ class GivenTrajectories:
             return None
         if self.is_linear:
             self._update(z, "second-order adjoint")
-        data, su = self.data(z, U), np.zeros_like(dU)
+        data, su = self.data(z, U)._replace(computed=computed), np.zeros_like(dU)
         end = None if symmetric else np.zeros_like(dU[1:])
 
         def of_member(data: StepData, du: np.ndarray, dz: Controls, out: np.ndarray, own_end: np.ndarray | None):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -117,12 +117,15 @@ def _medians(parts: list[dict[str, float]], values: dict[str, object]) -> Measur
     return Measured({name: statistics.median(part[name] for part in parts) for name in parts[0]}, values)
 
 
-def in_turn(cases: Mapping[str, Derivatives], repeats: int) -> dict[str, Measured]:
-    """:meth:`Derivatives.measure` of several cases that take turns, so that a busy machine slows all of them."""
+def in_turn(cases: Mapping[str, Derivatives], repeats: int, *, seldom: Sequence[str] = ()) -> dict[str, Measured]:
+    """:meth:`Derivatives.measure` of several cases that take turns, so that a busy machine slows all of them; of slow
+    ones, ``seldom``, two repeats.
+    """
     values, parts = {name: case.first() for name, case in cases.items()}, {name: [] for name in cases}
-    for _ in range(repeats):
+    for repeat in range(repeats):
         for name, case in cases.items():
-            parts[name].append(case.once())
+            if name not in seldom or repeat < 2:
+                parts[name].append(case.once())
     return {name: _medians(parts[name], values[name]) for name in cases}
 
 

@@ -7,8 +7,9 @@ A process grid of space x time x experiments has several groups of ranks, and gr
 :math:`e_g \le e < e_{g+1}`. It solves them on its own space x time grid, as the problem of the own experiments does,
 and knows nothing of the others' forms. What the groups compute is then combined:
 
-* values :math:`J_e` are exchanged and added in the order of the experiments, so that :math:`J` has bitwise the same
-  value on every rank and for every number of groups;
+* values :math:`J_e` are exchanged and added in the order of the experiments, so that :math:`J` is bitwise the same on
+  every rank and, where sweeps are sequential, for every number of groups (experiments that are iterated at once take
+  the same cycles, so that iterates depend on the group up to the tolerance);
 * dual vectors (gradient, Hessian actions) are added in the order of the groups: bitwise the same on all ranks, and for
   another number of groups the same up to the round-off of a sum.
 
@@ -44,6 +45,7 @@ from pint_fem.errors import InputError, SolverFailure
 from pint_fem.evolution.control_layout import ControlLayout, ControlSet
 from pint_fem.evolution.evolution import Evolution
 from pint_fem.misfits.base import BlockMisfit, Misfit
+from pint_fem.misfits.sensor_readings import SensorReadings
 from pint_fem.spacetime import Slab, SpaceTime
 
 __all__ = ["DistributedExperiments"]
@@ -196,7 +198,7 @@ class DistributedExperiments(ComposedProblem):
         return self._in_order(self._together(self._own.experiment_values, self._own_controls(z), **accuracy))
 
     def value(self, z: np.ndarray, **accuracy: float) -> float:
-        """Return ``J(z)``, the identical number on every rank and for every number of groups."""
+        """Return ``J(z)``, the identical number on every rank."""
         z = as_vector(z)
         self._misfit = sum(self.experiment_values(z, **accuracy).tolist())
         self._own_part = 0.0 if self.regularisation is None else self.regularisation.value(z)
@@ -287,16 +289,23 @@ class DistributedExperiments(ComposedProblem):
         own = self._together(self._own.gradient_error, self._own_controls(z))
         return None if any_rank(self.spacetime.comm, own is None) else self._sum(own)
 
+    def has_misfit(self, misfit: Misfit) -> bool:
+        """Return whether a misfit is one of those of all experiments."""
+        return any(misfit is one for of in self._misfits for one in of)
+
+    def _experiment_of(self, misfit: Misfit, what: str) -> int:
+        """The number of the experiment that a misfit belongs to, the same on all ranks (collective)."""
+        found = [e for e, of in enumerate(self._misfits) if any(misfit is one for one in of)]
+        require_same(self.spacetime.comm, misfit=found)
+        if not found:
+            raise InputError(f"{what} of {misfit!r}: give a misfit of one of the experiments")
+        return found[0]
+
     def observations(self, z: np.ndarray, misfit: BlockMisfit) -> np.ndarray:
         """Return what a misfit of one of the experiments observes at the local points, ``(k + 1, width)``, in the group
-        that solves this experiment; elsewhere it is an ``InputError``, raised after the collective part.
+        that solves this experiment; in other groups ``InputError`` is raised, after the collective part.
         """
-        z, comm = as_vector(z), self.spacetime.comm
-        found = [e for e, of in enumerate(self._misfits) if any(misfit is one for one in of)]
-        require_same(comm, misfit=found)
-        if not found:
-            raise InputError(f"observations of {misfit!r}: give a misfit of one of the experiments")
-        number = found[0]
+        z, number = as_vector(z), self._experiment_of(misfit, "observations")
         self._require({"control": z})
         own = number in self._own_numbers
         work = self._own.observations if own else (lambda *_: None)
@@ -305,9 +314,20 @@ class DistributedExperiments(ComposedProblem):
             group = self.spacetime.group_of_experiment(number, len(self._all))
             raise InputError(
                 f"observations of experiment {number}: they are on the ranks of group {group}, which solves it; this "
-                f"one is in group {self.spacetime.experiments_comm.rank}"
+                f"one is in group {self.spacetime.experiments_comm.rank}; readings are on all ranks"
             )
         return seen
+
+    def readings(self, z: np.ndarray, misfit: SensorReadings) -> np.ndarray:
+        """Return the readings of a misfit of one of the experiments, ``(times, sensors)``, on all ranks."""
+        z, number = as_vector(z), self._experiment_of(misfit, "readings")
+        self._require({"control": z})
+        work = self._own.readings if number in self._own_numbers else (lambda *_: None)
+        seen, group = (
+            self._together(work, self._own_controls(z), misfit),
+            self.spacetime.group_of_experiment(number, len(self._all)),
+        )
+        return self.spacetime.experiments_comm.bcast(seen, root=group)
 
     def update_data(self) -> list[str]:
         """Read the user's data again, and return the names of those of all experiments that have other values."""

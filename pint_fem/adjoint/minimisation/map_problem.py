@@ -26,6 +26,7 @@ from pint_fem.evolution.evolution import Evolution
 from pint_fem.inverse.map import ParameterToObservable
 from pint_fem.inverse.objective import MapMisfit
 from pint_fem.misfits.base import BlockMisfit
+from pint_fem.misfits.sensor_readings import SensorReadings
 from pint_fem.optimize.records import TrustRegionResult
 
 if TYPE_CHECKING:
@@ -131,6 +132,10 @@ class MapProblem(ControlProblem):
         """Return what a misfit observes, by a sweep."""
         return self.given.observations(z, misfit)
 
+    def readings(self, z: np.ndarray, misfit: SensorReadings) -> np.ndarray:
+        """Return the readings of a misfit, by a sweep."""
+        return self.given.readings(z, misfit)
+
 
 class MapFunctional(Minimisable):
     """A functional of one evolution on its map: all methods that minimise it, without a sweep.
@@ -178,7 +183,7 @@ class MapFunctional(Minimisable):
         preconditioner
             As for :meth:`minimize_trust_region`, or ``"posterior"``: the posterior's covariance, or
             ``"limited-memory"`` where there is none. Default: ``"posterior"`` without bounds; none with bounds, under
-            which it saves no products.
+            which it saves no products, and with a total variation that of :meth:`minimize_trust_region`.
         checkpoint
             An object with ``load`` and ``save``.
 
@@ -193,7 +198,8 @@ class MapFunctional(Minimisable):
                 "method='trust-region'"
             )
         if isinstance(preconditioner, str) and preconditioner == "default":
-            preconditioner = "posterior" if bounds is None else None
+            varies = self.problem.has_variation
+            preconditioner = "posterior" if bounds is None and not varies else None
         options = {"gtol_rel": _GTOL_REL} | options
         given = dict(bounds=bounds, constraints=constraints, preconditioner=preconditioner, checkpoint=checkpoint)
         return self.minimize_trust_region(start, **given, **options)
@@ -244,8 +250,8 @@ def trust_region_options(functional: ControlFunctional, given: Mapping) -> dict:
     be chosen, and a limited-memory preconditioner.
     """
     problem = functional.problem
-    made: dict = {"preconditioner": "limited-memory"}
-    if given.get("preconditioner", "limited-memory") == "limited-memory":
+    made: dict = {} if problem.has_variation else {"preconditioner": "limited-memory"}
+    if given.get("preconditioner", made.get("preconditioner")) == "limited-memory":
         made["preconditioner_memory"] = 10 if functional.evolution.stepwise else 40
     if problem.chooses_accuracy and given.get("bounds") is None and problem.limits.has_residuals:
         made["inexact"] = True

@@ -249,8 +249,7 @@ class Minimisable:
                 raise InputError("bounds go with exact solves: leave inexact= out")
             if inner.weights is None:
                 inner = ControlInner(self.layout, "lumped")
-        varies = any(r.variations for _, r in problem.regularisations())
-        if not (varies and preconditioner == "regularisation"):
+        if not (problem.has_variation and isinstance(preconditioner, str) and preconditioner == "regularisation"):
             options["preconditioner"] = self._preconditioner(inner, preconditioner)
         run = dict(method="trust region", constraints=constraints)
         if bounds is not None:

@@ -16,11 +16,12 @@ from pathlib import Path
 
 import numpy as np
 
-from pint_fem.kernels.lanes.compiled import address, aligned, library
+from pint_fem.kernels.lanes.compiled import address, library
+from pint_fem.kernels.lanes.structures import scratch
 
 __all__ = ["CellProducts"]
 
-_WIDTH = 16
+_WIDTH = 32
 """States of a block, as in ``cell_products.c``."""
 
 
@@ -35,7 +36,8 @@ class CellProducts:
     Parameters
     ----------
     rows, columns
-        Numbers of the unknowns of each cell in the two states, ``(cells, a)`` and ``(cells, b)``.
+        Numbers of the unknowns of each cell in the two states, ``(cells, a)`` and ``(cells, b)``; -1 for one that is
+        left out.
     """
 
     def __init__(self, rows: np.ndarray, columns: np.ndarray):
@@ -44,22 +46,28 @@ class CellProducts:
         compiled = library(_source())
         self._compiled = None if compiled is None else compiled.cell_products
         if self._compiled is not None:
-            pointers, sizes = [ctypes.c_void_p] * 5, [ctypes.c_int64, ctypes.c_int, ctypes.c_int]
-            self._compiled.argtypes, self._compiled.restype = [*sizes, *pointers], None
+            integers, pointers = [ctypes.c_int64, ctypes.c_int, ctypes.c_int], [ctypes.c_void_p] * 2
+            states = [ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64] * 2
+            lanes = [ctypes.c_int64, ctypes.c_double, *[ctypes.c_void_p] * 3]
+            self._compiled.argtypes, self._compiled.restype = [*integers, *pointers, *states, *lanes], None
 
-    def add(self, p: np.ndarray, u: np.ndarray, out: np.ndarray) -> None:
-        """Add the sums of products of states ``(k, n)`` to ``out``, a contiguous array ``(cells, a, b)``."""
-        left, right = (aligned((states.shape[1], _WIDTH)) for states in (p, u))
-        for first in range(0, len(p), _WIDTH):
-            count = min(_WIDTH, len(p) - first)
-            for lanes, states in ((left, p), (right, u)):
-                lanes[:, :count] = states[first : first + count].T
-                lanes[:, count:] = 0.0
-            if self._compiled is not None:
-                given = (self._rows, self._columns, left, right, out)
-                self._compiled(*self.shape, *map(address, given))
-            else:
-                out += np.einsum("eaw,ebw->eab", left[self._rows], right[self._columns])
+    def add(self, p: np.ndarray, u: np.ndarray, out: np.ndarray, factor: float = 1.0) -> None:
+        """Add ``factor`` times the sums of products of states ``(k, n)`` to ``out``, a contiguous array ``(cells, a,
+        b)``.
+        """
+        if self._compiled is None:
+            for first in range(0, len(p), _WIDTH):
+                left, right = (np.pad(x[first : first + _WIDTH].T, ((0, 1), (0, 0))) for x in (p, u))
+                out += factor * np.einsum("eaw,ebw->eab", left[self._rows], right[self._columns])
+            return
+        p, u = (x if x.strides[1] == 8 else np.ascontiguousarray(x) for x in (p, u))
+        sizes = [8 * (x.shape[1] + 1) * _WIDTH for x in (p, u)]
+        memory = scratch(sum(sizes))
+        states = [part for x in (p, u) for part in (x.shape[1], address(x), x.strides[0] // 8, x.strides[1] // 8)]
+        work = address(memory), address(memory[sizes[0] :])
+        self._compiled(
+            *self.shape, address(self._rows), address(self._columns), *states, len(p), factor, *work, address(out)
+        )
 
     @property
     def nbytes(self) -> int:

@@ -81,11 +81,12 @@ class OperatorDerivatives:
         fields: Sequence[int],
     ):
         self._form, self._evolution, self._unknowns, self._bc_rows = form, evolution, unknowns, bc_rows
-        self._fields, self._mesh = fields, evolution.V.mesh()
+        self._fields, self._mesh = fields, evolution.V.mesh().unique()
         present = set(extract_coefficients(form))
         self._controls = [(i, c) for i, c in enumerate(evolution.parameters) if c in present]
         self._directions = {c: Function(c.function_space(), name="direction") for _, c in self._controls}
-        self._products = CellProducts(unknowns.rows, unknowns.rows)
+        free = np.where(np.isin(unknowns.rows, unknowns.local_rows(bc_rows)), -1, unknowns.rows)
+        self._products = CellProducts(free, unknowns.rows)
         self.shape = self._products.shape
         self._cofunctions = {c: Cofunction(c.function_space().dual()) for _, c in self._controls}
 
@@ -106,14 +107,11 @@ class OperatorDerivatives:
         return DirectionMatrices(self._along.assemble().petscmat, self._bc_rows)
 
     # -- contractions with slabs ---------------------------------------------------------------------------------------
-    def add_products(self, p: np.ndarray, u: np.ndarray, out: np.ndarray) -> None:
-        """Add the sums of products of states ``(k, n)``, whose rows with a condition are not used in ``p``, to ``out``
-        (collective over space).
+    def add_products(self, p: np.ndarray, u: np.ndarray, out: np.ndarray, factor: float = 1.0) -> None:
+        """Add ``factor`` times the sums of products of states ``(k, n)``, without the rows of ``p`` with a condition,
+        to ``out`` (collective over space).
         """
-        if len(self._bc_rows):
-            p = p.copy()
-            p[:, self._bc_rows] = 0.0
-        self._products.add(self._unknowns.local(p), self._unknowns.local(u), out)
+        self._products.add(self._unknowns.local(p), self._unknowns.local(u), out, factor)
 
     @cached_property
     def _contraction(self) -> tuple[CellVectors, CellVectors, ufl.Form]:

@@ -133,7 +133,7 @@ class FrozenSteps(LinearPropagator):
 
     def stage_values(
         self, u: np.ndarray, ends: np.ndarray, loads: Sequence[np.ndarray]
-    ) -> tuple[np.ndarray, np.ndarray]:
+    ) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """The stages of steps whose ends are given.
 
         Parameters
@@ -145,24 +145,32 @@ class FrozenSteps(LinearPropagator):
 
         Returns
         -------
-        tuple of ndarray
-            The stages' values ``U`` and their differences ``U - W`` from the base values, ``(stages, k, n)``.
+        tuple of list of ndarray
+            The stages' values ``U`` and their differences ``U - W`` from the base values, ``(k, n)`` for each stage.
         """
-        dirk, shape = self.dirk, (self.dirk.stages, *u.shape)
-        U, D = np.empty(shape), np.empty(shape)
-        last = dirk.stages - 1
+        dirk, last = self.dirk, self.dirk.stages - 1
+        U: list[np.ndarray] = [np.empty(u.shape) for _ in range(last)]
+        D: list[np.ndarray] = []
         if last:
-            given = [*(load[:, None] for load in loads), None, *U[:last, :, None]]
+            given = [*(load[:, None] for load in loads), None, *(stage[:, None] for stage in U)]
             self._first_stages.run(u, np.empty_like(u)[:, None], None, given)
         for i in range(dirk.stages):
-            W = u + sum(dirk.alpha[i, j] * D[j] for j in range(i))
+            W = u
+            for j in range(i):
+                if dirk.alpha[i, j]:
+                    W = W + dirk.alpha[i, j] * D[j]
             if i < last:
-                D[i] = U[i] - W
+                D.append(U[i] - W)
             elif dirk.stiffly_accurate:
-                U[i], D[i] = ends, ends - W
+                U.append(ends)
+                D.append(ends - W)
             else:
-                D[i] = (ends - u - sum(dirk.beta[j] * D[j] for j in range(i))) / dirk.beta[i]
-                U[i] = W + D[i]
+                step = ends - u
+                for j in range(i):
+                    step -= dirk.beta[j] * D[j]
+                step /= dirk.beta[i]
+                D.append(step)
+                U.append(W + step)
         return U, D
 
     def transposed_with_sources(

@@ -41,7 +41,7 @@ class CoefficientLoads(StageLoads):
     def update_data(self) -> None:
         """Discard stored loads, as data in them have changed."""
         self._sources = {}
-        self._loads: dict[tuple | int, np.ndarray] = {}
+        self._discard()
         if not self._store and not self.has_values:
             super().update_data()
 
@@ -49,7 +49,7 @@ class CoefficientLoads(StageLoads):
         """Set the matrices ``S`` without conditions by ``a_ii dt``, which lift boundary values; they are copied."""
         if self.has_values:
             self._lifting = {h: MatrixOperator(matrix, self.bc_rows) for h, matrix in matrices.items()}
-            self._loads = {}
+            self._discard()
             if not self._store:
                 super().update_data()
 

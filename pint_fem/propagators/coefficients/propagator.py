@@ -30,16 +30,15 @@ from mpi4py import MPI
 from pint_fem.errors import InputError
 from pint_fem.evolution.cell_spaces import CellUnknowns
 from pint_fem.evolution.evolution import Evolution
-from pint_fem.evolution.tableaux import DIRK, ImplicitMidpoint
+from pint_fem.evolution.tableaux import DIRK
 from pint_fem.kernels.arrays import boundary_rows
 from pint_fem.propagators.base import FEPropagator, StepData
 from pint_fem.propagators.coefficients.derivatives import OperatorDerivatives
-from pint_fem.propagators.coefficients.frozen import FrozenLeapfrog, FrozenSteps, OperatorMatrices
+from pint_fem.propagators.coefficients.frozen import FrozenSteps, OperatorMatrices
 from pint_fem.propagators.coefficients.loads import CoefficientLoads
 from pint_fem.propagators.coefficients.sums import ControlSums, Direction, Stages
-from pint_fem.propagators.leapfrog import require_fields
 
-__all__ = ["CoefficientLeapfrog", "CoefficientPropagator"]
+__all__ = ["CoefficientPropagator"]
 
 _CHUNK = 64
 """Steps whose stages are in memory at the same time."""
@@ -100,6 +99,7 @@ class CoefficientPropagator(FEPropagator):
         )  # fmt: skip
         self._loads: CoefficientLoads | None = None
         self._cached: list[_Cached] = []
+        self._controls_load = bool(any(ev.control_operators)) or ev.boundary_controls is not None
         self._shared: CoefficientPropagator | None = None  # whose operators are used
         self._of_shared: FrozenSteps | None = None
         self._own: FrozenSteps | None = None
@@ -202,9 +202,7 @@ class CoefficientPropagator(FEPropagator):
 
     # -- homogeneous steps with the present operators ------------------------------------------------------------------
     def apply(self, u: np.ndarray, out: np.ndarray, loads: Callable[[slice, int], np.ndarray] | None = None) -> None:
-        """Write the step without forcing, or with given loads, to ``out``, as
-        :meth:`~pint_fem.propagators.linear.LinearPropagator.apply` does.
-        """
+        """Write the step without forcing, or with given loads, to ``out`` (as of a linear propagator)."""
         self.frozen.apply(u, out, loads)
 
     def apply_transposed(self, lam: np.ndarray, out: np.ndarray) -> None:
@@ -220,15 +218,11 @@ class CoefficientPropagator(FEPropagator):
         transposed: bool = False,
         single: bool = False,
     ) -> None:
-        """Take homogeneous steps one after another from each of some states, as
-        :meth:`~pint_fem.propagators.linear.LinearPropagator.advance` does.
-        """
+        """Take homogeneous steps one after another from each of some states (as of a linear propagator)."""
         self.frozen.advance(u, out, added, transposed=transposed, single=single)
 
     def sweep(self, U: np.ndarray, G: np.ndarray | None, *, transposed: bool = False) -> None:
-        """Take homogeneous steps one after another in place, as
-        :meth:`~pint_fem.propagators.linear.LinearPropagator.sweep` does.
-        """
+        """Take homogeneous steps one after another in place (as of a linear propagator)."""
         self.frozen.sweep(U, G, transposed=transposed)
 
     @property
@@ -255,9 +249,17 @@ class CoefficientPropagator(FEPropagator):
         first = [loads(slice(0, len(u)), i) for i in range(self.frozen.dirk.stages - 1)]
         return Stages(*self.frozen.stage_values(u, ends, first))
 
-    def _state_stages(self, data: StepData) -> Stages:
-        """The stages of the steps of a block at its states."""
-        return self._stages(data.u, data.ends, self.loads.of_steps(data.t, data.z, affine=True))
+    def _stages_of(self, data: StepData) -> Callable[[slice], Stages]:
+        """The stages of a slice of the steps of a block at its states."""
+        loads = self.loads.of_steps(data.t, data.z, affine=True)
+
+        def stages(rows: slice) -> Stages:
+            part = data.part(rows)
+            first = rows.start
+            own = lambda inside, i: loads(slice(first + inside.start, first + inside.stop), i)
+            return self._stages(part.u, part.ends, own)
+
+        return stages
 
     def _direction(self, dz: np.ndarray | None) -> Direction:
         """The matrices of a direction of the controls."""
@@ -273,12 +275,17 @@ class CoefficientPropagator(FEPropagator):
         given = None if dz is None else self.loads.of_steps(data.t, dz, affine=False)
 
         def loads(rows: slice, i: int) -> np.ndarray:
-            out = np.zeros((rows.stop - rows.start, self.evolution.state_size)) if given is None else given(rows, i)
-            if along.M is not None:
-                out -= along.M.product(stages.D[i, rows])
+            out = None
             if along.K is not None:
-                out -= steps[i] * along.K.product(stages.U[i, rows])
-            return out
+                out = along.K.product(stages.U[i][rows])
+                out *= -steps[i]
+            if along.M is not None:
+                product = along.M.product(stages.D[i][rows])
+                out = -product if out is None else np.subtract(out, product, out=out)
+            if out is None:
+                shape = rows.stop - rows.start, self.evolution.state_size
+                return np.zeros(shape) if given is None else given(rows, i)
+            return out if given is None or not self._controls_load else np.add(out, given(rows, i), out=out)
 
         return loads
 
@@ -305,10 +312,9 @@ class CoefficientPropagator(FEPropagator):
         if dz is None:
             self.frozen.apply(du, out)
             return
-        along = self._direction(dz)
+        along, stages = self._direction(dz), self._stages_of(data)
         for rows, part in self._chunks(data):
-            loads = self._tangent_loads(part, self._state_stages(part), along, dz)
-            self.frozen.apply(du[rows], out[rows], loads)
+            self.frozen.apply(du[rows], out[rows], self._tangent_loads(part, stages(rows), along, dz))
 
     def adjoint(self, data: StepData, lam: np.ndarray, out: np.ndarray) -> None:
         """Write ``Phi_u^T lam`` of each step to ``out``."""
@@ -321,13 +327,11 @@ class CoefficientPropagator(FEPropagator):
         return self.control_adjoint_of_sums(data, self.control_sums(data, lam))
 
     def control_sums(self, data: StepData, lam: np.ndarray) -> np.ndarray:
-        """Sums over the steps of what the derivative by the controls requires, a vector: products in each cell for
-        ``K`` and ``M``, weighted adjoints of the loads, and a derivative by the controls.
-        """
+        """Sums over the steps of what the derivative by the controls requires (:class:`ControlSums`), a vector."""
         self.update(data.z)
-        sums = self._sums()
+        sums, stages = self._sums(), self._stages_of(data)
         for rows, part in self._chunks(data):
-            sums.add(self.frozen.stage_adjoints(lam[rows]), self._state_stages(part), part.t)
+            sums.add(self.frozen.stage_adjoints(lam[rows]), stages(rows), part.t)
         return sums.vector
 
     def _sums(self, vector: np.ndarray | None = None) -> ControlSums:
@@ -350,22 +354,20 @@ class CoefficientPropagator(FEPropagator):
         self.update(data.z)
         steps, dirk, along = self.frozen, self.frozen.dirk, self._direction(dz)
         deferred = end is not None and dirk.stiffly_accurate
-        out, sums, first = np.empty_like(lam), self._sums(), self._sums()
+        out, sums, stages_of = np.empty_like(lam), self._sums(), self._stages_of(data)
+        cached = {} if data.computed is None else data.computed
+        first, is_new = self._sums(cached.get("products")), "products" not in cached
         for rows, part in self._chunks(data):
-            stages, p = self._state_stages(part), steps.stage_adjoints(lam[rows])
+            stages, p = stages_of(rows), steps.stage_adjoints(lam[rows])
             loads = self._tangent_loads(part, stages, along, dz)
             tangents = self._stages(du[rows], part.tangent_ends, loads)
-            free = p
-            if len(self.bc_rows):
-                free = p.copy()
-                free[..., self.bc_rows] = 0.0
             rhs, bases = np.zeros(p.shape), np.zeros(p.shape)
-            for i, h in enumerate(steps.steps_of_stage):
+            for i, h in enumerate(steps.steps_of_stage):  # the matrices' rows with conditions are zero
                 if along.M is not None:
-                    bases[i] = along.M.transposed(free[i])
+                    along.M.transposed(p[i], bases[i])
                     rhs[i] -= bases[i]
                 if along.K is not None:
-                    rhs[i] -= h * along.K.transposed(free[i])
+                    rhs[i] -= h * along.K.transposed(p[i])
             if deferred:
                 end[rows] = rhs[-1]
                 rhs[-1] = 0.0
@@ -375,7 +377,9 @@ class CoefficientPropagator(FEPropagator):
                 out[rows], dp = steps.transposed_with_sources(np.zeros_like(lam[rows]), rhs, bases)
                 sums.add(dp, stages, part.t)
             sums.add(p, tangents, part.t, loads=False)
-            first.add(p, stages, part.t, loads=False)
+            if is_new:
+                first.add(p, stages, part.t, loads=False)
+        cached["products"] = first.vector
         z_bar = sums.gradient()
         return out, z_bar if dz is None else z_bar + first.second(dz)
 
@@ -393,20 +397,3 @@ class CoefficientPropagator(FEPropagator):
         own = self.frozen.operator_nbytes(count)
         derivatives = sum(of.nbytes for of in (self._of_M, self._of_K) if of is not None)
         return {part: 2 * size for part, size in own.items()} | {"kernels": 2 * own.get("kernels", 0) + derivatives}
-
-
-class CoefficientLeapfrog(CoefficientPropagator):
-    """Leapfrog steps (:mod:`~pint_fem.propagators.leapfrog`) of an evolution whose operators depend on static controls;
-    the tableau is ignored.
-
-    Raises
-    ------
-    InputError
-        If the evolution does not name a field to ``eliminate`` that is free of controls.
-    """
-
-    _kind = FrozenLeapfrog
-
-    def __init__(self, evolution: Evolution, *, stride: int = 1, tableau: ButcherTableau | None = None):
-        super().__init__(evolution, stride=stride, tableau=ImplicitMidpoint())
-        require_fields(self.evolution)

@@ -21,10 +21,10 @@ class Direction(NamedTuple):
 
 
 class Stages(NamedTuple):
-    """Stages of some steps: values and differences from the base values, ``(stages, k, n)``."""
+    """Stages of some steps: values and differences from the base values, ``(k, n)`` for each stage."""
 
-    U: np.ndarray
-    D: np.ndarray
+    U: list[np.ndarray]
+    D: list[np.ndarray]
 
 
 class ControlSums:
@@ -81,11 +81,11 @@ class ControlSums:
         loads
             Whether the loads depend on the controls along these adjoints.
         """
-        flat = lambda a: a.reshape(-1, a.shape[-1])
-        if self._of_K is not None:
-            self._of_K.add_products(flat(p * self._steps[:, None, None]), flat(stages.U), self._K)
-        if self._of_M is not None:
-            self._of_M.add_products(flat(p), flat(stages.D), self._M)
+        for i, h in enumerate(self._steps):
+            if self._of_K is not None:
+                self._of_K.add_products(p[i], stages.U[i], self._K, h)
+            if self._of_M is not None:
+                self._of_M.add_products(p[i], stages.D[i], self._M)
         if loads:
             for total, term in zip(self._adjoints, self._loads.terms(times), strict=True):
                 total += np.einsum("k,skn->sn", term.weights, p)
