@@ -1,4 +1,4 @@
-"""Pictures of the radar's inversion: permittivity and conductivity of the soil, and readings of shots beside the fit."""
+"""Pictures of the radar inversion: permittivity and conductivity of the soil, and readings of shots beside the fit."""
 
 from __future__ import annotations
 
