@@ -181,7 +181,7 @@ class CoefficientPropagator(FEPropagator):
         ev.put_controls(z)
         like = None
         if self._cached:
-            like = next(iter(self._cached[0].steps.factors.values()))
+            like = self._cached[0].steps
             del self._cached[1:]  # not three of them in memory
         try:
             steps = self._kind(
