@@ -72,6 +72,8 @@ class CoefficientPropagator(FEPropagator):
         The steps with the present operators.
     dirk, bc_rows : DIRK, ndarray
         Coefficients of the integrator, and own rows with a condition.
+    outdated : bool
+        Whether data of the operators have changed, so that another propagator replaces this one.
 
     Raises
     ------
@@ -105,6 +107,7 @@ class CoefficientPropagator(FEPropagator):
         self._loads: CoefficientLoads | None = None
         self._cached: list[_Cached] = []
         self._controls_load = _has_controlled_loads(ev)
+        self.outdated = False
         self._shared: CoefficientPropagator | None = None  # whose operators are used
         self._of_shared: FrozenSteps | None = None
         self._own: FrozenSteps | None = None
@@ -140,6 +143,7 @@ class CoefficientPropagator(FEPropagator):
         made.evolution, made._loads, made._cached = evolution, None, []
         made._shared = self if self._shared is None else self._shared
         made._of_shared = made._own = None
+        made.outdated = False
         made._controls_load = _has_controlled_loads(evolution)
         vars(evolution)["fields"] = self.evolution.fields
         return made
@@ -200,7 +204,10 @@ class CoefficientPropagator(FEPropagator):
 
     def update_data(self, changed: set) -> bool:
         """Discard loads; ``False`` where data of the operators have changed."""
+        if self._shared is not None and self._shared.outdated:
+            return False
         if changed & self.evolution.operator_data:
+            self.outdated = True
             return False
         if changed and self._loads is not None:
             self._loads.update_data()
