@@ -44,6 +44,11 @@ _CHUNK = 64
 """Steps whose stages are in memory at the same time."""
 
 
+def _has_controlled_loads(evolution: Evolution) -> bool:
+    """Whether controls are in the load or in boundary values."""
+    return bool(any(evolution.control_operators)) or evolution.boundary_controls is not None
+
+
 class _Cached(NamedTuple):
     """The steps of a value of the controls ``(nz,)``."""
 
@@ -67,6 +72,8 @@ class CoefficientPropagator(FEPropagator):
         The steps with the present operators.
     dirk, bc_rows : DIRK, ndarray
         Coefficients of the integrator, and own rows with a condition.
+    outdated : bool
+        Whether data of the operators have changed, so that another propagator replaces this one.
 
     Raises
     ------
@@ -99,7 +106,8 @@ class CoefficientPropagator(FEPropagator):
         )  # fmt: skip
         self._loads: CoefficientLoads | None = None
         self._cached: list[_Cached] = []
-        self._controls_load = bool(any(ev.control_operators)) or ev.boundary_controls is not None
+        self._controls_load = _has_controlled_loads(ev)
+        self.outdated = False
         self._shared: CoefficientPropagator | None = None  # whose operators are used
         self._of_shared: FrozenSteps | None = None
         self._own: FrozenSteps | None = None
@@ -135,6 +143,8 @@ class CoefficientPropagator(FEPropagator):
         made.evolution, made._loads, made._cached = evolution, None, []
         made._shared = self if self._shared is None else self._shared
         made._of_shared = made._own = None
+        made.outdated = False
+        made._controls_load = _has_controlled_loads(evolution)
         vars(evolution)["fields"] = self.evolution.fields
         return made
 
@@ -194,7 +204,10 @@ class CoefficientPropagator(FEPropagator):
 
     def update_data(self, changed: set) -> bool:
         """Discard loads; ``False`` where data of the operators have changed."""
+        if self._shared is not None and self._shared.outdated:
+            return False
         if changed & self.evolution.operator_data:
+            self.outdated = True
             return False
         if changed and self._loads is not None:
             self._loads.update_data()
@@ -261,8 +274,17 @@ class CoefficientPropagator(FEPropagator):
 
         return stages
 
+    def _set_controls(self) -> None:
+        """Set the controls in the forms of derivatives to those of the present operators: other levels have the same
+        functions, and a control whose operators could not be factored may be in them.
+        """
+        owner = self if self._shared is None else self._shared
+        if owner._cached:
+            owner.evolution.put_controls(owner._cached[0].z)
+
     def _direction(self, dz: np.ndarray | None) -> Direction:
         """The matrices of a direction of the controls."""
+        self._set_controls()
         if dz is None:
             return Direction(None, None)
         at = (self._shared or self).frozen
@@ -346,6 +368,7 @@ class CoefficientPropagator(FEPropagator):
     def control_adjoint_of_sums(self, data: StepData, sums: np.ndarray) -> np.ndarray:
         """``Phi_z^T lam`` summed over all steps, ``(nz,)``, from the sums of :meth:`control_sums`."""
         self.update(data.z)
+        self._set_controls()
         return self._sums(sums.copy()).gradient()
 
     def second_order(

@@ -12,8 +12,10 @@ from firedrake import Constant
 from irksome.tableaux.ButcherTableaux import ButcherTableau
 
 from pint_fem.evolution.evolution import Evolution
+from pint_fem.evolution.private_copies import data_of
 from pint_fem.kernels.arrays import boundary_rows
 from pint_fem.propagators.base import FEPropagator
+from pint_fem.propagators.choice import make_propagator
 from pint_fem.propagators.coefficients.propagator import CoefficientPropagator
 from pint_fem.propagators.linear import LinearPropagator
 from pint_fem.sweeps.sweeps import Sweeps
@@ -21,14 +23,23 @@ from pint_fem.sweeps.sweeps import Sweeps
 __all__ = ["can_be_solved_as_one", "have_same_operators", "sharing"]
 
 
-def _same_coefficients(a: ufl.Form, b: ufl.Form, evolutions: Sequence[Evolution]) -> bool:
-    """Whether two forms with the same signature have the same Functions, as the user gave them, and equal Constants."""
+def _with_values(form: ufl.Form) -> ufl.Form:
+    """A form with the values of its Constants in their place."""
+    constants = [c for c in data_of(form) if isinstance(c, Constant)]
+    values = [np.reshape(c.dat.data_ro, c.ufl_shape).tolist() for c in constants]
+    literals = (ufl.as_tensor(v) if isinstance(v, list) else ufl.as_ufl(v) for v in values)
+    return ufl.replace(form, dict(zip(constants, literals, strict=True)))
+
+
+def _are_same(a: ufl.Form, b: ufl.Form, evolutions: Sequence[Evolution]) -> bool:
+    """Whether two forms have the same Functions, as the user gave them, and equal Constants in the same places."""
+    a, b = _with_values(a), _with_values(b)
+    if a.empty() or b.empty() or a.signature() != b.signature():
+        return a.empty() and b.empty()
     originals = [evolution.copies.originals() for evolution in evolutions]
     given = lambda f, of: of.get(f, f)
     functions = zip(a.coefficients(), b.coefficients(), strict=True)
-    same = all(given(f, originals[0]) is given(g, originals[1]) for f, g in functions)
-    constants = zip(a.constants(), b.constants(), strict=True)
-    return same and all(isinstance(c, Constant) and np.array_equal(c.dat.data_ro, d.dat.data_ro) for c, d in constants)
+    return all(given(f, originals[0]) is given(g, originals[1]) for f, g in functions)
 
 
 def _numbers(tableau: ButcherTableau) -> tuple:
@@ -53,11 +64,7 @@ def have_same_operators(a: Evolution, b: Evolution) -> bool:
     controlled = [ev.has_controlled_operators for ev in (a, b)]
     if any(controlled) and list(a.posed.parameters) != list(b.posed.parameters):
         return False
-    pairs = list(zip(a.affine_parts[:2], b.affine_parts[:2], strict=True))
-    if any(f.empty() != g.empty() for f, g in pairs):
-        return False
-    pairs = [(f, g) for f, g in pairs if not f.empty()]
-    return all(f.signature() == g.signature() and _same_coefficients(f, g, (a, b)) for f, g in pairs)
+    return all(_are_same(f, g, (a, b)) for f, g in zip(a.affine_parts[:2], b.affine_parts[:2], strict=True))
 
 
 def can_be_solved_as_one(a: Sweeps, b: Sweeps) -> bool:
@@ -72,12 +79,15 @@ def can_be_solved_as_one(a: Sweeps, b: Sweeps) -> bool:
 
 def sharing(sweeps: Sweeps) -> Callable[..., FEPropagator]:
     """A ``propagator(evolution, stride=, tableau=)`` for evolutions with the same operators as that of ``sweeps``, of
-    whose propagators it uses the matrices and factors.
+    whose propagators it uses the matrices and factors; where data have made the operators different since, it makes
+    propagators of the evolution by itself.
     """
     return partial(_shared, sweeps)
 
 
 def _shared(sweeps: Sweeps, evolution: Evolution, *, stride: int = 1, tableau: ButcherTableau | None = None) -> Any:
+    if not have_same_operators(sweeps.evolution, evolution):
+        return make_propagator(evolution, stride=stride, tableau=tableau)
     found = next(
         p
         for p in sweeps.propagators
