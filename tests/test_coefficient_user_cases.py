@@ -4,7 +4,19 @@ assembles each step by itself, experiment by experiment.
 
 import numpy as np
 import pytest
-from firedrake import COMM_SELF, Constant, DirichletBC, Function, SpatialCoordinate, TestFunction, dx, exp, grad, inner, ln
+from firedrake import (
+    COMM_SELF,
+    Constant,
+    DirichletBC,
+    Function,
+    SpatialCoordinate,
+    TestFunction,
+    dx,
+    exp,
+    grad,
+    inner,
+    ln,
+)
 from irksome import Dt
 
 import pint_fem as pf

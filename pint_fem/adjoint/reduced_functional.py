@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
 
 import ufl
 from firedrake import Function
@@ -118,17 +119,19 @@ class TimeParallelReducedFunctional(ControlFunctional):
     ):
         forms: list = list(regularisation) if isinstance(regularisation, (list, tuple)) else [regularisation]
         forms = [form for form in forms if form is not None]
+        given_misfits: Any = misfits
         if isinstance(misfits, (list, tuple)) and misfits and isinstance(misfits[0], tuple):
-            evolution, misfits = Experiments(evolution, misfits), None
-        if isinstance(evolution, Experiments):
+            shots = Experiments(cast(Evolution, evolution), misfits)
+            evolution, given_misfits = shots.evolutions, shots.misfits
+        elif isinstance(evolution, Experiments):
             if misfits is not None:
                 raise InputError("misfits beside Experiments, which have their own: leave them out")
-            evolution, misfits = evolution.evolutions, evolution.misfits
+            given_misfits, evolution = evolution.misfits, evolution.evolutions
         several = isinstance(evolution, (list, tuple))
         evolutions: list = list(evolution) if isinstance(evolution, (list, tuple)) else [evolution]
-        own_misfits: list = [misfits]
+        own_misfits: list = [given_misfits]
         if several:
-            own_misfits = _misfits_of_each(evolutions, misfits, forms, coarse_evolutions)
+            own_misfits = _misfits_of_each(evolutions, given_misfits, forms, coarse_evolutions)
         if not all(isinstance(ev, Evolution) for ev in evolutions):
             raise InputTypeError(f"evolution = {evolution!r}: give an Evolution or a list of them")
         if not isinstance(spacetime, SpaceTime | None):
