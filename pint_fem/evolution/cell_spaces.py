@@ -126,27 +126,31 @@ class CellVectors:
         for number in self.fields:
             part = V[number]
             element, shape = part.ufl_element(), ()
+            entries = np.arange(part.block_size)
             if isinstance(element, (VectorElement, TensorElement)):
                 shape = element._shape if isinstance(element, TensorElement) else (element.num_sub_elements,)
+                if isinstance(element, TensorElement):  # with symmetry entries have the same unknown
+                    entries = np.array(element.flattened_sub_element_mapping())
                 element = element.sub_elements[0]
             broken = TensorElement(BrokenElement(element), shape=(components, *shape))
             space = FunctionSpace(V.mesh().unique(), broken)
             self.functions.append(Function(space))
-            self._nodes.append((space.cell_node_map().values[: V.mesh().unique().cell_set.size], part.block_size))
+            nodes = space.cell_node_map().values[: V.mesh().unique().cell_set.size]
+            self._nodes.append((nodes, entries, part.block_size))
 
     @property
     def size(self) -> int:
         """Number of the unknowns of a cell."""
-        return sum(nodes.shape[1] * size for nodes, size in self._nodes)
+        return sum(nodes.shape[1] * size for nodes, _, size in self._nodes)
 
     def put(self, values: np.ndarray) -> None:
         """Set the values ``(cells, components, b)`` of the unknowns of each own cell."""
         first = 0
-        for function, (nodes, size) in zip(self.functions, self._nodes, strict=True):
+        for function, (nodes, entries, size) in zip(self.functions, self._nodes, strict=True):
             data = function.dat.data_wo
-            data = data.reshape(len(data), self._components, size)
+            data = data.reshape(len(data), self._components, len(entries))
             for i in range(nodes.shape[1]):
-                data[nodes[:, i]] = values[:, :, first : first + size]
+                data[nodes[:, i]] = values[:, :, first + entries]
                 first += size
 
     def at(self, index: ufl.core.multiindex.Index) -> ufl.core.expr.Expr:

@@ -143,7 +143,11 @@ class InitialExpression:
             return [np.zeros(own_size(c.function_space())) for c in self.controls]
         self._put(self.controls, z)
         self._put(self._directions, dz)
-        return [operator.transposed(lam) for operator in self._operators(self._directional)]
+        present = set(extract_coefficients(self._directional))
+        nonlinear = [c for c in self.controls if c in present]
+        found = dict(zip(nonlinear, self._operators(self._directional, nonlinear), strict=True))
+        size = lambda c: own_size(c.function_space())
+        return [found[c].transposed(lam) if c in found else np.zeros(size(c)) for c in self.controls]
 
     def _derivative(self, z: Sequence[np.ndarray]) -> list[ControlOperator]:
         """``E'(z)``; the last one is cached, and used again if all ranks in space have the same ``z`` as then."""
@@ -151,14 +155,14 @@ class InitialExpression:
         if not self.V.mesh().comm.allreduce(int(not same)):
             return self._cached[1]
         self._put(self.controls, z)
-        self._cached = [np.array(part) for part in z], self._operators(self._value)
+        self._cached = [np.array(part) for part in z], self._operators(self._value, self.controls)
         return self._cached[1]
 
     def invalidate(self) -> None:
         """Discard the cached derivative, as data in the expression have changed."""
         self._cached = None
 
-    def _operators(self, expression: ufl.core.expr.Expr) -> list[ControlOperator]:
-        """The derivative of an expression by each control, at the values that the functions have."""
+    def _operators(self, expression: ufl.core.expr.Expr, controls: Sequence[Function]) -> list[ControlOperator]:
+        """The derivative of an expression by each of some controls in it, at the values that the functions have."""
         with stop_annotating():
-            return [interpolation_operator(expression, control, self.V, _NO_ROWS) for control in self.controls]
+            return [interpolation_operator(expression, control, self.V, _NO_ROWS) for control in controls]

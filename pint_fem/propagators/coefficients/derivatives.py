@@ -71,6 +71,8 @@ class OperatorDerivatives:
     ----------
     shape : tuple of int
         Shape of sums of products, ``(cells, a, a)``.
+    vanish : bool
+        Whether the derivatives by all controls are zero, as those of ``conditional(q > 0, 2, 1)``.
     """
 
     def __init__(
@@ -84,7 +86,11 @@ class OperatorDerivatives:
         self._form, self._evolution, self._unknowns, self._bc_rows = form, evolution, unknowns, bc_rows
         self._fields, self._mesh = fields, evolution.V.mesh().unique()
         present = set(extract_coefficients(form))
-        self._controls = [(i, c) for i, c in enumerate(evolution.parameters) if c in present]
+        self._controls = [
+            (i, c) for i, c in enumerate(evolution.parameters)
+            if c in present and not expand_derivatives(derivative(form, c)).empty()
+        ]  # fmt: skip
+        self.vanish = not self._controls
         self._directions = {c: Function(c.function_space(), name="direction") for _, c in self._controls}
         free = np.where(np.isin(unknowns.rows, unknowns.local_rows(bc_rows)), -1, unknowns.rows)
         self._products = CellProducts(free, unknowns.rows)

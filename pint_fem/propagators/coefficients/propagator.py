@@ -58,10 +58,10 @@ class CoefficientPropagator(PresentOperators):
         ev, parts = self.evolution, self.evolution.affine_parts
         fields = [i for i in range(len(ev.V)) if ev.fields is None or i != ev.eliminate]
         given = dict(evolution=ev, unknowns=CellUnknowns(ev.V, fields), bc_rows=self.bc_rows, fields=fields)
-        self._of_M, self._of_K = (
-            OperatorDerivatives(form, **given) if set(form.coefficients()) & set(parts.in_operators) else None
-            for form in (parts.M, parts.K)
-        )
+        found = [form for form in (parts.M, parts.K) if not form.empty()]
+        found = [form for form in found if set(form.coefficients()) & set(parts.in_operators)]
+        of = {form: made for form in found if not (made := OperatorDerivatives(form, **given)).vanish}
+        self._of_M, self._of_K = of.get(parts.M), of.get(parts.K)
 
     # -- stages of given states ----------------------------------------------------------------------------------------
     def _chunks(self, data: StepData) -> Iterator[tuple[slice, StepData]]:
