@@ -111,10 +111,10 @@ def test_experiments_are_the_sum_of_each_by_itself(solver):
 
 
 def test_one_factorisation_serves_all(monkeypatch):
-    from pint_fem.propagators.coefficients import propagator
+    from pint_fem.propagators.coefficients import present_operators
 
-    made, kind = [], propagator.OperatorMatrices.assemble
-    monkeypatch.setattr(propagator.OperatorMatrices, "assemble", lambda self: made.append(1) or kind(self))
+    made, kind = [], present_operators.OperatorMatrices.assemble
+    monkeypatch.setattr(present_operators.OperatorMatrices, "assemble", lambda self: made.append(1) or kind(self))
     given = Setting()
     J = pf.TimeParallelReducedFunctional(given.evolution, given.pairs(), solver_parameters={"time_solver": "serial"})
     z = 0.1 * np.random.default_rng(0).standard_normal(J.layout.size)
