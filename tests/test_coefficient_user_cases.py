@@ -10,7 +10,10 @@ from firedrake import (
     DirichletBC,
     Function,
     SpatialCoordinate,
+    TensorFunctionSpace,
     TestFunction,
+    as_tensor,
+    conditional,
     dx,
     exp,
     grad,
@@ -28,13 +31,15 @@ from tests.meshes import square
 ALONE = pf.SpaceTime("1x1", comm=COMM_SELF)
 SERIAL = {"time_solver": "serial"}
 MGRIT = {"mgrit": {"rtol": 1e-12, "coarsening": (2,)}}
+C_POINTS = {"mgrit": {"rtol": 1e-12, "coarsening": (2,), "storage": "C"}}
 
 
 class Heating:
-    """Experiments with one control ``q``, posed from ``conduction(q, i)`` and ``load(q, i)`` of each experiment ``i``.
+    """Experiments with one control ``q``, posed from ``conduction(q, i)`` and ``load(q, i)`` of each experiment ``i``,
+    and a factor of the values on the wall.
     """
 
-    def __init__(self, count, conduction, load=lambda q, i: 0.0):
+    def __init__(self, count, conduction, load=lambda q, i: 0.0, wall=1.0):
         mesh = square(3, COMM_SELF)
         V, self.x = _space(mesh, "P1"), SpatialCoordinate(mesh)
         self.q, v = Function(V, name="q").assign(0.5), TestFunction(V)
@@ -44,8 +49,8 @@ class Heating:
             u = Function(V).interpolate(self.x[0] + i)
             form = Dt(u) * v + conduction(self.q, i) * inner(grad(u), grad(v))
             form = (form - (1 + i * self.x[0] + load(self.q, i)) * v) * dx(degree=4)
-            wall = DirichletBC(V, self.x[1], 1)
-            given = dict(tableau=pf.BackwardEuler(), dt=0.05, nsteps=4, control=self.q, bcs=wall)
+            given = dict(tableau=pf.BackwardEuler(), dt=0.05, nsteps=4, control=self.q)
+            given |= dict(bcs=DirichletBC(V, wall * self.x[1], 1))
             self.evolutions.append(pf.Evolution(form, u, **given))
             self.misfits.append(pf.RunningMisfit((u**2 + u**4) * dx(degree=4)))
 
@@ -113,3 +118,57 @@ def test_derivatives_at_the_accepted_point_after_a_trial_that_failed(solver):
         J.problem.value(nothing)
     assert_same([J.problem.value(z), J.problem.derivative(z), J.problem.hessian_action(z, dz)], before)
     assert_same(before, problem.expected())
+
+
+def test_operators_that_jump_with_the_control_have_no_derivative():
+    """Derivatives are those of the load alone."""
+    problem = Heating(1, lambda q, i: conditional(q > 0.9, 2.0, 1.0), lambda q, i: q)
+    assert_same(problem.results(problem.functional(**SERIAL)), problem.expected())
+
+
+# -- data --------------------------------------------------------------------------------------------------------------
+def test_data_of_loads_and_walls_change_where_loads_are_compressed():
+    """With C-points stored; the control stays the same, so that no operators are set anew."""
+    source, wall = Constant(1.0), Constant(1.0)
+    problem = Heating(1, lambda q, i: exp(q), lambda q, i: source, wall=wall)
+    J = problem.functional(**C_POINTS)
+    for changed in (None, source, wall):
+        if changed is not None:
+            changed.assign(-3.0)
+            assert J.update_data()
+        assert_same(problem.results(J), problem.expected())
+
+
+# -- spaces ------------------------------------------------------------------------------------------------------------
+def test_state_of_symmetric_tensors():
+    mesh = square(2, COMM_SELF)
+    V, x = TensorFunctionSpace(mesh, "CG", 1, symmetry=True), SpatialCoordinate(mesh)
+    u, v, q = Function(V), TestFunction(V), Function(_space(mesh, "P1"), name="q")
+    u.interpolate(as_tensor([[x[0], x[1]], [x[1], 1 - x[0]]]))
+    form = inner(Dt(u), v) + exp(q) * inner(grad(u), grad(v)) - inner(as_tensor([[1, x[0]], [x[0], 2]]), v)
+    evolution = pf.Evolution(form * dx(degree=4), u, tableau=pf.BackwardEuler(), dt=0.05, nsteps=3, control=q)
+    z, dz = (Function(q.function_space()).interpolate(e) for e in (x[0] * x[1], 0.5 - x[1]))
+    found = []
+    for propagator in ({}, {"propagator": FormPropagator}):
+        J = pf.TimeParallelReducedFunctional(
+            evolution, pf.RunningMisfit((inner(u, u) + inner(u, u) ** 2) * dx(degree=4)), spacetime=ALONE,
+            solver_parameters=SERIAL, **propagator,
+        )  # fmt: skip
+        found.append([float(J(z)), get(J.derivative()), get(J.hessian(dz))])
+    assert_same(*found)
+
+
+def test_initial_conditions_that_are_affine_in_one_control_only():
+    """The second derivative of ``p + q**2`` by ``p`` is zero: Taylor remainder of the gradient by differences."""
+    mesh = square(2, COMM_SELF)
+    V, x = _space(mesh, "P1"), SpatialCoordinate(mesh)
+    u, v, p, q = Function(V), TestFunction(V), Function(V, name="p"), Function(V, name="q")
+    form = (Dt(u) * v + exp(q) * inner(grad(u), grad(v)) - x[0] * v) * dx(degree=4)
+    given = dict(tableau=pf.BackwardEuler(), dt=0.05, nsteps=3, control=[q, p], initial=p + q**2)
+    evolution, misfit = pf.Evolution(form, u, **given), pf.TerminalMisfit(u**4 * dx(degree=4))
+    J = pf.TimeParallelReducedFunctional(evolution, misfit, spacetime=ALONE, solver_parameters=SERIAL).problem
+    rng = np.random.default_rng(0)
+    z, dz, h = rng.random(J.layout.size), rng.random(J.layout.size), 1e-5
+    action = J.hessian_action(z, dz)
+    difference = (J.derivative(z + h * dz) - J.derivative(z - h * dz)) / (2 * h)
+    assert np.linalg.norm(action - difference) <= 1e-7 * np.linalg.norm(action)

@@ -94,6 +94,8 @@ def obstacle(evolution: Evolution) -> str:
         return "they depend on time as well"
     if found & set(evolution.stepwise):
         return "these have one value per step"
+    if evolution.V.mesh().unique().extruded:
+        return "the mesh is extruded"
     return "the integrals over interior facets, the loads or the boundary values with controls do not allow more"
 
 

@@ -42,7 +42,7 @@ class CoefficientLoads(StageLoads):
         """Discard stored loads, as data in them have changed."""
         self._sources = {}
         self._discard()
-        if not self._store and not self.has_values:
+        if not self._store and (self._lifting or not self.has_values):  # else when operators are set
             super().update_data()
 
     def set_operators(self, matrices: Mapping[float, PETSc.Mat]) -> None:
