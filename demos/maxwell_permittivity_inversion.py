@@ -38,7 +38,7 @@ def arguments():
 def main():
     """Run the inversion."""
     opts = arguments()
-    from demos.maxwell_permittivity_report import pictures
+    from demos.maxwell_permittivity_report import further_report
     from problems import maxwell_permittivity as posed
     from problems.serial_maxwell_permittivity import serial_maxwell_permittivity
 
@@ -65,7 +65,7 @@ def main():
         quantity="electric field",
         sources="antennas",
         minimisation={"hessian": "gauss-newton", "initial_radius": 0.1, "cg_forcing": 0.1, "cg_max_it": 20},
-        pictures=pictures,
+        further=further_report,
     )
 
 

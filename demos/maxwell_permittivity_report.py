@@ -1,4 +1,4 @@
-"""Pictures of the radar's inversion: permittivity and conductivity of the soil, and readings of shots beside the fit."""
+"""Pictures of the radar inversion: permittivity and conductivity of the soil, and readings of shots beside the fit."""
 
 from __future__ import annotations
 
@@ -12,13 +12,15 @@ from demos.pictures import Raster, plot_gathers, plot_values
 from problems.experiments import CoefficientProblem
 from problems.maxwell_soil import BACKGROUND, RECEIVERS, in_soil
 
-__all__ = ["pictures"]
+__all__ = ["further_report"]
 
 WIDTH_IN_PIXELS = 240
 SHOTS = 4
 
 
-def pictures(problem: CoefficientProblem, result, out: Path, *, shipped: bool) -> Callable[[], None]:
+def further_report(
+    problem: CoefficientProblem, result, out: Path, summary: dict, say: Callable, *, shipped: bool
+) -> Callable[[], None]:
     """Return what draws ``soil.png`` and ``gathers.png`` on the first rank (collective).
 
     Parameters
@@ -27,6 +29,8 @@ def pictures(problem: CoefficientProblem, result, out: Path, *, shipped: bool) -
         The posed problem and its minimisation.
     out
         Folder of the pictures.
+    summary, say
+        The summary and what prints a line, to which nothing is added.
     shipped
         Whether the true coefficients are known.
     """

@@ -94,7 +94,7 @@ READINGS = Path(__file__).resolve().parent / "maxwell_permittivity_readings.csv"
 COLUMNS = columns_of("ex")
 NOISE = 0.02
 #: Weights of the regularisation: of the gradients of permittivity and conductivity, and of both controls' size.
-ALPHA, ALPHA_CONDUCTIVITY, BETA = 3e-3, 3e-3, 1e-4
+ALPHA, ALPHA_CONDUCTIVITY, BETA = 3e-3, 3e-4, 1e-4
 #: Of the elements of E.
 DEGREE = 2
 #: Quadrature degrees of the operators and of the antennas' currents.

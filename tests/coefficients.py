@@ -60,7 +60,8 @@ from tests.meshes import square
 
 __all__ = [
     "DIRECT", "TABLEAUX", "Problem", "acoustics", "assert_same", "assert_same_as_serial", "conduction", "elastic",
-    "facet_diffusion", "heat", "heating_experiments", "maxwell", "point_and_direction", "results", "serial_functional",
+    "facet_diffusion", "heat", "heating_experiments", "maxwell", "point_and_direction", "pressure_waves",
+    "results", "serial_functional",
     "time_parallel",
 ]  # fmt: skip
 
@@ -130,7 +131,8 @@ class Problem:
     def initial(self) -> Function:
         """The initial state."""
         u = Function(self.V)
-        for part, expression in zip(u.subfunctions, self.start, strict=True):
+        # the parts of a vector are no fields, although pyadjoint records them as such
+        for part, expression in zip(u.subfunctions if self.mixed else (u,), self.start, strict=True):
             part.interpolate(expression)
         return u
 
@@ -457,6 +459,30 @@ def acoustics(
         terminal=lambda fields: (fields[1] - x[0]) ** 2 * dx,
         regularisation=_size(dx), start=[as_vector((0 * x[0], 0 * x[0])), sin(pi * x[0]) * x[1]],
         values=values, directions=directions, dt=dt, moves=True, eliminate=eliminate,
+    )  # fmt: skip
+
+
+def pressure_waves(st, *, n: int = 4, dt: float = 0.02) -> Problem:
+    """First-order acoustics, pressure in P1 and velocity in DG0, which is eliminated; the wave speed ``c = exp(q)`` is
+    beside the rate and the damping of the pressure.
+    """
+    mesh = square(n, st.space_comm)
+    V, x = FunctionSpace(mesh, "CG", 1) * VectorFunctionSpace(mesh, "DG", 0), SpatialCoordinate(mesh)
+    (dx,) = _measures(mesh, "dx")
+    functions, values, directions = _controls(mesh, ("P1",))
+
+    def residual(rates, fields, tests, t):
+        (rate_p, rate_w), (p, w), (r, v) = rates, fields, tests
+        slowness = exp(-2 * functions[0])
+        first = slowness * (rate_p + x[0] ** 2 * p) * r - inner(w, grad(r)) - sin(7 * t) * x[0] * x[1] * r
+        return first * dx, inner(rate_w + grad(p), v) * dx
+
+    return Problem(
+        V, functions, residual,
+        running=lambda fields: (fields[0] ** 2 * (1 + x[1]) + inner(fields[1], fields[1])) * dx,
+        terminal=lambda fields: (fields[0] - x[0]) ** 2 * dx,
+        regularisation=_size(dx), start=[sin(pi * x[0]) * x[1], as_vector((0 * x[0], 0 * x[0]))],
+        values=values, directions=directions, dt=dt, moves=True, eliminate=1,
     )  # fmt: skip
 
 

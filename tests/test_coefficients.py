@@ -23,6 +23,7 @@ from tests.coefficients import (
     heating_experiments,
     maxwell,
     point_and_direction,
+    pressure_waves,
     results,
     serial_functional,
     time_parallel,
@@ -180,10 +181,15 @@ def test_wave_speed(where, control, integrator):
         assert fast(*assert_same_as_serial(problem, ALONE, integrator, *solvers, theirs=theirs))
 
 
-@pytest.mark.grid
+def test_wave_speed_by_leapfrog():
+    assert_same_as_serial(pressure_waves(ALONE), ALONE, "leapfrog", SERIAL, MGRIT)
+
+
 @pytest.mark.parametrize("where", ["mass", "stiffness"])
-def test_wave_speed_by_leapfrog(where):
-    assert_same_as_serial(acoustics(ALONE, eliminate=1, where=where), ALONE, "leapfrog", SERIAL, MGRIT)
+def test_leapfrog_refuses_a_control_in_the_field_that_is_eliminated(where):
+    problem = acoustics(ALONE, eliminate=1, where=where)
+    with pytest.raises(pf.InputError, match="control 'q0' is in the rows or columns of field 1"):
+        time_parallel(problem, ALONE, "leapfrog", **SERIAL)
 
 
 # -- what stays with the form propagator -------------------------------------------------------------------------------

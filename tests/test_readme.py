@@ -42,8 +42,15 @@ def test_block(number):
     if "(heat, pf.PointSensors" in BLOCKS[number]:  # a block that goes on with the evolution of the first one
         exec(compile(BLOCKS[0], "README block 0", "exec"), names)
         assert "posterior" not in names
+    if "pf.Experiments" in BLOCKS[number]:  # and one that goes on with the sensors of the second one, too
+        for before in range(2):
+            exec(compile(BLOCKS[before], f"README block {before}", "exec"), names)
     exec(compile(BLOCKS[number], f"README block {number}", "exec"), names)
-    if "posterior" in names:
+    if "conductivity" in names:
+        J, result = names["J"], names["result"]
+        assert J.problem.value(result.x) < J.problem.value(np.zeros(J.layout.size))
+        assert J.problem.terms[0].problem._joint
+    elif "posterior" in names:
         every, last = names["posterior"], names["law"]
         scale = np.abs(every.x).max(initial=1e-300)
         assert np.allclose(last.x, every.x, rtol=0, atol=1e-8 * scale)  # that of all readings
@@ -59,7 +66,7 @@ def test_block(number):
 
 
 def test_there_are_blocks():
-    assert len(BLOCKS) == 3
+    assert len(BLOCKS) == 4
     assert len(blocks(PAGE)) == 1
 
 

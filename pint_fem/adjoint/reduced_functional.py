@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
 
 import ufl
 from firedrake import Function
@@ -12,6 +13,7 @@ from ufl.algorithms import extract_coefficients
 
 from pint_fem.adjoint.composed import problem_with_initial_expression, sum_of_problems
 from pint_fem.adjoint.experiments.distributed import DistributedExperiments
+from pint_fem.adjoint.experiments.given import Experiments
 from pint_fem.adjoint.functional import ControlFunctional
 from pint_fem.adjoint.interface import ControlProblem
 from pint_fem.adjoint.problem import ReducedProblem
@@ -50,9 +52,11 @@ class TimeParallelReducedFunctional(ControlFunctional):
         controls that are the same Function are shared. On a grid with several groups of experiments, such as
         ``SpaceTime("1x2x4")``, each group of ranks solves a part of the list
         (:mod:`~pint_fem.adjoint.experiments.distributed`); the program is the same on all ranks, and gives the whole
-        list.
+        list. Evolutions of one kind with other data are :class:`~pint_fem.adjoint.experiments.given.Experiments`.
+        Experiments with the same operators share a factorisation, and their sweeps are solved at once.
     misfits
-        One or several of :mod:`pint_fem.misfits.functionals`; for a list of evolutions a list with as many entries.
+        One or several of :mod:`pint_fem.misfits.functionals`; for a list of evolutions a list with as many entries; for
+        experiments with one evolution a list of pairs ``(data, misfits)``. Left out with ``Experiments``.
     regularisation
         UFL functional of the controls, or several; for controls with one value per step it is summed with weight
         ``dt``. With several evolutions it counts once, and the controls in each functional are of one evolution.
@@ -100,8 +104,8 @@ class TimeParallelReducedFunctional(ControlFunctional):
 
     def __init__(
         self,
-        evolution: Evolution | Sequence[Evolution],
-        misfits: Misfit | Sequence[Misfit] | Sequence[Misfit | Sequence[Misfit]],
+        evolution: Evolution | Sequence[Evolution] | Experiments,
+        misfits: Misfit | Sequence[Misfit] | Sequence[Misfit | Sequence[Misfit]] | Sequence[tuple] | None = None,
         *,
         regularisation: ufl.Form | Sequence[ufl.Form] | None = None,
         spacetime: SpaceTime | None = None,
@@ -115,11 +119,19 @@ class TimeParallelReducedFunctional(ControlFunctional):
     ):
         forms: list = list(regularisation) if isinstance(regularisation, (list, tuple)) else [regularisation]
         forms = [form for form in forms if form is not None]
+        given_misfits: Any = misfits
+        if isinstance(misfits, (list, tuple)) and misfits and isinstance(misfits[0], tuple):
+            shots = Experiments(cast(Evolution, evolution), misfits)
+            evolution, given_misfits = shots.evolutions, shots.misfits
+        elif isinstance(evolution, Experiments):
+            if misfits is not None:
+                raise InputError("misfits beside Experiments, which have their own: leave them out")
+            given_misfits, evolution = evolution.misfits, evolution.evolutions
         several = isinstance(evolution, (list, tuple))
         evolutions: list = list(evolution) if isinstance(evolution, (list, tuple)) else [evolution]
-        own_misfits: list = [misfits]
+        own_misfits: list = [given_misfits]
         if several:
-            own_misfits = _misfits_of_each(evolutions, misfits, forms, coarse_evolutions)
+            own_misfits = _misfits_of_each(evolutions, given_misfits, forms, coarse_evolutions)
         if not all(isinstance(ev, Evolution) for ev in evolutions):
             raise InputTypeError(f"evolution = {evolution!r}: give an Evolution or a list of them")
         if not isinstance(spacetime, SpaceTime | None):

@@ -50,6 +50,13 @@ def require_map(sweeps: Sweeps) -> LinearPropagator:
         If the evolution is not linear with constant operators.
     """
     propagator = sweeps.propagators[0]
+    if sweeps.evolution.has_controlled_operators:
+        names = ", ".join(repr(c.name()) for c in sweeps.evolution.posed.affine_parts.in_operators)
+        raise InputError(
+            f"parameter_to_observable: readings are no affine function of {names}, which the operators depend on: use "
+            "minimize_trust_region, or for given coefficients pose the evolution with the sources alone as control= "
+            "(what is no control is data), which has the map"
+        )
     if not isinstance(propagator, LinearPropagator):
         raise InputError(
             "parameter_to_observable: the steps are not those of a linear evolution with constant operators "

@@ -62,7 +62,7 @@ class Steps(Protocol):
         """Bytes of the work memory of a call with a number of states, which programs share."""
 
 
-def execution(program: StepProgram, comm: MPI.Comm) -> Steps:
+def execution(program: StepProgram, comm: MPI.Comm, times: dict | None = None) -> Steps:
     """The fastest execution of a program, whose matrices are PETSc's and whose factors are
     :class:`~pint_fem.kernels.factor.Factor` (collective).
 
@@ -72,6 +72,8 @@ def execution(program: StepProgram, comm: MPI.Comm) -> Steps:
         The program.
     comm
         Communicator of the matrices.
+    times
+        Measured times of a program with the same structure (:class:`~pint_fem.kernels.lanes.lane_steps.LaneSteps`).
     """
     factors = [op.what for op in program.operations if op.kind == "solve"]
     if any(factor.triangular is None for factor in factors) or not factors:
@@ -97,7 +99,7 @@ def execution(program: StepProgram, comm: MPI.Comm) -> Steps:
         return replace(op, what=what)
 
     whole.operations = [converted(op) for op in program.operations]
-    lanes = LaneSteps(whole)
+    lanes = LaneSteps(whole, times=times)
     return lanes if comm.size == 1 else _ReplicatedSteps(lanes, state, program)
 
 

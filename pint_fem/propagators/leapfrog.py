@@ -20,6 +20,7 @@ from firedrake.petsc import PETSc
 from irksome.tableaux.ButcherTableaux import ButcherTableau
 
 from pint_fem.errors import InputError
+from pint_fem.evolution.affine_parts import touches_field
 from pint_fem.evolution.evolution import Evolution
 from pint_fem.evolution.fields import Fields
 from pint_fem.evolution.tableaux import ImplicitMidpoint
@@ -62,6 +63,13 @@ def _stable_step(fields: Fields) -> float:
 
 def require_fields(evolution: Evolution) -> Fields:
     """The blocks of the fields, which leapfrog requires."""
+    parts, number = evolution.affine_parts, evolution.eliminate
+    if number is not None and parts is not None and touches_field(parts, number):
+        names = ", ".join(repr(control.name()) for control in parts.in_operators)
+        raise InputError(
+            f"leapfrog: the control {names} is in the rows or columns of field {number}, which is eliminated: "
+            "eliminate another field, or give an implicit integrator and leave propagator=leapfrog out"
+        )
     if evolution.fields is None:
         raise InputError(
             "leapfrog requires a linear evolution with constant operators and the number of the field to step by "

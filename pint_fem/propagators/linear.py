@@ -31,6 +31,7 @@ from pint_fem.kernels.arrays import boundary_rows
 from pint_fem.kernels.compressed_vectors import MOST
 from pint_fem.kernels.direct import added, matrix_bytes
 from pint_fem.kernels.factor import Factor, is_symmetric
+from pint_fem.kernels.lanes.program import StepProgram
 from pint_fem.kernels.multigrid import Geometry
 from pint_fem.kernels.regularity import regular_factor
 from pint_fem.kernels.steps import Steps, execution
@@ -70,10 +71,12 @@ class LinearPropagator(FEPropagator):
 
     is_linear = is_affine = True
     _like: Factor | None = None  # a factor of a matrix with the same pattern
+    _times: dict[str, dict]  # measured times of the programs
 
     def __init__(self, evolution: Evolution, *, stride: int = 1, tableau: ButcherTableau | None = None):
         super().__init__(evolution, stride=stride, tableau=tableau)
         self._require_operators()
+        self._times = getattr(self, "_times", {})
         self.stores_loads = True
         self.dirk = DIRK(self.tableau)
         self.bc_rows = boundary_rows(self.evolution.bcs, self.evolution.V)
@@ -81,13 +84,17 @@ class LinearPropagator(FEPropagator):
         self.fields: Fields | None = self._fields()
         self.factors: dict[float, Factor] = {}
         self._programs, self._comm = self._recursion(), self.evolution.V.mesh().comm
-        self._forward: Steps = execution(self._programs.forward(), self._comm)
-        self._backward: Steps = execution(self._programs.backward(), self._comm)
+        self._forward: Steps = self._execution("forward", self._programs.forward())
+        self._backward: Steps = self._execution("backward", self._programs.backward())
 
     def _require_operators(self) -> None:
         """Raise where the evolution has no operators of the kind that steps are made for."""
         if self.evolution.linear_operators() is None:
             raise InputError("the evolution is not linear with constant operators: use the form propagator")
+
+    def _execution(self, name: str, program: StepProgram) -> Steps:
+        """The execution of one of the propagator's programs."""
+        return execution(program, self._comm, self._times.setdefault(name, {}))
 
     def for_evolution(self, evolution: Evolution) -> LinearPropagator:
         """The propagator of a private evolution that differs in loads and boundary values only, with the same matrices

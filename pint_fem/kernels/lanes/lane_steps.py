@@ -50,6 +50,9 @@ class LaneSteps:
         :class:`~pint_fem.kernels.lanes.triangular.TriangularFactors`; those of one part have the same order.
     dtype
         Type of the numbers in the kernels, float64 or float32; states are float64.
+    times
+        Measured times of a program with the same structure, such as that of other values of coefficients; those of this
+        one are added. Default: its own.
 
     Raises
     ------
@@ -57,7 +60,9 @@ class LaneSteps:
         If factors of one part have several orders of elimination.
     """
 
-    def __init__(self, program: StepProgram, dtype: np.dtype | type = np.float64):
+    def __init__(
+        self, program: StepProgram, dtype: np.dtype | type = np.float64, times: dict[np.dtype, tuple] | None = None
+    ):
         self.dtype, self.size = np.dtype(dtype), program.size
         self._source, self._translation = program, Translation(program, self.dtype)
         self._run = kernels().run
@@ -65,8 +70,10 @@ class LaneSteps:
         self._written = [1, *sorted({LOADS + op.what for op in program.operations if op.kind == "store"})]
         self._memory: np.ndarray | None = None
         self._programs: dict[int, tuple[ProgramStruct, ctypes.Array]] = {}
-        self._seconds: dict[int, float] = {}
-        self._cuts: dict[int, list[tuple[int, int]]] = {}
+        self._times = {} if times is None else times
+        self._seconds: dict[int, float]
+        self._cuts: dict[int, list[tuple[int, int]]]
+        self._seconds, self._cuts = self._times.setdefault(self.dtype, ({}, {}))
 
     def run(
         self,
@@ -143,7 +150,7 @@ class LaneSteps:
     @cached_property
     def in_single(self) -> LaneSteps:
         """The same program in single precision; states remain float64."""
-        return LaneSteps(self._source, np.float32)
+        return LaneSteps(self._source, np.float32, self._times)
 
     # -- widths --------------------------------------------------------------------------------------------------------
     def _cut(self, lanes: int) -> list[tuple[int, int]]:

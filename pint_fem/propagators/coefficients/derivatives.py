@@ -18,6 +18,7 @@ from firedrake.assemble import get_assembler
 from firedrake.petsc import PETSc
 from ufl.algorithms import expand_derivatives, extract_coefficients
 
+from pint_fem.collective import all_ranks
 from pint_fem.evolution.cell_spaces import CellUnknowns, CellVectors, contracted
 from pint_fem.evolution.evolution import Evolution
 from pint_fem.kernels.arrays import get, put
@@ -94,6 +95,7 @@ class OperatorDerivatives:
         free = np.where(np.isin(unknowns.rows, unknowns.local_rows(bc_rows)), -1, unknowns.rows)
         self._products = CellProducts(free, unknowns.rows)
         self.shape = self._products.shape
+        self._last: tuple[np.ndarray, object, DirectionMatrices] | None = None
         self._cofunctions = {c: Cofunction(c.function_space().dual()) for _, c in self._controls}
 
     # -- matrices along a direction ------------------------------------------------------------------------------------
@@ -107,10 +109,25 @@ class OperatorDerivatives:
         for i, control in self._controls:
             put(self._directions[control], parts[i])
 
-    def matrices(self, dz: np.ndarray) -> DirectionMatrices:
-        """The matrix of the derivative in a direction ``(nz,)`` of the controls (collective over space)."""
-        self._put_directions(dz)
-        return DirectionMatrices(self._along.assemble().petscmat, self._bc_rows)
+    def matrices(self, dz: np.ndarray, operators: object) -> DirectionMatrices:
+        """The matrix of the derivative in a direction ``(nz,)`` of the controls (collective over space).
+
+        That of the last direction is cached: experiments with the same operators have the same directions.
+
+        Parameters
+        ----------
+        dz
+            The direction.
+        operators
+            Identifies the controls at which the derivative is taken.
+        """
+        last = self._last
+        same = last is not None and last[1] is operators and np.array_equal(last[0], dz)
+        if not all_ranks(self._mesh.comm, same):
+            self._put_directions(dz)
+            made = DirectionMatrices(self._along.assemble().petscmat, self._bc_rows)
+            self._last = last = (dz.copy(), operators, made)
+        return last[2]
 
     # -- contractions with slabs ---------------------------------------------------------------------------------------
     def add_products(self, p: np.ndarray, u: np.ndarray, out: np.ndarray, factor: float = 1.0) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from firedrake.assemble import get_assembler
@@ -17,14 +17,14 @@ from firedrake.petsc import PETSc
 from pint_fem.evolution.evolution import Evolution
 from pint_fem.evolution.fields import Fields
 from pint_fem.kernels.direct import added, matrix_bytes
-from pint_fem.kernels.factor import Factor, is_symmetric
+from pint_fem.kernels.factor import is_symmetric
 from pint_fem.kernels.multigrid import Geometry
-from pint_fem.kernels.steps import Steps, execution
+from pint_fem.kernels.steps import Steps
 from pint_fem.propagators.leapfrog import LeapfrogPropagator
 from pint_fem.propagators.linear import LinearPropagator
 from pint_fem.propagators.loads import StageLoads
 
-__all__ = ["CachedSteps", "FrozenLeapfrog", "FrozenSteps", "OperatorMatrices"]
+__all__ = ["FrozenLeapfrog", "FrozenSteps", "OperatorMatrices"]
 
 
 class OperatorMatrices:
@@ -66,7 +66,7 @@ class FrozenSteps(LinearPropagator):
     loads
         The loads of the stages.
     like
-        A factor of a matrix with the same pattern, whose order of elimination is used.
+        Steps with the operators of other controls, whose order of elimination and measured times are used.
 
     Raises
     ------
@@ -82,13 +82,14 @@ class FrozenSteps(LinearPropagator):
         tableau: Any,
         matrices: tuple[PETSc.Mat, PETSc.Mat],
         loads: StageLoads,
-        like: Factor | None = None,
+        like: FrozenSteps | None = None,
     ):
-        self._matrices, self._like = matrices, like
+        self._matrices, self._times = matrices, {} if like is None else like._times
+        self._like = None if like is None else next(iter(like.factors.values()))
         super().__init__(evolution, stride=stride, tableau=tableau)
         self.lifting = self._lifting(loads)
         self.loads = loads  # in the place of those that a linear propagator makes
-        self._matrices = ()
+        self._matrices, self._like = (), None
 
     def _require_operators(self) -> None:
         """Nothing: the operators are given."""
@@ -125,11 +126,11 @@ class FrozenSteps(LinearPropagator):
     # -- stages --------------------------------------------------------------------------------------------------------
     @cached_property
     def _first_stages(self) -> Steps:
-        return execution(self._programs.first_stages(), self._comm)
+        return self._execution("first stages", self._programs.first_stages())
 
     @cached_property
     def _with_sources(self) -> Steps:
-        return execution(self._programs.backward(sources=True), self._comm)
+        return self._execution("sources", self._programs.backward(sources=True))
 
     def stage_values(
         self, u: np.ndarray, ends: np.ndarray, loads: Sequence[np.ndarray]
@@ -205,10 +206,3 @@ class FrozenSteps(LinearPropagator):
 
 class FrozenLeapfrog(FrozenSteps, LeapfrogPropagator):
     """Leapfrog steps; where the step is not stable for the controls, an ``InputError`` is raised."""
-
-
-class CachedSteps(NamedTuple):
-    """The steps of a value of the controls ``(nz,)``."""
-
-    z: np.ndarray
-    steps: FrozenSteps

@@ -16,16 +16,10 @@ from firedrake.petsc import PETSc
 
 from pint_fem.evolution.boundary import boundary_value
 from pint_fem.evolution.control_operators import MatrixOperator
-from pint_fem.evolution.evolution import Evolution
 from pint_fem.kernels.arrays import get
 from pint_fem.propagators.loads import StageLoads
 
-__all__ = ["CoefficientLoads", "has_controlled_loads"]
-
-
-def has_controlled_loads(evolution: Evolution) -> bool:
-    """Whether controls are in the load or in boundary values."""
-    return bool(any(evolution.control_operators)) or evolution.boundary_controls is not None
+__all__ = ["CoefficientLoads"]
 
 
 class CoefficientLoads(StageLoads):

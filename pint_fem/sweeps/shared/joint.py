@@ -32,10 +32,22 @@ class JointSweeps:
 
     def __init__(self, sweeps: Sequence[Sweeps]):
         self.sweeps, self._first = list(sweeps), sweeps[0]
+        self._arrays: dict[str, np.ndarray] = {}
 
     def part(self, numbers: Sequence[int]) -> JointSweeps:
         """The sweeps of some of the evolutions."""
+        if len(numbers) == len(self.sweeps):
+            return self
         return JointSweeps([self.sweeps[i] for i in numbers])
+
+    def _scratch(self, name: str, shape: tuple[int, int]) -> np.ndarray:
+        """The work array ``(points, evolutions, n)`` for arrays ``(points, n)``, which later calls of this name reuse:
+        the system hands out memory more slowly than it is filled.
+        """
+        shape = (shape[0], len(self.sweeps), *shape[1:])
+        if name not in self._arrays or self._arrays[name].shape != shape:
+            self._arrays[name] = np.empty(shape)
+        return self._arrays[name]
 
     def state(
         self, z: list[Controls], U: list[np.ndarray], initial: list[np.ndarray | None], *, cold: bool, **accuracy: float
@@ -90,11 +102,16 @@ class JointSweeps:
         self, kind: str, solver: object, arrays: list[np.ndarray], sources: list[Source], *, cold: bool, **given
     ) -> SolveResult:
         """Solve for the trajectories of all evolutions at once."""
-        U, rows, coarse = stacked(arrays), [G for G, _ in sources], [levels for _, levels in sources]
+        rows, coarse = [G for G, _ in sources], [levels for _, levels in sources]
+        U = self._scratch("trajectories", arrays[0].shape)
+        for e, own in enumerate(arrays):  # sequential steps depend on no first guess but the start
+            given_rows = slice(0, 1) if self._first.solvers.is_sequential else slice(None)
+            U[given_rows, e] = own[given_rows]
         G = None
         if any(own is not None for own in rows):
-            shape = next(own.shape for own in rows if own is not None)
-            G = stacked([np.broadcast_to(0.0, shape) if own is None else own for own in rows])
+            G = self._scratch("sources", next(own.shape for own in rows if own is not None))
+            for e, own in enumerate(rows):
+                G[:, e] = 0.0 if own is None else own
         levels = _coarse_levels(coarse) if all(own is not None for own in coarse) else None
         result = self._first.solve(solver, kind, U, G, cold=cold, coarse_rhs=levels, **given)
         for e, own in enumerate(arrays):
