@@ -165,6 +165,26 @@ def test_other_operators_are_not_solved_at_once():
     assert not J.problem.terms[0].problem._joint
 
 
+def test_weighted_sums_are_solved_at_once():
+    given = Setting()
+    z = 0.2 * np.random.default_rng(3).standard_normal(25)
+    made = [
+        pf.TimeParallelReducedFunctional(
+            pf.Experiments(given.evolution, [pair]).evolutions[0], pair[1], solver_parameters={"time_solver": "serial"}
+        )
+        for pair in given.pairs()
+    ]
+    J = made[0] + 2 * (made[1] - 0.5 * made[2])
+    assert [group for group, _ in J.problem._joint] == [[0, 1, 2]]
+    weights = (1.0, 2.0, -1.0)
+    problems = [functional.problem for functional in made]
+    assert J.problem.value(z) == pytest.approx(
+        sum(w * p.value(z) for w, p in zip(weights, problems, strict=True)), rel=1e-12
+    )
+    expected = sum(w * p.hessian_action(z, z) for w, p in zip(weights, problems, strict=True))
+    assert difference(J.problem.hessian_action(z, z), expected) < 1e-12
+
+
 def test_a_failure_of_one_experiment_leaves_no_trace():
     given = Setting()
     pairs = given.pairs()

@@ -18,14 +18,12 @@ from collections.abc import Sequence
 
 import numpy as np
 import ufl
-from mpi4py import MPI
 
 from pint_fem.adjoint.consistency.problem_data import require_same_forms, require_same_values
 from pint_fem.adjoint.experiments.joint import JointProblems, joint_problems
 from pint_fem.adjoint.interface import ControlProblem, SweepAccuracy, Term, as_vector, require_directions
 from pint_fem.adjoint.problem import ReducedProblem
 from pint_fem.adjoint.regularisation import Regularisation
-from pint_fem.collective import require_same
 from pint_fem.errors import InputError
 from pint_fem.evolution.control_layout import ControlLayout, ControlSet
 from pint_fem.evolution.initial import InitialExpression
@@ -33,7 +31,7 @@ from pint_fem.misfits.base import BlockMisfit, Misfit
 from pint_fem.misfits.sensor_readings import SensorReadings
 
 __all__ = [
-    "ComposedProblem", "Selection", "problem_with_initial_expression", "require_no_control_as_data", "sum_of_problems",
+    "ComposedProblem", "Selection", "problem_with_initial_expression",
 ]  # fmt: skip
 
 
@@ -189,7 +187,7 @@ class ComposedProblem(ControlProblem):
     def experiment_values(self, z: np.ndarray, **accuracy: float) -> np.ndarray:
         """Return the weighted terms, ``(experiments,)``."""
         inner = self._inner(as_vector(z))
-        for group, joint in self._joint:
+        for group, joint in self._joint if "cycles" not in accuracy else ():
             joint.solve_states([inner[i] for i in group], **accuracy)
         return np.array([t.weight * t.problem.value(own, **accuracy) for t, own in zip(self.terms, inner, strict=True)])
 
@@ -197,7 +195,7 @@ class ComposedProblem(ControlProblem):
         """Return ``J'(z)`` as a dual vector."""
         z = as_vector(z)
         inner = self._inner(z)
-        for group, joint in self._joint:
+        for group, joint in self._joint if "cycles" not in accuracy else ():
             joint.solve_adjoints([inner[i] for i in group], **accuracy)
         terms = zip(self.terms, inner, strict=True)
         g = self._collected([term.problem.derivative(own, **accuracy) for term, own in terms], z)
@@ -334,50 +332,6 @@ class ComposedProblem(ControlProblem):
             self.regularisation.update_data()
         self._find_joint()  # constants of operators may have other values
         return changed
-
-
-def require_no_control_as_data(controls: ControlSet, problems: Sequence[ControlProblem]) -> None:
-    """Raise ``InputError`` where a control of a sum is a datum of the evolution of one of the problems."""
-    for leaf in (leaf for problem in problems for leaf in problem.leaves):
-        data = leaf.sweeps.evolution.copies.data
-        if fixed := [repr(c.name()) for c in controls.controls if c in data]:
-            raise InputError(
-                f"a sum of functionals: {', '.join(fixed)} is a control of one evolution and data of another one, "
-                "which would keep its value: give it in the control= of both (the same Function), or give the "
-                "other one a copy, q.copy(deepcopy=True), if it is to keep its value"
-            )
-
-
-def sum_of_problems(terms: Sequence[tuple[float, ControlProblem]]) -> ComposedProblem:
-    """Return the weighted sum of problems, in which equal controls are shared.
-
-    ``InputError`` is raised on every rank if a weight is not finite, or the problems are on different process grids or
-    have controls that cannot be shared.
-    """
-    weights, problems = [float(weight) for weight, _ in terms], [problem for _, problem in terms]
-    spacetime = problems[0].spacetime
-    require_same(spacetime.comm, **{"weights of the terms of a sum": weights})
-    if not np.isfinite(weights).all():
-        raise InputError(f"a sum of functionals with weights {weights}: give finite numbers")
-    for other in problems[1:]:
-        grids = [p.spacetime.used_shape for p in (problems[0], other)]
-        same = MPI.Comm.Compare(spacetime.comm, other.spacetime.comm) in (MPI.IDENT, MPI.CONGRUENT)
-        if grids[0] != grids[1] or not same:
-            raise InputError(
-                f"a sum of functionals on process grids {grids[0]} and {grids[1]} (space, time and, if given, "
-                "experiments): build all of them with the same spacetime="
-            )
-    controls = ControlSet([problem.evolution for problem in problems])
-    require_no_control_as_data(controls, problems)
-    slabs = [problem.layout.slab for problem in problems if problem.evolution.stepwise]
-    if len({slab.bounds for slab in slabs}) > 1:
-        raise InputError(
-            "a sum of functionals whose time ranks own different steps of a control with a value in each step: "
-            "give all of them the same mgrit storage and coarsening"
-        )
-    layout = ControlLayout(controls, spacetime, (slabs or [problems[0].layout.slab])[0])
-    maps = [Selection(layout, problem.layout) for problem in problems]
-    return ComposedProblem([Term(*term) for term in zip(weights, problems, maps, strict=True)], layout)
 
 
 def problem_with_initial_expression(problem: ReducedProblem, forms: Sequence[ufl.Form]) -> ComposedProblem:

@@ -21,7 +21,6 @@ from pyadjoint.enlisting import Enlist
 from pyadjoint.reduced_functional import AbstractReducedFunctional
 from pyadjoint.tape import stop_annotating
 
-from pint_fem.adjoint.composed import sum_of_problems
 from pint_fem.adjoint.interface import ControlProblem
 from pint_fem.adjoint.linear_inverse import LinearInverse
 from pint_fem.adjoint.memory_estimate import MemoryEstimate
@@ -29,6 +28,7 @@ from pint_fem.adjoint.minimisation.minimisable import Minimisable
 from pint_fem.adjoint.minimisation.value_scaling import ScaledControl, ValueScaling
 from pint_fem.adjoint.riesz import ControlInner
 from pint_fem.adjoint.states import FinalState, StateAccess
+from pint_fem.adjoint.sums import sum_of_problems
 from pint_fem.collective import collectively
 from pint_fem.errors import InputError
 from pint_fem.kernels.arrays import get, put

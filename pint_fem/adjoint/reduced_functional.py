@@ -11,7 +11,7 @@ from irksome.tableaux.ButcherTableaux import ButcherTableau
 from mpi4py import MPI
 from ufl.algorithms import extract_coefficients
 
-from pint_fem.adjoint.composed import problem_with_initial_expression, sum_of_problems
+from pint_fem.adjoint.composed import problem_with_initial_expression
 from pint_fem.adjoint.experiments.distributed import DistributedExperiments
 from pint_fem.adjoint.experiments.given import Experiments
 from pint_fem.adjoint.functional import ControlFunctional
@@ -19,6 +19,7 @@ from pint_fem.adjoint.interface import ControlProblem
 from pint_fem.adjoint.problem import ReducedProblem
 from pint_fem.adjoint.riesz import ControlInner, RieszKind
 from pint_fem.adjoint.states import FinalState
+from pint_fem.adjoint.sums import sum_of_problems
 from pint_fem.collective import collectively, require_same
 from pint_fem.errors import InputError, InputTypeError
 from pint_fem.evolution.affine_parts import obstacle

@@ -41,7 +41,7 @@ class SolverReports:
         """A-priori convergence estimate of each pair of MGRIT levels, empty for one level (collective over space).
 
         ``None`` where there is none: for evolutions that are not linear, a user's propagators, and coarser meshes on
-        coarse levels.
+        coarse levels. Where operators depend on controls, they are those of the first control.
         """
         if len(self.propagators) == 1:
             return []

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import ufl
 
-from pint_fem.adjoint.composed import ComposedProblem, Selection, require_no_control_as_data
+from pint_fem.adjoint.composed import ComposedProblem, Selection
 from pint_fem.adjoint.consistency.control_values import ControlConsistency
 from pint_fem.adjoint.consistency.problem_data import require_same_forms
 from pint_fem.adjoint.experiments.regularisation import RegularisationOfAll
@@ -39,6 +39,7 @@ from pint_fem.adjoint.interface import (
     as_vector,
     require_directions,
 )
+from pint_fem.adjoint.sums import require_no_control_as_data
 from pint_fem.all_at_once.norms import gather_in_order
 from pint_fem.collective import all_ranks, any_rank, collectively, require_same
 from pint_fem.errors import InputError, SolverFailure
