@@ -292,7 +292,8 @@ def test_readings_of_all_experiments_are_on_all_ranks(grid):
             with pytest.raises(InputError, match="they are on the ranks of group"):
                 J.problem.observations(posed.vector(0), one)
         else:
-            assert J.problem.observations(posed.vector(0), one).shape[1] == 2
+            own = J.problem.observations(posed.vector(0), one).shape[1]  # a sensor is on one rank in space
+            assert posed.st.space_comm.allreduce(own) == 2
     with pytest.raises(InputError, match="give a misfit of one of the experiments"):
         J.readings(pf.PointSensors(points, times, np.zeros((2, 2))))
 
