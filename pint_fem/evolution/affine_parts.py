@@ -19,7 +19,7 @@ from ufl.algorithms import expand_derivatives, extract_coefficients
 if TYPE_CHECKING:
     from pint_fem.evolution.evolution import Evolution
 
-__all__ = ["AffineParts", "affine_parts", "obstacle", "touches_field"]
+__all__ = ["AffineParts", "affine_parts", "obstacle", "touches_field", "without"]
 
 
 class AffineParts(NamedTuple):
@@ -45,8 +45,10 @@ def _coefficients(form: ufl.Form) -> set:
     return set() if form.empty() else set(extract_coefficients(form))
 
 
-def _zero(form: ufl.Form, functions: Iterable[Function]) -> ufl.Form:
+def without(form: ufl.Form, functions: Iterable[Function]) -> ufl.Form:
     """The form with zero in the place of functions."""
+    if form.empty():
+        return form
     return expand_derivatives(ufl.replace(form, {f: ufl.classes.Zero(f.ufl_shape) for f in functions}))
 
 
@@ -72,7 +74,8 @@ def affine_parts(evolution: Evolution) -> AffineParts | None:
         kinds = {integral.integral_type() for slope in slopes if not slope.empty() for integral in slope.integrals()}
         if not kinds <= {"cell", "exterior_facet"} or evolution.V.mesh().unique().extruded:
             return None
-        load = _zero(-form, (evolution.u, rate))
+        load = without(form, (evolution.u, rate))
+        load = load if load.empty() else -load  # a factor would hide that the form is zero
     fixed = {evolution.u, rate, *evolution.parameters}
     for control in evolution.parameters if not load.empty() else ():
         if _coefficients(expand_derivatives(derivative(load, control))) & fixed:
