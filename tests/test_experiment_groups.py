@@ -88,7 +88,7 @@ def alone(*args, **options):
 @pytest.mark.parallel([2, 4])
 @on_grids
 @pytest.mark.parametrize("unknown", ["source", "conductivity", "steps"])
-@time_limit(120)
+@time_limit(300)
 def test_value_and_derivatives_are_those_of_one_rank(grid, unknown):
     """Three experiments on two groups: J, gradient, tangent, and Hessian actions, one by one and several at once."""
     st, given = pf.SpaceTime(grid), dict(unknown=unknown, steps=4 if unknown == "conductivity" else 8)
@@ -101,7 +101,7 @@ def test_value_and_derivatives_are_those_of_one_rank(grid, unknown):
 
 @pytest.mark.parallel([2, 4])
 @on_grids
-@time_limit(120)
+@time_limit(300)
 def test_each_group_has_its_own_experiments_only(grid):
     """In contiguous, nearly equal parts; the sum of the counts of sweeps is that of one rank."""
     posed = Heating(pf.SpaceTime(grid), 5)
@@ -117,7 +117,7 @@ def test_each_group_has_its_own_experiments_only(grid):
 @pytest.mark.parallel([2, 4])
 @on_grids
 @pytest.mark.parametrize("method", ["exact", "inexact", "scipy", "one-shot"])
-@time_limit(240)
+@time_limit(400)
 def test_minimisation_is_that_of_one_rank(grid, method):
     """The minimiser and the number of iterations."""
 
@@ -141,7 +141,7 @@ def test_minimisation_is_that_of_one_rank(grid, method):
 @pytest.mark.parallel([2, 4])
 @on_grids
 @pytest.mark.parametrize("variation", [False, True])
-@time_limit(120)
+@time_limit(300)
 def test_a_nonlinear_minimisation_is_that_of_one_rank(grid, variation):
     given = dict(unknown="conductivity", steps=4, variation=variation)
     posed = Heating(pf.SpaceTime(grid), **given), alone(**given)
@@ -153,7 +153,7 @@ def test_a_nonlinear_minimisation_is_that_of_one_rank(grid, variation):
 # -- errors ------------------------------------------------------------------------------------------------------------
 @pytest.mark.parallel([2, 4])
 @on_grids
-@time_limit(120)
+@time_limit(300)
 def test_a_failure_in_one_group_is_raised_on_all_ranks(grid):
     """The steps of the last experiment blow up at a large control: the cause names the experiment, and the trial point
     is rejected on all ranks.
@@ -172,7 +172,7 @@ def test_a_failure_in_one_group_is_raised_on_all_ranks(grid):
 
 @pytest.mark.parallel([2, 4])
 @on_grids
-@time_limit(120)
+@time_limit(300)
 def test_an_exception_in_one_group_is_raised_on_all_ranks(grid):
     """Of the user's own code, with its cause; and a collective call after it still matches."""
     posed = Heating(pf.SpaceTime(grid))
@@ -192,7 +192,7 @@ def test_an_exception_in_one_group_is_raised_on_all_ranks(grid):
 @pytest.mark.parallel([2, 4])
 @on_grids
 @pytest.mark.parametrize("unknown", ["source", "steps"])
-@time_limit(120)
+@time_limit(300)
 def test_controls_that_differ_between_groups_are_refused(grid, unknown):
     posed = Heating(pf.SpaceTime(grid), unknown=unknown)
     other = (1 + 1e-3 * posed.st.experiments_comm.rank) * posed.vector(0)
@@ -203,7 +203,7 @@ def test_controls_that_differ_between_groups_are_refused(grid, unknown):
 
 
 @pytest.mark.parallel([2, 4])
-@time_limit(60)
+@time_limit(300)
 def test_grids_that_do_not_fit_are_refused():
     """More groups than experiments, and one evolution on groups: the messages have what would do."""
     st = pf.SpaceTime((1, 1, WORLD.size))
@@ -221,7 +221,7 @@ def test_grids_that_do_not_fit_are_refused():
 
 @pytest.mark.parallel([2, 4])
 @on_grids
-@time_limit(60)
+@time_limit(300)
 def test_a_bad_misfit_of_one_experiment_is_refused_on_all_ranks(grid):
     posed = Heating(pf.SpaceTime(grid))
     misfits = [posed.misfit(i, ev) for i, ev in enumerate(posed.evolutions)]
@@ -232,7 +232,7 @@ def test_a_bad_misfit_of_one_experiment_is_refused_on_all_ranks(grid):
 # -- states ------------------------------------------------------------------------------------------------------------
 @pytest.mark.parallel([2, 4])
 @on_grids
-@time_limit(120)
+@time_limit(300)
 def test_states_and_adjoints_of_all_experiments_are_on_all_ranks(grid, tmp_path):
     """At given times; the points of a rank are those of its group's experiments."""
     posed, other = Heating(pf.SpaceTime(grid)), alone()
@@ -258,7 +258,7 @@ def test_states_and_adjoints_of_all_experiments_are_on_all_ranks(grid, tmp_path)
 
 @pytest.mark.parallel([2, 4])
 @on_grids
-@time_limit(60)
+@time_limit(300)
 def test_final_states_of_all_experiments_are_on_all_ranks(grid):
     posed = Heating(pf.SpaceTime(grid))
     finals = [Function(posed.V) for _ in posed.evolutions]
@@ -273,7 +273,7 @@ def test_final_states_of_all_experiments_are_on_all_ranks(grid):
 
 @pytest.mark.parallel([2, 4])
 @on_grids
-@time_limit(60)
+@time_limit(300)
 def test_readings_of_all_experiments_are_on_all_ranks(grid):
     """The state at the sensors."""
     posed = Heating(pf.SpaceTime(grid))
@@ -301,7 +301,7 @@ def test_readings_of_all_experiments_are_on_all_ranks(grid):
 # -- data --------------------------------------------------------------------------------------------------------------
 @pytest.mark.parallel([2, 4])
 @on_grids
-@time_limit(120)
+@time_limit(300)
 def test_data_are_read_again_in_all_groups(grid):
     """Of one experiment and of the regularisation; the names are returned on all ranks."""
     posed, other = Heating(pf.SpaceTime(grid)), alone()
@@ -328,7 +328,7 @@ def test_data_are_read_again_in_all_groups(grid):
 @pytest.mark.parallel([2, 4])
 @on_grids
 @pytest.mark.parametrize("inexact", [False, True])
-@time_limit(240)
+@time_limit(400)
 def test_a_run_continues_on_another_grid(grid, inexact, tmp_path):
     """From one rank to groups and back: the iterates of a run without interruption, and with inexact solves, whose
     iterates depend on which experiments are iterated at once, its minimiser. With several ranks in space the numbering
@@ -361,7 +361,7 @@ def test_a_run_continues_on_another_grid(grid, inexact, tmp_path):
 
 
 @pytest.mark.parallel(2)
-@time_limit(120)
+@time_limit(300)
 def test_files_of_other_experiments_are_refused_on_all_ranks(tmp_path):
     """Another datum of the last experiment, another weight of the regularisation, another number of experiments."""
     path = WORLD.bcast(str(tmp_path)) + "/run.h5"
