@@ -112,11 +112,11 @@ class FEPropagator(ABC):
         self.dt = evolution.dt * stride
         self.tableau = evolution.tableau if tableau is None else tableau
 
-    def update(self, z: np.ndarray | None) -> bool:
+    def update(self, z: np.ndarray | None) -> None:
         """Assemble and factor the operators of a static control ``(nz,)``, where they depend on it and it is not that
-        of the last call; whether they have changed (collective over space).
+        of the last call (collective over space).
         """
-        return False
+        return  # here operators depend on no control, or each step assembles its own
 
     def update_data(self, changed: set) -> bool:
         """Discard what was assembled from data, which have changed; it is assembled again when next used.

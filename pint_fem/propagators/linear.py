@@ -40,7 +40,7 @@ from pint_fem.propagators.elimination import EliminatedRecursion
 from pint_fem.propagators.loads import StageLoads
 from pint_fem.propagators.recursion import MatrixRecursion, StepPrograms
 
-__all__ = ["LinearPropagator"]
+__all__ = ["LinearPropagator", "chunks"]
 
 
 class LinearPropagator(FEPropagator):
@@ -175,7 +175,7 @@ class LinearPropagator(FEPropagator):
         if loads is None:
             self._forward.run(u, out[:, None])
             return
-        for rows in _chunks(len(u)):
+        for rows in chunks(len(u)):
             given = [loads(rows, i)[:, None] for i in range(self.dirk.stages)]
             self._forward.run(u[rows], out[rows, None], None, given)
 
@@ -378,11 +378,11 @@ class LinearPropagator(FEPropagator):
         return added(*parts, self._forward.nbytes, self._backward.nbytes)
 
 
-def _chunks(count: int) -> Iterator[slice]:
-    """Slices of states whose loads are made together."""
+def chunks(count: int) -> Iterator[slice]:
+    """Slices of states whose loads and stages are in memory at the same time."""
     for first in range(0, count, _CHUNK):
         yield slice(first, min(first + _CHUNK, count))
 
 
 _CHUNK = 64
-"""Number of steps whose loads are in memory at the same time."""
+"""Number of states of such a slice."""

@@ -26,12 +26,10 @@ class GivenTrajectories:
     evolution: Evolution
     spacetime: SpaceTime
     slab: Slab
-    is_linear: bool
     is_affine: bool
     propagators: list[FEPropagator]
     intervals: Intervals | None
     data: Callable[..., StepData]
-    _update: Callable[[Controls, str], None]
     _cause: BaseException | None
 
     def state_residual(self, z: Controls, U: np.ndarray, *, initial: np.ndarray | None = None) -> tuple[float, float]:
@@ -39,8 +37,6 @@ class GivenTrajectories:
 
         ``U``, whose first row on each rank is current, is not changed.
         """
-        if self.is_linear:
-            self._update(z, "state")
         r = collectively(self.spacetime.comm, "residual of a state", self._step_residuals, z, U)
         first = self.slab.is_first
         if first:
@@ -67,8 +63,6 @@ class GivenTrajectories:
         """
         if not self.evolution.parameters:
             return None
-        if self.is_linear:
-            self._update(z, "adjoint")
         data = self.data(z, U)
 
         def of_member(number: int, lam: np.ndarray) -> np.ndarray:
@@ -107,8 +101,6 @@ class GivenTrajectories:
         """
         if self.is_affine:
             return None
-        if self.is_linear:
-            self._update(z, "second-order adjoint")
         data, su = self.data(z, U)._replace(computed=computed), np.zeros_like(dU)
         end = None if symmetric else np.zeros_like(dU[1:])
 

@@ -272,9 +272,8 @@ class TimeSolvers(SolverReports):
         """Assemble and factor the operators of all levels for a static control, where they depend on it and it is not
         that of the last call (collective over space).
         """
-        changed = [p.update(self._controls(index, z, np.zeros(0))) for index, p in enumerate(self.propagators)]
-        if any(changed) and self.intervals is not None:
-            self.intervals.update_data()
+        for index, propagator in enumerate(self.propagators):
+            propagator.update(self._controls(index, z, np.zeros(0)))
 
     def bind(
         self, solver: TimeSolver, z: np.ndarray | None, U: np.ndarray | None, *, backwards: bool,

@@ -76,10 +76,7 @@ class JointProblems:
         """Return the evaluations of the problems' controls with states and adjoints solved (collective)."""
         evaluations = self.solve_states(z, **accuracy)
         caches: list[EvaluationCache] = [problem.cache for problem in self.problems]
-        pending = [
-            i for i, e in enumerate(evaluations)
-            if e.rtol["adjoint"] > accuracy.get("rtol", self.problems[i].sweeps.options.rtol)
-        ]  # fmt: skip
+        pending = [i for i, e in enumerate(evaluations) if not caches[i].is_cached(e, "adjoint", accuracy)]
         if not pending:
             return evaluations
         steps = self._steps(evaluations)

@@ -14,15 +14,16 @@ import numpy as np
 from firedrake.assemble import get_assembler
 from firedrake.petsc import PETSc
 
+from pint_fem.evolution.control_operators import MatrixOperator
 from pint_fem.evolution.evolution import Evolution
 from pint_fem.evolution.fields import Fields
 from pint_fem.kernels.direct import added, matrix_bytes
 from pint_fem.kernels.factor import is_symmetric
 from pint_fem.kernels.multigrid import Geometry
 from pint_fem.kernels.steps import Steps
+from pint_fem.propagators.coefficients.loads import CoefficientLoads
 from pint_fem.propagators.leapfrog import LeapfrogPropagator
 from pint_fem.propagators.linear import LinearPropagator
-from pint_fem.propagators.loads import StageLoads
 
 __all__ = ["FrozenLeapfrog", "FrozenSteps", "OperatorMatrices"]
 
@@ -44,8 +45,8 @@ class OperatorMatrices:
 
     def assemble(self) -> tuple[PETSc.Mat, PETSc.Mat]:
         """``M`` and ``K``, which are valid until the next call (collective over space)."""
-        pairs = enumerate(zip(self._assemblers, self._tensors, strict=True))
-        self._tensors = [assembler.assemble(tensor=tensor) for _, (assembler, tensor) in pairs]
+        pairs = zip(self._assemblers, self._tensors, strict=True)
+        self._tensors = [assembler.assemble(tensor=tensor) for assembler, tensor in pairs]
         M, *rest = (tensor.petscmat for tensor in self._tensors)
         if rest:
             return M, rest[0]
@@ -81,7 +82,7 @@ class FrozenSteps(LinearPropagator):
         stride: int,
         tableau: Any,
         matrices: tuple[PETSc.Mat, PETSc.Mat],
-        loads: StageLoads,
+        loads: CoefficientLoads,
         like: FrozenSteps | None = None,
     ):
         self._matrices, self._times = matrices, {} if like is None else like._times
@@ -106,11 +107,11 @@ class FrozenSteps(LinearPropagator):
         S.axpy(h, K, structure=PETSc.Mat.Structure.DIFFERENT_NONZERO_PATTERN)
         return S
 
-    def _lifting(self, loads: Any) -> dict[float, PETSc.Mat]:
-        """The matrices that lift boundary values, by ``a_ii dt``."""
+    def _lifting(self, loads: CoefficientLoads) -> dict[float, MatrixOperator]:
+        """The operators ``S`` without conditions that lift boundary values, by ``a_ii dt``."""
         if not loads.has_values:
             return {}
-        return {h: self._stage_matrix(h) for h in dict.fromkeys(self.steps_of_stage)}
+        return {h: MatrixOperator(self._stage_matrix(h), self.bc_rows) for h in dict.fromkeys(self.steps_of_stage)}
 
     def _factor_stages(self) -> PETSc.Mat:
         """Factor the matrices of the stages; a copy of the mass matrix without conditions."""
@@ -200,7 +201,7 @@ class FrozenSteps(LinearPropagator):
     def operator_nbytes(self, count: int) -> dict[str, int]:
         """Bytes of matrices and factors on this rank by part, independent of ``count``."""
         made = [vars(self).get(name) for name in ("_first_stages", "_with_sources")]
-        lifting = {"matrices": sum(map(matrix_bytes, self.lifting.values()))}
+        lifting = {"matrices": sum(matrix_bytes(operator.matrix) for operator in self.lifting.values())}
         return added(super().operator_nbytes(count), lifting, *(steps.nbytes for steps in made if steps is not None))
 
 

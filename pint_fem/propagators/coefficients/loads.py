@@ -6,13 +6,10 @@ on the free degrees of freedom, and ``g`` on the others.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
 import ufl
 from firedrake import Function
 from firedrake.assemble import get_assembler
-from firedrake.petsc import PETSc
 
 from pint_fem.evolution.boundary import boundary_value
 from pint_fem.evolution.control_operators import MatrixOperator
@@ -45,10 +42,10 @@ class CoefficientLoads(StageLoads):
         if not self._store and (self._lifting or not self.has_values):  # else when operators are set
             super().update_data()
 
-    def set_operators(self, matrices: Mapping[float, PETSc.Mat]) -> None:
-        """Set the matrices ``S`` without conditions by ``a_ii dt``, which lift boundary values; they are copied."""
+    def set_operators(self, lifting: dict[float, MatrixOperator]) -> None:
+        """Set the operators ``S`` without conditions by ``a_ii dt``, which lift boundary values."""
         if self.has_values:
-            self._lifting = {h: MatrixOperator(matrix, self.bc_rows) for h, matrix in matrices.items()}
+            self._lifting = lifting
             self._discard()
             if not self._store:
                 super().update_data()

@@ -91,15 +91,18 @@ class PresentOperators(FEPropagator, ABC):
     def frozen(self) -> FrozenSteps:
         """The steps with the present operators; at first those of the controls' own values (collective over space)."""
         if self._shared is not None:
-            steps = self._shared.frozen
-            if self._of_shared is not steps:
-                self._of_shared, self._own = steps, steps.for_evolution(self.evolution)
-                vars(self._own)["loads"] = self.loads
-                self.loads.set_operators(steps.lifting)
-            return self._own
+            return self._adopted(self._shared.frozen)
         if not self._cached:
             self.update(self.evolution.get_controls())
         return self._cached[0].steps
+
+    def _adopted(self, steps: FrozenSteps) -> FrozenSteps:
+        """The steps of the propagator whose operators are used, with the own loads."""
+        if self._of_shared is not steps:
+            self._of_shared, self._own = steps, steps.for_evolution(self.evolution)
+            vars(self._own)["loads"] = self.loads
+            self.loads.set_operators(steps.lifting)
+        return self._own
 
     def for_evolution(self, evolution: Evolution) -> PresentOperators:
         """The propagator of a private evolution that differs in loads and boundary values only and has the same
@@ -114,14 +117,9 @@ class PresentOperators(FEPropagator, ABC):
         vars(evolution)["fields"] = self.evolution.fields
         return made
 
-    def update(self, z: np.ndarray | None) -> bool:
+    def update(self, z: np.ndarray | None) -> None:
         """Assemble and factor the operators of a control ``(nz,)``, unless it is one of the last two (collective over
         space).
-
-        Returns
-        -------
-        bool
-            Whether the operators have changed.
 
         Raises
         ------
@@ -130,12 +128,12 @@ class PresentOperators(FEPropagator, ABC):
         """
         if self._shared is not None:
             self._shared.update(z)
-            changed = self._of_shared is not self._shared.frozen
-            if changed and z is not None:
+            if z is not None and self._of_shared is not self._shared.frozen:
                 self.evolution.put_controls(z)
-            return changed and self.frozen is not None
+            self._adopted(self._shared.frozen)
+            return
         if z is None:
-            return False
+            return
         same = [np.array_equal(cached.z, z) for cached in self._cached]
         comm = self.evolution.V.mesh().comm
         if comm.size > 1:  # the parts of all ranks in space are those of the same control
@@ -143,13 +141,12 @@ class PresentOperators(FEPropagator, ABC):
             comm.Allreduce(MPI.IN_PLACE, votes, op=MPI.MIN)
             same = votes.astype(bool).tolist()
         if same and same[0]:
-            return False
+            return
         found = self._cached.pop(same.index(True)) if any(same) else self._factored(z)
         self._cached.insert(0, found)
         del self._cached[2:]
         self.evolution.put_controls(z)
         self.loads.set_operators(found.steps.lifting)
-        return True
 
     def _factored(self, z: np.ndarray) -> _Cached:
         """The steps of a control, with the order of elimination of earlier ones."""

@@ -19,7 +19,7 @@ All of them are evaluated for many steps at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 from irksome.tableaux.ButcherTableaux import ButcherTableau
@@ -30,11 +30,9 @@ from pint_fem.propagators.base import StepData
 from pint_fem.propagators.coefficients.derivatives import OperatorDerivatives
 from pint_fem.propagators.coefficients.present_operators import PresentOperators
 from pint_fem.propagators.coefficients.sums import ControlSums, Direction, Stages
+from pint_fem.propagators.linear import chunks
 
 __all__ = ["CoefficientPropagator"]
-
-_CHUNK = 64
-"""Steps whose stages are in memory at the same time."""
 
 
 class CoefficientPropagator(PresentOperators):
@@ -64,12 +62,6 @@ class CoefficientPropagator(PresentOperators):
         self._of_M, self._of_K = of.get(parts.M), of.get(parts.K)
 
     # -- stages of given states ----------------------------------------------------------------------------------------
-    def _chunks(self, data: StepData) -> Iterator[tuple[slice, StepData]]:
-        """Slices of steps whose stages are in memory at once, and their data."""
-        for first in range(0, len(data.t), _CHUNK):
-            rows = slice(first, min(first + _CHUNK, len(data.t)))
-            yield rows, data.part(rows)
-
     def _stages(self, u: np.ndarray, ends: np.ndarray | None, loads: Callable[[slice, int], np.ndarray]) -> Stages:
         """The stages of steps from ``u`` to ``ends`` (by default the steps' results) with given loads."""
         if ends is None:
@@ -144,7 +136,8 @@ class CoefficientPropagator(PresentOperators):
             self.frozen.apply(du, out)
             return
         along, stages = self._direction(dz), self._stages_of(data)
-        for rows, part in self._chunks(data):
+        for rows in chunks(len(data.t)):
+            part = data.part(rows)
             self.frozen.apply(du[rows], out[rows], self._tangent_loads(part, stages(rows), along, dz))
 
     def adjoint(self, data: StepData, lam: np.ndarray, out: np.ndarray) -> None:
@@ -161,8 +154,8 @@ class CoefficientPropagator(PresentOperators):
         """Sums over the steps of what the derivative by the controls requires (:class:`ControlSums`), a vector."""
         self.update(data.z)
         sums, stages = self._sums(), self._stages_of(data)
-        for rows, part in self._chunks(data):
-            sums.add(self.frozen.stage_adjoints(lam[rows]), stages(rows), part.t)
+        for rows in chunks(len(data.t)):
+            sums.add(self.frozen.stage_adjoints(lam[rows]), stages(rows), data.t[rows])
         return sums.vector
 
     def _sums(self, vector: np.ndarray | None = None) -> ControlSums:
@@ -189,7 +182,8 @@ class CoefficientPropagator(PresentOperators):
         out, sums, stages_of = np.empty_like(lam), self._sums(), self._stages_of(data)
         cached = {} if data.computed is None else data.computed
         first, is_new = self._sums(cached.get("products")), "products" not in cached
-        for rows, part in self._chunks(data):
+        for rows in chunks(len(data.t)):
+            part = data.part(rows)
             stages, p = stages_of(rows), steps.stage_adjoints(lam[rows])
             loads = self._tangent_loads(part, stages, along, dz)
             tangents = self._stages(du[rows], part.tangent_ends, loads)

@@ -7,7 +7,7 @@ stopping criterion by itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -112,7 +112,9 @@ class JointSweeps:
             G = self._scratch("sources", next(own.shape for own in rows if own is not None))
             for e, own in enumerate(rows):
                 G[:, e] = 0.0 if own is None else own
-        levels = _coarse_levels(coarse) if all(own is not None for own in coarse) else None
+        levels = None
+        if all(own is not None for own in coarse):
+            levels = lambda: stacked_levels([own() for own in coarse])
         result = self._first.solve(solver, kind, U, G, cold=cold, coarse_rhs=levels, **given)
         for e, own in enumerate(arrays):
             own[...] = U[:, e]
@@ -120,10 +122,3 @@ class JointSweeps:
             s.counts[kind] += 1
             s.counts["cycles"] += result.cycles
         return result
-
-
-def _coarse_levels(
-    sources: Sequence[Callable[[], Iterable[np.ndarray]]],
-) -> Callable[[], Iterable[np.ndarray]]:
-    """What computes the right-hand sides of the coarse levels of a batch."""
-    return lambda: stacked_levels([own() for own in sources])
