@@ -190,13 +190,13 @@ def invert(rf, opts, say, outputs, times: dict, **given) -> tuple[Any, GaussianP
 def _by_iterations(rf, opts, say, outputs, **given):
     """The result of ``rf.minimize``, with a line on the terminal for each sweep.
 
-    Sweeps are inexact only where their accuracy can be chosen and there are no bounds. With total variation conjugate
+    Sweeps are inexact where there are no bounds. With total variation conjugate
     gradients are preconditioned by its operator.
     """
     from pint_fem.adjoint.total_variation.functional import TotalVariation
 
     every = [leaf.sweeps for leaf in rf.problem.leaves]
-    inexact = not opts.exact and rf.problem.chooses_accuracy and given.get("bounds") is None
+    inexact = not opts.exact and given.get("bounds") is None
     options = dict(monitor=say, gtol_rel=opts.gtol, max_it=opts.max_iterations)
     if opts.checkpoint is not None:
         given = dict(checkpoint=opts.checkpoint, if_save_fails=opts.if_save_fails) | given

@@ -14,14 +14,14 @@ own; all are on one process grid and are solved one after another.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import ufl
 
 from pint_fem.adjoint.consistency.problem_data import require_same_forms, require_same_values
 from pint_fem.adjoint.experiments.joint import JointProblems, joint_problems
-from pint_fem.adjoint.interface import ControlProblem, SweepAccuracy, Term, as_vector, require_directions
+from pint_fem.adjoint.interface import SweepAccuracy, SweptProblem, Term, as_vector, require_directions
 from pint_fem.adjoint.problem import ReducedProblem
 from pint_fem.adjoint.regularisation import Regularisation
 from pint_fem.errors import InputError
@@ -117,7 +117,7 @@ class InitialConditionMap(Selection):
         self._expression.invalidate()
 
 
-class ComposedProblem(ControlProblem):
+class ComposedProblem(SweptProblem):
     """A weighted sum of problems, each of them a function of some of the controls, and a regularisation.
 
     Parameters
@@ -170,11 +170,6 @@ class ComposedProblem(ControlProblem):
             term.map.add_adjoint(out, z, dual, term.weight)
         return out
 
-    @property
-    def chooses_accuracy(self) -> bool:  # type: ignore[override]
-        """Whether solves take a tolerance of their own and report how accurate they are."""
-        return all(term.problem.chooses_accuracy for term in self.terms)
-
     def value(self, z: np.ndarray, **accuracy: float) -> float:
         """Return ``J(z)``, the identical number on every rank."""
         z = as_vector(z)
@@ -225,7 +220,7 @@ class ComposedProblem(ControlProblem):
         self, z: np.ndarray, dz: np.ndarray, *, gauss_newton: bool = False, **accuracy: float
     ) -> np.ndarray:
         """Return ``J''(z) dz`` as a dual vector; with ``gauss_newton`` without second derivatives of steps and maps."""
-        z, dz, out = as_vector(z), as_vector(dz), np.zeros(self.layout.size)
+        z, dz = as_vector(z), as_vector(dz)
         inner, along = self._inner(z), [term.map.tangent(z, dz) for term in self.terms]
         actions = {
             i: self.terms[i].problem.hessian_action(inner[i], along[i], gauss_newton=gauss_newton, **accuracy)
@@ -235,17 +230,14 @@ class ComposedProblem(ControlProblem):
             given = [inner[i] for i in group], [along[i] for i in group]
             found = joint.hessian_actions(*given, gauss_newton=gauss_newton, **accuracy)
             actions |= dict(zip(group, found, strict=True))
-        for i, (weight, problem, map) in enumerate(self.terms):
-            map.add_adjoint(out, z, actions[i], weight)
-            if not gauss_newton and not map.is_affine:
-                map.add_second(out, z, dz, problem.derivative(inner[i], **accuracy), weight)
-        return out if self.regularisation is None else out + self.regularisation.hessian(z, dz)
+        gradient = None if gauss_newton else lambda i: self.terms[i].problem.derivative(inner[i], **accuracy)
+        return self._collected_actions(z, dz, actions, gradient)
 
     def symmetric_action(
         self, z: np.ndarray, dz: np.ndarray, cycles: int, *, gauss_newton: bool = False
     ) -> tuple[np.ndarray, float]:
         """Return the action of a symmetric operator near the Hessian, and the largest relative residual."""
-        z, dz, out, residuals = as_vector(z), as_vector(dz), np.zeros(self.layout.size), []
+        z, dz, residuals = as_vector(z), as_vector(dz), []
         inner, along, actions = self._inner(z), [term.map.tangent(z, dz) for term in self.terms], {}
         for i in self._alone:
             given = inner[i], along[i], cycles
@@ -256,11 +248,25 @@ class ComposedProblem(ControlProblem):
             found, residual = joint.symmetric_actions(*directions, cycles, gauss_newton=gauss_newton)
             actions |= dict(zip(group, found, strict=True))
             residuals.append(residual)
-        for i, (weight, problem, map) in enumerate(self.terms):
+        gradient = None if gauss_newton else lambda i: self.terms[i].problem.current_derivative(inner[i])
+        return self._collected_actions(z, dz, actions, gradient), max(residuals)
+
+    def _collected_actions(
+        self,
+        z: np.ndarray,
+        dz: np.ndarray,
+        actions: Mapping[int, np.ndarray],
+        gradient: Callable[[int], np.ndarray] | None,
+    ) -> np.ndarray:
+        """Return the Hessian action of the sum from those of the terms by their numbers; ``gradient`` returns a term's
+        derivative, for the second derivatives of the maps.
+        """
+        out = np.zeros(self.layout.size)
+        for i, (weight, _, map) in enumerate(self.terms):
             map.add_adjoint(out, z, actions[i], weight)
-            if not gauss_newton and not map.is_affine:
-                map.add_second(out, z, dz, problem.current_derivative(inner[i]), weight)
-        return out if self.regularisation is None else out + self.regularisation.hessian(z, dz), max(residuals)
+            if gradient is not None and not map.is_affine:
+                map.add_second(out, z, dz, gradient(i), weight)
+        return out if self.regularisation is None else out + self.regularisation.hessian(z, dz)
 
     def hessian_actions(
         self,

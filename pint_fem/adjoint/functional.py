@@ -1,7 +1,7 @@
 """Functionals of controls with pyadjoint's interface: value, derivative, Hessian action, tangent, minimisation.
 
 A :class:`ControlFunctional` converts Firedrake's functions to flat arrays and back; what is computed is that of a
-:class:`~pint_fem.adjoint.interface.ControlProblem`.
+:class:`~pint_fem.adjoint.interface.SweptProblem`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pyadjoint.enlisting import Enlist
 from pyadjoint.reduced_functional import AbstractReducedFunctional
 from pyadjoint.tape import stop_annotating
 
-from pint_fem.adjoint.interface import ControlProblem
+from pint_fem.adjoint.interface import SweptProblem
 from pint_fem.adjoint.linear_inverse import LinearInverse
 from pint_fem.adjoint.memory_estimate import MemoryEstimate
 from pint_fem.adjoint.minimisation.minimisable import Minimisable
@@ -64,11 +64,12 @@ class ControlFunctional(Minimisable, LinearInverse, StateAccess, AbstractReduced
         The controls, ``evolution.controls``, as the user gave them.
     """
 
+    problem: SweptProblem
     __array_ufunc__ = None  # numpy's numbers leave the product with a functional to __rmul__
 
     def __init__(
         self,
-        problem: ControlProblem,
+        problem: SweptProblem,
         inner: ControlInner,
         regularisation: Sequence[ufl.Form],
         final: Sequence[FinalState] = (),

@@ -42,6 +42,7 @@ __all__ = [
     "ControlProblem",
     "SweepAccuracy",
     "SweepLimits",
+    "SweptProblem",
     "Term",
     "as_vector",
     "regularisation_value",
@@ -77,7 +78,7 @@ class Term(NamedTuple):
     """One term ``weight * problem(map(z))`` of a composed problem."""
 
     weight: float
-    problem: ControlProblem
+    problem: SweptProblem
     map: Selection
 
 
@@ -144,8 +145,6 @@ class ControlProblem(ABC):
     """The part that depends on the controls alone, without those of the terms."""
     terms: Sequence[Term] = ()
     """Empty for the problem of one evolution."""
-    chooses_accuracy = False
-    """Whether solves take a tolerance of their own (``rtol=``) and report how accurate they are."""
 
     def __str__(self) -> str:
         """One line: evolutions and misfits, controls, process grid."""
@@ -230,25 +229,6 @@ class ControlProblem(ABC):
         experiments of all groups (collective). A misfit that is not one of the problem's is an ``InputError``.
         """
         raise InputError(f"readings of {misfit!r}: this functional has no states")
-
-    # -- accuracy, where it can be chosen ------------------------------------------------------------------------------
-    def accuracy_at(self, z: np.ndarray) -> SweepAccuracy:
-        """Return how accurately the trajectories of a control are solved; its state has to be (collective)."""
-        raise NotImplementedError
-
-    def current_derivative(self, z: np.ndarray, *, regularised: bool = True) -> np.ndarray:
-        """Return ``J'(z)`` from the states and adjoints that are cached, without further solves (collective); without
-        ``regularised`` the part of the misfits.
-        """
-        raise NotImplementedError
-
-    def symmetric_action(
-        self, z: np.ndarray, dz: np.ndarray, cycles: int, *, gauss_newton: bool = False
-    ) -> tuple[np.ndarray, float]:
-        """Return the action of a symmetric operator near the Hessian by that many cycles of each sweep, a dual vector,
-        and the largest relative residual of the sweeps (collective).
-        """
-        raise NotImplementedError
 
     def has_symmetric_actions(self) -> bool:
         """Return whether there is :meth:`symmetric_action` (collective)."""
@@ -370,3 +350,27 @@ def regularisation_value(problem: ControlProblem, z: np.ndarray) -> float:
         return 0.0
     own = 0.0 if problem.regularisation is None else problem.regularisation.value(z)
     return own + sum(term.weight * regularisation_value(term.problem, term.map.value(z)) for term in problem.terms)
+
+
+class SweptProblem(ControlProblem):
+    """A functional that sweeps compute: solves take a tolerance of their own (``rtol=``), and it is known how accurate
+    they are.
+    """
+
+    @abstractmethod
+    def accuracy_at(self, z: np.ndarray) -> SweepAccuracy:
+        """Return how accurately the trajectories of a control are solved; its state has to be (collective)."""
+
+    @abstractmethod
+    def current_derivative(self, z: np.ndarray, *, regularised: bool = True) -> np.ndarray:
+        """Return ``J'(z)`` from the states and adjoints that are cached, without further solves (collective); without
+        ``regularised`` the part of the misfits.
+        """
+
+    @abstractmethod
+    def symmetric_action(
+        self, z: np.ndarray, dz: np.ndarray, cycles: int, *, gauss_newton: bool = False
+    ) -> tuple[np.ndarray, float]:
+        """Return the action of a symmetric operator near the Hessian by that many cycles of each sweep, a dual vector,
+        and the largest relative residual of the sweeps (collective).
+        """

@@ -22,7 +22,7 @@ import ufl
 from pint_fem.adjoint.consistency.problem_data import require_same_problem
 from pint_fem.adjoint.consistency.user_data import UserData
 from pint_fem.adjoint.evaluation import Evaluation, EvaluationCache, relative_residual
-from pint_fem.adjoint.interface import ControlProblem, SweepAccuracy, SweepLimits, as_vector
+from pint_fem.adjoint.interface import SweepAccuracy, SweepLimits, SweptProblem, as_vector
 from pint_fem.adjoint.memory_estimate import MemoryEstimate, estimate_memory
 from pint_fem.adjoint.regularisation import Regularisation
 from pint_fem.adjoint.second_derivatives import SecondDerivatives
@@ -44,7 +44,7 @@ _NEAR = 1e3
 """A misfit is a fit to round-off where it is at most this many errors of the state."""
 
 
-class ReducedProblem(SecondDerivatives, ControlProblem):
+class ReducedProblem(SecondDerivatives, SweptProblem):
     """The functional of one evolution on arrays.
 
     Parameters
@@ -88,8 +88,6 @@ class ReducedProblem(SecondDerivatives, ControlProblem):
         self.data = UserData(sweeps, self.misfits, self.regularisation)
         view = self._print_memory if sweeps.options.view else None
         self._cache = EvaluationCache(sweeps, self._trajectories, self.layout, self.data, view)
-
-    chooses_accuracy = True
 
     # -- the interface's part for one evolution ------------------------------------------------------------------------
     def weighted_leaves(self, weight: float = 1.0) -> list[tuple[float, ReducedProblem]]:

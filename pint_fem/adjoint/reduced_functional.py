@@ -15,7 +15,7 @@ from pint_fem.adjoint.composed import problem_with_initial_expression
 from pint_fem.adjoint.experiments.distributed import DistributedExperiments
 from pint_fem.adjoint.experiments.given import Experiments
 from pint_fem.adjoint.functional import ControlFunctional
-from pint_fem.adjoint.interface import ControlProblem
+from pint_fem.adjoint.interface import SweptProblem
 from pint_fem.adjoint.problem import ReducedProblem
 from pint_fem.adjoint.riesz import ControlInner, RieszKind
 from pint_fem.adjoint.states import FinalState
@@ -142,7 +142,7 @@ class TimeParallelReducedFunctional(ControlFunctional):
             spacetime = SpaceTime((space_comm.size, 1), comm=space_comm)
         steps = dict(coarse_tableau=coarse_tableau, propagator=propagator, coarse_evolutions=coarse_evolutions)
         given = spacetime.group, solver_parameters, options_prefix, steps
-        problem: ControlProblem
+        problem: SweptProblem
         if several:
             made: list[tuple[Sweeps, TimeSolverChoice]] = []
             make = lambda e: _problem(evolutions[e], own_misfits[e], [], *given, made)
@@ -166,8 +166,8 @@ class TimeParallelReducedFunctional(ControlFunctional):
 
 
 def _problem_of_experiments(
-    evolutions: list, misfits: list, forms: list, spacetime: SpaceTime, make: Callable[[int], ControlProblem]
-) -> ControlProblem:
+    evolutions: list, misfits: list, forms: list, spacetime: SpaceTime, make: Callable[[int], SweptProblem]
+) -> SweptProblem:
     """The problem of several experiments, of which ``make(number)`` returns that of one of the own group."""
     own = spacetime.own_experiments(len(evolutions))
     require_same(spacetime.comm, experiments=len(evolutions), steps=[(ev.dt, ev.nsteps) for ev in evolutions])
@@ -209,7 +209,7 @@ def _problem(
     options_prefix: str,
     steps: dict,
     made: list[tuple[Sweeps, TimeSolverChoice]] | None = None,
-) -> ControlProblem:
+) -> SweptProblem:
     """The problem of one evolution, with arguments as for :class:`TimeParallelReducedFunctional`; ``steps``: those that
     are passed on to the sweeps. ``made`` has the sweeps of other evolutions, whose operators are used where they are
     the same, with the choice of their time solver; those of this evolution are added.

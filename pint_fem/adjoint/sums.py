@@ -8,7 +8,7 @@ import numpy as np
 from mpi4py import MPI
 
 from pint_fem.adjoint.composed import ComposedProblem, Selection
-from pint_fem.adjoint.interface import ControlProblem, Term
+from pint_fem.adjoint.interface import SweptProblem, Term
 from pint_fem.collective import require_same
 from pint_fem.errors import InputError
 from pint_fem.evolution.control_layout import ControlLayout, ControlSet
@@ -16,7 +16,7 @@ from pint_fem.evolution.control_layout import ControlLayout, ControlSet
 __all__ = ["require_no_control_as_data", "sum_of_problems"]
 
 
-def require_no_control_as_data(controls: ControlSet, problems: Sequence[ControlProblem]) -> None:
+def require_no_control_as_data(controls: ControlSet, problems: Sequence[SweptProblem]) -> None:
     """Raise ``InputError`` where a control of a sum is a datum of the evolution of one of the problems."""
     for leaf in (leaf for problem in problems for leaf in problem.leaves):
         data = leaf.sweeps.evolution.copies.data
@@ -28,7 +28,7 @@ def require_no_control_as_data(controls: ControlSet, problems: Sequence[ControlP
             )
 
 
-def _flat(weight: float, problem: ControlProblem) -> list[tuple[float, ControlProblem]]:
+def _flat(weight: float, problem: SweptProblem) -> list[tuple[float, SweptProblem]]:
     """The terms of a problem in a sum: of a sum its own terms, whose sweeps can be solved at once with others."""
     plain = type(problem) is ComposedProblem and problem.regularisation is None
     if not plain or not all(type(term.map) is Selection for term in problem.terms):
@@ -36,7 +36,7 @@ def _flat(weight: float, problem: ControlProblem) -> list[tuple[float, ControlPr
     return [found for term in problem.terms for found in _flat(weight * term.weight, term.problem)]
 
 
-def sum_of_problems(terms: Sequence[tuple[float, ControlProblem]]) -> ComposedProblem:
+def sum_of_problems(terms: Sequence[tuple[float, SweptProblem]]) -> ComposedProblem:
     """Return the weighted sum of problems, in which equal controls are shared.
 
     ``InputError`` is raised on every rank if a weight is not finite, or the problems are on different process grids or

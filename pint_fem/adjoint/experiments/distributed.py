@@ -32,9 +32,9 @@ from pint_fem.adjoint.consistency.control_values import ControlConsistency
 from pint_fem.adjoint.consistency.problem_data import require_same_forms
 from pint_fem.adjoint.experiments.regularisation import RegularisationOfAll
 from pint_fem.adjoint.interface import (
-    ControlProblem,
     SweepAccuracy,
     SweepLimits,
+    SweptProblem,
     Term,
     as_vector,
     require_directions,
@@ -76,7 +76,7 @@ class DistributedExperiments(ComposedProblem):
 
     def __init__(
         self,
-        own: ControlProblem,
+        own: SweptProblem,
         evolutions: Sequence[Evolution],
         misfits: Sequence[Sequence[Misfit]],
         regularisation: Sequence[ufl.Form],
@@ -101,7 +101,6 @@ class DistributedExperiments(ComposedProblem):
         super().__init__([Term(1.0, own, Selection(layout, own.layout))], layout, made and made.functional)
         self._own, self._consistency, self._misfit = own, ControlConsistency(layout), 0.0
         self._is_quadratic = all_ranks(comm, super().is_quadratic)
-        self._chooses_accuracy = all_ranks(comm, own.chooses_accuracy)
         limits = spacetime.experiments_comm.allgather(tuple(own.limits))
         self._limits = SweepLimits.of_all([SweepLimits(*found) for found in limits])
 
@@ -155,11 +154,6 @@ class DistributedExperiments(ComposedProblem):
     def is_quadratic(self) -> bool:
         """Whether ``J`` is a quadratic function of the controls, for all experiments."""
         return self._is_quadratic
-
-    @property
-    def chooses_accuracy(self) -> bool:  # type: ignore[override]
-        """Whether solves of all experiments take a tolerance of their own."""
-        return self._chooses_accuracy
 
     @property
     def limits(self) -> SweepLimits:
@@ -341,7 +335,7 @@ class DistributedExperiments(ComposedProblem):
         return list(dict.fromkeys(name for names in groups for name in names))
 
 
-def _common_slab(own: ControlProblem, spacetime: SpaceTime) -> Slab:
+def _common_slab(own: SweptProblem, spacetime: SpaceTime) -> Slab:
     """The slab of the controls with one value per step, the same in all groups; without such controls the own one."""
     slab, comm = own.layout.slab, spacetime.experiments_comm
     found = comm.allgather(slab.bounds if own.evolution.stepwise else None)

@@ -29,7 +29,7 @@ from functools import partial
 
 import numpy as np
 
-from pint_fem.adjoint.interface import ControlProblem
+from pint_fem.adjoint.interface import SweptProblem
 from pint_fem.adjoint.minimisation.objective import Objective
 from pint_fem.adjoint.riesz import ControlInner
 
@@ -46,13 +46,13 @@ class InexactObjective(Objective):
 
     Parameters
     ----------
-    problem : ControlProblem
+    problem : SweptProblem
         Value and derivatives, whose accuracy can be chosen; the ``rtol`` of its sweeps is their smallest tolerance.
     inner : ControlInner
         The inner product.
     """
 
-    def __init__(self, problem: ControlProblem, inner: ControlInner):
+    def __init__(self, problem: SweptProblem, inner: ControlInner):
         super().__init__(problem, inner)
         self.tightest, self._most_cycles = problem.limits.rtol, problem.limits.max_it
         self.loosest = max(_LOOSEST, self.tightest)

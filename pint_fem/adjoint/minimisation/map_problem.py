@@ -246,13 +246,13 @@ class MapFunctional(Minimisable):
 
 
 def trust_region_options(functional: ControlFunctional, given: Mapping) -> dict:
-    """The options of an inversion by sweeps, with those of the user in front: inexact sweeps where their accuracy can
-    be chosen, and a limited-memory preconditioner.
+    """The options of an inversion by sweeps, with those of the user in front: inexact sweeps where these compute
+    residuals, and a limited-memory preconditioner.
     """
     problem = functional.problem
     made: dict = {} if problem.has_variation else {"preconditioner": "limited-memory"}
     if given.get("preconditioner", made.get("preconditioner")) == "limited-memory":
         made["preconditioner_memory"] = 10 if functional.evolution.stepwise else 40
-    if problem.chooses_accuracy and given.get("bounds") is None and problem.limits.has_residuals:
+    if given.get("bounds") is None and problem.limits.has_residuals:
         made["inexact"] = True
     return made | dict(given)

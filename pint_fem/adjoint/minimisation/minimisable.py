@@ -14,6 +14,7 @@ import ufl
 from pyadjoint.tape import stop_annotating
 
 from pint_fem.adjoint.consistency.control_values import ControlConsistency
+from pint_fem.adjoint.interface import SweptProblem
 from pint_fem.adjoint.minimisation.bounds_and_constraints import Controls, bound_arrays, constraint_normals, named_array
 from pint_fem.adjoint.minimisation.checkpoint import open_checkpoint
 from pint_fem.adjoint.minimisation.inexact_objective import InexactObjective
@@ -290,7 +291,7 @@ class Minimisable:
             inexact = InexactOptions(**inexact)
         inexact = InexactOptions() if inexact is True else inexact or None
         if inexact is not None:
-            if not self.problem.chooses_accuracy:
+            if not isinstance(self.problem, SweptProblem):
                 raise InputError("inexact= chooses the accuracy of sweeps, which this functional does without")
             self._require_residuals("inexact=")
         return inexact
