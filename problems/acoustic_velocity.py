@@ -26,10 +26,7 @@ from firedrake import (
     SpatialCoordinate,
     TestFunction,
     TrialFunction,
-    dx,
     exp,
-    grad,
-    inner,
     ln,
 )
 
@@ -59,20 +56,16 @@ from problems.acoustic_setting import (
 )
 from problems.experiments import Coefficient, CoefficientProblem, ExperimentReadings, point_misfits, read_experiments
 from problems.meshfile import locate
+from problems.priors import prior_of
 from problems.readings import require_weights
 
-__all__ = ["ALPHA", "BETA", "DEGREE", "INTEGRATOR", "STEPS", "acoustic_velocity", "prior_of", "speed_of"]
+__all__ = ["ALPHA", "BETA", "DEGREE", "INTEGRATOR", "STEPS", "acoustic_velocity", "speed_of"]
 
 ALPHA = 2e-2
 BETA = 1e-4
 STEPS = 200
 DEGREE = 2
 INTEGRATOR = "ImplicitMidpoint"
-
-
-def prior_of(alpha: float, beta: float):
-    """Return what makes the bilinear form of the regularisation, ``prior(a, b)``."""
-    return lambda a, b: (alpha * inner(grad(a), grad(b)) + beta * a * b) * dx
 
 
 def speed_of(q, x):

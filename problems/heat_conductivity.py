@@ -43,6 +43,7 @@ from problems.heat_conductivity_readings import NOISE, READINGS
 from problems.heat_conductivity_setting import COLUMNS, HEATERS, INCLUSIONS, course, heater, true_log_factor
 from problems.meshfile import locate, read_mesh
 from problems.plate import BOUNDARIES, FINAL_TIME, MESH, REGIONS, boundary_conditions, residual
+from problems.priors import prior_of
 from problems.readings import require_weights
 
 __all__ = [
@@ -53,7 +54,6 @@ __all__ = [
     "SMOOTHING",
     "STEPS",
     "heat_conductivity",
-    "prior_of",
     "variation",
     "weight_of",
 ]
@@ -66,11 +66,6 @@ BETA = 1e-5
 SMOOTHING = 0.1
 STEPS = 128
 LABEL = "log₂(conductivity / that of the metal)"
-
-
-def prior_of(alpha: float, beta: float):
-    """Return what makes the bilinear form of the regularisation, ``prior(a, b)``."""
-    return lambda a, b: (alpha * inner(grad(a), grad(b)) + beta * a * b) * dx
 
 
 def weight_of(regularisation: str, alpha: float | None) -> float:

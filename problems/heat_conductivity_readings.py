@@ -19,16 +19,15 @@ from firedrake import (
     FunctionSpace,
     SpatialCoordinate,
     TestFunction,
-    assemble,
     exp,
-    interpolate,
 )
 from firedrake.mesh import MeshGeometry
 from irksome import RadauIIA, TimeStepper
 
 from problems.experiments import with_noise, write_experiments
 from problems.heat_conductivity_setting import COLUMNS, HEATERS, THERMOCOUPLES, course, heater, true_log_factor
-from problems.meshfile import locate, read_mesh
+from problems.heat_readings import sampled
+from problems.meshfile import read_mesh
 from problems.plate import BOUNDARIES, FINAL_TIME, MESH_FINE, REGIONS, boundary_conditions, residual
 from problems.readings import FACTORISE_ONCE
 
@@ -75,16 +74,12 @@ def simulate(mesh: MeshGeometry, number: int, *, steps: int = STEPS, times: int 
         bcs=boundary_conditions(V),
         solver_parameters=FACTORISE_ONCE,
     )
-    # input_ordering undoes the vertex-only mesh's own numbering of the points
-    sensors = locate(THERMOCOUPLES, mesh)
-    ours, given = FunctionSpace(sensors, "DG", 0), FunctionSpace(sensors.input_ordering, "DG", 0)
-    values = np.empty((times, len(THERMOCOUPLES)))
-    for k in range(times):
-        for _ in range(steps // times):
-            stepper.advance()
-            t.assign(float(t) + FINAL_TIME / steps)
-        values[k] = assemble(interpolate(assemble(interpolate(u, ours)), given)).dat.data_ro
-    return values
+
+    def advance() -> None:
+        stepper.advance()
+        t.assign(float(t) + FINAL_TIME / steps)
+
+    return sampled(u, THERMOCOUPLES, advance, steps=steps, times=times)
 
 
 def write(path: str | Path, values: list[np.ndarray], *, noise: float = NOISE, seed: int = SEED) -> None:

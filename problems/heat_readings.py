@@ -8,6 +8,7 @@ there are 5,120 steps. Takes about three minutes on one core, and runs on one pr
 """
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +37,7 @@ from problems.plate import (
 )
 from problems.readings import COLUMNS, FACTORISE_ONCE
 
-__all__ = ["NOISE", "READINGS", "SEED", "STEPS", "TIMES", "simulate", "write"]
+__all__ = ["NOISE", "READINGS", "SEED", "STEPS", "TIMES", "sampled", "simulate", "write"]
 
 READINGS = Path(__file__).resolve().parent / "heat_readings.csv"
 STEPS = 5120
@@ -78,14 +79,32 @@ def simulate(mesh, steps=STEPS, times=TIMES):
         solver_parameters=FACTORISE_ONCE,
     )
 
+    return sampled(u, SENSORS, stepper.advance, steps=steps, times=times)
+
+
+def sampled(u: Function, points, advance: Callable[[], object], *, steps: int, times: int) -> np.ndarray:
+    """Values of a function at points while it changes.
+
+    Parameters
+    ----------
+    u : Function
+    points : array_like, shape (points, 2)
+    advance : callable
+        Takes a time step.
+    steps, times : int
+        Numbers of steps, a multiple of ``times``, and of evenly spaced times.
+
+    Returns
+    -------
+    numpy.ndarray, shape (times, points)
+    """
     # input_ordering undoes the vertex-only mesh's own numbering of the points
-    at_sensors = locate(SENSORS, mesh)
-    ours = FunctionSpace(at_sensors, "DG", 0)
-    given = FunctionSpace(at_sensors.input_ordering, "DG", 0)
-    values = np.empty((times, len(SENSORS)))
+    places = locate(points, u.function_space().mesh())
+    ours, given = FunctionSpace(places, "DG", 0), FunctionSpace(places.input_ordering, "DG", 0)
+    values = np.empty((times, len(points)))
     for k in range(times):
         for _ in range(steps // times):
-            stepper.advance()
+            advance()
         values[k] = assemble(interpolate(assemble(interpolate(u, ours)), given)).dat.data_ro
     return values
 

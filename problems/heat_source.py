@@ -14,7 +14,7 @@ for all that the sensors do not see.
 from dataclasses import dataclass
 from pathlib import Path
 
-from firedrake import Function, FunctionSpace, SpatialCoordinate, TestFunction, TrialFunction, dx, grad, inner
+from firedrake import Function, FunctionSpace, SpatialCoordinate, TestFunction, TrialFunction
 
 from pint_fem.adjoint import TimeParallelReducedFunctional
 from pint_fem.evolution import Evolution, named_tableau
@@ -23,6 +23,7 @@ from pint_fem.spacetime import SpaceTime
 from problems.heat_readings import NOISE, READINGS
 from problems.meshfile import locate, read_mesh
 from problems.plate import BOUNDARIES, FINAL_TIME, MESH, REGIONS, boundary_conditions, residual, true_source
+from problems.priors import prior_of
 from problems.readings import Readings, misfit_weight, read_readings, require_weights
 
 __all__ = ["HeatSource", "heat_source"]
@@ -110,9 +111,9 @@ def heat_source(
     )
     sensors = PointSensors(data.points, data.times, data.values, weight=misfit_weight(data, noise))
     a = TrialFunction(V)
-    prior = (alpha * inner(grad(a), grad(v)) + beta * a * v) * dx
-    regularisation = 0.5 * (alpha * inner(grad(q), grad(q)) + beta * q * q) * dx
-    given = dict(spacetime=spacetime, solver_parameters=solver_parameters)
-    rf = TimeParallelReducedFunctional(evolution, sensors, regularisation=regularisation, riesz_map=prior, **given)
+    prior = prior_of(alpha, beta)
+    regularisation = 0.5 * prior(q, q)
+    given = dict(spacetime=spacetime, solver_parameters=solver_parameters, riesz_map=prior(a, v))
+    rf = TimeParallelReducedFunctional(evolution, sensors, regularisation=regularisation, **given)
     truth = Function(V, name="true source").interpolate(true_source(SpatialCoordinate(plate)))
     return HeatSource(spacetime, data, evolution, sensors, rf, regularisation, truth)

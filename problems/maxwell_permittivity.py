@@ -41,7 +41,6 @@ from firedrake import (
     conditional,
     dx,
     exp,
-    grad,
     inner,
 )
 from irksome.tableaux.ButcherTableaux import ButcherTableau
@@ -74,6 +73,7 @@ from problems.maxwell_soil import (
     soil_mesh,
     true_controls,
 )
+from problems.priors import prior_of
 from problems.readings import require_weights
 
 __all__ = [
@@ -87,7 +87,6 @@ __all__ = [
     "Soil",
     "evolution_of",
     "maxwell_permittivity",
-    "prior",
 ]
 
 READINGS = Path(__file__).resolve().parent / "maxwell_permittivity_readings.csv"
@@ -178,11 +177,6 @@ def evolution_of(
     )
 
 
-def prior(alpha: float, beta: float):
-    """The bilinear form of a control's regularisation, ``prior(a, b)``."""
-    return lambda a, b: (alpha * inner(grad(a), grad(b)) + beta * inner(a, b)) * dx
-
-
 def maxwell_permittivity(
     spacetime: SpaceTime,
     *,
@@ -255,7 +249,7 @@ def maxwell_permittivity(
     ]
     every = point_misfits(data, noise, [(E, 0)])
     misfits = [every[k] for k in chosen]
-    priors = [prior(alpha, beta), prior(alpha_conductivity, beta)]
+    priors = [prior_of(alpha, beta), prior_of(alpha_conductivity, beta)]
     a, b = TrialFunction(controls[0].function_space()), TestFunction(controls[0].function_space())
     rf = TimeParallelReducedFunctional(
         evolutions,

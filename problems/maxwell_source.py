@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from firedrake import Function, TestFunction, TrialFunction, VectorFunctionSpace, dx, grad, inner
+from firedrake import Function, TestFunction, TrialFunction, VectorFunctionSpace
 
 from pint_fem.adjoint import TimeParallelReducedFunctional
 from pint_fem.capacity import require_memory
@@ -30,6 +30,7 @@ from problems.maxwell import B, E, Medium, perfect_conductor, residual, state_sp
 from problems.maxwell_readings import COLUMNS, NOISE, readings_file
 from problems.maxwell_setting import CELLS, Setting, box_mesh, setting, signal, true_current
 from problems.meshfile import locate
+from problems.priors import prior_of
 from problems.readings import Readings, misfit_weight, read_readings, require_weights
 
 __all__ = ["ALPHA", "BETA", "MaxwellSource", "evolution_of", "maxwell_source"]
@@ -169,7 +170,7 @@ def maxwell_source(
     ]
     current = evolution.control
     a, b = TrialFunction(current.function_space()), TestFunction(current.function_space())
-    prior = lambda v, w: (alpha * inner(grad(v), grad(w)) + beta * inner(v, w)) * dx
+    prior = prior_of(alpha, beta)
     regularisation = 0.5 * prior(current, current)
     rf = TimeParallelReducedFunctional(
         evolution,

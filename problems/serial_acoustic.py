@@ -44,14 +44,13 @@ from problems.acoustic_setting import (
     ground_mesh,
     shot_shape,
 )
-from problems.acoustic_velocity import ALPHA, BETA, DEGREE, INTEGRATOR, STEPS, prior_of, speed_of
+from problems.acoustic_velocity import ALPHA, BETA, DEGREE, INTEGRATOR, STEPS, speed_of
 from problems.experiments import ExperimentReadings, read_experiments
 from problems.meshfile import locate
-from problems.serial_pyadjoint import SerialSource, add_squares, control_with_prior, trajectory
+from problems.priors import prior_of
+from problems.serial_pyadjoint import DIRECT_MIXED, SerialSource, add_squares, control_with_prior, trajectory
 
 __all__ = ["serial_acoustic_velocity"]
-
-_DIRECT = {"mat_type": "aij", "ksp_type": "preonly", "pc_type": "lu", "pc_factor_mat_solver_type": "umfpack"}
 
 
 def serial_acoustic_velocity(
@@ -89,11 +88,8 @@ def serial_acoustic_velocity(
     data = filtered(read_experiments(readings, RECORD_END, COLUMNS, count=len(SHOTS)), band)
     mesh = ground_mesh(cells, comm)
     space, x = state_space(mesh, degree), SpatialCoordinate(mesh)
-    q, prior, weight = (
-        Function(FunctionSpace(mesh, "CG", 1), name="log speed"),
-        prior_of(alpha, beta),
-        data.weight(noise),
-    )
+    q, prior = Function(FunctionSpace(mesh, "CG", 1), name="log speed"), prior_of(alpha, beta)
+    weight = data.weight(noise)
     inside, wall = dx(degree=2 * degree + 1), ds(WALLS, degree=2 * degree + 1)
     fields = lambda w: (w[0], as_vector((w[1], w[2])))  # also of a sum of functions, which split() does not take
 
@@ -121,7 +117,7 @@ def serial_acoustic_velocity(
                 integrator=integrator,
                 course=lambda t: float(filtered_pulse(t, band)),
                 constant=False,
-                parameters=_DIRECT,
+                parameters=DIRECT_MIXED,
             )
             sensors = locate(own.points, mesh, own.sensors)
             pressure = dict(observed=lambda u: ufl.split(u)[P])

@@ -16,7 +16,7 @@ from firedrake.adjoint import ReducedFunctional
 
 from pint_fem.propagators.tape import recording
 from problems.experiments import ExperimentReadings, read_experiments
-from problems.heat_conductivity import ALPHA, BETA, STEPS, prior_of, variation, weight_of
+from problems.heat_conductivity import ALPHA, BETA, STEPS, variation, weight_of
 from problems.heat_conductivity_readings import NOISE, READINGS
 from problems.heat_conductivity_setting import COLUMNS, HEATERS, course, heater
 from problems.meshfile import locate, read_mesh
@@ -32,6 +32,7 @@ from problems.plate import (
     RHO_C,
     boundary_conditions,
 )
+from problems.priors import prior_of
 from problems.serial_pyadjoint import SerialSource, add_squares, control_with_prior, trajectory
 
 __all__ = ["serial_heat_conductivity"]

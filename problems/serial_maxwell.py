@@ -26,7 +26,6 @@ from firedrake import (
     curl,
     ds,
     dx,
-    grad,
     inner,
     split,
     sqrt,
@@ -40,12 +39,11 @@ from problems.maxwell_readings import COLUMNS, NOISE, readings_file
 from problems.maxwell_setting import CELLS, box_mesh, setting, signal
 from problems.maxwell_source import ALPHA, BETA, DEGREE
 from problems.meshfile import locate
+from problems.priors import prior_of
 from problems.readings import Readings, read_readings
-from problems.serial_pyadjoint import NODES, SCHEMES, SerialSource, add_squares, control_with_prior
+from problems.serial_pyadjoint import DIRECT_MIXED, NODES, SCHEMES, SerialSource, add_squares, control_with_prior
 
 __all__ = ["serial_maxwell_source"]
-
-_DIRECT = {"mat_type": "aij", "ksp_type": "preonly", "pc_type": "lu", "pc_factor_mat_solver_type": "umfpack"}
 
 
 def serial_maxwell_source(
@@ -74,7 +72,7 @@ def serial_maxwell_source(
     there = 1.0 - np.ma.getmaskarray(data.values)
     sigma = noise * np.abs(np.ma.filled(data.values, 0.0)).max()
     weight = 1 / (sigma**2 * there.sum())
-    prior = lambda a, b: (alpha * inner(grad(a), grad(b)) + beta * inner(a, b)) * dx
+    prior = prior_of(alpha, beta)
     with recording() as tape:
         functional = assemble(0.5 * prior(J, J))
         states = _trajectory(V, medium, given, J, dt=given.final_time / steps, steps=steps, integrator=integrator)
@@ -106,7 +104,7 @@ def _trajectory(V, medium: Medium, given, J: Function, *, dt: float, steps: int,
         equation = LinearVariationalProblem(
             mass(w) + h * stiffness, load - h * s * inner(J, v[0]) * dx, U, bcs=bcs, constant_jacobian=True
         )
-        solvers.append(LinearVariationalSolver(equation, solver_parameters=_DIRECT))
+        solvers.append(LinearVariationalSolver(equation, solver_parameters=DIRECT_MIXED))
         course.append(s)
         c = float(c)
         old, new = split(W) if isinstance(W, Function) else W, split(U)

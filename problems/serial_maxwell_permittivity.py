@@ -44,15 +44,13 @@ from problems.maxwell_permittivity import (
     NOISE,
     OPERATOR_DEGREE,
     READINGS,
-    prior,
 )
 from problems.maxwell_soil import ANTENNAS, BACKGROUND, CELLS, FINAL_TIME, STEPS, current, in_soil, pulse, soil_mesh
 from problems.meshfile import locate
-from problems.serial_pyadjoint import SerialSource, add_squares, control_with_prior, trajectory
+from problems.priors import prior_of
+from problems.serial_pyadjoint import DIRECT_MIXED, SerialSource, add_squares, control_with_prior, trajectory
 
 __all__ = ["serial_maxwell_permittivity"]
-
-_DIRECT = {"mat_type": "aij", "ksp_type": "preonly", "pc_type": "lu", "pc_factor_mat_solver_type": "umfpack"}
 
 
 def serial_maxwell_permittivity(
@@ -74,7 +72,7 @@ def serial_maxwell_permittivity(
     weight, mesh = data.weight(noise), soil_mesh(cells, comm)
     V, x, n = state_space(mesh, degree), SpatialCoordinate(mesh), FacetNormal(mesh)
     controls = [Function(FunctionSpace(mesh, "CG", 1), name=name) for name in ("permittivity", "conductivity")]
-    priors = [prior(alpha, beta), prior(alpha_conductivity, beta)]
+    priors = [prior_of(alpha, beta), prior_of(alpha_conductivity, beta)]
     epsilon, sigma = (
         conditional(in_soil(x), value * exp(control), outside)
         for value, control, outside in zip(BACKGROUND, controls, (1.0, 0.0), strict=True)
@@ -106,7 +104,7 @@ def serial_maxwell_permittivity(
                 integrator=integrator,
                 course=pulse,
                 constant=False,
-                parameters=_DIRECT,
+                parameters=DIRECT_MIXED,
             )
             receivers = locate(own.points, mesh, own.sensors)
             length = dict(steps=steps, final_time=FINAL_TIME)

@@ -73,9 +73,11 @@ from problems.plate import (
     RHO_C,
     boundary_conditions,
 )
+from problems.priors import prior_of
 from problems.readings import Readings, read_readings
 
 __all__ = [
+    "DIRECT_MIXED",
     "NODES",
     "SCHEMES",
     "SQUARE_TIME",
@@ -99,6 +101,8 @@ SCHEMES = {
 #: Time of each stage in its step.
 NODES = {"BackwardEuler": (1.0,), "ImplicitMidpoint": (0.5,), "SDIRK2": (_GAMMA, 1.0)}
 _DIRECT = {"ksp_type": "preonly", "pc_type": "cholesky", "pc_factor_mat_solver_type": "cholmod"}
+#: PETSc options of mixed systems, which Cholesky's method does not factor.
+DIRECT_MIXED = {"mat_type": "aij", "ksp_type": "preonly", "pc_type": "lu", "pc_factor_mat_solver_type": "umfpack"}
 
 #: Time interval of :func:`serial_square`.
 SQUARE_TIME = 0.2
@@ -292,7 +296,7 @@ def serial_heat_source(
     there = 1.0 - np.ma.getmaskarray(data.values)
     sigma = noise * np.abs(np.ma.filled(data.values, 0.0)).max()
     weight = 1 / (sigma**2 * there.sum())
-    prior = lambda a, b: (alpha * inner(grad(a), grad(b)) + beta * a * b) * dx
+    prior = prior_of(alpha, beta)
     with recording() as tape:
         states = trajectory(
             lambda w, v: sum(RHO_C[r] * w * v * dx(r) for r in REGIONS),
