@@ -211,6 +211,62 @@ def test_matrices_of_petsc_on_one_rank_are_taken():
     assert all(np.array_equal(x, y) for x, y in zip(found, expected, strict=True))
 
 
+def test_a_solution_that_is_not_accurate_is_improved(monkeypatch):
+    """Factors with relative errors of 1e-6, as rounding makes them for waves."""
+    parts, _, free = problem()
+    data = right_hand_sides(N, 9, 4)
+    found = systems(SDIRK2(), parts, free)
+    exact = np.concatenate(found.solve_all(range(N), shifts(N), *data), axis=1)
+    solve = found._solve
+    monkeypatch.setattr(found, "_solve", lambda *args: (1 + 1e-6) * solve(*args))
+    assert_solved(found.solve_all(range(N), shifts(N), *data), exact, 1e-11)
+    monkeypatch.setattr(found, "_solve", lambda *args: 1.1 * solve(*args))
+    with pytest.raises(SolverFailure, match="residual"):
+        found.solve_all(range(N), shifts(N), *data)
+
+
+def distributed(X, comm=PETSc.COMM_WORLD):
+    """A matrix whose rows PETSc distributes."""
+    made = PETSc.Mat().createAIJ(X.shape, comm=comm)
+    made.setUp()
+    for i in range(*made.getOwnershipRange()):
+        made.setValues(i, list(range(X.shape[1])), X[i])
+    made.assemble()
+    return made
+
+
+@pytest.mark.parallel([2, 3])
+@pytest.mark.parametrize("name", ["midpoint", "two"])
+def test_distributed_matrices_are_solved_as_dense_ones(name):
+    """Rows of states, of controls and of conditions on several ranks."""
+    parts, R_time, free = problem(4)
+    Phi, Psi = dense(METHODS[name], parts, free)
+    a, b, c = right_hand_sides(N, 9, 4)
+    matrices = [distributed(parts[x]) for x in PARTS]
+    rows, columns = (slice(*X.getOwnershipRange()) for X in (matrices[0], matrices[-1]))
+    found = CoupledSystems(
+        DIRK(METHODS[name]), N, *matrices, dt=DT, R_time=distributed(R_time), free=free[rows], memory=0.0
+    )
+    got = found.solve_all(range(N), shifts(N), a[:, rows], b[:, rows], c[:, columns])
+    x = np.array(list(dense_solutions(Phi, Psi, parts["Q"], parts["R"], R_time, shifts(N), a, b, c)))
+    u, z, lam = np.split(x, [9, 13], axis=1)
+    assert_solved(got, np.concatenate([u[:, rows], z[:, columns], lam[:, rows]], axis=1))
+    assert found.bytes == 0
+
+
+@pytest.mark.parallel(2)
+def test_a_singular_distributed_system_fails_on_every_rank():
+    parts, _, free = problem()
+    parts["F"][:, 1] = 0
+    parts["R"][1] = parts["R"][:, 1] = 0
+    matrices = [distributed(parts[x]) for x in PARTS]
+    rows, columns = (slice(*X.getOwnershipRange()) for X in (matrices[0], matrices[-1]))
+    found = CoupledSystems(DIRK(SDIRK2()), N, *matrices, dt=DT, free=free[rows])
+    a, b, c = right_hand_sides(1, 9, 4)
+    with pytest.raises(SolverFailure, match=r"frequency 1 of 6 steps: .* singular"):
+        found.solve_all(range(1, 2), shifts(N), a[:, rows], b[:, rows], c[:, columns])
+
+
 # -- what is refused ---------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("lanes", [True, False])
 def test_a_singular_system_names_the_frequency_and_what_would_do(lanes, monkeypatch):

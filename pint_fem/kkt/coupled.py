@@ -17,6 +17,7 @@ residual. Distributed matrices are factored by PETSc as their real equivalent
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -265,9 +266,9 @@ class CoupledSystems:
 
     def _solve_one(self, k: int, mu: complex, r: np.ndarray) -> np.ndarray:
         """Solve for one frequency; a factor beyond the memory limit is released afterwards."""
-        factor = self._cached((k,), 1, lambda: self._factor(k, mu))
+        factor = self._cached((k,), 1, lambda: self._named(k, self._system.factor, mu))
         try:
-            return self._system.solve(factor, mu, r, transposed=False)
+            return self._named(k, partial(self._system.solve, factor, mu, r, transposed=False))
         finally:
             if (k,) not in self._factors:
                 self._system.release(factor)
@@ -278,13 +279,13 @@ class CoupledSystems:
             return self._cached((group[0], len(group)), len(group), lambda: self._system.factor_lanes(kernels, shifts))
         except RuntimeError:
             for k, mu in zip(group, shifts, strict=True):
-                self._factor(k, mu)
+                self._named(k, self._system.factor, mu)
             raise
 
-    def _factor(self, k: int, mu: complex) -> tuple[Any, int]:
-        """A factor of one frequency and its bytes."""
+    def _named(self, k: int, work: Callable, *args: Any) -> Any:
+        """The result of some work for a frequency, which a numerical failure names."""
         try:
-            return self._system.factor(mu)
+            return work(*args)
         except Exception as error:
             if is_numerical(error):
                 raise self._singular(k, str(error)) from error
