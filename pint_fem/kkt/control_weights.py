@@ -1,6 +1,6 @@
 r"""The second derivative of the regularisation of controls with one value per step, and solves with it.
 
-It is :math:`R = \Delta t\, R_1` for each step with the matrix :math:`R_1` of a bilinear form for each control, which have
+It is :math:`R = \Delta t\, R_1` for each step with the matrix :math:`R_1` of a bilinear form for each control; there are
 no mixed terms.
 """
 
@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 import ufl
 from firedrake import Function, assemble
+from firedrake.petsc import PETSc
 
 from pint_fem.errors import InputError
 from pint_fem.evolution.evolution import Evolution
@@ -83,9 +84,19 @@ class ControlWeights:
             self._weights.append(_RealWeight(form, space) if is_real(space) else _MatrixWeight(form, name))
 
     @property
-    def matrices(self) -> list:
-        """The assembled matrix of each control for weight 1, a number for a real one."""
-        return [getattr(w, "matrix", None) or w.value for w in self._weights]
+    def matrix(self) -> PETSc.Mat:
+        """The matrix ``R`` of a step, assembled; of controls that are fields."""
+        blocks = [w.matrix for w in self._weights if isinstance(w, _MatrixWeight)]
+        if len(blocks) < len(self._weights):
+            raise InputError("a control is a real number beside one that is a field")
+        if len(blocks) == 1:
+            total = blocks[0].copy()
+        else:
+            count = len(blocks)
+            nest = [[blocks[i] if i == j else None for j in range(count)] for i in range(count)]
+            total = PETSc.Mat().createNest(nest).convert("aij")
+        total.scale(self.dt)
+        return total
 
     def _apply(self, name: str, rows: np.ndarray, weight: float) -> np.ndarray:
         out = np.empty(rows.shape)

@@ -85,6 +85,8 @@ class CoupledSystems:
         If matrices have other shapes than these.
     """
 
+    takes_controls, single, on_lanes = True, False, False
+
     def __init__(
         self,
         dirk: DIRK,

@@ -9,11 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
+from firedrake.petsc import PETSc
 from mpi4py import MPI
 
 from pint_fem.errors import InputError
+from pint_fem.evolution.control_operators import MatrixOperator
+from pint_fem.kernels.arrays import own_size
 from pint_fem.kernels.block_operator import BlockOperator
 from pint_fem.kkt.control_weights import ControlWeights
 from pint_fem.misfits.base import Misfit
@@ -119,12 +123,45 @@ class ControlModel:
         """``(Q_N - Q) u`` of rows ``(k, n)`` (collective over space)."""
         return self._weighted(rows, [last - usual for _, usual, last in self._terms])
 
+    @property
+    def misfit_matrix(self) -> PETSc.Mat:
+        """The matrix ``Q``, assembled."""
+        total = None
+        for operator, usual, _ in self._terms:
+            if usual and total is None:
+                total = operator.matrix.copy()
+                total.scale(usual)
+            elif usual:
+                total.axpy(usual, operator.matrix, structure=PETSc.Mat.Structure.DIFFERENT_NONZERO_PATTERN)
+        if total is None:
+            raise InputError("no misfit acts at points before the last one")
+        return total
+
+    @property
+    def control_matrix(self) -> PETSc.Mat:
+        """The matrix ``F`` from the controls of a step to loads."""
+        blocks = []
+        evolution = self.propagator.evolution
+        for control, operator in zip(evolution.parameters, evolution.control_operators, strict=True):
+            term = None if operator is None or not operator.terms else operator.terms[0]
+            if not isinstance(term, MatrixOperator):
+                raise InputError(f"the control {control.name()!r} is no field with a load")
+            blocks.append(term.matrix)
+        return blocks[0] if len(blocks) == 1 else PETSc.Mat().createNest([blocks]).convert("aij")
+
     def _weighted(self, rows: np.ndarray, weights: Sequence[float]) -> np.ndarray:
         out, rows = np.zeros(rows.shape), np.ascontiguousarray(rows, float)
         for (operator, *_), weight in zip(self._terms, weights, strict=True):
             if weight:
                 out += weight * operator(rows)
         return out
+
+    @cached_property
+    def fields(self) -> list[slice]:
+        """Places of the fields of a mixed state among the own numbers of a state."""
+        V = self.sweeps.evolution.V
+        ends = np.cumsum([0, *(own_size(sub) for sub in V.subspaces)]) if len(V) > 1 else [0, self.size]
+        return [slice(int(a), int(b)) for a, b in pairwise(ends)]
 
     @cached_property
     def _data(self):
@@ -156,7 +193,9 @@ class ControlModel:
         return np.array(self.propagator.control_forcing(data, z))
 
     def control_gram(self, rows: np.ndarray) -> np.ndarray:
-        """``F R^-1 F^T`` times rows ``(k, n)``, with the operator ``F`` from controls to loads (collective over space)."""
+        """``F R^-1 F^T`` times rows ``(k, n)``, with the operator ``F`` from controls to loads (collective over
+        space).
+        """
         out = np.zeros(rows.shape)
         operators, evolution = self.propagator.evolution.control_operators, self.propagator.evolution
         adjoint = np.zeros((len(rows), self.control_size))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pint_fem.adjoint.problem import ReducedProblem
+from pint_fem.all_at_once.stopping import DivergedError
 from pint_fem.errors import InputError
 from pint_fem.kkt.choice import circulant_kkt
 
@@ -40,6 +41,10 @@ def require_kkt_problem(functional: ControlFunctional) -> ReducedProblem:
 class KKTPreconditioner:
     """The inverse of the Hessian, by solves of the KKT system, on representatives (collective).
 
+    Where GMRES does not converge in the first solve, as for undamped waves with a large weight of the control, the
+    inverse of the regularisation takes the place of that of the Hessian: such Hessians are near it, and conjugate
+    gradients take few steps.
+
     Parameters
     ----------
     functional
@@ -55,6 +60,8 @@ class KKTPreconditioner:
         The systems.
     how : str
         How their frequencies are solved.
+    handed_over : str
+        Why the inverse of the regularisation is used; empty where it is not.
 
     Raises
     ------
@@ -62,22 +69,36 @@ class KKTPreconditioner:
         On every rank, where there is no such system; the message is the reason.
     """
 
-    def __init__(self, functional: ControlFunctional, *, ends: bool = True, **given: float):
+    def __init__(self, functional: ControlFunctional, *, ends: bool = True, **given: Any):
         problem = require_kkt_problem(functional)
-        self._layout, self._ends = problem.layout, ends
+        self._layout, self._ends, self._inner = problem.layout, ends, functional.inner
         controls = problem.layout.evolution.parameters
         forms = [problem.regularisation_hessian(control) for control in controls]
         self.kkt, self.how = circulant_kkt(problem.sweeps, problem.misfits, forms, **given)
-        if not self.kkt.model.is_invariant and ends:
+        if ends and not self.kkt.model.is_invariant:
             raise InputError("the misfits are not the same at all time points")
-        self._inner = functional.inner
+        self.handed_over = ""
 
     def __call__(self, r: np.ndarray) -> np.ndarray:
         """The product of the inverse Hessian with a representative, ``(layout.size,)``."""
-        layout = self._layout
-        rows = self.kkt.solve(c=np.ascontiguousarray(layout.steps(self._inner.dual(r))), ends=self._ends).z
-        out = np.empty(layout.size)
+        c = np.ascontiguousarray(self._layout.steps(self._inner.dual(r)))
+        if not self.handed_over:
+            try:
+                return self._as_vector(self.kkt.solve(c=c, ends=self._ends).z)
+            except DivergedError as error:
+                if self.kkt.solves:
+                    raise
+                self.handed_over = str(error)
+        return self._as_vector(self.kkt.model.weights.solve(c))
+
+    def _as_vector(self, rows: np.ndarray) -> np.ndarray:
+        """The vector of controls ``(layout.size,)`` from those of the own steps, ``(k, nz)``."""
+        layout, out = self._layout, np.empty(self._layout.size)
         parts = self.kkt.model.sweeps.evolution.split_controls(rows)
         for control, part in zip(layout.evolution.parameters, parts, strict=True):
             layout.part(out, control)[...] = part
         return out
+
+    def release(self) -> None:
+        """Free the factors (collective)."""
+        self.kkt.systems.release()
