@@ -70,9 +70,7 @@ def circulant_kkt(
     else:
         _, count = control_count(model)
         if count > MOST_CONTROLS:
-            raise InputError(
-                f"{pencil}, and a step has {count} numbers of controls, more than {MOST_CONTROLS}"
-            )
+            raise InputError(f"{pencil}, and a step has {count} numbers of controls, more than {MOST_CONTROLS}")
         shifted = frequency_systems(propagator, ParaDiagOptions(memory=memory / 1e9), parameters)
         systems = FewControlsSystems(model, shifted, transform.own, transform.mu, single=single)
         how = f"Hessians of {count} controls per frequency"

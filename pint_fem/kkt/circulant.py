@@ -147,7 +147,11 @@ class CirculantKKT:
         SolverFailure
             On every rank, if a system is singular or GMRES does not converge.
         """
-        model, k, forward = self.model, self.model.slab.k, lambda rows: self.transform.forward(rows, single=self._single)
+        model, k, forward = (
+            self.model,
+            self.model.slab.k,
+            lambda rows: self.transform.forward(rows, single=self._single),
+        )
         inside = self.systems.takes_controls and c is not None
         if c is not None and not inside:
             effect = model.control_effect(model.weights.solve(c))
@@ -168,6 +172,10 @@ class CirculantKKT:
         else:
             z = -model.control_effect_transposed(lam)
             z = model.weights.solve(z if c is None else z + c)
+        # nothing depends on the adjoints of boundary values, which systems of a pencil leave out
+        rows = model.propagator.bc_rows
+        if b is not None and not inside and not self.systems.takes_controls:
+            lam[:, rows] = b[:, rows]
         return KKTSolution(u, z, lam, iterations, residual)
 
     @cached_property
@@ -187,7 +195,9 @@ class CirculantKKT:
         own = np.arange(self.transform.own.start, self.transform.own.stop)
         kind = np.complex64 if self._single else complex
         phases = (self.transform.phases(step)[own].astype(kind) for step in (1, self.transform.nsteps))
-        first, last = (np.outer(p, part.astype(kind)) for p, part in zip(phases, (y[: self._n], y[self._n :]), strict=True))
+        first, last = (
+            np.outer(p, part.astype(kind)) for p, part in zip(phases, (y[: self._n], y[self._n :]), strict=True)
+        )
         return first, last
 
     def _from_solution(self, solved: list) -> np.ndarray:

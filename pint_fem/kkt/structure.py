@@ -12,7 +12,6 @@ from firedrake import assemble
 from firedrake.petsc import PETSc
 from mpi4py import MPI
 
-from pint_fem.errors import InputError
 from pint_fem.kernels.factor import is_symmetric
 from pint_fem.kkt.model import ControlModel
 from pint_fem.kkt.partial_fractions import FieldCoefficients
