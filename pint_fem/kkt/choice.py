@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from firedrake import assemble
 
-from pint_fem.errors import InputError
 from pint_fem.kkt.circulant import CirculantKKT, FrequencySystems
 from pint_fem.kkt.commuting import CommutingSystems
 from pint_fem.kkt.control_weights import ControlWeights
-from pint_fem.kkt.coupled import CoupledSystems
+from pint_fem.kkt.coupled_model import coupled_systems
 from pint_fem.kkt.few_controls import MOST_CONTROLS, FewControlsSystems, control_count
 from pint_fem.kkt.model import ControlModel, require_model
 from pint_fem.kkt.partial_fractions import partial_fractions
@@ -70,29 +68,10 @@ def circulant_kkt(
         )  # fmt: skip
         how = f"{systems.poles} shifted systems per frequency"
     elif control_count(model)[1] > MOST_CONTROLS:
-        systems, how = _coupled(model, memory), f"coupled systems, as {pencil}"
+        systems, how = coupled_systems(model, memory=memory), f"coupled systems, as {pencil}"
     else:
         _, count = control_count(model)
         shifted = frequency_systems(propagator, ParaDiagOptions(memory=memory / 1e9), parameters)
         systems = FewControlsSystems(model, shifted, transform.own, transform.mu, single=single)
         how = f"Hessians of {count} controls per frequency"
     return CirculantKKT(model, systems, transform, **given), how
-
-
-def _coupled(model: ControlModel, memory: float) -> CoupledSystems:
-    """The systems of stages, controls and multipliers (collective over space)."""
-    propagator = model.propagator
-    evolution = propagator.evolution
-    for obstacle, what in (
-        (evolution.nullspace, "a nullspace"),
-        (evolution.boundary_controls, "controls on boundaries"),
-    ):
-        if obstacle is not None:
-            raise InputError(f"the evolution has {what} and more than {MOST_CONTROLS} numbers of controls in a step")
-    M, K = (assemble(form, mat_type="aij").petscmat for form in evolution.linear_operators())
-    free = np.ones(model.size, bool)
-    free[propagator.bc_rows] = False
-    return CoupledSystems(
-        propagator.dirk, model.nsteps, M, K, model.control_matrix, model.misfit_matrix, model.weights.matrix,
-        dt=propagator.dt, free=free, memory=memory,
-    )  # fmt: skip

@@ -84,19 +84,9 @@ class ControlWeights:
             self._weights.append(_RealWeight(form, space) if is_real(space) else _MatrixWeight(form, name))
 
     @property
-    def matrix(self) -> PETSc.Mat:
-        """The matrix ``R`` of a step, assembled; of controls that are fields."""
-        blocks = [w.matrix for w in self._weights if isinstance(w, _MatrixWeight)]
-        if len(blocks) < len(self._weights):
-            raise InputError("a control is a real number beside one that is a field")
-        if len(blocks) == 1:
-            total = blocks[0].copy()
-        else:
-            count = len(blocks)
-            nest = [[blocks[i] if i == j else None for j in range(count)] for i in range(count)]
-            total = PETSc.Mat().createNest(nest).convert("aij")
-        total.scale(self.dt)
-        return total
+    def matrices(self) -> list[PETSc.Mat | float]:
+        """The assembled matrix of each control for weight 1, a number for a real one."""
+        return [w.matrix if isinstance(w, _MatrixWeight) else w.value for w in self._weights]
 
     def _apply(self, name: str, rows: np.ndarray, weight: float) -> np.ndarray:
         out = np.empty(rows.shape)

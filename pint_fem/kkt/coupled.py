@@ -31,6 +31,7 @@ from pint_fem.kkt.coupled_matrices import (
     Layout,
     Operator,
     coupled_blocks,
+    distributed,
     own_rows,
     stage_operators,
     stage_weights,
@@ -134,7 +135,7 @@ class CoupledSystems:
             self._parts = [Operator(part) for part in parts]
             self._system = SparseSystem(parts, self._part_weights)
         else:
-            matrices = [self._petsc(part, M.comm) for part in parts]
+            matrices = [distributed(part, self._layout.size, M.comm) for part in parts]
             self._parts = [DistributedOperator(matrix) for matrix in matrices]
             self._system = PETScSystem(matrices, self._part_weights, {}, "kkt_coupled_")
         self._factors: dict[tuple, Any] = {}
@@ -149,16 +150,15 @@ class CoupledSystems:
             self._tau = power(np.sqrt(Q * R) / (F * dt))
             self._sigma = power(np.sqrt(self._tau * M / R))
 
-    def _petsc(self, part: csr_matrix, comm: PETSc.Comm) -> PETSc.Mat:
-        """A part as a distributed matrix."""
-        sizes, kind = (self._layout.size, self._layout.total), PETSc.IntType
-        csr = part.indptr.astype(kind), part.indices.astype(kind), part.data
-        return PETSc.Mat().createAIJ((sizes, sizes), csr=csr, comm=comm)
-
     def _part_weights(self, mu: complex) -> list[complex]:
         """The weights of the parts for a shift."""
         every = [1.0, mu, np.conj(mu), abs(1 - mu) ** 2 * self._time_weight]
         return every[: len(self._parts)]
+
+    @property
+    def on_lanes(self) -> bool:
+        """Whether several frequencies are solved at once."""
+        return self._system.has_lanes
 
     # -- solves --------------------------------------------------------------------------------------------------------
     def solve_all(

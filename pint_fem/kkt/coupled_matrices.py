@@ -1,10 +1,7 @@
 r"""The coupled system of a frequency as a weighted sum of real sparse matrices, for a diagonally implicit method.
 
-With :math:`d_j = U_j - W_j` the stages (:mod:`~pint_fem.propagators.recursion`) begin at :math:`W_i = g_i u_0 +
-\sum_{j<i} G_{ij} U_j`, where :math:`g = (I + \alpha)^{-1} 1` and :math:`G = (I + \alpha)^{-1} \alpha`, and the step
-ends at :math:`u_1 = e_0 u_0 + \sum_j e_j U_j`, with :math:`e_0 = 1 - \beta^T g`, :math:`e^T = \beta^T (I - G)` (stiffly
-accurate: :math:`e_0 = 0`, :math:`e` the last unit vector). The equations of a frequency, :math:`u = \mu \Phi u + \Psi z
-+ a`, are
+The stages (:mod:`~pint_fem.kkt.scheme`) begin at :math:`W_i = g_i u_0 + \sum_{j<i} G_{ij} U_j` and the step ends at
+:math:`e_0 u_0 + \sum_j e_j U_j`. The equations of a frequency, :math:`u = \mu \Phi u + \Psi z + a`, are
 
 .. math::
    S_i U_i - M \Big(\mu g_i u + \sum_{j<i} G_{ij} U_j\Big) - h_i F z = 0 , \qquad
@@ -35,6 +32,7 @@ from petsc4py import PETSc
 from scipy.sparse import csr_matrix, diags_array
 
 from pint_fem.evolution.tableaux import DIRK
+from pint_fem.kkt.scheme import StageCoefficients
 from pint_fem.paradiag.distributed_systems import Product
 from pint_fem.paradiag.panels import real_product
 
@@ -45,6 +43,7 @@ __all__ = [
     "Operator",
     "StageWeights",
     "coupled_blocks",
+    "distributed",
     "own_rows",
     "stage_operators",
     "stage_weights",
@@ -84,16 +83,9 @@ def stage_weights(dirk: DIRK) -> StageWeights:
     dirk
         Coefficients of the method.
     """
-    used = np.flatnonzero(dirk.beta)
-    stages = dirk.stages if dirk.stiffly_accurate else int(used[-1]) + 1
-    alpha, beta = np.tril(dirk.alpha, -1)[:stages, :stages], dirk.beta[:stages]
-    inverse = np.linalg.inv(np.eye(stages) + alpha)
-    g, G = inverse @ np.ones(stages), inverse @ alpha
-    if dirk.stiffly_accurate:
-        e0, e = 0.0, np.eye(stages)[-1]
-    else:
-        e0, e = 1 - float(beta @ g), beta - beta @ G
-    return StageWeights(stages, dirk.diagonal[:stages], g, G, e, e0)
+    found = StageCoefficients.of(dirk)
+    s = int(np.flatnonzero(found.e)[-1]) + 1
+    return StageWeights(s, dirk.diagonal[:s], found.w0[:s], found.w[:s, :s], found.e[:s], found.e0)
 
 
 class Operator:
@@ -150,6 +142,12 @@ class DistributedOperator(Operator):
         for source, target in zip(np.reshape(r, (len(r), own)), out, strict=True):
             target[:] = self._product(source, transposed=transposed)
         return out
+
+
+def distributed(X: csr_matrix, columns: int, comm: PETSc.Comm) -> PETSc.Mat:
+    """The matrix of which ``X`` are the own rows, and a number of columns the own ones (collective)."""
+    csr = X.indptr.astype(PETSc.IntType), X.indices.astype(PETSc.IntType), X.data
+    return PETSc.Mat().createAIJ(((X.shape[0], None), (columns, X.shape[1])), csr=csr, comm=comm)
 
 
 def own_rows(X: PETSc.Mat) -> csr_matrix:
@@ -220,14 +218,19 @@ class Layout:
         first = self._offset[:, rank] - begin[rank]
         self.own = [slice(int(a), int(a + n)) for a, n in zip(first, counts[:, rank], strict=True)]
 
+    def columns(self, j: int, columns: np.ndarray) -> np.ndarray:
+        """The numbers, among the unknowns of all ranks, of some unknowns of a field."""
+        starts = self._starts[j]
+        owner = np.searchsorted(starts, columns, side="right") - 1
+        return self._offset[j][owner] + columns - starts[owner]
+
     def matrix(self, blocks: Mapping[tuple[int, int], csr_matrix]) -> csr_matrix:
         """Own rows of a matrix of blocks, ``(size, total)``."""
         rows, columns, values = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], [np.zeros(0)]
         for (i, j), block in blocks.items():
-            entries, starts = block.tocoo(), self._starts[j]
-            owner = np.searchsorted(starts, entries.col, side="right") - 1
+            entries = block.tocoo()
             rows.append(self.own[i].start + entries.row.astype(np.int64))
-            columns.append(self._offset[j][owner] + entries.col - starts[owner])
+            columns.append(self.columns(j, entries.col))
             values.append(entries.data)
         joined = [np.concatenate(x) for x in (values, rows, columns)]
         return csr_matrix((joined[0], (joined[1], joined[2])), shape=(self.size, self.total))

@@ -16,7 +16,6 @@ from firedrake.petsc import PETSc
 from mpi4py import MPI
 
 from pint_fem.errors import InputError
-from pint_fem.evolution.control_operators import MatrixOperator
 from pint_fem.kernels.arrays import own_size
 from pint_fem.kernels.block_operator import BlockOperator
 from pint_fem.kkt.control_weights import ControlWeights
@@ -109,6 +108,11 @@ class ControlModel:
         self.spacetime.time_comm.Allreduce(out, total, op=MPI.SUM)
         return total
 
+    @property
+    def misfit_matrices(self) -> list[tuple[PETSc.Mat, float]]:
+        """The matrices of the misfits, and their weights at most points."""
+        return [(operator.matrix, usual) for operator, usual, _ in self._terms]
+
     # -- the operators -------------------------------------------------------------------------------------------------
     def misfit(self, rows: np.ndarray) -> np.ndarray:
         """``Q u`` of rows ``(k, n)`` (collective over space)."""
@@ -122,32 +126,6 @@ class ControlModel:
     def end_difference(self, rows: np.ndarray) -> np.ndarray:
         """``(Q_N - Q) u`` of rows ``(k, n)`` (collective over space)."""
         return self._weighted(rows, [last - usual for _, usual, last in self._terms])
-
-    @property
-    def misfit_matrix(self) -> PETSc.Mat:
-        """The matrix ``Q``, assembled."""
-        total = None
-        for operator, usual, _ in self._terms:
-            if usual and total is None:
-                total = operator.matrix.copy()
-                total.scale(usual)
-            elif usual:
-                total.axpy(usual, operator.matrix, structure=PETSc.Mat.Structure.DIFFERENT_NONZERO_PATTERN)
-        if total is None:
-            raise InputError("no misfit acts at points before the last one")
-        return total
-
-    @property
-    def control_matrix(self) -> PETSc.Mat:
-        """The matrix ``F`` from the controls of a step to loads."""
-        blocks = []
-        evolution = self.propagator.evolution
-        for control, operator in zip(evolution.parameters, evolution.control_operators, strict=True):
-            term = None if operator is None or not operator.terms else operator.terms[0]
-            if not isinstance(term, MatrixOperator):
-                raise InputError(f"the control {control.name()!r} is no field with a load")
-            blocks.append(term.matrix)
-        return blocks[0] if len(blocks) == 1 else PETSc.Mat().createNest([blocks]).convert("aij")
 
     def _weighted(self, rows: np.ndarray, weights: Sequence[float]) -> np.ndarray:
         out, rows = np.zeros(rows.shape), np.ascontiguousarray(rows, float)
