@@ -191,7 +191,7 @@ class CirculantKKT:
         solve, own = self.systems.solve_all, self.transform.own
         return list(collectively(self.model.spacetime.comm, "KKT systems", solve, own, self.transform.mu, a, b, c))
 
-    # -- the ends of time ------------------------------------------------------------------------------------------------
+    # -- the ends of time ----------------------------------------------------------------------------------------------
     def _at_ends(self, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Right-hand sides ``a, b`` of the own frequencies that belong to ``E y``."""
         own = np.arange(self.transform.own.start, self.transform.own.stop)

@@ -1,7 +1,7 @@
 r"""The second derivative of the regularisation of controls with one value per step, and solves with it.
 
-It is :math:`R = \Delta t\, R_1` for each step with the matrix :math:`R_1` of a bilinear form for each control; there are
-no mixed terms.
+It is :math:`R = \Delta t\, R_1` for each step with the matrix :math:`R_1` of a bilinear form for each control, without
+mixed terms.
 """
 
 from __future__ import annotations

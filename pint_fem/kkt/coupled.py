@@ -86,7 +86,7 @@ class CoupledSystems:
         If matrices have other shapes than these.
     """
 
-    takes_controls, single, on_lanes = True, False, False
+    takes_controls, single = True, False
 
     def __init__(
         self,
