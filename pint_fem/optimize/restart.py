@@ -149,8 +149,15 @@ def save(checkpoint: Checkpoint, state: RunState, oracle: ExactOracle, kind: str
     checkpoint.save(scalars, vectors)
 
 
-def restore(checkpoint: Checkpoint, x0: np.ndarray, oracle: ExactOracle, kind: str) -> RunState | None:
-    """The last state of the checkpoint, if it has any; the counts of calls and the state of the oracle are set.
+def restore(
+    checkpoint: Checkpoint,
+    x0: np.ndarray,
+    oracle: ExactOracle,
+    kind: str,
+    record: type[IterationRecord] = IterationRecord,
+) -> RunState | None:
+    """The last state of the checkpoint, if it has any, with a history of records of the given class; the counts of
+    calls and the state of the oracle are set.
 
     Raises
     ------
@@ -176,7 +183,7 @@ def restore(checkpoint: Checkpoint, x0: np.ndarray, oracle: ExactOracle, kind: s
         read(scalars["first_norm"]),
         read(scalars["forcing"]),
         read(scalars["radius"]),
-        read_history(scalars["history"], IterationRecord, cg_stop=CGStop),
+        read_history(scalars["history"], record, cg_stop=CGStop),
         [(vectors[f"direction_{i}"], vectors[f"product_{i}"]) for i in range(scalars["pairs"])],
         None if scalars["reason"] is None else StopReason(scalars["reason"]),
     )

@@ -56,7 +56,7 @@ from pint_fem.optimize.records import TrustRegionResult
 from pint_fem.optimize.trust_region.iteration import NewtonOptions, TrustRegionRun
 from pint_fem.optimize.trust_region.projected_step import Box, ProjectedSteps
 
-__all__ = ["minimize_bounded"]
+__all__ = ["checked_box", "minimize_bounded"]
 
 # Round-off of a product of two vectors without a common component, relative to their lengths: none if it is diagonal.
 _DIAGONAL_RTOL = 1e-14
@@ -118,7 +118,7 @@ def minimize_bounded(
     """
     given = NewtonOptions(**options)
     x0 = np.array(x0, dtype=np.float64)
-    box = _box(problem, x0, lower, upper)
+    box = checked_box(problem, x0, lower, upper)
     oracle = _BoxOracle(problem, box, given.hessian)
     run = TrustRegionRun(oracle, given, x0, _KIND)
     first = x0 if run.state is None else run.state.iterate.x
@@ -154,8 +154,8 @@ class _BoxOracle(ExactOracle):
         return Gradient(g, math.sqrt(self.inner(projected, projected)))
 
 
-def _box(problem: GuardedProblem, x: np.ndarray, lower: np.ndarray | None, upper: np.ndarray | None) -> Box:
-    """The bounds as arrays of the shape of x.
+def checked_box(problem: GuardedProblem, x: np.ndarray, lower: np.ndarray | float, upper: np.ndarray | float) -> Box:
+    """The bounds as arrays of the shape of x, after a check that the inner product is diagonal (collective).
 
     Raises
     ------
