@@ -13,13 +13,13 @@ import numpy as np
 
 from pint_fem.optimize.active_set.records import ActiveSetRecord, active_set_header
 from pint_fem.optimize.active_set.reduced_system import newton_step
-from pint_fem.optimize.active_set.sets import LOWER, UPPER, ZERO
+from pint_fem.optimize.active_set.sets import LOWER, UPPER, ZERO, ActiveSets
 from pint_fem.optimize.active_set.steps import ActiveSetStep, ActiveSetSteps, NonsmoothOracle
 from pint_fem.optimize.oracle import Iterate
 from pint_fem.optimize.preconditioners import merged_pairs
 from pint_fem.optimize.records import CGStop, StopReason, TrustRegionResult
 from pint_fem.optimize.restart import RunState
-from pint_fem.optimize.trust_region.acceptance import Step
+from pint_fem.optimize.trust_region.acceptance import UNLIMITED, Step
 from pint_fem.optimize.trust_region.forcing import first_forcing_term
 from pint_fem.optimize.trust_region.iteration import NewtonOptions, TrustRegionRun
 
@@ -57,6 +57,7 @@ class ActiveSetRun(TrustRegionRun):
     record_type = ActiveSetRecord
 
     def __init__(self, oracle: NonsmoothOracle, options: NewtonOptions, x0: np.ndarray, kind: str):
+        self._one_factor = not math.isnan(oracle.c)  # before a factor is restored
         super().__init__(oracle, options, x0, kind)
         self.nonsmooth = oracle
 
@@ -79,11 +80,17 @@ class ActiveSetRun(TrustRegionRun):
         if self.state is None:
             oracle.is_pure = quadratic
             oracle.set_final_norm(o.gtol_abs)
-            iterate, radius = oracle.first_iterate(start), None if o.initial_radius is None else float(o.initial_radius)
+            radius = None if o.initial_radius is None else float(o.initial_radius)
+            if quadratic and radius is None:  # the model is J itself: a bound would only cut steps short
+                radius = min(UNLIMITED, float(o.max_radius))
+            iterate = oracle.first_iterate(start)
             self.state = RunState(iterate, iterate.gradient.norm, first_forcing_term(forcing), radius)
             if math.isnan(oracle.c):
                 oracle.c = self._step_of_steepest_descent(iterate)
-            self._record(math.nan, math.nan, True, ActiveSetStep(start, sets=self._sets_at(iterate)))
+            sets = self._sets_at(iterate)
+            if quadratic:
+                self.state.further["sets"] = sets.labels.astype(np.float64)
+            self._record(math.nan, math.nan, True, ActiveSetStep(start, sets=sets))
         elif oracle.is_pure and self.state.pairs and self.learns:
             self.preconditioner.update(self.state.pairs)
         if oracle.is_pure:
@@ -102,7 +109,7 @@ class ActiveSetRun(TrustRegionRun):
             preconditioner=self.preconditioner, iteration=iteration, keep_pairs=self.learns,
         )  # fmt: skip
 
-    def _sets_at(self, iterate: Iterate):
+    def _sets_at(self, iterate: Iterate) -> ActiveSets:
         return self.nonsmooth.part.sets(iterate.x, iterate.gradient.vector, self.nonsmooth.c)
 
     def _step_of_steepest_descent(self, iterate: Iterate) -> float:
@@ -140,6 +147,7 @@ class ActiveSetRun(TrustRegionRun):
             self._move_within()
         if reason is None:
             oracle.is_pure = False
+            del state.further["sets"]
             if o.monitor is not None:
                 o.monitor(f"{why}: from here on steps of a trust region")
         return reason
@@ -147,7 +155,7 @@ class ActiveSetRun(TrustRegionRun):
     def _primal_dual_step(self, iteration: int, tolerance: float) -> str:
         """One step; why none was possible, or an empty text."""
         o, oracle, state = self.options, self.nonsmooth, cast(RunState, self.state)
-        iterate, sets = state.iterate, self._sets_at(state.iterate)
+        iterate, sets = state.iterate, oracle.part.with_labels(state.further["sets"].astype(np.int8))
         z, g, norm = iterate.x, iterate.gradient.vector, iterate.gradient.norm
         oracle.prepare(z)
         found = newton_step(
@@ -166,6 +174,10 @@ class ActiveSetRun(TrustRegionRun):
         noise = o.value_rtol * max(abs(value.value), abs(iterate.value.value))
         ratio = (iterate.value.value - value.value) / predicted if abs(predicted) > noise else 1.0
         state.iterate = Iterate(trial, value, gradient)
+        following = self._sets_at(state.iterate)
+        if not self._one_factor:
+            following = oracle.part.next_sets(sets, trial, gradient.vector, oracle.c)
+        state.further["sets"] = following.labels.astype(np.float64)
         if found.pairs:
             state.pairs = merged_pairs(state.pairs, found.pairs, o.preconditioner_memory)
             self.preconditioner.update(state.pairs)
@@ -187,6 +199,7 @@ class ActiveSetRun(TrustRegionRun):
         oracle, state = self.nonsmooth, cast(RunState, self.state)
         x = oracle.part.box.project(state.iterate.x)
         state.iterate = oracle.first_iterate(x)
+        state.further["sets"] = self._sets_at(state.iterate).labels.astype(np.float64)
         norm, value = state.iterate.gradient.norm, state.iterate.value.value
         state.history[-1] = replace(state.history[-1], value=value, gradient_norm=norm)
 
@@ -213,7 +226,8 @@ class ActiveSetRun(TrustRegionRun):
         sets = cast(ActiveSetStep, step).sets
         if sets is None:
             return {}
-        labels, after = sets.labels, self._sets_at(state.iterate).labels
+        labels, after = sets.labels, state.further.get("sets")
+        after = self._sets_at(state.iterate).labels if after is None else after
         owned = getattr(problem, "owned", np.ones(labels.shape, dtype=bool))
         kinds = (labels == LOWER, labels == UPPER, labels == ZERO, ~sets.held, labels != after)
         own = np.array([np.count_nonzero(kind & owned) for kind in kinds])

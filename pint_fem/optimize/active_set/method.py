@@ -47,7 +47,7 @@ from typing import Any, cast
 import numpy as np
 
 from pint_fem.collective import collectively
-from pint_fem.errors import InputTypeError
+from pint_fem.errors import InputError, InputTypeError
 from pint_fem.optimize.active_set.iteration import ActiveSetRun
 from pint_fem.optimize.active_set.sets import NonsmoothPart
 from pint_fem.optimize.active_set.steps import NonsmoothOracle
@@ -59,7 +59,7 @@ from pint_fem.optimize.records import TrustRegionResult
 from pint_fem.optimize.trust_region.bounded import checked_box
 from pint_fem.optimize.trust_region.iteration import NewtonOptions
 
-__all__ = ["minimize_active_set"]
+__all__ = ["checked_factors", "minimize_active_set"]
 
 _KIND = "active sets 1"
 
@@ -97,13 +97,14 @@ def minimize_active_set(
         Whether J is a quadratic function, so that the run begins without a trust region; then J has to be defined out
         of the bounds.
     prox_step : float, optional
-        The factor c > 0 in the definition of the sets, which matters at the first guess mainly. By default the step
-        from there to the minimiser of the model along the least subgradient, one Hessian action.
+        The factor c > 0 in the definition of the sets, for all components. By default the factor at the first guess is
+        the step from there to the minimiser of the model along the least subgradient, one Hessian action, and later
+        free components of a quadratic J have an infinite one, for which the sets settle more often.
     **options
         The options of :func:`~pint_fem.optimize.trust_region.newton_cg.minimize_trust_region` except `cg_forcing` and
         `inexact`. The least subgradient pg of F within the bounds stands for the gradient. `cg_rtol`, the residual of
         conjugate gradients relative to ``|pg|``, is by default 0.01 for a quadratic J and ``min(0.5, sqrt(|pg| / |pg at
-        the start|))`` for others.
+        the start|))`` for others, and in a trust region, whose first radius is unlimited for a quadratic J.
 
     Returns
     -------
@@ -128,7 +129,7 @@ def minimize_active_set(
     x0 = np.array(x0, dtype=np.float64)
     guarded = cast(GuardedProblem, problem)  # by the decorator
     box = checked_box(guarded, x0, lower, upper)
-    part = NonsmoothPart(box, _factors(guarded, x0, l1), guarded.inner)
+    part = NonsmoothPart(box, checked_factors(guarded, x0, l1), guarded.inner)
     oracle = NonsmoothOracle(guarded, part, given.hessian, math.nan if prox_step is None else float(prox_step))
     run = ActiveSetRun(oracle, given, x0, _KIND)
     if run.state is not None:
@@ -142,23 +143,23 @@ def minimize_active_set(
     return run.run(start, quadratic=quadratic)
 
 
-def _factors(problem: GuardedProblem, x: np.ndarray, l1: np.ndarray | float) -> np.ndarray:
-    """The factors of the absolute value as an array of the shape of x.
+def checked_factors(problem: GuardedProblem, x: np.ndarray, l1: np.ndarray | float) -> np.ndarray:
+    """The factors of the absolute value as an array of the shape of x (collective).
 
     Raises
     ------
-    ValueError
+    InputError
         On all processes: factors of another shape or type, negative or not finite.
     """
     collectively(problem.comm, "", _check_type, l1)
     factors = np.asarray(l1, dtype=np.float64)
     if problem.holds_anywhere(x, factors.shape not in ((), x.shape)):
-        raise ValueError(f"l1 of shape {factors.shape}: give a number or an array of the shape of x0, {x.shape}")
+        raise InputError(f"l1 of shape {factors.shape}: give a number or an array of the shape of x0, {x.shape}")
     factors = np.array(np.broadcast_to(factors, x.shape))
     wrong = ~((factors >= 0) & (factors < math.inf))  # nan among them
     if problem.holds_anywhere(x, bool(wrong.any())):
         first = f", first {factors[wrong][0]}" if wrong.any() else ""
-        raise ValueError(
+        raise InputError(
             f"l1 is negative or not finite in {wrong.sum()} components of this process{first}: give numbers >= 0"
         )
     return factors

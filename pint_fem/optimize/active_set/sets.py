@@ -4,7 +4,8 @@ With the diagonal inner product :math:`(a, b) = \sum_i w_i a_i b_i` and numbers 
 
 .. math:: F(z) = J(z) + \sum_i w_i \beta_i |z_i|, \qquad l \le z \le u,
 
-and let :math:`g` be the Riesz representative of :math:`J'(z)`. For any :math:`c > 0` the first-order conditions are
+and let :math:`g` be the Riesz representative of :math:`J'(z)`. For any :math:`c > 0`, which may be another one for each
+component, the first-order conditions are
 
 .. math::
     z_i = \min(\max(S(y_i), l_i), u_i), \qquad y = z - c g, \qquad S(y_i) = \operatorname{sign}(y_i)\max(|y_i| - c
@@ -90,16 +91,34 @@ class NonsmoothPart:
         return self._inner(self.l1, np.abs(z))
 
     def sets(self, z: np.ndarray, g: np.ndarray, c: float) -> ActiveSets:
-        """The sets at z with the gradient g of J."""
+        """The sets at z with the gradient g of J, for one factor c."""
         y = z - c * g
         shrunk = np.sign(y) * np.maximum(np.abs(y) - c * self.l1, 0.0)
-        lower, upper = self.box.lower, self.box.upper
         labels = np.where((y < 0) & (self.l1 > 0), NEGATIVE, POSITIVE).astype(np.int8)
         labels[(shrunk == 0) & (self.l1 > 0)] = ZERO
-        labels[shrunk < lower] = LOWER
-        labels[(shrunk > upper) | self._fixed] = UPPER
+        return self._within_bounds(labels, shrunk)
+
+    def next_sets(self, last: ActiveSets, z: np.ndarray, g: np.ndarray, c: float) -> ActiveSets:
+        """The sets at the end z of the step for the sets `last`, with a factor of its own for each component: c for
+        those that were held, an infinite one for those that were free, for which the step has solved the equation.
+
+        A free component then changes its sign by way of zero, and a held one becomes free before it is held elsewhere.
+        """
+        keeps = (self.l1 == 0) | (last.labels * z > 0)
+        labels = np.where(keeps, last.labels, ZERO).astype(np.int8)
+        after_free = self._within_bounds(labels, np.where(keeps, z, 0.0)).labels
+        return self.with_labels(np.where(last.held, self.sets(z, g, c).labels, after_free))
+
+    def _within_bounds(self, labels: np.ndarray, shrunk: np.ndarray) -> ActiveSets:
+        """The sets of labels without bounds, where components would be at `shrunk`."""
+        labels[shrunk < self.box.lower] = LOWER
+        labels[(shrunk > self.box.upper) | self._fixed] = UPPER
+        return self.with_labels(labels)
+
+    def with_labels(self, labels: np.ndarray) -> ActiveSets:
+        """The sets that are given by their labels."""
         held = (labels == LOWER) | (labels == ZERO) | (labels == UPPER)
-        target = np.where(labels == LOWER, lower, np.where(labels == UPPER, upper, 0.0))
+        target = np.where(labels == LOWER, self.box.lower, np.where(labels == UPPER, self.box.upper, 0.0))
         return ActiveSets(labels, held, target, np.where(held, 0.0, labels * self.l1))
 
     def residual(self, z: np.ndarray, g: np.ndarray, c: float) -> np.ndarray:

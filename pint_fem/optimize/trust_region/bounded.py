@@ -47,6 +47,7 @@ from typing import Any
 import numpy as np
 
 from pint_fem.collective import collectively
+from pint_fem.errors import InputError
 from pint_fem.optimize.argument_checks import check_bounds
 from pint_fem.optimize.guarded_problem import GuardedProblem
 from pint_fem.optimize.oracle import ExactOracle, Gradient, Iterate
@@ -159,14 +160,14 @@ def checked_box(problem: GuardedProblem, x: np.ndarray, lower: np.ndarray | floa
 
     Raises
     ------
-    ValueError
+    InputError
         On all processes: bounds of another shape, a lower bound above the upper one, a product that is not diagonal.
     """
     collectively(problem.comm, "", check_bounds, lower, upper)
     bounds = [np.asarray(bound, dtype=np.float64) for bound in (lower, upper)]
     misshapen = any(bound.shape not in ((), x.shape) for bound in bounds)
     if problem.holds_anywhere(x, misshapen):
-        raise ValueError(
+        raise InputError(
             f"bounds of shapes {bounds[0].shape} and {bounds[1].shape}: give numbers or arrays of the shape of x0, "
             f"{x.shape}"
         )
@@ -174,7 +175,7 @@ def checked_box(problem: GuardedProblem, x: np.ndarray, lower: np.ndarray | floa
     wrong = ~(low <= high) | (low == math.inf) | (high == -math.inf)  # nan among them
     if problem.holds_anywhere(x, wrong.any()):
         first = f", first {low[wrong][0]} and {high[wrong][0]}" if wrong.any() else ""
-        raise ValueError(
+        raise InputError(
             f"lower and upper contain no value for {wrong.sum()} components of this process{first}: "
             "give lower <= upper, -inf and inf where there is no bound"
         )
@@ -182,7 +183,7 @@ def checked_box(problem: GuardedProblem, x: np.ndarray, lower: np.ndarray | floa
     half = np.arange(x.size) % 2 == 0
     product = problem.inner(np.where(half, ones, 0.0), np.where(half, 0.0, ones))
     if abs(product) > _DIAGONAL_RTOL * problem.inner(ones, ones):
-        raise ValueError(
+        raise InputError(
             f"the inner product of two vectors without a common component is {product}: bounds need a diagonal one, "
             "inner(a, b) = sum w_i a_i b_i, with the gradient to it (finite elements: a lumped mass matrix)"
         )
