@@ -54,9 +54,9 @@ class ActiveSetMinimisation:
         """Minimise within bounds, and with L1 norms of controls, by
         :func:`pint_fem.optimize.minimize_active_set` (collective).
 
-        For a quadratic ``J`` it is the primal-dual active-set method, with a trust region where the sets do not settle;
-        for other ``J``, such as those with :class:`~pint_fem.misfits.state_bounds.StateBounds`, it is a semi-smooth
-        Newton method in a trust region.
+        For a quadratic ``J``, also with :class:`~pint_fem.misfits.state_bounds.StateBounds`, it is the primal-dual
+        active-set method, with a trust region where the sets do not settle; for other ``J`` it is a semi-smooth Newton
+        method in a trust region.
 
         Parameters
         ----------
@@ -101,7 +101,8 @@ class ActiveSetMinimisation:
         """Choose options and objective, and run the method."""
         problem, inner = self.problem, self.inner
         options.setdefault("value_rtol", value_rtol(problem))
-        options.setdefault("quadratic", bool(problem.is_quadratic))
+        piecewise = "piecewise" if problem.is_piecewise_quadratic else False
+        options.setdefault("quadratic", True if problem.is_quadratic else piecewise)
         if inner.weights is None:
             inner = ControlInner(self.layout, "lumped")
         lower, upper = (-np.inf, np.inf) if bounds is None else bound_arrays(self, bounds)

@@ -25,8 +25,8 @@ from pint_fem.optimize.trust_region.iteration import NewtonOptions, TrustRegionR
 
 __all__ = ["ActiveSetRun"]
 
-# Residual of conjugate gradients relative to the norm of the subgradient, for quadratic functions.
-_CG_RTOL = 1e-2
+# Residual of conjugate gradients relative to the norm of the subgradient, for quadratic functions and piecewise ones.
+_CG_RTOL = {True: 1e-2, "piecewise": 1e-4}
 
 # Conjugate gradients need not go far below the norm at which the run ends.
 _OF_FINAL_NORM = 0.5
@@ -34,6 +34,9 @@ _OF_FINAL_NORM = 0.5
 # Primal-dual steps after which the trust region takes over, if in none of them fewer components have changed their sets
 # or the norm of the subgradient has been smaller than before.
 _PATIENCE = 3
+
+# Such steps for a piecewise quadratic function, which may change sets of its own.
+_PATIENCE_OF_PIECES = 8
 
 # Norms of two iterates of the primal-dual method that are the same up to round-off.
 _SAME = 1e-9
@@ -61,15 +64,15 @@ class ActiveSetRun(TrustRegionRun):
         super().__init__(oracle, options, x0, kind)
         self.nonsmooth = oracle
 
-    def run(self, start: np.ndarray, *, quadratic: bool) -> TrustRegionResult:
+    def run(self, start: np.ndarray, *, quadratic: bool | str) -> TrustRegionResult:
         """Run from `start`, a point within the bounds, or from the restored state, to the end.
 
         Parameters
         ----------
         start : ndarray, shape (n,)
             First guess.
-        quadratic : bool
-            Whether J is a quadratic function: then the run begins without a trust region.
+        quadratic : bool or "piecewise"
+            Whether J is a quadratic function, or a piecewise one: then the run begins without a trust region.
 
         Returns
         -------
@@ -78,10 +81,10 @@ class ActiveSetRun(TrustRegionRun):
         o, oracle = self.options, self.nonsmooth
         forcing = o.cg_rtol or "superlinear"
         if self.state is None:
-            oracle.is_pure = quadratic
+            oracle.is_pure = bool(quadratic)
             oracle.set_final_norm(o.gtol_abs)
             radius = None if o.initial_radius is None else float(o.initial_radius)
-            if quadratic and radius is None:  # the model is J itself: a bound would only cut steps short
+            if quadratic is True and radius is None:  # the model is J itself: a bound would only cut steps short
                 radius = min(UNLIMITED, float(o.max_radius))
             iterate = oracle.first_iterate(start)
             self.state = RunState(iterate, iterate.gradient.norm, first_forcing_term(forcing), radius)
@@ -94,7 +97,7 @@ class ActiveSetRun(TrustRegionRun):
         elif oracle.is_pure and self.state.pairs and self.learns:
             self.preconditioner.update(self.state.pairs)
         if oracle.is_pure:
-            reason = self._primal_dual(max(o.gtol_abs, o.gtol_rel * self.state.first_norm))
+            reason = self._primal_dual(max(o.gtol_abs, o.gtol_rel * self.state.first_norm), quadratic)
             if reason is not None:
                 return self.state.result(oracle.problem, reason)
         return self.minimise(start, self._steps_at, forcing)
@@ -123,7 +126,7 @@ class ActiveSetRun(TrustRegionRun):
         return c if 0 < c < math.inf else 1.0
 
     # -- without a trust region ----------------------------------------------------------------------------------------
-    def _primal_dual(self, tolerance: float) -> StopReason | None:
+    def _primal_dual(self, tolerance: float, quadratic: bool | str) -> StopReason | None:
         """Steps of the primal-dual method; why the run ended, or None where the trust region has to go on."""
         o, oracle, state = self.options, self.nonsmooth, cast(RunState, self.state)
         if o.monitor is not None:
@@ -133,14 +136,14 @@ class ActiveSetRun(TrustRegionRun):
         for iteration in range(len(state.history), o.max_it + 1):
             if reason is not None or why:
                 break
-            why = self._primal_dual_step(iteration, tolerance)
+            why = self._primal_dual_step(iteration, tolerance, o.cg_rtol or _CG_RTOL[quadratic])
             if why:
                 break
             reason = self._end_within(tolerance)
             stopped = o.callback is not None and o.callback(state.iterate.x.copy(), state.history[-1])
             if reason is None and stopped:
                 reason = StopReason.CALLBACK
-            why = self._recurs()
+            why = self._recurs(pieces=quadratic == "piecewise")
         if reason is None and not why:
             reason = StopReason.MAX_IT
         if not oracle.is_within(state.iterate.x):
@@ -152,14 +155,14 @@ class ActiveSetRun(TrustRegionRun):
                 o.monitor(f"{why}: from here on steps of a trust region")
         return reason
 
-    def _primal_dual_step(self, iteration: int, tolerance: float) -> str:
+    def _primal_dual_step(self, iteration: int, tolerance: float, cg_rtol: float) -> str:
         """One step; why none was possible, or an empty text."""
         o, oracle, state = self.options, self.nonsmooth, cast(RunState, self.state)
         iterate, sets = state.iterate, oracle.part.with_labels(state.further["sets"].astype(np.int8))
         z, g, norm = iterate.x, iterate.gradient.vector, iterate.gradient.norm
         oracle.prepare(z)
         found = newton_step(
-            oracle, z, g, sets, tolerance=max((o.cg_rtol or _CG_RTOL) * norm, _OF_FINAL_NORM * tolerance),
+            oracle, z, g, sets, tolerance=max(cg_rtol * norm, _OF_FINAL_NORM * tolerance),
             max_it=o.cg_max_it, preconditioner=self.preconditioner, iteration=iteration, keep_pairs=self.learns,
         )  # fmt: skip
         if found.stop is CGStop.NEGATIVE_CURVATURE:
@@ -203,20 +206,24 @@ class ActiveSetRun(TrustRegionRun):
         norm, value = state.iterate.gradient.norm, state.iterate.value.value
         state.history[-1] = replace(state.history[-1], value=value, gradient_norm=norm)
 
-    def _recurs(self) -> str:
+    def _recurs(self, *, pieces: bool) -> str:
         """Why the sequence does not converge, or an empty text: an earlier iterate has come again, as the next one
         depends on the sets alone, or the last ones are no better than those before.
         """
         history = [cast(ActiveSetRecord, record) for record in cast(RunState, self.state).history]
         last, norms = history[-1], [record.gradient_norm for record in history]
-        if last.changed and any(
+        if (last.changed or pieces) and any(
             _sizes(record) == _sizes(last) and abs(record.gradient_norm - last.gradient_norm) <= _SAME * norms[-1]
             for record in history[1:-1]
         ):
             return "the active sets recur"
-        changes = [record.changed for record in history[1:]]
-        if len(norms) - 1 - max(int(np.argmin(norms)), 1 + int(np.argmin(changes))) >= _PATIENCE:
-            return f"{_PATIENCE} active-set steps have changed the sets without coming closer to a minimum"
+        if pieces:  # the first guess may violate nothing
+            most, best = _PATIENCE_OF_PIECES, 1 + int(np.argmin(norms[1:]))
+        else:
+            changes = [record.changed for record in history[1:]]
+            most, best = _PATIENCE, max(int(np.argmin(norms)), 1 + int(np.argmin(changes)))
+        if len(norms) - 1 - best >= most:
+            return f"{most} active-set steps have changed the sets without coming closer to a minimum"
         return ""
 
     # -- records -------------------------------------------------------------------------------------------------------

@@ -21,6 +21,11 @@ small, the method may cycle [1]. So where an iterate recurs, or in three steps n
 their sets nor the norm of the subgradient has been smaller than before, or a direction has no curvature, the run goes
 on as for any other J from the point within the bounds next to the iterate.
 
+*Piecewise quadratic J,* such as a quadratic function with a penalty of its positive parts. With a generalised Hessian
+the steps are the same, and those of a primal-dual active-set method for the penalised constraints as well. Iterates
+recur, or do not improve, where the norms of the subgradient do not; for large penalties these are dominated by small
+violations, so that conjugate gradients have to be more accurate, and more steps are granted.
+
 *Other J.* In a trust region of radius :math:`\Delta` about a z within the bounds, the Newton step is shortened to the
 radius and projected on the bounds and on the signs of its free components. It is tried if the model
 :math:`(g, s) + \tfrac12 (s, H s) + \sum w_i \beta_i (|z_i + s_i| - |z_i|)` falls by at least half as much as by the
@@ -72,7 +77,7 @@ def minimize_active_set(
     upper: np.ndarray | float = math.inf,
     l1: np.ndarray | float = 0.0,
     *,
-    quadratic: bool = False,
+    quadratic: bool | str = False,
     prox_step: float | None = None,
     **options: Any,
 ) -> TrustRegionResult:
@@ -93,9 +98,9 @@ def minimize_active_set(
         ``lower <= upper``, infinite where there is no bound; equal where the component is fixed.
     l1 : ndarray, shape (n,), or float
         The factors beta, finite and >= 0, of the sum ``w_i beta_i |z_i|`` that is added to J; 0 for none.
-    quadratic : bool
-        Whether J is a quadratic function, so that the run begins without a trust region; then J has to be defined out
-        of the bounds.
+    quadratic : bool or "piecewise"
+        Whether J is a quadratic function, or consists of quadratic functions with a continuous gradient between them,
+        so that the run begins without a trust region; then J has to be defined out of the bounds.
     prox_step : float, optional
         The factor c > 0 in the definition of the sets, for all components. By default the factor at the first guess is
         the step from there to the minimiser of the model along the least subgradient, one Hessian action, and later
@@ -103,8 +108,9 @@ def minimize_active_set(
     **options
         The options of :func:`~pint_fem.optimize.trust_region.newton_cg.minimize_trust_region` except `cg_forcing` and
         `inexact`. The least subgradient pg of F within the bounds stands for the gradient. `cg_rtol`, the residual of
-        conjugate gradients relative to ``|pg|``, is by default 0.01 for a quadratic J and ``min(0.5, sqrt(|pg| / |pg at
-        the start|))`` for others, and in a trust region, whose first radius is unlimited for a quadratic J.
+        conjugate gradients relative to ``|pg|``, is by default 0.01 for a quadratic J, 1e-4 for a piecewise quadratic
+        one, and ``min(0.5, sqrt(|pg| / |pg at the start|))`` for others and in a trust region. The first radius of that
+        is unlimited for a quadratic J.
 
     Returns
     -------
@@ -122,8 +128,8 @@ def minimize_active_set(
         A FloatingPointError: J at the start, a gradient or a Hessian action is not finite.
     """
     given = NewtonOptions(**options)
-    if not isinstance(quadratic, bool):
-        raise InputTypeError(f"quadratic = {quadratic!r} is refused: give True or False")
+    if not isinstance(quadratic, bool) and quadratic != "piecewise":
+        raise InputTypeError(f"quadratic = {quadratic!r} is refused: give True, False or 'piecewise'")
     if prox_step is not None:
         check("prox_step", prox_step, "a finite number > 0, or None", lambda v: 0 < v < math.inf)
     x0 = np.array(x0, dtype=np.float64)
