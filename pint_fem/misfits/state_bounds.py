@@ -39,6 +39,7 @@ from firedrake.petsc import PETSc
 from mpi4py import MPI
 from pyadjoint.tape import stop_annotating
 from ufl.algorithms import expand_derivatives, extract_coefficients
+from ufl.domain import extract_unique_domain
 
 from pint_fem.errors import InputError
 from pint_fem.evolution.evolution import Evolution
@@ -120,9 +121,13 @@ class StateBounds(BlockMisfit):
 
     def given(self) -> dict:
         """The factor and the expressions, for comparison between ranks."""
-        terms = {"y": self.expression, "lower": self.lower, "upper": self.upper}
-        text = {name: str(e) if isinstance(e, ufl.core.expr.Expr) else e for name, e in terms.items()}
-        return {"gamma": self._users.gamma} | text
+        mesh = extract_unique_domain(self.expression)
+        found: dict[str, object] = {"gamma": self._users.gamma}
+        for name, e in (("y", self.expression), ("lower", self.lower), ("upper", self.upper)):
+            found[name] = e
+            if isinstance(e, ufl.core.expr.Expr):
+                found[name] = None if mesh is None else (e * dx(domain=mesh)).signature()[:16]
+        return found
 
     def has_changed(self) -> bool:
         """Whether ``gamma`` is another number than the one that was read."""
