@@ -38,6 +38,8 @@ class Misfit(ABC):
 
     #: Whether it is a quadratic function of the trajectory.
     quadratic = False
+    #: Whether it consists of quadratic functions of the trajectory with continuous first derivatives between them.
+    piecewise = False
     #: Whether :meth:`hessian` also takes a batch of directions, ``(k + 1, members, n)``, and returns as many products.
     takes_batches = False
     #: Whether :meth:`bind` has been called, that is, whether the misfit belongs to a reduced functional.
