@@ -20,8 +20,8 @@ from pint_fem.optimize.records import StopReason
 class Dense:
     """A problem from functions with first and second derivatives, given as arrays, with weighted inner products.
 
-    ``derivatives(x)`` returns J, J', J'', c, c' and the list of the constraints' second derivatives; ``m`` is the number
-    of states, which are the first entries of x.
+    ``derivatives(x)`` returns J, J', J'', c, c' and the list of the constraints' second derivatives; x has ``m``
+    states and the controls.
     """
 
     def __init__(self, m, derivatives, weight=1.0):

@@ -2,7 +2,8 @@ r"""Predicted reductions of the merit function, its penalty, and the accuracy th
 
 The merit function is the augmented Lagrangian
 :math:`\phi(x, \lambda; \rho) = J(x) + \langle\lambda, c(x)\rangle + \rho\,|c(x)|^2` with the multipliers of the point.
-For a step :math:`s = n + t` and the change :math:`\Delta\lambda` of the multipliers the model predicts the reduction [1]
+For a step :math:`s = n + t` and the change :math:`\Delta\lambda` of the multipliers the model predicts the reduction
+[1]
 
 .. math::
     \mathrm{pred}(\rho) = -\langle L_x, s\rangle - \tfrac12\langle s, H s\rangle

@@ -25,6 +25,7 @@ Control Optim. 36 (1998) 1750-1794.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -45,7 +46,7 @@ def minimize_composite_step(
     *,
     monitor: Callable[[str], object] | None = None,
     callback: Callable[[np.ndarray, CompositeStepRecord], object] | None = None,
-    **options,
+    **options: Any,
 ) -> CompositeStepResult:
     """Minimise J(u, z) subject to c(u, z) = 0 by composite steps.
 
@@ -67,9 +68,9 @@ def minimize_composite_step(
         ``gtol_rel`` (1e-6), ``gtol_abs`` (0): the norm of the reduced gradient at which the run ends, relative to that
         at the first guess, or absolute. ``ctol_rel`` (1e-8), ``ctol_abs`` (0): the norm of the constraint at which it
         ends, relative to that of the state, or absolute; gradient *and* constraint have to be small. ``max_it`` (50):
-        steps to try. ``initial_radius``, ``max_radius``, ``min_radius``, ``eta``, ``cg_max_it``, ``value_rtol``: as for
-        :func:`~pint_fem.optimize.trust_region.newton_cg.minimize_trust_region`. ``use_kkt`` (True): precondition by the
-        problem's KKT solves, if it has any.
+        steps to try. ``initial_radius``, ``max_radius``, ``min_radius``, ``eta``, ``cg_max_it``, ``cg_rtol``,
+        ``value_rtol``: as for :func:`~pint_fem.optimize.trust_region.newton_cg.minimize_trust_region`. ``use_kkt``
+        (True): precondition by the problem's KKT solves, if it has any.
 
     Returns
     -------

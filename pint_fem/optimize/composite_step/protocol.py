@@ -94,7 +94,7 @@ class ConstrainedProblem(Protocol):
         self, u: np.ndarray, z: np.ndarray, lam: np.ndarray, du: np.ndarray, dz: np.ndarray | None
     ) -> tuple[np.ndarray, np.ndarray]:
         """The second derivatives of L in the direction (du, dz), dual arrays; ``du`` is the tangent in the direction
-        ``dz``, or ``dz`` is ``None`` and ``du`` any direction.
+        ``dz``, or ``dz`` is ``None`` and ``du`` any direction. Of the former only products with tangents are used.
         """
 
     def representative(self, dual: np.ndarray) -> np.ndarray:

@@ -59,6 +59,7 @@ class CompositeOptions:
     min_radius: float = 0.0
     eta: float = 1e-4
     cg_max_it: int = 100
+    cg_rtol: float | None = None
     use_kkt: bool = True
     value_rtol: float = 1e-12
     monitor: Callable[[str], object] | None = None
@@ -77,6 +78,8 @@ class CompositeOptions:
             check("initial_radius", self.initial_radius, allowed, lambda v: low < v <= high and v < math.inf)
         check("eta", self.eta, "a number in [0, 0.25)", lambda v: 0 <= v < 0.25)
         check_count("cg_max_it", self.cg_max_it, 1)
+        if self.cg_rtol is not None:
+            check("cg_rtol", self.cg_rtol, "a number in (0, 1), or None", lambda v: 0 < v < 1)
         check("value_rtol", self.value_rtol, "a number in [0, 1)", lambda v: 0 <= v < 1)
         check_callable("monitor", self.monitor)
         check_callable("callback", self.callback)
@@ -200,7 +203,7 @@ class CompositeRun:
     def _new_model(self, iteration: int) -> LocalModel:
         """The model at the iterate, with tolerances that decrease with the gradient."""
         share = min(1.0, self.point.gradient_norm / self._first_norm) if self._first_norm > 0 else 1.0
-        forcing = min(0.5, math.sqrt(share))
+        forcing = min(0.5, math.sqrt(share)) if self.options.cg_rtol is None else self.options.cg_rtol
         return LocalModel(
             self.problem, self.point, tolerance=max(forcing * self.point.gradient_norm, 0.1 * self.tolerance),
             rtol=LOOSE * share, kkt_rtol=min(LOOSE, 0.1 * forcing), cg_max_it=self.options.cg_max_it,

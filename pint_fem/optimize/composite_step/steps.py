@@ -31,6 +31,8 @@ programming problems, SIAM J. Control Optim. 36 (1998) 1750-1794.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -202,7 +204,7 @@ class LocalModel:
             self._path = theta, path
         return self._path[1]
 
-    def _on_path(self, theta: float, take):
+    def _on_path(self, theta: float, take: Callable[[SteihaugPath], Any]) -> Any:
         """What ``take`` returns for the path; without a preconditioner where that breaks down."""
         path = self._path_at(theta)
         if path is None:
