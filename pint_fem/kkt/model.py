@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from functools import cached_property
 
 import numpy as np
+from firedrake.petsc import PETSc
 from mpi4py import MPI
 
 from pint_fem.errors import InputError
@@ -104,6 +105,11 @@ class ControlModel:
         total = np.empty_like(out)
         self.spacetime.time_comm.Allreduce(out, total, op=MPI.SUM)
         return total
+
+    @property
+    def misfit_matrices(self) -> list[tuple[PETSc.Mat, float]]:
+        """The matrices of the misfits, and their weights at most points."""
+        return [(operator.matrix, usual) for operator, usual, _ in self._terms]
 
     # -- the operators -------------------------------------------------------------------------------------------------
     def misfit(self, rows: np.ndarray) -> np.ndarray:
