@@ -18,10 +18,12 @@ from __future__ import annotations
 import numpy as np
 
 from pint_fem.adjoint.evaluation import Evaluation
+from pint_fem.adjoint.newton_kkt.averaged import AveragedKKT
 from pint_fem.adjoint.problem import ReducedProblem
 from pint_fem.adjoint.riesz import ControlInner
 from pint_fem.all_at_once.norms import gather_in_order
 from pint_fem.all_at_once.stopping import SolveResult
+from pint_fem.optimize.composite_step.protocol import KKTReport
 from pint_fem.sweeps.sweeps import Sweeps
 
 __all__ = ["ConstrainedEvolution"]
@@ -36,6 +38,8 @@ class ConstrainedEvolution:
         The functional of one evolution, with trajectories stored at all points.
     inner : ControlInner
         The inner product of the controls.
+    averaged : AveragedKKT, optional
+        Approximate solves of KKT systems.
 
     Attributes
     ----------
@@ -43,11 +47,14 @@ class ConstrainedEvolution:
         The ranks that evaluate collectively.
     """
 
-    def __init__(self, problem: ReducedProblem, inner: ControlInner):
+    def __init__(self, problem: ReducedProblem, inner: ControlInner, averaged: AveragedKKT | None = None):
         self.problem, self.controls = problem, inner
         self.sweeps, self.layout, self.spacetime = problem.sweeps, problem.layout, problem.spacetime
         self.comm = problem.spacetime.comm
         self._last = Evaluation(problem.sweeps)
+        self._averaged, self._averaged_at = averaged, None
+        if averaged is not None:
+            self.kkt_solve = self._kkt_solve
 
     def _at(self, u: np.ndarray, z: np.ndarray, lam: np.ndarray | None = None) -> Evaluation:
         """An evaluation with these trajectories; what was computed from them is kept as long as they are the same."""
@@ -123,6 +130,14 @@ class ConstrainedEvolution:
         if dz is not None and problem.regularisation is not None:
             of_control += problem.regularisation.hessian(z, dz)
         return source.rows, of_control
+
+    def _kkt_solve(self, u: np.ndarray, z: np.ndarray, lam: np.ndarray, rhs: tuple, rtol: float) -> tuple:
+        """The controls of an approximate solution of the KKT system for ``rhs = (None, r, None)``."""
+        if self._averaged_at is not u:
+            self._averaged.move_to(u, z)
+            self._averaged_at = u
+        dz, iterations, residual = self._averaged.solve(self.controls.dual(rhs[1]))
+        return None, dz, None, KKTReport(True, iterations, residual)
 
     # -- inner products ------------------------------------------------------------------------------------------------
     def representative(self, dual: np.ndarray) -> np.ndarray:

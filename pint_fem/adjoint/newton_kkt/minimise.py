@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pint_fem.adjoint.newton_kkt.averaged import AveragedKKT
 from pint_fem.adjoint.newton_kkt.constrained import ConstrainedEvolution
 from pint_fem.adjoint.problem import ReducedProblem
 from pint_fem.errors import InputError, SolverFailure
@@ -37,6 +38,7 @@ class NewtonKKTMinimisable:
         *,
         monitor: Callable[[str], object] | None = None,
         first_state: str = "solved",
+        kkt: str = "auto",
         **options: Any,
     ) -> CompositeStepResult:
         """Minimise over the states of all steps and the controls at once, with the time steps as constraint
@@ -57,6 +59,9 @@ class NewtonKKTMinimisable:
         first_state : {"solved", "initial"}
             The first states: those of the first controls, or the initial condition at all points, which takes no sweep
             and does not satisfy the time steps.
+        kkt : {"auto", "averaged", "none"}
+            Whether conjugate gradients for tangential steps are preconditioned by the KKT system of the evolution with
+            averaged operators (:mod:`~pint_fem.adjoint.newton_kkt.averaged`): ``"auto"`` where there is one.
         **options
             Options of the minimiser, such as ``gtol_rel``, ``gtol_abs``, ``ctol_rel``, ``max_it``, ``callback``.
 
@@ -75,20 +80,22 @@ class NewtonKKTMinimisable:
         SolverFailure
             On every rank, where the states of the first controls cannot be computed.
         """
-        with self._collective_run("newton_kkt", start, (), {"first_state": first_state} | options) as start:
+        with self._collective_run("newton_kkt", start, (), {"first_state": first_state, "kkt": kkt} | options) as start:
             check_choice("first_state", first_state, ("solved", "initial"))
+            check_choice("kkt", kkt, ("auto", "averaged", "none"))
             problem = require_one_evolution(self.problem)
             options.setdefault("value_rtol", 10 * problem.limits.rtol)
             if problem.is_quadratic:  # the model is J itself
                 options.setdefault("initial_radius", min(UNLIMITED, options.get("max_radius", np.inf)))
                 options.setdefault("cg_rtol", min(0.5, max(0.1 * options.get("gtol_rel", 1e-6), 1e-14)))
-            constrained = ConstrainedEvolution(problem, self.inner)
+            averaged, why = _averaged(problem, kkt)
+            constrained = ConstrainedEvolution(problem, self.inner, averaged)
             u = _first_trajectory(problem, start, first_state)
             on_root = self._on_root(monitor)
             result = minimize_composite_step(constrained, u, start, monitor=on_root, **options)
             if result.breakdown:
                 result = _continued(self, result, start, options, on_root)
-        return self._with_control(replace(result, choice=_choice(result)))
+        return self._with_control(replace(result, choice=_choice(result, why)))
 
 
 def require_one_evolution(problem: object) -> ReducedProblem:
@@ -139,8 +146,20 @@ def _continued(
     return continued(first, second, REDUCED)
 
 
-def _choice(result: CompositeStepResult) -> str:
+def _averaged(problem: ReducedProblem, kkt: str) -> tuple[AveragedKKT | None, str]:
+    """The KKT system of averaged operators, and how conjugate gradients are preconditioned (collective)."""
+    if kkt == "none":
+        return None, "conjugate gradients without preconditioner, as kkt='none'"
+    try:
+        return AveragedKKT(problem), "conjugate gradients preconditioned by the KKT system of averaged operators"
+    except InputError as error:  # on all ranks
+        if kkt == "averaged":
+            raise InputError(f"kkt='averaged': {error}; give kkt='auto' or 'none'") from error
+        return None, f"conjugate gradients without preconditioner, as {error}"
+
+
+def _choice(result: CompositeStepResult, why: str) -> str:
     """The methods of the run, and why."""
     if not result.breakdown:
-        return "newton-kkt"
+        return f"newton-kkt: {why}"
     return f"newton-kkt for {result.composite_steps} iterations, then the {result.handed_over}: {result.breakdown}"
