@@ -85,6 +85,10 @@ class ControlModel:
         self.propagator, self.weights = require_model(sweeps), weights
         self.nsteps, self.size = sweeps.evolution.nsteps, sweeps.evolution.state_size
         self.control_size = sweeps.evolution.control_size
+        self._read_misfits(misfits)
+
+    def _read_misfits(self, misfits: Sequence[Misfit]) -> None:
+        """Read the matrices and the weights of the misfits (collective over time)."""
         self._terms: list[tuple[BlockOperator, float, float]] = []  # matrix, weight at most points, and at the last
         self.is_invariant = True
         for misfit in misfits:

@@ -1,4 +1,4 @@
-"""Inverse Hessians of optimal control problems from their KKT systems, for the conjugate gradients of a trust region."""
+"""Inverse Hessians of optimal control problems from their KKT systems, for conjugate gradients of a trust region."""
 
 from __future__ import annotations
 

@@ -20,6 +20,7 @@ from pint_fem.adjoint.minimisation.checkpoint import open_checkpoint
 from pint_fem.adjoint.minimisation.inexact_objective import InexactObjective
 from pint_fem.adjoint.minimisation.objective import Objective
 from pint_fem.adjoint.minimisation.tolerances import raise_tolerance, value_rtol
+from pint_fem.adjoint.newton_kkt.minimise import NewtonKKTMinimisable
 from pint_fem.adjoint.riesz import ControlInner
 from pint_fem.adjoint.total_variation.preconditioner import VariationPreconditioner
 from pint_fem.collective import ending_all_ranks, require_same
@@ -46,7 +47,7 @@ _MODEL_FORCING = 0.02
 _VARIATION_RTOL = 1e-2
 
 
-class Minimisable(ActiveSetMinimisation):
+class Minimisable(ActiveSetMinimisation, NewtonKKTMinimisable):
     """The part of a functional of controls that minimises it; it has ``problem``, ``inner``, ``spacetime``, ``layout``,
     ``evolution``, ``array`` and ``function``.
     """
