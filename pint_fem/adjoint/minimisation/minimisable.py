@@ -18,6 +18,7 @@ from pint_fem.adjoint.minimisation.active_set import ActiveSetMinimisation
 from pint_fem.adjoint.minimisation.bounds_and_constraints import Controls, bound_arrays, constraint_normals, named_array
 from pint_fem.adjoint.minimisation.checkpoint import open_checkpoint
 from pint_fem.adjoint.minimisation.inexact_objective import InexactObjective
+from pint_fem.adjoint.minimisation.kkt_preconditioner import KKTPreconditioner
 from pint_fem.adjoint.minimisation.objective import Objective
 from pint_fem.adjoint.minimisation.tolerances import raise_tolerance, value_rtol
 from pint_fem.adjoint.newton_kkt.minimise import NewtonKKTMinimisable
@@ -87,7 +88,9 @@ class Minimisable(ActiveSetMinimisation, NewtonKKTMinimisable):
             with one value per step a functional is summed over the steps with weight ``dt``.
         preconditioner : str, ufl.Form, list of ufl.Form or callable, optional
             Preconditioner of conjugate gradients: ``"regularisation"`` (the inverse of its second derivative), a
-            bilinear form or a list with one per control, ``"limited-memory"``, or a callable on flat representatives.
+            bilinear form or a list with one per control, ``"limited-memory"``, ``"circulant"`` (the inverse Hessian of
+            the skew-circulant problem, for controls with one value per step, :mod:`pint_fem.kkt`), or a callable on
+            flat representatives.
             With a total variation ``"regularisation"`` is
             :mod:`pint_fem.adjoint.total_variation.preconditioner`, and the default; ``"none"`` is none.
         checkpoint : str or pathlib.Path, optional
@@ -320,12 +323,14 @@ class Minimisable(ActiveSetMinimisation, NewtonKKTMinimisable):
             return None
         if given == "limited-memory" or (callable(given) and not isinstance(given, ufl.Form)):
             return given
+        if isinstance(given, str) and given == "circulant":
+            return KKTPreconditioner(self, ends=False, inner=inner)
         if isinstance(given, str) and given == "regularisation":
             given = [self._second_derivative(control) for control in self.evolution.controls]
         elif isinstance(given, str):
             raise InputError(
-                f"preconditioner {given!r}: give 'regularisation', 'limited-memory', 'none', a bilinear form or a "
-                "callable"
+                f"preconditioner {given!r}: give 'regularisation', 'limited-memory', 'circulant', 'none', a bilinear "
+                "form or a callable"
             )
         prior = ControlInner(self.layout, given)
         return lambda r: prior.primal(inner.dual(r))
