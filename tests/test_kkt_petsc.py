@@ -104,6 +104,28 @@ def test_a_newton_step_on_a_grid_of_space_and_time():
     assert size(after) <= 1e-8 * size(g)
 
 
+class AtSomeSteps(pf.RunningMisfit):
+    """A running misfit at every second step, with three times the weight at the fourth."""
+
+    def weights(self):
+        points = np.arange(self.slab.lo, self.slab.hi + 1)
+        return super().weights() * (points % 2 == 0) * (1 + 2 * (points == 4))
+
+
+def test_misfits_at_some_steps_are_preconditioned_by_the_circulant_system_of_their_mean():
+    problem = alone(misfit=AtSomeSteps)
+    operator, kkt = operator_of(problem), circulant(problem)
+    assert not kkt.model.is_invariant
+    a, b, c = right_hand_sides(problem)
+    exact = dense(problem, a, b, c)
+    parameters = {"ksp_rtol": 1e-10}
+    found = solve_kkt(operator, kkt, a, b, c, solver_parameters=parameters)
+    for got, expected in zip(found[:3], exact, strict=True):
+        assert np.abs(np.ravel(got) - expected).max() <= 1e-8 * np.abs(expected).max()
+    plain = solve_kkt(operator, None, a, b, c, solver_parameters=parameters)
+    assert found.iterations < plain.iterations / 2
+
+
 def test_the_matrix_is_symmetric():
     operator = operator_of(alone())
     matrix = kkt_matrix(operator)
