@@ -13,6 +13,7 @@ __version__ = "0.2.0"
 if TYPE_CHECKING:
     from pint_fem.adjoint import TimeParallelReducedFunctional
     from pint_fem.adjoint.experiments.given import Experiments
+    from pint_fem.adjoint.regularisation_in_time.rate_of_change import RateOfChange
     from pint_fem.adjoint.total_variation.functional import TotalVariation
     from pint_fem.all_at_once.propagator import Propagator
     from pint_fem.all_at_once.stopping import DivergedError, SolveResult
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
 _MODULES = {
     "pint_fem.adjoint": ("TimeParallelReducedFunctional",),
     "pint_fem.adjoint.experiments.given": ("Experiments",),
+    "pint_fem.adjoint.regularisation_in_time.rate_of_change": ("RateOfChange",),
     "pint_fem.adjoint.total_variation.functional": ("TotalVariation",),
     "pint_fem.all_at_once.propagator": ("Propagator",),
     "pint_fem.all_at_once.stopping": ("DivergedError", "SolveResult"),

@@ -329,8 +329,13 @@ class Minimisable:
         return lambda r: prior.primal(inner.dual(r))
 
     def _second_derivative(self, control) -> ufl.Form:
-        """The second derivative of the regularisation by a control, as a bilinear form."""
-        second = self.problem.regularisation_hessian(control)
+        """The second derivative of the regularisation by a control, as a bilinear form; by one with a value per step
+        the diagonal block of a step between two others.
+        """
+        second, rates = self.problem.regularisation_hessian(control), self.problem.rate_hessian(control)
+        if rates is not None:
+            rates = 2 / self.evolution.dt**2 * rates
+            second = rates if second is None else second + rates
         if second is None:
             raise InputError(
                 f"preconditioner 'regularisation': the regularisation is not quadratic in control {control.name()!r}"
