@@ -13,6 +13,7 @@ __version__ = "0.2.0"
 if TYPE_CHECKING:
     from pint_fem.adjoint import TimeParallelReducedFunctional
     from pint_fem.adjoint.experiments.given import Experiments
+    from pint_fem.adjoint.minimisation.low_rank import LowRankPreconditioner
     from pint_fem.adjoint.regularisation_in_time.rate_of_change import RateOfChange
     from pint_fem.adjoint.total_variation.functional import TotalVariation
     from pint_fem.all_at_once.propagator import Propagator
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
 _MODULES = {
     "pint_fem.adjoint": ("TimeParallelReducedFunctional",),
     "pint_fem.adjoint.experiments.given": ("Experiments",),
+    "pint_fem.adjoint.minimisation.low_rank": ("LowRankPreconditioner",),
     "pint_fem.adjoint.regularisation_in_time.rate_of_change": ("RateOfChange",),
     "pint_fem.adjoint.total_variation.functional": ("TotalVariation",),
     "pint_fem.all_at_once.propagator": ("Propagator",),

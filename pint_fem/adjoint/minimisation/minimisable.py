@@ -18,6 +18,7 @@ from pint_fem.adjoint.interface import SweptProblem
 from pint_fem.adjoint.minimisation.bounds_and_constraints import Controls, bound_arrays, constraint_normals, named_array
 from pint_fem.adjoint.minimisation.checkpoint import open_checkpoint
 from pint_fem.adjoint.minimisation.inexact_objective import InexactObjective
+from pint_fem.adjoint.minimisation.low_rank import made_for
 from pint_fem.adjoint.minimisation.objective import Objective
 from pint_fem.adjoint.riesz import ControlInner
 from pint_fem.adjoint.total_variation.preconditioner import VariationPreconditioner
@@ -85,7 +86,8 @@ class Minimisable:
             with one value per step a functional is summed over the steps with weight ``dt``.
         preconditioner : str, ufl.Form, list of ufl.Form or callable, optional
             Preconditioner of conjugate gradients: ``"regularisation"`` (the inverse of its second derivative), a
-            bilinear form or a list with one per control, ``"limited-memory"``, or a callable on flat representatives.
+            bilinear form or a list with one per control, ``"limited-memory"``, or a callable on flat representatives;
+            ``"low-rank"`` or a :class:`~pint_fem.adjoint.minimisation.low_rank.LowRankPreconditioner`.
             With a total variation ``"regularisation"`` is
             :mod:`pint_fem.adjoint.total_variation.preconditioner`, and the default; ``"none"`` is none.
         checkpoint : str or pathlib.Path, optional
@@ -115,7 +117,11 @@ class Minimisable:
         given |= dict(checkpoint=checkpoint, if_save_fails=if_save_fails)
         with self._collective_run("trust_region", start, (), given | options) as start:
             options["monitor"] = self._on_root(monitor)
+            low_rank = made_for(preconditioner)
+            given["preconditioner"] = preconditioner if low_rank is None else low_rank
             result = replace(self._trust_region(start, options, **given), choice=choice)
+            if low_rank is not None:
+                result = replace(result, preconditioner=str(low_rank))
         return self._with_control(result)
 
     def minimize_one_shot(
@@ -250,12 +256,17 @@ class Minimisable:
                 raise InputError("bounds go with exact solves: leave inexact= out")
             if inner.weights is None:
                 inner = ControlInner(self.layout, "lumped")
-        if not (problem.has_variation and isinstance(preconditioner, str) and preconditioner == "regularisation"):
+        low_rank = made_for(preconditioner)
+        if low_rank is not None:
+            options["preconditioner"] = low_rank
+        elif not (problem.has_variation and isinstance(preconditioner, str) and preconditioner == "regularisation"):
             options["preconditioner"] = self._preconditioner(inner, preconditioner)
         run = dict(method="trust region", constraints=constraints)
         if bounds is not None:
             lower, upper = bound_arrays(self, bounds)
             objective = Objective(problem, inner)
+            if low_rank is not None:
+                low_rank.begin(self, objective, inner)
             self._choose_for_variations(objective, inner, preconditioner, options)
             _raise_tolerance(objective, start, checkpoint, options)
             if constraints:
@@ -267,6 +278,8 @@ class Minimisable:
             with open_checkpoint(checkpoint, objective, if_save_fails, **run) as opened:
                 return minimize_bounded(objective, start, lower, upper, checkpoint=opened, **options)
         objective = Objective(problem, inner) if inexact is None else InexactObjective(problem, inner)
+        if low_rank is not None:
+            low_rank.begin(self, objective, inner)
         self._choose_for_variations(objective, inner, preconditioner, options)
         limited, start = self._constrained(objective, start, constraints)
         if inexact is None:
@@ -322,8 +335,8 @@ class Minimisable:
             given = [self._second_derivative(control) for control in self.evolution.controls]
         elif isinstance(given, str):
             raise InputError(
-                f"preconditioner {given!r}: give 'regularisation', 'limited-memory', 'none', a bilinear form or a "
-                "callable"
+                f"preconditioner {given!r}: give 'regularisation', 'limited-memory', 'low-rank', 'none', a bilinear form "
+                "or a callable"
             )
         prior = ControlInner(self.layout, given)
         return lambda r: prior.primal(inner.dual(r))
