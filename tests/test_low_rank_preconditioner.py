@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from firedrake import (
     COMM_SELF,
+    COMM_WORLD,
     Function,
     FunctionSpace,
     SpatialCoordinate,
@@ -101,11 +102,11 @@ def test_other_weights_need_no_product():
 
 
 def test_the_vectors_of_a_similar_pencil_are_a_start():
-    """A change of 1e-4 in the matrix: the start has all but the last block of probing."""
-    A, R, lam, pencil, _ = dense_pencil(n=120, decay=3.0, size=1e4)
+    """A matrix larger by a tenth: one block beside the old vectors suffices."""
+    A, R, _, pencil, _ = dense_pencil(n=120, decay=3.0, size=1e4)
     old = probe(pencil, tolerance=0.3, block=8, most=120)
-    A2, _, _, changed, calls = dense_pencil(n=120, decay=3.0, size=1e4)
-    changed = changed._replace(product=lambda X: calls.append(len(X)) or X @ (1.1 * A))
+    calls = []
+    changed = pencil._replace(product=lambda X: calls.append(len(X)) or X @ (1.1 * A))
     keep = old.vectors[old.eigenvalues > 0.3]
     new = probe(changed, tolerance=0.3, block=8, most=120, start=keep)
     assert new.complete
@@ -126,7 +127,7 @@ def test_a_budget_leaves_the_largest_and_says_so():
 
 
 def test_all_directions_are_exact_and_nothing_is_left():
-    A, R, lam, pencil, calls = dense_pencil(n=12, decay=1.0, size=1e8)
+    A, R, _, pencil, _ = dense_pencil(n=12, decay=1.0, size=1e8)
     found = probe(pencil, tolerance=1e-3, block=8, most=100)
     assert found.complete
     assert found.remainder == 0.0
@@ -136,7 +137,7 @@ def test_all_directions_are_exact_and_nothing_is_left():
 
 
 def test_no_information_is_the_regularisation_alone():
-    A, R, _, pencil, _ = dense_pencil(rank=0)
+    _, R, _, pencil, _ = dense_pencil(rank=0)
     found = probe(pencil, tolerance=0.1, block=5, most=60)
     assert found.complete
     assert found.rank == 0
@@ -253,9 +254,7 @@ def test_a_budget_is_reported():
 @pytest.mark.parametrize("kind", ["gradients", "nothing"])
 def test_a_singular_regularisation_is_shifted(kind):
     """Gradients alone do not see constants, which the misfit does; without a regularisation of 16 values it decides."""
-    forms = {"gradients": lambda q: 1e-4 * inner(grad(q), grad(q)) * dx, "nothing": lambda q: None}[kind]
-    if kind == "nothing":
-        forms = lambda q: []
+    forms = {"gradients": lambda q: 1e-4 * inner(grad(q), grad(q)) * dx, "nothing": lambda q: []}[kind]
     J = inversion(pf.SpaceTime("1x1", comm=COMM_SELF), 0, regularisation=forms, cells=3)
     P = pf.LowRankPreconditioner()
     result = J.minimize_trust_region(gtol_rel=1e-8, preconditioner=P)
@@ -341,6 +340,33 @@ def test_sums_constraints_and_bounds():
                                     cg_max_it=300, preconditioner=kind) for kind in (None, "low-rank")]  # fmt: skip
     assert all(run.converged for run in runs)
     assert abs(runs[1].value - runs[0].value) <= 1e-7 * runs[0].value
+
+
+@pytest.mark.parallel([1, 2])
+def test_experiments_on_groups_of_ranks():
+    """Two experiments that share the source, each on a rank of its own where there are two."""
+    found = []
+    for grid, comm in ((f"1x1x{COMM_WORLD.size}", COMM_WORLD), ("1x1", COMM_SELF)):
+        st = pf.SpaceTime(grid, comm=comm)
+        mesh = UnitSquareMesh(5, 5, comm=st.space_comm, distribution_parameters=SIMPLE)
+        V = FunctionSpace(mesh, "CG", 1)
+        q, (x, y) = Function(V, name="q"), SpatialCoordinate(mesh)
+        evolutions, misfits = [], []
+        for number in range(2):
+            u, v = Function(V), TestFunction(V)
+            F = Dt(u) * v * dx + dot(grad(u), grad(v)) * dx - 20 * (1 + number * x) * q * v * dx
+            evolutions.append(pf.Evolution(F, u, tableau=pf.BackwardEuler(), dt=0.02, nsteps=5, control=q))
+            misfits.append(pf.RunningMisfit((u - x * y) ** 2 * dx))
+        J = pf.TimeParallelReducedFunctional(
+            evolutions, misfits, regularisation=1e-5 * (q**2 + inner(grad(q), grad(q))) * dx, spacetime=st,
+            solver_parameters=SERIAL,
+        )  # fmt: skip
+        result = J.minimize_trust_region(gtol_rel=1e-8, preconditioner="low-rank")
+        assert result.converged
+        assert steps_of(result) <= 8
+        found.append(result)
+    assert distance(J, found[0].x, minimiser_of_quadratic(J)) < 1e-5
+    assert steps_of(found[0]) == steps_of(found[1])
 
 
 def test_what_has_no_quadratic_regularisation_is_refused():

@@ -34,7 +34,7 @@ from firedrake import Function, TestFunction, TrialFunction, dx, inner
 
 from pint_fem.adjoint.riesz import ControlInner
 from pint_fem.capacity import most_items
-from pint_fem.collective import on_first_rank
+from pint_fem.collective import all_ranks, on_first_rank
 from pint_fem.errors import InputError, InputTypeError
 from pint_fem.evolution.control_layout import ControlLayout
 from pint_fem.optimize.low_rank import LowRankHessian, Pencil, probe
@@ -167,8 +167,9 @@ class LowRankPreconditioner:
         """
         layout = functional.layout
         operator = _RegularisationOperator(functional, self.seed)
-        if self._operator is not None and (
-            operator.layout.size != self._operator.layout.size or operator.size != self._operator.size
+        known = self._operator
+        if known is not None and not all_ranks(
+            layout.spacetime.comm, operator.size == known.size and layout.size == known.layout.size
         ):
             raise InputError(
                 "preconditioner: the LowRankPreconditioner is for other controls: make one for these with "
@@ -275,11 +276,11 @@ class _RegularisationOperator:
 
     def _is_definite(self, product: ControlInner) -> bool:
         """Whether solves are accurate (collective)."""
-        dual = self.noise(0, 1)
-        x = product.primal(dual[0])
-        residual = self._mass.primal(product.dual(x) - dual[0])
-        squares = np.array([self._mass.inner(residual, residual), self._mass.inner(*[self._mass.primal(dual[0])] * 2)])
-        return bool(np.isfinite(squares).all() and squares[0] <= _SOLVED**2 * squares[1] and (dual[0] @ x > -np.inf))
+        dual = self.noise(0, 1)[0]
+        x, y = product.primal(dual), self._mass.primal(dual)
+        residual = self._mass.primal(product.dual(x) - dual)
+        value, square = self.layout.pairing(dual, x), self._mass.inner(residual, residual)
+        return bool(0 < value < np.inf and square <= _SOLVED**2 * self._mass.inner(y, y))
 
     def make_definite(self, misfit: Callable[[np.ndarray], np.ndarray]) -> None:
         """Shift a singular operator, given the products of the misfit's Hessian with vectors ``(k, n)``

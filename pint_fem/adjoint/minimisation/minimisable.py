@@ -335,8 +335,8 @@ class Minimisable:
             given = [self._second_derivative(control) for control in self.evolution.controls]
         elif isinstance(given, str):
             raise InputError(
-                f"preconditioner {given!r}: give 'regularisation', 'limited-memory', 'low-rank', 'none', a bilinear form "
-                "or a callable"
+                f"preconditioner {given!r}: give 'regularisation', 'limited-memory', 'low-rank', 'none', a bilinear "
+                "form or a callable"
             )
         prior = ControlInner(self.layout, given)
         return lambda r: prior.primal(inner.dual(r))
