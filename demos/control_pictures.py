@@ -16,6 +16,7 @@ from matplotlib.patches import Patch
 
 __all__ = ["Course", "Row", "active_runs", "plot_controls", "plot_rows"]
 
+_POWER = plt.get_cmap("YlOrRd")
 LOWER, UPPER = "#4c9be8", "#f2855e"
 """Colours of the active sets."""
 
@@ -139,8 +140,8 @@ def plot_controls(
     (ax,) = axes
     for n, (name, values) in enumerate(tracked.items()):
         ax.plot(edges[1:], values, color=f"C{n}", lw=1.6, label=name)
-    positive = [v[v > 0].min(initial=np.inf) for v in tracked.values()]
-    if max(v.max() for v in tracked.values()) > 50 * min(positive):
+    later = np.concatenate([v[len(v) // 4 :] for v in tracked.values()])
+    if later.max() > 50 * later.min() > 0:
         ax.set_yscale("log")
     ax.set(xlabel="t", ylabel=tracked_quantity, xlim=(edges[0], edges[-1]))
     ax.legend(fontsize=8)
@@ -189,7 +190,8 @@ def plot_rows(
     fig, axes = plt.subplots(len(rows), len(times), figsize=figure, layout="constrained", squeeze=False)
     limits = {scale: _limit([i for row in rows if row.scale == scale for i in row.images]) for scale in _scales(rows)}
     sets, shown = ListedColormap([LOWER, "0.92", UPPER]), {}
-    power = max((float(np.abs(values).max()) for _, values in edges), default=1.0) or 1.0
+    every = np.concatenate([values for _, values in edges]) if edges else np.zeros(1)
+    powers = min(0.0, float(every.min())), max(float(every.max()), 1e-12)
     for row, line in zip(rows, axes, strict=True):
         for n, (ax, image) in enumerate(zip(line, row.images, strict=True)):
             given = dict(origin="lower", extent=extent)
@@ -200,19 +202,21 @@ def plot_rows(
             shown.setdefault(row.scale, (ax.imshow(image, **given), []))[1].append(ax)
             ax.set(xticks=[], yticks=[])
             for ends, values in edges if row.name == "state" else ():
-                colour = plt.get_cmap("inferno_r")(0.85 * max(values[n], 0.0) / power)
-                ax.plot(*ends.T, color=colour, lw=6, solid_capstyle="butt", clip_on=False)
+                colour = _POWER((values[n] - powers[0]) / (powers[1] - powers[0]))
+                ax.plot(*ends.T, color="0.3", lw=6, solid_capstyle="butt")
+                ax.plot(*ends.T, color=colour, lw=4.5, solid_capstyle="butt")
         line[0].set_ylabel(row.name)
     for ax, t in zip(axes[0], times, strict=True):
         ax.set_title(f"t = {t:.2f}", fontsize=10)
     for scale, (image, own) in shown.items():
-        bar = fig.colorbar(image, ax=own, shrink=0.8, label=scale or "active set", pad=0.01, aspect=12 * len(own) / len(times))
+        long = len(own) // len(times)
+        bar = fig.colorbar(image, ax=own, shrink=0.8, label=scale or "active set", pad=0.01, aspect=12 * long)
         if not scale:
             bar.set_ticks([-1, 0, 1], labels=["lower", "free", "upper"])
     if edges:
-        scale = mpl.cm.ScalarMappable(mpl.colors.Normalize(0, power / 0.85), "inferno_r")
-        lines = [line for row, line in zip(rows, axes, strict=True) if row.name == "state"]
-        fig.colorbar(scale, ax=list(np.concatenate(lines)), shrink=0.8, label=edge_quantity, pad=0.01, aspect=12)
+        scale = mpl.cm.ScalarMappable(mpl.colors.Normalize(*powers), _POWER)
+        given = dict(location="bottom", shrink=0.4, aspect=30)
+        fig.colorbar(scale, ax=axes, label=f"{edge_quantity} (bars at the edges)", **given)
     fig.suptitle(title, fontsize=11)
     fig.savefig(path, dpi=100)
     plt.close(fig)

@@ -95,7 +95,8 @@ def report(
         times = ev.time(np.arange(ev.nsteps + 1))
         shown = dict(bounds=problem.bounds, quantity=labels.control, tracked_quantity=labels.tracked)
         plot_controls(out / "control.png", times, found, tracked, **shown)
-        some = wanted[np.unique(np.linspace(0, len(wanted) - 1, COLUMNS).round().astype(int))]
+        first = 0 if _is_drawn(images[0]) else 1
+        some = wanted[np.unique(np.linspace(first, len(wanted) - 1, COLUMNS).round().astype(int))]
         rows = _rows(problem, labels, some, target, free, images, acts)
         # a heater's power at a time is that of the step that ends there, at the beginning that of the first one
         edges = [(e, course.high[np.maximum(some, 1) - 1]) for e, course in zip(labels.edges, found, strict=False)]
@@ -258,19 +259,27 @@ def _target_images(problem: ControlProblem, raster: Raster, wanted: np.ndarray) 
     return out
 
 
+def _is_drawn(image: np.ndarray) -> bool:
+    """Whether an image is not zero everywhere."""
+    return bool(np.nanmax(np.abs(image)) > 0)
+
+
 def _rows(problem: ControlProblem, labels: Labels, some, target, free, images, acts) -> list[Row]:
     """The rows of the picture of states at some points."""
     at = lambda found: [found[int(n)] for n in some]
     rows = [Row("target", at(target), labels.state)] if target else []
-    rows += [Row("without control", at(free), labels.state), Row("state", at(images), labels.state)]
+    rows += [Row("without control", at(free), labels.state)] if any(map(_is_drawn, at(free))) else []
+    rows.append(Row("state", at(images), labels.state))
     if target:
         apart = [a - b for a, b in zip(at(images), at(target), strict=True)]
-        rows.append(Row("state - target", apart, labels.state))
+        rows.append(Row("state - target", apart, "difference"))
     if acts:
         rows.append(Row("control", at(acts), labels.control))
     if acts and problem.bounds is not None:
         low, high = (sign * np.inf if b is None else b for sign, b in zip((-1, 1), problem.bounds, strict=True))
-        near = 1e-3 * (high - low if np.isfinite(high - low) else max(float(np.nanmax(np.abs(i))) for i in acts.values()))
+        near = 1e-3 * (
+            high - low if np.isfinite(high - low) else max(float(np.nanmax(np.abs(i))) for i in acts.values())
+        )
         active = [(image >= high - near).astype(float) - (image <= low + near) for image in at(acts)]
         rows.append(Row("active set", active, ""))
     return rows

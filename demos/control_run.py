@@ -87,7 +87,7 @@ def add_control_options(parser: ProgramParser, defaults: Any, *, out: str, gtol:
     add(
         "--compare-serial",
         action="store_true",
-        help="evaluate the same on a plain serial tape of Firedrake + pyadjoint too, and extrapolate",
+        help="evaluate the same on a plain serial tape of Firedrake + pyadjoint too, and extrapolate (minutes)",
     )
     add_trust_region(parser, gtol=gtol, checkpoints=True, heading="options of the minimisation")
 
@@ -165,7 +165,8 @@ def control(
     result = _minimised(problem, opts, say)
     times["minimisation"] = time.perf_counter() - start
     outputs("trace", problem.rf.problem.sweeps.solvers.write_trace)
-    say(f"{result.reason.value} after {result.iterations} iterations, {times['minimisation']:.1f} s: J {result.value:.9g}")
+    took = f"{result.iterations} iterations, {times['minimisation']:.1f} s"
+    say(f"{result.reason.value} after {took}: J {result.value:.9g}")
     if result.choice:
         say(f"method: {result.choice}")
     summary = summary_of(title, asdict(settings), spacetime, ev.V.dim(), times)

@@ -31,9 +31,10 @@ def main():
     from demos.control_report import Labels
     from problems.heat_control import heat_control, heat_control_forms
 
-    middle = {"left": [(0, 0.25), (0, 0.75)], "bottom": [(0.25, 0), (0.75, 0)], "right": [(1, 0.25), (1, 0.75)]}
-    middle |= {"top": [(0.25, 1), (0.75, 1)]}
-    edges = tuple(np.array(ends, dtype=float) for ends in middle.values())
+    near, far = 0.03, 0.97  # of the sides, on which the pictures end
+    ends = [[(near, 0.25), (near, 0.75)], [(0.25, near), (0.75, near)], [(far, 0.25), (far, 0.75)]]
+    ends.append([(0.25, far), (0.75, far)])
+    edges = tuple(map(np.array, ends))  # in the order of HEATERS
     labels = Labels("temperature rise", "power", "1/2 ∫ (u - target)² dx", edges)
     given = dict(pose=heat_control, forms=heat_control_forms, labels=labels)
     control("heat control", opts, settings_of(HeatControl, opts), **given)

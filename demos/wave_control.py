@@ -1,7 +1,7 @@
 """Bring a membrane to rest by a force, all time steps at once.
 
     mpiexec -n 2 python demos/wave_control.py                                (the time ranks share the steps)
-    python demos/wave_control.py --region strip --regularisation 1e-3        (the force acts on a strip at the left edge)
+    python demos/wave_control.py --region strip --regularisation 1e-3        (the force acts on a strip at the left)
     python demos/wave_control.py --bounds=-1,1                               (a force that is limited)
     python demos/wave_control.py --compare-serial                            (beside plain Firedrake + pyadjoint)
 

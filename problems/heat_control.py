@@ -45,9 +45,9 @@ from problems.control import Bounds, ControlForms, ControlProblem, checked_bound
 
 __all__ = ["HEATERS", "HeatControl", "heat_control", "heat_control_forms", "target"]
 
-KAPPA = 0.1
-"""Conductivity: heat gets sqrt(KAPPA / LOSS) = 0.22 into the plate before it is lost."""
-LOSS = 2.0
+KAPPA = 0.15
+"""Conductivity: heat gets sqrt(KAPPA / LOSS) = 0.32 into the plate before it is lost."""
+LOSS = 1.5
 """Rate at which the plate loses heat to the surroundings."""
 FINAL_TIME = 3.0
 HEATERS = {"left": 1, "bottom": 3, "right": 2, "top": 4}
@@ -101,9 +101,9 @@ def target(x, t):
         UFL coordinates and time.
     """
     angle = pi * (1 + max_value(0.0, min_value(1.0, (t - REST) / (END - REST))))
-    centre = (0.5 + 0.4 * cos(angle), 0.5 + 0.4 * sin(angle))
+    centre = (0.5 + 0.5 * cos(angle), 0.5 + 0.5 * sin(angle))
     square = (x[0] - centre[0]) ** 2 + (x[1] - centre[1]) ** 2
-    return min_value(1.0, t / 0.4) * exp(-square / (2 * 0.2**2))
+    return min_value(1.0, t / 0.4) * exp(-square / (2 * 0.25**2))
 
 
 def heat_control_forms(settings: HeatControl, comm) -> ControlForms:

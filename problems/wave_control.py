@@ -2,7 +2,8 @@ r"""Bring a membrane to rest by a force: optimal control of the undamped wave eq
 
 The displacement u and the velocity w of a unit membrane that is clamped at its edges follow
 
-.. math::  \partial_t u = w, \qquad \partial_t w - \Delta u = \chi(x)\, q(x, t), \qquad u(0) = u_0, \quad w(0) = 0 ,
+.. math::
+    \partial_t u = w, \qquad \partial_t w - \Delta u = \chi(x)\, q(x, t), \quad u(0) = u_0, \; w(0) = 0 ,
 
 both in P1, by implicit midpoint steps, which keep the energy :math:`E = \frac12 \int |\nabla u|^2 + w^2` where the force
 q is zero. The force acts on the whole membrane, or on a strip at its left edge; and
@@ -75,7 +76,7 @@ class WaveControl:
     cells: int = 24
     steps: int = 128
     integrator: str = "ImplicitMidpoint"
-    regularisation: float = 0.1
+    regularisation: float = 0.5
     bounds: Bounds | None = None
     region: str = "all"
     tracking: str = "energy"
