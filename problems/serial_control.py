@@ -75,7 +75,7 @@ def record(forms: ControlForms, *, steps: int, integrator: str) -> SerialSource:
         u, W, stages = Function(forms.V).assign(initial_state(forms)), None, []
         W = u
         for c in map(float, weights):  # UFL does not take numpy's numbers before vectors
-            U = Function(forms.V)
+            U = Function(forms.V).assign(u)  # from where Newton's method starts
             stages.append(_stage(forms, U, W, current, h))
             W = U if c == 1 else (1 - c) * W + c * U
         J = 0.0

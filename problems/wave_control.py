@@ -5,8 +5,8 @@ The displacement u and the velocity w of a unit membrane that is clamped at its 
 .. math::
     \partial_t u = w, \qquad \partial_t w - \Delta u = \chi(x)\, q(x, t), \quad u(0) = u_0, \; w(0) = 0 ,
 
-both in P1, by implicit midpoint steps, which keep the energy :math:`E = \frac12 \int |\nabla u|^2 + w^2` where the force
-q is zero. The force acts on the whole membrane, or on a strip at its left edge; and
+both in P1, by implicit midpoint steps, which keep the energy :math:`E = \frac12 \int |\nabla u|^2 + w^2` where the
+force q is zero. The force acts on the whole membrane, or on a strip at its left edge; and
 
 .. math::
     J(q) = \int_0^T E\, dt + E(T) + \frac{\beta}{2} \int_0^T \!\! \int q^2 \, dx\, dt .
