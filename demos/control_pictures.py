@@ -218,7 +218,7 @@ def plot_rows(
         given = dict(location="bottom", shrink=0.4, aspect=30)
         fig.colorbar(scale, ax=axes, label=f"{edge_quantity} (bars at the edges)", **given)
     fig.suptitle(title, fontsize=11)
-    fig.savefig(path, dpi=100)
+    fig.savefig(path, dpi=100, bbox_inches="tight")  # labels of bars beside a bar below
     plt.close(fig)
 
 

@@ -22,7 +22,7 @@ def test_heat_beside_serial_pyadjoint(tmp_path):
     assert summary["values_of_the_control"] == 16
     result = summary["result"]
     assert result["converged"]
-    assert 0.1 < result["tracked"]["with control"]["mean"] / result["tracked"]["without control"]["mean"] < 0.4
+    assert result["tracked"]["with control"]["mean"] < 0.4 * result["tracked"]["without control"]["mean"]
     for name in ("left", "bottom", "right", "top"):
         own = result["controls"][f"{name} heater"]
         assert 0 <= own["least"] <= own["largest"] <= 0.8
