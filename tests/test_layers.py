@@ -21,7 +21,7 @@ LAYERS = (
     ("theory",),
     ("sweeps",),
     ("misfits",),
-    ("inverse",),
+    ("inverse", "kkt"),
     ("paraview",),
     ("adjoint",),
     ("resnet",),
@@ -30,7 +30,7 @@ LAYERS = (
 )
 HEIGHT = {part: height for height, layer in enumerate(LAYERS) for part in layer}
 FIREDRAKE = {
-    *("kernels", "evolution", "propagators", "theory", "sweeps", "misfits", "inverse", "adjoint", "paraview"),
+    *("kernels", "evolution", "propagators", "theory", "sweeps", "misfits", "inverse", "kkt", "adjoint", "paraview"),
     "spacetime",
 }
 """Packages that may import Firedrake."""

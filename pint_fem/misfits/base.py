@@ -20,6 +20,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 
 import numpy as np
+from firedrake.petsc import PETSc
 
 from pint_fem.collective import collectively
 from pint_fem.errors import InputError
@@ -81,6 +82,12 @@ class Misfit(ABC):
     @abstractmethod
     def hessian(self, U: np.ndarray, dU: np.ndarray) -> np.ndarray:
         """Derivative of :meth:`gradient` in the direction ``dU``, ``(k + 1, n)``."""
+
+    def second_derivative(self) -> tuple[PETSc.Mat, np.ndarray] | None:
+        """The matrix ``Q`` and the weights ``w_n`` of the local points, ``(k + 1,)``, where the second derivative at each
+        point is ``w_n Q`` for any state and no points are coupled; ``None`` where it is not known to be of this form.
+        """
+        return None
 
     def nbytes(self) -> int:
         """Bytes of the numpy arrays that are stored for the local points."""

@@ -12,6 +12,7 @@ import numpy as np
 import ufl
 from firedrake import Function, TestFunction, TrialFunction, action, derivative
 from firedrake.assemble import get_assembler
+from firedrake.petsc import PETSc
 from ufl.algorithms import expand_derivatives, extract_coefficients
 
 from pint_fem.errors import InputError
@@ -167,6 +168,12 @@ class _FormMisfit(BlockMisfit):
         """Write the weighted derivative of a quadratic functional at states or in directions to ``out``."""
         derivative(points, u, out)
         out *= self.weight[points].reshape(-1, *[1] * (u.ndim - 1))
+
+    def second_derivative(self) -> tuple[PETSc.Mat, np.ndarray] | None:
+        """The second derivative of a quadratic functional and the weights of the local points."""
+        if not self.quadratic or self._functional.Q is None:
+            return None
+        return self._functional.Q.matrix, self.weight
 
     def nbytes(self) -> int:
         """Bytes of the vectors of a quadratic functional that are stored for the points."""

@@ -1,0 +1,77 @@
+"""The choice of the solves of the frequencies for a problem."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from pint_fem.errors import InputError
+from pint_fem.kkt.circulant import CirculantKKT, FrequencySystems
+from pint_fem.kkt.commuting import CommutingSystems
+from pint_fem.kkt.control_weights import ControlWeights
+from pint_fem.kkt.few_controls import MOST_CONTROLS, FewControlsSystems, control_count
+from pint_fem.kkt.model import ControlModel, require_model
+from pint_fem.kkt.partial_fractions import partial_fractions
+from pint_fem.kkt.structure import find_pencil
+from pint_fem.kkt.transform import SkewCirculant
+from pint_fem.misfits.base import Misfit
+from pint_fem.paradiag.options import ParaDiagOptions
+from pint_fem.sweeps.frequencies.systems import frequency_systems
+from pint_fem.sweeps.sweeps import Sweeps
+
+__all__ = ["circulant_kkt"]
+
+
+def circulant_kkt(
+    sweeps: Sweeps, misfits: Sequence[Misfit], forms: Sequence, *, memory: float = 4e9, single: bool = False,
+    parameters: Mapping | None = None, **given: float,
+) -> tuple[CirculantKKT, str]:  # fmt: skip
+    """The circulant KKT system of a problem, and how its frequencies are solved in a few words (collective).
+
+    Parameters
+    ----------
+    sweeps, misfits
+        The evolution's sweeps and the bound misfits.
+    forms
+        The second derivative of the regularisation by each parameter of the evolution, for one step without ``dt``.
+    memory
+        Bytes of factors that a rank keeps.
+    single
+        Whether systems are solved in single precision.
+    parameters
+        PETSc options of the systems.
+    **given
+        Options of :class:`~pint_fem.kkt.circulant.CirculantKKT`.
+
+    Raises
+    ------
+    InputError
+        On every rank, where there is no such system; the message is the reason.
+    """
+    propagator = require_model(sweeps)
+    model = ControlModel(sweeps, misfits, ControlWeights(sweeps.evolution, forms))
+    transform = SkewCirculant(
+        model.nsteps, model.size, comm=sweeps.spacetime.time_comm, bounds=sweeps.slab.bounds
+    )  # fmt: skip
+    parameters = dict(parameters or {})
+    pencil = find_pencil(model)
+    systems: FrequencySystems
+    if not isinstance(pencil, str):
+        fractions = partial_fractions(
+            propagator.dirk, propagator.dt, pencil.coefficients, np.ones(len(transform.mu)), transform.mu,
+            pencil.largest,
+        )  # fmt: skip
+        systems = CommutingSystems(
+            fractions, pencil.K, pencil.M, fields=pencil.fields, free=pencil.free, parameters=parameters,
+            prefix=f"{propagator.evolution.options_prefix}kkt_", memory=memory, single=single,
+        )  # fmt: skip
+        how = f"{systems.poles} shifted systems per frequency"
+    else:
+        _, count = control_count(model)
+        if count > MOST_CONTROLS:
+            raise InputError(f"{pencil}, and a step has {count} numbers of controls, more than {MOST_CONTROLS}")
+        shifted = frequency_systems(propagator, ParaDiagOptions(memory=memory / 1e9), parameters)
+        systems = FewControlsSystems(model, shifted, transform.own, transform.mu, single=single)
+        how = f"Hessians of {count} controls per frequency"
+    return CirculantKKT(model, systems, transform, **given), how

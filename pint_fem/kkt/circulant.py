@@ -1,0 +1,271 @@
+r"""The skew-circulant KKT system and, by a correction at both ends of time, the KKT system itself.
+
+The KKT system of all steps ``n = 1 .. N``, with :math:`u_0 = 0` and :math:`\lambda_{N+1} = 0`,
+
+.. math::
+   u_n - \Phi u_{n-1} - \Psi z_n = a_n , \qquad \lambda_n - \Phi^T \lambda_{n+1} - Q_n u_n = b_n , \qquad
+   R z_n + \Psi^T \lambda_n = c_n ,
+
+becomes ``P x = r`` with :math:`u_0 = -u_N`, :math:`\lambda_{N+1} = -\lambda_1` and one ``Q`` for all points, which falls
+apart into a system for each frequency (:mod:`~pint_fem.kkt.transform`). The controls are eliminated before, :math:`z_n =
+R^{-1} (c_n - \Psi^T \lambda_n)`.
+
+The two systems differ in the first equation of the state and the last one of the adjoint only: with
+
+.. math::
+   y = \begin{pmatrix} \Phi u_N \\ \Phi^T \lambda_1 + (Q_N - Q) u_N \end{pmatrix}
+
+the solution of ``K x = r`` is :math:`x = P^{-1} (r + E y)`, where ``E`` writes ``y`` to these two equations, and ``y`` solves
+
+.. math::  (I - G)\, y = y(P^{-1} r) , \qquad G y = y(P^{-1} E y) ,
+
+by GMRES on vectors of two states. No transform is required for ``G``: the right-hand side of one step is known in all
+frequencies, and two states of the solution are sums over these. Iterates are those of GMRES for ``K`` with the
+preconditioner ``P``, at a part of the cost. As systems are solved in single precision, the solution is as accurate as
+that, or as the tolerance of GMRES.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from firedrake.petsc import PETSc
+
+from pint_fem.collective import collectively
+from pint_fem.errors import SolverFailure
+from pint_fem.kkt.model import ControlModel
+from pint_fem.kkt.transform import SkewCirculant
+
+__all__ = ["CirculantKKT", "FrequencySystems", "KKTSolution"]
+
+
+class FrequencySystems(Protocol):
+    """Solves of the frequencies: :class:`~pint_fem.kkt.commuting.CommutingSystems` and others."""
+
+    takes_controls: bool
+    """Whether controls are unknowns of the systems, and not eliminated before."""
+    single: bool
+
+    @property
+    def factorisations(self) -> int:
+        """Number of factorisations so far."""
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the cached factors."""
+
+    @property
+    def on_lanes(self) -> bool:
+        """Whether several frequencies are solved at once."""
+
+    def solve_all(
+        self, frequencies: range, mu: np.ndarray, a: np.ndarray, b: np.ndarray, c: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
+        """State, controls (``None`` where they are eliminated) and adjoint of some frequencies."""
+
+    def release(self) -> None:
+        """Free all factors."""
+
+
+class KKTSolution(NamedTuple):
+    """A solution of the own steps, and how it was found.
+
+    Attributes
+    ----------
+    u, z, lam : ndarray, shape (k, n), (k, nz) and (k, n)
+        States and adjoints at the ends of the steps, and controls.
+    iterations : int
+        Iterations of GMRES for the ends of time; 0 where they are not corrected.
+    residual : float
+        Its last residual relative to the first.
+    """
+
+    u: np.ndarray
+    z: np.ndarray
+    lam: np.ndarray
+    iterations: int
+    residual: float
+
+
+class CirculantKKT:
+    """Solves with the skew-circulant system, and with the KKT system itself (collective).
+
+    Parameters
+    ----------
+    model
+        The problem.
+    systems
+        Solves of the frequencies.
+    transform
+        The transform of the steps.
+    rtol, max_it
+        Relative tolerance and largest number of iterations of GMRES for the ends of time.
+    prefix
+        Prefix of that solver's options in PETSc's database.
+
+    Attributes
+    ----------
+    solves, iterations : int
+        Number of KKT systems solved so far, and of all iterations for them.
+    """
+
+    def __init__(
+        self, model: ControlModel, systems: FrequencySystems, transform: SkewCirculant, *, rtol: float = 1e-6,
+        max_it: int = 100, prefix: str = "kkt_ends_",
+    ):  # fmt: skip
+        self.model, self.systems, self.transform = model, systems, transform
+        self.rtol, self.max_it, self.prefix = rtol, max_it, prefix
+        self.solves = self.iterations = 0
+        self._n = model.size
+
+    # -- the circulant system --------------------------------------------------------------------------------------------
+    @property
+    def _single(self) -> bool:
+        return self.systems.single and self.systems.on_lanes
+
+    def solve(
+        self,
+        a: np.ndarray | None = None,
+        b: np.ndarray | None = None,
+        c: np.ndarray | None = None,
+        *,
+        ends: bool = True,
+    ) -> KKTSolution:
+        """Solve for right-hand sides of the own steps (collective).
+
+        Parameters
+        ----------
+        a, b, c
+            ``(k, n)``, ``(k, n)`` and ``(k, nz)``; zero by default.
+        ends
+            Whether it is the KKT system, not the circulant one, that is solved.
+
+        Raises
+        ------
+        SolverFailure
+            On every rank, if a system is singular or GMRES does not converge.
+        """
+        model, k, forward = (
+            self.model,
+            self.model.slab.k,
+            lambda rows: self.transform.forward(rows, single=self._single),
+        )
+        inside = self.systems.takes_controls and c is not None
+        if c is not None and not inside:
+            effect = model.control_effect(model.weights.solve(c))
+            a = effect if a is None else a + effect
+        first = forward(np.zeros((k, self._n)) if a is None else a).copy()
+        second = np.zeros_like(first) if b is None else forward(b).copy()
+        third = self._control_transform.forward(c).copy() if inside else None
+        solved = self._frequencies(first, second, third)
+        iterations, residual = 0, 0.0
+        if ends:
+            y, iterations, residual = self._ends(solved)
+            correction = self._frequencies(*self._at_ends(y))
+            solved = [None if x is None else x + dx for x, dx in zip(solved, correction, strict=True)]
+            self.solves, self.iterations = self.solves + 1, self.iterations + iterations
+        u, lam = (np.array(self.transform.backward(x), float) for x in (solved[0], solved[2]))
+        if solved[1] is not None:
+            z = np.array(self._control_transform.backward(solved[1]), float)
+        else:
+            z = -model.control_effect_transposed(lam)
+            z = model.weights.solve(z if c is None else z + c)
+        # nothing depends on the adjoints of boundary values, which systems of a pencil leave out
+        rows = model.propagator.bc_rows
+        if b is not None and not inside and not self.systems.takes_controls:
+            lam[:, rows] = b[:, rows]
+        return KKTSolution(u, z, lam, iterations, residual)
+
+    @cached_property
+    def _control_transform(self) -> SkewCirculant:
+        """The transform of the controls of the steps."""
+        spacetime, bounds = self.model.spacetime, self.model.slab.bounds
+        return SkewCirculant(self.model.nsteps, self.model.control_size, comm=spacetime.time_comm, bounds=bounds)
+
+    def _frequencies(self, a: np.ndarray, b: np.ndarray, c: np.ndarray | None = None) -> list:
+        """Solutions ``u, z, lam`` of the own frequencies for complex right-hand sides ``(f, n)``."""
+        solve, own = self.systems.solve_all, self.transform.own
+        return list(collectively(self.model.spacetime.comm, "KKT systems", solve, own, self.transform.mu, a, b, c))
+
+    # -- the ends of time --------------------------------------------------------------------------------------------------
+    def _at_ends(self, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Right-hand sides ``a, b`` of the own frequencies that belong to ``E y``."""
+        own = np.arange(self.transform.own.start, self.transform.own.stop)
+        kind = np.complex64 if self._single else complex
+        phases = (self.transform.phases(step)[own].astype(kind) for step in (1, self.transform.nsteps))
+        first, last = (
+            np.outer(p, part.astype(kind)) for p, part in zip(phases, (y[: self._n], y[self._n :]), strict=True)
+        )
+        return first, last
+
+    def _from_solution(self, solved: list) -> np.ndarray:
+        """The vector ``y`` of a solution in frequencies, the same on all ranks in time, ``(2 n,)``."""
+        own = slice(self.transform.own.start, self.transform.own.stop)
+        weights = [self.transform.weights(step)[own] for step in (self.transform.nsteps, 1)]
+        parts = [_real_sum(w, x) for w, x in zip(weights, solved[::2], strict=True)]
+        last, first = self.model.spacetime.sum_over_time(np.array(parts))
+        out = np.empty(2 * self._n)
+        out[: self._n] = self.model.step(last[None])[0]
+        out[self._n :] = self.model.step(first[None], transposed=True)[0]
+        if self.model.differs_at_end:
+            out[self._n :] += self.model.end_difference(last[None])[0]
+        return out
+
+    def _ends(self, solved: list) -> tuple[np.ndarray, int, float]:
+        """Solve for ``y`` by GMRES, given the solution of the circulant system."""
+        right, comm = self._from_solution(solved), self.model.spacetime.space_comm
+        norms = np.sqrt(self.model.spacetime.sum_over_space(np.array([(h @ h) for h in np.split(right, 2)])))
+        if not np.isfinite(norms).all():
+            raise SolverFailure("the solution of the circulant KKT system is not finite")
+        if not norms.any():
+            return right, 0, 0.0
+        # adjoints are dual vectors of another size than states
+        scale = np.repeat(np.where(norms > 0, norms, norms.max()), self._n)
+        problem = _Ends(self, scale)
+        matrix = PETSc.Mat().createPython(((2 * self._n, None), (2 * self._n, None)), problem, comm=comm)
+        matrix.setUp()
+        ksp = PETSc.KSP().create(comm)
+        ksp.setOptionsPrefix(self.prefix)
+        ksp.setOperators(matrix)
+        ksp.setType(PETSc.KSP.Type.GMRES)
+        ksp.setGMRESRestart(self.max_it)
+        ksp.getPC().setType(PETSc.PC.Type.NONE)
+        ksp.setTolerances(rtol=self.rtol, atol=0.0, max_it=self.max_it)
+        ksp.setErrorIfNotConverged(False)
+        ksp.setFromOptions()
+        b, x = matrix.createVecs()
+        b.array[:] = right / scale
+        start = b.norm()
+        ksp.solve(b, x)
+        iterations, residual, reason = ksp.getIterationNumber(), ksp.getResidualNorm() / start, ksp.getConvergedReason()
+        y = x.array_r * scale
+        for thing in (ksp, matrix, b, x):
+            thing.destroy()
+        if reason < 0 or not np.isfinite(residual):
+            raise SolverFailure(
+                f"the KKT system: GMRES for the ends of time stopped after {iterations} iterations at a residual of "
+                f"{residual:.1e} (reason {reason}); use method='trust-region'"
+            )
+        return y, iterations, residual
+
+
+class _Ends:
+    """The operator ``I - G`` in scaled unknowns, as the context of a PETSc matrix."""
+
+    def __init__(self, solver: CirculantKKT, scale: np.ndarray):
+        self._solver, self._scale = solver, scale
+
+    def mult(self, matrix: PETSc.Mat, x: PETSc.Vec, y: PETSc.Vec) -> None:
+        """Write the product to ``y``."""
+        values = x.array_r * self._scale
+        solver = self._solver
+        solved = solver._frequencies(*solver._at_ends(values))
+        y.array[:] = (values - solver._from_solution(solved)) / self._scale
+
+
+def _real_sum(weights: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """The real part of the sum of complex rows ``(f, n)`` with weights, in double precision."""
+    kind = rows.real.dtype
+    return np.asarray(weights.real.astype(kind) @ rows.real - weights.imag.astype(kind) @ rows.imag, float)

@@ -1,0 +1,170 @@
+r"""What of a linear-quadratic optimal control problem is the same in all steps.
+
+The steps :math:`u_n = \Phi u_{n-1} + \Psi z_n + g_n` of a linear evolution with constant operators, whose controls have
+one value per step and loads that do not depend on time; the second derivatives :math:`Q_n` of the misfits at the time
+points, which are sums of matrices with weights; and the second derivative ``R`` of the regularisation for a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import numpy as np
+from mpi4py import MPI
+
+from pint_fem.errors import InputError
+from pint_fem.kernels.block_operator import BlockOperator
+from pint_fem.kkt.control_weights import ControlWeights
+from pint_fem.misfits.base import Misfit
+from pint_fem.paradiag.stage_shifts import limit_at_infinity
+from pint_fem.propagators.linear import LinearPropagator
+from pint_fem.sweeps.sweeps import Sweeps
+
+__all__ = ["ControlModel", "require_model"]
+
+
+def require_model(sweeps: Sweeps) -> LinearPropagator:
+    """The propagator of an evolution that has a KKT system with circulant preconditioners.
+
+    Raises
+    ------
+    InputError
+        On every rank, with what the evolution has instead, as the end of a sentence.
+    """
+    evolution, propagator = sweeps.evolution, sweeps.propagators[0]
+    static = [c.name() for c in evolution.parameters if c not in evolution.stepwise]
+    if not isinstance(propagator, LinearPropagator) or not propagator.is_affine:
+        raise InputError("the evolution is not linear with constant operators")
+    if evolution.initial_control is not None or static:
+        names = ", ".join(map(repr, static)) or "the initial condition"
+        raise InputError(f"the control {names} is not one with a value in each step")
+    if sweeps.intervals is not None:
+        raise InputError("states are stored at C-points only (storage='C')")
+    if evolution.controls_move:
+        raise InputError("the control's part of the load depends on time")
+    if evolution.boundary_controls is not None and evolution.boundary_controls.depends_on_time:
+        raise InputError("boundary values with controls depend on time")
+    if evolution.nsteps % 2 and abs(1 + limit_at_infinity(propagator.dirk.A, propagator.dirk.b)) < 1e-9:
+        raise InputError("for the implicit midpoint rule the number of steps has to be even")
+    return propagator
+
+
+class ControlModel:
+    """The operators of a problem that are the same in all steps (collective).
+
+    Parameters
+    ----------
+    sweeps
+        The sweeps of an evolution for which :func:`require_model` returns.
+    misfits
+        Its misfits, bound, each with a matrix (:meth:`~pint_fem.misfits.base.Misfit.second_derivative`).
+    weights
+        The regularisation.
+
+    Attributes
+    ----------
+    propagator : LinearPropagator
+        The steps.
+    nsteps, size, control_size : int
+        Steps; own numbers of a state and of the controls of a step.
+    is_invariant : bool
+        Whether the misfits are the same at all points but the last.
+
+    Raises
+    ------
+    InputError
+        If a misfit is not quadratic or has no such matrix.
+    """
+
+    def __init__(self, sweeps: Sweeps, misfits: Sequence[Misfit], weights: ControlWeights):
+        self.sweeps, self.spacetime, self.slab = sweeps, sweeps.spacetime, sweeps.slab
+        self.propagator, self.weights = require_model(sweeps), weights
+        self.nsteps, self.size = sweeps.evolution.nsteps, sweeps.evolution.state_size
+        self.control_size = sweeps.evolution.control_size
+        self._terms: list[tuple[BlockOperator, float, float]] = []  # matrix, weight at most points, and at the last
+        self.is_invariant = True
+        for misfit in misfits:
+            found = misfit.second_derivative() if misfit.quadratic else None
+            if found is None:
+                raise InputError(f"{type(misfit).__name__} has no second derivative that is a matrix times a weight")
+            matrix, own = found
+            weight = self._all_points(own)
+            inner = weight[1:-1]
+            usual = float(np.median(inner)) if len(inner) else float(weight[-1])
+            if len(inner) and np.abs(inner - usual).max() > 1e-12 * np.abs(weight).max(initial=0):
+                self.is_invariant, usual = False, float(np.mean(weight[1:]))
+            self._terms.append((BlockOperator(matrix), usual, float(weight[-1])))
+
+    def _all_points(self, own: np.ndarray) -> np.ndarray:
+        """The weights of all points from those of the local points, ``(N + 1,)`` (collective over time)."""
+        out = np.zeros(self.nsteps + 1)
+        first = 0 if self.slab.is_first else 1
+        out[self.slab.lo + first : self.slab.hi + 1] = own[first:]
+        total = np.empty_like(out)
+        self.spacetime.time_comm.Allreduce(out, total, op=MPI.SUM)
+        return total
+
+    # -- the operators -------------------------------------------------------------------------------------------------
+    def misfit(self, rows: np.ndarray) -> np.ndarray:
+        """``Q u`` of rows ``(k, n)`` (collective over space)."""
+        return self._weighted(rows, [usual for _, usual, _ in self._terms])
+
+    @property
+    def differs_at_end(self) -> bool:
+        """Whether the second derivative at the last point is another one."""
+        return any(usual != last for _, usual, last in self._terms)
+
+    def end_difference(self, rows: np.ndarray) -> np.ndarray:
+        """``(Q_N - Q) u`` of rows ``(k, n)`` (collective over space)."""
+        return self._weighted(rows, [last - usual for _, usual, last in self._terms])
+
+    def _weighted(self, rows: np.ndarray, weights: Sequence[float]) -> np.ndarray:
+        out, rows = np.zeros(rows.shape), np.ascontiguousarray(rows, float)
+        for (operator, *_), weight in zip(self._terms, weights, strict=True):
+            if weight:
+                out += weight * operator(rows)
+        return out
+
+    @cached_property
+    def _data(self):
+        return self.sweeps.data(np.zeros((self.slab.k, self.control_size)))
+
+    def control_effect(self, z: np.ndarray) -> np.ndarray:
+        """``Psi z`` of the own steps, ``(k, n)`` from ``(k, nz)`` (collective over space)."""
+        return np.array(self.propagator.control_forcing(self._data, z))
+
+    def control_effect_transposed(self, rows: np.ndarray) -> np.ndarray:
+        """``Psi^T lam`` of rows ``(k, n)``, ``(k, nz)`` (collective over space)."""
+        propagator = self.propagator
+        adjoints = propagator.stage_adjoints(np.ascontiguousarray(rows))
+        out = np.zeros((len(rows), self.control_size))
+        for term in propagator.loads.terms(self._data.t[:1]):
+            out += propagator.loads.pull_back_rows(term, adjoints)
+        return out
+
+    def step(self, rows: np.ndarray, *, transposed: bool = False) -> np.ndarray:
+        """``Phi u`` or ``Phi^T u`` of rows ``(k, n)`` (collective over space)."""
+        rows = np.ascontiguousarray(rows, float)
+        out = np.empty(rows.shape)
+        (self.propagator.apply_transposed if transposed else self.propagator.apply)(rows, out)
+        return out
+
+    def control_effect_of_one_step(self, z: np.ndarray) -> np.ndarray:
+        """``Psi z`` of rows of controls ``(rows, nz)``, ``(rows, n)`` (collective over space)."""
+        data = self._data._replace(t=np.repeat(self._data.t[:1], len(z)), z=z)
+        return np.array(self.propagator.control_forcing(data, z))
+
+    def control_gram(self, rows: np.ndarray) -> np.ndarray:
+        """``F R^-1 F^T`` times rows ``(k, n)``, with the operator ``F`` from controls to loads (collective over space)."""
+        out = np.zeros(rows.shape)
+        operators, evolution = self.propagator.evolution.control_operators, self.propagator.evolution
+        adjoint = np.zeros((len(rows), self.control_size))
+        for part, operator in zip(evolution.split_controls(adjoint), operators, strict=True):
+            if operator is not None and operator.terms:
+                part[...] = operator.terms[0].transposed_rows(np.ascontiguousarray(rows))
+        z = self.weights.solve(adjoint)
+        for part, operator in zip(evolution.split_controls(z), operators, strict=True):
+            if operator is not None and operator.terms:
+                out += np.array([operator.terms[0](row) for row in part])
+        return out

@@ -1,0 +1,187 @@
+r"""The KKT system of a frequency where all its matrices are functions of one pencil, as a sum of shifted solves.
+
+Let state and control be such that, on the free unknowns,
+
+.. math::
+   M = m \otimes M_0, \quad K = k_0 \otimes M_0 + k_1 \otimes K_0, \quad Q = q \otimes M_0, \quad
+   F R_k^{-1} F^T = c_k \otimes M_0
+
+with small matrices for the fields of the state and symmetric :math:`M_0, K_0`. In the eigenvectors of :math:`K_0 x =
+\kappa M_0 x` the system of stages, end and their multipliers is a small one that is linear in :math:`\kappa`,
+:math:`L_0 + \kappa L_1` (:mod:`~pint_fem.kkt.scheme`). What is required of its inverse, the end :math:`u` and its
+multiplier :math:`\lambda` as functions of the right-hand sides :math:`a` and :math:`b`, is a rational function
+
+.. math::
+   T(\kappa) = T_\infty + \sum_j \frac{p_j q_j^T}{\kappa - y_j} ,
+
+whose poles :math:`y_j` are the finite eigenvalues of the small pencil, and whose residues have rank one. Each term is
+one solve with :math:`K_0 - y_j M_0`. For one field and backward Euler there are two poles, :math:`\mathrm{Re}\,a \pm
+\mathrm{i} s` in the notation of Wu and Liu (SISC 42, 2020), and :math:`2 s` for ``s`` stages. With left and right
+eigenvectors :math:`x_j, z_j` the residue of the inverse at :math:`y_j` is :math:`z_j x_j^T / (x_j^T L_1 z_j)`. The sum is
+compared with the function at points of the positive axis, more of them near the poles.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from scipy.linalg import eig
+
+from pint_fem.errors import SolverFailure
+from pint_fem.evolution.tableaux import DIRK
+from pint_fem.kkt.scheme import StageCoefficients
+
+__all__ = ["FieldCoefficients", "PartialFractions", "partial_fractions"]
+
+_POINTS = np.concatenate([[0.0], np.logspace(-9, 0, 28)])
+"""Points at which the sum is compared with the function, relative to the largest eigenvalue of the pencil."""
+_NEAR = np.array([-2.0, -0.5, 0.0, 0.5, 2.0])
+"""Further points, by their distance to the real part of each pole, in units of its imaginary part."""
+_ACCURATE = 1e-4
+"""Largest error of the sum relative to the function's size at a point."""
+
+
+class FieldCoefficients(NamedTuple):
+    """The small matrices ``(fields, fields)`` that multiply :math:`M_0` and :math:`K_0`.
+
+    Attributes
+    ----------
+    m, k0, k1, q, c : ndarray, shape (fields, fields)
+        Of ``M``, of the two parts of ``K``, of the misfit's second derivative and of :math:`F R^{-1} F^T`.
+    """
+
+    m: np.ndarray
+    k0: np.ndarray
+    k1: np.ndarray
+    q: np.ndarray
+    c: np.ndarray
+
+
+class PartialFractions(NamedTuple):
+    """The sums of all frequencies, with ``p`` fields and ``r`` poles.
+
+    Attributes
+    ----------
+    poles : ndarray of complex, shape (frequencies, r)
+        The poles.
+    inputs, outputs : ndarray of complex, shape (frequencies, r, 2 p)
+        Rows ``q`` and columns ``p`` of the residues: ``a`` and ``b`` of all fields; ``u`` and multiplier of all fields.
+    constant : ndarray of complex, shape (frequencies, 2 p, 2 p)
+        The value at infinity.
+    """
+
+    poles: np.ndarray
+    inputs: np.ndarray
+    outputs: np.ndarray
+    constant: np.ndarray
+
+
+def small_pencil(dirk: DIRK, dt: float, fields: FieldCoefficients, c: np.ndarray, mu: complex) -> tuple:
+    r"""The matrices :math:`L_0` and :math:`L_1` of a frequency, and the rows of the end among the unknowns.
+
+    Unknowns are stages, end, and the multipliers of their equations; :math:`\kappa` is multiplied by ``dt`` and ``K``
+    divided by it.
+    """
+    of, s, p = StageCoefficients.of(dirk), dirk.stages, len(fields.m)
+    size, one = (s + 1) * p, np.eye(p)
+    C0, C1, B = np.zeros((size, size), complex), np.zeros((size, size), complex), np.zeros((size, p))
+    rows = [slice(i * p, (i + 1) * p) for i in range(s + 1)]
+    for i, a in enumerate(dirk.diagonal):
+        C0[rows[i], rows[i]] += fields.m + a * dt * fields.k0
+        C1[rows[i], rows[i]] += a * fields.k1
+        for j in range(i):
+            C0[rows[i], rows[j]] -= of.w[i, j] * fields.m
+        C0[rows[i], rows[s]] -= mu * of.w0[i] * fields.m
+        C0[rows[s], rows[i]] -= of.e[i] * one
+        B[rows[i]] = a * dt * one
+    C0[rows[s], rows[s]] += (1 - mu * of.e0) * one
+    L0, L1 = np.zeros((2 * size, 2 * size), complex), np.zeros((2 * size, 2 * size), complex)
+    L0[:size, :size], L0[size:, size:] = C0, C0.conj().T
+    L1[:size, :size], L1[size:, size:] = C1, C1.conj().T
+    L0[:size, size:] = B @ c @ B.T
+    L0[size:, :size][rows[s], rows[s]] = -fields.q
+    end = np.arange(s * p, size)
+    return L0, L1, np.concatenate([end, size + end])
+
+
+def partial_fractions(
+    dirk: DIRK, dt: float, fields: FieldCoefficients, scale: np.ndarray, mu: np.ndarray, largest: float
+) -> PartialFractions:
+    r"""The sums of all frequencies.
+
+    Parameters
+    ----------
+    dirk, dt
+        The method and the time step.
+    fields
+        The coefficients; ``c`` is that of the weight 1.
+    scale
+        Factors of ``c``, one per frequency.
+    mu
+        Eigenvalues of the shift, one per frequency.
+    largest
+        About the largest eigenvalue of :math:`K_0 x = \kappa M_0 x`.
+
+    Raises
+    ------
+    SolverFailure
+        If the function has double poles, or the sum is not accurate.
+    """
+    found = [_one(dirk, dt, fields, fields.c * s, complex(m), largest * dt) for s, m in zip(scale, mu, strict=True)]
+    count = max(len(poles) for poles, *_ in found)
+    p = len(fields.m)
+    out = PartialFractions(
+        np.ones((len(mu), count), complex) * -1 / dt, np.zeros((len(mu), count, 2 * p), complex),
+        np.zeros((len(mu), count, 2 * p), complex), np.array([constant for *_, constant in found]),
+    )  # fmt: skip
+    for k, (poles, inputs, outputs, _) in enumerate(found):
+        r = len(poles)
+        out.poles[k, :r], out.inputs[k, :r], out.outputs[k, :r] = poles / dt, inputs / dt, outputs
+    return out
+
+
+def _one(dirk: DIRK, dt: float, fields: FieldCoefficients, c: np.ndarray, mu: complex, largest: float) -> tuple:
+    """Poles, inputs, outputs and constant of a frequency, in units of ``1/dt``."""
+    # equal sizes of misfit and control: multipliers in other units
+    unit = np.sqrt(max(np.abs(fields.q).max(), 1e-300) / max(np.abs(c).max(), 1e-300))
+    L0, L1, end = small_pencil(dirk, dt, fields._replace(q=fields.q / unit), c * unit, mu)
+    poles, left, right = _simple_poles(L0, L1)
+    p = len(fields.m)
+    inputs, outputs = left[:, end] * np.repeat([1, 1 / unit], p), right[:, end] * np.repeat([1, unit], p)
+    units = np.outer(np.repeat([1, unit], p), np.repeat([1, 1 / unit], p))
+    points = np.concatenate([largest * _POINTS, *(y.real + y.imag * _NEAR for y in poles)])
+    points = np.concatenate([points[(points >= 0) & (points <= largest)], [largest]])
+    T = np.linalg.solve(L0 + points[:, None, None] * L1, _input_rows(end, len(L0))[None])[:, end] * units
+    terms = np.einsum("ij,jo,jq->ioq", 1 / (points[:, None] - poles), outputs, inputs)
+    constant = T[-1] - terms[-1]
+    size = np.abs(T).max(axis=(1, 2))
+    error = np.abs(constant + terms - T).max(axis=(1, 2))
+    if not (error <= _ACCURATE * size).all():
+        raise SolverFailure(
+            f"the KKT system of the frequency mu = {mu:.3g} is no sum of simple fractions: error "
+            f"{(error / size).max():.1e}"
+        )
+    return poles, inputs, outputs, constant
+
+
+def _simple_poles(L0: np.ndarray, L1: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The finite eigenvalues ``y`` of ``L0 + y L1``, and left and right vectors of its inverse's residues, by rows."""
+    values, left, right = eig(L0, -L1, left=True)
+    left, right = left.conj().T, right.T
+    slopes = np.einsum("ji,ik,jk->j", left, L1, right)
+    # as many as the rank of L1, those of largest slope: infinite ones have none
+    finite = np.flatnonzero(np.isfinite(values))
+    chosen = finite[np.argsort(-np.abs(slopes[finite]))][: np.linalg.matrix_rank(L1)]
+    chosen = chosen[np.lexsort((values[chosen].real.round(9), -np.sign(values[chosen].imag)))]
+    y, left, right, slopes = values[chosen], left[chosen], right[chosen], slopes[chosen]
+    y = y - np.einsum("ji,jik,jk->j", left, L0 + y[:, None, None] * L1, right) / slopes
+    root = np.sqrt(slopes)[:, None]
+    return y, left / root, right / root
+
+
+def _input_rows(end: np.ndarray, size: int) -> np.ndarray:
+    """Right-hand sides ``a`` (in the equation of the end) and ``b`` (in that of its multiplier)."""
+    out = np.zeros((size, len(end)))
+    out[end, np.arange(len(end))] = 1
+    return out
