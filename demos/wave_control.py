@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
 from demos.control_run import add_control_options, control, read_control_options, settings_of
-from pint_fem.cli import ProgramParser, run
+from pint_fem.cli import ProgramParser, positive, run
 
 
 def main():
@@ -26,6 +26,8 @@ def main():
     parser, defaults = ProgramParser(prog="wave_control.py", description=__doc__), WaveControl()
     parser.add_argument("--region", choices=REGIONS, help=f"where the force acts ({defaults.region})")
     parser.add_argument("--tracking", choices=TRACKING, help=f"what is to be small ({defaults.tracking})")
+    weight = positive(float, zero=True)
+    parser.add_argument("--terminal", type=weight, help=f"weight of the energy at the end ({defaults.terminal:g})")
     add_control_options(parser, defaults, out="results/wave_control")
     opts = read_control_options(parser)
     settings = settings_of(WaveControl, opts)

@@ -67,8 +67,6 @@ class ControlForms:
     shown : callable
         ``shown(u)``, the part of the state in pictures, a UFL scalar.
     bcs : tuple of DirichletBC
-    eliminate : int or None
-        As for :class:`~pint_fem.evolution.evolution.Evolution`.
     """
 
     V: WithGeometry
@@ -84,7 +82,6 @@ class ControlForms:
     target: Callable[[Expr], Expr] | None = None
     shown: Callable[[Function], Expr] = lambda u: u
     bcs: tuple[DirichletBC, ...] = ()
-    eliminate: int | None = None
 
 
 @dataclass(frozen=True)
@@ -156,7 +153,6 @@ def pose(
         per_step=True,
         t=t,
         bcs=forms.bcs,
-        eliminate=forms.eliminate,
     )
     misfits: tuple[Any, ...] = (RunningMisfit(forms.running(u, t)),)
     if forms.terminal is not None:

@@ -9,7 +9,7 @@ both in P1, by implicit midpoint steps, which keep the energy :math:`E = \frac12
 force q is zero. The force acts on the whole membrane, or on a strip at its left edge; and
 
 .. math::
-    J(q) = \int_0^T E\, dt + E(T) + \frac{\beta}{2} \int_0^T \!\! \int q^2 \, dx\, dt .
+    J(q) = \int_0^T E\, dt + \gamma E(T) + \frac{\beta}{2} \int_0^T \!\! \int q^2 \, dx\, dt .
 
 With ``tracking="L2"`` the squares of displacement and velocity, :math:`\frac12 \int u^2 + w^2`, stand for E.
 """
@@ -40,8 +40,6 @@ __all__ = ["REGIONS", "TRACKING", "WaveControl", "wave_control", "wave_control_f
 
 FINAL_TIME = 3.0
 """The period of the slowest vibration is sqrt(2)."""
-TERMINAL = 1.0
-"""Weight of the last state in J."""
 REGIONS = ("all", "strip")
 STRIP = 0.25
 """Width of the strip on which the force acts."""
@@ -66,6 +64,8 @@ class WaveControl:
         Where the force acts.
     tracking : {"energy", "L2"}
         What is to be small at all steps and at the end.
+    terminal : float
+        The weight gamma of the last state; zero for none.
 
     Raises
     ------
@@ -80,6 +80,7 @@ class WaveControl:
     bounds: Bounds | None = None
     region: str = "all"
     tracking: str = "energy"
+    terminal: float = 1.0
 
     def __post_init__(self):
         for value, known, name in ((self.region, REGIONS, "region"), (self.tracking, TRACKING, "tracking")):
@@ -87,6 +88,8 @@ class WaveControl:
                 raise InputError(f"{name} {value!r}: give one of {', '.join(known)}")
         if self.region == "strip" and self.cells % 4:
             raise InputError(f"cells {self.cells}: give a multiple of 4, so that the strip ends at edges of cells")
+        if not 0 <= self.terminal < float("inf"):
+            raise InputError(f"weight of the last state {self.terminal}: give zero or a positive number")
         require_positive(cells=self.cells, steps=self.steps, regularisation=self.regularisation)
         checked_bounds(self.bounds)
 
@@ -115,14 +118,12 @@ def wave_control_forms(settings: WaveControl, comm) -> ControlForms:
             (inner(grad(u[0]), grad(v[1])) - u[1] * v[0]) * dx - acts * controls[0] * v[1] * dx(degree=2)
         ),
         running=lambda u, t: size(u),
-        terminal=lambda u: TERMINAL * size(u),
+        terminal=(lambda u: settings.terminal * size(u)) if settings.terminal else None,
         regularisation=lambda controls: 0.5 * beta * controls[0] ** 2 * dx,
         initial=as_vector((bump, 0 * x[0])),
         final_time=FINAL_TIME,
         shown=lambda u: u[0],
-        # the displacement, whose rate is the velocity, keeps the value of zero at the edges
-        bcs=(DirichletBC(W.sub(1), 0, "on_boundary"),),
-        eliminate=0,
+        bcs=tuple(DirichletBC(W.sub(i), 0, "on_boundary") for i in range(2)),
     )
 
 

@@ -1,6 +1,6 @@
 """The ready problems of optimal control: derivatives, the same problem on a serial tape, ranks, and known answers."""
 
-from argparse import ArgumentTypeError
+from argparse import ArgumentTypeError, Namespace
 from dataclasses import replace
 
 import numpy as np
@@ -10,7 +10,7 @@ from firedrake import COMM_SELF, Constant, Function, assemble, dx
 import pint_fem as pf
 from demos.control_pictures import Course, Row, active_runs, plot_controls, plot_rows
 from demos.control_report import courses, tracking
-from demos.control_run import bounds
+from demos.control_run import bounds, settings_of
 from pint_fem.kernels.arrays import get, put
 from problems.compare_control import formula
 from problems.count_calls import count_calls
@@ -241,6 +241,7 @@ def test_calls_without_bounds_are_counted():
         (WaveControl, {"region": "left"}, "region 'left': give one of all, strip"),
         (WaveControl, {"tracking": "l2"}, "tracking 'l2': give one of energy, L2"),
         (WaveControl, {"region": "strip", "cells": 5}, "cells 5: give a multiple of 4"),
+        (WaveControl, {"terminal": -1.0}, "weight of the last state -1.0: give zero or a positive number"),
         (ReactionControl, {"steps": 0}, "steps 0: give a positive number"),
     ],
 )
@@ -256,6 +257,12 @@ def test_bounds_on_the_command_line():
     for text in ("1", "2,1", "a,b", "1,2,3"):
         with pytest.raises(ArgumentTypeError, match=text):
             bounds(text)
+
+
+def test_settings_are_the_options_that_are_given():
+    """No bounds are a choice; what is not given is the default."""
+    options = Namespace(cells=8, steps=None, integrator=None, regularisation=None, bounds=None, out="elsewhere")
+    assert settings_of(HeatControl, options) == HeatControl(cells=8, bounds=None)
 
 
 # -- pictures ----------------------------------------------------------------------------------------------------------
