@@ -288,11 +288,11 @@ def _rows(problem: ControlProblem, labels: Labels, some, target, free, images, a
 def _movie(path, ev, labels: Labels, raster: Raster, images, *, beside: dict[int, np.ndarray], name: str) -> None:
     """The state, with the target or the state without a control to the left of it."""
     left, right, bottom, top = raster.extent
-    gap = np.full((raster.shape[0], raster.shape[1] // 12), np.nan)
+    gap = np.full((raster.shape[0], raster.shape[1] // 16), np.nan)
     frames = [np.hstack([beside[n], gap, images[n]]) for n in images]
     wide = (left, left + (right - left) * frames[0].shape[1] / raster.shape[1], bottom, top)
     titles = [f"{name or 'without control'} | state, t = {float(ev.time(n)):.2f}" for n in images]
-    animate(path, frames, titles, wide, label=labels.state)
+    animate(path, frames, titles, wide, label=labels.state, size=(8.2, 4.0))
 
 
 # -- files -------------------------------------------------------------------------------------------------------------
