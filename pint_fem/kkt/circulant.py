@@ -35,6 +35,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 from firedrake.petsc import PETSc
+from petsctools import OptionsManager
 
 from pint_fem.all_at_once.stopping import DivergedError
 from pint_fem.collective import collectively
@@ -247,18 +248,21 @@ class CirculantKKT:
         matrix = PETSc.Mat().createPython(((self._length, None), (self._length, None)), problem, comm=comm)
         matrix.setUp()
         ksp = PETSc.KSP().create(comm)
-        ksp.setOptionsPrefix(self.prefix)
         ksp.setOperators(matrix)
-        ksp.setType(PETSc.KSP.Type.GMRES)
-        ksp.setGMRESRestart(self.max_it)
-        ksp.getPC().setType(PETSc.PC.Type.NONE)
-        ksp.setTolerances(rtol=self.rtol, atol=0.0, max_it=self.max_it)
-        ksp.setErrorIfNotConverged(False)
-        ksp.setFromOptions()
+        # orthogonality is lost where the residual falls by many orders
+        refined = {
+            "ksp_type": "gmres",
+            "pc_type": "none",
+            "ksp_orthogonalization_cgs_refinement_type": "refine_ifneeded",
+        }
+        limits = {"ksp_rtol": self.rtol, "ksp_atol": 0.0, "ksp_max_it": self.max_it, "ksp_gmres_restart": self.max_it}
+        options = OptionsManager(refined | limits, self.prefix)
+        options.set_from_options(ksp)
         b, x = matrix.createVecs()
         b.array[:] = right / scale
         start = b.norm()
-        ksp.solve(b, x)
+        with options.inserted_options():
+            ksp.solve(b, x)
         iterations, residual, reason = ksp.getIterationNumber(), ksp.getResidualNorm() / start, ksp.getConvergedReason()
         y = x.array_r * scale
         for thing in (ksp, matrix, b, x):
