@@ -23,7 +23,7 @@ from irksome import Dt
 import pint_fem as pf
 from pint_fem.kkt.circulant import CirculantKKT
 from pint_fem.kkt.control_weights import ControlWeights
-from pint_fem.kkt.coupled_model import coupled_systems
+from pint_fem.kkt.coupled.problem import coupled_systems
 from pint_fem.kkt.model import ControlModel
 from pint_fem.kkt.operator import KKTOperator
 from pint_fem.kkt.transform import SkewCirculant

@@ -6,7 +6,7 @@ from mpi4py import MPI
 
 import pint_fem as pf
 from pint_fem.errors import InputError
-from pint_fem.kkt.coupled_model import coupled_systems
+from pint_fem.kkt.coupled.problem import coupled_systems
 from tests.kkt_problems import cavity, circulant, convection, model_of
 from tests.limits import time_limit
 
