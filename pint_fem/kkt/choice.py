@@ -9,7 +9,7 @@ import numpy as np
 from pint_fem.kkt.circulant import CirculantKKT, FrequencySystems
 from pint_fem.kkt.commuting import CommutingSystems
 from pint_fem.kkt.control_weights import ControlWeights
-from pint_fem.kkt.coupled_model import coupled_systems
+from pint_fem.kkt.coupled.problem import coupled_systems
 from pint_fem.kkt.few_controls import MOST_CONTROLS, FewControlsSystems, control_count
 from pint_fem.kkt.model import ControlModel, require_model
 from pint_fem.kkt.partial_fractions import partial_fractions

@@ -10,8 +10,8 @@ from scipy.sparse import csr_matrix
 from pint_fem.errors import InputError
 from pint_fem.evolution.control_operators import MatrixOperator
 from pint_fem.kernels.arrays import own_size
-from pint_fem.kkt.coupled import CoupledSystems
-from pint_fem.kkt.coupled_matrices import Layout, distributed, own_rows
+from pint_fem.kkt.coupled.matrices import Layout, distributed, own_rows
+from pint_fem.kkt.coupled.systems import CoupledSystems
 from pint_fem.kkt.model import ControlModel
 
 __all__ = ["coupled_systems"]
