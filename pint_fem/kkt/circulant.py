@@ -250,13 +250,10 @@ class CirculantKKT:
         ksp = PETSc.KSP().create(comm)
         ksp.setOperators(matrix)
         # orthogonality is lost where the residual falls by many orders
-        refined = {
-            "ksp_type": "gmres",
-            "pc_type": "none",
-            "ksp_orthogonalization_cgs_refinement_type": "refine_ifneeded",
-        }
+        orthogonal = {"ksp_orthogonalization_cgs_refinement_type": "refine_ifneeded"}
         limits = {"ksp_rtol": self.rtol, "ksp_atol": 0.0, "ksp_max_it": self.max_it, "ksp_gmres_restart": self.max_it}
-        options = OptionsManager(refined | limits, self.prefix)
+        given = {"ksp_type": "gmres", "pc_type": "none"} | orthogonal | limits
+        options = OptionsManager(given, self.prefix)
         options.set_from_options(ksp)
         b, x = matrix.createVecs()
         b.array[:] = right / scale
