@@ -109,7 +109,7 @@ class ActiveSetRun(TrustRegionRun):
     def _steps_at(self, iterate: Iterate, iteration: int, tolerance: float) -> ActiveSetSteps:
         return ActiveSetSteps(
             self.nonsmooth, iterate, tolerance=tolerance, max_it=self.options.cg_max_it,
-            preconditioner=self.preconditioner, iteration=iteration, keep_pairs=self.learns,
+            preconditioner=self.preconditioner, iteration=iteration,
         )  # fmt: skip
 
     def _sets_at(self, iterate: Iterate) -> ActiveSets:
