@@ -26,7 +26,7 @@ from pint_fem.adjoint.interface import SweepAccuracy, SweepLimits, SweptProblem,
 from pint_fem.adjoint.memory_estimate import MemoryEstimate, estimate_memory
 from pint_fem.adjoint.regularisation import Regularisation
 from pint_fem.adjoint.second_derivatives import SecondDerivatives
-from pint_fem.adjoint.trajectories import trajectories
+from pint_fem.adjoint.trajectories import CPointTrajectories, StoredTrajectories, trajectories
 from pint_fem.all_at_once.norms import gather_in_order
 from pint_fem.errors import InputError
 from pint_fem.evolution.control_layout import ControlLayout
@@ -158,6 +158,11 @@ class ReducedProblem(SecondDerivatives, SweptProblem):
     def cache(self) -> EvaluationCache:
         """The evaluations of the last controls, and solves for their trajectories."""
         return self._cache
+
+    @property
+    def trajectories(self) -> StoredTrajectories | CPointTrajectories:
+        """The misfits along trajectories."""
+        return self._trajectories
 
     @property
     def evaluations(self) -> tuple[Evaluation, ...]:

@@ -86,8 +86,9 @@ class Misfit(ABC):
         """Derivative of :meth:`gradient` in the direction ``dU``, ``(k + 1, n)``."""
 
     def second_derivative(self) -> tuple[PETSc.Mat, np.ndarray] | None:
-        """The matrix ``Q`` and the weights ``w_n`` of the local points, ``(k + 1,)``, where the second derivative at each
-        point is ``w_n Q`` for any state and no points are coupled; ``None`` where it is not known to be of this form.
+        """The matrix ``Q`` and the weights ``w_n`` of the local points, ``(k + 1,)``, where the second derivative at
+        each point is ``w_n Q`` for any state and no points are coupled; ``None`` where it is not known to be of this
+        form.
         """
         return None
 
