@@ -107,7 +107,7 @@ def minimize_active_set(
     **options
         The options of :func:`~pint_fem.optimize.trust_region.newton_cg.minimize_trust_region` except `cg_forcing` and
         `inexact`. The least subgradient pg of F within the bounds stands for the gradient. `cg_rtol`, the residual of
-        conjugate gradients relative to ``|pg|``, is by default 0.01 for a quadratic J, 1e-4 for a piecewise quadratic
+        conjugate gradients relative to ``|pg|``, is by default 1e-3 for a quadratic J, 1e-4 for a piecewise quadratic
         one, and ``min(0.5, sqrt(|pg| / |pg at the start|))`` for others and in a trust region. The first radius of that
         is unlimited for a quadratic J.
 
