@@ -124,8 +124,13 @@ class ReducedProblem(SecondDerivatives, SweptProblem):
     @property
     def is_quadratic(self) -> bool:
         """Whether ``J`` is a quadratic function of the controls: affine steps, quadratic misfits and regularisation."""
+        return self.is_piecewise_quadratic and all(m.quadratic for m in self.misfits)
+
+    @property
+    def is_piecewise_quadratic(self) -> bool:
+        """Whether ``J`` is one quadratic function or several with continuous first derivatives between them."""
         regularisation = self.regularisation is None or self.regularisation.quadratic
-        return self.sweeps.is_affine and all(m.quadratic for m in self.misfits) and regularisation
+        return self.sweeps.is_affine and all(m.quadratic or m.piecewise for m in self.misfits) and regularisation
 
     def invalidate(self) -> None:
         """Discard all solutions: the next solves start from the initial condition and from zero."""

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 from firedrake.petsc import PETSc
 from mpi4py import MPI
 
 from pint_fem.errors import InputError
+from pint_fem.kernels.arrays import own_size
 from pint_fem.kernels.block_operator import BlockOperator
 from pint_fem.kkt.control_weights import ControlWeights
 from pint_fem.misfits.base import Misfit
@@ -137,6 +139,13 @@ class ControlModel:
         return out
 
     @cached_property
+    def fields(self) -> list[slice]:
+        """Places of the fields of a mixed state among the own numbers of a state."""
+        V = self.sweeps.evolution.V
+        ends = np.cumsum([0, *(own_size(sub) for sub in V.subspaces)]) if len(V) > 1 else [0, self.size]
+        return [slice(int(a), int(b)) for a, b in pairwise(ends)]
+
+    @cached_property
     def _data(self):
         return self.sweeps.data(np.zeros((self.slab.k, self.control_size)))
 
@@ -166,7 +175,9 @@ class ControlModel:
         return np.array(self.propagator.control_forcing(data, z))
 
     def control_gram(self, rows: np.ndarray) -> np.ndarray:
-        """``F R^-1 F^T`` times rows ``(k, n)``, with the operator ``F`` from controls to loads (collective over space)."""
+        """``F R^-1 F^T`` times rows ``(k, n)``, with the operator ``F`` from controls to loads (collective over
+        space).
+        """
         out = np.zeros(rows.shape)
         operators, evolution = self.propagator.evolution.control_operators, self.propagator.evolution
         adjoint = np.zeros((len(rows), self.control_size))
