@@ -2,8 +2,8 @@ r"""KKT systems of evolutions with operators averaged over the steps, as precond
 
 At a state and control the residual of a step is linearised to :math:`M_n \dot u + K_n u - F_n z`. With the averages of
 the three matrices over some steps (:class:`~pint_fem.sweeps.frequencies.systems.AveragedSystems`, as ParaDiag does)
-and the second derivatives of misfits and regularisation, all steps are the same: this is an optimal control problem of a
-linear evolution. Its KKT system is solved with its skew-circulant preconditioner (:mod:`pint_fem.kkt`), frequency by
+and the second derivatives of misfits and regularisation, all steps are the same: this is an optimal control problem of
+a linear evolution. Its KKT system is solved with its skew-circulant preconditioner (:mod:`pint_fem.kkt`), frequency by
 frequency as a sparse system of stages, controls and multipliers. The controls of its solution for a right-hand side
 ``(0, r, 0)`` are the product of ``r`` with the inverse of a positive definite Hessian, which preconditions conjugate
 gradients for the true one. Second derivatives of the steps, which may be indefinite, are left out.
