@@ -13,6 +13,7 @@ __version__ = "0.2.0"
 if TYPE_CHECKING:
     from pint_fem.adjoint import TimeParallelReducedFunctional
     from pint_fem.adjoint.experiments.given import Experiments
+    from pint_fem.adjoint.minimisation.penalty_path import follow_penalty
     from pint_fem.adjoint.total_variation.functional import TotalVariation
     from pint_fem.all_at_once.propagator import Propagator
     from pint_fem.all_at_once.stopping import DivergedError, SolveResult
@@ -20,7 +21,15 @@ if TYPE_CHECKING:
     from pint_fem.evolution import SDIRK2, BackwardEuler, Evolution, ImplicitMidpoint, time_function
     from pint_fem.inverse.laws.covariance_fields import BilaplacianPrior
     from pint_fem.mgrit import MGRIT, MGRITOptions, Transfer
-    from pint_fem.misfits import BlockMisfit, LinearObservations, Misfit, PointSensors, RunningMisfit, TerminalMisfit
+    from pint_fem.misfits import (
+        BlockMisfit,
+        LinearObservations,
+        Misfit,
+        PointSensors,
+        RunningMisfit,
+        StateBounds,
+        TerminalMisfit,
+    )
     from pint_fem.optimize import (
         InexactOptions,
         NonFiniteError,
@@ -46,6 +55,7 @@ if TYPE_CHECKING:
 _MODULES = {
     "pint_fem.adjoint": ("TimeParallelReducedFunctional",),
     "pint_fem.adjoint.experiments.given": ("Experiments",),
+    "pint_fem.adjoint.minimisation.penalty_path": ("follow_penalty",),
     "pint_fem.adjoint.total_variation.functional": ("TotalVariation",),
     "pint_fem.all_at_once.propagator": ("Propagator",),
     "pint_fem.all_at_once.stopping": ("DivergedError", "SolveResult"),
@@ -59,6 +69,7 @@ _MODULES = {
         "Misfit",
         "PointSensors",
         "RunningMisfit",
+        "StateBounds",
         "TerminalMisfit",
     ),
     "pint_fem.optimize": (
