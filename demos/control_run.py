@@ -191,7 +191,7 @@ def _minimised(problem: ControlProblem, opts, say: Callable):
     options: dict[str, Any] = dict(monitor=say, gtol_rel=opts.gtol, max_it=opts.max_iterations)
     if problem.bounds is not None:
         options["bounds"] = problem.bounds
-    if opts.exact:
+    if opts.exact and opts.method == "trust-region":
         options["inexact"] = False
     if opts.checkpoint is not None:
         options |= dict(checkpoint=opts.checkpoint, if_save_fails=opts.if_save_fails)
