@@ -20,6 +20,7 @@ from pint_fem.adjoint.minimisation.checkpoint import open_checkpoint
 from pint_fem.adjoint.minimisation.inexact_objective import InexactObjective
 from pint_fem.adjoint.minimisation.low_rank import made_for
 from pint_fem.adjoint.minimisation.objective import Objective
+from pint_fem.adjoint.regularisation_in_time.inner_product import InnerInTime
 from pint_fem.adjoint.riesz import ControlInner
 from pint_fem.adjoint.total_variation.preconditioner import VariationPreconditioner
 from pint_fem.collective import ending_all_ranks, require_same
@@ -332,8 +333,11 @@ class Minimisable:
         if given == "limited-memory" or (callable(given) and not isinstance(given, ufl.Form)):
             return given
         if isinstance(given, str) and given == "regularisation":
-            given = [self._second_derivative(control) for control in self.evolution.controls]
-        elif isinstance(given, str):
+            controls = self.evolution.controls
+            rates = {c: form for c in controls if (form := self.problem.rate_hessian(c)) is not None}
+            prior = InnerInTime(self.layout, [self._second_derivative(c) for c in controls], rates)
+            return lambda r: prior.primal(inner.dual(r))
+        if isinstance(given, str):
             raise InputError(
                 f"preconditioner {given!r}: give 'regularisation', 'limited-memory', 'low-rank', 'none', a bilinear "
                 "form or a callable"
@@ -342,13 +346,8 @@ class Minimisable:
         return lambda r: prior.primal(inner.dual(r))
 
     def _second_derivative(self, control) -> ufl.Form:
-        """The second derivative of the regularisation by a control, as a bilinear form; by one with a value per step
-        the diagonal block of a step between two others.
-        """
-        second, rates = self.problem.regularisation_hessian(control), self.problem.rate_hessian(control)
-        if rates is not None:
-            rates = 2 / self.evolution.dt**2 * rates
-            second = rates if second is None else second + rates
+        """The second derivative of the regularisation by a control, as a bilinear form of its values."""
+        second = self.problem.regularisation_hessian(control)
         if second is None:
             raise InputError(
                 f"preconditioner 'regularisation': the regularisation is not quadratic in control {control.name()!r}"
