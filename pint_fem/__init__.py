@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from pint_fem.adjoint import TimeParallelReducedFunctional
     from pint_fem.adjoint.experiments.given import Experiments
     from pint_fem.adjoint.minimisation.low_rank import LowRankPreconditioner
+    from pint_fem.adjoint.minimisation.penalty_path import follow_penalty
     from pint_fem.adjoint.regularisation_in_time.rate_of_change import RateOfChange
     from pint_fem.adjoint.total_variation.functional import TotalVariation
     from pint_fem.all_at_once.propagator import Propagator
@@ -22,7 +23,15 @@ if TYPE_CHECKING:
     from pint_fem.evolution import SDIRK2, BackwardEuler, Evolution, ImplicitMidpoint, time_function
     from pint_fem.inverse.laws.covariance_fields import BilaplacianPrior
     from pint_fem.mgrit import MGRIT, MGRITOptions, Transfer
-    from pint_fem.misfits import BlockMisfit, LinearObservations, Misfit, PointSensors, RunningMisfit, TerminalMisfit
+    from pint_fem.misfits import (
+        BlockMisfit,
+        LinearObservations,
+        Misfit,
+        PointSensors,
+        RunningMisfit,
+        StateBounds,
+        TerminalMisfit,
+    )
     from pint_fem.optimize import (
         InexactOptions,
         NonFiniteError,
@@ -49,6 +58,7 @@ _MODULES = {
     "pint_fem.adjoint": ("TimeParallelReducedFunctional",),
     "pint_fem.adjoint.experiments.given": ("Experiments",),
     "pint_fem.adjoint.minimisation.low_rank": ("LowRankPreconditioner",),
+    "pint_fem.adjoint.minimisation.penalty_path": ("follow_penalty",),
     "pint_fem.adjoint.regularisation_in_time.rate_of_change": ("RateOfChange",),
     "pint_fem.adjoint.total_variation.functional": ("TotalVariation",),
     "pint_fem.all_at_once.propagator": ("Propagator",),
@@ -63,6 +73,7 @@ _MODULES = {
         "Misfit",
         "PointSensors",
         "RunningMisfit",
+        "StateBounds",
         "TerminalMisfit",
     ),
     "pint_fem.optimize": (

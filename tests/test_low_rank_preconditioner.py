@@ -375,6 +375,8 @@ def test_what_has_no_quadratic_regularisation_is_refused():
     with pytest.raises(InputError, match="'low-rank': the regularisation is not quadratic"):
         J.minimize_trust_region(preconditioner="low-rank")
     P = pf.LowRankPreconditioner()
+    with pytest.raises(InputError, match="one-shot has none"):
+        inversion(st, 1e-2, solver={"mgrit": {"coarsening": (2,)}}).minimize_one_shot(preconditioner=P)
     inversion(st, 1e-2).minimize_trust_region(preconditioner=P)
     with pytest.raises(InputError, match="for other controls"):
         inversion(st, 1e-2, cells=3).minimize_trust_region(preconditioner=P)

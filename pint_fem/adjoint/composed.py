@@ -149,7 +149,12 @@ class ComposedProblem(SweptProblem):
     @property
     def is_quadratic(self) -> bool:
         """Whether ``J`` is a quadratic function of the controls."""
-        terms = all(term.problem.is_quadratic and term.map.is_affine for term in self.terms)
+        return self.is_piecewise_quadratic and all(term.problem.is_quadratic for term in self.terms)
+
+    @property
+    def is_piecewise_quadratic(self) -> bool:
+        """Whether ``J`` is one quadratic function or several with continuous first derivatives between them."""
+        terms = all(term.problem.is_piecewise_quadratic and term.map.is_affine for term in self.terms)
         return terms and (self.regularisation is None or self.regularisation.quadratic)
 
     @property

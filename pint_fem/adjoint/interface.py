@@ -161,6 +161,11 @@ class ControlProblem(ABC):
         """Whether ``J`` is a quadratic function of the controls."""
 
     @property
+    def is_piecewise_quadratic(self) -> bool:
+        """Whether ``J`` is one quadratic function or several with continuous first derivatives between them."""
+        return self.is_quadratic
+
+    @property
     @abstractmethod
     def parts(self) -> dict[str, float]:
         """Value of the ``"misfit"`` and of the ``"regularisation"`` at the last control."""

@@ -12,8 +12,9 @@ from pyadjoint.tape import stop_annotating
 
 from pint_fem.adjoint.composed_map import make_map, map_of_predictions, prior_forms, readings_at_zero, require_readings
 from pint_fem.adjoint.minimisation.bounds_and_constraints import Controls
+from pint_fem.adjoint.minimisation.kkt_preconditioner import KKTPreconditioner, minimize_by_kkt
 from pint_fem.adjoint.minimisation.map_problem import MapFunctional, trust_region_options
-from pint_fem.adjoint.minimisation.method_choice import choose_method
+from pint_fem.adjoint.minimisation.method_choice import choose_kkt, choose_method, kkt_systems
 from pint_fem.adjoint.problem import ReducedProblem
 from pint_fem.collective import all_ranks, collectively, on_first_rank, require_same
 from pint_fem.errors import InputError
@@ -23,13 +24,14 @@ from pint_fem.inverse.memory import require_rows_argument
 from pint_fem.inverse.readings import ReadingTable
 from pint_fem.logs import logger
 from pint_fem.misfits.sensor_readings import SensorReadings
+from pint_fem.optimize.records import TrustRegionResult
 
 if TYPE_CHECKING:
     from pint_fem.adjoint.functional import ControlFunctional
 
 __all__ = ["CachedMap", "LinearInverse"]
 
-_METHODS = ("auto", "map", "trust-region", "one-shot")
+_METHODS = ("auto", "kkt", "map", "trust-region", "one-shot")
 
 
 def _require_readings(functional: ControlFunctional) -> ReducedProblem:
@@ -125,8 +127,12 @@ class LinearInverse:
             ``"map"``: on the map from controls to readings, one adjoint sweep per sensor (:meth:`on_map`), which a
             further call with new readings uses again. ``"trust-region"``: :meth:`minimize_trust_region` with inexact
             sweeps where their accuracy can be chosen and a limited-memory preconditioner. ``"one-shot"``:
-            :meth:`minimize_one_shot`. ``"auto"``: the map where it exists, fits the memory and has less estimated time,
-            otherwise the trust region; it prints the choice and the reason to the logger ``pint_fem``.
+            :meth:`minimize_one_shot`. ``"kkt"``, for controls with one value per step and misfits at all steps: the
+            trust region, or active sets within ``bounds=``, with the inverse Hessian from the KKT system of all steps
+            (:mod:`pint_fem.kkt`), whose cost does not depend on the weight of the regularisation; for nonlinear
+            evolutions :meth:`minimize_newton_kkt`. ``"auto"``: ``"kkt"`` where there is such a system; otherwise the
+            map where it exists, fits the memory and has less estimated time; else the trust region. It prints the
+            choice and the reason to the logger ``pint_fem``.
         start
             First controls; default: the last ones.
         **options
@@ -152,15 +158,31 @@ class LinearInverse:
                 "start="
             )
         why = "as given"
+        systems = None
         if method == "auto":
             with stop_annotating():
-                method, why = choose_method(self, _require_readings, options)
+                systems, why = choose_kkt(self, options)
+                method, why = ("kkt", why) if systems else choose_method(self, _require_readings, options, no_kkt=why)
             on_first_rank(comm, "logging", logger.info, f"minimize auto: {method}, {why}")
+        if method == "kkt":
+            return self._minimize_kkt(start, options, systems, why)
         if method == "map":
             return self.on_map().minimize(start, choice=f"map, {why}", **options)
         if method == "one-shot":
             return self.minimize_one_shot(start, **options)
         return self.minimize_trust_region(start, choice=f"trust-region, {why}", **trust_region_options(self, options))
+
+    def _minimize_kkt(
+        self, start: Controls | None, options: dict, systems: KKTPreconditioner | None, why: str
+    ) -> TrustRegionResult:
+        """Minimise by KKT systems."""
+        if systems is None:
+            problem = self.problem
+            if isinstance(problem, ReducedProblem) and not problem.sweeps.is_affine:
+                return self.minimize_newton_kkt(start, **options)
+            with stop_annotating():
+                systems = kkt_systems(self, options)
+        return minimize_by_kkt(self, start, options, preconditioner=systems, why=why)
 
 
 class CachedMap:

@@ -26,7 +26,7 @@ from pint_fem.adjoint.interface import SweepAccuracy, SweepLimits, SweptProblem,
 from pint_fem.adjoint.memory_estimate import MemoryEstimate, estimate_memory
 from pint_fem.adjoint.regularisation import Regularisation
 from pint_fem.adjoint.second_derivatives import SecondDerivatives
-from pint_fem.adjoint.trajectories import trajectories
+from pint_fem.adjoint.trajectories import CPointTrajectories, StoredTrajectories, trajectories
 from pint_fem.all_at_once.norms import gather_in_order
 from pint_fem.errors import InputError
 from pint_fem.evolution.control_layout import ControlLayout
@@ -124,8 +124,13 @@ class ReducedProblem(SecondDerivatives, SweptProblem):
     @property
     def is_quadratic(self) -> bool:
         """Whether ``J`` is a quadratic function of the controls: affine steps, quadratic misfits and regularisation."""
+        return self.is_piecewise_quadratic and all(m.quadratic for m in self.misfits)
+
+    @property
+    def is_piecewise_quadratic(self) -> bool:
+        """Whether ``J`` is one quadratic function or several with continuous first derivatives between them."""
         regularisation = self.regularisation is None or self.regularisation.quadratic
-        return self.sweeps.is_affine and all(m.quadratic for m in self.misfits) and regularisation
+        return self.sweeps.is_affine and all(m.quadratic or m.piecewise for m in self.misfits) and regularisation
 
     def invalidate(self) -> None:
         """Discard all solutions: the next solves start from the initial condition and from zero."""
@@ -153,6 +158,11 @@ class ReducedProblem(SecondDerivatives, SweptProblem):
     def cache(self) -> EvaluationCache:
         """The evaluations of the last controls, and solves for their trajectories."""
         return self._cache
+
+    @property
+    def trajectories(self) -> StoredTrajectories | CPointTrajectories:
+        """The misfits along trajectories."""
+        return self._trajectories
 
     @property
     def evaluations(self) -> tuple[Evaluation, ...]:

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from pint_fem.errors import InputError
 from pint_fem.kkt.circulant import CirculantKKT, FrequencySystems
 from pint_fem.kkt.commuting import CommutingSystems
 from pint_fem.kkt.control_weights import ControlWeights
+from pint_fem.kkt.coupled_model import coupled_systems
 from pint_fem.kkt.few_controls import MOST_CONTROLS, FewControlsSystems, control_count
 from pint_fem.kkt.model import ControlModel, require_model
 from pint_fem.kkt.partial_fractions import partial_fractions
@@ -67,10 +67,10 @@ def circulant_kkt(
             prefix=f"{propagator.evolution.options_prefix}kkt_", memory=memory, single=single,
         )  # fmt: skip
         how = f"{systems.poles} shifted systems per frequency"
+    elif control_count(model)[1] > MOST_CONTROLS:
+        systems, how = coupled_systems(model, memory=memory), f"coupled systems, as {pencil}"
     else:
         _, count = control_count(model)
-        if count > MOST_CONTROLS:
-            raise InputError(f"{pencil}, and a step has {count} numbers of controls, more than {MOST_CONTROLS}")
         shifted = frequency_systems(propagator, ParaDiagOptions(memory=memory / 1e9), parameters)
         systems = FewControlsSystems(model, shifted, transform.own, transform.mu, single=single)
         how = f"Hessians of {count} controls per frequency"

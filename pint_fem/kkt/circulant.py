@@ -6,23 +6,24 @@ The KKT system of all steps ``n = 1 .. N``, with :math:`u_0 = 0` and :math:`\lam
    u_n - \Phi u_{n-1} - \Psi z_n = a_n , \qquad \lambda_n - \Phi^T \lambda_{n+1} - Q_n u_n = b_n , \qquad
    R z_n + \Psi^T \lambda_n = c_n ,
 
-becomes ``P x = r`` with :math:`u_0 = -u_N`, :math:`\lambda_{N+1} = -\lambda_1` and one ``Q`` for all points, which falls
-apart into a system for each frequency (:mod:`~pint_fem.kkt.transform`). The controls are eliminated before, :math:`z_n =
-R^{-1} (c_n - \Psi^T \lambda_n)`.
+becomes ``P x = r`` with :math:`u_0 = -u_N`, :math:`\lambda_{N+1} = -\lambda_1` and one ``Q`` for all points, which
+falls apart into a system for each frequency (:mod:`~pint_fem.kkt.transform`). Where these systems do not have the
+controls as unknowns, they are eliminated before, :math:`z_n = R^{-1} (c_n - \Psi^T \lambda_n)`.
 
 The two systems differ in the first equation of the state and the last one of the adjoint only: with
 
 .. math::
    y = \begin{pmatrix} \Phi u_N \\ \Phi^T \lambda_1 + (Q_N - Q) u_N \end{pmatrix}
 
-the solution of ``K x = r`` is :math:`x = P^{-1} (r + E y)`, where ``E`` writes ``y`` to these two equations, and ``y`` solves
+the solution of ``K x = r`` is :math:`x = P^{-1} (r + E y)`, where ``E`` writes ``y`` to these two equations, and ``y``
+solves
 
 .. math::  (I - G)\, y = y(P^{-1} r) , \qquad G y = y(P^{-1} E y) ,
 
 by GMRES on vectors of two states. No transform is required for ``G``: the right-hand side of one step is known in all
 frequencies, and two states of the solution are sums over these. Iterates are those of GMRES for ``K`` with the
-preconditioner ``P``, at a part of the cost. As systems are solved in single precision, the solution is as accurate as
-that, or as the tolerance of GMRES.
+preconditioner ``P``, at a part of the cost. The solution is as accurate as the systems of the frequencies, or as the
+tolerance of GMRES.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from firedrake.petsc import PETSc
 
+from pint_fem.all_at_once.stopping import DivergedError
 from pint_fem.collective import collectively
 from pint_fem.errors import SolverFailure
 from pint_fem.kkt.model import ControlModel
@@ -113,14 +115,14 @@ class CirculantKKT:
 
     def __init__(
         self, model: ControlModel, systems: FrequencySystems, transform: SkewCirculant, *, rtol: float = 1e-6,
-        max_it: int = 100, prefix: str = "kkt_ends_",
+        max_it: int = 50, prefix: str = "kkt_ends_",
     ):  # fmt: skip
         self.model, self.systems, self.transform = model, systems, transform
         self.rtol, self.max_it, self.prefix = rtol, max_it, prefix
         self.solves = self.iterations = 0
         self._n = model.size
 
-    # -- the circulant system --------------------------------------------------------------------------------------------
+    # -- the circulant system ------------------------------------------------------------------------------------------
     @property
     def _single(self) -> bool:
         return self.systems.single and self.systems.on_lanes
@@ -145,7 +147,7 @@ class CirculantKKT:
         Raises
         ------
         SolverFailure
-            On every rank, if a system is singular or GMRES does not converge.
+            On every rank, if a system is singular; its subclass ``DivergedError`` if GMRES does not converge.
         """
         model, k, forward = (
             self.model,
@@ -189,7 +191,7 @@ class CirculantKKT:
         solve, own = self.systems.solve_all, self.transform.own
         return list(collectively(self.model.spacetime.comm, "KKT systems", solve, own, self.transform.mu, a, b, c))
 
-    # -- the ends of time --------------------------------------------------------------------------------------------------
+    # -- the ends of time ----------------------------------------------------------------------------------------------
     def _at_ends(self, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Right-hand sides ``a, b`` of the own frequencies that belong to ``E y``."""
         own = np.arange(self.transform.own.start, self.transform.own.stop)
@@ -216,13 +218,16 @@ class CirculantKKT:
     def _ends(self, solved: list) -> tuple[np.ndarray, int, float]:
         """Solve for ``y`` by GMRES, given the solution of the circulant system."""
         right, comm = self._from_solution(solved), self.model.spacetime.space_comm
-        norms = np.sqrt(self.model.spacetime.sum_over_space(np.array([(h @ h) for h in np.split(right, 2)])))
+        # fields of the state, and adjoints, are of different sizes
+        parts = [*self.model.fields, *(slice(self._n + f.start, self._n + f.stop) for f in self.model.fields)]
+        norms = np.sqrt(self.model.spacetime.sum_over_space(np.array([right[part] @ right[part] for part in parts])))
         if not np.isfinite(norms).all():
             raise SolverFailure("the solution of the circulant KKT system is not finite")
         if not norms.any():
             return right, 0, 0.0
-        # adjoints are dual vectors of another size than states
-        scale = np.repeat(np.where(norms > 0, norms, norms.max()), self._n)
+        scale = np.empty(2 * self._n)
+        for part, norm in zip(parts, norms, strict=True):
+            scale[part] = max(norm, 1e-12 * norms.max())
         problem = _Ends(self, scale)
         matrix = PETSc.Mat().createPython(((2 * self._n, None), (2 * self._n, None)), problem, comm=comm)
         matrix.setUp()
@@ -244,9 +249,9 @@ class CirculantKKT:
         for thing in (ksp, matrix, b, x):
             thing.destroy()
         if reason < 0 or not np.isfinite(residual):
-            raise SolverFailure(
-                f"the KKT system: GMRES for the ends of time stopped after {iterations} iterations at a residual of "
-                f"{residual:.1e} (reason {reason}); use method='trust-region'"
+            raise DivergedError(
+                f"the KKT system: GMRES for the ends of time stopped after {iterations} iterations at a relative "
+                f"residual of {residual:.1e} (reason {reason}); use method='trust-region'"
             )
         return y, iterations, residual
 

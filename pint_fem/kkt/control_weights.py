@@ -1,7 +1,7 @@
 r"""The second derivative of the regularisation of controls with one value per step, and solves with it.
 
-It is :math:`R = \Delta t\, R_1` for each step with the matrix :math:`R_1` of a bilinear form for each control, which have
-no mixed terms.
+It is :math:`R = \Delta t\, R_1` for each step with the matrix :math:`R_1` of a bilinear form for each control, without
+mixed terms.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 import ufl
 from firedrake import Function, assemble
+from firedrake.petsc import PETSc
 
 from pint_fem.errors import InputError
 from pint_fem.evolution.evolution import Evolution
@@ -83,9 +84,9 @@ class ControlWeights:
             self._weights.append(_RealWeight(form, space) if is_real(space) else _MatrixWeight(form, name))
 
     @property
-    def matrices(self) -> list:
+    def matrices(self) -> list[PETSc.Mat | float]:
         """The assembled matrix of each control for weight 1, a number for a real one."""
-        return [getattr(w, "matrix", None) or w.value for w in self._weights]
+        return [w.matrix if isinstance(w, _MatrixWeight) else w.value for w in self._weights]
 
     def _apply(self, name: str, rows: np.ndarray, weight: float) -> np.ndarray:
         out = np.empty(rows.shape)

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
+from firedrake.petsc import PETSc
 from mpi4py import MPI
 
 from pint_fem.errors import InputError
+from pint_fem.kernels.arrays import own_size
 from pint_fem.kernels.block_operator import BlockOperator
 from pint_fem.kkt.control_weights import ControlWeights
 from pint_fem.misfits.base import Misfit
@@ -82,6 +85,10 @@ class ControlModel:
         self.propagator, self.weights = require_model(sweeps), weights
         self.nsteps, self.size = sweeps.evolution.nsteps, sweeps.evolution.state_size
         self.control_size = sweeps.evolution.control_size
+        self._read_misfits(misfits)
+
+    def _read_misfits(self, misfits: Sequence[Misfit]) -> None:
+        """Read the matrices and the weights of the misfits (collective over time)."""
         self._terms: list[tuple[BlockOperator, float, float]] = []  # matrix, weight at most points, and at the last
         self.is_invariant = True
         for misfit in misfits:
@@ -105,6 +112,11 @@ class ControlModel:
         self.spacetime.time_comm.Allreduce(out, total, op=MPI.SUM)
         return total
 
+    @property
+    def misfit_matrices(self) -> list[tuple[PETSc.Mat, float]]:
+        """The matrices of the misfits, and their weights at most points."""
+        return [(operator.matrix, usual) for operator, usual, _ in self._terms]
+
     # -- the operators -------------------------------------------------------------------------------------------------
     def misfit(self, rows: np.ndarray) -> np.ndarray:
         """``Q u`` of rows ``(k, n)`` (collective over space)."""
@@ -125,6 +137,13 @@ class ControlModel:
             if weight:
                 out += weight * operator(rows)
         return out
+
+    @cached_property
+    def fields(self) -> list[slice]:
+        """Places of the fields of a mixed state among the own numbers of a state."""
+        V = self.sweeps.evolution.V
+        ends = np.cumsum([0, *(own_size(sub) for sub in V.subspaces)]) if len(V) > 1 else [0, self.size]
+        return [slice(int(a), int(b)) for a, b in pairwise(ends)]
 
     @cached_property
     def _data(self):
@@ -156,7 +175,9 @@ class ControlModel:
         return np.array(self.propagator.control_forcing(data, z))
 
     def control_gram(self, rows: np.ndarray) -> np.ndarray:
-        """``F R^-1 F^T`` times rows ``(k, n)``, with the operator ``F`` from controls to loads (collective over space)."""
+        """``F R^-1 F^T`` times rows ``(k, n)``, with the operator ``F`` from controls to loads (collective over
+        space).
+        """
         out = np.zeros(rows.shape)
         operators, evolution = self.propagator.evolution.control_operators, self.propagator.evolution
         adjoint = np.zeros((len(rows), self.control_size))

@@ -26,8 +26,8 @@ from pint_fem.sweeps.sweeps import Sweeps
 __all__ = ["KKTOperator"]
 
 Source = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray | None]]
-"""``(dU, dz) -> (rows, controls)``: the right-hand side of the second-order adjoint, with rows as an adjoint sweep takes
-them, ``(k + 1, n)``, and its own part of the derivative by the controls, shaped as the sweeps', or ``None``.
+"""``(dU, dz) -> (rows, controls)``: the right-hand side of the second-order adjoint, with rows as an adjoint sweep
+takes them, ``(k + 1, n)``, and its own part of the derivative by the controls, shaped as the sweeps', or ``None``.
 """
 
 
@@ -117,7 +117,7 @@ class KKTOperator:
         self._last_from_right(total)
         return lam - total[1:], first
 
-    # -- neighbours in time ------------------------------------------------------------------------------------------------
+    # -- neighbours in time --------------------------------------------------------------------------------------------
     def _with_left(self, u: np.ndarray, initial: np.ndarray | None) -> np.ndarray:
         """States of the local points, ``(k + 1, n)``, from those of the own steps (collective over time)."""
         comm, dU = self.spacetime.time_comm, np.zeros((len(u) + 1, self.sweeps.evolution.state_size))

@@ -17,8 +17,8 @@ multiplier :math:`\lambda` as functions of the right-hand sides :math:`a` and :m
 whose poles :math:`y_j` are the finite eigenvalues of the small pencil, and whose residues have rank one. Each term is
 one solve with :math:`K_0 - y_j M_0`. For one field and backward Euler there are two poles, :math:`\mathrm{Re}\,a \pm
 \mathrm{i} s` in the notation of Wu and Liu (SISC 42, 2020), and :math:`2 s` for ``s`` stages. With left and right
-eigenvectors :math:`x_j, z_j` the residue of the inverse at :math:`y_j` is :math:`z_j x_j^T / (x_j^T L_1 z_j)`. The sum is
-compared with the function at points of the positive axis, more of them near the poles.
+eigenvectors :math:`x_j, z_j` the residue of the inverse at :math:`y_j` is :math:`z_j x_j^T / (x_j^T L_1 z_j)`. The sum
+is compared with the function at points of the positive axis, more of them near the poles.
 """
 
 from __future__ import annotations

@@ -7,6 +7,8 @@ All of it concerns the free unknowns only.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 from firedrake import assemble
 from firedrake.petsc import PETSc
@@ -83,7 +85,7 @@ def _of_fields(model: ControlModel, M: PETSc.Mat, K: PETSc.Mat, free: np.ndarray
         return None
     sizes = [int(sub.dof_dset.layout_vec.local_size) for sub in V.subspaces]
     ends = np.cumsum([0, *sizes])
-    fields = [slice(int(a), int(b)) for a, b in zip(ends[:-1], ends[1:], strict=True)]
+    fields = [slice(int(a), int(b)) for a, b in pairwise(ends)]
     same = len(set(sizes)) == 1 and all((free[f] == free[fields[0]]).all() for f in fields)
     same = same and len({(sub.ufl_element(), sub.value_shape) for sub in V.subspaces}) == 1
     if not comm.allreduce(same, op=MPI.LAND):

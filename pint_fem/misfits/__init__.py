@@ -4,5 +4,14 @@ from pint_fem.misfits.base import BlockMisfit, Misfit
 from pint_fem.misfits.functionals import RunningMisfit, TerminalMisfit
 from pint_fem.misfits.linear_observations import LinearObservations
 from pint_fem.misfits.point_sensors import PointSensors
+from pint_fem.misfits.state_bounds import StateBounds
 
-__all__ = ["BlockMisfit", "LinearObservations", "Misfit", "PointSensors", "RunningMisfit", "TerminalMisfit"]
+__all__ = [
+    "BlockMisfit",
+    "LinearObservations",
+    "Misfit",
+    "PointSensors",
+    "RunningMisfit",
+    "StateBounds",
+    "TerminalMisfit",
+]

@@ -38,6 +38,8 @@ class Misfit(ABC):
 
     #: Whether it is a quadratic function of the trajectory.
     quadratic = False
+    #: Whether it consists of quadratic functions of the trajectory with continuous first derivatives between them.
+    piecewise = False
     #: Whether :meth:`hessian` also takes a batch of directions, ``(k + 1, members, n)``, and returns as many products.
     takes_batches = False
     #: Whether :meth:`bind` has been called, that is, whether the misfit belongs to a reduced functional.
@@ -84,8 +86,9 @@ class Misfit(ABC):
         """Derivative of :meth:`gradient` in the direction ``dU``, ``(k + 1, n)``."""
 
     def second_derivative(self) -> tuple[PETSc.Mat, np.ndarray] | None:
-        """The matrix ``Q`` and the weights ``w_n`` of the local points, ``(k + 1,)``, where the second derivative at each
-        point is ``w_n Q`` for any state and no points are coupled; ``None`` where it is not known to be of this form.
+        """The matrix ``Q`` and the weights ``w_n`` of the local points, ``(k + 1,)``, where the second derivative at
+        each point is ``w_n Q`` for any state and no points are coupled; ``None`` where it is not known to be of this
+        form.
         """
         return None
 

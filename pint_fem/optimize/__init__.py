@@ -1,5 +1,7 @@
 """Minimisers of functions that are given by their values, derivatives and inner product."""
 
+from pint_fem.optimize.active_set.method import minimize_active_set
+from pint_fem.optimize.active_set.records import ActiveSetRecord
 from pint_fem.optimize.constraints import AffineConstraints
 from pint_fem.optimize.lbfgs import InverseLBFGS
 from pint_fem.optimize.one_shot.method import minimize_one_shot
@@ -22,6 +24,7 @@ from pint_fem.optimize.trust_region.multipliers import minimize_bounded_constrai
 from pint_fem.optimize.trust_region.newton_cg import minimize_trust_region
 
 __all__ = [
+    "ActiveSetRecord",
     "AffineConstraints",
     "CGStop",
     "Checkpoint",
@@ -40,6 +43,7 @@ __all__ = [
     "ScipyResult",
     "StopReason",
     "TrustRegionResult",
+    "minimize_active_set",
     "minimize_bounded",
     "minimize_bounded_constrained",
     "minimize_one_shot",

@@ -24,6 +24,7 @@ __all__ = [
     "check_count",
     "check_first_guess",
     "check_stopping",
+    "is_real",
 ]
 
 
@@ -86,18 +87,18 @@ def check_checkpoint(value: object) -> None:
 
 def check_first_guess(x0: np.ndarray) -> None:
     """Check that the first guess is a real vector; otherwise InputError."""
-    if np.ndim(x0) != 1 or np.iscomplexobj(x0) or not _is_real(x0):
+    if np.ndim(x0) != 1 or np.iscomplexobj(x0) or not is_real(x0):
         raise InputError(f"x0 of shape {np.shape(x0)} and type {np.asarray(x0).dtype} is refused: give 1-D real array")
 
 
 def check_bounds(lower: np.ndarray | float, upper: np.ndarray | float) -> None:
     """Check that bounds are real numbers or arrays of them; otherwise InputTypeError."""
     for name, bound in (("lower", lower), ("upper", upper)):
-        if not _is_real(bound):
+        if not is_real(bound):
             raise InputTypeError(f"{name} = {bound!r} is refused: give a real number or an array of them")
 
 
-def _is_real(value: object) -> bool:
+def is_real(value: object) -> bool:
     """Whether a value can be an array of floats; text that spells numbers is none."""
     if np.asarray(value).dtype.kind not in "biufO":
         return False

@@ -25,7 +25,7 @@ __all__ = ["check_run", "collective_callback", "on_all_ranks"]
 P = ParamSpec("P")
 R = TypeVar("R")
 
-_LOCAL = ("monitor", "callback", "lower", "upper", "normals")
+_LOCAL = ("monitor", "callback", "lower", "upper", "l1", "normals")
 """Arguments that may differ between processes: their own functions, and parts of vectors."""
 
 

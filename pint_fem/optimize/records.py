@@ -41,6 +41,7 @@ class StopReason(str, Enum):
     ACCURACY = "accuracy not reached"
     CALLBACK = "stopped by callback"
     CONSTRAINTS = "constraints not met"
+    BREAKDOWN = "composite steps broke down"
 
 
 def header(inexact: bool = False) -> str:

@@ -43,6 +43,8 @@ class RunState:
         The pairs with which the preconditioner was last updated.
     reason : StopReason or None
         Why the run cannot go on, if so.
+    further : dict of ndarray
+        Further vectors that the next iteration depends on, by name.
     """
 
     iterate: Iterate
@@ -52,6 +54,7 @@ class RunState:
     history: list[IterationRecord] = field(default_factory=list)
     pairs: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
     reason: StopReason | None = None
+    further: dict[str, np.ndarray] = field(default_factory=dict)
 
     def result(self, problem: GuardedProblem, reason: StopReason) -> TrustRegionResult:
         """The result of a run that ends in this state."""
@@ -143,14 +146,21 @@ def save(checkpoint: Checkpoint, state: RunState, oracle: ExactOracle, kind: str
         "pairs": len(state.pairs),
         "history": write_history(state.history),
     }
-    vectors = {"x": iterate.x, "gradient": iterate.gradient.vector}
+    vectors = {"x": iterate.x, "gradient": iterate.gradient.vector} | state.further
     for i, (direction, product) in enumerate(state.pairs):
         vectors[f"direction_{i}"], vectors[f"product_{i}"] = direction, product
     checkpoint.save(scalars, vectors)
 
 
-def restore(checkpoint: Checkpoint, x0: np.ndarray, oracle: ExactOracle, kind: str) -> RunState | None:
-    """The last state of the checkpoint, if it has any; the counts of calls and the state of the oracle are set.
+def restore(
+    checkpoint: Checkpoint,
+    x0: np.ndarray,
+    oracle: ExactOracle,
+    kind: str,
+    record: type[IterationRecord] = IterationRecord,
+) -> RunState | None:
+    """The last state of the checkpoint, if it has any, with a history of records of the given class; the counts of
+    calls and the state of the oracle are set.
 
     Raises
     ------
@@ -171,12 +181,15 @@ def restore(checkpoint: Checkpoint, x0: np.ndarray, oracle: ExactOracle, kind: s
     value, gradient = ([read(v) for v in scalars[name]] for name in ("value", "gradient"))
     problem.value_calls, problem.gradient_calls, problem.hessian_calls = scalars["calls"]
     oracle.restore({name: read(v) for name, v in scalars["oracle"].items()})
+    pairs = [(vectors.pop(f"direction_{i}"), vectors.pop(f"product_{i}")) for i in range(scalars["pairs"])]
+    x, g = vectors.pop("x"), vectors.pop("gradient")
     return RunState(
-        Iterate(vectors["x"], Estimate(*value), Gradient(vectors["gradient"], *gradient)),
+        Iterate(x, Estimate(*value), Gradient(g, *gradient)),
         read(scalars["first_norm"]),
         read(scalars["forcing"]),
         read(scalars["radius"]),
-        read_history(scalars["history"], IterationRecord, cg_stop=CGStop),
-        [(vectors[f"direction_{i}"], vectors[f"product_{i}"]) for i in range(scalars["pairs"])],
+        read_history(scalars["history"], record, cg_stop=CGStop),
+        pairs,
         None if scalars["reason"] is None else StopReason(scalars["reason"]),
+        vectors,
     )

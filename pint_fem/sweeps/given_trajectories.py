@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pint_fem.collective import collectively
-from pint_fem.errors import FAILURES
+from pint_fem.errors import FAILURES, InputError
 from pint_fem.evolution.evolution import Evolution
 from pint_fem.propagators.base import FEPropagator, StepData
 from pint_fem.spacetime import Slab, SpaceTime
@@ -27,6 +27,9 @@ class GivenTrajectories:
     spacetime: SpaceTime
     slab: Slab
     is_affine: bool
+    is_linear: bool
+    initial: np.ndarray
+    _update: Callable[..., None]
     propagators: list[FEPropagator]
     intervals: Intervals | None
     data: Callable[..., StepData]
@@ -43,6 +46,30 @@ class GivenTrajectories:
             r = np.concatenate([U[:1] - (self.initial if initial is None else initial), r])
         squares = [self.spacetime.point_norms(block).sum() for block in (r, U if first else U[1:])]
         return tuple(np.sqrt(self.spacetime.sum_over_time(np.array(squares))).tolist())
+
+    def step_residuals(self, z: Controls, U: np.ndarray, *, initial: np.ndarray | None = None) -> np.ndarray:
+        """``Phi(U_n) - U_{n+1}`` at the local points, ``(k + 1, n)``, by one pass over the steps, and at the first point
+        of all the initial condition less ``U_0`` (collective). Row 0 of other ranks is the left neighbour's last one.
+
+        The steps are those that are linearised for ``U`` afterwards. Trajectories have to be stored at all points.
+        """
+        if self.intervals is not None:
+            raise InputError("residuals of all steps require mgrit storage='all'")
+        if self.is_linear:
+            self._update(z, "state")
+
+        def compute() -> np.ndarray:
+            fine, out = self.propagators[0], np.zeros_like(U)
+            out[1:] = U[1:]
+            fine.step(self.data(z, U)._replace(guess=fine.uses_guess), U[:-1], out[1:])
+            out[1:] -= U[1:]
+            if self.slab.is_first:
+                out[0] = (self.initial if initial is None else initial) - U[0]
+            return out
+
+        out = collectively(self.spacetime.comm, "residuals of the steps", compute)
+        self.spacetime.add_shared_points(out)
+        return out
 
     def _step_residuals(self, z: Controls, U: np.ndarray) -> np.ndarray:
         """``Phi(U) - U`` at the own stored points but the first."""

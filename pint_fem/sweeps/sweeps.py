@@ -296,6 +296,17 @@ class Sweeps(GivenTrajectories):
                 G = self._or_nan(lambda: of_each(partial(self._control_tangent, data), dz), shape)
         return G, coarse
 
+    def tangent_of_source(
+        self, z: Controls, U: np.ndarray, source: np.ndarray, dU: np.ndarray, **accuracy: float
+    ) -> SolveResult:
+        """Solve ``dU_{n+1} = Phi_u dU_n + source_{n+1}`` from ``dU_0 = source_0``, at the state ``U``, with a right-hand
+        side ``(k + 1, n)`` at the local points.
+        """
+        initial = source[0] if self.slab.is_first else None
+        self.tangent_source(z, U, None, dU, initial)
+        rhs = np.ascontiguousarray(source[1:])
+        return self.solve(self.solvers.tangent, "tangent", dU, rhs, cold=True, **accuracy)
+
     def _control_tangent(self, data: StepData, dz: Controls) -> np.ndarray:
         """``Phi_z dz`` of the own steps of a nonlinear evolution."""
         G = np.empty(self._rhs_shape())

@@ -100,6 +100,8 @@ class DistributedExperiments(ComposedProblem):
             self._data = made = RegularisationOfAll(regularisation, layout, self._all[0])
         super().__init__([Term(1.0, own, Selection(layout, own.layout))], layout, made and made.functional)
         self._own, self._consistency, self._misfit = own, ControlConsistency(layout), 0.0
+        self._is_quadratic = self._is_piecewise_quadratic = True  # super() asks for both
+        self._is_piecewise_quadratic = all_ranks(comm, super().is_piecewise_quadratic)
         self._is_quadratic = all_ranks(comm, super().is_quadratic)
         limits = spacetime.experiments_comm.allgather(tuple(own.limits))
         self._limits = SweepLimits.of_all([SweepLimits(*found) for found in limits])
@@ -154,6 +156,11 @@ class DistributedExperiments(ComposedProblem):
     def is_quadratic(self) -> bool:
         """Whether ``J`` is a quadratic function of the controls, for all experiments."""
         return self._is_quadratic
+
+    @property
+    def is_piecewise_quadratic(self) -> bool:
+        """Whether ``J`` is one quadratic function or several with continuous first derivatives between them."""
+        return self._is_piecewise_quadratic
 
     @property
     def limits(self) -> SweepLimits:

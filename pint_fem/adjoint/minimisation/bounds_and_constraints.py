@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 if TYPE_CHECKING:
     from pint_fem.adjoint.reduced_functional import TimeParallelReducedFunctional
 
-__all__ = ["Controls", "bound_arrays", "constraint_normals", "named_array"]
+__all__ = ["Controls", "bound_arrays", "constraint_normals", "l1_factors", "named_array"]
 
 
 Controls = Function | EnsembleFunction | Sequence[Function | EnsembleFunction]
@@ -64,25 +64,43 @@ def bound_arrays(rf: ControlFunctional, bounds: Sequence) -> tuple[np.ndarray | 
     return tuple(_side(rf, side, none) for side, none in zip(bounds, (-np.inf, np.inf), strict=True))
 
 
+def l1_factors(rf: ControlFunctional, l1: float | Controls | Sequence | None) -> np.ndarray | float:
+    """Factors of the absolute values of controls as a number or an array of own values; 0 for ``None``.
+
+    Parameters
+    ----------
+    rf : ControlFunctional
+        The functional.
+    l1 : float, values of the controls or list
+        A number, values of the controls, or a list with one of these, or ``None``, for each control.
+
+    Raises
+    ------
+    InputError
+        If they do not fit the controls.
+    """
+    return _side(rf, l1, 0.0, "l1")
+
+
 def _is_number(side) -> bool:
     """Whether a bound is a number, or None for no bound."""
     return side is None or isinstance(side, Real)
 
 
-def _side(rf: TimeParallelReducedFunctional, side, none: float):
-    """One of the two bounds; ``none`` is the number for no bound."""
+def _side(rf: TimeParallelReducedFunctional, side, none: float, what: str = "bounds"):
+    """One of the two bounds, or what messages name; ``none`` is the number for ``None``."""
     controls = rf.evolution.controls
     if _is_number(side):
         return none if side is None else float(side)
     sides = side if isinstance(side, (list, tuple)) else [side]
     if len(sides) != len(controls):
-        raise InputError(f"bounds: {len(sides)} values for {len(controls)} controls; give a number, or one for each")
+        raise InputError(f"{what}: {len(sides)} values for {len(controls)} controls; give a number, or one for each")
     if not any(map(_is_number, sides)):
-        return named_array(rf, sides, "bounds")
+        return named_array(rf, sides, what)
     zeros = rf.function(np.zeros(rf.layout.size))
     zeros = [zeros] if len(controls) == 1 else zeros
     given = [zero if _is_number(one) else one for one, zero in zip(sides, zeros, strict=True)]
-    parts = rf.layout.parts(named_array(rf, given, "bounds"))
+    parts = rf.layout.parts(named_array(rf, given, what))
     whole = np.empty(rf.layout.size)
     for part, values, one in zip(rf.layout.parts(whole), parts, sides, strict=True):
         part[...] = none if one is None else float(one) if isinstance(one, Real) else values

@@ -1,19 +1,28 @@
-"""Inverse Hessians of optimal control problems from their KKT systems, for the conjugate gradients of a trust region."""
+"""Inverse Hessians of optimal control problems from their KKT systems, for conjugate gradients of a trust region."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pint_fem.adjoint.problem import ReducedProblem
+from pint_fem.adjoint.riesz import ControlInner
+from pint_fem.all_at_once.stopping import DivergedError
 from pint_fem.errors import InputError
 from pint_fem.kkt.choice import circulant_kkt
+from pint_fem.optimize.records import TrustRegionResult
 
 if TYPE_CHECKING:
     from pint_fem.adjoint.functional import ControlFunctional
+    from pint_fem.adjoint.minimisation.bounds_and_constraints import Controls
 
-__all__ = ["KKTPreconditioner", "require_kkt_problem"]
+__all__ = ["KKTPreconditioner", "minimize_by_kkt", "require_kkt_problem"]
+
+_CG_SHARE = 0.1
+"""Residual of conjugate gradients relative to the tolerance of the gradient: one step of Newton's method suffices."""
 
 
 def require_kkt_problem(functional: ControlFunctional) -> ReducedProblem:
@@ -40,12 +49,18 @@ def require_kkt_problem(functional: ControlFunctional) -> ReducedProblem:
 class KKTPreconditioner:
     """The inverse of the Hessian, by solves of the KKT system, on representatives (collective).
 
+    Where GMRES does not converge in the first solve, as for undamped waves with a large weight of the control, the
+    inverse of the regularisation takes the place of that of the Hessian: such Hessians are near it, and conjugate
+    gradients take few steps.
+
     Parameters
     ----------
     functional
         The functional that is minimised.
     ends
         Whether the KKT system is solved itself; without, the skew-circulant one.
+    inner
+        The inner product of the representatives; default: that of the functional.
     **given
         Options of :func:`pint_fem.kkt.choice.circulant_kkt`.
 
@@ -55,6 +70,8 @@ class KKTPreconditioner:
         The systems.
     how : str
         How their frequencies are solved.
+    handed_over : str
+        Why the inverse of the regularisation is used; empty where it is not.
 
     Raises
     ------
@@ -62,22 +79,82 @@ class KKTPreconditioner:
         On every rank, where there is no such system; the message is the reason.
     """
 
-    def __init__(self, functional: ControlFunctional, *, ends: bool = True, **given: float):
+    def __init__(
+        self, functional: ControlFunctional, *, ends: bool = True, inner: ControlInner | None = None, **given: Any
+    ):
         problem = require_kkt_problem(functional)
-        self._layout, self._ends = problem.layout, ends
+        self._layout, self._ends, self._inner = problem.layout, ends, inner or functional.inner
         controls = problem.layout.evolution.parameters
         forms = [problem.regularisation_hessian(control) for control in controls]
         self.kkt, self.how = circulant_kkt(problem.sweeps, problem.misfits, forms, **given)
-        if not self.kkt.model.is_invariant and ends:
+        if ends and not self.kkt.model.is_invariant:
             raise InputError("the misfits are not the same at all time points")
-        self._inner = functional.inner
+        self.handed_over = ""
 
     def __call__(self, r: np.ndarray) -> np.ndarray:
         """The product of the inverse Hessian with a representative, ``(layout.size,)``."""
-        layout = self._layout
-        rows = self.kkt.solve(c=np.ascontiguousarray(layout.steps(self._inner.dual(r))), ends=self._ends).z
-        out = np.empty(layout.size)
+        c = np.ascontiguousarray(self._layout.steps(self._inner.dual(r)))
+        if not self.handed_over:
+            try:
+                return self._as_vector(self.kkt.solve(c=c, ends=self._ends).z)
+            except DivergedError as error:
+                if self.kkt.solves:
+                    raise
+                self.handed_over = str(error)
+        return self._as_vector(self.kkt.model.weights.solve(c))
+
+    def _as_vector(self, rows: np.ndarray) -> np.ndarray:
+        """The vector of controls ``(layout.size,)`` from those of the own steps, ``(k, nz)``."""
+        layout, out = self._layout, np.empty(self._layout.size)
         parts = self.kkt.model.sweeps.evolution.split_controls(rows)
         for control, part in zip(layout.evolution.parameters, parts, strict=True):
             layout.part(out, control)[...] = part
         return out
+
+    def release(self) -> None:
+        """Free the factors (collective)."""
+        self.kkt.systems.release()
+
+
+def minimize_by_kkt(
+    functional: ControlFunctional, start: Controls | None, options: Mapping, *, preconditioner: KKTPreconditioner,
+    why: str,
+) -> TrustRegionResult:  # fmt: skip
+    """Minimise by the trust region, or within bounds by active sets, whose conjugate gradients are preconditioned by
+    solves of the KKT system (collective).
+
+    Parameters
+    ----------
+    functional, start, options
+        The functional, the first controls and the options of the minimiser.
+    preconditioner
+        The KKT system.
+    why
+        Why this method was chosen, for the result.
+
+    Returns
+    -------
+    TrustRegionResult
+        ``choice`` says how the KKT systems were solved, and where another method took over.
+    """
+    options = dict(options)
+    bounded = options.get("bounds") is not None or options.get("l1") is not None
+    if options.get("cg_rtol") is None and "cg_forcing" not in options:
+        options["cg_rtol"] = _CG_SHARE * min(max(options.get("gtol_rel", 1e-6), 1e-12), 1.0)
+    method = functional.minimize_active_set if bounded else functional.minimize_trust_region
+    try:
+        result = method(start, preconditioner=preconditioner, **options)
+        kkt, handed_over = preconditioner.kkt, preconditioner.handed_over
+        if handed_over:
+            choice = f"trust-region with the regularisation as preconditioner, in the place of kkt: {handed_over}"
+        else:
+            choice = (
+                f"kkt, {why}; {preconditioner.how}; {kkt.solves} KKT systems, {kkt.iterations} iterations for the ends "
+                "of time"
+            )
+    except DivergedError as error:
+        result = method(start, preconditioner="regularisation", **options)
+        choice = f"trust-region with the regularisation as preconditioner, in the place of kkt: {error}"
+    finally:
+        preconditioner.release()
+    return replace(result, choice=choice)

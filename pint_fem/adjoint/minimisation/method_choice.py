@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from pint_fem.adjoint.minimisation.kkt_preconditioner import KKTPreconditioner
+from pint_fem.adjoint.riesz import ControlInner
 from pint_fem.capacity import readable, require_memory
 from pint_fem.collective import collectively
-from pint_fem.errors import InputError
+from pint_fem.errors import InputError, SolverFailure
 from pint_fem.inverse.per_step.spectrum_choice import LARGEST_DENSE
 from pint_fem.inverse.readings import ReadingTable
 from pint_fem.propagators.linear import LinearPropagator
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
     from pint_fem.adjoint.functional import ControlFunctional
     from pint_fem.adjoint.problem import ReducedProblem
 
-__all__ = ["MapWork", "choose_method"]
+__all__ = ["MapWork", "choose_kkt", "choose_method", "kkt_systems"]
 
 SWEEPS = 60
 """Sweeps of an inversion by the inexact trust region with a limited-memory preconditioner, at least."""
@@ -96,10 +98,45 @@ class MapWork(NamedTuple):
         return sweep + (rows / self.space_ranks + dense) / RATE
 
 
+def kkt_systems(functional: ControlFunctional, options: Mapping) -> KKTPreconditioner:
+    """The KKT systems of a functional (collective).
+
+    Raises
+    ------
+    InputError
+        On every rank, where there are none, or an option does not go with them; the message is the reason.
+    """
+    for name in ("constraints", "inexact", "preconditioner"):
+        if options.get(name) is not None:
+            raise InputError(f"method 'kkt' does not go with {name}=: use 'trust-region'")
+    inner = functional.inner
+    if (options.get("bounds") is not None or options.get("l1") is not None) and inner.weights is None:
+        inner = ControlInner(functional.layout, "lumped")
+    make = lambda: KKTPreconditioner(functional, inner=inner)
+    try:
+        return collectively(functional.spacetime.comm, "", make)
+    except InputError as error:
+        raise InputError(f"method 'kkt': {str(error).removeprefix(': ')}; use 'trust-region' or 'auto'") from error
+
+
+def choose_kkt(functional: ControlFunctional, options: Mapping) -> tuple[KKTPreconditioner | None, str]:
+    """The KKT systems where a functional has them, and the reason for or against them (collective)."""
+    if not functional.evolution.stepwise:
+        return None, "no control has one value per step"
+    try:
+        return kkt_systems(functional, options), "as the misfits are the same at all steps, and so are the controls"
+    except (InputError, SolverFailure) as error:
+        return None, str(error).removeprefix("method 'kkt': ").removesuffix("; use 'trust-region' or 'auto'")
+
+
 def choose_method(
-    functional: ControlFunctional, require: Callable[[ControlFunctional], ReducedProblem], options: Mapping
+    functional: ControlFunctional,
+    require: Callable[[ControlFunctional], ReducedProblem],
+    options: Mapping,
+    *,
+    no_kkt: str = "",
 ) -> tuple[str, str]:
-    """The name of the method and the reason, the same on all ranks (collective).
+    """The name of the method, of those without KKT systems, and the reason, the same on all ranks (collective).
 
     Parameters
     ----------
@@ -109,12 +146,17 @@ def choose_method(
         Returns the problem of a functional that has a map, or raises an ``InputError``.
     options
         Options of the minimiser.
+    no_kkt
+        Why there is no KKT system.
     """
     comm = functional.spacetime.comm
     try:
         problem = collectively(comm, "", require, functional)
     except InputError as error:
-        return "trust-region", f"as there is no map: {str(error).removeprefix('parameter_to_observable: ')}"
+        reason = f"as there is no map: {str(error).removeprefix('parameter_to_observable: ')}"
+        if no_kkt and functional.evolution.stepwise:
+            reason += f"; and no KKT system: {no_kkt}"
+        return "trust-region", reason
     if options.get("checkpoint") is not None:
         return "trust-region", "as checkpoint= is given, and a run on the map has no trajectories to continue from"
     work = collectively(comm, "", MapWork.of, problem)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +14,20 @@ from pyadjoint.tape import stop_annotating
 
 from pint_fem.adjoint.consistency.control_values import ControlConsistency
 from pint_fem.adjoint.interface import SweptProblem
+from pint_fem.adjoint.minimisation.active_set import ActiveSetMinimisation
 from pint_fem.adjoint.minimisation.bounds_and_constraints import Controls, bound_arrays, constraint_normals, named_array
 from pint_fem.adjoint.minimisation.checkpoint import open_checkpoint
 from pint_fem.adjoint.minimisation.inexact_objective import InexactObjective
+from pint_fem.adjoint.minimisation.kkt_preconditioner import KKTPreconditioner
 from pint_fem.adjoint.minimisation.low_rank import made_for
 from pint_fem.adjoint.minimisation.objective import Objective
+from pint_fem.adjoint.minimisation.tolerances import raise_tolerance, value_rtol
+from pint_fem.adjoint.newton_kkt.minimise import NewtonKKTMinimisable
 from pint_fem.adjoint.regularisation_in_time.inner_product import InnerInTime
 from pint_fem.adjoint.riesz import ControlInner
 from pint_fem.adjoint.total_variation.preconditioner import VariationPreconditioner
 from pint_fem.collective import ending_all_ranks, require_same
-from pint_fem.errors import InputError, SolverFailure
+from pint_fem.errors import InputError
 from pint_fem.optimize.constraints import AffineConstraints
 from pint_fem.optimize.one_shot.method import minimize_one_shot
 from pint_fem.optimize.one_shot.records import OneShotResult
@@ -47,7 +50,7 @@ _MODEL_FORCING = 0.02
 _VARIATION_RTOL = 1e-2
 
 
-class Minimisable:
+class Minimisable(ActiveSetMinimisation, NewtonKKTMinimisable):
     """The part of a functional of controls that minimises it; it has ``problem``, ``inner``, ``spacetime``, ``layout``,
     ``evolution``, ``array`` and ``function``.
     """
@@ -87,8 +90,10 @@ class Minimisable:
             with one value per step a functional is summed over the steps with weight ``dt``.
         preconditioner : str, ufl.Form, list of ufl.Form or callable, optional
             Preconditioner of conjugate gradients: ``"regularisation"`` (the inverse of its second derivative), a
-            bilinear form or a list with one per control, ``"limited-memory"``, or a callable on flat representatives;
-            ``"low-rank"`` or a :class:`~pint_fem.adjoint.minimisation.low_rank.LowRankPreconditioner`.
+            bilinear form or a list with one per control, ``"limited-memory"``, ``"circulant"`` (the inverse Hessian of
+            the skew-circulant problem, for controls with one value per step, :mod:`pint_fem.kkt`), ``"low-rank"`` or a
+            :class:`~pint_fem.adjoint.minimisation.low_rank.LowRankPreconditioner`, or a callable on flat
+            representatives.
             With a total variation ``"regularisation"`` is
             :mod:`pint_fem.adjoint.total_variation.preconditioner`, and the default; ``"none"`` is none.
         checkpoint : str or pathlib.Path, optional
@@ -155,13 +160,15 @@ class Minimisable:
         given = dict(constraints=constraints, preconditioner=preconditioner)
         given |= dict(checkpoint=checkpoint, if_save_fails=if_save_fails)
         with self._collective_run("one_shot", start, (), given | options) as start:
-            options.setdefault("value_rtol", _value_rtol(self.problem))
+            options.setdefault("value_rtol", value_rtol(self.problem))
             options.setdefault("memory", 10 if self.evolution.stepwise else 40)  # static controls are small
             self._require_residuals("one-shot")
             if self.problem.limits.accelerated:
                 raise InputError("one-shot takes single MGRIT cycles: leave krylov out")
             if preconditioner == "limited-memory":
                 raise InputError("one-shot has a limited-memory operator of its own: leave preconditioner= out")
+            if made_for(preconditioner) is not None:
+                raise InputError("preconditioner 'low-rank' takes exact products, one-shot has none: leave it out")
             options["preconditioner"] = self._preconditioner(self.inner, preconditioner)
             options["monitor"] = self._on_root(monitor)
             objective = Objective(self.problem, self.inner)
@@ -244,7 +251,7 @@ class Minimisable:
     ) -> TrustRegionResult:  # fmt: skip
         """Choose options, objective and method, and run it."""
         problem, inner = self.problem, self.inner
-        options.setdefault("value_rtol", _value_rtol(problem))
+        options.setdefault("value_rtol", value_rtol(problem))
         if problem.is_quadratic and bounds is None:
             # the model is J itself: a bound would only cut steps short
             options.setdefault("initial_radius", min(UNLIMITED, options.get("max_radius", np.inf)))
@@ -269,7 +276,7 @@ class Minimisable:
             if low_rank is not None:
                 low_rank.begin(self, objective, inner)
             self._choose_for_variations(objective, inner, preconditioner, options)
-            _raise_tolerance(objective, start, checkpoint, options)
+            raise_tolerance(objective, start, checkpoint, options)
             if constraints:
                 if checkpoint is not None:
                     raise InputError("checkpoint= goes with bounds or with integral constraints, not with both")
@@ -284,7 +291,7 @@ class Minimisable:
         self._choose_for_variations(objective, inner, preconditioner, options)
         limited, start = self._constrained(objective, start, constraints)
         if inexact is None:
-            _raise_tolerance(objective, start, checkpoint, options)
+            raise_tolerance(objective, start, checkpoint, options)
         try:
             with open_checkpoint(checkpoint, objective, if_save_fails, constrained=limited, **run) as opened:
                 return minimize_trust_region(limited, start, inexact=inexact, checkpoint=opened, **options)
@@ -332,6 +339,8 @@ class Minimisable:
             return None
         if given == "limited-memory" or (callable(given) and not isinstance(given, ufl.Form)):
             return given
+        if isinstance(given, str) and given == "circulant":
+            return KKTPreconditioner(self, ends=False, inner=inner)
         if isinstance(given, str) and given == "regularisation":
             controls = self.evolution.controls
             rates = {c: form for c in controls if (form := self.problem.rate_hessian(c)) is not None}
@@ -339,8 +348,8 @@ class Minimisable:
             return lambda r: prior.primal(inner.dual(r))
         if isinstance(given, str):
             raise InputError(
-                f"preconditioner {given!r}: give 'regularisation', 'limited-memory', 'low-rank', 'none', a bilinear "
-                "form or a callable"
+                f"preconditioner {given!r}: give 'regularisation', 'limited-memory', 'low-rank', 'circulant', 'none', a "
+                "bilinear form or a callable"
             )
         prior = ControlInner(self.layout, given)
         return lambda r: prior.primal(inner.dual(r))
@@ -353,25 +362,3 @@ class Minimisable:
                 f"preconditioner 'regularisation': the regularisation is not quadratic in control {control.name()!r}"
             )
         return second
-
-
-def _value_rtol(problem) -> float:
-    """Relative accuracy of ``J``, from that of the sweeps."""
-    return 10 * problem.limits.rtol
-
-
-def _raise_tolerance(objective: Objective, start: np.ndarray, checkpoint, options: dict) -> None:
-    """Raise the tolerance of the gradient to its error where the start fits the data to round-off.
-
-    A tolerance relative to such a gradient is never reached. A run with a checkpoint may continue from another control.
-    """
-    given = options.get("gtol_abs", 0.0)
-    if checkpoint is not None or not isinstance(given, Real):
-        return
-    try:
-        error = objective.problem.gradient_error(start)
-    except SolverFailure:  # the minimisation reports what fails at the start
-        return
-    if error is not None:
-        error = objective.representative(error)
-        options["gtol_abs"] = max(float(given), float(np.sqrt(max(objective.inner(error, error), 0.0))))

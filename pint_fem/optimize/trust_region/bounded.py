@@ -47,6 +47,7 @@ from typing import Any
 import numpy as np
 
 from pint_fem.collective import collectively
+from pint_fem.errors import InputError
 from pint_fem.optimize.argument_checks import check_bounds
 from pint_fem.optimize.guarded_problem import GuardedProblem
 from pint_fem.optimize.oracle import ExactOracle, Gradient, Iterate
@@ -56,7 +57,7 @@ from pint_fem.optimize.records import TrustRegionResult
 from pint_fem.optimize.trust_region.iteration import NewtonOptions, TrustRegionRun
 from pint_fem.optimize.trust_region.projected_step import Box, ProjectedSteps
 
-__all__ = ["minimize_bounded"]
+__all__ = ["checked_box", "minimize_bounded"]
 
 # Round-off of a product of two vectors without a common component, relative to their lengths: none if it is diagonal.
 _DIAGONAL_RTOL = 1e-14
@@ -118,7 +119,7 @@ def minimize_bounded(
     """
     given = NewtonOptions(**options)
     x0 = np.array(x0, dtype=np.float64)
-    box = _box(problem, x0, lower, upper)
+    box = checked_box(problem, x0, lower, upper)
     oracle = _BoxOracle(problem, box, given.hessian)
     run = TrustRegionRun(oracle, given, x0, _KIND)
     first = x0 if run.state is None else run.state.iterate.x
@@ -154,19 +155,19 @@ class _BoxOracle(ExactOracle):
         return Gradient(g, math.sqrt(self.inner(projected, projected)))
 
 
-def _box(problem: GuardedProblem, x: np.ndarray, lower: np.ndarray | None, upper: np.ndarray | None) -> Box:
-    """The bounds as arrays of the shape of x.
+def checked_box(problem: GuardedProblem, x: np.ndarray, lower: np.ndarray | float, upper: np.ndarray | float) -> Box:
+    """The bounds as arrays of the shape of x, after a check that the inner product is diagonal (collective).
 
     Raises
     ------
-    ValueError
+    InputError
         On all processes: bounds of another shape, a lower bound above the upper one, a product that is not diagonal.
     """
     collectively(problem.comm, "", check_bounds, lower, upper)
     bounds = [np.asarray(bound, dtype=np.float64) for bound in (lower, upper)]
     misshapen = any(bound.shape not in ((), x.shape) for bound in bounds)
     if problem.holds_anywhere(x, misshapen):
-        raise ValueError(
+        raise InputError(
             f"bounds of shapes {bounds[0].shape} and {bounds[1].shape}: give numbers or arrays of the shape of x0, "
             f"{x.shape}"
         )
@@ -174,7 +175,7 @@ def _box(problem: GuardedProblem, x: np.ndarray, lower: np.ndarray | None, upper
     wrong = ~(low <= high) | (low == math.inf) | (high == -math.inf)  # nan among them
     if problem.holds_anywhere(x, wrong.any()):
         first = f", first {low[wrong][0]} and {high[wrong][0]}" if wrong.any() else ""
-        raise ValueError(
+        raise InputError(
             f"lower and upper contain no value for {wrong.sum()} components of this process{first}: "
             "give lower <= upper, -inf and inf where there is no bound"
         )
@@ -182,7 +183,7 @@ def _box(problem: GuardedProblem, x: np.ndarray, lower: np.ndarray | None, upper
     half = np.arange(x.size) % 2 == 0
     product = problem.inner(np.where(half, ones, 0.0), np.where(half, 0.0, ones))
     if abs(product) > _DIAGONAL_RTOL * problem.inner(ones, ones):
-        raise ValueError(
+        raise InputError(
             f"the inner product of two vectors without a common component is {product}: bounds need a diagonal one, "
             "inner(a, b) = sum w_i a_i b_i, with the gradient to it (finite elements: a lumped mass matrix)"
         )

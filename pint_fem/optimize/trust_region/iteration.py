@@ -119,10 +119,15 @@ class TrustRegionRun:
         Whether it is updated by pairs (d, H d).
     """
 
+    #: The dataclass of the history's records.
+    record_type: type[IterationRecord] = IterationRecord
+
     def __init__(self, oracle: ExactOracle, options: NewtonOptions, x0: np.ndarray, kind: str):
         self.oracle, self.options, self.kind = oracle, options, kind
         self.preconditioner, self.learns = make_preconditioner(options.preconditioner, oracle.inner)
-        self.state = None if options.checkpoint is None else restore(options.checkpoint, x0, oracle, kind)
+        self.state = None
+        if options.checkpoint is not None:
+            self.state = restore(options.checkpoint, x0, oracle, kind, self.record_type)
 
     def minimise(
         self,
@@ -148,7 +153,7 @@ class TrustRegionRun:
         """
         o, oracle = self.options, self.oracle
         if o.monitor is not None:
-            o.monitor(header(oracle.inexact))
+            o.monitor(self.header())
         if self.state is None:
             oracle.set_final_norm(o.gtol_abs)
             iterate, radius = oracle.first_iterate(start), None if o.initial_radius is None else float(o.initial_radius)
@@ -175,6 +180,14 @@ class TrustRegionRun:
             if stopped and reason is not StopReason.GRADIENT:
                 reason = StopReason.CALLBACK
         return state.result(oracle.problem, reason or StopReason.MAX_IT)
+
+    def header(self) -> str:
+        """The line above those of the iterations."""
+        return header(self.oracle.inexact)
+
+    def _details(self, step: Step) -> dict[str, object]:
+        """Further entries of the record of a step, which the class of the records has."""
+        return {}
 
     def _step(self, steps: Steps, iteration: int, cg_forcing: str | float, tolerance: float) -> bool:
         """Try a step; whether the iterate or its gradient has changed, so that conjugate gradients start anew."""
@@ -231,10 +244,10 @@ class TrustRegionRun:
         """Add a record to the history, save the state and print a line."""
         o, state, value, gradient = self.options, self.state, self.state.iterate.value, self.state.iterate.gradient
         state.history.append(
-            IterationRecord(
+            self.record_type(
                 len(state.history), value.value, gradient.norm, radius, step.norm, ratio, accepted, step.cg_iterations,
                 step.stop, value.tolerance, value.error, gradient.tolerance, gradient.error,
-                step.rtol or self.oracle.model_rtol,
+                step.rtol or self.oracle.model_rtol, **self._details(step),
             )
         )  # fmt: skip
         if o.checkpoint is not None:

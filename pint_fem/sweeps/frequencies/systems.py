@@ -205,21 +205,28 @@ class AveragedSystems:
     def _average(self, z, U: np.ndarray) -> None:
         """Assemble the operators of the sampled steps, average them and make the systems (collective)."""
         comm = self.spacetime.time_comm
-        sums = [None, None]
+        sums: list[np.ndarray | None] = []
         for step in self._samples:
             owner = int(np.searchsorted(self.slab.bounds, step, side="right")) - 1
             if comm.rank == owner or self._matrices[0] is None:
                 self._linearise(z, U, min(max(step - self.slab.lo, 0), self.slab.k - 1))
-            for i, matrix in enumerate(self._matrices):
-                if matrix is not None:
-                    values = np.ascontiguousarray(matrix.getValuesCSR()[2])
-                    comm.Bcast(values, root=owner)
-                    sums[i] = values if sums[i] is None else sums[i] + values
+            values = [None if v is None else np.ascontiguousarray(v) for v in self._values()]
+            for v in values:
+                if v is not None:
+                    comm.Bcast(v, root=owner)
+            sums = [v if s is None else s + v for s, v in zip(sums or [None] * len(values), values, strict=True)]
         if any_rank(self.spacetime.space_comm, not all(np.isfinite(s).all() for s in sums if s is not None)):
-            raise SolverFailure("the operators that ParaDiag averages over the steps are not finite")
-        averages = [None if s is None else self._matrix(i, s / len(self._samples)) for i, s in enumerate(sums)]
-        self._make_systems(*averages)
+            raise SolverFailure("the operators that are averaged over the steps are not finite")
+        self._use([None if s is None else s / len(self._samples) for s in sums])
         self.updates += 1
+
+    def _values(self) -> list[np.ndarray | None]:
+        """The entries of the operators of the last linearised step; ``None`` where there is no operator."""
+        return [None if matrix is None else matrix.getValuesCSR()[2] for matrix in self._matrices]
+
+    def _use(self, averages: list[np.ndarray | None]) -> None:
+        """Make the systems of averaged entries."""
+        self._make_systems(*(None if v is None else self._matrix(i, v) for i, v in enumerate(averages)))
 
     def _linearise(self, z, U: np.ndarray, i: int) -> None:
         """Assemble the operators of the own step ``i``."""

@@ -1,0 +1,81 @@
+"""The coupled systems of the frequencies of a problem, from the matrices of its evolution, misfits and controls."""
+
+from __future__ import annotations
+
+import numpy as np
+from firedrake import assemble
+from firedrake.petsc import PETSc
+from scipy.sparse import csr_matrix
+
+from pint_fem.errors import InputError
+from pint_fem.evolution.control_operators import MatrixOperator
+from pint_fem.kernels.arrays import own_size
+from pint_fem.kkt.coupled import CoupledSystems
+from pint_fem.kkt.coupled_matrices import Layout, distributed, own_rows
+from pint_fem.kkt.model import ControlModel
+
+__all__ = ["coupled_systems"]
+
+
+def coupled_systems(model: ControlModel, *, memory: float = np.inf) -> CoupledSystems:
+    """The coupled systems of the frequencies of a problem (collective over space).
+
+    Parameters
+    ----------
+    model
+        The problem.
+    memory
+        Bytes of factors that this rank may cache.
+
+    Raises
+    ------
+    InputError
+        On every rank, if a control is in boundary values or the evolution has a nullspace; the message is the reason.
+    """
+    evolution, propagator = model.propagator.evolution, model.propagator
+    if evolution.boundary_controls is not None:
+        raise InputError("a control is in boundary values")
+    if evolution.nullspace is not None:
+        raise InputError("the evolution has a nullspace")
+    forms = evolution.linear_operators()
+    M = assemble(forms[0], mat_type="aij").petscmat
+    comm, alone = M.comm, M.comm.size == 1
+    mass = own_rows(M)
+    K = csr_matrix(mass.shape) if forms[1].empty() else own_rows(assemble(forms[1], mat_type="aij").petscmat)
+    Q = sum((weight * own_rows(matrix) for matrix, weight in model.misfit_matrices), csr_matrix(mass.shape))
+    F, R = _control_matrices(model, comm)
+    free = np.ones(model.size, bool)
+    free[propagator.bc_rows] = False
+    given = [mass, K, F, Q, R]
+    if not alone:
+        columns = [model.size, model.size, model.control_size, model.size, model.control_size]
+        given = [distributed(X, count, comm) for X, count in zip(given, columns, strict=True)]
+    return CoupledSystems(propagator.dirk, model.nsteps, *given, dt=propagator.dt, free=free, memory=memory)
+
+
+def _control_matrices(model: ControlModel, comm: PETSc.Comm) -> tuple[csr_matrix, csr_matrix]:
+    """Own rows of the loads of all controls of a step, one control after another, and of their regularisation."""
+    evolution = model.propagator.evolution
+    starts = []
+    for control in evolution.parameters:
+        counts = comm.tompi4py().allgather(own_size(control.function_space()))
+        starts.append(np.concatenate([[0], np.cumsum(counts)]))
+    layout = Layout(starts, comm.rank)
+    regularisation, rows, columns, values = {}, [], [], []
+    for j, (operator, weight) in enumerate(zip(evolution.control_operators, model.weights.matrices, strict=True)):
+        if isinstance(weight, PETSc.Mat):
+            regularisation[j, j] = model.propagator.dt * own_rows(weight)
+        else:  # a real number, which the first rank owns
+            own = layout.own[j].stop - layout.own[j].start
+            regularisation[j, j] = csr_matrix(np.full((own, 1), model.propagator.dt * weight))
+        for term in [] if operator is None else operator.terms:
+            own = own_rows(term.matrix) if isinstance(term, MatrixOperator) else csr_matrix(term.column[:, None])
+            entries = own.tocoo()
+            rows.append(entries.row)
+            columns.append(layout.columns(j, entries.col))
+            values.append(entries.data)
+    shape = model.size, layout.total
+    if not rows:
+        return csr_matrix(shape), layout.matrix(regularisation)
+    joined = [np.concatenate(x) for x in (values, rows, columns)]
+    return csr_matrix((joined[0], (joined[1], joined[2])), shape=shape), layout.matrix(regularisation)

@@ -1,0 +1,1 @@
+"""Primal-dual active sets: the semi-smooth Newton method within bounds and for sparse minimisers."""

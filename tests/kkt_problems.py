@@ -1,0 +1,106 @@
+"""Optimal control problems with a KKT system that several test files share."""
+
+import numpy as np
+from firedrake import (
+    DirichletBC,
+    Function,
+    FunctionSpace,
+    SpatialCoordinate,
+    TestFunction,
+    TrialFunction,
+    as_vector,
+    dx,
+    grad,
+    inner,
+)
+from irksome import Dt
+
+import pint_fem as pf
+from pint_fem.kkt.circulant import CirculantKKT
+from pint_fem.kkt.control_weights import ControlWeights
+from pint_fem.kkt.coupled_model import coupled_systems
+from pint_fem.kkt.model import ControlModel
+from pint_fem.kkt.operator import KKTOperator
+from pint_fem.kkt.transform import SkewCirculant
+from tests.heat import TABLEAUX
+from tests.meshes import square
+
+__all__ = ["circulant", "convection", "model_of", "operator_of"]
+
+WEIGHTS = (1e-3, 1e-2, 1.0)
+
+
+def convection(st, *, tableau="SDIRK2", steps=8, n=5, heated_wall=False, static=False, tracked=1.0):
+    """Convection of heat with a source that is a field and one that is a number in each step, tracked in H1.
+
+    ``heated_wall``: a third control on the boundary; ``static``: controls without a value in each step; ``tracked``:
+    weight of the misfit at all steps.
+    """
+    mesh = square(n, st.space_comm)
+    V, D, R = (FunctionSpace(mesh, *given) for given in (("CG", 1), ("DG", 0), ("R", 0)))
+    u, v, f, a, w = Function(V), TestFunction(V), Function(D), Function(R), Function(V)
+    x, y = SpatialCoordinate(V.mesh())
+    form = Dt(u) * v * dx + inner(0.1 * grad(u) + as_vector([u, -0.3 * u]), grad(v)) * dx
+    form -= (f + a * x * y) * v * dx
+    u.interpolate(x * (1 - y))
+    controls = [f, a, *([w] if heated_wall else [])]
+    bcs = [DirichletBC(V, w if heated_wall else 1 + x, 1)]
+    ev = pf.Evolution(
+        form, u, tableau=TABLEAUX[tableau](), dt=0.1, nsteps=steps, control=controls, per_step=not static, bcs=bcs
+    )
+    e = u - x * y
+    misfits = [pf.TerminalMisfit(e**2 * dx)]
+    if tracked:
+        misfits.append(pf.RunningMisfit(tracked * (inner(e, e) + 0.1 * inner(grad(e), grad(e))) * dx))
+    sizes = [0.5 * weight * c**2 * dx for weight, c in zip(WEIGHTS, controls, strict=False)]
+    return pf.TimeParallelReducedFunctional(
+        ev, misfits, regularisation=sizes, spacetime=st, solver_parameters={"time_solver": "serial"}
+    )
+
+
+def regularisation(problem):
+    """The weights of the controls, by the forms of their regularisation."""
+    forms = []
+    for weight, control in zip(WEIGHTS, problem.sweeps.evolution.parameters, strict=False):
+        space = control.function_space()
+        forms.append(weight * inner(TrialFunction(space), TestFunction(space)) * dx)
+    return ControlWeights(problem.sweeps.evolution, forms)
+
+
+def model_of(problem):
+    """The model of a problem whose controls have values in each step."""
+    return ControlModel(problem.sweeps, problem.misfits, regularisation(problem))
+
+
+def circulant(problem, **given):
+    """The circulant system with coupled systems of the frequencies."""
+    model = model_of(problem)
+    bounds = model.slab.bounds
+    transform = SkewCirculant(model.nsteps, model.size, comm=problem.spacetime.time_comm, bounds=bounds)
+    return CirculantKKT(model, coupled_systems(model), transform, **given)
+
+
+def operator_of(problem, z=None):
+    """The KKT operator at a control."""
+    z = np.zeros(problem.layout.size) if z is None else z
+    U = problem.sweeps.new_slab()
+    found = [misfit.second_derivative() for misfit in problem.misfits]
+
+    def source(dU, dz):
+        rows = np.zeros(dU.shape)
+        for matrix, weights in found:
+            x, y = matrix.createVecs()
+            for row, du, weight in zip(rows, dU, weights, strict=True):
+                x.array[:] = du
+                matrix.mult(x, y)
+                row += weight * y.array_r
+        return rows, None
+
+    layout, weights, evolution = problem.layout, regularisation(problem), problem.sweeps.evolution
+
+    def control_hessian(z):
+        if evolution.per_step:
+            return layout.gradient(weights.multiply(layout.steps(z)), np.zeros(evolution.state_size))
+        return weights.multiply(z[None])[0] / evolution.dt
+
+    return KKTOperator(problem.sweeps, layout, z, U, source, control_hessian)
