@@ -167,8 +167,6 @@ class Minimisable(ActiveSetMinimisation, NewtonKKTMinimisable):
                 raise InputError("one-shot takes single MGRIT cycles: leave krylov out")
             if preconditioner == "limited-memory":
                 raise InputError("one-shot has a limited-memory operator of its own: leave preconditioner= out")
-            if made_for(preconditioner) is not None:
-                raise InputError("preconditioner 'low-rank' takes exact products, one-shot has none: leave it out")
             options["preconditioner"] = self._preconditioner(self.inner, preconditioner)
             options["monitor"] = self._on_root(monitor)
             objective = Objective(self.problem, self.inner)
@@ -337,6 +335,8 @@ class Minimisable(ActiveSetMinimisation, NewtonKKTMinimisable):
         """An approximate inverse Hessian on representatives."""
         if given is None or (isinstance(given, str) and given == "none"):
             return None
+        if made_for(given) is not None:
+            raise InputError("preconditioner 'low-rank' is for minimize_trust_region: leave it out with other methods")
         if given == "limited-memory" or (callable(given) and not isinstance(given, ufl.Form)):
             return given
         if isinstance(given, str) and given == "circulant":
