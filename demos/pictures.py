@@ -368,10 +368,18 @@ def plot_snapshots(
 
 
 def animate(
-    path: Path, images: Sequence[np.ndarray], titles: Sequence[str], extent: Sequence[float], *, label: str = ""
+    path: Path,
+    images: Sequence[np.ndarray],
+    titles: Sequence[str],
+    extent: Sequence[float],
+    *,
+    label: str = "",
+    size: tuple[float, float] = (4.6, 4.0),
 ) -> None:
-    """Write images with their titles as an animated GIF, on one colour scale, symmetric about zero."""
-    fig, ax = plt.subplots(figsize=(4.6, 4.0), layout="constrained")
+    """Write images with their titles as an animated GIF of a size in inches, on one colour scale, symmetric about
+    zero.
+    """
+    fig, ax = plt.subplots(figsize=size, layout="constrained")
     shown = _painter(images, extent)(ax, images[0])
     fig.colorbar(shown, ax=ax, label=label)
     title = ax.set_title(titles[0])

@@ -16,7 +16,7 @@ from pint_fem.cli import wait_quietly
 from pint_fem.kernels.arrays import get
 from problems.plate import true_source
 
-__all__ = ["LIMITS", "compare", "difference", "together"]
+__all__ = ["LIMITS", "compare", "difference", "nodes_of", "together"]
 
 #: Relative differences that tight tolerances allow.
 LIMITS = {"J": 1e-8, "gradient": 1e-8, "Hessian action": 1e-7, "recovered source": 1e-4}
@@ -96,15 +96,15 @@ def _ours(rf, V, points) -> dict:
 
 def together(spacetime, V, own: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
     """Coordinates and values of a field with values at nodes, sorted, on the first rank."""
-    nodes = _nodes(V)
+    nodes = nodes_of(V)
     parts = spacetime.space_comm.gather((nodes, own.reshape(len(nodes), -1)))
     if parts is None:
         return None
     return _sorted(np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts]))
 
 
-def _nodes(V) -> np.ndarray:
-    """Coordinates of the own nodes of a space, scalar or vector-valued."""
+def nodes_of(V) -> np.ndarray:
+    """Return the coordinates of the own nodes of a space, scalar or vector-valued."""
     mesh, scalar = V.mesh(), V.sub(0) if V.value_size > 1 else V
     nodes = Function(VectorFunctionSpace(mesh, scalar.ufl_element())).interpolate(SpatialCoordinate(mesh))
     return get(nodes).reshape(-1, mesh.geometric_dimension)
@@ -118,7 +118,7 @@ def _sorted(coordinates: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np
 def difference(ours: tuple[np.ndarray, np.ndarray], theirs: Function | Cofunction) -> float:
     """Relative difference of nodal values."""
     V = theirs.function_space() if isinstance(theirs, Function) else theirs.function_space().dual()
-    nodes = _nodes(V)
+    nodes = nodes_of(V)
     where, values = _sorted(nodes, get(theirs).reshape(len(nodes), -1))
     if np.abs(where - ours[0]).max() > 1e-8:
         raise RuntimeError("the meshes of the two solvers differ")

@@ -30,11 +30,13 @@ __all__ = ["circulant", "convection", "model_of", "operator_of"]
 WEIGHTS = (1e-3, 1e-2, 1.0)
 
 
-def convection(st, *, tableau="SDIRK2", steps=8, n=5, heated_wall=False, static=False, tracked=1.0):
+def convection(
+    st, *, tableau="SDIRK2", steps=8, n=5, heated_wall=False, static=False, tracked=1.0, misfit=pf.RunningMisfit
+):
     """Convection of heat with a source that is a field and one that is a number in each step, tracked in H1.
 
-    ``heated_wall``: a third control on the boundary; ``static``: controls without a value in each step; ``tracked``:
-    weight of the misfit at all steps.
+    ``heated_wall``: a third control on the boundary; ``static``: controls without a value in each step; ``tracked``
+    and ``misfit``: weight and class of the misfit at all steps.
     """
     mesh = square(n, st.space_comm)
     V, D, R = (FunctionSpace(mesh, *given) for given in (("CG", 1), ("DG", 0), ("R", 0)))
@@ -51,7 +53,7 @@ def convection(st, *, tableau="SDIRK2", steps=8, n=5, heated_wall=False, static=
     e = u - x * y
     misfits = [pf.TerminalMisfit(e**2 * dx)]
     if tracked:
-        misfits.append(pf.RunningMisfit(tracked * (inner(e, e) + 0.1 * inner(grad(e), grad(e))) * dx))
+        misfits.append(misfit(tracked * (inner(e, e) + 0.1 * inner(grad(e), grad(e))) * dx))
     sizes = [0.5 * weight * c**2 * dx for weight, c in zip(WEIGHTS, controls, strict=False)]
     return pf.TimeParallelReducedFunctional(
         ev, misfits, regularisation=sizes, spacetime=st, solver_parameters={"time_solver": "serial"}

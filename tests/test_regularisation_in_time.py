@@ -359,3 +359,13 @@ def test_it_is_no_prior():
     J = functional(pf.SpaceTime("1x1", comm=COMM_SELF), rate_and_value)
     with pytest.raises(InputError, match="rate of change of 'q', which couples steps"):
         J.problem.regularisation_hessians()
+
+
+def test_the_kkt_system_hands_over_by_name():
+    """Its frequencies do not have this part; the trust region does."""
+    J = functional(pf.SpaceTime("1x1", comm=COMM_SELF), varying)
+    with pytest.raises(InputError, match="'kkt': the regularisation has a functional of the rate of change"):
+        J.minimize(method="kkt")
+    result = J.minimize(method="auto", gtol_rel=1e-8)
+    assert result.converged
+    assert "no KKT system: the regularisation has a functional of the rate of change" in result.choice

@@ -64,7 +64,7 @@ def circulant_kkt(
         )  # fmt: skip
         systems = CommutingSystems(
             fractions, pencil.K, pencil.M, fields=pencil.fields, free=pencil.free, parameters=parameters,
-            prefix=f"{propagator.evolution.options_prefix}kkt_", memory=memory, single=single,
+            prefix=f"{propagator.evolution.options_prefix}kkt_systems_", memory=memory, single=single,
         )  # fmt: skip
         how = f"{systems.poles} shifted systems per frequency"
     elif control_count(model)[1] > MOST_CONTROLS:

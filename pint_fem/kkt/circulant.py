@@ -114,7 +114,7 @@ class CirculantKKT:
     """
 
     def __init__(
-        self, model: ControlModel, systems: FrequencySystems, transform: SkewCirculant, *, rtol: float = 1e-6,
+        self, model: ControlModel, systems: FrequencySystems, transform: SkewCirculant, *, rtol: float = 1e-8,
         max_it: int = 50, prefix: str = "kkt_ends_",
     ):  # fmt: skip
         self.model, self.systems, self.transform = model, systems, transform

@@ -348,8 +348,8 @@ class Minimisable(ActiveSetMinimisation, NewtonKKTMinimisable):
             return lambda r: prior.primal(inner.dual(r))
         if isinstance(given, str):
             raise InputError(
-                f"preconditioner {given!r}: give 'regularisation', 'limited-memory', 'low-rank', 'circulant', 'none', a "
-                "bilinear form or a callable"
+                f"preconditioner {given!r}: give 'regularisation', 'limited-memory', 'circulant', 'low-rank', 'none', "
+                "a bilinear form or a callable"
             )
         prior = ControlInner(self.layout, given)
         return lambda r: prior.primal(inner.dual(r))

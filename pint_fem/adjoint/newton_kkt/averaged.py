@@ -1,12 +1,12 @@
 r"""KKT systems of evolutions with operators averaged over the steps, as preconditioners.
 
 At a state and control the residual of a step is linearised to :math:`M_n \dot u + K_n u - F_n z`. With the averages of
-the three matrices over some steps (:class:`~pint_fem.sweeps.frequencies.systems.AveragedSystems`, as ParaDiag does),
+the three matrices over some steps (:class:`~pint_fem.sweeps.frequencies.systems.AveragedSystems`, as ParaDiag does)
 and the second derivatives of misfits and regularisation, all steps are the same: this is an optimal control problem of a
-linear evolution, whose KKT system is solved with its skew-circulant preconditioner (:mod:`pint_fem.kkt`), frequency by
+linear evolution. Its KKT system is solved with its skew-circulant preconditioner (:mod:`pint_fem.kkt`), frequency by
 frequency as a sparse system of stages, controls and multipliers. The controls of its solution for a right-hand side
-``(0, r, 0)`` are the inverse of a positive definite Hessian, the preconditioner of conjugate gradients for the true one.
-Second derivatives of the steps, which may be indefinite, are left out.
+``(0, r, 0)`` are the product of ``r`` with the inverse of a positive definite Hessian, which preconditions conjugate
+gradients for the true one. Second derivatives of the steps, which may be indefinite, are left out.
 
 Averages and factors are used for later states and controls as long as conjugate gradients converge quickly.
 """
@@ -278,6 +278,8 @@ def _require(problem: ReducedProblem) -> None:
         raise InputError("a misfit has no second derivative that is a matrix times a weight")
     if regularisation is None or not regularisation.quadratic or regularisation.coupled:
         raise InputError("there is no regularisation, or it is not quadratic, or it couples controls")
+    if regularisation.of_rates:
+        raise InputError("the regularisation has a functional of the rate of change of a control")
     dirk = problem.sweeps.propagators[0].dirk
     if ev.nsteps % 2 and abs(1 + limit_at_infinity(dirk.A, dirk.b)) < 1e-9:
         raise InputError("for the implicit midpoint rule the number of steps has to be even")
