@@ -43,8 +43,6 @@ def require_kkt_problem(functional: ControlFunctional) -> ReducedProblem:
         raise InputError("there is no regularisation")
     if not regularisation.quadratic or regularisation.coupled:
         raise InputError("the regularisation is not quadratic, or couples controls")
-    if regularisation.of_rates:
-        raise InputError("the regularisation has a functional of the rate of change of a control")
     return problem
 
 
