@@ -361,11 +361,10 @@ def test_it_is_no_prior():
         J.problem.regularisation_hessians()
 
 
-def test_the_kkt_system_hands_over_by_name():
-    """Its frequencies do not have this part; the trust region does."""
+def test_the_kkt_system_has_it():
     J = functional(pf.SpaceTime("1x1", comm=COMM_SELF), varying)
-    with pytest.raises(InputError, match="'kkt': the regularisation has a functional of the rate of change"):
-        J.minimize(method="kkt")
-    result = J.minimize(method="auto", gtol_rel=1e-8)
+    result = J.minimize(method="kkt", gtol_rel=1e-9)
+    reduced = functional(pf.SpaceTime("1x1", comm=COMM_SELF), varying).minimize_trust_region(gtol_rel=1e-11)
     assert result.converged
-    assert "no KKT system: the regularisation has a functional of the rate of change" in result.choice
+    assert result.choice.startswith("kkt")
+    assert np.linalg.norm(result.x - reduced.x) < 1e-7 * np.linalg.norm(reduced.x)
