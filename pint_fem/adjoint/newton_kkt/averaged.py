@@ -30,8 +30,8 @@ from pint_fem.errors import InputError
 from pint_fem.kernels.arrays import boundary_rows, get, is_real
 from pint_fem.kkt.circulant import CirculantKKT
 from pint_fem.kkt.control_weights import ControlWeights
-from pint_fem.kkt.coupled import CoupledSystems
-from pint_fem.kkt.coupled_matrices import own_rows, stage_operators
+from pint_fem.kkt.coupled.matrices import own_rows, stage_operators
+from pint_fem.kkt.coupled.systems import CoupledSystems
 from pint_fem.kkt.model import ControlModel
 from pint_fem.kkt.scheme import StageCoefficients
 from pint_fem.kkt.transform import SkewCirculant
