@@ -24,6 +24,7 @@ from pint_fem.adjoint.newton_kkt.averaged import AveragedKKT, AveragedModel, Ave
 from pint_fem.adjoint.newton_kkt.constrained import ConstrainedEvolution
 from pint_fem.errors import InputError, SolverFailure
 from pint_fem.evolution.tableaux import named_tableau
+from pint_fem.kkt.control_weights import ControlWeights
 from pint_fem.propagators import make_propagator
 from pint_fem.propagators.tape import TapePropagator
 from tests.meshes import SIMPLE
@@ -243,7 +244,9 @@ def test_steps_with_averaged_operators_are_those_of_the_linear_evolution():
     J = functional("radiation", grid(), linear=True, tableau="SDIRK2")
     operators, z = AveragedOperators(J.problem.sweeps), vectors(J, 1)[0]
     operators.average(J.layout.steps(z), J.problem.cache.state(z).U)
-    model = AveragedModel(J.problem.sweeps, J.problem.misfits, operators)
+    controls = J.evolution.parameters
+    weights = ControlWeights(J.problem.sweeps.evolution, [J.problem.regularisation_hessian(c) for c in controls])
+    model = AveragedModel(J.problem.sweeps, J.problem.misfits, weights, operators)
     propagator, rows = J.problem.sweeps.propagators[0], np.cos(np.arange(2 * model.size) ** 2).reshape(2, -1)
     for apply, transposed in ((propagator.apply, False), (propagator.apply_transposed, True)):
         expected = np.empty_like(rows)
