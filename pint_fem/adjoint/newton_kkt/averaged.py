@@ -18,6 +18,7 @@ from collections.abc import Sequence
 import numpy as np
 import ufl
 from firedrake import Function, assemble, derivative
+from firedrake.petsc import PETSc
 from irksome.ufl.deriv import TimeDerivative
 from pyadjoint.tape import stop_annotating
 from scipy.sparse import block_diag, csr_matrix, hstack
@@ -139,13 +140,17 @@ class AveragedModel(ControlModel):
         Sweeps of the evolution, whose propagator has ``dirk`` and ``bc_rows``.
     misfits
         Its misfits.
+    weights
+        The regularisation.
     operators
         The averages, made before.
     """
 
-    def __init__(self, sweeps: Sweeps, misfits: Sequence[Misfit], operators: AveragedOperators):
+    def __init__(
+        self, sweeps: Sweeps, misfits: Sequence[Misfit], weights: ControlWeights, operators: AveragedOperators
+    ):
         self.sweeps, self.spacetime, self.slab = sweeps, sweeps.spacetime, sweeps.slab
-        self.propagator = sweeps.propagators[0]
+        self.propagator, self.weights = sweeps.propagators[0], weights
         self.nsteps, self.size = sweeps.evolution.nsteps, sweeps.evolution.state_size
         self.control_size = sweeps.evolution.control_size
         self._read_misfits(misfits)
@@ -203,11 +208,17 @@ class AveragedKKT:
         _require(problem)
         self._problem, sweeps = problem, problem.sweeps
         self._operators = collectively(problem.spacetime.comm, "averaged operators", AveragedOperators, sweeps)
-        self._forms = [problem.regularisation_hessian(c) for c in problem.evolution.parameters]
-        weights = collectively(problem.spacetime.comm, "regularisation", ControlWeights, sweeps.evolution, self._forms)
-        dt = sweeps.evolution.dt
-        blocks = [csr_matrix([[w]]) if np.isscalar(w) else own_rows(w) for w in weights.matrices]
+        controls = problem.evolution.parameters
+        forms = [[of(c) for c in controls] for of in (problem.regularisation_hessian, problem.rate_hessian)]
+        given = sweeps.evolution, *forms
+        self._weights = collectively(problem.spacetime.comm, "regularisation", ControlWeights, *given)
+        dt, blocks = sweeps.evolution.dt, [_block(w) for w in self._weights.matrices]
+        rates = [
+            csr_matrix(block.shape) if w is None else _block(w)
+            for w, block in zip(self._weights.rate_matrices, blocks, strict=True)
+        ]
         self._R = dt * csr_matrix(block_diag(blocks))
+        self._R_time = dt * csr_matrix(block_diag(rates)) if self._weights.has_rates else None
         self._model: AveragedModel | None = None
         self._kkt: CirculantKKT | None = None
         self._solves = 0
@@ -228,7 +239,7 @@ class AveragedKKT:
         problem, sweeps = self._problem, self._problem.sweeps
         self._operators.average(problem.layout.steps(z), u)
         if self._model is None:
-            self._model = AveragedModel(sweeps, problem.misfits, self._operators)
+            self._model = AveragedModel(sweeps, problem.misfits, self._weights, self._operators)
         else:
             self._model.move_to(self._operators)
         if self._kkt is not None:
@@ -237,8 +248,9 @@ class AveragedKKT:
         Q = sum((w * own_rows(matrix) for matrix, w in model.misfit_matrices), csr_matrix(of.M.shape))
         given = of.M, of.K, of.F, Q, self._R
         systems = CoupledSystems(
-            model.propagator.dirk, model.nsteps, *given, dt=sweeps.evolution.dt, free=model.free, memory=MEMORY
-        )
+            model.propagator.dirk, model.nsteps, *given, dt=sweeps.evolution.dt, R_time=self._R_time, free=model.free,
+            memory=MEMORY,
+        )  # fmt: skip
         comm, bounds = sweeps.spacetime.time_comm, sweeps.slab.bounds
         transform = SkewCirculant(model.nsteps, model.size, comm=comm, bounds=bounds)
         self._kkt = CirculantKKT(model, systems, transform)
@@ -259,6 +271,11 @@ class AveragedKKT:
         for control, part in zip(layout.evolution.parameters, parts, strict=True):
             layout.part(out, control)[...] = part
         return out, solution.iterations, solution.residual
+
+
+def _block(weight: PETSc.Mat | float) -> csr_matrix:
+    """The second derivative of the regularisation by a control, a matrix or a number."""
+    return own_rows(weight) if isinstance(weight, PETSc.Mat) else csr_matrix([[weight]])
 
 
 def _require(problem: ReducedProblem) -> None:
