@@ -13,7 +13,9 @@ __version__ = "0.2.0"
 if TYPE_CHECKING:
     from pint_fem.adjoint import TimeParallelReducedFunctional
     from pint_fem.adjoint.experiments.given import Experiments
+    from pint_fem.adjoint.minimisation.low_rank import LowRankPreconditioner
     from pint_fem.adjoint.minimisation.penalty_path import follow_penalty
+    from pint_fem.adjoint.regularisation_in_time.rate_of_change import RateOfChange
     from pint_fem.adjoint.total_variation.functional import TotalVariation
     from pint_fem.all_at_once.propagator import Propagator
     from pint_fem.all_at_once.stopping import DivergedError, SolveResult
@@ -56,6 +58,8 @@ _MODULES = {
     "pint_fem.adjoint": ("TimeParallelReducedFunctional",),
     "pint_fem.adjoint.experiments.given": ("Experiments",),
     "pint_fem.adjoint.minimisation.penalty_path": ("follow_penalty",),
+    "pint_fem.adjoint.minimisation.low_rank": ("LowRankPreconditioner",),
+    "pint_fem.adjoint.regularisation_in_time.rate_of_change": ("RateOfChange",),
     "pint_fem.adjoint.total_variation.functional": ("TotalVariation",),
     "pint_fem.all_at_once.propagator": ("Propagator",),
     "pint_fem.all_at_once.stopping": ("DivergedError", "SolveResult"),

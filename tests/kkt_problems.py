@@ -7,34 +7,41 @@ from firedrake import (
     FunctionSpace,
     SpatialCoordinate,
     TestFunction,
+    TestFunctions,
     TrialFunction,
     as_vector,
+    cos,
     dx,
     grad,
     inner,
+    pi,
+    rot,
+    split,
 )
 from irksome import Dt
 
 import pint_fem as pf
 from pint_fem.kkt.circulant import CirculantKKT
 from pint_fem.kkt.control_weights import ControlWeights
-from pint_fem.kkt.coupled_model import coupled_systems
+from pint_fem.kkt.coupled.problem import coupled_systems
 from pint_fem.kkt.model import ControlModel
 from pint_fem.kkt.operator import KKTOperator
 from pint_fem.kkt.transform import SkewCirculant
 from tests.heat import TABLEAUX
 from tests.meshes import square
 
-__all__ = ["circulant", "convection", "model_of", "operator_of"]
+__all__ = ["cavity", "circulant", "convection", "model_of", "operator_of"]
 
 WEIGHTS = (1e-3, 1e-2, 1.0)
 
 
-def convection(st, *, tableau="SDIRK2", steps=8, n=5, heated_wall=False, static=False, tracked=1.0):
+def convection(
+    st, *, tableau="SDIRK2", steps=8, n=5, heated_wall=False, static=False, tracked=1.0, misfit=pf.RunningMisfit
+):
     """Convection of heat with a source that is a field and one that is a number in each step, tracked in H1.
 
-    ``heated_wall``: a third control on the boundary; ``static``: controls without a value in each step; ``tracked``:
-    weight of the misfit at all steps.
+    ``heated_wall``: a third control on the boundary; ``static``: controls without a value in each step; ``tracked``
+    and ``misfit``: weight and class of the misfit at all steps.
     """
     mesh = square(n, st.space_comm)
     V, D, R = (FunctionSpace(mesh, *given) for given in (("CG", 1), ("DG", 0), ("R", 0)))
@@ -51,10 +58,30 @@ def convection(st, *, tableau="SDIRK2", steps=8, n=5, heated_wall=False, static=
     e = u - x * y
     misfits = [pf.TerminalMisfit(e**2 * dx)]
     if tracked:
-        misfits.append(pf.RunningMisfit(tracked * (inner(e, e) + 0.1 * inner(grad(e), grad(e))) * dx))
+        misfits.append(misfit(tracked * (inner(e, e) + 0.1 * inner(grad(e), grad(e))) * dx))
     sizes = [0.5 * weight * c**2 * dx for weight, c in zip(WEIGHTS, controls, strict=False)]
     return pf.TimeParallelReducedFunctional(
         ev, misfits, regularisation=sizes, spacetime=st, solver_parameters={"time_solver": "serial"}
+    )
+
+
+def cavity(st, *, steps=8, n=4):
+    """A cavity whose magnetic field is eliminated, with a current in each step that is to keep it without fields."""
+    mesh = square(n, st.space_comm)
+    W = FunctionSpace(mesh, "N1curl", 1)
+    V = W * FunctionSpace(mesh, "DG", 0)
+    u, J, (v, w) = Function(V), Function(W), TestFunctions(V)
+    e, b = split(u)
+    x, y = SpatialCoordinate(mesh)
+    form = inner(Dt(e), v) * dx - b * rot(v) * dx - inner(J, v) * dx + Dt(b) * w * dx + rot(e) * w * dx
+    u.subfunctions[1].interpolate(cos(pi * x) * cos(2 * pi * y))
+    wall = DirichletBC(V.sub(0), as_vector([0, 0]), "on_boundary")
+    ev = pf.Evolution(
+        form, u, tableau=pf.ImplicitMidpoint(), dt=0.1, nsteps=steps, control=J, per_step=True, bcs=wall, eliminate=1
+    )
+    energy, size = 0.5 * (inner(e, e) + b**2) * dx, 0.5 * WEIGHTS[0] * inner(J, J) * dx
+    return pf.TimeParallelReducedFunctional(
+        ev, pf.RunningMisfit(energy), regularisation=size, spacetime=st, solver_parameters={"time_solver": "serial"}
     )
 
 

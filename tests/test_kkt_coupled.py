@@ -7,7 +7,7 @@ from scipy.sparse import csr_matrix, random_array
 
 from pint_fem.errors import InputError, SolverFailure
 from pint_fem.evolution.tableaux import DIRK, SDIRK2, BackwardEuler, ImplicitMidpoint, Repeated
-from pint_fem.kkt.coupled import CoupledSystems
+from pint_fem.kkt.coupled.systems import CoupledSystems
 from pint_fem.paradiag.sparse_system import SparseSystem
 
 METHODS = {"euler": BackwardEuler(), "midpoint": ImplicitMidpoint(), "sdirk": SDIRK2(), "two": Repeated(SDIRK2(), 2)}

@@ -6,7 +6,7 @@ from firedrake import COMM_WORLD, TestFunction, TrialFunction, assemble, dx, inn
 from mpi4py import MPI
 
 from pint_fem.evolution.tableaux import DIRK
-from pint_fem.kkt.coupled import CoupledSystems
+from pint_fem.kkt.coupled.systems import CoupledSystems
 from pint_fem.propagators.linear import LinearPropagator
 from tests.heat import heat
 from tests.limits import time_limit

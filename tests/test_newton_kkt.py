@@ -20,10 +20,12 @@ from irksome import Dt
 from mpi4py import MPI
 
 import pint_fem as pf
+from pint_fem.adjoint.newton_kkt.averaged import AveragedKKT, AveragedModel, AveragedOperators
 from pint_fem.adjoint.newton_kkt.constrained import ConstrainedEvolution
-from pint_fem.errors import InputError
+from pint_fem.errors import InputError, SolverFailure
 from pint_fem.evolution.tableaux import named_tableau
-from pint_fem.optimize.composite_step.protocol import KKTReport
+from pint_fem.propagators import make_propagator
+from pint_fem.propagators.tape import TapePropagator
 from tests.step_controls import vectors
 
 SERIAL = {"time_solver": "serial"}
@@ -54,7 +56,7 @@ PROBLEMS = {"reaction": reaction, "burgers": burgers, "radiation": radiation}
 
 def functional(
     name, st=None, *, n=8, steps=6, dt=0.05, tableau="BackwardEuler", weight=1e-3, per_step=True, initial=False,
-    linear=False, **parameters,
+    linear=False, real=False, cubic=False, propagator=make_propagator, **parameters,
 ):  # fmt: skip
     """A target that moves is tracked by a source in space and time, or by one in space."""
     st = st or pf.SpaceTime("1x1", comm=COMM_SELF)
@@ -62,22 +64,29 @@ def functional(
     V, t = FunctionSpace(mesh, "CG", 1), pf.time_function(mesh)
     (x,) = SpatialCoordinate(mesh)
     u, v, q = Function(V), TestFunction(V), Function(V, name="q")
-    form = (Dt(u) * v + 0.1 * u.dx(0) * v.dx(0) - q * v) * dx if linear else PROBLEMS[name](u, v, q)
+    a = Function(FunctionSpace(mesh, "R", 0), name="a")
+    load = q + a * x**2 if real else q
+    form = (Dt(u) * v + 0.1 * u.dx(0) * v.dx(0) - load * v) * dx if linear else PROBLEMS[name](u, v, load)
     u0 = Function(V, name="u0").interpolate(sin(pi * x))
     conditions = [] if name == "reaction" else [DirichletBC(V, 0, "on_boundary")]
     ev = pf.Evolution(
-        form, u, tableau=named_tableau(tableau), dt=dt, nsteps=steps, control=[q, u0] if initial else q,
-        per_step=[q] if per_step else False, t=t, bcs=conditions, initial=u0,
+        form, u, tableau=named_tableau(tableau), dt=dt, nsteps=steps,
+        control=[q, *([u0] if initial else []), *([a] if real else [])], t=t,
+        per_step=[q, *([a] if real else [])] if per_step else False, bcs=conditions, initial=u0,
     )  # fmt: skip
     target = exp(-20 * (x - 0.3 - t) ** 2) + 0.2 * cos(3 * x)
-    regularisation = [0.5 * weight * q**2 * dx]
+    regularisation = [0.5 * weight * q**2 * dx] if weight else []
+    if real:
+        regularisation.append(weight * a**2 * dx)
     if initial:
         regularisation.append(0.05 * weight * (u0 - sin(pi * x)) ** 2 * dx)
     misfits = [pf.RunningMisfit(0.5 * (u - target) ** 2 * dx), pf.TerminalMisfit(0.05 * (u - target) ** 2 * dx)]
-    parameters = parameters or SERIAL
+    if cubic:
+        misfits = [pf.RunningMisfit(abs(u - target) ** 3 * dx)]
     return pf.TimeParallelReducedFunctional(
-        ev, misfits, regularisation=regularisation, spacetime=st, solver_parameters=parameters
-    )
+        ev, misfits, regularisation=regularisation, spacetime=st, solver_parameters=parameters or SERIAL,
+        propagator=propagator,
+    )  # fmt: skip
 
 
 def distance(J, a, b):
@@ -94,8 +103,10 @@ TOLERANCES = dict(gtol_rel=1e-11, ctol_rel=1e-11)
 
 
 @RANKS
-@pytest.mark.parametrize("first_state", ["solved", "initial"])
-@pytest.mark.parametrize("name", PROBLEMS)
+@pytest.mark.parametrize(
+    ("name", "first_state"),
+    [("reaction", "solved"), ("reaction", "initial"), ("burgers", "solved"), ("radiation", "initial")],
+)
 def test_the_minimiser_is_that_of_the_reduced_trust_region(name, first_state):
     J, lines = functional(name, grid()), []
     solved = J.problem.sweeps.counts["state"]
@@ -114,7 +125,7 @@ def test_the_minimiser_is_that_of_the_reduced_trust_region(name, first_state):
     assert np.abs(own - result.state).max() < 1e-8 * np.abs(own).max()
 
 
-@RANKS
+@pytest.mark.parallel([1, 2])
 @pytest.mark.parametrize("given", [dict(initial=True), dict(per_step=False), dict(tableau="SDIRK2")])
 def test_other_controls_and_integrators(given):
     J = functional("radiation", grid(), **given)
@@ -124,7 +135,7 @@ def test_other_controls_and_integrators(given):
     assert distance(J, result.x, expected("radiation", **given).x) < 1e-8
 
 
-@RANKS
+@pytest.mark.parallel([1, 3])
 @pytest.mark.parametrize(
     "parameters",
     [
@@ -141,7 +152,7 @@ def test_time_solvers(parameters):
     assert distance(J, result.x, expected("radiation").x) < 1e-7
 
 
-@RANKS
+@pytest.mark.parallel([1, 2])
 def test_a_linear_evolution_takes_one_step():
     J = functional("radiation", grid(), linear=True)
     result = J.minimize_newton_kkt(gtol_rel=1e-9)
@@ -151,7 +162,7 @@ def test_a_linear_evolution_takes_one_step():
     assert distance(J, result.x, reference.x) < 1e-7
 
 
-@RANKS
+@pytest.mark.parallel([1, 3])
 def test_the_constrained_problem_is_consistent():
     """Derivatives by finite differences at states that satisfy no time step, and transposes of the linear solves."""
     J = functional("burgers", grid(), tableau="SDIRK2")
@@ -199,25 +210,112 @@ def test_the_constrained_problem_is_consistent():
     assert c.multiplier_norm(mu) == pytest.approx(np.linalg.norm(states[3]), rel=1e-12)
 
 
-# -- breakdowns --------------------------------------------------------------------------------------------------------
-@RANKS
-def test_a_kkt_iteration_that_does_not_contract_hands_over(monkeypatch):
-    def kkt_solve(self, u, z, lam, rhs, rtol):
-        return None, rhs[1], None, KKTReport(False, 40, 0.9)
+@pytest.mark.parallel(2)
+def test_ranks_in_space():
+    given = dict(st=pf.SpaceTime((2, 1)))
+    J = functional("burgers", **given)
+    result = J.minimize_newton_kkt(**TOLERANCES)
+    assert result.converged
+    assert "there are several ranks in space" in result.choice
+    reference = functional("burgers", **given).minimize_trust_region(gtol_rel=1e-11)
+    assert distance(J, result.x, reference.x) < 1e-8
 
-    monkeypatch.setattr(ConstrainedEvolution, "kkt_solve", kkt_solve, raising=False)
+
+# -- KKT systems of averaged operators ---------------------------------------------------------------------------------
+@pytest.mark.parallel([1, 3])
+@pytest.mark.parametrize("tableau", ["BackwardEuler", "SDIRK2"])
+def test_the_averaged_kkt_system_of_a_linear_evolution_is_the_inverse_hessian(tableau):
+    """Two controls, one of them a real number, and a misfit that is larger at the end."""
+    J = functional("radiation", grid(), linear=True, tableau=tableau, real=True)
+    averaged, z = AveragedKKT(J.problem), vectors(J, 2)
+    averaged.move_to(J.problem.cache.state(z[0]).U, z[0])
+    c = J.inner.dual(z[1])
+    dz, iterations, residual = averaged.solve(c)
+    assert 0 < iterations < 20
+    assert residual < 1e-5
+    found = J.problem.hessian_action(z[0], dz)
+    assert np.abs(found - c).max() < 1e-5 * np.abs(c).max()
+    assert averaged.updates == 1
+
+
+@pytest.mark.parallel([1, 2])
+def test_steps_with_averaged_operators_are_those_of_the_linear_evolution():
+    J = functional("radiation", grid(), linear=True, tableau="SDIRK2")
+    operators, z = AveragedOperators(J.problem.sweeps), vectors(J, 1)[0]
+    operators.average(J.layout.steps(z), J.problem.cache.state(z).U)
+    model = AveragedModel(J.problem.sweeps, J.problem.misfits, operators)
+    propagator, rows = J.problem.sweeps.propagators[0], np.cos(np.arange(2 * model.size) ** 2).reshape(2, -1)
+    for apply, transposed in ((propagator.apply, False), (propagator.apply_transposed, True)):
+        expected = np.empty_like(rows)
+        apply(rows, expected)
+        np.testing.assert_allclose(model.step(rows, transposed=transposed), expected, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("name", ["burgers", "radiation"])
+def test_products_do_not_grow_as_the_weight_falls(name):
+    """Hessian products of the whole run, with KKT systems for weights 1e-3 and 1e-7, and without."""
+    counts = {}
+    for weight, kkt in ((1e-3, "averaged"), (1e-7, "averaged"), (1e-7, "none")):
+        J = functional(name, weight=weight, steps=12)
+        result = J.minimize_newton_kkt(kkt=kkt, gtol_rel=1e-7)
+        assert result.converged
+        assert not result.breakdown
+        assert (max(record.kkt_iterations for record in result.history) > 0) == (kkt == "averaged")
+        counts[weight, kkt] = result.hessian_calls
+    assert counts[1e-7, "averaged"] < 2 * counts[1e-3, "averaged"]
+    assert counts[1e-7, "none"] > 3 * counts[1e-7, "averaged"]
+
+
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        (dict(per_step=False), "the control 'q' is not one with a value in each step"),
+        (dict(initial=True), "the initial condition is not one with a value"),
+        (dict(propagator=TapePropagator), "TapePropagator has no stages"),
+        (dict(cubic=True), "a misfit has no second derivative"),
+        (dict(weight=0.0), "there is no regularisation"),
+    ],
+)
+def test_why_there_is_no_averaged_kkt_system_is_named(given, why):
+    J = functional("burgers", n=3, steps=2, **given)
+    with pytest.raises(InputError, match=f"kkt='averaged': .*{why}.*; give kkt='auto'"):
+        J.minimize_newton_kkt(kkt="averaged")
+    result = J.minimize_newton_kkt(max_it=1)
+    assert "conjugate gradients without preconditioner, as" in result.choice
+    assert why in result.choice
+
+
+# -- breakdowns --------------------------------------------------------------------------------------------------------
+@pytest.mark.parallel([1, 2])
+def test_a_kkt_iteration_that_does_not_contract_hands_over(monkeypatch):
+    def solve(self, c):
+        raise SolverFailure("GMRES stopped after 40 iterations at a residual of 9.0e-01")
+
+    monkeypatch.setattr(AveragedKKT, "solve", solve)
     J, lines = functional("burgers", grid()), []
     result = J.minimize_newton_kkt(monitor=lines.append, **TOLERANCES)
     assert result.converged
     assert result.handed_over == "reduced trust region"
-    assert "does not contract (residual 9.0e-01 after 40 iterations)" in result.breakdown
+    assert "GMRES stopped after 40 iterations at a residual of 9.0e-01" in result.breakdown
     assert result.breakdown in result.message
     assert "then the reduced trust region" in result.choice
     assert 0 < result.composite_steps < result.iterations
     assert [record.iteration for record in result.history] == list(range(result.iterations + 1))
     if J.spacetime.is_root:
-        assert any("hands over to the reduced trust region" in line for line in lines)
+        assert any("hands over to the reduced trust region, from the last control" in line for line in lines)
     assert distance(J, result.x, expected("burgers").x) < 1e-8
+
+
+def test_composite_steps_without_progress_hand_over():
+    """Unstable growth over a long time: the constraint at distant controls can hardly be linearised."""
+    given = dict(n=5, weight=1e-6, steps=12, dt=0.1)
+    J = functional("reaction", **given)
+    result = J.minimize_newton_kkt(gtol_rel=1e-10, max_it=80)
+    assert result.converged
+    assert "in 12 iterations" in result.breakdown
+    assert result.handed_over == "reduced trust region"
+    reference = functional("reaction", **given).minimize_trust_region(gtol_rel=1e-10, max_it=80)
+    assert distance(J, result.x, reference.x) < 1e-8
 
 
 def test_arguments_that_do_not_fit():

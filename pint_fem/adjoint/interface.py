@@ -15,7 +15,7 @@ over all ranks, which have to pass the same static controls. A failure on one ra
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -303,18 +303,36 @@ class ControlProblem(ABC):
 
     def regularisation_hessian(self, control: Function) -> ufl.Form | None:
         """Return the second derivative of all regularisations by a control as a bilinear form; ``None`` where it is
-        zero or depends on the control.
+        zero or depends on the control. Functionals of rates of change are left out (:meth:`rate_hessian`).
+        """
+        return self._sum_of_hessians(lambda regularisation: regularisation.second_derivative(control))
+
+    def rate_hessian(self, control: Function) -> ufl.Form | None:
+        """Return the second derivative of all functionals of a control's rates of change as a bilinear form, one of the
+        rates; ``None`` where there are no such functionals, or a regularisation is not quadratic.
+        """
+        return self._sum_of_hessians(lambda regularisation: regularisation.second_derivative_of_rates(control))
+
+    def _sum_of_hessians(self, part: Callable[[Regularisation], ufl.Form | None]) -> ufl.Form | None:
+        """Return the weighted sum of a bilinear form of each regularisation; ``None`` where there are none, or a
+        regularisation is not quadratic.
         """
         found = self.regularisations()
         if not all(regularisation.quadratic for _, regularisation in found):
             return None
-        forms = [w * form for w, r in found if (form := r.second_derivative(control)) is not None]
+        forms = [w * form for w, r in found if (form := part(r)) is not None]
         return sum(forms[1:], start=forms[0]) if forms else None
 
     def regularisation_hessians(self) -> list[ufl.Form | None]:
         """Return the second derivative of all regularisations by each control, as :meth:`regularisation_hessian` does;
-        ``InputError`` is raised if one couples controls, so that these are not the whole second derivative.
+        ``InputError`` is raised if one couples controls or steps, so that these are not the whole second derivative.
         """
+        rates = [name for _, regularisation in self.regularisations() for name in regularisation.of_rates]
+        if rates:
+            raise InputError(
+                f"prior: the regularisation has a functional of the rate of change of {', '.join(map(repr, rates))}, "
+                "which couples steps: give prior= with a bilinear form for each control"
+            )
         coupled = [names for _, regularisation in self.regularisations() for names in regularisation.coupled]
         if coupled:
             raise InputError(

@@ -1,7 +1,8 @@
 r"""Value, gradient and Hessian action of UFL functionals :math:`R(z)` of the controls alone.
 
-A functional of controls with one value per step is summed over the steps, :math:`\sum_n \Delta t\, R(z_n)`. Of a
-quadratic functional the operator :math:`Q = R''` is assembled once, and
+A functional of controls with one value per step is summed over the steps, :math:`\sum_n \Delta t\, R(z_n)`, or over
+the rates of change between them (:mod:`pint_fem.adjoint.regularisation_in_time.rate_of_change`). Of a quadratic
+functional the operator :math:`Q = R''` is assembled once, and
 
 .. math::  R(z) = R(\bar z) + b^T (z - \bar z) + \tfrac12 (z - \bar z)^T Q\, (z - \bar z), \qquad b = R'(\bar z),
 
@@ -11,6 +12,7 @@ with reference values :math:`\bar z` that avoid cancellation (:mod:`pint_fem.mis
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import ufl
@@ -18,6 +20,8 @@ from firedrake import Function, TestFunction, TrialFunction, assemble, derivativ
 from firedrake.assemble import get_assembler
 from ufl.algorithms import expand_derivatives, extract_coefficients
 
+from pint_fem.adjoint.regularisation_in_time.differences import StepDifferences
+from pint_fem.adjoint.regularisation_in_time.rate_of_change import RateOfChange
 from pint_fem.adjoint.total_variation.functional import TotalVariation
 from pint_fem.adjoint.total_variation.smoothed import SmoothedVariation
 from pint_fem.all_at_once.norms import gather_in_order
@@ -135,6 +139,14 @@ class _Functional:
         return np.concatenate([zero if h is None else get(h.assemble()) for h, zero in rows])
 
 
+class _Term(NamedTuple):
+    """A functional, the user's controls in it, and whether it is one of their rates of change."""
+
+    functional: _Functional | SmoothedVariation
+    controls: tuple[Function, ...]
+    of_rates: bool
+
+
 class Regularisation:
     """The sum of several functionals of the controls, on flat vectors.
 
@@ -156,7 +168,8 @@ class Regularisation:
 
     def __init__(self, forms: Sequence[ufl.Form], layout: ControlLayout, own: Evolution):
         self.layout, ev, spacetime = layout, layout.evolution, layout.spacetime
-        self._terms: list[tuple[_Functional | SmoothedVariation, tuple[Function, ...]]] = []
+        self._differences = StepDifferences(spacetime, layout.slab, ev.dt)
+        self._terms: list[_Term] = []
         for form in forms:
             found = set(extract_coefficients(form)) if isinstance(form, ufl.Form) and not form.arguments() else set()
             controls = tuple(c for c in ev.controls if c in found)
@@ -177,35 +190,50 @@ class Regularisation:
                     raise InputError(
                         f"regularisation: TotalVariation of {f.name()!r}, which is no control: leave it out"
                     )
+            of_rates = isinstance(form, RateOfChange)
+            if of_rates and controls[0] not in ev.stepwise:
+                raise InputError(
+                    f"regularisation: RateOfChange of the control {controls[0].name()!r}, which is static: give "
+                    "Evolution(..., per_step=...) with it, or leave the functional out"
+                )
             form, t = own.functional(form, "regularisation")
             if t is not None:
                 raise InputError("regularisation: a functional contains the time function t; controls have no time")
             functions = [own.copies.variable(c) for c in controls]
             space_sum = spacetime.sum_over_space
+            functional: _Functional | SmoothedVariation
             if variation is not None:
-                self._terms.append((SmoothedVariation(variation, form, functions, space_sum), controls))
+                functional = SmoothedVariation(variation, form, functions, space_sum)
             else:
-                self._terms.append((_Functional(with_fixed_degrees(form), functions, space_sum), controls))
+                functional = _Functional(with_fixed_degrees(form), functions, space_sum)
+            if of_rates and not functional.quadratic:
+                raise InputError(
+                    "regularisation: RateOfChange of a functional that is not quadratic in the control: give a "
+                    "quadratic one, such as RateOfChange(gamma/2 * inner(q, q) * dx)"
+                )
+            self._terms.append(_Term(functional, controls, of_rates))
 
     def update_data(self, changed: set | None = None) -> None:
         """Assemble again what contains data with new values, given as the private copies of functions and constants;
         by default everything.
         """
-        for i, (functional, controls) in enumerate(self._terms):
+        for i, term in enumerate(self._terms):
+            functional = term.functional
             if isinstance(functional, SmoothedVariation):
                 continue  # it has no data
             if changed is None or changed & set(data_of(functional.form)):
                 made = _Functional(functional.form, functional.functions, self.layout.spacetime.sum_over_space)
-                self._terms[i] = made, controls
+                self._terms[i] = term._replace(functional=made)
 
     def second_derivative(self, control: Function, *, quadratic_part: bool = False) -> ufl.Form | None:
         """Return the second derivative by one of the user's controls as a bilinear form; ``None`` where it is zero or
         depends on the control. With ``quadratic_part`` it is that of the functionals for which it does not depend on
-        the control, an empty form where there is none.
+        the control, an empty form where there is none. Functionals of rates of change are left out: their part is
+        :meth:`second_derivative_of_rates`.
         """
         found, space = [], control.function_space()
-        for functional, controls in self._terms:
-            if control in controls:
+        for functional, controls, of_rates in self._terms:
+            if control in controls and not of_rates:
                 f = functional.functions[controls.index(control)]
                 gradient = derivative(functional.form, f, TestFunction(space))
                 second = expand_derivatives(derivative(gradient, f, TrialFunction(space)))
@@ -217,25 +245,50 @@ class Regularisation:
             return sum(found, start=ufl.Form([]))
         return sum(found[1:], start=found[0]) if found else None
 
+    def second_derivative_of_rates(self, control: Function) -> ufl.Form | None:
+        r"""Return :math:`R''` of all functionals :math:`R` of rates of change by one of the user's controls as a
+        bilinear form, of which :math:`\Delta t\, D^T R'' D` is the second derivative by all steps; ``None`` where there
+        is none. It does not depend on the control.
+        """
+        found, space = [], control.function_space()
+        for functional, controls, of_rates in self._terms:
+            if of_rates and control in controls:
+                f = functional.functions[controls.index(control)]
+                gradient = derivative(functional.form, f, TestFunction(space))
+                found.append(expand_derivatives(derivative(gradient, f, TrialFunction(space))))
+        return sum(found[1:], start=found[0]) if found else None
+
+    @property
+    def of_rates(self) -> list[str]:
+        """Names of the controls with a functional of their rates of change, each once."""
+        return list(dict.fromkeys(c.name() for term in self._terms if term.of_rates for c in term.controls))
+
     @property
     def coupled(self) -> list[tuple[str, ...]]:
         """Names of the controls of each quadratic functional that has mixed second derivatives by several of them."""
-        return [tuple(c.name() for c in controls) for functional, controls in self._terms if functional.coupled]
+        return [tuple(c.name() for c in term.controls) for term in self._terms if term.functional.coupled]
 
     @property
     def quadratic(self) -> bool:
         """Whether it is a quadratic function of the controls."""
-        return all(functional.quadratic for functional, _ in self._terms)
+        return all(term.functional.quadratic for term in self._terms)
 
     @property
     def variations(self) -> list[tuple[SmoothedVariation, tuple[Function, ...]]]:
         """The total variations among the functionals, with their controls."""
-        return [(f, controls) for f, controls in self._terms if isinstance(f, SmoothedVariation)]
+        return [(f, controls) for f, controls, _ in self._terms if isinstance(f, SmoothedVariation)]
 
     def rows(self, z: np.ndarray, controls: Sequence[Function]) -> np.ndarray:
         """Return the vectors of some controls, one per step or a single one, ``(rows, nz)``."""
         parts = [self.layout.part(z, c) for c in controls]
         return np.atleast_2d(np.concatenate(parts, axis=-1))
+
+    def _arguments(self, z: np.ndarray, term: _Term) -> np.ndarray:
+        """Return the vectors at which a functional is summed, those of the controls or of their rates of change
+        (collective over time for the latter).
+        """
+        rows = self.rows(z, term.controls)
+        return self._differences(rows) if term.of_rates else rows
 
     def _is_stepwise(self, controls) -> bool:
         return controls[0] in self.layout.evolution.stepwise
@@ -243,9 +296,9 @@ class Regularisation:
     def value(self, z: np.ndarray) -> float:
         """Return ``R(z)``, the identical number on every rank (collective)."""
         total = 0.0
-        for functional, controls in self._terms:
-            rows = np.array([functional.value(row) for row in self.rows(z, controls)])
-            if self._is_stepwise(controls):
+        for term in self._terms:
+            rows = np.array([term.functional.value(row) for row in self._arguments(z, term)])
+            if self._is_stepwise(term.controls):
                 rows = self.layout.evolution.dt * gather_in_order(rows, self.layout.spacetime.time_comm)
             total += float(rows.sum())
         return total
@@ -267,15 +320,20 @@ class Regularisation:
     def _collect(self, name: str, z: np.ndarray, *directions: np.ndarray) -> np.ndarray:
         """Sum the dual vectors that a method of the functionals returns for each of them and each step."""
         out = np.zeros_like(z)
-        for functional, controls in self._terms:
-            rows = zip(*(self.rows(v, controls) for v in (z, *directions)), strict=True)
-            self.add_rows(out, controls, functional, [getattr(functional, name)(*row) for row in rows])
+        for term in self._terms:
+            vectors = [self._arguments(v, term) for v in (z, *directions)]
+            method, parts = getattr(term.functional, name), np.empty(vectors[0].shape)
+            for part, *row in zip(parts, *vectors, strict=True):
+                part[:] = method(*row)
+            if term.of_rates:
+                parts = self._differences.transposed(parts)
+            self.add_rows(out, term.controls, term.functional, parts)
         return out
 
     def gradient(self, z: np.ndarray) -> np.ndarray:
-        """Return ``R'(z)``, a dual vector ``(layout.size,)`` (collective over space)."""
+        """Return ``R'(z)``, a dual vector ``(layout.size,)`` (collective)."""
         return self._collect("gradient", z)
 
     def hessian(self, z: np.ndarray, dz: np.ndarray) -> np.ndarray:
-        """Return ``R''(z) dz``, a dual vector ``(layout.size,)`` (collective over space)."""
+        """Return ``R''(z) dz``, a dual vector ``(layout.size,)`` (collective)."""
         return self._collect("hessian", z, dz)

@@ -9,7 +9,7 @@ import numpy as np
 from pint_fem.kkt.circulant import CirculantKKT, FrequencySystems
 from pint_fem.kkt.commuting import CommutingSystems
 from pint_fem.kkt.control_weights import ControlWeights
-from pint_fem.kkt.coupled_model import coupled_systems
+from pint_fem.kkt.coupled.problem import coupled_systems
 from pint_fem.kkt.few_controls import MOST_CONTROLS, FewControlsSystems, control_count
 from pint_fem.kkt.model import ControlModel, require_model
 from pint_fem.kkt.partial_fractions import partial_fractions
@@ -24,9 +24,16 @@ __all__ = ["circulant_kkt"]
 
 
 def circulant_kkt(
-    sweeps: Sweeps, misfits: Sequence[Misfit], forms: Sequence, *, memory: float = 4e9, single: bool = False,
-    parameters: Mapping | None = None, **given: float,
-) -> tuple[CirculantKKT, str]:  # fmt: skip
+    sweeps: Sweeps,
+    misfits: Sequence[Misfit],
+    forms: Sequence,
+    rates: Sequence | None = None,
+    *,
+    memory: float = 4e9,
+    single: bool = False,
+    parameters: Mapping | None = None,
+    **given: float,
+) -> tuple[CirculantKKT, str]:
     """The circulant KKT system of a problem, and how its frequencies are solved in a few words (collective).
 
     Parameters
@@ -35,6 +42,8 @@ def circulant_kkt(
         The evolution's sweeps and the bound misfits.
     forms
         The second derivative of the regularisation by each parameter of the evolution, for one step without ``dt``.
+    rates
+        That of the regularisation of its rates of change, or ``None``.
     memory
         Bytes of factors that a rank keeps.
     single
@@ -50,7 +59,7 @@ def circulant_kkt(
         On every rank, where there is no such system; the message is the reason.
     """
     propagator = require_model(sweeps)
-    model = ControlModel(sweeps, misfits, ControlWeights(sweeps.evolution, forms))
+    model = ControlModel(sweeps, misfits, ControlWeights(sweeps.evolution, forms, rates))
     transform = SkewCirculant(
         model.nsteps, model.size, comm=sweeps.spacetime.time_comm, bounds=sweeps.slab.bounds
     )  # fmt: skip
@@ -64,7 +73,7 @@ def circulant_kkt(
         )  # fmt: skip
         systems = CommutingSystems(
             fractions, pencil.K, pencil.M, fields=pencil.fields, free=pencil.free, parameters=parameters,
-            prefix=f"{propagator.evolution.options_prefix}kkt_", memory=memory, single=single,
+            prefix=f"{propagator.evolution.options_prefix}kkt_systems_", memory=memory, single=single,
         )  # fmt: skip
         how = f"{systems.poles} shifted systems per frequency"
     elif control_count(model)[1] > MOST_CONTROLS:

@@ -21,7 +21,9 @@ solves
 .. math::  (I - G)\, y = y(P^{-1} r) , \qquad G y = y(P^{-1} E y) ,
 
 by GMRES on vectors of two states. No transform is required for ``G``: the right-hand side of one step is known in all
-frequencies, and two states of the solution are sums over these. Iterates are those of GMRES for ``K`` with the
+frequencies, and two states of the solution are sums over these. Where rates of change of the controls are regularised,
+``P`` has one more of them, from the last control to the first, and ``y`` a third part, the weighted difference of these
+two, for their equations. Iterates are those of GMRES for ``K`` with the
 preconditioner ``P``, at a part of the cost. The solution is as accurate as the systems of the frequencies, or as the
 tolerance of GMRES.
 """
@@ -33,6 +35,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 from firedrake.petsc import PETSc
+from petsctools import OptionsManager
 
 from pint_fem.all_at_once.stopping import DivergedError
 from pint_fem.collective import collectively
@@ -114,11 +117,12 @@ class CirculantKKT:
     """
 
     def __init__(
-        self, model: ControlModel, systems: FrequencySystems, transform: SkewCirculant, *, rtol: float = 1e-6,
+        self, model: ControlModel, systems: FrequencySystems, transform: SkewCirculant, *, rtol: float = 1e-8,
         max_it: int = 50, prefix: str = "kkt_ends_",
     ):  # fmt: skip
         self.model, self.systems, self.transform = model, systems, transform
-        self.rtol, self.max_it, self.prefix = rtol, max_it, prefix
+        self.rtol, self.prefix = rtol, prefix
+        self.max_it = (1 + model.weights.has_rates) * max_it
         self.solves = self.iterations = 0
         self._n = model.size
 
@@ -192,27 +196,37 @@ class CirculantKKT:
         return list(collectively(self.model.spacetime.comm, "KKT systems", solve, own, self.transform.mu, a, b, c))
 
     # -- the ends of time ----------------------------------------------------------------------------------------------
-    def _at_ends(self, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Right-hand sides ``a, b`` of the own frequencies that belong to ``E y``."""
-        own = np.arange(self.transform.own.start, self.transform.own.stop)
+    @property
+    def _length(self) -> int:
+        """Own numbers of ``y``."""
+        return 2 * self._n + (self.model.control_size if self.model.weights.has_rates else 0)
+
+    def _at_ends(self, y: np.ndarray) -> list[np.ndarray]:
+        """Right-hand sides ``a, b`` (and ``c``) of the own frequencies that belong to ``E y``."""
+        own, N = slice(self.transform.own.start, self.transform.own.stop), self.transform.nsteps
         kind = np.complex64 if self._single else complex
-        phases = (self.transform.phases(step)[own].astype(kind) for step in (1, self.transform.nsteps))
-        first, last = (
-            np.outer(p, part.astype(kind)) for p, part in zip(phases, (y[: self._n], y[self._n :]), strict=True)
-        )
-        return first, last
+        first, last = (self.transform.phases(step)[own] for step in (1, N))
+        parts = [(first, y[: self._n]), (last, y[self._n : 2 * self._n])]
+        if self.model.weights.has_rates:
+            parts.append((first + last, y[2 * self._n :]))
+        return [np.outer(phases.astype(kind), part.astype(kind)) for phases, part in parts]
 
     def _from_solution(self, solved: list) -> np.ndarray:
-        """The vector ``y`` of a solution in frequencies, the same on all ranks in time, ``(2 n,)``."""
-        own = slice(self.transform.own.start, self.transform.own.stop)
-        weights = [self.transform.weights(step)[own] for step in (self.transform.nsteps, 1)]
-        parts = [_real_sum(w, x) for w, x in zip(weights, solved[::2], strict=True)]
-        last, first = self.model.spacetime.sum_over_time(np.array(parts))
-        out = np.empty(2 * self._n)
-        out[: self._n] = self.model.step(last[None])[0]
-        out[self._n :] = self.model.step(first[None], transposed=True)[0]
+        """The vector ``y`` of a solution in frequencies, the same on all ranks in time."""
+        own, n, N = slice(self.transform.own.start, self.transform.own.stop), self._n, self.transform.nsteps
+        first, last = (self.transform.weights(step)[own] for step in (1, N))
+        sums = [_real_sum(last, solved[0]), _real_sum(first, solved[2])]
+        if self.model.weights.has_rates:
+            sums.append(_real_sum(first + last, solved[1]))
+        sums = self.model.spacetime.sum_over_time(np.concatenate(sums))
+        u_last, lam_first = sums[None, :n], sums[None, n : 2 * n]
+        out = np.empty(self._length)
+        out[:n] = self.model.step(u_last)[0]
+        out[n : 2 * n] = self.model.step(lam_first, transposed=True)[0]
         if self.model.differs_at_end:
-            out[self._n :] += self.model.end_difference(last[None])[0]
+            out[n : 2 * n] += self.model.end_difference(u_last)[0]
+        if self.model.weights.has_rates:
+            out[2 * n :] = self.model.weights.multiply_rates(sums[None, 2 * n :])[0]
         return out
 
     def _ends(self, solved: list) -> tuple[np.ndarray, int, float]:
@@ -220,30 +234,32 @@ class CirculantKKT:
         right, comm = self._from_solution(solved), self.model.spacetime.space_comm
         # fields of the state, and adjoints, are of different sizes
         parts = [*self.model.fields, *(slice(self._n + f.start, self._n + f.stop) for f in self.model.fields)]
+        if self.model.weights.has_rates:
+            parts.append(slice(2 * self._n, self._length))
         norms = np.sqrt(self.model.spacetime.sum_over_space(np.array([right[part] @ right[part] for part in parts])))
         if not np.isfinite(norms).all():
             raise SolverFailure("the solution of the circulant KKT system is not finite")
         if not norms.any():
             return right, 0, 0.0
-        scale = np.empty(2 * self._n)
+        scale = np.empty(self._length)
         for part, norm in zip(parts, norms, strict=True):
             scale[part] = max(norm, 1e-12 * norms.max())
         problem = _Ends(self, scale)
-        matrix = PETSc.Mat().createPython(((2 * self._n, None), (2 * self._n, None)), problem, comm=comm)
+        matrix = PETSc.Mat().createPython(((self._length, None), (self._length, None)), problem, comm=comm)
         matrix.setUp()
         ksp = PETSc.KSP().create(comm)
-        ksp.setOptionsPrefix(self.prefix)
         ksp.setOperators(matrix)
-        ksp.setType(PETSc.KSP.Type.GMRES)
-        ksp.setGMRESRestart(self.max_it)
-        ksp.getPC().setType(PETSc.PC.Type.NONE)
-        ksp.setTolerances(rtol=self.rtol, atol=0.0, max_it=self.max_it)
-        ksp.setErrorIfNotConverged(False)
-        ksp.setFromOptions()
+        # orthogonality is lost where the residual falls by many orders
+        orthogonal = {"ksp_orthogonalization_cgs_refinement_type": "refine_ifneeded"}
+        limits = {"ksp_rtol": self.rtol, "ksp_atol": 0.0, "ksp_max_it": self.max_it, "ksp_gmres_restart": self.max_it}
+        given = {"ksp_type": "gmres", "pc_type": "none"} | orthogonal | limits
+        options = OptionsManager(given, self.prefix)
+        options.set_from_options(ksp)
         b, x = matrix.createVecs()
         b.array[:] = right / scale
         start = b.norm()
-        ksp.solve(b, x)
+        with options.inserted_options():
+            ksp.solve(b, x)
         iterations, residual, reason = ksp.getIterationNumber(), ksp.getResidualNorm() / start, ksp.getConvergedReason()
         y = x.array_r * scale
         for thing in (ksp, matrix, b, x):

@@ -71,12 +71,14 @@ class FewControlsSystems:
         kind = np.complex64 if single and systems.has_lanes else complex
         rows = np.broadcast_to(effects, (len(own), *effects.shape)).astype(kind)
         self._G = self._solve(own, mu, rows)
-        weights = np.zeros((count, count))
-        weights[:, first : first + model.control_size] = model.weights.multiply(units)
-        R = self._comm.allreduce(weights, op=MPI.SUM)
+        weights = np.zeros((2, count, count))
+        weights[0, :, first : first + model.control_size] = model.weights.multiply(units)
+        weights[1, :, first : first + model.control_size] = model.weights.multiply_rates(units)
+        R, R_rates = self._comm.allreduce(weights, op=MPI.SUM)
         H = np.empty((len(own), count, count), complex)
-        for i in range(len(own)):
-            H[i] = R + self._comm.allreduce(self._G[i].conj() @ self._misfit(self._G[i]).T, op=MPI.SUM)
+        for i, k in enumerate(own):
+            gram = self._comm.allreduce(self._G[i].conj() @ self._misfit(self._G[i]).T, op=MPI.SUM)
+            H[i] = R + abs(1 - mu[k]) ** 2 * R_rates + gram
         H = 0.5 * (H + H.conj().swapaxes(1, 2))
         try:
             np.linalg.cholesky(H)

@@ -58,6 +58,8 @@ def find_pencil(model: ControlModel) -> Pencil | str:
     """The pencil, or why there is none, as the end of a sentence (collective)."""
     propagator = model.propagator
     evolution = propagator.evolution
+    if model.weights.has_rates:
+        return "rates of change are regularised"
     if propagator.fields is not None or evolution.nullspace is not None:
         return "a field is eliminated, or there is a nullspace"
     if evolution.boundary_controls is not None:

@@ -198,6 +198,8 @@ class ReasonedResult(ResultSummary):
         copy.
     choice : str
         The method and why it was chosen, where a functional's ``minimize`` chose it.
+    preconditioner : str
+        The report of a preconditioner that a functional's method computed by sweeps.
     """
 
     x: np.ndarray
@@ -209,6 +211,7 @@ class ReasonedResult(ResultSummary):
     history: list
     control: object = field(default=None, kw_only=True)
     choice: str = field(default="", kw_only=True)
+    preconditioner: str = field(default="", kw_only=True)
 
     @property
     def success(self) -> bool:

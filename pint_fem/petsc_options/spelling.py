@@ -1,8 +1,8 @@
 """Misspelt prefixes of this package's command line options, which nothing would read.
 
 Options with one dash belong to PETSc's database, which takes any name. Those of this package begin with ``mgrit_``,
-``paradiag_`` or ``pint_``; the rest of a name is checked where the options are read. Refused here are names with
-a misspelt prefix, such as ``-mgri_levels`` or ``-MGRIT_levels``. All other names are left to PETSc.
+``paradiag_``, ``pint_`` or ``kkt_``; the rest of a name is checked where the options are read. Refused here are names
+with a misspelt prefix, such as ``-mgri_levels`` or ``-MGRIT_levels``. All other names are left to PETSc.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pint_fem.errors import InputError
 
 __all__ = ["PREFIXES", "distance", "meant", "nearest", "refuse_near_misses", "require_prefix"]
 
-PREFIXES = ("mgrit_", "paradiag_", "pint_")
+PREFIXES = ("mgrit_", "paradiag_", "pint_", "kkt_")
 
 
 def distance(a: str, b: str) -> int:

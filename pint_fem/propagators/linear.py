@@ -23,6 +23,7 @@ from firedrake import Constant, assemble
 from firedrake.petsc import PETSc
 from irksome.tableaux.ButcherTableaux import ButcherTableau
 
+from pint_fem.collective import all_ranks
 from pint_fem.errors import InputError
 from pint_fem.evolution.evolution import Evolution
 from pint_fem.evolution.fields import Fields
@@ -119,7 +120,8 @@ class LinearPropagator(FEPropagator):
                 self._factor(h, self.fields.complement(h))
             return EliminatedRecursion(self.fields, self.factors, *given)
         self.M = self._factor_stages()
-        symmetric_mass = self.M.isSymmetric(0.0) and not len(self.bc_rows)
+        # a rank of space without conditions takes part in the transposition, too
+        symmetric_mass = self.M.isSymmetric(0.0) and all_ranks(ev.V.mesh().comm, not len(self.bc_rows))
         self.M.zeroRows((self.bc_rows + self.M.getOwnershipRange()[0]).astype(PETSc.IntType), diag=0.0)
         self.MT = self.M if symmetric_mass else self.M.transpose(PETSc.Mat())
         return MatrixRecursion(self.M, self.MT, self.factors, *given)

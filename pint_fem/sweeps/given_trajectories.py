@@ -48,8 +48,9 @@ class GivenTrajectories:
         return tuple(np.sqrt(self.spacetime.sum_over_time(np.array(squares))).tolist())
 
     def step_residuals(self, z: Controls, U: np.ndarray, *, initial: np.ndarray | None = None) -> np.ndarray:
-        """``Phi(U_n) - U_{n+1}`` at the local points, ``(k + 1, n)``, by one pass over the steps, and at the first point
-        of all the initial condition less ``U_0`` (collective). Row 0 of other ranks is the left neighbour's last one.
+        """``Phi(U_n) - U_{n+1}`` at the local points, ``(k + 1, n)``, by one pass over the steps, and at the first
+        point of all the initial condition less ``U_0`` (collective). Row 0 of other ranks is the left neighbour's
+        last one.
 
         The steps are those that are linearised for ``U`` afterwards. Trajectories have to be stored at all points.
         """

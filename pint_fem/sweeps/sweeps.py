@@ -299,8 +299,8 @@ class Sweeps(GivenTrajectories):
     def tangent_of_source(
         self, z: Controls, U: np.ndarray, source: np.ndarray, dU: np.ndarray, **accuracy: float
     ) -> SolveResult:
-        """Solve ``dU_{n+1} = Phi_u dU_n + source_{n+1}`` from ``dU_0 = source_0``, at the state ``U``, with a right-hand
-        side ``(k + 1, n)`` at the local points.
+        """Solve ``dU_{n+1} = Phi_u dU_n + source_{n+1}`` from ``dU_0 = source_0``, at the state ``U``, with a
+        right-hand side ``(k + 1, n)`` at the local points.
         """
         initial = source[0] if self.slab.is_first else None
         self.tangent_source(z, U, None, dU, initial)

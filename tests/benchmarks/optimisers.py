@@ -8,6 +8,7 @@ conjugate gradient iterations depend on the mesh, the steps and the regularisati
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -46,6 +47,7 @@ RTOL, GTOL = 1e-9, 1e-8
 LBFGS = {"maxiter": 200, "ftol": 1e-15, "gtol": 1e-7, "maxcor": 40}
 LEARNED = {"preconditioner": "limited-memory", "preconditioner_memory": 40}
 """Preconditioner of the demo's inversion."""
+LOW_RANK = {"preconditioner": "low-rank"}
 
 
 @dataclass
@@ -111,6 +113,7 @@ def outcomes(spacetime, steps: int, *, say: Callable[[str], None], tape: Sequenc
         ("  with learned preconditioner", partial(_trust_region, **LEARNED), {}),
         ("trust region, inexact", partial(_trust_region, inexact=True), {}),
         ("  with learned preconditioner", partial(_trust_region, inexact=True, **LEARNED), {}),
+        ("trust region, exact, low-rank", partial(_trust_region, **LOW_RANK), {}),
         ("one-shot", _one_shot, {}),
         ("L-BFGS-B (scipy)", _lbfgs, {}),
         ("TAO bntr", lambda rf: _with_tao(rf, "bntr", **stcg), {}),
@@ -194,22 +197,30 @@ def _inversion(n: int, steps: int, alpha: float, *, linear: bool) -> pf.TimePara
 
 
 def _count(rf, **options) -> str:
+    start = time.perf_counter()
     result = rf.minimize_trust_region(gtol_rel=1e-8, max_it=60, cg_max_it=300, **options)
-    cg = sum(r.cg_iterations for r in result.history)
-    return f"{result.iterations} + {cg}" + ("" if result.converged else f" ({result.reason.value})")
+    seconds, cg = time.perf_counter() - start, sum(r.cg_iterations for r in result.history)
+    probed = re.search(r"by (\d+) directions", result.preconditioner)
+    directions = f", {probed[1]} directions" if probed else ""
+    ended = "" if result.converged else f" ({result.reason.value})"
+    return f"{result.iterations} + {cg}{directions}, {seconds:.1f} s{ended}"
 
 
 def iterations_table(say: Callable[[str], None]) -> Table:
-    """Newton + CG iterations to a gradient smaller by 1e-8."""
+    """Newton + CG iterations to a gradient smaller by 1e-8; directions whose products the low-rank preconditioner took
+    beside these, and seconds.
+    """
     out = Table(title="Newton + CG iterations; alpha 1e-4, 16 x 16 cells, 16 steps where not said")
-    for name in ("", "linear", "conductivity 1 + u^2", "  with learned preconditioner"):
+    names = ("", "linear", "  low-rank", "conductivity 1 + u^2", "  with learned preconditioner", "  low-rank")
+    for name in names:
         out.add_column(name)
     cases = [(f"{n} x {n} cells", n, 16, 1e-4) for n in (8, 16, 32)]
     cases += [(f"{steps} steps", 16, steps, 1e-4) for steps in (16, 32, 64)]
     cases += [(f"alpha {alpha:.0e}", 16, 16, alpha) for alpha in (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8)]
     for name, n, steps, alpha in cases:
-        counts = [_count(_inversion(n, steps, alpha, linear=linear)) for linear in (True, False)]
-        counts.append(_count(_inversion(n, steps, alpha, linear=False), **LEARNED))
+        counts = []
+        for linear, options in ((True, ({}, LOW_RANK)), (False, ({}, LEARNED, LOW_RANK))):
+            counts += [_count(_inversion(n, steps, alpha, linear=linear), **chosen) for chosen in options]
         out.add_row(name, *counts)
         say(f"{name}: " + ", ".join(counts))
     return out

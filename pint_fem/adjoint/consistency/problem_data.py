@@ -59,7 +59,7 @@ def require_same_forms(spacetime: SpaceTime, **forms: Sequence[ufl.Form]) -> Non
 
 
 def _signatures(forms: Sequence) -> list[str]:
-    return [form.signature()[:16] if isinstance(form, ufl.Form) else type(form).__name__ for form in forms]
+    return [type(form).__name__ + (f" {form.signature()[:16]}" if isinstance(form, ufl.Form) else "") for form in forms]
 
 
 def require_same_given(spacetime: SpaceTime, misfits: Sequence[Misfit]) -> None:

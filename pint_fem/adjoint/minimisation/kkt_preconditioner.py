@@ -86,7 +86,8 @@ class KKTPreconditioner:
         self._layout, self._ends, self._inner = problem.layout, ends, inner or functional.inner
         controls = problem.layout.evolution.parameters
         forms = [problem.regularisation_hessian(control) for control in controls]
-        self.kkt, self.how = circulant_kkt(problem.sweeps, problem.misfits, forms, **given)
+        rates = [problem.rate_hessian(control) for control in controls]
+        self.kkt, self.how = circulant_kkt(problem.sweeps, problem.misfits, forms, rates, **given)
         if ends and not self.kkt.model.is_invariant:
             raise InputError("the misfits are not the same at all time points")
         self.handed_over = ""

@@ -19,6 +19,7 @@ from pint_fem.adjoint.minimisation.bounds_and_constraints import Controls, bound
 from pint_fem.adjoint.minimisation.checkpoint import open_checkpoint
 from pint_fem.adjoint.minimisation.inexact_objective import InexactObjective
 from pint_fem.adjoint.minimisation.kkt_preconditioner import KKTPreconditioner
+from pint_fem.adjoint.minimisation.low_rank import made_for
 from pint_fem.adjoint.minimisation.objective import Objective
 from pint_fem.adjoint.minimisation.tolerances import raise_tolerance, value_rtol
 from pint_fem.adjoint.newton_kkt.minimise import NewtonKKTMinimisable
@@ -89,8 +90,9 @@ class Minimisable(ActiveSetMinimisation, NewtonKKTMinimisable):
         preconditioner : str, ufl.Form, list of ufl.Form or callable, optional
             Preconditioner of conjugate gradients: ``"regularisation"`` (the inverse of its second derivative), a
             bilinear form or a list with one per control, ``"limited-memory"``, ``"circulant"`` (the inverse Hessian of
-            the skew-circulant problem, for controls with one value per step, :mod:`pint_fem.kkt`), or a callable on
-            flat representatives.
+            the skew-circulant problem, for controls with one value per step, :mod:`pint_fem.kkt`), a callable on flat
+            representatives, ``"low-rank"`` or a
+            :class:`~pint_fem.adjoint.minimisation.low_rank.LowRankPreconditioner`.
             With a total variation ``"regularisation"`` is
             :mod:`pint_fem.adjoint.total_variation.preconditioner`, and the default; ``"none"`` is none.
         checkpoint : str or pathlib.Path, optional
@@ -120,7 +122,11 @@ class Minimisable(ActiveSetMinimisation, NewtonKKTMinimisable):
         given |= dict(checkpoint=checkpoint, if_save_fails=if_save_fails)
         with self._collective_run("trust_region", start, (), given | options) as start:
             options["monitor"] = self._on_root(monitor)
+            low_rank = made_for(preconditioner)
+            given["preconditioner"] = preconditioner if low_rank is None else low_rank
             result = replace(self._trust_region(start, options, **given), choice=choice)
+            if low_rank is not None:
+                result = replace(result, preconditioner=str(low_rank))
         return self._with_control(result)
 
     def minimize_one_shot(
@@ -255,12 +261,17 @@ class Minimisable(ActiveSetMinimisation, NewtonKKTMinimisable):
                 raise InputError("bounds go with exact solves: leave inexact= out")
             if inner.weights is None:
                 inner = ControlInner(self.layout, "lumped")
-        if not (problem.has_variation and isinstance(preconditioner, str) and preconditioner == "regularisation"):
+        low_rank = made_for(preconditioner)
+        if low_rank is not None:
+            options["preconditioner"] = low_rank
+        elif not (problem.has_variation and isinstance(preconditioner, str) and preconditioner == "regularisation"):
             options["preconditioner"] = self._preconditioner(inner, preconditioner)
         run = dict(method="trust region", constraints=constraints)
         if bounds is not None:
             lower, upper = bound_arrays(self, bounds)
             objective = Objective(problem, inner)
+            if low_rank is not None:
+                low_rank.begin(self, objective, inner)
             self._choose_for_variations(objective, inner, preconditioner, options)
             raise_tolerance(objective, start, checkpoint, options)
             if constraints:
@@ -272,6 +283,8 @@ class Minimisable(ActiveSetMinimisation, NewtonKKTMinimisable):
             with open_checkpoint(checkpoint, objective, if_save_fails, **run) as opened:
                 return minimize_bounded(objective, start, lower, upper, checkpoint=opened, **options)
         objective = Objective(problem, inner) if inexact is None else InexactObjective(problem, inner)
+        if low_rank is not None:
+            low_rank.begin(self, objective, inner)
         self._choose_for_variations(objective, inner, preconditioner, options)
         limited, start = self._constrained(objective, start, constraints)
         if inexact is None:
@@ -329,15 +342,20 @@ class Minimisable(ActiveSetMinimisation, NewtonKKTMinimisable):
             given = [self._second_derivative(control) for control in self.evolution.controls]
         elif isinstance(given, str):
             raise InputError(
-                f"preconditioner {given!r}: give 'regularisation', 'limited-memory', 'circulant', 'none', a bilinear "
-                "form or a callable"
+                f"preconditioner {given!r}: give 'regularisation', 'limited-memory', 'circulant', 'low-rank', 'none', "
+                "a bilinear form or a callable"
             )
         prior = ControlInner(self.layout, given)
         return lambda r: prior.primal(inner.dual(r))
 
     def _second_derivative(self, control) -> ufl.Form:
-        """The second derivative of the regularisation by a control, as a bilinear form."""
-        second = self.problem.regularisation_hessian(control)
+        """The second derivative of the regularisation by a control, as a bilinear form; by one with a value per step
+        the diagonal block of a step between two others.
+        """
+        second, rates = self.problem.regularisation_hessian(control), self.problem.rate_hessian(control)
+        if rates is not None:
+            rates = 2 / self.evolution.dt**2 * rates
+            second = rates if second is None else second + rates
         if second is None:
             raise InputError(
                 f"preconditioner 'regularisation': the regularisation is not quadratic in control {control.name()!r}"

@@ -31,6 +31,8 @@ class Objective:
     model : PrimalDualModel
         What stands for the second derivatives of total variations in products at an iterate that :meth:`prepare` was
         called for.
+    iterate : ndarray or None
+        The iterate that :meth:`prepare` was called for last.
     failure : SolverFailure or None
         Why the last value was not finite.
     """
@@ -38,6 +40,7 @@ class Objective:
     def __init__(self, problem: ControlProblem, inner: ControlInner, *, scaling: np.ndarray | None = None):
         self.problem, self._inner, self._scaling = problem, inner, scaling
         self.failure: SolverFailure | None = None
+        self.iterate: np.ndarray | None = None
         self.comm = problem.spacetime.comm
         self.model = PrimalDualModel(problem)
 
@@ -80,6 +83,7 @@ class Objective:
         """Let the products that follow be those at the iterate ``x`` of a trust region, with the primal-dual operators
         of total variations.
         """
+        self.iterate = x
         self.model.move_to(x)
 
     def _product(self, h: np.ndarray, v: np.ndarray) -> np.ndarray:

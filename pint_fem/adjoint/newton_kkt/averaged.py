@@ -1,12 +1,12 @@
 r"""KKT systems of evolutions with operators averaged over the steps, as preconditioners.
 
 At a state and control the residual of a step is linearised to :math:`M_n \dot u + K_n u - F_n z`. With the averages of
-the three matrices over some steps (:class:`~pint_fem.sweeps.frequencies.systems.AveragedSystems`, as ParaDiag does),
+the three matrices over some steps (:class:`~pint_fem.sweeps.frequencies.systems.AveragedSystems`, as ParaDiag does)
 and the second derivatives of misfits and regularisation, all steps are the same: this is an optimal control problem of a
-linear evolution, whose KKT system is solved with its skew-circulant preconditioner (:mod:`pint_fem.kkt`), frequency by
+linear evolution. Its KKT system is solved with its skew-circulant preconditioner (:mod:`pint_fem.kkt`), frequency by
 frequency as a sparse system of stages, controls and multipliers. The controls of its solution for a right-hand side
-``(0, r, 0)`` are the inverse of a positive definite Hessian, the preconditioner of conjugate gradients for the true one.
-Second derivatives of the steps, which may be indefinite, are left out.
+``(0, r, 0)`` are the product of ``r`` with the inverse of a positive definite Hessian, which preconditions conjugate
+gradients for the true one. Second derivatives of the steps, which may be indefinite, are left out.
 
 Averages and factors are used for later states and controls as long as conjugate gradients converge quickly.
 """
@@ -30,8 +30,8 @@ from pint_fem.errors import InputError
 from pint_fem.kernels.arrays import boundary_rows, get, is_real
 from pint_fem.kkt.circulant import CirculantKKT
 from pint_fem.kkt.control_weights import ControlWeights
-from pint_fem.kkt.coupled import CoupledSystems
-from pint_fem.kkt.coupled_matrices import own_rows, stage_operators
+from pint_fem.kkt.coupled.matrices import own_rows, stage_operators
+from pint_fem.kkt.coupled.systems import CoupledSystems
 from pint_fem.kkt.model import ControlModel
 from pint_fem.kkt.scheme import StageCoefficients
 from pint_fem.kkt.transform import SkewCirculant

@@ -44,11 +44,11 @@ class NewtonKKTMinimisable:
         """Minimise over the states of all steps and the controls at once, with the time steps as constraint
         (collective).
 
-        The method is :func:`~pint_fem.optimize.composite_step.method.minimize_composite_step`: a trust-region SQP method
-        with composite steps. No nonlinear evolution is solved but the first; an iteration evaluates all steps once,
-        none after another, and solves linear sweeps. Where it breaks down, as its radius becomes too small, KKT solves
-        do not contract or neither gradient nor constraint becomes smaller, :meth:`minimize_trust_region` continues from
-        its control; a line of the monitor, ``result.message`` and ``result.choice`` name the reason.
+        The method is :func:`~pint_fem.optimize.composite_step.method.minimize_composite_step`, a trust-region SQP
+        method with composite steps. No nonlinear evolution is solved but the first; an iteration evaluates all steps
+        once, none after another, and solves linear sweeps. Where it breaks down, as its radius becomes too small, KKT
+        solves do not contract or nothing becomes smaller, :meth:`minimize_trust_region` continues from its control; a
+        line of the monitor, ``result.message`` and ``result.choice`` name the reason.
 
         Parameters
         ----------
@@ -103,8 +103,8 @@ def require_one_evolution(problem: object) -> ReducedProblem:
     name = "minimize_newton_kkt"
     if not isinstance(problem, ReducedProblem):
         raise InputError(
-            f"{name}: the functional is a sum, or has an initial condition with controls in an expression; give that of "
-            "one evolution, or use minimize_trust_region"
+            f"{name}: the functional is a sum, or has an initial condition with controls in an expression; give that "
+            "of one evolution, or use minimize_trust_region"
         )
     if problem.sweeps.intervals is not None:
         raise InputError(f"{name}: trajectories are stored at C-points only; give mgrit storage='all'")
@@ -125,8 +125,8 @@ def _first_trajectory(problem: ReducedProblem, start: np.ndarray, kind: str) -> 
 def _continued(
     functional: Minimisable, first: CompositeStepResult, start: np.ndarray, options: Mapping, monitor: Callable | None
 ) -> CompositeStepResult:
-    """The run that the reduced trust region continues: from the last control, or from the first one where J is larger or
-    not finite at the last.
+    """The run that the reduced trust region continues: from the last control, or from the first one where J is larger
+    or not finite at the last.
     """
     problem, where = functional.problem, "last"
     try:

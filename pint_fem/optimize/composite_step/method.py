@@ -14,7 +14,7 @@ Linear solves are inexact. The quasi-normal step and KKT solves have a tolerance
 tangential step is solved for again, more accurately, where its residual would decide on acceptance.
 
 The run ends without convergence where the radius becomes too small, KKT solves break down in two iterations in a row,
-a linear solve fails at an iterate, or neither the gradient nor the constraint becomes smaller. The result names the
+a linear solve fails at an iterate, or none of gradient, constraint and Lagrangian becomes smaller. The result names the
 reason, so that another method may continue from its control.
 
 Source: M. Heinkenschloss, D. Ridzal, A matrix-free trust-region SQP method for equality constrained optimization, SIAM

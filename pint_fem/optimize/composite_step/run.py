@@ -36,7 +36,9 @@ TIGHTENINGS = 4
 KKT_FAILURES = 2
 """Iterations in a row in which KKT solves break down, after which the run ends."""
 STAGNATION = 12
-"""Iterations without a halving of the gradient or of the constraint after which the run ends."""
+"""Iterations without progress after which the run ends."""
+PROGRESS = 0.1
+"""Relative decrease of the Lagrangian that is progress, as a halving of the gradient or of the constraint is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +131,7 @@ class CompositeRun:
         self.penalty, self.breakdown = 0.0, ""
         self.history: list[CompositeStepRecord] = []
         self._model: LocalModel | None = None
-        self._kkt_failures, self._best = 0, (math.inf, math.inf, 0)
+        self._kkt_failures, self._best = 0, (math.inf, math.inf, math.inf, 0)
 
     # -- the loop ------------------------------------------------------------------------------------------------------
     def minimise(self, u: np.ndarray, z: np.ndarray) -> CompositeStepResult:
@@ -212,20 +214,21 @@ class CompositeRun:
         )  # fmt: skip
 
     def _broken(self, model: LocalModel, accepted: bool, iteration: int) -> StopReason | None:
-        """Whether KKT solves break down repeatedly, or neither gradient nor constraint becomes smaller."""
+        """Whether KKT solves break down repeatedly, or there is no progress."""
         if accepted:
             self._kkt_failures = self._kkt_failures + 1 if model.fails else 0
         if self._kkt_failures >= KKT_FAILURES:
             self.breakdown = model.breakdown
             return StopReason.BREAKDOWN
-        gradient, constraint, last = self._best
-        constraint_norm = max(self.point.constraint_norm, self.constraint_tolerance)
-        if self.point.gradient_norm <= 0.5 * gradient or constraint_norm <= 0.5 * constraint:
-            self._best = min(gradient, self.point.gradient_norm), min(constraint, constraint_norm), iteration
+        gradient, constraint, lagrangian, last = self._best
+        point, norm = self.point, max(self.point.constraint_norm, self.constraint_tolerance)
+        lower = not math.isfinite(lagrangian) or point.lagrangian < lagrangian - PROGRESS * abs(lagrangian)
+        if point.gradient_norm <= 0.5 * gradient or norm <= 0.5 * constraint or lower:
+            self._best = min(gradient, point.gradient_norm), min(constraint, norm), point.lagrangian, iteration
         elif iteration - last >= STAGNATION:
             self.breakdown = (
-                f"neither the gradient ({self.point.gradient_norm:.1e}) nor the constraint "
-                f"({self.point.constraint_norm:.1e}) has been halved in {STAGNATION} iterations"
+                f"neither the gradient ({point.gradient_norm:.1e}) nor the constraint ({norm:.1e}) has been halved, "
+                f"nor has the Lagrangian become {PROGRESS:.0%} smaller, in {STAGNATION} iterations"
             )
             return StopReason.BREAKDOWN
         return None

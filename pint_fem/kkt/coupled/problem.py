@@ -10,8 +10,8 @@ from scipy.sparse import csr_matrix
 from pint_fem.errors import InputError
 from pint_fem.evolution.control_operators import MatrixOperator
 from pint_fem.kernels.arrays import own_size
-from pint_fem.kkt.coupled import CoupledSystems
-from pint_fem.kkt.coupled_matrices import Layout, distributed, own_rows
+from pint_fem.kkt.coupled.matrices import Layout, distributed, own_rows
+from pint_fem.kkt.coupled.systems import CoupledSystems
 from pint_fem.kkt.model import ControlModel
 
 __all__ = ["coupled_systems"]
@@ -43,31 +43,41 @@ def coupled_systems(model: ControlModel, *, memory: float = np.inf) -> CoupledSy
     mass = own_rows(M)
     K = csr_matrix(mass.shape) if forms[1].empty() else own_rows(assemble(forms[1], mat_type="aij").petscmat)
     Q = sum((weight * own_rows(matrix) for matrix, weight in model.misfit_matrices), csr_matrix(mass.shape))
-    F, R = _control_matrices(model, comm)
+    F, R, R_time = _control_matrices(model, comm)
     free = np.ones(model.size, bool)
     free[propagator.bc_rows] = False
-    given = [mass, K, F, Q, R]
+    given = [mass, K, F, Q, R, R_time]
     if not alone:
-        columns = [model.size, model.size, model.control_size, model.size, model.control_size]
+        columns = [model.size, model.size, model.control_size, model.size, *[model.control_size] * 2]
         given = [distributed(X, count, comm) for X, count in zip(given, columns, strict=True)]
-    return CoupledSystems(propagator.dirk, model.nsteps, *given, dt=propagator.dt, free=free, memory=memory)
+    rates = given.pop()
+    return CoupledSystems(
+        propagator.dirk, model.nsteps, *given, dt=propagator.dt, free=free, memory=memory,
+        R_time=rates if model.weights.has_rates else None,
+    )  # fmt: skip
 
 
-def _control_matrices(model: ControlModel, comm: PETSc.Comm) -> tuple[csr_matrix, csr_matrix]:
-    """Own rows of the loads of all controls of a step, one control after another, and of their regularisation."""
+def _control_matrices(model: ControlModel, comm: PETSc.Comm) -> tuple[csr_matrix, csr_matrix, csr_matrix]:
+    """Own rows of the loads of all controls of a step, one control after another, of their regularisation and of that
+    of their rates of change.
+    """
     evolution = model.propagator.evolution
     starts = []
     for control in evolution.parameters:
         counts = comm.tompi4py().allgather(own_size(control.function_space()))
         starts.append(np.concatenate([[0], np.cumsum(counts)]))
     layout = Layout(starts, comm.rank)
-    regularisation, rows, columns, values = {}, [], [], []
-    for j, (operator, weight) in enumerate(zip(evolution.control_operators, model.weights.matrices, strict=True)):
-        if isinstance(weight, PETSc.Mat):
-            regularisation[j, j] = model.propagator.dt * own_rows(weight)
-        else:  # a real number, which the first rank owns
-            own = layout.own[j].stop - layout.own[j].start
-            regularisation[j, j] = csr_matrix(np.full((own, 1), model.propagator.dt * weight))
+    rows, columns, values, dt = [], [], [], model.propagator.dt
+    blocks: list[dict] = [{}, {}]
+    for found, weights in zip(blocks, (model.weights.matrices, model.weights.rate_matrices), strict=True):
+        for j, weight in enumerate(weights):
+            if isinstance(weight, PETSc.Mat):
+                found[j, j] = dt * own_rows(weight)
+            else:  # a real number, which the first rank owns
+                own = layout.own[j].stop - layout.own[j].start
+                found[j, j] = csr_matrix(np.full((own, 1), dt * (weight or 0.0)))
+    regularisation = [layout.matrix(found) for found in blocks]
+    for j, operator in enumerate(evolution.control_operators):
         for term in [] if operator is None else operator.terms:
             own = own_rows(term.matrix) if isinstance(term, MatrixOperator) else csr_matrix(term.column[:, None])
             entries = own.tocoo()
@@ -76,6 +86,6 @@ def _control_matrices(model: ControlModel, comm: PETSc.Comm) -> tuple[csr_matrix
             values.append(entries.data)
     shape = model.size, layout.total
     if not rows:
-        return csr_matrix(shape), layout.matrix(regularisation)
+        return csr_matrix(shape), *regularisation
     joined = [np.concatenate(x) for x in (values, rows, columns)]
-    return csr_matrix((joined[0], (joined[1], joined[2])), shape=shape), layout.matrix(regularisation)
+    return csr_matrix((joined[0], (joined[1], joined[2])), shape=shape), *regularisation

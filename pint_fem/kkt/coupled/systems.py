@@ -6,7 +6,7 @@ A frequency with the shift :math:`\mu` has the system
    A u - \Psi z = a , \qquad A^H \lambda - Q u = b , \qquad R_k z + \Psi^T \lambda = c , \qquad A = I - \mu \Phi , \quad
    R_k = R + \frac{|1 - \mu|^2}{\Delta t^2} R_t .
 
-It is written with the values and multipliers of the stages (:mod:`~pint_fem.kkt.coupled_matrices`), so that its matrix
+It is written with the values and multipliers of the stages (:mod:`~pint_fem.kkt.coupled.matrices`), so that its matrix
 is sparse. One ordering, of minimum degree on the pattern of all frequencies, serves all of them, and pivots are those
 of the stages' matrices: on several frequencies at once (:mod:`~pint_fem.paradiag.lane_factors`), or by SuperLU. Where
 that is not accurate, SuperLU exchanges rows; a solution that is not accurate is improved by one more solve for its
@@ -26,7 +26,7 @@ from scipy.sparse import csr_matrix
 
 from pint_fem.errors import InputError, SolverFailure, is_numerical
 from pint_fem.evolution.tableaux import DIRK
-from pint_fem.kkt.coupled_matrices import (
+from pint_fem.kkt.coupled.matrices import (
     DistributedOperator,
     Layout,
     Operator,
