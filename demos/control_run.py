@@ -87,7 +87,8 @@ def add_control_options(parser: ProgramParser, defaults: Any, *, out: str, gtol:
     add(
         "--compare-serial",
         action="store_true",
-        help="evaluate the same on a plain serial tape of Firedrake + pyadjoint too, and extrapolate (minutes)",
+        help="evaluate the same on a plain serial tape of Firedrake + pyadjoint too, and extrapolate (tens of minutes "
+        "with the default steps)",
     )
     add_trust_region(parser, gtol=gtol, checkpoints=True, heading="options of the minimisation")
 
