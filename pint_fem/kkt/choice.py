@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from pint_fem.errors import SolverFailure
 from pint_fem.kkt.circulant import CirculantKKT, FrequencySystems
 from pint_fem.kkt.commuting import CommutingSystems
 from pint_fem.kkt.control_weights import ControlWeights
@@ -66,14 +67,20 @@ def circulant_kkt(
     parameters = dict(parameters or {})
     pencil = find_pencil(model)
     systems: FrequencySystems
+    fractions = None
     if not isinstance(pencil, str):
-        fractions = partial_fractions(
-            propagator.dirk, propagator.dt, pencil.coefficients, np.ones(len(transform.mu)), transform.mu,
-            pencil.largest,
-        )  # fmt: skip
+        try:
+            fractions = partial_fractions(
+                propagator.dirk, propagator.dt, pencil.coefficients, np.ones(len(transform.mu)), transform.mu,
+                pencil.largest,
+            )  # fmt: skip
+        except SolverFailure as error:  # the same numbers on all ranks
+            pencil = str(error)
+    prefix = f"{propagator.evolution.options_prefix}kkt_systems_"
+    if fractions is not None:
         systems = CommutingSystems(
             fractions, pencil.K, pencil.M, fields=pencil.fields, free=pencil.free, parameters=parameters,
-            prefix=f"{propagator.evolution.options_prefix}kkt_systems_", memory=memory, single=single,
+            prefix=prefix, memory=memory, single=single,
         )  # fmt: skip
         how = f"{systems.poles} shifted systems per frequency"
     elif control_count(model)[1] > MOST_CONTROLS:
