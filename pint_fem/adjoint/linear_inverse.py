@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 __all__ = ["CachedMap", "LinearInverse"]
 
 _METHODS = ("auto", "kkt", "map", "trust-region", "one-shot")
+_NOT_NEWTON_KKT = ("bounds", "l1", "constraints", "inexact", "preconditioner", "checkpoint", "if_save_fails")
+"""Options of other methods that :meth:`minimize_newton_kkt` does not have."""
 
 
 def _require_readings(functional: ControlFunctional) -> ReducedProblem:
@@ -159,6 +161,7 @@ class LinearInverse:
             )
         why = "as given"
         systems = None
+        _require_options(method, options)
         if method == "auto":
             with stop_annotating():
                 systems, why = choose_kkt(self, options)
@@ -170,6 +173,9 @@ class LinearInverse:
             return self.on_map().minimize(start, choice=f"map, {why}", **options)
         if method == "one-shot":
             return self.minimize_one_shot(start, **options)
+        if options.get("l1") is not None:
+            return self.minimize_active_set(start, choice=f"active sets, {why}", **options)
+        options.pop("l1", None)
         return self.minimize_trust_region(start, choice=f"trust-region, {why}", **trust_region_options(self, options))
 
     def _minimize_kkt(
@@ -179,6 +185,12 @@ class LinearInverse:
         if systems is None:
             problem = self.problem
             if isinstance(problem, ReducedProblem) and not problem.sweeps.is_affine:
+                for name in _NOT_NEWTON_KKT:
+                    if options.pop(name, None) is not None:
+                        raise InputError(
+                            f"minimize: method = 'kkt' of an evolution that is not linear does not go with {name}=: "
+                            "use 'trust-region' or 'auto'"
+                        )
                 return self.minimize_newton_kkt(start, **options)
             with stop_annotating():
                 systems = kkt_systems(self, options)
@@ -242,3 +254,11 @@ class CachedMap:
         same = same and all(np.array_equal(getattr(own, name), getattr(table, name)) for name in pairs)
         same = all_ranks(problem.spacetime.comm, same)  # impulses are computed collectively
         return same and all_ranks(problem.spacetime.comm, np.array_equal(table.impulses(F.sensors), self._impulses))
+
+
+def _require_options(method: str, options: Mapping) -> None:
+    """Refuse options of minimisers that a method does not have, on every rank."""
+    refused = {"map": ("l1",), "one-shot": ("bounds", "l1", "inexact")}.get(method, ())
+    for name in refused:
+        if options.get(name) is not None:
+            raise InputError(f"minimize: method = {method!r} does not go with {name}=: use 'auto'")
