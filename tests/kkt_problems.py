@@ -135,7 +135,8 @@ def operator_of(problem, z=None):
 
 
 def tracking(
-    st, case="field", *, n=4, steps=8, tableau="SDIRK2", weight=1e-4, terminal=False, degree=1, solver="serial", rate=0.0
+    st, case="field", *, n=4, steps=8, tableau="SDIRK2", weight=1e-4, terminal=False, degree=1, solver="serial",
+    rate=0.0,
 ):
     """A state that is to follow a target, at all steps.
 

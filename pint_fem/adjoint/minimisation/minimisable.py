@@ -18,7 +18,7 @@ from pint_fem.adjoint.minimisation.active_set import ActiveSetMinimisation
 from pint_fem.adjoint.minimisation.bounds_and_constraints import Controls, bound_arrays, constraint_normals, named_array
 from pint_fem.adjoint.minimisation.checkpoint import open_checkpoint
 from pint_fem.adjoint.minimisation.inexact_objective import InexactObjective
-from pint_fem.adjoint.minimisation.kkt_preconditioner import KKTPreconditioner
+from pint_fem.adjoint.minimisation.kkt.preconditioner import KKTPreconditioner
 from pint_fem.adjoint.minimisation.low_rank import made_for
 from pint_fem.adjoint.minimisation.objective import Objective
 from pint_fem.adjoint.minimisation.tolerances import raise_tolerance, value_rtol
