@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -161,8 +161,7 @@ class LinearInverse:
             )
         why = "as given"
         systems = None
-        if options.get("l1") is not None and method not in ("auto", "kkt"):
-            raise InputError(f"minimize: method {method!r} does not go with l1=: use 'kkt', or minimize_active_set")
+        _require_options(method, options)
         if method == "auto":
             with stop_annotating():
                 first = self._current() if start is None else named_array(self, start, "start")
@@ -180,6 +179,9 @@ class LinearInverse:
             return self.on_map().minimize(start, choice=f"map, {why}", **options)
         if method == "one-shot":
             return self.minimize_one_shot(start, **options)
+        if options.get("l1") is not None:
+            return self.minimize_active_set(start, choice=f"active sets, {why}", **options)
+        options.pop("l1", None)
         return self.minimize_trust_region(start, choice=f"trust-region, {why}", **trust_region_options(self, options))
 
     def _minimize_kkt(
@@ -257,3 +259,13 @@ class CachedMap:
         same = same and all(np.array_equal(getattr(own, name), getattr(table, name)) for name in pairs)
         same = all_ranks(problem.spacetime.comm, same)  # impulses are computed collectively
         return same and all_ranks(problem.spacetime.comm, np.array_equal(table.impulses(F.sensors), self._impulses))
+
+
+def _require_options(method: str, options: Mapping) -> None:
+    """Refuse options of minimisers that a method does not have, on every rank."""
+    if method not in ("auto", "kkt") and options.get("l1") is not None:
+        raise InputError(f"minimize: method {method!r} does not go with l1=: use 'kkt', or minimize_active_set")
+    if method == "one-shot":
+        for name in ("bounds", "inexact"):
+            if options.get(name) is not None:
+                raise InputError(f"minimize: method 'one-shot' does not go with {name}=: use 'trust-region' or 'auto'")
