@@ -49,18 +49,22 @@ class Counted(NamedTuple):
     Attributes
     ----------
     ends : int
-        Of GMRES for the ends of time in one KKT system.
+        Of GMRES for the ends of time in the first KKT system, to a relative residual of 1e-8.
+    systems, total : int
+        Number of KKT systems until the gradient is 1e-8 of the first one, and iterations for them.
     replaced : int or None
         Steps of conjugate gradients with the regularisation as preconditioner, where GMRES did not converge.
     plain : int or None
         Steps of conjugate gradients without a preconditioner; ``None`` where they would have taken too long.
     gradient : float
-        Norm of the gradient at the solution by the KKT system relative to the first one.
+        Norm of the gradient in the end, relative to the first one.
     how : str
         How the frequencies' systems are solved.
     """
 
     ends: int
+    systems: int
+    total: int
     replaced: int | None
     plain: int | None
     gradient: float
@@ -68,6 +72,8 @@ class Counted(NamedTuple):
 
     def __str__(self) -> str:
         first = f"{self.ends}" if self.replaced is None else f"{self.replaced}*"
+        if self.systems > 1:
+            first += f" ({self.total} in {self.systems})"
         return f"{first} / {_plain(self.plain)}"
 
 
@@ -101,18 +107,33 @@ def iterations(setting: Setting, weight: float, *, seconds: float = 30.0) -> Cou
     J.problem.value(zero)
     first = J.problem.derivative(zero)
     kkt = KKTPreconditioner(J)
-    c, replaced = -np.ascontiguousarray(J.layout.steps(first)), None
+    c, replaced, systems = -np.ascontiguousarray(J.layout.steps(first)), None, kkt.kkt
     try:
-        solution = kkt.kkt.solve(c=c)
+        solution = systems.solve(c=c)
         found, ends = kkt._as_vector(solution.z), solution.iterations
     except DivergedError as error:
-        kkt.handed_over, ends = str(error), kkt.kkt.max_it
-        result = J.minimize_trust_region(preconditioner=kkt, gtol_rel=GTOL, cg_rtol=GTOL, cg_max_it=MOST)
+        kkt.handed_over, ends = str(error), systems.max_it
+        result = _newton(J, kkt)
         found, replaced = result.x, _cg_steps(result)
-    J.problem.value(found)
-    gradient = _norm(J, J.problem.derivative(found)) / _norm(J, first)
+    gradient, solves, total = _gradient(J, found) / _norm(J, first), systems.solves, systems.iterations
+    if gradient > GTOL and replaced is None:
+        found = _newton(J, kkt).x
+        gradient = _gradient(J, found) / _norm(J, first)
+        solves, total = systems.solves - 1, systems.iterations - ends
     kkt.release()
-    return Counted(ends, replaced, _conjugate_gradients(J, seconds), gradient, kkt.how)
+    return Counted(ends, solves, total, replaced, _conjugate_gradients(J, seconds), gradient, kkt.how)
+
+
+def _newton(J, preconditioner: KKTPreconditioner):
+    zero = J.function(np.zeros(J.layout.size))
+    return J.minimize_trust_region(
+        zero, preconditioner=preconditioner, gtol_rel=GTOL, cg_rtol=0.1 * GTOL, cg_max_it=MOST
+    )
+
+
+def _gradient(J, z: np.ndarray) -> float:
+    J.problem.value(z)
+    return _norm(J, J.problem.derivative(z))
 
 
 def _norm(J, derivative: np.ndarray) -> float:
@@ -167,8 +188,11 @@ def markdown(found: dict[Setting, list[Counted]], weights: Sequence[float]) -> s
         lines.append(f"| {' | '.join(cells)} |")
     for name in dict.fromkeys(s.name for s in found):
         rows = [c for s, row in found.items() if s.name == name for c in row]
-        ends, handed = [c.ends for c in rows if c.replaced is None], [c.replaced for c in rows if c.replaced is not None]
-        text = f"{name}: KKT systems at most {max(ends)} (wanted: {TARGETS[name]})" if ends else f"{name}:"
+        solved, handed = [c for c in rows if c.replaced is None], [c.replaced for c in rows if c.replaced is not None]
+        text = f"{name}:"
+        if solved:
+            text += f" at most {max(c.ends for c in solved)} iterations for one KKT system (wanted: {TARGETS[name]})"
+            text += f", at most {max(c.total for c in solved)} to a gradient of 1e-8"
         if handed:
             text += f"; handed over in {len(handed)} of {len(rows)} cases, with at most {max(handed)} steps*"
         lines += ["", f"{text}; gradients at most {max(c.gradient for c in rows):.0e} of the first."]
