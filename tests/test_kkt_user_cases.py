@@ -130,16 +130,18 @@ def test_a_weight_of_the_control_below_the_accuracy_of_the_solves():
 
 
 @pytest.mark.parallel([1, 2])
-@pytest.mark.parametrize("method", ["kkt", "auto"])
-def test_a_flux_that_is_regularised_on_the_boundary_only(method):
-    """Values in the domain are in neither the load nor the regularisation: the coupled system is singular."""
-    J = heat(pf.SpaceTime(), where=ds(2), entry=ds(2), weight=1e-3)
+@pytest.mark.parametrize(("method", "weight"), [("kkt", 1e-3), ("auto", 1e-3), ("auto", 10.0)])
+def test_a_flux_that_is_regularised_on_the_boundary_only(method, weight):
+    """Values in the domain are in neither the load nor the regularisation: the coupled system is singular, and so is
+    the regularisation, which preconditions nothing.
+    """
+    J = heat(pf.SpaceTime(), where=ds(2), entry=ds(2), weight=weight)
     result = J.minimize(method, gtol_rel=1e-10)
     assert result.converged
-    assert "singular" in result.choice
+    assert ("singular" in result.choice) == (weight < 1)  # few steps of conjugate gradients need no KKT system
     assert result.choice.startswith("trust-region")
     wall = DirichletBC(J.evolution.V, 0, 2).nodes  # the other values have no effect
-    z = dense_heat(where=ds(2), entry=ds(2), weight=1e-3)
+    z = dense_heat(where=ds(2), entry=ds(2), weight=weight)
     rows = result.x.reshape(-1, z.shape[1])[:, wall]
     np.testing.assert_allclose(rows, own(J, z[:, wall]).reshape(rows.shape), atol=1e-5 * np.abs(z).max())
 

@@ -17,7 +17,7 @@ import numpy as np
 from pint_fem.adjoint.minimisation.kkt.preconditioner import KKTPreconditioner, require_kkt_problem
 from pint_fem.adjoint.problem import ReducedProblem
 from pint_fem.adjoint.riesz import ControlInner
-from pint_fem.collective import collectively
+from pint_fem.collective import all_ranks, collectively
 from pint_fem.errors import InputError, SolverFailure
 
 if TYPE_CHECKING:
@@ -31,7 +31,8 @@ ITERATIONS = 15
 """Solves with the circulant system for a KKT system, about."""
 GTOL_REL = 1e-6
 """The trust region's default tolerance."""
-_PRECONDITIONED = {"preconditioner": "regularisation"}
+_SOLVED = 1e-6
+"""Relative residual of a solve above which a regularisation is singular."""
 
 
 def kkt_systems(functional: ControlFunctional, options: Mapping) -> KKTPreconditioner:
@@ -80,7 +81,7 @@ def choose_kkt(
             collectively(functional.spacetime.comm, "", require_kkt_problem, functional)
             steps, action = _conjugate_gradients(functional, start, options)
             if steps <= FEW:
-                return None, f"as conjugate gradients take about {steps:.0f} steps", dict(_PRECONDITIONED)
+                return None, f"as conjugate gradients take about {steps:.0f} steps", _preconditioned(functional)
         begin = time.perf_counter()
         systems = kkt_systems(functional, options)
         if np.isinf(steps):
@@ -96,7 +97,7 @@ def choose_kkt(
     if kkt < reduced:
         return systems, f"as the misfits are the same at all steps and it is faster: {compared}", {}
     systems.release()
-    return None, f"as the KKT system is not faster: {compared}", dict(_PRECONDITIONED)
+    return None, f"as the KKT system is not faster: {compared}", _preconditioned(functional)
 
 
 def _conjugate_gradients(functional: ControlFunctional, z: np.ndarray, options: Mapping) -> tuple[float, float]:
@@ -111,6 +112,25 @@ def _conjugate_gradients(functional: ControlFunctional, z: np.ndarray, options: 
     quotient = problem.layout.pairing(product, g) / weight if weight > 0 else np.inf
     tolerance = max(float(options.get("gtol_rel", GTOL_REL)), 1e-12)
     return 0.5 * np.sqrt(max(quotient, 1.0)) * np.log(2 / min(tolerance, 0.5)), seconds
+
+
+def _preconditioned(functional: ControlFunctional) -> dict:
+    """The option for the regularisation as preconditioner; none where it is singular, as that of a boundary integral
+    for values in the domain (collective).
+    """
+    layout, mass = functional.layout, ControlInner(functional.layout, "L2")
+    try:
+        product = ControlInner(layout, [functional._second_derivative(c) for c in functional.evolution.controls])
+        # static controls, which come first, are the same on all ranks in time
+        dual = np.random.default_rng(functional.spacetime.space_comm.rank).standard_normal(layout.size)
+        x, y = product.primal(dual), mass.primal(dual)
+        if not all_ranks(functional.spacetime.comm, bool(np.isfinite(x).all())):
+            return {}
+        rest = mass.primal(product.dual(x) - dual)
+        accurate = 0 < layout.pairing(dual, x) < np.inf and mass.inner(rest, rest) <= _SOLVED**2 * mass.inner(y, y)
+    except (InputError, SolverFailure):  # on all ranks
+        accurate = False
+    return {"preconditioner": "regularisation"} if accurate else {}
 
 
 def _circulant_solve(systems: KKTPreconditioner) -> float:
