@@ -172,7 +172,7 @@ def test_the_minimiser_is_that_of_the_trust_region(case, solver):
     result = J.minimize("kkt", gtol_rel=1e-9)
     reduced = tracking(st, case, solver=solver, **given).minimize_trust_region(gtol_rel=1e-11, cg_max_it=1000)
     assert result.converged
-    assert "KKT systems" in result.choice
+    assert "KKT system" in result.choice
     difference, size = result.x - reduced.x, np.sqrt(J.inner.inner(reduced.x, reduced.x))
     assert np.sqrt(J.inner.inner(difference, difference)) < 1e-8 * size
     assert sum(record.cg_iterations for record in result.history) <= 3
