@@ -156,22 +156,21 @@ def minimize_by_kkt(
     if options.get("cg_rtol") is None and "cg_forcing" not in options and isinstance(gtol, Real):
         options["cg_rtol"] = _CG_SHARE * min(max(gtol, 1e-12), 1.0)
     method = functional.minimize_active_set if bounded else functional.minimize_trust_region
+    name = "active sets" if bounded else "trust-region"
     try:
         result = method(start, preconditioner=preconditioner, **options)
         kkt, handed_over = preconditioner.kkt, preconditioner.handed_over
         if handed_over:
-            choice = f"trust-region with the regularisation as preconditioner, in the place of kkt: {handed_over}"
+            choice = f"{name} with the regularisation as preconditioner, in the place of kkt: {handed_over}"
         else:
-            choice = (
-                f"kkt, {why}; {preconditioner.how}; {kkt.solves} KKT system{'s' * (kkt.solves != 1)}, {kkt.iterations} iterations for the ends "
-                "of time"
-            )
+            systems = f"{kkt.solves} KKT system{'s' * (kkt.solves != 1)}"
+            choice = f"kkt, {why}; {preconditioner.how}; {systems}, {kkt.iterations} iterations for the ends of time"
     except DivergedError as error:
         result = method(start, preconditioner="regularisation", **options)
-        choice = f"trust-region with the regularisation as preconditioner, in the place of kkt: {error}"
+        choice = f"{name} with the regularisation as preconditioner, in the place of kkt: {error}"
     except SolverFailure as error:  # such as a regularisation that leaves some of the controls out
         result = method(start, preconditioner=None if bounded else "limited-memory", **options)
-        choice = f"trust-region without the regularisation as preconditioner, in the place of kkt: {error}"
+        choice = f"{name} without the regularisation as preconditioner, in the place of kkt: {error}"
     finally:
         preconditioner.release()
     return replace(result, choice=choice)
