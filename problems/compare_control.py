@@ -19,7 +19,7 @@ from firedrake import COMM_SELF, Function
 
 from pint_fem.cli import wait_quietly
 from pint_fem.kernels.arrays import get, is_real, own_size, put
-from problems.compare_serial import LIMITS, nodes_of, together
+from problems.compare_serial import agreement, nodes_of, together
 from problems.control import ControlForms, ControlProblem
 from problems.count_calls import Counts, count_calls
 from problems.serial_control import record
@@ -164,21 +164,8 @@ def _serial(J: float, fields: dict, ours: dict, serial: SerialSource, controls: 
     found, seconds = zip(*(_timed(call) for call in calls), strict=True)
     apart = [abs(J - found[0]) / abs(found[0])]
     apart += [_difference(fields[name], theirs, controls) for name, theirs in zip(NAMES[1:], found[1:], strict=True)]
-    say(f"{'':18} {'difference':>11} {'allowed':>8} {'ours s':>9} {'serial s':>9} {'ratio':>7}")
-    table: dict = {}
-    for name, difference, theirs in zip(NAMES, apart, seconds, strict=True):
-        mine = ours[name]
-        say(f"{name:18} {difference:11.2e} {LIMITS[name]:8.0e} {mine:9.3f} {theirs:9.3f} {theirs / mine:7.1f}")
-        table[name] = {
-            "relative_difference": difference,
-            "allowed": LIMITS[name],
-            "seconds": mine,
-            "serial_seconds": theirs,
-            "ratio": theirs / mine,
-        }
-    missed = [name for name, row in table.items() if not row["relative_difference"] <= row["allowed"]]
-    say(f"more different than allowed: {', '.join(missed)}" if missed else "all agree")
-    return table | {"recording_seconds": serial.seconds}
+    rows = dict(zip(NAMES, zip(apart, seconds, strict=True), strict=True))
+    return agreement(rows, ours, say) | {"recording_seconds": serial.seconds}
 
 
 def _difference(ours: Sequence[np.ndarray], theirs: Sequence, controls: int) -> float:

@@ -21,7 +21,7 @@ from pyadjoint.enlisting import Enlist
 
 from pint_fem.cli import wait_quietly
 from pint_fem.kernels.arrays import get
-from problems.compare_serial import LIMITS, difference, together
+from problems.compare_serial import agreement, difference, together
 from problems.experiments import CoefficientProblem
 from problems.serial_minimise import SerialResult, minimise
 from problems.serial_pyadjoint import SerialSource, control_with_prior
@@ -167,21 +167,7 @@ def _serial(J, fields, ours, record, say) -> dict:
         "gradient": (apart("gradient", gradient), t_gradient),
         "Hessian action": (apart("Hessian action", hessian), t_hessian),
     }
-    say(f"{'':18} {'difference':>11} {'allowed':>8} {'ours s':>9} {'serial s':>9} {'ratio':>7}")
-    table = {}
-    for name, (difference_, theirs) in rows.items():
-        mine = ours[name]
-        say(f"{name:18} {difference_:11.2e} {LIMITS[name]:8.0e} {mine:9.3f} {theirs:9.3f} {theirs / mine:7.1f}")
-        table[name] = {
-            "relative_difference": difference_,
-            "allowed": LIMITS[name],
-            "seconds": mine,
-            "serial_seconds": theirs,
-            "ratio": theirs / mine,
-        }
-    missed = [name for name, row in table.items() if not row["relative_difference"] <= row["allowed"]]
-    say(f"more different than allowed: {', '.join(missed)}" if missed else "all agree")
-    return table | {"recording_seconds": serial.seconds}
+    return agreement(rows, ours, say) | {"recording_seconds": serial.seconds}
 
 
 def _extrapolated(table: dict, result, calls, counted, more: float, seconds: float, say) -> dict:

@@ -16,7 +16,7 @@ from pint_fem.cli import wait_quietly
 from pint_fem.kernels.arrays import get
 from problems.plate import true_source
 
-__all__ = ["LIMITS", "compare", "difference", "nodes_of", "together"]
+__all__ = ["LIMITS", "agreement", "compare", "difference", "nodes_of", "together"]
 
 #: Relative differences that tight tolerances allow.
 LIMITS = {"J": 1e-8, "gradient": 1e-8, "Hessian action": 1e-7, "recovered source": 1e-4}
@@ -55,6 +55,35 @@ def compare(problem, result, settings: dict, seconds: dict, say, *, record=None,
     if spacetime.is_root:
         table = _serial(fields, ours, result, lambda: record(**settings, comm=COMM_SELF), points, seconds, say)
     wait_quietly(spacetime.comm)
+    return table
+
+
+def agreement(rows: dict[str, tuple[float, float]], ours: dict[str, float], say) -> dict:
+    """Print and return the differences between our quantities and the serial tape's, and the times of both.
+
+    Parameters
+    ----------
+    rows
+        By name, the relative difference and the serial seconds.
+    ours
+        By name, our seconds.
+    say
+        Prints a line.
+    """
+    say(f"{'':18} {'difference':>11} {'allowed':>8} {'ours s':>9} {'serial s':>9} {'ratio':>7}")
+    table: dict = {}
+    for name, (apart, theirs) in rows.items():
+        mine = ours[name]
+        say(f"{name:18} {apart:11.2e} {LIMITS[name]:8.0e} {mine:9.3f} {theirs:9.3f} {theirs / mine:7.1f}")
+        table[name] = {
+            "relative_difference": apart,
+            "allowed": LIMITS[name],
+            "seconds": mine,
+            "serial_seconds": theirs,
+            "ratio": theirs / mine,
+        }
+    missed = [name for name, row in table.items() if not row["relative_difference"] <= row["allowed"]]
+    say(f"more different than allowed: {', '.join(missed)}" if missed else "all agree")
     return table
 
 
