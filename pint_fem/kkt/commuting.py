@@ -147,32 +147,24 @@ class CommutingSystems:
         of, p, W = self._fractions, len(self._fields), kernels.width
         index = np.array([*own, *[own[-1]] * (W - len(own))])
         Ma = self._system.mass_lanes(kernels, a, transposed=False)
-        u, multiplier = (kernels.empty(*a.shape[:2]) for _ in range(2))
-        u[...], multiplier[...] = 0, 0
-        one = a.shape[1]
+        solutions, one = [], a.shape[1]
         for j in range(self.poles):
-            inputs, outputs, y = of.inputs[index, j], of.outputs[index, j], of.poles[index, j]
-            right = kernels.empty(1, one)
-            right[...] = 0
-            for f in range(p):
-                _add(kernels, inputs[:, f], Ma[f], right[0])
-                _add(kernels, inputs[:, p + f], b[f], right[0])
+            y, right = of.poles[index, j], kernels.empty(1, one)
+            kernels.combine(of.inputs[index, j].T, [*Ma, *b], right[0])
             factor = self._factor_lanes(own, j, kernels, y[: len(own)])
-            x = self._system.solve_lanes(kernels, factor, y, right, transposed=False)
-            for f in range(p):
-                _add(kernels, outputs[:, f], x[0], u[f])
-                _add(kernels, outputs[:, p + f], x[0], multiplier[f])
-        lam = self._system.mass_lanes(kernels, multiplier, transposed=False)
+            solutions.append(self._system.solve_lanes(kernels, factor, y, right, transposed=False)[0])
+        u, multiplier, lam = (kernels.empty(p, one) for _ in range(3))
+        Ka = [] if self._K is None else [*self._K.on_lanes(kernels, a, transposed=False)]
         for f in range(p):
-            for g in range(p):
-                _add(kernels, of.constant[index, f, g], a[g], u[f])
-                _add(kernels, of.constant[index, p + f, g], Ma[g], lam[f])
-                _add(kernels, of.constant[index, p + f, p + g], b[g], lam[f])
-        if self._K is not None:
-            Ka = self._K.on_lanes(kernels, a, transposed=False)
-            for f in range(p):
-                for g in range(p):
-                    _add(kernels, of.linear[index, p + f, g], Ka[g], lam[f])
+            outputs = of.outputs[index]
+            kernels.combine(
+                np.concatenate([of.constant[index, f, :p], outputs[..., f]], axis=1).T, [*a, *solutions], u[f]
+            )
+            kernels.combine(outputs[..., p + f].T, solutions, multiplier[f])
+        Ml = self._system.mass_lanes(kernels, multiplier, transposed=False)
+        for f in range(p):
+            factors = [np.ones((W, 1)), of.constant[index, p + f], of.linear[index, p + f, : len(Ka)]]
+            kernels.combine(np.concatenate(factors, axis=1).T, [Ml[f], *Ma, *b, *Ka], lam[f])
         return u, lam
 
     def _factor_lanes(self, own: range, j: int, kernels: LaneKernels, y: np.ndarray) -> Any:
@@ -224,9 +216,3 @@ class CommutingSystems:
                 self._system.release(factor)
         self._cached.clear()
         self.bytes = 0
-
-
-def _add(kernels: LaneKernels, factors: np.ndarray, x: np.ndarray, y: np.ndarray) -> None:
-    """``y += factors x`` of lanes ``(n, 2, W)``, where the factors are not zero."""
-    if np.abs(factors).max() > 0:
-        kernels.add_multiple(factors, x, y)

@@ -362,6 +362,18 @@ void add_multiple(int64_t size, const Z *factor, Z *x, Z *y) {
     }
 }
 
+/* y = the sum of count products of arrays x with a complex number for each frequency, one of them at each array. */
+void combine(int32_t count, int64_t size, const Z *factors, const Z *const *x, Z *y) {
+    for (int64_t i = 0; i < size; i++) {
+        Z sum = times(factors, x[0] + i);
+        for (int32_t k = 1; k < count; k++) {
+            Z scaled = times(factors + k, x[k] + i);
+            sum.re += scaled.re, sum.im += scaled.im;
+        }
+        y[i] = sum;
+    }
+}
+
 /* r += y A^-1 M r for a frequency's matrix A and the rows of M or, transposed, r += y M^T A^-T r for those of M^T, where L
  * and U are exchanged by the caller; t and x are scratch arrays of batch * n. */
 void stage(int32_t transposed, int32_t n, int32_t count, const int32_t *first, const int64_t *begin, const int32_t *rows,

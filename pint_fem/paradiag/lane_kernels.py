@@ -7,7 +7,7 @@ are C-contiguous, of the kernels' type, and begin at multiples of 64 bytes where
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from ctypes import CDLL, c_int64
+from ctypes import CDLL, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -100,6 +100,15 @@ class LaneKernels:
         """``y += factors x`` in place, with a complex number of each frequency, ``(W,)``."""
         factors = self.weights(factors)
         self._library.add_multiple(long(x.size // (2 * self.width)), address(factors), address(x), address(y))
+
+    def combine(self, factors: np.ndarray, arrays: Sequence[np.ndarray], out: np.ndarray) -> None:
+        """Write the sum of products of C-contiguous arrays of lanes with complex numbers ``(arrays, W)`` to ``out``, of
+        their shape.
+        """
+        weights = self.weights(factors)
+        pointers = (c_void_p * len(arrays))(*(array.ctypes.data for array in arrays))
+        size = long(out.size // (2 * self.width))
+        self._library.combine(len(arrays), size, address(weights), pointers, address(out))
 
     def multiply(self, factors: np.ndarray, x: np.ndarray) -> None:
         """``x *= factors`` in place, with a complex number of each frequency, ``(W,)``."""
