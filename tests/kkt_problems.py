@@ -175,5 +175,6 @@ def tracking(
     if rate:
         sizes.append(pf.RateOfChange(0.5 * rate * controls[0] ** 2 * dx))
     return pf.TimeParallelReducedFunctional(
-        ev, misfits, regularisation=sizes, spacetime=st, solver_parameters={"time_solver": solver}
-    )
+        ev, misfits, regularisation=sizes, spacetime=st,
+        solver_parameters={"time_solver": solver, **({"paradiag": {"rtol": 1e-13}} if solver == "paradiag" else {})},
+    )  # fmt: skip

@@ -173,7 +173,7 @@ def test_the_minimiser_is_that_of_the_trust_region(case, solver):
     result = J.minimize("kkt", gtol_rel=1e-9)
     reduced = tracking(st, case, solver=solver, **given).minimize_trust_region(gtol_rel=1e-11, cg_max_it=1000)
     assert result.converged
-    assert "KKT systems" in result.choice
+    assert "KKT system" in result.choice
     difference, size = result.x - reduced.x, np.sqrt(J.inner.inner(reduced.x, reduced.x))
     assert np.sqrt(J.inner.inner(difference, difference)) < 1e-8 * size
     assert sum(record.cg_iterations for record in result.history) <= 3
@@ -181,9 +181,9 @@ def test_the_minimiser_is_that_of_the_trust_region(case, solver):
 
 # -- iterations --------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("tableau", ["BE", "SDIRK2"])
-@pytest.mark.parametrize("weight", [1.0, 1e-1, 1e-2, 1e-4, 1e-6, 1e-8])
+@pytest.mark.parametrize("weight", [1.0, 1e-2, 1e-4, 1e-8])
 def test_iterations_for_heat_do_not_depend_on_weight_steps_and_mesh(tableau, weight):
-    for n, steps, degree in ((4, 16, 1), (8, 64, 1), (4, 32, 2)):
+    for n, steps, degree in ((3, 16, 1), (6, 48, 1), (3, 16, 2)):
         J = tracking(alone(), "field", n=n, steps=steps, tableau=tableau, weight=weight, degree=degree)
         systems = KKTPreconditioner(J)
         z = np.zeros(J.layout.size)
@@ -191,7 +191,7 @@ def test_iterations_for_heat_do_not_depend_on_weight_steps_and_mesh(tableau, wei
         assert 0 < systems.kkt.iterations <= 14
 
 
-@pytest.mark.parametrize("weight", [1e-2, 1e-4, 1e-6])
+@pytest.mark.parametrize("weight", [1e-2, 1e-5])
 def test_circulant_preconditioners_of_the_reduced_space(weight):
     given = dict(n=6, steps=32, weight=weight)
     J = tracking(alone(), "field", **given)

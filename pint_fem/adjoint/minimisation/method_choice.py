@@ -122,7 +122,7 @@ def choose_method(
     except InputError as error:
         reason = f"as there is no map: {str(error).removeprefix('parameter_to_observable: ')}"
         if no_kkt and functional.evolution.stepwise:
-            reason = f"{no_kkt}; and {reason.removeprefix('as ')}"
+            reason = no_kkt if "observes the state everywhere" in reason else f"{no_kkt}; {reason}"
         return "trust-region", reason
     if options.get("checkpoint") is not None:
         return "trust-region", "as checkpoint= is given, and a run on the map has no trajectories to continue from"

@@ -163,7 +163,7 @@ def minimize_by_kkt(
             choice = f"trust-region with the regularisation as preconditioner, in the place of kkt: {handed_over}"
         else:
             choice = (
-                f"kkt, {why}; {preconditioner.how}; {kkt.solves} KKT systems, {kkt.iterations} iterations for the ends "
+                f"kkt, {why}; {preconditioner.how}; {kkt.solves} KKT system{'s' * (kkt.solves != 1)}, {kkt.iterations} iterations for the ends "
                 "of time"
             )
     except DivergedError as error:
