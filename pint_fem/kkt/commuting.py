@@ -13,8 +13,8 @@ the partial fractions of :mod:`~pint_fem.kkt.partial_fractions` give
    \sum_j p_j\, (K_0 - y_j M_0)^{-1} q_j^T \begin{pmatrix} M_0 a \\ b \end{pmatrix} , \qquad \lambda = M_0 \lambda' .
 
 The loads :math:`F R^{-1} c` of the controls' right-hand sides are inputs of the sum, too, and the multipliers' sum
-:math:`w = \sum_i h_i \Lambda_i` over the stages is a result: :math:`z = R^{-1} (c - F^T w)` has one difference of nearly
-equal numbers for a small weight of the control. By :math:`\Psi^T \lambda` there would be two, as
+:math:`w = \sum_i h_i \Lambda_i` over the stages is a result: :math:`z = R^{-1} (c - F^T w)` has one difference of
+nearly equal numbers for a small weight of the control. By :math:`\Psi^T \lambda` there would be two, as
 :math:`\lambda` itself is one.
 
 W frequencies are solved at once on lanes (:mod:`pint_fem.paradiag.lane_kernels`).
