@@ -63,9 +63,10 @@ def test_partial_fractions_are_the_inverse_of_the_small_pencil(tableau, weight):
     kappa = 10 ** np.random.default_rng(0).uniform(-1, 5, 40)
     for k in range(len(mu)):
         L0, L1, end = small_pencil(dirk, dt, fields, fields.c, mu[k])
-        right = np.zeros((len(L0), 2))
-        right[end, [0, 1]] = 1
-        T = np.array([np.linalg.solve(L0 + dt * x * L1, right)[end] for x in kappa])
+        right, taken, s = np.zeros((len(L0), 3)), np.zeros((len(L0), 3)), dirk.stages
+        right[end, [0, 1]] = taken[end, [0, 1]] = 1
+        right[:s, 2] = taken[s + 1 : -1, 2] = dt * dirk.diagonal  # the load of all stages, and its transpose
+        T = np.array([taken.T @ np.linalg.solve(L0 + dt * x * L1, right) for x in kappa])
         terms = np.einsum("ij,jo,jq->ioq", 1 / (kappa[:, None] - found.poles[k]), found.outputs[k], found.inputs[k])
         error = np.abs(found.constant[k] + terms - T).max(axis=(1, 2)) / np.abs(T).max(axis=(1, 2))
         assert error.max() < 1e-9

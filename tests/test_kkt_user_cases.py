@@ -21,6 +21,7 @@ from irksome import Dt
 from mpi4py import MPI
 
 import pint_fem as pf
+from pint_fem.adjoint.minimisation.kkt.preconditioner import KKTPreconditioner
 from tests.meshes import square
 
 DT = 0.05
@@ -72,6 +73,23 @@ def dense_heat(*, steps=5, weight=1e-4, n=8, terminal=False, where=dx, entry=dx)
     return np.linalg.lstsq(H, S.T @ Q @ np.tile(target, steps), rcond=1e-15)[0].reshape(steps, -1)
 
 
+def dense_hessian(weight, *, steps=5, n=8):
+    """The matrix of second derivatives by all steps' controls, by numpy."""
+    V = FunctionSpace(square(n, MPI.COMM_SELF), "CG", 1)
+    u, v = TrialFunction(V), TestFunction(V)
+    M, K = (assemble(a).M.values for a in (u * v * dx, 0.1 * inner(grad(u), grad(v)) * dx))
+    free = np.setdiff1d(np.arange(len(M)), DirichletBC(V, 0, 1).nodes)
+    A = (M + DT * K)[np.ix_(free, free)]
+    power, Phi, blocks = np.linalg.solve(A, DT * M[free]), np.linalg.solve(A, M[np.ix_(free, free)]), []
+    for _ in range(steps):
+        blocks.append(power)
+        power = Phi @ power
+    zero = np.zeros_like(power)
+    S = np.block([[blocks[i - m] if i >= m else zero for m in range(steps)] for i in range(steps)])
+    Q = DT * np.kron(np.eye(steps), M[np.ix_(free, free)])
+    return S.T @ Q @ S + weight * DT * np.kron(np.eye(steps), M)
+
+
 def own(J, z):
     """The part of the controls of all steps that belongs to this rank in time."""
     return z[J.layout.slab.lo : J.layout.slab.hi].ravel()
@@ -118,6 +136,19 @@ def wave(st, *, steps=8):
         ev, pf.RunningMisfit(u**2 / 2 * dx), regularisation=5e-5 * q**2 * dx, spacetime=st,
         solver_parameters={"time_solver": "serial"},
     )  # fmt: skip
+
+
+@pytest.mark.parallel([1, 2])
+@pytest.mark.parametrize(("weight", "error"), [(1e-4, 1e-7), (1e-8, 1e-6), (1e-12, 1e-3)])
+def test_kkt_solves_are_the_inverse_hessian_for_small_weights(weight, error):
+    """Where the control is a small difference of the right-hand side and the adjoint's part of it."""
+    J = heat(pf.SpaceTime(), weight=weight)
+    inverse = KKTPreconditioner(J)
+    z = np.random.default_rng(0).standard_normal(len(dense_hessian(weight))).reshape(5, -1)
+    dual = (dense_hessian(weight) @ z.ravel()).reshape(z.shape)
+    found = inverse(J.inner.primal(own(J, dual)))
+    assert "shifted systems" in inverse.how
+    np.testing.assert_allclose(found, own(J, z), atol=error * np.abs(z).max())
 
 
 @pytest.mark.parallel([1, 2])

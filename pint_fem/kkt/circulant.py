@@ -159,24 +159,25 @@ class CirculantKKT:
             lambda rows: self.transform.forward(rows, single=self._single),
         )
         inside = self.systems.takes_controls and c is not None
-        if c is not None and not inside:
-            effect = model.control_effect(model.weights.solve(c))
-            a = effect if a is None else a + effect
         first = forward(np.zeros((k, self._n)) if a is None else a).copy()
         second = np.zeros_like(first) if b is None else forward(b).copy()
         third = self._control_transform.forward(c).copy() if inside else None
+        if not self.systems.takes_controls:
+            # what remains of c after the adjoints' part may be a small difference, and so may the adjoints
+            third = np.zeros_like(first) if c is None else forward(model.load(model.weights.solve(c))).copy()
         solved = self._frequencies(first, second, third)
         iterations, residual = 0, 0.0
         if ends:
             y, iterations, residual = self._ends(solved)
-            correction = self._frequencies(*self._at_ends(y))
+            zero = [] if self.systems.takes_controls else [np.zeros_like(first)]
+            correction = self._frequencies(*self._at_ends(y), *zero)
             solved = [None if x is None else x + dx for x, dx in zip(solved, correction, strict=True)]
             self.solves, self.iterations = self.solves + 1, self.iterations + iterations
         u, lam = (np.array(self.transform.backward(x), float) for x in (solved[0], solved[2]))
-        if solved[1] is not None:
+        if self.systems.takes_controls:
             z = np.array(self._control_transform.backward(solved[1]), float)
         else:
-            z = -model.control_effect_transposed(lam)
+            z = -model.load_transposed(np.array(self.transform.backward(solved[1]), float))
             z = model.weights.solve(z if c is None else z + c)
         # nothing depends on the adjoints of boundary values, which systems of a pencil leave out
         rows = model.propagator.bc_rows

@@ -12,6 +12,11 @@ the partial fractions of :mod:`~pint_fem.kkt.partial_fractions` give
    \end{pmatrix} +
    \sum_j p_j\, (K_0 - y_j M_0)^{-1} q_j^T \begin{pmatrix} M_0 a \\ b \end{pmatrix} , \qquad \lambda = M_0 \lambda' .
 
+The loads :math:`F R^{-1} c` of the controls' right-hand sides are inputs of the sum, too, and the multipliers' sum
+:math:`w = \sum_i h_i \Lambda_i` over the stages is a result: :math:`z = R^{-1} (c - F^T w)` has one difference of
+nearly equal numbers for a small weight of the control. By :math:`\Psi^T \lambda` there would be two, as
+:math:`\lambda` itself is one.
+
 W frequencies are solved at once on lanes (:mod:`pint_fem.paradiag.lane_kernels`).
 """
 
@@ -90,8 +95,8 @@ class CommutingSystems:
         return self._system.has_lanes
 
     def solve_all(
-        self, frequencies: range, mu: np.ndarray, a: np.ndarray, b: np.ndarray, c: None = None
-    ) -> tuple[np.ndarray, None, np.ndarray]:
+        self, frequencies: range, mu: np.ndarray, a: np.ndarray, b: np.ndarray, c: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
         """Solve the systems of some frequencies (collective over space).
 
         Parameters
@@ -101,30 +106,34 @@ class CommutingSystems:
         a, b
             Right-hand sides, complex ``(frequencies, n)``; entries of unknowns with a condition are not used.
         c
-            Controls are eliminated before.
+            Loads :math:`F R^{-1} c` of the controls' right-hand sides, which are eliminated before.
 
         Returns
         -------
-        u, z, lam : ndarray of complex, shape (frequencies, n), None, and the first again
-            Zero for unknowns with a condition.
+        u, w, lam : ndarray of complex, shape (frequencies, n), the same or None, and the first again
+            Zero for unknowns with a condition. Where there are loads, :math:`z = R^{-1} (c - F^T w)`.
         """
         u, lam = np.zeros(a.shape, a.dtype), np.zeros(a.shape, a.dtype)
+        w = None if c is None else np.zeros(a.shape, a.dtype)
+        given = [a, b] if c is None else [a, b, c]
+        results = [u, lam] if w is None else [u, lam, w]
         if not self.on_lanes:
             for i, k in enumerate(frequencies):
-                u[i], lam[i] = self._solve_one(k, a[i], b[i])
-            return u, None, lam
+                for out, values in zip(results, self._solve_one(k, *(x[i] for x in given)), strict=False):
+                    out[i] = values
+            return u, w, lam
         begin = 0
         for own, kernels in groups(frequencies, self._kind):
             part = slice(begin, begin + len(own))
-            lanes = [kernels.to_lanes(self._of_fields(x[part])) for x in (a, b)]
-            rows = [np.zeros((len(own), *lanes[0].shape[:2]), kernels.complex) for _ in range(2)]
+            lanes = [kernels.to_lanes(self._of_fields(x[part])) for x in given]
+            rows = [np.zeros((len(own), *lanes[0].shape[:2]), kernels.complex) for _ in results]
             for result, out in zip(self.solve_lanes(own, kernels, *lanes), rows, strict=True):
                 kernels.from_lanes(result, out)
-            for out, values in zip((u, lam), rows, strict=True):
+            for out, values in zip(results, rows, strict=True):
                 for f, where in enumerate(self._fields):
                     out[part, where] = values[:, f]
             begin += len(own)
-        return u, None, lam
+        return u, w, lam
 
     @property
     def _kind(self) -> str:
@@ -139,33 +148,38 @@ class CommutingSystems:
         return np.stack([rows[:, where] for where in self._fields], axis=1) * self._free
 
     def solve_lanes(
-        self, own: range, kernels: LaneKernels, a: np.ndarray, b: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
+        self, own: range, kernels: LaneKernels, a: np.ndarray, b: np.ndarray, c: np.ndarray | None = None
+    ) -> tuple[np.ndarray, ...]:
         """Solve for the fields ``(fields, n_0, 2, W)`` of the right-hand sides on lanes, which have no entries of
         unknowns with a condition; solutions likewise.
         """
         of, p, W = self._fractions, len(self._fields), kernels.width
         index = np.array([*own, *[own[-1]] * (W - len(own))])
         Ma = self._system.mass_lanes(kernels, a, transposed=False)
-        solutions, one = [], a.shape[1]
+        loads = [] if c is None else [*c]
+        sources, solutions, one = [*Ma, *b, *loads], [], a.shape[1]
         for j in range(self.poles):
             y, right = of.poles[index, j], kernels.empty(1, one)
-            kernels.combine(of.inputs[index, j].T, [*Ma, *b], right[0])
+            kernels.combine(of.inputs[index, j, : len(sources)].T, sources, right[0])
             factor = self._factor_lanes(own, j, kernels, y[: len(own)])
             solutions.append(self._system.solve_lanes(kernels, factor, y, right, transposed=False)[0])
-        u, multiplier, lam = (kernels.empty(p, one) for _ in range(3))
+        u, multiplier, lam, w = (kernels.empty(p, one) for _ in range(4))
         Ka = [] if self._K is None else [*self._K.on_lanes(kernels, a, transposed=False)]
+        constant, outputs = of.constant[index], of.outputs[index]
+
+        def combine(factors: list[np.ndarray], arrays: list[np.ndarray], out: np.ndarray) -> None:
+            kernels.combine(np.concatenate(factors, axis=1).T, arrays, out)
+
         for f in range(p):
-            outputs = of.outputs[index]
-            kernels.combine(
-                np.concatenate([of.constant[index, f, :p], outputs[..., f]], axis=1).T, [*a, *solutions], u[f]
-            )
-            kernels.combine(outputs[..., p + f].T, solutions, multiplier[f])
-        Ml = self._system.mass_lanes(kernels, multiplier, transposed=False)
+            combine([constant[:, f, :p], outputs[..., f]], [*a, *solutions], u[f])
+            combine([outputs[..., p + f]], solutions, multiplier[f])
+            if c is not None:
+                combine([constant[:, 2 * p + f, :p], outputs[..., 2 * p + f]], [*a, *solutions], w[f])
+        Ml, units = self._system.mass_lanes(kernels, multiplier, transposed=False), np.ones((W, 1))
         for f in range(p):
-            factors = [np.ones((W, 1)), of.constant[index, p + f], of.linear[index, p + f, : len(Ka)]]
-            kernels.combine(np.concatenate(factors, axis=1).T, [Ml[f], *Ma, *b, *Ka], lam[f])
-        return u, lam
+            factors = [units, constant[:, p + f, : len(sources)], of.linear[index, p + f, : len(Ka)]]
+            combine(factors, [Ml[f], *sources, *Ka], lam[f])
+        return (u, lam) if c is None else (u, lam, w)
 
     def _factor_lanes(self, own: range, j: int, kernels: LaneKernels, y: np.ndarray) -> Any:
         key = own[0], j, kernels.dtype.char, len(own)
@@ -181,16 +195,19 @@ class CommutingSystems:
                 self.bytes += size
         return factor
 
-    def _solve_one(self, k: int, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _solve_one(
+        self, k: int, a: np.ndarray, b: np.ndarray, c: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Solve for one frequency, complex ``(n,)`` (collective over space)."""
         of, p, system = self._fractions, len(self._fields), self._system
-        a_f, b_f = ([np.where(self._free, x[where], 0) for where in self._fields] for x in (a, b))
+        c = np.zeros_like(b) if c is None else c
+        a_f, b_f, c_f = ([np.where(self._free, x[where], 0) for where in self._fields] for x in (a, b, c))
         Ma = [system.mass(np.ascontiguousarray(x, complex), transposed=False) for x in a_f]
         u = [of.constant[k, f, :p] @ np.array(a_f) for f in range(p)]
-        multiplier = [np.zeros(len(self._free), complex) for _ in range(p)]
+        multiplier, w = ([np.zeros(len(self._free), complex) for _ in range(p)] for _ in range(2))
         for j in range(self.poles):
             y, q, out = complex(of.poles[k, j]), of.inputs[k, j], of.outputs[k, j]
-            right = sum(q[f] * Ma[f] + q[p + f] * b_f[f] for f in range(p))
+            right = sum(q[f] * Ma[f] + q[p + f] * b_f[f] + q[2 * p + f] * c_f[f] for f in range(p))
             factor = self._from_cache((k, j), 1, lambda y=y: system.factor(y))
             try:
                 x = system.solve(factor, y, right, transposed=False)
@@ -200,13 +217,16 @@ class CommutingSystems:
             for f in range(p):
                 u[f] = u[f] + out[f] * x
                 multiplier[f] += out[p + f] * x
-        states = np.zeros(a.shape, complex), np.zeros(a.shape, complex)
+                w[f] += out[2 * p + f] * x
+        states = np.zeros(a.shape, complex), np.zeros(a.shape, complex), np.zeros(a.shape, complex)
         for f, where in enumerate(self._fields):
             lam = system.mass(multiplier[f], transposed=False)
-            lam += of.constant[k, p + f, :p] @ np.array(Ma) + of.constant[k, p + f, p:] @ np.array(b_f)
+            lam += of.constant[k, p + f, :p] @ np.array(Ma) + of.constant[k, p + f, p : 2 * p] @ np.array(b_f)
             if self._K is not None:
                 lam += of.linear[k, p + f, :p] @ np.array([self._K(x, transposed=False) for x in a_f])
-            states[0][where], states[1][where] = u[f], lam
+            lam += of.constant[k, p + f, 2 * p :] @ np.array(c_f)
+            w[f] += of.constant[k, 2 * p + f, :p] @ np.array(a_f)
+            states[0][where], states[1][where], states[2][where] = u[f], lam, w[f]
         return states
 
     def release(self) -> None:

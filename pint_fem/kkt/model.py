@@ -178,14 +178,20 @@ class ControlModel:
         """``F R^-1 F^T`` times rows ``(k, n)``, with the operator ``F`` from controls to loads (collective over
         space).
         """
-        out = np.zeros(rows.shape)
-        operators, evolution = self.propagator.evolution.control_operators, self.propagator.evolution
-        adjoint = np.zeros((len(rows), self.control_size))
-        for part, operator in zip(evolution.split_controls(adjoint), operators, strict=True):
+        return self.load(self.weights.solve(self.load_transposed(rows)))
+
+    def load(self, z: np.ndarray) -> np.ndarray:
+        """The loads ``F z`` of rows of controls ``(k, nz)``, ``(k, n)`` (collective over space)."""
+        out, evolution = np.zeros((len(z), self.size)), self.propagator.evolution
+        for part, operator in zip(evolution.split_controls(z), evolution.control_operators, strict=True):
+            if operator is not None and operator.terms and len(z):
+                out += np.array([operator.terms[0](row) for row in part])
+        return out
+
+    def load_transposed(self, rows: np.ndarray) -> np.ndarray:
+        """``F^T`` times rows ``(k, n)``, ``(k, nz)`` (collective over space)."""
+        out, evolution = np.zeros((len(rows), self.control_size)), self.propagator.evolution
+        for part, operator in zip(evolution.split_controls(out), evolution.control_operators, strict=True):
             if operator is not None and operator.terms:
                 part[...] = operator.terms[0].transposed_rows(np.ascontiguousarray(rows))
-        z = self.weights.solve(adjoint)
-        for part, operator in zip(evolution.split_controls(z), operators, strict=True):
-            if operator is not None and operator.terms:
-                out += np.array([operator.terms[0](row) for row in part])
         return out

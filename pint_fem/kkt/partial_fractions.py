@@ -69,9 +69,10 @@ class PartialFractions(NamedTuple):
     ----------
     poles : ndarray of complex, shape (frequencies, r)
         The poles.
-    inputs, outputs : ndarray of complex, shape (frequencies, r, 2 p)
-        Rows ``q`` and columns ``p`` of the residues: ``a`` and ``b`` of all fields; ``u`` and multiplier of all fields.
-    constant, linear : ndarray of complex, shape (frequencies, 2 p, 2 p)
+    inputs, outputs : ndarray of complex, shape (frequencies, r, 3 p)
+        Rows ``q`` and columns ``p`` of the residues: ``a``, ``b`` and the load of all fields; ``u``, multiplier and
+        what the transposed load is applied to, of all fields.
+    constant, linear : ndarray of complex, shape (frequencies, 3 p, 3 p)
         The matrices :math:`T_\infty` and :math:`T_1`.
     """
 
@@ -138,8 +139,8 @@ def partial_fractions(
     count = max(len(poles) for poles, *_ in found)
     p = len(fields.m)
     out = PartialFractions(
-        np.ones((len(mu), count), complex) * -1 / dt, np.zeros((len(mu), count, 2 * p), complex),
-        np.zeros((len(mu), count, 2 * p), complex), np.array([constant for *_, constant, _ in found]),
+        np.ones((len(mu), count), complex) * -1 / dt, np.zeros((len(mu), count, 3 * p), complex),
+        np.zeros((len(mu), count, 3 * p), complex), np.array([constant for *_, constant, _ in found]),
         dt * np.array([linear for *_, linear in found]),
     )  # fmt: skip
     for k, (poles, inputs, outputs, *_) in enumerate(found):
@@ -155,21 +156,29 @@ def _one(dirk: DIRK, dt: float, fields: FieldCoefficients, c: np.ndarray, mu: co
     L0, L1, end = small_pencil(dirk, dt, fields._replace(q=fields.q / unit, q1=fields.q1 / unit), c * unit, mu)
     poles, left, right = _simple_poles(L0, L1)
     p = len(fields.m)
-    inputs, outputs = left[:, end] * np.repeat([1, 1 / unit], p), right[:, end] * np.repeat([1, unit], p)
-    units = np.outer(np.repeat([1, unit], p), np.repeat([1, 1 / unit], p))
+    rows = _rows_of_the_ends(dirk, dt, end, len(L0), np.abs(c).any(axis=0))
+    inputs, outputs = left @ rows[0] * np.repeat([1, 1 / unit, 1], p), right @ rows[1] * np.repeat([1, unit, unit], p)
+    units = np.outer(np.repeat([1, unit, unit], p), np.repeat([1, 1 / unit, 1], p))
     points = np.concatenate([largest * _POINTS, *(y.real + y.imag * _NEAR for y in poles)])
     points = np.concatenate([points[(points >= 0) & (points <= largest)], [0.5 * largest, largest]])
-    T = np.linalg.solve(L0 + points[:, None, None] * L1, _input_rows(end, len(L0))[None])[:, end] * units
+    T = rows[1].T @ np.linalg.solve(L0 + points[:, None, None] * L1, rows[0][None]) * units
     terms = np.einsum("ij,jo,jq->ioq", 1 / (points[:, None] - poles), outputs, inputs)
     constant, linear = T[-1] - terms[-1], np.zeros_like(T[0])
     if np.any(fields.q1):  # the multiplier of a state that does not fall at infinity grows there
-        linear[p:, :p] = ((T[-1] - terms[-1] - T[-2] + terms[-2]) / (points[-1] - points[-2]))[p:, :p]
+        grows = slice(p, 2 * p), slice(p)
+        linear[grows] = ((T[-1] - terms[-1] - T[-2] + terms[-2]) / (points[-1] - points[-2]))[grows]
         constant = constant - points[-1] * linear
+    # a load and what its transpose is applied to are in stages only; what does not vanish of them is found below
+    constant[:p, 2 * p :] = constant[2 * p :, p:] = 0
+    if p == 1 and not np.any(fields.q1):
+        constant[p:, 2 * p :] = constant[2 * p :] = 0
     size = np.abs(T).max(axis=(1, 2))
     error = np.abs(constant + points[:, None, None] * linear + terms - T).max(axis=(1, 2))
     accurate = (error <= _ACCURATE * size).all()
     if p == 1 and np.any(fields.q1):  # small values between large terms
-        accurate &= (np.abs(constant + points[:, None, None] * linear + terms - T) <= _EACH * np.abs(T))[T != 0].all()
+        each = np.s_[:, : 2 * p, : 2 * p]
+        difference = np.abs(constant + points[:, None, None] * linear + terms - T)[each]
+        accurate &= (difference <= _EACH * np.abs(T[each]))[T[each] != 0].all()
     if not accurate:
         raise SolverFailure(
             f"the KKT system of the frequency mu = {mu:.3g} is no sum of simple fractions: error "
@@ -193,8 +202,17 @@ def _simple_poles(L0: np.ndarray, L1: np.ndarray) -> tuple[np.ndarray, np.ndarra
     return y, left / root, right / root
 
 
-def _input_rows(end: np.ndarray, size: int) -> np.ndarray:
-    """Right-hand sides ``a`` (in the equation of the end) and ``b`` (in that of its multiplier)."""
-    out = np.zeros((size, len(end)))
-    out[end, np.arange(len(end))] = 1
-    return out
+def _rows_of_the_ends(
+    dirk: DIRK, dt: float, end: np.ndarray, size: int, loaded: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    r"""Columns of the right-hand sides ``a`` (in the equation of the end), ``b`` (in that of its multiplier) and the
+    load (in those of all stages), and of the results ``u``, the multiplier, and :math:`\sum_i h_i \Lambda_i`; the last
+    ones for fields that have a load.
+    """
+    p = len(loaded)
+    given, taken = np.zeros((2, size, 3 * p))
+    given[end, np.arange(2 * p)] = taken[end, np.arange(2 * p)] = 1
+    for i, a in enumerate(dirk.diagonal):
+        own = np.arange(i * p, (i + 1) * p)
+        given[own, np.arange(2 * p, 3 * p)] = taken[size // 2 + own, np.arange(2 * p, 3 * p)] = a * dt * loaded
+    return given, taken
