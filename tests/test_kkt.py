@@ -229,7 +229,7 @@ def test_auto_chooses_the_kkt_system_and_says_why(caplog):
 
 
 REFUSED = {
-    "static control": (lambda: convection(alone(), static=True), "is not one with a value in each step"),
+    "static control": (lambda: convection(alone(), static=True), "a control has no value in each step"),
     "odd midpoint": (lambda: tracking(alone(), "field", tableau="midpoint", steps=7), "number of steps has to be even"),
     "no misfit but the last": (lambda: convection(alone(), tracked=0), None),
 }

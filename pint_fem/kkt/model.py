@@ -41,7 +41,7 @@ def require_model(sweeps: Sweeps) -> LinearPropagator:
         raise InputError("the evolution is not linear with constant operators")
     if evolution.initial_control is not None or static:
         names = ", ".join(map(repr, static)) or "the initial condition"
-        raise InputError(f"the control {names} is not one with a value in each step")
+        raise InputError(f"a control has no value in each step: {names}")
     if sweeps.intervals is not None:
         raise InputError("states are stored at C-points only (storage='C')")
     if evolution.controls_move:

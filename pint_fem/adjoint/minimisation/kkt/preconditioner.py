@@ -92,6 +92,7 @@ class KKTPreconditioner:
         if ends and not self.kkt.model.is_invariant:
             raise InputError("the misfits are not the same at all time points")
         self.handed_over = ""
+        self._regularisation = lambda: functional._preconditioner(self._inner, "regularisation")
 
     def __call__(self, r: np.ndarray) -> np.ndarray:
         """The product of the inverse Hessian with a representative, ``(layout.size,)``."""
@@ -104,7 +105,8 @@ class KKTPreconditioner:
                 if self.kkt.solves:
                     raise
                 self.handed_over = str(error)
-        return self._as_vector(self.kkt.model.weights.solve(c))
+                self._instead = self._regularisation()
+        return self._instead(r)
 
     def _accurate(self, dual: np.ndarray, z: np.ndarray) -> np.ndarray:
         """The product ``z`` with a dual vector, whose value at it is positive but for errors of the solve."""
