@@ -87,7 +87,8 @@ def add_control_options(parser: ProgramParser, defaults: Any, *, out: str, gtol:
     add(
         "--compare-serial",
         action="store_true",
-        help="evaluate the same on a plain serial tape of Firedrake + pyadjoint too, and extrapolate (minutes)",
+        help="evaluate the same on a plain serial tape of Firedrake + pyadjoint too, and extrapolate (tens of minutes "
+        "with the default steps)",
     )
     add_trust_region(parser, gtol=gtol, checkpoints=True, heading="options of the minimisation")
 
@@ -191,7 +192,7 @@ def _minimised(problem: ControlProblem, opts, say: Callable):
     options: dict[str, Any] = dict(monitor=say, gtol_rel=opts.gtol, max_it=opts.max_iterations)
     if problem.bounds is not None:
         options["bounds"] = problem.bounds
-    if opts.exact:
+    if opts.exact and opts.method == "trust-region":
         options["inexact"] = False
     if opts.checkpoint is not None:
         options |= dict(checkpoint=opts.checkpoint, if_save_fails=opts.if_save_fails)

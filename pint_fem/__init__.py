@@ -57,8 +57,8 @@ if TYPE_CHECKING:
 _MODULES = {
     "pint_fem.adjoint": ("TimeParallelReducedFunctional",),
     "pint_fem.adjoint.experiments.given": ("Experiments",),
-    "pint_fem.adjoint.minimisation.penalty_path": ("follow_penalty",),
     "pint_fem.adjoint.minimisation.low_rank": ("LowRankPreconditioner",),
+    "pint_fem.adjoint.minimisation.penalty_path": ("follow_penalty",),
     "pint_fem.adjoint.regularisation_in_time.rate_of_change": ("RateOfChange",),
     "pint_fem.adjoint.total_variation.functional": ("TotalVariation",),
     "pint_fem.all_at_once.propagator": ("Propagator",),

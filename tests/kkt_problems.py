@@ -11,6 +11,7 @@ from firedrake import (
     TrialFunction,
     as_vector,
     cos,
+    ds,
     dx,
     grad,
     inner,
@@ -30,7 +31,7 @@ from pint_fem.kkt.transform import SkewCirculant
 from tests.heat import TABLEAUX
 from tests.meshes import square
 
-__all__ = ["cavity", "circulant", "convection", "model_of", "operator_of"]
+__all__ = ["cavity", "circulant", "convection", "model_of", "operator_of", "tracking"]
 
 WEIGHTS = (1e-3, 1e-2, 1.0)
 
@@ -131,3 +132,49 @@ def operator_of(problem, z=None):
         return weights.multiply(z[None])[0] / evolution.dt
 
     return KKTOperator(problem.sweeps, layout, z, U, source, control_hessian)
+
+
+def tracking(
+    st, case="field", *, n=4, steps=8, tableau="SDIRK2", weight=1e-4, terminal=False, degree=1, solver="serial",
+    rate=0.0,
+):
+    """A state that is to follow a target, at all steps.
+
+    ``case``: ``"field"`` and ``"walls"``, heat with a source that is a field, or with the heat that flows in at each
+    of four walls; ``"wave"``, a membrane with a force; ``"convection"``, heat that is transported.
+    """
+    mesh = square(n, st.space_comm)
+    V, t = FunctionSpace(mesh, "CG", degree), pf.time_function(mesh)
+    x, y = SpatialCoordinate(mesh)
+    target = x * (1 - x) * (y + cos(3 * t))
+    if case == "wave":
+        W = V * V
+        u, q = Function(W), Function(V, name="q")
+        (p, s), (v, w) = split(u), TestFunctions(W)
+        form = inner(Dt(p) - s, v) * dx + (Dt(s) - q) * w * dx + inner(grad(p), grad(w)) * dx
+        bcs, controls, observed = [DirichletBC(W.sub(i), 0, "on_boundary") for i in (0, 1)], [q], p
+    else:
+        u, v, q = Function(V), TestFunction(V), Function(V, name="q")
+        form, bcs, controls, observed = Dt(u) * v * dx + inner(grad(u), grad(v)) * dx, [], [q], u
+        if case == "walls":
+            R = FunctionSpace(mesh, "R", 0)
+            controls = [Function(R, name=f"wall {i}") for i in (1, 2, 3, 4)]
+            form -= sum(c * v * ds(i + 1) for i, c in enumerate(controls))
+        else:
+            form -= q * v * dx
+            bcs = [DirichletBC(V, 0, "on_boundary")]
+        if case == "convection":
+            form += inner(as_vector([3, y]), grad(u)) * v * dx
+    ev = pf.Evolution(
+        form, u, tableau=TABLEAUX[tableau](), dt=1 / steps, nsteps=steps, control=controls, per_step=True, t=t, bcs=bcs
+    )
+    misfits = [pf.RunningMisfit(0.5 * (observed - target) ** 2 * dx)]
+    if terminal:
+        misfits.append(pf.TerminalMisfit(0.3 * (observed - target) ** 2 * dx))
+    sizes = [0.5 * weight * c**2 * dx for c in controls]
+    if rate:
+        sizes.append(pf.RateOfChange(0.5 * rate * controls[0] ** 2 * dx))
+    return pf.TimeParallelReducedFunctional(
+        ev, misfits, regularisation=sizes, spacetime=st,
+        solver_parameters={"time_solver": solver, **({"paradiag": {"rtol": 1e-13}} if solver == "paradiag" else {})},
+    )  # fmt: skip

@@ -307,6 +307,19 @@ def test_rosenbrock(upper):
     assert all(after.value <= before.value + 1e-12 for before, after in pairs(result.history))
 
 
+def test_without_an_absolute_value_the_trust_region_is_that_of_bounds():
+    """The same steps, for any inner product that is diagonal."""
+    problem, lower, upper, _ = box_problem(5)
+    mine, other = (
+        m(problem, np.zeros(30), lower, upper, gtol_rel=1e-9) for m in (minimize_active_set, minimize_bounded)
+    )
+    np.testing.assert_array_equal(mine.x, other.x)
+    assert [(r.value, r.radius, r.cg_iterations) for r in mine.history[1:]] == [
+        (r.value, r.radius, r.cg_iterations) for r in other.history[1:]
+    ]
+    assert mine.hessian_calls == other.hessian_calls + 1  # the factor of the gradient in the definition of the sets
+
+
 def test_a_function_without_curvature_is_handed_over():
     """Declared quadratic and convex although it is concave in one direction: the corner of the box with the least J."""
     H = np.diag([1.0, -1.0, 2.0])

@@ -212,6 +212,31 @@ def test_minimiser_within_bounds():
     assert 0 < np.mean([course.at_upper for course in found]) < 0.5
 
 
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("heat", {"bounds": None}),
+        ("heat", {}),
+        ("wave", {"region": "all", "terminal": 0.0}),
+        ("wave", {"region": "all", "bounds": (-2.0, 2.0)}),
+        ("reaction", {"regularisation": 1e-2, "steps": 6}),
+    ],
+)
+def test_kkt_systems_find_the_minimiser_of_the_trust_region(name, settings):
+    problem = posed(name, **{"steps": 8, **settings})
+    given = {} if problem.bounds is None else {"bounds": problem.bounds}
+    start = problem.rf.function(np.zeros(problem.rf.layout.size))
+    found = {}
+    for method in ("trust-region", "kkt"):
+        found[method] = problem.rf.minimize(method, start=start, gtol_rel=1e-9, max_it=40, **given)
+        assert found[method].converged
+    one, other = found.values()
+    assert other.value == pytest.approx(one.value, rel=1e-9)
+    assert relative(other.x, one.x) < 1e-5
+    if problem.rf.problem.is_quadratic:  # the trust region's products are those of the reduced functional
+        assert other.hessian_calls <= one.hessian_calls
+
+
 @pytest.mark.parametrize(("name", "part"), [("wave", 0.3), ("reaction", 0.2)])
 def test_control_reaches_what_it_is_for(name, part):
     """The mean of what is tracked falls to less than a part of that without a control."""

@@ -11,6 +11,7 @@ from pint_fem.collective import all_ranks, any_rank, consistent_across_ranks
 from pint_fem.errors import FailureReport, InputError, InputTypeError
 from pint_fem.optimize import (
     InexactOptions,
+    minimize_active_set,
     minimize_bounded,
     minimize_one_shot,
     minimize_trust_region,
@@ -122,7 +123,7 @@ class SilentError(Exception):
 
 ARRAY = np.array([True, False])
 X0 = np.zeros(SIZE)
-MINIMISERS = [minimize_trust_region, minimize_bounded, minimize_one_shot, scipys]
+MINIMISERS = [minimize_trust_region, minimize_bounded, minimize_active_set, minimize_one_shot, scipys]
 KEY, DISK = KeyError("planted"), OSError("disk full")
 STATE = {"kind": "trust region 1"}, {"x": X0}
 on_last = lambda there, elsewhere: there if LAST else elsewhere

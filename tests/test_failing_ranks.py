@@ -16,7 +16,13 @@ import pint_fem as pf
 from pint_fem.errors import InputError, SolverFailure, causes
 from pint_fem.mgrit import MGRIT
 from pint_fem.mgrit.krylov import KrylovMGRIT
-from pint_fem.optimize import minimize_bounded, minimize_one_shot, minimize_trust_region, scipy_minimize
+from pint_fem.optimize import (
+    minimize_active_set,
+    minimize_bounded,
+    minimize_one_shot,
+    minimize_trust_region,
+    scipy_minimize,
+)
 from tests.limits import time_limit
 from tests.ranks import cases
 from tests.test_reduced_functional import functional
@@ -152,6 +158,7 @@ ROOT = next(r.real for r in np.roots([5, 0, 1, -1]) if abs(r.imag) < 1e-12)
 MINIMISERS = {
     "trust region": minimize_trust_region,
     "bounded": minimize_bounded,
+    "active set": minimize_active_set,
     "one-shot": minimize_one_shot,
     "scipy": lambda problem, x0, **options: scipy_minimize(problem, x0, "L-BFGS-B", comm=problem.comm, **options),
 }

@@ -11,6 +11,7 @@ from firedrake import (
     TestFunction,
     UnitIntervalMesh,
     UnitSquareMesh,
+    assemble,
     dot,
     dx,
     exp,
@@ -336,6 +337,7 @@ def test_sums_constraints_and_bounds():
                                     cg_max_it=300, preconditioner=kind) for kind in (None, "low-rank")]  # fmt: skip
     assert all(run.converged for run in runs)
     assert distance(J, runs[1].x, runs[0].x) < 1e-4
+    assert abs(assemble(runs[1].control * dx) - 0.2) < 1e-9
     runs = [J.minimize_trust_region(J.function(np.ones(J.layout.size)), bounds=(0, None), gtol_rel=1e-7, max_it=200,
                                     cg_max_it=300, preconditioner=kind) for kind in (None, "low-rank")]  # fmt: skip
     assert all(run.converged for run in runs)
@@ -375,6 +377,8 @@ def test_what_has_no_quadratic_regularisation_is_refused():
     with pytest.raises(InputError, match="'low-rank': the regularisation is not quadratic"):
         J.minimize_trust_region(preconditioner="low-rank")
     P = pf.LowRankPreconditioner()
+    with pytest.raises(InputError, match="is for minimize_trust_region"):
+        inversion(st, 1e-2, solver={"mgrit": {"coarsening": (2,)}}).minimize_one_shot(preconditioner=P)
     inversion(st, 1e-2).minimize_trust_region(preconditioner=P)
     with pytest.raises(InputError, match="for other controls"):
         inversion(st, 1e-2, cells=3).minimize_trust_region(preconditioner=P)

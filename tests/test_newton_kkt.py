@@ -24,8 +24,10 @@ from pint_fem.adjoint.newton_kkt.averaged import AveragedKKT, AveragedModel, Ave
 from pint_fem.adjoint.newton_kkt.constrained import ConstrainedEvolution
 from pint_fem.errors import InputError, SolverFailure
 from pint_fem.evolution.tableaux import named_tableau
+from pint_fem.kkt.control_weights import ControlWeights
 from pint_fem.propagators import make_propagator
 from pint_fem.propagators.tape import TapePropagator
+from tests.meshes import SIMPLE
 from tests.step_controls import vectors
 
 SERIAL = {"time_solver": "serial"}
@@ -56,11 +58,11 @@ PROBLEMS = {"reaction": reaction, "burgers": burgers, "radiation": radiation}
 
 def functional(
     name, st=None, *, n=8, steps=6, dt=0.05, tableau="BackwardEuler", weight=1e-3, per_step=True, initial=False,
-    linear=False, real=False, cubic=False, propagator=make_propagator, **parameters,
+    linear=False, real=False, rates=False, cubic=False, propagator=make_propagator, **parameters,
 ):  # fmt: skip
     """A target that moves is tracked by a source in space and time, or by one in space."""
     st = st or pf.SpaceTime("1x1", comm=COMM_SELF)
-    mesh = UnitIntervalMesh(n, comm=st.space_comm)
+    mesh = UnitIntervalMesh(n, comm=st.space_comm, distribution_parameters=SIMPLE)
     V, t = FunctionSpace(mesh, "CG", 1), pf.time_function(mesh)
     (x,) = SpatialCoordinate(mesh)
     u, v, q = Function(V), TestFunction(V), Function(V, name="q")
@@ -78,6 +80,8 @@ def functional(
     regularisation = [0.5 * weight * q**2 * dx] if weight else []
     if real:
         regularisation.append(weight * a**2 * dx)
+    if rates:
+        regularisation.append(pf.RateOfChange(0.02 * weight * q**2 * dx))
     if initial:
         regularisation.append(0.05 * weight * (u0 - sin(pi * x)) ** 2 * dx)
     misfits = [pf.RunningMisfit(0.5 * (u - target) ** 2 * dx), pf.TerminalMisfit(0.05 * (u - target) ** 2 * dx)]
@@ -212,26 +216,27 @@ def test_the_constrained_problem_is_consistent():
 
 @pytest.mark.parallel(2)
 def test_ranks_in_space():
-    given = dict(st=pf.SpaceTime((2, 1)))
-    J = functional("burgers", **given)
+    J = functional("burgers", pf.SpaceTime((2, 1)))
     result = J.minimize_newton_kkt(**TOLERANCES)
     assert result.converged
     assert "there are several ranks in space" in result.choice
-    reference = functional("burgers", **given).minimize_trust_region(gtol_rel=1e-11)
+    reference = J.minimize_trust_region(J.function(np.zeros(J.layout.size)), gtol_rel=1e-11)
     assert distance(J, result.x, reference.x) < 1e-8
 
 
 # -- KKT systems of averaged operators ---------------------------------------------------------------------------------
 @pytest.mark.parallel([1, 3])
-@pytest.mark.parametrize("tableau", ["BackwardEuler", "SDIRK2"])
-def test_the_averaged_kkt_system_of_a_linear_evolution_is_the_inverse_hessian(tableau):
-    """Two controls, one of them a real number, and a misfit that is larger at the end."""
-    J = functional("radiation", grid(), linear=True, tableau=tableau, real=True)
+@pytest.mark.parametrize(("tableau", "rates"), [("BackwardEuler", True), ("SDIRK2", False)])
+def test_the_averaged_kkt_system_of_a_linear_evolution_is_the_inverse_hessian(tableau, rates):
+    """Two controls, one of them a real number, and a misfit that is larger at the end; rates of change are regularised,
+    too.
+    """
+    J = functional("radiation", grid(), linear=True, tableau=tableau, real=True, rates=rates)
     averaged, z = AveragedKKT(J.problem), vectors(J, 2)
     averaged.move_to(J.problem.cache.state(z[0]).U, z[0])
     c = J.inner.dual(z[1])
     dz, iterations, residual = averaged.solve(c)
-    assert 0 < iterations < 20
+    assert 0 < iterations < (40 if rates else 20)
     assert residual < 1e-5
     found = J.problem.hessian_action(z[0], dz)
     assert np.abs(found - c).max() < 1e-5 * np.abs(c).max()
@@ -243,7 +248,9 @@ def test_steps_with_averaged_operators_are_those_of_the_linear_evolution():
     J = functional("radiation", grid(), linear=True, tableau="SDIRK2")
     operators, z = AveragedOperators(J.problem.sweeps), vectors(J, 1)[0]
     operators.average(J.layout.steps(z), J.problem.cache.state(z).U)
-    model = AveragedModel(J.problem.sweeps, J.problem.misfits, operators)
+    controls = J.evolution.parameters
+    weights = ControlWeights(J.problem.sweeps.evolution, [J.problem.regularisation_hessian(c) for c in controls])
+    model = AveragedModel(J.problem.sweeps, J.problem.misfits, weights, operators)
     propagator, rows = J.problem.sweeps.propagators[0], np.cos(np.arange(2 * model.size) ** 2).reshape(2, -1)
     for apply, transposed in ((propagator.apply, False), (propagator.apply_transposed, True)):
         expected = np.empty_like(rows)
@@ -256,14 +263,14 @@ def test_products_do_not_grow_as_the_weight_falls(name):
     """Hessian products of the whole run, with KKT systems for weights 1e-3 and 1e-7, and without."""
     counts = {}
     for weight, kkt in ((1e-3, "averaged"), (1e-7, "averaged"), (1e-7, "none")):
-        J = functional(name, weight=weight, steps=12)
-        result = J.minimize_newton_kkt(kkt=kkt, gtol_rel=1e-7)
+        J = functional(name, weight=weight)
+        result = J.minimize_newton_kkt(kkt=kkt, gtol_rel=1e-6)
         assert result.converged
         assert not result.breakdown
         assert (max(record.kkt_iterations for record in result.history) > 0) == (kkt == "averaged")
         counts[weight, kkt] = result.hessian_calls
     assert counts[1e-7, "averaged"] < 2 * counts[1e-3, "averaged"]
-    assert counts[1e-7, "none"] > 3 * counts[1e-7, "averaged"]
+    assert counts[1e-7, "none"] > 2 * counts[1e-7, "averaged"]
 
 
 @pytest.mark.parametrize(
@@ -308,7 +315,7 @@ def test_a_kkt_iteration_that_does_not_contract_hands_over(monkeypatch):
 
 def test_composite_steps_without_progress_hand_over():
     """Unstable growth over a long time: the constraint at distant controls can hardly be linearised."""
-    given = dict(n=5, weight=1e-6, steps=12, dt=0.1)
+    given = dict(n=3, weight=1e-4, steps=10, dt=0.12)
     J = functional("reaction", **given)
     result = J.minimize_newton_kkt(gtol_rel=1e-10, max_it=80)
     assert result.converged

@@ -25,6 +25,7 @@ from mpi4py import MPI
 
 import pint_fem as pf
 from pint_fem.adjoint.regularisation_in_time.differences import StepDifferences
+from pint_fem.adjoint.regularisation_in_time.inner_product import InnerInTime
 from pint_fem.errors import InputError, InputTypeError
 from pint_fem.propagators.tape import recording
 from tests.meshes import SIMPLE, square
@@ -213,23 +214,58 @@ def test_a_large_weight_leaves_the_best_static_control():
     assert abs(result.value - best.value) <= 1e-4 * best.value
 
 
+def varying(q, a, u, t):
+    """Functionals of the values and of the rates with weights that vary differently over the bar."""
+    (x,) = SpatialCoordinate(q.function_space().mesh())
+    return [1e-3 * 10 ** (2 * x) * q**2 * dx(degree=4), pf.RateOfChange(1e-5 * (1 + x) * q**2 * dx(degree=4))]
+
+
+@pytest.mark.parallel([1, 2, 3])
+def test_the_inner_product_in_time_is_that_of_dense_matrices():
+    """The map of a dual vector is the solution with the dense second derivative of the functionals."""
+    J = functional(pf.SpaceTime(space=1), varying)
+    q, problem = J.evolution.controls[0], J.problem
+    product = InnerInTime(J.layout, [problem.regularisation_hessian(q)], {q: problem.rate_hessian(q)})
+    y = np.random.default_rng(4).standard_normal((STEPS, q.function_space().dim()))
+    own = from_one_rank(J, y)
+    x = product.primal(own)
+    alone = functional(pf.SpaceTime("1x1", comm=COMM_SELF), varying)
+    R = alone.problem.regularisation
+    matrix = np.array([R.hessian(np.zeros(y.size), e) for e in np.eye(y.size)])
+    assert relative(all_steps(J, x).ravel(), np.linalg.solve(matrix, y.ravel())) < 1e-10
+    assert relative(all_steps(J, product.dual(own)).ravel(), matrix @ y.ravel()) < 1e-12
+    assert product.weights is None
+    plain = functional(pf.SpaceTime("1x1", comm=COMM_SELF), varying)
+    q1 = plain.evolution.controls[0]
+    same = InnerInTime(plain.layout, [plain.problem.regularisation_hessian(q1)], {q1: plain.problem.rate_hessian(q1)})
+    assert np.array_equal(all_steps(J, x).ravel(), same.primal(y.ravel()))  # bitwise
+
+
 @pytest.mark.parallel([1, 2])
-def test_the_regularisation_preconditions_by_its_diagonal_blocks():
-    """Rates with weights from 1 to 1e4 over the bar: the blocks know them, plain conjugate gradients do not."""
-
-    def forms(q, a, u, t):
-        (x,) = SpatialCoordinate(q.function_space().mesh())
-        weight = 10 ** (4 * x)
-        return [1e-3 * weight * q**2 * dx(degree=4), pf.RateOfChange(1e-7 * weight * q**2 * dx(degree=4))]
-
+@pytest.mark.parametrize("kind", ["regularisation", "low-rank"])
+def test_preconditioners_invert_it(kind):
     runs = []
-    for kind in (None, "regularisation"):
-        J = functional(pf.SpaceTime(space=1), forms)
-        runs.append(J.minimize_trust_region(gtol_rel=1e-9, preconditioner=kind))
+    for preconditioner in (None, kind):
+        J = functional(pf.SpaceTime(space=1), varying)
+        runs.append(J.minimize_trust_region(gtol_rel=1e-9, preconditioner=preconditioner, cg_max_it=300))
     assert all(run.converged for run in runs)
-    assert relative(all_steps(J, runs[1].x), all_steps(J, runs[0].x)) < 1e-6
-    plain, blocks = (sum(record.cg_iterations for record in run.history) for run in runs)
-    assert 2 * blocks < plain
+    assert relative(all_steps(J, runs[1].x), all_steps(J, runs[0].x)) < 1e-5
+    plain, steps = (sum(record.cg_iterations for record in run.history) for run in runs)
+    assert steps < plain
+    assert steps <= 10 or kind == "regularisation"
+
+
+def test_rates_alone_are_singular_and_shifted():
+    J = functional(pf.SpaceTime("1x1", comm=COMM_SELF), lambda q, a, u, t: pf.RateOfChange(1e-4 * q**2 * dx))
+    P = pf.LowRankPreconditioner()
+    result = J.minimize_trust_region(gtol_rel=1e-8, preconditioner=P)
+    assert result.converged
+    assert P.shift > 0
+    n = J.layout.size
+    H = np.array([J.problem.hessian_action(np.zeros(n), e) for e in np.eye(n)])
+    assert relative(result.x, np.linalg.solve(H, -J.problem.derivative(np.zeros(n)))) < 1e-4
+    with pytest.raises(InputError, match="'regularisation': the regularisation"):
+        J.minimize_trust_region(preconditioner="regularisation")
 
 
 def test_bilinear_forms_for_solvers():
@@ -323,3 +359,12 @@ def test_it_is_no_prior():
     J = functional(pf.SpaceTime("1x1", comm=COMM_SELF), rate_and_value)
     with pytest.raises(InputError, match="rate of change of 'q', which couples steps"):
         J.problem.regularisation_hessians()
+
+
+def test_the_kkt_system_has_it():
+    J = functional(pf.SpaceTime("1x1", comm=COMM_SELF), varying)
+    result = J.minimize(method="kkt", gtol_rel=1e-9)
+    reduced = functional(pf.SpaceTime("1x1", comm=COMM_SELF), varying).minimize_trust_region(gtol_rel=1e-11)
+    assert result.converged
+    assert result.choice.startswith("kkt")
+    assert np.linalg.norm(result.x - reduced.x) < 1e-7 * np.linalg.norm(reduced.x)

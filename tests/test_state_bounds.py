@@ -210,6 +210,24 @@ def test_penalty_with_bounds_on_the_control(dense):
     np.testing.assert_allclose(both.x, other.x, atol=1e-6)
 
 
+def test_steps_that_do_not_settle_are_noticed():
+    """A large penalty from afar with rough conjugate gradients; with the path the same functional is minimised."""
+    bounds, lines = [], []
+
+    def bound(u):
+        bounds.append(pf.StateBounds(u, upper=UPPER, gamma=1e6))
+        return bounds[0]
+
+    J = control_of_heat(pf.SpaceTime(), misfits=[bound])
+    start = J.controls[0].control
+    J.minimize_active_set(start, cg_rtol=1e-2, gtol_rel=1e-9, max_it=14, cg_max_it=500, monitor=lines.append)
+    assert any("8 active-set steps have changed the sets without coming closer" in line for line in lines)
+    bounds[0].gamma = 1e3
+    path = pf.follow_penalty(J, bounds[0], last=1e6, gtol_rel=1e-9, cg_max_it=500, start=J.function(np.zeros(112)))
+    assert path.converged
+    assert [record.gamma for record in path.history] == pytest.approx([1e3, 1e4, 1e5, 1e6])
+
+
 def test_the_path_ends_where_the_bounds_are_satisfied():
     bounds = []
 

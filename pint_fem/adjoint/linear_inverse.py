@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,10 +11,11 @@ import numpy as np
 from pyadjoint.tape import stop_annotating
 
 from pint_fem.adjoint.composed_map import make_map, map_of_predictions, prior_forms, readings_at_zero, require_readings
-from pint_fem.adjoint.minimisation.bounds_and_constraints import Controls
-from pint_fem.adjoint.minimisation.kkt_preconditioner import KKTPreconditioner, minimize_by_kkt
+from pint_fem.adjoint.minimisation.bounds_and_constraints import Controls, named_array
+from pint_fem.adjoint.minimisation.kkt.choice import choose_kkt, kkt_systems
+from pint_fem.adjoint.minimisation.kkt.preconditioner import KKTPreconditioner, minimize_by_kkt
 from pint_fem.adjoint.minimisation.map_problem import MapFunctional, trust_region_options
-from pint_fem.adjoint.minimisation.method_choice import choose_kkt, choose_method, kkt_systems
+from pint_fem.adjoint.minimisation.method_choice import choose_method
 from pint_fem.adjoint.problem import ReducedProblem
 from pint_fem.collective import all_ranks, collectively, on_first_rank, require_same
 from pint_fem.errors import InputError
@@ -130,9 +131,10 @@ class LinearInverse:
             :meth:`minimize_one_shot`. ``"kkt"``, for controls with one value per step and misfits at all steps: the
             trust region, or active sets within ``bounds=``, with the inverse Hessian from the KKT system of all steps
             (:mod:`pint_fem.kkt`), whose cost does not depend on the weight of the regularisation; for nonlinear
-            evolutions :meth:`minimize_newton_kkt`. ``"auto"``: ``"kkt"`` where there is such a system; otherwise the
-            map where it exists, fits the memory and has less estimated time; else the trust region. It prints the
-            choice and the reason to the logger ``pint_fem``.
+            evolutions :meth:`minimize_newton_kkt`. ``"auto"``: ``"kkt"`` where there is such a system, no ``bounds=``,
+            and it takes less estimated time than conjugate gradients; otherwise the map where it exists, fits the
+            memory and has less estimated time; else the trust region. It prints the choice and the reason to the logger
+            ``pint_fem``.
         start
             First controls; default: the last ones.
         **options
@@ -159,10 +161,17 @@ class LinearInverse:
             )
         why = "as given"
         systems = None
+        _require_options(method, options)
         if method == "auto":
             with stop_annotating():
-                systems, why = choose_kkt(self, options)
-                method, why = ("kkt", why) if systems else choose_method(self, _require_readings, options, no_kkt=why)
+                first = self._current() if start is None else named_array(self, start, "start")
+                systems, why, preconditioned = choose_kkt(self, first, options)
+                if systems:
+                    method = "kkt"
+                else:
+                    method, why = choose_method(self, _require_readings, options, no_kkt=why)
+                    if method == "trust-region":
+                        options = preconditioned | options
             on_first_rank(comm, "logging", logger.info, f"minimize auto: {method}, {why}")
         if method == "kkt":
             return self._minimize_kkt(start, options, systems, why)
@@ -170,6 +179,9 @@ class LinearInverse:
             return self.on_map().minimize(start, choice=f"map, {why}", **options)
         if method == "one-shot":
             return self.minimize_one_shot(start, **options)
+        if options.get("l1") is not None:
+            return self.minimize_active_set(start, choice=f"active sets, {why}", **options)
+        options.pop("l1", None)
         return self.minimize_trust_region(start, choice=f"trust-region, {why}", **trust_region_options(self, options))
 
     def _minimize_kkt(
@@ -179,6 +191,11 @@ class LinearInverse:
         if systems is None:
             problem = self.problem
             if isinstance(problem, ReducedProblem) and not problem.sweeps.is_affine:
+                for name in ("bounds", "l1", "constraints", "checkpoint", "inexact", "preconditioner"):
+                    if options.pop(name, None) is not None:
+                        raise InputError(
+                            f"method 'kkt' does not go with {name}= for a nonlinear evolution: use 'trust-region'"
+                        )
                 return self.minimize_newton_kkt(start, **options)
             with stop_annotating():
                 systems = kkt_systems(self, options)
@@ -242,3 +259,13 @@ class CachedMap:
         same = same and all(np.array_equal(getattr(own, name), getattr(table, name)) for name in pairs)
         same = all_ranks(problem.spacetime.comm, same)  # impulses are computed collectively
         return same and all_ranks(problem.spacetime.comm, np.array_equal(table.impulses(F.sensors), self._impulses))
+
+
+def _require_options(method: str, options: Mapping) -> None:
+    """Refuse options of minimisers that a method does not have, on every rank."""
+    if method not in ("auto", "kkt") and options.get("l1") is not None:
+        raise InputError(f"minimize: method {method!r} does not go with l1=: use 'kkt', or minimize_active_set")
+    if method == "one-shot":
+        for name in ("bounds", "inexact"):
+            if options.get(name) is not None:
+                raise InputError(f"minimize: method 'one-shot' does not go with {name}=: use 'trust-region' or 'auto'")

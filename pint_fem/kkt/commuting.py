@@ -8,7 +8,8 @@ For right-hand sides :math:`a, b` of the equations of state and adjoint
 the partial fractions of :mod:`~pint_fem.kkt.partial_fractions` give
 
 .. math::
-   \begin{pmatrix} u \\ \lambda' \end{pmatrix} = T_\infty \begin{pmatrix} a \\ M_0^{-1} b \end{pmatrix} +
+   \begin{pmatrix} u \\ \lambda' \end{pmatrix} = (T_\infty + M_0^{-1} K_0 T_1) \begin{pmatrix} a \\ M_0^{-1} b
+   \end{pmatrix} +
    \sum_j p_j\, (K_0 - y_j M_0)^{-1} q_j^T \begin{pmatrix} M_0 a \\ b \end{pmatrix} , \qquad \lambda = M_0 \lambda' .
 
 W frequencies are solved at once on lanes (:mod:`pint_fem.paradiag.lane_kernels`).
@@ -24,7 +25,7 @@ from firedrake.petsc import PETSc
 
 from pint_fem.errors import SolverFailure
 from pint_fem.kkt.partial_fractions import PartialFractions
-from pint_fem.paradiag.distributed_systems import distributed_system
+from pint_fem.paradiag.distributed_systems import Product, distributed_system
 from pint_fem.paradiag.lane_kernels import LaneKernels, groups
 
 __all__ = ["CommutingSystems"]
@@ -68,7 +69,9 @@ class CommutingSystems:
     ):  # fmt: skip
         self._fractions, self._fields, self._free = fractions, fields, np.asarray(free, bool)
         self._system = distributed_system((K, M), parameters, prefix=prefix)
-        self._memory, self.single = memory, single
+        self._memory, self.single, self._K = memory, single, None
+        if fractions.linear.any():
+            self._K = Product(K)
         self._cached: dict[tuple, Any] = {}
         self.factorisations = self.bytes = 0
         p = len(fields)
@@ -165,6 +168,11 @@ class CommutingSystems:
                 _add(kernels, of.constant[index, f, g], a[g], u[f])
                 _add(kernels, of.constant[index, p + f, g], Ma[g], lam[f])
                 _add(kernels, of.constant[index, p + f, p + g], b[g], lam[f])
+        if self._K is not None:
+            Ka = self._K.on_lanes(kernels, a, transposed=False)
+            for f in range(p):
+                for g in range(p):
+                    _add(kernels, of.linear[index, p + f, g], Ka[g], lam[f])
         return u, lam
 
     def _factor_lanes(self, own: range, j: int, kernels: LaneKernels, y: np.ndarray) -> Any:
@@ -204,6 +212,8 @@ class CommutingSystems:
         for f, where in enumerate(self._fields):
             lam = system.mass(multiplier[f], transposed=False)
             lam += of.constant[k, p + f, :p] @ np.array(Ma) + of.constant[k, p + f, p:] @ np.array(b_f)
+            if self._K is not None:
+                lam += of.linear[k, p + f, :p] @ np.array([self._K(x, transposed=False) for x in a_f])
             states[0][where], states[1][where] = u[f], lam
         return states
 

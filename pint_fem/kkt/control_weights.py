@@ -33,6 +33,11 @@ class _MatrixWeight:
             raise InputError(f"regularisation of {name!r}: its second derivative is not symmetric")
         self._product = BlockOperator(self.matrix)
         if solves:
+            x, y = self.matrix.createVecs()
+            x.array[:] = np.random.default_rng(self.matrix.comm.rank).standard_normal(x.getLocalSize())
+            self.matrix.mult(x, y)
+            if x.dot(y) < 0:
+                raise InputError(f"regularisation of {name!r}: its second derivative is not positive")
             self._solves = ManySolves(Factor(self.matrix, {}, symmetric=True, prefix="kkt_control_"))
 
     def multiply(self, rows: np.ndarray) -> np.ndarray:

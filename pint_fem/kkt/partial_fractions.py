@@ -3,7 +3,7 @@ r"""The KKT system of a frequency where all its matrices are functions of one pe
 Let state and control be such that, on the free unknowns,
 
 .. math::
-   M = m \otimes M_0, \quad K = k_0 \otimes M_0 + k_1 \otimes K_0, \quad Q = q \otimes M_0, \quad
+   M = m \otimes M_0, \quad K = k_0 \otimes M_0 + k_1 \otimes K_0, \quad Q = q \otimes M_0 + q_1 \otimes K_0, \quad
    F R_k^{-1} F^T = c_k \otimes M_0
 
 with small matrices for the fields of the state and symmetric :math:`M_0, K_0`. In the eigenvectors of :math:`K_0 x =
@@ -12,7 +12,7 @@ with small matrices for the fields of the state and symmetric :math:`M_0, K_0`. 
 multiplier :math:`\lambda` as functions of the right-hand sides :math:`a` and :math:`b`, is a rational function
 
 .. math::
-   T(\kappa) = T_\infty + \sum_j \frac{p_j q_j^T}{\kappa - y_j} ,
+   T(\kappa) = T_\infty + \kappa\, T_1 + \sum_j \frac{p_j q_j^T}{\kappa - y_j} , \qquad T_1 = 0 \text{ for } q_1 = 0 ,
 
 whose poles :math:`y_j` are the finite eigenvalues of the small pencil, and whose residues have rank one. Each term is
 one solve with :math:`K_0 - y_j M_0`. For one field and backward Euler there are two poles, :math:`\mathrm{Re}\,a \pm
@@ -40,6 +40,8 @@ _NEAR = np.array([-2.0, -0.5, 0.0, 0.5, 2.0])
 """Further points, by their distance to the real part of each pole, in units of its imaginary part."""
 _ACCURATE = 1e-4
 """Largest error of the sum relative to the function's size at a point."""
+_EACH = 1e-5
+"""Largest error of an entry relative to itself, where one of them grows at infinity."""
 
 
 class FieldCoefficients(NamedTuple):
@@ -47,8 +49,9 @@ class FieldCoefficients(NamedTuple):
 
     Attributes
     ----------
-    m, k0, k1, q, c : ndarray, shape (fields, fields)
-        Of ``M``, of the two parts of ``K``, of the misfit's second derivative and of :math:`F R^{-1} F^T`.
+    m, k0, k1, q, c, q1 : ndarray, shape (fields, fields)
+        Of ``M``, of the two parts of ``K``, of the misfit's second derivative, of :math:`F R^{-1} F^T`, and of the part
+        of the misfit's second derivative with :math:`K_0`, by default none.
     """
 
     m: np.ndarray
@@ -56,10 +59,11 @@ class FieldCoefficients(NamedTuple):
     k1: np.ndarray
     q: np.ndarray
     c: np.ndarray
+    q1: np.ndarray | float = 0.0
 
 
 class PartialFractions(NamedTuple):
-    """The sums of all frequencies, with ``p`` fields and ``r`` poles.
+    r"""The sums of all frequencies, with ``p`` fields and ``r`` poles.
 
     Attributes
     ----------
@@ -67,14 +71,15 @@ class PartialFractions(NamedTuple):
         The poles.
     inputs, outputs : ndarray of complex, shape (frequencies, r, 2 p)
         Rows ``q`` and columns ``p`` of the residues: ``a`` and ``b`` of all fields; ``u`` and multiplier of all fields.
-    constant : ndarray of complex, shape (frequencies, 2 p, 2 p)
-        The value at infinity.
+    constant, linear : ndarray of complex, shape (frequencies, 2 p, 2 p)
+        The matrices :math:`T_\infty` and :math:`T_1`.
     """
 
     poles: np.ndarray
     inputs: np.ndarray
     outputs: np.ndarray
     constant: np.ndarray
+    linear: np.ndarray
 
 
 def small_pencil(dirk: DIRK, dt: float, fields: FieldCoefficients, c: np.ndarray, mu: complex) -> tuple:
@@ -101,6 +106,7 @@ def small_pencil(dirk: DIRK, dt: float, fields: FieldCoefficients, c: np.ndarray
     L1[:size, :size], L1[size:, size:] = C1, C1.conj().T
     L0[:size, size:] = B @ c @ B.T
     L0[size:, :size][rows[s], rows[s]] = -fields.q
+    L1[size:, :size][rows[s], rows[s]] = -np.asarray(fields.q1) / dt
     end = np.arange(s * p, size)
     return L0, L1, np.concatenate([end, size + end])
 
@@ -133,36 +139,43 @@ def partial_fractions(
     p = len(fields.m)
     out = PartialFractions(
         np.ones((len(mu), count), complex) * -1 / dt, np.zeros((len(mu), count, 2 * p), complex),
-        np.zeros((len(mu), count, 2 * p), complex), np.array([constant for *_, constant in found]),
+        np.zeros((len(mu), count, 2 * p), complex), np.array([constant for *_, constant, _ in found]),
+        dt * np.array([linear for *_, linear in found]),
     )  # fmt: skip
-    for k, (poles, inputs, outputs, _) in enumerate(found):
+    for k, (poles, inputs, outputs, *_) in enumerate(found):
         r = len(poles)
         out.poles[k, :r], out.inputs[k, :r], out.outputs[k, :r] = poles / dt, inputs / dt, outputs
     return out
 
 
 def _one(dirk: DIRK, dt: float, fields: FieldCoefficients, c: np.ndarray, mu: complex, largest: float) -> tuple:
-    """Poles, inputs, outputs and constant of a frequency, in units of ``1/dt``."""
+    """Poles, inputs, outputs, constant and linear part of a frequency, in units of ``1/dt``."""
     # equal sizes of misfit and control: multipliers in other units
-    unit = np.sqrt(max(np.abs(fields.q).max(), 1e-300) / max(np.abs(c).max(), 1e-300))
-    L0, L1, end = small_pencil(dirk, dt, fields._replace(q=fields.q / unit), c * unit, mu)
+    unit = np.sqrt(max(np.abs(fields.q).max(), np.abs(fields.q1).max(), 1e-300) / max(np.abs(c).max(), 1e-300))
+    L0, L1, end = small_pencil(dirk, dt, fields._replace(q=fields.q / unit, q1=fields.q1 / unit), c * unit, mu)
     poles, left, right = _simple_poles(L0, L1)
     p = len(fields.m)
     inputs, outputs = left[:, end] * np.repeat([1, 1 / unit], p), right[:, end] * np.repeat([1, unit], p)
     units = np.outer(np.repeat([1, unit], p), np.repeat([1, 1 / unit], p))
     points = np.concatenate([largest * _POINTS, *(y.real + y.imag * _NEAR for y in poles)])
-    points = np.concatenate([points[(points >= 0) & (points <= largest)], [largest]])
+    points = np.concatenate([points[(points >= 0) & (points <= largest)], [0.5 * largest, largest]])
     T = np.linalg.solve(L0 + points[:, None, None] * L1, _input_rows(end, len(L0))[None])[:, end] * units
     terms = np.einsum("ij,jo,jq->ioq", 1 / (points[:, None] - poles), outputs, inputs)
-    constant = T[-1] - terms[-1]
+    constant, linear = T[-1] - terms[-1], np.zeros_like(T[0])
+    if np.any(fields.q1):  # the multiplier of a state that does not fall at infinity grows there
+        linear[p:, :p] = ((T[-1] - terms[-1] - T[-2] + terms[-2]) / (points[-1] - points[-2]))[p:, :p]
+        constant = constant - points[-1] * linear
     size = np.abs(T).max(axis=(1, 2))
-    error = np.abs(constant + terms - T).max(axis=(1, 2))
-    if not (error <= _ACCURATE * size).all():
+    error = np.abs(constant + points[:, None, None] * linear + terms - T).max(axis=(1, 2))
+    accurate = (error <= _ACCURATE * size).all()
+    if p == 1 and np.any(fields.q1):  # small values between large terms
+        accurate &= (np.abs(constant + points[:, None, None] * linear + terms - T) <= _EACH * np.abs(T))[T != 0].all()
+    if not accurate:
         raise SolverFailure(
             f"the KKT system of the frequency mu = {mu:.3g} is no sum of simple fractions: error "
             f"{(error / size).max():.1e}"
         )
-    return poles, inputs, outputs, constant
+    return poles, inputs, outputs, constant, linear
 
 
 def _simple_poles(L0: np.ndarray, L1: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -1,7 +1,8 @@
 r"""Whether misfit and control are functions of the pencil of a linear evolution.
 
 The matrices of the state's fields are compared with a mass matrix :math:`M_0` and a stiffness matrix :math:`K_0` of one
-of them: ``M`` and ``K`` block by block, and :math:`Q` and :math:`F R^{-1} F^T` by their products with a random vector.
+of them: ``M`` and ``K`` block by block, and :math:`Q` and :math:`F R^{-1} F^T` by their products with a random vector
+(the former may have a part with :math:`K_0`, as where gradients are observed).
 All of it concerns the free unknowns only.
 """
 
@@ -119,12 +120,15 @@ def _coefficients(
     x, Mx = M.createVecs()
     rng = np.random.default_rng(comm.rank)
     x.array[:] = np.where(free, rng.standard_normal(len(free)), 0.0)
-    M.mult(x, Mx)
-    mass, given = np.where(free, Mx.array_r, 0.0), x.array_r.copy()
-    dot = lambda a, b: comm.allreduce(float(a @ b), op=MPI.SUM)
-    out = {}
-    for name, product in (("misfit", model.misfit), ("control", model.control_gram)):
-        matrix = np.zeros((p, p))
+    given, basis = x.array_r.copy(), []
+    for matrix in (M, K):
+        matrix.mult(x, Mx)
+        basis.append(np.where(free, Mx.array_r, 0.0))
+    dot = lambda a, b: comm.allreduce(np.asarray(a @ b), op=MPI.SUM)
+    gram, out = dot(np.array(basis), np.array(basis).T), {}
+    sizes = np.sqrt(np.diag(gram))
+    for name, product, terms in (("misfit", model.misfit, 2), ("control", model.control_gram, 1)):
+        found = np.zeros((2, p, p))
         for j, column in enumerate(fields):
             states = np.zeros((1, model.size))
             states[0, column] = given
@@ -132,14 +136,18 @@ def _coefficients(
             size = np.sqrt(dot(result, result))
             for i, row in enumerate(fields):
                 values = np.where(free, result[row], 0.0)
-                matrix[i, j] = dot(values, mass) / dot(mass, mass)
-                rest = values - matrix[i, j] * mass
+                scaled = gram[:terms, :terms] / np.outer(sizes[:terms], sizes[:terms])
+                c = np.linalg.solve(scaled, dot(np.array(basis[:terms]), values) / sizes[:terms])
+                c = np.where(np.abs(c) > _EQUAL * size, c, 0.0) / sizes[:terms]
+                rest = values - c @ np.array(basis[:terms])
                 if not np.sqrt(dot(rest, rest)) <= _EQUAL * size:
                     return f"the {name} is no multiple of the mass matrix of the state"
-        out[name] = np.where(np.abs(matrix) > _EQUAL * np.abs(matrix).max(initial=0), matrix, 0.0)
-        if not np.allclose(out[name], out[name].T):
+                found[:terms, i, j] = c
+        if not all(np.allclose(part, part.T) for part in found):
             return f"the {name} is not symmetric"
-    return FieldCoefficients(m, k0, np.ones((1, 1)) if k1 is None else k1, out["misfit"], out["control"])
+        out[name] = found
+    k1 = np.ones((1, 1)) if k1 is None else k1
+    return FieldCoefficients(m, k0, k1, out["misfit"][0], out["control"][0], out["misfit"][1])
 
 
 def _index_set(M: PETSc.Mat, rows: slice) -> PETSc.IS:

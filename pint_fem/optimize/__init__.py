@@ -2,6 +2,9 @@
 
 from pint_fem.optimize.active_set.method import minimize_active_set
 from pint_fem.optimize.active_set.records import ActiveSetRecord
+from pint_fem.optimize.composite_step.method import minimize_composite_step
+from pint_fem.optimize.composite_step.protocol import ConstrainedProblem, KKTReport
+from pint_fem.optimize.composite_step.records import CompositeStepRecord, CompositeStepResult
 from pint_fem.optimize.constraints import AffineConstraints
 from pint_fem.optimize.lbfgs import InverseLBFGS
 from pint_fem.optimize.one_shot.method import minimize_one_shot
@@ -28,11 +31,15 @@ __all__ = [
     "AffineConstraints",
     "CGStop",
     "Checkpoint",
+    "CompositeStepRecord",
+    "CompositeStepResult",
+    "ConstrainedProblem",
     "GaussNewtonProblem",
     "InexactOptions",
     "InexactProblem",
     "InverseLBFGS",
     "IterationRecord",
+    "KKTReport",
     "LimitedMemoryPreconditioner",
     "NonFiniteError",
     "OneShotProblem",
@@ -46,6 +53,7 @@ __all__ = [
     "minimize_active_set",
     "minimize_bounded",
     "minimize_bounded_constrained",
+    "minimize_composite_step",
     "minimize_one_shot",
     "minimize_trust_region",
     "scipy_minimize",

@@ -55,8 +55,8 @@ class ActiveSetMinimisation:
         :func:`pint_fem.optimize.minimize_active_set` (collective).
 
         For a quadratic ``J``, also with :class:`~pint_fem.misfits.state_bounds.StateBounds`, it is the primal-dual
-        active-set method, with a trust region where the sets do not settle; for other ``J`` it is a semi-smooth Newton
-        method in a trust region.
+        active-set method, with a trust region where the sets do not settle; for other ``J`` it is Newton's method in a
+        trust region on the faces of the bounds and of the absolute values.
 
         Parameters
         ----------

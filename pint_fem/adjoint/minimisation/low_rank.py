@@ -29,9 +29,9 @@ from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import ufl
-from firedrake import Function, TestFunction, TrialFunction, dx, inner
+from firedrake import TestFunction, TrialFunction, dx, inner
 
+from pint_fem.adjoint.regularisation_in_time.inner_product import InnerInTime
 from pint_fem.adjoint.riesz import ControlInner
 from pint_fem.capacity import most_items
 from pint_fem.collective import all_ranks, on_first_rank
@@ -252,20 +252,14 @@ class _RegularisationOperator:
                 "preconditioner 'low-rank': the regularisation is not quadratic: with a total variation give "
                 "'regularisation', which is made for it, otherwise 'limited-memory'"
             )
-        spacetime, dt = self.layout.spacetime, self.layout.evolution.dt
-        self.size = int(spacetime.from_group(0, _count(self.layout), (1,))[0])
-        self._forms: dict[Function, ufl.Form | None] = {}
-        for control in controls:
-            form, rates = problem.regularisation_hessian(control), problem.rate_hessian(control)
-            if rates is not None:
-                rates = 2 / dt**2 * rates
-                form = rates if form is None else form + rates
-            self._forms[control] = form
+        self.size = int(self.layout.spacetime.from_group(0, _count(self.layout), (1,))[0])
+        self._forms = {control: problem.regularisation_hessian(control) for control in controls}
+        self._rates = {c: form for c in controls if (form := problem.rate_hessian(c)) is not None}
         self._mass = ControlInner(self.layout, "L2")
         self._shifts = dict.fromkeys(controls, 0.0)
         self._product: ControlInner | None = None
         if all(form is not None for form in self._forms.values()):
-            self._product = ControlInner(self.layout, list(self._forms.values()))
+            self._product = InnerInTime(self.layout, list(self._forms.values()), self._rates)
             if not self._is_definite(self._product):
                 self._product = None
 
@@ -302,7 +296,7 @@ class _RegularisationOperator:
                 shift = max(_SHIFT * self._mass_quotient(product.dual(one), one), 1e-3 * shift)
             self._shifts[control] = shift or 1.0
             forms.append(self._shifts[control] * mass if form is None else form + self._shifts[control] * mass)
-        self._product = ControlInner(self.layout, forms)
+        self._product = InnerInTime(self.layout, forms, self._rates)
 
     def _mass_quotient(self, dual: np.ndarray, v: np.ndarray) -> float:
         """The value of a dual vector at a vector over its square (collective)."""

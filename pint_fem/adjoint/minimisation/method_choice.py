@@ -16,11 +16,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from pint_fem.adjoint.minimisation.kkt_preconditioner import KKTPreconditioner
-from pint_fem.adjoint.riesz import ControlInner
 from pint_fem.capacity import readable, require_memory
 from pint_fem.collective import collectively
-from pint_fem.errors import InputError, SolverFailure
+from pint_fem.errors import InputError
 from pint_fem.inverse.per_step.spectrum_choice import LARGEST_DENSE
 from pint_fem.inverse.readings import ReadingTable
 from pint_fem.propagators.linear import LinearPropagator
@@ -30,7 +28,7 @@ if TYPE_CHECKING:
     from pint_fem.adjoint.functional import ControlFunctional
     from pint_fem.adjoint.problem import ReducedProblem
 
-__all__ = ["MapWork", "choose_kkt", "choose_method", "kkt_systems"]
+__all__ = ["MapWork", "choose_method"]
 
 SWEEPS = 60
 """Sweeps of an inversion by the inexact trust region with a limited-memory preconditioner, at least."""
@@ -98,37 +96,6 @@ class MapWork(NamedTuple):
         return sweep + (rows / self.space_ranks + dense) / RATE
 
 
-def kkt_systems(functional: ControlFunctional, options: Mapping) -> KKTPreconditioner:
-    """The KKT systems of a functional (collective).
-
-    Raises
-    ------
-    InputError
-        On every rank, where there are none, or an option does not go with them; the message is the reason.
-    """
-    for name in ("constraints", "inexact", "preconditioner"):
-        if options.get(name) is not None:
-            raise InputError(f"method 'kkt' does not go with {name}=: use 'trust-region'")
-    inner = functional.inner
-    if (options.get("bounds") is not None or options.get("l1") is not None) and inner.weights is None:
-        inner = ControlInner(functional.layout, "lumped")
-    make = lambda: KKTPreconditioner(functional, inner=inner)
-    try:
-        return collectively(functional.spacetime.comm, "", make)
-    except InputError as error:
-        raise InputError(f"method 'kkt': {str(error).removeprefix(': ')}; use 'trust-region' or 'auto'") from error
-
-
-def choose_kkt(functional: ControlFunctional, options: Mapping) -> tuple[KKTPreconditioner | None, str]:
-    """The KKT systems where a functional has them, and the reason for or against them (collective)."""
-    if not functional.evolution.stepwise:
-        return None, "no control has one value per step"
-    try:
-        return kkt_systems(functional, options), "as the misfits are the same at all steps, and so are the controls"
-    except (InputError, SolverFailure) as error:
-        return None, str(error).removeprefix("method 'kkt': ").removesuffix("; use 'trust-region' or 'auto'")
-
-
 def choose_method(
     functional: ControlFunctional,
     require: Callable[[ControlFunctional], ReducedProblem],
@@ -155,7 +122,7 @@ def choose_method(
     except InputError as error:
         reason = f"as there is no map: {str(error).removeprefix('parameter_to_observable: ')}"
         if no_kkt and functional.evolution.stepwise:
-            reason += f"; and no KKT system: {no_kkt}"
+            reason = no_kkt if "observes the state everywhere" in reason else f"{no_kkt}; {reason}"
         return "trust-region", reason
     if options.get("checkpoint") is not None:
         return "trust-region", "as checkpoint= is given, and a run on the map has no trajectories to continue from"

@@ -18,11 +18,12 @@ from pint_fem.adjoint.minimisation.active_set import ActiveSetMinimisation
 from pint_fem.adjoint.minimisation.bounds_and_constraints import Controls, bound_arrays, constraint_normals, named_array
 from pint_fem.adjoint.minimisation.checkpoint import open_checkpoint
 from pint_fem.adjoint.minimisation.inexact_objective import InexactObjective
-from pint_fem.adjoint.minimisation.kkt_preconditioner import KKTPreconditioner
+from pint_fem.adjoint.minimisation.kkt.preconditioner import KKTPreconditioner
 from pint_fem.adjoint.minimisation.low_rank import made_for
 from pint_fem.adjoint.minimisation.objective import Objective
 from pint_fem.adjoint.minimisation.tolerances import raise_tolerance, value_rtol
 from pint_fem.adjoint.newton_kkt.minimise import NewtonKKTMinimisable
+from pint_fem.adjoint.regularisation_in_time.inner_product import InnerInTime
 from pint_fem.adjoint.riesz import ControlInner
 from pint_fem.adjoint.total_variation.preconditioner import VariationPreconditioner
 from pint_fem.collective import ending_all_ranks, require_same
@@ -90,9 +91,9 @@ class Minimisable(ActiveSetMinimisation, NewtonKKTMinimisable):
         preconditioner : str, ufl.Form, list of ufl.Form or callable, optional
             Preconditioner of conjugate gradients: ``"regularisation"`` (the inverse of its second derivative), a
             bilinear form or a list with one per control, ``"limited-memory"``, ``"circulant"`` (the inverse Hessian of
-            the skew-circulant problem, for controls with one value per step, :mod:`pint_fem.kkt`), a callable on flat
-            representatives, ``"low-rank"`` or a
-            :class:`~pint_fem.adjoint.minimisation.low_rank.LowRankPreconditioner`.
+            the skew-circulant problem, for controls with one value per step, :mod:`pint_fem.kkt`), ``"low-rank"`` or a
+            :class:`~pint_fem.adjoint.minimisation.low_rank.LowRankPreconditioner`, or a callable on flat
+            representatives.
             With a total variation ``"regularisation"`` is
             :mod:`pint_fem.adjoint.total_variation.preconditioner`, and the default; ``"none"`` is none.
         checkpoint : str or pathlib.Path, optional
@@ -334,13 +335,18 @@ class Minimisable(ActiveSetMinimisation, NewtonKKTMinimisable):
         """An approximate inverse Hessian on representatives."""
         if given is None or (isinstance(given, str) and given == "none"):
             return None
+        if made_for(given) is not None:
+            raise InputError("preconditioner 'low-rank' is for minimize_trust_region: leave it out with other methods")
         if given == "limited-memory" or (callable(given) and not isinstance(given, ufl.Form)):
             return given
         if isinstance(given, str) and given == "circulant":
             return KKTPreconditioner(self, ends=False, inner=inner)
         if isinstance(given, str) and given == "regularisation":
-            given = [self._second_derivative(control) for control in self.evolution.controls]
-        elif isinstance(given, str):
+            controls = self.evolution.controls
+            rates = {c: form for c in controls if (form := self.problem.rate_hessian(c)) is not None}
+            prior = InnerInTime(self.layout, [self._second_derivative(c) for c in controls], rates)
+            return lambda r: prior.primal(inner.dual(r))
+        if isinstance(given, str):
             raise InputError(
                 f"preconditioner {given!r}: give 'regularisation', 'limited-memory', 'circulant', 'low-rank', 'none', "
                 "a bilinear form or a callable"
@@ -349,13 +355,8 @@ class Minimisable(ActiveSetMinimisation, NewtonKKTMinimisable):
         return lambda r: prior.primal(inner.dual(r))
 
     def _second_derivative(self, control) -> ufl.Form:
-        """The second derivative of the regularisation by a control, as a bilinear form; by one with a value per step
-        the diagonal block of a step between two others.
-        """
-        second, rates = self.problem.regularisation_hessian(control), self.problem.rate_hessian(control)
-        if rates is not None:
-            rates = 2 / self.evolution.dt**2 * rates
-            second = rates if second is None else second + rates
+        """The second derivative of the regularisation by a control, as a bilinear form of its values."""
+        second = self.problem.regularisation_hessian(control)
         if second is None:
             raise InputError(
                 f"preconditioner 'regularisation': the regularisation is not quadratic in control {control.name()!r}"

@@ -2,8 +2,8 @@ r"""KKT systems of evolutions with operators averaged over the steps, as precond
 
 At a state and control the residual of a step is linearised to :math:`M_n \dot u + K_n u - F_n z`. With the averages of
 the three matrices over some steps (:class:`~pint_fem.sweeps.frequencies.systems.AveragedSystems`, as ParaDiag does)
-and the second derivatives of misfits and regularisation, all steps are the same: this is an optimal control problem of a
-linear evolution. Its KKT system is solved with its skew-circulant preconditioner (:mod:`pint_fem.kkt`), frequency by
+and the second derivatives of misfits and regularisation, all steps are the same: this is an optimal control problem of
+a linear evolution. Its KKT system is solved with its skew-circulant preconditioner (:mod:`pint_fem.kkt`), frequency by
 frequency as a sparse system of stages, controls and multipliers. The controls of its solution for a right-hand side
 ``(0, r, 0)`` are the product of ``r`` with the inverse of a positive definite Hessian, which preconditions conjugate
 gradients for the true one. Second derivatives of the steps, which may be indefinite, are left out.
@@ -18,6 +18,7 @@ from collections.abc import Sequence
 import numpy as np
 import ufl
 from firedrake import Function, assemble, derivative
+from firedrake.petsc import PETSc
 from irksome.ufl.deriv import TimeDerivative
 from pyadjoint.tape import stop_annotating
 from scipy.sparse import block_diag, csr_matrix, hstack
@@ -139,13 +140,17 @@ class AveragedModel(ControlModel):
         Sweeps of the evolution, whose propagator has ``dirk`` and ``bc_rows``.
     misfits
         Its misfits.
+    weights
+        The regularisation.
     operators
         The averages, made before.
     """
 
-    def __init__(self, sweeps: Sweeps, misfits: Sequence[Misfit], operators: AveragedOperators):
+    def __init__(
+        self, sweeps: Sweeps, misfits: Sequence[Misfit], weights: ControlWeights, operators: AveragedOperators
+    ):
         self.sweeps, self.spacetime, self.slab = sweeps, sweeps.spacetime, sweeps.slab
-        self.propagator = sweeps.propagators[0]
+        self.propagator, self.weights = sweeps.propagators[0], weights
         self.nsteps, self.size = sweeps.evolution.nsteps, sweeps.evolution.state_size
         self.control_size = sweeps.evolution.control_size
         self._read_misfits(misfits)
@@ -203,11 +208,17 @@ class AveragedKKT:
         _require(problem)
         self._problem, sweeps = problem, problem.sweeps
         self._operators = collectively(problem.spacetime.comm, "averaged operators", AveragedOperators, sweeps)
-        self._forms = [problem.regularisation_hessian(c) for c in problem.evolution.parameters]
-        weights = collectively(problem.spacetime.comm, "regularisation", ControlWeights, sweeps.evolution, self._forms)
-        dt = sweeps.evolution.dt
-        blocks = [csr_matrix([[w]]) if np.isscalar(w) else own_rows(w) for w in weights.matrices]
+        controls = problem.evolution.parameters
+        forms = [[of(c) for c in controls] for of in (problem.regularisation_hessian, problem.rate_hessian)]
+        given = sweeps.evolution, *forms
+        self._weights = collectively(problem.spacetime.comm, "regularisation", ControlWeights, *given)
+        dt, blocks = sweeps.evolution.dt, [_block(w) for w in self._weights.matrices]
+        rates = [
+            csr_matrix(block.shape) if w is None else _block(w)
+            for w, block in zip(self._weights.rate_matrices, blocks, strict=True)
+        ]
         self._R = dt * csr_matrix(block_diag(blocks))
+        self._R_time = dt * csr_matrix(block_diag(rates)) if self._weights.has_rates else None
         self._model: AveragedModel | None = None
         self._kkt: CirculantKKT | None = None
         self._solves = 0
@@ -228,7 +239,7 @@ class AveragedKKT:
         problem, sweeps = self._problem, self._problem.sweeps
         self._operators.average(problem.layout.steps(z), u)
         if self._model is None:
-            self._model = AveragedModel(sweeps, problem.misfits, self._operators)
+            self._model = AveragedModel(sweeps, problem.misfits, self._weights, self._operators)
         else:
             self._model.move_to(self._operators)
         if self._kkt is not None:
@@ -237,8 +248,9 @@ class AveragedKKT:
         Q = sum((w * own_rows(matrix) for matrix, w in model.misfit_matrices), csr_matrix(of.M.shape))
         given = of.M, of.K, of.F, Q, self._R
         systems = CoupledSystems(
-            model.propagator.dirk, model.nsteps, *given, dt=sweeps.evolution.dt, free=model.free, memory=MEMORY
-        )
+            model.propagator.dirk, model.nsteps, *given, dt=sweeps.evolution.dt, R_time=self._R_time, free=model.free,
+            memory=MEMORY,
+        )  # fmt: skip
         comm, bounds = sweeps.spacetime.time_comm, sweeps.slab.bounds
         transform = SkewCirculant(model.nsteps, model.size, comm=comm, bounds=bounds)
         self._kkt = CirculantKKT(model, systems, transform)
@@ -261,6 +273,11 @@ class AveragedKKT:
         return out, solution.iterations, solution.residual
 
 
+def _block(weight: PETSc.Mat | float) -> csr_matrix:
+    """The second derivative of the regularisation by a control, a matrix or a number."""
+    return own_rows(weight) if isinstance(weight, PETSc.Mat) else csr_matrix([[weight]])
+
+
 def _require(problem: ReducedProblem) -> None:
     """Refuse problems without KKT systems of averaged operators."""
     ev, regularisation = problem.sweeps.evolution, problem.regularisation
@@ -278,6 +295,8 @@ def _require(problem: ReducedProblem) -> None:
         raise InputError("a misfit has no second derivative that is a matrix times a weight")
     if regularisation is None or not regularisation.quadratic or regularisation.coupled:
         raise InputError("there is no regularisation, or it is not quadratic, or it couples controls")
+    if regularisation.of_rates:
+        raise InputError("the regularisation has a functional of the rate of change of a control")
     dirk = problem.sweeps.propagators[0].dirk
     if ev.nsteps % 2 and abs(1 + limit_at_infinity(dirk.A, dirk.b)) < 1e-9:
         raise InputError("for the implicit midpoint rule the number of steps has to be even")

@@ -26,11 +26,10 @@ the steps are the same, and those of a primal-dual active-set method for the pen
 recur, or do not improve, where the norms of the subgradient do not; for large penalties these are dominated by small
 violations, so that conjugate gradients have to be more accurate, and more steps are granted.
 
-*Other J.* In a trust region of radius :math:`\Delta` about a z within the bounds, the Newton step is shortened to the
-radius and projected on the bounds and on the signs of its free components. It is tried if the model
-:math:`(g, s) + \tfrac12 (s, H s) + \sum w_i \beta_i (|z_i + s_i| - |z_i|)` falls by at least half as much as by the
-projected Cauchy step, and the step of :mod:`~pint_fem.optimize.trust_region.bounded` on the present face is tried
-otherwise. Acceptance, radius, records and stopping are those of
+*Other J.* Steps are those of :mod:`~pint_fem.optimize.trust_region.bounded` in a trust region about a z within the
+bounds, on the face of z (:mod:`~pint_fem.optimize.active_set.sets`), on which F is smooth: a projected Cauchy step,
+conjugate gradients for the components that it has not brought to a bound or to zero, and projected searches. A
+component changes its sign by way of zero, in two steps. Acceptance, radius, records and stopping are those of
 :mod:`~pint_fem.optimize.trust_region.newton_cg`. F falls from iterate to iterate.
 
 The run has converged where the least subgradient of F within the bounds, which is the projected gradient where
@@ -84,8 +83,8 @@ def minimize_active_set(
     """Minimise a function within bounds, and with a weighted absolute value, by primal-dual active sets.
 
     A step for a quadratic J costs one value, one gradient and the Hessian actions of conjugate gradients on the free
-    components; for other J up to two more, and more where the Newton step does not lower the model enough. With several
-    processes call it on all of them with the same options, each with its part of the vectors.
+    components; for other J it costs what it costs in :func:`~pint_fem.optimize.trust_region.bounded.minimize_bounded`.
+    With several processes call it on all of them with the same options, each with its part of the vectors.
 
     Parameters
     ----------
@@ -108,7 +107,7 @@ def minimize_active_set(
     **options
         The options of :func:`~pint_fem.optimize.trust_region.newton_cg.minimize_trust_region` except `cg_forcing` and
         `inexact`. The least subgradient pg of F within the bounds stands for the gradient. `cg_rtol`, the residual of
-        conjugate gradients relative to ``|pg|``, is by default 0.01 for a quadratic J, 1e-4 for a piecewise quadratic
+        conjugate gradients relative to ``|pg|``, is by default 1e-3 for a quadratic J, 1e-4 for a piecewise quadratic
         one, and ``min(0.5, sqrt(|pg| / |pg at the start|))`` for others and in a trust region. The first radius of that
         is unlimited for a quadratic J.
 

@@ -144,8 +144,3 @@ class NonsmoothPart:
         """The subgradient of least norm of F within the bounds, at a z within them."""
         face, gradient = self.face(z, g)
         return face.projected_gradient(z, gradient)
-
-    def clipped(self, z: np.ndarray, sets: ActiveSets) -> np.ndarray:
-        """The nearest vector within the bounds whose free components have the signs of their sets."""
-        z = np.where((sets.labels == POSITIVE) & (self.l1 > 0), np.maximum(z, 0.0), z)
-        return self.box.project(np.where(sets.labels == NEGATIVE, np.minimum(z, 0.0), z))

@@ -41,7 +41,7 @@ from pint_fem.optimize.composite_step.points import Point
 from pint_fem.optimize.composite_step.protocol import GuardedConstrainedProblem
 from pint_fem.optimize.oracle import Estimate, Gradient, Iterate
 from pint_fem.optimize.records import CGStop
-from pint_fem.optimize.trust_region.acceptance import Step
+from pint_fem.optimize.trust_region.acceptance import FIRST_RADIUS, Step
 from pint_fem.optimize.trust_region.steihaug import SteihaugPath
 
 __all__ = ["KKTBreakdown", "LocalModel"]
@@ -217,9 +217,13 @@ class LocalModel:
             return take(self._path_at(theta))
 
     def first_radius(self, theta: float) -> float:
-        """A multiple of the length of the Cauchy step; infinite for a zero gradient."""
+        """A multiple of the length of the Cauchy step, as in the reduced trust region, or the length of the first
+        preconditioned direction, which is about Newton's step; infinite for a zero gradient.
+        """
         radius = self._on_path(theta, lambda path: path.first_radius())
-        return math.inf if radius is None else radius
+        if radius is None:
+            return math.inf
+        return radius / FIRST_RADIUS if self._preconditioned else radius
 
     def tangential(self, theta: float, radius: float) -> Step:
         """The control's part of the tangential step, as the trial point of a path from 0."""

@@ -11,6 +11,7 @@ from pint_fem.optimize.oracle import Estimate
 from pint_fem.optimize.records import CGStop
 
 __all__ = [
+    "FIRST_RADIUS",
     "UNLIMITED",
     "Step",
     "below_resolution",
@@ -31,7 +32,7 @@ _POOR, _GOOD = 0.25, 0.75
 _COMPARABLE = 10.0
 
 # The first radius in lengths of the Cauchy step: generous, as a retry needs no Hessian action.
-_FIRST_RADIUS = 10.0
+FIRST_RADIUS = 10.0
 
 # Below this the square of a length is no normal number any more.
 _SMALLEST_LENGTH = math.sqrt(np.finfo(float).tiny)
@@ -109,7 +110,7 @@ def first_radius(cauchy_length: float, otherwise: float) -> float:
     """A multiple of the length of the Cauchy step, which scales as x does whatever the unit of J; a second length where
     that is not finite.
     """
-    return _FIRST_RADIUS * cauchy_length if math.isfinite(_FIRST_RADIUS * cauchy_length) else otherwise
+    return FIRST_RADIUS * cauchy_length if math.isfinite(FIRST_RADIUS * cauchy_length) else otherwise
 
 
 def exit_length(pp: float, pd: float, dd: float, radius: float) -> float:

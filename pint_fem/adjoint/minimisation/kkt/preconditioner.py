@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import numpy as np
 from pint_fem.adjoint.problem import ReducedProblem
 from pint_fem.adjoint.riesz import ControlInner
 from pint_fem.all_at_once.stopping import DivergedError
-from pint_fem.errors import InputError
+from pint_fem.errors import InputError, SolverFailure
 from pint_fem.kkt.choice import circulant_kkt
 from pint_fem.optimize.records import TrustRegionResult
 
@@ -94,15 +95,26 @@ class KKTPreconditioner:
 
     def __call__(self, r: np.ndarray) -> np.ndarray:
         """The product of the inverse Hessian with a representative, ``(layout.size,)``."""
-        c = np.ascontiguousarray(self._layout.steps(self._inner.dual(r)))
+        dual = self._inner.dual(r)
+        c = np.ascontiguousarray(self._layout.steps(dual))
         if not self.handed_over:
             try:
-                return self._as_vector(self.kkt.solve(c=c, ends=self._ends).z)
+                return self._accurate(dual, self._as_vector(self.kkt.solve(c=c, ends=self._ends).z))
             except DivergedError as error:
                 if self.kkt.solves:
                     raise
                 self.handed_over = str(error)
         return self._as_vector(self.kkt.model.weights.solve(c))
+
+    def _accurate(self, dual: np.ndarray, z: np.ndarray) -> np.ndarray:
+        """The product ``z`` with a dual vector, whose value at it is positive but for errors of the solve."""
+        value = self._layout.pairing(dual, z)
+        if not 0 <= value < np.inf:
+            raise SolverFailure(
+                f"the KKT system: the inverse Hessian is not positive in the direction of a residual ({value:.1e}), as "
+                "the weight of a control is negative or too small for the accuracy of the solve"
+            )
+        return z
 
     def _as_vector(self, rows: np.ndarray) -> np.ndarray:
         """The vector of controls ``(layout.size,)`` from those of the own steps, ``(k, nz)``."""
@@ -140,8 +152,9 @@ def minimize_by_kkt(
     """
     options = dict(options)
     bounded = options.get("bounds") is not None or options.get("l1") is not None
-    if options.get("cg_rtol") is None and "cg_forcing" not in options:
-        options["cg_rtol"] = _CG_SHARE * min(max(options.get("gtol_rel", 1e-6), 1e-12), 1.0)
+    gtol = options.get("gtol_rel", 1e-6)
+    if options.get("cg_rtol") is None and "cg_forcing" not in options and isinstance(gtol, Real):
+        options["cg_rtol"] = _CG_SHARE * min(max(gtol, 1e-12), 1.0)
     method = functional.minimize_active_set if bounded else functional.minimize_trust_region
     try:
         result = method(start, preconditioner=preconditioner, **options)
@@ -150,12 +163,15 @@ def minimize_by_kkt(
             choice = f"trust-region with the regularisation as preconditioner, in the place of kkt: {handed_over}"
         else:
             choice = (
-                f"kkt, {why}; {preconditioner.how}; {kkt.solves} KKT systems, {kkt.iterations} iterations for the ends "
+                f"kkt, {why}; {preconditioner.how}; {kkt.solves} KKT system{'s' * (kkt.solves != 1)}, {kkt.iterations} iterations for the ends "
                 "of time"
             )
     except DivergedError as error:
         result = method(start, preconditioner="regularisation", **options)
         choice = f"trust-region with the regularisation as preconditioner, in the place of kkt: {error}"
+    except SolverFailure as error:  # such as a regularisation that leaves some of the controls out
+        result = method(start, preconditioner=None if bounded else "limited-memory", **options)
+        choice = f"trust-region without the regularisation as preconditioner, in the place of kkt: {error}"
     finally:
         preconditioner.release()
     return replace(result, choice=choice)
