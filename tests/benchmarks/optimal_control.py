@@ -27,10 +27,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from firedrake import COMM_SELF
 from mpi4py import MPI
-from pint_fem.adjoint.minimisation.kkt_preconditioner import KKTPreconditioner
 from rich.console import Console
 
 import pint_fem as pf
+from pint_fem.adjoint.minimisation.kkt.preconditioner import KKTPreconditioner
 from problems.compare_control import compare_control
 from problems.control import ControlProblem
 from tests.benchmarks.optimal_control_bounds import bound_rows
