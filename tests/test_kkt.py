@@ -53,14 +53,16 @@ def test_the_transform_is_the_sum_that_defines_it(steps):
 # -- partial fractions -------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("tableau", TABLEAUX)
 @pytest.mark.parametrize("weight", [1.0, 1e-4, 1e-8])
-def test_partial_fractions_are_the_inverse_of_the_small_pencil(tableau, weight):
-    steps, largest = 32, 1e5
+@pytest.mark.parametrize(("steps", "largest", "allowed"), [(32, 1e5, 1e-9), (256, 5e3, 1e-8)])
+def test_partial_fractions_are_the_inverse_of_the_small_pencil(tableau, weight, steps, largest, allowed):
     dirk, dt, one = DIRK(TABLEAUX[tableau]()), 1 / steps, np.eye(1)
     mu = np.exp(-1j * np.pi * (2 * np.arange(steps) + 1) / steps)[::2]
     fields = FieldCoefficients(one, 0 * one, one, dt * one, one / (dt * weight))
     found = partial_fractions(dirk, dt, fields, np.ones(len(mu)), mu, largest)
     assert found.poles.shape[1] == 2 * dirk.stages
-    kappa = 10 ** np.random.default_rng(0).uniform(-1, 5, 40)
+    # the state vanishes at infinity for a right-hand side of the adjoint
+    assert np.abs(found.constant[:, 0, 1]).max() <= 1e-14 * np.abs(found.constant).max()
+    kappa = 10 ** np.random.default_rng(0).uniform(-1, np.log10(largest), 40)
     for k in range(len(mu)):
         L0, L1, end = small_pencil(dirk, dt, fields, fields.c, mu[k])
         right, taken, s = np.zeros((len(L0), 3)), np.zeros((len(L0), 3)), dirk.stages
@@ -69,7 +71,7 @@ def test_partial_fractions_are_the_inverse_of_the_small_pencil(tableau, weight):
         T = np.array([taken.T @ np.linalg.solve(L0 + dt * x * L1, right) for x in kappa])
         terms = np.einsum("ij,jo,jq->ioq", 1 / (kappa[:, None] - found.poles[k]), found.outputs[k], found.inputs[k])
         error = np.abs(found.constant[k] + terms - T).max(axis=(1, 2)) / np.abs(T).max(axis=(1, 2))
-        assert error.max() < 1e-9
+        assert error.max() < allowed
 
 
 # -- solves ------------------------------------------------------------------------------------------------------------

@@ -42,6 +42,8 @@ _ACCURATE = 1e-4
 """Largest error of the sum relative to the function's size at a point."""
 _EACH = 1e-5
 """Largest error of an entry relative to itself, where one of them grows at infinity."""
+_INVERTIBLE = 1e12
+"""Largest condition number of what is inverted."""
 
 
 class FieldCoefficients(NamedTuple):
@@ -154,7 +156,7 @@ def _one(dirk: DIRK, dt: float, fields: FieldCoefficients, c: np.ndarray, mu: co
     # equal sizes of misfit and control: multipliers in other units
     unit = np.sqrt(max(np.abs(fields.q).max(), np.abs(fields.q1).max(), 1e-300) / max(np.abs(c).max(), 1e-300))
     L0, L1, end = small_pencil(dirk, dt, fields._replace(q=fields.q / unit, q1=fields.q1 / unit), c * unit, mu)
-    poles, left, right = _simple_poles(L0, L1)
+    poles, left, right, at_infinity = _simple_poles(L0, L1)
     p = len(fields.m)
     rows = _rows_of_the_ends(dirk, dt, end, len(L0), np.abs(c).any(axis=0))
     inputs, outputs = left @ rows[0] * np.repeat([1, 1 / unit, 1], p), right @ rows[1] * np.repeat([1, unit, unit], p)
@@ -164,6 +166,9 @@ def _one(dirk: DIRK, dt: float, fields: FieldCoefficients, c: np.ndarray, mu: co
     T = rows[1].T @ np.linalg.solve(L0 + points[:, None, None] * L1, rows[0][None]) * units
     terms = np.einsum("ij,jo,jq->ioq", 1 / (points[:, None] - poles), outputs, inputs)
     constant, linear = T[-1] - terms[-1], np.zeros_like(T[0])
+    if at_infinity is not None:
+        # the other parts, which may be large where poles are, are those for which the sum is right at the last point
+        constant[:p, p:] = (at_infinity[np.ix_(end, end)] * units)[:p, p:]
     if np.any(fields.q1):  # the multiplier of a state that does not fall at infinity grows there
         grows = slice(p, 2 * p), slice(p)
         linear[grows] = ((T[-1] - terms[-1] - T[-2] + terms[-2]) / (points[-1] - points[-2]))[grows]
@@ -187,19 +192,34 @@ def _one(dirk: DIRK, dt: float, fields: FieldCoefficients, c: np.ndarray, mu: co
     return poles, inputs, outputs, constant, linear
 
 
-def _simple_poles(L0: np.ndarray, L1: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The finite eigenvalues ``y`` of ``L0 + y L1``, and left and right vectors of its inverse's residues, by rows."""
-    values, left, right = eig(L0, -L1, left=True)
-    left, right = left.conj().T, right.T
+def _simple_poles(L0: np.ndarray, L1: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]:
+    """The finite eigenvalues ``y`` of ``L0 + y L1``, left and right vectors of its inverse's residues, by rows, and the
+    inverse at infinity, ``None`` where it is not finite.
+    """
+    U, sizes, Vh = np.linalg.svd(L1)
+    r, whole = np.linalg.matrix_rank(L1), U.conj().T @ L0 @ Vh.conj().T
+    kernel = whole[r:, r:]
+    if np.linalg.cond(kernel) < _INVERTIBLE:
+        # unknowns of the kernel of L1 are eliminated: infinite eigenvalues, which are multiple, make finite ones
+        # inaccurate
+        inverse, root = np.linalg.inv(kernel), np.sqrt(sizes[:r])
+        rows, columns = -inverse @ whole[r:, :r], -whole[:r, r:] @ inverse
+        y, left, right = eig(-(whole[:r, :r] + whole[:r, r:] @ rows) / np.outer(root, root), left=True)
+        left, right = left.conj().T / root, right / root[:, None]
+        left, right = np.hstack([left, left @ columns]) @ U.conj().T, (Vh.conj().T @ np.vstack([right, rows @ right])).T
+        at_infinity = Vh[r:].conj().T @ inverse @ U[:, r:].conj().T
+    else:
+        y, left, right = eig(L0, -L1, left=True)
+        left, right, at_infinity = left.conj().T, right.T, None
     slopes = np.einsum("ji,ik,jk->j", left, L1, right)
     # as many as the rank of L1, those of largest slope: infinite ones have none
-    finite = np.flatnonzero(np.isfinite(values))
-    chosen = finite[np.argsort(-np.abs(slopes[finite]))][: np.linalg.matrix_rank(L1)]
-    chosen = chosen[np.lexsort((values[chosen].real.round(9), -np.sign(values[chosen].imag)))]
-    y, left, right, slopes = values[chosen], left[chosen], right[chosen], slopes[chosen]
+    finite = np.flatnonzero(np.isfinite(y))
+    chosen = finite[np.argsort(-np.abs(slopes[finite]))][:r]
+    chosen = chosen[np.lexsort((y[chosen].real.round(9), -np.sign(y[chosen].imag)))]
+    y, left, right, slopes = y[chosen], left[chosen], right[chosen], slopes[chosen]
     y = y - np.einsum("ji,jik,jk->j", left, L0 + y[:, None, None] * L1, right) / slopes
     root = np.sqrt(slopes)[:, None]
-    return y, left / root, right / root
+    return y, left / root, right / root, at_infinity
 
 
 def _rows_of_the_ends(

@@ -6,8 +6,9 @@ evolutions, see ``nonlinear``; (k) solves on lanes, see ``lanes``; (n) linear in
 to readings, see ``linear_inverse`` (milliseconds of a whole inversion); (p) a log-conductivity beside a source and
 several experiments beside one, see ``coefficients``; (q) optimal control by KKT systems, see ``optimal_control``; then
 PyMGRIT and XBraid's ex-02, see ``compare``; (l) training steps of residual networks, see ``layers``; and the table of
-optimisers, see ``optimisers`` (serial pyadjoint with TAO's LMVM). Two things that make up a ratio are timed in turn, so that a busy machine slows both. ``--quick`` shortens all
-but (c, e) and ParaDiag. A missed target is reported and is no error.
+optimisers, see ``optimisers`` (serial pyadjoint with TAO's LMVM). Two things that make up a ratio are timed in turn, so
+that a busy machine slows both. ``--quick`` shortens all but (c, e) and ParaDiag. A missed target is reported and is no
+error.
 """
 
 from __future__ import annotations

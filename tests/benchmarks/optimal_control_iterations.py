@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from pint_fem.adjoint.minimisation.kkt_preconditioner import KKTPreconditioner
 
+from pint_fem.adjoint.minimisation.kkt.preconditioner import KKTPreconditioner
 from pint_fem.all_at_once.stopping import DivergedError
 from tests.benchmarks.optimal_control_problems import problem
 

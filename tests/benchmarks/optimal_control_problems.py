@@ -94,8 +94,8 @@ def cavity(cells: int, degree: int, weight: float, comm=COMM_SELF) -> ControlFor
         controls=(Function(W, name="current"),),
         mass=lambda rate, v: (inner(electric(rate), electric(v)) + rate[2] * v[2]) * dx,
         rest=lambda u, v, controls: (
-            -u[2] * rot(electric(v)) + rot(electric(u)) * v[2] - inner(controls[0], electric(v))
-        ) * dx,
+            (-u[2] * rot(electric(v)) + rot(electric(u)) * v[2] - inner(controls[0], electric(v))) * dx
+        ),
         running=lambda u, t: 0.5 * inner(u, u) * dx,
         regularisation=lambda controls: 0.5 * beta * inner(controls[0], controls[0]) * dx,
         initial=as_vector((0 * x[0], 0 * x[0], cos(pi * x[0]) * cos(2 * pi * x[1]))),
