@@ -209,7 +209,7 @@ def test_circulant_preconditioners_of_the_reduced_space(weight):
 
 
 def test_waves_with_a_large_weight_are_handed_over_by_name():
-    J = tracking(alone(), "wave", tableau="midpoint", n=8, steps=64, weight=1.0)
+    J = tracking(alone(), "wave", tableau="midpoint", n=10, steps=64, weight=1.0)
     result = J.minimize("kkt")
     assert result.converged
     assert "in the place of kkt" in result.choice

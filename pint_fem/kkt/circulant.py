@@ -47,7 +47,7 @@ __all__ = ["CirculantKKT", "FrequencySystems", "KKTSolution"]
 
 
 _USABLE = 1e-6
-"""Residual of GMRES that is small enough where its tolerance is not reached: conjugate gradients correct the solution."""
+"""Residual of GMRES that is small enough where its tolerance is not reached: conjugate gradients correct the rest."""
 
 
 class FrequencySystems(Protocol):

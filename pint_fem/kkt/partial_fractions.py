@@ -168,7 +168,7 @@ def _one(dirk: DIRK, dt: float, fields: FieldCoefficients, c: np.ndarray, mu: co
     constant, linear = T[-1] - terms[-1], np.zeros_like(T[0])
     if at_infinity is not None:
         # the other parts, which may be large where poles are, are those for which the sum is right at the last point
-        constant[:p, p:] = (at_infinity[np.ix_(end, end)] * units)[:p, p:]
+        constant[:p, p : 2 * p] = at_infinity[np.ix_(end[:p], end[p:])] * units[:p, p : 2 * p]
     if np.any(fields.q1):  # the multiplier of a state that does not fall at infinity grows there
         grows = slice(p, 2 * p), slice(p)
         linear[grows] = ((T[-1] - terms[-1] - T[-2] + terms[-2]) / (points[-1] - points[-2]))[grows]

@@ -295,8 +295,6 @@ def _require(problem: ReducedProblem) -> None:
         raise InputError("a misfit has no second derivative that is a matrix times a weight")
     if regularisation is None or not regularisation.quadratic or regularisation.coupled:
         raise InputError("there is no regularisation, or it is not quadratic, or it couples controls")
-    if regularisation.of_rates:
-        raise InputError("the regularisation has a functional of the rate of change of a control")
     dirk = problem.sweeps.propagators[0].dirk
     if ev.nsteps % 2 and abs(1 + limit_at_infinity(dirk.A, dirk.b)) < 1e-9:
         raise InputError("for the implicit midpoint rule the number of steps has to be even")
