@@ -136,7 +136,7 @@ def operator_of(problem, z=None):
 
 def tracking(
     st, case="field", *, n=4, steps=8, tableau="SDIRK2", weight=1e-4, terminal=False, degree=1, solver="serial",
-    rate=0.0,
+    rate=0.0, bound=None,
 ):
     """A state that is to follow a target, at all steps.
 
@@ -171,6 +171,8 @@ def tracking(
     misfits = [pf.RunningMisfit(0.5 * (observed - target) ** 2 * dx)]
     if terminal:
         misfits.append(pf.TerminalMisfit(0.3 * (observed - target) ** 2 * dx))
+    if bound is not None:
+        misfits.append(pf.StateBounds(u, upper=bound, gamma=1e2))
     sizes = [0.5 * weight * c**2 * dx for c in controls]
     if rate:
         sizes.append(pf.RateOfChange(0.5 * rate * controls[0] ** 2 * dx))

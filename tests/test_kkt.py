@@ -274,6 +274,18 @@ def test_bounds_are_those_of_the_trust_region():
     assert largest == pytest.approx(0.3)
 
 
+def test_bounds_on_the_state_are_added_to_the_kkt_system():
+    results = []
+    for method in ("kkt", None):
+        J = tracking(alone(), "field", tableau="BE", weight=1e-2, bound=0.01)
+        results.append(J.minimize(method, gtol_rel=1e-9) if method else J.minimize_active_set(gtol_rel=1e-9))
+    free = tracking(alone(), "field", tableau="BE", weight=1e-2).minimize("kkt")
+    assert all(result.converged for result in results)
+    assert results[0].choice.startswith("kkt")
+    assert np.linalg.norm(results[0].x - results[1].x) < 1e-6 * np.linalg.norm(results[1].x)
+    assert np.linalg.norm(results[0].x - free.x) > 1e-2 * np.linalg.norm(free.x)
+
+
 def test_the_cavity_with_an_eliminated_field():
     J = cavity(alone(), steps=16)
     result = J.minimize("kkt", gtol_rel=1e-9)

@@ -47,7 +47,8 @@ def kkt_systems(functional: ControlFunctional, options: Mapping) -> KKTPrecondit
         if options.get(name) is not None:
             raise InputError(f"method 'kkt' does not go with {name}=: use 'trust-region'")
     inner = functional.inner
-    if _is_bounded(options) and inner.weights is None:
+    # active sets, which are the method also for bounds on the state, are those of a diagonal inner product
+    if (_is_bounded(options) or not functional.problem.is_quadratic) and inner.weights is None:
         inner = ControlInner(functional.layout, "lumped")
     make = lambda: KKTPreconditioner(functional, inner=inner)
     try:
@@ -75,6 +76,8 @@ def choose_kkt(
         return None, "no control has one value per step", {}
     if options.get("bounds") is not None and options.get("l1") is None:
         return None, "within bounds the trust region takes less time where many controls are at them", {}
+    if not functional.problem.is_quadratic:
+        return None, "as J is not a quadratic function of the controls", {}
     try:
         systems, action, steps = None, 0.0, np.inf
         if not _is_bounded(options):

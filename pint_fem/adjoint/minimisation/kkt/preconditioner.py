@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from numbers import Real
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,8 @@ __all__ = ["KKTPreconditioner", "minimize_by_kkt", "require_kkt_problem"]
 
 _CG_SHARE = 0.1
 """Residual of conjugate gradients relative to the tolerance of the gradient: one step of Newton's method suffices."""
+_ROUND_OFF = 1e-10
+"""A product of the inverse Hessian relative to the magnitudes of its terms that may be round-off."""
 
 
 def require_kkt_problem(functional: ControlFunctional) -> ReducedProblem:
@@ -37,8 +39,10 @@ def require_kkt_problem(functional: ControlFunctional) -> ReducedProblem:
     problem = functional.problem
     if not isinstance(problem, ReducedProblem):
         raise InputError("the functional is a sum, a multiple, or has an initial condition that is an expression")
-    if not all(misfit.quadratic for misfit in problem.misfits):
+    if not all(misfit.quadratic or misfit.piecewise for misfit in problem.misfits):
         raise InputError("a misfit is not quadratic")
+    if not any(misfit.quadratic for misfit in problem.misfits):
+        raise InputError("no misfit is quadratic")
     regularisation = problem.regularisation
     if regularisation is None:
         raise InputError("there is no regularisation")
@@ -48,7 +52,8 @@ def require_kkt_problem(functional: ControlFunctional) -> ReducedProblem:
 
 
 class KKTPreconditioner:
-    """The inverse of the Hessian, by solves of the KKT system, on representatives (collective).
+    """The inverse of the Hessian, by solves of the KKT system, on representatives (collective). Misfits that are
+    piecewise quadratic, such as bounds on the state, are left out.
 
     Where GMRES does not converge in the first solve, as for undamped waves with a large weight of the control, the
     inverse of the regularisation takes the place of that of the Hessian: such Hessians are near it, and conjugate
@@ -88,10 +93,12 @@ class KKTPreconditioner:
         controls = problem.layout.evolution.parameters
         forms = [problem.regularisation_hessian(control) for control in controls]
         rates = [problem.rate_hessian(control) for control in controls]
-        self.kkt, self.how = circulant_kkt(problem.sweeps, problem.misfits, forms, rates, **given)
+        misfits = [misfit for misfit in problem.misfits if misfit.quadratic]
+        self.kkt, self.how = circulant_kkt(problem.sweeps, misfits, forms, rates, **given)
         if ends and not self.kkt.model.is_invariant:
             raise InputError("the misfits are not the same at all time points")
-        self.handed_over = ""
+        self.handed_over, self._is_first = "", True
+        self._instead: Callable[[np.ndarray], np.ndarray] | None = None
         self._regularisation = lambda: functional._preconditioner(self._inner, "regularisation")
 
     def __call__(self, r: np.ndarray) -> np.ndarray:
@@ -100,23 +107,30 @@ class KKTPreconditioner:
         c = np.ascontiguousarray(self._layout.steps(dual))
         if not self.handed_over:
             try:
-                return self._accurate(dual, self._as_vector(self.kkt.solve(c=c, ends=self._ends).z))
+                z = self._as_vector(self.kkt.solve(c=c, ends=self._ends).z)
+                if self._is_accurate(dual, z):
+                    return z
             except DivergedError as error:
                 if self.kkt.solves:
                     raise
                 self.handed_over = str(error)
-                self._instead = self._regularisation()
+        if self._instead is None:
+            self._instead = self._regularisation()
         return self._instead(r)
 
-    def _accurate(self, dual: np.ndarray, z: np.ndarray) -> np.ndarray:
-        """The product ``z`` with a dual vector, whose value at it is positive but for errors of the solve."""
-        value = self._layout.pairing(dual, z)
-        if not 0 <= value < np.inf:
+    def _is_accurate(self, dual: np.ndarray, z: np.ndarray) -> bool:
+        """Whether the product ``z`` with a dual vector has a positive value at it beyond the errors of the solve; it
+        has none for a last residual that is about as small as these, for which the regularisation takes its place.
+        """
+        value, size = self._layout.pairing(dual, z), self._layout.pairing(np.abs(dual), np.abs(z))
+        accurate = value > _ROUND_OFF * size or size == 0
+        first, self._is_first = self._is_first, False
+        if not np.isfinite(value) or (first and not accurate):
             raise SolverFailure(
                 f"the KKT system: the inverse Hessian is not positive in the direction of a residual ({value:.1e}), as "
                 "the weight of a control is negative or too small for the accuracy of the solve"
             )
-        return z
+        return bool(accurate)
 
     def _as_vector(self, rows: np.ndarray) -> np.ndarray:
         """The vector of controls ``(layout.size,)`` from those of the own steps, ``(k, nz)``."""
@@ -154,8 +168,9 @@ def minimize_by_kkt(
     """
     options = dict(options)
     bounded = options.get("bounds") is not None or options.get("l1") is not None
+    bounded = bounded or not functional.problem.is_quadratic  # bounds on the state
     gtol = options.get("gtol_rel", 1e-6)
-    if options.get("cg_rtol") is None and "cg_forcing" not in options and isinstance(gtol, Real):
+    if not bounded and options.get("cg_rtol") is None and "cg_forcing" not in options and isinstance(gtol, Real):
         options["cg_rtol"] = _CG_SHARE * min(max(gtol, 1e-12), 1.0)
     method = functional.minimize_active_set if bounded else functional.minimize_trust_region
     name = "active sets" if bounded else "trust-region"
