@@ -421,7 +421,7 @@ def test_auto_sweeps_where_there_is_no_map(monkeypatch, tmp_path):
 def test_refusals_on_every_rank():
     st = pf.SpaceTime(f"1x{MPI.COMM_WORLD.size}")
     p = posed(st)
-    with pytest.raises(InputError, match=r"method = 'newton': give one of 'auto', 'map'"):
+    with pytest.raises(InputError, match=r"method = 'newton': give one of 'auto', 'kkt', 'map'"):
         p.J.minimize("newton")
     with pytest.raises(InputError, match="one-shot takes cycles"):
         p.J.on_map().minimize_one_shot()
