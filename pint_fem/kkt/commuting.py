@@ -139,10 +139,6 @@ class CommutingSystems:
     def _kind(self) -> str:
         return "f" if self.single else "d"
 
-    def groups(self, frequencies: range) -> Any:
-        """Groups of frequencies with their kernels, for :meth:`solve_lanes`."""
-        return groups(frequencies, self._kind)
-
     def _of_fields(self, rows: np.ndarray) -> np.ndarray:
         """The free unknowns of the fields of states ``(f, n)``: ``(f, fields, n_0)``."""
         return np.stack([rows[:, where] for where in self._fields], axis=1) * self._free
