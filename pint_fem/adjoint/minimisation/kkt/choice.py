@@ -87,7 +87,7 @@ def choose_kkt(
                 return None, f"as conjugate gradients take about {steps:.0f} steps", _preconditioned(functional)
         begin = time.perf_counter()
         systems = kkt_systems(functional, options)
-        if np.isinf(steps):
+        if _is_bounded(options):
             return systems, "as l1= is given", {}
         first = _circulant_solve(systems)
         made = time.perf_counter() - begin
@@ -112,7 +112,8 @@ def _conjugate_gradients(functional: ControlFunctional, z: np.ndarray, options: 
     product = problem.hessian_action(z, g)
     seconds = time.perf_counter() - begin
     weight = problem.layout.pairing(problem.regularisation.hessian(z, g), g)
-    quotient = problem.layout.pairing(product, g) / weight if weight > 0 else np.inf
+    value = problem.layout.pairing(product, g)  # zero where the start is the minimiser
+    quotient = value / weight if weight > 0 else np.inf if value > 0 else 1.0
     tolerance = max(float(options.get("gtol_rel", GTOL_REL)), 1e-12)
     return 0.5 * np.sqrt(max(quotient, 1.0)) * np.log(2 / min(tolerance, 0.5)), seconds
 
