@@ -170,7 +170,7 @@ def minimize_by_kkt(
     bounded = options.get("bounds") is not None or options.get("l1") is not None
     bounded = bounded or not functional.problem.is_quadratic  # bounds on the state
     gtol = options.get("gtol_rel", 1e-6)
-    if not bounded and options.get("cg_rtol") is None and "cg_forcing" not in options and isinstance(gtol, Real):
+    if options.get("cg_rtol") is None and "cg_forcing" not in options and isinstance(gtol, Real):
         options["cg_rtol"] = _CG_SHARE * min(max(gtol, 1e-12), 1.0)
     method = functional.minimize_active_set if bounded else functional.minimize_trust_region
     name = "active sets" if bounded else "trust-region"
