@@ -154,6 +154,13 @@ class ControlLayout:
                 target[...] = self.part(z, control)
         return rows
 
+    def from_steps(self, rows: np.ndarray) -> np.ndarray:
+        """Return the vector of controls that all have one value per step, from those of the own steps ``(k, nz)``."""
+        z, ev = np.empty(self.size), self.evolution
+        for control, values in zip(ev.parameters, ev.split_controls(rows), strict=True):
+            self.part(z, control)[...] = values
+        return z
+
     def initial(self, z: np.ndarray) -> np.ndarray | None:
         """Return the initial condition in a vector, ``(n,)``; ``None`` where it is no control."""
         control = self.evolution.initial_control

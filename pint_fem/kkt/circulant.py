@@ -157,35 +157,32 @@ class CirculantKKT:
         SolverFailure
             On every rank, if a system is singular; its subclass ``DivergedError`` if GMRES does not converge.
         """
-        model, k, forward = (
-            self.model,
-            self.model.slab.k,
-            lambda rows: self.transform.forward(rows, single=self._single),
-        )
-        inside = self.systems.takes_controls and c is not None
-        first = forward(np.zeros((k, self._n)) if a is None else a).copy()
-        second = np.zeros_like(first) if b is None else forward(b).copy()
-        third = self._control_transform.forward(c).copy() if inside else None
-        if not self.systems.takes_controls:
+        model, takes_controls = self.model, self.systems.takes_controls
+        zero = np.zeros((model.slab.k, self._n))
+        forward = lambda rows: self.transform.forward(zero if rows is None else rows, single=self._single).copy()
+        first, second = forward(a), forward(b)
+        if not takes_controls:
             # what remains of c after the adjoints' part may be a small difference, and so may the adjoints
-            third = np.zeros_like(first) if c is None else forward(model.load(model.weights.solve(c))).copy()
+            third = forward(None if c is None else model.load(model.weights.solve(c)))
+        else:
+            third = None if c is None else self._control_transform.forward(c).copy()
         solved = self._frequencies(first, second, third)
         iterations, residual = 0, 0.0
         if ends:
             y, iterations, residual = self._ends(solved)
-            zero = [] if self.systems.takes_controls else [np.zeros_like(first)]
-            correction = self._frequencies(*self._at_ends(y), *zero)
+            no_load = [] if takes_controls else [np.zeros_like(first)]
+            correction = self._frequencies(*self._at_ends(y), *no_load)
             solved = [None if x is None else x + dx for x, dx in zip(solved, correction, strict=True)]
             self.solves, self.iterations = self.solves + 1, self.iterations + iterations
         u, lam = (np.array(self.transform.backward(x), float) for x in (solved[0], solved[2]))
-        if self.systems.takes_controls:
+        if takes_controls:
             z = np.array(self._control_transform.backward(solved[1]), float)
         else:
             z = -model.load_transposed(np.array(self.transform.backward(solved[1]), float))
             z = model.weights.solve(z if c is None else z + c)
         # nothing depends on the adjoints of boundary values, which systems of a pencil leave out
         rows = model.propagator.bc_rows
-        if b is not None and not inside and not self.systems.takes_controls:
+        if b is not None and not takes_controls:
             lam[:, rows] = b[:, rows]
         return KKTSolution(u, z, lam, iterations, residual)
 

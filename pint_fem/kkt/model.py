@@ -12,10 +12,12 @@ from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
+from firedrake import assemble
 from firedrake.petsc import PETSc
 from mpi4py import MPI
 
 from pint_fem.errors import InputError
+from pint_fem.evolution.tableaux import DIRK
 from pint_fem.kernels.arrays import own_size
 from pint_fem.kernels.block_operator import BlockOperator
 from pint_fem.kkt.control_weights import ControlWeights
@@ -24,7 +26,7 @@ from pint_fem.paradiag.stage_shifts import limit_at_infinity
 from pint_fem.propagators.linear import LinearPropagator
 from pint_fem.sweeps.sweeps import Sweeps
 
-__all__ = ["ControlModel", "require_model"]
+__all__ = ["ControlModel", "require_model", "require_regular_frequencies"]
 
 
 def require_model(sweeps: Sweeps) -> LinearPropagator:
@@ -48,9 +50,14 @@ def require_model(sweeps: Sweeps) -> LinearPropagator:
         raise InputError("the control's part of the load depends on time")
     if evolution.boundary_controls is not None and evolution.boundary_controls.depends_on_time:
         raise InputError("boundary values with controls depend on time")
-    if evolution.nsteps % 2 and abs(1 + limit_at_infinity(propagator.dirk.A, propagator.dirk.b)) < 1e-9:
-        raise InputError("for the implicit midpoint rule the number of steps has to be even")
+    require_regular_frequencies(propagator.dirk, evolution.nsteps)
     return propagator
+
+
+def require_regular_frequencies(dirk: DIRK, nsteps: int) -> None:
+    """Refuse schemes that change the sign of boundary values in each step, with the frequency of that sign."""
+    if nsteps % 2 and abs(1 + limit_at_infinity(dirk.A, dirk.b)) < 1e-9:
+        raise InputError("for the implicit midpoint rule the number of steps has to be even")
 
 
 class ControlModel:
@@ -82,13 +89,9 @@ class ControlModel:
 
     def __init__(self, sweeps: Sweeps, misfits: Sequence[Misfit], weights: ControlWeights):
         self.sweeps, self.spacetime, self.slab = sweeps, sweeps.spacetime, sweeps.slab
-        self.propagator, self.weights = require_model(sweeps), weights
+        self.propagator, self.weights = self._required_propagator(sweeps), weights
         self.nsteps, self.size = sweeps.evolution.nsteps, sweeps.evolution.state_size
         self.control_size = sweeps.evolution.control_size
-        self._read_misfits(misfits)
-
-    def _read_misfits(self, misfits: Sequence[Misfit]) -> None:
-        """Read the matrices and the weights of the misfits (collective over time)."""
         self._terms: list[tuple[BlockOperator, float, float]] = []  # matrix, weight at most points, and at the last
         self.is_invariant = True
         for misfit in misfits:
@@ -102,6 +105,10 @@ class ControlModel:
             if len(inner) and np.abs(inner - usual).max() > 1e-12 * np.abs(weight).max(initial=0):
                 self.is_invariant, usual = False, float(np.mean(weight[1:]))
             self._terms.append((BlockOperator(matrix), usual, float(weight[-1])))
+
+    def _required_propagator(self, sweeps: Sweeps) -> LinearPropagator:
+        """The steps, which are those of a linear evolution with constant operators."""
+        return require_model(sweeps)
 
     def _all_points(self, own: np.ndarray) -> np.ndarray:
         """The weights of all points from those of the local points, ``(N + 1,)`` (collective over time)."""
@@ -139,6 +146,20 @@ class ControlModel:
         return out
 
     @cached_property
+    def free(self) -> np.ndarray:
+        """Which own unknowns of a state have no condition, bool ``(n,)``."""
+        free = np.ones(self.size, bool)
+        free[self.propagator.bc_rows] = False
+        return free
+
+    @cached_property
+    def matrices(self) -> tuple[PETSc.Mat, PETSc.Mat | None]:
+        """The assembled ``M`` and ``K`` without conditions; ``None`` where the evolution has no ``K``."""
+        M, K = self.propagator.evolution.linear_operators()
+        assembled = lambda form: assemble(form, mat_type="aij").petscmat
+        return assembled(M), None if K.empty() else assembled(K)
+
+    @cached_property
     def fields(self) -> list[slice]:
         """Places of the fields of a mixed state among the own numbers of a state."""
         V = self.sweeps.evolution.V
@@ -148,19 +169,6 @@ class ControlModel:
     @cached_property
     def _data(self):
         return self.sweeps.data(np.zeros((self.slab.k, self.control_size)))
-
-    def control_effect(self, z: np.ndarray) -> np.ndarray:
-        """``Psi z`` of the own steps, ``(k, n)`` from ``(k, nz)`` (collective over space)."""
-        return np.array(self.propagator.control_forcing(self._data, z))
-
-    def control_effect_transposed(self, rows: np.ndarray) -> np.ndarray:
-        """``Psi^T lam`` of rows ``(k, n)``, ``(k, nz)`` (collective over space)."""
-        propagator = self.propagator
-        adjoints = propagator.stage_adjoints(np.ascontiguousarray(rows))
-        out = np.zeros((len(rows), self.control_size))
-        for term in propagator.loads.terms(self._data.t[:1]):
-            out += propagator.loads.pull_back_rows(term, adjoints)
-        return out
 
     def step(self, rows: np.ndarray, *, transposed: bool = False) -> np.ndarray:
         """``Phi u`` or ``Phi^T u`` of rows ``(k, n)`` (collective over space)."""

@@ -180,7 +180,7 @@ class _Definite(_Guarded):
         vectors, model = self._vectors, self._kkt.model
         r, c, s = vectors.split(x)
         u = self._inverse(r)
-        z = _flat(self._kkt, vectors.layout, model.weights.solve(_rows(vectors.layout, c)))
+        z = vectors.layout.from_steps(model.weights.solve(_rows(vectors.layout, c)))
         return vectors.join(u, z, self._kkt.solve(a=s, ends=False).lam)
 
 
@@ -211,15 +211,6 @@ def _inverse(Q: PETSc.Mat) -> Callable[[np.ndarray], np.ndarray]:
 def _rows(layout: ControlLayout, z: np.ndarray) -> np.ndarray:
     """The controls of the own steps, ``(k, nz)``, in a flat vector."""
     return np.ascontiguousarray(layout.steps(z))
-
-
-def _flat(kkt: CirculantKKT, layout: ControlLayout, rows: np.ndarray) -> np.ndarray:
-    """The flat vector of the controls of the own steps ``(k, nz)``."""
-    out = np.empty(layout.size)
-    parts = kkt.model.sweeps.evolution.split_controls(rows)
-    for control, part in zip(layout.evolution.parameters, parts, strict=True):
-        layout.part(out, control)[...] = part
-    return out
 
 
 def kkt_matrix(operator: KKTOperator) -> PETSc.Mat:
@@ -383,7 +374,7 @@ def _prepare(ksp: PETSc.KSP, options: OptionsManager, kkt: CirculantKKT | None, 
 
         def solve(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
             found = kkt.solve(a, b, _rows(layout, c), ends=False)
-            return found.u, _flat(kkt, layout, found.z), found.lam
+            return found.u, layout.from_steps(found.z), found.lam
 
         context = _Indefinite(solve, vectors)
     pc.setPythonContext(context)

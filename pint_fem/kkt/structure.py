@@ -8,10 +8,7 @@ All of it concerns the free unknowns only.
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import numpy as np
-from firedrake import assemble
 from firedrake.petsc import PETSc
 from mpi4py import MPI
 
@@ -65,12 +62,10 @@ def find_pencil(model: ControlModel) -> Pencil | str:
         return "a field is eliminated, or there is a nullspace"
     if evolution.boundary_controls is not None:
         return "a control is in boundary values"
-    M, K = (assemble(form, mat_type="aij").petscmat for form in evolution.linear_operators() if not form.empty()) \
-        if not evolution.linear_operators()[1].empty() else (None, None)  # fmt: skip
-    if M is None:
+    M, K = model.matrices
+    if K is None:
         return "the evolution has no operator K"
-    free = np.ones(model.size, bool)
-    free[propagator.bc_rows] = False
+    free = model.free
     if is_symmetric(M) and is_symmetric(K):
         found = _coefficients(model, [slice(0, model.size)], free, M, K, np.ones((1, 1)), np.zeros((1, 1)))
         if not isinstance(found, str):
@@ -86,10 +81,8 @@ def _of_fields(model: ControlModel, M: PETSc.Mat, K: PETSc.Mat, free: np.ndarray
     V, comm = model.sweeps.evolution.V, M.comm.tompi4py()
     if len(V) < 2:
         return None
-    sizes = [int(sub.dof_dset.layout_vec.local_size) for sub in V.subspaces]
-    ends = np.cumsum([0, *sizes])
-    fields = [slice(int(a), int(b)) for a, b in pairwise(ends)]
-    same = len(set(sizes)) == 1 and all((free[f] == free[fields[0]]).all() for f in fields)
+    fields = model.fields
+    same = len({f.stop - f.start for f in fields}) == 1 and all((free[f] == free[fields[0]]).all() for f in fields)
     same = same and len({(sub.ufl_element(), sub.value_shape) for sub in V.subspaces}) == 1
     if not comm.allreduce(same, op=MPI.LAND):
         return None

@@ -14,6 +14,7 @@ Averages and factors are used for later states and controls as long as conjugate
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import ufl
@@ -28,17 +29,16 @@ from ufl.algorithms import expand_derivatives
 from pint_fem.adjoint.problem import ReducedProblem
 from pint_fem.collective import collectively
 from pint_fem.errors import InputError
-from pint_fem.kernels.arrays import boundary_rows, get, is_real
+from pint_fem.kernels.arrays import get, is_real
 from pint_fem.kkt.circulant import CirculantKKT
 from pint_fem.kkt.control_weights import ControlWeights
 from pint_fem.kkt.coupled.matrices import own_rows, stage_operators
 from pint_fem.kkt.coupled.systems import CoupledSystems
-from pint_fem.kkt.model import ControlModel
+from pint_fem.kkt.model import ControlModel, require_regular_frequencies
 from pint_fem.kkt.scheme import StageCoefficients
 from pint_fem.kkt.transform import SkewCirculant
 from pint_fem.misfits.base import Misfit
 from pint_fem.paradiag.options import ParaDiagOptions
-from pint_fem.paradiag.stage_shifts import limit_at_infinity
 from pint_fem.sweeps.frequencies.systems import AveragedSystems
 from pint_fem.sweeps.sweeps import Sweeps
 
@@ -149,18 +149,16 @@ class AveragedModel(ControlModel):
     def __init__(
         self, sweeps: Sweeps, misfits: Sequence[Misfit], weights: ControlWeights, operators: AveragedOperators
     ):
-        self.sweeps, self.spacetime, self.slab = sweeps, sweeps.spacetime, sweeps.slab
-        self.propagator, self.weights = sweeps.propagators[0], weights
-        self.nsteps, self.size = sweeps.evolution.nsteps, sweeps.evolution.state_size
-        self.control_size = sweeps.evolution.control_size
-        self._read_misfits(misfits)
+        super().__init__(sweeps, misfits, weights)
         self.move_to(operators)
+
+    def _required_propagator(self, sweeps: Sweeps) -> Any:
+        """The steps, of which only the scheme and the rows of conditions are used."""
+        return sweeps.propagators[0]
 
     def move_to(self, operators: AveragedOperators) -> None:
         """Set other averages."""
         dirk, dt = self.propagator.dirk, self.sweeps.evolution.dt
-        self.free = np.ones(self.size, bool)
-        self.free[boundary_rows(self.sweeps.evolution.bcs, self.sweeps.evolution.V)] = False
         self._h = dirk.diagonal * dt
         S, M, _ = stage_operators(operators.M, operators.K, operators.F, self.free, self._h)
         self._scheme, self._mass = StageCoefficients.of(dirk), M.ways[0]
@@ -266,11 +264,7 @@ class AveragedKKT:
         layout = self._problem.layout
         solution = self._kkt.solve(c=np.ascontiguousarray(layout.steps(c)))
         self._solves += 1
-        out = np.empty(layout.size)
-        parts = self._problem.sweeps.evolution.split_controls(solution.z)
-        for control, part in zip(layout.evolution.parameters, parts, strict=True):
-            layout.part(out, control)[...] = part
-        return out, solution.iterations, solution.residual
+        return layout.from_steps(solution.z), solution.iterations, solution.residual
 
 
 def _block(weight: PETSc.Mat | float) -> csr_matrix:
@@ -295,6 +289,4 @@ def _require(problem: ReducedProblem) -> None:
         raise InputError("a misfit has no second derivative that is a matrix times a weight")
     if regularisation is None or not regularisation.quadratic or regularisation.coupled:
         raise InputError("there is no regularisation, or it is not quadratic, or it couples controls")
-    dirk = problem.sweeps.propagators[0].dirk
-    if ev.nsteps % 2 and abs(1 + limit_at_infinity(dirk.A, dirk.b)) < 1e-9:
-        raise InputError("for the implicit midpoint rule the number of steps has to be even")
+    require_regular_frequencies(problem.sweeps.propagators[0].dirk, ev.nsteps)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-from firedrake import assemble
 from firedrake.petsc import PETSc
 from scipy.sparse import csr_matrix
 
@@ -37,22 +36,19 @@ def coupled_systems(model: ControlModel, *, memory: float = np.inf) -> CoupledSy
         raise InputError("a control is in boundary values")
     if evolution.nullspace is not None:
         raise InputError("the evolution has a nullspace")
-    forms = evolution.linear_operators()
-    M = assemble(forms[0], mat_type="aij").petscmat
+    M, stiffness = model.matrices
     comm, alone = M.comm, M.comm.size == 1
     mass = own_rows(M)
-    K = csr_matrix(mass.shape) if forms[1].empty() else own_rows(assemble(forms[1], mat_type="aij").petscmat)
+    K = csr_matrix(mass.shape) if stiffness is None else own_rows(stiffness)
     Q = sum((weight * own_rows(matrix) for matrix, weight in model.misfit_matrices), csr_matrix(mass.shape))
     F, R, R_time = _control_matrices(model, comm)
-    free = np.ones(model.size, bool)
-    free[propagator.bc_rows] = False
     given = [mass, K, F, Q, R, R_time]
     if not alone:
         columns = [model.size, model.size, model.control_size, model.size, *[model.control_size] * 2]
         given = [distributed(X, count, comm) for X, count in zip(given, columns, strict=True)]
     rates = given.pop()
     return CoupledSystems(
-        propagator.dirk, model.nsteps, *given, dt=propagator.dt, free=free, memory=memory,
+        propagator.dirk, model.nsteps, *given, dt=propagator.dt, free=model.free, memory=memory,
         R_time=rates if model.weights.has_rates else None,
     )  # fmt: skip
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pint_fem.adjoint.minimisation.kkt.preconditioner import KKTPreconditioner, require_kkt_problem
+from pint_fem.adjoint.minimisation.kkt.preconditioner import KKTPreconditioner, by_active_sets, require_kkt_problem
 from pint_fem.adjoint.problem import ReducedProblem
 from pint_fem.adjoint.riesz import ControlInner
 from pint_fem.collective import all_ranks, collectively
@@ -47,18 +47,13 @@ def kkt_systems(functional: ControlFunctional, options: Mapping) -> KKTPrecondit
         if options.get(name) is not None:
             raise InputError(f"method 'kkt' does not go with {name}=: use 'trust-region'")
     inner = functional.inner
-    # active sets, which are the method also for bounds on the state, are those of a diagonal inner product
-    if (_is_bounded(options) or not functional.problem.is_quadratic) and inner.weights is None:
+    if by_active_sets(functional, options) and inner.weights is None:  # they take a diagonal inner product
         inner = ControlInner(functional.layout, "lumped")
     make = lambda: KKTPreconditioner(functional, inner=inner)
     try:
         return collectively(functional.spacetime.comm, "", make)
     except InputError as error:
         raise InputError(f"method 'kkt': {str(error).removeprefix(': ')}; use 'trust-region' or 'auto'") from error
-
-
-def _is_bounded(options: Mapping) -> bool:
-    return options.get("bounds") is not None or options.get("l1") is not None
 
 
 def choose_kkt(
@@ -79,19 +74,17 @@ def choose_kkt(
     if not functional.problem.is_quadratic:
         return None, "as J is not a quadratic function of the controls", {}
     try:
-        systems, action, steps = None, 0.0, np.inf
-        if not _is_bounded(options):
-            collectively(functional.spacetime.comm, "", require_kkt_problem, functional)
-            steps, action = _conjugate_gradients(functional, start, options)
-            if steps <= FEW:
-                return None, f"as conjugate gradients take about {steps:.0f} steps", _preconditioned(functional)
+        if options.get("l1") is not None:
+            return kkt_systems(functional, options), "as l1= is given", {}
+        collectively(functional.spacetime.comm, "", require_kkt_problem, functional)
+        steps, action = _conjugate_gradients(functional, start, options)
+        if steps <= FEW:
+            return None, f"as conjugate gradients take about {steps:.0f} steps", _preconditioned(functional)
         begin = time.perf_counter()
         systems = kkt_systems(functional, options)
-        if _is_bounded(options):
-            return systems, "as l1= is given", {}
-        first = _circulant_solve(systems)
+        _circulant_solve(systems)  # factorises
         made = time.perf_counter() - begin
-        seconds = np.array([steps * action, made + ITERATIONS * (_circulant_solve(systems) if first else 0.0)])
+        seconds = np.array([steps * action, made + ITERATIONS * _circulant_solve(systems)])
     except (InputError, SolverFailure) as error:
         reason = str(error).removeprefix("method 'kkt': ").removesuffix("; use 'trust-region' or 'auto'")
         return None, f"as there is no KKT system: {reason}", {}

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pint_fem.adjoint.functional import ControlFunctional
     from pint_fem.adjoint.minimisation.bounds_and_constraints import Controls
 
-__all__ = ["KKTPreconditioner", "minimize_by_kkt", "require_kkt_problem"]
+__all__ = ["KKTPreconditioner", "by_active_sets", "minimize_by_kkt", "require_kkt_problem"]
 
 _CG_SHARE = 0.1
 """Residual of conjugate gradients relative to the tolerance of the gradient: one step of Newton's method suffices."""
@@ -107,7 +107,7 @@ class KKTPreconditioner:
         c = np.ascontiguousarray(self._layout.steps(dual))
         if not self.handed_over:
             try:
-                z = self._as_vector(self.kkt.solve(c=c, ends=self._ends).z)
+                z = self._layout.from_steps(self.kkt.solve(c=c, ends=self._ends).z)
                 if self._is_accurate(dual, z):
                     return z
             except DivergedError as error:
@@ -132,17 +132,15 @@ class KKTPreconditioner:
             )
         return bool(accurate)
 
-    def _as_vector(self, rows: np.ndarray) -> np.ndarray:
-        """The vector of controls ``(layout.size,)`` from those of the own steps, ``(k, nz)``."""
-        layout, out = self._layout, np.empty(self._layout.size)
-        parts = self.kkt.model.sweeps.evolution.split_controls(rows)
-        for control, part in zip(layout.evolution.parameters, parts, strict=True):
-            layout.part(out, control)[...] = part
-        return out
-
     def release(self) -> None:
         """Free the factors (collective)."""
         self.kkt.systems.release()
+
+
+def by_active_sets(functional: ControlFunctional, options: Mapping) -> bool:
+    """Whether KKT systems precondition active sets, as within bounds on controls or on the state and with L1 norms."""
+    given = options.get("bounds") is not None or options.get("l1") is not None
+    return given or not functional.problem.is_quadratic
 
 
 def minimize_by_kkt(
@@ -167,8 +165,7 @@ def minimize_by_kkt(
         ``choice`` says how the KKT systems were solved, and where another method took over.
     """
     options = dict(options)
-    bounded = options.get("bounds") is not None or options.get("l1") is not None
-    bounded = bounded or not functional.problem.is_quadratic  # bounds on the state
+    bounded = by_active_sets(functional, options)
     gtol = options.get("gtol_rel", 1e-6)
     if options.get("cg_rtol") is None and "cg_forcing" not in options and isinstance(gtol, Real):
         options["cg_rtol"] = _CG_SHARE * min(max(gtol, 1e-12), 1.0)
