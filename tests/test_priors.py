@@ -241,7 +241,7 @@ def test_a_covariance_operator_of_firedrake_is_used_as_it_is(order):
     np.testing.assert_allclose(field.variance(), C.diagonal(), rtol=1e-8)
     samples = field.samples([(4, 0)], 200)[:, 0]
     check_law(samples, np.linalg.inv((C + C.T) / 2))
-    np.testing.assert_array_equal(field.samples([(4, 1), (4, 0)], 3)[:, 1], samples[:3])
+    np.testing.assert_allclose(field.samples([(4, 1), (4, 0)], 3)[:, 1], samples[:3], rtol=0, atol=1e-13)
     assert not np.array_equal(field.samples([(4, 1)], 3)[:, 0], samples[:3])
     assert len(get_working_tape()._blocks) == blocks  # nothing was recorded
 
@@ -471,7 +471,8 @@ def test_the_own_part_of_exact_variances_and_operators_on_two_ranks_in_space():
         assert 0.5 < np.sqrt((error**2).mean()) / np.sqrt(2 / count) < 1.6
         rows = np.random.default_rng(st.space_comm.rank).standard_normal((2, field.size))
         np.testing.assert_allclose(field.precision(field.covariance(rows)), rows, atol=1e-5)
-        np.testing.assert_array_equal(field.samples([(1, 0)], 2)[:, 0], samples[:2])
+        # The same draws whatever their number; a product with two columns may be rounded otherwise than one with many.
+        np.testing.assert_allclose(field.samples([(1, 0)], 2)[:, 0], samples[:2], rtol=0, atol=1e-13)
 
 
 @pytest.mark.parallel(4)

@@ -110,7 +110,7 @@ def iterations(setting: Setting, weight: float, *, seconds: float = 30.0) -> Cou
     c, replaced, systems = -np.ascontiguousarray(J.layout.steps(first)), None, kkt.kkt
     try:
         solution = systems.solve(c=c)
-        found, ends = kkt._as_vector(solution.z), solution.iterations
+        found, ends = J.layout.from_steps(solution.z), solution.iterations
     except DivergedError as error:
         kkt.handed_over, ends = str(error), systems.max_it
         result = _newton(J, kkt)
