@@ -45,18 +45,26 @@ def read_only(array: np.ndarray) -> np.ndarray:
     return view
 
 
+def _read_only_if_array(value: Any) -> Any:
+    return read_only(value) if isinstance(value, np.ndarray) else value
+
+
 class _Protected:
     """Arrays that a function must not write to, as it gets them: read-only views of numpy arrays, and tensors whose
     versions are compared behind the call.
     """
 
     def __init__(self, *arrays: Any):
-        self.arrays = [a.data if is_tensor(a) else read_only(a) if isinstance(a, np.ndarray) else a for a in arrays]
-        self._versions = [(a, a._version) for a in self.arrays if is_tensor(a) and not a.is_inference()]
+        self.arrays = [read_only(a) if isinstance(a, np.ndarray) else a.data if is_tensor(a) else a for a in arrays]
+        self._versions = [
+            (a, a._version)
+            for a in self.arrays
+            if not isinstance(a, np.ndarray) and is_tensor(a) and not a.is_inference()
+        ]
 
     def require_unchanged(self, name: str) -> None:
         """Refuse that the method of a name has written to a tensor among them."""
-        if any(a._version != version for a, version in self._versions):
+        if self._versions and any(a._version != version for a, version in self._versions):
             form = _FORMS.get(name, "return a new tensor")
             raise InputError(f"{name} writes to its input, which has to stay as it is: {form}")
 
@@ -81,16 +89,16 @@ def require_block(name: str, result: object, shape: tuple[int, ...], like: Array
     name, result, shape
         Name of the function, what it returned, and the shape that this must have.
     like
-        The block that it was called with: where that is a tensor, the result has to be one on its device.
+        A tensor on whose device the result has to be one; ``None``: it may be any array on the host.
 
     Raises
     ------
     InputError
-        If it is ``None``, has another shape, or is no tensor on the device of ``like``.
+        If it is ``None``, has another shape, or is no tensor on that device.
     """
     if result is None:
         raise InputError(f"{name} returned None: return an array of shape {shape}, and leave the input as it is")
-    if is_tensor(like):
+    if like is not None:
         if not is_tensor(result) or result.device != like.device:  # type: ignore[attr-defined]
             given = f"{type(result).__name__} on {getattr(result, 'device', 'the host')}"
             raise InputError(f"{name} returned a {given} for a tensor on {like.device}: return a tensor there")
@@ -112,23 +120,24 @@ def returned_block(name: str, function: Callable, shape: tuple[int, ...], *args:
     InputError
         If it writes to its input, returns ``None`` or another shape.
     """
-    result = call_protected(name, function, *args)
-    tensors = [a for a in args if is_tensor(a)]
-    return require_block(name, result, shape, tensors[0] if tensors and (on_device or is_tensor(result)) else None)
+    like = next(filter(is_tensor, args), None)
+    result = call_protected(name, function, *args, tensors=like is not None)
+    return require_block(name, result, shape, like if like is not None and (on_device or is_tensor(result)) else None)
 
 
-def call_protected(name: str, function: Callable, *args: Any) -> Any:
+def call_protected(name: str, function: Callable, *args: Any, tensors: bool = True) -> Any:
     """What a function returns, called with arguments that it must not write to where they are arrays.
+
+    ``tensors``: whether some of them are tensors.
 
     Raises
     ------
     InputError
         If it writes to them.
     """
-    protected = _Protected(*args) if any(map(is_tensor, args)) else None
-    given = [read_only(a) if isinstance(a, np.ndarray) else a for a in args] if protected is None else protected.arrays
+    protected = _Protected(*args) if tensors else None
     try:
-        result = function(*given)
+        result = function(*(map(_read_only_if_array, args) if protected is None else protected.arrays))
     except ValueError as error:
         if "read-only" in str(error):
             raise InputError(f"{name} writes to its input, which is read-only: return a new array") from error

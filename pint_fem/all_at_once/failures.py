@@ -90,17 +90,21 @@ class Failures:
 
     def unread_squares(self, block: Array, norms: PointNorms | None = None) -> Array:
         """The same, but for tensors on their device, for :meth:`read`."""
-        shape, norms = tuple(block.shape[: 1 + self.batch]), norms or self.point_norms
+        shape, norms, tensor = tuple(block.shape[: 1 + self.batch]), norms or self.point_norms, is_tensor(block)
         if not len(block):
             return np.zeros(shape)
         # values that wait are read here only where norms carry a failure to other ranks
-        if (not is_tensor(block) or self._carries(norms)) and self.levels[0].failure:
+        if (not tensor or self._carries(norms)) and self.levels[0].failure:
             block = kind_of(block).full(np.nan, *block.shape)
         if self.batch:
             block = block.reshape(shape[0] * shape[1], *block.shape[2:])
         try:
             squares = returned_block("point_norms", norms, (len(block),), block, on_device=False)
-            return squares.reshape(shape) if is_tensor(squares) else np.asarray(squares, dtype=float).reshape(shape)
+            return (
+                squares.reshape(shape)
+                if tensor and is_tensor(squares)
+                else np.asarray(squares, dtype=float).reshape(shape)
+            )
         except FAILURES as error:
             self.note("point_norms", error)
             return np.full(shape, np.nan)
@@ -113,7 +117,7 @@ class Failures:
         """Squared norms on the host, those of tensors in one copy with all that waits to be read; NaN once a step has
         failed.
         """
-        if not any(map(is_tensor, squares)):
+        if all([isinstance(values, np.ndarray) for values in squares]):
             return list(squares)
         first = self.levels[0].first_failure
         values = first.read(*squares)

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pint_fem.all_at_once.arrays import Array, ArrayKind, NumpyArrays, finite_rows, kind_of, subtract
+from pint_fem.all_at_once.arrays import Array, ArrayKind, NumpyArrays, finite_rows, is_tensor, kind_of, subtract
 from pint_fem.all_at_once.callbacks import call_protected, require_block, returned_block
 from pint_fem.all_at_once.levels import Level
 from pint_fem.errors import FAILURES
@@ -87,7 +87,7 @@ class Cycle:
                 fine_shape, zero = shape, kind.zeros(1, *shape)
                 block = call_protected("restrict", self.transfers[index].restrict, zero)
                 shape = tuple(np.shape(block))[1:]
-                require_block("restrict", block, (1, *shape), zero)
+                require_block("restrict", block, (1, *shape), zero if is_tensor(zero) else None)
                 self.transfers[index] = _Guarded(self.transfers[index], level, fine_shape, shape)
             coarse.U = kind.zeros(coarse.k + 1, *shape)
             coarse.G = kind.zeros(coarse.k, *shape)
