@@ -37,6 +37,7 @@ __all__ = [
     "reversed_rows",
     "strided_rows",
     "subtract",
+    "tensor_of",
     "to_host",
     "torch_module",
     "type_code",
@@ -172,6 +173,19 @@ def quiet(array: Array) -> AbstractContextManager:
 def _without_derivatives() -> Iterator[None]:
     with np.errstate(over="ignore", invalid="ignore"), torch_module().no_grad():
         yield
+
+
+class _Memory:
+    """The memory of a numpy array, for arrays that may be written to."""
+
+    def __init__(self, array: np.ndarray):
+        self._array = array
+        self.__array_interface__ = array.__array_interface__ | {"data": (array.ctypes.data, False)}
+
+
+def tensor_of(array: np.ndarray) -> Array:
+    """A CPU tensor with the memory of a numpy array, of a read-only one too, as no tensor is read-only."""
+    return torch_module().from_numpy(array if array.flags.writeable else np.asarray(_Memory(array)))
 
 
 # -- values on the host ------------------------------------------------------------------------------------------------
