@@ -246,8 +246,8 @@ class LayerParallelResNet(LayerParallelModule):
         """Depth and own layers, for torch's ``repr`` of modules."""
         return f"{type(self.layer).__name__} layers {self.lo} to {self.hi - 1} of {self.nlayers}, T={self.final_time}"
 
-    def _open(self, x: torch.Tensor) -> torch.Tensor:
-        return self.opening(x.to(self.dtype) if x.is_floating_point() else x)
+    def _open(self, now: Pass, x: torch.Tensor) -> torch.Tensor:
+        return self._call(now, self.opening, x.to(self.dtype) if x.is_floating_point() else x)
 
     def _to_state(self, number: int, x: torch.Tensor) -> tuple[torch.Tensor, int]:
         if not torch.is_tensor(x):

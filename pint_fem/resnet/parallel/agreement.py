@@ -134,8 +134,8 @@ class Agreement:
             for name in {**first.same, **report.same}:
                 if report.same.get(name) != first.same.get(name):
                     raise InputError(
-                        f"{name}: {first.same.get(name)} on layer rank 0, {report.same.get(name)} on layer rank {rank}; "
-                        "give all ranks that share the layers the same"
+                        f"{name}: {first.same.get(name)} on layer rank 0, {report.same.get(name)} on layer rank "
+                        f"{rank}; give all ranks that share the layers the same"
                     )
         return [r.facts for r in reports]
 

@@ -11,7 +11,6 @@ import copy
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ from pint_fem.resnet.grid import Grid
 from pint_fem.resnet.parallel.agreement import Agreement, CollectiveBackward, batch_digest
 from pint_fem.resnet.parallel.random_numbers import devices_of, mixed_seed, own_random_numbers, seed_generators
 from pint_fem.resnet.parallel.stage import Propagation, Stage, stack_means
-from pint_fem.resnet.parallel.transport import InputDerivative, OutputOfLast, ToFirst
+from pint_fem.resnet.parallel.transport import InputDerivative, MeanOfGroups, OutputOfLast, ToFirst
 
 __all__ = ["Elsewhere", "LayerParallelModule", "Pass"]
 
@@ -162,7 +161,6 @@ class LayerParallelModule(nn.Module):
         self.seed, self.nonfinite, self.passes = seed, nonfinite, 0
         self._agree = Agreement(self.grid.layer_comm, self.grid.comm)
         self.collective = CollectiveBackward(self._agree)
-        self._hooked: set[int] = set()
 
     def _set_ends(self, opening: nn.Module, closing: nn.Module, transitions: Sequence[nn.Module] = ()) -> None:
         """Keep the modules that this rank has."""
@@ -185,9 +183,9 @@ class LayerParallelModule(nn.Module):
         """What follows a stage is given, from the array of its last state."""
         raise NotImplementedError
 
-    def _open(self, x: Any) -> Any:
+    def _open(self, now: Pass, x: Any) -> Any:
         """Output of the opening layer."""
-        return self.opening(x)
+        return self._call(now, self.opening, x)
 
     # -- a pass --------------------------------------------------------------------------------------------------------
     @torch.compiler.disable
@@ -244,7 +242,7 @@ class LayerParallelModule(nn.Module):
             now.extra = extra
             if grid.is_first:
                 now.seed(0)
-                state, layout = self._to_state(0, self._open(x))
+                state, layout = self._to_state(0, self._open(now, x))
         except FAILURES as error:
             failure = error
         facts = self._agree(
@@ -261,8 +259,6 @@ class LayerParallelModule(nn.Module):
         now.trains = any(f["requires_grad"] for f in facts)  # frozen parameters of one rank do not keep the others back
         if any(f["counts"] for f in facts):
             self.passes += 1
-        if shares:
-            self._average_ends()
         anchor = torch.zeros(0, requires_grad=now.trains)
         device = next((p.device for p in self.parameters()), torch.device("cpu"))
         if state is None:
@@ -300,7 +296,7 @@ class LayerParallelModule(nn.Module):
         if grid.is_last:
             try:
                 now.seed(-number)
-                out = self.transitions[number - 1](self._from_state(number - 1, end, layout))
+                out = self._call(now, self.transitions[number - 1], self._from_state(number - 1, end, layout))
                 state, after = self._to_state(number, out)
             except FAILURES as error:
                 failure = error
@@ -315,8 +311,9 @@ class LayerParallelModule(nn.Module):
         if grid.is_last:
             try:
                 now.seed(1 << 62)
-                out = self.closing(self._from_state(len(self.stages) - 1, end, layout))
-                leaves, structure = tree_flatten(out)
+                out = self._call(now, self.closing, self._from_state(len(self.stages) - 1, end, layout))
+                leaves, spec = tree_flatten(out)
+                structure = tree_unflatten(list(range(len(leaves))), spec)  # a plain object, to be sent
             except FAILURES as error:
                 failure = error
         specs = [(tuple(t.shape), t.dtype) if torch.is_tensor(t) else t for t in leaves]
@@ -328,24 +325,23 @@ class LayerParallelModule(nn.Module):
             i for i, s in enumerate(specs) if isinstance(s, tuple) and len(s) == 2 and isinstance(s[1], torch.dtype)
         ]
         given = [leaves[i] for i in tensors] if grid.is_last else []
-        out = list(specs)
+        every = list(specs)
         for i, t in zip(tensors, OutputOfLast.apply(now, end, [specs[i] for i in tensors], *given), strict=True):
-            out[i] = t
+            every[i] = t
         if now.shares:
             self._average_buffers()
-        return tree_unflatten(out, structure)
+        return tree_unflatten(every, tree_flatten(structure)[1])
 
     # -- data groups ---------------------------------------------------------------------------------------------------
-    def _own_ends(self) -> list[nn.Parameter]:
-        """Parameters of the opening, the classification layer and the transitions on this rank."""
-        return [p for m in (self.opening, self.closing, self.transitions) for p in m.parameters()]
-
-    def _average_ends(self) -> None:
-        """Let gradients of the own ends be means over the data groups, of copies of the network as well."""
-        for p in self._own_ends():
-            if id(p) not in self._hooked and p.requires_grad:
-                p.register_hook(partial(_mean, self.grid))
-                self._hooked.add(id(p))
+    def _call(self, now: Pass, module: nn.Module, x: Any) -> Any:
+        """Output of a module at an end of the network, whose gradients are means over the data groups that take part
+        in the pass, in one message.
+        """
+        theta = {name: p for name, p in module.named_parameters() if p.requires_grad} if now.shares else {}
+        if not theta:
+            return module(x)
+        means = dict(zip(theta, MeanOfGroups.apply(now, *theta.values()), strict=True))
+        return torch.func.functional_call(module, means, (x,))
 
     def _average_buffers(self) -> None:
         """Replace buffers of floating-point values by their means over the data groups (collective)."""
@@ -430,8 +426,8 @@ class LayerParallelModule(nn.Module):
 
     # -- copies --------------------------------------------------------------------------------------------------------
     def __getstate__(self) -> dict:
-        """Without what communicates, and hooks on parameters, which copies do not have."""
-        return {**self.__dict__, "_hooked": set(), "_agree": None, "collective": None}
+        """Without what communicates."""
+        return {**self.__dict__, "_agree": None, "collective": None}
 
     def __setstate__(self, state: dict) -> None:
         """Communicate on the grid."""
@@ -461,13 +457,6 @@ class LayerParallelModule(nn.Module):
     def serial(self, value: bool) -> None:
         for s in self.stages:
             s.forward_sweeps.serial = s.backward_sweeps.serial = bool(value)
-
-
-def _mean(grid: Grid, gradient: Tensor) -> Tensor:
-    """Mean of a gradient over the data groups."""
-    (mean,) = stack_means(grid, [gradient])
-    assert mean is not None
-    return mean
 
 
 def _size(x: Any) -> int:

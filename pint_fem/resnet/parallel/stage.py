@@ -110,7 +110,8 @@ class Stage(ABC):
         """A copy of the last own state."""
 
     def release(self, trajectory: Any) -> None:
-        """Called with a trajectory that is not used any more."""
+        """Called with a trajectory that is not used any more; does nothing here."""
+        return
 
     # -- how a sweep runs ----------------------------------------------------------------------------------------------
     def _cycles(self, kind: str, trains: bool) -> tuple[Iterations, int | None, bool]:

@@ -16,7 +16,7 @@ from mpi4py import MPI
 if TYPE_CHECKING:
     from pint_fem.resnet.parallel.module import Pass
 
-__all__ = ["InputDerivative", "OutputOfLast", "ToFirst", "broadcast", "host_bytes"]
+__all__ = ["InputDerivative", "MeanOfGroups", "OutputOfLast", "ToFirst", "broadcast", "host_bytes"]
 
 Tensor = torch.Tensor
 _TAG = 37
@@ -132,3 +132,18 @@ class OutputOfLast(torch.autograd.Function):
         ctx.now.check_backward()
         shape, dtype, device = ctx.like
         return None, torch.zeros(shape, dtype=dtype, device=device), None, *gradients[: ctx.count]
+
+
+class MeanOfGroups(torch.autograd.Function):
+    """Parameters of a module at an end of the network; their derivatives are means over the data groups."""
+
+    @staticmethod
+    def forward(ctx: Any, now: Pass, *theta: Tensor) -> tuple[Tensor, ...]:
+        """The parameters as they are."""
+        ctx.now = now
+        return tuple(p.view_as(p) for p in theta)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """Means over the ranks with the same layers in all groups (collective over them)."""
+        return None, *ctx.now.mean_over_data(gradients)
