@@ -29,6 +29,7 @@ from pint_fem.resnet.grid import Grid
 from pint_fem.resnet.iterations import Adaptive, Iterations
 from pint_fem.resnet.layers import Layer
 from pint_fem.resnet.sweeps import LayerSweeps, Trajectory
+from pint_fem.resnet.training.optimisers import mark_distributed
 
 __all__ = ["LayerParallelResNet"]
 
@@ -154,6 +155,9 @@ class LayerParallelResNet(nn.Module):
         self.theta = nn.ParameterDict({name: nn.Parameter(p) for name, p in initial.items()})
         self.opening = copy.deepcopy(opening).to(dtype) if grid.is_first else None
         self.closing = copy.deepcopy(closing).to(dtype) if grid.is_last else None
+        if grid.layer_size > 1:
+            mark_distributed(self.parameters(), stacked=False)
+            mark_distributed(self.stack, stacked=True)
         if grid.data_size > 1:
             for p in self.parameters():
                 p.register_hook(self._mean)
