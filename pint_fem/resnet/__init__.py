@@ -5,7 +5,8 @@ try:
 except ImportError as error:
     raise ImportError("pint_fem.resnet needs torch: pip install 'pint_fem[resnet]'") from error
 
-from pint_fem.resnet.activations import Activation, activation
+from pint_fem.resnet.activation_kinds import Activation
+from pint_fem.resnet.activations import activation
 from pint_fem.resnet.grid import Grid
 from pint_fem.resnet.iterations import Adaptive, Iterations
 from pint_fem.resnet.layers import Convolution, Dense, Layer

@@ -119,6 +119,7 @@ class LayerParallelResNet(nn.Module):
             nlayers=nlayers,
             final_time=final_time,
             layer=(type(layer).__name__, {name: tuple(shape) for name, shape in getattr(layer, "shapes", {}).items()}),
+            activation=[p.tolist() for p in layer.activation.initial.values()],
             forward_iterations=forward_iterations,
             backward_iterations=backward_iterations,
             adaptive=adaptive,
@@ -152,7 +153,8 @@ class LayerParallelResNet(nn.Module):
         self.backward_sweeps = Iterations(backward_iterations, adaptive)
         self.lo, self.hi = self.sweeps.lo, self.sweeps.hi
         initial = layer.initial(range(self.lo, self.hi), seed, dtype)
-        self.theta = nn.ParameterDict({name: nn.Parameter(p) for name, p in initial.items()})
+        frozen = layer.activation.frozen
+        self.theta = nn.ParameterDict({name: nn.Parameter(p, name not in frozen) for name, p in initial.items()})
         self.opening = copy.deepcopy(opening).to(dtype) if grid.is_first else None
         self.closing = copy.deepcopy(closing).to(dtype) if grid.is_last else None
         if grid.layer_size > 1:
