@@ -1,5 +1,7 @@
 """Optimisers on distributed parameters: those that work entry by entry step as on one rank, others are refused."""
 
+import copy
+import pickle
 import warnings
 
 import pytest
@@ -134,3 +136,11 @@ def test_a_training_by_each():
             train(net, x, y, make)
         assert all(torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))
         assert net.results == {}
+
+
+@pytest.mark.parallel(2)
+def test_copies_of_a_network_are_distributed_as_well():
+    net, x, y = build("dense", 5, mgrit={"coarsening": 2})
+    for other in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+        with pytest.raises(InputError, match="optimiser LBFGS: it sums over all parameters"):
+            train(other, x, y, torch.optim.LBFGS)
