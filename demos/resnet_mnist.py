@@ -14,7 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from demos.outputs import Outputs
-from demos.resnet_common import add_options, build_grid, nested_training, plot_curves, report, train
+from demos.resnet_common import add_options, build_grid, plot_curves, report, single_stage
 from pint_fem.capacity import require_memory
 from pint_fem.cli import ProgramParser, positive, run
 
@@ -52,6 +52,7 @@ def main():
     opts = arguments()
     import torch
 
+    from demos.network_training import train_in_levels
     from problems.classification import digits, mnist
 
     grid = build_grid(opts)
@@ -66,10 +67,7 @@ def main():
     say(f"{len(data)} training images of {shape}, {len(test)} for testing, read in {seconds:.1f} s")
     torch.manual_seed(opts.seed)
     opening, layer, closing = networks(opts, data[0][0].shape[-1])
-    if opts.multilevel > 1:
-        outcome = nested_training(opts, grid, opening, layer, closing, data, test)
-    else:
-        outcome = train(opts, grid, opening, layer, closing, data, test)
+    outcome = train_in_levels(opts, grid, single_stage(opts, grid, opening, layer, closing, data, test))
     title = f"{opts.data}: {opts.layers} residual layers, {opts.channels} channels"
     outputs = Outputs(grid.comm)
     outputs.on_root(str(opts.out / "curves.png"), plot_curves, opts.out / "curves.png", outcome, title)

@@ -56,6 +56,7 @@ def train_epoch(
     *,
     loss_function: Callable = nn.functional.cross_entropy,
     regularisation: Callable[[], torch.Tensor] | None = None,
+    clip: float | None = None,
     data_comm: MPI.Comm | None = None,
     on_batch: Callable[[int, float], None] | None = None,
     warm: bool = False,
@@ -71,6 +72,8 @@ def train_epoch(
         ``loss_function(outputs, labels)``, a scalar.
     regularisation
         ``regularisation()`` is added to the loss.
+    clip
+        Largest norm of the gradient with respect to all parameters of the network; ``None``: it is not limited.
     data_comm
         Communicator over which losses are averaged.
     on_batch
@@ -108,8 +111,10 @@ def train_epoch(
                 net.collective.backward(total)
             else:
                 collectively(comm, "backward", total.backward)
+            if clip is not None:
+                _clip(net, clip)
             collectively(comm, "optimizer", optimizer.step)
-            sums += [loss.item() * len(y), float((out.argmax(1) == y).sum()), len(y)]
+            sums += [loss.item() * y.numel(), float((out.argmax(1) == y).sum()), y.numel()]
             for kind, into in zip(("forward", "backward"), cycles, strict=True):
                 result = getattr(net, "results", {}).get(kind)
                 if result is not None:
@@ -128,8 +133,18 @@ def train_epoch(
     }
 
 
+def _clip(net: nn.Module, largest: float) -> None:
+    """Scale the gradient down where its norm over the parameters on all ranks is larger (collective)."""
+    if hasattr(net, "clip_grad_norm_"):
+        net.clip_grad_norm_(largest)
+    else:
+        nn.utils.clip_grad_norm_(net.parameters(), largest)
+
+
 def accuracy(net: nn.Module, data: Dataset, *, batch_size: int = 500, grid: Grid | None = None) -> float:
-    """Share of samples, in [0, 1], that a network classifies correctly (collective).
+    """Share of labels, in [0, 1], that a network predicts (collective).
+
+    A sample has one label, or several as the characters of a passage; the classes are on the second axis of the output.
 
     Parameters
     ----------
@@ -144,16 +159,17 @@ def accuracy(net: nn.Module, data: Dataset, *, batch_size: int = 500, grid: Grid
     comm = None if grid is None else grid.data_comm
     size, rank = (1, 0) if comm is None else (comm.size, comm.rank)
 
-    def count() -> int:
-        right = 0
+    def count() -> np.ndarray:
+        right = np.zeros(2, dtype=np.int64)
         with torch.no_grad():
             for i in range(rank * batch_size, len(data), size * batch_size):
                 x, y = data[i : i + batch_size]
-                right += int((net(x).argmax(1) == y).sum())
+                right += [int((net(x).argmax(1) == y).sum()), y.numel()]
         return right
 
     right = collectively(MPI.COMM_SELF if grid is None else grid.comm, "accuracy", count)
-    return (right if size == 1 else comm.allreduce(right)) / len(data)
+    correct, total = right if size == 1 else comm.allreduce(right)
+    return float(correct / total)
 
 
 def _ranks(net: nn.Module, data_comm: MPI.Comm):
