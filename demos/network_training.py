@@ -160,7 +160,8 @@ def _epochs(
 def _settings(opts) -> dict:
     """What determines the updates of a training besides the network: it has to be the same where one goes on."""
     weights = ("tikhonov", "smoothness", "classifier")
-    names = ("data", "count", "samples", "classes", "length", "batch", "lr", "schedule", "warm", "seed", *weights)
+    names = ("data", "count", "samples", "classes", "text", "length", "every")
+    names += ("batch", "lr", "schedule", "warm", "seed", *weights)
     return {name: getattr(opts, name) for name in names if hasattr(opts, name)}
 
 

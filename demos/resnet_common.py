@@ -7,15 +7,18 @@ from pint_fem.cli import positive
 
 
 def add_options(parser, *, layers, epochs, batch, lr, out, final_time, coarsening, schedule="cosine"):
-    """Options of the demos of classification."""
+    """Options of the demos of classification.
+
+    A default may be a dictionary of one per kind of network: the option is ``None`` then unless it is given.
+    """
     add = parser.add_argument
-    add("--layers", type=positive(int), default=layers, help=f"residual layers ({layers})")
+    add("--layers", type=positive(int), default=_value(layers), help=f"residual layers ({_shown(layers)})")
     add("--epochs", type=positive(int), default=epochs, help=f"passes over the data ({epochs})")
     add(
         "--final-time",
         type=positive(float),
-        default=final_time,
-        help=f"T: a layer's step is T over layers ({final_time:g})",
+        default=_value(final_time),
+        help=f"T: a layer's step is T over layers, of the first stage where there are several ({_shown(final_time)})",
     )
     add("--activation", help="of the residual layers")
     add("--warm", action="store_true", help="batches start from their last visit; they are not shuffled then")
@@ -32,6 +35,18 @@ def add_options(parser, *, layers, epochs, batch, lr, out, final_time, coarsenin
     add_common_options(parser, batch=batch, lr=lr, out=out, coarsening=coarsening, schedule=schedule)
 
 
+def _value(default):
+    """Default of an option."""
+    return None if isinstance(default, dict) else default
+
+
+def _shown(default):
+    """Default of an option, for its help."""
+    if isinstance(default, dict):
+        return ", ".join(f"{kind}: {_shown(value)}" for kind, value in default.items())
+    return default if isinstance(default, str) else f"{default:g}"
+
+
 def add_common_options(parser, *, batch, lr, out, coarsening, schedule):
     """Options of all networks: the grid, the sweeps, the optimiser, the files."""
     add = parser.add_argument
@@ -42,18 +57,21 @@ def add_common_options(parser, *, batch, lr, out, coarsening, schedule):
         help="groups with a batch each x ranks in the layers (all in the layers)",
     )
     add("--batch", type=positive(int), default=batch, help=f"batch of a group ({batch})")
-    add("--lr", type=positive(float), default=lr, help=f"largest step of the optimiser ({lr:g})")
+    add("--lr", type=positive(float), default=_value(lr), help=f"largest step of the optimiser ({_shown(lr)})")
     add(
         "--schedule",
-        default=schedule,
+        default=_value(schedule),
         choices=("cosine", "one-cycle"),
-        help=f"of the optimiser's step: a cosine by epochs, or up and down by batches ({schedule})",
+        help=f"of the optimiser's step: a cosine by epochs, or up and down by batches ({_shown(schedule)})",
     )
     add("--mode", default="fixed", choices=("fixed", "adaptive", "exact", "serial"), help="cycles of a sweep (fixed)")
     add("--forward-iterations", type=positive(int), default=2, help="cycles forward (2)")
     add("--backward-iterations", type=positive(int), default=1, help="cycles backward (1)")
     add(
-        "--coarsening", type=positive(int), default=coarsening, help=f"layers from a C-point to the next ({coarsening})"
+        "--coarsening",
+        type=positive(int),
+        default=_value(coarsening),
+        help=f"layers from a C-point to the next ({_shown(coarsening)})",
     )
     add("--levels", type=positive(int), default=2, help="MGRIT levels (2)")
     add("--relax", default="F", help="relaxation: F, FCF ... (F)")
