@@ -117,8 +117,8 @@ class AttentionBlock(nn.Module):
 
 
 class CharacterEmbedding(nn.Module):
-    """From codes of characters ``(batch, length)`` to the first state: the sum of a vector for the character and one for
-    its place.
+    """From codes of characters ``(batch, length)`` to the first state: the sum of a vector for the character and one
+    for its place.
 
     Parameters
     ----------

@@ -64,9 +64,9 @@ class Task:
 def learning_rate(schedule: str, largest: float, done: float, epochs: int) -> float:
     """The step of the optimiser after ``done`` epochs, which may be a fraction, of ``epochs``.
 
-    ``"cosine"``: half a cosine wave from the largest step to zero, constant in each epoch. ``"one-cycle"``: from 1/25 of
-    the largest step up to it in the first quarter of the training and down to zero in the rest, each by half a cosine
-    wave (Smith, Topin, arXiv:1708.07120). A run that goes on from a checkpoint has the same steps.
+    ``"cosine"``: half a cosine wave from the largest step to zero, constant in each epoch. ``"one-cycle"``: from 1/25
+    of the largest step up to it in the first quarter of the training and down to zero in the rest, each by half a
+    cosine wave (Smith, Topin, arXiv:1708.07120). A run that goes on from a checkpoint has the same steps.
     """
     if schedule == "cosine":
         return largest * 0.5 * (1 + math.cos(math.pi * math.floor(done) / epochs))

@@ -204,11 +204,14 @@ def _summarise(opts, grid, outcome, facts):
         "settings": settings,
         "grid": {"data": grid.data_size, "layers": grid.layer_size},
         "curve": [e.as_dict() for e in curve],
+        "losses": outcome["losses"],
         "result": {
             "test_accuracy": curve[-1].test_accuracy,
             "seconds_an_epoch": sum(e.seconds for e in curve) / len(curve),
         },
-        "adaptive": {"forward": net.forward_sweeps.history, "backward": net.backward_sweeps.history},
+        "adaptive": [
+            {"forward": stage.forward_sweeps.history, "backward": stage.backward_sweeps.history} for stage in net.stages
+        ],
         "versions": {name: version(name) for name in ("torch", "numpy", "mpi4py")},
     }
     if "levels" in outcome:
@@ -219,6 +222,7 @@ def _summarise(opts, grid, outcome, facts):
         ratio = sum(e.seconds for e in serial) / sum(e.seconds for e in curve)
         summary["serial"] = {
             "curve": [e.as_dict() for e in serial],
+            "losses": outcome["serial_losses"],
             "gap_in_points": gap,
             "serial_over_parallel_time": ratio,
         }

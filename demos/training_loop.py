@@ -14,9 +14,9 @@ from torch.utils.data import Dataset
 
 from pint_fem.collective import all_ranks, any_rank, collectively, consistent_across_ranks, ending_all_ranks
 from pint_fem.errors import InputError
-from pint_fem.resnet.parallel.agreement import batch_digest
 from pint_fem.resnet.grid import Grid
-from pint_fem.resnet.network import LayerParallelResNet
+from pint_fem.resnet.parallel.agreement import batch_digest
+from pint_fem.resnet.parallel.module import LayerParallelModule
 
 __all__ = ["Epoch", "accuracy", "train_epoch"]
 
@@ -25,8 +25,8 @@ __all__ = ["Epoch", "accuracy", "train_epoch"]
 class Epoch:
     """Record of an epoch.
 
-    ``loss`` and the numbers of cycles are means over samples and batches, accuracies are shares in [0, 1] of samples
-    that are classified correctly, ``seconds`` is the time of the training.
+    ``loss`` is a mean over samples, the numbers of cycles are means over batches and stages, accuracies are shares in
+    [0, 1] of labels that are predicted correctly, ``seconds`` is the time of the training.
     """
 
     number: int
@@ -107,7 +107,7 @@ def train_epoch(
             out = net(x, batch=number) if warm else net(x)
             loss = collectively(comm, "loss", loss_function, out, y)
             total = loss if regularisation is None else loss + collectively(comm, "regularisation", regularisation)
-            if isinstance(net, LayerParallelResNet):
+            if isinstance(net, LayerParallelModule):
                 net.collective.backward(total)
             else:
                 collectively(comm, "backward", total.backward)
@@ -116,9 +116,7 @@ def train_epoch(
             collectively(comm, "optimizer", optimizer.step)
             sums += [loss.item() * y.numel(), float((out.argmax(1) == y).sum()), y.numel()]
             for kind, into in zip(("forward", "backward"), cycles, strict=True):
-                result = getattr(net, "results", {}).get(kind)
-                if result is not None:
-                    into.append(result.cycles)
+                into += [stage.results[kind].cycles for stage in getattr(net, "stages", ()) if kind in stage.results]
             collectively(comm, "on_batch", on_batch or nothing, number, loss.item())
             collectively(comm, "after_batch", after_batch or nothing, number)
     if data_comm is not None and data_comm.size > 1:
