@@ -24,7 +24,8 @@ from pint_fem.mgrit.options import MGRITOptions
 from pint_fem.resnet.grid import Grid
 from pint_fem.resnet.iterations import Adaptive, Iterations
 from pint_fem.resnet.layers import Layer
-from pint_fem.resnet.parallel.module import LayerParallelModule, Pass
+from pint_fem.resnet.parallel.module import LayerParallelModule
+from pint_fem.resnet.parallel.passes import Pass
 from pint_fem.resnet.parallel.stage import Stage
 from pint_fem.resnet.sweeps import LayerSweeps, Trajectory
 

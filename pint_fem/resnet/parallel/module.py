@@ -7,124 +7,29 @@ propagation are MGRIT sweeps inside functions of autograd.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from pint_fem.collective import all_ranks, raise_collectively
+from pint_fem.collective import raise_collectively
 from pint_fem.errors import FAILURES, InputError
 from pint_fem.resnet.grid import Grid
-from pint_fem.resnet.parallel.agreement import Agreement, CollectiveBackward, batch_digest
-from pint_fem.resnet.parallel.random_numbers import devices_of, mixed_seed, own_random_numbers, seed_generators
+from pint_fem.resnet.parallel.agreement import batch_digest
+from pint_fem.resnet.parallel.parameters import DistributedParameters
+from pint_fem.resnet.parallel.passes import Pass
+from pint_fem.resnet.parallel.random_numbers import devices_of, own_random_numbers
 from pint_fem.resnet.parallel.stage import Propagation, Stage, stack_means
 from pint_fem.resnet.parallel.transport import InputDerivative, MeanOfGroups, OutputOfLast, ToFirst
 
-__all__ = ["Elsewhere", "LayerParallelModule", "Pass"]
+__all__ = ["LayerParallelModule"]
 
 Tensor = torch.Tensor
 
 
-class Elsewhere(nn.Module):
-    """Stands for a module that another rank has: without parameters, so that loops over modules work on all ranks."""
-
-    def forward(self, *_: Any) -> Any:
-        """Refuse the call.
-
-        Raises
-        ------
-        InputError
-            Always.
-        """
-        raise InputError("this module is on another rank: call the whole network, on all ranks")
-
-
-@dataclass(eq=False)
-class Pass:
-    """One pass of a batch through a network, with what all ranks have agreed upon.
-
-    Attributes
-    ----------
-    network : LayerParallelModule
-    number : int
-        Of the pass.
-    trains : bool
-        Whether a backward sweep may follow.
-    shares : bool
-        Whether the data groups take part together.
-    batch : Hashable
-        Name of the batch, or ``None``.
-    extra : tuple
-        Extra inputs of the layers.
-    autocast : tuple or None
-        Type of device and of values of torch's autocast, where it is on.
-    """
-
-    network: LayerParallelModule
-    number: int
-    trains: bool = False
-    shares: bool = False
-    batch: Hashable = None
-    extra: tuple = ()
-    autocast: tuple[str, torch.dtype] | None = None
-    devices: list[torch.device] = field(default_factory=list)
-
-    @property
-    def grid(self) -> Grid:
-        """Process grid of the network."""
-        return self.network.grid
-
-    @property
-    def nonfinite(self) -> str:
-        """What derivatives that are not finite become, ``"raise"`` or ``"gradient"``."""
-        return self.network.nonfinite
-
-    def seed(self, place: int) -> None:
-        """Seed torch's generators for a part of the network: 0 is the opening layer, ``1 + n`` layer ``n``."""
-        seed_generators(mixed_seed(self.network.seed, self.number, place), self.devices)
-
-    @contextmanager
-    def as_in_forward(self) -> Iterator[None]:
-        """Autocast as it was in the forward pass, for what the backward pass evaluates again."""
-        if self.autocast is None:
-            yield
-            return
-        kind, dtype = self.autocast
-        with torch.autocast(kind, dtype):
-            yield
-
-    def check_backward(self) -> None:
-        """Agree on the derivative that comes next (collective); refuses derivatives of derivatives.
-
-        Raises
-        ------
-        InputError
-            On every rank.
-        """
-        self.network.collective.check(
-            shares=self.shares, **{"number of the pass": self.number, "create_graph": torch.is_grad_enabled()}
-        )
-        if torch.is_grad_enabled():
-            raise InputError(
-                "create_graph=True: a layer-parallel network has first derivatives only; for Hessian actions give a "
-                "network of Dense or Convolution layers to TrainingProblem"
-            )
-
-    def all_agree(self, condition: bool) -> bool:
-        """Whether a condition holds on all ranks that share the layers, and on all groups if they take part."""
-        return all_ranks(self.grid.comm if self.shares else self.grid.layer_comm, condition)
-
-    def mean_over_data(self, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """Means over the data groups, if they take part."""
-        return stack_means(self.grid, gradients) if self.shares else list(gradients)
-
-
-class LayerParallelModule(nn.Module):
+class LayerParallelModule(DistributedParameters):
     """Base of the layer-parallel networks.
 
     Parameters
@@ -139,35 +44,17 @@ class LayerParallelModule(nn.Module):
 
     Attributes
     ----------
-    opening, closing : Module
-        On the first and the last rank; :class:`Elsewhere` on the others.
-    transitions : ModuleList
-        Between stages, on the last rank.
     collective : CollectiveBackward
         ``net.collective.backward(loss)`` is ``loss.backward()`` where a loss that fails on one rank fails on all.
     passes : int
         Number of passes with random numbers so far.
     """
 
-    opening: nn.Module
-    closing: nn.Module
-    transitions: nn.ModuleList
-
     def __init__(self, grid: Grid | None, *, seed: int, nonfinite: str = "raise"):
-        super().__init__()
-        self.grid = grid or Grid()
+        super().__init__(grid)
         if nonfinite not in ("raise", "gradient"):
             raise InputError(f"nonfinite {nonfinite!r}: give 'raise' or 'gradient'")
         self.seed, self.nonfinite, self.passes = seed, nonfinite, 0
-        self._agree = Agreement(self.grid.layer_comm, self.grid.comm)
-        self.collective = CollectiveBackward(self._agree)
-
-    def _set_ends(self, opening: nn.Module, closing: nn.Module, transitions: Sequence[nn.Module] = ()) -> None:
-        """Keep the modules that this rank has."""
-        grid = self.grid
-        self.opening = copy.deepcopy(opening) if grid.is_first else Elsewhere()
-        self.closing = copy.deepcopy(closing) if grid.is_last else Elsewhere()
-        self.transitions = nn.ModuleList(copy.deepcopy(t) if grid.is_last else Elsewhere() for t in transitions)
 
     # -- what a subclass has -------------------------------------------------------------------------------------------
     @property
@@ -182,6 +69,10 @@ class LayerParallelModule(nn.Module):
     def _from_state(self, number: int, u: Tensor, layout: Any) -> Any:
         """What follows a stage is given, from the array of its last state."""
         raise NotImplementedError
+
+    def _set_layout(self, stage: Stage, layout: Any) -> None:
+        """Give a stage the layout of its states; nothing to do where layers of a kind have one layout."""
+        return
 
     def _open(self, now: Pass, x: Any) -> Any:
         """Output of the opening layer."""
@@ -269,6 +160,7 @@ class LayerParallelModule(nn.Module):
                 state, facts = self._between(now, number, end, layout, device)
             shape, dtype = facts[0]["shape"]
             layout = facts[0]["layout"]
+            self._set_layout(stage, layout)
             leaves = [t for t in tree_flatten(now.extra)[0] if torch.is_tensor(t)]
             end = Propagation.apply(
                 stage, now, shape, dtype, anchor, state, (len(inputs), len(leaves)), *inputs, *leaves,
@@ -349,98 +241,6 @@ class LayerParallelModule(nn.Module):
         with torch.no_grad():
             for b, mean in zip(buffers, stack_means(self.grid, buffers), strict=True):
                 b.copy_(mean)
-
-    def _start_equal(self) -> None:
-        """Give all data groups the parameters and buffers of the first (collective)."""
-        if self.grid.data_size > 1:
-            with torch.no_grad():
-                for t in (*self.parameters(), *self.buffers()):
-                    values = t.detach().cpu().contiguous()
-                    self.grid.data_comm.Bcast(values.reshape(-1).view(torch.uint8).numpy(), root=0)
-                    t.copy_(values)
-
-    # -- what depends on the parameters of all ranks -------------------------------------------------------------------
-    def parameter_count(self, *, trainable: bool = False) -> int:
-        """Number of parameters of the whole network (collective); ``trainable``: of those with gradients alone."""
-        own = sum(p.numel() for p in self.parameters() if p.requires_grad or not trainable)
-        return self.grid.layer_comm.allreduce(own)
-
-    def gradient_norm(self, norm_type: float = 2.0) -> Tensor:
-        """Norm of the gradients of all parameters of the network, the same on all ranks (collective)."""
-        own = [p.grad for p in self.parameters() if p.grad is not None]
-        norms = torch.stack([torch.linalg.vector_norm(g.double(), norm_type) for g in own]) if own else torch.zeros(0)
-        on_ranks = self.grid.layer_comm.allgather(
-            torch.linalg.vector_norm(norms.double(), norm_type).item() if own else 0.0
-        )
-        return torch.linalg.vector_norm(torch.tensor(on_ranks, dtype=torch.float64), norm_type)
-
-    def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0, *, error_if_nonfinite: bool = False) -> Tensor:
-        """``torch.nn.utils.clip_grad_norm_`` with the norm over the parameters of all ranks (collective).
-
-        Parameters
-        ----------
-        max_norm, norm_type, error_if_nonfinite
-            As in torch.
-
-        Returns
-        -------
-        Tensor
-            The norm before, the same on all ranks.
-
-        Raises
-        ------
-        RuntimeError
-            On every rank, if the norm is not finite and ``error_if_nonfinite`` is set.
-        """
-        self._agree("clipping of gradients", same={"max_norm": float(max_norm), "norm_type": float(norm_type)})
-        total = self.gradient_norm(norm_type)
-        if error_if_nonfinite and not torch.isfinite(total):
-            raise RuntimeError(f"the norm of order {norm_type} of the gradients is {total.item()}: nothing was clipped")
-        factor = min(1.0, float(max_norm) / (total.item() + 1e-6)) if not torch.isnan(total) else float("nan")
-        if factor != 1.0:
-            with torch.no_grad():
-                for p in self.parameters():
-                    if p.grad is not None:
-                        p.grad.mul_(factor)
-        return total
-
-    def full_state_dict(self) -> dict[str, Tensor]:
-        """Parameters and buffers of all layers, on every rank (collective): what the serial copy loads."""
-        own = {name: t.detach().cpu() for name, t in self.state_dict().items()}
-        self._agree("gathering of parameters")
-        return self._merged(self.grid.layer_comm.allgather(own))
-
-    def _merged(self, on_ranks: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """The state of the whole network from those of the ranks that share the layers."""
-        return {name: t for own in on_ranks for name, t in own.items()}
-
-    def _own_part(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The part of a state of the whole network that belongs to this rank."""
-        own = self.state_dict().keys()
-        layers = ("opening.", "closing.", "layers.", "transitions.")
-        return {name: t for name, t in state.items() if name in own or not name.startswith(layers)}
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load the state of this rank or, as :meth:`full_state_dict` and the serial copy have it, of all ranks."""
-        return super().load_state_dict(self._own_part(state_dict), strict=strict, assign=assign)
-
-    # -- copies --------------------------------------------------------------------------------------------------------
-    def __getstate__(self) -> dict:
-        """Without what communicates."""
-        return {**self.__dict__, "_agree": None, "collective": None}
-
-    def __setstate__(self, state: dict) -> None:
-        """Communicate on the grid."""
-        super().__setstate__(state)
-        self._agree = Agreement(self.grid.layer_comm, self.grid.comm)
-        self.collective = CollectiveBackward(self._agree)
-
-    def __deepcopy__(self, memo: dict) -> LayerParallelModule:
-        """A network with copied parameters on the same ranks."""
-        out = self.__class__.__new__(self.__class__)
-        memo[id(self)] = out
-        out.__setstate__({name: copy.deepcopy(value, memo) for name, value in self.__getstate__().items()})
-        return out
 
     # -- invalidation --------------------------------------------------------------------------------------------------
     def invalidate(self) -> None:

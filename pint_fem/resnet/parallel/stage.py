@@ -18,7 +18,7 @@ from pint_fem.resnet.grid import Grid
 from pint_fem.resnet.iterations import Adaptive, Iterations
 
 if TYPE_CHECKING:
-    from pint_fem.resnet.parallel.module import Pass
+    from pint_fem.resnet.parallel.passes import Pass
 
 __all__ = ["Propagation", "Stage"]
 

@@ -14,7 +14,7 @@ import torch
 from mpi4py import MPI
 
 if TYPE_CHECKING:
-    from pint_fem.resnet.parallel.module import Pass
+    from pint_fem.resnet.parallel.passes import Pass
 
 __all__ = ["InputDerivative", "MeanOfGroups", "OutputOfLast", "ToFirst", "broadcast", "host_bytes"]
 

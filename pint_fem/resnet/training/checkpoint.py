@@ -26,7 +26,7 @@ from pint_fem.collective import collectively, on_first_rank, require_same
 from pint_fem.errors import InputError
 from pint_fem.resnet.grid import Grid
 from pint_fem.resnet.network import LayerParallelResNet
-from pint_fem.resnet.parallel.module import Elsewhere
+from pint_fem.resnet.parallel.parameters import Elsewhere
 from pint_fem.resnet.training.optimizer_state import (
     gather_parts,
     layer_arrays,
@@ -49,12 +49,9 @@ _locks: dict[Path, files.FileLock] = {}
 # -- the network, described --------------------------------------------------------------------------------------------
 def _fingerprint(net: LayerParallelResNet) -> dict:
     """Properties that have to be equal in a network that goes on (collective)."""
-    ends = [
-        None if isinstance(m, Elsewhere) else re.sub(r" at 0x[0-9a-f]+", "", repr(m))
-        for m in (net.opening, net.closing)
-    ]
+    ends = {name: re.sub(r" at 0x[0-9a-f]+", "", repr(m)) for name, m in _ends(net).items()}
     on_ranks = net.grid.comm.allgather(ends)
-    opening, closing = (next(ends[i] for ends in on_ranks if ends[i] is not None) for i in (0, 1))
+    opening, closing = (next(ends[name] for ends in on_ranks if name in ends) for name in ("opening", "closing"))
     act = net.layer.activation
     return {
         "layers": net.nlayers,
