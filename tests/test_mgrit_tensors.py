@@ -169,6 +169,8 @@ def test_device_memory_is_used_where_the_library_reports_it(monkeypatch):
         monkeypatch.setenv("PINT_FEM_DEVICE_MPI", given)
         assert messages.reads_device_memory() == expected
     messages.reads_device_memory.cache_clear()
+    monkeypatch.delenv("PINT_FEM_DEVICE_MPI")
+    assert messages.reads_device_memory() in (False, True)
 
 
 # -- devices -----------------------------------------------------------------------------------------------------------
@@ -439,6 +441,23 @@ def test_values_that_are_not_finite_are_named(monkeypatch):
                 solver.solve(own(solver, start()), **how)
         made[level].bad = None
         assert solver.solve(own(solver, start())).converged
+
+
+def test_numbers_as_states_are_checked_as_they_were():
+    """The checks of a call are decided later, when the numbers may have been replaced."""
+
+    class Fails:
+        calls = 0
+
+        def step(self, steps, u, out):
+            out[...] = u / 2
+            self.calls += 1
+            if self.calls == 1:
+                out[0] = torch.inf
+
+    solver = MGRIT([Fails(), Fails()], N, options=dict(coarsening=M))
+    with pytest.raises(SolverFailure, match="level 0, steps 0: value not finite"):
+        solver.solve(torch.ones(N + 1))
 
 
 def test_transposed_cycles_and_the_check_take_tensors():
