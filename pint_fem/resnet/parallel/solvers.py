@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from pint_fem.all_at_once.arrays import Array, is_tensor, largest_of_rows
 from pint_fem.all_at_once.grids import Bounds, split_steps
 from pint_fem.all_at_once.norms import euclidean
 from pint_fem.all_at_once.stopping import SolveResult
@@ -32,11 +33,17 @@ class _Norms:
     def __init__(self) -> None:
         self.ends: np.ndarray | None = None
 
-    def __call__(self, block: np.ndarray) -> np.ndarray:
+    def __call__(self, block: Array) -> Array:
         return euclidean(block)
 
-    def finite(self, block: np.ndarray) -> np.ndarray:
-        """NaN at ends of intervals that are not finite, which any value that is not finite reaches; zero elsewhere."""
+    def finite(self, block: Array) -> Array:
+        """A number that is not finite at ends of intervals that are not finite, which any value that is not finite
+        reaches.
+        """
+        if is_tensor(block):
+            out = block.new_zeros(len(block))
+            out[self.ends] = largest_of_rows(block[self.ends])
+            return out
         out = np.zeros(len(block))
         ends = block[self.ends]
         out[self.ends] = np.where(np.isfinite(ends).reshape(len(ends), -1).all(axis=1), 0.0, np.nan)
