@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from pint_fem.all_at_once.arrays import Array, is_tensor, largest_of_rows
+from pint_fem.all_at_once.arrays import Array, is_tensor, sums_of_rows
 from pint_fem.all_at_once.grids import Bounds, split_steps
 from pint_fem.all_at_once.norms import euclidean
 from pint_fem.all_at_once.stopping import SolveResult
@@ -42,7 +42,7 @@ class _Norms:
         """
         if is_tensor(block):
             out = block.new_zeros(len(block))
-            out[self.ends] = largest_of_rows(block[self.ends])
+            out[self.ends] = sums_of_rows(block[self.ends])
             return out
         out = np.zeros(len(block))
         ends = block[self.ends]
