@@ -7,6 +7,9 @@ except ImportError as error:
 
 from pint_fem.resnet.activation_kinds import Activation
 from pint_fem.resnet.activations import activation
+from pint_fem.resnet.blocks.network import LayerParallel
+from pint_fem.resnet.blocks.own_layers import Repeat
+from pint_fem.resnet.blocks.serial import SerialLayers
 from pint_fem.resnet.grid import Grid
 from pint_fem.resnet.iterations import Adaptive, Iterations
 from pint_fem.resnet.layers import Convolution, Dense, Layer
@@ -25,8 +28,11 @@ __all__ = [
     "Grid",
     "Iterations",
     "Layer",
+    "LayerParallel",
     "LayerParallelResNet",
     "Regularisation",
+    "Repeat",
+    "SerialLayers",
     "SerialResNet",
     "TrainingProblem",
     "activation",

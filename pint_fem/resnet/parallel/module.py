@@ -70,6 +70,10 @@ class LayerParallelModule(DistributedParameters):
         """What follows a stage is given, from the array of its last state."""
         raise NotImplementedError
 
+    def _set_layout(self, stage: Stage, layout: Any) -> None:
+        """Give a stage the layout of its states; nothing to do where layers of a kind have one layout."""
+        return
+
     def _open(self, now: Pass, x: Any) -> Any:
         """Output of the opening layer."""
         return self._call(now, self.opening, x)
@@ -156,6 +160,7 @@ class LayerParallelModule(DistributedParameters):
                 state, facts = self._between(now, number, end, layout, device)
             shape, dtype = facts[0]["shape"]
             layout = facts[0]["layout"]
+            self._set_layout(stage, layout)
             leaves = [t for t in tree_flatten(now.extra)[0] if torch.is_tensor(t)]
             end = Propagation.apply(
                 stage, now, shape, dtype, anchor, state, (len(inputs), len(leaves)), *inputs, *leaves,
