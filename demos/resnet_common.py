@@ -1,7 +1,6 @@
 """What the demos of residual networks share: options, the training with its checkpoints, curves, the report."""
 
 import math
-import time
 from importlib.metadata import version
 from pathlib import Path
 
@@ -197,8 +196,14 @@ def _set_rate(optimizer, opts, number):
         group["lr"] = opts.lr * 0.5 * (1 + math.cos(math.pi * (number - 1) / opts.epochs))
 
 
+COMPILE_FROM = 120.0
+"""Seconds of a serial training by the fastest loop from which on compiled layers are tried too."""
+
+
 def compare(opts, grid, opening, layer, closing, data, test, dtype=None):
-    """The same training in plain serial torch, on the first rank with as many threads as there are ranks."""
+    """The same training in plain serial torch, on the first rank with at most as many threads as there are ranks, in
+    the form that is fastest for its batches.
+    """
     import torch
 
     from demos.training_loop import Epoch, accuracy, train_epoch
@@ -217,10 +222,10 @@ def compare(opts, grid, opening, layer, closing, data, test, dtype=None):
             seed=opts.seed,
             dtype=dtype or torch.float32,
         )
-        optimizer = torch.optim.Adam(net.parameters(), lr=opts.lr)
         whole = opts.batch * grid.data_size
         loader = shared_loader(data, whole, Grid(comm=MPI.COMM_SELF), shuffle=not opts.warm, seed=opts.seed)
-        print(f"  (fastest on {_fastest_threads(net, next(iter(loader)), grid.comm.size)} threads)")
+        net = _fastest_serial(net, next(iter(loader)), sorted({1, grid.comm.size}), opts.epochs * len(loader))
+        optimizer = torch.optim.Adam(net.parameters(), lr=opts.lr)
         for number in range(1, opts.epochs + 1):
             loader.sampler.set_epoch(number)
             _set_rate(optimizer, opts, number)
@@ -232,21 +237,26 @@ def compare(opts, grid, opening, layer, closing, data, test, dtype=None):
     return grid.comm.bcast(curve, root=0)
 
 
-def _fastest_threads(net, batch, most):
-    """Let torch use the number of threads up to ``most`` that is fastest for a batch."""
+def _fastest_serial(net, batch, threads, batches):
+    """The form of a serial network and the number of threads, set here, that are fastest for a training."""
     import torch
 
-    seconds = {}
-    for threads in sorted({1, most}):
-        torch.set_num_threads(threads)
-        for _ in range(3):  # the last one counts: the others warm up
-            start = time.perf_counter()
-            torch.nn.functional.cross_entropy(net(batch[0]), batch[1]).backward()
-            seconds[threads] = time.perf_counter() - start
-        net.zero_grad()
-    threads = min(seconds, key=seconds.get)
-    torch.set_num_threads(threads)
-    return threads
+    from problems.layers import Training
+    from problems.serial_networks import fastest, forms
+
+    training = lambda form: Training(form, *batch)
+    found = fastest(forms(net, ["eager", "stacked"]), training, threads=threads, repeats=3)
+    told = [f"fastest loop: {found}"]
+    if min(found.seconds.values()) * batches > COMPILE_FROM:
+        compiled = fastest(forms(net, ["compiled"]), training, threads=threads, repeats=3)
+        told.append(f"compiled: {compiled}")
+        found.seconds |= compiled.seconds
+    else:
+        told.append(f"compiled layers are tried from {COMPILE_FROM:.0f} s of training on")
+    form, count = found.best
+    print(f"  ({'; '.join(told)}; taken: {form} on {count})")
+    torch.set_num_threads(count)
+    return forms(net, [form])[form]  # with the first parameters: measurements update them
 
 
 def nested_training(opts, grid, opening, layer, closing, data, test, *, dtype=None):
