@@ -161,7 +161,7 @@ def test_a_function_of_the_training_raises_on_one_rank(shape, where):
     if where == "optimizer":
         optimizer.step = fails
     fails_here = LAST
-    if where == "opening" and net.opening is not None:
+    if where == "opening" and net.grid.is_first:
         fails_here = True if shape == "layers" else LAST
 
         def opening(*_):

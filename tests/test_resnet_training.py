@@ -161,7 +161,7 @@ def test_regularisation_is_its_formula():
     exact.backward()
     assert R.item() == pytest.approx(exact.item(), rel=1e-13)
     pairs = [(p, q.grad[net.lo : net.hi]) for p, q in zip(net.stack, theta, strict=True)]
-    if net.closing is not None:
+    if net.grid.is_last:
         pairs += [(p, q.grad) for p, q in zip(net.closing.parameters(), closing, strict=True)]
     for p, g in pairs:
         assert torch.allclose(p.grad, g, rtol=1e-12, atol=1e-14)

@@ -6,6 +6,9 @@ except ImportError as error:
     raise ImportError("pint_fem.resnet needs torch: pip install 'pint_fem[resnet]'") from error
 
 from pint_fem.resnet.activations import Activation, activation
+from pint_fem.resnet.blocks.network import LayerParallel
+from pint_fem.resnet.blocks.own_layers import Repeat
+from pint_fem.resnet.blocks.serial import SerialLayers
 from pint_fem.resnet.grid import Grid
 from pint_fem.resnet.iterations import Adaptive, Iterations
 from pint_fem.resnet.layers import Convolution, Dense, Layer
@@ -24,8 +27,11 @@ __all__ = [
     "Grid",
     "Iterations",
     "Layer",
+    "LayerParallel",
     "LayerParallelResNet",
     "Regularisation",
+    "Repeat",
+    "SerialLayers",
     "SerialResNet",
     "TrainingProblem",
     "activation",

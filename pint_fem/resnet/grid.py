@@ -8,6 +8,7 @@ import numpy as np
 from mpi4py import MPI
 
 from pint_fem.communicators import ProcessGrid
+from pint_fem.errors import InputError
 
 __all__ = ["Grid"]
 
@@ -56,6 +57,22 @@ class Grid(ProcessGrid):
         groups = self._groups(comm, self.layer_size)
         self.layer_comm, self.data_comm = groups.inner, groups.outer
         self.reversed_layer_comm = groups.reversed_inner
+
+    def __deepcopy__(self, memo: dict) -> Grid:
+        """Copies of what is on a grid are on the same one."""
+        return self
+
+    def __reduce__(self) -> tuple:
+        """A grid of the same shape on all ranks of the run that reads it.
+
+        Raises
+        ------
+        InputError
+            If the grid has a communicator of its own, which is not in another run.
+        """
+        if MPI.Comm.Compare(self.comm, MPI.COMM_WORLD) not in (MPI.IDENT, MPI.CONGRUENT):
+            raise InputError("a grid on some of the ranks cannot be pickled: save the parameters (full_state_dict)")
+        return type(self), (tuple(self.shape),)
 
     @property
     def is_first(self) -> bool:

@@ -54,8 +54,7 @@ def refine(coarse: LayerParallelResNet, fine: LayerParallelResNet) -> None:
             weight = torch.tensor(weights, dtype=p.dtype).reshape(-1, *[1] * (p.ndim - 1))
             p.copy_(torch.lerp(values[before], values[after], weight))
         for name in ("opening", "closing"):
-            if getattr(fine, name) is not None:
-                getattr(fine, name).load_state_dict(getattr(coarse, name).state_dict())
+            getattr(fine, name).load_state_dict(getattr(coarse, name).state_dict())
 
 
 def _around(i: int, coarse: int, fine: int) -> tuple[int, int, float]:

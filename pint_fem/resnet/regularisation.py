@@ -58,7 +58,7 @@ class Regularisation:
 
     @property
     def _class_parameters(self) -> list[torch.Tensor]:
-        return [] if self.net.closing is None else list(self.net.closing.parameters())
+        return list(self.net.closing.parameters())
 
     def __call__(self) -> torch.Tensor:
         """``R``, the same on every rank that shares the layers (collective over ``layer_comm``)."""

@@ -15,23 +15,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import DTypeLike
 
-from pint_fem.all_at_once.grids import Bounds, split_steps
-from pint_fem.all_at_once.norms import euclidean
 from pint_fem.all_at_once.stopping import SolveResult
-from pint_fem.all_at_once.trace import Trace
-from pint_fem.errors import InputError
 from pint_fem.mgrit.options import MGRITOptions
-from pint_fem.mgrit.solver import MGRIT
 from pint_fem.resnet.activations import Activation
 from pint_fem.resnet.grid import Grid
 from pint_fem.resnet.layers import Layer
+from pint_fem.resnet.parallel.solvers import SweepSolvers, layers_of_others
 from pint_fem.resnet.propagators import AdjointStep, ForwardStep, TangentStep
 from pint_fem.resnet.row_exchange import RowExchange
 
@@ -71,30 +67,7 @@ class Trajectory:
             act.write_slope(source[rows], self.slopes[rows])
 
 
-class _Norms:
-    """Squared norms of states.
-
-    Attributes
-    ----------
-    ends : ndarray or None
-        Rows of the finest level at the ends of intervals: the points before C-points, and the last one.
-    """
-
-    def __init__(self) -> None:
-        self.ends: np.ndarray | None = None
-
-    def __call__(self, block: np.ndarray) -> np.ndarray:
-        return euclidean(block)
-
-    def finite(self, block: np.ndarray) -> np.ndarray:
-        """NaN at ends of intervals that are not finite, which any value that is not finite reaches; zero elsewhere."""
-        out = np.zeros(len(block))
-        ends = block[self.ends]
-        out[self.ends] = np.where(np.isfinite(ends).reshape(len(ends), -1).all(axis=1), 0.0, np.nan)
-        return out
-
-
-class LayerSweeps:
+class LayerSweeps(SweepSolvers):
     """Sweeps through the layers of one network on one process grid.
 
     Parameters
@@ -135,58 +108,22 @@ class LayerSweeps:
         *,
         options: MGRITOptions | Mapping | None = None,
     ):
-        self.layer, self.nlayers, self.h, self.grid = layer, nlayers, h, grid
-        if nlayers < grid.layer_size:
-            raise InputError(f"{grid.layer_size} layer ranks for {nlayers} layers: use at most one rank per layer")
-        try:
-            options = MGRITOptions.make(options)
-            factors = options.factors(nlayers)
-        except ValueError as error:
-            raise InputError(f"mgrit options: {error}") from None
-        for name, only in (("coarse_solver", "sequential"), ("storage", "all"), ("trace", "")):
-            if getattr(options, name) != only:
-                raise InputError(f"mgrit {name} = {getattr(options, name)!r}: layers support {only!r} only")
-        if options.residual == "none":
-            raise InputError("mgrit residual 'none': layers support 'C' and 'full'; residuals cost nothing")
-        if not all(isinstance(m, int) for m in factors):
-            raise InputError("mgrit coarsening by lists of points: give factors for layers")
-        self.options = MGRITOptions.make(options, levels=len(factors) + 1, check="cycle")
-        self.bounds, reversed_bounds = _shares(nlayers, grid.layer_size)
-        rank = grid.layer_comm.rank
-        self.lo, self.hi = self.bounds[rank], self.bounds[rank + 1]
-        self.k = self.hi - self.lo
-        self.strides = [1]
-        for m in factors:
-            self.strides.append(self.strides[-1] * m)
-        common = dict(is_root=grid.is_root)
-        forward = dict(comm=grid.layer_comm, bounds=self.bounds, **common)
-        backward = dict(comm=grid.reversed_layer_comm, bounds=reversed_bounds, **common)
-        kinds = [("forward", forward, False), ("backward", backward, True), ("tangent", forward, True)]
-        self.solvers: dict[str, MGRIT] = {}
-        self._serial_solvers: dict[str, MGRIT] = {}
-        for name, where, linear in kinds:
-            kind = self.steps[name]
-            steps, one = [kind(layer, s * h) for s in self.strides], dict(levels=1, monitor=False)
-            where |= dict(name=name, linear=linear, point_norms=_Norms())
-            self.solvers[name] = MGRIT(steps, nlayers, options=self.options, **where)
-            self._serial_solvers[name] = MGRIT(steps[:1], nlayers, options=one, **where)
-            for level in self.solvers[name].levels:
+        self.layer, self.h = layer, h
+        kinds = {name: partial(self._step, kind) for name, kind in self.steps.items()}
+        super().__init__(nlayers, grid, options=options, steps=kinds)
+        for solver in self.solvers.values():
+            for level in solver.levels:
                 level.propagator.lo = level.lo
-            fine = self.solvers[name].levels[0]
-            where["point_norms"].ends = np.append(np.arange(fine.k + 1)[self._c_rows(name)] - 1, fine.k)
-            if name == "backward":
-                fine.propagator.backwards = True
+        self.solvers["backward"].levels[0].propagator.backwards = True
         levels = zip(self.solvers["forward"].levels, self.strides, strict=True)
-        needed = [_foreign(level.bounds, self.bounds, stride) for level, stride in levels]
+        needed = [layers_of_others(level.bounds, self.bounds, stride) for level, stride in levels]
         self.exchanges = [None if rows is None else RowExchange(grid.layer_comm, self.bounds, rows) for rows in needed]
         self._pool: list[Trajectory] = []
         self._L: np.ndarray | None = None
 
-    def set_trace(self, trace: Trace) -> None:
-        """Let all solvers of the sweeps write to a trace."""
-        for solver in (*self.solvers.values(), *self._serial_solvers.values()):
-            for part in (solver, *solver.levels):
-                part.trace = trace
+    def _step(self, kind: type, stride: int) -> Any:
+        """A propagator of a level."""
+        return kind(self.layer, stride * self.h)
 
     # -- parameters of the levels --------------------------------------------------------------------------------------
     def _level_rows(self, index: int, arrays: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -220,30 +157,6 @@ class LayerSweeps:
             level.propagator.slopes = slopes[rows].flip(0)
 
     # -- sweeps --------------------------------------------------------------------------------------------------------
-    def _solve(
-        self,
-        name: str,
-        U: np.ndarray,
-        G: np.ndarray | None = None,
-        *,
-        cycles: int | None = None,
-        serial: bool = False,
-        warm=None,
-    ) -> SolveResult:
-        """Solve for ``U`` by MGRIT cycles, from the C-points ``warm`` if they are given, or by sequential steps."""
-        if warm is not None:
-            U[self._c_rows(name)] = warm
-        if serial or len(self.strides) == 1:
-            return self._serial_solvers[name].solve(U, G)
-        return self.solvers[name].solve(U, G, start="skip" if warm is None else "guess", cycles=cycles)
-
-    def _c_rows(self, name: str) -> slice:
-        """Rows of the own C-points of the finest level of a sweep."""
-        level = self.solvers[name].levels[0]
-        if level.m is None:
-            return slice(0, 0)
-        return slice((level.lo // level.m + 1) * level.m - level.lo, level.k + 1, level.m)
-
     def trajectory(self, shape: Sequence[int], dtype: DTypeLike, *, curvatures: bool = False) -> Trajectory:
         """Arrays for a forward sweep of states of a shape and type; with records if ``curvatures`` are needed."""
         shape = (self.k + 1, *shape)
@@ -375,25 +288,3 @@ class LayerSweeps:
             V[0] = first
         self._solve("tangent", V, G)
         return V
-
-    def c_points(self, name: str, array: np.ndarray) -> np.ndarray:
-        """A copy of the own C-points of a sweep's result, from which another one can start."""
-        return array[self._c_rows(name)].copy()
-
-
-# cached: simulated ranks in one process share what does not depend on the rank
-@lru_cache(maxsize=16)
-def _shares(nlayers: int, ranks: int) -> tuple[Bounds, Bounds]:
-    """Bounds of the ranks' layers in their own and in the reversed order."""
-    bounds = Bounds(split_steps(nlayers, ranks))
-    return bounds, Bounds(nlayers - b for b in reversed(bounds))
-
-
-@lru_cache(maxsize=64)
-def _foreign(level: Bounds, bounds: Bounds, stride: int) -> list[list[int]] | None:
-    """Layers at a level's points that each rank needs and does not own; ``None`` where there are none."""
-    needed = [
-        [a * stride] if b > a and a * stride < lo else []
-        for a, b, lo in zip(level[:-1], level[1:], bounds[:-1], strict=True)
-    ]
-    return needed if any(needed) else None

@@ -26,6 +26,7 @@ from pint_fem.collective import collectively, on_first_rank, require_same
 from pint_fem.errors import InputError
 from pint_fem.resnet.grid import Grid
 from pint_fem.resnet.network import LayerParallelResNet
+from pint_fem.resnet.parallel.parameters import Elsewhere
 from pint_fem.resnet.training.optimizer_state import (
     gather_parts,
     layer_arrays,
@@ -48,9 +49,9 @@ _locks: dict[Path, files.FileLock] = {}
 # -- the network, described --------------------------------------------------------------------------------------------
 def _fingerprint(net: LayerParallelResNet) -> dict:
     """Properties that have to be equal in a network that goes on (collective)."""
-    ends = [None if m is None else re.sub(r" at 0x[0-9a-f]+", "", repr(m)) for m in (net.opening, net.closing)]
+    ends = {name: re.sub(r" at 0x[0-9a-f]+", "", repr(m)) for name, m in _ends(net).items()}
     on_ranks = net.grid.comm.allgather(ends)
-    opening, closing = (next(ends[i] for ends in on_ranks if ends[i] is not None) for i in (0, 1))
+    opening, closing = (next(ends[name] for ends in on_ranks if name in ends) for name in ("opening", "closing"))
     act = net.layer.activation
     return {
         "layers": net.nlayers,
@@ -88,7 +89,7 @@ def _class_name(optimizer: torch.optim.Optimizer) -> str | None:
 
 def _ends(net: LayerParallelResNet) -> dict[str, torch.nn.Module]:
     """The opening and the classification layer, as far as this rank has them, by the names of their files."""
-    return {name: m for name, m in (("opening", net.opening), ("closing", net.closing)) if m is not None}
+    return {name: m for name, m in (("opening", net.opening), ("closing", net.closing)) if not isinstance(m, Elsewhere)}
 
 
 def _iterations(net: LayerParallelResNet) -> dict[str, list]:

@@ -31,8 +31,8 @@ from torch import nn
 from pint_fem.all_at_once.norms import gather_in_order
 from pint_fem.collective import all_ranks, collectively, require_same
 from pint_fem.errors import InputError, SolverFailure, release
-from pint_fem.resnet.consistency import comparable
 from pint_fem.resnet.network import LayerParallelResNet
+from pint_fem.resnet.parallel.agreement import comparable
 from pint_fem.resnet.regularisation import Regularisation
 
 __all__ = ["TrainingProblem"]
@@ -150,7 +150,7 @@ class TrainingProblem:
         """Tensors, given by the layout: those of the own layers, of the opening and of the classification layer."""
         index = {id(p): i for i, (p, _) in enumerate(self.layout)}
         pick = lambda parameters: [tensors[index[id(p)]] for p in parameters]
-        ends = [[] if m is None else pick(m.parameters()) for m in (self.net.opening, self.net.closing)]
+        ends = [pick(m.parameters()) for m in (self.net.opening, self.net.closing)]
         return pick(self.net.stack), *ends
 
     # -- value and gradient --------------------------------------------------------------------------------------------

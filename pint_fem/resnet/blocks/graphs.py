@@ -1,0 +1,287 @@
+r"""Values of layers and their derivatives: one graph of autograd for each layer at the final states.
+
+A layer is :math:`u + h f(u)` (``residual``), or the output :math:`b(u)` of the module; on a level whose points are
+:math:`m` layers apart it is :math:`u + m h f(u)`, or :math:`u + m (b(u) - u)`. The graph of :math:`f` or :math:`b` is
+recorded at the states of the finest level and serves all levels of the backward sweep,
+
+.. math:: \lambda + m h\, f'(u)^T \lambda , \qquad \lambda + m\, (b'(u)^T \lambda - \lambda) .
+
+Every evaluation begins with a seed of its layer and pass. Buffers, such as the statistics of normalisation, change once
+in a pass, by the recorded evaluation; all others leave them as they were.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_flatten
+
+from pint_fem.errors import InputError
+from pint_fem.resnet.parallel.passes import Pass
+from pint_fem.resnet.parallel.states import StateLayout
+
+__all__ = ["Graph", "LayerGraphs"]
+
+Tensor = torch.Tensor
+
+
+class Graph:
+    """Values of some layers with their graph.
+
+    Parameters
+    ----------
+    layers
+        Numbers of the layers: one, or those of a batched call.
+    u, y
+        States that they were evaluated at, and values of ``f`` or ``b``: arrays of one layer, or stacked.
+    theta
+        Their parameters that have derivatives, by name: of the layer itself, or stacked.
+    stacked
+        Whether the arrays are stacked.
+    """
+
+    def __init__(self, layers: Sequence[int], u: Tensor, y: Tensor, theta: Mapping[str, Tensor], stacked: bool):
+        self.layers, self.u, self.y, self.theta, self.stacked = list(layers), u, y, dict(theta), stacked
+        self.place = {n: i for i, n in enumerate(self.layers)}
+
+    def derivatives(self, v: Tensor, extra: Sequence[Tensor], gradients: bool) -> tuple[Tensor, list, list]:
+        """The vector-Jacobian products with ``v`` for the states, and for the parameters and extra inputs if
+        ``gradients`` are wanted.
+        """
+        wanted = [self.u, *(self.theta.values() if gradients else ()), *(extra if gradients else ())]
+        if not self.y.requires_grad:
+            return torch.zeros_like(self.u), [None] * len(self.theta), [None] * len(extra)
+        found = torch.autograd.grad(self.y, wanted, v, retain_graph=True, allow_unused=True)
+        first = torch.zeros_like(self.u) if found[0] is None else found[0]
+        count = len(self.theta)
+        return first, list(found[1 : 1 + count]), list(found[1 + count :])
+
+
+class LayerGraphs:
+    """Evaluations of the layers of a stage in one pass.
+
+    Parameters
+    ----------
+    modules
+        Layers of this rank by number: its own, and copies of others'.
+    own
+        Numbers of the own ones.
+    now, layout
+        The pass, and the layout of states.
+    residual, h
+        As in the network.
+    offset
+        Number of layers in the stages before.
+    keeps
+        Whether graphs are kept until the backward sweep, or made again in it.
+
+    Attributes
+    ----------
+    graphs : dict
+        Recorded graphs by the number of the layer.
+    parameter_gradients, extra_gradients : dict
+        Last derivatives by the number of the layer.
+    graph_bytes : int
+        What autograd has saved for the first recorded layer.
+    """
+
+    def __init__(
+        self, modules: Mapping[int, nn.Module], own: range, now: Pass, layout: StateLayout, *, residual: bool, h: float,
+        offset: int, keeps: bool,
+    ):  # fmt: skip
+        self.modules, self.own, self.now, self.layout = modules, own, now, layout
+        self.residual, self.h, self.offset, self.keeps = residual, h, offset, keeps
+        self.graphs: dict[int, Graph] = {}
+        self.states: dict[int, Tensor] = {}
+        self.parameter_gradients: dict[int, dict[str, Tensor | None]] = {}
+        self.extra_gradients: dict[int, list[Tensor | None]] = {}
+        self.graph_bytes = 0
+        self._after: dict[int, dict[str, Tensor]] = {}
+        self._changing: set[int] = set()
+        self._note_changing(modules)
+
+    def _note_changing(self, modules: Mapping[int, nn.Module]) -> None:
+        """Find the layers with buffers that evaluations may change."""
+        for n, module in modules.items():
+            if next(module.buffers(), None) is not None and any(m.training for m in module.modules()):
+                self._changing.add(n)
+
+    def adopt(self, modules: Mapping[int, nn.Module]) -> None:
+        """Add copies of other ranks' layers."""
+        self.modules = {**self.modules, **modules}
+        self._note_changing(modules)
+
+    # -- extra inputs --------------------------------------------------------------------------------------------------
+    @property
+    def all_extra_tensors(self) -> list[Tensor]:
+        """Tensors among the extra inputs."""
+        return [t for t in tree_flatten(self.now.extra)[0] if torch.is_tensor(t)]
+
+    @property
+    def extra_tensors(self) -> list[Tensor]:
+        """Tensors among the extra inputs that have derivatives."""
+        return [t for t in self.all_extra_tensors if t.requires_grad]
+
+    # -- values --------------------------------------------------------------------------------------------------------
+    def _evaluate(self, n: int, u: Tensor, buffers: dict[str, Tensor] | None = None) -> Tensor:
+        """``f`` or ``b`` of one layer as an array; ``buffers`` takes those that the evaluation has changed."""
+        self.now.seed(1 + self.offset + n)
+        module, state, extra = self.modules[n], self.layout.unpack(u), self.now.extra
+        if n in self._changing:
+            changed = {name: b.detach().clone() for name, b in module.named_buffers()}
+            y = torch.func.functional_call(module, changed, (state, *extra))
+            if buffers is not None:
+                buffers.update(changed)
+        else:
+            y = module(state, *extra)
+        if self.layout.is_tuple or not torch.is_tensor(y) or y.shape != u.shape:
+            self.layout.require(y, f"layer {self.offset + n} ({type(self.modules[n]).__name__})")
+        return self.layout.pack(y)
+
+    def step(self, n: int, u: Tensor, stride: int, *, record: bool) -> Tensor:
+        """The next state of a level whose points are ``stride`` layers apart, from ``u`` with layer ``n``."""
+        if record:
+            y = self.record(n, u).y.detach()
+        else:
+            alias = u.data
+            with torch.no_grad():
+                y = self._evaluate(n, alias)
+            if alias._version:
+                raise InputError(
+                    f"layer {self.offset + n} ({type(self.modules[n]).__name__}) writes to its input: give a module "
+                    "that does not, such as ReLU(inplace=False) where it comes first"
+                )
+        return self.advance(u, y, stride)
+
+    def advance(self, u: Tensor, y: Tensor, stride: int) -> Tensor:
+        """The next state from one and the value of ``f`` or ``b`` there."""
+        if self.residual:
+            return torch.add(u, y, alpha=self.h * stride)
+        return y if stride == 1 else torch.lerp(u, y, float(stride))
+
+    def record(self, n: int, u: Tensor) -> Graph:
+        """The value of a layer with its graph, kept if the pass keeps graphs."""
+        if not self.keeps:
+            self.states[n] = u.data
+        graph = self._graph(n, u.data, self._after.setdefault(n, {}))
+        if self.keeps:
+            self.graphs[n] = graph
+        return graph
+
+    def _graph(self, n: int, u: Tensor, buffers: dict[str, Tensor] | None = None) -> Graph:
+        """The value of a layer with its graph."""
+        leaf = u.requires_grad_()  # ``.data`` of a row: what is written to other rows does not concern it
+        counts = _SavedBytes() if not self.graph_bytes else nullcontext()
+        with torch.enable_grad(), counts:
+            y = self._evaluate(n, leaf, buffers)
+        if isinstance(counts, _SavedBytes):
+            self.graph_bytes = counts.total
+        theta = {name: p for name, p in self.modules[n].named_parameters() if p.requires_grad}
+        return Graph([n], leaf, y, theta, stacked=False)
+
+    def keep(self, graph: Graph, buffers: Mapping[str, Tensor]) -> None:
+        """Keep the graph of a batched call, with the stacked buffers after it."""
+        for n in graph.layers:
+            self.graphs[n] = graph
+        self.note_buffers(graph.layers, buffers)
+
+    def note_buffers(self, layers: Sequence[int], stacked: Mapping[str, Tensor]) -> None:
+        """Take the buffers of some layers after their recorded evaluation, stacked by name."""
+        for i, n in enumerate(layers):
+            if n in self._changing:
+                self._after[n] = {name: b[i] for name, b in stacked.items()}
+
+    def scratch(self) -> LayerGraphs:
+        """Evaluations of the same layers that are kept apart, and leave buffers as they are if they are settled."""
+        return LayerGraphs(
+            self.modules, self.own, self.now, self.layout, residual=self.residual, h=self.h, offset=self.offset,
+            keeps=True,
+        )  # fmt: skip
+
+    def finish(self, U: Tensor, *, trains: bool) -> None:
+        """Record the own layers that have not been, at the states ``U`` (one row more), and set their buffers; without
+        a backward sweep evaluate those whose buffers change.
+        """
+        for i, n in enumerate(self.own):
+            if trains and n not in self.graphs and n not in self.states:
+                self.record(n, U[i])
+            elif not trains and n in self._changing:
+                with torch.no_grad():
+                    self._evaluate(n, U[i].data, self._after.setdefault(n, {}))
+        self.settle()
+
+    def settle(self) -> None:
+        """Set buffers to what the recorded evaluations have made of them."""
+        with torch.no_grad():
+            for n, after in self._after.items():
+                for name, b in self.modules[n].named_buffers() if after else ():
+                    b.copy_(after[name])
+        self._after = {}
+
+    # -- derivatives ---------------------------------------------------------------------------------------------------
+    def _graph_of(self, n: int) -> Graph:
+        """The graph of an own layer, made again if it was not kept."""
+        found = self.graphs.get(n)
+        if found is not None:
+            return found
+        with self.now.as_in_forward():
+            return self._graph(n, self.states[n].detach())
+
+    def adjoint(self, layers: Sequence[int], lam: Tensor, stride: int, *, gradients: bool) -> Tensor:
+        """Adjoint states of a level from ``lam``, ``(len(layers), *state)``, through layers that are ``stride`` apart
+        on it; ``gradients``: also those of the parameters and extra inputs, which replace earlier ones.
+        """
+        out, done = torch.empty_like(lam), set()
+        for i, n in enumerate(layers):
+            if n in done:
+                continue
+            graph = self._graph_of(n)
+            rows = {n: i} if not graph.stacked else {k: j for j, k in enumerate(layers) if k in graph.place}
+            done |= rows.keys()
+            self._adjoint_of(graph, rows, lam, out, stride, gradients)
+        return out
+
+    def _adjoint_of(
+        self, graph: Graph, rows: Mapping[int, int], lam: Tensor, out: Tensor, stride: int, gradients: bool
+    ) -> None:
+        """Adjoints through the layers of one graph, ``rows`` by number; products with zero for its other layers."""
+        places = [graph.place[n] for n in rows]
+        here = list(rows.values())
+        scale = self.h * stride if self.residual else float(stride)
+        if graph.stacked:
+            v = torch.zeros_like(graph.y)
+            v[places] = lam[here] * scale
+        else:
+            v = lam[here[0]] * scale
+        first, theta, extra = graph.derivatives(v, self.extra_tensors, gradients)
+        keep = 1.0 if self.residual else 1.0 - stride
+        for n, place in zip(rows, places, strict=True):
+            product = first[place] if graph.stacked else first
+            i = rows[n]
+            if keep:
+                torch.add(product, lam[i], alpha=keep, out=out[i])
+            else:
+                out[i].copy_(product)
+            if gradients:
+                pick = lambda g, at=place: g if g is None or not graph.stacked else g[at]
+                self.parameter_gradients[n] = {name: pick(g) for name, g in zip(graph.theta, theta, strict=True)}
+                self.extra_gradients[n] = extra if n == next(iter(rows)) else [None] * len(extra)
+
+
+class _SavedBytes(torch.autograd.graph.saved_tensors_hooks):
+    """Counts the bytes of the tensors that autograd saves, each storage once."""
+
+    def __init__(self) -> None:
+        self.total, self._seen = 0, set()
+        super().__init__(self._count, lambda t: t)
+
+    def _count(self, t: Tensor) -> Tensor:
+        if not isinstance(t, nn.Parameter):
+            key = t.untyped_storage().data_ptr()
+            if key not in self._seen:
+                self._seen.add(key)
+                self.total += t.numel() * t.element_size()
+        return t

@@ -1,0 +1,173 @@
+"""The layers of one stage on a rank: those that it owns, and copies of the few that its coarse levels take from others.
+
+A point of a coarse level can belong to one rank and the layer that is evaluated there to another, the rank before it;
+such a layer's parameters and buffers are sent at the beginning of each forward sweep, at most one layer for each level
+and rank.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from pint_fem.errors import InputError
+from pint_fem.resnet.parallel.random_numbers import mixed_seed, own_random_numbers, seed_generators
+from pint_fem.resnet.parallel.transport import host_bytes
+from pint_fem.resnet.row_exchange import RowExchange
+
+__all__ = ["LayerCopies", "Repeat", "layer_makers"]
+
+
+@dataclass(frozen=True)
+class Repeat:
+    """Layers that are made where they are needed.
+
+    A rank makes its own layers only. Random numbers of ``make`` come from a generator seeded by the number of the
+    layer, so that parameters do not depend on the number of ranks.
+
+    Attributes
+    ----------
+    make : callable
+        ``make(n)`` returns the layer with the number ``n`` in its stage.
+    count : int
+        Number of layers.
+    seed : int
+        Of their first parameters.
+    """
+
+    make: Callable[[int], nn.Module]
+    count: int
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.count, int) or isinstance(self.count, bool) or self.count < 1:
+            raise InputError(f"Repeat count {self.count!r}: give a positive whole number")
+        if not callable(self.make):
+            raise InputError(
+                f"Repeat make {self.make!r}: give a function of the layer's number, such as lambda n: Block(16)"
+            )
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, n: int) -> nn.Module:
+        """The layer ``n``, made anew."""
+        if not 0 <= n < self.count:
+            raise IndexError(n)
+        with own_random_numbers():
+            seed_generators(mixed_seed(self.seed, n))
+            made = self.make(n)
+        if not isinstance(made, nn.Module):
+            raise InputError(f"Repeat: make({n}) returned a {type(made).__name__} instead of a torch module")
+        return made
+
+
+def layer_makers(blocks: Sequence[nn.Module] | Repeat, what: str) -> Sequence[nn.Module]:
+    """The layers of a stage as a sequence, checked.
+
+    Raises
+    ------
+    InputError
+        Where they are no modules, or none.
+    """
+    if isinstance(blocks, Repeat):
+        return blocks
+    if isinstance(blocks, (str, bytes, nn.Module)) and not isinstance(blocks, (nn.ModuleList, nn.Sequential)):
+        raise InputError(f"{what}: give a list of modules, or Repeat(make, count), not one {type(blocks).__name__}")
+    layers = list(blocks)
+    if not layers:
+        raise InputError(f"{what} has no layers: give at least one")
+    for n, module in enumerate(layers):
+        if not isinstance(module, nn.Module):
+            raise InputError(f"{what}: layer {n} is a {type(module).__name__} instead of a torch module")
+    return layers
+
+
+def _tensors(module: nn.Module) -> list[torch.Tensor]:
+    """Parameters and buffers of a module."""
+    return [*module.parameters(), *module.buffers()]
+
+
+def _as_bytes(module: nn.Module) -> np.ndarray:
+    """Modes, parameters and buffers of a module as bytes."""
+    modes = np.array([m.training for m in module.modules()], np.uint8)
+    return np.concatenate([modes, *(host_bytes(t) for t in _tensors(module) if t.numel())])
+
+
+def _set_from_bytes(module: nn.Module, data: np.ndarray) -> None:
+    """Set modes, parameters and buffers of a module."""
+    parts = list(module.modules())
+    for part, mode in zip(parts, data, strict=False):
+        part.training = bool(mode)
+    start = len(parts)
+    with torch.no_grad():
+        for t in _tensors(module):
+            stop = start + t.numel() * t.element_size()
+            # copied, because the bytes of a tensor begin anywhere
+            values = torch.from_numpy(data[start:stop].copy())
+            if t.numel():
+                t.copy_(values.view(t.dtype).reshape(t.shape))
+            start = stop
+
+
+class LayerCopies:
+    """Copies of other ranks' layers at the points of the own coarse levels.
+
+    Parameters
+    ----------
+    exchanges
+        For each level the plan of the exchange, or ``None`` where no rank needs a layer.
+    numbers
+        Numbers of the layers that this rank gets, by level.
+    layers
+        All layers of the stage.
+    """
+
+    def __init__(
+        self, exchanges: Sequence[RowExchange | None], numbers: Sequence[Sequence[int]], layers: Sequence[nn.Module]
+    ):
+        self._plans = [(e, list(n)) for e, n in zip(exchanges, numbers, strict=True) if e is not None]
+        self.modules = {n: copy.deepcopy(layers[n]) for _, needed in self._plans for n in needed}
+
+    def __len__(self) -> int:
+        return len(self._plans)
+
+    def update(self, own: Sequence[nn.Module], comm) -> None:
+        """Get the present parameters, buffers and modes (collective over the ranks that share the layers).
+
+        Parameters
+        ----------
+        own
+            The own layers in their order.
+        comm
+            Their communicator.
+        """
+        for exchange, numbers in self._plans:
+            sends = []
+            for rank, rows in sorted(exchange.send.items()):
+                for row in rows:
+                    message = _as_bytes(own[row])
+                    sends.append((comm.Isend(message, dest=rank, tag=41), message))
+            for rank, places in sorted(exchange.receive.items()):
+                for place in places:
+                    module = self.modules[numbers[place]]
+                    data = _as_bytes(module)
+                    comm.Recv(data, source=rank, tag=41)
+                    _set_from_bytes(module, data)
+            for request, _ in sends:
+                request.Wait()
+
+    def to(self, like: Iterable[torch.Tensor]) -> None:
+        """Move the copies to the device and type of the first of some tensors."""
+        first = next(iter(like), None)
+        if first is not None:
+            for module in self.modules.values():
+                module.to(first.device)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.modules)

@@ -1,0 +1,103 @@
+"""One pass of a batch through a network: what all ranks have agreed upon for its sweeps."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+from pint_fem.collective import all_ranks
+from pint_fem.errors import InputError
+from pint_fem.resnet.grid import Grid
+from pint_fem.resnet.parallel.random_numbers import mixed_seed, seed_generators
+from pint_fem.resnet.parallel.stage import stack_means
+
+if TYPE_CHECKING:
+    from pint_fem.resnet.parallel.module import LayerParallelModule
+
+__all__ = ["Pass"]
+
+Tensor = torch.Tensor
+
+
+@dataclass(eq=False)
+class Pass:
+    """One pass of a batch through a network, with what all ranks have agreed upon.
+
+    Attributes
+    ----------
+    network : LayerParallelModule
+    number : int
+        Of the pass.
+    trains : bool
+        Whether a backward sweep may follow.
+    shares : bool
+        Whether the data groups take part together.
+    batch : Hashable
+        Name of the batch, or ``None``.
+    extra : tuple
+        Extra inputs of the layers.
+    autocast : tuple or None
+        Type of device and of values of torch's autocast, where it is on.
+    """
+
+    network: LayerParallelModule
+    number: int
+    trains: bool = False
+    shares: bool = False
+    batch: Hashable = None
+    extra: tuple = ()
+    autocast: tuple[str, torch.dtype] | None = None
+    devices: list[torch.device] = field(default_factory=list)
+
+    @property
+    def grid(self) -> Grid:
+        """Process grid of the network."""
+        return self.network.grid
+
+    @property
+    def nonfinite(self) -> str:
+        """What derivatives that are not finite become, ``"raise"`` or ``"gradient"``."""
+        return self.network.nonfinite
+
+    def seed(self, place: int) -> None:
+        """Seed torch's generators for a part of the network: 0 is the opening layer, ``1 + n`` layer ``n``."""
+        seed_generators(mixed_seed(self.network.seed, self.number, place), self.devices)
+
+    @contextmanager
+    def as_in_forward(self) -> Iterator[None]:
+        """Autocast as it was in the forward pass, for what the backward pass evaluates again."""
+        if self.autocast is None:
+            yield
+            return
+        kind, dtype = self.autocast
+        with torch.autocast(kind, dtype):
+            yield
+
+    def check_backward(self) -> None:
+        """Agree on the derivative that comes next (collective); refuses derivatives of derivatives.
+
+        Raises
+        ------
+        InputError
+            On every rank.
+        """
+        self.network.collective.check(
+            shares=self.shares, **{"number of the pass": self.number, "create_graph": torch.is_grad_enabled()}
+        )
+        if torch.is_grad_enabled():
+            raise InputError(
+                "create_graph=True: a layer-parallel network has first derivatives only; for Hessian actions give a "
+                "network of Dense or Convolution layers to TrainingProblem"
+            )
+
+    def all_agree(self, condition: bool) -> bool:
+        """Whether a condition holds on all ranks that share the layers, and on all groups if they take part."""
+        return all_ranks(self.grid.comm if self.shares else self.grid.layer_comm, condition)
+
+    def mean_over_data(self, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Means over the data groups, if they take part."""
+        return stack_means(self.grid, gradients) if self.shares else list(gradients)

@@ -1,0 +1,52 @@
+"""Random numbers of a network: the same on all ranks, fixed within a solve, and none taken from the user's generators.
+
+Every evaluation of a part of a network (the opening layer, a residual layer, a transition, the classification layer)
+begins with a seed made of the network's seed, the number of the pass and the number of the part. So a mask of dropout
+is the same however often a relaxation evaluates the layer, on whatever rank, and the user's generators, which shuffle
+data for instance, advance alike on all ranks: not at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+__all__ = ["devices_of", "mixed_seed", "own_random_numbers", "seed_generators"]
+
+_MIX = 0x9E3779B97F4A7C15  # of splitmix64
+_WORD = (1 << 64) - 1
+
+
+def mixed_seed(*numbers: int) -> int:
+    """A 63-bit seed from some whole numbers; neighbouring ones give seeds that have nothing to do with each other
+    (splitmix64's finaliser).
+    """
+    state = 0
+    for number in numbers:
+        state = (state + (number & _WORD) + _MIX) & _WORD
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _WORD
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _WORD
+        state ^= state >> 31
+    return state >> 1
+
+
+def devices_of(tensors: Iterable[torch.Tensor]) -> list[torch.device]:
+    """The accelerators that some tensors are on."""
+    return sorted({t.device for t in tensors if t.device.type == "cuda"}, key=str)
+
+
+@contextmanager
+def own_random_numbers(devices: Iterable[torch.device] = ()) -> Iterator[None]:
+    """Leave torch's generators, of the processor and of some accelerators, as they were before."""
+    with torch.random.fork_rng(devices=list(devices)):
+        yield
+
+
+def seed_generators(seed: int, devices: Iterable[torch.device] = ()) -> None:
+    """Seed torch's generators of the processor and of some accelerators."""
+    torch.default_generator.manual_seed(seed)
+    for device in devices:
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)

@@ -1,0 +1,177 @@
+"""The MGRIT solvers of a network's sweeps, made from the kinds of steps that a kind of layers has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from pint_fem.all_at_once.grids import Bounds, split_steps
+from pint_fem.all_at_once.norms import euclidean
+from pint_fem.all_at_once.stopping import SolveResult
+from pint_fem.all_at_once.trace import Trace
+from pint_fem.errors import InputError
+from pint_fem.mgrit.options import MGRITOptions
+from pint_fem.mgrit.solver import MGRIT
+from pint_fem.resnet.grid import Grid
+
+__all__ = ["SweepSolvers", "layers_of_others"]
+
+
+class _Norms:
+    """Squared norms of states.
+
+    Attributes
+    ----------
+    ends : ndarray or None
+        Rows of the finest level at the ends of intervals: the points before C-points, and the last one.
+    """
+
+    def __init__(self) -> None:
+        self.ends: np.ndarray | None = None
+
+    def __call__(self, block: np.ndarray) -> np.ndarray:
+        return euclidean(block)
+
+    def finite(self, block: np.ndarray) -> np.ndarray:
+        """NaN at ends of intervals that are not finite, which any value that is not finite reaches; zero elsewhere."""
+        out = np.zeros(len(block))
+        ends = block[self.ends]
+        out[self.ends] = np.where(np.isfinite(ends).reshape(len(ends), -1).all(axis=1), 0.0, np.nan)
+        return out
+
+
+class SweepSolvers:
+    """Solvers of the sweeps through ``N`` layers on one process grid.
+
+    Parameters
+    ----------
+    nlayers
+        Number ``N`` of the layers.
+    grid
+        The process grid.
+    options
+        MGRIT options: ``levels``, ``coarsening`` (factors), ``relax``, ``cycle``, ``rtol``, ``max_it`` ...
+    steps
+        Propagator of each sweep ``"forward"``, ``"backward"`` and perhaps ``"tangent"``: a function of the distance in
+        layers of a level's points.
+
+    Attributes
+    ----------
+    bounds : tuple of int
+        Numbers of the ranks' first layers, and ``N``; the own ``k`` layers are ``lo .. hi - 1``.
+    strides : list of int
+        Distance in layers of neighbouring points of each level.
+    solvers : dict
+        MGRIT solvers of the sweeps.
+
+    Raises
+    ------
+    InputError
+        On every rank, on more layer ranks than layers, or options that do not apply to layers.
+    """
+
+    def __init__(
+        self,
+        nlayers: int,
+        grid: Grid,
+        *,
+        options: MGRITOptions | Mapping | None,
+        steps: Mapping[str, Callable[[int], Any]],
+    ):
+        self.nlayers, self.grid = nlayers, grid
+        if nlayers < grid.layer_size:
+            raise InputError(f"{grid.layer_size} layer ranks for {nlayers} layers: use at most one rank per layer")
+        try:
+            options = MGRITOptions.make(options)
+            factors = options.factors(nlayers)
+        except ValueError as error:
+            raise InputError(f"mgrit options: {error}") from None
+        for name, only in (("coarse_solver", "sequential"), ("storage", "all"), ("trace", "")):
+            if getattr(options, name) != only:
+                raise InputError(f"mgrit {name} = {getattr(options, name)!r}: layers support {only!r} only")
+        if options.residual == "none":
+            raise InputError("mgrit residual 'none': layers support 'C' and 'full'; residuals cost nothing")
+        if not all(isinstance(m, int) for m in factors):
+            raise InputError("mgrit coarsening by lists of points: give factors for layers")
+        self.options = MGRITOptions.make(options, levels=len(factors) + 1, check="cycle")
+        self.bounds, reversed_bounds = _shares(nlayers, grid.layer_size)
+        rank = grid.layer_comm.rank
+        self.lo, self.hi = self.bounds[rank], self.bounds[rank + 1]
+        self.k = self.hi - self.lo
+        self.strides = [1]
+        for m in factors:
+            self.strides.append(self.strides[-1] * m)
+        common = dict(is_root=grid.is_root)
+        forward = dict(comm=grid.layer_comm, bounds=self.bounds, **common)
+        backward = dict(comm=grid.reversed_layer_comm, bounds=reversed_bounds, **common)
+        kinds = [("forward", forward, False), ("backward", backward, True), ("tangent", forward, True)]
+        self.solvers: dict[str, MGRIT] = {}
+        self._serial_solvers: dict[str, MGRIT] = {}
+        for name, where, linear in kinds:
+            if name not in steps:
+                continue
+            propagators, one = [steps[name](stride) for stride in self.strides], dict(levels=1, monitor=False)
+            where |= dict(name=name, linear=linear, point_norms=_Norms())
+            self.solvers[name] = MGRIT(propagators, nlayers, options=self.options, **where)
+            self._serial_solvers[name] = MGRIT(propagators[:1], nlayers, options=one, **where)
+            fine = self.solvers[name].levels[0]
+            where["point_norms"].ends = np.append(np.arange(fine.k + 1)[self._c_rows(name)] - 1, fine.k)
+
+    def set_trace(self, trace: Trace) -> None:
+        """Let all solvers of the sweeps write to a trace."""
+        for solver in (*self.solvers.values(), *self._serial_solvers.values()):
+            for part in (solver, *solver.levels):
+                part.trace = trace
+
+    # -- sweeps --------------------------------------------------------------------------------------------------------
+    def _solve(
+        self,
+        name: str,
+        U: np.ndarray,
+        G: np.ndarray | None = None,
+        *,
+        cycles: int | None = None,
+        serial: bool = False,
+        warm=None,
+        rtol: float | None = None,
+    ) -> SolveResult:
+        """Solve for ``U`` by MGRIT cycles, from the C-points ``warm`` if they are given, or by sequential steps;
+        ``rtol`` replaces the tolerance of the options.
+        """
+        if warm is not None:
+            U[self._c_rows(name)] = warm
+        if serial or len(self.strides) == 1:
+            return self._serial_solvers[name].solve(U, G)
+        return self.solvers[name].solve(U, G, start="skip" if warm is None else "guess", cycles=cycles, rtol=rtol)
+
+    def _c_rows(self, name: str) -> slice:
+        """Rows of the own C-points of the finest level of a sweep."""
+        level = self.solvers[name].levels[0]
+        if level.m is None:
+            return slice(0, 0)
+        return slice((level.lo // level.m + 1) * level.m - level.lo, level.k + 1, level.m)
+
+    def c_points(self, name: str, array: np.ndarray) -> np.ndarray:
+        """A copy of the own C-points of a sweep's result, from which another one can start."""
+        return array[self._c_rows(name)].copy()
+
+
+# cached: simulated ranks in one process share what does not depend on the rank
+@lru_cache(maxsize=16)
+def _shares(nlayers: int, ranks: int) -> tuple[Bounds, Bounds]:
+    """Bounds of the ranks' layers in their own and in the reversed order."""
+    bounds = Bounds(split_steps(nlayers, ranks))
+    return bounds, Bounds(nlayers - b for b in reversed(bounds))
+
+
+@lru_cache(maxsize=64)
+def layers_of_others(level: Bounds, bounds: Bounds, stride: int) -> list[list[int]] | None:
+    """Layers at a level's points that each rank needs and does not own; ``None`` where there are none."""
+    needed = [
+        [a * stride] if b > a and a * stride < lo else []
+        for a, b, lo in zip(level[:-1], level[1:], bounds[:-1], strict=True)
+    ]
+    return needed if any(needed) else None
