@@ -14,9 +14,9 @@ from torch.utils.data import Dataset
 
 from pint_fem.collective import all_ranks, any_rank, collectively, consistent_across_ranks, ending_all_ranks
 from pint_fem.errors import InputError
-from pint_fem.resnet.parallel.agreement import batch_digest
 from pint_fem.resnet.grid import Grid
 from pint_fem.resnet.network import LayerParallelResNet
+from pint_fem.resnet.parallel.agreement import batch_digest
 
 __all__ = ["Epoch", "accuracy", "train_epoch"]
 

@@ -4,8 +4,8 @@ r"""Deep networks of blocks for measurements, :math:`u_{n+1} = u_n + h f_n(u_n)`
 kind           f                                                   state
 ============== =================================================== ==============================
 ``dense``      tanh of a linear map                                ``(batch, width)``
-``conv``       convolution, GroupNorm, ReLU, convolution           ``(batch, width, side, side)``
-``transformer`` attention and a hidden layer of the same LayerNorm  ``(batch, side**2, width)``
+``conv``       convolution, GroupNorm, ReLU, convolution           ``(batch, width, size, size)``
+``transformer`` attention and a hidden layer of the same LayerNorm  ``(batch, size, width)``
 ============== =================================================== ==============================
 
 The transformer block adds attention and hidden layer in parallel, as in GPT-J and PaLM (arXiv:2204.02311, Sec. 2), so
@@ -125,7 +125,7 @@ def block_problem(
     width: int,
     *,
     batch: int = 32,
-    side: int = 8,
+    size: int = 8,
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
     seed: int = 0,
@@ -138,8 +138,8 @@ def block_problem(
         One of :data:`KINDS`.
     depth, width
         Blocks; width or channels of a state.
-    batch, side
-        Samples; height and width of images, or the root of the number of places.
+    batch, size
+        Samples; height and width of images, or number of places.
     dtype, device
         Of parameters and data, which are the same numbers everywhere.
     seed
@@ -162,12 +162,12 @@ def block_problem(
         elif kind == "conv":
             opening, made = nn.Conv2d(1, width, 3, padding=1), lambda: ConvolutionBlock(width)
             closing = nn.Sequential(_MeanOfPlaces(1), nn.Linear(width, CLASSES))
-            x = torch.randn(batch, 1, side, side)
+            x = torch.randn(batch, 1, size, size)
         else:
             fused = torch.device(device).type == "cuda"
             opening, made = nn.Linear(2, width), lambda: ParallelAttentionBlock(width, fused=fused)
             closing = nn.Sequential(_MeanOfPlaces(2), nn.Linear(width, CLASSES))
-            x = torch.randn(batch, side**2, 2)
+            x = torch.randn(batch, size, 2)
         y = torch.randint(CLASSES, (batch,))
         blocks = [made() for _ in range(depth)]
     to = dict(dtype=dtype, device=device)

@@ -51,7 +51,7 @@ class Case:
     depth: int
     width: int
     batch: int = 32
-    side: int = 8
+    size: int = 8
     options: tuple[dict, ...] = ()
     iterations: tuple[int, int] = (2, 1)
 
@@ -67,12 +67,12 @@ def _options(depth: int) -> tuple[dict, ...]:
 
 
 CASES = tuple(
-    Case(kind, depth, width, options=_options(depth))
+    Case(kind, depth, width, size=64 if kind == "transformer" else 8, options=_options(depth))
     for depth, width in ((1024, 8), (1024, 64), (4096, 8), (4096, 64))
     for kind in ("conv", "transformer", "dense")
 )
 TINY = tuple(
-    Case(kind, 16, 8, batch=4, side=4, options=({"levels": 2, "coarsening": 4, "relax": "F"},)) for kind in KINDS
+    Case(kind, 16, 8, batch=4, size=4, options=({"levels": 2, "coarsening": 4, "relax": "F"},)) for kind in KINDS
 )
 
 
@@ -247,7 +247,7 @@ def measure(
     out = Result(str(case)) if into is None else into
     cuda = torch.device(device).type == "cuda"
     synchronise = torch.cuda.synchronize if cuda else lambda: None
-    problem = block_problem(case.kind, case.depth, case.width, batch=case.batch, side=case.side, device=device)
+    problem = block_problem(case.kind, case.depth, case.width, batch=case.batch, size=case.size, device=device)
     training = lambda net: Training(net, problem.x, problem.y)
     baseline = training(problem.serial())
     baseline.gradients()

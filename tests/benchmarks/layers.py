@@ -40,7 +40,7 @@ EVERY = tuple((its, SETTINGS) for its in ITERATIONS)
 CASES = tuple(
     (depth, dtype, (*EVERY, *(ACCEPTED[2] if depth == DEPTH else ())))
     for dtype in DTYPES
-    for depth in (64, 256, DEPTH, 4096)
+    for depth in (DEPTH, 4096, 256, 64)
 )
 """Layers, type, and the iterations and options that are measured in turn with one baseline."""
 
@@ -92,9 +92,9 @@ def _baseline(comm, serial: SerialResNet, data, threads: tuple[int, ...]) -> Fas
     return found
 
 
-def rows(repeats: int, *, cases=CASES, comm=MPI.COMM_WORLD) -> list[dict]:
+def rows(repeats: int, *, cases=CASES, comm=MPI.COMM_WORLD, report: Callable[[dict], None] | None = None) -> list[dict]:
     """Ratios on the ranks of ``comm``, as dictionaries of :class:`Row` (of the first rank), for cases of layers, type,
-    and iterations with options.
+    and iterations with options; each is also passed to ``report`` as soon as it is measured.
     """
     torch.set_num_threads(1)
     out, grid = [], Grid(comm=comm)
@@ -133,6 +133,8 @@ def rows(repeats: int, *, cases=CASES, comm=MPI.COMM_WORLD) -> list[dict]:
             accepted = (depth, type_name, its, options) == (*ACCEPTED[:2], *ACCEPTED[2][0])
             target = TARGET if accepted and comm.size == 2 else None
             out.append(vars(row("l", what, seconds[i], theirs[fast], depth, target, False, note)))
+            if report is not None:
+                report(out[-1])
     return out
 
 
@@ -143,15 +145,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--quick", action="store_true", help="the row with the target only")
     args = parser.parse_args(argv)
-    result = rows(args.repeats, cases=(ACCEPTED,) if args.quick else CASES)
-    if MPI.COMM_WORLD.rank == 0:
-        if args.out:
-            args.out.write_text(json.dumps(result, indent=1))
-        else:
-            for r in result:
-                times = f"{r['ours'] * 1e3:.1f} and {r['theirs'] * 1e3:.1f} us a layer"
-                print(f"{r['what']}: {r['ratio']:.2f}; {times}; {r['note']}", flush=True)
+    root = MPI.COMM_WORLD.rank == 0
+    prints = root and not args.out
+    result = rows(args.repeats, cases=(ACCEPTED,) if args.quick else CASES, report=_print if prints else None)
+    if root and args.out:
+        args.out.write_text(json.dumps(result, indent=1))
     return 0
+
+
+def _print(r: dict) -> None:
+    times = f"{r['ours'] * 1e3:.1f} and {r['theirs'] * 1e3:.1f} us a layer"
+    print(f"{r['what']}: {r['ratio']:.2f}; {times}; {r['note']}", flush=True)
 
 
 if __name__ == "__main__":

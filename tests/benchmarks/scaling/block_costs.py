@@ -1,4 +1,4 @@
-r"""Measure what one layer of a deep network costs: forward, backward and gradients of blocks of layers, and a serial step.
+r"""Measure what one layer of a deep network costs, forward, backward and gradients, and what a serial step costs.
 
 Layers of convolutions and transformer blocks take milliseconds, so that a network's step is the sum of its layers, its
 ends and its messages; the costs of single calls are measured with few layers, by the processor's time of this one
@@ -52,7 +52,7 @@ class BlocksCase:
     ----------
     kind : str
         ``"conv"``: the network of ``demos/resnet_mnist.py``; ``"transformer"``: :mod:`problems.block_networks`.
-    nlayers, width, batch, side : int
+    nlayers, width, batch, size : int
         Layers; channels or width; samples; height and width of a state, or the root of the number of places.
     menu : tuple of dict
         Options of MGRIT whose gradient errors are counted.
@@ -64,7 +64,7 @@ class BlocksCase:
     nlayers: int
     width: int
     batch: int
-    side: int
+    size: int
     menu: tuple[dict, ...]
     few: Mapping[str, int]
 
@@ -80,30 +80,30 @@ def least(action: Callable[[], object], repeats: int) -> float:
     return out
 
 
-def conv_network(nlayers: int, width: int, batch: int, side: int, dtype=torch.float32):
+def conv_network(nlayers: int, width: int, batch: int, size: int, dtype=torch.float32):
     """Opening, layer, closing and a batch like those of ``demos/resnet_mnist.py``."""
     torch.manual_seed(0)
     opening = nn.Sequential(nn.Conv2d(1, width, 3, stride=2, padding=1), nn.ReLU())
-    closing = nn.Sequential(nn.Flatten(), nn.Linear(width * side**2, 10))
-    x, y = torch.randn(batch, 1, 2 * side, 2 * side, dtype=dtype), torch.randint(10, (batch,))
+    closing = nn.Sequential(nn.Flatten(), nn.Linear(width * size**2, 10))
+    x, y = torch.randn(batch, 1, 2 * size, 2 * size, dtype=dtype), torch.randint(10, (batch,))
     return opening, Convolution(width, 3, "relu"), closing, x, y
 
 
 def serial_forms(case: BlocksCase, nlayers: int, names: Sequence[str]) -> tuple[dict[str, nn.Module], tuple]:
     """Serial networks by form, and batch and labels."""
     if case.kind == "conv":
-        opening, layer, closing, x, y = conv_network(nlayers, case.width, case.batch, case.side)
+        opening, layer, closing, x, y = conv_network(nlayers, case.width, case.batch, case.size)
         return forms(SerialResNet(opening, layer, nlayers, closing, final_time=FINAL_TIME), names), (x, y)
-    p = block_problem(case.kind, nlayers, case.width, batch=case.batch, side=case.side)
+    p = block_problem(case.kind, nlayers, case.width, batch=case.batch, size=case.size)
     return forms(p.serial(), names), (p.x, p.y)
 
 
 def _conv_kernels(case: BlocksCase, sizes: Sequence[int], repeats: int) -> dict[str, list[float]]:
     """Seconds of calls of :class:`Convolution` for each number of layers."""
-    _, layer, *_ = conv_network(1, case.width, case.batch, case.side)
+    _, layer, *_ = conv_network(1, case.width, case.batch, case.size)
     most = max(sizes)
     theta = list(layer.initial(range(most), 0, torch.float32).values())
-    u = torch.randn(most, case.batch, case.width, case.side, case.side)
+    u = torch.randn(most, case.batch, case.width, case.size, case.size)
     out, slopes, work, act = torch.empty_like(u), torch.rand_like(u), torch.empty_like(u), layer.activation
 
     def step(n: int) -> None:
@@ -124,36 +124,40 @@ def _conv_kernels(case: BlocksCase, sizes: Sequence[int], repeats: int) -> dict[
 
 def _block_kernels(case: BlocksCase, sizes: Sequence[int], repeats: int) -> dict[str, list[float]]:
     """Seconds of calls of blocks for each number of layers, batched or one after another."""
-    p = block_problem(case.kind, max(sizes), case.width, batch=case.batch, side=case.side)
+    p = block_problem(case.kind, max(sizes), case.width, batch=case.batch, size=case.size)
     with torch.no_grad():
         first = p.opening(p.x)
     names = [name for name, _ in p.blocks[0].named_parameters()]
     stacked = {name: torch.stack([b.get_parameter(name).detach() for b in p.blocks]) for name in names}
     found: dict[str, list[float]] = {"step": [], "adjoint": [], "gradients": []}
     for n in sizes:
-        u = torch.randn(n, *first.shape)
         theta = {name: value[:n].clone().requires_grad_() for name, value in stacked.items()}
-        # u + h f(u) of one layer, of all
-        single = lambda theta, u: torch.add(u, functional_call(p.blocks[0], theta, (u,)), alpha=p.h)
-        one_by_one = lambda theta, u, n=n: torch.stack(
-            [single({name: value[i] for name, value in theta.items()}, u[i]) for i in range(n)]
-        )
-        ways = [vmap(single), one_by_one] if n > 1 else [one_by_one]
-        times = {kind: [] for kind in found}
-        for way in ways:
-            with torch.no_grad():
-                times["step"].append(least(lambda way=way, theta=theta, u=u: way(theta, u), repeats))
-            state = u.clone().requires_grad_()
-            recorded = way(theta, state)
-            lam, parameters = torch.randn_like(u), list(theta.values())
-            pull = lambda to, recorded=recorded, lam=lam: torch.autograd.grad(recorded, to, lam, retain_graph=True)
-            times["adjoint"].append(least(lambda state=state, pull=pull: pull(state), repeats))
-            record = least(lambda way=way, theta=theta, state=state: way(theta, state), repeats)
-            gradients = least(lambda parameters=parameters, pull=pull: pull(parameters), repeats)
-            times["gradients"].append(gradients + max(0.0, record - times["step"][-1]))
-        for kind, taken in times.items():
-            found[kind].append(min(taken))
+        for kind, seconds in _times_of_block(p, theta, torch.randn(n, *first.shape), repeats).items():
+            found[kind].append(seconds)
     return found
+
+
+def _times_of_block(p, theta: dict, u: torch.Tensor, repeats: int) -> dict[str, float]:
+    """Seconds of one call of as many layers as ``u`` has states, batched or one after another."""
+
+    def single(theta: dict, u: torch.Tensor) -> torch.Tensor:
+        return torch.add(u, functional_call(p.blocks[0], theta, (u,)), alpha=p.h)
+
+    def one_by_one(theta: dict, u: torch.Tensor) -> torch.Tensor:
+        return torch.stack([single({name: v[i] for name, v in theta.items()}, u[i]) for i in range(len(u))])
+
+    out: dict[str, float] = {}
+    for way in [one_by_one] if len(u) == 1 else [vmap(single), one_by_one]:
+        with torch.no_grad():
+            step = least(partial(way, theta, u), repeats)
+        state, lam = u.clone().requires_grad_(), torch.randn_like(u)
+        record, recorded = least(partial(way, theta, state), repeats), way(theta, state)
+        pull = partial(torch.autograd.grad, recorded, grad_outputs=lam, retain_graph=True)
+        adjoint = least(partial(pull, state), repeats)
+        gradients = least(partial(pull, list(theta.values())), repeats) + max(0.0, record - step)
+        for kind, seconds in (("step", step), ("adjoint", adjoint), ("gradients", gradients)):
+            out[kind] = min(seconds, out.get(kind, seconds))
+    return out
 
 
 def calibrate_blocks(
@@ -216,13 +220,13 @@ def count_block_errors(case: BlocksCase, iterations: tuple[int, int] = (2, 1)) -
     few = replace(case, **case.few)
     grid = Grid(comm=MPI.COMM_SELF)
     if case.kind == "conv":
-        opening, layer, closing, x, y = conv_network(few.nlayers, few.width, few.batch, few.side, torch.float64)
+        opening, layer, closing, x, y = conv_network(few.nlayers, few.width, few.batch, few.size, torch.float64)
         how = dict(final_time=FINAL_TIME, dtype=torch.float64)
         exact = SerialResNet(opening, layer, few.nlayers, closing, **how)
         make = lambda **given: LayerParallelResNet(opening, layer, few.nlayers, closing, grid=grid, **how, **given)
         pull = lambda net: [p.grad for p in net.theta.values()]
     else:
-        p = block_problem(case.kind, few.nlayers, few.width, batch=few.batch, side=few.side, dtype=torch.float64)
+        p = block_problem(case.kind, few.nlayers, few.width, batch=few.batch, size=few.size, dtype=torch.float64)
         exact, (x, y) = p.serial(), (p.x, p.y)
         ends = dict(opening=p.opening, closing=p.closing, h=p.h)
         make = lambda **given: LayerParallel(p.blocks, grid=grid, **ends, **given)
@@ -257,13 +261,14 @@ def _menu(*coarsenings: tuple[int, ...]) -> tuple[dict, ...]:
 
 
 _SHALLOW = _menu((2,), (4,), (8,), (16,), (4, 4), (4, 2))
+_MIDDLE = _menu((4,), (8,), (16,), (32,), (4, 4), (8, 4), (4, 4, 4))
 _DEEP = _menu((8,), (16,), (32,), (64,), (8, 8), (16, 8), (8, 4, 4), (4, 4, 4, 4))
-_IMAGES = dict(kind="conv", width=8, batch=100, side=14, few={"batch": 4})
-_TEXT = dict(kind="transformer", width=128, batch=32, side=11, few={"batch": 2, "width": 32, "side": 4})
+_IMAGES = dict(kind="conv", width=8, batch=100, size=14, few={"batch": 4})
+_TEXT = dict(kind="transformer", width=128, batch=32, size=128, few={"batch": 2, "width": 32, "size": 16})
 BLOCKS = {
     "mnist-conv-64": BlocksCase(nlayers=64, menu=_SHALLOW, **_IMAGES),
     "mnist-conv-1024": BlocksCase(nlayers=1024, menu=_DEEP, **_IMAGES),
     "transformer-64": BlocksCase(nlayers=64, menu=_SHALLOW, **_TEXT),
-    "transformer-256": BlocksCase(nlayers=256, menu=_menu((4,), (8,), (16,), (32,), (4, 4), (8, 4), (4, 4, 4)), **_TEXT),
+    "transformer-256": BlocksCase(nlayers=256, menu=_MIDDLE, **_TEXT),
 }  # fmt: skip
-"""Networks: images of MNIST, halved, 8 channels, batches of 100; 121 places of width 128, batches of 32."""
+"""Networks: images of MNIST, halved, 8 channels, batches of 100; 128 places of width 128, batches of 32."""
