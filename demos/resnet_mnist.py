@@ -26,7 +26,7 @@ from pint_fem.errors import InputError
 
 STAGES = 3
 DEFAULTS = {
-    "stages": {"layers": 12, "lr": 1e-2, "schedule": "one-cycle", "final_time": 2.0, "coarsening": 2},
+    "stages": {"layers": 24, "lr": 1e-2, "schedule": "one-cycle", "final_time": 4.0, "coarsening": 2},
     "single": {"layers": 64, "lr": 2e-3, "schedule": "cosine", "final_time": 4.0, "coarsening": 4},
 }
 
