@@ -26,7 +26,7 @@ from pint_fem.errors import InputError
 
 STAGES = 3
 DEFAULTS = {
-    "stages": {"layers": 24, "lr": 1e-2, "schedule": "one-cycle", "final_time": 4.0, "coarsening": 2},
+    "stages": {"layers": 12, "lr": 1e-2, "schedule": "one-cycle", "final_time": 2.0, "coarsening": 2},
     "single": {"layers": 64, "lr": 2e-3, "schedule": "cosine", "final_time": 4.0, "coarsening": 4},
 }
 
@@ -48,7 +48,7 @@ def arguments():
         help="three stages of residual blocks with normalisation, or a single stage of convolutions (stages)",
     )
     add("--channels", type=positive(int), default=8, help="channels of the residual layers, in the first stage (8)")
-    add("--norm", default="group", choices=("group", "batch"), help="normalisation of the blocks in stages (group)")
+    add("--norm", default="batch", choices=("batch", "group"), help="normalisation of the blocks in stages (batch)")
     by_network = {name: {kind: values[name] for kind, values in DEFAULTS.items()} for name in DEFAULTS["stages"]}
     add_options(parser, epochs=2, batch=100, out="results/mnist", **by_network)
     opts = parser.read()
