@@ -47,7 +47,7 @@ def test_outputs_gradients_and_buffers_are_those_of_the_serial_copy(kind):
 @time_limit(60)
 def test_the_serial_copy_is_a_plain_loop():
     """The copy itself, against a loop written here with the blocks' parameters and no random numbers."""
-    net, x, y, _ = network("group")
+    net, x, _y, _ = network("group")
     serial = net.serial_copy()
     u = serial.opening(x)
     for block in serial.layers:
@@ -197,7 +197,7 @@ def test_a_conditioning_input_is_differentiated():
 @pytest.mark.parametrize("how", ["autocast", "bfloat16", "float32"])
 def test_shorter_types_are_as_accurate_as_in_the_serial_copy(how):
     """The error of the layer-parallel network against float64 is at most some times that of plain torch."""
-    net, x, y, extra = network("group")
+    net, x, y, _extra = network("group")
     reference = net.serial_copy()
     dtype = torch.bfloat16 if how == "bfloat16" else torch.float32
     net, serial = net.to(dtype), copy.deepcopy(reference).to(dtype)
@@ -268,7 +268,7 @@ def test_activation_memory_counts_what_is_kept():
     net, x, y, _ = network("group")
     kept = {}
     for checkpoint in (False, True):
-        net, x, y, _ = network("group", checkpoint=checkpoint)
+        net, x, _y, _ = network("group", checkpoint=checkpoint)
         net(x)
         kept[checkpoint] = net.activation_memory()
     own = sum(len(list(m.parameters())) > 0 for m in net.layers)
@@ -382,7 +382,7 @@ def test_random_numbers_leave_the_users_generators_alone():
 @time_limit(60)
 def test_dropout_in_evaluation_mode_draws_anew():
     """Monte Carlo dropout: dropout modules alone are in training mode."""
-    net, x, y, extra = network("attention")
+    net, x, _y, extra = network("attention")
     net.eval()
     for m in net.modules():
         if isinstance(m, nn.Dropout):

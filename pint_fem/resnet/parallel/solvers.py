@@ -151,14 +151,8 @@ class SweepSolvers:
             U[self._c_rows(name)] = warm
         if serial or len(self.strides) == 1:
             return self._serial_solvers[name].solve(U, G)
-<<<<<<< HEAD
         start, rtol = "skip" if warm is None else "guess", rtol if cycles is None else None
         return self.solvers[name].solve(U, G, start=start, cycles=cycles, rtol=rtol)
-=======
-        return self.solvers[name].solve(
-            U, G, start="skip" if warm is None else "guess", cycles=cycles, rtol=rtol if cycles is None else None
-        )
->>>>>>> w_demos
 
     def _c_rows(self, name: str) -> slice:
         """Rows of the own C-points of the finest level of a sweep."""
