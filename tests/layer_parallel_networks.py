@@ -1,149 +1,236 @@
-"""Users' blocks for tests of layer-parallel networks, and their comparison with the same network in plain torch."""
+"""Small layer-parallel networks of all kinds, each beside the same network in plain torch, written here as a loop."""
+
+from dataclasses import dataclass, field
 
 import torch
 from mpi4py import MPI
 from torch import nn
 
-from pint_fem.resnet import LayerParallel
+from pint_fem.resnet import Convolution, Dense, LayerParallel, LayerParallelResNet
+from pint_fem.resnet.parallel.parameters import Elsewhere
+
+__all__ = ["COMM", "KINDS", "PlainLayers", "PlainStack", "Task", "make", "own_part", "require_same_state", "take_step"]
 
 COMM = MPI.COMM_WORLD
+DEPTH = 7
 
 
-class ConvolutionBlock(nn.Module):
-    """Two convolutions with a normalisation between them."""
+class PlainLayers(nn.Module):
+    """A loop over modules; keys of its state are those of the layer-parallel network."""
 
-    def __init__(self, channels=4, norm="group"):
+    def __init__(self, opening, stages, transitions, closing, residual, h):
         super().__init__()
-        self.first = nn.Conv2d(channels, channels, 3, padding=1)
-        self.norm = nn.GroupNorm(2, channels) if norm == "group" else nn.BatchNorm2d(channels)
-        self.second = nn.Conv2d(channels, channels, 3, padding=1)
+        self.opening, self.closing, self.transitions = opening, closing, nn.ModuleList(transitions)
+        self.layers, self.counts = nn.ModuleList(f for stage in stages for f in stage), [len(s) for s in stages]
+        self.residual, self.h = residual, h
 
-    def forward(self, u):
-        return self.second(torch.relu(self.norm(self.first(u))))
+    def forward(self, x, *extra):
+        u, layers = self.opening(x), iter(self.layers)
+        for number, count in enumerate(self.counts):
+            u = self.transitions[number - 1](u) if number else u
+            for _ in range(count):
+                f = next(layers)(u, *extra)
+                if not self.residual:
+                    u = f
+                elif torch.is_tensor(u):
+                    u = u + self.h * f
+                else:
+                    u = tuple(a + self.h * b for a, b in zip(u, f, strict=True))
+        return self.closing(u)
 
 
-class AttentionBlock(nn.Module):
-    """A pre-norm transformer block with a mask and dropout."""
+class PlainStack(nn.Module):
+    """A loop over the rows of stacked parameters: u + h tanh(W u + b), W a matrix or a convolution."""
 
-    def __init__(self, width=8, dropout=0.2):
+    def __init__(self, opening, closing, state, h):
         super().__init__()
-        self.norms = nn.ModuleList([nn.LayerNorm(width), nn.LayerNorm(width)])
-        self.attention = nn.MultiheadAttention(width, 2, dropout=dropout, batch_first=True)
-        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Dropout(dropout), nn.Linear(2 * width, width))
-
-    def forward(self, u, mask):
-        v = self.norms[0](u)
-        u = u + 0.2 * self.attention(v, v, v, attn_mask=mask, need_weights=False)[0]
-        return u + 0.2 * self.mlp(self.norms[1](u))
-
-
-class CouplingBlock(nn.Module):
-    """A reversible block: its state is a pair of tensors."""
-
-    def __init__(self, width=6):
-        super().__init__()
-        self.f, self.g = nn.Linear(width, width), nn.Linear(width, width)
-
-    def forward(self, state):
-        a, b = state
-        a = a + 0.3 * torch.tanh(self.f(b))
-        return a, b + 0.3 * torch.tanh(self.g(a))
-
-
-class Split(nn.Module):
-    """The opening layer of coupling blocks."""
-
-    def __init__(self, features=3, width=6):
-        super().__init__()
-        self.linear = nn.Linear(features, 2 * width)
+        self.opening, self.closing, self.h = opening, closing, h
+        self.theta = nn.ParameterDict({k[6:]: nn.Parameter(t) for k, t in state.items() if k.startswith("theta.")})
 
     def forward(self, x):
-        return tuple(self.linear(x).chunk(2, dim=1))
+        u = self.opening(x)
+        for weight, bias in zip(self.theta["weight"], self.theta["bias"], strict=True):
+            flat = weight.ndim == 2
+            z = nn.functional.linear(u, weight, bias) if flat else nn.functional.conv2d(u, weight, bias, padding=1)
+            u = u + self.h * torch.tanh(z)
+        return self.closing(u)
 
 
-class Join(nn.Module):
-    """The classification layer of coupling blocks."""
+class GroupNormBlock(nn.Module):
+    """Two convolutions with normalisation, as users write them."""
 
-    def __init__(self, width=6, classes=3):
+    def __init__(self, channels):
         super().__init__()
-        self.linear = nn.Linear(2 * width, classes)
-
-    def forward(self, state):
-        return self.linear(torch.cat(state, dim=1))
-
-
-class MeanHead(nn.Module):
-    """The classification layer of a transformer."""
-
-    def __init__(self, width=8, classes=3):
-        super().__init__()
-        self.linear = nn.Linear(width, classes)
+        self.first, self.second = (nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2))
+        self.norm = nn.GroupNorm(2, channels)
 
     def forward(self, u):
-        return self.linear(u.mean(1))
+        return self.second(torch.tanh(self.norm(self.first(u))))
 
 
-def image_batch(count=6, seed=3):
-    """Images and labels, the same on all ranks."""
-    g = torch.Generator().manual_seed(seed)
-    return torch.randn(count, 1, 6, 6, generator=g, dtype=torch.float64), torch.randint(3, (count,), generator=g)
+class Attention(nn.Module):
+    """A pre-norm transformer block with dropout and a mask as extra input; its output, not a residual."""
+
+    def __init__(self, width, p):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out, self.p = nn.Linear(width, 3 * width), nn.Linear(width, width), p
+        self.mlp = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, width), nn.Dropout(p))
+
+    def forward(self, u, mask):
+        q, k, v = self.qkv(self.norm1(u)).chunk(3, dim=-1)
+        weights = torch.softmax(q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5 + mask, dim=-1)
+        u = u + 0.2 * self.out(nn.functional.dropout(weights, self.p, self.training) @ v)
+        return u + 0.2 * self.mlp(self.norm2(u))
 
 
-def network(kind, layers=9, *, seed=1, **options):
-    """A network of a kind in float64, a batch, labels and extra inputs; the same on all ranks."""
-    torch.manual_seed(seed)
-    options = {"mgrit": {"levels": 2, "coarsening": 3}, **options}
-    x, y = image_batch()
-    extra = ()
-    if kind in ("group", "batch"):
-        net = LayerParallel(
-            [ConvolutionBlock(4, kind) for _ in range(layers)], opening=nn.Conv2d(1, 4, 3, padding=1),
-            closing=nn.Sequential(nn.Flatten(), nn.Linear(4 * 36, 3)), h=0.2, **options,
+class Pair(nn.Module):
+    """A block whose state is a tuple."""
+
+    def __init__(self):
+        super().__init__()
+        self.ab, self.ba = nn.Linear(4, 3), nn.Linear(3, 4)
+
+    def forward(self, u):
+        a, b = u
+        return torch.tanh(self.ba(b).mean(1)), torch.tanh(self.ab(a)).unsqueeze(1) - b
+
+
+class OpenPair(nn.Module):
+    """To a tuple of tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(2, 4), nn.Linear(2, 6)
+
+    def forward(self, x):
+        return self.a(x), self.b(x).reshape(len(x), 2, 3)
+
+
+class ClosePair(nn.Module):
+    """From a tuple of tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 3), nn.Linear(3, 3)
+
+    def forward(self, u):
+        return self.a(u[0]) + self.b(u[1]).sum(1)
+
+
+@dataclass
+class Task:
+    """A network, the same one in plain torch, and data."""
+
+    net: nn.Module
+    plain: nn.Module
+    x: torch.Tensor
+    y: torch.Tensor
+    extra: tuple = field(default_factory=tuple)
+
+    def loss(self, module, part=slice(None)):
+        """Cross entropy of a module's output."""
+        return nn.functional.cross_entropy(module(self.x[part], *self.extra), self.y[part])
+
+
+def _modules(kind, p):
+    """Opening, stages of blocks, transitions, closing, batch, extra inputs and options."""
+    flat = dict(x=torch.randn(6, 2), options=dict(h=0.3))
+    image = dict(x=torch.randn(4, 1, 4, 4), options=dict(h=0.3))
+    head = lambda n: nn.Sequential(nn.Flatten(), nn.Linear(n, 3))
+    if kind == "groupnorm":
+        blocks = [GroupNormBlock(2) for _ in range(DEPTH)]
+        return dict(opening=nn.Conv2d(1, 2, 3, padding=1), stages=[blocks], closing=head(32), **image)
+    if kind == "batchnorm":
+        blocks = [nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Tanh()) for _ in range(DEPTH)]
+        opening = nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Dropout(p))
+        return dict(opening=opening, stages=[blocks], closing=nn.Linear(4, 3), **flat)
+    if kind == "attention":
+        blocks = [Attention(4, p) for _ in range(DEPTH)]
+        mask = torch.full((5, 5), -torch.inf).triu(1)
+        opening = nn.Sequential(nn.Linear(2, 4), nn.Dropout(p))
+        return dict(
+            opening=opening, stages=[blocks], closing=head(20), x=torch.randn(4, 5, 2), extra=(mask,),
+            options=dict(residual=False),
         )  # fmt: skip
-    elif kind == "stages":
-        net = LayerParallel(
-            [[ConvolutionBlock(4, "batch") for _ in range(layers)], [ConvolutionBlock(6) for _ in range(layers - 2)]],
-            transitions=[nn.Sequential(nn.Conv2d(4, 6, 3, stride=2, padding=1), nn.Dropout(0.3))],
-            opening=nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.Dropout(0.3)),
-            closing=nn.Sequential(nn.Flatten(), nn.Dropout(0.3), nn.Linear(6 * 9, 3)), h=0.2, **options,
-        )  # fmt: skip
-    elif kind == "attention":
-        g = torch.Generator().manual_seed(4)
-        x, y = torch.randn(5, 7, 3, generator=g, dtype=torch.float64), torch.randint(3, (5,), generator=g)
-        extra = (torch.triu(torch.ones(7, 7, dtype=torch.bool), 1),)
-        net = LayerParallel(
-            [AttentionBlock() for _ in range(layers)], opening=nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.2)),
-            closing=MeanHead(), residual=False, **options,
-        )  # fmt: skip
-    else:
-        x = x.flatten(1)[:, :3].clone()
-        net = LayerParallel(
-            [CouplingBlock() for _ in range(layers)], opening=Split(), closing=Join(), residual=False, **options
-        )
-    return net.double(), x, y, extra
+    if kind == "tuple":
+        return dict(opening=OpenPair(), stages=[[Pair() for _ in range(DEPTH)]], closing=ClosePair(), **flat)
+    stage = lambda n: [nn.Sequential(nn.Conv2d(n, n, 3, padding=1), nn.BatchNorm2d(n), nn.Tanh()) for _ in range(4)]
+    return dict(
+        opening=nn.Conv2d(1, 2, 3, padding=1), stages=[stage(2), stage(3)],
+        transitions=[nn.Conv2d(2, 3, 3, stride=2, padding=1)], closing=head(12), **image,
+    )  # fmt: skip
 
 
-def largest_difference(net, serial, x, y, extra=(), loss=nn.functional.cross_entropy):
-    """Largest difference of outputs, derivatives of the input, all gradients and buffers after a training step, on all
-    ranks.
+KINDS = ("dense", "conv", "groupnorm", "batchnorm", "attention", "tuple", "stages")
+
+
+def make(kind, *, p=0.0, dtype=torch.float64, **options):
+    """A task of a kind (of :data:`KINDS`), with dropout of probability ``p`` where its blocks have any.
+
+    The plain network of one with dropout is the serial copy, which draws the same masks.
     """
-    x = x.clone().requires_grad_()
-    net.zero_grad()
-    out = net(x, *extra)
-    loss(out, y).backward()
-    of_input, x.grad = x.grad, None
-    serial.zero_grad()
-    expected = serial(x, *extra)
-    loss(expected, y).backward()
-    worst = max(_difference(out, expected), _difference(of_input, x.grad))
-    parameters, buffers = dict(serial.named_parameters()), dict(serial.named_buffers())
-    for name, p in net.named_parameters():
-        assert (p.grad is None) == (parameters[name].grad is None), name
-        worst = max(worst, 0.0 if p.grad is None else _difference(p.grad, parameters[name].grad))
-    for name, b in net.named_buffers():
-        worst = max(worst, _difference(b, buffers[name]))
-    return COMM.allreduce(worst, op=MPI.MAX)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        options = {"mgrit": {"levels": 2, "coarsening": 2}, **options}
+        if kind in ("dense", "conv"):
+            flat = kind == "dense"
+            x = torch.randn(6, 2, dtype=dtype) if flat else torch.randn(4, 1, 4, 4, dtype=dtype)
+            opening = nn.Sequential(nn.Linear(2, 5), nn.Dropout(p)) if flat else nn.Conv2d(1, 2, 3, padding=1)
+            closing = nn.Linear(5, 3) if flat else nn.Sequential(nn.Flatten(), nn.Linear(32, 3))
+            layer = Dense(5, "tanh") if flat else Convolution(2, 3, "tanh")
+            net = LayerParallelResNet(opening, layer, DEPTH, closing, final_time=2.0, dtype=dtype, **options)
+            plain = PlainStack(opening.to(dtype), closing.to(dtype), net.full_state_dict(), 2.0 / DEPTH)
+            extra = ()
+        else:
+            parts = _modules(kind, p)
+            x, extra = parts["x"].to(dtype), tuple(t.to(dtype) for t in parts.get("extra", ()))
+            own = {"residual": True, "h": 1.0, **parts["options"]}
+            modules = nn.ModuleList([parts["opening"], *(nn.ModuleList(s) for s in parts["stages"]), parts["closing"]])
+            modules.to(dtype)
+            transitions = [t.to(dtype) for t in parts.get("transitions", ())]
+            stages = [list(s) for s in parts["stages"]]
+            net = LayerParallel(
+                stages if len(stages) > 1 else stages[0], opening=parts["opening"], closing=parts["closing"],
+                transitions=transitions, **own, **options,
+            )  # fmt: skip
+            plain = PlainLayers(parts["opening"], stages, transitions, parts["closing"], own["residual"], own["h"])
+            if p:
+                plain = net.serial_copy()
+    return Task(net, plain, x, torch.arange(len(x)) % 3, extra)
 
 
-def _difference(a, b):
-    return (a.detach().double() - b.detach().double()).abs().max().item()
+def own_part(net, name, t):
+    """The rows of a tensor of the plain network that this rank has."""
+    return t[net.lo : net.hi] if name.startswith("theta.") else t
+
+
+def require_same_state(net, plain, tolerance=1e-10, *, gradients=False):
+    """The network's own parameters and buffers, or gradients, are those of the plain one."""
+    theirs = {**dict(plain.named_parameters()), **dict(plain.named_buffers())}
+    mine = {**dict(net.named_parameters()), **({} if gradients else dict(net.named_buffers()))}
+    for name, t in mine.items():
+        want = theirs[name].grad if gradients else theirs[name]
+        t = t.grad if gradients else t
+        if want is None or t is None:
+            assert want is t, f"{name}: {t} instead of {want}"
+            continue
+        want = own_part(net, name, want)
+        worst = (t - want).abs().max().item()
+        assert worst <= tolerance * max(1.0, want.abs().max().item()), f"{name}: {worst:.1e}"
+    counted = COMM.allreduce(sum(p.numel() for p in net.parameters()))
+    assert counted == sum(p.numel() for p in plain.parameters())
+
+
+def take_step(task, module, optimizer, part=slice(None)):
+    """One step of an ordinary loop; returns the loss."""
+    optimizer.zero_grad()
+    loss = task.loss(module, part)
+    loss.backward()
+    optimizer.step()
+    return loss.item()
+
+
+def is_here(module):
+    """Whether this rank has a module of a network."""
+    return not isinstance(module, Elsewhere)

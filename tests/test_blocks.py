@@ -10,7 +10,7 @@ from torch import nn
 
 from pint_fem.errors import InputError
 from pint_fem.resnet import LayerParallel, Repeat
-from tests.layer_parallel_networks import COMM, ConvolutionBlock, image_batch, largest_difference, network
+from tests.block_networks import COMM, ConvolutionBlock, image_batch, largest_difference, network
 from tests.limits import time_limit
 
 KINDS = ["group", "batch", "stages", "attention", "coupling"]

@@ -113,7 +113,7 @@ class BlockSweeps(SweepSolvers):
         key = (tuple(U.shape[1:]), U.dtype, trains, graphs.now.network.training)
         batched = None
         if iterates and self.batching(key):
-            batched = collectively(comm, "batched layers", _updated, modules)
+            batched = collectively(comm, "batched layers", self.batching.layers, key, modules)
         fine = self._bind("forward", graphs, batched)
         # up to a tolerance any relaxation may be the last: layers are then recorded once, at the end
         fine.records = trains and (cycles is not None or not iterates)
@@ -129,6 +129,7 @@ class BlockSweeps(SweepSolvers):
         finally:
             graphs.settle()
             fine.records = False
+            self._release("forward")
         return result
 
     def _tolerance(self, trajectory: BlockTrajectory) -> float | None:
@@ -145,6 +146,11 @@ class BlockSweeps(SweepSolvers):
         for level in self.solvers[name].levels:
             level.propagator.graphs, level.propagator.batched = graphs, batched
         return self.solvers[name].levels[0].propagator
+
+    def _release(self, name: str) -> None:
+        """Refer to no graphs of layers any more, which are as large as the batch's other memory together."""
+        for level in self.solvers[name].levels:
+            level.propagator.graphs = level.propagator.batched = None
 
     def backward(
         self, trajectory: BlockTrajectory, last: Tensor | None, *, cycles: int | None, serial: bool, warm: Any
@@ -172,12 +178,14 @@ class BlockSweeps(SweepSolvers):
             L[0] = last
         graphs.parameter_gradients.clear()
         graphs.extra_gradients.clear()
-        with own_random_numbers(graphs.now.devices):  # of layers that are evaluated again
-            result = self._solve(
-                "backward", _array(L), cycles=cycles, serial=serial, warm=warm, rtol=self._tolerance(trajectory)
-            )
-            missing = [n for n in graphs.own if n not in graphs.parameter_gradients]
-            collectively(comm, "gradients of layers", self._differentiate, graphs, L, missing)
+        rtol = self._tolerance(trajectory)
+        try:
+            with own_random_numbers(graphs.now.devices):  # of layers that are evaluated again
+                result = self._solve("backward", _array(L), cycles=cycles, serial=serial, warm=warm, rtol=rtol)
+                missing = [n for n in graphs.own if n not in graphs.parameter_gradients]
+                collectively(comm, "gradients of layers", self._differentiate, graphs, L, missing)
+        finally:
+            self._release("backward")
         return result, L, L[-1], self._sum_over_layers(graphs)
 
     def _differentiate(self, graphs: LayerGraphs, L: Tensor, layers: Sequence[int]) -> None:
@@ -208,13 +216,6 @@ class BlockSweeps(SweepSolvers):
                 total = wide.to(like.device, like.dtype)
             out.append(total)
         return out
-
-
-def _updated(modules: Mapping[int, nn.Module]) -> BatchedLayers:
-    """Batched calls with the present parameters."""
-    out = BatchedLayers(modules)
-    out.update()
-    return out
 
 
 def _array(t: Tensor) -> Any:
