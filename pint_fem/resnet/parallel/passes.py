@@ -13,7 +13,7 @@ from pint_fem.collective import all_ranks
 from pint_fem.errors import InputError
 from pint_fem.resnet.grid import Grid
 from pint_fem.resnet.parallel.random_numbers import mixed_seed, seed_generators
-from pint_fem.resnet.parallel.stage import is_finite, stack_means
+from pint_fem.resnet.parallel.stage import are_finite, stack_means
 
 if TYPE_CHECKING:
     from pint_fem.resnet.parallel.module import LayerParallelModule
@@ -101,7 +101,7 @@ class Pass:
 
         def agree() -> None:
             gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
-            facts = self.network._agree("end of the gradients", finite=all(is_finite(g) for g in gradients))
+            facts = self.network._agree("end of the gradients", finite=are_finite(gradients))
             if not all(f["finite"] for f in facts):
                 with torch.no_grad():
                     for g in gradients:
