@@ -443,6 +443,18 @@ def test_values_that_are_not_finite_are_named(monkeypatch):
         assert solver.solve(own(solver, start())).converged
 
 
+def test_norms_of_layers_take_tensors():
+    """The rows at the ends of intervals say whether all values are finite."""
+    from pint_fem.resnet.parallel.solvers import _Norms
+
+    norms, block = _Norms(), torch.zeros(5, 2, WIDTH)
+    norms.ends = np.array([1, 4])
+    assert torch.isfinite(norms.finite(block)).all()
+    block[4, 1, 2] = torch.nan
+    assert torch.isfinite(norms.finite(block)).tolist() == [True, True, True, True, False]
+    assert norms.finite(block.to("meta")).shape == (5,)
+
+
 def test_numbers_as_states_are_checked_as_they_were():
     """The checks of a call are decided later, when the numbers may have been replaced."""
 

@@ -1,9 +1,9 @@
 """Messages of rows between ranks: numpy arrays and CPU tensors by their memory, tensors on a device by its memory where
 the MPI library reads it, else through a copy on the host.
 
-The two ends of a message need not agree: what travels are the bytes of a contiguous row. Whether the library takes
-device memory is what it reports itself (``MPIX_Query_cuda_support``, ``MPIX_Query_rocm_support``), unless the environment
-variable ``PINT_FEM_DEVICE_MPI`` is set to 0 or 1.
+The two ends of a message need not agree: what travels are the bytes of a contiguous row. The library reports whether it
+takes device memory (``MPIX_Query_cuda_support``, ``MPIX_Query_rocm_support``); the environment variable
+``PINT_FEM_DEVICE_MPI``, 0 or 1, comes before that.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from pint_fem.all_at_once.arrays import Array, copied, finite_rows, kind_of
+from pint_fem.all_at_once.arrays import Array, copied, is_tensor, kind_of, largest_of_rows
 from pint_fem.all_at_once.grids import Bounds, split_steps
 from pint_fem.all_at_once.norms import euclidean
 from pint_fem.all_at_once.stopping import SolveResult
@@ -33,13 +33,20 @@ class _Norms:
     def __init__(self) -> None:
         self.ends = np.zeros(0, int)
 
-    def __call__(self, block: Array) -> np.ndarray:
+    def __call__(self, block: Array) -> Array:
         return euclidean(block)
 
-    def finite(self, block: Array) -> np.ndarray:
-        """NaN at ends of intervals that are not finite, which any value that is not finite reaches; zero elsewhere."""
-        out, ends = np.zeros(len(block)), kind_of(block).row_index(self.ends)
-        out[self.ends] = np.where(finite_rows(block[ends]), 0.0, np.nan)
+    def finite(self, block: Array) -> Array:
+        """A number that is not finite at ends of intervals that are not finite, which any value that is not finite
+        reaches.
+        """
+        if is_tensor(block):
+            out, ends = block.new_zeros(len(block)), kind_of(block).row_index(self.ends)
+            out[ends] = largest_of_rows(block[ends])
+            return out
+        out = np.zeros(len(block))
+        ends = block[self.ends]
+        out[self.ends] = np.where(np.isfinite(ends).reshape(len(ends), -1).all(axis=1), 0.0, np.nan)
         return out
 
 
