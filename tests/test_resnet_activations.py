@@ -346,7 +346,7 @@ def test_what_is_refused(case):
     state = torch.get_rng_state()
     given = make()
     torch.set_rng_state(state)
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(InputError, match=message), torch.no_grad():
         Dense(5, given)
     assert torch.equal(torch.get_rng_state(), state)
 
