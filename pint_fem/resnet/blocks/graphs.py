@@ -12,7 +12,7 @@ in a pass, by the recorded evaluation; all others leave them as they were.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -54,6 +54,19 @@ def naming_writes(what: str) -> Iterator[None]:
         raise
 
 
+@contextmanager
+def _without_hooks(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Leave out hooks of parameters, which torch calls where the gradients of the network are added up."""
+    hooks = [(p._backward_hooks, dict(p._backward_hooks)) for p in parameters if p._backward_hooks]
+    for registered, _ in hooks:
+        registered.clear()
+    try:
+        yield
+    finally:
+        for registered, before in hooks:
+            registered.update(before)
+
+
 class Graph:
     """Values of some layers with their graph.
 
@@ -80,7 +93,8 @@ class Graph:
         wanted = [self.u, *(self.theta.values() if gradients else ()), *(extra if gradients else ())]
         if not self.y.requires_grad:
             return torch.zeros_like(self.u), [None] * len(self.theta), [None] * len(extra)
-        found = torch.autograd.grad(self.y, wanted, v, retain_graph=True, allow_unused=True)
+        with _without_hooks(self.theta.values()):
+            found = torch.autograd.grad(self.y, wanted, v, retain_graph=True, allow_unused=True)
         first = torch.zeros_like(self.u) if found[0] is None else found[0]
         count = len(self.theta)
         return first, list(found[1 : 1 + count]), list(found[1 + count :])

@@ -8,6 +8,7 @@ hierarchy; stages with other states are connected by transitions.
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from torch import nn
 
 from pint_fem.collective import collectively, require_same
-from pint_fem.errors import InputError
+from pint_fem.errors import FAILURES, InputError
 from pint_fem.mgrit.options import MGRITOptions
 from pint_fem.resnet.blocks.own_layers import Repeat, layer_makers
 from pint_fem.resnet.blocks.serial import SerialLayers
@@ -23,7 +24,7 @@ from pint_fem.resnet.blocks.stage import BlockStage
 from pint_fem.resnet.grid import Grid
 from pint_fem.resnet.iterations import Adaptive
 from pint_fem.resnet.parallel.module import LayerParallelModule
-from pint_fem.resnet.parallel.parameters import Elsewhere
+from pint_fem.resnet.parallel.parameters import Elsewhere, require_unshared
 from pint_fem.resnet.parallel.stage import Stage
 from pint_fem.resnet.parallel.states import StateLayout
 
@@ -135,6 +136,10 @@ class LayerParallel(LayerParallelModule):
         options = list(mgrit) if isinstance(mgrit, (list, tuple)) else [mgrit] * len(stages)
         if len(options) != len(stages):
             raise InputError(f"{len(options)} sets of mgrit options for {len(stages)} stages: give one for each")
+        given_layers = [(f"layer {n}", m) for n, m in enumerate(m for s in stages if not isinstance(s, Repeat) for m in s)]
+        between = [(f"transition {i}", t) for i, t in enumerate(transitions)]
+        ends = [(name, m) for name, m in (("opening", opening), ("closing", closing)) if m is not None]
+        collectively(grid.comm, "blocks", require_unshared, [*ends, *given_layers, *between])
         self.residual, self.h, self.checkpoint = residual, float(h), checkpoint
         self._stages: list[BlockStage] = []
         own, offset = [], 0
@@ -217,8 +222,14 @@ class LayerParallel(LayerParallelModule):
             "transitions": None if any(isinstance(t, Elsewhere) for t in self.transitions) else self.transitions,
             "layers": {n: m for n, m in enumerate(self.layers) if not isinstance(m, Elsewhere)},
         }
-        self._agree("copy of the network")
-        every = self.grid.layer_comm.allgather(mine)
+        failure, data = None, b""
+        try:
+            if self.grid.layer_size > 1:
+                data = pickle.dumps(mine)
+        except FAILURES as error:
+            failure = InputError(f"a module cannot be sent to other ranks ({error}): load full_state_dict into a copy")
+        self._agree("copy of the network", failure)
+        every = [pickle.loads(d) for d in self.grid.layer_comm.allgather(data)] if data else [mine]
         layers = {n: m for each in every for n, m in each["layers"].items()}
         ends = {name: m for each in every for name, m in each["ends"].items()}
         counts = [stage.count for stage in self._stages]

@@ -77,7 +77,6 @@ class BlockSweeps(SweepSolvers):
         }
         super().__init__(count, grid, options=options, steps=steps)
         self.batching = batching
-        self._has_tolerance = isinstance(options, MGRITOptions) or "rtol" in (options or {})
         levels = zip(self.solvers["forward"].levels, self.strides, strict=True)
         needed = [layers_of_others(level.bounds, self.bounds, stride) for level, stride in levels]
         comm = grid.layer_comm
@@ -118,8 +117,7 @@ class BlockSweeps(SweepSolvers):
         if first is not None:
             U[0] = first
         try:
-            rtol = None if cycles is not None else self._tolerance(U)
-            result = self._solve("forward", _array(U), cycles=cycles, serial=serial, warm=warm, rtol=rtol)
+            result = self._solve("forward", _array(U), cycles=cycles, serial=serial, warm=warm)
             collectively(comm, "layers at the final states", partial(graphs.finish, U, trains=trains))
             if trains and iterates and self.batching.is_open(key):
                 self.batching.measure(key, graphs, modules, U, max(self.strides[1], 1), comm)
@@ -128,10 +126,6 @@ class BlockSweeps(SweepSolvers):
             fine.records = False
             self._release("forward")
         return result
-
-    def _tolerance(self, U: Tensor) -> float | None:
-        """Tolerance for states of a type, unless one was given."""
-        return None if self._has_tolerance else 1e-12 if U.dtype == torch.float64 else 1e-6
 
     def _bind(self, name: str, graphs: LayerGraphs, batched: BatchedLayers | None) -> Any:
         """Set what all levels of a sweep evaluate, and return the finest level's propagator."""
@@ -170,15 +164,14 @@ class BlockSweeps(SweepSolvers):
             L[0] = last
         graphs.parameter_gradients.clear()
         graphs.extra_gradients.clear()
-        rtol = None if cycles is not None else self._tolerance(L)
         try:
             with own_random_numbers(graphs.now.devices):  # of layers that are evaluated again
-                result = self._solve("backward", _array(L), cycles=cycles, serial=serial, warm=warm, rtol=rtol)
+                result = self._solve("backward", _array(L), cycles=cycles, serial=serial, warm=warm)
                 missing = [n for n in graphs.own if n not in graphs.parameter_gradients]
                 collectively(comm, "gradients of layers", self._differentiate, graphs, L, missing)
         finally:
             self._release("backward")
-        return result, L, L[-1], self._sum_over_layers(graphs)
+        return result, _array(L), L[-1], self._sum_over_layers(graphs)
 
     def _differentiate(self, graphs: LayerGraphs, L: Tensor, layers: Sequence[int]) -> None:
         """Derivatives with respect to the parameters of some own layers, from the adjoint states behind them."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,9 +17,28 @@ from pint_fem.resnet.parallel.agreement import Agreement, CollectiveBackward
 from pint_fem.resnet.parallel.random_numbers import devices_of, mixed_seed, own_random_numbers, seed_generators
 from pint_fem.resnet.training.optimisers import mark_distributed
 
-__all__ = ["DistributedParameters", "Elsewhere"]
+__all__ = ["DistributedParameters", "Elsewhere", "require_unshared"]
 
 Tensor = torch.Tensor
+
+
+def require_unshared(parts: Iterable[tuple[str, nn.Module]]) -> None:
+    """Refuse parts of a network that share parameters: they are copied, to ranks of their own, and so would differ.
+
+    Raises
+    ------
+    InputError
+        Naming two of them.
+    """
+    seen: dict[int, str] = {}
+    for name, module in parts:
+        for parameter, p in module.named_parameters():
+            other = seen.setdefault(id(p), name)
+            if other != name:
+                raise InputError(
+                    f"{other} and {name} share the parameter {parameter}: each part of the network is trained by "
+                    "itself; give modules of their own, such as copy.deepcopy of one"
+                )
 
 
 class Elsewhere(nn.Module):
@@ -169,7 +189,9 @@ class DistributedParameters(nn.Module):
         """
         failure = found = None
         try:
-            found = super().load_state_dict(self._own_part(state_dict), strict=strict, assign=assign)
+            own = OrderedDict(self._own_part(state_dict))
+            own._metadata = getattr(state_dict, "_metadata", {})  # type: ignore[attr-defined]  # versions of modules
+            found = super().load_state_dict(own, strict=strict, assign=assign)
         except FAILURES as error:
             failure = error
         self._agree("loading of parameters", failure)
