@@ -162,7 +162,7 @@ def raises(_):
 @time_limit(60)
 @pytest.mark.parametrize(
     ("kind", "seed"),
-    cases([(k, s) for k in ("dense", "groupnorm", "batchnorm", "attention", "stages", "tuple") for s in range(3)],
+    cases([(k, s) for k in ("dense", "groupnorm", "batchnorm", "attention", "stages", "tuple") for s in range(2)],
           on_ranks=[("dense", 1), ("dense", 2), ("batchnorm", 3), ("attention", 4), ("stages", 5), ("stages", 6)]),
 )  # fmt: skip
 def test_drawn_loops(kind, seed):
@@ -208,7 +208,7 @@ def test_an_exception_that_one_rank_does_not_catch_ends_the_run():
     assert done.returncode != 0
     assert "done" not in done.stdout
     assert done.stderr.count("in the loss of one rank") == 1 + done.stderr.count('raise ValueError("in the loss')
-    assert "line 13, in loss_of_the_user" in done.stderr
+    assert "in loss_of_the_user" in done.stderr
     assert done.stderr.count("HOOK OF THE USER") == 1
     assert "rank 1 leaves with an exception of its own, which ends the run of all ranks" in done.stderr
 

@@ -241,7 +241,7 @@ class LayerParallelModule(DistributedParameters):
         buffers = [b for b in self.buffers() if b.is_floating_point()]
         with torch.no_grad():
             for b, mean in zip(buffers, stack_means(self.grid, buffers), strict=True):
-                b.copy_(mean)
+                b.data.copy_(mean)  # of normalisation the backward pass has saved them, and uses others in training
 
     # -- invalidation --------------------------------------------------------------------------------------------------
     def invalidate(self) -> None:
