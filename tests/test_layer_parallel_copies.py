@@ -226,7 +226,7 @@ def test_parametrised_layers(normalised):
     net = LayerParallel(blocks, h=0.3, mgrit={"levels": 2, "coarsening": 2})
     plain = PlainLayers(nn.Identity(), [blocks], [], nn.Identity(), True, 0.3)
     if COMM.size > 1:
-        with pytest.raises(InputError, match="a module cannot be sent to other ranks"):
+        with pytest.raises(InputError, match="a layer cannot be sent to other ranks"):
             net.serial_copy()
     x = torch.randn(5, 3, dtype=torch.float64)
     for m in (net, plain):

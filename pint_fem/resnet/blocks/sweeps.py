@@ -59,6 +59,8 @@ class BlockSweeps(SweepSolvers):
         Whether several layers are one call.
     """
 
+    needs_residuals = False
+
     def __init__(
         self,
         layers: Sequence[nn.Module],
@@ -117,7 +119,9 @@ class BlockSweeps(SweepSolvers):
         if first is not None:
             U[0] = first
         try:
-            result = self._solve("forward", _array(U), cycles=cycles, serial=serial, warm=warm)
+            result = self._solve(
+                "forward", _array(U), cycles=cycles, serial=serial, warm=warm, rtol=self._tolerance(trajectory)
+            )
             collectively(comm, "layers at the final states", partial(graphs.finish, U, trains=trains))
             if trains and iterates and self.batching.is_open(key):
                 self.batching.measure(key, graphs, modules, U, max(self.strides[1], 1), comm)
@@ -126,6 +130,15 @@ class BlockSweeps(SweepSolvers):
             fine.records = False
             self._release("forward")
         return result
+
+    def _tolerance(self, trajectory: BlockTrajectory) -> float | None:
+        """Tolerance for states of a type and the type that layers compute with, unless one was given."""
+        if self._has_tolerance:
+            return None
+        autocast, dtype = trajectory.graphs.now.autocast, trajectory.U.dtype
+        if autocast is not None and dtype != torch.float64:
+            dtype = autocast[1]
+        return {torch.float64: 1e-12, torch.float32: 1e-6}.get(dtype, 1.3 * torch.finfo(dtype).eps)
 
     def _bind(self, name: str, graphs: LayerGraphs, batched: BatchedLayers | None) -> Any:
         """Set what all levels of a sweep evaluate, and return the finest level's propagator."""
@@ -164,9 +177,10 @@ class BlockSweeps(SweepSolvers):
             L[0] = last
         graphs.parameter_gradients.clear()
         graphs.extra_gradients.clear()
+        rtol = self._tolerance(trajectory)
         try:
             with own_random_numbers(graphs.now.devices):  # of layers that are evaluated again
-                result = self._solve("backward", _array(L), cycles=cycles, serial=serial, warm=warm)
+                result = self._solve("backward", _array(L), cycles=cycles, serial=serial, warm=warm, rtol=rtol)
                 missing = [n for n in graphs.own if n not in graphs.parameter_gradients]
                 collectively(comm, "gradients of layers", self._differentiate, graphs, L, missing)
         finally:
