@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +16,15 @@ from demos.outputs import Progress
 from demos.training_loop import Epoch, accuracy, train_epoch
 from pint_fem.cli import wait_quietly
 from pint_fem.errors import InputError
-from pint_fem.resnet import Grid, Regularisation, load_checkpoint, refine, reserve_checkpoint, save_checkpoint
+from pint_fem.resnet import (
+    Grid,
+    Regularisation,
+    SerialResNet,
+    load_checkpoint,
+    refine,
+    reserve_checkpoint,
+    save_checkpoint,
+)
 from problems.classification import shared_loader
 
 __all__ = ["Task", "learning_rate", "on_root", "train", "train_in_levels"]
@@ -184,15 +191,21 @@ def _curve(checkpoint, progress: dict, settings: dict) -> tuple[list, list]:
         raise InputError(f"checkpoint {checkpoint} has no curve of epochs ({error}): give --fresh") from error
 
 
+COMPILE_FROM = 120.0
+"""Seconds of a serial training by the fastest loop from which on compiled layers are tried too."""
+
+
 def _compare(opts, grid: Grid, task: Task) -> dict:
-    """The same training in plain serial torch, on the first rank with as many threads as there are ranks."""
+    """The same training in plain serial torch, on the first rank with at most as many threads as there are ranks, in
+    the form that is fastest for its batches.
+    """
     curve, losses = [], []
     if grid.is_root:
         print("plain serial torch, same seed and epochs:", flush=True)
         net = task.serial(opts.layers)
-        optimizer = task.optimizer(net.parameters(), lr=opts.lr)
         loader = task.batches(opts, opts.batch * grid.data_size, Grid(comm=MPI.COMM_SELF))
-        print(f"  (fastest on {_fastest_threads(net, next(iter(loader)), grid.comm.size)} threads)")
+        net = _fastest_serial(net, next(iter(loader)), sorted({1, grid.comm.size}), opts.epochs * len(loader))
+        optimizer = task.optimizer(net.parameters(), lr=opts.lr)
         for epoch in _epochs(opts, task, net, optimizer, loader, losses=losses):
             curve.append(epoch)
             print(f"  {epoch}", flush=True)
@@ -202,18 +215,29 @@ def _compare(opts, grid: Grid, task: Task) -> dict:
     return {"serial": curve, "serial_losses": losses}
 
 
-def _fastest_threads(net, batch, most: int) -> int:
-    """Let torch use the number of threads up to ``most`` that is fastest for a batch."""
-    net, seconds = copy.deepcopy(net), {}  # statistics and numbers of batches of the network stay as they are
-    for threads in sorted({1, most}):
-        torch.set_num_threads(threads)
-        for _ in range(3):  # the last one counts: the others warm up
-            start = time.perf_counter()
-            torch.nn.functional.cross_entropy(net(batch[0]), batch[1]).backward()
-            seconds[threads] = time.perf_counter() - start
-    threads = min(seconds, key=seconds.get)
-    torch.set_num_threads(threads)
-    return threads
+def _fastest_serial(net, batch, threads: list[int], batches: int) -> torch.nn.Module:
+    """The form of a serial network and the number of threads, set here, that are fastest for a training."""
+    from problems.layers import Training
+    from problems.serial_networks import fastest, forms
+
+    training = lambda form: Training(form, *batch)
+    if not isinstance(net, SerialResNet):  # the modules themselves, on some number of threads
+        found = fastest({"eager": copy.deepcopy(net)}, training, threads=threads, repeats=3)
+        print(f"  ({found}; taken: {found.best[1]} threads)")
+        torch.set_num_threads(found.best[1])
+        return net
+    found = fastest(forms(net, ["eager", "stacked"]), training, threads=threads, repeats=3)
+    told = [f"fastest loop: {found}"]
+    if min(found.seconds.values()) * batches > COMPILE_FROM:
+        compiled = fastest(forms(net, ["compiled"]), training, threads=threads, repeats=3)
+        told.append(f"compiled: {compiled}")
+        found.seconds |= compiled.seconds
+    else:
+        told.append(f"compiled layers are tried from {COMPILE_FROM:.0f} s of training on")
+    form, count = found.best
+    print(f"  ({'; '.join(told)}; taken: {form} on {count})")
+    torch.set_num_threads(count)
+    return forms(net, [form])[form]  # with the first parameters: measurements update them
 
 
 def train_in_levels(opts, grid: Grid, task: Task) -> dict:

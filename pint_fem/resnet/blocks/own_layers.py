@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from mpi4py import MPI
 from torch import nn
 
 from pint_fem.errors import InputError
@@ -129,7 +130,7 @@ class LayerCopies:
     def __len__(self) -> int:
         return len(self._plans)
 
-    def update(self, own: Sequence[nn.Module], comm) -> None:
+    def update(self, own: Sequence[nn.Module], comm: MPI.Comm) -> None:
         """Get the present parameters, buffers and modes (collective over the ranks that share the layers).
 
         Parameters

@@ -59,7 +59,10 @@ def _report(opts) -> None:
 def _case(name: str, layers: bool):
     from tests.benchmarks.scaling.cases import LAYERS, STUDIES
 
-    cases = LAYERS if layers else STUDIES
+    if layers:
+        from tests.benchmarks.scaling.block_costs import BLOCKS
+
+    cases = {**LAYERS, **BLOCKS} if layers else STUDIES
     if name not in cases:
         raise InputError(f"problem {name!r}: give one of {', '.join(cases)}")
     return cases[name]
@@ -93,16 +96,30 @@ def _calibrate(opts) -> None:
     case, progress = _case(opts.problem, True), lambda text: print(f"measuring: {text}", flush=True)
     quiet = lambda text: None
     root = MPI.COMM_WORLD.rank == 0
+    if not hasattr(case, "training"):  # blocks that take milliseconds, measured one by one
+        if root:
+            _calibrate_blocks(opts, case, progress)
+        return
     made = calibrate_layers(opts.problem, case, repeats=opts.repeats or 15, progress=progress if root else quiet)
     if root:
         made = made.with_changes(baseline=serial_seconds(case), gradient_errors=count_errors(case, case.menu))
         print(f"written: {records.save(made)}")
 
 
+def _calibrate_blocks(opts, case, progress) -> None:
+    from tests.benchmarks.scaling.block_costs import calibrate_blocks, count_block_errors
+
+    made = calibrate_blocks(opts.problem, case, repeats=opts.repeats or 7, progress=progress)
+    progress("gradient errors")
+    print(f"written: {records.save(made.with_changes(gradient_errors=count_block_errors(case)))}")
+
+
 def _validate(opts) -> None:
     from tests.benchmarks.scaling.network_costs import compare_layers
 
     case, record = _case(opts.problem, True), records.load(opts.problem)
+    if not hasattr(case, "training"):
+        raise InputError(f"{opts.problem}: its steps are predicted only, give resnet-1024 or resnet-4096")
     for row in compare_layers(record, case, nlayers=opts.steps, repeats=opts.repeats or 25):
         if MPI.COMM_WORLD.rank == 0:
             print(
