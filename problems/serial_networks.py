@@ -232,7 +232,11 @@ def forms(
 
 
 def gradients(network: nn.Module) -> list[Tensor]:
-    """Gradients of a form of :func:`forms`: of the layers by name, stacked, then of opening and closing module."""
+    """Gradients of a form of :func:`forms`: of the layers by name, stacked, then of opening and closing module; those of
+    all parameters of another network.
+    """
+    if not hasattr(network, "stacked_gradients"):
+        return [p.grad for p in network.parameters()]
     ends = [p.grad for part in (network.opening, network.closing) for p in part.parameters()]
     return [*network.stacked_gradients().values(), *ends]
 
