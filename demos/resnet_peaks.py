@@ -13,7 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from demos.outputs import Outputs
-from demos.resnet_common import add_options, build_grid, make_network, nested_training, plot_curves, report, train
+from demos.resnet_common import add_options, build_grid, make_network, plot_curves, report, single_stage
 from pint_fem.capacity import require_memory
 from pint_fem.cli import ProgramParser, positive, run
 
@@ -68,7 +68,7 @@ def full_batch(opts, grid, opening, layer, closing, data, test):
             + ", ".join(f"{n} {f:.3f}" for n, f in factors.items())
         )
     curve = [Epoch(1, value, accuracy(net, data), accuracy(net, test), seconds)]
-    return {"network": net, "curve": curve, "serial": None}
+    return {"network": net, "curve": curve, "losses": [], "serial": None, "serial_losses": None}
 
 
 def plot_classes(path, opts, net, test, pixels=160):
@@ -122,6 +122,7 @@ def main():
     import torch
     from torch import nn
 
+    from demos.network_training import train_in_levels
     from pint_fem.resnet import Dense
     from problems.classification import peaks
 
@@ -137,8 +138,10 @@ def main():
         Dense(opts.width, opts.activation or "tanh"),
         nn.Linear(opts.width, opts.classes),
     )
-    how = full_batch if full else nested_training if opts.multilevel > 1 else train
-    outcome = how(opts, grid, *parts, data, test)
+    if full:
+        outcome = full_batch(opts, grid, *parts, data, test)
+    else:
+        outcome = train_in_levels(opts, grid, single_stage(opts, grid, *parts, data, test))
     outcome["network"].eval()
     outputs = Outputs(grid.comm)
     outputs(str(opts.out / "peaks.png"), plot_classes, opts.out / "peaks.png", opts, outcome["network"], test)

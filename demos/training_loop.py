@@ -15,8 +15,8 @@ from torch.utils.data import Dataset
 from pint_fem.collective import all_ranks, any_rank, collectively, consistent_across_ranks, ending_all_ranks
 from pint_fem.errors import InputError
 from pint_fem.resnet.grid import Grid
-from pint_fem.resnet.network import LayerParallelResNet
 from pint_fem.resnet.parallel.agreement import batch_digest
+from pint_fem.resnet.parallel.module import LayerParallelModule
 
 __all__ = ["Epoch", "accuracy", "train_epoch"]
 
@@ -25,8 +25,8 @@ __all__ = ["Epoch", "accuracy", "train_epoch"]
 class Epoch:
     """Record of an epoch.
 
-    ``loss`` and the numbers of cycles are means over samples and batches, accuracies are shares in [0, 1] of samples
-    that are classified correctly, ``seconds`` is the time of the training.
+    ``loss`` is a mean over samples, the numbers of cycles are means over batches and stages, accuracies are shares in
+    [0, 1] of labels that are predicted correctly, ``seconds`` is the time of the training.
     """
 
     number: int
@@ -56,6 +56,7 @@ def train_epoch(
     *,
     loss_function: Callable = nn.functional.cross_entropy,
     regularisation: Callable[[], torch.Tensor] | None = None,
+    clip: float | None = None,
     data_comm: MPI.Comm | None = None,
     on_batch: Callable[[int, float], None] | None = None,
     warm: bool = False,
@@ -71,6 +72,8 @@ def train_epoch(
         ``loss_function(outputs, labels)``, a scalar.
     regularisation
         ``regularisation()`` is added to the loss.
+    clip
+        Largest norm of the gradient with respect to all parameters of the network; ``None``: it is not limited.
     data_comm
         Communicator over which losses are averaged.
     on_batch
@@ -104,16 +107,16 @@ def train_epoch(
             out = net(x, batch=number) if warm else net(x)
             loss = collectively(comm, "loss", loss_function, out, y)
             total = loss if regularisation is None else loss + collectively(comm, "regularisation", regularisation)
-            if isinstance(net, LayerParallelResNet):
+            if isinstance(net, LayerParallelModule):
                 net.collective.backward(total)
             else:
                 collectively(comm, "backward", total.backward)
+            if clip is not None:
+                _clip(net, clip)
             collectively(comm, "optimizer", optimizer.step)
-            sums += [loss.item() * len(y), float((out.argmax(1) == y).sum()), len(y)]
+            sums += [loss.item() * y.numel(), float((out.argmax(1) == y).sum()), y.numel()]
             for kind, into in zip(("forward", "backward"), cycles, strict=True):
-                result = getattr(net, "results", {}).get(kind)
-                if result is not None:
-                    into.append(result.cycles)
+                into += [stage.results[kind].cycles for stage in getattr(net, "stages", ()) if kind in stage.results]
             collectively(comm, "on_batch", on_batch or nothing, number, loss.item())
             collectively(comm, "after_batch", after_batch or nothing, number)
     if data_comm is not None and data_comm.size > 1:
@@ -128,8 +131,18 @@ def train_epoch(
     }
 
 
+def _clip(net: nn.Module, largest: float) -> None:
+    """Scale the gradient down where its norm over the parameters on all ranks is larger (collective)."""
+    if hasattr(net, "clip_grad_norm_"):
+        net.clip_grad_norm_(largest)
+    else:
+        nn.utils.clip_grad_norm_(net.parameters(), largest)
+
+
 def accuracy(net: nn.Module, data: Dataset, *, batch_size: int = 500, grid: Grid | None = None) -> float:
-    """Share of samples, in [0, 1], that a network classifies correctly (collective).
+    """Share of labels, in [0, 1], that a network predicts (collective).
+
+    A sample has one label, or several as the characters of a passage; the classes are on the second axis of the output.
 
     Parameters
     ----------
@@ -144,16 +157,17 @@ def accuracy(net: nn.Module, data: Dataset, *, batch_size: int = 500, grid: Grid
     comm = None if grid is None else grid.data_comm
     size, rank = (1, 0) if comm is None else (comm.size, comm.rank)
 
-    def count() -> int:
-        right = 0
+    def count() -> np.ndarray:
+        right = np.zeros(2, dtype=np.int64)
         with torch.no_grad():
             for i in range(rank * batch_size, len(data), size * batch_size):
                 x, y = data[i : i + batch_size]
-                right += int((net(x).argmax(1) == y).sum())
+                right += [int((net(x).argmax(1) == y).sum()), y.numel()]
         return right
 
     right = collectively(MPI.COMM_SELF if grid is None else grid.comm, "accuracy", count)
-    return (right if size == 1 else comm.allreduce(right)) / len(data)
+    correct, total = right if size == 1 else comm.allreduce(right)
+    return float(correct / total)
 
 
 def _ranks(net: nn.Module, data_comm: MPI.Comm):

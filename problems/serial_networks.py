@@ -30,11 +30,23 @@ from torch.func import functional_call
 from pint_fem.errors import InputError
 from pint_fem.resnet import SerialResNet
 
-__all__ = ["CHUNK", "FORMS", "Fastest", "agreement", "fastest", "forms", "gradients", "residual_network"]
+__all__ = [
+    "CHUNK",
+    "FORMS",
+    "Fastest",
+    "agreement",
+    "fastest",
+    "fastest_for_training",
+    "forms",
+    "gradients",
+    "residual_network",
+]
 
 FORMS = ("eager", "stacked", "compiled")
 CHUNK = 32
 """Layers of one compiled call."""
+COMPILE_FROM = 120.0
+"""Seconds of a whole training by the fastest loop from which on compiled layers are tried: they take up to a minute."""
 
 
 class _ResNetLayer(nn.Module):
@@ -354,3 +366,74 @@ def fastest(
     finally:
         torch.set_num_threads(before)
     return out
+
+
+class _Step:
+    """Forward and backward of a network for one batch, without an update."""
+
+    def __init__(self, network: nn.Module, batch: Sequence[Any]):
+        self.network, self.batch = network, batch
+
+    def gradients(self) -> None:
+        """Forward and backward."""
+        self.network.zero_grad()
+        nn.functional.cross_entropy(self.network(self.batch[0]), self.batch[1]).backward()
+
+    step = gradients
+
+
+def fastest_for_training(
+    network: nn.Module, batch: Sequence[Any], *, threads: Sequence[int], batches: int
+) -> tuple[nn.Module, int, str]:
+    """The form of a serial network and the number of threads that are fastest for a training with cross-entropy.
+
+    A :class:`~pint_fem.resnet.SerialResNet` is tried in all forms, compiled only where the training by the fastest loop
+    would take more than :data:`COMPILE_FROM` seconds. Other networks, which may draw random numbers or update
+    statistics, stay the loop that they are, and only the number of threads is chosen.
+
+    Parameters
+    ----------
+    network
+        The network, which stays as it is.
+    batch
+        Inputs and labels.
+    threads
+        Numbers of threads that are tried.
+    batches
+        Updates of the whole training.
+
+    Returns
+    -------
+    network : Module
+        To be trained, with the first parameters.
+    threads : int
+    text : str
+        What was measured and taken.
+    """
+    training = lambda net: _Step(net, batch)
+    if not isinstance(network, SerialResNet):
+        measured, before = copy.deepcopy(network), torch.get_num_threads()  # statistics stay as they are
+        step, seconds = _Step(measured, batch), {}
+        for count in threads:
+            torch.set_num_threads(count)
+            for _ in range(3):  # the last one counts: the others warm up
+                start = time.perf_counter()
+                step.gradients()
+                seconds[count] = time.perf_counter() - start
+        torch.set_num_threads(before)
+        count = min(seconds, key=seconds.get)
+        return network, count, f"the eager loop on {count} threads"
+    found = fastest(forms(network, ["eager", "stacked"]), training, threads=threads, repeats=3)
+    told = str(found)
+    if min(found.seconds.values()) * batches > COMPILE_FROM:
+        compiled = forms(network, ["compiled"])
+        try:
+            more = fastest(compiled, training, threads=threads, repeats=3)
+            found.seconds |= more.seconds
+            told += f"; {more}"
+        except InputError as error:
+            told += f"; {error}"
+    else:
+        told += f"; compiled layers are tried from {COMPILE_FROM:.0f} s of training on"
+    form, count = found.best
+    return forms(network, [form])[form], count, f"{form} on {count} threads, fastest of: {told}"

@@ -33,6 +33,16 @@ _files = defaultdict(set)
 """Files with tests for a number of ranks, as pytest collected them."""
 
 
+@pytest.fixture(params=["numpy", "torch"])
+def array_kind(request, monkeypatch):
+    """Runs a test as it is, and with tensors in the place of its arrays (``usefixtures``)."""
+    if request.param == "torch":
+        pytest.importorskip("torch")
+        from tests.array_kinds import OnTensors
+
+        monkeypatch.setattr(request.module, "MGRIT", OnTensors)
+
+
 def pytest_addoption(parser):
     parser.addoption("--files-by-ranks", help="folder: its file N will name the files with tests for N ranks")
 

@@ -201,6 +201,7 @@ def random_eigenvalues(rng, n, largest=1.0):
     return largest * np.sqrt(rng.uniform(0, 1, n)) * np.exp(2j * np.pi * rng.uniform(0, 1, n))
 
 
+@pytest.mark.usefixtures("array_kind")
 @pytest.mark.parametrize("relax", ["F", "FCF"])
 @pytest.mark.parametrize(("m", "coarse_steps", "extra"), [(2, 8, 0), (3, 6, 2), (4, 5, 1), (5, 1, 3)])
 def test_exact_after_finitely_many_cycles(m, coarse_steps, extra, relax):
@@ -274,6 +275,7 @@ HIERARCHIES = [
 ]
 
 
+@pytest.mark.usefixtures("array_kind")
 @pytest.mark.parametrize(("nsteps", "factors"), HIERARCHIES)
 @pytest.mark.parametrize("relax", ["F", "FCF", ("FCF", "F"), ("F", "FCFCF")])
 @pytest.mark.parametrize("kind", [Counting, Swept])
@@ -292,6 +294,7 @@ def test_solution_is_that_of_stepping(nsteps, factors, relax, kind):
         assert propagators[0].strided
 
 
+@pytest.mark.usefixtures("array_kind")
 @pytest.mark.parametrize("kind", [Counting, Swept])
 def test_one_level_is_stepping(kind):
     """Bit for bit, with the count of steps."""
@@ -304,6 +307,7 @@ def test_one_level_is_stepping(kind):
     assert solver.levels[0].phi_calls == 11
 
 
+@pytest.mark.usefixtures("array_kind")
 @pytest.mark.parametrize(("nsteps", "factors"), HIERARCHIES)
 @pytest.mark.parametrize("relax", ["F", "FCF"])
 def test_solution_is_a_fixed_point(nsteps, factors, relax):
@@ -316,6 +320,7 @@ def test_solution_is_a_fixed_point(nsteps, factors, relax):
     np.testing.assert_allclose(U, exact, rtol=0, atol=1e-14)
 
 
+@pytest.mark.usefixtures("array_kind")
 def test_states_may_be_numbers_and_the_time_axis_reversed():
     """``U`` of shape ``(N + 1,)``; reversed and strided views in place."""
     exact = sequential(Counting(), 0.5, 24)
@@ -327,6 +332,7 @@ def test_states_may_be_numbers_and_the_time_axis_reversed():
     assert not storage[1::2].any()
 
 
+@pytest.mark.usefixtures("array_kind")
 def test_solver_can_be_used_again():
     """A second solve, a failed one, and another shape of the state leave nothing behind."""
     trap = Failing(4)
@@ -363,6 +369,7 @@ def theory_calls(nsteps, factors, relax, cycles):
     return calls
 
 
+@pytest.mark.usefixtures("array_kind")
 @pytest.mark.parallel([1, 3])
 def test_calls_are_those_of_the_theory():
     """Counted over all ranks, for any number of them."""
@@ -393,7 +400,7 @@ def splittings(nsteps, m, size):
 
 
 @functools.cache
-def solve_alone(nsteps, factors, relax, kind):
+def solve_alone(nsteps, factors, relax, kind, solver):
     """Options, first guess, right-hand side, solution and result of a solve of the whole on this rank."""
     u0 = np.array([[1.0, -0.5], [0.3, 2.0]])
     G = 0.1 * np.random.default_rng(2).standard_normal((nsteps, *u0.shape))
@@ -402,13 +409,13 @@ def solve_alone(nsteps, factors, relax, kind):
         options["coarsening"] = factors
     start = guess(u0, nsteps)
     alone = start.copy()
-    result = MGRIT([kind(s) for s in strides(factors)], nsteps, options=options).solve(alone, G)
+    result = solver([kind(s) for s in strides(factors)], nsteps, options=options).solve(alone, G)
     return options, start, G, alone, result
 
 
 def assert_same_as_alone(comm, bounds, nsteps, factors, relax, *, kind=Counting, backwards=False):
     """Compare bits of the slab, the ghost row and the history with a solve of the whole on this rank."""
-    options, start, G, alone, expected = solve_alone(nsteps, factors, relax, kind)
+    options, start, G, alone, expected = solve_alone(nsteps, factors, relax, kind, MGRIT)
     lo, hi = bounds[comm.rank], bounds[comm.rank + 1]
     solver = MGRIT([kind(s) for s in strides(factors)], nsteps, options=options, comm=comm, bounds=bounds)
     start = start[lo : hi + 1].copy()
@@ -425,6 +432,7 @@ def assert_same_as_alone(comm, bounds, nsteps, factors, relax, *, kind=Counting,
     np.testing.assert_array_equal(start[own], alone[lo : hi + 1][own])
 
 
+@pytest.mark.usefixtures("array_kind")
 @pytest.mark.parallel([1, 3])
 @pytest.mark.parametrize("relax", ["F", "FCF"])
 @pytest.mark.parametrize("factors", [(), (2,), (4,), (5, 2), (2, 3), (2, 2, 2)])
@@ -440,6 +448,7 @@ def test_same_bits_on_any_number_of_ranks(nsteps, factors, relax):
     turned.Free()
 
 
+@pytest.mark.usefixtures("array_kind")
 @pytest.mark.parallel([1, 3])
 @pytest.mark.parametrize("relax", ["F", "FCF", "FCFCF"])
 def test_same_bits_on_hardly_any_steps(relax):
@@ -452,6 +461,7 @@ def test_same_bits_on_hardly_any_steps(relax):
                     assert_same_as_alone(comm, [0, *inner, nsteps], nsteps, factors, relax)
 
 
+@pytest.mark.usefixtures("array_kind")
 @pytest.mark.parallel(3)
 def test_numbers_as_states_travel():
     """``U`` of shape ``(k + 1,)``: messages of single numbers."""
@@ -491,6 +501,7 @@ def failing_solve(comm, level, *, kind=Failing, relax="FCF", factors=(4, 2), nst
     return texts[0]
 
 
+@pytest.mark.usefixtures("array_kind")
 @pytest.mark.parallel([1, 3])
 @pytest.mark.parametrize("kind", [Failing, Picky])
 @pytest.mark.parametrize("relax", ["F", "FCF"])
@@ -510,6 +521,7 @@ def test_failure_at_any_step_is_named_everywhere(relax, kind):
             assert first <= n <= last
 
 
+@pytest.mark.usefixtures("array_kind")
 @pytest.mark.parallel([1, 3])
 @pytest.mark.parametrize("kind", [Failing, Picky])
 def test_failure_while_stepping_is_named_everywhere(kind):
@@ -521,6 +533,7 @@ def test_failure_while_stepping_is_named_everywhere(kind):
         assert text.endswith(f"level 0, steps {n}..{n}: ArithmeticError: no root found")
 
 
+@pytest.mark.usefixtures("array_kind")
 @pytest.mark.parallel(3)
 def test_failure_on_one_rank_only():
     """A rank that cannot step at all, each in turn; also with all steps on one rank."""
@@ -543,6 +556,7 @@ class BadSweep(Counting):
         raise ArithmeticError("no sweep today")
 
 
+@pytest.mark.usefixtures("array_kind")
 @pytest.mark.parallel([1, 3])
 def test_failing_sweep_is_a_failure():
     """Of the coarsest level, or of the only one, where some ranks have no steps."""
@@ -562,6 +576,7 @@ class Hiding(Failing):
         super().step(steps, np.where(np.isfinite(u), u, 0), out)
 
 
+@pytest.mark.usefixtures("array_kind")
 @pytest.mark.parallel([1, 3])
 def test_nan_that_the_next_step_hides_is_found():
     """The result would hold a NaN though all residuals are finite."""
@@ -570,6 +585,7 @@ def test_nan_that_the_next_step_hides_is_found():
         assert text.endswith("level 0, steps 5: value not finite")
 
 
+@pytest.mark.usefixtures("array_kind")
 @pytest.mark.parallel([1, 3])
 def test_bad_data_is_found():
     """NaN in the initial value, the right-hand side, or a C-point of the first guess; the step is named."""
@@ -589,6 +605,7 @@ def test_bad_data_is_found():
             solver.solve(U[lo : hi + 1], G[lo:hi])
 
 
+@pytest.mark.usefixtures("array_kind")
 @pytest.mark.parallel([1, 3])
 def test_bad_arrays_are_refused_on_every_rank():
     """Wrong on the last rank only: the others do not wait for it."""
@@ -609,6 +626,7 @@ def test_bad_arrays_are_refused_on_every_rank():
             solver.solve(good, np.zeros((k, 2)) if last else None)
 
 
+@pytest.mark.usefixtures("array_kind")
 @pytest.mark.parallel([1, 3])
 def test_failing_norm_is_a_failure():
     """The user's norm fails on the last rank: numerically, or as it is not one number a state."""
@@ -637,6 +655,7 @@ def test_cycles_run_out():
         assert result.factor == pytest.approx((result.residuals[2] / result.residuals[0]) ** 0.5)
 
 
+@pytest.mark.usefixtures("array_kind")
 def test_reasons_are_true():
     """The last residual is below the tolerance it names, and those before are not."""
     exact = sequential(Counting(), [1.0, -1.0], 64)
@@ -657,6 +676,7 @@ def sequential_step(U):
     return out
 
 
+@pytest.mark.usefixtures("array_kind")
 @pytest.mark.parallel([1, 3])
 @pytest.mark.parametrize("mu", [1.5, 40.0, 1e200])
 def test_divergence_is_reported(mu):
@@ -778,6 +798,7 @@ def test_monitor_prints_a_line_a_cycle():
     assert "level 0: 32 steps, m = 4, FCF-relaxation" in solver.view()
 
 
+@pytest.mark.usefixtures("array_kind")
 def test_the_step_that_is_not_finite_is_found_where_only_the_last_state_of_a_sweep_is_checked():
     """A propagator that takes several steps in one call: its values stay not finite once they are."""
 

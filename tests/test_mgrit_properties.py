@@ -253,6 +253,7 @@ def test_error_stays_under_the_two_level_bound(data):
         before = after
 
 
+@pytest.mark.usefixtures("array_kind")
 @pytest.mark.parallel([1, 3])
 @given(data=st.data())
 @examples(40)
@@ -368,6 +369,7 @@ def test_adjoint_identity_of_the_whole_solve(data):
     assert abs(left - right) <= 1e-12 * np.linalg.norm(w) * np.linalg.norm(u)
 
 
+@pytest.mark.usefixtures("array_kind")
 @pytest.mark.parallel([1, 3])
 @given(data=st.data())
 @examples(60)
@@ -418,6 +420,7 @@ def test_transposed_cycle_is_the_transpose(data):
 
 
 # -- nonlinear ---------------------------------------------------------------------------------------------------------
+@pytest.mark.usefixtures("array_kind")
 @pytest.mark.parallel([1, 3])
 @given(data=st.data())
 @examples(30)
@@ -553,6 +556,7 @@ def history(result):
     return result.residuals, result.cycles, result.reason, result.converged, repr(result.scale)
 
 
+@pytest.mark.usefixtures("array_kind")
 @pytest.mark.parallel([1, 3, 5, 7])
 @given(data=st.data())
 @examples(60)
@@ -570,6 +574,7 @@ def test_same_bits_on_any_slabs(data):
         assert history(result) == history(one)
 
 
+@pytest.mark.usefixtures("array_kind")
 @pytest.mark.parallel([1, 3])
 @given(data=st.data())
 @examples(50)

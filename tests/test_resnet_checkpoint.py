@@ -115,7 +115,7 @@ def spoil(path, what):
         head.write_text("[1, 2]")
         (path / "latest").write_text(folder.name)
     elif what == "head without keys":
-        text = json.dumps({k: v for k, v in json.loads(head.read_text()).items() if k not in ("network", "scalars")})
+        text = json.dumps({k: v for k, v in json.loads(head.read_text()).items() if k not in ("network", "arrays")})
         head.write_text(text)
         (path / "latest").write_text(f"{folder.name} {zlib.crc32(text.encode()):08x}")
     elif what == "head with a flipped byte":
@@ -144,7 +144,7 @@ DAMAGES = {
     "head missing": "where there is no head.json",
     "head truncated": "head.json is damaged",
     "head a list": "head.json is damaged: it has no network, arrays",
-    "head without keys": "head.json is damaged: it has no network, scalars",
+    "head without keys": "head.json is damaged: it has no network, arrays",
     "head with a flipped byte": "head.json is damaged: the checksum is another",
     "another shape": r"theta.bias.npy is float64 \(5, 1\), not float64 \(5, 4\)",
     "another type": r"theta.bias.npy is float32 \(5, 4\), not float64 \(5, 4\)",
@@ -245,33 +245,171 @@ def test_another_network_or_optimiser_is_refused(tmp_path):
         assert again.forward_sweeps.cycles == cycles
 
 
-def made_old(path):
-    """Make a checkpoint what the first version wrote."""
+def made_old(path, version):
+    """Make a checkpoint what the first or the second version wrote."""
     folder = path / (path / "latest").read_text().split()[0]
     head = json.loads((folder / "head.json").read_text())
-    for name in ("kind", "activation", "values of the activation", "opening", "closing"):
-        del head["network"][name]
-    del head["version"], head["optimizer"], head["ends"]
-    head["iterations"] = {k: v[:3] for k, v in head["iterations"].items()}
-    (folder / "head.json").write_text(json.dumps(head))
-    (path / "latest").write_text(folder.name)
-    for sums in folder.glob("*.crc32.npy"):
-        sums.unlink()
+    tensors = lambda scalars: {name: {k: v[1] for k, v in of.items()} for name, of in scalars.items()}
+    (runs,), (head["iterations"],) = head.pop("runs"), head["iterations"]
+    head["parts"] = [[lo, hi, sorted(head["arrays"]), tensors(scalars)] for lo, hi, _, scalars, _ in runs]
+    head["version"], head["scalars"] = 2, head["parts"][0][3]
+    for name in ("options", "order", "kinds", "passes", "scheduler", "run"):
+        del head[name]
+    for place in ("opening", "closing"):
+        stored = torch.load(folder / f"{place}.pt", weights_only=True)
+        del stored["options"]
+        torch.save(stored, folder / f"{place}.pt")
+        head["ends"][place] = zlib.crc32((folder / f"{place}.pt").read_bytes())
+    (folder / "run.pt").unlink()
+    if version == 1:
+        for name in ("kind", "activation", "values of the activation", "opening", "closing"):
+            del head["network"][name]
+        del head["version"], head["optimizer"], head["ends"], head["parts"]
+        head["iterations"] = {k: v[:3] for k, v in head["iterations"].items()}
+        for sums in folder.glob("*.crc32.npy"):
+            sums.unlink()
+    text = json.dumps(head)
+    (folder / "head.json").write_text(text)
+    (path / "latest").write_text(folder.name if version == 1 else f"{folder.name} {zlib.crc32(text.encode()):08x}")
 
 
 @pytest.mark.parallel([1, 3])
 @time_limit(60)
-def test_checkpoints_of_the_first_version_are_read(tmp_path):
+@pytest.mark.parametrize("version", [1, 2])
+def test_checkpoints_of_earlier_versions_are_read(tmp_path, version, caplog):
+    """Learning rates are those of the optimiser, which is logged once."""
     path, net = shared(tmp_path) / "run", network()
     optimizer = trained(net)
     save_checkpoint(path, net, optimizer, {"epoch": 1})
-    on_root(lambda: made_old(path))
+    on_root(lambda: made_old(path, version))
     again = network()
-    other = torch.optim.Adam(again.parameters(), lr=0.01)
+    other = torch.optim.Adam(again.parameters(), lr=0.03)
     assert load_checkpoint(path, again, other) == {"epoch": 1}
     for a, b in zip(net.parameters(), again.parameters(), strict=True):
         assert torch.equal(a, b)
-        assert torch.equal(optimizer.state[a]["exp_avg"], other.state[b]["exp_avg"])
+        for name in ("exp_avg", "step"):
+            assert torch.equal(optimizer.state[a][name], other.state[b][name])
+    assert other.param_groups[0]["lr"] == 0.03
+    assert sum("without learning rates" in r.message for r in caplog.records) == (COMM.rank == 0)
+    with pytest.raises(InputError, match="was written without a scheduler, this run has StepLR"):
+        load_checkpoint(path, again, other, scheduler=torch.optim.lr_scheduler.StepLR(other, 1))
+
+
+def groups_of(net):
+    """An optimiser with a group for each part of the network, which some ranks do not have."""
+    parts = [list(net.opening.parameters()), [net.theta["weight"]], [net.theta["bias"]], list(net.closing.parameters())]
+    options = [dict(lr=0.01), dict(betas=(0.8, 0.99)), dict(lr=torch.tensor(0.02)), dict(weight_decay=0.1)]
+    given = [{"params": p, **o} for p, o in zip(parts, options, strict=True)]
+    return torch.optim.AdamW(given, lr=0.05, foreach=False)
+
+
+def steps(net, optimizer, scheduler, count):
+    x = torch.linspace(-1, 1, 12, dtype=net.dtype).reshape(6, 2)
+    for _ in range(count):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(net(x), LABELS).backward()
+        optimizer.step()
+        scheduler.step()
+
+
+SCHEDULES = {
+    "step": lambda o: torch.optim.lr_scheduler.StepLR(o, 2, 0.5),
+    "milestones": lambda o: torch.optim.lr_scheduler.MultiStepLR(o, [1, 3], 0.3),
+    "cosine": lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 6),
+    "one cycle": lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 0.1, total_steps=9),
+    "sequence": lambda o: torch.optim.lr_scheduler.SequentialLR(
+        o,
+        [torch.optim.lr_scheduler.LinearLR(o, 0.5, total_iters=2), torch.optim.lr_scheduler.ExponentialLR(o, 0.9)],
+        [2],
+    ),
+}
+
+
+@pytest.mark.parallel([1, 2, 3])
+@time_limit(100)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_schedule_of_groups_goes_on(tmp_path, schedule):
+    """Three steps, a restart on the same and on one rank, and three more are six steps: rates of all groups, betas."""
+    path, make = shared(tmp_path) / "run", SCHEDULES[schedule]
+    net = network()
+    optimizer = groups_of(net)
+    scheduler = make(optimizer)
+    steps(net, optimizer, scheduler, 3)
+    generator = torch.Generator().manual_seed(5)
+    torch.rand(3, generator=generator)
+    save_checkpoint(
+        path, net, optimizer, {"epoch": 3}, scheduler=scheduler, extra={"generator": generator.get_state(), "a": (1, 2)}
+    )
+    rates = [[float(g["lr"]), g["betas"], g["weight_decay"]] for g in optimizer.param_groups]
+    steps(net, optimizer, scheduler, 3)
+    for grid in (Grid(), Grid(comm=MPI.COMM_SELF)):
+        again = network(grid=grid)
+        other = torch.optim.AdamW(
+            [{"params": g["params"]} for g in groups_of(again).param_groups], lr=0.7, betas=(0.1, 0.2), weight_decay=0.5
+        )
+        second = make(other)
+        progress = load_checkpoint(path, again, other, scheduler=second)
+        assert progress["epoch"] == 3
+        assert progress["extra"]["a"] == (1, 2)
+        g = torch.Generator()
+        g.set_state(progress["extra"]["generator"])
+        twin = torch.Generator().manual_seed(5)
+        torch.rand(3, generator=twin)
+        assert torch.equal(torch.rand(4, generator=g), torch.rand(4, generator=twin))
+        assert [[float(g["lr"]), g["betas"], g["weight_decay"]] for g in other.param_groups] == rates
+        assert torch.is_tensor(other.param_groups[2]["lr"])
+        assert other.param_groups[0]["foreach"] is False
+        steps(again, other, second, 3)
+        for name, p in net.named_parameters():
+            q = dict(again.named_parameters())[name]
+            q = q[net.lo : net.hi] if name.startswith("theta") and again.nlayers == len(q) else q
+            assert torch.equal(p, q) if grid.layer_size == net.grid.layer_size else torch.allclose(p, q, atol=1e-13)
+
+
+@pytest.mark.parallel([1, 3])
+@time_limit(60)
+def test_groups_that_mix_others_and_other_schedulers_are_refused(tmp_path):
+    """By name, on all ranks; the optimiser stays as it was."""
+    path, net = shared(tmp_path) / "run", network()
+    optimizer = groups_of(net)
+    steps(net, optimizer, SCHEDULES["step"](optimizer), 1)
+    save_checkpoint(path, net, optimizer)
+    again = network()
+    other = torch.optim.AdamW(again.parameters(), lr=0.3)
+    with pytest.raises(InputError, match="group 0 of the optimiser has parameters that were written in groups with "):
+        load_checkpoint(path, again, other)
+    assert other.param_groups[0]["lr"] == 0.3
+    assert not other.state
+    same = groups_of(again)
+    with pytest.raises(InputError, match="was written without a scheduler, this run has StepLR"):
+        load_checkpoint(path, again, same, scheduler=SCHEDULES["step"](same))
+    with pytest.raises(InputError, match=r"extra could not be read again .*give numbers, text"):
+        save_checkpoint(path, net, optimizer, extra={"network": net.closing})
+    with pytest.raises(InputError, match="extra is a list: give a mapping"):
+        save_checkpoint(path, net, optimizer, extra=[1])
+    assert load_checkpoint(path, again) == {}
+
+
+@pytest.mark.parallel([1])
+def test_states_that_do_not_belong_to_layers_are_refused(tmp_path):
+    """Adafactor's factors of stacked biases, LBFGS's history: they used to be lost without a message."""
+    net = network()
+    with pytest.raises(
+        InputError, match=r"Adafactor has col_var .1, 4. of theta.bias, which does not belong to single"
+    ):
+        save_checkpoint(tmp_path / "run", net, trained(net, torch.optim.Adafactor))
+    optimizer = torch.optim.ASGD(net.parameters(), lr=0.1)  # scalars that are tensors
+    x = torch.linspace(-1, 1, 12, dtype=net.dtype).reshape(6, 2)
+    nn.functional.cross_entropy(net(x), LABELS).backward()
+    optimizer.step()
+    save_checkpoint(tmp_path / "other", net, optimizer)
+    again = network()
+    other = torch.optim.ASGD(again.parameters(), lr=0.1)
+    load_checkpoint(tmp_path / "other", again, other)
+    for a, b in zip(net.parameters(), again.parameters(), strict=True):
+        want, got = optimizer.state[a], other.state[b]
+        assert want.keys() == got.keys()
+        assert all(torch.equal(v, got[k]) and v.dtype == got[k].dtype for k, v in want.items())
 
 
 @pytest.mark.parallel([1, 3])

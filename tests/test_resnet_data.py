@@ -1,9 +1,7 @@
-"""Data sets are read or refused with a reason; the demos run from a command line, stop and go on."""
+"""Data sets are read or refused with a reason; training loops refuse batches that differ."""
 
 import gzip
-import json
 import os
-import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +15,6 @@ import torch
 from mpi4py import MPI
 from torch import nn
 
-from demos import resnet_mnist, resnet_peaks
 from pint_fem.errors import InputError
 from pint_fem.resnet import Dense, Grid, LayerParallelResNet
 from problems.classification import (
@@ -30,28 +27,9 @@ from problems.classification import (
     shared_loader,
 )
 from tests.limits import time_limit
-from tests.pictures import assert_drawn
+from tests.mnist_files import NAMES, small_mnist, write_idx
 
 ROOT = Path(__file__).resolve().parent.parent
-NAMES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
-
-
-def write_idx(path, values):
-    """Unsigned bytes as an IDX file, compressed if the name ends with ``.gz``."""
-    values = np.ascontiguousarray(values, dtype="u1")
-    raw = struct.pack(f">HBB{values.ndim}I", 0, 8, values.ndim, *values.shape) + values.tobytes()
-    path.write_bytes(gzip.compress(raw) if path.name.endswith(".gz") else raw)
-
-
-def small_mnist(folder, *, end="", size=12):
-    """Four files of MNIST's kind: the images' mean brightness tells the label."""
-    rng = np.random.default_rng(0)
-    for images, labels, count in ((*NAMES[:2], 60), (*NAMES[2:], 20)):
-        y = np.arange(count) % 10
-        x = np.clip(25 * y[:, None, None] + rng.integers(0, 25, (count, size, size)), 0, 255)
-        write_idx(folder / (images + end), x)
-        write_idx(folder / (labels + end), y)
-    return folder
 
 
 @pytest.mark.parametrize("end", ["", ".gz"])
@@ -136,54 +114,6 @@ def test_groups_share_the_samples():
         seen = [n for (x,) in loader for n in x.tolist()]
         assert len(set(map(tuple, grid.layer_comm.allgather(seen)))) == 1
         assert sorted(n for part in grid.data_comm.allgather(seen) for n in part) == list(range(24))
-
-
-def demo(monkeypatch, main, *arguments):
-    """Run a demo in this process, on all ranks."""
-    monkeypatch.setattr(sys, "argv", ["demo", *map(str, arguments)])
-    main()
-
-
-@pytest.mark.parallel([1, 3])
-def test_demo_of_peaks(tmp_path, monkeypatch, capsys):
-    """Curves, picture and summary; beside the serial copy."""
-    out, ranks = MPI.COMM_WORLD.bcast(tmp_path), MPI.COMM_WORLD.size
-    small = ["--layers", 8, "--coarsening", 2, "--samples", 200, "--epochs", 2, "--batch", 50, "--classes", 2]
-    demo(monkeypatch, resnet_peaks.main, *small, "--out", out, "--grid", f"1x{ranks}", "--compare-serial")
-    if MPI.COMM_WORLD.rank == 0:
-        summary = json.loads((out / "summary.json").read_text())
-        assert summary["grid"] == {"data": 1, "layers": ranks}
-        assert len(summary["curve"]) == len(summary["serial"]["curve"]) == 2
-        assert summary["curve"][-1]["loss"] == pytest.approx(summary["serial"]["curve"][-1]["loss"], rel=0.02)
-        assert "serial torch" in capsys.readouterr().out
-        for name in ("peaks.png", "curves.png"):
-            assert_drawn(out / name, panels=2)
-
-
-@pytest.mark.parallel([1, 3])
-def test_demo_of_mnist_goes_on_from_its_checkpoint(tmp_path, monkeypatch, capsys):
-    """An epoch and one more from the checkpoint, then a network half as deep first; without data: what to do."""
-    folder = MPI.COMM_WORLD.bcast(tmp_path)
-    with pytest.raises(InputError, match="make mnist"):
-        demo(monkeypatch, resnet_mnist.main, "--data", folder / "nowhere", "--out", folder)
-    if MPI.COMM_WORLD.rank == 0:
-        small_mnist(folder)
-    MPI.COMM_WORLD.Barrier()
-    small = ["--data", folder, "--layers", 8, "--channels", 2, "--batch", 20, "--out", folder / "out"]
-    demo(monkeypatch, resnet_mnist.main, *small, "--epochs", 1)
-    demo(monkeypatch, resnet_mnist.main, *small, "--epochs", 2)
-    how = ["--multilevel", 2, "--mode", "adaptive", "--smoothness", 1e-4]
-    demo(monkeypatch, resnet_mnist.main, *small, "--epochs", 1, *how)
-    if MPI.COMM_WORLD.rank == 0:
-        assert "going on after epoch 1" in capsys.readouterr().out
-        assert [depth for depth, _ in json.loads((folder / "out" / "summary.json").read_text())["levels"]] == [4, 8]
-
-
-def test_full_batch_demo(tmp_path, monkeypatch, capsys):
-    """The package's own optimiser from the command line."""
-    small = ["--layers", 8, "--coarsening", 2, "--samples", 60, "--max-iterations", 3, "--classes", 2, "--width", 4]
-    demo(monkeypatch, resnet_peaks.main, *small, "--optimizer", "lbfgs", "--out", tmp_path)
-    assert "residual factors" in capsys.readouterr().out
 
 
 def test_imports_without_firedrake_and_without_torch():

@@ -15,9 +15,10 @@ from collections.abc import Sequence
 import numpy as np
 from mpi4py import MPI
 
+from pint_fem.all_at_once.arrays import Array, finite_rows, is_tensor, kind_of, largest_of_rows
 from pint_fem.all_at_once.callbacks import returned_block
 from pint_fem.all_at_once.levels import Level
-from pint_fem.all_at_once.norms import PointNorms
+from pint_fem.all_at_once.norms import PointNorms, euclidean
 from pint_fem.collective import consistent_across_ranks, raise_report
 from pint_fem.errors import FAILURES, FailureKind, FailureReport, SolverFailure, add_note
 
@@ -78,26 +79,49 @@ class Failures:
         """Record what a function of the user other than a step has raised."""
         self.levels[0].first_failure.note(f"{what}: {type(error).__name__}: {error}", error)
 
-    def squares(self, block: np.ndarray, norms: PointNorms | None = None) -> np.ndarray:
+    def squares(self, block: Array, norms: PointNorms | None = None) -> np.ndarray:
         """Squared norms of some states ``(k,)``; NaN where the user's function fails, and once a step has failed. Of a
         batch those of each member, ``(k, members)``.
 
         Relaxation may have replaced a failed step's NaN meanwhile. The norm of NaN, rather than NaN itself, carries the
         failure to the ranks that share the states in space as well.
         """
-        shape = block.shape[: 1 + self.batch]
+        return self.read(self.unread_squares(block, norms))[0]
+
+    def unread_squares(self, block: Array, norms: PointNorms | None = None) -> Array:
+        """The same, but for tensors on their device, for :meth:`read`."""
+        shape, norms, tensor = tuple(block.shape[: 1 + self.batch]), norms or self.point_norms, is_tensor(block)
         if not len(block):
             return np.zeros(shape)
-        if self.levels[0].failure:
-            block = np.full_like(block, np.nan)
+        # values that wait are read here only where norms carry a failure to other ranks
+        if (not tensor or self._carries(norms)) and self.levels[0].failure:
+            block = kind_of(block).full(np.nan, *block.shape)
         if self.batch:
             block = block.reshape(shape[0] * shape[1], *block.shape[2:])
         try:
-            squares = returned_block("point_norms", norms or self.point_norms, (len(block),), block)
-            return np.asarray(squares, dtype=float).reshape(shape)
+            squares = returned_block("point_norms", norms, (len(block),), block, on_device=False)
+            return (
+                squares.reshape(shape)
+                if tensor and is_tensor(squares)
+                else np.asarray(squares, dtype=float).reshape(shape)
+            )
         except FAILURES as error:
             self.note("point_norms", error)
             return np.full(shape, np.nan)
+
+    def _carries(self, norms: PointNorms) -> bool:
+        """Whether a tensor's norms may be sums over ranks that share states in space."""
+        return self.everyone is not self.comm and norms is not euclidean
+
+    def read(self, *squares: Array) -> list[np.ndarray]:
+        """Squared norms on the host, those of tensors in one copy with all that waits to be read; NaN once a step has
+        failed.
+        """
+        if all([isinstance(values, np.ndarray) for values in squares]):
+            return list(squares)
+        first = self.levels[0].first_failure
+        values = first.read(*squares)
+        return values if first.text is None else [np.full_like(value, np.nan) for value in values]
 
     def raise_unless(self, finite: bool) -> None:
         """Raise on every rank if ``finite`` is false on any.
@@ -107,6 +131,7 @@ class Failures:
         if consistent_across_ranks(self.comm, finite):
             return
         first = self.levels[0].first_failure
+        first.read()
         error, found = first.error, None
         if first.text:
             found = first.cycle, first.text
@@ -133,22 +158,28 @@ class Failures:
         fine = self.levels[0]
         if fine.U is None:  # returned to the caller
             return None
-        bad = np.flatnonzero([not np.isfinite(row).all() for row in fine.U])
+        bad = np.flatnonzero(~finite_rows(fine.U))
         if not len(bad):
             return None
         row = int(bad[0])
         point = fine.lo + row if self.keeps_all else int(fine.c_points[fine.coarse_bounds()[self.comm.rank] + row])
         return math.inf, f"level 0, steps {max(point - 1, 0)}: value not finite"
 
-    def raise_noted(self, state: np.ndarray, *, finite: bool = True) -> None:
+    def raise_noted(self, state: Array, *, finite: bool = True) -> None:
         """Raise on every rank if a step has failed, or ``finite`` is false, on any (collective).
 
         ``state`` ``(1, *state)`` may have any values.
         """
-        squares = self.squares(np.zeros_like(state))  # zero, or NaN on all ranks in space where one has a failure
+        if is_tensor(state) and not self._carries(self.point_norms):
+            self.raise_unless(finite and self.levels[0].failure is None)
+            return
+        # zero, or NaN on all ranks in space where one has a failure
+        squares = self.squares(kind_of(state).zeros(*state.shape))
         self.raise_unless(finite and bool(np.isfinite(squares).all()))
 
-    def raise_at_points(self, U: np.ndarray) -> None:
+    def raise_at_points(self, U: Array) -> None:
         """Raise on every rank if a step has failed or an own point is not finite on any."""
         norms = getattr(self.point_norms, "finite", self.point_norms)
+        if is_tensor(U) and norms is euclidean:
+            norms = largest_of_rows
         self.raise_unless(not self.levels[0].active or bool(np.isfinite(self.squares(U, norms)).all()))

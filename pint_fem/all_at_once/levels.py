@@ -18,51 +18,16 @@ from typing import Any
 import numpy as np
 from mpi4py import MPI
 
+from pint_fem.all_at_once import messages
+from pint_fem.all_at_once.arrays import Array, finite_rows, is_tensor, kind_of, largest_of_rows
 from pint_fem.all_at_once.callbacks import StepCalls
+from pint_fem.all_at_once.first_failure import FirstFailure
 from pint_fem.all_at_once.grids import Bounds, Coarsening, coarse_points
 from pint_fem.all_at_once.propagator import Propagator
 from pint_fem.all_at_once.trace import Trace
-from pint_fem.errors import FAILURES, is_numerical, release
+from pint_fem.errors import FAILURES
 
-__all__ = ["FirstFailure", "Level", "build_levels", "inject"]
-
-
-class FirstFailure:
-    """The first failure on a rank, on any level.
-
-    Attributes
-    ----------
-    text : str or None
-        Where and what.
-    error : BaseException or None
-        What was raised, if anything was.
-    cycle : int
-        The cycle that it was in.
-    now : int
-        The present cycle.
-    call : int
-        Number of the propagator's call: ranks that share states in space make the same calls, so the first of them
-        has the cause.
-    calls : int
-        The present one.
-    """
-
-    def __init__(self) -> None:
-        self.clear()
-
-    def clear(self) -> None:
-        """Remove the failure."""
-        self.text: str | None = None
-        self.error: BaseException | None = None
-        self.cycle = self.now = self.call = self.calls = 0
-
-    def note(self, text: str, error: BaseException | None = None) -> None:
-        """Record a failure, unless there is an earlier one; a mistake of the program replaces a numerical failure."""
-        mistake = error is not None and not is_numerical(error)
-        if self.text is None or (mistake and (self.error is None or is_numerical(self.error))):
-            self.text, self.error, self.cycle, self.call = text, error, self.now, self.calls
-            if error is not None and not mistake:
-                release(error)  # it is stored while the solve continues
+__all__ = ["Level", "build_levels", "inject"]
 
 
 class Level:
@@ -114,8 +79,8 @@ class Level:
         #: Whether each block is checked for values that are not finite.
         self.checks_blocks = index > 0 or not getattr(propagator, "propagates_nonfinite", False)
         self._calls = StepCalls(propagator)
-        self.U: np.ndarray | None = None
-        self.G: np.ndarray | None = None
+        self.U: Array | None = None
+        self.G: Array | None = None
         #: Shared by the levels of a hierarchy.
         self.first_failure = FirstFailure()
         self.phi_calls = 0  # states stepped, for reports
@@ -123,7 +88,9 @@ class Level:
 
     @property
     def failure(self) -> str | None:
-        """The first failure on this rank, on any level of the hierarchy."""
+        """The first failure on this rank, on any level of the hierarchy; decides the checks that wait for values."""
+        if self.first_failure.checks:
+            self.first_failure.read()
         return self.first_failure.text
 
     def note(self, what: str, error: BaseException | None = None) -> None:
@@ -147,7 +114,7 @@ class Level:
         if hasattr(self.propagator, "may_be_last"):
             self.propagator.may_be_last = last
 
-    def phi(self, steps: range, u: np.ndarray, out: np.ndarray) -> None:
+    def phi(self, steps: range, u: Array, out: Array) -> None:
         """Write ``Phi_n(u)`` to ``out`` for each ``n`` in ``steps``; NaN where the propagator fails."""
         if len(steps):
             self._call("phi", steps, u, out, self._calls.step, (steps, u, out), checks=self.checks_blocks)
@@ -156,8 +123,8 @@ class Level:
         self,
         name: str,
         steps: range,
-        u: np.ndarray,
-        out: np.ndarray,
+        u: Array,
+        out: Array,
         method: Callable[..., None],
         args: Any,
         *,
@@ -174,8 +141,12 @@ class Level:
             self._failed(steps, u[:1] if name == "sweep" else u, out, error)
         else:
             # what is not finite stays so in steps that are taken one after another by such a propagator
+            if self._calls.found:
+                self._refuse_later(steps)
             last = out[-1:] if name == "sweep" and self.advances else out
-            if checks and not np.isfinite(last).all():
+            if checks and not isinstance(last, np.ndarray):
+                self._check_later(steps, u, out)
+            elif checks and not np.isfinite(last).all():
                 self._failed(steps, u, out)
         if self.trace:
             self.trace.work(name, self.index, begin, first=steps[0], states=len(steps))
@@ -185,7 +156,7 @@ class Level:
         """Whether the propagator takes several steps from many states in one call."""
         return hasattr(self.propagator, "advance") and not self.uses_guess and not self.block
 
-    def advance(self, first: int, stride: int, u: np.ndarray, out: np.ndarray, G: np.ndarray | None) -> None:
+    def advance(self, first: int, stride: int, u: Array, out: Array, G: Array | None) -> None:
         """Take steps one after another from each of ``k`` states, ``out[:, j] = Phi(out[:, j-1]) + G[:, j]``.
 
         Parameters
@@ -208,8 +179,12 @@ class Level:
             out[...] = np.nan
             self._failed(steps, u, out[:, 0], error)
         else:
+            if self._calls.found:
+                self._refuse_later(steps)
             # what is not finite stays so
-            if not np.isfinite(out[:, -1]).all():
+            if is_tensor(out):
+                self._check_advance_later(first, stride, u, out)
+            elif not np.isfinite(out[:, -1]).all():
                 for j in range(count):
                     shifted = range(first + j, first + j + len(u) * stride, stride)
                     self._failed(shifted, out[:, j - 1] if j else u, out[:, j])
@@ -223,7 +198,7 @@ class Level:
             self.sweep_steps(range(self.lo, self.hi), self.U, self.G, fresh=fresh)
             self.wait(self.post_send(self.U))
 
-    def sweep_steps(self, steps: range, U: np.ndarray, G: np.ndarray | None, *, fresh: bool = False) -> None:
+    def sweep_steps(self, steps: range, U: Array, G: Array | None, *, fresh: bool = False) -> None:
         """Take some steps one after another in place, ``U[0]`` being the state before the first.
 
         ``fresh``: what ``U`` holds behind it is no iterate; a step's first guess is then the state before it.
@@ -242,36 +217,64 @@ class Level:
             return
         self._call("sweep", steps, U[:-1], U[1:], self._calls.sweep, (steps[0], U, G), checks=True)
 
-    def _failed(self, steps: range, u: np.ndarray, out: np.ndarray, error: BaseException | None = None) -> None:
+    def _failed(self, steps: range, u: Array, out: Array, error: BaseException | None = None) -> None:
         """Record a failure of a step from finite data; failures of later steps follow from it."""
-        good = np.isfinite(u).reshape(len(u), -1).all(axis=1)
+        good = finite_rows(u)
         if error is not None:
             # an exception may follow from data that are not finite, an exit does not
             if good.all() or not isinstance(error, Exception):
                 self.note(f"steps {steps[0]}..{steps[-1]}", error)
             return
-        bad = np.flatnonzero(good & ~np.isfinite(out).reshape(len(out), -1).all(axis=1))
-        if len(bad):
-            self.note(f"steps {', '.join(str(steps[i]) for i in bad[:5])}: value not finite")
+        self._note_bad(steps, good & ~finite_rows(out))
+
+    def _note_bad(self, steps: range, bad: np.ndarray) -> None:
+        """Record the steps for which ``bad`` is true."""
+        places = np.flatnonzero(bad)
+        if len(places):
+            self.note(f"steps {', '.join(str(steps[i]) for i in places[:5])}: value not finite")
+
+    # -- checks of tensors, whose values stay on the device until the next norm -------------------------------------
+    def _check_later(self, steps: range, u: Array, out: Array) -> None:
+        """Record the steps from finite data to values that are not, when values are read."""
+        decide = lambda u, out: self._note_bad(steps, np.isfinite(u) & ~np.isfinite(out))
+        self.first_failure.decide_later(decide, largest_of_rows(u), largest_of_rows(out))
+
+    def _check_advance_later(self, first: int, stride: int, u: Array, out: Array) -> None:
+        """The same for steps that are taken one after another from each of some states."""
+
+        def decide(before: np.ndarray, values: np.ndarray) -> None:
+            for j, after in enumerate(values.T):
+                shifted = range(first + j, first + j + len(before) * stride, stride)
+                self._note_bad(shifted, np.isfinite(before) & ~np.isfinite(after))
+                before = after
+
+        self.first_failure.decide_later(decide, largest_of_rows(u), largest_of_rows(out, 2))
+
+    def _refuse_later(self, steps: range) -> None:
+        """Record what the propagator leaves undone in a call, when values are read."""
+        for found, error in self._calls.found:
+            refuse = lambda value, error=error: self.note(f"steps {steps[0]}..{steps[-1]}", error) if value else None
+            self.first_failure.decide_later(refuse, found)
+        self._calls.found.clear()
 
     # -- messages: one row to the right, one from the left; the tag is the level -----------------------------------
-    def post_receive(self, array: np.ndarray) -> MPI.Request | None:
+    def post_receive(self, array: Array) -> messages.Request | None:
         """Start receiving row 0 of ``array`` from the left; ``None`` where there is no neighbour."""
         if self.left is None:
             return None
         if self.trace:
             self.trace.message("receive posted", self.index, self.comm, self.left, array[:1].nbytes)
-        return self.comm.Irecv(array[:1], source=self.left, tag=self.index)
+        return messages.post_receive(self.comm, array[:1], self.left, self.index)
 
-    def post_send(self, array: np.ndarray) -> MPI.Request | None:
+    def post_send(self, array: Array) -> messages.Request | None:
         """Start sending the last row of ``array`` to the right; ``None`` where there is no neighbour."""
         if self.right is None:
             return None
         if self.trace:
             self.trace.message("send", self.index, self.comm, self.right, array[-1:].nbytes)
-        return self.comm.Isend(array[-1:], dest=self.right, tag=self.index)
+        return messages.post_send(self.comm, array[-1:], self.right, self.index)
 
-    def wait(self, *requests: MPI.Request | None) -> None:
+    def wait(self, *requests: messages.Request | None) -> None:
         """Wait for those of the requests that are not ``None``."""
         for request in requests:
             if request is not None:
@@ -280,11 +283,11 @@ class Level:
                 if self.trace:
                     self.trace.work("wait", self.index, begin)
 
-    def exchange(self, array: np.ndarray) -> None:
+    def exchange(self, array: Array) -> None:
         """Fill row 0 of ``array`` from the left neighbour's last row."""
         self.wait(self.post_receive(array), self.post_send(array))
 
-    def phi_of_all(self, V: np.ndarray, out: np.ndarray) -> None:
+    def phi_of_all(self, V: Array, out: Array) -> None:
         """``Phi`` of all own steps from the points ``V``, ``(k + 1, ...)``, while row 0 of ``V`` arrives."""
         if not self.active:
             return
@@ -331,7 +334,7 @@ def build_levels(
     return levels
 
 
-def inject(levels: Sequence[Level], U: np.ndarray) -> list[np.ndarray]:
+def inject(levels: Sequence[Level], U: Array) -> list[Array]:
     """Values of a trajectory at the points of every level, ghost rows included.
 
     Parameters
@@ -348,11 +351,11 @@ def inject(levels: Sequence[Level], U: np.ndarray) -> list[np.ndarray]:
     """
     arrays = [U]
     for fine, coarse in pairwise(levels):
-        out = np.zeros((coarse.k + 1, *U.shape[1:]), U.dtype)
+        out = kind_of(U).zeros(coarse.k + 1, *U.shape[1:])
         if coarse.active:
             first = coarse.lo + 1
             rows = np.asarray(fine.c_points[first : coarse.hi + 1], dtype=int) - fine.lo
-            out[1:] = arrays[-1][rows]
+            out[1:] = arrays[-1][kind_of(U).row_index(rows)]
             if coarse.left is None:
                 out[0] = arrays[-1][0]
             coarse.exchange(out)

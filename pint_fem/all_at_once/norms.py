@@ -12,15 +12,18 @@ from collections.abc import Callable
 import numpy as np
 from mpi4py import MPI
 
+from pint_fem.all_at_once.arrays import Array, is_tensor, norms_of_rows
 from pint_fem.all_at_once.grids import Bounds
 
 __all__ = ["PointNorms", "euclidean", "gather_in_order", "norm_over_time"]
 
-PointNorms = Callable[[np.ndarray], np.ndarray]
+PointNorms = Callable[[Array], Array]
 
 
-def euclidean(block: np.ndarray) -> np.ndarray:
-    """Squared Euclidean norm of each state of a block, shape ``(k,)``."""
+def euclidean(block: Array) -> Array:
+    """Squared Euclidean norm of each state of a block, shape ``(k,)``, in float64; of a tensor on its device."""
+    if is_tensor(block):
+        return norms_of_rows(block) ** 2
     rows = np.asarray(block, dtype=float).reshape(len(block), math.prod(block.shape[1:]))
     return np.matmul(rows[:, None, :], rows[:, :, None])[:, 0, 0]  # one dot product per state, whatever the block
 

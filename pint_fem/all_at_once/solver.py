@@ -20,6 +20,7 @@ from mpi4py import MPI
 from numpy.typing import DTypeLike
 
 from pint_fem.all_at_once.arguments import check_arrays
+from pint_fem.all_at_once.arrays import Array, ArrayKind, NumpyArrays, kind_of, quiet
 from pint_fem.all_at_once.failures import Failures
 from pint_fem.all_at_once.grids import Bounds
 from pint_fem.all_at_once.levels import Level
@@ -76,7 +77,11 @@ class AllAtOnceSolver(ABC):
         Rows of the local arrays: own steps plus one (own C-points plus one where only these are stored).
     key : int
         A digest of what has to be the same on all ranks.
+    takes_tensors : bool
+        Whether the iteration works on torch tensors.
     """
+
+    takes_tensors = False
 
     def __init__(
         self,
@@ -108,8 +113,8 @@ class AllAtOnceSolver(ABC):
         self._failures = Failures(levels, comm, point_norms, name, everyone=self.everyone, keeps_all=keeps_all)
         self._stop = Stopping(options, exact_after)
         self._viewed, self._iterates = not options.view, iterates
-        self._state: tuple[tuple[int, ...], np.dtype, bool] | None = None
-        self._residual: np.ndarray | None = None
+        self._state: tuple[tuple[int, ...], ArrayKind, bool] | None = None
+        self._residual: Array | None = None
         self.local_rows = levels[0].k + 1
 
     @property
@@ -128,11 +133,11 @@ class AllAtOnceSolver(ABC):
 
     def solve(
         self,
-        U: np.ndarray,
-        G: np.ndarray | None = None,
+        U: Array,
+        G: Array | None = None,
         *,
         start: str | None = None,
-        coarse_rhs: Sequence[np.ndarray | None] | None = None,
+        coarse_rhs: Sequence[Array | None] | None = None,
         rtol: float | None = None,
         cycles: int | None = None,
         batch: bool = False,
@@ -143,7 +148,9 @@ class AllAtOnceSolver(ABC):
         ----------
         U
             ``(local_rows, *state)``: first guess in, solution out. Row 0 is the initial value on the first rank and a
-            ghost of the left neighbour's last row on the others.
+            ghost of the left neighbour's last row on the others. A numpy array of float64 or float32, or a torch tensor
+            of one of these or bfloat16 on any device, where the solver takes tensors: steps and transfers then get
+            tensors on that device. A tensor on the ``meta`` device has no values; solves without a residual take it.
         G
             Right-hand side of the own steps, ``(own steps, *state)``, or ``None`` for zero. A solver that stores
             C-points only also takes one condensed to the own C-points, of which the last point has to be one.
@@ -188,24 +195,22 @@ class AllAtOnceSolver(ABC):
         self._failures.batch = bool(batch)
         if not self._viewed:
             self._viewed = True
-            self.prepare(U.shape[1:], U.dtype, batch=batch)
+            self.prepare(U.shape[1:], batch=batch, like=U)
             self._print(self.view(U[:1].nbytes))
         fine.U, fine.G = U, G
         fine.set_may_be_last(True)
         # values that overflow are reported once, as a failure; an interrupt reaches one rank alone
-        with ending_all_ranks(self.everyone), np.errstate(over="ignore", invalid="ignore"):
+        with ending_all_ranks(self.everyone), quiet(U):
             if self._iterates:
                 return self._iterate_or_step(U, start, coarse_rhs)
             fine.solve_sequentially()
             self._failures.raise_at_points(U)
             return SolveResult(True, "exact", [0.0], 0)
 
-    def _iterate_or_step(
-        self, U: np.ndarray, start: str, coarse_rhs: Sequence[np.ndarray | None] | None
-    ) -> SolveResult:
+    def _iterate_or_step(self, U: Array, start: str, coarse_rhs: Sequence[Array | None] | None) -> SolveResult:
         """Iterate; where that does not converge and the options permit it, step sequentially."""
         result, serial = SolveResult(), self.options.on_divergence == "serial"
-        self.prepare(U.shape[1:], U.dtype, batch=self._failures.batch)
+        self.prepare(U.shape[1:], batch=self._failures.batch, like=U)
         try:
             self._iterate(U, start, coarse_rhs, result)
             self._failures.raise_at_points(U)  # failures at points that no norm includes
@@ -225,22 +230,31 @@ class AllAtOnceSolver(ABC):
         return result
 
     @abstractmethod
-    def _iterate(
-        self, U: np.ndarray, start: str, coarse_rhs: Sequence[np.ndarray | None] | None, result: SolveResult
-    ) -> None:
+    def _iterate(self, U: Array, start: str, coarse_rhs: Sequence[Array | None] | None, result: SolveResult) -> None:
         """Iterate on ``U`` and fill the result until the stopping criterion is met."""
 
     def _step_through(self) -> None:
         """Step sequentially, whatever the present iterate."""
         self.levels[0].solve_sequentially(fresh=True)
 
-    def prepare(self, shape: tuple[int, ...], dtype: DTypeLike = float, *, batch: bool = False) -> None:
-        """Allocate the work arrays for states of a shape and type, where they are missing (collective); ``batch``:
-        whether the first number of the shape is that of a batch's members.
+    def prepare(
+        self, shape: tuple[int, ...], dtype: DTypeLike = float, *, batch: bool = False, like: Array | None = None
+    ) -> None:
+        """Allocate the work arrays for states of a shape and type, where they are missing (collective).
+
+        Parameters
+        ----------
+        shape, dtype
+            Those of a state.
+        batch
+            Whether the first number of the shape is that of a batch's members.
+        like
+            An array of the type and on the device that the work arrays are to have, instead of ``dtype``.
         """
         self._failures.batch = bool(batch)
         if self._iterates:
-            self._state = tuple(shape), np.dtype(dtype), bool(batch)
+            kind = NumpyArrays(np.dtype(dtype)) if like is None else kind_of(like)
+            self._state = tuple(shape), kind, bool(batch)
 
     def raise_failures(self) -> None:
         """Raise on every rank if a step has failed on any since the last solve (collective).
@@ -251,8 +265,8 @@ class AllAtOnceSolver(ABC):
             Naming the step.
         """
         if self._state is not None:
-            shape, dtype, _ = self._state
-            self._failures.raise_noted(np.zeros((1, *shape), dtype))
+            shape, kind, _ = self._state
+            self._failures.raise_noted(kind.zeros(1, *shape))
 
     # -- residuals -----------------------------------------------------------------------------------------------------
     def _norms(self, squares: Sequence[np.ndarray], bounds: Bounds | None) -> np.ndarray:
@@ -281,11 +295,12 @@ class AllAtOnceSolver(ABC):
             member.scale = float(size)
         return self._stop(result)
 
-    def _residual_at_all_points(self, U: np.ndarray) -> np.ndarray:
+    def _residual_at_all_points(self, U: Array) -> Array:
         """``Phi(U) + G - U`` at all own points, in a work array (messages to the neighbours)."""
         fine = self.levels[0]
-        if self._residual is None or (self._residual.shape[1:], self._residual.dtype) != (U.shape[1:], U.dtype):
-            self._residual = np.empty((fine.k, *U.shape[1:]), U.dtype)
+        kind = kind_of(U)
+        if self._residual is None or (self._residual.shape[1:], kind_of(self._residual)) != (U.shape[1:], kind):
+            self._residual = kind.empty(fine.k, *U.shape[1:])
         fine.phi_of_all(U, self._residual)
         if fine.G is not None:
             self._residual += fine.G

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from pint_fem.all_at_once.arrays import Array, kind_of, subtract
 from pint_fem.all_at_once.levels import Level
 from pint_fem.mgrit.relaxation import Relaxation, runs
 
@@ -58,21 +59,22 @@ class CPointRelaxation(Relaxation):
                 ]
                 self._whole.append((len(whole), first - self.first_number, group.waits, steps))
         self._largest = max((count for count, *_ in self._whole), default=0)
-        self._send: np.ndarray | None = None
-        self._buffers: tuple[np.ndarray, np.ndarray] | None = None
+        self._send: Array | None = None
+        self._buffers: tuple[Array, Array] | None = None
 
-    def is_condensed(self, G: np.ndarray | None) -> bool:
+    def is_condensed(self, G: Array | None) -> bool:
         """Whether a right-hand side has one row per interval."""
         return G is not None and len(G) == self.count != self.level.k
 
-    def _ends(self, emit: Callable[[slice, np.ndarray], None]) -> None:
+    def _ends(self, emit: Callable[[slice, Array], None]) -> None:
         """Run through all own whole intervals; ``emit(places, values)`` takes ``Phi + G`` at their C-points."""
         level, U = self.level, self.level.U
         if not level.active:
             return
-        if self._buffers is None or self._buffers[0].shape[1:] != U.shape[1:]:
-            self._buffers = tuple(np.empty((self._largest, *U.shape[1:]), U.dtype) for _ in range(2))
-            self._send = np.empty((1, *U.shape[1:]), U.dtype)
+        if self._send is None or self._send.shape[1:] != U.shape[1:]:
+            kind = kind_of(U)
+            self._buffers = kind.empty(self._largest, *U.shape[1:]), kind.empty(self._largest, *U.shape[1:])
+            self._send = kind.empty(1, *U.shape[1:])
         self._send[...] = U[-1:]  # the row may be replaced before it has left
         receive, send = level.post_receive(U), level.post_send(self._send)
         condensed = self.is_condensed(level.G)
@@ -110,7 +112,7 @@ class CPointRelaxation(Relaxation):
     def c_relax(self) -> None:
         """Update the C-points by running through the intervals."""
 
-        def emit(places: slice, values: np.ndarray) -> None:
+        def emit(places: slice, values: Array) -> None:
             target = self.level.U[places.start + 1 : places.stop + 1]
             if self.weight == 1:
                 target[...] = values
@@ -119,15 +121,15 @@ class CPointRelaxation(Relaxation):
 
         self._ends(emit)
 
-    def c_relax_by(self, residual: np.ndarray) -> None:
+    def c_relax_by(self, residual: Array) -> None:
         """C-relaxation from a computed residual at the C-points, without a propagator call."""
         self.level.U[1:] += self.weight * residual
 
-    def c_residual(self, out: np.ndarray) -> None:
+    def c_residual(self, out: Array) -> None:
         """Write ``G + Phi(U) - U`` at the own C-points to ``out``, with F-points computed anew."""
 
-        def emit(places: slice, values: np.ndarray) -> None:
-            np.subtract(values, self.level.U[places.start + 1 : places.stop + 1], out=out[places])
+        def emit(places: slice, values: Array) -> None:
+            subtract(values, self.level.U[places.start + 1 : places.stop + 1], out[places])
 
         self._ends(emit)
 
@@ -140,17 +142,17 @@ class CPointRelaxation(Relaxation):
         deque(self._walk(level.U, level.G, store=True), maxlen=0)
         level.wait(level.post_send(level.U))
 
-    def states(self, U: np.ndarray, G: np.ndarray | None) -> Iterator[tuple[int, np.ndarray]]:
+    def states(self, U: Array, G: Array | None) -> Iterator[tuple[int, Array]]:
         """The trajectory, interval by interval: the number of the first point and the states ``(length, *state)``.
 
         F-points are computed from the stored C-point in front of them; the array is used again by the next interval.
         """
         yield from self._walk(U, G, store=False)
 
-    def _walk(self, U: np.ndarray, G: np.ndarray | None, *, store: bool) -> Iterator[tuple[int, np.ndarray]]:
+    def _walk(self, U: Array, G: Array | None, *, store: bool) -> Iterator[tuple[int, Array]]:
         level = self.level
         longest = max((i.length for i in self.intervals), default=0)
-        work = np.empty((longest + 1, *U.shape[1:]), U.dtype)
+        work = kind_of(U).empty(longest + 1, *U.shape[1:])
         for i in self.intervals:
             steps = range(i.start, min(i.start + i.length, level.hi))
             rows = work[: len(steps) + 1]

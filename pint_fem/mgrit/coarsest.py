@@ -7,10 +7,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-from mpi4py import MPI
 
+from pint_fem.all_at_once.arrays import kind_of
 from pint_fem.all_at_once.callbacks import require_nothing
 from pint_fem.all_at_once.levels import Level
+from pint_fem.all_at_once.messages import gather_rows, scatter_rows
 from pint_fem.all_at_once.trace import timed
 from pint_fem.errors import FAILURES
 from pint_fem.mgrit.relaxation import Relaxation
@@ -73,31 +74,23 @@ class _Gathered:
     """
 
     def __init__(self, level: Level):
-        self.level, shape = level, level.U.shape[1:]
-        size = int(np.prod(shape, dtype=int))
-        counts = [(b - a) * size for a, b in zip(level.bounds[:-1], level.bounds[1:], strict=True)]
-        dtype = level.U.dtype
-        self._layout = [counts, [a * size for a in level.bounds[:-1]], MPI.DOUBLE if dtype.itemsize == 8 else MPI.FLOAT]
+        self.level, shape, kind = level, level.U.shape[1:], kind_of(level.U)
         first = level.comm.rank == 0
-        self._G = np.empty((level.nsteps, *shape), dtype) if first else None
-        self._U = np.empty((level.nsteps + 1, *shape), dtype) if first else None
-        self._rows = np.empty((level.k, *shape), dtype)
-
-    def _whole(self, array: np.ndarray | None):
-        """MPI's description of an array of all steps on the first rank."""
-        return None if array is None else [array, *self._layout]
+        self._G = kind.empty(level.nsteps, *shape) if first else None
+        self._U = kind.empty(level.nsteps + 1, *shape) if first else None
+        self._rows = kind.empty(level.k, *shape)
 
     def __call__(self) -> None:
         level, comm = self.level, self.level.comm
         points = None if self._U is None else self._U[1:]
         with timed(level.trace, "gather", level.index, bytes=level.G.nbytes):
-            comm.Gatherv(np.ascontiguousarray(level.G), self._whole(self._G))
+            gather_rows(comm, level.G, self._G, level.bounds)
             if level.uses_guess:
-                comm.Gatherv(np.ascontiguousarray(level.U[1:]), self._whole(points))
+                gather_rows(comm, level.U[1:], points, level.bounds)
         if self._U is not None:
-            self._U[0] = level.U[0]
+            self._U[:1] = level.U[:1]
             level.sweep_steps(range(level.nsteps), self._U, self._G)
         with timed(level.trace, "scatter", level.index, bytes=self._rows.nbytes):
-            comm.Scatterv(self._whole(points), self._rows)
+            scatter_rows(comm, points, self._rows, level.bounds)
             level.U[1:] = self._rows
         level.exchange(level.U)

@@ -19,9 +19,9 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import DTypeLike
 
-from pint_fem.all_at_once.callbacks import read_only, require_block, returned_block
+from pint_fem.all_at_once.arrays import Array, ArrayKind, NumpyArrays, finite_rows, is_tensor, kind_of, subtract
+from pint_fem.all_at_once.callbacks import call_protected, require_block, returned_block
 from pint_fem.all_at_once.levels import Level
 from pint_fem.errors import FAILURES
 from pint_fem.mgrit.c_point_relaxation import CPointRelaxation
@@ -51,8 +51,8 @@ class Cycle:
         Whether to correct first, then relax; in an F-cycle the V-cycle first.
     linear
         Whether the propagators are linear.
-    dtype
-        Type of the states: float64 or float32.
+    kind
+        What makes the work arrays, of the type of the states and on their device; default: numpy, float64.
     batch
         Whether the first axis of a state numbers the members of a batch, each of which transfers map by itself.
     """
@@ -66,37 +66,39 @@ class Cycle:
         *,
         transposed: bool = False,
         linear: bool = False,
-        dtype: DTypeLike = float,
+        kind: ArrayKind | None = None,
         batch: bool = False,
     ):
         self.levels, self.options, self.transfers = list(levels), options, list(transfers)
         if batch:
             self.transfers = [None if transfer is None else transfer.of_batches() for transfer in self.transfers]
         self.transposed, self.linear, self.state_shape = transposed, linear, tuple(state_shape)
-        self.state = self.state_shape, np.dtype(dtype), batch
+        kind = NumpyArrays(np.dtype(float)) if kind is None else kind
+        self.state = self.state_shape, kind, batch
         self.relaxations: list[Relaxation] = []
         #: Residual at the own C-points, in fine space; C-points' values in coarse space.
         self.residuals, self.restricted = [], []
         shape = self.state_shape
         for index, (level, coarse) in enumerate(zip(self.levels, self.levels[1:], strict=False)):
-            kind = CPointRelaxation if index == 0 and options.storage == "C" else Relaxation
-            self.relaxations.append(kind(level, options.weight(index)))
-            self.residuals.append(np.zeros((coarse.k, *shape), dtype))
+            relaxation = CPointRelaxation if index == 0 and options.storage == "C" else Relaxation
+            self.relaxations.append(relaxation(level, options.weight(index)))
+            self.residuals.append(kind.zeros(coarse.k, *shape))
             if self.transfers[index] is not None:
-                fine_shape, block = shape, self.transfers[index].restrict(read_only(np.zeros((1, *shape), dtype)))
-                shape = np.shape(block)[1:]
-                require_block("restrict", block, (1, *shape))
+                fine_shape, zero = shape, kind.zeros(1, *shape)
+                block = call_protected("restrict", self.transfers[index].restrict, zero)
+                shape = tuple(np.shape(block))[1:]
+                require_block("restrict", block, (1, *shape), zero if is_tensor(zero) else None)
                 self.transfers[index] = _Guarded(self.transfers[index], level, fine_shape, shape)
-            coarse.U = np.zeros((coarse.k + 1, *shape), dtype)
-            coarse.G = np.zeros((coarse.k, *shape), dtype)
-            self.restricted.append(np.zeros((coarse.k + 1, *shape), dtype))
+            coarse.U = kind.zeros(coarse.k + 1, *shape)
+            coarse.G = kind.zeros(coarse.k, *shape)
+            self.restricted.append(kind.zeros(coarse.k + 1, *shape))
         last = len(self.levels) - 1
         self.extra_states = [relaxation.extra_states for relaxation in self.relaxations]
         self._solve_coarsest = coarsest_solver(
             self.levels[-1], options.coarse_solver, options.coarse_sweeps, options.weight(last)
         )
 
-    def residual(self, index: int) -> np.ndarray:
+    def residual(self, index: int) -> Array:
         """Compute the residual at the own C-points of an F-relaxed level."""
         self.relaxations[index].c_residual(self.residuals[index])
         return self.residuals[index]
@@ -119,7 +121,7 @@ class Cycle:
         if sweeps or not has_residual:
             self.residual(index)
 
-    def _restrict_values(self, index: int) -> np.ndarray:
+    def _restrict_values(self, index: int) -> Array:
         """Values at the C-points and the initial one, in coarse space, without the ghost."""
         level, coarse, V = self.levels[index], self.levels[index + 1], self.restricted[index]
         transfer, values, initial = self.transfers[index], self.relaxations[index].c_values(level.U), level.U[:1]
@@ -145,7 +147,7 @@ class Cycle:
         if coarse.active:
             V = self._restrict_values(index)
             coarse.phi_of_all(V, coarse.G)
-            np.subtract(V[1:], coarse.G, out=coarse.G)
+            subtract(V[1:], coarse.G, coarse.G)
             r = self.residuals[index]
             coarse.G += r if self.transfers[index] is None else self.transfers[index].restrict(r)
             coarse.U[...] = V
@@ -164,7 +166,7 @@ class Cycle:
             self.relax_and_restrict(index, f_is_done=place > 0)
             self.correct(index, each)
 
-    def first_guess(self, *, nested: bool, coarse_rhs_given: Sequence[np.ndarray | None] | None = None) -> None:
+    def first_guess(self, *, nested: bool, coarse_rhs_given: Sequence[Array | None] | None = None) -> None:
         """Replace the finest level's guess: solve the coarsest level's own problem and interpolate.
 
         Parameters
@@ -224,19 +226,19 @@ class _Guarded:
     def __init__(self, transfer: Transfer, level: Level, fine_shape: tuple[int, ...], coarse_shape: tuple[int, ...]):
         self._transfer, self._level, self._shapes = transfer, level, (fine_shape, coarse_shape)
 
-    def restrict(self, block: np.ndarray) -> np.ndarray:
+    def restrict(self, block: Array) -> Array:
         """Restrict a block of fine states."""
         return self._apply("restrict", block, self._shapes[1])
 
-    def prolong(self, block: np.ndarray) -> np.ndarray:
+    def prolong(self, block: Array) -> Array:
         """Prolong a block of coarse states."""
         return self._apply("prolong", block, self._shapes[0])
 
-    def _apply(self, name: str, block: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    def _apply(self, name: str, block: Array, shape: tuple[int, ...]) -> Array:
         full_shape = (len(block), *shape)
         try:
             return returned_block(name, getattr(self._transfer, name), full_shape, block)
         except FAILURES as error:
-            if np.isfinite(block).all() or not isinstance(error, Exception):
+            if finite_rows(block).all() or not isinstance(error, Exception):
                 self._level.note(name, error)
-            return np.full(full_shape, np.nan)
+            return kind_of(block).full(np.nan, *full_shape)

@@ -11,8 +11,7 @@ where the propagators are linear; else :math:`g^c = \sum_i g_i`. It only shapes 
 
 from __future__ import annotations
 
-import numpy as np
-
+from pint_fem.all_at_once.arrays import Array, contiguous, copied, kind_of
 from pint_fem.all_at_once.levels import Level
 from pint_fem.mgrit.relaxation import Relaxation, runs
 from pint_fem.mgrit.transfer import Transfer
@@ -36,30 +35,29 @@ def coarse_rhs(fine: Level, coarse: Level, relaxation: Relaxation, transfer: Tra
         coarse.phi(range(coarse.lo, coarse.hi), early, coarse.G)
         coarse.G += late
     else:
-        np.add(early, late, out=coarse.G)
+        coarse.G[...] = early + late
 
 
 def _propagate(fine: Level, coarse: Level, relaxation: Relaxation, transfer: Transfer | None) -> None:
     """Propagate the right-hand side to the C-points, from zero there; overwrites the points but the first of all."""
-    initial = fine.U[:1].copy()
+    initial = copied(fine.U[:1])
     fine.U[:1] = 0
     relaxation.set_c_values(fine.U, 0)
     relaxation.f_relax()
-    sums = np.empty((coarse.k, *fine.U.shape[1:]), fine.U.dtype)
+    sums = kind_of(fine.U).empty(coarse.k, *fine.U.shape[1:])
     relaxation.c_residual(sums)
     coarse.G[...] = sums if transfer is None else transfer.restrict(sums)
     fine.U[:1] = initial
 
 
-def _sums(fine: Level, relaxation: Relaxation) -> tuple[np.ndarray, np.ndarray]:
+def _sums(fine: Level, relaxation: Relaxation) -> tuple[Array, Array]:
     """Sums with weights ``theta`` and ``1 - theta`` over each interval that ends on this rank.
 
     Parts of an interval on several ranks are added from left to right.
     """
-    G, lo, shape = fine.G, fine.lo, fine.G.shape[1:]
-    sums = np.zeros((2, len(relaxation.intervals), *shape), G.dtype)  # of all, and with weights 1 - theta
-    work = np.empty(sums.shape[1:], G.dtype)
-    begun = np.zeros((1, 2, *shape), G.dtype)  # of an interval that the left neighbour has begun
+    G, lo, shape, kind = fine.G, fine.lo, fine.G.shape[1:], kind_of(fine.G)
+    sums = kind.zeros(2, len(relaxation.intervals), *shape)  # of all, and with weights 1 - theta
+    begun = kind.zeros(1, 2, *shape)  # of an interval that the left neighbour has begun
     inside = bool(relaxation.intervals) and relaxation.intervals[0].start < lo
     unfinished = fine.k > 0 and not relaxation.last_is_c
     if inside:
@@ -68,8 +66,8 @@ def _sums(fine: Level, relaxation: Relaxation) -> tuple[np.ndarray, np.ndarray]:
     for j in range(max((i.length for i in relaxation.intervals), default=0)):
         for run in runs(relaxation.intervals, j, lo, fine.hi, relaxation.first_number):
             sums[0, run.places] += G[run.rows]
-            sums[1, run.places] += np.multiply(G[run.rows], (1 + j) / run.steps.step, out=work[run.places])
+            sums[1, run.places] += ((1 + j) / run.steps.step) * G[run.rows]
     if unfinished and fine.right is not None:
-        fine.wait(fine.post_send(np.ascontiguousarray(sums[:, -1])[None]))
+        fine.wait(fine.post_send(contiguous(sums[:, -1])[None]))
     late = sums[1, : relaxation.count]
     return sums[0, : relaxation.count] - late, late

@@ -12,10 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from pint_fem.all_at_once.arrays import Array, finite_rows, kind_of, strided_rows
 from pint_fem.all_at_once.levels import Level
 
 __all__ = ["Relaxation", "Run", "runs"]
@@ -65,11 +66,9 @@ class Chain(NamedTuple):
         """Rows that they start from."""
         return slice(self.row, self.row + (self.count - 1) * self.stride + 1, self.stride)
 
-    def rows_of_steps(self, array: np.ndarray, first: int) -> np.ndarray:
+    def rows_of_steps(self, array: Array, first: int) -> Array:
         """Rows of each step ``(count, steps, ...)``, those of the first step beginning with row ``row + first``."""
-        begin, (row, *rest) = array[self.row + first :], array.strides
-        shape = (self.count, self.steps, *array.shape[1:])
-        return np.lib.stride_tricks.as_strided(begin, shape, (self.stride * row, row, *rest), writeable=True)
+        return strided_rows(array, self.row + first, self.stride, (self.count, self.steps))
 
 
 class Group(NamedTuple):
@@ -112,7 +111,8 @@ class Relaxation:
         self.c_points_touch = any(i.length == 1 for i in self.intervals)
         self.groups = list(self._groups())
         self.last_is_c = int(c[last_number]) == hi
-        self._work: np.ndarray | None = None
+        self._work: Array | None = None
+        self._index: tuple | None = None
 
     def _length(self, i: int) -> int:
         c, level = self.level.c_points, self.level
@@ -176,15 +176,24 @@ class Relaxation:
         """Intervals in which step ``j`` leads to an F-point."""
         return [i for i in part if j + 1 < i.length]
 
-    def c_values(self, U: np.ndarray) -> np.ndarray:
+    def c_values(self, U: Array) -> Array:
         """Values at the own C-points, a view where they are evenly spaced."""
-        return U[self.c_rows]
+        return U[self._c_index(U)]
 
-    def set_c_values(self, U: np.ndarray, values: np.ndarray) -> None:
+    def set_c_values(self, U: Array, values: Array) -> None:
         """Replace the values at the own C-points."""
-        U[self.c_rows] = values
+        U[self._c_index(U)] = values
 
-    def _phi(self, run: Run, out: np.ndarray) -> None:
+    def _c_index(self, U: Array) -> Any:
+        """Rows of the own C-points in the form that indexes arrays of the kind of ``U``."""
+        if isinstance(self.c_rows, slice) or isinstance(U, np.ndarray):
+            return self.c_rows
+        kind = kind_of(U)
+        if self._index is None or self._index[0] != kind:
+            self._index = kind, kind.row_index(self.c_rows)
+        return self._index[1]
+
+    def _phi(self, run: Run, out: Array) -> None:
         """``Phi + G`` of some rows; ``out`` holds the points' values where the propagator uses a guess."""
         level = self.level
         G = None if level.G is None else level.G[run.rows]
@@ -231,7 +240,7 @@ class Relaxation:
                 self._phi(run, U[run.targets])
             return
         if self._work is None or self._work.shape[1:] != U.shape[1:]:
-            self._work = np.empty((self.count, *U.shape[1:]), U.dtype)
+            self._work = kind_of(U).empty(self.count, *U.shape[1:])
         if self.weight != 1:
             self.c_residual(self._work)
             self.c_relax_by(self._work)
@@ -244,12 +253,12 @@ class Relaxation:
         for run in self.c_runs:
             U[run.targets] = self._work[run.places]
 
-    def c_relax_by(self, residual: np.ndarray) -> None:
+    def c_relax_by(self, residual: Array) -> None:
         """C-relaxation from a computed residual at the C-points, without a propagator call."""
         for run in self.c_runs:
             self.level.U[run.targets] += self.weight * residual[run.places]
 
-    def c_residual(self, out: np.ndarray) -> None:
+    def c_residual(self, out: Array) -> None:
         """Write ``G + Phi(U) - U`` at the own C-points to ``out``; after F-relaxation that is the whole residual."""
         U, guess = self.level.U, self.level.uses_guess
         for run in self.c_runs:
@@ -259,23 +268,22 @@ class Relaxation:
             self._phi(run, part)
             part -= U[run.targets]
 
-    def note_first_failure(self, residual: np.ndarray) -> None:
+    def note_first_failure(self, residual: Array) -> None:
         """Record the first step from a finite state to one that is not, in an interval whose residual is not finite:
         for a level whose blocks are not checked one by one.
         """
         level, U = self.level, self.level.U
-        finite = lambda block: np.isfinite(block).reshape(len(block), -1).all(axis=1)
-        bad = np.append(~finite(residual), False)
+        bad = np.append(~finite_rows(residual), False)
         for i in self.intervals:
             if bad[min(i.number - self.first_number, self.count)]:
                 rows = slice(max(i.start - level.lo, 0), i.start + i.length - level.lo)
-                good = finite(U[rows])
+                good = finite_rows(U[rows])
                 if good[0]:  # all good: the step to the C-point, which holds another value
                     row = rows.stop if good.all() else rows.start + int(np.argmin(good))
                     level.note(f"steps {level.lo + row - 1}: value not finite")
                     return
 
-    def relax(self, sweeps: int, *, f_is_done: bool = False, residual: np.ndarray | None = None) -> None:
+    def relax(self, sweeps: int, *, f_is_done: bool = False, residual: Array | None = None) -> None:
         """Relax by ``F(CF)^sweeps``.
 
         Parameters
@@ -301,7 +309,7 @@ class Relaxation:
         """States of work arrays on this rank."""
         return self.count if self.weight != 1 or self.c_points_touch else 0
 
-    def is_condensed(self, G: np.ndarray | None) -> bool:
+    def is_condensed(self, G: Array | None) -> bool:
         """Whether a right-hand side has one row per interval: never where all points are stored."""
         return False
 

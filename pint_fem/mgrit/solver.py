@@ -21,6 +21,7 @@ import numpy as np
 from mpi4py import MPI
 from numpy.typing import DTypeLike
 
+from pint_fem.all_at_once.arrays import Array, is_tensor
 from pint_fem.all_at_once.failures import EXCHANGE_AFTER
 from pint_fem.all_at_once.grids import Bounds
 from pint_fem.all_at_once.levels import build_levels
@@ -73,6 +74,7 @@ class MGRIT(AllAtOnceSolver):
     """
 
     options: MGRITOptions
+    takes_tensors = True
 
     def __init__(
         self,
@@ -134,35 +136,39 @@ class MGRIT(AllAtOnceSolver):
     def _step_through(self) -> None:
         self._cycle.relaxations[0].solve_sequentially()
 
-    def prepare(self, shape: tuple[int, ...], dtype: DTypeLike = float, *, batch: bool = False) -> None:
-        """Allocate the work arrays for states of a shape and type, where they are missing (collective); ``batch``:
-        whether the first number of the shape is that of a batch's members.
+    def prepare(
+        self, shape: tuple[int, ...], dtype: DTypeLike = float, *, batch: bool = False, like: Array | None = None
+    ) -> None:
+        """Allocate the work arrays for states of a shape and type, where they are missing (collective).
+
+        Parameters
+        ----------
+        shape, dtype, batch, like
+            Those of :meth:`AllAtOnceSolver.prepare <pint_fem.all_at_once.solver.AllAtOnceSolver.prepare>`.
 
         Raises
         ------
         InputError
             On every rank, on a transfer or a storage that does not fit.
         """
-        super().prepare(shape, dtype, batch=batch)
+        super().prepare(shape, dtype, batch=batch, like=like)
         if self._iterates and (self._cycle is None or self._cycle.state != self._state):
             self._cycle = collectively(self.everyone, f"{self.name}: work arrays", self._make_cycle)
 
     def _make_cycle(self) -> Cycle:
-        shape, dtype, batch = self._state
+        shape, kind, batch = self._state
         try:
             return Cycle(
                 self.levels, self.options, shape, self.transfers, linear=self.linear, transposed=self.transposed,
-                dtype=dtype, batch=batch,
+                kind=kind, batch=batch,
             )  # fmt: skip
         except ValueError as error:
             raise InputError(f"{self.name}: {error}") from error
 
-    def _iterate(
-        self, U: np.ndarray, start: str, coarse_rhs: Sequence[np.ndarray | None] | None, result: SolveResult
-    ) -> None:
+    def _iterate(self, U: Array, start: str, coarse_rhs: Sequence[Array | None] | None, result: SolveResult) -> None:
         options, cycle, fine, fixed = self.options, self._cycle, self.levels[0], self._stop.cycles
         # norms before the last of a fixed number of cycles decide nothing: one message has them all, and no rank waits
-        deferred: list[np.ndarray] | None = (
+        deferred: list[Array] | None = (
             [] if fixed is not None and options.residual == "C" and not options.monitor else None
         )
         fine.set_may_be_last(not fixed)
@@ -193,49 +199,53 @@ class MGRIT(AllAtOnceSolver):
             f_is_done = True
             self._end_iteration(result)
 
-    def _evaluate_residual(self, U: np.ndarray, result: SolveResult, deferred: list[np.ndarray] | None) -> bool:
+    def _evaluate_residual(self, U: Array, result: SolveResult, deferred: list[Array] | None) -> bool:
         """Note failures and take the residual's norm, or keep its local part in ``deferred`` until the last cycle.
 
         Returns whether to stop.
         """
-        kind, r = self.options.residual, self._cycle.residuals[0]
+        kind, r, failures = self.options.residual, self._cycle.residuals[0], self._failures
         if kind == "none":
             self._exchange_failures(r, result.cycles, r)
             return False
         with timed(self.trace, "norm", 0, sweep=self.name):
-            squares = self._failures.squares(r) if kind == "C" else r
+            squares = failures.unread_squares(r if kind == "C" else self._residual_at_all_points(U))
             if deferred is not None:
                 deferred.append(squares)
                 if result.cycles < self._stop.cycles:
                     self._exchange_failures(r, result.cycles, squares)
                     return False
-            self._exchange_failures(r, 0, squares)
-            V, coarse = self._failures.squares(self._cycle.relaxations[0].c_values(U)), self.levels[1].bounds
+            V, coarse = failures.unread_squares(self._cycle.relaxations[0].c_values(U)), self.levels[1].bounds
+            *squares, V = failures.read(*(deferred or [squares]), V)
+            self._exchange_failures(r, 0, squares[-1])
             if deferred is not None:
-                norms = self._norms([*deferred, V], coarse)
+                norms = self._norms([*squares, V], coarse)
                 return self._decide(result, norms[:-1], norms[-1])
             if kind == "full":
-                every = self._failures.squares(self._residual_at_all_points(U))
-                [norm], [scale] = self._norms([every], self.levels[0].bounds), self._norms([V], coarse)
+                [norm], [scale] = self._norms(squares, self.levels[0].bounds), self._norms([V], coarse)
             else:
-                norm, scale = self._norms([squares, V], coarse)
+                norm, scale = self._norms([*squares, V], coarse)
         stops = self._decide(result, np.array([norm]), scale)
         self._monitor(result)
         return stops
 
-    def _exchange_failures(self, r: np.ndarray, cycles: int, values: np.ndarray) -> None:
+    def _exchange_failures(self, r: Array, cycles: int, values: Array) -> None:
         """Record the step behind a residual that is not finite; after some numbers of cycles exchange failures.
 
-        ``values``: the residual ``r`` at the C-points or its squared norms.
+        ``values``: the residual ``r`` at the C-points or squared norms. Those of tensors are read where ranks exchange
+        failures.
         """
-        fine = self.levels[0]
+        fine, exchanges = self.levels[0], cycles in EXCHANGE_AFTER
+        if is_tensor(values) and not exchanges:
+            return
+        if exchanges:
+            values = self._failures.squares(r) if values is r else self._failures.read(values)[0]
         if not (fine.checks_blocks or fine.failure or np.isfinite(values).all()):
             self._cycle.relaxations[0].note_first_failure(r)
-        if cycles in EXCHANGE_AFTER:
-            squares = self._failures.squares(r) if values is r else values
-            self._failures.raise_noted(fine.U[:1], finite=bool(np.isfinite(squares).all()))
+        if exchanges:
+            self._failures.raise_noted(fine.U[:1], finite=bool(np.isfinite(values).all()))
 
-    def states(self, U: np.ndarray, G: np.ndarray | None = None) -> Iterator[tuple[int, np.ndarray]]:
+    def states(self, U: Array, G: Array | None = None) -> Iterator[tuple[int, Array]]:
         """The own part of a solved trajectory in order: the number of a point and the states from there on.
 
         With ``storage="C"`` the states come interval by interval, F-points being computed again (one propagator call
@@ -254,7 +264,7 @@ class MGRIT(AllAtOnceSolver):
         if self.options.storage == "all":
             yield fine.lo + 1, U[1:]
         else:
-            self.prepare(U.shape[1:], U.dtype)
+            self.prepare(U.shape[1:], like=U)
             yield from self._cycle.relaxations[0].states(U, G)  # type: ignore[attr-defined]
 
     def view(self, state_nbytes: int | None = None, *, kind: str = "MGRIT", tolerance: str = "") -> str:

@@ -8,17 +8,20 @@ transposes them, :math:`R \to P^T, P \to R^T`: then the adjoint's cycle is the e
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
+from pint_fem.all_at_once.arrays import Array, is_tensor, torch_module
+from pint_fem.errors import InputError
+
 __all__ = ["Transfer"]
 
-BlockMap = Callable[[np.ndarray], np.ndarray]
+BlockMap = Callable[[Array], Array]
 
 
 class Matrix(Protocol):
-    """What :meth:`Transfer.from_matrices` takes, such as a numpy array or a sparse matrix of scipy."""
+    """What :meth:`Transfer.from_matrices` takes, such as a numpy array, a sparse matrix of scipy or a torch tensor."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -28,7 +31,7 @@ class Matrix(Protocol):
     def T(self) -> Matrix:
         """The transpose."""
 
-    def __matmul__(self, other: np.ndarray, /) -> np.ndarray: ...
+    def __matmul__(self, other: Array, /) -> Array: ...
 
 
 class Transfer:
@@ -54,9 +57,12 @@ class Transfer:
 
     @classmethod
     def from_matrices(cls, R: Matrix, P: Matrix) -> Transfer:
-        """From matrices ``(n_coarse, n_fine)`` and ``(n_fine, n_coarse)``: anything with ``@`` and ``.T``."""
-        if R.shape != P.shape[::-1]:
-            raise ValueError(f"restriction {R.shape} and prolongation {P.shape} do not fit each other")
+        """From matrices ``(n_coarse, n_fine)`` and ``(n_fine, n_coarse)``: anything with ``@`` and ``.T``.
+
+        On tensors, numpy arrays and compressed rows of scipy (``csr_matrix``) are copied to their device once.
+        """
+        if tuple(R.shape) != tuple(P.shape[::-1]):
+            raise ValueError(f"restriction {tuple(R.shape)} and prolongation {tuple(P.shape)} do not fit each other")
         return cls(*(_by_rows(A) for A in (R, P, R.T, P.T)))
 
     @classmethod
@@ -91,9 +97,10 @@ class Transfer:
 def _of_batch(apply: BlockMap) -> BlockMap:
     """A map of blocks ``(k, *state)`` for batches ``(k, members, *state)``."""
 
-    def batched(block: np.ndarray) -> np.ndarray:
+    def batched(block: Array) -> Array:
         count = block.shape[0] * block.shape[1]
-        out = np.asarray(apply(block.reshape(count, *block.shape[2:])))
+        out = apply(block.reshape(count, *block.shape[2:]))
+        out = out if is_tensor(out) else np.asarray(out)
         return out.reshape(*block.shape[:2], *out.shape[1:])
 
     return batched
@@ -101,11 +108,41 @@ def _of_batch(apply: BlockMap) -> BlockMap:
 
 def _by_rows(A: Matrix) -> BlockMap:
     """One product per state: a result does not depend on the size of the block."""
+    copies: dict[Any, Any] = {}
 
-    def apply(block: np.ndarray) -> np.ndarray:
+    def apply(block: Array) -> Array:
+        if is_tensor(block):
+            kind = block.dtype, block.device
+            if kind not in copies:
+                copies[kind] = _as_tensor(A, *kind)
+            return _product(copies[kind], block)
         out = np.empty((len(block), A.shape[0]))
         for row, result in zip(block, out, strict=True):
             result[:] = A @ row
         return out
 
     return apply
+
+
+def _as_tensor(A: Matrix, dtype: Any, device: Any) -> Any:
+    """A matrix as a tensor."""
+    torch, where = torch_module(), dict(dtype=dtype, device=device)
+    if is_tensor(A) or isinstance(A, np.ndarray):
+        return torch.as_tensor(A, **where)
+    if hasattr(A, "tocsr"):
+        rows = A.tocsr()
+        return torch.sparse_csr_tensor(*(torch.as_tensor(x.copy()) for x in (rows.indptr, rows.indices, rows.data)),
+                                       size=rows.shape, **where)  # fmt: skip
+    raise InputError(
+        f"a transfer's matrix is a {type(A).__name__}: for tensors give a tensor, a numpy array or a matrix of scipy"
+    )
+
+
+def _product(A: Any, block: Array) -> Array:
+    """``A u`` for each state of a block: one product per state on a CPU, one of matrices on other devices."""
+    if block.device.type != "cpu" and A.layout is torch_module().strided:
+        return block @ A.T
+    out = block.new_empty((len(block), A.shape[0]))
+    for row, result in zip(block, out, strict=True):
+        result.copy_(A @ row)
+    return out

@@ -5,7 +5,8 @@ try:
 except ImportError as error:
     raise ImportError("pint_fem.resnet needs torch: pip install 'pint_fem[resnet]'") from error
 
-from pint_fem.resnet.activations import Activation, activation
+from pint_fem.resnet.activation_kinds import Activation
+from pint_fem.resnet.activations import activation
 from pint_fem.resnet.blocks.network import LayerParallel
 from pint_fem.resnet.blocks.own_layers import Repeat
 from pint_fem.resnet.blocks.serial import SerialLayers

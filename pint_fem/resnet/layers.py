@@ -56,12 +56,16 @@ class Layer:
     Parameters
     ----------
     act
-        Activation by name, or an elementwise callable.
+        Activation by name, an elementwise callable, or a module with parameters of which every layer gets its own.
+    sample
+        Shape of a small batch of states in torch's layout; ``None``: modules with parameters are refused.
+    transposed
+        Whether states are ``(channels, batch)``.
 
     Attributes
     ----------
     shapes : dict
-        Names and shapes of the parameters of one layer.
+        Names and shapes of the parameters of one layer, those of its activation at the end.
     fan_in : int
         Number of values that a value of ``L u`` depends on.
     """
@@ -69,19 +73,43 @@ class Layer:
     shapes: dict[str, tuple[int, ...]]
     fan_in: int
 
-    def __init__(self, act: str | Callable[[Tensor], Tensor]):
-        self.activation = activation(act)
+    def __init__(
+        self,
+        act: str | Callable[[Tensor], Tensor],
+        sample: tuple[int, ...] | None = None,
+        *,
+        transposed: bool = False,
+    ):
+        layout = () if sample is None else (sample, transposed)
+        self.activation = activation(act, *layout)
+        if self.activation.initial and sample is None:
+            raise InputError(
+                f"activation {self.activation.name}: {type(self).__name__} layers take none with parameters"
+            )
+
+    @property
+    def _activation_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the parameters of one layer's activation."""
+        return {name: tuple(p.shape) for name, p in self.activation.initial.items()}
+
+    def of_activation(self, theta: Theta) -> Theta:
+        """Parameters of the activation among those of a layer."""
+        return theta[len(theta) - len(self.activation.initial) :]
 
     def initial(self, numbers: range, seed: int, dtype: torch.dtype) -> dict[str, Tensor]:
         """Random stacked parameters by name, uniform in ``+-1/sqrt(fan_in)`` as those of torch's own layers.
 
-        Those of a layer depend on its number in the network and the seed only.
+        Parameters of the activation have the values of the module that was given; the others depend on the number of
+        the layer in the network and the seed only.
         """
-        bound = 1 / math.sqrt(self.fan_in)
+        bound, first = 1 / math.sqrt(self.fan_in), self.activation.initial
         stacks = {name: torch.empty((len(numbers), *shape), dtype=dtype) for name, shape in self.shapes.items()}
         for i, n in enumerate(numbers):
             generator = torch.Generator().manual_seed(seed * _SEED_STRIDE + n)
             for name, shape in self.shapes.items():
+                if name in first:
+                    stacks[name][i] = first[name]
+                    continue
                 values = torch.empty(shape, dtype=torch.float64).uniform_(-bound, bound, generator=generator)
                 stacks[name][i] = values  # rounded: all types get the same numbers
         return stacks
@@ -118,6 +146,13 @@ class Layer:
         """Derivatives of the inner product ``(t, L u + b)`` with respect to the parameters of a block of layers."""
         raise NotImplementedError
 
+    def activation_gradients(self, theta: Theta, lam: Tensor, u: Tensor) -> list[Tensor]:
+        r"""Derivatives of :math:`(\lambda, \sigma(L u + b))` with respect to the parameters of the activation."""
+        own = self.of_activation(theta)
+        if not len(own):
+            return []
+        return self.activation.gradients(self.linear(theta, u, torch.empty_like(u), 1.0), own, lam)
+
     def serial(self, theta: Theta, u: Tensor) -> Tensor:
         """``L u + b`` of one layer for a batch in torch's own layout, differentiable by autograd."""
         raise NotImplementedError
@@ -140,11 +175,11 @@ class Dense(Layer):
     """
 
     def __init__(self, width: int, activation: str | Callable[[Tensor], Tensor] = "tanh"):
-        super().__init__(activation)
         if not _is_count(width):
             raise InputError(f"Dense width {width!r}: give a positive whole number")
+        super().__init__(activation, (5, width), transposed=True)
         self.width = self.fan_in = width
-        self.shapes = {"weight": (width, width), "bias": (width,)}
+        self.shapes = {"weight": (width, width), "bias": (width,)} | self._activation_shapes
         self._multiple = _REGISTER // math.gcd(_REGISTER, width)
         self._scratch = ScratchBuffer()
 
@@ -165,7 +200,7 @@ class Dense(Layer):
 
     def linear(self, theta: Theta, u: Tensor, out: Tensor, scale: float) -> Tensor:
         """Write ``scale (L u + b)`` of a block of layers to ``out``."""
-        weight, bias = theta
+        weight, bias = theta[:2]
         return torch.baddbmm(bias.unsqueeze(2), weight, u, beta=scale, alpha=scale, out=out)
 
     def adjoint(self, theta: Theta, t: Tensor, lam: Tensor, h: float, out: Tensor) -> Tensor:
@@ -175,7 +210,7 @@ class Dense(Layer):
 
     def linear_single(self, theta: Theta, u: Tensor, out: Tensor, scale: float) -> Tensor:
         """Write ``scale (L u + b)`` of one layer to ``out``."""
-        weight, bias = theta
+        weight, bias = theta[:2]
         return torch.addmm(bias.unsqueeze(1), weight, u, beta=scale, alpha=scale, out=out)
 
     def adjoint_single(self, theta: Theta, t: Tensor, lam: Tensor, h: float, out: Tensor) -> Tensor:
@@ -188,7 +223,7 @@ class Dense(Layer):
 
     def serial(self, theta: Theta, u: Tensor) -> Tensor:
         """``L u + b`` of one layer in torch's own layout."""
-        return F.linear(u, *theta)
+        return F.linear(u, *theta[:2])
 
 
 class Convolution(Layer):
@@ -210,16 +245,16 @@ class Convolution(Layer):
     """
 
     def __init__(self, channels: int, kernel: int = 3, activation: str | Callable[[Tensor], Tensor] = "relu"):
-        super().__init__(activation)
         if not _is_count(channels):
             raise InputError(f"Convolution channels {channels!r}: give a positive whole number")
         if not _is_count(kernel) or kernel % 2 == 0:
             raise InputError(
                 f"Convolution kernel {kernel!r}: give an odd positive whole number, so that images keep their size"
             )
+        super().__init__(activation, (5, channels, 4, 3))
         self.channels, self.kernel, self.padding = channels, kernel, kernel // 2
         self.fan_in = channels * kernel**2
-        self.shapes = {"weight": (channels, channels, kernel, kernel), "bias": (channels,)}
+        self.shapes = {"weight": (channels, channels, kernel, kernel), "bias": (channels,)} | self._activation_shapes
 
     def check_input(self, x: Tensor) -> None:
         """Raise ``InputError`` if the output of the opening layer does not have the shape of a state."""
@@ -239,7 +274,7 @@ class Convolution(Layer):
 
     def linear(self, theta: Theta, u: Tensor, out: Tensor, scale: float) -> Tensor:
         """Write ``scale (L u + b)`` of a block of layers to ``out``."""
-        weight, bias = theta
+        weight, bias = theta[:2]
         for i in range(len(u)):
             out[i] = F.conv2d(u[i], weight[i], bias[i], padding=self.padding)
         return out if scale == 1 else out.mul_(scale)
@@ -254,7 +289,7 @@ class Convolution(Layer):
     def gradients(self, t: Tensor, u: Tensor) -> list[Tensor]:
         """Derivatives of ``(t, L u + b)`` with respect to the parameters."""
         n, p = len(t), [self.padding] * 2
-        weight, bias = (torch.empty((n, *shape), dtype=t.dtype) for shape in self.shapes.values())
+        weight, bias = (torch.empty((n, *shape), dtype=t.dtype) for shape in list(self.shapes.values())[:2])
         like = weight.new_empty(self.shapes["weight"])
         for i in range(n):
             _, weight[i], bias[i] = torch.ops.aten.convolution_backward(
@@ -264,5 +299,5 @@ class Convolution(Layer):
 
     def serial(self, theta: Theta, u: Tensor) -> Tensor:
         """``L u + b`` of one layer in torch's own layout."""
-        weight, bias = theta
+        weight, bias = theta[:2]
         return F.conv2d(u, weight, bias, padding=self.padding)

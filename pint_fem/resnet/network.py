@@ -168,6 +168,7 @@ class LayerParallelResNet(LayerParallelModule):
             nlayers=nlayers,
             final_time=final_time,
             layer=(type(layer).__name__, {name: tuple(shape) for name, shape in getattr(layer, "shapes", {}).items()}),
+            activation=[p.tolist() for p in layer.activation.initial.values()],
             forward_iterations=forward_iterations,
             backward_iterations=backward_iterations,
             adaptive=adaptive,
@@ -201,7 +202,8 @@ class LayerParallelResNet(LayerParallelModule):
         )  # fmt: skip
         self.lo, self.hi = self.sweeps.lo, self.sweeps.hi
         initial = layer.initial(range(self.lo, self.hi), seed, dtype)
-        self.theta = nn.ParameterDict({name: nn.Parameter(p) for name, p in initial.items()})
+        frozen = layer.activation.frozen
+        self.theta = nn.ParameterDict({name: nn.Parameter(p, name not in frozen) for name, p in initial.items()})
         self._set_ends(opening, closing)
         self.opening.to(dtype)
         self.closing.to(dtype)

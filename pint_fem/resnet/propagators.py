@@ -94,10 +94,10 @@ class ForwardStep(_Step):
         self.records: torch.Tensor | None = None
         self.may_be_last, self.defers_slopes = True, False
 
-    def _store(self, rows: slice | int, record: torch.Tensor) -> None:
+    def _store(self, rows: slice | int, record: torch.Tensor, own: Sequence[torch.Tensor]) -> None:
         """Write what is stored of an evaluation of the activation."""
         if self.slopes is not None and not self.defers_slopes:
-            self.layer.activation.write_slope(record, self.slopes[rows])
+            self.layer.activation.write_slope(record, self.slopes[rows], own)
         elif self.slopes is not None and self.records is None:
             self.slopes[rows] = record
         if self.records is not None:
@@ -108,9 +108,10 @@ class ForwardStep(_Step):
         act, (rows, theta), old = self.layer.activation, self._select(steps), torch.from_numpy(u)
         z = self._scratch(old)
         self.layer.linear(theta, old, z, act.in_scale)
-        y = act.output(z)
+        own = self.layer.of_activation(theta)
+        y = act.output(z, own)
         if self.may_be_last:
-            self._store(rows, z)
+            self._store(rows, z, own)
         torch.add(old, y, alpha=self.h * act.out_scale, out=torch.from_numpy(out))
 
     def sweep(self, first: int, U: np.ndarray, G: np.ndarray | None) -> None:
@@ -121,9 +122,10 @@ class ForwardStep(_Step):
         row, parameters = self._single(first, len(states) - 1)
         for i, theta in enumerate(parameters):
             layer.linear_single(theta, states[i], z, act.in_scale)
-            y = act.output(z)
+            own = layer.of_activation(theta)
+            y = act.output(z, own)
             if self.may_be_last:
-                self._store(row + i, z)
+                self._store(row + i, z, own)
             torch.add(states[i], y, alpha=scale, out=states[i + 1])
             if G is not None:
                 U[i + 1] += G[i]
@@ -180,7 +182,7 @@ class TangentStep(_Step):
 
     def step(self, steps: range, u: np.ndarray, out: np.ndarray) -> None:
         """Write the results of some steps to ``out``."""
-        (rows, (weight, bias)), old = self._select(steps), torch.from_numpy(u)
+        (rows, (weight, bias, *_)), old = self._select(steps), torch.from_numpy(u)
         z = self._scratch(old)
         self.layer.linear((weight, torch.zeros_like(bias)), old, z, 1.0)
         z *= self.slopes[rows]

@@ -38,7 +38,7 @@ class SerialResNet(Module):
         super().__init__()
         self.layer, self.nlayers, self.h, self.dtype = layer, nlayers, final_time / nlayers, dtype
         own = layer.initial(range(nlayers), seed, dtype)
-        self.theta = ParameterDict({name: Parameter(p) for name, p in own.items()})
+        self.theta = ParameterDict({name: Parameter(p, name not in layer.activation.frozen) for name, p in own.items()})
         self.opening = copy.deepcopy(opening).to(dtype)
         self.closing = copy.deepcopy(closing).to(dtype)
 
@@ -49,7 +49,8 @@ class SerialResNet(Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Output of the network for a batch ``x``."""
         u = self.opening(x.to(self.dtype) if x.is_floating_point() else x)
-        act, h = self.layer.activation.function, self.h
-        for theta in zip(*(self.theta[name].unbind(0) for name in self.layer.shapes), strict=True):
-            u = torch.add(u, act(self.layer.serial(theta, u)), alpha=h)
+        layer, h = self.layer, self.h
+        act = layer.activation.serial
+        for theta in zip(*(self.theta[name].unbind(0) for name in layer.shapes), strict=True):
+            u = torch.add(u, act(layer.serial(theta, u), layer.of_activation(theta)), alpha=h)
         return self.closing(u)

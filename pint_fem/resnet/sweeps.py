@@ -24,7 +24,7 @@ from numpy.typing import DTypeLike
 
 from pint_fem.all_at_once.stopping import SolveResult
 from pint_fem.mgrit.options import MGRITOptions
-from pint_fem.resnet.activations import Activation
+from pint_fem.resnet.activation_kinds import Activation
 from pint_fem.resnet.grid import Grid
 from pint_fem.resnet.layers import Layer
 from pint_fem.resnet.parallel.solvers import SweepSolvers, layers_of_others
@@ -59,12 +59,12 @@ class Trajectory:
     theta: list[torch.Tensor] = field(default_factory=list)
     result: SolveResult | None = None
 
-    def evaluate_slopes(self, act: Activation) -> None:
+    def evaluate_slopes(self, act: Activation, own: Sequence[torch.Tensor]) -> None:
         """Evaluate the slopes from the records, which are in their place unless ``records`` has them."""
         source = self.slopes if self.records is None else self.records
         for i in range(0, len(source), _CHUNK):
             rows = slice(i, i + _CHUNK)
-            act.write_slope(source[rows], self.slopes[rows])
+            act.write_slope(source[rows], self.slopes[rows], [p[rows] for p in own])
 
 
 class LayerSweeps(SweepSolvers):
@@ -221,7 +221,7 @@ class LayerSweeps(SweepSolvers):
             with torch.no_grad():
                 result = self._solve("forward", U, cycles=cycles, serial=serial, warm=warm)
                 if defers:
-                    trajectory.evaluate_slopes(self.layer.activation)
+                    trajectory.evaluate_slopes(self.layer.activation, self.layer.of_activation(theta))
         finally:
             fine.propagator.slopes = fine.propagator.records = None
         trajectory.theta, trajectory.result = theta, result
@@ -254,7 +254,8 @@ class LayerSweeps(SweepSolvers):
             parts = []
             for i in range(0, self.k, _CHUNK):
                 rows = slice(i, min(i + _CHUNK, self.k))
-                parts.append(self.layer.gradients(slopes[rows] * lam[rows], U[rows]))
+                own = self.layer.activation_gradients([p[rows] for p in trajectory.theta], lam[rows], U[rows])
+                parts.append([*self.layer.gradients(slopes[rows] * lam[rows], U[rows]), *own])
             gradients = [torch.cat(part).mul_(self.h) for part in zip(*parts, strict=True)]
         return result, L, gradients
 

@@ -54,8 +54,8 @@ class BatchedLayers:
         for n, module in self._modules.items():
             if _structure(module) != expected:
                 raise InputError(
-                    f"layers {first} and {n} have different structures or modes: batched=True takes layers of one; give "
-                    "batched=False, or stages with layers of one structure each"
+                    f"layers {first} and {n} have different structures or modes, and batched=True takes layers of one: "
+                    "give batched=False, or stages with layers of one structure each"
                 )
         self._template = self._modules[first]
         self._theta: dict[str, Tensor] = {}

@@ -8,11 +8,12 @@ and rank.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from mpi4py import MPI
 from torch import nn
 
 from pint_fem.errors import InputError
@@ -93,26 +94,18 @@ def _tensors(module: nn.Module) -> list[torch.Tensor]:
     return [*module.parameters(), *module.buffers()]
 
 
-def _as_bytes(module: nn.Module) -> np.ndarray:
-    """Modes, parameters and buffers of a module as bytes."""
-    modes = np.array([m.training for m in module.modules()], np.uint8)
-    return np.concatenate([modes, *(host_bytes(t) for t in _tensors(module) if t.numel())])
+def _packed(module: nn.Module) -> tuple[list[bool], list[tuple[tuple[int, ...], torch.dtype, np.ndarray]]]:
+    """Modes, parameters and buffers of a module as they are sent."""
+    return [m.training for m in module.modules()], [(tuple(t.shape), t.dtype, host_bytes(t)) for t in _tensors(module)]
 
 
-def _set_from_bytes(module: nn.Module, data: np.ndarray) -> None:
-    """Set modes, parameters and buffers of a module."""
-    parts = list(module.modules())
-    for part, mode in zip(parts, data, strict=False):
-        part.training = bool(mode)
-    start = len(parts)
-    with torch.no_grad():
-        for t in _tensors(module):
-            stop = start + t.numel() * t.element_size()
-            # copied, because the bytes of a tensor begin anywhere
-            values = torch.from_numpy(data[start:stop].copy())
-            if t.numel():
-                t.copy_(values.view(t.dtype).reshape(t.shape))
-            start = stop
+def _unpack(module: nn.Module, packed: tuple, device: torch.device) -> None:
+    """Set modes, parameters and buffers of a module, of the types that they were sent with."""
+    modes, tensors = packed
+    for part, mode in zip(module.modules(), modes, strict=True):
+        part.training = mode
+    for t, (shape, dtype, data) in zip(_tensors(module), tensors, strict=True):
+        t.data = torch.from_numpy(data.copy()).view(dtype).reshape(shape).to(device)
 
 
 class LayerCopies:
@@ -137,7 +130,7 @@ class LayerCopies:
     def __len__(self) -> int:
         return len(self._plans)
 
-    def update(self, own: Sequence[nn.Module], comm) -> None:
+    def update(self, own: Sequence[nn.Module], comm: MPI.Comm) -> None:
         """Get the present parameters, buffers and modes (collective over the ranks that share the layers).
 
         Parameters
@@ -147,27 +140,18 @@ class LayerCopies:
         comm
             Their communicator.
         """
+        device = next((t.device for m in own for t in _tensors(m)), torch.device("cpu"))
         for exchange, numbers in self._plans:
-            sends = []
-            for rank, rows in sorted(exchange.send.items()):
-                for row in rows:
-                    message = _as_bytes(own[row])
-                    sends.append((comm.Isend(message, dest=rank, tag=41), message))
+            sends = [
+                comm.isend(_packed(own[row]), dest=rank, tag=41)
+                for rank, rows in sorted(exchange.send.items())
+                for row in rows
+            ]
             for rank, places in sorted(exchange.receive.items()):
                 for place in places:
-                    module = self.modules[numbers[place]]
-                    data = _as_bytes(module)
-                    comm.Recv(data, source=rank, tag=41)
-                    _set_from_bytes(module, data)
-            for request, _ in sends:
+                    _unpack(self.modules[numbers[place]], comm.recv(source=rank, tag=41), device)
+            for request in sends:
                 request.Wait()
-
-    def to(self, like: Iterable[torch.Tensor]) -> None:
-        """Move the copies to the device and type of the first of some tensors."""
-        first = next(iter(like), None)
-        if first is not None:
-            for module in self.modules.values():
-                module.to(first.device)
 
     def __iter__(self) -> Iterator[int]:
         return iter(self.modules)

@@ -106,7 +106,6 @@ class BlockSweeps(SweepSolvers):
         graphs, U, comm = trajectory.graphs, trajectory.U, self.grid.layer_comm
         iterates = not serial and len(self.strides) > 1
         if iterates and len(self.copies):
-            self.copies.to(p for m in modules.values() for p in m.parameters())
             collectively(comm, "parameters of layers of other ranks", self.copies.update, list(modules.values()), comm)
             graphs.adopt(self.copies.modules)
         key = (tuple(U.shape[1:]), U.dtype, trains, graphs.now.network.training)

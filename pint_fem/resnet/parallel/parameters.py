@@ -13,6 +13,7 @@ from pint_fem.errors import InputError
 from pint_fem.resnet.grid import Grid
 from pint_fem.resnet.parallel.agreement import Agreement, CollectiveBackward
 from pint_fem.resnet.parallel.random_numbers import devices_of, mixed_seed, own_random_numbers, seed_generators
+from pint_fem.resnet.training.optimisers import mark_distributed
 
 __all__ = ["DistributedParameters", "Elsewhere"]
 
@@ -72,12 +73,19 @@ class DistributedParameters(nn.Module):
 
     def _start_equal(self) -> None:
         """Give all data groups the parameters and buffers of the first (collective)."""
+        self._mark_distributed()
         if self.grid.data_size > 1:
             with torch.no_grad():
                 for t in (*self.parameters(), *self.buffers()):
                     values = t.detach().cpu().contiguous()
                     self.grid.data_comm.Bcast(values.reshape(-1).view(torch.uint8).numpy(), root=0)
                     t.copy_(values)
+
+    def _mark_distributed(self) -> None:
+        """Mark the parameters, so that optimisers that would sum over those of this rank alone are refused."""
+        if self.grid.layer_size > 1:
+            for name, p in self.named_parameters():
+                mark_distributed([p], stacked=name.startswith("theta."))
 
     # -- what depends on the parameters of all ranks -------------------------------------------------------------------
     def parameter_count(self, *, trainable: bool = False) -> int:
@@ -153,6 +161,7 @@ class DistributedParameters(nn.Module):
         """Communicate on the grid."""
         super().__setstate__(state)
         self._connect()
+        self._mark_distributed()
 
     def __deepcopy__(self, memo: dict) -> DistributedParameters:
         """A network with copied parameters on the same ranks."""

@@ -139,13 +139,14 @@ class SweepSolvers:
         rtol: float | None = None,
     ) -> SolveResult:
         """Solve for ``U`` by MGRIT cycles, from the C-points ``warm`` if they are given, or by sequential steps;
-        ``rtol`` replaces the tolerance of the options.
+        ``rtol`` replaces the tolerance of the options, of sweeps up to a tolerance.
         """
         if warm is not None:
             U[self._c_rows(name)] = warm
         if serial or len(self.strides) == 1:
             return self._serial_solvers[name].solve(U, G)
-        return self.solvers[name].solve(U, G, start="skip" if warm is None else "guess", cycles=cycles, rtol=rtol)
+        start, rtol = "skip" if warm is None else "guess", rtol if cycles is None else None
+        return self.solvers[name].solve(U, G, start=start, cycles=cycles, rtol=rtol)
 
     def _c_rows(self, name: str) -> slice:
         """Rows of the own C-points of the finest level of a sweep."""

@@ -248,8 +248,7 @@ class TrainingProblem:
         shape = grid.layer_comm.bcast(None if u0 is None else u0.shape, root=0)
         trajectory = found["trajectory"] = net.sweeps.trajectory(shape, np.float64, curvatures=True)
         net.sweeps.forward(net.stack, u0, trajectory)
-        act = layer.activation
-        found["slope"], found["curvature"] = trajectory.slopes, act.curvature(trajectory.records)
+        found["slope"], found["curvature"] = trajectory.slopes, layer.activation.curvatures(trajectory.records)
 
         def last_adjoint() -> np.ndarray | None:
             if not grid.is_last:
@@ -271,19 +270,22 @@ class TrainingProblem:
         self.counts["hessian"] += 1
         self._move(z)
         net, grid, layer, h = self.net, self.net.grid, self.net.layer, self.net.h
-        cache = self._linearise()
+        cache, act = self._linearise(), layer.activation
         d_theta, d_open, d_close = self._parts(self._split(np.asarray(v)))
         trajectory, slope, curvature = cache["trajectory"], cache["slope"], cache["curvature"]
         U, lam = torch.from_numpy(trajectory.U[:-1]), cache["lambda"][1:]
         with torch.no_grad():
             dz = layer.linear(d_theta, U, torch.empty_like(slope), 1.0)
+            own, d_own = (layer.of_activation(theta) for theta in (trajectory.theta, d_theta))
+            forcing = slope * dz + act.along(trajectory.records, own, d_own)
             work = self._tangent_of_opening if grid.is_first else lambda *_: None
             first = collectively(self.comm, "derivative of the opening layer", work, d_open)
-            V = net.sweeps.tangent(trajectory, first, (h * slope * dz).numpy())
+            V = net.sweeps.tangent(trajectory, first, (h * forcing).numpy())
             dU = torch.from_numpy(V[:-1])
             no_bias = (trajectory.theta[0], torch.zeros_like(trajectory.theta[1]))
             dz += layer.linear(no_bias, dU, torch.empty_like(slope), 1.0)
-            bent, straight = curvature * dz * lam, slope * lam
+            bent, of_own = act.second(curvature, trajectory.records, own, lam, dz, d_own)
+            straight = slope * lam
             G = layer.adjoint(d_theta, straight, torch.zeros_like(slope), h, torch.empty_like(slope))
             G = layer.adjoint(trajectory.theta, bent, G, h, torch.empty_like(slope))
 
@@ -301,7 +303,8 @@ class TrainingProblem:
             one = layer.gradients(slope * mu[1:] + bent, U)
             two = layer.gradients(straight, dU)
             two[-1].zero_()  # the bias enters z alone, not L du
-            of_layers = [h * (a + b) for a, b in zip(one, two, strict=True)]
+            one += act.gradients(trajectory.records, own, mu[1:])
+            of_layers = [h * (a + b) for a, b in zip(one, [*two, *of_own], strict=True)]
         work = self._second_of_opening if grid.is_first else lambda *_: []
         where = "second derivative of the opening layer"
         of_opening = collectively(self.comm, where, work, d_open, cache["lambda"][0], mu[0])

@@ -1,0 +1,146 @@
+"""Optimisers on distributed parameters: those that work entry by entry step as on one rank, others are refused."""
+
+import copy
+import pickle
+import warnings
+
+import pytest
+
+pytest.importorskip("torch", reason="pint_fem.resnet needs torch (pip install 'pint_fem[resnet]')")
+
+import torch
+from mpi4py import MPI
+from torch import nn
+
+from pint_fem.errors import InputError
+from pint_fem.resnet.training.optimisers import coupling, mark_distributed, require_local_step
+from tests.test_resnet import build, one_thread, serial_copy  # noqa: F401
+
+COMM = MPI.COMM_WORLD
+ENTRYWISE = ["ASGD", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD"]
+
+
+class OwnStep(torch.optim.Optimizer):
+    """A user's optimiser: steepest descent, divided by a norm of the gradient of a parameter or of all of them."""
+
+    def __init__(self, params, lr=0.1, of="entry"):
+        self.of = of
+        super().__init__(params, {"lr": lr, "of": of})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None if closure is None else closure()
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        total = sum(float((p.grad**2).sum()) for p in parameters)
+        for p in parameters:
+            size = {"entry": 1.0, "tensor": p.grad.norm(), "all": total**0.5}[self.of]
+            if self.of == "random":
+                size = torch.rand(())
+            p -= self.param_groups[0]["lr"] * p.grad / size
+        return loss
+
+
+class PerTensor(OwnStep):
+    def __init__(self, params, lr=0.1):
+        super().__init__(params, lr, "tensor")
+
+
+class OverAll(OwnStep):
+    def __init__(self, params, lr=0.1):
+        super().__init__(params, lr, "all")
+
+
+class Unusual(OwnStep):
+    """It cannot be made from its defaults."""
+
+    def __init__(self, params, model):
+        super().__init__(params)
+
+
+def of(kind, shape=(3, 3), **options):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return kind([nn.Parameter(torch.ones(shape))], **options)
+
+
+def test_how_optimisers_work():
+    """LBFGS is one method for all parameters; Adafactor factors a tensor, Muon makes it orthogonal; others neither."""
+    for name in ENTRYWISE:
+        assert coupling(of(getattr(torch.optim, name), lr=0.0)) == (False, False), name
+    assert coupling(of(torch.optim.SparseAdam)) == (False, False)
+    assert coupling(of(torch.optim.LBFGS)) == (True, True)
+    for kind in (torch.optim.Adafactor, torch.optim.Muon, PerTensor):
+        assert coupling(of(kind)) == (False, True)
+    assert coupling(of(OverAll)) == (True, True)
+    assert coupling(of(OwnStep)) == (False, False)
+
+
+def test_random_numbers_and_parameters_stay_as_they_were(caplog):
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    optimizer = of(Unusual, model=None)
+    mark_distributed(optimizer.param_groups[0]["params"], stacked=True)
+    for _ in range(2):
+        require_local_step(optimizer)
+    assert coupling(optimizer) is None
+    assert [r.message for r in caplog.records if "could not be tried" in r.message and "Unusual" in r.message] != []
+    assert sum("Unusual" in r.message for r in caplog.records) == 1
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(optimizer.param_groups[0]["params"][0].detach(), torch.ones(3, 3))
+
+
+def test_parameters_that_no_network_has_marked_are_free():
+    p = nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.LBFGS([p])
+    optimizer.step(lambda: (optimizer.zero_grad(), (p**2).sum().backward(), (p**2).sum())[2])
+    assert p.detach().abs().max() < 0.5
+    mark_distributed([p], stacked=False)  # layers with tensors of their own
+    require_local_step(torch.optim.Adafactor([p]))
+    with pytest.raises(InputError, match="optimiser LBFGS: it sums over all parameters"):
+        require_local_step(optimizer)
+
+
+def train(net, x, y, make, steps=2):
+    """Parameters after some steps."""
+    optimizer = make(net.parameters())
+
+    def closure():
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(net(x), y)
+        loss.backward()
+        return loss
+
+    for _ in range(steps):
+        optimizer.step(closure)
+    return dict(net.named_parameters())
+
+
+def equal(net, ours, theirs):
+    for name, p in ours.items():
+        q = theirs[name][net.lo : net.hi] if name.startswith("theta") else theirs[name]
+        assert torch.allclose(p, q, rtol=0, atol=1e-10), name
+
+
+@pytest.mark.parallel([1, 2, 3])
+def test_a_training_by_each():
+    """Equal to the serial copy, or refused on all ranks before the network is evaluated."""
+    for name in ("Adam", "SGD", "LBFGS", "Adafactor"):
+        net, x, y = build("dense", 5, mgrit={"coarsening": 2})
+        make = lambda parameters, name=name: getattr(torch.optim, name)(parameters, lr=0.05)
+        if COMM.size == 1 or name in ("Adam", "SGD"):
+            equal(net, train(net, x, y, make), train(serial_copy("dense", 5), x, y, make))
+            continue
+        before = [p.detach().clone() for p in net.parameters()]
+        what = "it sums over all parameters.*L-BFGS-B" if name == "LBFGS" else "depends on the other entries"
+        with pytest.raises(InputError, match=f"optimiser {name}: .*{what}"):
+            train(net, x, y, make)
+        assert all(torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))
+        assert net.results == {}
+
+
+@pytest.mark.parallel(2)
+def test_copies_of_a_network_are_distributed_as_well():
+    net, x, y = build("dense", 5, mgrit={"coarsening": 2})
+    for other in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+        with pytest.raises(InputError, match="optimiser LBFGS: it sums over all parameters"):
+            train(other, x, y, torch.optim.LBFGS)
